@@ -1,0 +1,39 @@
+"""What text a run reads and how it becomes sequences, as values. No torch here."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EmbeddedSource:
+    """The Python standard library's own sources and texts, without its tests: on every machine, offline."""
+
+    kind: Literal["embedded"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FilesSource:
+    """The user's text: files, or folders searched for `.txt`, `.md`, `.py` and `.jsonl` (field `text`)."""
+
+    kind: Literal["files"]
+    paths: tuple[str, ...]
+
+
+DataSource = EmbeddedSource | FilesSource
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """Text to packed sequences.
+
+    `tokenizer_vocab_size` counts the special tokens; `validation_fraction` is the share of files,
+    chosen by their hash; `fim_rate` is the share of training documents turned fill-in-the-middle
+    (prefix, suffix, middle); `seed` governs the split into parts and the order of samples.
+    """
+
+    source: DataSource
+    tokenizer_vocab_size: int
+    validation_fraction: float
+    fim_rate: float
+    seed: int
+    cache_dir: str

@@ -1,0 +1,67 @@
+"""The architecture of a model, as values. No torch here: commands read this before any process starts."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlainRope:
+    """Rotary embedding as trained: no change of frequencies."""
+
+    kind: Literal["plain"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class YarnRope:
+    """YaRN: frequencies interpolated for a longer context (arXiv:2309.00071; arXiv:2412.19437, section 4.3)."""
+
+    kind: Literal["yarn"]
+    factor: float
+    original_max_position_tokens: int
+    beta_fast: float
+    beta_slow: float
+    mscale: float
+    mscale_all_dim: float
+
+
+RopeScaling = PlainRope | YarnRope
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """A DeepSeek-V3-class architecture (arXiv:2412.19437, section 2; fields follow the released config.json).
+
+    `q_lora_rank` None means one full query projection. `mtp_hidden` says which state of the depth
+    before an MTP module reads: after the norm that precedes the output head, or before it.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_dense_layers: int
+    dense_intermediate_size: int
+    num_heads: int
+    q_lora_rank: int | None
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    num_routed_experts: int
+    num_shared_experts: int
+    num_experts_per_token: int
+    expert_intermediate_size: int
+    num_expert_groups: int
+    num_limited_groups: int
+    routed_scaling_factor: float
+    norm_eps: float
+    rope_theta: float
+    rope_scaling: RopeScaling
+    max_position_tokens: int
+    mtp_depth: int
+    mtp_hidden: Literal["post_norm", "pre_norm"]
+    initializer_range: float
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Values per head in a query or key: the part without position and the rotated part."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim

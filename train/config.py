@@ -1,0 +1,93 @@
+"""A training run, as values. No torch here: a wrong run is refused before any process starts."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from comm.config import ClusterConfig, DispatchConfig, ParallelismConfig
+from data.config import DataConfig
+from dualpipe.config import ScheduleConfig
+from model.config import ModelConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimConfig:
+    """AdamW and its learning rate: linear warm-up, constant, cosine decay to the final rate, constant.
+
+    `sharding`: `zero1` shards the optimiser state over the ranks that hold the same parameters
+    (DeepSpeed), `replicated` keeps it whole on each of them (torch; the only one for float64).
+    """
+
+    learning_rate: float
+    final_learning_rate: float
+    warmup_steps: int
+    decay_start_step: int
+    decay_end_step: int
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    clip_norm: float
+    sharding: Literal["zero1", "replicated"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PrecisionConfig:
+    """Type of weights and activations. Gradients accumulate in float32, or float64 for float64 weights."""
+
+    kind: Literal["float64", "float32", "bf16"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageConfig:
+    """One stage of a model's training (pre-training; later long context, SFT, RL).
+
+    Sizes are in sequences and tokens over the whole job, so that a change of layout changes no sample.
+    """
+
+    kind: Literal["pretrain"]
+    steps: int
+    sequence_length_tokens: int
+    global_batch_sequences: int
+    micro_batch_sequences: int
+    mtp_loss_weight: float
+    balance_loss_weight: float
+    bias_update_rate: float
+    validate_every_steps: int
+    validation_sequences: int
+    checkpoint_every_steps: int
+    sample_prompt: str
+    sample_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrackConfig:
+    """Where metrics go beside `metrics.jsonl` and the terminal."""
+
+    wandb: Literal["disabled", "offline", "online"]
+    project: str
+    log_every_steps: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """Everything a rank needs to know. `resume` is a run's folder or one of its checkpoints, or None."""
+
+    name: str
+    out_dir: str
+    seed: int
+    resume: str | None
+    cluster: ClusterConfig
+    parallelism: ParallelismConfig
+    dispatch: DispatchConfig
+    model: ModelConfig
+    data: DataConfig
+    stage: StageConfig
+    optim: OptimConfig
+    precision: PrecisionConfig
+    schedule: ScheduleConfig
+    track: TrackConfig
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Micro-batches that one pipeline runs in a step, both directions together."""
+        return self.stage.global_batch_sequences // (self.parallelism.data * self.stage.micro_batch_sequences)
