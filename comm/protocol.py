@@ -43,8 +43,8 @@ class Arrived:
 class Dispatcher(Protocol):
     """Moves token rows to the experts' ranks and back; both ways explicit, never hidden in autograd.
 
-    The backward of `dispatch` is `combine` with the same handle (`combine_with_weights`: weight gradients ride back);
-    the backward of `combine` is `dispatch` of the gradient. Every rank of the expert group makes the
+    The backward of `dispatch` is a combine with the same handle, the weights' gradients riding back; the
+    backward of `combine` is a dispatch of the gradient. Every rank of the expert group makes the
     same calls in the same order.
     """
 
@@ -62,6 +62,10 @@ class Dispatcher(Protocol):
         """The unweighted sum over each token's experts, rows_TD."""
         ...
 
-    def combine_with_weights(self, rows_AD: Tensor, weights_A: Tensor, handle: Handle) -> Work[tuple[Tensor, Tensor]]:
-        """The backward of `dispatch`: row gradients summed per token (TD), weight gradients put back (TK)."""
+    def dispatch_backward(self, rows_AD: Tensor, weights_A: Tensor, handle: Handle) -> Work[tuple[Tensor, Tensor]]:
+        """Gradients of `dispatch`'s inputs from those of its outputs: rows summed per token (TD), weights (TK)."""
+        ...
+
+    def combine_backward(self, rows_TD: Tensor, handle: Handle) -> Work[Tensor]:
+        """The gradient of `combine`'s input from that of its output: a copy to each expert's row (AD)."""
         ...
