@@ -1,0 +1,123 @@
+"""Process groups of one rank, and the process' entry into and exit from the job."""
+
+import os
+from datetime import timedelta
+
+import torch
+from torch import distributed
+from torch.distributed import ProcessGroup
+
+from comm.config import ClusterConfig
+from comm.layout import Layout
+
+
+class ClusterError(ValueError):
+    """A process that cannot take its place in the job."""
+
+
+class Groups:
+    """The groups in which one rank takes part, each with a communicator of its own.
+
+    Equal member lists still get separate communicators: the expert group is used from the comm lane
+    while the others are used from the compute lane, and one communicator must see one order of calls.
+
+    Attributes:
+        rank: of this process in the world.
+        expert: holds every routed expert of this rank's stages; a member's place is its expert index.
+        stage: holds the same ordinary parameters.
+        expert_data: holds the same routed experts.
+        world: every rank of the job.
+    """
+
+    rank: int
+    expert: ProcessGroup
+    stage: ProcessGroup
+    expert_data: ProcessGroup
+    world: ProcessGroup
+
+    def __init__(self, layout: Layout, mirrored: bool, timeout_seconds: float) -> None:
+        """Made once per process, by every rank, after `start`.
+
+        Args:
+            layout: of the world.
+            mirrored: whether pipeline ranks p and P-1-p hold the same stages.
+            timeout_seconds: of each collective.
+
+        Raises:
+            ClusterError: the world has another size than the layout.
+        """
+        if distributed.get_world_size() != layout.world_size:
+            raise ClusterError(
+                f"cluster: pipeline x data must equal the number of ranks started, "
+                f"got {layout.world_size} for {distributed.get_world_size()}"
+            )
+        self.rank = distributed.get_rank()
+        # Only members make a group, which keeps start-up independent of the world's size. The kinds come
+        # in the same order everywhere and a rank is in one group of each kind, so no two ranks wait crosswise.
+        self.expert = make_group(layout.expert_group(self.rank), timeout_seconds)
+        self.stage = make_group(layout.stage_group(self.rank, mirrored), timeout_seconds)
+        self.expert_data = make_group(layout.expert_data_group(self.rank, mirrored), timeout_seconds)
+        world = distributed.group.WORLD
+        assert world is not None
+        self.world = world
+
+
+def make_group(ranks: tuple[int, ...], timeout_seconds: float) -> ProcessGroup:
+    """A group of its members' making: called by the members alone, in an order without crosswise waits.
+
+    Args:
+        ranks: global ranks, ascending.
+        timeout_seconds: of each collective.
+    """
+    group = distributed.new_group(
+        list(ranks), timeout=timedelta(seconds=timeout_seconds), use_local_synchronization=True
+    )
+    assert isinstance(group, ProcessGroup)
+    return group
+
+
+def start(cluster: ClusterConfig) -> torch.device:
+    """Joins the job that the launcher describes in the environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_*).
+
+    Returns:
+        The device of this process. Ranks share devices on the gloo backend where there are too few.
+
+    Raises:
+        ClusterError: the environment names no rank, or there is no device for it.
+    """
+    missing = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name not in os.environ]
+    if missing:
+        raise ClusterError(f"cluster: the launcher must set {', '.join(missing)}; start ranks with torchrun")
+    if cluster.threads_per_rank > 0:
+        torch.set_num_threads(cluster.threads_per_rank)
+    device = _device(cluster, int(os.environ["LOCAL_RANK"]))
+    distributed.init_process_group(
+        cluster.backend,
+        timeout=timedelta(seconds=cluster.timeout_seconds),
+        device_id=device if cluster.backend == "nccl" else None,
+    )
+    return device
+
+
+def stop() -> None:
+    """Leaves the job. Not for the way out of an error: peers may be waiting for this rank inside a collective."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def _device(cluster: ClusterConfig, local_rank: int) -> torch.device:
+    if cluster.device == "cpu":
+        if cluster.backend == "nccl":
+            raise ClusterError("cluster.backend: nccl needs cluster.device=cuda, got cpu; gloo serves both")
+        return torch.device("cpu")
+    num_devices = torch.cuda.device_count()
+    if num_devices == 0:
+        raise ClusterError("cluster.device: cuda needs a GPU and none was found; cpu runs anywhere")
+    if cluster.backend == "nccl" and local_rank >= num_devices:
+        raise ClusterError(
+            f"cluster.backend: nccl needs a GPU for each rank of a node, got local rank {local_rank} "
+            f"and {num_devices} GPUs; gloo shares them"
+        )
+    device = torch.device("cuda", local_rank % num_devices)
+    torch.cuda.set_device(device)
+    return device

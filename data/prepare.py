@@ -1,0 +1,165 @@
+"""Everything a run reads, built once and kept on disk: tokenizer, packed sequences, their counts. No torch here.
+
+Shape legend: N sequences, L tokens per sequence.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.cache import CacheEntry, open_or_build
+from data.config import DataConfig
+from data.corpus import DataError, check_source, list_files
+from data.encode import build_encoded
+from data.pack import pack_documents
+from data.tokenizer import Tokenizer, check_vocab_size
+
+# Part of every cache's name: raise it when what is written changes for the same settings.
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Prepared:
+    """A corpus ready to be read. The arrays are mapped from disk, not loaded.
+
+    Attributes:
+        tokenizer: trained on the training part alone.
+        train_tokens_NL, validation_tokens_NL: uint16 or int32.
+        train_positions_NL, validation_positions_NL: int32, place within the piece, -1 for padding.
+        train_tokens, validation_tokens: tokens, padding left out.
+        unigram_entropy_nats: entropy of the validation part's own token frequencies, over the tokens that a model
+            is asked to predict (not padding, not the first of a piece): no model that ignores context has a
+            lower validation loss.
+        bytes_per_token: UTF-8 bytes of validation text per token, begin of sentence left out.
+        fingerprint: SHA-256 of the arrays' content: equal if and only if two machines read the same samples.
+    """
+
+    tokenizer: Tokenizer
+    train_tokens_NL: NDArray[np.integer]
+    train_positions_NL: NDArray[np.int32]
+    validation_tokens_NL: NDArray[np.integer]
+    validation_positions_NL: NDArray[np.int32]
+    train_tokens: int
+    validation_tokens: int
+    unigram_entropy_nats: float
+    bytes_per_token: float
+    fingerprint: str
+
+
+def check_config(config: DataConfig) -> None:
+    """Refuses settings that no run can use, in under a second, before anything is built.
+
+    Raises:
+        DataError: a value is out of range, or the source cannot be read.
+    """
+    check_vocab_size(config.tokenizer_vocab_size)
+    if not 0.0 < config.validation_fraction < 1.0:
+        raise DataError(
+            f"data.validation_fraction: must lie between 0 and 1, both excluded, got {config.validation_fraction}; "
+            f"nearest: {0.01 if config.validation_fraction <= 0.0 else 0.99}"
+        )
+    if not 0.0 <= config.fim_rate <= 1.0:
+        raise DataError(
+            f"data.fim_rate: must lie between 0 and 1, got {config.fim_rate}; "
+            f"nearest: {0.0 if config.fim_rate < 0.0 else 1.0}"
+        )
+    check_source(config.source)
+
+
+def prepare(config: DataConfig, sequence_length_tokens: int) -> Prepared:
+    """Opens the corpus for sequences of a length, building what is not in the cache yet.
+
+    Two levels are kept under `config.cache_dir`: encoded documents, and their packing for each length. Their
+    names depend on the settings and on every file's path, size and time of change. Any number of
+    processes may call this at once.
+
+    Args:
+        config: `cache_dir` may begin with `~`.
+        sequence_length_tokens: L, at least 2.
+
+    Raises:
+        DataError: as `check_config`; or a part would be empty; or the cache cannot be written.
+    """
+    if sequence_length_tokens < 2:
+        raise DataError(
+            f"stage.sequence_length_tokens: must be at least 2, one token to read and one to predict, "
+            f"got {sequence_length_tokens}; nearest: 2"
+        )
+    cache_dir = Path(config.cache_dir).expanduser()
+    encoded_name = f"encoded-{_encoded_key(config)}"
+
+    def build(folder: Path) -> Mapping[str, int | float | str]:
+        check_config(config)
+        encoded = open_or_build(cache_dir, encoded_name, lambda inner: build_encoded(config, inner))
+        return _build_packed(encoded, sequence_length_tokens, folder)
+
+    return _open_prepared(open_or_build(cache_dir, f"packed-{sequence_length_tokens}-{encoded_name}", build))
+
+
+def entropy_nats(counts: NDArray[np.int64]) -> float:
+    """Entropy of the distribution with these counts, in nats; their sum is at least 1."""
+    shares = counts[counts > 0] / counts.sum()
+    return float(-(shares * np.log(shares)).sum())
+
+
+def _encoded_key(config: DataConfig) -> str:
+    files = []
+    for file in list_files(config.source):
+        status = file.path.stat()
+        files.append((file.key, str(file.path.resolve()), status.st_size, status.st_mtime_ns))
+    settings = [
+        FORMAT_VERSION,
+        config.source.kind,
+        config.tokenizer_vocab_size,
+        config.validation_fraction,
+        config.fim_rate,
+        config.seed,
+        files,
+    ]
+    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:32]
+
+
+def _build_packed(encoded: CacheEntry, sequence_length_tokens: int, folder: Path) -> dict[str, int | float | str]:
+    shutil.copyfile(encoded.folder / "tokenizer.json", folder / "tokenizer.json")
+    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    digest = hashlib.sha256()
+    values: dict[str, int | float | str] = {}
+    for part in ("train", "validation"):
+        tokens = np.load(encoded.folder / f"{part}_tokens.npy", mmap_mode="r")
+        lengths = np.load(encoded.folder / f"{part}_lengths.npy")
+        packed = pack_documents(tokens, lengths, sequence_length_tokens, tokenizer.pad_id)
+        for name, array in (("tokens", packed.tokens_NL), ("positions", packed.positions_NL)):
+            np.save(folder / f"{part}_{name}_NL.npy", array)
+            digest.update(array.data)
+        values[f"{part}_tokens"] = len(tokens)
+        if part == "validation":
+            predicted = packed.tokens_NL[packed.positions_NL >= 1]
+            values["unigram_entropy_nats"] = entropy_nats(np.bincount(predicted).astype(np.int64))
+            values["bytes_per_token"] = encoded.values["validation_bytes"] / (len(tokens) - len(lengths))
+    values["fingerprint"] = digest.hexdigest()
+    return values
+
+
+def _open_prepared(entry: CacheEntry) -> Prepared:
+    arrays = {
+        name: np.load(entry.folder / f"{name}.npy", mmap_mode="r")
+        for name in ("train_tokens_NL", "train_positions_NL", "validation_tokens_NL", "validation_positions_NL")
+    }
+    return Prepared(
+        tokenizer=Tokenizer.load(entry.folder / "tokenizer.json"),
+        train_tokens_NL=arrays["train_tokens_NL"],
+        train_positions_NL=arrays["train_positions_NL"],
+        validation_tokens_NL=arrays["validation_tokens_NL"],
+        validation_positions_NL=arrays["validation_positions_NL"],
+        train_tokens=int(entry.values["train_tokens"]),
+        validation_tokens=int(entry.values["validation_tokens"]),
+        unigram_entropy_nats=float(entry.values["unigram_entropy_nats"]),
+        bytes_per_token=float(entry.values["bytes_per_token"]),
+        fingerprint=str(entry.values["fingerprint"]),
+    )

@@ -1,0 +1,24 @@
+"""1F1B: one forward, one backward, in a single direction (PipeDream-Flush, arXiv:2006.09503, section 2.2)."""
+
+from dualpipe.ir import Group, Op, Operation, Schedule
+
+
+def one_f_one_b(num_ranks: int, num_micro_batches: int) -> Schedule:
+    """Rank r holds stage r, runs P-1-r forwards ahead of its first backward, then alternates. Any P, M >= 1."""
+    return Schedule(
+        kind="1f1b",
+        num_ranks=num_ranks,
+        num_micro_batches=num_micro_batches,
+        placement=(tuple(range(num_ranks)),),
+        ranks=tuple(_rank_groups(rank, num_ranks, num_micro_batches) for rank in range(num_ranks)),
+    )
+
+
+def _rank_groups(rank: int, num_ranks: int, num_micro_batches: int) -> tuple[Group, ...]:
+    ahead = min(num_ranks - 1 - rank, num_micro_batches)
+    groups: list[Group] = [(Operation(Op.FORWARD, 0, rank, index),) for index in range(ahead)]
+    for index in range(num_micro_batches):
+        if index + ahead < num_micro_batches:
+            groups.append((Operation(Op.FORWARD, 0, rank, index + ahead),))
+        groups.append((Operation(Op.BACKWARD, 0, rank, index),))
+    return tuple(groups)

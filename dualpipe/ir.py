@@ -1,0 +1,191 @@
+"""Schedules as frozen data, and their public JSON form. Standard library only."""
+
+import json
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+
+class ScheduleError(ValueError):
+    """A schedule that cannot be made, read or run: the message names place, rule and value."""
+
+
+class Op(str, Enum):
+    """What an operation computes. A full backward is the backward for inputs and then the one for weights.
+
+    A string, so that operations sort; short only in print and in JSON.
+    """
+
+    FORWARD = "F"
+    BACKWARD = "B"
+    BACKWARD_INPUT = "I"
+    BACKWARD_WEIGHT = "W"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Operation:
+    """One micro-batch's passage through one stage, one way. `micro_batch` counts from 0 within its direction."""
+
+    kind: Op
+    direction: int
+    stage: int
+    micro_batch: int
+
+    def __str__(self) -> str:
+        """Kind, stage and micro-batch: `F0.3`; direction 1 carries a prime, `F0.3'`."""
+        return f"{self.kind.value}{self.stage}.{self.micro_batch}{chr(39) * self.direction}"
+
+
+Group = tuple[Operation, ...]
+"""Operations that a rank runs at once, overlapped."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schedule:
+    """What each pipeline rank runs, in order.
+
+    `placement[direction][stage]` is the rank that holds the stage for that direction, `ranks[rank]` the rank's
+    groups. `num_micro_batches` counts both directions together.
+    """
+
+    kind: str
+    num_ranks: int
+    num_micro_batches: int
+    placement: tuple[tuple[int, ...], ...]
+    ranks: tuple[tuple[Group, ...], ...]
+
+    @property
+    def num_stages(self) -> int:
+        """Stages that the model is cut into."""
+        return len(self.placement[0])
+
+    @property
+    def num_directions(self) -> int:
+        """1, or 2 where micro-batches enter at both ends."""
+        return len(self.placement)
+
+    def rank_of(self, direction: int, stage: int) -> int:
+        """The rank that runs `stage` for the micro-batches of `direction`."""
+        return self.placement[direction][stage]
+
+    def stages_of(self, rank: int) -> tuple[tuple[int, int], ...]:
+        """The rank's (direction, stage) pairs, in that order."""
+        return tuple(
+            (direction, stage)
+            for direction, row in enumerate(self.placement)
+            for stage, holder in enumerate(row)
+            if holder == rank
+        )
+
+    def micro_batches_of(self, direction: int) -> range:
+        """The direction's micro-batches; of an odd number, direction 0 has one more."""
+        share, rest = divmod(self.num_micro_batches, self.num_directions)
+        return range(share + (direction < rest))
+
+
+def to_json(schedule: Schedule) -> str:
+    """The schedule's public JSON form, one line, always the same text for the same schedule."""
+    ranks = [
+        [[[op.kind.value, op.direction, op.stage, op.micro_batch] for op in group] for group in groups]
+        for groups in schedule.ranks
+    ]
+    record = {
+        "kind": schedule.kind,
+        "num_ranks": schedule.num_ranks,
+        "num_micro_batches": schedule.num_micro_batches,
+        "num_stages": schedule.num_stages,
+        "placement": schedule.placement,
+        "ranks": ranks,
+    }
+    return json.dumps(record)
+
+
+def from_json(text: str) -> Schedule:
+    """The schedule that `to_json` wrote. It is well formed; whether it is valid is for `validate` to say.
+
+    Raises:
+        ScheduleError: the text is not such a form; the message names the place, as in `ranks[2][5][0]`.
+    """
+    try:
+        record = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ScheduleError(f"schedule: not JSON: {error}") from error
+    record = _read_object(record)
+    placement = tuple(
+        tuple(_integer(rank, f"placement[{direction}][{stage}]") for stage, rank in enumerate(row))
+        for direction, row in enumerate(_rows(record["placement"], "placement"))
+    )
+    ranks = tuple(
+        tuple(_read_group(group, f"ranks[{rank}][{index}]") for index, group in enumerate(groups))
+        for rank, groups in enumerate(_rows(record["ranks"], "ranks"))
+    )
+    schedule = Schedule(
+        kind=record["kind"],
+        num_ranks=_integer(record["num_ranks"], "num_ranks"),
+        num_micro_batches=_integer(record["num_micro_batches"], "num_micro_batches"),
+        placement=placement,
+        ranks=ranks,
+    )
+    _check_sizes(schedule, _integer(record["num_stages"], "num_stages"))
+    return schedule
+
+
+def _read_object(record: Any) -> dict[str, Any]:
+    keys = {"kind", "num_ranks", "num_micro_batches", "num_stages", "placement", "ranks"}
+    if not isinstance(record, dict):
+        raise ScheduleError(f"schedule: must be an object, is {_shown(record)}")
+    if wrong := keys.symmetric_difference(record):
+        verb = "is missing" if wrong <= keys else "is unknown"
+        name = min(wrong & keys if wrong <= keys else wrong - keys)
+        raise ScheduleError(f"schedule: the key {name!r} {verb}; its keys are {', '.join(sorted(keys))}")
+    if not isinstance(record["kind"], str):
+        raise ScheduleError(f"kind: must be a string, is {_shown(record['kind'])}")
+    return record
+
+
+def _rows(value: Any, place: str) -> list[list[Any]]:
+    for index, row in enumerate(_list(value, place)):
+        _list(row, f"{place}[{index}]")
+    return list(value)
+
+
+def _list(value: Any, place: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise ScheduleError(f"{place}: must be a list, is {_shown(value)}")
+    return value
+
+
+def _integer(value: Any, place: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ScheduleError(f"{place}: must be an integer of at least 0, is {_shown(value)}")
+    return value
+
+
+def _read_group(value: Any, place: str) -> Group:
+    return tuple(_read_operation(fields, f"{place}[{index}]") for index, fields in enumerate(_list(value, place)))
+
+
+def _read_operation(value: Any, place: str) -> Operation:
+    fields = _list(value, place)
+    if len(fields) != 4:
+        raise ScheduleError(f"{place}: must be [kind, direction, stage, micro_batch], is {_shown(value)}")
+    letters = [op.value for op in Op]
+    if fields[0] not in letters:
+        raise ScheduleError(f"{place}: the kind must be one of {' '.join(letters)}, is {_shown(fields[0])}")
+    direction, stage, micro_batch = (_integer(field, place) for field in fields[1:])
+    return Operation(Op(fields[0]), direction, stage, micro_batch)
+
+
+def _check_sizes(schedule: Schedule, num_stages: int) -> None:
+    if not schedule.placement:
+        raise ScheduleError("placement: must have a row for each direction, has none")
+    for direction, row in enumerate(schedule.placement):
+        if len(row) != num_stages:
+            raise ScheduleError(f"placement[{direction}]: must have num_stages = {num_stages} entries, has {len(row)}")
+    if len(schedule.ranks) != schedule.num_ranks:
+        raise ScheduleError(f"ranks: must have num_ranks = {schedule.num_ranks} entries, has {len(schedule.ranks)}")
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

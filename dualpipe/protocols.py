@@ -1,0 +1,87 @@
+"""What the interpreter asks of a stage and of the links between stages. It knows nothing else of either."""
+
+from collections.abc import Sequence
+from typing import Literal, Protocol
+
+from torch import Tensor
+
+from dualpipe.transfers import Message
+
+Lane = Literal["compute", "comm"]
+
+
+class Run(Protocol):
+    """One micro-batch on its way through one stage.
+
+    Phases run forward in order and backward in reverse order. A phase on the comm lane is only started
+    by `forward` and `backward`; `wait` completes it, and comes before the run's next phase.
+    """
+
+    def set_input(self, hidden_BTD: Tensor, /) -> None:
+        """The activation from the stage before."""
+        ...
+
+    def output(self) -> Tensor:
+        """The activation for the stage after."""
+        ...
+
+    def set_output_gradient(self, gradient_BTD: Tensor, /) -> None:
+        """The gradient from the stage after."""
+        ...
+
+    def input_gradient(self) -> Tensor:
+        """The gradient for the stage before."""
+        ...
+
+    def forward(self, phase: int) -> None:
+        """Runs or starts a phase."""
+        ...
+
+    def backward(self, phase: int) -> None:
+        """Runs or starts the backward for inputs of a phase."""
+        ...
+
+    def weight(self, phase: int) -> None:
+        """Runs the backward for weights of a computation."""
+        ...
+
+    def wait(self) -> None:
+        """Completes the phase under way on the comm lane."""
+        ...
+
+
+class Stage(Protocol):
+    """A stage, able to take micro-batches."""
+
+    @property
+    def lanes(self) -> Sequence[Lane]:
+        """The lane of each phase, in forward order."""
+        ...
+
+    def start(self, direction: int, micro_batch: int) -> Run:
+        """Begins a micro-batch. Activations between stages have the shape that `Transport` was told."""
+        ...
+
+
+class Receipt(Protocol):
+    """A message on its way here."""
+
+    def wait(self) -> Tensor:
+        """The tensor, once it has arrived."""
+        ...
+
+
+class Transport(Protocol):
+    """Links between pipeline ranks; each (source, destination, kind) keeps its order."""
+
+    def post_receive(self, message: Message, /) -> Receipt:
+        """Makes room for a message, in the order in which its link's messages will be sent."""
+        ...
+
+    def send(self, message: Message, tensor: Tensor, /) -> None:
+        """Sends without waiting for the other side."""
+        ...
+
+    def flush(self) -> None:
+        """Waits until everything sent has left."""
+        ...

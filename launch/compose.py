@@ -1,0 +1,147 @@
+"""A command's YAML and the overrides on its command line to plain values: the only module that knows Hydra."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
+
+from launch.errors import ConfigError, nearest, nearest_key
+
+
+def config_dir() -> Path:
+    """The folder of YAML values, beside the packages."""
+    return Path(__file__).resolve().parent.parent / "conf"
+
+
+def compose(command: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """Composes `conf/<command>.yaml` with the overrides: group choices and values.
+
+    Args:
+        command: name of a root YAML.
+        overrides: Hydra's override grammar: `group=option`, `a.b=value`, `+a.b=value`, `~a.b`.
+
+    Returns:
+        Nested dicts and lists of plain values, every interpolation resolved.
+
+    Raises:
+        ConfigError: an override that does not parse, an unknown key or option, a value that is missing.
+    """
+    groups = default_groups(command)
+    parsed = [_parse(text) for text in overrides]
+    for override in parsed:
+        _check_override(override, groups)
+    try:
+        config = _compose(command, overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        _raise_unknown_key(command, groups, parsed)
+        raise ConfigError(_first_line(error)) from error
+    try:
+        return _plain(config)
+    except MissingMandatoryValue as error:
+        raise ConfigError(f"{error.full_key}: a value is needed; write {error.full_key}=...") from error
+    except InterpolationResolutionError as error:
+        raise ConfigError(f"{error.full_key}: {_first_line(error)}") from error
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key or 'configuration'}: {_first_line(error)}") from error
+
+
+def compose_defaults(command: str) -> dict[str, Any]:
+    """What a command runs with when nothing is overridden; a value that must be given stays `???`."""
+    values = OmegaConf.to_container(_compose(command, []), resolve=False)
+    return {str(key): value for key, value in values.items()} if isinstance(values, dict) else {}
+
+
+def options(group: str) -> list[str]:
+    """The names that may be chosen for a group, sorted."""
+    return sorted(path.stem for path in (config_dir() / group).glob("*.yaml"))
+
+
+def default_groups(command: str) -> dict[str, str]:
+    """Groups of a command and the option chosen for each when none is named."""
+    root = yaml.safe_load((config_dir() / f"{command}.yaml").read_text(encoding="utf-8"))
+    return {group: option for entry in root["defaults"] if isinstance(entry, dict) for group, option in entry.items()}
+
+
+def _compose(command: str, overrides: Sequence[str]) -> DictConfig:
+    with initialize_config_dir(str(config_dir()), version_base="1.3", job_name=command):
+        return hydra_compose(command, list(overrides))
+
+
+def _plain(config: DictConfig) -> dict[str, Any]:
+    values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    return {str(key): value for key, value in values.items()} if isinstance(values, dict) else {}
+
+
+def _parse(text: str) -> Override:
+    try:
+        override = OverridesParser.create().parse_override(text)
+        if not override.key_or_group:
+            raise HydraException("no key")
+        return override
+    except HydraException as error:
+        raise ConfigError(
+            f"{text}: is not an override; write key=value, a list as key=[a,b], "
+            f"and quote text that holds any of ,=:{{}}[]() like \"key='a,b'\""
+        ) from error
+
+
+def _check_override(override: Override, groups: Mapping[str, str]) -> None:
+    key = override.key_or_group
+    if override.is_sweep_override():
+        raise ConfigError(f"{key}: one run takes one value, is {override.get_value_string()}; a list is {key}=[a,b]")
+    if key == "hydra" or key.startswith(("hydra.", "hydra/")):
+        raise ConfigError(f"{key}: Hydra's own settings have no effect here; leave it out")
+    if override.package is not None:
+        raise ConfigError(f"{key}@{override.package}: packages cannot be renamed; write {key}=option")
+    if key not in groups:
+        return
+    names = options(key)
+    if override.is_add() or override.is_force_add() or override.is_delete():
+        choices = ", ".join(names)
+        raise ConfigError(f"{override.input_line}: a group has one option; write {key}=option with one of {choices}")
+    value = override.value()
+    if not isinstance(value, str) or value not in names:
+        text = override.get_value_string()
+        raise ConfigError(f"{key}: no option {text}; {nearest(text, names)} (options: {', '.join(names)})")
+
+
+def _raise_unknown_key(command: str, groups: Mapping[str, str], parsed: Sequence[Override]) -> None:
+    """Names the first override whose key does not exist, with the nearest that does."""
+    choices = [override.input_line or "" for override in parsed if override.key_or_group in groups]
+    known = list(_dotted(OmegaConf.to_container(_compose(command, choices), resolve=False)))
+    keys = [*known, *(group for group in groups if group not in known)]
+    for override in parsed:
+        key = override.key_or_group
+        if key in groups or override.is_add() or override.is_force_add() or key in keys:
+            continue
+        if (elsewhere := _other_option(key)) is not None:
+            raise ConfigError(f"{key}: unknown key here; it comes with {elsewhere}")
+        raise ConfigError(f"{key}: unknown key; {nearest_key(key, keys)}")
+
+
+def _other_option(key: str) -> str | None:
+    group, _, rest = key.partition(".")
+    for option in options(group):
+        values = yaml.safe_load((config_dir() / group / f"{option}.yaml").read_text(encoding="utf-8"))
+        if rest in _dotted(values or {}):
+            return f"{group}={option}"
+    return None
+
+
+def _dotted(values: object, prefix: str = "") -> Iterable[str]:
+    if isinstance(values, dict):
+        for key, value in values.items():
+            yield f"{prefix}{key}"
+            yield from _dotted(value, f"{prefix}{key}.")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

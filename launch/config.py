@@ -1,0 +1,211 @@
+"""A run's configuration: read from plain values, written back, and checked across its parts. No torch here."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from data.config import DataSource
+from data.prepare import check_config
+from dualpipe.generate import select
+from launch.decode import decode, encode
+from launch.errors import ConfigError
+from launch.ranges import check_ranges, divisors, multiples
+from model.config import YarnRope
+from model.cut import cut_layers
+from train.config import TrainConfig
+from train.manifest import check_manifest, find_checkpoint
+
+# On the command line the source's keys stand beside data's other keys: `data=files data.paths=[a,b]`.
+_SOURCE_KEYS = ("kind", "paths")
+
+
+def read_config(values: Mapping[str, Any]) -> TrainConfig:
+    """Plain values, as `conf/train.yaml` and a run's `config.yaml` hold them, to a configuration.
+
+    Raises:
+        ConfigError: an unknown or missing key, a value of another type.
+    """
+    data = values.get("data")
+    if isinstance(data, Mapping):
+        source = {key: data[key] for key in _SOURCE_KEYS if key in data}
+        others = {key: value for key, value in data.items() if key not in _SOURCE_KEYS}
+        # A union is a type form that mypy does not take for type[T].
+        decoded = decode(DataSource, source, "data")  # type: ignore[arg-type, var-annotated]
+        values = {**values, "data": {**others, "source": decoded}}
+    return decode(TrainConfig, values)
+
+
+def write_config(config: TrainConfig) -> dict[str, Any]:
+    """The plain values that `read_config` reads."""
+    values: dict[str, Any] = encode(config)
+    data = values["data"]
+    values["data"] = {**data.pop("source"), **data}
+    return values
+
+
+def check(config: TrainConfig) -> None:
+    """Refuses a configuration that no run can follow, before any process starts.
+
+    Raises:
+        ConfigError: a rule of this module.
+        CutError: fewer layers than pipeline stages.
+        ScheduleError: ranks or micro-batches that the schedule cannot take.
+        DataError: text that is missing or empty, and what else `data` refuses of its settings.
+        CheckpointError: `resume` names no checkpoint, or one of another model or layout.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", config.name):
+        raise ConfigError(f"name: must be letters, digits, '.', '_' and '-', as it names a folder, is {config.name!r}")
+    check_ranges(config)
+    _check_ranks(config)
+    _check_model(config)
+    _check_experts(config)
+    _check_batch(config)
+    _check_schedule(config)
+    _check_optim(config)
+    _check_data(config)
+    if config.resume is not None:
+        check_manifest(find_checkpoint(config.resume), config)
+
+
+def _check_ranks(config: TrainConfig) -> None:
+    cluster, parallelism, world = config.cluster, config.parallelism, config.parallelism.world_size
+    if parallelism.data % parallelism.expert:
+        raise ConfigError(
+            f"parallelism.expert: must divide parallelism.data={parallelism.data}, is {parallelism.expert}; "
+            f"nearest valid: {divisors(parallelism.data, parallelism.expert)}"
+        )
+    if world > cluster.ranks_per_node and world % cluster.ranks_per_node:
+        raise ConfigError(
+            f"cluster.ranks_per_node: must divide the {world} ranks (parallelism.pipeline x parallelism.data), "
+            f"is {cluster.ranks_per_node}; nearest valid: {divisors(world, cluster.ranks_per_node)}"
+        )
+    if cluster.backend == "nccl" and cluster.device != "cuda":
+        raise ConfigError(
+            f"cluster.backend: nccl needs cluster.device=cuda, is nccl with cluster.device={cluster.device}; "
+            f"nearest valid: gloo"
+        )
+    if config.dispatch.kind == "local" and parallelism.expert > 1:
+        raise ConfigError(
+            f"dispatch: local keeps every expert on each rank and needs parallelism.expert=1, "
+            f"is local with parallelism.expert={parallelism.expert}; nearest valid: dispatch=all_to_all"
+        )
+
+
+def _check_model(config: TrainConfig) -> None:
+    model = config.model
+    if model.qk_rope_head_dim % 2:
+        raise ConfigError(
+            f"model.qk_rope_head_dim: must be even, as values rotate in pairs, is {model.qk_rope_head_dim}; "
+            f"nearest valid: {multiples(model.qk_rope_head_dim, 2)}"
+        )
+    if model.num_dense_layers > model.num_layers:
+        raise ConfigError(
+            f"model.num_dense_layers: must be at most model.num_layers={model.num_layers}, "
+            f"is {model.num_dense_layers}; nearest valid: {model.num_layers}"
+        )
+    rope = model.rope_scaling
+    if isinstance(rope, YarnRope) and (rope.factor < 1 or rope.beta_fast <= rope.beta_slow):
+        raise ConfigError(
+            f"model.rope_scaling: must have factor of at least 1 and beta_fast above beta_slow, "
+            f"is factor={rope.factor}, beta_fast={rope.beta_fast}, beta_slow={rope.beta_slow}"
+        )
+    # Only the outermost mirror pair of dualpipe holds embedding and head together.
+    if config.schedule.kind == "1f1b" and config.parallelism.pipeline > 1 and model.mtp_depth > 0:
+        raise ConfigError(
+            f"model.mtp_depth: must be 0 under schedule=1f1b with parallelism.pipeline={config.parallelism.pipeline}, "
+            f"as embedding and head sit on different ranks, is {model.mtp_depth}; "
+            f"nearest valid: model.mtp_depth=0, or schedule=dualpipe"
+        )
+
+
+def _check_experts(config: TrainConfig) -> None:
+    model, expert = config.model, config.parallelism.expert
+    experts, top_k = model.num_routed_experts, model.num_experts_per_token
+    groups, limit = model.num_expert_groups, model.num_limited_groups
+    if experts % expert:
+        raise ConfigError(
+            f"model.num_routed_experts: must be divisible by parallelism.expert={expert}, is {experts}; nearest valid: "
+            f"{multiples(experts, expert)}, or parallelism.expert={divisors(experts, expert)}"
+        )
+    if experts % groups:
+        raise ConfigError(
+            f"model.num_expert_groups: must divide model.num_routed_experts={experts}, is {groups}; "
+            f"nearest valid: {divisors(experts, groups)}"
+        )
+    if limit > groups:
+        raise ConfigError(
+            f"model.num_limited_groups: must be at most model.num_expert_groups={groups}, is {limit}; "
+            f"nearest valid: {groups}"
+        )
+    if top_k % limit:
+        raise ConfigError(
+            f"model.num_experts_per_token: must be divisible by model.num_limited_groups={limit}, is {top_k}; "
+            f"nearest valid: {multiples(top_k, limit)}"
+        )
+    within = limit * (experts // groups)
+    if top_k > within:
+        raise ConfigError(
+            f"model.num_experts_per_token: must be at most {within}, the experts in {limit} of {groups} groups "
+            f"(model.num_limited_groups, model.num_expert_groups), is {top_k}; nearest valid: {within}"
+        )
+
+
+def _check_batch(config: TrainConfig) -> None:
+    stage, model = config.stage, config.model
+    share = config.parallelism.data * stage.micro_batch_sequences
+    if stage.global_batch_sequences % share:
+        raise ConfigError(
+            f"stage.global_batch_sequences: must be divisible by parallelism.data x stage.micro_batch_sequences "
+            f"= {share}, is {stage.global_batch_sequences}; "
+            f"nearest valid: {multiples(stage.global_batch_sequences, share)}"
+        )
+    if stage.sequence_length_tokens > model.max_position_tokens:
+        raise ConfigError(
+            f"stage.sequence_length_tokens: must be at most model.max_position_tokens={model.max_position_tokens}, "
+            f"is {stage.sequence_length_tokens}; nearest valid: {model.max_position_tokens}"
+        )
+    if stage.sequence_length_tokens <= model.mtp_depth:
+        raise ConfigError(
+            f"stage.sequence_length_tokens: must be above model.mtp_depth={model.mtp_depth}, "
+            f"is {stage.sequence_length_tokens}; nearest valid: {model.mtp_depth + 1}"
+        )
+    if stage.validation_sequences % stage.global_batch_sequences:
+        raise ConfigError(
+            f"stage.validation_sequences: must be 0 or a multiple of "
+            f"stage.global_batch_sequences={stage.global_batch_sequences}, as a pass runs that many, "
+            f"is {stage.validation_sequences}; "
+            f"nearest valid: {multiples(stage.validation_sequences, stage.global_batch_sequences)}"
+        )
+
+
+def _check_schedule(config: TrainConfig) -> None:
+    select.check(config.schedule.kind, config.parallelism.pipeline, config.num_micro_batches)
+    cut_layers(config.model.num_layers, config.parallelism.pipeline, config.model.mtp_depth)
+
+
+def _check_optim(config: TrainConfig) -> None:
+    optim, precision = config.optim, config.precision.kind
+    if optim.final_learning_rate > optim.learning_rate:
+        raise ConfigError(
+            f"optim.final_learning_rate: must be at most optim.learning_rate={optim.learning_rate}, "
+            f"is {optim.final_learning_rate}; nearest valid: {optim.learning_rate}"
+        )
+    if not optim.warmup_steps <= optim.decay_start_step <= optim.decay_end_step:
+        raise ConfigError(
+            f"optim.decay_start_step: must lie between optim.warmup_steps={optim.warmup_steps} and "
+            f"optim.decay_end_step={optim.decay_end_step}, is {optim.decay_start_step}"
+        )
+    needed = {"float64": "replicated", "bf16": "zero1"}.get(precision, optim.sharding)
+    if optim.sharding != needed:
+        raise ConfigError(
+            f"optim.sharding: precision={precision} needs {needed}, is {optim.sharding}; nearest valid: {needed}"
+        )
+
+
+def _check_data(config: TrainConfig) -> None:
+    tokens, model = config.data.tokenizer_vocab_size, config.model.vocab_size
+    if tokens > model:
+        raise ConfigError(
+            f"data.tokenizer_vocab_size: must be at most model.vocab_size={model}, is {tokens}; nearest valid: {model}"
+        )
+    check_config(config.data)

@@ -1,0 +1,172 @@
+"""A job's ranks as processes of this machine, through torch's elastic launcher.
+
+A fork server imports the heavy modules while the parent still prepares data, and every rank is a fork
+of it: ranks start in tenths of a second instead of seconds.
+"""
+
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+import uuid
+from collections.abc import Callable, Sequence
+from multiprocessing import connection, forkserver, process, resource_tracker
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from comm.config import ClusterConfig
+from launch.environment import apply_rank_environment
+from launch.folder import read_folder
+from launch.report import EXIT_CONFIGURATION, user_errors
+from train.config import TrainConfig
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+Entry = Callable[[TrainConfig], int]
+"""What a rank does; gives its exit code. A function of a module, as ranks find it by its name."""
+
+# Longer than the launcher's look at its ranks, so that a rank killed by a signal is seen before those that
+# only lost their connection to it.
+_NOTICE_SECONDS = 1.0
+_CALM_LOGGERS = (
+    "torch.distributed.elastic.agent.server.api",
+    "torch.distributed.elastic.agent.server.local_elastic_agent",
+    "torch.distributed.elastic.multiprocessing.api",
+    "torch.multiprocessing.spawn",
+)
+
+
+def preload_modules(cluster: ClusterConfig) -> list[str]:
+    """Modules that every rank needs and that are slow to import, in this order."""
+    modules = ["torch", "train.run", "launch.train"]
+    # With CUDA, DeepSpeed is left to the ranks: what it touches at import must not happen before the fork.
+    return [*modules, "deepspeed.runtime.zero.stage_1_and_2"] if cluster.device == "cpu" else modules
+
+
+def start_fork_server(cluster: ClusterConfig, modules: Sequence[str]) -> None:
+    """Starts the process that ranks are forked from; returns at once, it imports `modules` by itself.
+
+    Call it before this process imports torch, so that both import at the same time.
+
+    Args:
+        cluster: for the environment that the modules are imported under.
+        modules: to import; one that does not exist is passed over.
+    """
+    apply_rank_environment(cluster)
+    multiprocessing.set_forkserver_preload(list(modules))
+    # Ctrl-C reaches every process of the terminal: blocked here, it waits until a rank can die of it quietly.
+    resource_tracker.ensure_running()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
+def run_ranks(folder: Path, world_size: int, entry: Entry) -> int:
+    """Runs a job's ranks to their end. None of them outlives this call, or this process.
+
+    Args:
+        folder: of the run: ranks read `config.yaml` there and leave `log/rank_N.error.log` when they fail.
+        world_size: ranks to start.
+        entry: what each rank does.
+
+    Returns:
+        The exit code: a rank's own, 128 + n when a rank or this process was ended by signal n.
+    """
+    for stale in (folder / "log").glob("rank_*.error.log"):
+        stale.unlink()
+    try:
+        with TemporaryDirectory(prefix="launch-") as scratch:
+            return _run_elastic(folder, world_size, entry, scratch)
+    finally:
+        for child in multiprocessing.active_children():
+            child.kill()
+
+
+def _run_elastic(folder: Path, world_size: int, entry: Entry, scratch: str) -> int:
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    for name in _CALM_LOGGERS:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    launch = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=world_size,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        local_addr="localhost",
+        max_restarts=0,
+        start_method="forkserver",
+        logs_specs=DefaultLogsSpecs(log_dir=scratch),
+    )
+    try:
+        codes = elastic_launch(launch, _rank)(entry, str(folder))
+    except SignalException as ended:
+        return 128 + int(ended.sigval)
+    except ChildFailedError as failure:
+        return _report_failure(folder, failure)
+    return next((code for _, code in sorted(codes.items()) if code), 0)
+
+
+def _report_failure(folder: Path, failed: "ChildFailedError") -> int:
+    """Says once and shortly which rank failed first, and why. Gives the exit code."""
+    rank, failure = failed.get_first_failure()
+    if failure.exitcode < 0:
+        name = signal.Signals(-failure.exitcode).name
+        print(f"error: rank {rank} was ended by {name}", file=sys.stderr, flush=True)
+        return 128 - failure.exitcode
+    # A rank that fails takes others with it: the first to say so is the cause.
+    logs = sorted((folder / "log").glob("rank_*.error.log"), key=lambda path: path.stat().st_mtime_ns)
+    if not logs:
+        print(f"error: rank {rank} ended with exit code {failure.exitcode}", file=sys.stderr, flush=True)
+    else:
+        first = logs[0].name.removeprefix("rank_").removesuffix(".error.log")
+        text = logs[0].read_text(encoding="utf-8").splitlines()[0]
+        place = "" if failure.exitcode == EXIT_CONFIGURATION else f"rank {first}: "
+        print(f"error: {place}{text}", file=sys.stderr, flush=True)
+        print(f"the whole traceback is in {logs[0]}", file=sys.stderr, flush=True)
+    return int(failure.exitcode)
+
+
+def _rank(entry: Entry, folder: str) -> int:
+    """The life of one rank. Runs in a fork of the fork server."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    # Ranks only talk among themselves, whatever this machine's name resolves to.
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        return entry(read_folder(Path(folder)))
+    except Exception as error:
+        _write_error(Path(folder) / "log" / f"rank_{os.environ['RANK']}.error.log", error)
+        time.sleep(_NOTICE_SECONDS)
+        sys.exit(EXIT_CONFIGURATION if isinstance(error, user_errors()) else 1)
+
+
+def _die_with_parent() -> None:
+    """Ends this rank when the launcher is gone, even one that was killed: the fork server would keep it alive."""
+    parent = process.parent_process()
+    if parent is not None:
+        connection.wait([parent.sentinel])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _write_error(path: Path, error: Exception) -> None:
+    """One line that says what went wrong, then the traceback."""
+    text = str(error) if isinstance(error, user_errors()) else f"{type(error).__name__}: {error}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    first_line = next(iter(text.splitlines()), type(error).__name__)
+    path.write_text(f"{first_line}\n\n{''.join(traceback.format_exception(error))}", encoding="utf-8")

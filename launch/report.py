@@ -1,0 +1,87 @@
+"""How every command starts and ends: its help, its errors in one line, its exit codes."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+
+from launch.errors import ConfigError
+
+EXIT_CONFIGURATION = 2
+EXIT_INTERRUPTED = 128 + signal.SIGINT
+EXIT_BROKEN_PIPE = 128 + signal.SIGPIPE
+
+Main = Callable[[Sequence[str]], int]
+"""A command's own part: takes the overrides, gives the exit code."""
+
+
+def command(name: str, main: Main, *, quiet: bool = False) -> int:
+    """Runs a command on this process' arguments.
+
+    A user's error is one line on stderr and exit code 2, Ctrl-C ends without a traceback, and so does
+    a reader of stdout that leaves early.
+
+    Args:
+        name: of the command: `conf/<name>.yaml` and `launch/<name>.py`.
+        main: takes the overrides.
+        quiet: end with the error's exit code alone, as another rank prints the same error.
+
+    Returns:
+        The exit code of the process.
+    """
+    arguments = sys.argv[1:]
+    try:
+        if any(argument in ("-h", "--help") for argument in arguments):
+            print(help_text(name))
+            code = 0
+        else:
+            _refuse_flags(name, arguments)
+            code = main(arguments)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # What is still buffered has no reader; the interpreter would complain of it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except ValueError as error:
+        if not isinstance(error, user_errors()):
+            raise
+        if not quiet:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return EXIT_CONFIGURATION
+
+
+def user_errors() -> tuple[type[ValueError], ...]:
+    """Errors that are the user's to mend: said in one line, without a traceback."""
+    from data.corpus import DataError
+    from dualpipe.ir import ScheduleError
+    from model.cut import CutError
+    from train.manifest import CheckpointError
+
+    return (ConfigError, ScheduleError, DataError, CheckpointError, CutError)
+
+
+def help_text(name: str) -> str:
+    """Usage of a command, its groups with their options, and its keys with their values by default."""
+    import yaml
+
+    from launch.compose import compose_defaults, config_dir, default_groups, options
+
+    root = (config_dir() / f"{name}.yaml").read_text(encoding="utf-8")
+    about = root.splitlines()[0].lstrip("# ").partition(":")[0]
+    lines = [f"{about}.", "", f"python -m launch.{name} [group=option] [a.b=value]", "", "Groups (* by default):"]
+    for group, default in default_groups(name).items():
+        marked = [f"{option}*" if option == default else option for option in options(group)]
+        lines.append(f"  {group}={' | '.join(marked)}")
+    keys = yaml.safe_dump(compose_defaults(name), sort_keys=False, allow_unicode=True)
+    return "\n".join([*lines, "", "Keys:", *(f"  {line}" for line in keys.splitlines())])
+
+
+def _refuse_flags(name: str, arguments: Sequence[str]) -> None:
+    for argument in arguments:
+        if argument.startswith("-"):
+            key, equals, value = argument.lstrip("-").partition("=")
+            advice = f"write {key.replace('-', '_')}={value or '...'}" if key else "use key=value"
+            raise ConfigError(f"{argument}: no flags; use key=value ({advice}), or --help to see the keys")

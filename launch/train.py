@@ -1,0 +1,81 @@
+"""`python -m launch.train`: one training run, with its own local ranks or as a rank of `torchrun`."""
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+
+from launch.compose import compose
+from launch.config import check, read_config
+from launch.environment import apply_rank_environment
+from launch.errors import ConfigError
+from launch.folder import check_folder, claim_folder
+from launch.local import preload_modules, run_ranks, start_fork_server
+from launch.report import command
+from train.config import TrainConfig
+
+
+def main(overrides: Sequence[str]) -> int:
+    """Trains. Everything that a user can get wrong is refused before a process starts or a file is written.
+
+    Args:
+        overrides: of `conf/train.yaml`.
+
+    Returns:
+        The exit code: 0 done, 77 non-finite loss, 128 + n signal.
+
+    Raises:
+        ConfigError, DataError, ScheduleError, CutError, CheckpointError: a configuration that no run can follow.
+    """
+    config = read_config(compose("train", overrides))
+    check(config)
+    if is_torchrun(os.environ):
+        return _run_as_rank(config)
+    check_folder(config)
+    return _run_local(config)
+
+
+def train_rank(config: TrainConfig) -> int:
+    """What a rank does: the whole run. Gives its exit code."""
+    from train.run import main as run
+
+    return run(config)
+
+
+def is_torchrun(environment: Mapping[str, str]) -> bool:
+    """Whether torchrun, or another elastic launcher, started this process as one of its ranks."""
+    return "RANK" in environment and "TORCHELASTIC_RUN_ID" in environment
+
+
+def is_other_rank(environment: Mapping[str, str]) -> bool:
+    """Whether another rank prints what this one would."""
+    return is_torchrun(environment) and environment["RANK"] != "0"
+
+
+def _run_local(config: TrainConfig) -> int:
+    start_fork_server(config.cluster, preload_modules(config.cluster))
+    # One process fills the cache while the fork server imports; the ranks then only open it.
+    from data.prepare import prepare
+
+    prepare(config.data, config.stage.sequence_length_tokens)
+    config = claim_folder(config, datetime.now())
+    return run_ranks(Path(config.out_dir), config.parallelism.world_size, train_rank)
+
+
+def _run_as_rank(config: TrainConfig) -> int:
+    world, started = config.parallelism.world_size, int(os.environ["WORLD_SIZE"])
+    if world != started:
+        raise ConfigError(
+            f"parallelism: pipeline={config.parallelism.pipeline} x data={config.parallelism.data} makes {world} "
+            f"ranks, but torchrun started WORLD_SIZE={started}; start {world} ranks, or change parallelism"
+        )
+    if not is_other_rank(os.environ):
+        check_folder(config)
+        config = claim_folder(config, datetime.now())
+    apply_rank_environment(config.cluster)
+    return train_rank(config)
+
+
+if __name__ == "__main__":
+    sys.exit(command("train", main, quiet=is_other_rank(os.environ)))

@@ -1,0 +1,57 @@
+"""Who owns gradients between backward passes and the optimiser's step."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+
+class WeightQueue:
+    """Weight gradients of one phase of one micro-batch, waiting for their W."""
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[Tensor, Callable[[], Tensor]]] = []
+
+    def defer(self, weight: Tensor, gradient: Callable[[], Tensor]) -> None:
+        """Keeps a closure that computes the gradient of `weight`."""
+        self._waiting.append((weight, gradient))
+
+    def flush(self, store: "GradientStore") -> None:
+        """Computes all that waits, adds it to the store, and drops what it held."""
+        waiting, self._waiting = self._waiting, []
+        with torch.no_grad():
+            for weight, gradient in waiting:
+                store.add(weight, gradient())
+
+
+class GradientStore:
+    """Sums of gradients over a step's micro-batches, at least float32 whatever the weights' type.
+
+    Gradients that autograd itself accumulates (norms, embedding, router) are moved here by a hook as
+    soon as they are made; those of linear maps arrive through `add`.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        self._sums = {
+            parameter: torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
+            for parameter in parameters
+        }
+        self._hooks = [parameter.register_post_accumulate_grad_hook(self._take) for parameter in self._sums]
+
+    def add(self, parameter: Tensor, gradient: Tensor) -> None:
+        """Adds one gradient of `parameter`, same shape."""
+        self._sums[parameter].add_(gradient)
+
+    def gradient(self, parameter: Tensor) -> Tensor:
+        """The sum so far; zeros where nothing arrived. The store's own tensor, not a copy."""
+        return self._sums[parameter]
+
+    def clear(self) -> None:
+        """Back to zero."""
+        for total in self._sums.values():
+            total.zero_()
+
+    def _take(self, parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            self._sums[parameter].add_(parameter.grad)
+            parameter.grad = None

@@ -1,0 +1,201 @@
+"""A stage's units of work, each run forward and backward by itself; between them the graph is cut.
+
+One micro-batch's passage through a phase is one object. Values between phases are tuples of tensors;
+gradients travel back in tuples of the same length, None where a value has none.
+
+Shape legend: B sequences, T tokens of one, N = B T tokens, D hidden size, K experts per token, A arrived rows.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, Literal, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from comm.protocol import Arrived, Dispatcher, Handle, Work
+from model.block import Block
+from model.gradients import GradientStore, WeightQueue
+from model.linear import WeightSink
+
+Lane = Literal["compute", "comm"]
+Values = tuple[Tensor, ...]
+Gradients = tuple[Tensor | None, ...]
+Given = TypeVar("Given")
+Made = TypeVar("Made")
+
+
+class Then(Generic[Given, Made]):
+    """Work whose result still needs a cheap step on the compute lane."""
+
+    def __init__(self, work: Work[Given], finish: Callable[[Given], Made]) -> None:
+        self._work = work
+        self._finish = finish
+
+    def wait(self) -> Made:
+        """The finished result."""
+        return self._finish(self._work.wait())
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """What a computation gives: values for the next phase, and its part of the step's loss, if any."""
+
+    values: Values
+    loss: Tensor | None = None
+
+
+class ComputePhase:
+    """A differentiable function of the values before it, with its weight gradients put off until `weight`."""
+
+    def __init__(self, function: Callable[[Values, WeightSink | None], Computed], store: GradientStore | None) -> None:
+        self._function = function
+        self._store = store
+        self._queue = WeightQueue()
+        self._inputs: Values = ()
+        self._outputs: Computed | None = None
+
+    def forward(self, values: Values) -> Values:
+        """The function's values, cut off from its graph. Without a store nothing is kept for a backward."""
+        if self._store is None:
+            with torch.no_grad():
+                return self._function(values, None).values
+        self._inputs = tuple(value.detach().requires_grad_(value.is_floating_point()) for value in values)
+        with torch.enable_grad():
+            self._outputs = self._function(self._inputs, self._queue)
+        return tuple(value.detach() for value in self._outputs.values)
+
+    def backward(self, gradients: Gradients) -> Gradients:
+        """Gradients of the inputs; weight gradients of linear maps wait in the queue."""
+        assert self._outputs is not None
+        roots: list[Tensor] = []
+        seeds: list[Tensor] = []
+        for value, gradient in zip(self._outputs.values, gradients, strict=True):
+            if gradient is not None and value.requires_grad:
+                roots.append(value)
+                seeds.append(gradient)
+        if self._outputs.loss is not None:
+            roots.append(self._outputs.loss)
+            seeds.append(torch.ones_like(self._outputs.loss))
+        torch.autograd.backward(roots, seeds)
+        inputs = tuple(value.grad for value in self._inputs)
+        self._inputs, self._outputs = (), None
+        return inputs
+
+    def weight(self) -> None:
+        """The weight gradients of the last backward, added to the store."""
+        assert self._store is not None
+        self._queue.flush(self._store)
+
+
+@dataclass(slots=True)
+class Exchange:
+    """What the three phases around one exchange share: who sends what to whom, and how much came."""
+
+    dispatcher: Dispatcher
+    handle: Handle | None = None
+    counts: tuple[int, ...] = ()
+
+    def plan(self, topk_ids_NK: Tensor) -> Handle:
+        """Starts the exchange of counts."""
+        self.handle = self.dispatcher.plan(topk_ids_NK)
+        return self.handle
+
+    def planned(self) -> Handle:
+        """The handle made by `plan`."""
+        assert self.handle is not None
+        return self.handle
+
+
+class DispatchPhase:
+    """(residual, rows, weights, ids) -> (residual, rows, arrived rows, arrived weights)."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange = exchange
+
+    def forward(self, values: Values) -> Work[Values]:
+        """Sends a copy of each row to each of its experts."""
+        residual, rows_BTD, weights_NK, ids_NK = values
+        handle = self._exchange.plan(ids_NK)
+
+        def finish(arrived: Arrived) -> Values:
+            self._exchange.counts = arrived.counts
+            return residual, rows_BTD, arrived.rows_AD, arrived.weights_A
+
+        return Then(self._exchange.dispatcher.dispatch(rows_BTD.flatten(0, 1), weights_NK, handle), finish)
+
+    def backward(self, gradients: Gradients) -> Work[Gradients]:
+        """Brings the gradients of rows and weights back to their tokens."""
+        residual_BTD, own_BTD, rows_AD, weights_A = gradients
+        assert residual_BTD is not None
+        assert rows_AD is not None
+        assert weights_A is not None
+
+        def finish(back: tuple[Tensor, Tensor]) -> Gradients:
+            rows_BTD = back[0].view_as(residual_BTD)
+            return residual_BTD, (rows_BTD if own_BTD is None else own_BTD + rows_BTD), back[1], None
+
+        handle = self._exchange.planned()
+        return Then(self._exchange.dispatcher.dispatch_backward(rows_AD, weights_A, handle), finish)
+
+
+class CombinePhase:
+    """(routed rows, base) -> (hidden,): the sum of each token's experts, added to residual and shared experts."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange = exchange
+
+    def forward(self, values: Values) -> Work[Values]:
+        """Brings each token's rows back and sums them."""
+        routed_AD, base_BTD = values
+        work = self._exchange.dispatcher.combine(routed_AD, self._exchange.planned())
+        return Then(work, lambda summed_ND: (base_BTD + summed_ND.view_as(base_BTD),))
+
+    def backward(self, gradients: Gradients) -> Work[Gradients]:
+        """A copy of each token's gradient to each of its experts."""
+        (hidden,) = gradients
+        assert hidden is not None
+        work = self._exchange.dispatcher.combine_backward(hidden.flatten(0, 1), self._exchange.planned())
+        return Then(work, lambda routed_AD: (routed_AD, hidden))
+
+
+Phase = ComputePhase | DispatchPhase | CombinePhase
+
+
+class BalanceNote(Protocol):
+    """Takes the balance loss of one layer and one micro-batch; gives its part of the step's loss."""
+
+    def __call__(self, balance: Tensor) -> Tensor:
+        """balance: summed over sequences, unscaled."""
+        ...
+
+
+def block_lanes(dense: bool) -> tuple[Lane, ...]:
+    """Lanes of a block's phases: attend, dispatch, experts, combine; a dense block is one computation."""
+    return ("compute",) if dense else ("compute", "comm", "compute", "comm")
+
+
+def block_phases(
+    block: Block, dispatcher: Dispatcher, store: GradientStore | None, note_balance: BalanceNote
+) -> list[Phase]:
+    """The phases of one micro-batch through one block: (hidden,) -> (hidden,)."""
+    if block.moe is None:
+        return [ComputePhase(lambda values, sink: Computed((block.dense(values[0], sink),)), store)]
+    exchange = Exchange(dispatcher)
+
+    def attend(values: Values, sink: WeightSink | None) -> Computed:
+        attended = block.attend(values[0], sink)
+        routing = attended.routing
+        out = (attended.residual_BTD, attended.rows_BTD, routing.weights_NK, routing.ids_NK)
+        return Computed(out, note_balance(routing.balance))
+
+    def experts(values: Values, sink: WeightSink | None) -> Computed:
+        residual, rows, arrived, weights = values
+        return Computed(block.apply_experts(residual, rows, arrived, weights, exchange.counts, sink))
+
+    return [
+        ComputePhase(attend, store),
+        DispatchPhase(exchange),
+        ComputePhase(experts, store),
+        CombinePhase(exchange),
+    ]

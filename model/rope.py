@@ -1,0 +1,67 @@
+"""Rotary position embedding, interleaved pairs, with YaRN (arXiv:2309.00071; arXiv:2412.19437, section 4.3).
+
+Shape legend: B sequences, T positions, H heads, R rotated values per head.
+"""
+
+import math
+from typing import assert_never
+
+import torch
+from torch import Tensor
+
+from model.config import ModelConfig, PlainRope, YarnRope
+
+
+def inverse_frequencies(config: ModelConfig) -> Tensor:
+    """Radians per position of each pair, float64 [R / 2]: theta^(-2k/R), interpolated where YaRN says."""
+    size = config.qk_rope_head_dim
+    plain = config.rope_theta ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
+    match config.rope_scaling:
+        case PlainRope():
+            return plain
+        case YarnRope() as yarn:
+
+            def pair_with(rotations: float) -> float:
+                wavelengths = yarn.original_max_position_tokens / (rotations * 2 * math.pi)
+                return size * math.log(wavelengths) / (2 * math.log(config.rope_theta))
+
+            low = max(math.floor(pair_with(yarn.beta_fast)), 0)
+            high = min(math.ceil(pair_with(yarn.beta_slow)), size - 1)
+            pairs = torch.arange(size // 2, dtype=torch.float64)
+            ramp = ((pairs - low) / max(high - low, 1e-3)).clamp(0, 1)
+            return plain * (1 - ramp) + plain / yarn.factor * ramp
+        case _ as other:
+            assert_never(other)
+
+
+def softmax_scale(config: ModelConfig) -> float:
+    """What attention scores are multiplied by: qk_head_dim^-0.5, times YaRN's squared temperature."""
+    scale = 1 / math.sqrt(config.qk_head_dim)
+    match config.rope_scaling:
+        case YarnRope(factor=factor, mscale_all_dim=mscale) if factor > 1:
+            temperature = 0.1 * mscale * math.log(factor) + 1
+            return scale * temperature * temperature
+        case _:
+            return scale
+
+
+def _attention_factor(config: ModelConfig) -> float:
+    match config.rope_scaling:
+        case YarnRope(factor=factor, mscale=mscale, mscale_all_dim=all_dim) if factor > 1:
+            return (0.1 * mscale * math.log(factor) + 1) / (0.1 * all_dim * math.log(factor) + 1)
+        case _:
+            return 1.0
+
+
+def rotation_table(config: ModelConfig, num_positions: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin of every position and pair, [T, R / 2] each."""
+    angles = torch.arange(num_positions, dtype=torch.float64)[:, None] * inverse_frequencies(config)
+    factor = _attention_factor(config)
+    return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
+
+
+def rotate(x_BTHR: Tensor, cos_TP: Tensor, sin_TP: Tensor) -> Tensor:
+    """Each pair (x0, x1), (x2, x3), ... turned by its position's angle. Same shape and type as x."""
+    even, odd = x_BTHR.to(cos_TP.dtype).unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos_TP[:, None], sin_TP[:, None]
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).to(x_BTHR.dtype)

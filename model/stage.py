@@ -1,0 +1,157 @@
+"""A pipeline stage: contiguous layers, the embedding before the first, the heads after the last.
+
+Shape legend: B sequences, T tokens, D hidden size.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from comm.protocol import Work
+from model.block import Block
+from model.gradients import GradientStore
+from model.head import cross_entropy_sum
+from model.linear import WeightSink
+from model.objective import LossSums, MicroBatch, Objective
+from model.phases import Computed, ComputePhase, Gradients, Lane, Phase, Values, block_lanes, block_phases
+from model.transformer import Transformer
+
+
+class StageRun:
+    """One micro-batch on its way through one stage, phase by phase, forward and back."""
+
+    def __init__(self, phases: list[Phase]) -> None:
+        self._phases = phases
+        self._values: Values = ()
+        self._gradients: Gradients = ()
+        self._under_way: Callable[[], None] | None = None
+
+    def set_input(self, hidden_BTD: Tensor) -> None:
+        """The hidden state from the stage before."""
+        self._values = (hidden_BTD,)
+
+    def output(self) -> Tensor:
+        """The hidden state for the stage after; handed over, not kept."""
+        (hidden,), self._values = self._values, ()
+        return hidden
+
+    def set_output_gradient(self, gradient_BTD: Tensor) -> None:
+        """The gradient of `output`, from the stage after."""
+        self._gradients = (gradient_BTD,)
+
+    def input_gradient(self) -> Tensor:
+        """The gradient of the input, for the stage before; handed over, not kept."""
+        (gradient,), self._gradients = self._gradients, ()
+        assert gradient is not None
+        return gradient
+
+    def forward(self, phase: int) -> None:
+        """Runs a computation, or starts an exchange that `wait` completes."""
+        match self._phases[phase]:
+            case ComputePhase() as compute:
+                self._values = compute.forward(self._values)
+            case exchange:
+                self._start(exchange.forward(self._values), self._keep_values)
+
+    def backward(self, phase: int) -> None:
+        """As `forward`, for gradients of inputs."""
+        match self._phases[phase]:
+            case ComputePhase() as compute:
+                self._gradients = compute.backward(self._gradients)
+            case exchange:
+                self._start(exchange.backward(self._gradients), self._keep_gradients)
+
+    def weight(self, phase: int) -> None:
+        """The weight gradients that the phase's backward put off."""
+        compute = self._phases[phase]
+        assert isinstance(compute, ComputePhase)
+        compute.weight()
+
+    def wait(self) -> None:
+        """Completes the exchange under way."""
+        assert self._under_way is not None
+        complete, self._under_way = self._under_way, None
+        complete()
+
+    def _start(self, work: Work[Any], keep: Callable[[Any], None]) -> None:
+        assert self._under_way is None
+        self._under_way = lambda: keep(work.wait())
+
+    def _keep_values(self, values: Values) -> None:
+        self._values = values
+
+    def _keep_gradients(self, gradients: Gradients) -> None:
+        self._gradients = gradients
+
+
+class Stage:
+    """Layers `layers` of a model held here, as phases.
+
+    `lanes` names the lane of every phase in forward order, the same on every rank that holds the stage.
+    """
+
+    def __init__(self, model: Transformer, layers: range, *, first: bool, last: bool) -> None:
+        self._model = model
+        self._layers = layers
+        self._first = first
+        self._last = last
+        depth = model.config.mtp_depth if last else 0
+        lanes: list[Lane] = ["compute"] if first else []
+        for layer in layers:
+            lanes += block_lanes(model.block(layer).moe is None)
+        if last:
+            lanes += ["compute", *(*block_lanes(dense=False), "compute") * depth]
+        self.lanes: tuple[Lane, ...] = tuple(lanes)
+
+    def start(
+        self, batch: MicroBatch | None, objective: Objective, sums: LossSums, store: GradientStore | None
+    ) -> StageRun:
+        """A run of one micro-batch. `batch` is needed at the ends only; without a store it is forward only."""
+
+        def note_balance(balance: Tensor) -> Tensor:
+            sums.add_balance(balance)
+            return objective.balance * balance
+
+        def add_block(block: Block) -> None:
+            phases.extend(block_phases(block, self._model.dispatcher, store, note_balance))
+
+        phases: list[Phase] = []
+        if self._first:
+            assert batch is not None
+            tokens = batch.inputs_BT[0]
+            phases.append(ComputePhase(lambda _, __: Computed((self._model.embed(tokens),)), store))
+        for layer in self._layers:
+            add_block(self._model.block(layer))
+        if self._last:
+            assert batch is not None
+            for depth in range(self._model.config.mtp_depth + 1):
+                if depth:
+                    add_block(self._model.mtp_block(depth))
+                phases.append(ComputePhase(self._head(depth, batch, objective, sums), store))
+        return StageRun(phases)
+
+    def _head(
+        self, depth: int, batch: MicroBatch, objective: Objective, sums: LossSums
+    ) -> Callable[[Values, WeightSink | None], Computed]:
+        model, config = self._model, self._model.config
+
+        def compute(values: Values, sink: WeightSink | None) -> Computed:
+            (hidden,) = values
+            normal = model.final_norm(depth)(hidden)
+            nats = cross_entropy_sum(normal, model.head_weight, batch.targets_BT[depth], sink)
+            sums.add_cross_entropy(depth, nats)
+            loss = objective.cross_entropy[depth] * nats
+            if depth == config.mtp_depth:
+                return Computed((), loss)
+            state = normal if config.mtp_hidden == "post_norm" else hidden
+            embedded = model.embed(batch.inputs_BT[depth + 1])
+            return Computed((model.mtp_block(depth + 1).merge(embedded, state, sink),), loss)
+
+        return compute
+
+
+def activation_dtype(model: Transformer) -> torch.dtype:
+    """Type of hidden states and of their gradients: that of the weights."""
+    return next(model.parameters()).dtype

@@ -1,0 +1,189 @@
+"""The network: the whole of it, or the part that one rank holds.
+
+Shape legend: B sequences, T tokens, D hidden size, V vocabulary.
+"""
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from comm.protocol import Dispatcher
+from model.block import Block
+from model.config import ModelConfig
+from model.eager import combine, dispatch
+from model.experts import RoutedExperts
+from model.head import Embedding, MtpBlock, cross_entropy_sum
+from model.mla import Projection
+from model.norm import RmsNorm
+from model.objective import LossSums, MicroBatch, Objective
+from model.router import Router
+
+BIAS = "e_score_correction_bias"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Part:
+    """What of a model is held: layers by number (MTP modules follow the last layer), experts of each, the ends.
+
+    MTP modules need the embedding as well as the head.
+    """
+
+    layers: tuple[int, ...]
+    experts: range
+    embedding: bool
+    head: bool
+
+
+def whole(config: ModelConfig) -> Part:
+    """Everything."""
+    layers = tuple(range(config.num_layers + config.mtp_depth))
+    return Part(layers=layers, experts=range(config.num_routed_experts), embedding=True, head=True)
+
+
+class Trunk(nn.Module):
+    """Embedding, layers, final norm: what stands under `model.` in the released checkpoint."""
+
+    def __init__(self, config: ModelConfig, part: Part, dtype: torch.dtype) -> None:
+        super().__init__()
+        blocks: dict[str, nn.Module] = {}
+        for layer in sorted(part.layers):
+            if layer >= config.num_layers:
+                blocks[str(layer)] = MtpBlock(config, part.experts, dtype)
+            else:
+                blocks[str(layer)] = Block(config, None if layer < config.num_dense_layers else part.experts, dtype)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype) if part.embedding else None
+        self.layers = nn.ModuleDict(blocks)
+        self.norm = RmsNorm(config.hidden_size, config.norm_eps, dtype) if part.head else None
+
+
+class Transformer(nn.Module):
+    """A DeepSeek-V3-class model, or the part of it that a rank holds.
+
+    Args:
+        config: the architecture.
+        dispatcher: how rows reach experts when the model is called as a plain module.
+        dtype: of every weight; router bias stays float32.
+        part: what is held; None means the whole.
+
+    Weights are uninitialised until `initialise`. Their names are the released checkpoint's.
+    """
+
+    def __init__(
+        self, config: ModelConfig, dispatcher: Dispatcher, dtype: torch.dtype, part: Part | None = None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.dispatcher = dispatcher
+        part = part or whole(config)
+        self.model = Trunk(config, part, dtype)
+        self.lm_head = Projection(config.hidden_size, config.vocab_size, dtype) if part.head else None
+
+    def block(self, layer: int) -> Block:
+        """The block of a layer held here."""
+        block = self.model.layers[str(layer)]
+        assert isinstance(block, Block)
+        return block
+
+    def mtp_block(self, depth: int) -> MtpBlock:
+        """The MTP module of depth 1, 2, ..."""
+        block = self.block(self.config.num_layers + depth - 1)
+        assert isinstance(block, MtpBlock)
+        return block
+
+    def embed(self, tokens_BT: Tensor) -> Tensor:
+        """BT -> BTD."""
+        assert self.model.embed_tokens is not None
+        return self.model.embed_tokens(tokens_BT)  # type: ignore[no-any-return]
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The output head's matrix, VD."""
+        assert self.lm_head is not None
+        return self.lm_head.weight
+
+    def final_norm(self, depth: int) -> RmsNorm:
+        """The norm before the head: the main model's for depth 0, the MTP module's own otherwise."""
+        if depth:
+            return self.mtp_block(depth).shared_head.norm
+        assert self.model.norm is not None
+        return self.model.norm
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        """Logits of the main head, float32 or wider: BT -> BTV."""
+        hidden = self.embed(tokens_BT)
+        for layer in range(self.config.num_layers):
+            hidden = self._run(self.block(layer), hidden)[0]
+        logits: Tensor = torch.nn.functional.linear(self.final_norm(0)(hidden), self.head_weight)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def loss(self, batch: MicroBatch, objective: Objective, sums: LossSums) -> Tensor:
+        """The micro-batch's part of the step's loss, through plain autograd; needs the whole model."""
+        config = self.config
+        hidden, total = self.embed(batch.inputs_BT[0]), torch.zeros((), dtype=torch.float64)
+        for depth in range(config.mtp_depth + 1):
+            if depth:
+                block = self.mtp_block(depth)
+                hidden = block.merge(self.embed(batch.inputs_BT[depth]), hidden, None)
+            layers = [config.num_layers + depth - 1] if depth else range(config.num_layers)
+            for layer in layers:
+                hidden, balance = self._run(self.block(layer), hidden)
+                if balance is not None:
+                    sums.add_balance(balance)
+                    total = total + objective.balance * balance
+            normal = self.final_norm(depth)(hidden)
+            nats = cross_entropy_sum(normal, self.head_weight, batch.targets_BT[depth], None)
+            sums.add_cross_entropy(depth, nats)
+            total = total + objective.cross_entropy[depth] * nats
+            if config.mtp_hidden == "post_norm":
+                hidden = normal
+        return total
+
+    def _run(self, block: Block, hidden_BTD: Tensor) -> tuple[Tensor, Tensor | None]:
+        if block.moe is None:
+            return block.dense(hidden_BTD, None), None
+        attended = block.attend(hidden_BTD, None)
+        routing = attended.routing
+        handle = self.dispatcher.plan(routing.ids_NK)
+        arrived = dispatch(self.dispatcher, attended.rows_BTD.flatten(0, 1), routing.weights_NK, handle)
+        routed, base = block.apply_experts(
+            attended.residual_BTD, attended.rows_BTD, arrived.rows_AD, arrived.weights_A, arrived.counts, None
+        )
+        return base + combine(self.dispatcher, routed, handle).view_as(base), routing.balance
+
+
+def named_tensors(model: Transformer) -> dict[str, Tensor]:
+    """Every weight and router bias under its released name; routed experts one by one, views of the stacked weights."""
+    named: dict[str, Tensor] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, RoutedExperts):
+            named |= {f"{path}.{name}": view.detach() for name, view in module.per_expert()}
+            continue
+        named |= {f"{path}.{name}": weight.detach() for name, weight in module.named_parameters(recurse=False)}
+        if isinstance(module, Router):
+            named[f"{path}.{BIAS}"] = module.e_score_correction_bias
+    return named
+
+
+def routers(model: Transformer) -> dict[int, Router]:
+    """The router of every MoE layer held, by layer number."""
+    layers = ((int(number), block) for number, block in model.model.layers.items() if isinstance(block, Block))
+    return {number: block.moe.gate for number, block in layers if block.moe is not None}
+
+
+def initialise(model: Transformer, seed: int) -> None:
+    """Norms to one, router bias to zero, all else to N(0, initializer_range^2), from seed and released name alone.
+
+    So the same seed gives the same weights under every layout. Drawn in float32 on the CPU.
+    """
+    for name, weight in named_tensors(model).items():
+        if name.endswith("norm.weight"):
+            weight.fill_(1.0)
+        elif name.endswith(BIAS):
+            weight.zero_()
+        else:
+            digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+            draw = torch.empty(weight.shape, dtype=torch.float32)
+            weight.copy_(draw.normal_(0.0, model.config.initializer_range, generator=generator))

@@ -1,0 +1,278 @@
+"""Laws of preparation: a function of text and settings, cached whole or not at all, refused where a part is empty."""
+
+import dataclasses
+import multiprocessing
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data.config import DataConfig, EmbeddedSource, FilesSource
+from data.corpus import DataError, is_validation, read_documents
+from data.encode import encode_part, train_tokenizer
+from data.prepare import Prepared, check_config, entropy_nats, prepare
+
+NUM_FILES = 40
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> DataConfig:
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for number in range(NUM_FILES):
+        words = [f"word{(number * 7 + place) % 31} é数" for place in range(5 + number * 3)]
+        (folder / f"file_{number:02}.txt").write_text(" ".join(words), encoding="utf-8")
+    return DataConfig(
+        source=FilesSource(kind="files", paths=(str(folder),)),
+        tokenizer_vocab_size=300,
+        validation_fraction=0.2,
+        fim_rate=0.3,
+        seed=0,
+        cache_dir=str(tmp_path / "cache"),
+    )
+
+
+def texts_of(prepared: Prepared, part: str) -> list[str]:
+    """Whole documents shorter than a sequence, found again in the packed arrays."""
+    tokens = prepared.train_tokens_NL if part == "train" else prepared.validation_tokens_NL
+    positions = prepared.train_positions_NL if part == "train" else prepared.validation_positions_NL
+    texts = []
+    for row, place in zip(tokens.tolist(), positions.tolist(), strict=True):
+        begins = [i for i, value in enumerate(place) if value == 0]
+        ends = [*begins[1:], sum(value >= 0 for value in place)]
+        texts += [prepared.tokenizer.decode(row[a:b]) for a, b in zip(begins, ends, strict=True)]
+    return sorted(texts)
+
+
+def race(config: DataConfig, barrier: object, queue: object) -> None:
+    barrier.wait()  # type: ignore[attr-defined]
+    queue.put(prepare(config, 16).fingerprint)  # type: ignore[attr-defined]
+
+
+def test_parts_hold_every_document_once_and_follow_the_split(config: DataConfig) -> None:
+    prepared = prepare(dataclasses.replace(config, fim_rate=0.0), 4096)
+    expected: dict[str, list[str]] = {"train": [], "validation": []}
+    for document in read_documents(config.source):
+        part = "validation" if is_validation(document.key, 0.2, 0) else "train"
+        expected[part].append(f"<｜begin▁of▁sentence｜>{document.text}<｜end▁of▁sentence｜>")
+    for part, texts in expected.items():
+        assert texts_of(prepared, part) == sorted(texts)
+    assert len(expected["train"]) + len(expected["validation"]) == NUM_FILES
+
+
+def test_fim_turns_training_documents_alone(config: DataConfig) -> None:
+    turned = prepare(dataclasses.replace(config, fim_rate=1.0), 4096)
+    plain = prepare(dataclasses.replace(config, fim_rate=0.0), 4096)
+    assert texts_of(turned, "validation") == texts_of(plain, "validation")
+    restored = []
+    for text in texts_of(turned, "train"):
+        text = text.removeprefix("<｜begin▁of▁sentence｜><｜fim▁begin｜>").removesuffix("<｜end▁of▁sentence｜>")
+        prefix, rest = text.split("<｜fim▁hole｜>")
+        suffix, middle = rest.split("<｜fim▁end｜>")
+        restored.append(f"<｜begin▁of▁sentence｜>{prefix}{middle}{suffix}<｜end▁of▁sentence｜>")
+    assert sorted(restored) == texts_of(plain, "train")
+
+
+def test_the_tokenizer_never_sees_validation_text(config: DataConfig, tmp_path: Path) -> None:
+    prepared = prepare(config, 16)
+    for document in read_documents(config.source):
+        if is_validation(document.key, 0.2, 0):
+            (tmp_path / "text" / document.key).write_text("zqzq xkxk " * 500, encoding="utf-8")
+    changed = prepare(config, 16)
+    assert changed.fingerprint != prepared.fingerprint
+    assert [changed.tokenizer.decode([i]) for i in range(300)] == [prepared.tokenizer.decode([i]) for i in range(300)]
+
+
+def test_a_large_corpus_trains_the_tokenizer_on_a_sample(config: DataConfig) -> None:
+    small = dataclasses.replace(config, tokenizer_vocab_size=280)
+    assert train_tokenizer(small, 64 * 2**20).vocab_size == 280
+    # A sample of nothing at all leaves the bytes and the special tokens.
+    assert train_tokenizer(small, 2**70).vocab_size == 264
+
+
+def test_encoding_does_not_depend_on_the_batches(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = train_tokenizer(config, 1)
+    tokens, lengths = encode_part(config, "train", tokenizer)
+    monkeypatch.setattr("data.encode.ENCODE_BATCH_CHARACTERS", 200)
+    again, again_lengths = encode_part(config, "train", tokenizer)
+    assert np.array_equal(tokens, again)
+    assert np.array_equal(lengths, again_lengths)
+
+
+def test_counts_and_entropy_are_those_of_the_arrays(config: DataConfig) -> None:
+    prepared = prepare(config, 16)
+    assert prepared.train_tokens == (prepared.train_positions_NL >= 0).sum()
+    assert prepared.validation_tokens == (prepared.validation_positions_NL >= 0).sum()
+    predicted = prepared.validation_tokens_NL[:, 1:][
+        (prepared.validation_positions_NL[:, 1:] == prepared.validation_positions_NL[:, :-1] + 1)
+        & (prepared.validation_positions_NL[:, :-1] >= 0)
+    ]
+    shares = [(predicted == token).mean() for token in set(predicted.tolist())]
+    assert prepared.unigram_entropy_nats == pytest.approx(-sum(p * np.log(p) for p in shares), rel=1e-12)
+    held_out = [document.text for document in read_documents(config.source) if is_validation(document.key, 0.2, 0)]
+    text_bytes = sum(len(text.encode()) for text in held_out)
+    assert prepared.bytes_per_token == text_bytes / (prepared.validation_tokens - len(held_out))
+
+
+def test_entropy_of_equal_counts_is_the_logarithm_and_of_one_value_is_zero() -> None:
+    assert entropy_nats(np.array([3, 0, 3, 3, 3])) == pytest.approx(np.log(4), rel=1e-15)
+    assert entropy_nats(np.array([0, 9])) == 0.0
+
+
+def test_warm_equals_cold_and_builds_nothing(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    cold = prepare(config, 16)
+    monkeypatch.setattr("data.prepare.build_encoded", None)
+    other_length = prepare(config, 32)
+    monkeypatch.setattr("data.prepare.pack_documents", None)
+    warm = prepare(config, 16)
+    assert warm.fingerprint == cold.fingerprint != other_length.fingerprint
+    for name in ("train_tokens_NL", "train_positions_NL", "validation_tokens_NL", "validation_positions_NL"):
+        assert np.array_equal(getattr(warm, name), getattr(cold, name))
+        assert isinstance(getattr(warm, name), np.memmap)
+    assert warm.unigram_entropy_nats == cold.unigram_entropy_nats
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"tokenizer_vocab_size": 290}, {"validation_fraction": 0.3}, {"fim_rate": 0.9}, {"seed": 1}],
+    ids=lambda change: next(iter(change)),
+)
+def test_every_setting_that_matters_changes_the_cache(config: DataConfig, change: dict[str, int | float]) -> None:
+    first = prepare(config, 16)
+    second = prepare(dataclasses.replace(config, **change), 16)  # type: ignore[arg-type]
+    assert first.fingerprint != second.fingerprint
+
+
+def test_changed_text_is_read_again(config: DataConfig, tmp_path: Path) -> None:
+    first = prepare(config, 16)
+    (tmp_path / "text" / "file_00.txt").write_text("other words", encoding="utf-8")
+    assert prepare(config, 16).fingerprint != first.fingerprint
+
+
+@pytest.mark.parametrize("before", ["absent", "broken"])
+def test_two_processes_that_race_agree_and_leave_no_rubbish(config: DataConfig, tmp_path: Path, before: str) -> None:
+    if before == "broken":
+        prepare(config, 16)
+        for path in (tmp_path / "cache").glob("*/meta.json"):
+            path.write_text("{", encoding="utf-8")
+    context = multiprocessing.get_context("spawn")
+    barrier, queue = context.Barrier(2), context.Queue()
+    workers = [context.Process(target=race, args=(config, barrier, queue)) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    fingerprints = {queue.get(timeout=60) for _ in workers}
+    for worker in workers:
+        worker.join(timeout=60)
+        assert worker.exitcode == 0
+    assert fingerprints == {prepare(config, 16).fingerprint}
+    assert not [path.name for path in (tmp_path / "cache").iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("damage", ["meta_garbage", "meta_list", "meta_missing", "array_cut", "array_missing"])
+@pytest.mark.parametrize("level", ["packed", "encoded"])
+def test_a_damaged_cache_is_rebuilt(config: DataConfig, tmp_path: Path, damage: str, level: str) -> None:
+    fingerprint = prepare(config, 16).fingerprint
+    if level == "encoded":
+        for path in (tmp_path / "cache").glob("packed-*"):
+            path.rename(tmp_path / "away")
+    (folder,) = (tmp_path / "cache").glob(f"{level}-*")
+    array = sorted(folder.glob("train_tokens*.npy"))[0]
+    match damage:
+        case "meta_garbage":
+            (folder / "meta.json").write_text("{", encoding="utf-8")
+        case "meta_list":
+            (folder / "meta.json").write_text("[]", encoding="utf-8")
+        case "meta_missing":
+            (folder / "meta.json").unlink()
+        case "array_cut":
+            array.write_bytes(array.read_bytes()[:-3])
+        case "array_missing":
+            array.unlink()
+    assert prepare(config, 16).fingerprint == fingerprint
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_a_build_that_fails_leaves_nothing(config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("data.prepare.pack_documents", fail)
+        with pytest.raises(DataError, match=r"data\.cache_dir: .*No space left"):
+            prepare(config, 16)
+    assert [path.name.split("-")[0] for path in (tmp_path / "cache").iterdir()] == ["encoded"]
+    assert prepare(config, 16).train_tokens > 0
+
+
+def test_a_cache_dir_that_is_a_file_is_refused(config: DataConfig, tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("", encoding="utf-8")
+    with pytest.raises(DataError, match=r"data\.cache_dir: .*taken.* nearest: "):
+        prepare(dataclasses.replace(config, cache_dir=str(tmp_path / "taken" / "x")), 16)
+
+
+def test_an_empty_part_is_refused_and_the_fraction_named_works(config: DataConfig) -> None:
+    for fraction, part in ((1e-9, "validation"), (1.0 - 1e-9, "train")):
+        wrong = dataclasses.replace(config, validation_fraction=fraction)
+        with pytest.raises(DataError, match=rf"data\.validation_fraction: .* leaves the {part} part empty") as caught:
+            prepare(wrong, 16)
+        nearest = float(str(caught.value).rsplit("nearest: ", 1)[1])
+        assert prepare(dataclasses.replace(config, validation_fraction=nearest), 16).validation_tokens > 0
+
+
+def test_a_single_document_is_refused(config: DataConfig, tmp_path: Path) -> None:
+    one = FilesSource(kind="files", paths=(str(tmp_path / "text" / "file_03.txt"),))
+    with pytest.raises(DataError, match=r"at least 2 documents, .* got 1"):
+        prepare(dataclasses.replace(config, source=one), 16)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "nearest"),
+    [
+        ("tokenizer_vocab_size", 100, "264"),
+        ("validation_fraction", 0.0, "0.01"),
+        ("validation_fraction", float("nan"), "0.99"),
+        ("fim_rate", -0.1, "0.0"),
+        ("fim_rate", 1.5, "1.0"),
+    ],
+)
+def test_values_out_of_range_are_refused_by_name(config: DataConfig, key: str, value: float, nearest: str) -> None:
+    with pytest.raises(DataError) as caught:
+        check_config(dataclasses.replace(config, **{key: value}))  # type: ignore[arg-type]
+    assert str(caught.value).startswith(f"data.{key}: ")
+    assert str(value) in str(caught.value)
+    assert str(caught.value).endswith(f"nearest: {nearest}")
+    with pytest.raises(DataError, match=r"stage\.sequence_length_tokens: .* got 1; nearest: 2"):
+        prepare(config, 1)
+
+
+def test_preparing_needs_no_torch() -> None:
+    code = "import sys, data.prepare; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=False).returncode == 0
+
+
+def test_embedded_corpus_is_prepared_within_its_time(tmp_path: Path) -> None:
+    config = DataConfig(
+        source=EmbeddedSource(kind="embedded"),
+        tokenizer_vocab_size=4096,
+        validation_fraction=0.02,
+        fim_rate=0.1,
+        seed=0,
+        cache_dir=str(tmp_path),
+    )
+    begin = time.monotonic()
+    prepared = prepare(config, 256)
+    cold_seconds = time.monotonic() - begin
+    begin = time.monotonic()
+    prepare(config, 256)
+    warm_seconds = time.monotonic() - begin
+    assert prepared.tokenizer.vocab_size == 4096
+    assert prepared.train_tokens > 1_000_000
+    assert 0.005 < prepared.validation_tokens / prepared.train_tokens < 0.08
+    assert 4.0 < prepared.unigram_entropy_nats < np.log(4096)
+    assert (prepared.train_positions_NL < 0).mean() < 0.01
+    # 6.6 s and 0.05 s on two free cores; the bounds leave room for a loaded machine.
+    assert cold_seconds < 40.0
+    assert warm_seconds < 1.0

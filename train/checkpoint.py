@@ -1,0 +1,72 @@
+"""Checkpoints through torch's DCP: weights under their released names, optimiser shards by rank.
+
+A checkpoint is written under a temporary name and renamed when every rank is done, its manifest last.
+"""
+
+import os
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+from torch.distributed import checkpoint as dcp
+
+from comm.local import LocalDispatcher
+from model.config import ModelConfig
+from model.transformer import Transformer, named_tensors
+from train.assemble import Assembly
+from train.manifest import write_manifest
+
+
+def step_folder(out_dir: Path, step: int) -> Path:
+    """Where the checkpoint after `step` updates lives."""
+    return out_dir / "checkpoints" / f"step-{step:08d}"
+
+
+def save(assembly: Assembly, step: int) -> Path:
+    """Writes the state after `step` updates; every rank calls it. Returns the folder."""
+    final = step_folder(Path(assembly.config.out_dir), step)
+    partial = final.with_name(final.name + ".partial")
+    if dist.get_rank() == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier(group=assembly.groups.world)
+    _quietly(dcp.save, _state(assembly), partial)
+    if dist.get_rank() == 0:
+        write_manifest(partial, step, assembly.config)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(partial, final)
+    dist.barrier(group=assembly.groups.world)
+    return final
+
+
+def load(assembly: Assembly, folder: Path) -> None:
+    """Fills weights, router bias and optimiser state from a checkpoint of the same layout; every rank calls it."""
+    _quietly(dcp.load, _state(assembly), folder)
+    assembly.optimiser.loaded()
+
+
+def load_whole(config: ModelConfig, folder: Path, dtype: torch.dtype) -> Transformer:
+    """The whole model of a checkpoint in this process alone, whatever layout wrote it."""
+    model = Transformer(config, LocalDispatcher(config.num_routed_experts), dtype)
+    _quietly(dcp.load, _weights(model), folder, no_dist=True)
+    return model
+
+
+def _state(assembly: Assembly) -> dict[str, Any]:
+    shards = assembly.optimiser.state()
+    return _weights(assembly.model) | {f"optimiser.{dist.get_rank()}.{key}": value for key, value in shards.items()}
+
+
+def _weights(model: Transformer) -> dict[str, Tensor]:
+    return {f"weights.{name}": tensor for name, tensor in named_tensors(model).items()}
+
+
+def _quietly(call: Any, state: dict[str, Any], folder: Path, **options: bool) -> None:
+    """DCP warns of deprecations in its own code."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        call(state, checkpoint_id=folder, **options)

@@ -1,0 +1,131 @@
+"""The training loop of one rank: steps, validation, checkpoints, records. Decisions are the same on every rank."""
+
+import math
+import resource
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import distributed as dist
+
+from data.loader import Batch, Loader
+from data.prepare import Prepared
+from infer.generate import continue_greedily
+from train import checkpoint
+from train.assemble import Assembly, weight_dtype
+from train.metrics import Display, Recorder
+from train.step import StepResult, train_step, validate_pass
+
+
+class Reporter:
+    """Where the first rank's words and records go; on other ranks nowhere."""
+
+    def __init__(self, display: Display | None, recorders: Sequence[Recorder]) -> None:
+        self._display = display
+        self._recorders = recorders
+
+    def say(self, line: str) -> None:
+        """One line for people."""
+        if self._display is not None:
+            self._display.say(line)
+
+    def record(self, values: dict[str, object]) -> None:
+        """One step's numbers."""
+        for recorder in self._recorders:
+            recorder.record(values)
+
+    def close(self) -> None:
+        """Closes every recorder."""
+        for recorder in self._recorders:
+            recorder.close()
+
+
+def train(assembly: Assembly, prepared: Prepared, reporter: Reporter, first_step: int) -> None:
+    """Runs steps `first_step` (from 0) to the configured number, then a last validation and checkpoint.
+
+    Raises:
+        NonFiniteLossError: on every rank alike.
+    """
+    stage = assembly.config.stage
+    loader = Loader(prepared, global_batch_sequences=stage.global_batch_sequences, seed=assembly.config.data.seed)
+    for step in range(first_step, stage.steps):
+        result = train_step(assembly, loader, step)
+        done = step + 1
+        values = _record(assembly, done, result)
+        if _due(done, stage.validate_every_steps, stage.steps) and stage.validation_sequences:
+            loss = validate(assembly, loader)
+            values["validation_loss"] = loss
+            bits_per_byte = loss / math.log(2) / prepared.bytes_per_token
+            reporter.say(
+                f"step {done:>6}  validation loss {loss:.4f} nats per token, {bits_per_byte:.3f} bits per byte  "
+                f"(unigram entropy {prepared.unigram_entropy_nats:.4f})"
+            )
+        reporter.record(values)
+        if _due(done, stage.checkpoint_every_steps, stage.steps):
+            folder = checkpoint.save(assembly, done)
+            reporter.say(f"step {done:>6}  checkpoint {folder}")
+
+
+def validate(assembly: Assembly, loader: Loader) -> float:
+    """Main loss in nats per token over the configured number of validation sequences, as far as the corpus has them."""
+    stage = assembly.config.stage
+    passes = max(1, min(stage.validation_sequences, loader.num_validation_sequences) // stage.global_batch_sequences)
+    nats, targets = 0.0, 0
+    for index in range(passes):
+        read = partial(_read_validation, loader, index * stage.global_batch_sequences)
+        losses, count = validate_pass(assembly, read)
+        nats += losses.main * count
+        targets += count
+    return nats / max(targets, 1)
+
+
+def show_continuation(assembly: Assembly, prepared: Prepared) -> str:
+    """The prompt and its greedy continuation by the last checkpoint, read whole in this process."""
+    config, tokenizer = assembly.config, prepared.tokenizer
+    folder = checkpoint.step_folder(Path(config.out_dir), config.stage.steps)
+    model = checkpoint.load_whole(config.model, folder, weight_dtype(config.precision))
+    prompt = [tokenizer.begin_id, *tokenizer.encode(config.stage.sample_prompt)]
+    made = continue_greedily(model, prompt, config.stage.sample_tokens, stop=tokenizer.end_id)
+    return config.stage.sample_prompt + tokenizer.decode(made)
+
+
+def _read_validation(loader: Loader, offset: int, first: int, count: int) -> Batch:
+    return loader.validation_batch(offset + first, count)
+
+
+def _due(done: int, every: int, last: int) -> bool:
+    return done == last or (every > 0 and done % every == 0)
+
+
+def _record(assembly: Assembly, done: int, result: StepResult) -> dict[str, object]:
+    """The step's line in `metrics.jsonl`; every rank must ask, as traffic and memory are summed up over all."""
+    traffic = assembly.traffic.take()
+    sums = torch.tensor([traffic.inter_node_bytes, traffic.nodes_touched, traffic.tokens], dtype=torch.float64)
+    dist.all_reduce(sums := sums.to(assembly.device), group=assembly.groups.world)
+    peak = torch.tensor(_peak_memory_bytes(assembly.device), dtype=torch.float64, device=assembly.device)
+    dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=assembly.groups.world)
+    inter_node_bytes, touched, tokens = sums.tolist()
+    losses = result.losses
+    return {
+        "step": done,
+        "tokens": done * result.tokens,
+        "loss": losses.total,
+        "main_loss": losses.main,
+        "mtp_loss": sum(losses.mtp) / max(len(losses.mtp), 1),
+        "balance_loss": losses.balance,
+        "grad_norm": result.grad_norm,
+        "lr": result.learning_rate,
+        "step_seconds": result.seconds,
+        "tokens_per_second": result.tokens / result.seconds,
+        "max_violation": result.max_violation,
+        "nodes_per_token": touched / tokens if tokens else 0.0,
+        "inter_node_bytes": int(inter_node_bytes),
+        "peak_memory_bytes": int(peak),
+    }
+
+
+def _peak_memory_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,144 @@
+"""What a checkpoint says of itself, and whether a run may go on from it. No torch here.
+
+A checkpoint is a folder `checkpoints/step-00000100` of a run's folder. Its `manifest.json` is written
+last, so a folder without one is an unfinished checkpoint.
+"""
+
+import json
+import os
+from dataclasses import asdict
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from train.config import TrainConfig
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+CHECKPOINTS_NAME = "checkpoints"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, unfinished or of another run's shape: names the place, the rule, both values."""
+
+
+def step_folder(out_dir: Path, step: int) -> Path:
+    """The folder of the checkpoint after `step` optimiser steps."""
+    return out_dir / CHECKPOINTS_NAME / f"step-{step:08d}"
+
+
+def write_manifest(folder: Path, step: int, config: TrainConfig) -> None:
+    """Declares a checkpoint complete: in one move, once every other file is on disk.
+
+    Args:
+        folder: the checkpoint's folder; exists.
+        step: optimiser steps done.
+        config: of the run that wrote it.
+    """
+    text = json.dumps({"format_version": FORMAT_VERSION, "step": step, **_shape(config)}, indent=2)
+    partial = folder / f"{MANIFEST_NAME}.partial"
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(folder / MANIFEST_NAME)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """A checkpoint's manifest.
+
+    Raises:
+        CheckpointError: it is missing, not readable, or of another format version.
+    """
+    path = folder / MANIFEST_NAME
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"resume: {path} must be a checkpoint's manifest, cannot be read ({error})") from error
+    if not isinstance(manifest, dict) or manifest.get("format_version") != FORMAT_VERSION:
+        version = manifest.get("format_version") if isinstance(manifest, dict) else None
+        raise CheckpointError(f"resume: {path} must have format_version {FORMAT_VERSION}, has {version}")
+    return manifest
+
+
+def find_checkpoint(path: str) -> Path:
+    """The checkpoint that `resume` names: a checkpoint's folder, or a run's folder for its newest complete one.
+
+    Raises:
+        CheckpointError: nothing there, or no complete checkpoint.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"resume: must be a run's folder or one of its checkpoints, {path!r} is no folder{_nearest(folder)}"
+        )
+    if (folder / MANIFEST_NAME).is_file():
+        return folder
+    inside = folder if folder.name == CHECKPOINTS_NAME else folder / CHECKPOINTS_NAME
+    complete = [step for step in _steps(inside) if (step / MANIFEST_NAME).is_file()]
+    if complete:
+        return complete[-1]
+    if unfinished := _steps(inside):
+        raise CheckpointError(f"resume: {path!r} holds no complete checkpoint; {unfinished[-1]} was never finished")
+    raise CheckpointError(
+        f"resume: {path!r} holds no checkpoint (a folder {CHECKPOINTS_NAME}/step-NNNNNNNN with {MANIFEST_NAME})"
+        f"{_nearest_step(folder)}"
+    )
+
+
+def check_manifest(path: Path, config: TrainConfig) -> None:
+    """Refuses to go on from a checkpoint of another architecture, layout, schedule, sharding or precision.
+
+    Args:
+        path: a checkpoint's folder.
+        config: of the run that would go on.
+
+    Raises:
+        CheckpointError: names every key that differs, with the checkpoint's value and the run's.
+    """
+    manifest, shape = read_manifest(path), _shape(config)
+    model = _differences("model", manifest.get("model"), shape["model"])
+    if model:
+        raise CheckpointError(f"resume: {path} is a checkpoint of another architecture: {'; '.join(model)}")
+    others = [line for key in shape if key != "model" for line in _differences(key, manifest.get(key), shape[key])]
+    if others:
+        raise CheckpointError(
+            f"resume: {path} was written under another layout: {'; '.join(others)}; "
+            f"resuming under another layout is not supported yet"
+        )
+
+
+def _shape(config: TrainConfig) -> dict[str, Any]:
+    """What must be equal for a run to go on from a checkpoint, under the configuration's own keys, as JSON reads it."""
+    shape = {
+        "model": asdict(config.model),
+        "parallelism": asdict(config.parallelism),
+        "schedule": {"kind": config.schedule.kind},
+        "optim": {"sharding": config.optim.sharding},
+        "precision": {"kind": config.precision.kind},
+        "data": {"tokenizer_vocab_size": config.data.tokenizer_vocab_size},
+    }
+    decoded: dict[str, Any] = json.loads(json.dumps(shape))
+    return decoded
+
+
+def _differences(place: str, before: object, now: object) -> list[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = [*now, *(key for key in before if key not in now)]
+        return [line for key in keys for line in _differences(f"{place}.{key}", before.get(key), now.get(key))]
+    return [] if before == now else [f"{place} is {before} there and {now} here"]
+
+
+def _steps(folder: Path) -> list[Path]:
+    return sorted(step for step in folder.glob("step-*") if step.is_dir())
+
+
+def _nearest(folder: Path) -> str:
+    siblings = [path.name for path in folder.parent.iterdir()] if folder.parent.is_dir() else []
+    close = get_close_matches(folder.name, siblings, n=1)
+    return f"; did you mean {folder.with_name(close[0])}?" if close else ""
+
+
+def _nearest_step(folder: Path) -> str:
+    runs = sorted(path.parent for path in folder.glob(f"*/{CHECKPOINTS_NAME}") if _steps(path))
+    return f"; did you mean {runs[-1]}?" if runs else ""

@@ -1,0 +1,99 @@
+"""Numbers of a run: one JSON object a step in `metrics.jsonl`, the same to wandb, and to whoever watches."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from train.config import TrackConfig
+
+Record = Mapping[str, Any]
+
+
+class Recorder(Protocol):
+    """Takes what a step showed."""
+
+    def record(self, values: Record) -> None:
+        """Notes one step's numbers; `step` is among them."""
+        ...
+
+    def close(self) -> None:
+        """Writes what is left."""
+        ...
+
+
+class JsonLines:
+    """`metrics.jsonl`: appended and flushed line by line, so that it can be read while the run goes on."""
+
+    def __init__(self, path: Path) -> None:
+        self._file: TextIO = path.open("a", encoding="utf-8")
+
+    def record(self, values: Record) -> None:
+        """One line."""
+        self._file.write(json.dumps(values) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+class Wandb:
+    """A wandb run, offline unless asked otherwise; files under the run's folder."""
+
+    def __init__(self, config: TrackConfig, name: str, out_dir: Path, resolved: Record) -> None:
+        import wandb
+
+        self._run = wandb.init(
+            project=config.project, name=name, dir=out_dir, mode="online" if config.wandb == "online" else "offline"
+        )
+        self._run.config.update(dict(resolved))
+
+    def record(self, values: Record) -> None:
+        """Logs at the record's step."""
+        self._run.log(dict(values), step=values["step"])
+
+    def close(self) -> None:
+        """Ends the run."""
+        self._run.finish()
+
+
+class Display:
+    """What a person sees: a progress bar with the last step on a terminal, plain lines elsewhere."""
+
+    def __init__(self, console: Console, num_steps: int, first_step: int, every: int) -> None:
+        self._console = console
+        self._every = every
+        self._progress: Progress | None = None
+        if console.is_terminal:
+            self._progress = Progress(
+                TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
+            )
+            self._task = self._progress.add_task("training", total=num_steps, completed=first_step)
+            self._progress.start()
+
+    def record(self, values: Record) -> None:
+        """Shows a step, if its turn has come."""
+        step = values["step"]
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step)
+        if step == 1 or step % self._every == 0:
+            self.say(
+                f"step {step:>6}  loss {values['loss']:.4f}  main {values['main_loss']:.4f}  "
+                f"mtp {values['mtp_loss']:.4f}  grad norm {values['grad_norm']:.3f}  lr {values['lr']:.2e}  "
+                f"{values['tokens_per_second']:,.0f} tokens/s  MaxVio {values['max_violation']:.2f}"
+            )
+
+    def say(self, line: str) -> None:
+        """One line, above the bar where there is one."""
+        (self._progress.console if self._progress is not None else self._console).print(
+            line, markup=False, highlight=False, soft_wrap=True
+        )
+
+    def close(self) -> None:
+        """Takes the bar away."""
+        if self._progress is not None:
+            self._progress.stop()

@@ -1,0 +1,80 @@
+"""AdamW with its whole state on every rank: gradients summed over replicas, the true global norm, torch's step."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from model.gradients import GradientStore
+from train.config import OptimConfig
+from train.optim.parameters import ParameterGroups, Replicas
+
+
+class ReplicatedAdamW:
+    """For float32 and float64 weights, which are their own master copies."""
+
+    def __init__(self, groups: ParameterGroups, store: GradientStore, replicas: Replicas, config: OptimConfig) -> None:
+        self._groups = groups
+        self._store = store
+        self._replicas = replicas
+        self._clip_norm = config.clip_norm
+        decayed: list[nn.Parameter] = [*groups.matrices.values(), *groups.experts.values()]
+        self._optimizer = torch.optim.AdamW(
+            [
+                {"params": decayed, "weight_decay": config.weight_decay},
+                {"params": list(groups.vectors.values()), "weight_decay": 0.0},
+            ],
+            lr=config.learning_rate,
+            betas=(config.beta1, config.beta2),
+            eps=config.eps,
+            fused=True,
+        )
+
+    def step(self, learning_rate: float) -> float:
+        """Reduces, clips and applies the gradients in the store; returns the norm before clipping."""
+        shared = [*self._groups.matrices.values(), *self._groups.vectors.values()]
+        routed = list(self._groups.experts.values())
+        squares = torch.zeros((), dtype=torch.float64, device=shared[0].device)
+        for parameters, group in ((shared, self._replicas.dense), (routed, self._replicas.experts)):
+            gradients = [self._store.gradient(parameter) for parameter in parameters]
+            _sum_over(gradients, group)
+            for gradient in gradients:
+                squares += gradient.double().square().sum() / dist.get_world_size(group)
+        dist.all_reduce(squares, group=self._replicas.world)
+        norm = float(squares.sqrt())
+        scale = min(1.0, self._clip_norm / (norm + 1e-6))
+        for parameter in (*shared, *routed):
+            parameter.grad = self._store.gradient(parameter).mul_(scale).to(parameter.dtype)
+        for group_options in self._optimizer.param_groups:
+            group_options["lr"] = learning_rate
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self._store.clear()
+        return norm
+
+    def state(self) -> dict[str, Any]:
+        """Moments and step counts by parameter name, the tensors themselves; made if no step was taken yet."""
+        named: dict[str, Any] = {}
+        for name, parameter in self._groups.all().items():
+            moments = self._optimizer.state[parameter]
+            if not moments:
+                moments |= {"step": torch.zeros(()), "exp_avg": torch.zeros_like(parameter)}
+                moments["exp_avg_sq"] = torch.zeros_like(parameter)
+            named |= {f"{name}.{key}": value for key, value in moments.items()}
+        return named
+
+    def loaded(self) -> None:
+        """To be called after the tensors of `state` were filled from a checkpoint: nothing else to restore."""
+
+
+def _sum_over(tensors: list[Tensor], group: dist.ProcessGroup) -> None:
+    """One all-reduce for many tensors of one type."""
+    if not tensors or dist.get_world_size(group) == 1:
+        return
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(flat, group=group)
+    offset = 0
+    for tensor in tensors:
+        tensor.copy_(flat[offset : offset + tensor.numel()].view_as(tensor))
+        offset += tensor.numel()

@@ -1,0 +1,135 @@
+"""AdamW through DeepSpeed's ZeRO stage 1, without DeepSpeed's engine: the pipeline makes the gradients.
+
+Float32 master weights and moments are sharded over the ranks that hold the same parameters: mirror x
+data, and for routed experts those of them that hold the same experts.
+"""
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from model.gradients import GradientStore
+from train.config import OptimConfig
+from train.optim.parameters import ParameterGroups, Replicas
+
+_EXPERTS = "routed_experts"
+_BUCKET_ELEMENTS = 50_000_000
+
+
+class Zero1AdamW:
+    """For bf16 and float32 weights. Needs an initialised process group; every rank makes and steps it together."""
+
+    def __init__(self, groups: ParameterGroups, store: GradientStore, replicas: Replicas, config: OptimConfig) -> None:
+        self._parameters = list(groups.all().values())
+        self._store = store
+        self._replicas = replicas
+        self._optimizer = _build(groups, replicas, config)
+        # The pipeline accumulates gradients itself; DeepSpeed's hooks would take them away micro-batch by micro-batch.
+        for hook in self._optimizer._grad_acc_hooks:
+            hook.remove()
+        self._optimizer._grad_acc_hooks = []
+
+    def step(self, learning_rate: float) -> float:
+        """Reduces, clips and applies the gradients in the store; returns the norm before clipping."""
+        optimizer = self._optimizer
+        # DeepSpeed divides every sum by the size of the dense group, the experts' too; the store holds parts of a sum.
+        scale = dist.get_world_size(self._replicas.dense)
+        for parameter in self._parameters:
+            gradient = self._store.gradient(parameter).mul_(scale)
+            if optimizer.use_grad_accum_attribute:
+                parameter.grad_accum = gradient  # type: ignore[attr-defined]
+            else:
+                parameter.grad = gradient
+        for options in optimizer.param_groups:
+            options["lr"] = learning_rate
+        optimizer.set_gradient_accumulation_boundary(True)
+        optimizer.reduce_gradients(pipeline_parallel=True)
+        optimizer.step()
+        norm = float(optimizer._global_grad_norm)
+        optimizer.zero_grad(set_to_none=True)
+        for parameter in self._parameters:
+            parameter.grad_accum = None  # type: ignore[attr-defined]
+        self._store.clear()
+        return norm
+
+    def state(self) -> dict[str, Any]:
+        """This rank's shards by group: master weights, moments, step counts; the tensors themselves."""
+        named: dict[str, Any] = {}
+        for index, master in enumerate(self._optimizer.single_partition_of_fp32_groups):
+            moments = self._optimizer.optimizer.state[master]
+            if not moments:
+                moments |= {"step": torch.zeros(()), "exp_avg": torch.zeros_like(master)}
+                moments["exp_avg_sq"] = torch.zeros_like(master)
+            named[f"{index}.master"] = master.detach()
+            named |= {f"{index}.{key}": value for key, value in moments.items()}
+        return named
+
+    def loaded(self) -> None:
+        """To be called after the tensors of `state` were filled: weights again follow their master copies."""
+        self._optimizer.update_lp_params()
+        for index in range(len(self._optimizer.bit16_groups)):
+            self._optimizer._update_model_bit16_weights(index)
+
+
+def _build(groups: ParameterGroups, replicas: Replicas, config: OptimConfig) -> Any:
+    """DeepSpeed's sharded optimiser around torch's fused AdamW."""
+    import deepspeed
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+    from deepspeed.utils import logger
+    from deepspeed.utils.timer import NoopTimer
+
+    logger.setLevel(logging.ERROR)
+    # Its shared-memory collectives would be compiled with g++ for a minute; results are the same without.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist.get_backend(), dist_init_required=False, verbose=False)
+
+    class WorldNorm(DeepSpeedZeroOptimizer):  # type: ignore[misc]
+        """Its own norm pairs up parameter groups over stages, and hangs where stages differ in them."""
+
+        def scaled_global_norm(self, norm_type: int = 2) -> Tensor:
+            assert norm_type == 2
+            parts = [part for group in self.averaged_gradients.values() for part in group]
+            squares = torch.zeros((), dtype=torch.float64, device=parts[0].device)
+            for part in parts:  # every element is owned by exactly one rank of the job; padding is zero
+                squares += part.double().square().sum()
+            dist.all_reduce(squares, group=replicas.world)
+            return squares.sqrt().float()
+
+    for parameter in groups.experts.values():
+        parameter.allreduce = False  # type: ignore[attr-defined]
+        parameter.group_name = _EXPERTS  # type: ignore[attr-defined]
+    options: list[dict[str, Any]] = [
+        {"params": list(groups.matrices.values()), "weight_decay": config.weight_decay, "name": "matrices"},
+        {"params": list(groups.vectors.values()), "weight_decay": 0.0, "name": "vectors"},
+    ]
+    if groups.experts:
+        experts = {"params": list(groups.experts.values()), "weight_decay": config.weight_decay}
+        options.append({**experts, "moe": True, "name": _EXPERTS})
+    inner = torch.optim.AdamW(
+        options, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
+    )
+    bucket = min(_BUCKET_ELEMENTS, sum(parameter.numel() for parameter in groups.all().values()))
+    return WorldNorm(
+        inner,
+        {parameter: name for name, parameter in groups.all().items()},
+        timers=NoopTimer(),
+        optimizer_params={},
+        dp_process_group=replicas.dense,
+        expert_parallel_group={_EXPERTS: replicas.expert},
+        expert_data_parallel_group={_EXPERTS: replicas.experts},
+        has_moe_layers=bool(groups.experts),
+        partition_grads=False,
+        overlap_comm=False,
+        contiguous_gradients=True,
+        reduce_scatter=True,
+        clip_grad=config.clip_norm,
+        communication_data_type=torch.float32,
+        gradient_accumulation_dtype=torch.float32,
+        check_grad_overflow=False,
+        reduce_bucket_size=bucket,
+        allgather_bucket_size=bucket,
+        verbose=False,
+    )

@@ -1,0 +1,122 @@
+"""One rank of a training run, from an empty process to an exit code."""
+
+import dataclasses
+import logging
+import os
+import sys
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import distributed as dist
+
+from comm import groups as comm_groups
+from comm.layout import Layout
+from data.prepare import Prepared, prepare
+from train import checkpoint
+from train.assemble import Assembly, assemble
+from train.config import TrainConfig
+from train.loop import Reporter, show_continuation, train
+from train.manifest import check_manifest, find_checkpoint, read_step
+from train.metrics import Display, JsonLines, Recorder, Wandb
+from train.step import NonFiniteLossError
+
+EXIT_NON_FINITE = 77
+
+
+def main(config: TrainConfig) -> int:
+    """Joins the job, trains, and leaves. Every rank calls it with the same configuration.
+
+    The folder of the run is rank 0's `out_dir`: ranks on other machines may have been told none.
+
+    Returns:
+        The exit code: 0 done, 77 non-finite loss.
+    """
+    torch.set_num_threads(config.cluster.threads_per_rank)
+    comm_groups.start(config.cluster)
+    try:
+        config = _agree(config)
+        return _train(config)
+    finally:
+        comm_groups.stop()
+
+
+def _train(config: TrainConfig) -> int:
+    device = _device(config)
+    layout = Layout(config.parallelism, config.cluster.ranks_per_node)
+    groups = comm_groups.Groups(layout, mirrored=config.schedule.kind == "dualpipe")
+    prepared = _prepare(config, groups)
+    assembly = assemble(config, groups, device)
+    reporter = Reporter(None, [])
+    try:
+        first_step = 0
+        if config.resume is not None:
+            folder = find_checkpoint(config.resume)
+            check_manifest(folder, config)
+            checkpoint.load(assembly, folder)
+            first_step = read_step(folder)
+        reporter = _reporter(config, first_step)
+        _introduce(assembly, prepared, reporter, first_step)
+        train(assembly, prepared, reporter, first_step)
+        if dist.get_rank() == 0 and config.stage.sample_prompt:
+            reporter.say(f"continuation of {config.stage.sample_prompt!r}:\n{show_continuation(assembly, prepared)}")
+        dist.barrier(group=groups.world)
+        return 0
+    except NonFiniteLossError as error:
+        reporter.say(f"error: {error}; nothing was updated in this step")
+        return EXIT_NON_FINITE
+    finally:
+        reporter.close()
+        assembly.close()
+
+
+def _agree(config: TrainConfig) -> TrainConfig:
+    agreed = [config.out_dir]
+    dist.broadcast_object_list(agreed, src=0)
+    return dataclasses.replace(config, out_dir=agreed[0])
+
+
+def _device(config: TrainConfig) -> torch.device:
+    if config.cluster.device == "cpu":
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def _prepare(config: TrainConfig, groups: comm_groups.Groups) -> Prepared:
+    """One rank of every machine builds the cache where it is missing; the others then find it."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        prepare(config.data, config.stage.sequence_length_tokens)
+    dist.barrier(group=groups.world)
+    return prepare(config.data, config.stage.sequence_length_tokens)
+
+
+def _reporter(config: TrainConfig, first_step: int) -> Reporter:
+    rank, out_dir = dist.get_rank(), Path(config.out_dir)
+    (out_dir / "log").mkdir(parents=True, exist_ok=True)
+    log = logging.FileHandler(out_dir / "log" / f"rank_{rank:05d}.log")
+    log.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.getLogger().addHandler(log)
+    if rank != 0:
+        return Reporter(None, [])
+    display = Display(Console(file=sys.stdout), config.stage.steps, first_step, config.track.log_every_steps)
+    recorders: list[Recorder] = [JsonLines(out_dir / "metrics.jsonl"), display]
+    if config.track.wandb != "disabled":
+        recorders.append(Wandb(config.track, config.name, out_dir, dataclasses.asdict(config)))
+    return Reporter(display, recorders)
+
+
+def _introduce(assembly: Assembly, prepared: Prepared, reporter: Reporter, first_step: int) -> None:
+    config, layout = assembly.config, assembly.config.parallelism
+    reporter.say(
+        f"{config.name}: {layout.world_size} ranks (pipeline {layout.pipeline} x data {layout.data}, "
+        f"experts over {layout.expert}), {config.schedule.kind}, {config.num_micro_batches} micro-batches a step, "
+        f"{config.precision.kind}; folder {config.out_dir}"
+    )
+    reporter.say(
+        f"corpus: {prepared.train_tokens:,} training and {prepared.validation_tokens:,} validation tokens, "
+        f"{prepared.bytes_per_token:.2f} bytes per token, unigram entropy {prepared.unigram_entropy_nats:.4f} nats"
+    )
+    if first_step:
+        reporter.say(f"resumed after step {first_step} from {config.resume}")

@@ -1,0 +1,185 @@
+"""One optimiser step over all ranks, and one forward pass for validation."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from data.loader import IGNORE, Batch, Loader
+from dualpipe.execute import execute
+from model.objective import LossSums, MicroBatch, Objective
+from model.transformer import routers
+from train.assemble import Assembly, feed
+from train.optim.learning_rate import learning_rate
+
+Read = Callable[[int, int], Batch]
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss of a step is not a number or infinite; equal on all ranks, nothing was updated."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Losses:
+    """Means over the whole job, in nats: per predicted token, per sequence for the balance loss."""
+
+    main: float
+    mtp: tuple[float, ...]
+    balance: float
+    total: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepResult:
+    """What a step showed, equal on all ranks. max_violation: the worst layer's largest load over the mean, less one."""
+
+    losses: Losses
+    grad_norm: float
+    learning_rate: float
+    seconds: float
+    tokens: int
+    max_violation: float
+
+
+class BatchReader:
+    """A rank's micro-batches of one step, each read once and only by the ranks at the ends of the model."""
+
+    def __init__(self, assembly: Assembly, read: Read) -> None:
+        self._assembly = assembly
+        self._read = read
+        self._known: dict[tuple[int, int], MicroBatch] = {}
+
+    def __call__(self, direction: int, micro_batch: int) -> MicroBatch | None:
+        """The micro-batch, None where no end of the model is held."""
+        if self._assembly.model.model.embed_tokens is None and self._assembly.model.lm_head is None:
+            return None
+        key = (direction, micro_batch)
+        if key not in self._known:
+            config, schedule = self._assembly.config, self._assembly.schedule
+            before = sum(len(schedule.micro_batches_of(earlier)) for earlier in range(direction))
+            index = self._assembly.groups.data_index * schedule.num_micro_batches + before + micro_batch
+            size = config.stage.micro_batch_sequences
+            self._known[key] = to_micro_batch(
+                self._read(index * size, size), config.model.mtp_depth, self._assembly.device
+            )
+        return self._known[key]
+
+    def count_targets(self) -> Tensor:
+        """Targets per depth over the whole global batch, int64, on the host; every rank must ask."""
+        counts = torch.zeros(self._assembly.config.model.mtp_depth + 1, dtype=torch.int64)
+        for direction in self._assembly.holds_last:
+            for micro_batch in self._assembly.schedule.micro_batches_of(direction):
+                batch = self(direction, micro_batch)
+                assert batch is not None
+                counts += torch.stack([(targets != IGNORE).sum().cpu() for targets in batch.targets_BT])
+        return _sum_over_world(self._assembly, counts)
+
+
+def to_micro_batch(batch: Batch, mtp_depth: int, device: torch.device) -> MicroBatch:
+    """What the model embeds and predicts at every depth."""
+    depths = range(mtp_depth + 1)
+    return MicroBatch(
+        inputs_BT=tuple(batch.inputs(depth).to(device) for depth in depths),
+        targets_BT=tuple(batch.targets(depth + 1).to(device) for depth in depths),
+    )
+
+
+def make_objective(assembly: Assembly, num_targets: Tensor) -> Objective:
+    """The step's objective from the targets per depth of its global batch."""
+    stage, depth = assembly.config.stage, assembly.config.model.mtp_depth
+    weights = [1.0] + [stage.mtp_loss_weight / depth] * depth
+    return Objective(
+        cross_entropy=tuple(
+            weight / max(count, 1) for weight, count in zip(weights, num_targets.tolist(), strict=True)
+        ),
+        balance=stage.balance_loss_weight / stage.global_batch_sequences,
+    )
+
+
+def train_step(assembly: Assembly, loader: Loader, step: int) -> StepResult:
+    """Forward and backward of the step's global batch, the update, the router bias.
+
+    Raises:
+        NonFiniteLossError: on every rank alike, before anything was updated.
+    """
+    started = time.perf_counter()
+    config = assembly.config
+    rate = learning_rate(config.optim, step)
+    losses = accumulate(assembly, lambda first, count: loader.batch(step, first, count))
+    norm = assembly.optimiser.step(rate)
+    violation = update_router_bias(assembly)
+    tokens = config.stage.global_batch_sequences * config.stage.sequence_length_tokens
+    return StepResult(
+        losses=losses,
+        grad_norm=norm,
+        learning_rate=rate,
+        seconds=time.perf_counter() - started,
+        tokens=tokens,
+        max_violation=violation,
+    )
+
+
+def accumulate(assembly: Assembly, read: Read) -> Losses:
+    """All passes of one global batch; gradients stay in the store, loads in the routers.
+
+    Raises:
+        NonFiniteLossError: on every rank alike.
+    """
+    batches = BatchReader(assembly, read)
+    num_targets = batches.count_targets()
+    objective, sums = make_objective(assembly, num_targets), _no_sums(assembly)
+    execute(assembly.train_program, feed(assembly, batches, objective, sums, assembly.store), assembly.transport)
+    losses = _reduce(assembly, sums, num_targets)
+    if not torch.isfinite(torch.tensor(losses.total)):
+        raise NonFiniteLossError(f"loss is {losses.total}")
+    return losses
+
+
+def validate_pass(assembly: Assembly, read: Read) -> tuple[Losses, int]:
+    """A forward pass of one global batch: losses and the number of main targets."""
+    batches = BatchReader(assembly, read)
+    num_targets = batches.count_targets()
+    objective, sums = make_objective(assembly, num_targets), _no_sums(assembly)
+    execute(assembly.forward_program, feed(assembly, batches, objective, sums, None), assembly.transport)
+    return _reduce(assembly, sums, num_targets), int(num_targets[0])
+
+
+def update_router_bias(assembly: Assembly) -> float:
+    """Moves every router's bias by the load of the whole global batch; returns the worst layer's violation."""
+    gates = routers(assembly.model)
+    worst = torch.zeros(())
+    if gates:
+        load_LE = torch.stack([gate.load for gate in gates.values()])
+        dist.all_reduce(load_LE, group=assembly.groups.stage_replicas)
+        for gate, load_E in zip(gates.values(), load_LE, strict=True):
+            gate.update_bias(load_E, assembly.config.stage.bias_update_rate)
+            gate.load.zero_()
+        load = load_LE.float()
+        worst = (load.amax(1) / load.mean(1) - 1).max().cpu()
+    worst = worst.to(assembly.device)
+    dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=assembly.groups.world)
+    return float(worst)
+
+
+def _no_sums(assembly: Assembly) -> LossSums:
+    return LossSums(cross_entropy=[0.0] * (assembly.config.model.mtp_depth + 1))
+
+
+def _reduce(assembly: Assembly, sums: LossSums, num_targets: Tensor) -> Losses:
+    stage = assembly.config.stage
+    totals = _sum_over_world(assembly, sums.settle()).tolist()
+    means = [total / max(count, 1) for total, count in zip(totals[:-1], num_targets.tolist(), strict=True)]
+    balance, mtp = totals[-1] / stage.global_batch_sequences, tuple(means[1:])
+    mtp_part = stage.mtp_loss_weight * sum(mtp) / max(len(mtp), 1)
+    total = means[0] + mtp_part + stage.balance_loss_weight * balance
+    return Losses(main=means[0], mtp=mtp, balance=balance, total=total)
+
+
+def _sum_over_world(assembly: Assembly, values: Tensor) -> Tensor:
+    """Sum over all ranks, back on the host."""
+    values = values.to(assembly.device)
+    dist.all_reduce(values, group=assembly.groups.world)
+    return values.cpu()
