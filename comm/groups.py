@@ -36,7 +36,7 @@ class Groups:
     world: ProcessGroup
 
     def __init__(self, layout: Layout, mirrored: bool, timeout_seconds: float) -> None:
-        """Made once per process, by every rank, after `start`.
+        """Made once per process, by every rank at the same point, after `start`.
 
         Args:
             layout: of the world.
@@ -52,28 +52,33 @@ class Groups:
                 f"got {layout.world_size} for {distributed.get_world_size()}"
             )
         self.rank = distributed.get_rank()
-        # Only members make a group, which keeps start-up independent of the world's size. The kinds come
-        # in the same order everywhere and a rank is in one group of each kind, so no two ranks wait crosswise.
-        self.expert = make_group(layout.expert_group(self.rank), timeout_seconds)
-        self.stage = make_group(layout.stage_group(self.rank, mirrored), timeout_seconds)
-        self.expert_data = make_group(layout.expert_data_group(self.rank, mirrored), timeout_seconds)
+        ranks = range(layout.world_size)
+        self.expert = self._join({layout.expert_group(rank) for rank in ranks}, timeout_seconds)
+        self.stage = self._join({layout.stage_group(rank, mirrored) for rank in ranks}, timeout_seconds)
+        self.expert_data = self._join({layout.expert_data_group(rank, mirrored) for rank in ranks}, timeout_seconds)
         world = distributed.group.WORLD
         assert world is not None
         self.world = world
 
+    def _join(self, partition: set[tuple[int, ...]], timeout_seconds: float) -> ProcessGroup:
+        mine = [group for members in sorted(partition) if (group := make_group(members, timeout_seconds)) is not None]
+        assert len(mine) == 1
+        return mine[0]
 
-def make_group(ranks: tuple[int, ...], timeout_seconds: float) -> ProcessGroup:
-    """A group of its members' making: called by the members alone, in an order without crosswise waits.
+
+def make_group(members: tuple[int, ...], timeout_seconds: float) -> ProcessGroup | None:
+    """A new group, if this rank is a member. Called by every rank of the job for every group, in one order.
+
+    torch names a group after the number of calls before it, so a rank that leaves one out meets its peers
+    under another name, in vain. (`use_local_synchronization` counts too, though it lets others stay away.)
+    A call costs an outsider some 10 microseconds and no communication.
 
     Args:
-        ranks: global ranks, ascending.
+        members: global ranks, ascending.
         timeout_seconds: of each collective.
     """
-    group = distributed.new_group(
-        list(ranks), timeout=timedelta(seconds=timeout_seconds), use_local_synchronization=True
-    )
-    assert isinstance(group, ProcessGroup)
-    return group
+    group = distributed.new_group(list(members), timeout=timedelta(seconds=timeout_seconds))
+    return group if isinstance(group, ProcessGroup) else None
 
 
 def start(cluster: ClusterConfig) -> torch.device:
@@ -91,11 +96,7 @@ def start(cluster: ClusterConfig) -> torch.device:
     if cluster.threads_per_rank > 0:
         torch.set_num_threads(cluster.threads_per_rank)
     device = _device(cluster, int(os.environ["LOCAL_RANK"]))
-    distributed.init_process_group(
-        cluster.backend,
-        timeout=timedelta(seconds=cluster.timeout_seconds),
-        device_id=device if cluster.backend == "nccl" else None,
-    )
+    distributed.init_process_group(cluster.backend, timeout=timedelta(seconds=cluster.timeout_seconds))
     return device
 
 

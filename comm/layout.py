@@ -15,7 +15,7 @@ class Layout:
 
     The data axis is the fast one, so an expert group is a run of consecutive ranks and fills whole nodes
     before it spills (arXiv:2412.19437, section 3.2: 16-way pipeline, 64-way experts over 8 nodes).
-    `mirrored` tells whether pipeline ranks p and P-1-p hold the same stages, as under DualPipe.
+    Where a method asks, `mirrored` tells whether pipeline ranks p and P-1-p hold the same stages, as under DualPipe.
 
     Raises:
         LayoutError: an axis below 1, or a data axis that the expert axis does not divide.
@@ -68,7 +68,7 @@ class Layout:
         """The rank at the mirrored pipeline place, with the same data index."""
         return self.rank(self.parallelism.pipeline - 1 - self.pipeline_index(rank), self.data_index(rank))
 
-    def node(self, rank: int) -> int:
+    def node_of(self, rank: int) -> int:
         """The node that the rank runs on."""
         return rank // self.ranks_per_node
 

@@ -48,11 +48,9 @@ def pack_documents(
     tokens_NL = np.full((num_bins, length), pad_id, dtype=tokens.dtype)
     positions_NL = np.full((num_bins, length), PADDING_POSITION, dtype=np.int32)
     ramp = np.arange(length, dtype=np.int32)
-    filled = np.zeros(num_bins, dtype=np.int64)
-    # Longest first, as they were placed: whatever the order, every piece begins where the one before it ends.
-    for piece in np.argsort(-piece_lengths, kind="stable").tolist():
-        row, size, start = bins[piece], int(piece_lengths[piece]), int(starts[piece])
-        begin = int(filled[row])
+    filled = [0] * num_bins
+    for row, size, start in zip(bins, piece_lengths.tolist(), starts.tolist(), strict=True):
+        begin = filled[row]
         tokens_NL[row, begin : begin + size] = tokens[start : start + size]
         positions_NL[row, begin : begin + size] = ramp[:size]
         filled[row] = begin + size

@@ -7,7 +7,7 @@ from dualpipe.ir import Group, Op, Operation, Schedule
 from dualpipe.pairing import Atom
 from dualpipe.program import Action, Program, RunKey, Step
 from dualpipe.protocols import Lane
-from dualpipe.transfers import Message
+from dualpipe.transfers import Message, made_by, message_of, needed_by
 
 Pairing = Callable[[Sequence[Sequence[Atom]]], list[Atom]]
 
@@ -44,41 +44,14 @@ def _receives(schedule: Schedule, group: Group) -> list[tuple[Operation, Message
     return [(op, message) for op, message in found if message is not None]
 
 
-def _message(schedule: Schedule, op: Operation, kind: str, source: int, target: int) -> Message | None:
-    if not (0 <= source < schedule.num_stages and 0 <= target < schedule.num_stages):
-        return None
-    return Message(
-        kind="activation" if kind == "activation" else "gradient",
-        direction=op.direction,
-        stage=source,
-        micro_batch=op.micro_batch,
-        source=schedule.rank_of(op.direction, source),
-        destination=schedule.rank_of(op.direction, target),
-    )
-
-
 def _incoming(schedule: Schedule, op: Operation) -> Message | None:
-    match op.kind:
-        case Op.FORWARD:
-            return _message(schedule, op, "activation", op.stage - 1, op.stage)
-        case Op.BACKWARD | Op.BACKWARD_INPUT:
-            return _message(schedule, op, "gradient", op.stage + 1, op.stage)
-        case Op.BACKWARD_WEIGHT:
-            return None
-        case _ as other:
-            assert_never(other)
+    value = needed_by(op, schedule.num_stages)
+    return None if value is None else message_of(schedule, value)
 
 
 def _outgoing(schedule: Schedule, op: Operation) -> Message | None:
-    match op.kind:
-        case Op.FORWARD:
-            return _message(schedule, op, "activation", op.stage, op.stage + 1)
-        case Op.BACKWARD | Op.BACKWARD_INPUT:
-            return _message(schedule, op, "gradient", op.stage, op.stage - 1)
-        case Op.BACKWARD_WEIGHT:
-            return None
-        case _ as other:
-            assert_never(other)
+    value = made_by(op, schedule.num_stages)
+    return None if value is None else message_of(schedule, value)
 
 
 def _atoms(schedule: Schedule, op: Operation, lanes: Sequence[Lane], train: bool) -> list[Atom]:

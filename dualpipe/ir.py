@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from typing import Any
 
 
@@ -10,7 +10,7 @@ class ScheduleError(ValueError):
     """A schedule that cannot be made, read or run: the message names place, rule and value."""
 
 
-class Op(str, Enum):
+class Op(StrEnum):
     """What an operation computes. A full backward is the backward for inputs and then the one for weights.
 
     A string, so that operations sort; short only in print and in JSON.
@@ -33,7 +33,8 @@ class Operation:
 
     def __str__(self) -> str:
         """Kind, stage and micro-batch: `F0.3`; direction 1 carries a prime, `F0.3'`."""
-        return f"{self.kind.value}{self.stage}.{self.micro_batch}{chr(39) * self.direction}"
+        primes = "'" * self.direction
+        return f"{self.kind.value}{self.stage}.{self.micro_batch}{primes}"
 
 
 Group = tuple[Operation, ...]

@@ -56,11 +56,11 @@ def check(config: TrainConfig) -> None:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", config.name):
         raise ConfigError(f"name: must be letters, digits, '.', '_' and '-', as it names a folder, is {config.name!r}")
     check_ranges(config)
+    _check_batch(config)
+    _check_schedule(config)
     _check_ranks(config)
     _check_model(config)
     _check_experts(config)
-    _check_batch(config)
-    _check_schedule(config)
     _check_optim(config)
     _check_data(config)
     if config.resume is not None:

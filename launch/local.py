@@ -73,7 +73,7 @@ def run_ranks(folder: Path, world_size: int, entry: Entry) -> int:
     """Runs a job's ranks to their end. None of them outlives this call, or this process.
 
     Args:
-        folder: of the run: ranks read `config.yaml` there and leave `log/rank_N.error.log` when they fail.
+        folder: of the run: ranks read `config.yaml` there and leave `log/rank_*.error.log` when they fail.
         world_size: ranks to start.
         entry: what each rank does.
 
@@ -131,7 +131,7 @@ def _report_failure(folder: Path, failed: "ChildFailedError") -> int:
     if not logs:
         print(f"error: rank {rank} ended with exit code {failure.exitcode}", file=sys.stderr, flush=True)
     else:
-        first = logs[0].name.removeprefix("rank_").removesuffix(".error.log")
+        first = int(logs[0].name.removeprefix("rank_").removesuffix(".error.log"))
         text = logs[0].read_text(encoding="utf-8").splitlines()[0]
         place = "" if failure.exitcode == EXIT_CONFIGURATION else f"rank {first}: "
         print(f"error: {place}{text}", file=sys.stderr, flush=True)
@@ -151,7 +151,7 @@ def _rank(entry: Entry, folder: str) -> int:
     try:
         return entry(read_folder(Path(folder)))
     except Exception as error:
-        _write_error(Path(folder) / "log" / f"rank_{os.environ['RANK']}.error.log", error)
+        _write_error(Path(folder) / "log" / f"rank_{int(os.environ['RANK']):05d}.error.log", error)
         time.sleep(_NOTICE_SECONDS)
         sys.exit(EXIT_CONFIGURATION if isinstance(error, user_errors()) else 1)
 

@@ -1,4 +1,7 @@
-"""The range of each number in a run's configuration but data's own, as data, and the arithmetic of nearest valid values."""
+"""The range of each number in a run's configuration, as data, and the arithmetic of nearest valid values.
+
+The shares and sizes of `data` are checked there.
+"""
 
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
@@ -8,33 +11,72 @@ from train.config import TrainConfig
 
 Number = int | float
 
-_POSITIVE = """
-    cluster.ranks_per_node cluster.threads_per_rank cluster.timeout_seconds
-    parallelism.pipeline parallelism.data parallelism.expert
-    model.vocab_size model.hidden_size model.num_layers model.dense_intermediate_size model.num_heads
-    model.q_lora_rank model.kv_lora_rank model.qk_nope_head_dim model.qk_rope_head_dim model.v_head_dim
-    model.num_routed_experts model.num_experts_per_token model.expert_intermediate_size
-    model.num_expert_groups model.num_limited_groups model.routed_scaling_factor model.norm_eps model.rope_theta
-    model.max_position_tokens model.initializer_range
-    model.rope_scaling.factor model.rope_scaling.original_max_position_tokens
-    model.rope_scaling.beta_fast model.rope_scaling.beta_slow
-    stage.steps stage.sequence_length_tokens stage.global_batch_sequences stage.micro_batch_sequences
-    optim.learning_rate optim.eps optim.clip_norm
-    track.log_every_steps
-""".split()
+_POSITIVE = (
+    "cluster.ranks_per_node",
+    "cluster.threads_per_rank",
+    "cluster.timeout_seconds",
+    "parallelism.pipeline",
+    "parallelism.data",
+    "parallelism.expert",
+    "model.vocab_size",
+    "model.hidden_size",
+    "model.num_layers",
+    "model.dense_intermediate_size",
+    "model.num_heads",
+    "model.q_lora_rank",
+    "model.kv_lora_rank",
+    "model.qk_nope_head_dim",
+    "model.qk_rope_head_dim",
+    "model.v_head_dim",
+    "model.num_routed_experts",
+    "model.num_experts_per_token",
+    "model.expert_intermediate_size",
+    "model.num_expert_groups",
+    "model.num_limited_groups",
+    "model.routed_scaling_factor",
+    "model.norm_eps",
+    "model.rope_theta",
+    "model.max_position_tokens",
+    "model.initializer_range",
+    "model.rope_scaling.factor",
+    "model.rope_scaling.original_max_position_tokens",
+    "model.rope_scaling.beta_fast",
+    "model.rope_scaling.beta_slow",
+    "stage.steps",
+    "stage.sequence_length_tokens",
+    "stage.global_batch_sequences",
+    "stage.micro_batch_sequences",
+    "optim.learning_rate",
+    "optim.eps",
+    "optim.clip_norm",
+    "track.log_every_steps",
+)
 
-_NOT_NEGATIVE = """
-    seed data.seed
-    model.num_dense_layers model.num_shared_experts model.mtp_depth
-    model.rope_scaling.mscale model.rope_scaling.mscale_all_dim
-    stage.mtp_loss_weight stage.balance_loss_weight stage.bias_update_rate
-    stage.validate_every_steps stage.validation_sequences stage.checkpoint_every_steps stage.sample_tokens
-    optim.final_learning_rate optim.warmup_steps optim.decay_start_step optim.decay_end_step optim.weight_decay
-""".split()
+_NOT_NEGATIVE = (
+    "seed",
+    "data.seed",
+    "model.num_dense_layers",
+    "model.num_shared_experts",
+    "model.mtp_depth",
+    "model.rope_scaling.mscale",
+    "model.rope_scaling.mscale_all_dim",
+    "stage.mtp_loss_weight",
+    "stage.balance_loss_weight",
+    "stage.bias_update_rate",
+    "stage.validate_every_steps",
+    "stage.validation_sequences",
+    "stage.checkpoint_every_steps",
+    "stage.sample_tokens",
+    "optim.final_learning_rate",
+    "optim.warmup_steps",
+    "optim.decay_start_step",
+    "optim.decay_end_step",
+    "optim.weight_decay",
+)
 
-_BELOW_ONE = "optim.beta1 optim.beta2".split()
+_BELOW_ONE = ("optim.beta1", "optim.beta2")
 
-_RANGES: tuple[tuple[list[str], str, Callable[[Number], bool]], ...] = (
+_RANGES: tuple[tuple[tuple[str, ...], str, Callable[[Number], bool]], ...] = (
     (_POSITIVE, "above 0", lambda value: value > 0),
     (_NOT_NEGATIVE, "0 or above", lambda value: value >= 0),
     (_BELOW_ONE, "at least 0 and below 1", lambda value: 0 <= value < 1),

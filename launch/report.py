@@ -35,7 +35,7 @@ def command(name: str, main: Main, *, quiet: bool = False) -> int:
             print(help_text(name))
             code = 0
         else:
-            _refuse_flags(name, arguments)
+            _refuse_flags(arguments)
             code = main(arguments)
         sys.stdout.flush()
         return code
@@ -79,9 +79,9 @@ def help_text(name: str) -> str:
     return "\n".join([*lines, "", "Keys:", *(f"  {line}" for line in keys.splitlines())])
 
 
-def _refuse_flags(name: str, arguments: Sequence[str]) -> None:
+def _refuse_flags(arguments: Sequence[str]) -> None:
     for argument in arguments:
         if argument.startswith("-"):
-            key, equals, value = argument.lstrip("-").partition("=")
-            advice = f"write {key.replace('-', '_')}={value or '...'}" if key else "use key=value"
-            raise ConfigError(f"{argument}: no flags; use key=value ({advice}), or --help to see the keys")
+            key, _, value = argument.lstrip("-").partition("=")
+            like = f", like {key.replace('-', '_')}={value or '...'}" if key else ""
+            raise ConfigError(f"{argument}: no flags; use key=value{like}; --help shows the keys")

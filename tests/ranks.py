@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 _PRELOADED = ["torch", "torch.distributed", "numpy", "pytest"]
+_GRACE_SECONDS = 0.3
 _COLLECTIVE_TIMEOUT = timedelta(seconds=60)
 
 
@@ -42,7 +43,7 @@ def run_ranks(
         What each rank returned, in rank order, by pickle.
 
     Raises:
-        RanksFailedError: as soon as one rank fails; the others are killed.
+        RanksFailedError: soon after the first rank fails; the others are killed.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
@@ -72,10 +73,10 @@ def _collect(
 ) -> list[Any]:
     world_size = len(processes)
     results: list[Any] = [None] * world_size
+    failures: list[str] = []
     deadline = time.monotonic() + timeout_seconds + 0.5
     while pending:
         ready = multiprocessing.connection.wait(list(pending), max(0.0, deadline - time.monotonic()))
-        failures: list[str] = []
         for connection in ready:
             assert isinstance(connection, Connection)
             rank = pending.pop(connection)
@@ -88,13 +89,16 @@ def _collect(
                 results[rank] = value
             else:
                 failures.append(f"rank {rank} of {world_size}: {value}")
+                # A dead rank may be noticed by its peers before it is noticed here.
+                deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)
         if not ready:
-            for rank in pending.values():
-                failures.append(
-                    f"rank {rank} of {world_size}: no result after {timeout_seconds} s; {_stack(folder, rank)}"
-                )
-        if failures:
-            raise RanksFailedError("\n".join(failures))
+            break
+    if pending and not failures:
+        for rank in pending.values():
+            stack = _stack(folder, rank)
+            failures.append(f"rank {rank} of {world_size}: no result after {timeout_seconds} s; {stack}")
+    if failures:
+        raise RanksFailedError("\n".join(failures))
     # A rank leaves by itself once its result is sent; killing it would hide a hang on the way out.
     for rank, process in enumerate(processes):
         process.join(max(0.0, deadline - time.monotonic()))

@@ -5,12 +5,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from comm.groups import Groups
-from comm.lane import Lane, open_lane
-from comm.p2p import Transport
-from comm.protocol import Dispatcher
-from comm.select import build_dispatcher
+from comm.lane import Lane
+from comm.layout import Layout
+from comm.message import MessageKey
+from comm.p2p import Transport, adjacent_pairs
+from comm.protocol import Work
+from comm.select import build_dispatcher, open_lane
 from comm.traffic import Traffic
 from dualpipe import pairing
 from dualpipe.compile import compile_rank
@@ -19,6 +22,7 @@ from dualpipe.ir import Schedule
 from dualpipe.passes import forward_only
 from dualpipe.program import Program
 from dualpipe.protocols import Stage as PipelineStage
+from dualpipe.transfers import Message
 from dualpipe.validate import validate
 from model.cut import cut_layers
 from model.gradients import GradientStore
@@ -32,11 +36,48 @@ from train.optim.parameters import Replicas, group_parameters
 Batches = Callable[[int, int], MicroBatch | None]
 
 
+class PipelineLinks:
+    """The transport as the interpreter sees it: every activation and gradient between stages has one shape."""
+
+    def __init__(self, transport: Transport, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        self._transport = transport
+        self._shape = shape
+        self._dtype = dtype
+
+    def post_receive(self, message: Message, /) -> Work[Tensor]:
+        """Makes room for a message."""
+        return self._transport.post_receive(_key(message), self._shape, self._dtype)
+
+    def send(self, message: Message, tensor: Tensor, /) -> None:
+        """Sends without waiting."""
+        self._transport.send(_key(message), tensor)
+
+    def flush(self) -> None:
+        """Waits until everything sent has left."""
+        self._transport.flush()
+
+    def close(self) -> None:
+        """Ends the links."""
+        self._transport.close()
+
+
+def _key(message: Message) -> MessageKey:
+    return MessageKey(
+        kind=message.kind,
+        direction=message.direction,
+        stage=message.stage,
+        micro_batch=message.micro_batch,
+        source=message.source,
+        destination=message.destination,
+    )
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Assembly:
     """A rank, ready to run steps. `programs` for training and for a forward pass only."""
 
     config: TrainConfig
+    layout: Layout
     groups: Groups
     device: torch.device
     schedule: Schedule
@@ -44,7 +85,7 @@ class Assembly:
     stages: dict[int, Stage]
     train_program: Program
     forward_program: Program
-    transport: Transport
+    links: PipelineLinks
     lane: Lane
     traffic: Traffic
     store: GradientStore
@@ -54,12 +95,13 @@ class Assembly:
     def holds_last(self) -> tuple[int, ...]:
         """Directions whose last stage is on this rank: where their losses live."""
         last = self.schedule.num_stages - 1
-        pipeline = self.groups.pipeline_index
+        pipeline = self.layout.pipeline_index(self.groups.rank)
         return tuple(d for d in range(self.schedule.num_directions) if self.schedule.rank_of(d, last) == pipeline)
 
     def close(self) -> None:
-        """Ends the lane's worker."""
+        """Ends the workers of lane and links; not for the way out of an error, when peers may never answer."""
         self.lane.close()
+        self.links.close()
 
 
 class FedStage:
@@ -94,6 +136,11 @@ def weight_dtype(precision: PrecisionConfig) -> torch.dtype:
     return {"float64": torch.float64, "float32": torch.float32, "bf16": torch.bfloat16}[precision.kind]
 
 
+def is_mirrored(config: TrainConfig) -> bool:
+    """Whether pipeline ranks p and P-1-p hold the same stages."""
+    return config.schedule.kind == "dualpipe"
+
+
 def stage_part(config: TrainConfig, held: set[int], num_stages: int, experts: range) -> Part:
     """What of the model the given stages need."""
     model = config.model
@@ -106,7 +153,7 @@ def stage_part(config: TrainConfig, held: set[int], num_stages: int, experts: ra
     return Part(layers=tuple(layers), experts=experts, embedding=embedding, head=last)
 
 
-def assemble(config: TrainConfig, groups: Groups, device: torch.device) -> Assembly:
+def assemble(config: TrainConfig, layout: Layout, groups: Groups, device: torch.device) -> Assembly:
     """Builds everything that this rank runs, with the initial weights of the seed.
 
     Raises:
@@ -114,10 +161,17 @@ def assemble(config: TrainConfig, groups: Groups, device: torch.device) -> Assem
     """
     schedule = build(config.schedule.kind, config.parallelism.pipeline, config.num_micro_batches)
     validate(schedule)
-    held = {stage for _, stage in schedule.stages_of(groups.pipeline_index)}
+    pipeline_rank = layout.pipeline_index(groups.rank)
+    held = {stage for _, stage in schedule.stages_of(pipeline_rank)}
     lane, traffic = open_lane(device), Traffic()
-    dispatcher = build_dispatcher(config.dispatch, config.model.num_routed_experts, groups, lane, traffic)
-    model = _build_model(config, schedule, held, groups, dispatcher, device)
+    dispatcher = build_dispatcher(
+        config.dispatch, config.model.num_routed_experts, layout, groups.expert, lane, traffic
+    )
+    experts = held_experts(config, layout.expert_index(groups.rank))
+    part = stage_part(config, held, schedule.num_stages, experts)
+    model = Transformer(config.model, dispatcher, weight_dtype(config.precision), part)
+    initialise(model, config.seed)
+    model.to(device)
     cut = cut_layers(config.model.num_layers, schedule.num_stages, config.model.mtp_depth)
     stages = {
         number: Stage(model, cut[number], first=number == 0, last=number == schedule.num_stages - 1) for number in held
@@ -126,17 +180,20 @@ def assemble(config: TrainConfig, groups: Groups, device: torch.device) -> Assem
     order = {"overlapped": pairing.overlapped, "sequential": pairing.sequential}[config.schedule.pairing]
     lanes = {number: stage.lanes for number, stage in stages.items()}
     stage_config = config.stage
+    pairs = adjacent_pairs(config.parallelism.pipeline)
+    transport = Transport(layout, pairs, device, config.cluster.timeout_seconds)
     shape = (stage_config.micro_batch_sequences, stage_config.sequence_length_tokens, config.model.hidden_size)
     return Assembly(
         config=config,
+        layout=layout,
         groups=groups,
         device=device,
         schedule=schedule,
         model=model,
         stages=stages,
-        train_program=compile_rank(schedule, groups.pipeline_index, lanes, order),
-        forward_program=compile_rank(forward_only(schedule), groups.pipeline_index, lanes, order),
-        transport=Transport(groups, device, shape, weight_dtype(config.precision)),
+        train_program=compile_rank(schedule, pipeline_rank, lanes, order),
+        forward_program=compile_rank(forward_only(schedule), pipeline_rank, lanes, order),
+        links=PipelineLinks(transport, shape, weight_dtype(config.precision)),
         lane=lane,
         traffic=traffic,
         store=store,
@@ -144,23 +201,11 @@ def assemble(config: TrainConfig, groups: Groups, device: torch.device) -> Assem
     )
 
 
-def _build_model(
-    config: TrainConfig,
-    schedule: Schedule,
-    held: set[int],
-    groups: Groups,
-    dispatcher: Dispatcher,
-    device: torch.device,
-) -> Transformer:
+def held_experts(config: TrainConfig, expert_index: int) -> range:
+    """The routed experts of every layer that a place in the expert group holds."""
     per_rank = config.model.num_routed_experts // config.parallelism.expert
-    first = groups.expert_index * per_rank
-    part = stage_part(config, held, schedule.num_stages, range(first, first + per_rank))
-    model = Transformer(config.model, dispatcher, weight_dtype(config.precision), part)
-    initialise(model, config.seed)
-    return model.to(device)
+    return range(expert_index * per_rank, (expert_index + 1) * per_rank)
 
 
 def _replicas(groups: Groups) -> Replicas:
-    return Replicas(
-        dense=groups.stage_replicas, experts=groups.expert_replicas, expert=groups.expert, world=groups.world
-    )
+    return Replicas(dense=groups.stage, experts=groups.expert_data, expert=groups.expert, world=groups.world)

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from comm.local import LocalDispatcher
 from model.config import ModelConfig
@@ -34,7 +35,7 @@ def save(assembly: Assembly, step: int) -> Path:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier(group=assembly.groups.world)
-    _quietly(dcp.save, _state(assembly), partial)
+    _quietly(dcp_save, _state(assembly), partial)
     if dist.get_rank() == 0:
         write_manifest(partial, step, assembly.config)
         shutil.rmtree(final, ignore_errors=True)
@@ -45,14 +46,14 @@ def save(assembly: Assembly, step: int) -> Path:
 
 def load(assembly: Assembly, folder: Path) -> None:
     """Fills weights, router bias and optimiser state from a checkpoint of the same layout; every rank calls it."""
-    _quietly(dcp.load, _state(assembly), folder)
+    _quietly(dcp_load, _state(assembly), folder)
     assembly.optimiser.loaded()
 
 
 def load_whole(config: ModelConfig, folder: Path, dtype: torch.dtype) -> Transformer:
     """The whole model of a checkpoint in this process alone, whatever layout wrote it."""
     model = Transformer(config, LocalDispatcher(config.num_routed_experts), dtype)
-    _quietly(dcp.load, _weights(model), folder, no_dist=True)
+    _quietly(dcp_load, _weights(model), folder, no_dist=True)
     return model
 
 

@@ -85,8 +85,8 @@ def show_continuation(assembly: Assembly, prepared: Prepared) -> str:
     config, tokenizer = assembly.config, prepared.tokenizer
     folder = checkpoint.step_folder(Path(config.out_dir), config.stage.steps)
     model = checkpoint.load_whole(config.model, folder, weight_dtype(config.precision))
-    prompt = [tokenizer.begin_id, *tokenizer.encode(config.stage.sample_prompt)]
-    made = continue_greedily(model, prompt, config.stage.sample_tokens, stop=tokenizer.end_id)
+    prompt = [tokenizer.begin_of_sentence_id, *tokenizer.encode(config.stage.sample_prompt)]
+    made = continue_greedily(model, prompt, config.stage.sample_tokens, stop=tokenizer.end_of_sentence_id)
     return config.stage.sample_prompt + tokenizer.decode(made)
 
 
@@ -101,7 +101,9 @@ def _due(done: int, every: int, last: int) -> bool:
 def _record(assembly: Assembly, done: int, result: StepResult) -> dict[str, object]:
     """The step's line in `metrics.jsonl`; every rank must ask, as traffic and memory are summed up over all."""
     traffic = assembly.traffic.take()
-    sums = torch.tensor([traffic.inter_node_bytes, traffic.nodes_touched, traffic.tokens], dtype=torch.float64)
+    sums = torch.tensor(
+        [traffic.num_bytes_across_nodes, traffic.num_touched_nodes, traffic.num_tokens], dtype=torch.float64
+    )
     dist.all_reduce(sums := sums.to(assembly.device), group=assembly.groups.world)
     peak = torch.tensor(_peak_memory_bytes(assembly.device), dtype=torch.float64, device=assembly.device)
     dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=assembly.groups.world)

@@ -22,11 +22,6 @@ class CheckpointError(ValueError):
     """A checkpoint that is missing, unfinished or of another run's shape: names the place, the rule, both values."""
 
 
-def step_folder(out_dir: Path, step: int) -> Path:
-    """The folder of the checkpoint after `step` optimiser steps."""
-    return out_dir / CHECKPOINTS_NAME / f"step-{step:08d}"
-
-
 def write_manifest(folder: Path, step: int, config: TrainConfig) -> None:
     """Declares a checkpoint complete: in one move, once every other file is on disk.
 
@@ -55,10 +50,22 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"resume: {path} must be a checkpoint's manifest, cannot be read ({error})") from error
-    if not isinstance(manifest, dict) or manifest.get("format_version") != FORMAT_VERSION:
-        version = manifest.get("format_version") if isinstance(manifest, dict) else None
-        raise CheckpointError(f"resume: {path} must have format_version {FORMAT_VERSION}, has {version}")
-    return manifest
+    version = manifest.get("format_version") if isinstance(manifest, dict) else None
+    if version != FORMAT_VERSION or not isinstance(manifest.get("step"), int):
+        raise CheckpointError(
+            f"resume: {path} must have a step and format_version {FORMAT_VERSION}, has format_version {version}"
+        )
+    read: dict[str, Any] = manifest
+    return read
+
+
+def read_step(folder: Path) -> int:
+    """Optimiser steps that a checkpoint has behind it.
+
+    Raises:
+        CheckpointError: as `read_manifest`.
+    """
+    return int(read_manifest(folder)["step"])
 
 
 def find_checkpoint(path: str) -> Path:
@@ -94,7 +101,7 @@ def check_manifest(path: Path, config: TrainConfig) -> None:
         config: of the run that would go on.
 
     Raises:
-        CheckpointError: names every key that differs, with the checkpoint's value and the run's.
+        CheckpointError: names every key that differs, with the checkpoint's value and the run's; or no step is left.
     """
     manifest, shape = read_manifest(path), _shape(config)
     model = _differences("model", manifest.get("model"), shape["model"])
@@ -105,6 +112,11 @@ def check_manifest(path: Path, config: TrainConfig) -> None:
         raise CheckpointError(
             f"resume: {path} was written under another layout: {'; '.join(others)}; "
             f"resuming under another layout is not supported yet"
+        )
+    if config.stage.steps <= manifest["step"]:
+        raise CheckpointError(
+            f"stage.steps: must be above the {manifest['step']} steps that {path} has done, "
+            f"is {config.stage.steps}; nearest valid: {manifest['step'] + 1}"
         )
 
 
@@ -130,7 +142,7 @@ def _differences(place: str, before: object, now: object) -> list[str]:
 
 
 def _steps(folder: Path) -> list[Path]:
-    return sorted(step for step in folder.glob("step-*") if step.is_dir())
+    return sorted(step for step in folder.glob("step-*") if step.is_dir() and step.name[5:].isdigit())
 
 
 def _nearest(folder: Path) -> str:

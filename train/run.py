@@ -10,11 +10,11 @@ import torch
 from rich.console import Console
 from torch import distributed as dist
 
-from comm import groups as comm_groups
+from comm.groups import Groups, start, stop
 from comm.layout import Layout
 from data.prepare import Prepared, prepare
 from train import checkpoint
-from train.assemble import Assembly, assemble
+from train.assemble import Assembly, assemble, is_mirrored
 from train.config import TrainConfig
 from train.loop import Reporter, show_continuation, train
 from train.manifest import check_manifest, find_checkpoint, read_step
@@ -32,42 +32,44 @@ def main(config: TrainConfig) -> int:
     Returns:
         The exit code: 0 done, 77 non-finite loss.
     """
-    torch.set_num_threads(config.cluster.threads_per_rank)
-    comm_groups.start(config.cluster)
-    try:
-        config = _agree(config)
-        return _train(config)
-    finally:
-        comm_groups.stop()
+    device = start(config.cluster)
+    code = _train(_agree(config), device)
+    stop()
+    return code
 
 
-def _train(config: TrainConfig) -> int:
-    device = _device(config)
+def _train(config: TrainConfig, device: torch.device) -> int:
     layout = Layout(config.parallelism, config.cluster.ranks_per_node)
-    groups = comm_groups.Groups(layout, mirrored=config.schedule.kind == "dualpipe")
+    groups = Groups(layout, is_mirrored(config), config.cluster.timeout_seconds)
     prepared = _prepare(config, groups)
-    assembly = assemble(config, groups, device)
-    reporter = Reporter(None, [])
+    assembly = assemble(config, layout, groups, device)
+    first_step = _resume(assembly)
+    reporter = _reporter(config, first_step)
     try:
-        first_step = 0
-        if config.resume is not None:
-            folder = find_checkpoint(config.resume)
-            check_manifest(folder, config)
-            checkpoint.load(assembly, folder)
-            first_step = read_step(folder)
-        reporter = _reporter(config, first_step)
         _introduce(assembly, prepared, reporter, first_step)
         train(assembly, prepared, reporter, first_step)
         if dist.get_rank() == 0 and config.stage.sample_prompt:
             reporter.say(f"continuation of {config.stage.sample_prompt!r}:\n{show_continuation(assembly, prepared)}")
-        dist.barrier(group=groups.world)
-        return 0
+        code = 0
     except NonFiniteLossError as error:
         reporter.say(f"error: {error}; nothing was updated in this step")
-        return EXIT_NON_FINITE
+        code = EXIT_NON_FINITE
     finally:
         reporter.close()
-        assembly.close()
+    dist.barrier(group=groups.world)
+    assembly.close()
+    return code
+
+
+def _resume(assembly: Assembly) -> int:
+    """Fills everything from the checkpoint to resume from, if any; returns the number of steps already done."""
+    config = assembly.config
+    if config.resume is None:
+        return 0
+    folder = find_checkpoint(config.resume)
+    check_manifest(folder, config)
+    checkpoint.load(assembly, folder)
+    return read_step(folder)
 
 
 def _agree(config: TrainConfig) -> TrainConfig:
@@ -76,15 +78,7 @@ def _agree(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, out_dir=agreed[0])
 
 
-def _device(config: TrainConfig) -> torch.device:
-    if config.cluster.device == "cpu":
-        return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    torch.cuda.set_device(device)
-    return device
-
-
-def _prepare(config: TrainConfig, groups: comm_groups.Groups) -> Prepared:
+def _prepare(config: TrainConfig, groups: Groups) -> Prepared:
     """One rank of every machine builds the cache where it is missing; the others then find it."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         prepare(config.data, config.stage.sequence_length_tokens)

@@ -13,6 +13,7 @@ from dualpipe.execute import execute
 from model.objective import LossSums, MicroBatch, Objective
 from model.transformer import routers
 from train.assemble import Assembly, feed
+from train.config import TrainConfig
 from train.optim.learning_rate import learning_rate
 
 Read = Callable[[int, int], Batch]
@@ -59,8 +60,9 @@ class BatchReader:
         key = (direction, micro_batch)
         if key not in self._known:
             config, schedule = self._assembly.config, self._assembly.schedule
+            data_index = self._assembly.layout.data_index(self._assembly.groups.rank)
             before = sum(len(schedule.micro_batches_of(earlier)) for earlier in range(direction))
-            index = self._assembly.groups.data_index * schedule.num_micro_batches + before + micro_batch
+            index = data_index * schedule.num_micro_batches + before + micro_batch
             size = config.stage.micro_batch_sequences
             self._known[key] = to_micro_batch(
                 self._read(index * size, size), config.model.mtp_depth, self._assembly.device
@@ -87,9 +89,9 @@ def to_micro_batch(batch: Batch, mtp_depth: int, device: torch.device) -> MicroB
     )
 
 
-def make_objective(assembly: Assembly, num_targets: Tensor) -> Objective:
+def make_objective(config: TrainConfig, num_targets: Tensor) -> Objective:
     """The step's objective from the targets per depth of its global batch."""
-    stage, depth = assembly.config.stage, assembly.config.model.mtp_depth
+    stage, depth = config.stage, config.model.mtp_depth
     weights = [1.0] + [stage.mtp_loss_weight / depth] * depth
     return Objective(
         cross_entropy=tuple(
@@ -130,8 +132,8 @@ def accumulate(assembly: Assembly, read: Read) -> Losses:
     """
     batches = BatchReader(assembly, read)
     num_targets = batches.count_targets()
-    objective, sums = make_objective(assembly, num_targets), _no_sums(assembly)
-    execute(assembly.train_program, feed(assembly, batches, objective, sums, assembly.store), assembly.transport)
+    objective, sums = make_objective(assembly.config, num_targets), _no_sums(assembly)
+    execute(assembly.train_program, feed(assembly, batches, objective, sums, assembly.store), assembly.links)
     losses = _reduce(assembly, sums, num_targets)
     if not torch.isfinite(torch.tensor(losses.total)):
         raise NonFiniteLossError(f"loss is {losses.total}")
@@ -142,8 +144,8 @@ def validate_pass(assembly: Assembly, read: Read) -> tuple[Losses, int]:
     """A forward pass of one global batch: losses and the number of main targets."""
     batches = BatchReader(assembly, read)
     num_targets = batches.count_targets()
-    objective, sums = make_objective(assembly, num_targets), _no_sums(assembly)
-    execute(assembly.forward_program, feed(assembly, batches, objective, sums, None), assembly.transport)
+    objective, sums = make_objective(assembly.config, num_targets), _no_sums(assembly)
+    execute(assembly.forward_program, feed(assembly, batches, objective, sums, None), assembly.links)
     return _reduce(assembly, sums, num_targets), int(num_targets[0])
 
 
@@ -153,7 +155,7 @@ def update_router_bias(assembly: Assembly) -> float:
     worst = torch.zeros(())
     if gates:
         load_LE = torch.stack([gate.load for gate in gates.values()])
-        dist.all_reduce(load_LE, group=assembly.groups.stage_replicas)
+        dist.all_reduce(load_LE, group=assembly.groups.stage)
         for gate, load_E in zip(gates.values(), load_LE, strict=True):
             gate.update_bias(load_E, assembly.config.stage.bias_update_rate)
             gate.load.zero_()

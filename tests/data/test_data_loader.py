@@ -108,6 +108,11 @@ def test_targets_and_inputs_follow_the_pieces() -> None:
     assert batch.inputs(9).tolist() == [[2] * 6]
 
 
+def test_padding_before_a_piece_predicts_nothing() -> None:
+    batch = Batch(tokens_BT=torch.tensor([[2, 10, 11]]), positions_BT=torch.tensor([[-1, 0, 1]]), pad_id=2)
+    assert batch.targets(1).tolist() == [[IGNORE, 11, IGNORE]]
+
+
 def test_targets_equal_the_rule_written_as_loops(prepared: Prepared) -> None:
     batch = Loader(prepared, global_batch_sequences=8, seed=0).batch(0, 0, 8)
     tokens, positions = batch.tokens_BT.tolist(), batch.positions_BT.tolist()

@@ -273,6 +273,6 @@ def test_embedded_corpus_is_prepared_within_its_time(tmp_path: Path) -> None:
     assert 0.005 < prepared.validation_tokens / prepared.train_tokens < 0.08
     assert 4.0 < prepared.unigram_entropy_nats < np.log(4096)
     assert (prepared.train_positions_NL < 0).mean() < 0.01
-    # 6.6 s and 0.05 s on two free cores; the bounds leave room for a loaded machine.
+    # 4 to 7 s and 0.05 s on two free cores; the bounds leave room for a loaded machine.
     assert cold_seconds < 40.0
     assert warm_seconds < 1.0

@@ -1,0 +1,23 @@
+# Each target is complete by itself on a fresh clone: the environment is made when missing and mended when
+# pyproject.toml is newer. `make train ARGS="stage.steps=200 name=longer"` passes overrides.
+PYTHON ?= python3
+ARGS ?=
+
+.PHONY: train test test-fast
+
+train: .venv/installed
+	.venv/bin/python -m launch.train experiment=quickstart $(ARGS)
+
+test: .venv/installed
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m pytest
+
+test-fast: .venv/installed
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m pytest -m 'not slow' -x -q
+
+.venv/installed: pyproject.toml
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@

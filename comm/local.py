@@ -1,0 +1,61 @@
+"""The dispatcher of one rank that holds every expert: what dispatch and combine mean, without any sending.
+
+Shape legend: T tokens, K experts per token, A = T K arrived rows, D hidden size.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from comm.expert_order import ExpertOrder
+from comm.lane import Done
+from comm.protocol import Arrived, Handle, Work
+
+
+@dataclass(frozen=True, slots=True)
+class LocalHandle:
+    """One routing of one micro-batch."""
+
+    order: ExpertOrder
+    counts: tuple[int, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens routed."""
+        return self.order.shape_TK[0]
+
+
+class LocalDispatcher:
+    """The executable specification of `comm.protocol.Dispatcher`."""
+
+    def __init__(self, num_experts: int) -> None:
+        self.num_local_experts = num_experts
+
+    def plan(self, topk_ids_TK: Tensor) -> Handle:
+        """Sorts the choices; on CUDA the counts cost a host synchronisation."""
+        order = ExpertOrder.sort(topk_ids_TK, self.num_local_experts)
+        return LocalHandle(order, tuple(order.counts_E.tolist()))
+
+    def dispatch(self, rows_TD: Tensor, weights_TK: Tensor, handle: Handle) -> Work[Arrived]:
+        """A copy of each token's row, and the weight, to each of its experts."""
+        local = _own(handle)
+        rows_AD = local.order.copy_rows(rows_TD.detach())
+        return Done(Arrived(rows_AD, local.order.copy_weights(weights_TK.detach()), local.counts))
+
+    def combine(self, rows_AD: Tensor, handle: Handle) -> Work[Tensor]:
+        """The unweighted sum over each token's experts; TD."""
+        return Done(_own(handle).order.sum_rows(rows_AD.detach()))
+
+    def dispatch_backward(self, rows_AD: Tensor, weights_A: Tensor, handle: Handle) -> Work[tuple[Tensor, Tensor]]:
+        """Gradients of rows, summed per token (TD), and of weights (TK)."""
+        order = _own(handle).order
+        return Done((order.sum_rows(rows_AD.detach()), order.restore_weights(weights_A.detach())))
+
+    def combine_backward(self, rows_TD: Tensor, handle: Handle) -> Work[Tensor]:
+        """A copy of each token's gradient to each of its experts' rows; AD."""
+        return Done(_own(handle).order.copy_rows(rows_TD.detach()))
+
+
+def _own(handle: Handle) -> LocalHandle:
+    assert isinstance(handle, LocalHandle)
+    return handle

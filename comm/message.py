@@ -1,0 +1,82 @@
+"""What pipeline ranks say about the tensors that they send each other."""
+
+from dataclasses import dataclass
+from typing import Literal, Self, get_args
+
+import torch
+from torch import Tensor
+
+MessageKind = Literal["activation", "gradient"]
+MESSAGE_KINDS: tuple[MessageKind, ...] = get_args(MessageKind)
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.uint8, torch.int64)
+_MAX_DIMS = 8
+
+
+class TransferError(RuntimeError):
+    """Another message came than the one that was due: two ranks disagree on the order of their link."""
+
+    def __init__(self, place: str, expected: str, got: str) -> None:
+        super().__init__(f"{place}: expected {expected}, got {got}")
+        self.place = place
+        self.expected = expected
+        self.got = got
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MessageKey:
+    """What a message is about. `source` and `destination` are pipeline indices; both ends name the same stage."""
+
+    kind: MessageKind
+    direction: int
+    stage: int
+    micro_batch: int
+    source: int
+    destination: int
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What travels before a payload.
+
+    Raises:
+        ValueError: a type or a number of dims that a header cannot tell.
+    """
+
+    key: MessageKey
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if self.dtype not in _DTYPES:
+            raise ValueError(f"p2p: a message's type must be one of {_DTYPES}, got {self.dtype}")
+        if len(self.shape) > _MAX_DIMS:
+            raise ValueError(f"p2p: a message must have at most {_MAX_DIMS} dims, got shape {self.shape}")
+
+    def encode(self) -> Tensor:
+        """The header as int64 on the host, of the same length for every message."""
+        key = self.key
+        numbers = [MESSAGE_KINDS.index(key.kind), key.direction, key.stage, key.micro_batch]
+        numbers += [key.source, key.destination, _DTYPES.index(self.dtype), len(self.shape), *self.shape]
+        return torch.tensor(numbers + [0] * (_MAX_DIMS - len(self.shape)))
+
+    @classmethod
+    def decode(cls, encoded: Tensor) -> Self:
+        """The inverse of `encode`."""
+        kind, direction, stage, micro_batch, source, destination, dtype, num_dims, *shape = encoded.tolist()
+        key = MessageKey(
+            kind=MESSAGE_KINDS[kind],
+            direction=direction,
+            stage=stage,
+            micro_batch=micro_batch,
+            source=source,
+            destination=destination,
+        )
+        return cls(key, _DTYPES[dtype], tuple(shape[:num_dims]))
+
+    def __str__(self) -> str:
+        key = self.key
+        name = str(self.dtype).removeprefix("torch.")
+        return (
+            f"{key.kind} {key.source}->{key.destination} of direction {key.direction}, stage {key.stage}, "
+            f"micro-batch {key.micro_batch}, {name}{list(self.shape)}"
+        )

@@ -1,0 +1,247 @@
+"""Activations and gradients on their way between pipeline ranks."""
+
+import itertools
+import math
+from collections import deque
+from collections.abc import Iterable, Sequence
+from types import TracebackType
+from typing import Protocol, Self
+
+import torch
+from torch import Tensor, distributed
+from torch.distributed import ProcessGroup
+
+from comm.groups import make_group
+from comm.lane import ThreadLane
+from comm.layout import Layout
+from comm.message import MESSAGE_KINDS, Header, MessageKey, TransferError
+from comm.protocol import Work
+
+
+class _Link(Protocol):
+    """One way and kind between two ranks, as one of its ends sees it. Keeps its order."""
+
+    def send(self, key: MessageKey, tensor: Tensor) -> None: ...
+
+    def receive(self, key: MessageKey, shape: tuple[int, ...], dtype: torch.dtype) -> Work[Tensor]: ...
+
+    def flush(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Transport:
+    """The links of one pipeline rank. As a context manager it closes on a regular exit only.
+
+    Each (source, destination, kind) is a communicator of its own, so that no message waits behind one of
+    another link, and each keeps the order in which its messages were sent.
+    """
+
+    def __init__(
+        self, layout: Layout, pairs: Iterable[tuple[int, int]], device: torch.device, timeout_seconds: float
+    ) -> None:
+        """Made by every rank of the job at the same point.
+
+        Args:
+            layout: of the world.
+            pairs: pipeline indices that exchange messages; see `adjacent_pairs`.
+            device: where tensors live; gloo is staged through the host.
+            timeout_seconds: of one transfer, from its start on both sides.
+        """
+        rank = distributed.get_rank()
+        index = layout.pipeline_index(rank)
+        make_link = _DeviceLink if distributed.get_backend() == "nccl" else _HostLink
+        self._links: dict[tuple[int, int, str], _Link] = {}
+        # One order for all ranks, so that none wait crosswise; by parity, so that neighbouring pairs do not queue up.
+        ordered = sorted({(min(pair), max(pair)) for pair in pairs}, key=lambda pair: (pair[0] % 2, pair))
+        for (low, high), data_index in itertools.product(ordered, range(layout.parallelism.data)):
+            ends = {low: layout.rank(low, data_index), high: layout.rank(high, data_index)}
+            for (source, destination), kind in itertools.product(((low, high), (high, low)), MESSAGE_KINDS):
+                group = make_group((ends[low], ends[high]), timeout_seconds)
+                if group is not None:
+                    peer = ends[destination if index == source else source]
+                    self._links[source, destination, kind] = make_link(group, peer, device, index == source)
+        self._index = index
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
+
+    def post_receive(self, key: MessageKey, shape: Sequence[int], dtype: torch.dtype) -> Work[Tensor]:
+        """Makes room for a message, in the order in which its link's messages are sent.
+
+        Args:
+            key: what is due; its destination is this rank.
+            shape: of the tensor.
+            dtype: of the tensor.
+
+        Returns:
+            Work whose `wait` gives the tensor on the transport's device, or raises `TransferError` when
+            something else came. On NCCL what comes is not checked.
+
+        Raises:
+            ValueError: there is no such link.
+        """
+        assert key.destination == self._index
+        return self._link(key).receive(key, tuple(shape), dtype)
+
+    def send(self, key: MessageKey, tensor: Tensor) -> None:
+        """Sends without waiting for the other side. The tensor must not change until `flush`.
+
+        Args:
+            key: what it is; its source is this rank.
+            tensor: of any strides; kept until it has left.
+
+        Raises:
+            ValueError: there is no such link, or the tensor's type cannot travel.
+        """
+        assert key.source == self._index
+        self._link(key).send(key, tensor)
+
+    def flush(self) -> None:
+        """Waits until everything sent has left; raises what went wrong on the way."""
+        for link in self._links.values():
+            link.flush()
+
+    def close(self) -> None:
+        """Flushes and ends the links' threads; every receive posted must have its message."""
+        self.flush()
+        for link in self._links.values():
+            link.close()
+
+    def _link(self, key: MessageKey) -> _Link:
+        link = self._links.get((key.source, key.destination, key.kind))
+        if link is None:
+            known = ", ".join(f"{source}->{destination} {kind}" for source, destination, kind in self._links)
+            raise ValueError(
+                f"pipeline rank {self._index}: a message must take one of the links {known}, "
+                f"got {key.source}->{key.destination} {key.kind}"
+            )
+        return link
+
+
+def adjacent_pairs(num_ranks: int) -> list[tuple[int, int]]:
+    """The pairs of a pipeline whose stages follow its ranks, in either direction."""
+    return [(index, index + 1) for index in range(num_ranks - 1)]
+
+
+class _HostLink:
+    """Over gloo: a header, then the payload's bytes, from and to host memory, on a thread of the link's own.
+
+    A payload of another size than awaited aborts a gloo process, so it is only awaited once its header has
+    proven right; and gloo tells of a finished send only to who waits for it, without which tensors would
+    stay until the step's end. Both ask for a thread.
+    """
+
+    def __init__(self, group: ProcessGroup, peer: int, device: torch.device, is_source: bool) -> None:
+        self._group = group
+        self._peer = peer
+        self._device = device
+        self._lane = ThreadLane(f"link-{'to' if is_source else 'from'}-{peer}")
+        self._sends: list[Work[None]] = []
+
+    def send(self, key: MessageKey, tensor: Tensor) -> None:
+        header = Header(key, tensor.dtype, tuple(tensor.shape)).encode()
+        payload = _as_bytes(tensor.to("cpu"))
+
+        def run() -> None:
+            works = [distributed.isend(part, self._peer, group=self._group) for part in (header, payload)]
+            for work in works:
+                assert work is not None
+                work.wait()
+
+        self._sends.append(self._lane.submit(run))
+
+    def receive(self, key: MessageKey, shape: tuple[int, ...], dtype: torch.dtype) -> Work[Tensor]:
+        expected = Header(key, dtype, shape)
+
+        def run() -> Tensor:
+            encoded = expected.encode()
+            distributed.recv(encoded, self._peer, group=self._group)
+            got = Header.decode(encoded)
+            if got != expected:
+                raise TransferError(f"pipeline rank {key.destination}", str(expected), str(got))
+            payload = torch.empty(math.prod(shape) * dtype.itemsize, dtype=torch.uint8)
+            distributed.recv(payload, self._peer, group=self._group)
+            return payload.view(dtype).view(shape)
+
+        work = self._lane.submit(run)
+        return work if self._device.type == "cpu" else _Upload(work, self._device)
+
+    def flush(self) -> None:
+        sends, self._sends = self._sends, []
+        for work in sends:
+            work.wait()
+
+    def close(self) -> None:
+        self._lane.close()
+
+
+class _Upload:
+    """A tensor that was received on the host and is used on a device."""
+
+    def __init__(self, work: Work[Tensor], device: torch.device) -> None:
+        self._work = work
+        self._device = device
+
+    def wait(self) -> Tensor:
+        return self._work.wait().to(self._device)
+
+
+class _DeviceLink:
+    """Over NCCL: the payload's bytes alone, from and to device memory."""
+
+    def __init__(self, group: ProcessGroup, peer: int, device: torch.device, is_source: bool) -> None:
+        self._group = group
+        self._peer = peer
+        self._device = device
+        self._sends: deque[tuple[distributed.Work, Tensor]] = deque()
+        # The first message of a communicator makes it, and blocks both ends meanwhile: so it is exchanged here,
+        # where links come in one order, and not amid the schedule, where two ranks could block each other.
+        first = torch.zeros(1, dtype=torch.uint8, device=device)
+        if is_source:
+            distributed.send(first, peer, group=group)
+        else:
+            distributed.recv(first, peer, group=group)
+
+    def send(self, key: MessageKey, tensor: Tensor) -> None:
+        while self._sends and self._sends[0][0].is_completed():
+            self._sends.popleft()
+        payload = _as_bytes(tensor)
+        work = distributed.isend(payload, self._peer, group=self._group)
+        assert work is not None
+        self._sends.append((work, payload))
+
+    def receive(self, key: MessageKey, shape: tuple[int, ...], dtype: torch.dtype) -> Work[Tensor]:
+        payload = torch.empty(math.prod(shape) * dtype.itemsize, dtype=torch.uint8, device=self._device)
+        work = distributed.irecv(payload, self._peer, group=self._group)
+        assert work is not None
+        return _DeviceReceipt(work, payload.view(dtype).view(shape))
+
+    def flush(self) -> None:
+        while self._sends:
+            self._sends.popleft()[0].wait()
+
+    def close(self) -> None:
+        return
+
+
+class _DeviceReceipt:
+    """A tensor that the current stream may use once it has waited."""
+
+    def __init__(self, work: distributed.Work, tensor: Tensor) -> None:
+        self._work = work
+        self._tensor = tensor
+
+    def wait(self) -> Tensor:
+        self._work.wait()
+        return self._tensor
+
+
+def _as_bytes(tensor: Tensor) -> Tensor:
+    return tensor.detach().contiguous().flatten().view(torch.uint8)

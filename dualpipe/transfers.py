@@ -1,0 +1,134 @@
+"""What ranks send each other, read off a schedule: who makes a value, who needs it, in which order."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from dualpipe.ir import Op, Operation, Schedule
+
+ValueKind = Literal["activation", "gradient"]
+
+
+class Value(NamedTuple):
+    """What crosses from a stage to its neighbour: F's output, or the gradient of the stage's input.
+
+    `stage` is the one that made it.
+    """
+
+    kind: ValueKind
+    direction: int
+    stage: int
+    micro_batch: int
+
+    def __str__(self) -> str:
+        primes = "'" * self.direction
+        return f"{self.kind} {self.stage}.{self.micro_batch}{primes}"
+
+
+class Link(NamedTuple):
+    """A one-way queue between two ranks; its messages are received in the order in which they are sent."""
+
+    source: int
+    destination: int
+    kind: ValueKind
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    """One value on its way from rank `source` to rank `destination`. `stage` is the sending one."""
+
+    kind: ValueKind
+    direction: int
+    stage: int
+    micro_batch: int
+    source: int
+    destination: int
+
+    @property
+    def link(self) -> Link:
+        """The queue that carries it."""
+        return Link(self.source, self.destination, self.kind)
+
+    @property
+    def value(self) -> Value:
+        """What it carries."""
+        return Value(self.kind, self.direction, self.stage, self.micro_batch)
+
+    def __str__(self) -> str:
+        return f"{self.value} from rank {self.source} to rank {self.destination}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankTransfers:
+    """A rank's messages, by group: `receives[g]` before group g may run, `sends[g]` once it has run."""
+
+    receives: tuple[tuple[Message, ...], ...]
+    sends: tuple[tuple[Message, ...], ...]
+
+    @property
+    def all_receives(self) -> tuple[Message, ...]:
+        """Every message that arrives, in program order."""
+        return tuple(message for messages in self.receives for message in messages)
+
+    @property
+    def all_sends(self) -> tuple[Message, ...]:
+        """Every message that leaves, in program order."""
+        return tuple(message for messages in self.sends for message in messages)
+
+
+def made_by(operation: Operation, num_stages: int) -> Value | None:
+    """What a neighbouring stage waits for from the operation, if any does. B and I make the gradient."""
+    last = num_stages - 1
+    match operation.kind:
+        case Op.FORWARD if operation.stage < last:
+            return Value("activation", operation.direction, operation.stage, operation.micro_batch)
+        case Op.BACKWARD | Op.BACKWARD_INPUT if operation.stage > 0:
+            return Value("gradient", operation.direction, operation.stage, operation.micro_batch)
+        case _:
+            return None
+
+
+def needed_by(operation: Operation, num_stages: int) -> Value | None:
+    """What the operation waits for from a neighbouring stage, if anything."""
+    last = num_stages - 1
+    match operation.kind:
+        case Op.FORWARD if operation.stage > 0:
+            return Value("activation", operation.direction, operation.stage - 1, operation.micro_batch)
+        case Op.BACKWARD | Op.BACKWARD_INPUT if operation.stage < last:
+            return Value("gradient", operation.direction, operation.stage + 1, operation.micro_batch)
+        case _:
+            return None
+
+
+def message_of(schedule: Schedule, value: Value) -> Message | None:
+    """The message that carries a value to the stage that needs it, or None where the same rank holds both."""
+    neighbour = value.stage + 1 if value.kind == "activation" else value.stage - 1
+    source = schedule.rank_of(value.direction, value.stage)
+    destination = schedule.rank_of(value.direction, neighbour)
+    if source == destination:
+        return None
+    return Message(
+        kind=value.kind,
+        direction=value.direction,
+        stage=value.stage,
+        micro_batch=value.micro_batch,
+        source=source,
+        destination=destination,
+    )
+
+
+def transfers(schedule: Schedule) -> tuple[RankTransfers, ...]:
+    """Each rank's messages. Within a group they follow the order of its members."""
+    num_stages = schedule.num_stages
+    return tuple(
+        RankTransfers(
+            receives=tuple(_messages(schedule, (needed_by(op, num_stages) for op in group)) for group in groups),
+            sends=tuple(_messages(schedule, (made_by(op, num_stages) for op in group)) for group in groups),
+        )
+        for groups in schedule.ranks
+    )
+
+
+def _messages(schedule: Schedule, values: Iterable[Value | None]) -> tuple[Message, ...]:
+    found = (message_of(schedule, value) for value in values if value is not None)
+    return tuple(message for message in found if message is not None)

@@ -1,0 +1,72 @@
+import time
+
+import pytest
+import torch
+from torch import distributed
+
+from comm.config import ClusterConfig, ParallelismConfig
+from comm.groups import ClusterError, Groups, start
+from comm.layout import Layout
+from comm.p2p import Transport, adjacent_pairs
+from tests.ranks import run_ranks
+
+_LAYOUT = Layout(ParallelismConfig(pipeline=2, data=4, expert=2), ranks_per_node=4)
+_CPU = ClusterConfig(device="cpu", backend="gloo", ranks_per_node=1, threads_per_rank=1, timeout_seconds=30.0)
+
+
+def _make_groups(rank: int, world_size: int) -> dict[str, object]:
+    distributed.barrier()
+    begun = time.monotonic()
+    groups = Groups(_LAYOUT, True, 30.0)
+    seconds = time.monotonic() - begun
+    members = {
+        name: tuple(distributed.get_process_group_ranks(getattr(groups, name)))
+        for name in ("expert", "stage", "expert_data", "world")
+    }
+    sums = {}
+    for name in members:
+        total = torch.tensor([rank])
+        distributed.all_reduce(total, group=getattr(groups, name))
+        sums[name] = int(total)
+    pipeline = Layout(ParallelismConfig(pipeline=world_size, data=1, expert=1), 4)
+    error = ""
+    try:
+        Groups(Layout(ParallelismConfig(pipeline=3, data=4, expert=2), 4), True, 30.0)
+    except ClusterError as caught:
+        error = str(caught)
+    distributed.barrier()
+    begun = time.monotonic()
+    transport = Transport(pipeline, adjacent_pairs(world_size), torch.device("cpu"), 30.0)
+    link_seconds = time.monotonic() - begun
+    transport.close()
+    return {"members": members, "sums": sums, "seconds": seconds, "error": error, "link_seconds": link_seconds}
+
+
+def test_groups_join_the_layout_s_members_quickly() -> None:
+    for rank, made in enumerate(run_ranks(8, _make_groups)):
+        expected = {
+            "expert": _LAYOUT.expert_group(rank),
+            "stage": _LAYOUT.stage_group(rank, True),
+            "expert_data": _LAYOUT.expert_data_group(rank, True),
+            "world": tuple(range(8)),
+        }
+        assert made["members"] == expected
+        assert made["sums"] == {name: sum(members) for name, members in expected.items()}
+        assert "got 12 for 8" in made["error"]
+        assert made["seconds"] < 3  # 0.05 on free cores
+        assert made["link_seconds"] < 3  # 0.1 on free cores
+
+
+def test_start_refuses_an_environment_without_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ClusterError, match="must set RANK, WORLD_SIZE, LOCAL_RANK"):
+        start(_CPU)
+
+
+def test_start_refuses_nccl_without_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "0")
+    wrong = ClusterConfig(device="cpu", backend="nccl", ranks_per_node=1, threads_per_rank=0, timeout_seconds=30.0)
+    with pytest.raises(ClusterError, match=r"nccl needs cluster.device=cuda, got cpu"):
+        start(wrong)

@@ -1,0 +1,117 @@
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from comm.config import ParallelismConfig
+from comm.layout import Layout, LayoutError
+
+_PUBLISHED = Layout(ParallelismConfig(pipeline=16, data=128, expert=64), ranks_per_node=8)
+
+
+@st.composite
+def _layouts(draw: st.DrawFn) -> Layout:
+    expert = draw(st.integers(1, 6))
+    data = expert * draw(st.integers(1, 4))
+    mesh = ParallelismConfig(pipeline=draw(st.integers(1, 8)), data=data, expert=expert)
+    return Layout(mesh, draw(st.integers(1, 9)))
+
+
+def _partitions(layout: Layout, mirrored: bool) -> dict[str, list[tuple[int, ...]]]:
+    ranks = range(layout.world_size)
+    return {
+        "expert": [layout.expert_group(rank) for rank in ranks],
+        "pipeline": [layout.pipeline_group(rank) for rank in ranks],
+        "stage": [layout.stage_group(rank, mirrored) for rank in ranks],
+        "expert_data": [layout.expert_data_group(rank, mirrored) for rank in ranks],
+    }
+
+
+@given(_layouts())
+@settings(max_examples=60, deadline=None)
+def test_layout_indices_and_rank_are_inverse(layout: Layout) -> None:
+    mesh = layout.parallelism
+    for rank in range(layout.world_size):
+        assert layout.rank(layout.pipeline_index(rank), layout.data_index(rank)) == rank
+        assert layout.expert_data_index(rank) * mesh.expert + layout.expert_index(rank) == layout.data_index(rank)
+        assert 0 <= layout.expert_index(rank) < mesh.expert
+
+
+@given(_layouts())
+@settings(max_examples=60, deadline=None)
+def test_layout_mirror_is_an_involution_that_keeps_the_data_index(layout: Layout) -> None:
+    for rank in range(layout.world_size):
+        mirror = layout.mirror_rank(rank)
+        assert layout.mirror_rank(mirror) == rank
+        assert layout.data_index(mirror) == layout.data_index(rank)
+        assert layout.pipeline_index(mirror) + layout.pipeline_index(rank) == layout.parallelism.pipeline - 1
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+@given(layout=_layouts())
+@settings(max_examples=40, deadline=None)
+def test_layout_groups_partition_the_world(mirrored: bool, layout: Layout) -> None:
+    for name, groups in _partitions(layout, mirrored).items():
+        for rank, group in enumerate(groups):
+            assert rank in group
+            assert list(group) == sorted(set(group)), name
+            assert all(groups[member] == group for member in group), name
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+@given(layout=_layouts())
+@settings(max_examples=40, deadline=None)
+def test_layout_replicas_hold_the_same_parameters(mirrored: bool, layout: Layout) -> None:
+    mesh = layout.parallelism
+    for rank in range(layout.world_size):
+        places = {layout.pipeline_index(rank)}
+        if mirrored:
+            places.add(layout.pipeline_index(layout.mirror_rank(rank)))
+        same_stage = [other for other in range(layout.world_size) if layout.pipeline_index(other) in places]
+        assert list(layout.stage_group(rank, mirrored)) == same_stage
+        same_experts = [other for other in same_stage if layout.expert_index(other) == layout.expert_index(rank)]
+        assert list(layout.expert_data_group(rank, mirrored)) == same_experts
+        assert len(same_experts) * mesh.expert == len(same_stage)
+
+
+@given(_layouts())
+@settings(max_examples=40, deadline=None)
+def test_layout_expert_group_is_consecutive_by_expert_index(layout: Layout) -> None:
+    for rank in range(layout.world_size):
+        group = layout.expert_group(rank)
+        assert [layout.expert_index(member) for member in group] == list(range(layout.parallelism.expert))
+        assert group[-1] - group[0] == len(group) - 1
+        assert {layout.pipeline_index(member) for member in group} == {layout.pipeline_index(rank)}
+
+
+@given(_layouts())
+@settings(max_examples=40, deadline=None)
+def test_layout_neighbours_are_adjacent_in_the_pipeline_group(layout: Layout) -> None:
+    for rank in range(layout.world_size):
+        padded = (None, *layout.pipeline_group(rank), None)
+        place = layout.pipeline_index(rank) + 1
+        assert layout.neighbours(rank) == (padded[place - 1], padded[place + 1])
+
+
+def test_layout_of_the_published_job_fills_eight_nodes_with_an_expert_group() -> None:
+    assert _PUBLISHED.world_size == 2048
+    assert _PUBLISHED.num_nodes == 256
+    for rank in range(0, 2048, 37):
+        nodes = {_PUBLISHED.node_of(member) for member in _PUBLISHED.expert_group(rank)}
+        assert len(nodes) == 8
+        assert len(_PUBLISHED.stage_group(rank, True)) == 256
+        assert len(_PUBLISHED.expert_data_group(rank, True)) == 4
+    groups = _partitions(_PUBLISHED, True)
+    assert all(groups[name][member] == group for name in groups for group in set(groups[name]) for member in group)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "ranks_per_node", "message"),
+    [
+        ((2, 6, 4), 2, "expert must divide data=6, got 4; 3 would"),
+        ((0, 1, 1), 2, "pipeline must be at least 1, got 0"),
+        ((1, 1, 1), 0, "ranks_per_node must be at least 1, got 0"),
+    ],
+)
+def test_layout_refuses_impossible_meshes(mesh: tuple[int, int, int], ranks_per_node: int, message: str) -> None:
+    with pytest.raises(LayoutError, match=message):
+        Layout(ParallelismConfig(pipeline=mesh[0], data=mesh[1], expert=mesh[2]), ranks_per_node)

@@ -1,0 +1,107 @@
+"""What ranks do in the launcher's tests: functions of a module, as ranks find them by name; and a command to run them.
+
+`python -m tests.launch.rank_entries ENTRY,ENTRY FOLDER` runs four ranks for each, without the heavy modules.
+"""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+
+from launch.compose import compose
+from launch.config import read_config
+from launch.errors import ConfigError
+from launch.folder import claim_folder
+from launch.local import run_ranks, start_fork_server
+from launch.report import command
+from train.config import TrainConfig
+
+WORLD_SIZE = 4
+
+
+def rank() -> int:
+    return int(os.environ["RANK"])
+
+
+def done(config: TrainConfig) -> int:
+    assert int(os.environ["WORLD_SIZE"]) == WORLD_SIZE
+    (Path(config.out_dir) / f"ran_{rank()}").touch()
+    print(f"threads {os.environ['OMP_NUM_THREADS']}", flush=True)
+    return 0
+
+
+def all_reduced(config: TrainConfig) -> int:
+    import torch
+    from torch import distributed as dist
+
+    dist.init_process_group("gloo")
+    total = torch.tensor([rank()])
+    dist.all_reduce(total)
+    dist.destroy_process_group()
+    return int(total)
+
+
+def all_say_non_finite(config: TrainConfig) -> int:
+    return 77
+
+
+def one_raises(config: TrainConfig) -> int:
+    if rank() == 2:
+        raise RuntimeError("the first line\nand the second")
+    time.sleep(600)
+    return 0
+
+
+def one_refuses(config: TrainConfig) -> int:
+    if rank() == 1:
+        raise ConfigError("stage.steps: must be luckier")
+    time.sleep(600)
+    return 0
+
+
+def one_exits(config: TrainConfig) -> int:
+    if rank() == 1:
+        sys.exit(75)
+    time.sleep(600)
+    return 0
+
+
+def one_is_killed(config: TrainConfig) -> int:
+    if rank() == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if rank() == 0:
+        raise ConnectionError("connection closed by peer")
+    time.sleep(600)
+    return 0
+
+
+def sleep(config: TrainConfig) -> int:
+    partial = Path(config.out_dir) / f"partial_{rank()}"
+    partial.write_text(str(os.getpid()))
+    partial.rename(Path(config.out_dir) / f"pid_{rank()}")
+    time.sleep(600)
+    return 0
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs each of the entries, in one folder each, and tells their exit codes; gives the last one."""
+    # Found by its full name, as ranks must find it: this module runs as __main__ here.
+    from tests.launch import rank_entries
+
+    names, place = arguments[0].split(","), Path(arguments[1])
+    config = read_config(compose("train", ["parallelism=four_ranks"]))
+    start_fork_server(config.cluster, ["torch.distributed", "launch.local", "launch.train"])
+    code = 0
+    for name in names:
+        claim_folder(replace(config, out_dir=str(place / name)), datetime(2024, 1, 2))
+        code = run_ranks(place / name, WORLD_SIZE, getattr(rank_entries, name))
+        print(f"{name}: {code}", file=sys.stderr, flush=True)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(command("train", main))

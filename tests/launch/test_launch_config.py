@@ -1,0 +1,192 @@
+"""Every shipped value passes, every rule refuses what breaks it, and the refusal names key, value and a way out."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from data.corpus import DataError
+from dualpipe.ir import ScheduleError
+from launch.compose import compose, default_groups, options
+from launch.config import check, read_config, write_config
+from launch.errors import ConfigError
+from launch.ranges import divisors, multiples, numbers, ranged_keys
+from model.cut import CutError
+from train.config import TrainConfig
+from train.manifest import CheckpointError
+
+TINY = ["model=tiny", "data.tokenizer_vocab_size=300"]
+# What an option cannot be chosen without.
+NEEDS = {
+    "parallelism=one_rank": ["schedule=1f1b"],
+    "parallelism=v3_2048_ranks": ["model=v3_671b", "cluster=h800", "stage.global_batch_sequences=8192",
+                                  "stage.validation_sequences=8192"],
+    "model=tiny": ["data.tokenizer_vocab_size=300"],
+    "data=files": ["data.paths=[pyproject.toml]"],
+    "precision=float64": ["optim.sharding=replicated"],
+    "schedule=1f1b": ["model.mtp_depth=0"],
+    "experiment=two_nodes": [],
+}  # fmt: skip
+
+
+def build(*overrides: str) -> TrainConfig:
+    return read_config(compose("train", overrides))
+
+
+@pytest.mark.parametrize(
+    "choice", [f"{group}={option}" for group in default_groups("train") for option in options(group)]
+)
+def test_config_every_shipped_option_composes_and_passes(choice: str, tmp_path: Path) -> None:
+    needs = NEEDS.get(choice, [])
+    if choice == "data=files":
+        (tmp_path / "a.txt").write_text("some text")
+        needs = [f"data.paths=['{tmp_path}']"]
+    check(build(choice, *needs))
+
+
+@pytest.mark.parametrize("choice", ["experiment=quickstart", "experiment=two_nodes", "model=v3_671b", "model=tiny"])
+def test_config_read_inverts_write(choice: str) -> None:
+    config = build(choice)
+    assert read_config(write_config(config)) == config
+    assert read_config(yaml.safe_load(yaml.safe_dump(write_config(config)))) == config
+
+
+def test_config_source_is_written_as_it_is_given() -> None:
+    config = build("data=files", "data.paths=[a.txt,b]")
+    assert write_config(config)["data"]["paths"] == ["a.txt", "b"]
+    assert write_config(config)["data"]["kind"] == "files"
+    assert "source" not in write_config(config)["data"]
+
+
+def test_config_every_number_has_a_range_or_is_checked_by_data() -> None:
+    keys = {key for choice in options("model") for key in numbers(build(f"model={choice}"))}
+    assert {key for key in keys if not key.startswith("data.")} == {
+        key for key in ranged_keys() if not key.startswith("data.")
+    }
+
+
+def test_config_v3_671b_is_the_released_one() -> None:
+    model = build("model=v3_671b").model
+    assert (model.num_layers, model.num_dense_layers, model.hidden_size, model.vocab_size) == (61, 3, 7168, 129280)
+    assert (model.num_routed_experts, model.num_experts_per_token, model.initializer_range) == (256, 8, 0.006)
+
+
+def test_config_quickstart_feeds_dualpipe_fully() -> None:
+    """Fewer micro-batches than twice the ranks would leave the published schedule undefined."""
+    for experiment, ranks, nodes in (("quickstart", 4, 2), ("two_nodes", 8, 2)):
+        config = build(f"experiment={experiment}")
+        assert config.parallelism.world_size == ranks
+        assert ranks // config.cluster.ranks_per_node == nodes
+        assert config.num_micro_batches >= 2 * config.parallelism.pipeline
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (["stage.steps=0"], ["stage.steps", "above 0", "is 0", "least is 1"]),
+        (["optim.learning_rate=-1"], ["optim.learning_rate", "above 0", "-1.0"]),
+        (["optim.beta2=1"], ["optim.beta2", "below 1", "1.0"]),
+        (["seed=-1"], ["seed", "0 or above", "-1"]),
+        (
+            ["parallelism.data=4", "parallelism.expert=3"],
+            ["parallelism.expert", "parallelism.data=4", "is 3", "2 or 4"],
+        ),
+        (["parallelism.expert=2"], ["parallelism.expert", "parallelism.data=1", "is 2", "valid: 1"]),
+        (
+            ["parallelism=four_ranks", "cluster.ranks_per_node=3"],
+            ["cluster.ranks_per_node", "4 ranks", "is 3", "2 or 4"],
+        ),
+        (["cluster.backend=nccl"], ["cluster.backend", "cluster.device=cuda", "nccl", "gloo"]),
+        (["parallelism=four_ranks", "dispatch=local"], ["dispatch", "parallelism.expert=2", "all_to_all"]),
+        (["model.qk_rope_head_dim=15"], ["model.qk_rope_head_dim", "even", "is 15", "14 or 16"]),
+        (["model.num_dense_layers=5"], ["model.num_dense_layers", "model.num_layers=4", "is 5", "valid: 4"]),
+        (["model=v3_671b", "model.rope_scaling.factor=0.5"], ["model.rope_scaling", "factor=0.5"]),
+        (["schedule=1f1b"], ["model.mtp_depth", "1f1b", "is 1", "mtp_depth=0", "schedule=dualpipe"]),
+        (
+            ["parallelism=four_ranks", "model.num_routed_experts=15"],
+            ["model.num_routed_experts", "parallelism.expert=2", "is 15", "14 or 16", "parallelism.expert=1 or 3"],
+        ),
+        (["model.num_expert_groups=3"], ["model.num_expert_groups", "model.num_routed_experts=16", "is 3", "2 or 4"]),
+        (["model.num_limited_groups=5"], ["model.num_limited_groups", "num_expert_groups=4", "is 5", "valid: 4"]),
+        (["model.num_experts_per_token=3"], ["model.num_experts_per_token", "num_limited_groups=2", "is 3", "2 or 4"]),
+        (["model.num_experts_per_token=10"], ["model.num_experts_per_token", "at most 8", "is 10"]),
+        (["model.num_experts_per_token=32"], ["model.num_experts_per_token", "at most 8", "is 32"]),
+        (["stage.global_batch_sequences=15"], ["stage.global_batch_sequences", "= 2", "is 15", "14 or 16"]),
+        (["stage.sequence_length_tokens=5000"], ["stage.sequence_length_tokens", "4096", "is 5000"]),
+        (["stage.sequence_length_tokens=1"], ["stage.sequence_length_tokens", "model.mtp_depth=1", "valid: 2"]),
+        (["stage.validation_sequences=20"], ["stage.validation_sequences", "=16", "is 20", "16 or 32"]),
+        (["optim.final_learning_rate=1"], ["optim.final_learning_rate", "optim.learning_rate=0.003", "is 1.0"]),
+        (["optim.decay_end_step=50"], ["optim.decay_start_step", "optim.decay_end_step=50", "is 60"]),
+        (["optim.warmup_steps=70"], ["optim.decay_start_step", "optim.warmup_steps=70", "is 60"]),
+        (["precision=float64"], ["optim.sharding", "precision=float64", "is zero1", "replicated"]),
+        (["precision=bf16", "optim.sharding=replicated"], ["optim.sharding", "bf16", "is replicated", "zero1"]),
+        (["data.tokenizer_vocab_size=5000"], ["data.tokenizer_vocab_size", "model.vocab_size=4096", "is 5000"]),
+        (["name=a/b"], ["name", "'a/b'"]),
+        (["name="], ["name", "''"]),
+        (["~optim.eps"], ["optim.eps: missing"]),
+        (["+optim.epps=1"], ["optim.epps: unknown key", "did you mean optim.eps"]),
+        (["+foo=1"], ["foo: unknown key"]),
+        (["+data.paths=[a]"], ["data.paths: unknown key", "kind files"]),
+        (["data=files", "data.paths=a.txt"], ["data.paths: must be a list", "data.paths=[a.txt]"]),
+        (["seed=1.5"], ["seed", "whole number", "1.5"]),
+        (["schedule.kind=dualpip"], ["schedule.kind", "did you mean dualpipe"]),
+        (["name=2024"], ["name", "quote"]),
+        (["optim.learning_rate=nan"], ["optim.learning_rate", "finite"]),
+    ],
+)  # fmt: skip
+def test_config_refuses_what_no_run_can_follow(overrides: list[str], parts: list[str]) -> None:
+    with pytest.raises(ConfigError) as refused:
+        check(build(*overrides))
+    for part in parts:
+        assert part in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "overrides", "parts"),
+    [
+        (ScheduleError, ["parallelism.pipeline=3"], ["parallelism.pipeline", "3"]),
+        (ScheduleError, ["stage.global_batch_sequences=2", "stage.validation_sequences=2"], ["1"]),
+        (CutError, ["parallelism.pipeline=8", "stage.global_batch_sequences=32"], ["model.num_layers", "8"]),
+        (DataError, ["data=files", "data.paths=[no/such/place]"], ["data.paths", "no/such/place"]),
+        (DataError, ["data.validation_fraction=1"], ["data.validation_fraction", "1.0"]),
+        (DataError, ["data.fim_rate=2"], ["data.fim_rate", "2.0"]),
+        (DataError, ["data.tokenizer_vocab_size=10"], ["data.tokenizer_vocab_size", "10"]),
+        (CheckpointError, ["resume=no/such/run"], ["resume", "no/such/run"]),
+    ],
+)
+def test_config_refuses_what_its_parts_refuse(error: type[ValueError], overrides: list[str], parts: list[str]) -> None:
+    with pytest.raises(error) as refused:
+        check(build(*overrides))
+    for part in parts:
+        assert part in str(refused.value)
+
+
+def test_config_refuses_an_empty_corpus(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(DataError, match=r"data\.paths"):
+        check(build("data=files", f"data.paths=['{tmp_path}']"))
+
+
+def test_config_a_refusal_always_starts_with_a_dotted_key() -> None:
+    config = build()
+    for wrong in (
+        replace(config, name="?"),
+        replace(config, seed=-1),
+        replace(config, stage=replace(config.stage, global_batch_sequences=3)),
+    ):
+        with pytest.raises(ConfigError) as refused:
+            check(wrong)
+        assert re.match(r"[a-z_.]+: ", str(refused.value))
+
+
+def test_multiples_and_divisors_enclose_the_value_and_are_valid() -> None:
+    for of in range(1, 13):
+        for value in range(1, 40):
+            found = [int(text) for text in multiples(value, of).split(" or ")]
+            assert all(number % of == 0 and number > 0 and abs(number - value) < max(of, 2) for number in found)
+            found = [int(text) for text in divisors(of, value).split(" or ")]
+            assert all(of % number == 0 for number in found)
+            between = range(min(found) + 1, max(found))
+            assert not any(of % number == 0 for number in between)

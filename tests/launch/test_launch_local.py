@@ -1,0 +1,130 @@
+"""Ranks on this machine: they run, their exit code is the command's, and none outlives it, however it ends."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from launch.environment import rank_environment
+from tests.launch.test_launch_config import build
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def start(entry: str, folder: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.launch.rank_entries", entry, str(folder)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=restore_interrupt,
+    )
+
+
+def restore_interrupt() -> None:
+    """A test run in the background of a shell inherits a Ctrl-C that is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if condition():
+            return True
+        time.sleep(0.05)
+    return condition()
+
+
+def members(session: int) -> list[int]:
+    """Live processes of a session: the command and all that it started."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rsplit(")", 1)[1].split()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(fields[3]) == session and fields[0] != "Z":
+            found.append(int(stat.parent.name))
+    return found
+
+
+ENDS = {
+    "all_reduced": (6, ""),
+    "all_say_non_finite": (77, ""),
+    "one_raises": (1, r"error: rank 2: RuntimeError: the first line\nthe whole traceback is in (.*)\n"),
+    "one_refuses": (2, r"error: stage\.steps: must be luckier\nthe whole traceback is in (.*)\n"),
+    "one_exits": (75, r"error: rank 1 ended with exit code 75\n"),
+    "one_is_killed": (137, r"error: rank 3 was ended by SIGKILL\n"),
+    "done": (0, ""),
+}
+
+
+def test_local_exit_code_and_error_are_those_of_the_rank_that_fails_first(tmp_path: Path) -> None:
+    process = start(",".join(ENDS), tmp_path)
+    out, err = process.communicate(timeout=120)
+    said = "".join(f"{error}{entry}: {code}\n" for entry, (code, error) in ENDS.items())
+    assert re.fullmatch(said, err), err
+    assert process.returncode == 0
+    assert out == "threads 1\n" * 4
+    assert len(list((tmp_path / "done").glob("ran_*"))) == 4
+    logs = sorted(tmp_path.rglob("*.error.log"))
+    assert [log.relative_to(tmp_path).as_posix() for log in logs if "killed" not in log.parts[-3]] == [
+        "one_raises/log/rank_00002.error.log",
+        "one_refuses/log/rank_00001.error.log",
+    ]
+    assert "and the second" in logs[-2].read_text()
+    assert wait_for(lambda: not members(process.pid), 20), members(process.pid)
+
+
+def test_local_exit_code_is_the_command_s(tmp_path: Path) -> None:
+    process = start("all_say_non_finite", tmp_path)
+    process.communicate(timeout=60)
+    assert process.returncode == 77
+
+
+@pytest.mark.parametrize(
+    ("number", "to_all", "code"),
+    [
+        (signal.SIGINT, True, 130),  # Ctrl-C in a terminal reaches every process
+        pytest.param(signal.SIGINT, False, 130, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, False, 143, marks=pytest.mark.slow),
+        (signal.SIGKILL, False, -9),
+    ],
+)
+def test_local_no_rank_outlives_a_command_that_is_ended(
+    number: signal.Signals, to_all: bool, code: int, tmp_path: Path
+) -> None:
+    process = start("sleep", tmp_path)
+    assert wait_for(lambda: len(list(tmp_path.glob("sleep/pid_*"))) == 4, 60)
+    ranks = [int(path.read_text()) for path in tmp_path.glob("sleep/pid_*")]
+    assert all(map(is_alive, ranks))
+    (os.killpg if to_all else os.kill)(process.pid, number)
+    assert process.wait(timeout=10) == code
+    assert wait_for(lambda: not any(map(is_alive, ranks)), 5)
+    assert wait_for(lambda: not members(process.pid), 20), members(process.pid)
+    assert "Traceback" not in process.communicate()[1]
+
+
+def test_environment_follows_threads_and_yields_to_the_user_in_the_rest() -> None:
+    cluster = build().cluster
+    set_by_user = {"OMP_NUM_THREADS": "64", "OMP_WAIT_POLICY": "ACTIVE", "HOME": "/"}
+    chosen = rank_environment(cluster, set_by_user)
+    assert chosen["OMP_NUM_THREADS"] == str(cluster.threads_per_rank)
+    assert chosen["OMP_WAIT_POLICY"] == "ACTIVE"
+    assert chosen["DS_ACCELERATOR"] == "cpu"
+    assert "HOME" not in chosen

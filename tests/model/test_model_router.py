@@ -1,0 +1,95 @@
+"""The gate against a plain reading of the paper, token by token."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from model.router import Router
+from tests.tiny import MODEL
+
+
+def make_router(**changes: object) -> Router:
+    config = replace(MODEL, **changes)  # type: ignore[arg-type]
+    router = Router(config, torch.float64)
+    generator = torch.Generator().manual_seed(1)
+    torch.nn.init.normal_(router.weight, generator=generator)
+    router.e_score_correction_bias.copy_(torch.randn(config.num_routed_experts, generator=generator) - 1.0)
+    return router
+
+
+@pytest.mark.parametrize(("groups", "limited"), [(4, 2), (2, 1), (1, 1), (4, 4)])
+def test_router_equals_plain_reading(groups: int, limited: int) -> None:
+    router = make_router(num_expert_groups=groups, num_limited_groups=limited)
+    x = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    routing = router(x)
+    bias, size = router.e_score_correction_bias.double(), 8 // groups
+    for token in range(18):
+        scores = (x.view(18, 32)[token] @ router.weight.T).sigmoid().detach()
+        biased = scores + bias
+        totals = [sum(sorted(biased[g * size : (g + 1) * size].tolist())[-(4 // limited) :]) for g in range(groups)]
+        kept = sorted(range(groups), key=lambda g: -totals[g])[:limited]
+        allowed = [expert for g in kept for expert in range(g * size, (g + 1) * size)]
+        chosen = sorted(allowed, key=lambda expert: -float(biased[expert]))[:4]
+        assert sorted(routing.ids_NK[token].tolist()) == sorted(chosen)
+        expected = 2.5 * scores[routing.ids_NK[token]] / scores[chosen].sum()
+        torch.testing.assert_close(routing.weights_NK[token], expected, rtol=1e-12, atol=0)
+
+
+def test_router_weights_sum_to_the_scaling_factor() -> None:
+    router = make_router()
+    routing = router(torch.randn(3, 5, 32, generator=torch.Generator().manual_seed(3), dtype=torch.float64))
+    torch.testing.assert_close(routing.weights_NK.sum(-1), torch.full((15,), 2.5, dtype=torch.float64))
+
+
+def test_router_bias_moves_no_weight_and_gets_no_gradient() -> None:
+    router = make_router(num_experts_per_token=8, num_expert_groups=1, num_limited_groups=1)
+    x = torch.randn(1, 6, 32, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    first = router(x)
+    router.e_score_correction_bias += torch.linspace(-3, 3, 8)
+    second = router(x)
+    order = torch.argsort(first.ids_NK), torch.argsort(second.ids_NK)
+    in_order = first.weights_NK.gather(1, order[0]), second.weights_NK.gather(1, order[1])
+    torch.testing.assert_close(*in_order, rtol=1e-14, atol=0)
+    second.weights_NK.square().sum().backward()
+    assert router.e_score_correction_bias.grad is None
+    assert router.weight.grad is not None
+    assert float(router.weight.grad.abs().max()) > 0
+
+
+def test_router_load_counts_training_passes_only() -> None:
+    router = make_router()
+    x = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    with torch.no_grad():
+        router(x)
+    assert int(router.load.sum()) == 0
+    routing = router(x)
+    assert torch.equal(router.load, torch.bincount(routing.ids_NK.flatten(), minlength=8))
+    assert int(router.load.sum()) == 18 * 4
+
+
+def test_bias_update_follows_the_sign_of_the_shortfall() -> None:
+    router = make_router()
+    router.e_score_correction_bias.zero_()
+    router.update_bias(torch.tensor([5, 5, 0, 10, 5, 5, 9, 1]), 0.25)
+    assert router.e_score_correction_bias.tolist() == [0, 0, 0.25, -0.25, 0, 0, -0.25, 0.25]
+
+
+def test_balance_loss_is_one_per_sequence_at_perfect_balance() -> None:
+    router = make_router()
+    torch.nn.init.zeros_(router.weight)  # equal scores: P is uniform, so f's mean of 1 is the loss whatever is chosen
+    x = torch.randn(3, 10, 32, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    assert float(router(x).balance) == pytest.approx(3.0, rel=1e-12)
+
+
+def test_balance_loss_equals_plain_reading() -> None:
+    router = make_router()
+    x = torch.randn(2, 7, 32, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    expected = 0.0
+    for sequence in x:
+        scores = (sequence @ router.weight.T).sigmoid().detach()
+        top = scores.topk(4).indices
+        for expert in range(8):
+            frequency = 8 / (4 * 7) * int((top == expert).sum())
+            expected += frequency * float((scores[:, expert] / scores.sum(1)).mean())
+    assert float(router(x).balance) == pytest.approx(expected, rel=1e-12)

@@ -1,0 +1,142 @@
+"""Phases and stages against the plain model under ordinary autograd, in one process."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from comm.local import LocalDispatcher
+from model.config import ModelConfig
+from model.cut import cut_layers
+from model.gradients import GradientStore
+from model.objective import LossSums, MicroBatch, Objective
+from model.stage import Stage, StageRun
+from model.transformer import Transformer, initialise, routers, whole
+from tests.tiny import MODEL
+
+
+def make_model(config: ModelConfig, seed: int = 0) -> Transformer:
+    model = Transformer(config, LocalDispatcher(config.num_routed_experts), torch.float64, whole(config))
+    initialise(model, seed)
+    generator = torch.Generator().manual_seed(11)
+    for router in routers(model).values():
+        router.e_score_correction_bias.copy_(torch.randn(config.num_routed_experts, generator=generator) * 0.1)
+    return model
+
+
+def make_batch(config: ModelConfig, seed: int) -> MicroBatch:
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(config.vocab_size, (2, 12 + config.mtp_depth + 1), generator=generator)
+    targets = [tokens[:, depth + 1 : depth + 13].clone() for depth in range(config.mtp_depth + 1)]
+    for target in targets:
+        target[torch.rand(target.shape, generator=generator) < 0.2] = -100
+    inputs = tuple(tokens[:, depth : depth + 12] for depth in range(config.mtp_depth + 1))
+    return MicroBatch(inputs_BT=inputs, targets_BT=tuple(targets))
+
+
+def make_objective(config: ModelConfig) -> Objective:
+    return Objective(cross_entropy=tuple(0.1 / (depth + 1) for depth in range(config.mtp_depth + 1)), balance=0.05)
+
+
+def run_phases(run: StageRun, stage: Stage, backward: bool) -> None:
+    phases = list(enumerate(stage.lanes))
+    for phase, lane in reversed(phases) if backward else phases:
+        (run.backward if backward else run.forward)(phase)
+        if lane == "comm":
+            run.wait()
+
+
+def phased(model: Transformer, num_stages: int, batch: MicroBatch, store: GradientStore | None) -> LossSums:
+    config = model.config
+    sums, objective = LossSums([0.0] * (config.mtp_depth + 1)), make_objective(config)
+    cut = cut_layers(config.num_layers, num_stages, config.mtp_depth)
+    last = num_stages - 1
+    stages = [Stage(model, layers, first=index == 0, last=index == last) for index, layers in enumerate(cut)]
+    runs = [
+        stage.start(batch if index in (0, last) else None, objective, sums, store) for index, stage in enumerate(stages)
+    ]
+    for index, (run, stage) in enumerate(zip(runs, stages, strict=True)):
+        if index:
+            run.set_input(runs[index - 1].output())
+        run_phases(run, stage, backward=False)
+    if store is None:
+        return sums
+    for index in range(last, -1, -1):
+        if index < last:
+            runs[index].set_output_gradient(runs[index + 1].input_gradient())
+        run_phases(runs[index], stages[index], backward=True)
+    for run, stage in zip(runs, stages, strict=True):
+        for phase, lane in enumerate(stage.lanes):
+            if lane == "compute":
+                run.weight(phase)
+    return sums
+
+
+CONFIGS = [
+    MODEL,
+    replace(MODEL, mtp_depth=2, mtp_hidden="pre_norm", q_lora_rank=None),
+    replace(MODEL, mtp_depth=0, num_shared_experts=0, num_dense_layers=0),
+]
+
+
+@pytest.mark.parametrize("num_stages", [1, 2, 4])
+@pytest.mark.parametrize("config", CONFIGS)
+def test_phased_equals_plain(config: ModelConfig, num_stages: int) -> None:
+    plain, cut = make_model(config), make_model(config)
+    store = GradientStore(cut.parameters())
+    plain_sums = LossSums([0.0] * (config.mtp_depth + 1))
+    made = torch.zeros(config.mtp_depth + 2)
+    for seed in range(3):
+        batch = make_batch(config, seed)
+        plain.loss(batch, make_objective(config), plain_sums).backward()
+        made = made + phased(cut, num_stages, batch, store).settle()
+    expected = plain_sums.settle()
+    torch.testing.assert_close(made, expected, rtol=1e-12, atol=0)
+    ours = dict(cut.named_parameters())
+    for name, parameter in plain.named_parameters():
+        assert parameter.grad is not None, name
+        torch.testing.assert_close(store.gradient(ours[name]), parameter.grad, rtol=1e-10, atol=1e-14, msg=name)
+    for layer, router in routers(plain).items():
+        assert torch.equal(router.load, routers(cut)[layer].load)
+
+
+def test_forward_only_gives_the_same_losses_and_keeps_no_gradient() -> None:
+    model = make_model(MODEL)
+    batch = make_batch(MODEL, 5)
+    expected = LossSums([0.0, 0.0])
+    with torch.no_grad():
+        model.loss(batch, make_objective(MODEL), expected)
+    made = phased(model, 2, batch, None)
+    assert torch.equal(made.settle(), expected.settle())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_transformer_logits_give_the_main_loss() -> None:
+    model, batch = make_model(MODEL), make_batch(MODEL, 6)
+    sums = LossSums([0.0, 0.0])
+    with torch.no_grad():
+        logits = model(batch.inputs_BT[0])
+        model.loss(batch, make_objective(MODEL), sums)
+    nats = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets_BT[0].flatten(), reduction="sum")
+    assert float(nats) == pytest.approx(float(sums.settle()[0]), rel=1e-12)
+
+
+def test_initial_weights_depend_on_seed_and_name_alone() -> None:
+    config = MODEL
+    full = make_model(config, seed=5)
+    part = whole(config)
+    half = Transformer(
+        config,
+        LocalDispatcher(config.num_routed_experts),
+        torch.float64,
+        replace(part, layers=(2, 3), experts=range(4, 8), embedding=False, head=False),
+    )
+    initialise(half, 5)
+    ours, theirs = dict(half.named_parameters()), dict(full.named_parameters())
+    for name, parameter in ours.items():
+        expected = theirs[name]
+        if ".mlp.experts." in name:
+            expected = expected[4:8]
+        assert torch.equal(parameter, expected), name
+    other = make_model(config, seed=6)
+    assert not torch.equal(other.head_weight, full.head_weight)

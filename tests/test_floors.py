@@ -1,0 +1,169 @@
+"""Imports run downward only, heavy modules load where they are used, and `comm` is ours in the checkout alone."""
+
+import ast
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FLOORS = {"kernels": 0, "comm": 1, "data": 1, "model": 2, "dualpipe": 2, "infer": 3, "train": 4, "launch": 5}
+HEAVY = ("deepspeed", "triton", "wandb", "matplotlib")
+
+
+def imports(source: str) -> Iterator[tuple[str, bool]]:
+    """Every module that a source imports, as dotted names, and whether that happens when it is itself imported."""
+
+    def visit(node: ast.AST, top_level: bool) -> Iterator[tuple[str, bool]]:
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, top_level
+        elif isinstance(node, ast.ImportFrom):
+            if node.level:
+                yield "." * node.level, top_level
+            for alias in node.names:
+                yield f"{node.module}.{alias.name}", top_level
+        for child in ast.iter_child_nodes(node):
+            inside = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)) or is_type_checking(node)
+            yield from visit(child, top_level and not inside)
+
+    yield from visit(ast.parse(source), True)
+
+
+def is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+
+
+def is_in(module: str, *packages: str) -> bool:
+    return any(module == package or module.startswith(f"{package}.") for package in packages)
+
+
+def breaches(path: str, source: str) -> list[str]:
+    """What a file's imports break of the house's rules."""
+    package = path.split("/")[0]
+    found = []
+    for module, top_level in imports(source):
+        other = module.split(".")[0]
+        if module.startswith("."):
+            found.append(f"{path}: relative import; write the package's name")
+        if other in FLOORS and other != package and FLOORS[other] > FLOORS[package]:
+            found.append(f"{path}: {package} is below {other}, imports {module}")
+        if {package, other} == {"model", "dualpipe"}:
+            found.append(f"{path}: model and dualpipe never import each other, imports {module}")
+        if package == "model" and other == "comm" and not is_in(module, "comm.protocol", "comm.node_limit"):
+            found.append(f"{path}: model knows comm.protocol and comm.node_limit alone, imports {module}")
+        if is_in(module, "torch.distributed") and not may_communicate(path):
+            found.append(f"{path}: imports {module}")
+        if is_in(module, "hydra", "omegaconf") and package != "launch":
+            found.append(f"{path}: imports {module}")
+        if top_level and is_in(module, *HEAVY) and not may_be_heavy(path, module):
+            found.append(f"{path}: imports {module} at its top, before it is needed")
+    return found
+
+
+def may_communicate(path: str) -> bool:
+    # launch/local.py uses torch's launcher, which lives under this name; it opens no process group.
+    return path.startswith(("comm/", "train/")) or path in ("dualpipe/execute.py", "launch/local.py")
+
+
+def may_be_heavy(path: str, module: str) -> bool:
+    """Modules that exist for a heavy library and are themselves imported where they are used."""
+    return (path.endswith("/triton.py") and is_in(module, "triton")) or (
+        path.startswith("train/optim/") and is_in(module, "deepspeed")
+    )
+
+
+def sources() -> list[Path]:
+    return sorted(path for package in FLOORS for path in (ROOT / package).rglob("*.py"))
+
+
+def test_floors_no_file_imports_upward() -> None:
+    files = sources()
+    assert {path.relative_to(ROOT).parts[0] for path in files} == set(FLOORS)
+    broken = [line for path in files for line in breaches(path.relative_to(ROOT).as_posix(), path.read_text("utf-8"))]
+    assert not broken, "\n".join(broken)
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("comm/a.py", "import model.config"),
+        ("comm/a.py", "from train import config"),
+        ("model/a.py", "from dualpipe.ir import Op"),
+        ("dualpipe/a.py", "def f():\n    from model import block"),
+        ("model/a.py", "from comm import layout"),
+        ("model/a.py", "from comm.groups import Groups"),
+        ("model/a.py", "import torch.distributed as dist"),
+        ("dualpipe/simulate.py", "from torch import distributed"),
+        ("train/a.py", "from omegaconf import OmegaConf"),
+        ("train/a.py", "import deepspeed"),
+        ("train/a.py", "try:\n    import wandb\nexcept ImportError:\n    pass"),
+        ("data/a.py", "from . import config"),
+    ],
+)
+def test_floors_a_breach_is_found(path: str, source: str) -> None:
+    assert len(breaches(path, source)) == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("model/a.py", "from comm.protocol import Dispatcher\nfrom comm import node_limit"),
+        ("train/a.py", "from model.config import ModelConfig\nfrom torch import distributed as dist"),
+        ("train/a.py", "def f():\n    import wandb"),
+        ("dualpipe/execute.py", "from torch import distributed"),
+        ("launch/a.py", "from hydra import compose"),
+    ],
+)
+def test_floors_a_downward_import_is_allowed(path: str, source: str) -> None:
+    assert breaches(path, source) == []
+
+
+def run_python(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], cwd=folder, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_commands_import_no_torch_before_their_input_is_checked() -> None:
+    code = """
+        import sys
+        import launch.train, launch.schedule
+        from launch.compose import compose
+        from launch.config import check, read_config
+        from launch.report import user_errors
+        check(read_config(compose("train", ["experiment=quickstart"])))
+        user_errors()
+        print([name for name in ("torch", "deepspeed", "wandb", "matplotlib") if name in sys.modules])
+    """
+    done = run_python(code, ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
+
+
+def test_comm_of_the_checkout_is_ours() -> None:
+    done = run_python("import comm.protocol; print(comm.__file__)", ROOT)
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()) == ROOT / "comm" / "__init__.py"
+
+
+def test_comm_of_jupyter_is_its_own_everywhere_else(tmp_path: Path) -> None:
+    """Installing this project beside ipykernel must leave every name outside the checkout as it was."""
+    pytest.importorskip("ipykernel_launcher")
+    done = run_python("import ipykernel.comm, comm; print(comm.__file__); print(comm.create_comm)", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert not done.stdout.startswith(str(ROOT / "comm"))
+    found = run_python(f"import importlib.util as u; print([u.find_spec(name) for name in {list(FLOORS)}])", tmp_path)
+    assert found.returncode == 0, found.stderr
+    assert not [package for package in FLOORS if f"{ROOT}/{package}/" in found.stdout]
+
+
+def test_jupyter_starts_a_kernel_in_the_checkout() -> None:
+    """Its launcher drops the working folder from the path first; a plain `import ipykernel` there finds our `comm`."""
+    pytest.importorskip("ipykernel_launcher")
+    command = [sys.executable, "-m", "ipykernel_launcher", "--version"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

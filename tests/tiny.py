@@ -1,0 +1,106 @@
+"""Small values of every configuration, with every feature on, for tests."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from comm.config import AllToAllDispatchConfig, ClusterConfig, ParallelismConfig
+from data.config import DataConfig, FilesSource
+from dualpipe.config import ScheduleConfig
+from model.config import ModelConfig, PlainRope
+from train.config import OptimConfig, PrecisionConfig, StageConfig, TrackConfig, TrainConfig
+
+MODEL = ModelConfig(
+    vocab_size=320,
+    hidden_size=32,
+    num_layers=4,
+    num_dense_layers=1,
+    dense_intermediate_size=48,
+    num_heads=2,
+    q_lora_rank=16,
+    kv_lora_rank=16,
+    qk_nope_head_dim=8,
+    qk_rope_head_dim=4,
+    v_head_dim=8,
+    num_routed_experts=8,
+    num_shared_experts=1,
+    num_experts_per_token=4,
+    expert_intermediate_size=16,
+    num_expert_groups=4,
+    num_limited_groups=2,
+    routed_scaling_factor=2.5,
+    norm_eps=1e-6,
+    rope_theta=10000.0,
+    rope_scaling=PlainRope(kind="plain"),
+    max_position_tokens=64,
+    mtp_depth=1,
+    mtp_hidden="post_norm",
+    initializer_range=0.1,
+)
+
+OPTIM = OptimConfig(
+    learning_rate=1e-2,
+    final_learning_rate=1e-3,
+    warmup_steps=1,
+    decay_start_step=100,
+    decay_end_step=200,
+    beta1=0.9,
+    beta2=0.95,
+    eps=1e-8,
+    weight_decay=0.1,
+    clip_norm=1.0,
+    sharding="replicated",
+)
+
+STAGE = StageConfig(
+    kind="pretrain",
+    steps=2,
+    sequence_length_tokens=24,
+    global_batch_sequences=16,
+    micro_batch_sequences=1,
+    mtp_loss_weight=0.3,
+    balance_loss_weight=0.01,
+    bias_update_rate=0.05,
+    validate_every_steps=0,
+    validation_sequences=0,
+    checkpoint_every_steps=0,
+    sample_prompt="",
+    sample_tokens=0,
+)
+
+
+def tiny_config(folder: Path, **changes: object) -> TrainConfig:
+    """A run in `folder` on the CPU in float64, one rank unless changed."""
+    config = TrainConfig(
+        name="tiny",
+        out_dir=str(folder / "run"),
+        seed=7,
+        resume=None,
+        cluster=ClusterConfig(device="cpu", backend="gloo", ranks_per_node=2, threads_per_rank=1, timeout_seconds=60.0),
+        parallelism=ParallelismConfig(pipeline=1, data=1, expert=1),
+        dispatch=AllToAllDispatchConfig(kind="all_to_all"),
+        model=MODEL,
+        data=DataConfig(
+            source=FilesSource(kind="files", paths=(str(folder / "text"),)),
+            tokenizer_vocab_size=320,
+            validation_fraction=0.2,
+            fim_rate=0.5,
+            seed=3,
+            cache_dir=str(folder / "cache"),
+        ),
+        stage=STAGE,
+        optim=OPTIM,
+        precision=PrecisionConfig(kind="float64"),
+        schedule=ScheduleConfig(kind="1f1b", pairing="overlapped"),
+        track=TrackConfig(wandb="disabled", project="tests", log_every_steps=1),
+    )
+    return replace(config, **changes)  # type: ignore[arg-type]
+
+
+def write_text(folder: Path, num_files: int = 60) -> None:
+    """Text files of many lengths, from a fixed rule, under `folder/text`."""
+    (folder / "text").mkdir(parents=True, exist_ok=True)
+    for number in range(num_files):
+        words = [
+            f"{'abcdefgh'[(number * 7 + word * word) % 8]}{(number + 3 * word) % 13}" for word in range(number % 17 + 4)
+        ]
+        (folder / "text" / f"file_{number:03}.txt").write_text(" ".join(words) + "\n", encoding="utf-8")

@@ -1,0 +1,149 @@
+"""What one rank of a test's job does, and the plain model that it is held against."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from comm.groups import Groups
+from comm.layout import Layout
+from comm.local import LocalDispatcher
+from data.loader import Loader
+from data.prepare import prepare
+from model.experts import RoutedExperts
+from model.objective import LossSums
+from model.transformer import Transformer, initialise, named_tensors, routers
+from train.assemble import Assembly, assemble, is_mirrored, weight_dtype
+from train.config import TrainConfig
+from train.optim.learning_rate import learning_rate
+from train.optim.parameters import group_parameters
+from train.step import accumulate, make_objective, to_micro_batch, update_router_bias
+
+
+@dataclass(slots=True)
+class Seen:
+    """One step as one rank, or the plain model, saw it; tensors by released name."""
+
+    losses: list[float]
+    norm: float
+    gradients: dict[str, Tensor]
+    weights: dict[str, Tensor]
+
+
+def start_biases(model: Transformer, starved: int) -> None:
+    """The first `starved` experts of every layer are never chosen; the others start a little apart."""
+    for layer, router in routers(model).items():
+        bias = torch.linspace(-0.05, 0.05, len(router.e_score_correction_bias)) * (1 + layer % 3)
+        bias[:starved] = -10.0
+        router.e_score_correction_bias.copy_(bias)
+
+
+def open_assembly(config: TrainConfig) -> Assembly:
+    """This rank, with the test harness' process group."""
+    layout = Layout(config.parallelism, config.cluster.ranks_per_node)
+    groups = Groups(layout, is_mirrored(config), config.cluster.timeout_seconds)
+    return assemble(config, layout, groups, torch.device("cpu"))
+
+
+def open_loader(config: TrainConfig) -> Loader:
+    """The run's data."""
+    prepared = prepare(config.data, config.stage.sequence_length_tokens)
+    return Loader(prepared, global_batch_sequences=config.stage.global_batch_sequences, seed=config.data.seed)
+
+
+def run_job(rank: int, world_size: int, configs: list[tuple[TrainConfig, int]], num_steps: int) -> list[list[Seen]]:
+    """Runs each configuration from the start; what this rank saw of each step."""
+    return [_run_one(config, starved, num_steps) for config, starved in configs]
+
+
+def _run_one(config: TrainConfig, starved: int, num_steps: int) -> list[Seen]:
+    assembly, loader = open_assembly(config), open_loader(config)
+    start_biases(assembly.model, starved)
+    seen = []
+    for step in range(num_steps):
+        losses = accumulate(assembly, lambda first, count, step=step: loader.batch(step, first, count))  # type: ignore[misc]
+        gradients = by_released_name(assembly.model, assembly.store.gradient)
+        norm = assembly.optimiser.step(learning_rate(config.optim, step))
+        update_router_bias(assembly)
+        flat = [losses.main, *losses.mtp, losses.balance, losses.total]
+        weights = {name: tensor.clone() for name, tensor in named_tensors(assembly.model).items()}
+        seen.append(Seen(flat, norm, gradients, weights))
+    dist.barrier()
+    assembly.close()
+    return seen
+
+
+def by_released_name(model: Transformer, of: object) -> dict[str, Tensor]:
+    """Applies `of` to every parameter and names what it gives as the checkpoint names the parameter."""
+    named: dict[str, Tensor] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, RoutedExperts):
+            stacked = replace_parameters(module, of)
+            named |= {f"{path}.{name}": tensor.clone() for name, tensor in stacked}
+        else:
+            named |= {
+                f"{path}.{name}": of(parameter).clone()  # type: ignore[operator]
+                for name, parameter in module.named_parameters(recurse=False)
+            }
+    return named
+
+
+def replace_parameters(experts: RoutedExperts, of: object) -> list[tuple[str, Tensor]]:
+    """The per-expert names with `of`'s tensors in place of the weights."""
+    gate_up, down = of(experts.gate_up_proj), of(experts.down_proj)  # type: ignore[operator]
+    half = gate_up.shape[1] // 2
+    named = []
+    for index, expert in enumerate(experts.experts):
+        named.append((f"{expert}.gate_proj.weight", gate_up[index, :half]))
+        named.append((f"{expert}.up_proj.weight", gate_up[index, half:]))
+        named.append((f"{expert}.down_proj.weight", down[index]))
+    return named
+
+
+def run_plain(config: TrainConfig, starved: int, num_steps: int) -> list[Seen]:
+    """The whole model in this process under ordinary autograd and torch's own optimiser and clipping."""
+    model = Transformer(config.model, LocalDispatcher(config.model.num_routed_experts), weight_dtype(config.precision))
+    initialise(model, config.seed)
+    start_biases(model, starved)
+    groups = group_parameters(model)
+    decayed = [*groups.matrices.values(), *groups.experts.values()]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": config.optim.weight_decay}]
+        + [{"params": list(groups.vectors.values()), "weight_decay": 0.0}],
+        betas=(config.optim.beta1, config.optim.beta2),
+        eps=config.optim.eps,
+    )
+    loader, seen = open_loader(config), []
+    for step in range(num_steps):
+        seen.append(_plain_step(config, model, optimizer, loader, step))
+    return seen
+
+
+def _plain_step(
+    config: TrainConfig, model: Transformer, optimizer: torch.optim.Optimizer, loader: Loader, step: int
+) -> Seen:
+    stage, depth = config.stage, config.model.mtp_depth
+    size, device = stage.micro_batch_sequences, torch.device("cpu")
+    reads = range(0, stage.global_batch_sequences, size)
+    batches = [to_micro_batch(loader.batch(step, first, size), depth, device) for first in reads]
+    counts = sum(torch.tensor([int((t >= 0).sum()) for t in batch.targets_BT]) for batch in batches)
+    assert isinstance(counts, Tensor)
+    objective, sums = make_objective(config, counts), LossSums([0.0] * (depth + 1))
+    for batch in batches:
+        model.loss(batch, objective, sums).backward()
+    gradients = by_released_name(model, lambda parameter: parameter.grad)
+    norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_norm))
+    for options in optimizer.param_groups:
+        options["lr"] = learning_rate(config.optim, step)
+    optimizer.step()
+    optimizer.zero_grad()
+    for router in routers(model).values():
+        router.update_bias(router.load, stage.bias_update_rate)
+        router.load.zero_()
+    totals = sums.settle().tolist()
+    means = [total / count for total, count in zip(totals[:-1], counts.tolist(), strict=True)]
+    balance = totals[-1] / stage.global_batch_sequences
+    total = means[0] + stage.mtp_loss_weight * sum(means[1:]) / depth + stage.balance_loss_weight * balance
+    weights = {name: tensor.clone() for name, tensor in named_tensors(model).items()}
+    return Seen([*means, balance, total], norm, gradients, weights)

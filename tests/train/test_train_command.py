@@ -1,0 +1,102 @@
+"""Whole runs of the command, as a user starts them: real ranks, real files, the documented exit codes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import write_text
+
+ROOT = Path(__file__).parents[2]
+
+
+def run_train(folder: Path, name: str, *overrides: str) -> subprocess.CompletedProcess[str]:
+    """A four-rank run of the tiny model on the text in `folder`."""
+    command = [
+        *(sys.executable, "-m", "launch.train", f"name={name}", f"out_dir={folder / name}"),
+        *("model=tiny", "parallelism=four_ranks", "data=files", f"data.paths=[{folder / 'text'}]"),
+        *("data.tokenizer_vocab_size=320", "data.validation_fraction=0.2", f"data.cache_dir={folder / 'cache'}"),
+        *("stage.sequence_length_tokens=32", "stage.global_batch_sequences=8", "stage.micro_batch_sequences=1"),
+        *("stage.validation_sequences=8", "track.log_every_steps=1", *overrides),
+    ]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+
+
+def read_metrics(folder: Path, name: str) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("command")
+    write_text(folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "choices"),
+    [
+        ("zero1", ()),
+        ("replicated", ("precision=float64", "optim.sharding=replicated")),
+        ("bf16", ("precision=bf16",)),
+    ],
+)
+def test_resumed_run_equals_unbroken_bitwise(folder: Path, kind: str, choices: tuple[str, ...]) -> None:
+    whole, half = f"whole_{kind}", f"half_{kind}"
+    for name, steps in ((whole, 40), (half, 20)):
+        done = run_train(folder, name, f"stage.steps={steps}", "stage.sample_prompt=", *choices)
+        assert done.returncode == 0, done.stderr
+    again = f"again_{kind}"
+    done = run_train(folder, again, "stage.steps=40", f"resume={folder / half}", "stage.sample_prompt=", *choices)
+    assert done.returncode == 0, done.stderr
+    unbroken, first, second = (read_metrics(folder, name) for name in (whole, half, again))
+    assert [line["step"] for line in second] == list(range(21, 41))
+    for line, expected in zip(first + second, unbroken, strict=True):
+        for key in ("step", "loss", "main_loss", "mtp_loss", "balance_loss", "grad_norm", "max_violation", "lr"):
+            assert line[key] == expected[key], (key, line["step"])
+    assert second[-1]["validation_loss"] == unbroken[-1]["validation_loss"]
+
+
+def test_run_leaves_what_the_documentation_names(folder: Path) -> None:
+    done = run_train(folder, "files", "stage.steps=3", "stage.checkpoint_every_steps=2", "stage.sample_prompt=a1 b2")
+    assert done.returncode == 0, done.stderr
+    run = folder / "files"
+    names = {path.relative_to(run).as_posix() for path in run.rglob("*")}
+    expected = {"config.yaml", "metrics.jsonl", "checkpoints/step-00000002", "checkpoints/step-00000003/manifest.json"}
+    assert expected | {f"log/rank_{rank:05d}.log" for rank in range(4)} <= names
+    assert not [name for name in names if name.endswith(".partial")]
+    documented = "step tokens loss main_loss mtp_loss balance_loss grad_norm lr step_seconds tokens_per_second"
+    documented += " max_violation nodes_per_token inter_node_bytes peak_memory_bytes"
+    for line in read_metrics(folder, "files"):
+        assert set(documented.split()) <= set(line)
+        assert line["inter_node_bytes"] > 0
+    assert "validation loss" in done.stdout
+    assert "unigram entropy" in done.stdout
+    assert "continuation of 'a1 b2'" in done.stdout
+
+
+def test_same_seed_gives_the_same_first_loss_under_every_layout(folder: Path) -> None:
+    first = []
+    for index, layout in enumerate((("parallelism=four_ranks",), ("parallelism=one_rank", "schedule=1f1b"))):
+        choices = ("stage.steps=1", "stage.sample_prompt=", "precision=float64", "optim.sharding=replicated")
+        done = run_train(folder, f"layout_{index}", *choices, *layout, "cluster.ranks_per_node=1")
+        assert done.returncode == 0, done.stderr
+        first.append(read_metrics(folder, f"layout_{index}")[0]["loss"])
+    assert first[0] == pytest.approx(first[1], rel=1e-12)
+
+
+def test_non_finite_loss_ends_every_rank_with_its_exit_code(folder: Path) -> None:
+    done = run_train(
+        folder,
+        "wild",
+        "stage.steps=40",
+        "optim.learning_rate=1e30",
+        "optim.final_learning_rate=1e30",
+        "optim.warmup_steps=0",
+        "stage.sample_prompt=",
+    )
+    assert done.returncode == 77, done.stdout + done.stderr
+    assert "error: loss is" in done.stdout + done.stderr
