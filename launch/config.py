@@ -7,6 +7,7 @@ from typing import Any
 from data.config import DataSource
 from data.prepare import check_config
 from dualpipe.generate import select
+from dualpipe.ir import ScheduleError
 from launch.decode import decode, encode
 from launch.errors import ConfigError
 from launch.ranges import check_ranges, divisors, multiples
@@ -179,7 +180,18 @@ def _check_batch(config: TrainConfig) -> None:
 
 
 def _check_schedule(config: TrainConfig) -> None:
-    select.check(config.schedule.kind, config.parallelism.pipeline, config.num_micro_batches)
+    key, share = "stage.global_batch_sequences", config.parallelism.data * config.stage.micro_batch_sequences
+    try:
+        select.check(
+            config.schedule.kind,
+            config.parallelism.pipeline,
+            config.num_micro_batches,
+            ranks_key="parallelism.pipeline",
+            micro_batches_key=key,
+        )
+    except ScheduleError as error:
+        unit = f" micro-batches of parallelism.data x stage.micro_batch_sequences = {share} sequences"
+        raise ScheduleError(f"{error}{unit if str(error).startswith(key) else ''}") from error
     cut_layers(config.model.num_layers, config.parallelism.pipeline, config.model.mtp_depth)
 
 

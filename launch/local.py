@@ -44,7 +44,8 @@ _CALM_LOGGERS = (
 
 def preload_modules(cluster: ClusterConfig) -> list[str]:
     """Modules that every rank needs and that are slow to import, in this order."""
-    modules = ["torch", "train.run", "launch.train"]
+    # Not launch.train itself: ranks run it again under another name, to find what they do.
+    modules = ["torch", "train.run", "launch.compose", "launch.local"]
     # With CUDA, DeepSpeed is left to the ranks: what it touches at import must not happen before the fork.
     return [*modules, "deepspeed.runtime.zero.stage_1_and_2"] if cluster.device == "cpu" else modules
 

@@ -33,21 +33,22 @@ def _payload(key: MessageKey) -> Tensor:
     return torch.randn(shape, generator=generator).to(dtype)
 
 
-def _exchange_all(rank: int, world_size: int) -> int:
+def _exchange_all(rank: int, world_size: int, data: int) -> int:
     """Every link carries 12 messages; receives are posted and awaited link by link, unlike the order of sends."""
-    with _transport(rank, world_size) as transport:
-        peers = [peer for peer in (rank - 1, rank + 1) if 0 <= peer < world_size]
+    index = rank // data
+    with _transport(rank, world_size, data) as transport:
+        peers = [peer for peer in (index - 1, index + 1) if 0 <= peer < world_size // data]
         kinds: list[Literal["activation", "gradient"]] = ["activation", "gradient"]
         for micro_batch in range(12):
             for peer in peers:
                 for kind in kinds:
-                    key = _key(rank, peer, micro_batch, kind)
+                    key = _key(index, peer, micro_batch, kind)
                     transport.send(key, _payload(key))
         receipts = []
         for peer in reversed(peers):
             for kind in reversed(kinds):
                 for micro_batch in range(12):
-                    key = _key(peer, rank, micro_batch, kind)
+                    key = _key(peer, index, micro_batch, kind)
                     like = _payload(key)
                     receipts.append((like, transport.post_receive(key, like.shape, like.dtype)))
         for like, receipt in reversed(receipts):
@@ -62,7 +63,11 @@ def _exchange_all(rank: int, world_size: int) -> int:
 
 
 def test_transport_delivers_every_message_in_the_order_of_its_link() -> None:
-    assert run_ranks(3, _exchange_all) == [24, 48, 24]
+    assert run_ranks(3, _exchange_all, 1) == [24, 48, 24]
+
+
+def test_transport_links_each_data_index_s_pipeline_by_itself() -> None:
+    assert run_ranks(4, _exchange_all, 2) == [24, 24, 24, 24]
 
 
 def _send_before_receive(rank: int, world_size: int) -> tuple[float, Tensor]:

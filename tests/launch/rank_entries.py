@@ -94,7 +94,7 @@ def main(arguments: Sequence[str]) -> int:
 
     names, place = arguments[0].split(","), Path(arguments[1])
     config = read_config(compose("train", ["parallelism=four_ranks"]))
-    start_fork_server(config.cluster, ["torch.distributed", "launch.local", "launch.train"])
+    start_fork_server(config.cluster, ["torch.distributed", "launch.compose", "launch.local"])
     code = 0
     for name in names:
         claim_folder(replace(config, out_dir=str(place / name)), datetime(2024, 1, 2))

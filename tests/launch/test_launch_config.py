@@ -17,17 +17,16 @@ from model.cut import CutError
 from train.config import TrainConfig
 from train.manifest import CheckpointError
 
-TINY = ["model=tiny", "data.tokenizer_vocab_size=300"]
 # What an option cannot be chosen without.
 NEEDS = {
     "parallelism=one_rank": ["schedule=1f1b"],
     "parallelism=v3_2048_ranks": ["model=v3_671b", "cluster=h800", "stage.global_batch_sequences=8192",
                                   "stage.validation_sequences=8192"],
+    "parallelism=eight_ranks": ["stage.global_batch_sequences=32"],
     "model=tiny": ["data.tokenizer_vocab_size=300"],
     "data=files": ["data.paths=[pyproject.toml]"],
     "precision=float64": ["optim.sharding=replicated"],
     "schedule=1f1b": ["model.mtp_depth=0"],
-    "experiment=two_nodes": [],
 }  # fmt: skip
 
 
@@ -90,7 +89,7 @@ def test_config_quickstart_feeds_dualpipe_fully() -> None:
         (["optim.beta2=1"], ["optim.beta2", "below 1", "1.0"]),
         (["seed=-1"], ["seed", "0 or above", "-1"]),
         (
-            ["parallelism.data=4", "parallelism.expert=3"],
+            ["parallelism.data=4", "parallelism.expert=3", "stage.micro_batch_sequences=1"],
             ["parallelism.expert", "parallelism.data=4", "is 3", "2 or 4"],
         ),
         (["parallelism.expert=2"], ["parallelism.expert", "parallelism.data=1", "is 2", "valid: 1"]),
@@ -146,8 +145,12 @@ def test_config_refuses_what_no_run_can_follow(overrides: list[str], parts: list
 @pytest.mark.parametrize(
     ("error", "overrides", "parts"),
     [
-        (ScheduleError, ["parallelism.pipeline=3"], ["parallelism.pipeline", "3"]),
-        (ScheduleError, ["stage.global_batch_sequences=2", "stage.validation_sequences=2"], ["1"]),
+        (ScheduleError, ["parallelism.pipeline=3"], ["parallelism.pipeline: ", "even", "has 3", "2 or 4"]),
+        (
+            ScheduleError,
+            ["stage.global_batch_sequences=2", "stage.validation_sequences=2"],
+            ["stage.global_batch_sequences: ", "at least 4", "has 1", "nearest: 4 micro-batches", "= 2 sequences"],
+        ),
         (CutError, ["parallelism.pipeline=8", "stage.global_batch_sequences=32"], ["model.num_layers", "8"]),
         (DataError, ["data=files", "data.paths=[no/such/place]"], ["data.paths", "no/such/place"]),
         (DataError, ["data.validation_fraction=1"], ["data.validation_fraction", "1.0"]),

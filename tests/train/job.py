@@ -109,8 +109,10 @@ def run_plain(config: TrainConfig, starved: int, num_steps: int) -> list[Seen]:
     groups = group_parameters(model)
     decayed = [*groups.matrices.values(), *groups.experts.values()]
     optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": config.optim.weight_decay}]
-        + [{"params": list(groups.vectors.values()), "weight_decay": 0.0}],
+        [
+            {"params": decayed, "weight_decay": config.optim.weight_decay},
+            {"params": list(groups.vectors.values()), "weight_decay": 0.0},
+        ],
         betas=(config.optim.beta1, config.optim.beta2),
         eps=config.optim.eps,
     )

@@ -5,6 +5,7 @@ data, and for routed experts those of them that hold the same experts.
 """
 
 import logging
+import warnings
 from typing import Any
 
 import torch
@@ -82,6 +83,8 @@ def _build(groups: ParameterGroups, replicas: Replicas, config: OptimConfig) -> 
     from deepspeed.utils.timer import NoopTimer
 
     logger.setLevel(logging.ERROR)
+    # It still calls a collective that torch renamed.
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
     # Its shared-memory collectives would be compiled with g++ for a minute; results are the same without.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist.get_backend(), dist_init_required=False, verbose=False)

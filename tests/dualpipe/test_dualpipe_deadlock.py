@@ -1,0 +1,142 @@
+"""Deadlock: an independent proof agrees with the validator, and a circle of waiting ranks is spelt out."""
+
+import random
+from dataclasses import replace
+from graphlib import CycleError, TopologicalSorter
+
+import pytest
+
+from dualpipe.config import ScheduleKind
+from dualpipe.generate.select import build
+from dualpipe.ir import Group, Op, Operation, Schedule, ScheduleError
+from dualpipe.transfers import Link, Message, transfers
+from dualpipe.validate import validate
+
+SIZES: list[tuple[ScheduleKind, int, int]] = [
+    ("dualpipe", 2, 4),
+    ("dualpipe", 4, 8),
+    ("dualpipe", 6, 14),
+    ("1f1b", 2, 3),
+    ("1f1b", 4, 6),
+]
+NEEDS_OF_THE_SAME_STAGE = {
+    Op.BACKWARD: Op.FORWARD,
+    Op.BACKWARD_INPUT: Op.FORWARD,
+    Op.BACKWARD_WEIGHT: Op.BACKWARD_INPUT,
+}
+
+
+def can_run(schedule: Schedule) -> bool:
+    """The independent proof, for complete schedules: equal orders on links, and one order of all events exists.
+
+    Events: a rank reaches a group (and asks for its messages), has run it, a message is put on its link. A
+    message follows its group, the rank's message before it, and the request for the link's message before it.
+    """
+    graph: dict[object, set[object]] = {}
+    reached: dict[Message, object] = {}
+    received: dict[Link, list[Message]] = {}
+    ranks = transfers(schedule)
+    for number, rank in enumerate(ranks):
+        for index, messages in enumerate(rank.receives):
+            for message in messages:
+                reached[message] = ("reach", number, index)
+                received.setdefault(message.link, []).append(message)
+    made = {
+        op: (number, index)
+        for number, groups in enumerate(schedule.ranks)
+        for index, g in enumerate(groups)
+        for op in g
+    }
+    for number, rank in enumerate(ranks):
+        sent: dict[Link, list[Message]] = {}
+        before: object = "start"
+        for index, group in enumerate(schedule.ranks[number]):
+            graph[("reach", number, index)] = {before}
+            graph[("run", number, index)] = {("reach", number, index), *rank.receives[index]}
+            for op in group:
+                if op.kind in NEEDS_OF_THE_SAME_STAGE:
+                    needed = replace(op, kind=NEEDS_OF_THE_SAME_STAGE[op.kind])
+                    graph[("run", number, index)].add(("run", *made[needed]))
+            before = ("run", number, index)
+            for message in rank.sends[index]:
+                queue = sent.setdefault(message.link, [])
+                graph[message] = {before} | ({reached[queue[-1]]} if queue else set())
+                queue.append(message)
+                before = message
+        if any(queue != received[link] for link, queue in sent.items()):
+            return False
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError:
+        return False
+    return True
+
+
+def is_valid(schedule: Schedule) -> bool:
+    try:
+        validate(schedule)
+    except ScheduleError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_validator_agrees_with_an_independent_proof_on_reordered_groups(size: tuple[ScheduleKind, int, int]) -> None:
+    schedule = build(*size)
+    generator = random.Random(3)
+    verdicts = set()
+    for _ in range(80):
+        lists = [list(groups) for groups in schedule.ranks]
+        for _ in range(generator.choice([1, 1, 2, 3])):
+            groups = generator.choice(lists)
+            if generator.random() < 0.5:
+                index = generator.randrange(len(groups) - 1)
+                groups[index], groups[index + 1] = groups[index + 1], groups[index]
+            else:
+                groups.insert(generator.randrange(len(groups)), groups.pop(generator.randrange(len(groups))))
+        mutant = replace(schedule, ranks=tuple(map(tuple, lists)))
+        verdict = is_valid(mutant)
+        assert verdict == can_run(mutant)
+        verdicts.add(verdict)
+    assert verdicts == {True, False}
+
+
+def two_ranks(first: tuple[Group, ...], second: tuple[Group, ...], num_micro_batches: int = 2) -> Schedule:
+    return Schedule(
+        kind="any",
+        num_ranks=2,
+        num_micro_batches=num_micro_batches,
+        placement=((0, 1), (1, 0)),
+        ranks=(first, second),
+    )
+
+
+def alone(*operations: tuple[Op, int, int, int]) -> tuple[Group, ...]:
+    return tuple((Operation(*fields),) for fields in operations)
+
+
+F, B, I, W = Op.FORWARD, Op.BACKWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT  # noqa: E741
+
+
+def test_validator_spells_out_a_circle_of_ranks() -> None:
+    schedule = two_ranks(
+        alone((F, 1, 1, 0), (F, 0, 0, 0), (B, 1, 1, 0), (B, 0, 0, 0)),
+        alone((F, 0, 1, 0), (F, 1, 0, 0), (B, 0, 1, 0), (B, 1, 0, 0)),
+    )
+    expected = (
+        r"^rank 0: deadlock: rank 0 at F1\.0' waits for activation 0\.0' by rank 1; "
+        r"rank 1 at F1\.0 waits for activation 0\.0 by rank 0$"
+    )
+    with pytest.raises(ScheduleError, match=expected):
+        validate(schedule)
+
+
+def test_validator_finds_a_deadlock_of_rendezvous_sends_alone() -> None:
+    # Both ranks make two activations before either asks for one: with room for two messages on a link it would run.
+    schedule = two_ranks(
+        alone((F, 0, 0, 0), (F, 0, 0, 1), (F, 1, 1, 0), (F, 1, 1, 1)),
+        alone((F, 1, 0, 0), (F, 1, 0, 1), (F, 0, 1, 0), (F, 0, 1, 1)),
+        num_micro_batches=4,
+    )
+    with pytest.raises(ScheduleError, match=r"cannot send activation 0\.1 before activation 0\.0 is taken by rank 1"):
+        validate(schedule, forward_only=True)

@@ -1,0 +1,76 @@
+"""The schedule's data and its public JSON form."""
+
+import json
+from typing import Any
+
+import pytest
+
+from dualpipe.generate.select import build
+from dualpipe.ir import Op, Operation, Schedule, ScheduleError, from_json, to_json
+
+
+def test_json_brings_back_the_same_schedule() -> None:
+    for schedule in (build("dualpipe", 4, 10), build("1f1b", 3, 5), build("1f1b", 1, 1)):
+        assert from_json(to_json(schedule)) == schedule
+
+
+def test_json_has_the_documented_keys_and_group_form() -> None:
+    record = json.loads(to_json(build("dualpipe", 4, 8)))
+    assert list(record) == ["kind", "num_ranks", "num_micro_batches", "num_stages", "placement", "ranks"]
+    assert record["placement"] == [[0, 1, 2, 3], [3, 2, 1, 0]]
+    assert record["ranks"][0][:2] == [[["F", 0, 0, 0]], [["F", 0, 0, 1]]]
+    assert record["num_stages"] == 4
+
+
+def good() -> dict[str, Any]:
+    record: dict[str, Any] = json.loads(to_json(build("1f1b", 2, 2)))
+    return record
+
+
+def changed(**changes: Any) -> str:
+    return json.dumps(good() | changes)
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ("{", "schedule: not JSON"),
+        ("[]", "schedule: must be an object"),
+        (json.dumps({key: value for key, value in good().items() if key != "ranks"}), "key 'ranks' is missing"),
+        (changed(extra=1), "key 'extra' is unknown"),
+        (changed(kind=3), "kind: must be a string"),
+        (changed(num_ranks=True), "num_ranks: must be an integer"),
+        (changed(num_ranks=3), "ranks: must have num_ranks = 3 entries, has 2"),
+        (changed(num_micro_batches=-1), "num_micro_batches: must be an integer of at least 0, is -1"),
+        (changed(num_stages=3), r"placement\[0\]: must have num_stages = 3 entries, has 2"),
+        (changed(placement=[]), "placement: must have a row for each direction"),
+        (changed(placement=[[0, "1"]]), r"placement\[0\]\[1\]: must be an integer"),
+        (changed(ranks=[[], 7]), r"ranks\[1\]: must be a list, is 7"),
+        (changed(ranks=[[], [{}]]), r"ranks\[1\]\[0\]: must be a list"),
+        (changed(ranks=[[], [[["F", 0, 0]]]]), r"ranks\[1\]\[0\]\[0\]: must be \[kind, direction, stage"),
+        (changed(ranks=[[[["X", 0, 0, 0]]], []]), r"ranks\[0\]\[0\]\[0\]: the kind must be one of F B I W, is \"X\""),
+        (changed(ranks=[[[[["F"], 0, 0, 0]]], []]), "the kind must be one of F B I W"),
+        (changed(ranks=[[[["F", 0, 0, 0.5]]], []]), r"ranks\[0\]\[0\]\[0\]: must be an integer of at least 0, is 0.5"),
+    ],
+)
+def test_json_malformed_is_refused_with_its_place(text: str, place: str) -> None:
+    with pytest.raises(ScheduleError, match=place):
+        from_json(text)
+
+
+def test_operations_print_short_and_sort() -> None:
+    assert str(Operation(Op.FORWARD, 0, 0, 3)) == "F0.3"
+    assert str(Operation(Op.BACKWARD_INPUT, 1, 5, 12)) == "I5.12'"
+    later, earlier = Operation(Op.FORWARD, 0, 1, 0), Operation(Op.FORWARD, 0, 0, 9)
+    assert sorted([later, earlier]) == [earlier, later]
+    assert len({later, Operation(Op.FORWARD, 0, 1, 0)}) == 1
+
+
+def test_schedule_places_stages_and_shares_out_micro_batches() -> None:
+    schedule = Schedule(
+        kind="any", num_ranks=2, num_micro_batches=5, placement=((0, 1, 1, 0), (1, 0, 0, 1)), ranks=((), ())
+    )
+    assert schedule.num_stages == 4
+    assert schedule.rank_of(1, 2) == 0
+    assert schedule.stages_of(0) == ((0, 0), (0, 3), (1, 1), (1, 2))
+    assert [list(schedule.micro_batches_of(direction)) for direction in (0, 1)] == [[0, 1, 2], [0, 1]]

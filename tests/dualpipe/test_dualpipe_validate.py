@@ -1,0 +1,199 @@
+"""The validator: every mutation of a valid schedule is caught, and an independent proof agrees with it."""
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from dualpipe.config import ScheduleKind
+from dualpipe.generate.select import build
+from dualpipe.ir import Group, Op, Operation, Schedule, ScheduleError
+from dualpipe.passes import forward_only
+from dualpipe.validate import validate
+
+SIZES: list[tuple[ScheduleKind, int, int]] = [
+    ("dualpipe", 2, 4),
+    ("dualpipe", 4, 8),
+    ("dualpipe", 6, 14),
+    ("1f1b", 2, 3),
+    ("1f1b", 4, 6),
+]
+Lists = list[list[list[Operation]]]
+
+
+def lists_of(schedule: Schedule) -> Lists:
+    return [[list(group) for group in groups] for groups in schedule.ranks]
+
+
+def with_lists(schedule: Schedule, lists: Lists) -> Schedule:
+    ranks = tuple(tuple(tuple(group) for group in groups if group) for groups in lists)
+    return replace(schedule, ranks=ranks)
+
+
+def somewhere(lists: Lists, generator: random.Random) -> tuple[int, int, int]:
+    rank = generator.randrange(len(lists))
+    group = generator.randrange(len(lists[rank]))
+    return rank, group, generator.randrange(len(lists[rank][group]))
+
+
+def drop(lists: Lists, generator: random.Random) -> None:
+    rank, group, member = somewhere(lists, generator)
+    del lists[rank][group][member]
+
+
+def double(lists: Lists, generator: random.Random) -> None:
+    rank, group, member = somewhere(lists, generator)
+    lists[rank].insert(generator.randrange(len(lists[rank]) + 1), [lists[rank][group][member]])
+
+
+def move_to_another_rank(lists: Lists, generator: random.Random) -> None:
+    rank, group, member = somewhere(lists, generator)
+    operation = lists[rank][group].pop(member)
+    other = generator.choice([number for number in range(len(lists)) if number != rank])
+    lists[other].insert(generator.randrange(len(lists[other]) + 1), [operation])
+
+
+def swap_within_a_flow(lists: Lists, generator: random.Random) -> None:
+    """Two operations of one kind that send or receive on the same link change places: the other end does not know."""
+    while True:
+        rank, *first = somewhere(lists, generator)
+        other, *second = somewhere(lists, generator)
+        one, two = lists[rank][first[0]][first[1]], lists[other][second[0]][second[1]]
+        same = (one.kind, one.direction, one.stage) == (two.kind, two.direction, two.stage)
+        if rank == other and one != two and same and one.kind is not Op.BACKWARD_WEIGHT:
+            lists[rank][first[0]][first[1]], lists[rank][second[0]][second[1]] = two, one
+            return
+
+
+def swap_dependent(lists: Lists, generator: random.Random) -> None:
+    """A micro-batch's forward and one of its backwards in the same stage change places."""
+    while True:
+        rank, *first = somewhere(lists, generator)
+        other, *second = somewhere(lists, generator)
+        one, two = lists[rank][first[0]][first[1]], lists[other][second[0]][second[1]]
+        if rank == other and one.kind is Op.FORWARD and two == replace(one, kind=two.kind) and one != two:
+            lists[rank][first[0]][first[1]], lists[rank][second[0]][second[1]] = two, one
+            return
+
+
+def change_kind(lists: Lists, generator: random.Random) -> None:
+    rank, group, member = somewhere(lists, generator)
+    operation = lists[rank][group][member]
+    kind = generator.choice([kind for kind in Op if kind is not operation.kind])
+    lists[rank][group][member] = replace(operation, kind=kind)
+
+
+def put_out_of_range(lists: Lists, generator: random.Random) -> None:
+    rank, group, member = somewhere(lists, generator)
+    operation = lists[rank][group][member]
+    field = generator.choice(["direction", "stage", "micro_batch"])
+    lists[rank][group][member] = replace(operation, **{field: generator.choice([-1, 99])})
+
+
+@pytest.mark.parametrize(
+    "mutate",
+    [drop, double, move_to_another_rank, swap_within_a_flow, swap_dependent, change_kind, put_out_of_range],
+)
+@pytest.mark.parametrize("size", SIZES)
+def test_validator_catches_every_mutation(
+    size: tuple[ScheduleKind, int, int], mutate: Callable[[Lists, random.Random], None]
+) -> None:
+    schedule = build(*size)
+    validate(schedule)
+    generator = random.Random(0)
+    for _ in range(40):
+        lists = lists_of(schedule)
+        mutate(lists, generator)
+        with pytest.raises(ScheduleError, match=r"^rank \d+: "):
+            validate(with_lists(schedule, lists))
+
+
+def alone(*operations: tuple[Op, int, int, int]) -> tuple[Group, ...]:
+    return tuple((Operation(*fields),) for fields in operations)
+
+
+F, B, I, W = Op.FORWARD, Op.BACKWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT  # noqa: E741
+
+
+def test_validator_finds_unequal_orders_on_a_link() -> None:
+    # Members of one group ask at once, so nothing would wait for ever: the two tensors would be taken for each other.
+    schedule = Schedule(
+        kind="any",
+        num_ranks=2,
+        num_micro_batches=2,
+        placement=((0, 1),),
+        ranks=(alone((F, 0, 0, 0), (F, 0, 0, 1)), ((Operation(F, 0, 1, 1), Operation(F, 0, 1, 0)),)),
+    )
+    expected = (
+        r"^rank 1: expects activation 0\.1 as number 0 of the activations from rank 0, which sends activation 0\.0$"
+    )
+    with pytest.raises(ScheduleError, match=expected):
+        validate(schedule, forward_only=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({W: None}, "rank 0: stage 0, micro-batch 0 has I but no W"),
+        ({I: None}, "rank 0: stage 0, micro-batch 0 has W but no I"),
+        ({F: None}, "rank 0: stage 0, micro-batch 0 has no F"),
+        ({I: None, W: None}, "rank 0: stage 0, micro-batch 0 has F but no backward"),
+        ({I: B}, "rank 0: stage 0, micro-batch 0 has B and also W"),
+    ],
+)
+def test_validator_names_what_a_micro_batch_lacks(change: dict[Op, Op | None], problem: str) -> None:
+    kinds = [change.get(kind, kind) for kind in (F, I, W)]
+    groups = alone(*((kind, 0, 0, 0) for kind in kinds if kind is not None))
+    schedule = Schedule(kind="any", num_ranks=1, num_micro_batches=1, placement=((0,),), ranks=(groups,))
+    with pytest.raises(ScheduleError, match=f"^{problem}$"):
+        validate(schedule)
+
+
+def test_validator_refuses_dependent_members_of_a_group() -> None:
+    together = (Operation(F, 0, 0, 0), Operation(B, 0, 0, 0))
+    schedule = Schedule(kind="any", num_ranks=1, num_micro_batches=1, placement=((0,),), ranks=((together,),))
+    with pytest.raises(ScheduleError, match=r"^rank 0: group 0 has B0\.0 at once with F0\.0, which it needs$"):
+        validate(schedule)
+
+
+def test_validator_orders_stages_within_a_rank() -> None:
+    def v_shape(*operations: tuple[Op, int, int, int]) -> Schedule:
+        return Schedule(kind="any", num_ranks=1, num_micro_batches=1, placement=((0, 0),), ranks=(alone(*operations),))
+
+    validate(v_shape((F, 0, 0, 0), (F, 0, 1, 0), (I, 0, 1, 0), (B, 0, 0, 0), (W, 0, 1, 0)))
+    with pytest.raises(ScheduleError, match=r"^rank 0: group 0 has F1\.0 before F0\.0, which it needs$"):
+        validate(v_shape((F, 0, 1, 0), (F, 0, 0, 0), (I, 0, 1, 0), (B, 0, 0, 0), (W, 0, 1, 0)))
+    with pytest.raises(ScheduleError, match=r"^rank 0: group 2 has B0\.0 before I1\.0, which it needs$"):
+        validate(v_shape((F, 0, 0, 0), (F, 0, 1, 0), (B, 0, 0, 0), (I, 0, 1, 0), (W, 0, 1, 0)))
+
+
+def test_validator_keeps_the_memory_cap() -> None:
+    schedule = build("dualpipe", 4, 8)
+    validate(schedule, memory_cap=5)
+    with pytest.raises(ScheduleError, match=r"^rank 0: keeps 5 live activations at once, the memory cap is 4$"):
+        validate(schedule, memory_cap=4)
+
+
+def test_validator_tells_training_from_forwards_alone() -> None:
+    schedule = build("dualpipe", 4, 8)
+    with pytest.raises(ScheduleError, match="has F but no backward"):
+        validate(forward_only(schedule))
+    with pytest.raises(ScheduleError, match="has a backward in a forward-only schedule"):
+        validate(schedule, forward_only=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"placement": ((0, 2), (1, 0))}, r"placement\[0\]\[1\]: must be a rank below 2, is 2"),
+        ({"placement": ((0, 1), (1,))}, r"placement\[1\]: must have as many stages"),
+        ({"placement": ()}, "placement: places no stage"),
+        ({"num_ranks": 3}, "ranks: must have num_ranks = 3 entries, has 2"),
+        ({"num_micro_batches": 0}, "needs at least 1 rank and 1 micro-batch"),
+        ({"ranks": (((),), ())}, "rank 0: group 0 is empty"),
+    ],
+)
+def test_validator_refuses_sizes_that_contradict_each_other(changes: dict[str, object], problem: str) -> None:
+    with pytest.raises(ScheduleError, match=problem):
+        validate(replace(build("dualpipe", 2, 4), **changes))  # type: ignore[arg-type]

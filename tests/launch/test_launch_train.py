@@ -1,0 +1,144 @@
+"""The command as a user runs it: bad input ends at once, in one line, with nothing left on disk."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from launch import train
+from launch.compose import options
+from launch.report import command, help_text
+from tests.launch.test_launch_config import build
+from train.config import TrainConfig
+from train.manifest import write_manifest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run_train(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs the command in `folder`, so that whatever it might create is seen."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    return subprocess.run(
+        [sys.executable, "-m", "launch.train", *arguments],
+        cwd=folder,
+        env={**kept, "PYTHONPATH": str(ROOT), "HOME": str(folder), **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def place_inputs(folder: Path) -> None:
+    """An empty corpus, and a checkpoint of another architecture."""
+    (folder / "empty.txt").touch()
+    (folder / "notes.xyz").write_text("text")
+    checkpoint = folder / "old" / "checkpoints" / "step-00000020"
+    checkpoint.mkdir(parents=True)
+    config = build("experiment=quickstart")
+    write_manifest(checkpoint, 20, replace(config, model=replace(config.model, hidden_size=64)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["optim.learing_rate=1"], ["optim.learing_rate", "optim.learning_rate"]),
+        (["parallelism.pipeline=3"], ["parallelism.pipeline", "dualpipe", "even", "3"]),
+        (["experiment=quickstart", "model.num_routed_experts=15"], ["model.num_routed_experts", "15", "14 or 16"]),
+        (["parallelism.pipeline=6", "stage.global_batch_sequences=24", "stage.validation_sequences=24"],
+         ["model.num_layers", "4", "6"]),
+        (["data=files", "data.paths=[absent.txt]"], ["data.paths", "absent.txt"]),
+        (["data=files", "data.paths=[empty.txt]"], ["data.paths", "empty.txt"]),
+        (["experiment=quickstart", "resume=old"], ["resume", "old", "model.hidden_size is 64 there and 192 here"]),
+        (["--steps=3"], ["--steps=3", "no flags", "steps=3"]),
+        (["out_dir=old"], ["out_dir", "'old'"]),
+    ],
+)  # fmt: skip
+def test_train_bad_input_exits_2_with_one_line_and_leaves_nothing(
+    arguments: list[str], parts: list[str], tmp_path: Path
+) -> None:
+    place_inputs(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    done = run_train(tmp_path, *arguments)
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    for part in parts:
+        assert part in done.stderr
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_train_under_torchrun_every_rank_refuses_and_rank_0_says_why(tmp_path: Path) -> None:
+    torchrun = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "3"}
+    first = run_train(tmp_path, "experiment=quickstart", RANK="0", **torchrun)
+    assert first.returncode == 2
+    assert "makes 4 ranks" in first.stderr
+    assert "WORLD_SIZE=3" in first.stderr
+    other = run_train(tmp_path, "experiment=quickstart", RANK="1", **torchrun)
+    assert (other.returncode, other.stderr, other.stdout) == (2, "", "")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_train_under_torchrun_rank_0_alone_makes_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[TrainConfig] = []
+
+    def record(config: TrainConfig) -> int:
+        seen.append(config)
+        return 77
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "train_rank", record)
+    monkeypatch.setattr(train, "apply_rank_environment", lambda cluster: None)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        assert train.main(["experiment=quickstart", "name=job"]) == 77
+    assert [path.name for path in (tmp_path / "outputs" / "job").iterdir()] == [Path(seen[0].out_dir).name]
+    assert (Path(seen[0].out_dir) / "config.yaml").is_file()
+    assert seen[1].out_dir == ""
+
+
+def test_train_help_names_every_group_option_and_key(tmp_path: Path) -> None:
+    done = run_train(tmp_path, "--help")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    for name in ("python -m launch.train", "quickstart*", *options("model"), *options("cluster"), "learning_rate: "):
+        assert name in done.stdout
+    assert done.stdout.strip() == help_text("train").strip()
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(KeyboardInterrupt(), 128 + signal.SIGINT), (BrokenPipeError(), 128 + signal.SIGPIPE)],
+)
+def test_command_ends_quietly(error: BaseException, code: int) -> None:
+    script = f"import sys; from launch.report import command\ndef main(arguments): raise {type(error).__name__}()\n"
+    script += 'sys.exit(command("train", main))'
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", "")
+
+
+def test_command_lets_our_own_bugs_show_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(overrides: object) -> int:
+        raise ValueError("not the user's")
+
+    monkeypatch.setattr(sys, "argv", ["train"])
+    with pytest.raises(ValueError, match="not the user's"):
+        command("train", broken)
+
+
+def test_makefile_and_ci_run_what_the_readme_says() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    assert "launch.train experiment=quickstart $(ARGS)" in makefile
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+    if shutil.which("make"):
+        dry = subprocess.run(["make", "-n", "-B", "test"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        steps = ["venv", "pip install", "ruff check", "ruff format --check", "mypy", "pytest"]
+        places = [dry.index(step) for step in steps]
+        assert places == sorted(places)
