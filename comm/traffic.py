@@ -9,7 +9,8 @@ from dataclasses import dataclass
 class TrafficSnapshot:
     """Counts of one rank since the last `take`.
 
-    Bytes are those of rows and weights that leave the rank; the exchange of counts is not among them.
+    Bytes are those that leave the rank: rows and weights of exchanges, tensors between pipeline ranks. The
+    exchange of counts and messages' headers are not among them.
     `num_touched_nodes` sums, over the tokens planned, the distinct nodes that hold a token's experts, the
     home node included if it holds one.
     """
@@ -72,6 +73,13 @@ class Traffic:
                 num_bytes_across_nodes=across * bytes_per_row,
             )
         )
+
+    def add_message(self, num_bytes: int, across_nodes: bool) -> None:
+        """Counts a tensor sent to another pipeline rank, within the node or across nodes."""
+        if across_nodes:
+            self._add(TrafficSnapshot(num_bytes_across_nodes=num_bytes))
+        else:
+            self._add(TrafficSnapshot(num_bytes_within_node=num_bytes))
 
     def take(self) -> TrafficSnapshot:
         """The counts since the last call, and back to zero."""

@@ -67,6 +67,7 @@ _NOT_NEGATIVE = (
     "stage.validation_sequences",
     "stage.checkpoint_every_steps",
     "stage.sample_tokens",
+    "stage.sample_temperature",
     "optim.final_learning_rate",
     "optim.warmup_steps",
     "optim.decay_start_step",

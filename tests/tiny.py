@@ -65,6 +65,7 @@ STAGE = StageConfig(
     checkpoint_every_steps=0,
     sample_prompt="",
     sample_tokens=0,
+    sample_temperature=0.0,
 )
 
 

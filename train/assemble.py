@@ -1,7 +1,7 @@
 """Puts a rank together: its part of the model as stages, its program, its links. The one place where `model` and
 `dualpipe` meet."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,8 +39,13 @@ Batches = Callable[[int, int], MicroBatch | None]
 class PipelineLinks:
     """The transport as the interpreter sees it: every activation and gradient between stages has one shape."""
 
-    def __init__(self, transport: Transport, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    def __init__(
+        self, transport: Transport, nodes: Sequence[int], traffic: Traffic, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> None:
+        """`nodes`: of each rank of the pipeline. `shape`, `dtype`: of what travels."""
         self._transport = transport
+        self._nodes = nodes
+        self._traffic = traffic
         self._shape = shape
         self._dtype = dtype
 
@@ -49,7 +54,9 @@ class PipelineLinks:
         return self._transport.post_receive(_key(message), self._shape, self._dtype)
 
     def send(self, message: Message, tensor: Tensor, /) -> None:
-        """Sends without waiting."""
+        """Sends without waiting, and counts."""
+        across = self._nodes[message.source] != self._nodes[message.destination]
+        self._traffic.add_message(tensor.nbytes, across)
         self._transport.send(_key(message), tensor)
 
     def flush(self) -> None:
@@ -182,6 +189,7 @@ def assemble(config: TrainConfig, layout: Layout, groups: Groups, device: torch.
     stage_config = config.stage
     pairs = adjacent_pairs(config.parallelism.pipeline)
     transport = Transport(layout, pairs, device, config.cluster.timeout_seconds)
+    nodes = [layout.node_of(rank) for rank in layout.pipeline_group(groups.rank)]
     shape = (stage_config.micro_batch_sequences, stage_config.sequence_length_tokens, config.model.hidden_size)
     return Assembly(
         config=config,
@@ -193,7 +201,7 @@ def assemble(config: TrainConfig, layout: Layout, groups: Groups, device: torch.
         stages=stages,
         train_program=compile_rank(schedule, pipeline_rank, lanes, order),
         forward_program=compile_rank(forward_only(schedule), pipeline_rank, lanes, order),
-        links=PipelineLinks(transport, shape, weight_dtype(config.precision)),
+        links=PipelineLinks(transport, nodes, traffic, shape, weight_dtype(config.precision)),
         lane=lane,
         traffic=traffic,
         store=store,

@@ -27,7 +27,7 @@ def step_folder(out_dir: Path, step: int) -> Path:
     return out_dir / "checkpoints" / f"step-{step:08d}"
 
 
-def save(assembly: Assembly, step: int) -> Path:
+def save(assembly: Assembly, step: int, data_fingerprint: str) -> Path:
     """Writes the state after `step` updates; every rank calls it. Returns the folder."""
     final = step_folder(Path(assembly.config.out_dir), step)
     partial = final.with_name(final.name + ".partial")
@@ -37,7 +37,7 @@ def save(assembly: Assembly, step: int) -> Path:
     dist.barrier(group=assembly.groups.world)
     _quietly(dcp_save, _state(assembly), partial)
     if dist.get_rank() == 0:
-        write_manifest(partial, step, assembly.config)
+        write_manifest(partial, step, assembly.config, data_fingerprint)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
     dist.barrier(group=assembly.groups.world)

@@ -57,6 +57,7 @@ class StageConfig:
     checkpoint_every_steps: int
     sample_prompt: str
     sample_tokens: int
+    sample_temperature: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

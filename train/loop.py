@@ -11,7 +11,7 @@ from torch import distributed as dist
 
 from data.loader import Batch, Loader
 from data.prepare import Prepared
-from infer.generate import continue_greedily
+from infer.generate import continue_tokens
 from train import checkpoint
 from train.assemble import Assembly, weight_dtype
 from train.metrics import Display, Recorder
@@ -45,7 +45,7 @@ def train(assembly: Assembly, prepared: Prepared, reporter: Reporter, first_step
     """Runs steps `first_step` (from 0) to the configured number, then a last validation and checkpoint.
 
     Raises:
-        NonFiniteLossError: on every rank alike.
+        NonFiniteError: on every rank alike.
     """
     stage = assembly.config.stage
     loader = Loader(prepared, global_batch_sequences=stage.global_batch_sequences, seed=assembly.config.data.seed)
@@ -63,7 +63,7 @@ def train(assembly: Assembly, prepared: Prepared, reporter: Reporter, first_step
             )
         reporter.record(values)
         if _due(done, stage.checkpoint_every_steps, stage.steps):
-            folder = checkpoint.save(assembly, done)
+            folder = checkpoint.save(assembly, done, prepared.fingerprint)
             reporter.say(f"step {done:>6}  checkpoint {folder}")
 
 
@@ -81,12 +81,19 @@ def validate(assembly: Assembly, loader: Loader) -> float:
 
 
 def show_continuation(assembly: Assembly, prepared: Prepared) -> str:
-    """The prompt and its greedy continuation by the last checkpoint, read whole in this process."""
+    """The prompt and its continuation by the last checkpoint, read whole in this process."""
     config, tokenizer = assembly.config, prepared.tokenizer
     folder = checkpoint.step_folder(Path(config.out_dir), config.stage.steps)
     model = checkpoint.load_whole(config.model, folder, weight_dtype(config.precision))
     prompt = [tokenizer.begin_of_sentence_id, *tokenizer.encode(config.stage.sample_prompt)]
-    made = continue_greedily(model, prompt, config.stage.sample_tokens, stop=tokenizer.end_of_sentence_id)
+    made = continue_tokens(
+        model,
+        prompt,
+        config.stage.sample_tokens,
+        stop=tokenizer.end_of_sentence_id,
+        temperature=config.stage.sample_temperature,
+        seed=config.seed,
+    )
     return config.stage.sample_prompt + tokenizer.decode(made)
 
 

@@ -22,15 +22,17 @@ class CheckpointError(ValueError):
     """A checkpoint that is missing, unfinished or of another run's shape: names the place, the rule, both values."""
 
 
-def write_manifest(folder: Path, step: int, config: TrainConfig) -> None:
+def write_manifest(folder: Path, step: int, config: TrainConfig, data_fingerprint: str) -> None:
     """Declares a checkpoint complete: in one move, once every other file is on disk.
 
     Args:
         folder: the checkpoint's folder; exists.
         step: optimiser steps done.
         config: of the run that wrote it.
+        data_fingerprint: of the samples that it read.
     """
-    text = json.dumps({"format_version": FORMAT_VERSION, "step": step, **_shape(config)}, indent=2)
+    record = {"format_version": FORMAT_VERSION, "step": step, "data_fingerprint": data_fingerprint, **_shape(config)}
+    text = json.dumps(record, indent=2)
     partial = folder / f"{MANIFEST_NAME}.partial"
     with partial.open("w", encoding="utf-8") as file:
         file.write(text + "\n")
@@ -110,13 +112,27 @@ def check_manifest(path: Path, config: TrainConfig) -> None:
     others = [line for key in shape if key != "model" for line in _differences(key, manifest.get(key), shape[key])]
     if others:
         raise CheckpointError(
-            f"resume: {path} was written under another layout: {'; '.join(others)}; "
-            f"resuming under another layout is not supported yet"
+            f"resume: {path} was written under another layout or order of samples: {'; '.join(others)}; "
+            f"resuming under another one is not supported yet"
         )
     if config.stage.steps <= manifest["step"]:
         raise CheckpointError(
             f"stage.steps: must be above the {manifest['step']} steps that {path} has done, "
             f"is {config.stage.steps}; nearest valid: {manifest['step'] + 1}"
+        )
+
+
+def check_fingerprint(path: Path, data_fingerprint: str) -> None:
+    """Refuses to go on from a checkpoint whose run read other samples: some would be lost, others seen twice.
+
+    Raises:
+        CheckpointError: the fingerprints differ.
+    """
+    written = read_manifest(path).get("data_fingerprint")
+    if written != data_fingerprint:
+        raise CheckpointError(
+            f"resume: {path} must go on with the samples it was written under; their fingerprint was {written}, "
+            f"that of data.* is {data_fingerprint}"
         )
 
 
@@ -128,7 +144,11 @@ def _shape(config: TrainConfig) -> dict[str, Any]:
         "schedule": {"kind": config.schedule.kind},
         "optim": {"sharding": config.optim.sharding},
         "precision": {"kind": config.precision.kind},
-        "data": {"tokenizer_vocab_size": config.data.tokenizer_vocab_size},
+        "data": {"tokenizer_vocab_size": config.data.tokenizer_vocab_size, "seed": config.data.seed},
+        "stage": {
+            "global_batch_sequences": config.stage.global_batch_sequences,
+            "sequence_length_tokens": config.stage.sequence_length_tokens,
+        },
     }
     decoded: dict[str, Any] = json.loads(json.dumps(shape))
     return decoded

@@ -12,14 +12,15 @@ from torch import distributed as dist
 
 from comm.groups import Groups, start, stop
 from comm.layout import Layout
+from data.corpus import DataError
 from data.prepare import Prepared, prepare
 from train import checkpoint
 from train.assemble import Assembly, assemble, is_mirrored
 from train.config import TrainConfig
+from train.errors import NonFiniteError
 from train.loop import Reporter, show_continuation, train
-from train.manifest import check_manifest, find_checkpoint, read_step
+from train.manifest import check_fingerprint, check_manifest, find_checkpoint, read_step
 from train.metrics import Display, JsonLines, Recorder, Wandb
-from train.step import NonFiniteLossError
 
 EXIT_NON_FINITE = 77
 
@@ -30,7 +31,7 @@ def main(config: TrainConfig) -> int:
     The folder of the run is rank 0's `out_dir`: ranks on other machines may have been told none.
 
     Returns:
-        The exit code: 0 done, 77 non-finite loss.
+        The exit code: 0 done, 77 non-finite loss or gradient norm.
     """
     device = start(config.cluster)
     code = _train(_agree(config), device)
@@ -43,7 +44,7 @@ def _train(config: TrainConfig, device: torch.device) -> int:
     groups = Groups(layout, is_mirrored(config), config.cluster.timeout_seconds)
     prepared = _prepare(config, groups)
     assembly = assemble(config, layout, groups, device)
-    first_step = _resume(assembly)
+    first_step = _resume(assembly, prepared.fingerprint)
     reporter = _reporter(config, first_step)
     try:
         _introduce(assembly, prepared, reporter, first_step)
@@ -51,7 +52,7 @@ def _train(config: TrainConfig, device: torch.device) -> int:
         if dist.get_rank() == 0 and config.stage.sample_prompt:
             reporter.say(f"continuation of {config.stage.sample_prompt!r}:\n{show_continuation(assembly, prepared)}")
         code = 0
-    except NonFiniteLossError as error:
+    except NonFiniteError as error:
         reporter.say(f"error: {error}; nothing was updated in this step")
         code = EXIT_NON_FINITE
     finally:
@@ -61,13 +62,14 @@ def _train(config: TrainConfig, device: torch.device) -> int:
     return code
 
 
-def _resume(assembly: Assembly) -> int:
+def _resume(assembly: Assembly, data_fingerprint: str) -> int:
     """Fills everything from the checkpoint to resume from, if any; returns the number of steps already done."""
     config = assembly.config
     if config.resume is None:
         return 0
     folder = find_checkpoint(config.resume)
     check_manifest(folder, config)
+    check_fingerprint(folder, data_fingerprint)
     checkpoint.load(assembly, folder)
     return read_step(folder)
 
@@ -79,11 +81,24 @@ def _agree(config: TrainConfig) -> TrainConfig:
 
 
 def _prepare(config: TrainConfig, groups: Groups) -> Prepared:
-    """One rank of every machine builds the cache where it is missing; the others then find it."""
+    """One rank of every machine builds the cache where it is missing; the others then find it.
+
+    Raises:
+        DataError: on every rank, where machines would read different samples.
+    """
     if os.environ.get("LOCAL_RANK", "0") == "0":
         prepare(config.data, config.stage.sequence_length_tokens)
     dist.barrier(group=groups.world)
-    return prepare(config.data, config.stage.sequence_length_tokens)
+    prepared = prepare(config.data, config.stage.sequence_length_tokens)
+    fingerprints = [""] * dist.get_world_size()
+    dist.all_gather_object(fingerprints, prepared.fingerprint)
+    if len(set(fingerprints)) > 1:
+        other = next(rank for rank, seen in enumerate(fingerprints) if seen != fingerprints[0])
+        raise DataError(
+            f"data: every rank must read the same samples; rank {other}'s fingerprint is {fingerprints[other]}, "
+            f"rank 0's {fingerprints[0]}. Machines with different Python versions embed different text"
+        )
+    return prepared
 
 
 def _reporter(config: TrainConfig, first_step: int) -> Reporter:

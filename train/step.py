@@ -1,5 +1,6 @@
 """One optimiser step over all ranks, and one forward pass for validation."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,13 +15,10 @@ from model.objective import LossSums, MicroBatch, Objective
 from model.transformer import routers
 from train.assemble import Assembly, feed
 from train.config import TrainConfig
+from train.errors import NonFiniteError
 from train.optim.learning_rate import learning_rate
 
 Read = Callable[[int, int], Batch]
-
-
-class NonFiniteLossError(RuntimeError):
-    """The loss of a step is not a number or infinite; equal on all ranks, nothing was updated."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,7 +103,7 @@ def train_step(assembly: Assembly, loader: Loader, step: int) -> StepResult:
     """Forward and backward of the step's global batch, the update, the router bias.
 
     Raises:
-        NonFiniteLossError: on every rank alike, before anything was updated.
+        NonFiniteError: on every rank alike, before anything was updated.
     """
     started = time.perf_counter()
     config = assembly.config
@@ -128,15 +126,15 @@ def accumulate(assembly: Assembly, read: Read) -> Losses:
     """All passes of one global batch; gradients stay in the store, loads in the routers.
 
     Raises:
-        NonFiniteLossError: on every rank alike.
+        NonFiniteError: on every rank alike.
     """
     batches = BatchReader(assembly, read)
     num_targets = batches.count_targets()
     objective, sums = make_objective(assembly.config, num_targets), _no_sums(assembly)
     execute(assembly.train_program, feed(assembly, batches, objective, sums, assembly.store), assembly.links)
     losses = _reduce(assembly, sums, num_targets)
-    if not torch.isfinite(torch.tensor(losses.total)):
-        raise NonFiniteLossError(f"loss is {losses.total}")
+    if not math.isfinite(losses.total):
+        raise NonFiniteError(f"loss is {losses.total}")
     return losses
 
 

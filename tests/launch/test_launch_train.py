@@ -40,7 +40,7 @@ def place_inputs(folder: Path) -> None:
     checkpoint = folder / "old" / "checkpoints" / "step-00000020"
     checkpoint.mkdir(parents=True)
     config = build("experiment=quickstart")
-    write_manifest(checkpoint, 20, replace(config, model=replace(config.model, hidden_size=64)))
+    write_manifest(checkpoint, 20, replace(config, model=replace(config.model, hidden_size=64)), "f00d")
 
 
 @pytest.mark.parametrize(

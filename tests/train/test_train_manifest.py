@@ -14,7 +14,7 @@ def save(run: Path, step: int, *overrides: str, complete: bool = True) -> Path:
     folder = run / "checkpoints" / f"step-{step:08d}"
     folder.mkdir(parents=True)
     if complete:
-        write_manifest(folder, step, build(*overrides))
+        write_manifest(folder, step, build(*overrides), "f00d")
     return folder
 
 
@@ -31,7 +31,7 @@ def test_manifest_newest_complete_checkpoint_of_a_run_is_found(tmp_path: Path) -
     save(tmp_path, 120, complete=False)
     partial = tmp_path / "checkpoints" / "step-00000140.partial"
     partial.mkdir()
-    write_manifest(partial, 140, build())
+    write_manifest(partial, 140, build(), "f00d")
     assert find_checkpoint(str(tmp_path)) == newest
     assert find_checkpoint(str(tmp_path / "checkpoints")) == newest
     assert find_checkpoint(str(tmp_path / "checkpoints" / "step-00000020")).name == "step-00000020"

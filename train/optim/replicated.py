@@ -1,5 +1,6 @@
 """AdamW with its whole state on every rank: gradients summed over replicas, the true global norm, torch's step."""
 
+import math
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import distributed as dist
 
 from model.gradients import GradientStore
 from train.config import OptimConfig
+from train.errors import NonFiniteError
 from train.optim.parameters import ParameterGroups, Replicas
 
 
@@ -32,7 +34,11 @@ class ReplicatedAdamW:
         )
 
     def step(self, learning_rate: float) -> float:
-        """Reduces, clips and applies the gradients in the store; returns the norm before clipping."""
+        """Reduces, clips and applies the gradients in the store; returns the norm before clipping.
+
+        Raises:
+            NonFiniteError: on every rank alike, before anything was updated.
+        """
         shared = [*self._groups.matrices.values(), *self._groups.vectors.values()]
         routed = list(self._groups.experts.values())
         squares = torch.zeros((), dtype=torch.float64, device=shared[0].device)
@@ -43,6 +49,8 @@ class ReplicatedAdamW:
                 squares += gradient.double().square().sum() / dist.get_world_size(group)
         dist.all_reduce(squares, group=self._replicas.world)
         norm = float(squares.sqrt())
+        if not math.isfinite(norm):
+            raise NonFiniteError(f"gradient norm is {norm}")
         scale = min(1.0, self._clip_norm / (norm + 1e-6))
         for parameter in (*shared, *routed):
             parameter.grad = self._store.gradient(parameter).mul_(scale).to(parameter.dtype)

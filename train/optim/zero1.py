@@ -14,6 +14,7 @@ from torch import distributed as dist
 
 from model.gradients import GradientStore
 from train.config import OptimConfig
+from train.errors import NonFiniteError
 from train.optim.parameters import ParameterGroups, Replicas
 
 _EXPERTS = "routed_experts"
@@ -34,7 +35,11 @@ class Zero1AdamW:
         self._optimizer._grad_acc_hooks = []
 
     def step(self, learning_rate: float) -> float:
-        """Reduces, clips and applies the gradients in the store; returns the norm before clipping."""
+        """Reduces, clips and applies the gradients in the store; returns the norm before clipping.
+
+        Raises:
+            NonFiniteError: on every rank alike, before anything was updated.
+        """
         optimizer = self._optimizer
         # DeepSpeed divides every sum by the size of the dense group, the experts' too; the store holds parts of a sum.
         scale = dist.get_world_size(self._replicas.dense)
@@ -99,7 +104,10 @@ def _build(groups: ParameterGroups, replicas: Replicas, config: OptimConfig) -> 
             for part in parts:  # every element is owned by exactly one rank of the job; padding is zero
                 squares += part.double().square().sum()
             dist.all_reduce(squares, group=replicas.world)
-            return squares.sqrt().float()
+            norm = squares.sqrt()
+            if not norm.isfinite():  # DeepSpeed would skip the step without a word, or with bf16 weights take it
+                raise NonFiniteError(f"gradient norm is {float(norm)}")
+            return norm.float()
 
     for parameter in groups.experts.values():
         parameter.allreduce = False  # type: ignore[attr-defined]
