@@ -90,7 +90,7 @@ def to_micro_batch(batch: Batch, mtp_depth: int, device: torch.device) -> MicroB
 def make_objective(config: TrainConfig, num_targets: Tensor) -> Objective:
     """The step's objective from the targets per depth of its global batch."""
     stage, depth = config.stage, config.model.mtp_depth
-    weights = [1.0] + [stage.mtp_loss_weight / depth] * depth
+    weights = [1.0] + [stage.mtp_loss_weight / max(depth, 1)] * depth
     return Objective(
         cross_entropy=tuple(
             weight / max(count, 1) for weight, count in zip(weights, num_targets.tolist(), strict=True)

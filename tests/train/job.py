@@ -146,6 +146,6 @@ def _plain_step(
     totals = sums.settle().tolist()
     means = [total / count for total, count in zip(totals[:-1], counts.tolist(), strict=True)]
     balance = totals[-1] / stage.global_batch_sequences
-    total = means[0] + stage.mtp_loss_weight * sum(means[1:]) / depth + stage.balance_loss_weight * balance
+    total = means[0] + stage.mtp_loss_weight * sum(means[1:]) / max(depth, 1) + stage.balance_loss_weight * balance
     weights = {name: tensor.clone() for name, tensor in named_tensors(model).items()}
     return Seen([*means, balance, total], norm, gradients, weights)

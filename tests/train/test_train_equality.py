@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -73,6 +74,21 @@ def test_many_ranks_equal_one_rank(folder: Path, pipeline: int, data: int, exper
                 assert torch.equal(weight, plain_order.weights[name]), name
             for name, gradient in overlapped.gradients.items():
                 assert torch.equal(gradient, plain_order.gradients[name]), name
+
+
+@pytest.mark.parametrize(
+    ("kind", "pipeline", "depth"), [("1f1b", 2, 0), ("1f1b", 4, 0), ("dualpipe", 2, 0), ("dualpipe", 2, 2)]
+)
+def test_other_depths_and_single_direction_equal_one_rank(
+    folder: Path, kind: Literal["1f1b", "dualpipe"], pipeline: int, depth: int
+) -> None:
+    config = layout_config(folder, pipeline, 1, 1)
+    model = replace(config.model, mtp_depth=depth, mtp_hidden="pre_norm", q_lora_rank=None, num_shared_experts=0)
+    config = replace(config, schedule=replace(config.schedule, kind=kind), model=model)
+    results = run_ranks(pipeline, run_job, [(config, 0)], STEPS)
+    plain = run_plain(config, 0, STEPS)
+    for step in range(STEPS):
+        assert_equal([rank[0][step] for rank in results], plain[step], 1e-10)
 
 
 @pytest.mark.parametrize(("pipeline", "data", "expert"), [(1, 1, 1), (2, 2, 2), (2, 4, 2)])
