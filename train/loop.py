@@ -1,5 +1,6 @@
 """The training loop of one rank: steps, validation, checkpoints, records. Decisions are the same on every rank."""
 
+import logging
 import math
 import resource
 from collections.abc import Sequence
@@ -16,6 +17,8 @@ from train import checkpoint
 from train.assemble import Assembly, weight_dtype
 from train.metrics import Display, Recorder
 from train.step import StepResult, train_step, validate_pass
+
+LOGGER = logging.getLogger("train")
 
 
 class Reporter:
@@ -52,6 +55,7 @@ def train(assembly: Assembly, prepared: Prepared, reporter: Reporter, first_step
     for step in range(first_step, stage.steps):
         result = train_step(assembly, loader, step)
         done = step + 1
+        LOGGER.info("step %d: loss %.6f, %.3f s", done, result.losses.total, result.seconds)
         values = _record(assembly, done, result)
         if _due(done, stage.validate_every_steps, stage.steps) and stage.validation_sequences:
             loss = validate(assembly, loader)

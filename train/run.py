@@ -23,6 +23,7 @@ from train.manifest import check_fingerprint, check_manifest, find_checkpoint, r
 from train.metrics import Display, JsonLines, Recorder, Wandb
 
 EXIT_NON_FINITE = 77
+LOGGER = logging.getLogger("train")
 
 
 def main(config: TrainConfig) -> int:
@@ -107,6 +108,7 @@ def _reporter(config: TrainConfig, first_step: int) -> Reporter:
     log = logging.FileHandler(out_dir / "log" / f"rank_{rank:05d}.log")
     log.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.getLogger().addHandler(log)
+    LOGGER.setLevel(logging.INFO)
     if rank != 0:
         return Reporter(None, [])
     display = Display(Console(file=sys.stdout), config.stage.steps, first_step, config.track.log_every_steps)
@@ -117,7 +119,18 @@ def _reporter(config: TrainConfig, first_step: int) -> Reporter:
 
 
 def _introduce(assembly: Assembly, prepared: Prepared, reporter: Reporter, first_step: int) -> None:
-    config, layout = assembly.config, assembly.config.parallelism
+    config, layout, rank = assembly.config, assembly.config.parallelism, assembly.groups.rank
+    LOGGER.info(
+        "rank %d, node %d: pipeline index %d with stages %s, data index %d, expert index %d, %d parameters, device %s",
+        rank,
+        assembly.layout.node_of(rank),
+        assembly.layout.pipeline_index(rank),
+        sorted(assembly.stages),
+        assembly.layout.data_index(rank),
+        assembly.layout.expert_index(rank),
+        sum(parameter.numel() for parameter in assembly.model.parameters()),
+        assembly.device,
+    )
     reporter.say(
         f"{config.name}: {layout.world_size} ranks (pipeline {layout.pipeline} x data {layout.data}, "
         f"experts over {layout.expert}), {config.schedule.kind}, {config.num_micro_batches} micro-batches a step, "
