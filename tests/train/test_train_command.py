@@ -2,6 +2,7 @@
 
 import json
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,15 +14,19 @@ from tests.tiny import write_text
 ROOT = Path(__file__).parents[2]
 
 
-def run_train(folder: Path, name: str, *overrides: str) -> subprocess.CompletedProcess[str]:
+def choices_of(folder: Path, name: str, *overrides: str) -> list[str]:
     """A four-rank run of the tiny model on the text in `folder`."""
-    command = [
-        *(sys.executable, "-m", "launch.train", f"name={name}", f"out_dir={folder / name}"),
-        *("model=tiny", "parallelism=four_ranks", "data=files", f"data.paths=[{folder / 'text'}]"),
-        *("data.tokenizer_vocab_size=320", "data.validation_fraction=0.2", f"data.cache_dir={folder / 'cache'}"),
+    return [
+        *("-m", "launch.train", f"name={name}", f"out_dir={folder / name}", "model=tiny", "parallelism=four_ranks"),
+        *("data=files", f"data.paths=[{folder / 'text'}]", f"data.cache_dir={folder / 'cache'}"),
+        *("data.tokenizer_vocab_size=320", "data.validation_fraction=0.2", "stage.validation_sequences=8"),
         *("stage.sequence_length_tokens=32", "stage.global_batch_sequences=8", "stage.micro_batch_sequences=1"),
-        *("stage.validation_sequences=8", "track.log_every_steps=1", *overrides),
+        *overrides,
     ]
+
+
+def run_train(folder: Path, name: str, *overrides: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *choices_of(folder, name, *overrides)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
 
 
@@ -103,3 +108,31 @@ def test_non_finite_step_ends_every_rank_with_its_exit_code(folder: Path, choice
     )
     assert done.returncode == 77, done.stdout + done.stderr
     assert re.search("error: (loss|gradient norm) is (inf|nan)", done.stdout + done.stderr)
+
+
+@pytest.mark.slow
+def test_torchrun_over_two_nodes_equals_the_bare_command(folder: Path) -> None:
+    choices = ("stage.steps=2", "stage.sample_prompt=", "precision=float64", "optim.sharding=replicated")
+    done = run_train(folder, "bare", *choices)
+    assert done.returncode == 0, done.stderr
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    rendezvous = ["--nnodes=2", "--nproc-per-node=2", "--master-addr=127.0.0.1", f"--master-port={port}"]
+    command = [sys.executable, "-m", "torch.distributed.run", *rendezvous]
+    job = choices_of(folder, "torchrun", *choices)
+    nodes = [
+        subprocess.Popen(
+            [*command, f"--node-rank={node}", *job], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        for node in range(2)
+    ]
+    try:
+        outputs = [node.communicate(timeout=200)[0].decode() for node in nodes]
+    finally:
+        for node in nodes:
+            node.kill()
+    assert [node.returncode for node in nodes] == [0, 0], outputs
+    ours, theirs = read_metrics(folder, "torchrun"), read_metrics(folder, "bare")
+    assert [line["loss"] for line in ours] == [line["loss"] for line in theirs]
+    assert ours[-1]["validation_loss"] == theirs[-1]["validation_loss"]
