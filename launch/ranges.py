@@ -48,6 +48,7 @@ _POSITIVE = (
     "stage.micro_batch_sequences",
     "optim.learning_rate",
     "optim.eps",
+    "optim.bucket_elements",
     "optim.clip_norm",
     "track.log_every_steps",
 )

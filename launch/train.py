@@ -56,9 +56,9 @@ def is_other_rank(environment: Mapping[str, str]) -> bool:
 def _run_local(config: TrainConfig) -> int:
     start_fork_server(config.cluster, preload_modules(config.cluster))
     # One process fills the cache while the fork server imports; the ranks then only open it.
-    from data.prepare import prepare
+    from train.corpus import prepare_corpus
 
-    prepare(config.data, config.stage.sequence_length_tokens)
+    prepare_corpus(config)
     config = claim_folder(config, datetime.now())
     return run_ranks(Path(config.out_dir), config.parallelism.world_size, train_rank)
 

@@ -49,6 +49,7 @@ OPTIM = OptimConfig(
     weight_decay=0.1,
     clip_norm=1.0,
     sharding="replicated",
+    bucket_elements=50_000_000,
 )
 
 STAGE = StageConfig(

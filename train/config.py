@@ -15,6 +15,7 @@ class OptimConfig:
 
     `sharding`: `zero1` shards the optimiser state over the ranks that hold the same parameters
     (DeepSpeed), `replicated` keeps it whole on each of them (torch; the only one for float64).
+    `bucket_elements`: how much of the gradients zero1 reduces, and of the weights it gathers, at once.
     """
 
     learning_rate: float
@@ -28,6 +29,7 @@ class OptimConfig:
     weight_decay: float
     clip_norm: float
     sharding: Literal["zero1", "replicated"]
+    bucket_elements: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -74,13 +74,14 @@ def train(assembly: Assembly, prepared: Prepared, reporter: Reporter, first_step
 def validate(assembly: Assembly, loader: Loader) -> float:
     """Main loss in nats per token over the configured number of validation sequences, as far as the corpus has them."""
     stage = assembly.config.stage
-    passes = max(1, min(stage.validation_sequences, loader.num_validation_sequences) // stage.global_batch_sequences)
+    passes = min(stage.validation_sequences, loader.num_validation_sequences) // stage.global_batch_sequences
     nats, targets = 0.0, 0
     for index in range(passes):
         read = partial(_read_validation, loader, index * stage.global_batch_sequences)
         losses, count = validate_pass(assembly, read)
         nats += losses.main * count
         targets += count
+    assembly.traffic.take()  # a step's record tells of the step alone
     return nats / max(targets, 1)
 
 
@@ -132,7 +133,7 @@ def _record(assembly: Assembly, done: int, result: StepResult) -> dict[str, obje
         "step_seconds": result.seconds,
         "tokens_per_second": result.tokens / result.seconds,
         "max_violation": result.max_violation,
-        "nodes_per_token": touched / tokens if tokens else 0.0,
+        "nodes_per_token": touched / tokens if tokens else 1.0,
         "inter_node_bytes": int(inter_node_bytes),
         "peak_memory_bytes": int(peak),
     }

@@ -26,9 +26,18 @@ class Recorder(Protocol):
 
 
 class JsonLines:
-    """`metrics.jsonl`: appended and flushed line by line, so that it can be read while the run goes on."""
+    """`metrics.jsonl`: appended and flushed line by line, so that it can be read while the run goes on.
 
-    def __init__(self, path: Path) -> None:
+    A run that goes on in its own folder after `first_step` steps takes back what it wrote of later ones.
+    """
+
+    def __init__(self, path: Path, first_step: int) -> None:
+        before = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+        kept = [line for line in before if line.endswith("\n") and json.loads(line)["step"] <= first_step]
+        if len(kept) < len(before):
+            partial = path.with_suffix(".partial")
+            partial.write_text("".join(kept), encoding="utf-8")
+            partial.replace(path)
         self._file: TextIO = path.open("a", encoding="utf-8")
 
     def record(self, values: Record) -> None:

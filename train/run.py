@@ -13,10 +13,11 @@ from torch import distributed as dist
 from comm.groups import Groups, start, stop
 from comm.layout import Layout
 from data.corpus import DataError
-from data.prepare import Prepared, prepare
+from data.prepare import Prepared
 from train import checkpoint
 from train.assemble import Assembly, assemble, is_mirrored
 from train.config import TrainConfig
+from train.corpus import prepare_corpus
 from train.errors import NonFiniteError
 from train.loop import Reporter, show_continuation, train
 from train.manifest import check_fingerprint, check_manifest, find_checkpoint, read_step
@@ -88,9 +89,9 @@ def _prepare(config: TrainConfig, groups: Groups) -> Prepared:
         DataError: on every rank, where machines would read different samples.
     """
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        prepare(config.data, config.stage.sequence_length_tokens)
+        prepare_corpus(config)
     dist.barrier(group=groups.world)
-    prepared = prepare(config.data, config.stage.sequence_length_tokens)
+    prepared = prepare_corpus(config)
     fingerprints = [""] * dist.get_world_size()
     dist.all_gather_object(fingerprints, prepared.fingerprint)
     if len(set(fingerprints)) > 1:
@@ -112,7 +113,7 @@ def _reporter(config: TrainConfig, first_step: int) -> Reporter:
     if rank != 0:
         return Reporter(None, [])
     display = Display(Console(file=sys.stdout), config.stage.steps, first_step, config.track.log_every_steps)
-    recorders: list[Recorder] = [JsonLines(out_dir / "metrics.jsonl"), display]
+    recorders: list[Recorder] = [JsonLines(out_dir / "metrics.jsonl", first_step), display]
     if config.track.wandb != "disabled":
         recorders.append(Wandb(config.track, config.name, out_dir, dataclasses.asdict(config)))
     return Reporter(display, recorders)

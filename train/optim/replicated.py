@@ -67,7 +67,7 @@ class ReplicatedAdamW:
         for name, parameter in self._groups.all().items():
             moments = self._optimizer.state[parameter]
             if not moments:
-                moments |= {"step": torch.zeros(()), "exp_avg": torch.zeros_like(parameter)}
+                moments |= {"step": torch.zeros((), device=parameter.device), "exp_avg": torch.zeros_like(parameter)}
                 moments["exp_avg_sq"] = torch.zeros_like(parameter)
             named |= {f"{name}.{key}": value for key, value in moments.items()}
         return named

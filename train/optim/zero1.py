@@ -18,7 +18,6 @@ from train.errors import NonFiniteError
 from train.optim.parameters import ParameterGroups, Replicas
 
 _EXPERTS = "routed_experts"
-_BUCKET_ELEMENTS = 50_000_000
 
 
 class Zero1AdamW:
@@ -44,7 +43,8 @@ class Zero1AdamW:
         # DeepSpeed divides every sum by the size of the dense group, the experts' too; the store holds parts of a sum.
         scale = dist.get_world_size(self._replicas.dense)
         for parameter in self._parameters:
-            gradient = self._store.gradient(parameter).mul_(scale)
+            # Its own tensor object: DeepSpeed points the gradients it is given into its buckets.
+            gradient = self._store.gradient(parameter).mul_(scale).detach()
             if optimizer.use_grad_accum_attribute:
                 parameter.grad_accum = gradient  # type: ignore[attr-defined]
             else:
@@ -67,7 +67,7 @@ class Zero1AdamW:
         for index, master in enumerate(self._optimizer.single_partition_of_fp32_groups):
             moments = self._optimizer.optimizer.state[master]
             if not moments:
-                moments |= {"step": torch.zeros(()), "exp_avg": torch.zeros_like(master)}
+                moments |= {"step": torch.zeros((), device=master.device), "exp_avg": torch.zeros_like(master)}
                 moments["exp_avg_sq"] = torch.zeros_like(master)
             named[f"{index}.master"] = master.detach()
             named |= {f"{index}.{key}": value for key, value in moments.items()}
@@ -122,7 +122,7 @@ def _build(groups: ParameterGroups, replicas: Replicas, config: OptimConfig) -> 
     inner = torch.optim.AdamW(
         options, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
     )
-    bucket = min(_BUCKET_ELEMENTS, sum(parameter.numel() for parameter in groups.all().values()))
+    bucket = min(config.bucket_elements, sum(parameter.numel() for parameter in groups.all().values()))
     return WorldNorm(
         inner,
         {parameter: name for name, parameter in groups.all().items()},
