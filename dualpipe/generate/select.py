@@ -61,7 +61,7 @@ def build(kind: ScheduleKind, num_ranks: int, num_micro_batches: int) -> Schedul
 
 def _check_dualpipe(num_ranks: int, num_micro_batches: int, ranks_key: str, micro_batches_key: str) -> None:
     if num_ranks % 2:
-        nearest = "2" if num_ranks == 1 else f"{num_ranks - 1} or {num_ranks + 1}"
+        nearest = "2, or schedule=1f1b" if num_ranks == 1 else f"{num_ranks - 1} or {num_ranks + 1}"
         raise ScheduleError(
             f"{ranks_key}: schedule 'dualpipe' needs an even number of pipeline ranks, has {num_ranks}; "
             f"nearest: {nearest}"

@@ -84,6 +84,7 @@ def test_run_leaves_what_the_documentation_names(folder: Path) -> None:
     assert "continuation of 'a1 b2'" in done.stdout
 
 
+@pytest.mark.slow
 def test_same_seed_gives_the_same_first_loss_under_every_layout(folder: Path) -> None:
     first = []
     for index, layout in enumerate((("parallelism=four_ranks",), ("parallelism=one_rank", "schedule=1f1b"))):
@@ -94,6 +95,7 @@ def test_same_seed_gives_the_same_first_loss_under_every_layout(folder: Path) ->
     assert first[0] == pytest.approx(first[1], rel=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("choices", [(), ("precision=bf16",)])
 def test_non_finite_step_ends_every_rank_with_its_exit_code(folder: Path, choices: tuple[str, ...]) -> None:
     done = run_train(
