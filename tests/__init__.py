@@ -1,1 +1,1 @@
-"""Laws. The helper modules here serve the tests of every package."""
+"""Laws. The modules here serve the tests of every package."""

@@ -168,29 +168,22 @@ def assemble(config: TrainConfig, layout: Layout, groups: Groups, device: torch.
     """
     schedule = build(config.schedule.kind, config.parallelism.pipeline, config.num_micro_batches)
     validate(schedule)
+    forwards = forward_only(schedule)
+    validate(forwards, forward_only=True)
     pipeline_rank = layout.pipeline_index(groups.rank)
-    held = {stage for _, stage in schedule.stages_of(pipeline_rank)}
     lane, traffic = open_lane(device), Traffic()
     dispatcher = build_dispatcher(
         config.dispatch, config.model.num_routed_experts, layout, groups.expert, lane, traffic
     )
-    experts = held_experts(config, layout.expert_index(groups.rank))
-    part = stage_part(config, held, schedule.num_stages, experts)
+    held = {stage for _, stage in schedule.stages_of(pipeline_rank)}
+    part = stage_part(config, held, schedule.num_stages, held_experts(config, layout.expert_index(groups.rank)))
     model = Transformer(config.model, dispatcher, weight_dtype(config.precision), part)
     initialise(model, config.seed)
     model.to(device)
-    cut = cut_layers(config.model.num_layers, schedule.num_stages, config.model.mtp_depth)
-    stages = {
-        number: Stage(model, cut[number], first=number == 0, last=number == schedule.num_stages - 1) for number in held
-    }
+    stages = _build_stages(config, model, held, schedule.num_stages)
     store = GradientStore(model.parameters())
     order = {"overlapped": pairing.overlapped, "sequential": pairing.sequential}[config.schedule.pairing]
     lanes = {number: stage.lanes for number, stage in stages.items()}
-    stage_config = config.stage
-    pairs = adjacent_pairs(config.parallelism.pipeline)
-    transport = Transport(layout, pairs, device, config.cluster.timeout_seconds)
-    nodes = [layout.node_of(rank) for rank in layout.pipeline_group(groups.rank)]
-    shape = (stage_config.micro_batch_sequences, stage_config.sequence_length_tokens, config.model.hidden_size)
     return Assembly(
         config=config,
         layout=layout,
@@ -200,13 +193,31 @@ def assemble(config: TrainConfig, layout: Layout, groups: Groups, device: torch.
         model=model,
         stages=stages,
         train_program=compile_rank(schedule, pipeline_rank, lanes, order),
-        forward_program=compile_rank(forward_only(schedule), pipeline_rank, lanes, order),
-        links=PipelineLinks(transport, nodes, traffic, shape, weight_dtype(config.precision)),
+        forward_program=compile_rank(forwards, pipeline_rank, lanes, order),
+        links=_open_links(config, layout, groups.rank, device, traffic),
         lane=lane,
         traffic=traffic,
         store=store,
         optimiser=build_optimiser(group_parameters(model), store, _replicas(groups), config.optim),
     )
+
+
+def _build_stages(config: TrainConfig, model: Transformer, held: set[int], num_stages: int) -> dict[int, Stage]:
+    cut = cut_layers(config.model.num_layers, num_stages, config.model.mtp_depth)
+    return {
+        number: Stage(model, cut[number], first=number == 0, last=number == num_stages - 1) for number in sorted(held)
+    }
+
+
+def _open_links(
+    config: TrainConfig, layout: Layout, rank: int, device: torch.device, traffic: Traffic
+) -> PipelineLinks:
+    stage = config.stage
+    shape = (stage.micro_batch_sequences, stage.sequence_length_tokens, config.model.hidden_size)
+    pairs = adjacent_pairs(config.parallelism.pipeline)
+    transport = Transport(layout, pairs, device, config.cluster.timeout_seconds)
+    nodes = [layout.node_of(member) for member in layout.pipeline_group(rank)]
+    return PipelineLinks(transport, nodes, traffic, shape, weight_dtype(config.precision))
 
 
 def held_experts(config: TrainConfig, expert_index: int) -> range:

@@ -102,7 +102,12 @@ def test_other_depths_and_single_direction_equal_one_rank(
 
 
 @pytest.mark.parametrize(
-    ("pipeline", "data", "expert"), [(1, 1, 1), (2, 2, 2), pytest.param(2, 4, 2, marks=pytest.mark.slow)]
+    ("pipeline", "data", "expert"),
+    [
+        (1, 1, 1),
+        pytest.param(2, 2, 2, marks=pytest.mark.slow),
+        pytest.param(2, 4, 2, marks=pytest.mark.slow),
+    ],
 )
 def test_zero1_in_float32_equals_one_rank(folder: Path, pipeline: int, data: int, expert: int) -> None:
     config = replace(
