@@ -5,12 +5,12 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
-from types import TracebackType
-from typing import Any, Generic, Protocol, Self, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from comm.closing import ClosesOnSuccess
 from comm.protocol import Work
 
 T = TypeVar("T")
@@ -79,26 +79,13 @@ class _Job(Generic[T]):
             return self._results[0]
 
 
-class ThreadLane:
-    """One worker thread, first in first out. As a context manager it closes on a regular exit only.
-
-    The thread is a daemon, and an exception on the way out does not join it: it may be inside a
-    collective whose peers wait for this very rank, and the process must be able to leave and tell.
-    """
+class ThreadLane(ClosesOnSuccess):
+    """One worker thread, first in first out; a daemon, so that an error on the way out need not join it."""
 
     def __init__(self, name: str) -> None:
         self._jobs: queue.SimpleQueue[_Job[Any] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if error is None:
-            self.close()
 
     def submit(self, function: Callable[[], T]) -> Work[T]:
         """Queues `function` for the thread."""

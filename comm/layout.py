@@ -99,13 +99,6 @@ class Layout:
             for data_index in range(expert_index, self.parallelism.data, self.parallelism.expert)
         )
 
-    def neighbours(self, rank: int) -> tuple[int | None, int | None]:
-        """The ranks before and after along the pipeline; None at its ends."""
-        place = self.pipeline_index(rank)
-        before = rank - self.parallelism.data if place > 0 else None
-        after = rank + self.parallelism.data if place < self.parallelism.pipeline - 1 else None
-        return before, after
-
     def _replica_places(self, rank: int, mirrored: bool) -> list[int]:
         place = self.pipeline_index(rank)
         return sorted({place, self.parallelism.pipeline - 1 - place}) if mirrored else [place]

@@ -4,13 +4,13 @@ import itertools
 import math
 from collections import deque
 from collections.abc import Iterable, Sequence
-from types import TracebackType
-from typing import Protocol, Self
+from typing import Protocol
 
 import torch
 from torch import Tensor, distributed
 from torch.distributed import ProcessGroup
 
+from comm.closing import ClosesOnSuccess
 from comm.groups import make_group
 from comm.lane import ThreadLane
 from comm.layout import Layout
@@ -30,8 +30,8 @@ class _Link(Protocol):
     def close(self) -> None: ...
 
 
-class Transport:
-    """The links of one pipeline rank. As a context manager it closes on a regular exit only.
+class Transport(ClosesOnSuccess):
+    """The links of one pipeline rank.
 
     Each (source, destination, kind) is a communicator of its own, so that no message waits behind one of
     another link, and each keeps the order in which its messages were sent.
@@ -62,15 +62,6 @@ class Transport:
                     peer = ends[destination if index == source else source]
                     self._links[source, destination, kind] = make_link(group, peer, device, index == source)
         self._index = index
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if error is None:
-            self.close()
 
     def post_receive(self, key: MessageKey, shape: Sequence[int], dtype: torch.dtype) -> Work[Tensor]:
         """Makes room for a message, in the order in which its link's messages are sent.

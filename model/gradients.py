@@ -36,7 +36,8 @@ class GradientStore:
             parameter: torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
             for parameter in parameters
         }
-        self._hooks = [parameter.register_post_accumulate_grad_hook(self._take) for parameter in self._sums]
+        for parameter in self._sums:
+            parameter.register_post_accumulate_grad_hook(self._take)
 
     def add(self, parameter: Tensor, gradient: Tensor) -> None:
         """Adds one gradient of `parameter`, same shape."""

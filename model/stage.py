@@ -6,7 +6,6 @@ Shape legend: B sequences, T tokens, D hidden size.
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from comm.protocol import Work
@@ -150,8 +149,3 @@ class Stage:
             return Computed((model.mtp_block(depth + 1).merge(embedded, state, sink),), loss)
 
         return compute
-
-
-def activation_dtype(model: Transformer) -> torch.dtype:
-    """Type of hidden states and of their gradients: that of the weights."""
-    return next(model.parameters()).dtype

@@ -57,7 +57,11 @@ class Wandb:
         import wandb
 
         self._run = wandb.init(
-            project=config.project, name=name, dir=out_dir, mode="online" if config.wandb == "online" else "offline"
+            project=config.project,
+            name=name,
+            dir=out_dir,
+            mode="online" if config.wandb == "online" else "offline",
+            settings=wandb.Settings(silent=True),
         )
         self._run.config.update(dict(resolved))
 

@@ -83,15 +83,6 @@ def test_layout_expert_group_is_consecutive_by_expert_index(layout: Layout) -> N
         assert {layout.pipeline_index(member) for member in group} == {layout.pipeline_index(rank)}
 
 
-@given(_layouts())
-@settings(max_examples=40, deadline=None)
-def test_layout_neighbours_are_adjacent_in_the_pipeline_group(layout: Layout) -> None:
-    for rank in range(layout.world_size):
-        padded = (None, *layout.pipeline_group(rank), None)
-        place = layout.pipeline_index(rank) + 1
-        assert layout.neighbours(rank) == (padded[place - 1], padded[place + 1])
-
-
 def test_layout_of_the_published_job_fills_eight_nodes_with_an_expert_group() -> None:
     assert _PUBLISHED.world_size == 2048
     assert _PUBLISHED.num_nodes == 256

@@ -67,7 +67,14 @@ def test_resumed_run_equals_unbroken_bitwise(folder: Path, kind: str, choices: t
 
 
 def test_run_leaves_what_the_documentation_names(folder: Path) -> None:
-    done = run_train(folder, "files", "stage.steps=3", "stage.checkpoint_every_steps=2", "stage.sample_prompt=a1 b2")
+    done = run_train(
+        folder,
+        "files",
+        "stage.steps=3",
+        "stage.checkpoint_every_steps=2",
+        "stage.sample_prompt=a1 b2",
+        "track=wandb_offline",
+    )
     assert done.returncode == 0, done.stderr
     run = folder / "files"
     names = {path.relative_to(run).as_posix() for path in run.rglob("*")}
@@ -79,6 +86,9 @@ def test_run_leaves_what_the_documentation_names(folder: Path) -> None:
     for line in read_metrics(folder, "files"):
         assert set(documented.split()) <= set(line)
         assert line["inter_node_bytes"] > 0
+    tracked = list((run / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(tracked) == 1
+    assert b"nodes_per_token" in tracked[0].read_bytes()
     assert "validation loss" in done.stdout
     assert "unigram entropy" in done.stdout
     assert "continuation of 'a1 b2'" in done.stdout

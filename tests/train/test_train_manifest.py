@@ -7,7 +7,15 @@ from pathlib import Path
 import pytest
 
 from tests.launch.test_launch_config import build
-from train.manifest import CheckpointError, check_manifest, find_checkpoint, read_manifest, read_step, write_manifest
+from train.manifest import (
+    CheckpointError,
+    check_fingerprint,
+    check_manifest,
+    find_checkpoint,
+    read_manifest,
+    read_step,
+    write_manifest,
+)
 
 
 def save(run: Path, step: int, *overrides: str, complete: bool = True) -> Path:
@@ -23,6 +31,23 @@ def test_manifest_of_the_same_run_passes(tmp_path: Path) -> None:
     check_manifest(folder, build("experiment=quickstart", "optim.learning_rate=1e-4", "name=other"))
     assert read_step(folder) == 20
     assert [path.name for path in folder.iterdir()] == ["manifest.json"]
+
+
+def test_manifest_other_samples_are_refused_with_both_fingerprints(tmp_path: Path) -> None:
+    folder = save(tmp_path, 20)
+    check_fingerprint(folder, "f00d")
+    with pytest.raises(CheckpointError, match=r"^resume: .*f00d.*data\.\*.*beef"):
+        check_fingerprint(folder, "beef")
+
+
+@pytest.mark.parametrize(
+    "change", ["stage.global_batch_sequences=16", "stage.sequence_length_tokens=128", "data.seed=5"]
+)
+def test_manifest_another_order_of_samples_is_refused(change: str, tmp_path: Path) -> None:
+    folder = save(tmp_path, 20, "stage.global_batch_sequences=32", "stage.validation_sequences=32")
+    key = change.partition("=")[0]
+    with pytest.raises(CheckpointError, match=key.replace(".", r"\.")):
+        check_manifest(folder, build("stage.global_batch_sequences=32", "stage.validation_sequences=32", change))
 
 
 def test_manifest_newest_complete_checkpoint_of_a_run_is_found(tmp_path: Path) -> None:
