@@ -1,6 +1,9 @@
 """How many activations a schedule keeps alive, counted without a clock."""
 
-from dualpipe.ir import Group, Op, Schedule
+from collections.abc import Callable
+
+from dualpipe.costs import CostModel
+from dualpipe.ir import Group, Op, Operation, Schedule
 
 
 def peak_activations(schedule: Schedule) -> tuple[int, ...]:
@@ -9,15 +12,21 @@ def peak_activations(schedule: Schedule) -> tuple[int, ...]:
     One lives from the start of its F to the end of its B, or of its W where the backward is split. In a
     forward-only schedule it lives as long as its group.
     """
-    return tuple(_peak(groups) for groups in schedule.ranks)
+    return tuple(round(_peak(groups, lambda _: 1.0)) for groups in schedule.ranks)
 
 
-def _peak(groups: tuple[Group, ...]) -> int:
+def peak_memory(schedule: Schedule, costs: CostModel) -> tuple[float, ...]:
+    """The same, each activation weighing what its stage keeps: in the unit of `StageCosts.activation`."""
+    return tuple(_peak(groups, lambda op: costs.stages[op.stage].activation) for groups in schedule.ranks)
+
+
+def _peak(groups: tuple[Group, ...], weight: Callable[[Operation], float]) -> float:
     keeps = any(op.kind is not Op.FORWARD for group in groups for op in group)
-    alive = peak = 0
+    alive = peak = 0.0
     for group in groups:
-        made = sum(op.kind is Op.FORWARD for op in group)
+        made = sum(weight(op) for op in group if op.kind is Op.FORWARD)
         alive += made
         peak = max(peak, alive)
-        alive -= sum(op.kind in (Op.BACKWARD, Op.BACKWARD_WEIGHT) for op in group) if keeps else made
+        freed = (Op.BACKWARD, Op.BACKWARD_WEIGHT)
+        alive -= sum(weight(op) for op in group if op.kind in freed) if keeps else made
     return peak

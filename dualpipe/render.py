@@ -2,8 +2,9 @@
 
 import math
 
+from dualpipe.costs import Costs
 from dualpipe.ir import Group, Op, Schedule
-from dualpipe.simulate import Costs, Simulation, published_idle
+from dualpipe.simulate import Simulation, published_idle
 
 _NAMES = {
     Op.FORWARD: "forward",

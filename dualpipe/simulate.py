@@ -2,62 +2,12 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import assert_never
+from dataclasses import dataclass
 
-from dualpipe.ir import Group, Op, Operation, Schedule, ScheduleError
-from dualpipe.memory import peak_activations
+from dualpipe.costs import CostModel, Costs, uniform
+from dualpipe.ir import Op, Operation, Schedule, ScheduleError
+from dualpipe.memory import peak_memory
 from dualpipe.transfers import Value, made_by, message_of, needed_by
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Costs:
-    """Times of one stage, in any one unit.
-
-    `forward`, `backward_input` and `backward_weight` are computation; a full backward is the sum of the last two.
-    `exchange` is the exchange of one F and of one I, apart from computation. `latency` is the time from the end of
-    a group to the arrival of what it made at another rank.
-
-    Raises:
-        ScheduleError: a time is negative or not finite.
-    """
-
-    forward: float
-    backward_input: float
-    backward_weight: float
-    exchange: float
-    latency: float
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if not (math.isfinite(value) and value >= 0):
-                raise ScheduleError(f"costs.{field.name}: must be a finite time of at least 0, is {value}")
-
-    def compute_of(self, kind: Op) -> float:
-        """Computation of one operation."""
-        match kind:
-            case Op.FORWARD:
-                return self.forward
-            case Op.BACKWARD:
-                return self.backward_input + self.backward_weight
-            case Op.BACKWARD_INPUT:
-                return self.backward_input
-            case Op.BACKWARD_WEIGHT:
-                return self.backward_weight
-            case _ as other:
-                assert_never(other)
-
-    def exchange_of(self, kind: Op) -> float:
-        """Exchange of one operation: weight gradients need none."""
-        return 0.0 if kind is Op.BACKWARD_WEIGHT else self.exchange
-
-    def duration_of(self, group: Group) -> float:
-        """A group's time: its members share both lanes perfectly, and none is faster than it would be alone."""
-        compute = [self.compute_of(op.kind) for op in group]
-        exchange = [self.exchange_of(op.kind) for op in group]
-        longest = max(map(sum, zip(compute, exchange, strict=True)), default=0.0)
-        return max(sum(compute), sum(exchange), longest)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,14 +15,16 @@ class Simulation:
     """When everything happens, in the unit of the costs.
 
     `starts[rank][group]` and `ends[rank][group]`; `idle[rank]` is the part of the makespan in which the rank runs
-    no group; `peaks[rank]` is its peak of live activations.
+    no group; `exposed[rank]` the part in which it runs a group whose exchange nothing hides; `peaks[rank]` is its
+    peak memory, in the unit of `StageCosts.activation`.
     """
 
     starts: tuple[tuple[float, ...], ...]
     ends: tuple[tuple[float, ...], ...]
     makespan: float
     idle: tuple[float, ...]
-    peaks: tuple[int, ...]
+    exposed: tuple[float, ...]
+    peaks: tuple[float, ...]
 
     @property
     def bubble_fraction(self) -> float:
@@ -81,19 +33,24 @@ class Simulation:
         return sum(self.idle) / total if total else 0.0
 
 
-def simulate(schedule: Schedule, costs: Costs) -> Simulation:
+def simulate(schedule: Schedule, costs: Costs | CostModel) -> Simulation:
     """Runs the schedule on ideal ranks: a group starts when its rank is free and all that it needs has arrived.
 
     Everything that a group makes leaves at the group's end, the gradient of a full backward included. Sending
     takes none of the rank's time.
 
+    Args:
+        schedule: a valid one.
+        costs: of each stage, or of model/P where all stages are equal.
+
     Raises:
         ScheduleError: the ranks wait for each other.
     """
+    model = uniform(costs, schedule.num_ranks, schedule.num_stages) if isinstance(costs, Costs) else costs
     starts: list[list[float]] = [[] for _ in schedule.ranks]
     ends: list[list[float]] = [[] for _ in schedule.ranks]
     made_at: dict[Value, float] = {}
-    arrival = _arrivals(schedule, costs.latency, made_at)
+    arrival = _arrivals(schedule, model.latency, made_at)
     moved = True
     while moved:
         moved = False
@@ -104,20 +61,22 @@ def simulate(schedule: Schedule, costs: Costs) -> Simulation:
                 start = max([ends[rank][-1] if ends[rank] else 0.0, *arrivals])
                 if start == math.inf:
                     break
-                end = start + costs.duration_of(group)
+                end = start + model.duration_of(group)
                 starts[rank].append(start)
                 ends[rank].append(end)
                 made_at.update({value: end for op in group if (value := made_by(op, schedule.num_stages)) is not None})
                 moved = True
     _check_finished(schedule, ends)
     makespan = max((rank_ends[-1] for rank_ends in ends if rank_ends), default=0.0)
-    busy = [sum(map(costs.duration_of, groups)) for groups in schedule.ranks]
+    busy = [sum(map(model.duration_of, groups)) for groups in schedule.ranks]
+    computing = [sum(model.compute_of(op) for group in groups for op in group) for groups in schedule.ranks]
     return Simulation(
         starts=tuple(map(tuple, starts)),
         ends=tuple(map(tuple, ends)),
         makespan=makespan,
         idle=tuple(makespan - time for time in busy),
-        peaks=peak_activations(schedule),
+        exposed=tuple(time - compute for time, compute in zip(busy, computing, strict=True)),
+        peaks=peak_memory(schedule, model),
     )
 
 
@@ -126,9 +85,10 @@ def published_idle(num_ranks: int, costs: Costs) -> float:
 
     F&B is the time of an overlapped pair. Source: arXiv:2412.19437, table 2.
     """
+    model = uniform(costs, num_ranks, num_ranks)
     backward = Operation(Op.BACKWARD, 1, 0, 0)
-    pair = costs.duration_of((Operation(Op.FORWARD, 0, 0, 0), backward))
-    return (num_ranks / 2 - 1) * (pair + costs.duration_of((backward,)) - 3 * costs.backward_weight)
+    pair = model.duration_of((Operation(Op.FORWARD, 0, 0, 0), backward))
+    return (num_ranks / 2 - 1) * (pair + model.duration_of((backward,)) - 3 * costs.backward_weight)
 
 
 def _arrivals(schedule: Schedule, latency: float, made_at: dict[Value, float]) -> Callable[[Operation], float]:

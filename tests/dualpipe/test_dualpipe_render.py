@@ -5,9 +5,10 @@ import re
 import pytest
 
 from dualpipe.config import ScheduleKind
+from dualpipe.costs import Costs
 from dualpipe.generate.select import build
 from dualpipe.render import grid, summary
-from dualpipe.simulate import Costs, simulate
+from dualpipe.simulate import simulate
 
 UNIT = Costs(forward=1, backward_input=1, backward_weight=1, exchange=0, latency=0)
 UNEVEN = Costs(forward=1, backward_input=1.3, backward_weight=0.7, exchange=0.4, latency=0.15)

@@ -4,10 +4,11 @@ import random
 
 import pytest
 
+from dualpipe.costs import Costs, uniform
 from dualpipe.generate.select import build
 from dualpipe.ir import Op, Operation, Schedule, ScheduleError
 from dualpipe.passes import forward_only
-from dualpipe.simulate import Costs, published_idle, simulate
+from dualpipe.simulate import published_idle, simulate
 
 UNIT = Costs(forward=1, backward_input=1, backward_weight=1, exchange=0, latency=0)
 EXCHANGING = Costs(forward=1, backward_input=1, backward_weight=1, exchange=1, latency=0)
@@ -74,7 +75,7 @@ def test_dualpipe_pays_link_latency_in_the_steady_state() -> None:
 
 
 def test_groups_cost_the_longer_lane_or_their_longest_member() -> None:
-    costs = Costs(forward=2, backward_input=3, backward_weight=1, exchange=5, latency=0)
+    costs = uniform(Costs(forward=2, backward_input=3, backward_weight=1, exchange=5, latency=0), 1, 1)
     forward, backward = Operation(Op.FORWARD, 0, 0, 0), Operation(Op.BACKWARD, 1, 0, 0)
     weight = Operation(Op.BACKWARD_WEIGHT, 0, 0, 1)
     assert costs.duration_of((forward,)) == 2 + 5

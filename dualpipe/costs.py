@@ -1,0 +1,126 @@
+"""What operations cost, as the simulator and the generators are told. Standard library only."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import assert_never
+
+from dualpipe.ir import Group, Op, Operation, ScheduleError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Costs:
+    """Times of one rank's share of the model, model/P, in any one unit.
+
+    `forward`, `backward_input` and `backward_weight` are computation; a full backward is the sum of the last two.
+    `exchange` is the exchange of one F and of one I, apart from computation. `latency` is the time from the end of
+    a group to the arrival of what it made at another rank.
+
+    Raises:
+        ScheduleError: a time is negative or not finite.
+    """
+
+    forward: float
+    backward_input: float
+    backward_weight: float
+    exchange: float
+    latency: float
+
+    def __post_init__(self) -> None:
+        _check_times(self, "costs")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageCosts:
+    """Times of one micro-batch in one stage, and what it keeps alive there from its F to its W.
+
+    The exchanges are those of F and of I; weight gradients need none. `activation` is in any one unit of memory.
+
+    Raises:
+        ScheduleError: a value is negative or not finite.
+    """
+
+    forward: float
+    backward_input: float
+    backward_weight: float
+    forward_exchange: float
+    backward_exchange: float
+    activation: float
+
+    def __post_init__(self) -> None:
+        _check_times(self, "stage costs")
+
+    def compute_of(self, kind: Op) -> float:
+        """Computation of one operation."""
+        match kind:
+            case Op.FORWARD:
+                return self.forward
+            case Op.BACKWARD:
+                return self.backward_input + self.backward_weight
+            case Op.BACKWARD_INPUT:
+                return self.backward_input
+            case Op.BACKWARD_WEIGHT:
+                return self.backward_weight
+            case _ as other:
+                assert_never(other)
+
+    def exchange_of(self, kind: Op) -> float:
+        """Exchange of one operation."""
+        match kind:
+            case Op.FORWARD:
+                return self.forward_exchange
+            case Op.BACKWARD | Op.BACKWARD_INPUT:
+                return self.backward_exchange
+            case Op.BACKWARD_WEIGHT:
+                return 0.0
+            case _ as other:
+                assert_never(other)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CostModel:
+    """The costs of every stage, by its number, and the latency of a link between two ranks."""
+
+    stages: tuple[StageCosts, ...]
+    latency: float
+
+    def compute_of(self, op: Operation) -> float:
+        """Computation of one operation."""
+        return self.stages[op.stage].compute_of(op.kind)
+
+    def exchange_of(self, op: Operation) -> float:
+        """Exchange of one operation."""
+        return self.stages[op.stage].exchange_of(op.kind)
+
+    def duration_of(self, group: Group) -> float:
+        """A group's time: its members share both lanes perfectly, and none is faster than it would be alone."""
+        return overlapped_time([(self.compute_of(op), self.exchange_of(op)) for op in group])
+
+
+def overlapped_time(members: Sequence[tuple[float, float]]) -> float:
+    """max(sum of computation, sum of exchange, longest single member) of (computation, exchange) pairs."""
+    compute = sum(member[0] for member in members)
+    exchange = sum(member[1] for member in members)
+    return max(compute, exchange, max(map(sum, members), default=0.0))
+
+
+def uniform(costs: Costs, num_ranks: int, num_stages: int) -> CostModel:
+    """Equal stages. `costs` are those of model/`num_ranks`: of twice as many stages, each costs and keeps half."""
+    share = num_ranks / num_stages
+    stage = StageCosts(
+        forward=costs.forward * share,
+        backward_input=costs.backward_input * share,
+        backward_weight=costs.backward_weight * share,
+        forward_exchange=costs.exchange * share,
+        backward_exchange=costs.exchange * share,
+        activation=share,
+    )
+    return CostModel(stages=(stage,) * num_stages, latency=costs.latency)
+
+
+def _check_times(values: Costs | StageCosts, place: str) -> None:
+    for field in fields(values):
+        value = getattr(values, field.name)
+        if not (math.isfinite(value) and value >= 0):
+            dotted = f"{place}.{field.name}" if isinstance(values, Costs) else f"{place}: {field.name}"
+            raise ScheduleError(f"{dotted}: must be a finite time of at least 0, is {value}")
