@@ -15,7 +15,8 @@ class Layout:
 
     The data axis is the fast one, so an expert group is a run of consecutive ranks and fills whole nodes
     before it spills (arXiv:2412.19437, section 3.2: 16-way pipeline, 64-way experts over 8 nodes).
-    Where a method asks, `mirrored` tells whether pipeline ranks p and P-1-p hold the same stages, as under DualPipe.
+    Where a method asks, `mirrored` tells whether pipeline ranks p and P-1-p hold the same stages, as under DualPipe;
+    the middle one of an odd number is its own mirror.
 
     Raises:
         LayoutError: an axis below 1, or a data axis that the expert axis does not divide.

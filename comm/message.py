@@ -1,15 +1,17 @@
 """What pipeline ranks say about the tensors that they send each other."""
 
+import struct
 from dataclasses import dataclass
 from typing import Literal, Self, get_args
 
 import torch
-from torch import Tensor
 
 MessageKind = Literal["activation", "gradient"]
 MESSAGE_KINDS: tuple[MessageKind, ...] = get_args(MessageKind)
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.uint8, torch.int64)
 _MAX_DIMS = 8
+_FORMAT = struct.Struct(f"<{8 + _MAX_DIMS}q")
+HEADER_BYTES = _FORMAT.size
 
 
 class TransferError(RuntimeError):
@@ -52,17 +54,26 @@ class Header:
         if len(self.shape) > _MAX_DIMS:
             raise ValueError(f"p2p: a message must have at most {_MAX_DIMS} dims, got shape {self.shape}")
 
-    def encode(self) -> Tensor:
-        """The header as int64 on the host, of the same length for every message."""
+    def encode(self) -> bytes:
+        """The header as `HEADER_BYTES` bytes, different for different headers."""
         key = self.key
-        numbers = [MESSAGE_KINDS.index(key.kind), key.direction, key.stage, key.micro_batch]
-        numbers += [key.source, key.destination, _DTYPES.index(self.dtype), len(self.shape), *self.shape]
-        return torch.tensor(numbers + [0] * (_MAX_DIMS - len(self.shape)))
+        return _FORMAT.pack(
+            MESSAGE_KINDS.index(key.kind),
+            key.direction,
+            key.stage,
+            key.micro_batch,
+            key.source,
+            key.destination,
+            _DTYPES.index(self.dtype),
+            len(self.shape),
+            *self.shape,
+            *(0,) * (_MAX_DIMS - len(self.shape)),
+        )
 
     @classmethod
-    def decode(cls, encoded: Tensor) -> Self:
+    def decode(cls, encoded: bytes | bytearray) -> Self:
         """The inverse of `encode`."""
-        kind, direction, stage, micro_batch, source, destination, dtype, num_dims, *shape = encoded.tolist()
+        kind, direction, stage, micro_batch, source, destination, dtype, num_dims, *shape = _FORMAT.unpack(encoded)
         key = MessageKey(
             kind=MESSAGE_KINDS[kind],
             direction=direction,

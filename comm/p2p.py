@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import zlib
 from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Protocol
@@ -14,7 +15,7 @@ from comm.closing import ClosesOnSuccess
 from comm.groups import make_group
 from comm.lane import ThreadLane
 from comm.layout import Layout
-from comm.message import MESSAGE_KINDS, Header, MessageKey, TransferError
+from comm.message import HEADER_BYTES, MESSAGE_KINDS, Header, MessageKey, MessageKind, TransferError
 from comm.protocol import Work
 
 
@@ -33,8 +34,8 @@ class _Link(Protocol):
 class Transport(ClosesOnSuccess):
     """The links of one pipeline rank.
 
-    Each (source, destination, kind) is a communicator of its own, so that no message waits behind one of
-    another link, and each keeps the order in which its messages were sent.
+    Each (source, destination, kind) keeps the order in which its messages were sent, and no message waits behind
+    one of another link: on NCCL each is a communicator of its own, on gloo all share one and differ by their tags.
     """
 
     def __init__(
@@ -48,20 +49,10 @@ class Transport(ClosesOnSuccess):
             device: where tensors live; gloo is staged through the host.
             timeout_seconds: of one transfer, from its start on both sides.
         """
-        rank = distributed.get_rank()
-        index = layout.pipeline_index(rank)
-        make_link = _DeviceLink if distributed.get_backend() == "nccl" else _HostLink
-        self._links: dict[tuple[int, int, str], _Link] = {}
-        # One order for all ranks, so that none wait crosswise; by parity, so that neighbouring pairs do not queue up.
-        ordered = sorted({(min(pair), max(pair)) for pair in pairs}, key=lambda pair: (pair[0] % 2, pair))
-        for (low, high), data_index in itertools.product(ordered, range(layout.parallelism.data)):
-            ends = {low: layout.rank(low, data_index), high: layout.rank(high, data_index)}
-            for (source, destination), kind in itertools.product(((low, high), (high, low)), MESSAGE_KINDS):
-                group = make_group((ends[low], ends[high]), timeout_seconds)
-                if group is not None:
-                    peer = ends[destination if index == source else source]
-                    self._links[source, destination, kind] = make_link(group, peer, device, index == source)
-        self._index = index
+        self._index = layout.pipeline_index(distributed.get_rank())
+        ordered = {(min(pair), max(pair)) for pair in pairs}
+        make_links = _device_links if distributed.get_backend() == "nccl" else _host_links
+        self._links = make_links(layout, self._index, ordered, device, timeout_seconds)
 
     def post_receive(self, key: MessageKey, shape: Sequence[int], dtype: torch.dtype) -> Work[Tensor]:
         """Makes room for a message, in the order in which its link's messages are sent.
@@ -121,48 +112,70 @@ def adjacent_pairs(num_ranks: int) -> list[tuple[int, int]]:
     return [(index, index + 1) for index in range(num_ranks - 1)]
 
 
-class _HostLink:
-    """Over gloo: a header, then the payload's bytes, from and to host memory, on a thread of the link's own.
+_Links = dict[tuple[int, int, str], _Link]
 
-    A payload of another size than awaited aborts a gloo process, so it is only awaited once its header has
-    proven right; and gloo tells of a finished send only to who waits for it, without which tensors would
-    stay until the step's end. Both ask for a thread.
+
+def _host_links(
+    layout: Layout, index: int, pairs: set[tuple[int, int]], device: torch.device, timeout_seconds: float
+) -> _Links:
+    """A communicator for each pipeline: each costs gloo a thread that wakes a hundred times a second."""
+    links: _Links = {}
+    for data_index in range(layout.parallelism.data):
+        members = tuple(layout.rank(member, data_index) for member in range(layout.parallelism.pipeline))
+        group = make_group(members, timeout_seconds)
+        if group is not None:
+            mine = [pair for low, high in pairs for pair in ((low, high), (high, low)) if index in pair]
+            for (source, destination), kind in itertools.product(mine, MESSAGE_KINDS):
+                peer = destination if index == source else source
+                links[source, destination, kind] = _HostLink(group, peer, kind, device)
+    return links
+
+
+class _HostLink:
+    """Over gloo, from and to host memory: a header, and the payload's bytes under a tag that the header gives.
+
+    Room for both is made before they come, so that neither waits for an answer, and both leave and arrive on the
+    caller's thread. A payload of another size than awaited would abort the process: but it has another header, so
+    another tag, and never meets the room made for this one.
     """
 
-    def __init__(self, group: ProcessGroup, peer: int, device: torch.device, is_source: bool) -> None:
+    def __init__(self, group: ProcessGroup, peer: int, kind: MessageKind, device: torch.device) -> None:
+        """`peer`: its rank within `group`."""
         self._group = group
         self._peer = peer
+        self._header_tag = MESSAGE_KINDS.index(kind)
         self._device = device
-        self._lane = ThreadLane(f"link-{'to' if is_source else 'from'}-{peer}")
+        # gloo tells of a finished send only to who waits for it, and tensors would stay until the step's end.
+        self._lane: ThreadLane | None = None
         self._sends: list[Work[None]] = []
 
     def send(self, key: MessageKey, tensor: Tensor) -> None:
-        header = Header(key, tensor.dtype, tuple(tensor.shape)).encode()
-        payload = _as_bytes(tensor.to("cpu"))
+        encoded = Header(key, tensor.dtype, tuple(tensor.shape)).encode()
+        header = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
+        works = [
+            self._group.send([header], self._peer, self._header_tag),
+            self._group.send([_as_bytes(tensor.to("cpu"))], self._peer, _payload_tag(encoded)),
+        ]
 
-        def run() -> None:
-            works = [distributed.isend(part, self._peer, group=self._group) for part in (header, payload)]
+        def wait() -> None:
             for work in works:
-                assert work is not None
                 work.wait()
 
-        self._sends.append(self._lane.submit(run))
+        if self._lane is None:
+            self._lane = ThreadLane(f"link-to-{self._peer}")
+        self._sends.append(self._lane.submit(wait))
 
     def receive(self, key: MessageKey, shape: tuple[int, ...], dtype: torch.dtype) -> Work[Tensor]:
         expected = Header(key, dtype, shape)
-
-        def run() -> Tensor:
-            encoded = expected.encode()
-            distributed.recv(encoded, self._peer, group=self._group)
-            got = Header.decode(encoded)
-            if got != expected:
-                raise TransferError(f"pipeline rank {key.destination}", str(expected), str(got))
-            payload = torch.empty(math.prod(shape) * dtype.itemsize, dtype=torch.uint8)
-            distributed.recv(payload, self._peer, group=self._group)
-            return payload.view(dtype).view(shape)
-
-        work = self._lane.submit(run)
-        return work if self._device.type == "cpu" else _Upload(work, self._device)
+        encoded = expected.encode()
+        header = bytearray(HEADER_BYTES)
+        payload = torch.empty(math.prod(shape) * dtype.itemsize, dtype=torch.uint8)
+        buffer = torch.frombuffer(header, dtype=torch.uint8)
+        works = (
+            self._group.recv([buffer], self._peer, self._header_tag),
+            self._group.recv([payload], self._peer, _payload_tag(encoded)),
+        )
+        return _HostReceipt(works, expected, header, payload, self._device)
 
     def flush(self) -> None:
         sends, self._sends = self._sends, []
@@ -170,18 +183,58 @@ class _HostLink:
             work.wait()
 
     def close(self) -> None:
-        self._lane.close()
+        if self._lane is not None:
+            self._lane.close()
 
 
-class _Upload:
-    """A tensor that was received on the host and is used on a device."""
+class _HostReceipt:
+    """A header and a payload on their way here."""
 
-    def __init__(self, work: Work[Tensor], device: torch.device) -> None:
-        self._work = work
+    def __init__(
+        self,
+        works: tuple[distributed.Work, distributed.Work],
+        expected: Header,
+        header: bytearray,
+        payload: Tensor,
+        device: torch.device,
+    ) -> None:
+        self._works = works
+        self._expected = expected
+        self._header = header
+        self._payload = payload
         self._device = device
 
     def wait(self) -> Tensor:
-        return self._work.wait().to(self._device)
+        of_header, of_payload = self._works
+        of_header.wait()
+        got = Header.decode(self._header)
+        if got != self._expected:
+            place = f"pipeline rank {self._expected.key.destination}"
+            raise TransferError(place, str(self._expected), str(got))
+        of_payload.wait()
+        return self._payload.view(self._expected.dtype).view(self._expected.shape).to(self._device)
+
+
+def _payload_tag(header: bytes) -> int:
+    """A tag for what follows a header: never one of the headers' own."""
+    return zlib.crc32(header) & 0x3FFFFFFF | 0x40000000
+
+
+def _device_links(
+    layout: Layout, index: int, pairs: set[tuple[int, int]], device: torch.device, timeout_seconds: float
+) -> _Links:
+    """A communicator for each link."""
+    links: _Links = {}
+    # One order for all ranks, so that none wait crosswise; by parity, so that neighbouring pairs do not queue up.
+    ordered = sorted(pairs, key=lambda pair: (pair[0] % 2, pair))
+    for (low, high), data_index in itertools.product(ordered, range(layout.parallelism.data)):
+        ends = {low: layout.rank(low, data_index), high: layout.rank(high, data_index)}
+        for (source, destination), kind in itertools.product(((low, high), (high, low)), MESSAGE_KINDS):
+            group = make_group((ends[low], ends[high]), timeout_seconds)
+            if group is not None:
+                peer = ends[destination if index == source else source]
+                links[source, destination, kind] = _DeviceLink(group, peer, device, index == source)
+    return links
 
 
 class _DeviceLink:

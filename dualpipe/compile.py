@@ -7,9 +7,13 @@ from dualpipe.ir import Group, Op, Operation, Schedule
 from dualpipe.pairing import Atom
 from dualpipe.program import Action, Program, RunKey, Step
 from dualpipe.protocols import Lane
-from dualpipe.transfers import Message, made_by, message_of, needed_by
+from dualpipe.transfers import Message, Value, made_by, message_of, needed_by
 
 Pairing = Callable[[Sequence[Sequence[Atom]]], list[Atom]]
+
+# Forwards begin before anything of the group is given free, as the count of live activations has it; weight gradients
+# come last, as nobody waits for them. Each kind keeps its order, which is that of its link.
+_TURN = {Op.FORWARD: 0, Op.BACKWARD: 1, Op.BACKWARD_INPUT: 1, Op.BACKWARD_WEIGHT: 2}
 
 
 def compile_rank(schedule: Schedule, rank: int, lanes: Mapping[int, Sequence[Lane]], pairing: Pairing) -> Program:
@@ -29,7 +33,8 @@ def compile_rank(schedule: Schedule, rank: int, lanes: Mapping[int, Sequence[Lan
         # Room is made one group ahead, so that a message travels under the group before the one that needs it.
         for due in receives[index : index + 2] if index == 0 else receives[index + 1 : index + 2]:
             steps += [Step(Action.RECEIVE, run_key(op), message=message) for op, message in due]
-        members = [_atoms(schedule, op, lanes[op.stage], train) for op in group]
+        ordered = sorted(group, key=lambda op: _TURN[op.kind])
+        members = [_atoms(schedule, op, lanes[op.stage], train) for op in ordered]
         steps += [step for atom in pairing(members) for step in atom.steps]
     return Program(rank, tuple(steps))
 
@@ -41,17 +46,33 @@ def run_key(op: Operation) -> RunKey:
 
 def _receives(schedule: Schedule, group: Group) -> list[tuple[Operation, Message]]:
     found = ((op, _incoming(schedule, op)) for op in group)
-    return [(op, message) for op, message in found if message is not None]
+    return [(op, message) for op, message in found if message is not None and message.source != message.destination]
 
 
 def _incoming(schedule: Schedule, op: Operation) -> Message | None:
     value = needed_by(op, schedule.num_stages)
-    return None if value is None else message_of(schedule, value)
+    return None if value is None else _carrier(schedule, value, op)
 
 
 def _outgoing(schedule: Schedule, op: Operation) -> Message | None:
     value = made_by(op, schedule.num_stages)
-    return None if value is None else message_of(schedule, value)
+    return None if value is None else _carrier(schedule, value, op)
+
+
+def _carrier(schedule: Schedule, value: Value, op: Operation) -> Message:
+    """The message with a value that `op` makes or needs; where both stages are on one rank, from the rank to itself."""
+    message = message_of(schedule, value)
+    if message is not None:
+        return message
+    rank = schedule.rank_of(op.direction, op.stage)
+    return Message(
+        kind=value.kind,
+        direction=value.direction,
+        stage=value.stage,
+        micro_batch=value.micro_batch,
+        source=rank,
+        destination=rank,
+    )
 
 
 def _atoms(schedule: Schedule, op: Operation, lanes: Sequence[Lane], train: bool) -> list[Atom]:

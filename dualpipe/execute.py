@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import assert_never
 
+from torch import Tensor
+
 from dualpipe.program import Action, Program, RunKey, Step
 from dualpipe.protocols import Receipt, Run, Stage, Transport
 from dualpipe.transfers import Message
@@ -22,6 +24,17 @@ class Execution:
     peak_runs: int
 
 
+class _Kept:
+    """A message between two stages of one rank: the tensor itself."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+
+    def wait(self) -> Tensor:
+        """The tensor."""
+        return self._tensor
+
+
 def execute(program: Program, stages: Mapping[int, Stage], transport: Transport) -> Execution:
     """Runs every step in order.
 
@@ -31,7 +44,7 @@ def execute(program: Program, stages: Mapping[int, Stage], transport: Transport)
         transport: the links to the other pipeline ranks.
     """
     runs: dict[RunKey, Run] = {}
-    receipts: dict[Message, Receipt] = {}
+    receipts: dict[Message, Receipt] = {}  # by message on its way, those to this very rank too
     spans: list[tuple[float, float]] = []
     peak = 0
     origin = time.perf_counter()
@@ -44,6 +57,7 @@ def execute(program: Program, stages: Mapping[int, Stage], transport: Transport)
         spans.append((started - origin, time.perf_counter() - origin))
     transport.flush()
     assert not runs, f"kept after the program: {sorted(runs, key=str)}"
+    assert not receipts, f"never accepted: {', '.join(map(str, receipts))}"
     return Execution(tuple(spans), peak)
 
 
@@ -60,9 +74,12 @@ def _perform(step: Step, runs: dict[RunKey, Run], receipts: dict[Message, Receip
             else:
                 runs[step.run].set_output_gradient(tensor)
         case Action.SEND:
-            message = _message(step)
-            run = runs[step.run]
-            transport.send(message, run.output() if message.kind == "activation" else run.input_gradient())
+            message, run = _message(step), runs[step.run]
+            tensor = run.output() if message.kind == "activation" else run.input_gradient()
+            if message.source == message.destination:
+                receipts[message] = _Kept(tensor)
+            else:
+                transport.send(message, tensor)
         case Action.FORWARD:
             runs[step.run].forward(step.phase)
         case Action.BACKWARD:

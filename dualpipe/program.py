@@ -10,12 +10,12 @@ class Action(Enum):
     """What a step does."""
 
     RECEIVE = "receive"  # post the receipt of a message
-    ACCEPT = "accept"  # wait for it and hand it to the run
+    ACCEPT = "accept"  # wait for it and hand it to the run; one from this very rank is at hand already
     FORWARD = "forward"  # run a computation, or start an exchange
     BACKWARD = "backward"  # the same for gradients of inputs
     WEIGHT = "weight"  # gradients of weights
     WAIT = "wait"  # complete the run's exchange under way
-    SEND = "send"  # hand a message to its link
+    SEND = "send"  # hand a message to its link, or keep it for another of the rank's stages to accept
     FINISH = "finish"  # the run is over, nothing of it is kept
 
 

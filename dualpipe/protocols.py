@@ -18,19 +18,19 @@ class Run(Protocol):
     """
 
     def set_input(self, hidden_BTD: Tensor, /) -> None:
-        """The activation from the stage before."""
+        """The activation from the stage before, which may be on this rank; nobody else uses the tensor."""
         ...
 
     def output(self) -> Tensor:
-        """The activation for the stage after."""
+        """The activation for the stage after; handed over, not kept."""
         ...
 
     def set_output_gradient(self, gradient_BTD: Tensor, /) -> None:
-        """The gradient from the stage after."""
+        """The gradient from the stage after, which may be on this rank; nobody else uses the tensor."""
         ...
 
     def input_gradient(self) -> Tensor:
-        """The gradient for the stage before."""
+        """The gradient for the stage before; handed over, not kept."""
         ...
 
     def forward(self, phase: int) -> None:

@@ -1,13 +1,11 @@
 """A schedule's timing under given costs: a clock per rank, moved by the groups and the values they wait for."""
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from dualpipe.costs import CostModel, Costs, uniform
 from dualpipe.ir import Op, Operation, Schedule, ScheduleError
 from dualpipe.memory import peak_memory
-from dualpipe.transfers import Value, made_by, message_of, needed_by
+from dualpipe.timing import NumberedGroup, Timing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,31 +45,20 @@ def simulate(schedule: Schedule, costs: Costs | CostModel) -> Simulation:
         ScheduleError: the ranks wait for each other.
     """
     model = uniform(costs, schedule.num_ranks, schedule.num_stages) if isinstance(costs, Costs) else costs
-    starts: list[list[float]] = [[] for _ in schedule.ranks]
-    ends: list[list[float]] = [[] for _ in schedule.ranks]
-    made_at: dict[Value, float] = {}
-    arrival = _arrivals(schedule, model.latency, made_at)
-    moved = True
-    while moved:
-        moved = False
-        for rank, groups in enumerate(schedule.ranks):
-            while len(ends[rank]) < len(groups):
-                group = groups[len(ends[rank])]
-                arrivals = [arrival(op) for op in group]
-                start = max([ends[rank][-1] if ends[rank] else 0.0, *arrivals])
-                if start == math.inf:
-                    break
-                end = start + model.duration_of(group)
-                starts[rank].append(start)
-                ends[rank].append(end)
-                made_at.update({value: end for op in group if (value := made_by(op, schedule.num_stages)) is not None})
-                moved = True
-    _check_finished(schedule, ends)
+    timing = Timing(schedule, model)
+    ranks = [timing.numbered(groups) for groups in schedule.ranks]
+    ended = timing.run(ranks)
+    assert ended is not None
+    _check_finished(schedule, ranks, ended)
+    durations = [[timing.duration(group) for group in groups] for groups in ranks]
+    ends = [[ended[group[0]] for group in groups] for groups in ranks]
     makespan = max((rank_ends[-1] for rank_ends in ends if rank_ends), default=0.0)
-    busy = [sum(map(model.duration_of, groups)) for groups in schedule.ranks]
-    computing = [sum(model.compute_of(op) for group in groups for op in group) for groups in schedule.ranks]
+    busy = [sum(times) for times in durations]
+    computing = [sum(map(timing.compute, groups)) for groups in ranks]
     return Simulation(
-        starts=tuple(map(tuple, starts)),
+        starts=tuple(
+            tuple(end - time for end, time in zip(*both, strict=True)) for both in zip(ends, durations, strict=True)
+        ),
         ends=tuple(map(tuple, ends)),
         makespan=makespan,
         idle=tuple(makespan - time for time in busy),
@@ -91,22 +78,9 @@ def published_idle(num_ranks: int, costs: Costs) -> float:
     return (num_ranks / 2 - 1) * (pair + model.duration_of((backward,)) - 3 * costs.backward_weight)
 
 
-def _arrivals(schedule: Schedule, latency: float, made_at: dict[Value, float]) -> Callable[[Operation], float]:
-    """When what an operation needs from a neighbouring stage is at hand: infinity while nobody has made it."""
-
-    def arrival(operation: Operation) -> float:
-        value = needed_by(operation, schedule.num_stages)
-        if value is None:
-            return 0.0
-        if value not in made_at:
-            return math.inf
-        return made_at[value] + (latency if message_of(schedule, value) is not None else 0.0)
-
-    return arrival
-
-
-def _check_finished(schedule: Schedule, ends: list[list[float]]) -> None:
-    for rank, groups in enumerate(schedule.ranks):
-        if len(ends[rank]) < len(groups):
-            group = " ".join(map(str, groups[len(ends[rank])]))
-            raise ScheduleError(f"rank {rank}: {group} waits for ever: validate the schedule first")
+def _check_finished(schedule: Schedule, ranks: list[list[NumberedGroup]], ended: list[float]) -> None:
+    for rank, groups in enumerate(ranks):
+        for index, group in enumerate(groups):
+            if ended[group[0]] < 0:
+                shown = " ".join(map(str, schedule.ranks[rank][index]))
+                raise ScheduleError(f"rank {rank}: {shown} waits for ever: validate the schedule first")

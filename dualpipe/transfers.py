@@ -33,8 +33,7 @@ class Link(NamedTuple):
     kind: ValueKind
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Message:
+class Message(NamedTuple):
     """One value on its way from rank `source` to rank `destination`. `stage` is the sending one."""
 
     kind: ValueKind
@@ -78,26 +77,25 @@ class RankTransfers:
 
 def made_by(operation: Operation, num_stages: int) -> Value | None:
     """What a neighbouring stage waits for from the operation, if any does. B and I make the gradient."""
-    last = num_stages - 1
-    match operation.kind:
-        case Op.FORWARD if operation.stage < last:
-            return Value("activation", operation.direction, operation.stage, operation.micro_batch)
-        case Op.BACKWARD | Op.BACKWARD_INPUT if operation.stage > 0:
-            return Value("gradient", operation.direction, operation.stage, operation.micro_batch)
-        case _:
-            return None
+    if operation.kind is Op.BACKWARD_WEIGHT:
+        return None
+    forward = operation.kind is Op.FORWARD
+    if operation.stage == (num_stages - 1 if forward else 0):
+        return None
+    kind: ValueKind = "activation" if forward else "gradient"
+    return Value(kind, operation.direction, operation.stage, operation.micro_batch)
 
 
 def needed_by(operation: Operation, num_stages: int) -> Value | None:
     """What the operation waits for from a neighbouring stage, if anything."""
-    last = num_stages - 1
-    match operation.kind:
-        case Op.FORWARD if operation.stage > 0:
-            return Value("activation", operation.direction, operation.stage - 1, operation.micro_batch)
-        case Op.BACKWARD | Op.BACKWARD_INPUT if operation.stage < last:
-            return Value("gradient", operation.direction, operation.stage + 1, operation.micro_batch)
-        case _:
-            return None
+    if operation.kind is Op.BACKWARD_WEIGHT:
+        return None
+    forward = operation.kind is Op.FORWARD
+    if operation.stage == (0 if forward else num_stages - 1):
+        return None
+    if forward:
+        return Value("activation", operation.direction, operation.stage - 1, operation.micro_batch)
+    return Value("gradient", operation.direction, operation.stage + 1, operation.micro_batch)
 
 
 def message_of(schedule: Schedule, value: Value) -> Message | None:
@@ -107,14 +105,7 @@ def message_of(schedule: Schedule, value: Value) -> Message | None:
     destination = schedule.rank_of(value.direction, neighbour)
     if source == destination:
         return None
-    return Message(
-        kind=value.kind,
-        direction=value.direction,
-        stage=value.stage,
-        micro_batch=value.micro_batch,
-        source=source,
-        destination=destination,
-    )
+    return Message(value.kind, value.direction, value.stage, value.micro_batch, source, destination)
 
 
 def transfers(schedule: Schedule) -> tuple[RankTransfers, ...]:

@@ -7,13 +7,16 @@ from dualpipe.ir import Group, Op, Operation, Schedule, ScheduleError
 from dualpipe.memory import peak_activations
 from dualpipe.transfers import Link, Message, RankTransfers, made_by, needed_by, transfers
 
+_ROUNDING = 1e-9
 
-def validate(schedule: Schedule, memory_cap: int | None = None, *, forward_only: bool = False) -> None:
+
+def validate(schedule: Schedule, memory_cap: float | None = None, *, forward_only: bool = False) -> None:
     """Proves that every operation happens once, at its place, after what it needs, and that no rank waits for ever.
 
     Args:
         schedule: of any kind.
-        memory_cap: the most live activations (of one stage and micro-batch) on a rank, or None for no limit.
+        memory_cap: the most that a rank may keep alive at once, or None for no limit. Its unit is the activation of
+            one micro-batch in model/P; of num_stages stages, one weighs num_ranks/num_stages of it.
         forward_only: the schedule has to hold forwards alone (`passes.forward_only`), else it has to train.
 
     Raises:
@@ -141,7 +144,11 @@ def _check_links(messages: tuple[RankTransfers, ...]) -> None:
                 )
 
 
-def _check_memory(schedule: Schedule, memory_cap: int) -> None:
-    for rank, peak in enumerate(peak_activations(schedule)):
-        if peak > memory_cap:
-            raise ScheduleError(f"rank {rank}: keeps {peak} live activations at once, the memory cap is {memory_cap}")
+def _check_memory(schedule: Schedule, memory_cap: float) -> None:
+    share = schedule.num_ranks / schedule.num_stages
+    peaks = [count * share for count in peak_activations(schedule)]
+    if not max(peaks) <= memory_cap + _ROUNDING:
+        raise ScheduleError(
+            f"rank {peaks.index(max(peaks))}: keeps {max(peaks):.10g} activations of model/P at once, the memory cap is "
+            f"{memory_cap:.10g}; nearest that this schedule fits: {max(peaks):.10g}"
+        )

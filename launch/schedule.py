@@ -7,9 +7,9 @@ from typing import Literal, assert_never
 
 from dualpipe.config import ScheduleConfig
 from dualpipe.costs import Costs
+from dualpipe.draw.text import grid, summary
 from dualpipe.generate.select import build
 from dualpipe.ir import Schedule, to_json
-from dualpipe.render import grid, summary
 from dualpipe.simulate import simulate
 from dualpipe.validate import validate
 from launch.compose import compose

@@ -1,28 +1,29 @@
 """Puts a rank together: its part of the model as stages, its program, its links. The one place where `model` and
 `dualpipe` meet."""
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 
 from comm.groups import Groups
 from comm.lane import Lane
 from comm.layout import Layout
 from comm.message import MessageKey
-from comm.p2p import Transport, adjacent_pairs
-from comm.protocol import Work
+from comm.p2p import Transport
+from comm.protocol import Dispatcher, Work
 from comm.select import build_dispatcher, open_lane
 from comm.traffic import Traffic
 from dualpipe import pairing
 from dualpipe.compile import compile_rank
-from dualpipe.generate.select import build
-from dualpipe.ir import Schedule
+from dualpipe.ir import Schedule, ScheduleError, to_json
 from dualpipe.passes import forward_only
 from dualpipe.program import Program
 from dualpipe.protocols import Stage as PipelineStage
-from dualpipe.transfers import Message
+from dualpipe.transfers import Message, transfers
 from dualpipe.validate import validate
 from model.cut import cut_layers
 from model.gradients import GradientStore
@@ -143,9 +144,43 @@ def weight_dtype(precision: PrecisionConfig) -> torch.dtype:
     return {"float64": torch.float64, "float32": torch.float32, "bf16": torch.bfloat16}[precision.kind]
 
 
-def is_mirrored(config: TrainConfig) -> bool:
-    """Whether pipeline ranks p and P-1-p hold the same stages."""
-    return config.schedule.kind == "dualpipe"
+def is_mirrored(schedule: Schedule) -> bool:
+    """Whether pipeline ranks p and P-1-p hold the same stages.
+
+    Raises:
+        ScheduleError: other ranks than those share a stage, whose gradients would not be summed.
+    """
+    down, *up = schedule.placement
+    if any(row != down[::-1] for row in up) or (up and len(set(down)) < len(down)):
+        raise ScheduleError(
+            f"placement: of two directions, the second must be the first read backwards, with one stage for each rank, "
+            f"is {schedule.placement}"
+        )
+    return bool(up)
+
+
+def open_groups(schedule: Schedule, layout: Layout, timeout_seconds: float) -> Groups:
+    """The process groups of this rank, made once all ranks have been seen to follow one schedule.
+
+    Raises:
+        ScheduleError: on every rank, where one of them made another schedule than the others.
+    """
+    digest = hashlib.sha256(to_json(schedule).encode()).hexdigest()[:16]
+    digests = [""] * dist.get_world_size()
+    dist.all_gather_object(digests, digest)
+    if len(set(digests)) > 1:
+        other = next(rank for rank, seen in enumerate(digests) if seen != digests[0])
+        raise ScheduleError(
+            f"schedule: every rank must follow the same one; rank {other}'s has the digest {digests[other]}, "
+            f"rank 0's {digests[0]}. Measured costs and program must be the same on all machines"
+        )
+    return Groups(layout, is_mirrored(schedule), timeout_seconds)
+
+
+def linked_pairs(schedule: Schedule) -> list[tuple[int, int]]:
+    """The pipeline ranks that exchange messages, the lower one first."""
+    messages = (message for rank in transfers(schedule) for message in rank.all_sends)
+    return sorted({(min(ends), max(ends)) for ends in ((message.source, message.destination) for message in messages)})
 
 
 def stage_part(config: TrainConfig, held: set[int], num_stages: int, experts: range) -> Part:
@@ -156,17 +191,26 @@ def stage_part(config: TrainConfig, held: set[int], num_stages: int, experts: ra
     layers = [layer for stage in sorted(held) for layer in cut[stage]]
     if last:
         layers += range(model.num_layers, model.num_layers + model.mtp_depth)
-    embedding = 0 in held or (last and model.mtp_depth > 0)
-    return Part(layers=tuple(layers), experts=experts, embedding=embedding, head=last)
+    # MTP modules share the embedding, which no other rank than its own could sum up.
+    assert not last or not model.mtp_depth or 0 in held
+    return Part(layers=tuple(layers), experts=experts, embedding=0 in held, head=last)
 
 
-def assemble(config: TrainConfig, layout: Layout, groups: Groups, device: torch.device) -> Assembly:
+def assemble(config: TrainConfig, layout: Layout, groups: Groups, device: torch.device, schedule: Schedule) -> Assembly:
     """Builds everything that this rank runs, with the initial weights of the seed.
 
+    Args:
+        config: of the run; equal on all ranks, as is the schedule.
+        layout: of the world.
+        groups: from `open_groups` with the same schedule.
+        device: of this rank.
+        schedule: of the configured number of pipeline ranks and micro-batches.
+
     Raises:
-        ScheduleError: the schedule cannot be made or does not hold.
+        ScheduleError: the schedule does not hold.
     """
-    schedule = build(config.schedule.kind, config.parallelism.pipeline, config.num_micro_batches)
+    assert schedule.num_ranks == config.parallelism.pipeline
+    assert schedule.num_micro_batches == config.num_micro_batches
     validate(schedule)
     forwards = forward_only(schedule)
     validate(forwards, forward_only=True)
@@ -177,9 +221,7 @@ def assemble(config: TrainConfig, layout: Layout, groups: Groups, device: torch.
     )
     held = {stage for _, stage in schedule.stages_of(pipeline_rank)}
     part = stage_part(config, held, schedule.num_stages, held_experts(config, layout.expert_index(groups.rank)))
-    model = Transformer(config.model, dispatcher, weight_dtype(config.precision), part)
-    initialise(model, config.seed)
-    model.to(device)
+    model = _build_model(config, dispatcher, part, device)
     stages = _build_stages(config, model, held, schedule.num_stages)
     store = GradientStore(model.parameters())
     order = {"overlapped": pairing.overlapped, "sequential": pairing.sequential}[config.schedule.pairing]
@@ -194,12 +236,18 @@ def assemble(config: TrainConfig, layout: Layout, groups: Groups, device: torch.
         stages=stages,
         train_program=compile_rank(schedule, pipeline_rank, lanes, order),
         forward_program=compile_rank(forwards, pipeline_rank, lanes, order),
-        links=_open_links(config, layout, groups.rank, device, traffic),
+        links=_open_links(config, layout, groups.rank, device, traffic, linked_pairs(schedule)),
         lane=lane,
         traffic=traffic,
         store=store,
         optimiser=build_optimiser(group_parameters(model), store, _replicas(groups), config.optim),
     )
+
+
+def _build_model(config: TrainConfig, dispatcher: Dispatcher, part: Part, device: torch.device) -> Transformer:
+    model = Transformer(config.model, dispatcher, weight_dtype(config.precision), part)
+    initialise(model, config.seed)
+    return model.to(device)
 
 
 def _build_stages(config: TrainConfig, model: Transformer, held: set[int], num_stages: int) -> dict[int, Stage]:
@@ -210,11 +258,15 @@ def _build_stages(config: TrainConfig, model: Transformer, held: set[int], num_s
 
 
 def _open_links(
-    config: TrainConfig, layout: Layout, rank: int, device: torch.device, traffic: Traffic
+    config: TrainConfig,
+    layout: Layout,
+    rank: int,
+    device: torch.device,
+    traffic: Traffic,
+    pairs: Sequence[tuple[int, int]],
 ) -> PipelineLinks:
     stage = config.stage
     shape = (stage.micro_batch_sequences, stage.sequence_length_tokens, config.model.hidden_size)
-    pairs = adjacent_pairs(config.parallelism.pipeline)
     transport = Transport(layout, pairs, device, config.cluster.timeout_seconds)
     nodes = [layout.node_of(member) for member in layout.pipeline_group(rank)]
     return PipelineLinks(transport, nodes, traffic, shape, weight_dtype(config.precision))

@@ -14,8 +14,9 @@ from comm.groups import Groups, start, stop
 from comm.layout import Layout
 from data.corpus import DataError
 from data.prepare import Prepared
+from dualpipe.generate.select import build
 from train import checkpoint
-from train.assemble import Assembly, assemble, is_mirrored
+from train.assemble import Assembly, assemble, open_groups
 from train.config import TrainConfig
 from train.corpus import prepare_corpus
 from train.errors import NonFiniteError
@@ -43,9 +44,10 @@ def main(config: TrainConfig) -> int:
 
 def _train(config: TrainConfig, device: torch.device) -> int:
     layout = Layout(config.parallelism, config.cluster.ranks_per_node)
-    groups = Groups(layout, is_mirrored(config), config.cluster.timeout_seconds)
+    schedule = build(config.schedule.kind, config.parallelism.pipeline, config.num_micro_batches)
+    groups = open_groups(schedule, layout, config.cluster.timeout_seconds)
     prepared = _prepare(config, groups)
-    assembly = assemble(config, layout, groups, device)
+    assembly = assemble(config, layout, groups, device, schedule)
     first_step = _resume(assembly, prepared.fingerprint)
     reporter = _reporter(config, first_step)
     try:

@@ -73,6 +73,16 @@ def test_layout_replicas_hold_the_same_parameters(mirrored: bool, layout: Layout
         assert len(same_experts) * mesh.expert == len(same_stage)
 
 
+def test_layout_middle_of_an_odd_pipeline_is_its_own_mirror() -> None:
+    layout = Layout(ParallelismConfig(pipeline=3, data=4, expert=2), ranks_per_node=4)
+    assert layout.stage_group(1, True) == (0, 1, 2, 3, 8, 9, 10, 11)
+    assert layout.expert_data_group(1, True) == (1, 3, 9, 11)
+    assert layout.stage_group(5, True) == layout.stage_group(5, False) == (4, 5, 6, 7)
+    assert layout.expert_data_group(5, True) == layout.expert_data_group(5, False) == (5, 7)
+    alone = Layout(ParallelismConfig(pipeline=1, data=2, expert=1), ranks_per_node=4)
+    assert alone.stage_group(1, True) == alone.expert_data_group(1, True) == (0, 1)
+
+
 @given(_layouts())
 @settings(max_examples=40, deadline=None)
 def test_layout_expert_group_is_consecutive_by_expert_index(layout: Layout) -> None:

@@ -6,18 +6,29 @@ from graphlib import CycleError, TopologicalSorter
 
 import pytest
 
-from dualpipe.config import ScheduleKind
-from dualpipe.generate.select import build
+from dualpipe.generate.dualpipe import dualpipe
+from dualpipe.generate.dualpipe_v import dualpipe_v
+from dualpipe.generate.one_f_one_b import one_f_one_b
+from dualpipe.generate.zero_bubble import zb_h1, zb_v
 from dualpipe.ir import Group, Op, Operation, Schedule, ScheduleError
+from dualpipe.mirror import mirror
+from dualpipe.passes import forward_only
 from dualpipe.transfers import Link, Message, transfers
 from dualpipe.validate import validate
+from tests.dualpipe.random_schedules import bidirectional, looped, random_schedule, v_shaped
+from tests.dualpipe.synchronous_links import Stuck, run_on_threads
 
-SIZES: list[tuple[ScheduleKind, int, int]] = [
-    ("dualpipe", 2, 4),
-    ("dualpipe", 4, 8),
-    ("dualpipe", 6, 14),
-    ("1f1b", 2, 3),
-    ("1f1b", 4, 6),
+SCHEDULES = [
+    dualpipe(2, 4),
+    dualpipe(4, 8),
+    dualpipe(6, 14),
+    one_f_one_b(2, 3),
+    one_f_one_b(4, 6),
+    dualpipe_v(3, 7),
+    zb_h1(3, 5),
+    zb_v(1, 2),
+    zb_v(4, 5),
+    mirror(zb_v(3, 4)),
 ]
 NEEDS_OF_THE_SAME_STAGE = {
     Op.BACKWARD: Op.FORWARD,
@@ -80,9 +91,12 @@ def is_valid(schedule: Schedule) -> bool:
     return True
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_validator_agrees_with_an_independent_proof_on_reordered_groups(size: tuple[ScheduleKind, int, int]) -> None:
-    schedule = build(*size)
+def named(schedule: Schedule) -> str:
+    return f"{schedule.kind}-{schedule.num_ranks}-{schedule.num_micro_batches}"
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=named)
+def test_validator_agrees_with_an_independent_proof_on_reordered_groups(schedule: Schedule) -> None:
     generator = random.Random(3)
     verdicts = set()
     for _ in range(80):
@@ -140,3 +154,56 @@ def test_validator_finds_a_deadlock_of_rendezvous_sends_alone() -> None:
     )
     with pytest.raises(ScheduleError, match=r"cannot send activation 0\.1 before activation 0\.0 is taken by rank 1"):
         validate(schedule, forward_only=True)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        *SCHEDULES,
+        random_schedule(bidirectional(3), 5, seed=0, largest_group=4),
+        random_schedule(v_shaped(3), 5, seed=1, largest_group=4),
+        random_schedule(looped(3, 2), 5, seed=2),
+    ],
+    ids=named,
+)
+def test_validated_schedules_end_on_synchronous_links(schedule: Schedule, seed: int) -> None:
+    validate(schedule)
+    run_on_threads(schedule, seed)
+    run_on_threads(forward_only(schedule), seed)
+
+
+def test_synchronous_links_stop_what_the_validator_refuses() -> None:
+    waiting_for_sends = two_ranks(
+        alone((F, 0, 0, 0), (F, 0, 0, 1), (F, 1, 1, 0), (F, 1, 1, 1)),
+        alone((F, 1, 0, 0), (F, 1, 0, 1), (F, 0, 1, 0), (F, 0, 1, 1)),
+        num_micro_batches=4,
+    )
+    with pytest.raises(Stuck):
+        run_on_threads(waiting_for_sends, seed=0)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES[:6], ids=named)
+def test_synchronous_links_agree_with_the_validator_on_delayed_operations(schedule: Schedule) -> None:
+    generator = random.Random(5)
+    ended = stopped = 0
+    for number in range(40):
+        lists = [list(groups) for groups in schedule.ranks]
+        groups = generator.choice(lists)
+        index = generator.randrange(len(groups))
+        groups.insert(min(len(groups) - 1, index + generator.randrange(1, 4)), groups.pop(index))
+        mutant = replace(schedule, ranks=tuple(map(tuple, lists)))
+        problem = None
+        try:
+            validate(mutant)
+        except ScheduleError as error:
+            problem = str(error)
+        if problem is None:
+            run_on_threads(mutant, number)
+            ended += 1
+        elif "deadlock" in problem:
+            with pytest.raises(Stuck):
+                run_on_threads(mutant, number)
+            stopped += 1
+    assert ended
+    assert stopped

@@ -6,19 +6,29 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from comm.groups import Groups
 from comm.layout import Layout
 from comm.local import LocalDispatcher
 from data.loader import Loader
 from data.prepare import prepare
+from dualpipe.generate.select import build
+from dualpipe.ir import Schedule
 from model.experts import RoutedExperts
 from model.objective import LossSums
 from model.transformer import Transformer, initialise, named_tensors, routers
-from train.assemble import Assembly, assemble, is_mirrored, weight_dtype
+from train.assemble import Assembly, assemble, open_groups, weight_dtype
 from train.config import TrainConfig
 from train.optim.learning_rate import learning_rate
 from train.optim.parameters import group_parameters
 from train.step import accumulate, make_objective, to_micro_batch, update_router_bias
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """A run from the start. `starved`: experts without tokens; without a schedule, the configured one is made."""
+
+    config: TrainConfig
+    starved: int = 0
+    schedule: Schedule | None = None
 
 
 @dataclass(slots=True)
@@ -39,11 +49,13 @@ def start_biases(model: Transformer, starved: int) -> None:
         router.e_score_correction_bias.copy_(bias)
 
 
-def open_assembly(config: TrainConfig) -> Assembly:
-    """This rank, with the test harness' process group."""
+def open_assembly(config: TrainConfig, schedule: Schedule | None = None) -> Assembly:
+    """This rank, with the test harness' process group; without a schedule, under the configured one."""
+    if schedule is None:
+        schedule = build(config.schedule.kind, config.parallelism.pipeline, config.num_micro_batches)
     layout = Layout(config.parallelism, config.cluster.ranks_per_node)
-    groups = Groups(layout, is_mirrored(config), config.cluster.timeout_seconds)
-    return assemble(config, layout, groups, torch.device("cpu"))
+    groups = open_groups(schedule, layout, config.cluster.timeout_seconds)
+    return assemble(config, layout, groups, torch.device("cpu"), schedule)
 
 
 def open_loader(config: TrainConfig) -> Loader:
@@ -52,14 +64,15 @@ def open_loader(config: TrainConfig) -> Loader:
     return Loader(prepared, global_batch_sequences=config.stage.global_batch_sequences, seed=config.data.seed)
 
 
-def run_job(rank: int, world_size: int, configs: list[tuple[TrainConfig, int]], num_steps: int) -> list[list[Seen]]:
-    """Runs each configuration from the start; what this rank saw of each step."""
-    return [_run_one(config, starved, num_steps) for config, starved in configs]
+def run_jobs(rank: int, world_size: int, jobs: list[Job], num_steps: int) -> list[list[Seen]]:
+    """Runs one job after the other; what this rank saw of each step of each."""
+    return [_run_one(job, num_steps) for job in jobs]
 
 
-def _run_one(config: TrainConfig, starved: int, num_steps: int) -> list[Seen]:
-    assembly, loader = open_assembly(config), open_loader(config)
-    start_biases(assembly.model, starved)
+def _run_one(job: Job, num_steps: int) -> list[Seen]:
+    config = job.config
+    assembly, loader = open_assembly(config, job.schedule), open_loader(config)
+    start_biases(assembly.model, job.starved)
     seen = []
     for step in range(num_steps):
         losses = accumulate(assembly, lambda first, count, step=step: loader.batch(step, first, count))  # type: ignore[misc]

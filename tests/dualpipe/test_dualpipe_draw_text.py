@@ -1,13 +1,14 @@
 """The text picture: aligned, complete, within its width."""
 
 import re
+from dataclasses import replace
 
 import pytest
 
 from dualpipe.config import ScheduleKind
-from dualpipe.costs import Costs
+from dualpipe.costs import Costs, uniform
+from dualpipe.draw.text import grid, summary
 from dualpipe.generate.select import build
-from dualpipe.render import grid, summary
 from dualpipe.simulate import simulate
 
 UNIT = Costs(forward=1, backward_input=1, backward_weight=1, exchange=0, latency=0)
@@ -83,7 +84,10 @@ def test_summary_gives_makespan_idle_peak_and_formula() -> None:
     assert re.search(r"makespan +66\n", text)
     assert re.search(r"idle per rank +6\n", text)
     assert re.search(r"bubble +9\.09 %", text)
-    assert re.search(r"peak activations +9 ", text)
+    assert re.search(r"exposed exchange +0 per rank\n", text)
+    assert re.search(r"peak activations +9 of model/P\n", text)
+    assert re.search(r"lower bound +63; this schedule is 3 \(4\.76 %\) above it\n", text)
+    assert re.search(r"bound's reason +rank [34]: the first forward reaches it at 3, then it has work for 60\n", text)
     assert "(P/2-1)(F&B+B-3W) = 6" in text
 
 
@@ -92,3 +96,24 @@ def test_summary_gives_a_range_where_ranks_differ_and_no_formula_for_others() ->
     text = summary(schedule, simulate(schedule, UNIT), UNIT)
     assert "1 to 4" in text
     assert "F&B" not in text
+
+
+def test_summary_bounds_under_the_cap_that_it_is_given() -> None:
+    schedule = build("dualpipe", 8, 20)
+    costs = Costs(forward=1, backward_input=1, backward_weight=1, exchange=1, latency=0)
+    text = summary(schedule, simulate(schedule, costs), costs, memory_cap=9)
+    assert re.search(r"lower bound +73; this schedule is 14 ", text)
+    assert "under a cap of 9" in text
+
+
+def test_summary_takes_costs_of_every_stage_and_leaves_the_formula_out() -> None:
+    schedule = build("dualpipe", 4, 8)
+    model = uniform(UNIT, 4, 4)
+    text = summary(schedule, simulate(schedule, model), model)
+    assert re.search(r"makespan +26\n", text)
+    assert "published" not in text
+
+
+def test_summary_is_ascii_whatever_the_kind() -> None:
+    schedule = replace(build("1f1b", 2, 2), kind="sché")
+    assert summary(schedule, simulate(schedule, UNIT), UNIT).isascii()

@@ -2,16 +2,12 @@
 
 import math
 
-from dualpipe.costs import Costs
-from dualpipe.ir import Group, Op, Schedule
+from dualpipe.bounds import lower_bound
+from dualpipe.costs import CostModel, Costs, uniform
+from dualpipe.draw.words import NAMES, number, percent, plain, round_up, size, spread, stage_tells
+from dualpipe.ir import Group, Schedule
 from dualpipe.simulate import Simulation, published_idle
 
-_NAMES = {
-    Op.FORWARD: "forward",
-    Op.BACKWARD: "backward",
-    Op.BACKWARD_INPUT: "backward for inputs",
-    Op.BACKWARD_WEIGHT: "backward for weights",
-}
 _MAX_COLUMNS_PER_GROUP = 12
 _TICK_COLUMNS = 12
 
@@ -36,28 +32,43 @@ def grid(schedule: Schedule, simulation: Simulation, width: int = 160) -> str:
     return "\n".join(lines + _legend(schedule))
 
 
-def summary(schedule: Schedule, simulation: Simulation, costs: Costs) -> str:
-    """The numbers beside the picture, a line each: makespan, idle time, bubble, peak memory, published formula."""
+def summary(
+    schedule: Schedule, simulation: Simulation, costs: Costs | CostModel, memory_cap: float | None = None
+) -> str:
+    """The numbers beside the picture, a line each, ASCII only, with the lower bound and why it holds.
+
+    Args:
+        schedule: a valid one that trains.
+        simulation: of it.
+        costs: what it was timed by.
+        memory_cap: of the lower bound, see `bounds.lower_bound`.
+    """
+    model = uniform(costs, schedule.num_ranks, schedule.num_stages) if isinstance(costs, Costs) else costs
+    bound = lower_bound(schedule, model, memory_cap)
+    above = simulation.makespan - bound.value
+    share = f" ({percent(above / bound.value)})" if bound.value else ""
     lines = [
-        ("schedule", f"{schedule.kind}, {schedule.num_ranks} ranks, {schedule.num_micro_batches} micro-batches"),
-        ("makespan", _number(simulation.makespan)),
-        ("idle per rank", _range(simulation.idle)),
-        ("bubble", f"{100 * simulation.bubble_fraction:.2f} % of all ranks' time"),
-        ("peak activations", f"{_range(simulation.peaks)} (of one stage and micro-batch)"),
+        ("schedule", f"{schedule.kind}, {size(schedule)}"),
+        ("makespan", number(simulation.makespan)),
+        ("idle per rank", spread(simulation.idle)),
+        ("bubble", f"{percent(simulation.bubble_fraction)} of all ranks' time"),
+        ("exposed exchange", f"{spread(simulation.exposed)} per rank"),
+        ("peak activations", f"{spread(simulation.peaks)} of model/P"),
+        ("lower bound", f"{number(bound.value)}; this schedule is {number(above)}{share} above it"),
+        ("bound's reason", bound.reason),
     ]
-    if schedule.kind == "dualpipe":
-        formula = _number(published_idle(schedule.num_ranks, costs))
+    if schedule.kind == "dualpipe" and isinstance(costs, Costs):
+        formula = number(published_idle(schedule.num_ranks, costs))
         lines.append(("published idle", f"(P/2-1)(F&B+B-3W) = {formula}, which assumes F = I >= W and no latency"))
-    return "\n".join(f"{name.ljust(16)}  {value}" for name, value in lines)
+    return plain("\n".join(f"{name.ljust(16)}  {value}" for name, value in lines))
 
 
 def _label(schedule: Schedule, rank: int, group: Group) -> str:
     """Kind and micro-batch of each member; the stage too where the direction alone does not tell it."""
-    held = [direction for direction, _ in schedule.stages_of(rank)]
     parts = []
     for op in group:
         letter = op.kind.value.lower() if op.direction else op.kind.value
-        stage = f"{op.stage}." if held.count(op.direction) > 1 else ""
+        stage = f"{op.stage}." if stage_tells(schedule, rank, op.direction) else ""
         parts.append(f"{letter}{stage}{op.micro_batch}")
     return "+".join(parts)
 
@@ -92,25 +103,19 @@ def _ruler(scale: float, start: int, stop: int) -> str:
     """Times at round steps, each beginning at its column."""
     if scale == 0:
         return "0"
-    step = _round_up(_TICK_COLUMNS / scale)
+    step = round_up(_TICK_COLUMNS / scale)
     ruler = ""
     for tick in range(math.ceil(start / scale / step), math.floor(stop / scale / step) + 1):
         column = round(tick * step * scale) - start
-        text = _number(tick * step)
+        text = number(tick * step)
         if 0 <= column <= stop - start - len(text):
             ruler = ruler.ljust(column) + text
     return ruler
 
 
-def _round_up(value: float) -> float:
-    """The least of 1, 2, 5 times a power of ten that is not below the value."""
-    power = 10.0 ** math.floor(math.log10(value))
-    return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= value * (1 - 1e-9))
-
-
 def _legend(schedule: Schedule) -> list[str]:
     present = {op.kind for groups in schedule.ranks for group in groups for op in group}
-    kinds = ", ".join(f"{kind.value} {name}" for kind, name in _NAMES.items() if kind in present)
+    kinds = ", ".join(f"{kind.value} {name}" for kind, name in NAMES.items() if kind in present)
     lines = [f"{kinds}, with the micro-batch's number; dots: idle"]
     if schedule.num_directions > 1:
         lines.append("capitals: direction 0, enters at rank 0; small letters: direction 1, enters at the last rank")
@@ -121,13 +126,3 @@ def _legend(schedule: Schedule) -> list[str]:
 
 def _head(rank: int) -> str:
     return f"rank {rank} |"
-
-
-def _range(values: tuple[float, ...]) -> str:
-    shown = list(dict.fromkeys(_number(value) for value in sorted(values)))
-    return shown[0] if len(shown) == 1 else f"{shown[0]} to {shown[-1]}"
-
-
-def _number(value: float) -> str:
-    """At most six digits, no trailing zeros; sums of rounded times that miss zero by an ulp are zero."""
-    return f"{0.0 if abs(value) < 1e-9 else value:.6g}"

@@ -1,0 +1,73 @@
+"""What a picture shows of a rank's time, apart from how: groups as cells, waits as strips. No drawing here."""
+
+from dataclasses import dataclass
+from itertools import groupby
+
+from dualpipe.ir import Group, Schedule
+from dualpipe.measured import Measured, Span
+from dualpipe.simulate import Simulation
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """A group's time on its rank. Members of more than one are drawn one above the other."""
+
+    rank: int
+    start: float
+    end: float
+    members: Group
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Strip:
+    """A stretch within a cell in which the rank's main thread waits: for a message, or for an exchange of its own."""
+
+    rank: int
+    start: float
+    end: float
+    message: bool
+
+
+def planned_cells(schedule: Schedule, simulation: Simulation) -> list[Cell]:
+    """A cell per group, in the unit of the costs."""
+    return [
+        Cell(rank=rank, start=start, end=end, members=group)
+        for rank, groups in enumerate(schedule.ranks)
+        for group, start, end in zip(groups, simulation.starts[rank], simulation.ends[rank], strict=True)
+    ]
+
+
+def measured_cells(schedule: Schedule, measured: Measured) -> tuple[list[Cell], list[Strip]]:
+    """A cell per group that ran, and the waits within them; in seconds from the first rank's begin.
+
+    A cell begins once the group's first message is there and ends with its last work. Time between cells is a
+    wait for a message, or the interpreter's.
+    """
+    cells: list[Cell] = []
+    strips: list[Strip] = []
+    origin = measured.start_seconds
+    for rank, spans in enumerate(measured.ranks):
+        main = sorted(
+            (span for span in spans if span.lane != "comm"), key=lambda span: (span.group, span.start_seconds)
+        )
+        for index, parts in groupby(main, key=lambda span: span.group):
+            cell, inner = _cell(rank, schedule.ranks[rank][index], list(parts), origin)
+            cells.append(cell)
+            strips += inner
+    return cells, strips
+
+
+def _cell(rank: int, members: Group, spans: list[Span], origin: float) -> tuple[Cell, list[Strip]]:
+    working = [span for span in spans if span.lane != "wait"] or spans
+    start, end = working[0].start_seconds, max(span.end_seconds for span in working)
+    strips = [
+        Strip(
+            rank=rank,
+            start=span.start_seconds - origin,
+            end=span.end_seconds - origin,
+            message=span.lane == "wait",
+        )
+        for span in spans
+        if span.lane in ("wait", "exposed") and span.start_seconds >= start
+    ]
+    return Cell(rank=rank, start=start - origin, end=end - origin, members=members), strips

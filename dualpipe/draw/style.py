@@ -1,0 +1,151 @@
+"""Colours of the drawn schedules: one hue per kind of operation, one shade per direction, apart for colour-blind eyes.
+
+Blue, vermilion, yellow and green differ in lightness too. The first direction is light with dark numbers, the
+second dark and hatched with light numbers, so that they differ without any hue too.
+"""
+
+from dataclasses import dataclass
+from xml.sax.saxutils import escape
+
+from dualpipe.draw.words import NAMES
+from dualpipe.ir import Op, Schedule
+
+LIGHT = {
+    Op.FORWARD: "#7db8f2",
+    Op.BACKWARD: "#f08a62",
+    Op.BACKWARD_INPUT: "#ffe98a",
+    Op.BACKWARD_WEIGHT: "#b9e3cf",
+}
+DARK = {
+    Op.FORWARD: "#2163c9",
+    Op.BACKWARD: "#8a2500",
+    Op.BACKWARD_INPUT: "#927600",
+    Op.BACKWARD_WEIGHT: "#004741",
+}
+_SWATCH_WIDTH, _SWATCH_HEIGHT = 26.0, 14.0
+_LETTER = 6.0
+_GAP = 22.0
+
+
+def style_of(kind: Op, variant: int) -> str:
+    """The class of a cell: the kind's letter and 0 for light, 1 for dark."""
+    return f"{kind.value}{variant}"
+
+
+def _fills() -> str:
+    light = "".join(f".pipeline .{style_of(kind, 0)}{{fill:{colour}}}" for kind, colour in LIGHT.items())
+    dark = "".join(f".pipeline .{style_of(kind, 1)}{{fill:url(#dark-{kind.value})}}" for kind in DARK)
+    return light + dark
+
+
+def _pattern(name: str, ground: str, line: str, opacity: float) -> str:
+    return (
+        f'<pattern id="{name}" width="6" height="6" patternUnits="userSpaceOnUse" patternTransform="rotate(45)">'
+        f'<rect width="6" height="6" fill="{ground}"/>'
+        f'<rect width="1.6" height="6" fill="{line}" opacity="{opacity}"/></pattern>'
+    )
+
+
+STYLE = (
+    "<style>"
+    ".pipeline text{font-family:ui-sans-serif,'Segoe UI',Helvetica,Arial,'DejaVu Sans',sans-serif;font-size:12px;"
+    "fill:#1c1e21}"
+    ".pipeline .paper{fill:#fff}.pipeline .track{fill:#eef0f2}.pipeline .soft{fill:#5c6370}"
+    ".pipeline .title{font-size:17px;font-weight:600}"
+    ".pipeline .grid{stroke:#d5d9de;stroke-width:1}"
+    ".pipeline .bound{stroke:#c2185b;stroke-width:1.5;stroke-dasharray:5 4}"
+    ".pipeline .cells rect,.pipeline .cells path{stroke:#fff;stroke-width:.7}"
+    ".pipeline .numbers{pointer-events:none;text-anchor:middle}.pipeline .numbers text{font-size:10.5px;fill:#16181b}"
+    ".pipeline .numbers.on-dark text{fill:#fff}"
+    ".pipeline .exposed{fill:url(#exposed)}.pipeline .message{fill:#eef0f2}"
+    f"{_fills()}"
+    "@media (prefers-color-scheme:dark){"
+    ".pipeline text{fill:#e6e8eb}.pipeline .paper{fill:#15181c}.pipeline .track,.pipeline .message{fill:#22262c}"
+    ".pipeline .soft{fill:#a2a9b4}.pipeline .grid{stroke:#363c45}.pipeline .bound{stroke:#ff6f9f}"
+    ".pipeline .cells rect,.pipeline .cells path{stroke:#15181c}"
+    "}"
+    "</style>"
+)
+DEFINITIONS = (
+    "<defs>"
+    + "".join(_pattern(f"dark-{kind.value}", colour, "#fff", 0.22) for kind, colour in DARK.items())
+    + _pattern("exposed", "#55595f", "#fff", 0.75)
+    + "</defs>"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Item:
+    styles: tuple[str, ...]
+    text: str
+
+    @property
+    def width(self) -> float:
+        return (_SWATCH_WIDTH + 6 if self.styles else 0.0) + len(self.text) * _LETTER + _GAP
+
+
+def legend(schedule: Schedule, measured: bool, bounded: bool, notes: list[str], width: float) -> tuple[list[str], int]:
+    """The legend's elements from (0, 0) on, within a width in pixels, and how many lines it takes."""
+    parts: list[str] = []
+    x, line = 0.0, 0
+    for item in [*_kinds(schedule), *_marks(schedule, measured, bounded), *(_Item((), note) for note in notes)]:
+        if x > 0 and x + item.width - _GAP > width:
+            x, line = 0.0, line + 1
+        parts += _drawn(item, x, line * 22.0)
+        x += item.width
+    return parts, line + 1
+
+
+def _kinds(schedule: Schedule) -> list[_Item]:
+    present = {op.kind for groups in schedule.ranks for group in groups for op in group}
+    variants = (0, 1) if _shades(schedule) else (0,)
+    return [
+        _Item(tuple(style_of(kind, variant) for variant in variants), f"{kind.value} {name}")
+        for kind, name in NAMES.items()
+        if kind in present
+    ]
+
+
+def _shades(schedule: Schedule) -> str | None:
+    """What the two shades stand for, where there are two."""
+    if schedule.num_directions > 1:
+        return "light: direction 0; dark, hatched: direction 1, enters at the last rank"
+    if any(len(schedule.stages_of(rank)) > 1 for rank in range(schedule.num_ranks)):
+        return "light: the rank's first stage; dark, hatched: a later one (stage.micro-batch)"
+    return None
+
+
+def _marks(schedule: Schedule, measured: bool, bounded: bool) -> list[_Item]:
+    items = []
+    if (shades := _shades(schedule)) is not None:
+        items.append(_Item((), shades))
+    if any(len(group) > 1 for groups in schedule.ranks for group in groups):
+        items.append(_Item(("half",), "halves: overlapped"))
+    items.append(_Item(("track",), "idle"))
+    if measured:
+        items.append(_Item(("exposed",), "exposed exchange"))
+    if bounded:
+        items.append(_Item(("bound",), "lower bound of any schedule"))
+    return items
+
+
+def _drawn(item: _Item, x: float, y: float) -> list[str]:
+    text_x = x + (_SWATCH_WIDTH + 6 if item.styles else 0.0)
+    text = f'<text class="soft" x="{text_x:g}" y="{y + 11:g}">{escape(item.text)}</text>'
+    return [*_swatch(item.styles, x, y), text]
+
+
+def _swatch(styles: tuple[str, ...], x: float, y: float) -> list[str]:
+    if styles == ("bound",):
+        return [f'<line class="bound" x1="{x:g}" x2="{x + _SWATCH_WIDTH:g}" y1="{y + 7:g}" y2="{y + 7:g}"/>']
+    if styles == ("half",):
+        return [
+            _box("F0", x, y, _SWATCH_WIDTH, _SWATCH_HEIGHT / 2),
+            _box("B1", x, y + _SWATCH_HEIGHT / 2, _SWATCH_WIDTH, _SWATCH_HEIGHT / 2),
+        ]
+    width = _SWATCH_WIDTH / max(len(styles), 1)
+    return [_box(style, x + index * width, y, width, _SWATCH_HEIGHT) for index, style in enumerate(styles)]
+
+
+def _box(style: str, x: float, y: float, width: float, height: float) -> str:
+    return f'<rect class="{style}" x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}"/>'

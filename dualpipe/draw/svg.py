@@ -1,0 +1,285 @@
+"""A schedule's timing as SVG: rows for ranks, time to the right, a run's measured time under the planned one."""
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from xml.sax.saxutils import escape
+
+from dualpipe.bounds import Bound
+from dualpipe.draw.cells import Cell, Strip, measured_cells, planned_cells
+from dualpipe.draw.style import DEFINITIONS, STYLE, legend, style_of
+from dualpipe.draw.words import number, percent, round_up, size, spread, stage_tells
+from dualpipe.ir import Operation, Schedule
+from dualpipe.measured import Measured, measured_bubble, measured_exposed
+from dualpipe.simulate import Simulation
+
+_LEFT, _RIGHT, _TOP = 68.0, 24.0, 44.0
+_ROW, _ROW_GAP = 30.0, 4.0
+_HEADING, _AXIS, _LEGEND_LINE = 26.0, 48.0, 22.0
+_LEAST_WIDTH, _MOST_WIDTH = 900.0, 12_000.0
+_LEGEND_WIDTH = 1_150.0
+_TICK = 90.0
+_LETTER = 6.2
+_LEAST_LABEL_HEIGHT = 11.0
+_MOST_LABELLED = 8_000  # operations beyond which a panel has neither numbers nor tooltips: the file would be too large
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scale:
+    """How time becomes pixels: `pixels` for one unit of the costs, over `span` units."""
+
+    pixels: float
+    span: float
+
+    @classmethod
+    def within_limits(cls, pixels: float, span: float) -> "Scale":
+        """The nearest to what is asked for that is neither too narrow to read nor too wide to open."""
+        if span <= 0:
+            return cls(pixels=0.0, span=0.0)
+        least = (_LEAST_WIDTH - _LEFT - _RIGHT) / span
+        return cls(pixels=min(max(pixels, least), _MOST_WIDTH / span), span=span)
+
+    def x(self, time: float) -> float:
+        """The place of a time."""
+        return _LEFT + time * self.pixels
+
+    @property
+    def width(self) -> float:
+        """Of the whole picture."""
+        return max(self.x(self.span) + _RIGHT, _LEAST_WIDTH)
+
+
+def natural_scale(schedule: Schedule, simulation: Simulation, measured: Measured | None = None) -> Scale:
+    """Wide enough for nine cells' numbers in ten, within limits."""
+    planned = [cell for cell in planned_cells(schedule, simulation) if cell.end > cell.start]
+    span = max(simulation.makespan, measured.makespan_seconds if measured else 0.0)
+    if not planned or span <= 0:
+        return Scale(pixels=0.0, span=0.0)
+    tells = _stage_tells(schedule)
+    needed = sorted(
+        max(_label_width(_label(op, tells[cell.rank])) for op in cell.members) / (cell.end - cell.start)
+        for cell in planned
+    )
+    return Scale.within_limits(pixels=needed[int(0.9 * (len(needed) - 1))], span=span)
+
+
+def svg(
+    schedule: Schedule,
+    simulation: Simulation,
+    measured: Measured | None = None,
+    title: str | None = None,
+    *,
+    bound: Bound | None = None,
+    scale: Scale | None = None,
+    standalone: bool = True,
+) -> str:
+    """The picture, as one `<svg>` element without anything from outside.
+
+    Groups are cells, the members of a group stacked in it, with their micro-batches' numbers where they fit (and the
+    stage before them where a rank holds several for one direction) and a tooltip each. Idle time is blank.
+
+    Args:
+        schedule: a valid one.
+        simulation: of it; in seconds where there is a run.
+        measured: a run of it, drawn below on the same time scale.
+        title: in place of kind and size.
+        bound: drawn as a dashed line.
+        scale: of several pictures that are to be compared; by default this one's natural scale.
+        standalone: whether it carries its colours; else the page around it does, once for all its pictures.
+    """
+    panel_scale = scale or natural_scale(schedule, simulation, measured)
+    picture = _Picture(schedule=schedule, scale=panel_scale, unit=_unit(panel_scale.span, measured is not None))
+    facts = _planned_facts(simulation, bound, picture.unit)
+    heading = f"planned: {facts}" if measured else facts
+    picture.panel(heading, simulation.makespan, planned_cells(schedule, simulation), [], bound)
+    if measured is not None:
+        facts = _measured_facts(simulation, measured, picture.unit)
+        picture.panel(f"measured: {facts}", measured.makespan_seconds, *measured_cells(schedule, measured), None)
+    width = min(panel_scale.width - 48, _LEGEND_WIDTH)
+    explained, lines = legend(schedule, measured is not None, bound is not None, picture.notes(), width)
+    picture.parts += [f'<g class="legend" transform="translate(24 {picture.y:.0f})">', *explained, "</g>"]
+    name = escape(title or f"{schedule.kind}: {size(schedule)}", {'"': "&quot;"})
+    head = [STYLE, DEFINITIONS] if standalone else []
+    return _element(panel_scale.width, picture.y + lines * _LEGEND_LINE + 8, name, [*head, *picture.parts])
+
+
+def _element(width: float, height: float, name: str, parts: list[str]) -> str:
+    """Of that natural size in pixels, and scalable."""
+    box = f'width="{width:.0f}" height="{height:.0f}" viewBox="0 0 {width:.0f} {height:.0f}"'
+    return "\n".join(
+        [
+            f'<svg xmlns="http://www.w3.org/2000/svg" class="pipeline" {box} role="img" aria-label="{name}">',
+            '<rect class="paper" width="100%" height="100%"/>',
+            f'<text class="title" x="24" y="32">{name}</text>',
+            *parts,
+            "</svg>",
+        ]
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Unit:
+    """A unit to show times in: `factor` of them make one unit of the costs."""
+
+    factor: float
+    name: str
+
+    def shown(self, time: float) -> str:
+        return f"{number(round(time * self.factor, 6))} {self.name}".rstrip()
+
+
+def _unit(span: float, seconds: bool) -> _Unit:
+    if not seconds:
+        return _Unit(factor=1.0, name="")
+    names = ((1.0, 1.0, "s"), (1e-3, 1e3, "ms"), (0.0, 1e6, "\N{MICRO SIGN}s"))
+    return next(_Unit(factor=factor, name=name) for least, factor, name in names if span >= least)
+
+
+def _planned_facts(simulation: Simulation, bound: Bound | None, unit: _Unit) -> str:
+    facts = [
+        f"makespan {unit.shown(simulation.makespan)}",
+        f"bubble {percent(simulation.bubble_fraction)}",
+        f"exposed exchange {unit.shown(max(simulation.exposed, default=0.0))}",
+        f"peak activations {spread(simulation.peaks)} of model/P",
+    ]
+    if bound is not None:
+        above = unit.shown(simulation.makespan - bound.value)
+        facts.append(f"lower bound {unit.shown(bound.value)} ({above} below)")
+    return ", ".join(facts)
+
+
+def _measured_facts(simulation: Simulation, measured: Measured, unit: _Unit) -> str:
+    bubble = f"bubble {percent(measured_bubble(measured))} (planned {percent(simulation.bubble_fraction)})"
+    times = f"makespan {unit.shown(measured.makespan_seconds)} (planned {unit.shown(simulation.makespan)})"
+    return f"{times}, {bubble}, exposed exchange {percent(measured_exposed(measured))} of all ranks' time"
+
+
+@dataclass(kw_only=True)
+class _Picture:
+    """A drawing being written, panel by panel, downwards."""
+
+    schedule: Schedule
+    scale: Scale
+    unit: _Unit
+    y: float = _TOP
+    parts: list[str] = field(default_factory=list)
+    unlabelled: int = 0
+    plain: bool = False
+
+    def __post_init__(self) -> None:
+        self._tells = _stage_tells(self.schedule)
+
+    def panel(self, heading: str, end: float, cells: list[Cell], strips: list[Strip], bound: Bound | None) -> None:
+        """Heading, a row per rank up to the end of all, and the time axis."""
+        self.parts.append(f'<text class="heading" x="24" y="{self.y + 12:g}">{escape(heading)}</text>')
+        self.y += _HEADING
+        top, bottom = self.y, self.y + self.schedule.num_ranks * (_ROW + _ROW_GAP)
+        for rank in range(self.schedule.num_ranks):
+            self._track(rank, top, end)
+        ticks = self._axis(top, bottom)
+        self._cells(cells, top)
+        self._strips(strips, top)
+        self.parts += ticks
+        if bound is not None:
+            x = self.scale.x(bound.value)
+            self.parts.append(f'<line class="bound" x1="{x:.2f}" x2="{x:.2f}" y1="{top - 5:g}" y2="{bottom + 3:g}"/>')
+        self.y = bottom + _AXIS
+
+    def notes(self) -> list[str]:
+        """What the picture leaves out."""
+        if self.plain:
+            return ["numbers and tooltips left out: too many operations"]
+        return [f"{self.unlabelled} numbers left out where they do not fit: see tooltips"] if self.unlabelled else []
+
+    def _track(self, rank: int, top: float, end: float) -> None:
+        y = top + rank * (_ROW + _ROW_GAP)
+        width = end * self.scale.pixels
+        self.parts.append(f'<text class="soft" x="{_LEFT - 8:g}" y="{y + 19:g}" text-anchor="end">rank {rank}</text>')
+        self.parts.append(f'<rect class="track" x="{_LEFT:g}" y="{y:g}" width="{width:.2f}" height="{_ROW:g}"/>')
+
+    def _axis(self, top: float, bottom: float) -> list[str]:
+        """Draws the grid, and gives the ticks' texts, which come after the cells."""
+        texts = []
+        pixels = self.scale.pixels / self.unit.factor
+        step = round_up(_TICK / pixels) if pixels else 0.0
+        count = int(self.scale.span * self.unit.factor / step * (1 + 1e-9)) if step else 0
+        for tick in range(count + 1):
+            x = self.scale.x(tick * step / self.unit.factor)
+            self.parts.append(f'<line class="grid" x1="{x:.2f}" x2="{x:.2f}" y1="{top:g}" y2="{bottom + 4:g}"/>')
+            text = number(tick * step)
+            texts.append(f'<text class="soft" x="{x:.2f}" y="{bottom + 17:g}" text-anchor="middle">{text}</text>')
+        name = f"time in {self.unit.name}" if self.unit.name else "time in units of the costs"
+        return [*texts, f'<text class="soft" x="{_LEFT:g}" y="{bottom + 33:g}">{name}</text>']
+
+    def _cells(self, cells: list[Cell], top: float) -> None:
+        self.plain = self.plain or sum(len(cell.members) for cell in cells) > _MOST_LABELLED
+        shapes: dict[str, list[str]] = defaultdict(list)
+        numbers: dict[int, list[str]] = {0: [], 1: []}
+        for cell in cells:
+            x, width = self.scale.x(cell.start), (cell.end - cell.start) * self.scale.pixels
+            height = _ROW / len(cell.members)
+            for index, op in enumerate(cell.members):
+                y = top + cell.rank * (_ROW + _ROW_GAP) + index * height
+                variant = self._variant(cell.rank, op)
+                style = style_of(op.kind, variant)
+                if self.plain:
+                    shapes[style].append(f"M{x:.2f} {y:g}h{width:.2f}v{height:g}h-{width:.2f}z")
+                    continue
+                shapes[style].append(
+                    f'<rect x="{x:.2f}" y="{y:g}" width="{width:.2f}" height="{height:g}">'
+                    f"<title>{self._tooltip(cell, op)}</title></rect>"
+                )
+                label = _label(op, self._tells[cell.rank])
+                if height >= _LEAST_LABEL_HEIGHT and _label_width(label) <= width + 3:
+                    middle = y + height / 2 + 3.8
+                    numbers[variant].append(f'<text x="{x + width / 2:.2f}" y="{middle:g}">{label}</text>')
+                else:
+                    self.unlabelled += 1
+        for style, drawn in sorted(shapes.items()):
+            inner = [f'<path d="{"".join(drawn)}"/>'] if self.plain else drawn
+            self.parts += [f'<g class="cells {style}">', *inner, "</g>"]
+        self.parts += ['<g class="numbers">', *numbers[0], "</g>", '<g class="numbers on-dark">', *numbers[1], "</g>"]
+
+    def _strips(self, strips: list[Strip], top: float) -> None:
+        shapes: dict[str, list[str]] = {"exposed": [], "message": []}
+        for strip in strips:
+            x, width = self.scale.x(strip.start), (strip.end - strip.start) * self.scale.pixels
+            if width < 0.5:
+                continue
+            y = top + strip.rank * (_ROW + _ROW_GAP)
+            # A wait for a message is idle time and blank; an exposed exchange leaves the cell's colours in sight.
+            y, height = (y, _ROW) if strip.message else (y + _ROW * 0.8, _ROW * 0.2)
+            shapes["message" if strip.message else "exposed"].append(
+                f"M{x:.2f} {y:g}h{width:.2f}v{height:g}h-{width:.2f}z"
+            )
+        self.parts += [f'<path class="{style}" d="{"".join(drawn)}"/>' for style, drawn in shapes.items() if drawn]
+
+    def _variant(self, rank: int, op: Operation) -> int:
+        """Which shade: the direction's, or the place of the stage among those that the rank holds for it."""
+        if self.schedule.num_directions > 1:
+            return min(op.direction, 1)
+        if not self._tells[rank][op.direction]:
+            return 0
+        first = next(stage for stage, holder in enumerate(self.schedule.placement[0]) if holder == rank)
+        return int(op.stage > first)
+
+    def _tooltip(self, cell: Cell, op: Operation) -> str:
+        others = " ".join(str(other) for other in cell.members if other != op)
+        beside = f", overlapped with {others}" if others else ""
+        where = f"rank {cell.rank}, stage {op.stage}, micro-batch {op.micro_batch}, direction {op.direction}"
+        return f"{op}: {where}, {self.unit.shown(cell.start)} to {self.unit.shown(cell.end)}{beside}"
+
+
+def _stage_tells(schedule: Schedule) -> list[list[bool]]:
+    """Per rank and direction, whether a number needs its stage."""
+    return [
+        [stage_tells(schedule, rank, direction) for direction in range(schedule.num_directions)]
+        for rank in range(schedule.num_ranks)
+    ]
+
+
+def _label(op: Operation, tells: list[bool]) -> str:
+    return f"{op.stage}.{op.micro_batch}" if tells[op.direction] else str(op.micro_batch)
+
+
+def _label_width(label: str) -> float:
+    return len(label) * _LETTER + 6

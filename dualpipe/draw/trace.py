@@ -1,0 +1,176 @@
+"""A schedule's timing in Chrome's trace format, which Perfetto and chrome://tracing open.
+
+A process per rank, with a thread per lane: planned operations, planned exchanges, and the same for a run.
+"""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from dualpipe.costs import CostModel
+from dualpipe.ir import Operation, Schedule
+from dualpipe.measured import Measured, Span
+from dualpipe.simulate import Simulation
+from dualpipe.transfers import Value, made_by, message_of, needed_by
+
+_PLANNED, _OVERLAPPED, _EXCHANGE, _RUN, _RUN_EXCHANGE = range(5)
+_THREADS = {
+    _PLANNED: "planned compute",
+    _OVERLAPPED: "planned compute, overlapped",
+    _EXCHANGE: "planned comm",
+    _RUN: "measured compute",
+    _RUN_EXCHANGE: "measured comm",
+}
+_Event = dict[str, Any]
+_Place = tuple[int, int, float, float]
+"""Process, thread, begin and length of an event, times in microseconds."""
+
+
+def trace(
+    schedule: Schedule,
+    simulation: Simulation,
+    costs: CostModel,
+    measured: Measured | None = None,
+    seconds_per_unit: float = 0.001,
+) -> str:
+    """The trace as JSON: planned time, and beside it a run's where there is one.
+
+    Complete events carry an operation's name (`F3.12`; direction 1 with a prime) and its stage, micro-batch,
+    direction and group; arrows lead from what makes a message to what needs it. Members of a group share the group's
+    time. The model knows how long exchanges take but not where they lie within a group: they are drawn one after
+    another from its start.
+
+    Args:
+        schedule: a valid one.
+        simulation: of it.
+        costs: what it was timed by.
+        measured: a run of it.
+        seconds_per_unit: what one unit of the costs is drawn as; 1 where they are in seconds.
+    """
+    scale = seconds_per_unit * 1e6
+    events = [*_metadata(schedule, measured is not None)]
+    places: dict[Operation, _Place] = {}
+    for event, place in _planned(schedule, simulation, costs, scale):
+        events.append(event)
+        if place is not None:
+            places[place[0]] = place[1]
+    events += _flows(schedule, "planned", places, places)
+    if measured is not None:
+        events += _measured(schedule, measured)
+    return json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}, separators=(",", ":"))
+
+
+def _metadata(schedule: Schedule, measured: bool) -> Iterator[_Event]:
+    for rank in range(schedule.num_ranks):
+        yield _named("process_name", rank, 0, {"name": f"rank {rank}"})
+        yield _named("process_sort_index", rank, 0, {"sort_index": rank})
+        for thread, name in _THREADS.items():
+            if measured or thread < _RUN:
+                yield _named("thread_name", rank, thread, {"name": name})
+                yield _named("thread_sort_index", rank, thread, {"sort_index": thread})
+
+
+def _named(what: str, process: int, thread: int, values: dict[str, Any]) -> _Event:
+    return {"ph": "M", "name": what, "pid": process, "tid": thread, "args": values}
+
+
+def _planned(
+    schedule: Schedule, simulation: Simulation, costs: CostModel, scale: float
+) -> Iterator[tuple[_Event, tuple[Operation, _Place] | None]]:
+    """Events, and for an operation's main one its place."""
+    for rank, groups in enumerate(schedule.ranks):
+        for index, group in enumerate(groups):
+            start = simulation.starts[rank][index]
+            length = simulation.ends[rank][index] - start
+            exchange_at = start
+            for member, op in enumerate(group):
+                place = (rank, _OVERLAPPED if member else _PLANNED, start * scale, length * scale)
+                yield _complete(str(op), "planned", place, _arguments(op, index)), (op, place)
+                exchange = costs.exchange_of(op)
+                if exchange > 0:
+                    place = (rank, _EXCHANGE, exchange_at * scale, exchange * scale)
+                    yield _complete(f"exchange {op}", "planned", place, _arguments(op, index)), None
+                    exchange_at += exchange
+
+
+def _complete(name: str, category: str, place: _Place, arguments: dict[str, Any]) -> _Event:
+    process, thread, start, length = place
+    return {
+        "ph": "X",
+        "name": name,
+        "cat": category,
+        "pid": process,
+        "tid": thread,
+        "ts": round(start, 3),
+        "dur": round(length, 3),
+        "args": arguments,
+    }
+
+
+def _arguments(op: Operation, group: int) -> dict[str, Any]:
+    return {"stage": op.stage, "micro_batch": op.micro_batch, "direction": op.direction, "group": group}
+
+
+def _flows(
+    schedule: Schedule, category: str, makers: dict[Operation, _Place], needers: dict[Operation, _Place]
+) -> Iterator[_Event]:
+    """An arrow per message, from the end of what made it to the start of what needs it."""
+    waiting = {value: place for op, place in needers.items() if (value := _needed(schedule, op)) is not None}
+    for op, place in makers.items():
+        value = made_by(op, schedule.num_stages)
+        if value is None or value not in waiting:
+            continue
+        process, thread, start, length = place
+        # Within the event, or the viewer takes it for the next one's.
+        yield _arrow(value, category, "s", process, thread, start + 0.999 * length)
+        process, thread, start, length = waiting[value]
+        yield _arrow(value, category, "f", process, thread, start + 0.999 * length if category == "measured" else start)
+
+
+def _needed(schedule: Schedule, op: Operation) -> Value | None:
+    value = needed_by(op, schedule.num_stages)
+    return value if value is not None and message_of(schedule, value) is not None else None
+
+
+def _arrow(value: Value, category: str, end: str, process: int, thread: int, time: float) -> _Event:
+    event = {
+        "ph": end,
+        "id": f"{category} {value}",
+        "name": value.kind,
+        "cat": category,
+        "pid": process,
+        "tid": thread,
+        "ts": round(time, 3),
+    }
+    return {**event, "bp": "e"} if end == "f" else event
+
+
+def _measured(schedule: Schedule, measured: Measured) -> Iterator[_Event]:
+    makers: dict[Operation, _Place] = {}
+    needers: dict[Operation, _Place] = {}
+    for rank, spans in enumerate(measured.ranks):
+        for span in spans:
+            thread = _RUN_EXCHANGE if span.lane == "comm" else _RUN
+            start = (span.start_seconds - measured.start_seconds) * 1e6
+            place = (rank, thread, start, span.seconds * 1e6)
+            yield _complete(_span_name(span), "measured", place, _arguments(span.operation, span.group) | _phase(span))
+            if span.lane == "send":
+                makers[span.operation] = place
+            if span.lane == "wait":
+                needers[span.operation] = place
+    yield from _flows(schedule, "measured", makers, needers)
+
+
+def _span_name(span: Span) -> str:
+    names = {
+        "compute": "",
+        "comm": "exchange ",
+        "exposed": "exposed exchange ",
+        "wait": "wait for message of ",
+        "send": "send ",
+    }
+    return f"{names[span.lane]}{span.operation}"
+
+
+def _phase(span: Span) -> dict[str, Any]:
+    return {"phase": span.phase} if span.phase >= 0 else {}

@@ -1,0 +1,109 @@
+"""The published DualPipeV: half of DualPipe, its stages in a V (arXiv:2412.19437, section 3.2.1, cut in half).
+
+The order is that of DeepSeek's published implementation (github.com/deepseek-ai/DualPipe).
+"""
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from dualpipe.ir import Group, Op, Operation, Schedule, ScheduleError
+
+
+def dualpipe_v(num_ranks: int, num_micro_batches: int) -> Schedule:
+    """The published schedule: one direction, 2 * num_ranks stages, rank r holds stages r and 2P-1-r.
+
+    Raises:
+        ScheduleError: fewer than 1 rank, or fewer than 2 micro-batches per rank.
+    """
+    if num_ranks < 1:
+        raise ScheduleError(f"num_ranks: a pipeline needs at least 1 rank, has {num_ranks}; nearest: 1")
+    if num_micro_batches < 2 * num_ranks:
+        raise ScheduleError(
+            f"num_micro_batches: schedule 'dualpipe_v' on {num_ranks} ranks needs at least {2 * num_ranks} "
+            f"micro-batches (2 per rank), has {num_micro_batches}; nearest: {2 * num_ranks}"
+        )
+    return Schedule(
+        kind="dualpipe_v",
+        num_ranks=num_ranks,
+        num_micro_batches=num_micro_batches,
+        placement=((*range(num_ranks), *reversed(range(num_ranks))),),
+        ranks=tuple(_rank_groups(rank, num_ranks, num_micro_batches) for rank in range(num_ranks)),
+    )
+
+
+@dataclass(slots=True)
+class _Writer:
+    """One rank's list as it grows; it counts the micro-batches of each stage (I counts as B)."""
+
+    groups: list[Group] = field(default_factory=list)
+    counts: dict[tuple[bool, int], int] = field(default_factory=dict)
+    waiting: deque[Operation] = field(default_factory=deque)
+
+    def take(self, kind: Op, stage: int) -> Operation:
+        counted = (kind is Op.FORWARD, stage)
+        micro_batch = self.counts.get(counted, 0)
+        self.counts[counted] = micro_batch + 1
+        return Operation(kind, 0, stage, micro_batch)
+
+    def forward(self, stage: int) -> None:
+        self.groups.append((self.take(Op.FORWARD, stage),))
+
+    def backward(self, stage: int) -> None:
+        self.groups.append((self.take(Op.BACKWARD, stage),))
+
+    def backward_input(self, stage: int) -> None:
+        operation = self.take(Op.BACKWARD_INPUT, stage)
+        self.waiting.append(operation)
+        self.groups.append((operation,))
+
+    def backward_weight(self) -> None:
+        oldest = self.waiting.popleft()
+        self.groups.append((Operation(Op.BACKWARD_WEIGHT, 0, oldest.stage, oldest.micro_batch),))
+
+    def overlapped(self, forward: int, backward: int) -> None:
+        self.groups.append((self.take(Op.FORWARD, forward), self.take(Op.BACKWARD, backward)))
+
+
+def _rank_groups(rank: int, num_ranks: int, num_micro_batches: int) -> tuple[Group, ...]:
+    down, up = rank, 2 * num_ranks - 1 - rank
+    to_turn = num_ranks - 1 - rank
+    writer = _Writer()
+
+    for _ in range(2 * to_turn):
+        writer.forward(down)
+    for _ in range(rank + 1):
+        writer.forward(down)
+        writer.forward(up)
+    for _ in range(to_turn):
+        writer.backward_input(up)
+        writer.backward_weight()
+        writer.forward(up)
+    for index in range(num_micro_batches - 2 * num_ranks + rank + 1):
+        if index == 0 and to_turn == 0:
+            # The rank at the turn waits for nobody here: apart, the gradient leaves earlier.
+            writer.forward(down)
+            writer.backward(up)
+        else:
+            writer.overlapped(down, up)
+        writer.overlapped(up, down)
+    for _ in range(to_turn):
+        writer.backward(up)
+        writer.overlapped(up, down)
+    _drain(writer, rank, num_ranks)
+    return tuple(writer.groups)
+
+
+def _drain(writer: _Writer, rank: int, num_ranks: int) -> None:
+    """Backwards alone; from the middle on their weight halves are put off to fill the end."""
+    down, up = rank, 2 * num_ranks - 1 - rank
+    for index in range(2 * (rank + 1)):
+        stage = down if index % 2 else up
+        if index <= rank:
+            writer.backward(stage)
+        else:
+            writer.backward_input(stage)
+    for _ in range(num_ranks - 1 - rank):
+        writer.backward_weight()
+        writer.backward_input(down)
+    for _ in range(rank + 1):
+        writer.backward_weight()

@@ -1,0 +1,169 @@
+"""What a run really did with its time, in the schedule's words. Standard library only."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, assert_never
+
+from dualpipe.ir import Group, Op, Operation
+from dualpipe.program import Action, Program, RunKey, Step
+
+SpanLane = Literal["compute", "comm", "exposed", "wait", "send"]
+"""`compute`: the rank's main thread computes. `comm`: an exchange is under way beside it. `exposed`: the main thread
+starts an exchange of its own or waits for it. `wait`: it waits for another rank's message. `send`: it sends one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """A stretch of time given to one operation. `group` counts within the rank; `phase` is -1 where there is none."""
+
+    start_seconds: float
+    end_seconds: float
+    lane: SpanLane
+    operation: Operation
+    group: int
+    phase: int
+
+    @property
+    def seconds(self) -> float:
+        """Its length."""
+        return self.end_seconds - self.start_seconds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """`ranks[rank]` holds the rank's spans, all ranks on one clock."""
+
+    ranks: tuple[tuple[Span, ...], ...]
+
+    @property
+    def start_seconds(self) -> float:
+        """When the first rank began."""
+        return min((span.start_seconds for spans in self.ranks for span in spans), default=0.0)
+
+    @property
+    def end_seconds(self) -> float:
+        """When the last rank was done."""
+        return max((span.end_seconds for spans in self.ranks for span in spans), default=0.0)
+
+    @property
+    def makespan_seconds(self) -> float:
+        """From the first rank's begin to the last rank's end."""
+        return self.end_seconds - self.start_seconds
+
+
+def measured_bubble(measured: Measured) -> float:
+    """The part of all ranks' time in which their main threads neither computed nor served an exchange of their own.
+
+    Waiting for messages is most of it, before the first and after the last operation too; handing messages over and
+    the interpreter's own time are the rest. Time runs from the first rank's begin to the last one's end.
+    """
+    return _left_of(measured, ("compute", "exposed"))
+
+
+def measured_exposed(measured: Measured) -> float:
+    """The part of all ranks' time in which their main threads started an exchange of their own or waited for one."""
+    return 1.0 - _left_of(measured, ("exposed",)) if measured.makespan_seconds else 0.0
+
+
+def _left_of(measured: Measured, lanes: Sequence[SpanLane]) -> float:
+    total = measured.makespan_seconds * len(measured.ranks)
+    used = sum(span.seconds for spans in measured.ranks for span in spans if span.lane in lanes)
+    return max(0.0, 1.0 - used / total) if total else 0.0
+
+
+def rank_spans(
+    groups: Sequence[Group], program: Program, spans: Sequence[tuple[float, float]], origin_seconds: float
+) -> tuple[Span, ...]:
+    """One rank's spans, ordered by start.
+
+    Args:
+        groups: those of the schedule that the program was compiled from, of this rank.
+        program: of this rank.
+        spans: start and end of every step, in seconds from the program's start (`Execution.spans`). They are the
+            host's time: on a GPU, that of launching.
+        origin_seconds: the program's start on the clock that all ranks share.
+    """
+    operations = {key: (op, index) for index, group in enumerate(groups) for op in group for key in _keys(op)}
+    way: dict[RunKey, Action] = {}
+    exchange: dict[RunKey, tuple[Step, float]] = {}
+    exchanges = _exchange_steps(program)
+    found: list[Span] = []
+    for index, (step, (start, end)) in enumerate(zip(program.steps, spans, strict=True)):
+        if step.action in (Action.FORWARD, Action.BACKWARD):
+            way[step.run] = step.action
+            if index in exchanges:
+                exchange[step.run] = step, start
+        lane = _lane(step, index in exchanges)
+        if lane is None:
+            continue
+        op, group = operations[step.run, _passage(step, way)]
+        phase = step.phase
+        if step.action is Action.WAIT:
+            begun, since = exchange.pop(step.run)
+            phase = begun.phase
+            found.append(_span(since, end, origin_seconds, "comm", op, group, phase))
+        found.append(_span(start, end, origin_seconds, lane, op, group, phase))
+    return tuple(sorted(found, key=lambda span: (span.start_seconds, span.end_seconds)))
+
+
+def _keys(op: Operation) -> Iterable[tuple[RunKey, Action]]:
+    run = RunKey(op.direction, op.stage, op.micro_batch)
+    match op.kind:
+        case Op.FORWARD:
+            return [(run, Action.FORWARD)]
+        case Op.BACKWARD:
+            return [(run, Action.BACKWARD), (run, Action.WEIGHT)]
+        case Op.BACKWARD_INPUT:
+            return [(run, Action.BACKWARD)]
+        case Op.BACKWARD_WEIGHT:
+            return [(run, Action.WEIGHT)]
+        case _ as other:
+            assert_never(other)
+
+
+def _exchange_steps(program: Program) -> set[int]:
+    """The steps that only start an exchange: the run's next step on its way waits for it."""
+    found = set()
+    before: dict[RunKey, int] = {}
+    for index, step in enumerate(program.steps):
+        if step.action in (Action.FORWARD, Action.BACKWARD):
+            before[step.run] = index
+        elif step.action is Action.WAIT:
+            found.add(before[step.run])
+    return found
+
+
+def _passage(step: Step, way: dict[RunKey, Action]) -> Action:
+    """The kind of passage that a step belongs to: forward, backward for inputs, or weights."""
+    if step.message is not None:
+        return Action.FORWARD if step.message.kind == "activation" else Action.BACKWARD
+    return way[step.run] if step.action is Action.WAIT else step.action
+
+
+def _lane(step: Step, starts_exchange: bool) -> SpanLane | None:
+    match step.action:
+        case Action.FORWARD | Action.BACKWARD:
+            return "exposed" if starts_exchange else "compute"
+        case Action.WEIGHT:
+            return "compute"
+        case Action.WAIT:
+            return "exposed"
+        case Action.ACCEPT:
+            return "wait"
+        case Action.SEND:
+            return "send"
+        case Action.RECEIVE | Action.FINISH:
+            return None
+        case _ as other:
+            assert_never(other)
+
+
+def _span(start: float, end: float, origin: float, lane: SpanLane, op: Operation, group: int, phase: int) -> Span:
+    return Span(
+        start_seconds=origin + start,
+        end_seconds=origin + end,
+        lane=lane,
+        operation=op,
+        group=group,
+        phase=phase,
+    )

@@ -1,0 +1,146 @@
+"""What the stages of a benchmark compute: F, I and W of one micro-batch that sleep, or that multiply matrices.
+
+The backward of a block gives the input gradient and hands the weight gradient to a sink, so that every schedule, ours
+or torch's, runs the same F, I and W, at the moment that it chooses. Shape legend: T rows of a micro-batch, D hidden.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from model.linear import WeightSink, linear
+
+WorkKind = Literal["sleep", "products"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Workload:
+    """What each rank of a pipeline does for one micro-batch, whatever the number of its stages.
+
+    seconds: of sleep in each of F, I and W. num_layers: square linear maps, a tanh after each.
+    """
+
+    kind: WorkKind
+    num_rows: int
+    hidden: int
+    seconds: float = 0.0
+    num_layers: int = 0
+
+
+class Owed:
+    """Weight gradients of one backward, until they are taken as one function."""
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[Tensor, Callable[[], Tensor]]] = []
+
+    def defer(self, weight: Tensor, gradient: Callable[[], Tensor]) -> None:
+        """Keeps a closure that computes the gradient of `weight`."""
+        self._waiting.append((weight, gradient))
+
+    def take(self) -> Callable[[], None]:
+        """What computes all that waits and adds it to the weights' gradients."""
+        waiting, self._waiting = self._waiting, []
+
+        def run() -> None:
+            with torch.no_grad():
+                for weight, gradient in waiting:
+                    if weight.grad is None:
+                        weight.grad = gradient()
+                    else:
+                        weight.grad += gradient()
+            waiting.clear()
+
+        return run
+
+
+class Block(Protocol):
+    """A stage's computation, shared by its micro-batches."""
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """Its parameters."""
+        ...
+
+    def forward(self, x_TD: Tensor, sink: WeightSink) -> Tensor:
+        """The output, with a graph whose backward gives the input gradient and defers the weight gradients."""
+        ...
+
+
+class SleepLog:
+    """Counts sleeps by kind."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+
+    def sleep(self, kind: str, seconds: float) -> None:
+        """Sleeps."""
+        self.counts[kind] += 1
+        time.sleep(seconds)
+
+
+class _Sleep(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, weight: Tensor, block: "SleepBlock", sink: WeightSink) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.block, ctx.sink = block, sink
+        block.log.sleep("F", block.seconds)
+        return x_TD + 1
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        (weight,) = ctx.saved_tensors
+        block = ctx.block
+
+        def gradient() -> Tensor:
+            block.log.sleep("W", block.seconds)
+            return torch.ones_like(weight)
+
+        block.log.sleep("I", block.seconds)
+        ctx.sink.defer(weight, gradient)
+        return grads[0].clone(), None, None, None
+
+
+class SleepBlock:
+    """Sleeps in each of F, I and W, and passes its input on, plus one."""
+
+    def __init__(self, seconds: float, log: SleepLog) -> None:
+        self.seconds = seconds
+        self.log = log
+        self.weights: list[Tensor] = [torch.zeros(1, requires_grad=True)]
+
+    def forward(self, x_TD: Tensor, sink: WeightSink) -> Tensor:
+        """The input plus one, after a sleep."""
+        out: Tensor = _Sleep.apply(x_TD, self.weights[0], self, sink)  # type: ignore[no-untyped-call]
+        return out
+
+
+class ProductBlock:
+    """Square linear maps, a tanh after each, in the project's own split of the backward into I and W."""
+
+    def __init__(self, num_layers: int, hidden: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.weights: list[Tensor] = [
+            torch.randn(hidden, hidden, generator=generator).div_(hidden**0.5).requires_grad_()
+            for _ in range(num_layers)
+        ]
+
+    def forward(self, x_TD: Tensor, sink: WeightSink) -> Tensor:
+        """The output of the last layer."""
+        for weight_DD in self.weights:
+            x_TD = linear(x_TD, weight_DD, sink).tanh()
+        return x_TD
+
+
+def build_block(workload: Workload, num_ranks: int, num_stages: int, log: SleepLog) -> Block:
+    """One stage of `num_stages`: of twice as many stages as ranks, each does half of a rank's share."""
+    match workload.kind:
+        case "sleep":
+            return SleepBlock(workload.seconds * num_ranks / num_stages, log)
+        case "products":
+            assert workload.num_layers * num_ranks % num_stages == 0
+            return ProductBlock(workload.num_layers * num_ranks // num_stages, workload.hidden)

@@ -1,0 +1,223 @@
+"""Whoever runs one step of a pipeline on this rank: the project, torch's schedules, or the blocks by themselves.
+
+Shape legend: T rows of a micro-batch, D hidden.
+"""
+
+from collections.abc import Callable
+from typing import get_args
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleDualPipeV
+
+from comm.config import ParallelismConfig
+from comm.layout import Layout
+from comm.message import MessageKey
+from comm.p2p import Transport, adjacent_pairs
+from comm.protocol import Work
+from dualpipe import pairing
+from dualpipe.compile import compile_rank
+from dualpipe.config import ScheduleKind
+from dualpipe.execute import execute
+from dualpipe.ir import Schedule
+from dualpipe.protocols import Lane
+from dualpipe.transfers import Message
+from tests.bench.blocks import Block, Owed, SleepLog, Workload, build_block
+
+Step = Callable[[], None]
+OWN_KINDS: tuple[str, ...] = get_args(ScheduleKind)
+TORCH_KINDS = ("torch:ScheduleDualPipeV", "torch:Schedule1F1B")
+ALONE = "blocks alone"
+_TIMEOUT_SECONDS = 60.0
+
+
+class BlockRun:
+    """`dualpipe.protocols.Run` of a block: one micro-batch's F, I and W."""
+
+    def __init__(self, block: Block, like_TD: Tensor) -> None:
+        """`like_TD`: what enters the first stage, and the gradient that enters the last."""
+        self._block = block
+        self._owed = Owed()
+        self._input_TD = like_TD.detach().requires_grad_()
+        self._output_TD: Tensor | None = None
+        self._gradient_TD = like_TD
+        self._weight: Callable[[], None] | None = None
+
+    def set_input(self, hidden_TD: Tensor, /) -> None:
+        """The activation from the stage before."""
+        self._input_TD = hidden_TD.requires_grad_()
+
+    def output(self) -> Tensor:
+        """The activation for the stage after."""
+        assert self._output_TD is not None
+        return self._output_TD.detach()
+
+    def set_output_gradient(self, gradient_TD: Tensor, /) -> None:
+        """The gradient from the stage after."""
+        self._gradient_TD = gradient_TD
+
+    def input_gradient(self) -> Tensor:
+        """The gradient for the stage before."""
+        assert self._input_TD.grad is not None
+        return self._input_TD.grad
+
+    def forward(self, phase: int) -> None:
+        """F."""
+        self._output_TD = self._block.forward(self._input_TD, self._owed)
+
+    def backward(self, phase: int) -> None:
+        """I."""
+        assert self._output_TD is not None
+        torch.autograd.backward([self._output_TD], [self._gradient_TD])
+        self._output_TD = None
+        self._weight = self._owed.take()
+
+    def weight(self, phase: int) -> None:
+        """W."""
+        assert self._weight is not None
+        self._weight()
+
+    def wait(self) -> None:
+        """No phase is ever under way."""
+
+
+class BlockStage:
+    """`dualpipe.protocols.Stage` of a block: one computation, no exchange."""
+
+    lanes: tuple[Lane, ...] = ("compute",)
+
+    def __init__(self, block: Block, like_TD: Tensor) -> None:
+        self._block = block
+        self._like_TD = like_TD
+
+    def start(self, direction: int, micro_batch: int) -> BlockRun:
+        """Begins a micro-batch."""
+        return BlockRun(self._block, self._like_TD)
+
+
+class Links:
+    """The transport as the interpreter sees it."""
+
+    def __init__(self, transport: Transport, like_TD: Tensor) -> None:
+        self._transport = transport
+        self._like_TD = like_TD
+
+    def post_receive(self, message: Message, /) -> Work[Tensor]:
+        """Makes room for a message."""
+        return self._transport.post_receive(_key(message), self._like_TD.shape, self._like_TD.dtype)
+
+    def send(self, message: Message, tensor: Tensor, /) -> None:
+        """Sends without waiting."""
+        self._transport.send(_key(message), tensor)
+
+    def flush(self) -> None:
+        """Waits until everything sent has left."""
+        self._transport.flush()
+
+
+def _key(message: Message) -> MessageKey:
+    return MessageKey(
+        kind=message.kind,
+        direction=message.direction,
+        stage=message.stage,
+        micro_batch=message.micro_batch,
+        source=message.source,
+        destination=message.destination,
+    )
+
+
+def open_transport(num_ranks: int) -> Transport:
+    """The project's links between `num_ranks` gloo ranks in a row. Made by all at the same point."""
+    layout = Layout(ParallelismConfig(pipeline=num_ranks, data=1, expert=1), ranks_per_node=num_ranks)
+    return Transport(layout, adjacent_pairs(num_ranks), torch.device("cpu"), _TIMEOUT_SECONDS)
+
+
+def own_step(schedule: Schedule, rank: int, workload: Workload, transport: Transport, log: SleepLog) -> Step:
+    """A step of the project: schedule, compiler, interpreter and transport as in training."""
+    like_TD = torch.zeros(workload.num_rows, workload.hidden)
+    stages = {
+        stage: BlockStage(build_block(workload, schedule.num_ranks, schedule.num_stages, log), like_TD)
+        for _, stage in schedule.stages_of(rank)
+    }
+    lanes = {number: stage.lanes for number, stage in stages.items()}
+    program = compile_rank(schedule, rank, lanes, pairing.overlapped)
+    links = Links(transport, like_TD)
+
+    def run() -> None:
+        execute(program, stages, links)
+
+    return run
+
+
+def alone_step(num_micro_batches: int, workload: Workload, log: SleepLog) -> Step:
+    """The blocks of a rank's share with neither schedule nor transfers: F, I, W of one micro-batch after another."""
+    like_TD = torch.zeros(workload.num_rows, workload.hidden)
+    stage = BlockStage(build_block(workload, 1, 1, log), like_TD)
+
+    def run() -> None:
+        for micro_batch in range(num_micro_batches):
+            block_run = stage.start(0, micro_batch)
+            block_run.forward(0)
+            block_run.backward(0)
+            block_run.weight(0)
+
+    return run
+
+
+class _BlockModule(nn.Module):
+    """A block as torch's pipelines take it. What `build_weights` gives runs W of the backward just done."""
+
+    def __init__(self, block: Block) -> None:
+        super().__init__()
+        self._block = block
+        self._owed = Owed()
+        self._weights = nn.ParameterList([nn.Parameter(weight) for weight in block.weights])
+        block.weights[:] = list(self._weights)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """The block's output. The first stage's input takes a gradient too, so that its I is like any other's."""
+        x_TD = x_TD if x_TD.requires_grad else x_TD.detach().requires_grad_()
+        return self._block.forward(x_TD, self._owed)
+
+    def build_weights(self) -> Callable[[], None]:
+        """torch's `dw_builder`."""
+        return self._owed.take()
+
+
+def torch_step(kind: str, rank: int, num_ranks: int, num_micro_batches: int, workload: Workload, log: SleepLog) -> Step:
+    """A step of torch's schedule, `TORCH_KINDS`, over the world's group."""
+    like_TD = torch.zeros(workload.num_rows, workload.hidden)
+    num_stages = num_ranks if kind == "torch:Schedule1F1B" else 2 * num_ranks
+    like_TD.requires_grad_()  # else torch awaits no gradient of it
+    held = [rank] if num_stages == num_ranks else [rank, num_stages - 1 - rank]
+    stages = []
+    for stage in held:
+        module = _BlockModule(build_block(workload, num_ranks, num_stages, log))
+        stages.append(
+            PipelineStage(
+                module,
+                stage,
+                num_stages,
+                torch.device("cpu"),
+                input_args=like_TD,
+                output_args=like_TD,
+                dw_builder=module.build_weights,
+            )
+        )
+    schedule: Schedule1F1B | ScheduleDualPipeV
+    if kind == "torch:Schedule1F1B":
+        schedule = Schedule1F1B(stages[0], num_micro_batches, loss_fn=_loss, scale_grads=False)
+    else:
+        schedule = ScheduleDualPipeV(stages, num_micro_batches, loss_fn=_loss, scale_grads=False)
+    batch_TD = torch.zeros(workload.num_rows * num_micro_batches, workload.hidden)
+    arguments = (batch_TD,) if 0 in held else ()
+    target = batch_TD if num_stages - 1 in held else None
+
+    def run() -> None:
+        schedule.step(*arguments, target=target, return_outputs=False)
+
+    return run
+
+
+def _loss(output_TD: Tensor, target_TD: Tensor) -> Tensor:
+    return output_TD.sum()

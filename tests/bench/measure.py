@@ -1,0 +1,88 @@
+"""Interleaved runs of contenders on the same ranks."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import distributed
+
+from dualpipe.costs import Costs
+from dualpipe.generate.select import build
+from tests.bench.blocks import SleepLog, Workload
+from tests.bench.contenders import ALONE, TORCH_KINDS, Step, alone_step, open_transport, own_step, torch_step
+from tests.ranks import run_ranks
+
+_START_DELAY_SECONDS = 0.01
+COSTS = Costs(forward=1.0, backward_input=1.0, backward_weight=1.0, exchange=0.0, latency=0.0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """Which contenders run how often. Every contender has one step that is not measured."""
+
+    contenders: tuple[str, ...]
+    num_ranks: int
+    num_micro_batches: int
+    num_rounds: int
+    workload: Workload
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """One step over all ranks: seconds from the common start to the last rank's end; CPU seconds of all ranks with
+    all their threads; sleeps of each rank by kind."""
+
+    seconds: float
+    cpu_seconds: float
+    sleeps: tuple[dict[str, int], ...]
+
+
+def measure(plan: Plan) -> dict[str, list[Sample]]:
+    """Runs A B C A B C ... and gives each contender's samples, in the order of the rounds."""
+    per_rank = run_ranks(plan.num_ranks, _measure_rank, plan, timeout_seconds=600.0)
+    return {name: [_joined(samples) for samples in zip(*(rank[name] for rank in per_rank), strict=True)]
+            for name in plan.contenders}  # fmt: skip
+
+
+def _joined(samples: Sequence[tuple[float, float, dict[str, int]]]) -> Sample:
+    return Sample(
+        seconds=max(seconds for seconds, _, _ in samples),
+        cpu_seconds=sum(cpu for _, cpu, _ in samples),
+        sleeps=tuple(sleeps for _, _, sleeps in samples),
+    )
+
+
+def _measure_rank(rank: int, num_ranks: int, plan: Plan) -> dict[str, list[tuple[float, float, dict[str, int]]]]:
+    log = SleepLog()
+    with open_transport(num_ranks) as transport:
+        steps: dict[str, Step] = {}
+        for name in plan.contenders:
+            if name == ALONE:
+                steps[name] = alone_step(plan.num_micro_batches, plan.workload, log)
+            elif name in TORCH_KINDS:
+                steps[name] = torch_step(name, rank, num_ranks, plan.num_micro_batches, plan.workload, log)
+            else:
+                schedule = build(name, num_ranks, plan.num_micro_batches)
+                steps[name] = own_step(schedule, rank, plan.workload, transport, log)
+        for step in steps.values():
+            step()
+        samples: dict[str, list[tuple[float, float, dict[str, int]]]] = {name: [] for name in plan.contenders}
+        for _ in range(plan.num_rounds):
+            for name, step in steps.items():
+                samples[name].append(_timed(step, log))
+    return samples
+
+
+def _timed(step: Step, log: SleepLog) -> tuple[float, float, dict[str, int]]:
+    log.counts.clear()
+    # The ranks share a clock: all begin at a moment that rank 0 chose.
+    start = torch.tensor([time.monotonic() + _START_DELAY_SECONDS], dtype=torch.float64)
+    distributed.broadcast(start, 0)
+    time.sleep(max(0.0, start.item() - time.monotonic()))
+    cpu = time.process_time()
+    step()
+    end = time.monotonic()
+    cpu = time.process_time() - cpu
+    distributed.barrier()
+    return end - start.item(), cpu, dict(log.counts)

@@ -1,0 +1,251 @@
+"""Stages that only add and keep a journal of their tensors, and ranks that are threads: to hold the interpreter to."""
+
+import queue
+import threading
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dualpipe.compile import Pairing, compile_rank
+from dualpipe.execute import Execution, execute
+from dualpipe.generate.dualpipe_v import dualpipe_v
+from dualpipe.generate.select import build
+from dualpipe.generate.zero_bubble import zb_h1, zb_v
+from dualpipe.ir import Schedule
+from dualpipe.pairing import overlapped, sequential
+from dualpipe.program import Program
+from dualpipe.protocols import Lane, Receipt
+from dualpipe.transfers import Message
+from tests.dualpipe.random_schedules import bidirectional, looped, random_schedule, straight, v_shaped
+
+BLOCK: tuple[Lane, ...] = ("compute", "comm", "compute", "comm")
+PAIRINGS = [overlapped, sequential]
+PLACEMENTS = [straight(4), v_shaped(1), v_shaped(3), bidirectional(1), bidirectional(3), bidirectional(4), looped(3, 2)]
+RANDOM = [random_schedule(placement, 5, seed) for placement in PLACEMENTS for seed in range(3)]
+PUBLISHED = [
+    *(build("dualpipe", *sizes) for sizes in ((2, 4), (4, 8), (6, 16))),
+    *(build("1f1b", *sizes) for sizes in ((1, 2), (3, 5))),
+    *(dualpipe_v(*sizes) for sizes in ((1, 2), (3, 7))),
+    *(zb_v(*sizes) for sizes in ((1, 3), (3, 7), (4, 3))),
+    *(zb_h1(*sizes) for sizes in ((1, 3), (3, 7))),
+]
+SCHEDULES = PUBLISHED + RANDOM
+
+
+def name_of(schedule: object) -> str | None:
+    """For the names of test cases."""
+    if not isinstance(schedule, Schedule):
+        return None
+    shape = f"{schedule.num_directions}x{schedule.num_stages}"
+    return f"{schedule.kind}-{schedule.num_ranks}-{schedule.num_micro_batches}-{shape}"
+
+
+def lanes_of(stage: int, num_stages: int) -> tuple[Lane, ...]:
+    """An embedding and a dense block at the start, a head at the end, one block or two on the way."""
+    blocks = BLOCK * (1 + stage % 2) if stage else ("compute", "compute")
+    return (*blocks, "compute") if stage == num_stages - 1 else blocks
+
+
+def lower(schedule: Schedule, rank: int, pairing: Pairing) -> Program:
+    lanes = {stage: lanes_of(stage, schedule.num_stages) for _, stage in schedule.stages_of(rank)}
+    return compile_rank(schedule, rank, lanes, pairing)
+
+
+@dataclass
+class Journal:
+    """What one rank's runs keep. `ended`: tensors that must be gone when the rank does its next thing."""
+
+    ended: list[weakref.ref[Tensor]] = field(default_factory=list)
+    kept: dict[object, list[weakref.ref[Tensor]]] = field(default_factory=dict)
+    peak: int = 0
+
+    def look(self) -> None:
+        """Called before anything that the rank does."""
+        assert all(tensor() is None for tensor in self.ended), "a tensor is kept after its last use"
+        self.ended.clear()
+        alive = [key for key, tensors in self.kept.items() if any(tensor() is not None for tensor in tensors)]
+        self.peak = max(self.peak, len(alive))
+
+    def end(self, *tensors: Tensor) -> None:
+        self.ended += map(weakref.ref, tensors)
+
+    def keep(self, key: object, tensor: Tensor) -> None:
+        self.kept.setdefault(key, []).append(weakref.ref(tensor))
+
+
+class AddingRun:
+    """Adds 10^phase, times the stage's number, on the way forward; gradients double. Exchanges end in `wait` alone.
+
+    As a model's run does, it hands outputs over, keeps an activation of each phase to its own end, and drops what it
+    was given once the first phase has used it.
+    """
+
+    def __init__(self, stage: "AddingStage", key: tuple[int, int], value: Tensor) -> None:
+        self.stage = stage
+        self.key = key
+        self.value: Tensor | None = value if stage.number == 0 else None
+        self.gradient: Tensor | None = None
+        self.activations: list[Tensor] = []
+        self.weights: list[int] = []
+        self.pending = False
+
+    def set_input(self, hidden: Tensor, /) -> None:
+        self.stage.journal.look()
+        self.value = hidden
+
+    def output(self) -> Tensor:
+        self.stage.journal.look()
+        assert self.value is not None
+        assert not self.pending
+        value, self.value = self.value, None
+        return value
+
+    def set_output_gradient(self, gradient: Tensor, /) -> None:
+        self.stage.journal.look()
+        self.gradient = gradient
+
+    def input_gradient(self) -> Tensor:
+        self.stage.journal.look()
+        assert self.gradient is not None
+        assert not self.pending
+        gradient, self.gradient = self.gradient, None
+        return gradient
+
+    def forward(self, phase: int) -> None:
+        self._start(phase)
+        assert self.value is not None
+        if phase == 0:
+            self.stage.journal.end(self.value)
+        activation = self.value.clone()
+        self.stage.journal.keep((self.stage.number, self.key), activation)
+        self.activations.append(activation)
+        self.value = self.value + (self.stage.number + 1) * 10.0**phase
+        if phase == len(self.stage.lanes) - 1:
+            self.stage.outputs[self.key] = self.value.tolist()
+            if self.stage.is_last:
+                self.gradient, self.value = self.value, None
+
+    def backward(self, phase: int) -> None:
+        self._start(phase)
+        assert self.gradient is not None
+        if phase == len(self.stage.lanes) - 1:
+            self.stage.journal.end(self.gradient)
+        self.gradient = self.gradient * 2
+        if phase == 0:
+            self.stage.gradients[self.key] = self.gradient.tolist()
+
+    def weight(self, phase: int) -> None:
+        self.stage.journal.look()
+        self.weights.append(phase)
+        self.stage.weights[self.key] = self.weights
+        if len(self.weights) == self.stage.lanes.count("compute"):
+            self.stage.journal.end(*self.activations)
+
+    def wait(self) -> None:
+        self.stage.journal.look()
+        assert self.pending
+        self.pending = False
+
+    def _start(self, phase: int) -> None:
+        self.stage.journal.look()
+        assert not self.pending
+        self.pending = self.stage.lanes[phase] == "comm"
+
+
+class AddingStage:
+    """Makes runs, and notes by (direction, micro-batch) what they came to."""
+
+    def __init__(self, number: int, num_stages: int, journal: Journal) -> None:
+        self.lanes = lanes_of(number, num_stages)
+        self.number = number
+        self.is_last = number == num_stages - 1
+        self.journal = journal
+        self.outputs: dict[tuple[int, int], list[float]] = {}
+        self.gradients: dict[tuple[int, int], list[float]] = {}
+        self.weights: dict[tuple[int, int], list[int]] = {}
+
+    def start(self, direction: int, micro_batch: int) -> AddingRun:
+        self.journal.look()
+        value = torch.tensor([float(micro_batch), float(direction)], dtype=torch.float64)
+        return AddingRun(self, (direction, micro_batch), value)
+
+
+Queues = dict[object, "queue.Queue[tuple[Message, Tensor]]"]
+
+
+class QueueTransport:
+    """One queue per link between the threads of a test; what travels is a copy."""
+
+    def __init__(self, queues: Queues, journal: Journal) -> None:
+        self._queues = queues
+        self._journal = journal
+
+    def post_receive(self, message: Message, /) -> Receipt:
+        assert message.source != message.destination
+        return Due(message, self._queues[message.link])
+
+    def send(self, message: Message, tensor: Tensor, /) -> None:
+        assert message.source != message.destination
+        self._queues[message.link].put((message, tensor.clone()))
+        self._journal.end(tensor)
+
+    def flush(self) -> None:
+        self._journal.look()
+
+
+class Due:
+    """A message that will come through its queue."""
+
+    def __init__(self, message: Message, messages: "queue.Queue[tuple[Message, Tensor]]") -> None:
+        self._message = message
+        self._messages = messages
+
+    def wait(self) -> Tensor:
+        came, tensor = self._messages.get(timeout=20)
+        assert came == self._message
+        return tensor
+
+
+@dataclass
+class Ran:
+    """What one rank's thread came to."""
+
+    stages: dict[int, AddingStage]
+    journal: Journal
+    execution: Execution
+
+
+def run_threads(schedule: Schedule, pairing: Pairing) -> list[Ran]:
+    """The schedule on adding stages, one thread for each rank; raises what a thread raised."""
+    queues: Queues = defaultdict(queue.Queue)
+    results: dict[int, Ran] = {}
+    errors: list[BaseException] = []
+
+    def work(rank: int) -> None:
+        journal = Journal()
+        held = {stage for _, stage in schedule.stages_of(rank)}
+        stages = {stage: AddingStage(stage, schedule.num_stages, journal) for stage in held}
+        try:
+            program = lower(schedule, rank, pairing)
+            results[rank] = Ran(stages, journal, execute(program, stages, QueueTransport(queues, journal)))
+        except BaseException as error:
+            errors.append(error)
+
+    _run_all([lambda rank=rank: work(rank) for rank in range(schedule.num_ranks)])  # type: ignore[misc]
+    if errors:
+        raise errors[0]
+    assert len(results) == schedule.num_ranks
+    return [results[rank] for rank in range(schedule.num_ranks)]
+
+
+def _run_all(functions: Sequence[Callable[[], Any]]) -> None:
+    threads = [threading.Thread(target=function, daemon=True) for function in functions]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=30)

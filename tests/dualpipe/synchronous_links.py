@@ -1,0 +1,134 @@
+"""Ranks as threads over links that hold one message: the strictest transport that a valid schedule must bear.
+
+A link's own thread hands its message over once the receiver has asked; the sender stands before its next message on
+that link until then. Ranks and links pause at random in between, so that no order of events is given.
+"""
+
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from dualpipe.ir import Schedule
+from dualpipe.transfers import Link, Message, transfers
+
+LONGEST_PAUSE_SECONDS = 0.0002
+
+
+class Stuck(Exception):
+    """Every rank that has not ended waits, and nothing is left to hand over."""
+
+
+@dataclass
+class _Request:
+    due: Message
+    came: Message | None = None
+
+
+@dataclass
+class _LinkState:
+    held: Message | None = None
+    requests: deque[_Request] = field(default_factory=deque)
+
+    @property
+    def can_hand_over(self) -> bool:
+        return self.held is not None and bool(self.requests)
+
+
+def run_on_threads(schedule: Schedule, seed: int) -> None:
+    """Runs a schedule to its end.
+
+    Raises:
+        Stuck: the ranks wait for each other.
+        AssertionError: a rank got another message than the one that it asked for.
+    """
+    _Job(schedule, seed).run()
+
+
+class _Job:
+    def __init__(self, schedule: Schedule, seed: int) -> None:
+        self.messages = transfers(schedule)
+        self.seed = seed
+        self.changed = threading.Condition()
+        self.links = {message.link: _LinkState() for rank in self.messages for message in rank.all_sends}
+        self.blocked: dict[int, Callable[[], bool]] = {}
+        self.running = set(range(len(schedule.ranks)))
+        self.problem: Exception | None = None
+
+    def run(self) -> None:
+        threads = [threading.Thread(target=self.guard, args=(self.rank, rank)) for rank in sorted(self.running)]
+        threads += [threading.Thread(target=self.guard, args=(self.link, link)) for link in self.links]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if self.problem is not None:
+            raise self.problem
+
+    def guard(self, target: Callable[[Any], None], subject: int | Link) -> None:
+        try:
+            target(subject)
+        except Exception as error:
+            with self.changed:
+                self.problem = self.problem or error
+                self.changed.notify_all()
+
+    def rank(self, rank: int) -> None:
+        pauses = random.Random(f"{self.seed} {rank}")
+        for receives, sends in zip(self.messages[rank].receives, self.messages[rank].sends, strict=True):
+            requests = [_Request(message) for message in receives]
+            with self.changed:
+                for request in requests:
+                    self.links[request.due.link].requests.append(request)
+                self.changed.notify_all()
+            for request in requests:
+                self.wait(rank, lambda request=request: request.came is not None)
+                assert request.came == request.due
+            pause(pauses)
+            for message in sends:
+                link = self.links[message.link]
+                self.wait(rank, lambda link=link: link.held is None)
+                with self.changed:
+                    link.held = message
+                    self.changed.notify_all()
+        with self.changed:
+            self.running.discard(rank)
+            self.check_stuck()
+            self.changed.notify_all()
+
+    def link(self, name: Link) -> None:
+        pauses = random.Random(f"{self.seed} {name}")
+        link = self.links[name]
+        while True:
+            with self.changed:
+                self.changed.wait_for(lambda: link.can_hand_over or not self.running or self.problem)
+                if not link.can_hand_over:
+                    return
+            pause(pauses)
+            with self.changed:
+                link.requests.popleft().came, link.held = link.held, None
+                self.changed.notify_all()
+
+    def wait(self, rank: int, is_over: Callable[[], bool]) -> None:
+        with self.changed:
+            self.blocked[rank] = is_over
+            self.check_stuck()
+            self.changed.wait_for(lambda: is_over() or self.problem)
+            del self.blocked[rank]
+            if not is_over():
+                raise Stuck
+
+    def check_stuck(self) -> None:
+        """Holds the lock: so what it sees is one moment of the whole job."""
+        everyone = self.running and self.running <= self.blocked.keys()
+        if everyone and not any(self.blocked[rank]() for rank in self.running):
+            if not any(link.can_hand_over for link in self.links.values()):
+                raise Stuck(f"ranks {sorted(self.running)}")
+
+
+def pause(draws: random.Random) -> None:
+    if draws.random() < 0.3:
+        time.sleep(draws.random() * LONGEST_PAUSE_SECONDS)

@@ -1,0 +1,61 @@
+"""What ends a run that cannot go on: one rank's error, for all ranks, within seconds."""
+
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from comm.config import ParallelismConfig
+from comm.layout import Layout
+from dualpipe.generate.one_f_one_b import one_f_one_b
+from dualpipe.ir import ScheduleError
+from tests.ranks import run_ranks
+from tests.tiny import write_text
+from tests.train.failing_rank import CAUSE
+from train.assemble import open_groups
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("pipeline", "rank", "where"), [(4, 0, "backward"), (4, 1, "forward"), (8, 3, "backward"), (8, 7, "forward")]
+)
+def test_error_of_one_rank_amid_a_step_ends_all_with_its_own_words(
+    tmp_path: Path, pipeline: int, rank: int, where: str
+) -> None:
+    write_text(tmp_path)
+    choices = [
+        *(f"out_dir={tmp_path / 'run'}", "model=tiny", f"parallelism.pipeline={pipeline}", "model.num_layers=8"),
+        *("parallelism.data=1", "parallelism.expert=1", "stage.validation_sequences=0", "stage.sample_prompt="),
+        *("data=files", f"data.paths=[{tmp_path / 'text'}]", f"data.cache_dir={tmp_path / 'cache'}"),
+        *("data.tokenizer_vocab_size=320", "stage.sequence_length_tokens=32", "stage.global_batch_sequences=16"),
+        *("stage.micro_batch_sequences=1", "data.validation_fraction=0.2"),
+    ]
+    command = [sys.executable, "-m", "tests.train.failing_rank", where, str(rank), *choices]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    seconds = time.time() - (tmp_path / "run" / "raised").stat().st_mtime
+    assert seconds < 10
+    assert ended.returncode == 1
+    assert re.search(f"^error: rank {rank}: RuntimeError: {CAUSE}$", ended.stderr, re.MULTILINE), ended.stderr
+    assert "raise RuntimeError(CAUSE)" in (tmp_path / "run" / "log" / f"rank_{rank:05d}.error.log").read_text()
+
+
+def _disagree(rank: int, world_size: int) -> str:
+    layout = Layout(ParallelismConfig(pipeline=world_size, data=1, expert=1), ranks_per_node=1)
+    try:
+        open_groups(one_f_one_b(world_size, 4 if rank != 2 else 5), layout, 20.0)
+    except ScheduleError as error:
+        return str(error)
+    return ""
+
+
+def test_ranks_with_different_schedules_are_refused_on_every_rank() -> None:
+    said = run_ranks(3, _disagree)
+    assert re.match(
+        "schedule: every rank must follow the same one; rank 2's has the digest [0-9a-f]{16}, rank 0's", said[0]
+    )
+    assert len(set(said)) == 1
