@@ -10,6 +10,14 @@ class ScheduleError(ValueError):
     """A schedule that cannot be made, read or run: the message names place, rule and value."""
 
 
+class MemoryCapError(ScheduleError):
+    """A memory cap that a schedule does not fit. `least`: the least cap that it does."""
+
+    def __init__(self, message: str, least: float) -> None:
+        super().__init__(f"memory_cap: {message}")
+        self.least = least
+
+
 class Op(StrEnum):
     """What an operation computes. A full backward is the backward for inputs and then the one for weights.
 

@@ -1,4 +1,4 @@
-"""Passes: pure functions from a schedule to a schedule. One that claims to help is kept only if the simulator agrees."""
+"""Passes: pure functions from schedule to schedule. One that claims to help is kept only if the simulator agrees."""
 
 from dataclasses import replace
 

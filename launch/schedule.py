@@ -1,35 +1,51 @@
-"""`python -m launch.schedule`: a pipeline schedule as JSON, or as a text grid with what the simulator makes of it."""
+"""`python -m launch.schedule`: pipeline schedules as text, JSON, SVG, page or trace, with what the simulator says."""
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal, assert_never
 
-from dualpipe.config import ScheduleConfig
-from dualpipe.costs import Costs
+from dualpipe.choose import choose, survey
+from dualpipe.config import ScheduleConfig, ScheduleKind
+from dualpipe.costs import CostModel, Costs, uniform
+from dualpipe.draw.entry import Absent, Entry, entry
+from dualpipe.draw.page import html
+from dualpipe.draw.svg import svg
+from dualpipe.draw.table import table
 from dualpipe.draw.text import grid, summary
-from dualpipe.generate.select import build
+from dualpipe.draw.trace import trace
+from dualpipe.generate.select import build, stages_per_rank
 from dualpipe.ir import Schedule, to_json
 from dualpipe.simulate import simulate
 from dualpipe.validate import validate
 from launch.compose import compose
 from launch.decode import decode
+from launch.errors import ConfigError
 from launch.report import command
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScheduleCommandConfig:
-    """What the command shows: a schedule, the costs that it is timed by, and the form."""
+    """What the command shows: a schedule, the costs and the memory cap that it is made for, the form and the file."""
 
     schedule: ScheduleConfig
     num_ranks: int
     num_micro_batches: int
     costs: Costs
-    format: Literal["text", "json"]
+    memory_cap: float | None
+    format: Literal["text", "json", "svg", "html", "trace"]
+    out: str
+    cache_dir: str
+
+    def costs_of(self, num_stages: int) -> CostModel:
+        """The costs of each stage of so many."""
+        return uniform(self.costs, self.num_ranks, num_stages)
 
 
 def main(overrides: Sequence[str]) -> int:
-    """Prints a schedule that has been proven valid.
+    """Shows a schedule that has been proven valid.
 
     Args:
         overrides: of `conf/schedule.yaml`.
@@ -38,23 +54,53 @@ def main(overrides: Sequence[str]) -> int:
         The exit code, 0.
 
     Raises:
-        ConfigError: an unknown or missing key, a value of another type.
-        ScheduleError: ranks, micro-batches or costs that no schedule can take.
+        ConfigError: an unknown or missing key, a value of another type, a file that cannot be written.
+        ScheduleError: ranks, micro-batches, costs or a memory cap that no schedule can take.
     """
     config = decode(ScheduleCommandConfig, compose("schedule", overrides))
-    schedule = build(config.schedule.kind, config.num_ranks, config.num_micro_batches)
-    validate(schedule)
+    _write(_shown(config), config.out)
+    return 0
+
+
+def _shown(config: ScheduleCommandConfig) -> str:
+    cache_dir = Path(config.cache_dir).expanduser()
+    kind, reason = config.schedule.kind, ""
+    rows: tuple[Entry | Absent, ...] = ()
+    if kind == "auto":
+        rows = _survey(config, cache_dir)
+        choice = choose(rows, config.memory_cap)
+        schedule, reason = choice.schedule, choice.reason
+    else:
+        costs = config.costs_of(config.num_ranks * stages_per_rank(kind))
+        schedule = build(kind, config.num_ranks, config.num_micro_batches, costs, config.memory_cap, cache_dir)
+    validate(schedule, config.memory_cap)
+    costs = config.costs_of(schedule.num_stages)
+    timed = _as_paired(schedule, config.schedule)
+    simulation = simulate(timed, costs)
     match config.format:
         case "json":
-            print(to_json(schedule))
+            return to_json(schedule)
         case "text":
-            timed = _as_paired(schedule, config.schedule)
-            simulation = simulate(timed, config.costs)
-            print(grid(timed, simulation))
-            print(summary(timed, simulation, config.costs))
+            parts = [grid(timed, simulation), summary(timed, simulation, config.costs, config.memory_cap), ""]
+            parts += [table(rows or _survey(config, cache_dir))]
+            return "\n".join([*parts, *([f"auto: {reason}"] if reason else [])])
+        case "svg":
+            return svg(timed, simulation, bound=entry(timed, costs, config.memory_cap).bound)
+        case "trace":
+            return trace(timed, simulation, costs)
+        case "html":
+            rows = rows or _survey(config, cache_dir)
+            return html(sorted(rows, key=lambda row: _kind(row) != schedule.kind))
         case _ as other:
             assert_never(other)
-    return 0
+
+
+def _survey(config: ScheduleCommandConfig, cache_dir: Path) -> tuple[Entry | Absent, ...]:
+    return survey(config.num_ranks, config.num_micro_batches, config.costs_of, config.memory_cap, cache_dir)
+
+
+def _kind(row: Entry | Absent) -> ScheduleKind | str:
+    return row.schedule.kind if isinstance(row, Entry) else row.kind
 
 
 def _as_paired(schedule: Schedule, config: ScheduleConfig) -> Schedule:
@@ -67,6 +113,22 @@ def _as_paired(schedule: Schedule, config: ScheduleConfig) -> Schedule:
             return replace(schedule, ranks=ranks)
         case _ as other:
             assert_never(other)
+
+
+def _write(text: str, out: str) -> None:
+    """To the file, complete or not at all, or to standard output."""
+    if not out:
+        print(text)
+        return
+    path = Path(out)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text + "\n", encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise ConfigError(f"out: {out!r} must be a file that can be written: {error}") from error
+    print(f"wrote {path}")
 
 
 if __name__ == "__main__":

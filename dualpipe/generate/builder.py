@@ -25,12 +25,14 @@ _Member = tuple[float, int, int, int]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attempt:
-    """`time`: the makespan, or when it was given up; `ranks`: the groups, None where it was given up.
+    """An order, or how far it came.
 
-    `effort`: groups that were placed, which is what an attempt costs.
+    `time`: the makespan, or when it was given up; `ranks`: the groups, None where it was given up; `progress`:
+    computation done by then, per rank; `effort`: groups that were placed, which is what an attempt costs.
     """
 
     time: float
+    progress: float
     effort: int
     ranks: tuple[tuple[Group, ...], ...] | None
 
@@ -168,8 +170,9 @@ class _Run:
         return self._attempt(end, complete=end <= self._makespan + _EPSILON and not any(self._left))
 
     def _attempt(self, time: float, *, complete: bool) -> Attempt:
-        effort = sum(map(len, self._groups))
-        return Attempt(time=time, effort=effort, ranks=tuple(map(tuple, self._groups)) if complete else None)
+        progress = (sum(self._builder.work) - sum(self._work_left)) / len(self._left)
+        ranks = tuple(map(tuple, self._groups)) if complete else None
+        return Attempt(time=time, progress=progress, effort=sum(map(len, self._groups)), ranks=ranks)
 
     def _choose(self, rank: int, now: float) -> tuple[tuple[_Member, ...], float] | None:
         """The group of the highest value and its time; None where the rank has nothing to do, or rather waits."""
@@ -202,7 +205,7 @@ class _Run:
         Left out is what would send before its link's earlier message is taken.
         """
         members: list[_Member] = []
-        limit = now + _EPSILON
+        limit, head, tail = now + _EPSILON, self._preferences.head, self._preferences.tail
         for j in self._builder.slots[rank]:
             for kind in (_I, _F):
                 flow = self._flows[kind]
@@ -211,8 +214,11 @@ class _Run:
                     continue
                 if kind == _F and not self._has_room(rank, j):
                     continue
-                keys, value = flow.keys[j], flow.values[j]
-                members.append((value + (keys[done] if done < len(keys) else 0.0), kind, j, done))
+                value = flow.values[j]
+                special = done if done < head else done - self._builder.counts[j]
+                if special >= -tail:
+                    value += flow.keys[j][special]
+                members.append((value, kind, j, done))
                 if self._preferences.same_stage and to < 0 and done + 1 < len(arrivals) and arrivals[done + 1] <= limit:
                     members.append((value - 0.01, kind, j, done + 1))
         if self._waiting[rank]:

@@ -15,7 +15,7 @@ from dualpipe.generate.dualpipe import dualpipe
 from dualpipe.generate.preferences import Preferences
 from dualpipe.generate.repeat import repeat
 from dualpipe.generate.search import Search
-from dualpipe.ir import Group, Schedule, ScheduleError
+from dualpipe.ir import Group, MemoryCapError, Schedule, ScheduleError
 from dualpipe.passes import split_weights
 from dualpipe.simulate import simulate
 from dualpipe.validate import validate
@@ -208,7 +208,8 @@ def _check_cap(shape: Schedule, costs: CostModel, cap: float) -> None:
         for rank in range(shape.num_ranks)
     ]
     if cap < max(needs) - _TOLERANCE:
-        raise ScheduleError(
-            f"memory_cap: schedule '{KIND}' on {shape.num_ranks} ranks keeps at least {max(needs):g} live "
-            f"activations on a rank, one for each direction, the cap is {cap:g}; nearest: {max(needs):g}"
+        raise MemoryCapError(
+            f"schedule '{KIND}' on {shape.num_ranks} ranks keeps at least {max(needs):g} live "
+            f"activations on a rank, one for each direction, the cap is {cap:g}; nearest: {max(needs):g}",
+            max(needs),
         )

@@ -25,8 +25,8 @@ class Preferences:
     forward, weight: an F, a W. deep_*: more for the last stage than for the first. second_*: more for direction 1.
     alone: taken off per unit of exchange that nothing hides. patience: below this value a rank waits for what is
     on its way. affinity: of the pairs, in the order of `PAIR_KINDS`. same_stage: whether two micro-batches of one
-    stage may run at once. forwards, backwards: by slot and micro-batch, for the first few micro-batches, on which
-    the rest depends.
+    stage may run at once. forwards, backwards: by slot, more for the first `head` and the last `tail` micro-batches,
+    on which the rest depends.
     """
 
     forward: float
@@ -39,12 +39,14 @@ class Preferences:
     patience: float
     affinity: tuple[float, ...]
     same_stage: bool
+    head: int
+    tail: int
     forwards: tuple[tuple[float, ...], ...]
     backwards: tuple[tuple[float, ...], ...]
 
 
-def draw(random: Random, num_slots: int, head: int) -> Preferences:
-    """A random start. `head`: micro-batches of a slot with values of their own."""
+def draw(random: Random, num_slots: int, head: int, tail: int) -> Preferences:
+    """A random start. `head`, `tail`: of a slot's micro-batches, those with values of their own."""
     spread = random.choice((0.0, 0.3, 1.0, 2.0))
     return Preferences(
         forward=random.choice(_FORWARDS),
@@ -53,8 +55,10 @@ def draw(random: Random, num_slots: int, head: int) -> Preferences:
         patience=random.choice(_PATIENCE),
         affinity=tuple(random.uniform(-1.0, 1.5) for _ in range(PAIR_KINDS)),
         same_stage=random.random() < 0.5,
-        forwards=tuple(tuple(random.random() * spread for _ in range(head)) for _ in range(num_slots)),
-        backwards=tuple(tuple(random.random() * spread for _ in range(head)) for _ in range(num_slots)),
+        head=head,
+        tail=tail,
+        forwards=tuple(tuple(random.random() * spread for _ in range(head + tail)) for _ in range(num_slots)),
+        backwards=tuple(tuple(random.random() * spread for _ in range(head + tail)) for _ in range(num_slots)),
     )
 
 

@@ -13,6 +13,7 @@ _STALL = 200
 # How many of a slot's first micro-batches have values of their own, and whether the very first go straight through.
 # Few suffice where there are many micro-batches; an odd number of ranks with few of them needs the others.
 _STARTS = ((4, False), (4, True), (7, True))
+_TAIL = 3
 _WALK = 600
 
 
@@ -56,9 +57,9 @@ class Search:
         self, builder: Builder, makespan: float, end: int, random: Random, head: int, straight: bool
     ) -> tuple[Preferences, Attempt] | None:
         """One walk, until an order is found, nothing has come further for a while, or the effort is spent."""
-        current = _with_lead(draw(random, len(builder.directions), head), builder, straight)
+        current = _with_lead(draw(random, len(builder.directions), head, _TAIL), builder, straight)
         attempt = self._build(builder, current, makespan)
-        furthest, stall = attempt.time, 0
+        furthest, stall = attempt.progress, 0
         for _ in range(_WALK):
             if attempt.ranks is not None:
                 return current, attempt
@@ -66,12 +67,12 @@ class Search:
                 return None
             neighbour = _with_lead(change(current, random), builder, straight)
             found = self._build(builder, neighbour, makespan)
-            gain = math.inf if found.ranks is not None else found.time - attempt.time
+            gain = math.inf if found.ranks is not None else found.progress - attempt.progress
             if gain >= 0 or random.random() < math.exp(gain / _TEMPERATURE):
                 current, attempt = neighbour, found
             stall += 1
-            if found.time > furthest:
-                furthest, stall = found.time, 0
+            if found.progress > furthest:
+                furthest, stall = found.progress, 0
         return None
 
     def _build(self, builder: Builder, preferences: Preferences, makespan: float) -> Attempt:

@@ -1,11 +1,32 @@
 """From a schedule's name to the schedule, and what each name accepts."""
 
-from typing import assert_never
+from pathlib import Path
+from typing import assert_never, get_args
 
 from dualpipe.config import ScheduleKind
+from dualpipe.costs import CostModel, Costs, uniform
+from dualpipe.generate.cache import load_or_make
 from dualpipe.generate.dualpipe import dualpipe
+from dualpipe.generate.dualpipe_split import dualpipe_split
+from dualpipe.generate.dualpipe_v import dualpipe_v
 from dualpipe.generate.one_f_one_b import one_f_one_b
-from dualpipe.ir import Schedule, ScheduleError
+from dualpipe.generate.zero_bubble import zb_h1, zb_v
+from dualpipe.ir import MemoryCapError, Schedule, ScheduleError
+from dualpipe.memory import peak_memory
+
+KINDS: tuple[ScheduleKind, ...] = get_args(ScheduleKind)
+
+_EQUAL = Costs(forward=1.0, backward_input=1.0, backward_weight=1.0, exchange=0.0, latency=0.0)
+
+
+def stages_per_rank(kind: ScheduleKind) -> int:
+    """How many stages the model is cut into for each rank: 2 where they lie in a V, on the way down and up."""
+    return 2 if kind in ("zb_v", "dualpipe_v") else 1
+
+
+def directions(kind: ScheduleKind) -> int:
+    """2 where micro-batches enter at both ends of the pipeline."""
+    return 2 if kind in ("dualpipe", "dualpipe_split") else 1
 
 
 def check(
@@ -34,46 +55,76 @@ def check(
         raise ScheduleError(
             f"{micro_batches_key}: a step needs at least 1 micro-batch, has {num_micro_batches}; nearest: 1"
         )
-    match kind:
-        case "dualpipe":
-            _check_dualpipe(num_ranks, num_micro_batches, ranks_key, micro_batches_key)
-        case "1f1b":
-            return
-        case _ as other:
-            assert_never(other)
-
-
-def build(kind: ScheduleKind, num_ranks: int, num_micro_batches: int) -> Schedule:
-    """The named schedule. Its errors call the numbers `num_ranks` and `num_micro_batches`.
-
-    Raises:
-        ScheduleError: see `check`.
-    """
-    check(kind, num_ranks, num_micro_batches)
-    match kind:
-        case "dualpipe":
-            return dualpipe(num_ranks, num_micro_batches)
-        case "1f1b":
-            return one_f_one_b(num_ranks, num_micro_batches)
-        case _ as other:
-            assert_never(other)
-
-
-def _check_dualpipe(num_ranks: int, num_micro_batches: int, ranks_key: str, micro_batches_key: str) -> None:
-    if num_ranks % 2:
-        nearest = "2, or schedule=1f1b" if num_ranks == 1 else f"{num_ranks - 1} or {num_ranks + 1}"
+    if kind == "dualpipe" and num_ranks % 2:
+        nearest = "2" if num_ranks == 1 else f"{num_ranks - 1} or {num_ranks + 1}"
         raise ScheduleError(
             f"{ranks_key}: schedule 'dualpipe' needs an even number of pipeline ranks, has {num_ranks}; "
-            f"nearest: {nearest}"
+            f"nearest: {nearest}, or schedule=dualpipe_split"
         )
-    least = 2 * num_ranks
-    if num_micro_batches < least:
+    if kind in ("dualpipe", "dualpipe_v") and num_micro_batches < 2 * num_ranks:
         raise ScheduleError(
-            f"{micro_batches_key}: schedule 'dualpipe' on {num_ranks} ranks needs at least {least} micro-batches "
-            f"(2 per rank), has {num_micro_batches}; nearest: {least}"
+            f"{micro_batches_key}: schedule '{kind}' on {num_ranks} ranks needs at least {2 * num_ranks} micro-batches "
+            f"(2 per rank), has {num_micro_batches}; nearest: {2 * num_ranks}, or schedule=dualpipe_split"
         )
-    if num_micro_batches % 2:
+    if kind == "dualpipe" and num_micro_batches % 2:
         raise ScheduleError(
-            f"{micro_batches_key}: schedule 'dualpipe' needs an even number of micro-batches, half for each "
-            f"direction, has {num_micro_batches}; nearest: {num_micro_batches - 1} or {num_micro_batches + 1}"
+            f"{micro_batches_key}: schedule 'dualpipe' needs an even number of micro-batches, half for each direction, "
+            f"has {num_micro_batches}; nearest: {num_micro_batches - 1} or {num_micro_batches + 1}, "
+            f"or schedule=dualpipe_split"
+        )
+
+
+def build(
+    kind: ScheduleKind,
+    num_ranks: int,
+    num_micro_batches: int,
+    costs: CostModel | None = None,
+    memory_cap: float | None = None,
+    cache_dir: Path | None = None,
+) -> Schedule:
+    """The named schedule, within the memory cap.
+
+    Args:
+        kind: the schedule's name.
+        num_ranks: ranks of one pipeline.
+        num_micro_batches: of one pipeline and step, both directions together.
+        costs: of each of the kind's stages; None for equal ones, F = I = W and no exchange. Only dualpipe_split is
+            made for them.
+        memory_cap: of a rank's live activations, in the unit of `StageCosts.activation`; None for no more than the
+            schedule's own.
+        cache_dir: where searched schedules are kept; None to search each time.
+
+    Raises:
+        ScheduleError: see `check`; or the schedule does not fit the cap.
+    """
+    check(kind, num_ranks, num_micro_batches)
+    num_stages = num_ranks * stages_per_rank(kind)
+    costs = costs or uniform(_EQUAL, num_ranks, num_stages)
+    assert len(costs.stages) == num_stages
+    match kind:
+        case "dualpipe_split":
+            return load_or_make(dualpipe_split, num_ranks, num_micro_batches, costs, memory_cap, cache_dir)
+        case "dualpipe":
+            schedule = dualpipe(num_ranks, num_micro_batches)
+        case "dualpipe_v":
+            schedule = dualpipe_v(num_ranks, num_micro_batches)
+        case "zb_v":
+            schedule = zb_v(num_ranks, num_micro_batches)
+        case "zb_h1":
+            schedule = zb_h1(num_ranks, num_micro_batches)
+        case "1f1b":
+            schedule = one_f_one_b(num_ranks, num_micro_batches)
+        case _ as other:
+            assert_never(other)
+    _check_cap(schedule, costs, memory_cap)
+    return schedule
+
+
+def _check_cap(schedule: Schedule, costs: CostModel, memory_cap: float | None) -> None:
+    peak = max(peak_memory(schedule, costs))
+    if memory_cap is not None and peak > memory_cap + 1e-9:
+        raise MemoryCapError(
+            f"schedule '{schedule.kind}' on {schedule.num_ranks} ranks keeps {peak:g} live activations on a rank, "
+            f"the cap is {memory_cap:g}; nearest: {peak:g}, or schedule=dualpipe_split",
+            peak,
         )

@@ -25,7 +25,7 @@ from dualpipe.transfers import Message
 from tests.bench.blocks import Block, Owed, SleepLog, Workload, build_block
 
 Step = Callable[[], None]
-OWN_KINDS: tuple[str, ...] = get_args(ScheduleKind)
+OWN_KINDS: tuple[ScheduleKind, ...] = get_args(ScheduleKind)
 TORCH_KINDS = ("torch:ScheduleDualPipeV", "torch:Schedule1F1B")
 ALONE = "blocks alone"
 _TIMEOUT_SECONDS = 60.0

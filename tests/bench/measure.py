@@ -7,10 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import distributed
 
-from dualpipe.costs import Costs
-from dualpipe.generate.select import build
+from dualpipe.config import ScheduleKind
+from dualpipe.costs import Costs, uniform
+from dualpipe.generate.select import build, stages_per_rank
+from dualpipe.ir import Schedule
 from tests.bench.blocks import SleepLog, Workload
-from tests.bench.contenders import ALONE, TORCH_KINDS, Step, alone_step, open_transport, own_step, torch_step
+from tests.bench.contenders import ALONE, OWN_KINDS, Step, alone_step, open_transport, own_step, torch_step
 from tests.ranks import run_ranks
 
 _START_DELAY_SECONDS = 0.01
@@ -40,9 +42,20 @@ class Sample:
 
 def measure(plan: Plan) -> dict[str, list[Sample]]:
     """Runs A B C A B C ... and gives each contender's samples, in the order of the rounds."""
-    per_rank = run_ranks(plan.num_ranks, _measure_rank, plan, timeout_seconds=600.0)
+    schedules = {
+        kind: make_schedule(kind, plan.num_ranks, plan.num_micro_batches)
+        for kind in OWN_KINDS
+        if kind in plan.contenders
+    }
+    per_rank = run_ranks(plan.num_ranks, _measure_rank, plan, schedules, timeout_seconds=600.0)
     return {name: [_joined(samples) for samples in zip(*(rank[name] for rank in per_rank), strict=True)]
             for name in plan.contenders}  # fmt: skip
+
+
+def make_schedule(kind: ScheduleKind, num_ranks: int, num_micro_batches: int) -> Schedule:
+    """The project's schedule for stages whose F, I and W take one unit each, of model/`num_ranks`."""
+    costs = uniform(COSTS, num_ranks, num_ranks * stages_per_rank(kind))
+    return build(kind, num_ranks, num_micro_batches, costs)
 
 
 def _joined(samples: Sequence[tuple[float, float, dict[str, int]]]) -> Sample:
@@ -53,18 +66,19 @@ def _joined(samples: Sequence[tuple[float, float, dict[str, int]]]) -> Sample:
     )
 
 
-def _measure_rank(rank: int, num_ranks: int, plan: Plan) -> dict[str, list[tuple[float, float, dict[str, int]]]]:
+def _measure_rank(
+    rank: int, num_ranks: int, plan: Plan, schedules: dict[ScheduleKind, Schedule]
+) -> dict[str, list[tuple[float, float, dict[str, int]]]]:
     log = SleepLog()
     with open_transport(num_ranks) as transport:
         steps: dict[str, Step] = {}
         for name in plan.contenders:
             if name == ALONE:
                 steps[name] = alone_step(plan.num_micro_batches, plan.workload, log)
-            elif name in TORCH_KINDS:
-                steps[name] = torch_step(name, rank, num_ranks, plan.num_micro_batches, plan.workload, log)
+            elif name in OWN_KINDS:
+                steps[name] = own_step(schedules[name], rank, plan.workload, transport, log)
             else:
-                schedule = build(name, num_ranks, plan.num_micro_batches)
-                steps[name] = own_step(schedule, rank, plan.workload, transport, log)
+                steps[name] = torch_step(name, rank, num_ranks, plan.num_micro_batches, plan.workload, log)
         for step in steps.values():
             step()
         samples: dict[str, list[tuple[float, float, dict[str, int]]]] = {name: [] for name in plan.contenders}
