@@ -4,7 +4,7 @@ import itertools
 import math
 import zlib
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import torch
@@ -17,6 +17,9 @@ from comm.lane import ThreadLane
 from comm.layout import Layout
 from comm.message import HEADER_BYTES, MESSAGE_KINDS, Header, MessageKey, MessageKind, TransferError
 from comm.protocol import Work
+
+# A payload up to this size is copied into its header's message, which costs less than a message of its own.
+_INLINE_BYTES = 16384
 
 
 class _Link(Protocol):
@@ -132,11 +135,11 @@ def _host_links(
 
 
 class _HostLink:
-    """Over gloo, from and to host memory: a header, and the payload's bytes under a tag that the header gives.
+    """Over gloo, from and to host memory: a header with a small payload in it, or followed by a large one.
 
     Room for both is made before they come, so that neither waits for an answer, and both leave and arrive on the
-    caller's thread. A payload of another size than awaited would abort the process: but it has another header, so
-    another tag, and never meets the room made for this one.
+    caller's thread. A message larger than its room would abort the process. But every link's first room is for the
+    largest header; and what follows a header has a tag made of it, so it never meets the room for another message.
     """
 
     def __init__(self, group: ProcessGroup, peer: int, kind: MessageKind, device: torch.device) -> None:
@@ -145,42 +148,60 @@ class _HostLink:
         self._peer = peer
         self._header_tag = MESSAGE_KINDS.index(kind)
         self._device = device
-        # gloo tells of a finished send only to who waits for it, and tensors would stay until the step's end.
+        self._sent: list[distributed.Work] = []
         self._lane: ThreadLane | None = None
-        self._sends: list[Work[None]] = []
+        self._leaving: list[Work[None]] = []
 
     def send(self, key: MessageKey, tensor: Tensor) -> None:
-        encoded = Header(key, tensor.dtype, tuple(tensor.shape)).encode()
-        header = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
-        works = [
-            self._group.send([header], self._peer, self._header_tag),
-            self._group.send([_as_bytes(tensor.to("cpu"))], self._peer, _payload_tag(encoded)),
-        ]
+        header = Header(key, tensor.dtype, tuple(tensor.shape)).encode()
+        payload = _as_bytes(tensor.to("cpu"))
+        if len(payload) <= _INLINE_BYTES:
+            self._sent.append(self._start(bytearray(header) + payload.numpy().data))
+            return
+        works = [self._start(bytearray(header)), self._group.send([payload], self._peer, _payload_tag(header))]
 
         def wait() -> None:
             for work in works:
                 work.wait()
 
+        # gloo tells of a finished send only to who waits for it: else the payload would stay until the step's end.
         if self._lane is None:
             self._lane = ThreadLane(f"link-to-{self._peer}")
-        self._sends.append(self._lane.submit(wait))
+        self._leaving.append(self._lane.submit(wait))
+
+    def _start(self, frame: bytearray) -> distributed.Work:
+        return self._group.send([torch.frombuffer(frame, dtype=torch.uint8)], self._peer, self._header_tag)
 
     def receive(self, key: MessageKey, shape: tuple[int, ...], dtype: torch.dtype) -> Work[Tensor]:
         expected = Header(key, dtype, shape)
         encoded = expected.encode()
-        header = bytearray(HEADER_BYTES)
-        payload = torch.empty(math.prod(shape) * dtype.itemsize, dtype=torch.uint8)
-        buffer = torch.frombuffer(header, dtype=torch.uint8)
-        works = (
-            self._group.recv([buffer], self._peer, self._header_tag),
-            self._group.recv([payload], self._peer, _payload_tag(encoded)),
-        )
-        return _HostReceipt(works, expected, header, payload, self._device)
+        frame = bytearray(HEADER_BYTES + _INLINE_BYTES)
+        room = torch.frombuffer(frame, dtype=torch.uint8)
+        works = [self._group.recv([room], self._peer, self._header_tag)]
+        size = math.prod(shape) * dtype.itemsize
+        payload = room[HEADER_BYTES : HEADER_BYTES + size]
+        if size > _INLINE_BYTES:
+            payload = torch.empty(size, dtype=torch.uint8)
+            works.append(self._group.recv([payload], self._peer, _payload_tag(encoded)))
+
+        def finish() -> Tensor:
+            works[0].wait()
+            if not frame.startswith(encoded):
+                got = Header.decode(frame[:HEADER_BYTES])
+                raise TransferError(f"pipeline rank {key.destination}", str(expected), str(got))
+            for work in works[1:]:
+                work.wait()
+            return payload.view(dtype).view(shape).to(self._device)
+
+        return _HostReceipt(finish)
 
     def flush(self) -> None:
-        sends, self._sends = self._sends, []
-        for work in sends:
+        sent, self._sent = self._sent, []
+        leaving, self._leaving = self._leaving, []
+        for work in sent:
             work.wait()
+        for job in leaving:
+            job.wait()
 
     def close(self) -> None:
         if self._lane is not None:
@@ -188,31 +209,13 @@ class _HostLink:
 
 
 class _HostReceipt:
-    """A header and a payload on their way here."""
+    """A message on its way here."""
 
-    def __init__(
-        self,
-        works: tuple[distributed.Work, distributed.Work],
-        expected: Header,
-        header: bytearray,
-        payload: Tensor,
-        device: torch.device,
-    ) -> None:
-        self._works = works
-        self._expected = expected
-        self._header = header
-        self._payload = payload
-        self._device = device
+    def __init__(self, finish: Callable[[], Tensor]) -> None:
+        self._finish = finish
 
     def wait(self) -> Tensor:
-        of_header, of_payload = self._works
-        of_header.wait()
-        got = Header.decode(self._header)
-        if got != self._expected:
-            place = f"pipeline rank {self._expected.key.destination}"
-            raise TransferError(place, str(self._expected), str(got))
-        of_payload.wait()
-        return self._payload.view(self._expected.dtype).view(self._expected.shape).to(self._device)
+        return self._finish()
 
 
 def _payload_tag(header: bytes) -> int:

@@ -95,14 +95,12 @@ def _program(rank: RankTransfers, queues: dict[Link, _Queue]) -> Iterator[_Step]
     for group, (receives, sends) in enumerate(zip(rank.receives, rank.sends, strict=True)):
         asks = [_step(_Action.ASK, group, message, queues, counts) for message in receives]
         yield from asks
-        yield from (ask._replace(action=_Action.AWAIT) for ask in asks)
+        yield from (_Step(_Action.AWAIT, *ask[1:]) for ask in asks)
         for message in sends:
             yield _step(_Action.SEND, group, message, queues, counts)
 
 
-def _step(
-    action: _Action, group: int, message: Message, queues: dict[Link, _Queue], counts: dict[Link, int]
-) -> _Step:
+def _step(action: _Action, group: int, message: Message, queues: dict[Link, _Queue], counts: dict[Link, int]) -> _Step:
     link = message.link
     number = counts[link]
     counts[link] = number + 1

@@ -8,7 +8,8 @@ def mirror(schedule: Schedule) -> Schedule:
 
     A rank of the V keeps its order and holds the same two stages, but for two flows: its stages on the way down
     serve direction 0, those on the way up direction 1. Its mirror image, rank 2h-1-r, does the same with the
-    directions changed over. So what the V's rank hands to itself where it turns back goes to the mirror image.
+    directions changed over. So what the V's last rank keeps for itself where it turns back crosses to its mirror image:
+    an order that is valid in the V need not suit that link, so `validate` what comes out.
 
     Args:
         schedule: of one direction and 2h stages, stage s < h on rank s, the others on rank 2h-1-s.
@@ -41,9 +42,7 @@ def _check_shape(schedule: Schedule) -> None:
     if schedule.num_directions != 1:
         raise ScheduleError(f"placement: {name}: must have one direction, has {schedule.num_directions}")
     if half < 1 or schedule.num_stages != 2 * half:
-        raise ScheduleError(
-            f"placement[0]: {name}: must have 2 stages per rank, {2 * half}, has {schedule.num_stages}"
-        )
+        raise ScheduleError(f"placement[0]: {name}: must have 2 stages per rank, {2 * half}, has {schedule.num_stages}")
     if len(schedule.ranks) != half:
         raise ScheduleError(f"ranks: {name}: must have num_ranks = {half} entries, has {len(schedule.ranks)}")
     for stage, rank in enumerate(schedule.placement[0]):

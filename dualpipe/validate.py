@@ -147,8 +147,9 @@ def _check_links(messages: tuple[RankTransfers, ...]) -> None:
 def _check_memory(schedule: Schedule, memory_cap: float) -> None:
     share = schedule.num_ranks / schedule.num_stages
     peaks = [count * share for count in peak_activations(schedule)]
-    if not max(peaks) <= memory_cap + _ROUNDING:
+    peak = max(peaks)
+    if not peak <= memory_cap + _ROUNDING:
         raise ScheduleError(
-            f"rank {peaks.index(max(peaks))}: keeps {max(peaks):.10g} activations of model/P at once, the memory cap is "
-            f"{memory_cap:.10g}; nearest that this schedule fits: {max(peaks):.10g}"
+            f"rank {peaks.index(peak)}: keeps {peak:.10g} activations of model/P at once, "
+            f"the memory cap is {memory_cap:.10g}; nearest that this schedule fits: {peak:.10g}"
         )

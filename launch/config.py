@@ -6,14 +6,16 @@ from typing import Any
 
 from data.config import DataSource
 from data.prepare import check_config
+from dualpipe.config import ScheduleKind
 from dualpipe.generate import select
 from dualpipe.ir import ScheduleError
 from launch.decode import decode, encode
 from launch.errors import ConfigError
 from launch.ranges import check_ranges, divisors, multiples
 from model.config import YarnRope
-from model.cut import cut_layers
+from model.cut import CutError, cut_layers
 from train.config import TrainConfig
+from train.costs import nominal_costs, schedule_cache
 from train.manifest import check_manifest, find_checkpoint
 
 # On the command line the source's keys stand beside data's other keys: `data=files data.paths=[a,b]`.
@@ -110,13 +112,6 @@ def _check_model(config: TrainConfig) -> None:
             f"model.rope_scaling: must have factor of at least 1 and beta_fast above beta_slow, "
             f"is factor={rope.factor}, beta_fast={rope.beta_fast}, beta_slow={rope.beta_slow}"
         )
-    # Only the outermost mirror pair of dualpipe holds embedding and head together.
-    if config.schedule.kind == "1f1b" and config.parallelism.pipeline > 1 and model.mtp_depth > 0:
-        raise ConfigError(
-            f"model.mtp_depth: must be 0 under schedule=1f1b with parallelism.pipeline={config.parallelism.pipeline}, "
-            f"as embedding and head sit on different ranks, is {model.mtp_depth}; "
-            f"nearest valid: model.mtp_depth=0, or schedule=dualpipe"
-        )
 
 
 def _check_experts(config: TrainConfig) -> None:
@@ -180,11 +175,25 @@ def _check_batch(config: TrainConfig) -> None:
 
 
 def _check_schedule(config: TrainConfig) -> None:
+    """Refuses a schedule that the run cannot follow; where any will do, a run that can follow none."""
+    kinds = select.KINDS if config.schedule.kind == "auto" else (config.schedule.kind,)
+    problems: list[ValueError] = []
+    for kind in kinds:
+        try:
+            _check_kind(config, kind)
+        except (ScheduleError, CutError, ConfigError) as problem:
+            problems.append(problem)
+    if len(problems) == len(kinds):
+        raise problems[0]
+
+
+def _check_kind(config: TrainConfig, kind: ScheduleKind) -> None:
+    pipeline, depth = config.parallelism.pipeline, config.model.mtp_depth
     key, share = "stage.global_batch_sequences", config.parallelism.data * config.stage.micro_batch_sequences
     try:
         select.check(
-            config.schedule.kind,
-            config.parallelism.pipeline,
+            kind,
+            pipeline,
             config.num_micro_batches,
             ranks_key="parallelism.pipeline",
             micro_batches_key=key,
@@ -192,7 +201,17 @@ def _check_schedule(config: TrainConfig) -> None:
     except ScheduleError as error:
         unit = f" micro-batches of parallelism.data x stage.micro_batch_sequences = {share} sequences"
         raise ScheduleError(f"{error}{unit if str(error).startswith(key) else ''}") from error
-    cut_layers(config.model.num_layers, config.parallelism.pipeline, config.model.mtp_depth)
+    stages = select.stages_per_rank(kind)
+    cut_layers(config.model.num_layers, pipeline * stages, depth, stages_per_rank=stages)
+    if depth and not select.ends_meet(kind, pipeline):
+        raise ConfigError(
+            f"model.mtp_depth: must be 0 under schedule={kind} with parallelism.pipeline={pipeline}, "
+            f"as embedding and head sit on different ranks, is {depth}; "
+            f"nearest valid: model.mtp_depth=0, or schedule=dualpipe_split"
+        )
+    if config.memory_cap is not None:
+        costs = nominal_costs(config, pipeline * stages)
+        select.build(kind, pipeline, config.num_micro_batches, costs, config.memory_cap, schedule_cache(config))
 
 
 def _check_optim(config: TrainConfig) -> None:

@@ -1,6 +1,6 @@
 """The range of each number in a run's configuration, as data, and the arithmetic of nearest valid values.
 
-The shares and sizes of `data` are checked there.
+The shares and sizes of `data` and the `costs` are checked there.
 """
 
 from collections.abc import Callable
@@ -54,6 +54,7 @@ _POSITIVE = (
 )
 
 _NOT_NEGATIVE = (
+    "track.picture_every_steps",
     "seed",
     "data.seed",
     "model.num_dense_layers",

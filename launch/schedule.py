@@ -16,7 +16,7 @@ from dualpipe.draw.svg import svg
 from dualpipe.draw.table import table
 from dualpipe.draw.text import grid, summary
 from dualpipe.draw.trace import trace
-from dualpipe.generate.select import build, stages_per_rank
+from dualpipe.generate.select import build, check, stages_per_rank
 from dualpipe.ir import Schedule, to_json
 from dualpipe.simulate import simulate
 from dualpipe.validate import validate
@@ -66,6 +66,7 @@ def _shown(config: ScheduleCommandConfig) -> str:
     cache_dir = Path(config.cache_dir).expanduser()
     kind, reason = config.schedule.kind, ""
     rows: tuple[Entry | Absent, ...] = ()
+    check("dualpipe_split" if kind == "auto" else kind, config.num_ranks, config.num_micro_batches)
     if kind == "auto":
         rows = _survey(config, cache_dir)
         choice = choose(rows, config.memory_cap)

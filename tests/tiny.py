@@ -6,6 +6,7 @@ from pathlib import Path
 from comm.config import AllToAllDispatchConfig, ClusterConfig, ParallelismConfig
 from data.config import DataConfig, FilesSource
 from dualpipe.config import ScheduleConfig
+from dualpipe.costs import Costs
 from model.config import ModelConfig, PlainRope
 from train.config import OptimConfig, PrecisionConfig, StageConfig, TrackConfig, TrainConfig
 
@@ -93,7 +94,9 @@ def tiny_config(folder: Path, **changes: object) -> TrainConfig:
         optim=OPTIM,
         precision=PrecisionConfig(kind="float64"),
         schedule=ScheduleConfig(kind="1f1b", pairing="overlapped"),
-        track=TrackConfig(wandb="disabled", project="tests", log_every_steps=1),
+        costs=Costs(forward=1.0, backward_input=1.0, backward_weight=1.0, exchange=1.0, latency=0.0),
+        memory_cap=None,
+        track=TrackConfig(wandb="disabled", project="tests", log_every_steps=1, picture_every_steps=0),
     )
     return replace(config, **changes)  # type: ignore[arg-type]
 

@@ -1,13 +1,11 @@
 """Puts a rank together: its part of the model as stages, its program, its links. The one place where `model` and
 `dualpipe` meet."""
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch import distributed as dist
 
 from comm.groups import Groups
 from comm.lane import Lane
@@ -19,7 +17,7 @@ from comm.select import build_dispatcher, open_lane
 from comm.traffic import Traffic
 from dualpipe import pairing
 from dualpipe.compile import compile_rank
-from dualpipe.ir import Schedule, ScheduleError, to_json
+from dualpipe.ir import Schedule, ScheduleError
 from dualpipe.passes import forward_only
 from dualpipe.program import Program
 from dualpipe.protocols import Stage as PipelineStage
@@ -159,24 +157,6 @@ def is_mirrored(schedule: Schedule) -> bool:
     return bool(up)
 
 
-def open_groups(schedule: Schedule, layout: Layout, timeout_seconds: float) -> Groups:
-    """The process groups of this rank, made once all ranks have been seen to follow one schedule.
-
-    Raises:
-        ScheduleError: on every rank, where one of them made another schedule than the others.
-    """
-    digest = hashlib.sha256(to_json(schedule).encode()).hexdigest()[:16]
-    digests = [""] * dist.get_world_size()
-    dist.all_gather_object(digests, digest)
-    if len(set(digests)) > 1:
-        other = next(rank for rank, seen in enumerate(digests) if seen != digests[0])
-        raise ScheduleError(
-            f"schedule: every rank must follow the same one; rank {other}'s has the digest {digests[other]}, "
-            f"rank 0's {digests[0]}. Measured costs and program must be the same on all machines"
-        )
-    return Groups(layout, is_mirrored(schedule), timeout_seconds)
-
-
 def linked_pairs(schedule: Schedule) -> list[tuple[int, int]]:
     """The pipeline ranks that exchange messages, the lower one first."""
     messages = (message for rank in transfers(schedule) for message in rank.all_sends)
@@ -202,7 +182,7 @@ def assemble(config: TrainConfig, layout: Layout, groups: Groups, device: torch.
     Args:
         config: of the run; equal on all ranks, as is the schedule.
         layout: of the world.
-        groups: from `open_groups` with the same schedule.
+        groups: mirrored where the schedule is.
         device: of this rank.
         schedule: of the configured number of pipeline ranks and micro-batches.
 

@@ -16,10 +16,11 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from comm.local import LocalDispatcher
+from dualpipe.ir import to_json
 from model.config import ModelConfig
 from model.transformer import Transformer, named_tensors
 from train.assemble import Assembly
-from train.manifest import write_manifest
+from train.manifest import SCHEDULE_NAME, write_manifest
 
 
 def step_folder(out_dir: Path, step: int) -> Path:
@@ -37,6 +38,7 @@ def save(assembly: Assembly, step: int, data_fingerprint: str) -> Path:
     dist.barrier(group=assembly.groups.world)
     _quietly(dcp_save, _state(assembly), partial)
     if dist.get_rank() == 0:
+        (partial / SCHEDULE_NAME).write_text(to_json(assembly.schedule) + "\n", encoding="utf-8")
         write_manifest(partial, step, assembly.config, data_fingerprint)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)

@@ -6,6 +6,7 @@ from typing import Literal
 from comm.config import ClusterConfig, DispatchConfig, ParallelismConfig
 from data.config import DataConfig
 from dualpipe.config import ScheduleConfig
+from dualpipe.costs import Costs
 from model.config import ModelConfig
 
 
@@ -64,16 +65,24 @@ class StageConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrackConfig:
-    """Where metrics go beside `metrics.jsonl` and the terminal."""
+    """Where metrics go beside `metrics.jsonl` and the terminal.
+
+    `picture_every_steps`: how often planned and measured time of the pipeline are drawn; 0: after the last step only.
+    """
 
     wandb: Literal["disabled", "offline", "online"]
     project: str
     log_every_steps: int
+    picture_every_steps: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
-    """Everything a rank needs to know. `resume` is a run's folder or one of its checkpoints, or None."""
+    """Everything a rank needs to know.
+
+    `resume` is a run's folder or one of its checkpoints, or None. `costs` and `memory_cap` are what the schedule is
+    made for: times in any one unit, live activations of model/P (None: as many as the schedule would keep).
+    """
 
     name: str
     out_dir: str
@@ -88,6 +97,8 @@ class TrainConfig:
     optim: OptimConfig
     precision: PrecisionConfig
     schedule: ScheduleConfig
+    costs: Costs
+    memory_cap: float | None
     track: TrackConfig
 
     @property

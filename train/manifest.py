@@ -16,6 +16,7 @@ from train.config import TrainConfig
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 CHECKPOINTS_NAME = "checkpoints"
+SCHEDULE_NAME = "schedule.json"
 
 
 class CheckpointError(ValueError):

@@ -14,15 +14,15 @@ from comm.groups import Groups, start, stop
 from comm.layout import Layout
 from data.corpus import DataError
 from data.prepare import Prepared
-from dualpipe.generate.select import build
 from train import checkpoint
-from train.assemble import Assembly, assemble, open_groups
+from train.assemble import Assembly, assemble, is_mirrored
 from train.config import TrainConfig
 from train.corpus import prepare_corpus
 from train.errors import NonFiniteError
 from train.loop import Reporter, show_continuation, train
 from train.manifest import check_fingerprint, check_manifest, find_checkpoint, read_step
 from train.metrics import Display, JsonLines, Recorder, Wandb
+from train.plan import Plan, plan
 
 EXIT_NON_FINITE = 77
 LOGGER = logging.getLogger("train")
@@ -44,14 +44,14 @@ def main(config: TrainConfig) -> int:
 
 def _train(config: TrainConfig, device: torch.device) -> int:
     layout = Layout(config.parallelism, config.cluster.ranks_per_node)
-    schedule = build(config.schedule.kind, config.parallelism.pipeline, config.num_micro_batches)
-    groups = open_groups(schedule, layout, config.cluster.timeout_seconds)
+    planned = plan(config, layout, device)
+    groups = Groups(layout, is_mirrored(planned.schedule), config.cluster.timeout_seconds)
     prepared = _prepare(config, groups)
-    assembly = assemble(config, layout, groups, device, schedule)
+    assembly = assemble(config, layout, groups, device, planned.schedule)
     first_step = _resume(assembly, prepared.fingerprint)
     reporter = _reporter(config, first_step)
     try:
-        _introduce(assembly, prepared, reporter, first_step)
+        _introduce(assembly, planned, prepared, reporter, first_step)
         train(assembly, prepared, reporter, first_step)
         if dist.get_rank() == 0 and config.stage.sample_prompt:
             reporter.say(f"continuation of {config.stage.sample_prompt!r}:\n{show_continuation(assembly, prepared)}")
@@ -121,7 +121,7 @@ def _reporter(config: TrainConfig, first_step: int) -> Reporter:
     return Reporter(display, recorders)
 
 
-def _introduce(assembly: Assembly, prepared: Prepared, reporter: Reporter, first_step: int) -> None:
+def _introduce(assembly: Assembly, planned: Plan, prepared: Prepared, reporter: Reporter, first_step: int) -> None:
     config, layout, rank = assembly.config, assembly.config.parallelism, assembly.groups.rank
     LOGGER.info(
         "rank %d, node %d: pipeline index %d with stages %s, data index %d, expert index %d, %d parameters, device %s",
@@ -136,9 +136,11 @@ def _introduce(assembly: Assembly, prepared: Prepared, reporter: Reporter, first
     )
     reporter.say(
         f"{config.name}: {layout.world_size} ranks (pipeline {layout.pipeline} x data {layout.data}, "
-        f"experts over {layout.expert}), {config.schedule.kind}, {config.num_micro_batches} micro-batches a step, "
+        f"experts over {layout.expert}), {assembly.schedule.kind}, {config.num_micro_batches} micro-batches a step, "
         f"{config.precision.kind}; folder {config.out_dir}"
     )
+    if config.schedule.kind == "auto":
+        reporter.say(f"schedule: auto: {planned.reason}")
     reporter.say(
         f"corpus: {prepared.train_tokens:,} training and {prepared.validation_tokens:,} validation tokens, "
         f"{prepared.bytes_per_token:.2f} bytes per token, unigram entropy {prepared.unigram_entropy_nats:.4f} nats"

@@ -13,4 +13,5 @@ def dualpipe(num_ranks: int, num_micro_batches: int) -> Schedule:
     Direction 0 enters at rank 0, direction 1 at the last rank; ranks r and P-1-r both hold stages r and P-1-r. Each
     half of the ranks runs DualPipeV, and hands over to its mirror image where the V turns back.
     """
+    assert num_ranks % 2 == num_micro_batches % 2 == 0
     return replace(mirror(dualpipe_v(num_ranks // 2, num_micro_batches // 2)), kind="dualpipe")

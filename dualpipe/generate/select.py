@@ -24,9 +24,9 @@ def stages_per_rank(kind: ScheduleKind) -> int:
     return 2 if kind in ("zb_v", "dualpipe_v") else 1
 
 
-def directions(kind: ScheduleKind) -> int:
-    """2 where micro-batches enter at both ends of the pipeline."""
-    return 2 if kind in ("dualpipe", "dualpipe_split") else 1
+def ends_meet(kind: ScheduleKind, num_ranks: int) -> bool:
+    """Whether a rank that holds the first stage also holds the last: in a V, and where both directions meet there."""
+    return num_ranks == 1 or kind not in ("1f1b", "zb_h1")
 
 
 def check(

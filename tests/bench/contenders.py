@@ -22,7 +22,7 @@ from dualpipe.execute import execute
 from dualpipe.ir import Schedule
 from dualpipe.protocols import Lane
 from dualpipe.transfers import Message
-from tests.bench.blocks import Block, Owed, SleepLog, Workload, build_block
+from tests.bench.blocks import Block, Owed, SleepBlock, SleepLog, Workload, build_block
 
 Step = Callable[[], None]
 OWN_KINDS: tuple[ScheduleKind, ...] = get_args(ScheduleKind)
@@ -81,6 +81,46 @@ class BlockRun:
         """No phase is ever under way."""
 
 
+class SleepRun:
+    """`dualpipe.protocols.Run` that sleeps in F, I and W, and passes on what came in."""
+
+    def __init__(self, block: SleepBlock, like_TD: Tensor) -> None:
+        self._block = block
+        self._hidden_TD = like_TD
+        self._gradient_TD = like_TD
+
+    def set_input(self, hidden_TD: Tensor, /) -> None:
+        """The activation from the stage before."""
+        self._hidden_TD = hidden_TD
+
+    def output(self) -> Tensor:
+        """The activation for the stage after."""
+        return self._hidden_TD
+
+    def set_output_gradient(self, gradient_TD: Tensor, /) -> None:
+        """The gradient from the stage after."""
+        self._gradient_TD = gradient_TD
+
+    def input_gradient(self) -> Tensor:
+        """The gradient for the stage before."""
+        return self._gradient_TD
+
+    def forward(self, phase: int) -> None:
+        """F."""
+        self._block.sleep("F")
+
+    def backward(self, phase: int) -> None:
+        """I."""
+        self._block.sleep("I")
+
+    def weight(self, phase: int) -> None:
+        """W."""
+        self._block.sleep("W")
+
+    def wait(self) -> None:
+        """No phase is ever under way."""
+
+
 class BlockStage:
     """`dualpipe.protocols.Stage` of a block: one computation, no exchange."""
 
@@ -90,8 +130,10 @@ class BlockStage:
         self._block = block
         self._like_TD = like_TD
 
-    def start(self, direction: int, micro_batch: int) -> BlockRun:
+    def start(self, direction: int, micro_batch: int) -> SleepRun | BlockRun:
         """Begins a micro-batch."""
+        if isinstance(self._block, SleepBlock):
+            return SleepRun(self._block, self._like_TD)
         return BlockRun(self._block, self._like_TD)
 
 

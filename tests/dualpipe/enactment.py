@@ -18,7 +18,7 @@ Key = tuple[int, int, int]
 """Direction, stage, micro-batch."""
 
 
-class Wrong(Exception):
+class WrongRunError(Exception):
     """What the run showed to be wrong."""
 
 
@@ -35,7 +35,7 @@ def enact(schedule: Schedule, *, forward_only: bool = False, seed: int = 0) -> E
     world = _World(schedule, forward_only)
     try:
         world.run(random.Random(seed))
-    except Wrong as wrong:
+    except WrongRunError as wrong:
         return Enactment(problem=str(wrong), peaks=())
     return Enactment(problem=None, peaks=tuple(world.peaks))
 
@@ -97,9 +97,9 @@ class _World:
                     if not moved:
                         break
         if alive:
-            raise Wrong(f"ranks {sorted(alive)} wait for ever")
+            raise WrongRunError(f"ranks {sorted(alive)} wait for ever")
         if any(slot.held is not None or slot.tickets for slot in self.slots.values()):
-            raise Wrong("a message is left over")
+            raise WrongRunError("a message is left over")
         self.compare()
 
     def rank(self, rank: int, groups: tuple[Group, ...]) -> Iterator[bool]:
@@ -136,7 +136,7 @@ class _World:
     def input(self, rank: int, op: Operation, own: dict[tuple[str, Key], int]) -> int | _Ticket:
         """The number at hand, or a request for it."""
         if self.holder(op.direction, op.stage) != rank:
-            raise Wrong(f"rank {rank} has no weights for {op}")
+            raise WrongRunError(f"rank {rank} has no weights for {op}")
         key = (op.direction, op.stage, op.micro_batch)
         if op.kind is Op.BACKWARD_WEIGHT:
             return 0
@@ -195,14 +195,14 @@ class _World:
                 expected |= alone(direction, micro_batch, self.last + 1, self.forward_only)
         names = {"output": "F", "gradient": "I", "weight": "W"}
         if self.applied != Counter((names[name], key) for name, key in expected):
-            raise Wrong("not everything is applied once")
+            raise WrongRunError("not everything is applied once")
         if self.results != expected:
-            raise Wrong("a number differs from that of one rank alone")
+            raise WrongRunError("a number differs from that of one rank alone")
 
 
 def _known(numbers: dict[tuple[str, Key], int], name: str, key: Key, op: Operation) -> int:
     if (name, key) not in numbers:
-        raise Wrong(f"{op} finds no {name} of {key}")
+        raise WrongRunError(f"{op} finds no {name} of {key}")
     return numbers[name, key]
 
 

@@ -18,7 +18,7 @@ from dualpipe.transfers import Link, Message, transfers
 LONGEST_PAUSE_SECONDS = 0.0002
 
 
-class Stuck(Exception):
+class StuckError(Exception):
     """Every rank that has not ended waits, and nothing is left to hand over."""
 
 
@@ -42,7 +42,7 @@ def run_on_threads(schedule: Schedule, seed: int) -> None:
     """Runs a schedule to its end.
 
     Raises:
-        Stuck: the ranks wait for each other.
+        StuckError: the ranks wait for each other.
         AssertionError: a rank got another message than the one that it asked for.
     """
     _Job(schedule, seed).run()
@@ -119,14 +119,15 @@ class _Job:
             self.changed.wait_for(lambda: is_over() or self.problem)
             del self.blocked[rank]
             if not is_over():
-                raise Stuck
+                raise StuckError
 
     def check_stuck(self) -> None:
         """Holds the lock: so what it sees is one moment of the whole job."""
-        everyone = self.running and self.running <= self.blocked.keys()
-        if everyone and not any(self.blocked[rank]() for rank in self.running):
-            if not any(link.can_hand_over for link in self.links.values()):
-                raise Stuck(f"ranks {sorted(self.running)}")
+        if not self.running or not self.running <= self.blocked.keys():
+            return
+        can_go_on = any(self.blocked[rank]() for rank in self.running)
+        if not can_go_on and not any(link.can_hand_over for link in self.links.values()):
+            raise StuckError(f"ranks {sorted(self.running)}")
 
 
 def pause(draws: random.Random) -> None:

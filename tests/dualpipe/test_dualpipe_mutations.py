@@ -11,6 +11,7 @@ import pytest
 from dualpipe.generate.dualpipe import dualpipe
 from dualpipe.generate.dualpipe_v import dualpipe_v
 from dualpipe.generate.one_f_one_b import one_f_one_b
+from dualpipe.generate.select import build
 from dualpipe.generate.zero_bubble import zb_h1, zb_v
 from dualpipe.ir import Operation, Schedule, ScheduleError
 from dualpipe.mirror import mirror
@@ -33,6 +34,8 @@ def schedules() -> tuple[Schedule, ...]:
         *(zb_v(*size) for size in ((1, 3), (2, 3), (3, 7), (4, 4))),
         *(dualpipe(*size) for size in ((2, 4), (4, 8), (6, 14))),
         *(dualpipe_v(*size) for size in ((1, 2), (2, 5), (3, 7))),
+        build("dualpipe_split", 3, 5),
+        build("dualpipe_split", 5, 7),
         mirror(zb_v(2, 3)),
         mirror(zb_v(3, 4)),
     ]

@@ -7,7 +7,11 @@ from dataclasses import replace
 import pytest
 
 from dualpipe.config import ScheduleKind
+from dualpipe.generate.dualpipe import dualpipe
+from dualpipe.generate.dualpipe_v import dualpipe_v
+from dualpipe.generate.one_f_one_b import one_f_one_b
 from dualpipe.generate.select import build
+from dualpipe.generate.zero_bubble import zb_h1
 from dualpipe.ir import Group, Op, Operation, Schedule, ScheduleError
 from dualpipe.passes import forward_only
 from dualpipe.validate import validate
@@ -168,11 +172,26 @@ def test_validator_orders_stages_within_a_rank() -> None:
         validate(v_shape((F, 0, 0, 0), (F, 0, 1, 0), (B, 0, 0, 0), (I, 0, 1, 0), (W, 0, 1, 0)))
 
 
-def test_validator_keeps_the_memory_cap() -> None:
-    schedule = build("dualpipe", 4, 8)
-    validate(schedule, memory_cap=5)
-    with pytest.raises(ScheduleError, match=r"^rank 0: keeps 5 live activations at once, the memory cap is 4$"):
-        validate(schedule, memory_cap=4)
+@pytest.mark.parametrize(
+    ("schedule", "fits", "too_little", "problem"),
+    [
+        (dualpipe(4, 8), 5, 4, "rank 0: keeps 5 activations of model/P at once, the memory cap is 4; nearest .*: 5"),
+        (dualpipe_v(3, 7), 3.5, 3.25, "rank 0: keeps 3.5 activations .*, the memory cap is 3.25; nearest .*: 3.5"),
+        (one_f_one_b(3, 6), 3, 2.5, "rank 0: keeps 3 activations .*, the memory cap is 2.5; nearest .*: 3"),
+    ],
+)
+def test_validator_keeps_the_memory_cap(schedule: Schedule, fits: float, too_little: float, problem: str) -> None:
+    validate(schedule, memory_cap=fits)
+    with pytest.raises(ScheduleError, match=f"^{problem}$"):
+        validate(schedule, memory_cap=too_little)
+
+
+def test_validator_names_the_rank_that_keeps_most() -> None:
+    schedule = zb_h1(3, 6)
+    weights_last = tuple(sorted(schedule.ranks[2], key=lambda group: group[0].kind is W))
+    schedule = replace(schedule, ranks=(*schedule.ranks[:2], weights_last))
+    with pytest.raises(ScheduleError, match=r"^rank 2: keeps 6 activations .* nearest that this schedule fits: 6$"):
+        validate(schedule, memory_cap=2)
 
 
 def test_validator_tells_training_from_forwards_alone() -> None:

@@ -19,7 +19,6 @@ from train.manifest import CheckpointError
 
 # What an option cannot be chosen without.
 NEEDS = {
-    "parallelism=one_rank": ["schedule=1f1b"],
     "parallelism=v3_2048_ranks": ["model=v3_671b", "cluster=h800", "stage.global_batch_sequences=8192",
                                   "stage.validation_sequences=8192"],
     "parallelism=eight_ranks": ["stage.global_batch_sequences=32"],
@@ -27,6 +26,7 @@ NEEDS = {
     "data=files": ["data.paths=[pyproject.toml]"],
     "precision=float64": ["optim.sharding=replicated"],
     "schedule=1f1b": ["model.mtp_depth=0"],
+    "schedule=zb_h1": ["model.mtp_depth=0"],
 }  # fmt: skip
 
 
@@ -59,9 +59,9 @@ def test_config_source_is_written_as_it_is_given() -> None:
     assert "source" not in write_config(config)["data"]
 
 
-def test_config_every_number_has_a_range_or_is_checked_by_data() -> None:
+def test_config_every_number_has_a_range_or_is_checked_where_it_belongs() -> None:
     keys = {key for choice in options("model") for key in numbers(build(f"model={choice}"))}
-    assert {key for key in keys if not key.startswith("data.")} == {
+    assert {key for key in keys if not key.startswith(("data.", "costs."))} == {
         key for key in ranged_keys() if not key.startswith("data.")
     }
 
@@ -102,7 +102,9 @@ def test_config_quickstart_feeds_dualpipe_fully() -> None:
         (["model.qk_rope_head_dim=15"], ["model.qk_rope_head_dim", "even", "is 15", "14 or 16"]),
         (["model.num_dense_layers=5"], ["model.num_dense_layers", "model.num_layers=4", "is 5", "valid: 4"]),
         (["model=v3_671b", "model.rope_scaling.factor=0.5"], ["model.rope_scaling", "factor=0.5"]),
-        (["schedule=1f1b"], ["model.mtp_depth", "1f1b", "is 1", "mtp_depth=0", "schedule=dualpipe"]),
+        (["schedule=1f1b"], ["model.mtp_depth", "1f1b", "is 1", "mtp_depth=0", "schedule=dualpipe_split"]),
+        (["schedule=zb_h1"], ["model.mtp_depth", "zb_h1", "is 1", "mtp_depth=0", "schedule=dualpipe_split"]),
+        (["track.picture_every_steps=-1"], ["track.picture_every_steps", "0 or above", "-1"]),
         (
             ["parallelism=four_ranks", "model.num_routed_experts=15"],
             ["model.num_routed_experts", "parallelism.expert=2", "is 15", "14 or 16", "parallelism.expert=1 or 3"],
@@ -145,10 +147,18 @@ def test_config_refuses_what_no_run_can_follow(overrides: list[str], parts: list
 @pytest.mark.parametrize(
     ("error", "overrides", "parts"),
     [
-        (ScheduleError, ["parallelism.pipeline=3"], ["parallelism.pipeline: ", "even", "has 3", "2 or 4"]),
         (
             ScheduleError,
-            ["stage.global_batch_sequences=2", "stage.validation_sequences=2"],
+            ["parallelism.pipeline=3", "schedule=dualpipe"],
+            ["parallelism.pipeline: ", "even", "has 3", "2 or 4", "schedule=dualpipe_split"],
+        ),
+        (ScheduleError, ["memory_cap=1"], ["memory_cap: ", "at least 2", "the cap is 1", "nearest: 2"]),
+        (ScheduleError, ["memory_cap=2.5", "schedule=dualpipe"], ["memory_cap: ", "keeps 3", "is 2.5", "nearest: 3"]),
+        (ScheduleError, ["costs.forward=-1"], ["costs.forward", "-1"]),
+        (CutError, ["schedule=zb_v", "parallelism.pipeline=4"], ["model.num_layers", "8", "parallelism.pipeline=2"]),
+        (
+            ScheduleError,
+            ["stage.global_batch_sequences=2", "stage.validation_sequences=2", "schedule=dualpipe"],
             ["stage.global_batch_sequences: ", "at least 4", "has 1", "nearest: 4 micro-batches", "= 2 sequences"],
         ),
         (CutError, ["parallelism.pipeline=8", "stage.global_batch_sequences=32"], ["model.num_layers", "8"]),

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from comm.groups import Groups
 from comm.layout import Layout
 from comm.local import LocalDispatcher
 from data.loader import Loader
@@ -15,7 +16,7 @@ from dualpipe.ir import Schedule
 from model.experts import RoutedExperts
 from model.objective import LossSums
 from model.transformer import Transformer, initialise, named_tensors, routers
-from train.assemble import Assembly, assemble, open_groups, weight_dtype
+from train.assemble import Assembly, assemble, is_mirrored, weight_dtype
 from train.config import TrainConfig
 from train.optim.learning_rate import learning_rate
 from train.optim.parameters import group_parameters
@@ -52,9 +53,10 @@ def start_biases(model: Transformer, starved: int) -> None:
 def open_assembly(config: TrainConfig, schedule: Schedule | None = None) -> Assembly:
     """This rank, with the test harness' process group; without a schedule, under the configured one."""
     if schedule is None:
+        assert config.schedule.kind != "auto"
         schedule = build(config.schedule.kind, config.parallelism.pipeline, config.num_micro_batches)
     layout = Layout(config.parallelism, config.cluster.ranks_per_node)
-    groups = open_groups(schedule, layout, config.cluster.timeout_seconds)
+    groups = Groups(layout, is_mirrored(schedule), config.cluster.timeout_seconds)
     return assemble(config, layout, groups, torch.device("cpu"), schedule)
 
 

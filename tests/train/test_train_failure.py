@@ -8,14 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from comm.config import ParallelismConfig
-from comm.layout import Layout
-from dualpipe.generate.one_f_one_b import one_f_one_b
-from dualpipe.ir import ScheduleError
-from tests.ranks import run_ranks
 from tests.tiny import write_text
 from tests.train.failing_rank import CAUSE
-from train.assemble import open_groups
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,20 +36,3 @@ def test_error_of_one_rank_amid_a_step_ends_all_with_its_own_words(
     assert ended.returncode == 1
     assert re.search(f"^error: rank {rank}: RuntimeError: {CAUSE}$", ended.stderr, re.MULTILINE), ended.stderr
     assert "raise RuntimeError(CAUSE)" in (tmp_path / "run" / "log" / f"rank_{rank:05d}.error.log").read_text()
-
-
-def _disagree(rank: int, world_size: int) -> str:
-    layout = Layout(ParallelismConfig(pipeline=world_size, data=1, expert=1), ranks_per_node=1)
-    try:
-        open_groups(one_f_one_b(world_size, 4 if rank != 2 else 5), layout, 20.0)
-    except ScheduleError as error:
-        return str(error)
-    return ""
-
-
-def test_ranks_with_different_schedules_are_refused_on_every_rank() -> None:
-    said = run_ranks(3, _disagree)
-    assert re.match(
-        "schedule: every rank must follow the same one; rank 2's has the digest [0-9a-f]{16}, rank 0's", said[0]
-    )
-    assert len(set(said)) == 1

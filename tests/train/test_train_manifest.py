@@ -104,7 +104,7 @@ def test_manifest_another_rope_is_another_architecture(tmp_path: Path) -> None:
     ("overrides", "line"),
     [
         (["parallelism=four_ranks"], "parallelism.data is 1 there and 2 here"),
-        (["schedule=1f1b"], "schedule.kind is dualpipe there and 1f1b here"),
+        (["schedule=1f1b"], "schedule.kind is dualpipe_split there and 1f1b here"),
         (["optim.sharding=replicated"], "optim.sharding is zero1 there and replicated here"),
         (["precision=bf16"], "precision.kind is float32 there and bf16 here"),
         (["data.tokenizer_vocab_size=4000"], "data.tokenizer_vocab_size is 4096 there and 4000 here"),

@@ -1,0 +1,89 @@
+"""Which schedule a run follows: the one that it began with, the one named, or the best for measured phase times."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import distributed as dist
+
+from comm.layout import Layout
+from dualpipe.choose import choose, survey
+from dualpipe.config import ScheduleKind
+from dualpipe.costs import CostModel
+from dualpipe.generate.select import KINDS, build, ends_meet, stages_per_rank
+from dualpipe.ir import Schedule, from_json, to_json
+from model.cut import CutError, cut_layers
+from train.config import TrainConfig
+from train.costs import nominal_costs, schedule_cache
+from train.manifest import SCHEDULE_NAME, find_checkpoint
+from train.probe import LayerTimes, measure, stage_costs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """A schedule and the words that tell why it is this one."""
+
+    schedule: Schedule
+    reason: str
+
+
+def plan(config: TrainConfig, layout: Layout, device: torch.device) -> Plan:
+    """Decides on rank 0 and tells the others. Every rank calls it at the same point, before groups are made.
+
+    Raises:
+        ScheduleError: on rank 0: the schedule cannot be made.
+    """
+    times = None
+    if config.schedule.kind == "auto" and _begun(config) is None:
+        times = measure(config, layout, device)
+    told: list[tuple[str, str] | None] = [None]
+    if dist.get_rank() == 0:
+        decided = _decide(config, times)
+        told[0] = to_json(decided.schedule), decided.reason
+    dist.broadcast_object_list(told, src=0)
+    assert told[0] is not None
+    text, reason = told[0]
+    return Plan(schedule=from_json(text), reason=reason)
+
+
+def _decide(config: TrainConfig, times: LayerTimes | None) -> Plan:
+    pipeline, micro_batches, kind = config.parallelism.pipeline, config.num_micro_batches, config.schedule.kind
+    begun = _begun(config)
+    if begun is not None:
+        return Plan(schedule=from_json(begun.read_text(encoding="utf-8")), reason=f"as in {begun.parent}")
+    if kind != "auto":
+        costs = nominal_costs(config, pipeline * stages_per_rank(kind))
+        made = build(kind, pipeline, micro_batches, costs, config.memory_cap, schedule_cache(config))
+        return Plan(schedule=made, reason="as configured")
+    assert times is not None
+
+    def costs_of(num_stages: int) -> CostModel:
+        return stage_costs(times, config, num_stages)
+
+    rows = survey(pipeline, micro_batches, costs_of, config.memory_cap, schedule_cache(config), _excluded(config))
+    choice = choose(rows, config.memory_cap)
+    return Plan(schedule=choice.schedule, reason=choice.reason)
+
+
+def _begun(config: TrainConfig) -> Path | None:
+    """The schedule of the checkpoint that the run goes on from: another one would sum gradients in another order."""
+    if config.resume is None:
+        return None
+    path = find_checkpoint(config.resume) / SCHEDULE_NAME
+    return path if path.is_file() else None
+
+
+def _excluded(config: TrainConfig) -> dict[ScheduleKind, str]:
+    """Kinds that this model cannot follow, and why."""
+    reasons: dict[ScheduleKind, str] = {}
+    pipeline, model = config.parallelism.pipeline, config.model
+    for kind in KINDS:
+        stages = stages_per_rank(kind)
+        if model.mtp_depth and not ends_meet(kind, pipeline):
+            reasons[kind] = "MTP needs embedding and head on one rank"
+            continue
+        try:
+            cut_layers(model.num_layers, pipeline * stages, model.mtp_depth, stages_per_rank=stages)
+        except CutError as error:
+            reasons[kind] = str(error)
+    return reasons
