@@ -199,7 +199,7 @@ def _check_kind(config: TrainConfig, kind: ScheduleKind) -> None:
             micro_batches_key=key,
         )
     except ScheduleError as error:
-        unit = f" micro-batches of parallelism.data x stage.micro_batch_sequences = {share} sequences"
+        unit = f"; a micro-batch of all is parallelism.data x stage.micro_batch_sequences = {share} sequences"
         raise ScheduleError(f"{error}{unit if str(error).startswith(key) else ''}") from error
     stages = select.stages_per_rank(kind)
     cut_layers(config.model.num_layers, pipeline * stages, depth, stages_per_rank=stages)

@@ -159,7 +159,7 @@ def test_config_refuses_what_no_run_can_follow(overrides: list[str], parts: list
         (
             ScheduleError,
             ["stage.global_batch_sequences=2", "stage.validation_sequences=2", "schedule=dualpipe"],
-            ["stage.global_batch_sequences: ", "at least 4", "has 1", "nearest: 4 micro-batches", "= 2 sequences"],
+            ["stage.global_batch_sequences: ", "at least 4", "has 1", "nearest: 4", "= 2 sequences"],
         ),
         (CutError, ["parallelism.pipeline=8", "stage.global_batch_sequences=32"], ["model.num_layers", "8"]),
         (DataError, ["data=files", "data.paths=[no/such/place]"], ["data.paths", "no/such/place"]),
