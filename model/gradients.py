@@ -27,8 +27,8 @@ class WeightQueue:
 class GradientStore:
     """Sums of gradients over a step's micro-batches, at least float32 whatever the weights' type.
 
-    Gradients that autograd itself accumulates (norms, embedding, router) are moved here by a hook as
-    soon as they are made; those of linear maps arrive through `add`.
+    Gradients that autograd itself accumulates (norms, router) are moved here by a hook as soon as they
+    are made; those of linear maps and of the embedding arrive through `add`.
     """
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:

@@ -3,6 +3,8 @@
 Source: arXiv:2412.19437, section 2.2. Shape legend: B sequences, T tokens, D hidden size, V vocabulary.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -15,6 +17,24 @@ from model.norm import RmsNorm
 from model.precision import widen
 
 
+class _SplitEmbedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight_VD: Tensor, tokens_BT: Tensor, sink: WeightSink) -> Tensor:
+        ctx.save_for_backward(weight_VD, tokens_BT)
+        ctx.sink = sink
+        return functional.embedding(tokens_BT, weight_VD)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None]:
+        (grad_BTD,) = grads
+        weight_VD, tokens_BT = ctx.saved_tensors
+        vocab = len(weight_VD)
+        ctx.sink.defer(
+            weight_VD, lambda: torch.ops.aten.embedding_dense_backward(grad_BTD, tokens_BT, vocab, -1, False)
+        )
+        return None, None, None
+
+
 class Embedding(nn.Module):
     """Token embedding, [vocabulary, hidden]."""
 
@@ -22,9 +42,12 @@ class Embedding(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab, hidden, dtype=dtype))
 
-    def forward(self, tokens_BT: Tensor) -> Tensor:
-        """BT -> BTD."""
-        return functional.embedding(tokens_BT, self.weight)
+    def forward(self, tokens_BT: Tensor, sink: WeightSink | None) -> Tensor:
+        """BT -> BTD. With a sink the weight's gradient waits for its W, as that of `linear.linear` does."""
+        if sink is None or not torch.is_grad_enabled():
+            return functional.embedding(tokens_BT, self.weight)
+        out: Tensor = _SplitEmbedding.apply(self.weight, tokens_BT, sink)  # type: ignore[no-untyped-call]
+        return out
 
 
 class SharedHead(nn.Module):

@@ -120,7 +120,7 @@ class Stage:
         if self._first:
             assert batch is not None
             tokens = batch.inputs_BT[0]
-            phases.append(ComputePhase(lambda _, __: Computed((self._model.embed(tokens),)), store))
+            phases.append(ComputePhase(lambda _, sink: Computed((self._model.embed(tokens, sink),)), store))
         for layer in self._layers:
             add_block(self._model.block(layer))
         if self._last:
@@ -145,7 +145,7 @@ class Stage:
             if depth == config.mtp_depth:
                 return Computed((), loss)
             state = normal if config.mtp_hidden == "post_norm" else hidden
-            embedded = model.embed(batch.inputs_BT[depth + 1])
+            embedded = model.embed(batch.inputs_BT[depth + 1], sink)
             return Computed((model.mtp_block(depth + 1).merge(embedded, state, sink),), loss)
 
         return compute

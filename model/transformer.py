@@ -15,6 +15,7 @@ from model.config import ModelConfig
 from model.eager import combine, dispatch
 from model.experts import RoutedExperts
 from model.head import Embedding, MtpBlock, cross_entropy_sum
+from model.linear import WeightSink
 from model.mla import Projection
 from model.norm import RmsNorm
 from model.objective import LossSums, MicroBatch, Objective
@@ -92,10 +93,10 @@ class Transformer(nn.Module):
         assert isinstance(block, MtpBlock)
         return block
 
-    def embed(self, tokens_BT: Tensor) -> Tensor:
-        """BT -> BTD."""
+    def embed(self, tokens_BT: Tensor, sink: WeightSink | None) -> Tensor:
+        """BT -> BTD. Sink as in `linear.linear`."""
         assert self.model.embed_tokens is not None
-        return self.model.embed_tokens(tokens_BT)  # type: ignore[no-any-return]
+        return self.model.embed_tokens(tokens_BT, sink)  # type: ignore[no-any-return]
 
     @property
     def head_weight(self) -> Tensor:
@@ -112,7 +113,7 @@ class Transformer(nn.Module):
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         """Logits of the main head, float32 or wider: BT -> BTV."""
-        hidden = self.embed(tokens_BT)
+        hidden = self.embed(tokens_BT, None)
         for layer in range(self.config.num_layers):
             hidden = self._run(self.block(layer), hidden)[0]
         logits: Tensor = torch.nn.functional.linear(self.final_norm(0)(hidden), self.head_weight)
@@ -121,11 +122,11 @@ class Transformer(nn.Module):
     def loss(self, batch: MicroBatch, objective: Objective, sums: LossSums) -> Tensor:
         """The micro-batch's part of the step's loss, through plain autograd; needs the whole model."""
         config = self.config
-        hidden, total = self.embed(batch.inputs_BT[0]), torch.zeros((), dtype=torch.float64)
+        hidden, total = self.embed(batch.inputs_BT[0], None), torch.zeros((), dtype=torch.float64)
         for depth in range(config.mtp_depth + 1):
             if depth:
                 block = self.mtp_block(depth)
-                hidden = block.merge(self.embed(batch.inputs_BT[depth]), hidden, None)
+                hidden = block.merge(self.embed(batch.inputs_BT[depth], None), hidden, None)
             layers = [config.num_layers + depth - 1] if depth else range(config.num_layers)
             for layer in layers:
                 hidden, balance = self._run(self.block(layer), hidden)
