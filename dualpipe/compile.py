@@ -5,15 +5,12 @@ from typing import assert_never
 
 from dualpipe.ir import Group, Op, Operation, Schedule
 from dualpipe.pairing import Atom
+from dualpipe.passes import in_turn
 from dualpipe.program import Action, Program, RunKey, Step
 from dualpipe.protocols import Lane
 from dualpipe.transfers import Message, Value, made_by, message_of, needed_by
 
 Pairing = Callable[[Sequence[Sequence[Atom]]], list[Atom]]
-
-# Forwards begin before anything of the group is given free, as the count of live activations has it; weight gradients
-# come last, as nobody waits for them. Each kind keeps its order, which is that of its link.
-_TURN = {Op.FORWARD: 0, Op.BACKWARD: 1, Op.BACKWARD_INPUT: 1, Op.BACKWARD_WEIGHT: 2}
 
 
 def compile_rank(schedule: Schedule, rank: int, lanes: Mapping[int, Sequence[Lane]], pairing: Pairing) -> Program:
@@ -33,8 +30,7 @@ def compile_rank(schedule: Schedule, rank: int, lanes: Mapping[int, Sequence[Lan
         # Room is made one group ahead, so that a message travels under the group before the one that needs it.
         for due in receives[index : index + 2] if index == 0 else receives[index + 1 : index + 2]:
             steps += [Step(Action.RECEIVE, run_key(op), message=message) for op, message in due]
-        ordered = sorted(group, key=lambda op: _TURN[op.kind])
-        members = [_atoms(schedule, op, lanes[op.stage], train) for op in ordered]
+        members = [_atoms(schedule, op, lanes[op.stage], train) for op in in_turn(group)]
         steps += [step for atom in pairing(members) for step in atom.steps]
     return Program(rank, tuple(steps))
 

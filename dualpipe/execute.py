@@ -1,12 +1,15 @@
 """A plain interpreter of programs. It knows steps, runs and links, and neither the schedule nor the model."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import assert_never
+from functools import partial
+from itertools import pairwise
+from typing import Any, assert_never
 
 from torch import Tensor
 
+from dualpipe.clock import Clock, HostClock
 from dualpipe.program import Action, Program, RunKey, Step
 from dualpipe.protocols import Receipt, Run, Stage, Transport
 from dualpipe.transfers import Message
@@ -16,12 +19,21 @@ from dualpipe.transfers import Message
 class Execution:
     """What running a program showed.
 
-    spans: start and end of every step, seconds from the program's start. peak_runs: micro-batches of
-    which something was kept at once.
+    peak_runs: micro-batches of which something was kept at once. origin_seconds: the program's start in seconds of
+    the wall clock (`time.time`), which ranks on one host share.
     """
 
-    spans: tuple[tuple[float, float], ...]
     peak_runs: int
+    origin_seconds: float
+    _boundaries: Callable[[], list[float]]
+
+    @property
+    def spans(self) -> tuple[tuple[float, float], ...]:
+        """Start and end of every step, in seconds from the program's start, each where the one before ends.
+
+        Under a device's clock the host waits until the program is over there.
+        """
+        return tuple(pairwise(self._boundaries()))
 
 
 class _Kept:
@@ -35,30 +47,33 @@ class _Kept:
         return self._tensor
 
 
-def execute(program: Program, stages: Mapping[int, Stage], transport: Transport) -> Execution:
+def execute(
+    program: Program, stages: Mapping[int, Stage], transport: Transport, clock: Clock[Any] | None = None
+) -> Execution:
     """Runs every step in order.
 
     Args:
         program: made for this rank.
         stages: by number, those that the rank holds.
         transport: the links to the other pipeline ranks.
+        clock: what the steps are timed by; without one, the host's.
     """
+    clock = clock or HostClock()
     runs: dict[RunKey, Run] = {}
     receipts: dict[Message, Receipt] = {}  # by message on its way, those to this very rank too
-    spans: list[tuple[float, float]] = []
     peak = 0
-    origin = time.perf_counter()
+    origin = time.time()
+    marks = [clock.mark()]
     for step in program.steps:
-        started = time.perf_counter()
         if step.run not in runs and step.action is not Action.RECEIVE:
             runs[step.run] = stages[step.run.stage].start(step.run.direction, step.run.micro_batch)
             peak = max(peak, len(runs))
         _perform(step, runs, receipts, transport)
-        spans.append((started - origin, time.perf_counter() - origin))
+        marks.append(clock.mark())
     transport.flush()
     assert not runs, f"kept after the program: {sorted(runs, key=str)}"
     assert not receipts, f"never accepted: {', '.join(map(str, receipts))}"
-    return Execution(tuple(spans), peak)
+    return Execution(peak, origin, partial(clock.seconds, marks))
 
 
 def _perform(step: Step, runs: dict[RunKey, Run], receipts: dict[Message, Receipt], transport: Transport) -> None:

@@ -4,9 +4,10 @@ from dataclasses import replace
 
 from dualpipe.costs import CostModel
 from dualpipe.ir import Op, Schedule
-from dualpipe.timing import NumberedGroup, Timing
+from dualpipe.timing import NumberedGroup, Progress, Timing
 
 _MAX_SWEEPS = 6
+_ROUNDING = 1e-9
 
 
 def fuse(schedule: Schedule, costs: CostModel) -> Schedule:
@@ -32,7 +33,8 @@ class _Climb:
         self._ranks = [self._timing.numbered(groups) for groups in schedule.ranks]
         self._weights = [costs.stages[op.stage].activation for op in self._timing.operations]
         self._caps = [self._peak(groups) for groups in self._ranks]
-        self._best = self._measure(float("inf"))
+        start = self._timing.begin(self._ranks)
+        self._best = self._measure(start, float("inf"))
 
     def climb(self) -> Schedule:
         """The fused schedule."""
@@ -46,10 +48,12 @@ class _Climb:
     def _sweep(self) -> bool:
         """Tries every pair once, in the order of their places; says whether one was kept."""
         kept = False
+        before = self._timing.begin(self._ranks)
         for index in range(max(map(len, self._ranks))):
+            self._timing.advance(self._ranks, before, until=index)
             for rank, groups in enumerate(self._ranks):
                 if index + 1 < len(groups) and self._pays(groups[index], groups[index + 1]):
-                    kept = self._try(rank, index) or kept
+                    kept = self._try(rank, index, before) or kept
         return kept
 
     def _pays(self, first: NumberedGroup, second: NumberedGroup) -> bool:
@@ -61,28 +65,33 @@ class _Climb:
         duration = self._timing.duration
         return duration(first + second) < duration(first) + duration(second) - 1e-12
 
-    def _try(self, rank: int, index: int) -> bool:
-        before = self._ranks[rank]
-        groups = [*before[:index], before[index] + before[index + 1], *before[index + 2 :]]
+    def _try(self, rank: int, index: int, before: Progress) -> bool:
+        """`before`: how far the ranks have come with what the pair cannot change."""
+        old = self._ranks[rank]
+        first, second = old[index : index + 2]
+        groups = [*old[:index], first + second, *old[index + 2 :]]
         if self._peak(groups) > self._caps[rank] + 1e-9:
             return False
+        duration = self._timing.duration
+        saved = duration(first) + duration(second) - duration(first + second)
         self._ranks[rank] = groups
-        found = self._measure(self._best[0])
+        before.left[rank] -= saved
+        found = self._measure(before.copy(), self._best[0])
         if found <= self._best:
             self._best = found
             return True
-        self._ranks[rank] = before
+        self._ranks[rank] = old
+        before.left[rank] += saved
         return False
 
-    def _measure(self, limit: float) -> tuple[float, float]:
+    def _measure(self, progress: Progress, limit: float) -> tuple[float, float]:
         """Makespan and sum of the ranks' ends, rounded so that a tie is a tie; infinite past the limit."""
-        ends = self._timing.run(self._ranks, limit * (1 + 1e-12))
-        if ends is None:
-            return float("inf"), float("inf")
-        lasts = [ends[groups[-1][0]] for groups in self._ranks]
-        if any(end < 0 for end in lasts):
-            return float("inf"), float("inf")
-        return round(max(lasts), 9), round(sum(lasts), 9)
+        worst = float("inf"), float("inf")
+        if not self._timing.advance(self._ranks, progress, limit=limit + _ROUNDING * max(limit, 1.0)):
+            return worst
+        if any(at < len(groups) for at, groups in zip(progress.position, self._ranks, strict=True)):
+            return worst
+        return round(max(progress.clock), 9), round(sum(progress.clock), 9)
 
     def _peak(self, groups: list[NumberedGroup]) -> float:
         operations, weights = self._timing.operations, self._weights

@@ -6,10 +6,25 @@ from dualpipe.costs import CostModel
 from dualpipe.ir import Group, Op, Operation, Schedule
 from dualpipe.simulate import simulate
 
+# Forwards begin before anything of the group is given free, as the count of live activations has it; weight gradients
+# come last, as nobody waits for them. Each kind keeps its order, which is that of its link.
+_TURN = {Op.FORWARD: 0, Op.BACKWARD: 1, Op.BACKWARD_INPUT: 1, Op.BACKWARD_WEIGHT: 2}
+
+
+def in_turn(group: Group) -> Group:
+    """The members in the order in which a rank takes them."""
+    return tuple(sorted(group, key=lambda op: _TURN[op.kind]))
+
 
 def forward_only(schedule: Schedule) -> Schedule:
     """The schedule's forwards alone, in their order: what validation runs. Groups left empty go."""
     return replace(schedule, ranks=tuple(_forwards(groups) for groups in schedule.ranks))
+
+
+def one_at_a_time(schedule: Schedule) -> Schedule:
+    """The schedule as ranks run it that overlap nothing: a group for each operation, members in their turn."""
+    ranks = (tuple((op,) for group in groups for op in in_turn(group)) for groups in schedule.ranks)
+    return replace(schedule, ranks=tuple(ranks))
 
 
 def split_weights(schedule: Schedule, costs: CostModel) -> Schedule:
@@ -22,8 +37,13 @@ def split_weights(schedule: Schedule, costs: CostModel) -> Schedule:
     Returns:
         The schedule as it was where makespan or peak memory would be worse.
     """
-    split = replace(schedule, ranks=tuple(_split(groups) for groups in schedule.ranks))
+    split = split_backwards(schedule)
     return split if is_no_worse(split, schedule, costs) else schedule
+
+
+def split_backwards(schedule: Schedule) -> Schedule:
+    """As `split_weights`, whatever it costs."""
+    return replace(schedule, ranks=tuple(_split(groups) for groups in schedule.ranks))
 
 
 def is_no_worse(changed: Schedule, schedule: Schedule, costs: CostModel) -> bool:

@@ -48,7 +48,6 @@ def simulate(schedule: Schedule, costs: Costs | CostModel) -> Simulation:
     timing = Timing(schedule, model)
     ranks = [timing.numbered(groups) for groups in schedule.ranks]
     ended = timing.run(ranks)
-    assert ended is not None
     _check_finished(schedule, ranks, ended)
     durations = [[timing.duration(group) for group in groups] for groups in ranks]
     ends = [[ended[group[0]] for group in groups] for groups in ranks]

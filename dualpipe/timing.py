@@ -4,6 +4,7 @@ The simulator runs it once, the passes hundreds of times, so operations are numb
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from dualpipe.costs import CostModel, overlapped_time
 from dualpipe.ir import Op, Operation, Schedule
@@ -11,6 +12,26 @@ from dualpipe.transfers import made_by, message_of, needed_by
 
 NumberedGroup = tuple[int, ...]
 """Operations of a group by their numbers in a `Timing`."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Progress:
+    """How far every rank has come.
+
+    `ends`: of operations, by number, -1 for those that have not run; by rank, `position`: how many groups have run,
+    `clock`: the end of the last of them, `left`: the time of the rest, without waiting.
+    """
+
+    ends: list[float]
+    position: list[int]
+    clock: list[float]
+    left: list[float]
+
+    def copy(self) -> "Progress":
+        """One that can be moved on by itself."""
+        return Progress(
+            ends=self.ends.copy(), position=self.position.copy(), clock=self.clock.copy(), left=self.left.copy()
+        )
 
 
 class Timing:
@@ -25,6 +46,7 @@ class Timing:
         self.operations = tuple(op for groups in schedule.ranks for group in groups for op in group)
         self._numbers = {op: number for number, op in enumerate(self.operations)}
         self._lanes = [(costs.compute_of(op), costs.exchange_of(op)) for op in self.operations]
+        self._durations: dict[NumberedGroup, float] = {}
         self._needed, self._lags = self._edges(schedule, costs.latency)
         self._before = [self._predecessor(op) for op in self.operations]
 
@@ -34,50 +56,74 @@ class Timing:
 
     def duration(self, group: NumberedGroup) -> float:
         """A group's time: `CostModel.duration_of`."""
-        if len(group) == 1:
-            compute, exchange = self._lanes[group[0]]
-            return compute + exchange
-        return overlapped_time([self._lanes[number] for number in group])
+        known = self._durations.get(group)
+        if known is None:
+            known = self._durations[group] = overlapped_time([self._lanes[number] for number in group])
+        return known
 
     def compute(self, group: NumberedGroup) -> float:
         """Computation of a group's members."""
         return sum(self._lanes[number][0] for number in group)
 
-    def run(self, ranks: Sequence[Sequence[NumberedGroup]], limit: float = float("inf")) -> list[float] | None:
-        """The end of every operation, by number, when each rank runs its groups in order, each as soon as it can.
+    def begin(self, ranks: Sequence[Sequence[NumberedGroup]]) -> "Progress":
+        """Before the first group of every rank. `ranks`: the groups of every rank, all operations once."""
+        return Progress(
+            ends=[-1.0] * len(self.operations),
+            position=[0] * len(ranks),
+            clock=[0.0] * len(ranks),
+            left=[sum(map(self.duration, groups)) for groups in ranks],
+        )
+
+    def advance(
+        self,
+        ranks: Sequence[Sequence[NumberedGroup]],
+        progress: "Progress",
+        until: int | None = None,
+        limit: float = float("inf"),
+    ) -> bool:
+        """Each rank runs its groups in order, each as soon as it can, as far as they come.
 
         Args:
-            ranks: the groups of every rank, all operations once.
-            limit: gives up when a rank's clock passes it.
+            ranks: the groups of every rank, those that have run as they were.
+            progress: how far they are; it is moved on.
+            until: the number of groups after which every rank stops; None for all.
+            limit: gives up where a rank can no longer end by it.
 
         Returns:
-            -1 for operations that wait for ever; None where a rank passes the limit.
+            Whether all may still end by the limit.
         """
-        ends = [-1.0] * len(self.operations)
-        position, clock = [0] * len(ranks), [0.0] * len(ranks)
+        ends, left = progress.ends, progress.left
         sleepers: dict[int, list[int]] = {}
         awake = list(range(len(ranks)))[::-1]
         while awake:
             rank = awake.pop()
-            groups, time = ranks[rank], clock[rank]
-            for index in range(position[rank], len(groups)):
+            groups, time = ranks[rank], progress.clock[rank]
+            for index in range(progress.position[rank], len(groups) if until is None else min(until, len(groups))):
                 group = groups[index]
-                start, missing = self._ready(group, time, ends)
+                start, missing = self.ready(group, time, ends)
                 if missing >= 0:
                     sleepers.setdefault(missing, []).append(rank)
                     break
-                time = start + self.duration(group)
-                if time > limit:
-                    return None
-                position[rank] = index + 1
+                if start + left[rank] > limit:
+                    return False
+                duration = self.duration(group)
+                time = start + duration
+                left[rank] -= duration
+                progress.position[rank] = index + 1
                 for number in group:
                     ends[number] = time
                     if number in sleepers:
                         awake += sleepers.pop(number)
-            clock[rank] = time
-        return ends
+            progress.clock[rank] = time
+        return True
 
-    def _ready(self, group: NumberedGroup, time: float, ends: list[float]) -> tuple[float, int]:
+    def run(self, ranks: Sequence[Sequence[NumberedGroup]]) -> list[float]:
+        """The end of every operation, by number; -1 for those that wait for ever."""
+        progress = self.begin(ranks)
+        self.advance(ranks, progress)
+        return progress.ends
+
+    def ready(self, group: NumberedGroup, time: float, ends: list[float]) -> tuple[float, int]:
         """When a group can start at a rank that is free from `time` on; or the first operation that it lacks."""
         for number in group:
             before = self._before[number]

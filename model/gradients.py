@@ -1,6 +1,7 @@
 """Who owns gradients between backward passes and the optimiser's step."""
 
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -36,8 +37,9 @@ class GradientStore:
             parameter: torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
             for parameter in parameters
         }
-        for parameter in self._sums:
-            parameter.register_post_accumulate_grad_hook(self._take)
+        # A hook that held the store, and so the parameter, would keep both for ever: torch's hooks are not collected.
+        for parameter, total in self._sums.items():
+            parameter.register_post_accumulate_grad_hook(partial(_move, total))
 
     def add(self, parameter: Tensor, gradient: Tensor) -> None:
         """Adds one gradient of `parameter`, same shape."""
@@ -52,7 +54,8 @@ class GradientStore:
         for total in self._sums.values():
             total.zero_()
 
-    def _take(self, parameter: Tensor) -> None:
-        if parameter.grad is not None:
-            self._sums[parameter].add_(parameter.grad)
-            parameter.grad = None
+
+def _move(total: Tensor, parameter: Tensor) -> None:
+    if parameter.grad is not None:
+        total.add_(parameter.grad)
+        parameter.grad = None

@@ -16,6 +16,7 @@ from infer.generate import continue_tokens
 from train import checkpoint
 from train.assemble import Assembly, weight_dtype
 from train.metrics import Display, Recorder
+from train.pictures import PAGE_NAME, SVG_NAME, TRACE_NAME, PipelineWatch, bubble_of, window_slots
 from train.step import StepResult, train_step, validate_pass
 
 LOGGER = logging.getLogger("train")
@@ -50,13 +51,14 @@ def train(assembly: Assembly, prepared: Prepared, reporter: Reporter, first_step
     Raises:
         NonFiniteError: on every rank alike.
     """
-    stage = assembly.config.stage
+    stage, track = assembly.config.stage, assembly.config.track
+    watch = PipelineWatch(assembly)
     loader = Loader(prepared, global_batch_sequences=stage.global_batch_sequences, seed=assembly.config.data.seed)
     for step in range(first_step, stage.steps):
         result = train_step(assembly, loader, step)
         done = step + 1
         LOGGER.info("step %d: loss %.6f, %.3f s", done, result.losses.total, result.seconds)
-        values = _record(assembly, done, result)
+        values = _record(assembly, watch, done, result)
         if _due(done, stage.validate_every_steps, stage.steps) and stage.validation_sequences:
             loss = validate(assembly, loader)
             values["validation_loss"] = loss
@@ -66,6 +68,8 @@ def train(assembly: Assembly, prepared: Prepared, reporter: Reporter, first_step
                 f"(unigram entropy {prepared.unigram_entropy_nats:.4f})"
             )
         reporter.record(values)
+        if _due(done, track.picture_every_steps, stage.steps) and watch.draw(result.execution, done):
+            reporter.say(f"step {done:>6}  planned and measured time in {SVG_NAME}, {PAGE_NAME}, {TRACE_NAME}")
         if _due(done, stage.checkpoint_every_steps, stage.steps):
             folder = checkpoint.save(assembly, done, prepared.fingerprint)
             reporter.say(f"step {done:>6}  checkpoint {folder}")
@@ -110,16 +114,14 @@ def _due(done: int, every: int, last: int) -> bool:
     return done == last or (every > 0 and done % every == 0)
 
 
-def _record(assembly: Assembly, done: int, result: StepResult) -> dict[str, object]:
-    """The step's line in `metrics.jsonl`; every rank must ask, as traffic and memory are summed up over all."""
-    traffic = assembly.traffic.take()
-    sums = torch.tensor(
-        [traffic.num_bytes_across_nodes, traffic.num_touched_nodes, traffic.num_tokens], dtype=torch.float64
-    )
-    dist.all_reduce(sums := sums.to(assembly.device), group=assembly.groups.world)
-    peak = torch.tensor(_peak_memory_bytes(assembly.device), dtype=torch.float64, device=assembly.device)
-    dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=assembly.groups.world)
-    inter_node_bytes, touched, tokens = sums.tolist()
+def _record(assembly: Assembly, watch: PipelineWatch, done: int, result: StepResult) -> dict[str, object]:
+    """The step's line in `metrics.jsonl`; every rank must ask, as traffic, time and memory are those of all."""
+    traffic, use = assembly.traffic.take(), watch.use(result.execution)
+    counted = [traffic.num_bytes_across_nodes, traffic.num_touched_nodes, traffic.num_tokens, use.used_seconds]
+    inter_node_bytes, touched, tokens, used_seconds = _reduce(assembly, counted, dist.ReduceOp.SUM)
+    mesh, data_index = assembly.config.parallelism, assembly.layout.data_index(assembly.groups.rank)
+    largest = [_peak_memory_bytes(assembly.device), *window_slots(use, data_index, mesh.data)]
+    peak, *slots = _reduce(assembly, largest, dist.ReduceOp.MAX)
     losses = result.losses
     return {
         "step": done,
@@ -136,7 +138,16 @@ def _record(assembly: Assembly, done: int, result: StepResult) -> dict[str, obje
         "nodes_per_token": touched / tokens if tokens else 1.0,
         "inter_node_bytes": int(inter_node_bytes),
         "peak_memory_bytes": int(peak),
+        "pipeline_bubble": bubble_of(used_seconds, slots, mesh.pipeline),
     }
+
+
+def _reduce(assembly: Assembly, values: Sequence[float], how: dist.ReduceOp.RedOpType) -> list[float]:
+    """Over all ranks, in float64."""
+    numbers = torch.tensor(values, dtype=torch.float64, device=assembly.device)
+    dist.all_reduce(numbers, op=how, group=assembly.groups.world)
+    reduced: list[float] = numbers.tolist()
+    return reduced
 
 
 def _peak_memory_bytes(device: torch.device) -> int:

@@ -97,7 +97,8 @@ class Display:
             self.say(
                 f"step {step:>6}  loss {values['loss']:.4f}  main {values['main_loss']:.4f}  "
                 f"mtp {values['mtp_loss']:.4f}  grad norm {values['grad_norm']:.3f}  lr {values['lr']:.2e}  "
-                f"{values['tokens_per_second']:,.0f} tokens/s  MaxVio {values['max_violation']:.2f}"
+                f"{values['tokens_per_second']:,.0f} tokens/s  MaxVio {values['max_violation']:.2f}  "
+                f"bubble {100 * values['pipeline_bubble']:.0f} %"
             )
 
     def say(self, line: str) -> None:

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch import distributed as dist
 
 from data.loader import IGNORE, Batch, Loader
-from dualpipe.execute import execute
+from dualpipe.clock import open_clock
+from dualpipe.execute import Execution, execute
 from model.objective import LossSums, MicroBatch, Objective
 from model.transformer import routers
 from train.assemble import Assembly, feed
@@ -33,7 +34,10 @@ class Losses:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepResult:
-    """What a step showed, equal on all ranks. max_violation: the worst layer's largest load over the mean, less one."""
+    """What a step showed, equal on all ranks but for the execution of this rank's passes.
+
+    max_violation: the worst layer's largest load over the mean, less one.
+    """
 
     losses: Losses
     grad_norm: float
@@ -41,6 +45,7 @@ class StepResult:
     seconds: float
     tokens: int
     max_violation: float
+    execution: Execution
 
 
 class BatchReader:
@@ -108,7 +113,7 @@ def train_step(assembly: Assembly, loader: Loader, step: int) -> StepResult:
     started = time.perf_counter()
     config = assembly.config
     rate = learning_rate(config.optim, step)
-    losses = accumulate(assembly, lambda first, count: loader.batch(step, first, count))
+    losses, execution = accumulate(assembly, lambda first, count: loader.batch(step, first, count))
     norm = assembly.optimiser.step(rate)
     violation = update_router_bias(assembly)
     tokens = config.stage.global_batch_sequences * config.stage.sequence_length_tokens
@@ -119,11 +124,12 @@ def train_step(assembly: Assembly, loader: Loader, step: int) -> StepResult:
         seconds=time.perf_counter() - started,
         tokens=tokens,
         max_violation=violation,
+        execution=execution,
     )
 
 
-def accumulate(assembly: Assembly, read: Read) -> Losses:
-    """All passes of one global batch; gradients stay in the store, loads in the routers.
+def accumulate(assembly: Assembly, read: Read) -> tuple[Losses, Execution]:
+    """All passes of one global batch, and what this rank's took; gradients stay in the store, loads in the routers.
 
     Raises:
         NonFiniteError: on every rank alike.
@@ -131,11 +137,12 @@ def accumulate(assembly: Assembly, read: Read) -> Losses:
     batches = BatchReader(assembly, read)
     num_targets = batches.count_targets()
     objective, sums = make_objective(assembly.config, num_targets), _no_sums(assembly)
-    execute(assembly.train_program, feed(assembly, batches, objective, sums, assembly.store), assembly.links)
+    fed = feed(assembly, batches, objective, sums, assembly.store)
+    execution = execute(assembly.train_program, fed, assembly.links, open_clock(assembly.device))
     losses = _reduce(assembly, sums, num_targets)
     if not math.isfinite(losses.total):
         raise NonFiniteError(f"loss is {losses.total}")
-    return losses
+    return losses, execution
 
 
 def validate_pass(assembly: Assembly, read: Read) -> tuple[Losses, int]:

@@ -30,7 +30,7 @@ def html(entries: Sequence[Entry | Absent], title: str = "Pipeline schedules") -
         definitions=DEFINITIONS,
         header="".join(f'<th scope="col"><button type="button">{escape(name)}</button></th>' for name in COLUMNS),
         rows="\n".join(_row(index, entry) for index, entry in enumerate(entries)),
-        meaning=escape(MEANING),
+        meaning=escape(MEANING + ("; times in seconds" if any(entry.measured for entry in shown) else "")),
         figures="\n".join(
             _figure(index, entry, scale) for index, entry in enumerate(entries) if isinstance(entry, Entry)
         ),

@@ -23,7 +23,7 @@ DARK = {
     Op.BACKWARD_WEIGHT: "#004741",
 }
 _SWATCH_WIDTH, _SWATCH_HEIGHT = 26.0, 14.0
-_LETTER = 6.0
+_LETTER = 6.5
 _GAP = 22.0
 
 
@@ -119,8 +119,11 @@ def _marks(schedule: Schedule, measured: bool, bounded: bool) -> list[_Item]:
     items = []
     if (shades := _shades(schedule)) is not None:
         items.append(_Item((), shades))
-    if any(len(group) > 1 for groups in schedule.ranks for group in groups):
-        items.append(_Item(("half",), "halves: overlapped"))
+    pair = next((group[:2] for groups in schedule.ranks for group in groups if len(group) > 1), None)
+    if pair is not None:
+        items.append(
+            _Item(("half", *(style_of(op.kind, place) for place, op in enumerate(pair))), "halves: overlapped")
+        )
     items.append(_Item(("track",), "idle"))
     if measured:
         items.append(_Item(("exposed",), "exposed exchange"))
@@ -138,11 +141,9 @@ def _drawn(item: _Item, x: float, y: float) -> list[str]:
 def _swatch(styles: tuple[str, ...], x: float, y: float) -> list[str]:
     if styles == ("bound",):
         return [f'<line class="bound" x1="{x:g}" x2="{x + _SWATCH_WIDTH:g}" y1="{y + 7:g}" y2="{y + 7:g}"/>']
-    if styles == ("half",):
-        return [
-            _box("F0", x, y, _SWATCH_WIDTH, _SWATCH_HEIGHT / 2),
-            _box("B1", x, y + _SWATCH_HEIGHT / 2, _SWATCH_WIDTH, _SWATCH_HEIGHT / 2),
-        ]
+    if styles[:1] == ("half",):
+        height = _SWATCH_HEIGHT / 2
+        return [_box(style, x, y + place * height, _SWATCH_WIDTH, height) for place, style in enumerate(styles[1:])]
     width = _SWATCH_WIDTH / max(len(styles), 1)
     return [_box(style, x + index * width, y, width, _SWATCH_HEIGHT) for index, style in enumerate(styles)]
 

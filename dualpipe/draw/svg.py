@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from dataclasses import dataclass, field
+from textwrap import wrap
 from xml.sax.saxutils import escape
 
 from dualpipe.bounds import Bound
@@ -14,11 +15,11 @@ from dualpipe.simulate import Simulation
 
 _LEFT, _RIGHT, _TOP = 68.0, 24.0, 44.0
 _ROW, _ROW_GAP = 30.0, 4.0
-_HEADING, _AXIS, _LEGEND_LINE = 26.0, 48.0, 22.0
+_HEADING, _HEADING_LINE, _AXIS, _LEGEND_LINE = 26.0, 17.0, 48.0, 22.0
 _LEAST_WIDTH, _MOST_WIDTH = 900.0, 12_000.0
 _LEGEND_WIDTH = 1_150.0
 _TICK = 90.0
-_LETTER = 6.2
+_LETTER, _HEADING_LETTER = 6.2, 6.7
 _LEAST_LABEL_HEIGHT = 11.0
 _MOST_LABELLED = 8_000  # operations beyond which a panel has neither numbers nor tooltips: the file would be too large
 
@@ -118,13 +119,14 @@ def _element(width: float, height: float, name: str, parts: list[str]) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Unit:
-    """A unit to show times in: `factor` of them make one unit of the costs."""
+    """A unit to show times in: `factor` of them make one unit of the costs. A clock's times have few digits."""
 
     factor: float
     name: str
 
     def shown(self, time: float) -> str:
-        return f"{number(round(time * self.factor, 6))} {self.name}".rstrip()
+        value = time * self.factor
+        return f"{value:.4g} {self.name}" if self.name else number(round(value, 6))
 
 
 def _unit(span: float, seconds: bool) -> _Unit:
@@ -170,8 +172,10 @@ class _Picture:
 
     def panel(self, heading: str, end: float, cells: list[Cell], strips: list[Strip], bound: Bound | None) -> None:
         """Heading, a row per rank up to the end of all, and the time axis."""
-        self.parts.append(f'<text class="heading" x="24" y="{self.y + 12:g}">{escape(heading)}</text>')
-        self.y += _HEADING
+        for line in _lines(heading, int((self.scale.width - 48) / _HEADING_LETTER)):
+            self.parts.append(f'<text class="heading" x="24" y="{self.y + 12:g}">{escape(line)}</text>')
+            self.y += _HEADING_LINE
+        self.y += _HEADING - _HEADING_LINE
         top, bottom = self.y, self.y + self.schedule.num_ranks * (_ROW + _ROW_GAP)
         for rank in range(self.schedule.num_ranks):
             self._track(rank, top, end)
@@ -267,6 +271,13 @@ class _Picture:
         beside = f", overlapped with {others}" if others else ""
         where = f"rank {cell.rank}, stage {op.stage}, micro-batch {op.micro_batch}, direction {op.direction}"
         return f"{op}: {where}, {self.unit.shown(cell.start)} to {self.unit.shown(cell.end)}{beside}"
+
+
+def _lines(facts: str, width: int) -> list[str]:
+    """Broken after commas alone."""
+    glue = "\N{NO-BREAK SPACE}"
+    glued = facts.replace(" ", glue).replace(f",{glue}", ", ")
+    return [line.replace(glue, " ") for line in wrap(glued, width)]
 
 
 def _stage_tells(schedule: Schedule) -> list[list[bool]]:

@@ -1,27 +1,27 @@
-"""DualPipe with every backward split and its orders searched: any number of ranks and micro-batches.
+"""DualPipe with every backward split: any number of ranks and micro-batches, ordered for the costs at hand.
 
-Where the published DualPipe is defined, its order with W taken out of every B and neighbours fused is hard to beat.
-Everywhere else, and where time is left above the lower bound, a list builder under searched preferences makes one.
+Known orders come first: cut to size, with W where the ranks would wait and neighbours fused, they are hard to beat
+(`generate.orders`). Where they leave time above the lower bound, a list builder under searched preferences looks for
+more.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from dualpipe.bounds import lower_bound
 from dualpipe.costs import CostModel
 from dualpipe.fuse import fuse
 from dualpipe.generate.builder import Attempt, Builder
-from dualpipe.generate.dualpipe import dualpipe
+from dualpipe.generate.orders import known_orders
 from dualpipe.generate.preferences import Preferences
 from dualpipe.generate.repeat import repeat
 from dualpipe.generate.search import Search
-from dualpipe.ir import Group, MemoryCapError, Schedule, ScheduleError
-from dualpipe.passes import split_weights
+from dualpipe.ir import MemoryCapError, Schedule, ScheduleError
 from dualpipe.simulate import simulate
 from dualpipe.validate import validate
 
 KIND = "dualpipe_split"
-_EFFORT = 500_000
+_EFFORT = 300_000
 _TOLERANCE = 1e-9
 # A link that is a little late should not cost more than it must: orders of equal makespan are told apart by this.
 _LATENCY_SHARE = 0.02
@@ -40,16 +40,18 @@ def dualpipe_split(
             than `num_ranks` of the heaviest need, as the published DualPipe does.
 
     Raises:
-        ScheduleError: nothing fits the memory cap; names the least that works.
+        MemoryCapError: nothing fits the memory cap; names the least that works.
     """
     shape = empty(num_ranks, num_micro_batches)
     cap = (num_ranks + 1) * max(stage.activation for stage in costs.stages) if memory_cap is None else memory_cap
     _check_cap(shape, costs, cap)
     contest = _Contest(costs, cap, lower_bound(shape, costs, cap).value)
-    for candidate in _from_published(num_ranks, num_micro_batches, costs):
+    for candidate in _known(shape, costs, cap):
         contest.enter(candidate)
-    if not contest.is_won:
-        _search(shape, contest)
+        if contest.is_won:
+            break
+    else:
+        _Hunt(shape, contest).run()
     if contest.best is None:
         raise ScheduleError(f"memory_cap: no order was found within {cap:g}; nearest: {num_ranks + 1}")
     return contest.best
@@ -90,45 +92,75 @@ class _Contest:
         simulation = simulate(schedule, self.costs)
         if max(simulation.peaks) > self.cap + _TOLERANCE or simulation.makespan > self.makespan * (1 + _TOLERANCE):
             return
+        late = simulate(schedule, self._late).makespan
+        score = (round(simulation.makespan, 9), round(late, 9), max(simulation.peaks))
+        if self.best is not None and score >= self._score:
+            return
         try:
             validate(schedule)
         except ScheduleError:
             return
-        late = simulate(schedule, self._late).makespan
-        score = (round(simulation.makespan, 9), round(late, 9), max(simulation.peaks))
-        if self.best is None or score < self._score:
-            self.best, self.makespan, self._score = schedule, simulation.makespan, score
+        self.best, self.makespan, self._score = schedule, simulation.makespan, score
 
 
-def _from_published(num_ranks: int, num_micro_batches: int, costs: CostModel) -> Iterator[Schedule]:
-    """The published order, split and fused; of an odd number of micro-batches, the next even one less one."""
-    odd = num_micro_batches % 2
-    if num_ranks % 2 or num_micro_batches + odd < 2 * num_ranks:
-        return
-    few = min(num_micro_batches + odd, 3 * num_ranks + num_ranks % 2)
-    base = split_weights(replace(dualpipe(num_ranks, few), kind=KIND), costs)
-    if not odd:
-        yield from filter(None, [repeat(fuse(base, costs), num_micro_batches)])
-        return
-    for left_out in sorted({0, few // 4, few // 2 - 1}):
-        shorter = fuse(_without(base, 1, left_out), costs)
-        yield from filter(None, [repeat(shorter, num_micro_batches)])
+def _known(shape: Schedule, costs: CostModel, cap: float) -> Iterator[Schedule]:
+    """Known orders for these costs, fused: at a few micro-batches where there are many, as fusing is slow."""
+    exchanges = _exchanges(costs)
+    few = min(_fewer(shape, 3), shape.num_micro_batches) if exchanges else shape.num_micro_batches
+    for order in known_orders(KIND, shape.num_ranks, few, costs, cap):
+        fused = fuse(order, costs) if exchanges else order
+        yield from filter(None, [repeat(fused, shape.num_micro_batches)])
 
 
-def _without(schedule: Schedule, direction: int, micro_batch: int) -> Schedule:
-    """The schedule less one micro-batch of the direction; those after it move up."""
+class _Hunt:
+    """A search at a few micro-batches for orders of all of them."""
 
-    def kept(group: Group) -> Group:
-        return tuple(
-            replace(op, micro_batch=op.micro_batch - 1)
-            if op.direction == direction and op.micro_batch > micro_batch
-            else op
-            for op in group
-            if op.direction != direction or op.micro_batch != micro_batch
-        )
+    def __init__(self, shape: Schedule, contest: _Contest) -> None:
+        costs, cap = contest.costs, contest.cap
+        self._contest = contest
+        self._search = Search(_EFFORT)
+        self._full = _level(shape, shape.num_micro_batches, costs, cap)
+        few = [count for count in (_fewer(shape, 2), _fewer(shape, 3)) if count < shape.num_micro_batches]
+        self._levels = [_level(shape, count, costs, cap) for count in few] or [self._full]
 
-    ranks = tuple(tuple(group for group in map(kept, groups) if group) for groups in schedule.ranks)
-    return replace(schedule, num_micro_batches=schedule.num_micro_batches - 1, ranks=ranks)
+    def run(self) -> None:
+        """Until nothing can be shorter, or the effort is spent."""
+        # First straight at the bound, where an order that must miss it is given up at once.
+        share = _EFFORT // 8 if _exchanges(self._contest.costs) else _EFFORT // 3
+        for level in self._levels:
+            if self._reach(level, level.bound * (1 + _TOLERANCE), share, patient=True):
+                return
+        level, shortest = self._levels[-1], float("inf")
+        while self._search.left > 0:
+            # Then from any order that promises more than the best so far to shorter ones.
+            aim = min(shortest, level.bound + self._contest.makespan - self._contest.bound) * (1 - 1e-6)
+            shortest = aim
+            if self._reach(level, aim, self._search.left, patient=False):
+                return
+
+    def _reach(self, level: "_Level", makespan: float, effort: int, *, patient: bool) -> bool:
+        """Whether the contest is won; where not patient, it comes back with the first order found."""
+
+        def accept(preferences: Preferences, attempt: Attempt) -> bool:
+            self._enter(level, preferences, attempt)
+            return self._contest.is_won or not patient
+
+        self._search.reach(level.builder, makespan, effort, accept)
+        return self._contest.is_won
+
+    def _enter(self, level: "_Level", preferences: Preferences, attempt: Attempt) -> None:
+        """Enters the order itself, or what its steady state or its preferences give for all micro-batches."""
+        assert attempt.ranks is not None
+        costs, count = self._contest.costs, self._full.shape.num_micro_batches
+        fused = fuse(replace(level.shape, ranks=attempt.ranks), costs)
+        longer = repeat(fused, count)
+        if longer is not None:
+            self._contest.enter(longer)
+        if level is not self._full and not self._contest.is_won:
+            attempt = self._full.builder.build(preferences, self._contest.makespan)
+            self._search.left -= attempt.effort
+            if attempt.ranks is not None:
+                self._contest.enter(replace(self._full.shape, ranks=attempt.ranks))
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,51 +170,6 @@ class _Level:
     shape: Schedule
     builder: Builder
     bound: float
-
-
-def _search(shape: Schedule, contest: _Contest) -> None:
-    costs, cap = contest.costs, contest.cap
-    search = Search(_EFFORT)
-    full = _level(shape, shape.num_micro_batches, costs, cap)
-    few = [_fewer(shape, per_rank) for per_rank in (2, 3)]
-    levels = [_level(shape, count, costs, cap) for count in few if count < shape.num_micro_batches] or [full]
-
-    def enter(level: _Level, after: Callable[[Attempt], None]) -> Callable[[Preferences, Attempt], bool]:
-        def accept(preferences: Preferences, attempt: Attempt) -> bool:
-            after(attempt)
-            if level is not full:
-                attempt = full.builder.build(preferences, contest.makespan)
-                search.left -= attempt.effort
-            if attempt.ranks is not None:
-                contest.enter(fuse(replace(shape, ranks=attempt.ranks), costs))
-            return contest.is_won
-
-        return accept
-
-    # First straight at the bound, where an order that must miss it is given up at once.
-    share = _EFFORT // 8 if _exchanges(costs) else _EFFORT // 3
-    for level in levels:
-        if search.reach(level.builder, level.bound * (1 + _TOLERANCE), share, enter(level, lambda _: None)):
-            return
-    _descend(search, levels[-1], enter)
-
-
-def _descend(
-    search: Search,
-    level: _Level,
-    enter: Callable[[_Level, Callable[[Attempt], None]], Callable[[Preferences, Attempt], bool]],
-) -> None:
-    """From any order to shorter ones, while effort is left."""
-    shortest = [float("inf")]
-
-    def note(attempt: Attempt) -> None:
-        shortest[0] = attempt.time
-
-    accept = enter(level, note)
-    while search.left > 0:
-        limit = shortest[0] * (1 - 1e-6)
-        if search.reach(level.builder, limit, search.left, lambda p, a: accept(p, a) or True) is False:
-            return
 
 
 def _level(shape: Schedule, num_micro_batches: int, costs: CostModel, cap: float) -> _Level:

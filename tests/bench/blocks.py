@@ -16,6 +16,7 @@ from torch import Tensor
 from model.linear import WeightSink, linear
 
 WorkKind = Literal["sleep", "products"]
+_MOST_LATE_SECONDS = 0.001
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,8 +75,8 @@ class Block(Protocol):
 class SleepLog:
     """Sleeps, and counts sleeps by kind.
 
-    A timer wakes late, by up to some tenths of a millisecond on a busy machine: that much is taken off the next
-    sleep, so that sleeps last as long as they are meant to on average, whoever asks for them.
+    A timer wakes late, by some tenths of a millisecond: that much, up to `_MOST_LATE_SECONDS`, is taken off the
+    next sleep, so that sleeps last as long as they are meant to on average, whoever asks for them.
     """
 
     def __init__(self) -> None:
@@ -88,7 +89,7 @@ class SleepLog:
         begun = time.perf_counter()
         time.sleep(max(0.0, seconds - self._late_seconds))
         slept = time.perf_counter() - begun
-        self._late_seconds += slept - seconds
+        self._late_seconds = min(self._late_seconds + slept - seconds, _MOST_LATE_SECONDS)
         self.slept_seconds += slept
         self.counts[kind] += 1
 

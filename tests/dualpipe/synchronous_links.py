@@ -27,11 +27,17 @@ class _Request:
     due: Message
     came: Message | None = None
 
+    def has_come(self) -> bool:
+        return self.came is not None
+
 
 @dataclass
 class _LinkState:
     held: Message | None = None
     requests: deque[_Request] = field(default_factory=deque)
+
+    def is_free(self) -> bool:
+        return self.held is None
 
     @property
     def can_hand_over(self) -> bool:
@@ -85,12 +91,12 @@ class _Job:
                     self.links[request.due.link].requests.append(request)
                 self.changed.notify_all()
             for request in requests:
-                self.wait(rank, lambda request=request: request.came is not None)
+                self.wait(rank, request.has_come)
                 assert request.came == request.due
             pause(pauses)
             for message in sends:
                 link = self.links[message.link]
-                self.wait(rank, lambda link=link: link.held is None)
+                self.wait(rank, link.is_free)
                 with self.changed:
                     link.held = message
                     self.changed.notify_all()

@@ -245,7 +245,7 @@ def test_svg_of_a_run_gives_measured_beside_planned_bubble_in_milliseconds() -> 
     bubble = f"{100 * measured_bubble(measured_run(schedule)):.2f} %"
     assert f"bubble {bubble} (planned {100 * simulation.bubble_fraction:.2f} %)" in text
     assert "time in ms" in text
-    assert f"(planned {1000 * simulation.makespan:.6g} ms)" in text
+    assert f"(planned {1000 * simulation.makespan:.4g} ms)" in text
 
 
 def linear(colour: str) -> list[float]:

@@ -77,7 +77,7 @@ def _run_one(job: Job, num_steps: int) -> list[Seen]:
     start_biases(assembly.model, job.starved)
     seen = []
     for step in range(num_steps):
-        losses = accumulate(assembly, lambda first, count, step=step: loader.batch(step, first, count))  # type: ignore[misc]
+        losses, _ = accumulate(assembly, lambda first, count, step=step: loader.batch(step, first, count))  # type: ignore[misc]
         gradients = by_released_name(assembly.model, assembly.store.gradient)
         norm = assembly.optimiser.step(learning_rate(config.optim, step))
         update_router_bias(assembly)
