@@ -2,9 +2,12 @@
 
 import itertools
 import math
+import os
+import sys
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -125,13 +128,32 @@ def _host_links(
     links: _Links = {}
     for data_index in range(layout.parallelism.data):
         members = tuple(layout.rank(member, data_index) for member in range(layout.parallelism.pipeline))
-        group = make_group(members, timeout_seconds)
+        with _unassuming_threads():
+            group = make_group(members, timeout_seconds)
         if group is not None:
             mine = [pair for low, high in pairs for pair in ((low, high), (high, low)) if index in pair]
             for (source, destination), kind in itertools.product(mine, MESSAGE_KINDS):
                 peer = destination if index == source else source
                 links[source, destination, kind] = _HostLink(group, peer, kind, device)
     return links
+
+
+@contextmanager
+def _unassuming_threads() -> Iterator[None]:
+    """What starts a thread within, starts one that never preempts another when it wakes, where Linux lets it.
+
+    gloo's event thread asks for a connection's lock again and again while a sender holds it. Where cores are fewer
+    than threads, it would push that very sender off its core and then spin for milliseconds.
+    """
+    if sys.platform != "linux" or os.sched_getscheduler(0) != os.SCHED_OTHER:
+        yield
+        return
+    unprivileged = os.sched_param(0)
+    os.sched_setscheduler(0, os.SCHED_BATCH, unprivileged)
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, os.SCHED_OTHER, unprivileged)
 
 
 class _HostLink:

@@ -27,7 +27,7 @@ from model.transformer import Part, Transformer, initialise
 from train.assemble import held_experts, weight_dtype
 from train.config import TrainConfig
 
-_REPEATS = 3
+_RUNS = 3
 _HOPS = 15
 
 
@@ -115,7 +115,7 @@ def _measure_parts(
     config: TrainConfig, layout: Layout, dispatcher: Dispatcher, device: torch.device, latency: float
 ) -> LayerTimes:
     parts = _Parts(config, layout, dispatcher, device)
-    for _ in range(1 + _REPEATS):
+    for _ in range(_RUNS):
         parts.run()
     return parts.times(latency)
 
@@ -167,7 +167,7 @@ class _Parts:
         self._backward(0, start)
 
     def times(self, latency: float) -> LayerTimes:
-        """What the runs took but for the first one, which warms up."""
+        """What the runs took; of three, the median is not the first, which also warms up."""
         has_dense = self._model.num_dense_layers > 0
         has_moe = self._model.num_dense_layers < self._model.num_layers
         first, last = (len(stage.lanes) for stage in self._stages)
@@ -186,7 +186,7 @@ class _Parts:
         exchanged = [phase for phase in phases if lanes[phase] == "comm"]
 
         def total(way: str, chosen: list[int], of: Callable[[list[float]], float]) -> float:
-            return sum(of(self._seconds[stage, way, phase][1:]) for phase in chosen)
+            return sum(of(self._seconds[stage, way, phase]) for phase in chosen)
 
         # The longer ones of an exchange's times hold a wait for ranks that came later.
         return PartTimes(

@@ -10,6 +10,7 @@ from dualpipe.draw.entry import Absent, entry
 from dualpipe.draw.page import html
 from dualpipe.draw.table import COLUMNS, cells
 from dualpipe.generate.select import build
+from tests.dualpipe.clockwork import measured_run
 
 UNIT = Costs(forward=1, backward_input=1, backward_weight=1, exchange=0, latency=0)
 ENTRIES = [
@@ -121,3 +122,12 @@ def test_page_of_absent_schedules_only_is_whole() -> None:
     page = Reader(html([Absent(kind="zb_v", reason="needs ranks")]))
     assert page.cells == ["zb_v", "needs ranks"]
     assert not page.all("figure")
+
+
+def test_page_of_a_run_draws_it_and_says_that_times_are_seconds(text: str) -> None:
+    schedule = build("1f1b", 2, 3)
+    shown = html([entry(schedule, UNIT, measured=measured_run(schedule))])
+    operations = sum(len(group) for groups in schedule.ranks for group in groups)
+    assert shown.count("<title>") == 2 * operations + 1
+    assert "times in seconds" in shown
+    assert "times in seconds" not in text

@@ -1,7 +1,8 @@
 """The drawn schedule: well-formed, a shape per operation, as wide as its time, self-contained, readable."""
 
 import re
-from itertools import combinations
+from dataclasses import replace
+from itertools import combinations, pairwise
 from math import dist
 from xml.etree import ElementTree
 
@@ -246,6 +247,28 @@ def test_svg_of_a_run_gives_measured_beside_planned_bubble_in_milliseconds() -> 
     assert f"bubble {bubble} (planned {100 * simulation.bubble_fraction:.2f} %)" in text
     assert "time in ms" in text
     assert f"(planned {1000 * simulation.makespan:.4g} ms)" in text
+
+
+def test_svg_breaks_long_headings_after_commas_and_within_the_picture() -> None:
+    schedule = build("1f1b", 1, 2)
+    costs = replace(SECONDS, forward=0.0081234, exchange=0.0061234)
+    simulation, run = simulate(schedule, costs), measured_run(schedule)
+    bound = entry(schedule, costs).bound
+    root = ElementTree.fromstring(svg(schedule, simulation, run, bound=bound))
+    lines = [text.text or "" for text in root.iter(f"{SVG}text") if text.get("class") == "heading"]
+    assert len(lines) > 2
+    assert max(map(len, lines)) * 6.7 <= float(root.get("width", "")) - 48
+    assert all(line.endswith(",") or following.startswith("measured:") for line, following in pairwise(lines))
+    places = [float(text.get("y", "")) for text in root.iter(f"{SVG}text") if text.get("class") == "heading"]
+    assert all(below >= above + 14 for above, below in pairwise(places))
+
+
+def test_svg_explains_overlap_by_what_the_schedule_overlaps() -> None:
+    schedule = build("dualpipe_split", 4, 8)
+    drawn = svg(schedule, simulate(schedule, UNIT))
+    present = {f"{op.kind.value}{op.direction}" for groups in schedule.ranks for group in groups for op in group}
+    swatches = set(re.findall(r'<rect class="([FBIW][01])"', drawn))
+    assert swatches <= present
 
 
 def linear(colour: str) -> list[float]:

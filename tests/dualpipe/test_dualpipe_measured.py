@@ -5,10 +5,24 @@ from itertools import pairwise
 
 import pytest
 
+from dualpipe.config import ScheduleKind
+from dualpipe.costs import StageCosts
 from dualpipe.generate.select import build
 from dualpipe.ir import Op, Operation, Schedule
-from dualpipe.measured import Measured, Span, SpanLane, measured_bubble, measured_exposed, rank_spans
+from dualpipe.measured import (
+    Measured,
+    Span,
+    SpanLane,
+    measured_bubble,
+    measured_costs,
+    measured_exposed,
+    rank_spans,
+    rank_use,
+    step_lanes,
+)
+from dualpipe.passes import one_at_a_time
 from dualpipe.program import Action
+from dualpipe.simulate import simulate
 from tests.dualpipe.clockwork import LANES, SECONDS, measured_run, programs_of, spans_of
 
 SCHEDULES = [build("dualpipe", 4, 8), build("1f1b", 3, 5), build("1f1b", 1, 2)]
@@ -98,3 +112,79 @@ def test_slower_message_raises_the_bubble_by_its_wait() -> None:
 def test_measured_run_can_be_sent_between_processes() -> None:
     run = measured_run(SCHEDULES[0])
     assert pickle.loads(pickle.dumps(run)) == run
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: schedule.kind)
+def test_bubble_of_each_ranks_use_is_that_of_its_spans(schedule: Schedule) -> None:
+    programs = programs_of(schedule)
+    uses = [
+        rank_use(step_lanes(program), spans, 7.0) for program, spans in zip(programs, spans_of(programs), strict=True)
+    ]
+    run = measured_run(schedule, origin_seconds=7.0)
+    assert min(use.start_seconds for use in uses) == run.start_seconds
+    assert max(use.end_seconds for use in uses) == run.end_seconds
+    total = run.makespan_seconds * len(uses)
+    assert 1 - sum(use.used_seconds for use in uses) / total == pytest.approx(measured_bubble(run))
+
+
+@pytest.mark.parametrize("kind", ["zb_h1", "zb_v"])
+def test_costs_of_a_run_are_the_times_of_its_clock(kind: ScheduleKind) -> None:
+    schedule = build(kind, 3, 6)
+    costs = measured_costs(schedule, measured_run(schedule))
+    assert costs.latency == 0
+    assert len(costs.stages) == schedule.num_stages
+    computed = LANES.count("compute") * SECONDS["compute"]
+    exchanged = LANES.count("comm") * SECONDS["exchange"]
+    for stage in costs.stages:
+        found = (stage.forward, stage.backward_input, stage.backward_weight)
+        assert found == pytest.approx((computed, computed, computed))
+        assert (stage.forward_exchange, stage.backward_exchange) == pytest.approx((exchanged, exchanged))
+        assert stage.activation == 3 / schedule.num_stages
+
+
+def test_costs_of_full_backwards_tell_inputs_from_weights() -> None:
+    schedule = build("1f1b", 2, 4)
+    programs = programs_of(schedule)
+    # Weight gradients that take twice as long: every later step is so much later.
+    spans = []
+    for program, found in zip(programs, spans_of(programs), strict=True):
+        late, stretched = 0.0, []
+        for step, (start, end) in zip(program.steps, found, strict=True):
+            more = SECONDS["compute"] if step.action is Action.WEIGHT else 0.0
+            stretched.append((start + late, end + late + more))
+            late += more
+        spans.append(stretched)
+    ranks = zip(schedule.ranks, programs, spans, strict=True)
+    costs = measured_costs(schedule, Measured(ranks=tuple(rank_spans(*rank, 0.0) for rank in ranks)))
+    for stage in costs.stages:
+        assert stage.backward_input == pytest.approx(2 * SECONDS["compute"])
+        assert stage.backward_weight == pytest.approx(4 * SECONDS["compute"])
+
+
+def test_exchange_of_a_stage_is_its_shortest_and_computation_its_median() -> None:
+    def at(kind: Op, micro_batch: int, lane: SpanLane, seconds: float) -> Span:
+        operation = Operation(kind, 0, 0, micro_batch)
+        return Span(start_seconds=0.0, end_seconds=seconds, lane=lane, operation=operation, group=0, phase=1)
+
+    kinds, seconds = (Op.FORWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT), (5.0, 3.0, 30.0)
+    spans = [at(kind, index, "compute", time) for kind in kinds for index, time in enumerate(seconds)]
+    spans += [at(kind, index, "comm", time) for kind in kinds[:2] for index, time in enumerate(seconds)]
+    costs = measured_costs(build("zb_h1", 1, 3), Measured(ranks=(tuple(spans),)))
+    expected = StageCosts(
+        forward=5.0,
+        backward_input=5.0,
+        backward_weight=5.0,
+        forward_exchange=3.0,
+        backward_exchange=3.0,
+        activation=1.0,
+    )
+    assert costs.stages == (expected,)
+
+
+@pytest.mark.parametrize("kind", ["zb_h1", "zb_v"])
+def test_plan_by_a_runs_costs_takes_no_longer_than_the_run(kind: ScheduleKind) -> None:
+    # On a clock of fixed times only hand-overs and links come on top of what the plan counts.
+    schedule = build(kind, 3, 6)
+    run = measured_run(schedule)
+    planned = simulate(one_at_a_time(schedule), measured_costs(schedule, run))
+    assert 0.8 * run.makespan_seconds < planned.makespan < run.makespan_seconds
