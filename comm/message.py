@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal, Self, get_args
 
 import torch
+from torch import Tensor
 
 MessageKind = Literal["activation", "gradient"]
 MESSAGE_KINDS: tuple[MessageKind, ...] = get_args(MessageKind)
@@ -91,3 +92,8 @@ class Header:
             f"{key.kind} {key.source}->{key.destination} of direction {key.direction}, stage {key.stage}, "
             f"micro-batch {key.micro_batch}, {name}{list(self.shape)}"
         )
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """A tensor's elements as uint8, in one dim, on its device."""
+    return tensor.detach().contiguous().flatten().view(torch.uint8)

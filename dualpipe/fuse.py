@@ -21,7 +21,12 @@ def fuse(schedule: Schedule, costs: CostModel) -> Schedule:
         schedule: a valid one.
         costs: what pairs are judged by; without exchange nothing is fused.
     """
-    return _Climb(schedule, costs).climb()
+    return _Climb(schedule, costs).climb() if exchanges(costs) else schedule
+
+
+def exchanges(costs: CostModel) -> bool:
+    """Whether any stage has exchange, so that groups could hide some."""
+    return any(stage.forward_exchange or stage.backward_exchange for stage in costs.stages)
 
 
 class _Climb:

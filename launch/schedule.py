@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, assert_never
 
@@ -18,6 +18,7 @@ from dualpipe.draw.text import grid, summary
 from dualpipe.draw.trace import trace
 from dualpipe.generate.select import build, check, stages_per_rank
 from dualpipe.ir import Schedule, to_json
+from dualpipe.passes import one_at_a_time
 from dualpipe.simulate import simulate
 from dualpipe.validate import validate
 from launch.compose import compose
@@ -105,15 +106,8 @@ def _kind(row: Entry | Absent) -> ScheduleKind | str:
 
 
 def _as_paired(schedule: Schedule, config: ScheduleConfig) -> Schedule:
-    """The schedule as the run would time it: members of a group one after the other where nothing is overlapped."""
-    match config.pairing:
-        case "overlapped":
-            return schedule
-        case "sequential":
-            ranks = tuple(tuple((op,) for group in groups for op in group) for groups in schedule.ranks)
-            return replace(schedule, ranks=ranks)
-        case _ as other:
-            assert_never(other)
+    """The schedule as the run would time it."""
+    return one_at_a_time(schedule) if config.pairing == "sequential" else schedule
 
 
 def _write(text: str, out: str) -> None:

@@ -1,8 +1,8 @@
 """DualPipe with every backward split: any number of ranks and micro-batches, ordered for the costs at hand.
 
-Known orders come first: cut to size, with W where the ranks would wait and neighbours fused, they are hard to beat
-(`generate.orders`). Where they leave time above the lower bound, a list builder under searched preferences looks for
-more.
+An order in lockstep comes first: with W where the ranks would wait and neighbours fused it is hard to beat
+(`generate.lockstep`). Where it leaves time above the lower bound, or does not fit the memory cap, a list builder under
+searched preferences looks for more.
 """
 
 from collections.abc import Iterator
@@ -10,18 +10,22 @@ from dataclasses import dataclass, replace
 
 from dualpipe.bounds import lower_bound
 from dualpipe.costs import CostModel
-from dualpipe.fuse import fuse
+from dualpipe.fuse import exchanges, fuse
 from dualpipe.generate.builder import Attempt, Builder
-from dualpipe.generate.orders import known_orders
+from dualpipe.generate.dualpipe import dualpipe
+from dualpipe.generate.lockstep import lockstep_orders
 from dualpipe.generate.preferences import Preferences
 from dualpipe.generate.repeat import repeat
 from dualpipe.generate.search import Search
 from dualpipe.ir import MemoryCapError, Schedule, ScheduleError
+from dualpipe.memory import peak_memory
+from dualpipe.passes import split_backwards
 from dualpipe.simulate import simulate
 from dualpipe.validate import validate
+from dualpipe.weights import place_weights
 
 KIND = "dualpipe_split"
-_EFFORT = 300_000
+_EFFORT = 200_000
 _TOLERANCE = 1e-9
 # A link that is a little late should not cost more than it must: orders of equal makespan are told apart by this.
 _LATENCY_SHARE = 0.02
@@ -46,14 +50,17 @@ def dualpipe_split(
     cap = (num_ranks + 1) * max(stage.activation for stage in costs.stages) if memory_cap is None else memory_cap
     _check_cap(shape, costs, cap)
     contest = _Contest(costs, cap, lower_bound(shape, costs, cap).value)
-    for candidate in _known(shape, costs, cap):
+    for candidate in _candidates(shape, costs, cap):
         contest.enter(candidate)
         if contest.is_won:
             break
     else:
         _Hunt(shape, contest).run()
     if contest.best is None:
-        raise ScheduleError(f"memory_cap: no order was found within {cap:g}; nearest: {num_ranks + 1}")
+        fits = (num_ranks + 1) * max(stage.activation for stage in costs.stages)
+        raise MemoryCapError(
+            f"schedule '{KIND}' on {num_ranks} ranks: no order was found within {cap:g}; nearest: {fits:g}", fits
+        )
     return contest.best
 
 
@@ -103,13 +110,23 @@ class _Contest:
         self.best, self.makespan, self._score = schedule, simulation.makespan, score
 
 
-def _known(shape: Schedule, costs: CostModel, cap: float) -> Iterator[Schedule]:
-    """Known orders for these costs, fused: at a few micro-batches where there are many, as fusing is slow."""
-    exchanges = _exchanges(costs)
-    few = min(_fewer(shape, 3), shape.num_micro_batches) if exchanges else shape.num_micro_batches
-    for order in known_orders(KIND, shape.num_ranks, few, costs, cap):
-        fused = fuse(order, costs) if exchanges else order
-        yield from filter(None, [repeat(fused, shape.num_micro_batches)])
+def _candidates(shape: Schedule, costs: CostModel, cap: float) -> Iterator[Schedule]:
+    """Known orders, fused: at a few micro-batches where there are many, as fusing is slow."""
+    few = min(_fewer(shape, 3), shape.num_micro_batches) if exchanges(costs) else shape.num_micro_batches
+    seen = set()
+    for order in _known_orders(replace(shape, num_micro_batches=few), costs, cap):
+        if order.ranks not in seen and max(peak_memory(order, costs)) <= cap + _TOLERANCE:
+            seen.add(order.ranks)
+            yield from filter(None, [repeat(fuse(order, costs), shape.num_micro_batches)])
+
+
+def _known_orders(shape: Schedule, costs: CostModel, cap: float) -> Iterator[Schedule]:
+    """In lockstep, and the published ones with W taken out of every B, where they exist."""
+    yield from lockstep_orders(shape, costs, cap)
+    if shape.num_ranks % 2 == 0 and shape.num_micro_batches % 2 == 0 and shape.num_micro_batches >= 2 * shape.num_ranks:
+        published = split_backwards(dualpipe(shape.num_ranks, shape.num_micro_batches))
+        yield replace(published, kind=KIND)
+        yield from filter(None, [place_weights(replace(published, kind=KIND), costs, cap)])
 
 
 class _Hunt:
@@ -126,7 +143,7 @@ class _Hunt:
     def run(self) -> None:
         """Until nothing can be shorter, or the effort is spent."""
         # First straight at the bound, where an order that must miss it is given up at once.
-        share = _EFFORT // 8 if _exchanges(self._contest.costs) else _EFFORT // 3
+        share = _EFFORT // 8 if exchanges(self._contest.costs) else _EFFORT // 3
         for level in self._levels:
             if self._reach(level, level.bound * (1 + _TOLERANCE), share, patient=True):
                 return
@@ -181,10 +198,6 @@ def _fewer(shape: Schedule, per_rank: int) -> int:
     """About `per_rank` micro-batches for each rank, odd where the schedule's number is."""
     count = per_rank * shape.num_ranks
     return count + (count + shape.num_micro_batches) % 2
-
-
-def _exchanges(costs: CostModel) -> bool:
-    return any(stage.forward_exchange or stage.backward_exchange for stage in costs.stages)
 
 
 def _check_cap(shape: Schedule, costs: CostModel, cap: float) -> None:

@@ -1,9 +1,10 @@
 """More micro-batches for a schedule: its steady state, run a few more times."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
-from dualpipe.ir import Group, Operation, Schedule
+from dualpipe.ir import Group, Op, Operation, Schedule
 
 _MAX_SHIFT = 3
 
@@ -48,17 +49,24 @@ def _lengthened(groups: tuple[Group, ...], added: int) -> tuple[Group, ...] | No
 
 def _steady_block(groups: Sequence[Group], shift: int) -> tuple[int, int] | None:
     """Start and length of the block that recurs longest, and at least once."""
-    held = {(op.kind, op.direction, op.stage) for group in groups for op in group}
-    size, best, best_run = shift * len(held), None, 0
+    stages = {(op.direction, op.stage) for group in groups for op in group}
+    best, best_run = None, 0
     moved = [_shifted(group, shift) for group in groups]
-    for length in range(1, size + 1):
+    for length in range(1, 3 * shift * len(stages) + 1):
         run = 0
         for index in range(len(groups) - length):
             run = run + 1 if groups[index + length] == moved[index] else 0
             start = index - run + 1
-            if run > max(best_run, length - 1) and sum(map(len, groups[start : start + length])) == size:
+            if run > max(best_run, length - 1) and _is_whole(groups[start : start + length], shift * len(stages)):
                 best, best_run = (start, length), run
     return best
+
+
+def _is_whole(block: Sequence[Group], passages: int) -> bool:
+    """Whether it has so many F, as many backwards, and a W for every I."""
+    counts = Counter(op.kind for group in block for op in group)
+    backwards = counts[Op.BACKWARD_INPUT] + counts[Op.BACKWARD]
+    return counts[Op.FORWARD] == backwards == passages and counts[Op.BACKWARD_WEIGHT] == counts[Op.BACKWARD_INPUT]
 
 
 def _shifted(group: Group, shift: int) -> Group:

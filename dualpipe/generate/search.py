@@ -15,6 +15,8 @@ _STALL = 200
 _STARTS = ((4, False), (4, True), (7, True))
 _TAIL = 3
 _WALK = 600
+# What an attempt costs besides its groups, in groups.
+_LEAST_EFFORT = 20
 
 
 class Search:
@@ -77,7 +79,7 @@ class Search:
 
     def _build(self, builder: Builder, preferences: Preferences, makespan: float) -> Attempt:
         attempt = builder.build(preferences, makespan)
-        self.left -= attempt.effort
+        self.left -= _LEAST_EFFORT + attempt.effort
         return attempt
 
 

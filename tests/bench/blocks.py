@@ -84,6 +84,11 @@ class SleepLog:
         self.slept_seconds = 0.0
         self._late_seconds = 0.0
 
+    def clear(self) -> None:
+        """Back to no sleeps."""
+        self.counts.clear()
+        self.slept_seconds = 0.0
+
     def sleep(self, kind: str, seconds: float) -> None:
         """Sleeps."""
         begun = time.perf_counter()

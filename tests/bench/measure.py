@@ -1,7 +1,6 @@
 """Interleaved runs of contenders on the same ranks."""
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,13 +30,31 @@ class Plan:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Sample:
-    """One step over all ranks: seconds from the common start to the last rank's end; CPU seconds of all ranks with
-    all their threads; sleeps of each rank by kind."""
+class RankSample:
+    """One step of one rank: seconds from the common start to its end; CPU seconds of all its threads; sleeps by
+    kind, and their seconds."""
 
     seconds: float
     cpu_seconds: float
-    sleeps: tuple[dict[str, int], ...]
+    sleeps: dict[str, int]
+    slept_seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """One step of all ranks."""
+
+    ranks: tuple[RankSample, ...]
+
+    @property
+    def seconds(self) -> float:
+        """From the common start to the last rank's end."""
+        return max(rank.seconds for rank in self.ranks)
+
+    @property
+    def cpu_seconds(self) -> float:
+        """Of all ranks together."""
+        return sum(rank.cpu_seconds for rank in self.ranks)
 
 
 def measure(plan: Plan) -> dict[str, list[Sample]]:
@@ -48,8 +65,10 @@ def measure(plan: Plan) -> dict[str, list[Sample]]:
         if kind in plan.contenders
     }
     per_rank = run_ranks(plan.num_ranks, _measure_rank, plan, schedules, timeout_seconds=600.0)
-    return {name: [_joined(samples) for samples in zip(*(rank[name] for rank in per_rank), strict=True)]
-            for name in plan.contenders}  # fmt: skip
+    return {
+        name: [Sample(ranks=ranks) for ranks in zip(*(samples[name] for samples in per_rank), strict=True)]
+        for name in plan.contenders
+    }
 
 
 def make_schedule(kind: ScheduleKind, num_ranks: int, num_micro_batches: int) -> Schedule:
@@ -58,17 +77,9 @@ def make_schedule(kind: ScheduleKind, num_ranks: int, num_micro_batches: int) ->
     return build(kind, num_ranks, num_micro_batches, costs)
 
 
-def _joined(samples: Sequence[tuple[float, float, dict[str, int]]]) -> Sample:
-    return Sample(
-        seconds=max(seconds for seconds, _, _ in samples),
-        cpu_seconds=sum(cpu for _, cpu, _ in samples),
-        sleeps=tuple(sleeps for _, _, sleeps in samples),
-    )
-
-
 def _measure_rank(
     rank: int, num_ranks: int, plan: Plan, schedules: dict[ScheduleKind, Schedule]
-) -> dict[str, list[tuple[float, float, dict[str, int]]]]:
+) -> dict[str, list[RankSample]]:
     log = SleepLog()
     with open_transport(num_ranks) as transport:
         steps: dict[str, Step] = {}
@@ -81,15 +92,15 @@ def _measure_rank(
                 steps[name] = torch_step(name, rank, num_ranks, plan.num_micro_batches, plan.workload, log)
         for step in steps.values():
             step()
-        samples: dict[str, list[tuple[float, float, dict[str, int]]]] = {name: [] for name in plan.contenders}
+        samples: dict[str, list[RankSample]] = {name: [] for name in plan.contenders}
         for _ in range(plan.num_rounds):
             for name, step in steps.items():
                 samples[name].append(_timed(step, log))
     return samples
 
 
-def _timed(step: Step, log: SleepLog) -> tuple[float, float, dict[str, int]]:
-    log.counts.clear()
+def _timed(step: Step, log: SleepLog) -> RankSample:
+    log.clear()
     # The ranks share a clock: all begin at a moment that rank 0 chose.
     start = torch.tensor([time.monotonic() + _START_DELAY_SECONDS], dtype=torch.float64)
     distributed.broadcast(start, 0)
@@ -99,4 +110,6 @@ def _timed(step: Step, log: SleepLog) -> tuple[float, float, dict[str, int]]:
     end = time.monotonic()
     cpu = time.process_time() - cpu
     distributed.barrier()
-    return end - start.item(), cpu, dict(log.counts)
+    return RankSample(
+        seconds=end - start.item(), cpu_seconds=cpu, sleeps=dict(log.counts), slept_seconds=log.slept_seconds
+    )

@@ -1,6 +1,8 @@
+import os
 import time
 from typing import Literal
 
+import pytest
 import torch
 from torch import Tensor, distributed
 
@@ -8,7 +10,7 @@ from comm.config import ParallelismConfig
 from comm.layout import Layout
 from comm.message import HEADER_BYTES, Header, MessageKey, TransferError
 from comm.p2p import Transport, adjacent_pairs
-from tests.ranks import run_ranks
+from tests.ranks import RanksFailedError, run_ranks
 
 
 def _transport(rank: int, world_size: int, data: int = 1) -> Transport:
@@ -95,37 +97,75 @@ def test_transport_sends_strided_tensors_without_waiting_for_the_receiver() -> N
     assert received[1][1, 0] == 1
 
 
-def _disagree(rank: int, world_size: int) -> list[tuple[str, str, str]]:
-    """Rank 0 sends what rank 1 does not expect: another micro-batch, a larger shape, another type."""
+_SMALL, _LARGE = (2, 3), (128, 64)  # of float32: one rides with its header, the other follows it
+
+
+def _disagree(
+    rank: int, world_size: int, sent: tuple[int, ...], due: tuple[int, ...], micro_batch: int
+) -> tuple[str, str, str]:
+    """Rank 0 sends another shape or another micro-batch than rank 1 expects, and goes on."""
     transport = _transport(rank, world_size)
-    sends = [(_key(0, 1, 4), torch.zeros(2, 3)), (_key(0, 1, 5, "gradient"), torch.zeros(64, 64))]
+    error = ("", "", "")
     if rank == 0:
-        for key, tensor in sends:
-            transport.send(key, tensor)
-        transport.send(_key(0, 1, 6), torch.zeros(3))
-        distributed.barrier()
-        return []
-    receipts = [
-        transport.post_receive(_key(0, 1, 3), (2, 3), torch.float32),
-        transport.post_receive(_key(0, 1, 5, "gradient"), (2, 3), torch.float32),
-    ]
-    errors = []
-    for receipt in receipts:
+        transport.send(_key(0, 1, micro_batch), torch.zeros(sent))
+        transport.send(_key(0, 1, micro_batch + 1), torch.zeros(sent))
+    else:
+        receipt = transport.post_receive(_key(0, 1, 3), due, torch.float32)
+        transport.post_receive(_key(0, 1, 4), due, torch.float32)
         try:
             receipt.wait()
-        except TransferError as error:
-            errors.append((error.place, error.expected, error.got))
+        except TransferError as caught:
+            error = (caught.place, caught.expected, caught.got)
     distributed.barrier()
-    return errors
+    return error
 
 
-def test_transport_detects_a_message_that_is_not_the_one_due() -> None:
-    wrong_batch, wrong_shape = run_ranks(2, _disagree)[1]
-    assert wrong_batch[0] == "pipeline rank 1"
-    assert "micro-batch 3" in wrong_batch[1]
-    assert "micro-batch 4" in wrong_batch[2]
-    assert "float32[2, 3]" in wrong_shape[1]
-    assert "float32[64, 64]" in wrong_shape[2]
+@pytest.mark.parametrize("sent", [_SMALL, _LARGE])
+@pytest.mark.parametrize("due", [_SMALL, _LARGE])
+def test_transport_detects_a_message_that_is_not_the_one_due(sent: tuple[int, ...], due: tuple[int, ...]) -> None:
+    for micro_batch in (3, 4) if sent != due else (4,):
+        place, expected, got = run_ranks(2, _disagree, sent, due, micro_batch)[1]
+        assert place == "pipeline rank 1"
+        assert f"micro-batch 3, float32{list(due)}" in expected
+        assert f"micro-batch {micro_batch}, float32{list(sent)}" in got
+
+
+def _lose_a_peer(rank: int, world_size: int) -> None:
+    transport = _transport(rank, world_size)
+    distributed.barrier()
+    if rank == 1:
+        os._exit(7)
+    transport.post_receive(_key(1, 0, 0), (2, 3), torch.float32).wait()
+
+
+def test_transport_tells_of_a_peer_that_is_gone() -> None:
+    with pytest.raises(RanksFailedError) as caught:
+        run_ranks(2, _lose_a_peer)
+    assert "rank 1 of 2: died with exit code 7" in str(caught.value)
+    assert "rank 0 of 2: Traceback" in str(caught.value)
+    assert "in _lose_a_peer" in str(caught.value)
+    assert "in wait" in str(caught.value)
+
+
+def _drop_at_once(rank: int, world_size: int, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor that its sender drops before it has left arrives whole."""
+    whole = True
+    with _transport(rank, world_size) as transport:
+        if rank == 0:
+            transport.send(_key(0, 1, 0), torch.full(shape, 5.0))
+            others = [torch.full(shape, -1.0) for _ in range(20)]  # would take the memory that it gave back
+            distributed.barrier()
+            transport.flush()
+            del others
+        else:
+            distributed.barrier()
+            whole = bool((transport.post_receive(_key(0, 1, 0), shape, torch.float32).wait() == 5).all())
+    return whole
+
+
+@pytest.mark.parametrize("shape", [_SMALL, _LARGE])
+def test_transport_keeps_a_tensor_until_it_has_left(shape: tuple[int, ...]) -> None:
+    assert run_ranks(2, _drop_at_once, shape) == [True, True]
 
 
 def _use_unknown_link(rank: int, world_size: int) -> str:

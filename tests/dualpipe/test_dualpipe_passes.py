@@ -1,52 +1,63 @@
-"""Passes that change how a schedule is run, not what it computes."""
+"""Passes: what they change, and that they never make a schedule worse."""
 
-from dataclasses import replace
-from itertools import groupby
+import random
 
 import pytest
 
-from dualpipe.costs import Costs
-from dualpipe.ir import Op, Operation, Schedule
-from dualpipe.pairing import sequential
-from dualpipe.passes import in_turn, one_at_a_time
-from dualpipe.program import Action
+from dualpipe.costs import Costs, uniform
+from dualpipe.generate.dualpipe import dualpipe
+from dualpipe.generate.dualpipe_v import dualpipe_v
+from dualpipe.generate.one_f_one_b import one_f_one_b
+from dualpipe.ir import Op, Schedule
+from dualpipe.passes import is_no_worse, split_backwards, split_weights
 from dualpipe.simulate import simulate
-from tests.dualpipe.adding import SCHEDULES, lower, name_of
+from dualpipe.validate import validate
 
-UNIT = Costs(forward=1, backward_input=1, backward_weight=1, exchange=1, latency=0)
-
-
-def test_members_of_a_group_take_forwards_first_and_weights_last() -> None:
-    names = ("W", "I", "F", "B", "F")
-    group = tuple(Operation(Op(name), 0, 0, index) for index, name in enumerate(names))
-    assert [(op.kind.value, op.micro_batch) for op in in_turn(group)] == [
-        ("F", 2),
-        ("F", 4),
-        ("I", 1),
-        ("B", 3),
-        ("W", 0),
-    ]
+SCHEDULES = [dualpipe(4, 10), dualpipe(6, 12), dualpipe_v(3, 7), one_f_one_b(4, 9)]
+UNIT = Costs(forward=1, backward_input=1, backward_weight=1, exchange=0, latency=0)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=name_of)
-def test_one_at_a_time_is_the_order_in_which_a_rank_runs_that_overlaps_nothing(schedule: Schedule) -> None:
-    alone = one_at_a_time(schedule)
-    assert simulate(alone, UNIT).makespan > 0
-    assert replace(alone, ranks=schedule.ranks) == schedule
-    letters = {Action.FORWARD: "F", Action.BACKWARD: "I", Action.WEIGHT: "W"}
-    for rank, groups in enumerate(alone.ranks):
-        assert all(len(group) == 1 for group in groups)
-        steps = lower(schedule, rank, sequential).steps
-        ran = [key for key, _ in groupby((letters[step.action], step.run) for step in steps if step.action in letters)]
-        # A full backward runs its weights among its inputs: told by its inputs alone.
-        full = {(op.direction, op.stage, op.micro_batch) for (op,) in groups if op.kind is Op.BACKWARD}
-        seen = [
-            (letter, run)
-            for letter, run in ran
-            if not (letter == "W" and (run.direction, run.stage, run.micro_batch) in full)
-        ]
-        order = [key for key, _ in groupby(seen)]
-        assert [(letter, run.direction, run.stage, run.micro_batch) for letter, run in order] == [
-            ("I" if op.kind is Op.BACKWARD else op.kind.value, op.direction, op.stage, op.micro_batch)
-            for (op,) in groups
-        ]
+def draw(generator: random.Random) -> Costs:
+    return Costs(
+        forward=generator.uniform(0.5, 2),
+        backward_input=generator.uniform(0.5, 2),
+        backward_weight=generator.uniform(0.2, 2),
+        exchange=generator.choice([0, 0.5, 3]),
+        latency=generator.choice([0, 0.2]),
+    )
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: schedule.kind)
+def test_split_is_valid_and_never_worse(schedule: Schedule) -> None:
+    generator = random.Random(1)
+    validate(split_backwards(schedule))
+    for _ in range(20):
+        costs = uniform(draw(generator), schedule.num_ranks, schedule.num_stages)
+        split = split_weights(schedule, costs)
+        new, old = simulate(split, costs), simulate(schedule, costs)
+        assert new.makespan <= old.makespan * (1 + 1e-9)
+        assert all(peak <= before + 1e-9 for peak, before in zip(new.peaks, old.peaks, strict=True))
+        assert split in (schedule, split_backwards(schedule))
+
+
+def test_split_is_refused_where_it_hides_less() -> None:
+    # F&B hides all of W's time under long exchange, F&I and then W does not.
+    schedule = dualpipe(4, 16)
+    costs = uniform(Costs(forward=1, backward_input=1, backward_weight=1, exchange=2, latency=0), 4, 4)
+    assert not is_no_worse(split_backwards(schedule), schedule, costs)
+    assert split_weights(schedule, costs) is schedule
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4, 8, 16])
+def test_split_dualpipe_meets_the_lower_bound(num_ranks: int) -> None:
+    split = split_weights(dualpipe(num_ranks, 2 * num_ranks), uniform(UNIT, num_ranks, num_ranks))
+    assert simulate(split, UNIT).makespan - 6 * num_ranks == (num_ranks - 1) // 2
+
+
+def test_split_leaves_no_full_backward_and_as_much_work() -> None:
+    before, after = dualpipe(4, 10), split_backwards(dualpipe(4, 10))
+    kinds = [op.kind for groups in after.ranks for group in groups for op in group]
+    assert Op.BACKWARD not in kinds
+    for kind in (Op.FORWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT):
+        assert kinds.count(kind) == 4 * 10
+    assert simulate(before, UNIT).idle[0] > simulate(after, UNIT).idle[0]

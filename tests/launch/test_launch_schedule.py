@@ -79,7 +79,8 @@ def test_schedule_file_is_what_is_printed(form: str, tmp_path: Path, capsys: pyt
 
 
 def test_schedule_reader_that_leaves_early_ends_it_quietly() -> None:
-    command = f"{sys.executable} -m launch.schedule schedule=dualpipe num_ranks=16 num_micro_batches=400 format=json | head -c 10"
+    choices = "schedule=dualpipe num_ranks=16 num_micro_batches=400 format=json"
+    command = f"{sys.executable} -m launch.schedule {choices} | head -c 10"
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.stdout == '{"kind": "'
     assert done.stderr == ""

@@ -104,6 +104,7 @@ def _num_parameters() -> int:
     return sum(type(thing) is nn.Parameter for thing in gc.get_objects())
 
 
+@pytest.mark.slow
 def test_probe_gives_every_rank_the_same_positive_times_and_leaves_nothing(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, parallelism=FOUR_RANKS)
     all_moe = replace(config, model=replace(MODEL, num_dense_layers=0, mtp_depth=0))
@@ -145,6 +146,7 @@ def _train(
     return numbers, weights, torch.get_rng_state()
 
 
+@pytest.mark.slow
 def test_probed_run_equals_another_bitwise(tmp_path: Path) -> None:
     write_text(tmp_path)
     config = tiny_config(

@@ -1,0 +1,62 @@
+"""Real time and cost of a step, ours beside torch's pipelines: `python -m tests.bench`."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from tests.bench import report
+from tests.bench.blocks import Workload
+from tests.bench.contenders import ALONE, OWN_KINDS, TORCH_KINDS
+from tests.bench.interpreter import microseconds_per_operation
+from tests.bench.measure import Plan, make_schedule, measure
+
+SECTIONS = ("sleep", "products", "interpreter")
+
+
+def main() -> None:
+    """Runs the sections asked for and prints their tables."""
+    arguments = _arguments()
+    found: dict[str, Any] = {"machine": report.machine()}
+    print(", ".join(f"{key} {value}" for key, value in found["machine"].items()))
+    if "sleep" in arguments.sections:
+        plan = Plan(
+            contenders=(*arguments.kinds, *TORCH_KINDS),
+            num_ranks=8,
+            num_micro_batches=16,
+            num_rounds=arguments.rounds,
+            workload=Workload(kind="sleep", num_rows=1, hidden=8, seconds=0.02),
+        )
+        found["sleep"] = report.sleep_rows(plan, measure(plan))
+        print("\n" + report.sleep_text(plan, found["sleep"]), flush=True)
+    if "products" in arguments.sections:
+        plan = Plan(
+            contenders=(ALONE, *arguments.kinds, *TORCH_KINDS),
+            num_ranks=4,
+            num_micro_batches=8,
+            num_rounds=3 * arguments.rounds,
+            workload=Workload(kind="products", num_rows=512, hidden=256, num_layers=4),
+        )
+        found["products"] = report.products_rows(measure(plan))
+        print("\n" + report.products_text(plan, found["products"]), flush=True)
+    if "interpreter" in arguments.sections:
+        found["interpreter"] = {
+            kind: microseconds_per_operation(make_schedule(kind, 8, 16), rank=3, num_repeats=200)
+            for kind in arguments.kinds
+        }
+        print("\n" + report.interpreter_text(found["interpreter"]), flush=True)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument("--kinds", nargs="+", choices=OWN_KINDS, default=["dualpipe_split"])
+    parser.add_argument("--rounds", type=int, default=7, help="of sleeping steps; three times as many of products")
+    parser.add_argument("--json", type=Path, help="also write all figures to this file")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
