@@ -25,7 +25,7 @@ from dualpipe.validate import validate
 from dualpipe.weights import place_weights
 
 KIND = "dualpipe_split"
-_EFFORT = 200_000
+_EFFORT = 300_000
 _TOLERANCE = 1e-9
 # A link that is a little late should not cost more than it must: orders of equal makespan are told apart by this.
 _LATENCY_SHARE = 0.02
@@ -112,7 +112,8 @@ class _Contest:
 
 def _candidates(shape: Schedule, costs: CostModel, cap: float) -> Iterator[Schedule]:
     """Known orders, fused: at a few micro-batches where there are many, as fusing is slow."""
-    few = min(_fewer(shape, 3), shape.num_micro_batches) if exchanges(costs) else shape.num_micro_batches
+    # The steady state must recur between what the ends have fused.
+    few = min(_fewer(shape, 3) + 4, shape.num_micro_batches) if exchanges(costs) else shape.num_micro_batches
     seen = set()
     for order in _known_orders(replace(shape, num_micro_batches=few), costs, cap):
         if order.ranks not in seen and max(peak_memory(order, costs)) <= cap + _TOLERANCE:

@@ -18,7 +18,7 @@ from dualpipe.fuse import exchanges
 from dualpipe.ir import Group, Op, Operation, Schedule
 from dualpipe.weights import place_weights
 
-_PATIENCE = (0.0, 1.0)
+_PATIENCE = (0.0, 1.0, 0.5)
 
 
 def lockstep_orders(shape: Schedule, costs: CostModel, memory_cap: float) -> Iterator[Schedule]:
@@ -31,8 +31,10 @@ def lockstep_orders(shape: Schedule, costs: CostModel, memory_cap: float) -> Ite
     """
     together = lockstep(shape, paired=True)
     apart = lockstep(shape, paired=False)
-    for order in (together, apart) if exchanges(costs) else (apart,):
-        for patience in _PATIENCE:
+    # Where there is exchange each candidate is fused too, which takes longest.
+    orders, patiences = ((together, apart), _PATIENCE[:2]) if exchanges(costs) else ((apart,), _PATIENCE)
+    for order in orders:
+        for patience in patiences:
             yield from filter(None, [place_weights(order, costs, memory_cap, patience)])
     yield together
     yield _with_whole_backwards(together)
