@@ -115,10 +115,17 @@ def _candidates(shape: Schedule, costs: CostModel, cap: float) -> Iterator[Sched
     # The steady state must recur between what the ends have fused.
     few = min(_fewer(shape, 3) + 4, shape.num_micro_batches) if exchanges(costs) else shape.num_micro_batches
     seen = set()
+    shortest = float("inf")
     for order in _known_orders(replace(shape, num_micro_batches=few), costs, cap):
-        if order.ranks not in seen and max(peak_memory(order, costs)) <= cap + _TOLERANCE:
-            seen.add(order.ranks)
-            yield from filter(None, [repeat(fuse(order, costs), shape.num_micro_batches)])
+        if order.ranks in seen or max(peak_memory(order, costs)) > cap + _TOLERANCE:
+            continue
+        seen.add(order.ranks)
+        fused = fuse(order, costs)
+        longer = repeat(fused, shape.num_micro_batches)
+        makespan = simulate(fused, costs).makespan
+        if longer is not None and makespan <= shortest * (1 + _TOLERANCE):
+            shortest = makespan
+            yield longer
 
 
 def _known_orders(shape: Schedule, costs: CostModel, cap: float) -> Iterator[Schedule]:
@@ -136,7 +143,9 @@ class _Hunt:
     def __init__(self, shape: Schedule, contest: _Contest) -> None:
         costs, cap = contest.costs, contest.cap
         self._contest = contest
-        self._search = Search(_EFFORT)
+        # Under exchange no order meets the bound, and a search seldom betters what neighbours fused give.
+        self._effort = _EFFORT // 4 if contest.best is not None and exchanges(costs) else _EFFORT
+        self._search = Search(self._effort)
         self._full = _level(shape, shape.num_micro_batches, costs, cap)
         few = [count for count in (_fewer(shape, 2), _fewer(shape, 3)) if count < shape.num_micro_batches]
         self._levels = [_level(shape, count, costs, cap) for count in few] or [self._full]
@@ -144,7 +153,7 @@ class _Hunt:
     def run(self) -> None:
         """Until nothing can be shorter, or the effort is spent."""
         # First straight at the bound, where an order that must miss it is given up at once.
-        share = _EFFORT // 8 if exchanges(self._contest.costs) else _EFFORT // 3
+        share = self._effort // (8 if exchanges(self._contest.costs) else 3)
         for level in self._levels:
             if self._reach(level, level.bound * (1 + _TOLERANCE), share, patient=True):
                 return
