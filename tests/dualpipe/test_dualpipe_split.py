@@ -28,7 +28,9 @@ def makespan(num_ranks: int, num_micro_batches: int, costs: Costs) -> float:
     return simulate(schedule, costs).makespan
 
 
-@pytest.mark.parametrize("num_ranks", range(1, 17))
+@pytest.mark.parametrize(
+    "num_ranks", [*range(1, 11), *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in range(11, 17))]
+)
 def test_split_meets_the_lower_bound_for_equal_times_without_exchange(num_ranks: int) -> None:
     counts = {num_ranks, num_ranks + 1, 2 * num_ranks - 1, 2 * num_ranks, 3 * num_ranks + 1, 64, 65}
     for num_micro_batches in counts:

@@ -85,7 +85,7 @@ def in_sequence(config: TrainConfig) -> TrainConfig:
     ("pipeline", "data", "expert"),
     [
         (1, 2, 2),
-        (2, 2, 2),
+        pytest.param(2, 2, 2, marks=pytest.mark.slow),
         pytest.param(2, 1, 1, marks=pytest.mark.slow),
         pytest.param(4, 1, 1, marks=pytest.mark.slow),
         pytest.param(2, 4, 2, marks=pytest.mark.slow),

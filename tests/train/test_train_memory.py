@@ -144,7 +144,9 @@ def _watch_step(config: TrainConfig, schedule: Schedule) -> tuple[int, int, int]
     "schedules",
     [
         [zb_v(1, 5), random_schedule(v_shaped(1), 5, 3), random_schedule(bidirectional(1), 5, 3)],
-        [zb_v(2, 5), build("dualpipe", 2, 6), random_schedule(bidirectional(2), 5, 3)],
+        pytest.param(
+            [zb_v(2, 5), build("dualpipe", 2, 6), random_schedule(bidirectional(2), 5, 3)], marks=pytest.mark.slow
+        ),
     ],
 )
 def test_live_activations_of_the_model_are_those_of_the_schedule(tmp_path: Path, schedules: list[Schedule]) -> None:

@@ -41,6 +41,7 @@ def test_plan_is_the_same_on_every_rank(kind: str, tmp_path: Path) -> None:
     assert ("as configured" in first[1]) == (kind != "auto")
 
 
+@pytest.mark.slow
 def test_plan_under_auto_keeps_the_cap_and_leaves_out_what_the_model_forbids(tmp_path: Path) -> None:
     """MTP rules out 1f1b and zb_h1; 2 of model/P rule out the published DualPipe, which keeps 3."""
     (text, reason), _ = run_ranks(2, _planned, config_of(tmp_path, "auto", memory_cap=2.0))
