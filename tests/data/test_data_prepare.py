@@ -253,6 +253,7 @@ def test_preparing_needs_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=False).returncode == 0
 
 
+@pytest.mark.slow
 def test_embedded_corpus_is_prepared_within_its_time(tmp_path: Path) -> None:
     config = DataConfig(
         source=EmbeddedSource(kind="embedded"),

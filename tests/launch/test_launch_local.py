@@ -74,6 +74,7 @@ ENDS = {
 }
 
 
+@pytest.mark.slow
 def test_local_exit_code_and_error_are_those_of_the_rank_that_fails_first(tmp_path: Path) -> None:
     process = start(",".join(ENDS), tmp_path)
     out, err = process.communicate(timeout=120)

@@ -43,6 +43,7 @@ def place_inputs(folder: Path) -> None:
     write_manifest(checkpoint, 20, replace(config, model=replace(config.model, hidden_size=64)), "f00d")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [

@@ -84,7 +84,7 @@ def in_sequence(config: TrainConfig) -> TrainConfig:
 @pytest.mark.parametrize(
     ("pipeline", "data", "expert"),
     [
-        (1, 2, 2),
+        pytest.param(1, 2, 2, marks=pytest.mark.slow),
         pytest.param(2, 2, 2, marks=pytest.mark.slow),
         pytest.param(2, 1, 1, marks=pytest.mark.slow),
         pytest.param(4, 1, 1, marks=pytest.mark.slow),
@@ -205,7 +205,7 @@ def test_any_schedule_equals_one_rank(folder: Path, data: int, expert: int, sche
 @pytest.mark.parametrize(
     ("pipeline", "data", "expert"),
     [
-        (1, 1, 1),
+        pytest.param(1, 1, 1, marks=pytest.mark.slow),
         pytest.param(2, 2, 2, marks=pytest.mark.slow),
         pytest.param(2, 4, 2, marks=pytest.mark.slow),
     ],

@@ -143,7 +143,10 @@ def _watch_step(config: TrainConfig, schedule: Schedule) -> tuple[int, int, int]
 @pytest.mark.parametrize(
     "schedules",
     [
-        [zb_v(1, 5), random_schedule(v_shaped(1), 5, 3), random_schedule(bidirectional(1), 5, 3)],
+        pytest.param(
+            [zb_v(1, 5), random_schedule(v_shaped(1), 5, 3), random_schedule(bidirectional(1), 5, 3)],
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             [zb_v(2, 5), build("dualpipe", 2, 6), random_schedule(bidirectional(2), 5, 3)], marks=pytest.mark.slow
         ),
