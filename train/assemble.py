@@ -50,13 +50,13 @@ class PipelineLinks:
 
     def post_receive(self, message: Message, /) -> Work[Tensor]:
         """Makes room for a message."""
-        return self._transport.post_receive(_key(message), self._shape, self._dtype)
+        return self._transport.post_receive(message_key(message), self._shape, self._dtype)
 
     def send(self, message: Message, tensor: Tensor, /) -> None:
         """Sends without waiting, and counts."""
         across = self._nodes[message.source] != self._nodes[message.destination]
         self._traffic.add_message(tensor.nbytes, across)
-        self._transport.send(_key(message), tensor)
+        self._transport.send(message_key(message), tensor)
 
     def flush(self) -> None:
         """Waits until everything sent has left."""
@@ -67,7 +67,8 @@ class PipelineLinks:
         self._transport.close()
 
 
-def _key(message: Message) -> MessageKey:
+def message_key(message: Message) -> MessageKey:
+    """A message of a schedule in the transport's words."""
     return MessageKey(
         kind=message.kind,
         direction=message.direction,

@@ -12,7 +12,6 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleDu
 
 from comm.config import ParallelismConfig
 from comm.layout import Layout
-from comm.message import MessageKey
 from comm.p2p import Transport, adjacent_pairs
 from comm.protocol import Work
 from dualpipe import pairing
@@ -23,6 +22,7 @@ from dualpipe.ir import Schedule
 from dualpipe.protocols import Lane
 from dualpipe.transfers import Message
 from tests.bench.blocks import Block, Owed, SleepBlock, SleepLog, Workload, build_block
+from train.assemble import message_key
 
 Step = Callable[[], None]
 OWN_KINDS: tuple[ScheduleKind, ...] = get_args(ScheduleKind)
@@ -146,26 +146,15 @@ class Links:
 
     def post_receive(self, message: Message, /) -> Work[Tensor]:
         """Makes room for a message."""
-        return self._transport.post_receive(_key(message), self._like_TD.shape, self._like_TD.dtype)
+        return self._transport.post_receive(message_key(message), self._like_TD.shape, self._like_TD.dtype)
 
     def send(self, message: Message, tensor: Tensor, /) -> None:
         """Sends without waiting."""
-        self._transport.send(_key(message), tensor)
+        self._transport.send(message_key(message), tensor)
 
     def flush(self) -> None:
         """Waits until everything sent has left."""
         self._transport.flush()
-
-
-def _key(message: Message) -> MessageKey:
-    return MessageKey(
-        kind=message.kind,
-        direction=message.direction,
-        stage=message.stage,
-        micro_batch=message.micro_batch,
-        source=message.source,
-        destination=message.destination,
-    )
 
 
 def open_transport(num_ranks: int) -> Transport:
