@@ -53,17 +53,19 @@ class Groups:
             )
         self.rank = distributed.get_rank()
         ranks = range(layout.world_size)
-        self.expert = self._join({layout.expert_group(rank) for rank in ranks}, timeout_seconds)
-        self.stage = self._join({layout.stage_group(rank, mirrored) for rank in ranks}, timeout_seconds)
-        self.expert_data = self._join({layout.expert_data_group(rank, mirrored) for rank in ranks}, timeout_seconds)
+        self.expert = join_one({layout.expert_group(rank) for rank in ranks}, timeout_seconds)
+        self.stage = join_one({layout.stage_group(rank, mirrored) for rank in ranks}, timeout_seconds)
+        self.expert_data = join_one({layout.expert_data_group(rank, mirrored) for rank in ranks}, timeout_seconds)
         world = distributed.group.WORLD
         assert world is not None
         self.world = world
 
-    def _join(self, partition: set[tuple[int, ...]], timeout_seconds: float) -> ProcessGroup:
-        mine = [group for members in sorted(partition) if (group := make_group(members, timeout_seconds)) is not None]
-        assert len(mine) == 1
-        return mine[0]
+
+def join_one(partition: set[tuple[int, ...]], timeout_seconds: float) -> ProcessGroup:
+    """Makes all groups of a partition of the world and gives the one that this rank is in. See `make_group`."""
+    made = [make_group(members, timeout_seconds) for members in sorted(partition)]
+    (mine,) = (group for group in made if group is not None)
+    return mine
 
 
 def make_group(members: tuple[int, ...], timeout_seconds: float) -> ProcessGroup | None:

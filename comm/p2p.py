@@ -44,7 +44,7 @@ class Transport(ClosesOnSuccess):
 
         Args:
             layout: of the world.
-            pairs: pipeline indices that exchange messages; see `adjacent_pairs`.
+            pairs: pipeline indices that exchange messages.
             device: where tensors live; gloo is staged through the host.
             timeout_seconds: of one transfer, from its start on both sides.
         """
@@ -106,11 +106,6 @@ class Transport(ClosesOnSuccess):
                 f"got {key.source}->{key.destination} {key.kind}"
             )
         return link
-
-
-def adjacent_pairs(num_ranks: int) -> list[tuple[int, int]]:
-    """The pairs of a pipeline whose stages follow its ranks, in either direction."""
-    return [(index, index + 1) for index in range(num_ranks - 1)]
 
 
 def _device_links(

@@ -8,6 +8,7 @@ from data.config import DataSource
 from data.prepare import check_config
 from dualpipe.config import ScheduleKind
 from dualpipe.generate import select
+from dualpipe.generate.cache import schedules_folder
 from dualpipe.ir import ScheduleError
 from launch.decode import decode, encode
 from launch.errors import ConfigError
@@ -15,7 +16,7 @@ from launch.ranges import check_ranges, divisors, multiples
 from model.config import YarnRope
 from model.cut import CutError, cut_layers
 from train.config import TrainConfig
-from train.costs import nominal_costs, schedule_cache
+from train.costs import nominal_costs
 from train.manifest import check_manifest, find_checkpoint
 
 # On the command line the source's keys stand beside data's other keys: `data=files data.paths=[a,b]`.
@@ -211,7 +212,9 @@ def _check_kind(config: TrainConfig, kind: ScheduleKind) -> None:
         )
     if config.memory_cap is not None:
         costs = nominal_costs(config, pipeline * stages)
-        select.build(kind, pipeline, config.num_micro_batches, costs, config.memory_cap, schedule_cache(config))
+        select.build(
+            kind, pipeline, config.num_micro_batches, costs, config.memory_cap, schedules_folder(config.data.cache_dir)
+        )
 
 
 def _check_optim(config: TrainConfig) -> None:

@@ -16,6 +16,7 @@ from dualpipe.draw.svg import svg
 from dualpipe.draw.table import table
 from dualpipe.draw.text import grid, summary
 from dualpipe.draw.trace import trace
+from dualpipe.generate.cache import schedules_folder
 from dualpipe.generate.select import build, check, stages_per_rank
 from dualpipe.ir import Schedule, to_json
 from dualpipe.passes import one_at_a_time
@@ -64,7 +65,7 @@ def main(overrides: Sequence[str]) -> int:
 
 
 def _shown(config: ScheduleCommandConfig) -> str:
-    cache_dir = Path(config.cache_dir).expanduser()
+    cache_dir = schedules_folder(config.cache_dir)
     kind, reason = config.schedule.kind, ""
     rows: tuple[Entry | Absent, ...] = ()
     check("dualpipe_split" if kind == "auto" else kind, config.num_ranks, config.num_micro_batches)

@@ -1,7 +1,6 @@
-"""What a run's schedule is made for, and where schedules are kept. No torch here."""
+"""What a run's schedule is made for. No torch here."""
 
 from dataclasses import replace
-from pathlib import Path
 
 from dualpipe.costs import CostModel, uniform
 from train.config import TrainConfig
@@ -20,8 +19,3 @@ def nominal_costs(config: TrainConfig, num_stages: int) -> CostModel:
         forward, backward = costs.forward + costs.exchange, costs.backward_input + costs.exchange
         costs = replace(costs, forward=forward, backward_input=backward, exchange=0.0)
     return uniform(costs, config.parallelism.pipeline, num_stages)
-
-
-def schedule_cache(config: TrainConfig) -> Path:
-    """Where searched schedules are kept."""
-    return Path(config.data.cache_dir).expanduser() / "schedules"

@@ -10,11 +10,12 @@ from comm.layout import Layout
 from dualpipe.choose import choose, survey
 from dualpipe.config import ScheduleKind
 from dualpipe.costs import CostModel
+from dualpipe.generate.cache import schedules_folder
 from dualpipe.generate.select import KINDS, build, ends_meet, stages_per_rank
 from dualpipe.ir import Schedule, from_json, to_json
 from model.cut import CutError, cut_layers
 from train.config import TrainConfig
-from train.costs import nominal_costs, schedule_cache
+from train.costs import nominal_costs
 from train.manifest import SCHEDULE_NAME, find_checkpoint
 from train.probe import LayerTimes, measure, stage_costs
 
@@ -50,19 +51,21 @@ def _decide(config: TrainConfig, times: LayerTimes | None) -> Plan:
     pipeline, micro_batches, kind = config.parallelism.pipeline, config.num_micro_batches, config.schedule.kind
     begun = _begun(config)
     if begun is not None:
-        return Plan(schedule=from_json(begun.read_text(encoding="utf-8")), reason=f"as in {begun.parent}")
+        return Plan(schedule=from_json(begun.read_text(encoding="utf-8")), reason=f"the one of {begun.parent}")
     if kind != "auto":
         costs = nominal_costs(config, pipeline * stages_per_rank(kind))
-        made = build(kind, pipeline, micro_batches, costs, config.memory_cap, schedule_cache(config))
+        made = build(kind, pipeline, micro_batches, costs, config.memory_cap, schedules_folder(config.data.cache_dir))
         return Plan(schedule=made, reason="as configured")
     assert times is not None
 
     def costs_of(num_stages: int) -> CostModel:
         return stage_costs(times, config, num_stages)
 
-    rows = survey(pipeline, micro_batches, costs_of, config.memory_cap, schedule_cache(config), _excluded(config))
+    rows = survey(
+        pipeline, micro_batches, costs_of, config.memory_cap, schedules_folder(config.data.cache_dir), _excluded(config)
+    )
     choice = choose(rows, config.memory_cap)
-    return Plan(schedule=choice.schedule, reason=choice.reason)
+    return Plan(schedule=choice.schedule, reason=f"the best for the measured seconds: {choice.reason}")
 
 
 def _begun(config: TrainConfig) -> Path | None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.distributed import ProcessGroup
 
-from comm.groups import make_group
+from comm.groups import join_one
 from comm.layout import Layout
 from comm.protocol import Dispatcher
 from comm.select import build_dispatcher, open_lane
@@ -74,8 +74,8 @@ def measure(config: TrainConfig, layout: Layout, device: torch.device) -> LayerT
         device: of this rank.
     """
     timeout, ranks = config.cluster.timeout_seconds, range(layout.world_size)
-    experts = _join({layout.expert_group(rank) for rank in ranks}, timeout)
-    pipeline = _join({layout.pipeline_group(rank) for rank in ranks}, timeout)
+    experts = join_one({layout.expert_group(rank) for rank in ranks}, timeout)
+    pipeline = join_one({layout.pipeline_group(rank) for rank in ranks}, timeout)
     lane = open_lane(device)
     dispatcher = build_dispatcher(config.dispatch, config.model.num_routed_experts, layout, experts, lane, Traffic())
     mine = _measure_parts(config, layout, dispatcher, device, _hop_seconds(config, layout, pipeline, device))
@@ -282,13 +282,6 @@ def _part_times(seconds: Iterable[float]) -> PartTimes:
     """From its fields in order."""
     names = [field.name for field in fields(PartTimes)]
     return PartTimes(**dict(zip(names, seconds, strict=True)))
-
-
-def _join(partition: set[tuple[int, ...]], timeout_seconds: float) -> ProcessGroup:
-    """This rank's group of those that share out the world."""
-    made = [make_group(members, timeout_seconds) for members in sorted(partition)]
-    (mine,) = (group for group in made if group is not None)
-    return mine
 
 
 def _now(device: torch.device) -> float:

@@ -140,7 +140,7 @@ def _introduce(assembly: Assembly, planned: Plan, prepared: Prepared, reporter: 
         f"{config.precision.kind}; folder {config.out_dir}"
     )
     if config.schedule.kind == "auto":
-        reporter.say(f"schedule: the best for the measured seconds is {planned.reason}")
+        reporter.say(f"schedule: {planned.reason}")
     reporter.say(
         f"corpus: {prepared.train_tokens:,} training and {prepared.validation_tokens:,} validation tokens, "
         f"{prepared.bytes_per_token:.2f} bytes per token, unigram entropy {prepared.unigram_entropy_nats:.4f} nats"

@@ -14,6 +14,11 @@ from dualpipe.validate import validate
 Make = Callable[[int, int, CostModel, float | None], Schedule]
 
 
+def schedules_folder(cache_dir: str) -> Path:
+    """Where in a cache folder, `~` allowed, schedules are kept."""
+    return Path(cache_dir).expanduser() / "schedules"
+
+
 def load_or_make(
     make: Make,
     num_ranks: int,

@@ -12,7 +12,7 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleDu
 
 from comm.config import ParallelismConfig
 from comm.layout import Layout
-from comm.p2p import Transport, adjacent_pairs
+from comm.p2p import Transport
 from comm.protocol import Work
 from dualpipe import pairing
 from dualpipe.compile import compile_rank
@@ -160,7 +160,9 @@ class Links:
 def open_transport(num_ranks: int) -> Transport:
     """The project's links between `num_ranks` gloo ranks in a row. Made by all at the same point."""
     layout = Layout(ParallelismConfig(pipeline=num_ranks, data=1, expert=1), ranks_per_node=num_ranks)
-    return Transport(layout, adjacent_pairs(num_ranks), torch.device("cpu"), _TIMEOUT_SECONDS)
+    return Transport(
+        layout, [(index, index + 1) for index in range(num_ranks - 1)], torch.device("cpu"), _TIMEOUT_SECONDS
+    )
 
 
 def own_step(schedule: Schedule, rank: int, workload: Workload, transport: Transport, log: SleepLog) -> Step:

@@ -9,14 +9,16 @@ from torch import Tensor, distributed
 from comm.config import ParallelismConfig
 from comm.layout import Layout
 from comm.message import HEADER_BYTES, Header, MessageKey, TransferError
-from comm.p2p import Transport, adjacent_pairs
+from comm.p2p import Transport
 from tests.ranks import RanksFailedError, run_ranks
 
 
 def _transport(rank: int, world_size: int, data: int = 1) -> Transport:
     num_stages = world_size // data
     layout = Layout(ParallelismConfig(pipeline=num_stages, data=data, expert=1), ranks_per_node=1)
-    return Transport(layout, adjacent_pairs(num_stages), torch.device("cpu"), timeout_seconds=20.0)
+    return Transport(
+        layout, [(index, index + 1) for index in range(num_stages - 1)], torch.device("cpu"), timeout_seconds=20.0
+    )
 
 
 def _key(
