@@ -1,5 +1,6 @@
 """Searched schedules, kept on disk by everything that they depend on, the searching program included."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -69,4 +70,5 @@ def _write(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
         partial.replace(path)
     except OSError:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()

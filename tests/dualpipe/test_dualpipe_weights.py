@@ -1,6 +1,7 @@
 """Placing weight gradients: the order of F and I stays, no W is lost, memory is kept, ranks do not wait with a W."""
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -53,6 +54,10 @@ def test_placing_keeps_everything_but_the_place_of_weights(patience: float) -> N
             assert placed is not None
             validate(placed, cap)
             assert without_weights(placed) == without_weights(schedule)
+            for groups in placed.ranks:
+                operations = [op for group in groups for op in group]
+                owed = [replace(op, kind=Op.BACKWARD_WEIGHT) for op in operations if op.kind is Op.BACKWARD_INPUT]
+                assert [op for op in operations if op.kind is Op.BACKWARD_WEIGHT] == owed
 
 
 def test_placing_fills_waits_of_any_length() -> None:
