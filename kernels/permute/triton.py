@@ -1,0 +1,213 @@
+"""Rows into another order, and back with a sum, in Triton: bit-equal to kernels/permute/reference.py.
+
+Both are bound by memory. One program owns each tile of the result, so nothing is atomic and a sum's order is fixed.
+
+    kernel    grid                                   tile                    accumulator            rounding
+    permute   (A / block_rows, bytes / block_bytes)  rows x block_bytes      none, bits are copied  none
+    unpermute (N / block_tokens, D / block_columns)  tokens x block_columns  float32 in registers   once, to nearest
+                                                                             in the order of k;     even, into the
+                                                                             float64 of float64     result's dtype
+
+Every offset of a row is computed in int64. Masks: rows beyond the last, columns beyond the last, and absent rows (a
+negative index), which read as zeros. An index beyond the last row is caught only under TRITON_DEBUG=1, by an assertion
+on the device: a check on the host would cost a synchronisation. Tensors must be on the current device.
+
+Shape legend: N rows on the tokens' side, A rows on the other side, K places per token, D columns,
+W words in a row.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# What rows are copied as, by the largest number up to 16 that divides all their addresses and lengths in bytes. Of
+# numbers that lie at multiples of 16, Triton moves 16 bytes at a time; and one kernel serves every dtype.
+WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.uint8}
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_sources"])  # type: ignore[untyped-decorator]
+def permute_kernel(
+    rows: tl.tensor,
+    source: tl.tensor,
+    out: tl.tensor,
+    num_rows: tl.tensor,
+    num_sources: tl.tensor,
+    num_columns: tl.tensor,
+    rows_stride: tl.tensor,
+    out_stride: tl.tensor,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+) -> None:
+    """Copies a tile of `out`, each row from its source; columns are words of opaque bits."""
+    targets = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    columns = tl.program_id(1).to(tl.int64) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    in_targets = targets < num_sources
+    in_columns = columns < num_columns
+    sources = tl.load(source + targets, mask=in_targets, other=-1).to(tl.int64)
+    tl.device_assert(sources < num_rows, "permute: a source must be below the number of rows")
+    readable = (sources >= 0)[:, None] & in_columns[None, :]
+    tile = tl.load(rows + sources[:, None] * rows_stride + columns[None, :], mask=readable, other=0)
+    writable = in_targets[:, None] & in_columns[None, :]
+    tl.store(out + targets[:, None] * out_stride + columns[None, :], tile, mask=writable)
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_tokens"])  # type: ignore[untyped-decorator]
+def unpermute_kernel(
+    rows: tl.tensor,
+    places: tl.tensor,
+    out: tl.tensor,
+    num_rows: tl.tensor,
+    num_tokens: tl.tensor,
+    num_columns: tl.tensor,
+    rows_stride: tl.tensor,
+    NUM_PLACES: tl.constexpr,
+    UNROLL: tl.constexpr,
+    ACCUMULATOR: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+) -> None:
+    """Sums a tile of `out` in registers; the loop over the places is unrolled, so that their loads overlap."""
+    tokens = tl.program_id(0).to(tl.int64) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    columns = tl.program_id(1).to(tl.int64) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    in_tokens = tokens < num_tokens
+    in_columns = columns < num_columns
+    total = tl.zeros((BLOCK_TOKENS, BLOCK_COLUMNS), ACCUMULATOR)
+    for k in tl.range(0, NUM_PLACES, loop_unroll_factor=UNROLL):
+        index = tl.load(places + tokens * NUM_PLACES + k, mask=in_tokens, other=-1).to(tl.int64)
+        tl.device_assert(index < num_rows, "unpermute: a place must be below the number of rows")
+        readable = (index >= 0)[:, None] & in_columns[None, :]
+        tile = tl.load(rows + index[:, None] * rows_stride + columns[None, :], mask=readable, other=0.0)
+        # The sum starts at +0 and so is never -0: adding the 0 of an absent row leaves it as it is.
+        total += tile.to(ACCUMULATOR)
+    writable = in_tokens[:, None] & in_columns[None, :]
+    offsets = tokens[:, None] * num_columns + columns[None, :]
+    tl.store(out + offsets, total.to(out.dtype.element_ty), mask=writable)
+
+
+def permute(
+    rows_ND: Tensor,
+    source_A: Tensor,
+    out_AD: Tensor | None = None,
+    *,
+    block_rows: int = 8,
+    block_bytes: int = 1024,
+    num_warps: int = 4,
+) -> Tensor:
+    """Rows gathered by index: `out[a] = rows[source[a]]`, a row of zeros where the source is negative.
+
+    Args:
+        rows_ND: any dtype, copied bit by bit; its rows may lie apart in memory.
+        source_A: int32 or int64, below N; negative for a row of zeros.
+        out_AD: where to write, of the rows' dtype, its last dimension contiguous, not overlapping `rows_ND`.
+        block_rows: rows of a tile; a power of two.
+        block_bytes: width of a tile, an eighth as many words where rows are not aligned to 16 bytes; a power of two.
+        num_warps: of a program.
+
+    Returns:
+        out_AD, or a new contiguous tensor.
+
+    Raises:
+        ValueError: the columns of a tensor are not contiguous.
+    """
+    num_sources, num_columns = source_A.shape[0], rows_ND.shape[1]
+    if out_AD is None:
+        out_AD = rows_ND.new_empty(num_sources, num_columns)
+    if num_sources == 0 or num_columns == 0:
+        return out_AD
+    _check_columns("permute: rows_ND", rows_ND)
+    _check_columns("permute: out_AD", out_AD)
+    granularity = _granularity(rows_ND, out_AD)
+    word = WORDS[granularity]
+    # Narrow words come one at a time, so a tile as wide in bytes would take too many registers.
+    block_words = block_bytes if granularity == 16 else block_bytes // 8
+    rows_NW, out_AW = _as_words(rows_ND, word), _as_words(out_AD, word)
+    num_words = rows_NW.shape[1]
+    block_words = min(block_words, triton.next_power_of_2(num_words))
+    permute_kernel[(triton.cdiv(num_sources, block_rows), triton.cdiv(num_words, block_words))](
+        rows_NW,
+        source_A.contiguous(),
+        out_AW,
+        rows_NW.shape[0],
+        num_sources,
+        num_words,
+        rows_NW.stride(0),
+        out_AW.stride(0),
+        BLOCK_ROWS=block_rows,
+        BLOCK_COLUMNS=block_words,
+        num_warps=num_warps,
+        enable_fp_fusion=False,
+    )
+    return out_AD
+
+
+def unpermute(
+    rows_AD: Tensor,
+    places_NK: Tensor,
+    dtype: torch.dtype | None = None,
+    *,
+    block_tokens: int = 4,
+    block_columns: int = 512,
+    num_warps: int = 4,
+) -> Tensor:
+    """Per token, the sum of its rows: `out[n] = sum over k of rows[places[n, k]]`, in the order of k.
+
+    Args:
+        rows_AD: floating point; its rows may lie apart in memory.
+        places_NK: int32 or int64, below A; a negative place contributes nothing. K is compiled in.
+        dtype: of the result; the rows' own by default.
+        block_tokens: rows of a tile; a power of two.
+        block_columns: width of a tile; a power of two.
+        num_warps: of a program.
+
+    Returns:
+        out_ND, accumulated from zero in float32 (float64 for float64 rows) and rounded once.
+
+    Raises:
+        ValueError: the columns of the rows are not contiguous.
+    """
+    num_tokens, num_places = places_NK.shape
+    num_rows, num_columns = rows_AD.shape
+    out_ND = rows_AD.new_empty(num_tokens, num_columns, dtype=dtype or rows_AD.dtype)
+    if num_tokens == 0 or num_columns == 0:
+        return out_ND
+    _check_columns("unpermute: rows_AD", rows_AD)
+    block_columns = min(block_columns, triton.next_power_of_2(num_columns))
+    unpermute_kernel[(triton.cdiv(num_tokens, block_tokens), triton.cdiv(num_columns, block_columns))](
+        rows_AD,
+        places_NK.contiguous(),
+        out_ND,
+        num_rows,
+        num_tokens,
+        num_columns,
+        rows_AD.stride(0),
+        NUM_PLACES=num_places,
+        UNROLL=max(1, min(8, num_places)),
+        ACCUMULATOR=tl.float64 if rows_AD.dtype == torch.float64 else tl.float32,
+        BLOCK_TOKENS=block_tokens,
+        BLOCK_COLUMNS=block_columns,
+        num_warps=num_warps,
+        enable_fp_fusion=False,
+    )
+    return out_ND
+
+
+def _granularity(*matrices: Tensor) -> int:
+    """The largest number of bytes, up to 16, that divides where the rows of all matrices begin, and their length."""
+    multiples = [16, int(matrices[0].shape[1]) * matrices[0].element_size()]
+    for matrix in matrices:
+        size = matrix.element_size()
+        multiples += [matrix.data_ptr(), int(matrix.storage_offset()) * size, int(matrix.stride(0)) * size]
+    return math.gcd(*multiples)
+
+
+def _as_words(matrix: Tensor, word: torch.dtype) -> Tensor:
+    # A single column may have any stride, which a view as another dtype would refuse.
+    return matrix.as_strided(matrix.shape, (matrix.stride(0), 1)).view(word)
+
+
+def _check_columns(subject: str, matrix: Tensor) -> None:
+    if matrix.shape[1] > 1 and matrix.stride(1) != 1:
+        raise ValueError(f"{subject} must be contiguous along its columns, got strides {matrix.stride()}")

@@ -1,0 +1,82 @@
+"""FP8 codes with one scale per row and 128 columns, in plain PyTorch.
+
+Shape legend: N rows, D columns, T tiles in a row, R rows worked on at a time, C columns of a tile (128).
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from kernels.quantize.layout import LARGEST_CODE, TILE, Quantized, check_min_amax, num_tiles
+
+CHUNK_NUMBERS = 2**18  # a megabyte of float32: intermediate values stay in the cache
+
+
+def quantize_1x128(rows_ND: Tensor, power_of_two: bool, min_amax: float = 1e-4) -> Quantized:
+    """Codes and scales of rows, tile by tile (arXiv:2412.19437, section 3.3.2).
+
+    A tile's scale is `max(amax, min_amax) / 448`, in float32; codes are `value / scale`, rounded to nearest even and
+    saturated at 448. A tile with a NaN or an infinity becomes all NaN, scale and codes. The last tile may be ragged.
+
+    Args:
+        rows_ND: floating point, read as float32; its rows may lie apart in memory.
+        power_of_two: round the scale up to a power of two, so that quantising again loses nothing.
+        min_amax: lower bound of a tile's amax; in [2**-117, 2**127], so that a scale is a normal number.
+
+    Raises:
+        ValueError: min_amax out of bounds.
+    """
+    check_min_amax(min_amax)
+    num_rows, num_columns = rows_ND.shape
+    codes_ND = rows_ND.new_empty(num_rows, num_columns, dtype=torch.float8_e4m3fn)
+    scales_NT = rows_ND.new_empty(num_rows, num_tiles(num_columns), dtype=torch.float32)
+    chunk_rows = max(1, CHUNK_NUMBERS // max(1, num_columns))
+    for first in range(0, num_rows if num_columns else 0, chunk_rows):
+        chunk = slice(first, first + chunk_rows)
+        values_RTC = _tiles(rows_ND[chunk].float())
+        amax_RT = values_RTC.abs().amax(dim=2)
+        scales_RT = _scales(amax_RT, power_of_two, min_amax)
+        scaled_RTC = values_RTC.div(scales_RT[:, :, None]).clamp_(-LARGEST_CODE, LARGEST_CODE)
+        finite_RT = scales_RT.isfinite()
+        if not finite_RT.all():
+            scaled_RTC.masked_fill_(~finite_RT[:, :, None], torch.nan)  # one NaN, whatever the sign that came in
+        scales_NT[chunk] = scales_RT
+        codes_ND[chunk] = scaled_RTC.flatten(1)[:, :num_columns]
+    return Quantized(codes_ND, scales_NT)
+
+
+def dequantize_1x128(quantized: Quantized, dtype: torch.dtype) -> Tensor:
+    """Rows from codes and scales.
+
+    Args:
+        quantized: codes float8_e4m3fn [N, D] and scales float32 [N, ceil(D / 128)].
+        dtype: of the result.
+
+    Returns:
+        rows_ND: code times scale in float32 (float64 where that is the dtype), rounded to `dtype`.
+    """
+    num_rows, num_columns = quantized.codes.shape
+    rows_ND = quantized.codes.new_empty(num_rows, num_columns, dtype=dtype)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    chunk_rows = max(1, CHUNK_NUMBERS // max(1, num_columns))
+    for first in range(0, num_rows if num_columns else 0, chunk_rows):
+        chunk = slice(first, first + chunk_rows)
+        scales_RT = quantized.scales[chunk].to(wide)
+        codes_RTC = _tiles(quantized.codes[chunk].to(wide))
+        rows_ND[chunk] = (codes_RTC * scales_RT[:, :, None]).flatten(1)[:, :num_columns]
+    return rows_ND
+
+
+def _scales(amax_RT: Tensor, power_of_two: bool, min_amax: float) -> Tensor:
+    scales_RT = amax_RT.clamp(min=min_amax) / LARGEST_CODE
+    if power_of_two:
+        # Adding the mantissa's mask carries into the exponent unless the number is a power of two already.
+        scales_RT = ((scales_RT.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)
+    return scales_RT.where(amax_RT.isfinite(), torch.nan)
+
+
+def _tiles(rows_RD: Tensor) -> Tensor:
+    """rows_RTC: rows cut into tiles, the last one filled up with zeros."""
+    missing = -rows_RD.shape[1] % TILE
+    padded_RD = functional.pad(rows_RD, (0, missing)) if missing else rows_RD
+    return padded_RD.reshape(rows_RD.shape[0], -1, TILE)

@@ -1,0 +1,93 @@
+"""Which implementation of a kernel runs is an argument: the reference in plain PyTorch, or Triton's.
+
+Shape legend: as in kernels/permute/reference.py.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, Protocol, assert_never
+
+import torch
+from torch import Tensor
+
+import kernels.permute.reference
+import kernels.quantize.reference
+from kernels.quantize.layout import Quantized
+
+Implementation = Literal["reference", "triton"]
+
+
+class Permute(Protocol):
+    """`kernels.permute.reference.permute` or its like."""
+
+    def __call__(self, rows_ND: Tensor, source_A: Tensor, out_AD: Tensor | None = None) -> Tensor:
+        """out_AD: rows gathered by index."""
+
+
+class Unpermute(Protocol):
+    """`kernels.permute.reference.unpermute` or its like."""
+
+    def __call__(self, rows_AD: Tensor, places_NK: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """out_ND: per token, the sum of its rows."""
+
+
+class Quantize(Protocol):
+    """`kernels.quantize.reference.quantize_1x128` or its like."""
+
+    def __call__(self, rows_ND: Tensor, power_of_two: bool, min_amax: float = 1e-4) -> Quantized:
+        """Codes and scales of rows."""
+
+
+class Dequantize(Protocol):
+    """`kernels.quantize.reference.dequantize_1x128` or its like."""
+
+    def __call__(self, quantized: Quantized, dtype: torch.dtype) -> Tensor:
+        """rows_ND from codes and scales."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PermuteKernels:
+    """Reordering of rows, and the way back with a sum per token."""
+
+    permute: Permute
+    unpermute: Unpermute
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QuantizeKernels:
+    """Rows to FP8 with a scale per row and 128 columns, and back."""
+
+    quantize_1x128: Quantize
+    dequantize_1x128: Dequantize
+
+
+def implementation_for(device: torch.device) -> Implementation:
+    """The implementation that suits a device: Triton's on CUDA, the reference elsewhere."""
+    return "triton" if device.type == "cuda" else "reference"
+
+
+def permute_kernels(implementation: Implementation) -> PermuteKernels:
+    """`permute` and `unpermute` of one implementation; imports Triton only where asked for."""
+    match implementation:
+        case "reference":
+            reference = kernels.permute.reference
+            return PermuteKernels(permute=reference.permute, unpermute=reference.unpermute)
+        case "triton":
+            import kernels.permute.triton as compiled
+
+            return PermuteKernels(permute=compiled.permute, unpermute=compiled.unpermute)
+        case _:
+            assert_never(implementation)
+
+
+def quantize_kernels(implementation: Implementation) -> QuantizeKernels:
+    """`quantize_1x128` and `dequantize_1x128` of one implementation; imports Triton only where asked for."""
+    match implementation:
+        case "reference":
+            reference = kernels.quantize.reference
+            return QuantizeKernels(quantize_1x128=reference.quantize_1x128, dequantize_1x128=reference.dequantize_1x128)
+        case "triton":
+            import kernels.quantize.triton as compiled
+
+            return QuantizeKernels(quantize_1x128=compiled.quantize_1x128, dequantize_1x128=compiled.dequantize_1x128)
+        case _:
+            assert_never(implementation)

@@ -1,0 +1,119 @@
+"""Triton's 1x128 quantisation: interpreted, bit-equal to the reference; compiled for sm_90, what must be in there.
+
+Shape legend: N rows, D columns, T tiles in a row.
+"""
+
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+
+import pytest
+import torch
+
+from kernels.quantize.layout import Quantized
+from kernels.select import quantize_kernels
+from tests.kernels.agreement import check_dequantize, check_quantize
+from tests.kernels.aot import Compiled, compile_launch
+
+SHAPES = [(32, 1), (33, 127), (16, 128), (18, 129), (16, 300)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+def interpreted_quantize(dtype: torch.dtype) -> None:
+    kernels = quantize_kernels("triton")
+    for num_rows, num_columns in SHAPES:
+        quantized = check_quantize(kernels, "cpu", num_rows, num_columns, dtype)
+        check_dequantize(kernels, "cpu", quantized, dtype)
+    for num_rows, num_columns in ((0, 128), (3, 0)):
+        quantized = kernels.quantize_1x128(torch.ones(num_rows, num_columns, dtype=dtype), True)
+        assert quantized.scales.shape == (num_rows, num_columns // 128)
+        assert kernels.dequantize_1x128(quantized, dtype).shape == (num_rows, num_columns)
+
+
+def interpreted_blocks() -> None:
+    """Any tile gives the same bits; strided codes and scales are read as such."""
+    from kernels.quantize.triton import dequantize_1x128, quantize_1x128
+
+    rows_ND = torch.randn(37, 300, generator=torch.Generator().manual_seed(0))
+    expected = quantize_1x128(rows_ND, False)
+    for block_rows in (1, 4, 64):
+        actual = quantize_1x128(rows_ND, False, block_rows=block_rows)
+        assert torch.equal(actual.codes.view(torch.uint8), expected.codes.view(torch.uint8))
+        assert torch.equal(actual.scales, expected.scales)
+        wide = torch.zeros(37, 320, dtype=torch.float8_e4m3fn)
+        wide[:, 5:305] = actual.codes
+        strided = Quantized(wide[:, 5:305], torch.cat([actual.scales, actual.scales], dim=1)[:, 3:])
+        rows = dequantize_1x128(strided, torch.float32, block_rows=block_rows)
+        assert torch.equal(rows, dequantize_1x128(expected, torch.float32))
+
+
+def interpreted_misuse() -> list[str]:
+    from kernels.quantize.triton import dequantize_1x128, quantize_1x128
+
+    rows = torch.ones(256, 3)
+    quantized = quantize_1x128(rows, True)
+    messages = []
+    for misuse in (
+        partial(quantize_1x128, rows.t(), True),
+        partial(quantize_1x128, rows, True, 0.0),
+        partial(dequantize_1x128, Quantized(quantized.codes.t(), quantized.scales), torch.float32),
+    ):
+        try:
+            misuse()
+            messages.append("nothing was raised")
+        except ValueError as error:
+            messages.append(str(error))
+    return messages
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_interpreted_quantize_equals_the_reference(interpreter: ProcessPoolExecutor, dtype: torch.dtype) -> None:
+    interpreter.submit(interpreted_quantize, dtype).result()
+
+
+def test_interpreted_quantize_is_the_same_with_any_tile(interpreter: ProcessPoolExecutor) -> None:
+    interpreter.submit(interpreted_blocks).result()
+
+
+def test_misuse_of_quantize_is_named(interpreter: ProcessPoolExecutor) -> None:
+    rows, min_amax, codes = interpreter.submit(interpreted_misuse).result()
+    assert rows == "quantize_1x128: rows_ND must be contiguous along its columns, got strides (1, 3)"
+    assert min_amax.startswith("quantize_1x128: min_amax must be in [2**-117, 2**127], got 0.0")
+    assert codes == "dequantize_1x128: codes must be contiguous along its columns, got strides (1, 3)"
+
+
+def compiled_quantize(dtype: torch.dtype, num_columns: int, power_of_two: bool) -> Compiled:
+    import kernels.quantize.triton as module
+
+    rows_ND = torch.empty(32, num_columns, dtype=dtype)
+    return compile_launch(module, "quantize_kernel", lambda: module.quantize_1x128(rows_ND, power_of_two))
+
+
+@pytest.mark.parametrize("num_columns", [7168, 129])
+@pytest.mark.parametrize("power_of_two", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_compiled_quantize_casts_in_hardware_and_divides_exactly(
+    dtype: torch.dtype, power_of_two: bool, num_columns: int
+) -> None:
+    compiled = compiled_quantize(dtype, num_columns, power_of_two)
+    compiled.assert_sound()
+    assert compiled.registers <= 128
+    # A tile of 2048 numbers by 128 threads, two to a cast.
+    assert len(compiled.instructions(r"cvt\.rn\.satfinite\.e4m3x2\.f32$")) == 8
+    divisions = compiled.instructions(r"div\.")
+    assert set(divisions) == {"div.rn.f32"}
+    assert (len(divisions) >= 17) == (not power_of_two)
+    assert compiled.instructions(r".*\.ftz") == []
+
+
+@pytest.mark.parametrize("num_columns", [7168, 129])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_compiled_dequantize_casts_in_hardware_and_is_sound(dtype: torch.dtype, num_columns: int) -> None:
+    import kernels.quantize.triton as module
+
+    quantized = Quantized(
+        torch.empty(32, num_columns, dtype=torch.float8_e4m3fn), torch.empty(32, -(-num_columns // 128))
+    )
+    compiled = compile_launch(module, "dequantize_kernel", lambda: module.dequantize_1x128(quantized, dtype))
+    compiled.assert_sound()
+    assert len(compiled.instructions(r"cvt\.rn\.f16x2\.e4m3x2")) >= 8
+    assert compiled.instructions(r".*\.ftz") == []
