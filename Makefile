@@ -3,7 +3,7 @@
 PYTHON ?= python3
 ARGS ?=
 
-.PHONY: train test test-fast bench
+.PHONY: train test test-fast cluster-test gpu-test bench
 
 train: .venv/installed
 	.venv/bin/python -m launch.train experiment=quickstart $(ARGS)
@@ -17,9 +17,17 @@ test: .venv/installed
 test-fast: .venv/installed
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m pytest -m 'not slow' -x -q
 
+# Ranks in network namespaces joined by rate-limited links: needs Linux and root, is skipped with its reason elsewhere.
+cluster-test: .venv/installed
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m pytest tests/cluster
+
 # Step time, CPU time and the interpreter's cost, beside torch's pipelines; a few minutes, best on a quiet machine.
 bench: .venv/installed
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m tests.bench $(ARGS)
+
+# Kernels against their references on a CUDA device; skipped, with the reason, where there is none.
+gpu-test: .venv/installed
+	.venv/bin/python -m pytest tests/gpu -q -rs
 
 .venv/installed: pyproject.toml
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv

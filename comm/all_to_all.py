@@ -1,70 +1,41 @@
 """The dispatcher that sends each copy of a token straight to its expert's rank, one all-to-all each way.
 
-Shape legend: R ranks of the expert group, T tokens of this rank, K experts per token, N = T K copies sent,
-A arrived rows, D hidden size, E experts of the layer, L = E / R local experts.
+Shape legend: T tokens of this rank, K experts per token, S copies sent, A arrived rows, D hidden size, B bytes of a
+row as sent.
 """
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-
-import torch
-from torch import Tensor, distributed
+from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from comm.expert_order import ExpertOrder, inverse_permutation
+from comm.all_to_all_plan import AllToAllPlanner, Counted, Route
+from comm.expert_order import dense
 from comm.lane import Lane
 from comm.layout import Layout
-from comm.protocol import Arrived, Handle, Work
-from comm.traffic import Traffic
-
-
-class DispatchError(ValueError):
-    """Experts that the ranks of a group cannot share."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Exchanged:
-    """What `plan` leaves behind, still on the device: its own order, and counts as (received RL, sent R, touched 1)."""
-
-    order: ExpertOrder
-    numbers: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class _Route:
-    """What a transfer needs, on the host: rows to and from each rank, and how arrived rows are sorted.
-
-    sorted_A: the arrival place of each row in (local expert, source rank) order; arrival_A: its inverse. Both
-    are None where arrival order is expert order already.
-    """
-
-    order: ExpertOrder
-    sent: list[int]
-    received: list[int]
-    counts: tuple[int, ...]
-    sorted_A: Tensor | None
-    arrival_A: Tensor | None
+from comm.protocol import Arrived, Handle, Label, Work
+from comm.row_format import RowFormat, bytes_of, kernels_for
+from comm.traffic import Spread
+from comm.wire import Observers, Wire
 
 
 class AllToAllHandle:
     """One routing of one micro-batch. Owns its index tensors, which only the lane touches."""
 
-    def __init__(self, num_tokens: int, work: Work[_Exchanged]) -> None:
+    def __init__(self, num_tokens: int, label: Label | None, work: Work[Counted]) -> None:
+        self.label = label
         self._num_tokens = num_tokens
-        self._work: Work[_Exchanged] | None = work
-        self._route: _Route | None = None
+        self._work: Work[Counted] | None = work
+        self._route: Route | None = None
 
     @property
     def num_tokens(self) -> int:
         """Tokens of this rank, T."""
         return self._num_tokens
 
-    def route(self, dispatcher: "AllToAllDispatcher") -> _Route:
+    def route(self, planner: AllToAllPlanner) -> Route:
         """Completes the plan at first use, which is the only host synchronisation on CUDA. Called on the lane."""
         if self._route is None:
             assert self._work is not None
-            self._route = dispatcher.complete(self._work.wait())
+            self._route = planner.complete(self._work.wait(), self.label)
             self._work = None
         return self._route
 
@@ -76,46 +47,54 @@ class AllToAllDispatcher:
     """
 
     def __init__(
-        self, group: ProcessGroup, num_experts: int, layout: Layout, lane: Lane, traffic: Traffic | None
+        self,
+        group: ProcessGroup,
+        num_experts: int,
+        layout: Layout,
+        lane: Lane,
+        observers: Observers,
+        max_nodes: int | None = None,
     ) -> None:
         """Every member makes its own.
 
         Args:
             group: of the ranks that share a layer's experts; used by this lane alone.
             num_experts: of the layer, over all ranks.
-            layout: tells the members' nodes, for `traffic`.
+            layout: tells the members' nodes.
             lane: where all exchanges run.
-            traffic: counts what is sent, if given.
+            observers: who counts and logs them.
+            max_nodes: that a token may touch, or the first use of its plan raises NodeCapError on all ranks; any
+                number if None.
 
         Raises:
             DispatchError: the group does not divide the experts.
         """
-        members = distributed.get_process_group_ranks(group)
-        if num_experts % len(members):
-            raise DispatchError(
-                f"dispatch: the expert axis must divide {num_experts} routed experts, got {len(members)} ranks"
-            )
-        self.num_local_experts = num_experts // len(members)
-        self._group = group
-        self._num_experts = num_experts
-        self._nodes = [layout.node_of(rank) for rank in members]
-        self._place = distributed.get_rank(group)
+        self._wire = Wire("expert", group, layout, observers)
+        self._planner = AllToAllPlanner(self._wire, num_experts, max_nodes, observers.traffic)
+        self.num_local_experts = self._planner.num_local_experts
         self._lane = lane
-        self._traffic = traffic
+        self._traffic = observers.traffic
 
-    def plan(self, topk_ids_TK: Tensor) -> Handle:
+    def plan(self, topk_ids_TK: Tensor, weights_TK: Tensor | None = None, label: Label | None = None) -> Handle:
         """Starts the exchange of counts per (destination rank, local expert) on the lane."""
-        return AllToAllHandle(topk_ids_TK.shape[0], self._lane.submit(lambda: self._exchange_counts(topk_ids_TK)))
+        work = self._lane.submit(lambda: self._planner.exchange(topk_ids_TK, label))
+        return AllToAllHandle(topk_ids_TK.shape[0], label, work)
 
     def dispatch(self, rows_TD: Tensor, weights_TK: Tensor, handle: Handle) -> Work[Arrived]:
         """A copy of each token's row, and the weight, to each of its experts."""
         own = _own(handle)
 
         def run() -> Arrived:
-            route = own.route(self)
-            sent = [route.order.copy_rows(rows_TD), route.order.copy_weights(weights_TK)]
-            rows_AD, weights_A = self._to_experts(route, sent)
-            return Arrived(rows_AD, weights_A, route.counts)
+            route = own.route(self._planner)
+            weights_S1 = route.order.copy_weights(weights_TK)[:, None]
+            form = RowFormat.of(rows_TD, weights_S1)
+            bytes_SB = form.allocate(len(weights_S1), rows_TD.device)
+            route.order.copy_rows(rows_TD, form.part(bytes_SB, 0))
+            form.part(bytes_SB, 1).copy_(weights_S1)
+            bytes_AB = self._send("dispatch", own, form, bytes_SB)
+            rows_AD = _reorder(form.part(bytes_AB, 0), route.sorted_A)
+            weights_A1 = _reorder(form.part(bytes_AB, 1), route.sorted_A)
+            return Arrived(rows_AD, weights_A1.view(-1), route.counts)
 
         return self._lane.submit(run)
 
@@ -124,9 +103,10 @@ class AllToAllDispatcher:
         own = _own(handle)
 
         def run() -> Tensor:
-            route = own.route(self)
-            (rows_ND,) = self._to_tokens(route, [rows_AD])
-            return route.order.sum_rows(rows_ND)
+            route = own.route(self._planner)
+            form = RowFormat.of(rows_AD)
+            bytes_SB = self._send_back("combine", own, form, bytes_of(_reorder(rows_AD, route.arrival_A)))
+            return route.order.sum_rows(form.part(bytes_SB, 0))
 
         return self._lane.submit(run)
 
@@ -135,9 +115,14 @@ class AllToAllDispatcher:
         own = _own(handle)
 
         def run() -> tuple[Tensor, Tensor]:
-            route = own.route(self)
-            rows_ND, weights_N = self._to_tokens(route, [rows_AD, weights_A])
-            return route.order.sum_rows(rows_ND), route.order.restore_weights(weights_N)
+            route = own.route(self._planner)
+            form = RowFormat.of(rows_AD, weights_A[:, None])
+            bytes_AB = form.allocate(len(rows_AD), rows_AD.device)
+            _reorder(rows_AD, route.arrival_A, form.part(bytes_AB, 0))
+            _reorder(weights_A[:, None], route.arrival_A, form.part(bytes_AB, 1))
+            bytes_SB = self._send_back("dispatch backward", own, form, bytes_AB)
+            weights_TK = route.order.restore_weights(form.part(bytes_SB, 1).reshape(-1))
+            return route.order.sum_rows(form.part(bytes_SB, 0)), weights_TK
 
         return self._lane.submit(run)
 
@@ -146,74 +131,39 @@ class AllToAllDispatcher:
         own = _own(handle)
 
         def run() -> Tensor:
-            route = own.route(self)
-            return self._to_experts(route, [route.order.copy_rows(rows_TD)])[0]
+            route = own.route(self._planner)
+            form = RowFormat.of(rows_TD)
+            bytes_AB = self._send("combine backward", own, form, bytes_of(route.order.copy_rows(rows_TD)))
+            return _reorder(form.part(bytes_AB, 0), route.sorted_A)
 
         return self._lane.submit(run)
 
-    def complete(self, exchanged: _Exchanged) -> _Route:
-        """Reads the exchanged counts and derives splits and orders. Called on the lane by a handle."""
-        num_ranks, num_local = len(self._nodes), self.num_local_experts
-        numbers = exchanged.numbers.tolist()
-        received = [numbers[source * num_local : (source + 1) * num_local] for source in range(num_ranks)]
-        sent = numbers[num_ranks * num_local : -1]
-        if self._traffic is not None:
-            self._traffic.add_tokens(exchanged.order.shape_TK[0], numbers[-1])
-        num_arrived = sum(map(sum, received))
-        sorted_A = None
-        if num_ranks > 1 and num_local > 1:
-            received_RL = exchanged.numbers[: num_ranks * num_local].view(num_ranks, num_local)
-            sorted_A = _expert_major(received_RL, num_arrived)
-        return _Route(
-            order=exchanged.order,
-            sent=sent,
-            received=[sum(row) for row in received],
-            counts=tuple(map(sum, zip(*received, strict=True))),
-            sorted_A=sorted_A,
-            arrival_A=None if sorted_A is None else inverse_permutation(sorted_A),
-        )
+    def close(self) -> None:
+        """Nothing is held."""
 
-    def _exchange_counts(self, topk_ids_TK: Tensor) -> _Exchanged:
-        order = ExpertOrder.sort(topk_ids_TK, self._num_experts)
-        received_RL = torch.empty_like(order.counts_E)
-        distributed.all_to_all_single(received_RL, order.counts_E, group=self._group)
-        sent_R = order.counts_E.view(len(self._nodes), self.num_local_experts).sum(1)
-        return _Exchanged(order, torch.cat([received_RL, sent_R, self._count_touched_nodes(topk_ids_TK)]))
+    def _send(self, name: str, own: AllToAllHandle, form: RowFormat, bytes_SB: Tensor) -> Tensor:
+        """Sends copies of tokens to their experts' ranks; AB."""
+        route = own.route(self._planner)
+        return self._exchange(name, own, form, bytes_SB, route.sent, route.received)
 
-    def _count_touched_nodes(self, topk_ids_TK: Tensor) -> Tensor:
-        if self._traffic is None:
-            return topk_ids_TK.new_zeros(1)
-        first = min(self._nodes)
-        nodes_R = torch.tensor(self._nodes, device=topk_ids_TK.device) - first
-        touched_TK = nodes_R[topk_ids_TK // self.num_local_experts]
-        touched = torch.zeros(
-            len(topk_ids_TK), max(self._nodes) - first + 1, dtype=torch.bool, device=topk_ids_TK.device
-        )
-        return touched.scatter_(1, touched_TK, True).sum().view(1)
+    def _send_back(self, name: str, own: AllToAllHandle, form: RowFormat, bytes_AB: Tensor) -> Tensor:
+        """Sends rows back where they came from; SB."""
+        route = own.route(self._planner)
+        return self._exchange(name, own, form, bytes_AB, route.received, route.sent)
 
-    def _to_experts(self, route: _Route, copies: list[Tensor]) -> list[Tensor]:
-        arrived = self._send(copies, route.sent, route.received)
-        return arrived if route.sorted_A is None else [part.index_select(0, route.sorted_A) for part in arrived]
-
-    def _to_tokens(self, route: _Route, parts: list[Tensor]) -> list[Tensor]:
-        back = parts if route.arrival_A is None else [part.index_select(0, route.arrival_A) for part in parts]
-        return self._send(back, route.received, route.sent)
-
-    def _send(self, parts: Sequence[Tensor], sent: list[int], received: list[int]) -> list[Tensor]:
-        """Sends every part of each row under way at once; parts keep their dtypes, as bytes, which gloo needs."""
-        assert all(len(part) == sum(sent) for part in parts)
-        results = [part.new_empty((sum(received), *part.shape[1:])) for part in parts]
-        buffers = [(_as_bytes(result), _as_bytes(part)) for result, part in zip(results, parts, strict=True)]
-        works = [
-            distributed.all_to_all_single(into, out, received, sent, group=self._group, async_op=True)
-            for into, out in buffers
-        ]
-        for work in works:
-            assert work is not None
-            work.wait()
-        if self._traffic is not None:
-            self._traffic.add_rows(sent, self._nodes, self._place, sum(out.shape[1] for _, out in buffers))
-        return results
+    def _exchange(
+        self,
+        name: str,
+        own: AllToAllHandle,
+        form: RowFormat,
+        bytes_NB: Tensor,
+        sent: tuple[int, ...],
+        received: tuple[int, ...],
+    ) -> Tensor:
+        wire, least = self._wire, own.route(self._planner).num_least_rows
+        layer = None if own.label is None else own.label.layer
+        self._traffic.add_predicted(layer, Spread.of(sent, wire.nodes, wire.place), form.bytes_per_row, least)
+        return wire.start(bytes_NB, sent, received, name, own.label).wait()
 
 
 def _own(handle: Handle) -> AllToAllHandle:
@@ -221,15 +171,8 @@ def _own(handle: Handle) -> AllToAllHandle:
     return handle
 
 
-def _as_bytes(rows: Tensor) -> Tensor:
-    return rows.reshape(len(rows), math.prod(rows.shape[1:])).contiguous().view(torch.uint8)
-
-
-def _expert_major(received_RL: Tensor, num_arrived: int) -> Tensor:
-    """The arrival places of rows in (local expert, source rank) order, from counts in (source, local expert) order."""
-    lengths = received_RL.flatten()
-    starts_LR = (lengths.cumsum(0) - lengths).view_as(received_RL).T.flatten()
-    lengths_LR = received_RL.T.flatten()
-    shifts_LR = starts_LR - (lengths_LR.cumsum(0) - lengths_LR)
-    places = torch.arange(num_arrived, device=received_RL.device)
-    return places + shifts_LR.repeat_interleave(lengths_LR, output_size=num_arrived)
+def _reorder(rows_ND: Tensor, source_N: Tensor | None, out_ND: Tensor | None = None) -> Tensor:
+    """Rows gathered by index, or as they are if None; contiguous, or in `out_ND`."""
+    if source_N is not None:
+        return kernels_for(rows_ND).permute(dense(rows_ND), source_N, out_ND)
+    return rows_ND.contiguous() if out_ND is None else out_ND.copy_(rows_ND)

@@ -29,18 +29,58 @@ class ParallelismConfig:
         return self.pipeline * self.data
 
 
+Payload = Literal["full", "fp8"]
+"""How rows travel to experts: as they are, or as e4m3 codes with a power-of-two scale for every 128 of them. Rows
+on their way back are never quantised (arXiv:2412.19437, section 3.3)."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LocalDispatchConfig:
-    """All experts on this rank: nothing is sent."""
+    """All experts on this rank: nothing is sent, and rows change as `payload` would change them."""
 
     kind: Literal["local"]
+    payload: Payload
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AllToAllDispatchConfig:
-    """One all-to-all over the expert group each way."""
+    """One all-to-all over the expert group each way: a copy of a token's row for each of its experts.
+
+    `max_nodes`: among which a token's experts may lie. `node_cap`: what happens to a token over it: `verify` ends the
+    run and names it, `clip` keeps its best nodes and renormalises the weights.
+    """
 
     kind: Literal["all_to_all"]
+    payload: Payload
+    max_nodes: int
+    node_cap: Literal["verify", "clip"]
 
 
-DispatchConfig = LocalDispatchConfig | AllToAllDispatchConfig
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TwoHopDispatchConfig:
+    """Each token's row once to every node that it touches, and from there to its experts (arXiv:2412.19437,
+    section 3.2.2).
+
+    `chunks`: parts of a micro-batch, so that the hop between nodes of one runs over the hop within nodes of the one
+    before. `partial_sums`: the type of a node's sum on its way back: the rows' own, or float32.
+    """
+
+    kind: Literal["two_hop"]
+    payload: Payload
+    max_nodes: int
+    node_cap: Literal["verify", "clip"]
+    chunks: int
+    partial_sums: Literal["rows", "float32"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DeepEPDispatchConfig:
+    """DeepEP's own kernels, on CUDA where the package is installed."""
+
+    kind: Literal["deepep"]
+    payload: Payload
+    max_nodes: int
+    node_cap: Literal["verify", "clip"]
+
+
+DispatchConfig = LocalDispatchConfig | AllToAllDispatchConfig | TwoHopDispatchConfig | DeepEPDispatchConfig

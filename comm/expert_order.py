@@ -1,6 +1,6 @@
 """The order in which copies of tokens go to experts: by expert, then by token, so that timing never decides it.
 
-Shape legend: T tokens, K experts per token, N = T K copies, D hidden size, E experts.
+Shape legend: T tokens, K experts per token, N = T K choices, A choices sent, D hidden size, E experts.
 """
 
 from dataclasses import dataclass
@@ -9,53 +9,79 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from kernels.select import implementation_for, permute_kernels
+
 
 @dataclass(frozen=True, slots=True)
 class ExpertOrder:
-    """Copies sorted by expert.
+    """Choices sent, sorted by expert.
 
-    order_N: the copy t * K + k at each sorted place. tokens_N: its token. places_N: the sorted place of
-    each copy. counts_E: copies of each expert, on the tokens' device.
+    order_A: the choice t * K + k at each sorted place. tokens_A: its token. places_TK: the sorted place of each choice,
+    negative for one that is dropped.
+    """
+
+    order_A: Tensor
+    tokens_A: Tensor
+    places_TK: Tensor
+
+    def copy_rows(self, rows_TD: Tensor, out_AD: Tensor | None = None) -> Tensor:
+        """A row for each choice, sorted; AD, written to `out_AD` if given."""
+        return permute_kernels(implementation_for(rows_TD.device)).permute(dense(rows_TD), self.tokens_A, out_AD)
+
+    def copy_weights(self, weights_TK: Tensor) -> Tensor:
+        """The weight of each choice, sorted; A."""
+        return weights_TK.flatten().index_select(0, self.order_A)
+
+    def sum_rows(self, rows_AD: Tensor) -> Tensor:
+        """The sum over each token's choices in their order, so bitwise repeatable; TD."""
+        return permute_kernels(implementation_for(rows_AD.device)).unpermute(dense(rows_AD), self.places_TK)
+
+    def restore_weights(self, weights_A: Tensor) -> Tensor:
+        """The value of each choice, 0 for one that is dropped; TK."""
+        return restore_values(weights_A, self.places_TK)
+
+
+@dataclass(frozen=True, slots=True)
+class SortedChoices:
+    """All choices sorted by expert, those that are dropped first, before the host knows how many those are.
+
+    order_N: the choice t * K + k at each sorted place.
     """
 
     order_N: Tensor
-    tokens_N: Tensor
-    places_N: Tensor
-    counts_E: Tensor
     shape_TK: tuple[int, int]
 
     @classmethod
-    def sort(cls, topk_ids_TK: Tensor, num_experts: int) -> Self:
-        """The order of one micro-batch's choices, without a host synchronisation."""
-        num_tokens, num_choices = topk_ids_TK.shape
-        ids_N = topk_ids_TK.flatten()
-        order_N = ids_N.argsort(stable=True)
-        return cls(
-            order_N=order_N,
-            tokens_N=order_N // num_choices,
-            places_N=inverse_permutation(order_N),
-            counts_E=ids_N.new_zeros(num_experts).scatter_add_(0, ids_N, torch.ones_like(ids_N)),
-            shape_TK=(num_tokens, num_choices),
-        )
+    def sort(cls, topk_ids_TK: Tensor) -> Self:
+        """Sorts one micro-batch's choices, without a host synchronisation."""
+        return cls(topk_ids_TK.flatten().argsort(stable=True), (topk_ids_TK.shape[0], topk_ids_TK.shape[1]))
 
-    def copy_rows(self, rows_TD: Tensor) -> Tensor:
-        """A row for each copy, sorted; ND."""
-        return rows_TD.index_select(0, self.tokens_N)
+    def keep(self, num_dropped: int) -> ExpertOrder:
+        """The order of those that are sent."""
+        order_A = self.order_N[num_dropped:]
+        places_N = inverse_permutation(self.order_N) - num_dropped
+        return ExpertOrder(order_A, order_A // max(1, self.shape_TK[1]), places_N.view(self.shape_TK))
 
-    def copy_weights(self, weights_TK: Tensor) -> Tensor:
-        """The weight of each copy, sorted; N."""
-        return weights_TK.flatten().index_select(0, self.order_N)
 
-    def sum_rows(self, rows_ND: Tensor) -> Tensor:
-        """The sum over each token's copies in the order of its choices, so bitwise repeatable; TD."""
-        num_tokens, num_choices = self.shape_TK
-        return rows_ND.index_select(0, self.places_N).view(num_tokens, num_choices, rows_ND.shape[1]).sum(1)
-
-    def restore_weights(self, weights_N: Tensor) -> Tensor:
-        """The value of each copy at its choice; TK."""
-        return weights_N.index_select(0, self.places_N).view(self.shape_TK)
+def count_choices(topk_ids_TK: Tensor, num_experts: int) -> Tensor:
+    """Choices that are dropped, then of each expert; int64, 1 + E, on the ids' device."""
+    ids_N = topk_ids_TK.flatten()
+    return ids_N.new_zeros(1 + num_experts).scatter_add_(0, ids_N + 1, torch.ones_like(ids_N))
 
 
 def inverse_permutation(order_N: Tensor) -> Tensor:
     """The place of each index in a permutation."""
     return torch.empty_like(order_N).scatter_(0, order_N, torch.arange(len(order_N), device=order_N.device))
+
+
+def restore_values(values_A: Tensor, places_TK: Tensor) -> Tensor:
+    """The value at each place, 0 where the place is negative; TK."""
+    if len(values_A) == 0:
+        return values_A.new_zeros(places_TK.shape)
+    values_TK = values_A.index_select(0, places_TK.flatten().clamp(min=0)).view(places_TK.shape)
+    return values_TK.masked_fill(places_TK < 0, 0)
+
+
+def dense(rows_ND: Tensor) -> Tensor:
+    """The rows, each contiguous by itself, as the kernels read them; a copy only where they are not."""
+    return rows_ND if rows_ND.stride(1) == 1 or rows_ND.shape[1] == 1 else rows_ND.contiguous()

@@ -6,9 +6,13 @@ from datetime import timedelta
 import torch
 from torch import distributed
 from torch.distributed import ProcessGroup
+from torch.distributed.distributed_c10d import Store
 
 from comm.config import ClusterConfig
 from comm.layout import Layout
+
+PATIENCE_SECONDS = 20.0
+"""For which a process group waits beyond its timeout: it can only tell that nobody came, the watch tells who."""
 
 
 class ClusterError(ValueError):
@@ -77,14 +81,19 @@ def make_group(members: tuple[int, ...], timeout_seconds: float) -> ProcessGroup
 
     Args:
         members: global ranks, ascending.
-        timeout_seconds: of each collective.
+        timeout_seconds: of each collective; see `PATIENCE_SECONDS`.
     """
-    group = distributed.new_group(list(members), timeout=timedelta(seconds=timeout_seconds))
+    timeout = timedelta(seconds=timeout_seconds + PATIENCE_SECONDS)
+    group = distributed.new_group(list(members), timeout=timeout)
     return group if isinstance(group, ProcessGroup) else None
 
 
-def start(cluster: ClusterConfig) -> torch.device:
+def start(cluster: ClusterConfig, store: Store | None = None) -> torch.device:
     """Joins the job that the launcher describes in the environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_*).
+
+    Args:
+        cluster: the machines.
+        store: of the job, where one is open already; else the one at MASTER_*.
 
     Returns:
         The device of this process. Ranks share devices on the gloo backend where there are too few.
@@ -98,7 +107,13 @@ def start(cluster: ClusterConfig) -> torch.device:
     if cluster.threads_per_rank > 0:
         torch.set_num_threads(cluster.threads_per_rank)
     device = _device(cluster, int(os.environ["LOCAL_RANK"]))
-    distributed.init_process_group(cluster.backend, timeout=timedelta(seconds=cluster.timeout_seconds))
+    distributed.init_process_group(
+        cluster.backend,
+        store=store,
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+        timeout=timedelta(seconds=cluster.timeout_seconds + PATIENCE_SECONDS),
+    )
     return device
 
 

@@ -15,7 +15,9 @@ from torch.distributed import ProcessGroup
 from comm.groups import make_group
 from comm.lane import ThreadLane
 from comm.layout import Layout
+from comm.link_log import LinkLog
 from comm.message import HEADER_BYTES, MESSAGE_KINDS, Header, MessageKey, MessageKind, TransferError, as_bytes
+from comm.operations import Operation, OperationLog
 from comm.protocol import Work
 
 # A payload up to this size is copied into its header's message, which costs less than a message of its own.
@@ -23,7 +25,12 @@ _INLINE_BYTES = 16384
 
 
 def host_links(
-    layout: Layout, index: int, pairs: set[tuple[int, int]], device: torch.device, timeout_seconds: float
+    layout: Layout,
+    index: int,
+    pairs: set[tuple[int, int]],
+    device: torch.device,
+    timeout_seconds: float,
+    log: OperationLog,
 ) -> dict[tuple[int, int, str], "HostLink"]:
     """The links of pipeline rank `index` with its peers in `pairs`, by source, destination and kind.
 
@@ -39,7 +46,8 @@ def host_links(
             mine = [pair for low, high in pairs for pair in ((low, high), (high, low)) if index in pair]
             for (source, destination), kind in itertools.product(mine, MESSAGE_KINDS):
                 peer = destination if index == source else source
-                links[source, destination, kind] = HostLink(group, peer, kind, device)
+                link_log = LinkLog(log, kind, (members[source], members[destination]))
+                links[source, destination, kind] = HostLink(group, peer, kind, device, link_log)
     return links
 
 
@@ -69,28 +77,31 @@ class HostLink:
     largest header; and what follows a header has a tag made of it, so it never meets the room for another message.
     """
 
-    def __init__(self, group: ProcessGroup, peer: int, kind: MessageKind, device: torch.device) -> None:
+    def __init__(self, group: ProcessGroup, peer: int, kind: MessageKind, device: torch.device, log: LinkLog) -> None:
         """`peer`: its rank within `group`."""
         self._group = group
         self._peer = peer
         self._header_tag = MESSAGE_KINDS.index(kind)
         self._device = device
-        self._sent: list[distributed.Work] = []
+        self._log = log
+        self._sent: list[tuple[Operation, distributed.Work]] = []
         self._lane: ThreadLane | None = None
         self._leaving: list[Work[None]] = []
 
     def send(self, key: MessageKey, tensor: Tensor) -> None:
         """Starts a message."""
         header = Header(key, tensor.dtype, tuple(tensor.shape)).encode()
+        operation = self._log.start(key)
         payload = as_bytes(tensor.to("cpu"))
         if len(payload) <= _INLINE_BYTES:
-            self._sent.append(self._start(bytearray(header) + payload.numpy().data))
+            self._sent.append((operation, self._start(bytearray(header) + payload.numpy().data)))
             return
         works = [self._start(bytearray(header)), self._group.send([payload], self._peer, _payload_tag(header))]
 
         def wait() -> None:
-            for work in works:
-                work.wait()
+            with self._log.awaiting(operation):
+                for work in works:
+                    work.wait()
 
         # gloo tells of a finished send only to who waits for it: else the payload would stay until the step's end.
         if self._lane is None:
@@ -104,6 +115,7 @@ class HostLink:
         """Makes room for a message."""
         expected = Header(key, dtype, shape)
         encoded = expected.encode()
+        operation = self._log.start(key)
         frame = bytearray(HEADER_BYTES + _INLINE_BYTES)
         room = torch.frombuffer(frame, dtype=torch.uint8)
         works = [self._group.recv([room], self._peer, self._header_tag)]
@@ -114,12 +126,13 @@ class HostLink:
             works.append(self._group.recv([payload], self._peer, _payload_tag(encoded)))
 
         def finish() -> Tensor:
-            works[0].wait()
-            if not frame.startswith(encoded):
-                got = Header.decode(frame[:HEADER_BYTES])
-                raise TransferError(f"pipeline rank {key.destination}", str(expected), str(got))
-            for work in works[1:]:
-                work.wait()
+            with self._log.awaiting(operation):
+                works[0].wait()
+                if not frame.startswith(encoded):
+                    got = Header.decode(frame[:HEADER_BYTES])
+                    raise TransferError(f"pipeline rank {key.destination}", str(expected), str(got))
+                for work in works[1:]:
+                    work.wait()
             return payload.view(dtype).view(shape).to(self._device)
 
         return _HostReceipt(finish)
@@ -128,8 +141,9 @@ class HostLink:
         """Waits until everything sent has left."""
         sent, self._sent = self._sent, []
         leaving, self._leaving = self._leaving, []
-        for work in sent:
-            work.wait()
+        for operation, work in sent:
+            with self._log.awaiting(operation):
+                work.wait()
         for job in leaving:
             job.wait()
 

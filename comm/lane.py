@@ -106,43 +106,54 @@ class ThreadLane(ClosesOnSuccess):
 
 
 class _StreamWork(Generic[T]):
-    """What was enqueued on a stream, and the event behind it."""
+    """What a worker thread enqueues on a stream, with the event behind it."""
 
-    def __init__(self, result: T, done: torch.cuda.Event) -> None:
-        self._result = result
-        self._done = done
+    def __init__(self, job: Work[tuple[T, torch.cuda.Event]]) -> None:
+        self._job = job
 
     def wait(self) -> T:
-        """Makes the current stream wait; the host goes on."""
+        """Blocks the host until everything is enqueued, and the current stream until it is through."""
+        result, done = self._job.wait()
         stream = torch.cuda.current_stream()
-        stream.wait_event(self._done)
-        for tensor in _tensors_of(self._result):
+        stream.wait_event(done)
+        for tensor in _tensors_of(result):
             if tensor.is_cuda:
                 tensor.record_stream(stream)
-        return self._result
+        return result
 
 
-class StreamLane:
-    """A CUDA stream. Functions run on the caller's thread and enqueue their kernels behind the current stream's."""
+class StreamLane(ClosesOnSuccess):
+    """A CUDA stream and a thread that enqueues on it, each function behind what the submitter's stream held by then.
+
+    The thread is for functions that wait for the device, as an exchange must before it knows how much comes: the
+    submitter goes on meanwhile and enqueues the computation that hides the exchange.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)
+        self._thread = ThreadLane("comm")
         self._held: deque[tuple[torch.cuda.Event, Callable[[], object]]] = deque()
 
     def submit(self, function: Callable[[], T]) -> Work[T]:
-        """Enqueues `function` on the stream; host errors come from here."""
-        while self._held and self._held[0][0].query():
-            self._held.popleft()
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream), torch.no_grad():
-            result = function()
-            done = self._stream.record_event()
-        # The function's tensors come from other streams, whose allocator knows nothing of their use here.
-        self._held.append((done, function))
-        return _StreamWork(result, done)
+        """Queues `function` for the thread; host errors come from `wait`."""
+        ready = torch.cuda.current_stream().record_event()
+
+        def run() -> tuple[T, torch.cuda.Event]:
+            while self._held and self._held[0][0].query():
+                self._held.popleft()
+            self._stream.wait_event(ready)
+            with torch.cuda.stream(self._stream):
+                result = function()
+                done = self._stream.record_event()
+            # The function's tensors come from other streams, whose allocator knows nothing of their use here.
+            self._held.append((done, function))
+            return result, done
+
+        return _StreamWork(self._thread.submit(run))
 
     def close(self) -> None:
-        """Waits, on the host, for the stream."""
+        """Waits, on the host, for the thread and for the stream."""
+        self._thread.close()
         self._stream.synchronize()
         self._held.clear()
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from comm.config import ParallelismConfig
+from comm.relays import Relays
 
 
 class LayoutError(ValueError):
@@ -78,6 +79,16 @@ class Layout:
         first = rank - self.expert_index(rank)
         return tuple(range(first, first + self.parallelism.expert))
 
+    def node_groups(self, rank: int) -> set[tuple[int, ...]]:
+        """The ranks of this rank's expert group, one set for each node; ascending."""
+        experts = self.expert_group(rank)
+        return {tuple(experts[place] for place in places) for places in self._relays(experts).members_of}
+
+    def rail_groups(self, rank: int) -> set[tuple[int, ...]]:
+        """The ranks of this rank's expert group, one set for each rail: what crosses nodes stays within its rail."""
+        experts = self.expert_group(rank)
+        return {tuple(experts[place] for place in places) for places in self._relays(experts).rails()}
+
     def pipeline_group(self, rank: int) -> tuple[int, ...]:
         """The ranks of this rank's pipeline, by pipeline index."""
         data_index = self.data_index(rank)
@@ -99,6 +110,9 @@ class Layout:
             for pipeline_index in self._replica_places(rank, mirrored)
             for data_index in range(expert_index, self.parallelism.data, self.parallelism.expert)
         )
+
+    def _relays(self, experts: tuple[int, ...]) -> Relays:
+        return Relays([self.node_of(rank) for rank in experts])
 
     def _replica_places(self, rank: int, mirrored: bool) -> list[int]:
         place = self.pipeline_index(rank)

@@ -1,15 +1,15 @@
 """The dispatcher of one rank that holds every expert: what dispatch and combine mean, without any sending.
 
-Shape legend: T tokens, K experts per token, A = T K arrived rows, D hidden size.
+Shape legend: T tokens, K experts per token, A arrived rows, D hidden size.
 """
 
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from comm.expert_order import ExpertOrder
+from comm.expert_order import ExpertOrder, SortedChoices, count_choices
 from comm.lane import Done
-from comm.protocol import Arrived, Handle, Work
+from comm.protocol import Arrived, Handle, Label, Work
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +22,7 @@ class LocalHandle:
     @property
     def num_tokens(self) -> int:
         """Tokens routed."""
-        return self.order.shape_TK[0]
+        return self.order.places_TK.shape[0]
 
 
 class LocalDispatcher:
@@ -31,10 +31,10 @@ class LocalDispatcher:
     def __init__(self, num_experts: int) -> None:
         self.num_local_experts = num_experts
 
-    def plan(self, topk_ids_TK: Tensor) -> Handle:
+    def plan(self, topk_ids_TK: Tensor, weights_TK: Tensor | None = None, label: Label | None = None) -> Handle:
         """Sorts the choices; on CUDA the counts cost a host synchronisation."""
-        order = ExpertOrder.sort(topk_ids_TK, self.num_local_experts)
-        return LocalHandle(order, tuple(order.counts_E.tolist()))
+        num_dropped, *counts = count_choices(topk_ids_TK, self.num_local_experts).tolist()
+        return LocalHandle(SortedChoices.sort(topk_ids_TK).keep(num_dropped), tuple(counts))
 
     def dispatch(self, rows_TD: Tensor, weights_TK: Tensor, handle: Handle) -> Work[Arrived]:
         """A copy of each token's row, and the weight, to each of its experts."""
@@ -54,6 +54,9 @@ class LocalDispatcher:
     def combine_backward(self, rows_TD: Tensor, handle: Handle) -> Work[Tensor]:
         """A copy of each token's gradient to each of its experts' rows; AD."""
         return Done(_own(handle).order.copy_rows(rows_TD.detach()))
+
+    def close(self) -> None:
+        """Nothing is held."""
 
 
 def _own(handle: Handle) -> LocalHandle:

@@ -36,6 +36,12 @@ class MessageKey:
     source: int
     destination: int
 
+    def __str__(self) -> str:
+        return (
+            f"{self.kind} {self.source}->{self.destination} of direction {self.direction}, stage {self.stage}, "
+            f"micro-batch {self.micro_batch}"
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Header:
@@ -86,12 +92,7 @@ class Header:
         return cls(key, _DTYPES[dtype], tuple(shape[:num_dims]))
 
     def __str__(self) -> str:
-        key = self.key
-        name = str(self.dtype).removeprefix("torch.")
-        return (
-            f"{key.kind} {key.source}->{key.destination} of direction {key.direction}, stage {key.stage}, "
-            f"micro-batch {key.micro_batch}, {name}{list(self.shape)}"
-        )
+        return f"{self.key}, {str(self.dtype).removeprefix('torch.')}{list(self.shape)}"
 
 
 def as_bytes(tensor: Tensor) -> Tensor:

@@ -14,7 +14,9 @@ from comm.closing import ClosesOnSuccess
 from comm.groups import make_group
 from comm.host_link import host_links
 from comm.layout import Layout
+from comm.link_log import LinkLog
 from comm.message import MESSAGE_KINDS, MessageKey, as_bytes
+from comm.operations import Operation, OperationLog
 from comm.protocol import Work
 
 
@@ -38,7 +40,12 @@ class Transport(ClosesOnSuccess):
     """
 
     def __init__(
-        self, layout: Layout, pairs: Iterable[tuple[int, int]], device: torch.device, timeout_seconds: float
+        self,
+        layout: Layout,
+        pairs: Iterable[tuple[int, int]],
+        device: torch.device,
+        timeout_seconds: float,
+        log: OperationLog,
     ) -> None:
         """Made by every rank of the job at the same point.
 
@@ -47,12 +54,13 @@ class Transport(ClosesOnSuccess):
             pairs: pipeline indices that exchange messages.
             device: where tensors live; gloo is staged through the host.
             timeout_seconds: of one transfer, from its start on both sides.
+            log: of every message, once at each end.
         """
         self._index = layout.pipeline_index(distributed.get_rank())
         ordered = {(min(pair), max(pair)) for pair in pairs}
         make_links = _device_links if distributed.get_backend() == "nccl" else host_links
         self._links: Mapping[tuple[int, int, str], _Link] = make_links(
-            layout, self._index, ordered, device, timeout_seconds
+            layout, self._index, ordered, device, timeout_seconds, log
         )
 
     def post_receive(self, key: MessageKey, shape: Sequence[int], dtype: torch.dtype) -> Work[Tensor]:
@@ -109,7 +117,12 @@ class Transport(ClosesOnSuccess):
 
 
 def _device_links(
-    layout: Layout, index: int, pairs: set[tuple[int, int]], device: torch.device, timeout_seconds: float
+    layout: Layout,
+    index: int,
+    pairs: set[tuple[int, int]],
+    device: torch.device,
+    timeout_seconds: float,
+    log: OperationLog,
 ) -> dict[tuple[int, int, str], "_DeviceLink"]:
     """A communicator for each link."""
     links: dict[tuple[int, int, str], _DeviceLink] = {}
@@ -121,43 +134,50 @@ def _device_links(
             group = make_group((ends[low], ends[high]), timeout_seconds)
             if group is not None:
                 peer = ends[destination if index == source else source]
-                links[source, destination, kind] = _DeviceLink(group, peer, device, index == source)
+                link_log = LinkLog(log, kind, (ends[source], ends[destination]))
+                links[source, destination, kind] = _DeviceLink(group, peer, device, index == source, link_log)
     return links
 
 
 class _DeviceLink:
     """Over NCCL: the payload's bytes alone, from and to device memory."""
 
-    def __init__(self, group: ProcessGroup, peer: int, device: torch.device, is_source: bool) -> None:
+    def __init__(self, group: ProcessGroup, peer: int, device: torch.device, is_source: bool, log: LinkLog) -> None:
         self._group = group
         self._peer = peer
         self._device = device
-        self._sends: deque[tuple[distributed.Work, Tensor]] = deque()
+        self._log = log
+        self._sends: deque[tuple[Operation, distributed.Work, Tensor]] = deque()
         # The first message of a communicator makes it, and blocks both ends meanwhile: so it is exchanged here,
         # where links come in one order, and not amid the schedule, where two ranks could block each other.
         first = torch.zeros(1, dtype=torch.uint8, device=device)
-        if is_source:
-            distributed.send(first, peer, group=group)
-        else:
-            distributed.recv(first, peer, group=group)
+        with log.opening():
+            if is_source:
+                distributed.send(first, peer, group=group)
+            else:
+                distributed.recv(first, peer, group=group)
 
     def send(self, key: MessageKey, tensor: Tensor) -> None:
-        while self._sends and self._sends[0][0].is_completed():
+        while self._sends and self._sends[0][1].is_completed():
             self._sends.popleft()
+        operation = self._log.start(key)
         payload = as_bytes(tensor)
         work = distributed.isend(payload, self._peer, group=self._group)
         assert work is not None
-        self._sends.append((work, payload))
+        self._sends.append((operation, work, payload))
 
     def receive(self, key: MessageKey, shape: tuple[int, ...], dtype: torch.dtype) -> Work[Tensor]:
         payload = torch.empty(math.prod(shape) * dtype.itemsize, dtype=torch.uint8, device=self._device)
+        operation = self._log.start(key)
         work = distributed.irecv(payload, self._peer, group=self._group)
         assert work is not None
-        return _DeviceReceipt(work, payload.view(dtype).view(shape))
+        return _DeviceReceipt(work, payload.view(dtype).view(shape), operation, self._log)
 
     def flush(self) -> None:
         while self._sends:
-            self._sends.popleft()[0].wait()
+            operation, work, _ = self._sends.popleft()
+            with self._log.awaiting(operation):
+                work.wait()
 
     def close(self) -> None:
         return
@@ -166,10 +186,13 @@ class _DeviceLink:
 class _DeviceReceipt:
     """A tensor that the current stream may use once it has waited."""
 
-    def __init__(self, work: distributed.Work, tensor: Tensor) -> None:
+    def __init__(self, work: distributed.Work, tensor: Tensor, operation: Operation, log: LinkLog) -> None:
         self._work = work
         self._tensor = tensor
+        self._operation = operation
+        self._log = log
 
     def wait(self) -> Tensor:
-        self._work.wait()
+        with self._log.awaiting(self._operation):
+            self._work.wait()
         return self._tensor

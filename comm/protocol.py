@@ -3,12 +3,16 @@
 Shape legend: T tokens of this rank, K experts per token, A arrived rows, D hidden size, E local experts.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 T_co = TypeVar("T_co", covariant=True)
+Given = TypeVar("Given")
+Made = TypeVar("Made")
 
 
 class Work(Protocol, Generic[T_co]):
@@ -17,6 +21,33 @@ class Work(Protocol, Generic[T_co]):
     def wait(self) -> T_co:
         """The result, once it may be used on the compute lane. Raises what the work raised."""
         ...
+
+
+class Then(Generic[Given, Made]):
+    """Other work's result after a function of it, which runs where it is waited for: on the compute lane."""
+
+    def __init__(self, work: Work[Given], function: Callable[[Given], Made]) -> None:
+        """`function` runs at every `wait`, without recording gradients."""
+        self._work = work
+        self._function = function
+
+    def wait(self) -> Made:
+        """The function of what the other work gives. Raises what either raised."""
+        given = self._work.wait()
+        with torch.no_grad():
+            return self._function(given)
+
+
+@dataclass(frozen=True, slots=True)
+class Label:
+    """Whose exchange it is, for logs and accounts; it decides nothing. `micro_batch` counts within its direction."""
+
+    layer: int
+    direction: int
+    micro_batch: int
+
+    def __str__(self) -> str:
+        return f"layer {self.layer}, direction {self.direction}, micro-batch {self.micro_batch}"
 
 
 class Handle(Protocol):
@@ -50,8 +81,16 @@ class Dispatcher(Protocol):
 
     num_local_experts: int
 
-    def plan(self, topk_ids_TK: Tensor) -> Handle:
-        """Starts the exchange of counts. ids: int64, global expert ids, distinct within a row."""
+    def plan(self, topk_ids_TK: Tensor, weights_TK: Tensor | None = None, label: Label | None = None) -> Handle:
+        """Starts the exchange of counts.
+
+        Args:
+            topk_ids_TK: int64, global expert ids, distinct within a row; -1 stands for no expert: such a choice is
+                not sent, adds nothing, and its weight's gradient is 0.
+            weights_TK: routing weights, by which a token over the cap on nodes is clipped; without them each
+                choice counts the same.
+            label: of the exchange.
+        """
         ...
 
     def dispatch(self, rows_TD: Tensor, weights_TK: Tensor, handle: Handle) -> Work[Arrived]:
@@ -68,4 +107,8 @@ class Dispatcher(Protocol):
 
     def combine_backward(self, rows_TD: Tensor, handle: Handle) -> Work[Tensor]:
         """The gradient of `combine`'s input from that of its output: a copy to each expert's row (AD)."""
+        ...
+
+    def close(self) -> None:
+        """Gives back what the exchange holds of its own; every rank at the same point, when the lane is through."""
         ...

@@ -1,43 +1,113 @@
-"""What an exchange sends, counted where it is sent."""
+"""What exchanges send, layer by layer: predicted from plans before it is sent, counted where it is sent."""
 
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import reduce
+from operator import add
+from typing import Self
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TrafficSnapshot:
-    """Counts of one rank since the last `take`.
+class LayerTraffic:
+    """Sums of one rank over the exchanges of one layer.
 
-    Bytes are those that leave the rank: rows and weights of exchanges, tensors between pipeline ranks. The
-    exchange of counts and messages' headers are not among them.
-    `num_touched_nodes` sums, over the tokens planned, the distinct nodes that hold a token's experts, the
-    home node included if it holds one.
+    Bytes are those of rows and what rides with them. The exchange of counts is not among them.
+
+    Attributes:
+        num_tokens: tokens planned.
+        num_touched_nodes: over those tokens, distinct nodes that hold a token's experts, the home node included.
+        num_least_rows: over exchanges, rows that must cross nodes whatever the way: for each token one for every node
+            other than its own that it touches. Each exchange counts the rank's own tokens.
+        num_rows_kept: rows that stayed on the rank.
+        num_rows_within_node: rows sent to other ranks of the node.
+        num_rows_across_nodes: rows sent to other nodes.
+        num_bytes_within_node: of those rows.
+        num_bytes_across_nodes: of those rows.
+        num_bytes_from_nodes: received from other nodes.
+        predicted_rows_within_node: as the plan has it; likewise the next three.
+        predicted_rows_across_nodes: see above.
+        predicted_bytes_within_node: see above.
+        predicted_bytes_across_nodes: see above.
     """
 
     num_tokens: int = 0
     num_touched_nodes: int = 0
+    num_least_rows: int = 0
     num_rows_kept: int = 0
     num_rows_within_node: int = 0
     num_rows_across_nodes: int = 0
     num_bytes_within_node: int = 0
     num_bytes_across_nodes: int = 0
+    num_bytes_from_nodes: int = 0
+    predicted_rows_within_node: int = 0
+    predicted_rows_across_nodes: int = 0
+    predicted_bytes_within_node: int = 0
+    predicted_bytes_across_nodes: int = 0
 
     @property
     def nodes_per_token(self) -> float:
         """Mean of distinct nodes per token; 0 without tokens."""
         return self.num_touched_nodes / self.num_tokens if self.num_tokens else 0.0
 
-    def __add__(self, other: "TrafficSnapshot") -> "TrafficSnapshot":
+    @property
+    def lower_bound_share(self) -> float:
+        """Rows that must cross nodes over rows that did, 1 at best; of all ranks, as they return each other's rows."""
+        return self.num_least_rows / self.num_rows_across_nodes if self.num_rows_across_nodes else 1.0
+
+    def __add__(self, other: Self) -> Self:
         """The sum, field by field."""
-        return TrafficSnapshot(
-            num_tokens=self.num_tokens + other.num_tokens,
-            num_touched_nodes=self.num_touched_nodes + other.num_touched_nodes,
-            num_rows_kept=self.num_rows_kept + other.num_rows_kept,
-            num_rows_within_node=self.num_rows_within_node + other.num_rows_within_node,
-            num_rows_across_nodes=self.num_rows_across_nodes + other.num_rows_across_nodes,
-            num_bytes_within_node=self.num_bytes_within_node + other.num_bytes_within_node,
-            num_bytes_across_nodes=self.num_bytes_across_nodes + other.num_bytes_across_nodes,
+        names = [each.name for each in fields(self)]
+        return type(self)(**{name: getattr(self, name) + getattr(other, name) for name in names})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrafficSnapshot:
+    """Counts of one rank since the last `take`: of exchanges by layer, of tensors sent between pipeline ranks."""
+
+    layers: Mapping[int | None, LayerTraffic] = field(default_factory=dict)
+    num_message_bytes_within_node: int = 0
+    num_message_bytes_across_nodes: int = 0
+
+    @property
+    def total(self) -> LayerTraffic:
+        """Over all layers, without messages."""
+        return reduce(add, self.layers.values(), LayerTraffic())
+
+    @property
+    def num_bytes_across_nodes(self) -> int:
+        """Of exchanges and messages."""
+        return self.total.num_bytes_across_nodes + self.num_message_bytes_across_nodes
+
+    @property
+    def num_bytes_within_node(self) -> int:
+        """Of exchanges and messages."""
+        return self.total.num_bytes_within_node + self.num_message_bytes_within_node
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Spread:
+    """A number for each member of a group, by where the member is as seen from one of them."""
+
+    kept: int
+    within_node: int
+    across_nodes: int
+
+    @classmethod
+    def of(cls, per_member: Sequence[int], nodes: Sequence[int], place: int) -> Self:
+        """`nodes`: of each member. `place`: of the rank itself, whose own number is `kept`."""
+        home, here = nodes[place], 0
+        for number, node in zip(per_member, nodes, strict=True):
+            if node == home:
+                here += number
+        kept = per_member[place]
+        return cls(kept=kept, within_node=here - kept, across_nodes=sum(per_member) - here)
+
+    def times(self, factor: int) -> Self:
+        """Each number multiplied: rows into bytes."""
+        return type(self)(
+            kept=self.kept * factor, within_node=self.within_node * factor, across_nodes=self.across_nodes * factor
         )
 
 
@@ -46,47 +116,58 @@ class Traffic:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._total = TrafficSnapshot()
+        self._layers: dict[int | None, Counter[str]] = {}  # numbers by the names of LayerTraffic's fields
+        self._messages = [0, 0]
 
-    def add_tokens(self, num_tokens: int, num_touched_nodes: int) -> None:
+    def add_plan(self, layer: int | None, num_tokens: int, num_touched_nodes: int) -> None:
         """Counts the tokens of a plan and the nodes that they touch, summed over tokens."""
-        self._add(TrafficSnapshot(num_tokens=num_tokens, num_touched_nodes=num_touched_nodes))
+        self._add(layer, {"num_tokens": num_tokens, "num_touched_nodes": num_touched_nodes})
 
-    def add_rows(self, rows_per_rank: Sequence[int], nodes: Sequence[int], home: int, bytes_per_row: int) -> None:
-        """Counts rows by destination.
-
-        Args:
-            rows_per_rank: rows sent to each member of the group.
-            nodes: the node of each member.
-            home: this rank's place in the group.
-            bytes_per_row: of a row and what rides with it.
-        """
-        kept = rows_per_rank[home]
-        within = sum(rows for place, rows in enumerate(rows_per_rank) if place != home and nodes[place] == nodes[home])
-        across = sum(rows_per_rank) - kept - within
+    def add_predicted(self, layer: int | None, rows: Spread, bytes_per_row: int, num_least_rows: int = 0) -> None:
+        """Counts rows that are about to be sent, by the plan, and once an exchange those that must cross nodes."""
         self._add(
-            TrafficSnapshot(
-                num_rows_kept=kept,
-                num_rows_within_node=within,
-                num_rows_across_nodes=across,
-                num_bytes_within_node=within * bytes_per_row,
-                num_bytes_across_nodes=across * bytes_per_row,
-            )
+            layer,
+            {
+                "num_least_rows": num_least_rows,
+                "predicted_rows_within_node": rows.within_node,
+                "predicted_rows_across_nodes": rows.across_nodes,
+                "predicted_bytes_within_node": rows.within_node * bytes_per_row,
+                "predicted_bytes_across_nodes": rows.across_nodes * bytes_per_row,
+            },
+        )
+
+    def add_sent(self, layer: int | None, rows: Spread, sent_bytes: Spread, received_bytes: Spread) -> None:
+        """Counts what is handed to the process group, and what it gave."""
+        self._add(
+            layer,
+            {
+                "num_rows_kept": rows.kept,
+                "num_rows_within_node": rows.within_node,
+                "num_rows_across_nodes": rows.across_nodes,
+                "num_bytes_within_node": sent_bytes.within_node,
+                "num_bytes_across_nodes": sent_bytes.across_nodes,
+                "num_bytes_from_nodes": received_bytes.across_nodes,
+            },
         )
 
     def add_message(self, num_bytes: int, across_nodes: bool) -> None:
         """Counts a tensor sent to another pipeline rank, within the node or across nodes."""
-        if across_nodes:
-            self._add(TrafficSnapshot(num_bytes_across_nodes=num_bytes))
-        else:
-            self._add(TrafficSnapshot(num_bytes_within_node=num_bytes))
+        with self._lock:
+            self._messages[across_nodes] += num_bytes
 
     def take(self) -> TrafficSnapshot:
         """The counts since the last call, and back to zero."""
         with self._lock:
-            taken, self._total = self._total, TrafficSnapshot()
-        return taken
+            layers, self._layers = self._layers, {}
+            (within, across), self._messages = self._messages, [0, 0]
+        return TrafficSnapshot(
+            layers={layer: LayerTraffic(**counts) for layer, counts in layers.items()},
+            num_message_bytes_within_node=within,
+            num_message_bytes_across_nodes=across,
+        )
 
-    def _add(self, counted: TrafficSnapshot) -> None:
+    def _add(self, layer: int | None, numbers: dict[str, int]) -> None:
         with self._lock:
-            self._total = self._total + counted
+            counts = self._layers.setdefault(layer, Counter())
+            for name, number in numbers.items():
+                counts[name] += number

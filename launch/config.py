@@ -12,6 +12,7 @@ from dualpipe.generate.cache import schedules_folder
 from dualpipe.ir import ScheduleError
 from launch.decode import decode, encode
 from launch.errors import ConfigError
+from launch.exchange import check_exchange
 from launch.ranges import check_ranges, divisors, multiples
 from model.config import YarnRope
 from model.cut import CutError, cut_layers
@@ -65,6 +66,7 @@ def check(config: TrainConfig) -> None:
     _check_ranks(config)
     _check_model(config)
     _check_experts(config)
+    check_exchange(config)
     _check_optim(config)
     _check_data(config)
     if config.resume is not None:
@@ -87,11 +89,6 @@ def _check_ranks(config: TrainConfig) -> None:
         raise ConfigError(
             f"cluster.backend: nccl needs cluster.device=cuda, is nccl with cluster.device={cluster.device}; "
             f"nearest valid: gloo"
-        )
-    if config.dispatch.kind == "local" and parallelism.expert > 1:
-        raise ConfigError(
-            f"dispatch: local keeps every expert on each rank and needs parallelism.expert=1, "
-            f"is local with parallelism.expert={parallelism.expert}; nearest valid: dispatch=all_to_all"
         )
 
 

@@ -13,17 +13,20 @@ import threading
 import time
 import traceback
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from multiprocessing import connection, forkserver, process, resource_tracker
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from comm.config import ClusterConfig
+from comm.exit_codes import EXIT_HANG, EXIT_LOST
 from launch.environment import apply_rank_environment
 from launch.folder import read_folder
-from launch.report import EXIT_CONFIGURATION, user_errors
+from launch.report import EXIT_CONFIGURATION, EXIT_INTERRUPTED, user_errors
 from train.config import TrainConfig
+from train.errors import LastWord, error_path, find_errors, read_error, write_error
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -34,6 +37,11 @@ Entry = Callable[[TrainConfig], int]
 # Longer than the launcher's look at its ranks, so that a rank killed by a signal is seen before those that
 # only lost their connection to it.
 _NOTICE_SECONDS = 1.0
+# After the first rank's last words, by which the others should know, or learn from the launcher. The elastic launcher
+# would give each of them 30, and a stopped one takes all it is given.
+_VERDICT_SECONDS = 1.2
+_ERROR_SECONDS = 3.0
+_VERDICTS = (EXIT_HANG, EXIT_LOST)
 _CALM_LOGGERS = (
     "torch.distributed.elastic.agent.server.api",
     "torch.distributed.elastic.agent.server.local_elastic_agent",
@@ -79,12 +87,12 @@ def run_ranks(folder: Path, world_size: int, entry: Entry) -> int:
         entry: what each rank does.
 
     Returns:
-        The exit code: a rank's own, 128 + n when a rank or this process was ended by signal n.
+        The exit code: a rank's own, 78 when a rank was ended by a signal, 128 + n when this process was by signal n.
     """
     for stale in (folder / "log").glob("rank_*.error.log"):
         stale.unlink()
     try:
-        with TemporaryDirectory(prefix="launch-") as scratch:
+        with TemporaryDirectory(prefix="launch-") as scratch, _stragglers_killed(folder, Path(scratch)):
             return _run_elastic(folder, world_size, entry, scratch)
     finally:
         for child in multiprocessing.active_children():
@@ -112,7 +120,7 @@ def _run_elastic(folder: Path, world_size: int, entry: Entry, scratch: str) -> i
         logs_specs=DefaultLogsSpecs(log_dir=scratch),
     )
     try:
-        codes = elastic_launch(launch, _rank)(entry, str(folder))
+        codes = elastic_launch(launch, _rank)(entry, str(folder), scratch)
     except SignalException as ended:
         return 128 + int(ended.sigval)
     except ChildFailedError as failure:
@@ -123,25 +131,78 @@ def _run_elastic(folder: Path, world_size: int, entry: Entry, scratch: str) -> i
 def _report_failure(folder: Path, failed: "ChildFailedError") -> int:
     """Says once and shortly which rank failed first, and why. Gives the exit code."""
     rank, failure = failed.get_first_failure()
-    if failure.exitcode < 0:
-        name = signal.Signals(-failure.exitcode).name
-        print(f"error: rank {rank} was ended by {name}", file=sys.stderr, flush=True)
-        return 128 - failure.exitcode
+    signalled = _signal_of(failure.exitcode)
+    if signalled is signal.SIGINT:
+        return EXIT_INTERRUPTED
     # A rank that fails takes others with it: the first to say so is the cause.
-    logs = sorted((folder / "log").glob("rank_*.error.log"), key=lambda path: path.stat().st_mtime_ns)
-    if not logs:
+    words = [(path, read_error(path)) for path in find_errors(folder)]
+    verdict = next(((path, word) for path, word in words if word.code in _VERDICTS), None)
+    if verdict is not None:
+        path, word = verdict
+        ended = f" (rank {rank} was ended by {signalled.name})" if signalled else ""
+        print(f"error: {word.text}{ended}", file=sys.stderr, flush=True)
+        print(f"what each rank did last is in {path.parent}", file=sys.stderr, flush=True)
+        return word.code
+    if signalled is not None:
+        print(f"error: rank {rank} is lost: it was ended by {signalled.name}", file=sys.stderr, flush=True)
+        return EXIT_LOST
+    if not words:
         print(f"error: rank {rank} ended with exit code {failure.exitcode}", file=sys.stderr, flush=True)
-    else:
-        first = int(logs[0].name.removeprefix("rank_").removesuffix(".error.log"))
-        text = logs[0].read_text(encoding="utf-8").splitlines()[0]
-        place = "" if failure.exitcode == EXIT_CONFIGURATION else f"rank {first}: "
-        print(f"error: {place}{text}", file=sys.stderr, flush=True)
-        print(f"the whole traceback is in {logs[0]}", file=sys.stderr, flush=True)
-    return int(failure.exitcode)
+        return int(failure.exitcode)
+    path, word = words[0]
+    first = int(path.name.removeprefix("rank_").removesuffix(".error.log"))
+    place = "" if word.code == EXIT_CONFIGURATION else f"rank {first}: "
+    print(f"error: {place}{word.text}", file=sys.stderr, flush=True)
+    print(f"the whole traceback is in {path}", file=sys.stderr, flush=True)
+    return word.code
 
 
-def _rank(entry: Entry, folder: str) -> int:
+def _signal_of(exit_code: int) -> signal.Signals | None:
+    """The signal that ended a rank; one that heeds SIGTERM leaves by itself, as a shell would tell of it."""
+    if exit_code == 128 + signal.SIGTERM:
+        return signal.SIGTERM
+    return signal.Signals(-exit_code) if exit_code < 0 else None
+
+
+@contextmanager
+def _stragglers_killed(folder: Path, scratch: Path) -> Iterator[None]:
+    """Meanwhile, ranks that go on after one has left its last words are killed, stopped ones too."""
+    if not hasattr(os, "pidfd_open"):
+        yield
+        return
+    is_over = threading.Event()
+    thread = threading.Thread(target=_kill_stragglers, args=(folder, scratch, is_over), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
+
+
+def _kill_stragglers(folder: Path, scratch: Path, is_over: threading.Event) -> None:
+    ranks: dict[Path, int] = {}
+    while not is_over.wait(0.25):
+        for path in scratch.glob("pid_*"):
+            if path not in ranks:
+                # A number may be another process' by then; an open descriptor never is.
+                with suppress(ProcessLookupError):
+                    ranks[path] = os.pidfd_open(int(path.read_text()))
+        paths = find_errors(folder)
+        grace = _VERDICT_SECONDS if any(read_error(path).code in _VERDICTS for path in paths) else _ERROR_SECONDS
+        if paths and time.time() - paths[0].stat().st_mtime > grace:
+            for descriptor in ranks.values():
+                with suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+    for descriptor in ranks.values():
+        os.close(descriptor)
+
+
+def _rank(entry: Entry, folder: str, scratch: str) -> int:
     """The life of one rank. Runs in a fork of the fork server."""
+    partial = Path(scratch) / f"partial_{os.getpid()}"
+    partial.write_text(str(os.getpid()))
+    partial.rename(partial.with_name(f"pid_{os.getpid()}"))
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
@@ -152,9 +213,13 @@ def _rank(entry: Entry, folder: str) -> int:
     try:
         return entry(read_folder(Path(folder)))
     except Exception as error:
-        _write_error(Path(folder) / "log" / f"rank_{int(os.environ['RANK']):05d}.error.log", error)
+        code = EXIT_CONFIGURATION if isinstance(error, user_errors()) else 1
+        text = str(error) if code == EXIT_CONFIGURATION else f"{type(error).__name__}: {error}"
+        first_line = next(iter(text.splitlines()), type(error).__name__)
+        path = error_path(Path(folder), int(os.environ["RANK"]))
+        write_error(path, LastWord(first_line, code), "".join(traceback.format_exception(error)))
         time.sleep(_NOTICE_SECONDS)
-        sys.exit(EXIT_CONFIGURATION if isinstance(error, user_errors()) else 1)
+        sys.exit(code)
 
 
 def _die_with_parent() -> None:
@@ -163,11 +228,3 @@ def _die_with_parent() -> None:
     if parent is not None:
         connection.wait([parent.sentinel])
         os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _write_error(path: Path, error: Exception) -> None:
-    """One line that says what went wrong, then the traceback."""
-    text = str(error) if isinstance(error, user_errors()) else f"{type(error).__name__}: {error}"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    first_line = next(iter(text.splitlines()), type(error).__name__)
-    path.write_text(f"{first_line}\n\n{''.join(traceback.format_exception(error))}", encoding="utf-8")

@@ -18,6 +18,8 @@ _POSITIVE = (
     "parallelism.pipeline",
     "parallelism.data",
     "parallelism.expert",
+    "dispatch.max_nodes",
+    "dispatch.chunks",
     "model.vocab_size",
     "model.hidden_size",
     "model.num_layers",

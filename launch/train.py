@@ -23,7 +23,7 @@ def main(overrides: Sequence[str]) -> int:
         overrides: of `conf/train.yaml`.
 
     Returns:
-        The exit code: 0 done, 77 non-finite loss, 128 + n signal.
+        The exit code: 0 done, 76 a rank did not come in time, 77 non-finite loss, 78 lost rank, 128 + n signal.
 
     Raises:
         ConfigError, DataError, ScheduleError, CutError, CheckpointError: a configuration that no run can follow.
@@ -36,11 +36,11 @@ def main(overrides: Sequence[str]) -> int:
     return _run_local(config)
 
 
-def train_rank(config: TrainConfig) -> int:
-    """What a rank does: the whole run. Gives its exit code."""
+def train_rank(config: TrainConfig, is_aloud: bool = False) -> int:
+    """What a rank does: the whole run. Gives its exit code. `is_aloud`: it tells on stderr why it ended."""
     from train.run import main as run
 
-    return run(config)
+    return run(config, is_aloud)
 
 
 def is_torchrun(environment: Mapping[str, str]) -> bool:
@@ -74,7 +74,7 @@ def _run_as_rank(config: TrainConfig) -> int:
         check_folder(config)
         config = claim_folder(config, datetime.now())
     apply_rank_environment(config.cluster)
-    return train_rank(config)
+    return train_rank(config, is_aloud=True)
 
 
 if __name__ == "__main__":

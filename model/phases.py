@@ -8,12 +8,12 @@ Shape legend: B sequences, T tokens of one, N = B T tokens, D hidden size, K exp
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic, Literal, Protocol, TypeVar
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from comm.protocol import Arrived, Dispatcher, Handle, Work
+from comm.protocol import Arrived, Dispatcher, Handle, Label, Then, Work
 from model.block import Block
 from model.gradients import GradientStore, WeightQueue
 from model.linear import WeightSink
@@ -21,20 +21,6 @@ from model.linear import WeightSink
 Lane = Literal["compute", "comm"]
 Values = tuple[Tensor, ...]
 Gradients = tuple[Tensor | None, ...]
-Given = TypeVar("Given")
-Made = TypeVar("Made")
-
-
-class Then(Generic[Given, Made]):
-    """Work whose result still needs a cheap step on the compute lane."""
-
-    def __init__(self, work: Work[Given], finish: Callable[[Given], Made]) -> None:
-        self._work = work
-        self._finish = finish
-
-    def wait(self) -> Made:
-        """The finished result."""
-        return self._finish(self._work.wait())
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,12 +79,13 @@ class Exchange:
     """What the three phases around one exchange share: who sends what to whom, and how much came."""
 
     dispatcher: Dispatcher
+    label: Label
     handle: Handle | None = None
     counts: tuple[int, ...] = ()
 
-    def plan(self, topk_ids_NK: Tensor) -> Handle:
+    def plan(self, topk_ids_NK: Tensor, weights_NK: Tensor) -> Handle:
         """Starts the exchange of counts."""
-        self.handle = self.dispatcher.plan(topk_ids_NK)
+        self.handle = self.dispatcher.plan(topk_ids_NK, weights_NK, self.label)
         return self.handle
 
     def planned(self) -> Handle:
@@ -116,7 +103,7 @@ class DispatchPhase:
     def forward(self, values: Values) -> Work[Values]:
         """Sends a copy of each row to each of its experts."""
         residual, rows_BTD, weights_NK, ids_NK = values
-        handle = self._exchange.plan(ids_NK)
+        handle = self._exchange.plan(ids_NK, weights_NK)
 
         def finish(arrived: Arrived) -> Values:
             self._exchange.counts = arrived.counts
@@ -176,12 +163,12 @@ def block_lanes(dense: bool) -> tuple[Lane, ...]:
 
 
 def block_phases(
-    block: Block, dispatcher: Dispatcher, store: GradientStore | None, note_balance: BalanceNote
+    block: Block, dispatcher: Dispatcher, store: GradientStore | None, note_balance: BalanceNote, label: Label
 ) -> list[Phase]:
-    """The phases of one micro-batch through one block: (hidden,) -> (hidden,)."""
+    """The phases of one micro-batch through one block: (hidden,) -> (hidden,). `label`: of its exchanges."""
     if block.moe is None:
         return [ComputePhase(lambda values, sink: Computed((block.dense(values[0], sink),)), store)]
-    exchange = Exchange(dispatcher)
+    exchange = Exchange(dispatcher, label)
 
     def attend(values: Values, sink: WeightSink | None) -> Computed:
         attended = block.attend(values[0], sink)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from comm.protocol import Work
+from comm.protocol import Label, Work
 from model.block import Block
 from model.gradients import GradientStore
 from model.head import cross_entropy_sum
@@ -105,16 +105,27 @@ class Stage:
         self.lanes: tuple[Lane, ...] = tuple(lanes)
 
     def start(
-        self, batch: MicroBatch | None, objective: Objective, sums: LossSums, store: GradientStore | None
+        self,
+        batch: MicroBatch | None,
+        objective: Objective,
+        sums: LossSums,
+        store: GradientStore | None,
+        *,
+        direction: int = 0,
+        micro_batch: int = 0,
     ) -> StageRun:
-        """A run of one micro-batch. `batch` is needed at the ends only; without a store it is forward only."""
+        """A run of one micro-batch. `batch` is needed at the ends only; without a store it is forward only.
+
+        `direction` and `micro_batch` say which it is, for the logs of its exchanges.
+        """
 
         def note_balance(balance: Tensor) -> Tensor:
             sums.add_balance(balance)
             return objective.balance * balance
 
-        def add_block(block: Block) -> None:
-            phases.extend(block_phases(block, self._model.dispatcher, store, note_balance))
+        def add_block(block: Block, layer: int) -> None:
+            label = Label(layer, direction, micro_batch)
+            phases.extend(block_phases(block, self._model.dispatcher, store, note_balance, label))
 
         phases: list[Phase] = []
         if self._first:
@@ -122,12 +133,12 @@ class Stage:
             tokens = batch.inputs_BT[0]
             phases.append(ComputePhase(lambda _, sink: Computed((self._model.embed(tokens, sink),)), store))
         for layer in self._layers:
-            add_block(self._model.block(layer))
+            add_block(self._model.block(layer), layer)
         if self._last:
             assert batch is not None
             for depth in range(self._model.config.mtp_depth + 1):
                 if depth:
-                    add_block(self._model.mtp_block(depth))
+                    add_block(self._model.mtp_block(depth), self._model.config.num_layers + depth - 1)
                 phases.append(ComputePhase(self._head(depth, batch, objective, sums), store))
         return StageRun(phases)
 

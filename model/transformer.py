@@ -146,7 +146,7 @@ class Transformer(nn.Module):
             return block.dense(hidden_BTD, None), None
         attended = block.attend(hidden_BTD, None)
         routing = attended.routing
-        handle = self.dispatcher.plan(routing.ids_NK)
+        handle = self.dispatcher.plan(routing.ids_NK, routing.weights_NK)
         arrived = dispatch(self.dispatcher, attended.rows_BTD.flatten(0, 1), routing.weights_NK, handle)
         routed, base = block.apply_experts(
             attended.residual_BTD, attended.rows_BTD, arrived.rows_AD, arrived.weights_A, arrived.counts, None

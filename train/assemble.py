@@ -1,27 +1,25 @@
 """Puts a rank together: its part of the model as stages, its program, its links. The one place where `model` and
 `dualpipe` meet."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from comm.groups import Groups
 from comm.lane import Lane
 from comm.layout import Layout
-from comm.message import MessageKey
-from comm.p2p import Transport
-from comm.protocol import Dispatcher, Work
-from comm.select import build_dispatcher, open_lane
+from comm.operations import OperationLog
+from comm.protocol import Dispatcher
+from comm.select import open_lane
 from comm.traffic import Traffic
+from comm.wire import Observers
 from dualpipe import pairing
 from dualpipe.compile import compile_rank
 from dualpipe.ir import Schedule, ScheduleError
 from dualpipe.passes import forward_only
 from dualpipe.program import Program
 from dualpipe.protocols import Stage as PipelineStage
-from dualpipe.transfers import Message, transfers
 from dualpipe.validate import validate
 from model.cut import cut_layers
 from model.gradients import GradientStore
@@ -29,54 +27,12 @@ from model.objective import LossSums, MicroBatch, Objective
 from model.stage import Stage, StageRun
 from model.transformer import Part, Transformer, initialise
 from train.config import PrecisionConfig, TrainConfig
+from train.exchange import open_dispatcher
+from train.links import PipelineLinks, open_links
 from train.optim.build import Optimiser, build_optimiser
 from train.optim.parameters import Replicas, group_parameters
 
 Batches = Callable[[int, int], MicroBatch | None]
-
-
-class PipelineLinks:
-    """The transport as the interpreter sees it: every activation and gradient between stages has one shape."""
-
-    def __init__(
-        self, transport: Transport, nodes: Sequence[int], traffic: Traffic, shape: tuple[int, ...], dtype: torch.dtype
-    ) -> None:
-        """`nodes`: of each rank of the pipeline. `shape`, `dtype`: of what travels."""
-        self._transport = transport
-        self._nodes = nodes
-        self._traffic = traffic
-        self._shape = shape
-        self._dtype = dtype
-
-    def post_receive(self, message: Message, /) -> Work[Tensor]:
-        """Makes room for a message."""
-        return self._transport.post_receive(message_key(message), self._shape, self._dtype)
-
-    def send(self, message: Message, tensor: Tensor, /) -> None:
-        """Sends without waiting, and counts."""
-        across = self._nodes[message.source] != self._nodes[message.destination]
-        self._traffic.add_message(tensor.nbytes, across)
-        self._transport.send(message_key(message), tensor)
-
-    def flush(self) -> None:
-        """Waits until everything sent has left."""
-        self._transport.flush()
-
-    def close(self) -> None:
-        """Ends the links."""
-        self._transport.close()
-
-
-def message_key(message: Message) -> MessageKey:
-    """A message of a schedule in the transport's words."""
-    return MessageKey(
-        kind=message.kind,
-        direction=message.direction,
-        stage=message.stage,
-        micro_batch=message.micro_batch,
-        source=message.source,
-        destination=message.destination,
-    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,7 +50,8 @@ class Assembly:
     forward_program: Program
     links: PipelineLinks
     lane: Lane
-    traffic: Traffic
+    dispatcher: Dispatcher
+    observers: Observers
     store: GradientStore
     optimiser: Optimiser
 
@@ -106,8 +63,12 @@ class Assembly:
         return tuple(d for d in range(self.schedule.num_directions) if self.schedule.rank_of(d, last) == pipeline)
 
     def close(self) -> None:
-        """Ends the workers of lane and links; not for the way out of an error, when peers may never answer."""
+        """Ends the workers of lane and links, and the exchange; every rank at the same point.
+
+        Not for the way out of an error, when peers may never answer.
+        """
         self.lane.close()
+        self.dispatcher.close()
         self.links.close()
 
 
@@ -127,7 +88,9 @@ class FedStage:
     def start(self, direction: int, micro_batch: int) -> StageRun:
         """Begins a micro-batch."""
         batch = self._batches(direction, micro_batch)
-        return self._stage.start(batch, self._objective, self._sums, self._store)
+        return self._stage.start(
+            batch, self._objective, self._sums, self._store, direction=direction, micro_batch=micro_batch
+        )
 
 
 def feed(
@@ -158,12 +121,6 @@ def is_mirrored(schedule: Schedule) -> bool:
     return bool(up)
 
 
-def linked_pairs(schedule: Schedule) -> list[tuple[int, int]]:
-    """The pipeline ranks that exchange messages, the lower one first."""
-    messages = (message for rank in transfers(schedule) for message in rank.all_sends)
-    return sorted({(min(ends), max(ends)) for ends in ((message.source, message.destination) for message in messages)})
-
-
 def stage_part(config: TrainConfig, held: set[int], num_stages: int, experts: range) -> Part:
     """What of the model the given stages need."""
     model = config.model
@@ -177,7 +134,14 @@ def stage_part(config: TrainConfig, held: set[int], num_stages: int, experts: ra
     return Part(layers=tuple(layers), experts=experts, embedding=0 in held, head=last)
 
 
-def assemble(config: TrainConfig, layout: Layout, groups: Groups, device: torch.device, schedule: Schedule) -> Assembly:
+def assemble(
+    config: TrainConfig,
+    layout: Layout,
+    groups: Groups,
+    device: torch.device,
+    schedule: Schedule,
+    log: OperationLog,
+) -> Assembly:
     """Builds everything that this rank runs, with the initial weights of the seed.
 
     Args:
@@ -186,6 +150,7 @@ def assemble(config: TrainConfig, layout: Layout, groups: Groups, device: torch.
         groups: mirrored where the schedule is.
         device: of this rank.
         schedule: of the configured number of pipeline ranks and micro-batches.
+        log: of what this rank does with others.
 
     Raises:
         ScheduleError: the schedule does not hold.
@@ -196,10 +161,8 @@ def assemble(config: TrainConfig, layout: Layout, groups: Groups, device: torch.
     forwards = forward_only(schedule)
     validate(forwards, forward_only=True)
     pipeline_rank = layout.pipeline_index(groups.rank)
-    lane, traffic = open_lane(device), Traffic()
-    dispatcher = build_dispatcher(
-        config.dispatch, config.model.num_routed_experts, layout, groups.expert, lane, traffic
-    )
+    lane, observers = open_lane(device), Observers(Traffic(), log)
+    dispatcher = open_dispatcher(config, layout, groups.expert, lane, observers)
     held = {stage for _, stage in schedule.stages_of(pipeline_rank)}
     part = stage_part(config, held, schedule.num_stages, held_experts(config, layout.expert_index(groups.rank)))
     model = _build_model(config, dispatcher, part, device)
@@ -217,9 +180,10 @@ def assemble(config: TrainConfig, layout: Layout, groups: Groups, device: torch.
         stages=stages,
         train_program=compile_rank(schedule, pipeline_rank, lanes, order),
         forward_program=compile_rank(forwards, pipeline_rank, lanes, order),
-        links=_open_links(config, layout, groups.rank, device, traffic, linked_pairs(schedule)),
+        links=open_links(config, layout, groups.rank, device, observers, schedule, weight_dtype(config.precision)),
         lane=lane,
-        traffic=traffic,
+        dispatcher=dispatcher,
+        observers=observers,
         store=store,
         optimiser=build_optimiser(group_parameters(model), store, _replicas(groups), config.optim),
     )
@@ -236,21 +200,6 @@ def _build_stages(config: TrainConfig, model: Transformer, held: set[int], num_s
     return {
         number: Stage(model, cut[number], first=number == 0, last=number == num_stages - 1) for number in sorted(held)
     }
-
-
-def _open_links(
-    config: TrainConfig,
-    layout: Layout,
-    rank: int,
-    device: torch.device,
-    traffic: Traffic,
-    pairs: Sequence[tuple[int, int]],
-) -> PipelineLinks:
-    stage = config.stage
-    shape = (stage.micro_batch_sequences, stage.sequence_length_tokens, config.model.hidden_size)
-    transport = Transport(layout, pairs, device, config.cluster.timeout_seconds)
-    nodes = [layout.node_of(member) for member in layout.pipeline_group(rank)]
-    return PipelineLinks(transport, nodes, traffic, shape, weight_dtype(config.precision))
 
 
 def held_experts(config: TrainConfig, expert_index: int) -> range:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from comm.config import ClusterConfig, DispatchConfig, ParallelismConfig
+from comm.deepep_package import BufferShape
 from data.config import DataConfig
 from dualpipe.config import ScheduleConfig
 from dualpipe.costs import Costs
@@ -105,3 +106,17 @@ class TrainConfig:
     def num_micro_batches(self) -> int:
         """Micro-batches that one pipeline runs in a step, both directions together."""
         return self.stage.global_batch_sequences // (self.parallelism.data * self.stage.micro_batch_sequences)
+
+    @property
+    def deepep_buffer(self) -> BufferShape:
+        """What DeepEP's buffer must hold.
+
+        Raises:
+            DeepEPError: a model that its kernels are not made for.
+        """
+        return BufferShape(
+            max_tokens=self.stage.micro_batch_sequences * self.stage.sequence_length_tokens,
+            hidden_size=self.model.hidden_size,
+            num_choices=self.model.num_experts_per_token,
+            timeout_seconds=self.cluster.timeout_seconds,
+        )

@@ -15,6 +15,7 @@ from data.prepare import Prepared
 from infer.generate import continue_tokens
 from train import checkpoint
 from train.assemble import Assembly, weight_dtype
+from train.exchange import exchange_metrics
 from train.metrics import Display, Recorder
 from train.pictures import PAGE_NAME, SVG_NAME, TRACE_NAME, PipelineWatch, bubble_of, window_slots
 from train.step import StepResult, train_step, validate_pass
@@ -52,7 +53,9 @@ def train(assembly: Assembly, prepared: Prepared, reporter: Reporter, first_step
         NonFiniteError: on every rank alike.
     """
     stage, track = assembly.config.stage, assembly.config.track
-    watch = PipelineWatch(assembly)
+    log, world = assembly.observers.log, range(assembly.layout.world_size)
+    with log.phase("world", world, "making of groups"):
+        watch = PipelineWatch(assembly)
     loader = Loader(prepared, global_batch_sequences=stage.global_batch_sequences, seed=assembly.config.data.seed)
     for step in range(first_step, stage.steps):
         result = train_step(assembly, loader, step)
@@ -71,7 +74,8 @@ def train(assembly: Assembly, prepared: Prepared, reporter: Reporter, first_step
         if _due(done, track.picture_every_steps, stage.steps) and watch.draw(result.execution, done):
             reporter.say(f"step {done:>6}  planned and measured time in {SVG_NAME}, {PAGE_NAME}, {TRACE_NAME}")
         if _due(done, stage.checkpoint_every_steps, stage.steps):
-            folder = checkpoint.save(assembly, done, prepared.fingerprint)
+            with log.phase("world", world, "checkpoint"):
+                folder = checkpoint.save(assembly, done, prepared.fingerprint)
             reporter.say(f"step {done:>6}  checkpoint {folder}")
 
 
@@ -85,7 +89,8 @@ def validate(assembly: Assembly, loader: Loader) -> float:
         losses, count = validate_pass(assembly, read)
         nats += losses.main * count
         targets += count
-    assembly.traffic.take()  # a step's record tells of the step alone
+    assembly.observers.traffic.take()  # a step's record tells of the step alone
+    assembly.observers.clips.take()
     return nats / max(targets, 1)
 
 
@@ -116,9 +121,12 @@ def _due(done: int, every: int, last: int) -> bool:
 
 def _record(assembly: Assembly, watch: PipelineWatch, done: int, result: StepResult) -> dict[str, object]:
     """The step's line in `metrics.jsonl`; every rank must ask, as traffic, time and memory are those of all."""
-    traffic, use = assembly.traffic.take(), watch.use(result.execution)
-    counted = [traffic.num_bytes_across_nodes, traffic.num_touched_nodes, traffic.num_tokens, use.used_seconds]
-    inter_node_bytes, touched, tokens, used_seconds = _reduce(assembly, counted, dist.ReduceOp.SUM)
+    traffic, use, model = assembly.observers.traffic.take(), watch.use(result.execution), assembly.config.model
+    world = assembly.groups.world
+    with assembly.observers.log.collective("world", world, "sum of traffic"):
+        clipped, num_layers = assembly.observers.clips.take(), model.num_layers + model.mtp_depth
+        exchange = exchange_metrics(traffic, clipped, num_layers, world, assembly.device)
+    (used_seconds,) = _reduce(assembly, [use.used_seconds], dist.ReduceOp.SUM)
     mesh, data_index = assembly.config.parallelism, assembly.layout.data_index(assembly.groups.rank)
     largest = [_peak_memory_bytes(assembly.device), *window_slots(use, data_index, mesh.data)]
     peak, *slots = _reduce(assembly, largest, dist.ReduceOp.MAX)
@@ -135,17 +143,17 @@ def _record(assembly: Assembly, watch: PipelineWatch, done: int, result: StepRes
         "step_seconds": result.seconds,
         "tokens_per_second": result.tokens / result.seconds,
         "max_violation": result.max_violation,
-        "nodes_per_token": touched / tokens if tokens else 1.0,
-        "inter_node_bytes": int(inter_node_bytes),
         "peak_memory_bytes": int(peak),
         "pipeline_bubble": bubble_of(used_seconds, slots, mesh.pipeline),
+        **exchange,
     }
 
 
 def _reduce(assembly: Assembly, values: Sequence[float], how: dist.ReduceOp.RedOpType) -> list[float]:
     """Over all ranks, in float64."""
     numbers = torch.tensor(values, dtype=torch.float64, device=assembly.device)
-    dist.all_reduce(numbers, op=how, group=assembly.groups.world)
+    with assembly.observers.log.collective("world", assembly.groups.world, "the step's record"):
+        dist.all_reduce(numbers, op=how, group=assembly.groups.world)
     reduced: list[float] = numbers.tolist()
     return reduced
 

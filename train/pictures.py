@@ -60,7 +60,8 @@ class PipelineWatch:
         groups = self._schedule.ranks[rank]
         mine = rank_spans(groups, assembly.train_program, execution.spans, execution.origin_seconds)
         gathered: list[tuple[Span, ...]] | None = [()] * self._schedule.num_ranks if rank == 0 else None
-        dist.gather_object(mine, gathered, dst=0, group=self._group)
+        with assembly.observers.log.collective("pipeline", self._group, "gathering of times"):
+            dist.gather_object(mine, gathered, dst=0, group=self._group)
         if gathered is None:
             return False
         title = f"{assembly.config.name}, step {step}: {self._schedule.kind}, {size(self._schedule)}"

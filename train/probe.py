@@ -14,9 +14,11 @@ from torch.distributed import ProcessGroup
 
 from comm.groups import join_one
 from comm.layout import Layout
+from comm.operations import OperationLog
 from comm.protocol import Dispatcher
-from comm.select import build_dispatcher, open_lane
+from comm.select import open_lane
 from comm.traffic import Traffic
+from comm.wire import Observers
 from dualpipe.costs import CostModel, StageCosts
 from model.cut import cut_layers
 from model.gradients import GradientStore
@@ -26,6 +28,7 @@ from model.stage import Stage, StageRun
 from model.transformer import Part, Transformer, initialise
 from train.assemble import held_experts, weight_dtype
 from train.config import TrainConfig
+from train.exchange import open_dispatcher
 
 _RUNS = 3
 _HOPS = 15
@@ -77,10 +80,12 @@ def measure(config: TrainConfig, layout: Layout, device: torch.device) -> LayerT
     experts = join_one({layout.expert_group(rank) for rank in ranks}, timeout)
     pipeline = join_one({layout.pipeline_group(rank) for rank in ranks}, timeout)
     lane = open_lane(device)
-    dispatcher = build_dispatcher(config.dispatch, config.model.num_routed_experts, layout, experts, lane, Traffic())
+    observers = Observers(Traffic(), OperationLog())
+    dispatcher = open_dispatcher(config, layout, experts, lane, observers)
     mine = _measure_parts(config, layout, dispatcher, device, _hop_seconds(config, layout, pipeline, device))
     agreed = _agree(mine, device)
     lane.close()
+    dispatcher.close()
     for group in (experts, pipeline):
         dist.destroy_process_group(group)
     if device.type == "cuda":

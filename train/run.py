@@ -6,12 +6,13 @@ import os
 import sys
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from torch import distributed as dist
 
 from comm.groups import Groups, start, stop
 from comm.layout import Layout
+from comm.operations import OperationLog, cuda_mark
+from comm.watch_start import AbsentError, Job, Seat, join
 from data.corpus import DataError
 from data.prepare import Prepared
 from train import checkpoint
@@ -19,6 +20,7 @@ from train.assemble import Assembly, assemble, is_mirrored
 from train.config import TrainConfig
 from train.corpus import prepare_corpus
 from train.errors import NonFiniteError
+from train.last_words import LastWords
 from train.loop import Reporter, show_continuation, train
 from train.manifest import check_fingerprint, check_manifest, find_checkpoint, read_step
 from train.metrics import Display, JsonLines, Recorder, Wandb
@@ -28,26 +30,51 @@ EXIT_NON_FINITE = 77
 LOGGER = logging.getLogger("train")
 
 
-def main(config: TrainConfig) -> int:
+def main(config: TrainConfig, is_aloud: bool = False) -> int:
     """Joins the job, trains, and leaves. Every rank calls it with the same configuration.
 
-    The folder of the run is rank 0's `out_dir`: ranks on other machines may have been told none.
+    The folder of the run is rank 0's `out_dir`: ranks on other machines may have been told none. Where a rank is lost
+    or does not come in time, the process ends in here, with the exit codes 78 and 76, and with last words in the log.
+
+    Args:
+        config: of the run.
+        is_aloud: last words also go to stderr.
 
     Returns:
         The exit code: 0 done, 77 non-finite loss or gradient norm.
     """
-    device = start(config.cluster)
-    code = _train(_agree(config), device)
+    seat = Seat.of_environment()
+    log = OperationLog(mark=cuda_mark if config.cluster.device == "cuda" else None)
+    words = LastWords(seat.rank, log, is_aloud)
+    words.out_dir = Path(config.out_dir) if config.out_dir else None
+    try:
+        job = join(seat, log, config.cluster.timeout_seconds, words.write)
+    except AbsentError as error:
+        words.write(error.verdict)
+        os._exit(error.verdict.code)
+    try:
+        code = _train(config, job, log, words)
+    except Exception as error:
+        job.watch.clear(error)
+        raise
+    job.close()
     stop()
     return code
 
 
-def _train(config: TrainConfig, device: torch.device) -> int:
-    layout = Layout(config.parallelism, config.cluster.ranks_per_node)
-    planned = plan(config, layout, device)
-    groups = Groups(layout, is_mirrored(planned.schedule), config.cluster.timeout_seconds)
-    prepared = _prepare(config, groups)
-    assembly = assemble(config, layout, groups, device, planned.schedule)
+def _train(config: TrainConfig, job: Job, log: OperationLog, words: LastWords) -> int:
+    layout, world = Layout(config.parallelism, config.cluster.ranks_per_node), range(config.parallelism.world_size)
+    with log.phase("world", world, "start of process groups"):
+        device = start(config.cluster, job.store)
+        config = _agree(config)
+    words.out_dir = Path(config.out_dir)
+    with log.phase("world", world, "choice of the schedule"):
+        planned = plan(config, layout, device)
+    with log.phase("world", world, "making of groups"):
+        groups = Groups(layout, is_mirrored(planned.schedule), config.cluster.timeout_seconds)
+    prepared = _prepare(config, groups, log)
+    with log.phase("world", world, "assembly of the model"):
+        assembly = assemble(config, layout, groups, device, planned.schedule, log)
     first_step = _resume(assembly, prepared.fingerprint)
     reporter = _reporter(config, first_step)
     try:
@@ -61,7 +88,8 @@ def _train(config: TrainConfig, device: torch.device) -> int:
         code = EXIT_NON_FINITE
     finally:
         reporter.close()
-    dist.barrier(group=groups.world)
+    with log.collective("world", groups.world, "end of training"):
+        dist.barrier(group=groups.world)
     assembly.close()
     return code
 
@@ -74,7 +102,8 @@ def _resume(assembly: Assembly, data_fingerprint: str) -> int:
     folder = find_checkpoint(config.resume)
     check_manifest(folder, config)
     check_fingerprint(folder, data_fingerprint)
-    checkpoint.load(assembly, folder)
+    with assembly.observers.log.phase("world", range(assembly.layout.world_size), "loading of the checkpoint"):
+        checkpoint.load(assembly, folder)
     return read_step(folder)
 
 
@@ -84,7 +113,7 @@ def _agree(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, out_dir=agreed[0])
 
 
-def _prepare(config: TrainConfig, groups: Groups) -> Prepared:
+def _prepare(config: TrainConfig, groups: Groups, log: OperationLog) -> Prepared:
     """One rank of every machine builds the cache where it is missing; the others then find it.
 
     Raises:
@@ -92,10 +121,12 @@ def _prepare(config: TrainConfig, groups: Groups) -> Prepared:
     """
     if os.environ.get("LOCAL_RANK", "0") == "0":
         prepare_corpus(config)
-    dist.barrier(group=groups.world)
+    with log.collective("world", groups.world, "preparation of the corpus"):
+        dist.barrier(group=groups.world)
     prepared = prepare_corpus(config)
     fingerprints = [""] * dist.get_world_size()
-    dist.all_gather_object(fingerprints, prepared.fingerprint)
+    with log.collective("world", groups.world, "comparison of the corpus"):
+        dist.all_gather_object(fingerprints, prepared.fingerprint)
     if len(set(fingerprints)) > 1:
         other = next(rank for rank, seen in enumerate(fingerprints) if seen != fingerprints[0])
         raise DataError(

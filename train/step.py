@@ -80,7 +80,7 @@ class BatchReader:
                 batch = self(direction, micro_batch)
                 assert batch is not None
                 counts += torch.stack([(targets != IGNORE).sum().cpu() for targets in batch.targets_BT])
-        return _sum_over_world(self._assembly, counts)
+        return _sum_over_world(self._assembly, counts, "sum of targets")
 
 
 def to_micro_batch(batch: Batch, mtp_depth: int, device: torch.device) -> MicroBatch:
@@ -114,7 +114,8 @@ def train_step(assembly: Assembly, loader: Loader, step: int) -> StepResult:
     config = assembly.config
     rate = learning_rate(config.optim, step)
     losses, execution = accumulate(assembly, lambda first, count: loader.batch(step, first, count))
-    norm = assembly.optimiser.step(rate)
+    with assembly.observers.log.phase("world", range(assembly.layout.world_size), "update of the weights"):
+        norm = assembly.optimiser.step(rate)
     violation = update_router_bias(assembly)
     tokens = config.stage.global_batch_sequences * config.stage.sequence_length_tokens
     return StepResult(
@@ -156,18 +157,20 @@ def validate_pass(assembly: Assembly, read: Read) -> tuple[Losses, int]:
 
 def update_router_bias(assembly: Assembly) -> float:
     """Moves every router's bias by the load of the whole global batch; returns the worst layer's violation."""
-    gates = routers(assembly.model)
+    gates, log = routers(assembly.model), assembly.observers.log
     worst = torch.zeros(())
     if gates:
         load_LE = torch.stack([gate.load for gate in gates.values()])
-        dist.all_reduce(load_LE, group=assembly.groups.stage)
+        with log.collective("stage", assembly.groups.stage, "sum of router loads"):
+            dist.all_reduce(load_LE, group=assembly.groups.stage)
         for gate, load_E in zip(gates.values(), load_LE, strict=True):
             gate.update_bias(load_E, assembly.config.stage.bias_update_rate)
             gate.load.zero_()
         load = load_LE.float()
         worst = (load.amax(1) / load.mean(1) - 1).max().cpu()
     worst = worst.to(assembly.device)
-    dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=assembly.groups.world)
+    with log.collective("world", assembly.groups.world, "largest violation"):
+        dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=assembly.groups.world)
     return float(worst)
 
 
@@ -177,7 +180,7 @@ def _no_sums(assembly: Assembly) -> LossSums:
 
 def _reduce(assembly: Assembly, sums: LossSums, num_targets: Tensor) -> Losses:
     stage = assembly.config.stage
-    totals = _sum_over_world(assembly, sums.settle()).tolist()
+    totals = _sum_over_world(assembly, sums.settle(), "sum of losses").tolist()
     means = [total / max(count, 1) for total, count in zip(totals[:-1], num_targets.tolist(), strict=True)]
     balance, mtp = totals[-1] / stage.global_batch_sequences, tuple(means[1:])
     mtp_part = stage.mtp_loss_weight * sum(mtp) / max(len(mtp), 1)
@@ -185,8 +188,9 @@ def _reduce(assembly: Assembly, sums: LossSums, num_targets: Tensor) -> Losses:
     return Losses(main=means[0], mtp=mtp, balance=balance, total=total)
 
 
-def _sum_over_world(assembly: Assembly, values: Tensor) -> Tensor:
+def _sum_over_world(assembly: Assembly, values: Tensor, name: str) -> Tensor:
     """Sum over all ranks, back on the host."""
     values = values.to(assembly.device)
-    dist.all_reduce(values, group=assembly.groups.world)
+    with assembly.observers.log.collective("world", assembly.groups.world, name):
+        dist.all_reduce(values, group=assembly.groups.world)
     return values.cpu()

@@ -7,6 +7,7 @@ from torch import distributed
 from comm.config import ClusterConfig, ParallelismConfig
 from comm.groups import ClusterError, Groups, start
 from comm.layout import Layout
+from comm.operations import OperationLog
 from comm.p2p import Transport
 from tests.ranks import run_ranks
 
@@ -36,7 +37,8 @@ def _make_groups(rank: int, world_size: int) -> dict[str, object]:
         error = str(caught)
     distributed.barrier()
     begun = time.monotonic()
-    transport = Transport(pipeline, [(low, low + 1) for low in range(world_size - 1)], torch.device("cpu"), 30.0)
+    pairs = [(low, low + 1) for low in range(world_size - 1)]
+    transport = Transport(pipeline, pairs, torch.device("cpu"), 30.0, OperationLog())
     link_seconds = time.monotonic() - begun
     transport.close()
     return {"members": members, "sums": sums, "seconds": seconds, "error": error, "link_seconds": link_seconds}

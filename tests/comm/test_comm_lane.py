@@ -1,12 +1,13 @@
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
 
-from comm.lane import Done, InlineLane, Lane, ThreadLane, _tensors_of
+from comm.lane import Done, InlineLane, Lane, StreamLane, ThreadLane, _tensors_of
 from comm.protocol import Arrived
 
 _LANES = [InlineLane, lambda: ThreadLane("test")]
@@ -107,3 +108,75 @@ def test_tensors_of_results_are_found_wherever_they_are() -> None:
     result = (tensors[0], [tensors[1], "text"], Arrived(tensors[2], tensors[3], (1, 2)), None)
     assert [tensor.shape[0] for tensor in _tensors_of(result)] == [0, 1, 2, 3]
     assert Done(5).wait() == 5
+
+
+class _FakeStream:
+    """What `StreamLane` asks of a CUDA stream, as a list of what was enqueued. Nothing runs on a device."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.queue: list[str] = []
+
+    def record_event(self) -> "_FakeEvent":
+        return _FakeEvent(f"{self.name} at {len(self.queue)}")
+
+    def wait_event(self, event: "_FakeEvent") -> None:
+        self.queue.append(f"wait for {event.name}")
+
+    def synchronize(self) -> None:
+        self.queue.append("synchronised")
+
+
+class _FakeEvent:
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def query(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def streams(monkeypatch: pytest.MonkeyPatch) -> tuple[_FakeStream, _FakeStream]:
+    """The caller's stream and the lane's, with torch.cuda's functions replaced: the lane's order without a GPU."""
+    compute, comm = _FakeStream("compute"), _FakeStream("comm")
+    current = threading.local()
+
+    @contextmanager
+    def enter(stream: _FakeStream) -> Iterator[None]:
+        current.stream = stream
+        yield
+        current.stream = compute
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: comm)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: getattr(current, "stream", compute))
+    monkeypatch.setattr(torch.cuda, "stream", enter)
+    return compute, comm
+
+
+def test_stream_lane_lets_its_caller_go_on_while_a_function_waits_for_the_device(
+    streams: tuple[_FakeStream, _FakeStream],
+) -> None:
+    compute, comm = streams
+    lane, counts_are_here = StreamLane(torch.device("cuda")), threading.Event()
+
+    def exchange() -> int:
+        assert counts_are_here.wait(30)
+        comm.queue.append("exchange")
+        return 7
+
+    compute.queue.append("attend")
+    work = lane.submit(exchange)
+    compute.queue.append("another micro-batch's experts")
+    counts_are_here.set()
+    assert work.wait() == 7
+    lane.close()
+    assert comm.queue == ["wait for compute at 1", "exchange", "synchronised"]
+    assert compute.queue == ["attend", "another micro-batch's experts", "wait for comm at 2"]
+
+
+def test_stream_lane_raises_in_wait_what_a_function_raised(streams: tuple[_FakeStream, _FakeStream]) -> None:
+    lane = StreamLane(torch.device("cuda"))
+    work = lane.submit(lambda: [][1])
+    with pytest.raises(IndexError):
+        work.wait()
+    lane.close()

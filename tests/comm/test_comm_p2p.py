@@ -1,4 +1,5 @@
 import os
+import threading
 import time
 from typing import Literal
 
@@ -9,16 +10,16 @@ from torch import Tensor, distributed
 from comm.config import ParallelismConfig
 from comm.layout import Layout
 from comm.message import HEADER_BYTES, Header, MessageKey, TransferError
+from comm.operations import OperationLog, Progress
 from comm.p2p import Transport
 from tests.ranks import RanksFailedError, run_ranks
 
 
-def _transport(rank: int, world_size: int, data: int = 1) -> Transport:
+def _transport(rank: int, world_size: int, data: int = 1, log: OperationLog | None = None) -> Transport:
     num_stages = world_size // data
     layout = Layout(ParallelismConfig(pipeline=num_stages, data=data, expert=1), ranks_per_node=1)
-    return Transport(
-        layout, [(index, index + 1) for index in range(num_stages - 1)], torch.device("cpu"), timeout_seconds=20.0
-    )
+    pairs = [(index, index + 1) for index in range(num_stages - 1)]
+    return Transport(layout, pairs, torch.device("cpu"), 20.0, log or OperationLog())
 
 
 def _key(
@@ -37,10 +38,10 @@ def _payload(key: MessageKey) -> Tensor:
     return torch.randn(shape, generator=generator).to(dtype)
 
 
-def _exchange_all(rank: int, world_size: int, data: int) -> int:
+def _exchange_all(rank: int, world_size: int, data: int, log: OperationLog | None = None) -> int:
     """Every link carries 12 messages; receives are posted and awaited link by link, unlike the order of sends."""
     index = rank // data
-    with _transport(rank, world_size, data) as transport:
+    with _transport(rank, world_size, data, log) as transport:
         peers = [peer for peer in (index - 1, index + 1) if 0 <= peer < world_size // data]
         kinds: list[Literal["activation", "gradient"]] = ["activation", "gradient"]
         for micro_batch in range(12):
@@ -72,6 +73,49 @@ def test_transport_delivers_every_message_in_the_order_of_its_link() -> None:
 
 def test_transport_links_each_data_index_s_pipeline_by_itself() -> None:
     assert run_ranks(4, _exchange_all, 2) == [24, 24, 24, 24]
+
+
+def _log_all(rank: int, world_size: int) -> tuple[dict[str, str], dict[str, Progress]]:
+    log = OperationLog()
+    _exchange_all(rank, world_size, 1, log)
+    assert log.awaited() == []
+    return log.order_hashes(), log.progress()
+
+
+def test_transport_logs_every_message_alike_at_both_ends() -> None:
+    ends = run_ranks(3, _log_all)
+    links = {(kind, *ways) for kind in ("activation", "gradient") for ways in ((0, 1), (1, 0), (1, 2), (2, 1))}
+    for kind, source, destination in links:
+        name = f"{kind} {source}->{destination}"
+        assert {rank for rank, (hashes, _) in enumerate(ends) if name in hashes} == {source, destination}
+        assert ends[source][0][name] == ends[destination][0][name]
+        assert ends[source][1][name] == ends[destination][1][name] == Progress(started=12, finished=11)
+    assert len({hashes[name] for hashes, _ in ends for name in hashes}) == len(links)
+
+
+def _await_nobody(rank: int, world_size: int) -> str:
+    log = OperationLog()
+    transport = _transport(rank, world_size, log=log)
+    receipt = transport.post_receive(_key(1, 0, 5, "gradient"), (2, 3), torch.float32) if rank == 0 else None
+    waits: list[str] = []
+    if receipt is not None:
+        waiter = threading.Thread(target=receipt.wait)
+        waiter.start()
+        while not waits:
+            waits = [str(operation) for operation, _ in log.awaited()]
+    distributed.barrier()
+    if rank == 1:
+        transport.send(_key(1, 0, 5, "gradient"), torch.zeros(2, 3))
+    else:
+        waiter.join()
+    transport.close()
+    return "".join(waits)
+
+
+def test_transport_tells_the_log_what_it_awaits() -> None:
+    assert run_ranks(2, _await_nobody)[0] == (
+        "transfer of gradient 1->0 of direction 0, stage 0, micro-batch 5 (number 0 of group gradient 1->0)"
+    )
 
 
 def _send_before_receive(rank: int, world_size: int) -> tuple[float, Tensor]:

@@ -12,6 +12,7 @@ from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
+from comm.exit_codes import EXIT_HANG
 from launch.compose import compose
 from launch.config import read_config
 from launch.errors import ConfigError
@@ -19,6 +20,7 @@ from launch.folder import claim_folder
 from launch.local import run_ranks, start_fork_server
 from launch.report import command
 from train.config import TrainConfig
+from train.errors import LastWord, error_path, write_error
 
 WORLD_SIZE = 4
 
@@ -77,6 +79,23 @@ def one_is_killed(config: TrainConfig) -> int:
         raise ConnectionError("connection closed by peer")
     time.sleep(600)
     return 0
+
+
+def one_is_terminated(config: TrainConfig) -> int:
+    """By its watch, as it would not end by itself."""
+    if rank() == 1:
+        os._exit(128 + signal.SIGTERM)
+    time.sleep(600)
+    return 0
+
+
+def one_is_stopped(config: TrainConfig) -> int:
+    """And the others miss it."""
+    if rank() == 2:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    word = LastWord("rank 2 did not come within 4 s", EXIT_HANG)
+    write_error(error_path(Path(config.out_dir), rank()), word, "details")
+    os._exit(EXIT_HANG)
 
 
 def sleep(config: TrainConfig) -> int:

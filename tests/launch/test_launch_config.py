@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ NEEDS = {
                                   "stage.validation_sequences=8192"],
     "parallelism=eight_ranks": ["stage.global_batch_sequences=32"],
     "model=tiny": ["data.tokenizer_vocab_size=300"],
+    "dispatch=deepep": ["cluster=h800", "precision=bf16", "model.hidden_size=256"],
     "data=files": ["data.paths=[pyproject.toml]"],
     "precision=float64": ["optim.sharding=replicated"],
     "schedule=1f1b": ["model.mtp_depth=0"],
@@ -42,7 +44,11 @@ def test_config_every_shipped_option_composes_and_passes(choice: str, tmp_path: 
     if choice == "data=files":
         (tmp_path / "a.txt").write_text("some text")
         needs = [f"data.paths=['{tmp_path}']"]
-    check(build(choice, *needs))
+    if choice == "dispatch=deepep" and find_spec("deep_ep") is None:
+        with pytest.raises(ConfigError, match="deep_ep is not installed"):
+            check(build(choice, *needs))
+    else:
+        check(build(choice, *needs))
 
 
 @pytest.mark.parametrize("choice", ["experiment=quickstart", "experiment=two_nodes", "model=v3_671b", "model=tiny"])
@@ -60,7 +66,8 @@ def test_config_source_is_written_as_it_is_given() -> None:
 
 
 def test_config_every_number_has_a_range_or_is_checked_where_it_belongs() -> None:
-    keys = {key for choice in options("model") for key in numbers(build(f"model={choice}"))}
+    choices = [f"{group}={choice}" for group in ("model", "dispatch") for choice in options(group)]
+    keys = {key for choice in choices for key in numbers(build(choice))}
     assert {key for key in keys if not key.startswith(("data.", "costs."))} == {
         key for key in ranged_keys() if not key.startswith("data.")
     }
@@ -74,7 +81,7 @@ def test_config_v3_671b_is_the_released_one() -> None:
 
 def test_config_quickstart_feeds_dualpipe_fully() -> None:
     """Fewer micro-batches than twice the ranks would leave the published schedule undefined."""
-    for experiment, ranks, nodes in (("quickstart", 4, 2), ("two_nodes", 8, 2)):
+    for experiment, ranks, nodes in (("quickstart", 4, 2), ("two_nodes", 8, 2), ("four_nodes", 8, 4)):
         config = build(f"experiment={experiment}")
         assert config.parallelism.world_size == ranks
         assert ranks // config.cluster.ranks_per_node == nodes
@@ -98,7 +105,20 @@ def test_config_quickstart_feeds_dualpipe_fully() -> None:
             ["cluster.ranks_per_node", "4 ranks", "is 3", "2 or 4"],
         ),
         (["cluster.backend=nccl"], ["cluster.backend", "cluster.device=cuda", "nccl", "gloo"]),
-        (["parallelism=four_ranks", "dispatch=local"], ["dispatch", "parallelism.expert=2", "all_to_all"]),
+        (["parallelism=four_ranks", "dispatch=local"], ["dispatch", "parallelism.expert=2", "two_hop"]),
+        (["dispatch=deepep"], ["dispatch", "cluster.device=cuda", "cluster.device=cpu", "dispatch=two_hop"]),
+        (
+            ["dispatch=deepep", "cluster=h800", "precision=bf16"],
+            ["dispatch", "deep_ep", "github.com/deepseek-ai/DeepEP", "dispatch=two_hop"],
+        ),
+        (["dispatch=deepep", "cluster=h800"], ["dispatch", "precision=bf16", "precision=float32", "two_hop"]),
+        (["dispatch.max_nodes=0"], ["dispatch.max_nodes", "above 0", "is 0"]),
+        (["dispatch=two_hop", "dispatch.chunks=0"], ["dispatch.chunks", "above 0", "is 0"]),
+        (["dispatch.node_cap=clipp"], ["dispatch.node_cap", "did you mean clip"]),
+        (
+            ["experiment=four_nodes", "dispatch.max_nodes=1"],
+            ["dispatch.max_nodes", "2 nodes", "num_limited_groups=2", "is 1", "valid: 2", "dispatch.node_cap=clip"],
+        ),
         (["model.qk_rope_head_dim=15"], ["model.qk_rope_head_dim", "even", "is 15", "14 or 16"]),
         (["model.num_dense_layers=5"], ["model.num_dense_layers", "model.num_layers=4", "is 5", "valid: 4"]),
         (["model=v3_671b", "model.rope_scaling.factor=0.5"], ["model.rope_scaling", "factor=0.5"]),

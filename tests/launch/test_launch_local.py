@@ -68,7 +68,9 @@ ENDS = {
     "one_raises": (1, r"error: rank 2: RuntimeError: the first line\nthe whole traceback is in (.*)\n"),
     "one_refuses": (2, r"error: stage\.steps: must be luckier\nthe whole traceback is in (.*)\n"),
     "one_exits": (75, r"error: rank 1 ended with exit code 75\n"),
-    "one_is_killed": (137, r"error: rank 3 was ended by SIGKILL\n"),
+    "one_is_killed": (78, r"error: rank 3 is lost: it was ended by SIGKILL\n"),
+    "one_is_terminated": (78, r"error: rank 1 is lost: it was ended by SIGTERM\n"),
+    "one_is_stopped": (76, r"error: rank 2 did not come within 4 s\nwhat each rank did last is in (.*)\n"),
     "done": (0, ""),
     "all_say_non_finite": (77, ""),
 }
@@ -84,7 +86,7 @@ def test_local_exit_code_and_error_are_those_of_the_rank_that_fails_first(tmp_pa
     assert out == "threads 1\n" * 4
     assert len(list((tmp_path / "done").glob("ran_*"))) == 4
     logs = sorted(tmp_path.rglob("*.error.log"))
-    assert [log.relative_to(tmp_path).as_posix() for log in logs if "killed" not in log.parts[-3]] == [
+    assert [log.relative_to(tmp_path).as_posix() for log in logs if "_is_" not in log.parts[-3]] == [
         "one_raises/log/rank_00002.error.log",
         "one_refuses/log/rank_00001.error.log",
     ]

@@ -9,6 +9,7 @@ from torch import distributed as dist
 from comm.groups import Groups
 from comm.layout import Layout
 from comm.local import LocalDispatcher
+from comm.operations import OperationLog
 from data.loader import Loader
 from data.prepare import prepare
 from dualpipe.generate.select import build
@@ -57,7 +58,7 @@ def open_assembly(config: TrainConfig, schedule: Schedule | None = None) -> Asse
         schedule = build(config.schedule.kind, config.parallelism.pipeline, config.num_micro_batches)
     layout = Layout(config.parallelism, config.cluster.ranks_per_node)
     groups = Groups(layout, is_mirrored(schedule), config.cluster.timeout_seconds)
-    return assemble(config, layout, groups, torch.device("cpu"), schedule)
+    return assemble(config, layout, groups, torch.device("cpu"), schedule, OperationLog())
 
 
 def open_loader(config: TrainConfig) -> Loader:

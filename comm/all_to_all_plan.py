@@ -1,0 +1,136 @@
+"""What an all-to-all exchange must know before rows are sent: who sends how many to whom, and in which order.
+
+Shape legend: R ranks of the expert group, T tokens of this rank, K experts per token, A arrived rows, E experts of the
+layer, L = E / R local experts, N nodes of the group.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from comm.expert_order import ExpertOrder, SortedChoices, count_choices, inverse_permutation
+from comm.node_cap import nodes_of_experts, touched_nodes
+from comm.protocol import Label
+from comm.traffic import Traffic
+from comm.verify_cap import verify_cap
+from comm.wire import Wire
+
+
+class DispatchError(ValueError):
+    """Experts that the ranks of a group cannot share."""
+
+
+def num_local_experts(num_experts: int, num_ranks: int) -> int:
+    """L.
+
+    Raises:
+        DispatchError: the ranks do not divide the experts.
+    """
+    if num_experts % num_ranks:
+        raise DispatchError(
+            f"dispatch: the expert axis must divide {num_experts} routed experts, got {num_ranks} ranks"
+        )
+    return num_experts // num_ranks
+
+
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """What an exchange of counts leaves behind, still on the device.
+
+    choices: sorted. touched_TN: the nodes that each token touches. numbers: choices dropped, of each expert (1 + E),
+    tokens that touch each node (N), then what each rank sends here (R (L + 1)): rows for each local expert, and that
+    rank's tokens over the cap.
+    """
+
+    choices: SortedChoices
+    touched_TN: Tensor
+    numbers: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """What a transfer needs, on the host: rows to and from each rank, and how arrived rows are sorted.
+
+    sorted_A: the arrival place of each row in (local expert, source rank) order; arrival_A: its inverse. Both
+    are None where arrival order is expert order already.
+    """
+
+    order: ExpertOrder
+    sent: tuple[int, ...]
+    received: tuple[int, ...]
+    counts: tuple[int, ...]
+    num_least_rows: int
+    sorted_A: Tensor | None
+    arrival_A: Tensor | None
+
+
+class AllToAllPlanner:
+    """Makes routes over one expert group. Used from the comm lane alone."""
+
+    def __init__(self, wire: Wire, num_experts: int, max_nodes: int | None, traffic: Traffic) -> None:
+        """`max_nodes`: that a token may touch; any number if None. Raises DispatchError."""
+        self.num_local_experts = num_local_experts(num_experts, len(wire.members))
+        self._wire = wire
+        self._num_experts = num_experts
+        self._node_of_expert_E = nodes_of_experts(num_experts, wire.nodes)
+        self._num_nodes = len(set(wire.nodes))
+        self._home = sorted(set(wire.nodes)).index(wire.nodes[wire.place])
+        self._max_nodes = self._num_nodes if max_nodes is None else max_nodes
+        self._traffic = traffic
+
+    def exchange(self, topk_ids_TK: Tensor, label: Label | None) -> Counted:
+        """Counts rows per (destination rank, local expert) and tells each rank its part."""
+        self._node_of_expert_E = self._node_of_expert_E.to(topk_ids_TK.device)
+        counts = count_choices(topk_ids_TK, self._num_experts)
+        touched_TN = touched_nodes(topk_ids_TK, self._node_of_expert_E, self._num_nodes)
+        num_ranks = len(self._wire.members)
+        num_over = (touched_TN.sum(1) > self._max_nodes).sum()
+        counts_RL = counts[1:].view(num_ranks, self.num_local_experts)
+        under_way = self._wire.start_numbers(torch.cat([counts_RL, num_over.expand(num_ranks, 1)], 1), label)
+        choices = SortedChoices.sort(topk_ids_TK)
+        return Counted(choices, touched_TN, torch.cat([counts, touched_TN.sum(0), under_way.wait().flatten()]))
+
+    def complete(self, counted: Counted, label: Label | None) -> Route:
+        """Reads the counts, which waits for the device, and derives splits and orders.
+
+        Raises:
+            NodeCapError: on all ranks, if a token of any rank is over the cap.
+        """
+        num_experts, num_local, num_ranks = self._num_experts, self.num_local_experts, len(self._wire.members)
+        numbers = counted.numbers.tolist()
+        counts_E, table = numbers[1 : 1 + num_experts], numbers[1 + num_experts + self._num_nodes :]
+        rows = _rows(table, num_local + 1)
+        touched_N = numbers[1 + num_experts : 1 + num_experts + self._num_nodes]
+        num_over_R = [row.pop() for row in rows]
+        verify_cap(num_over_R, self._wire, counted.touched_TN, self._max_nodes, label)
+        self._traffic.add_plan(None if label is None else label.layer, len(counted.touched_TN), sum(touched_N))
+        received = tuple(map(sum, rows))
+        sorted_A = None
+        if num_ranks > 1 and num_local > 1:
+            received_RL = counted.numbers[-len(table) :].view(num_ranks, num_local + 1)[:, :-1]
+            sorted_A = _expert_major(received_RL, sum(received))
+        return Route(
+            order=counted.choices.keep(numbers[0]),
+            sent=tuple(map(sum, _rows(counts_E, num_local))),
+            received=received,
+            counts=tuple(map(sum, zip(*rows, strict=True))),
+            num_least_rows=sum(touched_N) - touched_N[self._home],
+            sorted_A=sorted_A,
+            arrival_A=None if sorted_A is None else inverse_permutation(sorted_A),
+        )
+
+
+def _rows(numbers: Sequence[int], width: int) -> list[list[int]]:
+    return [list(numbers[begin : begin + width]) for begin in range(0, len(numbers), width)]
+
+
+def _expert_major(received_RL: Tensor, num_arrived: int) -> Tensor:
+    """The arrival places of rows in (local expert, source rank) order, from counts in (source, local expert) order."""
+    lengths = received_RL.flatten()
+    starts_LR = (lengths.cumsum(0) - lengths).view_as(received_RL).T.flatten()
+    lengths_LR = received_RL.T.flatten()
+    shifts_LR = starts_LR - (lengths_LR.cumsum(0) - lengths_LR)
+    places = torch.arange(num_arrived, device=received_RL.device)
+    return places + shifts_LR.repeat_interleave(lengths_LR, output_size=num_arrived)

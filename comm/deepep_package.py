@@ -1,0 +1,87 @@
+"""DeepEP as a package: whether it is there, and what its kernels can carry. No torch here, so a command may ask first.
+
+Rules as in deep_ep 2.1.0 (github.com/deepseek-ai/DeepEP).
+"""
+
+import importlib
+import importlib.util
+from dataclasses import dataclass
+from typing import Any
+
+_PACKAGE = "deep_ep"
+_HIDDEN_MULTIPLE = 256
+_MOST_CHOICES = 32
+
+
+class DeepEPError(ValueError):
+    """DeepEP is missing, or asked for what its kernels cannot do."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BufferShape:
+    """What a buffer of DeepEP is made for, equal on all ranks of an expert group; its kernels are compiled for it.
+
+    Attributes:
+        max_tokens: of a rank in a micro-batch, at most.
+        hidden_size: of a row.
+        num_choices: experts per token.
+        timeout_seconds: after which a kernel that waits for another rank gives up.
+
+    Raises:
+        DeepEPError: no tokens, a hidden size or a number of experts per token that the kernels are not made for.
+    """
+
+    max_tokens: int
+    hidden_size: int
+    num_choices: int
+    timeout_seconds: float
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise DeepEPError(f"dispatch: deepep needs room for 1 token at least, got {self.max_tokens}")
+        if self.hidden_size < 1 or self.hidden_size % _HIDDEN_MULTIPLE:
+            below = self.hidden_size // _HIDDEN_MULTIPLE * _HIDDEN_MULTIPLE
+            nearest = f"{below} or {below + _HIDDEN_MULTIPLE}" if below > 0 else f"{_HIDDEN_MULTIPLE}"
+            raise DeepEPError(
+                f"dispatch: deepep needs a hidden size that is a multiple of {_HIDDEN_MULTIPLE}, "
+                f"got {self.hidden_size}; nearest valid: {nearest}, or dispatch=two_hop"
+            )
+        if not 1 <= self.num_choices <= _MOST_CHOICES:
+            raise DeepEPError(
+                f"dispatch: deepep needs 1 to {_MOST_CHOICES} experts per token, got {self.num_choices}; "
+                f"nearest valid: {min(max(self.num_choices, 1), _MOST_CHOICES)}, or dispatch=two_hop"
+            )
+
+
+def check_available() -> None:
+    """Looks for the package without importing it.
+
+    Raises:
+        DeepEPError: it is not installed.
+    """
+    if importlib.util.find_spec(_PACKAGE) is None:
+        raise DeepEPError(_missing("is not installed"))
+
+
+def load_package() -> Any:
+    """Imports the package, which starts CUDA.
+
+    Raises:
+        DeepEPError: it is not installed, does not load, or is older than `ElasticBuffer`.
+    """
+    check_available()
+    try:
+        package = importlib.import_module(_PACKAGE)
+    except ImportError as error:
+        raise DeepEPError(_missing(f"does not load ({error})")) from error
+    if not hasattr(package, "ElasticBuffer"):
+        version = getattr(package, "__version__", "of an unknown version")
+        raise DeepEPError(_missing(f"{version} has no ElasticBuffer, as 2.1.0 has"))
+    return package
+
+
+def _missing(what: str) -> str:
+    return (
+        f"dispatch: deepep needs the package {_PACKAGE} (github.com/deepseek-ai/DeepEP) and CUDA, "
+        f"but {_PACKAGE} {what}; nearest valid: dispatch=two_hop"
+    )

@@ -1,0 +1,139 @@
+"""What a routing costs before anything is sent: the rows that each rank sends to each other, by way of travel.
+
+Pure functions of the ids, for any number of nodes and ranks, in one process.
+Shape legend: T tokens of a rank, K experts per token, E experts, N nodes, R ranks, sender first.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from comm.node_cap import nodes_of_experts, touched_nodes
+from comm.relays import Relays
+from comm.traffic import Spread
+
+
+@dataclass(frozen=True)
+class SentRows:
+    """Rows that ranks send to each other, themselves included.
+
+    rows_RR: int64. nodes: of each rank.
+    """
+
+    rows_RR: Tensor
+    nodes: tuple[int, ...]
+
+    @property
+    def returned(self) -> "SentRows":
+        """The same rows on their way back."""
+        return SentRows(self.rows_RR.T, self.nodes)
+
+    @property
+    def num_across_nodes(self) -> int:
+        """Rows between ranks of different nodes."""
+        return int(self._across.sum())
+
+    @property
+    def receive_imbalance(self) -> float:
+        """Rows that a rank receives from other nodes, the most over the mean; 1 where there are none."""
+        received_R = self._across.sum(0)
+        return float(received_R.max() / received_R.double().mean()) if received_R.any() else 1.0
+
+    def spread(self, rank: int) -> Spread:
+        """What one rank sends, and how far."""
+        return Spread.of(self.rows_RR[rank].tolist(), self.nodes, rank)
+
+    def seconds_across_nodes(self, bytes_per_row: float, bytes_per_second: float) -> float:
+        """Of the busiest rank, whose link to other nodes sends and receives at once."""
+        return self._busiest(self._across) * bytes_per_row / bytes_per_second
+
+    def seconds_within_node(self, bytes_per_row: float, bytes_per_second: float) -> float:
+        """Of the busiest rank, whose link within its node sends and receives at once; its rows to itself are free."""
+        other_RR = self.rows_RR - self.rows_RR.diag().diag()
+        return self._busiest(other_RR - self._across) * bytes_per_row / bytes_per_second
+
+    @cached_property
+    def _across(self) -> Tensor:
+        nodes_R = torch.tensor(self.nodes)
+        return torch.where(nodes_R[:, None] == nodes_R, 0, self.rows_RR)
+
+    @staticmethod
+    def _busiest(rows_RR: Tensor) -> float:
+        return float(torch.maximum(rows_RR.sum(0), rows_RR.sum(1)).max())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Forecast:
+    """Rows of one dispatch over all ranks.
+
+    Attributes:
+        num_tokens: of all ranks.
+        num_touched_nodes: over tokens, nodes that hold a token's experts, its home node included.
+        num_least_rows: over tokens, such nodes other than the home node. No way of travel that sends rows from one
+            rank to one other sends fewer across nodes.
+        per_expert: a copy for each expert, straight to its rank, as `all_to_all` does.
+        per_rank: a copy for each rank that holds a token's experts.
+        between_nodes: two hops, the first: a copy for each node but the home node, to the sender's relay there.
+        within_node: two hops, the second: from the relay, or the sender at home, a copy for each rank of the node that
+            holds a token's experts.
+    """
+
+    num_tokens: int
+    num_touched_nodes: int
+    num_least_rows: int
+    per_expert: SentRows
+    per_rank: SentRows
+    between_nodes: SentRows
+    within_node: SentRows
+
+
+def forecast(ids_by_rank: Sequence[Tensor], num_experts: int, nodes: Sequence[int]) -> Forecast:
+    """The rows of a routing over one expert group, of which each rank holds an equal run of the experts.
+
+    Args:
+        ids_by_rank: for each rank, TK, int64, the experts of its tokens, distinct within a row but for -1, no expert.
+        num_experts: a multiple of the ranks.
+        nodes: of each rank.
+
+    Raises:
+        ValueError: ranks that do not divide the experts, or whose nodes are not all given.
+    """
+    num_ranks = len(ids_by_rank)
+    if num_experts % num_ranks:
+        raise ValueError(f"forecast: num_experts must be a multiple of the {num_ranks} ranks, got {num_experts}")
+    if len(nodes) != num_ranks:
+        raise ValueError(f"forecast: nodes must be given for each of the {num_ranks} ranks, got {len(nodes)}")
+    relays = Relays(nodes)
+    rank_of_E, node_of_E = nodes_of_experts(num_experts, range(num_ranks)), nodes_of_experts(num_experts, nodes)
+    experts_RR, ranks_RR, nodes_RN = [], [], []
+    for ids_TK in ids_by_rank:
+        experts_RR.append(rank_of_E[ids_TK[ids_TK >= 0]].bincount(minlength=num_ranks))
+        ranks_RR.append(touched_nodes(ids_TK, rank_of_E, num_ranks).sum(0))
+        nodes_RN.append(touched_nodes(ids_TK, node_of_E, relays.num_nodes).sum(0))
+    per_rank_RR, per_node_RN = torch.stack(ranks_RR), torch.stack(nodes_RN)
+    between_RR, within_RR = _two_hops(per_rank_RR, per_node_RN, relays)
+    num_at_home = per_node_RN.gather(1, torch.tensor(relays.node_of)[:, None]).sum()
+    return Forecast(
+        num_tokens=sum(map(len, ids_by_rank)),
+        num_touched_nodes=int(per_node_RN.sum()),
+        num_least_rows=int(per_node_RN.sum() - num_at_home),
+        per_expert=SentRows(torch.stack(experts_RR), relays.node_of),
+        per_rank=SentRows(per_rank_RR, relays.node_of),
+        between_nodes=SentRows(between_RR, relays.node_of),
+        within_node=SentRows(within_RR, relays.node_of),
+    )
+
+
+def _two_hops(per_rank_RR: Tensor, per_node_RN: Tensor, relays: Relays) -> tuple[Tensor, Tensor]:
+    """Rows of both hops: to the relay on each other node, and on from there."""
+    between_RR, within_RR = torch.zeros_like(per_rank_RR), torch.zeros_like(per_rank_RR)
+    for sender, home in enumerate(relays.node_of):
+        for node, members in enumerate(relays.members_of):
+            relay = relays.relay(sender, node)
+            if node != home:
+                between_RR[sender, relay] = per_node_RN[sender, node]
+            within_RR[relay, list(members)] += per_rank_RR[sender, list(members)]
+    return between_RR, within_RR

@@ -1,0 +1,103 @@
+"""Rows that travel to experts in FP8, around any dispatcher.
+
+Shape legend: T tokens, K experts per token, A arrived rows, N rows, D hidden size, B bytes of a packed row.
+"""
+
+import torch
+from torch import Tensor
+
+from comm.expert_order import dense
+from comm.protocol import Arrived, Dispatcher, Handle, Label, Then, Work
+from kernels.quantize.layout import SMALLEST_MIN_AMAX, Quantized, num_tiles
+from kernels.select import QuantizeKernels
+
+_SCALE_BYTES = 4
+# As in DeepSeek's published kernels: a tile of activations below it is as good as zero.
+ROWS_MIN_AMAX = 1e-4
+# Gradients are small by nature: with this bound any number that bfloat16 holds, down to 2**-133, is some scale times a
+# code other than zero.
+GRADIENTS_MIN_AMAX = SMALLEST_MIN_AMAX
+
+
+def packed_bytes(hidden_size: int) -> int:
+    """Bytes of a packed row: D codes and a float32 scale for every 128 of them."""
+    return hidden_size + _SCALE_BYTES * num_tiles(hidden_size)
+
+
+def pack(quantized: Quantized) -> Tensor:
+    """Codes, then scales, of each row as bytes; uint8 NB without padding."""
+    return torch.cat([quantized.codes.view(torch.uint8), quantized.scales.contiguous().view(torch.uint8)], 1)
+
+
+def unpack(packed_NB: Tensor, hidden_size: int) -> Quantized:
+    """What `pack` was given; views of it where the scales lie so that they can be read."""
+    codes, scales = packed_NB.split([hidden_size, _SCALE_BYTES * num_tiles(hidden_size)], 1)
+    if hidden_size % _SCALE_BYTES:
+        # Else a row's scales begin at any byte, and a float32 must not.
+        scales = scales.clone(memory_format=torch.contiguous_format)
+    return Quantized(codes.view(torch.float8_e4m3fn), scales.view(torch.float32))
+
+
+class Fp8Dispatcher:
+    """Any dispatcher, with rows on their way to experts as e4m3 codes (arXiv:2412.19437, section 3.3).
+
+    Each 128 columns of a row share a power-of-two scale. `dispatch` sends rows so, and `combine_backward` the gradients
+    of the experts' outputs; results are of the rows' own dtype again. `combine` and `dispatch_backward` send rows as
+    they are. A NaN or an infinity makes NaN of its 128 columns.
+
+    In the backward, quantisation counts as the identity (straight through): `dispatch_backward` gives the gradient of
+    the rows that arrived as that of the rows given, and experts get the quantised gradient of their outputs.
+    """
+
+    num_local_experts: int
+
+    def __init__(self, inner: Dispatcher, kernels: QuantizeKernels) -> None:
+        """`inner` moves rows of bytes as it would any others."""
+        self.num_local_experts = inner.num_local_experts
+        self._inner = inner
+        self._kernels = kernels
+
+    def plan(self, topk_ids_TK: Tensor, weights_TK: Tensor | None = None, label: Label | None = None) -> Handle:
+        """The inner dispatcher's."""
+        return self._inner.plan(topk_ids_TK, weights_TK, label)
+
+    def dispatch(self, rows_TD: Tensor, weights_TK: Tensor, handle: Handle) -> Work[Arrived]:
+        """A quantised copy of each token's row, and the weight as it is, to each of its experts."""
+        restore = _Restore(self._kernels, rows_TD)
+
+        def finish(arrived: Arrived) -> Arrived:
+            return Arrived(restore(arrived.rows_AD), arrived.weights_A, arrived.counts)
+
+        return Then(self._inner.dispatch(self._packed(rows_TD, ROWS_MIN_AMAX), weights_TK, handle), finish)
+
+    def combine(self, rows_AD: Tensor, handle: Handle) -> Work[Tensor]:
+        """The inner dispatcher's: never quantised."""
+        return self._inner.combine(rows_AD, handle)
+
+    def dispatch_backward(self, rows_AD: Tensor, weights_A: Tensor, handle: Handle) -> Work[tuple[Tensor, Tensor]]:
+        """The inner dispatcher's: never quantised."""
+        return self._inner.dispatch_backward(rows_AD, weights_A, handle)
+
+    def combine_backward(self, rows_TD: Tensor, handle: Handle) -> Work[Tensor]:
+        """A quantised copy of each token's gradient to each of its experts' rows; AD."""
+        packed_TB = self._packed(rows_TD, GRADIENTS_MIN_AMAX)
+        return Then(self._inner.combine_backward(packed_TB, handle), _Restore(self._kernels, rows_TD))
+
+    def close(self) -> None:
+        """The inner dispatcher's."""
+        self._inner.close()
+
+    def _packed(self, rows_TD: Tensor, min_amax: float) -> Tensor:
+        return pack(self._kernels.quantize_1x128(dense(rows_TD.detach()), True, min_amax))
+
+
+class _Restore:
+    """Bytes to rows like those that were given. Holds no tensor."""
+
+    def __init__(self, kernels: QuantizeKernels, rows_TD: Tensor) -> None:
+        self._kernels = kernels
+        self._hidden_size = rows_TD.shape[1]
+        self._dtype = rows_TD.dtype
+
+    def __call__(self, packed_AB: Tensor) -> Tensor:
+        return self._kernels.dequantize_1x128(unpack(packed_AB, self._hidden_size), self._dtype)

@@ -1,0 +1,200 @@
+"""What one rank does with others, in order: the log by which a hang is explained and ranks are compared."""
+
+import hashlib
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import distributed
+from torch.distributed import ProcessGroup
+
+StreamMark = Callable[[], Callable[[], bool]]
+"""Marks the end of what was enqueued on the current stream so far; what it gives tells whether that is over."""
+
+_BEHIND_SECONDS = 1.0
+_MOMENT_SECONDS = 10.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Operation:
+    """One exchange, transfer or reduction, the same on all ranks that take part.
+
+    Attributes:
+        group: its name, the same on all its ranks and unlike any other group's.
+        ranks: the group's, in the world.
+        number: of the operation within the group, from 0.
+        name: what is done.
+        label: whose it is, where it belongs to a micro-batch; told by its `str`.
+        is_phase: several things in one, computation among them: a rank that is inside need not be waiting.
+    """
+
+    group: str
+    ranks: tuple[int, ...]
+    number: int
+    name: str
+    label: Hashable | None
+    is_phase: bool = False
+
+    def __str__(self) -> str:
+        of = f" of {self.label}" if self.label is not None else ""
+        return f"{self.name}{of} (number {self.number} of group {self.group})"
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a rank is within one group: operations started, and the number of the last that was finished, or -1."""
+
+    started: int
+    finished: int
+
+
+@dataclass(slots=True)
+class _Enqueued:
+    """An operation whose wait was left to a stream."""
+
+    operation: Operation
+    since: float
+    is_over: Callable[[], bool]
+
+
+class OperationLog:
+    """Owns the record of one rank's operations. Threads of the rank write to it, its watch reads."""
+
+    def __init__(self, num_kept: int = 512, mark: StreamMark | None = None) -> None:
+        """Starts empty.
+
+        Args:
+            num_kept: operations that `recent` remembers.
+            mark: on a device with streams: there the host is through with a wait long before the operation is.
+        """
+        self._mark = mark
+        self._lock = threading.Lock()
+        self._recent: deque[tuple[float, Operation]] = deque(maxlen=num_kept)
+        self._hashes: dict[str, hashlib._Hash] = {}
+        self._started: dict[str, int] = {}
+        self._finished: dict[str, int] = {}
+        self._awaited: dict[Operation, tuple[float, int]] = {}
+        self._enqueued: deque[_Enqueued] = deque()
+        self._failed: deque[tuple[Operation, float, float]] = deque(maxlen=8)
+        self._num_failed = 0
+
+    def start(
+        self, group: str, ranks: Sequence[int], name: str, label: Hashable | None = None, is_phase: bool = False
+    ) -> Operation:
+        """Notes the group's next operation, in the order in which all its ranks must start them."""
+        line = f"{name} {label}\n".encode()
+        with self._lock:
+            number = self._started.get(group, 0)
+            operation = Operation(group, tuple(ranks), number, name, label, is_phase)
+            self._started[group] = number + 1
+            if group not in self._hashes:
+                self._hashes[group] = hashlib.sha256()
+            self._hashes[group].update(line)
+            self._recent.append((time.time(), operation))
+        return operation
+
+    @contextmanager
+    def awaiting(self, operation: Operation) -> Iterator[None]:
+        """While inside, this rank waits for the others; an error that leaves it is the operation's failure."""
+        since = time.monotonic()
+        with self._lock:
+            self._awaited[operation] = since, threading.get_ident()
+        try:
+            yield
+        except BaseException:
+            with self._lock:
+                del self._awaited[operation]
+                self._failed.append((operation, since, time.monotonic()))
+                self._num_failed += 1
+            raise
+        is_over = None if self._mark is None else self._mark()
+        with self._lock:
+            del self._awaited[operation]
+            if is_over is None:
+                self._finish(operation)
+            else:
+                self._enqueued.append(_Enqueued(operation, since, is_over))
+                self._settle()
+
+    def collective(self, kind: str, group: ProcessGroup, name: str) -> AbstractContextManager[None]:
+        """Starts an operation of a process group's ranks, and awaits it while inside.
+
+        Args:
+            kind: of the group; with its ranks it makes a name like no other.
+            group: of the ranks.
+            name: what is done.
+        """
+        ranks = distributed.get_process_group_ranks(group)
+        return self.awaiting(self.start(group_name(kind, ranks), ranks, name))
+
+    def phase(self, kind: str, ranks: Sequence[int], name: str) -> AbstractContextManager[None]:
+        """As `collective`, of what these ranks do together in one go, computing as well as waiting for each other."""
+        return self.awaiting(self.start(group_name(kind, ranks), ranks, name, None, True))
+
+    def awaited(self) -> list[tuple[Operation, float]]:
+        """What the rank waits for, and for how many seconds, the longest first."""
+        now = time.monotonic()
+        with self._lock:
+            self._settle()
+            waits = [(operation, now - since) for operation, (since, _) in self._awaited.items()]
+            waits += [(each.operation, now - each.since) for each in self._enqueued]
+        return sorted(waits, key=lambda wait: -wait[1])
+
+    def is_waiting(self, thread: int) -> bool:
+        """Whether a thread waits for an operation, or a stream has for a while, so that the host may have to."""
+        now = time.monotonic()
+        with self._lock:
+            self._settle()
+            is_behind = bool(self._enqueued) and now - self._enqueued[0].since > _BEHIND_SECONDS
+            return is_behind or any(waiting == thread for _, waiting in self._awaited.values())
+
+    def failed(self) -> list[tuple[Operation, float]]:
+        """What ended in an error a moment ago, and for how many seconds it had been awaited."""
+        now = time.monotonic()
+        with self._lock:
+            return [(operation, end - since) for operation, since, end in self._failed if now - end < _MOMENT_SECONDS]
+
+    @property
+    def num_failed(self) -> int:
+        """Operations that ended in an error."""
+        return self._num_failed
+
+    def progress(self) -> dict[str, Progress]:
+        """How far the rank is in each of its groups."""
+        with self._lock:
+            self._settle()
+            return {group: Progress(started, self._finished.get(group, -1)) for group, started in self._started.items()}
+
+    def recent(self) -> list[tuple[float, Operation]]:
+        """The last operations and when each was started, in seconds of the wall clock, the oldest first."""
+        with self._lock:
+            return list(self._recent)
+
+    def order_hashes(self) -> dict[str, str]:
+        """By group, a hash of its operations in order: equal on all its ranks, or they do not agree on the order."""
+        with self._lock:
+            return {group: digest.hexdigest() for group, digest in self._hashes.items()}
+
+    def _settle(self) -> None:
+        """Finishes what is over on its stream; streams are asked in order, so one may hide another for a while."""
+        while self._enqueued and self._enqueued[0].is_over():
+            self._finish(self._enqueued.popleft().operation)
+
+    def _finish(self, operation: Operation) -> None:
+        self._finished[operation.group] = max(operation.number, self._finished.get(operation.group, -1))
+
+
+def cuda_mark() -> Callable[[], bool]:
+    """Marks the end of what is enqueued on the current CUDA stream."""
+    event = torch.cuda.Event()
+    event.record()
+    return event.query
+
+
+def group_name(kind: str, ranks: Sequence[int]) -> str:
+    """The name of a group of this kind: `expert [0, 1]`."""
+    return f"{kind} {list(ranks)}"

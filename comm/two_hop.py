@@ -1,0 +1,247 @@
+"""The dispatcher that sends each token's row once to every node that it touches, and from there to its experts.
+
+A row crosses to the rank of the same index in the other node, its relay, and is spread inside the node; on the way back
+each node sends one partial sum (arXiv:2412.19437, section 3.2.2). The micro-batch crosses in chunks: one crosses
+nodes while the one before spreads within its node.
+
+Shape legend: T tokens of this rank, K experts per token, D hidden size, A rows of this rank's experts, X rows that
+arrive at this rank (one for all of its experts), P places from which a token's sum is made, B bytes of a row as sent.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor, distributed
+from torch.distributed import ProcessGroup
+
+from comm.all_to_all_plan import num_local_experts
+from comm.config import TwoHopDispatchConfig
+from comm.expert_order import dense, restore_values
+from comm.groups import join_one
+from comm.lane import Lane
+from comm.layout import Layout
+from comm.protocol import Arrived, Handle, Label, Work
+from comm.relays import Relays
+from comm.row_format import Part, RowFormat, kernels_for
+from comm.two_hop_ledger import Ledger
+from comm.two_hop_plan import Counted, TwoHopPlanner, TwoHopRoute
+from comm.two_hop_routing import Expansion, Relaying, RowReader
+from comm.two_hop_travel import Travel
+from comm.wire import Observers, Wire
+
+_ROWS, _WEIGHTS, _IDS = range(3)  # parts of a dispatched row
+
+
+@dataclass(frozen=True, slots=True)
+class TwoHopGroups:
+    """Of one rank: its expert group, and that group's ranks on its rail and in its node. Used by one lane alone."""
+
+    expert: ProcessGroup
+    rail: ProcessGroup
+    node: ProcessGroup
+
+    @classmethod
+    def join(cls, expert: ProcessGroup, layout: Layout, timeout_seconds: float) -> Self:
+        """Makes rails and nodes. Called by every rank of the job at the same point."""
+        firsts = {layout.expert_group(rank)[0] for rank in range(layout.world_size)}
+        rails = {rail for first in firsts for rail in layout.rail_groups(first)}
+        nodes = {node for first in firsts for node in layout.node_groups(first)}
+        return cls(expert, join_one(rails, timeout_seconds), join_one(nodes, timeout_seconds))
+
+    def close(self) -> None:
+        """Ends what `join` made, on all ranks at the same point."""
+        for group in (self.rail, self.node):
+            distributed.destroy_process_group(group)
+
+
+class TwoHopHandle:
+    """One routing of one micro-batch. Owns its index tensors, which only the lane touches.
+
+    What the ids that ride with the first dispatch tell is kept for all further exchanges.
+    """
+
+    def __init__(self, num_tokens: int, label: Label | None, work: Work[Counted]) -> None:
+        self.label = label
+        self.relayings: list[Relaying] = []
+        self._expansion: Expansion | None = None
+        self._num_tokens = num_tokens
+        self._work: Work[Counted] | None = work
+        self._route: TwoHopRoute | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of this rank, T."""
+        return self._num_tokens
+
+    def route(self, planner: TwoHopPlanner) -> TwoHopRoute:
+        """Completes the plan at first use, which is the only host synchronisation on CUDA. Called on the lane."""
+        if self._route is None:
+            assert self._work is not None
+            self._route = planner.complete(self._work.wait(), self.label)
+            self._work = None
+        return self._route
+
+    def expand(self, make: Callable[[], Expansion]) -> Expansion:
+        """How arrived rows become rows of experts; made at the first dispatch."""
+        if self._expansion is None:
+            self._expansion = make()
+        return self._expansion
+
+    @property
+    def expansion(self) -> Expansion:
+        """How arrived rows become rows of experts, once there was a dispatch."""
+        assert self._expansion is not None, "the first exchange of a plan must be a dispatch"
+        return self._expansion
+
+
+class TwoHopDispatcher:
+    """`comm.protocol.Dispatcher` over an expert group; the member at place i holds experts i*L to (i+1)*L - 1.
+
+    Rows of one local expert arrive by source rank, then by token, whatever the timing and the number of chunks. Sums
+    are made at the expert's rank, at the relay and at home, each in one fixed order.
+    """
+
+    def __init__(
+        self,
+        groups: TwoHopGroups,
+        num_experts: int,
+        layout: Layout,
+        lane: Lane,
+        observers: Observers,
+        config: TwoHopDispatchConfig,
+    ) -> None:
+        """Every member makes its own.
+
+        Args:
+            groups: of this rank.
+            num_experts: of the layer, over all ranks.
+            layout: tells the members' nodes.
+            lane: where all exchanges run.
+            observers: who counts and logs them.
+            config: `payload` and a cap that clips are the business of others.
+
+        Raises:
+            DispatchError: the group does not divide the experts.
+        """
+        expert = Wire("expert", groups.expert, layout, observers)
+        self._rail = Wire("rail", groups.rail, layout, observers)
+        self._node = Wire("node", groups.node, layout, observers)
+        self.num_local_experts = num_local_experts(num_experts, len(expert.members))
+        relays = Relays(expert.nodes)
+        rail = [expert.members.index(rank) for rank in self._rail.members]
+        ledger = Ledger(relays, expert.place, rail, self.num_local_experts, config.chunks)
+        max_nodes = config.max_nodes if config.node_cap == "verify" else None
+        self._planner = TwoHopPlanner(expert, relays, ledger, num_experts, max_nodes, observers.traffic)
+        members = relays.members_of[relays.node_of[expert.place]]
+        self._reader = RowReader(num_experts, self.num_local_experts, members, expert.place)
+        self._groups = groups
+        self._lane = lane
+        self._traffic = observers.traffic
+        self._partial_sums = config.partial_sums
+
+    def plan(self, topk_ids_TK: Tensor, weights_TK: Tensor | None = None, label: Label | None = None) -> Handle:
+        """Starts the exchange of numbers on the lane.
+
+        Where a token of any rank touches more nodes than the cap allows, the first use of the handle raises
+        NodeCapError on all ranks.
+        """
+        work = self._lane.submit(lambda: self._planner.exchange(topk_ids_TK, label))
+        return TwoHopHandle(topk_ids_TK.shape[0], label, work)
+
+    def dispatch(self, rows_TD: Tensor, weights_TK: Tensor, handle: Handle) -> Work[Arrived]:
+        """A copy of each token's row, and the weight, to each of its experts."""
+        own = _own(handle)
+
+        def run() -> Arrived:
+            route = own.route(self._planner)
+            form = RowFormat.of(rows_TD, weights_TK, route.ids_TK)
+            arrived_XB = self._spread("dispatch", own, form, (rows_TD, weights_TK, route.ids_TK))
+            expansion = own.expand(lambda: self._expand(route, form.part(arrived_XB, _IDS)))
+            rows_AD = kernels_for(rows_TD).permute(form.part(arrived_XB, _ROWS), expansion.rows_A)
+            weights_A = form.part(arrived_XB, _WEIGHTS).flatten().index_select(0, expansion.choices_A)
+            return Arrived(rows_AD, weights_A, route.counts)
+
+        return self._lane.submit(run)
+
+    def combine(self, rows_AD: Tensor, handle: Handle) -> Work[Tensor]:
+        """The unweighted sum over each token's experts; TD."""
+        own = _own(handle)
+        return self._lane.submit(lambda: self._collect("combine", own, rows_AD, None)[0])
+
+    def dispatch_backward(self, rows_AD: Tensor, weights_A: Tensor, handle: Handle) -> Work[tuple[Tensor, Tensor]]:
+        """Gradients of rows, summed per token (TD), and of weights (TK)."""
+        own = _own(handle)
+
+        def run() -> tuple[Tensor, Tensor]:
+            rows_TD, weights_TK = self._collect("dispatch backward", own, rows_AD, weights_A)
+            return rows_TD, weights_TK
+
+        return self._lane.submit(run)
+
+    def combine_backward(self, rows_TD: Tensor, handle: Handle) -> Work[Tensor]:
+        """A copy of each token's gradient to each of its experts' rows; AD."""
+        own = _own(handle)
+
+        def run() -> Tensor:
+            form = RowFormat.of(rows_TD)
+            arrived_XB = self._spread("combine backward", own, form, (rows_TD,))
+            return kernels_for(rows_TD).permute(form.part(arrived_XB, _ROWS), own.expansion.rows_A)
+
+        return self._lane.submit(run)
+
+    def close(self) -> None:
+        """Ends the rail's and the node's group."""
+        self._groups.close()
+
+    def _spread(self, name: str, own: TwoHopHandle, form: RowFormat, parts: Sequence[Tensor]) -> Tensor:
+        """Sends rows to their experts' ranks, once to each; bytes_XB. Ids must ride with the first of a handle."""
+        route, dense_parts = own.route(self._planner), [dense(part) for part in parts]
+
+        def relay(chunk: int, crossed_MB: Tensor) -> Tensor:
+            if len(own.relayings) == chunk:
+                num_sent = sum(route.within[chunk].sent)
+                own.relayings.append(self._reader.relay(form.part(crossed_MB, _IDS), num_sent))
+            return kernels_for(crossed_MB).permute(crossed_MB, own.relayings[chunk].rows_S)
+
+        travel = self._travel(name, own)
+        travel.predict(self._traffic, form.bytes_per_row, route.num_least_rows, back=False)
+        return travel.spread(form, lambda message: form.gather(dense_parts, route.tokens[message]), relay)
+
+    def _collect(self, name: str, own: TwoHopHandle, rows_AD: Tensor, weights_A: Tensor | None) -> list[Tensor]:
+        """Sums of rows at each stop of their way back, TD, and the value of each choice, TK, if weights are given."""
+        route, kernels = own.route(self._planner), kernels_for(rows_AD)
+        rows, dtype = dense(rows_AD), self._sum_dtype(rows_AD.dtype)
+        places = own.expansion.places_XK.split([sum(hop.received) for hop in route.within])
+        riders = () if weights_A is None else (Part(route.ids_TK.shape[1], weights_A.dtype),)
+        form = RowFormat.of_parts(Part(rows.shape[1], dtype), *riders)
+
+        def pack(message: int) -> Tensor:
+            sums = [kernels.unpermute(rows, places[message], dtype)]
+            if weights_A is not None:
+                sums.append(restore_values(weights_A, places[message]))
+            return form.pack(sums)
+
+        def relay(chunk: int, crossed_MB: Tensor) -> Tensor:
+            return form.pack(form.sum(crossed_MB, own.relayings[chunk].places_MG))
+
+        travel = self._travel(name, own)
+        travel.predict(self._traffic, form.bytes_per_row, route.num_least_rows, back=True)
+        returned_YB = travel.collect(form, pack, relay)
+        return form.sum(returned_YB, route.places_TP, rows_AD.dtype)
+
+    def _travel(self, name: str, own: TwoHopHandle) -> Travel:
+        route = own.route(self._planner)
+        return Travel(self._rail, self._node, route.across, route.within, name, own.label)
+
+    def _expand(self, route: TwoHopRoute, ids_XK: Tensor) -> Expansion:
+        return self._reader.expand(ids_XK, route.by_source_X, sum(route.counts))
+
+    def _sum_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return torch.float32 if self._partial_sums == "float32" and dtype.itemsize < 4 else dtype
+
+
+def _own(handle: Handle) -> TwoHopHandle:
+    assert isinstance(handle, TwoHopHandle)
+    return handle

@@ -1,0 +1,198 @@
+"""What a two-hop exchange must know before rows are sent, from one exchange of numbers and one host synchronisation.
+
+Shape legend: R ranks of the expert group, N nodes, T tokens of this rank, K experts per token, E experts, C chunks of
+Q = ceil(T / C) tokens (the last padded), W numbers told to each member, P = N - 1 + G places from which a token's sum
+is made: each other node and each rank of the home node, X rows that arrive.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from comm.node_cap import nodes_of_experts
+from comm.protocol import Label
+from comm.relays import Relays
+from comm.selection import Selection, select
+from comm.traffic import Traffic
+from comm.two_hop_ledger import Hop, Ledger, Run, shifts_by_source
+from comm.verify_cap import verify_cap
+from comm.wire import Wire
+
+
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """What an exchange of numbers leaves behind, still on the device.
+
+    ids_TK: expert ids plus 1, so that 0 is no expert. touched_TN: the nodes that each token touches. tokens: of each
+    row sent, by message, and then what is of no use. places_TP: see `TwoHopRoute`. numbers: the ledger's.
+    """
+
+    ids_TK: Tensor
+    touched_TN: Tensor
+    tokens: Tensor
+    places_TP: Tensor
+    numbers: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class TwoHopRoute:
+    """Who sends what to whom, and which of its tokens this rank sends.
+
+    Attributes:
+        across: the exchange of each chunk along the rail; none where there is one node.
+        within: the exchanges in the node: of each such chunk, then of rows that need not cross nodes.
+        counts: rows of each local expert.
+        num_least_rows: rows that must cross nodes.
+        ids_TK: expert ids plus 1, as they ride with rows.
+        tokens: of each row sent, by message: chunks that cross, then what need not cross.
+        places_TP: where each token's rows lie among all of those, negative where there is none.
+        by_source_X: the place of each row that arrives in the order of sources and their tokens.
+    """
+
+    across: tuple[Hop, ...]
+    within: tuple[Hop, ...]
+    counts: tuple[int, ...]
+    num_least_rows: int
+    ids_TK: Tensor
+    tokens: tuple[Tensor, ...]
+    places_TP: Tensor
+    by_source_X: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Tables:
+    """Constants on the device.
+
+    rank_column, node_column: by expert id plus 1, the column of its rank and of its node among `Counted.touched`.
+    place_columns: those of the P places. told: which of its own numbers this rank tells each other, R W.
+    """
+
+    rank_column: Tensor
+    node_column: Tensor
+    place_columns: Tensor
+    told: Tensor
+
+
+class TwoHopPlanner:
+    """Makes routes over one expert group. Used from the comm lane alone."""
+
+    def __init__(
+        self,
+        wire: Wire,
+        relays: Relays,
+        ledger: Ledger,
+        num_experts: int,
+        max_nodes: int | None,
+        traffic: Traffic,
+    ) -> None:
+        """`max_nodes`: that a token may touch; any number if None."""
+        self._wire = wire
+        self._relays = relays
+        self._ledger = ledger
+        self._num_experts = num_experts
+        self._num_chunks = ledger.num_chunks
+        self._max_nodes = relays.num_nodes if max_nodes is None else max_nodes
+        self._traffic = traffic
+        self._tables: _Tables | None = None
+
+    def exchange(self, topk_ids_TK: Tensor, label: Label | None) -> Counted:
+        """Counts rows per chunk for each rank and node, and tells each rank what it needs to know."""
+        num_tokens, num_ranks = len(topk_ids_TK), len(self._wire.members)
+        tables = self._tables_on(topk_ids_TK.device)
+        ids_TK = topk_ids_TK + 1
+        ids_N = ids_TK.flatten()
+        num_padded = -(-num_tokens // self._num_chunks) * self._num_chunks
+        touched = ids_N.new_zeros(num_padded, 1 + num_ranks + self._relays.num_nodes, dtype=torch.bool)
+        for column in (tables.rank_column, tables.node_column):
+            touched[:num_tokens].scatter_(1, column.index_select(0, ids_N).view(ids_TK.shape), True)
+        counts_E = ids_N.new_zeros(1 + self._num_experts).scatter_add_(0, ids_N, torch.ones_like(ids_N))[1:]
+        over = touched[:, 1 + num_ranks :].sum(1) > self._max_nodes
+        by_chunk = touched[:, 1:].unflatten(0, (self._num_chunks, num_padded // self._num_chunks)).sum(1)
+        own = torch.cat([by_chunk.flatten(), counts_E, over.sum().view(1), ids_N.new_zeros(1)])
+        under_way = self._wire.start_numbers(own.index_select(0, tables.told).view(num_ranks, -1), label)
+        tokens, places_PP = self._order(touched.index_select(1, tables.place_columns))
+        return Counted(
+            ids_TK=ids_TK,
+            touched_TN=touched[:num_tokens, 1 + num_ranks :],
+            tokens=tokens,
+            places_TP=places_PP[:num_tokens],
+            numbers=torch.cat([own, under_way.wait().flatten()]),
+        )
+
+    def complete(self, counted: Counted, label: Label | None) -> TwoHopRoute:
+        """Reads the numbers, which waits for the device, and derives all splits and this rank's own order.
+
+        Raises:
+            NodeCapError: on all ranks, if a token of any rank is over the cap.
+        """
+        read = self._ledger.read(counted.numbers.tolist())
+        verify_cap(read.num_over_R, self._wire, counted.touched_TN, self._max_nodes, label)
+        self._traffic.add_plan(None if label is None else label.layer, len(counted.ids_TK), read.num_touched_nodes)
+        lengths = [sum(hop.sent) for hop in (*read.across, read.within[-1])]
+        return TwoHopRoute(
+            across=read.across,
+            within=read.within,
+            counts=read.counts,
+            num_least_rows=read.num_least_rows,
+            ids_TK=counted.ids_TK.to(self._id_dtype),
+            tokens=counted.tokens[: sum(lengths)].split(lengths),
+            places_TP=counted.places_TP,
+            by_source_X=_by_source(read.runs, counted.ids_TK.device),
+        )
+
+    def _order(self, touched: Tensor) -> Selection:
+        """Rows sent, by chunk, node and token across nodes, then by rank and token within.
+
+        Args:
+            touched: which tokens, padded to C Q, are sent to which of the P places.
+
+        Returns:
+            The token of each row sent, and behind them a number for each row not sent; for each token, where its row
+            for each place is among them, C Q and P.
+        """
+        num_padded, num_places = touched.shape
+        num_others = self._relays.num_nodes - 1
+        chunked = (self._num_chunks, num_padded // self._num_chunks)
+        others = touched[:, :num_others].unflatten(0, chunked).transpose(1, 2)
+        marked = torch.cat([others.flatten(), touched[:, num_others:].T.flatten()])
+        numbers = torch.arange(num_padded, device=touched.device)
+        across = numbers.view(chunked)[:, None].expand_as(others)
+        selection = select(
+            marked, torch.cat([across.flatten(), numbers.repeat(num_places - num_others)]), num_padded * num_places
+        )
+        at_others = selection.places_N[: others.numel()].view(others.shape).transpose(1, 2).flatten(0, 1)
+        at_home = selection.places_N[others.numel() :].view(num_places - num_others, num_padded).T
+        return Selection(selection.values_S, torch.cat([at_others, at_home], 1))
+
+    def _tables_on(self, device: torch.device) -> _Tables:
+        """Made once, when the device is known."""
+        if self._tables is None or self._tables.told.device != device:
+            self._tables = self._make_tables(device)
+        return self._tables
+
+    def _make_tables(self, device: torch.device) -> _Tables:
+        num_ranks, home = len(self._wire.members), self._relays.node_of[self._wire.place]
+        ranks_E = nodes_of_experts(self._num_experts, range(num_ranks))
+        nodes_E = nodes_of_experts(self._num_experts, self._relays.node_of)
+        nothing = torch.zeros(1, dtype=torch.int64)
+        others = [1 + num_ranks + node for node in range(self._relays.num_nodes) if node != home]
+        ranks = [1 + member for member in self._relays.members_of[home]]
+        return _Tables(
+            rank_column=torch.cat([nothing, 1 + ranks_E]).to(device),
+            node_column=torch.cat([nothing, 1 + num_ranks + nodes_E]).to(device),
+            place_columns=torch.tensor(others + ranks, device=device),
+            told=torch.tensor(self._ledger.told(), device=device).flatten(),
+        )
+
+    @property
+    def _id_dtype(self) -> torch.dtype:
+        return torch.int16 if self._num_experts < torch.iinfo(torch.int16).max else torch.int32
+
+
+def _by_source(runs: tuple[Run, ...], device: torch.device) -> Tensor:
+    num_rows = sum(run.num_rows for run in runs)
+    both = torch.tensor([shifts_by_source(runs), [run.num_rows for run in runs]])
+    shifts, lengths = both.to(device, non_blocking=True).unbind()
+    moved: Tensor = torch.arange(num_rows, device=device) + shifts.repeat_interleave(lengths, output_size=num_rows)
+    return moved

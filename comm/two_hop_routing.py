@@ -1,0 +1,98 @@
+"""What the expert ids that ride with rows tell the ranks on their way: where each row goes on to, and to which experts.
+
+Both need only the rows that are there, and numbers that the plan has brought to the host.
+
+Shape legend: K experts per token, E experts, L local experts, G ranks of the node, M rows that a relay takes into its
+node, S rows that it sends on, X rows that arrive at their experts' rank, A rows of its experts.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from comm.selection import select
+
+
+@dataclass(frozen=True, slots=True)
+class Relaying:
+    """What a relay sends on.
+
+    rows_S: the row of which each is a copy. places_MG: where each row's copy for each rank lies, negative for none.
+    """
+
+    rows_S: Tensor
+    places_MG: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Expansion:
+    """Arrived rows as rows of experts.
+
+    rows_A: the arrived row of which each is a copy. choices_A: the row and choice, x K + k. places_XK: where each
+    arrived row's copy for each choice lies, negative for choices that are not here.
+    """
+
+    rows_A: Tensor
+    choices_A: Tensor
+    places_XK: Tensor
+
+
+class RowReader:
+    """Reads ids on one rank."""
+
+    def __init__(self, num_experts: int, num_local: int, members: Sequence[int], place: int) -> None:
+        """As the rank at `place` of the expert group, in the node of `members`; a member has `num_local` experts."""
+        self._num_local = num_local
+        self._num_members = len(members)
+        self._member = _numbered(
+            num_experts, [range(member * num_local, (member + 1) * num_local) for member in members]
+        )
+        own = range(place * num_local, (place + 1) * num_local)
+        self._local = _numbered(num_experts, [range(expert, expert + 1) for expert in own])
+
+    def relay(self, ids_MK: Tensor, num_sent: int) -> Relaying:
+        """Where rows go on to: copies by rank, then as the rows lie.
+
+        Args:
+            ids_MK: expert ids plus 1, of each row.
+            num_sent: copies, S.
+        """
+        self._member = self._member.to(ids_MK.device)
+        member_MK = self._member.index_select(0, ids_MK.flatten().to(torch.int64)).view(ids_MK.shape)
+        touched = ids_MK.new_zeros(len(ids_MK), self._num_members + 1, dtype=torch.bool)
+        touched_GM = touched.scatter_(1, member_MK, True)[:, : self._num_members].T
+        rows_GM = torch.arange(len(ids_MK), device=ids_MK.device).expand_as(touched_GM)
+        rows_S, places = select(touched_GM.flatten(), rows_GM.flatten(), num_sent)
+        return Relaying(rows_S, places.view(touched_GM.shape).T)
+
+    def expand(self, ids_XK: Tensor, by_source_X: Tensor, num_rows: int) -> Expansion:
+        """The order of the experts' rows: by expert, then by source and token.
+
+        Args:
+            ids_XK: expert ids plus 1, of each arrived row.
+            by_source_X: the place of each arrived row in the order of sources and their tokens.
+            num_rows: of all experts of this rank, A.
+        """
+        self._local = self._local.to(ids_XK.device)
+        num_arrived, num_choices = ids_XK.shape
+        local_XK = self._local.index_select(0, ids_XK.flatten().to(torch.int64)).view(ids_XK.shape)
+        entries = (local_XK * num_arrived + by_source_X[:, None]).flatten()
+        choices = torch.arange(num_arrived * num_choices, device=ids_XK.device)
+        # One block for each expert and one for choices that are not here, each in order.
+        choice_of_entry = choices.new_zeros((self._num_local + 1) * num_arrived).scatter_(0, entries, choices)
+        here = torch.zeros_like(choice_of_entry, dtype=torch.bool).scatter_(0, entries, True)
+        here[self._num_local * num_arrived :] = False
+        choices_A, places = select(here, choice_of_entry, num_rows)
+        return Expansion(
+            choices_A // max(1, num_choices), choices_A, places.index_select(0, entries).view(ids_XK.shape)
+        )
+
+
+def _numbered(num_experts: int, shares: Sequence[range]) -> Tensor:
+    """By expert id plus 1, the number of the share that holds the expert; of no share, their count."""
+    numbers = torch.full((1 + num_experts,), len(shares))
+    for number, share in enumerate(shares):
+        numbers[1 + share.start : 1 + share.stop] = number
+    return numbers

@@ -1,0 +1,231 @@
+"""From what ranks say of themselves to who is missing: the words and the exit code that end a job."""
+
+import time
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Self
+
+from comm.exit_codes import EXIT_HANG, EXIT_LOST
+from comm.main_thread import MainThread
+from comm.operations import Operation, OperationLog
+
+_MAX_WAITS = 8
+
+
+class Reason(Enum):
+    """Why a rank asks the others where they are."""
+
+    DEADLINE = "deadline"  # it has waited for too long
+    ERROR = "error"  # what it waited for failed
+    SIGNAL = "signal"  # its launcher ends it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wait:
+    """An operation that a rank waits for, or waited for when it failed."""
+
+    text: str
+    group: str
+    number: int
+    ranks: tuple[int, ...]
+    seconds: float
+
+    @classmethod
+    def of(cls, operation: Operation, seconds: float) -> Self:
+        """The operation in words that travel."""
+        return cls(
+            text=str(operation),
+            group=operation.group,
+            number=operation.number,
+            ranks=operation.ranks,
+            seconds=seconds,
+        )
+
+    def is_of(self, other: "Wait") -> bool:
+        """Whether both are of one operation."""
+        return (self.group, self.number) == (other.group, other.number)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Standing:
+    """Where a rank stands.
+
+    Attributes:
+        waits: the longest first.
+        started: operations started in each group.
+        is_busy: its main thread computes; else that waits.
+        place: where its main thread is in the program.
+        last: the operation that it started last.
+        idle_seconds: since then.
+    """
+
+    waits: tuple[Wait, ...]
+    started: Mapping[str, int]
+    is_busy: bool
+    place: str
+    last: str
+    idle_seconds: float
+
+    @classmethod
+    def of(cls, log: OperationLog, thread: MainThread) -> Self:
+        """From a rank's log, and from what its main thread does."""
+        now = time.time()
+        waits = [Wait.of(*wait) for wait in (*thread.waits(log), *log.failed())]
+        recent = log.recent()
+        return cls(
+            waits=tuple(sorted(waits, key=lambda wait: -wait.seconds)[:_MAX_WAITS]),
+            started={group: progress.started for group, progress in log.progress().items()},
+            is_busy=thread.is_busy(log),
+            place=thread.place,
+            last=str(recent[-1][1]) if recent else "nothing",
+            idle_seconds=now - recent[-1][0] if recent else 0.0,
+        )
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Self:
+        """The inverse of `dataclasses.asdict`, through JSON."""
+        waits = [Wait(**{**wait, "ranks": tuple(wait["ranks"])}) for wait in values["waits"]]
+        return cls(**{**values, "waits": tuple(waits)})
+
+    def has_reached(self, wait: Wait) -> bool:
+        """Whether the rank has started the operation."""
+        return self.started.get(wait.group, 0) > wait.number
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What ends a job.
+
+    Attributes:
+        code: of every rank that ends by it.
+        text: one line: who is missing, and what was awaited.
+        judge: the rank that found it.
+        culprits: ranks that did not come.
+    """
+
+    code: int
+    text: str
+    judge: int
+    culprits: tuple[int, ...]
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Self:
+        """The inverse of `dataclasses.asdict`, through JSON."""
+        return cls(**{**values, "culprits": tuple(values["culprits"])})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Findings:
+    """What a rank learned by asking.
+
+    Attributes:
+        judge: the rank that asked.
+        standings: of ranks that answered, and its own.
+        lost: ranks whose processes have ended, and what is known of the end.
+        silent: ranks that did not answer.
+    """
+
+    judge: int
+    standings: Mapping[int, Standing]
+    lost: Mapping[int, str]
+    silent: Collection[int]
+
+    def awaited_with(self, culprits: Collection[int]) -> Wait | None:
+        """The operation with one of them for which a rank has waited the longest; the judge's own first."""
+        own = self.standings[self.judge].waits
+        others = [wait for rank, standing in self.standings.items() if rank != self.judge for wait in standing.waits]
+        for waits in (own, sorted(others, key=lambda wait: -wait.seconds)):
+            for wait in waits:
+                if not set(culprits).isdisjoint(wait.ranks):
+                    return wait
+        return None
+
+    def waiters(self, wait: Wait) -> list[int]:
+        """Ranks that await an operation."""
+        return sorted(
+            rank for rank, standing in self.standings.items() if any(wait.is_of(other) for other in standing.waits)
+        )
+
+
+def judge(reason: Reason, findings: Findings, deadline_seconds: float) -> Verdict | None:
+    """Who is missing, or None where nobody is and no deadline was missed."""
+    if findings.lost:
+        ends = sorted(set(findings.lost.values()))
+        why = f"{_are(findings.lost)} lost: {' or '.join(ends)}"
+        return _verdict(EXIT_LOST, findings, sorted(findings.lost), why)
+    if findings.silent and reason is Reason.ERROR:
+        why = f"{_are(findings.silent)} lost: connections to {_them(findings.silent)} broke, and no answer comes"
+        return _verdict(EXIT_LOST, findings, sorted(findings.silent), why)
+    if reason is not Reason.DEADLINE:
+        return None
+    if findings.silent:
+        cut_off = len(findings.silent) > len(findings.standings)
+        why = f"cut off from rank {findings.judge}" if cut_off else "stopped, or cut off"
+        why = f"did not come within {deadline_seconds:g} s, nor answer: {why}"
+        return _verdict(EXIT_HANG, findings, sorted(findings.silent), why)
+    return _judge_late(findings, deadline_seconds)
+
+
+def _judge_late(findings: Findings, deadline_seconds: float) -> Verdict | None:
+    """All are alive: follows who waits for whom to one that does not wait."""
+    own = findings.standings[findings.judge].waits
+    if not own:
+        return None
+    followed: list[Wait] = [own[0]]
+    while True:
+        wait = followed[-1]
+        missing = [rank for rank in wait.ranks if not findings.standings[rank].has_reached(wait)]
+        # All may be inside a phase, where some wait for others that compute.
+        missing = missing or [rank for rank in wait.ranks if findings.standings[rank].is_busy]
+        late = [rank for rank in missing if _does_not_wait(findings.standings[rank])]
+        onward = [findings.standings[rank].waits[0] for rank in missing if rank not in late]
+        if not missing:
+            why = f"nobody is missing, yet it did not end within {deadline_seconds:g} s"
+            return _told(EXIT_HANG, findings, (), why, wait)
+        if late:
+            standing = findings.standings[late[0]]
+            why = (
+                f"did not come within {deadline_seconds:g} s: alive, busy in {standing.place}, "
+                f"started {standing.last} {standing.idle_seconds:.1f} s ago"
+            )
+            return _told(EXIT_HANG, findings, late, f"{name_ranks(late)} {why}", wait)
+        if any(onward[0].is_of(other) for other in followed):
+            why = f"did not come within {deadline_seconds:g} s, as ranks wait for each other: here for {onward[0].text}"
+            return _told(EXIT_HANG, findings, missing, f"{name_ranks(missing)} {why}", wait)
+        followed.append(onward[0])
+
+
+def _does_not_wait(standing: Standing) -> bool:
+    return standing.is_busy or not standing.waits
+
+
+def _verdict(code: int, findings: Findings, culprits: list[int], why: str) -> Verdict:
+    return _told(code, findings, culprits, f"{name_ranks(culprits)} {why}", findings.awaited_with(culprits))
+
+
+def _told(code: int, findings: Findings, culprits: Collection[int], why: str, wait: Wait | None) -> Verdict:
+    what = "no other rank awaited it"
+    if wait is not None:
+        what = f"{name_ranks(set(findings.waiters(wait)) - set(culprits))} awaited {wait.text}"
+    return Verdict(code=code, text=f"{why}; {what}", judge=findings.judge, culprits=tuple(culprits))
+
+
+def _are(ranks: Collection[int]) -> str:
+    return "is" if len(ranks) == 1 else "are"
+
+
+def _them(ranks: Collection[int]) -> str:
+    return "it" if len(ranks) == 1 else "them"
+
+
+def name_ranks(ranks: Collection[int]) -> str:
+    """`rank 3`, `ranks 0, 2 and 5`, `ranks 0 to 7`."""
+    ordered = sorted(ranks)
+    if not ordered:
+        return "no rank"
+    if len(ordered) == 1:
+        return f"rank {ordered[0]}"
+    if len(ordered) > 2 and ordered == list(range(ordered[0], ordered[-1] + 1)):
+        return f"ranks {ordered[0]} to {ordered[-1]}"
+    return f"ranks {', '.join(map(str, ordered[:-1]))} and {ordered[-1]}"

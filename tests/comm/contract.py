@@ -1,0 +1,105 @@
+"""Cases for dispatchers, and what must arrive in them, found by loops over tokens.
+
+A backend's test makes a `Bench` on each rank of an expert group; the laws are in `tests.comm.laws`.
+
+Shape legend: T tokens, K experts per token, D hidden size, A arrived rows, E experts.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from comm.lane import Lane
+from comm.protocol import Dispatcher
+
+NUM_CHOICES = 3
+CASES = ("even", "uneven", "empty_rank", "no_token", "one_rank", "one_node", "unused_expert", "dropped")
+
+
+def num_experts_for(num_ranks: int) -> int:
+    """A number of experts that the ranks can share, at least as many on each as a token chooses."""
+    return num_ranks * max(NUM_CHOICES, -(-24 // num_ranks))
+
+
+@dataclass(frozen=True)
+class Routing:
+    """One rank's part of a case; every rank can make every rank's."""
+
+    ids_TK: Tensor
+    rows_TD: Tensor
+    weights_TK: Tensor
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What a law works with on one rank.
+
+    make: a dispatcher on a lane. nodes: of each member of the group, by place. place: of this rank.
+    """
+
+    make: Callable[[Lane], Dispatcher]
+    lane: Lane
+    group: ProcessGroup
+    nodes: tuple[int, ...]
+    place: int
+
+    @property
+    def num_experts(self) -> int:
+        """Of the layer."""
+        return num_experts_for(len(self.nodes))
+
+    @property
+    def num_local(self) -> int:
+        """Of each rank."""
+        return self.num_experts // len(self.nodes)
+
+    def dispatcher(self) -> Dispatcher:
+        """A new one on the bench's lane."""
+        return self.make(self.lane)
+
+    def mine(self, case: str, dtype: torch.dtype = torch.float64) -> Routing:
+        """This rank's part of a case."""
+        return self.routing(case, self.place, dtype)
+
+    def routing(self, case: str, place: int, dtype: torch.dtype = torch.float64, size: int = 5) -> Routing:
+        """Any rank's part: small integers, so that every sum is exact in every type and order."""
+        generator = torch.Generator().manual_seed(100 * CASES.index(case) + place)
+        last = place == len(self.nodes) - 1
+        num_tokens = {"uneven": 3 + 7 * place, "empty_rank": 0 if last else 9, "no_token": 0}.get(case, 12)
+        chance_TE = torch.rand(num_tokens, self.num_experts, generator=generator)
+        if case == "one_rank":
+            chance_TE[:, self.num_local :] = -1.0
+        if case == "one_node":
+            nodes_E = torch.tensor(self.nodes).repeat_interleave(self.num_local)
+            node_T = torch.tensor(self.nodes)[torch.arange(num_tokens) % len(self.nodes)]
+            chance_TE[nodes_E != node_T[:, None]] = -1.0
+        if case == "unused_expert":
+            chance_TE[:, 3] = -1.0
+        ids_TK = chance_TE.topk(NUM_CHOICES, -1).indices
+        if case == "dropped":
+            ids_TK = ids_TK.masked_fill(torch.rand(ids_TK.shape, generator=generator) < 0.4, -1)
+        rows_TD = torch.randint(-8, 9, (num_tokens, size), generator=generator).to(dtype)
+        weights_TK = torch.randint(-8, 9, ids_TK.shape, generator=generator).double()
+        return Routing(ids_TK, rows_TD, weights_TK)
+
+    def copies(self, case: str) -> list[tuple[int, int, int]]:
+        """(source place, token, choice) of each row that reaches this rank: by expert, then source, then token."""
+        found = []
+        for source in range(len(self.nodes)):
+            for token, ids in enumerate(self.routing(case, source).ids_TK.tolist()):
+                for choice, expert in enumerate(ids):
+                    if expert // self.num_local == self.place:
+                        found.append((expert, source, token, choice))
+        return [(source, token, choice) for _, source, token, choice in sorted(found)]
+
+    def arriving(self, case: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Rows and weights that must arrive here, AD and A."""
+        parts = [self.routing(case, source, dtype) for source in range(len(self.nodes))]
+        copies = self.copies(case)
+        rows = [parts[source].rows_TD[token] for source, token, _ in copies]
+        weights = [parts[source].weights_TK[token, choice] for source, token, choice in copies]
+        empty = parts[0].rows_TD.new_zeros(0, parts[0].rows_TD.shape[1])
+        return (torch.stack(rows) if rows else empty), torch.tensor([float(weight) for weight in weights]).double()

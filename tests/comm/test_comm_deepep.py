@@ -1,0 +1,191 @@
+"""DeepEP's dispatcher over an emulation of the package; over the package itself on two GPUs."""
+
+import importlib
+import importlib.util
+import inspect
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import distributed
+
+from comm.all_to_all_plan import DispatchError
+from comm.config import ParallelismConfig
+from comm.deepep import DeepEPDispatcher
+from comm.deepep_package import BufferShape, DeepEPError, load_package
+from comm.lane import InlineLane, Lane, StreamLane, ThreadLane
+from comm.layout import Layout
+from comm.operations import OperationLog
+from comm.protocol import Dispatcher
+from comm.traffic import Traffic
+from comm.wire import Observers
+from tests.comm import deep_ep_emulation
+from tests.comm.contract import Bench, num_experts_for
+from tests.comm.deep_ep_emulation import Emulation
+from tests.comm.deepep_laws import HIDDEN, LAWS, Desk
+from tests.ranks import run_ranks
+
+SHAPE = BufferShape(max_tokens=40, hidden_size=HIDDEN, num_choices=4, timeout_seconds=20.5)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Ranks, and how many of them make a node."""
+
+    num_ranks: int
+    ranks_per_node: int
+    ids_dtype: torch.dtype = torch.int64
+    real: bool = False
+
+
+_SETTINGS = {
+    "1x1": Setting(1, 1),
+    "2x1": Setting(2, 1, torch.int32),
+    "1x4": Setting(4, 4, torch.int32),
+    "2x2": Setting(4, 2),
+}
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Of one rank: failures by law, and the order of its operations by group."""
+
+    failures: dict[str, str]
+    orders: dict[str, str]
+
+
+def _layout(setting: Setting) -> Layout:
+    mesh = ParallelismConfig(pipeline=1, data=setting.num_ranks, expert=setting.num_ranks)
+    return Layout(mesh, setting.ranks_per_node)
+
+
+def _check(rank: int, world_size: int, setting: Setting) -> Findings:
+    device = torch.device("cuda", rank) if setting.real else torch.device("cpu")
+    if setting.real:
+        torch.cuda.set_device(device)
+    observers, layout, group = Observers(Traffic(), OperationLog()), _layout(setting), distributed.group.WORLD
+    assert group is not None
+    library = load_package() if setting.real else Emulation(setting.ranks_per_node, setting.ids_dtype)
+    opened: list[DeepEPDispatcher] = []
+
+    def make(lane: Lane, max_nodes: int | None = None) -> Dispatcher:
+        num_experts = num_experts_for(world_size)
+        opened.append(DeepEPDispatcher(group, num_experts, layout, lane, observers, SHAPE, max_nodes, library))
+        return opened[-1]
+
+    nodes = tuple(layout.node_of(member) for member in range(world_size))
+    failures = {}
+    with StreamLane(device) if setting.real else ThreadLane("comm") as lane:
+        bench = Bench(make, lane, group, nodes, rank)
+        desk = Desk(bench, device, observers, library, lambda max_nodes: make(lane, max_nodes))
+        for name, law in LAWS.items():
+            try:
+                law(desk)
+            except AssertionError:
+                failures[name] = f"rank {rank}: {traceback.format_exc()}"
+    for dispatcher in opened:
+        dispatcher.close()
+    return Findings(failures, observers.log.order_hashes())
+
+
+@pytest.fixture(scope="module", params=list(_SETTINGS))
+def findings(request: pytest.FixtureRequest) -> list[Findings]:
+    setting = _SETTINGS[request.param]
+    return run_ranks(setting.num_ranks, _check, setting)
+
+
+@pytest.mark.parametrize("law", list(LAWS))
+def test_deepep_over_an_emulation_keeps_the_law(law: str, findings: list[Findings]) -> None:
+    broken = [found.failures[law] for found in findings if law in found.failures]
+    assert not broken, "\n".join(broken)
+
+
+def test_deepep_has_one_order_of_operations_in_each_group(findings: list[Findings]) -> None:
+    assert findings[0].orders
+    assert all(found.orders == findings[0].orders for found in findings)
+
+
+def _why_not_real() -> str:
+    if importlib.util.find_spec("deep_ep") is None:
+        return "the package deep_ep is not installed"
+    return "" if torch.cuda.device_count() >= 2 else f"needs 2 GPUs, has {torch.cuda.device_count()}"
+
+
+@pytest.mark.skipif(bool(_why_not_real()), reason=_why_not_real())
+def test_deepep_keeps_the_laws() -> None:
+    findings = run_ranks(2, _check, Setting(2, 2, real=True), backend="nccl")
+    assert [found.failures for found in findings] == [{}, {}]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deep_ep") is None, reason="the package deep_ep is not installed")
+@pytest.mark.parametrize("method", ["__init__", "dispatch", "combine", "destroy", "get_theoretical_num_sms"])
+def test_emulation_takes_the_parameters_of_the_package(method: str) -> None:
+    package = importlib.import_module("deep_ep")
+    real = inspect.signature(getattr(package.ElasticBuffer, method)).parameters
+    emulated = inspect.signature(getattr(deep_ep_emulation.ElasticBuffer, method)).parameters
+    public = [(name, each.default) for name, each in emulated.items() if not name.startswith("_")]
+    assert public == [(name, each.default) for name, each in real.items()][: len(public)]
+
+
+def _refuse(rank: int, world_size: int) -> dict[str, str]:
+    observers, group = Observers(Traffic(), OperationLog()), distributed.group.WORLD
+    assert group is not None
+    layout, lane, library = _layout(Setting(1, 1)), InlineLane(), Emulation(1)
+    dispatcher = DeepEPDispatcher(group, 24, layout, lane, observers, SHAPE, library=library)
+    handle = dispatcher.plan(torch.tensor([[0, 1]]))
+    full, weights = torch.zeros(1, HIDDEN, dtype=torch.bfloat16), torch.zeros(1, 2)
+    codes = torch.zeros(1, HIDDEN + 8, dtype=torch.uint8)
+    attempts: dict[str, Callable[[], object]] = {
+        "float rows": lambda: dispatcher.dispatch(full.float(), weights, handle),
+        "narrow rows": lambda: dispatcher.combine_backward(full[:, 1:], handle),
+        "odd codes": lambda: dispatcher.dispatch(codes[:, :-2], weights, handle),
+        "no scales": lambda: dispatcher.dispatch(codes[:, :-8], weights, handle),
+        "codes back": lambda: dispatcher.combine(codes, handle),
+        "double weights": lambda: dispatcher.dispatch(full, weights.double(), handle),
+        "double gradients": lambda: dispatcher.dispatch_backward(full, torch.zeros(1).double(), handle),
+        "many tokens": lambda: dispatcher.plan(torch.zeros(41, 2, dtype=torch.int64)),
+        "many choices": lambda: dispatcher.plan(torch.zeros(1, 5, dtype=torch.int64)),
+        "no package": lambda: DeepEPDispatcher(group, 24, layout, lane, observers, SHAPE),
+    }
+    messages = {}
+    for name, attempt in attempts.items():
+        try:
+            attempt()
+        except DeepEPError as error:
+            messages[name] = str(error)
+    return messages
+
+
+def test_deepep_refuses_what_its_kernels_cannot_move_in_one_line() -> None:
+    messages = run_ranks(1, _refuse)[0]
+    parts = {
+        "float rows": ("dispatch: ", "256 bfloat16, or 256 codes and float32 scales as uint8, got 256 torch.float32"),
+        "narrow rows": ("combine backward: ", "got 255 torch.bfloat16; nearest valid"),
+        "odd codes": ("dispatch: ", "got 262 torch.uint8"),
+        "no scales": ("dispatch: ", "got 256 torch.uint8"),
+        "codes back": ("combine: ", "rows of 256 bfloat16, got 264 torch.uint8"),
+        "double weights": ("dispatch: ", "float32 weights, got torch.float64", "dispatch=two_hop"),
+        "double gradients": ("dispatch backward: ", "got torch.float64"),
+        "many tokens": ("dispatch: ", "40 tokens", "got 41 tokens with 2"),
+        "many choices": ("dispatch: ", "4 experts each", "got 1 tokens with 5"),
+    }
+    if importlib.util.find_spec("deep_ep") is None:
+        parts["no package"] = ("github.com/deepseek-ai/DeepEP", "dispatch=two_hop")
+    assert set(parts) <= set(messages)
+    for name, words in parts.items():
+        assert all(word in messages[name] for word in words), messages[name]
+        assert "\n" not in messages[name]
+
+
+def _divide(rank: int, world_size: int) -> str:
+    observers, group = Observers(Traffic(), OperationLog()), distributed.group.WORLD
+    assert group is not None
+    with pytest.raises(DispatchError) as caught:
+        DeepEPDispatcher(group, 5, _layout(Setting(2, 2)), InlineLane(), observers, SHAPE, library=Emulation(2))
+    return str(caught.value)
+
+
+def test_deepep_refuses_experts_that_ranks_cannot_share() -> None:
+    assert all("must divide 5 routed experts, got 2 ranks" in message for message in run_ranks(2, _divide))

@@ -1,0 +1,103 @@
+"""An exchange reads numbers from the device once, in its plan: every other read would stall the lane on a GPU.
+
+There is no GPU here: what a CPU executes is searched for operations for which the host would wait on a GPU.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import kernels.permute.reference
+from comm.lane import InlineLane
+from tests.comm.backends import Backend, Setting, maker, watching
+from tests.ranks import run_ranks
+
+_READING = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal", "bincount", "_to_cpu")
+
+
+class _Reads(TorchDispatchMode):
+    """Names of operations whose result's shape or value the host must wait for."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found: list[str] = []
+        self.num_seen = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.num_seen += 1
+        name = func.overloadpacket.__name__
+        by_mask = name in ("index", "index_put_", "index_put") and any(
+            index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
+        )
+        unsized = name == "repeat_interleave" and (kwargs or {}).get("output_size") is None
+        if name in _READING or by_mask or unsized:
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def _permute(rows_ND: Tensor, source_A: Tensor, out_AD: Tensor | None = None) -> Tensor:
+    """The kernel's meaning, as the kernel on a GPU: without a look at the indices."""
+    rows_AD = rows_ND.index_select(0, source_A.clamp(min=0)).masked_fill(source_A[:, None] < 0, 0)
+    return rows_AD if out_AD is None else out_AD.copy_(rows_AD)
+
+
+def _unpermute(rows_AD: Tensor, places_NK: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    rows_KND = torch.stack([_permute(rows_AD, places_N) for places_N in places_NK.unbind(1)])
+    return rows_KND.sum(0).to(dtype or rows_AD.dtype)
+
+
+def _count_reads(rank: int, world_size: int, setting: Setting) -> tuple[list[str], list[int]]:
+    """Reads in the exchanges of one handle, and numbers read by plans."""
+    kernels.permute.reference.permute, kernels.permute.reference.unpermute = _permute, _unpermute
+    read: list[int] = []
+    tolist = torch.Tensor.tolist
+
+    def counted(tensor: Any) -> Any:
+        read.append(tensor.numel())
+        return tolist(tensor)
+
+    generator = torch.Generator().manual_seed(rank)
+    ids_TK = torch.rand(20, 12, generator=generator).topk(4, -1).indices.masked_fill(torch.rand(20, 4) < 0.2, -1)
+    rows_TD, weights_TK = torch.rand(20, 6, generator=generator), torch.rand(20, 4, generator=generator)
+    dispatcher = maker(setting, 12, watching())(InlineLane())
+    reads = _Reads()
+    setattr(Tensor, "tolist", counted)  # noqa: B010
+    with reads:
+        handle = dispatcher.plan(ids_TK)
+        arrived = dispatcher.dispatch(rows_TD, weights_TK, handle).wait()
+        dispatcher.combine(arrived.rows_AD, handle).wait()
+        dispatcher.combine_backward(rows_TD, handle).wait()
+        dispatcher.dispatch_backward(arrived.rows_AD, arrived.weights_A, handle).wait()
+    assert reads.num_seen > 100
+    return reads.found, read
+
+
+@pytest.mark.parametrize("backend", ["all_to_all", "two_hop"])
+def test_exchange_reads_from_the_device_once(backend: Backend) -> None:
+    for found, read in run_ranks(4, _count_reads, Setting(backend, (0, 0, 1, 1), chunks=2, max_nodes=2)):
+        assert found == []
+        assert len(read) == 1
+
+
+def test_reads_are_found() -> None:
+    marked, lengths = torch.tensor([True, False]), torch.tensor([1, 2])
+    reading: list[Callable[[], object]] = [
+        lambda: lengths[marked],
+        lambda: marked.nonzero(),
+        lambda: lengths.max().item(),
+        lambda: bool(marked.any()),
+        lambda: lengths.repeat_interleave(lengths),
+    ]
+    for read in reading:
+        with _Reads() as reads:
+            read()
+        assert reads.found
+    with _Reads() as reads:
+        lengths.repeat_interleave(lengths, output_size=3)
+    assert not reads.found

@@ -1,0 +1,109 @@
+"""The log knows what was started, what is awaited, and in which order."""
+
+import threading
+import time
+
+import pytest
+
+from comm.operations import OperationLog, Progress, group_name
+from comm.protocol import Label
+
+LABEL = Label(layer=1, direction=0, micro_batch=2)
+
+
+def test_log_numbers_operations_within_their_group() -> None:
+    log = OperationLog()
+    numbers = [log.start(group, (0, 1), "dispatch", LABEL).number for group in ("a", "b", "a", "a", "b")]
+    assert numbers == [0, 0, 1, 2, 1]
+    assert log.progress() == {"a": Progress(3, -1), "b": Progress(2, -1)}
+    assert [operation.group for _, operation in log.recent()] == ["a", "b", "a", "a", "b"]
+
+
+def test_operation_tells_name_label_number_and_group() -> None:
+    log = OperationLog()
+    text = "dispatch of layer 1, direction 0, micro-batch 2 (number 0 of group expert [4, 5])"
+    assert str(log.start(group_name("expert", (4, 5)), (4, 5), "dispatch", LABEL)) == text
+    assert str(log.start("world [0]", (0,), "sum of losses")) == "sum of losses (number 0 of group world [0])"
+
+
+def test_order_hashes_are_equal_exactly_for_equal_orders() -> None:
+    def hashes(*names: str) -> str:
+        log = OperationLog()
+        for name in names:
+            log.start("a", (0, 1), name, LABEL)
+        return log.order_hashes()["a"]
+
+    assert hashes("x", "y") == hashes("x", "y")
+    assert len({hashes("x", "y"), hashes("y", "x"), hashes("x"), hashes("xy"), hashes("x", "y", "y")}) == 5
+    log = OperationLog()
+    log.start("a", (0, 1), "x", None)
+    assert log.order_hashes()["a"] != hashes("x")  # another label
+
+
+def test_log_tells_what_is_awaited_the_longest_first() -> None:
+    log = OperationLog()
+    first, second, third = (log.start("a", (0,), name) for name in ("first", "second", "third"))
+    with log.awaiting(second):
+        time.sleep(0.02)
+        with log.awaiting(first):
+            waits = log.awaited()
+            assert [operation for operation, _ in waits] == [second, first]
+            assert waits[0][1] >= waits[1][1] + 0.02
+            assert log.is_waiting(threading.get_ident())
+        assert [operation for operation, _ in log.awaited()] == [second]
+        assert log.progress()["a"] == Progress(3, 0)
+    assert log.awaited() == []
+    assert not log.is_waiting(threading.get_ident())
+    assert log.progress()["a"] == Progress(3, 1)
+    with log.awaiting(third):
+        pass
+    assert log.progress()["a"] == Progress(3, 2)
+
+
+def test_log_keeps_what_failed_and_does_not_finish_it() -> None:
+    log = OperationLog()
+    operation = log.start("a", (0,), "broken")
+
+    def fail() -> None:
+        with log.awaiting(operation):
+            time.sleep(0.02)
+            raise RuntimeError("lost")
+
+    with pytest.raises(RuntimeError, match="lost"):
+        fail()
+    assert log.num_failed == 1
+    assert log.awaited() == []
+    assert [failed for failed, _ in log.failed()] == [operation]
+    assert log.failed()[0][1] >= 0.02
+    assert log.progress()["a"] == Progress(1, -1)
+
+
+def test_operations_in_a_stream_are_awaited_until_the_stream_is_through_with_them() -> None:
+    reached = [0]
+    enqueued = [0]
+
+    def mark() -> object:
+        enqueued[0] += 1
+        mine = enqueued[0]
+        return lambda: reached[0] >= mine
+
+    log = OperationLog(mark=mark)  # type: ignore[arg-type]
+    operations = [log.start("a", (0, 1), name) for name in ("x", "y")]
+    for operation in operations:
+        with log.awaiting(operation):
+            pass
+    assert [operation for operation, _ in log.awaited()] == operations
+    reached[0] = 1
+    assert [operation for operation, _ in log.awaited()] == operations[1:]
+    assert log.progress()["a"] == Progress(2, 0)
+    reached[0] = 2
+    assert log.awaited() == []
+    assert log.progress()["a"] == Progress(2, 1)
+
+
+def test_log_forgets_all_but_the_last_operations() -> None:
+    log = OperationLog(num_kept=3)
+    for name in "abcde":
+        log.start("a", (0,), name)
+    assert [operation.name for _, operation in log.recent()] == ["c", "d", "e"]
+    assert log.progress()["a"].started == 5

@@ -1,0 +1,196 @@
+"""Rows and bytes of every exchange: predicted from the plan, counted when sent, and enumerated here token by token.
+
+Shape legend: T tokens, K experts per token, D hidden size.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor, distributed
+
+from comm.lane import ThreadLane
+from comm.protocol import Label
+from comm.relays import Relays
+from comm.traffic import LayerTraffic, Spread, Traffic
+from tests.comm.backends import Setting, maker, watching
+from tests.comm.contract import Bench, num_experts_for
+from tests.ranks import run_ranks
+
+_HIDDEN = 5  # of bfloat16, so 10 bytes
+_CASES = ("uneven", "one_rank", "one_node", "dropped", "no_token")
+_LABEL = Label(layer=3, direction=0, micro_batch=1)
+_SETTINGS = {
+    "all_to_all-2+2": Setting("all_to_all", (0, 0, 1, 1)),
+    "two_hop-2+2-chunks": Setting("two_hop", (0, 0, 1, 1), chunks=3, partial_sums="float32"),
+    "two_hop-2+2+2": Setting("two_hop", (0, 0, 1, 1, 2, 2), chunks=2),
+    "two_hop-3+1+2": Setting("two_hop", (0, 0, 0, 1, 2, 2)),
+}
+# Bytes of a row there and back; with one weight (8 bytes of float64), or with the weights of three choices (24) and
+# their ids (6, rounded up to 8) behind a row, which is then rounded up to 16, as is the whole.
+_BYTES = {
+    "all_to_all": {"dispatch": 32, "combine": 10, "dispatch backward": 32, "combine backward": 10},
+    "two_hop": {"dispatch": 48, "combine": 10, "dispatch backward": 48, "combine backward": 10},
+    "two_hop float32": {"dispatch": 48, "combine": 20, "dispatch backward": 64, "combine backward": 10},
+}
+
+
+@dataclass(frozen=True)
+class Counted:
+    """Of one rank and case: what the plan counted, then each exchange."""
+
+    ids_TK: Tensor
+    plan: LayerTraffic
+    exchanges: dict[str, LayerTraffic]
+
+
+def _exchange_all(rank: int, world_size: int, setting: Setting) -> list[Counted]:
+    observers, world = watching(), distributed.group.WORLD
+    assert world is not None
+    make, found = maker(setting, num_experts_for(world_size), observers), []
+
+    def take() -> LayerTraffic:
+        layers = dict(observers.traffic.take().layers)
+        counted = layers.pop(_LABEL.layer)
+        assert not layers
+        return counted
+
+    with ThreadLane("comm") as lane:
+        bench = Bench(make, lane, world, setting.nodes, rank)
+        dispatcher = bench.dispatcher()
+        for case in _CASES:
+            mine = bench.mine(case, torch.bfloat16)
+            handle = dispatcher.plan(mine.ids_TK, None, _LABEL)
+            arrived = dispatcher.dispatch(mine.rows_TD, mine.weights_TK, handle).wait()
+            exchanges = {"dispatch": take()}
+            dispatcher.combine(arrived.rows_AD, handle).wait()
+            exchanges["combine"] = take()
+            dispatcher.dispatch_backward(arrived.rows_AD, arrived.weights_A, handle).wait()
+            exchanges["dispatch backward"] = take()
+            dispatcher.combine_backward(mine.rows_TD, handle).wait()
+            exchanges["combine backward"] = take()
+            plan = LayerTraffic(
+                num_tokens=exchanges["dispatch"].num_tokens, num_touched_nodes=exchanges["dispatch"].num_touched_nodes
+            )
+            found.append(Counted(mine.ids_TK, plan, exchanges))
+    return found
+
+
+@pytest.fixture(scope="module", params=list(_SETTINGS))
+def counted(request: pytest.FixtureRequest) -> tuple[Setting, list[list[Counted]]]:
+    """By case, of all ranks."""
+    setting = _SETTINGS[request.param]
+    by_rank = run_ranks(len(setting.nodes), _exchange_all, setting)
+    return setting, [list(of) for of in zip(*by_rank, strict=True)]
+
+
+def _ranks_of(setting: Setting, ids: list[int]) -> list[int]:
+    num_local = num_experts_for(len(setting.nodes)) // len(setting.nodes)
+    return [expert // num_local for expert in ids if expert >= 0]
+
+
+def _links(setting: Setting, ids_by_rank: list[Tensor]) -> Counter[tuple[int, int]]:
+    """Rows of a dispatch by (sender, receiver), each hop for itself."""
+    links: Counter[tuple[int, int]] = Counter()
+    relays = Relays(setting.nodes)
+    for source, ids_TK in enumerate(ids_by_rank):
+        for ids in ids_TK.tolist():
+            ranks = _ranks_of(setting, ids)
+            if setting.backend == "all_to_all":
+                links.update((source, rank) for rank in ranks)
+                continue
+            for node in {setting.nodes[rank] for rank in ranks}:
+                relay = relays.relay(source, node)
+                links[source, relay] += relay != source
+                links.update((relay, rank) for rank in set(ranks) if setting.nodes[rank] == node)
+    return links
+
+
+def _spread(setting: Setting, links: Counter[tuple[int, int]], rank: int, back: bool) -> Spread:
+    kept = within = across = 0
+    for (sender, receiver), rows in links.items():
+        if back:
+            sender, receiver = receiver, sender
+        if sender == rank:
+            kept += rows if receiver == rank else 0
+            within += rows if receiver != rank and setting.nodes[receiver] == setting.nodes[rank] else 0
+            across += rows if setting.nodes[receiver] != setting.nodes[rank] else 0
+    return Spread(kept=kept, within_node=within, across_nodes=across)
+
+
+def test_exchanges_send_what_loops_over_tokens_enumerate(counted: tuple[Setting, list[list[Counted]]]) -> None:
+    setting, cases = counted
+    wide = " float32" if setting.partial_sums == "float32" else ""
+    for ranks in cases:
+        links = _links(setting, [of.ids_TK for of in ranks])
+        for rank, of in enumerate(ranks):
+            for name, got in of.exchanges.items():
+                rows = _spread(setting, links, rank, back=name in ("combine", "dispatch backward"))
+                width = _BYTES[setting.backend + wide][name]
+                assert got.num_rows_kept == rows.kept
+                assert (got.num_rows_within_node, got.num_rows_across_nodes) == (rows.within_node, rows.across_nodes)
+                assert got.num_bytes_within_node == rows.within_node * width
+                assert got.num_bytes_across_nodes == rows.across_nodes * width
+
+
+def test_exchanges_send_what_their_plan_predicts(counted: tuple[Setting, list[list[Counted]]]) -> None:
+    for ranks in counted[1]:
+        for of in ranks:
+            for got in of.exchanges.values():
+                assert got.predicted_rows_within_node == got.num_rows_within_node
+                assert got.predicted_rows_across_nodes == got.num_rows_across_nodes
+                assert got.predicted_bytes_within_node == got.num_bytes_within_node
+                assert got.predicted_bytes_across_nodes == got.num_bytes_across_nodes
+
+
+def test_exchanges_receive_what_others_send(counted: tuple[Setting, list[list[Counted]]]) -> None:
+    for ranks in counted[1]:
+        for name in ranks[0].exchanges:
+            exchanges = [of.exchanges[name] for of in ranks]
+            assert sum(got.num_bytes_from_nodes for got in exchanges) == sum(
+                got.num_bytes_across_nodes for got in exchanges
+            )
+
+
+def test_plans_count_tokens_nodes_and_the_rows_that_must_cross(counted: tuple[Setting, list[list[Counted]]]) -> None:
+    setting, cases = counted
+    for ranks in cases:
+        for rank, of in enumerate(ranks):
+            touched = [{setting.nodes[there] for there in _ranks_of(setting, ids)} for ids in of.ids_TK.tolist()]
+            assert of.plan == LayerTraffic(num_tokens=len(touched), num_touched_nodes=sum(map(len, touched)))
+            least = sum(len(nodes - {setting.nodes[rank]}) for nodes in touched)
+            assert {got.num_least_rows for got in of.exchanges.values()} == {least}
+
+
+def test_two_hops_cross_nodes_as_seldom_as_can_be(counted: tuple[Setting, list[list[Counted]]]) -> None:
+    setting, cases = counted
+    exchanges = [[of.exchanges[name] for of in ranks] for ranks in cases for name in ranks[0].exchanges]
+    totals = [sum(of, LayerTraffic()) for of in exchanges]
+    assert any(total.num_rows_across_nodes for total in totals)
+    if setting.backend == "two_hop":
+        assert all(total.num_rows_across_nodes == total.num_least_rows for total in totals)
+        assert {total.lower_bound_share for total in totals} == {1.0}
+    else:
+        assert any(total.lower_bound_share < 0.9 for total in totals)
+
+
+def test_traffic_sums_by_layer_and_is_empty_after_it_is_taken() -> None:
+    traffic = Traffic()
+    rows = Spread(kept=1, within_node=2, across_nodes=3)
+    for layer in (0, 0, None):
+        traffic.add_plan(layer, 4, 6)
+        traffic.add_predicted(layer, rows, 10, 5)
+        traffic.add_sent(layer, rows, rows.times(10), rows.times(7))
+    traffic.add_message(100, across_nodes=True)
+    traffic.add_message(1, across_nodes=False)
+    taken = traffic.take()
+    assert set(taken.layers) == {0, None}
+    assert taken.layers[0] == taken.layers[None] + taken.layers[None]
+    assert taken.layers[0].nodes_per_token == 1.5
+    assert taken.layers[None].num_bytes_from_nodes == 21
+    assert taken.layers[None].lower_bound_share == 5 / 3
+    assert (taken.num_bytes_within_node, taken.num_bytes_across_nodes) == (3 * 20 + 1, 3 * 30 + 100)
+    empty = traffic.take()
+    assert not empty.layers
+    assert (empty.total, empty.num_bytes_across_nodes) == (LayerTraffic(), 0)

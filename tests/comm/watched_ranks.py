@@ -1,0 +1,125 @@
+"""Real gloo ranks with a watch each, for tests of how they end."""
+
+import json
+import multiprocessing
+import os
+import socket
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+
+from comm.operations import OperationLog
+from comm.watch_start import AbsentError, Seat, join
+from comm.watch_verdict import Verdict
+
+_PRELOADED = ["torch", "torch.distributed", "numpy", "tests.comm.watched_ranks"]
+_TIMEOUT_SECONDS = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How a rank ended: `seconds` after one struck, or after the last came to a start that others missed.
+
+    `error`: that it raised by itself.
+    """
+
+    exit_code: int | None
+    verdict: Verdict | None
+    seconds: float
+    error: str
+
+
+class WatchedRanks:
+    """Ranks of one job: `function(rank, log, strike)` within a gloo world, its watch around it.
+
+    `strike` is to be called by a rank at the moment in which it fails, from where seconds count.
+    """
+
+    def __init__(
+        self, world_size: int, function: Callable[..., None], deadline_seconds: float, absent: tuple[int, ...] = ()
+    ) -> None:
+        """Starts them, but for those that are `absent`: only then is the start bound by the deadline."""
+        self._folder = tempfile.TemporaryDirectory(prefix="watched")
+        self._begun = time.time()
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(_PRELOADED)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self._processes: dict[int, ForkServerProcess] = {}
+        for rank in set(range(world_size)) - set(absent):
+            seat = Seat(rank, world_size, "127.0.0.1", port, 0)
+            start_seconds = deadline_seconds if absent else 60.0
+            arguments = (seat, function, deadline_seconds, start_seconds, self._folder.name)
+            self._processes[rank] = context.Process(target=_run_rank, args=arguments, daemon=True)
+            self._processes[rank].start()
+
+    def terminate(self) -> None:
+        """Once a rank has struck, tells all of them to end, as a launcher does."""
+        while not (Path(self._folder.name) / "struck").exists():
+            time.sleep(0.02)
+        for process in self._processes.values():
+            process.terminate()
+
+    def ends(self, stopped: tuple[int, ...] = ()) -> dict[int, Ended]:
+        """Waits for all that are not `stopped`, which it kills, as it does those that hang; by rank."""
+        folder, until = Path(self._folder.name), time.time() + _TIMEOUT_SECONDS
+        ended_at: dict[int, float] = {}
+        while not self._processes.keys() - set(stopped) <= ended_at.keys() and time.time() < until:
+            for rank, process in self._processes.items():
+                if rank not in ended_at and process.exitcode is not None:
+                    ended_at[rank] = time.time()
+            time.sleep(0.02)
+        struck = folder / "struck"
+        origin = struck.stat().st_mtime if struck.exists() else self._begun
+        ends = {}
+        for rank, process in self._processes.items():
+            exit_code = process.exitcode
+            process.kill()
+            process.join()
+            verdict, error = folder / f"verdict_{rank}", folder / f"error_{rank}"
+            ends[rank] = Ended(
+                exit_code,
+                Verdict.from_json(json.loads(verdict.read_text())) if verdict.exists() else None,
+                ended_at.get(rank, time.time()) - origin,
+                error.read_text() if error.exists() else "",
+            )
+        self._folder.cleanup()
+        return ends
+
+
+def _run_rank(
+    seat: Seat, function: Callable[..., None], deadline_seconds: float, start_seconds: float, folder: str
+) -> None:
+    import torch
+    from torch import distributed
+
+    torch.set_num_threads(1)
+    place, log = Path(folder), OperationLog()
+    if start_seconds == deadline_seconds:
+        (place / "struck").touch()
+
+    def last_words(verdict: Verdict) -> None:
+        (place / f"verdict_{seat.rank}").write_text(json.dumps(asdict(verdict)))
+
+    try:
+        job = join(seat, log, deadline_seconds, last_words, start_seconds)
+    except AbsentError as error:
+        last_words(error.verdict)
+        os._exit(error.verdict.code)
+    try:
+        distributed.init_process_group(
+            "gloo", store=job.store, rank=seat.rank, world_size=seat.world_size, timeout=timedelta(seconds=60)
+        )
+        function(seat.rank, log, (place / "struck").touch)
+    except Exception as error:
+        job.watch.clear(error)
+        (place / f"error_{seat.rank}").write_text(f"{type(error).__name__}: {error}")
+        time.sleep(0.5)
+        os._exit(3)
+    job.close()
+    distributed.destroy_process_group()

@@ -1,0 +1,93 @@
+"""Links between the pipeline ranks of a run, as its schedule needs them and as the interpreter sees them."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from comm.layout import Layout
+from comm.message import MessageKey
+from comm.p2p import Transport
+from comm.protocol import Work
+from comm.traffic import Traffic
+from comm.wire import Observers
+from dualpipe.ir import Schedule
+from dualpipe.transfers import Message, transfers
+from train.config import TrainConfig
+
+
+class PipelineLinks:
+    """The transport as the interpreter sees it: every activation and gradient between stages has one shape."""
+
+    def __init__(
+        self, transport: Transport, nodes: Sequence[int], traffic: Traffic, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> None:
+        """`nodes`: of each rank of the pipeline. `shape`, `dtype`: of what travels."""
+        self._transport = transport
+        self._nodes = nodes
+        self._traffic = traffic
+        self._shape = shape
+        self._dtype = dtype
+
+    def post_receive(self, message: Message, /) -> Work[Tensor]:
+        """Makes room for a message."""
+        return self._transport.post_receive(message_key(message), self._shape, self._dtype)
+
+    def send(self, message: Message, tensor: Tensor, /) -> None:
+        """Sends without waiting, and counts."""
+        across = self._nodes[message.source] != self._nodes[message.destination]
+        self._traffic.add_message(tensor.nbytes, across)
+        self._transport.send(message_key(message), tensor)
+
+    def flush(self) -> None:
+        """Waits until everything sent has left."""
+        self._transport.flush()
+
+    def close(self) -> None:
+        """Ends the links."""
+        self._transport.close()
+
+
+def message_key(message: Message) -> MessageKey:
+    """A message of a schedule in the transport's words."""
+    return MessageKey(
+        kind=message.kind,
+        direction=message.direction,
+        stage=message.stage,
+        micro_batch=message.micro_batch,
+        source=message.source,
+        destination=message.destination,
+    )
+
+
+def linked_pairs(schedule: Schedule) -> list[tuple[int, int]]:
+    """The pipeline ranks that exchange messages, the lower one first."""
+    messages = (message for rank in transfers(schedule) for message in rank.all_sends)
+    return sorted({(min(ends), max(ends)) for ends in ((message.source, message.destination) for message in messages)})
+
+
+def open_links(
+    config: TrainConfig,
+    layout: Layout,
+    rank: int,
+    device: torch.device,
+    observers: Observers,
+    schedule: Schedule,
+    dtype: torch.dtype,
+) -> PipelineLinks:
+    """This rank's links. Every rank of the job calls it at the same point.
+
+    Args:
+        config: of the run.
+        layout: of the world.
+        rank: this one.
+        device: where tensors live.
+        observers: who counts and logs messages.
+        schedule: says which pipeline ranks exchange messages.
+        dtype: of hidden states.
+    """
+    stage = config.stage
+    shape = (stage.micro_batch_sequences, stage.sequence_length_tokens, config.model.hidden_size)
+    transport = Transport(layout, linked_pairs(schedule), device, config.cluster.timeout_seconds, observers.log)
+    nodes = [layout.node_of(member) for member in layout.pipeline_group(rank)]
+    return PipelineLinks(transport, nodes, observers.traffic, shape, dtype)
