@@ -10,8 +10,10 @@ from tests.bench.blocks import Workload
 from tests.bench.contenders import ALONE, OWN_KINDS, TORCH_KINDS
 from tests.bench.interpreter import microseconds_per_operation
 from tests.bench.measure import Plan, make_schedule, measure
+from tests.bench.overlap import NUM_NODES, all_to_all_plan, measure_overlap, two_hop_plan
+from tests.cluster.namespaces import missing, open_cluster
 
-SECTIONS = ("sleep", "products", "interpreter")
+SECTIONS = ("sleep", "products", "interpreter", "overlap")
 
 
 def main() -> None:
@@ -45,15 +47,33 @@ def main() -> None:
             for kind in arguments.kinds
         }
         print("\n" + report.interpreter_text(found["interpreter"]), flush=True)
+    if "overlap" in arguments.sections:
+        found["overlap"] = _overlap(max(1, arguments.rounds // 2))
     if arguments.json:
         arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def _overlap(num_rounds: int) -> list[dict[str, Any]]:
+    reason = missing()
+    if reason is not None:
+        print(f"\nOverlap: left out: {reason}")
+        return []
+    plans = [make(num_micro_batches=8, num_rounds=num_rounds) for make in (two_hop_plan, all_to_all_plan)]
+    rows = []
+    for plan in plans:
+        with open_cluster(NUM_NODES) as cluster:
+            rows.append(report.overlap_row(plan, measure_overlap(cluster, plan)))
+    print("\n" + report.overlap_text(plans, rows), flush=True)
+    return rows
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--kinds", nargs="+", choices=OWN_KINDS, default=["dualpipe_split"])
-    parser.add_argument("--rounds", type=int, default=7, help="of sleeping steps; three times as many of products")
+    parser.add_argument(
+        "--rounds", type=int, default=7, help="of sleeping steps; three times as many of products, half of overlap"
+    )
     parser.add_argument("--json", type=Path, help="also write all figures to this file")
     return parser.parse_args()
 

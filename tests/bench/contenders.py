@@ -12,6 +12,7 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleDu
 
 from comm.config import ParallelismConfig
 from comm.layout import Layout
+from comm.operations import OperationLog
 from comm.p2p import Transport
 from comm.protocol import Work
 from dualpipe import pairing
@@ -22,7 +23,7 @@ from dualpipe.ir import Schedule
 from dualpipe.protocols import Lane
 from dualpipe.transfers import Message
 from tests.bench.blocks import Block, Owed, SleepBlock, SleepLog, Workload, build_block
-from train.assemble import message_key
+from train.links import message_key
 
 Step = Callable[[], None]
 OWN_KINDS: tuple[ScheduleKind, ...] = get_args(ScheduleKind)
@@ -160,9 +161,8 @@ class Links:
 def open_transport(num_ranks: int) -> Transport:
     """The project's links between `num_ranks` gloo ranks in a row. Made by all at the same point."""
     layout = Layout(ParallelismConfig(pipeline=num_ranks, data=1, expert=1), ranks_per_node=num_ranks)
-    return Transport(
-        layout, [(index, index + 1) for index in range(num_ranks - 1)], torch.device("cpu"), _TIMEOUT_SECONDS
-    )
+    pairs = [(index, index + 1) for index in range(num_ranks - 1)]
+    return Transport(layout, pairs, torch.device("cpu"), _TIMEOUT_SECONDS, OperationLog())
 
 
 def own_step(schedule: Schedule, rank: int, workload: Workload, transport: Transport, log: SleepLog) -> Step:

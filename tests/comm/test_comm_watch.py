@@ -16,6 +16,7 @@ from comm.operations import OperationLog, group_name
 from comm.protocol import Label
 from comm.watch import Watch
 from comm.watch_mail import Mailbox
+from comm.watch_verdict import Verdict
 from tests.comm.watched_ranks import Ended, WatchedRanks
 
 Strike = Callable[[], None]
@@ -268,6 +269,40 @@ def test_mailbox_tells_a_closed_peer_from_a_silent_one_and_hears_no_stranger() -
     assert first.refused == {1}
     first.close()
     stranger.close()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("others", ["verdict 2", "error 2"])
+@pytest.mark.parametrize("is_first", [False, True])
+def test_watch_keeps_the_same_of_two_verdicts_in_whatever_order_they_come(
+    others: str, is_first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lowest rank's; but an error that a rank has told of comes first, as verdicts may be its echo."""
+    monkeypatch.setattr("comm.watch._FOLLOW_SECONDS", 0.5)
+    boxes = [Mailbox(rank, "127.0.0.1") for rank in WORLD]
+    for box in boxes:
+        box.open([other.address for other in boxes], "job")
+    kept: list[Verdict] = []
+
+    def last_words(verdict: Verdict) -> None:
+        kept.append(verdict)
+        raise SystemExit  # ends the watch's thread, and not the process
+
+    watch = Watch(0, boxes[0], OperationLog(), 60.0, last_words)
+    watch.start()
+    for word in (others, "verdict 1") if is_first else ("verdict 1", others):
+        kind, _, rank = word.partition(" ")
+        if kind == "error":
+            boxes[int(rank)].send(0, "farewell", {"end": "error", "text": "ValueError: x"})
+        else:
+            body = {"code": 76, "text": f"by {rank}", "judge": int(rank), "culprits": [0]}
+            boxes[int(rank)].send(0, "verdict", body)
+    until = time.monotonic() + 20
+    while not kept and time.monotonic() < until:
+        time.sleep(0.05)
+    assert kept.pop().text == ("rank 2: ValueError: x" if others == "error 2" else "by 1")
+    for box in boxes:
+        box.close()
 
 
 def test_watch_says_early_that_no_mail_gets_through(

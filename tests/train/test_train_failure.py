@@ -1,6 +1,8 @@
 """What ends a run that cannot go on: one rank's error, for all ranks, within seconds."""
 
+import json
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -10,6 +12,7 @@ import pytest
 
 from tests.tiny import write_text
 from tests.train.failing_rank import CAUSE
+from tests.train.faults import CASES, choices, last_words, place
 
 ROOT = Path(__file__).parents[2]
 
@@ -36,3 +39,26 @@ def test_error_of_one_rank_amid_a_step_ends_all_with_its_own_words(
     assert ended.returncode == 1
     assert re.search(f"^error: rank {rank}: RuntimeError: {CAUSE}$", ended.stderr, re.MULTILINE), ended.stderr
     assert "raise RuntimeError(CAUSE)" in (tmp_path / "run" / "log" / f"rank_{rank:05d}.error.log").read_text()
+
+
+@pytest.mark.slow
+def test_lost_rank_under_torchrun_is_named_by_every_other_rank(tmp_path: Path) -> None:
+    write_text(tmp_path)
+    case = next(case for case in CASES if (case.how, case.phase) == ("killed", "combine"))
+    place(case, tmp_path)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    rendezvous = ["--nnodes=1", "--nproc-per-node=4", "--master-addr=127.0.0.1", f"--master-port={port}"]
+    command = [sys.executable, "-m", "torch.distributed.run", *rendezvous, "-m", "tests.train.struck_rank"]
+    command += [str(tmp_path), *choices(tmp_path), f"out_dir={tmp_path / 'run'}", "cluster.timeout_seconds=60"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    words = last_words(tmp_path / "run")
+    assert set(words) == {0, 1, 2}
+    text = words[0][0]
+    assert set(words.values()) == {(text, 78)}
+    assert text.startswith("rank 3 is lost: its process has ended; rank")
+    for rank in words:
+        assert f"error: rank {rank} ends: {text}\n" in ended.stderr
+        operations = (tmp_path / "run" / "log" / f"rank_{rank:05d}.operations.jsonl").read_text().splitlines()
+        assert {"time", "group", "number", "operation", "of", "state", "ranks"} == json.loads(operations[-1]).keys()
