@@ -48,7 +48,7 @@ class MainThread:
         if not log.is_waiting(self._thread):
             return True
         waits = self.waits(log)
-        return all(operation.is_phase for operation, _ in waits) and waits[0][1] < _BUSY_SECONDS
+        return all(operation.is_phase and seconds < _BUSY_SECONDS for operation, seconds in waits)
 
     @property
     def place(self) -> str:

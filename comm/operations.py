@@ -64,14 +64,9 @@ class _Enqueued:
 class OperationLog:
     """Owns the record of one rank's operations. Threads of the rank write to it, its watch reads."""
 
-    def __init__(self, num_kept: int = 512, mark: StreamMark | None = None) -> None:
-        """Starts empty.
-
-        Args:
-            num_kept: operations that `recent` remembers.
-            mark: on a device with streams: there the host is through with a wait long before the operation is.
-        """
-        self._mark = mark
+    def __init__(self, num_kept: int = 512) -> None:
+        """Starts empty. `num_kept`: operations that `recent` remembers."""
+        self._mark: StreamMark | None = None
         self._lock = threading.Lock()
         self._recent: deque[tuple[float, Operation]] = deque(maxlen=num_kept)
         self._hashes: dict[str, hashlib._Hash] = {}
@@ -81,6 +76,10 @@ class OperationLog:
         self._enqueued: deque[_Enqueued] = deque()
         self._failed: deque[tuple[Operation, float, float]] = deque(maxlen=8)
         self._num_failed = 0
+
+    def follow_streams(self, mark: StreamMark) -> None:
+        """From now on an operation is over when its stream is: the host is through with a wait long before."""
+        self._mark = mark
 
     def start(
         self, group: str, ranks: Sequence[int], name: str, label: Hashable | None = None, is_phase: bool = False
@@ -188,11 +187,16 @@ class OperationLog:
         self._finished[operation.group] = max(operation.number, self._finished.get(operation.group, -1))
 
 
-def cuda_mark() -> Callable[[], bool]:
-    """Marks the end of what is enqueued on the current CUDA stream."""
-    event = torch.cuda.Event()
-    event.record()
-    return event.query
+def cuda_mark(device: torch.device) -> StreamMark:
+    """For the device's current streams, on whatever thread."""
+
+    def mark() -> Callable[[], bool]:
+        with torch.cuda.device(device):
+            event = torch.cuda.Event()
+            event.record()
+        return event.query
+
+    return mark
 
 
 def group_name(kind: str, ranks: Sequence[int]) -> str:

@@ -56,7 +56,11 @@ class _Leaving:
 
 
 class Watch:
-    """One rank's watch. Its thread runs from `start` to `close`, or to the end of the process."""
+    """One rank's watch. Its thread runs from `start` to `close`, or to the end of the process.
+
+    SIGTERM, written to the mailbox's `wakeup_file`, ends the process once it is known whether a rank was lost before:
+    a launcher ends all ranks as soon as it sees one die, often before the others miss it.
+    """
 
     def __init__(
         self,
@@ -99,17 +103,13 @@ class Watch:
         """Starts the thread."""
         self._thread.start()
 
-    def terminate(self) -> None:
-        """This process is told to end: it finds out in a moment whether that is because a rank was lost, and ends."""
-        self._is_terminated = True
-        self._mailbox.wake()
-
     def clear(self, error: BaseException) -> None:
         """To be called with what ends the rank. Returns if it is the rank's own error, when others were told.
 
         An error that came of another rank's end ends the process here, by a verdict.
         """
         if isinstance(error, RuntimeError):  # as gloo and NCCL tell
+            self._is_cleared.clear()
             self._is_questioned = True
             self._mailbox.wake()
             self._is_cleared.wait(_JUDGE_SECONDS)

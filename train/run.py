@@ -44,7 +44,7 @@ def main(config: TrainConfig, is_aloud: bool = False) -> int:
         The exit code: 0 done, 77 non-finite loss or gradient norm.
     """
     seat = Seat.of_environment()
-    log = OperationLog(mark=cuda_mark if config.cluster.device == "cuda" else None)
+    log = OperationLog()
     words = LastWords(seat.rank, log, is_aloud)
     words.out_dir = Path(config.out_dir) if config.out_dir else None
     try:
@@ -68,6 +68,8 @@ def _train(config: TrainConfig, job: Job, log: OperationLog, words: LastWords) -
         device = start(config.cluster, job.store)
         config = _agree(config)
     words.out_dir = Path(config.out_dir)
+    if device.type == "cuda":
+        log.follow_streams(cuda_mark(device))
     with log.phase("world", world, "choice of the schedule"):
         planned = plan(config, layout, device)
     with log.phase("world", world, "making of groups"):

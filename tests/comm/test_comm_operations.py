@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections.abc import Callable
 
 import pytest
 
@@ -82,12 +83,13 @@ def test_operations_in_a_stream_are_awaited_until_the_stream_is_through_with_the
     reached = [0]
     enqueued = [0]
 
-    def mark() -> object:
+    def mark() -> Callable[[], bool]:
         enqueued[0] += 1
         mine = enqueued[0]
         return lambda: reached[0] >= mine
 
-    log = OperationLog(mark=mark)  # type: ignore[arg-type]
+    log = OperationLog()
+    log.follow_streams(mark)
     operations = [log.start("a", (0, 1), name) for name in ("x", "y")]
     for operation in operations:
         with log.awaiting(operation):

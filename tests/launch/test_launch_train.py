@@ -88,7 +88,8 @@ def test_train_under_torchrun_every_rank_refuses_and_rank_0_says_why(tmp_path: P
 def test_train_under_torchrun_rank_0_alone_makes_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[TrainConfig] = []
 
-    def record(config: TrainConfig) -> int:
+    def record(config: TrainConfig, is_aloud: bool) -> int:
+        assert is_aloud
         seen.append(config)
         return 77
 

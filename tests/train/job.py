@@ -6,14 +6,17 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from comm.fp8_payload import Fp8Dispatcher
 from comm.groups import Groups
 from comm.layout import Layout
 from comm.local import LocalDispatcher
 from comm.operations import OperationLog
+from comm.protocol import Dispatcher
 from data.loader import Loader
 from data.prepare import prepare
 from dualpipe.generate.select import build
 from dualpipe.ir import Schedule
+from kernels.select import quantize_kernels
 from model.experts import RoutedExperts
 from model.objective import LossSums
 from model.transformer import Transformer, initialise, named_tensors, routers
@@ -117,9 +120,15 @@ def replace_parameters(experts: RoutedExperts, of: object) -> list[tuple[str, Te
     return named
 
 
+def _local_dispatcher(config: TrainConfig) -> Dispatcher:
+    """Every expert here, rows quantised where the run's are."""
+    dispatcher: Dispatcher = LocalDispatcher(config.model.num_routed_experts)
+    return Fp8Dispatcher(dispatcher, quantize_kernels("reference")) if config.dispatch.payload == "fp8" else dispatcher
+
+
 def run_plain(config: TrainConfig, starved: int, num_steps: int) -> list[Seen]:
     """The whole model in this process under ordinary autograd and torch's own optimiser and clipping."""
-    model = Transformer(config.model, LocalDispatcher(config.model.num_routed_experts), weight_dtype(config.precision))
+    model = Transformer(config.model, _local_dispatcher(config), weight_dtype(config.precision))
     initialise(model, config.seed)
     start_biases(model, starved)
     groups = group_parameters(model)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import distributed as dist
 
-from comm.config import ParallelismConfig, TwoHopDispatchConfig
+from comm.config import ParallelismConfig, Payload, TwoHopDispatchConfig
 from comm.traffic import LayerTraffic, TrafficSnapshot
 from dualpipe.config import ScheduleConfig
 from tests.ranks import run_ranks
@@ -35,9 +35,15 @@ def over_nodes(folder: Path, pipeline: int, expert: int, ranks_per_node: int) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("pipeline", "expert", "ranks_per_node"), [(1, 4, 2), (2, 4, 2), (2, 4, 1), (2, 2, 1)])
-def test_training_in_two_hops_equals_one_rank(folder: Path, pipeline: int, expert: int, ranks_per_node: int) -> None:
+@pytest.mark.parametrize(
+    ("pipeline", "expert", "ranks_per_node", "payload"),
+    [(1, 4, 2, "full"), (2, 4, 2, "fp8"), (2, 4, 1, "full"), (2, 2, 1, "full")],
+)
+def test_training_in_two_hops_equals_one_rank(
+    folder: Path, pipeline: int, expert: int, ranks_per_node: int, payload: Payload
+) -> None:
     config = over_nodes(folder, pipeline, expert, ranks_per_node)
+    config = replace(config, dispatch=replace(TWO_HOP, payload=payload))
     starved = [0, min(4, config.model.num_routed_experts // expert)]
     jobs = [Job(config=config, starved=number) for number in starved]
     jobs.append(Job(config=in_sequence(config), starved=starved[-1]))

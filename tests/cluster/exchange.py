@@ -1,0 +1,256 @@
+"""Exchanges of tokens between nodes, timed and counted on the links themselves: `python -m tests.cluster.exchange`.
+
+Shape legend: T tokens of a rank, K experts per token, E experts, D hidden size.
+"""
+
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, distributed
+
+from comm.config import AllToAllDispatchConfig, DispatchConfig, ParallelismConfig, TwoHopDispatchConfig
+from comm.forecast import Forecast, forecast
+from comm.groups import make_group
+from comm.lane import ThreadLane
+from comm.layout import Layout
+from comm.node_limit import limit_groups
+from comm.operations import OperationLog
+from comm.protocol import Dispatcher
+from comm.select import build_dispatcher
+from comm.traffic import LayerTraffic, Traffic
+from comm.wire import Observers
+from tests.cluster.namespaces import Cluster, Counted, Links, missing, open_cluster, read_counted
+from tests.cluster.ranks_in_nodes import begin_together, run_in_nodes
+
+_TIMEOUT_SECONDS = 60.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Problem:
+    """One micro-batch of every rank, its experts chosen by the gate of arXiv:2412.19437 from random biased scores."""
+
+    num_nodes: int = 4
+    ranks_per_node: int = 2
+    num_experts: int = 64
+    num_choices: int = 8
+    hidden: int = 1024
+    tokens_per_rank: int = 256
+
+    @property
+    def layout(self) -> Layout:
+        """One expert group over all nodes."""
+        size = self.num_nodes * self.ranks_per_node
+        return Layout(ParallelismConfig(pipeline=1, data=size, expert=size), self.ranks_per_node)
+
+    def ids(self, rank: int, max_nodes: int) -> Tensor:
+        """The experts of a rank's tokens, TK, on at most `max_nodes` nodes each."""
+        generator = torch.Generator().manual_seed(rank)
+        scores_TE = torch.rand(self.tokens_per_rank, self.num_experts, generator=generator)
+        mask_TE = limit_groups(scores_TE, self.num_nodes, max_nodes, self.num_choices // max_nodes)
+        return scores_TE.masked_fill(~mask_TE, -torch.inf).topk(self.num_choices, -1).indices
+
+    def forecast(self, max_nodes: int) -> Forecast:
+        """Rows by way of travel, from the ids alone."""
+        ranks = range(self.layout.world_size)
+        ids = [self.ids(rank, max_nodes) for rank in ranks]
+        return forecast(ids, self.num_experts, [self.layout.node_of(rank) for rank in ranks])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Contender:
+    """One way to exchange a problem's tokens."""
+
+    name: str
+    config: DispatchConfig
+    max_nodes: int
+
+
+@dataclass(frozen=True, slots=True)
+class RankLeg:
+    """Dispatch or combine on one rank: seconds from the common start, and what its node's eth0 carried until all were
+    through."""
+
+    seconds: float
+    eth0: Counted
+
+
+@dataclass(frozen=True, slots=True)
+class RankRound:
+    """One round of one contender on one rank. `traffic` is what the dispatcher counted."""
+
+    dispatch: RankLeg
+    combine: RankLeg
+    traffic: LayerTraffic
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Leg:
+    """Dispatch or combine of all ranks, medians over rounds. Floor: the fullest way of a link at its rate."""
+
+    seconds: float
+    floor_seconds: float
+    bytes_on_links: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measured:
+    """One contender. Rows and bytes between nodes are those of all ranks in one round, as their dispatchers count."""
+
+    dispatch: Leg
+    combine: Leg
+    num_rows: int
+    counted_bytes: int
+    predicted_bytes: int
+
+    @property
+    def seconds(self) -> float:
+        """Both ways."""
+        return self.dispatch.seconds + self.combine.seconds
+
+    @property
+    def floor_seconds(self) -> float:
+        """Both ways."""
+        return self.dispatch.floor_seconds + self.combine.floor_seconds
+
+    @property
+    def bytes_on_links(self) -> float:
+        """Both ways, with all headers."""
+        return self.dispatch.bytes_on_links + self.combine.bytes_on_links
+
+
+def naive() -> Contender:
+    """A copy for each expert, no cap."""
+    config = AllToAllDispatchConfig(kind="all_to_all", payload="full", max_nodes=4, node_cap="verify")
+    return Contender(name="naive", config=config, max_nodes=4)
+
+
+def two_hop(chunks: int) -> Contender:
+    """A copy for each of at most two nodes, in so many chunks."""
+    config = TwoHopDispatchConfig(
+        kind="two_hop", payload="full", max_nodes=2, node_cap="verify", chunks=chunks, partial_sums="rows"
+    )
+    return Contender(name=f"two hops, {chunks} chunks", config=config, max_nodes=2)
+
+
+def measure(
+    cluster: Cluster, problem: Problem, contenders: Sequence[Contender], num_rounds: int
+) -> dict[str, Measured]:
+    """Runs A B C A B C ... on the same ranks, after one round that is not measured."""
+    ranks = run_in_nodes(cluster, problem.ranks_per_node, _measure_rank, problem, contenders, num_rounds)
+    rate = cluster.links.bytes_per_second("eth0")
+    return {contender.name: _summary([of[contender.name] for of in ranks], problem, rate) for contender in contenders}
+
+
+def _summary(ranks: Sequence[list[RankRound]], problem: Problem, bytes_per_second: float) -> Measured:
+    legs = {
+        name: _leg(
+            [[getattr(round_, name) for round_ in of] for of in zip(*ranks, strict=True)], problem, bytes_per_second
+        )
+        for name in ("dispatch", "combine")
+    }
+    traffic = [rounds[0].traffic for rounds in ranks]
+    assert all(round_.traffic == rounds[0].traffic for rounds in ranks for round_ in rounds)
+    return Measured(
+        dispatch=legs["dispatch"],
+        combine=legs["combine"],
+        num_rows=sum(of.num_rows_across_nodes for of in traffic),
+        counted_bytes=sum(of.num_bytes_across_nodes for of in traffic),
+        predicted_bytes=sum(of.predicted_bytes_across_nodes for of in traffic),
+    )
+
+
+def _leg(rounds: Sequence[Sequence[RankLeg]], problem: Problem, bytes_per_second: float) -> Leg:
+    nodes = [[leg.eth0 for leg in round_[:: problem.ranks_per_node]] for round_ in rounds]
+    fullest = (max(max(of.sent_bytes, of.received_bytes) for of in counted) for counted in nodes)
+    return Leg(
+        seconds=statistics.median(max(leg.seconds for leg in round_) for round_ in rounds),
+        floor_seconds=statistics.median(fullest) / bytes_per_second,
+        bytes_on_links=statistics.median(sum(of.sent_bytes for of in counted) for counted in nodes),
+    )
+
+
+def _measure_rank(
+    rank: int, world_size: int, problem: Problem, contenders: Sequence[Contender], num_rounds: int
+) -> dict[str, list[RankRound]]:
+    layout = problem.layout
+    group = make_group(tuple(range(world_size)), _TIMEOUT_SECONDS)
+    assert group is not None
+    observers = Observers(Traffic(), OperationLog())
+    rows_TD = torch.randn(problem.tokens_per_rank, problem.hidden, generator=torch.Generator().manual_seed(rank))
+    rounds: dict[str, list[RankRound]] = {contender.name: [] for contender in contenders}
+    with ThreadLane("comm") as lane:
+        dispatchers = [
+            build_dispatcher(contender.config, problem.num_experts, layout, group, lane, observers, _TIMEOUT_SECONDS)
+            for contender in contenders
+        ]
+        for _ in range(1 + num_rounds):
+            for contender, dispatcher in zip(contenders, dispatchers, strict=True):
+                ids_TK = problem.ids(rank, contender.max_nodes)
+                legs = _exchange(dispatcher, rows_TD.bfloat16(), ids_TK)
+                rounds[contender.name].append(RankRound(*legs, observers.traffic.take().total))
+    return {name: of[1:] for name, of in rounds.items()}
+
+
+def _exchange(dispatcher: Dispatcher, rows_TD: Tensor, ids_TK: Tensor) -> tuple[RankLeg, RankLeg]:
+    """Plan and dispatch, then combine; experts that change nothing in between."""
+    weights_TK = torch.ones(ids_TK.shape)
+    handle = None
+
+    def dispatch() -> Tensor:
+        nonlocal handle
+        handle = dispatcher.plan(ids_TK)
+        return dispatcher.dispatch(rows_TD, weights_TK, handle).wait().rows_AD
+
+    arrived_AD, there = _timed(dispatch)
+    assert handle is not None
+    given = handle
+    combined_TD, back = _timed(lambda: dispatcher.combine(arrived_AD, given).wait())
+    # Sums of eight equal rows, by whatever way.
+    torch.testing.assert_close(combined_TD, ids_TK.shape[1] * rows_TD)
+    return there, back
+
+
+def _timed(function: Callable[[], Tensor]) -> tuple[Tensor, RankLeg]:
+    before = read_counted("eth0")
+    start = begin_together()
+    result = function()
+    seconds = time.monotonic() - start
+    distributed.barrier()
+    return result, RankLeg(seconds, read_counted("eth0") - before)
+
+
+def text(problem: Problem, links: Links, found: dict[str, Measured]) -> str:
+    """A table of what was measured."""
+    lines = [
+        f"Exchange: {problem.num_nodes} nodes x {problem.ranks_per_node} ranks, {links.eth0_megabits:g} Mbit/s between "
+        f"nodes, {links.lo_megabits:g} within, {problem.num_experts} experts, top-{problem.num_choices}, "
+        f"hidden {problem.hidden}, {problem.tokens_per_rank} tokens a rank, bf16",
+        f"{'':22}{'predicted MB':>13}{'on links MB':>12}{'ratio':>8}{'dispatch ms':>13}{'combine ms':>12}"
+        f"{'/ floor':>9}",
+    ]
+    for name, of in found.items():
+        lines.append(
+            f"{name:22}{of.predicted_bytes / 1e6:13.2f}{of.bytes_on_links / 1e6:12.2f}"
+            f"{of.bytes_on_links / of.predicted_bytes:8.4f}{of.dispatch.seconds * 1e3:13.1f}"
+            f"{of.combine.seconds * 1e3:12.1f}{of.seconds / of.floor_seconds:9.3f}"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measures and prints."""
+    reason = missing()
+    if reason is not None:
+        sys.exit(f"exchange: left out: {reason}")
+    problem = Problem()
+    with open_cluster(problem.num_nodes) as cluster:
+        found = measure(cluster, problem, [naive(), two_hop(1), two_hop(4)], num_rounds=7)
+        print(text(problem, cluster.links, found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""Training runs in a cluster of one rank a node, of which one is cut off: by its node's cable.
+
+`python -m tests.cluster.struck_nodes FOLDER CASE...`, as `tests.train.struck_run`.
+"""
+
+import json
+import multiprocessing
+import os
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import datetime
+from multiprocessing import connection
+from pathlib import Path
+
+from launch.compose import compose
+from launch.config import read_config
+from launch.folder import claim_folder, read_folder
+from launch.local import preload_modules, start_fork_server
+from launch.report import command
+from tests.cluster.namespaces import Cluster, enter, open_cluster
+from tests.train.faults import CASES, WORLD_SIZE, Case, Outcome, arm, choices, last_words, place, struck_at
+
+_PORT = 29556
+_TIMEOUT_SECONDS = 60.0
+
+
+def run_rank(rank: int, namespace: str, master: str, out_dir: str) -> None:
+    """The life of one rank, as under torchrun."""
+    enter(namespace)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(WORLD_SIZE), "LOCAL_RANK": "0"}
+    os.environ |= {"MASTER_ADDR": master, "MASTER_PORT": str(_PORT), "GLOO_SOCKET_IFNAME": "eth0"}
+    from train.run import main as run
+
+    arm(Path(out_dir))
+    sys.exit(run(read_folder(Path(out_dir))))
+
+
+def _end_with_parent() -> None:
+    """The server that forks ranks outlives who asked for them."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    connection.wait([parent.sentinel])
+    os._exit(1)
+
+
+def run_case(case: Case, folder: Path, cluster: Cluster) -> Outcome:
+    """One run, by the exit codes and words of the ranks that still have each other."""
+    from tests.cluster import struck_nodes
+
+    config = read_config(
+        compose("train", [*choices(folder), "cluster.ranks_per_node=1", f"out_dir={folder / str(case)}"])
+    )
+    out_dir = Path(claim_folder(config, datetime.now()).out_dir)
+    place(case, out_dir)
+    context = multiprocessing.get_context("forkserver")
+    ranks = [
+        context.Process(
+            target=struck_nodes.run_rank, args=(rank, node.path, cluster.address(0), str(out_dir)), daemon=True
+        )
+        for rank, node in enumerate(cluster.nodes)
+    ]
+    for each in ranks:
+        each.start()
+    until = time.monotonic() + _TIMEOUT_SECONDS
+    while not (out_dir / "struck").exists() and time.monotonic() < until:
+        time.sleep(0.01)
+    cluster.cut(case.rank)
+    (out_dir / "cut").touch()
+    while any(each.is_alive() for each in ranks) and time.monotonic() < until:
+        time.sleep(0.02)
+    seconds, ended = time.time() - struck_at(out_dir), not any(each.is_alive() for each in ranks)
+    for each in ranks:
+        each.kill()
+        each.join()
+    cluster.restore(case.rank)
+    words = {text for rank, (text, _) in last_words(out_dir).items() if rank != case.rank}
+    codes = {each.exitcode or 0 for each in ranks}
+    return Outcome(
+        case=case,
+        exit_code=codes.pop() if len(codes) == 1 else -1,
+        seconds=seconds,
+        text=words.pop() if len(words) == 1 else f"several words: {sorted(words)}",
+        ended=ended,
+    )
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the cases."""
+    folder, *names = arguments
+    config = read_config(compose("train", choices(Path(folder))))
+    start_fork_server(config.cluster, preload_modules(config.cluster))
+    with open_cluster(WORLD_SIZE) as cluster:
+        for case in CASES:
+            if str(case) in names:
+                outcome = run_case(case, Path(folder), cluster)
+                (Path(folder) / f"{case}.json").write_text(json.dumps(asdict(outcome)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(command("train", main))

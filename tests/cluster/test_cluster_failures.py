@@ -1,0 +1,49 @@
+"""A rank that is killed, stopped or cut off, in any phase of a step: the run ends, in time, and all others name it."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.failures import run_cases
+from tests.cluster.namespaces import missing
+from tests.train.faults import CASES, DEADLINE_SECONDS, GRACE_SECONDS, WORLD_SIZE, Case, Outcome, last_words
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("failures")
+
+
+@pytest.fixture(scope="module")
+def outcomes(folder: Path) -> dict[Case, Outcome]:
+    """Of all cases that can be run here, at once, as most of them wait most of the time."""
+    cases = [case for case in CASES if case.how != "disconnected" or missing() is None]
+    return {outcome.case: outcome for outcome in run_cases(cases, folder)}
+
+
+def _outcome(case: Case, outcomes: dict[Case, Outcome]) -> Outcome:
+    if case not in outcomes:
+        pytest.skip(str(missing()))
+    return outcomes[case]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_run_that_loses_a_rank_ends_in_time_with_one_word_from_all(
+    case: Case, outcomes: dict[Case, Outcome], folder: Path
+) -> None:
+    outcome = _outcome(case, outcomes)
+    assert outcome.ended, outcome
+    assert outcome.seconds <= DEADLINE_SECONDS + GRACE_SECONDS, outcome
+    said = {rank: word for rank, word in last_words(folder / str(case)).items() if rank != case.rank}
+    assert set(said.values()) == {(outcome.text, outcome.exit_code)}
+    others = set(range(WORLD_SIZE)) - {case.rank}
+    # The launcher ends all when it sees one die, those too that are on their way to the start.
+    assert set(said) <= others if case.name == "start of the job" else set(said) == others
+
+
+def test_run_that_loses_a_rank_names_it_and_what_was_awaited(outcomes: dict[Case, Outcome]) -> None:
+    wrong = [outcome for outcome in outcomes.values() if not outcome.is_right]
+    assert len(wrong) <= 1, wrong
+    assert len(outcomes) >= 16

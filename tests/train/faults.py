@@ -1,0 +1,168 @@
+"""Failures of one rank at a chosen operation of a training run, and whether the run then ended as it must."""
+
+import json
+import os
+import re
+import signal
+import time
+from collections.abc import Hashable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from comm.exit_codes import EXIT_HANG, EXIT_LOST
+from train.errors import find_errors, read_error
+
+How = Literal["killed", "stopped", "disconnected"]
+
+DEADLINE_SECONDS = 4.0
+GRACE_SECONDS = 5.0
+WORLD_SIZE = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """Rank `rank` fails when it comes to the `count`-th operation called `name`.
+
+    Attributes:
+        phase: of the run, for people.
+        of: the beginning of the operation's label.
+        after: an operation before which none is counted.
+    """
+
+    how: How
+    rank: int
+    phase: str
+    name: str
+    count: int = 1
+    of: str = ""
+    after: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.how}-{self.rank}-{self.phase}".replace(" ", "-")
+
+
+CASES = (
+    Case("killed", 0, "start of the job", "start of the job"),
+    Case("killed", 3, "making of groups", "making of groups"),
+    Case("killed", 1, "exchange of counts", "exchange of counts", 3),
+    Case("killed", 2, "dispatch", "dispatch", 4),
+    Case("killed", 3, "combine", "combine", 5),
+    Case("killed", 0, "pipeline transfer", "transfer", of="activation 0->1"),
+    Case("killed", 1, "backward", "combine backward", 2),
+    Case("killed", 2, "optimiser step", "update of the weights", 2),
+    Case("killed", 3, "validation", "dispatch", 2, after="the step's record"),
+    Case("killed", 0, "checkpoint", "checkpoint"),
+    Case("stopped", 3, "start of the job", "start of the job"),
+    Case("stopped", 0, "exchange of counts", "exchange of counts", 4),
+    Case("stopped", 2, "backward", "dispatch backward", 3),
+    Case("stopped", 2, "pipeline transfer", "transfer", of="gradient 1->0"),
+    Case("stopped", 0, "optimiser step", "update of the weights", 2),
+    Case("stopped", 3, "checkpoint", "checkpoint"),
+    Case("disconnected", 1, "dispatch", "dispatch", 3),
+    Case("disconnected", 0, "pipeline transfer", "transfer", of="activation 0->1"),
+    Case("disconnected", 3, "optimiser step", "update of the weights", 2),
+    Case("disconnected", 2, "validation", "exchange of counts", after="the step's record"),
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """What became of a case: `seconds` from the failure to the end of the last rank; `ended`: none hung."""
+
+    case: Case
+    exit_code: int
+    seconds: float
+    text: str
+    ended: bool
+
+    @property
+    def names_rank(self) -> bool:
+        """Whether the words begin with the rank, and no other."""
+        return re.match(rf"rank {self.case.rank} (is lost|is absent|did not come)\b", self.text) is not None
+
+    @property
+    def names_operation(self) -> bool:
+        """Whether the words tell an operation that others awaited and in which the rank takes part."""
+        found = re.search(r"ranks? [\d, and to]+ awaited (.+)$", self.text)
+        if found is None:
+            return False
+        group = re.search(r"of group .*?([\d, >-]+)\]?\)", found[1])
+        members = re.findall(r"\d+", group[1]) if group else [str(self.case.rank)]
+        return str(self.case.rank) in members
+
+    @property
+    def is_right(self) -> bool:
+        """Whether the run ended in time, with such a failure's exit code, and told whom it missed, and for what."""
+        code = EXIT_LOST if self.case.how == "killed" else EXIT_HANG
+        in_time = self.ended and self.seconds <= DEADLINE_SECONDS + GRACE_SECONDS
+        return in_time and self.exit_code == code and self.names_rank and self.names_operation
+
+
+def choices(folder: Path) -> list[str]:
+    """Of the run, but its folder: four ranks of the tiny model on the text in `folder`."""
+    return [
+        *("model=tiny", "parallelism=four_ranks", "data=files", f"data.paths=[{folder / 'text'}]"),
+        *(f"data.cache_dir={folder / 'cache'}", "data.tokenizer_vocab_size=320", "data.validation_fraction=0.2"),
+        *("stage.sequence_length_tokens=32", "stage.global_batch_sequences=8", "stage.micro_batch_sequences=1"),
+        *("stage.validation_sequences=8", "stage.validate_every_steps=1", "stage.checkpoint_every_steps=1"),
+        *("stage.steps=3", "stage.sample_prompt=", f"cluster.timeout_seconds={DEADLINE_SECONDS}"),
+    ]
+
+
+def place(case: Case, out_dir: Path) -> None:
+    """Has the ranks of the run in this folder find the case."""
+    (out_dir / "case.json").write_text(json.dumps(asdict(case)))
+
+
+def arm(out_dir: Path) -> None:
+    """To be called by every rank: the case's rank will fail. At that moment it leaves the file `struck`."""
+    from comm.operations import Operation, OperationLog
+
+    case = Case(**json.loads((out_dir / "case.json").read_text()))
+    if os.environ["RANK"] != str(case.rank):
+        return
+    plain, seen = OperationLog.start, [0, not case.after]
+
+    def start(
+        log: OperationLog, group: str, ranks: Sequence[int], name: str, label: Hashable | None = None, *rest: bool
+    ) -> Operation:
+        seen[1] |= name == case.after
+        if seen[1] and name == case.name and str(label).startswith(case.of):
+            seen[0] += 1
+            if seen[0] == case.count:
+                _fail(case.how, out_dir)
+        return plain(log, group, ranks, name, label, *rest)
+
+    OperationLog.start = start  # type: ignore[method-assign]
+
+
+def _fail(how: How, out_dir: Path) -> None:
+    (out_dir / "struck").touch()
+    match how:
+        case "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "stopped":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        case "disconnected":
+            while not (out_dir / "cut").exists():
+                time.sleep(0.01)
+
+
+def struck_at(out_dir: Path) -> float:
+    """When the rank failed, in seconds of the wall clock."""
+    return (out_dir / "struck").stat().st_mtime
+
+
+def last_words(out_dir: Path) -> dict[int, tuple[str, int]]:
+    """Text and exit code that ranks left, by rank."""
+    found: dict[int, tuple[str, int]] = {}
+    for path in find_errors(out_dir):
+        word = read_error(path)
+        found[int(path.name.split(".")[0].removeprefix("rank_"))] = word.text, word.code
+    return found
+
+
+def from_json(values: dict[str, Any]) -> Outcome:
+    """The inverse of `dataclasses.asdict`, through JSON."""
+    return Outcome(**{**values, "case": Case(**values["case"])})

@@ -1,0 +1,21 @@
+"""A rank of torchrun that may fail: `torchrun -m tests.train.struck_rank FOLDER OVERRIDE...`, the case in FOLDER."""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from launch import train
+from launch.report import command
+from tests.train.faults import arm
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Arms the rank and trains as the command does."""
+    folder, *overrides = arguments
+    arm(Path(folder))
+    return train.main(overrides)
+
+
+if __name__ == "__main__":
+    sys.exit(command("train", main, quiet=train.is_other_rank(os.environ)))
