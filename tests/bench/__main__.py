@@ -8,12 +8,14 @@ from typing import Any
 from tests.bench import report
 from tests.bench.blocks import Workload
 from tests.bench.contenders import ALONE, OWN_KINDS, TORCH_KINDS
+from tests.bench.forecast import forecast_text
 from tests.bench.interpreter import microseconds_per_operation
 from tests.bench.measure import Plan, make_schedule, measure
 from tests.bench.overlap import NUM_NODES, all_to_all_plan, measure_overlap, two_hop_plan
+from tests.cluster.exchange import exchange_text
 from tests.cluster.namespaces import missing, open_cluster
 
-SECTIONS = ("sleep", "products", "interpreter", "overlap")
+SECTIONS = ("sleep", "products", "interpreter", "forecast", "exchange", "overlap")
 
 
 def main() -> None:
@@ -47,10 +49,19 @@ def main() -> None:
             for kind in arguments.kinds
         }
         print("\n" + report.interpreter_text(found["interpreter"]), flush=True)
+    if "forecast" in arguments.sections:
+        print("\n" + forecast_text(), flush=True)
+    if "exchange" in arguments.sections:
+        _exchange()
     if "overlap" in arguments.sections:
         found["overlap"] = _overlap(max(1, arguments.rounds // 2))
     if arguments.json:
         arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def _exchange() -> None:
+    reason = missing()
+    print(f"\nExchange: left out: {reason}" if reason is not None else "\n" + exchange_text(), flush=True)
 
 
 def _overlap(num_rounds: int) -> list[dict[str, Any]]:

@@ -230,15 +230,26 @@ def text(problem: Problem, links: Links, found: dict[str, Measured]) -> str:
         f"nodes, {links.lo_megabits:g} within, {problem.num_experts} experts, top-{problem.num_choices}, "
         f"hidden {problem.hidden}, {problem.tokens_per_rank} tokens a rank, bf16",
         f"{'':22}{'predicted MB':>13}{'on links MB':>12}{'ratio':>8}{'dispatch ms':>13}{'combine ms':>12}"
-        f"{'/ floor':>9}",
+        f"{'/ floor':>9}{'bytes / first':>15}{'time / first':>14}",
     ]
+    first = next(iter(found.values()))
     for name, of in found.items():
         lines.append(
             f"{name:22}{of.predicted_bytes / 1e6:13.2f}{of.bytes_on_links / 1e6:12.2f}"
             f"{of.bytes_on_links / of.predicted_bytes:8.4f}{of.dispatch.seconds * 1e3:13.1f}"
             f"{of.combine.seconds * 1e3:12.1f}{of.seconds / of.floor_seconds:9.3f}"
+            f"{of.bytes_on_links / first.bytes_on_links:15.3f}{of.seconds / first.seconds:14.3f}"
         )
+    lines.append(f"{'target, in chunks':22}{'':25}{'<= 1.015':>8}{'':25}{'<= 1.35':>9}{'<= 0.26':>15}{'<= 0.35':>14}")
     return "\n".join(lines)
+
+
+def exchange_text() -> str:
+    """Measures, as root, and gives the table."""
+    problem = Problem()
+    with open_cluster(problem.num_nodes) as cluster:
+        found = measure(cluster, problem, [naive(), two_hop(1), two_hop(4)], num_rounds=11)
+    return text(problem, cluster.links, found)
 
 
 def main() -> None:
@@ -246,10 +257,7 @@ def main() -> None:
     reason = missing()
     if reason is not None:
         sys.exit(f"exchange: left out: {reason}")
-    problem = Problem()
-    with open_cluster(problem.num_nodes) as cluster:
-        found = measure(cluster, problem, [naive(), two_hop(1), two_hop(4)], num_rounds=7)
-        print(text(problem, cluster.links, found))
+    print(exchange_text())
 
 
 if __name__ == "__main__":

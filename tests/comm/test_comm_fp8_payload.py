@@ -17,7 +17,7 @@ from comm.protocol import Dispatcher
 from comm.traffic import LayerTraffic
 from kernels.quantize.reference import dequantize_1x128, quantize_1x128
 from kernels.select import quantize_kernels
-from tests.comm import contract
+from tests.comm import contract, laws
 from tests.comm.backends import Setting, maker, watching
 from tests.ranks import run_ranks
 
@@ -120,11 +120,11 @@ def test_fp8_dispatcher_equals_quantising_before_the_plain_one(setting: Setting)
 
 
 _EXACT_LAWS = (
-    contract.law_rows_arrive_as_specified,
-    contract.law_combine_sums_each_token_s_experts,
-    contract.law_backwards_are_adjoint,
-    contract.law_handles_are_independent_and_reusable,
-    contract.law_inputs_may_be_strided_and_results_carry_no_graph,
+    laws.law_rows_arrive_as_specified,
+    laws.law_combine_sums_each_token_s_experts,
+    laws.law_backwards_are_adjoint,
+    laws.law_handles_are_independent_and_reusable,
+    laws.law_inputs_may_be_strided_and_results_carry_no_graph,
 )
 """Laws on small integers, which e4m3 holds exactly."""
 
