@@ -3,7 +3,7 @@
 PYTHON ?= python3
 ARGS ?=
 
-.PHONY: train test test-fast cluster-test gpu-test bench
+.PHONY: train test test-fast cluster-test gpu-test failures bench
 
 train: .venv/installed
 	.venv/bin/python -m launch.train experiment=quickstart $(ARGS)
@@ -24,6 +24,10 @@ cluster-test: .venv/installed
 # Step time, CPU time and the interpreter's cost, beside torch's pipelines; a few minutes, best on a quiet machine.
 bench: .venv/installed
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m tests.bench $(ARGS)
+
+# A rank killed, stopped or cut off in every phase of a step: how each run ends, as a table; a few minutes.
+failures: .venv/installed
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m tests.cluster.failures $(ARGS)
 
 # Kernels against their references on a CUDA device; skipped, with the reason, where there is none.
 gpu-test: .venv/installed
