@@ -32,10 +32,11 @@ def _check_local(config: TrainConfig) -> None:
 
 
 def _check_deepep(config: TrainConfig) -> None:
-    if config.cluster.device != "cuda":
+    cluster = config.cluster
+    if (cluster.device, cluster.backend) != ("cuda", "nccl"):
         raise ConfigError(
-            f"dispatch: deepep needs cluster.device=cuda, is deepep with cluster.device={config.cluster.device}; "
-            f"nearest valid: dispatch=two_hop"
+            f"dispatch: deepep needs cluster.device=cuda and cluster.backend=nccl, is deepep with "
+            f"cluster.device={cluster.device} and cluster.backend={cluster.backend}; nearest valid: dispatch=two_hop"
         )
     if config.precision.kind != "bf16":
         raise ConfigError(

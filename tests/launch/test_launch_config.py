@@ -107,6 +107,7 @@ def test_config_quickstart_feeds_dualpipe_fully() -> None:
         (["cluster.backend=nccl"], ["cluster.backend", "cluster.device=cuda", "nccl", "gloo"]),
         (["parallelism=four_ranks", "dispatch=local"], ["dispatch", "parallelism.expert=2", "two_hop"]),
         (["dispatch=deepep"], ["dispatch", "cluster.device=cuda", "cluster.device=cpu", "dispatch=two_hop"]),
+        (["dispatch=deepep", "cluster=one_gpu"], ["dispatch", "cluster.backend=nccl", "cluster.backend=gloo"]),
         (
             ["dispatch=deepep", "cluster=h800", "precision=bf16"],
             ["dispatch", "deep_ep", "github.com/deepseek-ai/DeepEP", "dispatch=two_hop"],
