@@ -90,7 +90,10 @@ def _check(rank: int, world_size: int, setting: Setting) -> Findings:
     return Findings(failures, observers.log.order_hashes())
 
 
-@pytest.fixture(scope="module", params=list(_SETTINGS))
+@pytest.fixture(
+    scope="module",
+    params=[name if name == "2x1" else pytest.param(name, marks=pytest.mark.slow) for name in _SETTINGS],
+)
 def findings(request: pytest.FixtureRequest) -> list[Findings]:
     setting = _SETTINGS[request.param]
     return run_ranks(setting.num_ranks, _check, setting)

@@ -47,7 +47,13 @@ def _check(rank: int, world_size: int, setting: Setting) -> Findings:
     return Findings(failures, observers.log.order_hashes())
 
 
-@pytest.fixture(scope="module", params=list(_SETTINGS))
+_QUICK = ("local", "all_to_all-2", "all_to_all-2+2", "two_hop-1+1", "two_hop-2+2-chunks")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[name if name in _QUICK else pytest.param(name, marks=pytest.mark.slow) for name in _SETTINGS],
+)
 def findings(request: pytest.FixtureRequest) -> list[Findings]:
     setting = _SETTINGS[request.param]
     return run_ranks(len(setting.nodes), _check, setting)

@@ -16,6 +16,8 @@ from comm.lane import InlineLane
 from tests.comm.backends import Backend, Setting, maker, watching
 from tests.ranks import run_ranks
 
+pytestmark = pytest.mark.slow
+
 _READING = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal", "bincount", "_to_cpu")
 
 

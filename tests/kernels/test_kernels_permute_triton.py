@@ -13,6 +13,8 @@ from kernels.select import permute_kernels
 from tests.kernels.agreement import check_permute, check_unpermute
 from tests.kernels.aot import Compiled, compile_launch
 
+pytestmark = pytest.mark.slow
+
 OPAQUE_DTYPES = [torch.bool, torch.uint8, torch.bfloat16, torch.float32, torch.float64, torch.complex128]
 PERMUTE_SHAPES = [(9, 31, 1), (9, 31, 129), (2, 3, 1792), (5, 17, 128), (0, 4, 5), (4, 0, 5), (4, 5, 0)]
 UNPERMUTE_SHAPES = [(40, 13, 8, 129), (9, 5, 1, 1), (6, 3, 11, 128), (3, 5, 2, 7168), (0, 3, 2, 4), (5, 0, 2, 4)]

@@ -14,6 +14,8 @@ from kernels.select import quantize_kernels
 from tests.kernels.agreement import check_dequantize, check_quantize
 from tests.kernels.aot import Compiled, compile_launch
 
+pytestmark = pytest.mark.slow
+
 SHAPES = [(32, 1), (33, 127), (16, 128), (18, 129), (16, 300)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 

@@ -66,6 +66,7 @@ def test_resumed_run_equals_unbroken_bitwise(folder: Path, kind: str, choices: t
     assert second[-1]["validation_loss"] == unbroken[-1]["validation_loss"]
 
 
+@pytest.mark.slow
 def test_run_leaves_what_the_documentation_names(folder: Path) -> None:
     done = run_train(
         folder,

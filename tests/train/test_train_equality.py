@@ -175,7 +175,12 @@ def keeps_sums(schedule: Schedule) -> bool:
                 random_schedule(v_shaped(1), 3, 0, 1.0),
             ],
         ),
-        (1, 1, [split(2, 4), split(2, 3), zb_v(2, 3), zb_h1(2, 3), random_schedule(bidirectional(2), 1, 0)]),
+        pytest.param(
+            1,
+            1,
+            [split(2, 4), split(2, 3), zb_v(2, 3), zb_h1(2, 3), random_schedule(bidirectional(2), 1, 0)],
+            marks=pytest.mark.slow,
+        ),
         pytest.param(1, 1, [dualpipe_v(2, 5), random_schedule(v_shaped(2), 3, 1)], marks=pytest.mark.slow),
         pytest.param(2, 2, [zb_v(2, 3), random_schedule(bidirectional(2), 5, 1, 1.0)], marks=pytest.mark.slow),
         pytest.param(

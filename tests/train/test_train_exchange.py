@@ -117,6 +117,7 @@ def _merge(rank: int, world_size: int) -> dict[str, Any]:
     return exchange_metrics(snapshot, {2: rank}, 4, world, torch.device("cpu"))
 
 
+@pytest.mark.slow
 def test_exchange_metrics_are_sums_and_extremes_over_ranks() -> None:
     first, second, third = run_ranks(3, _merge)
     assert first == second == third
