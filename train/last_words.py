@@ -3,6 +3,7 @@
 import faulthandler
 import json
 import logging
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -30,7 +31,8 @@ class LastWords:
     def write(self, verdict: Verdict) -> None:
         """Into `log/rank_*.error.log` and `.operations.jsonl`, unless another rank's own error says it all."""
         if self._is_aloud:
-            print(f"error: rank {self._rank} ends: {verdict.text}", file=sys.stderr, flush=True)
+            # In one piece: all ranks say it at once, and a launcher has given them one stderr.
+            os.write(sys.stderr.fileno(), f"error: rank {self._rank} ends: {verdict.text}\n".encode())
         LOGGER.info("ends with exit code %d: %s", verdict.code, verdict.text)
         if self.out_dir is None or verdict.code == EXIT_OTHER:
             return

@@ -68,12 +68,12 @@ def _ends(rank: int, world_size: int, how: str) -> int:
     [
         ("raises", "rank 1 of 4: Traceback(.|\n)*KeyError: 'the cause'"),
         ("dies", "rank 1 of 4: died with exit code 76"),
-        ("hangs", "rank 1 of 4: no result after 4(.|\n)*_ends"),
+        ("hangs", "rank 1 of 4: no result after 15(.|\n)*_ends"),
     ],
 )
 def test_ranks_that_fail_are_named_and_all_are_gone(cluster: Cluster, how: str, message: str) -> None:
     with pytest.raises(RanksFailedError, match=message):
-        run_in_nodes(cluster, 1, _ends, how, timeout_seconds=4.0 if how == "hangs" else 60.0)
+        run_in_nodes(cluster, 1, _ends, how, timeout_seconds=15.0 if how == "hangs" else 60.0)
     inodes = {f"net:[{node.inode}]" for node in cluster.nodes}
     for process in Path("/proc").glob("[0-9]*/ns/net"):
         with suppress(FileNotFoundError):  # ended meanwhile

@@ -30,9 +30,9 @@ def test_embedded_is_large_sorted_relative_and_without_tests() -> None:
 
 
 def test_check_of_the_embedded_source_takes_under_a_second() -> None:
-    begin = time.monotonic()
+    begin = time.process_time()  # of this process alone, whatever else the cores are busy with
     check_source(EMBEDDED)
-    assert time.monotonic() - begin < 1.0
+    assert time.process_time() - begin < 1.0
 
 
 def test_files_are_searched_recursively_by_suffix_without_hidden_ones(tmp_path: Path) -> None:
