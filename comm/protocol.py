@@ -5,7 +5,7 @@ Shape legend: T tokens of this rank, K experts per token, A arrived rows, D hidd
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -56,6 +56,49 @@ class Handle(Protocol):
     @property
     def num_tokens(self) -> int:
         """Tokens of this rank, T."""
+        ...
+
+
+class RowOrder(Protocol):
+    """In which order copies of tokens go to experts, and the way back."""
+
+    @property
+    def tokens_A(self) -> Tensor:
+        """The token of each place, int64."""
+        ...
+
+    def copy_rows(self, rows_TD: Tensor) -> Tensor:
+        """A row for each place, AD."""
+        ...
+
+    def copy_weights(self, weights_TK: Tensor) -> Tensor:
+        """The weight of each place, A."""
+        ...
+
+    def sum_rows(self, rows_AD: Tensor) -> Tensor:
+        """The sum over each token's places, TD."""
+        ...
+
+    def restore_weights(self, weights_A: Tensor) -> Tensor:
+        """The value of each choice, TK."""
+        ...
+
+
+@runtime_checkable
+class HomeHandle(Protocol):
+    """A handle of rows that never leave this rank: the model may take and give them itself, in `home_order`.
+
+    counts: rows of each expert, on the host.
+    """
+
+    @property
+    def home_order(self) -> RowOrder:
+        """Of all rows."""
+        ...
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Rows of each expert."""
         ...
 
 

@@ -3,12 +3,16 @@
 Shape legend: as in kernels/permute/reference.py.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, assert_never
 
 import torch
 from torch import Tensor
 
+import kernels.expert_mlp.grouped
+import kernels.expert_mlp.reference
+import kernels.grouped_gemm.native
 import kernels.permute.reference
 import kernels.quantize.reference
 from kernels.quantize.layout import Quantized
@@ -42,6 +46,71 @@ class Dequantize(Protocol):
 
     def __call__(self, quantized: Quantized, dtype: torch.dtype) -> Tensor:
         """rows_ND from codes and scales."""
+
+
+class ExpertForward(Protocol):
+    """`kernels.expert_mlp.reference.expert_mlp` or its like."""
+
+    def __call__(
+        self,
+        rows_ND: Tensor,
+        weights_A: Tensor,
+        gate_up_EHD: Tensor,
+        down_EDM: Tensor,
+        counts: Sequence[int],
+        tokens_A: Tensor | None = None,
+        gated_AM: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """out_AD, hidden_AH."""
+
+
+class ExpertBackward(Protocol):
+    """`kernels.expert_mlp.reference.expert_mlp_backward` or its like."""
+
+    def __call__(
+        self,
+        grad_ND: Tensor,
+        weights_A: Tensor,
+        hidden_AH: Tensor,
+        gate_up_EHD: Tensor,
+        down_EDM: Tensor,
+        counts: Sequence[int],
+        tokens_A: Tensor | None = None,
+        *,
+        rows_ND: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """Gradients of rows, weights, and of the experts or of hidden values."""
+
+
+class GateUpGradient(Protocol):
+    """`kernels.expert_mlp.reference.gate_up_gradient` or its like."""
+
+    def __call__(self, grad_hidden_AH: Tensor, rows_AD: Tensor, counts: Sequence[int]) -> Tensor:
+        """EHD."""
+
+
+class DownGradient(Protocol):
+    """`kernels.expert_mlp.reference.down_gradient` or its like."""
+
+    def __call__(
+        self,
+        grad_AD: Tensor,
+        weights_A: Tensor,
+        hidden_AH: Tensor,
+        counts: Sequence[int],
+        gated_AM: Tensor | None = None,
+    ) -> Tensor:
+        """EDM."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExpertKernels:
+    """SwiGLU experts over rows sorted by expert, and their gradients."""
+
+    forward: ExpertForward
+    backward: ExpertBackward
+    gate_up_gradient: GateUpGradient
+    down_gradient: DownGradient
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,3 +160,21 @@ def quantize_kernels(implementation: Implementation) -> QuantizeKernels:
             return QuantizeKernels(quantize_1x128=compiled.quantize_1x128, dequantize_1x128=compiled.dequantize_1x128)
         case _:
             assert_never(implementation)
+
+
+def expert_implementation_for(
+    device: torch.device, dtype: torch.dtype, hidden: int, width: int
+) -> Literal["reference", "grouped"]:
+    """torch's grouped products where they serve; on CPU, and for other types, one expert after the other."""
+    return "grouped" if kernels.grouped_gemm.native.serves(device, dtype, hidden, width) else "reference"
+
+
+def expert_kernels(implementation: Literal["reference", "grouped"]) -> ExpertKernels:
+    """The experts' products of one implementation."""
+    module = kernels.expert_mlp.grouped if implementation == "grouped" else kernels.expert_mlp.reference
+    return ExpertKernels(
+        forward=module.expert_mlp,
+        backward=module.expert_mlp_backward,
+        gate_up_gradient=module.gate_up_gradient,
+        down_gradient=module.down_gradient,
+    )

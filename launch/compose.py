@@ -116,13 +116,17 @@ def _check_override(override: Override, groups: Mapping[str, str]) -> None:
 def _raise_unknown_key(command: str, groups: Mapping[str, str], parsed: Sequence[Override]) -> None:
     """Names the first override whose key does not exist, with the nearest that does."""
     choices = [override.input_line or "" for override in parsed if override.key_or_group in groups]
-    known = list(_dotted(OmegaConf.to_container(_compose(command, choices), resolve=False)))
+    values = OmegaConf.to_container(_compose(command, choices), resolve=False)
+    known = list(_dotted(values))
     keys = [*known, *(group for group in groups if group not in known)]
     for override in parsed:
         key = override.key_or_group
         if key in groups or override.is_add() or override.is_force_add() or key in keys:
             continue
-        if (elsewhere := _other_option(key)) is not None:
+        elsewhere = _other_option(key)
+        if elsewhere is not None and _is_model_of_other_keys(key, values):
+            raise ConfigError(f"{key}: not among the keys of this model; to change it write +{override.input_line}")
+        if elsewhere is not None:
             raise ConfigError(f"{key}: unknown key here; it comes with {elsewhere}")
         raise ConfigError(f"{key}: unknown key; {nearest_key(key, keys)}")
 
@@ -134,6 +138,12 @@ def _other_option(key: str) -> str | None:
         if rest in _dotted(values or {}):
             return f"{group}={option}"
     return None
+
+
+def _is_model_of_other_keys(key: str, values: object) -> bool:
+    """Whether a key is one of a model whose own keys stand for all others."""
+    model = values.get("model") if isinstance(values, dict) else None
+    return key.startswith("model.") and isinstance(model, dict) and "kind" in model
 
 
 def _dotted(values: object, prefix: str = "") -> Iterable[str]:

@@ -11,14 +11,18 @@ from dualpipe.generate import select
 from dualpipe.generate.cache import schedules_folder
 from dualpipe.ir import ScheduleError
 from launch.decode import decode, encode
+from launch.environment import apply_rank_environment
 from launch.errors import ConfigError
 from launch.exchange import check_exchange
+from launch.model_choice import expand_model
 from launch.ranges import check_ranges, divisors, multiples
 from model.config import YarnRope
 from model.cut import CutError, cut_layers
 from train.config import TrainConfig
 from train.costs import nominal_costs
+from train.initial_weights import check_initial
 from train.manifest import check_manifest, find_checkpoint
+from train.weight_source import is_hf_folder
 
 # On the command line the source's keys stand beside data's other keys: `data=files data.paths=[a,b]`.
 _SOURCE_KEYS = ("kind", "paths")
@@ -29,7 +33,11 @@ def read_config(values: Mapping[str, Any]) -> TrainConfig:
 
     Raises:
         ConfigError: an unknown or missing key, a value of another type.
+        CheckpointError, HfError: the model is that of weights which cannot be read.
     """
+    model = values.get("model")
+    if isinstance(model, Mapping):
+        values = {**values, "model": expand_model(model, values.get("init_from"))}
     data = values.get("data")
     if isinstance(data, Mapping):
         source = {key: data[key] for key in _SOURCE_KEYS if key in data}
@@ -57,6 +65,7 @@ def check(config: TrainConfig) -> None:
         ScheduleError: ranks or micro-batches that the schedule cannot take.
         DataError: text that is missing or empty, and what else `data` refuses of its settings.
         CheckpointError: `resume` names no checkpoint, or one of another model or layout.
+        CheckpointError, HfError: `init_from` names no weights, or those of another model.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", config.name):
         raise ConfigError(f"name: must be letters, digits, '.', '_' and '-', as it names a folder, is {config.name!r}")
@@ -71,6 +80,21 @@ def check(config: TrainConfig) -> None:
     _check_data(config)
     if config.resume is not None:
         check_manifest(find_checkpoint(config.resume), config)
+    _check_start(config)
+
+
+def _check_start(config: TrainConfig) -> None:
+    if config.init_from is None:
+        return
+    if config.resume is not None:
+        raise ConfigError(
+            f"init_from: must be null beside resume={config.resume}, which brings its own weights, "
+            f"is {config.init_from!r}; nearest valid: init_from=null"
+        )
+    if not is_hf_folder(config.init_from):
+        # The list of a checkpoint's tensors needs torch, which takes settings from the environment when imported.
+        apply_rank_environment(config.cluster)
+    check_initial(config)
 
 
 def _check_ranks(config: TrainConfig) -> None:
@@ -105,9 +129,9 @@ def _check_model(config: TrainConfig) -> None:
             f"is {model.num_dense_layers}; nearest valid: {model.num_layers}"
         )
     rope = model.rope_scaling
-    if isinstance(rope, YarnRope) and (rope.factor < 1 or rope.beta_fast <= rope.beta_slow):
+    if isinstance(rope, YarnRope) and (rope.factor < 1 or rope.beta_fast < rope.beta_slow):
         raise ConfigError(
-            f"model.rope_scaling: must have factor of at least 1 and beta_fast above beta_slow, "
+            f"model.rope_scaling: must have factor of at least 1 and beta_fast of at least beta_slow, "
             f"is factor={rope.factor}, beta_fast={rope.beta_fast}, beta_slow={rope.beta_slow}"
         )
 
@@ -130,11 +154,6 @@ def _check_experts(config: TrainConfig) -> None:
         raise ConfigError(
             f"model.num_limited_groups: must be at most model.num_expert_groups={groups}, is {limit}; "
             f"nearest valid: {groups}"
-        )
-    if top_k % limit:
-        raise ConfigError(
-            f"model.num_experts_per_token: must be divisible by model.num_limited_groups={limit}, is {top_k}; "
-            f"nearest valid: {multiples(top_k, limit)}"
         )
     within = limit * (experts // groups)
     if top_k > within:

@@ -57,10 +57,12 @@ def user_errors() -> tuple[type[ValueError], ...]:
     """Errors that are the user's to mend: said in one line, without a traceback."""
     from data.corpus import DataError
     from dualpipe.ir import ScheduleError
+    from infer.config import GenerateError
     from model.cut import CutError
+    from model.hf.errors import HfError
     from train.manifest import CheckpointError
 
-    return (ConfigError, ScheduleError, DataError, CheckpointError, CutError)
+    return (ConfigError, ScheduleError, DataError, CheckpointError, CutError, HfError, GenerateError)
 
 
 def help_text(name: str) -> str:

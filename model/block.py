@@ -9,25 +9,26 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from model.config import ModelConfig
+from kernels.attention.documents import Documents
+from model.config import Computing, ModelConfig
 from model.experts import RoutedExperts
 from model.linear import WeightSink
 from model.mla import LatentAttention
 from model.mlp import Mlp
-from model.norm import RmsNorm
+from model.norm import RmsNorm, normed_linears
 from model.router import Router, Routing
 
 
 class Moe(nn.Module):
     """The feed-forward part of a MoE layer: router, the routed experts held here, shared experts."""
 
-    def __init__(self, config: ModelConfig, experts: range, dtype: torch.dtype) -> None:
+    def __init__(self, config: ModelConfig, experts: range, dtype: torch.dtype, computing: Computing) -> None:
         super().__init__()
         hidden, narrow = config.hidden_size, config.expert_intermediate_size
         self.gate = Router(config, dtype)
-        self.experts = RoutedExperts(hidden, narrow, experts, dtype)
+        self.experts = RoutedExperts(hidden, narrow, experts, dtype, computing)
         self.shared_experts = (
-            Mlp(hidden, config.num_shared_experts * narrow, dtype) if config.num_shared_experts else None
+            Mlp(hidden, config.num_shared_experts * narrow, dtype, computing) if config.num_shared_experts else None
         )
 
 
@@ -43,14 +44,16 @@ class Attended:
 class Block(nn.Module):
     """One layer; dense where `experts` is None. Submodules carry the released checkpoint's names."""
 
-    def __init__(self, config: ModelConfig, experts: range | None, dtype: torch.dtype) -> None:
+    def __init__(self, config: ModelConfig, experts: range | None, dtype: torch.dtype, computing: Computing) -> None:
         super().__init__()
         hidden, eps = config.hidden_size, config.norm_eps
         self.input_layernorm = RmsNorm(hidden, eps, dtype)
-        self.self_attn = LatentAttention(config, dtype)
+        self.self_attn = LatentAttention(config, dtype, computing)
         self.post_attention_layernorm = RmsNorm(hidden, eps, dtype)
         self.mlp: Moe | Mlp = (
-            Mlp(hidden, config.dense_intermediate_size, dtype) if experts is None else Moe(config, experts, dtype)
+            Mlp(hidden, config.dense_intermediate_size, dtype, computing)
+            if experts is None
+            else Moe(config, experts, dtype, computing)
         )
 
     @property
@@ -58,36 +61,43 @@ class Block(nn.Module):
         """The MoE part, None in a dense layer."""
         return self.mlp if isinstance(self.mlp, Moe) else None
 
-    def dense(self, hidden_BTD: Tensor, sink: WeightSink | None) -> Tensor:
-        """A whole dense layer: BTD -> BTD."""
+    def dense(self, hidden_BTD: Tensor, sink: WeightSink | None, documents: Documents | None = None) -> Tensor:
+        """A whole dense layer: BTD -> BTD. `documents`: None where a token sees its whole sequence before it."""
         assert isinstance(self.mlp, Mlp)
-        residual = self._mix(hidden_BTD, sink)
-        out: Tensor = residual + self.mlp(self.post_attention_layernorm(residual), sink)
-        return out
+        residual = self.self_attn(hidden_BTD, self.input_layernorm, sink, documents)
+        return self.mlp.add(residual, self.post_attention_layernorm, sink)
 
-    def attend(self, hidden_BTD: Tensor, sink: WeightSink | None) -> Attended:
+    def attend(self, hidden_BTD: Tensor, sink: WeightSink | None, documents: Documents | None = None) -> Attended:
         """Norm, attention, residual, norm, router."""
         assert isinstance(self.mlp, Moe)
-        residual = self._mix(hidden_BTD, sink)
-        rows = self.post_attention_layernorm(residual)
-        return Attended(residual, rows, self.mlp.gate(rows))
+        residual = self.self_attn(hidden_BTD, self.input_layernorm, sink, documents)
+        gate = self.mlp.gate
+        # The router's gradient comes through autograd, in float32; what is sent to experts is not kept here.
+        rows, logits = normed_linears(
+            residual,
+            self.post_attention_layernorm,
+            (gate.weight,),
+            None,
+            keeps_normal=False,
+            gives_normal=True,
+            is_wide=True,
+        )
+        return Attended(residual, rows, gate.route(logits))
 
     def apply_experts(
         self,
         residual_BTD: Tensor,
-        rows_BTD: Tensor,
         arrived_AD: Tensor,
         weights_A: Tensor,
         counts: Sequence[int],
         sink: WeightSink | None,
     ) -> tuple[Tensor, Tensor]:
-        """Routed experts on the rows that arrived (AD), and residual plus shared experts on the rank's own (BTD)."""
+        """Routed experts on the rows that arrived (AD), and `shared` on the rank's own (BTD)."""
         assert isinstance(self.mlp, Moe)
-        routed_AD = self.mlp.experts(arrived_AD, weights_A, counts, sink)
-        shared = self.mlp.shared_experts
-        base_BTD = residual_BTD if shared is None else residual_BTD + shared(rows_BTD, sink)
-        return routed_AD, base_BTD
+        return self.mlp.experts(arrived_AD, weights_A, counts, sink), self.shared(residual_BTD, sink)
 
-    def _mix(self, hidden_BTD: Tensor, sink: WeightSink | None) -> Tensor:
-        mixed: Tensor = hidden_BTD + self.self_attn(self.input_layernorm(hidden_BTD), sink)
-        return mixed
+    def shared(self, residual_BTD: Tensor, sink: WeightSink | None) -> Tensor:
+        """Residual plus shared experts, which norm the residual themselves: its normalised rows need not be kept."""
+        assert isinstance(self.mlp, Moe)
+        experts = self.mlp.shared_experts
+        return residual_BTD if experts is None else experts.add(residual_BTD, self.post_attention_layernorm, sink)

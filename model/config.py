@@ -26,6 +26,22 @@ class YarnRope:
 
 RopeScaling = PlainRope | YarnRope
 
+Recomputed = Literal["norm", "mla_up", "swiglu"]
+RECOMPUTED: tuple[Recomputed, ...] = ("norm", "mla_up", "swiglu")
+"""What a backward may compute anew instead of keeping it: outputs of RMSNorms, of MLA's up-projections (queries, keys
+and values), and of SwiGLU gates (arXiv:2412.19437, section 3.2.3)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Computing:
+    """How a model is computed, which changes no result beyond rounding.
+
+    recomputed: what a backward computes anew. attention: the implementation; `auto` takes the best that is installed.
+    """
+
+    recomputed: frozenset[Recomputed] = frozenset(RECOMPUTED)
+    attention: Literal["auto", "sdpa", "flash_attention", "flex"] = "auto"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:

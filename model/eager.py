@@ -1,6 +1,6 @@
 """The dispatcher's explicit calls under plain autograd, for a model called as an ordinary module.
 
-Shape legend: N tokens, K experts per token, D hidden size, A arrived rows.
+Shape legend: B sequences, T tokens of one, N tokens, K experts per token, D hidden size, A arrived rows.
 """
 
 from typing import Any
@@ -8,7 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from comm.protocol import Arrived, Dispatcher, Handle
+from comm.protocol import Arrived, Dispatcher, Handle, HomeHandle
+from kernels.attention.documents import Documents
+from model.block import Block
+from model.router import Routing
 
 
 class _Dispatch(torch.autograd.Function):
@@ -49,3 +52,24 @@ def combine(dispatcher: Dispatcher, rows_AD: Tensor, handle: Handle) -> Tensor:
     """`Dispatcher.combine`, differentiable; ND."""
     out: Tensor = _Combine.apply(rows_AD, dispatcher, handle)  # type: ignore[no-untyped-call]
     return out
+
+
+def run_block(
+    block: Block, dispatcher: Dispatcher, hidden_BTD: Tensor, documents: Documents | None
+) -> tuple[Tensor, Routing | None]:
+    """A whole layer, BTD -> BTD, and where its tokens went, if it is a MoE layer."""
+    if block.moe is None:
+        return block.dense(hidden_BTD, None, documents), None
+    attended = block.attend(hidden_BTD, None, documents)
+    routing, rows_ND = attended.routing, attended.rows_BTD.flatten(0, 1)
+    handle = dispatcher.plan(routing.ids_NK, routing.weights_NK)
+    if isinstance(handle, HomeHandle):
+        summed = block.moe.experts.at_home(rows_ND, routing.weights_NK, handle.counts, handle.home_order)
+        base = block.shared(attended.residual_BTD, None)
+    else:
+        arrived = dispatch(dispatcher, rows_ND, routing.weights_NK, handle)
+        routed, base = block.apply_experts(
+            attended.residual_BTD, arrived.rows_AD, arrived.weights_A, arrived.counts, None
+        )
+        summed = combine(dispatcher, routed, handle)
+    return base + summed.view_as(base), routing

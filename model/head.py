@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from kernels.cross_entropy.reference import linear_cross_entropy
+from kernels.rms_norm.reference import inverse_rms, normalise, normalise_backward
 from model.block import Block
-from model.config import ModelConfig
-from model.linear import WeightSink, linear
+from model.config import Computing, ModelConfig
+from model.linear import WeightSink, give
 from model.mla import Projection
 from model.norm import RmsNorm
-from model.precision import widen
 
 
 class _SplitEmbedding(torch.autograd.Function):
@@ -58,14 +59,53 @@ class SharedHead(nn.Module):
         self.norm = RmsNorm(config.hidden_size, config.norm_eps, dtype)
 
 
+class _Merge(torch.autograd.Function):
+    """[norm(embedded), norm(hidden)] projection^T, both norms computed anew in the backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        embedded: Tensor,
+        hidden: Tensor,
+        enorm_D: Tensor,
+        hnorm_D: Tensor,
+        projection_DE: Tensor,
+        eps: float,
+        sink: WeightSink | None,
+    ) -> Tensor:
+        ctx.save_for_backward(embedded, hidden, enorm_D, hnorm_D, projection_DE)
+        ctx.eps, ctx.sink = eps, sink
+        return functional.linear(_normalise_both(embedded, hidden, enorm_D, hnorm_D, eps), projection_DE)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        embedded, hidden, enorm_D, hnorm_D, projection_DE = ctx.saved_tensors
+        grad, eps = grads[0], ctx.eps
+
+        def gradient() -> Tensor:
+            both = _normalise_both(embedded, hidden, enorm_D, hnorm_D, eps)
+            return grad.flatten(0, -2).t() @ both.flatten(0, -2)
+
+        grad_projection = give(projection_DE, gradient, ctx.sink)
+        grad_left, grad_right = (grad @ projection_DE).chunk(2, -1)
+        grad_embedded, grad_enorm = normalise_backward(grad_left, embedded, inverse_rms(embedded, eps), enorm_D)
+        grad_hidden, grad_hnorm = normalise_backward(grad_right, hidden, inverse_rms(hidden, eps), hnorm_D)
+        return grad_embedded, grad_hidden, grad_enorm, grad_hnorm, grad_projection, None, None
+
+
+def _normalise_both(embedded: Tensor, hidden: Tensor, enorm_D: Tensor, hnorm_D: Tensor, eps: float) -> Tensor:
+    left = normalise(embedded, inverse_rms(embedded, eps), enorm_D)
+    return torch.cat((left, normalise(hidden, inverse_rms(hidden, eps), hnorm_D)), -1)
+
+
 class MtpBlock(Block):
     """An MTP module: a whole MoE layer, the projection of its two inputs, its own final norm.
 
     The projection reads [norm(embedding), norm(hidden)], the order of the released weights.
     """
 
-    def __init__(self, config: ModelConfig, experts: range, dtype: torch.dtype) -> None:
-        super().__init__(config, experts, dtype)
+    def __init__(self, config: ModelConfig, experts: range, dtype: torch.dtype, computing: Computing) -> None:
+        super().__init__(config, experts, dtype, computing)
         hidden, eps = config.hidden_size, config.norm_eps
         self.enorm = RmsNorm(hidden, eps, dtype)
         self.hnorm = RmsNorm(hidden, eps, dtype)
@@ -74,11 +114,44 @@ class MtpBlock(Block):
 
     def merge(self, embedded_BTD: Tensor, hidden_BTD: Tensor, sink: WeightSink | None) -> Tensor:
         """Embedding of the token k ahead and the state of the depth before: the block's input, BTD."""
-        both = torch.cat((self.enorm(embedded_BTD), self.hnorm(hidden_BTD)), -1)
-        return self.eh_proj(both, sink)  # type: ignore[no-any-return]
+        norms = (self.enorm.weight, self.hnorm.weight)
+        out: Tensor = _Merge.apply(  # type: ignore[no-untyped-call]
+            embedded_BTD, hidden_BTD, *norms, self.eh_proj.weight, self.enorm.eps, sink
+        )
+        return out
+
+
+class _CrossEntropySum(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, normal_ND: Tensor, head_VD: Tensor, targets_N: Tensor, sink: WeightSink | None, records: bool
+    ) -> Tensor:
+        wants_head = records and head_VD.requires_grad
+        found = linear_cross_entropy(normal_ND, head_VD, targets_N, wants_rows=records, wants_head=wants_head)
+        if records:
+            ctx.save_for_backward(found.rows_ND, found.head_VD, head_VD)
+            ctx.sink = sink
+        return found.nats
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (factor,) = grads
+        rows_ND, found_VD, head_VD = ctx.saved_tensors
+        grad_head = None
+        if found_VD is not None:
+            grad_head = give(head_VD, lambda: found_VD.mul_(factor), ctx.sink)
+        if grad_head is not None:
+            grad_head = grad_head.to(head_VD.dtype)
+        return rows_ND.mul_(factor), grad_head, None, None, None
 
 
 def cross_entropy_sum(normal_BTD: Tensor, head_VD: Tensor, targets_BT: Tensor, sink: WeightSink | None) -> Tensor:
-    """Sum over targets of the cross-entropy in nats, in float32 or wider; a target of -100 counts nothing."""
-    logits_BTV = widen(linear(normal_BTD, head_VD, sink))
-    return functional.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), reduction="sum")
+    """Sum over targets of the cross-entropy in nats, in float32 or wider; a target of -100 counts nothing.
+
+    Logits exist for a few rows at a time; gradients are made on the way, so that each row's logits are computed once.
+    """
+    records = torch.is_grad_enabled()
+    nats: Tensor = _CrossEntropySum.apply(  # type: ignore[no-untyped-call]
+        normal_BTD.flatten(0, 1), head_VD, targets_BT.flatten(), sink, records
+    )
+    return nats

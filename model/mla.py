@@ -5,12 +5,16 @@ Shape legend: B sequences, T tokens, D hidden size, H heads.
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from model.config import ModelConfig
+from kernels.attention.documents import Documents
+from model.attention import LatentShape, LatentWeights, Mixing, mix
+from model.config import Computing, ModelConfig
 from model.linear import WeightSink, linear
-from model.norm import RmsNorm
-from model.rope import rotate, rotation_table, softmax_scale
+from model.norm import RmsNorm, normed_linears
+from model.rope import rotation_table, softmax_scale
+
+# The released code leaves these two norms at its class' default, whatever the model's own.
+LATENT_NORM_EPS = 1e-6
 
 
 class Projection(nn.Module):
@@ -28,50 +32,60 @@ class Projection(nn.Module):
 class LatentAttention(nn.Module):
     """Queries through a low-rank latent, keys and values from one shared latent and one rotated key for all heads."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, computing: Computing) -> None:
         super().__init__()
         self._config = config
-        heads, hidden, eps = config.num_heads, config.hidden_size, config.norm_eps
+        self._computing = computing
+        heads, hidden = config.num_heads, config.hidden_size
         query_size = heads * config.qk_head_dim
         if config.q_lora_rank is None:
             self.q_proj = Projection(hidden, query_size, dtype)
         else:
             self.q_a_proj = Projection(hidden, config.q_lora_rank, dtype)
-            self.q_a_layernorm = RmsNorm(config.q_lora_rank, eps, dtype)
+            self.q_a_layernorm = RmsNorm(config.q_lora_rank, LATENT_NORM_EPS, dtype)
             self.q_b_proj = Projection(config.q_lora_rank, query_size, dtype)
         latent = config.kv_lora_rank
         self.kv_a_proj_with_mqa = Projection(hidden, latent + config.qk_rope_head_dim, dtype)
-        self.kv_a_layernorm = RmsNorm(latent, eps, dtype)
+        self.kv_a_layernorm = RmsNorm(latent, LATENT_NORM_EPS, dtype)
         self.kv_b_proj = Projection(latent, heads * (config.qk_nope_head_dim + config.v_head_dim), dtype)
         self.o_proj = Projection(heads * config.v_head_dim, hidden, dtype)
-        self._scale = softmax_scale(config)
+        self._shape = LatentShape(
+            num_heads=heads,
+            nope=config.qk_nope_head_dim,
+            rope=config.qk_rope_head_dim,
+            value=config.v_head_dim,
+            latent=latent,
+            eps=LATENT_NORM_EPS,
+            scale=softmax_scale(config),
+        )
         self._tables: dict[tuple[int, torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
-    def forward(self, x_BTD: Tensor, sink: WeightSink | None) -> Tensor:
-        """Causal attention over each sequence: BTD -> BTD."""
-        config = self._config
-        cos, sin = self._rotation(x_BTD)
-        query = self._query(x_BTD, sink).unflatten(-1, (config.num_heads, config.qk_head_dim))
-        query_plain, query_rope = query.split([config.qk_nope_head_dim, config.qk_rope_head_dim], -1)
-        latent, key_rope = self.kv_a_proj_with_mqa(x_BTD, sink).split(
-            [config.kv_lora_rank, config.qk_rope_head_dim], -1
+    def forward(
+        self, x_BTD: Tensor, norm: RmsNorm, sink: WeightSink | None, documents: Documents | None = None
+    ) -> Tensor:
+        """x + attention(norm(x)), causal over each sequence or each of its documents: BTD -> BTD."""
+        has_latent = self._config.q_lora_rank is not None
+        query_weight = self.q_a_proj.weight if has_latent else self.q_proj.weight
+        keeps_normal = "norm" not in self._computing.recomputed
+        query, latent = normed_linears(
+            x_BTD, norm, (query_weight, self.kv_a_proj_with_mqa.weight), sink, keeps_normal=keeps_normal
         )
-        expanded = self.kv_b_proj(self.kv_a_layernorm(latent), sink)
-        key_plain, value = expanded.unflatten(-1, (config.num_heads, -1)).split(
-            [config.qk_nope_head_dim, config.v_head_dim], -1
+        weights = LatentWeights(
+            query_norm=self.q_a_layernorm.weight if has_latent else None,
+            query_up=self.q_b_proj.weight if has_latent else None,
+            latent_norm=self.kv_a_layernorm.weight,
+            latent_up=self.kv_b_proj.weight,
+            out=self.o_proj.weight,
         )
-        query = torch.cat((query_plain, rotate(query_rope, cos, sin)), -1)
-        shared_key = rotate(key_rope[:, :, None], cos, sin).expand(-1, -1, config.num_heads, -1)
-        key = torch.cat((key_plain, shared_key), -1)
-        mixed = functional.scaled_dot_product_attention(
-            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), is_causal=True, scale=self._scale
+        mixing = Mixing(
+            shape=self._shape,
+            computing=self._computing,
+            rotation=self._rotation(x_BTD),
+            documents=documents,
+            sink=sink,
+            records=torch.is_grad_enabled(),
         )
-        return self.o_proj(mixed.transpose(1, 2).flatten(2), sink)  # type: ignore[no-any-return]
-
-    def _query(self, x_BTD: Tensor, sink: WeightSink | None) -> Tensor:
-        if self._config.q_lora_rank is None:
-            return self.q_proj(x_BTD, sink)  # type: ignore[no-any-return]
-        return self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTD, sink)), sink)  # type: ignore[no-any-return]
+        return mix(x_BTD, query, latent, weights, mixing)
 
     def _rotation(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
         dtype = torch.promote_types(x_BTD.dtype, torch.float32)

@@ -1,23 +1,62 @@
-"""The SwiGLU feed-forward network of dense layers and of shared experts."""
+"""The SwiGLU feed-forward network of dense layers and of shared experts.
+
+Shape legend: A rows, D hidden size, M intermediate size.
+"""
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from model.linear import WeightSink
+from kernels.swiglu.reference import swiglu, swiglu_backward
+from model.config import Computing
+from model.linear import WeightSink, give, linear
 from model.mla import Projection
+from model.norm import RmsNorm, normed_linears
+
+
+class _GatedDown(torch.autograd.Function):
+    """base + (silu(gate) * up) down^T, the product in brackets computed anew in the backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, base: Tensor, gate: Tensor, up: Tensor, down_DM: Tensor, sink: WeightSink | None, keeps: bool
+    ) -> Tensor:
+        gate_AM, up_AM = gate.flatten(0, -2), up.flatten(0, -2)
+        gated_AM = swiglu(gate_AM, up_AM)
+        ctx.save_for_backward(gate_AM, up_AM, down_DM, *((gated_AM,) if keeps else ()))
+        ctx.sink, ctx.shape = sink, gate.shape
+        return torch.addmm(base.flatten(0, -2), gated_AM, down_DM.t()).view_as(base)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        gate_AM, up_AM, down_DM, *kept = ctx.saved_tensors
+        grad_AD = grad.flatten(0, -2)
+        grad_down = give(down_DM, lambda: grad_AD.t() @ (kept[0] if kept else swiglu(gate_AM, up_AM)), ctx.sink)
+        grad_gate_AM, grad_up_AM = swiglu_backward(grad_AD @ down_DM, gate_AM, up_AM)
+        return grad, grad_gate_AM.view(ctx.shape), grad_up_AM.view(ctx.shape), grad_down, None, None
 
 
 class Mlp(nn.Module):
-    """down(silu(gate(x)) * up(x)): [..., hidden] -> [..., hidden]."""
+    """down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, hidden: int, intermediate: int, dtype: torch.dtype) -> None:
+    def __init__(self, hidden: int, intermediate: int, dtype: torch.dtype, computing: Computing) -> None:
         super().__init__()
+        self._computing = computing
         self.gate_proj = Projection(hidden, intermediate, dtype)
         self.up_proj = Projection(hidden, intermediate, dtype)
         self.down_proj = Projection(intermediate, hidden, dtype)
 
     def forward(self, x: Tensor, sink: WeightSink | None) -> Tensor:
-        """Same shape as x."""
-        gated = functional.silu(self.gate_proj(x, sink)) * self.up_proj(x, sink)
-        return self.down_proj(gated, sink)  # type: ignore[no-any-return]
+        """[..., D] -> [..., D]."""
+        return linear(swiglu(self.gate_proj(x, sink), self.up_proj(x, sink)), self.down_proj.weight, sink)
+
+    def add(self, x: Tensor, norm: RmsNorm, sink: WeightSink | None) -> Tensor:
+        """x plus the network of norm(x), keeping x alone of the two: [..., D] -> [..., D]."""
+        recomputed = self._computing.recomputed
+        weights = (self.gate_proj.weight, self.up_proj.weight)
+        gate, up = normed_linears(x, norm, weights, sink, keeps_normal="norm" not in recomputed)
+        keeps = "swiglu" not in recomputed
+        out: Tensor = _GatedDown.apply(x, gate, up, self.down_proj.weight, sink, keeps)  # type: ignore[no-untyped-call]
+        return out

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from kernels.attention.documents import Documents
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MicroBatch:
@@ -15,11 +17,12 @@ class MicroBatch:
 
     inputs_BT: per depth k = 0 (main), 1, ... the token embedded at each position (shifted by k).
     targets_BT: per depth the token to predict (shifted by k + 1), -100 where there is none.
-    All int64 [B, T].
+    All int64 [B, T]. documents: which tokens see each other; None: each those before it.
     """
 
     inputs_BT: tuple[Tensor, ...]
     targets_BT: tuple[Tensor, ...]
+    documents: Documents | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,12 +8,14 @@ Shape legend: B sequences, T tokens of one, N = B T tokens, D hidden size, K exp
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from comm.protocol import Arrived, Dispatcher, Handle, Label, Then, Work
+from kernels.attention.documents import Documents
 from model.block import Block
 from model.gradients import GradientStore, WeightQueue
 from model.linear import WeightSink
@@ -31,41 +33,70 @@ class Computed:
     loss: Tensor | None = None
 
 
+class _Entry:
+    """Where the gradients of a phase's inputs arrive. The inputs are kept by what needs them, if anything."""
+
+    gradients: Gradients = ()
+
+
+class _Enter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, entry: _Entry, *values: Tensor) -> Values:
+        ctx.entry = entry
+        ctx.set_materialize_grads(False)
+        entered = tuple(value.view_as(value) for value in values)
+        ctx.mark_non_differentiable(*(value for value in entered if not value.is_floating_point()))
+        return entered
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, ...]:
+        ctx.entry.gradients = grads
+        return (None, None, *(None for _ in grads))
+
+
 class ComputePhase:
-    """A differentiable function of the values before it, with its weight gradients put off until `weight`."""
+    """A differentiable function of the values before it, with its weight gradients put off until `weight`.
+
+    Between forward and backward it keeps the function's graph alone: inputs and outputs live on only where the graph
+    has saved them.
+    """
 
     def __init__(self, function: Callable[[Values, WeightSink | None], Computed], store: GradientStore | None) -> None:
         self._function = function
         self._store = store
         self._queue = WeightQueue()
-        self._inputs: Values = ()
-        self._outputs: Computed | None = None
+        self._entry = _Entry()
+        self._ends: tuple[GradientEdge | None, ...] = ()
+        self._loss: Tensor | None = None
 
     def forward(self, values: Values) -> Values:
         """The function's values, cut off from its graph. Without a store nothing is kept for a backward."""
         if self._store is None:
             with torch.no_grad():
                 return self._function(values, None).values
-        self._inputs = tuple(value.detach().requires_grad_(value.is_floating_point()) for value in values)
         with torch.enable_grad():
-            self._outputs = self._function(self._inputs, self._queue)
-        return tuple(value.detach() for value in self._outputs.values)
+            self._entry.gradients = (None,) * len(values)
+            anchor = torch.zeros((), requires_grad=True)
+            entered: Values = _Enter.apply(anchor, self._entry, *values) if values else ()  # type: ignore[no-untyped-call]
+            computed = self._function(entered, self._queue)
+        self._ends = tuple(get_gradient_edge(value) if value.requires_grad else None for value in computed.values)
+        self._loss = computed.loss
+        return tuple(value.detach() for value in computed.values)
 
     def backward(self, gradients: Gradients) -> Gradients:
         """Gradients of the inputs; weight gradients of linear maps wait in the queue."""
-        assert self._outputs is not None
-        roots: list[Tensor] = []
+        roots: list[GradientEdge] = []
         seeds: list[Tensor] = []
-        for value, gradient in zip(self._outputs.values, gradients, strict=True):
-            if gradient is not None and value.requires_grad:
-                roots.append(value)
+        for end, gradient in zip(self._ends, gradients, strict=True):
+            if gradient is not None and end is not None:
+                roots.append(end)
                 seeds.append(gradient)
-        if self._outputs.loss is not None:
-            roots.append(self._outputs.loss)
-            seeds.append(torch.ones_like(self._outputs.loss))
+        if self._loss is not None:
+            roots.append(get_gradient_edge(self._loss))
+            seeds.append(torch.ones_like(self._loss))
+        self._ends, self._loss = (), None
         torch.autograd.backward(roots, seeds)
-        inputs = tuple(value.grad for value in self._inputs)
-        self._inputs, self._outputs = (), None
+        inputs, self._entry.gradients = self._entry.gradients, ()
         return inputs
 
     def weight(self) -> None:
@@ -95,7 +126,7 @@ class Exchange:
 
 
 class DispatchPhase:
-    """(residual, rows, weights, ids) -> (residual, rows, arrived rows, arrived weights)."""
+    """(residual, rows, weights, ids) -> (residual, arrived rows, arrived weights)."""
 
     def __init__(self, exchange: Exchange) -> None:
         self._exchange = exchange
@@ -107,20 +138,19 @@ class DispatchPhase:
 
         def finish(arrived: Arrived) -> Values:
             self._exchange.counts = arrived.counts
-            return residual, rows_BTD, arrived.rows_AD, arrived.weights_A
+            return residual, arrived.rows_AD, arrived.weights_A
 
         return Then(self._exchange.dispatcher.dispatch(rows_BTD.flatten(0, 1), weights_NK, handle), finish)
 
     def backward(self, gradients: Gradients) -> Work[Gradients]:
         """Brings the gradients of rows and weights back to their tokens."""
-        residual_BTD, own_BTD, rows_AD, weights_A = gradients
+        residual_BTD, rows_AD, weights_A = gradients
         assert residual_BTD is not None
         assert rows_AD is not None
         assert weights_A is not None
 
         def finish(back: tuple[Tensor, Tensor]) -> Gradients:
-            rows_BTD = back[0].view_as(residual_BTD)
-            return residual_BTD, (rows_BTD if own_BTD is None else own_BTD + rows_BTD), back[1], None
+            return residual_BTD, back[0].view_as(residual_BTD), back[1], None
 
         handle = self._exchange.planned()
         return Then(self._exchange.dispatcher.dispatch_backward(rows_AD, weights_A, handle), finish)
@@ -163,22 +193,27 @@ def block_lanes(dense: bool) -> tuple[Lane, ...]:
 
 
 def block_phases(
-    block: Block, dispatcher: Dispatcher, store: GradientStore | None, note_balance: BalanceNote, label: Label
+    block: Block,
+    dispatcher: Dispatcher,
+    store: GradientStore | None,
+    note_balance: BalanceNote,
+    label: Label,
+    documents: Documents | None = None,
 ) -> list[Phase]:
     """The phases of one micro-batch through one block: (hidden,) -> (hidden,). `label`: of its exchanges."""
     if block.moe is None:
-        return [ComputePhase(lambda values, sink: Computed((block.dense(values[0], sink),)), store)]
+        return [ComputePhase(lambda values, sink: Computed((block.dense(values[0], sink, documents),)), store)]
     exchange = Exchange(dispatcher, label)
 
     def attend(values: Values, sink: WeightSink | None) -> Computed:
-        attended = block.attend(values[0], sink)
+        attended = block.attend(values[0], sink, documents)
         routing = attended.routing
         out = (attended.residual_BTD, attended.rows_BTD, routing.weights_NK, routing.ids_NK)
         return Computed(out, note_balance(routing.balance))
 
     def experts(values: Values, sink: WeightSink | None) -> Computed:
-        residual, rows, arrived, weights = values
-        return Computed(block.apply_experts(residual, rows, arrived, weights, exchange.counts, sink))
+        residual, arrived, weights = values
+        return Computed(block.apply_experts(residual, arrived, weights, exchange.counts, sink))
 
     return [
         ComputePhase(attend, store),

@@ -28,7 +28,7 @@ def inverse_frequencies(config: ModelConfig) -> Tensor:
             low = max(math.floor(pair_with(yarn.beta_fast)), 0)
             high = min(math.ceil(pair_with(yarn.beta_slow)), size - 1)
             pairs = torch.arange(size // 2, dtype=torch.float64)
-            ramp = ((pairs - low) / max(high - low, 1e-3)).clamp(0, 1)
+            ramp = ((pairs - low) / ((high - low) or 1e-3)).clamp(0, 1)
             return plain * (1 - ramp) + plain / yarn.factor * ramp
         case _ as other:
             assert_never(other)
@@ -61,7 +61,20 @@ def rotation_table(config: ModelConfig, num_positions: int, dtype: torch.dtype) 
 
 
 def rotate(x_BTHR: Tensor, cos_TP: Tensor, sin_TP: Tensor) -> Tensor:
-    """Each pair (x0, x1), (x2, x3), ... turned by its position's angle. Same shape and type as x."""
-    even, odd = x_BTHR.to(cos_TP.dtype).unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = cos_TP[:, None], sin_TP[:, None]
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).to(x_BTHR.dtype)
+    """Each pair (x0, x1), (x2, x3), ... turned by its position's angle. Same shape and type as x.
+
+    Args:
+        x_BTHR: floating point.
+        cos_TP: of each position and pair, [T, R / 2] or [B, T, R / 2], float32 or float64; `sin_TP` likewise.
+    """
+    pairs = torch.view_as_complex(x_BTHR.to(cos_TP.dtype).contiguous().unflatten(-1, (-1, 2)))
+    turned = pairs * torch.complex(cos_TP, sin_TP).unsqueeze(-2)
+    return torch.view_as_real(turned).flatten(-2).to(x_BTHR.dtype)
+
+
+def rotate_(x_BTHR: Tensor, cos_TP: Tensor, sin_TP: Tensor) -> None:
+    """`rotate` in place; x may be a part of each row of a larger tensor."""
+    if x_BTHR.dtype == cos_TP.dtype and all(stride % 2 == 0 for stride in x_BTHR.stride()[:-1]):
+        torch.view_as_complex(x_BTHR.unflatten(-1, (-1, 2))).mul_(torch.complex(cos_TP, sin_TP).unsqueeze(-2))
+    else:
+        x_BTHR.copy_(rotate(x_BTHR, cos_TP, sin_TP))

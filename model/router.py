@@ -14,14 +14,30 @@ from comm.node_limit import limit_groups
 from model.config import ModelConfig
 from model.precision import widen
 
+# Of a group's biased scores, how many make its score, whatever the experts per token: as in the released code.
+GROUP_SCORE_EXPERTS = 2
+
 
 @dataclass(frozen=True, slots=True)
 class Routing:
-    """ids_NK int64, weights_NK (float32 or wider), and the sum over sequences of the balance loss, unscaled."""
+    """ids_NK int64, weights_NK and scores_BTE (sigmoid, unbiased) in float32 or wider."""
 
     ids_NK: Tensor
     weights_NK: Tensor
-    balance: Tensor
+    scores_BTE: Tensor
+
+    @property
+    def balance(self) -> Tensor:
+        """Sum over sequences of sum_i f_i P_i, unscaled; f from plain top-k of unbiased scores, without gradient."""
+        scores_BTE, num_experts_per_token = self.scores_BTE, self.ids_NK.shape[1]
+        _, tokens, num_experts = scores_BTE.shape
+        top_BTK = scores_BTE.detach().topk(num_experts_per_token, -1, sorted=False).indices
+        counts_BE = torch.zeros_like(scores_BTE[:, 0]).scatter_add_(
+            1, top_BTK.flatten(1), torch.ones_like(top_BTK.flatten(1), dtype=scores_BTE.dtype)
+        )
+        frequency_BE = counts_BE * (num_experts / (num_experts_per_token * tokens))
+        share_BE = (scores_BTE / scores_BTE.sum(-1, keepdim=True)).mean(1)
+        return (frequency_BE * share_BE).sum()
 
 
 class Router(nn.Module):
@@ -38,14 +54,18 @@ class Router(nn.Module):
         self.register_buffer("load", torch.zeros(config.num_routed_experts, dtype=torch.int64), persistent=False)
 
     def forward(self, x_BTD: Tensor) -> Routing:
-        """Routes every token; adds this rank's choices to `load` when gradients are recorded."""
-        scores_BTE = functional.linear(widen(x_BTD), widen(self.weight)).sigmoid()
+        """Routes every token by its normalised state."""
+        return self.route(functional.linear(widen(x_BTD), widen(self.weight)))
+
+    def route(self, logits_BTE: Tensor) -> Routing:
+        """Routes every token by its logits; adds this rank's choices to `load` when gradients are recorded."""
+        scores_BTE = logits_BTE.sigmoid()
         ids_NK = self._choose(scores_BTE.detach().flatten(0, 1))
         chosen_NK = scores_BTE.flatten(0, 1).gather(1, ids_NK)
         weights_NK = chosen_NK / (chosen_NK.sum(-1, keepdim=True) + 1e-20) * self._config.routed_scaling_factor
         if torch.is_grad_enabled():
             self.load += torch.bincount(ids_NK.flatten(), minlength=self._config.num_routed_experts)
-        return Routing(ids_NK, weights_NK, self._balance(scores_BTE))
+        return Routing(ids_NK, weights_NK, scores_BTE)
 
     def update_bias(self, load_E: Tensor, rate: float) -> None:
         """Raises the bias of experts below the mean load and lowers that of those above it, by `rate`.
@@ -65,19 +85,7 @@ class Router(nn.Module):
                 biased_NE,
                 config.num_expert_groups,
                 config.num_limited_groups,
-                config.num_experts_per_token // config.num_limited_groups,
+                min(GROUP_SCORE_EXPERTS, config.num_routed_experts // config.num_expert_groups),
             )
             biased_NE = biased_NE.masked_fill(~kept_NE, -torch.inf)
         return biased_NE.topk(config.num_experts_per_token, -1, sorted=False).indices
-
-    def _balance(self, scores_BTE: Tensor) -> Tensor:
-        """Sum over sequences of sum_i f_i P_i; f from plain top-k of unbiased scores, without gradient."""
-        config = self._config
-        top_BTK = scores_BTE.detach().topk(config.num_experts_per_token, -1, sorted=False).indices
-        counts_BE = torch.zeros_like(scores_BTE[:, 0]).scatter_add_(
-            1, top_BTK.flatten(1), torch.ones_like(top_BTK.flatten(1), dtype=scores_BTE.dtype)
-        )
-        tokens = scores_BTE.shape[1]
-        frequency_BE = counts_BE * (config.num_routed_experts / (config.num_experts_per_token * tokens))
-        share_BE = (scores_BTE / scores_BTE.sum(-1, keepdim=True)).mean(1)
-        return (frequency_BE * share_BE).sum()

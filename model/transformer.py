@@ -10,15 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from comm.protocol import Dispatcher
+from kernels.attention.documents import Documents
 from model.block import Block
-from model.config import ModelConfig
-from model.eager import combine, dispatch
+from model.config import Computing, ModelConfig
+from model.eager import run_block
 from model.experts import RoutedExperts
 from model.head import Embedding, MtpBlock, cross_entropy_sum
 from model.linear import WeightSink
 from model.mla import Projection
-from model.norm import RmsNorm
+from model.norm import RmsNorm, normed_linears
 from model.objective import LossSums, MicroBatch, Objective
+from model.precision import widen
 from model.router import Router
 
 BIAS = "e_score_correction_bias"
@@ -46,14 +48,15 @@ def whole(config: ModelConfig) -> Part:
 class Trunk(nn.Module):
     """Embedding, layers, final norm: what stands under `model.` in the released checkpoint."""
 
-    def __init__(self, config: ModelConfig, part: Part, dtype: torch.dtype) -> None:
+    def __init__(self, config: ModelConfig, part: Part, dtype: torch.dtype, computing: Computing) -> None:
         super().__init__()
         blocks: dict[str, nn.Module] = {}
         for layer in sorted(part.layers):
             if layer >= config.num_layers:
-                blocks[str(layer)] = MtpBlock(config, part.experts, dtype)
+                blocks[str(layer)] = MtpBlock(config, part.experts, dtype, computing)
             else:
-                blocks[str(layer)] = Block(config, None if layer < config.num_dense_layers else part.experts, dtype)
+                experts = None if layer < config.num_dense_layers else part.experts
+                blocks[str(layer)] = Block(config, experts, dtype, computing)
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype) if part.embedding else None
         self.layers = nn.ModuleDict(blocks)
         self.norm = RmsNorm(config.hidden_size, config.norm_eps, dtype) if part.head else None
@@ -67,18 +70,25 @@ class Transformer(nn.Module):
         dispatcher: how rows reach experts when the model is called as a plain module.
         dtype: of every weight; router bias stays float32.
         part: what is held; None means the whole.
+        computing: what a backward computes anew, and by which attention.
 
     Weights are uninitialised until `initialise`. Their names are the released checkpoint's.
     """
 
     def __init__(
-        self, config: ModelConfig, dispatcher: Dispatcher, dtype: torch.dtype, part: Part | None = None
+        self,
+        config: ModelConfig,
+        dispatcher: Dispatcher,
+        dtype: torch.dtype,
+        part: Part | None = None,
+        computing: Computing = Computing(),  # noqa: B008  frozen
     ) -> None:
         super().__init__()
         self.config = config
+        self._computing = computing
         self.dispatcher = dispatcher
         part = part or whole(config)
-        self.model = Trunk(config, part, dtype)
+        self.model = Trunk(config, part, dtype, computing)
         self.lm_head = Projection(config.hidden_size, config.vocab_size, dtype) if part.head else None
 
     def block(self, layer: int) -> Block:
@@ -111,13 +121,19 @@ class Transformer(nn.Module):
         assert self.model.norm is not None
         return self.model.norm
 
-    def forward(self, tokens_BT: Tensor) -> Tensor:
-        """Logits of the main head, float32 or wider: BT -> BTV."""
+    def forward(self, tokens_BT: Tensor, documents: Documents | None = None) -> Tensor:
+        """Logits of the main head, float32 or wider: BT -> BTV.
+
+        Args:
+            tokens_BT: int64.
+            documents: which tokens see each other; None: each those before it.
+        """
         hidden = self.embed(tokens_BT, None)
         for layer in range(self.config.num_layers):
-            hidden = self._run(self.block(layer), hidden)[0]
-        logits: Tensor = torch.nn.functional.linear(self.final_norm(0)(hidden), self.head_weight)
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+            hidden, _ = run_block(self.block(layer), self.dispatcher, hidden, documents)
+        keeps_normal = "norm" not in self._computing.recomputed
+        (logits,) = normed_linears(hidden, self.final_norm(0), (self.head_weight,), None, keeps_normal=keeps_normal)
+        return widen(logits)
 
     def loss(self, batch: MicroBatch, objective: Objective, sums: LossSums) -> Tensor:
         """The micro-batch's part of the step's loss, through plain autograd; needs the whole model."""
@@ -129,8 +145,9 @@ class Transformer(nn.Module):
                 hidden = block.merge(self.embed(batch.inputs_BT[depth], None), hidden, None)
             layers = [config.num_layers + depth - 1] if depth else range(config.num_layers)
             for layer in layers:
-                hidden, balance = self._run(self.block(layer), hidden)
-                if balance is not None:
+                hidden, routing = run_block(self.block(layer), self.dispatcher, hidden, batch.documents)
+                if routing is not None:
+                    balance = routing.balance
                     sums.add_balance(balance)
                     total = total + objective.balance * balance
             normal = self.final_norm(depth)(hidden)
@@ -140,18 +157,6 @@ class Transformer(nn.Module):
             if config.mtp_hidden == "post_norm":
                 hidden = normal
         return total
-
-    def _run(self, block: Block, hidden_BTD: Tensor) -> tuple[Tensor, Tensor | None]:
-        if block.moe is None:
-            return block.dense(hidden_BTD, None), None
-        attended = block.attend(hidden_BTD, None)
-        routing = attended.routing
-        handle = self.dispatcher.plan(routing.ids_NK, routing.weights_NK)
-        arrived = dispatch(self.dispatcher, attended.rows_BTD.flatten(0, 1), routing.weights_NK, handle)
-        routed, base = block.apply_experts(
-            attended.residual_BTD, attended.rows_BTD, arrived.rows_AD, arrived.weights_A, arrived.counts, None
-        )
-        return base + combine(self.dispatcher, routed, handle).view_as(base), routing.balance
 
 
 def named_tensors(model: Transformer) -> dict[str, Tensor]:

@@ -78,6 +78,8 @@ def tiny_config(folder: Path, **changes: object) -> TrainConfig:
         out_dir=str(folder / "run"),
         seed=7,
         resume=None,
+        init_from=None,
+        init_mtp="checkpoint",
         cluster=ClusterConfig(device="cpu", backend="gloo", ranks_per_node=2, threads_per_rank=1, timeout_seconds=60.0),
         parallelism=ParallelismConfig(pipeline=1, data=1, expert=1),
         dispatch=AllToAllDispatchConfig(kind="all_to_all", payload="full", max_nodes=4, node_cap="verify"),

@@ -12,15 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from comm.local import LocalDispatcher
+from data.prepare import Prepared
 from dualpipe.ir import to_json
 from model.config import ModelConfig
 from model.transformer import Transformer, named_tensors
 from train.assemble import Assembly
-from train.manifest import SCHEDULE_NAME, write_manifest
+from train.checkpoint_reader import WEIGHTS_PREFIX, CheckpointReader, first_line
+from train.manifest import SCHEDULE_NAME, TOKENIZER_NAME, CheckpointError, write_manifest
 
 
 def step_folder(out_dir: Path, step: int) -> Path:
@@ -28,18 +31,27 @@ def step_folder(out_dir: Path, step: int) -> Path:
     return out_dir / "checkpoints" / f"step-{step:08d}"
 
 
-def save(assembly: Assembly, step: int, data_fingerprint: str) -> Path:
-    """Writes the state after `step` updates; every rank calls it. Returns the folder."""
+def save(assembly: Assembly, step: int, prepared: Prepared) -> Path:
+    """Writes the state after `step` updates, and the tokenizer; every rank calls it. Returns the folder.
+
+    Raises:
+        OSError: on every rank, where one of them cannot write its part.
+    """
     final = step_folder(Path(assembly.config.out_dir), step)
     partial = final.with_name(final.name + ".partial")
     if dist.get_rank() == 0:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier(group=assembly.groups.world)
-    _quietly(dcp_save, _state(assembly), partial)
+    try:
+        _quietly(dcp_save, _state(assembly), partial)
+    except CheckpointException as failure:
+        rank, (cause, _) = min(failure.failures.items())
+        raise OSError(f"{partial}: cannot be written by rank {rank}: {first_line(cause)}") from failure
     if dist.get_rank() == 0:
         (partial / SCHEDULE_NAME).write_text(to_json(assembly.schedule) + "\n", encoding="utf-8")
-        write_manifest(partial, step, assembly.config, data_fingerprint)
+        prepared.tokenizer.save(partial / TOKENIZER_NAME)
+        write_manifest(partial, step, assembly.config, prepared.fingerprint)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
     dist.barrier(group=assembly.groups.world)
@@ -47,15 +59,33 @@ def save(assembly: Assembly, step: int, data_fingerprint: str) -> Path:
 
 
 def load(assembly: Assembly, folder: Path) -> None:
-    """Fills weights, router bias and optimiser state from a checkpoint of the same layout; every rank calls it."""
-    _quietly(dcp_load, _state(assembly), folder)
+    """Fills weights, router bias and optimiser state from a checkpoint of the same layout; every rank calls it.
+
+    Raises:
+        CheckpointError: on every rank, where one of them cannot read its part.
+    """
+    try:
+        _quietly(dcp_load, _state(assembly), folder)
+    except CheckpointException as failure:
+        rank, (cause, _) = min(failure.failures.items())
+        raise CheckpointError(f"resume: {folder}: cannot be read by rank {rank}: {first_line(cause)}") from failure
     assembly.optimiser.loaded()
 
 
-def load_whole(config: ModelConfig, folder: Path, dtype: torch.dtype) -> Transformer:
-    """The whole model of a checkpoint in this process alone, whatever layout wrote it."""
+def load_whole(config: ModelConfig, folder: Path, dtype: torch.dtype, key: str = "resume") -> Transformer:
+    """The whole model of a checkpoint in this process alone, whatever layout wrote it.
+
+    Args:
+        config: the checkpoint's architecture.
+        folder: of the checkpoint.
+        dtype: of the model's weights.
+        key: of the configuration that names the checkpoint, for errors.
+
+    Raises:
+        CheckpointError: a file is missing, cut short or of another form.
+    """
     model = Transformer(config, LocalDispatcher(config.num_routed_experts), dtype)
-    _quietly(dcp_load, _weights(model), folder, no_dist=True)
+    CheckpointReader(folder, key).fill(named_tensors(model))
     return model
 
 
@@ -65,11 +95,11 @@ def _state(assembly: Assembly) -> dict[str, Any]:
 
 
 def _weights(model: Transformer) -> dict[str, Tensor]:
-    return {f"weights.{name}": tensor for name, tensor in named_tensors(model).items()}
+    return {f"{WEIGHTS_PREFIX}{name}": tensor for name, tensor in named_tensors(model).items()}
 
 
-def _quietly(call: Any, state: dict[str, Any], folder: Path, **options: bool) -> None:
+def _quietly(call: Any, state: dict[str, Any], folder: Path) -> None:
     """DCP warns of deprecations in its own code."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        call(state, checkpoint_id=folder, **options)
+        call(state, checkpoint_id=folder)

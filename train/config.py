@@ -81,14 +81,18 @@ class TrackConfig:
 class TrainConfig:
     """Everything a rank needs to know.
 
-    `resume` is a run's folder or one of its checkpoints, or None. `costs` and `memory_cap` are what the schedule is
-    made for: times in any one unit, live activations of model/P (None: as many as the schedule would keep).
+    `resume` is a run's folder or one of its checkpoints, or None. `init_from` is what the weights start from: the same,
+    converted weights, or a Hugging Face folder; None: the seed. `init_mtp`: MTP modules start from there too, or
+    `fresh` from the seed. `costs` and `memory_cap` are what the schedule is made for: times in any one unit, live
+    activations of model/P (None: as many as the schedule would keep).
     """
 
     name: str
     out_dir: str
     seed: int
     resume: str | None
+    init_from: str | None
+    init_mtp: Literal["checkpoint", "fresh"]
     cluster: ClusterConfig
     parallelism: ParallelismConfig
     dispatch: DispatchConfig

@@ -12,7 +12,8 @@ from torch import distributed as dist
 
 from data.loader import Batch, Loader
 from data.prepare import Prepared
-from infer.generate import continue_tokens
+from infer.config import Sampling
+from infer.generate import generate
 from train import checkpoint
 from train.assemble import Assembly, weight_dtype
 from train.exchange import exchange_metrics
@@ -75,7 +76,7 @@ def train(assembly: Assembly, prepared: Prepared, reporter: Reporter, first_step
             reporter.say(f"step {done:>6}  planned and measured time in {SVG_NAME}, {PAGE_NAME}, {TRACE_NAME}")
         if _due(done, stage.checkpoint_every_steps, stage.steps):
             with log.phase("world", world, "checkpoint"):
-                folder = checkpoint.save(assembly, done, prepared.fingerprint)
+                folder = checkpoint.save(assembly, done, prepared)
             reporter.say(f"step {done:>6}  checkpoint {folder}")
 
 
@@ -95,20 +96,21 @@ def validate(assembly: Assembly, loader: Loader) -> float:
 
 
 def show_continuation(assembly: Assembly, prepared: Prepared) -> str:
-    """The prompt and its continuation by the last checkpoint, read whole in this process."""
+    """The prompt and its continuation by the last checkpoint, read whole in this process, and what drafts saved."""
     config, tokenizer = assembly.config, prepared.tokenizer
     folder = checkpoint.step_folder(Path(config.out_dir), config.stage.steps)
     model = checkpoint.load_whole(config.model, folder, weight_dtype(config.precision))
     prompt = [tokenizer.begin_of_sentence_id, *tokenizer.encode(config.stage.sample_prompt)]
-    made = continue_tokens(
+    limit = config.model.max_position_tokens
+    made = generate(
         model,
-        prompt,
-        config.stage.sample_tokens,
-        stop=tokenizer.end_of_sentence_id,
-        temperature=config.stage.sample_temperature,
-        seed=config.seed,
+        [prompt[:limit]],
+        max_new_tokens=config.stage.sample_tokens,
+        sampling=Sampling(temperature=config.stage.sample_temperature, seed=config.seed),
+        stop=[tokenizer.end_of_sentence_id],
     )
-    return config.stage.sample_prompt + tokenizer.decode(made)
+    text = config.stage.sample_prompt + tokenizer.decode(made.continuations[0].tokens)
+    return f"{text}\n{made.statistics.summary()}"
 
 
 def _read_validation(loader: Loader, offset: int, first: int, count: int) -> Batch:

@@ -6,17 +6,21 @@ last, so a folder without one is an unfinished checkpoint.
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from model.config import ModelConfig
 from train.config import TrainConfig
+from train.model_record import read_model_record
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 CHECKPOINTS_NAME = "checkpoints"
 SCHEDULE_NAME = "schedule.json"
+TOKENIZER_NAME = "tokenizer.json"
 
 
 class CheckpointError(ValueError):
@@ -32,8 +36,22 @@ def write_manifest(folder: Path, step: int, config: TrainConfig, data_fingerprin
         config: of the run that wrote it.
         data_fingerprint: of the samples that it read.
     """
-    record = {"format_version": FORMAT_VERSION, "step": step, "data_fingerprint": data_fingerprint, **_shape(config)}
-    text = json.dumps(record, indent=2)
+    _write(folder, {"step": step, "data_fingerprint": data_fingerprint, **_shape(config)})
+
+
+def write_weights_manifest(folder: Path, model: ModelConfig, carried: Mapping[str, Any]) -> None:
+    """Declares weights without optimiser state complete: a run can start from them, none can go on from them.
+
+    Args:
+        folder: the checkpoint's folder; exists.
+        model: the architecture.
+        carried: what else a Hugging Face `config.json` said, for the way back.
+    """
+    _write(folder, {"step": 0, "holds": "weights", "model": asdict(model), "carried": dict(carried)})
+
+
+def _write(folder: Path, record: dict[str, Any]) -> None:
+    text = json.dumps({"format_version": FORMAT_VERSION, **record}, indent=2)
     partial = folder / f"{MANIFEST_NAME}.partial"
     with partial.open("w", encoding="utf-8") as file:
         file.write(text + "\n")
@@ -42,8 +60,12 @@ def write_manifest(folder: Path, step: int, config: TrainConfig, data_fingerprin
     partial.replace(folder / MANIFEST_NAME)
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path, key: str = "resume") -> dict[str, Any]:
     """A checkpoint's manifest.
+
+    Args:
+        folder: of the checkpoint.
+        key: of the configuration that names it, for errors.
 
     Raises:
         CheckpointError: it is missing, not readable, or of another format version.
@@ -52,14 +74,27 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"resume: {path} must be a checkpoint's manifest, cannot be read ({error})") from error
+        raise CheckpointError(f"{key}: {path} must be a checkpoint's manifest, cannot be read ({error})") from error
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
     if version != FORMAT_VERSION or not isinstance(manifest.get("step"), int):
         raise CheckpointError(
-            f"resume: {path} must have a step and format_version {FORMAT_VERSION}, has format_version {version}"
+            f"{key}: {path} must have a step and format_version {FORMAT_VERSION}, has format_version {version}"
         )
     read: dict[str, Any] = manifest
     return read
+
+
+def read_model(folder: Path, key: str = "resume") -> ModelConfig:
+    """The architecture of a checkpoint.
+
+    Raises:
+        CheckpointError: as `read_manifest`, or the manifest does not hold an architecture.
+    """
+    path = folder / MANIFEST_NAME
+    try:
+        return read_model_record(read_manifest(folder, key).get("model"))
+    except TypeError as error:
+        raise CheckpointError(f"{key}: {path} must hold an architecture: {error}") from error
 
 
 def read_step(folder: Path) -> int:
@@ -71,8 +106,12 @@ def read_step(folder: Path) -> int:
     return int(read_manifest(folder)["step"])
 
 
-def find_checkpoint(path: str) -> Path:
-    """The checkpoint that `resume` names: a checkpoint's folder, or a run's folder for its newest complete one.
+def find_checkpoint(path: str, key: str = "resume") -> Path:
+    """The checkpoint that is named: a checkpoint's folder, or a run's folder for its newest complete one.
+
+    Args:
+        path: of the folder.
+        key: of the configuration that names it, for errors.
 
     Raises:
         CheckpointError: nothing there, or no complete checkpoint.
@@ -80,7 +119,7 @@ def find_checkpoint(path: str) -> Path:
     folder = Path(path).expanduser()
     if not folder.is_dir():
         raise CheckpointError(
-            f"resume: must be a run's folder or one of its checkpoints, {path!r} is no folder{_nearest(folder)}"
+            f"{key}: must be a run's folder or one of its checkpoints, {path!r} is no folder{_nearest(folder)}"
         )
     if (folder / MANIFEST_NAME).is_file():
         return folder
@@ -89,9 +128,9 @@ def find_checkpoint(path: str) -> Path:
     if complete:
         return complete[-1]
     if unfinished := _steps(inside):
-        raise CheckpointError(f"resume: {path!r} holds no complete checkpoint; {unfinished[-1]} was never finished")
+        raise CheckpointError(f"{key}: {path!r} holds no complete checkpoint; {unfinished[-1]} was never finished")
     raise CheckpointError(
-        f"resume: {path!r} holds no checkpoint (a folder {CHECKPOINTS_NAME}/step-NNNNNNNN with {MANIFEST_NAME})"
+        f"{key}: {path!r} holds no checkpoint (a folder {CHECKPOINTS_NAME}/step-NNNNNNNN with {MANIFEST_NAME})"
         f"{_nearest_step(folder)}"
     )
 
@@ -104,13 +143,19 @@ def check_manifest(path: Path, config: TrainConfig) -> None:
         config: of the run that would go on.
 
     Raises:
-        CheckpointError: names every key that differs, with the checkpoint's value and the run's; or no step is left.
+        CheckpointError: names every key that differs, with the checkpoint's value and the run's; or no step is left,
+            or there are weights alone.
     """
     manifest, shape = read_manifest(path), _shape(config)
-    model = _differences("model", manifest.get("model"), shape["model"])
+    if manifest.get("holds") == "weights":
+        raise CheckpointError(
+            f"resume: {path} must be a run's checkpoint, holds weights without optimiser state; "
+            f"nearest valid: init_from={path}, which starts a run from them"
+        )
+    model = differences("model", manifest.get("model"), shape["model"])
     if model:
         raise CheckpointError(f"resume: {path} is a checkpoint of another architecture: {'; '.join(model)}")
-    others = [line for key in shape if key != "model" for line in _differences(key, manifest.get(key), shape[key])]
+    others = [line for key in shape if key != "model" for line in differences(key, manifest.get(key), shape[key])]
     if others:
         raise CheckpointError(
             f"resume: {path} was written under another layout or order of samples: {'; '.join(others)}; "
@@ -155,10 +200,11 @@ def _shape(config: TrainConfig) -> dict[str, Any]:
     return decoded
 
 
-def _differences(place: str, before: object, now: object) -> list[str]:
+def differences(place: str, before: object, now: object) -> list[str]:
+    """A line for each key in which nested values differ: `model.num_layers is 4 there and 6 here`."""
     if isinstance(before, dict) and isinstance(now, dict):
         keys = [*now, *(key for key in before if key not in now)]
-        return [line for key in keys for line in _differences(f"{place}.{key}", before.get(key), now.get(key))]
+        return [line for key in keys for line in differences(f"{place}.{key}", before.get(key), now.get(key))]
     return [] if before == now else [f"{place} is {before} there and {now} here"]
 
 

@@ -20,6 +20,7 @@ from train.assemble import Assembly, assemble, is_mirrored
 from train.config import TrainConfig
 from train.corpus import prepare_corpus
 from train.errors import NonFiniteError
+from train.initial_weights import load_initial
 from train.last_words import LastWords
 from train.loop import Reporter, show_continuation, train
 from train.manifest import check_fingerprint, check_manifest, find_checkpoint, read_step
@@ -78,9 +79,12 @@ def _train(config: TrainConfig, job: Job, log: OperationLog, words: LastWords) -
     with log.phase("world", world, "assembly of the model"):
         assembly = assemble(config, layout, groups, device, planned.schedule, log)
     first_step = _resume(assembly, prepared.fingerprint)
+    started_from = _start(assembly, prepared)
     reporter = _reporter(config, first_step)
     try:
         _introduce(assembly, planned, prepared, reporter, first_step)
+        if started_from:
+            reporter.say(started_from)
         train(assembly, prepared, reporter, first_step)
         if dist.get_rank() == 0 and config.stage.sample_prompt:
             reporter.say(f"continuation of {config.stage.sample_prompt!r}:\n{show_continuation(assembly, prepared)}")
@@ -107,6 +111,14 @@ def _resume(assembly: Assembly, data_fingerprint: str) -> int:
     with assembly.observers.log.phase("world", range(assembly.layout.world_size), "loading of the checkpoint"):
         checkpoint.load(assembly, folder)
     return read_step(folder)
+
+
+def _start(assembly: Assembly, prepared: Prepared) -> str:
+    """Fills the weights from `init_from`, if any; returns a line that says so."""
+    if assembly.config.init_from is None:
+        return ""
+    with assembly.observers.log.phase("world", range(assembly.layout.world_size), "loading of initial weights"):
+        return load_initial(assembly, prepared.tokenizer)
 
 
 def _agree(config: TrainConfig) -> TrainConfig:

@@ -1,4 +1,4 @@
-"""What a matrix becomes in FP8: codes, and one scale per row and tile of 128 columns.
+"""What a matrix becomes in FP8: codes, and one scale per row and tile of 128 columns, or per block of 128 x 128.
 
 Shape legend: N rows, D columns, T tiles in a row.
 """
@@ -26,8 +26,21 @@ class Quantized(NamedTuple):
     scales: Tensor
 
 
+class QuantizedBlocks(NamedTuple):
+    """A weight in FP8, in blocks of 128 x 128 (arXiv:2412.19437, section 3.3.2). The last ones may be ragged.
+
+    Attributes:
+        codes: float8_e4m3fn [N, D].
+        scales: float32 [ceil(N / 128), ceil(D / 128)], multipliers: code times scale gives the value back. NaN for a
+            block that held a NaN or an infinity.
+    """
+
+    codes: Tensor
+    scales: Tensor
+
+
 def num_tiles(num_columns: int) -> int:
-    """Tiles of 128 columns that cover a row, the last one possibly ragged."""
+    """Tiles of 128 columns that cover a row, the last one possibly ragged; of rows that cover a column, in blocks."""
     return -(-num_columns // TILE)
 
 

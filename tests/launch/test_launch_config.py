@@ -16,7 +16,7 @@ from launch.errors import ConfigError
 from launch.ranges import divisors, multiples, numbers, ranged_keys
 from model.cut import CutError
 from train.config import TrainConfig
-from train.manifest import CheckpointError
+from train.manifest import CheckpointError, write_weights_manifest
 
 # What an option cannot be chosen without.
 NEEDS = {
@@ -36,6 +36,13 @@ def build(*overrides: str) -> TrainConfig:
     return read_config(compose("train", overrides))
 
 
+def place_weights(folder: Path) -> str:
+    """Converted weights of the default model as far as an architecture is read from them."""
+    folder.mkdir()
+    write_weights_manifest(folder, build().model, {})
+    return str(folder)
+
+
 @pytest.mark.parametrize(
     "choice", [f"{group}={option}" for group in default_groups("train") for option in options(group)]
 )
@@ -44,7 +51,12 @@ def test_config_every_shipped_option_composes_and_passes(choice: str, tmp_path: 
     if choice == "data=files":
         (tmp_path / "a.txt").write_text("some text")
         needs = [f"data.paths=['{tmp_path}']"]
-    if choice == "dispatch=deepep" and find_spec("deep_ep") is None:
+    if choice == "model=of_checkpoint":
+        # Its other half, weights that are whole, is in tests/train/test_train_init_from.py.
+        config = build(choice, f"init_from={place_weights(tmp_path / 'weights')}")
+        assert config.model == build().model
+        check(replace(config, init_from=None))
+    elif choice == "dispatch=deepep" and find_spec("deep_ep") is None:
         with pytest.raises(ConfigError, match="deep_ep is not installed"):
             check(build(choice, *needs))
     else:
@@ -65,9 +77,10 @@ def test_config_source_is_written_as_it_is_given() -> None:
     assert "source" not in write_config(config)["data"]
 
 
-def test_config_every_number_has_a_range_or_is_checked_where_it_belongs() -> None:
+def test_config_every_number_has_a_range_or_is_checked_where_it_belongs(tmp_path: Path) -> None:
     choices = [f"{group}={choice}" for group in ("model", "dispatch") for choice in options(group)]
-    keys = {key for choice in choices for key in numbers(build(choice))}
+    weights = place_weights(tmp_path / "weights")
+    keys = {key for choice in choices for key in numbers(build(choice, f"init_from={weights}"))}
     assert {key for key in keys if not key.startswith(("data.", "costs."))} == {
         key for key in ranged_keys() if not key.startswith("data.")
     }

@@ -28,6 +28,42 @@ def test_account_v3_equals_released_counts() -> None:
     assert account.mtp == 11_610_067_968
 
 
+@pytest.mark.parametrize(
+    ("name", "total", "active", "active_without_embedding", "attention", "expert"),
+    [
+        ("v2_lite_16b", 15_706_484_224, 2_661_150_208, 2_451_435_008, 13_763_072, 8_650_752),
+        ("moonlight_16b", 15_960_108_544, 2_914_774_528, 2_579_230_208, 13_763_072, 8_650_752),
+        ("v2_236b", 235_741_434_880, 21_375_800_320, 20_851_512_320, 149_227_520, 23_592_960),
+    ],
+)
+def test_account_other_presets_equal_released_counts(
+    name: str, total: int, active: int, active_without_embedding: int, attention: int, expert: int
+) -> None:
+    account = count_parameters(preset(name))
+    assert account.total == total
+    assert account.active == active
+    assert account.active_without_embedding == active_without_embedding
+    assert account.attention == attention
+    assert account.expert == expert
+
+
+def test_account_of_the_tiny_hugging_face_configuration() -> None:
+    config = replace(
+        preset("quickstart"),
+        hidden_size=256,
+        num_layers=6,
+        expert_intermediate_size=128,
+        dense_intermediate_size=512,
+    )
+    account = count_parameters(config)
+    assert account.total == 11_546_816
+    assert account.active == 5_648_576
+    assert account.active_without_embedding == 4_600_000
+    assert account.attention == 112_800
+    assert account.expert == 98_304
+    assert account.mtp == 1_920_416
+
+
 def test_account_v3_flops_match_the_reported_rate() -> None:
     # 250 GFLOP a token at 4K, which with the reported speed gives 386 TFLOP/s on a GPU.
     assert training_flops_per_token(preset("v3_671b"), 4096) == pytest.approx(250e9, rel=0.005)

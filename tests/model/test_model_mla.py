@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.config import ModelConfig
+from model.config import Computing, ModelConfig
 from model.head import MtpBlock
 from model.mla import LatentAttention
+from model.norm import RmsNorm
 from tests.tiny import MODEL
 
 
@@ -65,17 +66,20 @@ def by_hand(attention: LatentAttention, x_TD: Tensor, config: ModelConfig) -> Te
 @pytest.mark.parametrize("q_lora_rank", [16, None])
 def test_attention_equals_plain_reading(q_lora_rank: int | None) -> None:
     config = replace(MODEL, q_lora_rank=q_lora_rank)
-    attention = LatentAttention(config, torch.float64)
+    attention = LatentAttention(config, torch.float64, Computing())
+    norm_before = RmsNorm(config.hidden_size, 1e-6, torch.float64)
     randomise(attention, 1)
     x = torch.randn(2, 7, config.hidden_size, generator=torch.Generator().manual_seed(2), dtype=torch.float64) * 0.1
     with torch.no_grad():
-        made = attention(x, None)
+        made = attention(x, norm_before, None) - x
     for sequence in range(2):
-        torch.testing.assert_close(made[sequence], by_hand(attention, x[sequence], config), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(
+            made[sequence], by_hand(attention, norm_before(x)[sequence], config), rtol=1e-9, atol=1e-9
+        )
 
 
 def test_mtp_merge_reads_embedding_first() -> None:
-    block = MtpBlock(MODEL, range(8), torch.float64)
+    block = MtpBlock(MODEL, range(8), torch.float64, Computing())
     randomise(block, 3)
     embedded, hidden = torch.randn(2, 1, 1, 32, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     with torch.no_grad():

@@ -80,6 +80,7 @@ def test_run_leaves_what_the_documentation_names(folder: Path) -> None:
     run = folder / "files"
     names = {path.relative_to(run).as_posix() for path in run.rglob("*")}
     expected = {"config.yaml", "metrics.jsonl", "checkpoints/step-00000002", "checkpoints/step-00000003/manifest.json"}
+    expected |= {"checkpoints/step-00000003/tokenizer.json"}
     assert expected | {f"log/rank_{rank:05d}.log" for rank in range(4)} <= names
     assert not [name for name in names if name.endswith(".partial")]
     documented = "step tokens loss main_loss mtp_loss balance_loss grad_norm lr step_seconds tokens_per_second"
@@ -93,6 +94,7 @@ def test_run_leaves_what_the_documentation_names(folder: Path) -> None:
     assert "validation loss" in done.stdout
     assert "unigram entropy" in done.stdout
     assert "continuation of 'a1 b2'" in done.stdout
+    assert re.search(r"drafts accepted \d+ % \(\d+ of \d+\), \d+ passes instead of \d+", done.stdout)
 
 
 @pytest.mark.slow

@@ -24,6 +24,10 @@ class Optimiser(Protocol):
         """Follows a change of the tensors of `state`."""
         ...
 
+    def follow_weights(self) -> None:
+        """Follows a change of the weights themselves."""
+        ...
+
 
 def build_optimiser(
     groups: ParameterGroups, store: GradientStore, replicas: Replicas, config: OptimConfig

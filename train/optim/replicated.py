@@ -75,6 +75,9 @@ class ReplicatedAdamW:
     def loaded(self) -> None:
         """To be called after the tensors of `state` were filled from a checkpoint: nothing else to restore."""
 
+    def follow_weights(self) -> None:
+        """To be called after the weights were filled: they are their own master copies."""
+
 
 def _sum_over(tensors: list[Tensor], group: dist.ProcessGroup) -> None:
     """One all-reduce for many tensors of one type."""

@@ -79,6 +79,10 @@ class Zero1AdamW:
         for index in range(len(self._optimizer.bit16_groups)):
             self._optimizer._update_model_bit16_weights(index)
 
+    def follow_weights(self) -> None:
+        """To be called after the weights were filled: this rank's master copies follow them."""
+        self._optimizer.refresh_fp32_params()
+
 
 def _build(groups: ParameterGroups, replicas: Replicas, config: OptimConfig) -> Any:
     """DeepSpeed's sharded optimiser around torch's fused AdamW."""

@@ -1,0 +1,123 @@
+"""How text is to be made, as values. No torch here: commands check this before a model is read."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from model.config import ModelConfig
+
+Finish = Literal["stop", "length"]
+"""Why a sequence ended: a stop token (or the caller's word), or no room for another token."""
+
+Speculative = Literal[True, False, "auto"]
+"""Whether an MTP module drafts tokens that the main model then confirms; auto: where the model has one."""
+
+
+class GenerateError(ValueError):
+    """A request that cannot be served: names the key, the rule, the value, the nearest valid choice."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sampling:
+    """How the next token is chosen from the model's scores.
+
+    Attributes:
+        temperature: that scores are divided by; 0 takes the most probable token.
+        top_k: only the most probable k tokens are kept; None keeps all.
+        top_p: of those, the fewest most probable ones whose probabilities sum to at least this; 1 keeps all.
+        seed: with a prompt's number, decides that prompt's draws, whatever else is in its batch.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuses values out of range.
+
+        Raises:
+            GenerateError: names the field.
+        """
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise GenerateError(f"temperature: must be finite and at least 0, is {self.temperature}; nearest valid: 0")
+        if self.top_k is not None and self.top_k < 1:
+            raise GenerateError(f"top_k: must be at least 1, or null for all tokens, is {self.top_k}; nearest valid: 1")
+        if not 0 < self.top_p <= 1:
+            raise GenerateError(
+                f"top_p: must be above 0 and at most 1, is {self.top_p}; nearest valid: {1 if self.top_p > 1 else 0.01}"
+            )
+        if self.seed < 0:
+            raise GenerateError(f"seed: must be at least 0, is {self.seed}; nearest valid: 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Statistics:
+    """What the making of tokens took. A pass of the main model over B sequences counts B times.
+
+    Attributes:
+        passes: of the main model, the reading of a prompt included.
+        tokens: that were chosen, stop tokens included; without drafts exactly as many as passes.
+        drafts_offered: by the MTP module, where there was room for them.
+        drafts_accepted: of those.
+        seconds: from the first prompt read to the last token.
+    """
+
+    passes: int = 0
+    tokens: int = 0
+    drafts_offered: int = 0
+    drafts_accepted: int = 0
+    seconds: float = 0.0
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Accepted over offered drafts; 0 where none was offered."""
+        return self.drafts_accepted / max(self.drafts_offered, 1)
+
+    @property
+    def passes_saved(self) -> int:
+        """Passes that the same tokens would have taken one by one, less those taken."""
+        return self.tokens - self.passes
+
+    def summary(self) -> str:
+        """In words: what drafts were worth."""
+        if not self.drafts_offered:
+            return f"no drafts, {self.passes} passes"
+        return (
+            f"drafts accepted {self.acceptance_rate * 100:.0f} % ({self.drafts_accepted} of {self.drafts_offered}), "
+            f"{self.passes} passes instead of {self.tokens}"
+        )
+
+
+def check(
+    config: ModelConfig,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    speculative: Speculative,
+    batch_size: int,
+) -> None:
+    """Refuses what a model cannot continue.
+
+    Raises:
+        GenerateError: names the key, and the prompt by its number from 1.
+    """
+    if max_new_tokens < 0:
+        raise GenerateError(f"max_new_tokens: must be at least 0, is {max_new_tokens}; nearest valid: 0")
+    if batch_size < 1:
+        raise GenerateError(f"batch_size: must be at least 1, is {batch_size}; nearest valid: 1")
+    if speculative is True and config.mtp_depth == 0:
+        raise GenerateError("speculative: true needs an MTP module, the model has none; nearest valid: false or auto")
+    for number, prompt in enumerate(prompts, 1):
+        if not prompt:
+            raise GenerateError(f"prompt {number}: must hold at least one token, holds none")
+        if len(prompt) > config.max_position_tokens:
+            raise GenerateError(
+                f"prompt {number}: must be at most the model's max_position_tokens={config.max_position_tokens} "
+                f"tokens long, is {len(prompt)}"
+            )
+        outside = [token for token in prompt if not 0 <= token < config.vocab_size]
+        if outside:
+            raise GenerateError(
+                f"prompt {number}: tokens must be from 0 to {config.vocab_size - 1}, holds {outside[0]}"
+            )

@@ -1,0 +1,78 @@
+"""Cross-entropy of a linear head, and its gradients, without ever holding the logits of all rows.
+
+Shape legend: N rows, C rows of a chunk, D hidden size, V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+IGNORE = -100
+CHUNK_LOGITS = 2**20
+SMALLEST_CHUNK_ROWS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class CrossEntropy:
+    """nats: the sum over targets, a scalar. rows_ND, head_VD: its gradients, None where not asked for.
+
+    All in float32, or float64 for float64 rows; rows_ND in the rows' type.
+    """
+
+    nats: Tensor
+    rows_ND: Tensor | None
+    head_VD: Tensor | None
+
+
+def chunk_rows(num_rows: int, vocab_size: int) -> int:
+    """Rows whose logits are held at once: about 4 MB of float32, and enough rows to keep products efficient."""
+    return min(num_rows, max(SMALLEST_CHUNK_ROWS, CHUNK_LOGITS // vocab_size))
+
+
+def linear_cross_entropy(
+    rows_ND: Tensor, head_VD: Tensor, targets_N: Tensor, *, wants_rows: bool, wants_head: bool
+) -> CrossEntropy:
+    """Sum over targets of -log softmax(rows head^T)[target], with the gradients that are wanted, chunk by chunk.
+
+    Each chunk's logits are computed once, in float32 or wider from the product on, and serve loss and gradients.
+
+    Args:
+        rows_ND: the head's input.
+        head_VD: the head's matrix.
+        targets_N: int64; -100 counts nothing.
+        wants_rows: whether to compute the gradient of the rows.
+        wants_head: whether to compute the gradient of the head.
+    """
+    wide = torch.promote_types(rows_ND.dtype, torch.float32)
+    nats = rows_ND.new_zeros((), dtype=wide)
+    grad_rows_ND = torch.empty_like(rows_ND) if wants_rows else None
+    grad_head_VD = torch.empty_like(head_VD, dtype=wide) if wants_head else None
+    size = max(1, chunk_rows(len(rows_ND), len(head_VD)))
+    for first in range(0, len(rows_ND), size):
+        chunk = slice(first, first + size)
+        rows_CD, targets_C1 = rows_ND[chunk], targets_N[chunk, None]
+        counted_C1, places_C1 = targets_C1 != IGNORE, targets_C1.clamp(min=0)
+        logs_CV = torch.log_softmax((rows_CD @ head_VD.t()).to(wide), -1)
+        nats -= logs_CV.gather(1, places_C1).masked_fill_(~counted_C1, 0).sum()
+        if not wants_rows and not wants_head:
+            continue
+        # The slope of a target in its logits, whether it counts or not: rows that do not are left out of the products.
+        slopes_CV = logs_CV.exp_().scatter_add_(1, places_C1, logs_CV.new_full(places_C1.shape, -1.0))
+        slopes_CV = slopes_CV.to(rows_ND.dtype)
+        if grad_rows_ND is not None:
+            torch.mm(slopes_CV, head_VD, out=grad_rows_ND[chunk]).masked_fill_(~counted_C1, 0)
+        if grad_head_VD is not None:
+            _add_product(grad_head_VD, slopes_CV.t(), rows_CD.masked_fill(~counted_C1, 0), is_first=first == 0)
+    if grad_head_VD is not None and not len(rows_ND):
+        grad_head_VD.zero_()
+    return CrossEntropy(nats, grad_rows_ND, grad_head_VD)
+
+
+def _add_product(total_VD: Tensor, left_VC: Tensor, right_CD: Tensor, *, is_first: bool) -> None:
+    if total_VD.dtype == left_VC.dtype:
+        torch.addmm(total_VD, left_VC, right_CD, beta=0 if is_first else 1, out=total_VD)
+    elif is_first:
+        total_VD.copy_(left_VC @ right_CD)
+    else:
+        total_VD += left_VC @ right_CD

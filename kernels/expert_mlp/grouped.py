@@ -1,0 +1,70 @@
+"""SwiGLU experts as grouped products over the rows of all experts at once: for devices that keep many of them busy.
+
+Shape legend: as in reference.py.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kernels.grouped_gemm.native import grouped_rows, grouped_weight
+from kernels.swiglu.reference import swiglu, swiglu_backward
+
+
+def expert_mlp(
+    rows_ND: Tensor,
+    weights_A: Tensor,
+    gate_up_EHD: Tensor,
+    down_EDM: Tensor,
+    counts: Sequence[int],
+    tokens_A: Tensor | None = None,
+    gated_AM: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As `reference.expert_mlp`."""
+    hidden_AH = grouped_rows(_sorted(rows_ND, tokens_A), gate_up_EHD, counts)
+    made_AM = torch.mul(swiglu(*hidden_AH.chunk(2, 1)), weights_A[:, None], out=gated_AM)
+    return grouped_rows(made_AM, down_EDM, counts), hidden_AH
+
+
+def expert_mlp_backward(
+    grad_ND: Tensor,
+    weights_A: Tensor,
+    hidden_AH: Tensor,
+    gate_up_EHD: Tensor,
+    down_EDM: Tensor,
+    counts: Sequence[int],
+    tokens_A: Tensor | None = None,
+    *,
+    rows_ND: Tensor | None = None,
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """As `reference.expert_mlp_backward`."""
+    gate_AM, up_AM = hidden_AH.chunk(2, 1)
+    grad_AD = _sorted(grad_ND, tokens_A)
+    grad_gated_AM = grouped_rows(grad_AD, down_EDM.transpose(1, 2), counts)
+    plain_AM = swiglu(gate_AM, up_AM)
+    grad_weights_A = (plain_AM * grad_gated_AM).sum(1)
+    grad_hidden_AH = torch.cat(swiglu_backward(grad_gated_AM * weights_A[:, None], gate_AM, up_AM), 1)
+    grad_rows_AD = grouped_rows(grad_hidden_AH, gate_up_EHD.transpose(1, 2), counts)
+    if rows_ND is None:
+        return grad_rows_AD, grad_weights_A, (grad_hidden_AH,)
+    grad_gate_up = gate_up_gradient(grad_hidden_AH, _sorted(rows_ND, tokens_A), counts)
+    return grad_rows_AD, grad_weights_A, (grad_gate_up, grouped_weight(grad_AD, plain_AM * weights_A[:, None], counts))
+
+
+def gate_up_gradient(grad_hidden_AH: Tensor, rows_AD: Tensor, counts: Sequence[int]) -> Tensor:
+    """As `reference.gate_up_gradient`."""
+    return grouped_weight(grad_hidden_AH, rows_AD, counts)
+
+
+def down_gradient(
+    grad_AD: Tensor, weights_A: Tensor, hidden_AH: Tensor, counts: Sequence[int], gated_AM: Tensor | None = None
+) -> Tensor:
+    """As `reference.down_gradient`."""
+    if gated_AM is None:
+        gated_AM = swiglu(*hidden_AH.chunk(2, 1)).mul_(weights_A[:, None])
+    return grouped_weight(grad_AD, gated_AM, counts)
+
+
+def _sorted(rows_ND: Tensor, tokens_A: Tensor | None) -> Tensor:
+    return rows_ND if tokens_A is None else rows_ND.index_select(0, tokens_A)

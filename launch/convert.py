@@ -1,0 +1,105 @@
+"""`python -m launch.convert`: weights from a Hugging Face folder to a checkpoint of ours, and back."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from launch.compose import compose
+from launch.decode import decode
+from launch.errors import ConfigError
+from launch.report import command
+
+Form = Literal["hf", "checkpoint"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConvertConfig:
+    """What is converted. `source` is the key `from`; see `conf/convert.yaml`."""
+
+    source: Form
+    path: str
+    to: str
+    format: Form | None
+    dtype: Literal["bf16", "float32", "fp8"] | None
+    max_shard_bytes: int
+
+    @property
+    def target(self) -> Form:
+        """The form that is written."""
+        return self.format or ("checkpoint" if self.source == "hf" else "hf")
+
+
+def main(overrides: Sequence[str]) -> int:
+    """Converts, tensor by tensor; says on stderr how far it is.
+
+    Args:
+        overrides: of `conf/convert.yaml`.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        ConfigError: an unknown or missing key, a value of another type or without a meaning, a disk that refuses.
+        CheckpointError, HfError: weights that cannot be read. Nothing is left at `to` in any of these cases.
+    """
+    config = _read(overrides)
+    _check(config)
+    from train.conversion import Conversion, convert
+
+    conversion = Conversion(
+        path=config.path,
+        folder=Path(config.to).expanduser(),
+        form=config.target,
+        dtype=config.dtype,
+        max_shard_bytes=config.max_shard_bytes,
+    )
+    try:
+        print(convert(conversion, lambda line: print(line, file=sys.stderr, flush=True)))
+    except OSError as error:
+        raise ConfigError(f"to: {config.to} must be writable, is not ({error})") from error
+    return 0
+
+
+def _read(overrides: Sequence[str]) -> ConvertConfig:
+    values = compose("convert", overrides)
+    # `from` is a word of Python's own and cannot name a field.
+    source = decode(Form, values.pop("from", None), "from")  # type: ignore[arg-type, var-annotated]
+    if "source" in values:
+        raise ConfigError("source: unknown key; did you mean from?")
+    return decode(ConvertConfig, {**values, "source": source})
+
+
+def _check(config: ConvertConfig) -> None:
+    _check_path(config)
+    if config.source == config.target == "checkpoint":
+        raise ConfigError("format: must be hf with from=checkpoint, is checkpoint; nearest valid: format=hf")
+    if config.target == "checkpoint" and config.dtype == "fp8":
+        raise ConfigError("dtype: must be bf16 or float32 in a checkpoint, is fp8; nearest valid: bf16, or format=hf")
+    if config.max_shard_bytes < 1:
+        raise ConfigError(f"max_shard_bytes: must be above 0, is {config.max_shard_bytes}; the least is 1")
+    folder = Path(config.to).expanduser()
+    if not config.to or folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        what = "a file" if folder.is_file() else "not empty"
+        raise ConfigError(f"to: must be a new or empty folder, {config.to!r} is {what if config.to else 'none'}")
+
+
+def _check_path(config: ConvertConfig) -> None:
+    from train.weight_source import is_hf_folder
+
+    if not Path(config.path).expanduser().is_dir():
+        raise ConfigError(f"path: must be a folder with weights, {config.path!r} is no folder")
+    if config.source == "checkpoint" and is_hf_folder(config.path):
+        raise ConfigError(
+            f"from: must be hf, as path={config.path} is a Hugging Face folder, is checkpoint; nearest valid: from=hf"
+        )
+    if config.source == "hf" and not is_hf_folder(config.path):
+        raise ConfigError(
+            f"from: must be checkpoint unless path is a Hugging Face folder; path={config.path} has no config.json "
+            f"of its own; nearest valid: from=checkpoint"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(command("convert", main))

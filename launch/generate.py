@@ -1,0 +1,196 @@
+"""`python -m launch.generate`: writes on from prompts with a trained model, to the terminal as it is made."""
+
+import io
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TextIO
+
+from data.tokenizer import Tokenizer
+from infer.config import Sampling, Speculative, Statistics, check
+from launch.compose import compose
+from launch.continuations import InOrder, Live, Transcript, as_block, as_json_line, new_file
+from launch.decode import decode
+from launch.errors import ConfigError
+from launch.prompts import Prompt, Stop, find_tokenizer, read_stop, read_texts
+from launch.report import command
+from model.config import ModelConfig
+from model.hf.config import CONFIG_NAME, read_config
+from model.hf.json_file import read_json
+from train.manifest import find_checkpoint, read_model
+
+if TYPE_CHECKING:
+    from model.transformer import Transformer
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerateCommandConfig:
+    """What is continued by which weights, how tokens are chosen, and where the text goes."""
+
+    ckpt: str
+    prompt: str | None
+    prompt_ids: tuple[int, ...] | None
+    prompts: str | None
+    out: str
+    max_new_tokens: int
+    temperature: float
+    top_k: int | None
+    top_p: float
+    stop: Stop
+    seed: int
+    speculative: Speculative
+    batch_size: int
+    dtype: Literal["float32", "bf16"]
+    device: Literal["cpu", "cuda"]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Weights that are still to be read: where, their architecture, their tokenizer, and the ids that end a text."""
+
+    folder: Path
+    is_hf: bool
+    model: ModelConfig
+    tokenizer: Tokenizer | None
+    end_ids: tuple[int, ...]
+
+
+def main(overrides: Sequence[str]) -> int:
+    """Continues prompts. Everything that a user can get wrong is refused before weights are read.
+
+    One prompt's text goes to standard output as it is made; a file's texts, each under a line that names its prompt,
+    or into `out`. What it took goes to standard error.
+
+    Args:
+        overrides: of `conf/generate.yaml`; what follows `prompt=` is taken as it stands.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        ConfigError: an unknown or missing key, a value of another type, a file that cannot be read or written.
+        CheckpointError, HfError, DataError: weights or a tokenizer that cannot be read.
+        GenerateError: a value out of range, a prompt too long, drafts without an MTP module.
+    """
+    config = _read(overrides)
+    source = _find(config.ckpt)
+    prompts = _read_prompts(config, source)
+    check(
+        source.model,
+        [prompt.tokens for prompt in prompts],
+        config.max_new_tokens,
+        config.speculative,
+        config.batch_size,
+    )
+    with new_file("out", config.out) if config.out else nullcontext(_standard_output()) as file:
+        statistics = _run(config, source, prompts, file)
+    speed = statistics.tokens / max(statistics.seconds, 1e-9)
+    said = f"{statistics.tokens} tokens in {statistics.seconds:.2f} s, {speed:,.1f} tokens/s; {statistics.summary()}"
+    print(said, file=sys.stderr, flush=True)
+    return 0
+
+
+def _read(overrides: Sequence[str]) -> GenerateCommandConfig:
+    # A prompt is text, not Hydra's grammar, in which brackets, colons and commas mean something.
+    texts = [text for text in overrides if text.startswith("prompt=")]
+    values: dict[str, Any] = compose("generate", [text for text in overrides if text not in texts])
+    if texts:
+        values["prompt"] = texts[-1].removeprefix("prompt=")
+    config = decode(GenerateCommandConfig, {**values, "stop": read_stop(values["stop"])})
+    given = [key for key in ("prompt", "prompt_ids", "prompts") if getattr(config, key) is not None]
+    if not given:
+        raise ConfigError("prompt: a value is needed; write prompt=TEXT, prompts=FILE or prompt_ids=[0,5,9]")
+    if len(given) > 1:
+        raise ConfigError(f"{given[1]}: must be left out beside {given[0]}; one of them says what to continue")
+    return config
+
+
+def _find(ckpt: str) -> Source:
+    """Where the weights are; nothing of them is read yet."""
+    folder = Path(ckpt).expanduser()
+    if (folder / CONFIG_NAME).is_file():
+        ends = read_json(folder / CONFIG_NAME).get("eos_token_id")
+        end_ids = [end for end in (ends if isinstance(ends, list) else [ends]) if type(end) is int]
+        model, is_hf = read_config(folder), True
+    else:
+        folder, end_ids, is_hf = find_checkpoint(ckpt, "ckpt"), [], False
+        model = read_model(folder, "ckpt")
+    tokenizer = find_tokenizer(folder)
+    if tokenizer is not None:
+        end_ids.append(tokenizer.end_of_sentence_id)
+    return Source(folder, is_hf, model, tokenizer, tuple(end_ids))
+
+
+def _read_prompts(config: GenerateCommandConfig, source: Source) -> list[Prompt]:
+    tokenizer = source.tokenizer
+    if tokenizer is None and config.stop.texts:
+        raise ConfigError(f"stop: text needs a tokenizer, {source.folder} holds none; write token ids")
+    if config.prompt_ids is not None:
+        return [Prompt(list(config.prompt_ids), list(config.prompt_ids))]
+    if tokenizer is None:
+        key = "prompt" if config.prompts is None else "prompts"
+        raise ConfigError(f"{key}: text needs a tokenizer, {source.folder} holds none; write prompt_ids=[0,5,9]")
+    texts = read_texts(config.prompt, config.prompts)
+    return [Prompt(text, [tokenizer.begin_of_sentence_id, *tokenizer.encode(text)]) for text in texts]
+
+
+def _run(config: GenerateCommandConfig, source: Source, prompts: Sequence[Prompt], file: TextIO) -> Statistics:
+    sampling = Sampling(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, seed=config.seed)
+    transcripts = [Transcript(prompt, source.tokenizer, config.stop.texts) for prompt in prompts]
+    if config.out:
+        writer: Live | InOrder = InOrder(transcripts, file, as_json_line)
+    elif config.prompts is None:
+        writer = Live(transcripts[0], file)
+    else:
+        writer = InOrder(transcripts, file, as_block)
+    model = _load(config, source)
+    from infer.generate import Stream
+
+    stream = Stream(
+        model,
+        [prompt.tokens for prompt in prompts],
+        max_new_tokens=config.max_new_tokens,
+        sampling=sampling,
+        stop=(*config.stop.ids, *source.end_ids),
+        speculative=config.speculative,
+        batch_size=config.batch_size,
+        ends=lambda index, token: transcripts[index].push(token),
+    )
+    for piece in stream:
+        if piece.finish is not None:
+            transcripts[piece.index].end(piece.finish)
+        writer.update()
+    return stream.statistics
+
+
+def _load(config: GenerateCommandConfig, source: Source) -> "Transformer":
+    # Spinning threads, OpenMP's default, cost several times the work itself where others use the cores too.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    import torch
+
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device: cuda needs a GPU that torch can use, there is none; nearest valid: cpu")
+    dtype = {"float32": torch.float32, "bf16": torch.bfloat16}[config.dtype]
+    if source.is_hf:
+        from model.convert import load_hf
+
+        model = load_hf(source.folder, dtype)
+    else:
+        from train.checkpoint import load_whole
+
+        model = load_whole(source.model, source.folder, dtype, "ckpt")
+    return model.to(torch.device(config.device))
+
+
+def _standard_output() -> TextIO:
+    """A terminal that cannot show a character shows another in its place."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    return sys.stdout
+
+
+if __name__ == "__main__":
+    sys.exit(command("generate", main))

@@ -1,0 +1,133 @@
+"""A whole model out of a checkpoint in Hugging Face form, and back into one."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from comm.local import LocalDispatcher
+from kernels.quantize.layout import QuantizedBlocks
+from kernels.quantize.reference import codes_128x128, dequantize_128x128
+from model.config import ModelConfig
+from model.hf.dtypes import TORCH_DTYPES, stored_dtype
+from model.hf.errors import HfError
+from model.hf.names import BLOCK, EMBEDDING, Stored, StoredDtype, copied_from, stored_tensors, weights, with_scales
+from model.hf.reader import HfReader, HfSource
+from model.hf.writer import MAX_SHARD_BYTES, Extras, Fp8Scales, write_hf
+from model.transformer import Transformer, named_tensors
+
+ROWS = 8 * BLOCK
+
+
+class LoadedTransformer(Transformer):
+    """A model that remembers how its checkpoint held it, so that `save_hf` can write the same bytes again."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, source: HfSource) -> None:
+        super().__init__(config, LocalDispatcher(config.num_routed_experts), dtype)
+        self.source = source
+
+
+def load_hf(path: Path | str, dtype: torch.dtype) -> Transformer:
+    """The model of a checkpoint: `config.json` with `model.safetensors`, or with shards and an index.
+
+    Args:
+        path: the checkpoint's folder.
+        dtype: of the weights; FP8 weights are dequantised. Correction biases stay float32.
+
+    Returns:
+        A whole model on the CPU, with its MTP modules where the checkpoint has them.
+
+    Raises:
+        HfError: something in the checkpoint is missing, too much or wrong.
+    """
+    reader = HfReader(path)
+    model = LoadedTransformer(reader.config, dtype, reader.source())
+    reader.fill(named_tensors(model))
+    return model
+
+
+def save_hf(
+    model: Transformer,
+    path: Path | str,
+    dtype: torch.dtype | Literal["fp8"] | None = None,
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Writes a model as a checkpoint that `transformers` loads.
+
+    Args:
+        model: whole.
+        path: the new checkpoint's folder; absent or empty.
+        dtype: of the stored weights; "fp8" puts in FP8 what the released checkpoint has in FP8, the rest in bfloat16.
+            None: every weight as `load_hf` found it where that loses nothing, else in the model's type. FP8 comes back
+            only if each weight found in FP8 is unchanged: a checkpoint half in FP8 is one that few tools read.
+            Correction biases are float32, or as found.
+        max_shard_bytes: data of a file, unless one tensor has more.
+
+    Raises:
+        HfError: the model is a part, a value is not finite, the folder is not empty or cannot be written. Nothing is
+            left.
+    """
+    named, config = named_tensors(model), model.config
+    _check_whole(config, named, path)
+    source = model.source if isinstance(model, LoadedTransformer) else HfSource(dtypes={}, scales={}, config={})
+    if dtype == "fp8":
+        plan = stored_tensors(config, dtype="BF16", fp8=True)
+    else:
+        plan = stored_tensors(config, dtype=stored_dtype(dtype or named[EMBEDDING].dtype), fp8=False)
+    scales = {name: scale for name, scale in source.scales.items() if _is_exact(named[name], scale)}
+    if dtype is None:
+        plan = _as_found(plan, named, source, fp8=len(scales) == len(source.scales))
+    quantisation = source.config.get("quantization_config") or {}
+    write_hf(
+        Path(path),
+        config,
+        plan,
+        lambda name: named[name],
+        scales=Fp8Scales(known=scales, power_of_two=quantisation.get("scale_fmt") == "ue8m0"),
+        extras=Extras(config=source.config, files={}),
+        max_shard_bytes=max_shard_bytes,
+    )
+
+
+def _check_whole(config: ModelConfig, named: Mapping[str, Tensor], path: Path | str) -> None:
+    for name, shape in weights(config):
+        if 0 not in shape and (copied_from(name) or name) not in named:
+            raise HfError(path, name, "must be held by the model that is written, is not: it is a part of one")
+
+
+def _as_found(
+    plan: Mapping[str, Stored], named: Mapping[str, Tensor], source: HfSource, *, fp8: bool
+) -> dict[str, Stored]:
+    """The plan with each tensor's type as it was found, where it holds the weight's values exactly."""
+    found: dict[str, Stored] = {}
+    for name, stored in plan.items():
+        dtype = source.dtypes.get(name)
+        if dtype is None:
+            # Weights of no elements are optional: a checkpoint without them gets none.
+            if stored.num_elements or not source.dtypes:
+                found[name] = stored
+        elif dtype == "F8_E4M3":
+            found |= with_scales(name, stored.shape) if fp8 else {name: stored}
+        else:
+            kept = not stored.num_elements or _holds(dtype, named[copied_from(name) or name])
+            found[name] = Stored(stored.shape, dtype) if kept else stored
+    return found
+
+
+def _holds(dtype: StoredDtype, values: Tensor) -> bool:
+    """Whether a type holds every one of the values."""
+    runs = values.split(ROWS)
+    return all(torch.equal(rows.to(TORCH_DTYPES[dtype]).to(rows.dtype), rows) for rows in runs)
+
+
+def _is_exact(values_ND: Tensor, scales_MT: Tensor) -> bool:
+    """Whether FP8 with these scales holds every one of the values."""
+    for block, rows_RD in enumerate(values_ND.split(BLOCK)):
+        scales_1T = scales_MT[block : block + 1].to(rows_RD.device)
+        codes_RD = codes_128x128(rows_RD, scales_1T)
+        if not torch.equal(dequantize_128x128(QuantizedBlocks(codes_RD, scales_1T), rows_RD.dtype), rows_RD):
+            return False
+    return True

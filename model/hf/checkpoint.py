@@ -1,0 +1,186 @@
+"""A checkpoint's folder, checked as far as it can be without reading data. No torch here."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from model.config import ModelConfig
+from model.hf.config import CARRIED_KEYS, CONFIG_NAME, DTYPE_NAMES, parse_config
+from model.hf.errors import HfError, nearest, shown
+from model.hf.header import Entry, read_header
+from model.hf.json_file import read_json
+from model.hf.names import (
+    BLOCK,
+    StoredDtype,
+    copied_from,
+    is_quantised,
+    layer_of,
+    scale_name,
+    scale_shape,
+    weights,
+)
+
+SINGLE_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checkpoint:
+    """What a folder holds.
+
+    folder: where. config: the architecture; its `mtp_depth` is 0 where the files hold no tensor of an MTP module.
+    entries: every tensor by name. carried: keys of `config.json` that say nothing about the architecture.
+    """
+
+    folder: Path
+    config: ModelConfig
+    entries: Mapping[str, Entry]
+    carried: Mapping[str, Any]
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Reads `config.json`, the index if there is one, and the header of every file.
+
+    Raises:
+        HfError: something is missing, cut short, too much, of another shape or type than the architecture has, or
+            outside the folder.
+    """
+    if not folder.is_dir():
+        near = nearest(folder.name, (path.name for path in folder.parent.iterdir())) if folder.parent.is_dir() else ""
+        raise HfError(folder, "", f"must be a checkpoint's folder, is {'a file' if folder.exists() else 'none'}{near}")
+    path = folder / CONFIG_NAME
+    keys = read_json(path)
+    config = parse_config(keys, path)
+    quantised = _check_quantisation(keys, path)
+    entries = _entries(folder)
+    if not any((layer_of(name) or 0) >= config.num_layers for name in entries):
+        config = replace(config, mtp_depth=0)
+    _check_names(folder, config, entries)
+    allowed = _allowed_dtypes(keys, path)
+    for name, shape in weights(config):
+        if name in entries:
+            _check_tensor(name, shape, entries, allowed, quantised)
+    carried = {key: keys[key] for key in (*CARRIED_KEYS, "quantization_config") if key in keys}
+    return Checkpoint(folder=folder, config=config, entries=entries, carried=carried)
+
+
+def _entries(folder: Path) -> dict[str, Entry]:
+    single, index = folder / SINGLE_NAME, folder / INDEX_NAME
+    if index.exists() and single.exists():
+        raise HfError(folder, SINGLE_NAME, f"must not stand beside {INDEX_NAME}, does")
+    if not index.exists():
+        if not single.exists():
+            raise HfError(folder, SINGLE_NAME, f"must be there, or {INDEX_NAME}; neither is")
+        return read_header(single)
+    weight_map = _weight_map(index)
+    entries: dict[str, Entry] = {}
+    for file in sorted(set(weight_map.values())):
+        for name, entry in read_header(folder / file).items():
+            if name in entries:
+                raise HfError(entry.file, name, f"must be in one file, is in {entries[name].file.name} too")
+            if name not in weight_map:
+                raise HfError(entry.file, name, f"must be in {INDEX_NAME}, is not")
+            entries[name] = entry
+    for name, file in weight_map.items():
+        if name not in entries:
+            raise HfError(folder / file, name, f"must be in the file by {INDEX_NAME}, is missing")
+        if entries[name].file.name != file:
+            raise HfError(index, name, f"must name the file that holds it, {entries[name].file.name}, names {file}")
+    return entries
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    keys = read_json(index)
+    weight_map = keys.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise HfError(
+            index, "weight_map", f"must be an object that names a file for every tensor, is {shown(weight_map)}"
+        )
+    for name, file in weight_map.items():
+        # Nothing in a downloaded index may point outside its folder.
+        if not isinstance(file, str) or not _is_plain(file):
+            raise HfError(index, name, f"must be the plain name of a .safetensors file beside it, is {shown(file)}")
+    return weight_map
+
+
+def _is_plain(file: str) -> bool:
+    return file.endswith(".safetensors") and not file.startswith(".") and not any(mark in file for mark in "/\\:\0")
+
+
+def _check_names(folder: Path, config: ModelConfig, entries: Mapping[str, Entry]) -> None:
+    """Refuses a missing tensor and one too many; stops at the first, whatever size `config` claims."""
+    known = set()
+    for name, shape in weights(config):
+        known.add(name)
+        if name in entries:
+            if entries[name].dtype == "F8_E4M3":
+                known.add(scale_name(name))
+        elif 0 not in shape:
+            own = {own for own, _ in islice(weights(config), 2 * len(entries))}
+            renamed = _nearest_in_layer(name, entries.keys() - own)
+            raise HfError(folder, name, f"must be in the checkpoint, is missing{renamed}")
+    for name, entry in entries.items():
+        if name not in known:
+            near = _nearest_in_layer(name, known)
+            raise HfError(entry.file, name, f"must be a tensor of the architecture, is none{near}")
+
+
+def _nearest_in_layer(name: str, others: Iterable[str]) -> str:
+    """As `nearest`; names in other layers are other tensors'."""
+    return nearest(name, sorted(other for other in others if layer_of(other) == layer_of(name)))
+
+
+def _check_tensor(
+    name: str,
+    shape: tuple[int, ...],
+    entries: Mapping[str, Entry],
+    allowed: tuple[StoredDtype, ...],
+    quantised: bool,
+) -> None:
+    entry = entries[name]
+    if entry.shape != shape:
+        raise HfError(entry.file, name, f"must have shape {list(shape)}, has {list(entry.shape)}")
+    original = copied_from(name)
+    if original is not None and entry.dtype != entries[original].dtype:
+        raise HfError(entry.file, name, f"must be {entries[original].dtype} as {original} is, is {entry.dtype}")
+    if entry.dtype in allowed:
+        return
+    words = ", ".join(allowed)
+    if entry.dtype != "F8_E4M3" or not is_quantised(name):
+        raise HfError(entry.file, name, f"must be {words}, is {entry.dtype}")
+    if not quantised:
+        raise HfError(entry.file, name, f"must be {words} without a quantization_config in {CONFIG_NAME}, is F8_E4M3")
+    scales = entries.get(scale_name(name))
+    if scales is None:
+        raise HfError(entry.file, scale_name(name), f"must be in the checkpoint, as {name} is F8_E4M3; is missing")
+    if scales.dtype != "F32" or scales.shape != scale_shape(shape):
+        wanted, found = f"F32 {list(scale_shape(shape))}", f"{scales.dtype} {list(scales.shape)}"
+        raise HfError(scales.file, scale_name(name), f"must be {wanted}, is {found}")
+
+
+def _allowed_dtypes(keys: Mapping[str, Any], path: Path) -> tuple[StoredDtype, ...]:
+    """Types of plain weights: the two usual ones, and a rarer one where `config.json` says so."""
+    names: list[Any] = [keys[key] for key in ("dtype", "torch_dtype") if keys.get(key) is not None]
+    if len(names) > 1 and names[0] != names[1]:
+        raise HfError(path, "torch_dtype", f"must equal dtype {shown(names[0])}, is {shown(names[1])}")
+    words: dict[Any, StoredDtype] = {name: word for word, name in DTYPE_NAMES.items()}
+    if names and (not isinstance(names[0], str) or names[0] not in words):
+        raise HfError(path, "dtype", f"must be one of {', '.join(words)}, is {shown(names[0])}")
+    return tuple(dict.fromkeys(("BF16", "F32", *(words[name] for name in names))))
+
+
+def _check_quantisation(keys: Mapping[str, Any], path: Path) -> bool:
+    """Whether weights may be in FP8."""
+    quantisation = keys.get("quantization_config")
+    if quantisation is None:
+        return False
+    if not isinstance(quantisation, dict):
+        raise HfError(path, "quantization_config", f"must be an object of keys and values, is {shown(quantisation)}")
+    rules = (("quant_method", ("fp8",)), ("fmt", ("e4m3", None)), ("weight_block_size", ([BLOCK, BLOCK],)))
+    for key, valid in rules:
+        if quantisation.get(key) not in valid:
+            place = f"quantization_config.{key}"
+            raise HfError(path, place, f"must be {valid[0]}, is {shown(quantisation.get(key))}; nearest: {valid[0]}")
+    return True

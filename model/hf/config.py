@@ -1,0 +1,204 @@
+"""`config.json` of a checkpoint to an architecture and back. No torch here.
+
+Both spellings of rotary embedding are read: the released one (`rope_theta`, `rope_scaling` with `type`) and that of
+transformers 5 (`rope_parameters`). What is written is the released one, which transformers reads as well.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from model.config import ModelConfig
+from model.hf.json_file import read_json
+from model.hf.names import BLOCK, StoredDtype
+from model.hf.rope import read_rope, write_rope
+from model.hf.values import Values
+
+CONFIG_NAME = "config.json"
+CARRIED_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
+DTYPE_NAMES: dict[StoredDtype, str] = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_ONLY: tuple[tuple[str, Any], ...] = (
+    ("tie_word_embeddings", False),
+    ("attention_bias", False),
+    ("hidden_act", "silu"),
+    ("norm_topk_prob", True),
+    ("scoring_func", "sigmoid"),
+    ("topk_method", "noaux_tc"),
+    ("moe_layer_freq", 1),
+    ("rope_interleave", True),
+)
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """The architecture that a checkpoint's `config.json` describes.
+
+    The state that MTP modules read is the one after the final norm, unless the file's `mtp_hidden` says otherwise:
+    that key is this project's own.
+
+    Raises:
+        HfError: the file is missing or no JSON object; or a key is missing, of another type, out of its range, or
+            asks for what is not supported.
+    """
+    path = folder / CONFIG_NAME
+    return parse_config(read_json(path), path)
+
+
+def parse_config(keys: Mapping[str, Any], path: Path) -> ModelConfig:
+    """As `read_config`, of what the file holds.
+
+    Raises:
+        HfError: as `read_config`.
+    """
+    values = Values(path, keys)
+    if values.need("model_type") != "deepseek_v3":
+        raise values.error("model_type", f"must be deepseek_v3, is {values.get('model_type')!r}")
+    for key, allowed in _ONLY:
+        values.only(key, allowed)
+    if values.get("attention_dropout"):
+        raise values.error("attention_dropout", f"must be 0, is {values.get('attention_dropout')!r}")
+    config = _read(values)
+    _check(values, config)
+    return config
+
+
+def write_config(
+    config: ModelConfig, *, dtype: StoredDtype, fp8: bool, carried: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """What `config.json` holds for an architecture.
+
+    Args:
+        config: the architecture.
+        dtype: of weights that are not in FP8.
+        fp8: whether weights are in FP8 with scales per block.
+        carried: keys that say nothing about the architecture, such as `bos_token_id`; `quantization_config` among
+            them replaces the usual one where weights are in FP8.
+    """
+    keys: dict[str, Any] = {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "model_type": "deepseek_v3",
+        "torch_dtype": DTYPE_NAMES[dtype],
+        **{key: value for key, value in (carried or {}).items() if key in CARRIED_KEYS},
+        **_sizes(config),
+        **write_rope(config.rope_theta, config.rope_scaling),
+        **dict(_ONLY),
+        "attention_dropout": 0.0,
+        "use_cache": True,
+    }
+    if config.mtp_hidden != "post_norm":
+        keys["mtp_hidden"] = config.mtp_hidden
+    if fp8:
+        usual = {
+            "quant_method": "fp8",
+            "fmt": "e4m3",
+            "activation_scheme": "dynamic",
+            "weight_block_size": [BLOCK, BLOCK],
+        }
+        keys["quantization_config"] = (carried or {}).get("quantization_config", usual)
+    return keys
+
+
+def _sizes(config: ModelConfig) -> dict[str, Any]:
+    return {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_layers,
+        "first_k_dense_replace": config.num_dense_layers,
+        "intermediate_size": config.dense_intermediate_size,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_heads,
+        "q_lora_rank": config.q_lora_rank,
+        "kv_lora_rank": config.kv_lora_rank,
+        "qk_nope_head_dim": config.qk_nope_head_dim,
+        "qk_rope_head_dim": config.qk_rope_head_dim,
+        "v_head_dim": config.v_head_dim,
+        "n_routed_experts": config.num_routed_experts,
+        "n_shared_experts": config.num_shared_experts,
+        "num_experts_per_tok": config.num_experts_per_token,
+        "moe_intermediate_size": config.expert_intermediate_size,
+        "n_group": config.num_expert_groups,
+        "topk_group": config.num_limited_groups,
+        "routed_scaling_factor": config.routed_scaling_factor,
+        "rms_norm_eps": config.norm_eps,
+        "max_position_embeddings": config.max_position_tokens,
+        "num_nextn_predict_layers": config.mtp_depth,
+        "initializer_range": config.initializer_range,
+    }
+
+
+def _read(values: Values) -> ModelConfig:
+    max_position = values.whole("max_position_embeddings", 1)
+    theta, scaling = read_rope(values, max_position)
+    return ModelConfig(
+        vocab_size=values.whole("vocab_size", 1),
+        hidden_size=values.whole("hidden_size", 1),
+        num_layers=values.whole("num_hidden_layers", 1),
+        num_dense_layers=values.whole("first_k_dense_replace", 0),
+        dense_intermediate_size=values.whole("intermediate_size", 1),
+        num_heads=values.whole("num_attention_heads", 1),
+        q_lora_rank=None if values.need("q_lora_rank") is None else values.whole("q_lora_rank", 1),
+        kv_lora_rank=values.whole("kv_lora_rank", 1),
+        qk_nope_head_dim=values.whole("qk_nope_head_dim", 1),
+        qk_rope_head_dim=values.whole("qk_rope_head_dim", 2),
+        v_head_dim=values.whole("v_head_dim", 1),
+        num_routed_experts=values.whole("n_routed_experts", 1),
+        num_shared_experts=values.whole("n_shared_experts", 0),
+        num_experts_per_token=values.whole("num_experts_per_tok", 1),
+        expert_intermediate_size=values.whole("moe_intermediate_size", 1),
+        num_expert_groups=values.whole("n_group", 1),
+        num_limited_groups=values.whole("topk_group", 1),
+        routed_scaling_factor=values.number("routed_scaling_factor"),
+        norm_eps=values.number("rms_norm_eps"),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        max_position_tokens=max_position,
+        mtp_depth=_mtp_depth(values),
+        mtp_hidden=_mtp_hidden(values),
+        initializer_range=0.02 if values.get("initializer_range") is None else values.number("initializer_range"),
+    )
+
+
+def _mtp_depth(values: Values) -> int:
+    """Under either of its names; one, as transformers takes it, where neither is there."""
+    keys = [key for key in ("num_nextn_predict_layers", "num_mtp_layers") if values.get(key) is not None]
+    depths = [values.whole(key, 0) for key in keys]
+    if len(set(depths)) > 1:
+        raise values.error(keys[1], f"must equal {keys[0]} {depths[0]}, is {depths[1]}")
+    return depths[0] if depths else 1
+
+
+def _mtp_hidden(values: Values) -> Any:
+    state = values.get("mtp_hidden") or "post_norm"
+    if state not in ("post_norm", "pre_norm"):
+        raise values.error("mtp_hidden", f"must be post_norm or pre_norm, is {state!r}")
+    return state
+
+
+def _check(values: Values, config: ModelConfig) -> None:
+    """Rules that join keys."""
+    experts, groups, limit = config.num_routed_experts, config.num_expert_groups, config.num_limited_groups
+    for key, size in (
+        ("num_key_value_heads", config.num_heads),
+        ("qk_head_dim", config.qk_head_dim),
+        ("head_dim", config.qk_rope_head_dim),
+    ):
+        if values.get(key) is not None and values.whole(key, 1) != size:
+            raise values.error(key, f"must be {size} with the other sizes, is {values.get(key)}; nearest: {size}")
+    if config.qk_rope_head_dim % 2:
+        raise values.error("qk_rope_head_dim", f"must be even, is {config.qk_rope_head_dim}")
+    if config.num_dense_layers > config.num_layers:
+        raise values.error(
+            "first_k_dense_replace",
+            f"must be at most num_hidden_layers {config.num_layers}, is {config.num_dense_layers}; "
+            f"nearest: {config.num_layers}",
+        )
+    if experts % groups:
+        raise values.error("n_group", f"must divide n_routed_experts {experts}, is {groups}")
+    if limit > groups:
+        raise values.error("topk_group", f"must be at most n_group {groups}, is {limit}; nearest: {groups}")
+    within = limit * (experts // groups)
+    if config.num_experts_per_token > within:
+        raise values.error(
+            "num_experts_per_tok",
+            f"must be at most {within}, the experts of topk_group {limit} groups, is {config.num_experts_per_token}; "
+            f"nearest: {within}",
+        )

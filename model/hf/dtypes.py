@@ -1,0 +1,25 @@
+"""The types of stored tensors in torch's terms."""
+
+import torch
+
+from model.hf.names import StoredDtype
+
+TORCH_DTYPES: dict[StoredDtype, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+}
+
+
+def stored_dtype(dtype: torch.dtype) -> StoredDtype:
+    """The word of safetensors for a type of torch.
+
+    Raises:
+        ValueError: a type that weights are not stored in.
+    """
+    for word, candidate in TORCH_DTYPES.items():
+        if candidate == dtype:
+            return word
+    raise ValueError(f"dtype: must be one of {', '.join(map(str, TORCH_DTYPES.values()))}, is {dtype}")

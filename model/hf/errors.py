@@ -1,0 +1,41 @@
+"""What is wrong with a checkpoint in Hugging Face form, in one line. No torch here."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+from pathlib import Path
+
+LONGEST_VALUE = 120
+
+
+class HfError(ValueError):
+    """A checkpoint in Hugging Face form that cannot be read or written.
+
+    The text is one line: `path: subject: rule, value; nearest`. The subject is a tensor, or a key of a JSON file.
+
+    Args:
+        path: the file or folder it is about.
+        subject: the tensor or key in it; empty where it is about the whole.
+        problem: the rule and the value that breaks it, and the nearest valid choice where there is one.
+    """
+
+    def __init__(self, path: Path | str, subject: str, problem: str) -> None:
+        place = f"{path}: {_printable(subject)}: " if subject else f"{path}: "
+        super().__init__(_printable(f"{place}{problem}"))
+        self.path = str(path)
+        self.subject = subject
+
+
+def shown(value: object) -> str:
+    """A value as an error prints it: its literal, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 3]}..."
+
+
+def nearest(name: str, choices: Iterable[str]) -> str:
+    """The end of an error about a name: `; nearest: ...`, or nothing where no choice is like it."""
+    close = get_close_matches(name, list(choices), n=1, cutoff=0.6)
+    return f"; nearest: {close[0]}" if close else ""
+
+
+def _printable(text: str) -> str:
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)

@@ -1,0 +1,56 @@
+"""JSON of a checkpoint, read with care: anything may be in it. No torch here."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from model.hf.errors import HfError, shown
+
+LARGEST_BYTES = 2**28
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Raises:
+        HfError: as `parse_json`; or the file is missing, unreadable or larger than `LARGEST_BYTES`.
+    """
+    try:
+        size = path.stat().st_size
+        if size > LARGEST_BYTES:
+            raise HfError(path, "", f"must be at most {LARGEST_BYTES} bytes, has {size}")
+        text = path.read_bytes()
+    except OSError as error:
+        raise HfError(path, "", f"must be a readable file, is not ({error.strerror})") from error
+    return parse_json(text, path, "")
+
+
+def parse_json(text: bytes, path: Path, subject: str) -> dict[str, Any]:
+    """The object that JSON in UTF-8 gives.
+
+    Args:
+        text: the JSON.
+        path: the file it stands in, for errors.
+        subject: what of the file it is, for errors; may be empty.
+
+    Raises:
+        HfError: not JSON, not an object, or a key that stands in an object twice.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) != len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in values if keys.count(key) > 1)
+            raise HfError(path, subject, f"must have every key once, has {shown(twice)} twice")
+        return values
+
+    try:
+        read = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+    except HfError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise HfError(path, subject, f"must be JSON in UTF-8, is not ({error})") from error
+    if not isinstance(read, dict):
+        raise HfError(path, subject, f"must be an object of keys and values, is {shown(read)}")
+    return read

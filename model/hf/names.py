@@ -1,0 +1,149 @@
+"""Every tensor of a checkpoint in the released form: name, shape, type. Pure values, no torch.
+
+Source: the released checkpoint's names; arXiv:2412.19437, section 3.3, for what is kept in FP8.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import reduce
+from operator import mul
+from typing import Literal
+
+from model.config import ModelConfig
+
+StoredDtype = Literal["F64", "F32", "F16", "BF16", "F8_E4M3"]
+
+BLOCK = 128
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+SCALE_SUFFIX = "_scale_inv"
+BIAS_SUFFIX = ".mlp.gate.e_score_correction_bias"
+_MTP_COPIES = {"embed_tokens.weight": EMBEDDING, "shared_head.head.weight": HEAD}
+_QUANTISED = re.compile(
+    r"model\.layers\.\d+\.(self_attn\.(q|q_a|q_b|kv_b|o)_proj|self_attn\.kv_a_proj_with_mqa"
+    r"|mlp\.(experts\.\d+\.|shared_experts\.)?(gate|up|down)_proj)\.weight"
+)
+
+Named = Iterator[tuple[str, tuple[int, ...]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A tensor in a file: its shape, and its type in the words of safetensors."""
+
+    shape: tuple[int, ...]
+    dtype: StoredDtype
+
+    @property
+    def num_elements(self) -> int:
+        """Numbers in the tensor."""
+        return reduce(mul, self.shape, 1)
+
+
+def stored_tensors(config: ModelConfig, *, dtype: StoredDtype, fp8: bool) -> dict[str, Stored]:
+    """Every tensor of a checkpoint of this architecture in the released form, in the order of the network.
+
+    Args:
+        config: the architecture.
+        dtype: of weights that are not in FP8. Correction biases and scales are float32 always.
+        fp8: the projections of attention and of all feed-forward networks in FP8 (E4M3), each followed by its scales.
+
+    A model without shared experts has theirs of no rows, as `transformers` writes them.
+    """
+    stored: dict[str, Stored] = {}
+    for name, shape in weights(config):
+        if fp8 and is_quantised(name) and 0 not in shape:
+            stored |= with_scales(name, shape)
+        else:
+            stored[name] = Stored(shape, "F32" if name.endswith(BIAS_SUFFIX) else dtype)
+    return stored
+
+
+def weights(config: ModelConfig) -> Named:
+    """(name, shape) of every weight and correction bias, the MTP modules' copies of embedding and head included."""
+    vocab, hidden = config.vocab_size, config.hidden_size
+    yield EMBEDDING, (vocab, hidden)
+    for layer in range(config.num_layers):
+        yield from _layer(config, layer, moe=layer >= config.num_dense_layers)
+    yield "model.norm.weight", (hidden,)
+    yield HEAD, (vocab, hidden)
+    for layer in range(config.num_layers, config.num_layers + config.mtp_depth):
+        yield from _layer(config, layer, moe=True)
+        prefix = f"model.layers.{layer}."
+        yield prefix + "enorm.weight", (hidden,)
+        yield prefix + "hnorm.weight", (hidden,)
+        yield prefix + "eh_proj.weight", (hidden, 2 * hidden)
+        yield prefix + "embed_tokens.weight", (vocab, hidden)
+        yield prefix + "shared_head.norm.weight", (hidden,)
+        yield prefix + "shared_head.head.weight", (vocab, hidden)
+
+
+def is_quantised(name: str) -> bool:
+    """Whether a released FP8 checkpoint holds this weight in FP8."""
+    return _QUANTISED.fullmatch(name) is not None
+
+
+def scale_name(name: str) -> str:
+    """The name of an FP8 weight's scales."""
+    return name + SCALE_SUFFIX
+
+
+def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """One scale for each block of 128 x 128, the last of a row or column possibly ragged."""
+    return tuple(-(-size // BLOCK) for size in shape)
+
+
+def with_scales(name: str, shape: tuple[int, ...]) -> dict[str, Stored]:
+    """An FP8 weight and its scales."""
+    return {name: Stored(shape, "F8_E4M3"), scale_name(name): Stored(scale_shape(shape), "F32")}
+
+
+def copied_from(name: str) -> str | None:
+    """For an MTP module's copy of the embedding or head: the main model's tensor. None for all others."""
+    parts = name.split(".", 3)
+    return _MTP_COPIES.get(parts[3]) if parts[:2] == ["model", "layers"] and len(parts) == 4 else None
+
+
+def layer_of(name: str) -> int | None:
+    """The layer that a tensor belongs to; None for embedding, final norm and head."""
+    matched = re.match(r"model\.layers\.(0|[1-9][0-9]{0,8})\.", name)
+    return int(matched[1]) if matched else None
+
+
+def _layer(config: ModelConfig, layer: int, *, moe: bool) -> Named:
+    prefix, hidden = f"model.layers.{layer}.", config.hidden_size
+    yield prefix + "input_layernorm.weight", (hidden,)
+    for name, shape in _attention(config):
+        yield f"{prefix}self_attn.{name}.weight", shape
+    yield prefix + "post_attention_layernorm.weight", (hidden,)
+    if not moe:
+        yield from _feed_forward(prefix + "mlp.", hidden, config.dense_intermediate_size)
+        return
+    narrow = config.expert_intermediate_size
+    yield prefix + "mlp.gate.weight", (config.num_routed_experts, hidden)
+    yield prefix.removesuffix(".") + BIAS_SUFFIX, (config.num_routed_experts,)
+    for expert in range(config.num_routed_experts):
+        yield from _feed_forward(f"{prefix}mlp.experts.{expert}.", hidden, narrow)
+    yield from _feed_forward(prefix + "mlp.shared_experts.", hidden, config.num_shared_experts * narrow)
+
+
+def _attention(config: ModelConfig) -> Named:
+    hidden, heads, latent = config.hidden_size, config.num_heads, config.kv_lora_rank
+    queries = heads * config.qk_head_dim
+    if config.q_lora_rank is None:
+        yield "q_proj", (queries, hidden)
+    else:
+        yield "q_a_proj", (config.q_lora_rank, hidden)
+        yield "q_a_layernorm", (config.q_lora_rank,)
+        yield "q_b_proj", (queries, config.q_lora_rank)
+    yield "kv_a_proj_with_mqa", (latent + config.qk_rope_head_dim, hidden)
+    yield "kv_a_layernorm", (latent,)
+    yield "kv_b_proj", (heads * (config.qk_nope_head_dim + config.v_head_dim), latent)
+    yield "o_proj", (hidden, heads * config.v_head_dim)
+
+
+def _feed_forward(prefix: str, hidden: int, intermediate: int) -> Named:
+    yield prefix + "gate_proj.weight", (intermediate, hidden)
+    yield prefix + "up_proj.weight", (intermediate, hidden)
+    yield prefix + "down_proj.weight", (hidden, intermediate)

@@ -1,0 +1,185 @@
+"""Weights out of a checkpoint in Hugging Face form, in runs of rows: no more than `CHUNK_BYTES` at a time.
+
+Shape legend: R rows read at a time, D columns, M blocks in a column, T blocks in a row.
+"""
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from kernels.quantize.layout import QuantizedBlocks
+from kernels.quantize.reference import dequantize_128x128
+from model.config import ModelConfig
+from model.hf.checkpoint import Checkpoint, open_checkpoint
+from model.hf.dtypes import TORCH_DTYPES
+from model.hf.errors import HfError, nearest, shown
+from model.hf.header import Entry
+from model.hf.names import BLOCK, StoredDtype, copied_from, scale_name, weights
+
+CHUNK_BYTES = 2**24
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HfSource:
+    """How a checkpoint held its tensors, so that they can be written as they were.
+
+    dtypes: by name, those of MTP copies included. scales: of FP8 weights, by the weight's name; float32
+    [ceil(rows / 128), ceil(columns / 128)]. config: keys of config.json that say nothing about the architecture.
+    """
+
+    dtypes: Mapping[str, StoredDtype]
+    scales: Mapping[str, Tensor]
+    config: Mapping[str, Any]
+
+
+class HfReader:
+    """A checkpoint in the released form: `config.json`, `model.safetensors` or shards with an index.
+
+    All that can be known without reading data is checked when the reader is made.
+
+    Args:
+        path: the checkpoint's folder.
+
+    Raises:
+        HfError: as `model.hf.checkpoint.open_checkpoint`.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.checkpoint: Checkpoint = open_checkpoint(Path(path))
+
+    @property
+    def config(self) -> ModelConfig:
+        """The architecture; without MTP modules where the files hold none."""
+        return self.checkpoint.config
+
+    def fill(self, named: Mapping[str, Tensor]) -> None:
+        """Copies weights into given tensors, file by file in the order of the data.
+
+        FP8 weights are dequantised: code times scale in float32, then rounded to the tensor's type.
+
+        Args:
+            named: released names, any part of the checkpoint's, as `model.transformer.named_tensors` gives them; on
+                any device, of any floating type.
+
+        Raises:
+            HfError: a name that the checkpoint lacks, another shape, a value or scale that is not finite (or becomes
+                so in the tensor's type), a file that ends early, or an MTP module's copy of a given embedding or head
+                that differs from it.
+        """
+        for name, target in named.items():
+            self._check_target(name, target)
+        ordered = sorted(named, key=lambda name: (self._entry(name).file, self._entry(name).offset))
+        for path, names in groupby(ordered, key=lambda name: self._entry(name).file):
+            with _opened(path) as file:
+                for name in names:
+                    self._fill_one(file, name, named[name])
+        self._check_copies(named)
+
+    def tensor(self, name: str, dtype: torch.dtype) -> Tensor:
+        """One weight on the CPU, as `fill` would give it."""
+        target = torch.empty(self._entry(name).shape, dtype=dtype)
+        self.fill({name: target})
+        return target
+
+    def source(self) -> HfSource:
+        """How the checkpoint holds its tensors; reads every FP8 weight's scales."""
+        entries = self.checkpoint.entries
+        names = [name for name, _ in weights(self.config) if name in entries]
+        scales = {name: self._scales(name) for name in names if entries[name].dtype == "F8_E4M3"}
+        return HfSource(
+            dtypes={name: entries[name].dtype for name in names}, scales=scales, config=self.checkpoint.carried
+        )
+
+    def _entry(self, name: str) -> Entry:
+        entries = self.checkpoint.entries
+        if name not in entries:
+            raise HfError(self.checkpoint.folder, name, f"must be in the checkpoint, is not{nearest(name, entries)}")
+        return entries[name]
+
+    def _check_target(self, name: str, target: Tensor) -> None:
+        entry = self._entry(name)
+        if tuple(target.shape) != entry.shape:
+            raise HfError(entry.file, name, f"must have shape {list(target.shape)}, has {list(entry.shape)}")
+
+    def _fill_one(self, file: BinaryIO, name: str, target: Tensor) -> None:
+        entry = self._entry(name)
+        scales = self._scales(name) if entry.dtype == "F8_E4M3" else None
+        for first, rows in _runs(file, entry, name):
+            if scales is None:
+                values = rows.to(target.dtype)
+            else:
+                blocks = slice(first // BLOCK, -(-(first + len(rows)) // BLOCK))
+                values = dequantize_128x128(QuantizedBlocks(rows, scales[blocks]), target.dtype)
+            finite = values.isfinite()
+            if not finite.all():
+                where = (~finite).nonzero()[0].tolist()
+                value = values[tuple(where)].item()
+                where[0] += first
+                raise HfError(entry.file, name, f"must hold finite numbers in {target.dtype}, holds {value} at {where}")
+            target[first : first + len(rows)].copy_(values)
+
+    def _scales(self, name: str) -> Tensor:
+        entry, scaled = self._entry(scale_name(name)), scale_name(name)
+        with _opened(entry.file) as file:
+            runs = [rows for _, rows in _runs(file, entry, scaled)]
+        scales_MT = torch.cat(runs)
+        good = scales_MT.isfinite() & (scales_MT > 0)
+        if not good.all():
+            where = (~good).nonzero()[0].tolist()
+            value = scales_MT[tuple(where)].item()
+            raise HfError(entry.file, scaled, f"must hold finite numbers above 0, holds {shown(value)} at {where}")
+        return scales_MT
+
+    def _check_copies(self, named: Collection[str]) -> None:
+        for copy, _ in weights(self.config):
+            original = copied_from(copy)
+            if original is not None and original in named:
+                self._check_copy(original, copy)
+
+    def _check_copy(self, original: str, copy: str) -> None:
+        first, second = self._entry(original), self._entry(copy)
+        with _opened(first.file) as one, _opened(second.file) as other:
+            pairs = zip(_bytes(one, first, original), _bytes(other, second, copy), strict=True)
+            if any(ours != theirs for ours, theirs in pairs):
+                raise HfError(second.file, copy, f"must equal {original} byte for byte, differs")
+
+
+def _opened(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise HfError(path, "", f"must be readable, is not ({error.strerror})") from error
+
+
+def _runs(file: BinaryIO, entry: Entry, name: str) -> Iterator[tuple[int, Tensor]]:
+    """(first row, rows) of a tensor; runs begin at multiples of `BLOCK` rows."""
+    row_shape, num_rows = entry.shape[1:], entry.shape[0]
+    first = 0
+    for chunk in _bytes(file, entry, name):
+        rows = torch.frombuffer(chunk, dtype=TORCH_DTYPES[entry.dtype]).reshape(-1, *row_shape)
+        yield first, rows
+        first += len(rows)
+    assert first == num_rows or not entry.num_bytes
+
+
+def _bytes(file: BinaryIO, entry: Entry, name: str) -> Iterator[bytearray]:
+    """A tensor's bytes, in runs of whole blocks of rows."""
+    if not entry.num_bytes:
+        return
+    row_bytes = entry.num_bytes // entry.shape[0]
+    run_bytes = max(1, CHUNK_BYTES // (row_bytes * BLOCK)) * BLOCK * row_bytes
+    for offset in range(0, entry.num_bytes, run_bytes):
+        chunk = bytearray(min(run_bytes, entry.num_bytes - offset))
+        try:
+            file.seek(entry.offset + offset)
+            num_read = file.readinto(chunk)  # type: ignore[attr-defined]
+        except OSError as error:
+            raise HfError(entry.file, name, f"must be readable, is not ({error.strerror})") from error
+        if num_read != len(chunk):
+            raise HfError(entry.file, name, f"must have {entry.num_bytes} bytes, file ends early")
+        yield chunk

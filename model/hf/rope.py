@@ -1,0 +1,139 @@
+"""Rotary embedding in `config.json`: two spellings in, the released one out. No torch here.
+
+YaRN means what transformers makes of it. With L = ln(factor), cos and sin are scaled by `attention_factor`, by default
+(0.1 mscale L + 1) / (0.1 mscale_all_dim L + 1) where both are given and not 0, else by 0.1 L + 1; scores are scaled by
+(0.1 mscale_all_dim L + 1)^2 where that is given.
+"""
+
+import math
+from typing import Any, Literal, assert_never
+
+from model.config import PlainRope, RopeScaling, YarnRope
+from model.hf.errors import shown
+from model.hf.values import Values
+
+_PRECISION = 1e-9
+
+
+def read_rope(values: Values, max_position: int) -> tuple[float, RopeScaling]:
+    """The base of the rotation and its scaling.
+
+    Args:
+        values: of `config.json`.
+        max_position: its `max_position_embeddings`, YaRN's original length where none is given.
+
+    Raises:
+        HfError: both spellings at once, another kind of rotary embedding, a missing or wrong value.
+    """
+    spellings = [key for key in ("rope_scaling", "rope_parameters") if values.get(key)]
+    if len(spellings) > 1:
+        raise values.error("rope_parameters", "must not stand beside rope_scaling, does")
+    inner = values.inside(spellings[0]) if spellings else None
+    outer_theta = values.get("rope_theta")
+    if inner is None or inner.get("rope_theta") is None:
+        theta = values.number("rope_theta")
+    else:
+        theta = inner.number("rope_theta")
+        if outer_theta is not None and outer_theta != theta:
+            raise values.error("rope_theta", f"must equal {spellings[0]}.rope_theta {theta}, is {shown(outer_theta)}")
+    for place in (values, *([inner] if inner else [])):
+        if place.get("partial_rotary_factor") is not None and place.number("partial_rotary_factor") != 1:
+            raise place.error("partial_rotary_factor", f"must be 1, is {place.get('partial_rotary_factor')}")
+    if inner is None or _kind(inner) == "default":
+        return theta, PlainRope(kind="plain")
+    if theta <= 1:
+        raise values.error("rope_theta", f"must be above 1 for YaRN, is {theta}")
+    return theta, _read_yarn(inner, max_position)
+
+
+def write_rope(theta: float, scaling: RopeScaling) -> dict[str, Any]:
+    """`rope_theta` and `rope_scaling`, so that transformers computes what `model.rope` does."""
+    match scaling:
+        case PlainRope():
+            return {"rope_theta": theta, "rope_scaling": None}
+        case YarnRope() as yarn:
+            keys: dict[str, Any] = {
+                "type": "yarn",
+                "factor": yarn.factor,
+                "original_max_position_embeddings": yarn.original_max_position_tokens,
+                "beta_fast": yarn.beta_fast,
+                "beta_slow": yarn.beta_slow,
+                "mscale": yarn.mscale,
+                "mscale_all_dim": yarn.mscale_all_dim,
+            }
+            factor = _temperature(yarn.factor, yarn.mscale) / _temperature(yarn.factor, yarn.mscale_all_dim)
+            if factor != _default_factor(yarn.factor, yarn.mscale, yarn.mscale_all_dim):
+                keys["attention_factor"] = factor
+            return {"rope_theta": theta, "rope_scaling": keys}
+        case _:
+            assert_never(scaling)
+
+
+def _kind(inner: Values) -> Literal["default", "yarn"]:
+    kinds = [inner.get(key) for key in ("rope_type", "type") if inner.get(key) is not None]
+    if len(kinds) > 1 and kinds[0] != kinds[1]:
+        raise inner.error("type", f"must equal rope_type {shown(kinds[0])}, is {shown(kinds[1])}")
+    match kinds[0] if kinds else "default":
+        case "default":
+            return "default"
+        case "yarn":
+            return "yarn"
+        case other:
+            raise inner.error("rope_type", f"must be default or yarn, is {shown(other)}")
+
+
+def _read_yarn(inner: Values, max_position: int) -> YarnRope:
+    factor = inner.number("factor")
+    if factor < 1:
+        raise inner.error("factor", f"must be at least 1, is {factor}; nearest: 1")
+    if inner.get("truncate") not in (None, True):
+        raise inner.error("truncate", f"must be true, is {shown(inner.get('truncate'))}")
+    fast = inner.number("beta_fast") if inner.get("beta_fast") else 32.0
+    slow = inner.number("beta_slow") if inner.get("beta_slow") else 1.0
+    if fast < slow:
+        raise inner.error("beta_fast", f"must be at least beta_slow {slow:g}, is {fast:g}; nearest: {slow:g}")
+    original = inner.get("original_max_position_embeddings")
+    mscale, all_dim = _read_scales(inner, factor)
+    return YarnRope(
+        kind="yarn",
+        factor=factor,
+        original_max_position_tokens=max_position
+        if original is None
+        else inner.whole("original_max_position_embeddings", 1),
+        beta_fast=fast,
+        beta_slow=slow,
+        mscale=mscale,
+        mscale_all_dim=all_dim,
+    )
+
+
+def _read_scales(inner: Values, factor: float) -> tuple[float, float]:
+    """`mscale` and `mscale_all_dim` by which `model.rope` scales as transformers does."""
+    mscale, all_dim = (inner.number(key) if inner.get(key) else 0.0 for key in ("mscale", "mscale_all_dim"))
+    if inner.get("attention_factor") is None:
+        if (mscale and all_dim) or factor == 1:
+            return mscale, all_dim
+        wanted = _default_factor(factor, mscale, all_dim)
+    else:
+        wanted = inner.number("attention_factor")
+        own = _temperature(factor, mscale) / _temperature(factor, all_dim)
+        if math.isclose(wanted, own, rel_tol=_PRECISION):
+            return mscale, all_dim
+    if not all_dim and wanted == _temperature(factor, 1.0):
+        return 1.0, 0.0
+    least = 1 / _temperature(factor, all_dim)
+    if factor == 1 or wanted < least:
+        rule = "must be 1 with factor 1" if factor == 1 else f"must be at least {least}, as mscale is not negative"
+        raise inner.error("attention_factor", f"{rule}, is {wanted}")
+    return (wanted * _temperature(factor, all_dim) - 1) / (0.1 * math.log(factor)), all_dim
+
+
+def _default_factor(factor: float, mscale: float, all_dim: float) -> float:
+    """What transformers scales cos and sin by where `attention_factor` is not given."""
+    if mscale and all_dim:
+        return _temperature(factor, mscale) / _temperature(factor, all_dim)
+    return _temperature(factor, 1.0)
+
+
+def _temperature(factor: float, mscale: float) -> float:
+    return 0.1 * mscale * math.log(factor) + 1 if factor > 1 else 1.0

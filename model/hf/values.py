@@ -1,0 +1,99 @@
+"""Keys of a checkpoint's JSON, each read with its rule. No torch here."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from model.hf.errors import HfError, nearest, shown
+
+
+class Values:
+    """An object of a JSON file, whose keys are read one by one.
+
+    Args:
+        path: the file, for errors.
+        values: the object.
+        place: dotted keys that lead to it; empty for the file's own.
+    """
+
+    def __init__(self, path: Path, values: Mapping[str, Any], place: str = "") -> None:
+        self._path = path
+        self._values = values
+        self._place = place
+
+    def get(self, key: str) -> Any:
+        """The value of a key; None where the key is missing."""
+        return self._values.get(key)
+
+    def need(self, key: str) -> Any:
+        """The value of a key that must be there.
+
+        Raises:
+            HfError: it is missing.
+        """
+        if key not in self._values:
+            raise self.error(key, f"must be given, is missing{nearest(key, self._values)}")
+        return self._values[key]
+
+    def whole(self, key: str, least: int) -> int:
+        """A whole number of at least `least`.
+
+        Raises:
+            HfError: missing, not a whole number, or too small.
+        """
+        value = self.need(key)
+        if type(value) is not int:
+            raise self.error(key, f"must be a whole number, is {shown(value)}")
+        if value < least:
+            raise self.error(key, f"must be at least {least}, is {value}; nearest: {least}")
+        return value
+
+    def number(self, key: str, *, above: float = 0.0) -> float:
+        """A finite number above `above`.
+
+        Raises:
+            HfError: missing, not a number, or too small.
+        """
+        value = self.need(key)
+        try:
+            number = float(value) if type(value) in (int, float) else math.nan
+        except OverflowError:
+            number = math.inf
+        if not math.isfinite(number):
+            raise self.error(key, f"must be a finite number, is {shown(value)}")
+        if number <= above:
+            raise self.error(key, f"must be above {above:g}, is {value}")
+        return number
+
+    def only(self, key: str, allowed: Any) -> None:
+        """Refuses any value but `allowed` of a key that may be missing.
+
+        Raises:
+            HfError: another value.
+        """
+        value = self._values.get(key, allowed)
+        if type(value) is not type(allowed) or value != allowed:
+            raise self.error(key, f"must be {_json(allowed)}, as nothing else is supported, is {shown(value)}")
+
+    def inside(self, key: str) -> "Values":
+        """The object under a key.
+
+        Raises:
+            HfError: missing, or not an object.
+        """
+        value = self.need(key)
+        if not isinstance(value, dict):
+            raise self.error(key, f"must be an object of keys and values, is {shown(value)}")
+        return Values(self._path, value, self._dotted(key))
+
+    def error(self, key: str, problem: str) -> HfError:
+        """The error about a key."""
+        return HfError(self._path, self._dotted(key), problem)
+
+    def _dotted(self, key: str) -> str:
+        return f"{self._place}.{key}" if self._place else key
+
+
+def _json(value: Any) -> str:
+    return {True: "true", False: "false"}[value] if isinstance(value, bool) else str(value)

@@ -1,0 +1,209 @@
+"""A checkpoint in Hugging Face form, written shard by shard with one tensor in memory at a time.
+
+The format is simple and is written here, as safetensors' own writer wants all tensors of a shard at once. Files go to
+a folder beside the destination, which takes its name when all of them are on the disk.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from kernels.quantize.layout import QuantizedBlocks
+from kernels.quantize.reference import codes_128x128, quantize_128x128
+from model.config import ModelConfig
+from model.hf.checkpoint import INDEX_NAME, SINGLE_NAME
+from model.hf.config import CONFIG_NAME, write_config
+from model.hf.dtypes import TORCH_DTYPES
+from model.hf.errors import HfError
+from model.hf.folder import new_folder
+from model.hf.header import ITEM_BYTES, LENGTH_BYTES
+from model.hf.names import EMBEDDING, SCALE_SUFFIX, Stored, StoredDtype, copied_from, scale_name, scale_shape
+
+MAX_SHARD_BYTES = 5_000_000_000
+CHUNK_BYTES = 2**24
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fp8Scales:
+    """How scales of FP8 weights come about.
+
+    known: scales to keep, by the weight's name; all others are a block's largest magnitude over 448.
+    power_of_two: those others rounded up to a power of two, as `scale_fmt` ue8m0 says.
+    """
+
+    known: Mapping[str, Tensor]
+    power_of_two: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Extras:
+    """What a checkpoint has beside its weights.
+
+    config: keys of `config.json` that say nothing about the architecture, as `Checkpoint.carried`. files: contents by
+    plain file name, such as those of a tokenizer.
+    """
+
+    config: Mapping[str, Any]
+    files: Mapping[str, bytes]
+
+
+NO_EXTRAS = Extras(config={}, files={})
+NEW_SCALES = Fp8Scales(known={}, power_of_two=False)
+
+
+def write_hf(
+    path: Path,
+    config: ModelConfig,
+    plan: Mapping[str, Stored],
+    tensor: Callable[[str], Tensor],
+    *,
+    scales: Fp8Scales = NEW_SCALES,
+    extras: Extras = NO_EXTRAS,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Writes a checkpoint.
+
+    Args:
+        path: its folder; absent or empty. Folders above it are made.
+        config: the architecture.
+        plan: what is stored, as `model.hf.names.stored_tensors` gives it; types of single weights may be changed.
+        tensor: a weight by the name that `model.transformer.named_tensors` gives it, of any floating type; asked for
+            once per weight (embedding and head once more per MTP module; none without elements) and not kept.
+        scales: of weights that the plan has in FP8.
+        extras: further keys and files.
+        max_shard_bytes: data of a file, unless one tensor has more.
+
+    Raises:
+        HfError: the folder is not empty, a weight has another shape or a value that is not finite (or becomes so in
+            the type it is stored in), or the disk refuses. Nothing is left.
+    """
+    shards = _cut(plan, max_shard_bytes)
+    if len(shards) == 1:
+        names = [SINGLE_NAME]
+    else:
+        names = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
+    with new_folder(path) as folder:
+        for file_name, shard in zip(names, shards, strict=True):
+            with (folder / file_name).open("xb") as file:
+                _write_shard(file, path / file_name, shard, tensor, scales)
+        if len(shards) > 1:
+            located = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+            size = sum(_num_bytes(stored) for stored in plan.values())
+            index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(located.items()))}
+            _write_file(folder / INDEX_NAME, _json(index))
+        fp8 = any(stored.dtype == "F8_E4M3" for stored in plan.values())
+        keys = write_config(config, dtype=_plain_dtype(plan), fp8=fp8, carried=extras.config)
+        _write_file(folder / CONFIG_NAME, _json(keys))
+        for name, content in extras.files.items():
+            _write_file(folder / name, content)
+
+
+def _plain_dtype(plan: Mapping[str, Stored]) -> StoredDtype:
+    """The type that `config.json` names: a rare one where any weight has it, as readers want it announced."""
+    rare = [stored.dtype for stored in plan.values() if stored.dtype in ("F64", "F16")]
+    return rare[0] if rare else plan[EMBEDDING].dtype
+
+
+def _cut(plan: Mapping[str, Stored], max_shard_bytes: int) -> list[dict[str, Stored]]:
+    """Shards in the order of the plan; a weight's scales stand in its shard."""
+    shards: list[dict[str, Stored]] = [{}]
+    filled = 0
+    for name, stored in plan.items():
+        if name.endswith(SCALE_SUFFIX):
+            continue
+        group = {name: stored}
+        if stored.dtype == "F8_E4M3":
+            group[scale_name(name)] = plan[scale_name(name)]
+        size = sum(_num_bytes(member) for member in group.values())
+        if shards[-1] and filled + size > max_shard_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1] |= group
+        filled += size
+    return shards
+
+
+def _num_bytes(stored: Stored) -> int:
+    return stored.num_elements * ITEM_BYTES[stored.dtype]
+
+
+def _write_shard(
+    file: BinaryIO, place: Path, shard: Mapping[str, Stored], tensor: Callable[[str], Tensor], scales: Fp8Scales
+) -> None:
+    """Fills a file; `place` is where it will stand, for errors."""
+    offsets, header = _layout(shard)
+    file.write(len(header).to_bytes(LENGTH_BYTES, "little") + header)
+    for name, stored in shard.items():
+        if name.endswith(SCALE_SUFFIX) or not stored.num_elements:
+            continue
+        values = tensor(copied_from(name) or name).detach()
+        if tuple(values.shape) != stored.shape:
+            raise HfError(place, name, f"must have shape {list(stored.shape)}, has {list(values.shape)}")
+        parts = {name: values}
+        if stored.dtype == "F8_E4M3":
+            # Before rounding, as infinity is a finite code under a known scale.
+            _check_finite(values, place, name, stored.dtype)
+            encoded = _quantise(values, scales.known.get(name), scales.power_of_two)
+            parts = {name: encoded.codes, scale_name(name): encoded.scales}
+        for part, content in parts.items():
+            file.seek(offsets[part])
+            for rows in _rows(content, shard[part].dtype):
+                if shard[part].dtype != "F8_E4M3":
+                    _check_finite(rows, place, part, shard[part].dtype)
+                file.write(rows.view(torch.uint8).numpy().data)
+    _sync(file)
+
+
+def _layout(shard: Mapping[str, Stored]) -> tuple[dict[str, int], bytes]:
+    """Where each tensor's data begins in the file, and the header; the widest types first, so that all are aligned."""
+    ordered = sorted(shard, key=lambda name: (-ITEM_BYTES[shard[name].dtype], name))
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    begin, begins = 0, {}
+    for name in ordered:
+        stored, end = shard[name], begin + _num_bytes(shard[name])
+        entries[name] = {"dtype": stored.dtype, "shape": list(stored.shape), "data_offsets": [begin, end]}
+        begins[name], begin = begin, end
+    header = json.dumps(entries, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % LENGTH_BYTES)
+    start = LENGTH_BYTES + len(header)
+    return {name: start + offset for name, offset in begins.items()}, header
+
+
+def _quantise(values: Tensor, known: Tensor | None, power_of_two: bool) -> QuantizedBlocks:
+    if known is None:
+        return quantize_128x128(values, power_of_two)
+    assert tuple(known.shape) == scale_shape(tuple(values.shape))
+    return QuantizedBlocks(codes_128x128(values, known.to(values.device)), known)
+
+
+def _check_finite(values: Tensor, place: Path, name: str, dtype: StoredDtype) -> None:
+    if not values.isfinite().all():
+        raise HfError(place, name, f"must hold finite numbers in {dtype}, does not")
+
+
+def _rows(values: Tensor, dtype: StoredDtype) -> Iterator[Tensor]:
+    """Runs of whole rows in a type, on the CPU, one after the other."""
+    row_bytes = max(1, values[0].numel() * ITEM_BYTES[dtype])
+    for rows in values.split(max(1, CHUNK_BYTES // row_bytes)):
+        yield rows.to(TORCH_DTYPES[dtype]).contiguous().cpu()
+
+
+def _json(values: Mapping[str, Any]) -> bytes:
+    return (json.dumps(values, indent=2) + "\n").encode()
+
+
+def _write_file(path: Path, content: bytes) -> None:
+    with path.open("xb") as file:
+        file.write(content)
+        _sync(file)
+
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())

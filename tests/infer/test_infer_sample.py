@@ -1,0 +1,89 @@
+"""Distributions against a plain reading, draws against their distribution."""
+
+import pytest
+import torch
+
+from infer.config import GenerateError, Sampling
+from infer.sample import Draws, distribution, draw
+from tests.infer.models import chi_square
+
+
+def plainly(logits: list[float], sampling: Sampling) -> list[float]:
+    """Token by token: sorted by score, the first k, of those the first that reach p together."""
+    if sampling.temperature == 0:
+        best = logits.index(max(logits))
+        return [float(token == best) for token in range(len(logits))]
+    weights = [(2.718281828459045 ** (score / sampling.temperature), token) for token, score in enumerate(logits)]
+    weights = sorted(weights, reverse=True)[: sampling.top_k or len(logits)]
+    total = sum(weight for weight, _ in weights)
+    kept, mass = [], 0.0
+    for weight, token in weights:
+        if mass / total >= sampling.top_p:
+            break
+        kept.append((weight, token))
+        mass += weight
+    probabilities = [0.0] * len(logits)
+    for weight, token in kept:
+        probabilities[token] = weight / mass
+    return probabilities
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.6, 1.0, 2.5])
+@pytest.mark.parametrize("top_k", [None, 1, 5, 50])
+@pytest.mark.parametrize("top_p", [1.0, 0.9, 0.5, 1e-6])
+def test_distribution_equals_plain_reading(temperature: float, top_k: int | None, top_p: float) -> None:
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+    logits = torch.randn(4, 23, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 2
+    made = distribution(logits, sampling)
+    expected = [plainly(row, sampling) for row in logits.tolist()]
+    torch.testing.assert_close(made, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-12)
+    narrow = distribution(logits.to(torch.bfloat16), sampling)
+    assert narrow.dtype == torch.float32
+    torch.testing.assert_close(narrow.sum(-1), torch.ones(4), rtol=1e-5, atol=0)
+
+
+def test_distribution_of_a_tiny_temperature_is_the_best_token() -> None:
+    logits = torch.tensor([[1e4, -3e4, 9.9e3]])
+    assert distribution(logits, Sampling(temperature=1e-30)).tolist() == [[1.0, 0.0, 0.0]]
+
+
+def test_distribution_of_equal_scores_keeps_k() -> None:
+    made = distribution(torch.zeros(1, 7), Sampling(temperature=1.0, top_k=3))
+    assert sorted(made[0].tolist(), reverse=True) == pytest.approx([1 / 3] * 3 + [0.0] * 4)
+    assert distribution(torch.zeros(1, 7), Sampling()).argmax() == 0
+
+
+def test_draws_follow_their_distribution() -> None:
+    weights = torch.tensor([0.0, 3.0, 0.0, 1.0, 0.01, 0.5, 0.0])
+    uniform = Draws(seed=4, index=0).uniform(100_000)
+    counts = torch.bincount(draw(weights.expand(100_000, 7), uniform), minlength=7)
+    statistic, limit = chi_square(counts, (weights / weights.sum()).to(torch.float64))
+    assert statistic < limit
+
+
+@pytest.mark.parametrize("uniform", [0.0, 1 - 2**-53, 0.5])
+def test_draw_never_gives_what_has_no_weight(uniform: float) -> None:
+    weights = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 1e-30], [1e-3, 0.0, 0.0]])
+    assert draw(weights, torch.full((3,), uniform, dtype=torch.float64)).tolist() == [1, 2, 0]
+
+
+def test_draws_of_prompts_and_seeds_differ() -> None:
+    drawn = {(seed, index): tuple(Draws(seed, index).uniform(3).tolist()) for seed in range(5) for index in range(5)}
+    assert len(set(drawn.values())) == 25
+    assert Draws(2, 3).uniform(3).tolist() == list(drawn[2, 3])
+    one_by_one = Draws(2, 3)
+    assert [float(one_by_one.uniform(1)) for _ in range(3)] == list(drawn[2, 3])
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("temperature", value) for value in (-0.1, float("nan"), float("inf"))),
+        *(("top_p", value) for value in (0.0, -1.0, 1.5, float("nan"))),
+        *(("top_k", value) for value in (0, -3)),
+        ("seed", -1),
+    ],
+)
+def test_sampling_out_of_range_is_refused(key: str, value: float) -> None:
+    with pytest.raises(GenerateError, match=rf"^{key}: .*{value}"):
+        Sampling(**{key: value})  # type: ignore[arg-type]

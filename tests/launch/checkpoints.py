@@ -1,0 +1,35 @@
+"""A run's folder with one checkpoint of a tiny model, made without training."""
+
+import warnings
+from pathlib import Path
+
+import torch
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+
+from data.tokenizer import Tokenizer
+from model.transformer import Transformer, named_tensors
+from tests.infer.models import make_foresighted
+from tests.tiny import tiny_config
+from train.manifest import TOKENIZER_NAME, write_manifest
+
+TEXTS = ["def f(x):\n    return x + 1\n", "naïve café 🙂 日本語 text"] * 9
+
+
+def write_checkpoint(run: Path, model: Transformer, *, tokenizer: bool = True) -> Path:
+    """The checkpoint's folder."""
+    folder = run / "checkpoints" / "step-00000000"
+    folder.mkdir(parents=True)
+    named = named_tensors(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # DCP warns of deprecations in its own code
+        dcp_save({f"weights.{name}": tensor for name, tensor in named.items()}, checkpoint_id=folder, no_dist=True)
+    if tokenizer:
+        Tokenizer.train(TEXTS, 300).save(folder / TOKENIZER_NAME)
+    write_manifest(folder, 0, tiny_config(run, model=model.config), "f00d")
+    return folder
+
+
+def write_run(run: Path, *, tokenizer: bool = True) -> Path:
+    """A run's folder with a checkpoint of a model whose drafts are often accepted."""
+    write_checkpoint(run, make_foresighted(dtype=torch.float32), tokenizer=tokenizer)
+    return run

@@ -1,0 +1,98 @@
+"""Run by itself, prints how much memory conversions of a checkpoint of many shards take above what was there before.
+
+`python -m tests.launch.conversion_memory FOLDER`: one JSON object, bytes by conversion.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from zlib import crc32
+
+import torch
+
+from model.config import ModelConfig
+from model.hf.names import stored_tensors
+from model.hf.writer import write_hf
+from tests.tiny import MODEL
+from train.conversion import Conversion, convert
+
+SHARD_BYTES = 4_000_000
+# 13 million weights in bf16: tensors of at most 1 MB in 7 files.
+LARGE = replace(
+    MODEL,
+    vocab_size=1000,
+    hidden_size=256,
+    num_routed_experts=64,
+    expert_intermediate_size=128,
+    dense_intermediate_size=512,
+    num_layers=3,
+    mtp_depth=0,
+)
+
+
+def make(folder: Path, config: ModelConfig, *, fp8: bool) -> None:
+    """Random weights in Hugging Face form."""
+    plan = stored_tensors(config, dtype="BF16", fp8=fp8)
+
+    def tensor(name: str) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(crc32(name.encode()))
+        return torch.empty(plan[name].shape).normal_(0.0, 0.02, generator=generator)
+
+    write_hf(folder, config, plan, tensor, max_shard_bytes=SHARD_BYTES)
+
+
+def peak_above(run: Callable[[], object]) -> int:
+    """Bytes of memory that a call had resident at its height above those before it. Linux."""
+    Path("/proc/self/clear_refs").write_text("5")  # the height starts anew
+    before = _status("VmRSS")
+    run()
+    return _status("VmHWM") - before
+
+
+def _status(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
+
+
+def run_all(folder: Path, config: ModelConfig, shard_bytes: int) -> dict[str, int]:
+    """Every direction; bytes by its name."""
+    make(folder / "hf", config, fp8=False)
+    make(folder / "fp8", config, fp8=True)
+    peaks: dict[str, int] = {}
+    for source, target, form in (
+        ("hf", "checkpoint", "checkpoint"),
+        ("fp8", "checkpoint_of_fp8", "checkpoint"),
+        ("checkpoint", "hf_of_checkpoint", "hf"),
+        ("fp8", "bf16_of_fp8", "hf"),
+    ):
+        conversion = Conversion(
+            path=str(folder / source),
+            folder=folder / target,
+            form="hf" if form == "hf" else "checkpoint",
+            dtype="bf16" if target == "bf16_of_fp8" else None,
+            max_shard_bytes=shard_bytes,
+        )
+        peaks[target] = peak_above(lambda conversion=conversion: convert(conversion, lambda line: None))  # type: ignore[misc]
+    return peaks
+
+
+def main(folder: Path) -> None:
+    """Small ones first, so that code which is loaded on first use does not count; at the end one file for all."""
+    run_all(folder / "small", MODEL, SHARD_BYTES)
+    peaks = run_all(folder / "large", LARGE, SHARD_BYTES)
+    whole = Conversion(
+        path=str(folder / "large" / "hf"),
+        folder=folder / "whole",
+        form="checkpoint",
+        dtype=None,
+        max_shard_bytes=10**12,
+    )
+    peaks["one_file"] = peak_above(lambda: convert(whole, lambda line: None))
+    peaks["num_files"] = len(list((folder / "large" / "checkpoint").glob("*.distcp")))
+    print(json.dumps(peaks))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

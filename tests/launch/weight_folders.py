@@ -1,0 +1,59 @@
+"""Folders of weights that conversions are tested on, and the command run on them."""
+
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+from launch.convert import main
+from tests.model.hf_checkpoints import (
+    FP8_CONFIG,
+    edit_json,
+    mtp_tensors,
+    quantised,
+    read_tensors,
+    reference_model,
+    write_tensors,
+)
+
+ROOT = Path(__file__).parents[2]
+TOKENIZER = '{"of": "no concern"}'
+
+
+def convert(arguments: str) -> int:
+    """`launch.convert` in this process."""
+    return main(arguments.split())
+
+
+def make_sources(folder: Path) -> Path:
+    """`plain`: float32, MTP, five files, a tokenizer. `fp8`: the same in FP8. `of_...`: each as our checkpoint."""
+    for name in ("plain", "fp8"):
+        place = folder / name
+        # 136 rows and columns: a whole block and a ragged one.
+        reference_model(moe_intermediate_size=136).save_pretrained(place)
+        tensors = read_tensors(place) | mtp_tensors(place)
+        write_tensors(place, quantised(tensors) if name == "fp8" else tensors, 5)
+        (place / "tokenizer.json").write_text(TOKENIZER)
+        if name == "fp8":
+            edit_json(place / "config.json", lambda keys: keys.update(quantization_config=FP8_CONFIG))
+        assert convert(f"from=hf path={place} to={folder / f'of_{name}'} max_shard_bytes=100000") == 0
+    return folder
+
+
+def run_command(folder: Path, *arguments: str, file_bytes: int | None = None) -> subprocess.CompletedProcess[str]:
+    """The command as a user runs it; no file may grow above `file_bytes`, as on a disk that is full."""
+
+    def limit() -> None:
+        if file_bytes is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
+
+    return subprocess.run(
+        [sys.executable, "-m", "launch.convert", *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        preexec_fn=limit,
+    )

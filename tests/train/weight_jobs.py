@@ -1,0 +1,110 @@
+"""What one rank of a test's job does that starts from given weights, and what it saw."""
+
+import resource
+import signal
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from comm.config import ParallelismConfig
+from data.prepare import prepare
+from dualpipe.config import ScheduleConfig
+from model.hf.reader import HfReader
+from model.transformer import named_tensors
+from tests.model.hf_checkpoints import mtp_tensors, read_tensors, reference_model, write_tensors
+from tests.tiny import STAGE, tiny_config, write_text
+from tests.train.job import open_assembly, open_loader
+from train import checkpoint
+from train.config import TrainConfig
+from train.initial_weights import load_initial
+from train.manifest import CheckpointError
+from train.step import train_step
+
+LAYOUTS = {
+    "one": (ParallelismConfig(pipeline=1, data=1, expert=1), "1f1b"),
+    "four": (ParallelismConfig(pipeline=2, data=2, expert=2), "dualpipe"),
+}
+
+
+def make_sources(folder: Path) -> Path:
+    """Text, and a random checkpoint of transformers as `plain`, with an MTP module beside it as `mtp`."""
+    write_text(folder)
+    model = reference_model(vocab_size=320, max_position_embeddings=64)
+    for name in ("plain", "mtp"):
+        model.save_pretrained(folder / name)
+    tensors = read_tensors(folder / "mtp")
+    write_tensors(folder / "mtp", tensors | mtp_tensors(folder / "mtp"), 3)
+    return folder
+
+
+def run_config(folder: Path, source: str, layout: str, name: str, **changes: object) -> TrainConfig:
+    """A run of two steps from the weights in `folder/source`, with a learning rate that moves them well."""
+    parallelism, schedule = LAYOUTS[layout]
+    config = tiny_config(
+        folder,
+        out_dir=str(folder / name),
+        init_from=str(folder / source),
+        model=HfReader(folder / source).config,
+        parallelism=parallelism,
+        schedule=ScheduleConfig(kind=schedule, pairing="overlapped"),  # type: ignore[arg-type]
+        stage=replace(STAGE, bias_update_rate=0.01),
+    )
+    return replace(config, **changes)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Started:
+    """A rank's weights at the start and at the end, by released name, and main losses step by step."""
+
+    said: str
+    first: dict[str, Tensor]
+    last: dict[str, Tensor]
+    losses: list[float]
+    checkpoint: Path | None
+
+
+def start_jobs(rank: int, world_size: int, configs: list[TrainConfig], saves: bool) -> list[Started]:
+    """Starts each run from its `init_from`, takes its steps, and saves where asked."""
+    return [_start(config, saves) for config in configs]
+
+
+def _start(config: TrainConfig, saves: bool) -> Started:
+    assembly, loader = open_assembly(config), open_loader(config)
+    prepared = prepare(config.data, config.stage.sequence_length_tokens)
+    said = load_initial(assembly, prepared.tokenizer)
+    first = copies(assembly.model)
+    losses = [train_step(assembly, loader, step).losses.main for step in range(config.stage.steps)]
+    folder = checkpoint.save(assembly, config.stage.steps, prepared) if saves else None
+    started = Started(said=said, first=first, last=copies(assembly.model), losses=losses, checkpoint=folder)
+    dist.barrier()
+    assembly.close()
+    return started
+
+
+def use_broken(rank: int, world_size: int, config: TrainConfig, folder: Path) -> tuple[str, str]:
+    """What going on from a broken checkpoint says, and what saving on a disk that is full does."""
+    assembly, prepared = open_assembly(config), prepare(config.data, config.stage.sequence_length_tokens)
+    read = written = ""
+    try:
+        checkpoint.load(assembly, folder)
+    except CheckpointError as error:
+        read = str(error)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        checkpoint.save(assembly, 1, prepared)
+    except OSError as error:
+        written = str(error)
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    dist.barrier()
+    assembly.close()
+    return read, written
+
+
+def copies(model: torch.nn.Module) -> dict[str, Tensor]:
+    """Every weight and router bias held, by released name."""
+    return {name: tensor.clone() for name, tensor in named_tensors(model).items()}  # type: ignore[arg-type]

@@ -1,0 +1,265 @@
+"""Weights from one form of checkpoint to another, tensor by tensor: never above two shards in memory."""
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from data.corpus import DataError
+from data.tokenizer import BEGIN_OF_SENTENCE, END_OF_SENTENCE, PAD, Tokenizer
+from model.config import ModelConfig
+from model.hf.dtypes import TORCH_DTYPES, stored_dtype
+from model.hf.names import (
+    BIAS_SUFFIX,
+    EMBEDDING,
+    SCALE_SUFFIX,
+    Stored,
+    StoredDtype,
+    copied_from,
+    stored_tensors,
+    weights,
+)
+from model.hf.reader import HfReader
+from model.hf.writer import Extras, Fp8Scales, write_hf
+from train.checkpoint_reader import CheckpointReader, held_weights
+from train.checkpoint_writer import write_weights
+from train.manifest import TOKENIZER_NAME, read_manifest, write_weights_manifest
+from train.weight_source import is_hf_folder, source_folder
+
+Say = Callable[[str], None]
+
+TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
+# What stands beside weights and says nothing of them, copied as it is.
+COMPANION_NAMES = (
+    TOKENIZER_NAME,
+    TOKENIZER_CONFIG_NAME,
+    "special_tokens_map.json",
+    "generation_config.json",
+    "chat_template.jinja",
+)
+_WORDS: dict[str, StoredDtype] = {"bf16": "BF16", "float32": "F32", "fp8": "BF16"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Conversion:
+    """What becomes what.
+
+    path: a Hugging Face folder, converted weights, a run's folder or a checkpoint. folder: new or empty.
+    dtype: of weights; None: each as it is stored, FP8 in a checkpoint as bf16. Router biases are float32 always.
+    """
+
+    path: str
+    folder: Path
+    form: Literal["hf", "checkpoint"]
+    dtype: Literal["bf16", "float32", "fp8"] | None
+    max_shard_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Source:
+    """Weights to read. dtypes: as stored, by name. scales: of those in FP8. carried: of `config.json`."""
+
+    config: ModelConfig
+    folder: Path
+    dtypes: Mapping[str, StoredDtype]
+    scales: Mapping[str, Tensor]
+    carried: Mapping[str, Any]
+    tensor: Callable[[str, torch.dtype], Tensor]
+
+    def read(self, name: str) -> Tensor:
+        """A tensor without loss: as it is stored, FP8 as float32."""
+        dtype = self.dtypes[name]
+        return self.tensor(name, torch.float32 if dtype == "F8_E4M3" else TORCH_DTYPES[dtype])
+
+
+def convert(conversion: Conversion, say: Say) -> str:
+    """Writes the weights anew, complete or not at all.
+
+    Args:
+        conversion: what becomes what.
+        say: takes a line for every shard's worth of weights.
+
+    Returns:
+        A line that says what was written.
+
+    Raises:
+        CheckpointError, HfError: weights that cannot be read, or the destination is not empty.
+        OSError: the disk refuses.
+    """
+    source = _open(conversion.path)
+    counter = _Counter(source, conversion.max_shard_bytes, say)
+    write = _write_checkpoint if conversion.form == "checkpoint" else _write_hf
+    write(conversion, source, counter.read)
+    return f"wrote {conversion.folder} from {counter.num_tensors} tensors, {_bytes_text(counter.num_bytes)}"
+
+
+def _open(path: str) -> _Source:
+    folder = source_folder(path, "path")
+    if is_hf_folder(path):
+        reader = HfReader(folder)
+        stored = reader.source()
+        return _Source(
+            config=reader.config,
+            folder=folder,
+            dtypes=stored.dtypes,
+            scales=stored.scales,
+            carried=stored.config,
+            tensor=reader.tensor,
+        )
+    checkpoint = CheckpointReader(folder, "path")
+    shapes = {name: shape for name, shape in weights(checkpoint.config) if copied_from(name) is None}
+    held = {name: stored_dtype(checkpoint.dtype_of(name)) for name in held_weights(checkpoint.config)}
+
+    def tensor(name: str, dtype: torch.dtype) -> Tensor:
+        # Hugging Face's form has weights of no elements, too.
+        return checkpoint.tensor(name, dtype) if name in held else torch.empty(shapes[name], dtype=dtype)
+
+    carried = read_manifest(folder, "path").get("carried")
+    return _Source(
+        config=checkpoint.config,
+        folder=folder,
+        dtypes={name: held.get(name, held[EMBEDDING]) for name in shapes},
+        scales={},
+        carried=carried if isinstance(carried, dict) else {},
+        tensor=tensor,
+    )
+
+
+def _write_checkpoint(conversion: Conversion, source: _Source, read: Callable[[str], Tensor]) -> None:
+    word = None if conversion.dtype is None else TORCH_DTYPES[_WORDS[conversion.dtype]]
+    plan: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    for name, shape in held_weights(source.config).items():
+        stored = torch.bfloat16 if source.dtypes[name] == "F8_E4M3" else TORCH_DTYPES[source.dtypes[name]]
+        plan[name] = shape, torch.float32 if name.endswith(BIAS_SUFFIX) else word or stored
+    with _new_folder(conversion.folder) as folder:
+        write_weights(
+            folder,
+            plan,
+            lambda name: read(name).to(plan[name][1]),
+            max_file_bytes=conversion.max_shard_bytes,
+        )
+        for name, content in _companions(source.folder).items():
+            with (folder / name).open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        carried = {key: value for key, value in source.carried.items() if key != "quantization_config"}
+        write_weights_manifest(folder, source.config, carried)
+
+
+def _write_hf(conversion: Conversion, source: _Source, read: Callable[[str], Tensor]) -> None:
+    plan, scales = _plan_hf(conversion, source)
+    ids, files = _special_tokens(source.folder)
+    write_hf(
+        conversion.folder,
+        source.config,
+        plan,
+        read,
+        scales=scales,
+        extras=Extras(config={**ids, **source.carried}, files=files | _companions(source.folder)),
+        max_shard_bytes=conversion.max_shard_bytes,
+    )
+
+
+def _plan_hf(conversion: Conversion, source: _Source) -> tuple[dict[str, Stored], Fp8Scales]:
+    config, quantisation = source.config, source.carried.get("quantization_config") or {}
+    scales = Fp8Scales(known=source.scales, power_of_two=quantisation.get("scale_fmt") == "ue8m0")
+    if conversion.dtype is not None:
+        return stored_tensors(config, dtype=_WORDS[conversion.dtype], fp8=conversion.dtype == "fp8"), scales
+    plan = stored_tensors(config, dtype="BF16", fp8=bool(source.scales))
+    kept: dict[str, Stored] = {}
+    for name, stored in plan.items():
+        original = copied_from(name) or name
+        if original in source.dtypes:
+            kept[name] = Stored(stored.shape, source.dtypes[original])
+        elif original.removesuffix(SCALE_SUFFIX) in source.scales:
+            kept[name] = stored
+    return kept, scales
+
+
+def _companions(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in COMPANION_NAMES if (folder / name).is_file()}
+
+
+def _special_tokens(folder: Path) -> tuple[dict[str, int], dict[str, bytes]]:
+    """Keys of `config.json`, and files, that tell other tools what a tokenizer of ours calls its special tokens."""
+    try:
+        tokenizer = Tokenizer.load(folder / TOKENIZER_NAME)
+    except DataError:
+        return {}, {}
+    ids = {"bos": tokenizer.begin_of_sentence_id, "eos": tokenizer.end_of_sentence_id, "pad": tokenizer.pad_id}
+    tokens = {"bos": BEGIN_OF_SENTENCE, "eos": END_OF_SENTENCE, "pad": PAD}
+    keys = {"tokenizer_class": "PreTrainedTokenizerFast", **{f"{word}_token": text for word, text in tokens.items()}}
+    content = (json.dumps(keys, indent=2, ensure_ascii=False) + "\n").encode()
+    return {f"{word}_token_id": number for word, number in ids.items()}, {TOKENIZER_CONFIG_NAME: content}
+
+
+class _Counter:
+    """Says how far the reading is, once for every shard's worth."""
+
+    def __init__(self, source: _Source, shard_bytes: int, say: Say) -> None:
+        shapes = held_weights(source.config)
+        self._sizes = {name: _num_bytes(shape, source.dtypes[name]) for name, shape in shapes.items()}
+        self._source = source
+        self._shard_bytes = shard_bytes
+        self._say = say
+        self._read: set[str] = set()
+        self.num_bytes = 0
+        self.num_tensors = 0
+
+    def read(self, name: str) -> Tensor:
+        """The source's tensor."""
+        tensor = self._source.read(name)
+        if name in self._read:  # an MTP module's copy
+            return tensor
+        self._read.add(name)
+        shards_before = self.num_bytes // self._shard_bytes
+        self.num_tensors += 1
+        self.num_bytes += self._sizes.get(name, 0)
+        if self.num_bytes // self._shard_bytes > shards_before:
+            done, total = _bytes_text(self.num_bytes), _bytes_text(sum(self._sizes.values()))
+            self._say(f"read {self.num_tensors} of {len(self._sizes)} tensors, {done} of {total}")
+        return tensor
+
+
+def _num_bytes(shape: tuple[int, ...], dtype: StoredDtype) -> int:
+    return Stored(shape, dtype).num_elements * TORCH_DTYPES[dtype].itemsize
+
+
+def _bytes_text(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:,.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.2f} MB"
+
+
+@contextmanager
+def _new_folder(path: Path) -> Iterator[Path]:
+    """A folder that becomes `path` when the body ends well, and vanishes otherwise, with all that was made for it."""
+    missing = [folder for folder in path.absolute().parents if not folder.exists()]
+    partial = path.absolute().parent / f".{path.name}.{secrets.token_hex(4)}.partial"
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        _sync_folder(partial)
+        partial.rename(path)
+        _sync_folder(path.absolute().parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        for folder in missing:
+            if folder.exists():
+                folder.rmdir()
+        raise
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
