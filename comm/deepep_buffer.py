@@ -25,7 +25,7 @@ class Library(Protocol):
     topk_idx_t: torch.dtype
 
     @property
-    def ElasticBuffer(self) -> Callable[..., Any]:  # noqa: N802
+    def ElasticBuffer(self) -> Callable[..., Any]:
         """Opens a buffer over a process group."""
         ...
 

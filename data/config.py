@@ -26,12 +26,14 @@ DataSource = EmbeddedSource | FilesSource
 class DataConfig:
     """Text to packed sequences.
 
-    `tokenizer_vocab_size` counts the special tokens; `validation_fraction` is the share of files,
-    chosen by their hash; `fim_rate` is the share of training documents turned fill-in-the-middle
+    `tokenizer` is a file `tokenizer.json`; None: one is trained on the training part, of `tokenizer_vocab_size` tokens,
+    special ones counted in, which otherwise counts for nothing; `validation_fraction` is the share of files, chosen by
+    their hash; `fim_rate` is the share of training documents turned fill-in-the-middle
     (prefix, suffix, middle); `seed` governs the split into parts and the order of samples.
     """
 
     source: DataSource
+    tokenizer: str | None
     tokenizer_vocab_size: int
     validation_fraction: float
     fim_rate: float

@@ -30,10 +30,15 @@ class PartSize:
     text_bytes: int
 
 
-def build_encoded(config: DataConfig, folder: Path) -> dict[str, int | float | str]:
+def build_encoded(config: DataConfig, given: Tokenizer | None, folder: Path) -> dict[str, int | float | str]:
     """Writes `tokenizer.json` and each part's `PART_tokens.npy` and `PART_lengths.npy` into a folder.
 
     A document is begin of sentence, its text (or its fill-in-the-middle form), end of sentence.
+
+    Args:
+        config: says the source and what becomes of its text.
+        given: the tokenizer; None: one is trained.
+        folder: empty.
 
     Returns:
         For `meta.json`: each part's documents, bytes of text and tokens.
@@ -42,7 +47,7 @@ def build_encoded(config: DataConfig, folder: Path) -> dict[str, int | float | s
         DataError: the source cannot be read, or one part would be empty.
     """
     sizes = measure_parts(config)
-    tokenizer = train_tokenizer(config, sizes["train"].text_bytes)
+    tokenizer = given or train_tokenizer(config, sizes["train"].text_bytes)
     tokenizer.save(folder / "tokenizer.json")
     values: dict[str, int | float | str] = {}
     for part, size in sizes.items():

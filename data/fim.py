@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from data.corpus import hash_unit
-from data.tokenizer import Tokenizer
+from data.tokenizer import FIM_BEGIN, FIM_END, FIM_HOLE, Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,10 +47,10 @@ def join_fim_tokens(
     Source: arXiv:2412.19437, section 4.1.
     """
     return [
-        tokenizer.fim_begin_id,
+        tokenizer.special_id(FIM_BEGIN),
         *prefix_ids,
-        tokenizer.fim_hole_id,
+        tokenizer.special_id(FIM_HOLE),
         *suffix_ids,
-        tokenizer.fim_end_id,
+        tokenizer.special_id(FIM_END),
         *middle_ids,
     ]

@@ -18,7 +18,7 @@ from data.config import DataConfig
 from data.corpus import DataError, check_source, list_files
 from data.encode import build_encoded
 from data.pack import pack_documents
-from data.tokenizer import Tokenizer, check_vocab_size
+from data.tokenizer import FIM_TOKENS, PAD, Tokenizer, check_vocab_size
 
 # Part of every cache's name: raise it when what is written changes for the same settings.
 FORMAT_VERSION = 1
@@ -29,7 +29,7 @@ class Prepared:
     """A corpus ready to be read. The arrays are mapped from disk, not loaded.
 
     Attributes:
-        tokenizer: trained on the training part alone.
+        tokenizer: the given one, or one trained on the training part alone.
         train_tokens_NL, validation_tokens_NL: uint16 or int32.
         train_positions_NL, validation_positions_NL: int32, place within the piece, -1 for padding.
         train_tokens, validation_tokens: tokens, padding left out.
@@ -52,13 +52,18 @@ class Prepared:
     fingerprint: str
 
 
-def check_config(config: DataConfig) -> None:
+def check_config(config: DataConfig) -> int:
     """Refuses settings that no run can use, in under a second, before anything is built.
 
+    Returns:
+        The size of the vocabulary: every id is below it.
+
     Raises:
-        DataError: a value is out of range, or the source cannot be read.
+        DataError: a value is out of range, or the source or the tokenizer cannot be read, or the tokenizer lacks a
+            special token that is needed.
     """
-    check_vocab_size(config.tokenizer_vocab_size)
+    if config.tokenizer is None:
+        check_vocab_size(config.tokenizer_vocab_size)
     if not 0.0 < config.validation_fraction < 1.0:
         raise DataError(
             f"data.validation_fraction: must lie between 0 and 1, both excluded, got {config.validation_fraction}; "
@@ -69,15 +74,37 @@ def check_config(config: DataConfig) -> None:
             f"data.fim_rate: must lie between 0 and 1, got {config.fim_rate}; "
             f"nearest: {0.0 if config.fim_rate < 0.0 else 1.0}"
         )
+    given = read_tokenizer(config)
     check_source(config.source)
+    return config.tokenizer_vocab_size if given is None else given.vocab_size
+
+
+def read_tokenizer(config: DataConfig) -> Tokenizer | None:
+    """The tokenizer that is given; None where one is to be trained.
+
+    Raises:
+        DataError: the file is missing or is no tokenizer, or it lacks a special token that is needed.
+    """
+    if config.tokenizer is None:
+        return None
+    tokenizer = Tokenizer.load(Path(config.tokenizer).expanduser(), "data.tokenizer")
+    tokenizer.special_id(PAD)
+    if config.fim_rate > 0.0:
+        try:
+            for token in FIM_TOKENS:
+                tokenizer.special_id(token)
+        except DataError as error:
+            reason = f"data.fim_rate={config.fim_rate} needs it; nearest: data.fim_rate=0"
+            raise DataError(f"{error}, and {reason}") from error
+    return tokenizer
 
 
 def prepare(config: DataConfig, sequence_length_tokens: int) -> Prepared:
     """Opens the corpus for sequences of a length, building what is not in the cache yet.
 
     Two levels are kept under `config.cache_dir`: encoded documents, and their packing for each length. Their
-    names depend on the settings and on every file's path, size and time of change. Any number of
-    processes may call this at once.
+    names depend on the settings, on a given tokenizer's content, and on every file's path, size and time of change.
+    Any number of processes may call this at once.
 
     Args:
         config: `cache_dir` may begin with `~`.
@@ -92,11 +119,12 @@ def prepare(config: DataConfig, sequence_length_tokens: int) -> Prepared:
             f"got {sequence_length_tokens}; nearest: 2"
         )
     cache_dir = Path(config.cache_dir).expanduser()
-    encoded_name = f"encoded-{_encoded_key(config)}"
+    given = read_tokenizer(config)
+    encoded_name = f"encoded-{_encoded_key(config, given)}"
 
     def build(folder: Path) -> Mapping[str, int | float | str]:
         check_config(config)
-        encoded = open_or_build(cache_dir, encoded_name, lambda inner: build_encoded(config, inner))
+        encoded = open_or_build(cache_dir, encoded_name, lambda inner: build_encoded(config, given, inner))
         return _build_packed(encoded, sequence_length_tokens, folder)
 
     return _open_prepared(open_or_build(cache_dir, f"packed-{sequence_length_tokens}-{encoded_name}", build))
@@ -108,7 +136,7 @@ def entropy_nats(counts: NDArray[np.int64]) -> float:
     return float(-(shares * np.log(shares)).sum())
 
 
-def _encoded_key(config: DataConfig) -> str:
+def _encoded_key(config: DataConfig, given: Tokenizer | None) -> str:
     files = []
     for file in list_files(config.source):
         status = file.path.stat()
@@ -116,7 +144,7 @@ def _encoded_key(config: DataConfig) -> str:
     settings = [
         FORMAT_VERSION,
         config.source.kind,
-        config.tokenizer_vocab_size,
+        config.tokenizer_vocab_size if given is None else given.fingerprint,
         config.validation_fraction,
         config.fim_rate,
         config.seed,

@@ -1,5 +1,6 @@
 """Text to token ids and back: byte-level BPE with DeepSeek's special tokens. No torch here."""
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -14,9 +15,10 @@ PAD = "<｜▁pad▁｜>"
 FIM_BEGIN = "<｜fim▁begin｜>"
 FIM_HOLE = "<｜fim▁hole｜>"
 FIM_END = "<｜fim▁end｜>"
+FIM_TOKENS = (FIM_BEGIN, FIM_HOLE, FIM_END)
 USER = "<｜User｜>"
 ASSISTANT = "<｜Assistant｜>"
-SPECIAL_TOKENS = (BEGIN_OF_SENTENCE, END_OF_SENTENCE, PAD, FIM_BEGIN, FIM_HOLE, FIM_END, USER, ASSISTANT)
+SPECIAL_TOKENS = (BEGIN_OF_SENTENCE, END_OF_SENTENCE, PAD, *FIM_TOKENS, USER, ASSISTANT)
 
 MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
 
@@ -33,30 +35,57 @@ SPLIT_PATTERNS = (
 
 
 class Tokenizer:
-    """A trained tokenizer. Text never becomes a special token: those are placed by id alone.
+    """A trained tokenizer, ours or a released one. Text never becomes a special token: those are placed by id alone.
 
-    The special ids are attributes: `begin_of_sentence_id` 0, `end_of_sentence_id` 1, `pad_id` 2,
-    `fim_begin_id`, `fim_hole_id`, `fim_end_id`, `user_id`, `assistant_id`.
+    A tokenizer of ours has all of `SPECIAL_TOKENS`, first and in that order; another one need not, and asking for an id
+    that it has not is a DataError.
     Source: arXiv:2412.19437, section 4.1; the names are those of the released tokenizer.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer) -> None:
-        """Wraps a backend that holds every special token.
+    def __init__(self, backend: tokenizers.Tokenizer, content: bytes | None = None, place: str = "tokenizer") -> None:
+        """Wraps a backend.
 
-        Raises:
-            DataError: a special token is missing.
+        Args:
+            backend: becomes this tokenizer's own.
+            content: of the file that it was read from, None for a new one.
+            place: names it in errors.
         """
-        # Without this, a document that mentions "<｜end▁of▁sentence｜>" would end itself.
+        self._content = backend.to_str().encode() if content is None else content
+        self._place = place
+        # A file may ask for texts that are cut or filled up to a length.
+        backend.no_truncation()
+        backend.no_padding()
+        # The released file declares some of these plain; then, and without the second line, a document that mentions
+        # "<｜end▁of▁sentence｜>" would end itself.
+        backend.add_special_tokens([token for token in SPECIAL_TOKENS if backend.token_to_id(token) is not None])
         backend.encode_special_tokens = True
         self._backend = backend
-        self.begin_of_sentence_id = _special_id(backend, BEGIN_OF_SENTENCE)
-        self.end_of_sentence_id = _special_id(backend, END_OF_SENTENCE)
-        self.pad_id = _special_id(backend, PAD)
-        self.fim_begin_id = _special_id(backend, FIM_BEGIN)
-        self.fim_hole_id = _special_id(backend, FIM_HOLE)
-        self.fim_end_id = _special_id(backend, FIM_END)
-        self.user_id = _special_id(backend, USER)
-        self.assistant_id = _special_id(backend, ASSISTANT)
+
+    @property
+    def begin_of_sentence_id(self) -> int:
+        """Stands before every document."""
+        return self.special_id(BEGIN_OF_SENTENCE)
+
+    @property
+    def end_of_sentence_id(self) -> int:
+        """Stands behind every document."""
+        return self.special_id(END_OF_SENTENCE)
+
+    @property
+    def pad_id(self) -> int:
+        """Fills what is left of a sequence."""
+        return self.special_id(PAD)
+
+    def special_id(self, token: str) -> int:
+        """The id of one of `SPECIAL_TOKENS`.
+
+        Raises:
+            DataError: this tokenizer has none.
+        """
+        number = self._backend.token_to_id(token)
+        if number is None:
+            raise DataError(f"{self._place}: the special token {token!r} must be in the vocabulary; it is missing")
+        return int(number)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
@@ -88,26 +117,40 @@ class Tokenizer:
         return cls(backend)
 
     @classmethod
-    def load(cls, path: Path) -> "Tokenizer":
-        """Reads what `save` wrote.
+    def load(cls, path: Path, key: str = "tokenizer") -> "Tokenizer":
+        """Reads what `save` wrote, or a released `tokenizer.json`.
+
+        Args:
+            path: of the file.
+            key: of the configuration that names it, for errors.
 
         Raises:
-            DataError: the file is missing or is no tokenizer.
+            DataError: the file is missing or is no tokenizer, or it has no begin or end of sentence.
         """
         try:
-            backend = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+            content = path.read_bytes()
+            backend = tokenizers.Tokenizer.from_str(content.decode())
         except Exception as error:  # the backend raises bare Exception for anything that it cannot parse
-            raise DataError(f"tokenizer: {path} must be a saved tokenizer: {error}") from error
-        return cls(backend)
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise DataError(f"{key}: {path} must be a saved tokenizer: {reason}") from error
+        tokenizer = cls(backend, content, f"{key}: {path}")
+        for token in (BEGIN_OF_SENTENCE, END_OF_SENTENCE):
+            tokenizer.special_id(token)
+        return tokenizer
 
     def save(self, path: Path) -> None:
-        """Writes the tokenizer as one JSON file in the format of the `tokenizers` library."""
-        path.write_text(self._backend.to_str(), encoding="utf-8")
+        """Writes the tokenizer as one JSON file in the format of the `tokenizers` library, a read one byte by byte."""
+        path.write_bytes(self._content)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of what `save` writes."""
+        return hashlib.sha256(self._content).hexdigest()
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens, special ones included: every id is below it."""
-        return int(self._backend.get_vocab_size())
+        """Every id, of special tokens too, is below it. With gaps between ids it is above the number of tokens."""
+        return max(self._backend.get_vocab().values(), default=-1) + 1
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without begin or end."""
@@ -133,10 +176,3 @@ def check_vocab_size(vocab_size: int) -> None:
             f"data.tokenizer_vocab_size: must be at least {MIN_VOCAB_SIZE} (256 bytes and {len(SPECIAL_TOKENS)} "
             f"special tokens), got {vocab_size}; nearest: {MIN_VOCAB_SIZE}"
         )
-
-
-def _special_id(backend: tokenizers.Tokenizer, token: str) -> int:
-    number = backend.token_to_id(token)
-    if number is None:
-        raise DataError(f"tokenizer: the special token {token!r} must be in the vocabulary; it is missing")
-    return number

@@ -16,6 +16,7 @@ from launch.errors import ConfigError
 from launch.exchange import check_exchange
 from launch.model_choice import expand_model
 from launch.ranges import check_ranges, divisors, multiples
+from launch.tokenizer_choice import expand_tokenizer
 from model.config import YarnRope
 from model.cut import CutError, cut_layers
 from train.config import TrainConfig
@@ -33,7 +34,7 @@ def read_config(values: Mapping[str, Any]) -> TrainConfig:
 
     Raises:
         ConfigError: an unknown or missing key, a value of another type.
-        CheckpointError, HfError: the model is that of weights which cannot be read.
+        CheckpointError, HfError: the model or the tokenizer is that of weights which cannot be read.
     """
     model = values.get("model")
     if isinstance(model, Mapping):
@@ -42,6 +43,8 @@ def read_config(values: Mapping[str, Any]) -> TrainConfig:
     if isinstance(data, Mapping):
         source = {key: data[key] for key in _SOURCE_KEYS if key in data}
         others = {key: value for key, value in data.items() if key not in _SOURCE_KEYS}
+        if "tokenizer" in others:
+            others["tokenizer"] = expand_tokenizer(others["tokenizer"], values.get("init_from"), values.get("resume"))
         # A union is a type form that mypy does not take for type[T].
         decoded = decode(DataSource, source, "data")  # type: ignore[arg-type, var-annotated]
         values = {**values, "data": {**others, "source": decoded}}
@@ -108,6 +111,21 @@ def _check_ranks(config: TrainConfig) -> None:
         raise ConfigError(
             f"cluster.ranks_per_node: must divide the {world} ranks (parallelism.pipeline x parallelism.data), "
             f"is {cluster.ranks_per_node}; nearest valid: {divisors(world, cluster.ranks_per_node)}"
+        )
+    if config.attention in ("flash_attention", "flex") and cluster.device != "cuda":
+        raise ConfigError(
+            f"attention: {config.attention} needs cluster.device=cuda, is {config.attention} with "
+            f"cluster.device={cluster.device}; nearest valid: auto or sdpa"
+        )
+    if config.attention == "flash_attention" and config.precision.kind != "bf16":
+        raise ConfigError(
+            f"attention: flash_attention needs precision=bf16, is flash_attention with "
+            f"precision={config.precision.kind}; nearest valid: auto or sdpa"
+        )
+    if len(set(config.recompute)) < len(config.recompute):
+        raise ConfigError(
+            f"recompute: must name each at most once, is [{','.join(config.recompute)}]; "
+            f"nearest valid: [{','.join(dict.fromkeys(config.recompute))}]"
         )
     if cluster.backend == "nccl" and cluster.device != "cuda":
         raise ConfigError(
@@ -253,9 +271,14 @@ def _check_optim(config: TrainConfig) -> None:
 
 
 def _check_data(config: TrainConfig) -> None:
-    tokens, model = config.data.tokenizer_vocab_size, config.model.vocab_size
-    if tokens > model:
+    tokens, model = check_config(config.data), config.model.vocab_size
+    if tokens <= model:
+        return
+    if config.data.tokenizer is None:
         raise ConfigError(
             f"data.tokenizer_vocab_size: must be at most model.vocab_size={model}, is {tokens}; nearest valid: {model}"
         )
-    check_config(config.data)
+    raise ConfigError(
+        f"data.tokenizer: must have at most model.vocab_size={model} tokens, {config.data.tokenizer} has {tokens}; "
+        f"nearest valid: model.vocab_size={tokens}, or data.tokenizer=null, which trains one"
+    )

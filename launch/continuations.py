@@ -1,7 +1,7 @@
 """Continuations on their way out: to a terminal as they are made, or one after the other, as text or as JSON lines."""
 
 import json
-import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -98,7 +98,9 @@ class InOrder:
 
 @contextmanager
 def new_file(key: str, name: str) -> Iterator[TextIO]:
-    """A text file that gets its name when all is written, and leaves nothing where that fails.
+    """A text file that gets its name when all is written; until then, and where that fails, NAME.partial has the lines.
+
+    A line on stderr says so where it fails. Nothing is left of a file without lines.
 
     Args:
         key: of the configuration that names it.
@@ -108,7 +110,7 @@ def new_file(key: str, name: str) -> Iterator[TextIO]:
         ConfigError: it cannot be written.
     """
     path = Path(name).expanduser()
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial = path.with_name(f"{path.name}.partial")
     try:
         if path.is_dir():
             raise IsADirectoryError(f"{path} is a folder")
@@ -120,5 +122,9 @@ def new_file(key: str, name: str) -> Iterator[TextIO]:
         with file:
             yield file
         partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    except BaseException:
+        if partial.stat().st_size:
+            print(f"{key}: not complete; what there was is in {partial}", file=sys.stderr, flush=True)
+        else:
+            partial.unlink()
+        raise

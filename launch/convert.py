@@ -10,6 +10,7 @@ from launch.compose import compose
 from launch.decode import decode
 from launch.errors import ConfigError
 from launch.report import command
+from train.weight_source import is_hf_folder, source_config
 
 Form = Literal["hf", "checkpoint"]
 
@@ -41,8 +42,9 @@ def main(overrides: Sequence[str]) -> int:
         The exit code, 0.
 
     Raises:
-        ConfigError: an unknown or missing key, a value of another type or without a meaning, a disk that refuses.
-        CheckpointError, HfError: weights that cannot be read. Nothing is left at `to` in any of these cases.
+        ConfigError: an unknown or missing key, a value of another type or without a meaning.
+        CheckpointError, HfError: weights that cannot be read, a disk that refuses. Nothing is left at `to` in any of
+            these cases.
     """
     config = _read(overrides)
     _check(config)
@@ -55,10 +57,7 @@ def main(overrides: Sequence[str]) -> int:
         dtype=config.dtype,
         max_shard_bytes=config.max_shard_bytes,
     )
-    try:
-        print(convert(conversion, lambda line: print(line, file=sys.stderr, flush=True)))
-    except OSError as error:
-        raise ConfigError(f"to: {config.to} must be writable, is not ({error})") from error
+    print(convert(conversion, lambda line: print(line, file=sys.stderr, flush=True)))
     return 0
 
 
@@ -72,6 +71,7 @@ def _read(overrides: Sequence[str]) -> ConvertConfig:
 
 
 def _check(config: ConvertConfig) -> None:
+    """All that needs no torch: of a Hugging Face folder everything but values, of a checkpoint its manifest."""
     _check_path(config)
     if config.source == config.target == "checkpoint":
         raise ConfigError("format: must be hf with from=checkpoint, is checkpoint; nearest valid: format=hf")
@@ -79,15 +79,21 @@ def _check(config: ConvertConfig) -> None:
         raise ConfigError("dtype: must be bf16 or float32 in a checkpoint, is fp8; nearest valid: bf16, or format=hf")
     if config.max_shard_bytes < 1:
         raise ConfigError(f"max_shard_bytes: must be above 0, is {config.max_shard_bytes}; the least is 1")
-    folder = Path(config.to).expanduser()
-    if not config.to or folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+    _check_target(config.to)
+    source_config(config.path, "path")
+
+
+def _check_target(to: str) -> None:
+    folder = Path(to).expanduser()
+    if not to or folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         what = "a file" if folder.is_file() else "not empty"
-        raise ConfigError(f"to: must be a new or empty folder, {config.to!r} is {what if config.to else 'none'}")
+        raise ConfigError(f"to: must be a new or empty folder, {to!r} is {what if to else 'none'}")
+    file = next((parent for parent in folder.parents if parent.is_file()), None)
+    if file is not None:
+        raise ConfigError(f"to: must be a new or empty folder, {to!r} lies below the file {file}")
 
 
 def _check_path(config: ConvertConfig) -> None:
-    from train.weight_source import is_hf_folder
-
     if not Path(config.path).expanduser().is_dir():
         raise ConfigError(f"path: must be a folder with weights, {config.path!r} is no folder")
     if config.source == "checkpoint" and is_hf_folder(config.path):

@@ -18,9 +18,9 @@ from launch.errors import ConfigError
 from launch.prompts import Prompt, Stop, find_tokenizer, read_stop, read_texts
 from launch.report import command
 from model.config import ModelConfig
-from model.hf.config import CONFIG_NAME, read_config
+from model.hf.config import CONFIG_NAME
 from model.hf.json_file import read_json
-from train.manifest import find_checkpoint, read_model
+from train.weight_source import is_hf_folder, source_config, source_folder
 
 if TYPE_CHECKING:
     from model.transformer import Transformer
@@ -110,14 +110,10 @@ def _read(overrides: Sequence[str]) -> GenerateCommandConfig:
 
 def _find(ckpt: str) -> Source:
     """Where the weights are; nothing of them is read yet."""
-    folder = Path(ckpt).expanduser()
-    if (folder / CONFIG_NAME).is_file():
+    folder, model, is_hf, end_ids = source_folder(ckpt, "ckpt"), source_config(ckpt, "ckpt"), is_hf_folder(ckpt), []
+    if is_hf:
         ends = read_json(folder / CONFIG_NAME).get("eos_token_id")
         end_ids = [end for end in (ends if isinstance(ends, list) else [ends]) if type(end) is int]
-        model, is_hf = read_config(folder), True
-    else:
-        folder, end_ids, is_hf = find_checkpoint(ckpt, "ckpt"), [], False
-        model = read_model(folder, "ckpt")
     tokenizer = find_tokenizer(folder)
     if tokenizer is not None:
         end_ids.append(tokenizer.end_of_sentence_id)

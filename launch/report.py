@@ -67,18 +67,36 @@ def user_errors() -> tuple[type[ValueError], ...]:
 
 def help_text(name: str) -> str:
     """Usage of a command, its groups with their options, and its keys with their values by default."""
-    import yaml
-
-    from launch.compose import compose_defaults, config_dir, default_groups, options
+    from launch.compose import config_dir, default_groups, options
 
     root = (config_dir() / f"{name}.yaml").read_text(encoding="utf-8")
+    groups = default_groups(name)
     about = root.splitlines()[0].lstrip("# ").partition(":")[0]
-    lines = [f"{about}.", "", f"python -m launch.{name} [group=option] [a.b=value]", "", "Groups (* by default):"]
-    for group, default in default_groups(name).items():
+    lines = [f"{about}.", "", f"python -m launch.{name} {'[group=option] ' if groups else ''}[key=value]"]
+    if groups:
+        lines += ["", "Groups (* by default):"]
+    for group, default in groups.items():
         marked = [f"{option}*" if option == default else option for option in options(group)]
         lines.append(f"  {group}={' | '.join(marked)}")
-    keys = yaml.safe_dump(compose_defaults(name), sort_keys=False, allow_unicode=True)
-    return "\n".join([*lines, "", "Keys:", *(f"  {line}" for line in keys.splitlines())])
+    keys = _own_keys(root)
+    for group, option in groups.items():
+        keys += _group_keys(group, (config_dir() / group / f"{option}.yaml").read_text(encoding="utf-8"))
+    must = " (??? must be given)" if any(": ???" in line for line in keys) else ""
+    return "\n".join([*lines, "", f"Keys{must}:", *(f"  {line}".rstrip() for line in keys)])
+
+
+def _own_keys(root: str) -> list[str]:
+    """A root YAML's lines with their comments, without its heading and its list of groups."""
+    lines = [line for line in root.splitlines()[1:] if line.strip()]
+    start = lines.index("defaults:")
+    end = next(place for place, line in enumerate([*lines, "."]) if place > start and line[0] not in " -")
+    return lines[:start] + lines[end:]
+
+
+def _group_keys(group: str, text: str) -> list[str]:
+    """The lines of a group's option below the group's name; none for an option that sets nothing."""
+    lines = [line for line in text.splitlines() if line.strip() and "@package" not in line]
+    return [f"{group}:", *(f"  {line}" for line in lines)] if any(line[0] != "#" for line in lines) else []
 
 
 def _refuse_flags(arguments: Sequence[str]) -> None:

@@ -5,7 +5,17 @@ Source: arXiv:2412.19437, section 4.2, and the released checkpoint.
 
 from dataclasses import dataclass
 
+from model.activations import ActivationAccount, MicroBatchShape, count_activations
 from model.config import ModelConfig
+
+__all__ = [
+    "ActivationAccount",
+    "MicroBatchShape",
+    "ParameterAccount",
+    "count_activations",
+    "count_parameters",
+    "training_flops_per_token",
+]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

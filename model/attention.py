@@ -1,7 +1,7 @@
 """The inside of latent attention as one differentiable step that keeps latents, and not queries, keys and values.
 
 Source: arXiv:2412.19437, sections 2.1.1 and 3.2.3. Shape legend: B sequences, T tokens, N = B T, H heads, D hidden
-size, L latent size, C = L plus the rotated key's size, Q size of a query or key, V size of a value, W its size for the
+size, L latent size, C = L plus the rotated key's size, X = R + C, Q size of a query or key, V size of a value, W its size for the
 kernel, R latent size of queries (or H Q where they have none). A kernel may want queries, keys and values of one width:
 the narrower ones are then padded with zeros.
 """
@@ -53,7 +53,7 @@ class LatentWeights:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Mixing:
-    """What `mix` is told beside tensors. rotation: cos and sin of each position. records: whether a backward follows."""
+    """What `mix` is told beside tensors. rotation: cos and sin of positions. records: whether a backward follows."""
 
     shape: LatentShape
     computing: Computing
@@ -63,13 +63,13 @@ class Mixing:
     records: bool
 
 
-def mix(x_BTD: Tensor, query_BTR: Tensor, latent_BTC: Tensor, weights: LatentWeights, mixing: Mixing) -> Tensor:
-    """x + attention, from compressed queries and the compressed keys and values.
+def mix(x_BTD: Tensor, compressed_BTX: Tensor, weights: LatentWeights, mixing: Mixing) -> Tensor:
+    """x + attention, from compressed queries, keys and values.
 
     Args:
         x_BTD: the residual.
-        query_BTR: compressed query before its norm, or whole queries before rotation.
-        latent_BTC: compressed keys and values before their norm, then the shared key before rotation.
+        compressed_BTX: compressed query before its norm, or whole queries before rotation (R); compressed keys and
+            values before their norm, then the shared key before rotation (C).
         weights: see there.
         mixing: see there.
 
@@ -77,15 +77,15 @@ def mix(x_BTD: Tensor, query_BTR: Tensor, latent_BTC: Tensor, weights: LatentWei
         BTD.
     """
     given = (weights.query_norm, weights.query_up, weights.latent_norm, weights.latent_up, weights.out)
-    out: Tensor = _Mix.apply(x_BTD, query_BTR, latent_BTC, mixing, *given)  # type: ignore[no-untyped-call]
+    out: Tensor = _Mix.apply(x_BTD, compressed_BTX, mixing, *given)  # type: ignore[no-untyped-call]
     return out
 
 
 class _Mix(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, query: Tensor, latent: Tensor, mixing: Mixing, *given: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, compressed: Tensor, mixing: Mixing, *given: Tensor | None) -> Tensor:
         query_norm, query_up, latent_norm, latent_up, out_weight = given
-        latents = _Latents(query, latent, query_norm, query_up, latent_norm, latent_up, mixing)
+        latents = _Latents(compressed, query_norm, query_up, latent_norm, latent_up, mixing)
         heads = latents.expand(None)
         is_freed = mixing.records and "mla_up" in mixing.computing.recomputed
         with torch.enable_grad() if mixing.records else torch.no_grad(), _unseen() if is_freed else nullcontext():
@@ -97,16 +97,18 @@ class _Mix(torch.autograd.Function):
         assert out_weight is not None
         if mixing.records:
             ctx.mixing, ctx.heads, ctx.mixed, ctx.is_freed = mixing, heads, mixed_BHTW, is_freed
-            ctx.save_for_backward(query, latent, mixed_BHTW.detach(), *given, *latents.kept())
+            ctx.save_for_backward(compressed, mixed_BHTW.detach(), *given, *latents.kept())
         rows_NV = latents.rows(mixed_BHTW.detach())
         return torch.addmm(x.flatten(0, 1), rows_NV, out_weight.t()).view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_BTD,) = grads
-        query, latent, mixed_BHTW, query_norm, query_up, latent_norm, latent_up, out_weight, *kept = ctx.saved_tensors
+        compressed, mixed_BHTW, query_norm, query_up, latent_norm, latent_up, out_weight, *kept = ctx.saved_tensors
+        if ctx.mixed is None:
+            raise RuntimeError("attention: a second backward of one forward, whose queries, keys and values are gone")
         mixing: Mixing = ctx.mixing
-        latents = _Latents(query, latent, query_norm, query_up, latent_norm, latent_up, mixing, kept)
+        latents = _Latents(compressed, query_norm, query_up, latent_norm, latent_up, mixing, kept)
         grad_ND = grad_BTD.flatten(0, 1)
         grad_out = give(out_weight, lambda: grad_ND.t() @ latents.rows(mixed_BHTW), mixing.sink)
         if ctx.is_freed:
@@ -116,14 +118,18 @@ class _Mix(torch.autograd.Function):
         grad_mixed = latents.pad(grad_ND @ out_weight)
         grad_heads = torch.autograd.grad(ctx.mixed, ctx.heads, grad_mixed)
         ctx.heads = ctx.mixed = None
-        grad_query, *grad_query_weights = latents.query_backward(grad_heads[0])
-        grad_latent, *grad_latent_weights = latents.latent_backward(grad_heads[1], grad_heads[2])
-        return grad_BTD, grad_query, grad_latent, None, *grad_query_weights, *grad_latent_weights, grad_out
+        grad_BTX = torch.empty_like(compressed)
+        grad_query_weights = latents.query_backward(grad_heads[0], grad_BTX)
+        grad_latent_weights = latents.latent_backward(grad_heads[1], grad_heads[2], grad_BTX)
+        return grad_BTD, grad_BTX, None, *grad_query_weights, *grad_latent_weights, grad_out
 
 
 def _unseen() -> AbstractContextManager[None]:
-    """What is saved in here is freed and filled again by hand: hooks around the model must not copy it."""
-    return saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+    """What is saved in here is freed and filled again by hand: hooks around the model must not copy it.
+
+    An output that is saved as it is would hold the graph that saves it, for ever if no backward comes.
+    """
+    return saved_tensors_hooks(torch.detach, lambda tensor: tensor)
 
 
 class _Latents:
@@ -131,8 +137,7 @@ class _Latents:
 
     def __init__(
         self,
-        query: Tensor,
-        latent: Tensor,
+        compressed: Tensor,
         query_norm: Tensor | None,
         query_up: Tensor | None,
         latent_norm: Tensor | None,
@@ -142,7 +147,9 @@ class _Latents:
     ) -> None:
         assert latent_norm is not None
         assert latent_up is not None
-        self._query, self._latent, self._mixing, self._shape = query, latent, mixing, mixing.shape
+        self._mixing, self._shape = mixing, mixing.shape
+        query, latent = self._split(compressed)
+        self._query, self._latent = query, latent
         self._query_norm, self._query_up = query_norm, query_up
         self._latent_norm, self._latent_up = latent_norm, latent_up
         kind = attention_for(mixing.computing.attention, query.device, query.dtype, mixing.documents is not None)
@@ -201,35 +208,42 @@ class _Latents:
         padded[..., :value] = rows_BTHV
         return padded.transpose(1, 2)
 
-    def query_backward(self, grad_BTHQ: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Gradients of the compressed query, its norm's weight, and the up-projection."""
+    def query_backward(self, grad_BTHQ: Tensor, out_BTX: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Writes the gradient of the compressed query; those of its norm's weight, and of the up-projection."""
         shape, (cos, sin) = self._shape, self._mixing.rotation
         grad_BTHQ = grad_BTHQ[..., : shape.nope + shape.rope]
         rotate_(grad_BTHQ[..., shape.nope :], cos, -sin)
-        grad_NQ = grad_BTHQ.flatten(2).flatten(0, 1)
+        grad_NQ, out = grad_BTHQ.flatten(2).flatten(0, 1), self._split(out_BTX)[0]
         if self._query_up is None or self._query_norm is None:
-            return grad_NQ.view_as(self._query), None, None
+            out.copy_(grad_NQ.view_as(out))
+            return None, None
         grad_up = self._give(self._query_up, grad_NQ, self._normal_query)
         query_NR = self._query.flatten(0, 1)
         scale = inverse_rms(query_NR, self._shape.eps)
         grad_NR, grad_norm = normalise_backward(grad_NQ @ self._query_up, query_NR, scale, self._query_norm)
-        return grad_NR.view_as(self._query), grad_norm, grad_up
+        out.copy_(grad_NR.view_as(out))
+        return grad_norm, grad_up
 
-    def latent_backward(self, grad_key: Tensor, grad_value: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Gradients of the compressed keys and values, their norm's weight, and the up-projection."""
+    def latent_backward(
+        self, grad_key: Tensor, grad_value: Tensor, out_BTX: Tensor
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Writes the gradient of compressed keys and values; those of their norm's weight, and of the up-projection."""
         shape, (cos, sin) = self._shape, self._mixing.rotation
         expanded = grad_key.new_empty(*grad_key.shape[:3], shape.nope + shape.value)
         expanded[..., : shape.nope] = grad_key[..., : shape.nope]
         expanded[..., shape.nope :] = grad_value[..., : shape.value]
-        grad_NE = expanded.flatten(2).flatten(0, 1)
+        grad_NE, out = expanded.flatten(2).flatten(0, 1), self._split(out_BTX)[1]
         grad_up = self._give(self._latent_up, grad_NE, self._normal_latent)
-        grad_latent = torch.empty_like(self._latent)
         shared = grad_key[..., shape.nope : shape.nope + shape.rope].sum(2, keepdim=True)
-        grad_latent[..., shape.latent :] = rotate(shared, cos, -sin)[:, :, 0]
+        out[..., shape.latent :] = rotate(shared, cos, -sin)[:, :, 0]
         scale = inverse_rms(self._compressed, shape.eps)
         grad, grad_norm = normalise_backward(grad_NE @ self._latent_up, self._compressed, scale, self._latent_norm)
-        grad_latent[..., : shape.latent] = grad.view(*grad_latent.shape[:2], shape.latent)
-        return grad_latent, grad_norm, grad_up
+        out[..., : shape.latent] = grad.view(*out.shape[:2], shape.latent)
+        return grad_norm, grad_up
+
+    def _split(self, compressed_BTX: Tensor) -> tuple[Tensor, Tensor]:
+        size = self._shape.latent + self._shape.rope
+        return compressed_BTX[..., :-size], compressed_BTX[..., -size:]
 
     def _give(self, weight: Tensor, grad_NO: Tensor, normal: Callable[[], Tensor]) -> Tensor | None:
         return give(weight, lambda: grad_NO.t() @ normal(), self._mixing.sink)

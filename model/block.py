@@ -15,7 +15,7 @@ from model.experts import RoutedExperts
 from model.linear import WeightSink
 from model.mla import LatentAttention
 from model.mlp import Mlp
-from model.norm import RmsNorm, normed_linears
+from model.norm import RmsNorm, norm_and_map
 from model.router import Router, Routing
 
 
@@ -72,16 +72,7 @@ class Block(nn.Module):
         assert isinstance(self.mlp, Moe)
         residual = self.self_attn(hidden_BTD, self.input_layernorm, sink, documents)
         gate = self.mlp.gate
-        # The router's gradient comes through autograd, in float32; what is sent to experts is not kept here.
-        rows, logits = normed_linears(
-            residual,
-            self.post_attention_layernorm,
-            (gate.weight,),
-            None,
-            keeps_normal=False,
-            gives_normal=True,
-            is_wide=True,
-        )
+        rows, logits = norm_and_map(residual, self.post_attention_layernorm, gate.weight)
         return Attended(residual, rows, gate.route(logits))
 
     def apply_experts(

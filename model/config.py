@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from kernels.attention.kinds import AttentionKind
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlainRope:
@@ -40,7 +42,7 @@ class Computing:
     """
 
     recomputed: frozenset[Recomputed] = frozenset(RECOMPUTED)
-    attention: Literal["auto", "sdpa", "flash_attention", "flex"] = "auto"
+    attention: AttentionKind = "auto"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

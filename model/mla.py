@@ -1,6 +1,6 @@
 """Multi-head latent attention, expanded form (arXiv:2412.19437, section 2.1.1).
 
-Shape legend: B sequences, T tokens, D hidden size, H heads.
+Shape legend: B sequences, T tokens, D hidden size, X sizes of compressed queries, keys and values together.
 """
 
 import torch
@@ -10,7 +10,7 @@ from kernels.attention.documents import Documents
 from model.attention import LatentShape, LatentWeights, Mixing, mix
 from model.config import Computing, ModelConfig
 from model.linear import WeightSink, linear
-from model.norm import RmsNorm, normed_linears
+from model.norm import RmsNorm, normed_linear
 from model.rope import rotation_table, softmax_scale
 
 # The released code leaves these two norms at its class' default, whatever the model's own.
@@ -67,7 +67,7 @@ class LatentAttention(nn.Module):
         has_latent = self._config.q_lora_rank is not None
         query_weight = self.q_a_proj.weight if has_latent else self.q_proj.weight
         keeps_normal = "norm" not in self._computing.recomputed
-        query, latent = normed_linears(
+        compressed_BTX = normed_linear(
             x_BTD, norm, (query_weight, self.kv_a_proj_with_mqa.weight), sink, keeps_normal=keeps_normal
         )
         weights = LatentWeights(
@@ -85,7 +85,7 @@ class LatentAttention(nn.Module):
             sink=sink,
             records=torch.is_grad_enabled(),
         )
-        return mix(x_BTD, query, latent, weights, mixing)
+        return mix(x_BTD, compressed_BTX, weights, mixing)
 
     def _rotation(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
         dtype = torch.promote_types(x_BTD.dtype, torch.float32)

@@ -1,6 +1,6 @@
 """The SwiGLU feed-forward network of dense layers and of shared experts.
 
-Shape legend: A rows, D hidden size, M intermediate size.
+Shape legend: A rows, D hidden size, M intermediate size, H = 2 M gate and up side by side.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from kernels.swiglu.reference import swiglu, swiglu_backward
 from model.config import Computing
 from model.linear import WeightSink, give, linear
 from model.mla import Projection
-from model.norm import RmsNorm, normed_linears
+from model.norm import RmsNorm, normed_linear
 
 
 class _GatedDown(torch.autograd.Function):
@@ -20,22 +20,22 @@ class _GatedDown(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, base: Tensor, gate: Tensor, up: Tensor, down_DM: Tensor, sink: WeightSink | None, keeps: bool
+        ctx: Any, base: Tensor, hidden: Tensor, down_DM: Tensor, sink: WeightSink | None, keeps: bool
     ) -> Tensor:
-        gate_AM, up_AM = gate.flatten(0, -2), up.flatten(0, -2)
-        gated_AM = swiglu(gate_AM, up_AM)
-        ctx.save_for_backward(gate_AM, up_AM, down_DM, *((gated_AM,) if keeps else ()))
-        ctx.sink, ctx.shape = sink, gate.shape
+        hidden_AH = hidden.flatten(0, -2)
+        gated_AM = swiglu(*hidden_AH.chunk(2, 1))
+        ctx.save_for_backward(hidden_AH, down_DM, *((gated_AM,) if keeps else ()))
+        ctx.sink, ctx.shape = sink, hidden.shape
         return torch.addmm(base.flatten(0, -2), gated_AM, down_DM.t()).view_as(base)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        gate_AM, up_AM, down_DM, *kept = ctx.saved_tensors
+        hidden_AH, down_DM, *kept = ctx.saved_tensors
         grad_AD = grad.flatten(0, -2)
-        grad_down = give(down_DM, lambda: grad_AD.t() @ (kept[0] if kept else swiglu(gate_AM, up_AM)), ctx.sink)
-        grad_gate_AM, grad_up_AM = swiglu_backward(grad_AD @ down_DM, gate_AM, up_AM)
-        return grad, grad_gate_AM.view(ctx.shape), grad_up_AM.view(ctx.shape), grad_down, None, None
+        grad_down = give(down_DM, lambda: grad_AD.t() @ (kept[0] if kept else swiglu(*hidden_AH.chunk(2, 1))), ctx.sink)
+        grad_hidden_AH = swiglu_backward(grad_AD @ down_DM, hidden_AH)
+        return grad, grad_hidden_AH.view(ctx.shape), grad_down, None, None
 
 
 class Mlp(nn.Module):
@@ -56,7 +56,7 @@ class Mlp(nn.Module):
         """x plus the network of norm(x), keeping x alone of the two: [..., D] -> [..., D]."""
         recomputed = self._computing.recomputed
         weights = (self.gate_proj.weight, self.up_proj.weight)
-        gate, up = normed_linears(x, norm, weights, sink, keeps_normal="norm" not in recomputed)
+        hidden = normed_linear(x, norm, weights, sink, keeps_normal="norm" not in recomputed)
         keeps = "swiglu" not in recomputed
-        out: Tensor = _GatedDown.apply(x, gate, up, self.down_proj.weight, sink, keeps)  # type: ignore[no-untyped-call]
+        out: Tensor = _GatedDown.apply(x, hidden, self.down_proj.weight, sink, keeps)  # type: ignore[no-untyped-call]
         return out

@@ -5,7 +5,7 @@ Shape legend: A rows, D hidden size, N outputs of a linear map.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -25,13 +25,14 @@ class RmsNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Same shape and type as x. For a backward only x is kept."""
-        (normal,) = normed_linears(x, self, (), None, keeps_normal=False, gives_normal=True)
-        return normal
+        options = _Options(eps=self.eps, sink=None, keeps_normal=False, gives_normal=True, is_wide=False)
+        (normal,) = _NormedLinear.apply(x, self.weight, options)  # type: ignore[no-untyped-call]
+        return normal  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Options:
-    """What `normed_linears` is told beside its tensors."""
+    """What `_NormedLinear` is told beside its tensors."""
 
     eps: float
     sink: WeightSink | None
@@ -39,83 +40,97 @@ class _Options:
     gives_normal: bool
     is_wide: bool
 
+    def type_of(self, weight_ND: Tensor) -> torch.dtype:
+        """In which the maps are computed."""
+        return torch.promote_types(weight_ND.dtype, torch.float32) if self.is_wide else weight_ND.dtype
 
-class _NormedLinears(torch.autograd.Function):
+
+class _NormedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        norm_weight_D: Tensor,
-        options: _Options,
-        *weights_ND: Tensor,
+        ctx: Any, x: Tensor, norm_weight_D: Tensor, options: _Options, *weights_ND: Tensor
     ) -> tuple[Tensor, ...]:
         x_AD = x.flatten(0, -2)
         scale_A1 = inverse_rms(x_AD, options.eps)
         normal_AD = normalise(x_AD, scale_A1, norm_weight_D)
-        outs = [_product(normal_AD, weight, options.is_wide) for weight in weights_ND]
         kept = (normal_AD,) if options.keeps_normal else ()
         ctx.save_for_backward(x_AD, scale_A1, norm_weight_D, *weights_ND, *kept)
         ctx.options, ctx.shape, ctx.num_weights = options, x.shape, len(weights_ND)
-        if options.gives_normal:
-            outs.insert(0, normal_AD)
-        return tuple(out.view(*x.shape[:-1], out.shape[-1]) for out in outs)
+        outs = [normal_AD.view_as(x)] if options.gives_normal else []
+        if weights_ND:
+            weight_ND = _join(weights_ND, options.type_of(weights_ND[0]))
+            out_AN = normal_AD.to(weight_ND.dtype) @ weight_ND.t()
+            outs.append(out_AN.view(*x.shape[:-1], out_AN.shape[1]))
+        return tuple(outs)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_AD, scale_A1, norm_weight_D, *rest = ctx.saved_tensors
         options: _Options = ctx.options
-        weights, kept = rest[: ctx.num_weights], rest[ctx.num_weights :]
-        normal = cache(lambda: kept[0] if kept else normalise(x_AD, scale_A1, norm_weight_D))
-        flat = [None if grad is None else grad.flatten(0, -2) for grad in grads]
-        grad_AD = flat.pop(0) if options.gives_normal else None
-        grad_weights: list[Tensor | None] = []
-        for grad_AN, weight_ND in zip(flat, weights, strict=True):
-            if grad_AN is None:
-                grad_weights.append(None)
-                continue
-            part_AD = grad_AN @ weight_ND.to(grad_AN.dtype)
-            grad_AD = part_AD if grad_AD is None else part_AD.add_(grad_AD)
-            grad_weights.append(give(weight_ND, _weight_gradient(grad_AN, normal, weight_ND.dtype), options.sink))
-        assert grad_AD is not None
+        weights_ND, kept = rest[: ctx.num_weights], rest[ctx.num_weights :]
+        given = [grad.flatten(0, -2) for grad in grads]
+        grad_AD, grad_weights = given[0], list[Tensor | None]()
+        if weights_ND:
+            grad_AN = given[-1]
+            part_AD = grad_AN @ _join(weights_ND, grad_AN.dtype)
+            grad_AD = part_AD.add_(grad_AD) if options.gives_normal else part_AD
+            normal = _normal(x_AD, scale_A1, norm_weight_D, kept)
+            gradient = cache(lambda: grad_AN.t() @ normal().to(grad_AN.dtype))
+            grad_weights = _give_parts(weights_ND, gradient, options.sink)
         grad_x_AD, grad_norm_D = normalise_backward(grad_AD, x_AD, scale_A1, norm_weight_D)
         return grad_x_AD.view(ctx.shape), grad_norm_D, None, *grad_weights
 
 
-def _product(normal_AD: Tensor, weight_ND: Tensor, is_wide: bool) -> Tensor:
-    if is_wide:
-        wide = torch.promote_types(weight_ND.dtype, torch.float32)
-        return normal_AD.to(wide) @ weight_ND.to(wide).t()
-    return normal_AD @ weight_ND.t()
+def _join(weights_ND: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Several maps as one product: of narrow matrices, each would read all rows by itself."""
+    return (weights_ND[0] if len(weights_ND) == 1 else torch.cat(tuple(weights_ND))).to(dtype)
 
 
-def _weight_gradient(grad_AN: Tensor, normal: Callable[[], Tensor], dtype: torch.dtype) -> Callable[[], Tensor]:
-    return lambda: (grad_AN.t() @ normal().to(grad_AN.dtype)).to(dtype)
+def _normal(x_AD: Tensor, scale_A1: Tensor, norm_weight_D: Tensor, kept: Sequence[Tensor]) -> Callable[[], Tensor]:
+    return lambda: kept[0] if kept else normalise(x_AD, scale_A1, norm_weight_D)
 
 
-def normed_linears(
-    x: Tensor,
-    norm: RmsNorm,
-    weights_ND: Sequence[Tensor],
-    sink: WeightSink | None,
-    *,
-    keeps_normal: bool,
-    gives_normal: bool = False,
-    is_wide: bool = False,
-) -> tuple[Tensor, ...]:
+def _give_parts(
+    weights_ND: Sequence[Tensor], gradient: Callable[[], Tensor], sink: WeightSink | None
+) -> list[Tensor | None]:
+    """Each weight's rows of the gradient of all of them, which is computed once."""
+    given, first = list[Tensor | None](), 0
+    for weight_ND in weights_ND:
+        rows = slice(first, first + len(weight_ND))
+        given.append(give(weight_ND, partial(_part, gradient, rows, weight_ND.dtype), sink))
+        first += len(weight_ND)
+    return given
+
+
+def _part(gradient: Callable[[], Tensor], rows: slice, dtype: torch.dtype) -> Tensor:
+    return gradient()[rows].to(dtype)
+
+
+def normed_linear(
+    x: Tensor, norm: RmsNorm, weights_ND: Sequence[Tensor], sink: WeightSink | None, *, keeps_normal: bool
+) -> Tensor:
     """Linear maps of norm(x), without keeping norm(x) for the backward: it is computed anew from x.
 
     Args:
         x: [..., D].
         norm: applied first.
-        weights_ND: of the maps.
+        weights_ND: of the maps, of one type.
         sink: takes the maps' weight gradients, as in `model.linear.linear`; the norm's comes through autograd.
         keeps_normal: keep norm(x) after all.
-        gives_normal: return norm(x) itself too, before the maps' outputs.
-        is_wide: maps and their outputs in float32 or wider.
 
     Returns:
-        [..., N] of each map.
+        The outputs of all maps side by side.
     """
-    options = _Options(eps=norm.eps, sink=sink, keeps_normal=keeps_normal, gives_normal=gives_normal, is_wide=is_wide)
-    outs: tuple[Tensor, ...] = _NormedLinears.apply(x, norm.weight, options, *weights_ND)  # type: ignore[no-untyped-call]
-    return outs
+    options = _Options(eps=norm.eps, sink=sink, keeps_normal=keeps_normal, gives_normal=False, is_wide=False)
+    (out,) = _NormedLinear.apply(x, norm.weight, options, *weights_ND)  # type: ignore[no-untyped-call]
+    return out  # type: ignore[no-any-return]
+
+
+def norm_and_map(x: Tensor, norm: RmsNorm, weight_ND: Tensor) -> tuple[Tensor, Tensor]:
+    """norm(x), and in float32 or wider its product with the weight, whose gradient comes through autograd.
+
+    Keeps x alone. Shapes [..., D] and [..., N].
+    """
+    options = _Options(eps=norm.eps, sink=None, keeps_normal=False, gives_normal=True, is_wide=True)
+    normal, out = _NormedLinear.apply(x, norm.weight, options, weight_ND)  # type: ignore[no-untyped-call]
+    return normal, out

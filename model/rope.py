@@ -74,7 +74,8 @@ def rotate(x_BTHR: Tensor, cos_TP: Tensor, sin_TP: Tensor) -> Tensor:
 
 def rotate_(x_BTHR: Tensor, cos_TP: Tensor, sin_TP: Tensor) -> None:
     """`rotate` in place; x may be a part of each row of a larger tensor."""
-    if x_BTHR.dtype == cos_TP.dtype and all(stride % 2 == 0 for stride in x_BTHR.stride()[:-1]):
+    places = (x_BTHR.storage_offset(), *x_BTHR.stride()[:-1])
+    if x_BTHR.dtype == cos_TP.dtype and all(place % 2 == 0 for place in places):
         torch.view_as_complex(x_BTHR.unflatten(-1, (-1, 2))).mul_(torch.complex(cos_TP, sin_TP).unsqueeze(-2))
     else:
         x_BTHR.copy_(rotate(x_BTHR, cos_TP, sin_TP))

@@ -114,10 +114,12 @@ class Stage:
         direction: int = 0,
         micro_batch: int = 0,
     ) -> StageRun:
-        """A run of one micro-batch. `batch` is needed at the ends only; without a store it is forward only.
+        """A run of one micro-batch; without a store it is forward only.
 
-        `direction` and `micro_batch` say which it is, for the logs of its exchanges.
+        `batch` is needed at the ends, and everywhere for its documents, if it has any. `direction` and `micro_batch` say
+        which it is, for the logs of its exchanges.
         """
+        documents = None if batch is None else batch.documents
 
         def note_balance(balance: Tensor) -> Tensor:
             sums.add_balance(balance)
@@ -125,7 +127,7 @@ class Stage:
 
         def add_block(block: Block, layer: int) -> None:
             label = Label(layer, direction, micro_batch)
-            phases.extend(block_phases(block, self._model.dispatcher, store, note_balance, label))
+            phases.extend(block_phases(block, self._model.dispatcher, store, note_balance, label, documents))
 
         phases: list[Phase] = []
         if self._first:

@@ -18,7 +18,7 @@ from model.experts import RoutedExperts
 from model.head import Embedding, MtpBlock, cross_entropy_sum
 from model.linear import WeightSink
 from model.mla import Projection
-from model.norm import RmsNorm, normed_linears
+from model.norm import RmsNorm, normed_linear
 from model.objective import LossSums, MicroBatch, Objective
 from model.precision import widen
 from model.router import Router
@@ -132,8 +132,7 @@ class Transformer(nn.Module):
         for layer in range(self.config.num_layers):
             hidden, _ = run_block(self.block(layer), self.dispatcher, hidden, documents)
         keeps_normal = "norm" not in self._computing.recomputed
-        (logits,) = normed_linears(hidden, self.final_norm(0), (self.head_weight,), None, keeps_normal=keeps_normal)
-        return widen(logits)
+        return widen(normed_linear(hidden, self.final_norm(0), (self.head_weight,), None, keeps_normal=keeps_normal))
 
     def loss(self, batch: MicroBatch, objective: Objective, sums: LossSums) -> Tensor:
         """The micro-batch's part of the step's loss, through plain autograd; needs the whole model."""

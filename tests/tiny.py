@@ -7,7 +7,7 @@ from comm.config import AllToAllDispatchConfig, ClusterConfig, ParallelismConfig
 from data.config import DataConfig, FilesSource
 from dualpipe.config import ScheduleConfig
 from dualpipe.costs import Costs
-from model.config import ModelConfig, PlainRope
+from model.config import RECOMPUTED, ModelConfig, PlainRope
 from train.config import OptimConfig, PrecisionConfig, StageConfig, TrackConfig, TrainConfig
 
 MODEL = ModelConfig(
@@ -59,6 +59,7 @@ STAGE = StageConfig(
     sequence_length_tokens=24,
     global_batch_sequences=16,
     micro_batch_sequences=1,
+    document_mask=False,
     mtp_loss_weight=0.3,
     balance_loss_weight=0.01,
     bias_update_rate=0.05,
@@ -86,6 +87,7 @@ def tiny_config(folder: Path, **changes: object) -> TrainConfig:
         model=MODEL,
         data=DataConfig(
             source=FilesSource(kind="files", paths=(str(folder / "text"),)),
+            tokenizer=None,
             tokenizer_vocab_size=320,
             validation_fraction=0.2,
             fim_rate=0.5,
@@ -98,6 +100,8 @@ def tiny_config(folder: Path, **changes: object) -> TrainConfig:
         schedule=ScheduleConfig(kind="1f1b", pairing="overlapped"),
         costs=Costs(forward=1.0, backward_input=1.0, backward_weight=1.0, exchange=1.0, latency=0.0),
         memory_cap=None,
+        recompute=RECOMPUTED,
+        attention="auto",
         track=TrackConfig(wandb="disabled", project="tests", log_every_steps=1, picture_every_steps=0),
     )
     return replace(config, **changes)  # type: ignore[arg-type]

@@ -190,7 +190,7 @@ def assemble(
 
 
 def _build_model(config: TrainConfig, dispatcher: Dispatcher, part: Part, device: torch.device) -> Transformer:
-    model = Transformer(config.model, dispatcher, weight_dtype(config.precision), part)
+    model = Transformer(config.model, dispatcher, weight_dtype(config.precision), part, config.computing)
     initialise(model, config.seed)
     return model.to(device)
 

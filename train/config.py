@@ -8,7 +8,8 @@ from comm.deepep_package import BufferShape
 from data.config import DataConfig
 from dualpipe.config import ScheduleConfig
 from dualpipe.costs import Costs
-from model.config import ModelConfig
+from kernels.attention.kinds import AttentionKind
+from model.config import Computing, ModelConfig, Recomputed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,6 +47,7 @@ class StageConfig:
     """One stage of a model's training (pre-training; later long context, SFT, RL).
 
     Sizes are in sequences and tokens over the whole job, so that a change of layout changes no sample.
+    `document_mask`: pieces packed into one sequence do not see each other.
     """
 
     kind: Literal["pretrain"]
@@ -53,6 +55,7 @@ class StageConfig:
     sequence_length_tokens: int
     global_batch_sequences: int
     micro_batch_sequences: int
+    document_mask: bool
     mtp_loss_weight: float
     balance_loss_weight: float
     bias_update_rate: float
@@ -104,7 +107,14 @@ class TrainConfig:
     schedule: ScheduleConfig
     costs: Costs
     memory_cap: float | None
+    recompute: tuple[Recomputed, ...]
+    attention: AttentionKind
     track: TrackConfig
+
+    @property
+    def computing(self) -> Computing:
+        """How the model is computed."""
+        return Computing(recomputed=frozenset(self.recompute), attention=self.attention)
 
     @property
     def num_micro_batches(self) -> int:

@@ -2,10 +2,7 @@
 
 import json
 import os
-import secrets
-import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +14,7 @@ from data.corpus import DataError
 from data.tokenizer import BEGIN_OF_SENTENCE, END_OF_SENTENCE, PAD, Tokenizer
 from model.config import ModelConfig
 from model.hf.dtypes import TORCH_DTYPES, stored_dtype
+from model.hf.folder import new_folder
 from model.hf.names import (
     BIAS_SUFFIX,
     EMBEDDING,
@@ -91,8 +89,8 @@ def convert(conversion: Conversion, say: Say) -> str:
         A line that says what was written.
 
     Raises:
-        CheckpointError, HfError: weights that cannot be read, or the destination is not empty.
-        OSError: the disk refuses.
+        CheckpointError: weights that cannot be read.
+        HfError: the same, or the destination is not empty, or the disk refuses.
     """
     source = _open(conversion.path)
     counter = _Counter(source, conversion.max_shard_bytes, say)
@@ -139,7 +137,7 @@ def _write_checkpoint(conversion: Conversion, source: _Source, read: Callable[[s
     for name, shape in held_weights(source.config).items():
         stored = torch.bfloat16 if source.dtypes[name] == "F8_E4M3" else TORCH_DTYPES[source.dtypes[name]]
         plan[name] = shape, torch.float32 if name.endswith(BIAS_SUFFIX) else word or stored
-    with _new_folder(conversion.folder) as folder:
+    with new_folder(conversion.folder) as folder:
         write_weights(
             folder,
             plan,
@@ -193,9 +191,9 @@ def _special_tokens(folder: Path) -> tuple[dict[str, int], dict[str, bytes]]:
     """Keys of `config.json`, and files, that tell other tools what a tokenizer of ours calls its special tokens."""
     try:
         tokenizer = Tokenizer.load(folder / TOKENIZER_NAME)
+        ids = {"bos": tokenizer.begin_of_sentence_id, "eos": tokenizer.end_of_sentence_id, "pad": tokenizer.pad_id}
     except DataError:
         return {}, {}
-    ids = {"bos": tokenizer.begin_of_sentence_id, "eos": tokenizer.end_of_sentence_id, "pad": tokenizer.pad_id}
     tokens = {"bos": BEGIN_OF_SENTENCE, "eos": END_OF_SENTENCE, "pad": PAD}
     keys = {"tokenizer_class": "PreTrainedTokenizerFast", **{f"{word}_token": text for word, text in tokens.items()}}
     content = (json.dumps(keys, indent=2, ensure_ascii=False) + "\n").encode()
@@ -236,30 +234,3 @@ def _num_bytes(shape: tuple[int, ...], dtype: StoredDtype) -> int:
 
 def _bytes_text(num_bytes: int) -> str:
     return f"{num_bytes / 1e9:,.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.2f} MB"
-
-
-@contextmanager
-def _new_folder(path: Path) -> Iterator[Path]:
-    """A folder that becomes `path` when the body ends well, and vanishes otherwise, with all that was made for it."""
-    missing = [folder for folder in path.absolute().parents if not folder.exists()]
-    partial = path.absolute().parent / f".{path.name}.{secrets.token_hex(4)}.partial"
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        _sync_folder(partial)
-        partial.rename(path)
-        _sync_folder(path.absolute().parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        for folder in missing:
-            if folder.exists():
-                folder.rmdir()
-        raise
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

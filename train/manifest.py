@@ -190,7 +190,7 @@ def _shape(config: TrainConfig) -> dict[str, Any]:
         "schedule": {"kind": config.schedule.kind},
         "optim": {"sharding": config.optim.sharding},
         "precision": {"kind": config.precision.kind},
-        "data": {"tokenizer_vocab_size": config.data.tokenizer_vocab_size, "seed": config.data.seed},
+        "data": {**_tokenizer_shape(config), "seed": config.data.seed},
         "stage": {
             "global_batch_sequences": config.stage.global_batch_sequences,
             "sequence_length_tokens": config.stage.sequence_length_tokens,
@@ -198,6 +198,13 @@ def _shape(config: TrainConfig) -> dict[str, Any]:
     }
     decoded: dict[str, Any] = json.loads(json.dumps(shape))
     return decoded
+
+
+def _tokenizer_shape(config: TrainConfig) -> dict[str, Any]:
+    """That its content is the same, the fingerprint of the samples says."""
+    if config.data.tokenizer is not None:
+        return {"tokenizer": "given"}
+    return {"tokenizer_vocab_size": config.data.tokenizer_vocab_size}
 
 
 def differences(place: str, before: object, now: object) -> list[str]:

@@ -144,7 +144,7 @@ class _Parts:
         mtp_modules = range(shape.num_layers, shape.num_layers + shape.mtp_depth)
         experts = held_experts(config, layout.expert_index(dist.get_rank()))
         part = Part(layers=tuple({0, last, *mtp_modules}), experts=experts, embedding=True, head=True)
-        model = Transformer(shape, dispatcher, weight_dtype(config.precision), part)
+        model = Transformer(shape, dispatcher, weight_dtype(config.precision), part, config.computing)
         initialise(model, config.seed)
         model = model.to(device)
         self._model = shape

@@ -190,5 +190,8 @@ def _introduce(assembly: Assembly, planned: Plan, prepared: Prepared, reporter: 
         f"corpus: {prepared.train_tokens:,} training and {prepared.validation_tokens:,} validation tokens, "
         f"{prepared.bytes_per_token:.2f} bytes per token, unigram entropy {prepared.unigram_entropy_nats:.4f} nats"
     )
+    given, size = config.data.tokenizer, prepared.tokenizer.vocab_size
+    origin = "trained on the corpus" if given is None else f"that of {given}, whatever data.tokenizer_vocab_size says"
+    reporter.say(f"tokenizer: {origin}; ids below {size:,}")
     if first_step:
         reporter.say(f"resumed after step {first_step} from {config.resume}")

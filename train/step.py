@@ -12,6 +12,7 @@ from torch import distributed as dist
 from data.loader import IGNORE, Batch, Loader
 from dualpipe.clock import open_clock
 from dualpipe.execute import Execution, execute
+from kernels.attention.documents import Documents
 from model.objective import LossSums, MicroBatch, Objective
 from model.transformer import routers
 from train.assemble import Assembly, feed
@@ -49,7 +50,10 @@ class StepResult:
 
 
 class BatchReader:
-    """A rank's micro-batches of one step, each read once and only by the ranks at the ends of the model."""
+    """A rank's micro-batches of one step, each read once.
+
+    Only the ranks at the ends of the model read them, or every rank where attention must know the documents.
+    """
 
     def __init__(self, assembly: Assembly, read: Read) -> None:
         self._assembly = assembly
@@ -57,18 +61,21 @@ class BatchReader:
         self._known: dict[tuple[int, int], MicroBatch] = {}
 
     def __call__(self, direction: int, micro_batch: int) -> MicroBatch | None:
-        """The micro-batch, None where no end of the model is held."""
-        if self._assembly.model.model.embed_tokens is None and self._assembly.model.lm_head is None:
+        """The micro-batch, None where nothing of it is needed."""
+        config, schedule, model = self._assembly.config, self._assembly.schedule, self._assembly.model
+        if model.model.embed_tokens is None and model.lm_head is None and not config.stage.document_mask:
             return None
         key = (direction, micro_batch)
         if key not in self._known:
-            config, schedule = self._assembly.config, self._assembly.schedule
             data_index = self._assembly.layout.data_index(self._assembly.groups.rank)
             before = sum(len(schedule.micro_batches_of(earlier)) for earlier in range(direction))
             index = data_index * schedule.num_micro_batches + before + micro_batch
             size = config.stage.micro_batch_sequences
             self._known[key] = to_micro_batch(
-                self._read(index * size, size), config.model.mtp_depth, self._assembly.device
+                self._read(index * size, size),
+                config.model.mtp_depth,
+                self._assembly.device,
+                masks_documents=config.stage.document_mask,
             )
         return self._known[key]
 
@@ -83,12 +90,13 @@ class BatchReader:
         return _sum_over_world(self._assembly, counts, "sum of targets")
 
 
-def to_micro_batch(batch: Batch, mtp_depth: int, device: torch.device) -> MicroBatch:
-    """What the model embeds and predicts at every depth."""
+def to_micro_batch(batch: Batch, mtp_depth: int, device: torch.device, *, masks_documents: bool = False) -> MicroBatch:
+    """What the model embeds and predicts at every depth, and whether the pieces of a sequence see each other."""
     depths = range(mtp_depth + 1)
     return MicroBatch(
         inputs_BT=tuple(batch.inputs(depth).to(device) for depth in depths),
         targets_BT=tuple(batch.targets(depth + 1).to(device) for depth in depths),
+        documents=Documents.of_positions(batch.positions_BT).to(device) if masks_documents else None,
     )
 
 

@@ -7,16 +7,14 @@ want to equal Q: see `values_as_wide_as_keys`).
 
 from functools import cache
 from importlib.util import find_spec
-from typing import Any, Literal, Protocol, assert_never
+from typing import Any, Protocol, assert_never
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from kernels.attention.documents import Documents
-
-AttentionKind = Literal["auto", "sdpa", "flash_attention", "flex"]
-FusedKind = Literal["sdpa", "flash_attention", "flex"]
+from kernels.attention.kinds import AttentionKind, FusedKind
 
 
 class Attention(Protocol):
@@ -68,14 +66,14 @@ def flex(query_BHTQ: Tensor, key_BHTQ: Tensor, value_BHTV: Tensor, scale: float,
     """torch's FlexAttention, compiled on CUDA: blocks that nothing sees are skipped."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    batch, _, size, _ = query_BHTQ.shape
-    ids_BT = None if documents is None else documents.ids_BT
+    def is_causal(b: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return query >= key
 
-    def sees(b: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        causal = query >= key
-        return causal if ids_BT is None else causal & (ids_BT[b, query] == ids_BT[b, key])
-
-    block_mask = create_block_mask(sees, batch if documents else None, None, size, size, device=str(query_BHTQ.device))
+    if documents is None:
+        size = query_BHTQ.shape[2]
+        block_mask = create_block_mask(is_causal, None, None, size, size, device=query_BHTQ.device)
+    else:
+        block_mask = documents.block_mask
     call = _compiled_flex() if query_BHTQ.device.type == "cuda" else flex_attention
     mixed: Tensor = call(query_BHTQ, key_BHTQ, value_BHTV, block_mask=block_mask, scale=scale)
     return mixed

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 IGNORE = -100
-CHUNK_LOGITS = 2**20
+CHUNK_LOGITS = 2**19
 SMALLEST_CHUNK_ROWS = 64
 
 
@@ -26,7 +26,7 @@ class CrossEntropy:
 
 
 def chunk_rows(num_rows: int, vocab_size: int) -> int:
-    """Rows whose logits are held at once: about 4 MB of float32, and enough rows to keep products efficient."""
+    """Rows whose logits are held at once: about 2 MB of float32, and enough rows to keep products efficient."""
     return min(num_rows, max(SMALLEST_CHUNK_ROWS, CHUNK_LOGITS // vocab_size))
 
 
@@ -64,6 +64,7 @@ def linear_cross_entropy(
             torch.mm(slopes_CV, head_VD, out=grad_rows_ND[chunk]).masked_fill_(~counted_C1, 0)
         if grad_head_VD is not None:
             _add_product(grad_head_VD, slopes_CV.t(), rows_CD.masked_fill(~counted_C1, 0), is_first=first == 0)
+        del logs_CV, slopes_CV  # before the next chunk's logits are made
     if grad_head_VD is not None and not len(rows_ND):
         grad_head_VD.zero_()
     return CrossEntropy(nats, grad_rows_ND, grad_head_VD)

@@ -39,12 +39,11 @@ def expert_mlp_backward(
     rows_ND: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """As `reference.expert_mlp_backward`."""
-    gate_AM, up_AM = hidden_AH.chunk(2, 1)
     grad_AD = _sorted(grad_ND, tokens_A)
     grad_gated_AM = grouped_rows(grad_AD, down_EDM.transpose(1, 2), counts)
-    plain_AM = swiglu(gate_AM, up_AM)
+    plain_AM = swiglu(*hidden_AH.chunk(2, 1))
     grad_weights_A = (plain_AM * grad_gated_AM).sum(1)
-    grad_hidden_AH = torch.cat(swiglu_backward(grad_gated_AM * weights_A[:, None], gate_AM, up_AM), 1)
+    grad_hidden_AH = swiglu_backward(grad_gated_AM * weights_A[:, None], hidden_AH)
     grad_rows_AD = grouped_rows(grad_hidden_AH, gate_up_EHD.transpose(1, 2), counts)
     if rows_ND is None:
         return grad_rows_AD, grad_weights_A, (grad_hidden_AH,)

@@ -1,7 +1,7 @@
-"""SwiGLU experts over rows sorted by expert, one expert after the other, so that what is between stays in the cache.
+"""SwiGLU experts over rows sorted by expert, a few experts at a time, so that what is between stays in the cache.
 
 Shape legend: N rows given, A rows in the experts' order, D hidden size, E experts, M expert intermediate size, H = 2 M
-gate and up side by side, S rows of one expert's window. `counts`, rows of each expert, lives on the host. `tokens_A`
+gate and up side by side, R rows of a block of experts, S rows of one expert. `counts`, rows of each expert, lives on the host. `tokens_A`
 names the given row of each place in the experts' order; None: rows are given in that order.
 """
 
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kernels.expert_mlp.windows import Window, windows
-from kernels.swiglu.reference import swiglu
+from kernels.expert_mlp.windows import Block, Reach, cut
+from kernels.swiglu.reference import gated_backward, swiglu
 
 
 def expert_mlp(
@@ -37,13 +37,15 @@ def expert_mlp(
     """
     width, size = down_EDM.shape[2], len(weights_A)
     out_AD, hidden_AH = rows_ND.new_empty(size, rows_ND.shape[1]), rows_ND.new_empty(size, 2 * width)
-    for window in windows(counts, rows_ND.dtype):
-        rows_SD = _gather(rows_ND, tokens_A, window)
-        hidden_SH = _product(rows_SD, gate_up_EHD[window.expert].t(), hidden_AH, window)
-        gated_SM = swiglu(*hidden_SH.split(width, 1)).mul_(weights_A[window.span, None])
+    for block in cut(counts, 2 * width, rows_ND.dtype):
+        hidden_RH = _place(hidden_AH, block)
+        _products(_gather(rows_ND, tokens_A, block), gate_up_EHD.transpose(1, 2), hidden_RH, block)
+        gated_RM = swiglu(*hidden_RH.split(width, 1)).mul_(weights_A[block.reach.span, None])
+        _keep(hidden_RH, hidden_AH, block)
         if gated_AM is not None:
-            gated_AM[window.rows] = gated_SM[window.inner]
-        _product(gated_SM, down_EDM[window.expert].t(), out_AD, window)
+            _keep(gated_RM, gated_AM, block, is_copy=True)
+        out_RD = _place(out_AD, block)
+        _keep(_products(gated_RM, down_EDM.transpose(1, 2), out_RD, block), out_AD, block)
     return out_AD, hidden_AH
 
 
@@ -78,21 +80,21 @@ def expert_mlp_backward(
     grad_rows_AD, grad_weights_A = grad_ND.new_empty(size, grad_ND.shape[1]), torch.empty_like(weights_A)
     likes = (hidden_AH,) if rows_ND is None else (gate_up_EHD, down_EDM)
     rest = tuple(torch.empty_like(like) for like in likes)
-    for window in windows(counts, grad_ND.dtype):
-        expert, (gate_SM, up_SM) = window.expert, hidden_AH[window.span].split(width, 1)
-        grad_SD = _gather(grad_ND, tokens_A, window)
-        factors_S1, grad_gated_SM = weights_A[window.span, None], grad_SD @ down_EDM[expert]
-        silu_SM = functional.silu(gate_SM)
-        plain_SM = silu_SM * up_SM
-        grad_weights_A[window.rows] = (plain_SM * grad_gated_SM).sum(1)[window.inner]
-        grad_hidden_SH = _hidden_gradient(grad_gated_SM.mul_(factors_S1), silu_SM, gate_SM, up_SM)
-        _product(grad_hidden_SH, gate_up_EHD[expert], grad_rows_AD, window)
+    for block in cut(counts, 2 * width, grad_ND.dtype):
+        gate_RM, up_RM = hidden_AH[block.reach.span].split(width, 1)
+        factors_R1, grad_RD = weights_A[block.reach.span, None], _gather(grad_ND, tokens_A, block)
+        grad_gated_RM = _products(grad_RD, down_EDM, _space(grad_RD, width, block), block)
+        silu_RM = functional.silu(gate_RM)
+        plain_RM = silu_RM * up_RM
+        grad_weights_A[block.reach.rows] = (plain_RM * grad_gated_RM).sum(1)[block.reach.inner]
+        grad_hidden_RH = grad_RD.new_empty(block.size, 2 * width) if rows_ND is not None else _place(rest[0], block)
+        gated_backward(grad_gated_RM.mul_(factors_R1), silu_RM, gate_RM, up_RM, grad_hidden_RH)
+        _keep(_products(grad_hidden_RH, gate_up_EHD, _place(grad_rows_AD, block), block), grad_rows_AD, block)
         if rows_ND is None:
-            rest[0][window.rows] = grad_hidden_SH[window.inner]
+            _keep(grad_hidden_RH, rest[0], block)
         else:
-            rows_SD = _gather(rows_ND, tokens_A, window)
-            torch.mm(_alone(grad_hidden_SH, window).t(), rows_SD, out=rest[0][expert])
-            torch.mm(grad_SD.t(), _alone(plain_SM.mul_(factors_S1), window), out=rest[1][expert])
+            _outer_products(grad_hidden_RH, _gather(rows_ND, tokens_A, block), rest[0], block)
+            _outer_products(grad_RD, plain_RM.mul_(factors_R1), rest[1], block)
     if rows_ND is not None:
         _clear_unused(rest, counts)
     return grad_rows_AD, grad_weights_A, rest
@@ -101,9 +103,8 @@ def expert_mlp_backward(
 def gate_up_gradient(grad_hidden_AH: Tensor, rows_AD: Tensor, counts: Sequence[int]) -> Tensor:
     """Gradient of `expert_mlp` in gate_up, EHD; zero for an expert without rows."""
     grad_EHD = rows_AD.new_empty(len(counts), grad_hidden_AH.shape[1], rows_AD.shape[1])
-    for window in windows(counts, rows_AD.dtype):
-        grad_hidden_SH = _alone(grad_hidden_AH[window.span], window)
-        torch.mm(grad_hidden_SH.t(), rows_AD[window.span], out=grad_EHD[window.expert])
+    for block in cut(counts, grad_hidden_AH.shape[1], rows_AD.dtype):
+        _outer_products(grad_hidden_AH[block.reach.span], rows_AD[block.reach.span], grad_EHD, block)
     _clear_unused((grad_EHD,), counts)
     return grad_EHD
 
@@ -114,44 +115,68 @@ def down_gradient(
     """Gradient of `expert_mlp` in down, EDM; zero for an expert without rows. gated_AM: as it was kept, if it was."""
     width = hidden_AH.shape[1] // 2
     grad_EDM = grad_AD.new_empty(len(counts), grad_AD.shape[1], width)
-    for window in windows(counts, grad_AD.dtype):
+    for block in cut(counts, 2 * width, grad_AD.dtype):
+        span = block.reach.span
         if gated_AM is None:
-            gated_SM = swiglu(*hidden_AH[window.span].split(width, 1)).mul_(weights_A[window.span, None])
+            gated_RM = swiglu(*hidden_AH[span].split(width, 1)).mul_(weights_A[span, None])
         else:
-            gated_SM = gated_AM[window.span]
-        torch.mm(grad_AD[window.span].t(), _alone(gated_SM, window), out=grad_EDM[window.expert])
+            gated_RM = gated_AM[span]
+        _outer_products(grad_AD[span], gated_RM, grad_EDM, block)
     _clear_unused((grad_EDM,), counts)
     return grad_EDM
 
 
-def _gather(rows_ND: Tensor, tokens_A: Tensor | None, window: Window) -> Tensor:
-    return rows_ND[window.span] if tokens_A is None else rows_ND.index_select(0, tokens_A[window.span])
+def _gather(rows_ND: Tensor, tokens_A: Tensor | None, block: Block) -> Tensor:
+    span = block.reach.span
+    return rows_ND[span] if tokens_A is None else rows_ND.index_select(0, tokens_A[span])
 
 
-def _hidden_gradient(grad_SM: Tensor, silu_SM: Tensor, gate_SM: Tensor, up_SM: Tensor) -> Tensor:
-    """SH, gate's and up's side by side, from the gradient of silu(gate) * up."""
-    width = grad_SM.shape[1]
-    grad_SH = grad_SM.new_empty(len(grad_SM), 2 * width)
-    torch.ops.aten.silu_backward.grad_input(grad_SM * up_SM, gate_SM, grad_input=grad_SH[:, :width])
-    torch.mul(silu_SM, grad_SM, out=grad_SH[:, width:])
-    return grad_SH
+def _place(values_AN: Tensor, block: Block) -> Tensor:
+    """Where a block's values are made: in their place, unless rows of other blocks would be overwritten."""
+    if block.reach.is_exact:
+        return values_AN[block.reach.rows]
+    return _space(values_AN, values_AN.shape[1], block)
 
 
-def _product(left_SK: Tensor, right_KN: Tensor, out_AN: Tensor, window: Window) -> Tensor:
-    """left right, its own rows also written to out_AN; the product over the whole span."""
-    if window.is_exact:
-        return torch.mm(left_SK, right_KN, out=out_AN[window.rows])
-    product_SN = left_SK @ right_KN
-    out_AN[window.rows] = product_SN[window.inner]
-    return product_SN
+def _space(like: Tensor, width: int, block: Block) -> Tensor:
+    """Memory for a block's values, with zeros for rows of other blocks.
+
+    A product of 16-bit numbers on CPU may read on into the next row, and multiply by 0 what it finds there: garbage
+    that is not a number would spread.
+    """
+    space_RN, inner = like.new_empty(block.size, width), block.reach.inner
+    space_RN[: inner.start], space_RN[inner.stop :] = 0, 0
+    return space_RN
 
 
-def _alone(values_SN: Tensor, window: Window) -> Tensor:
-    """The span's values with zeros in the place of other experts' rows."""
-    if window.is_exact:
-        return values_SN
-    after = values_SN.shape[0] - window.inner.stop
-    return functional.pad(values_SN[window.inner], (0, 0, window.inner.start, after))
+def _keep(made_RN: Tensor, values_AN: Tensor, block: Block, *, is_copy: bool = False) -> None:
+    if is_copy or not block.reach.is_exact:
+        values_AN[block.reach.rows] = made_RN[block.reach.inner]
+
+
+def _products(left_RK: Tensor, right_EKN: Tensor, out_RN: Tensor, block: Block) -> Tensor:
+    """Each expert's rows times its matrix, into out_RN, which is also returned."""
+    for expert, reach in block.experts:
+        if reach.is_exact:
+            torch.mm(left_RK[reach.rows], right_EKN[expert], out=out_RN[reach.rows])
+        else:
+            out_RN[reach.rows] = (left_RK[reach.span] @ right_EKN[expert])[reach.inner]
+    return out_RN
+
+
+def _outer_products(left_RN: Tensor, right_RK: Tensor, out_ENK: Tensor, block: Block) -> None:
+    """The transpose of each expert's rows on the left times those on the right, into its matrix of out_ENK."""
+    for expert, reach in block.experts:
+        left_SN, right_SK = left_RN[reach.span], right_RK[reach.span]
+        if not reach.is_exact:
+            left_SN, right_SK = _alone(left_SN, reach), _alone(right_SK, reach)
+        torch.mm(left_SN.t(), right_SK, out=out_ENK[expert])
+
+
+def _alone(values_SN: Tensor, reach: Reach) -> Tensor:
+    """The span's values with zeros in the place of other experts' rows, whatever those hold."""
+    after = values_SN.shape[0] - reach.inner.stop
+    return functional.pad(values_SN[reach.inner], (0, 0, reach.inner.start, after))
 
 
 def _clear_unused(gradients: Sequence[Tensor], counts: Sequence[int]) -> None:

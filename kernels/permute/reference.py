@@ -63,6 +63,8 @@ def unpermute(rows_AD: Tensor, places_NK: Tensor, dtype: torch.dtype | None = No
     if rows_AD.numel() == 0:
         return out_ND
     is_ready = rows_AD.dtype == wide and rows_AD.is_contiguous()
+    if is_ready and dtype == wide and places_NK.numel() and int(places_NK.min()) >= 0:
+        return functional.embedding_bag(places_NK, rows_AD, mode="sum")
     chunk_tokens = max(1, CHUNK_NUMBERS // max(1, num_columns * places_NK.shape[1]))
     for places_CK, out_CD in zip(places_NK.split(chunk_tokens), out_ND.split(chunk_tokens), strict=True):
         present_CK = places_CK >= 0

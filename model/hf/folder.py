@@ -36,7 +36,7 @@ def new_folder(path: Path) -> Iterator[Path]:
             for folder in missing:
                 folder.rmdir()
         if isinstance(error, OSError):
-            raise HfError(path, "", f"must be writable, is not ({error.strerror})") from error
+            raise HfError(path, "", f"must be writable, is not ({error.strerror or error})") from error
         raise
 
 

@@ -55,7 +55,7 @@ class Emulation:
     topk_idx_t: torch.dtype = torch.int64
     calls: list[str] = field(default_factory=list)
 
-    def ElasticBuffer(self, *args: object, **kwargs: object) -> "ElasticBuffer":  # noqa: N802
+    def ElasticBuffer(self, *args: object, **kwargs: object) -> "ElasticBuffer":
         """As the class in the module."""
         return ElasticBuffer(*args, **kwargs, _module=self)  # type: ignore[arg-type]
 

@@ -20,6 +20,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     (folder / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
     config = DataConfig(
         source=FilesSource(kind="files", paths=(str(folder),)),
+        tokenizer=None,
         tokenizer_vocab_size=300,
         validation_fraction=0.2,
         fim_rate=0.1,

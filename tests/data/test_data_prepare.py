@@ -27,6 +27,7 @@ def config(tmp_path: Path) -> DataConfig:
         (folder / f"file_{number:02}.txt").write_text(" ".join(words), encoding="utf-8")
     return DataConfig(
         source=FilesSource(kind="files", paths=(str(folder),)),
+        tokenizer=None,
         tokenizer_vocab_size=300,
         validation_fraction=0.2,
         fim_rate=0.3,
@@ -257,6 +258,7 @@ def test_preparing_needs_no_torch() -> None:
 def test_embedded_corpus_is_prepared_within_its_time(tmp_path: Path) -> None:
     config = DataConfig(
         source=EmbeddedSource(kind="embedded"),
+        tokenizer=None,
         tokenizer_vocab_size=4096,
         validation_fraction=0.02,
         fim_rate=0.1,

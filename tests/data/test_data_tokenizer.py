@@ -20,17 +20,9 @@ def test_any_text_comes_back(text: str) -> None:
 
 
 def test_special_ids_are_the_first_in_their_order() -> None:
-    ids = [
-        TOKENIZER.begin_of_sentence_id,
-        TOKENIZER.end_of_sentence_id,
-        TOKENIZER.pad_id,
-        TOKENIZER.fim_begin_id,
-        TOKENIZER.fim_hole_id,
-        TOKENIZER.fim_end_id,
-        TOKENIZER.user_id,
-        TOKENIZER.assistant_id,
-    ]
+    ids = [TOKENIZER.special_id(token) for token in SPECIAL_TOKENS]
     assert ids == list(range(8))
+    assert ids[:3] == [TOKENIZER.begin_of_sentence_id, TOKENIZER.end_of_sentence_id, TOKENIZER.pad_id]
     assert TOKENIZER.decode(ids) == "".join(SPECIAL_TOKENS)
     assert TOKENIZER.decode(ids, skip_special_tokens=True) == ""
 

@@ -15,6 +15,7 @@ import torch
 from model.config import ModelConfig
 from model.hf.names import stored_tensors
 from model.hf.writer import write_hf
+from tests.model.hf_memory import status
 from tests.tiny import MODEL
 from train.conversion import Conversion, convert
 
@@ -46,14 +47,9 @@ def make(folder: Path, config: ModelConfig, *, fp8: bool) -> None:
 def peak_above(run: Callable[[], object]) -> int:
     """Bytes of memory that a call had resident at its height above those before it. Linux."""
     Path("/proc/self/clear_refs").write_text("5")  # the height starts anew
-    before = _status("VmRSS")
+    before = status("VmRSS")
     run()
-    return _status("VmHWM") - before
-
-
-def _status(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
+    return status("VmHWM") - before
 
 
 def run_all(folder: Path, config: ModelConfig, shard_bytes: int) -> dict[str, int]:

@@ -145,7 +145,6 @@ def test_config_quickstart_feeds_dualpipe_fully() -> None:
         ),
         (["model.num_expert_groups=3"], ["model.num_expert_groups", "model.num_routed_experts=16", "is 3", "2 or 4"]),
         (["model.num_limited_groups=5"], ["model.num_limited_groups", "num_expert_groups=4", "is 5", "valid: 4"]),
-        (["model.num_experts_per_token=3"], ["model.num_experts_per_token", "num_limited_groups=2", "is 3", "2 or 4"]),
         (["model.num_experts_per_token=10"], ["model.num_experts_per_token", "at most 8", "is 10"]),
         (["model.num_experts_per_token=32"], ["model.num_experts_per_token", "at most 8", "is 32"]),
         (["stage.global_batch_sequences=15"], ["stage.global_batch_sequences", "= 2", "is 15", "14 or 16"]),

@@ -9,16 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import DeepseekV3ForCausalLM
 
 from comm.local import LocalDispatcher
 from model.config import ModelConfig
 from model.transformer import Transformer, named_tensors
 from tests.launch.test_launch_config import build
-from tests.launch.weight_folders import ROOT, TOKENIZER, convert, make_sources, run_command
+from tests.launch.weight_folders import ROOT, TOKENIZER, convert, make_sources
 from tests.model.hf_checkpoints import (
     FP8_CONFIG,
+    assert_same_tensors,
     dequantised,
     edit_json,
     random_tokens,
@@ -37,19 +37,12 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_sources(tmp_path_factory.mktemp("sources"))
 
 
-def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert found[name].dtype == tensor.dtype, name
-        assert torch.equal(found[name].view(torch.uint8), tensor.view(torch.uint8)), name
-
-
 def test_convert_there_and_back_gives_the_same_bytes(sources: Path, tmp_path: Path) -> None:
     checkpoint = sources / "of_plain"
     assert len(list(checkpoint.glob("*.distcp"))) > 3
     assert (checkpoint / "tokenizer.json").read_text() == TOKENIZER
     assert convert(f"from=checkpoint path={checkpoint} to={tmp_path / 'back'} max_shard_bytes=200000") == 0
-    assert_equal(read_tensors(tmp_path / "back"), read_tensors(sources / "plain"))
+    assert_same_tensors(read_tensors(tmp_path / "back"), read_tensors(sources / "plain"))
     assert (tmp_path / "back" / "tokenizer.json").read_text() == TOKENIZER
     assert len(list((tmp_path / "back").glob("*.safetensors"))) > 3
     assert [path.name for path in tmp_path.iterdir()] == ["back"]
@@ -85,7 +78,7 @@ def test_convert_fp8_becomes_bf16_by_the_blocks_scales(sources: Path) -> None:
 
 def test_convert_fp8_goes_into_other_files_unchanged(sources: Path, tmp_path: Path) -> None:
     assert convert(f"from=hf format=hf path={sources / 'fp8'} to={tmp_path / 'again'} max_shard_bytes=50000") == 0
-    assert_equal(read_tensors(tmp_path / "again"), read_tensors(sources / "fp8"))
+    assert_same_tensors(read_tensors(tmp_path / "again"), read_tensors(sources / "fp8"))
     quantisation = json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"]
     assert quantisation == FP8_CONFIG
     assert len(list((tmp_path / "again").glob("*.safetensors"))) > 5
@@ -139,7 +132,7 @@ def test_convert_without_shared_experts_comes_back_as_transformers_writes_it(tmp
     reference_model(n_shared_experts=0, num_nextn_predict_layers=0).save_pretrained(tmp_path / "hf")
     assert convert(f"from=hf path={tmp_path / 'hf'} to={tmp_path / 'ours'}") == 0
     assert convert(f"from=checkpoint path={tmp_path / 'ours'} to={tmp_path / 'back'}") == 0
-    assert_equal(read_tensors(tmp_path / "back"), read_tensors(tmp_path / "hf"))
+    assert_same_tensors(read_tensors(tmp_path / "back"), read_tensors(tmp_path / "hf"))
 
 
 @pytest.mark.parametrize(
@@ -177,11 +170,14 @@ def test_convert_memory_stays_below_two_files(tmp_path: Path) -> None:
     assert max(peaks.values()) < 2 * 4_000_000, peaks
 
 
-def test_convert_command_tells_of_its_progress_and_of_its_end(sources: Path, tmp_path: Path) -> None:
-    done = run_command(tmp_path, "from=checkpoint", f"path={sources / 'of_plain'}", "to=made", "max_shard_bytes=200000")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("wrote made from ")
-    assert done.stdout.count("\n") == 1
-    lines = done.stderr.splitlines()
-    assert len(lines) == len(list((tmp_path / "made").glob("*.safetensors"))) - 1
+def test_convert_tells_of_its_progress_and_of_its_end(
+    sources: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = tmp_path / "made"
+    assert convert(f"from=checkpoint path={sources / 'of_plain'} to={made} max_shard_bytes=200000") == 0
+    printed = capsys.readouterr()
+    assert printed.out.startswith(f"wrote {made} from ")
+    assert printed.out.count("\n") == 1
+    lines = printed.err.splitlines()
+    assert len(lines) == len(list(made.glob("*.safetensors"))) - 1
     assert all(line.startswith("read ") for line in lines)

@@ -2,6 +2,8 @@
 
 import os
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +14,7 @@ import torch
 
 from launch.errors import ConfigError
 from model.hf.errors import HfError
-from tests.launch.weight_folders import convert, make_sources, run_command
+from tests.launch.weight_folders import ROOT, convert, make_sources, run_command
 from tests.model.hf_checkpoints import (
     edit_json,
     read_tensors,
@@ -38,7 +40,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("from=hf path=hf to=full", ["to: must be a new or empty folder", "'full' is not empty"]),
         ("from=hf path=hf to=file", ["to: must be a new or empty folder", "'file' is a file"]),
         ("from=hf path=hf to=", ["to: must be a new or empty folder"]),
-        ("from=hf path=hf to=file/in", ["to: file/in must be writable"]),
+        ("from=hf path=hf to=file/in", ["to: must be a new or empty folder", "'file/in' lies below the file file"]),
         ("from=hf path=hf to=new dtype=fp8", ["dtype: must be bf16 or float32 in a checkpoint", "format=hf"]),
         ("from=hf path=hf to=new dtype=fp16", ["dtype: must be one of bf16, float32, fp8"]),
         ("from=checkpoint path=ours to=new format=checkpoint", ["format: must be hf"]),
@@ -189,11 +191,8 @@ def test_convert_a_value_that_is_found_late_leaves_nothing(sources: Path, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["checkpoint", "hf"])
-def test_convert_command_on_a_full_disk_says_so_and_leaves_nothing(target: str, sources: Path, tmp_path: Path) -> None:
-    source = "plain" if target == "checkpoint" else "of_plain"
-    origin = "hf" if target == "checkpoint" else "checkpoint"
-    done = run_command(tmp_path, f"from={origin}", f"path={sources / source}", "to=made", file_bytes=150_000)
+def test_convert_command_on_a_full_disk_says_so_and_leaves_nothing(sources: Path, tmp_path: Path) -> None:
+    done = run_command(tmp_path, "from=hf", f"path={sources / 'plain'}", "to=made", file_bytes=150_000)
     assert done.returncode == 2, done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: ")
     assert "writable" in done.stderr
@@ -206,3 +205,20 @@ def test_convert_command_refuses_with_exit_code_2(sources: Path, tmp_path: Path)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: from: ")
     assert done.stderr.count("\n") == 1
+
+
+def test_convert_refuses_broken_headers_before_torch_is_imported(sources: Path, tmp_path: Path) -> None:
+    for path in (sources / "plain").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    cut(next(tmp_path.glob("*.safetensors")))
+    code = f"""
+import sys
+from launch.convert import main
+try:
+    main(["from=hf", "path={tmp_path}", "to={tmp_path / "new"}"])
+except ValueError as error:
+    print(type(error).__name__)
+print([name for name in ("torch", "safetensors", "transformers") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines() == ["HfError", "[]"], done.stderr

@@ -168,6 +168,20 @@ def test_hugging_face_folder_is_read_with_its_tokenizer_and_its_ends(
         main([*choices, "prompt=a"])
 
 
+def test_hugging_face_folder_without_mtp_weights_makes_no_drafts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Transformers keeps the key of `config.json` and drops the module."""
+    save_hf(make_model(replace(SMALL, mtp_depth=0), torch.float32), tmp_path / "hf")
+    values = json.loads((tmp_path / "hf" / "config.json").read_text())
+    (tmp_path / "hf" / "config.json").write_text(json.dumps({**values, "num_nextn_predict_layers": 1}))
+    choices = [f"ckpt={tmp_path / 'hf'}", "prompt_ids=[0,5]", "max_new_tokens=3"]
+    assert main(choices) == 0
+    assert "no drafts, 3 passes" in capsys.readouterr().err
+    with pytest.raises(GenerateError, match=r"^speculative: .*MTP"):
+        main([*choices, "speculative=true"])
+
+
 def test_generate_refuses_before_torch_is_imported(run: Path) -> None:
     code = f"""
 import sys
@@ -273,19 +287,26 @@ def test_generate_reader_that_leaves_early_ends_it_quietly(run: Path, tmp_path: 
 
 
 @pytest.mark.slow
-def test_generate_interrupted_ends_with_130(run: Path, tmp_path: Path) -> None:
+def test_generate_interrupted_ends_with_130_and_keeps_what_is_complete(run: Path, tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("def f\n" * 4000)
-    choices = [f"ckpt={run}", f"prompts={tmp_path / 'p.txt'}", "max_new_tokens=40"]
+    out = tmp_path / "new" / "out.jsonl"
+    choices = [f"ckpt={run}", f"prompts={tmp_path / 'p.txt'}", "max_new_tokens=40", f"out={out}", "batch_size=2"]
     command = [sys.executable, "-m", "launch.generate", *choices]
     with subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONUNBUFFERED": "1"}
     ) as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
-        assert process.stdout.read(10) == b"== 1 of 40"
+        partial, deadline = out.with_name("out.jsonl.partial"), time.monotonic() + 60
+        while not (partial.exists() and partial.stat().st_size):
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.05)
         process.send_signal(signal.SIGINT)
         begin = time.monotonic()
-        _, errors = process.communicate(timeout=60)
+        written, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert time.monotonic() - begin < 20
-    assert errors == b""
+    assert (written, errors.decode()) == (b"", f"out: not complete; what there was is in {partial}\n")
+    assert [path.name for path in out.parent.iterdir()] == [partial.name]
+    lines = partial.read_text(encoding="utf-8").splitlines()
+    assert 1 <= len(lines) < 4000
+    assert {json.loads(line)["prompt"] for line in lines} == {"def f"}

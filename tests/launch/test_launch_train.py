@@ -9,9 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 
 from launch import train
-from launch.compose import options
+from launch.compose import compose_defaults, default_groups, options
 from launch.report import command, help_text
 from tests.launch.test_launch_config import build
 from train.config import TrainConfig
@@ -113,6 +114,16 @@ def test_train_help_names_every_group_option_and_key(tmp_path: Path) -> None:
     for name in ("python -m launch.train", "quickstart*", *options("model"), *options("cluster"), "learning_rate: "):
         assert name in done.stdout
     assert done.stdout.strip() == help_text("train").strip()
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "conf").glob("*.yaml")))
+def test_help_shows_each_key_with_its_value_and_groups_where_there_are_any(name: str) -> None:
+    head, _, keys = help_text(name).partition("\nKeys")
+    assert yaml.safe_load(keys.partition("\n")[2]) == compose_defaults(name)
+    assert ("???" in keys) == ("(??? must be given)" in keys.partition("\n")[0])
+    groups = [line.partition("=")[0].strip() for line in head.partition("Groups")[2].splitlines()[1:] if line]
+    assert groups == list(default_groups(name))
+    assert ("Groups" in head) == ("[group=option]" in head) == bool(groups)
 
 
 @pytest.mark.parametrize(

@@ -7,15 +7,7 @@ import sys
 from pathlib import Path
 
 from launch.convert import main
-from tests.model.hf_checkpoints import (
-    FP8_CONFIG,
-    edit_json,
-    mtp_tensors,
-    quantised,
-    read_tensors,
-    reference_model,
-    write_tensors,
-)
+from tests.model.hf_checkpoints import save_checkpoint
 
 ROOT = Path(__file__).parents[2]
 TOKENIZER = '{"of": "no concern"}'
@@ -31,12 +23,8 @@ def make_sources(folder: Path) -> Path:
     for name in ("plain", "fp8"):
         place = folder / name
         # 136 rows and columns: a whole block and a ragged one.
-        reference_model(moe_intermediate_size=136).save_pretrained(place)
-        tensors = read_tensors(place) | mtp_tensors(place)
-        write_tensors(place, quantised(tensors) if name == "fp8" else tensors, 5)
+        save_checkpoint(place, fp8=name == "fp8", num_files=5, moe_intermediate_size=136)
         (place / "tokenizer.json").write_text(TOKENIZER)
-        if name == "fp8":
-            edit_json(place / "config.json", lambda keys: keys.update(quantization_config=FP8_CONFIG))
         assert convert(f"from=hf path={place} to={folder / f'of_{name}'} max_shard_bytes=100000") == 0
     return folder
 

@@ -161,6 +161,17 @@ FP8_CONFIG = {
 }
 
 
+def save_checkpoint(folder: Path, *, fp8: bool = False, num_files: int = 1, **changes: Any) -> dict[str, Tensor]:
+    """A random checkpoint with an MTP module, in float32 or in FP8; what its files hold, by name."""
+    reference_model(**changes).save_pretrained(folder)
+    tensors = read_tensors(folder) | mtp_tensors(folder)
+    if fp8:
+        tensors = quantised(tensors)
+        edit_json(folder / "config.json", lambda keys: keys.update(dtype="bfloat16", quantization_config=FP8_CONFIG))
+    write_tensors(folder, tensors, num_files)
+    return tensors
+
+
 def assert_same_tensors(made: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     """The same names, and every tensor the same type, shape and bytes."""
     assert made.keys() == expected.keys()

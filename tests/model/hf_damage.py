@@ -12,15 +12,7 @@ from torch import Tensor
 
 from model.convert import load_hf
 from model.hf.errors import HfError
-from tests.model.hf_checkpoints import (
-    FP8_CONFIG,
-    edit_json,
-    mtp_tensors,
-    quantised,
-    read_tensors,
-    reference_model,
-    write_tensors,
-)
+from tests.model.hf_checkpoints import edit_json, read_tensors, save_checkpoint, write_tensors
 
 Damage = Callable[[Path], Any]
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
@@ -45,9 +37,7 @@ SMALL = {
 
 def sound_checkpoint(folder: Path) -> Path:
     """A checkpoint in FP8, of one layer and one MTP module, in three files."""
-    reference_model(**SMALL).save_pretrained(folder)
-    write_tensors(folder, quantised(read_tensors(folder) | mtp_tensors(folder)), num_files=3)
-    edit_json(folder / CONFIG, lambda keys: keys.update(dtype="bfloat16", quantization_config=FP8_CONFIG))
+    save_checkpoint(folder, fp8=True, num_files=3, **SMALL)
     return folder
 
 

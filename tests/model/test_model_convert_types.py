@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import AutoConfig, DeepseekV3ForCausalLM
 
 from model.convert import load_hf, save_hf
@@ -20,11 +19,11 @@ from tests.model.hf_checkpoints import (
     dequantised,
     edit_json,
     mtp_tensors,
-    quantised,
     random_tokens,
     read_tensors,
     reference_logits,
     reference_model,
+    save_checkpoint,
     write_tensors,
 )
 
@@ -85,20 +84,12 @@ RAGGED: dict[str, Any] = {
 }
 
 
-def fp8_checkpoint(folder: Path, *, num_files: int = 1, **changes: Any) -> dict[str, Tensor]:
-    reference_model(**changes).save_pretrained(folder)
-    tensors = quantised(read_tensors(folder) | mtp_tensors(folder))
-    write_tensors(folder, tensors, num_files)
-    edit_json(folder / "config.json", lambda config: config.update(dtype="bfloat16", quantization_config=FP8_CONFIG))
-    return tensors
-
-
 @pytest.mark.parametrize("rows", [192, 576])
 def test_ragged_fp8_weights_are_dequantised_in_blocks_of_128(rows: int, tmp_path: Path) -> None:
     """576 rows have 5 rows of scales and 192 have 2, which transformers' own dequantisation refuses or misreads."""
     changes = RAGGED | {"kv_lora_rank": rows - 8}
     source, plain, export = tmp_path / "source", tmp_path / "plain", tmp_path / "export"
-    tensors = fp8_checkpoint(source, num_files=3, **changes)
+    tensors = save_checkpoint(source, fp8=True, num_files=3, **changes)
     assert tensors["model.layers.0.self_attn.kv_a_proj_with_mqa.weight_scale_inv"].shape == ((rows + 127) // 128, 2)
     wide = dequantised(tensors)
     reference_model(**changes).save_pretrained(plain)
@@ -119,13 +110,13 @@ def test_ragged_fp8_weights_are_dequantised_in_blocks_of_128(rows: int, tmp_path
 def test_fp8_weights_come_out_as_they_went_in_whatever_type_they_were_loaded_in(
     dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    tensors = fp8_checkpoint(tmp_path / "source", num_files=2, **RAGGED)
+    tensors = save_checkpoint(tmp_path / "source", fp8=True, num_files=2, **RAGGED)
     save_hf(load_hf(tmp_path / "source", dtype), tmp_path / "export")
     assert_same_tensors(read_tensors(tmp_path / "export"), tensors)
 
 
 def test_one_trained_weight_takes_the_whole_out_of_fp8(tmp_path: Path) -> None:
-    tensors = fp8_checkpoint(tmp_path / "source", **RAGGED)
+    tensors = save_checkpoint(tmp_path / "source", fp8=True, **RAGGED)
     model = load_hf(tmp_path / "source", torch.float32)
     named = named_tensors(model)
     name = "model.layers.1.mlp.experts.2.up_proj.weight"
@@ -155,12 +146,11 @@ def test_a_weight_that_its_type_no_longer_holds_is_written_in_the_models(tmp_pat
 
 
 def test_a_model_put_in_fp8_is_near_what_it_was(tmp_path: Path) -> None:
-    reference_model(**RAGGED).save_pretrained(tmp_path / "source")
-    write_tensors(tmp_path / "source", read_tensors(tmp_path / "source") | mtp_tensors(tmp_path / "source"))
+    save_checkpoint(tmp_path / "source", **RAGGED)
     model = load_hf(tmp_path / "source", torch.float32)
     save_hf(model, tmp_path / "export", "fp8")
     exported = read_tensors(tmp_path / "export")
-    released = fp8_checkpoint(tmp_path / "released", **RAGGED)
+    released = save_checkpoint(tmp_path / "released", fp8=True, **RAGGED)
     assert {name: (tensor.dtype, tensor.shape) for name, tensor in exported.items()} == {
         name: (tensor.dtype, tensor.shape) for name, tensor in released.items()
     }

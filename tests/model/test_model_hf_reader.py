@@ -18,11 +18,10 @@ from model.transformer import Part, Transformer, named_tensors
 from tests.model.hf_checkpoints import (
     FP8_CONFIG,
     dequantised,
-    edit_json,
     mtp_tensors,
-    quantised,
     read_tensors,
     reference_model,
+    save_checkpoint,
     write_tensors,
 )
 from tests.test_floors import ROOT
@@ -35,11 +34,7 @@ COPY, NORM = "model.layers.3.embed_tokens.weight", "model.norm.weight"
 def fp8(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tensor]]:
     """A checkpoint in FP8 whose scales lie in other files than their weights, and its weights in float32."""
     folder = tmp_path_factory.mktemp("fp8")
-    reference_model(**RAGGED).save_pretrained(folder)
-    tensors = quantised(read_tensors(folder) | mtp_tensors(folder))
-    write_tensors(folder, tensors, num_files=3)
-    edit_json(folder / "config.json", lambda keys: keys.update(dtype="bfloat16", quantization_config=FP8_CONFIG))
-    return folder, dequantised(tensors)
+    return folder, dequantised(save_checkpoint(folder, fp8=True, num_files=3, **RAGGED))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -106,8 +101,7 @@ def test_names_and_shapes_that_the_checkpoint_lacks_are_refused(fp8: tuple[Path,
 
 
 def test_a_copy_is_compared_where_its_original_is_read_and_only_there(tmp_path: Path) -> None:
-    reference_model().save_pretrained(tmp_path)
-    tensors = read_tensors(tmp_path) | mtp_tensors(tmp_path)
+    tensors = save_checkpoint(tmp_path)
     tensors[COPY][47, 23] += 1e-3
     write_tensors(tmp_path, tensors, num_files=2)
     reader = HfReader(tmp_path)

@@ -1,6 +1,8 @@
 """Weights that a run cannot start from are refused before anything starts, by headers alone; those that fit are not."""
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +17,9 @@ from model.config import ModelConfig
 from model.hf.errors import HfError
 from model.hf.reader import HfReader
 from tests.launch.test_launch_config import build
-from tests.train.test_train_command import run_train
-from tests.train.weight_jobs import make_sources, run_config
+from tests.train.test_train_command import ROOT, run_train
+from tests.train.weight_jobs import run_config
+from tests.train.weight_sources import make_sources
 from train.config import TrainConfig
 from train.manifest import CheckpointError, write_manifest
 
@@ -65,6 +68,24 @@ def test_check_accepts_what_fits(folder: Path) -> None:
     for change in ("mtp_depth=0", "initializer_range=0.5", "max_position_tokens=4096"):
         check(of_checkpoint(folder / "mtp", f"+model.{change}"))
     check(of_checkpoint(folder / "plain", "+model.mtp_depth=1", "init_mtp=fresh"))
+
+
+def test_check_of_a_hugging_face_folder_needs_no_torch(folder: Path) -> None:
+    code = f"""
+import sys
+from launch.compose import compose
+from launch.config import check, read_config
+overrides = ["model=of_checkpoint", "data.tokenizer_vocab_size=320", "stage.sequence_length_tokens=32"]
+for name, change in (("mtp", "seed=1"), ("mtp", "+model.hidden_size=25"), ("plain", "+model.mtp_depth=1")):
+    try:
+        check(read_config(compose("train", [*overrides, f"init_from={folder}/{{name}}", change])))
+        print("passes")
+    except ValueError as error:
+        print(str(error).partition(":")[0])
+print([name for name in ("torch", "safetensors", "transformers") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines() == ["passes", "init_from", "model.mtp_depth", "[]"], done.stderr
 
 
 def test_check_refuses_weights_beside_a_run_to_go_on_with(folder: Path) -> None:

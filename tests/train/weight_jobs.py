@@ -1,5 +1,6 @@
 """What one rank of a test's job does that starts from given weights, and what it saw."""
 
+import os
 import resource
 import signal
 from dataclasses import dataclass, replace
@@ -14,8 +15,7 @@ from data.prepare import prepare
 from dualpipe.config import ScheduleConfig
 from model.hf.reader import HfReader
 from model.transformer import named_tensors
-from tests.model.hf_checkpoints import mtp_tensors, read_tensors, reference_model, write_tensors
-from tests.tiny import STAGE, tiny_config, write_text
+from tests.tiny import STAGE, tiny_config
 from tests.train.job import open_assembly, open_loader
 from train import checkpoint
 from train.config import TrainConfig
@@ -25,19 +25,9 @@ from train.step import train_step
 
 LAYOUTS = {
     "one": (ParallelismConfig(pipeline=1, data=1, expert=1), "1f1b"),
+    "two": (ParallelismConfig(pipeline=1, data=2, expert=2), "1f1b"),
     "four": (ParallelismConfig(pipeline=2, data=2, expert=2), "dualpipe"),
 }
-
-
-def make_sources(folder: Path) -> Path:
-    """Text, and a random checkpoint of transformers as `plain`, with an MTP module beside it as `mtp`."""
-    write_text(folder)
-    model = reference_model(vocab_size=320, max_position_embeddings=64)
-    for name in ("plain", "mtp"):
-        model.save_pretrained(folder / name)
-    tensors = read_tensors(folder / "mtp")
-    write_tensors(folder / "mtp", tensors | mtp_tensors(folder / "mtp"), 3)
-    return folder
 
 
 def run_config(folder: Path, source: str, layout: str, name: str, **changes: object) -> TrainConfig:
@@ -84,10 +74,14 @@ def _start(config: TrainConfig, saves: bool) -> Started:
     return started
 
 
-def use_broken(rank: int, world_size: int, config: TrainConfig, folder: Path) -> tuple[str, str]:
-    """What going on from a broken checkpoint says, and what saving on a disk that is full does."""
+def use_broken(rank: int, world_size: int, config: TrainConfig) -> tuple[str, str]:
+    """What going on from a checkpoint with a file cut short says, and what saving on a disk that is full does."""
     assembly, prepared = open_assembly(config), prepare(config.data, config.stage.sequence_length_tokens)
     read = written = ""
+    folder = checkpoint.save(assembly, 0, prepared)
+    if rank == 0:
+        os.truncate(folder / "__1_0.distcp", 3000)
+    dist.barrier()
     try:
         checkpoint.load(assembly, folder)
     except CheckpointError as error:

@@ -1,0 +1,116 @@
+"""What the model keeps for its backward, in bytes, as saved-tensor hooks count it: each memory once, weights apart.
+
+No torch here. Of one micro-batch of N tokens in a model that computes attention, gates and losses as `model` does; indices
+of an exchange, 24 bytes per row at an expert, are not among it. Shape legend of the names: see `model.account`.
+"""
+
+from dataclasses import dataclass
+
+from model.config import ModelConfig, Recomputed
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ActivationAccount:
+    """Bytes of one micro-batch, kept from forward to backward.
+
+    embedding: of one lookup. dense, moe: of one layer of a kind. head: of one output head with its loss: gradients of
+    its input and of its matrix, which are made in the forward. merge: of what joins an MTP module's two inputs.
+    """
+
+    embedding: int
+    dense: int
+    moe: int
+    head: int
+    merge: int
+
+    def total(self, config: ModelConfig) -> int:
+        """Of a whole model and its MTP modules."""
+        modules = config.mtp_depth
+        layers = config.num_dense_layers * self.dense + (config.num_layers - config.num_dense_layers) * self.moe
+        return layers + (1 + modules) * (self.embedding + self.head) + modules * (self.merge + self.moe)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MicroBatchShape:
+    """A micro-batch on a device.
+
+    sequences, tokens: how many sequences of how many tokens. value_bytes: of a number in the model's type. wide_bytes:
+    of a number where float32 is needed at least. pads_heads: queries, keys and values of one width, as torch's fused
+    attention wants them on CPU. expert_rows: rows at this rank's experts; None where all experts are on this rank,
+    which then take rows from their tokens.
+    """
+
+    sequences: int
+    tokens: int
+    value_bytes: int
+    wide_bytes: int
+    pads_heads: bool
+    expert_rows: int | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """N."""
+        return self.sequences * self.tokens
+
+
+def count_activations(
+    config: ModelConfig, shape: MicroBatchShape, recomputed: frozenset[Recomputed]
+) -> ActivationAccount:
+    """Bytes kept for the backward, by part of the model.
+
+    Args:
+        config: the architecture.
+        shape: of a micro-batch.
+        recomputed: what the backward computes anew.
+    """
+    row = shape.num_tokens * config.hidden_size * shape.value_bytes
+    scale = shape.num_tokens * shape.wide_bytes
+    attention = _attention(config, shape, recomputed)
+    head = row + scale + row + config.vocab_size * config.hidden_size * shape.wide_bytes
+    return ActivationAccount(
+        embedding=shape.num_tokens * 8,
+        dense=attention + row + _gated(config, shape, config.dense_intermediate_size, recomputed),
+        moe=attention + row + scale + _experts(config, shape, recomputed),
+        head=head,
+        merge=2 * row,
+    )
+
+
+def _attention(config: ModelConfig, shape: MicroBatchShape, recomputed: frozenset[Recomputed]) -> int:
+    """A layer's input, its norm, compressed queries, keys and values, and what heads mixed."""
+    tokens, heads = shape.num_tokens, config.num_heads
+    key, value = config.qk_head_dim, config.v_head_dim
+    if shape.pads_heads:
+        key = value = max(key, value)
+    query = config.q_lora_rank if config.q_lora_rank is not None else heads * config.qk_head_dim
+    latent = config.kv_lora_rank
+    kept = config.hidden_size + query + latent + config.qk_rope_head_dim + heads * value
+    wide = 1
+    if "norm" not in recomputed:
+        kept += config.hidden_size + latent + (query if config.q_lora_rank is not None else 0)
+    if "mla_up" not in recomputed:
+        kept += heads * (2 * key + value)
+        wide += heads
+    return tokens * (kept * shape.value_bytes + wide * shape.wide_bytes)
+
+
+def _gated(config: ModelConfig, shape: MicroBatchShape, width: int, recomputed: frozenset[Recomputed]) -> int:
+    """A SwiGLU network after its norm, whose input is counted elsewhere."""
+    kept = 2 * width + ("swiglu" not in recomputed) * width + ("norm" not in recomputed) * config.hidden_size
+    return shape.num_tokens * (kept * shape.value_bytes + shape.wide_bytes)
+
+
+def _experts(config: ModelConfig, shape: MicroBatchShape, recomputed: frozenset[Recomputed]) -> int:
+    """Router, routed and shared experts."""
+    tokens, choices, experts = shape.num_tokens, config.num_experts_per_token, config.num_routed_experts
+    is_home = shape.expert_rows is None
+    rows = tokens * choices if shape.expert_rows is None else shape.expert_rows
+    width = config.expert_intermediate_size
+    # Scores, those chosen and their sums, the ids; of the balance loss the sums, and the load in each sequence.
+    routed = tokens * ((experts + choices + 2) * shape.wide_bytes + choices * 8)
+    routed += shape.sequences * experts * shape.wide_bytes
+    routed += (tokens if is_home else rows) * config.hidden_size * shape.value_bytes
+    routed += rows * (1 + 2 * width + ("swiglu" not in recomputed) * width) * shape.value_bytes
+    if config.num_shared_experts:
+        routed += _gated(config, shape, config.num_shared_experts * width, recomputed)
+    return routed

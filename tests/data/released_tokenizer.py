@@ -1,0 +1,55 @@
+"""A tokenizer in the shape of the released one: large ids, some special tokens declared plain, settings of its own."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from data.tokenizer import BEGIN_OF_SENTENCE, END_OF_SENTENCE, PAD, Tokenizer
+
+VOCAB_SIZE = 129_280
+
+
+def write_released(
+    path: Path, texts: Sequence[str], *, without: Sequence[str] = (), highest_id: int = VOCAB_SIZE - 1
+) -> Path:
+    """Begin, end and pad are 0, 1 and 2, all other tokens end at the highest id; texts are cut and filled to 4 tokens.
+
+    Args:
+        path: of the file; its folder exists.
+        texts: that the merges are of.
+        without: special tokens left out.
+        highest_id: of a token.
+    """
+    Tokenizer.train(texts, 300).save(path)
+
+    def change(values: dict[str, Any]) -> None:
+        vocab = values["model"]["vocab"]
+        shift = highest_id - max(vocab.values())
+        kept = (BEGIN_OF_SENTENCE, END_OF_SENTENCE, PAD)
+        moved = {token: number if token in kept else number + shift for token, number in vocab.items()}
+        values["model"]["vocab"] = {token: number for token, number in moved.items() if token not in without}
+        values["added_tokens"] = [
+            {**token, "id": moved[token["content"]], "special": token["content"] in kept}
+            for token in values["added_tokens"]
+            if token["content"] not in without
+        ]
+        values["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+        values["padding"] = {
+            "strategy": {"Fixed": 4},
+            "direction": "Right",
+            "pad_to_multiple_of": None,
+            "pad_id": 2,
+            "pad_type_id": 0,
+            "pad_token": PAD,
+        }
+
+    edit(path, change)
+    return path
+
+
+def edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Changes what a tokenizer's file says."""
+    values = json.loads(path.read_text(encoding="utf-8"))
+    change(values)
+    path.write_text(json.dumps(values, ensure_ascii=False), encoding="utf-8")

@@ -1,0 +1,154 @@
+"""Every implementation of causal attention, with and without documents, against a reading query by query."""
+
+import sys
+import warnings
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from kernels.attention.documents import Documents
+from kernels.attention.implementations import FusedKind, attention, attention_for, values_as_wide_as_keys
+from tests.kernels.flash_attn_emulation import Calls, emulated
+from tests.kernels.plain import near, randn
+
+SCALE = 0.37
+PLACES = {
+    "documents and padding": [[0, 1, 2, 0, 1, 0, 0, 1, 2, 3, 4, -1, -1], [7, 8, 9, 10, 0, 1, 2, 3, 4, 5, 6, 7, 8]],
+    "one document": [list(range(13)), list(range(20, 33))],
+    "single tokens": [[0] * 13, [-1] * 13],
+    "one token": [[0], [4]],
+}
+
+
+def flatly(x: Tensor) -> Tensor:
+    """The same numbers, laid out as the model makes them: heads of a token side by side."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def documents_of(places: list[list[int]]) -> list[list[int]]:
+    """A number for each token, by walking along each sequence."""
+    numbered = []
+    for sequence in places:
+        numbers = [0]
+        for before, place in pairwise(sequence):
+            numbers.append(numbers[-1] + (place <= 0 or place != before + 1))
+        numbered.append(numbers)
+    return numbered
+
+
+def by_query(query: Tensor, key: Tensor, value: Tensor, numbers: list[list[int]] | None) -> Tensor:
+    """Softmax over the keys that each query may see, one query after the other."""
+    batch, _, size, _ = query.shape
+    rows = []
+    for b in range(batch):
+        for t in range(size):
+            seen = [s for s in range(t + 1) if numbers is None or numbers[b][s] == numbers[b][t]]
+            scores_HS = (key[b][:, seen] @ query[b, :, t, :, None])[..., 0] * SCALE
+            rows.append((scores_HS.softmax(-1)[:, None] @ value[b][:, seen])[:, 0])
+    return torch.stack(rows).unflatten(0, (batch, size)).transpose(1, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("places", [None, *PLACES])
+@pytest.mark.parametrize("kind", ["sdpa", "sdpa padded", "flash_attention", "flex"])
+def test_attention_equals_reading_query_by_query(
+    kind: str, places: str | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FlashAttention here is an emulation of the package; FlexAttention has no backward on CPU."""
+    calls = Calls()
+    monkeypatch.setitem(sys.modules, "flash_attn", emulated(calls))
+    name: FusedKind = kind.split()[0]  # type: ignore[assignment]
+    positions = None if places is None else PLACES[places]
+    documents = None if positions is None else Documents.of_positions(torch.tensor(positions))
+    size = 13 if positions is None else len(positions[0])
+    shapes = [(2, 3, size, 12), (2, 3, size, 12), (2, 3, size, 7)]
+    exact = [randn(*shape, seed=seed, dtype=dtype).double().requires_grad_() for seed, shape in enumerate(shapes)]
+    grad = randn(2, 3, size, 7, seed=3)
+    expected = by_query(*exact, None if positions is None else documents_of(positions))
+    expected.backward(grad)
+    given = [flatly(each.detach().to(dtype)).requires_grad_(kind != "flex") for each in exact]
+    query, key, value = given
+    if kind in ("sdpa padded", "flash_attention"):
+        value = functional.pad(value, (0, 5))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "flex_attention called without")  # on CPU it runs as it is written
+        made = attention(name)(query, key, value, SCALE, documents)
+    near(made[..., :7].detach(), expected.detach(), 16, sums=8)
+    assert (calls.num_whole, calls.num_packed) == (
+        (0, 0) if name != "flash_attention" else (1, 0) if documents is None else (0, 1)
+    )
+    if kind != "flex":
+        made[..., :7].backward(grad.to(dtype))
+        for ours, theirs in zip(given, exact, strict=True):
+            assert ours.grad is not None
+            assert theirs.grad is not None
+            # A query that sees one key has no slope: a difference of two numbers of about this size.
+            near(ours.grad, theirs.grad, 32, sums=32, largest=4.0)
+
+
+def test_flex_serves_all_layers_with_one_mask() -> None:
+    documents = Documents.of_positions(torch.tensor(PLACES["documents and padding"]))
+    assert documents.block_mask is documents.block_mask
+    assert documents.mask_B1TT is documents.mask_B1TT
+
+
+def test_documents_begin_where_places_do_not_go_on() -> None:
+    documents = Documents.of_positions(torch.tensor(PLACES["documents and padding"]))
+    assert documents.ids_BT.tolist() == [[1, 1, 1, 2, 2, 3, 4, 4, 4, 4, 4, 5, 6], [1, 1, 1, 1] + [2] * 9]
+    assert documents.starts.tolist() == [0, 3, 5, 6, 11, 12, 13, 17, 26]
+    assert documents.starts.dtype == torch.int32
+    assert documents.longest == 9
+    mask_TT = documents.mask_B1TT[0, 0]
+    assert documents.mask_B1TT.shape == (2, 1, 13, 13)
+    assert [row.nonzero().flatten().tolist() for row in mask_TT[[0, 2, 4, 5, 8, 12]]] == [
+        [0],
+        [0, 1, 2],
+        [3, 4],
+        [5],
+        [6, 7, 8],
+        [12],
+    ]
+
+
+def test_documents_move_as_a_whole() -> None:
+    documents = Documents.of_positions(torch.tensor(PLACES["one document"]))
+    moved = documents.to(torch.device("meta"))
+    assert {moved.ids_BT.device.type, moved.starts.device.type} == {"meta"}
+    assert moved.longest == documents.longest == 13
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "is_packed", "is_installed", "expected"),
+    [
+        ("cpu", torch.bfloat16, True, True, "sdpa"),
+        ("cuda", torch.bfloat16, False, True, "flash_attention"),
+        ("cuda", torch.float16, True, True, "flash_attention"),
+        ("cuda", torch.float32, True, True, "flex"),
+        ("cuda", torch.float32, False, True, "sdpa"),
+        ("cuda", torch.bfloat16, True, False, "flex"),
+        ("cuda", torch.bfloat16, False, False, "sdpa"),
+    ],
+)
+def test_auto_takes_what_is_installed_and_serves(
+    device: str,
+    dtype: torch.dtype,
+    is_packed: bool,
+    is_installed: bool,
+    expected: FusedKind,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("kernels.attention.implementations.find_spec", lambda name: object() if is_installed else None)
+    assert attention_for("auto", torch.device(device), dtype, is_packed) == expected
+    for kind in ("sdpa", "flash_attention", "flex"):
+        assert attention_for(kind, torch.device(device), dtype, is_packed) == kind
+
+
+def test_values_are_padded_for_kernels_that_want_it() -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert values_as_wide_as_keys("sdpa", cpu)
+    assert not values_as_wide_as_keys("sdpa", cuda)
+    assert values_as_wide_as_keys("flash_attention", cuda)
+    assert not values_as_wide_as_keys("flex", cuda)

@@ -1,0 +1,126 @@
+"""Chunked cross-entropy and its gradients against the formula over whole logits in float64.
+
+Shape legend: N rows, D hidden size, V vocabulary.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.cross_entropy.reference import IGNORE, chunk_rows, linear_cross_entropy
+from tests.kernels.plain import cross_entropies, near, randn, strided
+
+LARGE = 20_011
+"""A vocabulary of which a few rows of logits fill a chunk."""
+CASES = [(7, 5, 11), (1, 3, 2), (0, 4, 9), (200, 3, LARGE), (129, 4, LARGE), (64, 2, LARGE), (5, 1, 1)]
+
+
+def some_targets(num_rows: int, vocab_size: int) -> Tensor:
+    """A third ignored, the first and the last token among the others."""
+    targets_N = torch.randint(0, vocab_size, (num_rows,), generator=torch.Generator().manual_seed(9))
+    targets_N[1::3] = IGNORE
+    targets_N[:1], targets_N[3:4] = vocab_size - 1, 0
+    return targets_N
+
+
+def expected_of(rows_ND: Tensor, head_VD: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    rows_ND, head_VD = rows_ND.detach().double().requires_grad_(), head_VD.detach().double().requires_grad_()
+    nats = cross_entropies(rows_ND @ head_VD.t(), targets_N).sum()
+    return nats.detach(), *torch.autograd.grad(nats, (rows_ND, head_VD))
+
+
+@pytest.mark.parametrize("is_strided", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("case", CASES)
+def test_cross_entropy_and_gradients_equal_formula(
+    case: tuple[int, int, int], dtype: torch.dtype, is_strided: bool
+) -> None:
+    num_rows, hidden, vocab = case
+    rows, head = randn(num_rows, hidden, seed=0, dtype=dtype) * 2, randn(vocab, hidden, seed=1, dtype=dtype)
+    targets = some_targets(num_rows, vocab)
+    nats, grad_rows, grad_head = expected_of(rows, head, targets)
+    if is_strided:
+        rows, head = strided(rows), head.t().contiguous().t()
+    found = linear_cross_entropy(rows, head, targets, wants_rows=True, wants_head=True)
+    assert found.nats.dtype == dtype
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+    torch.testing.assert_close(found.nats.double(), nats, rtol=tolerance, atol=tolerance)
+    assert found.rows_ND is not None
+    assert found.head_VD is not None
+    # Slopes come from sums over the vocabulary, then over it or over rows again.
+    near(found.rows_ND, grad_rows, 4, sums=64)
+    near(found.head_VD, grad_head, 4, sums=64)
+    ignored = found.rows_ND[targets == IGNORE]
+    assert not ignored.any()
+
+
+def test_cross_entropy_is_computed_in_chunks_where_the_vocabulary_is_large() -> None:
+    assert chunk_rows(200, LARGE) < 129
+    assert chunk_rows(4, LARGE) == 4
+    assert chunk_rows(0, LARGE) == 0
+
+
+@pytest.mark.parametrize("vocab", [11, LARGE])
+def test_cross_entropy_in_bf16_is_as_near_as_its_logits_are(vocab: int) -> None:
+    """Logits and slopes are rounded to bf16 once; sums over targets and over rows are not."""
+    rows, head = randn(150, 8, seed=0, dtype=torch.bfloat16), randn(vocab, 8, seed=1, dtype=torch.bfloat16)
+    targets = some_targets(150, vocab)
+    nats, grad_rows, grad_head = expected_of(rows, head, targets)
+    found = linear_cross_entropy(rows, head, targets, wants_rows=True, wants_head=True)
+    assert found.nats.dtype == torch.float32
+    largest = float((rows.double() @ head.double().t()).abs().max())
+    assert abs(float(found.nats) - float(nats)) <= float((targets >= 0).sum()) * largest * 2.0**-8
+    assert found.rows_ND is not None
+    assert found.head_VD is not None
+    assert found.rows_ND.dtype == torch.bfloat16
+    assert found.head_VD.dtype == torch.float32
+    for made, expected in ((found.rows_ND, grad_rows), (found.head_VD, grad_head)):
+        error = (made.double() - expected).norm() / expected.norm()
+        assert float(error) < 0.02  # a logit's rounding, at most 2^-8 of about 8, moves its probability by 3 %
+
+
+def test_cross_entropy_in_bf16_gives_what_float32_gives_for_the_same_logits() -> None:
+    """Rows and matrix whose logits bf16 holds exactly: the loss is then exact to float32."""
+    generator = torch.Generator().manual_seed(3)
+    rows, head = (torch.randint(-3, 4, (size, 4), generator=generator).double() for size in (50, 30))
+    targets = some_targets(50, 30)
+    nats, _, _ = expected_of(rows, head, targets)
+    bf16 = torch.bfloat16
+    found = linear_cross_entropy(rows.to(bf16), head.to(bf16), targets, wants_rows=False, wants_head=False)
+    torch.testing.assert_close(found.nats.double(), nats, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(("vocab", "num_rows"), [(6, 3), (LARGE, 130)])
+def test_cross_entropy_of_ignored_targets_alone_is_nothing(vocab: int, num_rows: int) -> None:
+    rows, head = randn(num_rows, 4, seed=0), randn(vocab, 4, seed=1)
+    targets = torch.full((num_rows,), IGNORE)
+    found = linear_cross_entropy(rows, head, targets, wants_rows=True, wants_head=True)
+    assert float(found.nats) == 0
+    assert found.rows_ND is not None
+    assert not found.rows_ND.any()
+    assert found.head_VD is not None
+    assert not found.head_VD.any()
+
+
+@pytest.mark.parametrize("wants_rows", [False, True])
+@pytest.mark.parametrize("wants_head", [False, True])
+@pytest.mark.parametrize("num_rows", [0, 150])
+def test_cross_entropy_makes_the_gradients_asked_for_alone(wants_rows: bool, wants_head: bool, num_rows: int) -> None:
+    rows, head, targets = randn(num_rows, 3, seed=0), randn(LARGE, 3, seed=1), some_targets(num_rows, LARGE)
+    both = linear_cross_entropy(rows, head, targets, wants_rows=True, wants_head=True)
+    found = linear_cross_entropy(rows, head, targets, wants_rows=wants_rows, wants_head=wants_head)
+    assert torch.equal(found.nats, both.nats)
+    for wanted, made, expected in (
+        (wants_rows, found.rows_ND, both.rows_ND),
+        (wants_head, found.head_VD, both.head_VD),
+    ):
+        assert (made is not None) == wanted
+        assert made is None or (expected is not None and torch.equal(made, expected))
+
+
+def test_cross_entropy_is_finite_where_logits_are_large() -> None:
+    rows, head = torch.tensor([[1e4], [-1e4]]), torch.tensor([[1.0], [-1.0], [0.5]])
+    found = linear_cross_entropy(rows, head, torch.tensor([1, 1]), wants_rows=True, wants_head=True)
+    assert float(found.nats) == pytest.approx(2e4)
+    assert found.rows_ND is not None
+    torch.testing.assert_close(found.rows_ND, torch.tensor([[2.0], [0.0]]))

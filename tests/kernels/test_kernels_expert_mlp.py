@@ -1,0 +1,231 @@
+"""SwiGLU experts over sorted rows, and every gradient, against one row after the other in float64.
+
+Shape legend: N rows given, A rows in the experts' order, D hidden size, E experts, M intermediate size.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.select import ExpertKernels, expert_implementation_for, expert_kernels
+from tests.kernels.plain import expert_rows, near, randn, strided
+
+COUNTS = [(3, 0, 4, 1), (0, 0, 8, 0), (0, 0, 0, 0), (2, 2, 2, 2), (1,), (70, 3, 0, 65)]
+Implementation = Literal["reference", "grouped"]
+TYPES: list[tuple[Implementation, torch.dtype]] = [
+    ("reference", torch.float64),
+    ("reference", torch.float32),
+    ("reference", torch.bfloat16),
+    ("grouped", torch.float32),
+    ("grouped", torch.bfloat16),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """Arguments of a pass. tokens_A: None where rows are in the experts' order."""
+
+    rows_ND: Tensor
+    weights_A: Tensor
+    gate_up_EHD: Tensor
+    down_EDM: Tensor
+    grad_ND: Tensor
+    counts: tuple[int, ...]
+    tokens_A: Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What a pass gives, in the order of `expected_of`."""
+
+    out_AD: Tensor
+    grad_rows_AD: Tensor
+    grad_weights_A: Tensor
+    grad_gate_up_EHD: Tensor
+    grad_down_EDM: Tensor
+
+
+def make_case(
+    counts: tuple[int, ...], dtype: torch.dtype, *, by_token: bool, hidden: int = 16, width: int = 24
+) -> Case:
+    total, experts = sum(counts), len(counts)
+    given = 5 if by_token else total
+    generator = torch.Generator().manual_seed(8)
+    return Case(
+        rows_ND=randn(given, hidden, seed=0, dtype=dtype),
+        weights_A=torch.rand(total, generator=generator).to(dtype) + 0.5,
+        gate_up_EHD=randn(experts, 2 * width, hidden, seed=1, dtype=dtype) / 2,
+        down_EDM=randn(experts, hidden, width, seed=2, dtype=dtype) / 2,
+        grad_ND=randn(given, hidden, seed=3, dtype=dtype),
+        counts=counts,
+        tokens_A=torch.randint(0, 5, (total,), generator=generator) if by_token else None,
+    )
+
+
+def in_order(case: Case, values_ND: Tensor) -> Tensor:
+    return values_ND if case.tokens_A is None else values_ND[case.tokens_A]
+
+
+def expected_of(case: Case) -> Found:
+    leaves = [in_order(case, case.rows_ND), case.weights_A, case.gate_up_EHD, case.down_EDM]
+    leaves = [leaf.detach().double().clone().requires_grad_() for leaf in leaves]
+    rows, weights, gate_up, down = leaves
+    out = expert_rows(rows, weights, gate_up, down, case.counts)
+    (out * in_order(case, case.grad_ND).double() + sum(leaf.sum() * 0 for leaf in leaves)).sum().backward()
+    grads = [leaf.grad for leaf in leaves if leaf.grad is not None]
+    return Found(
+        out_AD=out.detach(),
+        grad_rows_AD=grads[0],
+        grad_weights_A=grads[1],
+        grad_gate_up_EHD=grads[2],
+        grad_down_EDM=grads[3],
+    )
+
+
+def run(kernels: ExpertKernels, case: Case, *, at_once: bool, keeps_gated: bool) -> Found:
+    """Forward and backward; the experts' gradients at once, or later from what was kept."""
+    gated = case.rows_ND.new_empty(sum(case.counts), case.down_EDM.shape[2]) if keeps_gated else None
+    weights = (case.gate_up_EHD, case.down_EDM)
+    out, hidden = kernels.forward(case.rows_ND, case.weights_A, *weights, case.counts, case.tokens_A, gated)
+    given = (case.grad_ND, case.weights_A, hidden, *weights, case.counts, case.tokens_A)
+    if at_once:
+        grad_rows, grad_weights, rest = kernels.backward(*given, rows_ND=case.rows_ND)
+        grad_gate_up, grad_down = rest
+    else:
+        grad_rows, grad_weights, (grad_hidden,) = kernels.backward(*given)
+        grad_gate_up = kernels.gate_up_gradient(grad_hidden, in_order(case, case.rows_ND), case.counts)
+        grad_down = kernels.down_gradient(in_order(case, case.grad_ND), case.weights_A, hidden, case.counts, gated)
+    return Found(
+        out_AD=out,
+        grad_rows_AD=grad_rows,
+        grad_weights_A=grad_weights,
+        grad_gate_up_EHD=grad_gate_up,
+        grad_down_EDM=grad_down,
+    )
+
+
+def tensors(found: Found) -> dict[str, Tensor]:
+    return {name: getattr(found, name) for name in Found.__dataclass_fields__}
+
+
+def assert_near(found: Found, expected: Found) -> None:
+    """In bf16 each number between the products is rounded: a few thousandths of the whole, 3 % of the largest."""
+    for name, exact in tensors(expected).items():
+        made = tensors(found)[name]
+        if made.dtype == torch.bfloat16:
+            error = made.double() - exact
+            assert made.shape == exact.shape, name
+            assert float(error.norm()) <= 0.008 * float(exact.norm()), name
+            assert not exact.numel() or float(error.abs().max()) <= 0.03 * float(exact.abs().max()), name
+        else:
+            near(made, exact, 16, sums=32)
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+@pytest.mark.parametrize("by_token", [False, True])
+@pytest.mark.parametrize(("implementation", "dtype"), TYPES)
+@pytest.mark.parametrize("counts", COUNTS)
+def test_experts_and_gradients_equal_row_by_row(
+    counts: tuple[int, ...], implementation: Implementation, dtype: torch.dtype, by_token: bool, at_once: bool
+) -> None:
+    case = make_case(counts, dtype, by_token=by_token)
+    expected, kernels = expected_of(case), expert_kernels(implementation)
+    before = [case.rows_ND.clone(), case.grad_ND.clone(), case.weights_A.clone()]
+    found = run(kernels, case, at_once=at_once, keeps_gated=False)
+    assert_near(found, expected)
+    for now, then in zip((case.rows_ND, case.grad_ND, case.weights_A), before, strict=True):
+        assert torch.equal(now, then)
+    again = run(kernels, case, at_once=at_once, keeps_gated=True)
+    for name, tensor in tensors(again).items():
+        assert torch.equal(tensor, tensors(found)[name]), name
+    for expert, count in enumerate(counts):
+        if not count:
+            assert not found.grad_gate_up_EHD[expert].any()
+            assert not found.grad_down_EDM[expert].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_experts_of_odd_sizes_and_strided_rows_equal_row_by_row(dtype: torch.dtype) -> None:
+    case = make_case((3, 0, 2, 9), dtype, by_token=False, hidden=7, width=5)
+    expected = expected_of(case)
+    wide = Case(
+        rows_ND=strided(case.rows_ND),
+        weights_A=strided(case.weights_A),
+        gate_up_EHD=case.gate_up_EHD,
+        down_EDM=case.down_EDM.transpose(1, 2).contiguous().transpose(1, 2),
+        grad_ND=strided(case.grad_ND),
+        counts=case.counts,
+        tokens_A=None,
+    )
+    for at_once in (False, True):
+        assert_near(run(expert_kernels("reference"), wide, at_once=at_once, keeps_gated=True), expected)
+
+
+@pytest.fixture
+def _garbage() -> Iterator[None]:
+    """Memory that nobody has written holds NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("_garbage")
+@pytest.mark.parametrize("keeps_gated", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("hidden", "width"), [(4, 20_016), (80, 100)])
+def test_experts_of_many_rows_equal_row_by_row(hidden: int, width: int, dtype: torch.dtype, keeps_gated: bool) -> None:
+    """Rows so wide that a few of them fill a cache: experts are then worked on a few at a time.
+
+    Memory in between is never read before it is written: oneDNN's bf16 products of rows whose width is no multiple of
+    32 read on into the next row, and multiply by 0 what they find there.
+    """
+    case = make_case((3, 0, 2, 9, 30, 1, 0, 64), dtype, by_token=True, hidden=hidden, width=width)
+    expected = expected_of(case)
+    for at_once in (False, True):
+        found = run(expert_kernels("reference"), case, at_once=at_once, keeps_gated=keeps_gated)
+        for name, exact in tensors(expected).items():
+            error = (tensors(found)[name].double() - exact).norm() / exact.norm()
+            assert float(error) < (1e-12 if dtype == torch.float64 else 0.008), name
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+@pytest.mark.parametrize("by_token", [False, True])
+@pytest.mark.parametrize(("implementation", "dtype"), TYPES)
+@pytest.mark.parametrize("counts", [(3, 5, 70), (1, 64, 1), (0, 2, 3)])
+def test_what_is_not_a_number_stays_with_its_expert(
+    counts: tuple[int, ...], implementation: Implementation, dtype: torch.dtype, by_token: bool, at_once: bool
+) -> None:
+    """Products of 16-bit numbers read neighbours' rows: those must not count, whatever they hold."""
+    case, kernels = make_case(counts, dtype, by_token=by_token), expert_kernels(implementation)
+    first, last = counts[0], counts[0] + counts[1]
+    if case.tokens_A is not None:
+        # The middle expert alone serves token 4.
+        case.tokens_A[case.tokens_A == 4] = 3
+        case.tokens_A[first:last] = 4
+    middle = slice(4, 5) if by_token else slice(first, last)
+    clean = run(kernels, case, at_once=at_once, keeps_gated=False)
+    case.rows_ND[middle], case.grad_ND[middle], case.weights_A[first:last] = torch.nan, torch.inf, -torch.inf
+    found = run(kernels, case, at_once=at_once, keeps_gated=False)
+    for name, tensor in tensors(found).items():
+        expected = tensors(clean)[name]
+        for kept in (
+            (slice(0, 1), slice(2, 3))
+            if name.startswith(("grad_gate", "grad_down"))
+            else (
+                slice(0, first),
+                slice(last, None),
+            )
+        ):
+            assert torch.equal(tensor[kept], expected[kept]), name
+
+
+def test_experts_are_grouped_where_torch_serves() -> None:
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert expert_implementation_for(cuda, torch.bfloat16, 16, 24) == "grouped"
+    assert expert_implementation_for(cuda, torch.bfloat16, 16, 25) == "reference"
+    assert expert_implementation_for(cuda, torch.float32, 16, 24) == "reference"
+    assert expert_implementation_for(cpu, torch.bfloat16, 16, 24) == "reference"

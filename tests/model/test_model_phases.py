@@ -1,0 +1,247 @@
+"""Phases and the whole model: what is computed anew changes no bit, what is kept is little, and nothing stays."""
+
+import gc
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import combinations
+
+import pytest
+import torch
+from torch import Tensor
+
+from comm.local import LocalDispatcher
+from comm.protocol import Label
+from kernels.attention.documents import Documents
+from model.config import RECOMPUTED, Computing, ModelConfig, Recomputed
+from model.gradients import GradientStore
+from model.objective import LossSums, MicroBatch, Objective
+from model.phases import Computed, ComputePhase, DispatchPhase, Phase, block_phases
+from model.stage import Stage
+from model.transformer import Transformer, initialise
+from tests.model.live_memory import LiveMemory, saved_memory
+from tests.tiny import MODEL
+
+SUBSETS: list[frozenset[Recomputed]] = [
+    frozenset(chosen) for number in range(4) for chosen in combinations(RECOMPUTED, number)
+]
+CONFIG = replace(MODEL, num_layers=2)
+OBJECTIVE = Objective(cross_entropy=(0.1, 0.05), balance=0.05)
+
+
+def make_model(
+    recomputed: frozenset[Recomputed], dtype: torch.dtype = torch.float32, config: ModelConfig = CONFIG
+) -> Transformer:
+    dispatcher = LocalDispatcher(config.num_routed_experts)
+    model = Transformer(config, dispatcher, dtype, computing=Computing(recomputed=recomputed))
+    initialise(model, 3)
+    return model
+
+
+def make_batch(size: int = 16, is_packed: bool = False) -> MicroBatch:
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(CONFIG.vocab_size, (2, size + 2), generator=generator)
+    positions = torch.arange(size).remainder(5).expand(2, size)
+    return MicroBatch(
+        inputs_BT=(tokens[:, :size], tokens[:, 1 : size + 1]),
+        targets_BT=(tokens[:, 1 : size + 1], tokens[:, 2:]),
+        documents=Documents.of_positions(positions) if is_packed else None,
+    )
+
+
+def eager_gradients(model: Transformer, batch: MicroBatch) -> list[Tensor]:
+    model.loss(batch, OBJECTIVE, LossSums([0.0, 0.0])).backward()
+    return [weight.grad for weight in model.parameters() if weight.grad is not None]
+
+
+def run_stage(model: Transformer, batch: MicroBatch, store: GradientStore, seen: Callable[[str], None]) -> None:
+    """The whole model as one stage: forward, backward and weights, phase after phase."""
+    stage = Stage(model, range(model.config.num_layers), first=True, last=True)
+    run = stage.start(batch, OBJECTIVE, LossSums([0.0, 0.0]), store)
+    phases = list(enumerate(stage.lanes))
+    for phase, lane in phases:
+        run.forward(phase)
+        if lane == "comm":
+            run.wait()
+    seen("forward")
+    for phase, lane in reversed(phases):
+        run.backward(phase)
+        if lane == "comm":
+            run.wait()
+    seen("backward")
+    for phase, lane in phases:
+        if lane == "compute":
+            run.weight(phase)
+    seen("weights")
+
+
+def phased_gradients(model: Transformer, batch: MicroBatch) -> list[Tensor]:
+    store = GradientStore(model.parameters())
+    run_stage(model, batch, store, lambda moment: None)
+    return [store.gradient(weight) for weight in model.parameters()]
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+@pytest.mark.parametrize("gradients", [eager_gradients, phased_gradients])
+def test_what_is_computed_anew_changes_no_bit_of_the_gradients(
+    gradients: Callable[[Transformer, MicroBatch], list[Tensor]], is_packed: bool
+) -> None:
+    batch = make_batch(is_packed=is_packed)
+    expected = gradients(make_model(frozenset()), batch)
+    assert len(SUBSETS) == 8
+    assert len(expected) > 40
+    for recomputed in SUBSETS[1:]:
+        for made, plainly in zip(gradients(make_model(recomputed), batch), expected, strict=True):
+            assert torch.equal(made, plainly), recomputed
+
+
+@pytest.mark.parametrize("recomputed", [SUBSETS[0], SUBSETS[-1]])
+def test_gradients_under_hooks_that_copy_are_the_same(recomputed: frozenset[Recomputed]) -> None:
+    batch = make_batch(is_packed=True)
+    expected = eager_gradients(make_model(recomputed), batch)
+    model = make_model(recomputed)
+    with torch.autograd.graph.save_on_cpu():
+        loss = model.loss(batch, OBJECTIVE, LossSums([0.0, 0.0]))
+    loss.backward()
+    made = [weight.grad for weight in model.parameters() if weight.grad is not None]
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(made, expected, strict=True))
+
+
+def test_a_model_refuses_a_second_backward() -> None:
+    for recomputed in SUBSETS:
+        loss = make_model(recomputed).loss(make_batch(), OBJECTIVE, LossSums([0.0, 0.0]))
+        loss.backward()
+        with pytest.raises(RuntimeError, match="second time"):
+            loss.backward()
+
+
+def saved_bytes(recomputed: frozenset[Recomputed]) -> int:
+    model, batch = make_model(recomputed), make_batch(64)
+    with saved_memory() as saved:
+        model.loss(batch, OBJECTIVE, LossSums([0.0, 0.0]))
+    return saved.num_bytes
+
+
+def live_bytes(recomputed: frozenset[Recomputed]) -> int:
+    """What is alive after the forward, whoever keeps it."""
+    model, batch = make_model(recomputed), make_batch(64)
+    model.loss(batch, OBJECTIVE, LossSums([0.0, 0.0]))  # the table of rotations is made here
+    with LiveMemory() as memory:
+        loss = model.loss(batch, OBJECTIVE, LossSums([0.0, 0.0]))
+        gc.collect()
+        found = memory.live_bytes()
+    loss.backward()
+    return found
+
+
+@pytest.mark.parametrize("measured", [saved_bytes, live_bytes])
+def test_each_thing_computed_anew_keeps_less(measured: Callable[[frozenset[Recomputed]], int]) -> None:
+    """By at least the size of the largest tensor that is no longer kept, in each of three layers."""
+    rows, heads = 2 * 64, CONFIG.num_heads
+    least = {
+        "norm": 3 * 4 * rows * (CONFIG.kv_lora_rank + CONFIG.q_lora_rank),  # type: ignore[operator]
+        "mla_up": 3 * 4 * rows * heads * (2 * CONFIG.qk_head_dim + CONFIG.v_head_dim),
+        "swiglu": 3 * 4 * rows * CONFIG.expert_intermediate_size,
+    }
+    found = {recomputed: measured(recomputed) for recomputed in SUBSETS}
+    for recomputed, size in found.items():
+        for name in RECOMPUTED:
+            if name not in recomputed:
+                assert found[recomputed | {name}] <= size - least[name], (name, recomputed)
+
+
+@pytest.fixture
+def _uncollected() -> Iterator[None]:
+    """No garbage collection: what is in a cycle of references stays alive."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("_uncollected")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("recomputed", SUBSETS)
+def test_nothing_stays_after_backward_and_weights(recomputed: frozenset[Recomputed], dtype: torch.dtype) -> None:
+    """A pass through all phases, and one under ordinary autograd, leave gradients alone."""
+    model, batch = make_model(recomputed, dtype), make_batch()
+    store = GradientStore(model.parameters())
+    run_stage(model, batch, store, lambda moment: None)  # what is made once and stays is made here
+    kept: dict[str, int] = {}
+    with LiveMemory() as memory:
+        run_stage(model, batch, store, lambda moment: kept.update({moment: memory.live_bytes()}))
+    assert memory.num_made > 500
+    assert kept["forward"] > 0
+    assert [storage.nbytes() for storage in memory.live()] == []
+    assert all(weight.grad is None for weight in model.parameters())
+    other = make_model(recomputed, dtype)
+    other.loss(batch, OBJECTIVE, LossSums([0.0, 0.0]))
+    with LiveMemory() as memory:
+        other.loss(batch, OBJECTIVE, LossSums([0.0, 0.0])).backward()
+    for weight in other.parameters():
+        weight.grad = None
+    assert [storage.nbytes() for storage in memory.live()] == []
+
+
+@pytest.mark.usefixtures("_uncollected")
+def test_a_pass_given_up_after_its_forward_leaves_nothing() -> None:
+    model, batch = make_model(SUBSETS[-1]), make_batch()
+    model.loss(batch, OBJECTIVE, LossSums([0.0, 0.0]))
+    with LiveMemory() as memory:
+        model.loss(batch, OBJECTIVE, LossSums([0.0, 0.0]))
+    assert [storage.nbytes() for storage in memory.live()] == []
+
+
+@pytest.mark.usefixtures("_uncollected")
+def test_a_phase_keeps_no_input_that_its_backward_does_not_read() -> None:
+    store = GradientStore([])
+    read, unread = torch.randn(3, 4), torch.randn(3, 4)
+    phase = ComputePhase(lambda values, sink: Computed((values[0].square() + values[1],)), store)
+    with LiveMemory() as memory:
+        given = read.clone(), unread.clone()
+        (out,) = phase.forward(given)
+        expected_in = [given[0].untyped_storage().nbytes()]
+        del given, out
+        alive = memory.live()
+        assert [storage.nbytes() for storage in alive if storage.nbytes() > 4] == expected_in
+        del alive
+    gradients = phase.backward((torch.ones(3, 4),))
+    assert gradients[0] is not None
+    assert gradients[1] is not None
+    torch.testing.assert_close(gradients[0], 2 * read)
+    torch.testing.assert_close(gradients[1], torch.ones(3, 4))
+
+
+def phases_of(model: Transformer, layer: int) -> list[Phase]:
+    store = GradientStore(model.parameters())
+    return block_phases(model.block(layer), model.dispatcher, store, lambda balance: balance, Label(layer, 0, 0))
+
+
+@pytest.mark.usefixtures("_uncollected")
+def test_rows_sent_to_experts_are_freed_where_they_came_from() -> None:
+    """The attention's phase keeps the residual that its backward reads, not the normalised rows that it sent."""
+    model = make_model(SUBSETS[-1])
+    phases = phases_of(model, 1)
+    hidden = torch.randn(2, 16, CONFIG.hidden_size)
+    phases_of(model, 1)[0].forward((hidden,))
+    attend, dispatch = phases[:2]
+    assert isinstance(attend, ComputePhase)
+    assert isinstance(dispatch, DispatchPhase)
+    values = attend.forward((hidden,))
+    rows = torch.multiprocessing.reductions.StorageWeakRef(values[1].untyped_storage())
+    arrived = dispatch.forward(values).wait()
+    assert not rows.expired()
+    del values
+    assert rows.expired()
+    assert len(arrived) == 3
+
+
+def test_a_phase_whose_output_gets_no_gradient_gives_none() -> None:
+    weight = torch.nn.Parameter(torch.ones(4))
+    store = GradientStore([weight])
+    phase = ComputePhase(lambda values, sink: Computed((values[0] * weight, values[1] * 2)), store)
+    phase.forward((torch.ones(4), torch.ones(4)))
+    first, second = phase.backward((torch.full((4,), 3.0), None))
+    assert first is not None
+    assert second is None
+    phase.weight()
+    assert torch.equal(store.gradient(weight), torch.full((4,), 3.0))

@@ -1,0 +1,15 @@
+"""What runs of a test start from. Apart from what its ranks do, as each of them would import transformers."""
+
+from pathlib import Path
+
+from tests.model.hf_checkpoints import reference_model, save_checkpoint
+from tests.tiny import write_text
+
+
+def make_sources(folder: Path) -> Path:
+    """Text, and a random checkpoint of transformers as `plain`, with an MTP module beside it as `mtp`."""
+    write_text(folder)
+    sizes = {"vocab_size": 320, "max_position_embeddings": 64}
+    reference_model(**sizes).save_pretrained(folder / "plain")
+    save_checkpoint(folder / "mtp", num_files=3, **sizes)
+    return folder
