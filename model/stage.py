@@ -116,8 +116,8 @@ class Stage:
     ) -> StageRun:
         """A run of one micro-batch; without a store it is forward only.
 
-        `batch` is needed at the ends, and everywhere for its documents, if it has any. `direction` and `micro_batch` say
-        which it is, for the logs of its exchanges.
+        `batch` is needed at the ends, and everywhere for its documents, if it has any. `direction` and `micro_batch`
+        say which it is, for the logs of its exchanges.
         """
         documents = None if batch is None else batch.documents
 

@@ -12,10 +12,12 @@ from tests.bench.forecast import forecast_text
 from tests.bench.interpreter import microseconds_per_operation
 from tests.bench.measure import Plan, make_schedule, measure
 from tests.bench.overlap import NUM_NODES, all_to_all_plan, measure_overlap, two_hop_plan
+from tests.bench.training import Precision, measure_training, training_rows, training_text
 from tests.cluster.exchange import exchange_text
 from tests.cluster.namespaces import missing, open_cluster
 
-SECTIONS = ("sleep", "products", "interpreter", "forecast", "exchange", "overlap")
+PRECISIONS: tuple[Precision, ...] = ("float32", "bf16")
+SECTIONS = ("sleep", "products", "interpreter", "forecast", "exchange", "overlap", "training")
 
 
 def main() -> None:
@@ -55,8 +57,16 @@ def main() -> None:
         _exchange()
     if "overlap" in arguments.sections:
         found["overlap"] = _overlap(max(1, arguments.rounds // 2))
+    if "training" in arguments.sections:
+        found["training"] = {precision: _training(precision, arguments.rounds) for precision in PRECISIONS}
     if arguments.json:
         arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def _training(precision: Precision, num_rounds: int) -> list[dict[str, Any]]:
+    samples = measure_training(precision, num_rounds)
+    print("\n" + training_text(precision, samples), flush=True)
+    return training_rows(samples)
 
 
 def _exchange() -> None:

@@ -57,16 +57,22 @@ def test_whole_pass_of_these_tests_is_the_models_own() -> None:
         torch.testing.assert_close(model(torch.tensor([tokens]))[0], whole_pass(model, tokens)[0], rtol=0, atol=1e-11)
 
 
+def begun(model: Transformer, text: list[list[int]], capacity: int) -> Decoder:
+    """A row for each of `LENGTHS`, which has read that many tokens of its text."""
+    decoder = Decoder(model, len(LENGTHS), capacity, with_mtp=False)
+    rows = [decoder.add() for _ in LENGTHS]
+    decoder.read_prompts(rows, [tokens[:n] for tokens, n in zip(text, LENGTHS, strict=True)])
+    for row, length in enumerate(LENGTHS):
+        decoder.main.resize(row, length)
+    return decoder
+
+
 @torch.no_grad()
 def test_tokens_taken_back_leave_no_trace() -> None:
     """Other tokens are written beyond a row's length, then the right ones, as after a rejected draft."""
     model = make_model()
     text = texts(model, 20)
-    decoder = Decoder(model, len(LENGTHS), 21, with_mtp=False)
-    rows = [decoder.add() for _ in LENGTHS]
-    decoder.read_prompts(rows, [tokens[:n] for tokens, n in zip(text, LENGTHS, strict=True)])
-    for row, length in enumerate(LENGTHS):
-        decoder.main.resize(row, length)
+    decoder = begun(model, text, 21)
     right = torch.tensor([tokens[n : n + 2] for tokens, n in zip(text, LENGTHS, strict=True)])
     clean = decoder.step(right)[1]
     decoder.step((right + 7) % model.config.vocab_size)
@@ -77,11 +83,7 @@ def test_tokens_taken_back_leave_no_trace() -> None:
 def test_rows_move_when_another_leaves() -> None:
     model = make_model()
     text = texts(model, 12)
-    decoder = Decoder(model, len(LENGTHS), 13, with_mtp=False)
-    rows = [decoder.add() for _ in LENGTHS]
-    decoder.read_prompts(rows, [tokens[:n] for tokens, n in zip(text, LENGTHS, strict=True)])
-    for row, length in enumerate(LENGTHS):
-        decoder.main.resize(row, length)
+    decoder = begun(model, text, 13)
     decoder.remove(0)
     assert decoder.main.lengths == (LENGTHS[2], LENGTHS[1])
     logits = decoder.step(torch.tensor([[text[2][LENGTHS[2]]], [text[1][LENGTHS[1]]]]))[1][:, 0]

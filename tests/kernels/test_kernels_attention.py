@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from kernels.attention.documents import Documents
-from kernels.attention.implementations import FusedKind, attention, attention_for, values_as_wide_as_keys
+from kernels.attention.implementations import attention, attention_for, values_as_wide_as_keys
+from kernels.attention.kinds import FusedKind
 from tests.kernels.flash_attn_emulation import Calls, emulated
 from tests.kernels.plain import near, randn
 
@@ -42,7 +43,7 @@ def documents_of(places: list[list[int]]) -> list[list[int]]:
 def by_query(query: Tensor, key: Tensor, value: Tensor, numbers: list[list[int]] | None) -> Tensor:
     """Softmax over the keys that each query may see, one query after the other."""
     batch, _, size, _ = query.shape
-    rows = []
+    rows: list[Tensor] = []
     for b in range(batch):
         for t in range(size):
             seen = [s for s in range(t + 1) if numbers is None or numbers[b][s] == numbers[b][t]]
@@ -67,7 +68,7 @@ def test_attention_equals_reading_query_by_query(
     shapes = [(2, 3, size, 12), (2, 3, size, 12), (2, 3, size, 7)]
     exact = [randn(*shape, seed=seed, dtype=dtype).double().requires_grad_() for seed, shape in enumerate(shapes)]
     grad = randn(2, 3, size, 7, seed=3)
-    expected = by_query(*exact, None if positions is None else documents_of(positions))
+    expected = by_query(exact[0], exact[1], exact[2], None if positions is None else documents_of(positions))
     expected.backward(grad)
     given = [flatly(each.detach().to(dtype)).requires_grad_(kind != "flex") for each in exact]
     query, key, value = given

@@ -26,7 +26,8 @@ def some_targets(num_rows: int, vocab_size: int) -> Tensor:
 def expected_of(rows_ND: Tensor, head_VD: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     rows_ND, head_VD = rows_ND.detach().double().requires_grad_(), head_VD.detach().double().requires_grad_()
     nats = cross_entropies(rows_ND @ head_VD.t(), targets_N).sum()
-    return nats.detach(), *torch.autograd.grad(nats, (rows_ND, head_VD))
+    grad_rows, grad_head = torch.autograd.grad(nats, (rows_ND, head_VD))
+    return nats.detach(), grad_rows, grad_head
 
 
 @pytest.mark.parametrize("is_strided", [False, True])

@@ -4,6 +4,7 @@ import re
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from random import Random
 
 import pytest
 import yaml
@@ -14,6 +15,7 @@ from launch.compose import compose, default_groups, options
 from launch.config import check, read_config, write_config
 from launch.errors import ConfigError
 from launch.ranges import divisors, multiples, numbers, ranged_keys
+from launch.report import user_errors
 from model.cut import CutError
 from train.config import TrainConfig
 from train.manifest import CheckpointError, write_weights_manifest
@@ -61,6 +63,22 @@ def test_config_every_shipped_option_composes_and_passes(choice: str, tmp_path: 
             check(build(choice, *needs))
     else:
         check(build(choice, *needs))
+
+
+def test_config_any_choice_of_options_passes_or_is_refused_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("some text")
+    weights = place_weights(tmp_path / "weights")
+    needs = {"data=files": f"data.paths=['{tmp_path}']", "model=of_checkpoint": f"init_from={weights}"}
+    groups, random, passed, refusals = list(default_groups("train")), Random(0), 0, []
+    for _ in range(30):
+        chosen = [f"{group}={random.choice(options(group))}" for group in random.sample(groups, 4)]
+        try:
+            check(build(*chosen, *(needs[choice] for choice in chosen if choice in needs)))
+            passed += 1
+        except user_errors() as error:
+            refusals.append(str(error))
+    assert not [text for text in refusals if not re.fullmatch(r"[a-z_.]+: .+", text)]
+    assert 5 < passed < 30
 
 
 @pytest.mark.parametrize("choice", ["experiment=quickstart", "experiment=two_nodes", "model=v3_671b", "model=tiny"])

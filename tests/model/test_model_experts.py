@@ -40,7 +40,7 @@ def test_experts_of_arrived_rows_equal_row_by_row(
             return (experts(inputs[0], inputs[1], counts, sink),)
 
         def plainly(weights: Weights, inputs: Sequence[Tensor], counts: tuple[int, ...] = counts) -> tuple[Tensor]:
-            rows_AD = expert_rows(*inputs, weights["gate_up_proj"], weights["down_proj"], counts)
+            rows_AD = expert_rows(inputs[0], inputs[1], weights["gate_up_proj"], weights["down_proj"], counts)
             # Where no row came, gradients are zeros and not missing.
             return (rows_AD + sum(each.sum() * 0 for each in (*inputs, *weights.values())),)
 

@@ -183,8 +183,9 @@ def test_nothing_stays_after_backward_and_weights(recomputed: frozenset[Recomput
 
 
 @pytest.mark.usefixtures("_uncollected")
-def test_a_pass_given_up_after_its_forward_leaves_nothing() -> None:
-    model, batch = make_model(SUBSETS[-1]), make_batch()
+@pytest.mark.parametrize("recomputed", SUBSETS)
+def test_a_pass_given_up_after_its_forward_leaves_nothing(recomputed: frozenset[Recomputed]) -> None:
+    model, batch = make_model(recomputed), make_batch()
     model.loss(batch, OBJECTIVE, LossSums([0.0, 0.0]))
     with LiveMemory() as memory:
         model.loss(batch, OBJECTIVE, LossSums([0.0, 0.0]))

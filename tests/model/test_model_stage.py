@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from comm.local import LocalDispatcher
+from kernels.attention.documents import Documents
 from model.config import ModelConfig
 from model.cut import cut_layers
 from model.gradients import GradientStore
@@ -52,9 +53,9 @@ def phased(model: Transformer, num_stages: int, batch: MicroBatch, store: Gradie
     cut = cut_layers(config.num_layers, num_stages, config.mtp_depth)
     last = num_stages - 1
     stages = [Stage(model, layers, first=index == 0, last=index == last) for index, layers in enumerate(cut)]
-    runs = [
-        stage.start(batch if index in (0, last) else None, objective, sums, store) for index, stage in enumerate(stages)
-    ]
+    # Those in the middle need the batch for its documents alone.
+    given = [batch if index in (0, last) or batch.documents is not None else None for index in range(num_stages)]
+    runs = [stage.start(each, objective, sums, store) for each, stage in zip(given, stages, strict=True)]
     for index, (run, stage) in enumerate(zip(runs, stages, strict=True)):
         if index:
             run.set_input(runs[index - 1].output())
@@ -79,15 +80,17 @@ CONFIGS = [
 ]
 
 
+@pytest.mark.parametrize("is_packed", [False, True])
 @pytest.mark.parametrize("num_stages", [1, 2, 4])
 @pytest.mark.parametrize("config", CONFIGS)
-def test_phased_equals_plain(config: ModelConfig, num_stages: int) -> None:
+def test_phased_equals_plain(config: ModelConfig, num_stages: int, is_packed: bool) -> None:
+    documents = Documents.of_positions(torch.arange(12).remainder(5).expand(2, 12)) if is_packed else None
     plain, cut = make_model(config), make_model(config)
     store = GradientStore(cut.parameters())
     plain_sums = LossSums([0.0] * (config.mtp_depth + 1))
     made = torch.zeros(config.mtp_depth + 2)
     for seed in range(3):
-        batch = make_batch(config, seed)
+        batch = replace(make_batch(config, seed), documents=documents)
         plain.loss(batch, make_objective(config), plain_sums).backward()
         made = made + phased(cut, num_stages, batch, store).settle()
     expected = plain_sums.settle()

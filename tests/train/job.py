@@ -153,7 +153,10 @@ def _plain_step(
     stage, depth = config.stage, config.model.mtp_depth
     size, device = stage.micro_batch_sequences, torch.device("cpu")
     reads = range(0, stage.global_batch_sequences, size)
-    batches = [to_micro_batch(loader.batch(step, first, size), depth, device) for first in reads]
+    batches = [
+        to_micro_batch(loader.batch(step, first, size), depth, device, masks_documents=stage.document_mask)
+        for first in reads
+    ]
     counts = sum(torch.tensor([int((t >= 0).sum()) for t in batch.targets_BT]) for batch in batches)
     assert isinstance(counts, Tensor)
     objective, sums = make_objective(config, counts), LossSums([0.0] * (depth + 1))

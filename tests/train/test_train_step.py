@@ -32,6 +32,18 @@ def test_micro_batch_shifts_inputs_by_depth_and_targets_by_one_more() -> None:
     ]
 
 
+def test_micro_batch_knows_its_documents_where_they_are_masked() -> None:
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, -1]])
+    batch = Batch(tokens_BT=torch.zeros_like(positions), positions_BT=positions, pad_id=2)
+    masked, plain = (
+        to_micro_batch(batch, 0, torch.device("cpu"), masks_documents=masks_documents)
+        for masks_documents in (True, False)
+    )
+    assert masked.documents is not None
+    assert masked.documents.ids_BT.tolist() == [[1, 1, 1, 1, 2, 2, 3]]
+    assert plain.documents is None
+
+
 def test_objective_divides_by_global_counts(tmp_path: Path) -> None:
     config = tiny_config(tmp_path)
     config = replace(config, model=replace(config.model, mtp_depth=2))
