@@ -10,6 +10,7 @@ from typing import Literal, Protocol, assert_never
 import torch
 from torch import Tensor
 
+import kernels.expert_mlp.batched
 import kernels.expert_mlp.grouped
 import kernels.expert_mlp.reference
 import kernels.grouped_gemm.native
@@ -162,16 +163,25 @@ def quantize_kernels(implementation: Implementation) -> QuantizeKernels:
             assert_never(implementation)
 
 
+ExpertImplementation = Literal["reference", "batched", "grouped"]
+
+
 def expert_implementation_for(
     device: torch.device, dtype: torch.dtype, hidden: int, width: int
-) -> Literal["reference", "grouped"]:
-    """torch's grouped products where they serve; on CPU, and for other types, one expert after the other."""
-    return "grouped" if kernels.grouped_gemm.native.serves(device, dtype, hidden, width) else "reference"
+) -> ExpertImplementation:
+    """torch's grouped products where they serve; on CPU batched ones for 16 bits; else one expert after the other."""
+    if kernels.grouped_gemm.native.serves(device, dtype, hidden, width):
+        return "grouped"
+    return "batched" if device.type == "cpu" and dtype in (torch.bfloat16, torch.float16) else "reference"
 
 
-def expert_kernels(implementation: Literal["reference", "grouped"]) -> ExpertKernels:
+def expert_kernels(implementation: ExpertImplementation) -> ExpertKernels:
     """The experts' products of one implementation."""
-    module = kernels.expert_mlp.grouped if implementation == "grouped" else kernels.expert_mlp.reference
+    module = {
+        "reference": kernels.expert_mlp.reference,
+        "batched": kernels.expert_mlp.batched,
+        "grouped": kernels.expert_mlp.grouped,
+    }[implementation]
     return ExpertKernels(
         forward=module.expert_mlp,
         backward=module.expert_mlp_backward,

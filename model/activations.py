@@ -1,7 +1,7 @@
 """What the model keeps for its backward, in bytes, as saved-tensor hooks count it: each memory once, weights apart.
 
-No torch here. Of one micro-batch of N tokens in a model that computes attention, gates and losses as `model` does; indices
-of an exchange, 24 bytes per row at an expert, are not among it. Shape legend of the names: see `model.account`.
+No torch here. Of one micro-batch of N tokens in a model that computes attention, gates and losses as `model` does;
+indices of an exchange, 24 bytes per row at an expert, are not among it.
 """
 
 from dataclasses import dataclass

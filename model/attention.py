@@ -1,9 +1,9 @@
 """The inside of latent attention as one differentiable step that keeps latents, and not queries, keys and values.
 
 Source: arXiv:2412.19437, sections 2.1.1 and 3.2.3. Shape legend: B sequences, T tokens, N = B T, H heads, D hidden
-size, L latent size, C = L plus the rotated key's size, X = R + C, Q size of a query or key, V size of a value, W its size for the
-kernel, R latent size of queries (or H Q where they have none). A kernel may want queries, keys and values of one width:
-the narrower ones are then padded with zeros.
+size, L latent size, C = L plus the rotated key's size, X = R + C, Q size of a query or key, V size of a value, W its
+size for the kernel, R latent size of queries (or H Q where they have none). A kernel may want queries, keys and values
+of one width: the narrower ones are then padded with zeros.
 """
 
 from collections.abc import Callable

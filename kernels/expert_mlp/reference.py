@@ -1,7 +1,7 @@
 """SwiGLU experts over rows sorted by expert, a few experts at a time, so that what is between stays in the cache.
 
 Shape legend: N rows given, A rows in the experts' order, D hidden size, E experts, M expert intermediate size, H = 2 M
-gate and up side by side, R rows of a block of experts, S rows of one expert. `counts`, rows of each expert, lives on the host. `tokens_A`
+gate and up side by side, R rows of a block of experts. `counts`, rows of each expert, lives on the host. `tokens_A`
 names the given row of each place in the experts' order; None: rows are given in that order.
 """
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kernels.expert_mlp.windows import Block, Reach, cut
+from kernels.expert_mlp.blocks import Block, cut
 from kernels.swiglu.reference import gated_backward, swiglu
 
 
@@ -37,15 +37,13 @@ def expert_mlp(
     """
     width, size = down_EDM.shape[2], len(weights_A)
     out_AD, hidden_AH = rows_ND.new_empty(size, rows_ND.shape[1]), rows_ND.new_empty(size, 2 * width)
-    for block in cut(counts, 2 * width, rows_ND.dtype):
-        hidden_RH = _place(hidden_AH, block)
+    for block in cut(counts, 2 * width):
+        hidden_RH = hidden_AH[block.rows]
         _products(_gather(rows_ND, tokens_A, block), gate_up_EHD.transpose(1, 2), hidden_RH, block)
-        gated_RM = swiglu(*hidden_RH.split(width, 1)).mul_(weights_A[block.reach.span, None])
-        _keep(hidden_RH, hidden_AH, block)
+        gated_RM = swiglu(*hidden_RH.split(width, 1)).mul_(weights_A[block.rows, None])
         if gated_AM is not None:
-            _keep(gated_RM, gated_AM, block, is_copy=True)
-        out_RD = _place(out_AD, block)
-        _keep(_products(gated_RM, down_EDM.transpose(1, 2), out_RD, block), out_AD, block)
+            gated_AM[block.rows] = gated_RM
+        _products(gated_RM, down_EDM.transpose(1, 2), out_AD[block.rows], block)
     return out_AD, hidden_AH
 
 
@@ -80,19 +78,17 @@ def expert_mlp_backward(
     grad_rows_AD, grad_weights_A = grad_ND.new_empty(size, grad_ND.shape[1]), torch.empty_like(weights_A)
     likes = (hidden_AH,) if rows_ND is None else (gate_up_EHD, down_EDM)
     rest = tuple(torch.empty_like(like) for like in likes)
-    for block in cut(counts, 2 * width, grad_ND.dtype):
-        gate_RM, up_RM = hidden_AH[block.reach.span].split(width, 1)
-        factors_R1, grad_RD = weights_A[block.reach.span, None], _gather(grad_ND, tokens_A, block)
-        grad_gated_RM = _products(grad_RD, down_EDM, _space(grad_RD, width, block), block)
+    for block in cut(counts, 2 * width):
+        gate_RM, up_RM = hidden_AH[block.rows].split(width, 1)
+        factors_R1, grad_RD = weights_A[block.rows, None], _gather(grad_ND, tokens_A, block)
+        grad_gated_RM = _products(grad_RD, down_EDM, grad_RD.new_empty(block.size, width), block)
         silu_RM = functional.silu(gate_RM)
         plain_RM = silu_RM * up_RM
-        grad_weights_A[block.reach.rows] = (plain_RM * grad_gated_RM).sum(1)[block.reach.inner]
-        grad_hidden_RH = grad_RD.new_empty(block.size, 2 * width) if rows_ND is not None else _place(rest[0], block)
+        torch.sum(plain_RM * grad_gated_RM, 1, out=grad_weights_A[block.rows])
+        grad_hidden_RH = rest[0][block.rows] if rows_ND is None else grad_RD.new_empty(block.size, 2 * width)
         gated_backward(grad_gated_RM.mul_(factors_R1), silu_RM, gate_RM, up_RM, grad_hidden_RH)
-        _keep(_products(grad_hidden_RH, gate_up_EHD, _place(grad_rows_AD, block), block), grad_rows_AD, block)
-        if rows_ND is None:
-            _keep(grad_hidden_RH, rest[0], block)
-        else:
+        _products(grad_hidden_RH, gate_up_EHD, grad_rows_AD[block.rows], block)
+        if rows_ND is not None:
             _outer_products(grad_hidden_RH, _gather(rows_ND, tokens_A, block), rest[0], block)
             _outer_products(grad_RD, plain_RM.mul_(factors_R1), rest[1], block)
     if rows_ND is not None:
@@ -103,8 +99,8 @@ def expert_mlp_backward(
 def gate_up_gradient(grad_hidden_AH: Tensor, rows_AD: Tensor, counts: Sequence[int]) -> Tensor:
     """Gradient of `expert_mlp` in gate_up, EHD; zero for an expert without rows."""
     grad_EHD = rows_AD.new_empty(len(counts), grad_hidden_AH.shape[1], rows_AD.shape[1])
-    for block in cut(counts, grad_hidden_AH.shape[1], rows_AD.dtype):
-        _outer_products(grad_hidden_AH[block.reach.span], rows_AD[block.reach.span], grad_EHD, block)
+    for block in cut(counts, grad_hidden_AH.shape[1]):
+        _outer_products(grad_hidden_AH[block.rows], rows_AD[block.rows], grad_EHD, block)
     _clear_unused((grad_EHD,), counts)
     return grad_EHD
 
@@ -115,68 +111,31 @@ def down_gradient(
     """Gradient of `expert_mlp` in down, EDM; zero for an expert without rows. gated_AM: as it was kept, if it was."""
     width = hidden_AH.shape[1] // 2
     grad_EDM = grad_AD.new_empty(len(counts), grad_AD.shape[1], width)
-    for block in cut(counts, 2 * width, grad_AD.dtype):
-        span = block.reach.span
+    for block in cut(counts, 2 * width):
         if gated_AM is None:
-            gated_RM = swiglu(*hidden_AH[span].split(width, 1)).mul_(weights_A[span, None])
+            gated_RM = swiglu(*hidden_AH[block.rows].split(width, 1)).mul_(weights_A[block.rows, None])
         else:
-            gated_RM = gated_AM[span]
-        _outer_products(grad_AD[span], gated_RM, grad_EDM, block)
+            gated_RM = gated_AM[block.rows]
+        _outer_products(grad_AD[block.rows], gated_RM, grad_EDM, block)
     _clear_unused((grad_EDM,), counts)
     return grad_EDM
 
 
 def _gather(rows_ND: Tensor, tokens_A: Tensor | None, block: Block) -> Tensor:
-    span = block.reach.span
-    return rows_ND[span] if tokens_A is None else rows_ND.index_select(0, tokens_A[span])
-
-
-def _place(values_AN: Tensor, block: Block) -> Tensor:
-    """Where a block's values are made: in their place, unless rows of other blocks would be overwritten."""
-    if block.reach.is_exact:
-        return values_AN[block.reach.rows]
-    return _space(values_AN, values_AN.shape[1], block)
-
-
-def _space(like: Tensor, width: int, block: Block) -> Tensor:
-    """Memory for a block's values, with zeros for rows of other blocks.
-
-    A product of 16-bit numbers on CPU may read on into the next row, and multiply by 0 what it finds there: garbage
-    that is not a number would spread.
-    """
-    space_RN, inner = like.new_empty(block.size, width), block.reach.inner
-    space_RN[: inner.start], space_RN[inner.stop :] = 0, 0
-    return space_RN
-
-
-def _keep(made_RN: Tensor, values_AN: Tensor, block: Block, *, is_copy: bool = False) -> None:
-    if is_copy or not block.reach.is_exact:
-        values_AN[block.reach.rows] = made_RN[block.reach.inner]
+    return rows_ND[block.rows] if tokens_A is None else rows_ND.index_select(0, tokens_A[block.rows])
 
 
 def _products(left_RK: Tensor, right_EKN: Tensor, out_RN: Tensor, block: Block) -> Tensor:
     """Each expert's rows times its matrix, into out_RN, which is also returned."""
-    for expert, reach in block.experts:
-        if reach.is_exact:
-            torch.mm(left_RK[reach.rows], right_EKN[expert], out=out_RN[reach.rows])
-        else:
-            out_RN[reach.rows] = (left_RK[reach.span] @ right_EKN[expert])[reach.inner]
+    for expert, rows in block.experts:
+        torch.mm(left_RK[rows], right_EKN[expert], out=out_RN[rows])
     return out_RN
 
 
 def _outer_products(left_RN: Tensor, right_RK: Tensor, out_ENK: Tensor, block: Block) -> None:
     """The transpose of each expert's rows on the left times those on the right, into its matrix of out_ENK."""
-    for expert, reach in block.experts:
-        left_SN, right_SK = left_RN[reach.span], right_RK[reach.span]
-        if not reach.is_exact:
-            left_SN, right_SK = _alone(left_SN, reach), _alone(right_SK, reach)
-        torch.mm(left_SN.t(), right_SK, out=out_ENK[expert])
-
-
-def _alone(values_SN: Tensor, reach: Reach) -> Tensor:
-    """The span's values with zeros in the place of other experts' rows, whatever those hold."""
-    after = values_SN.shape[0] - reach.inner.stop
-    return functional.pad(values_SN[reach.inner], (0, 0, reach.inner.start, after))
+    for expert, rows in block.experts:
+        torch.mm(left_RN[rows].t(), right_RK[rows], out=out_ENK[expert])
 
 
 def _clear_unused(gradients: Sequence[Tensor], counts: Sequence[int]) -> None:

@@ -14,12 +14,14 @@ from torch import Tensor
 from kernels.select import ExpertKernels, expert_implementation_for, expert_kernels
 from tests.kernels.plain import expert_rows, near, randn, strided
 
-COUNTS = [(3, 0, 4, 1), (0, 0, 8, 0), (0, 0, 0, 0), (2, 2, 2, 2), (1,), (70, 3, 0, 65)]
-Implementation = Literal["reference", "grouped"]
+COUNTS = [(3, 0, 4, 1), (0, 0, 8, 0), (0, 0, 0, 0), (2, 2, 2, 2), (1,), (70, 3, 0, 65), (2, 290, *[0] * 14)]
+Implementation = Literal["reference", "batched", "grouped"]
 TYPES: list[tuple[Implementation, torch.dtype]] = [
     ("reference", torch.float64),
     ("reference", torch.float32),
     ("reference", torch.bfloat16),
+    ("batched", torch.float32),
+    ("batched", torch.bfloat16),
     ("grouped", torch.float32),
     ("grouped", torch.bfloat16),
 ]
@@ -228,4 +230,5 @@ def test_experts_are_grouped_where_torch_serves() -> None:
     assert expert_implementation_for(cuda, torch.bfloat16, 16, 24) == "grouped"
     assert expert_implementation_for(cuda, torch.bfloat16, 16, 25) == "reference"
     assert expert_implementation_for(cuda, torch.float32, 16, 24) == "reference"
-    assert expert_implementation_for(cpu, torch.bfloat16, 16, 24) == "reference"
+    assert expert_implementation_for(cpu, torch.bfloat16, 16, 24) == "batched"
+    assert expert_implementation_for(cpu, torch.float32, 16, 24) == "reference"
