@@ -49,6 +49,17 @@ class Documents:
         ids_BT = self.ids_BT
         return (ids_BT[:, :, None] == ids_BT[:, None, :]).tril_()[:, None]
 
+    def bias_B1TT(self, dtype: torch.dtype) -> Tensor:
+        """The same as what is added to scores, 0 or minus infinity; one for all layers, as each keeps it."""
+        if dtype not in self._biases:
+            zeros = torch.zeros(self.mask_B1TT.shape, dtype=dtype, device=self.ids_BT.device)
+            self._biases[dtype] = zeros.masked_fill_(~self.mask_B1TT, -torch.inf)
+        return self._biases[dtype]
+
+    @cached_property
+    def _biases(self) -> dict[torch.dtype, Tensor]:
+        return {}
+
     @cached_property
     def block_mask(self) -> "BlockMask":
         """The same for FlexAttention, by blocks of tokens."""

@@ -33,7 +33,7 @@ def scaled_dot_product(
     query_BHTQ: Tensor, key_BHTQ: Tensor, value_BHTV: Tensor, scale: float, documents: Documents | None
 ) -> Tensor:
     """torch's `scaled_dot_product_attention`."""
-    mask = None if documents is None else documents.mask_B1TT
+    mask = None if documents is None else documents.bias_B1TT(query_BHTQ.dtype)
     return functional.scaled_dot_product_attention(
         query_BHTQ, key_BHTQ, value_BHTV, attn_mask=mask, is_causal=mask is None, scale=scale
     )

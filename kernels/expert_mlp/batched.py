@@ -2,8 +2,8 @@
 
 There a product takes less time than starting it, and each new shape is compiled first: one product over all experts,
 in few shapes, is faster than one per expert, although experts with few rows are filled up. Where they would have to be
-filled up to more than four times the rows, `reference.py` does it. Shape legend: as there; C rows of each expert, filled
-up; S = E C.
+filled up to more than four times the rows, `reference.py` does it. Shape legend: as there; C rows of each expert after
+that; S = E C.
 """
 
 from collections.abc import Sequence

@@ -128,7 +128,8 @@ def training_text(precision: Precision, samples: dict[Contender, Sample]) -> str
         f"A training step in {precision}: {SEQUENCES} x {TOKENS} tokens, {THREADS} threads, "
         f"OMP_WAIT_POLICY={os.environ.get('OMP_WAIT_POLICY', 'unset')}, interleaved; "
         f"over transformers' fastest mode, targets >= {LEAST_SPEED} and <= {MOST_MEMORY}",
-        f"{'':44}{'seconds':>8}{'tokens/s':>10}{'over':>6}{'CPU s':>7}{'over':>6}{'peak MiB':>10}{'over':>6}{'loss':>8}",
+        f"{'':44}{'seconds':>8}{'tokens/s':>10}{'over':>6}{'CPU s':>7}{'over':>6}{'peak MiB':>10}{'over':>6}"
+        f"{'loss':>8}",
     ]
     for contender, sample in samples.items():
         lines.append(
