@@ -64,7 +64,8 @@ class Router(nn.Module):
         chosen_NK = scores_BTE.flatten(0, 1).gather(1, ids_NK)
         weights_NK = chosen_NK / (chosen_NK.sum(-1, keepdim=True) + 1e-20) * self._config.routed_scaling_factor
         if torch.is_grad_enabled():
-            self.load += torch.bincount(ids_NK.flatten(), minlength=self._config.num_routed_experts)
+            # Not bincount, which waits for the device to know how much it counts.
+            self.load.scatter_add_(0, ids_NK.flatten(), torch.ones_like(ids_NK.flatten()))
         return Routing(ids_NK, weights_NK, scores_BTE)
 
     def update_bias(self, load_E: Tensor, rate: float) -> None:

@@ -134,6 +134,26 @@ class Transformer(nn.Module):
         keeps_normal = "norm" not in self._computing.recomputed
         return widen(normed_linear(hidden, self.final_norm(0), (self.head_weight,), None, keeps_normal=keeps_normal))
 
+    def mtp_logits(self, tokens_BT: Tensor) -> tuple[Tensor, ...]:
+        """Logits of each MTP module, float32 or wider: module k at place i predicts token i + k + 1, B(T-k)V.
+
+        Args:
+            tokens_BT: int64, more than `mtp_depth` of them; each token sees those before it.
+        """
+        hidden, found = self.embed(tokens_BT, None), list[Tensor]()
+        for depth in range(self.config.mtp_depth + 1):
+            if depth:
+                embedded = self.embed(tokens_BT[:, depth:], None)
+                hidden = self.mtp_block(depth).merge(embedded, hidden[:, :-1], None)
+            for layer in self._layers(depth):
+                hidden, _ = run_block(self.block(layer), self.dispatcher, hidden, None)
+            normal = self.final_norm(depth)(hidden)
+            if depth:
+                found.append(widen(torch.nn.functional.linear(normal, self.head_weight)))
+            if self.config.mtp_hidden == "post_norm":
+                hidden = normal
+        return tuple(found)
+
     def loss(self, batch: MicroBatch, objective: Objective, sums: LossSums) -> Tensor:
         """The micro-batch's part of the step's loss, through plain autograd; needs the whole model."""
         config = self.config
@@ -142,8 +162,7 @@ class Transformer(nn.Module):
             if depth:
                 block = self.mtp_block(depth)
                 hidden = block.merge(self.embed(batch.inputs_BT[depth], None), hidden, None)
-            layers = [config.num_layers + depth - 1] if depth else range(config.num_layers)
-            for layer in layers:
+            for layer in self._layers(depth):
                 hidden, routing = run_block(self.block(layer), self.dispatcher, hidden, batch.documents)
                 if routing is not None:
                     balance = routing.balance
@@ -156,6 +175,11 @@ class Transformer(nn.Module):
             if config.mtp_hidden == "post_norm":
                 hidden = normal
         return total
+
+    def _layers(self, depth: int) -> range:
+        """Layers between one head and the next: the trunk's, then each MTP module's one."""
+        last = self.config.num_layers
+        return range(last + depth - 1, last + depth) if depth else range(last)
 
 
 def named_tensors(model: Transformer) -> dict[str, Tensor]:

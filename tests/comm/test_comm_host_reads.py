@@ -9,38 +9,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels.permute.reference
 from comm.lane import InlineLane
 from tests.comm.backends import Backend, Setting, maker, watching
+from tests.host_reads import Reads
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.slow
-
-_READING = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal", "bincount", "_to_cpu")
-
-
-class _Reads(TorchDispatchMode):
-    """Names of operations whose result's shape or value the host must wait for."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.found: list[str] = []
-        self.num_seen = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        self.num_seen += 1
-        name = func.overloadpacket.__name__
-        by_mask = name in ("index", "index_put_", "index_put") and any(
-            index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
-        )
-        unsized = name == "repeat_interleave" and (kwargs or {}).get("output_size") is None
-        if name in _READING or by_mask or unsized:
-            self.found.append(name)
-        return func(*args, **(kwargs or {}))
 
 
 def _permute(rows_ND: Tensor, source_A: Tensor, out_AD: Tensor | None = None) -> Tensor:
@@ -68,7 +44,7 @@ def _count_reads(rank: int, world_size: int, setting: Setting) -> tuple[list[str
     ids_TK = torch.rand(20, 12, generator=generator).topk(4, -1).indices.masked_fill(torch.rand(20, 4) < 0.2, -1)
     rows_TD, weights_TK = torch.rand(20, 6, generator=generator), torch.rand(20, 4, generator=generator)
     dispatcher = maker(setting, 12, watching())(InlineLane())
-    reads = _Reads()
+    reads = Reads()
     setattr(Tensor, "tolist", counted)  # noqa: B010
     with reads:
         handle = dispatcher.plan(ids_TK)
@@ -97,9 +73,9 @@ def test_reads_are_found() -> None:
         lambda: lengths.repeat_interleave(lengths),
     ]
     for read in reading:
-        with _Reads() as reads:
+        with Reads() as reads:
             read()
         assert reads.found
-    with _Reads() as reads:
+    with Reads() as reads:
         lengths.repeat_interleave(lengths, output_size=3)
     assert not reads.found

@@ -143,3 +143,22 @@ def test_initial_weights_depend_on_seed_and_name_alone() -> None:
         assert torch.equal(parameter, expected), name
     other = make_model(config, seed=6)
     assert not torch.equal(other.head_weight, full.head_weight)
+
+
+@pytest.mark.parametrize("mtp_hidden", ["post_norm", "pre_norm"])
+def test_mtp_logits_are_those_of_the_loss(mtp_hidden: str) -> None:
+    config = replace(MODEL, mtp_depth=2, mtp_hidden=mtp_hidden)  # type: ignore[arg-type]
+    model = make_model(config)
+    tokens = torch.randint(config.vocab_size, (2, 15), generator=torch.Generator().manual_seed(5))
+    logits = model.mtp_logits(tokens)
+    assert [tuple(each.shape) for each in logits] == [(2, 14, 320), (2, 13, 320)]
+    depths = range(3)
+    targets = [tokens[:, depth + 1 : depth + 1 + 12] for depth in depths]
+    batch = MicroBatch(inputs_BT=tuple(tokens[:, depth : depth + 12] for depth in depths), targets_BT=tuple(targets))
+    sums = LossSums([0.0] * 3)
+    model.loss(batch, make_objective(config), sums)
+    sums.settle()
+    for depth in (1, 2):
+        flat, aims = logits[depth - 1][:, :12].flatten(0, 1), targets[depth].flatten()
+        nats = torch.nn.functional.cross_entropy(flat, aims, reduction="sum")
+        assert float(nats.detach()) == pytest.approx(sums.cross_entropy[depth], rel=1e-10)
