@@ -54,8 +54,9 @@ def _step(size: object) -> ModelConfig:
 
 def _of_checkpoint(init_from: object) -> ModelConfig:
     if not isinstance(init_from, str):
+        given = "null" if init_from is None else repr(init_from)
         raise ConfigError(
-            f"model: of_checkpoint takes the architecture from init_from, which is {init_from!r}; "
+            f"model: of_checkpoint takes the architecture from init_from, which is {given}; "
             f"write init_from=FOLDER, or choose another model"
         )
     from train.weight_source import source_config

@@ -96,7 +96,9 @@ def convert(conversion: Conversion, say: Say) -> str:
     counter = _Counter(source, conversion.max_shard_bytes, say)
     write = _write_checkpoint if conversion.form == "checkpoint" else _write_hf
     write(conversion, source, counter.read)
-    return f"wrote {conversion.folder} from {counter.num_tensors} tensors, {_bytes_text(counter.num_bytes)}"
+    written = sum(file.stat().st_size for file in Path(conversion.folder).iterdir())
+    read = f"{counter.num_tensors} tensors, {_bytes_text(counter.num_bytes)}"
+    return f"wrote {conversion.folder}, {_bytes_text(written)}, from {read}"
 
 
 def _open(path: str) -> _Source:

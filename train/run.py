@@ -191,7 +191,7 @@ def _introduce(assembly: Assembly, planned: Plan, prepared: Prepared, reporter: 
         f"{prepared.bytes_per_token:.2f} bytes per token, unigram entropy {prepared.unigram_entropy_nats:.4f} nats"
     )
     given, size = config.data.tokenizer, prepared.tokenizer.vocab_size
-    origin = "trained on the corpus" if given is None else f"that of {given}, whatever data.tokenizer_vocab_size says"
+    origin = "trained on the corpus" if given is None else f"that of {given}, not one of data.tokenizer_vocab_size"
     reporter.say(f"tokenizer: {origin}; ids below {size:,}")
     if first_step:
         reporter.say(f"resumed after step {first_step} from {config.resume}")

@@ -176,7 +176,7 @@ def test_convert_tells_of_its_progress_and_of_its_end(
     made = tmp_path / "made"
     assert convert(f"from=checkpoint path={sources / 'of_plain'} to={made} max_shard_bytes=200000") == 0
     printed = capsys.readouterr()
-    assert printed.out.startswith(f"wrote {made} from ")
+    assert printed.out.startswith(f"wrote {made}, ")
     assert printed.out.count("\n") == 1
     lines = printed.err.splitlines()
     assert len(lines) == len(list(made.glob("*.safetensors"))) - 1
