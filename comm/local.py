@@ -9,20 +9,20 @@ from torch import Tensor
 
 from comm.expert_order import ExpertOrder, SortedChoices, count_choices
 from comm.lane import Done
-from comm.protocol import Arrived, Handle, Label, Work
+from comm.protocol import Arrived, Handle, Label, RowOrder, Work
 
 
 @dataclass(frozen=True, slots=True)
 class LocalHandle:
     """One routing of one micro-batch."""
 
-    home_order: ExpertOrder
+    order: ExpertOrder
     counts: tuple[int, ...]
 
     @property
     def num_tokens(self) -> int:
         """Tokens routed."""
-        return self.home_order.places_TK.shape[0]
+        return self.order.places_TK.shape[0]
 
 
 class LocalDispatcher:
@@ -39,21 +39,26 @@ class LocalDispatcher:
     def dispatch(self, rows_TD: Tensor, weights_TK: Tensor, handle: Handle) -> Work[Arrived]:
         """A copy of each token's row, and the weight, to each of its experts."""
         local = _own(handle)
-        rows_AD = local.home_order.copy_rows(rows_TD.detach())
-        return Done(Arrived(rows_AD, local.home_order.copy_weights(weights_TK.detach()), local.counts))
+        rows_AD = local.order.copy_rows(rows_TD.detach())
+        return Done(Arrived(rows_AD, local.order.copy_weights(weights_TK.detach()), local.counts))
 
     def combine(self, rows_AD: Tensor, handle: Handle) -> Work[Tensor]:
         """The unweighted sum over each token's experts; TD."""
-        return Done(_own(handle).home_order.sum_rows(rows_AD.detach()))
+        return Done(_own(handle).order.sum_rows(rows_AD.detach()))
 
     def dispatch_backward(self, rows_AD: Tensor, weights_A: Tensor, handle: Handle) -> Work[tuple[Tensor, Tensor]]:
         """Gradients of rows, summed per token (TD), and of weights (TK)."""
-        order = _own(handle).home_order
+        order = _own(handle).order
         return Done((order.sum_rows(rows_AD.detach()), order.restore_weights(weights_A.detach())))
 
     def combine_backward(self, rows_TD: Tensor, handle: Handle) -> Work[Tensor]:
         """A copy of each token's gradient to each of its experts' rows; AD."""
-        return Done(_own(handle).home_order.copy_rows(rows_TD.detach()))
+        return Done(_own(handle).order.copy_rows(rows_TD.detach()))
+
+    def at_home(self, handle: Handle) -> tuple[tuple[int, ...], RowOrder]:
+        """Rows of each expert, and their order: for a model that copies and sums rows itself."""
+        local = _own(handle)
+        return local.counts, local.order
 
     def close(self) -> None:
         """Nothing is held."""

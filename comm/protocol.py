@@ -85,20 +85,11 @@ class RowOrder(Protocol):
 
 
 @runtime_checkable
-class HomeHandle(Protocol):
-    """A handle of rows that never leave this rank: the model may take and give them itself, in `home_order`.
+class HomeDispatcher(Protocol):
+    """A dispatcher whose rows never leave this rank and are not changed: the model may take and give them itself."""
 
-    counts: rows of each expert, on the host.
-    """
-
-    @property
-    def home_order(self) -> RowOrder:
-        """Of all rows."""
-        ...
-
-    @property
-    def counts(self) -> tuple[int, ...]:
-        """Rows of each expert."""
+    def at_home(self, handle: Handle) -> tuple[tuple[int, ...], RowOrder]:
+        """Rows of each expert, on the host, and the order of all rows."""
         ...
 
 

@@ -69,7 +69,11 @@ def count_activations(
     head = row + scale + row + config.vocab_size * config.hidden_size * shape.wide_bytes
     return ActivationAccount(
         embedding=shape.num_tokens * 8,
-        dense=attention + row + _gated(config, shape, config.dense_intermediate_size, recomputed),
+        dense=attention
+        + row
+        + scale
+        + ("norm" not in recomputed) * row
+        + _gated(shape, config.dense_intermediate_size, recomputed),
         moe=attention + row + scale + _experts(config, shape, recomputed),
         head=head,
         merge=2 * row,
@@ -94,10 +98,9 @@ def _attention(config: ModelConfig, shape: MicroBatchShape, recomputed: frozense
     return tokens * (kept * shape.value_bytes + wide * shape.wide_bytes)
 
 
-def _gated(config: ModelConfig, shape: MicroBatchShape, width: int, recomputed: frozenset[Recomputed]) -> int:
-    """A SwiGLU network after its norm, whose input is counted elsewhere."""
-    kept = 2 * width + ("swiglu" not in recomputed) * width + ("norm" not in recomputed) * config.hidden_size
-    return shape.num_tokens * (kept * shape.value_bytes + shape.wide_bytes)
+def _gated(shape: MicroBatchShape, width: int, recomputed: frozenset[Recomputed]) -> int:
+    """Inside a SwiGLU network."""
+    return shape.num_tokens * (2 + ("swiglu" not in recomputed)) * width * shape.value_bytes
 
 
 def _experts(config: ModelConfig, shape: MicroBatchShape, recomputed: frozenset[Recomputed]) -> int:
@@ -112,5 +115,8 @@ def _experts(config: ModelConfig, shape: MicroBatchShape, recomputed: frozenset[
     routed += (tokens if is_home else rows) * config.hidden_size * shape.value_bytes
     routed += rows * (1 + 2 * width + ("swiglu" not in recomputed) * width) * shape.value_bytes
     if config.num_shared_experts:
-        routed += _gated(config, shape, config.num_shared_experts * width, recomputed)
+        routed += _gated(shape, config.num_shared_experts * width, recomputed)
+        # Where all experts are here, routed ones have kept these rows already.
+        if "norm" not in recomputed and not is_home:
+            routed += tokens * config.hidden_size * shape.value_bytes
     return routed

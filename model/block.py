@@ -78,6 +78,7 @@ class Block(nn.Module):
     def apply_experts(
         self,
         residual_BTD: Tensor,
+        rows_BTD: Tensor,
         arrived_AD: Tensor,
         weights_A: Tensor,
         counts: Sequence[int],
@@ -85,10 +86,10 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Routed experts on the rows that arrived (AD), and `shared` on the rank's own (BTD)."""
         assert isinstance(self.mlp, Moe)
-        return self.mlp.experts(arrived_AD, weights_A, counts, sink), self.shared(residual_BTD, sink)
+        return self.mlp.experts(arrived_AD, weights_A, counts, sink), self.shared(residual_BTD, rows_BTD, sink)
 
-    def shared(self, residual_BTD: Tensor, sink: WeightSink | None) -> Tensor:
-        """Residual plus shared experts, which norm the residual themselves: its normalised rows need not be kept."""
+    def shared(self, residual_BTD: Tensor, rows_BTD: Tensor, sink: WeightSink | None) -> Tensor:
+        """Residual plus shared experts of its norm, rows_BTD, which need not be kept."""
         assert isinstance(self.mlp, Moe)
-        experts = self.mlp.shared_experts
-        return residual_BTD if experts is None else experts.add(residual_BTD, self.post_attention_layernorm, sink)
+        experts, norm = self.mlp.shared_experts, self.post_attention_layernorm
+        return residual_BTD if experts is None else experts.add_to(residual_BTD, rows_BTD, norm, sink)

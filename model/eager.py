@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from comm.protocol import Arrived, Dispatcher, Handle, HomeHandle
+from comm.protocol import Arrived, Dispatcher, Handle, HomeDispatcher
 from kernels.attention.documents import Documents
 from model.block import Block
 from model.router import Routing
@@ -63,13 +63,14 @@ def run_block(
     attended = block.attend(hidden_BTD, None, documents)
     routing, rows_ND = attended.routing, attended.rows_BTD.flatten(0, 1)
     handle = dispatcher.plan(routing.ids_NK, routing.weights_NK)
-    if isinstance(handle, HomeHandle):
-        summed = block.moe.experts.at_home(rows_ND, routing.weights_NK, handle.counts, handle.home_order)
-        base = block.shared(attended.residual_BTD, None)
+    if isinstance(dispatcher, HomeDispatcher):
+        counts, order = dispatcher.at_home(handle)
+        summed = block.moe.experts.at_home(rows_ND, routing.weights_NK, counts, order)
+        base = block.shared(attended.residual_BTD, attended.rows_BTD, None)
     else:
         arrived = dispatch(dispatcher, rows_ND, routing.weights_NK, handle)
         routed, base = block.apply_experts(
-            attended.residual_BTD, arrived.rows_AD, arrived.weights_A, arrived.counts, None
+            attended.residual_BTD, attended.rows_BTD, arrived.rows_AD, arrived.weights_A, arrived.counts, None
         )
         summed = combine(dispatcher, routed, handle)
     return base + summed.view_as(base), routing

@@ -12,7 +12,7 @@ from kernels.swiglu.reference import swiglu, swiglu_backward
 from model.config import Computing
 from model.linear import WeightSink, give, linear
 from model.mla import Projection
-from model.norm import RmsNorm, normed_linear
+from model.norm import RmsNorm, linear_of_normal, normed_linear
 
 
 class _GatedDown(torch.autograd.Function):
@@ -54,9 +54,19 @@ class Mlp(nn.Module):
 
     def add(self, x: Tensor, norm: RmsNorm, sink: WeightSink | None) -> Tensor:
         """x plus the network of norm(x), keeping x alone of the two: [..., D] -> [..., D]."""
-        recomputed = self._computing.recomputed
-        weights = (self.gate_proj.weight, self.up_proj.weight)
-        hidden = normed_linear(x, norm, weights, sink, keeps_normal="norm" not in recomputed)
-        keeps = "swiglu" not in recomputed
+        keeps_normal = "norm" not in self._computing.recomputed
+        return self._down(x, normed_linear(x, norm, self._gate_up(), sink, keeps_normal=keeps_normal), sink)
+
+    def add_to(self, x: Tensor, normal: Tensor, norm: RmsNorm, sink: WeightSink | None) -> Tensor:
+        """`add` where norm(x) is at hand, which takes the gradient; it is computed anew from x in the backward."""
+        keeps_normal = "norm" not in self._computing.recomputed
+        hidden = linear_of_normal(normal, x, norm, self._gate_up(), sink, keeps_normal=keeps_normal)
+        return self._down(x, hidden, sink)
+
+    def _gate_up(self) -> tuple[Tensor, Tensor]:
+        return self.gate_proj.weight, self.up_proj.weight
+
+    def _down(self, x: Tensor, hidden: Tensor, sink: WeightSink | None) -> Tensor:
+        keeps = "swiglu" not in self._computing.recomputed
         out: Tensor = _GatedDown.apply(x, hidden, self.down_proj.weight, sink, keeps)  # type: ignore[no-untyped-call]
         return out

@@ -81,6 +81,33 @@ class _NormedLinear(torch.autograd.Function):
         return grad_x_AD.view(ctx.shape), grad_norm_D, None, *grad_weights
 
 
+class _LinearOfNormal(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, normal: Tensor, x: Tensor, norm_weight_D: Tensor, options: _Options, *weights_ND: Tensor
+    ) -> Tensor:
+        normal_AD = normal.flatten(0, -2)
+        ctx.save_for_backward(normal_AD if options.keeps_normal else x.flatten(0, -2), norm_weight_D, *weights_ND)
+        ctx.options, ctx.shape = options, normal.shape
+        out_AN = normal_AD @ _join(weights_ND, normal.dtype).t()
+        return out_AN.view(*normal.shape[:-1], out_AN.shape[1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        kept_AD, norm_weight_D, *weights_ND = ctx.saved_tensors
+        options, grad_AN = ctx.options, grads[0].flatten(0, -2)
+
+        def gradient() -> Tensor:
+            normal_AD: Tensor = kept_AD
+            if not options.keeps_normal:
+                normal_AD = normalise(kept_AD, inverse_rms(kept_AD, options.eps), norm_weight_D)
+            return grad_AN.t() @ normal_AD
+
+        grad_weights = _give_parts(weights_ND, cache(gradient), options.sink)
+        grad = (grad_AN @ _join(weights_ND, grad_AN.dtype)).view(ctx.shape)
+        return grad, None, None, None, *grad_weights
+
+
 def _join(weights_ND: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """Several maps as one product: of narrow matrices, each would read all rows by itself."""
     return (weights_ND[0] if len(weights_ND) == 1 else torch.cat(tuple(weights_ND))).to(dtype)
@@ -124,6 +151,30 @@ def normed_linear(
     options = _Options(eps=norm.eps, sink=sink, keeps_normal=keeps_normal, gives_normal=False, is_wide=False)
     (out,) = _NormedLinear.apply(x, norm.weight, options, *weights_ND)  # type: ignore[no-untyped-call]
     return out  # type: ignore[no-any-return]
+
+
+def linear_of_normal(
+    normal: Tensor,
+    x: Tensor,
+    norm: RmsNorm,
+    weights_ND: Sequence[Tensor],
+    sink: WeightSink | None,
+    *,
+    keeps_normal: bool,
+) -> Tensor:
+    """As `normed_linear` where norm(x) is at hand: it takes the gradient, and x is kept in its place.
+
+    Args:
+        normal: norm(x), [..., D].
+        x: [..., D]; gets no gradient here, nor does the norm's weight.
+        norm: by which norm(x) is computed anew.
+        weights_ND: of the maps, of one type.
+        sink: as there.
+        keeps_normal: keep norm(x) after all.
+    """
+    options = _Options(eps=norm.eps, sink=sink, keeps_normal=keeps_normal, gives_normal=False, is_wide=False)
+    out: Tensor = _LinearOfNormal.apply(normal, x, norm.weight, options, *weights_ND)  # type: ignore[no-untyped-call]
+    return out
 
 
 def norm_and_map(x: Tensor, norm: RmsNorm, weight_ND: Tensor) -> tuple[Tensor, Tensor]:

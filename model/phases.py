@@ -126,7 +126,7 @@ class Exchange:
 
 
 class DispatchPhase:
-    """(residual, rows, weights, ids) -> (residual, arrived rows, arrived weights)."""
+    """(residual, rows, weights, ids) -> (residual, rows, arrived rows, arrived weights)."""
 
     def __init__(self, exchange: Exchange) -> None:
         self._exchange = exchange
@@ -138,19 +138,20 @@ class DispatchPhase:
 
         def finish(arrived: Arrived) -> Values:
             self._exchange.counts = arrived.counts
-            return residual, arrived.rows_AD, arrived.weights_A
+            return residual, rows_BTD, arrived.rows_AD, arrived.weights_A
 
         return Then(self._exchange.dispatcher.dispatch(rows_BTD.flatten(0, 1), weights_NK, handle), finish)
 
     def backward(self, gradients: Gradients) -> Work[Gradients]:
         """Brings the gradients of rows and weights back to their tokens."""
-        residual_BTD, rows_AD, weights_A = gradients
+        residual_BTD, own_BTD, rows_AD, weights_A = gradients
         assert residual_BTD is not None
         assert rows_AD is not None
         assert weights_A is not None
 
         def finish(back: tuple[Tensor, Tensor]) -> Gradients:
-            return residual_BTD, back[0].view_as(residual_BTD), back[1], None
+            rows_BTD = back[0].view_as(residual_BTD)
+            return residual_BTD, (rows_BTD if own_BTD is None else own_BTD + rows_BTD), back[1], None
 
         handle = self._exchange.planned()
         return Then(self._exchange.dispatcher.dispatch_backward(rows_AD, weights_A, handle), finish)
@@ -212,8 +213,8 @@ def block_phases(
         return Computed(out, note_balance(routing.balance))
 
     def experts(values: Values, sink: WeightSink | None) -> Computed:
-        residual, arrived, weights = values
-        return Computed(block.apply_experts(residual, arrived, weights, exchange.counts, sink))
+        residual, rows, arrived, weights = values
+        return Computed(block.apply_experts(residual, rows, arrived, weights, exchange.counts, sink))
 
     return [
         ComputePhase(attend, store),

@@ -218,22 +218,25 @@ def phases_of(model: Transformer, layer: int) -> list[Phase]:
 
 
 @pytest.mark.usefixtures("_uncollected")
-def test_rows_sent_to_experts_are_freed_where_they_came_from() -> None:
-    """The attention's phase keeps the residual that its backward reads, not the normalised rows that it sent."""
+def test_rows_sent_to_experts_are_freed_once_the_shared_ones_have_read_them() -> None:
+    """What is kept is the residual, from which a backward norms again, and not its norm, which was sent."""
     model = make_model(SUBSETS[-1])
     phases = phases_of(model, 1)
     hidden = torch.randn(2, 16, CONFIG.hidden_size)
     phases_of(model, 1)[0].forward((hidden,))
-    attend, dispatch = phases[:2]
+    attend, dispatch, experts = phases[:3]
     assert isinstance(attend, ComputePhase)
     assert isinstance(dispatch, DispatchPhase)
+    assert isinstance(experts, ComputePhase)
     values = attend.forward((hidden,))
     rows = torch.multiprocessing.reductions.StorageWeakRef(values[1].untyped_storage())
     arrived = dispatch.forward(values).wait()
-    assert not rows.expired()
     del values
+    assert not rows.expired()
+    made = experts.forward(arrived)
+    del arrived
     assert rows.expired()
-    assert len(arrived) == 3
+    assert len(made) == 2
 
 
 def test_a_phase_whose_output_gets_no_gradient_gives_none() -> None:
