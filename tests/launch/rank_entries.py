@@ -32,7 +32,8 @@ def rank() -> int:
 def done(config: TrainConfig) -> int:
     assert int(os.environ["WORLD_SIZE"]) == WORLD_SIZE
     (Path(config.out_dir) / f"ran_{rank()}").touch()
-    print(f"threads {os.environ['OMP_NUM_THREADS']}", flush=True)
+    # In one write: ranks share this pipe, and print gives the line and its end apart where output is not buffered.
+    os.write(1, f"threads {os.environ['OMP_NUM_THREADS']}\n".encode())
     return 0
 
 
