@@ -3,39 +3,13 @@
 Shape legend: T tokens, K experts per token, A arrived rows, N rows, D hidden size, B bytes of a packed row.
 """
 
-import torch
 from torch import Tensor
 
 from comm.expert_order import dense
 from comm.protocol import Arrived, Dispatcher, Handle, Label, Then, Work
-from kernels.quantize.layout import SMALLEST_MIN_AMAX, Quantized, num_tiles
+from kernels.quantize.layout import GRADIENTS_MIN_AMAX, ROWS_MIN_AMAX
+from kernels.quantize.packed import pack, unpack
 from kernels.select import QuantizeKernels
-
-_SCALE_BYTES = 4
-# As in DeepSeek's published kernels: a tile of activations below it is as good as zero.
-ROWS_MIN_AMAX = 1e-4
-# Gradients are small by nature: with this bound any number that bfloat16 holds, down to 2**-133, is some scale times a
-# code other than zero.
-GRADIENTS_MIN_AMAX = SMALLEST_MIN_AMAX
-
-
-def packed_bytes(hidden_size: int) -> int:
-    """Bytes of a packed row: D codes and a float32 scale for every 128 of them."""
-    return hidden_size + _SCALE_BYTES * num_tiles(hidden_size)
-
-
-def pack(quantized: Quantized) -> Tensor:
-    """Codes, then scales, of each row as bytes; uint8 NB without padding."""
-    return torch.cat([quantized.codes.view(torch.uint8), quantized.scales.contiguous().view(torch.uint8)], 1)
-
-
-def unpack(packed_NB: Tensor, hidden_size: int) -> Quantized:
-    """What `pack` was given; views of it where the scales lie so that they can be read."""
-    codes, scales = packed_NB.split([hidden_size, _SCALE_BYTES * num_tiles(hidden_size)], 1)
-    if hidden_size % _SCALE_BYTES:
-        # Else a row's scales begin at any byte, and a float32 must not.
-        scales = scales.clone(memory_format=torch.contiguous_format)
-    return Quantized(codes.view(torch.float8_e4m3fn), scales.view(torch.float32))
 
 
 class Fp8Dispatcher:

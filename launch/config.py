@@ -117,9 +117,9 @@ def _check_ranks(config: TrainConfig) -> None:
             f"attention: {config.attention} needs cluster.device=cuda, is {config.attention} with "
             f"cluster.device={cluster.device}; nearest valid: auto or sdpa"
         )
-    if config.attention == "flash_attention" and config.precision.kind != "bf16":
+    if config.attention == "flash_attention" and config.precision.kind not in ("bf16", "fp8"):
         raise ConfigError(
-            f"attention: flash_attention needs precision=bf16, is flash_attention with "
+            f"attention: flash_attention needs precision=bf16 or fp8, is flash_attention with "
             f"precision={config.precision.kind}; nearest valid: auto or sdpa"
         )
     if len(set(config.recompute)) < len(config.recompute):

@@ -81,7 +81,7 @@ def _decode_union(members: tuple[Any, ...], value: object, place: str) -> Any:
         if isinstance(value, member):
             return value
     values = _mapping(value, place)
-    kinds = {get_args(get_type_hints(member)["kind"])[0]: member for member in kept}
+    kinds = {kind: member for member in kept for kind in get_args(get_type_hints(member)["kind"])}
     if "kind" not in values:
         raise ConfigError(f"{_join(place, 'kind')}: missing; a value is needed (one of {', '.join(kinds)})")
     chosen = _decode_choice(tuple(kinds), values["kind"], _join(place, "kind"))

@@ -38,9 +38,9 @@ def _check_deepep(config: TrainConfig) -> None:
             f"dispatch: deepep needs cluster.device=cuda and cluster.backend=nccl, is deepep with "
             f"cluster.device={cluster.device} and cluster.backend={cluster.backend}; nearest valid: dispatch=two_hop"
         )
-    if config.precision.kind != "bf16":
+    if config.precision.kind not in ("bf16", "fp8"):
         raise ConfigError(
-            f"dispatch: deepep moves bf16 rows and needs precision=bf16, is deepep with "
+            f"dispatch: deepep moves bf16 rows and needs precision=bf16 or fp8, is deepep with "
             f"precision={config.precision.kind}; nearest valid: dispatch=two_hop"
         )
     try:

@@ -66,7 +66,6 @@ def count_activations(
     row = shape.num_tokens * config.hidden_size * shape.value_bytes
     scale = shape.num_tokens * shape.wide_bytes
     attention = _attention(config, shape, recomputed)
-    head = row + scale + row + config.vocab_size * config.hidden_size * shape.wide_bytes
     return ActivationAccount(
         embedding=shape.num_tokens * 8,
         dense=attention
@@ -75,9 +74,22 @@ def count_activations(
         + ("norm" not in recomputed) * row
         + _gated(shape, config.dense_intermediate_size, recomputed),
         moe=attention + row + scale + _experts(config, shape, recomputed),
-        head=head,
+        head=head_bytes(config, shape),
         merge=2 * row,
     )
+
+
+def head_bytes(config: ModelConfig, shape: MicroBatchShape) -> int:
+    """Of an output head with its loss."""
+    row = shape.num_tokens * config.hidden_size * shape.value_bytes
+    return 2 * row + (shape.num_tokens + config.vocab_size * config.hidden_size) * shape.wide_bytes
+
+
+def router_bytes(config: ModelConfig, shape: MicroBatchShape) -> int:
+    """Of a gate: scores, those chosen and their sums, the ids; of the balance loss the sums, and each sequence's load."""
+    tokens, choices, experts = shape.num_tokens, config.num_experts_per_token, config.num_routed_experts
+    kept = tokens * ((experts + choices + 2) * shape.wide_bytes + choices * 8)
+    return kept + shape.sequences * experts * shape.wide_bytes
 
 
 def _attention(config: ModelConfig, shape: MicroBatchShape, recomputed: frozenset[Recomputed]) -> int:
@@ -105,13 +117,11 @@ def _gated(shape: MicroBatchShape, width: int, recomputed: frozenset[Recomputed]
 
 def _experts(config: ModelConfig, shape: MicroBatchShape, recomputed: frozenset[Recomputed]) -> int:
     """Router, routed and shared experts."""
-    tokens, choices, experts = shape.num_tokens, config.num_experts_per_token, config.num_routed_experts
+    tokens = shape.num_tokens
     is_home = shape.expert_rows is None
-    rows = tokens * choices if shape.expert_rows is None else shape.expert_rows
+    rows = tokens * config.num_experts_per_token if shape.expert_rows is None else shape.expert_rows
     width = config.expert_intermediate_size
-    # Scores, those chosen and their sums, the ids; of the balance loss the sums, and the load in each sequence.
-    routed = tokens * ((experts + choices + 2) * shape.wide_bytes + choices * 8)
-    routed += shape.sequences * experts * shape.wide_bytes
+    routed = router_bytes(config, shape)
     routed += (tokens if is_home else rows) * config.hidden_size * shape.value_bytes
     routed += rows * (1 + 2 * width + ("swiglu" not in recomputed) * width) * shape.value_bytes
     if config.num_shared_experts:

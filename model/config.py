@@ -34,16 +34,24 @@ RECOMPUTED: tuple[Recomputed, ...] = ("norm", "mla_up", "swiglu")
 and values), and of SwiGLU gates (arXiv:2412.19437, section 3.2.3)."""
 
 
+Products = Literal["own", "fp8", "fp8_power_of_two"]
+"""In what the products of linear maps are computed: in the weights' own type, or in FP8 with scales of any value or of
+powers of two (arXiv:2412.19437, section 3.3)."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Computing:
     """How a model is computed, which changes no result beyond rounding.
 
-    recomputed: what a backward computes anew; by default what costs next to nothing. attention: the implementation;
-    `auto` takes the best that is installed.
+    recomputed: what a backward computes anew; by default what costs next to nothing. With products in FP8 it is all
+    that can be, always: what is kept instead are the products' inputs in FP8. attention: the implementation; `auto`
+    takes the best that is installed. products: of attention, feed-forward networks and experts; those of the embedding,
+    the head, the gate and the MTP modules' joint stay in the weights' type.
     """
 
     recomputed: frozenset[Recomputed] = frozenset(("norm", "swiglu"))
     attention: AttentionKind = "auto"
+    products: Products = "own"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

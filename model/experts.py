@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from comm.protocol import RowOrder
 from kernels.select import ExpertKernels, expert_implementation_for, expert_kernels
 from model.config import Computing
+from model.fp8.experts import ArrivedCodes
+from model.fp8.experts import expert_mlp as fp8_expert_mlp
+from model.fp8.maps import Fp8Maps
 from model.linear import WeightSink, give
 
 
@@ -84,27 +87,58 @@ class RoutedExperts(nn.Module):
     """The SwiGLU experts of a layer held here; gate and up projection in one matrix, gate rows first."""
 
     def __init__(
-        self, hidden: int, intermediate: int, experts: range, dtype: torch.dtype, computing: Computing
+        self,
+        hidden: int,
+        intermediate: int,
+        experts: range,
+        dtype: torch.dtype,
+        computing: Computing,
+        maps: Fp8Maps | None = None,
     ) -> None:
         super().__init__()
+        self._maps = maps
         self.experts = experts
         self._keeps_gated = "swiglu" not in computing.recomputed
         self.gate_up_proj = nn.Parameter(torch.empty(len(experts), 2 * intermediate, hidden, dtype=dtype))
         self.down_proj = nn.Parameter(torch.empty(len(experts), hidden, intermediate, dtype=dtype))
 
-    def forward(self, rows_AD: Tensor, weights_A: Tensor, counts: Sequence[int], sink: WeightSink | None) -> Tensor:
+    def forward(
+        self,
+        rows_AD: Tensor,
+        weights_A: Tensor,
+        counts: Sequence[int],
+        sink: WeightSink | None,
+        codes: ArrivedCodes | None = None,
+    ) -> Tensor:
         """Rows through their experts, times their routing weight (applied before `down`, where rows are narrow): AD.
 
-        Rows, and gate and up before the gate is applied, are kept for the backward.
+        Rows, and gate and up before the gate is applied, are kept for the backward. codes: the rows in FP8, where
+        `rows_AD` only stands in for them.
         """
-        return self._run(rows_AD, weights_A, counts, sink, None)
+        if self._maps is None:
+            return self._run(rows_AD, weights_A, counts, sink, None)
+        assert codes is not None
+        given = (rows_AD, codes.packed_AB, weights_A, self.gate_up_proj, self.down_proj, counts, self._maps)
+        return fp8_expert_mlp(*given, sink=sink, mail=codes.mail)
 
-    def at_home(self, rows_ND: Tensor, weights_NK: Tensor, counts: Sequence[int], order: RowOrder) -> Tensor:
+    def at_home(
+        self,
+        rows_ND: Tensor,
+        weights_NK: Tensor,
+        counts: Sequence[int],
+        order: RowOrder,
+        packed_NB: Tensor | None = None,
+    ) -> Tensor:
         """As dispatch, `forward` and combine together, where all experts are on this rank: ND.
 
-        Each expert takes its rows from rows_ND itself, so that no copy of them is made or kept.
+        Each expert takes its rows from rows_ND itself, so that no copy of them is made or kept. packed_NB: the rows in
+        FP8, where `rows_ND` only stands in for them.
         """
-        return self._run(rows_ND, weights_NK, counts, None, order)
+        if self._maps is None:
+            return self._run(rows_ND, weights_NK, counts, None, order)
+        assert packed_NB is not None
+        given = (rows_ND, packed_NB, weights_NK, self.gate_up_proj, self.down_proj, counts, self._maps)
+        return fp8_expert_mlp(*given, order=order)
 
     def _run(
         self, rows: Tensor, weights: Tensor, counts: Sequence[int], sink: WeightSink | None, order: RowOrder | None

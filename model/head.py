@@ -13,6 +13,7 @@ from kernels.cross_entropy.reference import linear_cross_entropy
 from kernels.rms_norm.reference import inverse_rms, normalise, normalise_backward
 from model.block import Block
 from model.config import Computing, ModelConfig
+from model.fp8.maps import Fp8Maps
 from model.linear import WeightSink, give
 from model.mla import Projection
 from model.norm import RmsNorm
@@ -104,8 +105,10 @@ class MtpBlock(Block):
     The projection reads [norm(embedding), norm(hidden)], the order of the released weights.
     """
 
-    def __init__(self, config: ModelConfig, experts: range, dtype: torch.dtype, computing: Computing) -> None:
-        super().__init__(config, experts, dtype, computing)
+    def __init__(
+        self, config: ModelConfig, experts: range, dtype: torch.dtype, computing: Computing, maps: Fp8Maps | None = None
+    ) -> None:
+        super().__init__(config, experts, dtype, computing, maps)
         hidden, eps = config.hidden_size, config.norm_eps
         self.enorm = RmsNorm(hidden, eps, dtype)
         self.hnorm = RmsNorm(hidden, eps, dtype)

@@ -7,8 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from kernels.attention.documents import Documents
-from model.attention import LatentShape, LatentWeights, Mixing, mix
+from model.attention import mix
 from model.config import Computing, ModelConfig
+from model.fp8 import norm as fp8_norm
+from model.fp8.maps import Fp8Maps
+from model.latents import LatentShape, LatentWeights, Mixing
 from model.linear import WeightSink, linear
 from model.norm import RmsNorm, normed_linear
 from model.rope import rotation_table, softmax_scale
@@ -32,10 +35,13 @@ class Projection(nn.Module):
 class LatentAttention(nn.Module):
     """Queries through a low-rank latent, keys and values from one shared latent and one rotated key for all heads."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, computing: Computing) -> None:
+    def __init__(
+        self, config: ModelConfig, dtype: torch.dtype, computing: Computing, maps: Fp8Maps | None = None
+    ) -> None:
         super().__init__()
         self._config = config
         self._computing = computing
+        self._maps = maps
         heads, hidden = config.num_heads, config.hidden_size
         query_size = heads * config.qk_head_dim
         if config.q_lora_rank is None:
@@ -66,10 +72,12 @@ class LatentAttention(nn.Module):
         """x + attention(norm(x)), causal over each sequence or each of its documents: BTD -> BTD."""
         has_latent = self._config.q_lora_rank is not None
         query_weight = self.q_a_proj.weight if has_latent else self.q_proj.weight
-        keeps_normal = "norm" not in self._computing.recomputed
-        compressed_BTX = normed_linear(
-            x_BTD, norm, (query_weight, self.kv_a_proj_with_mqa.weight), sink, keeps_normal=keeps_normal
-        )
+        down = (query_weight, self.kv_a_proj_with_mqa.weight)
+        if self._maps is None:
+            keeps_normal = "norm" not in self._computing.recomputed
+            compressed_BTX = normed_linear(x_BTD, norm, down, sink, keeps_normal=keeps_normal)
+        else:
+            compressed_BTX = fp8_norm.normed_linear(x_BTD, norm, down, sink, self._maps)
         weights = LatentWeights(
             query_norm=self.q_a_layernorm.weight if has_latent else None,
             query_up=self.q_b_proj.weight if has_latent else None,
@@ -84,6 +92,7 @@ class LatentAttention(nn.Module):
             documents=documents,
             sink=sink,
             records=torch.is_grad_enabled(),
+            maps=self._maps,
         )
         return mix(x_BTD, compressed_BTX, weights, mixing)
 

@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from kernels.swiglu.reference import swiglu, swiglu_backward
 from model.config import Computing
+from model.fp8 import norm as fp8_norm
+from model.fp8.maps import Fp8Maps
+from model.fp8.mlp import gated_down
 from model.linear import WeightSink, give, linear
 from model.mla import Projection
 from model.norm import RmsNorm, linear_of_normal, normed_linear
@@ -41,9 +44,12 @@ class _GatedDown(torch.autograd.Function):
 class Mlp(nn.Module):
     """down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, hidden: int, intermediate: int, dtype: torch.dtype, computing: Computing) -> None:
+    def __init__(
+        self, hidden: int, intermediate: int, dtype: torch.dtype, computing: Computing, maps: Fp8Maps | None = None
+    ) -> None:
         super().__init__()
         self._computing = computing
+        self._maps = maps
         self.gate_proj = Projection(hidden, intermediate, dtype)
         self.up_proj = Projection(hidden, intermediate, dtype)
         self.down_proj = Projection(intermediate, hidden, dtype)
@@ -54,19 +60,32 @@ class Mlp(nn.Module):
 
     def add(self, x: Tensor, norm: RmsNorm, sink: WeightSink | None) -> Tensor:
         """x plus the network of norm(x), keeping x alone of the two: [..., D] -> [..., D]."""
+        if self._maps is not None:
+            return self._down(x, fp8_norm.normed_linear(x, norm, self._gate_up(), sink, self._maps), sink)
         keeps_normal = "norm" not in self._computing.recomputed
         return self._down(x, normed_linear(x, norm, self._gate_up(), sink, keeps_normal=keeps_normal), sink)
 
-    def add_to(self, x: Tensor, normal: Tensor, norm: RmsNorm, sink: WeightSink | None) -> Tensor:
-        """`add` where norm(x) is at hand, which takes the gradient; it is computed anew from x in the backward."""
-        keeps_normal = "norm" not in self._computing.recomputed
-        hidden = linear_of_normal(normal, x, norm, self._gate_up(), sink, keeps_normal=keeps_normal)
+    def add_to(
+        self, x: Tensor, normal: Tensor, norm: RmsNorm, sink: WeightSink | None, packed: Tensor | None = None
+    ) -> Tensor:
+        """`add` where norm(x) is at hand, which takes the gradient; it is computed anew from x in the backward.
+
+        packed: norm(x) in FP8, where `normal` only stands in for it.
+        """
+        if self._maps is not None:
+            assert packed is not None
+            hidden = fp8_norm.linear_of_rows(normal, packed, x, norm, self._gate_up(), sink, self._maps)
+        else:
+            keeps_normal = "norm" not in self._computing.recomputed
+            hidden = linear_of_normal(normal, x, norm, self._gate_up(), sink, keeps_normal=keeps_normal)
         return self._down(x, hidden, sink)
 
     def _gate_up(self) -> tuple[Tensor, Tensor]:
         return self.gate_proj.weight, self.up_proj.weight
 
     def _down(self, x: Tensor, hidden: Tensor, sink: WeightSink | None) -> Tensor:
+        if self._maps is not None:
+            return gated_down(x, hidden, self.down_proj.weight, sink, self._maps)
         keeps = "swiglu" not in self._computing.recomputed
         out: Tensor = _GatedDown.apply(x, hidden, self.down_proj.weight, sink, keeps)  # type: ignore[no-untyped-call]
         return out

@@ -7,7 +7,7 @@ Shape legend: B sequences, T tokens of one, N = B T tokens, D hidden size, K exp
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
@@ -17,6 +17,9 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from comm.protocol import Arrived, Dispatcher, Handle, Label, Then, Work
 from kernels.attention.documents import Documents
 from model.block import Block
+from model.fp8.experts import ArrivedCodes, Mail, pack_gradient
+from model.fp8.maps import Fp8Maps
+from model.fp8.norm import stand_in
 from model.gradients import GradientStore, WeightQueue
 from model.linear import WeightSink
 
@@ -107,10 +110,15 @@ class ComputePhase:
 
 @dataclass(slots=True)
 class Exchange:
-    """What the three phases around one exchange share: who sends what to whom, and how much came."""
+    """What the three phases around one exchange share: who sends what to whom, and how much came.
+
+    maps: of a model in FP8, whose rows and gradients go to experts as codes. mail: brings those of gradients.
+    """
 
     dispatcher: Dispatcher
     label: Label
+    maps: Fp8Maps | None = None
+    mail: Mail = field(default_factory=Mail)
     handle: Handle | None = None
     counts: tuple[int, ...] = ()
 
@@ -126,32 +134,43 @@ class Exchange:
 
 
 class DispatchPhase:
-    """(residual, rows, weights, ids) -> (residual, rows, arrived rows, arrived weights)."""
+    """(residual, rows, weights, ids) -> (residual, rows, arrived rows, arrived weights).
+
+    In a model in FP8 rows only stand in for packed rows, which come behind the ids, go out behind the rows, and arrive
+    last.
+    """
 
     def __init__(self, exchange: Exchange) -> None:
         self._exchange = exchange
 
     def forward(self, values: Values) -> Work[Values]:
         """Sends a copy of each row to each of its experts."""
-        residual, rows_BTD, weights_NK, ids_NK = values
+        residual, rows_BTD, weights_NK, ids_NK, *packed = values
         handle = self._exchange.plan(ids_NK, weights_NK)
 
         def finish(arrived: Arrived) -> Values:
             self._exchange.counts = arrived.counts
-            return residual, rows_BTD, arrived.rows_AD, arrived.weights_A
+            if not packed:
+                return residual, rows_BTD, arrived.rows_AD, arrived.weights_A
+            rows_AD = stand_in((len(arrived.rows_AD), rows_BTD.shape[-1]), rows_BTD)
+            return residual, rows_BTD, *packed, rows_AD, arrived.weights_A, arrived.rows_AD
 
-        return Then(self._exchange.dispatcher.dispatch(rows_BTD.flatten(0, 1), weights_NK, handle), finish)
+        sent = packed[0] if packed else rows_BTD.flatten(0, 1)
+        return Then(self._exchange.dispatcher.dispatch(sent, weights_NK, handle), finish)
 
     def backward(self, gradients: Gradients) -> Work[Gradients]:
         """Brings the gradients of rows and weights back to their tokens."""
-        residual_BTD, own_BTD, rows_AD, weights_A = gradients
+        is_packed = self._exchange.maps is not None
+        residual_BTD, own_BTD = gradients[:2]
+        rows_AD, weights_A = gradients[3:5] if is_packed else gradients[2:]
         assert residual_BTD is not None
         assert rows_AD is not None
         assert weights_A is not None
 
         def finish(back: tuple[Tensor, Tensor]) -> Gradients:
             rows_BTD = back[0].view_as(residual_BTD)
-            return residual_BTD, (rows_BTD if own_BTD is None else own_BTD + rows_BTD), back[1], None
+            rows_BTD = rows_BTD if own_BTD is None else own_BTD + rows_BTD
+            return residual_BTD, rows_BTD, back[1], None, *((None,) if is_packed else ())
 
         handle = self._exchange.planned()
         return Then(self._exchange.dispatcher.dispatch_backward(rows_AD, weights_A, handle), finish)
@@ -173,8 +192,16 @@ class CombinePhase:
         """A copy of each token's gradient to each of its experts."""
         (hidden,) = gradients
         assert hidden is not None
-        work = self._exchange.dispatcher.combine_backward(hidden.flatten(0, 1), self._exchange.planned())
-        return Then(work, lambda routed_AD: (routed_AD, hidden))
+        exchange, grad_ND = self._exchange, hidden.flatten(0, 1)
+        if exchange.maps is None:
+            work = exchange.dispatcher.combine_backward(grad_ND, exchange.planned())
+            return Then(work, lambda routed_AD: (routed_AD, hidden))
+
+        def finish(packed_AB: Tensor) -> Gradients:
+            return exchange.mail.put(packed_AB, hidden.shape[-1], hidden.dtype), hidden
+
+        packed_NB = pack_gradient(grad_ND, exchange.maps)
+        return Then(exchange.dispatcher.combine_backward(packed_NB, exchange.planned()), finish)
 
 
 Phase = ComputePhase | DispatchPhase | CombinePhase
@@ -204,17 +231,22 @@ def block_phases(
     """The phases of one micro-batch through one block: (hidden,) -> (hidden,). `label`: of its exchanges."""
     if block.moe is None:
         return [ComputePhase(lambda values, sink: Computed((block.dense(values[0], sink, documents),)), store)]
-    exchange = Exchange(dispatcher, label)
+    exchange = Exchange(dispatcher, label, block.maps)
 
     def attend(values: Values, sink: WeightSink | None) -> Computed:
         attended = block.attend(values[0], sink, documents)
         routing = attended.routing
         out = (attended.residual_BTD, attended.rows_BTD, routing.weights_NK, routing.ids_NK)
-        return Computed(out, note_balance(routing.balance))
+        packed = () if attended.packed_NB is None else (attended.packed_NB,)
+        return Computed((*out, *packed), note_balance(routing.balance))
 
     def experts(values: Values, sink: WeightSink | None) -> Computed:
-        residual, rows, arrived, weights = values
-        return Computed(block.apply_experts(residual, rows, arrived, weights, exchange.counts, sink))
+        if block.maps is None:
+            *own, arrived, weights = values
+            return Computed(block.apply_experts(own, arrived, weights, exchange.counts, sink))
+        *own, arrived, weights, packed = values
+        codes = ArrivedCodes(packed, exchange.mail)
+        return Computed(block.apply_experts(own, arrived, weights, exchange.counts, sink, codes))
 
     return [
         ComputePhase(attend, store),

@@ -4,6 +4,7 @@ Shape legend: B sequences, T tokens, D hidden size, V vocabulary.
 """
 
 import hashlib
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ from model.block import Block
 from model.config import Computing, ModelConfig
 from model.eager import run_block
 from model.experts import RoutedExperts
+from model.fp8.maps import Fp8Maps
 from model.head import Embedding, MtpBlock, cross_entropy_sum
 from model.linear import WeightSink
 from model.mla import Projection
@@ -48,15 +50,17 @@ def whole(config: ModelConfig) -> Part:
 class Trunk(nn.Module):
     """Embedding, layers, final norm: what stands under `model.` in the released checkpoint."""
 
-    def __init__(self, config: ModelConfig, part: Part, dtype: torch.dtype, computing: Computing) -> None:
+    def __init__(
+        self, config: ModelConfig, part: Part, dtype: torch.dtype, computing: Computing, maps: Fp8Maps | None
+    ) -> None:
         super().__init__()
         blocks: dict[str, nn.Module] = {}
         for layer in sorted(part.layers):
             if layer >= config.num_layers:
-                blocks[str(layer)] = MtpBlock(config, part.experts, dtype, computing)
+                blocks[str(layer)] = MtpBlock(config, part.experts, dtype, computing, maps)
             else:
                 experts = None if layer < config.num_dense_layers else part.experts
-                blocks[str(layer)] = Block(config, experts, dtype, computing)
+                blocks[str(layer)] = Block(config, experts, dtype, computing, maps)
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype) if part.embedding else None
         self.layers = nn.ModuleDict(blocks)
         self.norm = RmsNorm(config.hidden_size, config.norm_eps, dtype) if part.head else None
@@ -70,7 +74,7 @@ class Transformer(nn.Module):
         dispatcher: how rows reach experts when the model is called as a plain module.
         dtype: of every weight; router bias stays float32.
         part: what is held; None means the whole.
-        computing: what a backward computes anew, and by which attention.
+        computing: what a backward computes anew, by which attention, and in what products are computed.
 
     Weights are uninitialised until `initialise`. Their names are the released checkpoint's.
     """
@@ -88,8 +92,14 @@ class Transformer(nn.Module):
         self._computing = computing
         self.dispatcher = dispatcher
         part = part or whole(config)
-        self.model = Trunk(config, part, dtype, computing)
+        own = computing.products == "own"
+        self.maps = None if own else Fp8Maps(power_of_two=computing.products == "fp8_power_of_two")
+        self.model = Trunk(config, part, dtype, computing, self.maps)
         self.lm_head = Projection(config.hidden_size, config.vocab_size, dtype) if part.head else None
+
+    def weights_unchanged(self) -> AbstractContextManager[None]:
+        """Meanwhile no weight changes, so that products in FP8 need put each of them in FP8 only once."""
+        return nullcontext() if self.maps is None else self.maps.held()
 
     def block(self, layer: int) -> Block:
         """The block of a layer held here."""

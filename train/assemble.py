@@ -26,7 +26,7 @@ from model.gradients import GradientStore
 from model.objective import LossSums, MicroBatch, Objective
 from model.stage import Stage, StageRun
 from model.transformer import Part, Transformer, initialise
-from train.config import PrecisionConfig, TrainConfig
+from train.config import Precision, TrainConfig
 from train.exchange import open_dispatcher
 from train.links import PipelineLinks, open_links
 from train.optim.build import Optimiser, build_optimiser
@@ -101,9 +101,9 @@ def feed(
     return {number: FedStage(stage, batches, objective, sums, store) for number, stage in stages}
 
 
-def weight_dtype(precision: PrecisionConfig) -> torch.dtype:
+def weight_dtype(precision: Precision) -> torch.dtype:
     """The type of weights and activations."""
-    return {"float64": torch.float64, "float32": torch.float32, "bf16": torch.bfloat16}[precision.kind]
+    return {"float64": torch.float64, "float32": torch.float32}.get(precision.kind, torch.bfloat16)
 
 
 def is_mirrored(schedule: Schedule) -> bool:

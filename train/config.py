@@ -9,7 +9,7 @@ from data.config import DataConfig
 from dualpipe.config import ScheduleConfig
 from dualpipe.costs import Costs
 from kernels.attention.kinds import AttentionKind
-from model.config import Computing, ModelConfig, Recomputed
+from model.config import Computing, ModelConfig, Products, Recomputed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,6 +40,21 @@ class PrecisionConfig:
     """Type of weights and activations. Gradients accumulate in float32, or float64 for float64 weights."""
 
     kind: Literal["float64", "float32", "bf16"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fp8PrecisionConfig:
+    """FP8 mixed precision (arXiv:2412.19437, section 3.3): weights and activations in bf16, the products of linear maps
+    and what is kept for the backward in FP8; rows travel to experts in FP8, whatever the exchange's payload.
+
+    `scales`: of any value, or powers of two. Where the recipe asks for powers of two they are so always.
+    """
+
+    kind: Literal["fp8"]
+    scales: Literal["float32", "power_of_two"]
+
+
+Precision = PrecisionConfig | Fp8PrecisionConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,7 +118,7 @@ class TrainConfig:
     data: DataConfig
     stage: StageConfig
     optim: OptimConfig
-    precision: PrecisionConfig
+    precision: Precision
     schedule: ScheduleConfig
     costs: Costs
     memory_cap: float | None
@@ -114,7 +129,10 @@ class TrainConfig:
     @property
     def computing(self) -> Computing:
         """How the model is computed."""
-        return Computing(recomputed=frozenset(self.recompute), attention=self.attention)
+        products: Products = "own"
+        if isinstance(self.precision, Fp8PrecisionConfig):
+            products = "fp8_power_of_two" if self.precision.scales == "power_of_two" else "fp8"
+        return Computing(recomputed=frozenset(self.recompute), attention=self.attention, products=products)
 
     @property
     def num_micro_batches(self) -> int:

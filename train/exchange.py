@@ -4,7 +4,7 @@ Shape legend: L layers, MTP modules among them, F fields of `LayerTraffic`.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import distributed as dist
@@ -25,9 +25,13 @@ _RECEIVED = _FIELDS.index("num_bytes_from_nodes")
 def open_dispatcher(
     config: TrainConfig, layout: Layout, experts: ProcessGroup, lane: Lane, observers: Observers
 ) -> Dispatcher:
-    """The exchange that the run asks for, over the expert group `experts`. Every rank calls it at the same point."""
+    """The exchange that the run asks for, over the expert group `experts`. Every rank calls it at the same point.
+
+    A model in FP8 gives and takes rows in FP8 by itself.
+    """
+    is_fp8 = config.precision.kind == "fp8"
     return build_dispatcher(
-        config.dispatch,
+        replace(config.dispatch, payload="full") if is_fp8 else config.dispatch,
         config.model.num_routed_experts,
         layout,
         experts,

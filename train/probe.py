@@ -120,8 +120,9 @@ def _measure_parts(
     config: TrainConfig, layout: Layout, dispatcher: Dispatcher, device: torch.device, latency: float
 ) -> LayerTimes:
     parts = _Parts(config, layout, dispatcher, device)
-    for _ in range(_RUNS):
-        parts.run()
+    with parts.model.weights_unchanged():
+        for _ in range(_RUNS):
+            parts.run()
     return parts.times(latency)
 
 
@@ -146,8 +147,8 @@ class _Parts:
         part = Part(layers=tuple({0, last, *mtp_modules}), experts=experts, embedding=True, head=True)
         model = Transformer(shape, dispatcher, weight_dtype(config.precision), part, config.computing)
         initialise(model, config.seed)
-        model = model.to(device)
-        self._model = shape
+        self.model = model = model.to(device)
+        self._shape = shape
         self._device = device
         self._batch = _random_batch(config, device)
         self._stages = (
@@ -160,9 +161,9 @@ class _Parts:
 
     def run(self) -> None:
         """One micro-batch forward and back, phase by phase, each by itself."""
-        sums = LossSums(cross_entropy=[0.0] * (self._model.mtp_depth + 1))
+        sums = LossSums(cross_entropy=[0.0] * (self._shape.mtp_depth + 1))
         factor = 1 / self._batch.targets_BT[0].numel()
-        objective = Objective(cross_entropy=(factor,) * (self._model.mtp_depth + 1), balance=factor)
+        objective = Objective(cross_entropy=(factor,) * (self._shape.mtp_depth + 1), balance=factor)
         start, end = (stage.start(self._batch, objective, sums, self._store) for stage in self._stages)
         self._forward(0, start)
         end.set_input(start.output())
@@ -173,8 +174,8 @@ class _Parts:
 
     def times(self, latency: float) -> LayerTimes:
         """What the runs took; of three, the median is not the first, which also warms up."""
-        has_dense = self._model.num_dense_layers > 0
-        has_moe = self._model.num_dense_layers < self._model.num_layers
+        has_dense = self._shape.num_dense_layers > 0
+        has_moe = self._shape.num_dense_layers < self._shape.num_layers
         first, last = (len(stage.lanes) for stage in self._stages)
         heads_from = len(block_lanes(dense=not has_moe))
         return LayerTimes(

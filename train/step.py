@@ -147,7 +147,8 @@ def accumulate(assembly: Assembly, read: Read) -> tuple[Losses, Execution]:
     num_targets = batches.count_targets()
     objective, sums = make_objective(assembly.config, num_targets), _no_sums(assembly)
     fed = feed(assembly, batches, objective, sums, assembly.store)
-    execution = execute(assembly.train_program, fed, assembly.links, open_clock(assembly.device))
+    with assembly.model.weights_unchanged():
+        execution = execute(assembly.train_program, fed, assembly.links, open_clock(assembly.device))
     losses = _reduce(assembly, sums, num_targets)
     if not math.isfinite(losses.total):
         raise NonFiniteError(f"loss is {losses.total}")
@@ -159,7 +160,8 @@ def validate_pass(assembly: Assembly, read: Read) -> tuple[Losses, int]:
     batches = BatchReader(assembly, read)
     num_targets = batches.count_targets()
     objective, sums = make_objective(assembly.config, num_targets), _no_sums(assembly)
-    execute(assembly.forward_program, feed(assembly, batches, objective, sums, None), assembly.links)
+    with assembly.model.weights_unchanged():
+        execute(assembly.forward_program, feed(assembly, batches, objective, sums, None), assembly.links)
     return _reduce(assembly, sums, num_targets), int(num_targets[0])
 
 

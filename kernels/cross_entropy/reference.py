@@ -68,14 +68,15 @@ def linear_cross_entropy(
         if grad_rows_ND is not None:
             torch.mm(slopes_CV, head_VD, out=grad_rows_ND[chunk]).masked_fill_(~counted_C1, 0)
         if grad_head_VD is not None:
-            _add_product(grad_head_VD, slopes_CV.t(), rows_CD.masked_fill(~counted_C1, 0), is_first=first == 0)
+            add_product(grad_head_VD, slopes_CV.t(), rows_CD.masked_fill(~counted_C1, 0), is_first=first == 0)
         del logs_CV, slopes_CV  # before the next chunk's logits are made
     if grad_head_VD is not None and not len(rows_ND):
         grad_head_VD.zero_()
     return CrossEntropy(nats, grad_rows_ND, grad_head_VD)
 
 
-def _add_product(total_VD: Tensor, left_VC: Tensor, right_CD: Tensor, *, is_first: bool) -> None:
+def add_product(total_VD: Tensor, left_VC: Tensor, right_CD: Tensor, *, is_first: bool) -> None:
+    """Adds left times right to the total, which holds nothing yet where `is_first`; sums are in the total's type."""
     if total_VD.dtype == left_VC.dtype:
         torch.addmm(total_VD, left_VC, right_CD, beta=0 if is_first else 1, out=total_VD)
     elif is_first:

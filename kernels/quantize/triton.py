@@ -3,12 +3,14 @@
 Both kernels are bound by memory: each number is read once and written once.
 
     kernel     grid                     tile               accumulator            rounding
-    quantize   (N / block_rows, tiles)  rows x 128 columns amax in int32, so that scale: division to nearest even,
+    quantize   N / block_rows * tiles   rows x 128 columns amax in int32, so that scale: division to nearest even,
                                                            a NaN is the largest   or up to a power of two; codes:
                                                                                   division to nearest even, then
-                                                                                  to e4m3 to nearest even, saturated
-    dequantize (N / block_rows, tiles)  rows x 128 columns none                   product in float32 (float64 for a
+                                                                                  to e4m3 to nearest even
+    dequantize N / block_rows * tiles   rows x 128 columns none                   product in float32 (float64 for a
                                                                                   float64 result), then to nearest even
+
+Tiles of the same rows are neighbours in the grid, so that programs that run together read memory from end to end.
 
 Every offset of a row is computed in int64. Masks: rows beyond the last and columns beyond the last (zeros, which change
 no amax). Tensors must be on the current device. Shape legend: N rows, D columns, T tiles in a row.
@@ -19,12 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.quantize.layout import LARGEST_CODE, TILE, Quantized, check_min_amax, num_tiles
-
-INFINITY_BITS = tl.constexpr(0x7F800000)
-NAN_BITS = tl.constexpr(0x7FC00000)
-MANTISSA_BITS = tl.constexpr(0x007FFFFF)
-RECIPROCAL_BITS = tl.constexpr(0x7F000000)
+from kernels.quantize.layout import TILE, Quantized, check_columns, check_min_amax, num_tiles
+from kernels.quantize.tile import codes_of, largest_bits, scales_of
 
 
 @triton.jit(do_not_specialize=["num_rows", "min_amax"])  # type: ignore[untyped-decorator]
@@ -37,34 +35,20 @@ def quantize_kernel(
     rows_stride: tl.tensor,
     min_amax: tl.tensor,
     POWER_OF_TWO: tl.constexpr,
-    LARGEST: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ) -> None:
     """Quantises one tile of each of BLOCK_ROWS rows."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    tile = tl.program_id(1)
-    columns = tile.to(tl.int64) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    num_tiles = tl.cdiv(num_columns, BLOCK_COLUMNS)
+    row_block = (tl.program_id(0) // num_tiles).to(tl.int64)
+    tile = tl.program_id(0) - row_block * num_tiles
+    row = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    columns = tile * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     inside = (row < num_rows)[:, None] & (columns < num_columns)[None, :]
     values = tl.load(rows + row[:, None] * rows_stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-    # Bits of non-negative floats order as the floats do, and those of a NaN come last; a float maximum may drop it.
-    amax_bits = tl.max(values.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)
-    finite = amax_bits < INFINITY_BITS
-    amax = tl.where(finite, amax_bits, 0).to(tl.float32, bitcast=True)
-    scale = tl.div_rn(tl.maximum(amax, min_amax), LARGEST)
-    if POWER_OF_TWO:
-        # Adding the mantissa's mask carries into the exponent unless the number is a power of two already.
-        scale_bits = (scale.to(tl.int32, bitcast=True) + MANTISSA_BITS) & INFINITY_BITS
-        scale = scale_bits.to(tl.float32, bitcast=True)
-        scaled = values * (-scale_bits + RECIPROCAL_BITS).to(tl.float32, bitcast=True)[:, None]
-    else:
-        scaled = tl.div_rn(values, tl.broadcast_to(scale[:, None], values.shape))
-    not_a_number = tl.full((BLOCK_ROWS,), NAN_BITS, tl.int32).to(tl.float32, bitcast=True)
-    scaled = tl.minimum(tl.maximum(scaled, -LARGEST), LARGEST)
-    scaled = tl.where(finite[:, None], scaled, not_a_number[:, None])
-    tl.store(codes + row[:, None] * num_columns + columns[None, :], scaled.to(codes.dtype.element_ty), mask=inside)
-    num_tiles = tl.cdiv(num_columns, BLOCK_COLUMNS)
-    tl.store(scales + row * num_tiles + tile, tl.where(finite, scale, not_a_number), mask=row < num_rows)
+    scale = scales_of(largest_bits(values, 1), min_amax, POWER_OF_TWO)
+    tl.store(codes + row[:, None] * num_columns + columns[None, :], codes_of(values, scale, POWER_OF_TWO), mask=inside)
+    tl.store(scales + row[:, None] * num_tiles + tile, scale, mask=(row < num_rows)[:, None])
 
 
 @triton.jit(do_not_specialize=["num_rows"])  # type: ignore[untyped-decorator]
@@ -81,9 +65,11 @@ def dequantize_kernel(
     BLOCK_COLUMNS: tl.constexpr,
 ) -> None:
     """Multiplies one tile of each of BLOCK_ROWS rows by its scale."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    tile = tl.program_id(1)
-    columns = tile.to(tl.int64) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    num_tiles = tl.cdiv(num_columns, BLOCK_COLUMNS)
+    row_block = (tl.program_id(0) // num_tiles).to(tl.int64)
+    tile = tl.program_id(0) - row_block * num_tiles
+    row = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    columns = tile * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     in_rows = row < num_rows
     inside = in_rows[:, None] & (columns < num_columns)[None, :]
     code = tl.load(codes + row[:, None] * codes_stride + columns[None, :], mask=inside, other=0.0)
@@ -117,8 +103,8 @@ def quantize_1x128(
     scales_NT = rows_ND.new_empty(num_rows, tiles, dtype=torch.float32)
     if num_rows == 0 or num_columns == 0:
         return Quantized(codes_ND, scales_NT)
-    _check_columns("quantize_1x128: rows_ND", rows_ND)
-    quantize_kernel[(triton.cdiv(num_rows, block_rows), tiles)](
+    check_columns("quantize_1x128: rows_ND", rows_ND)
+    quantize_kernel[(triton.cdiv(num_rows, block_rows) * tiles,)](
         rows_ND,
         codes_ND,
         scales_NT,
@@ -127,7 +113,6 @@ def quantize_1x128(
         rows_ND.stride(0),
         float(min_amax),
         POWER_OF_TWO=power_of_two,
-        LARGEST=LARGEST_CODE,
         BLOCK_ROWS=block_rows,
         BLOCK_COLUMNS=TILE,
         num_warps=num_warps,
@@ -156,9 +141,9 @@ def dequantize_1x128(quantized: Quantized, dtype: torch.dtype, *, block_rows: in
     rows_ND = codes_ND.new_empty(num_rows, num_columns, dtype=dtype)
     if num_rows == 0 or num_columns == 0:
         return rows_ND
-    _check_columns("dequantize_1x128: codes", codes_ND)
-    _check_columns("dequantize_1x128: scales", scales_NT)
-    dequantize_kernel[(triton.cdiv(num_rows, block_rows), num_tiles(num_columns))](
+    check_columns("dequantize_1x128: codes", codes_ND)
+    check_columns("dequantize_1x128: scales", scales_NT)
+    dequantize_kernel[(triton.cdiv(num_rows, block_rows) * num_tiles(num_columns),)](
         codes_ND,
         scales_NT,
         rows_ND,
@@ -173,8 +158,3 @@ def dequantize_1x128(quantized: Quantized, dtype: torch.dtype, *, block_rows: in
         enable_fp_fusion=False,
     )
     return rows_ND
-
-
-def _check_columns(subject: str, matrix: Tensor) -> None:
-    if matrix.shape[1] > 1 and matrix.stride(1) != 1:
-        raise ValueError(f"{subject} must be contiguous along its columns, got strides {matrix.stride()}")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kernels.quantize.layout import QuantizedBlocks
-from kernels.quantize.reference import dequantize_128x128
+from kernels.quantize.reference_blocks import dequantize_128x128
 from model.config import ModelConfig
 from model.hf.checkpoint import Checkpoint, open_checkpoint
 from model.hf.dtypes import TORCH_DTYPES

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from comm.forecast import Forecast, SentRows, forecast
-from comm.fp8_payload import packed_bytes
 from comm.node_limit import limit_groups
+from kernels.quantize.packed import packed_bytes
 
 _HIDDEN = 7168
 _BYTES_PER_ROW = {"FP8": packed_bytes(_HIDDEN), "BF16": 2 * _HIDDEN}

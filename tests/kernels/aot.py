@@ -36,7 +36,8 @@ class Compiled:
         cubin: the machine code.
         registers: per thread.
         spill_bytes: stored to and loaded from local memory per thread, because registers ran out.
-        shared_bytes: shared memory of a program.
+        shared_bytes: shared memory of a program, the compiled-in part and the one given at the launch.
+        num_warps: of a program, with those that the compiler adds to load ahead.
     """
 
     ptx: str
@@ -44,6 +45,7 @@ class Compiled:
     registers: int
     spill_bytes: int
     shared_bytes: int
+    num_warps: int
 
     def assert_sound(self) -> None:
         """Machine code came out, no register spills, and no offset is computed in 32 bits."""
@@ -66,20 +68,14 @@ def compile_launch(module: ModuleType, kernel_name: str, launcher: Callable[[], 
         launcher: called without arguments, launches that kernel once; the launch is recorded instead of run.
     """
     kernel = getattr(module, kernel_name)
-    launches: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-    recorder = MagicMock()
-    recorder.__getitem__.return_value = lambda *arguments, **keywords: launches.append((arguments, keywords))
-    with patch.object(module, kernel_name, recorder):
-        launcher()
-    assert len(launches) == 1, f"{kernel_name}: one launch expected, got {len(launches)}"
-    arguments, keywords = launches[0]
+    arguments, keywords = recorded_launch(module, kernel_name, launcher)
     signature: dict[str, str] = {}
     constants = {name: value for name, value in keywords.items() if name in kernel.arg_names}
     aligned: list[str] = []
     for parameter, argument in zip(kernel.params, arguments, strict=False):
         specialized = not parameter.do_not_specialize
-        if specialized and isinstance(argument, int) and argument == 1:
-            constants[parameter.name] = 1
+        if argument is None or (specialized and isinstance(argument, int) and argument == 1):
+            constants[parameter.name] = argument
         else:
             signature[parameter.name] = _type_of(argument)
             address = argument.data_ptr() if isinstance(argument, Tensor) else argument
@@ -87,6 +83,19 @@ def compile_launch(module: ModuleType, kernel_name: str, launcher: Callable[[], 
                 aligned.append(parameter.name)
     options = {name: value for name, value in keywords.items() if name not in kernel.arg_names}
     return compile_for_hopper(kernel, signature, constants, aligned, options)
+
+
+def recorded_launch(
+    module: ModuleType, kernel_name: str, launcher: Callable[[], Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments and keywords of the one launch of a kernel, which is not run; as in `compile_launch`."""
+    launches: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    recorder = MagicMock()
+    recorder.__getitem__.return_value = lambda *arguments, **keywords: launches.append((arguments, keywords))
+    with patch.object(module, kernel_name, recorder):
+        launcher()
+    assert len(launches) == 1, f"{kernel_name}: one launch expected, got {len(launches)}"
+    return launches[0]
 
 
 def compile_for_hopper(
@@ -128,7 +137,8 @@ def compile_for_hopper(
         cubin=cubin,
         registers=_sum_of(r"Used (\d+) registers", report),
         spill_bytes=_sum_of(r"(\d+) bytes spill (?:stores|loads)", report),
-        shared_bytes=compiled.metadata.shared,
+        shared_bytes=compiled.metadata.shared + sum(map(int, re.findall(r"(\d+) bytes smem", report))),
+        num_warps=_sum_of(r"\.reqntid (\d+)", ptx) // 32,
     )
 
 

@@ -5,29 +5,14 @@ Shape legend: N rows, D hidden size, V vocabulary.
 
 import pytest
 import torch
-from torch import Tensor
 
 from kernels.cross_entropy.reference import IGNORE, chunk_rows, linear_cross_entropy
-from tests.kernels.plain import cross_entropies, near, randn, strided
+from tests.kernels.agreement_fused import expected_of, some_targets
+from tests.kernels.plain import near, randn, strided
 
 LARGE = 20_011
 """A vocabulary of which a few rows of logits fill a chunk."""
 CASES = [(7, 5, 11), (1, 3, 2), (0, 4, 9), (200, 3, LARGE), (129, 4, LARGE), (64, 2, LARGE), (5, 1, 1)]
-
-
-def some_targets(num_rows: int, vocab_size: int) -> Tensor:
-    """A third ignored, the first and the last token among the others."""
-    targets_N = torch.randint(0, vocab_size, (num_rows,), generator=torch.Generator().manual_seed(9))
-    targets_N[1::3] = IGNORE
-    targets_N[:1], targets_N[3:4] = vocab_size - 1, 0
-    return targets_N
-
-
-def expected_of(rows_ND: Tensor, head_VD: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    rows_ND, head_VD = rows_ND.detach().double().requires_grad_(), head_VD.detach().double().requires_grad_()
-    nats = cross_entropies(rows_ND @ head_VD.t(), targets_N).sum()
-    grad_rows, grad_head = torch.autograd.grad(nats, (rows_ND, head_VD))
-    return nats.detach(), grad_rows, grad_head
 
 
 @pytest.mark.parametrize("is_strided", [False, True])

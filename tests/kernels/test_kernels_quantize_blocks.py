@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kernels.quantize.layout import QuantizedBlocks
-from kernels.quantize.reference import codes_128x128, dequantize_128x128, quantize_128x128
+from kernels.quantize.reference_blocks import codes_128x128, dequantize_128x128, quantize_128x128, transpose_blocks
 from tests.kernels.agreement import assert_same_bits, wild_rows
 from tests.kernels.test_kernels_quantize import NAN_CODE, nearest_codes
 
@@ -104,3 +104,39 @@ def test_a_matrix_of_no_elements_has_no_codes(shape: tuple[int, int]) -> None:
 def test_a_bound_from_which_scales_underflow_is_refused() -> None:
     with pytest.raises(ValueError, match=r"min_amax must be in \[2\*\*-117, 2\*\*127\], got 0"):
         quantize_128x128(torch.ones(2, 2), power_of_two=False, min_amax=0.0)
+
+
+@pytest.mark.parametrize("power_of_two", [True, False])
+def test_matrices_side_by_side_are_quantised_one_by_one(power_of_two: bool) -> None:
+    values = torch.randn(2, 3, 200, 150, generator=torch.Generator().manual_seed(6)).transpose(0, 1)
+    made = quantize_128x128(values, power_of_two)
+    assert made.scales.shape == (3, 2, 2, 2)
+    back = dequantize_128x128(made, torch.bfloat16)
+    for place in np.ndindex(3, 2):
+        single = quantize_128x128(values[place], power_of_two)
+        assert_same_bits(made.codes[place], single.codes)
+        assert_same_bits(made.scales[place], single.scales)
+        assert_same_bits(back[place], dequantize_128x128(single, torch.bfloat16))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (300, 257), (3, 130, 128)])
+def test_the_transpose_of_blocks_is_the_blocks_of_the_transpose(shape: tuple[int, ...]) -> None:
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(7))
+    values[..., -1, 0] = torch.nan
+    made = quantize_128x128(values, power_of_two=False)
+    turned, expected = transpose_blocks(made), quantize_128x128(values.mT, power_of_two=False)
+    again = transpose_blocks(turned)
+    for actual, other in ((turned, expected), (again, made)):
+        assert actual.codes.is_contiguous()
+        assert actual.scales.is_contiguous()
+        assert_same_bits(actual.codes, other.codes)
+        assert_same_bits(actual.scales, other.scales)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4), (2, 3, 0)])
+def test_matrices_of_no_elements_have_no_codes(shape: tuple[int, int, int]) -> None:
+    made = quantize_128x128(torch.empty(shape), power_of_two=False)
+    assert made.codes.shape == shape
+    assert made.scales.shape == (shape[0], math.ceil(shape[1] / 128), math.ceil(shape[2] / 128))
+    assert dequantize_128x128(made, torch.float32).shape == shape
+    assert transpose_blocks(made).codes.shape == (shape[0], shape[2], shape[1])

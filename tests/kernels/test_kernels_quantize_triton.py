@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 import torch
 
+import kernels.quantize.reference as reference
 from kernels.quantize.layout import Quantized
 from kernels.select import quantize_kernels
 from tests.kernels.agreement import check_dequantize, check_quantize
@@ -48,6 +49,25 @@ def interpreted_blocks() -> None:
         assert torch.equal(rows, dequantize_1x128(expected, torch.float32))
 
 
+def interpreted_near_ties() -> None:
+    """Quotients that are next to where a code changes, or there, under scales of any mantissa."""
+    from kernels.quantize.triton import quantize_1x128
+
+    generator = torch.Generator().manual_seed(1)
+    amax_N = torch.ldexp(
+        1 + torch.rand(4096, generator=generator), torch.randint(-100, 100, (4096,), generator=generator)
+    )
+    scales_N1 = reference.quantize_1x128(amax_N[:, None], False, 2.0**-117).scales
+    ties_T = torch.cat([torch.arange(17, 32, 2) * 2.0**exponent for exponent in (-12, -5, 3)])
+    products_NT = (scales_N1.double() * ties_T).float()
+    around = [torch.nextafter(products_NT, torch.tensor(direction)) for direction in (-torch.inf, torch.inf)]
+    rows_ND = torch.cat([amax_N[:, None], products_NT, -around[0], around[1]], 1)
+    expected = reference.quantize_1x128(rows_ND, False, 2.0**-117)
+    assert torch.equal(expected.scales, scales_N1)
+    actual = quantize_1x128(rows_ND, False, 2.0**-117, block_rows=1024)
+    assert torch.equal(actual.codes.view(torch.uint8), expected.codes.view(torch.uint8))
+
+
 def interpreted_misuse() -> list[str]:
     from kernels.quantize.triton import dequantize_1x128, quantize_1x128
 
@@ -76,6 +96,10 @@ def test_interpreted_quantize_is_the_same_with_any_tile(interpreter: ProcessPool
     interpreter.submit(interpreted_blocks).result()
 
 
+def test_interpreted_quotients_near_ties_equal_the_divisions(interpreter: ProcessPoolExecutor) -> None:
+    interpreter.submit(interpreted_near_ties).result()
+
+
 def test_misuse_of_quantize_is_named(interpreter: ProcessPoolExecutor) -> None:
     rows, min_amax, codes = interpreter.submit(interpreted_misuse).result()
     assert rows == "quantize_1x128: rows_ND must be contiguous along its columns, got strides (1, 3)"
@@ -98,12 +122,18 @@ def test_compiled_quantize_casts_in_hardware_and_divides_exactly(
 ) -> None:
     compiled = compiled_quantize(dtype, num_columns, power_of_two)
     compiled.assert_sound()
-    assert compiled.registers <= 128
+    if num_columns % 16 == 0:
+        # 16 numbers a thread, 16 bytes at a time; registers for as many threads as an SM can hold programs of.
+        assert len(compiled.instructions(r"ld\.global\.v4\.b32")) == len(compiled.instructions(r"ld\.global"))
+        assert len(compiled.instructions(r"st\.global\.v4\.b32")) == 1
+        assert compiled.registers <= 48
     # A tile of 2048 numbers by 128 threads, two to a cast.
     assert len(compiled.instructions(r"cvt\.rn\.satfinite\.e4m3x2\.f32$")) == 8
-    divisions = compiled.instructions(r"div\.")
-    assert set(divisions) == {"div.rn.f32"}
-    assert (len(divisions) >= 17) == (not power_of_two)
+    # Of each number the remainder is divided once more, by multiplying; the scale alone, and its inverse, by dividing.
+    scales = 1 if num_columns % 16 == 0 else 16
+    assert len(compiled.instructions(r"fma\.rn\.f32")) == (0 if power_of_two else 2 * 16)
+    assert len(compiled.instructions(r"div\.rn\.f32")) == len(compiled.instructions(r"div\.rn"))
+    assert len(compiled.instructions(r"div\.rn")) <= (scales if power_of_two else 2 * scales)
     assert compiled.instructions(r".*\.ftz") == []
 
 

@@ -1,0 +1,59 @@
+"""AdamW over float32 weights whose two moments are kept in bf16, in plain PyTorch.
+
+Every operation rounds once to float32, so that the result depends neither on the device nor on where in memory, or in
+which rank's shard, a number lies. Divisions by a number common to all are multiplications: torch's on CUDA are.
+
+Shape legend: N numbers, in any shape.
+"""
+
+import torch
+from torch import Tensor
+
+from kernels.adamw.check import check_step
+from kernels.adamw.coefficients import Coefficients
+
+CHUNK_ELEMENTS = 2**17
+"""What is in float32 at a time: small enough for a core's cache, large enough to hide the calls."""
+
+
+@torch.no_grad()
+def adamw_bf16_moments(
+    weights: Tensor, gradients: Tensor, means: Tensor, squares: Tensor, coefficients: Coefficients
+) -> None:
+    """One step, in place: moments in float32 from their bf16, the weights by them, then the moments rounded to bf16.
+
+    mean = beta1 mean + (1 - beta1) gradient; square = beta2 square + (1 - beta2) gradient^2;
+    weight = weight (1 - rate decay) - rate / (1 - beta1^t) mean / (sqrt(square) / sqrt(1 - beta2^t) + eps).
+    Moments round to nearest even (arXiv:2412.19437, section 3.3.3, keeps them in bf16). A NaN in the gradient is one in
+    both moments and in the weight.
+
+    Args:
+        weights: float32, N, contiguous.
+        gradients: float32, N, contiguous; not changed.
+        means: bf16, N, contiguous: of gradients.
+        squares: bf16, N, contiguous: of their squares.
+        coefficients: of this step.
+
+    Raises:
+        ValueError: a tensor of another type or shape, or not contiguous.
+    """
+    check_step(weights, gradients, means, squares)
+    scratch = weights.new_empty(3, min(CHUNK_ELEMENTS, weights.numel()))
+    parts = (tensor.view(-1).split(CHUNK_ELEMENTS) for tensor in (weights, gradients, means, squares))
+    for weight_N, gradient_N, mean_N, square_N in zip(*parts, strict=True):
+        _step(weight_N, gradient_N, mean_N, square_N, scratch[:, : len(weight_N)], coefficients)
+
+
+def _step(
+    weight_N: Tensor, gradient_N: Tensor, mean_N: Tensor, square_N: Tensor, scratch: Tensor, by: Coefficients
+) -> None:
+    """The whole rule on one chunk; `scratch` holds three of its size."""
+    new_mean_N, new_square_N, part_N = scratch
+    torch.mul(gradient_N, by.add_gradient, out=part_N)
+    new_mean_N.copy_(mean_N).mul_(by.keep_mean).add_(part_N)
+    torch.mul(gradient_N, gradient_N, out=part_N).mul_(by.add_square)
+    new_square_N.copy_(square_N).mul_(by.keep_square).add_(part_N)
+    mean_N.copy_(new_mean_N)
+    square_N.copy_(new_square_N)
+    new_square_N.sqrt_().mul_(by.correct_root).add_(by.eps)
+    weight_N.mul_(by.keep_weight).add_(new_mean_N.div_(new_square_N).mul_(by.move))

@@ -1,0 +1,159 @@
+"""Cross-entropy of a linear head in Triton: the reference's, its logits turned into slopes where they lie.
+
+    kernel  grid       tile                  accumulator                     rounding
+    slopes  (C rows)   1 x block_columns,    float32 (float64 of float64)    slopes once, to nearest even, into the
+                       twice along a row     in registers, sums of a row     logits' type
+                                             block by block in their order
+
+Bound by memory. A program owns a row of logits: in the first pass it finds the row's maximum and the sum of exponents
+below it, in the second it writes each logit's slope, softmax less 1 at the target, over the logit; what the second pass
+reads mostly lies in a cache still. A row that counts nothing is filled with zeros. Nothing is atomic. The rows' nats
+are added after the last chunk. Products are torch's. Every offset of a row is computed in int64. Masks: columns beyond
+the last (minus infinity, which adds nothing). A target beyond the last logit is caught only under TRITON_DEBUG=1.
+Tensors must be on the current device. Shape legend: N rows, C rows of a chunk, D hidden size, V vocabulary.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.cross_entropy.reference import IGNORE, CrossEntropy, add_product
+
+CHUNK_LOGITS = 2**27  # 256 megabytes in 16 bits: enough rows of a large vocabulary to keep a GPU's products efficient
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def slopes_kernel(
+    logits: tl.tensor,
+    targets: tl.tensor,
+    nats: tl.tensor,
+    num_columns: tl.tensor,
+    logits_stride: tl.tensor,
+    targets_stride: tl.tensor,
+    WIDE: tl.constexpr,
+    IGNORE: tl.constexpr,
+    HAS_SLOPES: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+) -> None:
+    """Nats of a row, and its slopes in place of its logits."""
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * logits_stride
+    columns = tl.arange(0, BLOCK_COLUMNS)
+    target = tl.load(targets + row * targets_stride)
+    is_counted = target != IGNORE
+    place = tl.where(is_counted, target, 0)
+    tl.device_assert((place >= 0) & (place < num_columns), "linear_cross_entropy: a target must be below V or -100")
+    chosen = tl.load(logits + place).to(WIDE)
+    # The reductions below keep every thread from writing a slope before all have read the target's logit.
+    largest = tl.full((), float("-inf"), WIDE)
+    total = tl.zeros((), WIDE)
+    for first in tl.range(0, num_columns, BLOCK_COLUMNS):
+        values = tl.load(logits + first + columns, mask=first + columns < num_columns, other=float("-inf")).to(WIDE)
+        highest = tl.maximum(largest, tl.max(values, axis=0))
+        # Of nothing but minus infinities so far; infinity less itself would be no number.
+        shift = tl.where(highest == float("-inf"), 0.0, highest)
+        total = total * tl.exp(largest - shift) + tl.sum(tl.exp(values - shift), axis=0)
+        largest = highest
+    tl.store(nats + row, tl.where(is_counted, tl.log(total) - (chosen - largest), 0.0))
+    if HAS_SLOPES:
+        factor = 1 / total
+        for first in tl.range(0, num_columns, BLOCK_COLUMNS):
+            places, inside = logits + first + columns, first + columns < num_columns
+            values = tl.load(places, mask=inside, other=float("-inf")).to(WIDE)
+            slopes = tl.exp(values - largest) * factor - tl.where(first + columns == target, 1.0, 0.0)
+            slopes = tl.where(is_counted, slopes, 0.0)
+            tl.store(places, slopes.to(logits.dtype.element_ty), mask=inside)
+
+
+def nats_and_slopes_(
+    logits_CV: Tensor,
+    targets_C: Tensor,
+    nats_C: Tensor,
+    has_slopes: bool,
+    *,
+    block_columns: int = 8192,
+    num_warps: int = 8,
+) -> None:
+    """Writes the nats of each row, and over the logits their slopes: softmax less 1 at the target, 0 where it is -100.
+
+    Args:
+        logits_CV: floating point, its rows may lie apart in memory; overwritten where `has_slopes`.
+        targets_C: int64, below V; -100 counts nothing.
+        nats_C: float32 (float64 for float64 logits), contiguous; overwritten.
+        has_slopes: whether slopes are wanted.
+        block_columns: logits that a program works on at a time; a power of two.
+        num_warps: of a program.
+    """
+    num_rows, num_columns = logits_CV.shape
+    if num_rows == 0:
+        return
+    slopes_kernel[(num_rows,)](
+        logits_CV,
+        targets_C,
+        nats_C,
+        num_columns,
+        logits_CV.stride(0),
+        targets_C.stride(0),
+        WIDE=tl.float64 if nats_C.dtype == torch.float64 else tl.float32,
+        IGNORE=IGNORE,
+        HAS_SLOPES=has_slopes,
+        BLOCK_COLUMNS=min(block_columns, triton.next_power_of_2(num_columns)),
+        num_warps=num_warps,
+        enable_fp_fusion=False,
+    )
+
+
+def linear_cross_entropy(
+    rows_ND: Tensor,
+    head_VD: Tensor,
+    targets_N: Tensor,
+    *,
+    wants_rows: bool,
+    wants_head: bool,
+    chunk_logits: int = CHUNK_LOGITS,
+    block_columns: int = 8192,
+    num_warps: int = 8,
+) -> CrossEntropy:
+    """Sum over targets of -log softmax(rows head^T)[target], with the gradients that are wanted, chunk by chunk.
+
+    Each chunk's logits are computed once, in the rows' type, and serve loss and gradients, in place.
+
+    Args:
+        rows_ND: the head's input.
+        head_VD: the head's matrix, in the rows' type.
+        targets_N: int64, below V; -100 counts nothing.
+        wants_rows: whether to compute the gradient of the rows.
+        wants_head: whether to compute the gradient of the head.
+        chunk_logits: held at once, about.
+        block_columns: logits that a program works on at a time; a power of two.
+        num_warps: of a program.
+    """
+    num_rows, vocab_size = len(rows_ND), len(head_VD)
+    wide = torch.promote_types(rows_ND.dtype, torch.float32)
+    nats_N = rows_ND.new_empty(num_rows, dtype=wide)
+    grad_rows_ND = torch.empty_like(rows_ND) if wants_rows else None
+    grad_head_VD = torch.empty_like(head_VD, dtype=wide) if wants_head else None
+    size = max(1, min(num_rows, chunk_logits // vocab_size))
+    logits_CV = rows_ND.new_empty(size if num_rows else 0, vocab_size)
+    for first in range(0, num_rows, size):
+        chunk = slice(first, first + size)
+        rows_CD, targets_C = rows_ND[chunk], targets_N[chunk]
+        slopes_CV = logits_CV[: len(rows_CD)]
+        torch.mm(rows_CD, head_VD.t(), out=slopes_CV)
+        nats_and_slopes_(
+            slopes_CV,
+            targets_C,
+            nats_N[chunk],
+            wants_rows or wants_head,
+            block_columns=block_columns,
+            num_warps=num_warps,
+        )
+        is_ignored_C1 = targets_C[:, None] == IGNORE
+        if grad_rows_ND is not None:
+            torch.mm(slopes_CV, head_VD, out=grad_rows_ND[chunk]).masked_fill_(is_ignored_C1, 0)
+        if grad_head_VD is not None:
+            add_product(grad_head_VD, slopes_CV.t(), rows_CD.masked_fill(is_ignored_C1, 0), is_first=first == 0)
+    if grad_head_VD is not None and not num_rows:
+        grad_head_VD.zero_()
+    return CrossEntropy(nats_N.sum(), grad_rows_ND, grad_head_VD)

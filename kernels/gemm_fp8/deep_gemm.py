@@ -1,0 +1,75 @@
+"""Products in FP8 by the package `deep_gemm` (version 2), where it is installed and made for the operands.
+
+On Hopper it wants both operands with K contiguous and scales in float32; it transposes those by row itself, so that
+they begin at multiples of 16 bytes for each 128 of K. A weight with blocks gives bfloat16 and nothing else; scales by
+row on both sides give float32, added to what the result holds already.
+
+Shape legend: M rows of the left operand, N rows of the right one, K numbers in a row of both, P rows of all groups,
+each filled up to a multiple of 128.
+"""
+
+from collections.abc import Callable
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from kernels.gemm_fp8.shapes import check_columns, check_rows_by_blocks
+from kernels.quantize.layout import TILE, Quantized, QuantizedBlocks, QuantizedColumns
+
+HOPPER = 9
+OUTPUTS_MULTIPLE = 64
+ROWS_BY_ROWS = (1, 1, TILE)  # the package's "recipe": rows to a scale on the left, on the right, and numbers of K
+
+RowsByBlocks = Callable[[Quantized, QuantizedBlocks, torch.dtype], Tensor]
+Columns = Callable[[QuantizedColumns, QuantizedColumns], Tensor]
+
+
+def available(device: torch.device) -> bool:
+    """Whether the package is installed, and the device a Hopper GPU: later ones it gives other kernels and scales."""
+    if device.type != "cuda" or find_spec("deep_gemm") is None:
+        return False
+    return torch.cuda.get_device_capability(device)[0] == HOPPER
+
+
+class DeepGemm:
+    """Both products by the package, and those that it is not made for by another implementation."""
+
+    def __init__(self, otherwise: RowsByBlocks, columns_otherwise: Columns) -> None:
+        """Names the other implementation.
+
+        Args:
+            otherwise: `kernels.gemm_fp8.triton.gemm_fp8` or its like.
+            columns_otherwise: `kernels.gemm_fp8.triton.gemm_fp8_columns` or its like.
+        """
+        self._otherwise = otherwise
+        self._columns_otherwise = columns_otherwise
+
+    def gemm_fp8(self, left: Quantized, right: QuantizedBlocks, dtype: torch.dtype) -> Tensor:
+        """As `kernels.gemm_fp8.reference.gemm_fp8`."""
+        num_rows, num_outputs, depth = check_rows_by_blocks("gemm_fp8", left, right)
+        suits = dtype == torch.bfloat16 and num_rows > 0 and num_outputs % OUTPUTS_MULTIPLE == 0
+        if not suits or not _suit(depth, *left, *right):
+            return self._otherwise(left, right, dtype)
+        from deep_gemm import fp8_gemm_nt  # type: ignore[import-not-found, unused-ignore]
+
+        out_MN = left.codes.new_empty(num_rows, num_outputs, dtype=dtype)
+        fp8_gemm_nt(tuple(left), tuple(right), out_MN)
+        return out_MN
+
+    def gemm_fp8_columns(self, left: QuantizedColumns, right: QuantizedColumns) -> Tensor:
+        """As `kernels.gemm_fp8.reference.gemm_fp8_columns`."""
+        num_rows, num_outputs, depth = check_columns("gemm_fp8_columns", left, right)
+        suits = num_rows % OUTPUTS_MULTIPLE == 0 and num_outputs % OUTPUTS_MULTIPLE == 0
+        if not suits or not _suit(depth, *left, *right):
+            return self._columns_otherwise(left, right)
+        from deep_gemm import fp8_gemm_nt
+
+        out_MN = left.scales.new_zeros(num_rows, num_outputs)
+        fp8_gemm_nt(tuple(left), tuple(right), out_MN, c=out_MN, recipe=ROWS_BY_ROWS)
+        return out_MN
+
+
+def _suit(depth: int, *matrices: Tensor) -> bool:
+    aligned = all(matrix.is_contiguous() and matrix.data_ptr() % 16 == 0 for matrix in matrices)
+    return depth > 0 and depth % TILE == 0 and aligned

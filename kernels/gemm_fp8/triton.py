@@ -1,0 +1,207 @@
+"""Products of matrices in FP8 codes and scales, in Triton; what they give is defined in kernels/gemm_fp8/reference.py.
+
+    kernel  grid                            tile                     accumulator                     rounding
+    gemm    persistent: programs_per_sm     block_rows x             per 128 of K float32, of which  once, to nearest
+            programs per multiprocessor,    block_outputs,           the tensor cores keep 14 bits   even, into the
+            a tile of the result after      128 of K at a time       or so; these are scaled and     result's dtype
+            the other each                                           added in float32 registers
+
+A multiprocessor's registers hold two sums, the tensor cores' own and the one in float32 that it is added to after
+every 128 of K (arXiv:2412.19437, section 3.3.2, "increasing accumulation precision"): hence no tile beyond 128 x 128.
+The product of both scales is taken first where one of them belongs to the whole tile, which leaves one fused operation
+for a number. With `specialize`, one group of warps loads and two multiply, each half of the rows of a tile: while one
+adds to its sum, the other one's products keep the tensor cores busy.
+
+Tiles are taken in the order of groups of `group` tile rows, so that programs that run together share operands in the
+cache. Tiles of the operands are moved by descriptor (TMA), for which codes whose rows do not lie at multiples of 16
+bytes are copied first: masked loads of single bytes would cost far more. So are those of the result where its rows lie
+so; elsewhere they are stored under a mask, offsets in int64. What lies beyond the last row, output or number of K is
+read as 0. Tensors must be on the current device.
+
+Shape legend: M rows of the left operand, N rows of the right one (outputs), K numbers in a row of both, P rows of all
+groups, each filled up to a multiple of 128.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.gemm_fp8.descriptors import allow_descriptors, describable, described
+from kernels.gemm_fp8.shapes import check_columns, check_rows_by_blocks
+from kernels.gemm_fp8.tiling import STORED_BY_DESCRIPTOR, STORED_BY_MASK, Tiling
+from kernels.quantize.layout import TILE, Quantized, QuantizedBlocks, QuantizedColumns
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def place_of(tile: tl.tensor, num_tile_rows: tl.tensor, num_tile_columns: tl.tensor, GROUP: tl.constexpr) -> tl.tensor:
+    """Row and column of a tile: down GROUP rows, then the next column; at the last column, the next GROUP rows."""
+    tiles_of_group = GROUP * num_tile_columns
+    first_row = tile // tiles_of_group * GROUP
+    num_rows = tl.minimum(num_tile_rows - first_row, GROUP)
+    in_group = tile % tiles_of_group
+    return (first_row + in_group % num_rows).to(tl.int32), (in_group // num_rows).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_outputs", "num_tiles"])  # type: ignore[untyped-decorator]
+def gemm_kernel(
+    left: tl.tensor,
+    right: tl.tensor,
+    left_scales: tl.tensor,
+    right_scales: tl.tensor,
+    out: tl.tensor,
+    num_rows: tl.tensor,
+    num_outputs: tl.tensor,
+    depth: tl.tensor,
+    num_tiles: tl.tensor,
+    left_stride: tl.tensor,
+    right_stride: tl.tensor,
+    left_scales_stride: tl.tensor,
+    right_scales_stride: tl.tensor,
+    BY_BLOCKS: tl.constexpr,
+    STORE_BY_DESCRIPTOR: tl.constexpr,
+    SPECIALIZE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_OUTPUTS: tl.constexpr,
+    BLOCK_DEPTH: tl.constexpr,
+    GROUP: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+) -> None:
+    """Tiles of `left right^T`; BY_BLOCKS says whether a scale of `right` serves 128 of its rows or one."""
+    left_tiles = tl.make_tensor_descriptor(left, [num_rows, depth], [left_stride, 1], [BLOCK_ROWS, BLOCK_DEPTH])
+    right_tiles = tl.make_tensor_descriptor(
+        right, [num_outputs, depth], [right_stride, 1], [BLOCK_OUTPUTS, BLOCK_DEPTH]
+    )
+    if STORE_BY_DESCRIPTOR:
+        out_tiles = tl.make_tensor_descriptor(
+            out, [num_rows, num_outputs], [num_outputs, 1], [BLOCK_ROWS, BLOCK_OUTPUTS]
+        )
+    num_tile_rows = tl.cdiv(num_rows, BLOCK_ROWS).to(tl.int64)
+    num_tile_columns = tl.cdiv(num_outputs, BLOCK_OUTPUTS).to(tl.int64)
+    for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), warp_specialize=SPECIALIZE):
+        tile_row, tile_column = place_of(tile, num_tile_rows, num_tile_columns, GROUP)
+        first_row = tile_row * BLOCK_ROWS
+        first_output = tile_column * BLOCK_OUTPUTS
+        rows = first_row + tl.arange(0, BLOCK_ROWS)
+        outputs = first_output + tl.arange(0, BLOCK_OUTPUTS)
+        left_scale_rows = left_scales + rows.to(tl.int64) * left_scales_stride
+        if BY_BLOCKS:
+            right_scale_rows = right_scales + (first_output // BLOCK_DEPTH).to(tl.int64) * right_scales_stride
+        else:
+            right_scale_rows = right_scales + outputs.to(tl.int64) * right_scales_stride
+        total = tl.zeros((BLOCK_ROWS, BLOCK_OUTPUTS), tl.float32)
+        for step in tl.range(0, tl.cdiv(depth, BLOCK_DEPTH), num_stages=NUM_STAGES):
+            first = step * BLOCK_DEPTH
+            left_scale = tl.load(left_scale_rows + step, mask=rows < num_rows, other=0.0)
+            if BY_BLOCKS:
+                right_scale = tl.load(right_scale_rows + step)
+            else:
+                right_scale = tl.load(right_scale_rows + step, mask=outputs < num_outputs, other=0.0)
+            left_codes = left_tiles.load([first_row, first])
+            right_codes = right_tiles.load([first_output, first])
+            if BY_BLOCKS:
+                total += tl.dot(left_codes, right_codes.T) * (left_scale * right_scale)[:, None]
+            else:
+                total += tl.dot(left_codes, right_codes.T) * left_scale[:, None] * right_scale[None, :]
+        result = total.to(out.dtype.element_ty)
+        if STORE_BY_DESCRIPTOR:
+            out_tiles.store([first_row, first_output], result)
+        else:
+            inside = (rows < num_rows)[:, None] & (outputs < num_outputs)[None, :]
+            tl.store(out + rows.to(tl.int64)[:, None] * num_outputs + outputs[None, :], result, mask=inside)
+
+
+def gemm_fp8(left: Quantized, right: QuantizedBlocks, dtype: torch.dtype, *, tiling: Tiling | None = None) -> Tensor:
+    """Product with a weight, `left right^T` (arXiv:2412.19437, section 3.3.2).
+
+    Args:
+        left: codes [M, K] with scales by 1 x 128; copied unless rows lie at multiples of 16 bytes.
+        right: codes [N, K] with scales by 128 x 128; likewise.
+        dtype: of the result.
+        tiling: how to cut it up; by default what suits the result.
+
+    Returns:
+        [M, N], rounded once, to `dtype`. A row or a block that is NaN makes its rows or columns NaN.
+
+    Raises:
+        ValueError: the operands do not fit each other.
+    """
+    num_rows, num_outputs, _ = check_rows_by_blocks("gemm_fp8", left, right)
+    out_MN = left.codes.new_empty(num_rows, num_outputs, dtype=dtype)
+    _launch(left, right, out_MN, tiling)
+    return out_MN
+
+
+def gemm_fp8_columns(left: QuantizedColumns, right: QuantizedColumns, *, tiling: Tiling | None = None) -> Tensor:
+    """Product over the rows of all groups, `left right^T`: a weight's gradient (arXiv:2412.19437, section 3.3.2).
+
+    Args:
+        left: codes [M, P] with scales by 128 of P; copied unless rows lie at multiples of 16 bytes.
+        right: codes [N, P] likewise.
+        tiling: how to cut it up; by default what suits the result.
+
+    Returns:
+        float32 [M, N]; zeros where P is 0.
+
+    Raises:
+        ValueError: the operands do not fit each other.
+    """
+    num_rows, num_outputs, _ = check_columns("gemm_fp8_columns", left, right)
+    out_MN = left.scales.new_empty(num_rows, num_outputs)
+    _launch(left, right, out_MN, tiling)
+    return out_MN
+
+
+def _launch(
+    left: Quantized | QuantizedColumns,
+    right: QuantizedBlocks | QuantizedColumns,
+    out_MN: Tensor,
+    tiling: Tiling | None,
+) -> None:
+    num_rows, num_outputs = out_MN.shape
+    depth = left.codes.shape[1]
+    if out_MN.numel() == 0 or depth == 0:
+        out_MN.zero_()
+        return
+    left_MK, right_NK = described(left.codes), described(right.codes)
+    left_scales, right_scales = (_contiguous_rows(scales) for scales in (left.scales, right.scales))
+    store_by_descriptor = describable(out_MN) and out_MN.element_size() <= 4
+    tiling = tiling or (STORED_BY_DESCRIPTOR if store_by_descriptor else STORED_BY_MASK)
+    num_tiles = triton.cdiv(num_rows, tiling.rows) * triton.cdiv(num_outputs, tiling.outputs)
+    allow_descriptors(out_MN.device)
+    gemm_kernel[(min(num_tiles, tiling.programs_per_sm * _num_multiprocessors(out_MN.device)),)](
+        left_MK,
+        right_NK,
+        left_scales,
+        right_scales,
+        out_MN,
+        num_rows,
+        num_outputs,
+        depth,
+        num_tiles,
+        left_MK.stride(0),
+        right_NK.stride(0),
+        left_scales.stride(0),
+        right_scales.stride(0),
+        BY_BLOCKS=isinstance(right, QuantizedBlocks),
+        STORE_BY_DESCRIPTOR=store_by_descriptor,
+        SPECIALIZE=tiling.specialize,
+        BLOCK_ROWS=tiling.rows,
+        BLOCK_OUTPUTS=tiling.outputs,
+        BLOCK_DEPTH=TILE,
+        GROUP=tiling.group,
+        NUM_STAGES=tiling.stages,
+        num_warps=tiling.warps,
+        num_stages=tiling.stages,
+        enable_fp_fusion=True,
+    )
+
+
+def _contiguous_rows(scales: Tensor) -> Tensor:
+    return scales if scales.stride(1) == 1 else scales.contiguous()
+
+
+def _num_multiprocessors(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 2  # of Triton's interpreter, which runs one program after the other: each is given several tiles

@@ -1,0 +1,92 @@
+"""Products in FP8 under the tiling that was fastest here, found out at the first product of a shape.
+
+Triton's own tuner needs a GPU as soon as it is made and calls kernels with the arguments of a launch; this one tries
+whole launches, and makes nothing before the first product on CUDA.
+"""
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.runtime.errors import OutOfResources
+
+from kernels.gemm_fp8.tiling import STORED_BY_MASK, Tiling
+from kernels.gemm_fp8.triton import gemm_fp8, gemm_fp8_columns
+from kernels.quantize.layout import Quantized, QuantizedBlocks, QuantizedColumns
+
+CANDIDATES = (
+    Tiling(),
+    Tiling(specialize=True, warps=4),
+    Tiling(rows=64, warps=4, stages=3, programs_per_sm=2),
+    Tiling(rows=64, warps=4, stages=2, programs_per_sm=3),
+    Tiling(rows=64, outputs=64, warps=4, programs_per_sm=2),
+    STORED_BY_MASK,
+)
+
+Key = tuple[str, torch.dtype, int, int, int]
+
+
+class TunedGemm:
+    """Both products, tuned: owner of what was found out. Every tiling gives the same result.
+
+    A first product of its shape takes as long as all candidates, a compilation each among them, and cannot be captured
+    in a CUDA graph. Numbers of rows count as the next power of two.
+    """
+
+    def __init__(
+        self,
+        candidates: Iterable[Tiling] = CANDIDATES,
+        milliseconds: Callable[[Callable[[], Any]], float] | None = None,
+    ) -> None:
+        """Nothing is tried yet.
+
+        Args:
+            candidates: tilings to choose from.
+            milliseconds: measures a call; by default Triton's own benchmark, and on CUDA tensors alone: elsewhere
+                nothing is tried, and the kernel's own tiling is used.
+        """
+        self._candidates = tuple(candidates)
+        self._milliseconds = milliseconds
+        self._chosen: dict[Key, Tiling] = {}
+
+    def gemm_fp8(self, left: Quantized, right: QuantizedBlocks, dtype: torch.dtype) -> Tensor:
+        """As `kernels.gemm_fp8.triton.gemm_fp8`."""
+        key = ("rows", dtype, *_sizes(left.codes, right.codes))
+        return gemm_fp8(left, right, dtype, tiling=self._tiling(key, left.codes.device, gemm_fp8, left, right, dtype))
+
+    def gemm_fp8_columns(self, left: QuantizedColumns, right: QuantizedColumns) -> Tensor:
+        """As `kernels.gemm_fp8.triton.gemm_fp8_columns`."""
+        key = ("columns", torch.float32, *_sizes(left.codes, right.codes))
+        return gemm_fp8_columns(left, right, tiling=self._tiling(key, left.codes.device, gemm_fp8_columns, left, right))
+
+    def _tiling(self, key: Key, device: torch.device, product: Callable[..., Tensor], *arguments: Any) -> Tiling | None:
+        milliseconds = self._milliseconds
+        if milliseconds is None:
+            if device.type != "cuda":
+                return None
+            milliseconds = _benchmark
+        if 0 in key:
+            return None
+        if key not in self._chosen:
+            times: dict[Tiling, float] = {}
+            for tiling in self._candidates:
+                try:
+                    times[tiling] = milliseconds(partial(product, *arguments, tiling=tiling))
+                except OutOfResources:
+                    continue  # a tile for results of fewer bytes, or for a GPU with more shared memory
+            self._chosen[key] = min(times, key=times.__getitem__)
+        return self._chosen[key]
+
+
+def _benchmark(call: Callable[[], Any]) -> float:
+    from triton.testing import do_bench
+
+    return float(do_bench(call, warmup=5, rep=20, return_mode="median"))
+
+
+def _sizes(left: Tensor, right: Tensor) -> tuple[int, int, int]:
+    num_rows = int(left.shape[0])
+    return triton.next_power_of_2(num_rows) if num_rows else 0, int(right.shape[0]), int(left.shape[1])

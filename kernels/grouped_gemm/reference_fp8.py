@@ -1,0 +1,67 @@
+"""Products of rows in FP8 sorted by group with one matrix per group, in plain PyTorch.
+
+Shape legend: A rows (all groups together), P rows once every group is filled up to whole tiles, E groups, K and N inner
+and outer width. `counts` lives on the host.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kernels.gemm_fp8.reference import gemm_fp8, gemm_fp8_columns
+from kernels.quantize.layout import TILE, Quantized, QuantizedBlocks, QuantizedColumns, check_counts, padded_rows
+
+
+def grouped_rows_fp8(rows: Quantized, weights: QuantizedBlocks, counts: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """`gemm_fp8` of each group's rows with its matrix (arXiv:2412.19437, section 3.3.2).
+
+    Args:
+        rows: codes [A, K] with scales by 1 x 128, sorted by group.
+        weights: codes [E, N, K] with scales by 128 x 128.
+        counts: rows of each group, some of them possibly 0.
+        dtype: of the result.
+
+    Returns:
+        [A, N], rounded once, to `dtype`.
+
+    Raises:
+        ValueError: the operands do not fit each other, or counts that do not add up to A.
+    """
+    check_counts("grouped_rows_fp8", counts, len(rows.codes))
+    out_AN = rows.scales.new_empty(len(rows.codes), weights.codes.shape[1], dtype=dtype)
+    first = 0
+    for group, count in enumerate(counts):
+        part = slice(first, first + count)
+        if count:
+            matrix = QuantizedBlocks(weights.codes[group], weights.scales[group])
+            out_AN[part] = gemm_fp8(Quantized(rows.codes[part], rows.scales[part]), matrix, dtype)
+        first += count
+    return out_AN
+
+
+def grouped_weight_fp8(grad: QuantizedColumns, rows: QuantizedColumns, counts: Sequence[int]) -> Tensor:
+    """`gemm_fp8_columns` of each group: the gradient of its matrix (arXiv:2412.19437, section 3.3.2).
+
+    Args:
+        grad: codes [N, P] with scales by 128 of P; of the outputs' gradient.
+        rows: codes [K, P] likewise; of the inputs.
+        counts: rows of each group, as when both were quantised.
+
+    Returns:
+        float32 [E, N, K]; zeros for a group without rows.
+
+    Raises:
+        ValueError: the operands do not fit each other, or the counts.
+    """
+    num_outputs, num_inputs = len(grad.codes), len(rows.codes)
+    out_ENK = grad.scales.new_zeros(len(counts), num_outputs, num_inputs)
+    first = 0
+    for group, count in enumerate(counts):
+        size = padded_rows([count])
+        if count:
+            part, tiles = slice(first, first + size), slice(first // TILE, (first + size) // TILE)
+            left, right = (QuantizedColumns(each.codes[:, part], each.scales[:, tiles]) for each in (grad, rows))
+            out_ENK[group] = gemm_fp8_columns(left, right)
+        first += size
+    return out_ENK

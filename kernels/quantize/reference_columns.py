@@ -1,0 +1,83 @@
+"""FP8 codes with one scale per column and 128 rows of a group, stored transposed, in plain PyTorch.
+
+Shape legend: N rows, D columns, P rows once every group is filled up to whole tiles, C columns worked on at a time.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kernels.quantize.layout import TILE, Quantized, QuantizedColumns, check_counts, padded_rows
+from kernels.quantize.reference import dequantize_1x128, quantize_1x128
+
+CHUNK_TILES = 2
+
+
+def quantize_columns(
+    rows_ND: Tensor, counts: Sequence[int], power_of_two: bool, min_amax: float = 1e-4
+) -> QuantizedColumns:
+    """Codes and scales of the transpose, by tiles of 128 rows of a group (arXiv:2412.19437, section 3.3.2).
+
+    That is `quantize_1x128` of the transpose, once every group is filled up with zeros to a multiple of 128 rows.
+
+    Args:
+        rows_ND: floating point, read as float32; sorted by group.
+        counts: rows of each group, some of them possibly 0.
+        power_of_two: round the scale up to a power of two.
+        min_amax: lower bound of a tile's amax; in [2**-117, 2**127].
+
+    Returns:
+        codes float8_e4m3fn [D, P] and scales float32 [D, P / 128].
+
+    Raises:
+        ValueError: min_amax out of bounds, or counts that do not add up to N.
+    """
+    check_counts("quantize_columns", counts, rows_ND.shape[0])
+    quantized = quantize_1x128(_filled_up(rows_ND, counts).t(), power_of_two, min_amax)
+    return QuantizedColumns(quantized.codes, quantized.scales)
+
+
+def requantize_columns(
+    quantized: Quantized, counts: Sequence[int], power_of_two: bool, min_amax: float = 1e-4
+) -> QuantizedColumns:
+    """`quantize_columns` of rows that are in FP8 by tiles of 128 columns: code times scale in float32 is the value.
+
+    Nothing is lost where all scales are powers of two and a column's exponents within a tile allow it.
+
+    Args:
+        quantized: codes float8_e4m3fn [N, D] and scales float32 [N, ceil(D / 128)]; sorted by group.
+        counts: rows of each group, some of them possibly 0.
+        power_of_two: round the scale up to a power of two.
+        min_amax: lower bound of a tile's amax; in [2**-117, 2**127].
+
+    Returns:
+        codes float8_e4m3fn [D, P] and scales float32 [D, P / 128]; NaN wherever a tile met one.
+
+    Raises:
+        ValueError: min_amax out of bounds, or counts that do not add up to N.
+    """
+    codes_ND, scales_NT = quantized
+    num_rows, num_columns = codes_ND.shape
+    check_counts("requantize_columns", counts, num_rows)
+    num_padded = padded_rows(counts)
+    codes_DP = codes_ND.new_empty(num_columns, num_padded)
+    scales_DT = scales_NT.new_empty(num_columns, num_padded // TILE)
+    for first in range(0, max(1, num_columns), CHUNK_TILES * TILE):
+        chunk, tiles = slice(first, first + CHUNK_TILES * TILE), slice(first // TILE, first // TILE + CHUNK_TILES)
+        rows_NC = dequantize_1x128(Quantized(codes_ND[:, chunk], scales_NT[:, tiles]), torch.float32)
+        made = quantize_columns(rows_NC, counts, power_of_two, min_amax)
+        codes_DP[chunk], scales_DT[chunk] = made
+    return QuantizedColumns(codes_DP, scales_DT)
+
+
+def _filled_up(rows_ND: Tensor, counts: Sequence[int]) -> Tensor:
+    """rows_PD: every group filled up with zeros to a multiple of 128 rows."""
+    if all(count % TILE == 0 for count in counts):
+        return rows_ND
+    rows_PD = rows_ND.new_zeros(padded_rows(counts), rows_ND.shape[1])
+    first = 0
+    for rows_GD in rows_ND.split(list(counts)):
+        rows_PD[first : first + len(rows_GD)] = rows_GD
+        first += padded_rows([len(rows_GD)])
+    return rows_PD

@@ -1,0 +1,94 @@
+"""Rows in 12 bits a number with one scale per row and 128 columns, in plain PyTorch.
+
+Shape legend: N rows, D columns, B bytes of a packed row, T tiles in a row, R rows worked on at a time, C columns of a
+tile (128), V numbers of a row (D, and one more where that is odd).
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from kernels.quantize.layout import E5M6_MIN_AMAX, PackedE5M6, check_packed, num_pairs, num_tiles
+from kernels.quantize.reference import CHUNK_NUMBERS, tiles_of
+
+NAN_HALF = 0x7E00
+
+
+def pack_e5m6(rows_ND: Tensor) -> PackedE5M6:
+    """Rows in 12 bits a number, tile by tile (arXiv:2412.19437, section 3.3.3).
+
+    A tile's scale is the least power of two, but for 2**-126 at least, under which no magnitude exceeds 65024, the
+    largest there is; a code is the number next to `value / scale`, ties to even. A tile with a NaN or an infinity
+    becomes all NaN, scale and codes. The last tile may be ragged.
+
+    Args:
+        rows_ND: floating point, read as float32; its rows may lie apart in memory.
+    """
+    num_rows, num_columns = rows_ND.shape
+    pairs = num_pairs(num_columns)
+    codes_NB = rows_ND.new_empty(num_rows, 3 * pairs, dtype=torch.uint8)
+    scales_NT = rows_ND.new_empty(num_rows, num_tiles(num_columns), dtype=torch.float32)
+    chunk_rows = max(1, CHUNK_NUMBERS // max(1, num_columns))
+    for first in range(0, num_rows if num_columns else 0, chunk_rows):
+        chunk = slice(first, first + chunk_rows)
+        values_RTC = tiles_of(rows_ND[chunk].float())
+        scales_RT1 = _scales(values_RTC.abs().amax(dim=2, keepdim=True))
+        halves_RTC = _rounded(values_RTC / scales_RT1).half().view(torch.int16)
+        finite_RT1 = scales_RT1.isfinite()
+        if not finite_RT1.all():
+            halves_RTC.masked_fill_(~finite_RT1, NAN_HALF)
+        halves_RD = halves_RTC.flatten(1)[:, :num_columns]
+        halves_RV = functional.pad(halves_RD, (0, 2 * pairs - num_columns))
+        upper_RV = halves_RV >> 12 & 0xF
+        codes_NB[chunk, : 2 * pairs] = halves_RV >> 4
+        codes_NB[chunk, 2 * pairs :] = upper_RV[:, ::2] | upper_RV[:, 1::2] << 4
+        scales_NT[chunk] = scales_RT1[:, :, 0]
+    return PackedE5M6(codes_NB, scales_NT)
+
+
+def unpack_e5m6(packed: PackedE5M6, num_columns: int, dtype: torch.dtype) -> Tensor:
+    """Rows from 12 bits a number.
+
+    Args:
+        packed: codes uint8 [N, 3 * ceil(D / 2)] and scales float32 [N, ceil(D / 128)].
+        num_columns: D.
+        dtype: of the result.
+
+    Returns:
+        rows_ND: code times scale in float32 (float64 where that is the dtype), rounded to `dtype`.
+
+    Raises:
+        ValueError: the packed rows are not of D numbers.
+    """
+    check_packed(packed, num_columns)
+    codes_NB, scales_NT = packed
+    num_rows = codes_NB.shape[0]
+    rows_ND = codes_NB.new_empty(num_rows, num_columns, dtype=dtype)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    num_lower = 2 * num_pairs(num_columns)
+    chunk_rows = max(1, CHUNK_NUMBERS // max(1, num_columns))
+    for first in range(0, num_rows if num_columns else 0, chunk_rows):
+        chunk = slice(first, first + chunk_rows)
+        lower_RV, pairs_RV = codes_NB[chunk, :num_lower].short(), codes_NB[chunk, num_lower:].short()
+        upper_RV = torch.stack([pairs_RV & 0xF, pairs_RV >> 4], dim=2).flatten(1)
+        # The sign reaches the sign's bit of 16: what is left is IEEE half precision.
+        halves_RV = (upper_RV << 12 | lower_RV << 4).view(torch.float16)
+        values_RTC = tiles_of(halves_RV[:, :num_columns].to(wide))
+        product_RTC = values_RTC * scales_NT[chunk].to(wide)[:, :, None]
+        rows_ND[chunk] = product_RTC.flatten(1)[:, :num_columns]
+    return rows_ND
+
+
+def _scales(amax: Tensor) -> Tensor:
+    bits = amax.clamp(min=E5M6_MIN_AMAX).view(torch.int32)
+    # 65024 is 2**15 times a mantissa of 0x7E0000: beyond that mantissa, the sum carries into the exponent.
+    scales = ((bits + 0x1FFFF) & 0x7F800000) - (15 << 23)
+    return scales.view(torch.float32).where(amax.isfinite(), torch.nan)
+
+
+def _rounded(scaled: Tensor) -> Tensor:
+    """Each number, of magnitude 65024 at most, to the nearest of 6 bits of mantissa and exponent -14 at least."""
+    # Of a number near 1.5 * 2**17 times it, or times 2**-14, the last bit is the last that it shall keep.
+    large = scaled.view(torch.int32).bitwise_and(0x7F800000).clamp_(min=127 - 14 << 23).add_((17 << 23) + (1 << 22))
+    large = large.view(torch.float32)
+    return (scaled + large).sub_(large).copysign_(scaled)

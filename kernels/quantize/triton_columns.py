@@ -1,0 +1,277 @@
+"""FP8 codes with one scale per column and 128 rows of a group, stored transposed, in Triton: bit-equal to
+kernels/quantize/reference_columns.py.
+
+Both kernels are bound by memory: each number is read once, by columns side by side, and written once, by rows of a
+tile side by side; in between, a tile is transposed as codes, a byte each, in shared memory.
+
+    kernel     grid                        tile                      accumulator            rounding
+    quantize   (D / block_columns, tiles)  128 rows x block_columns  amax in int32, so that scale: division to nearest
+                                                                     a NaN is the largest   even, or up to a power of
+                                                                                            two; codes: division to
+                                                                                            nearest even, then to e4m3
+    requantize (D / block_columns, tiles)  128 rows x block_columns  as above               product of code and scale in
+                                                                                            float32, then as above
+
+Every offset of a row is computed in int64. Masks: rows beyond the last of a group and columns beyond the last (zeros,
+which change no amax and are the codes of the filling). Where a tile begins and where its rows end is worked out on the
+host and copied without waiting; where there is one group, it follows from the tile's number. Tensors must be on the
+current device.
+
+Shape legend: N rows, D columns, P rows once every group is filled up to whole tiles, T tiles in all.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.quantize.layout import (
+    TILE,
+    Quantized,
+    QuantizedColumns,
+    check_columns,
+    check_counts,
+    check_min_amax,
+    num_tiles,
+    padded_rows,
+)
+from kernels.quantize.tile import codes_of, largest_bits, scales_of
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _rows_of(
+    bounds: tl.tensor, num_rows: tl.tensor, GROUPED: tl.constexpr, BLOCK_ROWS: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
+    """The rows of a program's tile, and which of them there are."""
+    first, end = tl.program_id(1).to(tl.int64) * BLOCK_ROWS, num_rows
+    if GROUPED:
+        first = tl.load(bounds + 2 * tl.program_id(1)).to(tl.int64)
+        end = tl.load(bounds + 2 * tl.program_id(1) + 1)
+    row = first + tl.arange(0, BLOCK_ROWS)
+    return row, row < end
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _columns_of(VECTOR: tl.constexpr, BLOCK_COLUMNS: tl.constexpr) -> tl.tensor:
+    """The columns of a program, of which a thread shall hold VECTOR side by side."""
+    columns = tl.program_id(0).to(tl.int64) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    return tl.max_contiguous(tl.multiple_of(columns, VECTOR), VECTOR)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _store_columns(
+    values: tl.tensor,
+    codes: tl.tensor,
+    scales: tl.tensor,
+    columns: tl.tensor,
+    num_columns: tl.tensor,
+    num_tiles: tl.tensor,
+    min_amax: tl.tensor,
+    POWER_OF_TWO: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+) -> None:
+    """Quantises a tile of float32 numbers, rows x columns, and stores its transpose."""
+    scale = scales_of(largest_bits(values, 0), min_amax, POWER_OF_TWO)
+    code = tl.trans(codes_of(values, scale, POWER_OF_TWO))
+    in_columns = (columns < num_columns)[:, None]
+    tile = columns[:, None] * num_tiles + tl.program_id(1)
+    tl.store(codes + tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[None, :], code, mask=in_columns)
+    tl.store(scales + tile, tl.trans(scale), mask=in_columns)
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_tiles", "min_amax"])  # type: ignore[untyped-decorator]
+def quantize_columns_kernel(
+    rows: tl.tensor,
+    bounds: tl.tensor,
+    codes: tl.tensor,
+    scales: tl.tensor,
+    num_rows: tl.tensor,
+    num_columns: tl.tensor,
+    num_tiles: tl.tensor,
+    rows_stride: tl.tensor,
+    min_amax: tl.tensor,
+    POWER_OF_TWO: tl.constexpr,
+    GROUPED: tl.constexpr,
+    VECTOR: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+) -> None:
+    """Quantises BLOCK_COLUMNS columns of one tile of rows."""
+    row, in_rows = _rows_of(bounds, num_rows, GROUPED, BLOCK_ROWS)
+    columns = _columns_of(VECTOR, BLOCK_COLUMNS)
+    inside = in_rows[:, None] & (columns < num_columns)[None, :]
+    values = tl.load(rows + row[:, None] * rows_stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    _store_columns(values, codes, scales, columns, num_columns, num_tiles, min_amax, POWER_OF_TWO, BLOCK_ROWS)
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_tiles", "min_amax"])  # type: ignore[untyped-decorator]
+def requantize_columns_kernel(
+    row_codes: tl.tensor,
+    row_scales: tl.tensor,
+    bounds: tl.tensor,
+    codes: tl.tensor,
+    scales: tl.tensor,
+    num_rows: tl.tensor,
+    num_columns: tl.tensor,
+    num_tiles: tl.tensor,
+    codes_stride: tl.tensor,
+    scales_stride: tl.tensor,
+    min_amax: tl.tensor,
+    POWER_OF_TWO: tl.constexpr,
+    GROUPED: tl.constexpr,
+    VECTOR: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+) -> None:
+    """Quantises BLOCK_COLUMNS columns, all of one scale to a row, of one tile of rows that are codes."""
+    row, in_rows = _rows_of(bounds, num_rows, GROUPED, BLOCK_ROWS)
+    columns = _columns_of(VECTOR, BLOCK_COLUMNS)
+    inside = in_rows[:, None] & (columns < num_columns)[None, :]
+    code = tl.load(row_codes + row[:, None] * codes_stride + columns[None, :], mask=inside, other=0.0)
+    column_tile = tl.program_id(0) // (BLOCK_ROWS // BLOCK_COLUMNS)  # a tile is as wide as it is high
+    scale = tl.load(row_scales + row * scales_stride + column_tile, mask=in_rows, other=0.0)
+    values = code.to(tl.float32) * scale[:, None]
+    _store_columns(values, codes, scales, columns, num_columns, num_tiles, min_amax, POWER_OF_TWO, BLOCK_ROWS)
+
+
+def quantize_columns(
+    rows_ND: Tensor,
+    counts: Sequence[int],
+    power_of_two: bool,
+    min_amax: float = 1e-4,
+    *,
+    block_columns: int = 64,
+    vector: int = 4,
+    num_warps: int = 8,
+) -> QuantizedColumns:
+    """Codes and scales of the transpose, by tiles of 128 rows of a group (arXiv:2412.19437, section 3.3.2).
+
+    That is `quantize_1x128` of the transpose, once every group is filled up with zeros to a multiple of 128 rows.
+
+    Args:
+        rows_ND: floating point, read as float32; sorted by group; its rows may lie apart in memory, its columns not.
+        counts: rows of each group, some of them possibly 0.
+        power_of_two: round the scale up to a power of two.
+        min_amax: lower bound of a tile's amax; in [2**-117, 2**127].
+        block_columns: columns that a program works on; a power of two.
+        vector: columns that a thread loads side by side, few so that it looks at many rows; a power of two.
+        num_warps: of a program.
+
+    Returns:
+        codes float8_e4m3fn [D, P] and scales float32 [D, P / 128].
+
+    Raises:
+        ValueError: min_amax out of bounds, counts that do not add up to N, or columns that are not contiguous.
+    """
+    check_min_amax(min_amax)
+    num_rows, num_columns = rows_ND.shape
+    check_counts("quantize_columns", counts, num_rows)
+    made = _empty(rows_ND, counts)
+    if made.codes.numel() == 0:
+        return made
+    check_columns("quantize_columns: rows_ND", rows_ND)
+    tiles = made.scales.shape[1]
+    quantize_columns_kernel[(triton.cdiv(num_columns, block_columns), tiles)](
+        rows_ND,
+        _bounds(counts, rows_ND.device),
+        made.codes,
+        made.scales,
+        num_rows,
+        num_columns,
+        tiles,
+        rows_ND.stride(0),
+        float(min_amax),
+        POWER_OF_TWO=power_of_two,
+        GROUPED=len(counts) > 1,
+        VECTOR=vector,
+        BLOCK_ROWS=TILE,
+        BLOCK_COLUMNS=block_columns,
+        num_warps=num_warps,
+        enable_fp_fusion=False,
+    )
+    return made
+
+
+def requantize_columns(
+    quantized: Quantized,
+    counts: Sequence[int],
+    power_of_two: bool,
+    min_amax: float = 1e-4,
+    *,
+    block_columns: int = 64,
+    vector: int = 4,
+    num_warps: int = 4,
+) -> QuantizedColumns:
+    """`quantize_columns` of rows that are in FP8 by tiles of 128 columns: code times scale in float32 is the value.
+
+    Nothing is lost where all scales are powers of two and a column's exponents within a tile allow it.
+
+    Args:
+        quantized: codes float8_e4m3fn [N, D] and scales float32 [N, ceil(D / 128)], their columns contiguous; sorted by
+            group.
+        counts: rows of each group, some of them possibly 0.
+        power_of_two: round the scale up to a power of two.
+        min_amax: lower bound of a tile's amax; in [2**-117, 2**127].
+        block_columns: columns that a program works on; a power of two, 128 at most.
+        vector: columns that a thread loads side by side, few so that it looks at many rows; a power of two.
+        num_warps: of a program.
+
+    Returns:
+        codes float8_e4m3fn [D, P] and scales float32 [D, P / 128]; NaN wherever a tile met one.
+
+    Raises:
+        ValueError: min_amax out of bounds, counts that do not add up to N, or columns that are not contiguous.
+    """
+    check_min_amax(min_amax)
+    codes_ND, scales_NT = quantized
+    num_rows, num_columns = codes_ND.shape
+    check_counts("requantize_columns", counts, num_rows)
+    made = _empty(codes_ND, counts)
+    if made.codes.numel() == 0:
+        return made
+    check_columns("requantize_columns: codes", codes_ND)
+    check_columns("requantize_columns: scales", scales_NT)
+    tiles = made.scales.shape[1]
+    requantize_columns_kernel[(triton.cdiv(num_columns, block_columns), tiles)](
+        codes_ND,
+        scales_NT,
+        _bounds(counts, codes_ND.device),
+        made.codes,
+        made.scales,
+        num_rows,
+        num_columns,
+        tiles,
+        codes_ND.stride(0),
+        scales_NT.stride(0),
+        float(min_amax),
+        POWER_OF_TWO=power_of_two,
+        GROUPED=len(counts) > 1,
+        VECTOR=vector,
+        BLOCK_ROWS=TILE,
+        BLOCK_COLUMNS=block_columns,
+        num_warps=num_warps,
+        enable_fp_fusion=False,
+    )
+    return made
+
+
+def _empty(rows_ND: Tensor, counts: Sequence[int]) -> QuantizedColumns:
+    num_columns, num_padded = rows_ND.shape[1], padded_rows(counts)
+    return QuantizedColumns(
+        rows_ND.new_empty(num_columns, num_padded, dtype=torch.float8_e4m3fn),
+        rows_ND.new_empty(num_columns, num_padded // TILE, dtype=torch.float32),
+    )
+
+
+def _bounds(counts: Sequence[int], device: torch.device) -> Tensor | None:
+    """bounds_T2, int32: first row of each tile, and where the rows of its group end; none for a single group."""
+    if len(counts) <= 1:
+        return None
+    bounds, first = [], 0
+    for count in counts:
+        bounds += [(first + TILE * tile, first + count) for tile in range(num_tiles(count))]
+        first += count
+    made_T2 = torch.tensor(bounds, dtype=torch.int32, pin_memory=device.type == "cuda")
+    return made_T2.to(device, non_blocking=True)

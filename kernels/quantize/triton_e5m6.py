@@ -1,0 +1,210 @@
+"""Rows in 12 bits a number with one scale per row and 128 columns, in Triton: bit-equal to
+kernels/quantize/reference_e5m6.py.
+
+Both kernels are bound by memory: each number is read once and written once.
+
+    kernel  grid                     tile                accumulator                rounding
+    pack    N / block_rows * tiles   rows x 128 columns  amax in int32, so that a   scale: up to a power of two; codes:
+                                                         NaN is the largest         once, to nearest even
+    unpack  N / block_rows * tiles   rows x 128 columns  none                       product in float32 (float64 for a
+                                                                                    float64 result), to nearest even
+
+Every offset of a row is computed in int64. Masks: rows beyond the last and columns beyond the last (zeros, which change
+no amax; the first of them fills up a row of odd length). Tensors must be on the current device.
+
+Shape legend: N rows, D columns, B bytes of a packed row, T tiles in a row.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.quantize.layout import (
+    E5M6_MIN_AMAX,
+    TILE,
+    PackedE5M6,
+    check_columns,
+    check_packed,
+    num_pairs,
+    num_tiles,
+)
+from kernels.quantize.tile import INFINITY_BITS, NAN_BITS, RECIPROCAL_BITS, largest_bits
+
+SIGN_BIT = tl.constexpr(-(2**31))
+NAN_HALF = tl.constexpr(0x7E00)
+BEYOND_65024 = tl.constexpr(0x7FFFFF - 0x7E0000)
+EXPONENT_15 = tl.constexpr(15 << 23)
+SMALLEST_EXPONENT = tl.constexpr(127 - 14 << 23)
+LARGE = tl.constexpr((17 << 23) + (1 << 22))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _halves_of(values: tl.tensor, scale_bits: tl.tensor, finite: tl.tensor) -> tl.tensor:
+    """Bits of IEEE half precision, the last 4 of them 0, in int16."""
+    inverse = (-scale_bits + RECIPROCAL_BITS).to(tl.float32, bitcast=True)
+    scaled = tl.where(finite, values * inverse, 0.0)
+    bits = scaled.to(tl.int32, bitcast=True)
+    # Of a number near 1.5 * 2**17 times it, or times 2**-14, the last bit is the last that it shall keep.
+    large_bits = tl.maximum(bits & INFINITY_BITS, SMALLEST_EXPONENT) + LARGE
+    large = large_bits.to(tl.float32, bitcast=True)
+    rounded = (scaled + large) - large
+    # A number rounded to zero has lost its sign.
+    signed = (rounded.to(tl.int32, bitcast=True) | (bits & SIGN_BIT)).to(tl.float32, bitcast=True)
+    return tl.where(finite, signed.to(tl.float16).to(tl.int16, bitcast=True), NAN_HALF)
+
+
+@triton.jit(do_not_specialize=["num_rows", "min_amax"])  # type: ignore[untyped-decorator]
+def pack_kernel(
+    rows: tl.tensor,
+    codes: tl.tensor,
+    scales: tl.tensor,
+    num_rows: tl.tensor,
+    num_columns: tl.tensor,
+    num_pairs: tl.tensor,
+    rows_stride: tl.tensor,
+    min_amax: tl.tensor,
+    BLOCK_ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+) -> None:
+    """Packs one tile of each of BLOCK_ROWS rows."""
+    num_tiles = tl.cdiv(num_columns, TILE)
+    row_block = (tl.program_id(0) // num_tiles).to(tl.int64)
+    tile = tl.program_id(0) - row_block * num_tiles
+    row = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
+    columns = tile * TILE + tl.arange(0, TILE)[None, :]
+    in_rows = row < num_rows
+    inside = in_rows & (columns < num_columns)
+    values = tl.load(rows + row * rows_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    amax_bits = largest_bits(values, 1)
+    finite = amax_bits < INFINITY_BITS
+    amax = tl.maximum(tl.where(finite, amax_bits, 0).to(tl.float32, bitcast=True), min_amax)
+    # 65024 is 2**15 times a mantissa of 0x7E0000: beyond that mantissa, the sum carries into the exponent.
+    scale_bits = ((amax.to(tl.int32, bitcast=True) + BEYOND_65024) & INFINITY_BITS) - EXPONENT_15
+    # What fills up a row is 0 in a tile that is NaN as well.
+    halves = _halves_of(values, scale_bits, finite | (columns >= num_columns))
+    packed = codes + row * 3 * num_pairs
+    tl.store(packed + columns, (halves >> 4).to(tl.uint8), mask=in_rows & (columns < 2 * num_pairs))
+    even, odd = tl.split(((halves >> 12) & 0xF).to(tl.uint8).reshape(BLOCK_ROWS, TILE // 2, 2))
+    pairs = tile * (TILE // 2) + tl.arange(0, TILE // 2)[None, :]
+    tl.store(packed + 2 * num_pairs + pairs, even | (odd << 4), mask=in_rows & (pairs < num_pairs))
+    tl.store(
+        scales + row * num_tiles + tile, tl.where(finite, scale_bits, NAN_BITS).to(tl.float32, bitcast=True), in_rows
+    )
+
+
+@triton.jit(do_not_specialize=["num_rows"])  # type: ignore[untyped-decorator]
+def unpack_kernel(
+    codes: tl.tensor,
+    scales: tl.tensor,
+    rows: tl.tensor,
+    num_rows: tl.tensor,
+    num_columns: tl.tensor,
+    num_pairs: tl.tensor,
+    codes_stride: tl.tensor,
+    scales_stride: tl.tensor,
+    WIDE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+) -> None:
+    """Unpacks one tile of each of BLOCK_ROWS rows."""
+    num_tiles = tl.cdiv(num_columns, TILE)
+    row_block = (tl.program_id(0) // num_tiles).to(tl.int64)
+    tile = tl.program_id(0) - row_block * num_tiles
+    row = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
+    columns = tile * TILE + tl.arange(0, TILE)[None, :]
+    pairs = tile * (TILE // 2) + tl.arange(0, TILE // 2)[None, :]
+    in_rows = row < num_rows
+    inside = in_rows & (columns < num_columns)
+    packed = codes + row * codes_stride
+    lower = tl.load(packed + columns, mask=inside, other=0)
+    two = tl.load(packed + 2 * num_pairs + pairs, mask=in_rows & (pairs < num_pairs), other=0)
+    upper = tl.join(two & 0xF, two >> 4).reshape(BLOCK_ROWS, TILE)
+    # The sign reaches the sign's bit of 16: what is left is IEEE half precision.
+    halves = ((upper.to(tl.int16) << 12) | (lower.to(tl.int16) << 4)).to(tl.float16, bitcast=True)
+    scale = tl.load(scales + row * scales_stride + tile, mask=in_rows, other=0.0)
+    product = halves.to(tl.float32).to(WIDE) * scale.to(WIDE)
+    tl.store(rows + row * num_columns + columns, product.to(rows.dtype.element_ty), mask=inside)
+
+
+def pack_e5m6(rows_ND: Tensor, *, block_rows: int = 16, num_warps: int = 4) -> PackedE5M6:
+    """Rows in 12 bits a number, tile by tile (arXiv:2412.19437, section 3.3.3).
+
+    A tile's scale is the least power of two, but for 2**-126 at least, under which no magnitude exceeds 65024, the
+    largest there is; a code is the number next to `value / scale`, ties to even. A tile with a NaN or an infinity
+    becomes all NaN, scale and codes. The last tile may be ragged.
+
+    Args:
+        rows_ND: floating point, read as float32; its rows may lie apart in memory, its columns not.
+        block_rows: rows that a program works on; a power of two.
+        num_warps: of a program.
+
+    Raises:
+        ValueError: the columns are not contiguous.
+    """
+    num_rows, num_columns = rows_ND.shape
+    pairs, tiles = num_pairs(num_columns), num_tiles(num_columns)
+    codes_NB = rows_ND.new_empty(num_rows, 3 * pairs, dtype=torch.uint8)
+    scales_NT = rows_ND.new_empty(num_rows, tiles, dtype=torch.float32)
+    if num_rows == 0 or num_columns == 0:
+        return PackedE5M6(codes_NB, scales_NT)
+    check_columns("pack_e5m6: rows_ND", rows_ND)
+    pack_kernel[(triton.cdiv(num_rows, block_rows) * tiles,)](
+        rows_ND,
+        codes_NB,
+        scales_NT,
+        num_rows,
+        num_columns,
+        pairs,
+        rows_ND.stride(0),
+        E5M6_MIN_AMAX,
+        BLOCK_ROWS=block_rows,
+        TILE=TILE,
+        num_warps=num_warps,
+        enable_fp_fusion=False,
+    )
+    return PackedE5M6(codes_NB, scales_NT)
+
+
+def unpack_e5m6(
+    packed: PackedE5M6, num_columns: int, dtype: torch.dtype, *, block_rows: int = 16, num_warps: int = 4
+) -> Tensor:
+    """Rows from 12 bits a number.
+
+    Args:
+        packed: codes uint8 [N, 3 * ceil(D / 2)] and scales float32 [N, ceil(D / 128)], their columns contiguous.
+        num_columns: D.
+        dtype: of the result.
+        block_rows: rows that a program works on; a power of two.
+        num_warps: of a program.
+
+    Returns:
+        rows_ND: code times scale in float32 (float64 where that is the dtype), rounded to `dtype`.
+
+    Raises:
+        ValueError: the packed rows are not of D numbers, or their columns are not contiguous.
+    """
+    check_packed(packed, num_columns)
+    codes_NB, scales_NT = packed
+    num_rows = codes_NB.shape[0]
+    rows_ND = codes_NB.new_empty(num_rows, num_columns, dtype=dtype)
+    if num_rows == 0 or num_columns == 0:
+        return rows_ND
+    check_columns("unpack_e5m6: codes", codes_NB)
+    check_columns("unpack_e5m6: scales", scales_NT)
+    unpack_kernel[(triton.cdiv(num_rows, block_rows) * num_tiles(num_columns),)](
+        codes_NB,
+        scales_NT,
+        rows_ND,
+        num_rows,
+        num_columns,
+        num_pairs(num_columns),
+        codes_NB.stride(0),
+        scales_NT.stride(0),
+        WIDE=tl.float64 if dtype == torch.float64 else tl.float32,
+        BLOCK_ROWS=block_rows,
+        TILE=TILE,
+        num_warps=num_warps,
+        enable_fp_fusion=False,
+    )
+    return rows_ND

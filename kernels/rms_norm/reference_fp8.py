@@ -1,0 +1,73 @@
+"""Root-mean-square normalisation into FP8, and its backward from what was cached of it, in plain PyTorch.
+
+Shape legend: A rows, D normalised size, R rows worked on at a time.
+"""
+
+import torch
+from torch import Tensor
+
+from kernels.quantize.layout import Quantized, num_tiles
+from kernels.quantize.reference import CHUNK_NUMBERS, dequantize_1x128, quantize_1x128
+from kernels.rms_norm.reference import inverse_rms
+
+
+def rms_norm_quantize(x_AD: Tensor, weight_D: Tensor, eps: float, power_of_two: bool) -> tuple[Quantized, Tensor]:
+    """x / sqrt(mean(x^2) + eps) * weight in float32, rounded once to FP8 (arXiv:2412.19437, section 3.3.2).
+
+    Args:
+        x_AD: floating point, read as float32.
+        weight_D: of any floating type.
+        eps: added to the mean of the squares.
+        power_of_two: round scales up to a power of two.
+
+    Returns:
+        Codes float8_e4m3fn AD with a scale per row and 128 columns, and 1 / sqrt(mean(x^2) + eps), float32 [A, 1].
+    """
+    size, num_columns = x_AD.shape
+    normal = Quantized(
+        x_AD.new_empty(size, num_columns, dtype=torch.float8_e4m3fn),
+        x_AD.new_empty(size, num_tiles(num_columns), dtype=torch.float32),
+    )
+    inverse_A1 = x_AD.new_empty(size, 1, dtype=torch.float32)
+    weight_D = weight_D.float()
+    chunk_rows = max(1, CHUNK_NUMBERS // max(1, num_columns))
+    for first in range(0, size, chunk_rows):
+        chunk = slice(first, first + chunk_rows)
+        wide_RD = x_AD[chunk].float()
+        inverse_A1[chunk] = inverse_rms(wide_RD, eps)
+        normal_RD = (wide_RD * inverse_A1[chunk]).mul_(weight_D)
+        normal.codes[chunk], normal.scales[chunk] = quantize_1x128(normal_RD, power_of_two)
+    return normal, inverse_A1
+
+
+def rms_norm_backward_from_codes(
+    grad_AD: Tensor, normal: Quantized, inverse_A1: Tensor, weight_D: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the normalisation in x and in the weight, where its result is known by its codes alone.
+
+    With x-hat = result / weight, 0 where the weight is 0: the gradient of x is
+    `inverse * (grad * weight - x-hat * mean(grad * result))`, that of the weight `sum over rows of grad * x-hat`.
+
+    Args:
+        grad_AD: of the result, of any floating type; read as float32.
+        normal: the result, codes float8_e4m3fn AD.
+        inverse_A1: 1 / sqrt(mean(x^2) + eps), float32.
+        weight_D: as in the forward.
+
+    Returns:
+        grad_x_AD in the gradient's type, grad_weight_D in float32.
+    """
+    size, num_columns = grad_AD.shape
+    grad_x_AD, grad_weight_D = torch.empty_like(grad_AD), grad_AD.new_zeros(num_columns, dtype=torch.float32)
+    weight_D = weight_D.float()
+    divisor_D = weight_D.masked_fill(weight_D == 0, torch.inf)  # a result over infinity is 0, and NaN stays NaN
+    chunk_rows = max(1, CHUNK_NUMBERS // max(1, num_columns))
+    for first in range(0, size if num_columns else 0, chunk_rows):
+        chunk = slice(first, first + chunk_rows)
+        grad_RD = grad_AD[chunk].float()
+        normal_RD = dequantize_1x128(Quantized(normal.codes[chunk], normal.scales[chunk]), torch.float32)
+        product_RD = grad_RD * normal_RD
+        grad_weight_D += product_RD.sum(0)
+        hat_RD = normal_RD.div_(divisor_D).mul_(product_RD.mean(1, keepdim=True))
+        grad_x_AD[chunk] = torch.mul(grad_RD, weight_D, out=product_RD).sub_(hat_RD).mul_(inverse_A1[chunk])
+    return grad_x_AD, grad_weight_D.div_(divisor_D)

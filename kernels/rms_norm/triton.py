@@ -1,0 +1,206 @@
+"""Root-mean-square normalisation and its backward, in Triton: as kernels/rms_norm/reference.py, in one pass each.
+
+Both are bound by memory: a program holds whole rows in registers, so that each number is read once.
+
+    kernel   grid                      tile                accumulator              rounding
+    forward  (A / block_rows)          rows x all columns  float32 (float64 of      to the type after the scale and
+                                                           float64) in registers    after the weight, to nearest even
+    backward (programs with sums),     rows x all columns  as above; the weight's   once, to nearest even
+             each taking every so                          gradient in registers
+             many-th block of rows                         per program, then over
+                                                           programs
+
+The weight's gradient is summed per program and then over programs: nothing is atomic, and the order depends on the
+shape alone. Of the backward, rows of more than 4096 columns that do not begin at multiples of 16 bytes, and such rows
+of float64, take more registers than there are: right, but slow. The inverse root is an exact square root and an exact
+division. Every offset of a row is computed in int64. Masks: rows beyond the last and columns beyond the last (zeros,
+which change no sum). Tensors must be on the current device. Shape legend: ... leading dims, A rows, D normalised size,
+P programs.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.rms_norm.tiling import check_columns, tiling
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def inverse_root(mean: tl.tensor) -> tl.tensor:
+    """1 / sqrt(mean), both rounded to nearest even."""
+    if mean.dtype == tl.float64:
+        inverse = 1 / tl.sqrt(mean)
+    else:
+        inverse = tl.div_rn(tl.full(mean.shape, 1.0, tl.float32), tl.sqrt_rn(mean))
+    return inverse
+
+
+@triton.jit(do_not_specialize=["num_rows", "eps"])  # type: ignore[untyped-decorator]
+def rms_norm_kernel(
+    x: tl.tensor,
+    weight: tl.tensor,
+    normal: tl.tensor,
+    inverse: tl.tensor,
+    num_rows: tl.tensor,
+    num_columns: tl.tensor,
+    x_stride: tl.tensor,
+    eps: tl.tensor,
+    WIDE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+) -> None:
+    """Normalises BLOCK_ROWS rows."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    column = tl.arange(0, BLOCK_COLUMNS)
+    in_rows, in_columns = row < num_rows, column < num_columns
+    inside = in_rows[:, None] & in_columns[None, :]
+    values = tl.load(x + row[:, None] * x_stride + column[None, :], mask=inside, other=0.0).to(WIDE)
+    scale = inverse_root(tl.sum(values * values, axis=1) / num_columns + eps)
+    tl.store(inverse + row, scale, mask=in_rows)
+    out_type = normal.dtype.element_ty
+    weights = tl.load(weight + column, mask=in_columns, other=0.0, eviction_policy="evict_last").to(WIDE)
+    # The released code rounds before the weight.
+    made = (values * scale[:, None]).to(out_type).to(WIDE) * weights[None, :]
+    tl.store(normal + row[:, None] * num_columns + column[None, :], made.to(out_type), mask=inside)
+
+
+@triton.jit(do_not_specialize=["num_rows"])  # type: ignore[untyped-decorator]
+def rms_norm_backward_kernel(
+    grad: tl.tensor,
+    x: tl.tensor,
+    inverse: tl.tensor,
+    weight: tl.tensor,
+    grad_x: tl.tensor,
+    grad_weights: tl.tensor,
+    num_rows: tl.tensor,
+    num_columns: tl.tensor,
+    grad_stride: tl.tensor,
+    x_stride: tl.tensor,
+    WIDE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+) -> None:
+    """Gradients of every so many-th block of rows, and their share of the weight's."""
+    column = tl.arange(0, BLOCK_COLUMNS)
+    in_columns = column < num_columns
+    weights = tl.load(weight + column, mask=in_columns, other=0.0).to(WIDE)
+    total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), WIDE)
+    for block in tl.range(tl.program_id(0), tl.cdiv(num_rows, BLOCK_ROWS), tl.num_programs(0), num_stages=NUM_STAGES):
+        row = tl.cast(block, tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        in_rows = row < num_rows
+        inside = in_rows[:, None] & in_columns[None, :]
+        grads = tl.load(grad + row[:, None] * grad_stride + column[None, :], mask=inside, other=0.0).to(WIDE)
+        values = tl.load(x + row[:, None] * x_stride + column[None, :], mask=inside, other=0.0).to(WIDE)
+        scale = tl.load(inverse + row, mask=in_rows, other=0.0).to(WIDE)[:, None]
+        hat = values * scale
+        total += grads * hat
+        slopes = grads * weights[None, :]
+        mean = tl.sum(slopes * hat, axis=1)[:, None] / num_columns
+        made = (slopes - hat * mean) * scale
+        tl.store(grad_x + row[:, None] * num_columns + column[None, :], made.to(grad_x.dtype.element_ty), mask=inside)
+    places = grad_weights + tl.program_id(0).to(tl.int64) * num_columns + column
+    tl.store(places, tl.sum(total, axis=0), mask=in_columns)
+
+
+def rms_norm(
+    x: Tensor, weight_D: Tensor, eps: float, *, block_rows: int | None = None, num_warps: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """`normalise(x, inverse_rms(x, eps), weight_D)` of the reference, and the inverse root itself.
+
+    Args:
+        x: floating point [..., D], at most 8192 columns; its rows may lie apart in memory.
+        weight_D: of any floating type.
+        eps: added to the mean of the squares.
+        block_rows: rows that a program works on; a power of two. None: by their length.
+        num_warps: of a program. None: by the block.
+
+    Returns:
+        normal [..., D] in x's type, and 1 / sqrt(mean(x^2) + eps), [..., 1], float32 (float64 for float64).
+
+    Raises:
+        ValueError: rows are too long, or their columns not contiguous.
+    """
+    num_columns = x.shape[-1]
+    wide = torch.promote_types(x.dtype, torch.float32)
+    normal = torch.empty_like(x, memory_format=torch.contiguous_format)
+    inverse = x.new_empty((*x.shape[:-1], 1), dtype=wide)
+    if x.numel() == 0:
+        return normal, inverse.fill_(torch.nan)
+    x_AD = x.reshape(-1, num_columns)
+    check_columns("rms_norm: x", x_AD)
+    shares = tiling("rms_norm: x", num_columns, block_rows, num_warps)
+    rms_norm_kernel[(triton.cdiv(len(x_AD), shares.block_rows),)](
+        x_AD,
+        weight_D.contiguous(),
+        normal,
+        inverse,
+        len(x_AD),
+        num_columns,
+        x_AD.stride(0),
+        float(eps),
+        WIDE=tl.float64 if wide == torch.float64 else tl.float32,
+        BLOCK_ROWS=shares.block_rows,
+        BLOCK_COLUMNS=shares.block_columns,
+        num_warps=shares.num_warps,
+        enable_fp_fusion=False,
+    )
+    return normal, inverse
+
+
+def normalise_backward(
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    weight_D: Tensor,
+    *,
+    block_rows: int | None = None,
+    num_warps: int | None = None,
+    num_stages: int = 2,
+    num_programs: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `normalise` in x, [..., D], and in the weight, [D]; computed in `scale`'s type.
+
+    Args:
+        grad: of the output, [..., D]; its rows may lie apart in memory.
+        x: as in the forward.
+        scale: `inverse_rms` of x.
+        weight_D: as in the forward.
+        block_rows: rows that a program works on at a time; a power of two. None: by their length.
+        num_warps: of a program. None: by the block.
+        num_stages: blocks of rows that are on their way or worked on at once.
+        num_programs: that share the rows, which decides the order of the weight's sums. None: by the block.
+
+    Raises:
+        ValueError: rows are too long, or their columns not contiguous.
+    """
+    num_columns = x.shape[-1]
+    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if x.numel() == 0:
+        return grad_x, torch.zeros_like(weight_D)
+    grad_AD, x_AD = grad.reshape(-1, num_columns), x.reshape(-1, num_columns)
+    check_columns("normalise_backward: grad", grad_AD)
+    check_columns("normalise_backward: x", x_AD)
+    shares = tiling("normalise_backward: x", num_columns, block_rows, num_warps, has_sums=True)
+    programs = min(num_programs or shares.num_programs, triton.cdiv(len(x_AD), shares.block_rows))
+    sums_PD = scale.new_empty(programs, num_columns)
+    rms_norm_backward_kernel[(programs,)](
+        grad_AD,
+        x_AD,
+        scale.contiguous(),
+        weight_D.contiguous(),
+        grad_x,
+        sums_PD,
+        len(x_AD),
+        num_columns,
+        grad_AD.stride(0),
+        x_AD.stride(0),
+        WIDE=tl.float64 if scale.dtype == torch.float64 else tl.float32,
+        BLOCK_ROWS=shares.block_rows,
+        BLOCK_COLUMNS=shares.block_columns,
+        NUM_STAGES=num_stages,
+        num_warps=shares.num_warps,
+        enable_fp_fusion=False,
+    )
+    return grad_x, sums_PD.sum(0).to(weight_D.dtype)

@@ -1,0 +1,94 @@
+"""SwiGLU between two FP8 products, in plain PyTorch: its operand quantised at once, its backward from cached codes.
+
+Shape legend: A rows, M intermediate size, H = 2 M, gate and up side by side, R rows worked on at a time.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from kernels.quantize.layout import Quantized, num_tiles
+from kernels.quantize.reference import CHUNK_NUMBERS, dequantize_1x128, quantize_1x128
+from kernels.swiglu.shapes import width_of
+
+
+def swiglu_quantize(hidden_AH: Tensor, weights_A: Tensor | None, power_of_two: bool) -> tuple[Quantized, Quantized]:
+    """silu(gate) * up * weight as the operand of the next product, and the hidden values as they are cached.
+
+    The operand is computed in float32 from the hidden values as given, not from their codes, and rounded once
+    (arXiv:2412.19437, section 3.3.3: SwiGLU's inputs are cached in FP8, its output is computed again in the backward).
+
+    Args:
+        hidden_AH: floating point, gate, then up; read as float32.
+        weights_A: of each row, of any floating type; None: 1.
+        power_of_two: round scales up to a power of two, of both results.
+
+    Returns:
+        The operand, codes float8_e4m3fn AM, and the hidden values, codes float8_e4m3fn AH, each with a scale per row
+        and 128 columns; a tile of the hidden values may hold the last gates and the first ups.
+
+    Raises:
+        ValueError: H is odd.
+    """
+    size, hidden = hidden_AH.shape
+    width = width_of("swiglu_quantize: hidden_AH", hidden)
+    gated, cached = _empty(hidden_AH, width), _empty(hidden_AH, hidden)
+    chunk_rows = max(1, CHUNK_NUMBERS // max(1, hidden))
+    for first in range(0, size if width else 0, chunk_rows):
+        chunk = slice(first, first + chunk_rows)
+        hidden_RH = hidden_AH[chunk].float()
+        gate_RM, up_RM = hidden_RH.split(width, 1)
+        gated_RM = functional.silu(gate_RM).mul_(up_RM)
+        if weights_A is not None:
+            gated_RM.mul_(weights_A[chunk, None].float())
+        for whole, part_RD in ((gated, gated_RM), (cached, hidden_RH)):
+            whole.codes[chunk], whole.scales[chunk] = quantize_1x128(part_RD, power_of_two)
+    return gated, cached
+
+
+def swiglu_backward_from_codes(
+    grad_AM: Tensor, hidden: Quantized, weights_A: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of `silu(gate) * up * weight` where gate and up are known by their codes; float32 until the end.
+
+    Args:
+        grad_AM: of the result, of any floating type.
+        hidden: codes of gate and up, float8_e4m3fn AH, as `swiglu_quantize` gave them.
+        weights_A: as in the forward.
+
+    Returns:
+        grad_hidden_AH and gated_AM, the result computed again, in the gradient's type; the gradient of the weights,
+        float32 A, or None.
+
+    Raises:
+        ValueError: H is not twice the gradient's columns.
+    """
+    size, width = grad_AM.shape
+    width_of("swiglu_backward_from_codes: hidden", hidden.codes.shape[1], width)
+    grad_hidden_AH, gated_AM = grad_AM.new_empty(size, 2 * width), torch.empty_like(grad_AM)
+    grad_weights_A = None if weights_A is None else grad_AM.new_zeros(size, dtype=torch.float32)
+    chunk_rows = max(1, CHUNK_NUMBERS // max(1, 2 * width))
+    for first in range(0, size if width else 0, chunk_rows):
+        chunk = slice(first, first + chunk_rows)
+        grad_RM, out_RH = grad_AM[chunk].float(), grad_hidden_AH[chunk]
+        hidden_RH = dequantize_1x128(Quantized(hidden.codes[chunk], hidden.scales[chunk]), torch.float32)
+        gate_RM, up_RM = hidden_RH.split(width, 1)
+        silu_RM = functional.silu(gate_RM)
+        gated_RM = silu_RM * up_RM
+        if weights_A is not None and grad_weights_A is not None:
+            weights_R1 = weights_A[chunk, None].float()
+            torch.sum(gated_RM * grad_RM, 1, out=grad_weights_A[chunk])
+            gated_RM.mul_(weights_R1)
+            grad_RM = grad_RM * weights_R1
+        gated_AM[chunk] = gated_RM
+        out_RH[:, width:] = silu_RM.mul_(grad_RM)
+        out_RH[:, :width] = torch.ops.aten.silu_backward(grad_RM * up_RM, gate_RM)
+    return grad_hidden_AH, gated_AM, grad_weights_A
+
+
+def _empty(like_AH: Tensor, num_columns: int) -> Quantized:
+    size = len(like_AH)
+    return Quantized(
+        like_AH.new_empty(size, num_columns, dtype=torch.float8_e4m3fn),
+        like_AH.new_empty(size, num_tiles(num_columns), dtype=torch.float32),
+    )

@@ -1,0 +1,154 @@
+"""Routed experts in FP8, over rows that arrive in FP8 and serve as operands as they are.
+
+Source: arXiv:2412.19437, section 3.3. Shape legend: N tokens, A rows in the experts' order, B bytes of a packed row, D
+hidden size, E local experts, M expert intermediate size, H = 2 M.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from comm.protocol import RowOrder
+from kernels.quantize.layout import GRADIENTS_MIN_AMAX, Quantized
+from kernels.quantize.packed import pack, unpack
+from model.fp8.maps import Fp8Maps, give
+from model.fp8.norm import stand_in
+from model.linear import WeightSink
+
+
+class Mail:
+    """Brings the gradient of the experts' output to their backward in FP8, past autograd, which knows no codes."""
+
+    def __init__(self) -> None:
+        self._packed_AB: Tensor | None = None
+
+    def put(self, packed_AB: Tensor, num_columns: int, dtype: torch.dtype) -> Tensor:
+        """Leaves the packed gradient; gives what autograd is handed in its place, AD."""
+        self._packed_AB = packed_AB
+        return stand_in((len(packed_AB), num_columns), packed_AB.new_empty((), dtype=dtype))
+
+    def take(self) -> Tensor:
+        """What was left, once."""
+        packed_AB, self._packed_AB = self._packed_AB, None
+        assert packed_AB is not None, "experts: a backward without the gradient of the output in FP8"
+        return packed_AB
+
+
+@dataclass(frozen=True, slots=True)
+class ArrivedCodes:
+    """Rows that arrived in FP8, AB, and what will bring the gradient of the experts' output."""
+
+    packed_AB: Tensor
+    mail: Mail
+
+
+def pack_gradient(grad_ND: Tensor, maps: Fp8Maps) -> Tensor:
+    """A gradient on its way to the experts, NB: in FP8 with power-of-two scales."""
+    return pack(maps.kernels(grad_ND.device).quantize_1x128(grad_ND.contiguous(), True, GRADIENTS_MIN_AMAX))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Options:
+    """What an experts' pass is told beside its tensors. order: of rows that never leave this rank, as given by token;
+    else the gradient comes by mail."""
+
+    counts: Sequence[int]
+    sink: WeightSink | None
+    maps: Fp8Maps
+    mail: Mail | None
+    order: RowOrder | None
+
+    def sort(self, packed_NB: Tensor) -> Tensor:
+        """Rows in the experts' order."""
+        return packed_NB if self.order is None else self.order.copy_rows(packed_NB)
+
+
+class _ExpertMlp(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        packed: Tensor,
+        weights: Tensor,
+        gate_up_EHD: Tensor,
+        down_EDM: Tensor,
+        options: _Options,
+    ) -> Tensor:
+        maps, order, counts = options.maps, options.order, options.counts
+        run, dtype = maps.kernels(packed.device), gate_up_EHD.dtype
+        weights_A = weights if order is None else order.copy_weights(weights)
+        operand = unpack(options.sort(packed), gate_up_EHD.shape[2])
+        hidden_AH = run.grouped_rows_fp8(operand, maps.codes(gate_up_EHD).forward, counts, dtype)
+        gated, kept = run.swiglu_quantize(hidden_AH, weights_A, maps.power_of_two)
+        out_AD = run.grouped_rows_fp8(gated, maps.codes(down_EDM).forward, counts, dtype)
+        ctx.save_for_backward(packed, weights_A, *kept, gate_up_EHD, down_EDM)
+        ctx.options, ctx.weights_dtype = options, weights.dtype
+        return out_AD if order is None else order.sum_rows(out_AD)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        packed, weights_A, codes, scales, gate_up_EHD, down_EDM = ctx.saved_tensors
+        options: _Options = ctx.options
+        maps, counts, order, sink = options.maps, options.counts, options.order, options.sink
+        run, dtype, power_of_two = maps.kernels(packed.device), gate_up_EHD.dtype, maps.power_of_two
+        if options.mail is None:
+            packed_grad = options.sort(pack_gradient(grads[0], maps))
+        else:
+            packed_grad = options.mail.take()
+        grad = unpack(packed_grad, down_EDM.shape[1])
+        grad_AM = run.grouped_rows_fp8(grad, maps.codes(down_EDM).backward, counts, dtype)
+        grad_AH, gated_AM, grad_weights_A = run.swiglu_backward_from_codes(grad_AM, Quantized(codes, scales), weights_A)
+        grad_hidden = maps.gradient(grad_AH)
+        grad_rows = run.grouped_rows_fp8(grad_hidden, maps.codes(gate_up_EHD).backward, counts, dtype)
+        hidden_columns = run.quantize_columns(grad_AH, counts, power_of_two, GRADIENTS_MIN_AMAX)
+        gated_columns = run.quantize_columns(gated_AM, counts, power_of_two)
+
+        def gate_up_gradient() -> Tensor:
+            rows = unpack(options.sort(packed), gate_up_EHD.shape[2])
+            return run.grouped_weight_fp8(hidden_columns, run.requantize_columns(rows, counts, True), counts)
+
+        def down_gradient() -> Tensor:
+            columns = run.requantize_columns(grad, counts, True, GRADIENTS_MIN_AMAX)
+            return run.grouped_weight_fp8(columns, gated_columns, counts)
+
+        assert grad_weights_A is not None
+        grad_weights = grad_weights_A
+        if order is not None:
+            grad_rows, grad_weights = order.sum_rows(grad_rows), order.restore_weights(grad_weights)
+        given = give(gate_up_EHD, gate_up_gradient, sink), give(down_EDM, down_gradient, sink)
+        return grad_rows, None, grad_weights.to(ctx.weights_dtype), *given, None
+
+
+def expert_mlp(
+    rows: Tensor,
+    packed: Tensor,
+    weights: Tensor,
+    gate_up_EHD: Tensor,
+    down_EDM: Tensor,
+    counts: Sequence[int],
+    maps: Fp8Maps,
+    *,
+    sink: WeightSink | None = None,
+    mail: Mail | None = None,
+    order: RowOrder | None = None,
+) -> Tensor:
+    """Rows through their experts, times their routing weight (applied before `down`): AD; ND where there is an order.
+
+    Args:
+        rows: takes the rows' gradient, AD; ND where there is an order.
+        packed: the rows, AB or NB.
+        weights: routing weight of each row, A; of each choice, NK, where there is an order.
+        gate_up_EHD: gate rows first.
+        down_EDM: of each expert.
+        counts: rows of each expert.
+        maps: of the model.
+        sink: takes the weights' gradients.
+        mail: brings the output's gradient. None: autograd does, in the experts' order by token.
+        order: of rows that never leave this rank.
+    """
+    options = _Options(counts=counts, sink=sink, maps=maps, mail=mail, order=order)
+    out: Tensor = _ExpertMlp.apply(rows, packed, weights, gate_up_EHD, down_EDM, options)  # type: ignore[no-untyped-call]
+    return out

@@ -1,0 +1,110 @@
+"""Loss in FP8 beside bf16: `python -m tests.bench.fp8_loss` trains both from the same seeds and draws the curves.
+
+Two runs of one seed see the same samples in the same order and start from the same weights. A gap is that of the
+smoothed losses (exponential mean, 0.9), relative to bf16's.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+
+from tests.bench.fp8_loss_picture import draw
+
+SMOOTHING = 0.9
+LAST_STEPS = 200
+PRECISIONS = ("bf16", "fp8")
+MODEL_OVERRIDES = (
+    "parallelism=one_rank",
+    "schedule=1f1b",
+    "dispatch=local",
+    "model=quickstart",
+    "model.hidden_size=256",
+    "model.expert_intermediate_size=128",
+    "stage.global_batch_sequences=8",
+    "stage.micro_batch_sequences=4",
+    "stage.sequence_length_tokens=128",
+    "stage.validation_sequences=0",
+    "stage.validate_every_steps=0",
+    "stage.checkpoint_every_steps=0",
+    "stage.sample_tokens=0",
+    "optim.learning_rate=1e-3",
+    "optim.final_learning_rate=1e-4",
+    "optim.warmup_steps=20",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """Of one seed over the last steps: the largest and the mean distance of the smoothed losses, relative to bf16's."""
+
+    seed: int
+    largest: float
+    mean: float
+
+
+def main() -> int:
+    """Trains, prints a line for each seed, writes the picture and its numbers; 1 where a gap is a limit or more."""
+    arguments = _arguments()
+    jobs = [(precision, seed) for seed in arguments.seeds for precision in PRECISIONS]
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        losses = dict(zip(jobs, pool.map(lambda job: _train(arguments, *job), jobs), strict=True))
+    smoothed = {job: smooth(values) for job, values in losses.items()}
+    gaps = [gap(seed, smoothed["bf16", seed], smoothed["fp8", seed]) for seed in arguments.seeds]
+    for each in gaps:
+        print(f"seed {each.seed}: largest gap {each.largest:.3%}, mean {each.mean:.3%}, last {LAST_STEPS} steps")
+    draw(smoothed, arguments.limit, _caption(arguments, gaps), arguments.picture)
+    print(f"picture: {arguments.picture}")
+    return int(any(each.largest >= arguments.limit for each in gaps))
+
+
+def smooth(losses: Sequence[float]) -> list[float]:
+    """The exponential mean of 0.9, which starts from the first loss."""
+    return list(accumulate(losses, lambda mean, loss: SMOOTHING * mean + (1 - SMOOTHING) * loss))
+
+
+def gap(seed: int, bf16: Sequence[float], fp8: Sequence[float]) -> Gap:
+    """Of two smoothed curves over the last 200 steps."""
+    pairs = list(zip(bf16, fp8, strict=True))[-LAST_STEPS:]
+    distances = [abs(ours - theirs) / theirs for theirs, ours in pairs]
+    return Gap(seed, max(distances), sum(distances) / len(distances))
+
+
+def _train(arguments: argparse.Namespace, precision: str, seed: int) -> list[float]:
+    folder = arguments.folder / f"{precision}-{seed}"
+    steps = arguments.steps
+    command = [sys.executable, "-m", "launch.train", *MODEL_OVERRIDES, f"precision={precision}", f"seed={seed}"]
+    command += [f"stage.steps={steps}", f"optim.decay_start_step={steps // 2}", f"optim.decay_end_step={steps}"]
+    command += [f"out_dir={folder}", *arguments.overrides]
+    metrics = folder / "metrics.jsonl"
+    if not metrics.exists():
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    losses = [json.loads(line)["loss"] for line in metrics.read_text().splitlines()]
+    assert len(losses) == steps, f"{folder}: {len(losses)} of {steps} steps; remove it to train again"
+    return losses
+
+
+def _caption(arguments: argparse.Namespace, gaps: Sequence[Gap]) -> str:
+    worst = max(each.largest for each in gaps)
+    return f"{arguments.steps} steps, {len(gaps)} seeds; largest gap over the last {LAST_STEPS} steps {worst:.3%}"
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("overrides", nargs="*", help="of conf/train.yaml, for both")
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")
+    parser.add_argument("--limit", type=float, default=0.0025)
+    parser.add_argument("--folder", type=Path, default=Path("outputs/fp8_loss"), help="of the runs; finished ones stay")
+    parser.add_argument("--picture", type=Path, default=Path("docs/fp8_loss.svg"))
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

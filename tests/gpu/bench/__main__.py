@@ -1,0 +1,79 @@
+"""Time of every Triton kernel on a CUDA device, beside its floor and torch: `python -m tests.gpu.bench`.
+
+Exit code: 0: every target that was measured is met; 1: one is missed, or a kernel failed; 2: no CUDA device.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import triton
+
+from tests.gpu.bench import report
+from tests.gpu.bench.contenders import contenders
+from tests.gpu.bench.measure import Roofs, Stopwatch, interleaved, measure_roofs
+from tests.kernels.catalogue import LAUNCHES
+from tests.kernels.launches import Launch
+
+SECTIONS = tuple(dict.fromkeys(launch.module.split(".")[1] for launch in LAUNCHES))
+MET, MISSED, NO_DEVICE = 0, 1, 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measures the sections asked for, prints tables and targets, and gives the exit code."""
+    arguments = _arguments(argv)
+    if not torch.cuda.is_available():
+        print("needs a CUDA device: torch.cuda.is_available() is false")
+        return NO_DEVICE
+    device = torch.device("cuda")
+    machine = {"device": torch.cuda.get_device_name(device), "torch": torch.__version__, "triton": triton.__version__}
+    print(", ".join(f"{key} {value}" for key, value in machine.items()), flush=True)
+    stopwatch = Stopwatch(device)
+    roofs = measure_roofs(stopwatch, device, arguments.rounds)
+    print(report.roofs_text(roofs), flush=True)
+    rows, refusals, failures = list[report.Row](), list[str](), list[str]()
+    for section in arguments.sections:
+        chosen = [launch for launch in LAUNCHES if launch.module.split(".")[1] == section]
+        found = [_measure(launch, device, stopwatch, roofs, arguments.rounds, refusals, failures) for launch in chosen]
+        rows += (made := [row for row in found if row is not None])
+        print(f"\n{report.table(made)}", flush=True)
+    lines, is_met = report.target_lines(rows)
+    print("", *refusals, *failures, *lines, sep="\n")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(report.data(machine, roofs, rows, refusals + failures), indent=1) + "\n")
+    return MET if is_met and not failures else MISSED
+
+
+def _measure(
+    launch: Launch,
+    device: torch.device,
+    stopwatch: Stopwatch,
+    roofs: Roofs,
+    num_rounds: int,
+    refusals: list[str],
+    failures: list[str],
+) -> report.Row | None:
+    """One row; None where our own kernel failed, which must not keep the others from being measured."""
+    try:
+        calls, refused = contenders(launch, device)
+        seconds = interleaved(calls, stopwatch.seconds, num_rounds)
+    except Exception as error:
+        failures.append(f"FAIL: {launch.name}, {launch.shape}: {type(error).__name__}: {error}")
+        return None
+    refusals += refused
+    return report.row_of(launch, seconds, roofs)
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tests.gpu.bench", description=__doc__)
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument("--rounds", type=int, default=21, help="of which the median is taken")
+    parser.add_argument("--json", type=Path, help="also write all figures to this file")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

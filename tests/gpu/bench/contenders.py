@@ -1,0 +1,131 @@
+"""What a kernel is timed beside: plain PyTorch, torch's own products, and DeepGEMM where it is installed.
+
+Shape legend: M rows, N columns and K depth of a product.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
+from typing import Literal, assert_never
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+import kernels.grouped_gemm.native as native
+from kernels.quantize.layout import Quantized, QuantizedBlocks
+from tests.kernels.launches import Call, Launch, Product, Tensors
+
+OURS = "ours"
+PLAIN = "plain torch"
+BF16 = "torch bf16"
+DEEP_GEMM = "DeepGEMM"
+NAMES = (PLAIN, BF16, "torch FP8 block-wise", "torch FP8 row-wise", "torch FP8 tensor-wise", DEEP_GEMM)
+
+Recipe = Literal["block-wise", "row-wise", "tensor-wise"]
+RECIPES: tuple[Recipe, ...] = ("block-wise", "row-wise", "tensor-wise")
+_SCALES_ALIGNMENT = 4
+
+
+def contenders(
+    launch: Launch, device: torch.device, is_installed: Callable[[str], bool] = lambda name: find_spec(name) is not None
+) -> tuple[dict[str, Call], list[str]]:
+    """Calls by name, ours first, each of which ran once; and a line for each that did not.
+
+    Raises:
+        Exception: whatever our own kernel raises.
+    """
+    calls, refusals = {OURS: launch.call(device, launch.tuned)}, list[str]()
+    calls[OURS]()
+    for names in _others(launch, is_installed):
+        for name, make in names.items():
+            try:
+                call = make(device)
+                call()
+            except Exception as error:  # whatever another's package raises of what it does not take
+                refusals.append(f"{launch.name}, {launch.shape}: {name}: {_first_line(error)}")
+            else:
+                calls[name] = call
+                break
+    return calls, refusals
+
+
+Make = Callable[[torch.device], Call]
+
+
+def _others(launch: Launch, is_installed: Callable[[str], bool]) -> list[dict[str, Make]]:
+    """Of each of these, the first that the device takes."""
+    found: list[dict[str, Make]] = []
+    if launch.reference is not None:
+        found.append({PLAIN: partial(launch.call, module=launch.reference)})
+    if launch.product is not None:
+        found.append({BF16: partial(bf16_product, launch.product)})
+        if launch.product.is_fp8 and not launch.product.is_gradient and not launch.product.counts:
+            found.append({f"torch FP8 {recipe}": partial(fp8_product, launch.product, recipe) for recipe in RECIPES})
+        if launch.deep_gemm is not None and is_installed("deep_gemm"):
+            found.append({DEEP_GEMM: partial(launch.call, module=launch.deep_gemm)})
+    return found
+
+
+def bf16_product(product: Product, device: torch.device) -> Call:
+    """The same product by torch in bf16, laid out as it comes in a model: a gradient sums over rows of both."""
+    tensors, counts = Tensors(device), product.counts
+    if product.is_gradient:
+        grad, rows = tensors.normal(product.depth, product.num_rows), tensors.normal(product.depth, product.num_columns)
+        return partial(native.grouped_weight, grad, rows, counts) if counts else lambda: torch.mm(grad.t(), rows)
+    rows = tensors.normal(product.num_rows, product.depth)
+    if counts:
+        weights = tensors.normal(len(counts), product.num_columns, product.depth)
+        return partial(native.grouped_rows, rows, weights, counts)
+    weight = tensors.normal(product.num_columns, product.depth)
+    return lambda: torch.mm(rows, weight.t())
+
+
+def fp8_product(product: Product, recipe: Recipe, device: torch.device) -> Call:
+    """The same product of rows and weight by torch in FP8, with as many scales as the recipe has."""
+    tensors = Tensors(device)
+    left = tensors.rows(product.num_rows, product.depth)
+    right = tensors.blocks(product.num_columns, product.depth)
+    return scaled_product(recipe, left.codes, right.codes, *scales_for(recipe, left, right))
+
+
+def scales_for(recipe: Recipe, left: Quantized, right: QuantizedBlocks) -> tuple[Tensor, Tensor]:
+    """Scales as torch wants them: block-wise with rows side by side in memory; else the first of a row, or of all."""
+    match recipe:
+        case "block-wise":
+            padded = functional.pad(right.scales, (0, -right.scales.shape[1] % _SCALES_ALIGNMENT))
+            return left.scales.t().contiguous().t(), padded.t()
+        case "row-wise":
+            first = right.scales[:, :1].repeat_interleave(128, 0)[: right.codes.shape[0]]
+            return left.scales[:, :1].contiguous(), first.t().contiguous()
+        case "tensor-wise":
+            return left.scales[0, 0].clone(), right.scales[0, 0].clone()
+        case _ as other:
+            assert_never(other)
+
+
+def scaled_product(
+    recipe: Recipe, left_MK: Tensor, right_NK: Tensor, left_scale: Tensor, right_scale: Tensor, fast: bool = False
+) -> Call:
+    """`torch.nn.functional.scaled_mm` of codes, in bf16; if `fast`, with sums as exact as tensor cores keep them."""
+    kinds = functional.ScalingType
+    scaling = {
+        "block-wise": (kinds.BlockWise1x128, kinds.BlockWise128x128),
+        "row-wise": (kinds.RowWise, kinds.RowWise),
+        "tensor-wise": (kinds.TensorWise, kinds.TensorWise),
+    }[recipe]
+    return partial(
+        functional.scaled_mm,
+        left_MK,
+        right_NK.t(),
+        left_scale,
+        scaling[0],
+        right_scale,
+        scaling[1],
+        output_dtype=torch.bfloat16,
+        use_fast_accum=fast,
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"

@@ -1,0 +1,154 @@
+"""Launches of the Triton kernels with the shapes of DeepSeek-V3, and what each must move and compute at the least.
+
+The same list is compiled without a GPU, and timed where there is one. On the CPU only shapes, types and strides of a
+tensor matter: its memory is never touched.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.quantize.layout import Quantized, QuantizedBlocks, QuantizedColumns, num_tiles
+
+HIDDEN = 7168
+DENSE_WIDTH = 18432
+EXPERT_WIDTH = 2048
+ATTENTION_WIDTH = 128 * 128
+LATENT = 1536
+VOCABULARY = 129280
+TOKENS = 4096
+TOP = 8
+COUNTS = tuple(384 + 8 * (expert * 13 % 32) + (expert % 2) for expert in range(32))
+"""Rows of 32 experts, 384 to 633 of them."""
+
+Call = Callable[[], Any]
+Prepare = Callable[[Any, "Tensors"], Call]
+
+
+class Tensors:
+    """Arguments for launches: numbers on a GPU, on the CPU shapes alone."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._generator = torch.Generator(device).manual_seed(0)
+
+    def normal(self, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        """Standard normal numbers."""
+        if self.device.type == "cpu":
+            return torch.empty(*shape, dtype=dtype)
+        made = torch.empty(*shape, dtype=dtype, device=self.device)
+        for part in made.flatten().split(2**28):
+            part.copy_(torch.randn(part.shape, generator=self._generator, device=self.device))
+        return made
+
+    def codes(self, *shape: int) -> Tensor:
+        """Codes as quantising gives them: no NaN, every exponent."""
+        return self.normal(*shape, dtype=torch.float8_e4m3fn)
+
+    def scales(self, *shape: int) -> Tensor:
+        """Positive, near 1."""
+        made = torch.empty(*shape, dtype=torch.float32, device=self.device)
+        return made if self.device.type == "cpu" else made.uniform_(0.5, 1.5, generator=self._generator)
+
+    def indices(self, size: int, below: int) -> Tensor:
+        """int64, every index equally often, in no order."""
+        if self.device.type == "cpu":
+            return torch.empty(size, dtype=torch.int64)
+        return torch.randperm(size, generator=self._generator, device=self.device) % below
+
+    def rows(self, num_rows: int, num_columns: int) -> Quantized:
+        """Rows in FP8."""
+        return Quantized(self.codes(num_rows, num_columns), self.scales(num_rows, num_tiles(num_columns)))
+
+    def blocks(self, *shape: int) -> QuantizedBlocks:
+        """A weight in FP8, or several."""
+        *leading, num_rows, num_columns = shape
+        return QuantizedBlocks(self.codes(*shape), self.scales(*leading, num_tiles(num_rows), num_tiles(num_columns)))
+
+    def columns(self, num_columns: int, num_padded: int) -> QuantizedColumns:
+        """Rows in FP8, transposed."""
+        return QuantizedColumns(self.codes(num_columns, num_padded), self.scales(num_columns, num_tiles(num_padded)))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Product:
+    """The product that a launch computes, or the products of groups that follow each other in rows or depth.
+
+    Attributes:
+        num_rows: of all groups together, or of a weight's gradient.
+        num_columns: of the result.
+        depth: that is summed over; of all groups together in a weight's gradient.
+        counts: rows, or depth, of each group; empty: one product.
+        is_gradient: of a weight: summed over rows.
+        is_fp8: operands in FP8, else bf16.
+    """
+
+    num_rows: int
+    num_columns: int
+    depth: int
+    counts: tuple[int, ...] = ()
+    is_gradient: bool = False
+    is_fp8: bool = True
+
+    @property
+    def operations(self) -> int:
+        """Multiplications and additions."""
+        return 2 * self.num_rows * self.num_columns * self.depth
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Launch:
+    """One launch of one kernel.
+
+    Attributes:
+        module: where kernel and launcher are.
+        kernel: name of the function that `triton.jit` made.
+        shape: in words, for a table.
+        bytes_moved: read and written at the least.
+        prepare: given a module, or what else has its functions, and a maker of tensors, gives a function that launches
+            the kernel once.
+        reference: module with the same function in plain PyTorch; none where that would compare nothing.
+        product: what is multiplied.
+        is_recorded: whether its machine code differs from that of the kernel's other launches, for the table of
+            compiled kernels.
+        is_timed: whether it is a launch of its own, not one that a tuner tries.
+    """
+
+    module: str
+    kernel: str
+    shape: str
+    bytes_moved: int
+    prepare: Prepare
+    reference: str | None = None
+    product: Product | None = None
+    is_recorded: bool = True
+    is_timed: bool = True
+
+    @property
+    def name(self) -> str:
+        """Of the kernel, as in `quantize.quantize`."""
+        folder, kernel = self.module.split(".")[1], self.kernel.removesuffix("_kernel")
+        return f"{folder}.{kernel}"
+
+    def call(self, device: torch.device, functions: object = None) -> Call:
+        """A function that launches the kernel once, with arguments on a device.
+
+        Args:
+            device: of the tensors.
+            functions: what has them as attributes; by default the kernel's own module.
+        """
+        return self.prepare(import_module(self.module) if functions is None else functions, Tensors(device))
+
+
+def quantized_bytes(num_rows: int, num_columns: int) -> int:
+    """Of codes and scales of rows."""
+    return num_rows * (num_columns + 4 * num_tiles(num_columns))
+
+
+def blocks_bytes(num_rows: int, num_columns: int) -> int:
+    """Of codes and scales of a weight."""
+    return num_rows * num_columns + 4 * num_tiles(num_rows) * num_tiles(num_columns)

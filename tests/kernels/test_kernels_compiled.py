@@ -1,0 +1,113 @@
+"""Every Triton kernel as it is compiled for an H100: in the table, within the rules, and as recorded."""
+
+import ast
+import re
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+from torch import Tensor
+
+from tests.kernels.aot import recorded_launch
+from tests.kernels.catalogue import LAUNCHES
+from tests.kernels.compiled_table import FILE, MOST_SHARED_BYTES, Row, rows, table
+from tests.kernels.launches import Launch, Product
+
+KERNELS = Path(__file__).resolve().parents[2] / "kernels"
+PASSES = {"slopes_kernel": 2}
+"""Kernels that write over what they read."""
+
+
+def kernels_in(source: str) -> set[str]:
+    """Functions decorated by `triton.jit` that no other function calls as its own: those that are launched."""
+    functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
+    jitted = [each for each in functions if any("triton.jit" in ast.unparse(mark) for mark in each.decorator_list)]
+    calls = [node for each in jitted for node in ast.walk(each) if isinstance(node, ast.Call)]
+    return {each.name for each in jitted} - {ast.unparse(call.func) for call in calls}
+
+
+def kernels_of_all_modules() -> set[tuple[str, str]]:
+    """Module and name of every kernel; a function that other modules call inside theirs is none."""
+    sources = {path: path.read_text() for path in sorted(KERNELS.rglob("*.py"))}
+    found = {path: kernels_in(source) for path, source in sources.items() if "triton.jit" in source}
+    imported = {
+        alias.name
+        for path in found
+        for node in ast.walk(ast.parse(sources[path]))
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    return {
+        (".".join(path.relative_to(KERNELS.parent).with_suffix("").parts), name)
+        for path, names in found.items()
+        for name in names - imported
+    }
+
+
+def test_kernels_in_a_source_are_those_that_are_launched() -> None:
+    source = (
+        "@triton.jit\ndef helper(x): return x\n"
+        "@triton.jit(do_not_specialize=['n'])\ndef first_kernel(x, n): helper(x)\n"
+        "@triton.jit\ndef second_kernel(x): tl.store(x, helper(x))\n"
+        "def launcher(x): first_kernel[(1,)](x, 1)\n"
+    )
+    assert kernels_in(source) == {"first_kernel", "second_kernel"}
+
+
+def test_every_kernel_is_compiled_for_the_table() -> None:
+    recorded = {(launch.module, launch.kernel) for launch in LAUNCHES if launch.is_recorded}
+    assert kernels_of_all_modules() == recorded
+
+
+@pytest.mark.slow
+def test_compiled_kernels_keep_the_rules_and_are_as_recorded() -> None:
+    found = rows()
+    assert [rule for row in found for rule in row.broken_rules()] == []
+    recorded = FILE.read_text()
+    version = re.search(r"Triton (\S+);", recorded)
+    assert version is not None
+    if version[1] != triton.__version__:
+        pytest.skip(f"rules hold; numbers were recorded with Triton {version[1]}, this is {triton.__version__}")
+    assert table(found).splitlines() == recorded.splitlines(), "python -m tests.kernels.compiled_table --write"
+
+
+def test_rules_that_a_kernel_breaks_are_named() -> None:
+    product = Product(num_rows=1, num_columns=1, depth=1)
+    launch = Launch(
+        module="kernels.some.triton",
+        kernel="product_kernel",
+        shape="1",
+        bytes_moved=1,
+        prepare=lambda module, tensors: list,
+        product=product,
+    )
+
+    def broken(spill_bytes: int, shared_bytes: int, tensor_cores: str) -> list[str]:
+        row = Row(
+            launch=launch,
+            registers=1,
+            spill_bytes=spill_bytes,
+            shared_bytes=shared_bytes,
+            num_warps=4,
+            tensor_cores=tensor_cores,
+            tma="",
+        )
+        return row.broken_rules()
+
+    assert broken(0, MOST_SHARED_BYTES, "wgmma e4m3") == []
+    assert broken(8, MOST_SHARED_BYTES + 1, "mma e4m3") == [
+        "some.product: registers must not spill, got 8 bytes",
+        "some.product: shared memory must be at most 227 KiB, got 232449 bytes",
+        "some.product: must multiply by wgmma e4m3, got 'mma e4m3'",
+    ]
+
+
+@pytest.mark.parametrize("launch", LAUNCHES, ids=lambda launch: f"{launch.name}, {launch.shape}")
+def test_bytes_of_a_launch_are_those_of_the_tensors_that_its_kernel_is_given(launch: Launch) -> None:
+    arguments, _ = recorded_launch(import_module(launch.module), launch.kernel, launch.call(torch.device("cpu")))
+    given = {each.data_ptr(): each.nbytes for each in arguments if isinstance(each, Tensor)}
+    counted = sum(given.values()) * PASSES.get(launch.kernel, 1)
+    # Partial sums and the places of tiles are given too; few scales are not, whose transpose torch makes.
+    assert 0.94 * counted <= launch.bytes_moved <= 1.001 * counted

@@ -1,0 +1,185 @@
+"""Products in FP8: the reference against exact products, Hopper's sums emulated, and the package `deep_gemm` emulated.
+
+Shape legend: M rows of the left operand, N rows of the right one, K numbers in a row of both.
+"""
+
+import sys
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.gemm_fp8 import deep_gemm, hopper, reference
+from kernels.quantize.layout import Quantized, QuantizedBlocks, QuantizedColumns
+from kernels.quantize.reference import quantize_1x128
+from kernels.quantize.reference_blocks import quantize_128x128
+from kernels.quantize.reference_columns import quantize_columns
+from tests.kernels.agreement_gemm import (
+    assert_product,
+    check_columns,
+    check_empty,
+    check_gemm,
+    check_nan,
+    column_operands,
+    operands,
+    random_codes,
+    values,
+)
+from tests.kernels.deep_gemm_emulation import Calls, emulated
+
+SHAPES = [(1, 1, 1), (3, 5, 127), (2, 130, 128), (130, 7, 129), (70, 260, 400)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_reference_is_the_product_of_codes_times_scales(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    check_gemm(reference.gemm_fp8, "cpu", shape, dtype)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 128), (130, 5, 256), (40, 200, 384)])
+def test_reference_over_rows_is_the_product_of_codes_times_scales(shape: tuple[int, int, int]) -> None:
+    check_columns(reference.gemm_fp8_columns, "cpu", shape)
+
+
+def test_reference_carries_nan_to_the_rows_and_columns_it_touches() -> None:
+    check_nan(reference.gemm_fp8, reference.gemm_fp8_columns, "cpu")
+
+
+def test_reference_of_nothing_has_its_shapes() -> None:
+    check_empty(reference.gemm_fp8, reference.gemm_fp8_columns, "cpu")
+
+
+def test_products_of_quantised_matrices_are_near_those_of_the_matrices() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows_AK, weight_NK = torch.randn(200, 300, generator=generator), torch.randn(140, 300, generator=generator)
+    grad_AN = torch.randn(200, 140, generator=generator)
+    made = reference.gemm_fp8(quantize_1x128(rows_AK, True), quantize_128x128(weight_NK, False), torch.float32)
+    counts = [70, 0, 130]
+    gradient = reference.gemm_fp8_columns(
+        quantize_columns(grad_AN, counts, True), quantize_columns(rows_AK, counts, False)
+    )
+    # A code has four significant bits: uniformly up to 1/16 of a value, 0.026 at the mean, for either operand.
+    for actual, expected in ((made, rows_AK @ weight_NK.t()), (gradient, grad_AN.t() @ rows_AK)):
+        assert 0.01 < (actual - expected).norm() / expected.norm() < 0.05
+
+
+def broken(left: Quantized, right: QuantizedBlocks) -> list[tuple[Quantized, QuantizedBlocks, str]]:
+    codes, scales = right
+    return [
+        (left, QuantizedBlocks(codes[:, :-1], scales), "right.codes must have as many columns as left.codes, 200, got"),
+        (left, QuantizedBlocks(codes, scales[:1]), r"right.scales must be \[2, 2\], got \[1, 2\]"),
+        (Quantized(left.codes, left.scales[:, :1]), right, r"left.scales must be \[4, 2\], got \[4, 1\]"),
+        (left, QuantizedBlocks(codes[None], scales), "right.codes must be a matrix, got 3 dimensions"),
+    ]
+
+
+def test_operands_that_do_not_fit_are_named() -> None:
+    for left, right, message in broken(*operands((4, 130, 200))):
+        with pytest.raises(ValueError, match="gemm_fp8: " + message):
+            reference.gemm_fp8(left, right, torch.float32)
+    first, second = column_operands((4, 5, 200))
+    with pytest.raises(ValueError, match=r"gemm_fp8_columns: left.codes must have a multiple of 128 columns, got 200"):
+        reference.gemm_fp8_columns(first, second)
+
+
+def test_promotion_every_128_keeps_hopper_sums_within_a_thousandth() -> None:
+    """arXiv:2412.19437, section 3.3.2: nearly 2 % at K = 4096 without promotion."""
+    never, promoted = hopper.accumulation_errors(4096, None), hopper.accumulation_errors(4096, 128)
+    assert max(promoted) < 0.001
+    assert never.same_sign > 0.05
+    assert never.random > 8 * promoted.random
+    assert (
+        hopper.accumulation_errors(512, None).same_sign
+        < never.same_sign
+        < hopper.accumulation_errors(8192, None).same_sign
+    )
+
+
+def one_by_one(left_K: Tensor, right_K: Tensor, promotion: int | None) -> float:
+    """A sum of Hopper's in integers, number by number."""
+    products = (left_K.double() * right_K.double()).tolist()
+    total = running = 0.0
+    for first in range(0, len(products), 32):
+        addends = [*products[first : first + 32], running]
+        unit = last_bit(max(map(abs, addends)))
+        running = sum(int(addend / unit) for addend in addends) * unit
+        running = int(running / last_bit(abs(running))) * last_bit(abs(running))
+        if promotion and (first + 32) % promotion == 0:
+            total, running = float(torch.tensor(total) + torch.tensor(running)), 0.0
+    return float(torch.tensor(total) + torch.tensor(running))
+
+
+def last_bit(magnitude: float) -> float:
+    """Of 14 bits, the first of which is not zero."""
+    exponent = 0
+    while 2.0**exponent <= magnitude:
+        exponent += 1
+    while magnitude and 2.0 ** (exponent - 1) > magnitude:
+        exponent -= 1
+    return 2.0 ** (exponent - 14)
+
+
+@pytest.mark.parametrize("promotion", [None, 32, 128])
+def test_hopper_sums_keep_14_bits_of_each_addend(promotion: int | None) -> None:
+    generator = torch.Generator().manual_seed(1)
+    left_MK, right_NK = random_codes(generator, 3, 300), random_codes(generator, 2, 300)
+    left_MK[0, :100] = 0
+    made_MN = hopper.accumulate(left_MK, right_NK, promotion)
+    expected = [[one_by_one(left_K, right_K, promotion) for right_K in right_NK] for left_K in left_MK]
+    assert made_MN.tolist() == expected
+
+
+def test_an_interval_that_hopper_cannot_have_is_named() -> None:
+    codes = random_codes(torch.Generator(), 1, 64)
+    with pytest.raises(ValueError, match="promotion must be a multiple of 32, got 100; nearest: 96"):
+        hopper.accumulate(codes, codes, 100)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    counted = Calls()
+    monkeypatch.setitem(sys.modules, "deep_gemm", emulated(counted))
+    return counted
+
+
+def test_deep_gemm_is_called_with_what_it_wants(calls: Calls) -> None:
+    refuse = partial(pytest.fail, "the package serves this shape")
+    adapter = deep_gemm.DeepGemm(refuse, refuse)
+    left, right = operands((5, 192, 256))
+    made_MN = adapter.gemm_fp8(left, right, torch.bfloat16)
+    assert_product(made_MN, values(*left, 1), values(*right, 128), 2.0**-24)
+    first, second = column_operands((64, 128, 384))
+    made_MN = adapter.gemm_fp8_columns(first, second)
+    assert_product(made_MN, values(*first, 1), values(*second, 1), 2.0**-24)
+    assert (calls.num_blocks, calls.num_rows) == (1, 1)
+
+
+def test_what_deep_gemm_is_not_made_for_goes_elsewhere(calls: Calls) -> None:
+    adapter = deep_gemm.DeepGemm(reference.gemm_fp8, reference.gemm_fp8_columns)
+    for shape in ((5, 100, 256), (5, 128, 200), (0, 128, 128), (5, 0, 128), (5, 64, 0)):
+        check_gemm(adapter.gemm_fp8, "cpu", shape, torch.bfloat16)
+    check_gemm(adapter.gemm_fp8, "cpu", (5, 128, 128), torch.float32)
+    for shape in ((5, 64, 128), (64, 5, 128), (64, 64, 0)):
+        check_columns(adapter.gemm_fp8_columns, "cpu", shape)
+    left, right = operands((5, 128, 384))
+    adapter.gemm_fp8(Quantized(left.codes[:, :256], left.scales[:, :2].contiguous()), _first_256(right), torch.bfloat16)
+    assert (calls.num_blocks, calls.num_rows) == (0, 0)
+
+
+def _first_256(right: QuantizedBlocks) -> QuantizedBlocks:
+    return QuantizedBlocks(right.codes[:, :256].contiguous(), right.scales[:, :2].contiguous())
+
+
+def test_deep_gemm_is_for_hopper_alone() -> None:
+    assert not deep_gemm.available(torch.device("cpu"))
+
+
+def test_columns_of_a_group_of_rows_are_a_product_of_their_own() -> None:
+    left, right = column_operands((40, 50, 384))
+    whole = reference.gemm_fp8_columns(left, right)
+    parts = [
+        reference.gemm_fp8_columns(*(QuantizedColumns(c[:, rows], s[:, tiles]) for c, s in (left, right)))
+        for rows, tiles in ((slice(0, 128), slice(0, 1)), (slice(128, 384), slice(1, 3)))
+    ]
+    torch.testing.assert_close(parts[0] + parts[1], whole, rtol=1e-5, atol=1e-5 * float(whole.abs().max()))
