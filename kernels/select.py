@@ -10,12 +10,16 @@ from typing import Literal, Protocol, assert_never
 import torch
 from torch import Tensor
 
+import kernels.cross_entropy.reference
 import kernels.expert_mlp.batched
 import kernels.expert_mlp.grouped
 import kernels.expert_mlp.reference
 import kernels.grouped_gemm.native
 import kernels.permute.reference
 import kernels.quantize.reference
+import kernels.rms_norm.reference
+import kernels.swiglu.reference
+from kernels.cross_entropy.reference import CrossEntropy
 from kernels.quantize.layout import Quantized
 
 Implementation = Literal["reference", "triton"]
@@ -114,6 +118,54 @@ class ExpertKernels:
     down_gradient: DownGradient
 
 
+class RmsNormForward(Protocol):
+    """`kernels.rms_norm.reference.rms_norm` or its like."""
+
+    def __call__(self, x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """Normal, and the inverse root mean squares."""
+
+
+class RmsNormBackward(Protocol):
+    """`kernels.rms_norm.reference.normalise_backward` or its like."""
+
+    def __call__(self, grad: Tensor, x: Tensor, scale: Tensor, weight_D: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of x and of the weight."""
+
+
+class Swiglu(Protocol):
+    """`kernels.swiglu.reference.swiglu` or its like."""
+
+    def __call__(self, gate: Tensor, up: Tensor) -> Tensor:
+        """silu(gate) * up."""
+
+
+class SwigluBackward(Protocol):
+    """`kernels.swiglu.reference.swiglu_backward` or its like."""
+
+    def __call__(self, grad_AM: Tensor, hidden_AH: Tensor) -> Tensor:
+        """Gradient of gate and up side by side."""
+
+
+class LinearCrossEntropy(Protocol):
+    """`kernels.cross_entropy.reference.linear_cross_entropy` or its like."""
+
+    def __call__(
+        self, rows_ND: Tensor, head_VD: Tensor, targets_N: Tensor, *, wants_rows: bool, wants_head: bool
+    ) -> CrossEntropy:
+        """The loss of a linear head, and its gradients."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FusedKernels:
+    """Norms, gates and losses: what a pass over memory does between products."""
+
+    rms_norm: RmsNormForward
+    normalise_backward: RmsNormBackward
+    swiglu: Swiglu
+    swiglu_backward: SwigluBackward
+    linear_cross_entropy: LinearCrossEntropy
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PermuteKernels:
     """Reordering of rows, and the way back with a sum per token."""
@@ -159,6 +211,34 @@ def quantize_kernels(implementation: Implementation) -> QuantizeKernels:
             import kernels.quantize.triton as compiled
 
             return QuantizeKernels(quantize_1x128=compiled.quantize_1x128, dequantize_1x128=compiled.dequantize_1x128)
+        case _:
+            assert_never(implementation)
+
+
+def fused_kernels(implementation: Implementation) -> FusedKernels:
+    """Those of one implementation; imports Triton only where asked for."""
+    match implementation:
+        case "reference":
+            norm, gate, loss = kernels.rms_norm.reference, kernels.swiglu.reference, kernels.cross_entropy.reference
+            return FusedKernels(
+                rms_norm=norm.rms_norm,
+                normalise_backward=norm.normalise_backward,
+                swiglu=gate.swiglu,
+                swiglu_backward=gate.swiglu_backward,
+                linear_cross_entropy=loss.linear_cross_entropy,
+            )
+        case "triton":
+            import kernels.cross_entropy.triton as compiled_loss
+            import kernels.rms_norm.triton as compiled_norm
+            import kernels.swiglu.triton as compiled_gate
+
+            return FusedKernels(
+                rms_norm=compiled_norm.rms_norm,
+                normalise_backward=compiled_norm.normalise_backward,
+                swiglu=compiled_gate.swiglu,
+                swiglu_backward=compiled_gate.swiglu_backward,
+                linear_cross_entropy=compiled_loss.linear_cross_entropy,
+            )
         case _:
             assert_never(implementation)
 

@@ -1,18 +1,22 @@
 """Which implementation of the FP8 kernels runs is an argument: the reference in plain PyTorch, or Triton's.
 
+Products can also be those of the package `deep_gemm`, where it takes the operands.
+
 Shape legend: A rows, N outputs, K inputs, D columns, H = 2 M gate and up side by side, E experts.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
-from typing import Protocol, assert_never
+from typing import Literal, Protocol, assert_never
 
 import torch
 from torch import Tensor
 
 from kernels.quantize.layout import PackedE5M6, Quantized, QuantizedBlocks, QuantizedColumns
-from kernels.select import Implementation, Quantize
+from kernels.select import Quantize
+
+Fp8Implementation = Literal["reference", "triton", "deep_gemm"]
 
 
 class QuantizeColumns(Protocol):
@@ -142,13 +146,29 @@ class Fp8Kernels:
     rms_norm_backward_from_codes: RmsNormBackwardFromCodes
 
 
-def fp8_kernels(implementation: Implementation) -> Fp8Kernels:
+def fp8_implementation_for(device: torch.device) -> Fp8Implementation:
+    """On CUDA Triton's, with DeepGEMM's products where that package is installed and made for the device."""
+    if device.type != "cuda":
+        return "reference"
+    return "deep_gemm" if _has_deep_gemm(device) else "triton"
+
+
+@cache
+def _has_deep_gemm(device: torch.device) -> bool:
+    from kernels.gemm_fp8.deep_gemm import available
+
+    return available(device)
+
+
+def fp8_kernels(implementation: Fp8Implementation) -> Fp8Kernels:
     """Those of one implementation; imports Triton only where asked for."""
     match implementation:
         case "reference":
             return _reference()
         case "triton":
             return _triton()
+        case "deep_gemm":
+            return _deep_gemm()
         case _:
             assert_never(implementation)
 
@@ -181,3 +201,43 @@ def _reference() -> Fp8Kernels:
         rms_norm_quantize=rms_norm.rms_norm_quantize,
         rms_norm_backward_from_codes=rms_norm.rms_norm_backward_from_codes,
     )
+
+
+@cache
+def _triton() -> Fp8Kernels:
+    import kernels.grouped_gemm.triton_fp8 as grouped
+    import kernels.quantize.triton as rows
+    import kernels.quantize.triton_blocks as blocks
+    import kernels.quantize.triton_columns as columns
+    import kernels.quantize.triton_e5m6 as e5m6
+    import kernels.rms_norm.triton_fp8 as rms_norm
+    import kernels.swiglu.triton_fp8 as swiglu
+    from kernels.gemm_fp8.tuned import TunedGemm
+
+    gemm = TunedGemm()
+    return Fp8Kernels(
+        quantize_1x128=rows.quantize_1x128,
+        quantize_columns=columns.quantize_columns,
+        requantize_columns=columns.requantize_columns,
+        quantize_128x128=blocks.quantize_128x128,
+        transpose_blocks=blocks.transpose_blocks,
+        pack_e5m6=e5m6.pack_e5m6,
+        unpack_e5m6=e5m6.unpack_e5m6,
+        gemm_fp8=gemm.gemm_fp8,
+        gemm_fp8_columns=gemm.gemm_fp8_columns,
+        grouped_rows_fp8=grouped.grouped_rows_fp8,
+        grouped_weight_fp8=grouped.grouped_weight_fp8,
+        swiglu_quantize=swiglu.swiglu_quantize,
+        swiglu_backward_from_codes=swiglu.swiglu_backward_from_codes,
+        rms_norm_quantize=rms_norm.rms_norm_quantize,
+        rms_norm_backward_from_codes=rms_norm.rms_norm_backward_from_codes,
+    )
+
+
+@cache
+def _deep_gemm() -> Fp8Kernels:
+    from kernels.gemm_fp8.deep_gemm import DeepGemm
+
+    own = _triton()
+    gemm = DeepGemm(own.gemm_fp8, own.gemm_fp8_columns)
+    return replace(own, gemm_fp8=gemm.gemm_fp8, gemm_fp8_columns=gemm.gemm_fp8_columns)

@@ -27,6 +27,8 @@ from train.weight_source import is_hf_folder
 
 # On the command line the source's keys stand beside data's other keys: `data=files data.paths=[a,b]`.
 _SOURCE_KEYS = ("kind", "paths")
+# 1 - 2^-6. Half a step of bf16 is at most 2^-8 of a number: a moment still follows what differs from it by a quarter.
+_MOST_BETA_OF_BF16 = 0.984375
 
 
 def read_config(values: Mapping[str, Any]) -> TrainConfig:
@@ -268,6 +270,19 @@ def _check_optim(config: TrainConfig) -> None:
         raise ConfigError(
             f"optim.sharding: precision={precision} needs {needed}, is {optim.sharding}; nearest valid: {needed}"
         )
+    if optim.moments == "bf16":
+        _check_bf16_moments(config)
+
+
+def _check_bf16_moments(config: TrainConfig) -> None:
+    if config.precision.kind == "float64":
+        raise ConfigError("optim.moments: precision=float64 needs float32, is bf16; nearest valid: float32")
+    for name, beta in (("beta1", config.optim.beta1), ("beta2", config.optim.beta2)):
+        if beta > _MOST_BETA_OF_BF16:
+            raise ConfigError(
+                f"optim.{name}: must be at most {_MOST_BETA_OF_BF16} with optim.moments=bf16, as smaller changes "
+                f"are lost in its steps, is {beta}; nearest valid: {_MOST_BETA_OF_BF16}, or optim.moments=float32"
+            )
 
 
 def _check_data(config: TrainConfig) -> None:

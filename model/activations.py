@@ -86,7 +86,7 @@ def head_bytes(config: ModelConfig, shape: MicroBatchShape) -> int:
 
 
 def router_bytes(config: ModelConfig, shape: MicroBatchShape) -> int:
-    """Of a gate: scores, those chosen and their sums, the ids; of the balance loss the sums, and each sequence's load."""
+    """Of a gate: scores, those chosen and their sums, the ids; of its balance loss the sums, and the load."""
     tokens, choices, experts = shape.num_tokens, config.num_experts_per_token, config.num_routed_experts
     kept = tokens * ((experts + choices + 2) * shape.wide_bytes + choices * 8)
     return kept + shape.sequences * experts * shape.wide_bytes

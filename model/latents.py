@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from kernels.attention.documents import Documents
-from kernels.rms_norm.reference import inverse_rms, normalise, normalise_backward
+from kernels.rms_norm.reference import inverse_rms
+from kernels.select import fused_kernels, implementation_for
 from model.config import Computing
 from model.fp8.maps import Fp8Maps
 from model.linear import WeightSink, give
@@ -181,7 +182,9 @@ class PlainEnds:
     ) -> NormAndMap:
         grad_up = give(up, lambda: grad.t() @ normal(), self._mixing.sink)
         x_NL = x_BTL.flatten(0, 1)
-        grad_NL, grad_norm = normalise_backward(grad @ up, x_NL, inverse_rms(x_NL, self._mixing.shape.eps), norm)
+        scale = inverse_rms(x_NL, self._mixing.shape.eps)
+        run = fused_kernels(implementation_for(x_NL.device))
+        grad_NL, grad_norm = run.normalise_backward(grad @ up, x_NL, scale, norm)
         out_BTL.copy_(grad_NL.view_as(out_BTL))
         return grad_norm, grad_up
 
@@ -190,4 +193,4 @@ def _normal(x: Tensor, weight: Tensor, eps: float, kept: tuple[Tensor, ...]) -> 
     """norm(x) when it is first asked for, or as it was kept. Holds tensors alone, and so is freed with its holder."""
     if kept:
         return lambda: kept[0]
-    return cache(lambda: normalise(x, inverse_rms(x, eps), weight))
+    return cache(lambda: fused_kernels(implementation_for(x.device)).rms_norm(x, weight, eps)[0])

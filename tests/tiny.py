@@ -50,6 +50,7 @@ OPTIM = OptimConfig(
     weight_decay=0.1,
     clip_norm=1.0,
     sharding="replicated",
+    moments="float32",
     bucket_elements=50_000_000,
 )
 

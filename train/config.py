@@ -18,6 +18,8 @@ class OptimConfig:
 
     `sharding`: `zero1` shards the optimiser state over the ranks that hold the same parameters
     (DeepSpeed), `replicated` keeps it whole on each of them (torch; the only one for float64).
+    `moments`: what they are kept in (float32: float64 for float64 weights). A run may go on from a checkpoint with
+    others: from float32 to bf16 they are rounded, the way back changes nothing.
     `bucket_elements`: how much of the gradients zero1 reduces, and of the weights it gathers, at once.
     """
 
@@ -32,6 +34,7 @@ class OptimConfig:
     weight_decay: float
     clip_norm: float
     sharding: Literal["zero1", "replicated"]
+    moments: Literal["float32", "bf16"]
     bucket_elements: int
 
 

@@ -18,6 +18,7 @@ from kernels.gemm_fp8.shapes import check_columns, check_rows_by_blocks
 from kernels.quantize.layout import TILE, Quantized, QuantizedBlocks, QuantizedColumns
 
 HOPPER = 9
+ALIGNMENT_BYTES = 16
 OUTPUTS_MULTIPLE = 64
 ROWS_BY_ROWS = (1, 1, TILE)  # the package's "recipe": rows to a scale on the left, on the right, and numbers of K
 
@@ -48,8 +49,8 @@ class DeepGemm:
     def gemm_fp8(self, left: Quantized, right: QuantizedBlocks, dtype: torch.dtype) -> Tensor:
         """As `kernels.gemm_fp8.reference.gemm_fp8`."""
         num_rows, num_outputs, depth = check_rows_by_blocks("gemm_fp8", left, right)
-        suits = dtype == torch.bfloat16 and num_rows > 0 and num_outputs % OUTPUTS_MULTIPLE == 0
-        if not suits or not _suit(depth, *left, *right):
+        suits = dtype == torch.bfloat16 and num_rows > 0 and _fits(num_outputs, OUTPUTS_MULTIPLE)
+        if not suits or not _fits(depth, TILE) or not _in_order(*left, *right):
             return self._otherwise(left, right, dtype)
         from deep_gemm import fp8_gemm_nt  # type: ignore[import-not-found, unused-ignore]
 
@@ -60,8 +61,8 @@ class DeepGemm:
     def gemm_fp8_columns(self, left: QuantizedColumns, right: QuantizedColumns) -> Tensor:
         """As `kernels.gemm_fp8.reference.gemm_fp8_columns`."""
         num_rows, num_outputs, depth = check_columns("gemm_fp8_columns", left, right)
-        suits = num_rows % OUTPUTS_MULTIPLE == 0 and num_outputs % OUTPUTS_MULTIPLE == 0
-        if not suits or not _suit(depth, *left, *right):
+        suits = _fits(num_rows, OUTPUTS_MULTIPLE) and _fits(num_outputs, OUTPUTS_MULTIPLE)
+        if not suits or not _fits(depth, TILE) or not _in_order(*left, *right):
             return self._columns_otherwise(left, right)
         from deep_gemm import fp8_gemm_nt
 
@@ -70,6 +71,9 @@ class DeepGemm:
         return out_MN
 
 
-def _suit(depth: int, *matrices: Tensor) -> bool:
-    aligned = all(matrix.is_contiguous() and matrix.data_ptr() % 16 == 0 for matrix in matrices)
-    return depth > 0 and depth % TILE == 0 and aligned
+def _fits(size: int, multiple: int) -> bool:
+    return size > 0 and size % multiple == 0
+
+
+def _in_order(*matrices: Tensor) -> bool:
+    return all(matrix.is_contiguous() and matrix.data_ptr() % ALIGNMENT_BYTES == 0 for matrix in matrices)

@@ -13,7 +13,8 @@ import triton
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from kernels.gemm_fp8.tiling import STORED_BY_MASK, Tiling
+from kernels.gemm_fp8.descriptors import ALIGNMENT_BYTES
+from kernels.gemm_fp8.tiling import Tiling
 from kernels.gemm_fp8.triton import gemm_fp8, gemm_fp8_columns
 from kernels.quantize.layout import Quantized, QuantizedBlocks, QuantizedColumns
 
@@ -23,7 +24,7 @@ CANDIDATES = (
     Tiling(rows=64, warps=4, stages=3, programs_per_sm=2),
     Tiling(rows=64, warps=4, stages=2, programs_per_sm=3),
     Tiling(rows=64, outputs=64, warps=4, programs_per_sm=2),
-    STORED_BY_MASK,
+    Tiling(outputs=64),
 )
 
 Key = tuple[str, torch.dtype, int, int, int]
@@ -46,7 +47,8 @@ class TunedGemm:
         Args:
             candidates: tilings to choose from.
             milliseconds: measures a call; by default Triton's own benchmark, and on CUDA tensors alone: elsewhere
-                nothing is tried, and the kernel's own tiling is used.
+                nothing is tried, and the kernel's own tiling is used. So it is for results whose rows are not a
+                multiple of 16 bytes.
         """
         self._candidates = tuple(candidates)
         self._milliseconds = milliseconds
@@ -68,7 +70,9 @@ class TunedGemm:
             if device.type != "cuda":
                 return None
             milliseconds = _benchmark
-        if 0 in key:
+        _, dtype, *sizes = key
+        stored_by_mask = sizes[1] * dtype.itemsize % ALIGNMENT_BYTES
+        if stored_by_mask or 0 in sizes:
             return None
         if key not in self._chosen:
             times: dict[Tiling, float] = {}

@@ -43,7 +43,7 @@ def codes_of(values: tl.tensor, scales: tl.tensor, POWER_OF_TWO: tl.constexpr) -
 
     Args:
         values: float32.
-        scales: float32, 2**-126 at least and at most 2**119, or NaN; as `values` or of length 1 along an axis.
+        scales: float32, 2**-126 at least and at most 2**120, or NaN; as `values` or of length 1 along an axis.
         POWER_OF_TWO: all scales are.
     """
     scale_bits = scales.to(tl.int32, bitcast=True)

@@ -25,6 +25,12 @@ def normalise(x: Tensor, scale: Tensor, weight_D: Tensor) -> Tensor:
     return (x * scale).to(x.dtype).mul_(weight_D)
 
 
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`normalise` of x, and the `inverse_rms` that it took."""
+    scale = inverse_rms(x, eps)
+    return normalise(x, scale, weight_D), scale
+
+
 def normalise_backward(grad: Tensor, x: Tensor, scale: Tensor, weight_D: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of `normalise` in x, [..., D], and in the weight, [D]; computed in `scale`'s type.
 

@@ -94,11 +94,8 @@ class _ExpertMlp(torch.autograd.Function):
         options: _Options = ctx.options
         maps, counts, order, sink = options.maps, options.counts, options.order, options.sink
         run, dtype, power_of_two = maps.kernels(packed.device), gate_up_EHD.dtype, maps.power_of_two
-        if options.mail is None:
-            packed_grad = options.sort(pack_gradient(grads[0], maps))
-        else:
-            packed_grad = options.mail.take()
-        grad = unpack(packed_grad, down_EDM.shape[1])
+        mail = options.mail
+        grad = unpack(mail.take() if mail else options.sort(pack_gradient(grads[0], maps)), down_EDM.shape[1])
         grad_AM = run.grouped_rows_fp8(grad, maps.codes(down_EDM).backward, counts, dtype)
         grad_AH, gated_AM, grad_weights_A = run.swiglu_backward_from_codes(grad_AM, Quantized(codes, scales), weights_A)
         grad_hidden = maps.gradient(grad_AH)

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from kernels.quantize.layout import GRADIENTS_MIN_AMAX, TILE, Quantized, QuantizedBlocks
-from kernels.select import implementation_for
-from kernels.select_fp8 import Fp8Kernels, fp8_kernels
+from kernels.select_fp8 import Fp8Kernels, fp8_implementation_for, fp8_kernels
 from model.linear import WeightSink
 
 
@@ -56,7 +55,7 @@ class Fp8Maps:
 
     def kernels(self, device: torch.device) -> Fp8Kernels:
         """Those that suit where tensors are."""
-        return fp8_kernels(implementation_for(device))
+        return fp8_kernels(fp8_implementation_for(device))
 
     def operand(self, rows_AK: Tensor) -> Quantized:
         """An input in FP8."""

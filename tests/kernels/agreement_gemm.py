@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kernels.quantize.layout import Quantized, QuantizedBlocks, QuantizedColumns, num_tiles
 
-ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
+ROUNDING = {torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}
 FLOAT32_SUMS = 2.0**-18
 """Of float32 sums, relative to the sum of magnitudes: 2^-24 for each of 64 roundings, with room to spare."""
 HOPPER_SUMS = 2.0**-10

@@ -27,7 +27,6 @@ MAPS = {
     "o_proj": (ATTENTION_WIDTH, HIDDEN),
     "dense gate_up": (HIDDEN, 2 * DENSE_WIDTH),
     "dense down": (DENSE_WIDTH, HIDDEN),
-    RAGGED: (HIDDEN, 2049),
 }
 """Inputs and outputs of the model's linear maps."""
 
@@ -57,7 +56,7 @@ def of_weight(name: str, inputs: int, outputs: int, tiling: Tiling | None = None
     return Launch(
         module="kernels.gemm_fp8.triton",
         kernel="gemm_kernel",
-        shape=f"{outputs} x {TOKENS} x {inputs}, gradient of {name}",
+        shape=f"{outputs} x {TOKENS} x {inputs}, gradient, {name}",
         bytes_moved=quantized_bytes(inputs + outputs, TOKENS) + 4 * inputs * outputs,
         prepare=lambda functions, tensors: partial(
             functions.gemm_fp8_columns,
@@ -84,7 +83,9 @@ def words(tiling: Tiling) -> str:
 
 GEMM_FP8 = [
     *(of_rows(name, *sizes) for name, sizes in MAPS.items()),
+    of_rows(RAGGED, HIDDEN, 2049),
     *(of_weight(name, *sizes) for name, sizes in MAPS.items()),
+    of_weight(RAGGED, 2049, HIDDEN),
     *(of_rows(words(tiling), *MAPS[FIRST], tiling) for tiling in CANDIDATES[1:]),
     *(of_weight(words(tiling), *MAPS[FIRST], tiling) for tiling in CANDIDATES[1:]),
 ]

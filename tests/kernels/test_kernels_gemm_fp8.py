@@ -32,7 +32,7 @@ SHAPES = [(1, 1, 1), (3, 5, 127), (2, 130, 128), (130, 7, 129), (70, 260, 400)]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_reference_is_the_product_of_codes_times_scales(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     check_gemm(reference.gemm_fp8, "cpu", shape, dtype)
 
@@ -160,7 +160,7 @@ def test_what_deep_gemm_is_not_made_for_goes_elsewhere(calls: Calls) -> None:
     for shape in ((5, 100, 256), (5, 128, 200), (0, 128, 128), (5, 0, 128), (5, 64, 0)):
         check_gemm(adapter.gemm_fp8, "cpu", shape, torch.bfloat16)
     check_gemm(adapter.gemm_fp8, "cpu", (5, 128, 128), torch.float32)
-    for shape in ((5, 64, 128), (64, 5, 128), (64, 64, 0)):
+    for shape in ((5, 64, 128), (64, 5, 128), (64, 64, 0), (0, 64, 128), (64, 0, 128)):
         check_columns(adapter.gemm_fp8_columns, "cpu", shape)
     left, right = operands((5, 128, 384))
     adapter.gemm_fp8(Quantized(left.codes[:, :256], left.scales[:, :2].contiguous()), _first_256(right), torch.bfloat16)

@@ -1,4 +1,4 @@
-"""AdamW with its whole state on every rank: gradients summed over replicas, the true global norm, torch's step."""
+"""AdamW with its whole state on every rank: gradients summed over replicas, the true global norm, the step."""
 
 import math
 from typing import Any
@@ -10,6 +10,7 @@ from torch import distributed as dist
 from model.gradients import GradientStore
 from train.config import OptimConfig
 from train.errors import NonFiniteError
+from train.optim.adamw import build_adamw, moments_of
 from train.optim.parameters import ParameterGroups, Replicas
 
 
@@ -22,16 +23,11 @@ class ReplicatedAdamW:
         self._replicas = replicas
         self._clip_norm = config.clip_norm
         decayed: list[nn.Parameter] = [*groups.matrices.values(), *groups.experts.values()]
-        self._optimizer = torch.optim.AdamW(
-            [
-                {"params": decayed, "weight_decay": config.weight_decay},
-                {"params": list(groups.vectors.values()), "weight_decay": 0.0},
-            ],
-            lr=config.learning_rate,
-            betas=(config.beta1, config.beta2),
-            eps=config.eps,
-            fused=True,
-        )
+        options: list[dict[str, Any]] = [
+            {"params": decayed, "weight_decay": config.weight_decay},
+            {"params": list(groups.vectors.values()), "weight_decay": 0.0},
+        ]
+        self._optimizer = build_adamw(options, config)
 
     def step(self, learning_rate: float) -> float:
         """Reduces, clips and applies the gradients in the store; returns the norm before clipping.
@@ -65,11 +61,7 @@ class ReplicatedAdamW:
         """Moments and step counts by parameter name, the tensors themselves; made if no step was taken yet."""
         named: dict[str, Any] = {}
         for name, parameter in self._groups.all().items():
-            moments = self._optimizer.state[parameter]
-            if not moments:
-                moments |= {"step": torch.zeros((), device=parameter.device), "exp_avg": torch.zeros_like(parameter)}
-                moments["exp_avg_sq"] = torch.zeros_like(parameter)
-            named |= {f"{name}.{key}": value for key, value in moments.items()}
+            named |= {f"{name}.{key}": value for key, value in moments_of(self._optimizer, parameter).items()}
         return named
 
     def loaded(self) -> None:

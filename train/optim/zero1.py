@@ -1,6 +1,6 @@
 """AdamW through DeepSpeed's ZeRO stage 1, without DeepSpeed's engine: the pipeline makes the gradients.
 
-Float32 master weights and moments are sharded over the ranks that hold the same parameters: mirror x
+Float32 master weights and their moments are sharded over the ranks that hold the same parameters: mirror x
 data, and for routed experts those of them that hold the same experts.
 """
 
@@ -15,6 +15,7 @@ from torch import distributed as dist
 from model.gradients import GradientStore
 from train.config import OptimConfig
 from train.errors import NonFiniteError
+from train.optim.adamw import build_adamw, moments_of
 from train.optim.parameters import ParameterGroups, Replicas
 
 _EXPERTS = "routed_experts"
@@ -65,10 +66,7 @@ class Zero1AdamW:
         """This rank's shards by group: master weights, moments, step counts; the tensors themselves."""
         named: dict[str, Any] = {}
         for index, master in enumerate(self._optimizer.single_partition_of_fp32_groups):
-            moments = self._optimizer.optimizer.state[master]
-            if not moments:
-                moments |= {"step": torch.zeros((), device=master.device), "exp_avg": torch.zeros_like(master)}
-                moments["exp_avg_sq"] = torch.zeros_like(master)
+            moments = moments_of(self._optimizer.optimizer, master)
             named[f"{index}.master"] = master.detach()
             named |= {f"{index}.{key}": value for key, value in moments.items()}
         return named
@@ -85,7 +83,7 @@ class Zero1AdamW:
 
 
 def _build(groups: ParameterGroups, replicas: Replicas, config: OptimConfig) -> Any:
-    """DeepSpeed's sharded optimiser around torch's fused AdamW."""
+    """DeepSpeed's sharded optimiser around AdamW."""
     import deepspeed
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
     from deepspeed.utils import logger
@@ -123,12 +121,9 @@ def _build(groups: ParameterGroups, replicas: Replicas, config: OptimConfig) -> 
     if groups.experts:
         experts = {"params": list(groups.experts.values()), "weight_decay": config.weight_decay}
         options.append({**experts, "moe": True, "name": _EXPERTS})
-    inner = torch.optim.AdamW(
-        options, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
-    )
     bucket = min(config.bucket_elements, sum(parameter.numel() for parameter in groups.all().values()))
     return WorldNorm(
-        inner,
+        build_adamw(options, config),
         {parameter: name for name, parameter in groups.all().items()},
         timers=NoopTimer(),
         optimizer_params={},

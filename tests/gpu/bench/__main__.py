@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 import triton
 
+from kernels.gemm_fp8.deep_gemm import available
 from tests.gpu.bench import report
-from tests.gpu.bench.contenders import contenders
+from tests.gpu.bench.contenders import contenders, others_of
 from tests.gpu.bench.measure import Roofs, Stopwatch, interleaved, measure_roofs
 from tests.kernels.catalogue import LAUNCHES
 from tests.kernels.launches import Launch
@@ -36,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(report.roofs_text(roofs), flush=True)
     rows, refusals, failures = list[report.Row](), list[str](), list[str]()
     for section in arguments.sections:
-        chosen = [launch for launch in LAUNCHES if launch.module.split(".")[1] == section]
+        chosen = [launch for launch in LAUNCHES if launch.module.split(".")[1] == section and launch.is_timed]
         found = [_measure(launch, device, stopwatch, roofs, arguments.rounds, refusals, failures) for launch in chosen]
         rows += (made := [row for row in found if row is not None])
         print(f"\n{report.table(made)}", flush=True)
@@ -58,7 +59,7 @@ def _measure(
 ) -> report.Row | None:
     """One row; None where our own kernel failed, which must not keep the others from being measured."""
     try:
-        calls, refused = contenders(launch, device)
+        calls, refused = contenders(launch, device, others_of(launch, available(device)))
         seconds = interleaved(calls, stopwatch.seconds, num_rounds)
     except Exception as error:
         failures.append(f"FAIL: {launch.name}, {launch.shape}: {type(error).__name__}: {error}")

@@ -3,17 +3,19 @@
 Shape legend: M rows, N columns and K depth of a product.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from importlib.util import find_spec
-from typing import Literal, assert_never
+from importlib import import_module
+from typing import Literal, NamedTuple, NoReturn, assert_never
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 import kernels.grouped_gemm.native as native
+from kernels.gemm_fp8.deep_gemm import DeepGemm
 from kernels.quantize.layout import Quantized, QuantizedBlocks
+from kernels.select_fp8 import fp8_kernels
 from tests.kernels.launches import Call, Launch, Product, Tensors
 
 OURS = "ours"
@@ -27,44 +29,69 @@ RECIPES: tuple[Recipe, ...] = ("block-wise", "row-wise", "tensor-wise")
 _SCALES_ALIGNMENT = 4
 
 
-def contenders(
-    launch: Launch, device: torch.device, is_installed: Callable[[str], bool] = lambda name: find_spec(name) is not None
-) -> tuple[dict[str, Call], list[str]]:
-    """Calls by name, ours first, each of which ran once; and a line for each that did not.
+class Contenders(NamedTuple):
+    """Calls by name, ours first; and a line for each that did not run."""
 
-    Raises:
-        Exception: whatever our own kernel raises.
-    """
-    calls, refusals = {OURS: launch.call(device, launch.tuned)}, list[str]()
-    calls[OURS]()
-    for names in _others(launch, is_installed):
-        for name, make in names.items():
-            try:
-                call = make(device)
-                call()
-            except Exception as error:  # whatever another's package raises of what it does not take
-                refusals.append(f"{launch.name}, {launch.shape}: {name}: {_first_line(error)}")
-            else:
-                calls[name] = call
-                break
-    return calls, refusals
+    calls: dict[str, Call]
+    refusals: list[str]
 
 
 Make = Callable[[torch.device], Call]
 
 
-def _others(launch: Launch, is_installed: Callable[[str], bool]) -> list[dict[str, Make]]:
-    """Of each of these, the first that the device takes."""
+def contenders(launch: Launch, device: torch.device, makers: Sequence[Mapping[str, Make]]) -> Contenders:
+    """Our own call, and of each of the others the first that the device takes; each runs once.
+
+    Args:
+        launch: to be timed.
+        device: of its tensors.
+        makers: others, as from `others_of`.
+
+    Raises:
+        Exception: whatever our own kernel raises.
+    """
+    is_fp8_product = launch.product is not None and launch.product.is_fp8
+    found = Contenders({OURS: launch.call(device, fp8_kernels("triton") if is_fp8_product else None)}, [])
+    found.calls[OURS]()
+    for alternatives in makers:
+        for name, make in alternatives.items():
+            try:
+                call = make(device)
+                call()
+            except Exception as error:  # whatever another's package raises of what it does not take
+                found.refusals.append(f"{launch.name}, {launch.shape}: {name}: {_first_line(error)}")
+            else:
+                found.calls[name] = call
+                break
+    return found
+
+
+def others_of(launch: Launch, has_deep_gemm: bool) -> list[dict[str, Make]]:
+    """What a launch is timed beside; of each dictionary one, the first that works.
+
+    Args:
+        launch: to be timed.
+        has_deep_gemm: whether the package is installed and made for the device.
+    """
     found: list[dict[str, Make]] = []
     if launch.reference is not None:
-        found.append({PLAIN: partial(launch.call, module=launch.reference)})
+        found.append({PLAIN: partial(launch.call, functions=import_module(launch.reference))})
     if launch.product is not None:
         found.append({BF16: partial(bf16_product, launch.product)})
         if launch.product.is_fp8 and not launch.product.is_gradient and not launch.product.counts:
             found.append({f"torch FP8 {recipe}": partial(fp8_product, launch.product, recipe) for recipe in RECIPES})
-        if launch.deep_gemm is not None and is_installed("deep_gemm"):
-            found.append({DEEP_GEMM: partial(launch.call, module=launch.deep_gemm)})
+        if launch.product.is_fp8 and has_deep_gemm:
+            found.append({DEEP_GEMM: partial(launch.call, functions=deep_gemm(launch.product))})
     return found
+
+
+def deep_gemm(product: Product) -> object:
+    """The package's products, which refuse what they do not take."""
+    return DeepGemm(_refuse, _refuse)
+
+
+def _refuse(*operands: object) -> NoReturn:
+    raise ValueError("DeepGEMM: must be given operands that it takes")
 
 
 def bf16_product(product: Product, device: torch.device) -> Call:

@@ -1,0 +1,123 @@
+"""AdamW over float32 weights with bf16 moments, in Triton: bit-equal to kernels/adamw/reference.py.
+
+Bound by memory: 12 bytes read and 8 written for each weight, nothing else kept.
+
+    kernel         grid       tile           accumulator  rounding
+    adamw_kernel   N / block  block numbers  none         every operation once to float32, none fused with another;
+                                                          moments to nearest even into bf16
+
+Every offset is computed in int64. Masks: numbers beyond the last. Tensors must be on the current device.
+
+Shape legend: N numbers, in any shape.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.adamw.check import check_step
+from kernels.adamw.coefficients import Coefficients
+
+# Other numbers in every step, or of every tensor: a kernel compiled for a special one of them would serve once.
+_CHANGING = ["num_weights", "keep_weight", "correct_root", "move"]
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def adamw_tile(
+    weights: tl.tensor,
+    gradients: tl.tensor,
+    means: tl.tensor,
+    squares: tl.tensor,
+    keep_weight: tl.tensor,
+    keep_mean: tl.tensor,
+    add_gradient: tl.tensor,
+    keep_square: tl.tensor,
+    add_square: tl.tensor,
+    correct_root: tl.tensor,
+    eps: tl.tensor,
+    move: tl.tensor,
+    inside: tl.tensor,
+) -> None:
+    """The rule on the numbers at four tiles of pointers, where `inside` holds; everywhere where it is None."""
+    gradient = tl.load(gradients, mask=inside)
+    mean = tl.load(means, mask=inside).to(tl.float32)
+    square = tl.load(squares, mask=inside).to(tl.float32)
+    weight = tl.load(weights, mask=inside)
+    mean = mean * keep_mean + gradient * add_gradient
+    square = square * keep_square + gradient * gradient * add_square
+    tl.store(means, mean.to(tl.bfloat16), mask=inside)
+    tl.store(squares, square.to(tl.bfloat16), mask=inside)
+    denominator = tl.sqrt_rn(square) * correct_root + eps
+    tl.store(weights, weight * keep_weight + tl.div_rn(mean, denominator) * move, mask=inside)
+
+
+@triton.jit(do_not_specialize=_CHANGING)  # type: ignore[untyped-decorator]
+def adamw_kernel(
+    weights: tl.tensor,
+    gradients: tl.tensor,
+    means: tl.tensor,
+    squares: tl.tensor,
+    num_weights: tl.tensor,
+    keep_weight: tl.tensor,
+    keep_mean: tl.tensor,
+    add_gradient: tl.tensor,
+    keep_square: tl.tensor,
+    add_square: tl.tensor,
+    correct_root: tl.tensor,
+    eps: tl.tensor,
+    move: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> None:
+    """One block of weights with its moments."""
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    offsets = start + tl.arange(0, BLOCK)
+    by = (keep_weight, keep_mean, add_gradient, keep_square, add_square, correct_root, eps, move)
+    # Without a mask 16 bytes are moved at a time, whatever the number of weights.
+    if start + BLOCK <= num_weights:
+        adamw_tile(weights + offsets, gradients + offsets, means + offsets, squares + offsets, *by, None)
+    else:
+        inside = offsets < num_weights
+        adamw_tile(weights + offsets, gradients + offsets, means + offsets, squares + offsets, *by, inside)
+
+
+def adamw_bf16_moments(
+    weights: Tensor,
+    gradients: Tensor,
+    means: Tensor,
+    squares: Tensor,
+    coefficients: Coefficients,
+    *,
+    block: int = 1024,
+    num_warps: int = 4,
+) -> None:
+    """One step, in place: moments in float32 from their bf16, the weights by them, then the moments rounded to bf16.
+
+    The rule is `kernels.adamw.reference.adamw_bf16_moments`'s (arXiv:2412.19437, section 3.3.3, keeps moments in bf16).
+
+    Args:
+        weights: float32, N, contiguous.
+        gradients: float32, N, contiguous; not changed.
+        means: bf16, N, contiguous: of gradients.
+        squares: bf16, N, contiguous: of their squares.
+        coefficients: of this step.
+        block: numbers of a program; a power of two.
+        num_warps: of a program.
+
+    Raises:
+        ValueError: a tensor of another type or shape, or not contiguous.
+    """
+    check_step(weights, gradients, means, squares)
+    num_weights = weights.numel()
+    if num_weights == 0:
+        return
+    adamw_kernel[(triton.cdiv(num_weights, block),)](
+        weights,
+        gradients,
+        means,
+        squares,
+        num_weights,
+        *coefficients,
+        BLOCK=block,
+        num_warps=num_warps,
+        enable_fp_fusion=False,
+    )
