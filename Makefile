@@ -3,7 +3,7 @@
 PYTHON ?= python3
 ARGS ?=
 
-.PHONY: train test test-fast cluster-test gpu-test failures bench
+.PHONY: train test test-fast cluster-test gpu-test gpu-bench failures bench
 
 train: .venv/installed
 	.venv/bin/python -m launch.train experiment=quickstart $(ARGS)
@@ -32,6 +32,10 @@ failures: .venv/installed
 # Kernels against their references on a CUDA device; skipped, with the reason, where there is none.
 gpu-test: .venv/installed
 	.venv/bin/python -m pytest tests/gpu -q -rs
+
+# Time of every kernel on a CUDA device beside its floor, torch and the targets; one line and code 2 where there is none.
+gpu-bench: .venv/installed
+	.venv/bin/python -m tests.gpu.bench $(ARGS)
 
 .venv/installed: pyproject.toml
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv

@@ -229,7 +229,7 @@ def fused_kernels(implementation: Implementation) -> FusedKernels:
             )
         case "triton":
             import kernels.cross_entropy.triton as compiled_loss
-            import kernels.rms_norm.triton as compiled_norm
+            import kernels.rms_norm.any_width as compiled_norm
             import kernels.swiglu.triton as compiled_gate
 
             return FusedKernels(

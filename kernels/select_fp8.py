@@ -210,7 +210,7 @@ def _triton() -> Fp8Kernels:
     import kernels.quantize.triton_blocks as blocks
     import kernels.quantize.triton_columns as columns
     import kernels.quantize.triton_e5m6 as e5m6
-    import kernels.rms_norm.triton_fp8 as rms_norm
+    import kernels.rms_norm.any_width as rms_norm
     import kernels.swiglu.triton_fp8 as swiglu
     from kernels.gemm_fp8.tuned import TunedGemm
 

@@ -17,7 +17,7 @@ from launch.exchange import check_exchange
 from launch.model_choice import expand_model
 from launch.ranges import check_ranges, divisors, multiples
 from launch.tokenizer_choice import expand_tokenizer
-from model.config import YarnRope
+from model.config import RECOMPUTED, YarnRope
 from model.cut import CutError, cut_layers
 from train.config import TrainConfig
 from train.costs import nominal_costs
@@ -128,6 +128,11 @@ def _check_ranks(config: TrainConfig) -> None:
         raise ConfigError(
             f"recompute: must name each at most once, is [{','.join(config.recompute)}]; "
             f"nearest valid: [{','.join(dict.fromkeys(config.recompute))}]"
+        )
+    if config.precision.kind == "fp8" and set(config.recompute) != set(RECOMPUTED):
+        raise ConfigError(
+            f"recompute: precision=fp8 keeps the inputs of linear maps and computes all else anew, "
+            f"is [{','.join(config.recompute)}]; nearest valid: [{','.join(RECOMPUTED)}]"
         )
     if cluster.backend == "nccl" and cluster.device != "cuda":
         raise ConfigError(

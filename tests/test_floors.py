@@ -1,6 +1,7 @@
 """Imports run downward only, heavy modules load where they are used, and `comm` is ours in the checkout alone."""
 
 import ast
+import re
 import subprocess
 import sys
 import textwrap
@@ -75,9 +76,18 @@ def may_communicate(path: str) -> bool:
     return path.startswith(("comm/", "train/")) or path in ("dualpipe/execute.py", "launch/local.py")
 
 
+SHARED_BY_COMPILED = (
+    "kernels/quantize/tile.py",
+    "kernels/gemm_fp8/descriptors.py",
+    "kernels/gemm_fp8/tuned.py",
+    "kernels/grouped_gemm/tuned.py",
+)
+
+
 def may_be_heavy(path: str, module: str) -> bool:
     """Modules that exist for a heavy library and are themselves imported where they are used."""
-    return (path.endswith("/triton.py") and is_in(module, "triton")) or (
+    is_compiled = re.fullmatch(r"kernels/\w+/triton(_\w+)?\.py", path) is not None or path in SHARED_BY_COMPILED
+    return (is_compiled and is_in(module, "triton")) or (
         path.startswith("train/optim/") and is_in(module, "deepspeed")
     )
 

@@ -30,35 +30,40 @@ Prepare = Callable[[Any, "Tensors"], Call]
 
 
 class Tensors:
-    """Arguments for launches: numbers on a GPU, on the CPU shapes alone."""
+    """Arguments for launches.
 
-    def __init__(self, device: torch.device) -> None:
+    Args:
+        device: where they are.
+        is_filled: whether they hold numbers, or only have a shape; by default on a GPU alone.
+    """
+
+    def __init__(self, device: torch.device, is_filled: bool | None = None) -> None:
         self.device = device
+        self._is_filled = device.type == "cuda" if is_filled is None else is_filled
         self._generator = torch.Generator(device).manual_seed(0)
 
     def normal(self, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         """Standard normal numbers."""
-        if self.device.type == "cpu":
-            return torch.empty(*shape, dtype=dtype)
         made = torch.empty(*shape, dtype=dtype, device=self.device)
-        for part in made.flatten().split(2**28):
-            part.copy_(torch.randn(part.shape, generator=self._generator, device=self.device))
+        if self._is_filled:
+            for part in made.view(-1).split(2**28):
+                part.copy_(torch.randn(part.shape, generator=self._generator, device=self.device))
         return made
 
     def codes(self, *shape: int) -> Tensor:
         """Codes as quantising gives them: no NaN, every exponent."""
         return self.normal(*shape, dtype=torch.float8_e4m3fn)
 
-    def scales(self, *shape: int) -> Tensor:
+    def scales(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Positive, near 1."""
-        made = torch.empty(*shape, dtype=torch.float32, device=self.device)
-        return made if self.device.type == "cpu" else made.uniform_(0.5, 1.5, generator=self._generator)
+        made = torch.empty(*shape, dtype=dtype, device=self.device)
+        return made.uniform_(0.5, 1.5, generator=self._generator) if self._is_filled else made
 
     def indices(self, size: int, below: int) -> Tensor:
         """int64, every index equally often, in no order."""
-        if self.device.type == "cpu":
-            return torch.empty(size, dtype=torch.int64)
-        return torch.randperm(size, generator=self._generator, device=self.device) % below
+        if self._is_filled:
+            return torch.randperm(size, generator=self._generator, device=self.device) % below
+        return torch.empty(size, dtype=torch.int64, device=self.device)
 
     def rows(self, num_rows: int, num_columns: int) -> Quantized:
         """Rows in FP8."""

@@ -13,11 +13,11 @@ from torch import Tensor
 from tests.kernels.aot import recorded_launch
 from tests.kernels.catalogue import LAUNCHES
 from tests.kernels.compiled_table import FILE, MOST_SHARED_BYTES, Row, rows, table
-from tests.kernels.launches import Launch, Product
+from tests.kernels.launches import Launch, Product, Tensors
 
 KERNELS = Path(__file__).resolve().parents[2] / "kernels"
-PASSES = {"slopes_kernel": 2}
-"""Kernels that write over what they read."""
+PASSES = {"slopes_kernel": 2, "adamw_kernel": 20 / 12}
+"""Of kernels that write over what they read: bytes moved for each byte that they are given."""
 
 
 def kernels_in(source: str) -> set[str]:
@@ -111,3 +111,18 @@ def test_bytes_of_a_launch_are_those_of_the_tensors_that_its_kernel_is_given(lau
     counted = sum(given.values()) * PASSES.get(launch.kernel, 1)
     # Partial sums and the places of tiles are given too; few scales are not, whose transpose torch makes.
     assert 0.94 * counted <= launch.bytes_moved <= 1.001 * counted
+
+
+def test_numbers_for_a_gpu_are_of_their_kinds() -> None:
+    tensors = Tensors(torch.device("cpu"), is_filled=True)
+    normal = tensors.normal(64, 64)
+    assert normal.dtype == torch.bfloat16
+    assert abs(float(normal.float().std()) - 1) < 0.1
+    quantized = tensors.rows(40, 300)
+    assert (quantized.codes.dtype, quantized.scales.shape) == (torch.float8_e4m3fn, (40, 3))
+    assert quantized.codes.float().isfinite().all()
+    assert quantized.scales.min() >= 0.5
+    assert quantized.scales.max() <= 1.5
+    assert tensors.blocks(2, 130, 256).scales.shape == (2, 2, 2)
+    assert tensors.columns(30, 256).scales.shape == (30, 2)
+    assert torch.equal(tensors.indices(24, 6).bincount(), torch.full((6,), 4))

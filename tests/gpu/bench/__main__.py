@@ -6,7 +6,9 @@ Exit code: 0: every target that was measured is met; 1: one is missed, or a kern
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,10 +19,19 @@ from tests.gpu.bench import report
 from tests.gpu.bench.contenders import contenders, others_of
 from tests.gpu.bench.measure import Roofs, Stopwatch, interleaved, measure_roofs
 from tests.kernels.catalogue import LAUNCHES
-from tests.kernels.launches import Launch
+from tests.kernels.launches import Call, Launch
 
 SECTIONS = tuple(dict.fromkeys(launch.module.split(".")[1] for launch in LAUNCHES))
 MET, MISSED, NO_DEVICE = 0, 1, 2
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """rows: of kernels that ran. refusals: a line for each contender that did not. failures: for each kernel of ours."""
+
+    rows: list[report.Row] = field(default_factory=list)
+    refusals: list[str] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,37 +46,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     stopwatch = Stopwatch(device)
     roofs = measure_roofs(stopwatch, device, arguments.rounds)
     print(report.roofs_text(roofs), flush=True)
-    rows, refusals, failures = list[report.Row](), list[str](), list[str]()
+    timed = partial(interleaved, seconds_of=stopwatch.seconds, num_rounds=arguments.rounds)
+    findings = Findings()
     for section in arguments.sections:
         chosen = [launch for launch in LAUNCHES if launch.module.split(".")[1] == section and launch.is_timed]
-        found = [_measure(launch, device, stopwatch, roofs, arguments.rounds, refusals, failures) for launch in chosen]
-        rows += (made := [row for row in found if row is not None])
-        print(f"\n{report.table(made)}", flush=True)
-    lines, is_met = report.target_lines(rows)
-    print("", *refusals, *failures, *lines, sep="\n")
+        num_rows = len(findings.rows)
+        for launch in chosen:
+            measure(launch, device, timed, roofs, findings)
+        print(f"\n{report.table(findings.rows[num_rows:])}", flush=True)
+    lines, is_met = report.target_lines(findings.rows)
+    print("", *findings.refusals, *findings.failures, *lines, sep="\n")
     if arguments.json:
-        arguments.json.write_text(json.dumps(report.data(machine, roofs, rows, refusals + failures), indent=1) + "\n")
-    return MET if is_met and not failures else MISSED
+        arguments.json.write_text(json.dumps(report.data(machine, roofs, findings.rows, lines), indent=1) + "\n")
+    return MET if is_met and not findings.failures else MISSED
 
 
-def _measure(
+def measure(
     launch: Launch,
     device: torch.device,
-    stopwatch: Stopwatch,
+    seconds_of_all: Callable[[Mapping[str, Call]], Mapping[str, float]],
     roofs: Roofs,
-    num_rounds: int,
-    refusals: list[str],
-    failures: list[str],
-) -> report.Row | None:
-    """One row; None where our own kernel failed, which must not keep the others from being measured."""
+    findings: Findings,
+) -> None:
+    """Adds what was found; a kernel of ours that fails must not keep the others from being measured."""
     try:
-        calls, refused = contenders(launch, device, others_of(launch, available(device)))
-        seconds = interleaved(calls, stopwatch.seconds, num_rounds)
+        calls, refusals = contenders(launch, device, others_of(launch, available(device)))
+        seconds = seconds_of_all(calls)
     except Exception as error:
-        failures.append(f"FAIL: {launch.name}, {launch.shape}: {type(error).__name__}: {error}")
-        return None
-    refusals += refused
-    return report.row_of(launch, seconds, roofs)
+        findings.failures.append(f"FAIL: {launch.name}, {launch.shape}: {type(error).__name__}: {error}")
+    else:
+        findings.rows.append(report.row_of(launch, seconds, roofs))
+        findings.refusals.extend(refusals)
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -151,12 +151,11 @@ def target_lines(rows: Sequence[Row]) -> tuple[list[str], bool]:
     return lines, is_met
 
 
-def data(machine: Mapping[str, str], roofs: Roofs, rows: Sequence[Row], refusals: Sequence[str]) -> dict[str, Any]:
-    """All figures, for a file."""
+def data(machine: Mapping[str, str], roofs: Roofs, rows: Sequence[Row], lines: Sequence[str]) -> dict[str, Any]:
+    """All figures, and the lines about targets, for a file."""
     return {
         "machine": dict(machine),
         "roofs": asdict(roofs),
         "rows": [{**asdict(row), "share_of_floor": row.share_of_floor} for row in rows],
-        "refusals": list(refusals),
-        "targets": target_lines(rows)[0],
+        "targets": list(lines),
     }

@@ -1,9 +1,8 @@
 """The benchmark's arithmetic, tables and choices, which need no GPU: times are made up, products small."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ from kernels.quantize.layout import Quantized, QuantizedBlocks
 from kernels.quantize.reference import quantize_1x128
 from kernels.quantize.reference_blocks import quantize_128x128
 from tests.gpu.bench import report
-from tests.gpu.bench.__main__ import NO_DEVICE, SECTIONS, main
+from tests.gpu.bench.__main__ import NO_DEVICE, SECTIONS, Findings, main, measure
 from tests.gpu.bench.contenders import (
     BF16,
     DEEP_GEMM,
@@ -113,8 +112,23 @@ def test_targets_are_about_launches_that_are_timed() -> None:
     assert set(SECTIONS) >= {target.kernel.split(".")[0] for target in report.TARGETS}
 
 
-def test_figures_are_plain_data(tmp_path: Path) -> None:
-    made = report.data({"device": "none"}, ROOFS, [row_of({OURS: 1e-6})], ["refused"])
+def test_a_kernel_that_fails_keeps_no_other_from_being_measured() -> None:
+    def seconds_of_all(calls: Mapping[str, Call]) -> dict[str, float]:
+        return {name: 1e-6 for name in calls}
+
+    def failing(functions: object, tensors: object) -> Call:
+        raise RuntimeError("out of registers")
+
+    good = launch_of(None)
+    findings = Findings()
+    for launch in (replace(good, prepare=failing), good):
+        measure(launch, CPU, seconds_of_all, ROOFS, findings)
+    assert findings.failures == ["FAIL: gemm_fp8.gemm, 4096 x 7168 x 2048, any: RuntimeError: out of registers"]
+    assert [row.seconds for row in findings.rows] == [{OURS: 1e-6}]
+
+
+def test_figures_are_plain_data() -> None:
+    made = report.data({"device": "none"}, ROOFS, [row_of({OURS: 1e-6})], ["pass: all"])
     assert json.loads(json.dumps(made)) == made
     assert made["rows"][0]["seconds"] == {OURS: 1e-6}
     assert report.roofs_text(ROOFS) == "copy 1000 GB/s, bf16 100 TFLOP/s, FP8 200 TFLOP/s"

@@ -1,0 +1,28 @@
+"""The launch of the optimiser's step, on about as many weights as a layer's share of ZeRO-1 has."""
+
+from functools import partial
+
+import torch
+
+from kernels.adamw.coefficients import coefficients
+from tests.kernels.launches import Launch
+
+NUM_WEIGHTS = 2**26
+
+ADAMW = [
+    Launch(
+        module="kernels.adamw.triton",
+        kernel="adamw_kernel",
+        shape=f"{NUM_WEIGHTS}",
+        bytes_moved=20 * NUM_WEIGHTS,
+        prepare=lambda functions, tensors: partial(
+            functions.adamw_bf16_moments,
+            tensors.normal(NUM_WEIGHTS, dtype=torch.float32),
+            tensors.normal(NUM_WEIGHTS, dtype=torch.float32),
+            tensors.normal(NUM_WEIGHTS),
+            tensors.scales(NUM_WEIGHTS, dtype=torch.bfloat16),
+            coefficients(10, learning_rate=1e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1),
+        ),
+        reference="kernels.adamw.reference",
+    )
+]
