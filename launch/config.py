@@ -15,6 +15,7 @@ from launch.environment import apply_rank_environment
 from launch.errors import ConfigError
 from launch.exchange import check_exchange
 from launch.model_choice import expand_model
+from launch.optim import check_optim
 from launch.ranges import check_ranges, divisors, multiples
 from launch.tokenizer_choice import expand_tokenizer
 from model.config import RECOMPUTED, YarnRope
@@ -27,8 +28,6 @@ from train.weight_source import is_hf_folder
 
 # On the command line the source's keys stand beside data's other keys: `data=files data.paths=[a,b]`.
 _SOURCE_KEYS = ("kind", "paths")
-# 1 - 2^-6. Half a step of bf16 is at most 2^-8 of a number: a moment still follows what differs from it by a quarter.
-_MOST_BETA_OF_BF16 = 0.984375
 
 
 def read_config(values: Mapping[str, Any]) -> TrainConfig:
@@ -50,7 +49,16 @@ def read_config(values: Mapping[str, Any]) -> TrainConfig:
         # A union is a type form that mypy does not take for type[T].
         decoded = decode(DataSource, source, "data")  # type: ignore[arg-type, var-annotated]
         values = {**values, "data": {**others, "source": decoded}}
-    return decode(TrainConfig, values)
+    return decode(TrainConfig, _with_moments(values))
+
+
+def _with_moments(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`optim.moments=auto` as the recipe of the precision has it."""
+    optim, precision = values.get("optim"), values.get("precision")
+    if not isinstance(optim, Mapping) or optim.get("moments") != "auto":
+        return values
+    is_fp8 = isinstance(precision, Mapping) and precision.get("kind") == "fp8"
+    return {**values, "optim": {**optim, "moments": "bf16" if is_fp8 else "float32"}}
 
 
 def write_config(config: TrainConfig) -> dict[str, Any]:
@@ -81,7 +89,7 @@ def check(config: TrainConfig) -> None:
     _check_model(config)
     _check_experts(config)
     check_exchange(config)
-    _check_optim(config)
+    check_optim(config)
     _check_data(config)
     if config.resume is not None:
         check_manifest(find_checkpoint(config.resume), config)
@@ -256,38 +264,6 @@ def _check_kind(config: TrainConfig, kind: ScheduleKind) -> None:
         select.build(
             kind, pipeline, config.num_micro_batches, costs, config.memory_cap, schedules_folder(config.data.cache_dir)
         )
-
-
-def _check_optim(config: TrainConfig) -> None:
-    optim, precision = config.optim, config.precision.kind
-    if optim.final_learning_rate > optim.learning_rate:
-        raise ConfigError(
-            f"optim.final_learning_rate: must be at most optim.learning_rate={optim.learning_rate}, "
-            f"is {optim.final_learning_rate}; nearest valid: {optim.learning_rate}"
-        )
-    if not optim.warmup_steps <= optim.decay_start_step <= optim.decay_end_step:
-        raise ConfigError(
-            f"optim.decay_start_step: must lie between optim.warmup_steps={optim.warmup_steps} and "
-            f"optim.decay_end_step={optim.decay_end_step}, is {optim.decay_start_step}"
-        )
-    needed = {"float64": "replicated", "bf16": "zero1"}.get(precision, optim.sharding)
-    if optim.sharding != needed:
-        raise ConfigError(
-            f"optim.sharding: precision={precision} needs {needed}, is {optim.sharding}; nearest valid: {needed}"
-        )
-    if optim.moments == "bf16":
-        _check_bf16_moments(config)
-
-
-def _check_bf16_moments(config: TrainConfig) -> None:
-    if config.precision.kind == "float64":
-        raise ConfigError("optim.moments: precision=float64 needs float32, is bf16; nearest valid: float32")
-    for name, beta in (("beta1", config.optim.beta1), ("beta2", config.optim.beta2)):
-        if beta > _MOST_BETA_OF_BF16:
-            raise ConfigError(
-                f"optim.{name}: must be at most {_MOST_BETA_OF_BF16} with optim.moments=bf16, as smaller changes "
-                f"are lost in its steps, is {beta}; nearest valid: {_MOST_BETA_OF_BF16}, or optim.moments=float32"
-            )
 
 
 def _check_data(config: TrainConfig) -> None:

@@ -5,8 +5,9 @@ Source: arXiv:2412.19437, section 4.2, and the released checkpoint.
 
 from dataclasses import dataclass
 
-from model.activations import ActivationAccount, MicroBatchShape, count_activations
-from model.config import ModelConfig
+from model.activations import ActivationAccount, MicroBatchShape, count_activations_in_own_type
+from model.config import ModelConfig, Products, Recomputed
+from model.fp8.activations import count_activations_in_fp8
 
 __all__ = [
     "ActivationAccount",
@@ -61,6 +62,22 @@ def count_parameters(config: ModelConfig) -> ParameterAccount:
         mtp=config.mtp_depth * mtp,
         router_bias=(layers - dense) * config.num_routed_experts,
     )
+
+
+def count_activations(
+    config: ModelConfig, shape: MicroBatchShape, recomputed: frozenset[Recomputed], products: Products = "own"
+) -> ActivationAccount:
+    """Bytes kept for the backward of a micro-batch, by part of the model.
+
+    Args:
+        config: the architecture.
+        shape: of a micro-batch.
+        recomputed: what the backward computes anew; with products in FP8 it is all that can be, whatever is said here.
+        products: in what those of linear maps are computed. Scales take the same room whatever their values.
+    """
+    if products == "own":
+        return count_activations_in_own_type(config, shape, recomputed)
+    return count_activations_in_fp8(config, shape)
 
 
 def training_flops_per_token(config: ModelConfig, sequence_length_tokens: int) -> float:

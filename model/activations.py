@@ -53,10 +53,10 @@ class MicroBatchShape:
         return self.sequences * self.tokens
 
 
-def count_activations(
+def count_activations_in_own_type(
     config: ModelConfig, shape: MicroBatchShape, recomputed: frozenset[Recomputed]
 ) -> ActivationAccount:
-    """Bytes kept for the backward, by part of the model.
+    """Bytes kept for the backward, by part of a model whose products are in the weights' type.
 
     Args:
         config: the architecture.

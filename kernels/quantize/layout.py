@@ -8,7 +8,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-TILE = 128
+from kernels.quantize.tiles import TILE as TILE
+from kernels.quantize.tiles import num_pairs as num_pairs
+from kernels.quantize.tiles import num_tiles as num_tiles
+
 LARGEST_CODE = 448.0
 SMALLEST_MIN_AMAX = 2.0**-117
 LARGEST_MIN_AMAX = 2.0**127
@@ -78,16 +81,6 @@ class PackedE5M6(NamedTuple):
 
     codes: Tensor
     scales: Tensor
-
-
-def num_tiles(num_columns: int) -> int:
-    """Tiles of 128 columns that cover a row, the last one possibly ragged; of rows that cover a column, in blocks."""
-    return -(-num_columns // TILE)
-
-
-def num_pairs(num_columns: int) -> int:
-    """Pairs of columns that cover a row, the last one possibly of one: in E5M6 each takes three bytes."""
-    return -(-num_columns // 2)
 
 
 def padded_rows(counts: Sequence[int]) -> int:

@@ -3,7 +3,7 @@
 Counted as in model/activations.py: of one micro-batch, each memory once, weights apart.
 """
 
-from kernels.quantize.layout import num_tiles
+from kernels.quantize.tiles import num_pairs, num_tiles
 from model.activations import ActivationAccount, MicroBatchShape, head_bytes, router_bytes
 from model.config import ModelConfig
 
@@ -40,7 +40,7 @@ def _attention(config: ModelConfig, shape: MicroBatchShape) -> int:
     """Inputs of projections in FP8, each with its norm's scale; what heads mixed in 12 bits; the shared key."""
     mixed = config.num_heads * config.v_head_dim
     kept = _codes(config.hidden_size) + _codes(config.kv_lora_rank) + 2 * shape.wide_bytes
-    kept += 3 * -(-mixed // 2) + _SCALE_BYTES * num_tiles(mixed)
+    kept += 3 * num_pairs(mixed) + _SCALE_BYTES * num_tiles(mixed)
     kept += config.qk_rope_head_dim * shape.value_bytes
     if config.q_lora_rank is None:
         kept += config.num_heads * config.qk_head_dim * shape.value_bytes

@@ -57,10 +57,6 @@ class Fp8Maps:
         """Those that suit where tensors are."""
         return fp8_kernels(fp8_implementation_for(device))
 
-    def operand(self, rows_AK: Tensor) -> Quantized:
-        """An input in FP8."""
-        return self.kernels(rows_AK.device).quantize_1x128(rows_AK, self.power_of_two)
-
     def gradient(self, grad_AN: Tensor) -> Quantized:
         """An output gradient in FP8."""
         return self.kernels(grad_AN.device).quantize_1x128(grad_AN, self.power_of_two, GRADIENTS_MIN_AMAX)

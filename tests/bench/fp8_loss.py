@@ -33,9 +33,9 @@ MODEL_OVERRIDES = (
     "stage.validate_every_steps=0",
     "stage.checkpoint_every_steps=0",
     "stage.sample_tokens=0",
-    "optim.learning_rate=1e-3",
-    "optim.final_learning_rate=1e-4",
-    "optim.warmup_steps=20",
+    "optim.learning_rate=3e-4",
+    "optim.final_learning_rate=3e-5",
+    "optim.warmup_steps=50",
 )
 
 
@@ -97,7 +97,7 @@ def _caption(arguments: argparse.Namespace, gaps: Sequence[Gap]) -> str:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("overrides", nargs="*", help="of conf/train.yaml, for both")
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")
     parser.add_argument("--limit", type=float, default=0.0025)

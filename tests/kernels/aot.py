@@ -1,11 +1,11 @@
 """Compiles Triton kernels for a Hopper GPU on a machine without one, and reads what came out."""
 
+import io
 import re
-import subprocess
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 from unittest.mock import MagicMock, patch
@@ -127,11 +127,16 @@ def compile_for_hopper(
     )
     target = GPUTarget("cuda", ARCHITECTURE, 32)
     # A cache of its own: a cubin must come from today's compiler and leave nothing behind.
-    with tempfile.TemporaryDirectory(prefix="triton") as folder, triton.knobs.cache.scope():
-        triton.knobs.cache.dir = folder
-        compiled = triton.compile(source, target=target, options=dict(options or {}))
-        ptx, cubin = compiled.asm["ptx"], compiled.asm["cubin"]
-        report = _ptxas_report(ptx, Path(folder))
+    log = io.StringIO()
+    with (
+        tempfile.TemporaryDirectory(prefix="triton") as folder,
+        triton.knobs.cache.scope(),
+        triton.knobs.nvidia.scope(),
+    ):
+        triton.knobs.cache.dir, triton.knobs.nvidia.dump_ptxas_log = folder, True
+        with redirect_stdout(log):
+            compiled = triton.compile(source, target=target, options=dict(options or {}))
+        ptx, cubin, report = compiled.asm["ptx"], compiled.asm["cubin"], log.getvalue()
     return Compiled(
         ptx=ptx,
         cubin=cubin,
@@ -149,15 +154,6 @@ def _type_of(argument: Any) -> str:
     if isinstance(argument, float):
         return "fp32"
     return "i32" if -(2**31) <= argument < 2**31 else "i64"
-
-
-def _ptxas_report(ptx: str, folder: Path) -> str:
-    """What the assembler of Triton's own package says with -v; another may be too old for this PTX."""
-    from triton.backends.nvidia.compiler import get_ptxas
-
-    (folder / "kernel.ptx").write_text(ptx)
-    command = [get_ptxas(ARCHITECTURE).path, "-v", f"--gpu-name=sm_{ARCHITECTURE}a", "kernel.ptx", "-o", "kernel.cubin"]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stderr
 
 
 def _sum_of(pattern: str, report: str) -> int:

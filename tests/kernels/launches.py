@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.quantize.layout import Quantized, QuantizedBlocks, QuantizedColumns, num_tiles
+from kernels.quantize.layout import PackedE5M6, Quantized, QuantizedBlocks, QuantizedColumns, num_tiles
 
 HIDDEN = 7168
 DENSE_WIDTH = 18432
@@ -69,6 +69,13 @@ class Tensors:
         """Rows in FP8."""
         return Quantized(self.codes(num_rows, num_columns), self.scales(num_rows, num_tiles(num_columns)))
 
+    def packed(self, num_rows: int, num_columns: int) -> PackedE5M6:
+        """Rows in 12 bits a number, an even number of them; one bit of the exponent is 0, so that all are finite."""
+        codes = self.normal(num_rows, 3 * num_columns // 4).view(torch.uint8)
+        if self._is_filled:
+            codes &= 0xBB
+        return PackedE5M6(codes, self.scales(num_rows, num_tiles(num_columns)))
+
     def blocks(self, *shape: int) -> QuantizedBlocks:
         """A weight in FP8, or several."""
         *leading, num_rows, num_columns = shape
@@ -116,7 +123,7 @@ class Launch:
         bytes_moved: read and written at the least.
         prepare: given a module, or what else has its functions, and a maker of tensors, gives a function that launches
             the kernel once.
-        reference: module with the same function in plain PyTorch; none where that would compare nothing.
+        reference: module with the same function in plain PyTorch, if there is one.
         product: what is multiplied.
         is_recorded: whether its machine code differs from that of the kernel's other launches, for the table of
             compiled kernels.

@@ -3,11 +3,22 @@
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from kernels.adamw.coefficients import coefficients
+from kernels.adamw.implementations import AdamwStep
 from tests.kernels.launches import Launch
 
 NUM_WEIGHTS = 2**26
+
+
+def step(function: AdamwStep, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Weights, gradients and moments after a step, in place."""
+    by = coefficients(10, learning_rate=1e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    weights, gradients, means, squares = tensors
+    function(weights, gradients, means, squares, by)
+    return tensors
+
 
 ADAMW = [
     Launch(
@@ -16,12 +27,12 @@ ADAMW = [
         shape=f"{NUM_WEIGHTS}",
         bytes_moved=20 * NUM_WEIGHTS,
         prepare=lambda functions, tensors: partial(
+            step,
             functions.adamw_bf16_moments,
             tensors.normal(NUM_WEIGHTS, dtype=torch.float32),
             tensors.normal(NUM_WEIGHTS, dtype=torch.float32),
             tensors.normal(NUM_WEIGHTS),
             tensors.scales(NUM_WEIGHTS, dtype=torch.bfloat16),
-            coefficients(10, learning_rate=1e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1),
         ),
         reference="kernels.adamw.reference",
     )

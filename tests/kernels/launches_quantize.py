@@ -4,7 +4,7 @@ from functools import partial
 
 import torch
 
-from kernels.quantize.layout import GRADIENTS_MIN_AMAX, PackedE5M6, padded_rows
+from kernels.quantize.layout import GRADIENTS_MIN_AMAX, padded_rows
 from tests.kernels.launches import (
     ATTENTION_WIDTH,
     COUNTS,
@@ -139,10 +139,7 @@ QUANTIZE = [
         bytes_moved=2 * TOKENS * ATTENTION_WIDTH + PACKED,
         prepare=lambda functions, tensors: partial(
             functions.unpack_e5m6,
-            PackedE5M6(
-                tensors.normal(TOKENS, 3 * ATTENTION_WIDTH // 4).view(torch.uint8),
-                tensors.scales(TOKENS, ATTENTION_WIDTH // 128),
-            ),
+            tensors.packed(TOKENS, ATTENTION_WIDTH),
             ATTENTION_WIDTH,
             torch.bfloat16,
         ),

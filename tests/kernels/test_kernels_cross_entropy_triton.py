@@ -121,7 +121,7 @@ def compiled_slopes(dtype: torch.dtype, vocab_size: int, has_slopes: bool) -> Co
 def test_compiled_slopes_have_no_atomics_and_are_sound(dtype: torch.dtype, vocab_size: int, has_slopes: bool) -> None:
     compiled = compiled_slopes(dtype, vocab_size, has_slopes)
     compiled.assert_sound()
-    assert compiled.registers <= 64
+    assert compiled.registers <= 72
     assert compiled.shared_bytes <= 64
     assert compiled.instructions(r"(atom|red)\b") == []
     if vocab_size == 129_280:

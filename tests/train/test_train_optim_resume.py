@@ -13,7 +13,7 @@ from torch import Tensor
 from comm.config import ParallelismConfig
 from data.prepare import prepare
 from tests.ranks import run_ranks
-from tests.tiny import OPTIM, tiny_config, write_text
+from tests.tiny import OPTIM, STAGE, tiny_config, write_text
 from tests.train.job import Job, open_assembly, open_loader, run_jobs
 from tests.train.test_train_command import ROOT, read_metrics
 from train.checkpoint import load, save
@@ -34,6 +34,7 @@ def config_of(folder: Path, moments: Moments, kind: Literal["float32", "bf16"], 
     return tiny_config(
         folder,
         parallelism=ParallelismConfig(pipeline=1, data=data, expert=data),
+        stage=replace(STAGE, global_batch_sequences=8, micro_batch_sequences=4),
         precision=PrecisionConfig(kind=kind),
         optim=replace(OPTIM, moments=moments, sharding="zero1"),
     )

@@ -27,7 +27,7 @@ MET, MISSED, NO_DEVICE = 0, 1, 2
 
 @dataclass(frozen=True, slots=True)
 class Findings:
-    """rows: of kernels that ran. refusals: a line for each contender that did not. failures: for each kernel of ours."""
+    """rows: of kernels that ran. refusals: a line for each contender that did not. failures: for each kernel."""
 
     rows: list[report.Row] = field(default_factory=list)
     refusals: list[str] = field(default_factory=list)

@@ -74,7 +74,7 @@ def others_of(launch: Launch, has_deep_gemm: bool) -> list[dict[str, Make]]:
         has_deep_gemm: whether the package is installed and made for the device.
     """
     found: list[dict[str, Make]] = []
-    if launch.reference is not None:
+    if launch.reference is not None and launch.product is None:
         found.append({PLAIN: partial(launch.call, functions=import_module(launch.reference))})
     if launch.product is not None:
         found.append({BF16: partial(bf16_product, launch.product)})

@@ -114,7 +114,7 @@ def test_targets_are_about_launches_that_are_timed() -> None:
 
 def test_a_kernel_that_fails_keeps_no_other_from_being_measured() -> None:
     def seconds_of_all(calls: Mapping[str, Call]) -> dict[str, float]:
-        return {name: 1e-6 for name in calls}
+        return dict.fromkeys(calls, 1e-06)
 
     def failing(functions: object, tensors: object) -> Call:
         raise RuntimeError("out of registers")

@@ -1,0 +1,103 @@
+"""What the operands of grouped products must agree on, whoever computes them.
+
+Shape legend: A rows (all groups together), P rows once every group is filled up to whole tiles, E groups, K and N inner
+and outer width.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from kernels.gemm_fp8.shapes import check_columns
+from kernels.quantize.layout import Quantized, QuantizedBlocks, QuantizedColumns, check_counts, num_tiles, padded_rows
+
+
+class Sizes(NamedTuple):
+    """Of a grouped product: A (or P, where groups are filled up), E, N and K."""
+
+    num_rows: int
+    num_groups: int
+    num_outputs: int
+    depth: int
+
+
+def check_rows(subject: str, rows_AK: Tensor, weight_ENK: Tensor, counts: Sequence[int]) -> Sizes:
+    """Sizes of a product of rows with one matrix per group.
+
+    Raises:
+        ValueError: the rows' length is not the matrices', there is not a matrix for every count, or counts that do not
+            add up to the rows.
+    """
+    check_dims(subject, "rows", rows_AK, 2)
+    check_dims(subject, "the matrices", weight_ENK, 3)
+    num_rows, depth = rows_AK.shape
+    num_groups, num_outputs, matrix_depth = weight_ENK.shape
+    if matrix_depth != depth:
+        raise ValueError(f"{subject}: the matrices must have as many columns as rows, {depth}, got {matrix_depth}")
+    if len(counts) != num_groups:
+        raise ValueError(f"{subject}: counts must be as many as matrices, {num_groups}, got {len(counts)}")
+    check_counts(subject, counts, num_rows)
+    return Sizes(num_rows, num_groups, num_outputs, depth)
+
+
+def check_weight(subject: str, grad_AN: Tensor, rows_AK: Tensor, counts: Sequence[int]) -> Sizes:
+    """Sizes of the gradient of one matrix per group.
+
+    Raises:
+        ValueError: there are not as many rows as gradients of rows, their types differ, or counts that do not add up to
+            the rows.
+    """
+    check_dims(subject, "grad", grad_AN, 2)
+    check_dims(subject, "rows", rows_AK, 2)
+    if len(grad_AN) != len(rows_AK):
+        raise ValueError(f"{subject}: grad must have as many rows as rows, {len(rows_AK)}, got {len(grad_AN)}")
+    check_counts(subject, counts, len(rows_AK))
+    return Sizes(len(rows_AK), len(counts), grad_AN.shape[1], rows_AK.shape[1])
+
+
+def check_rows_fp8(subject: str, rows: Quantized, weights: QuantizedBlocks, counts: Sequence[int]) -> Sizes:
+    """Sizes of a product of rows in FP8 with one matrix per group.
+
+    Raises:
+        ValueError: as of `check_rows`, or scales do not fit their codes.
+    """
+    sizes = check_rows(subject, rows.codes, weights.codes, counts)
+    tiles = num_tiles(sizes.depth)
+    check_shape(subject, "rows.scales", rows.scales, (sizes.num_rows, tiles))
+    check_shape(subject, "weights.scales", weights.scales, (sizes.num_groups, num_tiles(sizes.num_outputs), tiles))
+    return sizes
+
+
+def check_weight_fp8(subject: str, grad: QuantizedColumns, rows: QuantizedColumns, counts: Sequence[int]) -> Sizes:
+    """Sizes of the gradient, from FP8, of one matrix per group.
+
+    Raises:
+        ValueError: the operands differ in rows, these are not those of the counts, or scales do not fit their codes.
+    """
+    num_outputs, num_inputs, num_padded = check_columns(subject, grad, rows)
+    check_counts(subject, counts, sum(counts))
+    if padded_rows(counts) != num_padded:
+        expected = padded_rows(counts)
+        raise ValueError(f"{subject}: codes must have {expected} columns, as counts fill up to, got {num_padded}")
+    return Sizes(num_padded, len(counts), num_outputs, num_inputs)
+
+
+def check_dims(subject: str, name: str, tensor: Tensor, num_dims: int) -> None:
+    """Refuses a tensor of any other number of dimensions.
+
+    Raises:
+        ValueError: it has another.
+    """
+    if tensor.dim() != num_dims:
+        raise ValueError(f"{subject}: {name} must have {num_dims} dimensions, got {tensor.dim()}")
+
+
+def check_shape(subject: str, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    """Refuses a tensor of any other shape.
+
+    Raises:
+        ValueError: it has another.
+    """
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{subject}: {name} must be {list(shape)}, got {list(tensor.shape)}")

@@ -1,0 +1,141 @@
+"""Which tile of a grouped product a program works on, and how it is stored; for the kernels of this folder.
+
+Groups have any number of rows. A tile of rows begins where its group begins, or a whole number of tiles after, and so
+may reach into the next group: these rows are computed and not stored. The places of tiles are worked out on the host
+from the counts, and copied without waiting.
+
+Shape legend: T tiles of rows in all groups, E groups.
+"""
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.gemm_fp8.descriptors import ALIGNMENT_BYTES, describable
+from kernels.quantize.layout import num_tiles
+
+PLACES = tl.constexpr(5)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def tile_of_rows(
+    tile: tl.tensor, places: tl.tensor, num_tile_columns: tl.tensor, BLOCK_ROWS: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """Group, first row, where the group's rows end, and column of a tile, by `row_places`.
+
+    Down a block of tile rows, then the next column: so that programs that run together share a group's matrix.
+    """
+    # Any tile row of the block says where the block begins.
+    place = places + tile // num_tile_columns * PLACES
+    first_tile_row, height = tl.load(place).to(tl.int64), tl.load(place + 1).to(tl.int64)
+    first_row, end, group = tl.load(place + 2), tl.load(place + 3), tl.load(place + 4)
+    in_block = tile - first_tile_row * num_tile_columns
+    row = first_row + (in_block % height).to(tl.int32) * BLOCK_ROWS
+    return group, row, end, (in_block // height).to(tl.int32)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def tile_of_matrices(
+    tile: tl.tensor, num_tile_rows: tl.tensor, num_tile_columns: tl.tensor, HEIGHT: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Group, row and column of a tile of matrices that follow each other; within one, down HEIGHT rows by column."""
+    tiles_of_matrix = num_tile_rows * num_tile_columns
+    in_matrix = tile % tiles_of_matrix
+    tiles_of_block = HEIGHT * num_tile_columns
+    first_row = in_matrix // tiles_of_block * HEIGHT
+    height = tl.minimum(num_tile_rows - first_row, HEIGHT)
+    in_block = in_matrix % tiles_of_block
+    row, column = first_row + in_block % height, in_block // height
+    return (tile // tiles_of_matrix).to(tl.int32), row.to(tl.int32), column.to(tl.int32)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def store_tile(
+    out: tl.tensor,
+    total: tl.tensor,
+    rows: tl.tensor,
+    end: tl.tensor,
+    first_column: tl.tensor,
+    num_columns: tl.tensor,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+) -> None:
+    """Rounds and stores rows before `end`, and columns before the last: one half after the other.
+
+    Addresses of a whole tile would take more registers than there are left beside its sums.
+    """
+    halves = total.reshape(BLOCK_ROWS, 2, BLOCK_COLUMNS // 2).permute(0, 2, 1)
+    left, right = tl.split(halves)
+    columns = first_column + tl.arange(0, BLOCK_COLUMNS // 2)
+    row_starts = out + rows.to(tl.int64)[:, None] * num_columns
+    inside = (rows < end)[:, None]
+    tl.store(row_starts + columns[None, :], left.to(out.dtype.element_ty), inside & (columns < num_columns)[None, :])
+    columns += BLOCK_COLUMNS // 2
+    tl.store(row_starts + columns[None, :], right.to(out.dtype.element_ty), inside & (columns < num_columns)[None, :])
+
+
+def row_places(counts: Sequence[int], block_rows: int, height: int, device: torch.device) -> Tensor:
+    """places_T5, int32, of the tiles of rows, in blocks that are worked on column by column; for `tile_of_rows`.
+
+    Of the block that each belongs to: its first tile, its tiles, its first row, where its group's rows end, its group.
+
+    Args:
+        counts: rows of each group.
+        block_rows: rows of a tile.
+        height: tiles of a block at most, which never belong to two groups.
+        device: to copy to, without waiting.
+    """
+    places: list[tuple[int, ...]] = []
+    first_row = 0
+    for group, count in enumerate(counts):
+        left, row, end = triton.cdiv(count, block_rows), first_row, first_row + count
+        while left:
+            tiles = min(height, left)
+            places += [(len(places), tiles, row, end, group)] * tiles
+            left, row = left - tiles, row + tiles * block_rows
+        first_row = end
+    return on_device(places, device)
+
+
+def depth_bounds(sizes: Sequence[int], device: torch.device) -> Tensor:
+    """Where what a group sums over begins, and where the last one's ends: E + 1 numbers, int32.
+
+    Args:
+        sizes: of each group.
+        device: to copy to, without waiting.
+    """
+    return on_device(list(accumulate(sizes, initial=0)), device)
+
+
+def on_device(numbers: Sequence[int] | Sequence[tuple[int, ...]], device: torch.device) -> Tensor:
+    """Integers of the host as int32, copied without waiting."""
+    made = torch.tensor(numbers, dtype=torch.int32, pin_memory=device.type == "cuda")
+    return made.to(device, non_blocking=True)
+
+
+def described_matrices(matrices: Tensor) -> Tensor:
+    """The matrices [E, N, K] where each can be described as it is (`describable`), else a copy of which that is so."""
+    num_groups, num_rows, num_columns = matrices.shape
+    group_bytes = matrices.stride(0) * matrices.element_size()
+    if describable(matrices[0]) and group_bytes > 0 and group_bytes % ALIGNMENT_BYTES == 0:
+        return matrices
+    granularity = ALIGNMENT_BYTES // matrices.element_size()
+    width = granularity * triton.cdiv(num_columns, granularity)
+    return matrices.new_empty(num_groups, num_rows, width)[:, :, :num_columns].copy_(matrices)
+
+
+def num_programs(num_tiles_of_result: int, programs_per_sm: int, device: torch.device) -> int:
+    """That share the tiles: as many as run at the same time, and no more than there are tiles."""
+    if device.type != "cuda":
+        return min(num_tiles_of_result, 2)  # Triton's interpreter, where each is to be given several
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    return min(num_tiles_of_result, programs_per_sm * multiprocessors)
+
+
+def tiles_of(counts: Sequence[int]) -> list[int]:
+    """Tiles of 128 rows that cover each group."""
+    return [num_tiles(count) for count in counts]

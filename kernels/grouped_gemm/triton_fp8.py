@@ -1,0 +1,266 @@
+"""Grouped products in FP8 codes and scales, in Triton; what they give is defined in
+kernels/grouped_gemm/reference_fp8.py.
+
+One launch serves all groups: a persistent grid, `programs_per_sm` programs per multiprocessor, takes one tile of the
+result after the other.
+
+    kernel              tile of the result          accumulator                            rounding
+    grouped_rows_fp8    block_rows x block_outputs, per 128 of K float32, of which the     once, to nearest even, into
+                        128 of K at a time          tensor cores keep 14 bits or so;       the result's dtype
+    grouped_weight_fp8  block_outputs x             these are scaled and added in float32  none, float32
+                        block_inputs, 128 rows of   registers (arXiv:2412.19437, section
+                        a group at a time           3.3.2)
+
+Tiles of rows follow each other block by block: blocks never belong to two groups, so that a group's matrix is read from
+memory once. Tiles of operands are moved by descriptor (TMA), for which codes whose rows do not lie at multiples of 16
+bytes are copied first. Results are stored under masks, offsets in int64: a tile at the end of a group reaches into the
+next one's rows, which its own programs store, and a descriptor would not stop there. What lies beyond the last row,
+output or number of K is read as 0; what belongs to another group never gets into a sum. With `specialize`, one group of
+warps loads and two multiply, each half of the rows of a tile. Tensors must be on the current device.
+
+Shape legend: A rows (all groups together), P rows once every group is filled up to whole tiles, E groups, K and N inner
+and outer width, T tiles.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.gemm_fp8.descriptors import allow_descriptors, described
+from kernels.gemm_fp8.tiling import Tiling
+from kernels.grouped_gemm.shapes import check_rows_fp8, check_weight_fp8
+from kernels.grouped_gemm.tiles import (
+    depth_bounds,
+    described_matrices,
+    num_programs,
+    row_places,
+    store_tile,
+    tile_of_matrices,
+    tile_of_rows,
+    tiles_of,
+)
+from kernels.quantize.layout import TILE, Quantized, QuantizedBlocks, QuantizedColumns
+
+OF_ROWS = Tiling()
+# Groups are a few tiles of 128 rows deep, and results twice as long in float32: what counts is that one program stores
+# while others load.
+OF_WEIGHT = Tiling(outputs=64, warps=4, stages=3, programs_per_sm=2)
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_groups", "num_tiles"])  # type: ignore[untyped-decorator]
+def grouped_rows_fp8_kernel(
+    rows: tl.tensor,
+    weights: tl.tensor,
+    rows_scales: tl.tensor,
+    weights_scales: tl.tensor,
+    out: tl.tensor,
+    places: tl.tensor,
+    num_rows: tl.tensor,
+    num_groups: tl.tensor,
+    num_outputs: tl.tensor,
+    depth: tl.tensor,
+    num_tiles: tl.tensor,
+    rows_stride: tl.tensor,
+    weights_group_stride: tl.tensor,
+    weights_stride: tl.tensor,
+    rows_scales_stride: tl.tensor,
+    SPECIALIZE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_OUTPUTS: tl.constexpr,
+    BLOCK_DEPTH: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+) -> None:
+    """Tiles of each group's rows times the transpose of its matrix."""
+    rows_tiles = tl.make_tensor_descriptor(rows, [num_rows, depth], [rows_stride, 1], [BLOCK_ROWS, BLOCK_DEPTH])
+    weights_tiles = tl.make_tensor_descriptor(
+        weights,
+        [num_groups, num_outputs, depth],
+        [weights_group_stride, weights_stride, 1],
+        [1, BLOCK_OUTPUTS, BLOCK_DEPTH],
+    )
+    num_tile_columns = tl.cdiv(num_outputs, BLOCK_OUTPUTS).to(tl.int64)
+    scales_rows = tl.cdiv(num_outputs, BLOCK_DEPTH).to(tl.int64)  # a block is as high as it is wide
+    scales_columns = tl.cdiv(depth, BLOCK_DEPTH)
+    for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), warp_specialize=SPECIALIZE):
+        group, first_row, end, column = tile_of_rows(tile, places, num_tile_columns, BLOCK_ROWS)
+        first_output = column * BLOCK_OUTPUTS
+        row = first_row + tl.arange(0, BLOCK_ROWS)
+        row_scales = rows_scales + row.to(tl.int64) * rows_scales_stride
+        block_scales = weights_scales + (group * scales_rows + first_output // BLOCK_DEPTH) * scales_columns
+        total = tl.zeros((BLOCK_ROWS, BLOCK_OUTPUTS), tl.float32)
+        for step in tl.range(0, scales_columns, num_stages=NUM_STAGES):
+            first = step * BLOCK_DEPTH
+            row_scale = tl.load(row_scales + step, mask=row < end, other=0.0)
+            block_scale = tl.load(block_scales + step)
+            row_codes = rows_tiles.load([first_row, first])
+            weight_codes = weights_tiles.load([group, first_output, first]).reshape(BLOCK_OUTPUTS, BLOCK_DEPTH)
+            total += tl.dot(row_codes, weight_codes.T) * (row_scale * block_scale)[:, None]
+        store_tile(out, total, row, end, first_output, num_outputs, BLOCK_ROWS, BLOCK_OUTPUTS)
+
+
+@triton.jit(do_not_specialize=["num_tiles"])  # type: ignore[untyped-decorator]
+def grouped_weight_fp8_kernel(
+    grad: tl.tensor,
+    rows: tl.tensor,
+    grad_scales: tl.tensor,
+    rows_scales: tl.tensor,
+    out: tl.tensor,
+    bounds: tl.tensor,
+    num_outputs: tl.tensor,
+    num_inputs: tl.tensor,
+    depth: tl.tensor,
+    num_tiles: tl.tensor,
+    grad_stride: tl.tensor,
+    rows_stride: tl.tensor,
+    grad_scales_stride: tl.tensor,
+    rows_scales_stride: tl.tensor,
+    SPECIALIZE: tl.constexpr,
+    BLOCK_OUTPUTS: tl.constexpr,
+    BLOCK_INPUTS: tl.constexpr,
+    BLOCK_DEPTH: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+) -> None:
+    """Tiles of the gradients of all matrices, each summed over the tiles of its group."""
+    grad_tiles = tl.make_tensor_descriptor(grad, [num_outputs, depth], [grad_stride, 1], [BLOCK_OUTPUTS, BLOCK_DEPTH])
+    rows_tiles = tl.make_tensor_descriptor(rows, [num_inputs, depth], [rows_stride, 1], [BLOCK_INPUTS, BLOCK_DEPTH])
+    num_tile_rows = tl.cdiv(num_outputs, BLOCK_OUTPUTS).to(tl.int64)
+    num_tile_columns = tl.cdiv(num_inputs, BLOCK_INPUTS).to(tl.int64)
+    for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), warp_specialize=SPECIALIZE):
+        group, tile_row, tile_column = tile_of_matrices(tile, num_tile_rows, num_tile_columns, HEIGHT)
+        first_output, first_input = tile_row * BLOCK_OUTPUTS, tile_column * BLOCK_INPUTS
+        outputs = first_output + tl.arange(0, BLOCK_OUTPUTS)
+        inputs = first_input + tl.arange(0, BLOCK_INPUTS)
+        output_scales = grad_scales + outputs.to(tl.int64) * grad_scales_stride
+        input_scales = rows_scales + inputs.to(tl.int64) * rows_scales_stride
+        total = tl.zeros((BLOCK_OUTPUTS, BLOCK_INPUTS), tl.float32)
+        for step in tl.range(tl.load(bounds + group), tl.load(bounds + group + 1), num_stages=NUM_STAGES):
+            first = step * BLOCK_DEPTH
+            output_scale = tl.load(output_scales + step, mask=outputs < num_outputs, other=0.0)
+            input_scale = tl.load(input_scales + step, mask=inputs < num_inputs, other=0.0)
+            grad_codes = grad_tiles.load([first_output, first])
+            row_codes = rows_tiles.load([first_input, first])
+            total += tl.dot(grad_codes, row_codes.T) * output_scale[:, None] * input_scale[None, :]
+        matrix = out + group.to(tl.int64) * num_outputs * num_inputs
+        store_tile(matrix, total, outputs, num_outputs, first_input, num_inputs, BLOCK_OUTPUTS, BLOCK_INPUTS)
+
+
+def grouped_rows_fp8(
+    rows: Quantized,
+    weights: QuantizedBlocks,
+    counts: Sequence[int],
+    dtype: torch.dtype,
+    *,
+    tiling: Tiling = OF_ROWS,
+) -> Tensor:
+    """`gemm_fp8` of each group's rows with its matrix (arXiv:2412.19437, section 3.3.2).
+
+    Args:
+        rows: codes [A, K] with scales by 1 x 128, sorted by group; copied unless rows lie at multiples of 16 bytes.
+        weights: codes [E, N, K] with scales by 128 x 128; likewise.
+        counts: rows of each group, some of them possibly 0.
+        dtype: of the result.
+        tiling: how to cut it up.
+
+    Returns:
+        [A, N], rounded once, to `dtype`. What is NaN in one group stays in its rows.
+
+    Raises:
+        ValueError: the operands do not fit each other, or counts that do not add up to A.
+    """
+    num_rows, num_groups, num_outputs, depth = check_rows_fp8("grouped_rows_fp8", rows, weights, counts)
+    out_AN = rows.codes.new_empty(num_rows, num_outputs, dtype=dtype)
+    if out_AN.numel() == 0 or depth == 0:
+        return out_AN.zero_()
+    rows_AK, weights_ENK = described(rows.codes), described_matrices(weights.codes)
+    rows_scales = _contiguous_rows(rows.scales)
+    places_T5 = row_places(counts, tiling.rows, tiling.group, out_AN.device)
+    num_tiles = len(places_T5) * triton.cdiv(num_outputs, tiling.outputs)
+    allow_descriptors(out_AN.device)
+    grouped_rows_fp8_kernel[(num_programs(num_tiles, tiling.programs_per_sm, out_AN.device),)](
+        rows_AK,
+        weights_ENK,
+        rows_scales,
+        weights.scales.contiguous(),
+        out_AN,
+        places_T5,
+        num_rows,
+        num_groups,
+        num_outputs,
+        depth,
+        num_tiles,
+        rows_AK.stride(0),
+        weights_ENK.stride(0),
+        weights_ENK.stride(1),
+        rows_scales.stride(0),
+        SPECIALIZE=tiling.specialize,
+        BLOCK_ROWS=tiling.rows,
+        BLOCK_OUTPUTS=tiling.outputs,
+        BLOCK_DEPTH=TILE,
+        NUM_STAGES=tiling.stages,
+        num_warps=tiling.warps,
+        num_stages=tiling.stages,
+        enable_fp_fusion=True,
+    )
+    return out_AN
+
+
+def grouped_weight_fp8(
+    grad: QuantizedColumns, rows: QuantizedColumns, counts: Sequence[int], *, tiling: Tiling = OF_WEIGHT
+) -> Tensor:
+    """`gemm_fp8_columns` of each group: the gradient of its matrix (arXiv:2412.19437, section 3.3.2).
+
+    Args:
+        grad: codes [N, P] with scales by 128 of P; of the outputs' gradient; copied unless rows lie at multiples of 16
+            bytes.
+        rows: codes [K, P] likewise; of the inputs.
+        counts: rows of each group, as when both were quantised.
+        tiling: how to cut it up; its rows are outputs, and its outputs inputs.
+
+    Returns:
+        float32 [E, N, K]; zeros for a group without rows. What is NaN in one group stays in its matrix.
+
+    Raises:
+        ValueError: the operands do not fit each other, or the counts.
+    """
+    depth, num_groups, num_outputs, num_inputs = check_weight_fp8("grouped_weight_fp8", grad, rows, counts)
+    out_ENK = grad.codes.new_empty(num_groups, num_outputs, num_inputs, dtype=torch.float32)
+    if out_ENK.numel() == 0 or depth == 0:
+        return out_ENK.zero_()
+    grad_NP, rows_KP = described(grad.codes), described(rows.codes)
+    grad_scales, rows_scales = _contiguous_rows(grad.scales), _contiguous_rows(rows.scales)
+    num_tiles = num_groups * triton.cdiv(num_outputs, tiling.rows) * triton.cdiv(num_inputs, tiling.outputs)
+    allow_descriptors(out_ENK.device)
+    grouped_weight_fp8_kernel[(num_programs(num_tiles, tiling.programs_per_sm, out_ENK.device),)](
+        grad_NP,
+        rows_KP,
+        grad_scales,
+        rows_scales,
+        out_ENK,
+        depth_bounds(tiles_of(counts), out_ENK.device),
+        num_outputs,
+        num_inputs,
+        depth,
+        num_tiles,
+        grad_NP.stride(0),
+        rows_KP.stride(0),
+        grad_scales.stride(0),
+        rows_scales.stride(0),
+        SPECIALIZE=tiling.specialize,
+        BLOCK_OUTPUTS=tiling.rows,
+        BLOCK_INPUTS=tiling.outputs,
+        BLOCK_DEPTH=TILE,
+        HEIGHT=tiling.group,
+        NUM_STAGES=tiling.stages,
+        num_warps=tiling.warps,
+        num_stages=tiling.stages,
+        enable_fp_fusion=True,
+    )
+    return out_ENK
+
+
+def _contiguous_rows(scales: Tensor) -> Tensor:
+    return scales if scales.stride(1) == 1 else scales.contiguous()

@@ -1,0 +1,66 @@
+"""Launches of the products of rows sorted by expert; shapes of DeepSeek-V3."""
+
+from functools import partial
+
+import torch
+
+from kernels.quantize.layout import padded_rows
+from tests.kernels.launches import COUNTS, EXPERT_WIDTH, HIDDEN, Launch, Product, blocks_bytes, quantized_bytes
+
+EXPERTS = len(COUNTS)
+ROWS = sum(COUNTS)
+PADDED = padded_rows(COUNTS)
+MAPS = {"gate_up": (HIDDEN, 2 * EXPERT_WIDTH), "down": (EXPERT_WIDTH, HIDDEN)}
+"""Inputs and outputs of an expert's linear maps."""
+
+
+def of_rows(inputs: int, outputs: int, *, is_fp8: bool) -> Product:
+    """Outputs of all experts' maps; or the gradient of inputs of maps with as many inputs as these have outputs."""
+    return Product(num_rows=ROWS, num_columns=outputs, depth=inputs, counts=COUNTS, is_fp8=is_fp8)
+
+
+def of_weights(inputs: int, outputs: int, *, is_fp8: bool) -> Product:
+    """The gradients of all experts' weights."""
+    return Product(num_rows=outputs, num_columns=inputs, depth=ROWS, counts=COUNTS, is_gradient=True, is_fp8=is_fp8)
+
+
+def rows_fp8(name: str, inputs: int, outputs: int) -> Launch:
+    """In FP8."""
+    return Launch(
+        module="kernels.grouped_gemm.triton_fp8",
+        kernel="grouped_rows_fp8_kernel",
+        shape=f"32 experts, {ROWS} x {inputs} x {outputs}, {name}",
+        bytes_moved=quantized_bytes(ROWS, inputs) + EXPERTS * blocks_bytes(outputs, inputs) + 2 * ROWS * outputs,
+        prepare=lambda functions, tensors: partial(
+            functions.grouped_rows_fp8,
+            tensors.rows(ROWS, inputs),
+            tensors.blocks(EXPERTS, outputs, inputs),
+            COUNTS,
+            torch.bfloat16,
+        ),
+        reference="kernels.grouped_gemm.reference_fp8",
+        product=of_rows(inputs, outputs, is_fp8=True),
+        is_recorded=name == "gate_up",
+    )
+
+
+def weights_fp8(name: str, inputs: int, outputs: int) -> Launch:
+    """In FP8."""
+    return Launch(
+        module="kernels.grouped_gemm.triton_fp8",
+        kernel="grouped_weight_fp8_kernel",
+        shape=f"32 experts, {outputs} x {ROWS} x {inputs}, gradient, {name}",
+        bytes_moved=quantized_bytes(inputs + outputs, PADDED) + 4 * EXPERTS * inputs * outputs,
+        prepare=lambda functions, tensors: partial(
+            functions.grouped_weight_fp8, tensors.columns(outputs, PADDED), tensors.columns(inputs, PADDED), COUNTS
+        ),
+        reference="kernels.grouped_gemm.reference_fp8",
+        product=of_weights(inputs, outputs, is_fp8=True),
+        is_recorded=name == "gate_up",
+    )
+
+
+GROUPED_GEMM = [
+    *(rows_fp8(name, *sizes) for name, sizes in MAPS.items()),
+    *(weights_fp8(name, *sizes) for name, sizes in MAPS.items()),
+]
