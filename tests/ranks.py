@@ -14,7 +14,15 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-_PRELOADED = ["torch", "torch.distributed", "numpy", "pytest", "deepspeed.runtime.zero.stage_1_and_2", "train.step"]
+_PRELOADED = [
+    "torch",
+    "torch.distributed",
+    "numpy",
+    "pytest",
+    "torch._dynamo",
+    "deepspeed.runtime.zero.stage_1_and_2",
+    "train.step",
+]
 _GRACE_SECONDS = 0.3
 _COLLECTIVE_TIMEOUT = timedelta(seconds=60)
 

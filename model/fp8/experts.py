@@ -61,9 +61,10 @@ class _Options:
     mail: Mail | None
     order: RowOrder | None
 
-    def sort(self, packed_NB: Tensor) -> Tensor:
-        """Rows in the experts' order."""
-        return packed_NB if self.order is None else self.order.copy_rows(packed_NB)
+
+def _sort(packed_NB: Tensor, order: RowOrder | None) -> Tensor:
+    """Rows in the experts' order."""
+    return packed_NB if order is None else order.copy_rows(packed_NB)
 
 
 class _ExpertMlp(torch.autograd.Function):
@@ -80,7 +81,7 @@ class _ExpertMlp(torch.autograd.Function):
         maps, order, counts = options.maps, options.order, options.counts
         run, dtype = maps.kernels(packed.device), gate_up_EHD.dtype
         weights_A = weights if order is None else order.copy_weights(weights)
-        operand = unpack(options.sort(packed), gate_up_EHD.shape[2])
+        operand = unpack(_sort(packed, order), gate_up_EHD.shape[2])
         hidden_AH = run.grouped_rows_fp8(operand, maps.codes(gate_up_EHD).forward, counts, dtype)
         gated, kept = run.swiglu_quantize(hidden_AH, weights_A, maps.power_of_two)
         out_AD = run.grouped_rows_fp8(gated, maps.codes(down_EDM).forward, counts, dtype)
@@ -95,7 +96,7 @@ class _ExpertMlp(torch.autograd.Function):
         maps, counts, order, sink = options.maps, options.counts, options.order, options.sink
         run, dtype, power_of_two = maps.kernels(packed.device), gate_up_EHD.dtype, maps.power_of_two
         mail = options.mail
-        grad = unpack(mail.take() if mail else options.sort(pack_gradient(grads[0], maps)), down_EDM.shape[1])
+        grad = unpack(mail.take() if mail else _sort(pack_gradient(grads[0], maps), order), down_EDM.shape[1])
         grad_AM = run.grouped_rows_fp8(grad, maps.codes(down_EDM).backward, counts, dtype)
         grad_AH, gated_AM, grad_weights_A = run.swiglu_backward_from_codes(grad_AM, Quantized(codes, scales), weights_A)
         grad_hidden = maps.gradient(grad_AH)
@@ -104,7 +105,7 @@ class _ExpertMlp(torch.autograd.Function):
         gated_columns = run.quantize_columns(gated_AM, counts, power_of_two)
 
         def gate_up_gradient() -> Tensor:
-            rows = unpack(options.sort(packed), gate_up_EHD.shape[2])
+            rows = unpack(_sort(packed, order), gate_up_EHD.shape[2])
             return run.grouped_weight_fp8(hidden_columns, run.requantize_columns(rows, counts, True), counts)
 
         def down_gradient() -> Tensor:

@@ -15,6 +15,7 @@ from launch.compose import compose
 from launch.config import read_config
 from model.account import ActivationAccount, MicroBatchShape, count_activations
 from model.config import RECOMPUTED, Computing, ModelConfig, Products
+from model.fp8.maps import Fp8Maps
 from model.gradients import GradientStore
 from model.objective import LossSums, MicroBatch, Objective
 from model.phases import ComputePhase
@@ -116,10 +117,13 @@ def test_a_layer_of_a_training_run_keeps_at_most_three_fifths_of_what_it_keeps_i
 
 
 def reachable(held: object) -> Iterator[Tensor]:
-    """Tensors that something holds, through closures, partial functions, containers and dataclasses; no weights."""
-    if isinstance(held, nn.Parameter | nn.Module | type | types.ModuleType):
-        return
+    """Tensors that something holds, through closures, partial functions, containers and dataclasses; no weights.
+
+    Anything else is unknown, and might hold numbers as well.
+    """
     inside: list[object] = []
+    if held is None or isinstance(held, nn.Parameter | Fp8Maps | str | int | float | slice | torch.dtype):
+        return
     if isinstance(held, Tensor):
         yield held
     elif isinstance(held, functools.partial):
@@ -134,10 +138,8 @@ def reachable(held: object) -> Iterator[Tensor]:
         inside = list(held)
     elif is_dataclass(held):
         inside = [getattr(held, field.name) for field in fields(held)]
-    elif held is not None and not isinstance(held, str | int | float | slice | torch.dtype | types.BuiltinFunctionType):
-        # Of anything else it is known that it holds nothing of a micro-batch.
-        assert type(held).__name__ in ("Fp8Maps", "Mail", "WeightQueue"), type(held)
-        inside = [] if type(held).__name__ == "Fp8Maps" else list(vars(held).values())
+    else:
+        assert isinstance(held, types.BuiltinFunctionType), type(held)
     for each in inside:
         yield from reachable(each)
 
@@ -162,14 +164,12 @@ def waiting(products: Products, layer: int) -> list[Tensor]:
 
 @pytest.mark.parametrize("layer", [0, 1], ids=["dense", "moe"])
 def test_between_backward_and_weight_gradients_only_codes_wait(layer: int) -> None:
-    """And a scale for every 128 of them: less than half of what waits in bf16 or float32."""
+    """And a scale for every 128 of them."""
     held = waiting("fp8", layer)
     codes = [tensor for tensor in held if tensor.dtype in (torch.float8_e4m3fn, torch.uint8)]
-    others = [tensor for tensor in held if tensor.dtype not in (torch.float8_e4m3fn, torch.uint8)]
+    scales = [tensor for tensor in held if tensor.dtype == torch.float32]
+    assert len(codes) + len(scales) == len(held)
     assert sum(tensor.numel() for tensor in codes) > 100_000
-    wide = [tensor for tensor in others if tensor.dtype != torch.int64]  # of an exchange: where rows go
-    assert all(tensor.dtype == torch.float32 for tensor in wide)
-    most_per_row = -(-max(2 * SMALL.dense_intermediate_size, SMALL.hidden_size) // 128)
-    assert all(tensor.shape[-1] <= max(most_per_row, 140 * 4 // 128 + SMALL.num_routed_experts) for tensor in wide)
-    assert sum(tensor.nbytes for tensor in wide) < 0.1 * sum(tensor.nbytes for tensor in codes)
-    assert not any(tensor.dtype == torch.float8_e4m3fn for tensor in waiting("own", layer))
+    ratio = sum(tensor.numel() for tensor in codes) / sum(tensor.numel() for tensor in scales)
+    # Of 64 inputs a tile is half full.
+    assert ratio > 64

@@ -23,6 +23,7 @@ from tests.kernels.launches import Call, Launch
 
 SECTIONS = tuple(dict.fromkeys(launch.module.split(".")[1] for launch in LAUNCHES))
 MET, MISSED, NO_DEVICE = 0, 1, 2
+DEVICE = torch.device("cuda")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("needs a CUDA device: torch.cuda.is_available() is false")
         return NO_DEVICE
-    device = torch.device("cuda")
+    device = DEVICE
     machine = {"device": torch.cuda.get_device_name(device), "torch": torch.__version__, "triton": triton.__version__}
     print(", ".join(f"{key} {value}" for key, value in machine.items()), flush=True)
     stopwatch = Stopwatch(device)

@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -51,6 +52,13 @@ def interleaved(calls: Mapping[str, Call], seconds_of: Callable[[Call], float], 
     return {name: statistics.median(of_name) for name, of_name in samples.items()}
 
 
+class Timer(Protocol):
+    """`Stopwatch` or its like."""
+
+    def seconds(self, call: Call) -> float:
+        """Of one call."""
+
+
 class Stopwatch:
     """Seconds of one call by the device's own clock, with nothing of its operands left in the cache."""
 
@@ -69,7 +77,7 @@ class Stopwatch:
         return float(begin.elapsed_time(end)) / 1000
 
 
-def measure_roofs(stopwatch: Stopwatch, device: torch.device, num_rounds: int) -> Roofs:
+def measure_roofs(stopwatch: Timer, device: torch.device, num_rounds: int) -> Roofs:
     """Copies and multiplies."""
     tensors = Tensors(device)
     source, target = (torch.zeros(COPY_BYTES, dtype=torch.uint8, device=device) for _ in range(2))

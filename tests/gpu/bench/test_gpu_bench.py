@@ -3,16 +3,20 @@
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import tests.gpu.bench.__main__ as command
+import tests.gpu.bench.measure as measuring
 from kernels.quantize.layout import Quantized, QuantizedBlocks
 from kernels.quantize.reference import quantize_1x128
 from kernels.quantize.reference_blocks import quantize_128x128
 from tests.gpu.bench import report
-from tests.gpu.bench.__main__ import NO_DEVICE, SECTIONS, Findings, main, measure
+from tests.gpu.bench.__main__ import MET, NO_DEVICE, SECTIONS, Findings, main, measure
 from tests.gpu.bench.contenders import (
     BF16,
     DEEP_GEMM,
@@ -26,7 +30,7 @@ from tests.gpu.bench.contenders import (
     scaled_product,
     scales_for,
 )
-from tests.gpu.bench.measure import WARM_UP, Roofs, interleaved
+from tests.gpu.bench.measure import WARM_UP, Roofs, interleaved, measure_roofs
 from tests.kernels.catalogue import LAUNCHES
 from tests.kernels.launches import Call, Launch, Product
 from tests.kernels.plain import randn
@@ -125,6 +129,53 @@ def test_a_kernel_that_fails_keeps_no_other_from_being_measured() -> None:
         measure(launch, CPU, seconds_of_all, ROOFS, findings)
     assert findings.failures == ["FAIL: gemm_fp8.gemm, 4096 x 7168 x 2048, any: RuntimeError: out of registers"]
     assert [row.seconds for row in findings.rows] == [{OURS: 1e-6}]
+
+
+class Clock:
+    """A stopwatch by which everything takes a microsecond, whether or not there is a GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def seconds(self, call: Call) -> float:
+        call()
+        return 1e-6
+
+
+def test_roofs_are_what_a_copy_and_large_products_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measuring, "SIDE", 64)
+    monkeypatch.setattr(measuring, "COPY_BYTES", 1000)
+    found = measure_roofs(Clock(CPU), CPU, 3)
+    assert found.copy_bytes_per_second == pytest.approx(2e9)
+    assert found.bf16_per_second == found.fp8_per_second == pytest.approx(2 * 64**3 * 1e6)
+
+
+def test_all_of_the_benchmark_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """On the CPU, a small kernel in Triton's place."""
+    launch = Launch(
+        module="kernels.quantize.reference",
+        kernel="quantize_kernel",
+        shape="4096 x 7168, in name only",
+        bytes_moved=10**6,
+        prepare=lambda functions, tensors: partial(functions.quantize_1x128, tensors.normal(3, 200), False),
+        reference="kernels.quantize.reference",
+    )
+    monkeypatch.setattr(command, "LAUNCHES", (launch, replace(launch, is_timed=False)))
+    monkeypatch.setattr(command, "Stopwatch", Clock)
+    monkeypatch.setattr(command, "DEVICE", CPU)
+    monkeypatch.setattr(command, "measure_roofs", lambda stopwatch, device, num_rounds: ROOFS)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    figures = tmp_path / "figures.json"
+    assert main(["--sections", "quantize", "--rounds", "2", "--json", str(figures)]) == MET
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("device a GPU, torch ")
+    assert lines[1] == report.roofs_text(ROOFS)
+    assert "| quantize.quantize | 4096 x 7168, in name only | 1.0 | 1000 GB/s | 100% | 1.00 |" in lines
+    assert lines[-1] == "pass: quantising beside a copy's bandwidth: at least 0.8, got 1.00"
+    assert len(json.loads(figures.read_text())["rows"]) == 1
 
 
 def test_figures_are_plain_data() -> None:
