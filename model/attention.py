@@ -41,7 +41,8 @@ class _Mix(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, compressed: Tensor, mixing: Mixing, *given: Tensor | None) -> Tensor:
         weights = LatentWeights(*given)  # type: ignore[arg-type]
-        ends: Ends = (PlainEnds if mixing.maps is None else Fp8Ends)(compressed, weights, mixing)
+        compress = PlainEnds if mixing.maps is None else Fp8Ends.compress
+        ends: Ends = compress(compressed, weights, mixing)
         kernel = _Kernel(compressed, mixing)
         heads = kernel.fill(ends, None)
         is_freed = mixing.records and ends.frees_heads
@@ -70,7 +71,7 @@ class _Mix(torch.autograd.Function):
         if mixing.maps is None:
             ends = PlainEnds.restore((kept[0], kernel.rows(kept[1]), *kept[2:]), weights, mixing)
         else:
-            ends = Fp8Ends.restore(kept, weights, mixing, ctx.shape)
+            ends = Fp8Ends.restore(kept, weights, mixing)
         grad_NV, grad_out = ends.add_backward(grad_BTD.flatten(0, 1))
         if ctx.head_bytes:
             for tensor, size in zip(ctx.heads, ctx.head_bytes, strict=True):

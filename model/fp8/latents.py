@@ -6,6 +6,8 @@ Shape legend: as in model/latents.py; F numbers that have no norm.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -15,61 +17,86 @@ from model.fp8.maps import Fp8Maps, give
 from model.latents import LatentWeights, Mixing, NormAndMap
 
 
+class _Normal(NamedTuple):
+    """A norm's result in FP8, and its inverse root mean squares."""
+
+    codes: Tensor
+    scales: Tensor
+    inverse: Tensor
+
+    @property
+    def operand(self) -> Quantized:
+        """The input of the map behind it."""
+        return Quantized(self.codes, self.scales)
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """What is kept of the compressed values. plain_BTF: the shared key, behind queries where they have no norm."""
+
+    plain_BTF: Tensor
+    latent: _Normal
+    query: _Normal | None
+
+
 class Fp8Ends:
     """`model.latents.Ends` in FP8."""
 
     frees_heads = True
     frees_mixed = True
 
-    def __init__(self, compressed_BTX: Tensor, weights: LatentWeights, mixing: Mixing) -> None:
-        query, latent, key = mixing.split(compressed_BTX)
-        self._begin(weights, mixing, compressed_BTX.dtype, compressed_BTX.shape)
-        eps, rounds = mixing.shape.eps, self._maps.power_of_two
-        norm = self._maps.kernels(compressed_BTX.device).rms_norm_quantize
-        self._latent, self._latent_inverse = norm(latent.flatten(0, 1), weights.latent_norm, eps, rounds)
-        if weights.query_norm is None:
-            self._plain_BTF = torch.cat((query, key), -1)
-        else:
-            self._query, self._query_inverse = norm(query.flatten(0, 1), weights.query_norm, eps, rounds)
-            self._plain_BTF = key.clone(memory_format=torch.contiguous_format)
-
-    @classmethod
-    def restore(cls, saved: Sequence[Tensor], weights: LatentWeights, mixing: Mixing, shape: torch.Size) -> "Fp8Ends":
-        """From `saved`. shape: of the compressed values."""
-        ends = cls.__new__(cls)
-        plain_BTF, mixed_codes, mixed_scales, codes, scales, ends._latent_inverse, *query = saved
-        ends._begin(weights, mixing, plain_BTF.dtype, shape)
-        ends._plain_BTF, ends._mixed = plain_BTF, PackedE5M6(mixed_codes, mixed_scales)
-        ends._latent = Quantized(codes, scales)
-        if query:
-            query_codes, query_scales, ends._query_inverse = query
-            ends._query = Quantized(query_codes, query_scales)
-        return ends
-
-    def _begin(self, weights: LatentWeights, mixing: Mixing, dtype: torch.dtype, shape: torch.Size) -> None:
+    def __init__(self, kept: _Kept, mixed: PackedE5M6 | None, weights: LatentWeights, mixing: Mixing) -> None:
         assert mixing.maps is not None
         self._maps: Fp8Maps = mixing.maps
-        self._weights, self._mixing, self._dtype, self._shape = weights, mixing, dtype, shape
+        self._kept, self._mixed, self._weights, self._mixing = kept, mixed, weights, mixing
+
+    @classmethod
+    def compress(cls, compressed_BTX: Tensor, weights: LatentWeights, mixing: Mixing) -> Self:
+        """From the compressed values, in a forward."""
+        assert mixing.maps is not None
+        query, latent, key = mixing.split(compressed_BTX)
+        eps, rounds = mixing.shape.eps, mixing.maps.power_of_two
+        run = mixing.maps.kernels(compressed_BTX.device)
+
+        def normal(x_BTL: Tensor, weight: Tensor) -> _Normal:
+            operand, inverse = run.rms_norm_quantize(x_BTL.flatten(0, 1), weight, eps, rounds)
+            return _Normal(*operand, inverse)
+
+        if weights.query_norm is None:
+            kept = _Kept(torch.cat((query, key), -1), normal(latent, weights.latent_norm), None)
+        else:
+            plain = key.clone(memory_format=torch.contiguous_format)
+            kept = _Kept(plain, normal(latent, weights.latent_norm), normal(query, weights.query_norm))
+        return cls(kept, None, weights, mixing)
+
+    @classmethod
+    def restore(cls, saved: Sequence[Tensor], weights: LatentWeights, mixing: Mixing) -> Self:
+        """From `saved`, in a backward."""
+        plain_BTF, *others = saved
+        mixed, latent, query = PackedE5M6(*others[:2]), _Normal(*others[2:5]), others[5:]
+        return cls(_Kept(plain_BTF, latent, _Normal(*query) if query else None), mixed, weights, mixing)
 
     def saved(self, mixed: Tensor) -> tuple[Tensor, ...]:
         """See `Ends`; what the heads mixed is kept as `add` put it in 12 bits."""
-        kept = (self._plain_BTF, *self._mixed, *self._latent, self._latent_inverse)
-        return kept if self._weights.query_norm is None else (*kept, *self._query, self._query_inverse)
+        kept = self._kept
+        assert self._mixed is not None
+        return (kept.plain_BTF, *self._mixed, *kept.latent, *(() if kept.query is None else kept.query))
 
     def queries(self, out: Tensor) -> None:
         """See `Ends`."""
-        if self._weights.query_up is None:
-            out.copy_(self._plain_BTF[..., : -self._mixing.shape.rope].flatten(0, 1))
+        kept, query_up = self._kept, self._weights.query_up
+        if kept.query is None or query_up is None:
+            out.copy_(kept.plain_BTF[..., : -self._mixing.shape.rope].flatten(0, 1))
         else:
-            out.copy_(self._maps.forward(self._query, (self._weights.query_up,)))
+            out.copy_(self._maps.forward(kept.query.operand, (query_up,)))
 
     def keys_and_values(self) -> Tensor:
         """See `Ends`."""
-        return self._maps.forward(self._latent, (self._weights.latent_up,))
+        return self._maps.forward(self._kept.latent.operand, (self._weights.latent_up,))
 
     def shared_key(self) -> Tensor:
         """See `Ends`."""
-        return self._plain_BTF[..., -self._mixing.shape.rope :]
+        return self._kept.plain_BTF[..., -self._mixing.shape.rope :]
 
     def add(self, x_ND: Tensor, mixed_NV: Tensor) -> Tensor:
         """See `Ends`."""
@@ -79,8 +106,9 @@ class Fp8Ends:
 
     def mixed(self) -> Tensor:
         """See `Ends`."""
-        width = self._mixing.shape.num_heads * self._mixing.shape.value
-        return self._maps.kernels(self._mixed.codes.device).unpack_e5m6(self._mixed, width, self._dtype)
+        assert self._mixed is not None
+        width, plain = self._mixing.shape.num_heads * self._mixing.shape.value, self._kept.plain_BTF
+        return self._maps.kernels(plain.device).unpack_e5m6(self._mixed, width, plain.dtype)
 
     def add_backward(self, grad_ND: Tensor) -> tuple[Tensor, Tensor | None]:
         """See `Ends`."""
@@ -90,26 +118,22 @@ class Fp8Ends:
 
     def queries_backward(self, grad: Tensor, out_BTR: Tensor) -> NormAndMap:
         """See `Ends`."""
-        weights = self._weights
-        if weights.query_up is None or weights.query_norm is None:
+        weights, query = self._weights, self._kept.query
+        if query is None or weights.query_up is None or weights.query_norm is None:
             out_BTR.copy_(grad.view_as(out_BTR))
             return None, None
-        return self._backward(grad, self._query, self._query_inverse, weights.query_norm, weights.query_up, out_BTR)
+        return self._backward(grad, query, weights.query_norm, weights.query_up, out_BTR)
 
     def keys_and_values_backward(self, grad_NE: Tensor, out_BTL: Tensor) -> NormAndMap:
         """See `Ends`."""
         weights = self._weights
-        return self._backward(
-            grad_NE, self._latent, self._latent_inverse, weights.latent_norm, weights.latent_up, out_BTL
-        )
+        return self._backward(grad_NE, self._kept.latent, weights.latent_norm, weights.latent_up, out_BTL)
 
-    def _backward(
-        self, grad: Tensor, normal: Quantized, inverse: Tensor, norm: Tensor, up: Tensor, out_BTL: Tensor
-    ) -> NormAndMap:
+    def _backward(self, grad: Tensor, normal: _Normal, norm: Tensor, up: Tensor, out_BTL: Tensor) -> NormAndMap:
         maps = self._maps
-        grad_up = give(up, maps.weight_gradient(grad, normal), self._mixing.sink)
-        grad_NL = maps.input_gradient(grad, (up,))
+        grad_up = give(up, maps.weight_gradient(grad, normal.operand), self._mixing.sink)
         run = maps.kernels(grad.device)
-        grad_x_NL, grad_norm = run.rms_norm_backward_from_codes(grad_NL, normal, inverse, norm)
+        grad_NL = maps.input_gradient(grad, (up,))
+        grad_x_NL, grad_norm = run.rms_norm_backward_from_codes(grad_NL, normal.operand, normal.inverse, norm)
         out_BTL.copy_(grad_x_NL.view_as(out_BTL))
         return grad_norm.to(norm.dtype), grad_up

@@ -60,7 +60,47 @@ def weights_fp8(name: str, inputs: int, outputs: int) -> Launch:
     )
 
 
+def rows_bf16(name: str, inputs: int, outputs: int, *, is_across: bool = False) -> Launch:
+    """In bf16; `is_across`: by matrices that lie as those of the forward do, for the gradient of its inputs."""
+    return Launch(
+        module="kernels.grouped_gemm.triton",
+        kernel="grouped_rows_kernel",
+        shape=f"32 experts, {ROWS} x {inputs} x {outputs}, {name}",
+        bytes_moved=2 * (ROWS * (inputs + outputs) + EXPERTS * inputs * outputs),
+        prepare=lambda functions, tensors: partial(
+            functions.grouped_rows,
+            tensors.normal(ROWS, inputs),
+            tensors.normal(EXPERTS, inputs, outputs).transpose(1, 2)
+            if is_across
+            else tensors.normal(EXPERTS, outputs, inputs),
+            COUNTS,
+        ),
+        reference="kernels.grouped_gemm.reference",
+        product=of_rows(inputs, outputs, is_fp8=False),
+        is_recorded=name != "down",
+    )
+
+
+def weights_bf16(name: str, inputs: int, outputs: int) -> Launch:
+    """In bf16."""
+    return Launch(
+        module="kernels.grouped_gemm.triton",
+        kernel="grouped_weight_kernel",
+        shape=f"32 experts, {outputs} x {ROWS} x {inputs}, gradient, {name}",
+        bytes_moved=2 * (ROWS * (inputs + outputs) + EXPERTS * inputs * outputs),
+        prepare=lambda functions, tensors: partial(
+            functions.grouped_weight, tensors.normal(ROWS, outputs), tensors.normal(ROWS, inputs), COUNTS
+        ),
+        reference="kernels.grouped_gemm.reference",
+        product=of_weights(inputs, outputs, is_fp8=False),
+        is_recorded=name == "gate_up",
+    )
+
+
 GROUPED_GEMM = [
+    *(rows_bf16(name, *sizes) for name, sizes in MAPS.items()),
+    rows_bf16("inputs of gate_up", 2 * EXPERT_WIDTH, HIDDEN, is_across=True),
+    *(weights_bf16(name, *sizes) for name, sizes in MAPS.items()),
     *(rows_fp8(name, *sizes) for name, sizes in MAPS.items()),
     *(weights_fp8(name, *sizes) for name, sizes in MAPS.items()),
 ]

@@ -1,0 +1,143 @@
+"""Grouped products in FP8 by the package `deep_gemm` (version 2), where it is installed and made for the operands.
+
+On Hopper each group's rows must begin at a multiple of 128: rows are gathered into place, and the results' gathered
+back, unless all counts are such multiples. For a gradient each group's columns must lie together, one group's after the
+other's: the codes are copied so, and the scales transposed. Results of rows are bfloat16 and nothing else; gradients are
+float32, added to what the result holds already.
+
+Shape legend: A rows (all groups together), P rows once every group is filled up to whole tiles, E groups, K and N inner
+and outer width.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels.gemm_fp8.deep_gemm import ALIGNMENT_BYTES, OUTPUTS_MULTIPLE
+from kernels.grouped_gemm.shapes import check_rows_fp8, check_weight_fp8
+from kernels.grouped_gemm.tiles import on_device
+from kernels.quantize.layout import TILE, Quantized, QuantizedBlocks, QuantizedColumns, num_tiles, padded_rows
+
+OF_NO_GROUP = -1
+
+Rows = Callable[[Quantized, QuantizedBlocks, Sequence[int], torch.dtype], Tensor]
+Weight = Callable[[QuantizedColumns, QuantizedColumns, Sequence[int]], Tensor]
+
+
+class DeepGemmGrouped:
+    """Both products by the package, and those that it is not made for by another implementation.
+
+    Only for devices that are `kernels.gemm_fp8.deep_gemm.available`.
+    """
+
+    def __init__(self, otherwise: Rows, weight_otherwise: Weight) -> None:
+        """Names the other implementation.
+
+        Args:
+            otherwise: `kernels.grouped_gemm.triton_fp8.grouped_rows_fp8` or its like.
+            weight_otherwise: `kernels.grouped_gemm.triton_fp8.grouped_weight_fp8` or its like.
+        """
+        self._otherwise = otherwise
+        self._weight_otherwise = weight_otherwise
+
+    def grouped_rows_fp8(
+        self, rows: Quantized, weights: QuantizedBlocks, counts: Sequence[int], dtype: torch.dtype
+    ) -> Tensor:
+        """As `kernels.grouped_gemm.reference_fp8.grouped_rows_fp8`."""
+        _, _, num_outputs, _ = check_rows_fp8("grouped_rows_fp8", rows, weights, counts)
+        if not serves_rows(rows, weights, dtype):
+            return self._otherwise(rows, weights, counts, dtype)
+        from deep_gemm import m_grouped_fp8_gemm_nt_contiguous  # type: ignore[import-not-found, unused-ignore]
+
+        layout = _layout_of(counts, rows.codes.device)
+        if layout.sources_P is not None:
+            rows = Quantized(_select(rows.codes, layout.sources_P), rows.scales.index_select(0, layout.sources_P))
+        out_PN = rows.codes.new_empty(len(rows.codes), num_outputs, dtype=dtype)
+        m_grouped_fp8_gemm_nt_contiguous(tuple(rows), tuple(weights), out_PN, layout.groups_P)
+        return out_PN if layout.places_A is None else out_PN.index_select(0, layout.places_A)
+
+    def grouped_weight_fp8(self, grad: QuantizedColumns, rows: QuantizedColumns, counts: Sequence[int]) -> Tensor:
+        """As `kernels.grouped_gemm.reference_fp8.grouped_weight_fp8`."""
+        _, num_groups, num_outputs, num_inputs = check_weight_fp8("grouped_weight_fp8", grad, rows, counts)
+        if not serves_weight(grad, rows):
+            return self._weight_otherwise(grad, rows, counts)
+        from deep_gemm import k_grouped_fp8_gemm_nt_contiguous
+
+        out_ENK = grad.scales.new_zeros(num_groups, num_outputs, num_inputs)
+        sizes = [TILE * num_tiles(count) for count in counts]
+        left, right = ((_group_by_group(each.codes, sizes), _across(each.scales)) for each in (grad, rows))
+        device = out_ENK.device
+        k_grouped_fp8_gemm_nt_contiguous(left, right, out_ENK, sizes, on_device(sizes, device), out_ENK)
+        return out_ENK
+
+
+def serves_rows(rows: Quantized, weights: QuantizedBlocks, dtype: torch.dtype) -> bool:
+    """Whether the package takes rows and matrices, which are checked to fit each other."""
+    num_groups, num_outputs, depth = weights.codes.shape
+    sizes_fit = len(rows.codes) > 0 and num_groups > 0 and _fits(num_outputs, OUTPUTS_MULTIPLE) and _fits(depth, TILE)
+    return dtype == torch.bfloat16 and sizes_fit and _in_order(*rows, *weights)
+
+
+def serves_weight(grad: QuantizedColumns, rows: QuantizedColumns) -> bool:
+    """Whether the package takes the operands of a gradient, which are checked to fit each other."""
+    widths_fit = all(_fits(len(each.codes), OUTPUTS_MULTIPLE) for each in (grad, rows))
+    return widths_fit and grad.codes.shape[1] > 0 and _in_order(*grad, *rows)
+
+
+class _Layout(NamedTuple):
+    """Rows as the package wants them. groups_P: the group of each, -1 for filling. sources_P: the row that is put
+    there, places_A: where each row is put; None where rows stay where they are."""
+
+    groups_P: Tensor
+    sources_P: Tensor | None
+    places_A: Tensor | None
+
+
+def _layout_of(counts: Sequence[int], device: torch.device) -> _Layout:
+    """Computed on the host, copied at once without waiting; int32."""
+    counts_E = torch.tensor(counts)
+    padded_E = -(-counts_E // TILE) * TILE
+    groups_A = torch.arange(len(counts)).repeat_interleave(counts_E)
+    if torch.equal(counts_E, padded_E):
+        return _Layout(_copied(groups_A.int(), device), None, None)
+    num_rows, num_padded = sum(counts), padded_rows(counts)
+    shifts_E = (padded_E - counts_E).cumsum(0) - (padded_E - counts_E)
+    places_A = torch.arange(num_rows) + shifts_E[groups_A]
+    groups_P = torch.full((num_padded,), OF_NO_GROUP).scatter_(0, places_A, groups_A)
+    # Any row may fill up a group: what comes of it is not gathered back.
+    sources_P = torch.zeros(num_padded, dtype=torch.int64).scatter_(0, places_A, torch.arange(num_rows))
+    there = _copied(torch.cat([groups_P, sources_P, places_A]).int(), device)
+    return _Layout(*there.split([num_padded, num_padded, num_rows]))
+
+
+def _copied(indices: Tensor, device: torch.device) -> Tensor:
+    return indices.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else indices
+
+
+def _select(codes: Tensor, sources: Tensor) -> Tensor:
+    return codes.view(torch.uint8).index_select(0, sources).view(codes.dtype)
+
+
+def _group_by_group(codes_DP: Tensor, sizes: Sequence[int]) -> Tensor:
+    """One group after the other, each contiguous: D rows of as many columns as the group has; in one dimension."""
+    made = torch.empty_like(codes_DP).view(-1)
+    first = 0
+    for part in codes_DP.split(list(sizes), 1):
+        made[first : first + part.numel()].view(part.shape).copy_(part)
+        first += part.numel()
+    return made
+
+
+def _across(scales: Tensor) -> Tensor:
+    # The package takes scales that lie so as they are, and has less memory than many groups' need to transpose them.
+    return scales.t().contiguous().t()
+
+
+def _fits(size: int, multiple: int) -> bool:
+    return size > 0 and size % multiple == 0
+
+
+def _in_order(*tensors: Tensor) -> bool:
+    return all(each.is_contiguous() and each.data_ptr() % ALIGNMENT_BYTES == 0 for each in tensors)

@@ -1,0 +1,242 @@
+"""Products of rows sorted by group with one matrix per group, in Triton; what they give is defined in
+kernels/grouped_gemm/reference.py.
+
+One launch serves all groups: a persistent grid, `programs_per_sm` programs per multiprocessor, takes one tile of the
+result after the other.
+
+    kernel          tile of the result                           accumulator             rounding
+    grouped_rows    block_rows x block_outputs, block_depth      float32 in registers    once, to nearest even, into
+                    of K at a time                                                       the operands' type
+    grouped_weight  block_outputs x block_inputs, block_depth    float32 in registers    likewise
+                    rows of a group at a time
+
+Float32 is multiplied as it is, without tensor cores and their shorter types. Tiles of rows follow each other block by
+block: blocks never belong to two groups, so that a group's matrix is read from memory once. Tiles of operands are moved
+by descriptor (TMA), for which matrices whose rows do not lie at multiples of 16 bytes are copied first; a matrix per
+group may lie either way, as a view that is its transpose does. Results are stored under masks, offsets in int64: a tile
+at the end of a group reaches into the next one's rows, which its own programs store. What lies beyond the last row,
+output or number of K is read as 0; rows of the next group at the end of a sum over rows are put to 0 on both sides, so
+that no NaN gets in. Tensors must be on the current device.
+
+Shape legend: A rows (all groups together), E groups, K and N inner and outer width, T tiles.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.gemm_fp8.descriptors import allow_descriptors, described
+from kernels.grouped_gemm.shapes import check_rows, check_weight
+from kernels.grouped_gemm.tiles import (
+    depth_bounds,
+    described_matrices,
+    num_programs,
+    row_places,
+    store_tile,
+    tile_of_matrices,
+    tile_of_rows,
+)
+from kernels.grouped_gemm.tiling import GroupedTiling, tiling_for
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_groups", "num_tiles"])  # type: ignore[untyped-decorator]
+def grouped_rows_kernel(
+    rows: tl.tensor,
+    weight: tl.tensor,
+    out: tl.tensor,
+    places: tl.tensor,
+    num_rows: tl.tensor,
+    num_groups: tl.tensor,
+    num_outputs: tl.tensor,
+    depth: tl.tensor,
+    num_tiles: tl.tensor,
+    rows_stride: tl.tensor,
+    weight_group_stride: tl.tensor,
+    weight_stride: tl.tensor,
+    ACROSS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_OUTPUTS: tl.constexpr,
+    BLOCK_DEPTH: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+) -> None:
+    """Tiles of each group's rows times the transpose of its matrix; ACROSS: that transpose is what lies in memory."""
+    rows_tiles = tl.make_tensor_descriptor(rows, [num_rows, depth], [rows_stride, 1], [BLOCK_ROWS, BLOCK_DEPTH])
+    if ACROSS:
+        weight_tiles = tl.make_tensor_descriptor(
+            weight,
+            [num_groups, depth, num_outputs],
+            [weight_group_stride, weight_stride, 1],
+            [1, BLOCK_DEPTH, BLOCK_OUTPUTS],
+        )
+    else:
+        weight_tiles = tl.make_tensor_descriptor(
+            weight,
+            [num_groups, num_outputs, depth],
+            [weight_group_stride, weight_stride, 1],
+            [1, BLOCK_OUTPUTS, BLOCK_DEPTH],
+        )
+    num_tile_columns = tl.cdiv(num_outputs, BLOCK_OUTPUTS).to(tl.int64)
+    for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0)):
+        group, first_row, end, column = tile_of_rows(tile, places, num_tile_columns, BLOCK_ROWS)
+        first_output = column * BLOCK_OUTPUTS
+        total = tl.zeros((BLOCK_ROWS, BLOCK_OUTPUTS), tl.float32)
+        for step in tl.range(0, tl.cdiv(depth, BLOCK_DEPTH), num_stages=NUM_STAGES):
+            first = step * BLOCK_DEPTH
+            left = rows_tiles.load([first_row, first])
+            if ACROSS:
+                right = weight_tiles.load([group, first, first_output]).reshape(BLOCK_DEPTH, BLOCK_OUTPUTS)
+            else:
+                right = weight_tiles.load([group, first_output, first]).reshape(BLOCK_OUTPUTS, BLOCK_DEPTH).T
+            total = tl.dot(left, right, total, input_precision="ieee")
+        row = first_row + tl.arange(0, BLOCK_ROWS)
+        store_tile(out, total, row, end, first_output, num_outputs, BLOCK_ROWS, BLOCK_OUTPUTS)
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_tiles"])  # type: ignore[untyped-decorator]
+def grouped_weight_kernel(
+    grad: tl.tensor,
+    rows: tl.tensor,
+    out: tl.tensor,
+    bounds: tl.tensor,
+    num_rows: tl.tensor,
+    num_outputs: tl.tensor,
+    num_inputs: tl.tensor,
+    num_tiles: tl.tensor,
+    grad_stride: tl.tensor,
+    rows_stride: tl.tensor,
+    BLOCK_OUTPUTS: tl.constexpr,
+    BLOCK_INPUTS: tl.constexpr,
+    BLOCK_DEPTH: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+) -> None:
+    """Tiles of the gradients of all matrices, each summed over the rows of its group."""
+    grad_tiles = tl.make_tensor_descriptor(
+        grad, [num_rows, num_outputs], [grad_stride, 1], [BLOCK_DEPTH, BLOCK_OUTPUTS]
+    )
+    rows_tiles = tl.make_tensor_descriptor(rows, [num_rows, num_inputs], [rows_stride, 1], [BLOCK_DEPTH, BLOCK_INPUTS])
+    num_tile_rows = tl.cdiv(num_outputs, BLOCK_OUTPUTS).to(tl.int64)
+    num_tile_columns = tl.cdiv(num_inputs, BLOCK_INPUTS).to(tl.int64)
+    for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0)):
+        group, tile_row, tile_column = tile_of_matrices(tile, num_tile_rows, num_tile_columns, HEIGHT)
+        first_output, first_input = tile_row * BLOCK_OUTPUTS, tile_column * BLOCK_INPUTS
+        begin, end = tl.load(bounds + group), tl.load(bounds + group + 1)
+        num_steps = (end - begin) // BLOCK_DEPTH
+        total = tl.zeros((BLOCK_OUTPUTS, BLOCK_INPUTS), tl.float32)
+        for step in tl.range(0, num_steps, num_stages=NUM_STAGES):
+            first = begin + step * BLOCK_DEPTH
+            left, right = grad_tiles.load([first, first_output]), rows_tiles.load([first, first_input])
+            total = tl.dot(left.T, right, total, input_precision="ieee")
+        first = begin + num_steps * BLOCK_DEPTH
+        if first < end:
+            inside = (first + tl.arange(0, BLOCK_DEPTH) < end)[:, None]
+            left, right = grad_tiles.load([first, first_output]), rows_tiles.load([first, first_input])
+            left, right = tl.where(inside, left, 0.0), tl.where(inside, right, 0.0)
+            total = tl.dot(left.T, right, total, input_precision="ieee")
+        outputs = first_output + tl.arange(0, BLOCK_OUTPUTS)
+        matrix = out + group.to(tl.int64) * num_outputs * num_inputs
+        store_tile(matrix, total, outputs, num_outputs, first_input, num_inputs, BLOCK_OUTPUTS, BLOCK_INPUTS)
+
+
+def grouped_rows(
+    rows_AK: Tensor, weight_ENK: Tensor, counts: Sequence[int], *, tiling: GroupedTiling | None = None
+) -> Tensor:
+    """rows_AN: each group's rows times the transpose of its matrix. Groups may be empty.
+
+    Args:
+        rows_AK: bfloat16, float16 or float32, sorted by group; copied unless rows lie at multiples of 16 bytes.
+        weight_ENK: of the same type; either dimension of a matrix may be the contiguous one; copied likewise.
+        counts: rows of each group.
+        tiling: how to cut it up; by default what suits the type.
+
+    Returns:
+        [A, N] of that type. What is NaN or infinite in one group stays in its rows.
+
+    Raises:
+        ValueError: another type, operands that do not fit each other, or counts that do not add up to A.
+    """
+    num_rows, num_groups, num_outputs, depth = check_rows("grouped_rows", rows_AK, weight_ENK, counts)
+    tiling = tiling or tiling_for("grouped_rows", rows_AK.dtype, num_outputs)
+    out_AN = rows_AK.new_empty(num_rows, num_outputs)
+    if out_AN.numel() == 0 or depth == 0:
+        return out_AN.zero_()
+    across = weight_ENK.stride(2) != 1 and weight_ENK.stride(1) == 1
+    rows, weight = described(rows_AK), described_matrices(weight_ENK.transpose(1, 2) if across else weight_ENK)
+    places_T5 = row_places(counts, tiling.rows, tiling.height, out_AN.device)
+    num_tiles = len(places_T5) * triton.cdiv(num_outputs, tiling.columns)
+    allow_descriptors(out_AN.device)
+    grouped_rows_kernel[(num_programs(num_tiles, tiling.programs_per_sm, out_AN.device),)](
+        rows,
+        weight,
+        out_AN,
+        places_T5,
+        num_rows,
+        num_groups,
+        num_outputs,
+        depth,
+        num_tiles,
+        rows.stride(0),
+        weight.stride(0),
+        weight.stride(1),
+        ACROSS=across,
+        BLOCK_ROWS=tiling.rows,
+        BLOCK_OUTPUTS=tiling.columns,
+        BLOCK_DEPTH=tiling.depth,
+        NUM_STAGES=tiling.stages,
+        num_warps=tiling.warps,
+        num_stages=tiling.stages,
+        enable_fp_fusion=True,
+    )
+    return out_AN
+
+
+def grouped_weight(
+    grad_AN: Tensor, rows_AK: Tensor, counts: Sequence[int], *, tiling: GroupedTiling | None = None
+) -> Tensor:
+    """weight gradient ENK of `grouped_rows`: per group, the transpose of its output gradient times its rows.
+
+    Args:
+        grad_AN: bfloat16, float16 or float32, sorted by group; copied unless rows lie at multiples of 16 bytes.
+        rows_AK: of the same type; likewise.
+        counts: rows of each group.
+        tiling: how to cut it up, rows being outputs and columns inputs; by default what suits the type.
+
+    Returns:
+        [E, N, K] of that type; zeros for a group without rows. What is NaN or infinite in one group stays in its
+        matrix.
+
+    Raises:
+        ValueError: another type, operands that do not fit each other, or counts that do not add up to A.
+    """
+    num_rows, num_groups, num_outputs, num_inputs = check_weight("grouped_weight", grad_AN, rows_AK, counts)
+    tiling = tiling or tiling_for("grouped_weight", grad_AN.dtype, num_inputs)
+    out_ENK = grad_AN.new_empty(num_groups, num_outputs, num_inputs)
+    if out_ENK.numel() == 0 or num_rows == 0:
+        return out_ENK.zero_()
+    grad, rows = described(grad_AN), described(rows_AK)
+    num_tiles = num_groups * triton.cdiv(num_outputs, tiling.rows) * triton.cdiv(num_inputs, tiling.columns)
+    allow_descriptors(out_ENK.device)
+    grouped_weight_kernel[(num_programs(num_tiles, tiling.programs_per_sm, out_ENK.device),)](
+        grad,
+        rows,
+        out_ENK,
+        depth_bounds(counts, out_ENK.device),
+        num_rows,
+        num_outputs,
+        num_inputs,
+        num_tiles,
+        grad.stride(0),
+        rows.stride(0),
+        BLOCK_OUTPUTS=tiling.rows,
+        BLOCK_INPUTS=tiling.columns,
+        BLOCK_DEPTH=tiling.depth,
+        HEIGHT=tiling.height,
+        NUM_STAGES=tiling.stages,
+        num_warps=tiling.warps,
+        num_stages=tiling.stages,
+        enable_fp_fusion=True,
+    )
+    return out_ENK

@@ -1,0 +1,100 @@
+"""Grouped products in FP8 under the tiling that was fastest here, found out at the first product of a shape."""
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.runtime.errors import OutOfResources
+
+from kernels.gemm_fp8.tiling import Tiling
+from kernels.grouped_gemm.triton_fp8 import OF_ROWS, OF_WEIGHT, grouped_rows_fp8, grouped_weight_fp8
+from kernels.quantize.layout import Quantized, QuantizedBlocks, QuantizedColumns
+
+CANDIDATES = (
+    OF_ROWS,
+    Tiling(specialize=True, warps=4),
+    Tiling(rows=64, warps=4, stages=3, programs_per_sm=2),
+    Tiling(rows=64, warps=4, stages=3, programs_per_sm=3),
+)
+WEIGHT_CANDIDATES = (
+    OF_WEIGHT,
+    Tiling(),
+    Tiling(specialize=True, warps=4, stages=3),
+    Tiling(outputs=64, warps=8, stages=3, programs_per_sm=2),
+)
+
+Key = tuple[str, torch.dtype, int, int, int, int]
+
+
+class TunedGroupedGemm:
+    """Both products, tuned: owner of what was found out. Every tiling gives the same result.
+
+    A first product of its shape takes as long as all candidates, a compilation each among them, and cannot be captured
+    in a CUDA graph. Numbers of rows count as the next power of two, however they are spread over the groups.
+    """
+
+    def __init__(
+        self,
+        candidates: Iterable[Tiling] = CANDIDATES,
+        weight_candidates: Iterable[Tiling] = WEIGHT_CANDIDATES,
+        milliseconds: Callable[[Callable[[], Any]], float] | None = None,
+    ) -> None:
+        """Nothing is tried yet.
+
+        Args:
+            candidates: tilings to choose from.
+            weight_candidates: likewise, for gradients.
+            milliseconds: measures a call; by default Triton's own benchmark, and on CUDA tensors alone: elsewhere
+                nothing is tried, and the kernels' own tilings are used.
+        """
+        self._candidates = tuple(candidates)
+        self._weight_candidates = tuple(weight_candidates)
+        self._milliseconds = milliseconds
+        self._chosen: dict[Key, Tiling] = {}
+
+    def grouped_rows_fp8(
+        self, rows: Quantized, weights: QuantizedBlocks, counts: Sequence[int], dtype: torch.dtype
+    ) -> Tensor:
+        """As `kernels.grouped_gemm.triton_fp8.grouped_rows_fp8`."""
+        product = partial(grouped_rows_fp8, rows, weights, counts, dtype)
+        key = ("rows", dtype, len(counts), _rounded(len(rows.codes)), *weights.codes.shape[1:])
+        return self._run(product, key, self._candidates, rows.codes.device)
+
+    def grouped_weight_fp8(self, grad: QuantizedColumns, rows: QuantizedColumns, counts: Sequence[int]) -> Tensor:
+        """As `kernels.grouped_gemm.triton_fp8.grouped_weight_fp8`."""
+        product = partial(grouped_weight_fp8, grad, rows, counts)
+        sizes = (_rounded(sum(counts)), len(grad.codes), len(rows.codes))
+        return self._run(
+            product, ("weight", torch.float32, len(counts), *sizes), self._weight_candidates, grad.codes.device
+        )
+
+    def _run(
+        self, product: Callable[..., Tensor], key: Key, candidates: Sequence[Tiling], device: torch.device
+    ) -> Tensor:
+        milliseconds = self._milliseconds
+        if milliseconds is None and device.type == "cuda":
+            milliseconds = _benchmark
+        if milliseconds is None or 0 in key:
+            return product()
+        if key not in self._chosen:
+            times: dict[Tiling, float] = {}
+            for tiling in candidates:
+                try:
+                    times[tiling] = milliseconds(partial(product, tiling=tiling))
+                except OutOfResources:
+                    continue  # a tile for a GPU with more shared memory
+            self._chosen[key] = min(times, key=times.__getitem__)
+        return product(tiling=self._chosen[key])
+
+
+def _benchmark(call: Callable[[], Any]) -> float:
+    from triton.testing import do_bench
+
+    return float(do_bench(call, warmup=5, rep=20, return_mode="median"))
+
+
+def _rounded(num_rows: int) -> int:
+    return triton.next_power_of_2(num_rows) if num_rows else 0
