@@ -205,7 +205,6 @@ def _reference() -> Fp8Kernels:
 
 @cache
 def _triton() -> Fp8Kernels:
-    import kernels.grouped_gemm.triton_fp8 as grouped
     import kernels.quantize.triton as rows
     import kernels.quantize.triton_blocks as blocks
     import kernels.quantize.triton_columns as columns
@@ -213,8 +212,9 @@ def _triton() -> Fp8Kernels:
     import kernels.rms_norm.any_width as rms_norm
     import kernels.swiglu.triton_fp8 as swiglu
     from kernels.gemm_fp8.tuned import TunedGemm
+    from kernels.grouped_gemm.tuned import TunedGroupedGemm
 
-    gemm = TunedGemm()
+    gemm, grouped = TunedGemm(), TunedGroupedGemm()
     return Fp8Kernels(
         quantize_1x128=rows.quantize_1x128,
         quantize_columns=columns.quantize_columns,
@@ -237,7 +237,15 @@ def _triton() -> Fp8Kernels:
 @cache
 def _deep_gemm() -> Fp8Kernels:
     from kernels.gemm_fp8.deep_gemm import DeepGemm
+    from kernels.grouped_gemm.deep_gemm import DeepGemmGrouped
 
     own = _triton()
     gemm = DeepGemm(own.gemm_fp8, own.gemm_fp8_columns)
-    return replace(own, gemm_fp8=gemm.gemm_fp8, gemm_fp8_columns=gemm.gemm_fp8_columns)
+    grouped = DeepGemmGrouped(own.grouped_rows_fp8, own.grouped_weight_fp8)
+    return replace(
+        own,
+        gemm_fp8=gemm.gemm_fp8,
+        gemm_fp8_columns=gemm.gemm_fp8_columns,
+        grouped_rows_fp8=grouped.grouped_rows_fp8,
+        grouped_weight_fp8=grouped.grouped_weight_fp8,
+    )

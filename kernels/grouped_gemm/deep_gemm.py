@@ -2,8 +2,8 @@
 
 On Hopper each group's rows must begin at a multiple of 128: rows are gathered into place, and the results' gathered
 back, unless all counts are such multiples. For a gradient each group's columns must lie together, one group's after the
-other's: the codes are copied so, and the scales transposed. Results of rows are bfloat16 and nothing else; gradients are
-float32, added to what the result holds already.
+other's: the codes are copied so, and the scales transposed. Results of rows are bfloat16 and nothing else; gradients
+are float32, added to what the result holds already.
 
 Shape legend: A rows (all groups together), P rows once every group is filled up to whole tiles, E groups, K and N inner
 and outer width.

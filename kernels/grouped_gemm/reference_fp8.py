@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from kernels.gemm_fp8.reference import gemm_fp8, gemm_fp8_columns
-from kernels.quantize.layout import TILE, Quantized, QuantizedBlocks, QuantizedColumns, check_counts, padded_rows
+from kernels.grouped_gemm.shapes import check_rows_fp8, check_weight_fp8
+from kernels.quantize.layout import TILE, Quantized, QuantizedBlocks, QuantizedColumns, padded_rows
 
 
 def grouped_rows_fp8(rows: Quantized, weights: QuantizedBlocks, counts: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -28,8 +29,8 @@ def grouped_rows_fp8(rows: Quantized, weights: QuantizedBlocks, counts: Sequence
     Raises:
         ValueError: the operands do not fit each other, or counts that do not add up to A.
     """
-    check_counts("grouped_rows_fp8", counts, len(rows.codes))
-    out_AN = rows.scales.new_empty(len(rows.codes), weights.codes.shape[1], dtype=dtype)
+    num_rows, _, num_outputs, _ = check_rows_fp8("grouped_rows_fp8", rows, weights, counts)
+    out_AN = rows.scales.new_empty(num_rows, num_outputs, dtype=dtype)
     first = 0
     for group, count in enumerate(counts):
         part = slice(first, first + count)
@@ -54,8 +55,8 @@ def grouped_weight_fp8(grad: QuantizedColumns, rows: QuantizedColumns, counts: S
     Raises:
         ValueError: the operands do not fit each other, or the counts.
     """
-    num_outputs, num_inputs = len(grad.codes), len(rows.codes)
-    out_ENK = grad.scales.new_zeros(len(counts), num_outputs, num_inputs)
+    _, num_groups, num_outputs, num_inputs = check_weight_fp8("grouped_weight_fp8", grad, rows, counts)
+    out_ENK = grad.scales.new_zeros(num_groups, num_outputs, num_inputs)
     first = 0
     for group, count in enumerate(counts):
         size = padded_rows([count])

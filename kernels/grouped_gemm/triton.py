@@ -23,7 +23,6 @@ Shape legend: A rows (all groups together), E groups, K and N inner and outer wi
 
 from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor

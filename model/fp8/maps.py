@@ -42,7 +42,8 @@ class Fp8Maps:
 
     def __init__(self, *, power_of_two: bool) -> None:
         self.power_of_two = power_of_two
-        self._held: dict[tuple[int, ...], list[_Piece]] | None = None
+        # The weights too: no other tensor then has their ids.
+        self._held: dict[tuple[int, ...], tuple[Sequence[Tensor], list[_Piece]]] | None = None
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -102,10 +103,10 @@ class Fp8Maps:
     def _pieces(self, weights: Sequence[Tensor]) -> list[_Piece]:
         key = tuple(map(id, weights))
         if self._held is not None and key in self._held:
-            return self._held[key]
+            return self._held[key][1]
         pieces = self._quantize(weights)
         if self._held is not None:
-            self._held[key] = pieces
+            self._held[key] = weights, pieces
         return pieces
 
     def _quantize(self, weights: Sequence[Tensor]) -> list[_Piece]:

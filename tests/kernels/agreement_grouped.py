@@ -129,7 +129,8 @@ def check_empty_fp8(rows_product: RowsFp8, weight_product: WeightFp8, device: st
         rows, weights = operands(counts, *widths)
         made_AN = rows_product(on(device, rows), on(device, weights), counts, torch.bfloat16)
         assert made_AN.cpu().equal(torch.zeros(sum(counts), widths[0], dtype=torch.bfloat16))
-        made_ENK = weight_product(*(on(device, each) for each in column_operands(counts, *widths)), counts)
+        grad, inputs = column_operands(counts, *widths)
+        made_ENK = weight_product(on(device, grad), on(device, inputs), counts)
         assert made_ENK.shape == (len(counts), *widths)
         assert sum(counts) > 0 or not made_ENK.any()
 
@@ -164,7 +165,7 @@ def check_nan(rows_product: Product, weight_product: Product, device: str) -> No
     """NaN and infinity in one group reach what that group makes of them, and nothing of another group."""
     counts = (3, 70, 0, 5)
     rows_AK, weight_ENK = randn(78, 40, seed=0).bfloat16(), randn(4, 24, 40, seed=1).bfloat16()
-    rows_AK[3] = torch.nan
+    rows_AK[3, 5] = torch.nan
     rows_AK[72, 39] = torch.inf
     weight_ENK[2] = torch.nan
     weight_ENK[3, 23, 0] = torch.nan
@@ -175,7 +176,9 @@ def check_nan(rows_product: Product, weight_product: Product, device: str) -> No
         actual_AN = rows_product(rows_AK.to(device), weights.to(device), counts)
         assert torch.equal(~actual_AN.isfinite().cpu(), expected_AN)
     grad_AN = randn(78, 24, seed=2).bfloat16()
+    grad_AN[73, 7] = torch.nan
     actual_ENK = weight_product(grad_AN.to(device), rows_AK.to(device), counts)
     expected_ENK = torch.zeros(4, 24, 40, dtype=torch.bool)
-    expected_ENK[1] = True
+    expected_ENK[1, :, [5, 39]] = True
+    expected_ENK[3, 7] = True
     assert torch.equal(~actual_ENK.isfinite().cpu(), expected_ENK)

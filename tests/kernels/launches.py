@@ -4,14 +4,15 @@ The same list is compiled without a GPU, and timed where there is one. On the CP
 tensor matter: its memory is never touched.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kernels.gemm_fp8.tiling import Tiling
 from kernels.quantize.layout import PackedE5M6, Quantized, QuantizedBlocks, QuantizedColumns, num_tiles
 
 HIDDEN = 7168
@@ -164,3 +165,20 @@ def quantized_bytes(num_rows: int, num_columns: int) -> int:
 def blocks_bytes(num_rows: int, num_columns: int) -> int:
     """Of codes and scales of a weight."""
     return num_rows * num_columns + 4 * num_tiles(num_rows) * num_tiles(num_columns)
+
+
+def options(tiling: Tiling | None) -> dict[str, Tiling]:
+    """None where the product chooses its tiling itself."""
+    return {} if tiling is None else {"tiling": tiling}
+
+
+def words(tiling: Tiling) -> str:
+    """What a tiling has of its own."""
+    specialized = ", loads apart" if tiling.specialize else ""
+    return f"{tiling.rows} x {tiling.outputs} x {tiling.stages} stages, {tiling.warps} warps{specialized}"
+
+
+def further(candidates: Sequence[Tiling]) -> list[Tiling]:
+    """Those whose machine code is neither the first one's nor another's: a number of programs is not compiled in."""
+    kinds = dict.fromkeys(replace(tiling, programs_per_sm=1) for tiling in candidates)
+    return list(kinds)[1:]

@@ -4,13 +4,27 @@ from functools import partial
 
 import torch
 
+from kernels.gemm_fp8.tiling import Tiling
+from kernels.grouped_gemm.tuned import CANDIDATES, WEIGHT_CANDIDATES
 from kernels.quantize.layout import padded_rows
-from tests.kernels.launches import COUNTS, EXPERT_WIDTH, HIDDEN, Launch, Product, blocks_bytes, quantized_bytes
+from tests.kernels.launches import (
+    COUNTS,
+    EXPERT_WIDTH,
+    HIDDEN,
+    Launch,
+    Product,
+    blocks_bytes,
+    further,
+    options,
+    quantized_bytes,
+    words,
+)
 
 EXPERTS = len(COUNTS)
 ROWS = sum(COUNTS)
 PADDED = padded_rows(COUNTS)
-MAPS = {"gate_up": (HIDDEN, 2 * EXPERT_WIDTH), "down": (EXPERT_WIDTH, HIDDEN)}
+FIRST, DOWN = "gate_up", "down"
+MAPS = {FIRST: (HIDDEN, 2 * EXPERT_WIDTH), DOWN: (EXPERT_WIDTH, HIDDEN)}
 """Inputs and outputs of an expert's linear maps."""
 
 
@@ -24,7 +38,7 @@ def of_weights(inputs: int, outputs: int, *, is_fp8: bool) -> Product:
     return Product(num_rows=outputs, num_columns=inputs, depth=ROWS, counts=COUNTS, is_gradient=True, is_fp8=is_fp8)
 
 
-def rows_fp8(name: str, inputs: int, outputs: int) -> Launch:
+def rows_fp8(name: str, inputs: int, outputs: int, tiling: Tiling | None = None) -> Launch:
     """In FP8."""
     return Launch(
         module="kernels.grouped_gemm.triton_fp8",
@@ -37,14 +51,16 @@ def rows_fp8(name: str, inputs: int, outputs: int) -> Launch:
             tensors.blocks(EXPERTS, outputs, inputs),
             COUNTS,
             torch.bfloat16,
+            **options(tiling),
         ),
         reference="kernels.grouped_gemm.reference_fp8",
         product=of_rows(inputs, outputs, is_fp8=True),
-        is_recorded=name == "gate_up",
+        is_recorded=name == FIRST or tiling is not None,
+        is_timed=tiling is None,
     )
 
 
-def weights_fp8(name: str, inputs: int, outputs: int) -> Launch:
+def weights_fp8(name: str, inputs: int, outputs: int, tiling: Tiling | None = None) -> Launch:
     """In FP8."""
     return Launch(
         module="kernels.grouped_gemm.triton_fp8",
@@ -52,11 +68,16 @@ def weights_fp8(name: str, inputs: int, outputs: int) -> Launch:
         shape=f"32 experts, {outputs} x {ROWS} x {inputs}, gradient, {name}",
         bytes_moved=quantized_bytes(inputs + outputs, PADDED) + 4 * EXPERTS * inputs * outputs,
         prepare=lambda functions, tensors: partial(
-            functions.grouped_weight_fp8, tensors.columns(outputs, PADDED), tensors.columns(inputs, PADDED), COUNTS
+            functions.grouped_weight_fp8,
+            tensors.columns(outputs, PADDED),
+            tensors.columns(inputs, PADDED),
+            COUNTS,
+            **options(tiling),
         ),
         reference="kernels.grouped_gemm.reference_fp8",
         product=of_weights(inputs, outputs, is_fp8=True),
-        is_recorded=name == "gate_up",
+        is_recorded=name == FIRST or tiling is not None,
+        is_timed=tiling is None,
     )
 
 
@@ -77,7 +98,7 @@ def rows_bf16(name: str, inputs: int, outputs: int, *, is_across: bool = False) 
         ),
         reference="kernels.grouped_gemm.reference",
         product=of_rows(inputs, outputs, is_fp8=False),
-        is_recorded=name != "down",
+        is_recorded=name != DOWN,
     )
 
 
@@ -93,7 +114,7 @@ def weights_bf16(name: str, inputs: int, outputs: int) -> Launch:
         ),
         reference="kernels.grouped_gemm.reference",
         product=of_weights(inputs, outputs, is_fp8=False),
-        is_recorded=name == "gate_up",
+        is_recorded=name == FIRST,
     )
 
 
@@ -103,4 +124,6 @@ GROUPED_GEMM = [
     *(weights_bf16(name, *sizes) for name, sizes in MAPS.items()),
     *(rows_fp8(name, *sizes) for name, sizes in MAPS.items()),
     *(weights_fp8(name, *sizes) for name, sizes in MAPS.items()),
+    *(rows_fp8(words(tiling), *MAPS[FIRST], tiling) for tiling in further(CANDIDATES)),
+    *(weights_fp8(words(tiling), *MAPS[FIRST], tiling) for tiling in further(WEIGHT_CANDIDATES)),
 ]

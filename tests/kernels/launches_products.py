@@ -14,7 +14,10 @@ from tests.kernels.launches import (
     Launch,
     Product,
     blocks_bytes,
+    further,
+    options,
     quantized_bytes,
+    words,
 )
 
 FIRST = "shared up"
@@ -72,22 +75,11 @@ def of_weight(name: str, inputs: int, outputs: int, tiling: Tiling | None = None
     )
 
 
-def options(tiling: Tiling | None) -> dict[str, Tiling]:
-    """None where the product chooses its tiling itself."""
-    return {} if tiling is None else {"tiling": tiling}
-
-
-def words(tiling: Tiling) -> str:
-    """What a tiling has of its own."""
-    specialized = ", loads apart" if tiling.specialize else ""
-    return f"{tiling.rows} x {tiling.outputs} x {tiling.stages} stages, {tiling.warps} warps{specialized}"
-
-
 GEMM_FP8 = [
     *(of_rows(name, *sizes) for name, sizes in MAPS.items()),
     of_rows(RAGGED, HIDDEN, 2049),
     *(of_weight(name, *sizes) for name, sizes in MAPS.items()),
     of_weight(RAGGED, 2049, HIDDEN),
-    *(of_rows(words(tiling), *MAPS[FIRST], tiling) for tiling in CANDIDATES[1:]),
-    *(of_weight(words(tiling), *MAPS[FIRST], tiling) for tiling in CANDIDATES[1:]),
+    *(of_rows(words(tiling), *MAPS[FIRST], tiling) for tiling in further(CANDIDATES)),
+    *(of_weight(words(tiling), *MAPS[FIRST], tiling) for tiling in further(CANDIDATES)),
 ]

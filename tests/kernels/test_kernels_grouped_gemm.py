@@ -5,6 +5,7 @@ import torch
 
 from kernels.grouped_gemm import native, reference
 from kernels.grouped_gemm.reference import grouped_rows, grouped_weight
+from tests.kernels.agreement_grouped import check_nan
 from tests.kernels.plain import near, randn, strided
 
 COUNTS = [(3, 0, 4, 1), (0, 0, 8, 0), (0, 0, 0, 0), (2, 2, 2, 2)]
@@ -48,3 +49,7 @@ def test_native_products_serve_bf16_on_cuda_with_rows_of_whole_16_bytes() -> Non
     assert not native.serves(cuda, torch.bfloat16, 16, 4)
     assert not native.serves(cuda, torch.float32, 16, 8)
     assert not native.serves(cpu, torch.bfloat16, 16, 8)
+
+
+def test_reference_keeps_nan_and_infinity_within_their_group() -> None:
+    check_nan(grouped_rows, grouped_weight, "cpu")

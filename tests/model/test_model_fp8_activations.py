@@ -1,6 +1,7 @@
 """What a model in FP8 keeps: from forward to backward, as its account says; and from backward to weight gradients."""
 
 import functools
+import gc
 import types
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace
@@ -21,9 +22,10 @@ from model.objective import LossSums, MicroBatch, Objective
 from model.phases import ComputePhase
 from model.stage import Stage
 from model.transformer import Transformer, initialise
+from tests.model.live_memory import LiveMemory
 from tests.model.test_model_activations import Counter, make_batch
 from tests.model.test_model_phases import phases_of
-from tests.model.test_model_stage import run_phases
+from tests.model.test_model_stage import phased, run_phases
 from tests.tiny import MODEL
 
 ALL = frozenset(RECOMPUTED)
@@ -173,3 +175,30 @@ def test_between_backward_and_weight_gradients_only_codes_wait(layer: int) -> No
     ratio = sum(tensor.numel() for tensor in codes) / sum(tensor.numel() for tensor in scales)
     # Of 64 inputs a tile is half full.
     assert ratio > 64
+
+
+@pytest.fixture
+def _uncollected() -> Iterator[None]:
+    """No garbage collection: what is in a cycle of references stays alive."""
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("_uncollected")
+def test_nothing_stays_of_a_pass_that_is_done_or_given_up() -> None:
+    config = replace(SMALL, num_layers=2, mtp_depth=0)
+    model, batch = make_model(config, "fp8"), make_batch(config, 24)
+    objective = Objective(cross_entropy=(1.0,), balance=1.0)
+    with LiveMemory():
+        model.loss(batch, objective, LossSums([0.0]))  # what is made once and stays is made here
+    gc.collect()
+    with LiveMemory() as memory:
+        model.loss(batch, objective, LossSums([0.0]))
+    assert memory.num_made > 200
+    assert [storage.nbytes() for storage in memory.live()] == []
+    store = GradientStore(model.parameters())
+    with LiveMemory() as memory:
+        phased(model, 1, batch, store)
+    assert memory.num_made > 500
+    assert [storage.nbytes() for storage in memory.live()] == []

@@ -1,5 +1,6 @@
 """Experts in FP8 against their formula in float64 over the same codes, and from which memory they read."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import pytest
@@ -154,7 +155,7 @@ def test_arrived_rows_and_gradients_are_operands_as_they_are(monkeypatch: pytest
     experts, seen, plain = make_experts(False), list[int](), fp8_kernels("reference")
     num_quantised: list[int] = []
 
-    def grouped_rows(rows: Quantized, weights: QuantizedBlocks, counts: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    def grouped_rows(rows: Quantized, weights: QuantizedBlocks, counts: Sequence[int], dtype: torch.dtype) -> Tensor:
         seen.extend(each.untyped_storage().data_ptr() for each in rows)
         return plain.grouped_rows_fp8(rows, weights, counts, dtype)
 

@@ -223,8 +223,9 @@ def test_gate_reads_the_residual_and_no_codes(monkeypatch: pytest.MonkeyPatch) -
     """Its choice, its scores and its own gradient are those of a model in bf16, bit for bit."""
     monkeypatch.setattr(LatentAttention, "forward", lambda self, x, norm, sink, documents=None: x)
     found = []
-    for products in ("own", *FP8):
-        made = make_model(products)  # type: ignore[arg-type]
+    kinds: list[Products] = ["own", *FP8]
+    for products in kinds:
+        made = make_model(products)
         x = randn(2, 20, CONFIG.hidden_size, seed=1, dtype=torch.bfloat16).requires_grad_()
         routing = made.block(1).attend(x, None).routing
         slope = randn(*routing.weights_NK.shape, seed=2, dtype=routing.weights_NK.dtype)
@@ -286,6 +287,32 @@ def test_experts_without_tokens_get_zeros(monkeypatch: pytest.MonkeyPatch) -> No
     for gradient in experts:
         assert not gradient[:2].any()
         assert all(gradient[expert].any() for expert in range(2, 8))
+
+
+def test_gradients_under_hooks_that_copy_are_the_same() -> None:
+    """Held weights as well, which such hooks replace by copies that come and go."""
+    batch = make_batch(CONFIG, is_packed=True)
+    _, expected = eagerly(make_model("fp8"), batch)
+    made = make_model("fp8")
+    with made.weights_unchanged(), torch.autograd.graph.save_on_cpu():
+        _, grads = eagerly(made, batch)
+    assert_same(grads, expected)
+
+
+def test_a_second_backward_is_refused() -> None:
+    loss = make_model("fp8").loss(make_batch(CONFIG), make_objective(CONFIG), LossSums([0.0, 0.0]))
+    loss.backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+def test_a_pass_without_a_backward_puts_nothing_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, calls = spied(monkeypatch)
+    made, batch = make_model("fp8"), make_batch(CONFIG)
+    losses = phased(made, 1, batch, None).settle()
+    assert "pack_e5m6" not in calls
+    assert torch.equal(losses, by_phases(made, batch)["losses"])
+    assert "pack_e5m6" in calls
 
 
 def test_a_dispatcher_that_hides_its_home_is_taken_for_another() -> None:

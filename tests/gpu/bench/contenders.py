@@ -14,6 +14,7 @@ from torch.nn import functional
 
 import kernels.grouped_gemm.native as native
 from kernels.gemm_fp8.deep_gemm import DeepGemm
+from kernels.grouped_gemm.deep_gemm import DeepGemmGrouped
 from kernels.quantize.layout import Quantized, QuantizedBlocks
 from kernels.select_fp8 import fp8_kernels
 from tests.kernels.launches import Call, Launch, Product, Tensors
@@ -87,7 +88,7 @@ def others_of(launch: Launch, has_deep_gemm: bool) -> list[dict[str, Make]]:
 
 def deep_gemm(product: Product) -> object:
     """The package's products, which refuse what they do not take."""
-    return DeepGemm(_refuse, _refuse)
+    return DeepGemmGrouped(_refuse, _refuse) if product.counts else DeepGemm(_refuse, _refuse)
 
 
 def _refuse(*operands: object) -> NoReturn:

@@ -26,13 +26,14 @@ from tests.gpu.bench.contenders import (
     Recipe,
     bf16_product,
     contenders,
+    deep_gemm,
     others_of,
     scaled_product,
     scales_for,
 )
 from tests.gpu.bench.measure import WARM_UP, Roofs, interleaved, measure_roofs
 from tests.kernels.catalogue import LAUNCHES
-from tests.kernels.launches import Call, Launch, Product
+from tests.kernels.launches import Call, Launch, Product, Tensors
 from tests.kernels.plain import randn
 
 CPU = torch.device("cpu")
@@ -196,6 +197,14 @@ def test_others_are_chosen_by_what_a_launch_computes() -> None:
     assert names(launch_of(PRODUCT), True) == [[BF16], scaled, [DEEP_GEMM]]
     assert names(launch_of(replace(PRODUCT, is_gradient=True))) == [[BF16]]
     assert names(launch_of(replace(PRODUCT, is_fp8=False)), True) == [[BF16]]
+
+
+def test_deep_gemm_is_asked_for_the_products_of_a_launch() -> None:
+    for launch in LAUNCHES:
+        if launch.product is not None and launch.product.is_fp8 and launch.is_timed:
+            call = launch.prepare(deep_gemm(launch.product), Tensors(CPU))
+            assert isinstance(call, partial)
+            assert type(call.func.__self__).__module__.endswith(".deep_gemm")  # type: ignore[attr-defined]
 
 
 def test_the_first_alternative_that_runs_is_timed_and_the_others_are_named() -> None:
