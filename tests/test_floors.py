@@ -76,20 +76,10 @@ def may_communicate(path: str) -> bool:
     return path.startswith(("comm/", "train/")) or path in ("dualpipe/execute.py", "launch/local.py")
 
 
-SHARED_BY_COMPILED = (
-    "kernels/quantize/tile.py",
-    "kernels/gemm_fp8/descriptors.py",
-    "kernels/gemm_fp8/tuned.py",
-    "kernels/grouped_gemm/tuned.py",
-)
-
-
 def may_be_heavy(path: str, module: str) -> bool:
     """Modules that exist for a heavy library and are themselves imported where they are used."""
-    is_compiled = re.fullmatch(r"kernels/\w+/triton(_\w+)?\.py", path) is not None or path in SHARED_BY_COMPILED
-    return (is_compiled and is_in(module, "triton")) or (
-        path.startswith("train/optim/") and is_in(module, "deepspeed")
-    )
+    is_kernel = re.fullmatch(r"kernels/\w+/\w+\.py", path) is not None
+    return (is_kernel and is_in(module, "triton")) or (path.startswith("train/optim/") and is_in(module, "deepspeed"))
 
 
 def sources() -> list[Path]:
@@ -101,6 +91,12 @@ def test_floors_no_file_imports_upward() -> None:
     assert {path.relative_to(ROOT).parts[0] for path in files} == set(FLOORS)
     broken = [line for path in files for line in breaches(path.relative_to(ROOT).as_posix(), path.read_text("utf-8"))]
     assert not broken, "\n".join(broken)
+
+
+def test_triton_is_imported_where_a_kernel_is_compiled_and_nowhere_else() -> None:
+    code = "import sys, model.transformer, model.fp8.experts, infer.generate, train.run; print('triton' in sys.modules)"
+    told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert told.stdout.splitlines()[-1] == "False"
 
 
 @pytest.mark.parametrize(
