@@ -9,6 +9,7 @@ import triton
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
+from kernels.gemm_fp8.descriptors import ALIGNMENT_BYTES
 from kernels.gemm_fp8.tiling import Tiling
 from kernels.grouped_gemm.triton_fp8 import OF_ROWS, OF_WEIGHT, grouped_rows_fp8, grouped_weight_fp8
 from kernels.quantize.layout import Quantized, QuantizedBlocks, QuantizedColumns
@@ -26,6 +27,7 @@ WEIGHT_CANDIDATES = (
     Tiling(outputs=64, warps=8, stages=3, programs_per_sm=2),
 )
 
+# Of a product: its name, the result's type, groups, rows, and at the end the result's columns.
 Key = tuple[str, torch.dtype, int, int, int, int]
 
 
@@ -48,7 +50,8 @@ class TunedGroupedGemm:
             candidates: tilings to choose from.
             weight_candidates: likewise, for gradients.
             milliseconds: measures a call; by default Triton's own benchmark, and on CUDA tensors alone: elsewhere
-                nothing is tried, and the kernels' own tilings are used.
+                nothing is tried, and the kernels' own tilings are used. So it is for results whose rows are not a
+                multiple of 16 bytes: addresses of single numbers take registers, of which other tilings have none left.
         """
         self._candidates = tuple(candidates)
         self._weight_candidates = tuple(weight_candidates)
@@ -60,7 +63,8 @@ class TunedGroupedGemm:
     ) -> Tensor:
         """As `kernels.grouped_gemm.triton_fp8.grouped_rows_fp8`."""
         product = partial(grouped_rows_fp8, rows, weights, counts, dtype)
-        key = ("rows", dtype, len(counts), _rounded(len(rows.codes)), *weights.codes.shape[1:])
+        num_outputs, depth = weights.codes.shape[1:]
+        key = ("rows", dtype, len(counts), _rounded(len(rows.codes)), depth, num_outputs)
         return self._run(product, key, self._candidates, rows.codes.device)
 
     def grouped_weight_fp8(self, grad: QuantizedColumns, rows: QuantizedColumns, counts: Sequence[int]) -> Tensor:
@@ -77,7 +81,8 @@ class TunedGroupedGemm:
         milliseconds = self._milliseconds
         if milliseconds is None and device.type == "cuda":
             milliseconds = _benchmark
-        if milliseconds is None or 0 in key:
+        _, dtype, *_, num_columns = key
+        if milliseconds is None or 0 in key or num_columns * dtype.itemsize % ALIGNMENT_BYTES:
             return product()
         if key not in self._chosen:
             times: dict[Tiling, float] = {}

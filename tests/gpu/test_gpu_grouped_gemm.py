@@ -8,6 +8,7 @@ import torch
 from kernels.gemm_fp8.deep_gemm import available
 from kernels.grouped_gemm import native
 from kernels.grouped_gemm.deep_gemm import DeepGemmGrouped
+from kernels.quantize.layout import Quantized, QuantizedBlocks
 from tests.kernels.agreement_gemm import HOPPER_SUMS
 from tests.kernels.agreement_grouped import (
     check_empty_fp8,
@@ -103,6 +104,23 @@ def test_products_of_groups_on_the_gpu_are_near_the_exact_ones(counts: tuple[int
             check_rows(grouped_rows, "cuda", counts, widths, dtype, across)
         check_weight(grouped_weight, "cuda", counts, widths, dtype)
     check_nan(grouped_rows, grouped_weight, "cuda")
+
+
+@pytest.mark.usefixtures("_hopper")
+def test_product_of_groups_reaches_numbers_beyond_two_gigabytes() -> None:
+    from kernels.grouped_gemm.triton_fp8 import grouped_rows_fp8
+
+    counts, num_outputs = (3, 2**21), 1024
+    codes = torch.zeros(sum(counts), 128, dtype=torch.uint8, device="cuda").view(torch.float8_e4m3fn)
+    codes[-1, -1] = 2.0
+    weights = QuantizedBlocks(
+        torch.ones(2, num_outputs, 128, device="cuda").to(torch.float8_e4m3fn),
+        torch.ones(2, num_outputs // 128, 1, device="cuda"),
+    )
+    rows = Quantized(codes, torch.ones(len(codes), 1, device="cuda"))
+    made = grouped_rows_fp8(rows, weights, counts, torch.bfloat16)
+    assert made[-1].eq(2).all()
+    assert not made[:-1].any()
 
 
 @pytest.mark.usefixtures("_hopper")
