@@ -13,8 +13,8 @@ from typing import Literal, Protocol, assert_never
 import torch
 from torch import Tensor
 
+from kernels.protocols import Quantize
 from kernels.quantize.layout import PackedE5M6, Quantized, QuantizedBlocks, QuantizedColumns
-from kernels.select import Quantize
 
 Fp8Implementation = Literal["reference", "triton", "deep_gemm"]
 

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
@@ -10,7 +11,16 @@ import torch
 
 import kernels.permute.reference as permute_reference
 import kernels.quantize.reference as quantize_reference
-from kernels.select import Implementation, implementation_for, permute_kernels, quantize_kernels
+from kernels.select import (
+    FusedKernels,
+    GroupedKernels,
+    Implementation,
+    fused_kernels,
+    grouped_kernels,
+    implementation_for,
+    permute_kernels,
+    quantize_kernels,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -28,6 +38,22 @@ def test_select_gives_the_implementation_asked_for() -> None:
         assert (permuting.permute, permuting.unpermute) == (permute.permute, permute.unpermute)
         assert quantizing.quantize_1x128 is quantize.quantize_1x128
         assert quantizing.dequantize_1x128 is quantize.dequantize_1x128
+
+
+def test_select_gives_grouped_and_fused_kernels_of_the_implementation_asked_for() -> None:
+    for name in ("reference", "native", "triton"):
+        module = import_module(f"kernels.grouped_gemm.{name}")
+        assert grouped_kernels(name) == GroupedKernels(rows=module.grouped_rows, weight=module.grouped_weight)
+    for name in ("reference", "triton"):
+        norm = import_module(f"kernels.rms_norm.{'any_width' if name == 'triton' else name}")
+        gate, loss = (import_module(f"kernels.{folder}.{name}") for folder in ("swiglu", "cross_entropy"))
+        assert fused_kernels(name) == FusedKernels(
+            rms_norm=norm.rms_norm,
+            normalise_backward=norm.normalise_backward,
+            swiglu=gate.swiglu,
+            swiglu_backward=gate.swiglu_backward,
+            linear_cross_entropy=loss.linear_cross_entropy,
+        )
 
 
 @pytest.mark.parametrize(("device", "expected"), [("cuda:3", "triton"), ("cpu", "reference"), ("meta", "reference")])

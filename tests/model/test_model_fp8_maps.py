@@ -169,3 +169,11 @@ def test_a_weight_is_put_in_codes_once_while_held_and_anew_afterwards() -> None:
     with pytest.raises(ZeroDivisionError), maps.held():
         raise ZeroDivisionError
     assert maps.codes(weight) is not maps.codes(weight)
+
+
+def test_a_held_weight_is_not_taken_for_one_that_is_gone() -> None:
+    maps = Fp8Maps(power_of_two=False)
+    with maps.held():
+        for size in range(1, 20):
+            # Nothing else keeps it, so that the next may be given its place in memory.
+            assert maps.codes(torch.full((1, 4), float(size))).forward.scales.item() == pytest.approx(size / 448)
