@@ -13,7 +13,7 @@ from kernels.attention.documents import Documents
 from model.block import Block
 from model.fp8.experts import ArrivedCodes, Mail, pack_gradient
 from model.fp8.maps import Fp8Maps
-from model.fp8.norm import stand_in
+from model.fp8.norm import Source, stand_in
 from model.router import Routing
 
 
@@ -87,7 +87,9 @@ def run_block(
     handle = dispatcher.plan(routing.ids_NK, routing.weights_NK)
     if isinstance(dispatcher, HomeDispatcher):
         counts, order = dispatcher.at_home(handle)
-        summed = block.moe.experts.at_home(rows_ND, routing.weights_NK, counts, order, packed)
+        norm = block.post_attention_layernorm
+        source = Source(attended.residual_BTD, norm.weight, norm.eps)
+        summed = block.moe.experts.at_home(rows_ND, routing.weights_NK, counts, order, packed, source)
         base = block.shared(*own, sink=None)
     elif packed is None:
         arrived = dispatch(dispatcher, rows_ND, routing.weights_NK, handle)

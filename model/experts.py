@@ -17,6 +17,7 @@ from model.config import Computing
 from model.fp8.experts import ArrivedCodes
 from model.fp8.experts import expert_mlp as fp8_expert_mlp
 from model.fp8.maps import Fp8Maps
+from model.fp8.norm import Source
 from model.linear import WeightSink, give
 
 
@@ -128,17 +129,19 @@ class RoutedExperts(nn.Module):
         counts: Sequence[int],
         order: RowOrder,
         packed_NB: Tensor | None = None,
+        source: Source | None = None,
     ) -> Tensor:
         """As dispatch, `forward` and combine together, where all experts are on this rank: ND.
 
         Each expert takes its rows from rows_ND itself, so that no copy of them is made or kept. packed_NB: the rows in
-        FP8, where `rows_ND` only stands in for them.
+        FP8, where `rows_ND` only stands in for them; source: from what the backward makes them again.
         """
         if self._maps is None:
             return self._run(rows_ND, weights_NK, counts, None, order)
         assert packed_NB is not None
+        assert source is not None
         given = (rows_ND, packed_NB, weights_NK, self.gate_up_proj, self.down_proj, counts, self._maps)
-        return fp8_expert_mlp(*given, order=order)
+        return fp8_expert_mlp(*given, home=(order, source))
 
     def _run(
         self, rows: Tensor, weights: Tensor, counts: Sequence[int], sink: WeightSink | None, order: RowOrder | None

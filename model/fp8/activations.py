@@ -54,7 +54,8 @@ def _experts(config: ModelConfig, shape: MicroBatchShape) -> int:
     tokens, width = shape.num_tokens, config.expert_intermediate_size
     is_home = shape.expert_rows is None
     rows = tokens * config.num_experts_per_token if shape.expert_rows is None else shape.expert_rows
-    kept = router_bytes(config, shape) + (tokens if is_home else rows) * _codes(config.hidden_size)
+    # At home rows are made again from the residual.
+    kept = router_bytes(config, shape) + (0 if is_home else rows) * _codes(config.hidden_size)
     kept += rows * (shape.wide_bytes + _codes(2 * width))
     if config.num_shared_experts:
         kept += tokens * _codes(2 * config.num_shared_experts * width)

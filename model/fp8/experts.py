@@ -15,7 +15,7 @@ from comm.protocol import RowOrder
 from kernels.quantize.layout import GRADIENTS_MIN_AMAX, Quantized
 from kernels.quantize.packed import pack, unpack
 from model.fp8.maps import Fp8Maps, give
-from model.fp8.norm import stand_in
+from model.fp8.norm import Source, stand_in
 from model.linear import WeightSink
 
 
@@ -60,6 +60,7 @@ class _Options:
     maps: Fp8Maps
     mail: Mail | None
     order: RowOrder | None
+    eps: float
 
 
 def _sort(packed_NB: Tensor, order: RowOrder | None) -> Tensor:
@@ -77,6 +78,8 @@ class _ExpertMlp(torch.autograd.Function):
         gate_up_EHD: Tensor,
         down_EDM: Tensor,
         options: _Options,
+        x: Tensor | None,
+        norm_weight_D: Tensor | None,
     ) -> Tensor:
         maps, order, counts = options.maps, options.order, options.counts
         run, dtype = maps.kernels(packed.device), gate_up_EHD.dtype
@@ -85,16 +88,18 @@ class _ExpertMlp(torch.autograd.Function):
         hidden_AH = run.grouped_rows_fp8(operand, maps.codes(gate_up_EHD).forward, counts, dtype)
         gated, kept = run.swiglu_quantize(hidden_AH, weights_A, maps.power_of_two)
         out_AD = run.grouped_rows_fp8(gated, maps.codes(down_EDM).forward, counts, dtype)
-        ctx.save_for_backward(packed, weights_A, *kept, gate_up_EHD, down_EDM)
+        source = (packed,) if x is None else (x, norm_weight_D)
+        ctx.save_for_backward(weights_A, *kept, gate_up_EHD, down_EDM, *source)
         ctx.options, ctx.weights_dtype = options, weights.dtype
         return out_AD if order is None else order.sum_rows(out_AD)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        packed, weights_A, codes, scales, gate_up_EHD, down_EDM = ctx.saved_tensors
+        weights_A, codes, scales, gate_up_EHD, down_EDM, *source = ctx.saved_tensors
         options: _Options = ctx.options
         maps, counts, order, sink = options.maps, options.counts, options.order, options.sink
-        run, dtype, power_of_two = maps.kernels(packed.device), gate_up_EHD.dtype, maps.power_of_two
+        run, dtype, power_of_two = maps.kernels(codes.device), gate_up_EHD.dtype, maps.power_of_two
+        packed = source[0] if order is None else Source(source[0], source[1], options.eps).pack_again(maps)
         mail = options.mail
         grad = unpack(mail.take() if mail else _sort(pack_gradient(grads[0], maps), order), down_EDM.shape[1])
         grad_AM = run.grouped_rows_fp8(grad, maps.codes(down_EDM).backward, counts, dtype)
@@ -117,7 +122,7 @@ class _ExpertMlp(torch.autograd.Function):
         if order is not None:
             grad_rows, grad_weights = order.sum_rows(grad_rows), order.restore_weights(grad_weights)
         given = give(gate_up_EHD, gate_up_gradient, sink), give(down_EDM, down_gradient, sink)
-        return grad_rows, None, grad_weights.to(ctx.weights_dtype), *given, None
+        return grad_rows, None, grad_weights.to(ctx.weights_dtype), *given, None, None, None
 
 
 def expert_mlp(
@@ -131,22 +136,28 @@ def expert_mlp(
     *,
     sink: WeightSink | None = None,
     mail: Mail | None = None,
-    order: RowOrder | None = None,
+    home: tuple[RowOrder, Source] | None = None,
 ) -> Tensor:
-    """Rows through their experts, times their routing weight (applied before `down`): AD; ND where there is an order.
+    """Rows through their experts, times their routing weight (applied before `down`): AD; ND at home.
 
     Args:
-        rows: takes the rows' gradient, AD; ND where there is an order.
-        packed: the rows, AB or NB.
-        weights: routing weight of each row, A; of each choice, NK, where there is an order.
+        rows: takes the rows' gradient, AD; ND at home.
+        packed: the rows, AB; NB at home.
+        weights: routing weight of each row, A; of each choice, NK, at home.
         gate_up_EHD: gate rows first.
         down_EDM: of each expert.
         counts: rows of each expert.
         maps: of the model.
         sink: takes the weights' gradients.
         mail: brings the output's gradient. None: autograd does, in the experts' order by token.
-        order: of rows that never leave this rank.
+        home: of rows that never leave this rank: their order, and from what the backward makes them again.
     """
-    options = _Options(counts=counts, sink=sink, maps=maps, mail=mail, order=order)
-    out: Tensor = _ExpertMlp.apply(rows, packed, weights, gate_up_EHD, down_EDM, options)  # type: ignore[no-untyped-call]
+    order, source = (None, None) if home is None else home
+    options = _Options(
+        counts=counts, sink=sink, maps=maps, mail=mail, order=order, eps=0.0 if source is None else source.eps
+    )
+    made_of = (None, None) if source is None else (source.x.detach(), source.norm_weight_D.detach())
+    out: Tensor = _ExpertMlp.apply(  # type: ignore[no-untyped-call]
+        rows, packed, weights, gate_up_EHD, down_EDM, options, *made_of
+    )
     return out

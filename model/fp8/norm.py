@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kernels.quantize.layout import Quantized
 from kernels.quantize.packed import pack, unpack
-from kernels.rms_norm.reference import inverse_rms, normalise
+from kernels.select import fused_kernels, implementation_for
 from model.fp8.maps import Fp8Maps, give_parts
 from model.linear import WeightSink
 from model.norm import RmsNorm
@@ -60,17 +60,39 @@ def normed_linear(
     return out
 
 
+def _normal(x: Tensor, norm_weight_D: Tensor, eps: float) -> Tensor:
+    """norm(x) once more, AD: the bits that it had in the forward."""
+    normal_AD, _ = fused_kernels(implementation_for(x.device)).rms_norm(x.flatten(0, -2), norm_weight_D, eps)
+    return normal_AD
+
+
 class _Pack(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, normal: Tensor, maps: Fp8Maps) -> tuple[Tensor, Tensor]:
-        normal_AD = normal.flatten(0, -2)
-        packed_AB = pack(maps.kernels(normal.device).quantize_1x128(normal_AD, True))
+        packed_AB = _pack(normal.flatten(0, -2), maps)
         ctx.mark_non_differentiable(packed_AB)
         return stand_in(normal.shape, normal), packed_AB
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return grads[0], None
+
+
+def _pack(normal_AD: Tensor, maps: Fp8Maps) -> Tensor:
+    return pack(maps.kernels(normal_AD.device).quantize_1x128(normal_AD, True))
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What rows are the norm of, [..., D], and by which norm: enough to make them again."""
+
+    x: Tensor
+    norm_weight_D: Tensor
+    eps: float
+
+    def pack_again(self, maps: Fp8Maps) -> Tensor:
+        """The packed rows that `pack_rows` gave of norm(x), AB."""
+        return _pack(_normal(self.x, self.norm_weight_D, self.eps), maps)
 
 
 def pack_rows(normal: Tensor, maps: Fp8Maps) -> tuple[Tensor, Tensor]:
@@ -113,8 +135,7 @@ class _LinearOfRows(torch.autograd.Function):
         x, norm_weight_D, *weights_ND = ctx.saved_tensors
         options: _Options = ctx.options
         maps, grad_AN = options.maps, grads[0].flatten(0, -2)
-        x_AD = x.flatten(0, -2)
-        normal_AD = normalise(x_AD, inverse_rms(x_AD, options.eps), norm_weight_D)
+        normal_AD = _normal(x, norm_weight_D, options.eps)
         gradient = maps.weight_gradient(grad_AN, normal_AD, power_of_two=True)
         given = give_parts(weights_ND, gradient, options.sink)
         return maps.input_gradient(grad_AN, weights_ND).view_as(x), None, None, None, None, *given

@@ -105,16 +105,15 @@ def test_account_equals_what_hooks_count(config: ModelConfig, in_phases: bool) -
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_layer_of_a_training_run_keeps_at_most_three_fifths_of_what_it_keeps_in_bf16(name: str) -> None:
-    """Each rank's experts get as many rows as it sends. Rows that stay in place, as outside a pipeline, weigh less in
-    the first place, but for the residual, which the gate reads in bf16."""
+    """Each rank's experts get as many rows as it sends, or all rows stay in place, as outside a pipeline."""
     config = read_config(compose("train", [f"model={name}"])).model
-    for in_phases, most in ((True, 0.6), (False, 0.63)):
+    for in_phases in (True, False):
         for pads_heads in (False, True):
             ours, theirs = (
                 account(config, products, 4096, in_phases=in_phases, pads_heads=pads_heads) for products in TYPES
             )
             assert ours.dense <= 0.6 * theirs.dense
-            assert ours.moe <= most * theirs.moe
+            assert ours.moe <= 0.6 * theirs.moe
             assert (ours.embedding, ours.head, ours.merge) == (theirs.embedding, theirs.head, theirs.merge)
 
 

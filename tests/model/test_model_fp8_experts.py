@@ -10,12 +10,13 @@ from torch import Tensor, nn
 import model.fp8.maps
 from comm.expert_order import SortedChoices
 from kernels.quantize.layout import Quantized, QuantizedBlocks
+from kernels.rms_norm.reference import rms_norm
 from kernels.select_fp8 import Fp8Kernels, fp8_kernels
 from model.config import Computing
 from model.experts import RoutedExperts
 from model.fp8.experts import ArrivedCodes, Mail, pack_gradient
 from model.fp8.maps import Fp8Maps
-from model.fp8.norm import pack_rows, stand_in
+from model.fp8.norm import Source, pack_rows, stand_in
 from model.gradients import GradientStore, WeightQueue
 from tests.kernels.plain import randn
 from tests.model.fp8_plain import Gate, InFp8, expect
@@ -126,11 +127,14 @@ def test_experts_at_home_equal_the_formula(power_of_two: bool) -> None:
     ids_NK[:3, 0] = -1
     order = SortedChoices.sort(ids_NK).keep(3)
     counts = tuple(int((ids_NK == expert).sum()) for expert in range(NUM_EXPERTS))
-    x_ND = randn(tokens, HIDDEN, seed=3, dtype=torch.float32).requires_grad_()
+    norm_weight_D = 0.5 + torch.rand(HIDDEN, generator=generator)
+    source = Source(randn(tokens, HIDDEN, seed=3, dtype=torch.float32), norm_weight_D, 1e-6)
+    x_ND, _ = rms_norm(source.x, source.norm_weight_D, source.eps)
+    x_ND.requires_grad_()
     weights_NK = randn(tokens, 2, seed=4, dtype=torch.float32).requires_grad_()
     slope_ND = randn(tokens, HIDDEN, seed=5)
     rows, packed_NB = pack_rows(x_ND, maps_of(experts))
-    made = experts.at_home(rows, weights_NK, counts, order, packed_NB)
+    made = experts.at_home(rows, weights_NK, counts, order, packed_NB, source)
     made.backward(slope_ND.float())
     total, grad_x = torch.zeros(2, tokens, HIDDEN, dtype=torch.float64)
     grad_weights = torch.zeros(tokens, 2, dtype=torch.float64)
