@@ -55,6 +55,8 @@ def _ends(rank: int, world_size: int, how: str) -> int:
         os._exit(76)
     if rank == 1 and how == "hangs":
         time.sleep(60)
+    if how == "is killed":
+        distributed.barrier()  # else it may be gone before the others are connected with it, and they fail too
     if rank == 1 and how == "is killed":
         os.kill(os.getpid(), signal.SIGKILL)
     if how in ("raises", "dies"):
