@@ -33,8 +33,9 @@ def test_cross_entropy_and_gradients_equal_formula(
     torch.testing.assert_close(found.nats.double(), nats, rtol=tolerance, atol=tolerance)
     assert found.rows_ND is not None
     assert found.head_VD is not None
-    # Slopes come from sums over the vocabulary, then over it or over rows again.
-    near(found.rows_ND, grad_rows, 4, sums=64)
+    # Slopes come from sums over the vocabulary, then over it or over rows again: a narrow product may add a whole
+    # vocabulary one after the other, with roundings that go as a random walk.
+    near(found.rows_ND, grad_rows, 4, sums=max(64.0, 4 * vocab**0.5))
     near(found.head_VD, grad_head, 4, sums=64)
     ignored = found.rows_ND[targets == IGNORE]
     assert not ignored.any()
