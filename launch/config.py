@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from data.config import DataSource
 from data.prepare import check_config
@@ -28,6 +28,7 @@ from train.weight_source import is_hf_folder
 
 # On the command line the source's keys stand beside data's other keys: `data=files data.paths=[a,b]`.
 _SOURCE_KEYS = ("kind", "paths")
+_MOMENTS = Literal["auto", "float32", "bf16"]
 
 
 def read_config(values: Mapping[str, Any]) -> TrainConfig:
@@ -55,7 +56,10 @@ def read_config(values: Mapping[str, Any]) -> TrainConfig:
 def _with_moments(values: Mapping[str, Any]) -> Mapping[str, Any]:
     """`optim.moments=auto` as the recipe of the precision has it."""
     optim, precision = values.get("optim"), values.get("precision")
-    if not isinstance(optim, Mapping) or optim.get("moments") != "auto":
+    if not isinstance(optim, Mapping) or "moments" not in optim:
+        return values
+    # Here, where `auto` still is one of the choices that an error names.
+    if decode(_MOMENTS, optim["moments"], "optim.moments") != "auto":  # type: ignore[arg-type]
         return values
     is_fp8 = isinstance(precision, Mapping) and precision.get("kind") == "fp8"
     return {**values, "optim": {**optim, "moments": "bf16" if is_fp8 else "float32"}}

@@ -86,7 +86,7 @@ def _train(config: TrainConfig, job: Job, log: OperationLog, words: LastWords) -
         if started_from:
             reporter.say(started_from)
         train(assembly, prepared, reporter, first_step)
-        if dist.get_rank() == 0 and config.stage.sample_prompt:
+        if dist.get_rank() == 0 and config.stage.sample_prompt and config.stage.sample_tokens:
             reporter.say(f"continuation of {config.stage.sample_prompt!r}:\n{show_continuation(assembly, prepared)}")
         code = 0
     except NonFiniteError as error:

@@ -98,6 +98,15 @@ def test_run_leaves_what_the_documentation_names(folder: Path) -> None:
 
 
 @pytest.mark.slow
+def test_sample_of_no_tokens_is_not_made(folder: Path) -> None:
+    alone = ("parallelism=one_rank", "schedule=1f1b", "cluster.ranks_per_node=1")
+    done = run_train(folder, "unsampled", *alone, "stage.steps=1", "stage.sample_prompt=a1", "stage.sample_tokens=0")
+    assert done.returncode == 0, done.stderr
+    assert "checkpoint" in done.stdout
+    assert "continuation" not in done.stdout
+
+
+@pytest.mark.slow
 def test_same_seed_gives_the_same_first_loss_under_every_layout(folder: Path) -> None:
     first = []
     for index, layout in enumerate((("parallelism=four_ranks",), ("parallelism=one_rank", "schedule=1f1b"))):

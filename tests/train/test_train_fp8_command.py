@@ -40,6 +40,8 @@ def test_fp8_is_composed_with_scales_of_either_kind() -> None:
         ("precision.scale=float32", ["precision.scale", "precision.scales"]),
         ("optim.sharding=replicated", ["optim.sharding", "fp8", "zero1", "replicated"]),
         ("recompute=[norm]", ["recompute", "fp8", "[norm]", "[norm,mla_up,swiglu]"]),
+        ("optim.moments=aut", ["optim.moments", "auto, float32, bf16", "'aut'", "did you mean auto?"]),
+        ("optim.moments=null", ["optim.moments", "auto, float32, bf16", "None"]),
     ],
 )
 def test_what_no_run_in_fp8_can_follow_is_refused(override: str, parts: list[str]) -> None:
