@@ -146,7 +146,8 @@ def worlds() -> dict[int, list[list[dict[str, Any]]]]:
     """By number of ranks, what each saw under ZeRO-1 of float32 and of bf16 weights, and with the whole state."""
     whole = replace(CONFIG, sharding="replicated")
     sharded = replace(CONFIG, sharding="zero1", bucket_elements=700)
-    configs = [(sharded, torch.float32), (sharded, torch.bfloat16), (whole, torch.float32)]
+    odd = replace(sharded, bucket_elements=699)
+    configs = [(sharded, torch.float32), (odd, torch.bfloat16), (whole, torch.float32)]
     return {size: run_ranks(size, sharded_steps, configs) for size in (1, 2, 4)}
 
 

@@ -122,6 +122,7 @@ def _build(groups: ParameterGroups, replicas: Replicas, config: OptimConfig) -> 
         experts = {"params": list(groups.experts.values()), "weight_decay": config.weight_decay}
         options.append({**experts, "moe": True, "name": _EXPERTS})
     bucket = min(config.bucket_elements, sum(parameter.numel() for parameter in groups.all().values()))
+    bucket += bucket % 2  # it takes even ones alone
     return WorldNorm(
         build_adamw(options, config),
         {parameter: name for name, parameter in groups.all().items()},
