@@ -60,7 +60,7 @@ class Fp8Maps:
 
     def gradient(self, grad_AN: Tensor) -> Quantized:
         """An output gradient in FP8."""
-        return self.kernels(grad_AN.device).quantize_1x128(grad_AN, self.power_of_two, GRADIENTS_MIN_AMAX)
+        return self.kernels(grad_AN.device).quantize_1x128(_dense(grad_AN), self.power_of_two, GRADIENTS_MIN_AMAX)
 
     def codes(self, weight: Tensor) -> WeightCodes:
         """Of one weight, NK or ENK."""
@@ -94,7 +94,7 @@ class Fp8Maps:
         """
         run, counts = self.kernels(grad_AN.device), (len(grad_AN),)
         rounds = self.power_of_two if power_of_two is None else power_of_two
-        grad = run.quantize_columns(grad_AN, counts, self.power_of_two, GRADIENTS_MIN_AMAX)
+        grad = run.quantize_columns(_dense(grad_AN), counts, self.power_of_two, GRADIENTS_MIN_AMAX)
         if isinstance(rows, Tensor):
             columns = run.quantize_columns(rows, counts, rounds)
             return lambda: run.gemm_fp8_columns(grad, columns)
@@ -121,6 +121,11 @@ class Fp8Maps:
             pieces.append(_Piece(outputs, WeightCodes(blocks, run.transpose_blocks(blocks))))
             first = outputs.stop
         return pieces
+
+
+def _dense(grad_AN: Tensor) -> Tensor:
+    """A gradient as kernels read it, row by row: autograd's own, that of a sum say, may be one number, expanded."""
+    return grad_AN if grad_AN.stride(1) == 1 else grad_AN.contiguous()
 
 
 def _join(parts: Sequence[Tensor]) -> Tensor:

@@ -1,12 +1,15 @@
 """Norms and maps in FP8 against their formulas in float64 over the same codes: outputs and every gradient."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from kernels.quantize.layout import Quantized, QuantizedColumns, check_columns
 from kernels.quantize.packed import unpack
+from kernels.select_fp8 import Fp8Kernels
 from model.fp8.maps import Fp8Maps
 from model.fp8.mlp import gated_down
 from model.fp8.norm import linear_of_rows, normed_linear, pack_rows
@@ -140,6 +143,43 @@ def test_maps_of_rows_that_experts_read_too_equal_the_formula(power_of_two: bool
     for made, part in zip(gradients, parts, strict=True):
         expect(made, codes.weight_gradient(part, normal_AD, rounds=True), "gradient of a map")
     assert norm.weight.grad is None
+
+
+class Strict(Fp8Maps):
+    """With kernels that refuse what Triton's would."""
+
+    def kernels(self, device: torch.device) -> Fp8Kernels:
+        plain = super().kernels(device)
+
+        def rows(rows_ND: Tensor, power_of_two: bool, min_amax: float = 1e-4) -> Quantized:
+            check_columns("rows", rows_ND)
+            return plain.quantize_1x128(rows_ND, power_of_two, min_amax)
+
+        def columns(
+            rows_ND: Tensor, counts: Sequence[int], power_of_two: bool, min_amax: float = 1e-4
+        ) -> QuantizedColumns:
+            check_columns("columns", rows_ND)
+            return plain.quantize_columns(rows_ND, counts, power_of_two, min_amax)
+
+        return replace(plain, quantize_1x128=rows, quantize_columns=columns)
+
+
+@pytest.mark.parametrize("outputs", [(128, 40), (40, 128)], ids=str)
+def test_gradients_may_have_no_rows_of_their_own_in_memory(outputs: tuple[int, ...]) -> None:
+    """As that of a sum: one number, expanded."""
+    norm, weights = make_norm(), [parameter(size, HIDDEN, seed=index) for index, size in enumerate(outputs)]
+    down = parameter(HIDDEN, sum(outputs) // 2, seed=2)
+    found: list[list[Tensor]] = []
+    for slope in (torch.ones(()).expand(*SHAPE, HIDDEN), torch.ones(*SHAPE, HIDDEN)):
+        maps, x = Strict(power_of_two=False), randn(*SHAPE, HIDDEN, seed=8, dtype=torch.float32).requires_grad_()
+        gated_down(x, normed_linear(x, norm, weights, None, maps), down, None, maps).backward(slope)
+        normed_linear(x, norm, weights, None, maps).backward(slope[..., :1].expand(*SHAPE, sum(outputs)))
+        each = (x, norm.weight, *weights, down)
+        found.append([tensor.grad for tensor in each if tensor.grad is not None])
+        for tensor in each:
+            tensor.grad = None
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_a_frozen_weight_gets_no_gradient_and_others_do() -> None:
