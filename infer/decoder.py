@@ -23,7 +23,7 @@ Attend = Callable[[LatentAttention, Tensor], Tensor]
 
 
 class Decoder:
-    """A model with the caches of the sequences that it goes on with.
+    """A model with the caches of the sequences that it goes on with; in the weights' type, of a model in FP8 as well.
 
     The main model and the MTP module keep a cache each, whose rows are the same sequences: the MTP module's token i
     is the pair of the main model's state of token i and the embedding of token i + 1. Tokens do not count until
@@ -133,7 +133,7 @@ class Decoder:
         routing = moe.gate(rows_ND[None])
         handle = dispatcher.plan(routing.ids_NK, routing.weights_NK)
         arrived = dispatcher.dispatch(rows_ND, routing.weights_NK, handle).wait()
-        routed_AD = moe.experts(arrived.rows_AD, arrived.weights_A, arrived.counts, None)
+        routed_AD = moe.experts.in_own_type(arrived.rows_AD, arrived.weights_A, arrived.counts)
         if moe.shared_experts is not None:
             residual_ND = residual_ND + moe.shared_experts(rows_ND, None)
         return residual_ND + dispatcher.combine(routed_AD, handle).wait()

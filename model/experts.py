@@ -122,6 +122,10 @@ class RoutedExperts(nn.Module):
         given = (rows_AD, codes.packed_AB, weights_A, self.gate_up_proj, self.down_proj, counts, self._maps)
         return fp8_expert_mlp(*given, sink=sink, mail=codes.mail)
 
+    def in_own_type(self, rows_AD: Tensor, weights_A: Tensor, counts: Sequence[int]) -> Tensor:
+        """`forward` in the weights' type, of a model in FP8 as well."""
+        return self._run(rows_AD, weights_A, counts, None, None)
+
     def at_home(
         self,
         rows_ND: Tensor,
