@@ -67,15 +67,22 @@ def rotate(x_BTHR: Tensor, cos_TP: Tensor, sin_TP: Tensor) -> Tensor:
         x_BTHR: floating point.
         cos_TP: of each position and pair, [T, R / 2] or [B, T, R / 2], float32 or float64; `sin_TP` likewise.
     """
-    pairs = torch.view_as_complex(x_BTHR.to(cos_TP.dtype).contiguous().unflatten(-1, (-1, 2)))
+    wide_BTHR = x_BTHR.to(cos_TP.dtype).contiguous()
+    # A part of a single row counts as contiguous wherever it begins.
+    wide_BTHR = wide_BTHR if _holds_pairs(wide_BTHR) else wide_BTHR.clone(memory_format=torch.contiguous_format)
+    pairs = torch.view_as_complex(wide_BTHR.unflatten(-1, (-1, 2)))
     turned = pairs * torch.complex(cos_TP, sin_TP).unsqueeze(-2)
     return torch.view_as_real(turned).flatten(-2).to(x_BTHR.dtype)
 
 
 def rotate_(x_BTHR: Tensor, cos_TP: Tensor, sin_TP: Tensor) -> None:
     """`rotate` in place; x may be a part of each row of a larger tensor."""
-    places = (x_BTHR.storage_offset(), *x_BTHR.stride()[:-1])
-    if x_BTHR.dtype == cos_TP.dtype and all(place % 2 == 0 for place in places):
+    if x_BTHR.dtype == cos_TP.dtype and _holds_pairs(x_BTHR):
         torch.view_as_complex(x_BTHR.unflatten(-1, (-1, 2))).mul_(torch.complex(cos_TP, sin_TP).unsqueeze(-2))
     else:
         x_BTHR.copy_(rotate(x_BTHR, cos_TP, sin_TP))
+
+
+def _holds_pairs(x: Tensor) -> bool:
+    """Whether every pair begins at an even place of the storage, as complex numbers do."""
+    return all(place % 2 == 0 for place in (x.storage_offset(), *x.stride()[:-1]))

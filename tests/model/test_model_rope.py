@@ -63,3 +63,12 @@ def test_rotation_is_the_complex_product_of_interleaved_pairs() -> None:
             assert complex(turned[0, position, 0, 2 * pair], turned[0, position, 0, 2 * pair + 1]) == pytest.approx(
                 expected, rel=1e-12
             )
+
+
+@pytest.mark.parametrize("first", [0, 1, 2, 3])
+@pytest.mark.parametrize("width", [8, 9])
+def test_rotation_takes_a_part_of_a_single_row_from_any_place(first: int, width: int) -> None:
+    cos, sin = rotation_table(MODEL, 3, torch.float32)
+    row = torch.randn(1, 1, 1, width, generator=torch.Generator().manual_seed(0))
+    part = row[..., first : first + 4]
+    assert torch.equal(rotate(part, cos[2:], sin[2:]), rotate(part.clone(), cos[2:], sin[2:]))
