@@ -1,9 +1,10 @@
 """How text is to be made, as values. No torch here: commands check this before a model is read."""
 
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from model.config import ModelConfig
 
@@ -88,6 +89,22 @@ class Statistics:
             f"drafts accepted {self.acceptance_rate * 100:.0f} % ({self.drafts_accepted} of {self.drafts_offered}), "
             f"{self.passes} passes instead of {self.tokens}"
         )
+
+
+def as_token_ids(prompts: Iterable[Any]) -> list[list[int]]:
+    """Prompts as lists of numbers: lists, rows of a tensor, arrays and what else holds whole numbers.
+
+    Raises:
+        GenerateError: a prompt that holds anything else, by its number from 1.
+    """
+    return [_numbers(number, prompt) for number, prompt in enumerate(prompts, 1)]
+
+
+def _numbers(number: int, prompt: Any) -> list[int]:
+    try:
+        return [operator.index(token) for token in (prompt.tolist() if hasattr(prompt, "tolist") else prompt)]
+    except TypeError as error:
+        raise GenerateError(f"prompt {number}: must be a list of token ids, is {str(prompt)[:80]!r}") from error
 
 
 def check(

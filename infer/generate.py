@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from infer.batch import Batch, Ends, Growth
-from infer.config import Finish, Sampling, Speculative, Statistics, check
+from infer.config import Finish, Sampling, Speculative, Statistics, as_token_ids, check
 from infer.decoder import Decoder
 from infer.sample import Draws
 from model.transformer import Transformer
@@ -59,8 +59,8 @@ class Stream:
         ends: Ends | None = None,
     ) -> None:
         """As `generate`; nothing is made before the first piece is asked for."""
-        check(model.config, prompts, max_new_tokens, speculative, batch_size)
-        self._model, self._prompts, self._max_new_tokens = model, prompts, max_new_tokens
+        self._model, self._prompts, self._max_new_tokens = model, as_token_ids(prompts), max_new_tokens
+        check(model.config, self._prompts, max_new_tokens, speculative, batch_size)
         self._sampling, self._stop, self._batch_size = sampling, frozenset(stop), batch_size
         self._speculative = model.config.mtp_depth > 0 if speculative == "auto" else speculative
         self._ends = ends or _never
@@ -107,7 +107,7 @@ def generate(
 
     Args:
         model: whole, in one process.
-        prompts: token ids of each, at least one; lengths may differ.
+        prompts: token ids of each, at least one; lengths may differ. Rows of a tensor do as well.
         max_new_tokens: at most this many are made of each, and never more than the model's positions hold.
         sampling: how tokens are chosen; the most probable ones by default.
         stop: tokens after which nothing follows; not part of the result.
@@ -130,8 +130,8 @@ def generate(
         batch_size=batch_size,
         ends=ends,
     )
-    tokens: list[list[int]] = [[] for _ in prompts]
-    finish: list[Finish] = ["length" for _ in prompts]
+    tokens: list[list[int]] = [[] for _ in range(len(prompts))]
+    finish: list[Finish] = ["length"] * len(prompts)
     for piece in stream:
         tokens[piece.index] += piece.tokens
         finish[piece.index] = piece.finish or finish[piece.index]

@@ -19,9 +19,11 @@ def distribution(logits_BV: Tensor, sampling: Sampling) -> Tensor:
     if sampling.temperature == 0:
         best_B1 = logits_BV.argmax(-1, keepdim=True)
         return torch.zeros_like(widen(logits_BV)).scatter_(-1, best_B1, 1.0)
-    # Shifted first: the quotient by a very small temperature would overflow.
+    # Shifted first: the quotient by a very small temperature would overflow. One that is zero in this type would give
+    # no number at all.
     wide_BV = widen(logits_BV)
-    scaled_BV = (wide_BV - wide_BV.amax(-1, keepdim=True)) / sampling.temperature
+    temperature = max(sampling.temperature, torch.finfo(wide_BV.dtype).tiny)
+    scaled_BV = (wide_BV - wide_BV.amax(-1, keepdim=True)) / temperature
     vocab = scaled_BV.shape[-1]
     top_k = min(sampling.top_k or vocab, vocab)
     if top_k == vocab and sampling.top_p >= 1:

@@ -1,7 +1,9 @@
 """Continuations: greedy ones are the argmax token by token, none depends on its batch, each ends where it must."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -206,3 +208,23 @@ def test_drafts_without_an_mtp_module_are_refused_and_auto_does_without() -> Non
     with pytest.raises(GenerateError, match=r"^speculative: .*MTP"):
         generate(model, [[1]], max_new_tokens=3, speculative=True)
     assert generate(model, [[1]], max_new_tokens=3).statistics.drafts_offered == 0
+
+
+def test_latent_of_an_odd_size_is_decoded_one_token_at_a_time() -> None:
+    model = make_model(replace(SMALL, kv_lora_rank=7), torch.float32)
+    (tokens,) = made(model, [[5]], 6, speculative=False)
+    with torch.no_grad():
+        logits = model(torch.tensor([[5, *tokens]]))
+    assert logits[0, :-1].argmax(-1).tolist() == tokens
+
+
+@pytest.mark.parametrize("as_given", [torch.tensor, np.array, lambda ids: tuple(np.int64(token) for token in ids)])
+def test_prompts_may_be_rows_of_numbers_of_any_kind(as_given: Callable[[list[int]], Sequence[int]]) -> None:
+    model = make_model()
+    assert made(model, [as_given(prompt) for prompt in PROMPTS], 4) == made(model, PROMPTS, 4)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("prompt", [[1.5], "ab", 3, [[1]]])
+def test_prompt_that_is_no_list_of_ids_is_refused(prompt: object) -> None:
+    with pytest.raises(GenerateError, match=r"^prompt 2: must be a list of token ids"):
+        generate(make_model(), [[1], prompt], max_new_tokens=2)  # type: ignore[list-item]

@@ -42,9 +42,11 @@ def test_distribution_equals_plain_reading(temperature: float, top_k: int | None
     torch.testing.assert_close(narrow.sum(-1), torch.ones(4), rtol=1e-5, atol=0)
 
 
-def test_distribution_of_a_tiny_temperature_is_the_best_token() -> None:
+@pytest.mark.parametrize("temperature", [1e-30, 1e-39, 1e-46, 5e-324])
+def test_distribution_of_a_tiny_temperature_is_the_best_token(temperature: float) -> None:
     logits = torch.tensor([[1e4, -3e4, 9.9e3]])
-    assert distribution(logits, Sampling(temperature=1e-30)).tolist() == [[1.0, 0.0, 0.0]]
+    for scores in (logits, logits.to(torch.bfloat16), logits.double()):
+        assert distribution(scores, Sampling(temperature=temperature)).tolist() == [[1.0, 0.0, 0.0]]
 
 
 def test_distribution_of_equal_scores_keeps_k() -> None:
