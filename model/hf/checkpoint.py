@@ -24,6 +24,7 @@ from model.hf.names import (
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+LONGEST_NAME_BYTES = 255
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,7 +107,10 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def _is_plain(file: str) -> bool:
-    return file.endswith(".safetensors") and not file.startswith(".") and not any(mark in file for mark in "/\\:\0")
+    if not file.endswith(".safetensors") or file.startswith(".") or any(mark in file for mark in "/\\:"):
+        return False
+    # What does not print may have no bytes either, such as half of a surrogate pair.
+    return file.isprintable() and len(file.encode()) <= LONGEST_NAME_BYTES
 
 
 def _check_names(folder: Path, config: ModelConfig, entries: Mapping[str, Entry]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from model.config import ModelConfig
+from model.hf.errors import shown
 from model.hf.json_file import read_json
 from model.hf.names import BLOCK, StoredDtype
 from model.hf.rope import read_rope, write_rope
@@ -58,6 +59,7 @@ def parse_config(keys: Mapping[str, Any], path: Path) -> ModelConfig:
         raise values.error("attention_dropout", f"must be 0, is {values.get('attention_dropout')!r}")
     config = _read(values)
     _check(values, config)
+    _check_carried(values)
     return config
 
 
@@ -171,6 +173,15 @@ def _mtp_hidden(values: Values) -> Any:
     if state not in ("post_norm", "pre_norm"):
         raise values.error("mtp_hidden", f"must be post_norm or pre_norm, is {state!r}")
     return state
+
+
+def _check_carried(values: Values) -> None:
+    """What is written again as it is must be what other readers take."""
+    for key in CARRIED_KEYS:
+        value = values.get(key)
+        ids = value if key == "eos_token_id" and isinstance(value, list) else [value]
+        if value is not None and not all(type(item) is int for item in ids):
+            raise values.error(key, f"must be a token id or null, is {shown(value)}")
 
 
 def _check(values: Values, config: ModelConfig) -> None:

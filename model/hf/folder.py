@@ -1,8 +1,9 @@
-"""A folder that is there complete or not at all. No torch here."""
+"""A folder that is there complete or not at all, and files that can be read to an end. No torch here."""
 
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,21 +16,26 @@ def new_folder(path: Path) -> Iterator[Path]:
     """A folder that becomes `path` when the body ends well, and vanishes otherwise, with all that was made for it.
 
     Args:
-        path: absent or an empty folder; folders above it are made.
+        path: absent or an empty folder, which another can take the place of; folders above it are made.
 
     Raises:
         HfError: something is at `path`, or the disk refuses.
     """
+    target = Path(os.path.realpath(path))
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise HfError(path, "", f"must be absent or an empty folder, is {'not empty' if path.is_dir() else 'a file'}")
-    missing = [folder for folder in path.absolute().parents if not folder.exists()]
-    partial = path.absolute().parent / f".{path.name}.{secrets.token_hex(4)}.partial"
+    # Said before the work and not by its last step.
+    if target == Path.cwd() or os.path.ismount(target):
+        what = "the working folder" if target == Path.cwd() else "a mount point"
+        raise HfError(path, "", f"must be a folder that can be replaced, is {what}; nearest: a new folder in it")
+    missing = [folder for folder in target.parents if not folder.exists()]
+    partial = target.parent / f".{target.name}.{secrets.token_hex(4)}.partial"
     try:
         partial.mkdir(parents=True)
         yield partial
         _sync_folder(partial)
-        partial.rename(path)
-        _sync_folder(path.absolute().parent)
+        partial.rename(target)
+        _sync_folder(target.parent)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         with suppress(OSError):
@@ -38,6 +44,18 @@ def new_folder(path: Path) -> Iterator[Path]:
         if isinstance(error, OSError):
             raise HfError(path, "", f"must be writable, is not ({error.strerror or error})") from error
         raise
+
+
+def check_kind(path: Path) -> None:
+    """Refuses pipes and devices, which would be waited for or never end.
+
+    Raises:
+        HfError: it is one.
+        OSError: it is missing, or cannot be looked at.
+    """
+    mode = path.stat().st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # opening a folder says best what is wrong
+        raise HfError(path, "", "must be a file, is a pipe or a device")
 
 
 def _sync_folder(folder: Path) -> None:

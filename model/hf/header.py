@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from model.hf.errors import HfError, shown
+from model.hf.folder import check_kind
 from model.hf.json_file import parse_json
 from model.hf.names import StoredDtype
 
@@ -58,6 +59,7 @@ def read_header(path: Path) -> dict[str, Entry]:
 def _read(path: Path) -> tuple[int, bytes]:
     """The file's size and its header."""
     try:
+        check_kind(path)
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(LENGTH_BYTES), "little")

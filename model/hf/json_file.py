@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from model.hf.errors import HfError, shown
+from model.hf.folder import check_kind
 
 LARGEST_BYTES = 2**28
 
@@ -16,6 +17,7 @@ def read_json(path: Path) -> dict[str, Any]:
         HfError: as `parse_json`; or the file is missing, unreadable or larger than `LARGEST_BYTES`.
     """
     try:
+        check_kind(path)
         size = path.stat().st_size
         if size > LARGEST_BYTES:
             raise HfError(path, "", f"must be at most {LARGEST_BYTES} bytes, has {size}")
@@ -34,7 +36,7 @@ def parse_json(text: bytes, path: Path, subject: str) -> dict[str, Any]:
         subject: what of the file it is, for errors; may be empty.
 
     Raises:
-        HfError: not JSON, not an object, or a key that stands in an object twice.
+        HfError: not JSON (NaN and Infinity are not), not an object, or a key that stands in an object twice.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -46,7 +48,7 @@ def parse_json(text: bytes, path: Path, subject: str) -> dict[str, Any]:
         return values
 
     try:
-        read = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+        read = json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=_refuse)
     except HfError:
         raise
     except (ValueError, RecursionError) as error:
@@ -54,3 +56,8 @@ def parse_json(text: bytes, path: Path, subject: str) -> dict[str, Any]:
     if not isinstance(read, dict):
         raise HfError(path, subject, f"must be an object of keys and values, is {shown(read)}")
     return read
+
+
+def _refuse(word: str) -> None:
+    """Python's reader takes NaN and Infinity, others do not."""
+    raise ValueError(f"it holds {word}")

@@ -7,6 +7,8 @@ from typing import Any
 
 from model.hf.errors import HfError, nearest, shown
 
+LARGEST_WHOLE = 2**63 - 1
+
 
 class Values:
     """An object of a JSON file, whose keys are read one by one.
@@ -40,11 +42,13 @@ class Values:
         """A whole number of at least `least`.
 
         Raises:
-            HfError: missing, not a whole number, or too small.
+            HfError: missing, not a whole number, too small, or larger than any size.
         """
         value = self.need(key)
         if type(value) is not int:
             raise self.error(key, f"must be a whole number, is {shown(value)}")
+        if value > LARGEST_WHOLE:
+            raise self.error(key, f"must be at most {LARGEST_WHOLE}, is {shown(value)}")
         if value < least:
             raise self.error(key, f"must be at least {least}, is {value}; nearest: {least}")
         return value

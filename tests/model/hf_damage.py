@@ -1,6 +1,7 @@
 """Ways to damage a sound checkpoint, and what must come of it: one error of one line."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -190,3 +191,23 @@ def in_a_folder_above(folder: Path) -> None:
 
 def single_too(folder: Path) -> None:
     shutil.copy(folder / FIRST, folder / "model.safetensors")
+
+
+def make_pipe(name: str) -> Callable[[Path], None]:
+    """A pipe that nobody writes to in a file's place."""
+
+    def edit(folder: Path) -> None:
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+
+    return edit
+
+
+def make_endless(name: str) -> Callable[[Path], None]:
+    """A device that never ends in a file's place."""
+
+    def edit(folder: Path) -> None:
+        (folder / name).unlink()
+        (folder / name).symlink_to("/dev/zero")
+
+    return edit
