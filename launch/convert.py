@@ -1,14 +1,18 @@
 """`python -m launch.convert`: weights from a Hugging Face folder to a checkpoint of ours, and back."""
 
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Literal
 
 from launch.compose import compose
 from launch.decode import decode
-from launch.errors import ConfigError
+from launch.errors import ConfigError, system_errors
 from launch.report import command
 from train.weight_source import is_hf_folder, source_config
 
@@ -47,18 +51,39 @@ def main(overrides: Sequence[str]) -> int:
             these cases.
     """
     config = _read(overrides)
-    _check(config)
-    from train.conversion import Conversion, convert
+    with system_errors(), _signals_unwind():
+        _check(config)
+        from train.conversion import Conversion, convert
 
-    conversion = Conversion(
-        path=config.path,
-        folder=Path(config.to).expanduser(),
-        form=config.target,
-        dtype=config.dtype,
-        max_shard_bytes=config.max_shard_bytes,
-    )
-    print(convert(conversion, lambda line: print(line, file=sys.stderr, flush=True)))
+        conversion = Conversion(
+            path=config.path,
+            folder=Path(config.to).expanduser(),
+            form=config.target,
+            dtype=config.dtype,
+            max_shard_bytes=config.max_shard_bytes,
+        )
+        print(convert(conversion, lambda line: print(line, file=sys.stderr, flush=True)))
     return 0
+
+
+@contextmanager
+def _signals_unwind() -> Iterator[None]:
+    """Meanwhile the signals that end a process do it through the stack, so that nothing half-written is left."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_IGN)  # a second one must not stop the cleaning up
+        raise SystemExit(128 + number)
+
+    ending = (signal.SIGTERM, signal.SIGHUP) if threading.current_thread() is threading.main_thread() else ()
+    # One that is ignored, as under nohup, stays so.
+    before = {number: signal.getsignal(number) for number in ending if signal.getsignal(number) != signal.SIG_IGN}
+    try:
+        for number in before:
+            signal.signal(number, end)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _read(overrides: Sequence[str]) -> ConvertConfig:

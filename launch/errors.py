@@ -1,11 +1,30 @@
 """What a wrong configuration says: the place, the rule, the value, the nearest valid choice."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 
 
 class ConfigError(ValueError):
     """A configuration that no run can follow. The text starts with the dotted key it is about."""
+
+
+@contextmanager
+def system_errors() -> Iterator[None]:
+    """What the operating system refuses, a path that nobody may look at or a full disk, as a user's error.
+
+    A reader that has left is none.
+
+    Raises:
+        ConfigError: in place of OSError.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        place = "output" if error.filename is None else error.filename
+        raise ConfigError(f"{place}: must be readable or writable, is not ({error.strerror or error})") from error
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:

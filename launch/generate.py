@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
+from data.corpus import DataError
 from data.tokenizer import Tokenizer
 from infer.config import Sampling, Speculative, Statistics, check
 from launch.compose import compose
 from launch.continuations import InOrder, Live, Transcript, as_block, as_json_line, new_file
 from launch.decode import decode
-from launch.errors import ConfigError
+from launch.errors import ConfigError, system_errors
 from launch.prompts import Prompt, Stop, find_tokenizer, read_stop, read_texts
 from launch.report import command
 from model.config import ModelConfig
@@ -76,17 +77,18 @@ def main(overrides: Sequence[str]) -> int:
         GenerateError: a value out of range, a prompt too long, drafts without an MTP module.
     """
     config = _read(overrides)
-    source = _find(config.ckpt)
-    prompts = _read_prompts(config, source)
-    check(
-        source.model,
-        [prompt.tokens for prompt in prompts],
-        config.max_new_tokens,
-        config.speculative,
-        config.batch_size,
-    )
-    with new_file("out", config.out) if config.out else nullcontext(_standard_output()) as file:
-        statistics = _run(config, source, prompts, file)
+    with system_errors():
+        source = _find(config)
+        prompts = _read_prompts(config, source)
+        check(
+            source.model,
+            [prompt.tokens for prompt in prompts],
+            config.max_new_tokens,
+            config.speculative,
+            config.batch_size,
+        )
+        with new_file("out", config.out) if config.out else nullcontext(_standard_output()) as file:
+            statistics = _run(config, source, prompts, file)
     speed = statistics.tokens / max(statistics.seconds, 1e-9)
     said = f"{statistics.tokens} tokens in {statistics.seconds:.2f} s, {speed:,.1f} tokens/s; {statistics.summary()}"
     print(said, file=sys.stderr, flush=True)
@@ -105,16 +107,25 @@ def _read(overrides: Sequence[str]) -> GenerateCommandConfig:
         raise ConfigError("prompt: a value is needed; write prompt=TEXT, prompts=FILE or prompt_ids=[0,5,9]")
     if len(given) > 1:
         raise ConfigError(f"{given[1]}: must be left out beside {given[0]}; one of them says what to continue")
+    if config.out and config.prompts and os.path.realpath(config.out) == os.path.realpath(config.prompts):
+        raise ConfigError(f"out: must be another file than prompts, which it would replace, is {config.out!r}")
     return config
 
 
-def _find(ckpt: str) -> Source:
+def _find(config: GenerateCommandConfig) -> Source:
     """Where the weights are; nothing of them is read yet."""
+    ckpt = config.ckpt
     folder, model, is_hf, end_ids = source_folder(ckpt, "ckpt"), source_config(ckpt, "ckpt"), is_hf_folder(ckpt), []
     if is_hf:
         ends = read_json(folder / CONFIG_NAME).get("eos_token_id")
         end_ids = [end for end in (ends if isinstance(ends, list) else [ends]) if type(end) is int]
-    tokenizer = find_tokenizer(folder)
+    try:
+        tokenizer = find_tokenizer(folder)
+    except DataError:
+        # One that is none of ours stands in nobody's way where ids go in and ids come out.
+        if config.prompt_ids is None or config.stop.texts:
+            raise
+        tokenizer = None
     if tokenizer is not None:
         end_ids.append(tokenizer.end_of_sentence_id)
     return Source(folder, is_hf, model, tokenizer, tuple(end_ids))

@@ -45,15 +45,15 @@ def read_texts(prompt: str | None, prompts: str | None) -> list[str]:
     """The prompts as texts: the one given, standard input for `-`, or a file's.
 
     Raises:
-        ConfigError: a file that is missing, of another kind, or without prompts.
+        ConfigError: a file that is missing, of another kind, or without prompts; text that is no UTF-8.
     """
     if prompts is None:
-        return [sys.stdin.read() if prompt == "-" else prompt or ""]
+        return [_standard_input() if prompt == "-" else _checked("prompt", prompt or "")]
     path = Path(prompts).expanduser()
     if path.suffix not in (".txt", ".jsonl"):
         raise ConfigError(f"prompts: must be a .txt or .jsonl file, is {prompts!r}")
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:  # which leaves out the mark that some editors begin a file with
             lines = [line.rstrip("\n") for line in file]
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"prompts: {prompts!r} must be a file of UTF-8 text: {error}{_near(path)}") from error
@@ -78,11 +78,27 @@ def find_tokenizer(folder: Path) -> Tokenizer | None:
 def _field(place: str, line: str) -> str:
     try:
         values = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{place}: must be a JSON object, does not read: {error}") from error
     text = values.get("prompt") if isinstance(values, dict) else None
     if not isinstance(text, str):
         raise ConfigError(f"{place}: must be an object with a text under prompt, is {line[:80]}")
+    return _checked(place, text)
+
+
+def _standard_input() -> str:
+    try:
+        return _checked("prompt", sys.stdin.read())
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"prompt: standard input must be UTF-8 text: {error}") from error
+
+
+def _checked(place: str, text: str) -> str:
+    """Text without halves of surrogate pairs, which is what bytes that are no UTF-8 come as."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{place}: must be UTF-8 text, is not at character {error.start + 1}") from error
     return text
 
 

@@ -5,7 +5,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 
-from launch.errors import ConfigError
+from launch.errors import ConfigError, system_errors
 
 EXIT_CONFIGURATION = 2
 EXIT_INTERRUPTED = 128 + signal.SIGINT
@@ -32,16 +32,17 @@ def command(name: str, main: Main, *, quiet: bool = False) -> int:
     arguments = sys.argv[1:]
     try:
         if any(argument in ("-h", "--help") for argument in arguments):
-            print(help_text(name))
+            with system_errors():
+                print(help_text(name), flush=True)
             code = 0
         else:
             _refuse_flags(arguments)
             code = main(arguments)
-        sys.stdout.flush()
+        with system_errors():
+            sys.stdout.flush()
         return code
     except BrokenPipeError:
-        # What is still buffered has no reader; the interpreter would complain of it at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _forget_output()
         return EXIT_BROKEN_PIPE
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
@@ -50,7 +51,20 @@ def command(name: str, main: Main, *, quiet: bool = False) -> int:
             raise
         if not quiet:
             print(f"error: {error}", file=sys.stderr, flush=True)
+        _flush_or_forget()
         return EXIT_CONFIGURATION
+
+
+def _flush_or_forget() -> None:
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _forget_output()
+
+
+def _forget_output() -> None:
+    """What is still buffered has no place to go to; the interpreter would complain of it at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def user_errors() -> tuple[type[ValueError], ...]:

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -222,3 +223,59 @@ print([name for name in ("torch", "safetensors", "transformers") if name in sys.
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.stdout.splitlines() == ["HfError", "[]"], done.stderr
+
+
+def test_convert_to_a_folder_that_cannot_be_replaced_is_refused_before_the_work(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(HfError, match=r"must be a folder that can be replaced, is the working folder"):
+        convert(f"from=hf path={sources / 'plain'} to=.")
+    (tmp_path / "mounted").mkdir()
+    monkeypatch.setattr("os.path.ismount", lambda path: Path(path).name == "mounted")
+    with pytest.raises(HfError, match=r"must be a folder that can be replaced, is a mount point"):
+        convert(f"from=hf path={sources / 'plain'} to=mounted")
+    assert [path.name for path in tmp_path.rglob("*")] == ["mounted"]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_convert_writes_where_a_link_leads(there: bool, sources: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("place")
+    if there:
+        (tmp_path / "place").mkdir()
+    assert convert(f"from=hf path={sources / 'plain'} to={tmp_path / 'link'}") == 0
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "place" / "manifest.json").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "place"]
+
+
+def test_convert_names_what_the_system_refuses_to_look_at(sources: Path, tmp_path: Path) -> None:
+    long = "a" * 300
+    for arguments in (f"path={tmp_path / long} to=new", f"path={sources / 'plain'} to={tmp_path / long}"):
+        with pytest.raises(ConfigError, match=rf"{long}: must be readable or writable, is not \(File name too long\)"):
+            convert(f"from=hf {arguments}")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_convert_that_is_ended_leaves_nothing(number: signal.Signals, sources: Path, tmp_path: Path) -> None:
+    code = f"""
+import os
+import sys
+from launch.convert import main
+from launch.report import command
+import train.conversion as conversion
+say = conversion._Counter.read
+def read(counter, name):
+    if counter.num_tensors == 20:
+        print(len(list(os.scandir({str(tmp_path / "above")!r}))), flush=True)
+        os.kill(os.getpid(), {int(number)})
+    return say(counter, name)
+conversion._Counter.read = read
+sys.argv = ["convert", "from=hf", "format=hf", "path={sources / "plain"}", "to={tmp_path / "above" / "made"}"]
+sys.exit(command("convert", main))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (128 + number, "1\n"), done.stderr
+    assert list(tmp_path.iterdir()) == []
