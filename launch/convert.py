@@ -17,6 +17,7 @@ from launch.report import command
 from train.weight_source import is_hf_folder, source_config
 
 Form = Literal["hf", "checkpoint"]
+LARGEST_FILE_BYTES = 5_000_000_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,7 +29,7 @@ class ConvertConfig:
     to: str
     format: Form | None
     dtype: Literal["bf16", "float32", "fp8"] | None
-    max_shard_bytes: int
+    max_shard_bytes: int | None
 
     @property
     def target(self) -> Form:
@@ -60,7 +61,7 @@ def main(overrides: Sequence[str]) -> int:
             folder=Path(config.to).expanduser(),
             form=config.target,
             dtype=config.dtype,
-            max_shard_bytes=config.max_shard_bytes,
+            max_shard_bytes=_file_bytes(config),
         )
         print(convert(conversion, lambda line: print(line, file=sys.stderr, flush=True)))
     return 0
@@ -102,10 +103,20 @@ def _check(config: ConvertConfig) -> None:
         raise ConfigError("format: must be hf with from=checkpoint, is checkpoint; nearest valid: format=hf")
     if config.target == "checkpoint" and config.dtype == "fp8":
         raise ConfigError("dtype: must be bf16 or float32 in a checkpoint, is fp8; nearest valid: bf16, or format=hf")
-    if config.max_shard_bytes < 1:
+    if config.max_shard_bytes is not None and config.max_shard_bytes < 1:
         raise ConfigError(f"max_shard_bytes: must be above 0, is {config.max_shard_bytes}; the least is 1")
     _check_target(config.to)
     source_config(config.path, "path")
+
+
+def _file_bytes(config: ConvertConfig) -> int:
+    """At most, of a file that is written. One of a checkpoint is held in memory, so that it follows those read."""
+    if config.max_shard_bytes is not None:
+        return config.max_shard_bytes
+    if config.target == "hf":
+        return LARGEST_FILE_BYTES
+    sizes = [file.stat().st_size for file in Path(config.path).expanduser().glob("*.safetensors")]
+    return min(LARGEST_FILE_BYTES, max(sizes, default=LARGEST_FILE_BYTES))
 
 
 def _check_target(to: str) -> None:

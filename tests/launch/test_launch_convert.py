@@ -170,6 +170,18 @@ def test_convert_memory_stays_below_two_files(tmp_path: Path) -> None:
     assert max(peaks.values()) < 2 * 4_000_000, peaks
 
 
+def test_convert_holds_no_larger_files_than_it_reads(sources: Path, tmp_path: Path) -> None:
+    """The writer of checkpoints has a whole file in memory; without a word about it that must be no other's many."""
+    largest = max(file.stat().st_size for file in (sources / "plain").glob("*.safetensors"))
+    assert convert(f"from=hf path={sources / 'plain'} to={tmp_path / 'made'}") == 0
+    sizes = [file.stat().st_size for file in (tmp_path / "made").glob("*.distcp")]
+    assert len(sizes) >= 5
+    assert max(sizes) < 1.5 * largest  # torch's archives take room of their own
+    assert convert(f"from=checkpoint path={tmp_path / 'made'} to={tmp_path / 'back'}") == 0
+    assert [file.name for file in (tmp_path / "back").glob("*.safetensors")] == ["model.safetensors"]
+    assert_same_tensors(read_tensors(sources / "plain"), read_tensors(tmp_path / "back"))
+
+
 def test_convert_tells_of_its_progress_and_of_its_end(
     sources: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
