@@ -12,13 +12,17 @@ from torch import Tensor
 from model.config import ModelConfig, PlainRope, YarnRope
 
 
-def inverse_frequencies(config: ModelConfig) -> Tensor:
-    """Radians per position of each pair, float64 [R / 2]: theta^(-2k/R), interpolated where YaRN says."""
+def inverse_frequencies(config: ModelConfig, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Radians per position of each pair, [R / 2]: theta^(-2k/R), interpolated where YaRN says.
+
+    In float32 each operation is rounded as in the released code and transformers, by which weights were trained:
+    thousands of positions multiply the last bit.
+    """
     size = config.qk_rope_head_dim
-    plain = config.rope_theta ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
+    powers = config.rope_theta ** (torch.arange(0, size, 2).to(dtype) / size)
     match config.rope_scaling:
         case PlainRope():
-            return plain
+            return 1 / powers
         case YarnRope() as yarn:
 
             def pair_with(rotations: float) -> float:
@@ -27,9 +31,9 @@ def inverse_frequencies(config: ModelConfig) -> Tensor:
 
             low = max(math.floor(pair_with(yarn.beta_fast)), 0)
             high = min(math.ceil(pair_with(yarn.beta_slow)), size - 1)
-            pairs = torch.arange(size // 2, dtype=torch.float64)
-            ramp = ((pairs - low) / ((high - low) or 1e-3)).clamp(0, 1)
-            return plain * (1 - ramp) + plain / yarn.factor * ramp
+            pairs = torch.arange(size // 2, dtype=dtype)
+            kept = 1 - ((pairs - low) / ((high - low) or 1e-3)).clamp(0, 1)
+            return 1 / (yarn.factor * powers) * (1 - kept) + 1 / powers * kept
         case _ as other:
             assert_never(other)
 
@@ -54,10 +58,10 @@ def _attention_factor(config: ModelConfig) -> float:
 
 
 def rotation_table(config: ModelConfig, num_positions: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of every position and pair, [T, R / 2] each."""
-    angles = torch.arange(num_positions, dtype=torch.float64)[:, None] * inverse_frequencies(config)
+    """cos and sin of every position and pair, [T, R / 2] each, computed in their type."""
+    angles = torch.arange(num_positions, dtype=dtype)[:, None] * inverse_frequencies(config, dtype)
     factor = _attention_factor(config)
-    return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
+    return angles.cos() * factor, angles.sin() * factor
 
 
 def rotate(x_BTHR: Tensor, cos_TP: Tensor, sin_TP: Tensor) -> Tensor:

@@ -5,8 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import DeepseekV3Config
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RotaryEmbedding
 
-from model.config import YarnRope
+from model.config import RopeScaling, YarnRope
+from model.hf.config import write_config
 from model.rope import inverse_frequencies, rotate, rotation_table, softmax_scale
 from tests.tiny import MODEL
 
@@ -72,3 +75,14 @@ def test_rotation_takes_a_part_of_a_single_row_from_any_place(first: int, width:
     row = torch.randn(1, 1, 1, width, generator=torch.Generator().manual_seed(0))
     part = row[..., first : first + 4]
     assert torch.equal(rotate(part, cos[2:], sin[2:]), rotate(part.clone(), cos[2:], sin[2:]))
+
+
+@pytest.mark.parametrize("scaling", [MODEL.rope_scaling, YARN, replace(YARN, factor=8.0, mscale=0.0)])
+def test_tables_in_float32_are_those_of_transformers_to_the_bit(scaling: RopeScaling) -> None:
+    """A last bit of a frequency is 1e-3 radians after 20,000 positions."""
+    model = replace(V3, rope_scaling=scaling, max_position_tokens=32768)
+    keys = write_config(model, dtype="F32", fp8=False)
+    reference = DeepseekV3RotaryEmbedding(DeepseekV3Config(**keys))
+    expected = reference(torch.empty(1, dtype=torch.float32), torch.arange(20_000)[None])
+    for table, both_halves in zip(rotation_table(model, 20_000, torch.float32), expected, strict=True):
+        assert torch.equal(table, both_halves[0, :, :32])
