@@ -9,7 +9,7 @@ from pathlib import Path
 from launch.compose import compose
 from launch.config import check, read_config
 from launch.environment import apply_rank_environment
-from launch.errors import ConfigError
+from launch.errors import ConfigError, system_errors
 from launch.folder import check_folder, claim_folder
 from launch.local import preload_modules, run_ranks, start_fork_server
 from launch.report import command
@@ -28,8 +28,9 @@ def main(overrides: Sequence[str]) -> int:
     Raises:
         ConfigError, DataError, ScheduleError, CutError, CheckpointError: a configuration that no run can follow.
     """
-    config = read_config(compose("train", overrides))
-    check(config)
+    with system_errors():
+        config = read_config(compose("train", overrides))
+        check(config)
     if is_torchrun(os.environ):
         return _run_as_rank(config)
     check_folder(config)

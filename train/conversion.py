@@ -29,7 +29,7 @@ from model.hf.reader import HfReader
 from model.hf.writer import Extras, Fp8Scales, write_hf
 from train.checkpoint_reader import CheckpointReader, held_weights
 from train.checkpoint_writer import write_weights
-from train.manifest import TOKENIZER_NAME, read_manifest, write_weights_manifest
+from train.manifest import TOKENIZER_NAME, CheckpointError, read_manifest, write_weights_manifest
 from train.weight_source import is_hf_folder, source_folder
 
 Say = Callable[[str], None]
@@ -143,7 +143,7 @@ def _write_checkpoint(conversion: Conversion, source: _Source, read: Callable[[s
         write_weights(
             folder,
             plan,
-            lambda name: read(name).to(plan[name][1]),
+            lambda name: _rounded(read(name), plan[name][1], conversion.folder, name),
             max_file_bytes=conversion.max_shard_bytes,
         )
         for name, content in _companions(source.folder).items():
@@ -153,6 +153,13 @@ def _write_checkpoint(conversion: Conversion, source: _Source, read: Callable[[s
                 os.fsync(file.fileno())
         carried = {key: value for key, value in source.carried.items() if key != "quantization_config"}
         write_weights_manifest(folder, source.config, carried)
+
+
+def _rounded(values: Tensor, dtype: torch.dtype, folder: Path, name: str) -> Tensor:
+    made = values.to(dtype)
+    if not made.isfinite().all():
+        raise CheckpointError(f"{folder}: {name}: must hold finite numbers in {dtype}, does not")
+    return made
 
 
 def _write_hf(conversion: Conversion, source: _Source, read: Callable[[str], Tensor]) -> None:

@@ -130,11 +130,13 @@ def _sizes(config: ModelConfig) -> dict[str, Any]:
 def _read(values: Values) -> ModelConfig:
     max_position = values.whole("max_position_embeddings", 1)
     theta, scaling = read_rope(values, max_position)
+    num_layers = values.whole("num_hidden_layers", 1)
     return ModelConfig(
         vocab_size=values.whole("vocab_size", 1),
         hidden_size=values.whole("hidden_size", 1),
-        num_layers=values.whole("num_hidden_layers", 1),
-        num_dense_layers=values.whole("first_k_dense_replace", 0),
+        num_layers=num_layers,
+        # Its default in transformers is 3, of fewer layers too: all are dense then.
+        num_dense_layers=min(num_layers, values.whole("first_k_dense_replace", 0)),
         dense_intermediate_size=values.whole("intermediate_size", 1),
         num_heads=values.whole("num_attention_heads", 1),
         q_lora_rank=None if values.need("q_lora_rank") is None else values.whole("q_lora_rank", 1),
@@ -196,12 +198,6 @@ def _check(values: Values, config: ModelConfig) -> None:
             raise values.error(key, f"must be {size} with the other sizes, is {values.get(key)}; nearest: {size}")
     if config.qk_rope_head_dim % 2:
         raise values.error("qk_rope_head_dim", f"must be even, is {config.qk_rope_head_dim}")
-    if config.num_dense_layers > config.num_layers:
-        raise values.error(
-            "first_k_dense_replace",
-            f"must be at most num_hidden_layers {config.num_layers}, is {config.num_dense_layers}; "
-            f"nearest: {config.num_layers}",
-        )
     if experts % groups:
         raise values.error("n_group", f"must divide n_routed_experts {experts}, is {groups}")
     if limit > groups:

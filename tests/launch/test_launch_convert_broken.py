@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,11 +17,7 @@ import torch
 from launch.errors import ConfigError
 from model.hf.errors import HfError
 from tests.launch.weight_folders import ROOT, convert, make_sources, run_command
-from tests.model.hf_checkpoints import (
-    edit_json,
-    read_tensors,
-    write_tensors,
-)
+from tests.model.hf_checkpoints import edit_json, read_tensors, write_tensors
 from train.checkpoint_reader import CheckpointReader
 from train.manifest import CheckpointError
 
@@ -188,6 +185,18 @@ def test_convert_a_value_that_is_found_late_leaves_nothing(sources: Path, tmp_pa
     write_tensors(tmp_path / "hf", tensors, 3)
     with pytest.raises(HfError, match=r"lm_head\.weight: must hold finite numbers"):
         convert(f"from=hf path={tmp_path / 'hf'} to={tmp_path / 'a' / 'b' / 'new'} max_shard_bytes=50000")
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_convert_a_value_beyond_the_type_written_leaves_nothing(sources: Path, tmp_path: Path) -> None:
+    shutil.copytree(sources / "plain", tmp_path / "hf")
+    for file in (tmp_path / "hf").glob("*.safetensors*"):
+        file.unlink()
+    tensors = {name: tensor.float() for name, tensor in read_tensors(sources / "plain").items()}
+    tensors["model.norm.weight"][0] = 3.4e38
+    write_tensors(tmp_path / "hf", tensors, 3)
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight: must hold finite numbers in torch\.bfloat16"):
+        convert(f"from=hf dtype=bf16 path={tmp_path / 'hf'} to={tmp_path / 'new'}")
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 

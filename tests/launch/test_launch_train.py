@@ -56,6 +56,7 @@ def place_inputs(folder: Path) -> None:
         (["data=files", "data.paths=[absent.txt]"], ["data.paths", "absent.txt"]),
         (["data=files", "data.paths=[empty.txt]"], ["data.paths", "empty.txt"]),
         (["experiment=quickstart", "resume=old"], ["resume", "old", "model.hidden_size is 64 there and 192 here"]),
+        (["init_from=" + "a" * 300], ["a" * 300, "must be readable or writable", "File name too long"]),
         (["--steps=3"], ["--steps=3", "no flags", "steps=3"]),
         (["out_dir=old"], ["out_dir", "'old'"]),
     ],

@@ -48,6 +48,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "groups of four": {"n_group": 2, "topk_group": 1, "num_experts_per_tok": 4},
     "no dense layer": {"first_k_dense_replace": 0},
     "all dense": {"first_k_dense_replace": 3},
+    "more dense layers than layers": {"num_hidden_layers": 2, "first_k_dense_replace": 3},
     "no shared expert": {"n_shared_experts": 0},
     "three shared experts": {"n_shared_experts": 3},
     "one layer": {"num_hidden_layers": 1, "first_k_dense_replace": 0},

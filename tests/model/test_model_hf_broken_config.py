@@ -40,7 +40,7 @@ CONFIG_CASES: dict[str, tuple[dict[str, Any], str]] = {
     "groups that do not divide": ({"n_group": 3}, "n_group: must divide n_routed_experts 4, is 3"),
     "more limited groups than groups": ({"topk_group": 3}, "topk_group: must be at most n_group 2"),
     "more experts a token than there are": ({"num_experts_per_tok": 3}, "num_experts_per_tok: must be at most 2"),
-    "more dense layers than layers": ({"first_k_dense_replace": 2}, "first_k_dense_replace: must be at most"),
+    "dense layers beyond those there are": ({"first_k_dense_replace": 2}, "is missing"),
     "odd rotation": ({"qk_rope_head_dim": 7, "head_dim": 7, "qk_head_dim": 15}, "qk_rope_head_dim: must be even"),
     "eps of zero": ({"rms_norm_eps": 0}, "rms_norm_eps: must be above 0"),
     "eps as text": ({"rms_norm_eps": "1e-6"}, "rms_norm_eps: must be a finite number"),
