@@ -77,8 +77,8 @@ def gemm_kernel(
         out_tiles = tl.make_tensor_descriptor(
             out, [num_rows, num_outputs], [num_outputs, 1], [BLOCK_ROWS, BLOCK_OUTPUTS]
         )
-    num_tile_rows = tl.cdiv(num_rows, BLOCK_ROWS).to(tl.int64)
-    num_tile_columns = tl.cdiv(num_outputs, BLOCK_OUTPUTS).to(tl.int64)
+    num_tile_rows = tl.cast(tl.cdiv(num_rows, BLOCK_ROWS), tl.int64)
+    num_tile_columns = tl.cast(tl.cdiv(num_outputs, BLOCK_OUTPUTS), tl.int64)
     for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), warp_specialize=SPECIALIZE):
         tile_row, tile_column = place_of(tile, num_tile_rows, num_tile_columns, GROUP)
         first_row = tile_row * BLOCK_ROWS

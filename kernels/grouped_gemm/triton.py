@@ -77,7 +77,7 @@ def grouped_rows_kernel(
             [weight_group_stride, weight_stride, 1],
             [1, BLOCK_OUTPUTS, BLOCK_DEPTH],
         )
-    num_tile_columns = tl.cdiv(num_outputs, BLOCK_OUTPUTS).to(tl.int64)
+    num_tile_columns = tl.cast(tl.cdiv(num_outputs, BLOCK_OUTPUTS), tl.int64)
     for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0)):
         group, first_row, end, column = tile_of_rows(tile, places, num_tile_columns, BLOCK_ROWS)
         first_output = column * BLOCK_OUTPUTS
@@ -117,8 +117,8 @@ def grouped_weight_kernel(
         grad, [num_rows, num_outputs], [grad_stride, 1], [BLOCK_DEPTH, BLOCK_OUTPUTS]
     )
     rows_tiles = tl.make_tensor_descriptor(rows, [num_rows, num_inputs], [rows_stride, 1], [BLOCK_DEPTH, BLOCK_INPUTS])
-    num_tile_rows = tl.cdiv(num_outputs, BLOCK_OUTPUTS).to(tl.int64)
-    num_tile_columns = tl.cdiv(num_inputs, BLOCK_INPUTS).to(tl.int64)
+    num_tile_rows = tl.cast(tl.cdiv(num_outputs, BLOCK_OUTPUTS), tl.int64)
+    num_tile_columns = tl.cast(tl.cdiv(num_inputs, BLOCK_INPUTS), tl.int64)
     for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0)):
         group, tile_row, tile_column = tile_of_matrices(tile, num_tile_rows, num_tile_columns, HEIGHT)
         first_output, first_input = tile_row * BLOCK_OUTPUTS, tile_column * BLOCK_INPUTS

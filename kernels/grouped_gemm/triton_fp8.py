@@ -81,8 +81,8 @@ def grouped_rows_fp8_kernel(
         [weights_group_stride, weights_stride, 1],
         [1, BLOCK_OUTPUTS, BLOCK_DEPTH],
     )
-    num_tile_columns = tl.cdiv(num_outputs, BLOCK_OUTPUTS).to(tl.int64)
-    scales_rows = tl.cdiv(num_outputs, BLOCK_DEPTH).to(tl.int64)  # a block is as high as it is wide
+    num_tile_columns = tl.cast(tl.cdiv(num_outputs, BLOCK_OUTPUTS), tl.int64)
+    scales_rows = tl.cast(tl.cdiv(num_outputs, BLOCK_DEPTH), tl.int64)  # a block is as high as it is wide
     scales_columns = tl.cdiv(depth, BLOCK_DEPTH)
     for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), warp_specialize=SPECIALIZE):
         group, first_row, end, column = tile_of_rows(tile, places, num_tile_columns, BLOCK_ROWS)
@@ -127,8 +127,8 @@ def grouped_weight_fp8_kernel(
     """Tiles of the gradients of all matrices, each summed over the tiles of its group."""
     grad_tiles = tl.make_tensor_descriptor(grad, [num_outputs, depth], [grad_stride, 1], [BLOCK_OUTPUTS, BLOCK_DEPTH])
     rows_tiles = tl.make_tensor_descriptor(rows, [num_inputs, depth], [rows_stride, 1], [BLOCK_INPUTS, BLOCK_DEPTH])
-    num_tile_rows = tl.cdiv(num_outputs, BLOCK_OUTPUTS).to(tl.int64)
-    num_tile_columns = tl.cdiv(num_inputs, BLOCK_INPUTS).to(tl.int64)
+    num_tile_rows = tl.cast(tl.cdiv(num_outputs, BLOCK_OUTPUTS), tl.int64)
+    num_tile_columns = tl.cast(tl.cdiv(num_inputs, BLOCK_INPUTS), tl.int64)
     for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), warp_specialize=SPECIALIZE):
         group, tile_row, tile_column = tile_of_matrices(tile, num_tile_rows, num_tile_columns, HEIGHT)
         first_output, first_input = tile_row * BLOCK_OUTPUTS, tile_column * BLOCK_INPUTS

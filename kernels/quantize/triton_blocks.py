@@ -62,7 +62,7 @@ def quantize_blocks_kernel(
     numbers = tl.load(values + source, mask=inside, other=0.0).to(tl.float32)
     largest = tl.max(largest_bits(numbers, 1), axis=0, keep_dims=True)
     scale = scales_of(largest, min_amax, POWER_OF_TWO)
-    target, _ = _block_of(num_rows, num_columns, num_columns, num_rows.to(tl.int64) * num_columns, TILE)
+    target, _ = _block_of(num_rows, num_columns, num_columns, tl.cast(num_rows, tl.int64) * num_columns, TILE)
     tl.store(codes + target, codes_of(numbers, scale, POWER_OF_TWO), mask=inside)
     tl.store(scales + _scale_place(), tl.sum(scale))
 
@@ -82,7 +82,7 @@ def dequantize_blocks_kernel(
     source, inside = _block_of(num_rows, num_columns, row_stride, stride, TILE)
     code = tl.load(codes + source, mask=inside, other=0.0)
     product = code.to(tl.float32) * tl.load(scales + _scale_place())
-    target, _ = _block_of(num_rows, num_columns, num_columns, num_rows.to(tl.int64) * num_columns, TILE)
+    target, _ = _block_of(num_rows, num_columns, num_columns, tl.cast(num_rows, tl.int64) * num_columns, TILE)
     tl.store(values + target, product.to(values.dtype.element_ty), mask=inside)
 
 
