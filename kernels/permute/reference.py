@@ -79,7 +79,8 @@ def unpermute(rows_AD: Tensor, places_NK: Tensor, dtype: torch.dtype | None = No
             sum_CD = functional.embedding_bag(places_P, rows_AD, begins_C, mode="sum")
         else:
             rows_PD = rows_AD.index_select(0, places_P).to(wide)
-            sum_CD = functional.embedding_bag(torch.arange(len(places_P)), rows_PD, begins_C, mode="sum")
+            in_order_P = torch.arange(len(places_P), device=rows_PD.device)
+            sum_CD = functional.embedding_bag(in_order_P, rows_PD, begins_C, mode="sum")
         out_CD.copy_(sum_CD)
     return out_ND
 

@@ -41,7 +41,9 @@ def call_of(module: Any, kernel: str, num_outputs: int, depth: int) -> Callable[
             columns = MADE.columns(num_outputs, num_padded), MADE.columns(depth, num_padded)
             return partial(module.grouped_weight_fp8, *columns, COUNTS)
         case "grouped_rows_kernel":
-            return partial(module.grouped_rows, MADE.normal(num_rows, depth), MADE.normal(1, num_outputs, depth), COUNTS)
+            return partial(
+                module.grouped_rows, MADE.normal(num_rows, depth), MADE.normal(1, num_outputs, depth), COUNTS
+            )
         case _:
             rows = MADE.normal(num_rows, num_outputs), MADE.normal(num_rows, depth)
             return partial(module.grouped_weight, *rows, COUNTS)

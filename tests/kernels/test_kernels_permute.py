@@ -157,3 +157,13 @@ def test_permute_and_unpermute_are_adjoint_exactly_on_integers() -> None:
     x_ND = torch.randint(-9, 10, (8, 5), generator=generator).double()
     y_AD = torch.randint(-9, 10, (24, 5), generator=generator).double()
     assert (permute(x_ND, source_A) * y_AD).sum() == (x_ND * unpermute(y_AD, places_NK)).sum()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_unpermute_makes_its_tensors_where_the_rows_are(dtype: torch.dtype) -> None:
+    rows_AD = torch.randn(5, 7, generator=torch.Generator().manual_seed(0)).to(dtype)
+    places_NK = torch.tensor([[0, 4], [-1, 2]])
+    expected_ND = unpermute(rows_AD, places_NK)
+    with torch.device("meta"):  # where a tensor gets that is made without saying where
+        actual_ND = unpermute(rows_AD, places_NK)
+    assert_same_bits(actual_ND, expected_ND)
