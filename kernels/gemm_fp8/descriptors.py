@@ -7,6 +7,7 @@ import triton
 from torch import Tensor
 
 ALIGNMENT_BYTES = 16
+LARGEST_DESCRIBED_BYTES = 4  # of a number
 
 
 def describable(matrix: Tensor) -> bool:

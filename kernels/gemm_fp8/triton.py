@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gemm_fp8.descriptors import allow_descriptors, describable, described
+from kernels.gemm_fp8.descriptors import LARGEST_DESCRIBED_BYTES, allow_descriptors, describable, described
 from kernels.gemm_fp8.shapes import check_columns, check_rows_by_blocks
 from kernels.gemm_fp8.tiling import STORED_BY_DESCRIPTOR, STORED_BY_MASK, Tiling
 from kernels.quantize.layout import TILE, Quantized, QuantizedBlocks, QuantizedColumns
@@ -44,7 +44,7 @@ def place_of(tile: tl.tensor, num_tile_rows: tl.tensor, num_tile_columns: tl.ten
     return (first_row + in_group % num_rows).to(tl.int32), (in_group // num_rows).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_outputs", "num_tiles"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["num_rows", "num_outputs", "depth", "num_tiles"])  # type: ignore[untyped-decorator]
 def gemm_kernel(
     left: tl.tensor,
     right: tl.tensor,
@@ -166,7 +166,7 @@ def _launch(
         return
     left_MK, right_NK = described(left.codes), described(right.codes)
     left_scales, right_scales = (_contiguous_rows(scales) for scales in (left.scales, right.scales))
-    store_by_descriptor = describable(out_MN) and out_MN.element_size() <= 4
+    store_by_descriptor = describable(out_MN) and out_MN.element_size() <= LARGEST_DESCRIBED_BYTES
     tiling = tiling or (STORED_BY_DESCRIPTOR if store_by_descriptor else STORED_BY_MASK)
     num_tiles = triton.cdiv(num_rows, tiling.rows) * triton.cdiv(num_outputs, tiling.outputs)
     allow_descriptors(out_MN.device)

@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from kernels.gemm_fp8.descriptors import ALIGNMENT_BYTES
+from kernels.gemm_fp8.descriptors import ALIGNMENT_BYTES, LARGEST_DESCRIBED_BYTES
 from kernels.gemm_fp8.tiling import Tiling
 from kernels.gemm_fp8.triton import gemm_fp8, gemm_fp8_columns
 from kernels.quantize.layout import Quantized, QuantizedBlocks, QuantizedColumns
@@ -48,7 +48,7 @@ class TunedGemm:
             candidates: tilings to choose from.
             milliseconds: measures a call; by default Triton's own benchmark, and on CUDA tensors alone: elsewhere
                 nothing is tried, and the kernel's own tiling is used. So it is for results whose rows are not a
-                multiple of 16 bytes.
+                multiple of 16 bytes, and for float64: no descriptor stores them, and addresses take registers.
         """
         self._candidates = tuple(candidates)
         self._milliseconds = milliseconds
@@ -71,7 +71,7 @@ class TunedGemm:
                 return None
             milliseconds = _benchmark
         _, dtype, *sizes = key
-        stored_by_mask = sizes[1] * dtype.itemsize % ALIGNMENT_BYTES
+        stored_by_mask = sizes[1] * dtype.itemsize % ALIGNMENT_BYTES or dtype.itemsize > LARGEST_DESCRIBED_BYTES
         if stored_by_mask or 0 in sizes:
             return None
         if key not in self._chosen:

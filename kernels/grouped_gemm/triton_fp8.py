@@ -50,7 +50,7 @@ OF_ROWS = Tiling()
 OF_WEIGHT = Tiling(outputs=64, warps=4, stages=3, programs_per_sm=2)
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_groups", "num_tiles"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["num_rows", "num_groups", "depth", "num_tiles"])  # type: ignore[untyped-decorator]
 def grouped_rows_fp8_kernel(
     rows: tl.tensor,
     weights: tl.tensor,

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from kernels.gemm_fp8.tiling import Tiling
 from kernels.quantize.layout import padded_rows
 from tests.kernels.aot import compile_launch
 from tests.kernels.launches import Tensors
@@ -47,6 +48,17 @@ def call_of(module: Any, kernel: str, num_outputs: int, depth: int) -> Callable[
         case _:
             rows = MADE.normal(num_rows, num_outputs), MADE.normal(num_rows, depth)
             return partial(module.grouped_weight, *rows, COUNTS)
+
+
+@pytest.mark.parametrize(
+    ("name", "kernel"),
+    [("gemm_fp8.triton", "gemm_kernel"), ("grouped_gemm.triton_fp8", "grouped_rows_fp8_kernel")],
+)
+def test_kernel_with_loads_apart_compiles_where_the_depth_is_one(name: str, kernel: str) -> None:
+    """The tuner tries that tiling, and the compiler's pass for it fails on a loop that is known to run once."""
+    module = import_module(f"kernels.{name}")
+    launch = partial(call_of(module, kernel, 256, 1), tiling=Tiling(specialize=True, warps=4))
+    assert compile_launch(module, kernel, launch).spill_bytes == 0
 
 
 @pytest.mark.parametrize(("num_outputs", "depth"), [(1, 130), (130, 1), (1, 1)])

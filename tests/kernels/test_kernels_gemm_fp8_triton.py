@@ -90,6 +90,8 @@ def interpreted_tuner() -> list[list[float]]:
     for shape in ((5, 24, 128), (8, 24, 128), (9, 24, 128), (0, 24, 128), (5, 20, 128)):
         check_gemm(tuned.gemm_fp8, "cpu", shape, torch.bfloat16)
         lengths.append(measured.copy())
+    tuned.gemm_fp8(*operands((7, 24, 128)), torch.float64)  # stored by mask, whatever its width
+    assert measured == lengths[-1]
     check_columns(tuned.gemm_fp8_columns, "cpu", (5, 24, 128))
     lengths.append(measured.copy())
     chosen = set(tuned._chosen.values())
