@@ -6,6 +6,7 @@ each filled up to a multiple of 128.
 
 from torch import Tensor
 
+from kernels.quantize.checks import check_codes, check_scales
 from kernels.quantize.layout import TILE, Quantized, QuantizedBlocks, QuantizedColumns, num_tiles
 
 
@@ -13,13 +14,15 @@ def check_rows_by_blocks(subject: str, left: Quantized, right: QuantizedBlocks) 
     """M, N and K of `left right^T`.
 
     Raises:
-        ValueError: the rows differ in length, or scales do not fit their codes.
+        ValueError: operands of another kind or on two devices, rows that differ in length, or scales that do not fit
+            their codes.
     """
     num_rows, depth = _matrix(subject, "left.codes", left.codes)
     num_outputs, _ = _matrix(subject, "right.codes", right.codes)
-    _check_depths(subject, depth, right.codes.shape[1])
-    _check_scales(subject, "left.scales", left.scales, (num_rows, num_tiles(depth)))
-    _check_scales(subject, "right.scales", right.scales, (num_tiles(num_outputs), num_tiles(depth)))
+    _check_codes(subject, left.codes, right.codes)
+    device, tiles = left.codes.device, num_tiles(depth)
+    check_scales(f"{subject}: left.scales", left.scales, (num_rows, tiles), device)
+    check_scales(f"{subject}: right.scales", right.scales, (num_tiles(num_outputs), tiles), device)
     return num_rows, num_outputs, depth
 
 
@@ -27,30 +30,31 @@ def check_columns(subject: str, left: QuantizedColumns, right: QuantizedColumns)
     """M, N and P of `left right^T`.
 
     Raises:
-        ValueError: the operands differ in rows, these are no whole tiles, or scales do not fit their codes.
+        ValueError: operands of another kind, on two devices or that differ in rows, rows that are no whole tiles, or
+            scales that do not fit their codes.
     """
     num_rows, depth = _matrix(subject, "left.codes", left.codes)
     num_outputs, _ = _matrix(subject, "right.codes", right.codes)
-    _check_depths(subject, depth, right.codes.shape[1])
+    _check_codes(subject, left.codes, right.codes)
     if depth % TILE:
         nearest = TILE * num_tiles(depth)
         raise ValueError(f"{subject}: left.codes must have a multiple of 128 columns, got {depth}; nearest: {nearest}")
-    _check_scales(subject, "left.scales", left.scales, (num_rows, depth // TILE))
-    _check_scales(subject, "right.scales", right.scales, (num_outputs, depth // TILE))
+    device, tiles = left.codes.device, depth // TILE
+    check_scales(f"{subject}: left.scales", left.scales, (num_rows, tiles), device)
+    check_scales(f"{subject}: right.scales", right.scales, (num_outputs, tiles), device)
     return num_rows, num_outputs, depth
 
 
 def _matrix(subject: str, name: str, codes: Tensor) -> tuple[int, int]:
     if codes.dim() != 2:
         raise ValueError(f"{subject}: {name} must be a matrix, got {codes.dim()} dimensions; nearest: 2")
+    check_codes(f"{subject}: {name}", codes)
     return codes.shape[0], codes.shape[1]
 
 
-def _check_depths(subject: str, left: int, right: int) -> None:
-    if left != right:
-        raise ValueError(f"{subject}: right.codes must have as many columns as left.codes, {left}, got {right}")
-
-
-def _check_scales(subject: str, name: str, scales: Tensor, shape: tuple[int, int]) -> None:
-    if tuple(scales.shape) != shape:
-        raise ValueError(f"{subject}: {name} must be {list(shape)}, got {list(scales.shape)}")
+def _check_codes(subject: str, left: Tensor, right: Tensor) -> None:
+    depth, right_depth = left.shape[1], right.shape[1]
+    if depth != right_depth:
+        raise ValueError(f"{subject}: right.codes must have as many columns as left.codes, {depth}, got {right_depth}")
+    if left.device != right.device:
+        raise ValueError(f"{subject}: right.codes must be on {left.device}, where left.codes are, got {right.device}")

@@ -1,5 +1,8 @@
 """The products of `reference.py` as one call of torch's grouped product, for CUDA and bf16.
 
+Of no rows at all torch takes no product to sum over (pytorch#192497), and on some GPUs what it makes of one empty group
+among others is left as the memory was (pytorch#172439): neither is left to it.
+
 Shape legend: as in reference.py. Rows and columns must be multiples of 16 bytes long.
 """
 
@@ -10,15 +13,35 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from kernels.grouped_gemm.shapes import check_rows, check_weight
+
 
 def grouped_rows(rows_AK: Tensor, weight_ENK: Tensor, counts: Sequence[int]) -> Tensor:
-    """rows_AN: each group's rows times the transpose of its matrix. Groups may be empty."""
+    """rows_AN: each group's rows times the transpose of its matrix. Groups may be empty.
+
+    Raises:
+        ValueError: operands that do not fit each other, or counts that do not add up to A.
+    """
+    num_rows, _, num_outputs, _ = check_rows("grouped_rows", rows_AK, weight_ENK, counts)
+    if num_rows == 0:
+        return rows_AK.new_empty(0, num_outputs)
     return functional.grouped_mm(rows_AK, weight_ENK.transpose(1, 2), offs=_ends(counts, rows_AK.device))
 
 
 def grouped_weight(grad_AN: Tensor, rows_AK: Tensor, counts: Sequence[int]) -> Tensor:
-    """weight gradient ENK of `grouped_rows`: per group, the transpose of its output gradient times its rows."""
-    return functional.grouped_mm(grad_AN.t(), rows_AK, offs=_ends(counts, rows_AK.device))
+    """weight gradient ENK of `grouped_rows`: per group, the transpose of its output gradient times its rows.
+
+    Raises:
+        ValueError: operands that do not fit each other, or counts that do not add up to A.
+    """
+    num_rows, num_groups, num_outputs, num_inputs = check_weight("grouped_weight", grad_AN, rows_AK, counts)
+    if num_rows == 0:
+        return rows_AK.new_zeros(num_groups, num_outputs, num_inputs)
+    out_ENK = functional.grouped_mm(grad_AN.t(), rows_AK, offs=_ends(counts, rows_AK.device))
+    for group, count in enumerate(counts):
+        if count == 0:
+            out_ENK[group].zero_()
+    return out_ENK
 
 
 def serves(device: torch.device, dtype: torch.dtype, *widths: int) -> bool:

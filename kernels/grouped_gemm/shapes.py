@@ -10,6 +10,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from kernels.gemm_fp8.shapes import check_columns
+from kernels.quantize.checks import check_codes, check_scales
 from kernels.quantize.layout import Quantized, QuantizedBlocks, QuantizedColumns, check_counts, num_tiles, padded_rows
 
 
@@ -26,11 +27,12 @@ def check_rows(subject: str, rows_AK: Tensor, weight_ENK: Tensor, counts: Sequen
     """Sizes of a product of rows with one matrix per group.
 
     Raises:
-        ValueError: the rows' length is not the matrices', there is not a matrix for every count, or counts that do not
-            add up to the rows.
+        ValueError: types or devices differ, the rows' length is not the matrices', there is not a matrix for every
+            count, or counts that do not add up to the rows.
     """
     check_dims(subject, "rows", rows_AK, 2)
     check_dims(subject, "the matrices", weight_ENK, 3)
+    _check_alike(subject, "the matrices", weight_ENK, rows_AK)
     num_rows, depth = rows_AK.shape
     num_groups, num_outputs, matrix_depth = weight_ENK.shape
     if matrix_depth != depth:
@@ -45,11 +47,12 @@ def check_weight(subject: str, grad_AN: Tensor, rows_AK: Tensor, counts: Sequenc
     """Sizes of the gradient of one matrix per group.
 
     Raises:
-        ValueError: there are not as many rows as gradients of rows, their types differ, or counts that do not add up to
-            the rows.
+        ValueError: there are not as many rows as gradients of rows, their types or devices differ, or counts that do
+            not add up to the rows.
     """
     check_dims(subject, "grad", grad_AN, 2)
     check_dims(subject, "rows", rows_AK, 2)
+    _check_alike(subject, "grad", grad_AN, rows_AK)
     if len(grad_AN) != len(rows_AK):
         raise ValueError(f"{subject}: grad must have as many rows as rows, {len(rows_AK)}, got {len(grad_AN)}")
     check_counts(subject, counts, len(rows_AK))
@@ -60,12 +63,14 @@ def check_rows_fp8(subject: str, rows: Quantized, weights: QuantizedBlocks, coun
     """Sizes of a product of rows in FP8 with one matrix per group.
 
     Raises:
-        ValueError: as of `check_rows`, or scales do not fit their codes.
+        ValueError: as of `check_rows`, codes of another type, or scales that do not fit them.
     """
     sizes = check_rows(subject, rows.codes, weights.codes, counts)
     tiles = num_tiles(sizes.depth)
-    check_shape(subject, "rows.scales", rows.scales, (sizes.num_rows, tiles))
-    check_shape(subject, "weights.scales", weights.scales, (sizes.num_groups, num_tiles(sizes.num_outputs), tiles))
+    check_codes(f"{subject}: rows.codes", rows.codes)
+    device, blocks = rows.codes.device, (sizes.num_groups, num_tiles(sizes.num_outputs), tiles)
+    check_scales(f"{subject}: rows.scales", rows.scales, (sizes.num_rows, tiles), device)
+    check_scales(f"{subject}: weights.scales", weights.scales, blocks, device)
     return sizes
 
 
@@ -93,11 +98,8 @@ def check_dims(subject: str, name: str, tensor: Tensor, num_dims: int) -> None:
         raise ValueError(f"{subject}: {name} must have {num_dims} dimensions, got {tensor.dim()}")
 
 
-def check_shape(subject: str, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    """Refuses a tensor of any other shape.
-
-    Raises:
-        ValueError: it has another.
-    """
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"{subject}: {name} must be {list(shape)}, got {list(tensor.shape)}")
+def _check_alike(subject: str, name: str, tensor: Tensor, rows: Tensor) -> None:
+    if tensor.dtype != rows.dtype:
+        raise ValueError(f"{subject}: {name} must be {rows.dtype}, as rows are, got {tensor.dtype}")
+    if tensor.device != rows.device:
+        raise ValueError(f"{subject}: {name} must be on {rows.device}, where rows are, got {tensor.device}")

@@ -6,8 +6,10 @@ Shape legend: N rows, D columns, T tiles in a row, P rows once every group is fi
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
+from kernels.quantize.checks import check_codes, check_scales
 from kernels.quantize.tiles import TILE as TILE
 from kernels.quantize.tiles import num_pairs as num_pairs
 from kernels.quantize.tiles import num_tiles as num_tiles
@@ -130,11 +132,14 @@ def check_packed(packed: PackedE5M6, num_columns: int) -> None:
     """Refuses packed rows that are not of so many numbers.
 
     Raises:
-        ValueError: other numbers of bytes or scales.
+        ValueError: other numbers of bytes or scales, or these of another type.
     """
+    check_codes("unpack_e5m6: codes", packed.codes, torch.uint8)
     expected = (3 * num_pairs(num_columns), num_tiles(num_columns))
     found = (packed.codes.shape[1], packed.scales.shape[1])
     if found != expected:
         raise ValueError(
             f"unpack_e5m6: a row of {num_columns} columns has {expected[0]} bytes and {expected[1]} scales, got {found}"
         )
+    shape = (packed.codes.shape[0], expected[1])
+    check_scales("unpack_e5m6: scales", packed.scales, shape, packed.codes.device)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from kernels.quantize.checks import check_numbers, check_quantized
 from kernels.quantize.layout import LARGEST_CODE, TILE, Quantized, check_min_amax, num_tiles
 
 CHUNK_NUMBERS = 2**18  # a megabyte of float32: intermediate values stay in the cache
@@ -24,9 +25,10 @@ def quantize_1x128(rows_ND: Tensor, power_of_two: bool, min_amax: float = 1e-4) 
         min_amax: lower bound of a tile's amax; in [2**-117, 2**127], so that a scale is a normal number.
 
     Raises:
-        ValueError: min_amax out of bounds.
+        ValueError: min_amax out of bounds, or rows of another kind.
     """
     check_min_amax(min_amax)
+    check_numbers("quantize_1x128: rows_ND", rows_ND, 2)
     num_rows, num_columns = rows_ND.shape
     codes_ND = rows_ND.new_empty(num_rows, num_columns, dtype=torch.float8_e4m3fn)
     scales_NT = rows_ND.new_empty(num_rows, num_tiles(num_columns), dtype=torch.float32)
@@ -60,7 +62,11 @@ def dequantize_1x128(quantized: Quantized, dtype: torch.dtype) -> Tensor:
 
     Returns:
         rows_ND: code times scale in float32 (float64 where that is the dtype), rounded to `dtype`.
+
+    Raises:
+        ValueError: codes or scales of another kind, or that do not fit each other.
     """
+    check_quantized("dequantize_1x128", *quantized)
     num_rows, num_columns = quantized.codes.shape
     rows_ND = quantized.codes.new_empty(num_rows, num_columns, dtype=dtype)
     wide = torch.float64 if dtype == torch.float64 else torch.float32

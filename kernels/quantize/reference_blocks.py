@@ -7,6 +7,7 @@ T blocks in a row; values of any leading dimensions have no suffix.
 import torch
 from torch import Tensor
 
+from kernels.quantize.checks import check_numbers, check_quantized_blocks, check_scales
 from kernels.quantize.layout import LARGEST_CODE, TILE, QuantizedBlocks, check_min_amax, num_tiles
 from kernels.quantize.reference import decode, scales_of, tiles_of
 
@@ -20,9 +21,10 @@ def quantize_128x128(values: Tensor, power_of_two: bool, min_amax: float = 1e-4)
         min_amax: lower bound of a block's amax; in [2**-117, 2**127].
 
     Raises:
-        ValueError: min_amax out of bounds.
+        ValueError: min_amax out of bounds, or values of another kind.
     """
     check_min_amax(min_amax)
+    check_numbers("quantize_128x128: values", values)
     *leading, num_rows, num_columns = values.shape
     scales = values.new_empty(*leading, num_tiles(num_rows), num_tiles(num_columns), dtype=torch.float32)
     if values.numel():
@@ -42,9 +44,15 @@ def codes_128x128(values: Tensor, scales: Tensor) -> Tensor:
 
     Returns:
         codes: float8_e4m3fn [..., N, D]; NaN in a block whose scale is no finite number.
+
+    Raises:
+        ValueError: values of another kind, or scales that do not fit them.
     """
+    check_numbers("codes_128x128: values", values)
+    *leading, num_rows, num_columns = values.shape
+    shape = (*leading, num_tiles(num_rows), num_tiles(num_columns))
+    check_scales("codes_128x128: scales", scales, shape, values.device)
     codes = torch.empty_like(values, dtype=torch.float8_e4m3fn, memory_format=torch.contiguous_format)
-    num_columns = values.shape[-1]
     if values.numel():
         for values_ND, scales_MT, codes_ND in zip(_matrices(values), _matrices(scales), _matrices(codes), strict=True):
             for block, rows_RD in enumerate(values_ND.split(TILE)):
@@ -64,7 +72,11 @@ def dequantize_128x128(quantized: QuantizedBlocks, dtype: torch.dtype) -> Tensor
 
     Returns:
         values: [..., N, D], code times scale in float32, as the released code does, rounded to `dtype`.
+
+    Raises:
+        ValueError: codes or scales of another kind, or that do not fit each other.
     """
+    check_quantized_blocks("dequantize_128x128", *quantized)
     codes, scales = quantized
     num_columns = codes.shape[-1]
     values = torch.empty_like(codes, dtype=dtype, memory_format=torch.contiguous_format)
@@ -84,7 +96,11 @@ def transpose_blocks(quantized: QuantizedBlocks) -> QuantizedBlocks:
 
     Returns:
         codes [..., D, N] and scales [..., ceil(D / 128), ceil(N / 128)], contiguous.
+
+    Raises:
+        ValueError: codes or scales of another kind, or that do not fit each other.
     """
+    check_quantized_blocks("transpose_blocks", *quantized)
     codes = quantized.codes.view(torch.uint8).mT.contiguous().view(torch.float8_e4m3fn)
     return QuantizedBlocks(codes, quantized.scales.mT.contiguous())
 

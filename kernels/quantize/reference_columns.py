@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kernels.quantize.checks import check_numbers, check_quantized
 from kernels.quantize.layout import TILE, Quantized, QuantizedColumns, check_counts, padded_rows
 from kernels.quantize.reference import dequantize_1x128, quantize_1x128
 
@@ -31,8 +32,9 @@ def quantize_columns(
         codes float8_e4m3fn [D, P] and scales float32 [D, P / 128].
 
     Raises:
-        ValueError: min_amax out of bounds, or counts that do not add up to N.
+        ValueError: min_amax out of bounds, operands of another kind, or counts that do not add up to N.
     """
+    check_numbers("quantize_columns: rows_ND", rows_ND, 2)
     check_counts("quantize_columns", counts, rows_ND.shape[0])
     quantized = quantize_1x128(_filled_up(rows_ND, counts).t(), power_of_two, min_amax)
     return QuantizedColumns(quantized.codes, quantized.scales)
@@ -55,8 +57,9 @@ def requantize_columns(
         codes float8_e4m3fn [D, P] and scales float32 [D, P / 128]; NaN wherever a tile met one.
 
     Raises:
-        ValueError: min_amax out of bounds, or counts that do not add up to N.
+        ValueError: min_amax out of bounds, operands of another kind, or counts that do not add up to N.
     """
+    check_quantized("requantize_columns", *quantized)
     codes_ND, scales_NT = quantized
     num_rows, num_columns = codes_ND.shape
     check_counts("requantize_columns", counts, num_rows)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from kernels.quantize.checks import check_numbers
 from kernels.quantize.layout import E5M6_MIN_AMAX, PackedE5M6, check_packed, num_pairs, num_tiles
 from kernels.quantize.reference import CHUNK_NUMBERS, tiles_of
 
@@ -23,7 +24,11 @@ def pack_e5m6(rows_ND: Tensor) -> PackedE5M6:
 
     Args:
         rows_ND: floating point, read as float32; its rows may lie apart in memory.
+
+    Raises:
+        ValueError: rows of another kind.
     """
+    check_numbers("pack_e5m6: rows_ND", rows_ND, 2)
     num_rows, num_columns = rows_ND.shape
     pairs = num_pairs(num_columns)
     codes_NB = rows_ND.new_empty(num_rows, 3 * pairs, dtype=torch.uint8)

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.quantize.checks import check_numbers, check_quantized
 from kernels.quantize.layout import TILE, Quantized, check_columns, check_min_amax, num_tiles
 from kernels.quantize.tile import codes_of, largest_bits, scales_of
 
@@ -94,9 +95,10 @@ def quantize_1x128(
         num_warps: of a program.
 
     Raises:
-        ValueError: min_amax out of bounds, or the columns are not contiguous.
+        ValueError: min_amax out of bounds, rows of another kind, or the columns are not contiguous.
     """
     check_min_amax(min_amax)
+    check_numbers("quantize_1x128: rows_ND", rows_ND, 2)
     num_rows, num_columns = rows_ND.shape
     tiles = num_tiles(num_columns)
     codes_ND = rows_ND.new_empty(num_rows, num_columns, dtype=torch.float8_e4m3fn)
@@ -134,8 +136,9 @@ def dequantize_1x128(quantized: Quantized, dtype: torch.dtype, *, block_rows: in
         rows_ND: code times scale in float32 (float64 where that is the dtype), rounded to `dtype`.
 
     Raises:
-        ValueError: the columns are not contiguous.
+        ValueError: codes or scales of another kind, that do not fit each other, or whose columns are not contiguous.
     """
+    check_quantized("dequantize_1x128", *quantized)
     codes_ND, scales_NT = quantized
     num_rows, num_columns = codes_ND.shape
     rows_ND = codes_ND.new_empty(num_rows, num_columns, dtype=dtype)

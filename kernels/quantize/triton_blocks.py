@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.quantize.checks import check_numbers, check_quantized_blocks
 from kernels.quantize.layout import TILE, QuantizedBlocks, check_columns, check_min_amax, num_tiles
 from kernels.quantize.tile import codes_of, largest_bits, scales_of
 
@@ -119,9 +120,10 @@ def quantize_128x128(
         num_warps: of a program.
 
     Raises:
-        ValueError: min_amax out of bounds, or the columns are not contiguous.
+        ValueError: min_amax out of bounds, values of another kind, or the columns are not contiguous.
     """
     check_min_amax(min_amax)
+    check_numbers("quantize_128x128: values", values)
     *leading, num_rows, num_columns = values.shape
     codes = values.new_empty(values.shape, dtype=torch.float8_e4m3fn)
     scales = values.new_empty(*leading, num_tiles(num_rows), num_tiles(num_columns), dtype=torch.float32)
@@ -159,8 +161,9 @@ def dequantize_128x128(quantized: QuantizedBlocks, dtype: torch.dtype, *, num_wa
         values: [..., N, D], code times scale in float32, as the released code does, rounded to `dtype`.
 
     Raises:
-        ValueError: the columns are not contiguous.
+        ValueError: codes or scales of another kind, that do not fit each other, or whose columns are not contiguous.
     """
+    check_quantized_blocks("dequantize_128x128", *quantized)
     codes, scales = quantized
     values = codes.new_empty(codes.shape, dtype=dtype)
     if codes.numel() == 0:
@@ -194,8 +197,9 @@ def transpose_blocks(quantized: QuantizedBlocks, *, num_warps: int = 8) -> Quant
         codes [..., D, N] and scales [..., ceil(D / 128), ceil(N / 128)], contiguous.
 
     Raises:
-        ValueError: the columns are not contiguous.
+        ValueError: codes or scales of another kind, that do not fit each other, or whose columns are not contiguous.
     """
+    check_quantized_blocks("transpose_blocks", *quantized)
     codes, scales = quantized
     made = codes.new_empty(codes.mT.shape)
     if codes.numel():

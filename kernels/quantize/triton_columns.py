@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.quantize.checks import check_numbers, check_quantized
 from kernels.quantize.layout import (
     TILE,
     Quantized,
@@ -163,9 +164,11 @@ def quantize_columns(
         codes float8_e4m3fn [D, P] and scales float32 [D, P / 128].
 
     Raises:
-        ValueError: min_amax out of bounds, counts that do not add up to N, or columns that are not contiguous.
+        ValueError: min_amax out of bounds, operands of another kind, counts that do not add up to N, or columns that
+            are not contiguous.
     """
     check_min_amax(min_amax)
+    check_numbers("quantize_columns: rows_ND", rows_ND, 2)
     num_rows, num_columns = rows_ND.shape
     check_counts("quantize_columns", counts, num_rows)
     made = _empty(rows_ND, counts)
@@ -222,9 +225,11 @@ def requantize_columns(
         codes float8_e4m3fn [D, P] and scales float32 [D, P / 128]; NaN wherever a tile met one.
 
     Raises:
-        ValueError: min_amax out of bounds, counts that do not add up to N, or columns that are not contiguous.
+        ValueError: min_amax out of bounds, operands of another kind, counts that do not add up to N, or columns that
+            are not contiguous.
     """
     check_min_amax(min_amax)
+    check_quantized("requantize_columns", *quantized)
     codes_ND, scales_NT = quantized
     num_rows, num_columns = codes_ND.shape
     check_counts("requantize_columns", counts, num_rows)

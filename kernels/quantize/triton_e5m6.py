@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.quantize.checks import check_numbers
 from kernels.quantize.layout import (
     E5M6_MIN_AMAX,
     TILE,
@@ -140,8 +141,9 @@ def pack_e5m6(rows_ND: Tensor, *, block_rows: int = 16, num_warps: int = 4) -> P
         num_warps: of a program.
 
     Raises:
-        ValueError: the columns are not contiguous.
+        ValueError: rows of another kind, or whose columns are not contiguous.
     """
+    check_numbers("pack_e5m6: rows_ND", rows_ND, 2)
     num_rows, num_columns = rows_ND.shape
     pairs, tiles = num_pairs(num_columns), num_tiles(num_columns)
     codes_NB = rows_ND.new_empty(num_rows, 3 * pairs, dtype=torch.uint8)
