@@ -45,10 +45,15 @@ def linear_cross_entropy(
     Args:
         rows_ND: the head's input.
         head_VD: the head's matrix.
-        targets_N: int64; -100 counts nothing.
+        targets_N: int64, below V; -100 counts nothing.
         wants_rows: whether to compute the gradient of the rows.
         wants_head: whether to compute the gradient of the head.
+
+    Raises:
+        ValueError: operands that do not fit each other.
+        RuntimeError: a target is neither below V nor -100.
     """
+    check_operands(rows_ND, head_VD, targets_N)
     wide = torch.promote_types(rows_ND.dtype, torch.float32)
     nats = rows_ND.new_zeros((), dtype=wide)
     grad_rows_ND = torch.empty_like(rows_ND) if wants_rows else None
@@ -57,7 +62,7 @@ def linear_cross_entropy(
     for first in range(0, len(rows_ND), size):
         chunk = slice(first, first + size)
         rows_CD, targets_C1 = rows_ND[chunk], targets_N[chunk, None]
-        counted_C1, places_C1 = targets_C1 != IGNORE, targets_C1.clamp(min=0)
+        counted_C1, places_C1 = targets_C1 != IGNORE, targets_C1.masked_fill(targets_C1 == IGNORE, 0)
         logs_CV = torch.log_softmax((rows_CD @ head_VD.t()).to(wide), -1)
         nats -= logs_CV.gather(1, places_C1).masked_fill_(~counted_C1, 0).sum()
         if not wants_rows and not wants_head:
@@ -73,6 +78,26 @@ def linear_cross_entropy(
     if grad_head_VD is not None and not len(rows_ND):
         grad_head_VD.zero_()
     return CrossEntropy(nats, grad_rows_ND, grad_head_VD)
+
+
+def check_operands(rows_ND: Tensor, head_VD: Tensor, targets_N: Tensor) -> None:
+    """Refuses operands of `linear_cross_entropy` that do not fit each other.
+
+    Raises:
+        ValueError: they are of other shapes or types, or on two devices.
+    """
+    subject = "linear_cross_entropy"
+    if rows_ND.dim() != 2 or head_VD.dim() != 2 or rows_ND.shape[1] != head_VD.shape[1]:
+        shapes = f"{list(rows_ND.shape)} and {list(head_VD.shape)}"
+        raise ValueError(f"{subject}: rows and head must be matrices of as many columns, got {shapes}")
+    if targets_N.shape != rows_ND.shape[:1] or targets_N.dtype != torch.int64:
+        given = f"{targets_N.dtype} {list(targets_N.shape)}"
+        raise ValueError(f"{subject}: targets must be torch.int64 [{len(rows_ND)}], got {given}")
+    if head_VD.dtype != rows_ND.dtype:
+        raise ValueError(f"{subject}: head must be {rows_ND.dtype}, as rows are, got {head_VD.dtype}")
+    if not rows_ND.device == head_VD.device == targets_N.device:
+        given = f"{head_VD.device} and {targets_N.device}"
+        raise ValueError(f"{subject}: head and targets must be on {rows_ND.device}, where rows are, got {given}")
 
 
 def add_product(total_VD: Tensor, left_VC: Tensor, right_CD: Tensor, *, is_first: bool) -> None:

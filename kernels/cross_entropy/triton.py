@@ -9,8 +9,9 @@ Bound by memory. A program owns a row of logits: in the first pass it finds the 
 below it, in the second it writes each logit's slope, softmax less 1 at the target, over the logit; what the second pass
 reads mostly lies in a cache still. A row that counts nothing is filled with zeros. Nothing is atomic. The rows' nats
 are added after the last chunk. Products are torch's. Every offset of a row is computed in int64. Masks: columns beyond
-the last (minus infinity, which adds nothing). A target beyond the last logit is caught only under TRITON_DEBUG=1.
-Tensors must be on the current device. Shape legend: N rows, C rows of a chunk, D hidden size, V vocabulary.
+the last (minus infinity, which adds nothing). A target that is neither below V nor -100 reads nothing and makes its
+row's nats NaN; it is named under TRITON_DEBUG=1 alone, as a check on the host would cost a synchronisation. Tensors
+must be on the current device. Shape legend: N rows, C rows of a chunk, D hidden size, V vocabulary.
 """
 
 import torch
@@ -18,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.cross_entropy.reference import IGNORE, CrossEntropy, add_product
+from kernels.cross_entropy.reference import IGNORE, CrossEntropy, add_product, check_operands
 
 CHUNK_LOGITS = 2**27  # 256 megabytes in 16 bits: enough rows of a large vocabulary to keep a GPU's products efficient
 
@@ -43,8 +44,9 @@ def slopes_kernel(
     target = tl.load(targets + row * targets_stride)
     is_counted = target != IGNORE
     place = tl.where(is_counted, target, 0)
-    tl.device_assert((place >= 0) & (place < num_columns), "linear_cross_entropy: a target must be below V or -100")
-    chosen = tl.load(logits + place).to(WIDE)
+    is_valid = (place >= 0) & (place < num_columns)
+    tl.device_assert(is_valid, "linear_cross_entropy: a target must be below V or -100")
+    chosen = tl.load(logits + place, mask=is_valid, other=float("nan")).to(WIDE)
     # The reductions below keep every thread from writing a slope before all have read the target's logit.
     largest = tl.full((), float("-inf"), WIDE)
     total = tl.zeros((), WIDE)
@@ -128,7 +130,11 @@ def linear_cross_entropy(
         chunk_logits: held at once, about.
         block_columns: logits that a program works on at a time; a power of two.
         num_warps: of a program.
+
+    Raises:
+        ValueError: operands that do not fit each other.
     """
+    check_operands(rows_ND, head_VD, targets_N)
     num_rows, vocab_size = len(rows_ND), len(head_VD)
     wide = torch.promote_types(rows_ND.dtype, torch.float32)
     nats_N = rows_ND.new_empty(num_rows, dtype=wide)

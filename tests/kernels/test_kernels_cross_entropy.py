@@ -113,3 +113,24 @@ def test_cross_entropy_is_finite_where_logits_are_large() -> None:
     assert float(found.nats) == pytest.approx(2e4)
     assert found.rows_ND is not None
     torch.testing.assert_close(found.rows_ND, torch.tensor([[2.0], [0.0]]))
+
+
+@pytest.mark.parametrize("target", [11, -1, -99])
+def test_target_that_is_none_is_not_taken_for_another(target: int) -> None:
+    rows_ND, head_VD = randn(3, 5, seed=0), randn(11, 5, seed=1)
+    targets_N = torch.tensor([2, target, -100])
+    with pytest.raises(RuntimeError, match=f"index {target} is out of bounds"):
+        linear_cross_entropy(rows_ND, head_VD, targets_N, wants_rows=True, wants_head=True)
+
+
+def test_operands_that_do_not_fit_are_named() -> None:
+    rows_ND, head_VD, targets_N = randn(3, 5, seed=0), randn(11, 5, seed=1), torch.zeros(3, dtype=torch.int64)
+    for given, rule in (
+        ((rows_ND, head_VD[:, :4], targets_N), r"matrices of as many columns, got \[3, 5\] and \[11, 4\]"),
+        ((rows_ND, head_VD, targets_N[:2]), r"targets must be torch.int64 \[3\], got torch.int64 \[2\]"),
+        ((rows_ND, head_VD, targets_N.int()), r"targets must be torch.int64 \[3\], got torch.int32 \[3\]"),
+        ((rows_ND, head_VD.float(), targets_N), "head must be torch.float64, as rows are, got torch.float32"),
+        ((rows_ND, head_VD, targets_N.to("meta")), "must be on cpu, where rows are, got cpu and meta"),
+    ):
+        with pytest.raises(ValueError, match=rule):
+            linear_cross_entropy(*given, wants_rows=True, wants_head=True)

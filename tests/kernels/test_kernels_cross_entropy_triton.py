@@ -4,6 +4,7 @@ Shape legend: N rows, D hidden size, V vocabulary.
 """
 
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -75,6 +76,21 @@ def interpreted_misuse() -> str:
     return "nothing was raised"
 
 
+def interpreted_wrong_targets() -> tuple[torch.Tensor, torch.Tensor]:
+    """Nats and slopes of targets of which two are none, as without assertions on the device."""
+    import triton.runtime.interpreter as interpreter
+
+    from kernels.cross_entropy.triton import nats_and_slopes_
+
+    builder = interpreter.interpreter_builder
+    options, builder.options = builder.options, replace(builder.options, debug=False)
+    logits_NV, nats_N = torch.zeros(4, 4), torch.zeros(4)
+    nats_and_slopes_(logits_NV[1:3], torch.tensor([4, -1]), nats_N[1:3], True)
+    nats_and_slopes_(logits_NV[3:], torch.tensor([3]), nats_N[3:], True)
+    builder.options = options
+    return nats_N, logits_NV
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_interpreted_slopes_are_near_the_formula(interpreter: ProcessPoolExecutor, dtype: torch.dtype) -> None:
     interpreter.submit(interpreted_slopes, dtype).result()
@@ -104,6 +120,12 @@ def test_interpreted_row_that_is_not_finite_has_no_slope_that_is_unless_ignored(
 
 def test_target_beyond_the_vocabulary_is_named(interpreter: ProcessPoolExecutor) -> None:
     assert "a target must be below V or -100" in interpreter.submit(interpreted_misuse).result()
+
+
+def test_target_that_is_none_makes_its_nats_nan_and_reads_nothing(interpreter: ProcessPoolExecutor) -> None:
+    nats_N, slopes_NV = interpreter.submit(interpreted_wrong_targets).result()
+    assert nats_N.isnan().tolist() == [False, True, True, False]
+    assert slopes_NV[[0, 3]].tolist() == [[0.0] * 4, [0.25, 0.25, 0.25, -0.75]]
 
 
 def compiled_slopes(dtype: torch.dtype, vocab_size: int, has_slopes: bool) -> Compiled:
