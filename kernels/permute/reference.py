@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from kernels.permute.shapes import check_permute, check_unpermute
+
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 CHUNK_NUMBERS = 2**19  # gathered at a time: two megabytes of float32 stay in the cache
 
@@ -24,8 +26,10 @@ def permute(rows_ND: Tensor, source_A: Tensor, out_AD: Tensor | None = None) -> 
         out_AD, or a new contiguous tensor.
 
     Raises:
+        ValueError: operands that do not fit each other.
         IndexError: a source is N or above.
     """
+    check_permute(rows_ND, source_A, out_AD)
     _check_below("permute: a source", source_A, rows_ND.shape[0])
     if out_AD is None:
         out_AD = rows_ND.new_empty(source_A.shape[0], rows_ND.shape[1])
@@ -53,8 +57,10 @@ def unpermute(rows_AD: Tensor, places_NK: Tensor, dtype: torch.dtype | None = No
         out_ND, accumulated from zero in float32 (float64 for float64 rows) and rounded once.
 
     Raises:
+        ValueError: operands of another kind.
         IndexError: a place is A or above.
     """
+    check_unpermute(rows_AD, places_NK)
     _check_below("unpermute: a place", places_NK, rows_AD.shape[0])
     dtype = dtype or rows_AD.dtype
     wide = torch.float64 if rows_AD.dtype == torch.float64 else torch.float32

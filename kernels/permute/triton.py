@@ -23,6 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.permute.shapes import check_permute, check_unpermute
+
 # What rows are copied as, by the largest number up to 16 that divides all their addresses and lengths in bytes. Of
 # numbers that lie at multiples of 16, Triton moves 16 bytes at a time; and one kernel serves every dtype.
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.uint8}
@@ -110,8 +112,9 @@ def permute(
         out_AD, or a new contiguous tensor.
 
     Raises:
-        ValueError: the columns of a tensor are not contiguous.
+        ValueError: operands that do not fit each other, or whose columns are not contiguous.
     """
+    check_permute(rows_ND, source_A, out_AD)
     num_sources, num_columns = source_A.shape[0], rows_ND.shape[1]
     if out_AD is None:
         out_AD = rows_ND.new_empty(num_sources, num_columns)
@@ -166,8 +169,9 @@ def unpermute(
         out_ND, accumulated from zero in float32 (float64 for float64 rows) and rounded once.
 
     Raises:
-        ValueError: the columns of the rows are not contiguous.
+        ValueError: operands of another kind, or rows whose columns are not contiguous.
     """
+    check_unpermute(rows_AD, places_NK)
     num_tokens, num_places = places_NK.shape
     num_rows, num_columns = rows_AD.shape
     out_ND = rows_AD.new_empty(num_tokens, num_columns, dtype=dtype or rows_AD.dtype)

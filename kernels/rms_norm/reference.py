@@ -6,6 +6,8 @@ Shape legend: ... leading dims, D normalised size.
 import torch
 from torch import Tensor
 
+from kernels.rms_norm.shapes import check_backward, check_weight
+
 
 def inverse_rms(x: Tensor, eps: float) -> Tensor:
     """1 / sqrt(mean(x^2) + eps) over the last dim, [..., 1], in float32 or wider."""
@@ -26,7 +28,12 @@ def normalise(x: Tensor, scale: Tensor, weight_D: Tensor) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """`normalise` of x, and the `inverse_rms` that it took."""
+    """`normalise` of x, and the `inverse_rms` that it took.
+
+    Raises:
+        ValueError: there is not a weight for each column.
+    """
+    check_weight("rms_norm", weight_D, x)
     scale = inverse_rms(x, eps)
     return normalise(x, scale, weight_D), scale
 
@@ -39,7 +46,11 @@ def normalise_backward(grad: Tensor, x: Tensor, scale: Tensor, weight_D: Tensor)
         x: as in the forward.
         scale: `inverse_rms` of x.
         weight_D: as in the forward.
+
+    Raises:
+        ValueError: operands that do not fit each other.
     """
+    check_backward("normalise_backward", grad, x, scale, weight_D)
     wide, wide_grad, weight = x.to(scale.dtype), grad.to(scale.dtype), weight_D.to(scale.dtype)
     # torch's fused backward of layer norm, told that the mean is 0; what it takes off for the mean is added again.
     grad_x, grad_weight_D, _ = torch.ops.aten.native_layer_norm_backward(

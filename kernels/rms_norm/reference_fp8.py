@@ -9,6 +9,7 @@ from torch import Tensor
 from kernels.quantize.layout import Quantized, num_tiles
 from kernels.quantize.reference import CHUNK_NUMBERS, dequantize_1x128, quantize_1x128
 from kernels.rms_norm.reference import inverse_rms
+from kernels.rms_norm.shapes import check_backward_from_codes, check_weight
 
 
 def rms_norm_quantize(x_AD: Tensor, weight_D: Tensor, eps: float, power_of_two: bool) -> tuple[Quantized, Tensor]:
@@ -22,7 +23,11 @@ def rms_norm_quantize(x_AD: Tensor, weight_D: Tensor, eps: float, power_of_two: 
 
     Returns:
         Codes float8_e4m3fn AD with a scale per row and 128 columns, and 1 / sqrt(mean(x^2) + eps), float32 [A, 1].
+
+    Raises:
+        ValueError: there is not a weight for each column.
     """
+    check_weight("rms_norm_quantize", weight_D, x_AD)
     size, num_columns = x_AD.shape
     normal = Quantized(
         x_AD.new_empty(size, num_columns, dtype=torch.float8_e4m3fn),
@@ -56,7 +61,11 @@ def rms_norm_backward_from_codes(
 
     Returns:
         grad_x_AD in the gradient's type, grad_weight_D in float32.
+
+    Raises:
+        ValueError: operands that do not fit each other.
     """
+    check_backward_from_codes("rms_norm_backward_from_codes", grad_AD, normal, inverse_A1, weight_D)
     size, num_columns = grad_AD.shape
     grad_x_AD, grad_weight_D = torch.empty_like(grad_AD), grad_AD.new_zeros(num_columns, dtype=torch.float32)
     weight_D = weight_D.float()

@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.rms_norm.shapes import check_backward, check_weight
 from kernels.rms_norm.tiling import check_columns, tiling
 
 
@@ -120,8 +121,9 @@ def rms_norm(
         normal [..., D] in x's type, and 1 / sqrt(mean(x^2) + eps), [..., 1], float32 (float64 for float64).
 
     Raises:
-        ValueError: rows are too long, or their columns not contiguous.
+        ValueError: there is not a weight for each column, rows are too long, or their columns not contiguous.
     """
+    check_weight("rms_norm", weight_D, x)
     num_columns = x.shape[-1]
     wide = torch.promote_types(x.dtype, torch.float32)
     normal = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -173,8 +175,9 @@ def normalise_backward(
         num_programs: that share the rows, which decides the order of the weight's sums. None: by the block.
 
     Raises:
-        ValueError: rows are too long, or their columns not contiguous.
+        ValueError: operands that do not fit each other, rows that are too long, or columns that are not contiguous.
     """
+    check_backward("normalise_backward", grad, x, scale, weight_D)
     num_columns = x.shape[-1]
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
     if x.numel() == 0:

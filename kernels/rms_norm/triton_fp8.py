@@ -25,6 +25,7 @@ from torch import Tensor
 
 from kernels.quantize.layout import ROWS_MIN_AMAX, TILE, Quantized, num_tiles
 from kernels.quantize.tile import codes_of, largest_bits, scales_of
+from kernels.rms_norm.shapes import check_backward_from_codes, check_weight
 from kernels.rms_norm.tiling import check_columns, tiling
 from kernels.rms_norm.triton import inverse_root
 
@@ -144,8 +145,9 @@ def rms_norm_quantize(
         Codes float8_e4m3fn AD with a scale per row and 128 columns, and 1 / sqrt(mean(x^2) + eps), float32 [A, 1].
 
     Raises:
-        ValueError: rows are too long, or their columns not contiguous.
+        ValueError: there is not a weight for each column, rows are too long, or their columns not contiguous.
     """
+    check_weight("rms_norm_quantize", weight_D, x_AD)
     size, num_columns = x_AD.shape
     normal = Quantized(
         x_AD.new_empty(size, num_columns, dtype=torch.float8_e4m3fn),
@@ -206,8 +208,9 @@ def rms_norm_backward_from_codes(
         grad_x_AD in the gradient's type, grad_weight_D in float32.
 
     Raises:
-        ValueError: rows are too long, or the columns of a tensor are not contiguous.
+        ValueError: operands that do not fit each other, rows that are too long, or columns that are not contiguous.
     """
+    check_backward_from_codes("rms_norm_backward_from_codes", grad_AD, normal, inverse_A1, weight_D)
     size, num_columns = grad_AD.shape
     grad_x_AD = grad_AD.new_empty(size, num_columns)
     if grad_AD.numel() == 0:

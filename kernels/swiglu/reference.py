@@ -7,9 +7,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from kernels.swiglu.shapes import check_backward, check_halves
+
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, [..., M]."""
+    """silu(gate) * up, [..., M].
+
+    Raises:
+        ValueError: gate and up differ in shape, type or device.
+    """
+    check_halves("swiglu", gate, up)
     return functional.silu(gate).mul_(up)
 
 
@@ -19,7 +26,11 @@ def swiglu_backward(grad_AM: Tensor, hidden_AH: Tensor) -> Tensor:
     Args:
         grad_AM: of the output.
         hidden_AH: gate, then up.
+
+    Raises:
+        ValueError: H is not twice the gradient's columns, or rows or devices differ.
     """
+    check_backward("swiglu_backward", grad_AM, hidden_AH)
     gate_AM, up_AM = hidden_AH.chunk(2, 1)
     grad_AH = torch.empty_like(hidden_AH)
     gated_backward(grad_AM, functional.silu(gate_AM), gate_AM, up_AM, grad_AH)

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from kernels.quantize.layout import Quantized, num_tiles
 from kernels.quantize.reference import CHUNK_NUMBERS, dequantize_1x128, quantize_1x128
-from kernels.swiglu.shapes import width_of
+from kernels.swiglu.shapes import check_backward_from_codes, check_weights, width_of
 
 
 def swiglu_quantize(hidden_AH: Tensor, weights_A: Tensor | None, power_of_two: bool) -> tuple[Quantized, Quantized]:
@@ -28,10 +28,11 @@ def swiglu_quantize(hidden_AH: Tensor, weights_A: Tensor | None, power_of_two: b
         and 128 columns; a tile of the hidden values may hold the last gates and the first ups.
 
     Raises:
-        ValueError: H is odd.
+        ValueError: H is odd, or there is not a weight for each row.
     """
     size, hidden = hidden_AH.shape
     width = width_of("swiglu_quantize: hidden_AH", hidden)
+    check_weights("swiglu_quantize", weights_A, hidden_AH)
     gated, cached = _empty(hidden_AH, width), _empty(hidden_AH, hidden)
     chunk_rows = max(1, CHUNK_NUMBERS // max(1, hidden))
     for first in range(0, size if width else 0, chunk_rows):
@@ -61,10 +62,10 @@ def swiglu_backward_from_codes(
         float32 A, or None.
 
     Raises:
-        ValueError: H is not twice the gradient's columns.
+        ValueError: H is not twice the gradient's columns, or other operands do not fit.
     """
     size, width = grad_AM.shape
-    width_of("swiglu_backward_from_codes: hidden", hidden.codes.shape[1], width)
+    check_backward_from_codes("swiglu_backward_from_codes", grad_AM, hidden, weights_A)
     grad_hidden_AH, gated_AM = grad_AM.new_empty(size, 2 * width), torch.empty_like(grad_AM)
     grad_weights_A = None if weights_A is None else grad_AM.new_zeros(size, dtype=torch.float32)
     chunk_rows = max(1, CHUNK_NUMBERS // max(1, 2 * width))

@@ -2,6 +2,10 @@
 
 from torch import Tensor
 
+from kernels.operands import check_operand
+from kernels.quantize.checks import check_quantized
+from kernels.quantize.layout import Quantized
+
 
 def width_of(subject: str, num_columns: int, width: int | None = None) -> int:
     """The intermediate size of hidden values whose gate and up lie side by side.
@@ -19,6 +23,49 @@ def width_of(subject: str, num_columns: int, width: int | None = None) -> int:
         rule = "an even number of columns" if width is None else f"twice the gradient's {width} columns"
         raise ValueError(f"{subject} must have {rule}, got {num_columns}; nearest: {2 * expected}")
     return expected
+
+
+def check_halves(subject: str, gate: Tensor, up: Tensor) -> None:
+    """Refuses a gate and an up that are not alike.
+
+    Raises:
+        ValueError: shapes, types or devices differ.
+    """
+    check_operand(f"{subject}: up", up, tuple(gate.shape), gate.device, gate.dtype)
+
+
+def check_backward(subject: str, grad_AM: Tensor, hidden_AH: Tensor) -> None:
+    """Refuses hidden values that are not those of the gradient.
+
+    Raises:
+        ValueError: H is not twice the gradient's columns, or rows or devices differ.
+    """
+    size, width = grad_AM.shape
+    width_of(f"{subject}: hidden_AH", hidden_AH.shape[1], width)
+    check_operand(f"{subject}: hidden_AH", hidden_AH, (size, 2 * width), grad_AM.device)
+
+
+def check_weights(subject: str, weights_A: Tensor | None, rows: Tensor) -> None:
+    """Refuses weights that are not one for each row.
+
+    Raises:
+        ValueError: another shape or device.
+    """
+    if weights_A is not None:
+        check_operand(f"{subject}: weights_A", weights_A, (rows.shape[0],), rows.device)
+
+
+def check_backward_from_codes(subject: str, grad_AM: Tensor, hidden: Quantized, weights_A: Tensor | None) -> None:
+    """Refuses hidden values in FP8, or weights, that are not those of the gradient.
+
+    Raises:
+        ValueError: H is not twice the gradient's columns, or other operands do not fit.
+    """
+    size, width = grad_AM.shape
+    width_of(f"{subject}: hidden", hidden.codes.shape[1], width)
+    check_operand(f"{subject}: codes", hidden.codes, (size, 2 * width), grad_AM.device)
+    check_quantized(subject, *hidden)
+    check_weights(subject, weights_A, grad_AM)
 
 
 def check_columns(subject: str, matrix: Tensor) -> None:

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.swiglu.shapes import check_columns, width_of
+from kernels.swiglu.shapes import check_backward, check_columns, check_halves
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -97,8 +97,9 @@ def swiglu(gate: Tensor, up: Tensor, *, block_rows: int = 4, block_columns: int 
         num_warps: of a program.
 
     Raises:
-        ValueError: the columns of a tensor are not contiguous.
+        ValueError: gate and up differ in shape, type or device, or columns are not contiguous.
     """
+    check_halves("swiglu", gate, up)
     num_columns = gate.shape[-1]
     out = torch.empty_like(gate, memory_format=torch.contiguous_format)
     if out.numel() == 0:
@@ -138,10 +139,10 @@ def swiglu_backward(
         num_warps: of a program.
 
     Raises:
-        ValueError: H is not twice the gradient's columns, or the columns of a tensor are not contiguous.
+        ValueError: H is not twice the gradient's columns, rows or devices differ, or columns are not contiguous.
     """
     num_rows, num_columns = grad_AM.shape
-    width_of("swiglu_backward: hidden_AH", hidden_AH.shape[1], num_columns)
+    check_backward("swiglu_backward", grad_AM, hidden_AH)
     out_AH = torch.empty_like(hidden_AH, memory_format=torch.contiguous_format)
     if out_AH.numel() == 0:
         return out_AH

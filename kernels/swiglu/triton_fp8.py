@@ -24,7 +24,7 @@ from torch import Tensor
 
 from kernels.quantize.layout import ROWS_MIN_AMAX, TILE, Quantized, num_tiles
 from kernels.quantize.tile import codes_of, largest_bits, scales_of
-from kernels.swiglu.shapes import check_columns, width_of
+from kernels.swiglu.shapes import check_backward_from_codes, check_columns, check_weights, width_of
 from kernels.swiglu.triton import sigmoid
 
 
@@ -168,10 +168,11 @@ def swiglu_quantize(
         and 128 columns; a tile of the hidden values may hold the last gates and the first ups.
 
     Raises:
-        ValueError: H is odd, or the columns are not contiguous.
+        ValueError: H is odd, there is not a weight for each row, or the columns are not contiguous.
     """
     size, hidden = hidden_AH.shape
     width = width_of("swiglu_quantize: hidden_AH", hidden)
+    check_weights("swiglu_quantize", weights_A, hidden_AH)
     gated, cached = (
         Quantized(
             hidden_AH.new_empty(size, columns, dtype=torch.float8_e4m3fn),
@@ -220,10 +221,10 @@ def swiglu_backward_from_codes(
         float32 A, or None.
 
     Raises:
-        ValueError: H is not twice the gradient's columns, or the columns of a tensor are not contiguous.
+        ValueError: H is not twice the gradient's columns, other operands do not fit, or columns are not contiguous.
     """
     size, width = grad_AM.shape
-    width_of("swiglu_backward_from_codes: hidden", hidden.codes.shape[1], width)
+    check_backward_from_codes("swiglu_backward_from_codes", grad_AM, hidden, weights_A)
     grad_hidden_AH, gated_AM = grad_AM.new_empty(size, 2 * width), grad_AM.new_empty(size, width)
     sums_AT = None if weights_A is None else grad_AM.new_empty(size, num_tiles(width), dtype=torch.float32)
     if size and width:

@@ -77,7 +77,7 @@ def interpreted_misuse() -> list[str]:
     for misuse in (
         partial(quantize_1x128, rows.t(), True),
         partial(quantize_1x128, rows, True, 0.0),
-        partial(dequantize_1x128, Quantized(quantized.codes.t(), quantized.scales), torch.float32),
+        partial(dequantize_1x128, Quantized(quantized.codes.t(), torch.ones(3, 2)), torch.float32),
     ):
         try:
             misuse()
