@@ -4,9 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from kernels.gemm_fp8.descriptors import ALIGNMENT_BYTES
-
 SMALLEST_SIDE = 16
+KNOWN_MULTIPLE = 16  # Triton compiles in whether a number is a multiple of that, and of nothing else
 LARGEST_SIDE = 256
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -54,6 +53,11 @@ OF_16_BITS_ONE_BY_ONE = GroupedTiling(columns=128, stages=4)
 OF_32_BITS = GroupedTiling(rows=64, columns=64, depth=32, programs_per_sm=2)
 
 
+def is_stored_at_once(num_columns: int) -> bool:
+    """Whether rows of so many columns are known to begin at multiples of 16 bytes, of which a store moves as many."""
+    return num_columns % KNOWN_MULTIPLE == 0
+
+
 def tiling_for(subject: str, dtype: torch.dtype, num_columns: int) -> GroupedTiling:
     """The one that suits a result.
 
@@ -70,5 +74,4 @@ def tiling_for(subject: str, dtype: torch.dtype, num_columns: int) -> GroupedTil
         raise ValueError(f"{subject}: the type must be one of {valid}, got {dtype}; nearest: float32")
     if dtype == torch.float32:
         return OF_32_BITS
-    is_aligned = num_columns * dtype.itemsize % ALIGNMENT_BYTES == 0
-    return OF_16_BITS if is_aligned else OF_16_BITS_ONE_BY_ONE
+    return OF_16_BITS if is_stored_at_once(num_columns) else OF_16_BITS_ONE_BY_ONE

@@ -30,7 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.gemm_fp8.descriptors import allow_descriptors, described
-from kernels.gemm_fp8.tiling import Tiling
+from kernels.gemm_fp8.tiling import STORED_BY_MASK, Tiling
 from kernels.grouped_gemm.shapes import check_rows_fp8, check_weight_fp8
 from kernels.grouped_gemm.tiles import (
     depth_bounds,
@@ -42,6 +42,7 @@ from kernels.grouped_gemm.tiles import (
     tile_of_rows,
     tiles_of,
 )
+from kernels.grouped_gemm.tiling import is_stored_at_once
 from kernels.quantize.layout import TILE, Quantized, QuantizedBlocks, QuantizedColumns
 
 OF_ROWS = Tiling()
@@ -154,7 +155,7 @@ def grouped_rows_fp8(
     counts: Sequence[int],
     dtype: torch.dtype,
     *,
-    tiling: Tiling = OF_ROWS,
+    tiling: Tiling | None = None,
 ) -> Tensor:
     """`gemm_fp8` of each group's rows with its matrix (arXiv:2412.19437, section 3.3.2).
 
@@ -163,7 +164,7 @@ def grouped_rows_fp8(
         weights: codes [E, N, K] with scales by 128 x 128; likewise.
         counts: rows of each group, some of them possibly 0.
         dtype: of the result.
-        tiling: how to cut it up.
+        tiling: how to cut it up; by default what suits the result.
 
     Returns:
         [A, N], rounded once, to `dtype`. What is NaN in one group stays in its rows.
@@ -175,6 +176,7 @@ def grouped_rows_fp8(
     out_AN = rows.codes.new_empty(num_rows, num_outputs, dtype=dtype)
     if out_AN.numel() == 0 or depth == 0:
         return out_AN.zero_()
+    tiling = tiling or (OF_ROWS if is_stored_at_once(num_outputs) else STORED_BY_MASK)
     rows_AK, weights_ENK = described(rows.codes), described_matrices(weights.codes)
     rows_scales = _contiguous_rows(rows.scales)
     places_T5 = row_places(counts, tiling.rows, tiling.group, out_AN.device)

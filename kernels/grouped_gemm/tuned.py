@@ -9,8 +9,8 @@ import triton
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from kernels.gemm_fp8.descriptors import ALIGNMENT_BYTES
 from kernels.gemm_fp8.tiling import Tiling
+from kernels.grouped_gemm.tiling import is_stored_at_once
 from kernels.grouped_gemm.triton_fp8 import OF_ROWS, OF_WEIGHT, grouped_rows_fp8, grouped_weight_fp8
 from kernels.quantize.layout import Quantized, QuantizedBlocks, QuantizedColumns
 
@@ -50,8 +50,8 @@ class TunedGroupedGemm:
             candidates: tilings to choose from.
             weight_candidates: likewise, for gradients.
             milliseconds: measures a call; by default Triton's own benchmark, and on CUDA tensors alone: elsewhere
-                nothing is tried, and the kernels' own tilings are used. So it is for results whose rows are not a
-                multiple of 16 bytes: addresses of single numbers take registers, of which other tilings have none left.
+                nothing is tried, and the kernels' own tilings are used. So it is for results whose columns are not
+                a multiple of 16: addresses of single numbers take registers, of which other tilings have none left.
         """
         self._candidates = tuple(candidates)
         self._weight_candidates = tuple(weight_candidates)
@@ -81,8 +81,8 @@ class TunedGroupedGemm:
         milliseconds = self._milliseconds
         if milliseconds is None and device.type == "cuda":
             milliseconds = _benchmark
-        _, dtype, *_, num_columns = key
-        if milliseconds is None or 0 in key or num_columns * dtype.itemsize % ALIGNMENT_BYTES:
+        *_, num_columns = key
+        if milliseconds is None or 0 in key or not is_stored_at_once(num_columns):
             return product()
         if key not in self._chosen:
             times: dict[Tiling, float] = {}

@@ -23,7 +23,7 @@ def compiled_rows_fp8(num_outputs: int, depth: int, dtype: torch.dtype, candidat
     rows = Quantized(torch.empty(num_rows, depth, dtype=torch.float8_e4m3fn), torch.empty(num_rows, tiles))
     codes = torch.empty(num_groups, num_outputs, depth, dtype=torch.float8_e4m3fn)
     weights = QuantizedBlocks(codes, torch.empty(num_groups, -(-num_outputs // 128), tiles))
-    tiling = module.OF_ROWS if candidate is None else CANDIDATES[candidate]
+    tiling = None if candidate is None else CANDIDATES[candidate]
     launch = partial(module.grouped_rows_fp8, rows, weights, LARGE_COUNTS, dtype, tiling=tiling)
     return compile_launch(module, "grouped_rows_fp8_kernel", launch)
 
@@ -95,7 +95,8 @@ def test_compiled_gradient_of_groups_is_pipelined_with_any_tiling(candidate: int
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_compiled_products_of_groups_of_odd_width_are_sound(dtype: torch.dtype) -> None:
-    assert_pipelined(compiled_rows_fp8(131, 200, dtype, None), "e4m3", 32)
+    for num_outputs, depth in ((131, 200), (131, 128), (2056, 128)):
+        assert_pipelined(compiled_rows_fp8(num_outputs, depth, dtype, None), "e4m3", 32)
     if dtype == torch.float32:
         assert_pipelined(compiled_weight_fp8(131, 201, None), "e4m3", 32)
 
@@ -118,7 +119,9 @@ def compiled_weight_16_bits(dtype: torch.dtype, num_inputs: int) -> Compiled:
     return compile_launch(module, "grouped_weight_kernel", partial(module.grouped_weight, grad, rows, LARGE_COUNTS))
 
 
-@pytest.mark.parametrize(("num_outputs", "across"), [(4096, False), (4096, True), (4097, False), (4097, True)])
+@pytest.mark.parametrize(
+    ("num_outputs", "across"), [(4096, False), (4096, True), (4097, False), (4097, True), (2056, False), (2056, True)]
+)
 def test_compiled_product_of_groups_in_bfloat16_is_pipelined(num_outputs: int, across: bool) -> None:
     compiled = compiled_16_bits(torch.bfloat16, num_outputs, across)
     assert_pipelined(compiled, "bf16", 16)
