@@ -1,7 +1,8 @@
 """Products in FP8 by the package `deep_gemm` (version 2), where it is installed and made for the operands.
 
 On Hopper it wants both operands with K contiguous and scales in float32; it transposes those by row itself, so that
-they begin at multiples of 16 bytes for each 128 of K. A weight with blocks gives bfloat16 and nothing else; scales by
+they begin at multiples of 16 bytes for each 128 of K. Rows that lie apart, as those of a packed message do, are copied
+together first. A weight with blocks gives bfloat16 and nothing else; scales by
 row on both sides give float32, added to what the result holds already.
 
 Shape legend: M rows of the left operand, N rows of the right one, K numbers in a row of both, P rows of all groups,
@@ -50,12 +51,12 @@ class DeepGemm:
         """As `kernels.gemm_fp8.reference.gemm_fp8`."""
         num_rows, num_outputs, depth = check_rows_by_blocks("gemm_fp8", left, right)
         suits = dtype == torch.bfloat16 and num_rows > 0 and _fits(num_outputs, OUTPUTS_MULTIPLE)
-        if not suits or not _fits(depth, TILE) or not _in_order(*left, *right):
+        if not suits or not _fits(depth, TILE) or not _in_order(*right):
             return self._otherwise(left, right, dtype)
         from deep_gemm import fp8_gemm_nt  # type: ignore[import-not-found, unused-ignore]
 
         out_MN = left.codes.new_empty(num_rows, num_outputs, dtype=dtype)
-        fp8_gemm_nt(tuple(left), tuple(right), out_MN)
+        fp8_gemm_nt(tuple(rows_together(left)), tuple(right), out_MN)
         return out_MN
 
     def gemm_fp8_columns(self, left: QuantizedColumns, right: QuantizedColumns) -> Tensor:
@@ -69,6 +70,13 @@ class DeepGemm:
         out_MN = left.scales.new_zeros(num_rows, num_outputs)
         fp8_gemm_nt(tuple(left), tuple(right), out_MN, c=out_MN, recipe=ROWS_BY_ROWS)
         return out_MN
+
+
+def rows_together(rows: Quantized) -> Quantized:
+    """The same rows and scales, one row after the other from where the package can read them."""
+    codes = rows.codes.contiguous()
+    codes = codes if codes.data_ptr() % ALIGNMENT_BYTES == 0 else codes.clone()
+    return Quantized(codes, rows.scales.contiguous())
 
 
 def _fits(size: int, multiple: int) -> bool:

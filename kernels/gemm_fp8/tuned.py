@@ -11,10 +11,10 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from triton.runtime.errors import OutOfResources
 
 from kernels.gemm_fp8.descriptors import ALIGNMENT_BYTES, LARGEST_DESCRIBED_BYTES
 from kernels.gemm_fp8.tiling import Tiling
+from kernels.gemm_fp8.timing import Milliseconds, fastest, stream_milliseconds
 from kernels.gemm_fp8.triton import gemm_fp8, gemm_fp8_columns
 from kernels.quantize.layout import Quantized, QuantizedBlocks, QuantizedColumns
 
@@ -40,13 +40,13 @@ class TunedGemm:
     def __init__(
         self,
         candidates: Iterable[Tiling] = CANDIDATES,
-        milliseconds: Callable[[Callable[[], Any]], float] | None = None,
+        milliseconds: Milliseconds | None = None,
     ) -> None:
         """Nothing is tried yet.
 
         Args:
             candidates: tilings to choose from.
-            milliseconds: measures a call; by default Triton's own benchmark, and on CUDA tensors alone: elsewhere
+            milliseconds: measures a call; by default `stream_milliseconds`, and on CUDA tensors alone: elsewhere
                 nothing is tried, and the kernel's own tiling is used. So it is for results whose rows are not a
                 multiple of 16 bytes, and for float64: no descriptor stores them, and addresses take registers.
         """
@@ -69,26 +69,14 @@ class TunedGemm:
         if milliseconds is None:
             if device.type != "cuda":
                 return None
-            milliseconds = _benchmark
+            milliseconds = stream_milliseconds
         _, dtype, *sizes = key
         stored_by_mask = sizes[1] * dtype.itemsize % ALIGNMENT_BYTES or dtype.itemsize > LARGEST_DESCRIBED_BYTES
         if stored_by_mask or 0 in sizes:
             return None
         if key not in self._chosen:
-            times: dict[Tiling, float] = {}
-            for tiling in self._candidates:
-                try:
-                    times[tiling] = milliseconds(partial(product, *arguments, tiling=tiling))
-                except OutOfResources:
-                    continue  # a tile for results of fewer bytes, or for a GPU with more shared memory
-            self._chosen[key] = min(times, key=times.__getitem__)
+            self._chosen[key] = fastest(self._candidates, partial(product, *arguments), milliseconds)
         return self._chosen[key]
-
-
-def _benchmark(call: Callable[[], Any]) -> float:
-    from triton.testing import do_bench
-
-    return float(do_bench(call, warmup=5, rep=20, return_mode="median"))
 
 
 def _sizes(left: Tensor, right: Tensor) -> tuple[int, int, int]:

@@ -1,7 +1,8 @@
 """Grouped products in FP8 by the package `deep_gemm` (version 2), where it is installed and made for the operands.
 
 On Hopper each group's rows must begin at a multiple of 128: rows are gathered into place, and the results' gathered
-back, unless all counts are such multiples. For a gradient each group's columns must lie together, one group's after the
+back, unless all counts are such multiples; rows that lie apart, as those of a packed message do, then are copied
+together. For a gradient each group's columns must lie together, one group's after the
 other's: the codes are copied so, and the scales transposed. Results of rows are bfloat16 and nothing else; gradients
 are float32, added to what the result holds already.
 
@@ -15,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.gemm_fp8.deep_gemm import ALIGNMENT_BYTES, OUTPUTS_MULTIPLE
+from kernels.gemm_fp8.deep_gemm import ALIGNMENT_BYTES, OUTPUTS_MULTIPLE, rows_together
 from kernels.grouped_gemm.shapes import check_rows_fp8, check_weight_fp8
 from kernels.grouped_gemm.tiles import on_device
 from kernels.quantize.layout import TILE, Quantized, QuantizedBlocks, QuantizedColumns, num_tiles, padded_rows
@@ -52,7 +53,9 @@ class DeepGemmGrouped:
         from deep_gemm import m_grouped_fp8_gemm_nt_contiguous  # type: ignore[import-not-found, unused-ignore]
 
         layout = _layout_of(counts, rows.codes.device)
-        if layout.sources_P is not None:
+        if layout.sources_P is None:
+            rows = rows_together(rows)
+        else:
             rows = Quantized(_select(rows.codes, layout.sources_P), rows.scales.index_select(0, layout.sources_P))
         out_PN = rows.codes.new_empty(len(rows.codes), num_outputs, dtype=dtype)
         m_grouped_fp8_gemm_nt_contiguous(tuple(rows), tuple(weights), out_PN, layout.groups_P)
@@ -74,10 +77,10 @@ class DeepGemmGrouped:
 
 
 def serves_rows(rows: Quantized, weights: QuantizedBlocks, dtype: torch.dtype) -> bool:
-    """Whether the package takes rows and matrices, which are checked to fit each other."""
+    """Whether the package takes rows, put in order, and matrices, which are checked to fit each other."""
     num_groups, num_outputs, depth = weights.codes.shape
     sizes_fit = len(rows.codes) > 0 and num_groups > 0 and _fits(num_outputs, OUTPUTS_MULTIPLE) and _fits(depth, TILE)
-    return dtype == torch.bfloat16 and sizes_fit and _in_order(*rows, *weights)
+    return dtype == torch.bfloat16 and sizes_fit and _in_order(*weights)
 
 
 def serves_weight(grad: QuantizedColumns, rows: QuantizedColumns) -> bool:

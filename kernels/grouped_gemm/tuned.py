@@ -2,14 +2,13 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 import triton
 from torch import Tensor
-from triton.runtime.errors import OutOfResources
 
 from kernels.gemm_fp8.tiling import Tiling
+from kernels.gemm_fp8.timing import Milliseconds, fastest, stream_milliseconds
 from kernels.grouped_gemm.tiling import is_stored_at_once
 from kernels.grouped_gemm.triton_fp8 import OF_ROWS, OF_WEIGHT, grouped_rows_fp8, grouped_weight_fp8
 from kernels.quantize.layout import Quantized, QuantizedBlocks, QuantizedColumns
@@ -42,14 +41,14 @@ class TunedGroupedGemm:
         self,
         candidates: Iterable[Tiling] = CANDIDATES,
         weight_candidates: Iterable[Tiling] = WEIGHT_CANDIDATES,
-        milliseconds: Callable[[Callable[[], Any]], float] | None = None,
+        milliseconds: Milliseconds | None = None,
     ) -> None:
         """Nothing is tried yet.
 
         Args:
             candidates: tilings to choose from.
             weight_candidates: likewise, for gradients.
-            milliseconds: measures a call; by default Triton's own benchmark, and on CUDA tensors alone: elsewhere
+            milliseconds: measures a call; by default `stream_milliseconds`, and on CUDA tensors alone: elsewhere
                 nothing is tried, and the kernels' own tilings are used. So it is for results whose columns are not
                 a multiple of 16: addresses of single numbers take registers, of which other tilings have none left.
         """
@@ -80,25 +79,13 @@ class TunedGroupedGemm:
     ) -> Tensor:
         milliseconds = self._milliseconds
         if milliseconds is None and device.type == "cuda":
-            milliseconds = _benchmark
+            milliseconds = stream_milliseconds
         *_, num_columns = key
         if milliseconds is None or 0 in key or not is_stored_at_once(num_columns):
             return product()
         if key not in self._chosen:
-            times: dict[Tiling, float] = {}
-            for tiling in candidates:
-                try:
-                    times[tiling] = milliseconds(partial(product, tiling=tiling))
-                except OutOfResources:
-                    continue  # a tile for a GPU with more shared memory
-            self._chosen[key] = min(times, key=times.__getitem__)
+            self._chosen[key] = fastest(candidates, product, milliseconds)
         return product(tiling=self._chosen[key])
-
-
-def _benchmark(call: Callable[[], Any]) -> float:
-    from triton.testing import do_bench
-
-    return float(do_bench(call, warmup=5, rep=20, return_mode="median"))
 
 
 def _rounded(num_rows: int) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kernels.gemm_fp8 import deep_gemm, hopper, reference
 from kernels.quantize.layout import Quantized, QuantizedBlocks, QuantizedColumns
+from kernels.quantize.packed import pack, unpack
 from kernels.quantize.reference import quantize_1x128
 from kernels.quantize.reference_blocks import quantize_128x128
 from kernels.quantize.reference_columns import quantize_columns
@@ -163,12 +164,17 @@ def test_what_deep_gemm_is_not_made_for_goes_elsewhere(calls: Calls) -> None:
     for shape in ((5, 64, 128), (64, 5, 128), (64, 64, 0), (0, 64, 128), (64, 0, 128)):
         check_columns(adapter.gemm_fp8_columns, "cpu", shape)
     left, right = operands((5, 128, 384))
-    adapter.gemm_fp8(Quantized(left.codes[:, :256], left.scales[:, :2].contiguous()), _first_256(right), torch.bfloat16)
+    adapter.gemm_fp8(left, QuantizedBlocks(right.codes.t().contiguous().t(), right.scales), torch.bfloat16)
     assert (calls.num_blocks, calls.num_rows) == (0, 0)
 
 
-def _first_256(right: QuantizedBlocks) -> QuantizedBlocks:
-    return QuantizedBlocks(right.codes[:, :256].contiguous(), right.scales[:, :2].contiguous())
+def test_deep_gemm_takes_rows_out_of_a_message(calls: Calls) -> None:
+    refuse = partial(pytest.fail, "the package serves this shape")
+    adapter = deep_gemm.DeepGemm(refuse, refuse)
+    left, right = operands((5, 128, 384))
+    made_MN = adapter.gemm_fp8(unpack(pack(left), 384), right, torch.bfloat16)
+    assert torch.equal(made_MN, adapter.gemm_fp8(left, right, torch.bfloat16))
+    assert calls.num_blocks == 2
 
 
 def test_deep_gemm_is_for_hopper_alone() -> None:

@@ -9,6 +9,7 @@ import torch
 from kernels.grouped_gemm.deep_gemm import DeepGemmGrouped, serves_rows, serves_weight
 from kernels.grouped_gemm.reference_fp8 import grouped_rows_fp8, grouped_weight_fp8
 from kernels.quantize.layout import Quantized, QuantizedBlocks, QuantizedColumns
+from kernels.quantize.packed import pack, unpack
 from kernels.quantize.reference import quantize_1x128
 from kernels.quantize.reference_blocks import quantize_128x128
 from kernels.quantize.reference_columns import quantize_columns
@@ -92,6 +93,15 @@ def test_deep_gemm_is_given_groups_where_it_wants_them(calls: Calls, counts: tup
     assert calls.num_weights == 1
 
 
+@pytest.mark.parametrize("counts", [(3, 130), (128, 256)])
+def test_deep_gemm_takes_rows_out_of_a_message(calls: Calls, counts: tuple[int, ...]) -> None:
+    refuse = partial(pytest.fail, "the package serves this shape")
+    product = partial(DeepGemmGrouped(refuse, refuse).grouped_rows_fp8, counts=counts, dtype=torch.bfloat16)
+    rows, weights = operands(counts, 64, 256)
+    assert torch.equal(product(unpack(pack(rows), 256), weights), product(rows, weights))
+    assert len(calls.num_rows) == 2
+
+
 def test_deep_gemm_keeps_nan_within_its_group(calls: Calls) -> None:
     rows, weights = operands((3, 130), 64, 128)
     rows.scales[0] = torch.nan
@@ -109,9 +119,8 @@ def test_what_deep_gemm_is_not_made_for_goes_elsewhere(calls: Calls) -> None:
     check_empty_fp8(adapter.grouped_rows_fp8, adapter.grouped_weight_fp8, "cpu")
     rows, weights = operands((3, 130), 64, 256)
     assert serves_rows(rows, weights, torch.bfloat16)
-    part = Quantized(rows.codes[:, :128], rows.scales[:, :1].contiguous())
-    half = QuantizedBlocks(weights.codes[:, :, :128].contiguous(), weights.scales[:, :, :1].contiguous())
-    adapter.grouped_rows_fp8(part, half, (3, 130), torch.bfloat16)
+    across = QuantizedBlocks(weights.codes.transpose(1, 2).contiguous().transpose(1, 2), weights.scales)
+    adapter.grouped_rows_fp8(rows, across, (3, 130), torch.bfloat16)
     grad, inputs = column_operands((3, 130), 64, 128)
     assert serves_weight(grad, inputs)
     apart = QuantizedColumns(inputs.codes.t().contiguous().t(), inputs.scales)
