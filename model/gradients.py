@@ -1,5 +1,6 @@
 """Who owns gradients between backward passes and the optimiser's step."""
 
+from collections import deque
 from collections.abc import Callable, Iterable
 from functools import partial
 
@@ -11,17 +12,17 @@ class WeightQueue:
     """Weight gradients of one phase of one micro-batch, waiting for their W."""
 
     def __init__(self) -> None:
-        self._waiting: list[tuple[Tensor, Callable[[], Tensor]]] = []
+        self._waiting: deque[tuple[Tensor, Callable[[], Tensor]]] = deque()
 
     def defer(self, weight: Tensor, gradient: Callable[[], Tensor]) -> None:
         """Keeps a closure that computes the gradient of `weight`."""
         self._waiting.append((weight, gradient))
 
     def flush(self, store: "GradientStore") -> None:
-        """Computes all that waits, adds it to the store, and drops what it held."""
-        waiting, self._waiting = self._waiting, []
+        """Computes all that waits and adds it to the store; what each held goes before the next is computed."""
         with torch.no_grad():
-            for weight, gradient in waiting:
+            while self._waiting:
+                weight, gradient = self._waiting.popleft()
                 store.add(weight, gradient())
 
 

@@ -1,5 +1,7 @@
 """The split backward: the same gradients as torch's, the weights' put off and given once."""
 
+from weakref import ref
+
 import torch
 from torch import nn
 
@@ -27,6 +29,23 @@ def test_split_linear_gives_input_gradient_now_and_weight_gradient_later() -> No
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(store.gradient(weight), reference.grad, rtol=1e-12, atol=1e-14)
     assert weight.grad is None
+
+
+def test_queue_drops_what_a_gradient_held_before_it_computes_the_next() -> None:
+    weight, queue = nn.Parameter(randn(1, seed=0)), WeightQueue()
+    seen: list[bool] = []
+    held = randn(1, seed=1)
+    first = ref(held)
+
+    def second() -> torch.Tensor:
+        seen.append(first() is None)
+        return randn(1, seed=2)
+
+    queue.defer(weight, held.double)
+    queue.defer(weight, second)
+    del held
+    queue.flush(GradientStore([weight]))
+    assert seen == [True]
 
 
 def test_store_keeps_float32_sums_of_bf16_gradients() -> None:
