@@ -1,0 +1,208 @@
+"""Configurations that are invalid by construction, each with the key that its refusal must name.
+
+`python -m tests.launch.fuzz [COUNT] [SEED]` gives each to the command itself, in an empty folder, and prints what came
+of them: exit codes, seconds, and those that were not refused as they should be.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, is_dataclass
+from itertools import islice
+from pathlib import Path
+from random import Random
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from launch.compose import compose_defaults, default_groups
+from train.config import TrainConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+SECONDS = 3.0
+"""Within which a refusal must come."""
+_BASES = ("experiment=quickstart", "experiment=two_nodes", "experiment=four_nodes")
+_LETTERS = "abcdefghijklmnopqrstuvwxyz_"
+
+
+@dataclass(frozen=True, slots=True)
+class Invalid:
+    """Overrides of `conf/train.yaml`. keys: the refusal begins with one of them, or names it."""
+
+    overrides: tuple[str, ...]
+    keys: tuple[str, ...]
+
+
+def invalid_configurations(seed: int) -> Iterator[Invalid]:
+    """One after the other, without end: of each kind in turn, drawn from a seed."""
+    random = Random(seed)
+    leaves = dict(_leaves(TrainConfig, ""))
+    makers: tuple[Callable[[Random, dict[str, Any]], Invalid], ...] = (
+        _misspelled,
+        _of_another_type,
+        _negative,
+        _of_no_option,
+        _at_odds,
+        _not_finite,
+    )
+    while True:
+        for make in makers:
+            made = make(random, leaves)
+            yield Invalid((random.choice(_BASES), *made.overrides), made.keys)
+
+
+def _leaves(cls: Any, place: str) -> Iterator[tuple[str, Any]]:
+    """Dotted keys that every run has, with their types."""
+    for field in fields(cls):
+        hint, path = get_type_hints(cls)[field.name], f"{place}.{field.name}" if place else field.name
+        if is_dataclass(hint):
+            yield from _leaves(hint, path)
+        elif not any(is_dataclass(member) for member in get_args(hint)):
+            yield path, hint
+
+
+def _known() -> set[str]:
+    def dotted(values: Any, place: str) -> Iterator[str]:
+        for key, value in values.items():
+            path = f"{place}.{key}" if place else str(key)
+            yield path
+            if isinstance(value, dict):
+                yield from dotted(value, path)
+
+    return {*dotted(compose_defaults("train"), ""), *default_groups("train")}
+
+
+def _misspelled(random: Random, leaves: dict[str, Any]) -> Invalid:
+    known = _known()
+    while True:
+        key = random.choice(sorted(leaves))
+        parent, dot, name = key.rpartition(".")
+        at = random.randrange(len(name))
+        letter = random.choice(_LETTERS)
+        wrong = random.choice(
+            (name[:at] + name[at + 1 :], name[:at] + letter + name[at:], name[:at] + letter + name[at + 1 :])
+        )
+        path = parent + dot + wrong
+        if wrong and wrong.isidentifier() and path not in known:
+            return Invalid((f"{path}=1",), (path,))
+
+
+def _of_another_type(random: Random, leaves: dict[str, Any]) -> Invalid:
+    key = random.choice([key for key, hint in leaves.items() if _wrong_values(hint)])
+    return Invalid((f"{key}={random.choice(_wrong_values(leaves[key]))}",), (key,))
+
+
+def _wrong_values(hint: Any) -> list[str]:
+    """Values, in the override grammar, that are of none of a type's values."""
+    if get_origin(hint) in (Union, UnionType):
+        kept = [member for member in get_args(hint) if member is not NoneType]
+        return [] if len(kept) > 1 else [value for value in _wrong_values(kept[0]) if value != "null"]
+    if hint is bool:
+        return ["maybe", "3", "[true]", "null"]
+    if hint is int:
+        return ["many", "1.5", "[1]", "null", "true", "{a:1}", "''"]
+    if hint is float:
+        return ["much", "[1.0]", "null", "true", "{a:1}", "''"]
+    if get_origin(hint) is Literal:
+        return ["nonesuch", "17", "[nonesuch]", "null", "''"]
+    if get_origin(hint) is tuple:
+        return ["7", "true", "null", "{a:1}"]
+    return ["[text]", "5", "null", "{a:1}"] if hint is str else []
+
+
+def _negative(random: Random, leaves: dict[str, Any]) -> Invalid:
+    numbers = [key for key, hint in leaves.items() if {int, float} & {hint, *get_args(hint)}]
+    key = random.choice(numbers)
+    return Invalid((f"{key}={random.choice((-1, -3, -(10**9), -(10**30)))}",), (key,))
+
+
+def _not_finite(random: Random, leaves: dict[str, Any]) -> Invalid:
+    key = random.choice([key for key, hint in leaves.items() if float in {hint, *get_args(hint)}])
+    return Invalid((f"{key}={random.choice(('nan', 'inf', '-inf', '1e999'))}",), (key,))
+
+
+def _of_no_option(random: Random, leaves: dict[str, Any]) -> Invalid:
+    group = random.choice(sorted(default_groups("train")))
+    value = random.choice(("nonesuch", "17", "[a,b]", "a,b", "''"))
+    return Invalid((f"{group}={value}",), (group,))
+
+
+def _at_odds(random: Random, leaves: dict[str, Any]) -> Invalid:
+    """Values that are right by themselves and not beside each other."""
+    odd = random.choice((3, 5, 7))
+    large = random.randrange(10**4, 10**6)
+    return random.choice(
+        (
+            Invalid((f"parallelism.pipeline={odd}", "schedule=dualpipe"), ("parallelism.pipeline",)),
+            Invalid(("parallelism.data=4", f"parallelism.expert={odd}"), ("parallelism.expert",)),
+            Invalid((f"stage.global_batch_sequences={8 * odd + 1}",), ("stage.global_batch_sequences",)),
+            Invalid((f"stage.sequence_length_tokens={large}",), ("stage.sequence_length_tokens",)),
+            Invalid(
+                (f"model.num_routed_experts={16 * odd + 1}",), ("model.num_routed_experts", "model.num_expert_groups")
+            ),
+            Invalid((f"model.num_experts_per_token={large}",), ("model.num_experts_per_token",)),
+            Invalid((f"model.num_limited_groups={large}",), ("model.num_limited_groups",)),
+            Invalid((f"model.num_dense_layers={large}",), ("model.num_dense_layers",)),
+            Invalid((f"model.qk_rope_head_dim={2 * odd + 1}",), ("model.qk_rope_head_dim",)),
+            Invalid((f"optim.warmup_steps={large}",), ("optim.decay_start_step",)),
+            Invalid((f"optim.final_learning_rate={large}",), ("optim.final_learning_rate",)),
+            Invalid(("precision=float64",), ("optim.sharding",)),
+            Invalid(("precision=fp8", "recompute=[norm]"), ("recompute",)),
+            Invalid(("optim.moments=bf16", "optim.beta2=0.99"), ("optim.beta2",)),
+            Invalid(("attention=flex",), ("attention",)),
+            Invalid(("cluster.backend=nccl",), ("cluster.backend",)),
+            Invalid((f"data.tokenizer_vocab_size={large}",), ("data.tokenizer_vocab_size",)),
+            Invalid((f"resume=absent_{odd}",), ("resume",)),
+            Invalid((f"init_from=absent_{odd}",), ("init_from",)),
+            Invalid((f"data.tokenizer=absent_{odd}.json",), ("data.tokenizer",)),
+            Invalid(("data=files", f"data.paths=[absent_{odd}]"), ("data.paths",)),
+            Invalid((f"name=a/{odd}",), ("name",)),
+        )
+    )
+
+
+def refusal_of(invalid: Invalid, folder: Path) -> tuple[subprocess.CompletedProcess[str], float]:
+    """What the command says to it in `folder`, and the seconds of computation that this took."""
+    before = os.times()
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.train", *invalid.overrides],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "HOME": str(folder)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    after = os.times()
+    return done, after.children_user - before.children_user + after.children_system - before.children_system
+
+
+def problem_of(invalid: Invalid, text: str) -> str:
+    """What is wrong with a refusal; empty: nothing."""
+    if not text.startswith("error: ") or text.count("\n") != 1:
+        return "is not one line"
+    if not any(key in text for key in invalid.keys):
+        return f"does not name {' or '.join(invalid.keys)}"
+    return ""
+
+
+def main() -> int:
+    """Prints every refusal that is not as it should be, and a summary."""
+    arguments = [int(text) for text in sys.argv[1:]]
+    count, seed = (*arguments, *(200, 0)[len(arguments) :])
+    slowest, faults = 0.0, 0
+    for invalid in islice(invalid_configurations(seed), count):
+        with tempfile.TemporaryDirectory() as folder:
+            done, seconds = refusal_of(invalid, Path(folder))
+            left = sorted(path.name for path in Path(folder).iterdir())
+        slowest = max(slowest, seconds)
+        problem = problem_of(invalid, done.stderr) or ("leaves files" if left else "")
+        if done.returncode != 2 or problem or seconds > SECONDS:
+            faults += 1
+            print(f"{' '.join(invalid.overrides)}: code {done.returncode}, {seconds:.2f} s {problem}: {done.stderr}")
+    print(f"{count} invalid configurations, {count - faults} refused as documented; slowest {slowest:.2f} s")
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
