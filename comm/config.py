@@ -6,13 +6,17 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClusterConfig:
-    """The machines. A node is `ranks_per_node` consecutive ranks; a simulated node shares a machine with others."""
+    """The machines. A node is `ranks_per_node` consecutive ranks; a simulated node shares a machine with others.
+
+    `peak_flops`: dense bf16 floating-point operations per second of a rank, for MFU; None: none is told.
+    """
 
     device: Literal["cpu", "cuda"]
     backend: Literal["gloo", "nccl"]
     ranks_per_node: int
     threads_per_rank: int
     timeout_seconds: float
+    peak_flops: float | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

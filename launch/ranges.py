@@ -15,6 +15,7 @@ _POSITIVE = (
     "cluster.ranks_per_node",
     "cluster.threads_per_rank",
     "cluster.timeout_seconds",
+    "cluster.peak_flops",
     "parallelism.pipeline",
     "parallelism.data",
     "parallelism.expert",
@@ -57,6 +58,7 @@ _POSITIVE = (
 
 _NOT_NEGATIVE = (
     "track.picture_every_steps",
+    "track.loads_every_steps",
     "seed",
     "data.seed",
     "model.num_dense_layers",

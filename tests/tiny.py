@@ -82,7 +82,9 @@ def tiny_config(folder: Path, **changes: object) -> TrainConfig:
         resume=None,
         init_from=None,
         init_mtp="checkpoint",
-        cluster=ClusterConfig(device="cpu", backend="gloo", ranks_per_node=2, threads_per_rank=1, timeout_seconds=60.0),
+        cluster=ClusterConfig(
+            device="cpu", backend="gloo", ranks_per_node=2, threads_per_rank=1, timeout_seconds=60.0, peak_flops=None
+        ),
         parallelism=ParallelismConfig(pipeline=1, data=1, expert=1),
         dispatch=AllToAllDispatchConfig(kind="all_to_all", payload="full", max_nodes=4, node_cap="verify"),
         model=MODEL,
@@ -103,7 +105,9 @@ def tiny_config(folder: Path, **changes: object) -> TrainConfig:
         memory_cap=None,
         recompute=RECOMPUTED,
         attention="auto",
-        track=TrackConfig(wandb="disabled", project="tests", log_every_steps=1, picture_every_steps=0),
+        track=TrackConfig(
+            wandb="disabled", project="tests", log_every_steps=1, picture_every_steps=0, loads_every_steps=1
+        ),
     )
     return replace(config, **changes)  # type: ignore[arg-type]
 

@@ -90,12 +90,14 @@ class TrackConfig:
     """Where metrics go beside `metrics.jsonl` and the terminal.
 
     `picture_every_steps`: how often planned and measured time of the pipeline are drawn; 0: after the last step only.
+    `loads_every_steps`: how often every expert's load goes to `loads.jsonl`; 0: never.
     """
 
     wandb: Literal["disabled", "offline", "online"]
     project: str
     log_every_steps: int
     picture_every_steps: int
+    loads_every_steps: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,6 +6,7 @@ import resource
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import distributed as dist
@@ -16,8 +17,9 @@ from infer.config import Sampling
 from infer.generate import generate
 from train import checkpoint
 from train.assemble import Assembly, weight_dtype
+from train.balance import Balance, LoadLines
 from train.exchange import exchange_metrics
-from train.metrics import Display, Recorder
+from train.metrics import Display, Recorder, mfu
 from train.pictures import PAGE_NAME, SVG_NAME, TRACE_NAME, PipelineWatch, bubble_of, window_slots
 from train.step import StepResult, train_step, validate_pass
 
@@ -27,22 +29,27 @@ LOGGER = logging.getLogger("train")
 class Reporter:
     """Where the first rank's words and records go; on other ranks nowhere."""
 
-    def __init__(self, display: Display | None, recorders: Sequence[Recorder]) -> None:
+    def __init__(self, display: Display | None, recorders: Sequence[Recorder], loads: LoadLines | None = None) -> None:
         self._display = display
         self._recorders = recorders
+        self._loads = loads
 
     def say(self, line: str) -> None:
         """One line for people."""
         if self._display is not None:
             self._display.say(line)
 
-    def record(self, values: dict[str, object]) -> None:
+    def record(self, values: dict[str, Any], balance: Balance) -> None:
         """One step's numbers."""
+        if self._loads is not None:
+            self._loads.record(values["step"], balance)
         for recorder in self._recorders:
             recorder.record(values)
 
     def close(self) -> None:
         """Closes every recorder."""
+        if self._loads is not None:
+            self._loads.close()
         for recorder in self._recorders:
             recorder.close()
 
@@ -71,7 +78,7 @@ def train(assembly: Assembly, prepared: Prepared, reporter: Reporter, first_step
                 f"step {done:>6}  validation loss {loss:.4f} nats per token, {bits_per_byte:.3f} bits per byte  "
                 f"(unigram entropy {prepared.unigram_entropy_nats:.4f})"
             )
-        reporter.record(values)
+        reporter.record(values, result.balance)
         if _due(done, track.picture_every_steps, stage.steps) and watch.draw(result.execution, done):
             reporter.say(f"step {done:>6}  planned and measured time in {SVG_NAME}, {PAGE_NAME}, {TRACE_NAME}")
         if _due(done, stage.checkpoint_every_steps, stage.steps):
@@ -121,16 +128,17 @@ def _due(done: int, every: int, last: int) -> bool:
     return done == last or (every > 0 and done % every == 0)
 
 
-def _record(assembly: Assembly, watch: PipelineWatch, done: int, result: StepResult) -> dict[str, object]:
+def _record(assembly: Assembly, watch: PipelineWatch, done: int, result: StepResult) -> dict[str, Any]:
     """The step's line in `metrics.jsonl`; every rank must ask, as traffic, time and memory are those of all."""
     traffic, use, model = assembly.observers.traffic.take(), watch.use(result.execution), assembly.config.model
     world = assembly.groups.world
     with assembly.observers.log.collective("world", world, "sum of traffic"):
         clipped, num_layers = assembly.observers.clips.take(), model.num_layers + model.mtp_depth
         exchange = exchange_metrics(traffic, clipped, num_layers, world, assembly.device)
-    (used_seconds,) = _reduce(assembly, [use.used_seconds], dist.ReduceOp.SUM)
+    mine = _peak_memory_bytes(assembly.device)
+    used_seconds, memory = _reduce(assembly, [use.used_seconds, mine], dist.ReduceOp.SUM)
     mesh, data_index = assembly.config.parallelism, assembly.layout.data_index(assembly.groups.rank)
-    largest = [_peak_memory_bytes(assembly.device), *window_slots(use, data_index, mesh.data)]
+    largest = [mine, *window_slots(use, data_index, mesh.data)]
     peak, *slots = _reduce(assembly, largest, dist.ReduceOp.MAX)
     losses = result.losses
     return {
@@ -144,9 +152,11 @@ def _record(assembly: Assembly, watch: PipelineWatch, done: int, result: StepRes
         "lr": result.learning_rate,
         "step_seconds": result.seconds,
         "tokens_per_second": result.tokens / result.seconds,
-        "max_violation": result.max_violation,
+        **mfu(assembly.config, result.tokens / result.seconds),
         "peak_memory_bytes": int(peak),
+        "mean_peak_memory_bytes": int(memory / assembly.layout.world_size),
         "pipeline_bubble": bubble_of(used_seconds, slots, mesh.pipeline),
+        **result.balance.metrics(),
         **exchange,
     }
 

@@ -8,7 +8,8 @@ from typing import Any, Protocol, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from train.config import TrackConfig
+from model.account import training_flops_per_token
+from train.config import TrackConfig, TrainConfig
 
 Record = Mapping[str, Any]
 
@@ -23,6 +24,21 @@ class Recorder(Protocol):
     def close(self) -> None:
         """Writes what is left."""
         ...
+
+
+def mfu(config: TrainConfig, tokens_per_second: float) -> dict[str, float]:
+    """Model FLOPs utilisation under the key `mfu`; nothing where the ranks' peak is not told.
+
+    Counts the main model's forward and backward with causal attention halved, and nothing that is computed anew.
+
+    Args:
+        config: of the run; `cluster.peak_flops` is the peak of each rank.
+        tokens_per_second: of the whole job.
+    """
+    if config.cluster.peak_flops is None:
+        return {}
+    used = training_flops_per_token(config.model, config.stage.sequence_length_tokens) * tokens_per_second
+    return {"mfu": used / (config.parallelism.world_size * config.cluster.peak_flops)}
 
 
 class JsonLines:

@@ -17,6 +17,7 @@ from data.corpus import DataError
 from data.prepare import Prepared
 from train import checkpoint
 from train.assemble import Assembly, assemble, is_mirrored
+from train.balance import LoadLines
 from train.config import TrainConfig
 from train.corpus import prepare_corpus
 from train.errors import NonFiniteError
@@ -163,7 +164,7 @@ def _reporter(config: TrainConfig, first_step: int) -> Reporter:
     recorders: list[Recorder] = [JsonLines(out_dir / "metrics.jsonl", first_step), display]
     if config.track.wandb != "disabled":
         recorders.append(Wandb(config.track, config.name, out_dir, dataclasses.asdict(config)))
-    return Reporter(display, recorders)
+    return Reporter(display, recorders, LoadLines(out_dir, config.track.loads_every_steps, first_step))
 
 
 def _introduce(assembly: Assembly, planned: Plan, prepared: Prepared, reporter: Reporter, first_step: int) -> None:

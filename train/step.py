@@ -14,8 +14,8 @@ from dualpipe.clock import open_clock
 from dualpipe.execute import Execution, execute
 from kernels.attention.documents import Documents
 from model.objective import LossSums, MicroBatch, Objective
-from model.transformer import routers
 from train.assemble import Assembly, feed
+from train.balance import Balance, update_router_bias
 from train.config import TrainConfig
 from train.errors import NonFiniteError
 from train.optim.learning_rate import learning_rate
@@ -35,17 +35,14 @@ class Losses:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepResult:
-    """What a step showed, equal on all ranks but for the execution of this rank's passes.
-
-    max_violation: the worst layer's largest load over the mean, less one.
-    """
+    """What a step showed, equal on all ranks but for the execution of this rank's passes."""
 
     losses: Losses
     grad_norm: float
     learning_rate: float
     seconds: float
     tokens: int
-    max_violation: float
+    balance: Balance
     execution: Execution
 
 
@@ -124,7 +121,7 @@ def train_step(assembly: Assembly, loader: Loader, step: int) -> StepResult:
     losses, execution = accumulate(assembly, lambda first, count: loader.batch(step, first, count))
     with assembly.observers.log.phase("world", range(assembly.layout.world_size), "update of the weights"):
         norm = assembly.optimiser.step(rate)
-    violation = update_router_bias(assembly)
+    balance = update_router_bias(assembly)
     tokens = config.stage.global_batch_sequences * config.stage.sequence_length_tokens
     return StepResult(
         losses=losses,
@@ -132,7 +129,7 @@ def train_step(assembly: Assembly, loader: Loader, step: int) -> StepResult:
         learning_rate=rate,
         seconds=time.perf_counter() - started,
         tokens=tokens,
-        max_violation=violation,
+        balance=balance,
         execution=execution,
     )
 
@@ -163,25 +160,6 @@ def validate_pass(assembly: Assembly, read: Read) -> tuple[Losses, int]:
     with assembly.model.weights_unchanged():
         execute(assembly.forward_program, feed(assembly, batches, objective, sums, None), assembly.links)
     return _reduce(assembly, sums, num_targets), int(num_targets[0])
-
-
-def update_router_bias(assembly: Assembly) -> float:
-    """Moves every router's bias by the load of the whole global batch; returns the worst layer's violation."""
-    gates, log = routers(assembly.model), assembly.observers.log
-    worst = torch.zeros(())
-    if gates:
-        load_LE = torch.stack([gate.load for gate in gates.values()])
-        with log.collective("stage", assembly.groups.stage, "sum of router loads"):
-            dist.all_reduce(load_LE, group=assembly.groups.stage)
-        for gate, load_E in zip(gates.values(), load_LE, strict=True):
-            gate.update_bias(load_E, assembly.config.stage.bias_update_rate)
-            gate.load.zero_()
-        load = load_LE.float()
-        worst = (load.amax(1) / load.mean(1) - 1).max().cpu()
-    worst = worst.to(assembly.device)
-    with log.collective("world", assembly.groups.world, "largest violation"):
-        dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=assembly.groups.world)
-    return float(worst)
 
 
 def _no_sums(assembly: Assembly) -> LossSums:

@@ -21,10 +21,11 @@ from model.experts import RoutedExperts
 from model.objective import LossSums
 from model.transformer import Transformer, initialise, named_tensors, routers
 from train.assemble import Assembly, assemble, is_mirrored, weight_dtype
+from train.balance import update_router_bias
 from train.config import TrainConfig
 from train.optim.learning_rate import learning_rate
 from train.optim.parameters import group_parameters
-from train.step import accumulate, make_objective, to_micro_batch, update_router_bias
+from train.step import accumulate, make_objective, to_micro_batch
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

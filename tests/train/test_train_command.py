@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.tiny import write_text
+from tests.train.wandb_file import flat, read_history
 
 ROOT = Path(__file__).parents[2]
 
@@ -90,7 +91,10 @@ def test_run_leaves_what_the_documentation_names(folder: Path) -> None:
         assert line["inter_node_bytes"] > 0
     tracked = list((run / "wandb").glob("offline-run-*/run-*.wandb"))
     assert len(tracked) == 1
-    assert b"nodes_per_token" in tracked[0].read_bytes()
+    recorded = [flat(dict(line)) for line in read_metrics(folder, "files")]
+    assert read_history(tracked[0]) == recorded
+    assert {"router.layer_1.bias_std", "exchange.layer_1.bytes_within_nodes"} <= set(recorded[0])
+    assert len((run / "loads.jsonl").read_text().splitlines()) == 3
     assert "validation loss" in done.stdout
     assert "unigram entropy" in done.stdout
     assert "continuation of 'a1 b2'" in done.stdout

@@ -141,7 +141,11 @@ def _train(
     results = [train_step(assembly, loader, step) for step in range(2)]
     dist.barrier()
     assembly.close()
-    numbers = [number for result in results for number in (result.losses.total, result.grad_norm, result.max_violation)]
+    numbers = [
+        number
+        for result in results
+        for number in (result.losses.total, result.grad_norm, max(result.balance.violations))
+    ]
     weights = {name: tensor.clone() for name, tensor in named_tensors(assembly.model).items()}
     return numbers, weights, torch.get_rng_state()
 

@@ -1,0 +1,103 @@
+"""How evenly experts work: the step's loads, the router bias that answers them, and `loads.jsonl`.
+
+Shape legend: L layers with routers, in order; E experts.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from model.config import ModelConfig
+from model.transformer import routers
+from train.assemble import Assembly
+from train.metrics import JsonLines
+
+LOADS_NAME = "loads.jsonl"
+_BIAS = ("bias_least", "bias_most", "bias_std")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Balance:
+    """The routers of the whole job after a step's update, equal on all ranks.
+
+    Attributes:
+        layers: their numbers, MTP modules' last; none in a model without experts.
+        load_LE: tokens that each expert received in the step, float64 on the host.
+        bias_LS: of each router's new bias the least and the greatest value and the standard deviation, float64.
+    """
+
+    layers: Sequence[int]
+    load_LE: Tensor
+    bias_LS: Tensor
+
+    @property
+    def violations(self) -> list[float]:
+        """MaxVio of each layer: its largest load over the mean, less one."""
+        found: list[float] = (self.load_LE.amax(1) / self.load_LE.mean(1) - 1).tolist() if self.layers else []
+        return found
+
+    def metrics(self) -> dict[str, object]:
+        """`max_violation`, of the worst layer, and under `router` each layer's own beside its bias."""
+        return {
+            "max_violation": max(self.violations, default=0.0),
+            "router": {
+                f"layer_{layer}": {"max_violation": violation, **dict(zip(_BIAS, bias, strict=True))}
+                for layer, violation, bias in zip(self.layers, self.violations, self.bias_LS.tolist(), strict=True)
+            },
+        }
+
+    def loads(self) -> dict[str, list[int]]:
+        """Tokens per expert, by layer."""
+        rows = self.load_LE.to(torch.int64).tolist()
+        return {f"layer_{layer}": row for layer, row in zip(self.layers, rows, strict=True)}
+
+
+def update_router_bias(assembly: Assembly) -> Balance:
+    """Moves every router's bias by the load of the whole global batch. Every rank calls it and gets the same."""
+    gates, log = routers(assembly.model), assembly.observers.log
+    layers = layers_with_routers(assembly.config.model)
+    # -inf where this rank has no say: a maximum over all ranks then fills every row.
+    seen_LV = torch.full((len(layers), assembly.config.model.num_routed_experts + len(_BIAS)), -torch.inf).double()
+    if gates:
+        load_LE = torch.stack([gate.load for gate in gates.values()])
+        with log.collective("stage", assembly.groups.stage, "sum of router loads"):
+            dist.all_reduce(load_LE, group=assembly.groups.stage)
+        for gate, load_E in zip(gates.values(), load_LE, strict=True):
+            gate.update_bias(load_E, assembly.config.stage.bias_update_rate)
+            gate.load.zero_()
+        bias_LE = torch.stack([gate.e_score_correction_bias for gate in gates.values()]).double()
+        bias_LS = torch.stack([bias_LE.amin(1), bias_LE.amax(1), bias_LE.std(1, correction=0)], dim=1)
+        seen_LV[[layers.index(layer) for layer in gates]] = torch.cat([load_LE.double(), bias_LS], dim=1).cpu()
+    seen_LV = seen_LV.to(assembly.device)
+    with log.collective("world", assembly.groups.world, "loads of all layers"):
+        dist.all_reduce(seen_LV, op=dist.ReduceOp.MAX, group=assembly.groups.world)
+    load_of_all_LE, bias_of_all_LS = seen_LV.cpu().split([seen_LV.shape[1] - len(_BIAS), len(_BIAS)], dim=1)
+    return Balance(layers=layers, load_LE=load_of_all_LE, bias_LS=bias_of_all_LS)
+
+
+def layers_with_routers(model: ModelConfig) -> range:
+    """Every MoE layer, MTP modules among them: those too are MoE blocks, unless there is no such layer at all."""
+    return range(model.num_dense_layers, model.num_layers + model.mtp_depth)
+
+
+class LoadLines:
+    """`loads.jsonl`: tokens per expert and layer, one object every so many steps; rank 0 writes it."""
+
+    def __init__(self, folder: Path, every_steps: int, first_step: int) -> None:
+        """`first_step`: steps already done; lines of later ones are taken back."""
+        self._every = every_steps
+        self._lines = JsonLines(folder / LOADS_NAME, first_step) if every_steps else None
+
+    def record(self, step: int, balance: Balance) -> None:
+        """Writes a step's line, if its turn has come."""
+        if self._lines is not None and step % self._every == 0:
+            self._lines.record({"step": step, **balance.loads()})
+
+    def close(self) -> None:
+        """Closes the file."""
+        if self._lines is not None:
+            self._lines.close()
