@@ -21,6 +21,7 @@ from train.balance import Balance, LoadLines
 from train.exchange import exchange_metrics
 from train.metrics import Display, Recorder, mfu
 from train.pictures import PAGE_NAME, SVG_NAME, TRACE_NAME, PipelineWatch, bubble_of, window_slots
+from train.report.write import Report
 from train.step import StepResult, train_step, validate_pass
 
 LOGGER = logging.getLogger("train")
@@ -29,10 +30,17 @@ LOGGER = logging.getLogger("train")
 class Reporter:
     """Where the first rank's words and records go; on other ranks nowhere."""
 
-    def __init__(self, display: Display | None, recorders: Sequence[Recorder], loads: LoadLines | None = None) -> None:
+    def __init__(
+        self,
+        display: Display | None,
+        recorders: Sequence[Recorder],
+        loads: LoadLines | None = None,
+        report: Report | None = None,
+    ) -> None:
         self._display = display
         self._recorders = recorders
         self._loads = loads
+        self._report = report
 
     def say(self, line: str) -> None:
         """One line for people."""
@@ -46,12 +54,18 @@ class Reporter:
         for recorder in self._recorders:
             recorder.record(values)
 
+    def draw(self) -> None:
+        """The report of the run so far."""
+        if self._report is not None:
+            self._report.try_to_write()
+
     def close(self) -> None:
-        """Closes every recorder."""
+        """Closes every recorder and draws the last report, however the run ends."""
         if self._loads is not None:
             self._loads.close()
         for recorder in self._recorders:
             recorder.close()
+        self.draw()
 
 
 def train(assembly: Assembly, prepared: Prepared, reporter: Reporter, first_step: int) -> None:
@@ -85,6 +99,7 @@ def train(assembly: Assembly, prepared: Prepared, reporter: Reporter, first_step
             with log.phase("world", world, "checkpoint"):
                 folder = checkpoint.save(assembly, done, prepared)
             reporter.say(f"step {done:>6}  checkpoint {folder}")
+            reporter.draw()
 
 
 def validate(assembly: Assembly, loader: Loader) -> float:

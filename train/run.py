@@ -27,6 +27,7 @@ from train.loop import Reporter, show_continuation, train
 from train.manifest import check_fingerprint, check_manifest, find_checkpoint, read_step
 from train.metrics import Display, JsonLines, Recorder, Wandb
 from train.plan import Plan, plan
+from train.report.write import Report
 
 EXIT_NON_FINITE = 77
 LOGGER = logging.getLogger("train")
@@ -164,7 +165,8 @@ def _reporter(config: TrainConfig, first_step: int) -> Reporter:
     recorders: list[Recorder] = [JsonLines(out_dir / "metrics.jsonl", first_step), display]
     if config.track.wandb != "disabled":
         recorders.append(Wandb(config.track, config.name, out_dir, dataclasses.asdict(config)))
-    return Reporter(display, recorders, LoadLines(out_dir, config.track.loads_every_steps, first_step))
+    loads = LoadLines(out_dir, config.track.loads_every_steps, first_step)
+    return Reporter(display, recorders, loads, Report(config))
 
 
 def _introduce(assembly: Assembly, planned: Plan, prepared: Prepared, reporter: Reporter, first_step: int) -> None:

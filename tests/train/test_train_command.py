@@ -81,6 +81,7 @@ def test_run_leaves_what_the_documentation_names(folder: Path) -> None:
     run = folder / "files"
     names = {path.relative_to(run).as_posix() for path in run.rglob("*")}
     expected = {"config.yaml", "metrics.jsonl", "checkpoints/step-00000002", "checkpoints/step-00000003/manifest.json"}
+    expected |= {"report.html", "loads.jsonl"}
     expected |= {"checkpoints/step-00000003/tokenizer.json"}
     assert expected | {f"log/rank_{rank:05d}.log" for rank in range(4)} <= names
     assert not [name for name in names if name.endswith(".partial")]
@@ -95,6 +96,9 @@ def test_run_leaves_what_the_documentation_names(folder: Path) -> None:
     assert read_history(tracked[0]) == recorded
     assert {"router.layer_1.bias_std", "exchange.layer_1.bytes_within_nodes"} <= set(recorded[0])
     assert len((run / "loads.jsonl").read_text().splitlines()) == 3
+    page = (run / "report.html").read_text()
+    assert all(f"<h2>{part}</h2>" in page for part in ("Learning", "Pipeline", "Experts", "Checkpoints and events"))
+    assert (run / "schedule.svg").read_text().strip() in page
     assert "validation loss" in done.stdout
     assert "unigram entropy" in done.stdout
     assert "continuation of 'a1 b2'" in done.stdout
@@ -136,6 +140,7 @@ def test_non_finite_step_ends_every_rank_with_its_exit_code(folder: Path, choice
     )
     assert done.returncode == 77, done.stdout + done.stderr
     assert re.search("error: (loss|gradient norm) is (inf|nan)", done.stdout + done.stderr)
+    assert "<h2>Learning</h2>" in (folder / f"wild_{len(choices)}" / "report.html").read_text()
 
 
 @pytest.mark.slow

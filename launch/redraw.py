@@ -1,0 +1,47 @@
+"""`python -m launch.redraw`: the report of a run's folder anew, from what the folder holds."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from launch.compose import compose
+from launch.decode import decode
+from launch.errors import ConfigError, system_errors
+from launch.folder import CONFIG_NAME, read_folder
+from launch.report import command
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RedrawConfig:
+    """What is drawn; see `conf/redraw.yaml`."""
+
+    run: str
+
+
+def main(overrides: Sequence[str]) -> int:
+    """Draws, and prints where the page is.
+
+    Args:
+        overrides: of `conf/redraw.yaml`.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        ConfigError: no run's folder, or one that cannot be read or written.
+    """
+    chosen = decode(RedrawConfig, compose("redraw", overrides))
+    folder = Path(chosen.run).expanduser()
+    with system_errors():
+        if not (folder / CONFIG_NAME).is_file():
+            raise ConfigError(f"run: must be a run's folder, {chosen.run!r} holds no {CONFIG_NAME}")
+        config = replace(read_folder(folder), out_dir=str(folder))
+        from train.report.write import Report
+
+        print(Report(config).write())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(command("redraw", main))

@@ -1,0 +1,49 @@
+"""`report.html` of a run's folder, written while the run goes on and after it."""
+
+import logging
+from pathlib import Path
+
+from train.config import TrainConfig
+from train.report.page import REPORT_NAME, html
+from train.report.source import RunSource
+
+LOGGER = logging.getLogger("train")
+
+
+class Report:
+    """Follows a run's folder and draws it. What it keeps and how long it takes are limited however long the run is."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        """`config`: of the run; its `out_dir` is the folder."""
+        self._config = config
+        self._source = RunSource(Path(config.out_dir))
+
+    def write(self) -> Path:
+        """Draws what the folder holds by now, in place of an earlier page, which stays until the new one is whole.
+
+        Raises:
+            OSError: something cannot be read or written.
+        """
+        self._source.follow()
+        path = self._source.folder / REPORT_NAME
+        partial = path.with_name(f"{REPORT_NAME}.partial")
+        partial.write_text(html(self._source, self._config.name, about(self._config)), encoding="utf-8")
+        partial.replace(path)
+        return path
+
+    def try_to_write(self) -> None:
+        """`write` for a run that must go on: whatever goes wrong is told in the log alone."""
+        try:
+            self.write()
+        except Exception:
+            LOGGER.exception("%s: cannot be drawn", self._source.folder / REPORT_NAME)
+
+
+def about(config: TrainConfig) -> str:
+    """A line on a run: its ranks, its batch, its folder."""
+    mesh, stage = config.parallelism, config.stage
+    return (
+        f"{mesh.world_size} ranks (pipeline {mesh.pipeline} x data {mesh.data}, experts over {mesh.expert}), "
+        f"schedule {config.schedule.kind}, {config.precision.kind}, {stage.global_batch_sequences} sequences of "
+        f"{stage.sequence_length_tokens} tokens a step, {stage.steps:,} steps asked for; folder {config.out_dir}"
+    )
