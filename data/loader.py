@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from data.batch_sizes import BatchSizes
 from data.corpus import DataError
 from data.prepare import Prepared
 
@@ -70,9 +71,9 @@ class SampleOrder:
         self._seed = seed
         self._epochs: dict[int, NDArray[np.int64]] = {}
 
-    def indices(self, step: int, global_batch_sequences: int) -> NDArray[np.int64]:
+    def indices(self, step: int, sizes: BatchSizes) -> NDArray[np.int64]:
         """The sequences of a step's global batch, int64; a batch may straddle epochs."""
-        return self.range(step * global_batch_sequences, global_batch_sequences)
+        return self.range(sizes.sequences_before(step), sizes.sequences(step))
 
     def range(self, first: int, count: int) -> NDArray[np.int64]:
         """The sequences at `count` consecutive places from `first` on, counted from the start of training."""
@@ -94,9 +95,9 @@ class SampleOrder:
 class Loader:
     """Batches of a prepared corpus. A rank asks for its own slice of a step's global batch and reads only that."""
 
-    def __init__(self, prepared: Prepared, *, global_batch_sequences: int, seed: int) -> None:
-        """Reads `prepared` in the order that `seed` gives, `global_batch_sequences` a step over all ranks."""
-        self.global_batch_sequences = global_batch_sequences
+    def __init__(self, prepared: Prepared, *, sizes: BatchSizes, seed: int) -> None:
+        """Reads `prepared` in the order that `seed` gives, as many sequences a step over all ranks as `sizes` says."""
+        self.sizes = sizes
         self.num_validation_sequences = len(prepared.validation_tokens_NL)
         self._prepared = prepared
         self._order = SampleOrder(len(prepared.train_tokens_NL), seed)
@@ -109,8 +110,8 @@ class Loader:
         Raises:
             DataError: the slice reaches outside of the global batch.
         """
-        _check_slice("global batch", first, count, self.global_batch_sequences)
-        indices = self._order.range(step * self.global_batch_sequences + first, count)
+        _check_slice("global batch", first, count, self.sizes.sequences(step))
+        indices = self._order.range(self.sizes.sequences_before(step) + first, count)
         return self._gather(self._prepared.train_tokens_NL, self._prepared.train_positions_NL, indices)
 
     def validation_batch(self, first: int, count: int) -> Batch:

@@ -16,6 +16,7 @@ from launch.errors import ConfigError
 from launch.exchange import check_exchange
 from launch.model_choice import expand_model
 from launch.optim import check_optim
+from launch.ramp import check_ramp
 from launch.ranges import check_ranges, divisors, multiples
 from launch.tokenizer_choice import expand_tokenizer
 from model.config import RECOMPUTED, YarnRope
@@ -89,6 +90,7 @@ def check(config: TrainConfig) -> None:
     check_ranges(config)
     _check_batch(config)
     _check_schedule(config)
+    check_ramp(config)
     _check_ranks(config)
     _check_model(config)
     _check_experts(config)

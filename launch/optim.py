@@ -1,7 +1,7 @@
 """What a run's optimiser can be. No torch here."""
 
 from launch.errors import ConfigError
-from train.config import TrainConfig
+from train.config import OptimConfig, StepOptimConfig, TrainConfig
 
 # 1 - 2^-6. Half a step of bf16 is at most 2^-8 of a number: a moment still follows what differs from it by a quarter.
 _MOST_BETA_OF_BF16 = 0.984375
@@ -19,11 +19,7 @@ def check_optim(config: TrainConfig) -> None:
             f"optim.final_learning_rate: must be at most optim.learning_rate={optim.learning_rate}, "
             f"is {optim.final_learning_rate}; nearest valid: {optim.learning_rate}"
         )
-    if not optim.warmup_steps <= optim.decay_start_step <= optim.decay_end_step:
-        raise ConfigError(
-            f"optim.decay_start_step: must lie between optim.warmup_steps={optim.warmup_steps} and "
-            f"optim.decay_end_step={optim.decay_end_step}, is {optim.decay_start_step}"
-        )
+    _check_spans(optim)
     needed = {"float64": "replicated", "bf16": "zero1", "fp8": "zero1"}.get(precision, optim.sharding)
     if optim.sharding != needed:
         raise ConfigError(
@@ -31,6 +27,26 @@ def check_optim(config: TrainConfig) -> None:
         )
     if optim.moments == "bf16":
         _check_bf16_moments(config)
+
+
+def _check_spans(optim: OptimConfig) -> None:
+    if isinstance(optim, StepOptimConfig):
+        if not optim.warmup_steps <= optim.decay_start_step <= optim.decay_end_step:
+            raise ConfigError(
+                f"optim.decay_start_step: must lie between optim.warmup_steps={optim.warmup_steps} and "
+                f"optim.decay_end_step={optim.decay_end_step}, is {optim.decay_start_step}"
+            )
+        return
+    if not optim.decay_start_tokens <= optim.decay_end_tokens <= optim.last_start_tokens:
+        raise ConfigError(
+            f"optim.decay_end_tokens: must lie between optim.decay_start_tokens={optim.decay_start_tokens} and "
+            f"optim.last_start_tokens={optim.last_start_tokens}, is {optim.decay_end_tokens}"
+        )
+    if optim.last_learning_rate > optim.final_learning_rate:
+        raise ConfigError(
+            f"optim.last_learning_rate: must be at most optim.final_learning_rate={optim.final_learning_rate}, "
+            f"is {optim.last_learning_rate}; nearest valid: {optim.final_learning_rate}"
+        )
 
 
 def _check_bf16_moments(config: TrainConfig) -> None:

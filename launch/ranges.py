@@ -49,6 +49,9 @@ _POSITIVE = (
     "stage.sequence_length_tokens",
     "stage.global_batch_sequences",
     "stage.micro_batch_sequences",
+    "stage.batch_ramp.start_sequences",
+    "stage.batch_ramp.end_tokens",
+    "stage.batch_ramp.num_sizes",
     "optim.learning_rate",
     "optim.eps",
     "optim.bucket_elements",
@@ -78,6 +81,10 @@ _NOT_NEGATIVE = (
     "optim.warmup_steps",
     "optim.decay_start_step",
     "optim.decay_end_step",
+    "optim.decay_start_tokens",
+    "optim.decay_end_tokens",
+    "optim.last_start_tokens",
+    "optim.last_learning_rate",
     "optim.weight_decay",
 )
 

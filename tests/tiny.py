@@ -8,7 +8,7 @@ from data.config import DataConfig, FilesSource
 from dualpipe.config import ScheduleConfig
 from dualpipe.costs import Costs
 from model.config import RECOMPUTED, ModelConfig, PlainRope
-from train.config import OptimConfig, PrecisionConfig, StageConfig, TrackConfig, TrainConfig
+from train.config import PrecisionConfig, StageConfig, StepOptimConfig, TrackConfig, TrainConfig
 
 MODEL = ModelConfig(
     vocab_size=320,
@@ -38,7 +38,8 @@ MODEL = ModelConfig(
     initializer_range=0.1,
 )
 
-OPTIM = OptimConfig(
+OPTIM = StepOptimConfig(
+    kind="steps",
     learning_rate=1e-2,
     final_learning_rate=1e-3,
     warmup_steps=1,
@@ -59,6 +60,7 @@ STAGE = StageConfig(
     steps=2,
     sequence_length_tokens=24,
     global_batch_sequences=16,
+    batch_ramp=None,
     micro_batch_sequences=1,
     document_mask=False,
     mtp_loss_weight=0.3,

@@ -1,7 +1,7 @@
 """Puts a rank together: its part of the model as stages, its program, its links. The one place where `model` and
 `dualpipe` meet."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -157,9 +157,6 @@ def assemble(
     """
     assert schedule.num_ranks == config.parallelism.pipeline
     assert schedule.num_micro_batches == config.num_micro_batches
-    validate(schedule)
-    forwards = forward_only(schedule)
-    validate(forwards, forward_only=True)
     pipeline_rank = layout.pipeline_index(groups.rank)
     lane, observers = open_lane(device), Observers(Traffic(), log)
     dispatcher = open_dispatcher(config, layout, groups.expert, lane, observers)
@@ -168,8 +165,7 @@ def assemble(
     model = _build_model(config, dispatcher, part, device)
     stages = _build_stages(config, model, held, schedule.num_stages)
     store = GradientStore(model.parameters())
-    order = {"overlapped": pairing.overlapped, "sequential": pairing.sequential}[config.schedule.pairing]
-    lanes = {number: stage.lanes for number, stage in stages.items()}
+    train_program, forward_program = compile_programs(config, schedule, pipeline_rank, stages)
     return Assembly(
         config=config,
         layout=layout,
@@ -178,8 +174,8 @@ def assemble(
         schedule=schedule,
         model=model,
         stages=stages,
-        train_program=compile_rank(schedule, pipeline_rank, lanes, order),
-        forward_program=compile_rank(forwards, pipeline_rank, lanes, order),
+        train_program=train_program,
+        forward_program=forward_program,
         links=open_links(config, layout, groups.rank, device, observers, schedule, weight_dtype(config.precision)),
         lane=lane,
         dispatcher=dispatcher,
@@ -187,6 +183,22 @@ def assemble(
         store=store,
         optimiser=build_optimiser(group_parameters(model), store, _replicas(groups), config.optim),
     )
+
+
+def compile_programs(
+    config: TrainConfig, schedule: Schedule, pipeline_rank: int, stages: Mapping[int, Stage]
+) -> tuple[Program, Program]:
+    """A pipeline rank's programs for training and for a forward pass only.
+
+    Raises:
+        ScheduleError: the schedule does not hold.
+    """
+    validate(schedule)
+    forwards = forward_only(schedule)
+    validate(forwards, forward_only=True)
+    order = {"overlapped": pairing.overlapped, "sequential": pairing.sequential}[config.schedule.pairing]
+    lanes = {number: stage.lanes for number, stage in stages.items()}
+    return compile_rank(schedule, pipeline_rank, lanes, order), compile_rank(forwards, pipeline_rank, lanes, order)
 
 
 def _build_model(config: TrainConfig, dispatcher: Dispatcher, part: Part, device: torch.device) -> Transformer:

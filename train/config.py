@@ -5,6 +5,7 @@ from typing import Literal
 
 from comm.config import ClusterConfig, DispatchConfig, ParallelismConfig
 from comm.deepep_package import BufferShape
+from data.batch_sizes import BatchRamp, BatchSizes
 from data.config import DataConfig
 from dualpipe.config import ScheduleConfig
 from dualpipe.costs import Costs
@@ -13,7 +14,7 @@ from model.config import Computing, ModelConfig, Products, Recomputed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class OptimConfig:
+class _AdamWConfig:
     """AdamW and its learning rate: linear warm-up, constant, cosine decay to the final rate, constant.
 
     `sharding`: `zero1` shards the optimiser state over the ranks that hold the same parameters
@@ -26,8 +27,6 @@ class OptimConfig:
     learning_rate: float
     final_learning_rate: float
     warmup_steps: int
-    decay_start_step: int
-    decay_end_step: int
     beta1: float
     beta2: float
     eps: float
@@ -36,6 +35,31 @@ class OptimConfig:
     sharding: Literal["zero1", "replicated"]
     moments: Literal["float32", "bf16"]
     bucket_elements: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepOptimConfig(_AdamWConfig):
+    """The decay begins and ends at steps."""
+
+    kind: Literal["steps"]
+    decay_start_step: int
+    decay_end_step: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenOptimConfig(_AdamWConfig):
+    """The decay begins and ends at tokens read, however large batches are, and after some more the rate falls once
+    again, to `last_learning_rate`: the shape of DeepSeek-V3's pre-training (arXiv:2412.19437, section 4.2).
+    """
+
+    kind: Literal["tokens"]
+    decay_start_tokens: int
+    decay_end_tokens: int
+    last_start_tokens: int
+    last_learning_rate: float
+
+
+OptimConfig = StepOptimConfig | TokenOptimConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,6 +89,7 @@ class StageConfig:
     """One stage of a model's training (pre-training; later long context, SFT, RL).
 
     Sizes are in sequences and tokens over the whole job, so that a change of layout changes no sample.
+    `batch_ramp`: smaller global batches at the start of the run; None: all are of `global_batch_sequences`.
     `document_mask`: pieces packed into one sequence do not see each other.
     """
 
@@ -72,6 +97,7 @@ class StageConfig:
     steps: int
     sequence_length_tokens: int
     global_batch_sequences: int
+    batch_ramp: BatchRamp | None
     micro_batch_sequences: int
     document_mask: bool
     mtp_loss_weight: float
@@ -140,8 +166,14 @@ class TrainConfig:
         return Computing(recomputed=frozenset(self.recompute), attention=self.attention, products=products)
 
     @property
+    def batch_sizes(self) -> BatchSizes:
+        """How many sequences each step reads."""
+        stage = self.stage
+        return BatchSizes(stage.global_batch_sequences, stage.sequence_length_tokens, stage.batch_ramp)
+
+    @property
     def num_micro_batches(self) -> int:
-        """Micro-batches that one pipeline runs in a step, both directions together."""
+        """Micro-batches that one pipeline runs in a step, both directions together; at the end of a ramp."""
         return self.stage.global_batch_sequences // (self.parallelism.data * self.stage.micro_batch_sequences)
 
     @property

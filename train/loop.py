@@ -21,6 +21,7 @@ from train.balance import Balance, LoadLines
 from train.exchange import exchange_metrics
 from train.metrics import Display, Recorder, mfu
 from train.pictures import PAGE_NAME, SVG_NAME, TRACE_NAME, PipelineWatch, bubble_of, window_slots
+from train.ramp import SizedAssemblies
 from train.report.write import Report
 from train.step import StepResult, train_step, validate_pass
 
@@ -68,7 +69,9 @@ class Reporter:
         self.draw()
 
 
-def train(assembly: Assembly, prepared: Prepared, reporter: Reporter, first_step: int) -> None:
+def train(
+    assembly: Assembly, assemblies: SizedAssemblies, prepared: Prepared, reporter: Reporter, first_step: int
+) -> None:
     """Runs steps `first_step` (from 0) to the configured number, then a last validation and checkpoint.
 
     Raises:
@@ -78,12 +81,13 @@ def train(assembly: Assembly, prepared: Prepared, reporter: Reporter, first_step
     log, world = assembly.observers.log, range(assembly.layout.world_size)
     with log.phase("world", world, "making of groups"):
         watch = PipelineWatch(assembly)
-    loader = Loader(prepared, global_batch_sequences=stage.global_batch_sequences, seed=assembly.config.data.seed)
+    loader = Loader(prepared, sizes=assembly.config.batch_sizes, seed=assembly.config.data.seed)
     for step in range(first_step, stage.steps):
-        result = train_step(assembly, loader, step)
+        sized = assemblies.of_step(step)
+        result = train_step(sized, loader, step)
         done = step + 1
         LOGGER.info("step %d: loss %.6f, %.3f s", done, result.losses.total, result.seconds)
-        values = _record(assembly, watch, done, result)
+        values = _record(sized, watch, done, result) | {"tokens": loader.sizes.tokens_before(done)}
         if _due(done, stage.validate_every_steps, stage.steps) and stage.validation_sequences:
             loss = validate(assembly, loader)
             values["validation_loss"] = loss
@@ -93,7 +97,7 @@ def train(assembly: Assembly, prepared: Prepared, reporter: Reporter, first_step
                 f"(unigram entropy {prepared.unigram_entropy_nats:.4f})"
             )
         reporter.record(values, result.balance)
-        if _due(done, track.picture_every_steps, stage.steps) and watch.draw(result.execution, done):
+        if _due(done, track.picture_every_steps, stage.steps) and watch.draw(sized, result.execution, done):
             reporter.say(f"step {done:>6}  planned and measured time in {SVG_NAME}, {PAGE_NAME}, {TRACE_NAME}")
         if _due(done, stage.checkpoint_every_steps, stage.steps):
             with log.phase("world", world, "checkpoint"):
@@ -145,7 +149,11 @@ def _due(done: int, every: int, last: int) -> bool:
 
 def _record(assembly: Assembly, watch: PipelineWatch, done: int, result: StepResult) -> dict[str, Any]:
     """The step's line in `metrics.jsonl`; every rank must ask, as traffic, time and memory are those of all."""
-    traffic, use, model = assembly.observers.traffic.take(), watch.use(result.execution), assembly.config.model
+    traffic, use, model = (
+        assembly.observers.traffic.take(),
+        watch.use(assembly, result.execution),
+        assembly.config.model,
+    )
     world = assembly.groups.world
     with assembly.observers.log.collective("world", world, "sum of traffic"):
         clipped, num_layers = assembly.observers.clips.take(), model.num_layers + model.mtp_depth
@@ -158,7 +166,7 @@ def _record(assembly: Assembly, watch: PipelineWatch, done: int, result: StepRes
     losses = result.losses
     return {
         "step": done,
-        "tokens": done * result.tokens,
+        "global_batch_sequences": assembly.config.stage.global_batch_sequences,
         "loss": losses.total,
         "main_loss": losses.main,
         "mtp_loss": sum(losses.mtp) / max(len(losses.mtp), 1),

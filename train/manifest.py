@@ -193,6 +193,7 @@ def _shape(config: TrainConfig) -> dict[str, Any]:
         "data": {**_tokenizer_shape(config), "seed": config.data.seed},
         "stage": {
             "global_batch_sequences": config.stage.global_batch_sequences,
+            "batch_ramp": None if config.stage.batch_ramp is None else asdict(config.stage.batch_ramp),
             "sequence_length_tokens": config.stage.sequence_length_tokens,
         },
     }

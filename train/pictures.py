@@ -19,7 +19,7 @@ from dualpipe.draw.trace import trace
 from dualpipe.draw.words import size
 from dualpipe.execute import Execution
 from dualpipe.ir import Schedule
-from dualpipe.measured import Measured, RankUse, Span, measured_costs, rank_spans, rank_use, step_lanes
+from dualpipe.measured import Measured, RankUse, Span, SpanLane, measured_costs, rank_spans, rank_use, step_lanes
 from dualpipe.passes import one_at_a_time
 from train.assemble import Assembly
 
@@ -32,22 +32,22 @@ class PipelineWatch:
     def __init__(self, assembly: Assembly) -> None:
         """Made by every rank at the same point: it opens a group for the pipeline that is drawn."""
         config, layout = assembly.config, assembly.layout
-        self._assembly = assembly
-        self._lanes = step_lanes(assembly.train_program)
-        self._schedule = assembly.schedule
-        if config.schedule.pairing == "sequential":
-            self._schedule = one_at_a_time(assembly.schedule)
+        self._lanes: dict[int, tuple[SpanLane | None, ...]] = {}
         self._group = make_group(layout.pipeline_group(0), config.cluster.timeout_seconds)
 
-    def use(self, execution: Execution) -> RankUse:
-        """This rank's part of the bubble."""
-        return rank_use(self._lanes, execution.spans, execution.origin_seconds)
+    def use(self, assembly: Assembly, execution: Execution) -> RankUse:
+        """This rank's part of the bubble, in a step that the assembly ran."""
+        num_micro_batches = assembly.schedule.num_micro_batches
+        if num_micro_batches not in self._lanes:
+            self._lanes[num_micro_batches] = step_lanes(assembly.train_program)
+        return rank_use(self._lanes[num_micro_batches], execution.spans, execution.origin_seconds)
 
-    def draw(self, execution: Execution, step: int) -> bool:
+    def draw(self, assembly: Assembly, execution: Execution, step: int) -> bool:
         """Writes the three files into the run's folder, in place of earlier ones. Every rank must ask.
 
         Args:
-            execution: of the step's training program.
+            assembly: that ran the step.
+            execution: of its training program.
             step: that it was, from 1.
 
         Returns:
@@ -55,17 +55,19 @@ class PipelineWatch:
         """
         if self._group is None:
             return False
-        assembly = self._assembly
+        schedule = assembly.schedule
+        if assembly.config.schedule.pairing == "sequential":
+            schedule = one_at_a_time(schedule)
         rank = assembly.layout.pipeline_index(assembly.groups.rank)
-        groups = self._schedule.ranks[rank]
+        groups = schedule.ranks[rank]
         mine = rank_spans(groups, assembly.train_program, execution.spans, execution.origin_seconds)
-        gathered: list[tuple[Span, ...]] | None = [()] * self._schedule.num_ranks if rank == 0 else None
+        gathered: list[tuple[Span, ...]] | None = [()] * schedule.num_ranks if rank == 0 else None
         with assembly.observers.log.collective("pipeline", self._group, "gathering of times"):
             dist.gather_object(mine, gathered, dst=0, group=self._group)
         if gathered is None:
             return False
-        title = f"{assembly.config.name}, step {step}: {self._schedule.kind}, {size(self._schedule)}"
-        write_pictures(Path(assembly.config.out_dir), title, self._schedule, Measured(ranks=tuple(gathered)))
+        title = f"{assembly.config.name}, step {step}: {schedule.kind}, {size(schedule)}"
+        write_pictures(Path(assembly.config.out_dir), title, schedule, Measured(ranks=tuple(gathered)))
         return True
 
 

@@ -1,5 +1,6 @@
 """Which schedule a run follows: the one that it began with, the one named, or the best for measured phase times."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,14 +19,16 @@ from train.config import TrainConfig
 from train.costs import nominal_costs
 from train.manifest import SCHEDULE_NAME, find_checkpoint
 from train.probe import LayerTimes, measure, stage_costs
+from train.ramp import sized_config
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """A schedule and the words that tell why it is this one."""
+    """A schedule and the words that tell why it is this one; and for the sizes of a batch ramp theirs, of its kind."""
 
     schedule: Schedule
     reason: str
+    ramp: Mapping[int, Schedule]
 
 
 def plan(config: TrainConfig, layout: Layout, device: torch.device) -> Plan:
@@ -37,25 +40,44 @@ def plan(config: TrainConfig, layout: Layout, device: torch.device) -> Plan:
     times = None
     if config.schedule.kind == "auto" and _begun(config) is None:
         times = measure(config, layout, device)
-    told: list[tuple[str, str] | None] = [None]
+    told: list[tuple[str, str, dict[int, str]] | None] = [None]
     if dist.get_rank() == 0:
-        decided = _decide(config, times)
-        told[0] = to_json(decided.schedule), decided.reason
+        schedule, reason = _decide(config, times)
+        told[0] = to_json(schedule), reason, {size: to_json(made) for size, made in ramp_schedules(config).items()}
     dist.broadcast_object_list(told, src=0)
     assert told[0] is not None
-    text, reason = told[0]
-    return Plan(schedule=from_json(text), reason=reason)
+    text, reason, ramp = told[0]
+    return Plan(
+        schedule=from_json(text), reason=reason, ramp={size: from_json(schedule) for size, schedule in ramp.items()}
+    )
 
 
-def _decide(config: TrainConfig, times: LayerTimes | None) -> Plan:
+def ramp_schedules(config: TrainConfig) -> dict[int, Schedule]:
+    """The configured schedule for every size of the batch ramp but the last, by the size in sequences.
+
+    Raises:
+        ScheduleError: one cannot be made.
+    """
+    kind, pipeline = config.schedule.kind, config.parallelism.pipeline
+    *smaller, _ = config.batch_sizes.sizes
+    made = {}
+    for sequences in smaller:
+        assert kind != "auto"
+        sized = sized_config(config, sequences)
+        costs, cache = nominal_costs(config, pipeline * stages_per_rank(kind)), schedules_folder(config.data.cache_dir)
+        made[sequences] = build(kind, pipeline, sized.num_micro_batches, costs, config.memory_cap, cache)
+    return made
+
+
+def _decide(config: TrainConfig, times: LayerTimes | None) -> tuple[Schedule, str]:
     pipeline, micro_batches, kind = config.parallelism.pipeline, config.num_micro_batches, config.schedule.kind
     begun = _begun(config)
     if begun is not None:
-        return Plan(schedule=from_json(begun.read_text(encoding="utf-8")), reason=f"the one of {begun.parent}")
+        return from_json(begun.read_text(encoding="utf-8")), f"the one of {begun.parent}"
     if kind != "auto":
         costs = nominal_costs(config, pipeline * stages_per_rank(kind))
         made = build(kind, pipeline, micro_batches, costs, config.memory_cap, schedules_folder(config.data.cache_dir))
-        return Plan(schedule=made, reason="as configured")
+        return made, "as configured"
     assert times is not None
 
     def costs_of(num_stages: int) -> CostModel:
@@ -65,7 +87,7 @@ def _decide(config: TrainConfig, times: LayerTimes | None) -> Plan:
         pipeline, micro_batches, costs_of, config.memory_cap, schedules_folder(config.data.cache_dir), _excluded(config)
     )
     choice = choose(rows, config.memory_cap)
-    return Plan(schedule=choice.schedule, reason=f"the best for the measured seconds: {choice.reason}")
+    return choice.schedule, f"the best for the measured seconds: {choice.reason}"
 
 
 def _begun(config: TrainConfig) -> Path | None:

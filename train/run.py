@@ -27,6 +27,7 @@ from train.loop import Reporter, show_continuation, train
 from train.manifest import check_fingerprint, check_manifest, find_checkpoint, read_step
 from train.metrics import Display, JsonLines, Recorder, Wandb
 from train.plan import Plan, plan
+from train.ramp import SizedAssemblies
 from train.report.write import Report
 
 EXIT_NON_FINITE = 77
@@ -87,7 +88,7 @@ def _train(config: TrainConfig, job: Job, log: OperationLog, words: LastWords) -
         _introduce(assembly, planned, prepared, reporter, first_step)
         if started_from:
             reporter.say(started_from)
-        train(assembly, prepared, reporter, first_step)
+        train(assembly, SizedAssemblies(assembly, planned.ramp), prepared, reporter, first_step)
         if dist.get_rank() == 0 and config.stage.sample_prompt and config.stage.sample_tokens:
             reporter.say(f"continuation of {config.stage.sample_prompt!r}:\n{show_continuation(assembly, prepared)}")
         code = 0

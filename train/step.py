@@ -117,7 +117,7 @@ def train_step(assembly: Assembly, loader: Loader, step: int) -> StepResult:
     """
     started = time.perf_counter()
     config = assembly.config
-    rate = learning_rate(config.optim, step)
+    rate = learning_rate(config.optim, step, loader.sizes.tokens_before(step))
     losses, execution = accumulate(assembly, lambda first, count: loader.batch(step, first, count))
     with assembly.observers.log.phase("world", range(assembly.layout.world_size), "update of the weights"):
         norm = assembly.optimiser.step(rate)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from data.batch_sizes import BatchSizes
 from data.config import DataConfig, FilesSource
 from data.corpus import DataError
 from data.loader import IGNORE, Batch, Loader, SampleOrder, permutation
@@ -33,7 +34,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
 @pytest.mark.parametrize(("num_sequences", "global_batch"), [(1, 3), (7, 2), (12, 4), (5, 13)])
 def test_every_sample_comes_exactly_once_per_epoch(num_sequences: int, global_batch: int) -> None:
     order = SampleOrder(num_sequences, seed=11)
-    steps = [order.indices(step, global_batch) for step in range(6 * num_sequences)]
+    steps = [order.indices(step, BatchSizes(global_batch)) for step in range(6 * num_sequences)]
     stream = np.concatenate(steps)
     assert stream.dtype == np.int64
     for epoch in range(len(stream) // num_sequences):
@@ -45,9 +46,9 @@ def test_order_depends_on_the_place_alone() -> None:
     stream = SampleOrder(10, seed=3).range(0, 200)
     fresh = SampleOrder(10, seed=3)
     for step in (17, 2, 2, 19, 0):
-        assert fresh.indices(step, 8).tolist() == stream[step * 8 : (step + 1) * 8].tolist()
+        assert fresh.indices(step, BatchSizes(8)).tolist() == stream[step * 8 : (step + 1) * 8].tolist()
     # Another size of step reads the same stream: a changed global batch goes on where the old one stopped.
-    assert fresh.indices(3, 16).tolist() == stream[48:64].tolist()
+    assert fresh.indices(3, BatchSizes(16)).tolist() == stream[48:64].tolist()
 
 
 def test_order_is_the_same_on_every_machine_and_differs_by_seed_and_epoch() -> None:
@@ -60,35 +61,34 @@ def test_order_is_the_same_on_every_machine_and_differs_by_seed_and_epoch() -> N
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 12])
 def test_any_splitting_into_ranks_reads_the_same_samples(prepared: Prepared, num_ranks: int) -> None:
-    whole = Loader(prepared, global_batch_sequences=12, seed=5)
+    whole = Loader(prepared, sizes=BatchSizes(12), seed=5)
     share = 12 // num_ranks
     for step in (0, 1, 9):
         expected = whole.batch(step, 0, 12)
         parts = [
-            Loader(prepared, global_batch_sequences=12, seed=5).batch(step, rank * share, share)
-            for rank in range(num_ranks)
+            Loader(prepared, sizes=BatchSizes(12), seed=5).batch(step, rank * share, share) for rank in range(num_ranks)
         ]
         assert torch.equal(torch.cat([part.tokens_BT for part in parts]), expected.tokens_BT)
         assert torch.equal(torch.cat([part.positions_BT for part in parts]), expected.positions_BT)
 
 
 def test_batches_are_the_ordered_rows_of_the_arrays(prepared: Prepared) -> None:
-    loader = Loader(prepared, global_batch_sequences=6, seed=5)
+    loader = Loader(prepared, sizes=BatchSizes(6), seed=5)
     batch = loader.batch(3, 0, 6)
-    indices = SampleOrder(len(prepared.train_tokens_NL), seed=5).indices(3, 6)
+    indices = SampleOrder(len(prepared.train_tokens_NL), seed=5).indices(3, BatchSizes(6))
     assert batch.tokens_BT.dtype == batch.positions_BT.dtype == torch.int64
     assert batch.tokens_BT.tolist() == prepared.train_tokens_NL[indices].tolist()
     assert batch.positions_BT.tolist() == prepared.train_positions_NL[indices].tolist()
 
 
 def test_validation_is_every_sequence_once_in_a_fixed_order(prepared: Prepared) -> None:
-    loader = Loader(prepared, global_batch_sequences=6, seed=5)
+    loader = Loader(prepared, sizes=BatchSizes(6), seed=5)
     number = loader.num_validation_sequences
     whole = loader.validation_batch(0, number).tokens_BT
     one_by_one = [loader.validation_batch(place, 1).tokens_BT for place in range(number)]
     assert torch.equal(torch.cat(one_by_one), whole)
     assert sorted(whole.tolist()) == sorted(prepared.validation_tokens_NL.tolist())
-    again = Loader(prepared, global_batch_sequences=3, seed=5).validation_batch(0, number).tokens_BT
+    again = Loader(prepared, sizes=BatchSizes(3), seed=5).validation_batch(0, number).tokens_BT
     assert torch.equal(again, whole)
 
 
@@ -115,7 +115,7 @@ def test_padding_before_a_piece_predicts_nothing() -> None:
 
 
 def test_targets_equal_the_rule_written_as_loops(prepared: Prepared) -> None:
-    batch = Loader(prepared, global_batch_sequences=8, seed=0).batch(0, 0, 8)
+    batch = Loader(prepared, sizes=BatchSizes(8), seed=0).batch(0, 0, 8)
     tokens, positions = batch.tokens_BT.tolist(), batch.positions_BT.tolist()
     for shift in (1, 2, 3):
         expected = [
@@ -132,7 +132,7 @@ def test_targets_equal_the_rule_written_as_loops(prepared: Prepared) -> None:
 
 
 def test_slices_outside_are_refused(prepared: Prepared) -> None:
-    loader = Loader(prepared, global_batch_sequences=4, seed=0)
+    loader = Loader(prepared, sizes=BatchSizes(4), seed=0)
     with pytest.raises(DataError, match="the global batch has 4 sequences, got the slice from 3 of 2"):
         loader.batch(0, 3, 2)
     with pytest.raises(DataError, match="the validation part has"):

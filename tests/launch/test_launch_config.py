@@ -20,6 +20,8 @@ from model.cut import CutError
 from train.config import TrainConfig
 from train.manifest import CheckpointError, write_weights_manifest
 
+RAMP = "{start_sequences:%d,end_tokens:1000,num_sizes:%d}"
+
 # What an option cannot be chosen without.
 NEEDS = {
     "parallelism=v3_2048_ranks": ["model=v3_671b", "cluster=h800", "stage.global_batch_sequences=8192",
@@ -96,7 +98,8 @@ def test_config_source_is_written_as_it_is_given() -> None:
 
 
 def test_config_every_number_has_a_range_or_is_checked_where_it_belongs(tmp_path: Path) -> None:
-    choices = [f"{group}={choice}" for group in ("model", "dispatch") for choice in options(group)]
+    choices = [f"{group}={choice}" for group in ("model", "dispatch", "optim") for choice in options(group)]
+    choices += ["cluster=h800", f"stage.batch_ramp={RAMP % (4, 4)}"]
     weights = place_weights(tmp_path / "weights")
     keys = {key for choice in choices for key in numbers(build(choice, f"init_from={weights}"))}
     assert {key for key in keys if not key.startswith(("data.", "costs."))} == {
@@ -171,6 +174,19 @@ def test_config_quickstart_feeds_dualpipe_fully() -> None:
         (["stage.validation_sequences=20"], ["stage.validation_sequences", "=16", "is 20", "16 or 32"]),
         (["optim.final_learning_rate=1"], ["optim.final_learning_rate", "optim.learning_rate=0.003", "is 1.0"]),
         (["optim.decay_end_step=40"], ["optim.decay_start_step", "optim.decay_end_step=40", "is 50"]),
+        (["optim=adamw_v3", "optim.decay_end_tokens=1"], ["optim.decay_end_tokens", "10000000000000", "is 1"]),
+        (["optim=adamw_v3", "optim.last_learning_rate=1"], ["optim.last_learning_rate", "at most", "nearest valid"]),
+        ([f"stage.batch_ramp={RAMP % (4, 1)}"], ["stage.batch_ramp.num_sizes", "at least 2", "is 1", "null"]),
+        ([f"stage.batch_ramp={RAMP % (4, 17)}"], ["stage.batch_ramp.num_sizes", "at most", "is 17", "valid: 16"]),
+        ([f"stage.batch_ramp={RAMP % (16, 2)}"], ["stage.batch_ramp.start_sequences", "below", "is 16"]),
+        ([f"stage.batch_ramp={RAMP % (0, 2)}"], ["stage.batch_ramp.start_sequences", "above 0", "is 0"]),
+        ([f"stage.batch_ramp={RAMP % (3, 2)}"], ["stage.batch_ramp", "= 2", "one is 3", "start_sequences=2 or 4"]),
+        ([f"stage.batch_ramp={RAMP % (4, 6)}"], ["stage.batch_ramp", "= 2", "num_sizes"]),
+        ([f"stage.batch_ramp={RAMP % (4, 4)}", "schedule=auto"], ["schedule.kind", "is auto", "dualpipe_split"]),
+        (
+            [f"stage.batch_ramp={RAMP % (4, 4)}", "schedule=dualpipe"],
+            ["stage.batch_ramp", "at least 4 micro-batches", "4 sequences has 2"],
+        ),
         (["optim.warmup_steps=70"], ["optim.decay_start_step", "optim.warmup_steps=70", "is 50"]),
         (["precision=float64"], ["optim.sharding", "precision=float64", "is zero1", "replicated"]),
         (["precision=bf16", "optim.sharding=replicated"], ["optim.sharding", "bf16", "is replicated", "zero1"]),

@@ -25,6 +25,8 @@ from train.balance import update_router_bias
 from train.config import TrainConfig
 from train.optim.learning_rate import learning_rate
 from train.optim.parameters import group_parameters
+from train.plan import ramp_schedules
+from train.ramp import SizedAssemblies, sized_config
 from train.step import accumulate, make_objective, to_micro_batch
 
 
@@ -68,7 +70,7 @@ def open_assembly(config: TrainConfig, schedule: Schedule | None = None) -> Asse
 def open_loader(config: TrainConfig) -> Loader:
     """The run's data."""
     prepared = prepare(config.data, config.stage.sequence_length_tokens)
-    return Loader(prepared, global_batch_sequences=config.stage.global_batch_sequences, seed=config.data.seed)
+    return Loader(prepared, sizes=config.batch_sizes, seed=config.data.seed)
 
 
 def run_jobs(rank: int, world_size: int, jobs: list[Job], num_steps: int) -> list[list[Seen]]:
@@ -78,19 +80,21 @@ def run_jobs(rank: int, world_size: int, jobs: list[Job], num_steps: int) -> lis
 
 def _run_one(job: Job, num_steps: int) -> list[Seen]:
     config = job.config
-    assembly, loader = open_assembly(config, job.schedule), open_loader(config)
-    start_biases(assembly.model, job.starved)
+    whole, loader = open_assembly(config, job.schedule), open_loader(config)
+    assemblies = SizedAssemblies(whole, ramp_schedules(config))
+    start_biases(whole.model, job.starved)
     seen = []
     for step in range(num_steps):
+        assembly = assemblies.of_step(step)
         losses, _ = accumulate(assembly, lambda first, count, step=step: loader.batch(step, first, count))  # type: ignore[misc]
         gradients = by_released_name(assembly.model, assembly.store.gradient)
-        norm = assembly.optimiser.step(learning_rate(config.optim, step))
+        norm = assembly.optimiser.step(learning_rate(config.optim, step, loader.sizes.tokens_before(step)))
         update_router_bias(assembly)
         flat = [losses.main, *losses.mtp, losses.balance, losses.total]
         weights = {name: tensor.clone() for name, tensor in named_tensors(assembly.model).items()}
         seen.append(Seen(flat, norm, gradients, weights))
     dist.barrier()
-    assembly.close()
+    whole.close()
     return seen
 
 
@@ -151,6 +155,7 @@ def run_plain(config: TrainConfig, starved: int, num_steps: int) -> list[Seen]:
 def _plain_step(
     config: TrainConfig, model: Transformer, optimizer: torch.optim.Optimizer, loader: Loader, step: int
 ) -> Seen:
+    config = sized_config(config, loader.sizes.sequences(step))
     stage, depth = config.stage, config.model.mtp_depth
     size, device = stage.micro_batch_sequences, torch.device("cpu")
     reads = range(0, stage.global_batch_sequences, size)
@@ -166,7 +171,7 @@ def _plain_step(
     gradients = by_released_name(model, lambda parameter: parameter.grad)
     norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_norm))
     for options in optimizer.param_groups:
-        options["lr"] = learning_rate(config.optim, step)
+        options["lr"] = learning_rate(config.optim, step, loader.sizes.tokens_before(step))
     optimizer.step()
     optimizer.zero_grad()
     for router in routers(model).values():

@@ -93,7 +93,10 @@ def _speed(history: History, marks: Sequence[Mark]) -> list[str]:
         Line(key="peak_memory_bytes", name="largest of all ranks", colour=2),
         Line(key="mean_peak_memory_bytes", name="mean over ranks", colour=1),
     ]
-    speed, batch = Line(key="tokens_per_second", name="tokens/s", colour=1), Line(key="batch", name="batch", colour=1)
+    speed, batch = (
+        Line(key="tokens_per_second", name="tokens/s", colour=1),
+        Line(key="global_batch_sequences", name="sequences", colour=1),
+    )
     bubble = [Line(key="pipeline_bubble", name="bubble", colour=1)]
     return [
         chart(history, "Tokens per second", [speed], tell=short, from_zero=True, marks=marks),
