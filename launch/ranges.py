@@ -88,7 +88,7 @@ _NOT_NEGATIVE = (
     "optim.weight_decay",
 )
 
-_BELOW_ONE = ("optim.beta1", "optim.beta2")
+_BELOW_ONE = ("optim.beta1", "optim.beta2", "ema.decay")
 
 _RANGES: tuple[tuple[tuple[str, ...], str, Callable[[Number], bool]], ...] = (
     (_POSITIVE, "above 0", lambda value: value > 0),

@@ -8,7 +8,7 @@ from data.config import DataConfig, FilesSource
 from dualpipe.config import ScheduleConfig
 from dualpipe.costs import Costs
 from model.config import RECOMPUTED, ModelConfig, PlainRope
-from train.config import PrecisionConfig, StageConfig, StepOptimConfig, TrackConfig, TrainConfig
+from train.config import EmaConfig, PrecisionConfig, StageConfig, StepOptimConfig, TrackConfig, TrainConfig
 
 MODEL = ModelConfig(
     vocab_size=320,
@@ -101,6 +101,7 @@ def tiny_config(folder: Path, **changes: object) -> TrainConfig:
         ),
         stage=STAGE,
         optim=OPTIM,
+        ema=EmaConfig(decay=None),
         precision=PrecisionConfig(kind="float64"),
         schedule=ScheduleConfig(kind="1f1b", pairing="overlapped"),
         costs=Costs(forward=1.0, backward_input=1.0, backward_weight=1.0, exchange=1.0, latency=0.0),

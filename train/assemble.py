@@ -27,6 +27,7 @@ from model.objective import LossSums, MicroBatch, Objective
 from model.stage import Stage, StageRun
 from model.transformer import Part, Transformer, initialise
 from train.config import Precision, TrainConfig
+from train.ema import ParameterEma
 from train.exchange import open_dispatcher
 from train.links import PipelineLinks, open_links
 from train.optim.build import Optimiser, build_optimiser
@@ -54,6 +55,7 @@ class Assembly:
     observers: Observers
     store: GradientStore
     optimiser: Optimiser
+    ema: ParameterEma | None
 
     @property
     def holds_last(self) -> tuple[int, ...]:
@@ -63,10 +65,12 @@ class Assembly:
         return tuple(d for d in range(self.schedule.num_directions) if self.schedule.rank_of(d, last) == pipeline)
 
     def close(self) -> None:
-        """Ends the workers of lane and links, and the exchange; every rank at the same point.
+        """Ends the workers of average, lane and links, and the exchange; every rank at the same point.
 
         Not for the way out of an error, when peers may never answer.
         """
+        if self.ema is not None:
+            self.ema.close()
         self.lane.close()
         self.dispatcher.close()
         self.links.close()
@@ -166,6 +170,7 @@ def assemble(
     stages = _build_stages(config, model, held, schedule.num_stages)
     store = GradientStore(model.parameters())
     train_program, forward_program = compile_programs(config, schedule, pipeline_rank, stages)
+    optimiser = build_optimiser(group_parameters(model), store, _replicas(groups), config.optim)
     return Assembly(
         config=config,
         layout=layout,
@@ -181,7 +186,8 @@ def assemble(
         dispatcher=dispatcher,
         observers=observers,
         store=store,
-        optimiser=build_optimiser(group_parameters(model), store, _replicas(groups), config.optim),
+        optimiser=optimiser,
+        ema=None if config.ema.decay is None else ParameterEma(model, config.ema.decay),
     )
 
 

@@ -22,7 +22,8 @@ from dualpipe.ir import to_json
 from model.config import ModelConfig
 from model.transformer import Transformer, named_tensors
 from train.assemble import Assembly
-from train.checkpoint_reader import WEIGHTS_PREFIX, CheckpointReader, first_line
+from train.checkpoint_reader import WEIGHTS_PREFIX, CheckpointReader, first_line, read_list
+from train.ema import EMA_PREFIX
 from train.manifest import SCHEDULE_NAME, TOKENIZER_NAME, CheckpointError, write_manifest
 
 
@@ -44,7 +45,7 @@ def save(assembly: Assembly, step: int, prepared: Prepared) -> Path:
         partial.mkdir(parents=True)
     dist.barrier(group=assembly.groups.world)
     try:
-        _quietly(dcp_save, _state(assembly), partial)
+        _quietly(dcp_save, _state(assembly) | _averages(assembly), partial)
     except CheckpointException as failure:
         rank, (cause, _) = min(failure.failures.items())
         raise OSError(f"{partial}: cannot be written by rank {rank}: {first_line(cause)}") from failure
@@ -64,12 +65,15 @@ def load(assembly: Assembly, folder: Path) -> None:
     Raises:
         CheckpointError: on every rank, where one of them cannot read its part.
     """
+    averages = _averages(assembly) if _holds_averages(folder) else {}
     try:
-        _quietly(dcp_load, _state(assembly), folder)
+        _quietly(dcp_load, _state(assembly) | averages, folder)
     except CheckpointException as failure:
         rank, (cause, _) = min(failure.failures.items())
         raise CheckpointError(f"resume: {folder}: cannot be read by rank {rank}: {first_line(cause)}") from failure
     assembly.optimiser.loaded()
+    if assembly.ema is not None and not averages:
+        assembly.ema.follow_weights()
 
 
 def load_whole(config: ModelConfig, folder: Path, dtype: torch.dtype, key: str = "resume") -> Transformer:
@@ -92,6 +96,15 @@ def load_whole(config: ModelConfig, folder: Path, dtype: torch.dtype, key: str =
 def _state(assembly: Assembly) -> dict[str, Any]:
     shards = assembly.optimiser.state()
     return _weights(assembly.model) | {f"optimiser.{dist.get_rank()}.{key}": value for key, value in shards.items()}
+
+
+def _averages(assembly: Assembly) -> dict[str, Any]:
+    averages = {} if assembly.ema is None else assembly.ema.state()
+    return {f"{EMA_PREFIX}.{name}": average for name, average in averages.items()}
+
+
+def _holds_averages(folder: Path) -> bool:
+    return any(name.startswith(f"{EMA_PREFIX}.") for name in read_list(folder, "resume").state_dict_metadata)
 
 
 def _weights(model: Transformer) -> dict[str, Tensor]:

@@ -112,6 +112,13 @@ class StageConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class EmaConfig:
+    """An average of the weights on the host: `decay` is what it keeps of itself in an update; None: there is none."""
+
+    decay: float | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TrackConfig:
     """Where metrics go beside `metrics.jsonl` and the terminal.
 
@@ -149,6 +156,7 @@ class TrainConfig:
     data: DataConfig
     stage: StageConfig
     optim: OptimConfig
+    ema: EmaConfig
     precision: Precision
     schedule: ScheduleConfig
     costs: Costs

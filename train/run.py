@@ -121,7 +121,10 @@ def _start(assembly: Assembly, prepared: Prepared) -> str:
     if assembly.config.init_from is None:
         return ""
     with assembly.observers.log.phase("world", range(assembly.layout.world_size), "loading of initial weights"):
-        return load_initial(assembly, prepared.tokenizer)
+        told = load_initial(assembly, prepared.tokenizer)
+    if assembly.ema is not None:
+        assembly.ema.follow_weights()
+    return told
 
 
 def _agree(config: TrainConfig) -> TrainConfig:

@@ -122,6 +122,8 @@ def train_step(assembly: Assembly, loader: Loader, step: int) -> StepResult:
     with assembly.observers.log.phase("world", range(assembly.layout.world_size), "update of the weights"):
         norm = assembly.optimiser.step(rate)
     balance = update_router_bias(assembly)
+    if assembly.ema is not None:
+        assembly.ema.update()
     tokens = config.stage.global_batch_sequences * config.stage.sequence_length_tokens
     return StepResult(
         losses=losses,

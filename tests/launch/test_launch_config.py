@@ -99,7 +99,7 @@ def test_config_source_is_written_as_it_is_given() -> None:
 
 def test_config_every_number_has_a_range_or_is_checked_where_it_belongs(tmp_path: Path) -> None:
     choices = [f"{group}={choice}" for group in ("model", "dispatch", "optim") for choice in options(group)]
-    choices += ["cluster=h800", f"stage.batch_ramp={RAMP % (4, 4)}"]
+    choices += ["cluster=h800", "ema.decay=0.9", f"stage.batch_ramp={RAMP % (4, 4)}"]
     weights = place_weights(tmp_path / "weights")
     keys = {key for choice in choices for key in numbers(build(choice, f"init_from={weights}"))}
     assert {key for key in keys if not key.startswith(("data.", "costs."))} == {
@@ -187,6 +187,7 @@ def test_config_quickstart_feeds_dualpipe_fully() -> None:
             [f"stage.batch_ramp={RAMP % (4, 4)}", "schedule=dualpipe"],
             ["stage.batch_ramp", "at least 4 micro-batches", "4 sequences has 2"],
         ),
+        (["ema.decay=1"], ["ema.decay", "below 1", "is 1.0"]),
         (["optim.warmup_steps=70"], ["optim.decay_start_step", "optim.warmup_steps=70", "is 50"]),
         (["precision=float64"], ["optim.sharding", "precision=float64", "is zero1", "replicated"]),
         (["precision=bf16", "optim.sharding=replicated"], ["optim.sharding", "bf16", "is replicated", "zero1"]),
