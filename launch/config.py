@@ -16,6 +16,7 @@ from launch.errors import ConfigError
 from launch.exchange import check_exchange
 from launch.model_choice import expand_model
 from launch.optim import check_optim
+from launch.profile import check_profile
 from launch.ramp import check_ramp
 from launch.ranges import check_ranges, divisors, multiples
 from launch.tokenizer_choice import expand_tokenizer
@@ -96,6 +97,7 @@ def check(config: TrainConfig) -> None:
     _check_experts(config)
     check_exchange(config)
     check_optim(config)
+    check_profile(config)
     _check_data(config)
     if config.resume is not None:
         check_manifest(find_checkpoint(config.resume), config)

@@ -8,7 +8,15 @@ from data.config import DataConfig, FilesSource
 from dualpipe.config import ScheduleConfig
 from dualpipe.costs import Costs
 from model.config import RECOMPUTED, ModelConfig, PlainRope
-from train.config import EmaConfig, PrecisionConfig, StageConfig, StepOptimConfig, TrackConfig, TrainConfig
+from train.config import (
+    EmaConfig,
+    PrecisionConfig,
+    ProfileConfig,
+    StageConfig,
+    StepOptimConfig,
+    TrackConfig,
+    TrainConfig,
+)
 
 MODEL = ModelConfig(
     vocab_size=320,
@@ -111,6 +119,7 @@ def tiny_config(folder: Path, **changes: object) -> TrainConfig:
         track=TrackConfig(
             wandb="disabled", project="tests", log_every_steps=1, picture_every_steps=0, loads_every_steps=1
         ),
+        profile=ProfileConfig(steps=(), ranks=(0,), trace=True, memory_snapshot=False),
     )
     return replace(config, **changes)  # type: ignore[arg-type]
 

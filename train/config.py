@@ -134,6 +134,16 @@ class TrackConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ProfileConfig:
+    """Steps (from 1) and ranks that are looked into: a trace of torch's profiler, and on CUDA a snapshot of memory."""
+
+    steps: tuple[int, ...]
+    ranks: tuple[int, ...]
+    trace: bool
+    memory_snapshot: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
     """Everything a rank needs to know.
 
@@ -164,6 +174,7 @@ class TrainConfig:
     recompute: tuple[Recomputed, ...]
     attention: AttentionKind
     track: TrackConfig
+    profile: ProfileConfig
 
     @property
     def computing(self) -> Computing:

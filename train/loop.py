@@ -21,6 +21,7 @@ from train.balance import Balance, LoadLines
 from train.exchange import exchange_metrics
 from train.metrics import Display, Recorder, mfu
 from train.pictures import PAGE_NAME, SVG_NAME, TRACE_NAME, PipelineWatch, bubble_of, window_slots
+from train.profile import StepProfiler
 from train.ramp import SizedAssemblies
 from train.report.write import Report
 from train.step import StepResult, train_step, validate_pass
@@ -82,9 +83,11 @@ def train(
     with log.phase("world", world, "making of groups"):
         watch = PipelineWatch(assembly)
     loader = Loader(prepared, sizes=assembly.config.batch_sizes, seed=assembly.config.data.seed)
+    profiler = StepProfiler(assembly.config, assembly.groups.rank, assembly.device)
     for step in range(first_step, stage.steps):
         sized = assemblies.of_step(step)
-        result = train_step(sized, loader, step)
+        with profiler.step(step + 1):
+            result = train_step(sized, loader, step)
         done = step + 1
         LOGGER.info("step %d: loss %.6f, %.3f s", done, result.losses.total, result.seconds)
         values = _record(sized, watch, done, result) | {"tokens": loader.sizes.tokens_before(done)}

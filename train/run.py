@@ -27,6 +27,7 @@ from train.loop import Reporter, show_continuation, train
 from train.manifest import check_fingerprint, check_manifest, find_checkpoint, read_step
 from train.metrics import Display, JsonLines, Recorder, Wandb
 from train.plan import Plan, plan
+from train.profile import profile_notice
 from train.ramp import SizedAssemblies
 from train.report.write import Report
 
@@ -193,6 +194,8 @@ def _introduce(assembly: Assembly, planned: Plan, prepared: Prepared, reporter: 
     )
     if config.schedule.kind == "auto":
         reporter.say(f"schedule: {planned.reason}")
+    if notice := profile_notice(config):
+        reporter.say(notice)
     reporter.say(
         f"corpus: {prepared.train_tokens:,} training and {prepared.validation_tokens:,} validation tokens, "
         f"{prepared.bytes_per_token:.2f} bytes per token, unigram entropy {prepared.unigram_entropy_nats:.4f} nats"

@@ -76,12 +76,15 @@ def test_run_leaves_what_the_documentation_names(folder: Path) -> None:
         "stage.checkpoint_every_steps=2",
         "stage.sample_prompt=a1 b2",
         "track=wandb_offline",
+        "profile.steps=[2]",
+        "profile.ranks=[0,3]",
     )
     assert done.returncode == 0, done.stderr
     run = folder / "files"
     names = {path.relative_to(run).as_posix() for path in run.rglob("*")}
     expected = {"config.yaml", "metrics.jsonl", "checkpoints/step-00000002", "checkpoints/step-00000003/manifest.json"}
     expected |= {"report.html", "loads.jsonl"}
+    expected |= {f"profile/step-00000002_rank-0000{rank}.trace.json.gz" for rank in (0, 3)}
     expected |= {"checkpoints/step-00000003/tokenizer.json"}
     assert expected | {f"log/rank_{rank:05d}.log" for rank in range(4)} <= names
     assert not [name for name in names if name.endswith(".partial")]

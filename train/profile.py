@@ -1,0 +1,74 @@
+"""Looks into chosen steps of chosen ranks: torch's profiler as a Chrome trace, and what the device's memory held."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch
+
+from train.config import ProfileConfig, TrainConfig
+
+FOLDER_NAME = "profile"
+
+
+class StepProfiler:
+    """What one rank records of its steps; nothing is imported, asked or written in any other step."""
+
+    def __init__(self, config: TrainConfig, rank: int, device: torch.device) -> None:
+        """`rank`, `device`: this one's. The run's folder is `config.out_dir`."""
+        self._config: ProfileConfig = config.profile
+        self._folder = Path(config.out_dir) / FOLDER_NAME
+        self._device = device
+        self._rank = rank
+        self._is_chosen = rank in config.profile.ranks
+
+    @contextmanager
+    def step(self, done: int) -> Iterator[None]:
+        """Around a step, the `done`th of the run (from 1). Its files are there when it has ended without an error."""
+        if not self._is_chosen or done not in self._config.steps:
+            yield
+            return
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            if self._config.memory_snapshot and self._device.type == "cuda":
+                stack.enter_context(self._memory(done))
+            if self._config.trace:
+                stack.enter_context(self._trace(done))
+            yield
+
+    def path(self, done: int, ending: str) -> Path:
+        """Where a step's file of this rank is: `profile/step-00000005_rank-00000.trace.json.gz`."""
+        return self._folder / f"step-{done:08d}_rank-{self._rank:05d}.{ending}"
+
+    @contextmanager
+    def _trace(self, done: int) -> Iterator[None]:
+        from torch.profiler import ProfilerActivity, profile
+
+        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (self._device.type == "cuda")
+        with profile(activities=activities, record_shapes=True, profile_memory=True) as profiler:
+            yield
+        profiler.export_chrome_trace(str(self.path(done, "trace.json.gz")))
+
+    @contextmanager
+    def _memory(self, done: int) -> Iterator[None]:
+        torch.cuda.memory._record_memory_history(max_entries=1_000_000)
+        try:
+            yield
+            torch.cuda.memory._dump_snapshot(str(self.path(done, "memory.pickle")))
+        finally:
+            torch.cuda.memory._record_memory_history(enabled=None)
+
+
+def profile_notice(config: TrainConfig) -> str:
+    """A line on what is recorded, and on what cannot be; empty where nothing is."""
+    chosen = config.profile
+    kinds = ["traces"] * chosen.trace
+    missing = ""
+    if chosen.memory_snapshot and config.cluster.device == "cuda":
+        kinds.append("memory snapshots")
+    elif chosen.memory_snapshot:
+        missing = "; memory snapshots need cluster.device=cuda, none are made on the CPU"
+    if not chosen.steps or not (kinds or missing):
+        return ""
+    steps, ranks = (", ".join(map(str, numbers)) for numbers in (chosen.steps, chosen.ranks))
+    return f"profile: {' and '.join(kinds) or 'nothing'} of steps {steps} on ranks {ranks} in {FOLDER_NAME}/{missing}"
