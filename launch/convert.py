@@ -30,6 +30,7 @@ class ConvertConfig:
     format: Form | None
     dtype: Literal["bf16", "float32", "fp8"] | None
     max_shard_bytes: int | None
+    weights: Literal["trained", "ema"]
 
     @property
     def target(self) -> Form:
@@ -62,6 +63,7 @@ def main(overrides: Sequence[str]) -> int:
             form=config.target,
             dtype=config.dtype,
             max_shard_bytes=_file_bytes(config),
+            weights=config.weights,
         )
         print(convert(conversion, lambda line: print(line, file=sys.stderr, flush=True)))
     return 0
@@ -103,6 +105,8 @@ def _check(config: ConvertConfig) -> None:
         raise ConfigError("format: must be hf with from=checkpoint, is checkpoint; nearest valid: format=hf")
     if config.target == "checkpoint" and config.dtype == "fp8":
         raise ConfigError("dtype: must be bf16 or float32 in a checkpoint, is fp8; nearest valid: bf16, or format=hf")
+    if config.source == "hf" and config.weights == "ema":
+        raise ConfigError("weights: must be trained with from=hf, is ema; nearest valid: trained")
     if config.max_shard_bytes is not None and config.max_shard_bytes < 1:
         raise ConfigError(f"max_shard_bytes: must be above 0, is {config.max_shard_bytes}; the least is 1")
     _check_target(config.to)

@@ -32,6 +32,7 @@ class GenerateCommandConfig:
     """What is continued by which weights, how tokens are chosen, and where the text goes."""
 
     ckpt: str
+    weights: Literal["trained", "ema"]
     prompt: str | None
     prompt_ids: tuple[int, ...] | None
     prompts: str | None
@@ -116,6 +117,8 @@ def _find(config: GenerateCommandConfig) -> Source:
     """Where the weights are; nothing of them is read yet."""
     ckpt = config.ckpt
     folder, model, is_hf, end_ids = source_folder(ckpt, "ckpt"), source_config(ckpt, "ckpt"), is_hf_folder(ckpt), []
+    if is_hf and config.weights == "ema":
+        raise ConfigError(f"weights: must be trained, as ckpt={ckpt} is a Hugging Face folder, is ema")
     if is_hf:
         ends = read_json(folder / CONFIG_NAME).get("eos_token_id")
         end_ids = [end for end in (ends if isinstance(ends, list) else [ends]) if type(end) is int]
@@ -188,7 +191,7 @@ def _load(config: GenerateCommandConfig, source: Source) -> "Transformer":
     else:
         from train.checkpoint import load_whole
 
-        model = load_whole(source.model, source.folder, dtype, "ckpt")
+        model = load_whole(source.model, source.folder, dtype, "ckpt", config.weights)
     return model.to(torch.device(config.device))
 
 

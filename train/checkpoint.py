@@ -22,8 +22,7 @@ from dualpipe.ir import to_json
 from model.config import ModelConfig
 from model.transformer import Transformer, named_tensors
 from train.assemble import Assembly
-from train.checkpoint_reader import WEIGHTS_PREFIX, CheckpointReader, first_line, read_list
-from train.ema import EMA_PREFIX
+from train.checkpoint_reader import EMA_PREFIX, WEIGHTS_PREFIX, CheckpointReader, Kept, first_line, read_list
 from train.manifest import SCHEDULE_NAME, TOKENIZER_NAME, CheckpointError, write_manifest
 
 
@@ -76,7 +75,9 @@ def load(assembly: Assembly, folder: Path) -> None:
         assembly.ema.follow_weights()
 
 
-def load_whole(config: ModelConfig, folder: Path, dtype: torch.dtype, key: str = "resume") -> Transformer:
+def load_whole(
+    config: ModelConfig, folder: Path, dtype: torch.dtype, key: str = "resume", kept: Kept = "trained"
+) -> Transformer:
     """The whole model of a checkpoint in this process alone, whatever layout wrote it.
 
     Args:
@@ -84,12 +85,13 @@ def load_whole(config: ModelConfig, folder: Path, dtype: torch.dtype, key: str =
         folder: of the checkpoint.
         dtype: of the model's weights.
         key: of the configuration that names the checkpoint, for errors.
+        kept: the trained weights, or their average.
 
     Raises:
-        CheckpointError: a file is missing, cut short or of another form.
+        CheckpointError: there is no average; a file is missing, cut short or of another form.
     """
     model = Transformer(config, LocalDispatcher(config.num_routed_experts), dtype)
-    CheckpointReader(folder, key).fill(named_tensors(model))
+    CheckpointReader(folder, key, kept).fill(named_tensors(model))
     return model
 
 
@@ -100,11 +102,11 @@ def _state(assembly: Assembly) -> dict[str, Any]:
 
 def _averages(assembly: Assembly) -> dict[str, Any]:
     averages = {} if assembly.ema is None else assembly.ema.state()
-    return {f"{EMA_PREFIX}.{name}": average for name, average in averages.items()}
+    return {f"{EMA_PREFIX}{name}": average for name, average in averages.items()}
 
 
 def _holds_averages(folder: Path) -> bool:
-    return any(name.startswith(f"{EMA_PREFIX}.") for name in read_list(folder, "resume").state_dict_metadata)
+    return any(name.startswith(EMA_PREFIX) for name in read_list(folder, "resume").state_dict_metadata)
 
 
 def _weights(model: Transformer) -> dict[str, Tensor]:

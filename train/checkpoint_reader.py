@@ -4,7 +4,7 @@ import pickle
 import sys
 from collections.abc import Mapping
 from pathlib import Path, PosixPath, WindowsPath
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from model.hf.names import copied_from, weights
 from train.manifest import CheckpointError, read_model
 
 WEIGHTS_PREFIX = "weights."
+EMA_PREFIX = "ema."
+Kept = Literal["trained", "ema"]
+_PREFIXES: dict[Kept, str] = {"trained": WEIGHTS_PREFIX, "ema": EMA_PREFIX}
 METADATA_NAME = ".metadata"
 _LONGEST_TEXT = 120
 _RECORD_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
@@ -33,17 +36,21 @@ class CheckpointReader:
     Args:
         folder: of the checkpoint.
         key: of the configuration that names it, for errors.
+        kept: which of its weights: those that were trained, or their average.
 
     Raises:
-        CheckpointError: the manifest or the list cannot be read, a weight is missing or of another shape, a file is
-            missing or cut short.
+        CheckpointError: there is no average; the manifest or the list cannot be read, a weight is missing or of
+            another shape, a file is missing or cut short.
     """
 
-    def __init__(self, folder: Path, key: str) -> None:
+    def __init__(self, folder: Path, key: str, kept: Kept = "trained") -> None:
         self.config: ModelConfig = read_model(folder, key)
         self._folder = folder
         self._key = key
+        self._prefix = _PREFIXES[kept]
         self._metadata = read_list(folder, key)
+        if not any(name.startswith(self._prefix) for name in self._metadata.state_dict_metadata) and kept == "ema":
+            raise self._error("weights", "must be trained, as the run kept no average (ema.decay), are ema")
         self._storage = FileSystemReader(folder)
         self._storage.set_up_storage_reader(self._metadata, is_coordinator=True)
         self._shapes = held_weights(self.config)
@@ -74,7 +81,7 @@ class CheckpointReader:
     def _read(self, name: str, tensor: Tensor) -> None:
         planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         try:
-            planner.set_up_planner({WEIGHTS_PREFIX + name: tensor}, self._metadata, is_coordinator=True)
+            planner.set_up_planner({self._prefix + name: tensor}, self._metadata, is_coordinator=True)
             self._storage.read_data(planner.create_local_plan(), planner).wait()
         except MemoryError:
             raise
@@ -84,7 +91,7 @@ class CheckpointReader:
             raise self._error(name, "must hold finite numbers, holds others")
 
     def _check_weight(self, name: str, shape: tuple[int, ...]) -> torch.dtype:
-        stored = self._metadata.state_dict_metadata.get(WEIGHTS_PREFIX + name)
+        stored = self._metadata.state_dict_metadata.get(self._prefix + name)
         if not isinstance(stored, TensorStorageMetadata):
             raise self._error(name, "must be there, is missing")
         if tuple(stored.size) != shape:
@@ -94,7 +101,7 @@ class CheckpointReader:
     def _check_files(self) -> None:
         needed: dict[str, int] = {}
         for index, place in (self._metadata.storage_data or {}).items():
-            if index.fqn.startswith(WEIGHTS_PREFIX):
+            if index.fqn.startswith(self._prefix):
                 end = place.offset + place.length
                 needed[place.relative_path] = max(needed.get(place.relative_path, 0), end)
         for name, num_bytes in needed.items():

@@ -27,7 +27,7 @@ from model.hf.names import (
 )
 from model.hf.reader import HfReader
 from model.hf.writer import Extras, Fp8Scales, write_hf
-from train.checkpoint_reader import CheckpointReader, held_weights
+from train.checkpoint_reader import CheckpointReader, Kept, held_weights
 from train.checkpoint_writer import write_weights
 from train.manifest import TOKENIZER_NAME, CheckpointError, read_manifest, write_weights_manifest
 from train.weight_source import is_hf_folder, source_folder
@@ -59,6 +59,7 @@ class Conversion:
     form: Literal["hf", "checkpoint"]
     dtype: Literal["bf16", "float32", "fp8"] | None
     max_shard_bytes: int
+    weights: Kept = "trained"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,7 +93,7 @@ def convert(conversion: Conversion, say: Say) -> str:
         CheckpointError: weights that cannot be read.
         HfError: the same, or the destination is not empty, or the disk refuses.
     """
-    source = _open(conversion.path)
+    source = _open(conversion.path, conversion.weights)
     counter = _Counter(source, conversion.max_shard_bytes, say)
     write = _write_checkpoint if conversion.form == "checkpoint" else _write_hf
     write(conversion, source, counter.read)
@@ -101,7 +102,7 @@ def convert(conversion: Conversion, say: Say) -> str:
     return f"wrote {conversion.folder}, {_bytes_text(written)}, from {read}"
 
 
-def _open(path: str) -> _Source:
+def _open(path: str, kept: Kept) -> _Source:
     folder = source_folder(path, "path")
     if is_hf_folder(path):
         reader = HfReader(folder)
@@ -114,7 +115,7 @@ def _open(path: str) -> _Source:
             carried=stored.config,
             tensor=reader.tensor,
         )
-    checkpoint = CheckpointReader(folder, "path")
+    checkpoint = CheckpointReader(folder, "path", kept)
     shapes = {name: shape for name, shape in weights(checkpoint.config) if copied_from(name) is None}
     held = {name: stored_dtype(checkpoint.dtype_of(name)) for name in held_weights(checkpoint.config)}
 

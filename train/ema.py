@@ -11,9 +11,6 @@ from torch import Tensor
 
 from model.transformer import BIAS, Transformer, named_tensors
 
-EMA_PREFIX = "ema"
-"""What names of averages begin with in a checkpoint, before a dot and the released name."""
-
 
 class ParameterEma:
     """Averages of the weights that this rank holds; it owns them, a copy of the weights, and the thread that averages.

@@ -15,14 +15,18 @@ from train.manifest import TOKENIZER_NAME, write_manifest
 TEXTS = ["def f(x):\n    return x + 1\n", "naïve café 🙂 日本語 text"] * 9
 
 
-def write_checkpoint(run: Path, model: Transformer, *, tokenizer: bool = True) -> Path:
-    """The checkpoint's folder."""
+def write_checkpoint(
+    run: Path, model: Transformer, *, tokenizer: bool = True, average: Transformer | None = None
+) -> Path:
+    """The checkpoint's folder. `average`: the model whose weights stand for the average of the trained ones."""
     folder = run / "checkpoints" / "step-00000000"
     folder.mkdir(parents=True)
-    named = named_tensors(model)
+    named = {f"weights.{name}": tensor for name, tensor in named_tensors(model).items()}
+    if average is not None:
+        named |= {f"ema.{name}": tensor for name, tensor in named_tensors(average).items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # DCP warns of deprecations in its own code
-        dcp_save({f"weights.{name}": tensor for name, tensor in named.items()}, checkpoint_id=folder, no_dist=True)
+        dcp_save(named, checkpoint_id=folder, no_dist=True)
     if tokenizer:
         Tokenizer.train(TEXTS, 300).save(folder / TOKENIZER_NAME)
     write_manifest(folder, 0, tiny_config(run, model=model.config), "f00d")
