@@ -13,6 +13,7 @@ from datetime import datetime
 from pathlib import Path
 
 from comm.exit_codes import EXIT_HANG
+from comm.preemption import SIGNALS
 from launch.compose import compose
 from launch.config import read_config
 from launch.errors import ConfigError
@@ -27,6 +28,13 @@ WORLD_SIZE = 4
 
 def rank() -> int:
     return int(os.environ["RANK"])
+
+
+def sleep_on() -> None:
+    """Until a signal ends it: it has nothing to save."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+    time.sleep(600)
 
 
 def done(config: TrainConfig) -> int:
@@ -55,21 +63,21 @@ def all_say_non_finite(config: TrainConfig) -> int:
 def one_raises(config: TrainConfig) -> int:
     if rank() == 2:
         raise RuntimeError("the first line\nand the second")
-    time.sleep(600)
+    sleep_on()
     return 0
 
 
 def one_refuses(config: TrainConfig) -> int:
     if rank() == 1:
         raise ConfigError("stage.steps: must be luckier")
-    time.sleep(600)
+    sleep_on()
     return 0
 
 
 def one_exits(config: TrainConfig) -> int:
     if rank() == 1:
         sys.exit(75)
-    time.sleep(600)
+    sleep_on()
     return 0
 
 
@@ -78,7 +86,7 @@ def one_is_killed(config: TrainConfig) -> int:
         os.kill(os.getpid(), signal.SIGKILL)
     if rank() == 0:
         raise ConnectionError("connection closed by peer")
-    time.sleep(600)
+    sleep_on()
     return 0
 
 
@@ -86,7 +94,7 @@ def one_is_terminated(config: TrainConfig) -> int:
     """By its watch, as it would not end by itself."""
     if rank() == 1:
         os._exit(128 + signal.SIGTERM)
-    time.sleep(600)
+    sleep_on()
     return 0
 
 
@@ -103,7 +111,7 @@ def sleep(config: TrainConfig) -> int:
     partial = Path(config.out_dir) / f"partial_{rank()}"
     partial.write_text(str(os.getpid()))
     partial.rename(Path(config.out_dir) / f"pid_{rank()}")
-    time.sleep(600)
+    sleep_on()
     return 0
 
 
