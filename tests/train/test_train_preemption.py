@@ -1,8 +1,10 @@
 """Ranks that are asked to make room, or lost: all leave together, saved, and the run goes on as if nothing had been."""
 
 import json
+import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,10 @@ import torch
 from launch.folder import read_folder
 from model.transformer import named_tensors
 from tests.tiny import write_text
-from tests.train.asked_run import CHAINS, NUM_STEPS
+from tests.train.asked_run import CHAINS, NUM_STEPS, Ask, run_choices
 from tests.train.test_train_command import read_metrics
 from train.checkpoint import load_whole, step_folder
+from train.status import read_status
 
 ROOT = Path(__file__).parents[2]
 ASKED = [name for name in CHAINS if name.startswith("SIG")]
@@ -87,3 +90,37 @@ def test_run_that_is_killed_too_often_is_lost(folder: Path) -> None:
     assert (life["exit_code"], life["status"]["state"], life["status"]["exit_code"]) == (78, "lost", 78)
     assert life["events"] == ["restarted"]
     assert life["status"]["reason"].startswith("rank 0 is lost: ")
+
+
+@pytest.mark.slow
+def test_torchrun_starts_ranks_again_and_they_go_on(folder: Path) -> None:
+    """After a rank was killed from the newest checkpoint; after they were asked to make room not at all."""
+    place = folder / "torchrun"
+    place.mkdir()
+    for ask, attempts, state in (
+        (Ask(0, "SIGTERM", "dispatch", 3), 2, ("preempted", 1, 75)),
+        (Ask(2, "SIGKILL", "update of the weights", 5), 2, ("done", NUM_STEPS, 0)),
+    ):
+        (place / "case.json").write_text(json.dumps(asdict(ask)))
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
+        command += [f"--max-restarts={attempts - 1}", "-m", "tests.train.asked_rank", str(place)]
+        command += [*run_choices(folder), f"out_dir={place / 'run'}"]
+        environment = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+        status = read_status(place / "run")
+        assert status is not None
+        assert (status.state, status.step, status.exit_code) == state, done.stderr
+        assert done.returncode == (0 if state[0] == "done" else 1), done.stderr
+        (place / "lives").unlink()
+    assert_as_calm(folder, "torchrun/run")
+
+
+@pytest.mark.slow
+def test_torchrun_that_starts_ranks_again_needs_a_run_that_goes_on_by_itself(tmp_path: Path) -> None:
+    environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x"}
+    command = [sys.executable, "-m", "launch.train", f"out_dir={tmp_path / 'run'}"]
+    environment["TORCHELASTIC_MAX_RESTARTS"] = "3"
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: resume: must be auto under torchrun --max-restarts=3, ")
+    assert f"nearest valid: resume=auto out_dir={tmp_path / 'run'}" in done.stderr
