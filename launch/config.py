@@ -107,11 +107,12 @@ def check(config: TrainConfig) -> None:
     check_exchange(config)
     check_optim(config)
     _check_data(config)
-    _check_resume(config)
-    _check_start(config)
+    if not _check_resume(config):
+        _check_start(config)
 
 
-def _check_resume(config: TrainConfig) -> None:
+def _check_resume(config: TrainConfig) -> bool:
+    """Whether the run goes on by itself from what is there, so that it does not start from anything else."""
     if config.resume == AUTO:
         if not config.out_dir:
             raise ConfigError(
@@ -123,8 +124,10 @@ def _check_resume(config: TrainConfig) -> None:
             # A run that was done but for its end has no step left, and need not be refused.
             steps = max(config.stage.steps, read_step(folder) + 1)
             check_manifest(folder, replace(config, stage=replace(config.stage, steps=steps)))
-    elif config.resume is not None:
+        return folder is not None
+    if config.resume is not None:
         check_manifest(find_checkpoint(config.resume), config)
+    return False
 
 
 def _check_start(config: TrainConfig) -> None:

@@ -77,9 +77,10 @@ def start_fork_server(cluster: ClusterConfig, modules: Sequence[str]) -> None:
     multiprocessing.set_forkserver_preload(list(modules))
     # Ctrl-C reaches every process of the terminal, and a scheduler may ask all processes of a job to make room:
     # blocked here, a signal waits until a rank can heed it.
-    resource_tracker.ensure_running()
     signal.pthread_sigmask(signal.SIG_BLOCK, _WAITING)
     try:
+        resource_tracker.ensure_running()  # lets go of SIGINT and SIGTERM, which it ignores
+        signal.pthread_sigmask(signal.SIG_BLOCK, _WAITING)
         forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _WAITING)
