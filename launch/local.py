@@ -107,7 +107,9 @@ def run_ranks(folder: Path, world_size: int, entry: Entry) -> int:
             code, reason = _run_once(folder, world_size, entry, config.cluster, request)
             if code not in _VERDICTS or request.is_asked or restart == config.cluster.max_restarts:
                 break
-            append_event(folder, "restarted", {"restart": restart + 1, "exit_code": code, "reason": reason})
+            known = read_status(folder)
+            step = 0 if known is None else known.step
+            append_event(folder, "restarted", step, reason, restart=restart + 1, exit_code=code)
             count = f"{restart + 1} of {config.cluster.max_restarts}"
             _say(f"all ranks start again ({count}), from the newest checkpoint")
             claim_folder(replace(config, resume=AUTO), datetime.now())

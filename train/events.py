@@ -2,16 +2,23 @@
 
 import json
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 EVENTS_NAME = "events.jsonl"
 
 
-def append_event(out_dir: Path, event: str, values: Mapping[str, Any]) -> None:
-    """Adds a line: the time in seconds since 1970, what happened, and its values, as JSON has them."""
-    line = json.dumps({"time": time.time(), "event": event, **values}, allow_nan=False)
+def append_event(out_dir: Path, kind: str, step: int, text: str, **values: Any) -> None:
+    """Adds a line.
+
+    Args:
+        out_dir: the run's folder.
+        kind: of event: `skipped`, `rolled_back`, `passed_over`, `stopped`, `preempted`, `restarted`.
+        step: from 1, as in `metrics.jsonl`; for what belongs to none, the last one done.
+        text: what happened, for people.
+        values: what else is known, as JSON has it.
+    """
+    line = json.dumps({"time": time.time(), "kind": kind, "step": step, "text": text, **values}, allow_nan=False)
     with (out_dir / EVENTS_NAME).open("a", encoding="utf-8") as file:
         file.write(f"{line}\n")
 

@@ -46,7 +46,8 @@ class Recovery:
         """Whether the step's batch was refused before the run went back, so that it is left out now."""
         if step not in self._passed_over:
             return False
-        self._note("passed_over", {"step": step + 1})
+        if self._is_writer:
+            append_event(self._out_dir, "passed_over", step + 1, "its batch is left out, as the run went back from it")
         return True
 
     def accepted(self, step: int) -> None:
@@ -64,19 +65,19 @@ class Recovery:
         self._num_in_a_row += 1
         self._last_refused = max(self._last_refused, finding.step)
         if config.kind == "stop":
-            self._note("stopped", self._record(finding))
+            self._note("stopped", finding)
             raise StoppedError(f"{finding.reason}; nothing was updated in this step")
         if self._num_in_a_row > config.max_consecutive:
-            self._note("stopped", self._record(finding))
+            self._note("stopped", finding)
             raise StoppedError(
                 f"{finding.reason}; nothing was updated in this step, refused steps in a row: "
                 f"{self._num_in_a_row}, above guard.max_consecutive={config.max_consecutive}"
             )
         folder = self._agreed_checkpoint(finding.step) if config.kind == "roll_back" else None
         if folder is None:
-            self._note("skipped", self._record(finding))
+            self._note("skipped", finding)
             return Onward(num_done=finding.step + 1, words=f"{finding.reason}; its batch is left out")
-        self._note(_ROLLED_BACK, {**self._record(finding), "checkpoint": str(folder)})
+        self._note(_ROLLED_BACK, finding, checkpoint=str(folder))
         return self._go_back(finding, folder)
 
     def _go_back(self, finding: Finding, folder: Path) -> Onward:
@@ -102,7 +103,7 @@ class Recovery:
         """What the run showed up to a step, and the batches that are left out from there on."""
         found: list[Any] = [None]
         if self._is_writer:
-            steps = [event["step"] - 1 for event in read_events(self._out_dir) if event["event"] == _ROLLED_BACK]
+            steps = [event["step"] - 1 for event in read_events(self._out_dir) if event["kind"] == _ROLLED_BACK]
             found = [(self._read_shown(num_done) if self._assembly.config.guard.spike_factor else [], steps)]
         ((shown, steps),) = self._share(found)
         self.guard.remember(shown)
@@ -122,19 +123,12 @@ class Recovery:
             dist.broadcast_object_list(found, src=0, group=self._assembly.groups.world)
         return found
 
-    def _record(self, finding: Finding) -> dict[str, Any]:
-        """The line in `events.jsonl`: steps are counted from 1, as in `metrics.jsonl`."""
-        return {
-            "step": finding.step + 1,
-            "reason": finding.reason,
-            "values": in_json(finding.values),
-            "ranks": list(finding.ranks),
-            "samples": self._loader.sample_ids(finding.step),
-        }
-
-    def _note(self, event: str, values: dict[str, Any]) -> None:
+    def _note(self, kind: str, finding: Finding, **more: Any) -> None:
+        """The refused batch in `events.jsonl`."""
         if self._is_writer:
-            append_event(self._out_dir, event, values)
+            known = {"values": in_json(finding.values), "ranks": list(finding.ranks)}
+            samples = self._loader.sample_ids(finding.step)
+            append_event(self._out_dir, kind, finding.step + 1, finding.reason, **known, samples=samples, **more)
 
     @property
     def _ranks(self) -> range:

@@ -23,6 +23,7 @@ from train.assemble import Assembly, assemble, is_mirrored
 from train.config import TrainConfig
 from train.corpus import prepare_corpus
 from train.errors import PreemptedError, StoppedError
+from train.events import append_event
 from train.initial_weights import load_initial
 from train.last_words import LastWords
 from train.loop import Reporter, Training, show_continuation
@@ -113,6 +114,8 @@ class _Rank:
         if self._assembly is not None:
             self._assembly.close()
         status.ended(*end)
+        if end[0] == "preempted" and groups.rank == 0:
+            append_event(Path(config.out_dir), "preempted", status.step, end[2])
         return end[1]
 
     def _train(self, assembly: Assembly, prepared: Prepared, planned: Plan, status: StatusFile) -> None:

@@ -64,6 +64,11 @@ class StatusFile:
         self._written_at = 0.0
         self._status = Status(state="starting")
 
+    @property
+    def step(self) -> int:
+        """Steps done, as far as it was told."""
+        return self._status.step
+
     def starting(self) -> None:
         """The run has a folder; what a run before left there is known still."""
         before = read_status(self._out_dir) or self._status

@@ -107,7 +107,7 @@ def test_local_exit_code_and_error_are_those_of_the_rank_that_fails_first(tmp_pa
         assert status is not None
         assert (status.exit_code, status.state, status.reason) == (code, state, reason)
     events = read_events(tmp_path / "one_is_killed_at_first")
-    assert [(event["event"], event["restart"], event["exit_code"]) for event in events] == [
+    assert [(event["kind"], event["restart"], event["exit_code"]) for event in events] == [
         ("restarted", 1, 78),
         ("restarted", 2, 78),
     ]

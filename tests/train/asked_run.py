@@ -167,7 +167,7 @@ def run_life(folder: Path, chain: str, ask: Ask | None) -> Ended:
     steps = sorted(
         int(path.name[5:]) for path in (out_dir / CHECKPOINTS_NAME).glob("step-*") if path.name[5:].isdigit()
     )
-    events = [event["event"] for event in read_events(out_dir)]
+    events = [event["kind"] for event in read_events(out_dir)]
     return Ended(exit_code=code, status=asdict(status), checkpoints=steps, events=events)
 
 

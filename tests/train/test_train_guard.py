@@ -220,7 +220,7 @@ def test_skipped_batch_leaves_no_trace_but_its_record(ends: dict[str, Any], fold
     assert_same(ends, f"skip-{kind}", f"never-{kind}")
     assert [line["step"] for line in lines(folder, f"skip-{kind}")] == [1, 2, 3, 5, 6]
     (event,) = read_events(folder / f"skip-{kind}")
-    assert (event["event"], event["step"], event["reason"]) == ("skipped", 4, "gradient norm is nan")
+    assert (event["kind"], event["step"], event["text"]) == ("skipped", 4, "gradient norm is nan")
     assert event["ranks"] == [2]
     assert event["values"]["gradient norm"] == "nan"
     assert math.isfinite(event["values"]["loss"])
@@ -236,9 +236,9 @@ def test_run_that_rolled_back_never_saw_the_batch(ends: dict[str, Any], folder: 
     assert_same(ends, f"roll_back-{kind}", f"never-{kind}")
     assert [line["step"] for line in lines(folder, f"roll_back-{kind}")] == [1, 2, 3, 5, 6]
     back, passed = read_events(folder / f"roll_back-{kind}")
-    assert (back["event"], back["step"], back["ranks"]) == ("rolled_back", 4, [2])
+    assert (back["kind"], back["step"], back["ranks"]) == ("rolled_back", 4, [2])
     assert back["checkpoint"].endswith("checkpoints/step-00000002")
-    assert (passed["event"], passed["step"]) == ("passed_over", 4)
+    assert (passed["kind"], passed["step"]) == ("passed_over", 4)
 
 
 @pytest.mark.slow
@@ -247,19 +247,19 @@ def test_stop_ends_every_rank_before_anything_is_updated(ends: dict[str, Any], f
     assert {said for said, _ in ends[f"stop-{kind}"]} == {"gradient norm is nan; nothing was updated in this step"}
     for (_, stopped), (_, cut) in zip(ends[f"stop-{kind}"], ends[f"cut-{kind}"], strict=True):
         assert [name for name in stopped if not torch.equal(stopped[name], cut[name])] == []
-    assert [event["event"] for event in read_events(folder / f"stop-{kind}")] == ["stopped"]
+    assert [event["kind"] for event in read_events(folder / f"stop-{kind}")] == ["stopped"]
 
 
 @pytest.mark.slow
 def test_loss_of_one_rank_and_a_spike_are_refused_on_all(ends: dict[str, Any], folder: Path) -> None:
     assert_same(ends, "loss-float64", "never-float64")
     (event,) = read_events(folder / "loss-float64")
-    assert (event["reason"], event["ranks"]) == ("loss is inf", [1])
+    assert (event["text"], event["ranks"]) == ("loss is inf", [1])
     assert "gradient norm" not in event["values"]
     assert_same(ends, "spike-float64", "never-float64")
     (event,) = read_events(folder / "spike-float64")
-    assert event["reason"].startswith("gradient norm is ")
-    assert "above 20 x its median of 3 steps" in event["reason"]
+    assert event["text"].startswith("gradient norm is ")
+    assert "above 20 x its median of 3 steps" in event["text"]
     assert event["ranks"] == [1]
 
 
@@ -268,7 +268,7 @@ def test_too_many_refusals_in_a_row_end_the_run(ends: dict[str, Any], folder: Pa
     for name, kinds in (("often", ["skipped"] * 2), ("back_often", ["rolled_back", "passed_over"] * 2)):
         for said, _ in ends[f"{name}-float64"]:
             assert said.endswith("refused steps in a row: 3, above guard.max_consecutive=2"), said
-        events = [event["event"] for event in read_events(folder / f"{name}-float64")]
+        events = [event["kind"] for event in read_events(folder / f"{name}-float64")]
         assert events[-1] == "stopped"
         assert [event for event in events[:-1] if event != "passed_over"] == [k for k in kinds if k != "passed_over"]
 
@@ -276,4 +276,4 @@ def test_too_many_refusals_in_a_row_end_the_run(ends: dict[str, Any], folder: Pa
 @pytest.mark.slow
 def test_without_a_checkpoint_to_go_back_to_the_batch_is_left_out(ends: dict[str, Any], folder: Path) -> None:
     assert_same(ends, "early-float64", "never_early-float64")
-    assert [event["event"] for event in read_events(folder / "early-float64")] == ["skipped"]
+    assert [event["kind"] for event in read_events(folder / "early-float64")] == ["skipped"]

@@ -68,6 +68,7 @@ def test_rank_asked_at_any_moment_has_all_save_and_leave(folder: Path, chain: st
     for life, steps in zip(ended, saved, strict=True):
         newest = str(step_folder(folder / chain, steps[-1])) if steps else None
         assert life["status"]["checkpoint"] == newest
+    assert ended[-1]["events"] == ["preempted"] * 8
     assert ended[0]["status"]["reason"] == "1 of 4 ranks were asked to make room before the first step"
     assert ended[4]["status"]["reason"] == "1 of 4 ranks were asked to make room"
     assert_as_calm(folder, chain)

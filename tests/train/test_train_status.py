@@ -54,15 +54,15 @@ def test_status_of_an_end_keeps_how_far_the_run_came(tmp_path: Path) -> None:
 
 def test_events_are_lines_of_json_whatever_their_numbers(tmp_path: Path) -> None:
     assert read_events(tmp_path) == []
-    append_event(tmp_path, "skipped", {"values": in_json({"loss": float("nan"), "gradient norm": 2.5})})
-    append_event(tmp_path, "restarted", {"restart": 1})
+    append_event(tmp_path, "skipped", 3, "loss is nan", values=in_json({"loss": float("nan"), "gradient norm": 2.5}))
+    append_event(tmp_path, "restarted", 4, "rank 1 is lost", restart=1)
     with (tmp_path / "events.jsonl").open("a") as file:
         file.write('{"time": 1, "ev')
     first, second = read_events(tmp_path)
-    assert (first["event"], first["values"]) == ("skipped", {"loss": "nan", "gradient norm": 2.5})
-    assert (second["event"], second["restart"]) == ("restarted", 1)
+    assert (first["kind"], first["step"], first["values"]) == ("skipped", 3, {"loss": "nan", "gradient norm": 2.5})
+    assert (second["text"], second["restart"]) == ("rank 1 is lost", 1)
     with pytest.raises(ValueError, match="not JSON compliant"):
-        append_event(tmp_path, "skipped", {"loss": float("nan")})
+        append_event(tmp_path, "skipped", 3, "", loss=float("nan"))
 
 
 def place(out_dir: Path, steps: int, *overrides: str) -> Path:
