@@ -6,13 +6,19 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClusterConfig:
-    """The machines. A node is `ranks_per_node` consecutive ranks; a simulated node shares a machine with others."""
+    """The machines. A node is `ranks_per_node` consecutive ranks; a simulated node shares a machine with others.
+
+    Of ranks that the bare command starts: `grace_seconds` is how long they may take to save once it is asked to end,
+    `max_restarts` how often all of them start again after one was lost.
+    """
 
     device: Literal["cpu", "cuda"]
     backend: Literal["gloo", "nccl"]
     ranks_per_node: int
     threads_per_rank: int
     timeout_seconds: float
+    grace_seconds: float
+    max_restarts: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,7 +8,7 @@ from data.config import DataConfig, FilesSource
 from dualpipe.config import ScheduleConfig
 from dualpipe.costs import Costs
 from model.config import RECOMPUTED, ModelConfig, PlainRope
-from train.config import OptimConfig, PrecisionConfig, StageConfig, TrackConfig, TrainConfig
+from train.config import OptimConfig, PrecisionConfig, StageConfig, StopGuardConfig, TrackConfig, TrainConfig
 
 MODEL = ModelConfig(
     vocab_size=320,
@@ -82,7 +82,15 @@ def tiny_config(folder: Path, **changes: object) -> TrainConfig:
         resume=None,
         init_from=None,
         init_mtp="checkpoint",
-        cluster=ClusterConfig(device="cpu", backend="gloo", ranks_per_node=2, threads_per_rank=1, timeout_seconds=60.0),
+        cluster=ClusterConfig(
+            device="cpu",
+            backend="gloo",
+            ranks_per_node=2,
+            threads_per_rank=1,
+            timeout_seconds=60.0,
+            grace_seconds=60.0,
+            max_restarts=0,
+        ),
         parallelism=ParallelismConfig(pipeline=1, data=1, expert=1),
         dispatch=AllToAllDispatchConfig(kind="all_to_all", payload="full", max_nodes=4, node_cap="verify"),
         model=MODEL,
@@ -103,6 +111,7 @@ def tiny_config(folder: Path, **changes: object) -> TrainConfig:
         memory_cap=None,
         recompute=RECOMPUTED,
         attention="auto",
+        guard=StopGuardConfig(kind="stop", spike_factor=0.0, spike_window_steps=16),
         track=TrackConfig(wandb="disabled", project="tests", log_every_steps=1, picture_every_steps=0),
     )
     return replace(config, **changes)  # type: ignore[arg-type]

@@ -2,7 +2,7 @@
 `dualpipe` meet."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -10,6 +10,7 @@ from comm.groups import Groups
 from comm.lane import Lane
 from comm.layout import Layout
 from comm.operations import OperationLog
+from comm.preemption import Preemption
 from comm.protocol import Dispatcher
 from comm.select import open_lane
 from comm.traffic import Traffic
@@ -37,7 +38,7 @@ Batches = Callable[[int, int], MicroBatch | None]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Assembly:
-    """A rank, ready to run steps. `programs` for training and for a forward pass only."""
+    """A rank, ready to run steps. `programs` for training and for a forward pass only; `preemption`: of its process."""
 
     config: TrainConfig
     layout: Layout
@@ -54,6 +55,7 @@ class Assembly:
     observers: Observers
     store: GradientStore
     optimiser: Optimiser
+    preemption: Preemption = field(default_factory=Preemption)
 
     @property
     def holds_last(self) -> tuple[int, ...]:
@@ -141,6 +143,7 @@ def assemble(
     device: torch.device,
     schedule: Schedule,
     log: OperationLog,
+    preemption: Preemption | None = None,
 ) -> Assembly:
     """Builds everything that this rank runs, with the initial weights of the seed.
 
@@ -151,6 +154,7 @@ def assemble(
         device: of this rank.
         schedule: of the configured number of pipeline ranks and micro-batches.
         log: of what this rank does with others.
+        preemption: of this process, where anybody may ask it to make room.
 
     Raises:
         ScheduleError: the schedule does not hold.
@@ -186,6 +190,7 @@ def assemble(
         observers=observers,
         store=store,
         optimiser=build_optimiser(group_parameters(model), store, _replicas(groups), config.optim),
+        preemption=preemption or Preemption(),
     )
 
 
