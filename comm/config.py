@@ -9,6 +9,8 @@ class ClusterConfig:
     """The machines. A node is `ranks_per_node` consecutive ranks; a simulated node shares a machine with others.
 
     `peak_flops`: dense bf16 floating-point operations per second of a rank, for MFU; None: none is told.
+    Of ranks that the bare command starts: `grace_seconds` is how long they may take to save once it is asked to end,
+    `max_restarts` how often all of them start again after one was lost.
     """
 
     device: Literal["cpu", "cuda"]
@@ -17,6 +19,8 @@ class ClusterConfig:
     threads_per_rank: int
     timeout_seconds: float
     peak_flops: float | None
+    grace_seconds: float
+    max_restarts: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -58,8 +58,9 @@ class _Leaving:
 class Watch:
     """One rank's watch. Its thread runs from `start` to `close`, or to the end of the process.
 
-    SIGTERM, written to the mailbox's `wakeup_file`, ends the process once it is known whether a rank was lost before:
-    a launcher ends all ranks as soon as it sees one die, often before the others miss it.
+    SIGTERM, written to the mailbox's `wakeup_file`, has it find out whether a rank was lost before: a launcher ends all
+    ranks as soon as it sees one die, often before the others miss it. Where none was, the signal is the process' own
+    to heed, or ends it if `ends_by_signal`.
     """
 
     def __init__(
@@ -69,6 +70,8 @@ class Watch:
         log: OperationLog,
         deadline_seconds: float,
         last_words: Callable[[Verdict], None],
+        *,
+        ends_by_signal: bool = True,
     ) -> None:
         """Made once the mailbox knows its peers.
 
@@ -78,12 +81,14 @@ class Watch:
             log: of the rank's operations.
             deadline_seconds: for which the rank waits for any of them.
             last_words: writes down why the process ends; called on the watch's thread, right before.
+            ends_by_signal: SIGTERM ends the process, where nobody is lost.
         """
         self._rank = rank
         self._mailbox = mailbox
         self._log = log
         self._deadline_seconds = deadline_seconds
         self._last_words = last_words
+        self._ends_by_signal = ends_by_signal
         self._main_thread = MainThread()
         self._inquiry: _Inquiry | None = None
         self._leaving: _Leaving | None = None
@@ -136,7 +141,7 @@ class Watch:
             self._main_thread.look(self._log)
             now = time.monotonic()
             if self._farewell is not None:
-                if self._is_terminated:
+                if self._is_terminated and self._ends_by_signal:
                     os._exit(_SIGNALLED)
             elif self._leaving is not None:
                 self._leave(self._leaving, now)
@@ -251,10 +256,11 @@ class Watch:
         self._mailbox.hang_up()
         if verdict is not None:
             self._hear(verdict)
-        elif inquiry.reason is Reason.SIGNAL:
+        elif inquiry.reason is Reason.SIGNAL and self._ends_by_signal:
             self._say_farewell("signal", "it was ended by SIGTERM")
             os._exit(_SIGNALLED)
         else:
+            self._is_terminated = False
             self._is_questioned = False
             self._is_cleared.set()
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
+from typing import Any
 
 from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import Store
@@ -27,6 +28,8 @@ _VERDICT = "watch/verdict"
 _HEARD = "watch/heard"
 _LINGER_SECONDS = 2.0
 _LONGEST_PAUSE_SECONDS = 0.5
+# After SIGTERM: a job that is to make room starts all the same, to agree on it; one that lost a rank never does.
+_LATECOMER_SECONDS = 3.0
 
 
 class AbsentError(RuntimeError):
@@ -89,7 +92,8 @@ def join(
 ) -> Job:
     """Meets all other ranks and starts the watch. Called by every rank, on its main thread.
 
-    From here on SIGTERM ends the process by the watch, which first finds out whether a rank was lost.
+    From here on SIGTERM has the watch find out whether a rank was lost. Where none was, the handler that the process
+    had before goes on with it; where it had none, the watch ends the process.
 
     Args:
         seat: of this rank.
@@ -102,26 +106,41 @@ def join(
         AbsentError: not all came.
     """
     mailbox = Mailbox(seat.rank, seat.host)
-    is_terminated = _IsTerminated()
+    plain_handler = signal.getsignal(signal.SIGTERM)
+    is_terminated = _IsTerminated(plain_handler if callable(plain_handler) else None)
     restore = _heed_termination(mailbox.wakeup_file, is_terminated)
     gate = _Gate(seat, deadline_seconds if start_seconds is None else start_seconds, is_terminated)
     with log.phase("world", range(seat.world_size), _START):
         store = gate.open_store()
         gate.meet(store, mailbox)
     store.set_timeout(timedelta(seconds=deadline_seconds + PATIENCE_SECONDS))
-    watch = Watch(seat.rank, mailbox, log, deadline_seconds, last_words)
+    watch = Watch(seat.rank, mailbox, log, deadline_seconds, last_words, ends_by_signal=is_terminated.is_last)
     watch.start()
     return Job(store, watch, restore)
 
 
 class _IsTerminated:
-    """Whether SIGTERM came."""
+    """Whether SIGTERM came, and when; told on to the handler that was there before."""
 
-    def __init__(self) -> None:
-        self.value = False
+    def __init__(self, onward: Callable[[int, FrameType | None], Any] | None) -> None:
+        self.since: float | None = None
+        self._onward = onward
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        self.value = True
+        self.since = self.since or time.monotonic()
+        if self._onward is not None:
+            self._onward(number, frame)
+
+    @property
+    def is_last(self) -> bool:
+        """Whether no handler was there before."""
+        return self._onward is None
+
+    @property
+    def is_pressing(self) -> bool:
+        """Whether it is no use to wait any longer for ranks that are not there."""
+        patience = 0.0 if self.is_last else _LATECOMER_SECONDS
+        return self.since is not None and time.monotonic() - self.since >= patience
 
 
 def _heed_termination(wakeup_file: int, handler: _IsTerminated) -> Callable[[], None]:
@@ -197,11 +216,11 @@ class _Gate:
 
     def _rest(self, absent: Callable[[], list[int]], store: Store | None = None) -> None:
         """A pause, unless there is no more time; then all whom the store still reaches end by one verdict."""
-        if not self._is_terminated.value and time.monotonic() < self._until:
+        if not self._is_terminated.is_pressing and time.monotonic() < self._until:
             time.sleep(self._pause)
             self._pause = min(2 * self._pause, _LONGEST_PAUSE_SECONDS)
             return
-        if self._is_terminated.value:
+        if self._is_terminated.is_pressing:
             error = self._absent(EXIT_LOST, absent(), "lost: not there yet when the launcher ended the job")
         else:
             error = self._absent(EXIT_HANG, absent(), f"absent: not there within {self._deadline_seconds:g} s")

@@ -114,6 +114,11 @@ class Loader:
         indices = self._order.range(self.sizes.sequences_before(step) + first, count)
         return self._gather(self._prepared.train_tokens_NL, self._prepared.train_positions_NL, indices)
 
+    def sample_ids(self, step: int) -> list[int]:
+        """Which of the corpus' training sequences a step's global batch holds, in its order."""
+        ids: list[int] = self._order.indices(step, self.sizes).tolist()
+        return ids
+
     def validation_batch(self, first: int, count: int) -> Batch:
         """Validation sequences `first` to `first + count - 1`, in an order that never changes.
 

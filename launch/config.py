@@ -2,6 +2,8 @@
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 from data.config import DataSource
@@ -25,7 +27,8 @@ from model.cut import CutError, cut_layers
 from train.config import TrainConfig
 from train.costs import nominal_costs
 from train.initial_weights import check_initial
-from train.manifest import check_manifest, find_checkpoint
+from train.manifest import check_manifest, find_checkpoint, read_step
+from train.newest import AUTO, newest_whole
 from train.weight_source import is_hf_folder
 
 # On the command line the source's keys stand beside data's other keys: `data=files data.paths=[a,b]`.
@@ -48,11 +51,20 @@ def read_config(values: Mapping[str, Any]) -> TrainConfig:
         source = {key: data[key] for key in _SOURCE_KEYS if key in data}
         others = {key: value for key, value in data.items() if key not in _SOURCE_KEYS}
         if "tokenizer" in others:
-            others["tokenizer"] = expand_tokenizer(others["tokenizer"], values.get("init_from"), values.get("resume"))
+            others["tokenizer"] = expand_tokenizer(others["tokenizer"], values.get("init_from"), _resumed(values))
         # A union is a type form that mypy does not take for type[T].
         decoded = decode(DataSource, source, "data")  # type: ignore[arg-type, var-annotated]
         values = {**values, "data": {**others, "source": decoded}}
     return decode(TrainConfig, _with_moments(values))
+
+
+def _resumed(values: Mapping[str, Any]) -> object:
+    """What `resume` names; of `auto`, the checkpoint that there is already, or None."""
+    out_dir = values.get("out_dir")
+    if values.get("resume") != AUTO or not isinstance(out_dir, str) or not out_dir:
+        return values.get("resume") if values.get("resume") != AUTO else None
+    folder = newest_whole(Path(out_dir).expanduser())
+    return None if folder is None else str(folder)
 
 
 def _with_moments(values: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -99,15 +111,33 @@ def check(config: TrainConfig) -> None:
     check_optim(config)
     check_profile(config)
     _check_data(config)
+    if not _check_resume(config):
+        _check_start(config)
+
+
+def _check_resume(config: TrainConfig) -> bool:
+    """Whether the run goes on by itself from what is there, so that it does not start from anything else."""
+    if config.resume == AUTO:
+        if not config.out_dir:
+            raise ConfigError(
+                "resume: auto looks for checkpoints in out_dir, which is empty; nearest valid: out_dir=outputs/"
+                f"{config.name}, or resume=null"
+            )
+        folder = newest_whole(Path(config.out_dir).expanduser())
+        if folder is not None:
+            # A run that was done but for its end has no step left, and need not be refused.
+            steps = max(config.stage.steps, read_step(folder) + 1)
+            check_manifest(folder, replace(config, stage=replace(config.stage, steps=steps)))
+        return folder is not None
     if config.resume is not None:
         check_manifest(find_checkpoint(config.resume), config)
-    _check_start(config)
+    return False
 
 
 def _check_start(config: TrainConfig) -> None:
     if config.init_from is None:
         return
-    if config.resume is not None:
+    if config.resume not in (None, AUTO):
         raise ConfigError(
             f"init_from: must be null beside resume={config.resume}, which brings its own weights, "
             f"is {config.init_from!r}; nearest valid: init_from=null"

@@ -11,6 +11,7 @@ import yaml
 from launch.config import read_config, write_config
 from launch.errors import ConfigError
 from train.config import TrainConfig
+from train.newest import AUTO
 
 CONFIG_NAME = "config.yaml"
 
@@ -19,7 +20,8 @@ def check_folder(config: TrainConfig) -> None:
     """Refuses an `out_dir` in which a run would overwrite something. Creates nothing.
 
     Raises:
-        ConfigError: `out_dir` is a file, or a folder with content that is not the run that `resume` names.
+        ConfigError: `out_dir` is a file, or a folder with content that is not the run that `resume` names, or any run
+            for `resume=auto`.
     """
     folder = Path(config.out_dir).expanduser()
     if not config.out_dir or not folder.exists():
@@ -27,6 +29,13 @@ def check_folder(config: TrainConfig) -> None:
     if not folder.is_dir():
         raise ConfigError(f"out_dir: must be a folder, {config.out_dir!r} is a file; nearest valid: {folder}-run")
     if not any(folder.iterdir()):
+        return
+    if config.resume == AUTO:
+        if not (folder / CONFIG_NAME).is_file():
+            raise ConfigError(
+                f"out_dir: must be new, empty or a run's folder for resume=auto, {config.out_dir!r} holds files and no "
+                f"{CONFIG_NAME}; choose another"
+            )
         return
     resumed = Path(config.resume).expanduser().resolve() if config.resume is not None else None
     if resumed is None or not resumed.is_relative_to(folder.resolve()):

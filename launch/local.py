@@ -14,7 +14,9 @@ import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import datetime
 from multiprocessing import connection, forkserver, process, resource_tracker
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,11 +24,16 @@ from typing import TYPE_CHECKING
 
 from comm.config import ClusterConfig
 from comm.exit_codes import EXIT_HANG, EXIT_LOST
+from comm.preemption import SIGNALS, Preemption
 from launch.environment import apply_rank_environment
-from launch.folder import read_folder
+from launch.folder import claim_folder, read_folder
+from launch.keeper import Keeper
 from launch.report import EXIT_CONFIGURATION, EXIT_INTERRUPTED, user_errors
 from train.config import TrainConfig
 from train.errors import LastWord, error_path, find_errors, read_error, write_error
+from train.events import append_event
+from train.newest import AUTO
+from train.status import read_status, write_end
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -37,10 +44,9 @@ Entry = Callable[[TrainConfig], int]
 # Longer than the launcher's look at its ranks, so that a rank killed by a signal is seen before those that
 # only lost their connection to it.
 _NOTICE_SECONDS = 1.0
-# After the first rank's last words, by which the others should know, or learn from the launcher. The elastic launcher
-# would give each of them 30, and a stopped one takes all it is given.
-_VERDICT_SECONDS = 1.2
-_ERROR_SECONDS = 3.0
+_WAITING = {signal.SIGINT, *SIGNALS}
+# By which the elastic launcher ends all ranks at once; SIGTERM where nobody hands it on to them.
+_ENDING = ("SIGINT", "SIGHUP", "SIGQUIT") if hasattr(os, "pidfd_open") else ("SIGINT", "SIGHUP", "SIGQUIT", "SIGTERM")
 _VERDICTS = (EXIT_HANG, EXIT_LOST)
 _CALM_LOGGERS = (
     "torch.distributed.elastic.agent.server.api",
@@ -69,17 +75,22 @@ def start_fork_server(cluster: ClusterConfig, modules: Sequence[str]) -> None:
     """
     apply_rank_environment(cluster)
     multiprocessing.set_forkserver_preload(list(modules))
-    # Ctrl-C reaches every process of the terminal: blocked here, it waits until a rank can die of it quietly.
-    resource_tracker.ensure_running()
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    # Ctrl-C reaches every process of the terminal, and a scheduler may ask all processes of a job to make room:
+    # blocked here, a signal waits until a rank can heed it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _WAITING)
     try:
+        resource_tracker.ensure_running()  # lets go of SIGINT and SIGTERM, which it ignores
+        signal.pthread_sigmask(signal.SIG_BLOCK, _WAITING)
         forkserver.ensure_running()
     finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _WAITING)
 
 
 def run_ranks(folder: Path, world_size: int, entry: Entry) -> int:
     """Runs a job's ranks to their end. None of them outlives this call, or this process.
+
+    SIGTERM and SIGUSR1 ask the ranks to make room, for which they have `cluster.grace_seconds`. Where a rank is lost
+    or does not come, all start again as often as `cluster.max_restarts` says, from the newest whole checkpoint.
 
     Args:
         folder: of the run: ranks read `config.yaml` there and leave `log/rank_*.error.log` when they fail.
@@ -87,19 +98,64 @@ def run_ranks(folder: Path, world_size: int, entry: Entry) -> int:
         entry: what each rank does.
 
     Returns:
-        The exit code: a rank's own, 78 when a rank was ended by a signal, 128 + n when this process was by signal n.
+        The exit code: a rank's own, 78 when a rank was ended by a signal, 128 + n when this process was by signal n, or
+        was to be and the ranks did not come to an end in time.
     """
+    config, request = read_folder(folder), Preemption()
+    with _heeded(request):
+        for restart in range(config.cluster.max_restarts + 1):
+            code, reason = _run_once(folder, world_size, entry, config.cluster, request)
+            if code not in _VERDICTS or request.is_asked or restart == config.cluster.max_restarts:
+                break
+            known = read_status(folder)
+            step = 0 if known is None else known.step
+            append_event(folder, "restarted", step, reason, restart=restart + 1, exit_code=code)
+            count = f"{restart + 1} of {config.cluster.max_restarts}"
+            _say(f"all ranks start again ({count}), from the newest checkpoint")
+            claim_folder(replace(config, resume=AUTO), datetime.now())
+    _write_status(folder, code, reason)
+    return code
+
+
+def _run_once(
+    folder: Path, world_size: int, entry: Entry, cluster: ClusterConfig, request: Preemption
+) -> tuple[int, str]:
+    """One life of all ranks: its exit code, and why it is not 0 as far as ranks have not said so themselves."""
     for stale in (folder / "log").glob("rank_*.error.log"):
         stale.unlink()
     try:
-        with TemporaryDirectory(prefix="launch-") as scratch, _stragglers_killed(folder, Path(scratch)):
-            return _run_elastic(folder, world_size, entry, scratch)
+        with TemporaryDirectory(prefix="launch-") as scratch:
+            keeper = Keeper(folder, Path(scratch), request, cluster.grace_seconds)
+            with keeper.keeping():
+                code, reason = _run_elastic(folder, world_size, entry, scratch, request)
     finally:
         for child in multiprocessing.active_children():
             child.kill()
+    if keeper.is_out_of_patience:
+        reason = f"{request.signal_name} came, and ranks did not end within {cluster.grace_seconds:g} s"
+        return 128 + signal.Signals[request.signal_name], reason
+    return code, reason
 
 
-def _run_elastic(folder: Path, world_size: int, entry: Entry, scratch: str) -> int:
+@contextmanager
+def _heeded(request: Preemption) -> Iterator[None]:
+    """Meanwhile, requests to make room go there."""
+    plain = {number: signal.signal(number, request) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in plain.items():
+            signal.signal(number, handler)
+
+
+def _write_status(folder: Path, code: int, reason: str) -> None:
+    """What the ranks did not write themselves: all ends that took one of them by surprise."""
+    known = read_status(folder)
+    if code and (known is None or known.exit_code != code):
+        write_end(folder, "lost" if code in _VERDICTS else "stopped", code, reason)
+
+
+def _run_elastic(folder: Path, world_size: int, entry: Entry, scratch: str, request: Preemption) -> tuple[int, str]:
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -118,43 +174,51 @@ def _run_elastic(folder: Path, world_size: int, entry: Entry, scratch: str) -> i
         max_restarts=0,
         start_method="forkserver",
         logs_specs=DefaultLogsSpecs(log_dir=scratch),
+        signals_to_handle=",".join(_ENDING),
     )
     try:
         codes = elastic_launch(launch, _rank)(entry, str(folder), scratch)
     except SignalException as ended:
-        return 128 + int(ended.sigval)
+        return 128 + int(ended.sigval), f"ended by {ended.sigval.name}"
     except ChildFailedError as failure:
-        return _report_failure(folder, failure)
-    return next((code for _, code in sorted(codes.items()) if code), 0)
+        return _report_failure(folder, failure, request)
+    return next((code for _, code in sorted(codes.items()) if code), 0), ""
 
 
-def _report_failure(folder: Path, failed: "ChildFailedError") -> int:
-    """Says once and shortly which rank failed first, and why. Gives the exit code."""
+def _report_failure(folder: Path, failed: "ChildFailedError", request: Preemption) -> tuple[int, str]:
+    """Says once and shortly which rank failed first, and why. Gives the exit code and the words."""
     rank, failure = failed.get_first_failure()
     signalled = _signal_of(failure.exitcode)
     if signalled is signal.SIGINT:
-        return EXIT_INTERRUPTED
+        return EXIT_INTERRUPTED, "ended by SIGINT"
+    if signalled is not None and signalled.name == request.signal_name:
+        return 128 + signalled, f"ended by {signalled.name}, which they did not heed yet"
     # A rank that fails takes others with it: the first to say so is the cause.
     words = [(path, read_error(path)) for path in find_errors(folder)]
     verdict = next(((path, word) for path, word in words if word.code in _VERDICTS), None)
     if verdict is not None:
         path, word = verdict
         ended = f" (rank {rank} was ended by {signalled.name})" if signalled else ""
-        print(f"error: {word.text}{ended}", file=sys.stderr, flush=True)
-        print(f"what each rank did last is in {path.parent}", file=sys.stderr, flush=True)
-        return word.code
+        _say(f"error: {word.text}{ended}", f"what each rank did last is in {path.parent}")
+        return word.code, f"{word.text}{ended}"
     if signalled is not None:
-        print(f"error: rank {rank} is lost: it was ended by {signalled.name}", file=sys.stderr, flush=True)
-        return EXIT_LOST
+        reason = f"rank {rank} is lost: it was ended by {signalled.name}"
+        _say(f"error: {reason}")
+        return EXIT_LOST, reason
     if not words:
-        print(f"error: rank {rank} ended with exit code {failure.exitcode}", file=sys.stderr, flush=True)
-        return int(failure.exitcode)
+        reason = f"rank {rank} ended with exit code {failure.exitcode}"
+        _say(f"error: {reason}")
+        return int(failure.exitcode), reason
     path, word = words[0]
     first = int(path.name.removeprefix("rank_").removesuffix(".error.log"))
     place = "" if word.code == EXIT_CONFIGURATION else f"rank {first}: "
-    print(f"error: {place}{word.text}", file=sys.stderr, flush=True)
-    print(f"the whole traceback is in {path}", file=sys.stderr, flush=True)
-    return word.code
+    _say(f"error: {place}{word.text}", f"the whole traceback is in {path}")
+    return word.code, f"{place}{word.text}"
+
+
+def _say(*lines: str) -> None:
+    for line in lines:
+        print(line, file=sys.stderr, flush=True)
 
 
 def _signal_of(exit_code: int) -> signal.Signals | None:
@@ -164,48 +228,14 @@ def _signal_of(exit_code: int) -> signal.Signals | None:
     return signal.Signals(-exit_code) if exit_code < 0 else None
 
 
-@contextmanager
-def _stragglers_killed(folder: Path, scratch: Path) -> Iterator[None]:
-    """Meanwhile, ranks that go on after one has left its last words are killed, stopped ones too."""
-    if not hasattr(os, "pidfd_open"):
-        yield
-        return
-    is_over = threading.Event()
-    thread = threading.Thread(target=_kill_stragglers, args=(folder, scratch, is_over), daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        is_over.set()
-        thread.join()
-
-
-def _kill_stragglers(folder: Path, scratch: Path, is_over: threading.Event) -> None:
-    ranks: dict[Path, int] = {}
-    while not is_over.wait(0.25):
-        for path in scratch.glob("pid_*"):
-            if path not in ranks:
-                # A number may be another process' by then; an open descriptor never is.
-                with suppress(ProcessLookupError):
-                    ranks[path] = os.pidfd_open(int(path.read_text()))
-        paths = find_errors(folder)
-        grace = _VERDICT_SECONDS if any(read_error(path).code in _VERDICTS for path in paths) else _ERROR_SECONDS
-        if paths and time.time() - paths[0].stat().st_mtime > grace:
-            for descriptor in ranks.values():
-                with suppress(ProcessLookupError):
-                    signal.pidfd_send_signal(descriptor, signal.SIGKILL)
-    for descriptor in ranks.values():
-        os.close(descriptor)
-
-
 def _rank(entry: Entry, folder: str, scratch: str) -> int:
     """The life of one rank. Runs in a fork of the fork server."""
     partial = Path(scratch) / f"partial_{os.getpid()}"
     partial.write_text(str(os.getpid()))
     partial.rename(partial.with_name(f"pid_{os.getpid()}"))
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    Preemption.of_process()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _WAITING)
     threading.Thread(target=_die_with_parent, daemon=True).start()
     # Ranks only talk among themselves, whatever this machine's name resolves to.
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")

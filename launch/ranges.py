@@ -16,6 +16,7 @@ _POSITIVE = (
     "cluster.threads_per_rank",
     "cluster.timeout_seconds",
     "cluster.peak_flops",
+    "cluster.grace_seconds",
     "parallelism.pipeline",
     "parallelism.data",
     "parallelism.expert",
@@ -56,10 +57,13 @@ _POSITIVE = (
     "optim.eps",
     "optim.bucket_elements",
     "optim.clip_norm",
+    "guard.spike_window_steps",
+    "guard.max_consecutive",
     "track.log_every_steps",
 )
 
 _NOT_NEGATIVE = (
+    "cluster.max_restarts",
     "track.picture_every_steps",
     "track.loads_every_steps",
     "seed",
@@ -90,9 +94,12 @@ _NOT_NEGATIVE = (
 
 _BELOW_ONE = ("optim.beta1", "optim.beta2", "ema.decay")
 
+_OFF_OR_ABOVE_ONE = ("guard.spike_factor",)
+
 _RANGES: tuple[tuple[tuple[str, ...], str, Callable[[Number], bool]], ...] = (
     (_POSITIVE, "above 0", lambda value: value > 0),
     (_NOT_NEGATIVE, "0 or above", lambda value: value >= 0),
+    (_OFF_OR_ABOVE_ONE, "0, which is off, or above 1", lambda value: value == 0 or value > 1),
     (_BELOW_ONE, "at least 0 and below 1", lambda value: 0 <= value < 1),
 )
 

@@ -1,11 +1,15 @@
 """`python -m launch.train`: one training run, with its own local ranks or as a rank of `torchrun`."""
 
 import os
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
+from types import FrameType
 
+from comm.exit_codes import EXIT_PREEMPTED
+from comm.preemption import SIGNALS, Preemption
 from launch.compose import compose
 from launch.config import check, read_config
 from launch.environment import apply_rank_environment
@@ -14,6 +18,7 @@ from launch.folder import check_folder, claim_folder
 from launch.local import preload_modules, run_ranks, start_fork_server
 from launch.report import command
 from train.config import TrainConfig
+from train.newest import AUTO
 
 
 def main(overrides: Sequence[str]) -> int:
@@ -23,7 +28,8 @@ def main(overrides: Sequence[str]) -> int:
         overrides: of `conf/train.yaml`.
 
     Returns:
-        The exit code: 0 done, 76 a rank did not come in time, 77 non-finite loss, 78 lost rank, 128 + n signal.
+        The exit code: 0 done, 75 preempted after saving, 76 a rank did not come in time, 77 stopped by the guard,
+        78 lost rank, 128 + n signal.
 
     Raises:
         ConfigError, DataError, ScheduleError, CutError, CheckpointError: a configuration that no run can follow.
@@ -54,6 +60,22 @@ def is_other_rank(environment: Mapping[str, str]) -> bool:
     return is_torchrun(environment) and environment["RANK"] != "0"
 
 
+def heed_signals() -> None:
+    """From now on a request to make room is heeded: by a rank with the others, by the bare command at once.
+
+    Before there are ranks, nothing is lost by that; `run_ranks` then hands requests on to them.
+    """
+    if is_torchrun(os.environ):
+        Preemption.of_process()
+        return
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        sys.exit(EXIT_PREEMPTED)
+
+    for number in SIGNALS:
+        signal.signal(number, leave)
+
+
 def _run_local(config: TrainConfig) -> int:
     start_fork_server(config.cluster, preload_modules(config.cluster))
     # One process fills the cache while the fork server imports; the ranks then only open it.
@@ -71,6 +93,13 @@ def _run_as_rank(config: TrainConfig) -> int:
             f"parallelism: pipeline={config.parallelism.pipeline} x data={config.parallelism.data} makes {world} "
             f"ranks, but torchrun started WORLD_SIZE={started}; start {world} ranks, or change parallelism"
         )
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    if restarts and config.resume != AUTO:
+        raise ConfigError(
+            f"resume: must be auto under torchrun --max-restarts={restarts}, so that ranks that start "
+            f"again find their run in out_dir, is {config.resume}; "
+            f"nearest valid: resume=auto out_dir={config.out_dir or 'outputs/' + config.name}"
+        )
     if not is_other_rank(os.environ):
         check_folder(config)
         config = claim_folder(config, datetime.now())
@@ -79,4 +108,5 @@ def _run_as_rank(config: TrainConfig) -> int:
 
 
 if __name__ == "__main__":
+    heed_signals()
     sys.exit(command("train", main, quiet=is_other_rank(os.environ)))

@@ -50,6 +50,10 @@ class GradientStore:
         """The sum so far; zeros where nothing arrived. The store's own tensor, not a copy."""
         return self._sums[parameter]
 
+    def gradients(self) -> list[Tensor]:
+        """All sums so far."""
+        return list(self._sums.values())
+
     def clear(self) -> None:
         """Back to zero."""
         for total in self._sums.values():

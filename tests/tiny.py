@@ -14,6 +14,7 @@ from train.config import (
     ProfileConfig,
     StageConfig,
     StepOptimConfig,
+    StopGuardConfig,
     TrackConfig,
     TrainConfig,
 )
@@ -93,7 +94,14 @@ def tiny_config(folder: Path, **changes: object) -> TrainConfig:
         init_from=None,
         init_mtp="checkpoint",
         cluster=ClusterConfig(
-            device="cpu", backend="gloo", ranks_per_node=2, threads_per_rank=1, timeout_seconds=60.0, peak_flops=None
+            device="cpu",
+            backend="gloo",
+            ranks_per_node=2,
+            threads_per_rank=1,
+            timeout_seconds=60.0,
+            peak_flops=None,
+            grace_seconds=60.0,
+            max_restarts=0,
         ),
         parallelism=ParallelismConfig(pipeline=1, data=1, expert=1),
         dispatch=AllToAllDispatchConfig(kind="all_to_all", payload="full", max_nodes=4, node_cap="verify"),
@@ -116,6 +124,7 @@ def tiny_config(folder: Path, **changes: object) -> TrainConfig:
         memory_cap=None,
         recompute=RECOMPUTED,
         attention="auto",
+        guard=StopGuardConfig(kind="stop", spike_factor=0.0, spike_window_steps=16),
         track=TrackConfig(
             wandb="disabled", project="tests", log_every_steps=1, picture_every_steps=0, loads_every_steps=1
         ),

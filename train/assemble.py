@@ -2,7 +2,7 @@
 `dualpipe` meet."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -10,6 +10,7 @@ from comm.groups import Groups
 from comm.lane import Lane
 from comm.layout import Layout
 from comm.operations import OperationLog
+from comm.preemption import Preemption
 from comm.protocol import Dispatcher
 from comm.select import open_lane
 from comm.traffic import Traffic
@@ -38,7 +39,7 @@ Batches = Callable[[int, int], MicroBatch | None]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Assembly:
-    """A rank, ready to run steps. `programs` for training and for a forward pass only."""
+    """A rank, ready to run steps. `programs` for training and for a forward pass only; `preemption`: of its process."""
 
     config: TrainConfig
     layout: Layout
@@ -56,6 +57,7 @@ class Assembly:
     store: GradientStore
     optimiser: Optimiser
     ema: ParameterEma | None
+    preemption: Preemption = field(default_factory=Preemption)
 
     @property
     def holds_last(self) -> tuple[int, ...]:
@@ -145,6 +147,7 @@ def assemble(
     device: torch.device,
     schedule: Schedule,
     log: OperationLog,
+    preemption: Preemption | None = None,
 ) -> Assembly:
     """Builds everything that this rank runs, with the initial weights of the seed.
 
@@ -155,6 +158,7 @@ def assemble(
         device: of this rank.
         schedule: of the configured number of pipeline ranks and micro-batches.
         log: of what this rank does with others.
+        preemption: of this process, where anybody may ask it to make room.
 
     Raises:
         ScheduleError: the schedule does not hold.
@@ -188,6 +192,7 @@ def assemble(
         store=store,
         optimiser=optimiser,
         ema=None if config.ema.decay is None else ParameterEma(model, config.ema.decay),
+        preemption=preemption or Preemption(),
     )
 
 

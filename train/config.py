@@ -119,6 +119,45 @@ class EmaConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class StopGuardConfig:
+    """A step whose loss or gradient norm is not finite, or a spike, ends the run.
+
+    A spike is above `spike_factor` times the median of the `spike_window_steps` steps before, once there are so many;
+    0: nothing is.
+    """
+
+    kind: Literal["stop"]
+    spike_factor: float
+    spike_window_steps: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SkipGuardConfig:
+    """Such a step is left out, and ends the run after `max_consecutive` others in a row."""
+
+    kind: Literal["skip"]
+    spike_factor: float
+    spike_window_steps: int
+    max_consecutive: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RollBackGuardConfig:
+    """From such a step the run goes back to its newest checkpoint, and leaves the batch out when it comes again.
+
+    `max_consecutive`: so often without a step beyond the last refused one.
+    """
+
+    kind: Literal["roll_back"]
+    spike_factor: float
+    spike_window_steps: int
+    max_consecutive: int
+
+
+GuardConfig = StopGuardConfig | SkipGuardConfig | RollBackGuardConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TrackConfig:
     """Where metrics go beside `metrics.jsonl` and the terminal.
 
@@ -147,10 +186,11 @@ class ProfileConfig:
 class TrainConfig:
     """Everything a rank needs to know.
 
-    `resume` is a run's folder or one of its checkpoints, or None. `init_from` is what the weights start from: the same,
-    converted weights, or a Hugging Face folder; None: the seed. `init_mtp`: MTP modules start from there too, or
-    `fresh` from the seed. `costs` and `memory_cap` are what the schedule is made for: times in any one unit, live
-    activations of model/P (None: as many as the schedule would keep).
+    `resume` is a run's folder or one of its checkpoints, `auto` for the newest in `out_dir` if any, or None.
+    `init_from` is what the weights start from: a run's folder or one of its checkpoints, converted weights, or a
+    Hugging Face folder; None: the seed. `init_mtp`: MTP modules start from there too, or `fresh` from the seed. `costs`
+    and `memory_cap` are what the schedule is made for: times in any one unit, live activations of model/P (None: as
+    many as the schedule would keep).
     """
 
     name: str
@@ -173,6 +213,7 @@ class TrainConfig:
     memory_cap: float | None
     recompute: tuple[Recomputed, ...]
     attention: AttentionKind
+    guard: GuardConfig
     track: TrackConfig
     profile: ProfileConfig
 

@@ -4,8 +4,37 @@ from dataclasses import dataclass
 from pathlib import Path
 
 
-class NonFiniteError(RuntimeError):
-    """A step's loss or gradient norm is infinite or no number. Equal on all ranks, and nothing was updated."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finding:
+    """Why the guard refuses a step, equal on all ranks.
+
+    Attributes:
+        step: from 0.
+        reason: in words.
+        values: loss, gradient norm as far as it was reached, and the medians that they were held against.
+        ranks: whose own losses or gradients are not finite; where all are, the one with the largest gradients.
+    """
+
+    step: int
+    reason: str
+    values: dict[str, float]
+    ranks: tuple[int, ...]
+
+
+class RefusedStepError(RuntimeError):
+    """A step that the guard refuses. Raised on every rank alike; nothing was updated, and its gradients are gone."""
+
+    def __init__(self, finding: Finding) -> None:
+        super().__init__(finding.reason)
+        self.finding = finding
+
+
+class StoppedError(RuntimeError):
+    """The guard ends the run. Raised on every rank alike."""
+
+
+class PreemptedError(RuntimeError):
+    """The ranks agreed to make room for others. Raised on every rank at the same point, where each can leave."""
 
 
 @dataclass(frozen=True, slots=True)

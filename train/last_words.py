@@ -6,12 +6,14 @@ import logging
 import os
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from comm.exit_codes import EXIT_OTHER
 from comm.operations import OperationLog
 from comm.watch_verdict import Verdict
 from train.errors import LastWord, error_path, write_error
+from train.status import write_end
 
 LOGGER = logging.getLogger("train")
 
@@ -36,6 +38,10 @@ class LastWords:
         LOGGER.info("ends with exit code %d: %s", verdict.code, verdict.text)
         if self.out_dir is None or verdict.code == EXIT_OTHER:
             return
+        if self._rank in (0, verdict.judge):
+            # Where the first rank is lost, whoever found it out writes for it.
+            with suppress(OSError):
+                write_end(self.out_dir, "lost", verdict.code, verdict.text)
         path = error_path(self.out_dir, self._rank)
         waits = [f"awaited for {seconds:.1f} s: {operation}\n" for operation, seconds in self._log.awaited()]
         write_error(path, LastWord(verdict.text, verdict.code), f"{''.join(waits)}\n{_stacks()}")

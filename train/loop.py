@@ -18,12 +18,15 @@ from infer.generate import generate
 from train import checkpoint
 from train.assemble import Assembly, weight_dtype
 from train.balance import Balance, LoadLines
+from train.errors import PreemptedError, RefusedStepError
 from train.exchange import exchange_metrics
 from train.metrics import Display, Recorder, mfu
 from train.pictures import PAGE_NAME, SVG_NAME, TRACE_NAME, PipelineWatch, bubble_of, window_slots
 from train.profile import StepProfiler
 from train.ramp import SizedAssemblies
+from train.recovery import Recovery
 from train.report.write import Report
+from train.status import StatusFile
 from train.step import StepResult, train_step, validate_pass
 
 LOGGER = logging.getLogger("train")
@@ -61,6 +64,13 @@ class Reporter:
         if self._report is not None:
             self._report.try_to_write()
 
+    def go_back(self, step: int) -> None:
+        """The steps after this one come again."""
+        if self._loads is not None:
+            self._loads.go_back(step)
+        for recorder in self._recorders:
+            recorder.go_back(step)
+
     def close(self) -> None:
         """Closes every recorder and draws the last report, however the run ends."""
         if self._loads is not None:
@@ -70,43 +80,123 @@ class Reporter:
         self.draw()
 
 
-def train(
-    assembly: Assembly, assemblies: SizedAssemblies, prepared: Prepared, reporter: Reporter, first_step: int
-) -> None:
-    """Runs steps `first_step` (from 0) to the configured number, then a last validation and checkpoint.
+class Training:
+    """A rank's way through its steps. Every rank makes one and runs it; what it decides is the same on all.
 
-    Raises:
-        NonFiniteError: on every rank alike.
+    Attributes: `num_done`, the steps behind it.
     """
-    stage, track = assembly.config.stage, assembly.config.track
-    log, world = assembly.observers.log, range(assembly.layout.world_size)
-    with log.phase("world", world, "making of groups"):
-        watch = PipelineWatch(assembly)
-    loader = Loader(prepared, sizes=assembly.config.batch_sizes, seed=assembly.config.data.seed)
-    profiler = StepProfiler(assembly.config, assembly.groups.rank, assembly.device)
-    for step in range(first_step, stage.steps):
-        sized = assemblies.of_step(step)
-        with profiler.step(step + 1):
-            result = train_step(sized, loader, step)
-        done = step + 1
-        LOGGER.info("step %d: loss %.6f, %.3f s", done, result.losses.total, result.seconds)
-        values = _record(sized, watch, done, result) | {"tokens": loader.sizes.tokens_before(done)}
-        if _due(done, stage.validate_every_steps, stage.steps) and stage.validation_sequences:
-            loss = validate(assembly, loader)
-            values["validation_loss"] = loss
-            bits_per_byte = loss / math.log(2) / prepared.bytes_per_token
-            reporter.say(
-                f"step {done:>6}  validation loss {loss:.4f} nats per token, {bits_per_byte:.3f} bits per byte  "
-                f"(unigram entropy {prepared.unigram_entropy_nats:.4f})"
-            )
-        reporter.record(values, result.balance)
-        if _due(done, track.picture_every_steps, stage.steps) and watch.draw(sized, result.execution, done):
-            reporter.say(f"step {done:>6}  planned and measured time in {SVG_NAME}, {PAGE_NAME}, {TRACE_NAME}")
+
+    num_done: int
+
+    def __init__(
+        self,
+        assemblies: SizedAssemblies,
+        prepared: Prepared,
+        reporter: Reporter,
+        status: StatusFile,
+        first_step: int,
+    ) -> None:
+        """`first_step`: from 0; the steps before it are in the weights."""
+        assembly = assemblies.last
+        self.num_done = first_step
+        self._num_saved = first_step
+        self._assembly = assembly
+        self._assemblies = assemblies
+        self._prepared = prepared
+        self._reporter = reporter
+        self._status = status
+        config = assembly.config
+        self._loader = Loader(prepared, sizes=config.batch_sizes, seed=config.data.seed)
+        self._profiler = StepProfiler(config, assembly.groups.rank, assembly.device)
+        with assembly.observers.log.phase("world", range(assembly.layout.world_size), "making of groups"):
+            self._watch = PipelineWatch(assembly)
+        self._recovery = Recovery(assembly, self._loader, first_step)
+
+    def run(self) -> None:
+        """All steps that are left, a last validation, a last checkpoint.
+
+        Raises:
+            PreemptedError: on every rank alike; what was done is saved.
+            StoppedError: on every rank alike, by the guard.
+        """
+        self._status.running(self.num_done)
+        try:
+            while self.num_done < self._assembly.config.stage.steps:
+                self._step(self.num_done)
+        except PreemptedError:
+            if self.num_done != self._num_saved:
+                self._save()
+            raise
+
+    def _step(self, step: int) -> None:
+        """One batch, then whatever is due after it."""
+        result = self._take(step)
+        if self.num_done <= step:
+            return
+        stage, track, done = self._assembly.config.stage, self._assembly.config.track, self.num_done
+        values = None if result is None else self._record(step, result)
+        try:
+            if _due(done, stage.validate_every_steps, stage.steps) and stage.validation_sequences:
+                loss = self._validate()
+                values = None if values is None else {**values, "validation_loss": loss}
+        finally:
+            if values is not None and result is not None:
+                self._reporter.record(values, result.balance)
+        if result is not None and _due(done, track.picture_every_steps, stage.steps):
+            self._draw(step, result)
         if _due(done, stage.checkpoint_every_steps, stage.steps):
-            with log.phase("world", world, "checkpoint"):
-                folder = checkpoint.save(assembly, done, prepared)
-            reporter.say(f"step {done:>6}  checkpoint {folder}")
-            reporter.draw()
+            self._save()
+        self._status.running(done)
+
+    def _take(self, step: int) -> StepResult | None:
+        """Trains on a batch, if its turn has come and the guard lets it; `num_done` tells where the run then is."""
+        if self._recovery.passes_over(step):
+            self.num_done = step + 1
+            self._reporter.say(f"step {self.num_done:>6}  its batch is left out")
+            return None
+        try:
+            with self._profiler.step(step + 1):
+                result = train_step(self._assemblies.of_step(step), self._loader, step, self._recovery.guard)
+        except RefusedStepError as refused:
+            onward = self._recovery.answer(refused.finding)
+            self._reporter.say(f"step {step + 1:>6}  {onward.words}")
+            self.num_done = onward.num_done
+            if onward.is_back:
+                self._reporter.go_back(self.num_done)
+                self._num_saved = self.num_done
+            return None
+        self._recovery.accepted(step)
+        self.num_done = step + 1
+        LOGGER.info("step %d: loss %.6f, %.3f s", self.num_done, result.losses.total, result.seconds)
+        return result
+
+    def _record(self, step: int, result: StepResult) -> dict[str, Any]:
+        values = _record(self._assemblies.of_step(step), self._watch, step + 1, result)
+        return {**values, "tokens": self._loader.sizes.tokens_before(step + 1)}
+
+    def _validate(self) -> float:
+        loss = validate(self._assembly, self._loader)
+        bits_per_byte = loss / math.log(2) / self._prepared.bytes_per_token
+        self._reporter.say(
+            f"step {self.num_done:>6}  validation loss {loss:.4f} nats per token, {bits_per_byte:.3f} bits per byte  "
+            f"(unigram entropy {self._prepared.unigram_entropy_nats:.4f})"
+        )
+        return loss
+
+    def _draw(self, step: int, result: StepResult) -> None:
+        if self._watch.draw(self._assemblies.of_step(step), result.execution, self.num_done):
+            self._reporter.say(
+                f"step {self.num_done:>6}  planned and measured time in {SVG_NAME}, {PAGE_NAME}, {TRACE_NAME}"
+            )
+
+    def _save(self) -> None:
+        """The only place where a run saves."""
+        with self._assembly.observers.log.phase("world", range(self._assembly.layout.world_size), "checkpoint"):
+            folder = checkpoint.save(self._assembly, self.num_done, self._prepared)
+        self._num_saved = self.num_done
+        self._status.running(self.num_done, str(folder))
+        self._reporter.say(f"step {self.num_done:>6}  checkpoint {folder}")
+        self._reporter.draw()
 
 
 def validate(assembly: Assembly, loader: Loader) -> float:

@@ -21,6 +21,10 @@ class Recorder(Protocol):
         """Notes one step's numbers; `step` is among them."""
         ...
 
+    def go_back(self, step: int) -> None:
+        """Takes back what it noted of steps after this one: they come again."""
+        ...
+
     def close(self) -> None:
         """Writes what is left."""
         ...
@@ -48,22 +52,32 @@ class JsonLines:
     """
 
     def __init__(self, path: Path, first_step: int) -> None:
-        before = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-        kept = [line for line in before if line.endswith("\n") and json.loads(line)["step"] <= first_step]
-        if len(kept) < len(before):
-            partial = path.with_suffix(".partial")
-            partial.write_text("".join(kept), encoding="utf-8")
-            partial.replace(path)
-        self._file: TextIO = path.open("a", encoding="utf-8")
+        self._path = path
+        self._file = self._open(first_step)
 
     def record(self, values: Record) -> None:
         """One line."""
         self._file.write(json.dumps(values) + "\n")
         self._file.flush()
 
+    def go_back(self, step: int) -> None:
+        """Cuts later lines off."""
+        self._file.close()
+        self._file = self._open(step)
+
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
+
+    def _open(self, last_step: int) -> TextIO:
+        path = self._path
+        before = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+        kept = [line for line in before if line.endswith("\n") and json.loads(line)["step"] <= last_step]
+        if len(kept) < len(before):
+            partial = path.with_suffix(".partial")
+            partial.write_text("".join(kept), encoding="utf-8")
+            partial.replace(path)
+        return path.open("a", encoding="utf-8")
 
 
 class Wandb:
@@ -80,10 +94,16 @@ class Wandb:
             settings=wandb.Settings(silent=True),
         )
         self._run.config.update(dict(resolved))
+        self._last_step = 0
 
     def record(self, values: Record) -> None:
-        """Logs at the record's step."""
-        self._run.log(dict(values), step=values["step"])
+        """Logs at the record's step; one that comes again it has already, and takes none back."""
+        if values["step"] > self._last_step:
+            self._last_step = values["step"]
+            self._run.log(dict(values), step=values["step"])
+
+    def go_back(self, step: int) -> None:
+        """Nothing: a wandb run only grows."""
 
     def close(self) -> None:
         """Ends the run."""
@@ -116,6 +136,11 @@ class Display:
                 f"{values['tokens_per_second']:,.0f} tokens/s  MaxVio {values['max_violation']:.2f}  "
                 f"bubble {100 * values['pipeline_bubble']:.0f} %"
             )
+
+    def go_back(self, step: int) -> None:
+        """Puts the bar back."""
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step)
 
     def say(self, line: str) -> None:
         """One line, above the bar where there is one."""

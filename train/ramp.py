@@ -32,13 +32,13 @@ class SizedAssemblies:
             ScheduleError: a schedule does not hold, or places stages or messages elsewhere than the assembly's.
         """
         self._sizes: BatchSizes = assembly.config.batch_sizes
-        self._last = assembly
+        self.last = assembly
         self._sized = {sequences: _sized(assembly, sequences, schedule) for sequences, schedule in ramp.items()}
         assert set(self._sizes.sizes) <= {*self._sized, assembly.config.stage.global_batch_sequences}
 
     def of_step(self, step: int) -> Assembly:
         """The one for a step (from 0)."""
-        return self._sized.get(self._sizes.sequences(step), self._last)
+        return self._sized.get(self._sizes.sequences(step), self.last)
 
 
 def _sized(assembly: Assembly, sequences: int, schedule: Schedule) -> Assembly:

@@ -5,13 +5,16 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from torch import distributed as dist
 
+from comm.exit_codes import EXIT_NON_FINITE, EXIT_PREEMPTED
 from comm.groups import Groups, start, stop
 from comm.layout import Layout
 from comm.operations import OperationLog, cuda_mark
+from comm.preemption import Preemption
 from comm.watch_start import AbsentError, Job, Seat, join
 from data.corpus import DataError
 from data.prepare import Prepared
@@ -20,18 +23,20 @@ from train.assemble import Assembly, assemble, is_mirrored
 from train.balance import LoadLines
 from train.config import TrainConfig
 from train.corpus import prepare_corpus
-from train.errors import NonFiniteError
+from train.errors import PreemptedError, StoppedError
+from train.events import append_event
 from train.initial_weights import load_initial
 from train.last_words import LastWords
-from train.loop import Reporter, show_continuation, train
+from train.loop import Reporter, Training, show_continuation
 from train.manifest import check_fingerprint, check_manifest, find_checkpoint, read_step
 from train.metrics import Display, JsonLines, Recorder, Wandb
+from train.newest import AUTO, newest_whole
 from train.plan import Plan, plan
 from train.profile import profile_notice
 from train.ramp import SizedAssemblies
 from train.report.write import Report
+from train.status import State, StatusFile, read_status
 
-EXIT_NON_FINITE = 77
 LOGGER = logging.getLogger("train")
 
 
@@ -40,14 +45,16 @@ def main(config: TrainConfig, is_aloud: bool = False) -> int:
 
     The folder of the run is rank 0's `out_dir`: ranks on other machines may have been told none. Where a rank is lost
     or does not come in time, the process ends in here, with the exit codes 78 and 76, and with last words in the log.
+    From here on SIGTERM and SIGUSR1 ask it to make room: all ranks leave at the same point, with 75.
 
     Args:
         config: of the run.
         is_aloud: last words also go to stderr.
 
     Returns:
-        The exit code: 0 done, 77 non-finite loss or gradient norm.
+        The exit code: 0 done, 75 preempted after saving, 77 stopped by the guard.
     """
+    preemption = Preemption.of_process()
     seat = Seat.of_environment()
     log = OperationLog()
     words = LastWords(seat.rank, log, is_aloud)
@@ -58,7 +65,7 @@ def main(config: TrainConfig, is_aloud: bool = False) -> int:
         words.write(error.verdict)
         os._exit(error.verdict.code)
     try:
-        code = _train(config, job, log, words)
+        code = _Rank(job, log, words, preemption).run(config)
     except Exception as error:
         job.watch.clear(error)
         raise
@@ -67,41 +74,75 @@ def main(config: TrainConfig, is_aloud: bool = False) -> int:
     return code
 
 
-def _train(config: TrainConfig, job: Job, log: OperationLog, words: LastWords) -> int:
-    layout, world = Layout(config.parallelism, config.cluster.ranks_per_node), range(config.parallelism.world_size)
-    with log.phase("world", world, "start of process groups"):
-        device = start(config.cluster, job.store)
-        config = _agree(config)
-    words.out_dir = Path(config.out_dir)
-    if device.type == "cuda":
-        log.follow_streams(cuda_mark(device))
-    with log.phase("world", world, "choice of the schedule"):
-        planned = plan(config, layout, device)
-    with log.phase("world", world, "making of groups"):
-        groups = Groups(layout, is_mirrored(planned.schedule), config.cluster.timeout_seconds)
-    prepared = _prepare(config, groups, log)
-    with log.phase("world", world, "assembly of the model"):
-        assembly = assemble(config, layout, groups, device, planned.schedule, log)
-    first_step = _resume(assembly, prepared.fingerprint)
-    started_from = _start(assembly, prepared)
-    reporter = _reporter(config, first_step)
-    try:
-        _introduce(assembly, planned, prepared, reporter, first_step)
-        if started_from:
-            reporter.say(started_from)
-        train(assembly, SizedAssemblies(assembly, planned.ramp), prepared, reporter, first_step)
-        if dist.get_rank() == 0 and config.stage.sample_prompt and config.stage.sample_tokens:
-            reporter.say(f"continuation of {config.stage.sample_prompt!r}:\n{show_continuation(assembly, prepared)}")
-        code = 0
-    except NonFiniteError as error:
-        reporter.say(f"error: {error}; nothing was updated in this step")
-        code = EXIT_NON_FINITE
-    finally:
-        reporter.close()
-    with log.collective("world", groups.world, "end of training"):
-        dist.barrier(group=groups.world)
-    assembly.close()
-    return code
+class _Rank:
+    """A rank that has joined its job."""
+
+    def __init__(self, job: Job, log: OperationLog, words: LastWords, preemption: Preemption) -> None:
+        self._job = job
+        self._log = log
+        self._words = words
+        self._preemption = preemption
+        self._assembly: Assembly | None = None
+
+    def run(self, config: TrainConfig) -> int:
+        """Everything between joining and leaving; gives the exit code."""
+        layout, world = Layout(config.parallelism, config.cluster.ranks_per_node), range(config.parallelism.world_size)
+        with self._log.phase("world", world, "start of process groups"):
+            device = start(config.cluster, self._job.store)
+            config, ended = _agree(config)
+        if ended is not None:
+            return ended
+        self._words.out_dir = Path(config.out_dir)
+        status = StatusFile(Path(config.out_dir), dist.get_rank() == 0)
+        status.starting()
+        if device.type == "cuda":
+            self._log.follow_streams(cuda_mark(device))
+        with self._log.phase("world", world, "choice of the schedule"):
+            planned = plan(config, layout, device)
+        with self._log.phase("world", world, "making of groups"):
+            groups = Groups(layout, is_mirrored(planned.schedule), config.cluster.timeout_seconds)
+        try:
+            agree(self._preemption, self._log, groups)
+            prepared = _prepare(config, groups, self._log)
+            agree(self._preemption, self._log, groups)
+            with self._log.phase("world", world, "assembly of the model"):
+                self._assembly = assemble(config, layout, groups, device, planned.schedule, self._log, self._preemption)
+            self._train(self._assembly, prepared, planned, status)
+            end: tuple[State, int, str] = ("done", 0, "")
+        except PreemptedError as error:
+            end = ("preempted", EXIT_PREEMPTED, str(error))
+        except StoppedError as error:
+            end = ("stopped", EXIT_NON_FINITE, str(error))
+        with self._log.collective("world", groups.world, "end of training"):
+            dist.barrier(group=groups.world)
+        if self._assembly is not None:
+            self._assembly.close()
+        status.ended(*end)
+        if end[0] == "preempted" and groups.rank == 0:
+            append_event(Path(config.out_dir), "preempted", status.step, end[2])
+        return end[1]
+
+    def _train(self, assembly: Assembly, prepared: Prepared, planned: Plan, status: StatusFile) -> None:
+        config = assembly.config
+        first_step = _resume(assembly, prepared.fingerprint)
+        started_from = _start(assembly, prepared)
+        reporter = _reporter(config, first_step)
+        try:
+            _introduce(assembly, planned, prepared, reporter, first_step)
+            if started_from:
+                reporter.say(started_from)
+            Training(SizedAssemblies(assembly, planned.ramp), prepared, reporter, status, first_step).run()
+            if dist.get_rank() == 0 and config.stage.sample_prompt and config.stage.sample_tokens:
+                words = show_continuation(assembly, prepared)
+                reporter.say(f"continuation of {config.stage.sample_prompt!r}:\n{words}")
+        except PreemptedError as error:
+            reporter.say(f"preempted: {error}; exit code {EXIT_PREEMPTED}")
+            raise
+        except StoppedError as error:
+            reporter.say(f"error: {error}")
+            raise
+        finally:
+            reporter.close()
 
 
 def _resume(assembly: Assembly, data_fingerprint: str) -> int:
@@ -110,7 +151,9 @@ def _resume(assembly: Assembly, data_fingerprint: str) -> int:
     if config.resume is None:
         return 0
     folder = find_checkpoint(config.resume)
-    check_manifest(folder, config)
+    # Of a run that goes on by itself, it may be the last of all: nothing is left to do then.
+    steps = max(config.stage.steps, read_step(folder) + 1)
+    check_manifest(folder, dataclasses.replace(config, stage=dataclasses.replace(config.stage, steps=steps)))
     check_fingerprint(folder, data_fingerprint)
     with assembly.observers.log.phase("world", range(assembly.layout.world_size), "loading of the checkpoint"):
         checkpoint.load(assembly, folder)
@@ -128,10 +171,48 @@ def _start(assembly: Assembly, prepared: Prepared) -> str:
     return told
 
 
-def _agree(config: TrainConfig) -> TrainConfig:
-    agreed = [config.out_dir]
-    dist.broadcast_object_list(agreed, src=0)
-    return dataclasses.replace(config, out_dir=agreed[0])
+def agree(preemption: Preemption, log: OperationLog, groups: Groups) -> None:
+    """Whether any rank was asked to make room; every rank must ask.
+
+    Raises:
+        PreemptedError: on every rank, where one was.
+    """
+    asked = [False] * dist.get_world_size()
+    with log.collective("world", groups.world, "agreement to go on"):
+        dist.all_gather_object(asked, preemption.is_asked, group=groups.world)
+    if any(asked):
+        raise PreemptedError(f"{sum(asked)} of {len(asked)} ranks were asked to make room before the first step")
+
+
+def _agree(config: TrainConfig) -> tuple[TrainConfig, int | None]:
+    """What the first rank knows of the run: its folder, and where it goes on.
+
+    Returns:
+        The configuration with both. An exit code where the run has ended already: torchrun starts all ranks again
+        whatever the code by which they left.
+    """
+    is_first, restarts = dist.get_rank() == 0, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    seen: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(seen, (_from_newest(config) if is_first else None, restarts))
+    config = seen[0][0]
+    ended: list[int | None] = [None]
+    # On some machines the count may still be 0.
+    if any(count for _, count in seen):
+        if is_first:
+            before = read_status(Path(config.out_dir))
+            ended = [before.exit_code if before is not None and before.state in ("preempted", "stopped") else None]
+        dist.broadcast_object_list(ended, src=0)
+    return config, ended[0]
+
+
+def _from_newest(config: TrainConfig) -> TrainConfig:
+    """`resume=auto` as a path, or as none; what goes on does not start from other weights."""
+    if config.resume != AUTO:
+        return config
+    folder = newest_whole(Path(config.out_dir))
+    if folder is None:
+        return dataclasses.replace(config, resume=None)
+    return dataclasses.replace(config, resume=str(folder), init_from=None)
 
 
 def _prepare(config: TrainConfig, groups: Groups, log: OperationLog) -> Prepared:

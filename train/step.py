@@ -14,10 +14,12 @@ from dualpipe.clock import open_clock
 from dualpipe.execute import Execution, execute
 from kernels.attention.documents import Documents
 from model.objective import LossSums, MicroBatch, Objective
+from model.transformer import routers
 from train.assemble import Assembly, feed
 from train.balance import Balance, update_router_bias
 from train.config import TrainConfig
-from train.errors import NonFiniteError
+from train.errors import PreemptedError, RefusedStepError
+from train.guard import LOSS, NORM, Guard, find, own_norm
 from train.optim.learning_rate import learning_rate
 
 Read = Callable[[int, int], Batch]
@@ -25,12 +27,16 @@ Read = Callable[[int, int], Batch]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Losses:
-    """Means over the whole job, in nats: per predicted token, per sequence for the balance loss."""
+    """Means over the whole job, in nats: per predicted token, per sequence for the balance loss.
+
+    is_finite_here: whether this rank's own part of them is.
+    """
 
     main: float
     mtp: tuple[float, ...]
     balance: float
     total: float
+    is_finite_here: bool
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,14 +83,24 @@ class BatchReader:
         return self._known[key]
 
     def count_targets(self) -> Tensor:
-        """Targets per depth over the whole global batch, int64, on the host; every rank must ask."""
+        """Targets per depth over the whole global batch, int64, on the host; every rank must ask.
+
+        Raises:
+            PreemptedError: on every rank, where one was asked to make room. Nothing of the batch has begun.
+        """
         counts = torch.zeros(self._assembly.config.model.mtp_depth + 1, dtype=torch.int64)
         for direction in self._assembly.holds_last:
             for micro_batch in self._assembly.schedule.micro_batches_of(direction):
                 batch = self(direction, micro_batch)
                 assert batch is not None
                 counts += torch.stack([(targets != IGNORE).sum().cpu() for targets in batch.targets_BT])
-        return _sum_over_world(self._assembly, counts, "sum of targets")
+        asked = torch.tensor([self._assembly.preemption.is_asked], dtype=torch.int64)
+        summed = _sum_over_world(self._assembly, torch.cat([counts, asked]), "sum of targets")
+        if summed[-1]:
+            raise PreemptedError(
+                f"{int(summed[-1])} of {self._assembly.layout.world_size} ranks were asked to make room"
+            )
+        return summed[:-1]
 
 
 def to_micro_batch(batch: Batch, mtp_depth: int, device: torch.device, *, masks_documents: bool = False) -> MicroBatch:
@@ -109,18 +125,25 @@ def make_objective(config: TrainConfig, num_targets: Tensor) -> Objective:
     )
 
 
-def train_step(assembly: Assembly, loader: Loader, step: int) -> StepResult:
+def train_step(assembly: Assembly, loader: Loader, step: int, guard: Guard | None = None) -> StepResult:
     """Forward and backward of the step's global batch, the update, the router bias.
 
+    Args:
+        assembly: of the rank.
+        loader: of the data.
+        step: from 0.
+        guard: that is asked before the update; without one, it is a new one of the configured kind.
+
     Raises:
-        NonFiniteError: on every rank alike, before anything was updated.
+        PreemptedError: on every rank alike, before anything was begun.
+        RefusedStepError: on every rank alike, before anything was updated.
     """
     started = time.perf_counter()
     config = assembly.config
+    guard = guard or Guard(config.guard)
     rate = learning_rate(config.optim, step, loader.sizes.tokens_before(step))
     losses, execution = accumulate(assembly, lambda first, count: loader.batch(step, first, count))
-    with assembly.observers.log.phase("world", range(assembly.layout.world_size), "update of the weights"):
-        norm = assembly.optimiser.step(rate)
+    norm = _update(assembly, guard, losses, step, rate)
     balance = update_router_bias(assembly)
     if assembly.ema is not None:
         assembly.ema.update()
@@ -136,11 +159,38 @@ def train_step(assembly: Assembly, loader: Loader, step: int) -> StepResult:
     )
 
 
+def _update(assembly: Assembly, guard: Guard, losses: Losses, step: int, rate: float) -> float:
+    """Sums gradients and applies them, if the guard lets it; gives their norm."""
+    own, norm = own_norm(assembly.store), math.nan
+    reason = guard.judge(LOSS, losses.total)
+    with assembly.observers.log.phase("world", range(assembly.layout.world_size), "update of the weights"):
+        if not reason:
+            norm = assembly.optimiser.reduce()
+            reason = guard.judge(NORM, norm)
+        if not reason:
+            assembly.optimiser.update(rate)
+    if reason:
+        finding = find(assembly, guard, step, reason, own, losses.is_finite_here)
+        discard(assembly)
+        raise RefusedStepError(finding)
+    guard.accept(losses.total, norm)
+    return norm
+
+
+def discard(assembly: Assembly) -> None:
+    """Forgets what passes left behind: gradients, routers' loads, counts of what was sent."""
+    assembly.optimiser.discard()
+    for gate in routers(assembly.model).values():
+        gate.load.zero_()
+    assembly.observers.traffic.take()
+    assembly.observers.clips.take()
+
+
 def accumulate(assembly: Assembly, read: Read) -> tuple[Losses, Execution]:
     """All passes of one global batch, and what this rank's took; gradients stay in the store, loads in the routers.
 
     Raises:
-        NonFiniteError: on every rank alike.
+        PreemptedError: on every rank alike, before anything was begun.
     """
     batches = BatchReader(assembly, read)
     num_targets = batches.count_targets()
@@ -148,10 +198,7 @@ def accumulate(assembly: Assembly, read: Read) -> tuple[Losses, Execution]:
     fed = feed(assembly, batches, objective, sums, assembly.store)
     with assembly.model.weights_unchanged():
         execution = execute(assembly.train_program, fed, assembly.links, open_clock(assembly.device))
-    losses = _reduce(assembly, sums, num_targets)
-    if not math.isfinite(losses.total):
-        raise NonFiniteError(f"loss is {losses.total}")
-    return losses, execution
+    return _reduce(assembly, sums, num_targets), execution
 
 
 def validate_pass(assembly: Assembly, read: Read) -> tuple[Losses, int]:
@@ -170,12 +217,14 @@ def _no_sums(assembly: Assembly) -> LossSums:
 
 def _reduce(assembly: Assembly, sums: LossSums, num_targets: Tensor) -> Losses:
     stage = assembly.config.stage
-    totals = _sum_over_world(assembly, sums.settle(), "sum of losses").tolist()
+    own = sums.settle()
+    is_finite_here = bool(own.isfinite().all())
+    totals = _sum_over_world(assembly, own, "sum of losses").tolist()
     means = [total / max(count, 1) for total, count in zip(totals[:-1], num_targets.tolist(), strict=True)]
     balance, mtp = totals[-1] / stage.global_batch_sequences, tuple(means[1:])
     mtp_part = stage.mtp_loss_weight * sum(mtp) / max(len(mtp), 1)
     total = means[0] + mtp_part + stage.balance_loss_weight * balance
-    return Losses(main=means[0], mtp=mtp, balance=balance, total=total)
+    return Losses(main=means[0], mtp=mtp, balance=balance, total=total, is_finite_here=is_finite_here)
 
 
 def _sum_over_world(assembly: Assembly, values: Tensor, name: str) -> Tensor:

@@ -13,7 +13,14 @@ from tests.ranks import run_ranks
 
 _LAYOUT = Layout(ParallelismConfig(pipeline=2, data=4, expert=2), ranks_per_node=4)
 _CPU = ClusterConfig(
-    device="cpu", backend="gloo", ranks_per_node=1, threads_per_rank=1, timeout_seconds=30.0, peak_flops=None
+    device="cpu",
+    backend="gloo",
+    ranks_per_node=1,
+    threads_per_rank=1,
+    timeout_seconds=30.0,
+    peak_flops=None,
+    grace_seconds=30.0,
+    max_restarts=0,
 )
 
 
@@ -72,7 +79,14 @@ def test_start_refuses_nccl_without_gpus(monkeypatch: pytest.MonkeyPatch) -> Non
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.setenv(name, "0")
     wrong = ClusterConfig(
-        device="cpu", backend="nccl", ranks_per_node=1, threads_per_rank=0, timeout_seconds=30.0, peak_flops=None
+        device="cpu",
+        backend="nccl",
+        ranks_per_node=1,
+        threads_per_rank=0,
+        timeout_seconds=30.0,
+        peak_flops=None,
+        grace_seconds=30.0,
+        max_restarts=0,
     )
     with pytest.raises(ClusterError, match=r"nccl needs cluster.device=cuda, got cpu"):
         start(wrong)

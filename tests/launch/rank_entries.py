@@ -12,7 +12,8 @@ from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
-from comm.exit_codes import EXIT_HANG
+from comm.exit_codes import EXIT_HANG, EXIT_LOST, EXIT_PREEMPTED
+from comm.preemption import SIGNALS, Preemption
 from launch.compose import compose
 from launch.config import read_config
 from launch.errors import ConfigError
@@ -23,10 +24,18 @@ from train.config import TrainConfig
 from train.errors import LastWord, error_path, write_error
 
 WORLD_SIZE = 4
+GRACE_SECONDS = 3
 
 
 def rank() -> int:
     return int(os.environ["RANK"])
+
+
+def sleep_on() -> None:
+    """Until a signal ends it: it has nothing to save."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+    time.sleep(600)
 
 
 def done(config: TrainConfig) -> int:
@@ -55,21 +64,21 @@ def all_say_non_finite(config: TrainConfig) -> int:
 def one_raises(config: TrainConfig) -> int:
     if rank() == 2:
         raise RuntimeError("the first line\nand the second")
-    time.sleep(600)
+    sleep_on()
     return 0
 
 
 def one_refuses(config: TrainConfig) -> int:
     if rank() == 1:
         raise ConfigError("stage.steps: must be luckier")
-    time.sleep(600)
+    sleep_on()
     return 0
 
 
 def one_exits(config: TrainConfig) -> int:
     if rank() == 1:
         sys.exit(75)
-    time.sleep(600)
+    sleep_on()
     return 0
 
 
@@ -78,15 +87,30 @@ def one_is_killed(config: TrainConfig) -> int:
         os.kill(os.getpid(), signal.SIGKILL)
     if rank() == 0:
         raise ConnectionError("connection closed by peer")
-    time.sleep(600)
+    sleep_on()
     return 0
+
+
+def one_is_killed_at_first(config: TrainConfig) -> int:
+    """In the first two lives, the second time by its watch; in the third it is well."""
+    lives = Path(config.out_dir) / f"lives_{rank()}"
+    number = len(lives.read_text()) if lives.exists() else 0
+    lives.write_text("x" * (number + 1))
+    if rank() == 3 and number == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if rank() == 3 and number == 1:
+        write_error(error_path(Path(config.out_dir), 3), LastWord("rank 1 is lost: gone", EXIT_LOST), "details")
+        os._exit(EXIT_LOST)
+    if number < 2:
+        sleep_on()
+    return 0 if config.resume == "auto" else 1
 
 
 def one_is_terminated(config: TrainConfig) -> int:
     """By its watch, as it would not end by itself."""
     if rank() == 1:
         os._exit(128 + signal.SIGTERM)
-    time.sleep(600)
+    sleep_on()
     return 0
 
 
@@ -99,12 +123,33 @@ def one_is_stopped(config: TrainConfig) -> int:
     os._exit(EXIT_HANG)
 
 
-def sleep(config: TrainConfig) -> int:
+def tell_pid(config: TrainConfig) -> None:
     partial = Path(config.out_dir) / f"partial_{rank()}"
     partial.write_text(str(os.getpid()))
     partial.rename(Path(config.out_dir) / f"pid_{rank()}")
-    time.sleep(600)
+
+
+def sleep(config: TrainConfig) -> int:
+    tell_pid(config)
+    sleep_on()
     return 0
+
+
+def saves(config: TrainConfig) -> int:
+    """When it is asked to make room; only then are all ranks done."""
+    tell_pid(config)
+    while not Preemption.of_process().is_asked:
+        time.sleep(0.05)
+    time.sleep(1.0)
+    (Path(config.out_dir) / f"saved_{rank()}").touch()
+    return EXIT_PREEMPTED
+
+
+def deaf(config: TrainConfig) -> int:
+    """Whatever it is asked."""
+    tell_pid(config)
+    while True:
+        time.sleep(1.0)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -113,11 +158,12 @@ def main(arguments: Sequence[str]) -> int:
     from tests.launch import rank_entries
 
     names, place = arguments[0].split(","), Path(arguments[1])
-    config = read_config(compose("train", ["parallelism=four_ranks"]))
+    config = read_config(compose("train", ["parallelism=four_ranks", f"cluster.grace_seconds={GRACE_SECONDS}"]))
     start_fork_server(config.cluster, ["torch.distributed", "launch.compose", "launch.local"])
     code = 0
     for name in names:
-        claim_folder(replace(config, out_dir=str(place / name)), datetime(2024, 1, 2))
+        cluster = replace(config.cluster, max_restarts=2 if name == "one_is_killed_at_first" else 0)
+        claim_folder(replace(config, out_dir=str(place / name), cluster=cluster), datetime(2024, 1, 2))
         code = run_ranks(place / name, WORLD_SIZE, getattr(rank_entries, name))
         print(f"{name}: {code}", file=sys.stderr, flush=True)
     return code

@@ -98,7 +98,7 @@ def test_config_source_is_written_as_it_is_given() -> None:
 
 
 def test_config_every_number_has_a_range_or_is_checked_where_it_belongs(tmp_path: Path) -> None:
-    choices = [f"{group}={choice}" for group in ("model", "dispatch", "optim") for choice in options(group)]
+    choices = [f"{group}={choice}" for group in ("model", "dispatch", "optim", "guard") for choice in options(group)]
     choices += ["cluster=h800", "ema.decay=0.9", f"stage.batch_ramp={RAMP % (4, 4)}"]
     weights = place_weights(tmp_path / "weights")
     keys = {key for choice in choices for key in numbers(build(choice, f"init_from={weights}"))}
@@ -138,6 +138,12 @@ def test_config_quickstart_feeds_dualpipe_fully() -> None:
             ["parallelism=four_ranks", "cluster.ranks_per_node=3"],
             ["cluster.ranks_per_node", "4 ranks", "is 3", "2 or 4"],
         ),
+        (["guard.spike_factor=0.5"], ["guard.spike_factor", "0, which is off, or above 1", "0.5"]),
+        (["guard=skip", "guard.max_consecutive=0"], ["guard.max_consecutive", "above 0", "is 0", "least is 1"]),
+        (["guard.spike_window_steps=0"], ["guard.spike_window_steps", "above 0", "is 0"]),
+        (["cluster.grace_seconds=0"], ["cluster.grace_seconds", "above 0", "is 0"]),
+        (["cluster.max_restarts=-1"], ["cluster.max_restarts", "0 or above", "-1"]),
+        (["resume=auto"], ["resume", "auto", "out_dir", "is empty"]),
         (["cluster.backend=nccl"], ["cluster.backend", "cluster.device=cuda", "nccl", "gloo"]),
         (["parallelism=four_ranks", "dispatch=local"], ["dispatch", "parallelism.expert=2", "two_hop"]),
         (["dispatch=deepep"], ["dispatch", "cluster.device=cuda", "cluster.device=cpu", "dispatch=two_hop"]),

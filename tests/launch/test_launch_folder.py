@@ -51,3 +51,16 @@ def test_folder_takes_the_run_that_is_resumed(tmp_path: Path) -> None:
         check_folder(replace(build(), out_dir=f"{tmp_path}/run", resume=str(resume)))
     with pytest.raises(ConfigError):
         check_folder(replace(build(), out_dir=f"{tmp_path}/run", resume=str(tmp_path / "another")))
+
+
+def test_folder_takes_any_run_that_goes_on_by_itself(tmp_path: Path) -> None:
+    config = replace(build(), out_dir=f"{tmp_path}/run", resume="auto")
+    check_folder(config)
+    (tmp_path / "run").mkdir()
+    check_folder(config)
+    (tmp_path / "run" / "notes.txt").touch()
+    with pytest.raises(ConfigError, match=r"^out_dir: must be new, empty or a run's folder for resume=auto"):
+        check_folder(config)
+    claim_folder(config, NOW)
+    check_folder(config)
+    assert read_folder(tmp_path / "run").resume == "auto"

@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 
 from launch.environment import rank_environment
+from tests.launch.rank_entries import GRACE_SECONDS
 from tests.launch.test_launch_config import build
+from train.events import read_events
+from train.status import read_status
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -71,6 +74,13 @@ ENDS = {
     "one_is_killed": (78, r"error: rank 3 is lost: it was ended by SIGKILL\n"),
     "one_is_terminated": (78, r"error: rank 1 is lost: it was ended by SIGTERM\n"),
     "one_is_stopped": (76, r"error: rank 2 did not come within 4 s\nwhat each rank did last is in (.*)\n"),
+    "one_is_killed_at_first": (
+        0,
+        r"error: rank 3 is lost: it was ended by SIGKILL\n"
+        r"all ranks start again \(1 of 2\), from the newest checkpoint\n"
+        r"error: rank 1 is lost: gone\nwhat each rank did last is in (.*)\n"
+        r"all ranks start again \(2 of 2\), from the newest checkpoint\n",
+    ),
     "done": (0, ""),
     "all_say_non_finite": (77, ""),
 }
@@ -91,6 +101,52 @@ def test_local_exit_code_and_error_are_those_of_the_rank_that_fails_first(tmp_pa
         "one_refuses/log/rank_00001.error.log",
     ]
     assert "and the second" in logs[-2].read_text()
+    assert wait_for(lambda: not members(process.pid), 20), members(process.pid)
+    for entry, (code, state, reason) in STATES.items():
+        status = read_status(tmp_path / entry)
+        assert status is not None
+        assert (status.exit_code, status.state, status.reason) == (code, state, reason)
+    events = read_events(tmp_path / "one_is_killed_at_first")
+    assert [(event["kind"], event["restart"], event["exit_code"]) for event in events] == [
+        ("restarted", 1, 78),
+        ("restarted", 2, 78),
+    ]
+
+
+STATES = {
+    "one_raises": (1, "stopped", "rank 2: RuntimeError: the first line"),
+    "one_refuses": (2, "stopped", "stage.steps: must be luckier"),
+    "one_is_killed": (78, "lost", "rank 3 is lost: it was ended by SIGKILL"),
+    "one_is_stopped": (76, "lost", "rank 2 did not come within 4 s"),
+}
+"""What the launcher writes where ranks could not."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("entry", "number", "to_all", "code"),
+    [
+        ("saves", signal.SIGTERM, False, 75),
+        ("saves", signal.SIGUSR1, True, 75),  # as a scheduler tells every process of a job
+        ("deaf", signal.SIGTERM, False, 143),
+    ],
+)
+def test_local_ranks_have_time_to_save_when_the_command_is_asked_to_end(
+    entry: str, number: signal.Signals, to_all: bool, code: int, tmp_path: Path
+) -> None:
+    process = start(entry, tmp_path)
+    assert wait_for(lambda: len(list(tmp_path.glob(f"{entry}/pid_*"))) == 4, 120)
+    (os.killpg if to_all else os.kill)(process.pid, number)
+    asked_at = time.monotonic()
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == code, err
+    assert "Traceback" not in err
+    assert len(list((tmp_path / entry).glob("saved_*"))) == (4 if entry == "saves" else 0)
+    if entry == "deaf":
+        assert time.monotonic() - asked_at > GRACE_SECONDS
+        status = read_status(tmp_path / entry)
+        assert status is not None
+        assert status.reason == f"SIGTERM came, and ranks did not end within {GRACE_SECONDS} s"
     assert wait_for(lambda: not members(process.pid), 20), members(process.pid)
 
 

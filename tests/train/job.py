@@ -88,7 +88,8 @@ def _run_one(job: Job, num_steps: int) -> list[Seen]:
         assembly = assemblies.of_step(step)
         losses, _ = accumulate(assembly, lambda first, count, step=step: loader.batch(step, first, count))  # type: ignore[misc]
         gradients = by_released_name(assembly.model, assembly.store.gradient)
-        norm = assembly.optimiser.step(learning_rate(config.optim, step, loader.sizes.tokens_before(step)))
+        norm = assembly.optimiser.reduce()
+        assembly.optimiser.update(learning_rate(config.optim, step, loader.sizes.tokens_before(step)))
         update_router_bias(assembly)
         flat = [losses.main, *losses.mtp, losses.balance, losses.total]
         weights = {name: tensor.clone() for name, tensor in named_tensors(assembly.model).items()}

@@ -135,7 +135,8 @@ def sharded_steps(rank: int, world_size: int, configs: list[tuple[OptimConfig, t
             for part in range(rank, PARTS, world_size):
                 for name, gradient in exact_gradients(PARTS * step + part).items():
                     store.add(named[name], gradient)
-            norms.append(optimiser.step(1e-2))
+            norms.append(optimiser.reduce())
+            optimiser.update(1e-2)
         weights = {name: parameter.detach() for name, parameter in named.items()}
         results.append({"weights": weights, "norms": norms, "state": optimiser.state()})
     return results

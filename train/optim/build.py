@@ -10,10 +10,18 @@ from train.optim.zero1 import Zero1AdamW
 
 
 class Optimiser(Protocol):
-    """Applies the gradients in a store to the weights."""
+    """Applies the gradients in a store to the weights, in two parts, between which the step can be refused."""
 
-    def step(self, learning_rate: float) -> float:
-        """One update; returns the global gradient norm before clipping. The store is cleared."""
+    def reduce(self) -> float:
+        """Sums gradients over replicas; returns their global norm, equal on all ranks. No weight or state changes."""
+        ...
+
+    def update(self, learning_rate: float) -> None:
+        """Clips and applies what `reduce` summed. The store is cleared."""
+        ...
+
+    def discard(self) -> None:
+        """Forgets the gradients, reduced or not: as if there had been no step. The store is cleared."""
         ...
 
     def state(self) -> dict[str, Any]:

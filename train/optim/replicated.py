@@ -1,6 +1,5 @@
 """AdamW with its whole state on every rank: gradients summed over replicas, the true global norm, the step."""
 
-import math
 from typing import Any
 
 import torch
@@ -9,7 +8,6 @@ from torch import distributed as dist
 
 from model.gradients import GradientStore
 from train.config import OptimConfig
-from train.errors import NonFiniteError
 from train.optim.adamw import build_adamw, moments_of
 from train.optim.parameters import ParameterGroups, Replicas
 
@@ -28,15 +26,11 @@ class ReplicatedAdamW:
             {"params": list(groups.vectors.values()), "weight_decay": 0.0},
         ]
         self._optimizer = build_adamw(options, config)
+        self._norm = 0.0
 
-    def step(self, learning_rate: float) -> float:
-        """Reduces, clips and applies the gradients in the store; returns the norm before clipping.
-
-        Raises:
-            NonFiniteError: on every rank alike, before anything was updated.
-        """
-        shared = [*self._groups.matrices.values(), *self._groups.vectors.values()]
-        routed = list(self._groups.experts.values())
+    def reduce(self) -> float:
+        """Sums the gradients in the store over replicas, in place; returns the norm of all."""
+        shared, routed = self._parameters()
         squares = torch.zeros((), dtype=torch.float64, device=shared[0].device)
         for parameters, group in ((shared, self._replicas.dense), (routed, self._replicas.experts)):
             gradients = [self._store.gradient(parameter) for parameter in parameters]
@@ -44,10 +38,13 @@ class ReplicatedAdamW:
             for gradient in gradients:
                 squares += gradient.double().square().sum() / dist.get_world_size(group)
         dist.all_reduce(squares, group=self._replicas.world)
-        norm = float(squares.sqrt())
-        if not math.isfinite(norm):
-            raise NonFiniteError(f"gradient norm is {norm}")
-        scale = min(1.0, self._clip_norm / (norm + 1e-6))
+        self._norm = float(squares.sqrt())
+        return self._norm
+
+    def update(self, learning_rate: float) -> None:
+        """Clips and applies what was reduced."""
+        scale = min(1.0, self._clip_norm / (self._norm + 1e-6))
+        shared, routed = self._parameters()
         for parameter in (*shared, *routed):
             parameter.grad = self._store.gradient(parameter).mul_(scale).to(parameter.dtype)
         for group_options in self._optimizer.param_groups:
@@ -55,7 +52,10 @@ class ReplicatedAdamW:
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self._store.clear()
-        return norm
+
+    def discard(self) -> None:
+        """Forgets the gradients."""
+        self._store.clear()
 
     def state(self) -> dict[str, Any]:
         """Moments and step counts by parameter name, the tensors themselves; made if no step was taken yet."""
@@ -69,6 +69,11 @@ class ReplicatedAdamW:
 
     def follow_weights(self) -> None:
         """To be called after the weights were filled: they are their own master copies."""
+
+    def _parameters(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """Those that are the same on all ranks of a stage, and routed experts."""
+        groups = self._groups
+        return [*groups.matrices.values(), *groups.vectors.values()], list(groups.experts.values())
 
 
 def _sum_over(tensors: list[Tensor], group: dist.ProcessGroup) -> None:

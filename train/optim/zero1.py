@@ -14,7 +14,6 @@ from torch import distributed as dist
 
 from model.gradients import GradientStore
 from train.config import OptimConfig
-from train.errors import NonFiniteError
 from train.optim.adamw import build_adamw, moments_of
 from train.optim.parameters import ParameterGroups, Replicas
 
@@ -34,12 +33,8 @@ class Zero1AdamW:
             hook.remove()
         self._optimizer._grad_acc_hooks = []
 
-    def step(self, learning_rate: float) -> float:
-        """Reduces, clips and applies the gradients in the store; returns the norm before clipping.
-
-        Raises:
-            NonFiniteError: on every rank alike, before anything was updated.
-        """
+    def reduce(self) -> float:
+        """Sums the gradients in the store over replicas; each rank keeps its shard. Returns the norm of all."""
         optimizer = self._optimizer
         # DeepSpeed divides every sum by the size of the dense group, the experts' too; the store holds parts of a sum.
         scale = dist.get_world_size(self._replicas.dense)
@@ -50,17 +45,30 @@ class Zero1AdamW:
                 parameter.grad_accum = gradient  # type: ignore[attr-defined]
             else:
                 parameter.grad = gradient
-        for options in optimizer.param_groups:
-            options["lr"] = learning_rate
         optimizer.set_gradient_accumulation_boundary(True)
         optimizer.reduce_gradients(pipeline_parallel=True)
-        optimizer.step()
-        norm = float(optimizer._global_grad_norm)
-        optimizer.zero_grad(set_to_none=True)
+        return float(optimizer.measure_norm())
+
+    def update(self, learning_rate: float) -> None:
+        """Clips and applies what was reduced."""
+        for options in self._optimizer.param_groups:
+            options["lr"] = learning_rate
+        self._optimizer.step()
+        self._clear()
+
+    def discard(self) -> None:
+        """Forgets the gradients, as DeepSpeed does where it finds one that is not finite."""
+        optimizer = self._optimizer
+        for kept in (optimizer.averaged_gradients, optimizer.all_grad_tensors):
+            for index in kept:
+                kept[index] = None
+        self._clear()
+
+    def _clear(self) -> None:
+        self._optimizer.zero_grad(set_to_none=True)
         for parameter in self._parameters:
             parameter.grad_accum = None  # type: ignore[attr-defined]
         self._store.clear()
-        return norm
 
     def state(self) -> dict[str, Any]:
         """This rank's shards by group: master weights, moments, step counts; the tensors themselves."""
@@ -99,17 +107,20 @@ def _build(groups: ParameterGroups, replicas: Replicas, config: OptimConfig) -> 
     class WorldNorm(DeepSpeedZeroOptimizer):  # type: ignore[misc]
         """Its own norm pairs up parameter groups over stages, and hangs where stages differ in them."""
 
-        def scaled_global_norm(self, norm_type: int = 2) -> Tensor:
-            assert norm_type == 2
+        def measure_norm(self) -> Tensor:
             parts = [part for group in self.averaged_gradients.values() for part in group]
             squares = torch.zeros((), dtype=torch.float64, device=parts[0].device)
             for part in parts:  # every element is owned by exactly one rank of the job; padding is zero
                 squares += part.double().square().sum()
             dist.all_reduce(squares, group=replicas.world)
-            norm = squares.sqrt()
-            if not norm.isfinite():  # DeepSpeed would skip the step without a word, or with bf16 weights take it
-                raise NonFiniteError(f"gradient norm is {float(norm)}")
-            return norm.float()
+            self.measured_norm = squares.sqrt().float()
+            return self.measured_norm
+
+        def scaled_global_norm(self, norm_type: int = 2) -> Tensor:
+            # Measured before the step, which is not taken where it is not finite: DeepSpeed would skip it without a
+            # word, or with bf16 weights take it.
+            assert norm_type == 2
+            return self.measured_norm
 
     for parameter in groups.experts.values():
         parameter.allreduce = False  # type: ignore[attr-defined]

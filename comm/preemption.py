@@ -1,0 +1,45 @@
+"""Whether a process was asked to make room for others. No torch here: it is asked before anything is imported."""
+
+import signal
+from types import FrameType
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+"""By which a scheduler asks."""
+
+
+class Preemption:
+    """Notes a request, and nothing else: ranks agree on it at a point where each of them can leave.
+
+    An instance is the process' handler of `SIGNALS`; any number of them may come, at any time.
+    """
+
+    def __init__(self) -> None:
+        """Not asked yet."""
+        self._number = 0
+
+    @classmethod
+    def of_process(cls) -> "Preemption":
+        """This process' own, on its main thread; from the first call on, the signals end the process no more."""
+        known = signal.getsignal(signal.SIGTERM)
+        if isinstance(known, cls):
+            return known
+        made = cls()
+        for number in SIGNALS:
+            signal.signal(number, made)
+            # A system call on its way goes on: not every library asks again.
+            signal.siginterrupt(number, False)
+        return made
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        """Takes a signal."""
+        self._number = self._number or number
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether a signal came."""
+        return self._number != 0
+
+    @property
+    def signal_name(self) -> str:
+        """The first that came; empty where none did."""
+        return signal.Signals(self._number).name if self._number else ""

@@ -1,0 +1,86 @@
+"""What the guard costs: `python -m tests.bench.guard [OVERRIDE...]`, overrides of `conf/train.yaml`, on one rank.
+
+Nothing is exchanged for it: it judges sums that a step makes anyway, and the request to make room travels in one of
+them. What is left is the norm of a rank's own gradients and the judgement itself, in CPU time beside the step's.
+"""
+
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed as dist
+
+from launch.compose import compose
+from launch.config import read_config
+from tests.train.job import open_assembly
+from train import step as steps
+from train.corpus import prepare_corpus
+from train.guard import Guard
+
+CHOICES = ("parallelism=one_rank", "guard=skip", "guard.spike_factor=10", "stage.validation_sequences=0")
+
+
+@dataclass(slots=True)
+class Cost:
+    """CPU seconds."""
+
+    guard: float = 0.0
+    step: float = 0.0
+
+
+def measure(overrides: Sequence[str], num_steps: int) -> Cost:
+    """Of so many steps after a first one; needs a process group of one rank."""
+    from data.loader import Loader
+
+    config = read_config(compose("train", [*CHOICES, *overrides]))
+    prepared = prepare_corpus(config)
+    assembly = open_assembly(config)
+    loader = Loader(prepared, global_batch_sequences=config.stage.global_batch_sequences, seed=0)
+    cost, plain_norm, plain_judge = Cost(), steps.own_norm, Guard.judge
+    guard = Guard(replace(config.guard, spike_factor=1e9), [(1.0, 1.0)] * config.guard.spike_window_steps)
+
+    def timed(call: Any) -> Any:
+        def measured(*arguments: Any) -> Any:
+            begun = time.process_time()
+            result = call(*arguments)
+            cost.guard += time.process_time() - begun
+            return result
+
+        return measured
+
+    steps.own_norm, Guard.judge = timed(plain_norm), timed(plain_judge)  # type: ignore[method-assign]
+    try:
+        for number in range(num_steps + 1):
+            begun = time.process_time()
+            steps.train_step(assembly, loader, number, guard)
+            cost.step += time.process_time() - begun
+            if number == 0:
+                cost.guard = cost.step = 0.0
+    finally:
+        steps.own_norm, Guard.judge = plain_norm, plain_judge  # type: ignore[method-assign]
+    assembly.close()
+    return cost
+
+
+def main(overrides: Sequence[str]) -> int:
+    """Prints the cost."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        store = dist.FileStore(str(Path(folder) / "store"), 1)
+        dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+        cost = measure(overrides, 5)
+        dist.destroy_process_group()
+    print(
+        f"guard {1e3 * cost.guard / 5:.2f} ms of {1e3 * cost.step / 5:.0f} ms CPU time a step, "
+        f"{100 * cost.guard / cost.step:.2f} %"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,34 @@
+"""`events.jsonl` of a run's folder: what happened beside its steps, one object a line. No torch here."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+EVENTS_NAME = "events.jsonl"
+
+
+def append_event(out_dir: Path, kind: str, step: int, text: str, **values: Any) -> None:
+    """Adds a line.
+
+    Args:
+        out_dir: the run's folder.
+        kind: of event: `skipped`, `rolled_back`, `passed_over`, `stopped`, `preempted`, `restarted`.
+        step: from 1, as in `metrics.jsonl`; for what belongs to none, the last one done.
+        text: what happened, for people.
+        values: what else is known, as JSON has it.
+    """
+    line = json.dumps({"time": time.time(), "kind": kind, "step": step, "text": text, **values}, allow_nan=False)
+    with (out_dir / EVENTS_NAME).open("a", encoding="utf-8") as file:
+        file.write(f"{line}\n")
+
+
+def read_events(out_dir: Path) -> list[dict[str, Any]]:
+    """All lines, the oldest first; without what a process that was killed left half."""
+    path, events = out_dir / EVENTS_NAME, []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            events.append(json.loads(line))
+        except ValueError:
+            continue
+    return events
