@@ -49,6 +49,7 @@ _POSITIVE = (
     "stage.sequence_length_tokens",
     "stage.global_batch_sequences",
     "stage.micro_batch_sequences",
+    "stage.checkpoint_keep",
     "optim.learning_rate",
     "optim.eps",
     "optim.bucket_elements",

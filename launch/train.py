@@ -18,6 +18,8 @@ from launch.folder import check_folder, claim_folder
 from launch.local import preload_modules, run_ranks, start_fork_server
 from launch.report import command
 from train.config import TrainConfig
+from train.integrity import find_resumed, verify
+from train.manifest import MANIFEST_NAME
 from train.newest import AUTO
 
 
@@ -40,6 +42,7 @@ def main(overrides: Sequence[str]) -> int:
     if is_torchrun(os.environ):
         return _run_as_rank(config)
     check_folder(config)
+    _check_named(config)
     return _run_local(config)
 
 
@@ -74,6 +77,16 @@ def heed_signals() -> None:
 
     for number in SIGNALS:
         signal.signal(number, leave)
+
+
+def _check_named(config: TrainConfig) -> None:
+    """Reads all of a checkpoint that is named by itself; of a run's checkpoints, the ranks look for one together.
+
+    Under torchrun every rank comes here, so there they do both.
+    """
+    if config.resume is not None and (Path(config.resume).expanduser() / MANIFEST_NAME).is_file():
+        with system_errors():
+            find_resumed(config.resume, verify)
 
 
 def _run_local(config: TrainConfig) -> int:

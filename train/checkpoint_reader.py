@@ -43,7 +43,7 @@ class CheckpointReader:
         self.config: ModelConfig = read_model(folder, key)
         self._folder = folder
         self._key = key
-        self._metadata = self._read_metadata()
+        self._metadata = read_list(folder, key)
         self._storage = FileSystemReader(folder)
         self._storage.set_up_storage_reader(self._metadata, is_coordinator=True)
         self._shapes = held_weights(self.config)
@@ -83,18 +83,6 @@ class CheckpointReader:
         if not tensor.isfinite().all():
             raise self._error(name, "must hold finite numbers, holds others")
 
-    def _read_metadata(self) -> Metadata:
-        try:
-            with (self._folder / METADATA_NAME).open("rb") as file:
-                metadata = _ListUnpickler(file).load()
-        except MemoryError:
-            raise
-        except Exception as error:  # whatever unpickling another file may raise
-            raise self._error(METADATA_NAME, f"must list the tensors, cannot be read: {first_line(error)}") from error
-        if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
-            raise self._error(METADATA_NAME, f"must list the tensors, is a {type(metadata).__name__}")
-        return metadata
-
     def _check_weight(self, name: str, shape: tuple[int, ...]) -> torch.dtype:
         stored = self._metadata.state_dict_metadata.get(WEIGHTS_PREFIX + name)
         if not isinstance(stored, TensorStorageMetadata):
@@ -120,6 +108,25 @@ class CheckpointReader:
 
     def _error(self, subject: str, problem: str) -> CheckpointError:
         return CheckpointError(f"{self._key}: {self._folder}: {subject}: {problem}")
+
+
+def read_list(folder: Path, key: str) -> Metadata:
+    """What a checkpoint's files hold: every tensor by name, and where its chunks lie.
+
+    Raises:
+        CheckpointError: it is missing or not readable; `key` of the configuration named the checkpoint.
+    """
+    place = f"{key}: {folder}: {METADATA_NAME}: must list the tensors"
+    try:
+        with (folder / METADATA_NAME).open("rb") as file:
+            metadata = _ListUnpickler(file).load()
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever unpickling another file may raise
+        raise CheckpointError(f"{place}, cannot be read: {first_line(error)}") from error
+    if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
+        raise CheckpointError(f"{place}, is a {type(metadata).__name__}")
+    return metadata
 
 
 class _ListUnpickler(pickle.Unpickler):

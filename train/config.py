@@ -65,6 +65,7 @@ class StageConfig:
     """One stage of a model's training (pre-training; later long context, SFT, RL).
 
     Sizes are in sequences and tokens over the whole job, so that a change of layout changes no sample.
+    `checkpoint_keep`: how many whole checkpoints stay when a new one has become whole; None: all.
     `document_mask`: pieces packed into one sequence do not see each other.
     """
 
@@ -80,6 +81,7 @@ class StageConfig:
     validate_every_steps: int
     validation_sequences: int
     checkpoint_every_steps: int
+    checkpoint_keep: int | None
     sample_prompt: str
     sample_tokens: int
     sample_temperature: float
