@@ -3,7 +3,7 @@
 PYTHON ?= python3
 ARGS ?=
 
-.PHONY: train test test-fast cluster-test gpu-test gpu-bench failures bench
+.PHONY: train test test-fast cluster-test gpu-test gpu-bench failures bench any-to-any
 
 train: .venv/installed
 	.venv/bin/python -m launch.train experiment=quickstart $(ARGS)
@@ -28,6 +28,10 @@ bench: .venv/installed
 # A rank killed, stopped or cut off in every phase of a step: how each run ends, as a table; a few minutes.
 failures: .venv/installed
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m tests.cluster.failures $(ARGS)
+
+# A run goes on under every layout from every other's checkpoint: all ordered pairs of 12, as a table; some 10 minutes.
+any-to-any: .venv/installed
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m tests.train.any_to_any $(ARGS)
 
 # Kernels against their references on a CUDA device; skipped, with the reason, where there is none.
 gpu-test: .venv/installed
