@@ -65,7 +65,7 @@ def test_integrity_newest_whole_checkpoint_is_used_and_the_torn_one_is_told(dama
     assert "\n" not in str(refused.value)
     hurt(old)
     assert newest_whole(tmp_path) is None
-    with pytest.raises(CheckpointError, match="holds no (whole|complete) checkpoint"):
+    with pytest.raises(CheckpointError, match=r"holds no (whole|complete) checkpoint"):
         find_resumed(str(tmp_path), verify)
 
 
