@@ -10,8 +10,9 @@ import pytest
 
 from tests.launch.test_launch_config import build
 from tests.train.test_train_command import ROOT
-from train.integrity import find_resumed, newest_whole, verify
+from train.integrity import find_resumed, verify
 from train.manifest import CheckpointError, write_manifest
+from train.newest import newest_whole
 
 
 def place(run: Path, step: int) -> Path:

@@ -18,7 +18,8 @@ from train import checkpoint
 from train.assemble import Assembly
 from train.checkpoint_state import state_of
 from train.config import PrecisionConfig, TrainConfig
-from train.integrity import newest_whole, verify
+from train.integrity import verify
+from train.newest import newest_whole
 from train.resumed import choose_resumed
 from train.saver import Saver
 from train.step import train_step
