@@ -89,6 +89,27 @@ def _check_named(config: TrainConfig) -> None:
             find_resumed(config.resume, verify)
 
 
+def leave(code: int, environment: Mapping[str, str]) -> int:
+    """What a rank of torchrun ends with, once all ranks have agreed on a run's end.
+
+    torchrun itself ends with 1 for whatever its ranks end with, and as long as it may it starts them again, a run too
+    that was told to stop. Where LAUNCH_EXIT_FILE names a file, as in a Slurm job, rank 0 writes the code there, and to
+    torchrun every agreed end is a good one.
+
+    Args:
+        code: of the run.
+        environment: of the process.
+    """
+    path = environment.get("LAUNCH_EXIT_FILE")
+    if not path:
+        return code
+    if not is_other_rank(environment):
+        partial = Path(f"{path}.partial")
+        partial.write_text(f"{code}\n", encoding="utf-8")
+        partial.replace(path)
+    return 0
+
+
 def _run_local(config: TrainConfig) -> int:
     start_fork_server(config.cluster, preload_modules(config.cluster))
     # One process fills the cache while the fork server imports; the ranks then only open it.
@@ -117,7 +138,7 @@ def _run_as_rank(config: TrainConfig) -> int:
         check_folder(config)
         config = claim_folder(config, datetime.now())
     apply_rank_environment(config.cluster)
-    return train_rank(config, is_aloud=True)
+    return leave(train_rank(config, is_aloud=True), os.environ)
 
 
 if __name__ == "__main__":
