@@ -68,10 +68,8 @@ def seconds_of(time: str) -> int | None:
         return None
     days, *rest = match.groups()
     numbers = [int(number) for number in rest if number is not None]
-    if days is not None:
-        units = (3600, 60, 1)
-    else:
-        units = (3600, 60, 1) if len(numbers) == 3 else (60, 1, 0)
+    # Without days, one number is minutes and two are minutes and seconds.
+    units = (60, 1) if days is None and len(numbers) < 3 else (3600, 60, 1)
     return int(days or 0) * 86400 + sum(number * unit for number, unit in zip(numbers, units, strict=False))
 
 
