@@ -17,9 +17,10 @@ test: .venv/installed
 test-fast: .venv/installed
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m pytest -m 'not slow' -x -q
 
-# Ranks in network namespaces joined by rate-limited links: needs Linux and root, is skipped with its reason elsewhere.
+# Ranks in network namespaces joined by rate-limited links, and jobs of a real Slurm: needs Linux and root, and for the
+# jobs slurm-wlm and munge; is skipped with its reason elsewhere.
 cluster-test: .venv/installed
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m pytest tests/cluster
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m pytest tests/cluster tests/slurm
 
 # Step time, CPU time and the interpreter's cost, beside torch's pipelines; a few minutes, best on a quiet machine.
 bench: .venv/installed
