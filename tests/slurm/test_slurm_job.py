@@ -70,6 +70,16 @@ def test_job_that_is_preempted_saves_is_requeued_and_ends_the_same(slurm: Slurm,
     assert_same_end(run, folder / "bare")
 
 
+def test_job_told_to_save_while_it_starts_is_requeued(slurm: Slurm, folder: Path) -> None:
+    number, log = submit(slurm, folder, "early"), folder / "early" / "log"
+    slurm.wait_for("start on a node", lambda: (log / f"slurm-{number}-node-0.log").exists(), SECONDS)
+    slurm.run("scancel", "--signal=USR1", number)
+    slurm.wait_for("its return to the queue", lambda: slurm.job(number)["Restarts"] == "1", SECONDS)
+    assert f"life {number}-0 ended with exit code 75" in (log / f"slurm-{number}.log").read_text()
+    slurm.run("scancel", number)
+    slurm.wait_for("its end", lambda: not slurm.run("squeue", "--noheader"), SECONDS)
+
+
 def test_job_that_is_cancelled_stays_so(slurm: Slurm, folder: Path) -> None:
     number, run = submit(slurm, folder, "cancelled"), folder / "cancelled"
     slurm.wait_for("first steps", lambda: num_steps_recorded(run) >= 3, SECONDS)
