@@ -1,8 +1,8 @@
 """The packages that images install, in the versions that this environment tests: `python -m tests.docker.pins`.
 
 Prints `docker/requirements.txt` (`make docker-pins` writes it): what pyproject.toml depends on and all that follows
-from it, each in the version that is installed here. Triton is left out: torch for CUDA asks for the one version that it
-was built with, and torch for CPUs needs none.
+from it, each in the version that is installed here. Triton and NVIDIA's packages are left out: torch for CUDA asks for
+those versions that it was built with, and torch for CPUs needs none.
 """
 
 import tomllib
@@ -16,7 +16,6 @@ from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[2]
 PINS = ROOT / "docker" / "requirements.txt"
-LEFT_OUT = frozenset(("triton",))
 HEADER = "# Written by `make docker-pins` from the tested environment: change pyproject.toml, not this file."
 
 
@@ -24,6 +23,11 @@ def dependencies() -> tuple[Requirement, ...]:
     """What pyproject.toml asks for, without its extras."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     return tuple(map(Requirement, project["dependencies"]))
+
+
+def is_left_out(name: str) -> bool:
+    """Whether torch itself says which version of this it needs, if any."""
+    return name == "triton" or name.startswith(("nvidia-", "cuda-"))
 
 
 def installed(requirements: Iterable[Requirement]) -> dict[str, str]:
@@ -39,7 +43,7 @@ def installed(requirements: Iterable[Requirement]) -> dict[str, str]:
         requirement, extra = waiting.pop()
         name = canonicalize_name(requirement.name)
         wanted = requirement.marker is None or requirement.marker.evaluate({"extra": extra})
-        if name in LEFT_OUT or not wanted:
+        if is_left_out(name) or not wanted:
             continue
         package = distribution(name)
         found[name] = Version(package.version).public
