@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 BASE = "localhost/base:test"
-_BUILD_SECONDS = 900.0
+_BUILD_SECONDS = 1800.0
+_NETAVARK = ("/usr/lib/podman/netavark", "/usr/libexec/podman/netavark", "/usr/local/libexec/podman/netavark")
 
 
 class ImageError(RuntimeError):
@@ -28,15 +29,11 @@ def missing() -> str | None:
     """Why no image can be built here; None if one can."""
     if sys.platform != "linux" or os.geteuid() != 0:
         return "images are built with Linux and root"
-    if shutil.which("buildah") is None or not any(map(Path.exists, map(Path, _netavark()))):
+    if shutil.which("buildah") is None or not any(Path(place).exists() for place in _NETAVARK):
         return "images are built by buildah, which needs netavark: apt-get install buildah netavark"
     if subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode:
         return "images are built where file systems may be mounted, not here"
     return None
-
-
-def _netavark() -> tuple[str, ...]:
-    return ("/usr/lib/podman/netavark", "/usr/libexec/podman/netavark", shutil.which("netavark") or "/nonexistent")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,7 +121,7 @@ class Container:
 
 @contextmanager
 def open_images(driver: str) -> Iterator[Images]:
-    """A storage that is empty, and gone afterwards with its containers, images and mounts.
+    """A storage, empty at first; afterwards it is gone, with its containers, images and mounts.
 
     Args:
         driver: how layers are kept: `vfs` copies each and works everywhere, `overlay` is quicker with large ones.
@@ -140,9 +137,11 @@ def open_images(driver: str) -> Iterator[Images]:
     try:
         yield images
     finally:
-        images.call("rm", "--all")
-        images.call("rmi", "--all", "--force")
-        mounts = [line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines()]
-        for mount in sorted((mount for mount in mounts if Path(mount).is_relative_to(folder)), reverse=True):
-            subprocess.run(["umount", mount], check=True)
-        shutil.rmtree(folder)
+        try:
+            images.call("rm", "--all")
+            images.call("rmi", "--all", "--force")
+        finally:
+            mounts = [line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines()]
+            for mount in sorted((mount for mount in mounts if Path(mount).is_relative_to(folder)), reverse=True):
+                subprocess.run(["umount", mount], check=True)
+            shutil.rmtree(folder)

@@ -6,7 +6,10 @@ Ubuntu's, and takes Python's from this environment: it has torch for CPUs.
 """
 
 import os
+import shutil
+import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -27,6 +30,8 @@ pytestmark = [
 def images() -> Iterator[Images]:
     """A storage with the base in it."""
     reason = missing()
+    if shutil.which("mmdebstrap") is None:
+        reason = reason or "whole images are built on a base by mmdebstrap: apt-get install mmdebstrap"
     if reason is not None:
         pytest.skip(reason)
     with open_images("overlay") as made:
@@ -47,6 +52,30 @@ def test_cpu_image_installs_all_and_trains(images: Images, tmp_path: Path) -> No
     assert "triton" not in printed.lower()
     with images.container("localhost/trainer:cpu") as container:
         assert "step      2  checkpoint" in container.run(JOB, ())
+    assert "step      2  checkpoint" in run_on_two_nodes(images, "localhost/trainer:cpu", tmp_path / "outputs")
+
+
+def run_on_two_nodes(images: Images, name: str, outputs: Path) -> str:
+    """The job by torchrun in two containers on the host's network, as README starts it; gives what node 0 printed."""
+    outputs.mkdir()
+    outputs.chmod(0o1777)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    meeting = ["--nnodes=2", "--nproc-per-node=2", "--master-addr=127.0.0.1", f"--master-port={port}"]
+    command = ["-m", "launch.train", "experiment=quickstart", "stage.steps=2", "out_dir=outputs/run"]
+    with images.container(name) as first, images.container(name) as second, ThreadPoolExecutor(2) as pool:
+        printed = [
+            pool.submit(
+                node.run, ["torchrun", *meeting, f"--node-rank={number}", *command], [f"{outputs}:/app/outputs"]
+            )
+            for number, node in enumerate((first, second))
+        ]
+        texts = [one.result() for one in printed]
+    assert sorted(path.name for path in (outputs / "run/log").glob("rank_*.log")) == [
+        f"rank_{rank:05d}.log" for rank in range(4)
+    ]
+    return texts[0]
 
 
 def test_cuda_image_installs_its_system_packages_and_trains_on_cpus(images: Images, tmp_path: Path) -> None:
