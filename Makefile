@@ -65,7 +65,7 @@ docker-pins: .venv/installed
 
 # Both images, whole, built by buildah on a Debian base and the job run inside: minutes, a network, Linux and root.
 docker-test: .venv/installed
-	DOCKER_WHOLE=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m pytest tests/docker -rs
+	DOCKER_WHOLE=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m pytest tests/docker -rsP
 
 .venv/installed: pyproject.toml
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv

@@ -44,7 +44,7 @@ def _user(found: tuple[Instruction, ...]) -> list[str]:
     broken = []
     arguments = dict(value.split("=", 1) for value in _values(found, "ARG") if "=" in value)
     user = next(iter(_values(found, "USER")[-1:]), "none")
-    number = arguments.get("UID", "") if user == "${UID}" else user
+    number = arguments.get("USER_ID", "") if user == "${USER_ID}" else user
     if not re.fullmatch(r"[1-9]\d*", number):
         broken.append(f"USER: the last must be a fixed number other than 0, is {user}")
     broken += [f"{value}: sources belong to root" for value in _values(found, "COPY") if "--chown" in value]

@@ -52,9 +52,9 @@ def test_dockerfile_keeps_the_rules(name: str) -> None:
     [
         (r":13\.0\.2-base-ubuntu24\.04\nFROM", ":latest\nFROM", "BASE_IMAGE"),
         (r"FROM \$\{BASE_IMAGE\}", "FROM ubuntu:24.04", "FROM"),
-        (r"USER \$\{UID\}", "USER root", "USER"),
-        (r"USER \$\{UID\}\n", "", "USER"),
-        (r"UID=10001", "UID=0", "USER"),
+        (r"USER \$\{USER_ID\}", "USER root", "USER"),
+        (r"USER \$\{USER_ID\}\n", "", "USER"),
+        (r"USER_ID=10001", "USER_ID=0", "USER"),
         (r"COPY \. \.", "COPY --chown=trainer . .", "sources belong to root"),
         (r" --constraint docker/requirements\.txt torch", " torch", "versions"),
         (r"--requirement docker/requirements\.txt", "hydra-core", "versions"),

@@ -51,8 +51,16 @@ def test_cpu_image_installs_all_and_trains(images: Images, tmp_path: Path) -> No
     assert "No broken requirements found." in printed
     assert "triton" not in printed.lower()
     with images.container("localhost/trainer:cpu") as container:
+        added = sum(bytes_below(container.root / name) for name in ("opt/venv", "app"))
+        print(f"Dockerfile.cpu adds {added / 2**20:,.0f} MiB to its base")
+        assert added < 1.5 * 2**30
         assert "step      2  checkpoint" in container.run(JOB, ())
     assert "step      2  checkpoint" in run_on_two_nodes(images, "localhost/trainer:cpu", tmp_path / "outputs")
+
+
+def bytes_below(folder: Path) -> int:
+    """What the files of a folder take."""
+    return sum(path.lstat().st_size for path in folder.rglob("*") if not path.is_dir())
 
 
 def run_on_two_nodes(images: Images, name: str, outputs: Path) -> str:
