@@ -3,7 +3,8 @@
 PYTHON ?= python3
 ARGS ?=
 
-.PHONY: train test test-fast cluster-test gpu-test gpu-bench failures bench
+.PHONY: train test test-fast cluster-test gpu-test gpu-bench failures bench any-to-any \
+	docker docker-cpu docker-check docker-pins docker-test
 
 train: .venv/installed
 	.venv/bin/python -m launch.train experiment=quickstart $(ARGS)
@@ -17,9 +18,10 @@ test: .venv/installed
 test-fast: .venv/installed
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m pytest -m 'not slow' -x -q
 
-# Ranks in network namespaces joined by rate-limited links: needs Linux and root, is skipped with its reason elsewhere.
+# Ranks in network namespaces joined by rate-limited links, and jobs of a real Slurm: needs Linux and root, and for the
+# jobs slurm-wlm and munge; is skipped with its reason elsewhere.
 cluster-test: .venv/installed
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m pytest tests/cluster
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m pytest tests/cluster tests/slurm
 
 # Step time, CPU time and the interpreter's cost, beside torch's pipelines; a few minutes, best on a quiet machine.
 bench: .venv/installed
@@ -29,6 +31,10 @@ bench: .venv/installed
 failures: .venv/installed
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m tests.cluster.failures $(ARGS)
 
+# A run goes on under every layout from every other's checkpoint: all ordered pairs of 12, as a table; some 10 minutes.
+any-to-any: .venv/installed
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m tests.train.any_to_any $(ARGS)
+
 # Kernels against their references on a CUDA device; skipped, with the reason, where there is none.
 gpu-test: .venv/installed
 	.venv/bin/python -m pytest tests/gpu -q -rs
@@ -36,6 +42,30 @@ gpu-test: .venv/installed
 # Time of every kernel on a CUDA device beside its floor, torch and the targets; one line and code 2 where there is none.
 gpu-bench: .venv/installed
 	.venv/bin/python -m tests.gpu.bench $(ARGS)
+
+# Images, with docker or another ENGINE that takes its arguments; `make docker ARGS="--build-arg BASE_IMAGE=..."`.
+ENGINE ?= docker
+
+docker:
+	$(ENGINE) build -f docker/Dockerfile -t dualpipe-trainer:cuda $(ARGS) .
+
+docker-cpu:
+	$(ENGINE) build -f docker/Dockerfile.cpu -t dualpipe-trainer:cpu $(ARGS) .
+
+# Whether an image is healthy: the job of `make train` inside it, two steps of it; `make docker-check TAG=cuda`.
+TAG ?= cpu
+
+docker-check:
+	$(ENGINE) run --rm --init dualpipe-trainer:$(TAG) python -m launch.train experiment=quickstart stage.steps=2 $(ARGS)
+
+# The versions that images install, from those that are tested here.
+docker-pins: .venv/installed
+	.venv/bin/python -m tests.docker.pins > docker/requirements.new
+	mv docker/requirements.new docker/requirements.txt
+
+# Both images, whole, built by buildah on a Debian base and the job run inside: minutes, a network, Linux and root.
+docker-test: .venv/installed
+	DOCKER_WHOLE=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m pytest tests/docker -rsP
 
 .venv/installed: pyproject.toml
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv

@@ -65,9 +65,42 @@ def options(group: str) -> list[str]:
 
 
 def default_groups(command: str) -> dict[str, str]:
-    """Groups of a command and the option chosen for each when none is named."""
-    root = yaml.safe_load((config_dir() / f"{command}.yaml").read_text(encoding="utf-8"))
-    return {group: option for entry in root["defaults"] if isinstance(entry, dict) for group, option in entry.items()}
+    """Groups of a command, those of a root YAML that it includes too, and the option chosen when none is named."""
+    groups: dict[str, str] = {}
+    for entry in _defaults(command):
+        if isinstance(entry, dict):
+            groups |= {group.removeprefix("override "): option for group, option in entry.items()}
+        elif entry != "_self_":
+            groups |= default_groups(entry)
+    return groups
+
+
+def key_of(override: str) -> str:
+    """The dotted key or the group that an override is about.
+
+    Raises:
+        ConfigError: it does not parse.
+    """
+    return str(_parse(override).key_or_group)
+
+
+def included_roots(command: str) -> list[str]:
+    """Names of the root YAMLs whose keys a command takes over before its own."""
+    return [entry for entry in _defaults(command) if isinstance(entry, str) and entry != "_self_"]
+
+
+def own_keys(command: str) -> list[str]:
+    """Top-level keys that a root YAML itself sets, those of its groups and of what it includes left out."""
+    return [key for key in _root(command) if key != "defaults"]
+
+
+def _defaults(command: str) -> list[str | dict[str, str]]:
+    return list(_root(command)["defaults"])
+
+
+def _root(command: str) -> dict[str, Any]:
+    values = yaml.safe_load((config_dir() / f"{command}.yaml").read_text(encoding="utf-8"))
+    return {str(key): value for key, value in values.items()}
 
 
 def _compose(command: str, overrides: Sequence[str]) -> DictConfig:

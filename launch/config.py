@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +28,8 @@ from model.cut import CutError, cut_layers
 from train.config import TrainConfig
 from train.costs import nominal_costs
 from train.initial_weights import check_initial
-from train.manifest import check_manifest, find_checkpoint, read_step
+from train.integrity import find_resumed, verify
+from train.manifest import check_manifest, read_step
 from train.newest import AUTO, newest_whole
 from train.weight_source import is_hf_folder
 
@@ -63,7 +65,7 @@ def _resumed(values: Mapping[str, Any]) -> object:
     out_dir = values.get("out_dir")
     if values.get("resume") != AUTO or not isinstance(out_dir, str) or not out_dir:
         return values.get("resume") if values.get("resume") != AUTO else None
-    folder = newest_whole(Path(out_dir).expanduser())
+    folder = newest_whole(Path(out_dir).expanduser(), hashes=False)
     return None if folder is None else str(folder)
 
 
@@ -95,7 +97,7 @@ def check(config: TrainConfig) -> None:
         CutError: fewer layers than pipeline stages.
         ScheduleError: ranks or micro-batches that the schedule cannot take.
         DataError: text that is missing or empty, and what else `data` refuses of its settings.
-        CheckpointError: `resume` names no checkpoint, or one of another model or layout.
+        CheckpointError: `resume` names no checkpoint, one that is not whole, or one of another model.
         CheckpointError, HfError: `init_from` names no weights, or those of another model.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", config.name):
@@ -123,14 +125,15 @@ def _check_resume(config: TrainConfig) -> bool:
                 "resume: auto looks for checkpoints in out_dir, which is empty; nearest valid: out_dir=outputs/"
                 f"{config.name}, or resume=null"
             )
-        folder = newest_whole(Path(config.out_dir).expanduser())
+        folder = newest_whole(Path(config.out_dir).expanduser(), hashes=False)
         if folder is not None:
             # A run that was done but for its end has no step left, and need not be refused.
             steps = max(config.stage.steps, read_step(folder) + 1)
             check_manifest(folder, replace(config, stage=replace(config.stage, steps=steps)))
         return folder is not None
     if config.resume is not None:
-        check_manifest(find_checkpoint(config.resume), config)
+        # Files and their sizes alone: what they hold, all ranks read together.
+        check_manifest(find_resumed(config.resume, partial(verify, hashes=False)).folder, config)
     return False
 
 

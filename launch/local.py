@@ -176,6 +176,9 @@ def _run_elastic(folder: Path, world_size: int, entry: Entry, scratch: str, requ
         logs_specs=DefaultLogsSpecs(log_dir=scratch),
         signals_to_handle=",".join(_ENDING),
     )
+    # Ranks meet at the launcher's own store: it is open already, while a port that is only chosen for them may be taken
+    # by another process until they come. A launcher has one life of ranks, so that none meets what others left there.
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "0"
     try:
         codes = elastic_launch(launch, _rank)(entry, str(folder), scratch)
     except SignalException as ended:

@@ -53,6 +53,7 @@ _POSITIVE = (
     "stage.batch_ramp.start_sequences",
     "stage.batch_ramp.end_tokens",
     "stage.batch_ramp.num_sizes",
+    "stage.checkpoint_keep",
     "optim.learning_rate",
     "optim.eps",
     "optim.bucket_elements",

@@ -81,9 +81,9 @@ def user_errors() -> tuple[type[ValueError], ...]:
 
 def help_text(name: str) -> str:
     """Usage of a command, its groups with their options, and its keys with their values by default."""
-    from launch.compose import config_dir, default_groups, options
+    from launch.compose import config_dir, default_groups, included_roots, options
 
-    root = (config_dir() / f"{name}.yaml").read_text(encoding="utf-8")
+    root = _read_root(name)
     groups = default_groups(name)
     about = root.splitlines()[0].lstrip("# ").partition(":")[0]
     lines = [f"{about}.", "", f"python -m launch.{name} {'[group=option] ' if groups else ''}[key=value]"]
@@ -92,11 +92,17 @@ def help_text(name: str) -> str:
     for group, default in groups.items():
         marked = [f"{option}*" if option == default else option for option in options(group)]
         lines.append(f"  {group}={' | '.join(marked)}")
-    keys = _own_keys(root)
+    keys = [line for other in included_roots(name) for line in _own_keys(_read_root(other))] + _own_keys(root)
     for group, option in groups.items():
         keys += _group_keys(group, (config_dir() / group / f"{option}.yaml").read_text(encoding="utf-8"))
     must = " (??? must be given)" if any(": ???" in line for line in keys) else ""
     return "\n".join([*lines, "", f"Keys{must}:", *(f"  {line}".rstrip() for line in keys)])
+
+
+def _read_root(name: str) -> str:
+    from launch.compose import config_dir
+
+    return (config_dir() / f"{name}.yaml").read_text(encoding="utf-8")
 
 
 def _own_keys(root: str) -> list[str]:

@@ -1,8 +1,10 @@
 """Which tokenizer a run reads its text with: one that is named, or the one that its weights were trained with."""
 
+from functools import partial
 from pathlib import Path
 
 from launch.errors import ConfigError, nearest
+from train.integrity import find_resumed, verify
 from train.manifest import CHECKPOINTS_NAME, TOKENIZER_NAME, find_checkpoint, read_manifest
 from train.weight_source import source_folder
 
@@ -46,7 +48,7 @@ def _of_weights(init_from: object) -> Path | None:
 
 
 def _of_resumed(resume: str) -> Path | None:
-    folder = find_checkpoint(resume)
+    folder = find_resumed(resume, partial(verify, hashes=False)).folder
     data = read_manifest(folder).get("data")
     is_given = isinstance(data, dict) and data.get("tokenizer") == "given"
     return folder / TOKENIZER_NAME if is_given else None

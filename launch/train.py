@@ -18,6 +18,8 @@ from launch.folder import check_folder, claim_folder
 from launch.local import preload_modules, run_ranks, start_fork_server
 from launch.report import command
 from train.config import TrainConfig
+from train.integrity import find_resumed, verify
+from train.manifest import MANIFEST_NAME
 from train.newest import AUTO
 
 
@@ -40,6 +42,7 @@ def main(overrides: Sequence[str]) -> int:
     if is_torchrun(os.environ):
         return _run_as_rank(config)
     check_folder(config)
+    _check_named(config)
     return _run_local(config)
 
 
@@ -76,6 +79,37 @@ def heed_signals() -> None:
         signal.signal(number, leave)
 
 
+def _check_named(config: TrainConfig) -> None:
+    """Reads all of a checkpoint that is named by itself; of a run's checkpoints, the ranks look for one together.
+
+    Under torchrun every rank comes here, so there they do both.
+    """
+    if config.resume is not None and (Path(config.resume).expanduser() / MANIFEST_NAME).is_file():
+        with system_errors():
+            find_resumed(config.resume, verify)
+
+
+def leave(code: int, environment: Mapping[str, str]) -> int:
+    """What a rank of torchrun ends with, once all ranks have agreed on a run's end.
+
+    torchrun itself ends with 1 for whatever its ranks end with, and as long as it may it starts them again, a run too
+    that was told to stop. Where LAUNCH_EXIT_FILE names a file, as in a Slurm job, rank 0 writes the code there, and to
+    torchrun every agreed end is a good one.
+
+    Args:
+        code: of the run.
+        environment: of the process.
+    """
+    path = environment.get("LAUNCH_EXIT_FILE")
+    if not path:
+        return code
+    if not is_other_rank(environment):
+        partial = Path(f"{path}.partial")
+        partial.write_text(f"{code}\n", encoding="utf-8")
+        partial.replace(path)
+    return 0
+
+
 def _run_local(config: TrainConfig) -> int:
     start_fork_server(config.cluster, preload_modules(config.cluster))
     # One process fills the cache while the fork server imports; the ranks then only open it.
@@ -104,7 +138,7 @@ def _run_as_rank(config: TrainConfig) -> int:
         check_folder(config)
         config = claim_folder(config, datetime.now())
     apply_rank_environment(config.cluster)
-    return train_rank(config, is_aloud=True)
+    return leave(train_rank(config, is_aloud=True), os.environ)
 
 
 if __name__ == "__main__":

@@ -145,7 +145,7 @@ def run_python(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
 def test_commands_import_no_torch_before_their_input_is_checked() -> None:
     code = """
         import sys
-        import launch.convert, launch.generate, launch.train, launch.schedule
+        import launch.convert, launch.generate, launch.train, launch.schedule, launch.submit
         from launch.compose import compose
         from launch.config import check, read_config
         from launch.report import user_errors

@@ -78,6 +78,7 @@ STAGE = StageConfig(
     validate_every_steps=0,
     validation_sequences=0,
     checkpoint_every_steps=0,
+    checkpoint_keep=None,
     sample_prompt="",
     sample_tokens=0,
     sample_temperature=0.0,

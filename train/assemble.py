@@ -66,6 +66,11 @@ class Assembly:
         pipeline = self.layout.pipeline_index(self.groups.rank)
         return tuple(d for d in range(self.schedule.num_directions) if self.schedule.rank_of(d, last) == pipeline)
 
+    @property
+    def extras(self) -> dict[str, ParameterEma]:
+        """What is saved beside weights and optimiser state, by the prefix of its names."""
+        return {} if self.ema is None else {"ema": self.ema}
+
     def close(self) -> None:
         """Ends the workers of average, lane and links, and the exchange; every rank at the same point.
 

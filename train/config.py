@@ -90,6 +90,7 @@ class StageConfig:
 
     Sizes are in sequences and tokens over the whole job, so that a change of layout changes no sample.
     `batch_ramp`: smaller global batches at the start of the run; None: all are of `global_batch_sequences`.
+    `checkpoint_keep`: how many whole checkpoints stay when a new one has become whole; None: all.
     `document_mask`: pieces packed into one sequence do not see each other.
     """
 
@@ -106,6 +107,7 @@ class StageConfig:
     validate_every_steps: int
     validation_sequences: int
     checkpoint_every_steps: int
+    checkpoint_keep: int | None
     sample_prompt: str
     sample_tokens: int
     sample_temperature: float

@@ -4,6 +4,7 @@ import logging
 import math
 import resource
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,16 @@ from infer.generate import generate
 from train import checkpoint
 from train.assemble import Assembly, weight_dtype
 from train.balance import Balance, LoadLines
-from train.errors import PreemptedError, RefusedStepError
+from train.errors import PreemptedError, RefusedStepError, StoppedError
 from train.exchange import exchange_metrics
+from train.manifest import step_folder
 from train.metrics import Display, Recorder, mfu
 from train.pictures import PAGE_NAME, SVG_NAME, TRACE_NAME, PipelineWatch, bubble_of, window_slots
 from train.profile import StepProfiler
 from train.ramp import SizedAssemblies
 from train.recovery import Recovery
 from train.report.write import Report
+from train.saver import Saver
 from train.status import StatusFile
 from train.step import StepResult, train_step, validate_pass
 
@@ -110,6 +113,7 @@ class Training:
         self._profiler = StepProfiler(config, assembly.groups.rank, assembly.device)
         with assembly.observers.log.phase("world", range(assembly.layout.world_size), "making of groups"):
             self._watch = PipelineWatch(assembly)
+            self._saver = Saver(assembly, prepared)
         self._recovery = Recovery(assembly, self._loader, first_step)
 
     def run(self) -> None:
@@ -118,6 +122,7 @@ class Training:
         Raises:
             PreemptedError: on every rank alike; what was done is saved.
             StoppedError: on every rank alike, by the guard.
+            OSError: on every rank alike, a checkpoint could not be written.
         """
         self._status.running(self.num_done)
         try:
@@ -126,7 +131,12 @@ class Training:
         except PreemptedError:
             if self.num_done != self._num_saved:
                 self._save()
+            self._end_saving()
             raise
+        except StoppedError:
+            self._end_saving()
+            raise
+        self._end_saving()
 
     def _step(self, step: int) -> None:
         """One batch, then whatever is due after it."""
@@ -146,6 +156,7 @@ class Training:
             self._draw(step, result)
         if _due(done, stage.checkpoint_every_steps, stage.steps):
             self._save()
+        self._tell_of_saved()
         self._status.running(done)
 
     def _take(self, step: int) -> StepResult | None:
@@ -158,6 +169,8 @@ class Training:
             with self._profiler.step(step + 1):
                 result = train_step(self._assemblies.of_step(step), self._loader, step, self._recovery.guard)
         except RefusedStepError as refused:
+            with self._saving():
+                self._saver.wait()  # the run may go back to it
             onward = self._recovery.answer(refused.finding)
             self._reporter.say(f"step {step + 1:>6}  {onward.words}")
             self.num_done = onward.num_done
@@ -190,13 +203,25 @@ class Training:
             )
 
     def _save(self) -> None:
-        """The only place where a run saves."""
-        with self._assembly.observers.log.phase("world", range(self._assembly.layout.world_size), "checkpoint"):
-            folder = checkpoint.save(self._assembly, self.num_done, self._prepared)
+        """The only place where a run saves: a copy, which is written beside the next steps."""
+        with self._saving():
+            self._saver.save(self.num_done)
         self._num_saved = self.num_done
-        self._status.running(self.num_done, str(folder))
-        self._reporter.say(f"step {self.num_done:>6}  checkpoint {folder}")
-        self._reporter.draw()
+
+    def _end_saving(self) -> None:
+        """Until the last checkpoint is whole."""
+        with self._saving():
+            self._saver.close()
+        self._tell_of_saved()
+
+    def _tell_of_saved(self) -> None:
+        for folder in self._saver.take_finished():
+            self._status.running(self.num_done, str(folder))
+            self._reporter.say(f"step {int(folder.name[5:]):>6}  checkpoint {folder}")
+            self._reporter.draw()
+
+    def _saving(self) -> AbstractContextManager[None]:
+        return self._assembly.observers.log.phase("world", range(self._assembly.layout.world_size), "checkpoint")
 
 
 def validate(assembly: Assembly, loader: Loader) -> float:
@@ -217,7 +242,7 @@ def validate(assembly: Assembly, loader: Loader) -> float:
 def show_continuation(assembly: Assembly, prepared: Prepared) -> str:
     """The prompt and its continuation by the last checkpoint, read whole in this process, and what drafts saved."""
     config, tokenizer = assembly.config, prepared.tokenizer
-    folder = checkpoint.step_folder(Path(config.out_dir), config.stage.steps)
+    folder = step_folder(Path(config.out_dir), config.stage.steps)
     model = checkpoint.load_whole(config.model, folder, weight_dtype(config.precision))
     prompt = [tokenizer.begin_of_sentence_id, *tokenizer.encode(config.stage.sample_prompt)]
     limit = config.model.max_position_tokens

@@ -1,7 +1,8 @@
 """What a checkpoint says of itself, and whether a run may go on from it. No torch here.
 
 A checkpoint is a folder `checkpoints/step-00000100` of a run's folder. Its `manifest.json` is written
-last, so a folder without one is an unfinished checkpoint.
+last, so a folder without one is an unfinished checkpoint. It lists every other file with its size and hash, and its
+own hash; `train.integrity` holds the files against it.
 """
 
 import json
@@ -14,9 +15,10 @@ from typing import Any
 
 from model.config import ModelConfig
 from train.config import TrainConfig
+from train.digests import Digest, digests, record_hash
 from train.model_record import read_model_record
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 CHECKPOINTS_NAME = "checkpoints"
 SCHEDULE_NAME = "schedule.json"
@@ -27,7 +29,14 @@ class CheckpointError(ValueError):
     """A checkpoint that is missing, unfinished or of another run's shape: names the place, the rule, both values."""
 
 
-def write_manifest(folder: Path, step: int, config: TrainConfig, data_fingerprint: str) -> None:
+def step_folder(out_dir: Path, step: int) -> Path:
+    """Where the checkpoint after `step` updates lives."""
+    return out_dir / CHECKPOINTS_NAME / f"step-{step:08d}"
+
+
+def write_manifest(
+    folder: Path, step: int, config: TrainConfig, data_fingerprint: str, files: Mapping[str, Digest] | None = None
+) -> None:
     """Declares a checkpoint complete: in one move, once every other file is on disk.
 
     Args:
@@ -35,8 +44,10 @@ def write_manifest(folder: Path, step: int, config: TrainConfig, data_fingerprin
         step: optimiser steps done.
         config: of the run that wrote it.
         data_fingerprint: of the samples that it read.
+        files: every file of the checkpoint; None: those that are there, which are then read.
     """
-    _write(folder, {"step": step, "data_fingerprint": data_fingerprint, **_shape(config)})
+    record = {"step": step, "data_fingerprint": data_fingerprint, **_shape(config), "layout": layout_record(config)}
+    _write(folder, record, files)
 
 
 def write_weights_manifest(folder: Path, model: ModelConfig, carried: Mapping[str, Any]) -> None:
@@ -47,11 +58,15 @@ def write_weights_manifest(folder: Path, model: ModelConfig, carried: Mapping[st
         model: the architecture.
         carried: what else a Hugging Face `config.json` said, for the way back.
     """
-    _write(folder, {"step": 0, "holds": "weights", "model": asdict(model), "carried": dict(carried)})
+    _write(folder, {"step": 0, "holds": "weights", "model": asdict(model), "carried": dict(carried)}, None)
 
 
-def _write(folder: Path, record: dict[str, Any]) -> None:
-    text = json.dumps({"format_version": FORMAT_VERSION, **record}, indent=2)
+def _write(folder: Path, record: dict[str, Any], files: Mapping[str, Digest] | None) -> None:
+    if files is None:
+        files = digests(path for path in folder.iterdir() if path.is_file() and path.name != MANIFEST_NAME)
+    listed = {name: found.as_json() for name, found in sorted(files.items())}
+    record = {"format_version": FORMAT_VERSION, **record, "files": listed}
+    text = json.dumps({**record, "sha256": record_hash(record)}, indent=2)
     partial = folder / f"{MANIFEST_NAME}.partial"
     with partial.open("w", encoding="utf-8") as file:
         file.write(text + "\n")
@@ -76,6 +91,11 @@ def read_manifest(folder: Path, key: str = "resume") -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{key}: {path} must be a checkpoint's manifest, cannot be read ({error})") from error
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
+    if isinstance(version, int) and 0 < version < FORMAT_VERSION:
+        raise CheckpointError(
+            f"{key}: {path} must have format_version {FORMAT_VERSION}, has {version}, of an older release, which kept "
+            f"optimiser state by rank"
+        )
     if version != FORMAT_VERSION or not isinstance(manifest.get("step"), int):
         raise CheckpointError(
             f"{key}: {path} must have a step and format_version {FORMAT_VERSION}, has format_version {version}"
@@ -124,10 +144,10 @@ def find_checkpoint(path: str, key: str = "resume") -> Path:
     if (folder / MANIFEST_NAME).is_file():
         return folder
     inside = folder if folder.name == CHECKPOINTS_NAME else folder / CHECKPOINTS_NAME
-    complete = [step for step in _steps(inside) if (step / MANIFEST_NAME).is_file()]
+    complete = [step for step in checkpoints_in(inside) if (step / MANIFEST_NAME).is_file()]
     if complete:
         return complete[-1]
-    if unfinished := _steps(inside):
+    if unfinished := checkpoints_in(inside):
         raise CheckpointError(f"{key}: {path!r} holds no complete checkpoint; {unfinished[-1]} was never finished")
     raise CheckpointError(
         f"{key}: {path!r} holds no checkpoint (a folder {CHECKPOINTS_NAME}/step-NNNNNNNN with {MANIFEST_NAME})"
@@ -136,7 +156,9 @@ def find_checkpoint(path: str, key: str = "resume") -> Path:
 
 
 def check_manifest(path: Path, config: TrainConfig) -> None:
-    """Refuses to go on from a checkpoint of another architecture, layout, schedule, sharding or precision.
+    """Refuses to go on from a checkpoint of another architecture, precision or order of samples.
+
+    Under which layout, schedule and sharding it was written does not matter.
 
     Args:
         path: a checkpoint's folder.
@@ -158,8 +180,8 @@ def check_manifest(path: Path, config: TrainConfig) -> None:
     others = [line for key in shape if key != "model" for line in differences(key, manifest.get(key), shape[key])]
     if others:
         raise CheckpointError(
-            f"resume: {path} was written under another layout or order of samples: {'; '.join(others)}; "
-            f"resuming under another one is not supported yet"
+            f"resume: {path} was written under another precision or order of samples: {'; '.join(others)}; a run goes "
+            f"on with those that it began with, init_from={path} starts a new one from its weights"
         )
     if config.stage.steps <= manifest["step"]:
         raise CheckpointError(
@@ -186,9 +208,6 @@ def _shape(config: TrainConfig) -> dict[str, Any]:
     """What must be equal for a run to go on from a checkpoint, under the configuration's own keys, as JSON reads it."""
     shape = {
         "model": asdict(config.model),
-        "parallelism": asdict(config.parallelism),
-        "schedule": {"kind": config.schedule.kind},
-        "optim": {"sharding": config.optim.sharding},
         "precision": {"kind": config.precision.kind},
         "data": {**_tokenizer_shape(config), "seed": config.data.seed},
         "stage": {
@@ -199,6 +218,15 @@ def _shape(config: TrainConfig) -> dict[str, Any]:
     }
     decoded: dict[str, Any] = json.loads(json.dumps(shape))
     return decoded
+
+
+def layout_record(config: TrainConfig) -> dict[str, Any]:
+    """How a run spreads its work, as JSON reads it: under the same, it goes on with the same schedule, bitwise."""
+    return {
+        **asdict(config.parallelism),
+        "schedule": config.schedule.kind,
+        "micro_batch_sequences": config.stage.micro_batch_sequences,
+    }
 
 
 def _tokenizer_shape(config: TrainConfig) -> dict[str, Any]:
@@ -216,7 +244,8 @@ def differences(place: str, before: object, now: object) -> list[str]:
     return [] if before == now else [f"{place} is {before} there and {now} here"]
 
 
-def _steps(folder: Path) -> list[Path]:
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The folders of checkpoints in a run's folder of them, whole or not, the oldest first."""
     return sorted(step for step in folder.glob("step-*") if step.is_dir() and step.name[5:].isdigit())
 
 
@@ -227,5 +256,5 @@ def _nearest(folder: Path) -> str:
 
 
 def _nearest_step(folder: Path) -> str:
-    runs = sorted(path.parent for path in folder.glob(f"*/{CHECKPOINTS_NAME}") if _steps(path))
+    runs = sorted(path.parent for path in folder.glob(f"*/{CHECKPOINTS_NAME}") if checkpoints_in(path))
     return f"; did you mean {runs[-1]}?" if runs else ""

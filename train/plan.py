@@ -17,7 +17,7 @@ from dualpipe.ir import Schedule, from_json, to_json
 from model.cut import CutError, cut_layers
 from train.config import TrainConfig
 from train.costs import nominal_costs
-from train.manifest import SCHEDULE_NAME, find_checkpoint
+from train.manifest import SCHEDULE_NAME, find_checkpoint, layout_record, read_manifest
 from train.probe import LayerTimes, measure, stage_costs
 from train.ramp import sized_config
 
@@ -91,11 +91,16 @@ def _decide(config: TrainConfig, times: LayerTimes | None) -> tuple[Schedule, st
 
 
 def _begun(config: TrainConfig) -> Path | None:
-    """The schedule of the checkpoint that the run goes on from: another one would sum gradients in another order."""
+    """The schedule of the checkpoint that the run goes on from, where it was written under the same layout.
+
+    Another one would sum gradients in another order.
+    """
     if config.resume is None:
         return None
-    path = find_checkpoint(config.resume) / SCHEDULE_NAME
-    return path if path.is_file() else None
+    folder = find_checkpoint(config.resume)
+    path = folder / SCHEDULE_NAME
+    is_same = read_manifest(folder).get("layout") == layout_record(config)
+    return path if is_same and path.is_file() else None
 
 
 def _excluded(config: TrainConfig) -> dict[ScheduleKind, str]:

@@ -28,13 +28,14 @@ from train.events import append_event
 from train.initial_weights import load_initial
 from train.last_words import LastWords
 from train.loop import Reporter, Training, show_continuation
-from train.manifest import check_fingerprint, check_manifest, find_checkpoint, read_step
+from train.manifest import check_fingerprint, check_manifest, read_step
 from train.metrics import Display, JsonLines, Recorder, Wandb
 from train.newest import AUTO, newest_whole
 from train.plan import Plan, plan
 from train.profile import profile_notice
 from train.ramp import SizedAssemblies
 from train.report.write import Report
+from train.resumed import choose_resumed, other_layout
 from train.status import State, StatusFile, read_status
 
 LOGGER = logging.getLogger("train")
@@ -83,6 +84,7 @@ class _Rank:
         self._words = words
         self._preemption = preemption
         self._assembly: Assembly | None = None
+        self._passed_over: tuple[str, ...] = ()
 
     def run(self, config: TrainConfig) -> int:
         """Everything between joining and leaving; gives the exit code."""
@@ -95,6 +97,8 @@ class _Rank:
         self._words.out_dir = Path(config.out_dir)
         status = StatusFile(Path(config.out_dir), dist.get_rank() == 0)
         status.starting()
+        with self._log.phase("world", world, "choice of the checkpoint"):
+            config, self._passed_over = choose_resumed(config)
         if device.type == "cuda":
             self._log.follow_streams(cuda_mark(device))
         with self._log.phase("world", world, "choice of the schedule"):
@@ -128,6 +132,8 @@ class _Rank:
         started_from = _start(assembly, prepared)
         reporter = _reporter(config, first_step)
         try:
+            for line in self._passed_over:
+                reporter.say(f"resume: passed over {line}")
             _introduce(assembly, planned, prepared, reporter, first_step)
             if started_from:
                 reporter.say(started_from)
@@ -150,7 +156,7 @@ def _resume(assembly: Assembly, data_fingerprint: str) -> int:
     config = assembly.config
     if config.resume is None:
         return 0
-    folder = find_checkpoint(config.resume)
+    folder = Path(config.resume)
     # Of a run that goes on by itself, it may be the last of all: nothing is left to do then.
     steps = max(config.stage.steps, read_step(folder) + 1)
     check_manifest(folder, dataclasses.replace(config, stage=dataclasses.replace(config.stage, steps=steps)))
@@ -209,10 +215,9 @@ def _from_newest(config: TrainConfig) -> TrainConfig:
     """`resume=auto` as a path, or as none; what goes on does not start from other weights."""
     if config.resume != AUTO:
         return config
-    folder = newest_whole(Path(config.out_dir))
-    if folder is None:
+    if newest_whole(Path(config.out_dir), hashes=False) is None:
         return dataclasses.replace(config, resume=None)
-    return dataclasses.replace(config, resume=str(folder), init_from=None)
+    return dataclasses.replace(config, resume=config.out_dir, init_from=None)
 
 
 def _prepare(config: TrainConfig, groups: Groups, log: OperationLog) -> Prepared:
@@ -285,4 +290,4 @@ def _introduce(assembly: Assembly, planned: Plan, prepared: Prepared, reporter: 
     origin = "trained on the corpus" if given is None else f"that of {given}, not one of data.tokenizer_vocab_size"
     reporter.say(f"tokenizer: {origin}; ids below {size:,}")
     if first_step:
-        reporter.say(f"resumed after step {first_step} from {config.resume}")
+        reporter.say(f"resumed after step {first_step} from {config.resume}{other_layout(config)}")

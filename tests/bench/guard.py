@@ -40,7 +40,7 @@ def measure(overrides: Sequence[str], num_steps: int) -> Cost:
     config = read_config(compose("train", [*CHOICES, *overrides]))
     prepared = prepare_corpus(config)
     assembly = open_assembly(config)
-    loader = Loader(prepared, global_batch_sequences=config.stage.global_batch_sequences, seed=0)
+    loader = Loader(prepared, sizes=config.batch_sizes, seed=0)
     cost, plain_norm, plain_judge = Cost(), steps.own_norm, Guard.judge
     guard = Guard(replace(config.guard, spike_factor=1e9), [(1.0, 1.0)] * config.guard.spike_window_steps)
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from launch.compose import compose, compose_defaults, default_groups, options
+from launch.compose import compose, compose_defaults, default_groups, included_roots, key_of, options, own_keys
 from launch.errors import ConfigError
 
 
@@ -25,7 +25,7 @@ def test_compose_resolves_interpolations() -> None:
 
 
 def test_compose_every_default_is_an_option() -> None:
-    for command in ("train", "schedule"):
+    for command in ("train", "schedule", "submit"):
         for group, option in default_groups(command).items():
             assert option in options(group)
         assert compose_defaults(command)
@@ -67,6 +67,18 @@ def test_compose_refuses_and_names_the_nearest(override: str, parts: list[str]) 
     for part in parts:
         assert part in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_compose_submit_takes_over_training_with_its_own_cluster() -> None:
+    ours = compose("submit", [])
+    assert {key: ours[key] for key in ours if key not in own_keys("submit")} == compose("train", ["cluster=slurm"])
+    assert set(own_keys("submit")) == {"dry_run", "slurm"}
+    assert default_groups("submit") == {**default_groups("train"), "cluster": "slurm"}
+    assert included_roots("submit") == ["train"]
+
+
+def test_compose_key_of_an_override() -> None:
+    assert [key_of(text) for text in ("a.b=[1,2]", "+c=1", "~d")] == ["a.b", "c", "d"]
 
 
 def test_compose_refuses_a_group_of_another_command() -> None:

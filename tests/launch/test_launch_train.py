@@ -156,3 +156,20 @@ def test_makefile_and_ci_run_what_the_readme_says() -> None:
         steps = ["venv", "pip install", "ruff check", "ruff format --check", "mypy", "pytest"]
         places = [dry.index(step) for step in steps]
         assert places == sorted(places)
+
+
+@pytest.mark.parametrize(
+    ("environment", "code"),
+    [({}, 75), ({"RANK": "1", "TORCHELASTIC_RUN_ID": "x"}, 0)],
+    ids=["bare", "rank"],
+)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_train_before_it_has_ranks_makes_room_at_once(
+    number: signal.Signals, environment: dict[str, str], code: int
+) -> None:
+    """A rank of torchrun goes on, to leave together with the others."""
+    program = f"import os; from launch import train; train.heed_signals(); os.kill(os.getpid(), {int(number)}); pass"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (code, "")

@@ -77,6 +77,7 @@ def asked_in_every_phase(name: str, rank: int) -> list[Ask | None]:
 
 CHAINS: dict[str, list[Ask | None]] = {
     "calm": [None],
+    "calm_of_two": [None],
     **{
         f"{name}-{rank}": asked_in_every_phase(name, rank) for name in ("SIGTERM", "SIGUSR1") for rank in (0, 3)
     },
@@ -155,7 +156,7 @@ def run_life(folder: Path, chain: str, ask: Ask | None) -> Ended:
 
     out_dir = folder / chain
     restarts = f"cluster.max_restarts={0 if ask is None else ask.restarts}"
-    config = read_config(compose("train", [*run_choices(folder), f"out_dir={out_dir}", restarts]))
+    config = read_config(compose("train", [*run_choices(folder, chain), f"out_dir={out_dir}", restarts]))
     check(config)
     check_folder(config)
     claim_folder(config, datetime.now())
@@ -171,11 +172,13 @@ def run_life(folder: Path, chain: str, ask: Ask | None) -> Ended:
     return Ended(exit_code=code, status=asdict(status), checkpoints=steps, events=events)
 
 
-def run_choices(folder: Path) -> list[str]:
-    """Of every life, but its folder."""
+def run_choices(folder: Path, chain: str = "calm") -> list[str]:
+    """Of every life, but its folder; of four ranks, or of two where the chain says so."""
+    ranks = ["parallelism=two_ranks"] if chain == "calm_of_two" else []
     return [
         *(*choices(folder), "resume=auto", f"stage.steps={NUM_STEPS}", "stage.validate_every_steps=2"),
         *("stage.checkpoint_every_steps=4", "track.picture_every_steps=3", "cluster.timeout_seconds=60"),
+        *ranks,
     ]
 
 

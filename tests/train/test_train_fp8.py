@@ -17,6 +17,7 @@ from tests.tiny import MODEL, OPTIM, STAGE, tiny_config, write_text
 from tests.train.job import Job, Seen, open_assembly, open_loader, run_jobs
 from tests.train.test_train_equality import assert_same, in_sequence, relative_error
 from tests.train.test_train_exchange import _count_one_step as count_one_step
+from tests.train.test_train_optim_resume import copied
 from train.checkpoint import load, save
 from train.config import Fp8PrecisionConfig, PrecisionConfig, TrainConfig
 from train.manifest import CheckpointError, check_manifest
@@ -174,7 +175,7 @@ def go_on(rank: int, world_size: int, config: TrainConfig) -> tuple[Seen, Seen, 
     found = []
     for assembly in (first, second):
         result = train_step(assembly, loader, 2)
-        state = {name: tensor.clone() for name, tensor in assembly.optimiser.state().items()}
+        state = copied(assembly.optimiser.state())
         weights = {name: weight.detach().clone() for name, weight in assembly.model.named_parameters()}
         losses = [result.losses.main, *result.losses.mtp, result.losses.balance, result.losses.total]
         found.append(Seen(losses, result.grad_norm, state, weights))

@@ -12,6 +12,7 @@ from train.manifest import (
     check_fingerprint,
     check_manifest,
     find_checkpoint,
+    layout_record,
     read_manifest,
     read_step,
     write_manifest,
@@ -103,19 +104,39 @@ def test_manifest_another_rope_is_another_architecture(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [
-        (["parallelism=four_ranks"], "parallelism.data is 1 there and 2 here"),
-        (["schedule=1f1b"], "schedule.kind is dualpipe_split there and 1f1b here"),
-        (["optim.sharding=replicated"], "optim.sharding is zero1 there and replicated here"),
         (["precision=bf16"], "precision.kind is float32 there and bf16 here"),
         (["data.tokenizer_vocab_size=4000"], "data.tokenizer_vocab_size is 4096 there and 4000 here"),
     ],
 )
-def test_manifest_another_layout_is_refused(overrides: list[str], line: str, tmp_path: Path) -> None:
+def test_manifest_other_numbers_are_refused(overrides: list[str], line: str, tmp_path: Path) -> None:
     folder = save(tmp_path, 20)
     with pytest.raises(CheckpointError) as refused:
         check_manifest(folder, build(*overrides))
     assert line in str(refused.value)
-    assert "not supported yet" in str(refused.value)
+    assert f"init_from={folder}" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["parallelism=four_ranks"],
+        ["schedule=dualpipe_v", "stage.micro_batch_sequences=1"],
+        ["optim.sharding=replicated", "optim.moments=bf16"],
+        ["dispatch=local", "parallelism=one_rank"],
+    ],
+)
+def test_manifest_of_another_layout_passes(overrides: list[str], tmp_path: Path) -> None:
+    folder = save(tmp_path, 20)
+    config = build(*overrides)
+    check_manifest(folder, config)
+    assert layout_record(build()) == read_manifest(folder)["layout"]
+    assert (layout_record(config) == layout_record(build())) is (overrides[0] == "optim.sharding=replicated")
+
+
+def test_manifest_of_an_older_release_is_refused_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text('{"format_version": 1, "step": 1}')
+    with pytest.raises(CheckpointError, match=r"^resume: .* must have format_version 2, has 1, of an older release"):
+        read_manifest(tmp_path)
 
 
 def test_manifest_a_run_without_steps_left_is_refused(tmp_path: Path) -> None:
@@ -133,6 +154,6 @@ def test_manifest_that_does_not_read_is_refused(text: str, tmp_path: Path) -> No
 
 
 def test_manifest_without_a_model_is_another_architecture(tmp_path: Path) -> None:
-    (tmp_path / "manifest.json").write_text(json.dumps({"format_version": 1, "step": 3}))
+    (tmp_path / "manifest.json").write_text(json.dumps({"format_version": 2, "step": 3}))
     with pytest.raises(CheckpointError, match="another architecture"):
         check_manifest(tmp_path, replace(build(), name="x"))

@@ -18,6 +18,7 @@ from tests.train.job import Job, open_assembly, open_loader, run_jobs
 from tests.train.test_train_command import ROOT, read_metrics
 from train.checkpoint import load, save
 from train.config import PrecisionConfig, TrainConfig
+from train.slices import Slice
 from train.step import train_step
 
 Moments = Literal["float32", "bf16"]
@@ -71,8 +72,9 @@ def go_on(rank: int, world_size: int, config: TrainConfig, others: list[Moments]
     return found
 
 
-def copied(state: dict[str, Any]) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in state.items()}
+def copied(state: dict[str, Slice | Tensor]) -> dict[str, Tensor]:
+    """This rank's values by name."""
+    return {name: (held.local if isinstance(held, Slice) else held).clone() for name, held in state.items()}
 
 
 def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:

@@ -11,6 +11,8 @@ from kernels.adamw.implementations import adamw_step
 from kernels.select import implementation_for
 from train.config import OptimConfig
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
 
 class Bf16MomentsAdamW(torch.optim.Optimizer):
     """AdamW of float32 weights with both moments in bf16: 4 bytes of state for a weight instead of 8.
@@ -39,7 +41,7 @@ class Bf16MomentsAdamW(torch.optim.Optimizer):
         if not state:
             # A count on the device would have to be waited for.
             state["step"] = torch.zeros(())
-            for name in ("exp_avg", "exp_avg_sq"):
+            for name in MOMENTS:
                 state[name] = torch.zeros_like(parameter, dtype=torch.bfloat16, memory_format=torch.contiguous_format)
         return state
 
@@ -81,3 +83,9 @@ def moments_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter | Tenso
         state["step"] = torch.zeros((), device=parameter.device)
         state |= {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
     return state
+
+
+def spread_step(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> None:
+    """Gives every parameter the last one's step count: they have all been updated equally often."""
+    for parameter in parameters:
+        moments_of(optimizer, parameter)["step"].copy_(moments_of(optimizer, parameters[-1])["step"])

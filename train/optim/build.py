@@ -1,12 +1,15 @@
 """The optimiser that a run asks for."""
 
-from typing import Any, Protocol, assert_never
+from typing import Protocol, assert_never
+
+from torch import Tensor
 
 from model.gradients import GradientStore
 from train.config import OptimConfig
 from train.optim.parameters import ParameterGroups, Replicas
 from train.optim.replicated import ReplicatedAdamW
 from train.optim.zero1 import Zero1AdamW
+from train.slices import Slice
 
 
 class Optimiser(Protocol):
@@ -24,8 +27,12 @@ class Optimiser(Protocol):
         """Forgets the gradients, reduced or not: as if there had been no step. The store is cleared."""
         ...
 
-    def state(self) -> dict[str, Any]:
-        """The rank's state as tensors to be saved, or to be filled in place."""
+    def state(self) -> dict[str, Slice | Tensor]:
+        """The rank's state to be saved, or to be filled in place, under names that no layout is part of.
+
+        `step` is a scalar; `<parameter>.exp_avg`, `.exp_avg_sq` and, where the weights are not their own master
+        copies, `.master` are runs of the whole job's flat parameter.
+        """
         ...
 
     def loaded(self) -> None:

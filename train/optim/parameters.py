@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from model.experts import RoutedExperts
 from model.transformer import Transformer
+from train.slices import Slice
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,28 +26,47 @@ class Replicas:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParameterGroups:
-    """Named parameters: matrices, vectors (norms: no weight decay), routed experts; in one order on all replicas."""
+    """Named parameters: matrices, vectors (norms: no weight decay), routed experts; in one order on all replicas.
+
+    `held`: the routed experts of every layer that are stacked in `experts`, out of `num_experts` in the whole job.
+    """
 
     matrices: dict[str, nn.Parameter]
     vectors: dict[str, nn.Parameter]
     experts: dict[str, nn.Parameter]
+    held: range
+    num_experts: int
 
     def all(self) -> dict[str, nn.Parameter]:
         """All of them."""
         return self.matrices | self.vectors | self.experts
 
+    def place(self, name: str, first: int, values: Tensor) -> Slice:
+        """Where values that belong to a parameter's elements lie within the whole job's parameter.
+
+        Args:
+            name: of the parameter.
+            first: the element, counted in this rank's parameter, that the first value belongs to.
+            values: flat, one for each element of a run.
+        """
+        num_elements = self.all()[name].numel()
+        if name not in self.experts:
+            return Slice(num_elements, first, values)
+        size = num_elements // len(self.held)
+        return Slice(size * self.num_experts, size * self.held.start + first, values)
+
 
 def group_parameters(model: Transformer) -> ParameterGroups:
     """Sorts a model's parameters into groups."""
+    stacks = {path: module for path, module in model.named_modules() if isinstance(module, RoutedExperts)}
     routed = {
-        f"{path}.{name}": parameter
-        for path, module in model.named_modules()
-        if isinstance(module, RoutedExperts)
-        for name, parameter in module.named_parameters()
+        f"{path}.{name}": parameter for path, module in stacks.items() for name, parameter in module.named_parameters()
     }
     dense = {name: parameter for name, parameter in model.named_parameters() if name not in routed}
     return ParameterGroups(
         matrices={name: parameter for name, parameter in dense.items() if parameter.ndim > 1},
         vectors={name: parameter for name, parameter in dense.items() if parameter.ndim == 1},
         experts=routed,
+        held=next((module.experts for module in stacks.values()), range(0)),
+        num_experts=model.config.num_routed_experts,
     )

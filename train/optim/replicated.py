@@ -8,8 +8,9 @@ from torch import distributed as dist
 
 from model.gradients import GradientStore
 from train.config import OptimConfig
-from train.optim.adamw import build_adamw, moments_of
+from train.optim.adamw import MOMENTS, build_adamw, moments_of, spread_step
 from train.optim.parameters import ParameterGroups, Replicas
+from train.slices import Slice
 
 
 class ReplicatedAdamW:
@@ -57,15 +58,19 @@ class ReplicatedAdamW:
         """Forgets the gradients."""
         self._store.clear()
 
-    def state(self) -> dict[str, Any]:
-        """Moments and step counts by parameter name, the tensors themselves; made if no step was taken yet."""
-        named: dict[str, Any] = {}
+    def state(self) -> dict[str, Slice | Tensor]:
+        """Moments by parameter name and the step count, the tensors themselves; made if no step was taken yet."""
+        named: dict[str, Slice | Tensor] = {}
         for name, parameter in self._groups.all().items():
-            named |= {f"{name}.{key}": value for key, value in moments_of(self._optimizer, parameter).items()}
+            moments = moments_of(self._optimizer, parameter)
+            named["step"] = moments["step"]
+            for key in MOMENTS:
+                named[f"{name}.{key}"] = self._groups.place(name, 0, moments[key].view(-1))
         return named
 
     def loaded(self) -> None:
-        """To be called after the tensors of `state` were filled from a checkpoint: nothing else to restore."""
+        """To be called after the tensors of `state` were filled from a checkpoint: weights are their own masters."""
+        spread_step(self._optimizer, list(self._groups.all().values()))
 
     def follow_weights(self) -> None:
         """To be called after the weights were filled: they are their own master copies."""

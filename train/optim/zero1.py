@@ -6,6 +6,7 @@ data, and for routed experts those of them that hold the same experts.
 
 import logging
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,8 +15,9 @@ from torch import distributed as dist
 
 from model.gradients import GradientStore
 from train.config import OptimConfig
-from train.optim.adamw import build_adamw, moments_of
+from train.optim.adamw import MOMENTS, build_adamw, moments_of, spread_step
 from train.optim.parameters import ParameterGroups, Replicas
+from train.slices import Slice
 
 _EXPERTS = "routed_experts"
 
@@ -24,6 +26,7 @@ class Zero1AdamW:
     """For bf16 and float32 weights. Needs an initialised process group; every rank makes and steps it together."""
 
     def __init__(self, groups: ParameterGroups, store: GradientStore, replicas: Replicas, config: OptimConfig) -> None:
+        self._groups = groups
         self._parameters = list(groups.all().values())
         self._store = store
         self._replicas = replicas
@@ -70,17 +73,53 @@ class Zero1AdamW:
             parameter.grad_accum = None  # type: ignore[attr-defined]
         self._store.clear()
 
-    def state(self) -> dict[str, Any]:
-        """This rank's shards by group: master weights, moments, step counts; the tensors themselves."""
-        named: dict[str, Any] = {}
-        for index, master in enumerate(self._optimizer.single_partition_of_fp32_groups):
+    def state(self) -> dict[str, Slice | Tensor]:
+        """The runs of master weights and moments that this rank owns, and the step count; the tensors themselves.
+
+        Float32 weights are equal to their master copies, which are then left out: a checkpoint does not tell whether
+        the state was sharded.
+        """
+        named: dict[str, Slice | Tensor] = {}
+        for index, master in enumerate(self._masters):
             moments = moments_of(self._optimizer.optimizer, master)
-            named[f"{index}.master"] = master.detach()
-            named |= {f"{index}.{key}": value for key, value in moments.items()}
+            named["step"] = moments["step"]
+            owned = {key: moments[key] for key in MOMENTS}
+            if not self._are_weights_masters:
+                owned["master"] = master.detach()
+            for name, first, run in self._runs(index):
+                for key, values in owned.items():
+                    named[f"{name}.{key}"] = self._groups.place(name, first, values[run])
         return named
+
+    @property
+    def _masters(self) -> list[Tensor]:
+        """This rank's flat shard of each parameter group."""
+        return self._optimizer.single_partition_of_fp32_groups  # type: ignore[no-any-return]
+
+    @property
+    def _are_weights_masters(self) -> bool:
+        return all(parameter.dtype == torch.float32 for parameter in self._parameters)
+
+    def _runs(self, index: int) -> Iterator[tuple[str, int, slice]]:
+        """What of each parameter a group's shard holds: its name, the first element, where in the shard they lie.
+
+        By DeepSpeed's own places; its fragments say the same, but are linked to the state of the first group alone.
+        """
+        optimizer, size = self._optimizer, self._masters[index].numel()
+        start = dist.get_rank(optimizer.real_dp_process_group[index]) * size
+        names = {id(parameter): name for name, parameter in self._groups.all().items()}
+        places = zip(optimizer.round_robin_bit16_groups[index], optimizer.round_robin_bit16_offsets[index], strict=True)
+        for parameter, offset in places:
+            first, end = max(offset, start), min(offset + parameter.numel(), start + size)
+            if first < end:
+                yield names[id(parameter)], first - offset, slice(first - start, end - start)
 
     def loaded(self) -> None:
         """To be called after the tensors of `state` were filled: weights again follow their master copies."""
+        spread_step(self._optimizer.optimizer, self._masters)
+        if self._are_weights_masters:
+            self.follow_weights()
+            return
         self._optimizer.update_lp_params()
         for index in range(len(self._optimizer.bit16_groups)):
             self._optimizer._update_model_bit16_weights(index)

@@ -1,0 +1,64 @@
+"""A run's batch script, from the template beside this file."""
+
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from launch.compose import config_dir
+from launch.slurm.config import SlurmConfig
+from train.config import TrainConfig
+
+_TEMPLATE = Path(__file__).with_name("job.sbatch")
+
+
+def render(config: TrainConfig, slurm: SlurmConfig, overrides: Sequence[str], folder: Path) -> str:
+    """The script.
+
+    Args:
+        config: of the run, with the folder that all lives of the job share, as a whole path.
+        slurm: what the job asks of Slurm.
+        overrides: that `launch.train` runs with.
+        folder: where paths in `overrides` start from.
+    """
+    ranks = min(config.cluster.ranks_per_node, config.parallelism.world_size)
+    cpus = slurm.cpus_per_node if slurm.cpus_per_node is not None else ranks * config.cluster.threads_per_rank
+    checkout = config_dir().parent
+    words = {
+        "name": config.name,
+        "nodes": str(config.parallelism.world_size // ranks),
+        "ranks_per_node": str(ranks),
+        "cpus_per_node": str(cpus),
+        "time": slurm.time,
+        "signal_seconds": str(slurm.signal_seconds),
+        "options": "\n".join(f"#SBATCH {option}" for option in _options(config, slurm, ranks)),
+        "run": config.out_dir,
+        "may_requeue": str(int(slurm.requeue)),
+        "folder": shlex.quote(str(folder)),
+        "checkout": shlex.quote(str(checkout)),
+        "setup": "\n".join(slurm.setup),
+        "overrides": "\n".join(f"    {shlex.quote(override)}" for override in overrides),
+        "python": shlex.quote(slurm.python or ("python3" if slurm.image else sys.executable)),
+        "max_restarts": str(config.cluster.max_restarts),
+        "container": _container(slurm, (checkout, folder, Path(config.out_dir))),
+    }
+    return re.sub(r"@\{(\w+)\}", lambda match: words[match[1]], _TEMPLATE.read_text(encoding="utf-8"))
+
+
+def _options(config: TrainConfig, slurm: SlurmConfig, ranks: int) -> list[str]:
+    named = {"partition": slurm.partition, "account": slurm.account, "qos": slurm.qos}
+    gpus = slurm.gpus_per_node
+    if gpus is None:
+        gpus = ranks if config.cluster.device == "cuda" else 0
+    options = [f"--{name}={value}" for name, value in named.items() if value is not None]
+    options += [f"--gpus-per-node={gpus}"] if gpus else []
+    return [*options, "--requeue" if slurm.requeue else "--no-requeue", *slurm.extra]
+
+
+def _container(slurm: SlurmConfig, folders: Sequence[Path]) -> str:
+    """srun's options for an image, in which the run's folders are where they are outside."""
+    if slurm.image is None:
+        return ""
+    mounts = ",".join(f"{folder}:{folder}" for folder in dict.fromkeys(folders))
+    return shlex.join([f"--container-image={slurm.image}", f"--container-mounts={mounts}"]) + " "

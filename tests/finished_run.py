@@ -1,0 +1,67 @@
+"""A short run that several ways of starting ranks must bring to the same end."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from launch.folder import read_folder
+from train.assemble import weight_dtype
+from train.checkpoint import load_whole
+
+ROOT = Path(__file__).parents[1]
+
+
+def choices(folder: Path, name: str, num_steps: int) -> list[str]:
+    """Overrides of four ranks, two a node, on the text in `folder`, in float64."""
+    return [
+        *(f"name={name}", f"out_dir={folder / name}", "cluster=laptop", "model=tiny", "parallelism=four_ranks"),
+        *("data=files", f"data.paths=[{folder / 'text'}]", f"data.cache_dir={folder / 'cache'}"),
+        *("data.tokenizer_vocab_size=320", "data.validation_fraction=0.2", "stage.validation_sequences=0"),
+        *("stage.sequence_length_tokens=32", "stage.global_batch_sequences=8", "stage.micro_batch_sequences=1"),
+        *("precision=float64", "optim.sharding=replicated", "stage.sample_prompt=", f"stage.steps={num_steps}"),
+    ]
+
+
+def run_bare(folder: Path, name: str, num_steps: int) -> None:
+    """The run by the command alone."""
+    command = [sys.executable, "-m", "launch.train", *choices(folder, name, num_steps)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def num_steps_recorded(run: Path) -> int:
+    """How far a run has come."""
+    path = run / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def losses(run: Path) -> dict[int, float]:
+    """By step; of a step that was made twice, the last."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines}
+
+
+def assert_same_end(run: Path, other: Path) -> None:
+    """The same loss in every step and, bit for bit, the same weights in the last checkpoint."""
+    assert losses(run) == losses(other)
+    ours, theirs = _weights(run), _weights(other)
+    assert ours.keys() == theirs.keys()
+    assert ours
+    different = [name for name, tensor in ours.items() if not torch.equal(tensor, theirs[name])]
+    assert not different
+
+
+def logs(folder: Path, patterns: Sequence[str] = ("slurm-*.log", "rank_*.error.log")) -> str:
+    """What a failing test shows of a run."""
+    paths = [path for pattern in patterns for path in sorted(folder.glob(pattern))]
+    return "\n".join(f"== {path.name}\n{path.read_text()[-4000:]}" for path in paths)
+
+
+def _weights(run: Path) -> dict[str, torch.Tensor]:
+    config = read_folder(run)
+    folder = run / "checkpoints" / f"step-{config.stage.steps:08}"
+    return load_whole(config.model, folder, weight_dtype(config.precision)).state_dict()

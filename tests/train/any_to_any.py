@@ -1,0 +1,202 @@
+"""Every layout goes on from every other's checkpoint: the next losses are those of the unbroken run.
+
+`python -m tests.train.any_to_any [PART]` prints a table of all ordered pairs of 12 layouts, or of those whose names
+hold PART, and ends with 1 where a pair fails. In float64, as a change of layout changes the order of sums.
+"""
+
+import hashlib
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import distributed as dist
+
+from comm.config import AllToAllDispatchConfig, LocalDispatchConfig, ParallelismConfig
+from data.loader import Batch, Loader
+from data.prepare import prepare
+from dualpipe.config import ScheduleConfig, ScheduleKind
+from tests.ranks import run_ranks
+from tests.tiny import MODEL, STAGE, tiny_config, write_text
+from tests.train.job import open_assembly
+from train import checkpoint
+from train.config import TrainConfig
+from train.step import train_step
+
+STEPS_BEFORE = 2
+STEPS_AFTER = 10
+TOLERANCE = 1e-6
+
+Samples = dict[tuple[int, int], str]
+"""By step and place in the global batch, a hash of the sequence that was read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A layout: pipeline, data and expert ranks, the schedule, and sequences in a micro-batch."""
+
+    pipeline: int
+    data: int
+    expert: int
+    kind: ScheduleKind
+    micro: int = 1
+
+    @property
+    def world_size(self) -> int:
+        """Ranks in the job."""
+        return self.pipeline * self.data
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.pipeline}x{self.data} e{self.expert} m{self.micro}"
+
+
+PLACES = (
+    Place(1, 1, 1, "1f1b", 2),
+    Place(1, 2, 2, "1f1b"),
+    Place(1, 4, 2, "1f1b"),
+    Place(2, 1, 1, "1f1b"),
+    Place(2, 2, 1, "zb_h1", 2),
+    Place(2, 1, 1, "dualpipe"),
+    Place(2, 2, 2, "dualpipe_split"),
+    Place(2, 2, 2, "dualpipe_v", 2),
+    Place(4, 1, 1, "dualpipe_v"),
+    Place(4, 1, 1, "dualpipe_split", 2),
+    Place(4, 2, 2, "dualpipe"),
+    Place(2, 4, 4, "zb_v"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What a rank saw of some steps: the losses of all, and the samples that it read itself."""
+
+    losses: list[float]
+    samples: Samples
+
+
+def config_at(folder: Path, place: Place, *, mtp_depth: int = 0) -> TrainConfig:
+    """The run in a layout; the architecture and the samples are the same in all of them."""
+    local = LocalDispatchConfig(kind="local", payload="full")
+    exchange = AllToAllDispatchConfig(kind="all_to_all", payload="full", max_nodes=4, node_cap="verify")
+    return tiny_config(
+        folder,
+        out_dir=str(folder / "runs" / str(place).replace(" ", "_")),
+        parallelism=ParallelismConfig(pipeline=place.pipeline, data=place.data, expert=place.expert),
+        schedule=ScheduleConfig(kind=place.kind, pairing="overlapped"),
+        dispatch=local if place.expert == 1 else exchange,
+        model=replace(MODEL, num_layers=8, mtp_depth=mtp_depth),
+        stage=replace(STAGE, micro_batch_sequences=place.micro, steps=STEPS_BEFORE + STEPS_AFTER),
+    )
+
+
+class WatchedLoader(Loader):
+    """Remembers what was read."""
+
+    def watch(self) -> Samples:
+        """From now on, into what this gives."""
+        self.samples: Samples = {}
+        return self.samples
+
+    def batch(self, step: int, first: int, count: int) -> Batch:
+        """As of `Loader`."""
+        batch = super().batch(step, first, count)
+        for index, tokens in enumerate(batch.tokens_BT):
+            self.samples[step, first + index] = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
+        return batch
+
+
+def begin(rank: int, world_size: int, configs: Sequence[TrainConfig]) -> list[tuple[Path, Part]]:
+    """Of each run: its checkpoint, and the steps after it without a break."""
+    return [_begin(config) for config in configs]
+
+
+def _begin(config: TrainConfig) -> tuple[Path, Part]:
+    assembly, prepared = open_assembly(config), prepare(config.data, config.stage.sequence_length_tokens)
+    loader = WatchedLoader(prepared, sizes=config.batch_sizes, seed=config.data.seed)
+    loader.watch()
+    for step in range(STEPS_BEFORE):
+        train_step(assembly, loader, step)
+    folder, samples = checkpoint.save(assembly, STEPS_BEFORE, prepared), loader.watch()
+    losses = [train_step(assembly, loader, step).losses.total for step in _after()]
+    dist.barrier()
+    assembly.close()
+    return folder, Part(losses, samples)
+
+
+def go_on(rank: int, world_size: int, jobs: Sequence[tuple[TrainConfig, Path]]) -> list[Part]:
+    """From each checkpoint, under the configuration beside it: the steps after it."""
+    return [_go_on(config, folder) for config, folder in jobs]
+
+
+def _go_on(config: TrainConfig, folder: Path) -> Part:
+    assembly, prepared = open_assembly(config), prepare(config.data, config.stage.sequence_length_tokens)
+    loader = WatchedLoader(prepared, sizes=config.batch_sizes, seed=config.data.seed)
+    samples = loader.watch()
+    checkpoint.load(assembly, folder)
+    losses = [train_step(assembly, loader, step).losses.total for step in _after()]
+    dist.barrier()
+    assembly.close()
+    return Part(losses, samples)
+
+
+def merged(parts: Sequence[Part]) -> Part:
+    """Of all ranks; they must have seen the same losses, and read the same where two read one place."""
+    samples: Samples = {}
+    for part in parts:
+        assert part.losses == parts[0].losses
+        for key, seen in part.samples.items():
+            assert samples.setdefault(key, seen) == seen
+    return Part(parts[0].losses, samples)
+
+
+def worst_difference(ours: Part, theirs: Part) -> float:
+    """Of two runs' losses, relative."""
+    return max(abs(a - b) / abs(b) for a, b in zip(ours.losses, theirs.losses, strict=True))
+
+
+def _after() -> range:
+    return range(STEPS_BEFORE, STEPS_BEFORE + STEPS_AFTER)
+
+
+def compare(folder: Path, pairs: Sequence[tuple[Place, Place]], mtp_depth: int = 0) -> Iterator[tuple[str, float]]:
+    """Runs pairs of a writing and a reading layout; gives each pair's name and the worst relative difference of a loss.
+
+    Infinite where other samples were read. One world is started for each layout that writes, one for each that reads.
+    """
+    written: dict[Place, tuple[Path, Part]] = {}
+    for place in dict.fromkeys(writer for writer, _ in pairs):
+        config = config_at(folder, place, mtp_depth=mtp_depth)
+        seen = [part for (part,) in run_ranks(place.world_size, begin, [config], timeout_seconds=600)]
+        written[place] = seen[0][0], merged([part for _, part in seen])
+    for place in dict.fromkeys(reader for _, reader in pairs):
+        writers = [writer for writer, reader in pairs if reader == place]
+        config = config_at(folder, place, mtp_depth=mtp_depth)
+        jobs = [(config, written[writer][0]) for writer in writers]
+        seen_by_rank = run_ranks(place.world_size, go_on, jobs, timeout_seconds=1800)
+        for index, writer in enumerate(writers):
+            ours, theirs = merged([parts[index] for parts in seen_by_rank]), written[writer][1]
+            is_same = ours.samples == theirs.samples
+            yield f"{writer} -> {place}", worst_difference(ours, theirs) if is_same else float("inf")
+
+
+def main(part: str = "") -> int:
+    """Runs all ordered pairs whose names hold `part`; the exit code."""
+    pairs = [(a, b) for a in PLACES for b in PLACES if a != b and part in f"{a} -> {b}"]
+    started, failed, worst = time.monotonic(), 0, 0.0
+    with tempfile.TemporaryDirectory(prefix="any-to-any-") as name:
+        write_text(Path(name))
+        for pair, difference in compare(Path(name), pairs):
+            failed += not difference <= TOLERANCE
+            worst = max(worst, difference)
+            print(f"{pair:<60} {difference:.1e}{'' if difference <= TOLERANCE else '  FAILED'}", flush=True)
+    print(
+        f"{len(pairs)} pairs, the next {STEPS_AFTER} losses at most {worst:.1e} off, relative; {failed} failed; "
+        f"{time.monotonic() - started:.0f} s"
+    )
+    return 1 if failed or not pairs else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

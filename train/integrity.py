@@ -1,0 +1,82 @@
+"""Whether a checkpoint is whole, by its manifest, and which one a run goes on from. No torch here."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from train.digests import file_problem, record_hash
+from train.manifest import (
+    CHECKPOINTS_NAME,
+    MANIFEST_NAME,
+    CheckpointError,
+    checkpoints_in,
+    find_checkpoint,
+    read_manifest,
+)
+
+Check = Callable[[Path], str]
+"""Tells what is wrong with a checkpoint, in one line; empty where it is whole."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """The checkpoint that a run goes on from, and a line for each newer one: why it is not that."""
+
+    folder: Path
+    passed_over: tuple[str, ...]
+
+
+def listed_files(folder: Path) -> tuple[Mapping[str, Any], str]:
+    """What a manifest lists by name, and what is wrong with the manifest itself, empty where nothing is."""
+    try:
+        record = read_manifest(folder)
+    except CheckpointError as error:
+        return {}, str(error).removeprefix("resume: ")
+    stated, files = record.pop("sha256", None), record.get("files")
+    if stated != record_hash(record) or not isinstance(files, dict):
+        return {}, f"{MANIFEST_NAME} must have the hash that it states, has another"
+    return files, ""
+
+
+def verify(folder: Path, *, hashes: bool = True) -> str:
+    """Holds a checkpoint's files against its manifest.
+
+    Args:
+        folder: of the checkpoint.
+        hashes: every byte is read; else files are only looked for, and their sizes.
+
+    Returns:
+        What is wrong, in one line; empty where the checkpoint is whole.
+    """
+    if not (folder / MANIFEST_NAME).is_file():
+        return f"{MANIFEST_NAME} must be there, is missing: it was never finished"
+    files, problem = listed_files(folder)
+    problems = (file_problem(folder, name, listed, hashes=hashes) for name, listed in files.items())
+    return problem or next((found for found in problems if found), "")
+
+
+def find_resumed(path: str, check: Check) -> Resumed:
+    """The checkpoint that `resume` names: itself, or the newest whole one of a run's folder.
+
+    Args:
+        path: the value of `resume`.
+        check: of one checkpoint.
+
+    Raises:
+        CheckpointError: the one that is named is not whole, or a run has none that is.
+    """
+    folder = Path(path).expanduser()
+    if (folder / MANIFEST_NAME).is_file():
+        if problem := check(folder):
+            raise CheckpointError(f"resume: {folder} must be a whole checkpoint, is not: {problem}")
+        return Resumed(folder, ())
+    inside = folder if folder.name == CHECKPOINTS_NAME else folder / CHECKPOINTS_NAME
+    passed_over: list[str] = []
+    for candidate in reversed(checkpoints_in(inside)):
+        problem = check(candidate)
+        if not problem:
+            return Resumed(candidate, tuple(passed_over))
+        passed_over.append(f"{candidate.name}: {problem}")
+    find_checkpoint(path)
+    raise CheckpointError(f"resume: {path!r} holds no whole checkpoint: {'; '.join(passed_over)}")

@@ -1,0 +1,80 @@
+"""The checkpoint that a job goes on from, as all its ranks find it together."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from torch import distributed as dist
+
+from train.config import TrainConfig
+from train.digests import file_problem
+from train.integrity import Resumed, find_resumed, listed_files
+from train.manifest import MANIFEST_NAME, CheckpointError, differences, layout_record, read_manifest
+
+
+def choose_resumed(config: TrainConfig) -> tuple[TrainConfig, tuple[str, ...]]:
+    """Puts the checkpoint that is resumed from in place of what `resume` names. Every rank calls it at the same point.
+
+    Rank 0 looks for checkpoints, as machines may not see the same ones at once; all ranks read them.
+
+    Args:
+        config: of the run.
+
+    Returns:
+        The configuration, and a line for each newer checkpoint that is not whole: which, and why.
+
+    Raises:
+        CheckpointError: on every rank, where none is whole, or the one that is named is not.
+    """
+    if config.resume is None:
+        return config, ()
+    found: Resumed | CheckpointError | None = None
+    if dist.get_rank() == 0:
+        try:
+            found = find_resumed(config.resume, _lead)
+        except CheckpointError as error:
+            found = error
+        _tell(None)
+    else:
+        while (folder := _tell(None)) is not None:
+            verify_together(folder)
+    told = [found]
+    dist.broadcast_object_list(told, src=0)
+    if isinstance(told[0], CheckpointError):
+        raise told[0]
+    assert told[0] is not None
+    return replace(config, resume=str(told[0].folder)), told[0].passed_over
+
+
+def other_layout(config: TrainConfig) -> str:
+    """What of the layout differs from the one that wrote the checkpoint, as words to add; empty where nothing does."""
+    assert config.resume is not None
+    written = read_manifest(Path(config.resume)).get("layout")
+    changed = differences("layout", written, layout_record(config))
+    return f", written under another layout: {'; '.join(changed)}" if changed else ""
+
+
+def verify_together(folder: Path) -> str:
+    """As `train.integrity.verify`, every file read by one rank; all call it with the same folder, and hear the same."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    if not (folder / MANIFEST_NAME).is_file():
+        problem = f"{MANIFEST_NAME} must be there, is missing: it was never finished"
+    else:
+        files, problem = listed_files(folder)
+        mine = sorted(files)[rank::world_size]
+        found = (file_problem(folder, name, files[name], hashes=True) for name in mine)
+        problem = problem or next((each for each in found if each), "")
+    said = [""] * world_size
+    dist.all_gather_object(said, problem)
+    return next((each for each in said if each), "")
+
+
+def _lead(folder: Path) -> str:
+    _tell(folder)
+    return verify_together(folder)
+
+
+def _tell(folder: Path | None) -> Path | None:
+    """What rank 0 says."""
+    told = [folder]
+    dist.broadcast_object_list(told, src=0)
+    return told[0]
