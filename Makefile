@@ -3,6 +3,9 @@
 PYTHON ?= python3
 ARGS ?=
 
+# Tests that start no ranks and time nothing run two at a time; all others have the machine to themselves.
+OF_ONE_PROCESS := tests/data tests/dualpipe tests/infer tests/kernels tests/model
+
 .PHONY: train test test-fast cluster-test gpu-test gpu-bench failures bench any-to-any \
 	docker docker-cpu docker-check docker-pins docker-test
 
@@ -13,7 +16,8 @@ test: .venv/installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m pytest
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m pytest -n 2 --dist loadfile $(OF_ONE_PROCESS)
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m pytest $(OF_ONE_PROCESS:%=--ignore=%)
 
 test-fast: .venv/installed
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m pytest -m 'not slow' -x -q

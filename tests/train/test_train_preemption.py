@@ -16,7 +16,8 @@ from model.transformer import named_tensors
 from tests.tiny import write_text
 from tests.train.asked_run import CHAINS, NUM_STEPS, Ask, run_choices
 from tests.train.test_train_command import read_metrics
-from train.checkpoint import load_whole, step_folder
+from train.checkpoint import load_whole
+from train.manifest import step_folder
 from train.status import read_status
 
 ROOT = Path(__file__).parents[2]
