@@ -99,7 +99,7 @@ def test_config_source_is_written_as_it_is_given() -> None:
 
 def test_config_every_number_has_a_range_or_is_checked_where_it_belongs(tmp_path: Path) -> None:
     choices = [f"{group}={choice}" for group in ("model", "dispatch", "optim", "guard") for choice in options(group)]
-    choices += ["cluster=h800", "ema.decay=0.9", f"stage.batch_ramp={RAMP % (4, 4)}"]
+    choices += ["cluster=h800", "ema.decay=0.9", "stage.checkpoint_keep=2", f"stage.batch_ramp={RAMP % (4, 4)}"]
     weights = place_weights(tmp_path / "weights")
     keys = {key for choice in choices for key in numbers(build(choice, f"init_from={weights}"))}
     assert {key for key in keys if not key.startswith(("data.", "costs."))} == {
