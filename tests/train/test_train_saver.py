@@ -123,6 +123,7 @@ def convert(rank: int, world_size: int, writer: TrainConfig, reader: TrainConfig
     return losses
 
 
+@pytest.mark.slow
 def test_saver_ranks_choose_the_newest_whole_checkpoint_together(folder: Path) -> None:
     config = config_of(folder, "torn")
     first = run_ranks(2, run, config, True)
@@ -138,6 +139,7 @@ def test_saver_ranks_choose_the_newest_whole_checkpoint_together(folder: Path) -
         assert passed_over == ("step-00000005: __1_0.distcp must have the hash that the manifest lists, has another",)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("writes", "reads"), [("zero1", "replicated"), ("replicated", "zero1")])
 def test_saver_state_of_float32_goes_from_one_sharding_to_the_other(folder: Path, writes: str, reads: str) -> None:
     configs = [
