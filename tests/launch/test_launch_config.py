@@ -101,7 +101,9 @@ def test_config_every_number_has_a_range_or_is_checked_where_it_belongs(tmp_path
     choices = [f"{group}={choice}" for group in ("model", "dispatch", "optim", "guard") for choice in options(group)]
     choices += ["cluster=h800", "ema.decay=0.9", "stage.checkpoint_keep=2", f"stage.batch_ramp={RAMP % (4, 4)}"]
     weights = place_weights(tmp_path / "weights")
-    keys = {key for choice in choices for key in numbers(build(choice, f"init_from={weights}"))}
+    keys = {
+        key for choice in choices for key in numbers(build(choice, f"init_from={weights}", "stage.checkpoint_keep=3"))
+    }
     assert {key for key in keys if not key.startswith(("data.", "costs."))} == {
         key for key in ranged_keys() if not key.startswith("data.")
     }

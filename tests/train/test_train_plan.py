@@ -16,7 +16,7 @@ from dualpipe.validate import validate
 from tests.ranks import run_ranks
 from tests.tiny import tiny_config
 from train.config import TrainConfig
-from train.manifest import MANIFEST_NAME, SCHEDULE_NAME
+from train.manifest import SCHEDULE_NAME, write_manifest
 from train.plan import plan
 
 
@@ -56,7 +56,11 @@ def test_plan_goes_on_with_the_schedule_of_the_checkpoint(tmp_path: Path) -> Non
     folder = tmp_path / "run" / "checkpoints" / "step-00000001"
     folder.mkdir(parents=True)
     (folder / SCHEDULE_NAME).write_text(to_json(begun))
-    (folder / MANIFEST_NAME).write_text("{}")
-    for text, reason in run_ranks(2, _planned, replace(config, resume=str(tmp_path / "run"))):
+    write_manifest(folder, 1, config, "f00d")
+    resumed = replace(config, resume=str(tmp_path / "run"))
+    for text, reason in run_ranks(2, _planned, resumed):
         assert from_json(text) == begun
         assert "step-00000001" in reason
+    other = replace(resumed, schedule=ScheduleConfig(kind="dualpipe_split", pairing="overlapped"))
+    for _, reason in run_ranks(2, _planned, other):
+        assert reason == "as configured"
