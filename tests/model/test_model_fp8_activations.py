@@ -3,6 +3,7 @@
 import functools
 import gc
 import types
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace
 
@@ -135,7 +136,7 @@ def reachable(held: object) -> Iterator[Tensor]:
         inside = [held.__wrapped__]
     elif isinstance(held, dict):
         inside = list(held.values())
-    elif isinstance(held, list | tuple | set | frozenset):
+    elif isinstance(held, list | tuple | set | frozenset | deque):
         inside = list(held)
     elif is_dataclass(held):
         inside = [getattr(held, field.name) for field in fields(held)]
