@@ -35,6 +35,8 @@ from train.events import read_events
 from train.guard import LOSS, NORM, Guard, read_shown
 from train.loop import Reporter, Training
 from train.metrics import JsonLines
+from train.ramp import SizedAssemblies
+from train.slices import Slice
 from train.status import StatusFile
 
 STOP = StopGuardConfig(kind="stop", spike_factor=0.0, spike_window_steps=4)
@@ -150,7 +152,7 @@ def _run_one(rank: int, job: Job) -> tuple[str, dict[str, Tensor]]:
     prepared: Prepared = prepare(config.data, config.stage.sequence_length_tokens)
     assembly = open_assembly(config)
     reporter = Reporter(None, [JsonLines(out_dir / "metrics.jsonl", 0)] if rank == 0 else [])
-    training = Training(assembly, prepared, reporter, StatusFile(out_dir, rank == 0), 0)
+    training = Training(SizedAssemblies(assembly, {}), prepared, reporter, StatusFile(out_dir, rank == 0), 0)
     training._recovery._passed_over = set(job.left_out)  # as a run that never saw those batches
     _spoil(assembly, job, training)
     end = ""
@@ -162,7 +164,8 @@ def _run_one(rank: int, job: Job) -> tuple[str, dict[str, Tensor]]:
     dist.barrier()
     assembly.close()
     state = {name: tensor.clone() for name, tensor in named_tensors(assembly.model).items()}
-    state |= {f"optimiser {name}": tensor.clone() for name, tensor in assembly.optimiser.state().items()}
+    for name, held in assembly.optimiser.state().items():
+        state[f"optimiser {name}"] = (held.local if isinstance(held, Slice) else held).clone()
     return end, state
 
 
@@ -227,7 +230,7 @@ def test_skipped_batch_leaves_no_trace_but_its_record(ends: dict[str, Any], fold
     config = make_job(folder, "any", kind, SKIP, {}).config
     prepared = prepare(config.data, config.stage.sequence_length_tokens)
     order = SampleOrder(len(prepared.train_tokens_NL), config.data.seed)
-    assert event["samples"] == order.indices(3, config.stage.global_batch_sequences).tolist()
+    assert event["samples"] == order.indices(3, config.batch_sizes).tolist()
 
 
 @pytest.mark.slow
