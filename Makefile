@@ -4,7 +4,9 @@ PYTHON ?= python3
 ARGS ?=
 
 # Tests that start no ranks and time nothing run two at a time; all others have the machine to themselves.
-OF_ONE_PROCESS := tests/data tests/dualpipe tests/infer tests/kernels tests/model
+OF_ONE_PROCESS := tests/data tests/dualpipe tests/infer tests/kernels tests/model \
+	$(addprefix tests/launch/test_launch_,compose.py config.py convert.py convert_broken.py decode.py folder.py fuzz.py \
+	generate.py schedule.py submit.py tokenizer_choice.py)
 
 .PHONY: train test test-fast cluster-test gpu-test gpu-bench failures bench any-to-any \
 	docker docker-cpu docker-check docker-pins docker-test

@@ -97,18 +97,8 @@ def said(folder: Path, name: str) -> str:
     return logs(folder, [f"{name}-node-*.log", f"{name}/log/rank_*.error.log"])
 
 
-def test_torchrun_of_two_nodes_ends_as_the_bare_command(nodes: Cluster, folder: Path) -> None:
-    before = [node.counted("eth0") for node in nodes.nodes]
-    with torchruns(nodes, folder, "calm") as started:
-        assert exit_codes(started) == [0, 0], said(folder, "calm")
-    assert_same_end(folder / "calm", folder / "bare")
-    # Ranks of both nodes did work together.
-    for node, counted in zip(nodes.nodes, before, strict=True):
-        assert (node.counted("eth0") - counted).sent_bytes > 1_000_000
-
-
 def test_rank_killed_on_one_node_has_all_start_again_and_end_the_same(nodes: Cluster, folder: Path) -> None:
-    run = folder / "killed"
+    run, before = folder / "killed", [node.counted("eth0") for node in nodes.nodes]
     overrides = ("resume=auto", "stage.checkpoint_every_steps=5")
     with torchruns(nodes, folder, "killed", *overrides, max_restarts=1) as started:
         until = time.monotonic() + SECONDS
@@ -120,3 +110,6 @@ def test_rank_killed_on_one_node_has_all_start_again_and_end_the_same(nodes: Clu
         assert exit_codes(started) == [0, 0], said(folder, "killed")
     assert "resumed after step" in "".join(path.read_text() for path in folder.glob("killed-node-*.log"))
     assert_same_end(run, folder / "bare")
+    # Ranks of both nodes did work together.
+    for node, counted in zip(nodes.nodes, before, strict=True):
+        assert (node.counted("eth0") - counted).sent_bytes > 1_000_000
