@@ -22,7 +22,7 @@ test: .venv/installed
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m pytest $(OF_ONE_PROCESS:%=--ignore=%)
 
 test-fast: .venv/installed
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m pytest -m 'not slow' -x -q
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m pytest -m 'not slow' -x -q -n 2 --dist loadfile
 
 # Ranks in network namespaces joined by rate-limited links, and jobs of a real Slurm: needs Linux and root, and for the
 # jobs slurm-wlm and munge; is skipped with its reason elsewhere.
