@@ -1,4 +1,5 @@
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -78,15 +79,6 @@ def test_start_refuses_an_environment_without_ranks(monkeypatch: pytest.MonkeyPa
 def test_start_refuses_nccl_without_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.setenv(name, "0")
-    wrong = ClusterConfig(
-        device="cpu",
-        backend="nccl",
-        ranks_per_node=1,
-        threads_per_rank=0,
-        timeout_seconds=30.0,
-        peak_flops=None,
-        grace_seconds=30.0,
-        max_restarts=0,
-    )
+    wrong = replace(_CPU, backend="nccl", threads_per_rank=0)
     with pytest.raises(ClusterError, match=r"nccl needs cluster.device=cuda, got cpu"):
         start(wrong)
