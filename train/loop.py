@@ -2,15 +2,11 @@
 
 import logging
 import math
-import resource
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import distributed as dist
 
 from data.loader import Batch, Loader
 from data.prepare import Prepared
@@ -20,10 +16,9 @@ from train import checkpoint
 from train.assemble import Assembly, weight_dtype
 from train.balance import Balance, LoadLines
 from train.errors import PreemptedError, RefusedStepError, StoppedError
-from train.exchange import exchange_metrics
 from train.manifest import step_folder
-from train.metrics import Display, Recorder, mfu
-from train.pictures import PAGE_NAME, SVG_NAME, TRACE_NAME, PipelineWatch, bubble_of, window_slots
+from train.metrics import Display, Recorder
+from train.pictures import PAGE_NAME, SVG_NAME, TRACE_NAME, PipelineWatch
 from train.profile import StepProfiler
 from train.ramp import SizedAssemblies
 from train.recovery import Recovery
@@ -31,6 +26,7 @@ from train.report.write import Report
 from train.saver import Saver
 from train.status import StatusFile
 from train.step import StepResult, train_step, validate_pass
+from train.step_record import record_of
 
 LOGGER = logging.getLogger("train")
 
@@ -184,7 +180,7 @@ class Training:
         return result
 
     def _record(self, step: int, result: StepResult) -> dict[str, Any]:
-        values = _record(self._assemblies.of_step(step), self._watch, step + 1, result)
+        values = record_of(self._assemblies.of_step(step), self._watch, step + 1, result)
         return {**values, "tokens": self._loader.sizes.tokens_before(step + 1)}
 
     def _validate(self) -> float:
@@ -263,55 +259,3 @@ def _read_validation(loader: Loader, offset: int, first: int, count: int) -> Bat
 
 def _due(done: int, every: int, last: int) -> bool:
     return done == last or (every > 0 and done % every == 0)
-
-
-def _record(assembly: Assembly, watch: PipelineWatch, done: int, result: StepResult) -> dict[str, Any]:
-    """The step's line in `metrics.jsonl`; every rank must ask, as traffic, time and memory are those of all."""
-    traffic, use, model = (
-        assembly.observers.traffic.take(),
-        watch.use(assembly, result.execution),
-        assembly.config.model,
-    )
-    world = assembly.groups.world
-    with assembly.observers.log.collective("world", world, "sum of traffic"):
-        clipped, num_layers = assembly.observers.clips.take(), model.num_layers + model.mtp_depth
-        exchange = exchange_metrics(traffic, clipped, num_layers, world, assembly.device)
-    mine = _peak_memory_bytes(assembly.device)
-    used_seconds, memory = _reduce(assembly, [use.used_seconds, mine], dist.ReduceOp.SUM)
-    mesh, data_index = assembly.config.parallelism, assembly.layout.data_index(assembly.groups.rank)
-    largest = [mine, *window_slots(use, data_index, mesh.data)]
-    peak, *slots = _reduce(assembly, largest, dist.ReduceOp.MAX)
-    losses = result.losses
-    return {
-        "step": done,
-        "global_batch_sequences": assembly.config.stage.global_batch_sequences,
-        "loss": losses.total,
-        "main_loss": losses.main,
-        "mtp_loss": sum(losses.mtp) / max(len(losses.mtp), 1),
-        "balance_loss": losses.balance,
-        "grad_norm": result.grad_norm,
-        "lr": result.learning_rate,
-        "step_seconds": result.seconds,
-        "tokens_per_second": result.tokens / result.seconds,
-        **mfu(assembly.config, result.tokens / result.seconds),
-        "peak_memory_bytes": int(peak),
-        "mean_peak_memory_bytes": int(memory / assembly.layout.world_size),
-        "pipeline_bubble": bubble_of(used_seconds, slots, mesh.pipeline),
-        **result.balance.metrics(),
-        **exchange,
-    }
-
-
-def _reduce(assembly: Assembly, values: Sequence[float], how: dist.ReduceOp.RedOpType) -> list[float]:
-    """Over all ranks, in float64."""
-    numbers = torch.tensor(values, dtype=torch.float64, device=assembly.device)
-    with assembly.observers.log.collective("world", assembly.groups.world, "the step's record"):
-        dist.all_reduce(numbers, op=how, group=assembly.groups.world)
-    reduced: list[float] = numbers.tolist()
-    return reduced
-
-
-def _peak_memory_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
