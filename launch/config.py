@@ -18,12 +18,13 @@ from launch.environment import apply_rank_environment
 from launch.errors import ConfigError
 from launch.exchange import check_exchange
 from launch.model_choice import expand_model
+from launch.model_rules import check_experts, check_model
 from launch.optim import check_optim
 from launch.profile import check_profile
 from launch.ramp import check_ramp
 from launch.ranges import check_ranges, divisors, multiples
 from launch.tokenizer_choice import expand_tokenizer
-from model.config import RECOMPUTED, YarnRope
+from model.config import RECOMPUTED
 from model.cut import CutError, cut_layers
 from train.config import TrainConfig
 from train.costs import nominal_costs
@@ -107,8 +108,8 @@ def check(config: TrainConfig) -> None:
     _check_schedule(config)
     check_ramp(config)
     _check_ranks(config)
-    _check_model(config)
-    _check_experts(config)
+    check_model(config.model)
+    check_experts(config.model, config.parallelism.expert)
     check_exchange(config)
     check_optim(config)
     check_profile(config)
@@ -187,53 +188,6 @@ def _check_ranks(config: TrainConfig) -> None:
         raise ConfigError(
             f"cluster.backend: nccl needs cluster.device=cuda, is nccl with cluster.device={cluster.device}; "
             f"nearest valid: gloo"
-        )
-
-
-def _check_model(config: TrainConfig) -> None:
-    model = config.model
-    if model.qk_rope_head_dim % 2:
-        raise ConfigError(
-            f"model.qk_rope_head_dim: must be even, as values rotate in pairs, is {model.qk_rope_head_dim}; "
-            f"nearest valid: {multiples(model.qk_rope_head_dim, 2)}"
-        )
-    if model.num_dense_layers > model.num_layers:
-        raise ConfigError(
-            f"model.num_dense_layers: must be at most model.num_layers={model.num_layers}, "
-            f"is {model.num_dense_layers}; nearest valid: {model.num_layers}"
-        )
-    rope = model.rope_scaling
-    if isinstance(rope, YarnRope) and (rope.factor < 1 or rope.beta_fast < rope.beta_slow):
-        raise ConfigError(
-            f"model.rope_scaling: must have factor of at least 1 and beta_fast of at least beta_slow, "
-            f"is factor={rope.factor}, beta_fast={rope.beta_fast}, beta_slow={rope.beta_slow}"
-        )
-
-
-def _check_experts(config: TrainConfig) -> None:
-    model, expert = config.model, config.parallelism.expert
-    experts, top_k = model.num_routed_experts, model.num_experts_per_token
-    groups, limit = model.num_expert_groups, model.num_limited_groups
-    if experts % expert:
-        raise ConfigError(
-            f"model.num_routed_experts: must be divisible by parallelism.expert={expert}, is {experts}; nearest valid: "
-            f"{multiples(experts, expert)}, or parallelism.expert={divisors(experts, expert)}"
-        )
-    if experts % groups:
-        raise ConfigError(
-            f"model.num_expert_groups: must divide model.num_routed_experts={experts}, is {groups}; "
-            f"nearest valid: {divisors(experts, groups)}"
-        )
-    if limit > groups:
-        raise ConfigError(
-            f"model.num_limited_groups: must be at most model.num_expert_groups={groups}, is {limit}; "
-            f"nearest valid: {groups}"
-        )
-    within = limit * (experts // groups)
-    if top_k > within:
-        raise ConfigError(
-            f"model.num_experts_per_token: must be at most {within}, the experts in {limit} of {groups} groups "
-            f"(model.num_limited_groups, model.num_expert_groups), is {top_k}; nearest valid: {within}"
         )
 
 
