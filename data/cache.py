@@ -2,11 +2,12 @@
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,9 +85,43 @@ def _write_meta(folder: Path, values: Mapping[str, int | float | str]) -> None:
 
 def _install(building: Path, folder: Path) -> None:
     """Puts a finished folder in its place; leaves a whole one that is there already, moves a broken one away."""
-    if _open(folder) is not None:
-        return
-    # Moved whole before it is deleted: nobody sees it half deleted. It is absent as a rule.
+    with _alone(folder.parent):
+        if _open(folder) is not None:
+            return
+        # Into an empty place first: what another process put there since is then never moved away.
+        if not _renamed(building, folder) and _open(folder) is None:
+            _remove(folder)
+            _renamed(building, folder)
+        _flush(folder.parent)
+
+
+@contextlib.contextmanager
+def _alone(cache_dir: Path) -> Iterator[None]:
+    """One process at a time replaces entries: what it found broken may otherwise be whole when it is moved away."""
+    descriptor = os.open(cache_dir, os.O_RDONLY)
+    try:
+        # A file system without locks leaves what a rename alone can promise; a lock ends with its process.
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _renamed(building: Path, folder: Path) -> bool:
+    """Whether the folder took the name; not when the name is taken by another."""
+    try:
+        building.rename(folder)
+    except OSError as error:
+        # Taken; or gone already, where without locks another process moved away what we put there.
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.ENOENT):
+            raise
+        return False
+    return True
+
+
+def _remove(folder: Path) -> None:
+    # Moved whole before it is deleted: nobody sees it half deleted.
     broken = folder.with_name(f".broken-{uuid.uuid4().hex}")
     with contextlib.suppress(FileNotFoundError):
         folder.rename(broken)
@@ -94,13 +129,6 @@ def _install(building: Path, folder: Path) -> None:
             shutil.rmtree(broken)
         else:
             broken.unlink()
-    try:
-        building.rename(folder)
-    except OSError as error:
-        # The name is taken because another process was faster, or ours was there and it moved that away.
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
-            raise
-    _flush(folder.parent)
 
 
 def _flush(path: Path) -> None:

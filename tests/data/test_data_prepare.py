@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data.cache import open_or_build
 from data.config import DataConfig, EmbeddedSource, FilesSource
 from data.corpus import DataError, is_validation, read_documents
 from data.encode import encode_part, train_tokenizer
@@ -170,6 +171,33 @@ def test_two_processes_that_race_agree_and_leave_no_rubbish(config: DataConfig, 
         assert worker.exitcode == 0
     assert fingerprints == {prepare(config, 16).fingerprint}
     assert not [path.name for path in (tmp_path / "cache").iterdir() if path.name.startswith(".")]
+
+
+def _open_many(cache_dir: Path, barrier: object, queue: object) -> None:
+    """How many of 100 entries were not there when a process that had raced for them looked again."""
+    missing = 0
+    for number in range(100):
+        barrier.wait()  # type: ignore[attr-defined]
+        entry = open_or_build(cache_dir, f"entry-{number}", _build_entry)
+        missing += not (entry.folder / "array").is_file()
+    queue.put(missing)  # type: ignore[attr-defined]
+
+
+def _build_entry(folder: Path) -> dict[str, int]:
+    (folder / "array").write_bytes(b"numbers")
+    return {}
+
+
+def test_what_one_process_opened_no_other_moves_away(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    barrier, queue = context.Barrier(4), context.Queue()
+    workers = [context.Process(target=_open_many, args=(tmp_path, barrier, queue)) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    assert [queue.get(timeout=60) for _ in workers] == [0] * 4
+    for worker in workers:
+        worker.join(timeout=60)
+    assert len(list(tmp_path.iterdir())) == 100
 
 
 @pytest.mark.parametrize("damage", ["meta_garbage", "meta_list", "meta_missing", "array_cut", "array_missing"])
