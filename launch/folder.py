@@ -14,6 +14,7 @@ from train.config import TrainConfig
 from train.newest import AUTO
 
 CONFIG_NAME = "config.yaml"
+_PARTIAL_NAME = f"{CONFIG_NAME}.partial"
 
 
 def check_folder(config: TrainConfig) -> None:
@@ -28,7 +29,7 @@ def check_folder(config: TrainConfig) -> None:
         return
     if not folder.is_dir():
         raise ConfigError(f"out_dir: must be a folder, {config.out_dir!r} is a file; nearest valid: {folder}-run")
-    if not any(folder.iterdir()):
+    if all(path.name == _PARTIAL_NAME for path in folder.iterdir()):
         return
     if config.resume == AUTO:
         if not (folder / CONFIG_NAME).is_file():
@@ -62,7 +63,9 @@ def claim_folder(config: TrainConfig, now: datetime) -> TrainConfig:
         folder = _make_unique(Path("outputs") / config.name / now.strftime("%Y-%m-%d_%H-%M-%S"))
     config = replace(config, out_dir=str(folder))
     text = yaml.safe_dump(write_config(config), sort_keys=False, allow_unicode=True)
-    (folder / CONFIG_NAME).write_text(text, encoding="utf-8")
+    # In one move: what a run before wrote stays where this cannot be written.
+    (folder / _PARTIAL_NAME).write_text(text, encoding="utf-8")
+    (folder / _PARTIAL_NAME).replace(folder / CONFIG_NAME)
     return config
 
 

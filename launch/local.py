@@ -14,7 +14,7 @@ import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import datetime
 from multiprocessing import connection, forkserver, process, resource_tracker
@@ -107,14 +107,21 @@ def run_ranks(folder: Path, world_size: int, entry: Entry) -> int:
             code, reason = _run_once(folder, world_size, entry, config.cluster, request)
             if code not in _VERDICTS or request.is_asked or restart == config.cluster.max_restarts:
                 break
-            known = read_status(folder)
-            step = 0 if known is None else known.step
-            append_event(folder, "restarted", step, reason, restart=restart + 1, exit_code=code)
-            count = f"{restart + 1} of {config.cluster.max_restarts}"
-            _say(f"all ranks start again ({count}), from the newest checkpoint")
-            claim_folder(replace(config, resume=AUTO), datetime.now())
+            try:
+                _start_again(folder, config, restart + 1, code, reason)
+            except OSError as error:
+                _say(f"error: {folder} cannot be written, so ranks do not start again: {error}")
+                break
     _write_status(folder, code, reason)
     return code
+
+
+def _start_again(folder: Path, config: TrainConfig, restart: int, code: int, reason: str) -> None:
+    """Notes it, and has the next life of the ranks go on by itself."""
+    known = read_status(folder)
+    append_event(folder, "restarted", 0 if known is None else known.step, reason, restart=restart, exit_code=code)
+    _say(f"all ranks start again ({restart} of {config.cluster.max_restarts}), from the newest checkpoint")
+    claim_folder(replace(config, resume=AUTO), datetime.now())
 
 
 def _run_once(
@@ -152,7 +159,9 @@ def _write_status(folder: Path, code: int, reason: str) -> None:
     """What the ranks did not write themselves: all ends that took one of them by surprise."""
     known = read_status(folder)
     if code and (known is None or known.exit_code != code):
-        write_end(folder, "lost" if code in _VERDICTS else "stopped", code, reason)
+        # On a full disk there is no room for it: the exit code tells.
+        with suppress(OSError):
+            write_end(folder, "lost" if code in _VERDICTS else "stopped", code, reason)
 
 
 def _run_elastic(folder: Path, world_size: int, entry: Entry, scratch: str, request: Preemption) -> tuple[int, str]:
@@ -249,8 +258,11 @@ def _rank(entry: Entry, folder: str, scratch: str) -> int:
         code = EXIT_CONFIGURATION if isinstance(error, user_errors()) else 1
         text = str(error) if code == EXIT_CONFIGURATION else f"{type(error).__name__}: {error}"
         first_line = next(iter(text.splitlines()), type(error).__name__)
-        path = error_path(Path(folder), int(os.environ["RANK"]))
-        write_error(path, LastWord(first_line, code), "".join(traceback.format_exception(error)))
+        rank, details = int(os.environ["RANK"]), "".join(traceback.format_exception(error))
+        try:
+            write_error(error_path(Path(folder), rank), LastWord(first_line, code), details)
+        except OSError as unwritten:  # a full disk, it may be, is what the error was about
+            _say(f"rank {rank}: {first_line}", f"{details}which cannot be written: {unwritten}")
         time.sleep(_NOTICE_SECONDS)
         sys.exit(code)
 

@@ -1,6 +1,7 @@
 """`events.jsonl` of a run's folder: what happened beside its steps, one object a line. No torch here."""
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,19 @@ def append_event(out_dir: Path, kind: str, step: int, text: str, **values: Any) 
 
     Args:
         out_dir: the run's folder.
-        kind: of event: `skipped`, `rolled_back`, `passed_over`, `stopped`, `preempted`, `restarted`.
+        kind: of event: `skipped`, `rolled_back`, `passed_over`, `stopped`, `preempted`, `restarted`,
+            `checkpoint_passed_over`.
         step: from 1, as in `metrics.jsonl`; for what belongs to none, the last one done.
         text: what happened, for people.
         values: what else is known, as JSON has it.
     """
     line = json.dumps({"time": time.time(), "kind": kind, "step": step, "text": text, **values}, allow_nan=False)
-    with (out_dir / EVENTS_NAME).open("a", encoding="utf-8") as file:
-        file.write(f"{line}\n")
+    with (out_dir / EVENTS_NAME).open("ab+") as file:
+        # A process that was killed, or a disk that was full, may have left half a line: this is none of it.
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            line = line if file.read() == b"\n" else f"\n{line}"
+        file.write(f"{line}\n".encode())
 
 
 def read_events(out_dir: Path) -> list[dict[str, Any]]:

@@ -134,6 +134,8 @@ class _Rank:
         try:
             for line in self._passed_over:
                 reporter.say(f"resume: passed over {line}")
+                if assembly.groups.rank == 0:
+                    append_event(Path(config.out_dir), "checkpoint_passed_over", first_step, line)
             _introduce(assembly, planned, prepared, reporter, first_step)
             if started_from:
                 reporter.say(started_from)

@@ -37,7 +37,8 @@ class Invalid:
 def invalid_configurations(seed: int) -> Iterator[Invalid]:
     """One after the other, without end: of each kind in turn, drawn from a seed."""
     random = Random(seed)
-    leaves = dict(_leaves(TrainConfig, ""))
+    known = _known()
+    leaves = {key: hint for key, hint in _leaves(TrainConfig, "") if key in known}
     makers: tuple[Callable[[Random, dict[str, Any]], Invalid], ...] = (
         _misspelled,
         _of_another_type,
@@ -53,12 +54,16 @@ def invalid_configurations(seed: int) -> Iterator[Invalid]:
 
 
 def _leaves(cls: Any, place: str) -> Iterator[tuple[str, Any]]:
-    """Dotted keys that every run has, with their types."""
+    """Dotted keys with their types; of a choice between kinds, the keys that all of them have."""
     for field in fields(cls):
         hint, path = get_type_hints(cls)[field.name], f"{place}.{field.name}" if place else field.name
+        kinds = [member for member in get_args(hint) if is_dataclass(member)]
         if is_dataclass(hint):
             yield from _leaves(hint, path)
-        elif not any(is_dataclass(member) for member in get_args(hint)):
+        elif kinds:
+            leaves = [dict(_leaves(kind, path)) for kind in kinds]
+            yield from (leaf for leaf in leaves[0].items() if all(leaf in other.items() for other in leaves))
+        else:
             yield path, hint
 
 

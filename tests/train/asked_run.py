@@ -21,13 +21,14 @@ from launch.folder import check_folder, claim_folder
 from launch.local import preload_modules, run_ranks, start_fork_server
 from launch.report import command
 from tests.train.faults import choices
+from tests.train.strikes import DRAWING, watch_drawing, watch_operations
 from train.config import TrainConfig
 from train.events import read_events
 from train.manifest import CHECKPOINTS_NAME
 from train.status import read_status
 
 NUM_STEPS = 7
-RECORD, DRAWING = "the step's record", "drawing"
+RECORD = "the step's record"
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,27 +98,12 @@ def asked(config: TrainConfig) -> int:
 
 def arm(out_dir: Path) -> None:
     """To be called by every rank, first of all: the case's rank will get its signals."""
-    from comm.operations import Operation, OperationLog
-    from train.pictures import PipelineWatch
-
     values = json.loads((out_dir / "case.json").read_text())
     if values is None or os.environ["RANK"] != str(values["rank"]):
         return
     strikes = _Strikes(Ask(**values), out_dir)
-    plain, plain_draw = OperationLog.start, PipelineWatch.draw
-
-    def start(
-        log: OperationLog, group: str, ranks: Sequence[int], name: str, label: Hashable | None = None, *rest: bool
-    ) -> Operation:
-        strikes.come(name)
-        return plain(log, group, ranks, name, label, *rest)
-
-    def draw(watch: PipelineWatch, *arguments: Any) -> bool:
-        strikes.come(DRAWING)
-        return plain_draw(watch, *arguments)
-
-    OperationLog.start = start  # type: ignore[method-assign]
-    PipelineWatch.draw = draw  # type: ignore[method-assign]
+    watch_operations(strikes.come)
+    watch_drawing(strikes.come)
 
 
 class _Strikes:
@@ -128,7 +114,7 @@ class _Strikes:
         self._num_seen, self._is_after, self._is_over = 0, not ask.after, False
         self._lives = out_dir / "lives"
 
-    def come(self, name: str) -> None:
+    def come(self, name: str, label: Hashable | None) -> None:
         """The rank is about to do what is called so."""
         ask = self._ask
         self._is_after |= name == ask.after

@@ -5,12 +5,13 @@ import os
 import re
 import signal
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from comm.exit_codes import EXIT_HANG, EXIT_LOST
+from tests.train.strikes import watch_operations
 from train.errors import find_errors, read_error
 
 How = Literal["killed", "stopped", "disconnected"]
@@ -117,24 +118,19 @@ def place(case: Case, out_dir: Path) -> None:
 
 def arm(out_dir: Path) -> None:
     """To be called by every rank: the case's rank will fail. At that moment it leaves the file `struck`."""
-    from comm.operations import Operation, OperationLog
-
     case = Case(**json.loads((out_dir / "case.json").read_text()))
     if os.environ["RANK"] != str(case.rank):
         return
-    plain, seen = OperationLog.start, [0, not case.after]
+    seen = [0, not case.after]
 
-    def start(
-        log: OperationLog, group: str, ranks: Sequence[int], name: str, label: Hashable | None = None, *rest: bool
-    ) -> Operation:
+    def come(name: str, label: Hashable | None) -> None:
         seen[1] |= name == case.after
         if seen[1] and name == case.name and str(label).startswith(case.of):
             seen[0] += 1
             if seen[0] == case.count:
                 _fail(case.how, out_dir)
-        return plain(log, group, ranks, name, label, *rest)
 
-    OperationLog.start = start  # type: ignore[method-assign]
+    watch_operations(come)
 
 
 def _fail(how: How, out_dir: Path) -> None:

@@ -1,0 +1,197 @@
+"""One command of a run under chaos, and what is left when it has ended.
+
+`python -m tests.chaos.life FOLDER NAME LAYOUT RESTARTS TIMEOUT` is such a command in a process of its own.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import redirect_stderr
+from dataclasses import dataclass
+from datetime import datetime
+from io import StringIO
+from pathlib import Path
+
+from launch.compose import compose
+from launch.config import check, read_config
+from launch.folder import check_folder, claim_folder
+from launch.local import preload_modules, run_ranks, start_fork_server
+from tests.chaos.rank import notes_of, started_at
+from tests.train.faults import choices
+from train.config import TrainConfig
+
+NUM_STEPS = 6
+LONGEST_SECONDS = 150.0
+"""After which a command that has not ended is taken to hang."""
+
+LAYOUTS: dict[str, list[str]] = {
+    "DualPipe 2 x 2, experts over 2": ["parallelism=four_ranks"],
+    "DualPipeV 2 x 1": ["parallelism=two_ranks", "schedule=dualpipe_v"],
+    "1F1B 1 x 2, experts over 2": [
+        *("parallelism.pipeline=1", "parallelism.data=2", "parallelism.expert=2", "schedule=1f1b"),
+    ],
+}
+
+_ROOT = Path(__file__).parents[2]
+_GONE_SECONDS = 5.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Life:
+    """How a command ended.
+
+    Attributes:
+        code: its exit code; 128 + n where signal n ended it.
+        said: by itself and by its ranks.
+        ended: when, in seconds of the wall clock.
+        hung: it had to be ended.
+        left_alive: ranks that went on after it.
+    """
+
+    code: int
+    said: str
+    ended: float
+    hung: bool
+    left_alive: list[int]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Command:
+    """What a run is started with, again and again."""
+
+    folder: Path
+    name: str
+    layout: str
+    restarts: int = 0
+    timeout_seconds: float = 60.0
+
+    @property
+    def out_dir(self) -> Path:
+        """Of the run."""
+        return self.folder / self.name
+
+    def overrides(self) -> list[str]:
+        """As they would follow `python -m launch.train`."""
+        return [
+            *(*choices(self.folder), f"out_dir={self.out_dir}", "resume=auto", f"stage.steps={NUM_STEPS}"),
+            *("stage.checkpoint_every_steps=1", "stage.validate_every_steps=2", "track.picture_every_steps=3"),
+            *("ema.decay=0.9", f"cluster.max_restarts={self.restarts}", "cluster.grace_seconds=60"),
+            *(f"cluster.timeout_seconds={self.timeout_seconds}", *LAYOUTS[self.layout]),
+        ]
+
+    def config(self) -> TrainConfig:
+        """Checked, its folder claimed."""
+        config = read_config(compose("train", self.overrides()))
+        check(config)
+        check_folder(config)
+        return claim_folder(config, datetime.now())
+
+
+def run_life(command: Command, *, apart: bool = False) -> Life:
+    """Runs a command to its end.
+
+    Args:
+        command: to run.
+        apart: in a process of its own, which may be killed.
+    """
+    notes = notes_of(command.out_dir)
+    before = set(notes.glob("pid-*"))
+    with _Limit(notes, before) as limit:
+        code, said = _run_apart(command, limit) if apart else _run_here(command)
+    ended = time.time()
+    new = sorted(set(notes.glob("pid-*")) - before)
+    for path in sorted(notes.glob("said-*")):
+        if path.with_name(path.name.replace("said", "pid")) in new:
+            said += path.read_text(errors="replace")
+    left_alive = _left_alive(new)
+    return Life(code=code, said=said, ended=ended, hung=limit.is_over, left_alive=left_alive)
+
+
+def _run_here(command: Command) -> tuple[int, str]:
+    # Found by its full name, as ranks must find it.
+    from tests.chaos import rank
+
+    with redirect_stderr(StringIO()) as said:
+        config = command.config()
+        code = run_ranks(command.out_dir, config.parallelism.world_size, rank.rank_of_chaos)
+    return code, said.getvalue()
+
+
+def _run_apart(command: Command, limit: "_Limit") -> tuple[int, str]:
+    arguments = [str(command.folder), command.name, command.layout, str(command.restarts)]
+    scratch = notes_of(command.out_dir) / "scratch"
+    scratch.mkdir(exist_ok=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.chaos.life", *arguments, str(command.timeout_seconds)],
+        cwd=_ROOT,
+        env={**os.environ, "TMPDIR": str(scratch)},  # one that is killed leaves its scratch
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    limit.process = process
+    # Ranks hold the other end as well: not until all are gone.
+    _, said = process.communicate()
+    return process.returncode if process.returncode >= 0 else 128 - process.returncode, said
+
+
+class _Limit:
+    """Kills the ranks of a command that takes too long, and the command where it is a process of its own."""
+
+    def __init__(self, notes: Path, before: set[Path]) -> None:
+        self.is_over = False
+        self.process: subprocess.Popen[str] | None = None
+        self._notes = notes
+        self._before = before
+        self._timer = threading.Timer(LONGEST_SECONDS, self._end)
+
+    def __enter__(self) -> "_Limit":
+        self._timer.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._timer.cancel()
+
+    def _end(self) -> None:
+        self.is_over = True
+        if self.process is not None:
+            self.process.kill()
+        for path in set(self._notes.glob("pid-*")) - self._before:
+            if _is_alive(path):
+                os.kill(int(path.read_text().split()[0]), signal.SIGKILL)
+
+
+def _left_alive(paths: Sequence[Path]) -> list[int]:
+    """Ranks that are not gone soon."""
+    until = time.monotonic() + _GONE_SECONDS
+    while alive := [path for path in paths if _is_alive(path)]:
+        if time.monotonic() > until:
+            return [int(path.name.rpartition("-")[2]) for path in alive]
+        time.sleep(0.05)
+    return []
+
+
+def _is_alive(path: Path) -> bool:
+    """Whether the process in a rank's file is."""
+    pid, started = path.read_text().split()
+    return started_at(int(pid)) == started
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The command in a process of its own."""
+    from tests.chaos.rank import rank_of_chaos
+
+    folder, name, layout, restarts, timeout = arguments
+    command = Command(
+        folder=Path(folder), name=name, layout=layout, restarts=int(restarts), timeout_seconds=float(timeout)
+    )
+    config = command.config()
+    start_fork_server(config.cluster, preload_modules(config.cluster))
+    return run_ranks(command.out_dir, config.parallelism.world_size, rank_of_chaos)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,68 @@
+"""Where a rank can be hit: everything that it does with others, draws, or writes, as it is about to begin."""
+
+import os
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+Come = Callable[[str, Hashable | None], None]
+"""Is called with the name of what this thread is about to do, and with whose it is."""
+
+DRAWING = "drawing"
+WRITING, HASHING, SYNCING, RENAMING = "writing of a part", "hashing", "syncing", "renaming"
+
+
+def watch_operations(come: Come) -> None:
+    """Exchanges, transfers, reductions and phases of this process."""
+    from comm.operations import Operation, OperationLog
+
+    plain = OperationLog.start
+
+    def start(
+        log: OperationLog, group: str, ranks: Sequence[int], name: str, label: Hashable | None = None, *rest: bool
+    ) -> Operation:
+        come(name, label)
+        return plain(log, group, ranks, name, label, *rest)
+
+    OperationLog.start = start  # type: ignore[method-assign]
+
+
+def watch_drawing(come: Come) -> None:
+    """Pictures of a step."""
+    from train.pictures import PipelineWatch
+
+    plain = PipelineWatch.draw
+
+    def draw(watch: PipelineWatch, *arguments: Any) -> bool:
+        come(DRAWING, None)
+        return plain(watch, *arguments)
+
+    PipelineWatch.draw = draw  # type: ignore[method-assign]
+
+
+def watch_writing(come: Come) -> None:
+    """What a checkpoint's thread does with files: each part, hash, sync and the last move."""
+    from train import saver
+
+    def before(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
+        def watched(*arguments: Any, **named: Any) -> Any:
+            come(name, None)
+            return plain(*arguments, **named)
+
+        return watched
+
+    saver.dcp_save = before(WRITING, saver.dcp_save)
+    saver.digests = before(HASHING, saver.digests)
+    os.fsync = before(SYNCING, os.fsync)
+    # A name of the saver's own: other modules move files too.
+    saver.os = _Namespace(saver.os, replace=before(RENAMING, os.replace))  # type: ignore[assignment]
+
+
+class _Namespace:
+    """A module with some names replaced."""
+
+    def __init__(self, module: Any, **replaced: Any) -> None:
+        self._module = module
+        self.__dict__.update(replaced)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
