@@ -8,7 +8,7 @@ OF_ONE_PROCESS := tests/data tests/dualpipe tests/infer tests/kernels tests/mode
 	$(addprefix tests/launch/test_launch_,compose.py config.py convert.py convert_broken.py decode.py folder.py fuzz.py \
 	generate.py schedule.py submit.py tokenizer_choice.py)
 
-.PHONY: train test test-fast cluster-test gpu-test gpu-bench failures bench any-to-any \
+.PHONY: train test test-fast cluster-test gpu-test gpu-bench failures bench chaos any-to-any \
 	docker docker-cpu docker-check docker-pins docker-test
 
 train: .venv/installed
@@ -36,6 +36,10 @@ bench: .venv/installed
 # A rank killed, stopped or cut off in every phase of a step: how each run ends, as a table; a few minutes.
 failures: .venv/installed
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m tests.cluster.failures $(ARGS)
+
+# A hundred seeded faults, each in a run that must end as if nothing had been, as a table; some 15 minutes.
+chaos: .venv/installed
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m tests.chaos $(ARGS)
 
 # A run goes on under every layout from every other's checkpoint: all ordered pairs of 12, as a table; some 10 minutes.
 any-to-any: .venv/installed

@@ -31,7 +31,7 @@ from train.costs import nominal_costs
 from train.initial_weights import check_initial
 from train.integrity import find_resumed, verify
 from train.manifest import check_manifest, read_step
-from train.newest import AUTO, newest_whole
+from train.newest import AUTO, looks_whole, newest_whole
 from train.weight_source import is_hf_folder
 
 # On the command line the source's keys stand beside data's other keys: `data=files data.paths=[a,b]`.
@@ -66,7 +66,7 @@ def _resumed(values: Mapping[str, Any]) -> object:
     out_dir = values.get("out_dir")
     if values.get("resume") != AUTO or not isinstance(out_dir, str) or not out_dir:
         return values.get("resume") if values.get("resume") != AUTO else None
-    folder = newest_whole(Path(out_dir).expanduser(), hashes=False)
+    folder = newest_whole(Path(out_dir).expanduser(), check=looks_whole)
     return None if folder is None else str(folder)
 
 
@@ -126,7 +126,7 @@ def _check_resume(config: TrainConfig) -> bool:
                 "resume: auto looks for checkpoints in out_dir, which is empty; nearest valid: out_dir=outputs/"
                 f"{config.name}, or resume=null"
             )
-        folder = newest_whole(Path(config.out_dir).expanduser(), hashes=False)
+        folder = newest_whole(Path(config.out_dir).expanduser(), check=looks_whole)
         if folder is not None:
             # A run that was done but for its end has no step left, and need not be refused.
             steps = max(config.stage.steps, read_step(folder) + 1)

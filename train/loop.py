@@ -2,11 +2,12 @@
 
 import logging
 import math
-from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from torch import distributed as dist
 
 from data.loader import Batch, Loader
 from data.prepare import Prepared
@@ -14,69 +15,20 @@ from infer.config import Sampling
 from infer.generate import generate
 from train import checkpoint
 from train.assemble import Assembly, weight_dtype
-from train.balance import Balance, LoadLines
 from train.errors import PreemptedError, RefusedStepError, StoppedError
 from train.manifest import step_folder
-from train.metrics import Display, Recorder
 from train.pictures import PAGE_NAME, SVG_NAME, TRACE_NAME, PipelineWatch
 from train.profile import StepProfiler
 from train.ramp import SizedAssemblies
 from train.recovery import Recovery
-from train.report.write import Report
+from train.reporter import Reporter
 from train.saver import Saver
 from train.status import StatusFile
 from train.step import StepResult, train_step, validate_pass
 from train.step_record import record_of
 
 LOGGER = logging.getLogger("train")
-
-
-class Reporter:
-    """Where the first rank's words and records go; on other ranks nowhere."""
-
-    def __init__(
-        self,
-        display: Display | None,
-        recorders: Sequence[Recorder],
-        loads: LoadLines | None = None,
-        report: Report | None = None,
-    ) -> None:
-        self._display = display
-        self._recorders = recorders
-        self._loads = loads
-        self._report = report
-
-    def say(self, line: str) -> None:
-        """One line for people."""
-        if self._display is not None:
-            self._display.say(line)
-
-    def record(self, values: dict[str, Any], balance: Balance) -> None:
-        """One step's numbers."""
-        if self._loads is not None:
-            self._loads.record(values["step"], balance)
-        for recorder in self._recorders:
-            recorder.record(values)
-
-    def draw(self) -> None:
-        """The report of the run so far."""
-        if self._report is not None:
-            self._report.try_to_write()
-
-    def go_back(self, step: int) -> None:
-        """The steps after this one come again."""
-        if self._loads is not None:
-            self._loads.go_back(step)
-        for recorder in self._recorders:
-            recorder.go_back(step)
-
-    def close(self) -> None:
-        """Closes every recorder and draws the last report, however the run ends."""
-        if self._loads is not None:
-            self._loads.close()
-        for recorder in self._recorders:
-            recorder.close()
-        self.draw()
+VALIDATION_LOSS = "validation_loss"
 
 
 class Training:
@@ -122,6 +74,7 @@ class Training:
         """
         self._status.running(self.num_done)
         try:
+            self._make_up()
             while self.num_done < self._assembly.config.stage.steps:
                 self._step(self.num_done)
         except PreemptedError:
@@ -134,6 +87,22 @@ class Training:
             raise
         self._end_saving()
 
+    def _make_up(self) -> None:
+        """The validation of the last step, where the run was asked to make room before it was over."""
+        last, is_owed = self._reporter.last(), [False]
+        if last is not None and self._is_validated(self.num_done):
+            is_owed = [last["step"] == self.num_done and VALIDATION_LOSS not in last]
+        with self._assembly.observers.log.phase("world", self._ranks, "agreement on what was before"):
+            dist.broadcast_object_list(is_owed, src=0, group=self._assembly.groups.world)
+        if is_owed[0]:
+            loss = self._validate()
+            if last is not None:
+                self._reporter.amend({**last, VALIDATION_LOSS: loss})
+
+    def _is_validated(self, done: int) -> bool:
+        stage = self._assembly.config.stage
+        return _due(done, stage.validate_every_steps, stage.steps) and bool(stage.validation_sequences)
+
     def _step(self, step: int) -> None:
         """One batch, then whatever is due after it."""
         result = self._take(step)
@@ -142,9 +111,9 @@ class Training:
         stage, track, done = self._assembly.config.stage, self._assembly.config.track, self.num_done
         values = None if result is None else self._record(step, result)
         try:
-            if _due(done, stage.validate_every_steps, stage.steps) and stage.validation_sequences:
+            if self._is_validated(done):
                 loss = self._validate()
-                values = None if values is None else {**values, "validation_loss": loss}
+                values = None if values is None else {**values, VALIDATION_LOSS: loss}
         finally:
             if values is not None and result is not None:
                 self._reporter.record(values, result.balance)
@@ -217,7 +186,11 @@ class Training:
             self._reporter.draw()
 
     def _saving(self) -> AbstractContextManager[None]:
-        return self._assembly.observers.log.phase("world", range(self._assembly.layout.world_size), "checkpoint")
+        return self._assembly.observers.log.phase("world", self._ranks, "checkpoint")
+
+    @property
+    def _ranks(self) -> range:
+        return range(self._assembly.layout.world_size)
 
 
 def validate(assembly: Assembly, loader: Loader) -> float:

@@ -25,6 +25,10 @@ class Recorder(Protocol):
         """Takes back what it noted of steps after this one: they come again."""
         ...
 
+    def amend(self, values: Record) -> None:
+        """The record of the last step again, with more in it."""
+        ...
+
     def close(self) -> None:
         """Writes what is left."""
         ...
@@ -64,6 +68,17 @@ class JsonLines:
         """Cuts later lines off."""
         self._file.close()
         self._file = self._open(step)
+
+    def amend(self, values: Record) -> None:
+        """In place of the line that was there."""
+        self.go_back(values["step"] - 1)
+        self.record(values)
+
+    def last(self) -> dict[str, Any] | None:
+        """What the last line holds; None where there is none."""
+        lines = self._path.read_text(encoding="utf-8").splitlines()
+        read: dict[str, Any] | None = json.loads(lines[-1]) if lines else None
+        return read
 
     def close(self) -> None:
         """Closes the file."""
@@ -105,6 +120,11 @@ class Wandb:
     def go_back(self, step: int) -> None:
         """Nothing: a wandb run only grows."""
 
+    def amend(self, values: Record) -> None:
+        """Adds it to the step; a run that was begun anew since then has none of it yet."""
+        self._last_step = max(self._last_step, values["step"])
+        self._run.log(dict(values), step=values["step"])
+
     def close(self) -> None:
         """Ends the run."""
         self._run.finish()
@@ -141,6 +161,9 @@ class Display:
         """Puts the bar back."""
         if self._progress is not None:
             self._progress.update(self._task, completed=step)
+
+    def amend(self, values: Record) -> None:
+        """Nothing: what was added was said."""
 
     def say(self, line: str) -> None:
         """One line, above the bar where there is one."""

@@ -12,8 +12,10 @@ from train.assemble import Assembly
 from train.errors import Finding, StoppedError
 from train.events import append_event, read_events
 from train.guard import Guard, in_json, read_shown
+from train.integrity import Check
 from train.manifest import find_checkpoint, read_step
 from train.newest import newest_whole
+from train.resumed import find_together
 
 _ROLLED_BACK = "rolled_back"
 
@@ -89,15 +91,15 @@ class Recovery:
         return Onward(num_done=num_done, words=words, is_back=True)
 
     def _agreed_checkpoint(self, num_done: int) -> Path | None:
-        """The run's newest with at most so many steps, else the one that it started from; the first rank looks."""
-        found: list[str | None] = [None]
-        if self._is_writer:
-            folder = newest_whole(self._out_dir, num_done)
-            if folder is None and self._assembly.config.resume is not None:
-                folder = find_checkpoint(self._assembly.config.resume)
-            found = [None if folder is None else str(folder)]
-        (path,) = self._share(found)
-        return None if path is None else Path(path)
+        """The run's newest whole one with at most so many steps, else the one that it started from."""
+
+        def find(check: Check) -> Path | None:
+            folder = newest_whole(self._out_dir, num_done, check)
+            resume = self._assembly.config.resume
+            return find_checkpoint(resume) if folder is None and resume is not None else folder
+
+        with self._assembly.observers.log.phase("world", self._ranks, "choice of the checkpoint"):
+            return find_together(find)
 
     def _remember(self, num_done: int) -> None:
         """What the run showed up to a step, and the batches that are left out from there on."""

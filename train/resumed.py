@@ -1,14 +1,19 @@
 """The checkpoint that a job goes on from, as all its ranks find it together."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import TypeVar, cast
 
 from torch import distributed as dist
 
 from train.config import TrainConfig
 from train.digests import file_problem
-from train.integrity import Resumed, find_resumed, listed_files
+from train.integrity import Check, find_resumed, listed_files
 from train.manifest import MANIFEST_NAME, CheckpointError, differences, layout_record, read_manifest
+
+Found = TypeVar("Found")
 
 
 def choose_resumed(config: TrainConfig) -> tuple[TrainConfig, tuple[str, ...]]:
@@ -27,22 +32,33 @@ def choose_resumed(config: TrainConfig) -> tuple[TrainConfig, tuple[str, ...]]:
     """
     if config.resume is None:
         return config, ()
-    found: Resumed | CheckpointError | None = None
+    found = find_together(partial(find_resumed, config.resume))
+    return replace(config, resume=str(found.folder)), found.passed_over
+
+
+def find_together(find: Callable[[Check], Found]) -> Found:
+    """What the first rank finds among checkpoints, each of which all ranks read a part of. All call it.
+
+    Args:
+        find: looks for one; what it is given tells what is wrong with one. Called on rank 0 alone.
+
+    Raises:
+        CheckpointError: on every rank, what `find` raised.
+    """
+    found: list[Found | CheckpointError | None] = [None]
     if dist.get_rank() == 0:
         try:
-            found = find_resumed(config.resume, _lead)
+            found = [find(_lead)]
         except CheckpointError as error:
-            found = error
+            found = [error]
         _tell(None)
     else:
         while (folder := _tell(None)) is not None:
             verify_together(folder)
-    told = [found]
-    dist.broadcast_object_list(told, src=0)
-    if isinstance(told[0], CheckpointError):
-        raise told[0]
-    assert told[0] is not None
-    return replace(config, resume=str(told[0].folder)), told[0].passed_over
+    dist.broadcast_object_list(found, src=0)
+    if isinstance(found[0], CheckpointError):
+        raise found[0]
+    return cast(Found, found[0])
 
 
 def other_layout(config: TrainConfig) -> str:

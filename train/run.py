@@ -27,14 +27,15 @@ from train.errors import PreemptedError, StoppedError
 from train.events import append_event
 from train.initial_weights import load_initial
 from train.last_words import LastWords
-from train.loop import Reporter, Training, show_continuation
+from train.loop import Training, show_continuation
 from train.manifest import check_fingerprint, check_manifest, read_step
 from train.metrics import Display, JsonLines, Recorder, Wandb
-from train.newest import AUTO, newest_whole
+from train.newest import AUTO, looks_whole, newest_whole
 from train.plan import Plan, plan
 from train.profile import profile_notice
 from train.ramp import SizedAssemblies
 from train.report.write import Report
+from train.reporter import Reporter
 from train.resumed import choose_resumed, other_layout
 from train.status import State, StatusFile, read_status
 
@@ -217,7 +218,7 @@ def _from_newest(config: TrainConfig) -> TrainConfig:
     """`resume=auto` as a path, or as none; what goes on does not start from other weights."""
     if config.resume != AUTO:
         return config
-    if newest_whole(Path(config.out_dir), hashes=False) is None:
+    if newest_whole(Path(config.out_dir), check=looks_whole) is None:
         return dataclasses.replace(config, resume=None)
     return dataclasses.replace(config, resume=config.out_dir, init_from=None)
 

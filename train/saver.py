@@ -24,7 +24,6 @@ from train.assemble import Assembly
 from train.checkpoint_reader import METADATA_NAME, first_line
 from train.checkpoint_state import Extras, HostCopy, State, state_of
 from train.digests import Digest, digests
-from train.integrity import verify
 from train.manifest import (
     CHECKPOINTS_NAME,
     SCHEDULE_NAME,
@@ -33,6 +32,7 @@ from train.manifest import (
     step_folder,
     write_manifest,
 )
+from train.newest import looks_whole
 from train.slices import SliceSavePlanner
 
 # One rank may be done long before another, whose disk is slow: not a hang, for which the job's watch looks out.
@@ -206,7 +206,7 @@ def _forget_older(newest: Path, num_kept: int) -> None:
     One that is not whole does not count and stays, so that somebody may look at it.
     """
     before = [folder for folder in checkpoints_in(newest.parent) if folder.name < newest.name]
-    whole = [folder for folder in before if not verify(folder, hashes=False)]
+    whole = [folder for folder in before if not looks_whole(folder)]
     for folder in whole[: max(len(whole) - (num_kept - 1), 0)]:
         gone = folder.with_name(folder.name + ".partial")
         os.replace(folder, gone)

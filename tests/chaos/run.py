@@ -21,6 +21,7 @@ from tests.chaos.faults import DAMAGES, STOPPED_SECONDS, Begin, Fault, Moment
 from tests.chaos.life import NUM_STEPS, Command, Life, run_life
 from tests.chaos.rank import DAMAGED_NAME, FILLER_NAME, PLAN_NAME, STRUCK_NAME, notes_of
 from train.events import read_events
+from train.integrity import verify
 from train.manifest import step_folder
 from train.newest import newest_whole
 from train.status import read_status
@@ -81,7 +82,7 @@ def calm_runs(folder: Path, layout: str) -> dict[Begin, Calm]:
         shutil.copytree(source, target)
     _plan(half, None)
     _left_alone(half)
-    assert (problems := _differences(half, calm.out_dir)) == [], problems
+    assert (problems := differences(half.out_dir, calm.out_dir)) == [], problems
     return {
         "new": Calm(folder=None, moments=_moments(calm, 0), end=calm.out_dir),
         "half": Calm(folder=kept, moments=_moments(half, 1), end=calm.out_dir),
@@ -102,7 +103,7 @@ def run_fault(folder: Path, fault: Fault, calm: Calm) -> Outcome:
         if lives[-1].code:
             outcome.problems.append(f"did not end well: {lives[-1].said.strip().splitlines()[-1:]}")
         else:
-            outcome.problems += _differences(command, calm.end)
+            outcome.problems += differences(command.out_dir, calm.end)
     if not outcome.problems:
         shutil.rmtree(command.out_dir)
         shutil.rmtree(notes_of(command.out_dir))
@@ -183,9 +184,9 @@ def _of_strike(command: Command, fault: Fault, lives: list[Life], outcome: Outco
         yield f"a full disk was not told: {lives[0].said[-500:]!r}"
 
 
-def _differences(command: Command, calm: Path) -> list[str]:
-    """Everything in which a run that is done is not the calm one."""
-    return [*_told(command.out_dir, calm), *_samples_off(command.out_dir, calm), *_weights_off(command.out_dir, calm)]
+def differences(ours: Path, calm: Path) -> list[str]:
+    """Everything in which the folder of a run that is done is not that of the calm one, in words."""
+    return [*_told(ours, calm), *_samples_off(ours, calm), *_weights_off(ours, calm)]
 
 
 def _told(ours: Path, calm: Path) -> Iterator[str]:
@@ -255,15 +256,17 @@ def _moments(command: Command, life: int) -> list[list[Moment]]:
 
 
 def _weights_off(ours: Path, calm: Path) -> Iterator[str]:
-    """Weights, router bias, moments and the average, to the bit."""
-    a, b = (_tensors(step_folder(run, NUM_STEPS)) for run in (ours, calm))
+    """Weights, router bias, moments and the average, to the bit; of one that is not whole, that is told already."""
+    if verify(step_folder(ours, NUM_STEPS)):
+        return
+    a, b = (tensors_of(step_folder(run, NUM_STEPS)) for run in (ours, calm))
     if a.keys() != b.keys():
         yield f"the checkpoint holds {len(a)} tensors, not {len(b)}"
     elif wrong := [name for name in a if not torch.equal(a[name].view(torch.uint8), b[name].view(torch.uint8))]:
         yield f"{len(wrong)} of {len(a)} tensors differ, {wrong[0]} among them"
 
 
-def _tensors(checkpoint: Path) -> dict[str, Tensor]:
+def tensors_of(checkpoint: Path) -> dict[str, Tensor]:
     """Everything that a checkpoint holds."""
     listed = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
     state = {
