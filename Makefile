@@ -3,10 +3,10 @@
 PYTHON ?= python3
 ARGS ?=
 
-# Tests that start no ranks and time nothing run two at a time; all others have the machine to themselves.
-OF_ONE_PROCESS := tests/data tests/dualpipe tests/infer tests/kernels tests/model \
-	$(addprefix tests/launch/test_launch_,compose.py config.py convert.py convert_broken.py decode.py folder.py fuzz.py \
-	generate.py schedule.py submit.py tokenizer_choice.py)
+# Tests that hold ranks to deadlines of seconds or compare times have the machine to themselves; all others, which wait
+# for most of their time, run two at a time.
+ALONE := tests/bench tests/cluster tests/comm/test_comm_watch.py \
+	$(addprefix tests/train/test_train_,failure.py failure_order.py probe.py) tests/launch/test_launch_local.py
 
 .PHONY: train test test-fast cluster-test gpu-test gpu-bench failures bench chaos any-to-any \
 	docker docker-cpu docker-check docker-pins docker-test
@@ -18,8 +18,8 @@ test: .venv/installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m pytest -n 2 --dist loadfile $(OF_ONE_PROCESS)
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m pytest $(OF_ONE_PROCESS:%=--ignore=%)
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m pytest -n 2 --dist loadfile $(ALONE:%=--ignore=%)
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m pytest $(ALONE)
 
 test-fast: .venv/installed
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m pytest -m 'not slow' -x -q -n 2 --dist loadfile

@@ -55,7 +55,18 @@ def claim_folder(config: TrainConfig, now: datetime) -> TrainConfig:
 
     Returns:
         The configuration with the folder that was made.
+
+    Raises:
+        ConfigError: it cannot be made or written.
     """
+    try:
+        return _claim(config, now)
+    except OSError as error:
+        place = config.out_dir or "outputs"
+        raise ConfigError(f"out_dir: {place!r} must be a folder that can be written: {error}") from error
+
+
+def _claim(config: TrainConfig, now: datetime) -> TrainConfig:
     if config.out_dir:
         folder = Path(config.out_dir).expanduser()
         folder.mkdir(parents=True, exist_ok=True)

@@ -26,6 +26,7 @@ from comm.config import ClusterConfig
 from comm.exit_codes import EXIT_HANG, EXIT_LOST
 from comm.preemption import SIGNALS, Preemption
 from launch.environment import apply_rank_environment
+from launch.errors import ConfigError
 from launch.folder import claim_folder, read_folder
 from launch.keeper import Keeper
 from launch.report import EXIT_CONFIGURATION, EXIT_INTERRUPTED, user_errors
@@ -109,8 +110,8 @@ def run_ranks(folder: Path, world_size: int, entry: Entry) -> int:
                 break
             try:
                 _start_again(folder, config, restart + 1, code, reason)
-            except OSError as error:
-                _say(f"error: {folder} cannot be written, so ranks do not start again: {error}")
+            except (OSError, ConfigError) as error:
+                _say(f"error: ranks do not start again: {error}")
                 break
     _write_status(folder, code, reason)
     return code

@@ -64,3 +64,23 @@ def test_folder_takes_any_run_that_goes_on_by_itself(tmp_path: Path) -> None:
     claim_folder(config, NOW)
     check_folder(config)
     assert read_folder(tmp_path / "run").resume == "auto"
+
+
+def test_folder_that_cannot_be_written_is_refused_and_keeps_what_it_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(build(), out_dir=f"{tmp_path}/run", resume="auto")
+    held = claim_folder(config, NOW)
+
+    def fail(path: Path, text: str, encoding: str) -> int:
+        path.write_bytes(text[:7].encode())
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", fail)
+        with pytest.raises(ConfigError, match=r"^out_dir: '.*' must be a folder that can be written: .*No space left"):
+            claim_folder(replace(config, seed=5), NOW)
+    assert read_folder(tmp_path / "run") == held
+    # One that was left so before anything was in it is as good as empty.
+    (tmp_path / "run" / "config.yaml").unlink()
+    check_folder(replace(config, resume=None))

@@ -79,9 +79,8 @@ def asked_in_every_phase(name: str, rank: int) -> list[Ask | None]:
 CHAINS: dict[str, list[Ask | None]] = {
     "calm": [None],
     "calm_of_two": [None],
-    **{
-        f"{name}-{rank}": asked_in_every_phase(name, rank) for name in ("SIGTERM", "SIGUSR1") for rank in (0, 3)
-    },
+    "SIGTERM-0": asked_in_every_phase("SIGTERM", 0),
+    "SIGUSR1-3": asked_in_every_phase("SIGUSR1", 3),
     # In step 6, after the checkpoint of step 4; then in steps 1 and 2 of one that has no checkpoint yet.
     "killed": [Ask(2, "SIGKILL", "update of the weights", 6, restarts=2)],
     "killed_twice": [Ask(0, "SIGKILL", "combine backward", 12, lives=2, restarts=1)],

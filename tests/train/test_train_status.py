@@ -63,6 +63,9 @@ def test_events_are_lines_of_json_whatever_their_numbers(tmp_path: Path) -> None
     assert (second["text"], second["restart"]) == ("rank 1 is lost", 1)
     with pytest.raises(ValueError, match="not JSON compliant"):
         append_event(tmp_path, "skipped", 3, "", loss=float("nan"))
+    # What was left half takes no later line with it.
+    append_event(tmp_path, "preempted", 5, "asked")
+    assert [event["kind"] for event in read_events(tmp_path)] == ["skipped", "restarted", "preempted"]
 
 
 def place(out_dir: Path, steps: int, *overrides: str) -> Path:
