@@ -32,6 +32,7 @@ from train.manifest import (
     step_folder,
     write_manifest,
 )
+from train.move import put_in_place
 from train.newest import looks_whole
 from train.slices import SliceSavePlanner
 
@@ -160,11 +161,8 @@ class Saver:
         config = self._assembly.config
         write_manifest(partial, step, config, self._prepared.fingerprint, files | digests(own))
         _sync(partial)
-        if final.exists():
-            os.replace(final, final.with_name(f"{final.name}.replaced.partial"))
-        os.replace(partial, final)
+        put_in_place(partial, final)
         _sync(self._root)
-        shutil.rmtree(final.with_name(f"{final.name}.replaced.partial"), ignore_errors=True)
         if config.stage.checkpoint_keep is not None:
             _forget_older(final, config.stage.checkpoint_keep)
 

@@ -8,7 +8,7 @@ Come = Callable[[str, Hashable | None], None]
 """Is called with the name of what this thread is about to do, and with whose it is."""
 
 DRAWING = "drawing"
-WRITING, HASHING, SYNCING, RENAMING = "writing of a part", "hashing", "syncing", "renaming"
+WRITING, HASHING, SYNCING, MOVING = "writing of a part", "hashing", "syncing", "the last move"
 
 
 def watch_operations(come: Come) -> None:
@@ -53,16 +53,4 @@ def watch_writing(come: Come) -> None:
     saver.dcp_save = before(WRITING, saver.dcp_save)
     saver.digests = before(HASHING, saver.digests)
     os.fsync = before(SYNCING, os.fsync)
-    # A name of the saver's own: other modules move files too.
-    saver.os = _Namespace(saver.os, replace=before(RENAMING, os.replace))  # type: ignore[assignment]
-
-
-class _Namespace:
-    """A module with some names replaced."""
-
-    def __init__(self, module: Any, **replaced: Any) -> None:
-        self._module = module
-        self.__dict__.update(replaced)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)
+    saver.put_in_place = before(MOVING, saver.put_in_place)

@@ -1,0 +1,92 @@
+"""What the watch costs: `python -m tests.bench.watch [OVERRIDE...]`, overrides of `conf/train.yaml`, on four ranks.
+
+While all is well a rank's watch only listens, on a thread of its own, and the rank notes each exchange, transfer and
+reduction in a log. Both in CPU time beside that of the rank's whole step. Needs Linux, which tells a thread's time.
+"""
+
+import json
+import os
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from launch.compose import compose
+from launch.config import check, read_config
+from launch.folder import claim_folder
+from launch.local import preload_modules, run_ranks, start_fork_server
+from train.config import TrainConfig
+
+LIMIT = 0.02
+_NUM_STEPS, _NUM_SKIPPED = 12, 2
+_NUM_NOTES = 20_000
+
+
+def watched_rank(config: TrainConfig) -> int:
+    """What each rank does: the run, and at its end a file with what its steps cost."""
+    from comm.operations import OperationLog
+    from tests.train.strikes import watch_operations
+    from train import loop
+    from train.run import main as run
+
+    num_operations, steps, plain = [0], [], loop.train_step
+
+    def count(*_: object) -> None:
+        num_operations[0] += 1
+
+    def step(*arguments: Any) -> Any:
+        watch = next(thread for thread in threading.enumerate() if thread.name == "watch")
+        before = time.process_time(), _thread_seconds(watch), num_operations[0]
+        result = plain(*arguments)
+        after = time.process_time(), _thread_seconds(watch), num_operations[0]
+        steps.append([late - early for early, late in zip(before, after, strict=True)])
+        return result
+
+    watch_operations(count)
+    loop.train_step = step
+    code = run(config)
+    begun, log = time.process_time(), OperationLog()
+    for _ in range(_NUM_NOTES):
+        with log.awaiting(log.start("expert [0, 1]", (0, 1), "dispatch", "layer 4")):
+            pass
+    note = (time.process_time() - begun) / _NUM_NOTES
+    cpu, watch, operations = (sum(column) / len(column) for column in zip(*steps[_NUM_SKIPPED:], strict=True))
+    told = {"step": cpu, "watch": watch, "operations": operations, "note": note}
+    (Path(config.out_dir) / f"cost-{os.environ['RANK']}.json").write_text(json.dumps(told))
+    return code
+
+
+def _thread_seconds(thread: threading.Thread) -> float:
+    return int(Path(f"/proc/self/task/{thread.native_id}/schedstat").read_text().split()[0]) / 1e9
+
+
+def main(overrides: Sequence[str]) -> int:
+    """Prints the cost of the rank that pays most; the exit code is 1 where it is above the limit."""
+    # Found by its full name, as ranks must find it: this module runs as __main__ here.
+    from tests.bench import watch
+
+    with tempfile.TemporaryDirectory(prefix="watch-") as name:
+        choices = ["experiment=quickstart", f"stage.steps={_NUM_STEPS}", "stage.validation_sequences=0"]
+        choices += ["stage.sample_prompt=", f"out_dir={name}/run", *overrides]
+        config = read_config(compose("train", choices))
+        check(config)
+        start_fork_server(config.cluster, preload_modules(config.cluster))
+        config = claim_folder(config, datetime.now())
+        code = run_ranks(Path(config.out_dir), config.parallelism.world_size, watch.watched_rank)
+        told = [json.loads(path.read_text()) for path in sorted(Path(config.out_dir).glob("cost-*.json"))]
+    shares = [(each["watch"] + each["operations"] * each["note"]) / each["step"] for each in told]
+    share, most = max(zip(shares, told, strict=True), key=lambda pair: pair[0])
+    print(
+        f"watch {1e3 * most['watch']:.2f} ms, and {most['operations']:.0f} operations noted at "
+        f"{1e6 * most['note']:.1f} us, of {1e3 * most['step']:.0f} ms CPU time a step: {100 * share:.2f} % of the rank "
+        f"of {len(told)} that pays most"
+    )
+    return 0 if code == 0 and len(told) == config.parallelism.world_size and share <= LIMIT else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,139 @@
+"""Ten of the faults of `make chaos`, each on a run of its own; and that what judges those runs can tell a wrong one."""
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+
+from tests.chaos.__main__ import can_mount
+from tests.chaos.faults import ASKS, DAMAGES, KINDS, Fault, Moment, draw
+from tests.chaos.life import LAYOUTS, NUM_STEPS, Command
+from tests.chaos.rank import notes_of
+from tests.chaos.run import differences, tensors_of
+from train.digests import digests, record_hash
+from train.manifest import MANIFEST_NAME, read_manifest, step_folder
+
+ROOT = Path(__file__).parents[2]
+LAYOUT = next(iter(LAYOUTS))
+TRACE = [Moment(name, name != "syncing") for name in ("start", "sum of targets", "dispatch", "syncing", "dispatch")]
+
+
+def drawn(number: int, seed: int = 0) -> list[Fault]:
+    return draw({(LAYOUT, begin): [TRACE, TRACE] for begin in ("new", "half")}, number, seed)
+
+
+def test_faults_are_the_same_for_a_seed_and_of_every_kind_in_turn() -> None:
+    faults = drawn(100)
+    assert faults[:10] == drawn(10)
+    assert faults != drawn(100, seed=1)
+    assert [(fault.kind, fault.hits_command) for fault in faults] == list(KINDS) * 10
+    assert {fault.name for fault in faults} == {moment.name for moment in TRACE}
+    assert all(fault.begin == "half" for fault in faults if fault.kind in DAMAGES)
+
+
+def test_faults_expect_what_the_readme_says() -> None:
+    codes = {(fault.kind, fault.restarts, fault.expected) for fault in drawn(400) if not fault.hits_command}
+    assert {each for each in codes if each[0] == "SIGKILL"} == {("SIGKILL", 0, (78,)), ("SIGKILL", 1, (0,))}
+    assert {each for each in codes if each[0] == "SIGSTOP"} == {("SIGSTOP", 0, (76,)), ("SIGSTOP", 1, (0,))}
+    for fault in drawn(400):
+        if fault.kind in ASKS and not fault.hits_command and fault.name != "syncing":
+            # Ranks agree once more after "start" alone.
+            assert fault.expected == ((75,) if fault.name == "start" else (0,))
+
+
+@pytest.fixture(scope="module")
+def worked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """The folder in which the command ran ten faults, and what it printed."""
+    folder = tmp_path_factory.mktemp("chaos")
+    command = [sys.executable, "-m", "tests.chaos", "--faults=10", f"--keep={folder}", "--layouts", LAYOUT]
+    return folder, subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+
+
+@pytest.mark.slow
+def test_ten_faults_change_nothing_of_what_a_run_ends_with(
+    worked: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    _, done = worked
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "10 of 10 runs ended in time with the documented exit code" in done.stdout
+    assert ("full disks are left out" in done.stdout) == (not can_mount())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("sample", f"step {NUM_STEPS}: 1 samples lost, 1 that are not its own"),
+        ("lost", "step 2: 8 samples lost, 0 that are not its own"),
+        ("twice", "a sample was seen more often than in the calm run"),
+        ("metrics", "metrics.jsonl has other loss"),
+        ("line", "metrics.jsonl has steps [2, 3, 4, 5, 6]"),
+        ("status", "status.json is Status(state='running'"),
+        ("weight", "1 of "),
+        ("torn", "the newest whole checkpoint is "),
+    ],
+)
+def test_a_run_that_is_not_the_calm_one_is_told(
+    worked: tuple[Path, subprocess.CompletedProcess[str]], change: str, told: str, tmp_path: Path
+) -> None:
+    calm = worked[0] / "calm-0"
+    command = Command(folder=tmp_path, name="run", layout=LAYOUT)
+    shutil.copytree(calm, command.out_dir)
+    shutil.copytree(notes_of(calm), notes_of(command.out_dir))
+    status = command.out_dir / "status.json"
+    assert differences(command.out_dir, calm) == []
+    lines = (notes_of(command.out_dir) / "samples-0-0").read_text().splitlines()
+    metrics = command.out_dir / "metrics.jsonl"
+    last = step_folder(command.out_dir, NUM_STEPS)
+    match change:
+        case "sample":
+            for path in notes_of(command.out_dir).glob("samples-*"):
+                seen = path.read_text()
+                path.write_text(seen.replace(lines[-1].split()[2], "0" * 64))
+        case "lost":
+            for path in notes_of(command.out_dir).glob("samples-*"):
+                kept = [line for line in path.read_text().splitlines() if not line.startswith("2 ")]
+                path.write_text("\n".join(kept))
+        case "twice":
+            for path in notes_of(command.out_dir).glob("samples-*"):
+                seen = [line.split() for line in path.read_text().splitlines()]
+                first = {place: hashed for step, place, hashed in seen if step == "1"}
+                again = [(step, place, first[place] if step == "2" else hashed) for step, place, hashed in seen]
+                path.write_text("\n".join(" ".join(each) for each in again))
+        case "metrics":
+            record = json.loads(metrics.read_text().splitlines()[-1])
+            rest = metrics.read_text().splitlines()[:-1]
+            metrics.write_text("\n".join([*rest, json.dumps({**record, "loss": record["loss"] * (1 + 1e-7)})]))
+        case "line":
+            metrics.write_text("\n".join(metrics.read_text().splitlines()[1:]))
+        case "status":
+            status.write_text(status.read_text().replace('"done"', '"running"'))
+        case "weight":
+            state = tensors_of(last)
+            name = sorted(state)[0]
+            state[name].view(torch.uint8)[0] ^= 1
+            for path in last.iterdir():
+                path.unlink() if path.suffix == ".distcp" or path.name == ".metadata" else None
+            dcp_save(state, checkpoint_id=last, no_dist=True)
+            record = read_manifest(last)
+            files = digests(path for path in last.iterdir() if path.name != MANIFEST_NAME)
+            record = {**record, "files": {name: digest.as_json() for name, digest in files.items()}}
+            del record["sha256"]
+            (last / MANIFEST_NAME).write_text(json.dumps({**record, "sha256": record_hash(record)}))
+        case "torn":
+            data = next(last.glob("*.distcp"))
+            data.write_bytes(data.read_bytes()[:-1])
+    assert any(difference.startswith(told) for difference in differences(command.out_dir, calm))
+
+
+def test_chaos_can_name_whom_it_hits() -> None:
+    (fault,) = drawn(1)
+    assert fault.whom == f"rank {fault.rank}"
+    assert replace(fault, hits_command=True).whom == "command"
