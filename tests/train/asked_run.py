@@ -61,26 +61,22 @@ class Ended:
     events: list[str]
 
 
-def asked_in_every_phase(name: str, rank: int) -> list[Ask | None]:
-    """Each life begins where the one before ended; the last one is left alone."""
-    return [
-        Ask(rank, name, "start of the job"),
-        Ask(rank, name, "preparation of the corpus"),
-        Ask(rank, name, "assembly of the model"),
-        Ask(rank, name, "dispatch", 3),  # in step 1
-        Ask(rank, name, "dispatch", after=RECORD),  # in the validation after step 2
-        Ask(rank, name, DRAWING),  # after step 3
-        Ask(rank, name, "checkpoint"),  # after step 4
-        Ask(rank, name, "update of the weights", again="checkpoint"),  # in step 5, and as that is saved
-        None,
-    ]
-
-
+# Each life begins where the one before ended; the last one is left alone.
+_ASKED_IN_EVERY_PHASE: list[Ask | None] = [
+    Ask(0, "SIGTERM", "start of the job"),
+    Ask(3, "SIGUSR1", "preparation of the corpus"),
+    Ask(0, "SIGUSR1", "assembly of the model"),
+    Ask(3, "SIGTERM", "dispatch", 3),  # in step 1
+    Ask(0, "SIGUSR1", "dispatch", after=RECORD),  # in the validation after step 2
+    Ask(3, "SIGTERM", DRAWING),  # after step 3
+    Ask(0, "SIGTERM", "checkpoint"),  # after step 4
+    Ask(3, "SIGUSR1", "update of the weights", again="checkpoint"),  # in step 5, and as that is saved
+    None,
+]
 CHAINS: dict[str, list[Ask | None]] = {
     "calm": [None],
     "calm_of_two": [None],
-    "SIGTERM-0": asked_in_every_phase("SIGTERM", 0),
-    "SIGUSR1-3": asked_in_every_phase("SIGUSR1", 3),
+    "asked": _ASKED_IN_EVERY_PHASE,
     # In step 6, after the checkpoint of step 4; then in steps 1 and 2 of one that has no checkpoint yet.
     "killed": [Ask(2, "SIGKILL", "update of the weights", 6, restarts=2)],
     "killed_twice": [Ask(0, "SIGKILL", "combine backward", 12, lives=2, restarts=1)],
