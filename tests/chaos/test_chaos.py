@@ -13,14 +13,14 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from tests.chaos.__main__ import can_mount
 from tests.chaos.faults import ASKS, DAMAGES, KINDS, Fault, Moment, draw
-from tests.chaos.life import LAYOUTS, NUM_STEPS, Command
+from tests.chaos.life import NUM_STEPS, Command
 from tests.chaos.rank import notes_of
 from tests.chaos.run import differences, tensors_of
 from train.digests import digests, record_hash
 from train.manifest import MANIFEST_NAME, read_manifest, step_folder
 
 ROOT = Path(__file__).parents[2]
-LAYOUT = next(iter(LAYOUTS))
+LAYOUT = "DualPipeV 2 x 1"
 TRACE = [Moment(name, name != "syncing") for name in ("start", "sum of targets", "dispatch", "syncing", "dispatch")]
 
 

@@ -23,7 +23,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("pairs", "mtp_depth"),
     [
-        ([(0, 6), (6, 8), (8, 0)], 0),
+        ([(0, 6), (6, 8)], 0),
         ([(0, 7), (7, 0)], 1),
     ],
 )

@@ -46,21 +46,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("kind", "choices"),
     [
-        ("zero1", ()),
         ("replicated", ("precision=float64", "optim.sharding=replicated")),
         ("bf16", ("precision=bf16",)),
     ],
 )
 def test_resumed_run_equals_unbroken_bitwise(folder: Path, kind: str, choices: tuple[str, ...]) -> None:
     whole, half = f"whole_{kind}", f"half_{kind}"
-    for name, steps in ((whole, 20), (half, 10)):
+    for name, steps in ((whole, 8), (half, 4)):
         done = run_train(folder, name, f"stage.steps={steps}", "stage.sample_prompt=", *choices)
         assert done.returncode == 0, done.stderr
     again = f"again_{kind}"
-    done = run_train(folder, again, "stage.steps=20", f"resume={folder / half}", "stage.sample_prompt=", *choices)
+    done = run_train(folder, again, "stage.steps=8", f"resume={folder / half}", "stage.sample_prompt=", *choices)
     assert done.returncode == 0, done.stderr
     unbroken, first, second = (read_metrics(folder, name) for name in (whole, half, again))
-    assert [line["step"] for line in second] == list(range(11, 21))
+    assert [line["step"] for line in second] == list(range(5, 9))
     for line, expected in zip(first + second, unbroken, strict=True):
         for key in ("step", "loss", "main_loss", "mtp_loss", "balance_loss", "grad_norm", "max_violation", "lr"):
             assert line[key] == expected[key], (key, line["step"])
