@@ -29,7 +29,7 @@ KINDS: tuple[tuple[Kind, bool], ...] = (
 DAMAGES: tuple[Kind, ...] = ("torn file", "flipped bit")
 ASKS: tuple[Kind, ...] = ("SIGTERM", "SIGUSR1")
 
-STOPPED_SECONDS = 8.0
+STOPPED_SECONDS = 20.0
 """`cluster.timeout_seconds` where a rank is stopped."""
 
 _AGREEMENT = "sum of targets"

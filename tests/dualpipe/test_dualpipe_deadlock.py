@@ -201,6 +201,7 @@ def with_unlike_neighbours_swapped(schedule: Schedule, draws: random.Random) -> 
     return replace(schedule, ranks=tuple(map(tuple, lists)))
 
 
+@pytest.mark.slow
 def test_synchronous_links_agree_with_the_validator_on_deadlocks() -> None:
     draws = random.Random(5)
     ended = stopped = stopped_sending = 0

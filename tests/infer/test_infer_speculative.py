@@ -140,6 +140,7 @@ def exactly(model: Transformer, prompt: list[int], num_tokens: int, sampling: Sa
     return joint
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling", FILTERS, ids=["warm", "top_k", "top_p"])
 @pytest.mark.parametrize("speculative", [True, False], ids=["drafts", "plain"])
 def test_sampled_continuations_follow_the_models_distribution(sampling: Sampling, speculative: bool) -> None:

@@ -67,6 +67,7 @@ def test_config_every_shipped_option_composes_and_passes(choice: str, tmp_path: 
         check(build(choice, *needs))
 
 
+@pytest.mark.slow
 def test_config_any_choice_of_options_passes_or_is_refused_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("some text")
     weights = place_weights(tmp_path / "weights")
@@ -97,6 +98,7 @@ def test_config_source_is_written_as_it_is_given() -> None:
     assert "source" not in write_config(config)["data"]
 
 
+@pytest.mark.slow
 def test_config_every_number_has_a_range_or_is_checked_where_it_belongs(tmp_path: Path) -> None:
     choices = [f"{group}={choice}" for group in ("model", "dispatch", "optim", "guard") for choice in options(group)]
     choices += ["cluster=h800", "ema.decay=0.9", "stage.checkpoint_keep=2", f"stage.batch_ramp={RAMP % (4, 4)}"]

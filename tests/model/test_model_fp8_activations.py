@@ -185,6 +185,7 @@ def _uncollected() -> Iterator[None]:
     gc.enable()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_uncollected")
 def test_nothing_stays_of_a_pass_that_is_done_or_given_up() -> None:
     config = replace(SMALL, num_layers=2, mtp_depth=0)

@@ -11,6 +11,7 @@ from tests.model.hf_memory import SHARD_BYTES
 from tests.test_floors import ROOT
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from Linux's /proc")
 def test_peak_memory_is_at_most_two_shards_above_the_model(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.model.hf_memory", str(tmp_path)]

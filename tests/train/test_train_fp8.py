@@ -109,6 +109,7 @@ def test_two_directions_equal_one_rank(folder: Path) -> None:
         assert relative_error(total([rank[0][0] for rank in both], name), expected) <= 1e-6, name
 
 
+@pytest.mark.slow
 def test_one_rank_gives_the_same_bits_over_every_exchange(folder: Path) -> None:
     config = make_config(folder, 1, 1)
     others: list[DispatchConfig] = [

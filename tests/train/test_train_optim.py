@@ -154,6 +154,7 @@ def worlds() -> dict[int, list[list[dict[str, Any]]]]:
     return {size: run_ranks(size, sharded_steps, configs) for size in (1, 2, 4)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_every_sharding_gives_the_same_bits(worlds: dict[int, Any], size: int) -> None:
     expected, expected_bf16, _ = worlds[1][0]

@@ -41,6 +41,7 @@ def config_of(folder: Path, moments: Moments, kind: Literal["float32", "bf16"], 
     )
 
 
+@pytest.mark.slow
 def test_loss_is_near_that_with_moments_in_float32(folder: Path) -> None:
     jobs = [Job(config=config_of(folder, moments, "float32")) for moments in ("float32", "bf16")]
     exact, rounded = run_ranks(1, run_jobs, jobs, 12)[0]

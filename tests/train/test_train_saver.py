@@ -92,6 +92,7 @@ def _equal(assembly: Assembly, expected: Mapping[str, Tensor]) -> bool:
     return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
 
 
+@pytest.mark.slow
 def test_saver_beside_the_steps_is_bitwise_as_one_that_waits_and_keeps_the_newest(folder: Path) -> None:
     beside, waiting = (run_ranks(2, run, config_of(folder, f"run_{waits}"), waits) for waits in (False, True))
     for (losses, same, told), (expected, also_same, _) in zip(beside, waiting, strict=True):
