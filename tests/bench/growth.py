@@ -49,6 +49,12 @@ def growth_of(samples: Sequence[tuple[float, int]], seconds: float) -> tuple[flo
     return statistics.mean(first), statistics.mean(last)
 
 
+def by_minute(samples: Sequence[tuple[float, int]]) -> list[float]:
+    """Mean bytes of each minute."""
+    minutes = sorted({int(at // 60) for at, _ in samples})
+    return [statistics.mean(size for at, size in samples if int(at // 60) == minute) for minute in minutes]
+
+
 def follow(process: subprocess.Popen[bytes], seconds: float) -> Samples:
     """Reads the ranks' memory for so long."""
     samples: Samples = {}
@@ -84,7 +90,10 @@ def main(minutes: str = "30", *overrides: str) -> int:
     for rank, seen in enumerate(samples[pid] for pid in sorted(samples)):
         first, last = growth_of(seen, seconds)
         grown.append(last / first - 1)
-        print(f"process {rank}: {first / 2**20:.1f} MiB, then {last / 2**20:.1f} MiB: {100 * grown[-1]:+.2f} %")
+        print(
+            f"rank's process {rank}: " + ", ".join(f"{size / 2**20:.0f}" for size in by_minute(seen)) + " MiB by minute"
+        )
+        print(f"rank's process {rank}: {first / 2**20:.1f} MiB, then {last / 2**20:.1f} MiB: {100 * grown[-1]:+.2f} %")
     print(
         f"{status.step} steps in {float(minutes):g} minutes, exit code {code}; "
         f"of {len(grown)} ranks the most grown by {100 * max(grown):.2f} %"
