@@ -40,7 +40,7 @@ _DEADLINES: dict[Kind, float] = {
     "SIGTERM": 30.0,
     "SIGUSR1": 30.0,
     "SIGSTOP": STOPPED_SECONDS + 12.0,
-    "full disk": 30.0,
+    "full disk": 60.0,  # it is noticed at the next write
     "torn file": 15.0,
     "flipped bit": 15.0,
 }
