@@ -178,10 +178,13 @@ def test_transport_detects_a_message_that_is_not_the_one_due(sent: tuple[int, ..
 
 def _lose_a_peer(rank: int, world_size: int) -> None:
     transport = _transport(rank, world_size)
-    distributed.barrier()
     if rank == 1:
+        distributed.barrier()
         os._exit(7)
-    transport.post_receive(_key(1, 0, 0), (2, 3), torch.float32).wait()
+    # Posted while the peer is there: one that is gone already may be told of before there is a wait.
+    receive = transport.post_receive(_key(1, 0, 0), (2, 3), torch.float32)
+    distributed.barrier()
+    receive.wait()
 
 
 def test_transport_tells_of_a_peer_that_is_gone() -> None:
