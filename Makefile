@@ -5,7 +5,7 @@ ARGS ?=
 
 # Tests that hold ranks to deadlines of seconds or compare times have the machine to themselves; all others, which wait
 # for most of their time, run two at a time.
-ALONE := tests/bench tests/cluster tests/comm/test_comm_watch.py \
+ALONE := tests/bench tests/cluster tests/comm \
 	$(addprefix tests/train/test_train_,failure.py failure_order.py probe.py) tests/launch/test_launch_local.py
 
 .PHONY: train test test-fast cluster-test gpu-test gpu-bench failures bench chaos any-to-any \
