@@ -37,7 +37,7 @@ bench: .venv/installed
 failures: .venv/installed
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m tests.cluster.failures $(ARGS)
 
-# A hundred seeded faults, each in a run that must end as if nothing had been, as a table; some 15 minutes.
+# A hundred seeded faults, each in a run that must end as if nothing had been, as a table; half a minute each on two cores.
 chaos: .venv/installed
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m tests.chaos $(ARGS)
 
