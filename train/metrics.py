@@ -70,9 +70,11 @@ class JsonLines:
         self._file = self._open(step)
 
     def amend(self, values: Record) -> None:
-        """In place of the line that was there."""
-        self.go_back(values["step"] - 1)
-        self.record(values)
+        """In place of the line that was there, in one move."""
+        self._file.close()
+        before = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
+        self._put([*before[:-1], json.dumps(values) + "\n"])
+        self._file = self._path.open("a", encoding="utf-8")
 
     def last(self) -> dict[str, Any] | None:
         """What the last line holds; None where there is none."""
@@ -89,10 +91,13 @@ class JsonLines:
         before = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
         kept = [line for line in before if line.endswith("\n") and json.loads(line)["step"] <= last_step]
         if len(kept) < len(before):
-            partial = path.with_suffix(".partial")
-            partial.write_text("".join(kept), encoding="utf-8")
-            partial.replace(path)
+            self._put(kept)
         return path.open("a", encoding="utf-8")
+
+    def _put(self, lines: list[str]) -> None:
+        partial = self._path.with_suffix(".partial")
+        partial.write_text("".join(lines), encoding="utf-8")
+        partial.replace(self._path)
 
 
 class Wandb:
