@@ -11,9 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.environment import rank_environment
 from tests.launch.rank_entries import GRACE_SECONDS
-from tests.launch.test_launch_config import build
 from train.events import read_events
 from train.status import read_status
 
@@ -171,13 +169,3 @@ def test_local_no_rank_outlives_a_command_that_is_ended(
     assert wait_for(lambda: not any(map(is_alive, ranks)), 5)
     assert wait_for(lambda: not members(process.pid), 20), members(process.pid)
     assert "Traceback" not in process.communicate()[1]
-
-
-def test_environment_follows_threads_and_yields_to_the_user_in_the_rest() -> None:
-    cluster = build().cluster
-    set_by_user = {"OMP_NUM_THREADS": "64", "OMP_WAIT_POLICY": "ACTIVE", "HOME": "/"}
-    chosen = rank_environment(cluster, set_by_user)
-    assert chosen["OMP_NUM_THREADS"] == str(cluster.threads_per_rank)
-    assert chosen["OMP_WAIT_POLICY"] == "ACTIVE"
-    assert chosen["DS_ACCELERATOR"] == "cpu"
-    assert "HOME" not in chosen
