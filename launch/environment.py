@@ -1,13 +1,12 @@
 """Environment variables that a rank's libraries read at import, as values; applied once, before torch is imported."""
 
-import ctypes
 import os
 from collections.abc import Mapping
 
 from comm.config import ClusterConfig
+from train.heap import limit_heaps
 
-ARENAS = "MALLOC_ARENA_MAX"
-_M_ARENA_MAX = -8  # glibc, malloc.h
+HEAPS = "MALLOC_ARENA_MAX"
 
 
 def rank_environment(cluster: ClusterConfig, inherited: Mapping[str, str]) -> dict[str, str]:
@@ -28,8 +27,8 @@ def rank_environment(cluster: ClusterConfig, inherited: Mapping[str, str]) -> di
         "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
         # Shared with the launcher, the store hands dead ranks' addresses to restarted ones (pytorch#135712).
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-        # A heap for each thread leaves ever more memory unused: a rank's threads hand their tensors to each other.
-        ARENAS: "1",
+        # A heap for each thread leaves much memory unused: a rank's threads hand their tensors to each other.
+        HEAPS: "1",
     }
     kept = {name: inherited.get(name, value) for name, value in wanted.items()}
     return {**kept, "OMP_NUM_THREADS": str(cluster.threads_per_rank)}
@@ -38,11 +37,6 @@ def rank_environment(cluster: ClusterConfig, inherited: Mapping[str, str]) -> di
 def apply_rank_environment(cluster: ClusterConfig) -> None:
     """Sets the variables of `rank_environment` in this process and those it starts."""
     os.environ.update(rank_environment(cluster, os.environ))
-    if os.environ[ARENAS].isdecimal():
-        _limit_arenas(int(os.environ[ARENAS]))
-
-
-def _limit_arenas(number: int) -> None:
-    """Lets this process have so many heaps, as its C library has read the variable already. Only glibc has them."""
-    if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
-        mallopt(_M_ARENA_MAX, number)
+    # The C library has read its own when this process began.
+    if os.environ[HEAPS].isdecimal():
+        limit_heaps(int(os.environ[HEAPS]))
