@@ -16,7 +16,6 @@ from infer.generate import generate
 from train import checkpoint
 from train.assemble import Assembly, weight_dtype
 from train.errors import PreemptedError, RefusedStepError, StoppedError
-from train.heap import Trimmer
 from train.manifest import step_folder
 from train.pictures import PAGE_NAME, SVG_NAME, TRACE_NAME, PipelineWatch
 from train.profile import StepProfiler
@@ -64,7 +63,6 @@ class Training:
             self._watch = PipelineWatch(assembly)
             self._saver = Saver(assembly, prepared)
         self._recovery = Recovery(assembly, self._loader, first_step)
-        self._trimmer = Trimmer()
 
     def run(self) -> None:
         """All steps that are left, a last validation, a last checkpoint.
@@ -79,7 +77,6 @@ class Training:
             self._make_up()
             while self.num_done < self._assembly.config.stage.steps:
                 self._step(self.num_done)
-                self._trimmer.trim_when_due()
         except PreemptedError:
             if self.num_done != self._num_saved:
                 self._save()

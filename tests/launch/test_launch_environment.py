@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,13 @@ def test_environment_follows_threads_and_yields_to_the_user_in_the_rest() -> Non
     assert chosen["OMP_WAIT_POLICY"] == "ACTIVE"
     assert chosen["DS_ACCELERATOR"] == "cpu"
     assert "HOME" not in chosen
+
+
+def test_environment_leaves_torchs_own_record_to_nccl() -> None:
+    cluster = build().cluster
+    assert rank_environment(cluster, {})["TORCH_FR_BUFFER_SIZE"] == "0"
+    assert rank_environment(cluster, {"TORCH_FR_BUFFER_SIZE": "9"})["TORCH_FR_BUFFER_SIZE"] == "9"
+    assert "TORCH_FR_BUFFER_SIZE" not in rank_environment(replace(cluster, device="cuda", backend="nccl"), {})
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="heaps of threads are glibc's, which is Linux's")
