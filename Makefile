@@ -4,7 +4,7 @@ PYTHON ?= python3
 ARGS ?=
 
 # Tests that hold ranks to deadlines of seconds or compare times have the machine to themselves; all others, which wait
-# for most of their time, run three at a time.
+# for most of their time, run two at a time.
 ALONE := tests/bench tests/cluster tests/comm \
 	$(addprefix tests/train/test_train_,failure.py failure_order.py probe.py) tests/launch/test_launch_local.py
 
@@ -18,7 +18,7 @@ test: .venv/installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m pytest -n 3 --dist loadfile $(ALONE:%=--ignore=%)
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m pytest -n 2 --dist loadfile $(ALONE:%=--ignore=%)
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m pytest $(ALONE)
 
 test-fast: .venv/installed
