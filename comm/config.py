@@ -9,6 +9,8 @@ class ClusterConfig:
     """The machines. A node is `ranks_per_node` consecutive ranks; a simulated node shares a machine with others.
 
     `peak_flops`: dense bf16 floating-point operations per second of a rank, for MFU; None: none is told.
+    `memory_bytes`: of a rank's device, which a run must fit before it starts; None: it is not checked.
+    `memory_reserve_bytes`: the part of it that the prediction leaves to CUDA, NCCL and the allocator.
     Of ranks that the bare command starts: `grace_seconds` is how long they may take to save once it is asked to end,
     `max_restarts` how often all of them start again after one was lost.
     """
@@ -19,6 +21,8 @@ class ClusterConfig:
     threads_per_rank: int
     timeout_seconds: float
     peak_flops: float | None
+    memory_bytes: int | None
+    memory_reserve_bytes: int
     grace_seconds: float
     max_restarts: int
 

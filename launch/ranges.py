@@ -16,6 +16,7 @@ _POSITIVE = (
     "cluster.threads_per_rank",
     "cluster.timeout_seconds",
     "cluster.peak_flops",
+    "cluster.memory_bytes",
     "cluster.grace_seconds",
     "parallelism.pipeline",
     "parallelism.data",
@@ -65,6 +66,7 @@ _POSITIVE = (
 
 _NOT_NEGATIVE = (
     "cluster.max_restarts",
+    "cluster.memory_reserve_bytes",
     "track.picture_every_steps",
     "track.loads_every_steps",
     "seed",

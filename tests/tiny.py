@@ -101,6 +101,8 @@ def tiny_config(folder: Path, **changes: object) -> TrainConfig:
             threads_per_rank=1,
             timeout_seconds=60.0,
             peak_flops=None,
+            memory_bytes=None,
+            memory_reserve_bytes=0,
             grace_seconds=60.0,
             max_restarts=0,
         ),

@@ -20,6 +20,8 @@ _CPU = ClusterConfig(
     threads_per_rank=1,
     timeout_seconds=30.0,
     peak_flops=None,
+    memory_bytes=None,
+    memory_reserve_bytes=0,
     grace_seconds=30.0,
     max_restarts=0,
 )
