@@ -11,7 +11,7 @@ from pathlib import Path
 
 from comm.exit_codes import EXIT_OTHER
 from comm.operations import OperationLog
-from comm.watch_verdict import Verdict
+from comm.watchdog.verdict import Verdict
 from train.errors import LastWord, error_path, write_error
 from train.status import write_end
 

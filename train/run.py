@@ -15,7 +15,7 @@ from comm.groups import Groups, start, stop
 from comm.layout import Layout
 from comm.operations import OperationLog, cuda_mark
 from comm.preemption import Preemption
-from comm.watch_start import AbsentError, Job, Seat, join
+from comm.watchdog.rendezvous import AbsentError, Job, Seat, join
 from data.corpus import DataError
 from data.prepare import Prepared
 from train import checkpoint

@@ -7,9 +7,9 @@ import time
 import pytest
 
 from comm.operations import OperationLog
-from comm.watch import Watch
-from comm.watch_mail import Mailbox
-from comm.watch_verdict import Verdict
+from comm.watchdog.mailbox import Mailbox
+from comm.watchdog.verdict import Verdict
+from comm.watchdog.watchdog import Watch
 
 
 def _two_mailboxes() -> tuple[Mailbox, Mailbox]:
@@ -46,7 +46,7 @@ def test_watch_keeps_the_same_of_two_verdicts_in_whatever_order_they_come(
     others: str, is_first: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The lowest rank's; but an error that a rank has told of comes first, as verdicts may be its echo."""
-    monkeypatch.setattr("comm.watch._FOLLOW_SECONDS", 0.5)
+    monkeypatch.setattr("comm.watchdog.watchdog._FOLLOW_SECONDS", 0.5)
     boxes = [Mailbox(rank, "127.0.0.1") for rank in range(3)]
     for box in boxes:
         box.open([other.address for other in boxes], "job")
@@ -76,7 +76,7 @@ def test_watch_keeps_the_same_of_two_verdicts_in_whatever_order_they_come(
 def test_watch_says_early_that_no_mail_gets_through(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("comm.watch._REACH_SECONDS", 0.3)
+    monkeypatch.setattr("comm.watchdog.watchdog._REACH_SECONDS", 0.3)
     first, second = _two_mailboxes()  # nobody reads the second
     watch = Watch(0, first, OperationLog(), 60.0, lambda verdict: None)
     watch.start()

@@ -7,9 +7,9 @@ from dataclasses import asdict
 
 import pytest
 
-from comm.main_thread import MainThread
 from comm.operations import OperationLog
-from comm.watch_verdict import Findings, Reason, Standing, Verdict, Wait, judge, name_ranks
+from comm.watchdog.main_thread import MainThread
+from comm.watchdog.verdict import Findings, Reason, Standing, Verdict, Wait, judge, name_ranks
 
 WORLD = (0, 1, 2, 3)
 

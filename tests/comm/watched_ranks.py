@@ -13,8 +13,8 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 from comm.operations import OperationLog
-from comm.watch_start import AbsentError, Seat, join
-from comm.watch_verdict import Verdict
+from comm.watchdog.rendezvous import AbsentError, Seat, join
+from comm.watchdog.verdict import Verdict
 
 _PRELOADED = ["torch", "torch.distributed", "numpy", "tests.comm.watched_ranks"]
 _TIMEOUT_SECONDS = 60.0

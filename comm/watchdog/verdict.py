@@ -7,8 +7,8 @@ from enum import Enum
 from typing import Any, Self
 
 from comm.exit_codes import EXIT_HANG, EXIT_LOST
-from comm.main_thread import MainThread
 from comm.operations import Operation, OperationLog
+from comm.watchdog.main_thread import MainThread
 
 _MAX_WAITS = 8
 

@@ -16,10 +16,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from comm.exit_codes import EXIT_OTHER
-from comm.main_thread import MainThread
 from comm.operations import OperationLog
-from comm.watch_mail import Mail, Mailbox
-from comm.watch_verdict import Findings, Reason, Standing, Verdict, judge
+from comm.watchdog.mailbox import Mail, Mailbox
+from comm.watchdog.main_thread import MainThread
+from comm.watchdog.verdict import Findings, Reason, Standing, Verdict, judge
 
 _TICK_SECONDS = 0.2
 _BRISK_SECONDS = 0.05

@@ -8,7 +8,7 @@ from types import FrameType
 
 from comm.operations import Operation, OperationLog
 
-_ROOT = Path(__file__).resolve().parent.parent
+_ROOT = Path(__file__).resolve().parents[2]
 _BUSY_SECONDS = 0.5
 
 

@@ -19,9 +19,9 @@ from torch.distributed.distributed_c10d import Store
 from comm.exit_codes import EXIT_HANG, EXIT_LOST
 from comm.groups import PATIENCE_SECONDS, ClusterError
 from comm.operations import OperationLog
-from comm.watch import Watch
-from comm.watch_mail import Mailbox
-from comm.watch_verdict import Verdict, name_ranks
+from comm.watchdog.mailbox import Mailbox
+from comm.watchdog.verdict import Verdict, name_ranks
+from comm.watchdog.watchdog import Watch
 
 _START = "start of the job"
 _VERDICT = "watch/verdict"
