@@ -135,6 +135,7 @@ def _check_override(override: Override, groups: Mapping[str, str]) -> None:
     if override.package is not None:
         raise ConfigError(f"{key}@{override.package}: packages cannot be renamed; write {key}=option")
     if key not in groups:
+        _check_not_nested_group(override, groups)
         return
     names = options(key)
     if override.is_add() or override.is_force_add() or override.is_delete():
@@ -144,6 +145,16 @@ def _check_override(override: Override, groups: Mapping[str, str]) -> None:
     if not isinstance(value, str) or value not in names:
         text = override.get_value_string()
         raise ConfigError(f"{key}: no option {text}; {nearest(text, names)} (options: {', '.join(names)})")
+
+
+def _check_not_nested_group(override: Override, groups: Mapping[str, str]) -> None:
+    """Refuses a value for a whole group within a group, `optim.schedule=wsd`, which would replace its keys."""
+    key = override.key_or_group
+    group = key.replace(".", "/")
+    if group in groups:
+        text, names = override.get_value_string(), options(group)
+        hint = f"write {group}={text}" if text in names else nearest(text, names)
+        raise ConfigError(f"{key}: is a group of keys; {hint} (options: {', '.join(names)})")
 
 
 def _raise_unknown_key(command: str, groups: Mapping[str, str], parsed: Sequence[Override]) -> None:
@@ -165,11 +176,14 @@ def _raise_unknown_key(command: str, groups: Mapping[str, str], parsed: Sequence
 
 
 def _other_option(key: str) -> str | None:
-    group, _, rest = key.partition(".")
-    for option in options(group):
-        values = yaml.safe_load((config_dir() / group / f"{option}.yaml").read_text(encoding="utf-8"))
-        if rest in _dotted(values or {}):
-            return f"{group}={option}"
+    """Returns a choice that has the key, of the innermost group that its place names."""
+    parts = key.split(".")
+    for depth in range(len(parts) - 1, 0, -1):
+        group, rest = "/".join(parts[:depth]), ".".join(parts[depth:])
+        for option in options(group):
+            values = yaml.safe_load((config_dir() / group / f"{option}.yaml").read_text(encoding="utf-8"))
+            if rest in _dotted(values or {}):
+                return f"{group}={option}"
     return None
 
 

@@ -20,7 +20,7 @@ def decode(cls: type[T], values: object, place: str = "") -> T:
 
     Whole numbers pass for floats, and so does text such as `3e-4`, which YAML 1.1 does not read as a
     number; nothing passes for an int or a bool but itself. An instance in the place of its mapping is
-    taken as it is.
+    taken as it is. A dataclass with `from_plain` and `to_plain` reads and writes its own form, such as one text.
 
     Args:
         cls: a dataclass, or a union of dataclasses told apart by their field `kind`.
@@ -35,6 +35,8 @@ def decode(cls: type[T], values: object, place: str = "") -> T:
 
 def encode(instance: object) -> Any:
     """The plain values that `decode` builds `instance` from: dicts, lists, numbers, text, None."""
+    if hasattr(instance, "to_plain") and not isinstance(instance, type):
+        return instance.to_plain()
     if is_dataclass(instance) and not isinstance(instance, type):
         return {field.name: encode(getattr(instance, field.name)) for field in fields(instance)}
     if isinstance(instance, tuple):
@@ -58,6 +60,11 @@ def _decode(hint: Any, value: object, place: str) -> Any:
 def _decode_dataclass(cls: Any, value: object, place: str) -> Any:
     if isinstance(value, cls):
         return value
+    if hasattr(cls, "from_plain"):
+        try:
+            return cls.from_plain(value)
+        except ValueError as error:
+            raise ConfigError(f"{place}: {error}") from error
     values = _mapping(value, place)
     hints = get_type_hints(cls)
     names = [field.name for field in fields(cls)]

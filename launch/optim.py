@@ -1,7 +1,13 @@
 """What a run's optimiser can be. No torch here."""
 
+from itertools import pairwise
+
 from launch.errors import ConfigError
-from train.config import OptimConfig, StepOptimConfig, TrainConfig
+from train.config import TrainConfig
+from train.optim.config import DecayedRate, Span, V3Rate
+from train.optim.learning_rate import span_tokens
+
+_SCHEDULE = "optim.schedule"
 
 # 1 - 2^-6. Half a step of bf16 is at most 2^-8 of a number: a moment still follows what differs from it by a quarter.
 _MOST_BETA_OF_BF16 = 0.984375
@@ -14,12 +20,7 @@ def check_optim(config: TrainConfig) -> None:
         ConfigError: names the key, the rule, the value and the nearest valid one.
     """
     optim, precision = config.optim, config.precision.kind
-    if optim.final_learning_rate > optim.learning_rate:
-        raise ConfigError(
-            f"optim.final_learning_rate: must be at most optim.learning_rate={optim.learning_rate}, "
-            f"is {optim.final_learning_rate}; nearest valid: {optim.learning_rate}"
-        )
-    _check_spans(optim)
+    _check_schedule(config)
     needed = {"float64": "replicated", "bf16": "zero1", "fp8": "zero1"}.get(precision, optim.sharding)
     if optim.sharding != needed:
         raise ConfigError(
@@ -29,24 +30,36 @@ def check_optim(config: TrainConfig) -> None:
         _check_bf16_moments(config)
 
 
-def _check_spans(optim: OptimConfig) -> None:
-    if isinstance(optim, StepOptimConfig):
-        if not optim.warmup_steps <= optim.decay_start_step <= optim.decay_end_step:
-            raise ConfigError(
-                f"optim.decay_start_step: must lie between optim.warmup_steps={optim.warmup_steps} and "
-                f"optim.decay_end_step={optim.decay_end_step}, is {optim.decay_start_step}"
-            )
-        return
-    if not optim.decay_start_tokens <= optim.decay_end_tokens <= optim.last_start_tokens:
-        raise ConfigError(
-            f"optim.decay_end_tokens: must lie between optim.decay_start_tokens={optim.decay_start_tokens} and "
-            f"optim.last_start_tokens={optim.last_start_tokens}, is {optim.decay_end_tokens}"
+def _check_schedule(config: TrainConfig) -> None:
+    """Refuses spans that are out of order and rates that rise."""
+    schedule, peak = config.optim.schedule, config.optim.learning_rate
+    if isinstance(schedule, DecayedRate | V3Rate):
+        _check_order(config, ("decay_start", schedule.decay_start), ("decay_end", schedule.decay_end))
+        if _tokens(config, schedule.warmup) <= _tokens(config, Span(amount=100, unit="%")):
+            _check_order(config, ("warmup", schedule.warmup), ("decay_end", schedule.decay_end))
+    if isinstance(schedule, V3Rate):
+        _check_order(config, ("decay_end", schedule.decay_end), ("last_start", schedule.last_start))
+        rates = (
+            ("optim.learning_rate", peak),
+            (f"{_SCHEDULE}.final_learning_rate", schedule.final_learning_rate),
+            (f"{_SCHEDULE}.last_learning_rate", schedule.last_learning_rate),
         )
-    if optim.last_learning_rate > optim.final_learning_rate:
+        for (above, most), (key, rate) in pairwise(rates):
+            if rate > most:
+                raise ConfigError(f"{key}: must be at most {above}={most}, is {rate}; nearest valid: {most}")
+
+
+def _check_order(config: TrainConfig, first: tuple[str, Span], second: tuple[str, Span]) -> None:
+    (name, span), (other, later) = first, second
+    if _tokens(config, span) > _tokens(config, later):
         raise ConfigError(
-            f"optim.last_learning_rate: must be at most optim.final_learning_rate={optim.final_learning_rate}, "
-            f"is {optim.last_learning_rate}; nearest valid: {optim.final_learning_rate}"
+            f"{_SCHEDULE}.{name}: must be at most {_SCHEDULE}.{other}={later.to_plain()} of "
+            f"{config.stage.steps} steps, is {span.to_plain()}; nearest valid: {later.to_plain()}"
         )
+
+
+def _tokens(config: TrainConfig, span: Span) -> float:
+    return span_tokens(span, config.batch_sizes, config.stage.steps)
 
 
 def _check_bf16_moments(config: TrainConfig) -> None:

@@ -1,6 +1,7 @@
 """The range of each number in a run's configuration, as data, and the arithmetic of nearest valid values.
 
-The shares and sizes of `data` and the `costs` are checked there.
+The shares and sizes of `data` and the `costs` are checked there, and values with a form of their own (spans, schedules
+over tokens) as they are read.
 """
 
 from collections.abc import Callable
@@ -76,24 +77,18 @@ _NOT_NEGATIVE = (
     "model.mtp_depth",
     "model.rope_scaling.mscale",
     "model.rope_scaling.mscale_all_dim",
-    "stage.mtp_loss_weight",
     "stage.balance_loss_weight",
-    "stage.bias_update_rate",
     "stage.validate_every_steps",
     "stage.validation_sequences",
     "stage.checkpoint_every_steps",
     "stage.sample_tokens",
     "stage.sample_temperature",
-    "optim.final_learning_rate",
-    "optim.warmup_steps",
-    "optim.decay_start_step",
-    "optim.decay_end_step",
-    "optim.decay_start_tokens",
-    "optim.decay_end_tokens",
-    "optim.last_start_tokens",
-    "optim.last_learning_rate",
+    "optim.schedule.final_learning_rate",
+    "optim.schedule.last_learning_rate",
     "optim.weight_decay",
 )
+
+_SHARES = ("optim.schedule.final_ratio",)
 
 _BELOW_ONE = ("optim.beta1", "optim.beta2", "ema.decay")
 
@@ -103,6 +98,7 @@ _RANGES: tuple[tuple[tuple[str, ...], str, Callable[[Number], bool]], ...] = (
     (_POSITIVE, "above 0", lambda value: value > 0),
     (_NOT_NEGATIVE, "0 or above", lambda value: value >= 0),
     (_OFF_OR_ABOVE_ONE, "0, which is off, or above 1", lambda value: value == 0 or value > 1),
+    (_SHARES, "between 0 and 1", lambda value: 0 <= value <= 1),
     (_BELOW_ONE, "at least 0 and below 1", lambda value: 0 <= value < 1),
 )
 
@@ -150,6 +146,8 @@ def _either(choices: list[int]) -> str:
 
 
 def _numbers(value: object, place: str) -> list[tuple[str, Number]]:
+    if hasattr(value, "to_plain"):
+        return []  # checked as it is read
     if is_dataclass(value):
         found: list[tuple[str, Number]] = []
         for field in fields(value):

@@ -13,11 +13,12 @@ from train.config import (
     PrecisionConfig,
     ProfileConfig,
     StageConfig,
-    StepOptimConfig,
     StopGuardConfig,
     TrackConfig,
     TrainConfig,
 )
+from train.optim.config import DecayedRate, OptimConfig, Span
+from train.token_schedule import TokenSchedule
 
 MODEL = ModelConfig(
     vocab_size=320,
@@ -47,13 +48,16 @@ MODEL = ModelConfig(
     initializer_range=0.1,
 )
 
-OPTIM = StepOptimConfig(
-    kind="steps",
+OPTIM = OptimConfig(
+    kind="adamw",
     learning_rate=1e-2,
-    final_learning_rate=1e-3,
-    warmup_steps=1,
-    decay_start_step=100,
-    decay_end_step=200,
+    schedule=DecayedRate(
+        kind="cosine",
+        warmup=Span(amount=1, unit="steps"),
+        decay_start=Span(amount=100, unit="steps"),
+        decay_end=Span(amount=200, unit="steps"),
+        final_ratio=0.1,
+    ),
     beta1=0.9,
     beta2=0.95,
     eps=1e-8,
@@ -72,9 +76,9 @@ STAGE = StageConfig(
     batch_ramp=None,
     micro_batch_sequences=1,
     document_mask=False,
-    mtp_loss_weight=0.3,
+    mtp_loss_weight=TokenSchedule.constant(0.3),
     balance_loss_weight=0.01,
-    bias_update_rate=0.05,
+    bias_update_rate=TokenSchedule.constant(0.05),
     validate_every_steps=0,
     validation_sequences=0,
     checkpoint_every_steps=0,

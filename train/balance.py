@@ -56,8 +56,13 @@ class Balance:
         return {f"layer_{layer}": row for layer, row in zip(self.layers, rows, strict=True)}
 
 
-def update_router_bias(assembly: Assembly) -> Balance:
-    """Moves every router's bias by the load of the whole global batch. Every rank calls it and gets the same."""
+def update_router_bias(assembly: Assembly, rate: float) -> Balance:
+    """Moves every router's bias by the load of the whole global batch. Every rank calls it and gets the same.
+
+    Args:
+        assembly: of the rank.
+        rate: by which a bias moves; 0 leaves it.
+    """
     gates, log = routers(assembly.model), assembly.observers.log
     layers = layers_with_routers(assembly.config.model)
     # -inf where this rank has no say: a maximum over all ranks then fills every row.
@@ -67,7 +72,7 @@ def update_router_bias(assembly: Assembly) -> Balance:
         with log.collective("stage", assembly.groups.stage, "sum of router loads"):
             dist.all_reduce(load_LE, group=assembly.groups.stage)
         for gate, load_E in zip(gates.values(), load_LE, strict=True):
-            gate.update_bias(load_E, assembly.config.stage.bias_update_rate)
+            gate.update_bias(load_E, rate)
             gate.load.zero_()
         bias_LE = torch.stack([gate.e_score_correction_bias for gate in gates.values()]).double()
         bias_LS = torch.stack([bias_LE.amin(1), bias_LE.amax(1), bias_LE.std(1, correction=0)], dim=1)

@@ -11,55 +11,8 @@ from dualpipe.config import ScheduleConfig
 from dualpipe.costs import Costs
 from kernels.attention.kinds import AttentionKind
 from model.config import Computing, ModelConfig, Products, Recomputed
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _AdamWConfig:
-    """AdamW and its learning rate: linear warm-up, constant, cosine decay to the final rate, constant.
-
-    `sharding`: `zero1` shards the optimiser state over the ranks that hold the same parameters
-    (DeepSpeed), `replicated` keeps it whole on each of them (torch; the only one for float64).
-    `moments`: what they are kept in (float32: float64 for float64 weights). A run may go on from a checkpoint with
-    others: from float32 to bf16 they are rounded, the way back changes nothing.
-    `bucket_elements`: how much of the gradients zero1 reduces, and of the weights it gathers, at once.
-    """
-
-    learning_rate: float
-    final_learning_rate: float
-    warmup_steps: int
-    beta1: float
-    beta2: float
-    eps: float
-    weight_decay: float
-    clip_norm: float
-    sharding: Literal["zero1", "replicated"]
-    moments: Literal["float32", "bf16"]
-    bucket_elements: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StepOptimConfig(_AdamWConfig):
-    """The decay begins and ends at steps."""
-
-    kind: Literal["steps"]
-    decay_start_step: int
-    decay_end_step: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TokenOptimConfig(_AdamWConfig):
-    """The decay begins and ends at tokens read, however large batches are, and after some more the rate falls once
-    again, to `last_learning_rate`: the shape of DeepSeek-V3's pre-training (arXiv:2412.19437, section 4.2).
-    """
-
-    kind: Literal["tokens"]
-    decay_start_tokens: int
-    decay_end_tokens: int
-    last_start_tokens: int
-    last_learning_rate: float
-
-
-OptimConfig = StepOptimConfig | TokenOptimConfig
+from train.optim.config import OptimConfig
+from train.token_schedule import TokenSchedule
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,9 +54,9 @@ class StageConfig:
     batch_ramp: BatchRamp | None
     micro_batch_sequences: int
     document_mask: bool
-    mtp_loss_weight: float
+    mtp_loss_weight: TokenSchedule
     balance_loss_weight: float
-    bias_update_rate: float
+    bias_update_rate: TokenSchedule
     validate_every_steps: int
     validation_sequences: int
     checkpoint_every_steps: int

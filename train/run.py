@@ -31,6 +31,7 @@ from train.loop import Training, show_continuation
 from train.manifest import check_fingerprint, check_manifest, read_step
 from train.metrics import Display, JsonLines, Recorder, Wandb
 from train.newest import AUTO, looks_whole, newest_whole
+from train.optim.learning_rate import learning_rate, schedule_warnings
 from train.plan import Plan, plan
 from train.profile import profile_notice
 from train.ramp import SizedAssemblies
@@ -292,5 +293,11 @@ def _introduce(assembly: Assembly, planned: Plan, prepared: Prepared, reporter: 
     given, size = config.data.tokenizer, prepared.tokenizer.vocab_size
     origin = "trained on the corpus" if given is None else f"that of {given}, not one of data.tokenizer_vocab_size"
     reporter.say(f"tokenizer: {origin}; ids below {size:,}")
+    for warning in schedule_warnings(config.optim, config.batch_sizes, config.stage.steps):
+        reporter.say(f"warning: {warning}")
     if first_step:
         reporter.say(f"resumed after step {first_step} from {config.resume}{other_layout(config)}")
+        rate = learning_rate(config.optim, config.batch_sizes, config.stage.steps, first_step)
+        reporter.say(
+            f"learning rate: {rate:.3e} in step {first_step + 1}; its schedule spans {config.stage.steps:,} steps"
+        )

@@ -4,11 +4,13 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from data.batch_sizes import BatchSizes
 from data.loader import IGNORE, Batch, Loader
 from dualpipe.clock import open_clock
 from dualpipe.execute import Execution, execute
@@ -40,12 +42,21 @@ class Losses:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class StepRates:
+    """What a step trains with, as functions of the step alone: the same under every layout and after a resume."""
+
+    learning_rate: float
+    mtp_loss_weight: float
+    bias_update: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class StepResult:
     """What a step showed, equal on all ranks but for the execution of this rank's passes."""
 
     losses: Losses
     grad_norm: float
-    learning_rate: float
+    rates: StepRates
     seconds: float
     tokens: int
     balance: Balance
@@ -113,10 +124,26 @@ def to_micro_batch(batch: Batch, mtp_depth: int, device: torch.device, *, masks_
     )
 
 
-def make_objective(config: TrainConfig, num_targets: Tensor) -> Objective:
+def rates_of(config: TrainConfig, sizes: BatchSizes, step: int) -> StepRates:
+    """Returns the learning rate, the MTP loss weight and the router bias rate of a step.
+
+    Args:
+        config: of the run; of any size of its batch ramp.
+        sizes: sequences of every step of the run.
+        step: from 0.
+    """
+    stage, tokens = config.stage, sizes.tokens_before(step)
+    return StepRates(
+        learning_rate=learning_rate(config.optim, sizes, stage.steps, step),
+        mtp_loss_weight=stage.mtp_loss_weight.at(tokens),
+        bias_update=stage.bias_update_rate.at(tokens),
+    )
+
+
+def make_objective(config: TrainConfig, num_targets: Tensor, mtp_loss_weight: float) -> Objective:
     """The step's objective from the targets per depth of its global batch."""
     stage, depth = config.stage, config.model.mtp_depth
-    weights = [1.0] + [stage.mtp_loss_weight / max(depth, 1)] * depth
+    weights = [1.0] + [mtp_loss_weight / max(depth, 1)] * depth
     return Objective(
         cross_entropy=tuple(
             weight / max(count, 1) for weight, count in zip(weights, num_targets.tolist(), strict=True)
@@ -141,17 +168,18 @@ def train_step(assembly: Assembly, loader: Loader, step: int, guard: Guard | Non
     started = time.perf_counter()
     config = assembly.config
     guard = guard or Guard(config.guard)
-    rate = learning_rate(config.optim, step, loader.sizes.tokens_before(step))
-    losses, execution = accumulate(assembly, lambda first, count: loader.batch(step, first, count))
-    norm = _update(assembly, guard, losses, step, rate)
-    balance = update_router_bias(assembly)
+    rates = rates_of(config, loader.sizes, step)
+    read = partial(loader.batch, step)
+    losses, execution = accumulate(assembly, read, rates.mtp_loss_weight)
+    norm = _update(assembly, guard, losses, step, rates.learning_rate)
+    balance = update_router_bias(assembly, rates.bias_update)
     if assembly.ema is not None:
         assembly.ema.update()
     tokens = config.stage.global_batch_sequences * config.stage.sequence_length_tokens
     return StepResult(
         losses=losses,
         grad_norm=norm,
-        learning_rate=rate,
+        rates=rates,
         seconds=time.perf_counter() - started,
         tokens=tokens,
         balance=balance,
@@ -186,43 +214,48 @@ def discard(assembly: Assembly) -> None:
     assembly.observers.clips.take()
 
 
-def accumulate(assembly: Assembly, read: Read) -> tuple[Losses, Execution]:
+def accumulate(assembly: Assembly, read: Read, mtp_loss_weight: float) -> tuple[Losses, Execution]:
     """All passes of one global batch, and what this rank's took; gradients stay in the store, loads in the routers.
+
+    Args:
+        assembly: of the rank.
+        read: the sequences of the batch, from a first one on.
+        mtp_loss_weight: of all MTP depths together, beside the main loss.
 
     Raises:
         PreemptedError: on every rank alike, before anything was begun.
     """
     batches = BatchReader(assembly, read)
     num_targets = batches.count_targets()
-    objective, sums = make_objective(assembly.config, num_targets), _no_sums(assembly)
+    objective, sums = make_objective(assembly.config, num_targets, mtp_loss_weight), _no_sums(assembly)
     fed = feed(assembly, batches, objective, sums, assembly.store)
     with assembly.model.weights_unchanged():
         execution = execute(assembly.train_program, fed, assembly.links, open_clock(assembly.device))
-    return _reduce(assembly, sums, num_targets), execution
+    return _reduce(assembly, sums, num_targets, mtp_loss_weight), execution
 
 
 def validate_pass(assembly: Assembly, read: Read) -> tuple[Losses, int]:
-    """A forward pass of one global batch: losses and the number of main targets."""
+    """A forward pass of one global batch: losses, MTP's without weight, and the number of main targets."""
     batches = BatchReader(assembly, read)
     num_targets = batches.count_targets()
-    objective, sums = make_objective(assembly.config, num_targets), _no_sums(assembly)
+    objective, sums = make_objective(assembly.config, num_targets, 0.0), _no_sums(assembly)
     with assembly.model.weights_unchanged():
         execute(assembly.forward_program, feed(assembly, batches, objective, sums, None), assembly.links)
-    return _reduce(assembly, sums, num_targets), int(num_targets[0])
+    return _reduce(assembly, sums, num_targets, 0.0), int(num_targets[0])
 
 
 def _no_sums(assembly: Assembly) -> LossSums:
     return LossSums(cross_entropy=[0.0] * (assembly.config.model.mtp_depth + 1))
 
 
-def _reduce(assembly: Assembly, sums: LossSums, num_targets: Tensor) -> Losses:
+def _reduce(assembly: Assembly, sums: LossSums, num_targets: Tensor, mtp_loss_weight: float) -> Losses:
     stage = assembly.config.stage
     own = sums.settle()
     is_finite_here = bool(own.isfinite().all())
     totals = _sum_over_world(assembly, own, "sum of losses").tolist()
     means = [total / max(count, 1) for total, count in zip(totals[:-1], num_targets.tolist(), strict=True)]
     balance, mtp = totals[-1] / stage.global_batch_sequences, tuple(means[1:])
-    mtp_part = stage.mtp_loss_weight * sum(mtp) / max(len(mtp), 1)
+    mtp_part = mtp_loss_weight * sum(mtp) / max(len(mtp), 1)
     total = means[0] + mtp_part + stage.balance_loss_weight * balance
     return Losses(main=means[0], mtp=mtp, balance=balance, total=total, is_finite_here=is_finite_here)
 

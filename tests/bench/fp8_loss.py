@@ -34,8 +34,8 @@ MODEL_OVERRIDES = (
     "stage.checkpoint_every_steps=0",
     "stage.sample_tokens=0",
     "optim.learning_rate=3e-4",
-    "optim.final_learning_rate=3e-5",
-    "optim.warmup_steps=50",
+    "optim.schedule.warmup=50 steps",
+    "optim.schedule.decay_start=50 %",
 )
 
 
@@ -79,8 +79,7 @@ def _train(arguments: argparse.Namespace, precision: str, seed: int) -> list[flo
     folder = arguments.folder / f"{precision}-{seed}"
     steps = arguments.steps
     command = [sys.executable, "-m", "launch.train", *MODEL_OVERRIDES, f"precision={precision}", f"seed={seed}"]
-    command += [f"stage.steps={steps}", f"optim.decay_start_step={steps // 2}", f"optim.decay_end_step={steps}"]
-    command += [f"out_dir={folder}", *arguments.overrides]
+    command += [f"stage.steps={steps}", f"out_dir={folder}", *arguments.overrides]
     metrics = folder / "metrics.jsonl"
     if not metrics.exists():
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)

@@ -84,7 +84,7 @@ def test_config_any_choice_of_options_passes_or_is_refused_in_one_line(tmp_path:
     assert 5 < passed < 30
 
 
-@pytest.mark.parametrize("choice", ["experiment=quickstart", "experiment=two_nodes", "model=v3_671b", "model=tiny"])
+@pytest.mark.parametrize("choice", ["experiment=quickstart", "optim=adamw_v3", "optim/schedule=wsd", "model=tiny"])
 def test_config_read_inverts_write(choice: str) -> None:
     config = build(choice)
     assert read_config(write_config(config)) == config
@@ -100,7 +100,11 @@ def test_config_source_is_written_as_it_is_given() -> None:
 
 @pytest.mark.slow
 def test_config_every_number_has_a_range_or_is_checked_where_it_belongs(tmp_path: Path) -> None:
-    choices = [f"{group}={choice}" for group in ("model", "dispatch", "optim", "guard") for choice in options(group)]
+    choices = [
+        f"{group}={choice}"
+        for group in ("model", "dispatch", "optim", "optim/schedule", "guard")
+        for choice in options(group)
+    ]
     choices += ["cluster=h800", "ema.decay=0.9", "stage.checkpoint_keep=2", f"stage.batch_ramp={RAMP % (4, 4)}"]
     weights = place_weights(tmp_path / "weights")
     keys = {
@@ -182,10 +186,38 @@ def test_config_quickstart_feeds_dualpipe_fully() -> None:
         (["stage.sequence_length_tokens=5000"], ["stage.sequence_length_tokens", "4096", "is 5000"]),
         (["stage.sequence_length_tokens=1"], ["stage.sequence_length_tokens", "model.mtp_depth=1", "valid: 2"]),
         (["stage.validation_sequences=20"], ["stage.validation_sequences", "=16", "is 20", "16 or 32"]),
-        (["optim.final_learning_rate=1"], ["optim.final_learning_rate", "optim.learning_rate=0.003", "is 1.0"]),
-        (["optim.decay_end_step=40"], ["optim.decay_start_step", "optim.decay_end_step=40", "is 50"]),
-        (["optim=adamw_v3", "optim.decay_end_tokens=1"], ["optim.decay_end_tokens", "10000000000000", "is 1"]),
-        (["optim=adamw_v3", "optim.last_learning_rate=1"], ["optim.last_learning_rate", "at most", "nearest valid"]),
+        (["optim.schedule.final_ratio=1.5"], ["optim.schedule.final_ratio", "between 0 and 1", "is 1.5"]),
+        (["optim=adamw_v3", "optim.schedule.final_learning_rate=1"],
+            ["optim.schedule.final_learning_rate", "optim.learning_rate=0.00022", "is 1.0"]),
+        (["optim=adamw_v3", "optim.schedule.last_learning_rate=1"], ["optim.schedule.last_learning_rate", "at most",
+            "optim.schedule.final_learning_rate=2.2e-05", "is 1.0", "nearest valid: 2.2e-05"]),
+        (["optim.schedule.decay_start=60 %", "optim.schedule.decay_end=50 %"],
+            ["optim.schedule.decay_start", "optim.schedule.decay_end=50 %", "is 60 %", "nearest valid: 50 %"]),
+        (["optim=adamw_v3", "optim.schedule.decay_end=1 tokens"],
+            ["optim.schedule.decay_start", "decay_end=1 tokens", "is 10000000000000 tokens"]),
+        (["optim.schedule.warmup=70 steps", "optim.schedule.decay_end=40 %"],
+            ["optim.schedule.warmup", "optim.schedule.decay_end=40 %", "is 70 steps"]),
+        (["optim.schedule.warmup=0.02"], ["optim.schedule.warmup", "5 %", "is 0.02", "nearest valid: 2 %"]),
+        (["optim.schedule.warmup=2000"], ["optim.schedule.warmup", "is 2000", "nearest valid: 2000 steps"]),
+        (["optim.schedule.warmup=-3"], ["optim.schedule.warmup", "is -3"]),
+        (["optim.schedule.warmup=120 %"], ["optim.schedule.warmup", "at most 100 %", "is '120 %'"]),
+        (["optim.schedule.warmup=2.5 steps"], ["optim.schedule.warmup", "whole number of steps", "is '2.5 steps'"]),
+        (["optim.schedule.warmup=2 epochs"], ["optim.schedule.warmup", "is '2 epochs'"]),
+        (["optim.schedule.warmup=null"], ["optim.schedule.warmup", "is None"]),
+        (["optim.schedule=wsd"], ["optim.schedule: is a group of keys; write optim/schedule=wsd"]),
+        (["optim/schedule=wsdd"], ["optim/schedule: no option wsdd", "did you mean wsd"]),
+        (["optim/schedule=wsd", "optim.schedule.decay_end=50 %"],
+            ["optim.schedule.decay_end: unknown key here", "optim/schedule=cosine"]),
+        (["optim/schedule=wsd", "optim.schedule.decay_shape=sqrt"], ["optim.schedule.decay_shape", "one_minus_sqrt"]),
+        (["stage.mtp_loss_weight=-1"], ["stage.mtp_loss_weight", "0 or above", "is -1"]),
+        (["stage.mtp_loss_weight=much"], ["stage.mtp_loss_weight", "a number, or a list", "is 'much'"]),
+        (["stage.bias_update_rate=[]"], ["stage.bias_update_rate", "from_tokens: 0", "is []"]),
+        (["stage.bias_update_rate=[{from_tokens:5,value:1}]"], ["stage.bias_update_rate", "from_tokens: 0"]),
+        (["stage.bias_update_rate=[{from_tokens:0,value:1},{from_tokens:0,value:2}]"],
+            ["stage.bias_update_rate", "must grow", "are 0, 0"]),
+        (["stage.bias_update_rate=[{from_tokens:0,value:1},{from_tokens:1.5,value:2}]"],
+            ["stage.bias_update_rate", "whole number", "is 1.5"]),
+        (["stage.bias_update_rate=[{from_tokens:0,valu:1}]"], ["stage.bias_update_rate", "value", "valu"]),
         ([f"stage.batch_ramp={RAMP % (4, 1)}"], ["stage.batch_ramp.num_sizes", "at least 2", "is 1", "null"]),
         ([f"stage.batch_ramp={RAMP % (4, 17)}"], ["stage.batch_ramp.num_sizes", "at most", "is 17", "valid: 16"]),
         ([f"stage.batch_ramp={RAMP % (16, 2)}"], ["stage.batch_ramp.start_sequences", "below", "is 16"]),
@@ -202,7 +234,6 @@ def test_config_quickstart_feeds_dualpipe_fully() -> None:
         (["profile.steps=[0]"], ["profile.steps", "one is 0", "nearest valid: 1"]),
         (["profile.steps=[3,3]"], ["profile.steps", "at most once", "[3,3]", "nearest valid: [3]"]),
         (["profile=steps", "profile.ranks=[2]"], ["profile.ranks", "0 to 1", "one is 2", "nearest valid: 1"]),
-        (["optim.warmup_steps=70"], ["optim.decay_start_step", "optim.warmup_steps=70", "is 50"]),
         (["precision=float64"], ["optim.sharding", "precision=float64", "is zero1", "replicated"]),
         (["precision=bf16", "optim.sharding=replicated"], ["optim.sharding", "bf16", "is replicated", "zero1"]),
         (["data.tokenizer_vocab_size=5000"], ["data.tokenizer_vocab_size", "model.vocab_size=4096", "is 5000"]),

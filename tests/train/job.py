@@ -1,6 +1,7 @@
 """What one rank of a test's job does, and the plain model that it is held against."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -23,11 +24,10 @@ from model.transformer import Transformer, initialise, named_tensors, routers
 from train.assemble import Assembly, assemble, is_mirrored, weight_dtype
 from train.balance import update_router_bias
 from train.config import TrainConfig
-from train.optim.learning_rate import learning_rate
 from train.optim.parameters import group_parameters
 from train.plan import ramp_schedules
 from train.ramp import SizedAssemblies, sized_config
-from train.step import accumulate, make_objective, to_micro_batch
+from train.step import accumulate, make_objective, rates_of, to_micro_batch
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,11 +86,12 @@ def _run_one(job: Job, num_steps: int) -> list[Seen]:
     seen = []
     for step in range(num_steps):
         assembly = assemblies.of_step(step)
-        losses, _ = accumulate(assembly, lambda first, count, step=step: loader.batch(step, first, count))  # type: ignore[misc]
+        rates = rates_of(config, loader.sizes, step)
+        losses, _ = accumulate(assembly, partial(loader.batch, step), rates.mtp_loss_weight)
         gradients = by_released_name(assembly.model, assembly.store.gradient)
         norm = assembly.optimiser.reduce()
-        assembly.optimiser.update(learning_rate(config.optim, step, loader.sizes.tokens_before(step)))
-        update_router_bias(assembly)
+        assembly.optimiser.update(rates.learning_rate)
+        update_router_bias(assembly, rates.bias_update)
         flat = [losses.main, *losses.mtp, losses.balance, losses.total]
         weights = {name: tensor.clone() for name, tensor in named_tensors(assembly.model).items()}
         seen.append(Seen(flat, norm, gradients, weights))
@@ -156,6 +157,7 @@ def run_plain(config: TrainConfig, starved: int, num_steps: int) -> list[Seen]:
 def _plain_step(
     config: TrainConfig, model: Transformer, optimizer: torch.optim.Optimizer, loader: Loader, step: int
 ) -> Seen:
+    rates = rates_of(config, loader.sizes, step)
     config = sized_config(config, loader.sizes.sequences(step))
     stage, depth = config.stage, config.model.mtp_depth
     size, device = stage.micro_batch_sequences, torch.device("cpu")
@@ -166,21 +168,21 @@ def _plain_step(
     ]
     counts = sum(torch.tensor([int((t >= 0).sum()) for t in batch.targets_BT]) for batch in batches)
     assert isinstance(counts, Tensor)
-    objective, sums = make_objective(config, counts), LossSums([0.0] * (depth + 1))
+    objective, sums = make_objective(config, counts, rates.mtp_loss_weight), LossSums([0.0] * (depth + 1))
     for batch in batches:
         model.loss(batch, objective, sums).backward()
     gradients = by_released_name(model, lambda parameter: parameter.grad)
     norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_norm))
     for options in optimizer.param_groups:
-        options["lr"] = learning_rate(config.optim, step, loader.sizes.tokens_before(step))
+        options["lr"] = rates.learning_rate
     optimizer.step()
     optimizer.zero_grad()
     for router in routers(model).values():
-        router.update_bias(router.load, stage.bias_update_rate)
+        router.update_bias(router.load, rates.bias_update)
         router.load.zero_()
     totals = sums.settle().tolist()
     means = [total / count for total, count in zip(totals[:-1], counts.tolist(), strict=True)]
     balance = totals[-1] / stage.global_batch_sequences
-    total = means[0] + stage.mtp_loss_weight * sum(means[1:]) / max(depth, 1) + stage.balance_loss_weight * balance
+    total = means[0] + rates.mtp_loss_weight * sum(means[1:]) / max(depth, 1) + stage.balance_loss_weight * balance
     weights = {name: tensor.clone() for name, tensor in named_tensors(model).items()}
     return Seen([*means, balance, total], norm, gradients, weights)

@@ -1,6 +1,7 @@
 """Loads and biases of every router: the same on every rank and under every layout, and what the run's files say."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from tests.tiny import tiny_config, write_text
 from tests.train.job import open_assembly, open_loader
 from train.balance import Balance, LoadLines, update_router_bias
 from train.config import TrainConfig
-from train.step import accumulate
+from train.step import accumulate, rates_of
 
 
 def balances(rank: int, world_size: int, config: TrainConfig) -> tuple[list[Balance], dict[int, torch.Tensor]]:
@@ -22,8 +23,9 @@ def balances(rank: int, world_size: int, config: TrainConfig) -> tuple[list[Bala
     assembly, loader = open_assembly(config), open_loader(config)
     seen = []
     for step in range(2):
-        accumulate(assembly, lambda first, count, step=step: loader.batch(step, first, count))
-        seen.append(update_router_bias(assembly))
+        rates = rates_of(config, loader.sizes, step)
+        accumulate(assembly, partial(loader.batch, step), rates.mtp_loss_weight)
+        seen.append(update_router_bias(assembly, rates.bias_update))
         assembly.store.clear()
     assembly.close()
     held = {layer: gate.e_score_correction_bias for layer, gate in routers(assembly.model).items()}

@@ -51,6 +51,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_resumed_run_equals_unbroken_bitwise(folder: Path, kind: str, choices: tuple[str, ...]) -> None:
+    # Spans in steps: in shares of the run they would follow each run's own length.
+    choices += ("optim.schedule.warmup=3 steps", "optim.schedule.decay_end=8 steps")
     whole, half = f"whole_{kind}", f"half_{kind}"
     for name, steps in ((whole, 8), (half, 4)):
         done = run_train(folder, name, f"stage.steps={steps}", "stage.sample_prompt=", *choices)
@@ -136,8 +138,8 @@ def test_non_finite_step_ends_every_rank_with_its_exit_code(folder: Path, choice
         *choices,
         "stage.steps=40",
         "optim.learning_rate=1e30",
-        "optim.final_learning_rate=1e30",
-        "optim.warmup_steps=0",
+        "optim/schedule=constant",
+        "optim.schedule.warmup=0",
         "stage.sample_prompt=",
     )
     assert done.returncode == 77, done.stdout + done.stderr

@@ -58,7 +58,7 @@ def test_training_in_two_hops_equals_one_rank(
 
 def _count_one_step(rank: int, world_size: int, config: TrainConfig) -> tuple[dict[str, Any], dict[str, str]]:
     assembly, loader = open_assembly(config), open_loader(config)
-    accumulate(assembly, lambda first, count: loader.batch(0, first, count))
+    accumulate(assembly, lambda first, count: loader.batch(0, first, count), 0.3)
     model = config.model
     metrics = exchange_metrics(
         assembly.observers.traffic.take(),

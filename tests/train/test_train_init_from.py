@@ -151,7 +151,7 @@ def test_start_the_optimisers_masters_follow(folder: Path) -> None:
             "two",
             f"masters_{precision}",
             precision=PrecisionConfig(kind=precision),  # type: ignore[arg-type]
-            optim=replace(OPTIM, sharding="zero1", learning_rate=1e-30, final_learning_rate=1e-30),
+            optim=replace(OPTIM, sharding="zero1", learning_rate=1e-30),
             stage=replace(STAGE, steps=1),
         )
         for precision in ("float32", "bf16")

@@ -127,7 +127,7 @@ def _watch_steps(rank: int, world_size: int, jobs: list[tuple[TrainConfig, Sched
 def _watch_step(config: TrainConfig, schedule: Schedule) -> tuple[int, int, int]:
     assembly, loader, watch = open_assembly(config, schedule), open_loader(config), Watch()
     batches = BatchReader(assembly, lambda first, count: loader.batch(0, first, count))
-    objective = make_objective(config, batches.count_targets())
+    objective = make_objective(config, batches.count_targets(), 0.3)
     sums = LossSums(cross_entropy=[0.0] * (config.model.mtp_depth + 1))
     # What is made once and stays, the table of rotations, is made here.
     execute(assembly.forward_program, feed(assembly, batches, objective, sums, None), assembly.links)

@@ -11,9 +11,9 @@ from torch import distributed as dist
 from model.gradients import GradientStore
 from tests.ranks import run_ranks
 from tests.tiny import OPTIM
-from train.config import OptimConfig
 from train.optim.adamw import Bf16MomentsAdamW, build_adamw, moments_of
 from train.optim.build import build_optimiser
+from train.optim.config import OptimConfig
 from train.optim.parameters import ParameterGroups, Replicas
 
 CONFIG = replace(OPTIM, moments="bf16", clip_norm=1e9)

@@ -22,6 +22,7 @@ from train.config import TrainConfig
 from train.initial_weights import load_initial
 from train.manifest import CheckpointError
 from train.step import train_step
+from train.token_schedule import TokenSchedule
 
 LAYOUTS = {
     "one": (ParallelismConfig(pipeline=1, data=1, expert=1), "1f1b"),
@@ -40,7 +41,7 @@ def run_config(folder: Path, source: str, layout: str, name: str, **changes: obj
         model=HfReader(folder / source).config,
         parallelism=parallelism,
         schedule=ScheduleConfig(kind=schedule, pairing="overlapped"),  # type: ignore[arg-type]
-        stage=replace(STAGE, bias_update_rate=0.01),
+        stage=replace(STAGE, bias_update_rate=TokenSchedule.constant(0.01)),
     )
     return replace(config, **changes)  # type: ignore[arg-type]
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from kernels.adamw.coefficients import coefficients
 from kernels.adamw.implementations import adamw_step
 from kernels.select import implementation_for
-from train.config import OptimConfig
+from train.optim.config import OptimConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
