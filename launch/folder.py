@@ -1,6 +1,9 @@
-"""A run's folder: chosen, made once, and the resolved configuration that its ranks read."""
+"""A run's folder: chosen, made once, locked, and the resolved configuration that its ranks read."""
 
+import os
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
 from itertools import count
@@ -10,8 +13,12 @@ import yaml
 
 from launch.config import read_config, write_config
 from launch.errors import ConfigError
+from launch.folder_content import check_content
 from train.config import TrainConfig
+from train.events import append_event
+from train.lock_file import LOCK_NAME, refuse_if_in_use
 from train.newest import AUTO
+from train.run_lock import RunLock, acquire
 
 CONFIG_NAME = "config.yaml"
 _PARTIAL_NAME = f"{CONFIG_NAME}.partial"
@@ -22,14 +29,23 @@ def check_folder(config: TrainConfig) -> None:
 
     Raises:
         ConfigError: `out_dir` is a file, or a folder with content that is not the run that `resume` names, or any run
-            for `resume=auto`.
+            for `resume=auto`; a link or a pipe stands under a name that a run writes.
+        LockedError: another command on this machine uses it.
     """
     folder = Path(config.out_dir).expanduser()
-    if not config.out_dir or not folder.exists():
+    if not config.out_dir or not os.path.lexists(folder):
         return
     if not folder.is_dir():
-        raise ConfigError(f"out_dir: must be a folder, {config.out_dir!r} is a file; nearest valid: {folder}-run")
-    if all(path.name == _PARTIAL_NAME for path in folder.iterdir()):
+        kind = "a link that leads nowhere" if folder.is_symlink() and not folder.exists() else "a file"
+        raise ConfigError(f"out_dir: must be a folder, {config.out_dir!r} is {kind}; nearest valid: {folder}-run")
+    refuse_if_in_use(folder)
+    _check_holds(config, folder)
+
+
+def _check_holds(config: TrainConfig, folder: Path) -> None:
+    """Refuses a folder with content that the run must not touch."""
+    check_content(folder)
+    if all(path.name == _PARTIAL_NAME or path.name.startswith(LOCK_NAME) for path in folder.iterdir()):
         return
     if config.resume == AUTO:
         if not (folder / CONFIG_NAME).is_file():
@@ -46,8 +62,37 @@ def check_folder(config: TrainConfig) -> None:
         )
 
 
+@contextmanager
+def held_folder(config: TrainConfig, now: datetime) -> Iterator[tuple[TrainConfig, RunLock]]:
+    """Makes the run's folder, owns its lock meanwhile, and writes the resolved configuration into it.
+
+    Args:
+        config: checked.
+        now: names the folder when `out_dir` is empty.
+
+    Yields:
+        The configuration with the folder that was made, and the lock.
+
+    Raises:
+        ConfigError: the folder cannot be made or written, or has got content since it was checked.
+        LockedError: another command uses it.
+    """
+    with _system_refusals(config):
+        folder = _make(config, now)
+        lock = acquire(folder, _say)
+    try:
+        config = replace(config, out_dir=str(folder))
+        with _system_refusals(config):
+            _check_holds(config, folder)
+            if lock.taken_from:
+                append_event(folder, "lock_taken_over", 0, f"the lock of {lock.taken_from} was stale")
+        yield claim_folder(config, now), lock
+    finally:
+        lock.release()
+
+
 def claim_folder(config: TrainConfig, now: datetime) -> TrainConfig:
-    """Makes the run's folder and writes the resolved configuration into it.
+    """Makes the run's folder and writes the resolved configuration into it. Its lock is the caller's.
 
     Args:
         config: checked.
@@ -59,25 +104,35 @@ def claim_folder(config: TrainConfig, now: datetime) -> TrainConfig:
     Raises:
         ConfigError: it cannot be made or written.
     """
+    with _system_refusals(config):
+        folder = _make(config, now)
+        config = replace(config, out_dir=str(folder))
+        text = yaml.safe_dump(write_config(config), sort_keys=False, allow_unicode=True)
+        # In one move: what a run before wrote stays where this cannot be written.
+        (folder / _PARTIAL_NAME).write_text(text, encoding="utf-8")
+        (folder / _PARTIAL_NAME).replace(folder / CONFIG_NAME)
+    return config
+
+
+@contextmanager
+def _system_refusals(config: TrainConfig) -> Iterator[None]:
     try:
-        return _claim(config, now)
+        yield
     except OSError as error:
         place = config.out_dir or "outputs"
         raise ConfigError(f"out_dir: {place!r} must be a folder that can be written: {error}") from error
 
 
-def _claim(config: TrainConfig, now: datetime) -> TrainConfig:
-    if config.out_dir:
-        folder = Path(config.out_dir).expanduser()
-        folder.mkdir(parents=True, exist_ok=True)
-    else:
-        folder = _make_unique(Path("outputs") / config.name / now.strftime("%Y-%m-%d_%H-%M-%S"))
-    config = replace(config, out_dir=str(folder))
-    text = yaml.safe_dump(write_config(config), sort_keys=False, allow_unicode=True)
-    # In one move: what a run before wrote stays where this cannot be written.
-    (folder / _PARTIAL_NAME).write_text(text, encoding="utf-8")
-    (folder / _PARTIAL_NAME).replace(folder / CONFIG_NAME)
-    return config
+def _make(config: TrainConfig, now: datetime) -> Path:
+    if not config.out_dir:
+        return _make_unique(Path("outputs") / config.name / now.strftime("%Y-%m-%d_%H-%M-%S"))
+    folder = Path(config.out_dir).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def read_folder(folder: Path) -> TrainConfig:

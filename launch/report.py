@@ -74,9 +74,10 @@ def user_errors() -> tuple[type[ValueError], ...]:
     from infer.config import GenerateError
     from model.cut import CutError
     from model.hf.errors import HfError
+    from train.lock_file import LockedError
     from train.manifest import CheckpointError
 
-    return (ConfigError, ScheduleError, DataError, CheckpointError, CutError, HfError, GenerateError)
+    return (ConfigError, ScheduleError, DataError, CheckpointError, CutError, HfError, GenerateError, LockedError)
 
 
 def help_text(name: str) -> str:

@@ -14,7 +14,8 @@ from launch.compose import compose, key_of, own_keys
 from launch.config import check, read_config
 from launch.decode import decode
 from launch.errors import ConfigError, system_errors
-from launch.folder import check_folder, claim_folder
+from launch.folder import check_folder, held_folder
+from launch.private_file import write_private
 from launch.report import command
 from launch.slurm.config import SlurmConfig, check_slurm
 from launch.slurm.script import render
@@ -113,10 +114,11 @@ def _submit(config: TrainConfig, script: str, overrides: Sequence[str]) -> str:
         raise ConfigError("slurm: sbatch must be on PATH, is not; dry_run=true prints the script")
     folder = Path(config.out_dir)
     is_new, log, path = not folder.exists(), folder / LOG_FOLDER, folder / SCRIPT_NAME
-    claim_folder(config, datetime.now())
-    log.mkdir(exist_ok=True)
-    path.write_text(script, encoding="utf-8")
-    (folder / OVERRIDES_NAME).write_text("".join(f"{override}\n" for override in overrides), encoding="utf-8")
+    # Only while it is written: the job itself owns the folder once it starts.
+    with held_folder(config, datetime.now()):
+        log.mkdir(exist_ok=True)
+        write_private(path, script)
+        write_private(folder / OVERRIDES_NAME, "".join(f"{override}\n" for override in overrides))
     done = subprocess.run([sbatch, "--parsable", str(path)], capture_output=True, text=True, check=False)
     if done.returncode == 0:
         return f"submitted job {done.stdout.strip().partition(';')[0]}: {path}; it writes to {log}"

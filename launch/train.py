@@ -14,7 +14,7 @@ from launch.compose import compose
 from launch.config import check, read_config
 from launch.environment import apply_rank_environment
 from launch.errors import ConfigError, system_errors
-from launch.folder import check_folder, claim_folder
+from launch.folder import check_folder, held_folder
 from launch.local import preload_modules, run_ranks, start_fork_server
 from launch.report import command
 from train.config import TrainConfig
@@ -116,8 +116,8 @@ def _run_local(config: TrainConfig) -> int:
     from train.corpus import prepare_corpus
 
     prepare_corpus(config)
-    config = claim_folder(config, datetime.now())
-    return run_ranks(Path(config.out_dir), config.parallelism.world_size, train_rank)
+    with held_folder(config, datetime.now()) as (config, _):
+        return run_ranks(Path(config.out_dir), config.parallelism.world_size, train_rank)
 
 
 def _run_as_rank(config: TrainConfig) -> int:
@@ -134,11 +134,12 @@ def _run_as_rank(config: TrainConfig) -> int:
             f"again find their run in out_dir, is {config.resume}; "
             f"nearest valid: resume=auto out_dir={config.out_dir or 'outputs/' + config.name}"
         )
-    if not is_other_rank(os.environ):
-        check_folder(config)
-        config = claim_folder(config, datetime.now())
     apply_rank_environment(config.cluster)
-    return leave(train_rank(config, is_aloud=True), os.environ)
+    if is_other_rank(os.environ):
+        return leave(train_rank(config, is_aloud=True), os.environ)
+    check_folder(config)
+    with held_folder(config, datetime.now()) as (config, _):
+        return leave(train_rank(config, is_aloud=True), os.environ)
 
 
 if __name__ == "__main__":

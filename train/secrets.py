@@ -1,0 +1,77 @@
+"""Secrets that must not reach logs, records and reports: found by their names, and by their values. No torch here."""
+
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+HIDDEN = "***"
+_WORDS = frozenset(
+    [
+        "key",
+        "keys",
+        "apikey",
+        "token",
+        "password",
+        "passwd",
+        "passphrase",
+        "pwd",
+        "secret",
+        "secrets",
+        "credential",
+        "credentials",
+        "auth",
+        "bearer",
+    ]
+)
+# Shorter values of the environment are words that occur everywhere.
+_SHORTEST_VALUE = 8
+_ASSIGNMENT = re.compile(
+    r"""(?P<name>[A-Za-z_][\w.-]*)(?P<sign>\s*[=:]\s*)(?P<value>"(?:[^"\\]|\\.)*"|'[^']*'|[^\s'",;&|)\]}]+)"""
+)
+_IN_URL = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*://[^\s/:@]*:)[^\s/@]+@")
+
+
+def is_secret_name(name: str) -> bool:
+    """Returns whether a key or a variable looks as if it held a secret: `WANDB_API_KEY`, `hubToken`, `db.password`."""
+    spaced = re.sub(r"([a-z0-9])([A-Z])", r"\1 \2", name)
+    return any(word in _WORDS for word in re.split(r"[^a-z0-9]+", spaced.lower()))
+
+
+def redact(text: str, environment: Mapping[str, str] | None = None) -> str:
+    """Returns a text with `***` in place of secrets.
+
+    Hidden are values after a name that looks secret (`export HF_TOKEN=...`, `password: ...`), passwords in URLs, and
+    the values that such variables have in the environment, wherever they occur.
+
+    Args:
+        text: of a message, a log line or a command line.
+        environment: variables of the process; None: its own.
+    """
+    for value in _values(os.environ if environment is None else environment):
+        text = text.replace(value, HIDDEN)
+    text = _IN_URL.sub(rf"\g<scheme>{HIDDEN}@", text)
+    return _ASSIGNMENT.sub(_hide, text)
+
+
+def redact_values(values: Any, name: str = "") -> Any:
+    """Returns nested plain values with `***` in place of secrets; numbers and None are none."""
+    if isinstance(values, Mapping):
+        return {key: redact_values(value, str(key)) for key, value in values.items()}
+    if isinstance(values, (list, tuple)):
+        return [redact_values(value, name) for value in values]
+    if isinstance(values, str):
+        return HIDDEN if values and is_secret_name(name) else redact(values)
+    return values
+
+
+def _hide(match: re.Match[str]) -> str:
+    if not is_secret_name(match["name"]) or re.fullmatch(r"[\d.e+-]+|null|none|true|false", match["value"].lower()):
+        return match[0]
+    return f"{match['name']}{match['sign']}{HIDDEN}"
+
+
+def _values(environment: Mapping[str, str]) -> list[str]:
+    """Returns the secret values of the environment, the longest first."""
+    found = {value for name, value in environment.items() if is_secret_name(name) and len(value) >= _SHORTEST_VALUE}
+    return sorted(found, key=len, reverse=True)
