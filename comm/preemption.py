@@ -3,8 +3,14 @@
 import signal
 from types import FrameType
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""By which a scheduler asks."""
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+"""By which a scheduler asks, and a terminal that is closed."""
+
+
+def handled_signals() -> tuple[signal.Signals, ...]:
+    """Returns those of `SIGNALS` that this process handles: under nohup SIGHUP is ignored, and stays so."""
+    is_ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return tuple(number for number in SIGNALS if number != signal.SIGHUP or not is_ignored)
 
 
 class Preemption:
@@ -24,7 +30,7 @@ class Preemption:
         if isinstance(known, cls):
             return known
         made = cls()
-        for number in SIGNALS:
+        for number in handled_signals():
             signal.signal(number, made)
             # A system call on its way goes on: not every library asks again.
             signal.siginterrupt(number, False)

@@ -1,0 +1,9 @@
+"""Commands: `python -m launch.NAME`."""
+
+import sys
+
+# `python -m launch.NAME` imports this package first, before the command's module and all heavy ones.
+if sys.argv[:1] == ["-m"]:
+    from launch.interrupt import end_at_once_from_here
+
+    end_at_once_from_here()

@@ -1,4 +1,4 @@
-"""What stands in a run's folder under the names that a run writes: nothing may lead a write elsewhere or make it wait."""
+"""What a run's folder holds under the names that a run writes: nothing may lead a write elsewhere or make it wait."""
 
 import os
 import stat

@@ -24,12 +24,13 @@ from typing import TYPE_CHECKING
 
 from comm.config import ClusterConfig
 from comm.exit_codes import EXIT_HANG, EXIT_LOST
-from comm.preemption import SIGNALS, Preemption
+from comm.preemption import SIGNALS, Preemption, handled_signals
 from launch.environment import apply_rank_environment
 from launch.errors import ConfigError
 from launch.folder import claim_folder, read_folder
+from launch.interrupt import EXIT_INTERRUPTED
 from launch.keeper import Keeper
-from launch.report import EXIT_CONFIGURATION, EXIT_INTERRUPTED, user_errors
+from launch.report import EXIT_CONFIGURATION, user_errors
 from train.config import TrainConfig
 from train.errors import LastWord, error_path, find_errors, read_error, write_error
 from train.events import append_event
@@ -47,7 +48,7 @@ Entry = Callable[[TrainConfig], int]
 _NOTICE_SECONDS = 1.0
 _WAITING = {signal.SIGINT, *SIGNALS}
 # By which the elastic launcher ends all ranks at once; SIGTERM where nobody hands it on to them.
-_ENDING = ("SIGINT", "SIGHUP", "SIGQUIT") if hasattr(os, "pidfd_open") else ("SIGINT", "SIGHUP", "SIGQUIT", "SIGTERM")
+_ENDING = ("SIGINT", "SIGQUIT") if hasattr(os, "pidfd_open") else ("SIGINT", "SIGQUIT", "SIGTERM")
 _VERDICTS = (EXIT_HANG, EXIT_LOST)
 _CALM_LOGGERS = (
     "torch.distributed.elastic.agent.server.api",
@@ -87,11 +88,19 @@ def start_fork_server(cluster: ClusterConfig, modules: Sequence[str]) -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _WAITING)
 
 
+def stop_fork_server() -> None:
+    """Ends the process that ranks are forked from, even amid its imports. Its ranks must have ended."""
+    pid = getattr(forkserver._forkserver, "_forkserver_pid", None)
+    if pid is not None:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
 def run_ranks(folder: Path, world_size: int, entry: Entry) -> int:
     """Runs a job's ranks to their end. None of them outlives this call, or this process.
 
-    SIGTERM and SIGUSR1 ask the ranks to make room, for which they have `cluster.grace_seconds`. Where a rank is lost
-    or does not come, all start again as often as `cluster.max_restarts` says, from the newest whole checkpoint.
+    SIGTERM, SIGUSR1 and SIGHUP ask the ranks to make room, for which they have `cluster.grace_seconds`. Where a rank is
+    lost or does not come, all start again as often as `cluster.max_restarts` says, from the newest whole checkpoint.
 
     Args:
         folder: of the run: ranks read `config.yaml` there and leave `log/rank_*.error.log` when they fail.
@@ -148,7 +157,7 @@ def _run_once(
 @contextmanager
 def _heeded(request: Preemption) -> Iterator[None]:
     """Meanwhile, requests to make room go there."""
-    plain = {number: signal.signal(number, request) for number in SIGNALS}
+    plain = {number: signal.signal(number, request) for number in handled_signals()}
     try:
         yield
     finally:

@@ -4,11 +4,12 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from launch.errors import ConfigError, system_errors
+from launch.interrupt import EXIT_INTERRUPTED, LINE, Interrupts
 
 EXIT_CONFIGURATION = 2
-EXIT_INTERRUPTED = 128 + signal.SIGINT
 EXIT_BROKEN_PIPE = 128 + signal.SIGPIPE
 
 Main = Callable[[Sequence[str]], int]
@@ -18,8 +19,8 @@ Main = Callable[[Sequence[str]], int]
 def command(name: str, main: Main, *, quiet: bool = False) -> int:
     """Runs a command on this process' arguments.
 
-    A user's error is one line on stderr and exit code 2, Ctrl-C ends without a traceback, and so does
-    a reader of stdout that leaves early.
+    A user's error is one line on stderr and exit code 2, Ctrl-C the line `interrupted` and exit code 130. A reader of
+    stdout that leaves early ends the command without a word.
 
     Args:
         name: of the command: `conf/<name>.yaml` and `launch/<name>.py`.
@@ -29,7 +30,24 @@ def command(name: str, main: Main, *, quiet: bool = False) -> int:
     Returns:
         The exit code of the process.
     """
-    arguments = sys.argv[1:]
+    interrupts = Interrupts()
+    try:
+        code = _run(name, main, sys.argv[1:], quiet=quiet)
+    except BaseException as error:
+        # A library may answer Ctrl-C with an error of its own.
+        is_interrupt = isinstance(error, KeyboardInterrupt) or getattr(error, "sigval", None) == signal.SIGINT
+        if not interrupts.came and not is_interrupt:
+            raise
+        code = EXIT_INTERRUPTED
+    interrupts.resume()
+    if code == EXIT_INTERRUPTED and not quiet:
+        with suppress(OSError):
+            print(LINE, file=sys.stderr, flush=True)
+    return code
+
+
+def _run(name: str, main: Main, arguments: Sequence[str], *, quiet: bool) -> int:
+    """As `command`, but for Ctrl-C."""
     try:
         if any(argument in ("-h", "--help") for argument in arguments):
             with system_errors():
@@ -44,8 +62,6 @@ def command(name: str, main: Main, *, quiet: bool = False) -> int:
     except BrokenPipeError:
         _forget_output()
         return EXIT_BROKEN_PIPE
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
     except ValueError as error:
         if not isinstance(error, user_errors()):
             raise

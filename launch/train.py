@@ -9,13 +9,13 @@ from pathlib import Path
 from types import FrameType
 
 from comm.exit_codes import EXIT_PREEMPTED
-from comm.preemption import SIGNALS, Preemption
+from comm.preemption import Preemption, handled_signals
 from launch.compose import compose
 from launch.config import check, read_config
 from launch.environment import apply_rank_environment
 from launch.errors import ConfigError, system_errors
 from launch.folder import check_folder, held_folder
-from launch.local import preload_modules, run_ranks, start_fork_server
+from launch.local import preload_modules, run_ranks, start_fork_server, stop_fork_server
 from launch.report import command
 from train.config import TrainConfig
 from train.integrity import find_resumed, verify
@@ -75,7 +75,7 @@ def heed_signals() -> None:
     def leave(number: int, frame: FrameType | None) -> None:
         sys.exit(EXIT_PREEMPTED)
 
-    for number in SIGNALS:
+    for number in handled_signals():
         signal.signal(number, leave)
 
 
@@ -111,13 +111,16 @@ def leave(code: int, environment: Mapping[str, str]) -> int:
 
 
 def _run_local(config: TrainConfig) -> int:
-    start_fork_server(config.cluster, preload_modules(config.cluster))
-    # One process fills the cache while the fork server imports; the ranks then only open it.
-    from train.corpus import prepare_corpus
+    try:
+        start_fork_server(config.cluster, preload_modules(config.cluster))
+        # One process fills the cache while the fork server imports; the ranks then only open it.
+        from train.corpus import prepare_corpus
 
-    prepare_corpus(config)
-    with held_folder(config, datetime.now()) as (config, _):
-        return run_ranks(Path(config.out_dir), config.parallelism.world_size, train_rank)
+        prepare_corpus(config)
+        with held_folder(config, datetime.now()) as (config, _):
+            return run_ranks(Path(config.out_dir), config.parallelism.world_size, train_rank)
+    finally:
+        stop_fork_server()
 
 
 def _run_as_rank(config: TrainConfig) -> int:

@@ -48,7 +48,7 @@ def main(config: TrainConfig, is_aloud: bool = False) -> int:
 
     The folder of the run is rank 0's `out_dir`: ranks on other machines may have been told none. Where a rank is lost
     or does not come in time, the process ends in here, with the exit codes 78 and 76, and with last words in the log.
-    From here on SIGTERM and SIGUSR1 ask it to make room: all ranks leave at the same point, with 75.
+    From here on SIGTERM, SIGUSR1 and SIGHUP ask it to make room: all ranks leave at the same point, with 75.
 
     Args:
         config: of the run.

@@ -125,6 +125,7 @@ STATES = {
     ("entry", "number", "to_all", "code"),
     [
         ("saves", signal.SIGTERM, False, 75),
+        ("saves", signal.SIGHUP, True, 75),  # as a terminal that is closed tells every process of it
         ("saves", signal.SIGUSR1, True, 75),  # as a scheduler tells every process of a job
         ("deaf", signal.SIGTERM, False, 143),
     ],

@@ -128,14 +128,14 @@ def test_help_shows_each_key_with_its_value_and_groups_where_there_are_any(name:
 
 
 @pytest.mark.parametrize(
-    ("error", "code"),
-    [(KeyboardInterrupt(), 128 + signal.SIGINT), (BrokenPipeError(), 128 + signal.SIGPIPE)],
+    ("error", "code", "said"),
+    [(KeyboardInterrupt(), 128 + signal.SIGINT, "interrupted\n"), (BrokenPipeError(), 128 + signal.SIGPIPE, "")],
 )
-def test_command_ends_quietly(error: BaseException, code: int) -> None:
+def test_command_ends_without_a_traceback(error: BaseException, code: int, said: str) -> None:
     script = f"import sys; from launch.report import command\ndef main(arguments): raise {type(error).__name__}()\n"
     script += 'sys.exit(command("train", main))'
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout, done.stderr) == (code, "", "")
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", said)
 
 
 def test_command_lets_our_own_bugs_show_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,7 +163,7 @@ def test_makefile_and_ci_run_what_the_readme_says() -> None:
     [({}, 75), ({"RANK": "1", "TORCHELASTIC_RUN_ID": "x"}, 0)],
     ids=["bare", "rank"],
 )
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 def test_train_before_it_has_ranks_makes_room_at_once(
     number: signal.Signals, environment: dict[str, str], code: int
 ) -> None:
