@@ -1,7 +1,8 @@
 """Text to token ids and back: byte-level BPE with DeepSeek's special tokens. No torch here."""
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import tokenizers
@@ -20,6 +21,7 @@ USER = "<｜User｜>"
 ASSISTANT = "<｜Assistant｜>"
 SPECIAL_TOKENS = (BEGIN_OF_SENTENCE, END_OF_SENTENCE, PAD, *FIM_TOKENS, USER, ASSISTANT)
 
+LARGEST_BYTES = 2**28
 MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
 
 # Applied one after the other, as for DeepSeek-V3: digits by three, CJK runs, then words, punctuation with the
@@ -128,6 +130,8 @@ class Tokenizer:
             DataError: the file is missing or is no tokenizer, or it has no begin or end of sentence.
         """
         try:
+            if not path.is_file() or path.stat().st_size > LARGEST_BYTES:
+                raise ValueError(f"it must be a file of at most {LARGEST_BYTES} bytes")
             content = path.read_bytes()
             backend = tokenizers.Tokenizer.from_str(content.decode())
         except Exception as error:  # the backend raises bare Exception for anything that it cannot parse
@@ -154,11 +158,23 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without begin or end."""
-        return list(self._backend.encode(text, add_special_tokens=False).ids)
+        with self._panics():
+            return list(self._backend.encode(text, add_special_tokens=False).ids)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text, in parallel over the machine's cores."""
-        return [list(item.ids) for item in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        with self._panics():
+            return [list(item.ids) for item in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    @contextmanager
+    def _panics(self) -> Iterator[None]:
+        """Turns a panic of the backend, which is no Exception, into an error: a pattern that backtracks without end."""
+        try:
+            yield
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":
+                raise
+            raise DataError(f"{self._place}: must be able to split any text, is not: {error}") from error
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """The text of ids; bytes that are no UTF-8 become U+FFFD. Special tokens show by name unless skipped."""

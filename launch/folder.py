@@ -21,6 +21,7 @@ from train.newest import AUTO
 from train.run_lock import RunLock, acquire
 
 CONFIG_NAME = "config.yaml"
+_LARGEST_BYTES = 2**20
 _PARTIAL_NAME = f"{CONFIG_NAME}.partial"
 
 
@@ -107,7 +108,7 @@ def claim_folder(config: TrainConfig, now: datetime) -> TrainConfig:
     with _system_refusals(config):
         folder = _make(config, now)
         config = replace(config, out_dir=str(folder))
-        text = yaml.safe_dump(write_config(config), sort_keys=False, allow_unicode=True)
+        text = yaml.dump(write_config(config), Dumper=_PlainDumper, sort_keys=False, allow_unicode=True)
         # In one move: what a run before wrote stays where this cannot be written.
         (folder / _PARTIAL_NAME).write_text(text, encoding="utf-8")
         (folder / _PARTIAL_NAME).replace(folder / CONFIG_NAME)
@@ -136,12 +137,36 @@ def _say(line: str) -> None:
 
 
 def read_folder(folder: Path) -> TrainConfig:
-    """The configuration that a run's folder was claimed with.
+    """Returns the configuration that a run's folder was claimed with. Its `out_dir` is the folder, whatever it says.
 
     Raises:
-        ConfigError: as `read_config`.
+        ConfigError: as `read_config`; or the file is no YAML of plain values.
     """
-    return read_config(yaml.safe_load((folder / CONFIG_NAME).read_text(encoding="utf-8")))
+    path = folder / CONFIG_NAME
+    try:
+        if not path.is_file() or path.stat().st_size > _LARGEST_BYTES:
+            raise ValueError(f"it must be a file of at most {_LARGEST_BYTES} bytes")
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_PlainLoader)
+        if not isinstance(values, dict):
+            raise ValueError("it must hold keys and values")
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{path}: must be the configuration of a run, cannot be read: {reason}") from error
+    return read_config({**values, "out_dir": str(folder)})
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Plain values only. What an anchor stands for may be used a billion times, and no run writes one."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise ValueError("it holds an alias (*), which no run writes")
+        return super().compose_node(parent, index)
+
+
+class _PlainDumper(yaml.SafeDumper):
+    def ignore_aliases(self, data: object) -> bool:
+        return True
 
 
 def _make_unique(folder: Path) -> Path:

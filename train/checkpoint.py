@@ -4,7 +4,9 @@ import warnings
 from pathlib import Path
 
 import torch
+from torch import distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
 from comm.local import LocalDispatcher
@@ -12,8 +14,10 @@ from data.prepare import Prepared
 from model.config import ModelConfig
 from model.transformer import Transformer, named_tensors
 from train.assemble import Assembly
-from train.checkpoint_reader import CheckpointReader, Kept, first_line, read_list
+from train.checkpoint_reader import CheckpointReader, Kept, first_line
 from train.checkpoint_state import Extras, state_of
+from train.dcp.metadata import read_metadata
+from train.dcp.storage import TensorsReader
 from train.manifest import CheckpointError
 from train.saver import Saver
 from train.slices import SliceLoadPlanner
@@ -43,12 +47,15 @@ def load(assembly: Assembly, folder: Path, extras: Extras | None = None) -> None
     Raises:
         CheckpointError: on every rank, where one of them cannot read its part.
     """
+    metadata = _read_metadata(folder)
+    names = metadata.state_dict_metadata
     extras = assembly.extras if extras is None else extras
-    found = _held(folder, extras) if extras else {}
+    found = {prefix: each for prefix, each in extras.items() if any(name.startswith(f"{prefix}.") for name in names)}
+    reader = TensorsReader(folder, metadata)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # DCP warns of deprecations in its own code
         try:
-            dcp_load(state_of(assembly, found), checkpoint_id=folder, planner=SliceLoadPlanner())
+            dcp_load(state_of(assembly, found), storage_reader=reader, planner=SliceLoadPlanner())
         except CheckpointException as failure:
             rank, (cause, _) = min(failure.failures.items())
             raise CheckpointError(f"resume: {folder}: cannot be read by rank {rank}: {first_line(cause)}") from failure
@@ -59,9 +66,24 @@ def load(assembly: Assembly, folder: Path, extras: Extras | None = None) -> None
         assembly.ema.follow_weights()
 
 
-def _held(folder: Path, extras: Extras) -> Extras:
-    names = read_list(folder, "resume").state_dict_metadata
-    return {prefix: extra for prefix, extra in extras.items() if any(name.startswith(f"{prefix}.") for name in names)}
+def _read_metadata(folder: Path) -> Metadata:
+    """Returns what the checkpoint holds; every rank reads it.
+
+    Raises:
+        CheckpointError: on every rank, if one of them cannot read it.
+    """
+    found: Metadata | CheckpointError
+    try:
+        found = read_metadata(folder, "resume")
+    except CheckpointError as error:
+        found = error
+    problems = [""] * dist.get_world_size()
+    dist.all_gather_object(problems, str(found) if isinstance(found, CheckpointError) else "")
+    for problem in problems:
+        if problem:
+            raise CheckpointError(problem)
+    assert isinstance(found, Metadata)
+    return found
 
 
 def load_whole(

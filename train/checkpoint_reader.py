@@ -1,28 +1,25 @@
 """Weights of a checkpoint of ours, whatever layout wrote it, read tensor by tensor in one process."""
 
-import pickle
-import sys
 from collections.abc import Mapping
-from pathlib import Path, PosixPath, WindowsPath
-from typing import Any, Literal
+from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from model.config import ModelConfig
 from model.hf.names import copied_from, weights
+from train.dcp.metadata import read_metadata
+from train.dcp.storage import TensorsReader
 from train.manifest import CheckpointError, read_model
+from train.slices import SliceLoadPlanner
 
 WEIGHTS_PREFIX = "weights."
 EMA_PREFIX = "ema."
 Kept = Literal["trained", "ema"]
 _PREFIXES: dict[Kept, str] = {"trained": WEIGHTS_PREFIX, "ema": EMA_PREFIX}
-METADATA_NAME = ".metadata"
 _LONGEST_TEXT = 120
-_RECORD_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
 
 
 def held_weights(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -48,10 +45,10 @@ class CheckpointReader:
         self._folder = folder
         self._key = key
         self._prefix = _PREFIXES[kept]
-        self._metadata = read_list(folder, key)
+        self._metadata = read_metadata(folder, key)
         if not any(name.startswith(self._prefix) for name in self._metadata.state_dict_metadata) and kept == "ema":
             raise self._error("weights", "must be trained, as the run kept no average (ema.decay), are ema")
-        self._storage = FileSystemReader(folder)
+        self._storage = TensorsReader(folder, self._metadata)
         self._storage.set_up_storage_reader(self._metadata, is_coordinator=True)
         self._shapes = held_weights(self.config)
         self._dtypes = {name: self._check_weight(name, shape) for name, shape in self._shapes.items()}
@@ -79,7 +76,7 @@ class CheckpointReader:
         return tensor
 
     def _read(self, name: str, tensor: Tensor) -> None:
-        planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        planner = SliceLoadPlanner()
         try:
             planner.set_up_planner({self._prefix + name: tensor}, self._metadata, is_coordinator=True)
             self._storage.read_data(planner.create_local_plan(), planner).wait()
@@ -106,8 +103,6 @@ class CheckpointReader:
                 needed[place.relative_path] = max(needed.get(place.relative_path, 0), end)
         for name, num_bytes in needed.items():
             path = self._folder / name
-            if path.name != name:
-                raise self._error(METADATA_NAME, f"must name files beside it, names {name!r}")
             if not path.is_file():
                 raise self._error(name, "must be there, is missing")
             if path.stat().st_size < num_bytes:
@@ -115,38 +110,6 @@ class CheckpointReader:
 
     def _error(self, subject: str, problem: str) -> CheckpointError:
         return CheckpointError(f"{self._key}: {self._folder}: {subject}: {problem}")
-
-
-def read_list(folder: Path, key: str) -> Metadata:
-    """What a checkpoint's files hold: every tensor by name, and where its chunks lie.
-
-    Raises:
-        CheckpointError: it is missing or not readable; `key` of the configuration named the checkpoint.
-    """
-    place = f"{key}: {folder}: {METADATA_NAME}: must list the tensors"
-    try:
-        with (folder / METADATA_NAME).open("rb") as file:
-            metadata = _ListUnpickler(file).load()
-    except MemoryError:
-        raise
-    except Exception as error:  # whatever unpickling another file may raise
-        raise CheckpointError(f"{place}, cannot be read: {first_line(error)}") from error
-    if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
-        raise CheckpointError(f"{place}, is a {type(metadata).__name__}")
-    return metadata
-
-
-class _ListUnpickler(pickle.Unpickler):
-    """Reads DCP's list of tensors, and runs no code that another file might bring: only its plain records are made."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        found = None if "." in name else getattr(sys.modules.get(module), name, None)
-        is_record = module in _RECORD_MODULES and isinstance(found, type) and found.__module__ == module
-        is_layout = (module, name) == ("torch.serialization", "_get_layout")
-        is_plain = is_layout or isinstance(found, torch.dtype) or found in (torch.Size, PosixPath, WindowsPath)
-        if is_record or is_plain:
-            return found
-        raise pickle.UnpicklingError(f"it must hold DCP's records alone, asks for {module}.{name}")
 
 
 def first_line(error: BaseException) -> str:

@@ -5,7 +5,10 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
+
+_LONGEST_NAME = 255
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +53,15 @@ def file_problem(folder: Path, name: str, listed: object, *, hashes: bool) -> st
         listed: what the manifest says of it.
         hashes: whether its content is read; else its size alone is looked at.
     """
-    if not isinstance(listed, dict) or Path(name).name != name:
-        return f"manifest.json must list files beside it, lists {name!r}"
+    if not isinstance(listed, dict) or Path(name).name != name or name in ("", "..") or "\0" in name:
+        return f"manifest.json must list files beside it, lists {name[:_LONGEST_NAME]!r}"
     path = folder / name
     try:
-        num_bytes = path.stat().st_size
+        found_there = path.stat()
+        # A pipe or a device would be read without end.
+        if not S_ISREG(found_there.st_mode):
+            return f"{name} must be a file, is none"
+        num_bytes = found_there.st_size
         if num_bytes != listed.get("bytes"):
             return f"{name} must have {listed.get('bytes')} bytes, has {num_bytes}"
         found = digest(path).sha256 if hashes else listed.get("sha256")

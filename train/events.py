@@ -6,6 +6,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from train.step_lines import read_lines
+
 EVENTS_NAME = "events.jsonl"
 
 
@@ -30,11 +32,5 @@ def append_event(out_dir: Path, kind: str, step: int, text: str, **values: Any) 
 
 
 def read_events(out_dir: Path) -> list[dict[str, Any]]:
-    """All lines, the oldest first; without what a process that was killed left half."""
-    path, events = out_dir / EVENTS_NAME, []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        try:
-            events.append(json.loads(line))
-        except ValueError:
-            continue
-    return events
+    """Returns all lines, the oldest first, without what a killed process left half or is no event of a step."""
+    return [event for event in read_lines(out_dir / EVENTS_NAME) if isinstance(event.get("kind"), str)]

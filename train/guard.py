@@ -1,6 +1,5 @@
 """Whether a step may be taken: its loss and gradient norm, before anything follows from them."""
 
-import json
 import math
 from collections import deque
 from collections.abc import Iterable
@@ -15,6 +14,7 @@ from model.gradients import GradientStore
 from train.assemble import Assembly
 from train.config import GuardConfig
 from train.errors import Finding
+from train.step_lines import number_of, read_lines
 
 LOSS, NORM = "loss", "gradient norm"
 Shown = tuple[float, float]
@@ -101,25 +101,14 @@ def find(assembly: Assembly, guard: Guard, step: int, reason: str, own: Tensor, 
 
 def read_shown(metrics: Path, num_done: int, window: int) -> list[Shown]:
     """The last `window` steps up to the `num_done`-th as a run's `metrics.jsonl` has them; none where it has none."""
-    if not metrics.is_file():
-        return []
     shown: deque[Shown] = deque(maxlen=window)
-    for line in metrics.read_text(encoding="utf-8").splitlines():
-        values = _decoded(line)
-        if values and values["step"] <= num_done:
-            shown.append((values["loss"], values["grad_norm"]))
+    for values in read_lines(metrics):
+        loss, norm = number_of(values, "loss"), number_of(values, "grad_norm")
+        if values["step"] <= num_done and loss is not None and norm is not None:
+            shown.append((loss, norm))
     return list(shown)
 
 
 def in_json(values: dict[str, float]) -> dict[str, float | str]:
     """Numbers as JSON has them: what is not finite in words."""
     return {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
-
-
-def _decoded(line: str) -> dict[str, float]:
-    """Of a process that was killed the last line may be half."""
-    try:
-        values: dict[str, float] = json.loads(line)
-    except ValueError:
-        return {}
-    return values

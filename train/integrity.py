@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from model.account import count_parameters
 from train.digests import file_problem, record_hash
 from train.manifest import (
     CHECKPOINTS_NAME,
@@ -14,6 +15,11 @@ from train.manifest import (
     find_checkpoint,
     read_manifest,
 )
+from train.model_record import read_model_record
+
+# Weights, their average, master weights and moments take at most 28 in float64 and float32.
+_BYTES_PER_WEIGHT = 64
+_LEAST_BYTES = 2**30
 
 Check = Callable[[Path], str]
 """Tells what is wrong with a checkpoint, in one line; empty where it is whole."""
@@ -36,7 +42,21 @@ def listed_files(folder: Path) -> tuple[Mapping[str, Any], str]:
     stated, files = record.pop("sha256", None), record.get("files")
     if stated != record_hash(record) or not isinstance(files, dict):
         return {}, f"{MANIFEST_NAME} must have the hash that it states, has another"
-    return files, ""
+    return files, _size_problem(record.get("model"), files)
+
+
+def _size_problem(model: object, files: Mapping[str, Any]) -> str:
+    """Returns what is wrong with the listed sizes as a whole, so that no sparse file of many terabytes is hashed."""
+    try:
+        account = count_parameters(read_model_record(model))
+    except (TypeError, ArithmeticError):
+        return f"{MANIFEST_NAME} must hold an architecture, holds none"
+    most = _LEAST_BYTES + _BYTES_PER_WEIGHT * (account.total + account.mtp)
+    sizes = [listed.get("bytes") for listed in files.values() if isinstance(listed, dict)]
+    if not all(type(size) is int and size >= 0 for size in sizes):
+        return f"{MANIFEST_NAME} must list a size for every file, does not"
+    total = sum(size for size in sizes if isinstance(size, int))
+    return f"files must have at most {most} bytes for this architecture, have {total}" if total > most else ""
 
 
 def verify(folder: Path, *, hashes: bool = True) -> str:

@@ -14,11 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from model.config import ModelConfig
+from model.hf.errors import HfError
+from model.hf.json_file import read_json
 from train.config import TrainConfig
 from train.digests import Digest, digests, record_hash
 from train.model_record import read_model_record
 
 FORMAT_VERSION = 2
+_LARGEST_STEP = 2**53
 MANIFEST_NAME = "manifest.json"
 CHECKPOINTS_NAME = "checkpoints"
 SCHEDULE_NAME = "schedule.json"
@@ -87,21 +90,21 @@ def read_manifest(folder: Path, key: str = "resume") -> dict[str, Any]:
     """
     path = folder / MANIFEST_NAME
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        manifest = read_json(path)
+    except HfError as error:
         raise CheckpointError(f"{key}: {path} must be a checkpoint's manifest, cannot be read ({error})") from error
-    version = manifest.get("format_version") if isinstance(manifest, dict) else None
+    version = manifest.get("format_version")
     if isinstance(version, int) and 0 < version < FORMAT_VERSION:
         raise CheckpointError(
             f"{key}: {path} must have format_version {FORMAT_VERSION}, has {version}, of an older release, which kept "
             f"optimiser state by rank"
         )
-    if version != FORMAT_VERSION or not isinstance(manifest.get("step"), int):
+    step = manifest.get("step")
+    if version != FORMAT_VERSION or type(step) is not int or not 0 <= step < _LARGEST_STEP:
         raise CheckpointError(
             f"{key}: {path} must have a step and format_version {FORMAT_VERSION}, has format_version {version}"
         )
-    read: dict[str, Any] = manifest
-    return read
+    return manifest
 
 
 def read_model(folder: Path, key: str = "resume") -> ModelConfig:

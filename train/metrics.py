@@ -1,7 +1,8 @@
 """Numbers of a run: one JSON object a step in `metrics.jsonl`, the same to wandb, and to whoever watches."""
 
 import json
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -10,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from model.account import training_flops_per_token
 from train.config import TrackConfig, TrainConfig
+from train.step_lines import raw_lines, read_line, read_lines
 
 Record = Mapping[str, Any]
 
@@ -72,15 +74,14 @@ class JsonLines:
     def amend(self, values: Record) -> None:
         """In place of the line that was there, in one move."""
         self._file.close()
-        before = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
-        self._put([*before[:-1], json.dumps(values) + "\n"])
+        before = list(raw_lines(self._path))
+        self._put([*before[:-1], (json.dumps(values) + "\n").encode()])
         self._file = self._path.open("a", encoding="utf-8")
 
     def last(self) -> dict[str, Any] | None:
         """What the last line holds; None where there is none."""
-        lines = self._path.read_text(encoding="utf-8").splitlines()
-        read: dict[str, Any] | None = json.loads(lines[-1]) if lines else None
-        return read
+        newest = deque(read_lines(self._path), maxlen=1)
+        return newest[0] if newest else None
 
     def close(self) -> None:
         """Closes the file."""
@@ -88,16 +89,24 @@ class JsonLines:
 
     def _open(self, last_step: int) -> TextIO:
         path = self._path
-        before = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-        kept = [line for line in before if line.endswith("\n") and json.loads(line)["step"] <= last_step]
-        if len(kept) < len(before):
-            self._put(kept)
+        kept_bytes = sum(len(line) for line in _lines_up_to(path, last_step))
+        if path.exists() and kept_bytes < path.stat().st_size:
+            self._put(_lines_up_to(path, last_step))
         return path.open("a", encoding="utf-8")
 
-    def _put(self, lines: list[str]) -> None:
+    def _put(self, lines: Iterable[bytes]) -> None:
         partial = self._path.with_suffix(".partial")
-        partial.write_text("".join(lines), encoding="utf-8")
+        with partial.open("wb") as file:
+            file.writelines(lines)
         partial.replace(self._path)
+
+
+def _lines_up_to(path: Path, last_step: int) -> Iterator[bytes]:
+    """Yields the whole lines of steps up to `last_step`."""
+    for line in raw_lines(path):
+        record = read_line(line) if line.endswith(b"\n") else None
+        if record is not None and record["step"] <= last_step:
+            yield line
 
 
 class Wandb:

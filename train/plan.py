@@ -13,13 +13,16 @@ from dualpipe.config import ScheduleKind
 from dualpipe.costs import CostModel
 from dualpipe.generate.cache import schedules_folder
 from dualpipe.generate.select import KINDS, build, ends_meet, stages_per_rank
-from dualpipe.ir import Schedule, from_json, to_json
+from dualpipe.ir import Schedule, ScheduleError, from_json, to_json
+from dualpipe.validate import validate
 from model.cut import CutError, cut_layers
 from train.config import TrainConfig
 from train.costs import nominal_costs
-from train.manifest import SCHEDULE_NAME, find_checkpoint, layout_record, read_manifest
+from train.manifest import SCHEDULE_NAME, CheckpointError, find_checkpoint, layout_record, read_manifest
 from train.probe import LayerTimes, measure, stage_costs
 from train.ramp import sized_config
+
+_LARGEST_SCHEDULE_BYTES = 2**28
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +76,7 @@ def _decide(config: TrainConfig, times: LayerTimes | None) -> tuple[Schedule, st
     pipeline, micro_batches, kind = config.parallelism.pipeline, config.num_micro_batches, config.schedule.kind
     begun = _begun(config)
     if begun is not None:
-        return from_json(begun.read_text(encoding="utf-8")), f"the one of {begun.parent}"
+        return _read_schedule(begun, config), f"the one of {begun.parent}"
     if kind != "auto":
         costs = nominal_costs(config, pipeline * stages_per_rank(kind))
         made = build(kind, pipeline, micro_batches, costs, config.memory_cap, schedules_folder(config.data.cache_dir))
@@ -101,6 +104,26 @@ def _begun(config: TrainConfig) -> Path | None:
     path = folder / SCHEDULE_NAME
     is_same = read_manifest(folder).get("layout") == layout_record(config)
     return path if is_same and path.is_file() else None
+
+
+def _read_schedule(path: Path, config: TrainConfig) -> Schedule:
+    """Returns the schedule of a checkpoint, proven valid: ranks that followed another would wait for each other.
+
+    Raises:
+        CheckpointError: it is not valid, or is one for other ranks or micro-batches.
+    """
+    ranks, micro_batches = config.parallelism.pipeline, config.num_micro_batches
+    rule = f"must be a valid schedule of {ranks} pipeline ranks and {micro_batches} micro-batches"
+    try:
+        if not path.is_file() or path.stat().st_size > _LARGEST_SCHEDULE_BYTES:
+            raise ScheduleError(f"no file of at most {_LARGEST_SCHEDULE_BYTES} bytes")
+        found = from_json(path.read_text(encoding="utf-8"))
+        if (found.num_ranks, found.num_micro_batches) != (ranks, micro_batches):
+            raise ScheduleError(f"one of {found.num_ranks} ranks and {found.num_micro_batches} micro-batches")
+        validate(found, config.memory_cap)
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"resume: {path} {rule}, is not: {error}") from error
+    return found
 
 
 def _excluded(config: TrainConfig) -> dict[ScheduleKind, str]:

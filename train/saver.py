@@ -21,8 +21,9 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from data.prepare import Prepared
 from dualpipe.ir import to_json
 from train.assemble import Assembly
-from train.checkpoint_reader import METADATA_NAME, first_line
+from train.checkpoint_reader import first_line
 from train.checkpoint_state import Extras, HostCopy, State, state_of
+from train.dcp.metadata import METADATA_NAME
 from train.digests import Digest, digests
 from train.manifest import (
     CHECKPOINTS_NAME,

@@ -1,13 +1,22 @@
 """Flat tensors that the whole job holds in runs: how a checkpoint can be read under another cut than wrote it."""
 
 from dataclasses import dataclass
+from io import BytesIO
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, TensorWriteData, WriteItem, WriteItemType
+
+from train.dcp.records import RecordError
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -68,6 +77,28 @@ class SliceLoadPlanner(DefaultLoadPlanner):
         """Takes the state as it is: what is neither tensor nor number, DCP would put None for."""
         super().set_up_planner({}, metadata, is_coordinator)
         self.original_state_dict = self.state_dict = state_dict
+
+    def create_local_plan(self) -> LoadPlan:
+        """Plans the reads.
+
+        Raises:
+            RecordError: the checkpoint holds no tensor under a name of the state.
+        """
+        stored = {} if self.metadata is None else self.metadata.state_dict_metadata
+        for name in self.state_dict:
+            if not isinstance(stored.get(name), TensorStorageMetadata):
+                raise RecordError(
+                    f"{name}: must be a tensor of the checkpoint, is {'no tensor' if name in stored else 'missing'}"
+                )
+        return super().create_local_plan()
+
+    def load_bytes(self, read_item: ReadItem, value: BytesIO) -> None:
+        """Refuses: torch would unpickle these bytes without restriction.
+
+        Raises:
+            RecordError: always.
+        """
+        raise RecordError(f"{read_item.dest_index.fqn}: must be a tensor, is something else")
 
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
         """The tensor behind a name and an offset."""

@@ -5,9 +5,10 @@ import os
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 STATUS_NAME = "status.json"
+_LARGEST_BYTES = 2**20
 State = Literal["starting", "running", "done", "preempted", "stopped", "lost"]
 
 
@@ -41,10 +42,23 @@ def write_status(out_dir: Path, status: Status) -> None:
 
 def read_status(out_dir: Path) -> Status | None:
     """What was written last; None where nothing was, or something else."""
+    path = out_dir / STATUS_NAME
     try:
-        return Status(**json.loads((out_dir / STATUS_NAME).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        # Not so long as to fill the memory, whatever the file became.
+        if not path.is_file() or path.stat().st_size > _LARGEST_BYTES:
+            return None
+        status = Status(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError):
         return None
+    return status if _has_types(status) else None
+
+
+def _has_types(status: Status) -> bool:
+    """Whether the values of a file are of the types that they are written in."""
+    is_code = status.exit_code is None or (type(status.exit_code) is int and 0 <= status.exit_code < 256)
+    is_step = type(status.step) is int and 0 <= status.step < 2**53
+    texts = (status.reason, "" if status.checkpoint is None else status.checkpoint)
+    return is_code and is_step and status.state in get_args(State) and all(type(text) is str for text in texts)
 
 
 def write_end(out_dir: Path, state: State, exit_code: int, reason: str) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import pytest
 import torch
@@ -109,7 +110,9 @@ BROKEN: list[tuple[str, Callable[[Path], object], list[str]]] = [
     ("a file is empty", lambda ours: os.truncate(ours / "__0_0.distcp", 0), ["__0_0.distcp", "at least"]),
     ("a file holds something else", lambda ours: overwrite(ours / "__0_0.distcp", 0, b"\0" * 4000),
      ["cannot be read"]),
-    ("values are no numbers", lambda ours: overwrite_values(ours), ["must hold finite numbers"]),
+    ("values were changed", lambda ours: overwrite_values(ours, b"\0\0\0\0"), ["cannot be read", "Bad CRC-32"]),
+    ("values are no numbers", lambda ours: overwrite_values(ours, b"\xff\xff\xff\x7f", mends_checksum=True),
+     ["must hold finite numbers"]),
     ("the list is missing", lambda ours: (ours / ".metadata").unlink(), [".metadata", "cannot be read"]),
     ("the list is cut short", lambda ours: cut(ours / ".metadata"), [".metadata", "cannot be read"]),
     ("the list is empty", lambda ours: os.truncate(ours / ".metadata", 0), [".metadata", "cannot be read"]),
@@ -122,7 +125,7 @@ BROKEN: list[tuple[str, Callable[[Path], object], list[str]]] = [
          ours / ".metadata",
          lambda held: setattr(held.state_dict_metadata[HEAD_KEY], "size", torch.Size([3, 4])),
      ),
-     ["lm_head.weight", "must have shape", "(3, 4)"]),
+     ["lm_head.weight", "must lie within shape (3, 4)"]),
     ("the list names a file elsewhere",
      lambda ours: change_metadata(ours / ".metadata", lambda held: misplace(held, "../ours/__0_0.distcp")),
      [".metadata", "must name files beside it", "'../ours/__0_0.distcp'"]),
@@ -146,12 +149,14 @@ BROKEN: list[tuple[str, Callable[[Path], object], list[str]]] = [
 ]  # fmt: skip
 
 
-def overwrite_values(ours: Path) -> None:
-    """Not a number in the middle of the first tensor's values, found where its first bytes are."""
-    embedding = CheckpointReader(ours, "path").tensor("model.embed_tokens.weight", torch.float32)
-    content = (ours / "__0_0.distcp").read_bytes()
-    place = content.index(embedding.numpy().tobytes()[:64])
-    overwrite(ours / "__0_0.distcp", place + 32, b"\xff\xff\xff\x7f")
+def overwrite_values(ours: Path, value: bytes, mends_checksum: bool = False) -> None:
+    """Puts one value in the middle of the first tensor's, found by its first bytes."""
+    old = CheckpointReader(ours, "path").tensor("model.embed_tokens.weight", torch.float32).numpy().tobytes()
+    new = old[:32] + value + old[36:]
+    content = (ours / "__0_0.distcp").read_bytes().replace(old, new)
+    if mends_checksum:
+        content = content.replace(crc32(old).to_bytes(4, "little"), crc32(new).to_bytes(4, "little"))
+    (ours / "__0_0.distcp").write_bytes(content)
 
 
 @pytest.mark.parametrize(("spoil", "parts"), [case[1:] for case in BROKEN], ids=[case[0] for case in BROKEN])

@@ -1,6 +1,6 @@
 """What a run's folder tells a report, read anew as the run goes on: only what was added since the last time."""
 
-import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +9,13 @@ from typing import Any
 from train.manifest import CHECKPOINTS_NAME, MANIFEST_NAME
 from train.report.chart import Mark
 from train.report.history import History
+from train.step_lines import LONGEST_LINE_BYTES, number_of, read_line
 
 METRICS_NAME, LOADS_NAME, EVENTS_NAME, PICTURE_NAME = "metrics.jsonl", "loads.jsonl", "events.jsonl", "schedule.svg"
+_LARGEST_PICTURE_BYTES = 2**26
+_DRAWN_ELEMENTS = frozenset(
+    ("svg", "g", "rect", "line", "path", "text", "tspan", "title", "style", "defs", "pattern", "circle", "polyline")
+)
 
 
 class RunSource:
@@ -33,7 +38,7 @@ class RunSource:
             self.history.add(record["step"], dict(_numbers(record, "")))
             self.last = record
         for record in self._loads.records():
-            self.history.add_loads(record["step"], {key: row for key, row in record.items() if isinstance(row, list)})
+            self.history.add_loads(record["step"], {key: row for key, row in record.items() if _are_numbers(row)})
 
     def marks(self) -> list[Mark]:
         """Events and whole checkpoints, by step."""
@@ -51,9 +56,12 @@ class RunSource:
         return sorted([*events, *checkpoints], key=lambda mark: mark.step)
 
     def picture(self) -> str:
-        """Planned and measured time of the pipeline as SVG; empty where it has not been drawn."""
+        """Returns planned and measured time of the pipeline as SVG; empty if there is no picture of shapes alone."""
         path = self.folder / PICTURE_NAME
-        return path.read_text(encoding="utf-8") if path.is_file() else ""
+        if not path.is_file() or path.stat().st_size > _LARGEST_PICTURE_BYTES:
+            return ""
+        text = path.read_text(encoding="utf-8", errors="replace")
+        return text if _is_only_drawn(text) else ""
 
 
 @dataclass(slots=True)
@@ -82,20 +90,10 @@ class _Tail:
         with self.path.open("rb") as file:
             self.identity = self.path.stat().st_ino
             file.seek(self.offset)
-            for line in file:
-                if not line.endswith(b"\n"):
-                    return
+            while (line := file.readline(LONGEST_LINE_BYTES)).endswith(b"\n"):
                 self.offset += len(line)
-                if (record := _record(line)) is not None:
+                if (record := read_line(line)) is not None:
                     yield record
-
-
-def _record(line: bytes) -> dict[str, Any] | None:
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
 
 
 def _numbers(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, float]]:
@@ -103,5 +101,17 @@ def _numbers(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, floa
     for key, value in values.items():
         if isinstance(value, dict) and key != "exchange":
             yield from _numbers(value, f"{prefix}{key}.")
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            yield f"{prefix}{key}", float(value)
+        elif (number := number_of(values, key)) is not None:
+            yield f"{prefix}{key}", number
+
+
+def _are_numbers(row: object) -> bool:
+    return isinstance(row, list) and all(type(value) in (int, float) and abs(value) < 2**53 for value in row)
+
+
+def _is_only_drawn(text: str) -> bool:
+    """Whether a picture has shapes and text alone: the page would run a script that somebody put into it."""
+    elements = {found.lower() for found in re.findall(r"<\s*/?\s*([^\s/>]*)", text)}
+    return elements <= _DRAWN_ELEMENTS and not re.search(
+        r"\bon\w+\s*=|href|url\(\s*[^#\s]|@import", text, re.IGNORECASE
+    )
