@@ -76,7 +76,7 @@ def _decide(config: TrainConfig, times: LayerTimes | None) -> tuple[Schedule, st
     pipeline, micro_batches, kind = config.parallelism.pipeline, config.num_micro_batches, config.schedule.kind
     begun = _begun(config)
     if begun is not None:
-        return _read_schedule(begun, config), f"the one of {begun.parent}"
+        return read_schedule(begun, config), f"the one of {begun.parent}"
     if kind != "auto":
         costs = nominal_costs(config, pipeline * stages_per_rank(kind))
         made = build(kind, pipeline, micro_batches, costs, config.memory_cap, schedules_folder(config.data.cache_dir))
@@ -106,7 +106,7 @@ def _begun(config: TrainConfig) -> Path | None:
     return path if is_same and path.is_file() else None
 
 
-def _read_schedule(path: Path, config: TrainConfig) -> Schedule:
+def read_schedule(path: Path, config: TrainConfig) -> Schedule:
     """Returns the schedule of a checkpoint, proven valid: ranks that followed another would wait for each other.
 
     Raises:

@@ -1,0 +1,35 @@
+"""A run whose `config.yaml` is edited by its first attempt: `python -m tests.attacks.edited_config FOLDER`."""
+
+import sys
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+
+from comm.exit_codes import EXIT_LOST
+from launch.folder import claim_folder
+from launch.local import run_ranks, start_fork_server
+from tests.tiny import tiny_config
+from train.config import TrainConfig
+from train.errors import LastWord, error_path, write_error
+
+
+def edit_then_read(config: TrainConfig) -> int:
+    """The first attempt edits the file and is lost; the second says what it read."""
+    folder = Path(config.out_dir)
+    if not (folder / "first").exists():
+        (folder / "first").touch()
+        with (folder / "config.yaml").open("a") as file:
+            file.write(f"out_dir: elsewhere\nx: !!python/object/apply:os.system ['touch {folder / 'proof'}']\n")
+        write_error(error_path(folder, 0), LastWord("rank 0 is lost", EXIT_LOST), "")
+        return sys.exit(EXIT_LOST)
+    (folder / "second").write_text(config.out_dir)
+    return 0
+
+
+if __name__ == "__main__":
+    config = tiny_config(Path(sys.argv[1]))
+    config = claim_folder(replace(config, cluster=replace(config.cluster, max_restarts=1)), datetime.now())
+    start_fork_server(config.cluster, [])
+    from tests.attacks.edited_config import edit_then_read as entry
+
+    sys.exit(run_ranks(Path(config.out_dir), 1, entry))

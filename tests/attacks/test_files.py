@@ -1,0 +1,323 @@
+"""Other files from a stranger: weights, tokenizers, files of a run's folder. Each is refused or has no effect."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from comm.config import ParallelismConfig
+from data.corpus import DataError
+from data.tokenizer import Tokenizer
+from dualpipe.generate.select import build
+from dualpipe.ir import to_json
+from launch.convert import main as convert
+from launch.errors import ConfigError
+from launch.folder import claim_folder, read_folder
+from launch.redraw import main as redraw
+from model.hf.errors import HfError
+from tests.attacks import hostile
+from tests.finished_run import ROOT
+from tests.launch.checkpoints import write_run
+from tests.tiny import tiny_config, write_text
+from train.config import TrainConfig
+from train.events import read_events
+from train.guard import read_shown
+from train.manifest import CheckpointError
+from train.metrics import JsonLines
+from train.plan import read_schedule
+from train.status import Status, read_status, write_status
+
+NOW = datetime(2024, 2, 3, 4, 5, 6)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`hf`: an exported folder. `converted`: the same as converted weights."""
+    folder = tmp_path_factory.mktemp("weights")
+    write_run(folder / "run")
+    convert(["from=checkpoint", f"path={folder / 'run'}", f"to={folder / 'hf'}", "max_shard_bytes=30000"])
+    convert(["from=hf", f"path={folder / 'hf'}", f"to={folder / 'converted'}"])
+    return folder
+
+
+def refusal(act: Callable[..., object], *arguments: object) -> str:
+    """What is said against it; empty if nothing is."""
+    try:
+        act(*arguments)
+    except (HfError, CheckpointError, DataError) as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(("form", "name"), [("hf", "hf"), ("checkpoint", "converted")])
+def test_a_pickle_in_any_file_of_weights_does_not_run(form: str, name: str, weights: Path, tmp_path: Path) -> None:
+    files = sorted(path.name for path in (weights / name).iterdir())
+    assert len(files) >= 4
+    for number, file in enumerate(files):
+        folder, proof = hostile.copy_of(weights / name, tmp_path / str(number)), tmp_path / "proof"
+        (folder / file).write_bytes(hostile.payload_bytes(proof))
+        said = refusal(convert, [f"from={form}", f"path={folder}", f"to={tmp_path / str(number)}_new", "format=hf"])
+        assert "\n" not in said, file
+        # What is no weight is carried along as it is, or left out.
+        assert said or not file.endswith((".safetensors", ".distcp", ".metadata", "index.json")), file
+        assert not proof.exists(), file
+
+
+INDEXES: list[tuple[str, Callable[[Path], object], str]] = [
+    ("leads out of the folder", lambda folder: edit_index(folder, "../../etc/passwd.safetensors"), "plain name"),
+    ("leads to the root", lambda folder: edit_index(folder, "/etc/passwd.safetensors"), "plain name"),
+    ("names a pickle", lambda folder: edit_index(folder, "pytorch_model.bin"), "plain name"),
+    ("has 1 TiB", lambda folder: hostile.sparse(folder / "model.safetensors.index.json"), "must be at most"),
+    ("links to itself", lambda folder: hostile.loop(folder / "model.safetensors.index.json"), "must be"),
+    ("is 100,000 deep", lambda folder: (folder / "model.safetensors.index.json").write_text('{"a":' * 10**5), "JSON"),
+    ("names a file of 1 TiB", lambda folder: hostile.sparse(next(folder.glob("*.safetensors"))), "header"),
+]  # fmt: skip
+
+
+def edit_index(folder: Path, file: str) -> None:
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["model.norm.weight"] = file
+    path.write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(("spoil", "part"), [case[1:] for case in INDEXES], ids=[case[0] for case in INDEXES])
+def test_a_hostile_index_is_refused(spoil: Callable[[Path], object], part: str, weights: Path, tmp_path: Path) -> None:
+    folder = hostile.copy_of(weights / "hf", tmp_path / "hf")
+    spoil(folder)
+    with pytest.raises(HfError) as refused:
+        convert(["from=hf", f"path={folder}", f"to={tmp_path / 'new'}"])
+    assert part in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "new").exists()
+
+
+def change_tokenizer(act: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
+        values = json.loads(path.read_text())
+        act(values)
+        path.write_text(json.dumps(values))
+
+    return change
+
+
+def split_by(pattern: str) -> Callable[[Path], None]:
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    return change_tokenizer(lambda values: values.update(pre_tokenizer=split))
+
+
+def added(number: object, text: str = "stranger") -> dict[str, Any]:
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": number, "content": text, "special": True, **flags}
+
+
+TOKENIZERS: list[tuple[str, Callable[[Path], object]]] = [
+    ("1 TiB", hostile.sparse),
+    ("a link to itself", hostile.loop),
+    ("a pickle", lambda path: path.write_bytes(hostile.payload_bytes(path.with_name("proof")))),
+    ("100,000 deep", lambda path: path.write_text('{"model":' * 10**5)),
+    ("a list", lambda path: path.write_text("[]")),
+    ("a vocabulary of texts", change_tokenizer(lambda values: values["model"].update(vocab={"a": "b"}))),
+    ("an id below 0", change_tokenizer(lambda values: values["added_tokens"].append(added(-1)))),
+    ("an id of 100 bits", change_tokenizer(lambda values: values["added_tokens"].append(added(2**100)))),
+    ("a pattern that does not parse", split_by("(((")),
+    ("exponential time: nested", split_by(r"(a+)+$")),
+    ("exponential time: alternatives", split_by(r"^(a|a)*\d$")),
+]
+
+
+@pytest.mark.parametrize("spoil", [case[1] for case in TOKENIZERS], ids=[case[0] for case in TOKENIZERS])
+def test_a_hostile_tokenizer_is_refused_in_one_line(spoil: Callable[[Path], object], tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    Tokenizer.train(["def f(x):\n    return x + 1\n"] * 9, 300).save(path)
+    spoil(path)
+    with pytest.raises(DataError) as refused:
+        Tokenizer.load(path, "data.tokenizer").encode_batch(["a" * 60 + "!"])
+    assert str(refused.value).startswith(f"data.tokenizer: {path}")
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "proof").exists()
+
+
+@pytest.mark.parametrize("number", [300, 5, 10**9], ids=["the next id", "an id that is taken", "an id far outside"])
+def test_a_tokenizer_with_an_odd_id_is_refused_or_stays_within_its_size(number: int, tmp_path: Path) -> None:
+    """The model's embedding has `vocab_size` rows: the command compares, and no id is above what it says."""
+    path = tmp_path / "tokenizer.json"
+    Tokenizer.train(["def f(x):\n    return x + 1\n"] * 9, 300).save(path)
+    change_tokenizer(lambda values: values["added_tokens"].append(added(number)))(path)
+
+    def check() -> None:
+        tokenizer = Tokenizer.load(path, "data.tokenizer")
+        assert max(tokenizer.encode("stranger def f(x)")) < tokenizer.vocab_size
+
+    assert "\n" not in refusal(check)
+
+
+def claimed(tmp_path: Path) -> Path:
+    """A run's folder."""
+    write_text(tmp_path)
+    return Path(claim_folder(tiny_config(tmp_path), NOW).out_dir)
+
+
+BOMB = "a: &a [x, x]\n" + "".join(
+    f"{b}: &{b} [*{a}, *{a}, *{a}]\n" for a, b in zip("abcdefghij", "bcdefghijk", strict=True)
+)
+CONFIGS: list[tuple[str, Callable[[Path], object], str]] = [
+    ("an unknown key", lambda path: append(path, "shell: rm\n"), "shell: unknown key"),
+    ("a tag that calls", lambda path: append(path, "x: !!python/object/apply:os.system ['touch proof']\n"),
+     "could not determine a constructor"),
+    ("an object", lambda path: append(path, "x: !!python/object:train.config.TrainConfig {}\n"), "constructor"),
+    ("an anchors bomb", lambda path: append(path, BOMB), "alias"),
+    ("100,000 deep", lambda path: path.write_text("[" * 10**5), "cannot be read"),
+    ("a list", lambda path: path.write_text("[1]"), "must hold keys and values"),
+    ("a pickle", lambda path: path.write_bytes(hostile.payload_bytes(path.with_name("proof"))), "cannot be read"),
+    ("1 TiB", hostile.sparse, "must be a file of at most"),
+    ("another type", lambda path: path.write_text(path.read_text().replace("seed: 7", "seed: [7]", 1)), "seed: "),
+]  # fmt: skip
+
+
+def append(path: Path, text: str) -> None:
+    with path.open("a") as file:
+        file.write(text)
+
+
+@pytest.mark.parametrize(("spoil", "part"), [case[1:] for case in CONFIGS], ids=[case[0] for case in CONFIGS])
+def test_a_hostile_config_of_a_run_is_refused(
+    spoil: Callable[[Path], object], part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = claimed(tmp_path)
+    spoil(run / "config.yaml")
+    with pytest.raises(ConfigError) as refused:
+        redraw([f"run={run}"])
+    assert part in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert not list(tmp_path.rglob("proof"))
+
+
+def test_a_config_that_names_another_folder_has_no_effect_there(tmp_path: Path) -> None:
+    run = claimed(tmp_path)
+    path = run / "config.yaml"
+    path.write_text(path.read_text().replace(f"out_dir: {run}", f"out_dir: {tmp_path / 'elsewhere'}"))
+    assert str(tmp_path / "elsewhere") in path.read_text()
+    assert read_folder(run).out_dir == str(run)
+    assert redraw([f"run={run}"]) == 0
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_config_edited_between_attempts_has_no_effect(tmp_path: Path) -> None:
+    """The command writes it again from what it was started with, before ranks start again."""
+    command = [sys.executable, "-m", "tests.attacks.edited_config", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "run" / "second").read_text() == str(tmp_path / "run")
+    assert not list(tmp_path.rglob("proof"))
+
+
+LINES = [
+    b'{"step": 1, "kind": "skipped", "loss": 2.5, "grad_norm": 1}\n',
+    b"[" * 10**5 + b"\n",
+    b'{"step": "1", "kind": "rolled_back"}\n',
+    b'{"step": -4, "kind": "rolled_back"}\n',
+    b'{"step": true, "kind": "rolled_back"}\n',
+    b'{"step": ' + b"9" * 400 + b', "kind": "rolled_back"}\n',
+    b'{"step": 2, "kind": ["rolled_back"], "loss": "nan", "grad_norm": null, "0": ["a", 1e999]}\n',
+    b'["step"]\n',
+    b"\xff\xfe\x00\n",
+    b"null\n",
+    b'{"step": 3, "kind": "<script>proof</script>", "text": "<script>proof</script>", "loss": 2.0, "grad_norm": 1.0}\n',
+]
+
+
+def test_hostile_lines_of_a_run_are_passed_over(tmp_path: Path) -> None:
+    run = claimed(tmp_path)
+    for name in ("metrics.jsonl", "events.jsonl", "loads.jsonl"):
+        (run / name).write_bytes(b"".join(LINES))
+    (run / "schedule.svg").write_text("<svg><script>proof</script></svg>")
+    assert [event["step"] for event in read_events(run)] == [1, 3]
+    assert read_shown(run / "metrics.jsonl", 9, 9) == [(2.5, 1.0), (2.0, 1.0)]
+    assert redraw([f"run={run}"]) == 0
+    assert "<script>proof" not in (run / "report.html").read_text()
+    lines = JsonLines(run / "metrics.jsonl", 2)
+    assert lines.last() == {
+        "step": 2,
+        "kind": ["rolled_back"],
+        "loss": "nan",
+        "grad_norm": None,
+        "0": ["a", float("inf")],
+    }
+    lines.close()
+    assert (run / "metrics.jsonl").read_bytes() == LINES[0] + LINES[6]
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "events.jsonl", "loads.jsonl", "schedule.svg", "status.json"])
+@pytest.mark.parametrize("spoil", [hostile.sparse, hostile.loop], ids=["1 TiB", "a link to itself"])
+def test_a_file_of_a_run_that_is_none_of_its_own_is_passed_over(
+    name: str, spoil: Callable[[Path], object], tmp_path: Path
+) -> None:
+    run = claimed(tmp_path)
+    spoil(run / name)
+    assert read_events(run) == []
+    assert read_shown(run / "metrics.jsonl", 9, 9) == []
+    assert read_status(run) is None
+    assert redraw([f"run={run}"]) == 0
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[" * 10**5,
+        "null",
+        '{"state": "done", "step": "1"}',
+        '{"state": "done", "exit_code": [0]}',
+        '{"state": "rm -rf", "step": 1}',
+        '{"state": "done", "step": 1, "unknown": 2}',
+        '{"state": "stopped", "exit_code": 99999}',
+        '{"state": "done", "checkpoint": {"a": 1}}',
+    ],
+)
+def test_a_hostile_status_is_none(content: str, tmp_path: Path) -> None:
+    (tmp_path / "status.json").write_text(content)
+    assert read_status(tmp_path) is None
+    write_status(tmp_path, Status(state="done"))
+    assert read_status(tmp_path) is not None
+
+
+def of_two_ranks(tmp_path: Path) -> TrainConfig:
+    return replace(tiny_config(tmp_path), parallelism=ParallelismConfig(pipeline=2, data=1, expert=1))
+
+
+def reversed_groups(text: str) -> str:
+    """Every rank does last what it must do first: all would wait for each other."""
+    values = json.loads(text)
+    return json.dumps({**values, "ranks": [groups[::-1] for groups in values["ranks"]]})
+
+
+SCHEDULES: list[tuple[str, Callable[[Path, str], object]]] = [
+    ("not JSON", lambda path, text: path.write_text(text[:-9])),
+    ("100,000 deep", lambda path, text: path.write_text("[" * 10**5)),
+    ("an order in which ranks wait for each other", lambda path, text: path.write_text(reversed_groups(text))),
+    ("one for other ranks", lambda path, text: path.write_text(to_json(build("1f1b", 4, 16)))),
+    ("one for other micro-batches", lambda path, text: path.write_text(to_json(build("1f1b", 2, 4)))),
+    ("1 TiB", lambda path, text: hostile.sparse(path)),
+    ("a pickle", lambda path, text: path.write_bytes(hostile.payload_bytes(path.with_name("proof")))),
+]
+
+
+@pytest.mark.parametrize("spoil", [case[1] for case in SCHEDULES], ids=[case[0] for case in SCHEDULES])
+def test_a_hostile_schedule_of_a_checkpoint_is_refused(spoil: Callable[[Path, str], object], tmp_path: Path) -> None:
+    config, path = of_two_ranks(tmp_path), tmp_path / "schedule.json"
+    text = to_json(build("1f1b", 2, config.num_micro_batches))
+    path.write_text(text)
+    assert read_schedule(path, config).num_ranks == 2
+    spoil(path, text)
+    with pytest.raises(CheckpointError) as refused:
+        read_schedule(path, config)
+    assert str(refused.value).startswith(f"resume: {path} must be a valid schedule of 2 pipeline ranks")
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "proof").exists()
