@@ -15,6 +15,12 @@ from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue
 
 from launch.errors import ConfigError, nearest, nearest_key
 
+# What to write for a value that has no default.
+_EXAMPLES = {
+    "data.paths": "[FOLDER,FILE], the text to train on: .txt, .md, .py or .jsonl",
+    "data.tokenizer": "PATH, a tokenizer.json or a folder that holds one, of at most model.vocab_size tokens",
+}
+
 
 def config_dir() -> Path:
     """The folder of YAML values, beside the packages."""
@@ -46,7 +52,8 @@ def compose(command: str, overrides: Sequence[str]) -> dict[str, Any]:
     try:
         return _plain(config)
     except MissingMandatoryValue as error:
-        raise ConfigError(f"{error.full_key}: a value is needed; write {error.full_key}=...") from error
+        example = _EXAMPLES.get(str(error.full_key), "...")
+        raise ConfigError(f"{error.full_key}: a value is needed; write {error.full_key}={example}") from error
     except InterpolationResolutionError as error:
         raise ConfigError(f"{error.full_key}: {_first_line(error)}") from error
     except OmegaConfBaseException as error:

@@ -17,6 +17,7 @@ from launch.errors import ConfigError
 from launch.ranges import divisors, multiples, numbers, ranged_keys
 from launch.report import user_errors
 from model.cut import CutError
+from tests.data.released_tokenizer import write_released
 from train.config import TrainConfig
 from train.manifest import CheckpointError, write_weights_manifest
 
@@ -48,13 +49,17 @@ def place_weights(folder: Path) -> str:
 
 
 @pytest.mark.parametrize(
-    "choice", [f"{group}={option}" for group in default_groups("train") for option in options(group)]
+    "choice",
+    # Experiments are in tests/launch/test_launch_recipes.py.
+    [f"{group}={option}" for group in default_groups("train") if group != "experiment" for option in options(group)],
 )
 def test_config_every_shipped_option_composes_and_passes(choice: str, tmp_path: Path) -> None:
     needs = NEEDS.get(choice, [])
-    if choice == "data=files":
+    if choice.startswith("data=files"):
         (tmp_path / "a.txt").write_text("some text")
         needs = [f"data.paths=['{tmp_path}']"]
+    if choice == "data=files_and_tokenizer":
+        needs += [f"data.tokenizer={write_released(tmp_path / 'tokenizer.json', ['some text'], highest_id=4000)}"]
     if choice == "model=of_checkpoint":
         # Its other half, weights that are whole, is in tests/train/test_train_init_from.py.
         config = build(choice, f"init_from={place_weights(tmp_path / 'weights')}")
@@ -71,12 +76,16 @@ def test_config_every_shipped_option_composes_and_passes(choice: str, tmp_path: 
 def test_config_any_choice_of_options_passes_or_is_refused_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("some text")
     weights = place_weights(tmp_path / "weights")
-    needs = {"data=files": f"data.paths=['{tmp_path}']", "model=of_checkpoint": f"init_from={weights}"}
+    given = write_released(tmp_path / "tokenizer.json", ["some text"], highest_id=4000)
+    needs = {"data=files": [f"data.paths=['{tmp_path}']"], "model=of_checkpoint": [f"init_from={weights}"]}
+    needs["data=files_and_tokenizer"] = [*needs["data=files"], f"data.tokenizer={given}"]
+    recipes = set(options("experiment")) - {"none", "quickstart", "two_nodes", "four_nodes"}
+    needs |= {f"experiment={name}": needs["data=files_and_tokenizer"] for name in recipes}
     groups, random, passed, refusals = list(default_groups("train")), Random(0), 0, []
     for _ in range(30):
         chosen = [f"{group}={random.choice(options(group))}" for group in random.sample(groups, 4)]
         try:
-            check(build(*chosen, *(needs[choice] for choice in chosen if choice in needs)))
+            check(build(*chosen, *(need for choice in chosen for need in needs.get(choice, ()))))
             passed += 1
         except user_errors() as error:
             refusals.append(str(error))
