@@ -1,5 +1,8 @@
 """`python -m launch.convert`: weights from a Hugging Face folder to a checkpoint of ours, and back."""
 
+if not __package__:
+    import started_as_file  # type: ignore[import-not-found]  # noqa: F401
+
 import signal
 import sys
 import threading

@@ -1,5 +1,8 @@
 """`python -m launch.generate`: writes on from prompts with a trained model, to the terminal as it is made."""
 
+if not __package__:
+    import started_as_file  # type: ignore[import-not-found]  # noqa: F401
+
 import io
 import os
 import sys

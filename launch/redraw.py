@@ -1,5 +1,8 @@
 """`python -m launch.redraw`: the report of a run's folder anew, from what the folder holds."""
 
+if not __package__:
+    import started_as_file  # type: ignore[import-not-found]  # noqa: F401
+
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

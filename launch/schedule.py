@@ -1,5 +1,8 @@
 """`python -m launch.schedule`: pipeline schedules as text, JSON, SVG, page or trace, with what the simulator says."""
 
+if not __package__:
+    import started_as_file  # type: ignore[import-not-found]  # noqa: F401
+
 import os
 import sys
 from collections.abc import Sequence

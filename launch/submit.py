@@ -1,5 +1,8 @@
 """`python -m launch.submit`: a training run as a Slurm job that saves, is requeued and resumes by itself."""
 
+if not __package__:
+    import started_as_file  # type: ignore[import-not-found]  # noqa: F401
+
 import re
 import shutil
 import subprocess

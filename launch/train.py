@@ -1,5 +1,8 @@
 """`python -m launch.train`: one training run, with its own local ranks or as a rank of `torchrun`."""
 
+if not __package__:
+    import started_as_file  # type: ignore[import-not-found]  # noqa: F401
+
 import os
 import signal
 import sys

@@ -1,0 +1,18 @@
+"""Imported by a command that was started as a file, as `python launch/train.py`: says in one line how to start it."""
+
+import shlex
+import sys
+from pathlib import Path
+
+
+def advice(path: Path) -> str:
+    """Returns the line for a command's file."""
+    root = path.resolve().parents[1]
+    folder = "" if Path.cwd() == root else f"cd {shlex.quote(str(root))} && "
+    return f"error: {path}: a command is started as a module; write {folder}python -m launch.{path.stem} ..."
+
+
+# Python looks for a file's imports beside it, and so finds this module without its package.
+if __package__ == "":
+    print(advice(Path(sys.argv[0])), file=sys.stderr, flush=True)
+    sys.exit(2)
