@@ -14,9 +14,13 @@ from data.config import DataSource, EmbeddedSource, FilesSource
 
 TEXT_SUFFIXES = (".txt", ".md", ".py", ".jsonl")
 EMBEDDED_SUFFIXES = (".py", ".txt", ".md", ".rst")
-# Third-party packages, byte code, build leftovers and tests: not the standard library's own prose and sources.
+# Not the standard library's own sources: third-party packages, byte code, build leftovers and tests.
+# Then tables of codes and applications: a third of the text, which would delay a first run.
 EMBEDDED_SKIPPED_FOLDERS = frozenset(
-    ("site-packages", "dist-packages", "__pycache__", "lib-dynload", "test", "tests", "idle_test")
+    [
+        *("site-packages", "dist-packages", "__pycache__", "lib-dynload", "test", "tests", "idle_test"),
+        *("encodings", "pydoc_data", "idlelib", "tkinter", "turtledemo", "lib2to3", "distutils"),
+    ]
 )
 # The check before a run must be quick however large the corpus is; the rest is checked as it is read.
 CHECKED_BYTES = 8 * 2**20

@@ -70,7 +70,13 @@ def main(overrides: Sequence[str]) -> int:
     from tests.bench import watch
 
     with tempfile.TemporaryDirectory(prefix="watch-") as name:
-        choices = ["experiment=quickstart", f"stage.steps={_NUM_STEPS}", "stage.validation_sequences=0"]
+        choices = [
+            "experiment=quickstart",
+            "parallelism=four_ranks",
+            "cluster.ranks_per_node=2",
+            f"stage.steps={_NUM_STEPS}",
+            "stage.validation_sequences=0",
+        ]
         choices += ["stage.sample_prompt=", f"out_dir={name}/run", *overrides]
         config = read_config(compose("train", choices))
         check(config)

@@ -70,8 +70,8 @@ def run_on_two_nodes(images: Images, name: str, outputs: Path) -> str:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    meeting = ["--nnodes=2", "--nproc-per-node=2", "--master-addr=127.0.0.1", f"--master-port={port}"]
-    command = ["-m", "launch.train", "experiment=quickstart", "stage.steps=2", "out_dir=outputs/run"]
+    meeting = ["--nnodes=2", "--nproc-per-node=4", "--master-addr=127.0.0.1", f"--master-port={port}"]
+    command = ["-m", "launch.train", "experiment=two_nodes", "stage.steps=2", "out_dir=outputs/run"]
     with images.container(name) as first, images.container(name) as second, ThreadPoolExecutor(2) as pool:
         printed = [
             pool.submit(
@@ -81,7 +81,7 @@ def run_on_two_nodes(images: Images, name: str, outputs: Path) -> str:
         ]
         texts = [one.result() for one in printed]
     assert sorted(path.name for path in (outputs / "run/log").glob("rank_*.log")) == [
-        f"rank_{rank:05d}.log" for rank in range(4)
+        f"rank_{rank:05d}.log" for rank in range(8)
     ]
     return texts[0]
 

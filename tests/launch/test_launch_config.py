@@ -132,7 +132,7 @@ def test_config_v3_671b_is_the_released_one() -> None:
 
 def test_config_quickstart_feeds_dualpipe_fully() -> None:
     """Fewer micro-batches than twice the ranks would leave the published schedule undefined."""
-    for experiment, ranks, nodes in (("quickstart", 4, 2), ("two_nodes", 8, 2), ("four_nodes", 8, 4)):
+    for experiment, ranks, nodes in (("quickstart", 8, 8), ("two_nodes", 8, 2), ("four_nodes", 8, 4)):
         config = build(f"experiment={experiment}")
         assert config.parallelism.world_size == ranks
         assert ranks // config.cluster.ranks_per_node == nodes

@@ -86,8 +86,8 @@ def test_script_of_every_kind_is_shell(capsys: pytest.CaptureFixture[str]) -> No
 def test_script_without_gpus_and_requeue(capsys: pytest.CaptureFixture[str]) -> None:
     script = rendered(capsys, "cluster=laptop", "experiment=quickstart", "slurm.requeue=false")
     options = options_of(script)
-    assert "--nodes=2" in options
-    assert "--cpus-per-task=2" in options
+    assert "--nodes=8" in options
+    assert "--cpus-per-task=1" in options
     assert "--no-requeue" in options
     assert not [option for option in options if "gpus" in option]
     assert "may_requeue=0" in script.splitlines()

@@ -80,7 +80,7 @@ def test_train_under_torchrun_every_rank_refuses_and_rank_0_says_why(tmp_path: P
     torchrun = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "3"}
     first = run_train(tmp_path, "experiment=quickstart", RANK="0", **torchrun)
     assert first.returncode == 2
-    assert "makes 4 ranks" in first.stderr
+    assert "makes 8 ranks" in first.stderr
     assert "WORLD_SIZE=3" in first.stderr
     other = run_train(tmp_path, "experiment=quickstart", RANK="1", **torchrun)
     assert (other.returncode, other.stderr, other.stdout) == (2, "", "")
@@ -99,7 +99,7 @@ def test_train_under_torchrun_rank_0_alone_makes_the_folder(tmp_path: Path, monk
     monkeypatch.setattr(train, "train_rank", record)
     monkeypatch.setattr(train, "apply_rank_environment", lambda cluster: None)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
-    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("WORLD_SIZE", "8")
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
         assert train.main(["experiment=quickstart", "name=job"]) == 77

@@ -60,6 +60,7 @@ def test_resumed_run_equals_unbroken_bitwise(folder: Path, kind: str, choices: t
     again = f"again_{kind}"
     done = run_train(folder, again, "stage.steps=8", f"resume={folder / half}", "stage.sample_prompt=", *choices)
     assert done.returncode == 0, done.stderr
+    assert "learning rate: 2.742e-03 in step 5" in done.stdout.partition("resumed after step 4")[2]
     unbroken, first, second = (read_metrics(folder, name) for name in (whole, half, again))
     assert [line["step"] for line in second] == list(range(5, 9))
     for line, expected in zip(first + second, unbroken, strict=True):

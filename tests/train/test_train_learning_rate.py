@@ -71,6 +71,16 @@ def test_learning_rate_of_every_kind_spans_a_run_of_any_length() -> None:
             assert not schedule_warnings(config, SIZES, num_steps)
 
 
+def test_learning_rate_after_a_resume_with_more_steps_follows_the_longer_run() -> None:
+    """Spans in steps stay where they are, shares of the run move; a wsd run goes on from before its decay unchanged."""
+    in_steps, in_shares = decayed("linear"), decayed("linear", "25 %", "50 %")
+    assert rates(in_steps, 80)[:40] == rates(in_steps, 40)
+    assert rates(in_shares, 40)[15] == pytest.approx(0.55)
+    assert rates(in_shares, 80)[15] == 1.0
+    wsd = build("optim/schedule=wsd", "optim.schedule.warmup=4 steps").optim
+    assert rates(wsd, 80)[:32] == rates(wsd, 40)[:32]
+
+
 def test_learning_rate_wsd_is_stable_until_its_last_part() -> None:
     def seen(decay: str, shape: str) -> list[float]:
         schedule = WsdRate(
