@@ -110,8 +110,13 @@ def help_text(name: str) -> str:
         marked = [f"{option}*" if option == default else option for option in options(group)]
         lines.append(f"  {group}={' | '.join(marked)}")
     keys = [line for other in included_roots(name) for line in _own_keys(_read_root(other))] + _own_keys(root)
-    for group, option in groups.items():
-        keys += _group_keys(group, (config_dir() / group / f"{option}.yaml").read_text(encoding="utf-8"))
+    texts = {
+        group: (config_dir() / group / f"{option}.yaml").read_text(encoding="utf-8") for group, option in groups.items()
+    }
+    for group in (group for group in groups if "/" not in group):
+        keys += _group_keys(group, texts[group])
+        for inner in (inner for inner in groups if inner.startswith(f"{group}/")):
+            keys += [f"  {line}" for line in _group_keys(inner.removeprefix(f"{group}/"), texts[inner])]
     must = " (??? must be given)" if any(": ???" in line for line in keys) else ""
     return "\n".join([*lines, "", f"Keys{must}:", *(f"  {line}".rstrip() for line in keys)])
 

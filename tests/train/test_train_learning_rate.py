@@ -65,7 +65,7 @@ def test_learning_rate_of_every_kind_spans_a_run_of_any_length() -> None:
             seen = rates(config, num_steps)
             peak, half = max(seen), seen[num_steps // 2]
             assert peak == pytest.approx(config.learning_rate)
-            assert seen.index(peak) + 1 == pytest.approx(num_steps * 0.05, abs=1)
+            assert seen.index(peak) + 1 == pytest.approx(num_steps * 0.1, abs=1)
             assert half > 0.45 * peak
             assert seen[-1] < 0.2 * peak
             assert not schedule_warnings(config, SIZES, num_steps)
@@ -99,8 +99,8 @@ def test_learning_rate_wsd_is_stable_until_its_last_part() -> None:
 
 def test_learning_rate_constant_has_a_warm_up_alone() -> None:
     config = replace(build("optim/schedule=constant").optim, learning_rate=1.0)
-    assert rates(config, 100)[:6] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0])
-    assert set(rates(config, 100)[4:]) == {1.0}
+    assert rates(config, 50)[:6] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0])
+    assert set(rates(config, 50)[4:]) == {1.0}
 
 
 def test_learning_rate_by_tokens_is_the_reports() -> None:
