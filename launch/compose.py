@@ -1,6 +1,8 @@
 """A command's YAML and the overrides on its command line to plain values: the only module that knows Hydra."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,10 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
 
-from launch.errors import ConfigError, nearest, nearest_key
+from launch.errors import ConfigError, SyntaxOverrideError, UnknownKeyError, nearest, nearest_key
+
+CONFIG_ONLY = "config_only"
+"""Beside a command's own keys: its configuration is printed, and nothing else happens."""
 
 # What to write for a value that has no default.
 _EXAMPLES = {
@@ -40,15 +45,7 @@ def compose(command: str, overrides: Sequence[str]) -> dict[str, Any]:
     Raises:
         ConfigError: an override that does not parse, an unknown key or option, a value that is missing.
     """
-    groups = default_groups(command)
-    parsed = [_parse(text) for text in overrides]
-    for override in parsed:
-        _check_override(override, groups)
-    try:
-        config = _compose(command, overrides)
-    except (HydraException, OmegaConfBaseException) as error:
-        _raise_unknown_key(command, groups, parsed)
-        raise ConfigError(_first_line(error)) from error
+    config = _checked(command, overrides)
     try:
         return _plain(config)
     except MissingMandatoryValue as error:
@@ -60,10 +57,40 @@ def compose(command: str, overrides: Sequence[str]) -> dict[str, Any]:
         raise ConfigError(f"{error.full_key or 'configuration'}: {_first_line(error)}") from error
 
 
-def compose_defaults(command: str) -> dict[str, Any]:
-    """What a command runs with when nothing is overridden; a value that must be given stays `???`."""
-    values = OmegaConf.to_container(_compose(command, []), resolve=False)
+def compose_defaults(command: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Returns what a command runs with, before interpolation; a value that must be given stays `???`.
+
+    Args:
+        command: name of a root YAML.
+        overrides: that `compose` takes.
+
+    Raises:
+        ConfigError: an override that does not parse, an unknown key or option.
+    """
+    values = OmegaConf.to_container(_checked(command, overrides), resolve=False)
     return {str(key): value for key, value in values.items()} if isinstance(values, dict) else {}
+
+
+def chosen_options(command: str, overrides: Sequence[str]) -> dict[str, str]:
+    """Returns the option of each group, as the command line, an experiment or the defaults choose it.
+
+    Args:
+        command: name of a root YAML.
+        overrides: that `compose` takes.
+
+    Raises:
+        ConfigError: as `compose_defaults`.
+    """
+    chosen = _checked(command, overrides, with_hydra=True).hydra.runtime.choices
+    return {group: str(chosen[group]) for group in default_groups(command)}
+
+
+def quoted_override(key: str, value: str) -> str:
+    """Returns an override of a text with special characters, as it is typed in a shell."""
+    text = value.replace("\\'", "'").replace("'", "\\'")
+    inner = f"{key}='{text}'"
+    escaped = re.sub(r'(["$`\\])', r"\\\1", inner)
+    return f'"{escaped}"'
 
 
 def options(group: str) -> list[str]:
@@ -110,9 +137,22 @@ def _root(command: str) -> dict[str, Any]:
     return {str(key): value for key, value in values.items()}
 
 
-def _compose(command: str, overrides: Sequence[str]) -> DictConfig:
+def _checked(command: str, overrides: Sequence[str], *, with_hydra: bool = False) -> DictConfig:
+    """Composes, and says in our words what Hydra refuses."""
+    groups = default_groups(command)
+    parsed = [_parse(text) for text in overrides]
+    for override in parsed:
+        _check_override(override, groups)
+    try:
+        return _compose(command, overrides, with_hydra=with_hydra)
+    except (HydraException, OmegaConfBaseException) as error:
+        _raise_unknown_key(command, groups, parsed)
+        raise ConfigError(_first_line(error)) from error
+
+
+def _compose(command: str, overrides: Sequence[str], *, with_hydra: bool = False) -> DictConfig:
     with initialize_config_dir(str(config_dir()), version_base="1.3", job_name=command):
-        return hydra_compose(command, list(overrides))
+        return hydra_compose(command, list(overrides), return_hydra_config=with_hydra)
 
 
 def _plain(config: DictConfig) -> dict[str, Any]:
@@ -127,16 +167,22 @@ def _parse(text: str) -> Override:
             raise HydraException("no key")
         return override
     except HydraException as error:
-        raise ConfigError(
-            f"{text}: is not an override; write key=value, a list as key=[a,b], "
-            f"and quote text that holds any of ,=:{{}}[]() like \"key='a,b'\""
+        key, has_value, value = text.partition("=")
+        raise SyntaxOverrideError(
+            text,
+            f"{text}: is not an override; write key=value, a list as key=[a,b], and quote text that holds any of "
+            f",=:{{}}[]() like {quoted_override(key, value) if key and has_value else quoted_override('key', 'a,b')}",
         ) from error
 
 
 def _check_override(override: Override, groups: Mapping[str, str]) -> None:
     key = override.key_or_group
     if override.is_sweep_override():
-        raise ConfigError(f"{key}: one run takes one value, is {override.get_value_string()}; a list is {key}=[a,b]")
+        sweep = override.get_value_string()
+        raise ConfigError(
+            f"{key}: one run takes one value, is {sweep}; a list is {key}=[a,b], and text is quoted: "
+            f"{quoted_override(key, sweep)}"
+        )
     if key == "hydra" or key.startswith(("hydra.", "hydra/")):
         raise ConfigError(f"{key}: Hydra's own settings have no effect here; leave it out")
     if override.package is not None:
@@ -151,7 +197,9 @@ def _check_override(override: Override, groups: Mapping[str, str]) -> None:
     value = override.value()
     if not isinstance(value, str) or value not in names:
         text = override.get_value_string()
-        raise ConfigError(f"{key}: no option {text}; {nearest(text, names)} (options: {', '.join(names)})")
+        near = nearest(text, names)
+        others = "" if near.startswith("valid") else f" (options: {', '.join(names)})"
+        raise ConfigError(f"{key}: no option {text or 'without a name'}; {near}{others}")
 
 
 def _check_not_nested_group(override: Override, groups: Mapping[str, str]) -> None:
@@ -167,19 +215,30 @@ def _check_not_nested_group(override: Override, groups: Mapping[str, str]) -> No
 def _raise_unknown_key(command: str, groups: Mapping[str, str], parsed: Sequence[Override]) -> None:
     """Names the first override whose key does not exist, with the nearest that does."""
     choices = [override.input_line or "" for override in parsed if override.key_or_group in groups]
-    values = OmegaConf.to_container(_compose(command, choices), resolve=False)
-    known = list(_dotted(values))
-    keys = [*known, *(group for group in groups if group not in known)]
+    known = known_keys(command, tuple(choices), config_dir())
+    keys = [*known, *(group for group in groups if group not in known), CONFIG_ONLY]
     for override in parsed:
         key = override.key_or_group
+        if override.is_add() and key in known:
+            line = (override.input_line or "").lstrip("+")
+            raise ConfigError(f"+{key}: exists already, + adds a key that does not; nearest valid: {line}")
         if key in groups or override.is_add() or override.is_force_add() or key in keys:
             continue
         elsewhere = _other_option(key)
-        if elsewhere is not None and _is_model_of_other_keys(key, values):
+        if elsewhere is not None and _is_model_of_other_keys(key, known):
             raise ConfigError(f"{key}: not among the keys of this model; to change it write +{override.input_line}")
         if elsewhere is not None:
-            raise ConfigError(f"{key}: unknown key here; it comes with {elsewhere}")
-        raise ConfigError(f"{key}: unknown key; {nearest_key(key, keys)}")
+            raise UnknownKeyError(f"{key}: unknown key here; it comes with {elsewhere}")
+        if key.lower() in keys:
+            raise ConfigError(f"{key}: unknown key, keys are lower case; nearest valid: {_lower(override, groups)}")
+        raise UnknownKeyError(f"{key}: unknown key; {nearest_key(key, keys)}")
+
+
+def _lower(override: Override, groups: Mapping[str, str]) -> str:
+    """An override with its key in lower case, and so its value if that is an option of a group."""
+    key, value = override.key_or_group.lower(), override.get_value_string()
+    is_option = key in groups and value.lower() in options(key)
+    return f"{key}={value.lower() if is_option else value}"
 
 
 def _other_option(key: str) -> str | None:
@@ -194,17 +253,35 @@ def _other_option(key: str) -> str | None:
     return None
 
 
-def _is_model_of_other_keys(key: str, values: object) -> bool:
+def _is_model_of_other_keys(key: str, known: Mapping[str, Any]) -> bool:
     """Whether a key is one of a model whose own keys stand for all others."""
-    model = values.get("model") if isinstance(values, dict) else None
-    return key.startswith("model.") and isinstance(model, dict) and "kind" in model
+    return key.startswith("model.") and "model.kind" in known
 
 
-def _dotted(values: object, prefix: str = "") -> Iterable[str]:
+def dotted_keys(values: object, prefix: str = "") -> Iterable[tuple[str, Any]]:
+    """Yields every key of nested dicts, dotted, with its value: that of a dict before those inside it."""
     if isinstance(values, dict):
         for key, value in values.items():
-            yield f"{prefix}{key}"
-            yield from _dotted(value, f"{prefix}{key}.")
+            yield f"{prefix}{key}", value
+            yield from dotted_keys(value, f"{prefix}{key}.")
+
+
+@cache
+def known_keys(command: str, choices: tuple[str, ...], folder: Path) -> Mapping[str, Any]:
+    """Returns every dotted key of a command with its value.
+
+    Args:
+        command: name of a root YAML.
+        choices: overrides that choose options of groups.
+        folder: the folder of YAML values.
+    """
+    with initialize_config_dir(str(folder), version_base="1.3", job_name=command):
+        values = OmegaConf.to_container(hydra_compose(command, list(choices)), resolve=False)
+    return dict(dotted_keys(values))
+
+
+def _dotted(values: object) -> list[str]:
+    return [key for key, _ in dotted_keys(values)]
 
 
 def _first_line(error: Exception) -> str:

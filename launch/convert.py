@@ -14,8 +14,9 @@ from types import FrameType
 from typing import Literal
 
 from launch.compose import compose
-from launch.decode import decode
+from launch.decode import decode, encode
 from launch.errors import ConfigError, system_errors
+from launch.help.preview import plain_text
 from launch.report import command
 from train.weight_source import is_hf_folder, source_config
 
@@ -150,5 +151,21 @@ def _check_path(config: ConvertConfig) -> None:
         )
 
 
+def preview(overrides: Sequence[str]) -> str:
+    """Returns the command's configuration, checked, as YAML.
+
+    Args:
+        overrides: of `conf/convert.yaml`.
+
+    Raises:
+        ConfigError, CheckpointError, HfError: as `main`.
+    """
+    config = _read(overrides)
+    with system_errors():
+        _check(config)
+    values = encode(config)
+    return plain_text("convert", {"from": values.pop("source"), **values})
+
+
 if __name__ == "__main__":
-    sys.exit(command("convert", main))
+    sys.exit(command("convert", main, preview))

@@ -10,7 +10,7 @@ from dataclasses import fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from launch.errors import ConfigError, nearest, nearest_key
+from launch.errors import ConfigError, UnknownKeyError, nearest, nearest_key
 
 T = TypeVar("T")
 
@@ -71,7 +71,7 @@ def _decode_dataclass(cls: Any, value: object, place: str) -> Any:
     for key in values:
         if key not in names:
             path = _join(place, str(key))
-            raise ConfigError(f"{path}: unknown key; {nearest_key(path, [_join(place, name) for name in names])}")
+            raise UnknownKeyError(f"{path}: unknown key; {nearest_key(path, [_join(place, name) for name in names])}")
     for name in names:
         if name not in values:
             raise ConfigError(f"{_join(place, name)}: missing; a value is needed ({_describe(hints[name])})")

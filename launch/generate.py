@@ -17,8 +17,9 @@ from data.tokenizer import Tokenizer
 from infer.config import Sampling, Speculative, Statistics, check
 from launch.compose import compose
 from launch.continuations import InOrder, Live, Transcript, as_block, as_json_line, new_file
-from launch.decode import decode
+from launch.decode import decode, encode
 from launch.errors import ConfigError, system_errors
+from launch.help.preview import plain_text
 from launch.prompts import Prompt, Stop, find_tokenizer, read_stop, read_texts
 from launch.report import command
 from model.config import ModelConfig
@@ -97,6 +98,22 @@ def main(overrides: Sequence[str]) -> int:
     said = f"{statistics.tokens} tokens in {statistics.seconds:.2f} s, {speed:,.1f} tokens/s; {statistics.summary()}"
     print(said, file=sys.stderr, flush=True)
     return 0
+
+
+def preview(overrides: Sequence[str]) -> str:
+    """Returns the command's configuration, checked, as YAML.
+
+    Args:
+        overrides: of `conf/generate.yaml`.
+
+    Raises:
+        ConfigError, CheckpointError, HfError, DataError: as `main`.
+    """
+    config = _read(overrides)
+    with system_errors():
+        _read_prompts(config, _find(config))
+    stop = [*config.stop.ids, *config.stop.texts]
+    return plain_text("generate", {**encode(config), "stop": stop})
 
 
 def _read(overrides: Sequence[str]) -> GenerateCommandConfig:
@@ -206,4 +223,4 @@ def _standard_output() -> TextIO:
 
 
 if __name__ == "__main__":
-    sys.exit(command("generate", main))
+    sys.exit(command("generate", main, preview))

@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from launch.compose import compose
-from launch.decode import decode
+from launch.decode import decode, encode
 from launch.errors import ConfigError, system_errors
 from launch.folder import CONFIG_NAME, read_folder
+from launch.help.preview import plain_text
 from launch.report import command
 
 
@@ -46,5 +47,17 @@ def main(overrides: Sequence[str]) -> int:
     return 0
 
 
+def preview(overrides: Sequence[str]) -> str:
+    """Returns the command's configuration as YAML.
+
+    Args:
+        overrides: of `conf/redraw.yaml`.
+
+    Raises:
+        ConfigError: as `main`.
+    """
+    return plain_text("redraw", encode(decode(RedrawConfig, compose("redraw", overrides))))
+
+
 if __name__ == "__main__":
-    sys.exit(command("redraw", main))
+    sys.exit(command("redraw", main, preview))

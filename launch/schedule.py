@@ -26,8 +26,9 @@ from dualpipe.passes import one_at_a_time
 from dualpipe.simulate import simulate
 from dualpipe.validate import validate
 from launch.compose import compose
-from launch.decode import decode
+from launch.decode import decode, encode
 from launch.errors import ConfigError
+from launch.help.preview import plain_text
 from launch.report import command
 
 
@@ -65,6 +66,18 @@ def main(overrides: Sequence[str]) -> int:
     config = decode(ScheduleCommandConfig, compose("schedule", overrides))
     _write(_shown(config), config.out)
     return 0
+
+
+def preview(overrides: Sequence[str]) -> str:
+    """Returns the command's configuration as YAML.
+
+    Args:
+        overrides: of `conf/schedule.yaml`.
+
+    Raises:
+        ConfigError: as `main`.
+    """
+    return plain_text("schedule", encode(decode(ScheduleCommandConfig, compose("schedule", overrides))))
 
 
 def _shown(config: ScheduleCommandConfig) -> str:
@@ -131,4 +144,4 @@ def _write(text: str, out: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(command("schedule", main))
+    sys.exit(command("schedule", main, preview))

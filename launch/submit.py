@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from launch.compose import compose, key_of, own_keys
-from launch.config import check, read_config
-from launch.decode import decode
+from launch.config import check, read_config, write_config
+from launch.decode import decode, encode
 from launch.errors import ConfigError, system_errors
 from launch.folder import check_folder, held_folder
+from launch.help.preview import experiment_text
 from launch.private_file import write_private
 from launch.report import command
 from launch.slurm.config import SlurmConfig, check_slurm
@@ -60,6 +61,27 @@ def main(overrides: Sequence[str]) -> int:
             return 0
         print(_submit(config, script, job))
         return 0
+
+
+def preview(overrides: Sequence[str]) -> str:
+    """Returns the configuration of the job and of its run, as YAML for `conf/experiment/`. Writes nothing.
+
+    Args:
+        overrides: of `conf/submit.yaml`.
+
+    Raises:
+        ConfigError, DataError, ScheduleError, CutError, CheckpointError: a configuration that no run can follow, a
+            job that Slurm refuses.
+    """
+    with system_errors():
+        values = compose("submit", overrides)
+        slurm = decode(SlurmConfig, _with_text_time(values["slurm"]), "slurm")
+        _check_resume(values["resume"])
+        config = read_config({key: value for key, value in values.items() if key not in own_keys("submit")})
+        check(config)
+        check_slurm(slurm)
+    own = {"dry_run": decode(bool, values["dry_run"], "dry_run"), "slurm": encode(slurm)}
+    return experiment_text("submit", overrides, {**write_config(config), **own})
 
 
 def job_overrides(overrides: Sequence[str], out_dir: str) -> list[str]:
@@ -132,4 +154,4 @@ def _submit(config: TrainConfig, script: str, overrides: Sequence[str]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(command("submit", main))
+    sys.exit(command("submit", main, preview))

@@ -14,11 +14,13 @@ from types import FrameType
 from comm.exit_codes import EXIT_PREEMPTED
 from comm.preemption import Preemption, handled_signals
 from launch.compose import compose
-from launch.config import check, read_config
+from launch.config import check, read_config, write_config
 from launch.environment import apply_rank_environment
 from launch.errors import ConfigError, system_errors
 from launch.folder import check_folder, held_folder
+from launch.help.preview import experiment_text
 from launch.local import preload_modules, run_ranks, start_fork_server, stop_fork_server
+from launch.machine import check_driver, check_gpus, check_packages
 from launch.report import command
 from train.config import TrainConfig
 from train.integrity import find_resumed, verify
@@ -42,11 +44,30 @@ def main(overrides: Sequence[str]) -> int:
     with system_errors():
         config = read_config(compose("train", overrides))
         check(config)
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        check_driver(config.cluster.device, "cluster.device")
+        check_packages(config)
     if is_torchrun(os.environ):
         return _run_as_rank(config)
     check_folder(config)
     _check_named(config)
     return _run_local(config)
+
+
+def preview(overrides: Sequence[str]) -> str:
+    """Returns the configuration that `main` would train with, as YAML for `conf/experiment/`. Writes nothing.
+
+    Args:
+        overrides: of `conf/train.yaml`.
+
+    Raises:
+        ConfigError, DataError, ScheduleError, CutError, CheckpointError: a configuration that no run can follow.
+    """
+    with system_errors():
+        config = read_config(compose("train", overrides))
+        check(config)
+        check_folder(config)
+    return experiment_text("train", overrides, write_config(config))
 
 
 def train_rank(config: TrainConfig, is_aloud: bool = False) -> int:
@@ -116,6 +137,7 @@ def leave(code: int, environment: Mapping[str, str]) -> int:
 def _run_local(config: TrainConfig) -> int:
     try:
         start_fork_server(config.cluster, preload_modules(config.cluster))
+        check_gpus(config, config.parallelism.world_size)
         # One process fills the cache while the fork server imports; the ranks then only open it.
         from train.corpus import prepare_corpus
 
@@ -141,6 +163,8 @@ def _run_as_rank(config: TrainConfig) -> int:
             f"nearest valid: resume=auto out_dir={config.out_dir or 'outputs/' + config.name}"
         )
     apply_rank_environment(config.cluster)
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        check_gpus(config, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     if is_other_rank(os.environ):
         return leave(train_rank(config, is_aloud=True), os.environ)
     check_folder(config)
@@ -150,4 +174,4 @@ def _run_as_rank(config: TrainConfig) -> int:
 
 if __name__ == "__main__":
     heed_signals()
-    sys.exit(command("train", main, quiet=is_other_rank(os.environ)))
+    sys.exit(command("train", main, preview, quiet=is_other_rank(os.environ)))

@@ -9,11 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import yaml
 
 from launch import train
-from launch.compose import compose_defaults, default_groups, options
-from launch.report import command, help_text
+from launch.report import command
 from tests.launch.test_launch_config import build
 from train.config import TrainConfig
 from train.manifest import write_manifest
@@ -106,25 +104,6 @@ def test_train_under_torchrun_rank_0_alone_makes_the_folder(tmp_path: Path, monk
     assert [path.name for path in (tmp_path / "outputs" / "job").iterdir()] == [Path(seen[0].out_dir).name]
     assert (Path(seen[0].out_dir) / "config.yaml").is_file()
     assert seen[1].out_dir == ""
-
-
-def test_train_help_names_every_group_option_and_key(tmp_path: Path) -> None:
-    done = run_train(tmp_path, "--help")
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    for name in ("python -m launch.train", "quickstart*", *options("model"), *options("cluster"), "learning_rate: "):
-        assert name in done.stdout
-    assert done.stdout.strip() == help_text("train").strip()
-
-
-@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "conf").glob("*.yaml")))
-def test_help_shows_each_key_with_its_value_and_groups_where_there_are_any(name: str) -> None:
-    head, _, keys = help_text(name).partition("\nKeys")
-    assert yaml.safe_load(keys.partition("\n")[2]) == compose_defaults(name)
-    assert ("???" in keys) == ("(??? must be given)" in keys.partition("\n")[0])
-    groups = [line.partition("=")[0].strip() for line in head.partition("Groups")[2].splitlines()[1:] if line]
-    assert groups == list(default_groups(name))
-    assert ("Groups" in head) == ("[group=option]" in head) == bool(groups)
 
 
 @pytest.mark.parametrize(

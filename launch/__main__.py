@@ -1,0 +1,39 @@
+"""`python -m launch`: the list of commands, and a way to start one."""
+
+import os
+import sys
+from collections.abc import Sequence
+
+from launch.help.commands import listing, split_command, unknown_command
+from launch.report import EXIT_BROKEN_PIPE, EXIT_CONFIGURATION, forget_output
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Lists the commands, or starts the one that the first argument names.
+
+    Args:
+        arguments: of the command line.
+
+    Returns:
+        The exit code: 0, or 2 for a name that is no command. A command that is started replaces this process.
+    """
+    name, others = split_command(arguments)
+    if name is not None:
+        os.execv(sys.executable, [sys.executable, "-m", f"launch.{name}", *others])
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        return _print(listing())
+    print(f"error: {unknown_command(arguments[0])}", file=sys.stderr)
+    return EXIT_CONFIGURATION
+
+
+def _print(text: str) -> int:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        forget_output()
+        return EXIT_BROKEN_PIPE
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,183 @@
+"""Advice for common first attempts: what a user most likely means by a key or a value that does not exist here.
+
+`advice.yaml` is the table. It is read only after a command line was refused, so that a valid one never depends on it.
+"""
+
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from launch.compose import config_dir, default_groups, known_keys, options
+from launch.decode import decode
+from launch.errors import ConfigError, SyntaxOverrideError, UnknownKeyError, nearest_key
+
+BARE_PATH = "<path>"
+"""Stands in the table for a path that was written without a key."""
+_UNKNOWN = "unknown key"
+_OPTIONAL = {"commands": ["train", "submit"], "values": None, "why": _UNKNOWN, "write": []}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Advice:
+    """One line of the table.
+
+    `keys`: names, in lower case with underscores, that lead here. `commands`: of which this is true. `values`: a
+    regular expression for the whole value; None: any value of a key that the command does not have. `why`: the rule.
+    `write`: overrides to recommend; none: leave the key out. `example`: a value that leads here.
+    """
+
+    keys: tuple[str, ...]
+    commands: tuple[str, ...]
+    values: str | None
+    why: str
+    write: tuple[str, ...]
+    example: str
+
+    def overrides(self, value: str) -> list[str]:
+        """Returns the recommended overrides.
+
+        Args:
+            value: that was written; empty: the example.
+        """
+        value = value or self.example
+        places = {"value": value, "folder": _folder_of_glob(value), "name": value.rpartition("/")[2]}
+        return [re.sub(r"\{(value|folder|name)\}", lambda match: places[match[1]], text) for text in self.write]
+
+    def text(self, value: str) -> str:
+        """Returns the rule and the recommendation, as they follow a key in an error."""
+        written = shlex.join(self.overrides(value))
+        why = self.why.replace("{value}", value or self.example).replace("{name}", value.rpartition("/")[2])
+        return f"{why}; nearest valid: {written}" if written else f"{why}; leave it out"
+
+
+@cache
+def advice_table() -> tuple[Advice, ...]:
+    """Returns the table, in its order: the first line that fits is taken."""
+    lines = yaml.safe_load(Path(__file__).with_name("advice.yaml").read_text(encoding="utf-8"))
+    return tuple(decode(Advice, {**_OPTIONAL, **line}, f"advice[{place}]") for place, line in enumerate(lines))
+
+
+def find_advice(command: str, key: str, value: str, is_unknown: bool) -> Advice | None:
+    """Returns the first line of the table that fits.
+
+    Args:
+        command: that was started.
+        key: dotted, as written.
+        value: as written; empty: none.
+        is_unknown: whether the command has no such key. Then its last part is looked up too.
+    """
+    name = key.lower().replace("-", "_")
+    names = {name, name.rpartition(".")[2]} if is_unknown else {name}
+    for line in advice_table():
+        if command not in line.commands or names.isdisjoint(line.keys):
+            continue
+        if is_unknown if line.values is None else re.fullmatch(line.values, value, re.IGNORECASE):
+            return line
+    return None
+
+
+def advise(command: str, arguments: Sequence[str], error: ValueError) -> str:
+    """Returns what to print about a command line that was refused: advice if there is any, else the error's text.
+
+    Args:
+        command: that was started.
+        arguments: of the command line.
+        error: why they were refused.
+    """
+    text = str(error)
+    if isinstance(error, SyntaxOverrideError):
+        return _advise_bare(command, arguments, arguments.index(error.argument)) or text
+    key = re.sub(r"\[\d+\]$", "", text.partition(":")[0])
+    for argument in reversed(arguments):
+        written, _, value = argument.lstrip("+~").partition("=")
+        if written == key:
+            line = find_advice(command, key, value, isinstance(error, UnknownKeyError))
+            return text if line is None else f"{key}: {line.text(value)}"
+    return text
+
+
+def refuse_flags(command: str, arguments: Sequence[str]) -> None:
+    """Refuses `--key value`, `--key=value` and single letters.
+
+    Raises:
+        ConfigError: with the override that is meant.
+    """
+    for index, argument in enumerate(arguments):
+        if not argument.startswith("-"):
+            continue
+        written, has_value, value = argument.lstrip("-").partition("=")
+        key = written.replace("-", "_")
+        if re.fullmatch(r"\d.*", written) and index and "=" not in arguments[index - 1]:
+            raise ConfigError(f"{argument}: no key; nearest valid: {arguments[index - 1]}={argument}")
+        if not has_value and arguments[index + 1 :] and not re.search("^-|=", arguments[index + 1]):
+            value = arguments[index + 1]
+        meant = _meant(command, key, value).removeprefix(f"{_UNKNOWN}; ")
+        raise ConfigError(f"{argument}: no flags, options are key=value; {meant}")
+
+
+def refuse_repeated(arguments: Sequence[str]) -> None:
+    """Refuses a key that is given two values, of which one would be ignored.
+
+    Raises:
+        ConfigError: names both.
+    """
+    given: dict[str, str] = {}
+    for argument in arguments:
+        key, has_value, value = argument.lstrip("+").partition("=")
+        if has_value and given.setdefault(key, value) != value:
+            raise ConfigError(f"{key}: is given twice, as {given[key]} and {value}; leave one of them out")
+
+
+def _meant(command: str, key: str, value: str) -> str:
+    """Returns the end of an error about something that is not key=value, but names a key."""
+    known = _known_keys(command)
+    if key in known:
+        return f"nearest valid: {shlex.quote(f'{key}={value or known[key]}')}"
+    line = find_advice(command, key, value, is_unknown=True)
+    return line.text(value) if line is not None else f"{nearest_key(key, list(known))}; --help lists all"
+
+
+def _advise_bare(command: str, arguments: Sequence[str], index: int) -> str | None:
+    """Returns advice for an argument that is not key=value, or None."""
+    text, before, after = arguments[index], arguments[index - 1] if index else "", [*arguments[index + 1 :], ""]
+    if not text or "=" in text:
+        return None
+    if after[0].startswith("="):
+        value = after[0].removeprefix("=") or after[1]
+        return f"{text} = {value}: no spaces around =; nearest valid: {text}={value}"
+    if before.endswith("="):
+        return f"{before} {text}: no spaces around =; nearest valid: {before}{text}"
+    known = _known_keys(command)
+    value = "" if "=" in after[0] or after[0].startswith("-") else after[0]
+    if text in known or (find_advice(command, text, value, is_unknown=True) and "=" not in before):
+        return f"{text}: a value follows =; {_meant(command, text, value)}"
+    groups = [group for group in default_groups(command) if text in options(group)]
+    if groups:
+        return f"{text}: is an option of {' and '.join(groups)}; nearest valid: {groups[-1]}={text}"
+    if "=" in before:
+        words = [before, *_bare_words(arguments[index:])]
+        return f"{text}: is not key=value; if it belongs to the value before it: {shlex.quote(' '.join(words))}"
+    line = find_advice(command, BARE_PATH, text, is_unknown=False)
+    return None if line is None else f"{text}: {line.text(text)}"
+
+
+def _bare_words(arguments: Sequence[str]) -> list[str]:
+    """Returns the arguments up to the next one that is key=value."""
+    end = next((place for place, text in enumerate(arguments) if "=" in text), len(arguments))
+    return list(arguments[:end])
+
+
+def _known_keys(command: str) -> Mapping[str, Any]:
+    """Returns every dotted key and every group of a command, with its default."""
+    return {**known_keys(command, (), config_dir()), **default_groups(command)}
+
+
+def _folder_of_glob(path: str) -> str:
+    """Returns the part of a path before its first wildcard, `.` if there is none."""
+    return re.sub(r"(^|/)[^/]*[*?].*", "", path.strip("[]")) or "."

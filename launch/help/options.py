@@ -1,0 +1,169 @@
+"""What `--help` says about each key: its value, and the comment beside it in the YAML that sets it."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from launch.compose import compose_defaults, config_dir, dotted_keys, included_roots
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Option:
+    """A key with its value as it is written on the command line, and what the YAML says about it."""
+
+    key: str
+    value: str
+    comment: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Section:
+    """Keys that belong together: those of the command itself, or of one group."""
+
+    title: str
+    comment: str
+    options: tuple[Option, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """A YAML file, and the dotted prefix of its keys."""
+
+    path: Path
+    prefix: str
+
+    @property
+    def lines(self) -> list[str]:
+        return self.path.read_text(encoding="utf-8").splitlines()
+
+
+def sections(command: str, overrides: Sequence[str], chosen: Mapping[str, str]) -> list[Section]:
+    """Returns all keys of a command, each once, with the values that the overrides and the chosen options give them.
+
+    Args:
+        command: name of a root YAML.
+        overrides: that `compose` takes.
+        chosen: the option of each group under them.
+    """
+    values = compose_defaults(command, overrides)
+    roots = [_Source(config_dir() / f"{root}.yaml", "") for root in (*included_roots(command), command)]
+    groups = {
+        group: _Source(config_dir() / group / f"{option}.yaml", f"{group.replace('/', '.')}.")
+        for group, option in chosen.items()
+    }
+    comments = {key: text for source in (*roots, *groups.values()) for key, text in _comments(source)}
+    leaves = [Option(key=key, value=_flow(value), comment=comments.get(key, "")) for key, value in _leaves(values)]
+    found = [Section(title="", comment="", options=tuple(leaf for leaf in leaves if "." not in leaf.key))]
+    for place in _places(values, chosen):
+        own = tuple(leaf for leaf in leaves if _place_of(leaf.key, chosen) == place)
+        title = f"{place}={chosen[place]}" if place in chosen else place
+        about = _heading(groups[place]) if place in groups else comments.get(place, "")
+        found.append(Section(title=title, comment=about, options=own))
+    return found
+
+
+def _places(values: Mapping[str, Any], chosen: Mapping[str, str]) -> Iterator[str]:
+    """Yields the keys that hold others, in order, each followed by the groups within it: `optim`, `optim/schedule`."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield key
+            yield from (group for group in chosen if group.startswith(f"{key}/"))
+
+
+def _place_of(key: str, chosen: Mapping[str, str]) -> str:
+    """Returns the innermost group that a dotted key belongs to, or its first part."""
+    groups = [group for group in chosen if key.startswith(f"{group.replace('/', '.')}.")]
+    return max(groups, key=len, default=key.partition(".")[0])
+
+
+def _leaves(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yields the keys that hold no others."""
+    for key, value in dotted_keys(values):
+        if not isinstance(value, Mapping) or not value:
+            yield key, value
+
+
+def _comments(source: _Source) -> Iterator[tuple[str, str]]:
+    """Yields the dotted keys of a file with the comment that follows each, or stands above it.
+
+    A comment on a line of its own continues the one above if it is indented further than any key.
+    """
+    root, lines = yaml.compose("\n".join(source.lines), Loader=yaml.SafeLoader), source.lines
+    keys = list(_key_ends(root, source.prefix))
+    starts = {line for _, line, _ in keys}
+    for key, line, column in keys:
+        beside = _after_hash(lines[line][column:])
+        for place in range(line + 1, len(lines)):
+            if place in starts or not beside or not lines[place].startswith("      ") or not _is_comment(lines[place]):
+                break
+            beside += f" {_after_hash(lines[place])}"
+        above = [_after_hash(text) for text in _comment_block(lines, line)] if source.prefix else []
+        yield key, " ".join([*above, beside]).strip()
+
+
+def _key_ends(node: yaml.Node | None, prefix: str) -> Iterator[tuple[str, int, int]]:
+    """Yields each dotted key with the line it is on, and the column after which only a comment can follow."""
+    if not isinstance(node, yaml.MappingNode):
+        return
+    for key, value in node.value:
+        if key.value == "defaults" and not prefix:
+            continue
+        line = key.start_mark.line
+        is_same_line = value.end_mark.line == line
+        yield f"{prefix}{key.value}", line, value.end_mark.column if is_same_line else key.end_mark.column
+        if not (isinstance(value, yaml.MappingNode) and value.flow_style):
+            yield from _key_ends(value, f"{prefix}{key.value}.")
+
+
+def _comment_block(lines: Sequence[str], line: int) -> list[str]:
+    """Returns the lines of comments directly above a key, but not the file's heading and no continued comment."""
+    block: list[str] = []
+    for place in range(line - 1, -1, -1):
+        if not _is_comment(lines[place]) or lines[place].startswith("      "):
+            return list(reversed(block))
+        block.append(lines[place])
+    return []
+
+
+def _heading(source: _Source) -> str:
+    """Returns the comment at the top of an option's file."""
+    texts: list[str] = []
+    for line in source.lines:
+        if not line.startswith("#"):
+            break
+        if not line.startswith("# @package"):
+            texts.append(_after_hash(line))
+    return " ".join(texts)
+
+
+def _is_comment(line: str) -> bool:
+    return line.lstrip().startswith("#")
+
+
+def _after_hash(text: str) -> str:
+    return text.partition("#")[2].strip()
+
+
+def _flow(value: Any) -> str:
+    """Returns a value as it is written on the command line."""
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return str(value).lower()
+        case str():
+            return value if value and value == value.strip() else f'"{value}"'
+        case list() | tuple():
+            return f"[{','.join(_flow(item) for item in value)}]"
+        case Mapping():
+            return f"{{{','.join(f'{key}:{_flow(item)}' for key, item in value.items())}}}"
+        case _:
+            return str(value)
+
+
+def all_options(found: Iterable[Section]) -> list[Option]:
+    """Returns the options of all sections, in order."""
+    return [option for section in found for option in section.options]

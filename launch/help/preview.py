@@ -1,0 +1,65 @@
+"""What `config_only=true` prints: a command's configuration, composed and checked, as YAML that can be used again."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from launch.compose import CONFIG_ONLY, chosen_options
+from launch.errors import ConfigError
+
+
+def split_config_only(arguments: Sequence[str]) -> tuple[list[str], bool]:
+    """Returns the arguments without `config_only`, and its value.
+
+    Raises:
+        ConfigError: a value that is neither true nor false.
+    """
+    rest, is_only = [], False
+    for argument in arguments:
+        key, has_value, value = argument.lstrip("+").partition("=")
+        if key != CONFIG_ONLY or not has_value:
+            rest.append(argument)
+        elif value.lower() in ("true", "false"):
+            is_only = value.lower() == "true"
+        else:
+            raise ConfigError(f"{CONFIG_ONLY}: must be true or false, is {value!r}; nearest valid: {CONFIG_ONLY}=true")
+    return rest, is_only
+
+
+def plain_text(command: str, values: Mapping[str, Any]) -> str:
+    """Returns the keys of a command without groups.
+
+    Args:
+        command: its name.
+        values: decoded, checked and encoded again.
+    """
+    return f"# python -m launch.{command}\n{_dump(values)}"
+
+
+def experiment_text(
+    command: str, overrides: Sequence[str], values: Mapping[str, Any], comments: Sequence[str] = ()
+) -> str:
+    """Returns a configuration as a file for `conf/experiment/`: its groups' options, and every value.
+
+    Args:
+        command: its name.
+        overrides: that it was composed with.
+        values: decoded, checked and encoded again.
+        comments: lines to add at the top.
+    """
+    options = {group: option for group, option in chosen_options(command, overrides).items() if group != "experiment"}
+    lines = [
+        "# @package _global_",
+        f"# As conf/experiment/NAME.yaml: python -m launch.{command} experiment=NAME",
+        *(f"# {line}".rstrip() for line in comments),
+        "defaults:",
+        *(f"  - override /{group}: {option}" for group, option in options.items()),
+        "",
+    ]
+    return "\n".join(lines) + f"\n{_dump(values)}"
+
+
+def _dump(values: Mapping[str, Any]) -> str:
+    text: str = yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True, width=100)
+    return text

@@ -1,0 +1,257 @@
+"""First mistakes: one line, exit code 2, the right advice, no rank started."""
+
+import importlib
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from launch import train
+from launch.compose import compose, compose_defaults, default_groups, dotted_keys
+from launch.help.advice import BARE_PATH, Advice, advice_table, find_advice
+from launch.help.preview import split_config_only
+from launch.report import command
+
+ROOT = Path(__file__).resolve().parents[2]
+CPU_SECONDS = 3.0
+COMMANDS = ("train", "submit", "generate", "convert", "schedule", "redraw")
+HUB = "deepseek-ai/DeepSeek-V3"
+
+# What is typed after `python -m launch.train`, and what the one line must say.
+MISTAKES: list[tuple[list[str], str]] = [
+    (["lr=1e-4"], "optim.learning_rate=1e-4"),
+    (["--lr", "1e-4"], "optim.learning_rate=1e-4"),
+    (["--lr=1e-4"], "optim.learning_rate=1e-4"),
+    (["--learning-rate=1e-4"], "optim.learning_rate=1e-4"),
+    (["optim.lr=1e-4"], "optim.learning_rate=1e-4"),
+    (["+lr=1e-4"], "optim.learning_rate=1e-4"),
+    (["lr", "1e-4"], "optim.learning_rate=1e-4"),
+    (["bs=8"], "stage.global_batch_sequences=8"),
+    (["batch_size=8"], "stage.global_batch_sequences=8"),
+    (["micro_batch_size=1"], "stage.micro_batch_sequences=1"),
+    (["gradient_accumulation_steps=4"], "stage.global_batch_sequences="),
+    (["epochs=3"], "stage.global_batch_sequences x stage.sequence_length_tokens tokens"),
+    (["epochs=3"], "stage.steps=1000"),
+    (["seq_len=4096"], "stage.sequence_length_tokens=4096"),
+    (["max_length=512"], "stage.sequence_length_tokens=512"),
+    (["max_steps=200"], "stage.steps=200"),
+    (["steps=200"], "stage.steps=200"),
+    (["--steps", "200"], "stage.steps=200"),
+    (["eval_steps=5"], "stage.validate_every_steps=5"),
+    (["save_steps=5"], "stage.checkpoint_every_steps=5"),
+    (["log_every=5"], "track.log_every_steps=5"),
+    (["wandb=true"], "track=wandb_online"),
+    (["wandb=false"], "track=none"),
+    (["track=wandb"], "track=wandb_online"),
+    (["project=mine"], "track.project=mine"),
+    (["run_name=mine"], "name=mine"),
+    (["tp=2"], "no tensor parallelism"),
+    (["cp=2"], "no context parallelism"),
+    (["ep=8"], "parallelism.data=8 parallelism.expert=8"),
+    (["pp=4"], "parallelism.pipeline=4"),
+    (["dp=2"], "parallelism.data=2"),
+    (["num_gpus=8"], "parallelism=eight_ranks"),
+    (["--nproc_per_node=4"], "parallelism=four_ranks"),
+    (["gpus=2"], "parallelism=two_ranks"),
+    (["world_size=6"], "parallelism.pipeline x parallelism.data"),
+    (["nodes=2"], "experiment=two_nodes"),
+    (["zero_stage=3"], "optim.sharding=zero1"),
+    (["deepspeed=ds.json"], "optim.sharding=zero1"),
+    (["fsdp=true"], "optim.sharding=zero1"),
+    (["precision=float16"], "precision=bf16"),
+    (["precision=fp16"], "precision=bf16"),
+    (["precision=bfloat16"], "precision=bf16"),
+    (["precision=mixed"], "precision=bf16"),
+    (["precision=fp32"], "precision=float32"),
+    (["bf16=true"], "precision=bf16"),
+    (["fp8=true"], "precision=fp8"),
+    (["dtype=bfloat16"], "precision=bf16"),
+    (["compile=true"], "leave it out"),
+    ([f"model={HUB}"], f"hf download {HUB} --local-dir DeepSeek-V3"),
+    ([f"model={HUB}"], "model=of_checkpoint init_from=DeepSeek-V3"),
+    ([f"init_from={HUB}"], f"hf download {HUB} --local-dir DeepSeek-V3"),
+    ([f"ckpt={HUB}"], "model=of_checkpoint init_from=DeepSeek-V3"),
+    ([f"model=of_checkpoint init_from={HUB}".split()[0], f"init_from={HUB}"], "hf download"),
+    ([f"data.tokenizer={HUB}"], "--include 'tokenizer*'"),
+    (["model=v3"], "model=v3_671b"),
+    (["model=moonlight"], "moonlight_16b"),
+    (["model=./weights"], "model=of_checkpoint init_from=./weights"),
+    (["Model=Tiny"], "model=tiny"),
+    (["SEED=3"], "seed=3"),
+    (["num_layers=4"], "model.num_layers=4"),
+    (["vocab_size=4096"], "model.vocab_size=4096"),
+    (["top_k=2"], "model.num_experts_per_token=2"),
+    (["dropout=0.1"], "leave it out"),
+    (["optimizer=adam"], "optim=adamw"),
+    (["optim=adam"], "optim=adamw"),
+    (["lr_scheduler=cosine"], "optim/schedule=cosine"),
+    (["warmup=10"], "'optim.schedule.warmup=10 steps'"),
+    (["schedule=cosine"], "optim/schedule=cosine"),
+    (["gradient_clipping=1.0"], "optim.clip_norm=1.0"),
+    (["attention=flash"], "attention=auto"),
+    (["flash_attn=true"], "attention=auto"),
+    (["dispatch=deep_ep"], "dispatch=deepep"),
+    (["data=./corpus.txt"], "data=files 'data.paths=[./corpus.txt]'"),
+    (["data.paths=corpus.txt"], "data=files 'data.paths=[corpus.txt]'"),
+    (["data=files", "data.paths=corpus.txt"], "data=files 'data.paths=[corpus.txt]'"),
+    (["data=files", "data.paths=[texts/*.txt]"], "'data.paths=[texts]'"),
+    (["data=files", r"data.paths=[C:\Users\me\a.txt]"], "/mnt/c"),
+    (["dataset=corpus.txt"], "data=files 'data.paths=[corpus.txt]'"),
+    (["corpus.txt"], "data=files 'data.paths=[corpus.txt]'"),
+    (["resume=latest"], "resume=auto out_dir=outputs/run"),
+    (["resume=true"], "resume=auto out_dir=outputs/run"),
+    (["resume=last"], "resume=auto out_dir=outputs/run"),
+    (["resume_from_checkpoint=outputs/a"], "resume=outputs/a"),
+    (["out=here"], "out_dir=here"),
+    (["output_dir=here"], "out_dir=here"),
+    (["out_dir=a,b"], "\"out_dir='a,b'\""),
+    (["out_dir=a=b"], "\"out_dir='a=b'\""),
+    (["out_dir=my", "run"], "'out_dir=my run'"),
+    (["stage.sample_prompt=def f(x"], "\"stage.sample_prompt='def f(x'\""),
+    (["name=my run"], "name=my-run"),
+    (["device=cuda"], "cluster=one_gpu"),
+    (["cluster=gpu"], "cluster=one_gpu"),
+    (["model", "=", "tiny"], "model=tiny"),
+    (["model=", "tiny"], "model=tiny"),
+    (["model", "=tiny"], "model=tiny"),
+    (["seed", "3"], "seed=3"),
+    (["--seed", "3"], "seed=3"),
+    (["seed"], "seed=0"),
+    (["tiny"], "model=tiny"),
+    (["--config", "run.yaml"], "experiment=quickstart"),
+    (["--config-name=train"], "experiment=quickstart"),
+    (["--multirun"], "one command is one run"),
+    (["-m"], "one command is one run"),
+    (["--dry-run"], "config_only=true"),
+    (["+seed=3"], "seed=3"),
+    (["model.new_key=3"], "model."),
+    (["seed=1", "seed=2"], "seed: is given twice, as 1 and 2"),
+    (["seed=abc"], "seed=0"),
+    (["seed="], "seed"),
+    (["model="], "quickstart"),
+    (["stage.steps="], "a whole number"),
+    (["recompute=true"], "'recompute=[norm,mla_up,swiglu]'"),
+    (["gradient_checkpointing=true"], "'recompute=[norm,mla_up,swiglu]'"),
+    (["config_olny=true"], "config_only"),
+]  # fmt: skip
+
+
+def run_command(
+    name: str, arguments: Sequence[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> str:
+    """Runs a command in this process up to its refusal. Returns its line on stderr."""
+    module = importlib.import_module(f"launch.{name}")
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    code = command(name, module.main, module.preview)
+    told = capsys.readouterr()
+    assert code == 2, f"{arguments}: exit code {code}, {told}"
+    assert told.out == ""
+    assert told.err.startswith("error: ")
+    assert told.err.count("\n") == 1
+    return told.err.strip()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "advice"), MISTAKES, ids=lambda part: part[:40] if isinstance(part, str) else " ".join(part)[:40]
+)
+def test_advice_of_a_first_mistake_is_one_line_and_nothing_starts(
+    arguments: list[str],
+    advice: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "_run_local", lambda config: pytest.fail("ranks start"))
+    line = run_command("train", arguments, monkeypatch, capsys)
+    assert advice in line
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "advice"),
+    [
+        ("generate", [f"ckpt={HUB}", "prompt=a"], "hf download"),
+        ("generate", ["model=outputs/run", "prompt=a"], "ckpt=outputs/run"),
+        ("generate", ["ckpt=run", "prompt=hello", "world"], "'prompt=hello world'"),
+        ("generate", ["ckpt=run", "prompt=a", "max_tokens=5"], "max_new_tokens=5"),
+        ("generate", ["--prompt", "hello"], "prompt=hello"),
+        ("convert", [f"path={HUB}", "from=hf", "to=x"], "hf download"),
+        ("convert", ["path=run", "from=hf", "output=x"], "to=x"),
+        ("schedule", ["kind=dualpipe"], "schedule=dualpipe"),
+        ("schedule", ["format=png"], "format=svg"),
+        ("redraw", ["outputs/run"], "run=outputs/run"),
+        ("submit", ["lr=1e-4"], "optim.learning_rate=1e-4"),
+        ("submit", ["--partition=gpu"], "slurm.partition"),
+    ],
+)
+def test_advice_of_every_other_command(
+    name: str, arguments: list[str], advice: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert advice in run_command(name, arguments, monkeypatch, capsys)
+
+
+def cases() -> list[tuple[str, Advice]]:
+    return [(name, line) for line in advice_table() for name in line.commands]
+
+
+def test_advice_table_has_no_line_that_another_hides() -> None:
+    for name in COMMANDS:
+        known = {*dict(dotted_keys(compose_defaults(name))), *default_groups(name)}
+        for line in (line for other, line in cases() if other == name):
+            for key in line.keys:
+                is_unknown = key not in known and key not in (BARE_PATH, "data.paths")
+                assert is_unknown or line.values is not None, f"{name}: {key} exists, and {line.why!r} has no values"
+                found = find_advice(name, key, line.example, is_unknown=is_unknown)
+                assert found == line, f"{name}: {key}={line.example} leads to {found}"
+
+
+def batches(name: str) -> list[list[str]]:
+    """All recommendations for a command, in as few command lines as give no key twice: composing is what costs."""
+    filled: list[dict[str, str]] = []
+    for line in (line for other, line in cases() if other == name):
+        if name == "submit" and "train" in line.commands:
+            continue
+        overrides, _ = split_config_only(line.overrides(line.example))
+        keys = {text.partition("=")[0]: text for text in overrides}
+        batch = next((batch for batch in filled if all(batch.get(key, keys[key]) == keys[key] for key in keys)), None)
+        if batch is None:
+            filled.append(batch := {})
+        batch |= keys
+    return [list(batch.values()) for batch in filled]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_advice_that_is_recommended_composes(name: str) -> None:
+    for overrides in batches(name):
+        compose(name, overrides)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "advice"),
+    [
+        (["launch.train", "lr=1e-4"], "optim.learning_rate=1e-4"),
+        (["launch.train", f"init_from={HUB}"], "hf download"),
+        (["launch.train", "cluster=h100"], "cluster.device: cuda needs a"),
+        (["launch.submit", "precision=float16"], "precision=bf16"),
+        (["launch", "tarin"], "python -m launch.train"),
+        (["launch", "train", "--lr", "1"], "optim.learning_rate=1"),
+    ],
+)
+def test_advice_takes_less_than_3_seconds_of_cpu_time(arguments: list[str], advice: str, tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(
+        [sys.executable, "-m", *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert advice in done.stderr
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < CPU_SECONDS
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,175 @@
+"""The list of commands, `--help` and `config_only=true`."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import launch.compose
+from launch import submit, train
+from launch.compose import compose, compose_defaults, default_groups, dotted_keys, options
+from launch.config import read_config
+from launch.errors import ConfigError
+from launch.help.commands import find_commands, listing, unknown_command
+from launch.help.page import help_text
+from launch.report import command
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMANDS = sorted(path.stem for path in (ROOT / "conf").glob("*.yaml"))
+
+
+def shell(line: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHON": sys.executable}
+    return subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {line}"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def listed(text: str) -> list[str]:
+    """Keys of a help text, in order."""
+    return re.findall(
+        r"^  ([a-z_][a-z_0-9.]*)=", text.partition("Keys and their values")[2].partition("Examples")[0], re.M
+    )
+
+
+def test_commands_are_those_with_values_and_a_module() -> None:
+    assert [command.name for command in find_commands()] == COMMANDS
+    for found in find_commands():
+        assert re.fullmatch(r"[A-Z][a-z]+s\b.*\.", found.about), f"{found.name}: {found.about}"
+        assert f"python -m launch.{found.name} " in listing()
+        assert found.examples
+    assert max(map(len, listing().splitlines())) <= 100
+
+
+@pytest.mark.parametrize("name", ["tarin", "Train", "train.py", "launch.train", "--train"])
+def test_commands_the_nearest_of_a_typo_is_named(name: str) -> None:
+    assert unknown_command(name).endswith("nearest valid: python -m launch.train")
+
+
+def test_commands_examples_compose() -> None:
+    for found in find_commands():
+        for line in found.examples:
+            words = [word.strip("'") for word in re.findall(r"'[^']*'|\S+", line)]
+            assert words[:3] == ["python", "-m", f"launch.{found.name}"]
+            overrides = [word for word in words[3:] if not word.startswith(("config_only=", "prompt="))]
+            compose(found.name, overrides)
+
+
+def test_package_lists_the_commands_and_starts_one() -> None:
+    done = shell('"$PYTHON" -m launch; "$PYTHON" -m launch schedule num_ranks=2 num_micro_batches=4 format=json')
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(listing())
+    assert '"num_ranks": 2' in done.stdout
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_lists_every_key_once_with_its_value(name: str) -> None:
+    text = help_text(name)
+    leaves = [key for key, value in dotted_keys(compose_defaults(name)) if not isinstance(value, dict) or not value]
+    keys = listed(text)
+    assert sorted(keys) == sorted([*leaves, "config_only"])
+    assert ("???" in text) == ("(??? must be given)" in text)
+    for group in default_groups(name):
+        assert f"\n  {group}=" in text.partition("Keys and their values")[0]
+    assert "Examples:\n" in text
+
+
+@pytest.mark.parametrize("columns", [40, 100])
+def test_help_fits_the_terminal(columns: int) -> None:
+    for name in COMMANDS:
+        for line in help_text(name, (), columns).splitlines():
+            assert len(line) <= columns or " " not in line.strip(" \\"), f"{name}: {line!r} is wider than {columns}"
+
+
+def test_help_shows_the_keys_of_chosen_options() -> None:
+    text = help_text("train", ["model=v3_671b", "optim=adamw_v3", "seed=7", "data=files"])
+    assert "v3_671b*" in text
+    assert "v3_tokens*" in text
+    for line in ("  model.num_layers=61\n", "  seed=7\n", "  optim.learning_rate=0.00022"):
+        assert line in text
+    assert re.search(r"^  data\.paths=\?\?\?", text, re.M)
+    assert re.search(r"^  init_mtp=checkpoint +or fresh", text, re.M)
+
+
+@pytest.mark.parametrize("override", ["model=nothing", "lr=3", "--lr"])
+def test_help_of_a_wrong_choice_is_an_error(override: str) -> None:
+    with pytest.raises(ConfigError):
+        help_text("train", [override])
+
+
+def test_help_is_plain_text_in_a_pipe_and_ends_with_its_reader() -> None:
+    whole = shell('"$PYTHON" -m launch.train --help model=tiny')
+    assert (whole.returncode, whole.stderr) == (0, "")
+    assert whole.stdout.strip() == help_text("train", ["model=tiny"]).strip()
+    assert "\x1b" not in whole.stdout
+    cut = shell('"$PYTHON" -m launch.train -h | head -1')
+    assert (cut.stdout, cut.stderr) == ("Trains a DeepSeek-V3-class model.\n", "")
+
+
+def saved(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Puts a printed configuration among the experiments of a copy of `conf/`. Returns the override for it."""
+    shutil.copytree(ROOT / "conf", tmp_path / "conf", dirs_exist_ok=True)
+    (tmp_path / "conf" / "experiment" / "saved.yaml").write_text(text)
+    monkeypatch.setattr(launch.compose, "config_dir", lambda: tmp_path / "conf")
+    return "experiment=saved"
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["experiment=quickstart"],
+        ["experiment=four_nodes"],
+        ["experiment=v3_671b", "data=embedded"],
+        ["model=ladder_20m", "optim/schedule=wsd", "dispatch=two_hop", "guard=skip", "stage.steps=7", "name=other"],
+    ],
+    ids=" ".join,
+)
+def test_config_only_prints_an_experiment_that_composes_to_the_same(
+    overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = read_config(compose("train", overrides))
+    choice = saved(train.preview(overrides), tmp_path, monkeypatch)
+    assert read_config(compose("train", [choice])) == config
+
+
+def test_config_only_of_a_job_composes_to_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    overrides = ["precision=bf16", "slurm.partition=gpu", "slurm.setup=[module load cuda]"]
+    values = compose("submit", overrides)
+    choice = saved(submit.preview(overrides), tmp_path, monkeypatch)
+    assert compose("submit", [choice])["slurm"] == values["slurm"]
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"), [("schedule", ["num_ranks=3"]), ("redraw", ["run=a"]), ("train", ["cluster=h100"])]
+)
+def test_config_only_prints_values_and_does_nothing(
+    name: str, overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = __import__(f"launch.{name}", fromlist=["main"])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [name, "config_only=true", *overrides])
+    assert command(name, lambda overrides: pytest.fail("the command starts"), module.preview) == 0
+    values = yaml.safe_load(capsys.readouterr().out)
+    values.pop("defaults", None)
+    if name != "train":
+        assert values == compose(name, overrides)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_config_only_refuses_what_a_run_refuses(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["train", "config_only=true", "model.num_routed_experts=15", "parallelism.data=2",
+                                      "parallelism.expert=2"])  # fmt: skip
+    assert command("train", train.main, train.preview) == 2
+    assert "nearest valid: 14 or 16" in capsys.readouterr().err
