@@ -12,7 +12,7 @@ import yaml
 
 import launch.compose
 from launch import submit, train
-from launch.compose import compose, compose_defaults, default_groups, dotted_keys, options
+from launch.compose import compose, compose_defaults, default_groups, dotted_keys
 from launch.config import read_config
 from launch.errors import ConfigError
 from launch.help.commands import find_commands, listing, unknown_command
