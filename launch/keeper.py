@@ -17,6 +17,8 @@ _LOOK_SECONDS = 0.25
 # would give each of them 30, and a stopped one takes all it is given.
 _VERDICT_SECONDS = 1.2
 _ERROR_SECONDS = 3.0
+# After a rank has vanished, by which the others should have a verdict.
+_VANISHED_SECONDS = 4.0
 
 
 class Keeper:
@@ -32,12 +34,13 @@ class Keeper:
             grace_seconds: that ranks have from there on.
         """
         self._folder = folder
-        self._scratch = scratch
+        self.scratch = scratch
         self._request = request
         self._grace_seconds = grace_seconds
         self._ranks: dict[Path, int] = {}
         self._asked: set[Path] = set()
         self._asked_at: float | None = None
+        self._vanished_at: float | None = None
         self._is_over = threading.Event()
         self.is_out_of_patience = False
 
@@ -57,6 +60,10 @@ class Keeper:
             for descriptor in self._ranks.values():
                 os.close(descriptor)
 
+    def end_ranks_soon(self) -> None:
+        """Ends all ranks that are left after a few seconds, as one has vanished."""
+        self._vanished_at = time.monotonic()
+
     def _keep(self) -> None:
         while not self._is_over.wait(_LOOK_SECONDS):
             self._meet()
@@ -67,11 +74,11 @@ class Keeper:
                     _send(descriptor, signal.SIGKILL)
 
     def _meet(self) -> None:
-        for path in self._scratch.glob("pid_*"):
+        for path in self.scratch.glob("pid_*"):
             if path not in self._ranks:
                 # A number may be another process' by then; an open descriptor never is.
                 with suppress(ProcessLookupError):
-                    self._ranks[path] = os.pidfd_open(int(path.read_text()))
+                    self._ranks[path] = os.pidfd_open(int(path.name.removeprefix("pid_")))
 
     def _ask(self) -> None:
         """Each rank once."""
@@ -85,6 +92,8 @@ class Keeper:
         """Whether ranks go on for too long, after another has left its last words or all were asked to end."""
         if self._asked_at is not None and time.monotonic() - self._asked_at > self._grace_seconds:
             self.is_out_of_patience = True
+            return True
+        if self._vanished_at is not None and time.monotonic() - self._vanished_at > _VANISHED_SECONDS:
             return True
         paths = find_errors(self._folder)
         is_known = any(read_error(path).code in (EXIT_HANG, EXIT_LOST) for path in paths)

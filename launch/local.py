@@ -7,6 +7,7 @@ of it: ranks start in tenths of a second instead of seconds.
 import logging
 import multiprocessing
 import os
+import secrets
 import signal
 import sys
 import threading
@@ -23,16 +24,19 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from comm.config import ClusterConfig
-from comm.exit_codes import EXIT_HANG, EXIT_LOST
+from comm.exit_codes import EXIT_LOST
 from comm.preemption import SIGNALS, Preemption, handled_signals
+from comm.watchdog.job_key import KEY_VARIABLE
+from comm.watchdog.membership import STORE_FILE_VARIABLE
 from launch.environment import apply_rank_environment
 from launch.errors import ConfigError
 from launch.folder import claim_folder, read_folder
 from launch.interrupt import EXIT_INTERRUPTED
 from launch.keeper import Keeper
+from launch.rank_check import RankCheck, VanishedError, write_pid_file
 from launch.report import EXIT_CONFIGURATION, user_errors
 from train.config import TrainConfig
-from train.errors import LastWord, error_path, find_errors, read_error, write_error
+from train.errors import VERDICT_CODES, LastWord, error_path, find_errors, find_verdict, read_error, write_error
 from train.events import append_event
 from train.newest import AUTO
 from train.status import read_status, write_end
@@ -49,7 +53,6 @@ _NOTICE_SECONDS = 1.0
 _WAITING = {signal.SIGINT, *SIGNALS}
 # By which the elastic launcher ends all ranks at once; SIGTERM where nobody hands it on to them.
 _ENDING = ("SIGINT", "SIGQUIT") if hasattr(os, "pidfd_open") else ("SIGINT", "SIGQUIT", "SIGTERM")
-_VERDICTS = (EXIT_HANG, EXIT_LOST)
 _CALM_LOGGERS = (
     "torch.distributed.elastic.agent.server.api",
     "torch.distributed.elastic.agent.server.local_elastic_agent",
@@ -115,7 +118,7 @@ def run_ranks(folder: Path, world_size: int, entry: Entry) -> int:
     with _heeded(request):
         for restart in range(config.cluster.max_restarts + 1):
             code, reason = _run_once(folder, world_size, entry, config.cluster, request)
-            if code not in _VERDICTS or request.is_asked or restart == config.cluster.max_restarts:
+            if code not in VERDICT_CODES or request.is_asked or restart == config.cluster.max_restarts:
                 break
             try:
                 _start_again(folder, config, restart + 1, code, reason)
@@ -144,7 +147,7 @@ def _run_once(
         with TemporaryDirectory(prefix="launch-") as scratch:
             keeper = Keeper(folder, Path(scratch), request, cluster.grace_seconds)
             with keeper.keeping():
-                code, reason = _run_elastic(folder, world_size, entry, scratch, request)
+                code, reason = _run_elastic(folder, world_size, entry, keeper, request)
     finally:
         for child in multiprocessing.active_children():
             child.kill()
@@ -171,15 +174,18 @@ def _write_status(folder: Path, code: int, reason: str) -> None:
     if code and (known is None or known.exit_code != code):
         # On a full disk there is no room for it: the exit code tells.
         with suppress(OSError):
-            write_end(folder, "lost" if code in _VERDICTS else "stopped", code, reason)
+            write_end(folder, "lost" if code in VERDICT_CODES else "stopped", code, reason)
 
 
-def _run_elastic(folder: Path, world_size: int, entry: Entry, scratch: str, request: Preemption) -> tuple[int, str]:
+def _run_elastic(folder: Path, world_size: int, entry: Entry, keeper: Keeper, request: Preemption) -> tuple[int, str]:
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    from comm.local_rendezvous import BACKEND, register_private_rendezvous
+
+    register_private_rendezvous()
     for name in _CALM_LOGGERS:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     launch = LaunchConfig(
@@ -187,24 +193,34 @@ def _run_elastic(folder: Path, world_size: int, entry: Entry, scratch: str, requ
         max_nodes=1,
         nproc_per_node=world_size,
         run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
+        rdzv_backend=BACKEND,
+        rdzv_configs={"check_ranks": RankCheck(world_size, keeper)},
         local_addr="localhost",
         max_restarts=0,
         start_method="forkserver",
-        logs_specs=DefaultLogsSpecs(log_dir=scratch),
+        logs_specs=DefaultLogsSpecs(log_dir=str(keeper.scratch)),
         signals_to_handle=",".join(_ENDING),
     )
-    # Ranks meet at the launcher's own store: it is open already, while a port that is only chosen for them may be taken
-    # by another process until they come. A launcher has one life of ranks, so that none meets what others left there.
-    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "0"
+    # Arguments reach the ranks through the fork server's pipe, so no other process can see the key.
+    key = secrets.token_hex(32)
     try:
-        codes = elastic_launch(launch, _rank)(entry, str(folder), scratch)
+        codes = elastic_launch(launch, _rank)(entry, str(folder), str(keeper.scratch), key)
+    except VanishedError as vanished:
+        return _report_vanished(folder, str(vanished))
     except SignalException as ended:
         return 128 + int(ended.sigval), f"ended by {ended.sigval.name}"
     except ChildFailedError as failure:
         return _report_failure(folder, failure, request)
     return next((code for _, code in sorted(codes.items()) if code), 0), ""
+
+
+def _report_vanished(folder: Path, reason: str) -> tuple[int, str]:
+    """Reports ranks that ended without a result: by the verdict of the others, if there is one."""
+    if (verdict := find_verdict(folder)) is None:
+        _say(f"error: {reason}")
+        return EXIT_LOST, reason
+    _say(f"error: {verdict[1].text}", f"what each rank did last is in {verdict[0].parent}")
+    return verdict[1].code, verdict[1].text
 
 
 def _report_failure(folder: Path, failed: "ChildFailedError", request: Preemption) -> tuple[int, str]:
@@ -217,8 +233,7 @@ def _report_failure(folder: Path, failed: "ChildFailedError", request: Preemptio
         return 128 + signalled, f"ended by {signalled.name}, which they did not heed yet"
     # A rank that fails takes others with it: the first to say so is the cause.
     words = [(path, read_error(path)) for path in find_errors(folder)]
-    verdict = next(((path, word) for path, word in words if word.code in _VERDICTS), None)
-    if verdict is not None:
+    if (verdict := find_verdict(folder)) is not None:
         path, word = verdict
         ended = f" (rank {rank} was ended by {signalled.name})" if signalled else ""
         _say(f"error: {word.text}{ended}", f"what each rank did last is in {path.parent}")
@@ -250,17 +265,18 @@ def _signal_of(exit_code: int) -> signal.Signals | None:
     return signal.Signals(-exit_code) if exit_code < 0 else None
 
 
-def _rank(entry: Entry, folder: str, scratch: str) -> int:
+def _rank(entry: Entry, folder: str, scratch: str, key: str) -> int:
     """The life of one rank. Runs in a fork of the fork server."""
-    partial = Path(scratch) / f"partial_{os.getpid()}"
-    partial.write_text(str(os.getpid()))
-    partial.rename(partial.with_name(f"pid_{os.getpid()}"))
+    write_pid_file(Path(scratch), os.getpid(), int(os.environ["RANK"]))
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     Preemption.of_process()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _WAITING)
     threading.Thread(target=_die_with_parent, daemon=True).start()
-    # Ranks only talk among themselves, whatever this machine's name resolves to.
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+    # Ranks only talk among themselves, whatever this machine's name resolves to, and whatever a cluster's profile sets.
+    interface = "lo0" if sys.platform == "darwin" else "lo"
+    os.environ |= {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
+    # In this process alone; the key leaves the environment before the run begins.
+    os.environ |= {KEY_VARIABLE: key, STORE_FILE_VARIABLE: str(Path(scratch) / "store")}
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         return entry(read_folder(Path(folder)))

@@ -117,6 +117,7 @@ def forget_output() -> None:
 
 def user_errors() -> tuple[type[ValueError], ...]:
     """Errors that are the user's to mend: said in one line, without a traceback."""
+    from comm.watchdog.job_key import JobKeyError
     from data.corpus import DataError
     from dualpipe.ir import ScheduleError
     from infer.config import GenerateError
@@ -125,4 +126,5 @@ def user_errors() -> tuple[type[ValueError], ...]:
     from train.lock_file import LockedError
     from train.manifest import CheckpointError
 
-    return (ConfigError, ScheduleError, DataError, CheckpointError, CutError, HfError, GenerateError, LockedError)
+    known = (ConfigError, ScheduleError, DataError, CheckpointError, CutError, HfError, GenerateError)
+    return (*known, LockedError, JobKeyError)

@@ -3,6 +3,11 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from comm.exit_codes import EXIT_HANG, EXIT_LOST
+
+VERDICT_CODES = (EXIT_HANG, EXIT_LOST)
+"""With which ranks end that have found out which rank is missing."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finding:
@@ -67,3 +72,9 @@ def read_error(path: Path) -> LastWord:
 def find_errors(out_dir: Path) -> list[Path]:
     """The files of ranks that failed, in the order in which they were written."""
     return sorted((out_dir / "log").glob("rank_*.error.log"), key=lambda path: path.stat().st_mtime_ns)
+
+
+def find_verdict(out_dir: Path) -> tuple[Path, LastWord] | None:
+    """Returns the first rank's file that says which rank is missing, and what it says; None if there is none."""
+    words = [(path, read_error(path)) for path in find_errors(out_dir)]
+    return next(((path, word) for path, word in words if word.code in VERDICT_CODES), None)

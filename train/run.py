@@ -15,7 +15,10 @@ from comm.groups import Groups, start, stop
 from comm.layout import Layout
 from comm.operations import OperationLog, cuda_mark
 from comm.preemption import Preemption
-from comm.watchdog.rendezvous import AbsentError, Job, Seat, join
+from comm.watchdog.job_key import JobKeyError
+from comm.watchdog.job_start import AbsentError
+from comm.watchdog.membership import Membership
+from comm.watchdog.rendezvous import Job, join
 from data.corpus import DataError
 from data.prepare import Prepared
 from train import checkpoint
@@ -58,19 +61,23 @@ def main(config: TrainConfig, is_aloud: bool = False) -> int:
         The exit code: 0 done, 75 preempted after saving, 77 stopped by the guard.
     """
     preemption = Preemption.of_process()
-    seat = Seat.of_environment()
+    member = Membership.from_environment()
     log = OperationLog()
-    words = LastWords(seat.rank, log, is_aloud)
+    words = LastWords(member.rank, log, is_aloud)
     words.out_dir = Path(config.out_dir) if config.out_dir else None
     try:
-        job = join(seat, log, config.cluster.timeout_seconds, words.write)
+        job = join(member, log, config.cluster.timeout_seconds, words.write, key_folder=words.out_dir)
     except AbsentError as error:
         words.write(error.verdict)
         os._exit(error.verdict.code)
+    except JobKeyError as error:
+        if is_aloud and member.rank != 0:  # rank 0 prints its own, not this one
+            os.write(sys.stderr.fileno(), f"error: {error}\n".encode())
+        raise
     try:
         code = _Rank(job, log, words, preemption).run(config)
     except Exception as error:
-        job.watch.clear(error)
+        job.watchdog.clear(error)
         raise
     job.close()
     stop()

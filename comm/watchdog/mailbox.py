@@ -1,36 +1,40 @@
-"""How ranks' watches talk: small datagrams beside the job's own traffic, readable by this job alone."""
+"""Sends and receives the small authenticated datagrams of watchdogs, outside of the job's own traffic."""
 
-import json
 import os
 import selectors
 import socket
-import zlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-Kind = Literal["question", "answer", "verdict", "farewell"]
-Address = tuple[str, int]
+from comm.watchdog.authentication import MAX_DATAGRAM_BYTES, DatagramCodec, Kind
+from comm.watchdog.decode import MessageError
 
-_MAX_BYTES = 65507
+SocketAddress = tuple[str, int]
+
+_MAX_DATAGRAMS_PER_READ = 256
+"""Of one socket: a flood must leave time for everything else that the watchdog does."""
 
 
 @dataclass(frozen=True, slots=True)
-class Mail:
-    """What came: from which rank, sent from where."""
+class Message:
+    """An authentic message from another rank, and the address it was sent from. Its fields are unchecked."""
 
     kind: Kind
     rank: int
-    body: dict[str, Any]
-    sender: Address
+    values: dict[str, Any]
+    sender: SocketAddress
 
 
-class Mailbox:
-    """One rank's socket, and those by which it asks a rank that does not answer whether anybody is there.
+class WatchdogSocket:
+    """UDP socket of a rank's watchdog, plus connected probe sockets that detect a closed port.
 
-    A datagram to an open port of a process that is stopped is kept, to a machine that is cut off is lost, and to a
-    port that nobody holds any more is refused: the kernel tells a socket that is bound to that peer. The longest mail,
-    which names every rank of a few groups, fits a datagram for jobs of up to some 3000 ranks.
+    The kernel keeps a datagram to an open port of a stopped process, loses one to a machine that is cut off, and
+    refuses one to a port that no process holds: only a socket that is connected to that port learns of the refusal. The
+    longest message, which names every rank of a few groups, fits a datagram for jobs of up to some 3000 ranks.
+
+    The socket is bound to the one address by which this rank reaches the others, never to all addresses.
     """
 
     def __init__(self, rank: int, reach: str) -> None:
@@ -38,36 +42,33 @@ class Mailbox:
 
         Args:
             rank: of this process.
-            reach: a host by the way to which the other ranks are reached.
+            reach: a host that is reached by the same way as the other ranks.
 
         Raises:
             OSError: there is no such host.
         """
-        family, _, _, _, address = socket.getaddrinfo(reach, 9, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect(address)
-            self.host = str(probe.getsockname()[0])
-        self._reach = str(address[0])
         self._rank = rank
-        self._family = family
-        self._socket = socket.socket(family, socket.SOCK_DGRAM)
-        self._socket.bind(("", 0))
-        self._socket.setblocking(False)
         self._wakeups, self._wake = socket.socketpair()
         self._wakeups.setblocking(False)
         self._wake.setblocking(False)
         self._selector = selectors.DefaultSelector()
-        self._selector.register(self._socket, selectors.EVENT_READ)
         self._selector.register(self._wakeups, selectors.EVENT_READ)
-        self._doorbells: dict[int, socket.socket] = {}
-        self._peers: dict[int, Address] = {}
-        self._job = ""
+        self._probes: dict[int, socket.socket] = {}
+        self._peers: dict[int, SocketAddress] = {}
+        self._codec: DatagramCodec | None = None
+        self.num_dropped = 0
         self.refused: set[int] = set()
+        self._socket = self._open_socket(reach)
 
     @property
-    def address(self) -> str:
-        """For the other ranks' `open`."""
-        return f"{self._socket.getsockname()[1]} {self.host}"
+    def host(self) -> str:
+        """This rank's own address, as the others reach it."""
+        return str(self._socket.getsockname()[0])
+
+    @property
+    def port(self) -> int:
+        """The port on `host`."""
+        return int(self._socket.getsockname()[1])
 
     @property
     def peers(self) -> frozenset[int]:
@@ -76,112 +77,120 @@ class Mailbox:
 
     @property
     def wakeup_file(self) -> int:
-        """A byte written here ends `receive`."""
+        """File descriptor; a byte written to it ends `receive`."""
         return self._wake.fileno()
 
-    def open(self, addresses: Sequence[str], job: str) -> None:
-        """Learns where the ranks are.
+    def move(self, reach: str) -> None:
+        """Binds to another address: the one by which this host is reached. To be called before `open`."""
+        self._selector.unregister(self._socket)
+        self._socket.close()
+        self._socket = self._open_socket(reach)
+
+    def open(self, addresses: Sequence[SocketAddress], key: bytes) -> None:
+        """Starts to accept messages.
 
         Args:
             addresses: of all ranks, in order.
-            job: a secret of the job; mail without it is thrown away.
+            key: of this attempt of the job; a datagram that is not authenticated with it is dropped.
         """
-        self._job = job
-        for rank, text in enumerate(addresses):
-            port, _, host = text.partition(" ")
-            # A rank beside the host by which all are reached sees itself at an address that only its machine knows.
-            is_far = _is_loopback(host) and not _is_loopback(self.host)
-            if rank != self._rank:
-                self._peers[rank] = (self._reach if is_far else host, int(port))
+        self._codec = DatagramCodec(key, self._rank, len(addresses))
+        self._peers = {rank: address for rank, address in enumerate(addresses) if rank != self._rank}
 
-    def send(self, rank: int, kind: Kind, body: Mapping[str, Any]) -> None:
-        """To one rank. What cannot be sent is lost, as any datagram may be."""
-        self.reply(self._peers[rank], kind, body)
+    def send(self, rank: int, kind: Kind, values: Mapping[str, Any]) -> None:
+        """Sends to a rank. A datagram that cannot be sent is lost, as any may be."""
+        self.reply(rank, self._peers[rank], kind, values)
 
-    def reply(self, address: Address, kind: Kind, body: Mapping[str, Any]) -> None:
-        """To where a mail came from."""
+    def reply(self, rank: int, address: SocketAddress, kind: Kind, values: Mapping[str, Any]) -> None:
+        """Sends to a rank, at the address from which its message came."""
+        with suppress(OSError):
+            self._socket.sendto(self._encode(rank, kind, values), address)
+
+    def probe(self, rank: int) -> None:
+        """Sends a question from a socket that learns if the rank's port is closed. `receive` returns its answer."""
         try:
-            self._socket.sendto(self._encode(kind, body), address)
-        except OSError:
-            return
-
-    def ring(self, rank: int) -> None:
-        """Asks by a socket that learns whether the peer's port is refused; what it answers comes as any mail."""
-        try:
-            if rank not in self._doorbells:
-                self._doorbells[rank] = self._open_bell(self._peers[rank])
-            self._doorbells[rank].send(self._encode("question", {}))
+            if rank not in self._probes:
+                self._probes[rank] = self._open_probe(self._peers[rank])
+            self._probes[rank].send(self._encode(rank, "question", {}))
         except ConnectionRefusedError:
             self.refused.add(rank)
         except OSError:  # more silent ranks than files that a process may open, or a network that is down
             self.send(rank, "question", {})
 
-    def hang_up(self) -> None:
-        """Closes what `ring` opened and forgets who refused."""
-        for bell in self._doorbells.values():
-            self._selector.unregister(bell)
-            bell.close()
-        self._doorbells.clear()
+    def close_probes(self) -> None:
+        """Closes the sockets that `probe` opened, and forgets which ports were closed."""
+        for probe in self._probes.values():
+            self._selector.unregister(probe)
+            probe.close()
+        self._probes.clear()
         self.refused.clear()
 
-    def receive(self, seconds: float) -> tuple[list[Mail], bytes]:
-        """Mail, and bytes written to `wakeup_file`, as soon as there are any and at most after `seconds`."""
-        mails: list[Mail] = []
+    def receive(self, seconds: float) -> tuple[list[Message], bytes]:
+        """Waits for messages, or bytes written to `wakeup_file`, and returns both; after `seconds` at most.
+
+        It reads a limited number of datagrams, so that it returns in time under any flood.
+        """
+        messages: list[Message] = []
         woken = b""
         for key, _ in self._selector.select(seconds):
             if key.fileobj is self._wakeups:
                 woken += self._wakeups.recv(64)
-                continue
-            mails += self._read(key.fileobj)  # type: ignore[arg-type]
-        return mails, woken
+            else:
+                assert isinstance(key.fileobj, socket.socket)
+                messages += self._read(key.fileobj)
+        return messages, woken
 
     def wake(self) -> None:
         """Ends `receive` now."""
-        try:
+        with suppress(BlockingIOError):
             os.write(self.wakeup_file, b"\0")
-        except BlockingIOError:
-            return
 
     def close(self) -> None:
         """Closes all sockets."""
-        self.hang_up()
+        self.close_probes()
         self._selector.close()
         for each in (self._socket, self._wakeups, self._wake):
             each.close()
 
-    def _open_bell(self, address: Address) -> socket.socket:
-        bell = socket.socket(self._family, socket.SOCK_DGRAM)
-        bell.setblocking(False)
-        bell.connect(address)
-        self._selector.register(bell, selectors.EVENT_READ)
-        return bell
+    def _open_socket(self, reach: str) -> socket.socket:
+        family, _, _, _, address = socket.getaddrinfo(reach, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as route:
+            route.connect(address)  # sends nothing
+            host, _, *scope = route.getsockname()
+        opened = socket.socket(family, socket.SOCK_DGRAM)
+        opened.bind((host, 0, *scope))
+        opened.setblocking(False)
+        self._selector.register(opened, selectors.EVENT_READ)
+        return opened
 
-    def _read(self, source: socket.socket) -> list[Mail]:
-        mails: list[Mail] = []
-        while True:
+    def _open_probe(self, address: SocketAddress) -> socket.socket:
+        probe = socket.socket(self._socket.family, socket.SOCK_DGRAM)
+        probe.bind((self.host, 0, *self._socket.getsockname()[2:]))
+        probe.setblocking(False)
+        probe.connect(address)
+        self._selector.register(probe, selectors.EVENT_READ)
+        return probe
+
+    def _read(self, source: socket.socket) -> list[Message]:
+        messages: list[Message] = []
+        for _ in range(_MAX_DATAGRAMS_PER_READ):
             try:
-                data, sender = source.recvfrom(_MAX_BYTES)
-            except BlockingIOError:
-                return mails
+                data, sender = source.recvfrom(MAX_DATAGRAM_BYTES)
             except ConnectionRefusedError:
-                self.refused |= {rank for rank, bell in self._doorbells.items() if bell is source}
-                return mails
-            except OSError:
-                return mails
-            mail = self._decode(data, sender[:2])
-            if mail is not None:
-                mails.append(mail)
+                self.refused |= {rank for rank, probe in self._probes.items() if probe is source}
+                return messages
+            except OSError:  # nothing more to read, or a network that is down
+                return messages
+            try:
+                datagram = self._require_codec().decode(data)
+            except MessageError:
+                self.num_dropped += 1
+                continue
+            messages.append(Message(datagram.kind, datagram.sender, datagram.values, sender[:2]))
+        return messages
 
-    def _encode(self, kind: Kind, body: Mapping[str, Any]) -> bytes:
-        return self._job.encode() + zlib.compress(json.dumps([kind, self._rank, body]).encode(), 1)
+    def _encode(self, rank: int, kind: Kind, values: Mapping[str, Any]) -> bytes:
+        return self._require_codec().encode(rank, kind, values)
 
-    def _decode(self, data: bytes, sender: Address) -> Mail | None:
-        job = self._job.encode()
-        if not data.startswith(job):
-            return None
-        kind, rank, body = json.loads(zlib.decompress(data[len(job) :]))
-        return Mail(kind, rank, body, sender)
-
-
-def _is_loopback(host: str) -> bool:
-    return host == "::1" or host.startswith("127.")
+    def _require_codec(self) -> DatagramCodec:
+        assert self._codec is not None, "open comes first"
+        return self._codec

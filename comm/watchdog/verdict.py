@@ -6,11 +6,24 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Self
 
-from comm.exit_codes import EXIT_HANG, EXIT_LOST
+from comm.exit_codes import EXIT_HANG, EXIT_LOST, EXIT_OTHER
 from comm.operations import Operation, OperationLog
+from comm.watchdog.decode import (
+    MessageError,
+    flag_of,
+    integer_of,
+    list_of,
+    object_of,
+    printable,
+    ranks_of,
+    seconds_of,
+    text_of,
+)
 from comm.watchdog.main_thread import MainThread
 
+VERDICT_CODES = (EXIT_OTHER, EXIT_HANG, EXIT_LOST)
 _MAX_WAITS = 8
+_MAX_GROUPS = 4096
 
 
 class Reason(Enum):
@@ -35,11 +48,26 @@ class Wait:
     def of(cls, operation: Operation, seconds: float) -> Self:
         """The operation in words that travel."""
         return cls(
-            text=str(operation),
-            group=operation.group,
+            text=printable(str(operation)),
+            group=printable(operation.group),
             number=operation.number,
             ranks=operation.ranks,
             seconds=seconds,
+        )
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any], world_size: int) -> Self:
+        """Decodes the JSON of `dataclasses.asdict`.
+
+        Raises:
+            MessageError: a field is missing or of another form.
+        """
+        return cls(
+            text=text_of(values, "text"),
+            group=text_of(values, "group"),
+            number=integer_of(values, "number"),
+            ranks=ranks_of(values, "ranks", world_size),
+            seconds=seconds_of(values, "seconds"),
         )
 
     def is_of(self, other: "Wait") -> bool:
@@ -75,18 +103,33 @@ class Standing:
         recent = log.recent()
         return cls(
             waits=tuple(sorted(waits, key=lambda wait: -wait.seconds)[:_MAX_WAITS]),
-            started={group: progress.started for group, progress in log.progress().items()},
+            started={printable(group): progress.started for group, progress in log.progress().items()},
             is_busy=thread.is_busy(log),
-            place=thread.place,
-            last=str(recent[-1][1]) if recent else "nothing",
-            idle_seconds=now - recent[-1][0] if recent else 0.0,
+            place=printable(thread.place),
+            last=printable(str(recent[-1][1])) if recent else "nothing",
+            # The wall clock may be set back.
+            idle_seconds=max(0.0, now - recent[-1][0]) if recent else 0.0,
         )
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Self:
-        """The inverse of `dataclasses.asdict`, through JSON."""
-        waits = [Wait(**{**wait, "ranks": tuple(wait["ranks"])}) for wait in values["waits"]]
-        return cls(**{**values, "waits": tuple(waits)})
+    def from_json(cls, values: dict[str, Any], world_size: int) -> Self:
+        """Decodes the JSON of `dataclasses.asdict`.
+
+        Raises:
+            MessageError: a field is missing or of another form.
+        """
+        started = object_of(values.get("started"), "started")
+        if len(started) > _MAX_GROUPS:
+            raise MessageError(f"started: more than {_MAX_GROUPS} groups")
+        waits = [object_of(wait, "waits") for wait in list_of(values, "waits", _MAX_WAITS)]
+        return cls(
+            waits=tuple(Wait.from_json(wait, world_size) for wait in waits),
+            started={group: integer_of(started, group) for group in started},
+            is_busy=flag_of(values, "is_busy"),
+            place=text_of(values, "place"),
+            last=text_of(values, "last"),
+            idle_seconds=seconds_of(values, "idle_seconds"),
+        )
 
     def has_reached(self, wait: Wait) -> bool:
         """Whether the rank has started the operation."""
@@ -110,9 +153,26 @@ class Verdict:
     culprits: tuple[int, ...]
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Self:
-        """The inverse of `dataclasses.asdict`, through JSON."""
-        return cls(**{**values, "culprits": tuple(values["culprits"])})
+    def from_json(cls, values: dict[str, Any], world_size: int) -> Self:
+        """Decodes the JSON of `dataclasses.asdict`.
+
+        Args:
+            values: decoded, unchecked.
+            world_size: number of ranks of the job.
+
+        Raises:
+            MessageError: a field is missing or of another form, the code is none that a verdict may have, or a rank is
+                not of the job.
+        """
+        code = integer_of(values, "code")
+        if code not in VERDICT_CODES:
+            raise MessageError(f"code: {code} is none of {VERDICT_CODES}")
+        return cls(
+            code=code,
+            text=text_of(values, "text"),
+            judge=integer_of(values, "judge", world_size),
+            culprits=ranks_of(values, "culprits", world_size),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,9 +235,11 @@ def _judge_late(findings: Findings, deadline_seconds: float) -> Verdict | None:
     followed: list[Wait] = [own[0]]
     while True:
         wait = followed[-1]
-        missing = [rank for rank in wait.ranks if not findings.standings[rank].has_reached(wait)]
+        # A rank that has left the job in peace answers nothing: only the others can be late.
+        ranks = [rank for rank in wait.ranks if rank in findings.standings]
+        missing = [rank for rank in ranks if not findings.standings[rank].has_reached(wait)]
         # All may be inside a phase, where some wait for others that compute.
-        missing = missing or [rank for rank in wait.ranks if findings.standings[rank].is_busy]
+        missing = missing or [rank for rank in ranks if findings.standings[rank].is_busy]
         late = [rank for rank in missing if _does_not_wait(findings.standings[rank])]
         onward = [findings.standings[rank].waits[0] for rank in missing if rank not in late]
         if not missing:
@@ -208,7 +270,7 @@ def _told(code: int, findings: Findings, culprits: Collection[int], why: str, wa
     what = "no other rank awaited it"
     if wait is not None:
         what = f"{name_ranks(set(findings.waiters(wait)) - set(culprits))} awaited {wait.text}"
-    return Verdict(code=code, text=f"{why}; {what}", judge=findings.judge, culprits=tuple(culprits))
+    return Verdict(code=code, text=printable(f"{why}; {what}"), judge=findings.judge, culprits=tuple(culprits))
 
 
 def _are(ranks: Collection[int]) -> str:

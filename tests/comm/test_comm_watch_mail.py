@@ -7,32 +7,34 @@ import time
 import pytest
 
 from comm.operations import OperationLog
-from comm.watchdog.mailbox import Mailbox
+from comm.watchdog.mailbox import WatchdogSocket
 from comm.watchdog.verdict import Verdict
-from comm.watchdog.watchdog import Watch
+from comm.watchdog.watchdog import Watchdog
+
+KEY = b"the key of a test's job".ljust(32)
 
 
-def _two_mailboxes() -> tuple[Mailbox, Mailbox]:
-    boxes = Mailbox(0, "127.0.0.1"), Mailbox(1, "127.0.0.1")
+def _two_mailboxes() -> tuple[WatchdogSocket, WatchdogSocket]:
+    boxes = WatchdogSocket(0, "127.0.0.1"), WatchdogSocket(1, "127.0.0.1")
     for box in boxes:
-        box.open([other.address for other in boxes], "job-a")
+        box.open([(other.host, other.port) for other in boxes], KEY)
     return boxes
 
 
 def test_mailbox_tells_a_closed_peer_from_a_silent_one_and_hears_no_stranger() -> None:
     first, second = _two_mailboxes()
-    stranger = Mailbox(1, "127.0.0.1")
-    stranger.open([first.address, second.address], "job-b")
+    stranger = WatchdogSocket(1, "127.0.0.1")
+    stranger.open([(each.host, each.port) for each in (first, second)], b"another job's key".ljust(32))
     stranger.send(0, "question", {"who": "stranger"})
     second.send(0, "question", {"who": "peer", "padding": "x" * 200_000})  # more than a datagram holds, compressed
     mails, _ = first.receive(5.0)
     mails += first.receive(0.1)[0]
-    assert [(mail.rank, mail.body["who"]) for mail in mails] == [(1, "peer")]
-    first.ring(1)
+    assert [(mail.rank, mail.values["who"]) for mail in mails] == [(1, "peer")]
+    first.probe(1)
     assert first.receive(0.1)[0] == []
     assert first.refused == set()
     second.close()
-    first.ring(1)
+    first.probe(1)
     first.receive(1.0)
     assert first.refused == {1}
     first.close()
@@ -47,16 +49,16 @@ def test_watch_keeps_the_same_of_two_verdicts_in_whatever_order_they_come(
 ) -> None:
     """The lowest rank's; but an error that a rank has told of comes first, as verdicts may be its echo."""
     monkeypatch.setattr("comm.watchdog.watchdog._FOLLOW_SECONDS", 0.5)
-    boxes = [Mailbox(rank, "127.0.0.1") for rank in range(3)]
+    boxes = [WatchdogSocket(rank, "127.0.0.1") for rank in range(3)]
     for box in boxes:
-        box.open([other.address for other in boxes], "job")
+        box.open([(other.host, other.port) for other in boxes], KEY)
     kept: list[Verdict] = []
 
     def last_words(verdict: Verdict) -> None:
         kept.append(verdict)
         raise SystemExit  # ends the watch's thread, and not the process
 
-    watch = Watch(0, boxes[0], OperationLog(), 60.0, last_words)
+    watch = Watchdog(0, boxes[0], OperationLog(), 60.0, last_words)
     watch.start()
     for word in (others, "verdict 1") if is_first else ("verdict 1", others):
         kind, _, rank = word.partition(" ")
@@ -78,14 +80,14 @@ def test_watch_says_early_that_no_mail_gets_through(
 ) -> None:
     monkeypatch.setattr("comm.watchdog.watchdog._REACH_SECONDS", 0.3)
     first, second = _two_mailboxes()  # nobody reads the second
-    watch = Watch(0, first, OperationLog(), 60.0, lambda verdict: None)
+    watch = Watchdog(0, first, OperationLog(), 60.0, lambda verdict: None)
     watch.start()
     until = time.monotonic() + 10
     while not caplog.messages and time.monotonic() < until:
         time.sleep(0.05)
     watch.close()
     second.close()
-    assert caplog.messages == ["watch: no datagram gets through to rank 1 and back: who is lost cannot be told"]
+    assert caplog.messages == ["watchdog: no datagram gets through to rank 1 and back: lost ranks cannot be named"]
 
 
 def test_mailbox_is_woken_from_outside() -> None:

@@ -13,11 +13,14 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 from comm.operations import OperationLog
-from comm.watchdog.rendezvous import AbsentError, Seat, join
+from comm.watchdog.job_start import AbsentError
+from comm.watchdog.membership import Membership
+from comm.watchdog.rendezvous import join
 from comm.watchdog.verdict import Verdict
 
 _PRELOADED = ["torch", "torch.distributed", "numpy", "tests.comm.watched_ranks"]
 _TIMEOUT_SECONDS = 60.0
+_KEY = b"the key of a test's job".ljust(32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +55,9 @@ class WatchedRanks:
             port = probe.getsockname()[1]
         self._processes: dict[int, ForkServerProcess] = {}
         for rank in set(range(world_size)) - set(absent):
-            seat = Seat(rank, world_size, "127.0.0.1", port, 0)
+            member = Membership(rank, world_size, "127.0.0.1", port, 0, is_one_machine=True, key=_KEY)
             start_seconds = deadline_seconds if absent else 60.0
-            arguments = (seat, function, deadline_seconds, start_seconds, self._folder.name)
+            arguments = (member, function, deadline_seconds, start_seconds, self._folder.name)
             self._processes[rank] = context.Process(target=_run_rank, args=arguments, daemon=True)
             self._processes[rank].start()
 
@@ -84,7 +87,7 @@ class WatchedRanks:
             verdict, error = folder / f"verdict_{rank}", folder / f"error_{rank}"
             ends[rank] = Ended(
                 exit_code,
-                Verdict.from_json(json.loads(verdict.read_text())) if verdict.exists() else None,
+                Verdict.from_json(json.loads(verdict.read_text()), 64) if verdict.exists() else None,
                 ended_at.get(rank, time.time()) - origin,
                 error.read_text() if error.exists() else "",
             )
@@ -93,7 +96,7 @@ class WatchedRanks:
 
 
 def _run_rank(
-    seat: Seat, function: Callable[..., None], deadline_seconds: float, start_seconds: float, folder: str
+    member: Membership, function: Callable[..., None], deadline_seconds: float, start_seconds: float, folder: str
 ) -> None:
     import torch
     from torch import distributed
@@ -104,21 +107,21 @@ def _run_rank(
         (place / "struck").touch()
 
     def last_words(verdict: Verdict) -> None:
-        (place / f"verdict_{seat.rank}").write_text(json.dumps(asdict(verdict)))
+        (place / f"verdict_{member.rank}").write_text(json.dumps(asdict(verdict)))
 
     try:
-        job = join(seat, log, deadline_seconds, last_words, start_seconds)
+        job = join(member, log, deadline_seconds, last_words, start_seconds)
     except AbsentError as error:
         last_words(error.verdict)
         os._exit(error.verdict.code)
     try:
         distributed.init_process_group(
-            "gloo", store=job.store, rank=seat.rank, world_size=seat.world_size, timeout=timedelta(seconds=60)
+            "gloo", store=job.store, rank=member.rank, world_size=member.world_size, timeout=timedelta(seconds=60)
         )
-        function(seat.rank, log, (place / "struck").touch)
+        function(member.rank, log, (place / "struck").touch)
     except Exception as error:
-        job.watch.clear(error)
-        (place / f"error_{seat.rank}").write_text(f"{type(error).__name__}: {error}")
+        job.watchdog.clear(error)
+        (place / f"error_{member.rank}").write_text(f"{type(error).__name__}: {error}")
         time.sleep(0.5)
         os._exit(3)
     job.close()

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from comm.exit_codes import EXIT_HANG, EXIT_LOST, EXIT_PREEMPTED
 from comm.preemption import SIGNALS, Preemption
+from comm.watchdog.membership import STORE_FILE_VARIABLE
 from launch.compose import compose
 from launch.config import read_config
 from launch.errors import ConfigError
@@ -50,7 +51,9 @@ def all_reduced(config: TrainConfig) -> int:
     import torch
     from torch import distributed as dist
 
-    dist.init_process_group("gloo")
+    # Ranks are given no address of a store, but a file.
+    store = f"file://{os.environ[STORE_FILE_VARIABLE]}"
+    dist.init_process_group("gloo", init_method=store, rank=rank(), world_size=WORLD_SIZE)
     total = torch.tensor([rank()])
     dist.all_reduce(total)
     dist.destroy_process_group()
@@ -104,6 +107,18 @@ def one_is_killed_at_first(config: TrainConfig) -> int:
     if number < 2:
         sleep_on()
     return 0 if config.resume == "auto" else 1
+
+
+def one_vanishes(config: TrainConfig) -> int:
+    """With exit code 0, while the others are done and wait for it to be."""
+    if rank() == 1:
+        os._exit(0)
+    return 0
+
+
+def all_vanish(config: TrainConfig) -> int:
+    """With exit code 0, before the run is done."""
+    os._exit(0)
 
 
 def one_is_terminated(config: TrainConfig) -> int:

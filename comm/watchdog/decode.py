@@ -1,0 +1,160 @@
+"""Decodes JSON that came over the network: bounded in size, depth and range, and of exactly the expected types."""
+
+import json
+import zlib
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+MAX_DECODED_BYTES = 1 << 20
+MAX_TEXT_CHARACTERS = 65_536
+_MAX_DIGITS = 19  # of an integer: those of 2**63
+_LARGEST = 2**63 - 1
+
+
+class MessageError(ValueError):
+    """A message that is not of the expected form."""
+
+
+def compress_object(values: Mapping[str, Any]) -> bytes:
+    """Returns the compressed JSON of `values`, for `decompress_object`."""
+    return zlib.compress(json.dumps(values, allow_nan=False).encode(), 1)
+
+
+def decompress_object(data: bytes) -> dict[str, Any]:
+    """Decompresses and decodes a JSON object.
+
+    Args:
+        data: zlib stream of at most `MAX_DECODED_BYTES` once decompressed.
+
+    Returns:
+        The object. Its fields are unchecked.
+
+    Raises:
+        MessageError: it is no complete zlib stream, decompresses to too much, or is no JSON object.
+    """
+    stream = zlib.decompressobj()
+    try:
+        text = stream.decompress(data, MAX_DECODED_BYTES)
+    except zlib.error as error:
+        raise MessageError(f"no zlib stream: {error}") from error
+    if not stream.eof or stream.unused_data:
+        raise MessageError(f"no zlib stream of at most {MAX_DECODED_BYTES} bytes")
+    return parse_object(text)
+
+
+def parse_object(text: bytes) -> dict[str, Any]:
+    """Decodes a JSON object from at most `MAX_DECODED_BYTES` of UTF-8, without NaN, infinities and huge integers.
+
+    Raises:
+        MessageError: it is anything else.
+    """
+    if len(text) > MAX_DECODED_BYTES:
+        raise MessageError(f"more than {MAX_DECODED_BYTES} bytes")
+    try:
+        values = json.loads(text.decode(), parse_int=_parse_int, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise MessageError(f"no JSON: {type(error).__name__}") from error
+    if not isinstance(values, dict):
+        raise MessageError("no JSON object")
+    return values
+
+
+def text_of(values: Mapping[str, Any], key: str, max_characters: int = MAX_TEXT_CHARACTERS) -> str:
+    """Returns a field that must be a string of printable characters on one line.
+
+    Raises:
+        MessageError: the field is missing or anything else.
+    """
+    value = values.get(key)
+    if not isinstance(value, str) or len(value) > max_characters or not value.isprintable():
+        raise MessageError(f"{key}: no printable text of at most {max_characters} characters")
+    return value
+
+
+def integer_of(values: Mapping[str, Any], key: str, end: int = _LARGEST) -> int:
+    """Returns a field that must be an integer in `[0, end)`.
+
+    Raises:
+        MessageError: the field is missing or anything else.
+    """
+    return _integer(values.get(key), key, end)
+
+
+def seconds_of(values: Mapping[str, Any], key: str) -> float:
+    """Returns a field that must be a duration in seconds: finite and not negative.
+
+    Raises:
+        MessageError: the field is missing or anything else.
+    """
+    value = values.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= _LARGEST:
+        raise MessageError(f"{key}: no duration")
+    return float(value)
+
+
+def flag_of(values: Mapping[str, Any], key: str) -> bool:
+    """Returns a field that must be true or false.
+
+    Raises:
+        MessageError: the field is missing or anything else.
+    """
+    value = values.get(key)
+    if not isinstance(value, bool):
+        raise MessageError(f"{key}: neither true nor false")
+    return value
+
+
+def ranks_of(values: Mapping[str, Any], key: str, world_size: int) -> tuple[int, ...]:
+    """Returns a field that must be a list of different ranks of the job.
+
+    Raises:
+        MessageError: the field is missing or anything else.
+    """
+    ranks = tuple(_integer(rank, key, world_size) for rank in list_of(values, key, world_size))
+    if len(set(ranks)) != len(ranks):
+        raise MessageError(f"{key}: a rank is listed twice")
+    return ranks
+
+
+def list_of(values: Mapping[str, Any], key: str, max_items: int) -> list[Any]:
+    """Returns a field that must be a list of at most so many items.
+
+    Raises:
+        MessageError: the field is missing or anything else.
+    """
+    value = values.get(key)
+    if not isinstance(value, list) or len(value) > max_items:
+        raise MessageError(f"{key}: no list of at most {max_items} items")
+    return value
+
+
+def object_of(value: Any, name: str) -> dict[str, Any]:
+    """Returns a value that must be a JSON object.
+
+    Raises:
+        MessageError: it is anything else.
+    """
+    if not isinstance(value, dict):
+        raise MessageError(f"{name}: no object")
+    return value
+
+
+def printable(text: str, max_characters: int = MAX_TEXT_CHARACTERS) -> str:
+    """Returns the text as `text_of` accepts it: other characters are replaced, and what is too long is cut off."""
+    return "".join(character if character.isprintable() else "\ufffd" for character in text[:max_characters])
+
+
+def _integer(value: Any, key: str, end: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < end:
+        raise MessageError(f"{key}: no integer from 0 to {end - 1}")
+    return value
+
+
+def _parse_int(digits: str) -> int:
+    if len(digits) > _MAX_DIGITS + 1:
+        raise MessageError("a huge integer")
+    return int(digits)
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise MessageError(f"no JSON number: {name}")

@@ -1,0 +1,181 @@
+"""The start of a job as one rank sees it: the store, the deadline, and the verdict if ranks do not arrive."""
+
+import dataclasses
+import socket
+import time
+from collections.abc import Callable
+from datetime import timedelta
+
+from torch.distributed import DistError, FileStore, TCPStore  # type: ignore[attr-defined]
+from torch.distributed.distributed_c10d import Store
+
+from comm.exit_codes import EXIT_HANG, EXIT_LOST
+from comm.watchdog.authentication import open_object, seal_object
+from comm.watchdog.decode import MessageError, printable
+from comm.watchdog.membership import Membership
+from comm.watchdog.signals import Termination
+from comm.watchdog.verdict import Verdict, name_ranks
+
+START = "start of the job"
+_VERDICT = "watchdog/verdict"
+_RECEIVED = "watchdog/verdict_received"
+_LINGER_SECONDS = 2.0
+_LONGEST_PAUSE_SECONDS = 0.5
+
+
+class AbsentError(RuntimeError):
+    """Ranks that did not arrive at the start of the job. This rank ends by the verdict."""
+
+    def __init__(self, verdict: Verdict) -> None:
+        super().__init__(verdict.text)
+        self.verdict = verdict
+
+
+class JobStart:
+    """Waits for other ranks until the deadline.
+
+    Attributes:
+        member: this rank.
+        key: of the attempt's start, by which the verdict in the store is authenticated; None until it is known.
+        note: for the verdict's text, on ranks that are not there.
+    """
+
+    def __init__(self, member: Membership, deadline_seconds: float, termination: Termination) -> None:
+        """Starts the clock."""
+        self.member = member
+        self.key: bytes | None = None
+        self.note = ""
+        self._deadline_seconds = deadline_seconds
+        self._until = time.monotonic() + deadline_seconds
+        self._termination = termination
+        self._pause = 0.01
+
+    def open_store(self) -> Store:
+        """Opens the job's store, or waits for the rank that does.
+
+        Raises:
+            AbsentError: it is not there by the deadline.
+        """
+        member = self.member
+        if member.store_file is not None:
+            store = FileStore(str(member.store_file), -1)
+            store.set_timeout(self._left())
+            return store
+        is_holder = member.rank == member.holder
+        while not is_holder and not self._is_open():
+            self.wait(lambda: [member.holder or 0])
+        try:
+            return TCPStore(
+                host_name=member.host,
+                port=member.port,
+                world_size=member.world_size,
+                is_master=is_holder,
+                timeout=self._left(),
+                wait_for_workers=False,
+                multi_tenant=True,
+                master_listen_fd=_listen(member.host, member.port) if is_holder and member.is_one_machine else None,
+            )
+        except DistError as error:
+            if is_holder:
+                raise
+            raise self.store_error(error) from error
+
+    def wait(self, absent: Callable[[], list[int]], store: Store | None = None) -> None:
+        """Pauses before the caller looks again.
+
+        Args:
+            absent: returns the ranks that are waited for.
+            store: through which the ranks that are there agree on a verdict, once it is open.
+
+        Raises:
+            AbsentError: the deadline has passed, or another rank's has.
+        """
+        if store is not None and store.check([_VERDICT]):
+            self._raise_received(store)
+        if not self._termination.is_pressing and time.monotonic() < self._until:
+            time.sleep(self._pause)
+            self._pause = min(2 * self._pause, _LONGEST_PAUSE_SECONDS)
+            return
+        if self._termination.is_pressing:
+            error = self._absent(EXIT_LOST, absent(), "lost: not there yet when the launcher ended the job")
+        else:
+            error = self._absent(EXIT_HANG, absent(), f"absent: not there within {self._deadline_seconds:g} s")
+        if store is not None and self.key is not None:
+            self._agree(store, self.key, error.verdict)
+        raise error
+
+    def store_error(self, error: DistError) -> AbsentError:
+        """Returns the verdict on a store that has ended, or does not answer any more."""
+        code = EXIT_HANG if time.monotonic() >= self._until else EXIT_LOST
+        holder = 0 if self.member.holder is None else self.member.holder
+        return self._absent(code, [holder], f"lost with the job's store: {str(error).splitlines()[0]}")
+
+    def _raise_received(self, store: Store) -> None:
+        """Raises the verdict in the store, unless somebody else than a rank of this attempt has put it there."""
+        if self.key is None:
+            return
+        try:
+            values = open_object(self.key, _VERDICT, store.get(_VERDICT))
+            verdict = Verdict.from_json(values, self.member.world_size)
+        except MessageError:
+            return
+        self._confirm(store, self.key, verdict)
+        raise AbsentError(verdict)
+
+    def _agree(self, store: Store, key: bytes, own: Verdict) -> None:
+        """Raises the first authentic verdict in the store, this rank's own if there is none."""
+        sealed = seal_object(key, _VERDICT, dataclasses.asdict(own))
+        if store.compare_set(_VERDICT, "", sealed).decode(errors="replace") != sealed:
+            self._raise_received(store)
+            store.set(_VERDICT, sealed)
+        self._confirm(store, key, own)
+
+    def _confirm(self, store: Store, key: bytes, verdict: Verdict) -> None:
+        """Notes that this rank has the verdict. The rank that holds the store first waits for all that are there."""
+        member = self.member
+        names = {rank: f"{_RECEIVED}/{rank}" for rank in range(member.world_size) if rank not in verdict.culprits}
+        if member.rank in names:
+            store.set(names[member.rank], seal_object(key, names[member.rank], {}))
+        if member.rank != member.holder:
+            return
+        until = time.monotonic() + _LINGER_SECONDS
+        while names and time.monotonic() < until:
+            for rank, name in list(names.items()):
+                if store.check([name]) and _is_authentic(key, name, store.get(name)):
+                    del names[rank]
+            time.sleep(0.05)
+
+    def _is_open(self) -> bool:
+        try:
+            socket.create_connection((self.member.host, self.member.port), timeout=1.0).close()
+        except OSError:
+            return False
+        return True
+
+    def _left(self) -> timedelta:
+        return timedelta(seconds=max(0.1, self._until - time.monotonic()))
+
+    def _absent(self, code: int, absent: list[int], why: str) -> AbsentError:
+        present = sorted(set(range(self.member.world_size)) - set(absent))
+        is_one = len(absent) == 1
+        subject = f"{name_ranks(absent)} {'is' if is_one else 'are'}"
+        text = printable(f"{subject} {why}{self.note}; {name_ranks(present)} awaited {START}")
+        return AbsentError(Verdict(code=code, text=text, judge=self.member.rank, culprits=tuple(absent)))
+
+
+def _is_authentic(key: bytes, purpose: str, sealed: bytes) -> bool:
+    try:
+        open_object(key, purpose, sealed)
+    except MessageError:
+        return False
+    return True
+
+
+def _listen(host: str, port: int) -> int:
+    """Returns a listening socket that is bound to this host's address alone: torch would listen on all of them."""
+    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    with socket.socket(family, socket.SOCK_STREAM) as opened:
+        opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        opened.bind(address)
+        opened.listen(socket.SOMAXCONN)
+        return opened.detach()

@@ -1,0 +1,199 @@
+"""Ranks exchange addresses through a store that anybody may write: a stranger's records count for nothing."""
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from torch.distributed import FileStore, HashStore  # type: ignore[attr-defined]
+from torch.distributed.distributed_c10d import Store
+
+from comm.watchdog.addresses import AddressExchange
+from comm.watchdog.job_key import JobKeyError, write_key_file
+from comm.watchdog.job_start import AbsentError, JobStart
+from comm.watchdog.mailbox import WatchdogSocket
+from comm.watchdog.membership import Membership
+from comm.watchdog.signals import Termination
+
+KEY = b"the key of a test's job".ljust(32)
+
+
+class Rank:
+    """One rank's exchange, on a thread."""
+
+    def __init__(
+        self, rank: int, store: Store, key: bytes | None = KEY, folder: Path | None = None, world_size: int = 3,
+        seconds: float = 20.0, reach: str = "127.0.0.1",
+    ) -> None:  # fmt: skip
+        member = Membership(rank, world_size, reach, 1, 0, key=key)
+        self.mailbox = WatchdogSocket(rank, reach)
+        self.exchange = AddressExchange(JobStart(member, seconds, Termination()), store, self.mailbox, folder)
+
+
+def run(ranks: list[Rank], meanwhile: Callable[[], None] = lambda: None) -> list[BaseException | None]:
+    """What each rank's exchange raised."""
+
+    def one(rank: Rank) -> BaseException | None:
+        try:
+            rank.exchange.run()
+        except (AbsentError, JobKeyError) as error:
+            return error
+        return None
+
+    with ThreadPoolExecutor(len(ranks)) as pool:
+        running = [pool.submit(one, rank) for rank in ranks]
+        meanwhile()
+        return [each.result() for each in running]
+
+
+def assert_connected(ranks: list[Rank]) -> None:
+    """Every rank's message reaches every other."""
+    for sender in ranks:
+        for number in sender.mailbox.peers:
+            sender.mailbox.send(number, "question", {})
+    for number, rank in enumerate(ranks):
+        found: set[int] = set()
+        until = time.monotonic() + 5
+        while len(found) < len(ranks) - 1 and time.monotonic() < until:
+            found |= {message.rank for message in rank.mailbox.receive(0.2)[0]}
+        assert found == set(range(len(ranks))) - {number}
+
+
+def close(ranks: list[Rank]) -> None:
+    for rank in ranks:
+        rank.mailbox.close()
+
+
+@pytest.mark.parametrize("kind", ["given", "file"])
+def test_ranks_that_share_a_key_are_connected_and_leave_no_secret(kind: str, tmp_path: Path) -> None:
+    key, folder = (KEY, None) if kind == "given" else (None, tmp_path)
+    # In a file, so that all that any rank wrote can be read.
+    path = tmp_path / "store"
+    ranks = [Rank(rank, FileStore(str(path), -1), key, folder if rank == 0 else None) for rank in range(3)]
+    assert run(ranks) == [None] * 3
+    assert_connected(ranks)
+    close(ranks)
+    assert not list(tmp_path.glob(".job-key*"))
+    assert KEY not in path.read_bytes()
+    assert {rank.mailbox._codec._key for rank in ranks if rank.mailbox._codec} == {ranks[0].mailbox._codec._key}  # type: ignore[union-attr]
+
+
+def test_each_attempt_has_its_own_key() -> None:
+    first, second = ([Rank(rank, store) for rank in range(3)] for store in (HashStore(), HashStore()))
+    assert run(first) == run(second) == [None] * 3
+    first[1].mailbox._peers = second[1].mailbox._peers
+    first[1].mailbox.send(0, "verdict", {"code": 78, "text": "earlier", "judge": 1, "culprits": []})
+    assert second[0].mailbox.receive(0.3)[0] == []
+    assert second[0].mailbox.num_dropped == 1
+    close(first + second)
+
+
+def test_records_of_an_earlier_attempt_and_of_strangers_count_as_absent(tmp_path: Path) -> None:
+    """The store still holds what an earlier attempt wrote, and somebody writes to it all the time."""
+    store = HashStore()
+    (tmp_path / "before").mkdir()
+    before = [Rank(rank, store, None, tmp_path / "before") for rank in range(3)]
+    assert run(before) == [None] * 3
+    ranks = [Rank(rank, store, None, tmp_path) for rank in range(3)]
+
+    def strike() -> None:
+        until = time.monotonic() + 0.7
+        while time.monotonic() < until:
+            for name in ("nonce/0", "nonce/1", "verdict"):
+                store.set(f"watchdog/{name}", f"{'0' * 64} " + '{"code": 0, "text": "x", "judge": 0, "culprits": [1]}')
+            store.set("watchdog/key", '{"source": "file", "path": "/tmp/.job-key-' + "0" * 32 + '"}')
+            time.sleep(0.05)
+
+    assert run(ranks, strike) == [None] * 3
+    assert_connected(ranks)
+    close(before + ranks)
+
+
+def test_forged_verdict_in_the_store_is_replaced_by_the_ranks_own() -> None:
+    store = HashStore()
+    store.set("watchdog/verdict", '{"code": 0, "text": "forged", "judge": 0, "culprits": []}')
+    ranks = [Rank(rank, store, seconds=1.0) for rank in (0, 2)]
+    errors = run(ranks)
+    assert all(isinstance(error, AbsentError) for error in errors)
+    texts = {(error.verdict.code, error.verdict.text) for error in errors if isinstance(error, AbsentError)}
+    assert texts == {(76, "rank 1 is absent: not there within 1 s; ranks 0 and 2 awaited start of the job")}
+    close(ranks)
+
+
+def test_record_that_is_not_authentic_is_named_at_the_deadline() -> None:
+    store = HashStore()
+    stop = threading.Event()
+
+    def pretend() -> None:
+        while not stop.wait(0.02):
+            store.set("watchdog/nonce/1", '{"host": "127.0.0.1", "nonce": "00"}')
+
+    thread = threading.Thread(target=pretend)
+    thread.start()
+    (error,) = run([rank := Rank(0, store, world_size=2, seconds=1.0)])
+    stop.set()
+    thread.join()
+    assert str(error) == (
+        "rank 1 is absent: not there within 1 s (the addresses in the store are not authentic); "
+        "rank 0 awaited start of the job"
+    )
+    close([rank])
+
+
+def test_ranks_with_and_without_a_given_key_are_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("comm.watchdog.addresses._FILE_SECONDS", 0.3)
+    for keys, place, other in (((KEY, None), "rank 0", "rank 1"), ((None, KEY), "rank 1", "rank 0")):
+        ranks = [Rank(rank, store, keys[rank], tmp_path, 2, 1.0) for store in [HashStore()] for rank in (0, 1)]
+        _, error = run(ranks)
+        assert isinstance(error, JobKeyError)
+        assert (
+            f"DUALPIPE_JOB_KEY: must be set for all ranks or for none, is set on {place} and not on {other}; "
+            in str(error)
+        )
+        close(ranks)
+
+
+def test_rank_that_does_not_see_the_file_with_the_key_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its out_dir is not that of rank 0, as if the two had no file system in common."""
+    monkeypatch.setattr("comm.watchdog.addresses._FILE_SECONDS", 0.3)
+    store, file = HashStore(), write_key_file(tmp_path)
+    file.remove()
+    store.set("watchdog/key", f'{{"source": "file", "path": "{file.path}"}}')
+    (error,) = run([rank := Rank(1, store, None, world_size=2)])
+    assert isinstance(error, JobKeyError)
+    assert "out_dir: rank 1 must see the file with the job's key that rank 0 wrote" in str(error)
+    assert "nearest valid: an out_dir on a file system that all ranks share, or export DUALPIPE_JOB_KEY=" in str(error)
+    close([rank])
+
+
+def test_file_of_another_user_is_no_key(tmp_path: Path) -> None:
+    """Whoever can write to the store may name any file; none but this user's own is read."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can give a file to another user")
+    store, file = HashStore(), write_key_file(tmp_path)
+    os.chown(file.path, 12345, -1)
+    store.set("watchdog/key", f'{{"source": "file", "path": "{file.path}"}}')
+    (error,) = run([rank := Rank(1, store, None, world_size=2)])
+    assert isinstance(error, JobKeyError)
+    assert "must belong to user 0, is user 12345's" in str(error)
+    close([rank])
+
+
+def test_rank_that_knows_only_its_loopback_address_moves_to_where_others_reach_it() -> None:
+    """As the first machine may resolve its own name to 127.0.1.1."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))
+        except OSError:
+            pytest.skip("this machine has no address but its own loopback")
+        far = probe.getsockname()[0]
+    store = HashStore()
+    ranks = [Rank(0, store, reach="127.0.0.1"), Rank(1, store, reach=far), Rank(2, store, reach=far)]
+    assert run(ranks) == [None] * 3
+    assert [rank.mailbox.host for rank in ranks] == [far] * 3
+    assert_connected(ranks)
+    close(ranks)

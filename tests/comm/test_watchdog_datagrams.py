@@ -1,0 +1,221 @@
+"""What arrives at a watchdog is authentic, new and of the expected form, or it is dropped without a trace."""
+
+import json
+import zlib
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from comm.operations import OperationLog
+from comm.watchdog.authentication import REPLAY_WINDOW, DatagramCodec, ReplayWindow, derive, open_object, seal_object
+from comm.watchdog.decode import MAX_DECODED_BYTES, MessageError, compress_object, decompress_object, printable
+from comm.watchdog.mailbox import Message
+from comm.watchdog.main_thread import MainThread
+from comm.watchdog.messages import Farewell, Question, decode_message
+from comm.watchdog.verdict import Standing, Verdict
+
+KEY = b"the key of a test's job".ljust(32)
+WORLD_SIZE = 4
+VERDICT: dict[str, Any] = {"code": 78, "text": "rank 2 is lost", "judge": 1, "culprits": [2]}
+STANDING = json.loads(json.dumps(asdict(Standing.of(OperationLog(), MainThread()))))
+WAIT = {"text": "dispatch", "group": "world [0, 1]", "number": 3, "ranks": [0, 1], "seconds": 1.5}
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.text(max_size=10), inner, max_size=5),
+    max_leaves=20,
+)
+
+
+def codec(rank: int, key: bytes = KEY) -> DatagramCodec:
+    return DatagramCodec(key, rank, WORLD_SIZE)
+
+
+def refuses(receiver: DatagramCodec, data: bytes) -> bool:
+    try:
+        receiver.decode(data)
+    except MessageError:
+        return True
+    return False
+
+
+def test_datagram_arrives_once_and_only_at_its_recipient() -> None:
+    sender, receiver = codec(1), codec(0)
+    data = sender.encode(0, "verdict", VERDICT)
+    assert refuses(codec(2), data)
+    arrived = receiver.decode(data)
+    assert (arrived.kind, arrived.sender, arrived.values) == ("verdict", 1, VERDICT)
+    assert refuses(receiver, data)
+    assert refuses(codec(0, b"an earlier attempt's key".ljust(32)), data)
+    # A rank takes nothing that it has sent itself, and nothing of a rank that the job does not have.
+    assert refuses(codec(0), codec(0).encode(0, "question", {}))
+    assert refuses(codec(0), DatagramCodec(KEY, 7, 8).encode(0, "question", {}))
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.binary(max_size=300))
+def test_datagram_of_a_stranger_is_refused_whatever_it_holds(data: bytes) -> None:
+    assert refuses(codec(0), data)
+    # Nor does a right header help.
+    header = codec(1).encode(0, "verdict", VERDICT)[32:49]
+    assert refuses(codec(0), data[:32].ljust(32, b"\0") + header + data)
+
+
+@settings(max_examples=200, deadline=None)
+@given(bit=st.integers(0, 8 * 200), size=st.integers(0, 200), more=st.binary(min_size=1, max_size=50))
+def test_datagram_that_was_changed_is_refused(bit: int, size: int, more: bytes) -> None:
+    data, receiver = codec(1).encode(0, "verdict", VERDICT), codec(0)
+    flipped = bytearray(data)
+    flipped[bit // 8 % len(data)] ^= 1 << bit % 8
+    assert refuses(receiver, bytes(flipped))
+    assert refuses(receiver, data[: min(size, len(data) - 1)])
+    assert refuses(receiver, data + more)
+    assert not refuses(receiver, data)  # and none of them used up its counter
+
+
+@settings(max_examples=100, deadline=None)
+@given(order=st.permutations(range(40)), again=st.lists(st.integers(0, 39), max_size=40))
+def test_datagrams_may_overtake_each_other_and_none_counts_twice(order: list[int], again: list[int]) -> None:
+    sender, receiver = codec(1), codec(0)
+    sent = [sender.encode(0, "question", {}) for _ in order]
+    assert not any(refuses(receiver, sent[number]) for number in order)
+    assert all(refuses(receiver, sent[number]) for number in again)
+
+
+@settings(max_examples=100, deadline=None)
+@given(counters=st.lists(st.integers(0, 3 * REPLAY_WINDOW) | st.integers(2**63, 2**64 - 1), max_size=60))
+def test_replay_window_accepts_each_counter_at_most_once_and_every_new_highest(counters: list[int]) -> None:
+    window, accepted, highest = ReplayWindow(), set(), -1
+    for counter in counters:
+        is_new = window.is_new(counter)
+        assert is_new == (counter not in accepted and counter > highest - REPLAY_WINDOW)
+        if is_new:
+            window.add(counter)
+            accepted.add(counter)
+            highest = max(highest, counter)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"no zlib",
+        zlib.compress(b"{}")[:-1],
+        zlib.compress(b"{}") + b"x",
+        zlib.compress(b" " * (MAX_DECODED_BYTES + 1)),
+        zlib.compress(bytes(64 << 20), 9),
+        zlib.compress(b"[" * 500_000),
+        zlib.compress(b'{"a":' * 100_000),
+        zlib.compress(b"[]"),
+        zlib.compress(b"1"),
+        zlib.compress(b"{"),
+        zlib.compress(b'{"a": NaN}'),
+        zlib.compress(b'{"a": -Infinity}'),
+        zlib.compress(b'{"a": ' + b"9" * 5000 + b"}"),
+        zlib.compress(b'{"a": "\xff"}'),
+    ],
+    ids=range(15),
+)
+def test_content_that_is_no_small_json_object_is_refused(body: bytes) -> None:
+    with pytest.raises(MessageError):
+        decompress_object(body)
+
+
+@settings(max_examples=200, deadline=None)
+@given(values=st.dictionaries(st.sampled_from([*VERDICT, *STANDING, "end", "other"]), JSON), kind=st.integers(0, 3))
+def test_message_with_any_fields_is_decoded_or_refused_and_never_raises(values: dict[str, Any], kind: int) -> None:
+    message = Message(("question", "answer", "verdict", "farewell")[kind], 1, values, ("127.0.0.1", 9))
+    try:
+        decoded = decode_message(message, WORLD_SIZE)
+    except MessageError:
+        return
+    if isinstance(decoded, Verdict):
+        assert decoded.code in (1, 76, 78)
+        assert decoded.judge == 1
+        assert decoded.text.isprintable()
+
+
+def changed(values: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    return {key: value for key, value in (values | changes).items() if value is not None}
+
+
+BAD_VERDICTS = [
+    *({"code": code} for code in (0, 2, 75, 77, 130, 143, -1, "78", 78.0, True, None, 2**70)),
+    *({"judge": judge} for judge in (-1, 4, "1", True, 1.0, None, [1], 2)),  # 2 is a rank, but not the sender
+    *({"culprits": culprits} for culprits in ([4], [-1], ["2"], [2, 2], 2, None, {"2": 2}, [[2]], [True])),
+    *({"text": text} for text in (None, 7, "a\nb", "a\x1b[2J", "a\u202eb", "\ud800", "x" * 70_000, ["x"])),
+]
+
+
+@pytest.mark.parametrize("change", BAD_VERDICTS, ids=range(len(BAD_VERDICTS)))
+def test_verdict_of_any_other_form_is_refused(change: dict[str, Any]) -> None:
+    key = next(iter(change))
+    values = changed(VERDICT, **change)
+    with pytest.raises(MessageError, match=key):
+        decode_message(Message("verdict", 1, values, ("127.0.0.1", 9)), WORLD_SIZE)
+
+
+BAD_STANDINGS = [
+    *({key: None} for key in STANDING),
+    {"waits": [WAIT] * 9},
+    {"waits": [changed(WAIT, ranks=[0, 4])]},
+    {"waits": [changed(WAIT, seconds=-1.0)]},
+    {"waits": [changed(WAIT, seconds=1e400)]},
+    {"waits": [changed(WAIT, number=2**63)]},
+    {"waits": [7]},
+    {"started": {"a": -1}},
+    {"started": {str(number): 1 for number in range(5000)}},
+    {"is_busy": 1},
+    {"place": "a\tb"},
+    {"idle_seconds": float("nan")},
+]
+
+
+@pytest.mark.parametrize("change", BAD_STANDINGS, ids=range(len(BAD_STANDINGS)))
+def test_answer_of_any_other_form_is_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(MessageError):
+        decode_message(Message("answer", 1, changed(STANDING, **change), ("127.0.0.1", 9)), WORLD_SIZE)
+
+
+def test_messages_survive_their_encoding() -> None:
+    standing = STANDING | {"waits": [WAIT], "started": {"world [0, 1]": 4}}
+    received = {
+        "question": ({}, Question()),
+        "answer": (standing, Standing.from_json(standing, WORLD_SIZE)),
+        "verdict": (VERDICT, Verdict(code=78, text="rank 2 is lost", judge=1, culprits=(2,))),
+        "farewell": (Farewell("done", "it had finished").as_json(), Farewell("done", "it had finished")),
+    }
+    for kind, (values, expected) in received.items():
+        arrived = decompress_object(compress_object(values))
+        assert decode_message(Message(kind, 1, arrived, ("127.0.0.1", 9)), WORLD_SIZE) == expected  # type: ignore[arg-type]
+
+
+def test_farewell_of_an_unknown_kind_is_refused() -> None:
+    with pytest.raises(MessageError, match="end"):
+        decode_message(Message("farewell", 1, {"end": "gone", "text": "x"}, ("127.0.0.1", 9)), WORLD_SIZE)
+
+
+def test_printable_text_is_always_accepted_and_short() -> None:
+    text = printable("a\n\x1b[0m\u202e\ud800" + "x" * 100_000)
+    assert text.startswith("a\ufffd\ufffd[0m\ufffd\ufffdxx")
+    assert decode_message(Message("verdict", 1, VERDICT | {"text": text}, ("127.0.0.1", 9)), WORLD_SIZE)
+
+
+def test_record_in_the_store_is_valid_for_its_purpose_alone() -> None:
+    sealed = seal_object(KEY, "address/1", {"host": "127.0.0.1"}).encode()
+    assert open_object(KEY, "address/1", sealed) == {"host": "127.0.0.1"}
+    for key, purpose, record in (
+        (KEY, "address/2", sealed),
+        (KEY[::-1], "address/1", sealed),
+        (KEY, "address/1", sealed.replace(b"127", b"128")),
+        (KEY, "address/1", b""),
+        (KEY, "address/1", sealed[:64]),
+        (KEY, "address/1", b"\xff" * 200),
+    ):
+        with pytest.raises(MessageError):
+            open_object(key, purpose, record)
+    # Parts do not run into each other.
+    assert derive(KEY, "a", b"bc", b"d") != derive(KEY, "a", b"b", b"cd") != derive(KEY, "ab", b"c", b"d")
