@@ -273,9 +273,8 @@ def _rank(entry: Entry, folder: str, scratch: str, key: str) -> int:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _WAITING)
     threading.Thread(target=_die_with_parent, daemon=True).start()
     # Ranks only talk among themselves, whatever this machine's name resolves to, and whatever a cluster's profile sets.
-    interface = "lo0" if sys.platform == "darwin" else "lo"
+    interface = "lo0" if sys.platform == "darwin" else "lo"  # the key leaves the environment before the run begins
     os.environ |= {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
-    # In this process alone; the key leaves the environment before the run begins.
     os.environ |= {KEY_VARIABLE: key, STORE_FILE_VARIABLE: str(Path(scratch) / "store")}
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:

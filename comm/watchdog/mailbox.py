@@ -13,8 +13,9 @@ from comm.watchdog.decode import MessageError
 
 SocketAddress = tuple[str, int]
 
+# Of one socket at a time: a flood must leave time for everything else that the watchdog does.
 _MAX_DATAGRAMS_PER_READ = 256
-"""Of one socket: a flood must leave time for everything else that the watchdog does."""
+_MAX_BYTES_PER_READ = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,7 @@ class WatchdogSocket:
         self._peers: dict[int, SocketAddress] = {}
         self._codec: DatagramCodec | None = None
         self.num_dropped = 0
+        self.is_flooded = False
         self.refused: set[int] = set()
         self._socket = self._open_socket(reach)
 
@@ -127,9 +129,11 @@ class WatchdogSocket:
     def receive(self, seconds: float) -> tuple[list[Message], bytes]:
         """Waits for messages, or bytes written to `wakeup_file`, and returns both; after `seconds` at most.
 
-        It reads a limited number of datagrams, so that it returns in time under any flood.
+        It reads a limited number of datagrams, so that it returns in time under any flood. `is_flooded` then tells that
+        more were there, and that others than this job's ranks have sent some of them.
         """
         messages: list[Message] = []
+        self.is_flooded = False
         woken = b""
         for key, _ in self._selector.select(seconds):
             if key.fileobj is self._wakeups:
@@ -164,15 +168,22 @@ class WatchdogSocket:
 
     def _open_probe(self, address: SocketAddress) -> socket.socket:
         probe = socket.socket(self._socket.family, socket.SOCK_DGRAM)
-        probe.bind((self.host, 0, *self._socket.getsockname()[2:]))
-        probe.setblocking(False)
-        probe.connect(address)
+        try:
+            probe.bind((self.host, 0, *self._socket.getsockname()[2:]))
+            probe.setblocking(False)
+            probe.connect(address)
+        except OSError:
+            probe.close()
+            raise
         self._selector.register(probe, selectors.EVENT_READ)
         return probe
 
     def _read(self, source: socket.socket) -> list[Message]:
         messages: list[Message] = []
+        num_bytes, num_dropped = 0, self.num_dropped
         for _ in range(_MAX_DATAGRAMS_PER_READ):
+            if num_bytes >= _MAX_BYTES_PER_READ:
+                break
             try:
                 data, sender = source.recvfrom(MAX_DATAGRAM_BYTES)
             except ConnectionRefusedError:
@@ -180,12 +191,14 @@ class WatchdogSocket:
                 return messages
             except OSError:  # nothing more to read, or a network that is down
                 return messages
+            num_bytes += len(data)
             try:
                 datagram = self._require_codec().decode(data)
             except MessageError:
                 self.num_dropped += 1
                 continue
             messages.append(Message(datagram.kind, datagram.sender, datagram.values, sender[:2]))
+        self.is_flooded |= self.num_dropped > num_dropped
         return messages
 
     def _encode(self, rank: int, kind: Kind, values: Mapping[str, Any]) -> bytes:

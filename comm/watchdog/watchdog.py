@@ -35,8 +35,7 @@ _LINGER_SECONDS = 0.6
 _FOLLOW_SECONDS = 3.0
 _JUDGE_SECONDS = 5.0
 _REACH_SECONDS = 10.0
-_FLOOD_PAUSE_SECONDS = 0.005
-_FLOOD_DATAGRAMS = 128  # dropped in one look: others than this job's ranks send them
+_FLOOD_PAUSE_SECONDS = 0.01
 _REPORT_EVERY_SECONDS = 60.0
 _SIGNALLED = 128 + signal.SIGTERM
 LOGGER = logging.getLogger("comm")
@@ -153,7 +152,6 @@ class Watchdog:
 
     def _tick(self) -> None:
         is_idle = self._inquiry is None and self._leaving is None
-        num_dropped = self._mailbox.num_dropped
         messages, woken = self._mailbox.receive(_TICK_SECONDS if is_idle else _BRISK_SECONDS)
         self._is_terminated |= signal.SIGTERM in woken
         for message in messages:
@@ -171,7 +169,7 @@ class Watchdog:
             self._inquire(self._inquiry, now)
         else:
             self._look(now)
-        if self._mailbox.num_dropped - num_dropped >= _FLOOD_DATAGRAMS:
+        if self._mailbox.is_flooded:
             # The rank's own threads need the processor more than a flood does.
             time.sleep(_FLOOD_PAUSE_SECONDS)
 

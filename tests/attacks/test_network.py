@@ -4,12 +4,13 @@ import json
 import os
 import random
 import socket
+import struct
 import subprocess
 import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
@@ -17,8 +18,12 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
+from torch import distributed
 
+from comm.operations import OperationLog
 from comm.watchdog.authentication import DatagramCodec
+from tests.comm.watched_ranks import WatchedRanks
 from tests.finished_run import losses
 from tests.tiny import write_text
 
@@ -160,9 +165,11 @@ def flood(victim: Victim) -> None:
     ports = [each[0] for each in victim.ports("udp")]
     before, begun = victim.num_ticks(), time.monotonic()
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as stranger:
-        header = bytes(32) + b"\0" + bytes(4)  # as far as the sender may be right
+        # Up to their tags these are another rank's, so their tags have to be computed, for 1 of 100 over 65 kB.
+        headers = [bytes(32) + struct.pack("!BIIQ", 0, 1 - rank, rank, 1 << 40) for rank in (0, 1)]
+        large = [header.ljust(65507, b"x") for header in headers]
         for number in range(NUM_FLOOD):
-            stranger.sendto(header, ports[number % 2])
+            stranger.sendto((headers if number // 2 % 100 else large)[number % 2], ports[number % 2])
     seconds = time.monotonic() - begun
     ticks = [after - earlier for after, earlier in zip(victim.num_ticks(), before, strict=True)]
     print(f"{NUM_FLOOD} datagrams in {seconds:.1f} s; {ticks} looks of the watchdogs meanwhile")
@@ -183,6 +190,68 @@ def strangers_on_listening_ports(victim: Victim) -> None:
                 if number % 4 == 2:
                     stranger.close()
         time.sleep(0.5)
+
+
+def works_on(rank: int, log: OperationLog, strike: Callable[[], None]) -> None:
+    """What a rank does whose job's store is attacked."""
+    for number in range(4):
+        distributed.all_reduce(torch.ones(3))
+        if number == 1:
+            strike()
+        time.sleep(0.5)
+
+
+def _connect(port: int) -> socket.socket | None:
+    try:
+        return socket.create_connection(("127.0.0.1", port), timeout=2)
+    except OSError:
+        return None
+
+
+def _open_store(port: int) -> distributed.TCPStore:  # type: ignore[name-defined]
+    """As a stranger opens it: nothing but the port is needed."""
+    until = time.monotonic() + 60
+    while (opened := _connect(port)) is None:
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    opened.close()
+    return distributed.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)  # type: ignore[attr-defined]
+
+
+def test_network_strangers_on_the_port_of_a_store_have_no_effect() -> None:
+    """Under torchrun the store listens: on this machine alone, if all ranks are on it."""
+    ranks, noise = WatchedRanks(2, works_on, 10.0), random.Random(3)
+    store = _open_store(ranks.port)
+    with ExitStack() as held:
+        until = time.monotonic() + 60
+        while not ranks.has_struck and time.monotonic() < until:
+            if (stranger := _connect(ranks.port)) is not None:
+                held.enter_context(stranger)
+                with suppress(OSError):
+                    stranger.sendall(noise.randbytes(noise.choice((1, 4, 64, 9000))))
+            time.sleep(0.05)
+        for _ in range(200):
+            if (stranger := _connect(ranks.port)) is not None:
+                held.enter_context(stranger)
+        for name in ("key", "verdict", "nonce/0", "nonce/1", "address/0", "address/1"):
+            store.set(f"watchdog/{name}", json.dumps(VERDICT))
+            store.delete_key(f"watchdog/{name}")
+            store.set(f"watchdog/{name}", "")
+        ends = ranks.ends()
+    assert {end.exit_code for end in ends.values()} == {0}, ends
+
+
+def test_network_forged_verdict_in_the_store_ends_no_start_with_its_words() -> None:
+    ranks = WatchedRanks(3, works_on, 6.0, absent=(1,))
+    store = _open_store(ranks.port)
+    for _ in range(50):
+        store.set("watchdog/verdict", json.dumps(VERDICT))
+        store.set("watchdog/address/1", json.dumps({"host": "127.0.0.1", "port": 9}))
+        time.sleep(0.05)
+    ends = ranks.ends()
+    assert {ends[rank].exit_code for rank in (0, 2)} == {76}, ends
+    texts = {verdict.text for rank in (0, 2) if (verdict := ends[rank].verdict) is not None}
+    assert texts == {"rank 1 is absent: not there within 6 s; ranks 0 and 2 awaited start of the job"}
 
 
 ATTACKS: tuple[Callable[[Victim], None], ...] = (

@@ -98,3 +98,85 @@ def test_mailbox_is_woken_from_outside() -> None:
     assert time.monotonic() - begun < 2
     first.close()
     second.close()
+
+
+def _answers(asking: WatchdogSocket, rank: int) -> list[str]:
+    """Kinds of what arrives after a question to the rank."""
+    asking.send(rank, "question", {})
+    until, kinds = time.monotonic() + 10, []
+    while "answer" not in kinds and time.monotonic() < until:
+        kinds += [message.kind for message in asking.receive(0.2)[0]]
+    return kinds
+
+
+def test_watchdog_drops_messages_of_a_wrong_form_and_verdicts_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even from ranks of the job: no code but 1, 76 and 78 ends a rank, and no rank speaks for another."""
+    ends: list[int] = []
+    monkeypatch.setattr("os._exit", ends.append)
+    monkeypatch.setattr("comm.watchdog.watchdog._AGREE_SECONDS", 0.0)
+    monkeypatch.setattr("comm.watchdog.watchdog._LINGER_SECONDS", 0.0)
+    boxes = [WatchdogSocket(rank, "127.0.0.1") for rank in range(3)]
+    for box in boxes:
+        box.open([(other.host, other.port) for other in boxes], KEY)
+    watchdog = Watchdog(0, boxes[0], OperationLog(), 60.0, lambda verdict: None)
+    watchdog.start()
+    verdict = {"code": 78, "text": "forged", "judge": 1, "culprits": [2]}
+    for change in (
+        {"code": 0},
+        {"code": 75},
+        {"judge": 2},
+        {"judge": 0},
+        {"culprits": [3]},
+        {"text": 7},
+        {"text": "\x1b"},
+    ):
+        boxes[1].send(0, "verdict", verdict | change)
+    for kind in ("answer", "verdict", "farewell"):
+        boxes[1].send(0, kind, {})  # type: ignore[arg-type]
+        boxes[1].send(0, kind, {"waits": 7, "end": {}, "code": [[]]})  # type: ignore[arg-type]
+    assert "answer" in _answers(boxes[2], 0)
+    assert ends == []
+    boxes[1].send(0, "verdict", verdict)
+    until = time.monotonic() + 10
+    while not ends and time.monotonic() < until:
+        time.sleep(0.05)
+    assert set(ends) == {78}
+    watchdog.close()
+    for box in boxes[1:]:
+        box.close()
+
+
+def test_watchdog_logs_an_error_of_its_own_and_goes_on(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = _two_mailboxes()
+    watchdog = Watchdog(0, first, OperationLog(), 60.0, lambda verdict: None)
+    plain, errors = watchdog._look, [RuntimeError("a bug"), ZeroDivisionError("another"), KeyError(3)]
+
+    def look(now: float) -> None:
+        if errors:
+            raise errors.pop()
+        plain(now)
+
+    monkeypatch.setattr(watchdog, "_look", look)
+    watchdog.start()
+    until = time.monotonic() + 10
+    while errors and time.monotonic() < until:
+        time.sleep(0.05)
+    assert "answer" in _answers(second, 0)
+    assert caplog.messages == ["watchdog: error number 1 of its own; it goes on"]  # and not one for each
+    assert caplog.records[0].exc_info is not None
+    watchdog.close()
+    second.close()
+
+
+def test_watchdog_socket_is_bound_to_one_address() -> None:
+    first, second = _two_mailboxes()
+    first.probe(1)
+    assert first.host == "127.0.0.1"
+    assert [probe.getsockname()[0] for probe in first._probes.values()] == ["127.0.0.1"]
+    first.close()
+    second.close()
+    wide = WatchdogSocket(0, "::1")
+    assert wide.host == "::1"
+    wide.close()

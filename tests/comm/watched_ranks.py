@@ -52,14 +52,19 @@ class WatchedRanks:
         context.set_forkserver_preload(_PRELOADED)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+            self.port = probe.getsockname()[1]
         self._processes: dict[int, ForkServerProcess] = {}
         for rank in set(range(world_size)) - set(absent):
-            member = Membership(rank, world_size, "127.0.0.1", port, 0, is_one_machine=True, key=_KEY)
+            member = Membership(rank, world_size, "127.0.0.1", self.port, 0, is_one_machine=True, key=_KEY)
             start_seconds = deadline_seconds if absent else 60.0
             arguments = (member, function, deadline_seconds, start_seconds, self._folder.name)
             self._processes[rank] = context.Process(target=_run_rank, args=arguments, daemon=True)
             self._processes[rank].start()
+
+    @property
+    def has_struck(self) -> bool:
+        """Whether a rank has struck yet."""
+        return (Path(self._folder.name) / "struck").exists()
 
     def terminate(self) -> None:
         """Once a rank has struck, tells all of them to end, as a launcher does."""
