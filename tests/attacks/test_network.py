@@ -241,19 +241,6 @@ def test_network_strangers_on_the_port_of_a_store_have_no_effect() -> None:
     assert {end.exit_code for end in ends.values()} == {0}, ends
 
 
-def test_network_forged_verdict_in_the_store_ends_no_start_with_its_words() -> None:
-    ranks = WatchedRanks(3, works_on, 6.0, absent=(1,))
-    store = _open_store(ranks.port)
-    for _ in range(50):
-        store.set("watchdog/verdict", json.dumps(VERDICT))
-        store.set("watchdog/address/1", json.dumps({"host": "127.0.0.1", "port": 9}))
-        time.sleep(0.05)
-    ends = ranks.ends()
-    assert {ends[rank].exit_code for rank in (0, 2)} == {76}, ends
-    texts = {verdict.text for rank in (0, 2) if (verdict := ends[rank].verdict) is not None}
-    assert texts == {"rank 1 is absent: not there within 6 s; ranks 0 and 2 awaited start of the job"}
-
-
 ATTACKS: tuple[Callable[[Victim], None], ...] = (
     *(garbage, forged, without_authentication, replayed, replayed_to_another_rank, replayed_from_an_earlier_attempt),
     *(truncated, extended, with_flipped_bits, decompression_bombs, flood, strangers_on_listening_ports),

