@@ -8,7 +8,7 @@ ARGS ?=
 ALONE := tests/bench tests/cluster tests/comm \
 	$(addprefix tests/train/test_train_,failure.py failure_order.py probe.py) tests/launch/test_launch_local.py
 
-.PHONY: train test test-fast cluster-test gpu-test gpu-bench failures bench chaos any-to-any \
+.PHONY: train test test-fast cluster-test triton-table gpu-test gpu-bench failures bench chaos any-to-any \
 	docker docker-cpu docker-check docker-pins docker-test
 
 train: .venv/installed
@@ -44,6 +44,11 @@ chaos: .venv/installed
 # A run goes on under every layout from every other's checkpoint: all ordered pairs of 12, as a table; some 10 minutes.
 any-to-any: .venv/installed
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m tests.train.any_to_any $(ARGS)
+
+# Registers, spills and shared memory of every kernel under each supported Triton, compared with what is recorded; no GPU.
+# Versions are downloaded into .cache/triton on the first run. ARGS=--write records the tables.
+triton-table: .venv/installed
+	OMP_NUM_THREADS=1 .venv/bin/python -m tests.kernels.triton_versions $(ARGS)
 
 # Kernels against their references on a CUDA device; skipped, with the reason, where there is none.
 gpu-test: .venv/installed

@@ -42,5 +42,7 @@ class Tiling:
 
 
 STORED_BY_DESCRIPTOR = Tiling()
+# A scale for each output beside one for each row takes registers: under Triton 3.6 a tile of 128 x 128 spills some.
+OF_COLUMNS = Tiling(outputs=64)
 # Addresses of a masked store take registers: a smaller tile, so that none spill.
 STORED_BY_MASK = Tiling(outputs=64)

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from kernels.gemm_fp8.descriptors import LARGEST_DESCRIBED_BYTES, allow_descriptors, describable, described
 from kernels.gemm_fp8.shapes import check_columns, check_rows_by_blocks
-from kernels.gemm_fp8.tiling import STORED_BY_DESCRIPTOR, STORED_BY_MASK, Tiling
+from kernels.gemm_fp8.tiling import OF_COLUMNS, STORED_BY_DESCRIPTOR, STORED_BY_MASK, Tiling
 from kernels.quantize.layout import TILE, Quantized, QuantizedBlocks, QuantizedColumns
 
 
@@ -167,7 +167,9 @@ def _launch(
     left_MK, right_NK = described(left.codes), described(right.codes)
     left_scales, right_scales = (_contiguous_rows(scales) for scales in (left.scales, right.scales))
     store_by_descriptor = describable(out_MN) and out_MN.element_size() <= LARGEST_DESCRIBED_BYTES
-    tiling = tiling or (STORED_BY_DESCRIPTOR if store_by_descriptor else STORED_BY_MASK)
+    by_blocks = isinstance(right, QuantizedBlocks)
+    stored_whole = STORED_BY_DESCRIPTOR if by_blocks else OF_COLUMNS
+    tiling = tiling or (stored_whole if store_by_descriptor else STORED_BY_MASK)
     num_tiles = triton.cdiv(num_rows, tiling.rows) * triton.cdiv(num_outputs, tiling.outputs)
     allow_descriptors(out_MN.device)
     gemm_kernel[(min(num_tiles, tiling.programs_per_sm * _num_multiprocessors(out_MN.device)),)](
@@ -184,7 +186,7 @@ def _launch(
         right_NK.stride(0),
         left_scales.stride(0),
         right_scales.stride(0),
-        BY_BLOCKS=isinstance(right, QuantizedBlocks),
+        BY_BLOCKS=by_blocks,
         STORE_BY_DESCRIPTOR=store_by_descriptor,
         SPECIALIZE=tiling.specialize,
         BLOCK_ROWS=tiling.rows,

@@ -63,16 +63,25 @@ def store_tile(
     num_columns: tl.tensor,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
+    IN_HALVES: tl.constexpr,
 ) -> None:
-    """Rounds and stores rows before `end`, and columns before the last: one half after the other.
+    """Rounds and stores rows before `end`, and columns before the last.
 
-    Addresses of a whole tile would take more registers than there are left beside its sums.
+    IN_HALVES stores the left half of the columns, then the right one: addresses of a whole tile would take more
+    registers than there are left beside its sums. Triton 3.6 cannot split a tile in a loop with `specialize`, in
+    which each warp has registers for a whole one.
     """
+    row_starts = out + rows.to(tl.int64)[:, None] * num_columns
+    inside = (rows < end)[:, None]
+    if not IN_HALVES:
+        columns = first_column + tl.arange(0, BLOCK_COLUMNS)
+        tl.store(
+            row_starts + columns[None, :], total.to(out.dtype.element_ty), inside & (columns < num_columns)[None, :]
+        )
+        return
     halves = total.reshape(BLOCK_ROWS, 2, BLOCK_COLUMNS // 2).permute(0, 2, 1)
     left, right = tl.split(halves)
     columns = first_column + tl.arange(0, BLOCK_COLUMNS // 2)
-    row_starts = out + rows.to(tl.int64)[:, None] * num_columns
-    inside = (rows < end)[:, None]
     tl.store(row_starts + columns[None, :], left.to(out.dtype.element_ty), inside & (columns < num_columns)[None, :])
     columns += BLOCK_COLUMNS // 2
     tl.store(row_starts + columns[None, :], right.to(out.dtype.element_ty), inside & (columns < num_columns)[None, :])

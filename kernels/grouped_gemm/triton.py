@@ -91,7 +91,7 @@ def grouped_rows_kernel(
                 right = weight_tiles.load([group, first_output, first]).reshape(BLOCK_OUTPUTS, BLOCK_DEPTH).T
             total = tl.dot(left, right, total, input_precision="ieee")
         row = first_row + tl.arange(0, BLOCK_ROWS)
-        store_tile(out, total, row, end, first_output, num_outputs, BLOCK_ROWS, BLOCK_OUTPUTS)
+        store_tile(out, total, row, end, first_output, num_outputs, BLOCK_ROWS, BLOCK_OUTPUTS, True)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_tiles"])  # type: ignore[untyped-decorator]
@@ -137,7 +137,7 @@ def grouped_weight_kernel(
             total = tl.dot(left.T, right, total, input_precision="ieee")
         outputs = first_output + tl.arange(0, BLOCK_OUTPUTS)
         matrix = out + group.to(tl.int64) * num_outputs * num_inputs
-        store_tile(matrix, total, outputs, num_outputs, first_input, num_inputs, BLOCK_OUTPUTS, BLOCK_INPUTS)
+        store_tile(matrix, total, outputs, num_outputs, first_input, num_inputs, BLOCK_OUTPUTS, BLOCK_INPUTS, True)
 
 
 def grouped_rows(

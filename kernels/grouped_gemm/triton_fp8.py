@@ -99,7 +99,7 @@ def grouped_rows_fp8_kernel(
             row_codes = rows_tiles.load([first_row, first])
             weight_codes = weights_tiles.load([group, first_output, first]).reshape(BLOCK_OUTPUTS, BLOCK_DEPTH)
             total += tl.dot(row_codes, weight_codes.T) * (row_scale * block_scale)[:, None]
-        store_tile(out, total, row, end, first_output, num_outputs, BLOCK_ROWS, BLOCK_OUTPUTS)
+        store_tile(out, total, row, end, first_output, num_outputs, BLOCK_ROWS, BLOCK_OUTPUTS, not SPECIALIZE)
 
 
 @triton.jit(do_not_specialize=["num_tiles"])  # type: ignore[untyped-decorator]
@@ -146,7 +146,8 @@ def grouped_weight_fp8_kernel(
             row_codes = rows_tiles.load([first_input, first])
             total += tl.dot(grad_codes, row_codes.T) * output_scale[:, None] * input_scale[None, :]
         matrix = out + group.to(tl.int64) * num_outputs * num_inputs
-        store_tile(matrix, total, outputs, num_outputs, first_input, num_inputs, BLOCK_OUTPUTS, BLOCK_INPUTS)
+        in_halves: tl.constexpr = not SPECIALIZE
+        store_tile(matrix, total, outputs, num_outputs, first_input, num_inputs, BLOCK_OUTPUTS, BLOCK_INPUTS, in_halves)
 
 
 def grouped_rows_fp8(

@@ -8,7 +8,7 @@ import triton
 from torch import Tensor
 
 from kernels.gemm_fp8.tiling import Tiling
-from kernels.gemm_fp8.timing import Milliseconds, fastest, stream_milliseconds
+from kernels.gemm_fp8.timing import Milliseconds, Tuner, stream_milliseconds
 from kernels.grouped_gemm.tiling import is_stored_at_once
 from kernels.grouped_gemm.triton_fp8 import OF_ROWS, OF_WEIGHT, grouped_rows_fp8, grouped_weight_fp8
 from kernels.quantize.layout import Quantized, QuantizedBlocks, QuantizedColumns
@@ -21,9 +21,9 @@ CANDIDATES = (
 )
 WEIGHT_CANDIDATES = (
     OF_WEIGHT,
-    Tiling(),
     Tiling(specialize=True, warps=4, stages=3),
     Tiling(outputs=64, warps=8, stages=3, programs_per_sm=2),
+    Tiling(rows=64, warps=4, stages=3, programs_per_sm=2),
 )
 
 # Of a product: its name, the result's type, groups, rows, and at the end the result's columns.
@@ -43,18 +43,21 @@ class TunedGroupedGemm:
         weight_candidates: Iterable[Tiling] = WEIGHT_CANDIDATES,
         milliseconds: Milliseconds | None = None,
     ) -> None:
-        """Nothing is tried yet.
+        """Starts with nothing tried.
 
         Args:
-            candidates: tilings to choose from.
-            weight_candidates: likewise, for gradients.
+            candidates: tilings to choose from, the untuned default first.
+            weight_candidates: the same, for gradients.
             milliseconds: measures a call; by default `stream_milliseconds`, and on CUDA tensors alone: elsewhere
                 nothing is tried, and the kernels' own tilings are used. So it is for results whose columns are not
                 a multiple of 16: addresses of single numbers take registers, of which other tilings have none left.
         """
-        self._candidates = tuple(candidates)
-        self._weight_candidates = tuple(weight_candidates)
-        self._milliseconds = milliseconds
+        self._candidates = {"rows": tuple(candidates), "weight": tuple(weight_candidates)}
+        self._tuners = {
+            "rows": Tuner("grouped_rows_fp8", milliseconds or stream_milliseconds),
+            "weight": Tuner("grouped_weight_fp8", milliseconds or stream_milliseconds),
+        }
+        self._is_measured_anywhere = milliseconds is not None
         self._chosen: dict[Key, Tiling] = {}
 
     def grouped_rows_fp8(
@@ -64,27 +67,21 @@ class TunedGroupedGemm:
         product = partial(grouped_rows_fp8, rows, weights, counts, dtype)
         num_outputs, depth = weights.codes.shape[1:]
         key = ("rows", dtype, len(counts), _rounded(len(rows.codes)), depth, num_outputs)
-        return self._run(product, key, self._candidates, rows.codes.device)
+        return self._run(product, key, rows.codes.device)
 
     def grouped_weight_fp8(self, grad: QuantizedColumns, rows: QuantizedColumns, counts: Sequence[int]) -> Tensor:
         """As `kernels.grouped_gemm.triton_fp8.grouped_weight_fp8`."""
         product = partial(grouped_weight_fp8, grad, rows, counts)
         sizes = (_rounded(sum(counts)), len(grad.codes), len(rows.codes))
-        return self._run(
-            product, ("weight", torch.float32, len(counts), *sizes), self._weight_candidates, grad.codes.device
-        )
+        return self._run(product, ("weight", torch.float32, len(counts), *sizes), grad.codes.device)
 
-    def _run(
-        self, product: Callable[..., Tensor], key: Key, candidates: Sequence[Tiling], device: torch.device
-    ) -> Tensor:
-        milliseconds = self._milliseconds
-        if milliseconds is None and device.type == "cuda":
-            milliseconds = stream_milliseconds
-        *_, num_columns = key
-        if milliseconds is None or 0 in key or not is_stored_at_once(num_columns):
+    def _run(self, product: Callable[..., Tensor], key: Key, device: torch.device) -> Tensor:
+        is_measured = device.type == "cuda" or self._is_measured_anywhere
+        kind, *_, num_columns = key
+        if not is_measured or 0 in key or not is_stored_at_once(num_columns):
             return product()
         if key not in self._chosen:
-            self._chosen[key] = fastest(candidates, product, milliseconds)
+            self._chosen[key] = self._tuners[kind].fastest(self._candidates[kind], product)
         return product(tiling=self._chosen[key])
 
 

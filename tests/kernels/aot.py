@@ -59,6 +59,25 @@ class Compiled:
         return [name for name in names if re.match(pattern, name)]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Specialization:
+    """What the compiler knows of a launch: launches with equal ones run the same machine code.
+
+    Attributes:
+        kernel: its name.
+        signature: type of every parameter that is not a constant, in Triton's words (`*bf16`, `i32`, `fp32`).
+        constants: values of the `tl.constexpr` parameters, and of others known to be 1.
+        aligned: parameters known to be multiples of 16.
+        options: `num_warps`, `num_stages` and others.
+    """
+
+    kernel: str
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    aligned: list[str]
+    options: dict[str, Any]
+
+
 def compile_launch(module: ModuleType, kernel_name: str, launcher: Callable[[], Any]) -> Compiled:
     """Compiles for sm_90 exactly what a launcher would run, from tensors on the CPU.
 
@@ -67,6 +86,13 @@ def compile_launch(module: ModuleType, kernel_name: str, launcher: Callable[[], 
         kernel_name: the kernel's name there.
         launcher: called without arguments, launches that kernel once; the launch is recorded instead of run.
     """
+    found = specialization_of(module, kernel_name, launcher)
+    kernel = getattr(module, kernel_name)
+    return compile_for_hopper(kernel, found.signature, found.constants, found.aligned, found.options)
+
+
+def specialization_of(module: ModuleType, kernel_name: str, launcher: Callable[[], Any]) -> Specialization:
+    """Returns what a launch gives the compiler; arguments as in `compile_launch`."""
     kernel = getattr(module, kernel_name)
     arguments, keywords = recorded_launch(module, kernel_name, launcher)
     signature: dict[str, str] = {}
@@ -82,7 +108,9 @@ def compile_launch(module: ModuleType, kernel_name: str, launcher: Callable[[], 
             if specialized and isinstance(address, int) and address % 16 == 0:
                 aligned.append(parameter.name)
     options = {name: value for name, value in keywords.items() if name not in kernel.arg_names}
-    return compile_for_hopper(kernel, signature, constants, aligned, options)
+    return Specialization(
+        kernel=kernel_name, signature=signature, constants=constants, aligned=aligned, options=options
+    )
 
 
 def recorded_launch(

@@ -1,25 +1,29 @@
-"""What becomes of every Triton kernel on an H100, as a table: `python -m tests.kernels.compiled_table [--write]`.
+"""Compiles every Triton kernel for an H100 under the installed Triton: `python -m tests.kernels.compiled_table`.
 
-Needs no GPU: each launch of `tests.kernels.catalogue` whose machine code differs from the others' is compiled for
-sm_90 through its own launcher.
+Needs no GPU. `--write` records the table in `compiled/`, `--check` compares it with what is recorded there. All
+supported versions: `make triton-table`, which is `tests.kernels.triton_versions`.
 """
 
 import argparse
+import difflib
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 
 import torch
 import triton
 
-from tests.kernels.aot import Compiled, compile_launch
+from tests.kernels.aot import Compiled, Specialization, compile_launch, specialization_of
 from tests.kernels.catalogue import LAUNCHES
-from tests.kernels.launches import Launch
+from tests.kernels.launches import Launch, Product
 
-FILE = Path(__file__).parent / "compiled.md"
+FOLDER = Path(__file__).parent / "compiled"
 MOST_SHARED_BYTES = 227 * 1024
 HEADINGS = ("kernel", "launch", "registers", "spilled bytes", "shared bytes", "warps", "tensor cores", "TMA")
+COMMAND = "make triton-table"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,7 +31,10 @@ class Row:
     """One line of the table.
 
     Attributes:
-        launch: that was compiled.
+        name: of the kernel.
+        shape: of the launch that was compiled, in words.
+        product: that it computes, if any.
+        failure: why it was not compiled; empty if it was.
         registers: per thread.
         spill_bytes: per thread.
         shared_bytes: of a program.
@@ -36,39 +43,64 @@ class Row:
         tma: what is moved by descriptor: `load`, `store` or both.
     """
 
-    launch: Launch
-    registers: int
-    spill_bytes: int
-    shared_bytes: int
-    num_warps: int
-    tensor_cores: str
-    tma: str
+    name: str
+    shape: str
+    product: Product | None
+    failure: str = ""
+    registers: int = 0
+    spill_bytes: int = 0
+    shared_bytes: int = 0
+    num_warps: int = 0
+    tensor_cores: str = ""
+    tma: str = ""
 
     def broken_rules(self) -> list[str]:
-        """Rules that no kernel may break; empty where all is well."""
-        broken = []
+        """Returns the rules that it breaks."""
+        broken: list[str] = []
+        subject = f"{self.name}, {self.shape}"
+        if self.failure:
+            return [f"{subject}: must compile, got {self.failure}"]
         if self.spill_bytes:
-            broken.append(f"{self.launch.name}: registers must not spill, got {self.spill_bytes} bytes")
+            broken.append(f"{subject}: registers must not spill, got {self.spill_bytes} bytes")
         if self.shared_bytes > MOST_SHARED_BYTES:
-            broken.append(f"{self.launch.name}: shared memory must be at most 227 KiB, got {self.shared_bytes} bytes")
-        if self.launch.product is not None:
-            expected = "wgmma e4m3" if self.launch.product.is_fp8 else "wgmma bf16"
+            broken.append(f"{subject}: shared memory must be at most 227 KiB, got {self.shared_bytes} bytes")
+        if self.product is not None:
+            expected = "wgmma e4m3" if self.product.is_fp8 else "wgmma bf16"
             if self.tensor_cores != expected:
-                broken.append(f"{self.launch.name}: must multiply by {expected}, got '{self.tensor_cores}'")
+                broken.append(f"{subject}: must multiply by {expected}, got '{self.tensor_cores}'")
         return broken
 
     def cells(self) -> tuple[str, ...]:
-        """The row's text."""
+        """Returns the row's text."""
+        if self.failure:
+            return (self.name, self.shape, f"failed: {self.failure}", *("",) * 5)
         numbers = (self.registers, self.spill_bytes, self.shared_bytes, self.num_warps)
-        return (self.launch.name, self.launch.shape, *map(str, numbers), self.tensor_cores, self.tma)
+        return (self.name, self.shape, *map(str, numbers), self.tensor_cores, self.tma)
+
+
+def recorded_launches() -> list[Launch]:
+    """Returns all launches, one for each different machine code: of equal ones the first."""
+    seen: list[Specialization] = []
+    chosen = []
+    for launch in LAUNCHES:
+        module = import_module(launch.module)
+        specialization = specialization_of(module, launch.kernel, launch.call(torch.device("cpu")))
+        if specialization not in seen:
+            seen.append(specialization)
+            chosen.append(launch)
+    return chosen
 
 
 def row_of(launch: Launch) -> Row:
     """Compiles one launch."""
     module = import_module(launch.module)
-    compiled = compile_launch(module, launch.kernel, launch.call(torch.device("cpu")))
-    return Row(
-        launch=launch,
+    row = Row(name=launch.name, shape=launch.shape, product=launch.product)
+    try:
+        compiled = compile_launch(module, launch.kernel, launch.call(torch.device("cpu")))
+    except Exception as error:  # of many kinds: passes of the compiler, ptxas, the kernel's own source
+        return replace(row, failure=f"{type(error).__name__}: {error}".splitlines()[0])
+    return replace(
+        row,
         registers=compiled.registers,
         spill_bytes=compiled.spill_bytes,
         shared_bytes=compiled.shared_bytes,
@@ -92,32 +124,60 @@ def _tma(compiled: Compiled) -> list[str]:
     ]
 
 
-def rows() -> list[Row]:
-    """Of all launches that are recorded."""
-    return [row_of(launch) for launch in LAUNCHES if launch.is_recorded]
+def rows(num_processes: int = 1) -> list[Row]:
+    """Compiles each different machine code; in several processes if asked for."""
+    launches = recorded_launches()
+    if num_processes == 1:
+        return [row_of(launch) for launch in launches]
+    indices = [LAUNCHES.index(launch) for launch in launches]
+    with ProcessPoolExecutor(num_processes) as pool:
+        return list(pool.map(_row_at, indices))
+
+
+def _row_at(index: int) -> Row:
+    """Compiles a launch by its place in the catalogue: functions do not travel between processes."""
+    return row_of(LAUNCHES[index])
+
+
+def file_of(version: str) -> Path:
+    """Returns where the table of a Triton version is recorded."""
+    return FOLDER / f"triton-{version}.md"
 
 
 def table(found: Sequence[Row]) -> str:
-    """Markdown, with the compiler's version first."""
+    """Returns the rows as Markdown, the compiler's version first."""
     lines = [" | ".join(cells) for cells in (HEADINGS, ("---",) * len(HEADINGS), *(row.cells() for row in found))]
-    command = "python -m tests.kernels.compiled_table --write"
-    head = f"Kernels compiled for sm_90 by Triton {triton.__version__}; written by `{command}`."
+    head = f"Kernels compiled for sm_90 by Triton {triton.__version__}; written by `{COMMAND} ARGS=--write`."
     return "\n".join([head, "", *(f"| {line} |" for line in lines), ""])
 
 
-def main() -> None:
-    """Compiles, and prints or writes the table."""
+def problems(found: Sequence[Row]) -> list[str]:
+    """Returns rules that rows break, and lines in which they differ from the recorded table."""
+    broken = [rule for row in found for rule in row.broken_rules()]
+    path = file_of(triton.__version__)
+    if not path.exists():
+        return [*broken, f"{path.name}: must be recorded; {COMMAND} ARGS=--write"]
+    recorded = path.read_text().splitlines()
+    return [*broken, *difflib.unified_diff(recorded, table(found).splitlines(), path.name, "compiled now", n=0)]
+
+
+def main() -> int:
+    """Compiles, and prints, writes or checks the table; the exit code is 1 if a check fails."""
     parser = argparse.ArgumentParser(prog="python -m tests.kernels.compiled_table", description=__doc__)
-    parser.add_argument("--write", action="store_true", help=f"to {FILE.name}, beside this module")
+    parser.add_argument("--write", action="store_true", help=f"record the table in {FOLDER.name}/")
+    parser.add_argument("--check", action="store_true", help="compare with the recorded table")
+    parser.add_argument("--processes", type=int, default=1, help="that compile at the same time")
     arguments = parser.parse_args()
-    found = rows()
+    found = rows(arguments.processes)
     if arguments.write:
-        FILE.write_text(table(found))
-    else:
+        file_of(triton.__version__).write_text(table(found))
+    if not arguments.write and not arguments.check:
         print(table(found), end="")
-    for row in found:
-        print(*row.broken_rules(), sep="\n", end="\n" if row.broken_rules() else "")
+    wrong = problems(found) if arguments.check else [rule for row in found for rule in row.broken_rules()]
+    print(*wrong, sep="\n", end="\n" if wrong else "")
+    print(f"Triton {triton.__version__}: {len(found)} kernels compiled, {len(wrong)} problems", file=sys.stderr)
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -126,8 +126,6 @@ class Launch:
             the kernel once.
         reference: module with the same function in plain PyTorch, if there is one.
         product: what is multiplied.
-        is_recorded: whether its machine code differs from that of the kernel's other launches, for the table of
-            compiled kernels.
         is_timed: whether it is a launch of its own, not one that a tuner tries.
     """
 
@@ -138,7 +136,6 @@ class Launch:
     prepare: Prepare
     reference: str | None = None
     product: Product | None = None
-    is_recorded: bool = True
     is_timed: bool = True
 
     @property

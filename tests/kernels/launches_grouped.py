@@ -55,7 +55,6 @@ def rows_fp8(name: str, inputs: int, outputs: int, tiling: Tiling | None = None)
         ),
         reference="kernels.grouped_gemm.reference_fp8",
         product=of_rows(inputs, outputs, is_fp8=True),
-        is_recorded=name == FIRST or tiling is not None,
         is_timed=tiling is None,
     )
 
@@ -76,7 +75,6 @@ def weights_fp8(name: str, inputs: int, outputs: int, tiling: Tiling | None = No
         ),
         reference="kernels.grouped_gemm.reference_fp8",
         product=of_weights(inputs, outputs, is_fp8=True),
-        is_recorded=name == FIRST or tiling is not None,
         is_timed=tiling is None,
     )
 
@@ -98,7 +96,6 @@ def rows_bf16(name: str, inputs: int, outputs: int, *, is_across: bool = False) 
         ),
         reference="kernels.grouped_gemm.reference",
         product=of_rows(inputs, outputs, is_fp8=False),
-        is_recorded=name != DOWN,
     )
 
 
@@ -114,7 +111,6 @@ def weights_bf16(name: str, inputs: int, outputs: int) -> Launch:
         ),
         reference="kernels.grouped_gemm.reference",
         product=of_weights(inputs, outputs, is_fp8=False),
-        is_recorded=name == FIRST,
     )
 
 
@@ -124,6 +120,6 @@ GROUPED_GEMM = [
     *(weights_bf16(name, *sizes) for name, sizes in MAPS.items()),
     *(rows_fp8(name, *sizes) for name, sizes in MAPS.items()),
     *(weights_fp8(name, *sizes) for name, sizes in MAPS.items()),
-    *(rows_fp8(words(tiling), *MAPS[FIRST], tiling) for tiling in further(CANDIDATES)),
+    *(rows_fp8(words(tiling), *sizes, tiling) for sizes in MAPS.values() for tiling in further(CANDIDATES)),
     *(weights_fp8(words(tiling), *MAPS[FIRST], tiling) for tiling in further(WEIGHT_CANDIDATES)),
 ]

@@ -83,7 +83,6 @@ def of_weights(num_weights: int, num_rows: int, num_columns: int) -> Launch:
             functions.quantize_128x128, tensors.normal(num_weights, num_rows, num_columns), False
         ),
         reference="kernels.quantize.reference_blocks",
-        is_recorded=num_weights > 1,
     )
 
 

@@ -85,7 +85,8 @@ def interpreted_tuner() -> list[list[float]]:
         measured.append(float(len(measured) + 1))
         return 10 - measured[-1]
 
-    tuned = TunedGemm((Tiling(rows=16, outputs=16), Tiling(rows=32, outputs=32)), milliseconds)
+    candidates = (Tiling(rows=16, outputs=16), Tiling(rows=32, outputs=32))
+    tuned = TunedGemm(candidates, candidates, milliseconds)
     lengths = []
     for shape in ((5, 24, 128), (8, 24, 128), (9, 24, 128), (0, 24, 128), (5, 20, 128)):
         check_gemm(tuned.gemm_fp8, "cpu", shape, torch.bfloat16)
@@ -168,13 +169,13 @@ def compiled_blocks(shape: tuple[int, int, int], dtype: torch.dtype, candidate: 
 
 def compiled_columns(candidate: int | None) -> Compiled:
     import kernels.gemm_fp8.triton as module
-    from kernels.gemm_fp8.tuned import CANDIDATES
+    from kernels.gemm_fp8.tuned import COLUMN_CANDIDATES
 
     left, right = (
         QuantizedColumns(torch.empty(rows, 4096, dtype=torch.float8_e4m3fn), torch.empty(rows, 32))
         for rows in (2048, 7168)
     )
-    tiling = None if candidate is None else CANDIDATES[candidate]
+    tiling = None if candidate is None else COLUMN_CANDIDATES[candidate]
     return compile_launch(module, "gemm_kernel", lambda: module.gemm_fp8_columns(left, right, tiling=tiling))
 
 

@@ -1,0 +1,66 @@
+"""Compiles the kernels under every supported Triton, each in its own environment: `python -m tests.kernels.triton_versions`.
+
+An environment is a folder with one Triton, put before the installed one on the path; torch and all else are those of
+the running interpreter. Folders are made by pip on the first run and used again later. `make triton-table` checks the
+recorded tables, `make triton-table ARGS=--write` records them.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENTS = ROOT / ".cache" / "triton"
+VERSIONS = {
+    "3.6.0": "pinned by torch 2.10, the oldest supported one, and by torch 2.11",
+    "3.7.1": "pinned by torch 2.13, the newest supported one",
+    "3.9.0": "the newest Triton, which torch for CPUs takes",
+}
+"""What pyproject.toml admits: the bounds of torch and Triton there follow from this table."""
+
+
+def environment(version: str, folder: Path = ENVIRONMENTS) -> Path:
+    """Returns the folder with a Triton version, which is downloaded if it is missing.
+
+    Args:
+        version: of Triton.
+        folder: holds one environment for each version.
+
+    Raises:
+        subprocess.CalledProcessError: pip could not install it.
+    """
+    target = folder / version
+    if not target.exists():
+        partial = folder / f"{version}.partial.{os.getpid()}"
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
+        try:
+            subprocess.run([*command, "--target", str(partial), f"triton=={version}"], check=True)
+            partial.rename(target)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return target
+
+
+def compile_under(version: str, arguments: list[str]) -> int:
+    """Runs `tests.kernels.compiled_table` under a Triton version and returns its exit code."""
+    path = os.pathsep.join([str(environment(version)), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "tests.kernels.compiled_table", *arguments]
+    return subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path.rstrip(os.pathsep)}).returncode
+
+
+def main() -> int:
+    """Compiles under each version; the exit code is 1 if any table is not as recorded or breaks a rule."""
+    parser = argparse.ArgumentParser(prog="python -m tests.kernels.triton_versions", description=__doc__)
+    parser.add_argument("--write", action="store_true", help="record the tables in place of checking them")
+    parser.add_argument("--versions", nargs="+", choices=VERSIONS, default=list(VERSIONS), metavar="VERSION")
+    parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)), help="that compile at a time")
+    arguments = parser.parse_args()
+    given = ["--write" if arguments.write else "--check", "--processes", str(arguments.processes)]
+    return max(compile_under(version, given) for version in arguments.versions)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
