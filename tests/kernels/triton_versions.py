@@ -1,4 +1,4 @@
-"""Compiles the kernels under every supported Triton, each in its own environment: `python -m tests.kernels.triton_versions`.
+"""Compiles the kernels under every supported Triton: `python -m tests.kernels.triton_versions`.
 
 An environment is a folder with one Triton, put before the installed one on the path; torch and all else are those of
 the running interpreter. Folders are made by pip on the first run and used again later. `make triton-table` checks the
@@ -16,10 +16,12 @@ ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENTS = ROOT / ".cache" / "triton"
 VERSIONS = {
     "3.6.0": "pinned by torch 2.10, the oldest supported one, and by torch 2.11",
-    "3.7.1": "pinned by torch 2.13, the newest supported one",
+    "3.7.0": "pinned by torch 2.12.0",
+    "3.7.1": "pinned by torch 2.12.1, and by torch 2.13, the newest supported one",
+    "3.8.0": "pinned by no supported torch",
     "3.9.0": "the newest Triton, which torch for CPUs takes",
 }
-"""What pyproject.toml admits: the bounds of torch and Triton there follow from this table."""
+"""Every Triton that pyproject.toml admits, and which torch takes it."""
 
 
 def environment(version: str, folder: Path = ENVIRONMENTS) -> Path:
