@@ -8,7 +8,7 @@ ARGS ?=
 ALONE := tests/bench tests/cluster tests/comm \
 	$(addprefix tests/train/test_train_,failure.py failure_order.py probe.py) tests/launch/test_launch_local.py
 
-.PHONY: train test test-fast cluster-test triton-table gpu-test gpu-bench failures bench chaos any-to-any \
+.PHONY: train test test-fast cluster-test triton-table gpu-test gpu-day gpu-bench failures bench chaos any-to-any \
 	docker docker-cpu docker-check docker-pins docker-test
 
 train: .venv/installed
@@ -53,6 +53,12 @@ triton-table: .venv/installed
 # Kernels against their references on a CUDA device; skipped, with the reason, where there is none.
 gpu-test: .venv/installed
 	.venv/bin/python -m pytest tests/gpu -q -rs
+
+# The first hours on a GPU, in three parts of at most ten minutes: make gpu-day PART=1. Without a GPU it is a dry run.
+PART ?= 1
+
+gpu-day: .venv/installed
+	PART=$(PART) PYTHON=.venv/bin/python bash tests/gpu/day.sh
 
 # Time of every kernel on a CUDA device beside its floor, torch and the targets; one line and code 2 where there is none.
 gpu-bench: .venv/installed

@@ -1,5 +1,6 @@
 """What a run's optimiser can be. No torch here."""
 
+from importlib.util import find_spec
 from itertools import pairwise
 
 from launch.errors import ConfigError
@@ -25,6 +26,12 @@ def check_optim(config: TrainConfig) -> None:
     if optim.sharding != needed:
         raise ConfigError(
             f"optim.sharding: precision={precision} needs {needed}, is {optim.sharding}; nearest valid: {needed}"
+        )
+    if optim.sharding == "zero1" and find_spec("deepspeed") is None:
+        nearest = "optim.sharding=replicated, or " if precision == "float32" else ""
+        raise ConfigError(
+            "optim.sharding: zero1 needs the package deepspeed, which is not installed; nearest valid: "
+            f"{nearest}pip install deepspeed"
         )
     if optim.moments == "bf16":
         _check_bf16_moments(config)

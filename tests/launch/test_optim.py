@@ -1,0 +1,33 @@
+"""Rules of the optimiser's configuration."""
+
+from importlib.machinery import ModuleSpec
+
+import pytest
+
+import launch.optim
+from launch.errors import ConfigError
+from launch.optim import check_optim
+from tests.launch.test_launch_config import build
+
+
+def find_all_but_deepspeed(name: str) -> ModuleSpec | None:
+    """Returns a spec for every package but one."""
+    return None if name == "deepspeed" else ModuleSpec(name, None)
+
+
+@pytest.mark.parametrize(("precision", "nearest"), [("float32", "optim.sharding=replicated, or "), ("bf16", "")])
+def test_zero1_without_deepspeed_is_refused_before_any_rank_starts(
+    precision: str, nearest: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch.optim, "find_spec", find_all_but_deepspeed)
+    with pytest.raises(ConfigError) as refused:
+        check_optim(build(f"precision={precision}"))
+    assert str(refused.value) == (
+        "optim.sharding: zero1 needs the package deepspeed, which is not installed; nearest valid: "
+        f"{nearest}pip install deepspeed"
+    )
+
+
+def test_replicated_optimizer_needs_no_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch.optim, "find_spec", find_all_but_deepspeed)
+    check_optim(build("precision=float32", "optim.sharding=replicated"))
