@@ -75,7 +75,7 @@ def check_source(source: DataSource) -> None:
     for file in files:
         if found and budget_bytes <= 0:
             return
-        for _ in _read_file(file, max(budget_bytes, 1)):
+        for _ in _read_file(file, _text_field(source), max(budget_bytes, 1)):
             found = True
         budget_bytes -= _size_bytes(file)
     if not found:
@@ -86,10 +86,10 @@ def read_documents(source: DataSource) -> Iterator[Document]:
     """The documents of a source in order, those of nothing but white space left out; undecodable bytes become U+FFFD.
 
     Raises:
-        DataError: as `list_files`; or a line of `.jsonl` is not an object with a string `text`.
+        DataError: as `list_files`; or a line of `.jsonl` is not an object with a string in the field of the text.
     """
     for file in list_files(source):
-        yield from _read_file(file)
+        yield from _read_file(file, _text_field(source))
 
 
 def hash_unit(purpose: str, seed: int, key: str) -> float:
@@ -156,7 +156,11 @@ def _raise_unreadable(error: OSError) -> None:
     raise DataError(f"data.paths: folder {error.filename} cannot be read: {error.strerror}") from error
 
 
-def _read_file(file: CorpusFile, limit_bytes: int | None = None) -> Iterator[Document]:
+def _text_field(source: DataSource) -> str:
+    return source.text_field if isinstance(source, FilesSource) else "text"
+
+
+def _read_file(file: CorpusFile, text_field: str, limit_bytes: int | None = None) -> Iterator[Document]:
     """The documents of one file; with a limit, of about its first bytes alone."""
     try:
         with file.path.open("rb") as stream:
@@ -167,7 +171,7 @@ def _read_file(file: CorpusFile, limit_bytes: int | None = None) -> Iterator[Doc
                 return
             read_bytes = 0
             for number, line in enumerate(stream, start=1):
-                text = _line_text(line, f"{file.path}:{number}") if line.strip() else ""
+                text = _line_text(line, text_field, f"{file.path}:{number}") if line.strip() else ""
                 if text.strip():
                     yield Document(key=f"{file.key}:{number}", text=text)
                 read_bytes += len(line)
@@ -177,8 +181,8 @@ def _read_file(file: CorpusFile, limit_bytes: int | None = None) -> Iterator[Doc
         raise DataError(f"data.paths: {file.path} cannot be read: {error.strerror}") from error
 
 
-def _line_text(line: bytes, place: str) -> str:
-    rule = 'a line of .jsonl must be an object with a string field "text"'
+def _line_text(line: bytes, field: str, place: str) -> str:
+    rule = f'a line of .jsonl must be an object with a string field "{field}" (data.text_field)'
     decoded = line.decode("utf-8-sig", errors="replace")
     try:
         value = json.loads(decoded)
@@ -186,15 +190,20 @@ def _line_text(line: bytes, place: str) -> str:
         raise DataError(f"{place}: {rule}, got {_shorten(decoded.strip())}: {error}") from error
     if not isinstance(value, dict):
         raise DataError(f"{place}: {rule}, got {_shorten(decoded.strip())}")
-    if "text" not in value:
-        close = difflib.get_close_matches("text", list(value), n=1)
-        hint = f"; nearest: {close[0]!r}" if close else ""
-        raise DataError(f"{place}: {rule}, got the fields {_shorten(str(sorted(value)))}{hint}")
-    text = value["text"]
+    if field not in value:
+        raise DataError(f"{place}: {rule}, got the fields {_shorten(str(sorted(value)))}{_nearest_field(field, value)}")
+    text = value[field]
     if not isinstance(text, str):
-        raise DataError(f"{place}: {rule}, got a text of type {type(text).__name__}: {_shorten(str(text))}")
+        raise DataError(f"{place}: {rule}, got a value of type {type(text).__name__}: {_shorten(str(text))}")
     # JSON may escape half a surrogate pair, which no encoding of text can hold.
     return text.encode("utf-8", errors="replace").decode("utf-8")
+
+
+def _nearest_field(field: str, value: dict[str, object]) -> str:
+    """Returns the end of an error: the field of the nearest name, or else the one with the longest text."""
+    texts = sorted((key for key in value if isinstance(value[key], str)), key=lambda key: -len(str(value[key])))
+    close = difflib.get_close_matches(field, texts, n=1) or texts[:1]
+    return f"; nearest: data.text_field={close[0]!r}" if close else ""
 
 
 def _empty_error(source: DataSource, num_files: int) -> DataError:

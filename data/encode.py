@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -33,7 +33,8 @@ class PartSize:
 def build_encoded(config: DataConfig, given: Tokenizer | None, folder: Path) -> dict[str, int | float | str]:
     """Writes `tokenizer.json` and each part's `PART_tokens.npy` and `PART_lengths.npy` into a folder.
 
-    A document is begin of sentence, its text (or its fill-in-the-middle form), end of sentence.
+    A document is begin of sentence if the tokenizer has one, its text (or its fill-in-the-middle form), end of
+    sentence.
 
     Args:
         config: says the source and what becomes of its text.
@@ -44,9 +45,11 @@ def build_encoded(config: DataConfig, given: Tokenizer | None, folder: Path) -> 
         For `meta.json`: each part's documents, bytes of text and tokens.
 
     Raises:
-        DataError: the source cannot be read, or one part would be empty.
+        DataError: the source cannot be read, or no document would be trained on.
     """
     sizes = measure_parts(config)
+    if sizes["validation"].num_documents == 0:
+        config = replace(config, validation_fraction=0.0)
     tokenizer = given or train_tokenizer(config, sizes["train"].text_bytes)
     tokenizer.save(folder / "tokenizer.json")
     values: dict[str, int | float | str] = {}
@@ -64,7 +67,8 @@ def measure_parts(config: DataConfig) -> dict[Part, PartSize]:
     """Reads the source once and says how much each part holds.
 
     Raises:
-        DataError: the source cannot be read, or one part would be empty; names a fraction that works, if one does.
+        DataError: the source cannot be read, or no document would be trained on; names a fraction that works, if one
+            does.
     """
     num_documents: dict[Part, int] = {"train": 0, "validation": 0}
     text_bytes: dict[Part, int] = {"train": 0, "validation": 0}
@@ -75,9 +79,12 @@ def measure_parts(config: DataConfig) -> dict[Part, PartSize]:
         text_bytes[part] += len(document.text.encode("utf-8"))
         unit = hash_unit("split", config.seed, document.key)
         units = [min(units[0], unit), max(units[1], unit)]
-    for part, number in num_documents.items():
-        if number == 0:
-            raise _empty_part_error(config, part, sum(num_documents.values()), units[0], units[1])
+    if num_documents["train"] == 0:
+        if num_documents["validation"] != 1:
+            raise _empty_train_error(config, num_documents["validation"], *units)
+        # A single document is trained on, whatever its hash.
+        for sizes in (num_documents, text_bytes):
+            sizes["train"], sizes["validation"] = sizes["validation"], 0
     return {part: PartSize(num_documents=num_documents[part], text_bytes=text_bytes[part]) for part in num_documents}
 
 
@@ -107,10 +114,12 @@ def train_tokenizer(config: DataConfig, train_bytes: int) -> Tokenizer:
 def encode_part(config: DataConfig, part: Part, tokenizer: Tokenizer) -> tuple[NDArray[np.integer], NDArray[np.int64]]:
     """The part's tokens end to end (uint16 where the vocabulary allows, else int32), and each document's length.
 
-    Only training documents are turned fill-in-the-middle: validation loss is that of plain text.
+    Only training documents are turned fill-in-the-middle, and only if the tokenizer has tokens for it: validation loss
+    is that of plain text.
     """
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.int32
-    rate = config.fim_rate if part == "train" else 0.0
+    has_fim = part == "train" and tokenizer.special.fim is not None
+    rate = config.fim_rate if has_fim else 0.0
     tokens: list[NDArray[np.integer]] = [np.empty(0, dtype=dtype)]
     lengths: list[int] = []
     first_index = 0
@@ -134,7 +143,7 @@ def _encode_texts(
         ids = next(encoded)
         if cut is not None:
             ids = join_fim_tokens(tokenizer, prefix_ids=ids, suffix_ids=next(encoded), middle_ids=next(encoded))
-        yield [tokenizer.begin_of_sentence_id, *ids, tokenizer.end_of_sentence_id]
+        yield tokenizer.document(ids)
 
 
 def _batches(documents: Iterator[Document]) -> Iterator[list[str]]:
@@ -155,22 +164,11 @@ def _part_of(document: Document, config: DataConfig) -> Part:
     return "validation" if is_validation(document.key, config.validation_fraction, config.seed) else "train"
 
 
-def _empty_part_error(
-    config: DataConfig, part: Part, num_documents: int, smallest_unit: float, largest_unit: float
-) -> DataError:
-    place = f"data.validation_fraction: {config.validation_fraction}"
-    if num_documents < 2:
-        return DataError(
-            f"{place}: a corpus must hold at least 2 documents, one to train on and one held out, got {num_documents}; "
-            f"split the text into files, or into lines of .jsonl"
-        )
-    # A document is held out when its hash lies below the fraction.
-    if part == "validation":
-        nearest = (math.floor(smallest_unit * 10**4) + 1) / 10**4
-    else:
-        nearest = math.floor(largest_unit * 10**4) / 10**4
+def _empty_train_error(config: DataConfig, num_documents: int, smallest_unit: float, largest_unit: float) -> DataError:
+    # A document is held out if its hash lies below the fraction.
+    nearest = math.floor(largest_unit * 10**4) / 10**4
     hint = f"; nearest: {nearest}" if smallest_unit < nearest <= largest_unit else ""
     return DataError(
-        f"{place} of {num_documents} documents, drawn by their hash with data.seed {config.seed}, leaves the {part} "
-        f"part empty; each part must hold at least one document{hint}"
+        f"data.validation_fraction: {config.validation_fraction} of {num_documents} documents, drawn by their hash "
+        f"with data.seed {config.seed}, leaves the train part empty; it must hold at least one document{hint}"
     )

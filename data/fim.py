@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from data.corpus import hash_unit
-from data.tokenizer import FIM_BEGIN, FIM_END, FIM_HOLE, Tokenizer
+from data.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,15 +42,12 @@ def cut_for_fim(text: str, rate: float, seed: int, index: int) -> FimParts | Non
 def join_fim_tokens(
     tokenizer: Tokenizer, prefix_ids: Sequence[int], suffix_ids: Sequence[int], middle_ids: Sequence[int]
 ) -> list[int]:
-    """The parts' ids in PSM order: begin, prefix, hole, suffix, end, middle. The caller adds the sentence's ends.
+    """The parts' ids in PSM order, each behind its mark: prefix, suffix, middle. The caller adds the document's ends.
+
+    The tokenizer has marks: `special.fim` is not None.
 
     Source: arXiv:2412.19437, section 4.1.
     """
-    return [
-        tokenizer.special_id(FIM_BEGIN),
-        *prefix_ids,
-        tokenizer.special_id(FIM_HOLE),
-        *suffix_ids,
-        tokenizer.special_id(FIM_END),
-        *middle_ids,
-    ]
+    assert tokenizer.special.fim is not None
+    before_prefix, before_suffix, before_middle = tokenizer.special.fim
+    return [before_prefix, *prefix_ids, before_suffix, *suffix_ids, before_middle, *middle_ids]

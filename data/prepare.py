@@ -14,14 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.cache import CacheEntry, open_or_build
-from data.config import DataConfig
+from data.config import DataConfig, FilesSource
 from data.corpus import DataError, check_source, list_files
 from data.encode import build_encoded
 from data.pack import pack_documents
-from data.tokenizer import FIM_TOKENS, PAD, Tokenizer, check_vocab_size
+from data.special_tokens import TOKENIZER_CONFIG_NAME, SpecialNames
+from data.tokenizer import Tokenizer, check_vocab_size
 
 # Part of every cache's name: raise it when what is written changes for the same settings.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -30,13 +31,14 @@ class Prepared:
 
     Attributes:
         tokenizer: the given one, or one trained on the training part alone.
+        validation_*: empty if no document was held out.
         train_tokens_NL, validation_tokens_NL: uint16 or int32.
         train_positions_NL, validation_positions_NL: int32, place within the piece, -1 for padding.
         train_tokens, validation_tokens: tokens, padding left out.
         unigram_entropy_nats: entropy of the validation part's own token frequencies, over the tokens that a model
             is asked to predict (not padding, not the first of a piece): no model that ignores context has a
-            lower validation loss.
-        bytes_per_token: UTF-8 bytes of validation text per token, begin of sentence left out.
+            lower validation loss. Of the training part if there is no validation part.
+        bytes_per_token: UTF-8 bytes of validation text per token, begin of sentence left out; likewise.
         fingerprint: SHA-256 of the arrays' content: equal if and only if two machines read the same samples.
     """
 
@@ -59,11 +61,12 @@ def check_config(config: DataConfig) -> int:
         The size of the vocabulary: every id is below it.
 
     Raises:
-        DataError: a value is out of range, or the source or the tokenizer cannot be read, or the tokenizer lacks a
-            special token that is needed.
+        DataError: a value is out of range, or the source or the tokenizer cannot be read, or nothing says which token
+            of the tokenizer ends a document.
     """
     if config.tokenizer is None:
         check_vocab_size(config.tokenizer_vocab_size)
+        _check_no_names(config)
     if not 0.0 < config.validation_fraction < 1.0:
         raise DataError(
             f"data.validation_fraction: must lie between 0 and 1, both excluded, got {config.validation_fraction}; "
@@ -80,23 +83,25 @@ def check_config(config: DataConfig) -> int:
 
 
 def read_tokenizer(config: DataConfig) -> Tokenizer | None:
-    """The tokenizer that is given; None where one is to be trained.
+    """Returns the tokenizer that is given; None if one is to be trained.
 
     Raises:
-        DataError: the file is missing or is no tokenizer, or it lacks a special token that is needed.
+        DataError: the file is missing or is no tokenizer, or nothing says which token ends a document.
     """
     if config.tokenizer is None:
         return None
-    tokenizer = Tokenizer.load(Path(config.tokenizer).expanduser(), "data.tokenizer")
-    tokenizer.special_id(PAD)
-    if config.fim_rate > 0.0:
-        try:
-            for token in FIM_TOKENS:
-                tokenizer.special_id(token)
-        except DataError as error:
-            reason = f"data.fim_rate={config.fim_rate} needs it; nearest: data.fim_rate=0"
-            raise DataError(f"{error}, and {reason}") from error
-    return tokenizer
+    names = SpecialNames(bos=config.tokenizer_bos, eos=config.tokenizer_eos, pad=config.tokenizer_pad)
+    return Tokenizer.load(Path(config.tokenizer).expanduser(), "data.tokenizer", names)
+
+
+def _check_no_names(config: DataConfig) -> None:
+    """Refuses names of special tokens for a tokenizer that is trained, which has its own."""
+    for key in ("tokenizer_bos", "tokenizer_eos", "tokenizer_pad"):
+        if getattr(config, key) is not None:
+            raise DataError(
+                f"data.{key}: must be null for a tokenizer that is trained, is {getattr(config, key)!r}; "
+                f"nearest: null, or data.tokenizer=PATH"
+            )
 
 
 def prepare(config: DataConfig, sequence_length_tokens: int) -> Prepared:
@@ -141,9 +146,13 @@ def _encoded_key(config: DataConfig, given: Tokenizer | None) -> str:
     for file in list_files(config.source):
         status = file.path.stat()
         files.append((file.key, str(file.path.resolve()), status.st_size, status.st_mtime_ns))
+    special = None if given is None else [*given.special.all_ids, given.token_names]
+    text_field = config.source.text_field if isinstance(config.source, FilesSource) else None
     settings = [
         FORMAT_VERSION,
         config.source.kind,
+        text_field,
+        special,
         config.tokenizer_vocab_size if given is None else given.fingerprint,
         config.validation_fraction,
         config.fim_rate,
@@ -154,7 +163,9 @@ def _encoded_key(config: DataConfig, given: Tokenizer | None) -> str:
 
 
 def _build_packed(encoded: CacheEntry, sequence_length_tokens: int, folder: Path) -> dict[str, int | float | str]:
-    shutil.copyfile(encoded.folder / "tokenizer.json", folder / "tokenizer.json")
+    for name in ("tokenizer.json", TOKENIZER_CONFIG_NAME):
+        if (encoded.folder / name).exists():
+            shutil.copyfile(encoded.folder / name, folder / name)
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
     digest = hashlib.sha256()
     values: dict[str, int | float | str] = {}
@@ -166,10 +177,12 @@ def _build_packed(encoded: CacheEntry, sequence_length_tokens: int, folder: Path
             np.save(folder / f"{part}_{name}_NL.npy", array)
             digest.update(array.data)
         values[f"{part}_tokens"] = len(tokens)
-        if part == "validation":
+        # A corpus without a validation part has the figures of what it trains on.
+        if len(tokens):
             predicted = packed.tokens_NL[packed.positions_NL >= 1]
+            begins = 0 if tokenizer.begin_of_sentence_id is None else len(lengths)
             values["unigram_entropy_nats"] = entropy_nats(np.bincount(predicted).astype(np.int64))
-            values["bytes_per_token"] = encoded.values["validation_bytes"] / (len(tokens) - len(lengths))
+            values["bytes_per_token"] = encoded.values[f"{part}_bytes"] / (len(tokens) - begins)
     values["fingerprint"] = digest.hexdigest()
     return values
 

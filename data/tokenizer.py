@@ -1,6 +1,7 @@
 """Text to token ids and back: byte-level BPE with DeepSeek's special tokens. No torch here."""
 
 import hashlib
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,19 +10,28 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from data.corpus import DataError
+from data.special_tokens import (
+    AS_THE_FILES_SAY,
+    BEGIN_OF_SENTENCE,
+    END_OF_SENTENCE,
+    FIM_TOKENS,
+    NO_FILES,
+    PAD,
+    TOKENIZER_CONFIG_NAME,
+    BesideFiles,
+    SpecialIds,
+    SpecialNames,
+    describe_special,
+    find_special_ids,
+    read_beside,
+)
 
-BEGIN_OF_SENTENCE = "<｜begin▁of▁sentence｜>"
-END_OF_SENTENCE = "<｜end▁of▁sentence｜>"
-PAD = "<｜▁pad▁｜>"
-FIM_BEGIN = "<｜fim▁begin｜>"
-FIM_HOLE = "<｜fim▁hole｜>"
-FIM_END = "<｜fim▁end｜>"
-FIM_TOKENS = (FIM_BEGIN, FIM_HOLE, FIM_END)
 USER = "<｜User｜>"
 ASSISTANT = "<｜Assistant｜>"
 SPECIAL_TOKENS = (BEGIN_OF_SENTENCE, END_OF_SENTENCE, PAD, *FIM_TOKENS, USER, ASSISTANT)
 
 LARGEST_BYTES = 2**28
+CONTEXT_TOKENS = 16
 MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
 
 # Applied one after the other, as for DeepSeek-V3: digits by three, CJK runs, then words, punctuation with the
@@ -37,49 +47,95 @@ SPLIT_PATTERNS = (
 
 
 class Tokenizer:
-    """A trained tokenizer, ours or a released one. Text never becomes a special token: those are placed by id alone.
+    """A trained tokenizer, ours or a published one. Text never becomes a special token: those are placed by id alone.
 
-    A tokenizer of ours has all of `SPECIAL_TOKENS`, first and in that order; another one need not, and asking for an id
-    that it has not is a DataError.
+    A tokenizer of ours has all of `SPECIAL_TOKENS`, first and in that order. Of another one, `data.special_tokens`
+    finds what begins, ends and fills a document.
     Source: arXiv:2412.19437, section 4.1; the names are those of the released tokenizer.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, content: bytes | None = None, place: str = "tokenizer") -> None:
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        content: bytes | None = None,
+        place: str = "tokenizer",
+        *,
+        names: SpecialNames = AS_THE_FILES_SAY,
+        beside: BesideFiles = NO_FILES,
+    ) -> None:
         """Wraps a backend.
 
         Args:
             backend: becomes this tokenizer's own.
             content: of the file that it was read from, None for a new one.
             place: names it in errors.
+            names: special tokens that the configuration names.
+            beside: what the files beside the tokenizer say.
+
+        Raises:
+            DataError: as `data.special_tokens.find_special_ids`.
         """
         self._content = backend.to_str().encode() if content is None else content
         self._place = place
         # A file may ask for texts that are cut or filled up to a length.
         backend.no_truncation()
         backend.no_padding()
-        # The released file declares some of these plain; then, and without the second line, a document that mentions
+        self._special = find_special_ids(backend, names, beside, place)
+        self._config = self._tokenizer_config(backend, names, beside)
+        # Files declare some of these plain; then, and without the second line, a document that mentions
         # "<｜end▁of▁sentence｜>" would end itself.
-        backend.add_special_tokens([token for token in SPECIAL_TOKENS if backend.token_to_id(token) is not None])
+        placed = [backend.id_to_token(number) for number in self._special.all_ids]
+        own = [token for token in SPECIAL_TOKENS if backend.token_to_id(token) is not None]
+        backend.add_special_tokens(list(dict.fromkeys([*own, *placed])))
         backend.encode_special_tokens = True
         self._backend = backend
 
     @property
-    def begin_of_sentence_id(self) -> int:
-        """Stands before every document."""
-        return self.special_id(BEGIN_OF_SENTENCE)
+    def special(self) -> SpecialIds:
+        """Ids of the tokens that are placed around and within documents."""
+        return self._special
+
+    @property
+    def begin_of_sentence_id(self) -> int | None:
+        """Stands before every document; None if the tokenizer has no such token."""
+        return self._special.bos
 
     @property
     def end_of_sentence_id(self) -> int:
         """Stands behind every document."""
-        return self.special_id(END_OF_SENTENCE)
+        return self._special.eos
 
     @property
     def pad_id(self) -> int:
         """Fills what is left of a sequence."""
-        return self.special_id(PAD)
+        return self._special.pad
+
+    @property
+    def token_names(self) -> dict[str, str | None]:
+        """Names of begin, end and padding under the keys of `tokenizer_config.json`."""
+        return describe_special(self._backend, self._special)
+
+    def document(self, ids: Sequence[int]) -> list[int]:
+        """Returns a document's tokens: begin if there is one, those of its text, end."""
+        return [*([] if self._special.bos is None else [self._special.bos]), *ids, self._special.eos]
+
+    def prompt(self, text: str) -> list[int]:
+        """Returns the tokens of a text that is to be continued: as a document begins, and never empty."""
+        ids = [*([] if self._special.bos is None else [self._special.bos]), *self.encode(text)]
+        return ids or [self._special.eos]
+
+    def text_context(self, tokens: Sequence[int]) -> list[int]:
+        """Returns the last tokens of a text, on which the first space of what follows may depend; none that is special.
+
+        Args:
+            tokens: of the text, special ones included.
+        """
+        placed = set(self._special.all_ids)
+        end = next((at for at in range(len(tokens), 0, -1) if tokens[at - 1] in placed), 0)
+        return list(tokens[max(end, len(tokens) - CONTEXT_TOKENS) :])
 
     def special_id(self, token: str) -> int:
-        """The id of one of `SPECIAL_TOKENS`.
+        """Returns the id of one of `SPECIAL_TOKENS`.
 
         Raises:
             DataError: this tokenizer has none.
@@ -119,15 +175,16 @@ class Tokenizer:
         return cls(backend)
 
     @classmethod
-    def load(cls, path: Path, key: str = "tokenizer") -> "Tokenizer":
-        """Reads what `save` wrote, or a released `tokenizer.json`.
+    def load(cls, path: Path, key: str = "tokenizer", names: SpecialNames = AS_THE_FILES_SAY) -> "Tokenizer":
+        """Reads what `save` wrote, or a published `tokenizer.json` and the files beside it that name special tokens.
 
         Args:
             path: of the file.
             key: of the configuration that names it, for errors.
+            names: special tokens that the configuration names.
 
         Raises:
-            DataError: the file is missing or is no tokenizer, or it has no begin or end of sentence.
+            DataError: the file is missing or is no tokenizer, or nothing says what ends a document.
         """
         try:
             if not path.is_file() or path.stat().st_size > LARGEST_BYTES:
@@ -137,18 +194,43 @@ class Tokenizer:
         except Exception as error:  # the backend raises bare Exception for anything that it cannot parse
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise DataError(f"{key}: {path} must be a saved tokenizer: {reason}") from error
-        tokenizer = cls(backend, content, f"{key}: {path}")
-        for token in (BEGIN_OF_SENTENCE, END_OF_SENTENCE):
-            tokenizer.special_id(token)
-        return tokenizer
+        return cls(backend, content, f"{key}: {path}", names=names, beside=read_beside(path.parent, key))
 
-    def save(self, path: Path) -> None:
-        """Writes the tokenizer as one JSON file in the format of the `tokenizers` library, a read one byte by byte."""
+    def save(self, path: Path) -> list[Path]:
+        """Writes the tokenizer in the format of the `tokenizers` library, a read one byte by byte.
+
+        Beside it goes `tokenizer_config.json` if the names of special tokens cannot be told without it.
+
+        Returns:
+            What was written.
+        """
         path.write_bytes(self._content)
+        if self._config is None:
+            return [path]
+        beside = path.with_name(TOKENIZER_CONFIG_NAME)
+        beside.write_bytes(self._config)
+        return [path, beside]
+
+    def _tokenizer_config(
+        self, backend: tokenizers.Tokenizer, names: SpecialNames, beside: BesideFiles
+    ) -> bytes | None:
+        """Returns a `tokenizer_config.json` that names the special tokens; None if none is needed."""
+        only_config = {name: values for name, values in beside.values.items() if name == TOKENIZER_CONFIG_NAME}
+        kept = BesideFiles(values=only_config, config_content=beside.config_content)
+        try:
+            if find_special_ids(backend, AS_THE_FILES_SAY, kept, self._place) == self._special:
+                return beside.config_content
+        except DataError:
+            pass  # the configuration, or another file, names what this one does not
+        values = {**only_config.get(TOKENIZER_CONFIG_NAME, {"tokenizer_class": "PreTrainedTokenizerFast"})}
+        if names.bos is not None:
+            values["add_bos_token"] = bool(names.bos)
+        values |= describe_special(backend, self._special)
+        return (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of what `save` writes."""
+        """SHA-256 of `tokenizer.json` as `save` writes it."""
         return hashlib.sha256(self._content).hexdigest()
 
     @property

@@ -35,7 +35,7 @@ from train.newest import AUTO, looks_whole, newest_whole
 from train.weight_source import is_hf_folder
 
 # On the command line the source's keys stand beside data's other keys: `data=files data.paths=[a,b]`.
-_SOURCE_KEYS = ("kind", "paths")
+_SOURCE_KEYS = ("kind", "paths", "text_field")
 _MOMENTS = Literal["auto", "float32", "bf16"]
 
 
@@ -48,7 +48,7 @@ def read_config(values: Mapping[str, Any]) -> TrainConfig:
     """
     model = values.get("model")
     if isinstance(model, Mapping):
-        values = {**values, "model": expand_model(model, values.get("init_from"))}
+        values = {**values, "model": expand_model(model, values.get("init_from"), values.get("init_mtp"))}
     data = values.get("data")
     if isinstance(data, Mapping):
         source = {key: data[key] for key in _SOURCE_KEYS if key in data}

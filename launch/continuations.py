@@ -23,7 +23,11 @@ class Transcript:
         self.tokens: list[int] = []
         self.text = ""
         self.finish: Finish | None = None
-        self._stream = TextStream(tokenizer.decode, stop_texts) if tokenizer is not None else None
+        self._stream = (
+            None
+            if tokenizer is None
+            else TextStream(tokenizer.decode, stop_texts, tokenizer.text_context(prompt.tokens))
+        )
 
     @property
     def shown(self) -> str:

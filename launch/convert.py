@@ -35,6 +35,7 @@ class ConvertConfig:
     dtype: Literal["bf16", "float32", "fp8"] | None
     max_shard_bytes: int | None
     weights: Literal["trained", "ema"]
+    mtp: Literal["keep", "drop"]
 
     @property
     def target(self) -> Form:
@@ -68,6 +69,7 @@ def main(overrides: Sequence[str]) -> int:
             dtype=config.dtype,
             max_shard_bytes=_file_bytes(config),
             weights=config.weights,
+            drop_mtp=config.mtp == "drop",
         )
         print(convert(conversion, lambda line: print(line, file=sys.stderr, flush=True)))
     return 0
@@ -114,7 +116,7 @@ def _check(config: ConvertConfig) -> None:
     if config.max_shard_bytes is not None and config.max_shard_bytes < 1:
         raise ConfigError(f"max_shard_bytes: must be above 0, is {config.max_shard_bytes}; the least is 1")
     _check_target(config.to)
-    source_config(config.path, "path")
+    source_config(config.path, "path", drop_mtp=config.mtp == "drop")
 
 
 def _file_bytes(config: ConvertConfig) -> int:

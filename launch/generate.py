@@ -136,7 +136,7 @@ def _read(overrides: Sequence[str]) -> GenerateCommandConfig:
 def _find(config: GenerateCommandConfig) -> Source:
     """Where the weights are; nothing of them is read yet."""
     ckpt = config.ckpt
-    folder, model, is_hf, end_ids = source_folder(ckpt, "ckpt"), source_config(ckpt, "ckpt"), is_hf_folder(ckpt), []
+    folder, model, is_hf, end_ids = source_folder(ckpt, "ckpt"), _model_of(config), is_hf_folder(ckpt), []
     if is_hf and config.weights == "ema":
         raise ConfigError(f"weights: must be trained, as ckpt={ckpt} is a Hugging Face folder, is ema")
     if is_hf:
@@ -154,6 +154,12 @@ def _find(config: GenerateCommandConfig) -> Source:
     return Source(folder, is_hf, model, tokenizer, tuple(end_ids))
 
 
+def _model_of(config: GenerateCommandConfig) -> ModelConfig:
+    """Without drafts, MTP modules of a Hugging Face folder are neither read nor checked."""
+    drop_mtp = config.speculative is False and is_hf_folder(config.ckpt)
+    return source_config(config.ckpt, "ckpt", drop_mtp=drop_mtp)
+
+
 def _read_prompts(config: GenerateCommandConfig, source: Source) -> list[Prompt]:
     tokenizer = source.tokenizer
     if tokenizer is None and config.stop.texts:
@@ -164,7 +170,7 @@ def _read_prompts(config: GenerateCommandConfig, source: Source) -> list[Prompt]
         key = "prompt" if config.prompts is None else "prompts"
         raise ConfigError(f"{key}: text needs a tokenizer, {source.folder} holds none; write prompt_ids=[0,5,9]")
     texts = read_texts(config.prompt, config.prompts)
-    return [Prompt(text, [tokenizer.begin_of_sentence_id, *tokenizer.encode(text)]) for text in texts]
+    return [Prompt(text, tokenizer.prompt(text)) for text in texts]
 
 
 def _run(config: GenerateCommandConfig, source: Source, prompts: Sequence[Prompt], file: TextIO) -> Statistics:
@@ -207,7 +213,7 @@ def _load(config: GenerateCommandConfig, source: Source) -> "Transformer":
     if source.is_hf:
         from model.convert import load_hf
 
-        model = load_hf(source.folder, dtype)
+        model = load_hf(source.folder, dtype, drop_mtp=config.speculative is False)
     else:
         from train.checkpoint import load_whole
 

@@ -15,12 +15,13 @@ from model.ladder import ladder
 _MODEL_KEYS = tuple(field.name for field in fields(ModelConfig))
 
 
-def expand_model(model: Mapping[str, Any], init_from: object) -> dict[str, Any]:
+def expand_model(model: Mapping[str, Any], init_from: object, init_mtp: object = "checkpoint") -> dict[str, Any]:
     """The keys of a `ModelConfig`, from a model's keys as they were composed.
 
     Args:
         model: with `kind`, or the keys themselves.
         init_from: the value of that key.
+        init_mtp: the value of that key; with `drop`, `of_checkpoint` has no MTP modules.
 
     Raises:
         ConfigError: an unknown kind or key, a size that is none, no weights to take the architecture from.
@@ -30,7 +31,7 @@ def expand_model(model: Mapping[str, Any], init_from: object) -> dict[str, Any]:
         return dict(model)
     kinds: dict[str, Callable[[], ModelConfig]] = {
         "ladder": lambda: _step(model.get("size")),
-        "of_checkpoint": lambda: _of_checkpoint(init_from),
+        "of_checkpoint": lambda: _of_checkpoint(init_from, drop_mtp=init_mtp == "drop"),
     }
     kind = model["kind"]
     if kind not in kinds:
@@ -52,7 +53,7 @@ def _step(size: object) -> ModelConfig:
     return ladder(size)
 
 
-def _of_checkpoint(init_from: object) -> ModelConfig:
+def _of_checkpoint(init_from: object, *, drop_mtp: bool) -> ModelConfig:
     if not isinstance(init_from, str):
         given = "null" if init_from is None else repr(init_from)
         raise ConfigError(
@@ -61,4 +62,4 @@ def _of_checkpoint(init_from: object) -> ModelConfig:
         )
     from train.weight_source import source_config
 
-    return source_config(init_from, "init_from")
+    return source_config(init_from, "init_from", drop_mtp=drop_mtp)

@@ -13,12 +13,23 @@ from kernels.quantize.reference_blocks import codes_128x128, dequantize_128x128
 from model.config import ModelConfig
 from model.hf.dtypes import TORCH_DTYPES, stored_dtype
 from model.hf.errors import HfError
-from model.hf.names import BLOCK, EMBEDDING, Stored, StoredDtype, copied_from, stored_tensors, weights, with_scales
+from model.hf.names import (
+    BLOCK,
+    EMBEDDING,
+    Stored,
+    StoredDtype,
+    copied_from,
+    scale_name,
+    stored_tensors,
+    weights,
+    with_scales,
+)
 from model.hf.reader import HfReader, HfSource
 from model.hf.writer import MAX_SHARD_BYTES, Extras, Fp8Scales, write_hf
 from model.transformer import Transformer, named_tensors
 
 ROWS = 8 * BLOCK
+NO_SOURCE = HfSource(dtypes={}, scales={}, config={}, rotary={})
 
 
 class LoadedTransformer(Transformer):
@@ -29,20 +40,21 @@ class LoadedTransformer(Transformer):
         self.source = source
 
 
-def load_hf(path: Path | str, dtype: torch.dtype) -> Transformer:
+def load_hf(path: Path | str, dtype: torch.dtype, *, drop_mtp: bool = False) -> Transformer:
     """The model of a checkpoint: `config.json` with `model.safetensors`, or with shards and an index.
 
     Args:
         path: the checkpoint's folder.
         dtype: of the weights; FP8 weights are dequantised. Correction biases stay float32.
+        drop_mtp: leaves out MTP modules, which are then neither checked nor read.
 
     Returns:
-        A whole model on the CPU, with its MTP modules where the checkpoint has them.
+        A whole model on the CPU, with its MTP modules if the checkpoint has them.
 
     Raises:
         HfError: something in the checkpoint is missing, too much or wrong.
     """
-    reader = HfReader(path)
+    reader = HfReader(path, drop_mtp=drop_mtp)
     model = LoadedTransformer(reader.config, dtype, reader.source())
     reader.fill(named_tensors(model))
     return model
@@ -72,7 +84,7 @@ def save_hf(
     """
     named, config = named_tensors(model), model.config
     _check_whole(config, named, path)
-    source = model.source if isinstance(model, LoadedTransformer) else HfSource(dtypes={}, scales={}, config={})
+    source = model.source if isinstance(model, LoadedTransformer) else NO_SOURCE
     if dtype == "fp8":
         plan = stored_tensors(config, dtype="BF16", fp8=True)
     else:
@@ -81,15 +93,21 @@ def save_hf(
     if dtype is None:
         plan = _as_found(plan, named, source, fp8=len(scales) == len(source.scales))
     quantisation = source.config.get("quantization_config") or {}
+    plan |= rotary_plan(source.rotary)
     write_hf(
         Path(path),
         config,
         plan,
-        lambda name: named[name],
+        lambda name: source.rotary[name] if name in source.rotary else named[name],
         scales=Fp8Scales(known=scales, power_of_two=quantisation.get("scale_fmt") == "ue8m0"),
         extras=Extras(config=source.config, files={}),
         max_shard_bytes=max_shard_bytes,
     )
+
+
+def rotary_plan(rotary: Mapping[str, Tensor]) -> dict[str, Stored]:
+    """Returns how stored frequencies of the rotary embedding are written: as they were found."""
+    return {name: Stored(tuple(values.shape), stored_dtype(values.dtype)) for name, values in rotary.items()}
 
 
 def _check_whole(config: ModelConfig, named: Mapping[str, Tensor], path: Path | str) -> None:
@@ -110,7 +128,8 @@ def _as_found(
             if stored.num_elements or not source.dtypes:
                 found[name] = stored
         elif dtype == "F8_E4M3":
-            found |= with_scales(name, stored.shape) if fp8 else {name: stored}
+            scales = source.dtypes[scale_name(name)]
+            found |= with_scales(name, stored.shape, scales) if fp8 else {name: stored}
         else:
             kept = not stored.num_elements or _holds(dtype, named[copied_from(name) or name])
             found[name] = Stored(stored.shape, dtype) if kept else stored

@@ -114,8 +114,11 @@ def tiny_config(folder: Path, **changes: object) -> TrainConfig:
         dispatch=AllToAllDispatchConfig(kind="all_to_all", payload="full", max_nodes=4, node_cap="verify"),
         model=MODEL,
         data=DataConfig(
-            source=FilesSource(kind="files", paths=(str(folder / "text"),)),
+            source=FilesSource(kind="files", paths=(str(folder / "text"),), text_field="text"),
             tokenizer=None,
+            tokenizer_bos=None,
+            tokenizer_eos=None,
+            tokenizer_pad=None,
             tokenizer_vocab_size=320,
             validation_fraction=0.2,
             fim_rate=0.5,

@@ -143,9 +143,9 @@ class TrainConfig:
 
     `resume` is a run's folder or one of its checkpoints, `auto` for the newest in `out_dir` if any, or None.
     `init_from` is what the weights start from: a run's folder or one of its checkpoints, converted weights, or a
-    Hugging Face folder; None: the seed. `init_mtp`: MTP modules start from there too, or `fresh` from the seed. `costs`
-    and `memory_cap` are what the schedule is made for: times in any one unit, live activations of model/P (None: as
-    many as the schedule would keep).
+    Hugging Face folder; None: the seed. `init_mtp`: MTP modules start from there too, `fresh` from the seed, or `drop`:
+    there are none. `costs` and `memory_cap` are what the schedule is made for: times in any one unit, live activations
+    of model/P (None: as many as the schedule would keep).
     """
 
     name: str
@@ -153,7 +153,7 @@ class TrainConfig:
     seed: int
     resume: str | None
     init_from: str | None
-    init_mtp: Literal["checkpoint", "fresh"]
+    init_mtp: Literal["checkpoint", "fresh", "drop"]
     cluster: ClusterConfig
     parallelism: ParallelismConfig
     dispatch: DispatchConfig

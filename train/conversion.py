@@ -1,18 +1,18 @@
 """Weights from one form of checkpoint to another, tensor by tensor: never above two shards in memory."""
 
-import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from data.corpus import DataError
-from data.tokenizer import BEGIN_OF_SENTENCE, END_OF_SENTENCE, PAD, Tokenizer
+from data.tokenizer import Tokenizer
 from model.config import ModelConfig
+from model.convert import rotary_plan
 from model.hf.dtypes import TORCH_DTYPES, stored_dtype
 from model.hf.folder import new_folder
 from model.hf.names import (
@@ -27,22 +27,14 @@ from model.hf.names import (
 )
 from model.hf.reader import HfReader
 from model.hf.writer import Extras, Fp8Scales, write_hf
+from train.carried import Carried, read_carried, rotary_record, rotary_tensors, server_files
 from train.checkpoint_reader import CheckpointReader, Kept, held_weights
 from train.checkpoint_writer import write_weights
-from train.manifest import TOKENIZER_NAME, CheckpointError, read_manifest, write_weights_manifest
-from train.weight_source import is_hf_folder, source_folder
+from train.manifest import TOKENIZER_NAME, CheckpointError, write_weights_manifest
+from train.weight_source import is_hf_folder, source_folder, unknown_notes
 
 Say = Callable[[str], None]
 
-TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
-# What stands beside weights and says nothing of them, copied as it is.
-COMPANION_NAMES = (
-    TOKENIZER_NAME,
-    TOKENIZER_CONFIG_NAME,
-    "special_tokens_map.json",
-    "generation_config.json",
-    "chat_template.jinja",
-)
 _WORDS: dict[str, StoredDtype] = {"bf16": "BF16", "float32": "F32", "fp8": "BF16"}
 
 
@@ -52,6 +44,7 @@ class Conversion:
 
     path: a Hugging Face folder, converted weights, a run's folder or a checkpoint. folder: new or empty.
     dtype: of weights; None: each as it is stored, FP8 in a checkpoint as bf16. Router biases are float32 always.
+    drop_mtp: MTP modules are left out.
     """
 
     path: str
@@ -60,17 +53,19 @@ class Conversion:
     dtype: Literal["bf16", "float32", "fp8"] | None
     max_shard_bytes: int
     weights: Kept = "trained"
+    drop_mtp: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Source:
-    """Weights to read. dtypes: as stored, by name. scales: of those in FP8. carried: of `config.json`."""
+    """Weights to read. dtypes: as stored, by name. scales: of those in FP8. rotary: stored frequencies."""
 
     config: ModelConfig
     folder: Path
     dtypes: Mapping[str, StoredDtype]
     scales: Mapping[str, Tensor]
-    carried: Mapping[str, Any]
+    carried: Carried
+    rotary: Mapping[str, Tensor]
     tensor: Callable[[str, torch.dtype], Tensor]
 
     def read(self, name: str) -> Tensor:
@@ -80,11 +75,11 @@ class _Source:
 
 
 def convert(conversion: Conversion, say: Say) -> str:
-    """Writes the weights anew, complete or not at all.
+    """Writes the weights in another form, complete or not at all.
 
     Args:
         conversion: what becomes what.
-        say: takes a line for every shard's worth of weights.
+        say: takes a line for every shard's worth of weights, and one that names unknown keys of `config.json`.
 
     Returns:
         A line that says what was written.
@@ -93,7 +88,9 @@ def convert(conversion: Conversion, say: Say) -> str:
         CheckpointError: weights that cannot be read.
         HfError: the same, or the destination is not empty, or the disk refuses.
     """
-    source = _open(conversion.path, conversion.weights)
+    source = _open(conversion)
+    if unknown := unknown_notes(conversion.path):
+        say(unknown)
     counter = _Counter(source, conversion.max_shard_bytes, say)
     write = _write_checkpoint if conversion.form == "checkpoint" else _write_hf
     write(conversion, source, counter.read)
@@ -102,34 +99,37 @@ def convert(conversion: Conversion, say: Say) -> str:
     return f"wrote {conversion.folder}, {_bytes_text(written)}, from {read}"
 
 
-def _open(path: str, kept: Kept) -> _Source:
-    folder = source_folder(path, "path")
+def _open(conversion: Conversion) -> _Source:
+    path, drop_mtp = conversion.path, conversion.drop_mtp
+    folder, carried = source_folder(path, "path"), read_carried(path, "path")
     if is_hf_folder(path):
-        reader = HfReader(folder)
+        reader = HfReader(folder, drop_mtp=drop_mtp)
         stored = reader.source()
         return _Source(
             config=reader.config,
             folder=folder,
             dtypes=stored.dtypes,
             scales=stored.scales,
-            carried=stored.config,
+            carried=carried,
+            rotary=stored.rotary,
             tensor=reader.tensor,
         )
-    checkpoint = CheckpointReader(folder, "path", kept)
-    shapes = {name: shape for name, shape in weights(checkpoint.config) if copied_from(name) is None}
-    held = {name: stored_dtype(checkpoint.dtype_of(name)) for name in held_weights(checkpoint.config)}
+    checkpoint = CheckpointReader(folder, "path", conversion.weights)
+    config = replace(checkpoint.config, mtp_depth=0) if drop_mtp else checkpoint.config
+    shapes = {name: shape for name, shape in weights(config) if copied_from(name) is None}
+    held = {name: stored_dtype(checkpoint.dtype_of(name)) for name in held_weights(config)}
 
     def tensor(name: str, dtype: torch.dtype) -> Tensor:
         # Hugging Face's form has weights of no elements, too.
         return checkpoint.tensor(name, dtype) if name in held else torch.empty(shapes[name], dtype=dtype)
 
-    carried = read_manifest(folder, "path").get("carried")
     return _Source(
-        config=checkpoint.config,
+        config=config,
         folder=folder,
         dtypes={name: held.get(name, held[EMBEDDING]) for name in shapes},
         scales={},
-        carried=carried if isinstance(carried, dict) else {},
+        carried=carried,
+        rotary=rotary_tensors(carried.rotary, config.num_layers + config.mtp_depth, folder),
         tensor=tensor,
     )
 
@@ -147,13 +147,13 @@ def _write_checkpoint(conversion: Conversion, source: _Source, read: Callable[[s
             lambda name: _rounded(read(name), plan[name][1], conversion.folder, name),
             max_file_bytes=conversion.max_shard_bytes,
         )
-        for name, content in _companions(source.folder).items():
+        for name, content in {**source.carried.files, **_tokenizer_file(source.folder)}.items():
             with (folder / name).open("wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-        carried = {key: value for key, value in source.carried.items() if key != "quantization_config"}
-        write_weights_manifest(folder, source.config, carried)
+        carried = replace(source.carried, rotary=rotary_record(source.rotary))
+        write_weights_manifest(folder, source.config, carried.record())
 
 
 def _rounded(values: Tensor, dtype: torch.dtype, folder: Path, name: str) -> Tensor:
@@ -165,20 +165,23 @@ def _rounded(values: Tensor, dtype: torch.dtype, folder: Path, name: str) -> Ten
 
 def _write_hf(conversion: Conversion, source: _Source, read: Callable[[str], Tensor]) -> None:
     plan, scales = _plan_hf(conversion, source)
-    ids, files = _special_tokens(source.folder)
+    ids, files = _for_servers(source)
     write_hf(
         conversion.folder,
         source.config,
-        plan,
-        read,
+        plan | rotary_plan(source.rotary),
+        lambda name: source.rotary[name] if name in source.rotary else read(name),
         scales=scales,
-        extras=Extras(config={**ids, **source.carried}, files=files | _companions(source.folder)),
+        extras=Extras(
+            config={**ids, **source.carried.config},
+            files={**files, **source.carried.files, **_tokenizer_file(source.folder)},
+        ),
         max_shard_bytes=conversion.max_shard_bytes,
     )
 
 
 def _plan_hf(conversion: Conversion, source: _Source) -> tuple[dict[str, Stored], Fp8Scales]:
-    config, quantisation = source.config, source.carried.get("quantization_config") or {}
+    config, quantisation = source.config, source.carried.config.get("quantization_config") or {}
     scales = Fp8Scales(known=source.scales, power_of_two=quantisation.get("scale_fmt") == "ue8m0")
     if conversion.dtype is not None:
         return stored_tensors(config, dtype=_WORDS[conversion.dtype], fp8=conversion.dtype == "fp8"), scales
@@ -193,21 +196,18 @@ def _plan_hf(conversion: Conversion, source: _Source) -> tuple[dict[str, Stored]
     return kept, scales
 
 
-def _companions(folder: Path) -> dict[str, bytes]:
-    return {name: (folder / name).read_bytes() for name in COMPANION_NAMES if (folder / name).is_file()}
+def _tokenizer_file(folder: Path) -> dict[str, bytes]:
+    path = folder / TOKENIZER_NAME
+    return {TOKENIZER_NAME: path.read_bytes()} if path.is_file() else {}
 
 
-def _special_tokens(folder: Path) -> tuple[dict[str, int], dict[str, bytes]]:
-    """Keys of `config.json`, and files, that tell other tools what a tokenizer of ours calls its special tokens."""
+def _for_servers(source: _Source) -> tuple[dict[str, int], dict[str, bytes]]:
+    """Keys of `config.json`, and files, that inference servers read, for what the source does not have."""
     try:
-        tokenizer = Tokenizer.load(folder / TOKENIZER_NAME)
-        ids = {"bos": tokenizer.begin_of_sentence_id, "eos": tokenizer.end_of_sentence_id, "pad": tokenizer.pad_id}
+        tokenizer = Tokenizer.load(source.folder / TOKENIZER_NAME)
     except DataError:
         return {}, {}
-    tokens = {"bos": BEGIN_OF_SENTENCE, "eos": END_OF_SENTENCE, "pad": PAD}
-    keys = {"tokenizer_class": "PreTrainedTokenizerFast", **{f"{word}_token": text for word, text in tokens.items()}}
-    content = (json.dumps(keys, indent=2, ensure_ascii=False) + "\n").encode()
-    return {f"{word}_token_id": number for word, number in ids.items()}, {TOKENIZER_CONFIG_NAME: content}
+    return server_files(tokenizer, source.config.max_position_tokens)
 
 
 class _Counter:

@@ -14,7 +14,8 @@ def prepare_corpus(config: TrainConfig) -> Prepared:
     stage = config.stage
     prepared = prepare(config.data, stage.sequence_length_tokens)
     found = len(prepared.validation_tokens_NL)
-    if stage.validation_sequences and found < stage.global_batch_sequences:
+    # A corpus that held nothing out, as one of a single document, trains without validation.
+    if found and stage.validation_sequences and found < stage.global_batch_sequences:
         raise DataError(
             f"stage.validation_sequences: a validation pass reads stage.global_batch_sequences="
             f"{stage.global_batch_sequences} sequences, but data.validation_fraction={config.data.validation_fraction} "

@@ -1,15 +1,14 @@
 """The weights that a run starts from, where these are not the seed's: checked before it starts, read by each rank."""
 
 from dataclasses import asdict
-from hashlib import sha256
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data.tokenizer import Tokenizer
 from model.config import ModelConfig
+from train.carried import is_same_tokenizer
 from train.config import TrainConfig
-from train.manifest import TOKENIZER_NAME, CheckpointError, differences
-from train.weight_source import check_source, open_source, source_folder
+from train.manifest import CheckpointError, differences
+from train.weight_source import check_source, open_source, source_folder, unknown_notes
 
 if TYPE_CHECKING:
     from train.assemble import Assembly
@@ -26,7 +25,7 @@ def check_initial(config: TrainConfig) -> None:
         HfError: a Hugging Face folder with a file that is missing, cut short or of another form.
     """
     assert config.init_from is not None
-    _compare(config, check_source(config.init_from, "init_from"))
+    _compare(config, check_source(config.init_from, "init_from", drop_mtp=config.init_mtp == "drop"))
 
 
 def load_initial(assembly: "Assembly", tokenizer: Tokenizer) -> str:
@@ -47,7 +46,7 @@ def load_initial(assembly: "Assembly", tokenizer: Tokenizer) -> str:
 
     config = assembly.config
     assert config.init_from is not None
-    source = open_source(config.init_from, "init_from")
+    source = open_source(config.init_from, "init_from", drop_mtp=config.init_mtp == "drop")
     changed = _compare(config, source.config)
     named = named_tensors(assembly.model)
     if config.init_mtp == "fresh":
@@ -58,14 +57,10 @@ def load_initial(assembly: "Assembly", tokenizer: Tokenizer) -> str:
     fresh = config.init_mtp == "fresh" and config.model.mtp_depth > 0
     other = "token ids mean other text: tokenizer.json there is not the one of this run's data"
     notes = [*(["MTP from the seed"] if fresh else []), *changed]
-    notes += [] if _is_same_tokenizer(source_folder(config.init_from, "init_from"), tokenizer) else [other]
+    notes += [] if is_same_tokenizer(source_folder(config.init_from, "init_from"), tokenizer) else [other]
+    unknown = unknown_notes(config.init_from)
+    notes += [unknown] if unknown else []
     return f"weights from {config.init_from}" + (f" ({'; '.join(notes)})" if notes else "")
-
-
-def _is_same_tokenizer(folder: Path, tokenizer: Tokenizer) -> bool:
-    """Whether a folder's tokenizer, if it has one, is this one."""
-    there = folder / TOKENIZER_NAME
-    return not there.is_file() or sha256(there.read_bytes()).hexdigest() == tokenizer.fingerprint
 
 
 def _compare(config: TrainConfig, source: ModelConfig) -> list[str]:
@@ -80,6 +75,11 @@ def _compare(config: TrainConfig, source: ModelConfig) -> list[str]:
         raise CheckpointError(
             f"init_from: {config.init_from} holds another architecture: {'; '.join(fixed)}; "
             f"nearest valid: model=of_checkpoint, which takes what is there"
+        )
+    if depth and config.init_mtp == "drop":
+        raise CheckpointError(
+            f"model.mtp_depth: must be 0 with init_mtp=drop, is {depth}; nearest valid: model.mtp_depth=0, or "
+            f"init_mtp=fresh to start MTP modules from the seed"
         )
     if depth > depth_there and config.init_mtp == "checkpoint":
         raise CheckpointError(

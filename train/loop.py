@@ -13,6 +13,7 @@ from data.loader import Batch, Loader
 from data.prepare import Prepared
 from infer.config import Sampling
 from infer.generate import generate
+from infer.text import decode_after
 from train import checkpoint
 from train.assemble import Assembly, weight_dtype
 from train.errors import PreemptedError, RefusedStepError, StoppedError
@@ -101,7 +102,8 @@ class Training:
 
     def _is_validated(self, done: int) -> bool:
         stage = self._assembly.config.stage
-        return _due(done, stage.validate_every_steps, stage.steps) and bool(stage.validation_sequences)
+        has_sequences = stage.validation_sequences > 0 and self._loader.num_validation_sequences > 0
+        return _due(done, stage.validate_every_steps, stage.steps) and has_sequences
 
     def _step(self, step: int) -> None:
         """One batch, then whatever is due after it."""
@@ -213,7 +215,7 @@ def show_continuation(assembly: Assembly, prepared: Prepared) -> str:
     config, tokenizer = assembly.config, prepared.tokenizer
     folder = step_folder(Path(config.out_dir), config.stage.steps)
     model = checkpoint.load_whole(config.model, folder, weight_dtype(config.precision))
-    prompt = [tokenizer.begin_of_sentence_id, *tokenizer.encode(config.stage.sample_prompt)]
+    prompt = tokenizer.prompt(config.stage.sample_prompt)
     limit = config.model.max_position_tokens
     made = generate(
         model,
@@ -222,7 +224,9 @@ def show_continuation(assembly: Assembly, prepared: Prepared) -> str:
         sampling=Sampling(temperature=config.stage.sample_temperature, seed=config.seed),
         stop=[tokenizer.end_of_sentence_id],
     )
-    text = config.stage.sample_prompt + tokenizer.decode(made.continuations[0].tokens)
+    text = config.stage.sample_prompt + decode_after(
+        tokenizer.decode, tokenizer.text_context(prompt), made.continuations[0].tokens
+    )
     return f"{text}\n{made.statistics.summary()}"
 
 

@@ -38,7 +38,12 @@ def step_folder(out_dir: Path, step: int) -> Path:
 
 
 def write_manifest(
-    folder: Path, step: int, config: TrainConfig, data_fingerprint: str, files: Mapping[str, Digest] | None = None
+    folder: Path,
+    step: int,
+    config: TrainConfig,
+    data_fingerprint: str,
+    files: Mapping[str, Digest] | None = None,
+    carried: Mapping[str, Any] | None = None,
 ) -> None:
     """Declares a checkpoint complete: in one move, once every other file is on disk.
 
@@ -48,9 +53,10 @@ def write_manifest(
         config: of the run that wrote it.
         data_fingerprint: of the samples that it read.
         files: every file of the checkpoint; None: those that are there, which are then read.
+        carried: as `train.carried.Carried.record` gives it.
     """
     record = {"step": step, "data_fingerprint": data_fingerprint, **_shape(config), "layout": layout_record(config)}
-    _write(folder, record, files)
+    _write(folder, {**record, **(carried or {})}, files)
 
 
 def write_weights_manifest(folder: Path, model: ModelConfig, carried: Mapping[str, Any]) -> None:
@@ -59,9 +65,9 @@ def write_weights_manifest(folder: Path, model: ModelConfig, carried: Mapping[st
     Args:
         folder: the checkpoint's folder; exists.
         model: the architecture.
-        carried: what else a Hugging Face `config.json` said, for the way back.
+        carried: as `train.carried.Carried.record` gives it, for the way back.
     """
-    _write(folder, {"step": 0, "holds": "weights", "model": asdict(model), "carried": dict(carried)}, None)
+    _write(folder, {"step": 0, "holds": "weights", "model": asdict(model), **carried}, None)
 
 
 def _write(folder: Path, record: dict[str, Any], files: Mapping[str, Digest] | None) -> None:

@@ -299,7 +299,9 @@ def _introduce(assembly: Assembly, planned: Plan, prepared: Prepared, reporter: 
     )
     given, size = config.data.tokenizer, prepared.tokenizer.vocab_size
     origin = "trained on the corpus" if given is None else f"that of {given}, not one of data.tokenizer_vocab_size"
-    reporter.say(f"tokenizer: {origin}; ids below {size:,}")
+    reporter.say(f"tokenizer: {origin}; ids below {size:,}{_special_notes(config, prepared)}")
+    if config.stage.validation_sequences and not prepared.validation_tokens:
+        reporter.say("validation: off, as data.validation_fraction held no document of this corpus out")
     for warning in schedule_warnings(config.optim, config.batch_sizes, config.stage.steps):
         reporter.say(f"warning: {warning}")
     if first_step:
@@ -308,3 +310,15 @@ def _introduce(assembly: Assembly, planned: Plan, prepared: Prepared, reporter: 
         reporter.say(
             f"learning rate: {rate:.3e} in step {first_step + 1}; its schedule spans {config.stage.steps:,} steps"
         )
+
+
+def _special_notes(config: TrainConfig, prepared: Prepared) -> str:
+    """Returns what a given tokenizer's documents look like, as words to add; empty for one that was trained."""
+    if config.data.tokenizer is None:
+        return ""
+    names, special = prepared.tokenizer.token_names, prepared.tokenizer.special
+    begin = "nothing" if special.bos is None else repr(names["bos_token"])
+    notes = f"; a document begins with {begin} and ends with {names['eos_token']!r}"
+    if special.fim is None and config.data.fim_rate > 0:
+        notes += f"; it has no fill-in-the-middle tokens, so data.fim_rate={config.data.fim_rate} counts as 0"
+    return notes

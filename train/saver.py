@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from data.prepare import Prepared
 from dualpipe.ir import to_json
 from train.assemble import Assembly
+from train.carried import NOTHING, carried_by_run
 from train.checkpoint_reader import first_line
 from train.checkpoint_state import Extras, HostCopy, State, state_of
 from train.dcp.metadata import METADATA_NAME
@@ -62,6 +63,7 @@ class Saver:
         self._rank = dist.get_rank()
         # The steps' own collectives go on meanwhile; these must never be mistaken for theirs.
         self._group = dist.new_group(backend="gloo", timeout=_LONGEST_WRITE)
+        self._carried = carried_by_run(assembly.config, prepared.tokenizer) if self._rank == 0 else NOTHING
         self._memory = HostCopy()
         self._thread: Thread | None = None
         self._error: Exception | None = None
@@ -155,12 +157,15 @@ class Saver:
         if self._rank != 0:
             return
         (partial / SCHEDULE_NAME).write_text(to_json(self._assembly.schedule) + "\n", encoding="utf-8")
-        self._prepared.tokenizer.save(partial / TOKENIZER_NAME)
-        own = [partial / name for name in (SCHEDULE_NAME, TOKENIZER_NAME, METADATA_NAME)]
+        own = [partial / SCHEDULE_NAME, partial / METADATA_NAME]
+        for name, content in self._carried.files.items():
+            (partial / name).write_bytes(content)
+            own.append(partial / name)
+        own += self._prepared.tokenizer.save(partial / TOKENIZER_NAME)
         for path in own:
             _sync(path)
-        config = self._assembly.config
-        write_manifest(partial, step, config, self._prepared.fingerprint, files | digests(own))
+        config, record = self._assembly.config, self._carried.record()
+        write_manifest(partial, step, config, self._prepared.fingerprint, files | digests(own), record)
         _sync(partial)
         put_in_place(partial, final)
         _sync(self._root)

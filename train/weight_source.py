@@ -4,12 +4,15 @@ Nothing here imports torch before weights are opened.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from model.config import ModelConfig
 from model.hf.checkpoint import open_checkpoint
 from model.hf.config import CONFIG_NAME
+from model.hf.json_file import read_json
+from model.hf.known_keys import unknown_keys
 from train.manifest import CHECKPOINTS_NAME, MANIFEST_NAME, CheckpointError, find_checkpoint, read_model
 
 if TYPE_CHECKING:
@@ -59,23 +62,33 @@ def source_folder(path: str, key: str) -> Path:
         raise CheckpointError(f"{error}; nor is it a Hugging Face folder, which holds {CONFIG_NAME}") from error
 
 
-def source_config(path: str, key: str) -> ModelConfig:
-    """The architecture of the weights that `path` names; arguments as of `source_folder`. Imports no torch.
+def source_config(path: str, key: str, *, drop_mtp: bool = False) -> ModelConfig:
+    """The architecture of the weights that `path` names. Imports no torch.
+
+    Args:
+        path, key: as of `source_folder`.
+        drop_mtp: MTP modules are left out, and in a Hugging Face folder not looked at.
 
     Raises:
         CheckpointError, HfError: there are none, or what they say of themselves cannot be read.
     """
     folder = source_folder(path, key)
-    return open_checkpoint(folder).config if is_hf_folder(path) else read_model(folder, key)
+    if is_hf_folder(path):
+        return open_checkpoint(folder, drop_mtp=drop_mtp).config
+    config = read_model(folder, key)
+    return replace(config, mtp_depth=0) if drop_mtp else config
 
 
-def check_source(path: str, key: str) -> ModelConfig:
+def check_source(path: str, key: str, *, drop_mtp: bool = False) -> ModelConfig:
     """As `source_config`, with all checks of `open_source`. Imports torch for a checkpoint of ours alone."""
-    return source_config(path, key) if is_hf_folder(path) else open_source(path, key).config
+    config = source_config(path, key, drop_mtp=drop_mtp)
+    if not is_hf_folder(path):
+        open_source(path, key)
+    return config
 
 
-def open_source(path: str, key: str) -> WeightSource:
-    """The weights that `path` names, checked as far as can be without reading them; arguments as of `source_folder`.
+def open_source(path: str, key: str, *, drop_mtp: bool = False) -> WeightSource:
+    """The weights that `path` names, checked as far as can be without reading them; arguments as of `source_config`.
 
     Raises:
         CheckpointError, HfError: there are none, or a file is missing, cut short or of another form.
@@ -84,7 +97,16 @@ def open_source(path: str, key: str) -> WeightSource:
     if is_hf_folder(path):
         from model.hf.reader import HfReader
 
-        return HfReader(folder)
+        return HfReader(folder, drop_mtp=drop_mtp)
     from train.checkpoint_reader import CheckpointReader
 
     return CheckpointReader(folder, key)
+
+
+def unknown_notes(path: str) -> str:
+    """Returns words that name keys of a Hugging Face folder's `config.json` which no list knows; empty if none."""
+    if not is_hf_folder(path):
+        return ""
+    folder = Path(path).expanduser()
+    unknown = unknown_keys(read_json(folder / CONFIG_NAME))
+    return f"unknown keys of {CONFIG_NAME} carried through: {', '.join(unknown)}" if unknown else ""

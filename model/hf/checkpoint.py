@@ -7,15 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from model.config import ModelConfig
-from model.hf.config import CARRIED_KEYS, CONFIG_NAME, DTYPE_NAMES, parse_config
+from model.hf.config import CONFIG_NAME, DTYPE_NAMES, parse_config
 from model.hf.errors import HfError, nearest, shown
 from model.hf.header import Entry, read_header
 from model.hf.json_file import read_json
+from model.hf.known_keys import carried_keys, unknown_keys
 from model.hf.names import (
     BLOCK,
     StoredDtype,
     copied_from,
     is_quantised,
+    is_rotary,
     layer_of,
     scale_name,
     scale_shape,
@@ -31,18 +33,24 @@ LONGEST_NAME_BYTES = 255
 class Checkpoint:
     """What a folder holds.
 
-    folder: where. config: the architecture; its `mtp_depth` is 0 where the files hold no tensor of an MTP module.
-    entries: every tensor by name. carried: keys of `config.json` that say nothing about the architecture.
+    folder: where. config: the architecture; its `mtp_depth` is 0 if the files hold no tensor of an MTP module, or if
+    these were dropped. entries: every tensor by name. carried: keys of `config.json` that say nothing about the
+    architecture. unknown: the names of those that no list knows.
     """
 
     folder: Path
     config: ModelConfig
     entries: Mapping[str, Entry]
     carried: Mapping[str, Any]
+    unknown: tuple[str, ...]
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
+def open_checkpoint(folder: Path, *, drop_mtp: bool = False) -> Checkpoint:
     """Reads `config.json`, the index if there is one, and the header of every file.
+
+    Args:
+        folder: of the checkpoint.
+        drop_mtp: tensors of MTP modules are left out, whatever they are, and so are the modules.
 
     Raises:
         HfError: something is missing, cut short, too much, of another shape or type than the architecture has, or
@@ -56,15 +64,23 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     config = parse_config(keys, path)
     quantised = _check_quantisation(keys, path)
     entries = _entries(folder)
-    if not any((layer_of(name) or 0) >= config.num_layers for name in entries):
+    if drop_mtp:
+        entries = {name: entry for name, entry in entries.items() if not _is_of_mtp(name, config)}
+    if not any(_is_of_mtp(name, config) and not is_rotary(name) for name in entries):
         config = replace(config, mtp_depth=0)
     _check_names(folder, config, entries)
     allowed = _allowed_dtypes(keys, path)
     for name, shape in weights(config):
         if name in entries:
             _check_tensor(name, shape, entries, allowed, quantised)
-    carried = {key: keys[key] for key in (*CARRIED_KEYS, "quantization_config") if key in keys}
-    return Checkpoint(folder=folder, config=config, entries=entries, carried=carried)
+    return Checkpoint(
+        folder=folder, config=config, entries=entries, carried=carried_keys(keys), unknown=unknown_keys(keys)
+    )
+
+
+def _is_of_mtp(name: str, config: ModelConfig) -> bool:
+    """Whether a tensor belongs to a layer behind the main model's."""
+    return (layer_of(name) or 0) >= config.num_layers
 
 
 def _entries(folder: Path) -> dict[str, Entry]:
@@ -125,10 +141,21 @@ def _check_names(folder: Path, config: ModelConfig, entries: Mapping[str, Entry]
             own = {own for own, _ in islice(weights(config), 2 * len(entries))}
             renamed = _nearest_in_layer(name, entries.keys() - own)
             raise HfError(folder, name, f"must be in the checkpoint, is missing{renamed}")
+    layers = config.num_layers + config.mtp_depth
     for name, entry in entries.items():
-        if name not in known:
+        if is_rotary(name) and (layer_of(name) or 0) < layers:
+            _check_rotary_shape(name, entry, config.qk_rope_head_dim // 2)
+        elif name not in known:
             near = _nearest_in_layer(name, known)
+            if _is_of_mtp(name, config):
+                near += "; to load the checkpoint without MTP modules: init_mtp=drop, in launch.convert mtp=drop"
             raise HfError(entry.file, name, f"must be a tensor of the architecture, is none{near}")
+
+
+def _check_rotary_shape(name: str, entry: Entry, size: int) -> None:
+    if entry.shape != (size,) or entry.dtype not in ("F32", "BF16", "F16", "F64"):
+        found = f"{entry.dtype} {list(entry.shape)}"
+        raise HfError(entry.file, name, f"must be F32, BF16, F16 or F64 [{size}], is {found}")
 
 
 def _nearest_in_layer(name: str, others: Iterable[str]) -> str:
@@ -159,8 +186,8 @@ def _check_tensor(
     scales = entries.get(scale_name(name))
     if scales is None:
         raise HfError(entry.file, scale_name(name), f"must be in the checkpoint, as {name} is F8_E4M3; is missing")
-    if scales.dtype != "F32" or scales.shape != scale_shape(shape):
-        wanted, found = f"F32 {list(scale_shape(shape))}", f"{scales.dtype} {list(scales.shape)}"
+    if scales.dtype not in ("F32", "F8_E8M0") or scales.shape != scale_shape(shape):
+        wanted, found = f"F32 or F8_E8M0 {list(scale_shape(shape))}", f"{scales.dtype} {list(scales.shape)}"
         raise HfError(scales.file, scale_name(name), f"must be {wanted}, is {found}")
 
 

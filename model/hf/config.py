@@ -11,12 +11,15 @@ from typing import Any
 from model.config import ModelConfig
 from model.hf.errors import shown
 from model.hf.json_file import read_json
+from model.hf.known_keys import READ_KEYS, check_unknown_keys
 from model.hf.names import BLOCK, StoredDtype
 from model.hf.rope import read_rope, write_rope
 from model.hf.values import Values
 
 CONFIG_NAME = "config.json"
-CARRIED_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
+TOKEN_ID_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# Kimi K2 has the architecture of DeepSeek-V3 under a name of its own.
+MODEL_TYPES = ("deepseek_v3", "kimi_k2")
 DTYPE_NAMES: dict[StoredDtype, str] = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _ONLY: tuple[tuple[str, Any], ...] = (
     ("tie_word_embeddings", False),
@@ -51,15 +54,16 @@ def parse_config(keys: Mapping[str, Any], path: Path) -> ModelConfig:
         HfError: as `read_config`.
     """
     values = Values(path, keys)
-    if values.need("model_type") != "deepseek_v3":
-        raise values.error("model_type", f"must be deepseek_v3, is {values.get('model_type')!r}")
+    if values.need("model_type") not in MODEL_TYPES:
+        raise values.error("model_type", f"must be {' or '.join(MODEL_TYPES)}, is {values.get('model_type')!r}")
     for key, allowed in _ONLY:
         values.only(key, allowed)
     if values.get("attention_dropout"):
         raise values.error("attention_dropout", f"must be 0, is {values.get('attention_dropout')!r}")
     config = _read(values)
     _check(values, config)
-    _check_carried(values)
+    check_unknown_keys(values, keys)
+    _check_token_ids(values)
     return config
 
 
@@ -72,19 +76,21 @@ def write_config(
         config: the architecture.
         dtype: of weights that are not in FP8.
         fp8: whether weights are in FP8 with scales per block.
-        carried: keys that say nothing about the architecture, such as `bos_token_id`; `quantization_config` among
-            them replaces the usual one where weights are in FP8.
+        carried: keys that say nothing about the architecture, such as `bos_token_id`, as
+            `model.hf.known_keys.carried_keys` gives them; `quantization_config` among them replaces the usual one if
+            weights are in FP8.
     """
+    carried = carried or {}
     keys: dict[str, Any] = {
+        "use_cache": True,
+        **{key: value for key, value in carried.items() if key not in READ_KEYS},
         "architectures": ["DeepseekV3ForCausalLM"],
-        "model_type": "deepseek_v3",
+        "model_type": carried.get("model_type", MODEL_TYPES[0]),
         "torch_dtype": DTYPE_NAMES[dtype],
-        **{key: value for key, value in (carried or {}).items() if key in CARRIED_KEYS},
         **_sizes(config),
         **write_rope(config.rope_theta, config.rope_scaling),
         **dict(_ONLY),
         "attention_dropout": 0.0,
-        "use_cache": True,
     }
     if config.mtp_hidden != "post_norm":
         keys["mtp_hidden"] = config.mtp_hidden
@@ -95,7 +101,7 @@ def write_config(
             "activation_scheme": "dynamic",
             "weight_block_size": [BLOCK, BLOCK],
         }
-        keys["quantization_config"] = (carried or {}).get("quantization_config", usual)
+        keys["quantization_config"] = carried.get("quantization_config", usual)
     return keys
 
 
@@ -177,9 +183,9 @@ def _mtp_hidden(values: Values) -> Any:
     return state
 
 
-def _check_carried(values: Values) -> None:
+def _check_token_ids(values: Values) -> None:
     """What is written again as it is must be what other readers take."""
-    for key in CARRIED_KEYS:
+    for key in TOKEN_ID_KEYS:
         value = values.get(key)
         ids = value if key == "eos_token_id" and isinstance(value, list) else [value]
         if value is not None and not all(type(item) is int for item in ids):
@@ -193,6 +199,8 @@ def _check(values: Values, config: ModelConfig) -> None:
         ("num_key_value_heads", config.num_heads),
         ("qk_head_dim", config.qk_head_dim),
         ("head_dim", config.qk_rope_head_dim),
+        ("num_local_experts", experts),
+        ("num_experts", experts),
     ):
         if values.get(key) is not None and values.whole(key, 1) != size:
             raise values.error(key, f"must be {size} with the other sizes, is {values.get(key)}; nearest: {size}")

@@ -17,7 +17,7 @@ from model.hf.names import StoredDtype
 
 LARGEST_HEADER_BYTES = 100_000_000
 LENGTH_BYTES = 8
-ITEM_BYTES: dict[StoredDtype, int] = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1}
+ITEM_BYTES: dict[StoredDtype, int] = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E8M0": 1}
 
 
 @dataclass(frozen=True, slots=True)

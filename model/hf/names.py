@@ -12,13 +12,14 @@ from typing import Literal
 
 from model.config import ModelConfig
 
-StoredDtype = Literal["F64", "F32", "F16", "BF16", "F8_E4M3"]
+StoredDtype = Literal["F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E8M0"]
 
 BLOCK = 128
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 SCALE_SUFFIX = "_scale_inv"
 BIAS_SUFFIX = ".mlp.gate.e_score_correction_bias"
+_ROTARY = re.compile(r"model\.(layers\.(0|[1-9][0-9]{0,8})\.self_attn\.)?rotary_emb\.inv_freq")
 _MTP_COPIES = {"embed_tokens.weight": EMBEDDING, "shared_head.head.weight": HEAD}
 _QUANTISED = re.compile(
     r"model\.layers\.\d+\.(self_attn\.(q|q_a|q_b|kv_b|o)_proj|self_attn\.kv_a_proj_with_mqa"
@@ -94,9 +95,17 @@ def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(-(-size // BLOCK) for size in shape)
 
 
-def with_scales(name: str, shape: tuple[int, ...]) -> dict[str, Stored]:
-    """An FP8 weight and its scales."""
-    return {name: Stored(shape, "F8_E4M3"), scale_name(name): Stored(scale_shape(shape), "F32")}
+def with_scales(name: str, shape: tuple[int, ...], scales: StoredDtype = "F32") -> dict[str, Stored]:
+    """An FP8 weight and its scales, in float32 or as exponents alone (E8M0)."""
+    return {name: Stored(shape, "F8_E4M3"), scale_name(name): Stored(scale_shape(shape), scales)}
+
+
+def is_rotary(name: str) -> bool:
+    """Whether a tensor holds the frequencies of the rotary embedding, which `config.json` says already.
+
+    Some published checkpoints store them, once or for every layer. No part of a model is filled from them.
+    """
+    return _ROTARY.fullmatch(name) is not None
 
 
 def copied_from(name: str) -> str | None:

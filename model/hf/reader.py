@@ -4,7 +4,7 @@ Shape legend: R rows read at a time, D columns, M blocks in a column, T blocks i
 """
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -14,12 +14,13 @@ from torch import Tensor
 
 from kernels.quantize.layout import QuantizedBlocks
 from kernels.quantize.reference_blocks import dequantize_128x128
-from model.config import ModelConfig
+from model.config import ModelConfig, PlainRope
 from model.hf.checkpoint import Checkpoint, open_checkpoint
 from model.hf.dtypes import TORCH_DTYPES
 from model.hf.errors import HfError, nearest, shown
 from model.hf.header import Entry
-from model.hf.names import BLOCK, StoredDtype, copied_from, scale_name, weights
+from model.hf.names import BLOCK, StoredDtype, copied_from, is_rotary, scale_name, weights
+from model.rope import inverse_frequencies
 
 CHUNK_BYTES = 2**24
 
@@ -28,29 +29,34 @@ CHUNK_BYTES = 2**24
 class HfSource:
     """How a checkpoint held its tensors, so that they can be written as they were.
 
-    dtypes: by name, those of MTP copies included. scales: of FP8 weights, by the weight's name; float32
+    dtypes: by name, those of MTP copies and of scales included. scales: of FP8 weights, by the weight's name; float32
     [ceil(rows / 128), ceil(columns / 128)]. config: keys of config.json that say nothing about the architecture.
+    rotary: stored frequencies of the rotary embedding, by name, in the type they are stored in.
     """
 
     dtypes: Mapping[str, StoredDtype]
     scales: Mapping[str, Tensor]
     config: Mapping[str, Any]
+    rotary: Mapping[str, Tensor]
 
 
 class HfReader:
     """A checkpoint in the released form: `config.json`, `model.safetensors` or shards with an index.
 
-    All that can be known without reading data is checked when the reader is made.
+    All that can be known without reading data is checked when the reader is made, and stored frequencies of the rotary
+    embedding, which are a few numbers.
 
     Args:
         path: the checkpoint's folder.
+        drop_mtp: leaves out MTP modules.
 
     Raises:
-        HfError: as `model.hf.checkpoint.open_checkpoint`.
+        HfError: as `model.hf.checkpoint.open_checkpoint`, or stored frequencies differ from those of config.json.
     """
 
-    def __init__(self, path: Path | str) -> None:
-        self.checkpoint: Checkpoint = open_checkpoint(Path(path))
+    def __init__(self, path: Path | str, *, drop_mtp: bool = False) -> None:
+        self.checkpoint: Checkpoint = open_checkpoint(Path(path), drop_mtp=drop_mtp)
+        self._rotary = {name: self._read_rotary(name) for name in self.checkpoint.entries if is_rotary(name)}
 
     @property
     def config(self) -> ModelConfig:
@@ -86,13 +92,44 @@ class HfReader:
         self.fill({name: target})
         return target
 
+    @property
+    def rotary(self) -> Mapping[str, Tensor]:
+        """Stored frequencies of the rotary embedding, by name."""
+        return self._rotary
+
     def source(self) -> HfSource:
         """How the checkpoint holds its tensors; reads every FP8 weight's scales."""
         entries = self.checkpoint.entries
         names = [name for name, _ in weights(self.config) if name in entries]
         scales = {name: self._scales(name) for name in names if entries[name].dtype == "F8_E4M3"}
+        stored = [*names, *(scale_name(name) for name in scales)]
         return HfSource(
-            dtypes={name: entries[name].dtype for name in names}, scales=scales, config=self.checkpoint.carried
+            dtypes={name: entries[name].dtype for name in stored},
+            scales=scales,
+            config=self.checkpoint.carried,
+            rotary=self._rotary,
+        )
+
+    def _read_rotary(self, name: str) -> Tensor:
+        """Returns stored frequencies, [R / 2] in the stored type, if they are those that `config.json` asks for.
+
+        Under YaRN both are in use: the plain ones, as training code stores them, and the interpolated ones.
+        """
+        entry, config = self._entry(name), self.config
+        with _opened(entry.file) as file:
+            stored = torch.cat([rows for _, rows in _runs(file, entry, name)])
+        plain = inverse_frequencies(replace(config, rope_scaling=PlainRope(kind="plain")))
+        # A computed power is exact to a few roundings of the stored type.
+        tolerance = 8 * torch.finfo(stored.dtype).eps
+        for expected in (plain, inverse_frequencies(config)):
+            if torch.allclose(stored.double(), expected, rtol=tolerance, atol=0):
+                return stored
+        place = int((stored.double() / plain - 1).abs().nan_to_num(torch.inf).argmax())
+        raise HfError(
+            entry.file,
+            name,
+            f"must be the frequencies of rope_theta {config.rope_theta:g}, {plain[place]:g} at [{place}], "
+            f"is {stored[place].item():g}",
         )
 
     def _entry(self, name: str) -> Entry:
@@ -127,7 +164,7 @@ class HfReader:
         entry, scaled = self._entry(scale_name(name)), scale_name(name)
         with _opened(entry.file) as file:
             runs = [rows for _, rows in _runs(file, entry, scaled)]
-        scales_MT = torch.cat(runs)
+        scales_MT = torch.cat(runs).float()  # of E8M0: exponents become powers of two, exactly
         good = scales_MT.isfinite() & (scales_MT > 0)
         if not good.all():
             where = (~good).nonzero()[0].tolist()

@@ -40,10 +40,11 @@ def read_rope(values: Values, max_position: int) -> tuple[float, RopeScaling]:
         if place.get("partial_rotary_factor") is not None and place.number("partial_rotary_factor") != 1:
             raise place.error("partial_rotary_factor", f"must be 1, is {place.get('partial_rotary_factor')}")
     if inner is None or _kind(inner) == "default":
+        _check_plain_length(values, max_position)
         return theta, PlainRope(kind="plain")
     if theta <= 1:
         raise values.error("rope_theta", f"must be above 1 for YaRN, is {theta}")
-    return theta, _read_yarn(inner, max_position)
+    return theta, _read_yarn(inner, _original_length(values, inner, max_position))
 
 
 def write_rope(theta: float, scaling: RopeScaling) -> dict[str, Any]:
@@ -82,7 +83,31 @@ def _kind(inner: Values) -> Literal["default", "yarn"]:
             raise inner.error("rope_type", f"must be default or yarn, is {shown(other)}")
 
 
-def _read_yarn(inner: Values, max_position: int) -> YarnRope:
+def _check_plain_length(values: Values, max_position: int) -> None:
+    """Refuses an original length that differs from the model's without a scaling that says how it was stretched."""
+    key = "original_max_position_embeddings"
+    if values.get(key) is not None and values.whole(key, 1) != max_position:
+        raise values.error(
+            key,
+            f"must be max_position_embeddings {max_position} without rope_scaling, is {values.get(key)}; "
+            f"nearest: {max_position}",
+        )
+
+
+def _original_length(values: Values, inner: Values, max_position: int) -> int:
+    """Returns the length that YaRN stretches: beside `factor`, or at the top of the file, as transformers reads both.
+
+    Raises:
+        HfError: the two differ, or one is not a length.
+    """
+    key = "original_max_position_embeddings"
+    lengths = [place.whole(key, 1) for place in (inner, values) if place.get(key) is not None]
+    if len(set(lengths)) > 1:
+        raise values.error(key, f"must equal the one of rope_scaling, {lengths[0]}, is {lengths[1]}")
+    return lengths[0] if lengths else max_position
+
+
+def _read_yarn(inner: Values, original_length: int) -> YarnRope:
     factor = inner.number("factor")
     if factor < 1:
         raise inner.error("factor", f"must be at least 1, is {factor}; nearest: 1")
@@ -92,14 +117,11 @@ def _read_yarn(inner: Values, max_position: int) -> YarnRope:
     slow = inner.number("beta_slow") if inner.get("beta_slow") else 1.0
     if fast < slow:
         raise inner.error("beta_fast", f"must be at least beta_slow {slow:g}, is {fast:g}; nearest: {slow:g}")
-    original = inner.get("original_max_position_embeddings")
     mscale, all_dim = _read_scales(inner, factor)
     return YarnRope(
         kind="yarn",
         factor=factor,
-        original_max_position_tokens=max_position
-        if original is None
-        else inner.whole("original_max_position_embeddings", 1),
+        original_max_position_tokens=original_length,
         beta_fast=fast,
         beta_slow=slow,
         mscale=mscale,

@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from data.tokenizer import BEGIN_OF_SENTENCE, END_OF_SENTENCE, PAD, Tokenizer
+from data.special_tokens import BEGIN_OF_SENTENCE, END_OF_SENTENCE, PAD
+from data.tokenizer import Tokenizer
 
 VOCAB_SIZE = 129_280
 

@@ -14,7 +14,7 @@ EMBEDDED = EmbeddedSource(kind="embedded")
 
 
 def files(*paths: Path | str) -> FilesSource:
-    return FilesSource(kind="files", paths=tuple(str(path) for path in paths))
+    return FilesSource(kind="files", paths=tuple(str(path) for path in paths), text_field="text")
 
 
 def test_embedded_is_large_sorted_relative_and_without_tests() -> None:
@@ -73,7 +73,7 @@ def test_bytes_that_are_no_text_become_replacement_characters(tmp_path: Path) ->
     [
         ("{not json", ["object with a string field", "{not json"]),
         ("[1, 2]", ["object with a string field", "[1, 2]"]),
-        ('{"texts": "a", "id": 3}', ["'id', 'texts'", "nearest: 'texts'"]),
+        ('{"texts": "a", "id": 3}', ["'id', 'texts'", "nearest: data.text_field='texts'"]),
         ('{"text": 7}', ["type int", "7"]),
         ("[" * 100_000, ["object with a string field"]),
     ],

@@ -11,7 +11,8 @@ from data.config import DataConfig, FilesSource
 from data.corpus import DataError, read_documents
 from data.loader import Loader
 from data.prepare import check_config, prepare
-from data.tokenizer import BEGIN_OF_SENTENCE, FIM_HOLE, PAD, SPECIAL_TOKENS, USER, Tokenizer
+from data.special_tokens import BEGIN_OF_SENTENCE, END_OF_SENTENCE, FIM_HOLE, PAD
+from data.tokenizer import SPECIAL_TOKENS, USER, Tokenizer
 from tests.data.released_tokenizer import VOCAB_SIZE, write_released
 from tests.tiny import write_text
 
@@ -22,8 +23,11 @@ TEXTS = ["a1 b2 c3 d4 e5", "word word é数 other words"] * 20
 def config(tmp_path: Path) -> DataConfig:
     write_text(tmp_path)
     return DataConfig(
-        source=FilesSource(kind="files", paths=(str(tmp_path / "text"),)),
+        source=FilesSource(kind="files", paths=(str(tmp_path / "text"),), text_field="text"),
         tokenizer=str(write_released(tmp_path / "tokenizer.json", TEXTS)),
+        tokenizer_bos=None,
+        tokenizer_eos=None,
+        tokenizer_pad=None,
         tokenizer_vocab_size=10,
         validation_fraction=0.2,
         fim_rate=0.3,
@@ -91,12 +95,13 @@ def test_given_tokenizer_counts_in_the_cache_by_its_content(config: DataConfig, 
         ([], 0.3, ""),
         ([USER], 0.3, ""),
         ([FIM_HOLE, USER], 0.0, ""),
-        ([FIM_HOLE], 0.3, FIM_HOLE),
-        ([PAD], 0.0, PAD),
-        ([BEGIN_OF_SENTENCE], 0.0, BEGIN_OF_SENTENCE),
+        ([FIM_HOLE], 0.3, ""),
+        ([PAD], 0.0, ""),
+        ([BEGIN_OF_SENTENCE], 0.0, ""),
+        ([END_OF_SENTENCE], 0.0, "tokenizer_eos"),
     ],
 )
-def test_given_tokenizer_needs_the_special_tokens_that_are_placed(
+def test_given_tokenizer_needs_an_end_of_sentence_alone(
     without: list[str], fim_rate: float, missing: str, config: DataConfig, tmp_path: Path
 ) -> None:
     write_released(tmp_path / "tokenizer.json", TEXTS, without=without)
@@ -109,9 +114,9 @@ def test_given_tokenizer_needs_the_special_tokens_that_are_placed(
         with pytest.raises(DataError) as refused:
             refuse(config)
         text = str(refused.value)
-        assert text.startswith(f"data.tokenizer: {tmp_path / 'tokenizer.json'}: ")
-        assert missing in text
-        assert ("data.fim_rate=0" in text) == (missing == FIM_HOLE)
+        assert text.startswith(f"data.{missing}: ")
+        assert str(tmp_path / "tokenizer.json") in text
+        assert f"nearest valid: {BEGIN_OF_SENTENCE}, {PAD}" in text
 
 
 @pytest.mark.parametrize("content", [None, b"", b"{}", b"[1]", b"\xff\xfe", b'{"model": {"type": "BPE"}}'])

@@ -20,8 +20,11 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     lines = [f'{{"text": "{" ".join(str(rng.random()) for _ in range(rng.randrange(1, 9)))}"}}' for _ in range(150)]
     (folder / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
     config = DataConfig(
-        source=FilesSource(kind="files", paths=(str(folder),)),
+        source=FilesSource(kind="files", paths=(str(folder),), text_field="text"),
         tokenizer=None,
+        tokenizer_bos=None,
+        tokenizer_eos=None,
+        tokenizer_pad=None,
         tokenizer_vocab_size=300,
         validation_fraction=0.2,
         fim_rate=0.1,

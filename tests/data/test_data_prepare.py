@@ -27,8 +27,11 @@ def config(tmp_path: Path) -> DataConfig:
         words = [f"word{(number * 7 + place) % 31} é数" for place in range(5 + number * 3)]
         (folder / f"file_{number:02}.txt").write_text(" ".join(words), encoding="utf-8")
     return DataConfig(
-        source=FilesSource(kind="files", paths=(str(folder),)),
+        source=FilesSource(kind="files", paths=(str(folder),), text_field="text"),
         tokenizer=None,
+        tokenizer_bos=None,
+        tokenizer_eos=None,
+        tokenizer_pad=None,
         tokenizer_vocab_size=300,
         validation_fraction=0.2,
         fim_rate=0.3,
@@ -243,18 +246,31 @@ def test_a_cache_dir_that_is_a_file_is_refused(config: DataConfig, tmp_path: Pat
 
 
 def test_an_empty_part_is_refused_and_the_fraction_named_works(config: DataConfig) -> None:
-    for fraction, part in ((1e-9, "validation"), (1.0 - 1e-9, "train")):
-        wrong = dataclasses.replace(config, validation_fraction=fraction)
-        with pytest.raises(DataError, match=rf"data\.validation_fraction: .* leaves the {part} part empty") as caught:
-            prepare(wrong, 16)
-        nearest = float(str(caught.value).rsplit("nearest: ", 1)[1])
-        assert prepare(dataclasses.replace(config, validation_fraction=nearest), 16).validation_tokens > 0
+    wrong = dataclasses.replace(config, validation_fraction=1.0 - 1e-9)
+    with pytest.raises(DataError, match=r"data\.validation_fraction: .* leaves the train part empty") as caught:
+        prepare(wrong, 16)
+    nearest = float(str(caught.value).rsplit("nearest: ", 1)[1])
+    assert prepare(dataclasses.replace(config, validation_fraction=nearest), 16).validation_tokens > 0
 
 
-def test_a_single_document_is_refused(config: DataConfig, tmp_path: Path) -> None:
-    one = FilesSource(kind="files", paths=(str(tmp_path / "text" / "file_03.txt"),))
-    with pytest.raises(DataError, match=r"at least 2 documents, .* got 1"):
-        prepare(dataclasses.replace(config, source=one), 16)
+@pytest.mark.parametrize("fraction", [1e-9, 1.0 - 1e-9])
+def test_a_single_document_is_trained_on_whatever_its_hash(fraction: float, config: DataConfig, tmp_path: Path) -> None:
+    path = tmp_path / "text" / "file_03.txt"
+    one = FilesSource(kind="files", paths=(str(path),), text_field="text")
+    prepared = prepare(dataclasses.replace(config, source=one, validation_fraction=fraction, fim_rate=0.0), 16)
+    assert prepared.validation_tokens == 0
+    assert prepared.validation_tokens_NL.shape == (0, 16)
+    tokens = prepared.train_tokens_NL[prepared.train_positions_NL >= 0]
+    assert prepared.tokenizer.decode(tokens.tolist(), skip_special_tokens=True) == path.read_text("utf-8")
+    # Pieces lie in the order in which they were packed, so the text is compared only if it fits one sequence.
+    assert prepared.bytes_per_token > 1
+    assert prepared.unigram_entropy_nats > 0
+
+
+def test_documents_of_which_none_is_held_out_are_all_trained_on(config: DataConfig) -> None:
+    prepared = prepare(dataclasses.replace(config, validation_fraction=1e-9), 16)
+    assert prepared.validation_tokens == 0
+    assert prepared.train_tokens > 0
 
 
 @pytest.mark.parametrize(
@@ -287,6 +303,9 @@ def test_embedded_corpus_is_prepared_within_its_time(tmp_path: Path) -> None:
     config = DataConfig(
         source=EmbeddedSource(kind="embedded"),
         tokenizer=None,
+        tokenizer_bos=None,
+        tokenizer_eos=None,
+        tokenizer_pad=None,
         tokenizer_vocab_size=4096,
         validation_fraction=0.02,
         fim_rate=0.1,

@@ -11,7 +11,7 @@ from tests.model.hf_checkpoints import FP8_CONFIG, edit_json
 from tests.model.hf_damage import CONFIG, assert_refused, sound_checkpoint
 
 CONFIG_CASES: dict[str, tuple[dict[str, Any], str]] = {
-    "other model": ({"model_type": "llama"}, "model_type: must be deepseek_v3, is 'llama'"),
+    "other model": ({"model_type": "llama"}, "model_type: must be deepseek_v3 or kimi_k2, is 'llama'"),
     "biases": ({"attention_bias": True}, "attention_bias: must be false"),
     "biases as text": ({"attention_bias": "false"}, "attention_bias: must be false"),
     "tied": ({"tie_word_embeddings": True}, "tie_word_embeddings: must be false"),

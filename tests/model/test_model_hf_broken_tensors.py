@@ -94,7 +94,7 @@ CASES: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "scales missing": (edit_tensors(lambda tensors: tensors.pop(SCALED + "_scale_inv")), (SCALED, "is missing")),
     "scales of another shape": (
         replace(SCALED + "_scale_inv", lambda tensor: tensor[:1]),
-        (SCALED + "_scale_inv", "must be F32 [2, 1], is F32 [1, 1]"),
+        (SCALED + "_scale_inv", "must be F32 or F8_E8M0 [2, 1], is F32 [1, 1]"),
     ),
     "scales in bfloat16": (
         replace(SCALED + "_scale_inv", lambda tensor: tensor.bfloat16()),

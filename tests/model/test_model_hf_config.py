@@ -175,7 +175,7 @@ def test_what_is_written_is_what_transformers_reads(tmp_path: Path) -> None:
     config = replace(MODEL, q_lora_rank=None, mtp_depth=0)
     carried = {"bos_token_id": 3, "eos_token_id": [4, 5], "surprise": 1}
     keys = write_config(config, dtype="BF16", fp8=True, carried=carried)
-    assert "surprise" not in keys
+    assert keys["surprise"] == 1
     reference = AutoConfig.from_pretrained(written(tmp_path, keys))
     assert isinstance(reference, DeepseekV3Config)
     assert reference.architectures == ["DeepseekV3ForCausalLM"]

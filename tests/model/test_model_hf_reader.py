@@ -138,9 +138,8 @@ def test_source_tells_every_type_and_scale(fp8: tuple[Path, dict[str, Tensor]]) 
     folder, _ = fp8
     source, tensors = HfReader(folder).source(), read_tensors(folder)
     words = {torch.bfloat16: "BF16", torch.float32: "F32", torch.float8_e4m3fn: "F8_E4M3"}
-    plain = {name: tensor for name, tensor in tensors.items() if not name.endswith("_scale_inv")}
-    assert source.dtypes == {name: words[tensor.dtype] for name, tensor in plain.items()}
-    assert source.scales.keys() == {name for name in plain if is_quantised(name)}
+    assert source.dtypes == {name: words[tensor.dtype] for name, tensor in tensors.items()}
+    assert source.scales.keys() == {name for name in tensors if is_quantised(name)}
     for name, scales in source.scales.items():
         assert torch.equal(scales, tensors[f"{name}_scale_inv"])
     assert source.config["quantization_config"] == FP8_CONFIG

@@ -1,0 +1,225 @@
+"""Which tokens of a tokenizer begin, end and fill a document, and which mark fill-in-the-middle. No torch here.
+
+For each of begin (bos), end (eos) and padding (pad), the first of these that names one decides: the configuration;
+`tokenizer_config.json`, `special_tokens_map.json` and `generation_config.json` beside the tokenizer; this project's own
+names; names that many tokenizers use.
+"""
+
+import difflib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import tokenizers
+
+from data.corpus import DataError
+
+Kind = Literal["bos", "eos", "pad"]
+
+BEGIN_OF_SENTENCE = "<｜begin▁of▁sentence｜>"
+END_OF_SENTENCE = "<｜end▁of▁sentence｜>"
+PAD = "<｜▁pad▁｜>"
+FIM_BEGIN = "<｜fim▁begin｜>"
+FIM_HOLE = "<｜fim▁hole｜>"
+FIM_END = "<｜fim▁end｜>"
+FIM_TOKENS = (FIM_BEGIN, FIM_HOLE, FIM_END)
+
+TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
+TOKENS_MAP_NAME = "special_tokens_map.json"
+GENERATION_NAME = "generation_config.json"
+LARGEST_BYTES = 2**26
+
+# Before the prefix, before the suffix, before the middle: DeepSeek; Qwen Coder; StarCoder; Code Llama.
+_FIM_FAMILIES = (
+    FIM_TOKENS,
+    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
+    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
+    ("▁<PRE>", "▁<SUF>", "▁<MID>"),
+)
+_KNOWN: dict[Kind, tuple[str, ...]] = {
+    "bos": (BEGIN_OF_SENTENCE, "<s>", "<|begin_of_text|>", "<|startoftext|>", "[BOS]", "<bos>"),
+    "eos": (END_OF_SENTENCE, "</s>", "<|end_of_text|>", "<|endoftext|>", "[EOS]", "<eos>"),
+    "pad": (PAD, "<pad>", "<|finetune_right_pad_id|>", "[PAD]", "<|pad|>"),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SpecialNames:
+    """Names of special tokens as the configuration gives them; None: as the tokenizer's files say. `bos` "": none."""
+
+    bos: str | None
+    eos: str | None
+    pad: str | None
+
+    def of(self, kind: Kind) -> str | None:
+        """Returns the name for a kind."""
+        return {"bos": self.bos, "eos": self.eos, "pad": self.pad}[kind]
+
+
+AS_THE_FILES_SAY = SpecialNames(bos=None, eos=None, pad=None)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SpecialIds:
+    """Ids of special tokens.
+
+    Attributes:
+        bos: before every document; None if the tokenizer has none, or the same as `eos`: documents are separated once.
+        eos: behind every document.
+        pad: fills the rest of a sequence; `eos` if the tokenizer has none.
+        fim: before a document's prefix, its suffix and its middle; None if the tokenizer has no such tokens.
+    """
+
+    bos: int | None
+    eos: int
+    pad: int
+    fim: tuple[int, int, int] | None
+
+    @property
+    def all_ids(self) -> tuple[int, ...]:
+        """Every id that is placed and never read from text."""
+        return tuple(number for number in (self.bos, self.eos, self.pad, *(self.fim or ())) if number is not None)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BesideFiles:
+    """What the files beside a tokenizer say, by file name, and the bytes of `tokenizer_config.json`."""
+
+    values: Mapping[str, Mapping[str, Any]]
+    config_content: bytes | None
+
+
+NO_FILES = BesideFiles(values={}, config_content=None)
+
+
+def read_beside(folder: Path, key: str) -> BesideFiles:
+    """Reads the files beside a tokenizer that name special tokens.
+
+    Args:
+        folder: that holds the tokenizer.
+        key: of the configuration that names the tokenizer, for errors.
+
+    Raises:
+        DataError: a file is not a JSON object, or is too large to be one of these.
+    """
+    values: dict[str, Mapping[str, Any]] = {}
+    config_content = None
+    for name in (TOKENIZER_CONFIG_NAME, TOKENS_MAP_NAME, GENERATION_NAME):
+        path = folder / name
+        if not path.is_file():
+            continue
+        try:
+            if path.stat().st_size > LARGEST_BYTES:
+                raise ValueError(f"it has more than {LARGEST_BYTES} bytes")
+            content = path.read_bytes()
+            read = json.loads(content.decode())
+        except (OSError, ValueError, RecursionError) as error:
+            raise DataError(f"{key}: {path} must be a JSON object, cannot be read ({error})") from error
+        if not isinstance(read, dict):
+            raise DataError(f"{key}: {path} must be a JSON object, is of type {type(read).__name__}")
+        values[name] = read
+        config_content = content if name == TOKENIZER_CONFIG_NAME else config_content
+    return BesideFiles(values=values, config_content=config_content)
+
+
+def find_special_ids(backend: tokenizers.Tokenizer, names: SpecialNames, beside: BesideFiles, place: str) -> SpecialIds:
+    """Returns the ids of a tokenizer's special tokens.
+
+    Args:
+        backend: of the tokenizer.
+        names: of the configuration.
+        beside: what the files beside the tokenizer say.
+        place: names the tokenizer in errors.
+
+    Raises:
+        DataError: a named token is not in the vocabulary, or no token ends a document.
+    """
+    eos = _find("eos", backend, names, beside, place)
+    if eos is None:
+        raise DataError(
+            f"data.tokenizer_eos: must name the token that ends a document, as {place} does not say; "
+            f"{_choices(backend)}"
+        )
+    bos, pad = (_find(kind, backend, names, beside, place) for kind in ("bos", "pad"))
+    fim = next((found for family in _FIM_FAMILIES if (found := _family(backend, family)) is not None), None)
+    return SpecialIds(bos=None if bos == eos else bos, eos=eos, pad=eos if pad is None else pad, fim=fim)
+
+
+def describe_special(backend: tokenizers.Tokenizer, ids: SpecialIds) -> dict[str, str | None]:
+    """Returns the names of begin, end and padding under the keys of `tokenizer_config.json`."""
+    return {
+        "bos_token": None if ids.bos is None else backend.id_to_token(ids.bos),
+        "eos_token": backend.id_to_token(ids.eos),
+        "pad_token": backend.id_to_token(ids.pad),
+    }
+
+
+def _find(
+    kind: Kind, backend: tokenizers.Tokenizer, names: SpecialNames, beside: BesideFiles, place: str
+) -> int | None:
+    named = names.of(kind)
+    if named is not None:
+        return None if kind == "bos" and not named else _named(kind, named, backend, place)
+    for name in (TOKENIZER_CONFIG_NAME, TOKENS_MAP_NAME):
+        values = beside.values.get(name, {})
+        if kind == "bos" and values.get("add_bos_token") is False:
+            return None
+        if f"{kind}_token" in values:
+            token = _content(values[f"{kind}_token"])
+            return None if token is None else _of_file(kind, token, backend, f"{place}, {name}")
+    number = beside.values.get(GENERATION_NAME, {}).get(f"{kind}_token_id")
+    number = number[0] if isinstance(number, list) and number else number
+    if type(number) is int and backend.id_to_token(number) is not None:
+        return number
+    found = (backend.token_to_id(token) for token in _KNOWN[kind])
+    return next((number for number in found if number is not None), None)
+
+
+def _named(kind: Kind, token: str, backend: tokenizers.Tokenizer, place: str) -> int:
+    """Returns the id of a token that the configuration names, which no text may become."""
+    number = backend.token_to_id(token)
+    if number is None:
+        raise DataError(
+            f"data.tokenizer_{kind}: must be a token of {place}, is {token!r}; {_choices(backend, near=token)}"
+        )
+    backend.add_special_tokens([token])
+    backend.encode_special_tokens = True
+    if backend.encode(token, add_special_tokens=False).ids == [number]:
+        raise DataError(
+            f"data.tokenizer_{kind}: must be a special token of {place}, is {token!r}, which text becomes too; "
+            f"{_choices(backend, without=token)}"
+        )
+    return int(number)
+
+
+def _of_file(kind: Kind, token: str, backend: tokenizers.Tokenizer, place: str) -> int:
+    number = backend.token_to_id(token)
+    if number is None:
+        raise DataError(
+            f"data.tokenizer_{kind}: must be given, as {place} names {token!r}, which is not in the vocabulary; "
+            f"{_choices(backend)}"
+        )
+    return int(number)
+
+
+def _content(token: object) -> str | None:
+    """Returns a token's text, which files hold as it is or as the `content` of an object; None if there is none."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) and text else None
+
+
+def _family(backend: tokenizers.Tokenizer, family: Iterable[str]) -> tuple[int, int, int] | None:
+    prefix, suffix, middle = (backend.token_to_id(token) for token in family)
+    return None if prefix is None or suffix is None or middle is None else (prefix, suffix, middle)
+
+
+def _choices(backend: tokenizers.Tokenizer, *, near: str = "", without: str = "") -> str:
+    """Returns the end of an error: special tokens to choose from, the one nearest to a name first."""
+    added = backend.get_added_tokens_decoder()
+    names = [added[number].content for number in sorted(added)]
+    names = [name for name in names if name != without]
+    close = difflib.get_close_matches(near, names, n=1, cutoff=0.5)
+    shown = [*close, *(name for name in names if name not in close)][:6]
+    return f"nearest valid: {', '.join(shown)}" if shown else "it has no special token"
