@@ -25,6 +25,7 @@ from data.special_tokens import (
     find_special_ids,
     read_beside,
 )
+from data.tiktoken_file import TIKTOKEN_NAME, read_tiktoken
 
 USER = "<｜User｜>"
 ASSISTANT = "<｜Assistant｜>"
@@ -32,6 +33,7 @@ SPECIAL_TOKENS = (BEGIN_OF_SENTENCE, END_OF_SENTENCE, PAD, *FIM_TOKENS, USER, AS
 
 LARGEST_BYTES = 2**28
 CONTEXT_TOKENS = 16
+TOKENIZER_NAME = "tokenizer.json"
 MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
 
 # Applied one after the other, as for DeepSeek-V3: digits by three, CJK runs, then words, punctuation with the
@@ -176,25 +178,29 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: Path, key: str = "tokenizer", names: SpecialNames = AS_THE_FILES_SAY) -> "Tokenizer":
-        """Reads what `save` wrote, or a published `tokenizer.json` and the files beside it that name special tokens.
+        """Reads what `save` wrote, or a published tokenizer and the files beside it that name special tokens.
 
         Args:
-            path: of the file.
+            path: of a `tokenizer.json`, or of a `tiktoken.model`.
             key: of the configuration that names it, for errors.
             names: special tokens that the configuration names.
 
         Raises:
             DataError: the file is missing or is no tokenizer, or nothing says what ends a document.
         """
+        beside = read_beside(path.parent, key)
         try:
             if not path.is_file() or path.stat().st_size > LARGEST_BYTES:
                 raise ValueError(f"it must be a file of at most {LARGEST_BYTES} bytes")
-            content = path.read_bytes()
-            backend = tokenizers.Tokenizer.from_str(content.decode())
+            if path.name == TIKTOKEN_NAME:
+                content, backend = None, read_tiktoken(path, beside.values.get(TOKENIZER_CONFIG_NAME, {}))
+            else:
+                content = path.read_bytes()
+                backend = tokenizers.Tokenizer.from_str(content.decode())
         except Exception as error:  # the backend raises bare Exception for anything that it cannot parse
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise DataError(f"{key}: {path} must be a saved tokenizer: {reason}") from error
-        return cls(backend, content, f"{key}: {path}", names=names, beside=read_beside(path.parent, key))
+        return cls(backend, content, f"{key}: {path}", names=names, beside=beside)
 
     def save(self, path: Path) -> list[Path]:
         """Writes the tokenizer in the format of the `tokenizers` library, a read one byte by byte.
@@ -261,6 +267,23 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """The text of ids; bytes that are no UTF-8 become U+FFFD. Special tokens show by name unless skipped."""
         return str(self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
+
+
+def find_tokenizer_file(folder: Path) -> Path | None:
+    """Returns the tokenizer's file in a folder, None if there is none of a form that is read."""
+    paths = (folder / name for name in (TOKENIZER_NAME, TIKTOKEN_NAME))
+    return next((path for path in paths if path.is_file()), None)
+
+
+def other_tokenizer(folder: Path) -> str:
+    """Returns which tokenizer a folder holds in a form that is not read, and how to save it in one; empty if none."""
+    names = [name for name in ("tokenizer.model", "vocab.json", "vocab.txt") if (folder / name).is_file()]
+    if not names:
+        return ""
+    return (
+        f'holds {names[0]}, which is read once it is saved as {TOKENIZER_NAME}: python -c "from transformers import '
+        f"AutoTokenizer; AutoTokenizer.from_pretrained('{folder}').save_pretrained('NEW_FOLDER')\""
+    )
 
 
 def check_vocab_size(vocab_size: int) -> None:

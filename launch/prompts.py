@@ -5,9 +5,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.tokenizer import Tokenizer
+from data.tokenizer import Tokenizer, find_tokenizer_file
 from launch.errors import ConfigError, nearest
-from train.manifest import TOKENIZER_NAME
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +70,8 @@ def find_tokenizer(folder: Path) -> Tokenizer | None:
     Raises:
         DataError: there is a file, but no tokenizer in it.
     """
-    path = folder / TOKENIZER_NAME
-    return Tokenizer.load(path) if path.is_file() else None
+    path = find_tokenizer_file(folder)
+    return None if path is None else Tokenizer.load(path)
 
 
 def _field(place: str, line: str) -> str:

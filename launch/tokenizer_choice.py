@@ -3,6 +3,7 @@
 from functools import partial
 from pathlib import Path
 
+from data.tokenizer import find_tokenizer_file, other_tokenizer
 from launch.errors import ConfigError, nearest
 from train.integrity import find_resumed, verify
 from train.manifest import CHECKPOINTS_NAME, TOKENIZER_NAME, find_checkpoint, read_manifest
@@ -43,8 +44,11 @@ def expand_tokenizer(tokenizer: object, init_from: object, resume: object) -> ob
 def _of_weights(init_from: object) -> Path | None:
     if not isinstance(init_from, str):
         return None
-    path = source_folder(init_from, "init_from") / TOKENIZER_NAME
-    return path if path.is_file() else None
+    folder = source_folder(init_from, "init_from")
+    path = find_tokenizer_file(folder)
+    if path is None and (found := other_tokenizer(folder)):
+        raise ConfigError(f"data.tokenizer: auto takes the tokenizer of init_from={init_from}, which {found}")
+    return path
 
 
 def _of_resumed(resume: str) -> Path | None:
@@ -57,7 +61,8 @@ def _of_resumed(resume: str) -> Path | None:
 def _in_folder(folder: Path) -> Path:
     if (folder / CHECKPOINTS_NAME).is_dir():
         folder = find_checkpoint(str(folder), "data.tokenizer")
-    path = folder / TOKENIZER_NAME
-    if not path.is_file():
-        raise ConfigError(f"data.tokenizer: {str(folder)!r} must hold a {TOKENIZER_NAME}, holds none")
+    path = find_tokenizer_file(folder)
+    if path is None:
+        found = other_tokenizer(folder) or "holds none"
+        raise ConfigError(f"data.tokenizer: {str(folder)!r} must hold a {TOKENIZER_NAME}, {found}")
     return path

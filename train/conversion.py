@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from data.corpus import DataError
-from data.tokenizer import Tokenizer
+from data.tokenizer import Tokenizer, find_tokenizer_file
 from model.config import ModelConfig
 from model.convert import rotary_plan
 from model.hf.dtypes import TORCH_DTYPES, stored_dtype
@@ -204,7 +204,10 @@ def _tokenizer_file(folder: Path) -> dict[str, bytes]:
 def _for_servers(source: _Source) -> tuple[dict[str, int], dict[str, bytes]]:
     """Keys of `config.json`, and files, that inference servers read, for what the source does not have."""
     try:
-        tokenizer = Tokenizer.load(source.folder / TOKENIZER_NAME)
+        path = find_tokenizer_file(source.folder)
+        if path is None:
+            return {}, {}
+        tokenizer = Tokenizer.load(path)
     except DataError:
         return {}, {}
     return server_files(tokenizer, source.config.max_position_tokens)
