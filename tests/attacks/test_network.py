@@ -84,7 +84,12 @@ def victim(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Victim]:
                 time.sleep(0.05)
             yield Victim(process, folder, (json.loads(paths[0].read_text()), json.loads(paths[1].read_text())))
         finally:
-            process.kill()
+            (folder / "over").touch()
+            process.terminate()  # so that it removes its temporary folder
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
 
 
 def _send(victim: Victim, datagrams: list[tuple[int, bytes]]) -> None:

@@ -39,7 +39,7 @@ def watched_rank(config: TrainConfig) -> int:
         num_operations[0] += 1
 
     def step(*arguments: Any) -> Any:
-        watch = next(thread for thread in threading.enumerate() if thread.name == "watch")
+        watch = next(thread for thread in threading.enumerate() if thread.name == "watchdog")
         before = time.process_time(), _thread_seconds(watch), num_operations[0]
         result = plain(*arguments)
         after = time.process_time(), _thread_seconds(watch), num_operations[0]
