@@ -47,10 +47,10 @@ step() {
 }
 
 # A short run from scratch: train NAME OVERRIDES...
-COMMON=(experiment=quickstart stage.steps=6 stage.validation_sequences=0 stage.sample_tokens=0
-    stage.checkpoint_every_steps=3)
+COMMON=(experiment=quickstart stage.validation_sequences=0 stage.sample_tokens=0)
+SIX_STEPS=(stage.steps=6 stage.checkpoint_every_steps=3)
 ONE_RANK=(parallelism=one_rank schedule=1f1b model.mtp_depth=0 dispatch=local)
-TINY=(model=tiny model.mtp_depth=0 stage.steps=2 stage.checkpoint_every_steps=2 stage.sequence_length_tokens=32
+TINY=(model=tiny stage.steps=2 stage.checkpoint_every_steps=2 stage.sequence_length_tokens=32
     stage.micro_batch_sequences=1 stage.global_batch_sequences=2 data.tokenizer_vocab_size=320 data=files
     "data.paths=[kernels]" "data.cache_dir=$OUT/cache")
 train() {
@@ -65,7 +65,7 @@ train_one_rank() {
     if [ -n "$DRY" ]; then
         train "$name" "${ONE_RANK[@]}" "$@" cluster=laptop "${TINY[@]}"
     else
-        train "$name" "${ONE_RANK[@]}" cluster=one_gpu "$@"
+        train "$name" "${ONE_RANK[@]}" "${SIX_STEPS[@]}" cluster=one_gpu "$@"
     fi
 }
 # Several ranks: a dry run only composes and checks the configuration.
@@ -73,9 +73,10 @@ train_ranks() {
     local name=$1
     shift
     if [ -n "$DRY" ]; then
-        "$PYTHON" -m tests.gpu.day.check_configuration "${COMMON[@]}" "out_dir=$OUT/runs/$name" "$@"
+        "$PYTHON" -m tests.gpu.day.check_configuration "${COMMON[@]}" "${SIX_STEPS[@]}" \
+            "out_dir=$OUT/runs/$name" "$@"
     else
-        train "$name" "$@"
+        train "$name" "${SIX_STEPS[@]}" "$@"
     fi
 }
 # Losses of runs side by side; a dry run has none of several ranks.
@@ -97,7 +98,7 @@ on_cpu() {
 resumed() {
     local first=$OUT/runs/gpu4 again=$OUT/runs/again file
     if [ -z "$DRY" ]; then
-        train again "${ON_GPU[@]}" "${FOUR[@]}" "resume=$first/checkpoints/step-00000003" &&
+        train again "${SIX_STEPS[@]}" "${ON_GPU[@]}" "${FOUR[@]}" "resume=$first/checkpoints/step-00000003" &&
             losses "$first" "$again" --at-most 0 || return
         for file in "$first"/checkpoints/step-00000006/*.distcp; do
             cmp "$file" "$again/checkpoints/step-00000006/${file##*/}" || return
