@@ -10,11 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.config import DataConfig
-from data.corpus import DataError, Document, hash_unit, is_validation, read_documents
+from data.corpus import DataError, Document, hash_unit, is_validation, list_files, read_documents
 from data.fim import cut_for_fim, join_fim_tokens
+from data.progress import Progress, Quiet
 from data.tokenizer import Tokenizer
 
 Part = Literal["train", "validation"]
+QUIET = Quiet()
 
 # Merges settle long before: more text costs time and changes almost no merge.
 TOKENIZER_TEXT_BYTES = 64 * 2**20
@@ -30,7 +32,9 @@ class PartSize:
     text_bytes: int
 
 
-def build_encoded(config: DataConfig, given: Tokenizer | None, folder: Path) -> dict[str, int | float | str]:
+def build_encoded(
+    config: DataConfig, given: Tokenizer | None, folder: Path, progress: Progress = QUIET
+) -> dict[str, int | float | str]:
     """Writes `tokenizer.json` and each part's `PART_tokens.npy` and `PART_lengths.npy` into a folder.
 
     A document is begin of sentence if the tokenizer has one, its text (or its fill-in-the-middle form), end of
@@ -40,6 +44,7 @@ def build_encoded(config: DataConfig, given: Tokenizer | None, folder: Path) -> 
         config: says the source and what becomes of its text.
         given: the tokenizer; None: one is trained.
         folder: empty.
+        progress: shows how far it is.
 
     Returns:
         For `meta.json`: each part's documents, bytes of text and tokens.
@@ -47,14 +52,14 @@ def build_encoded(config: DataConfig, given: Tokenizer | None, folder: Path) -> 
     Raises:
         DataError: the source cannot be read, or no document would be trained on.
     """
-    sizes = measure_parts(config)
+    sizes = measure_parts(config, progress)
     if sizes["validation"].num_documents == 0:
         config = replace(config, validation_fraction=0.0)
-    tokenizer = given or train_tokenizer(config, sizes["train"].text_bytes)
+    tokenizer = given or train_tokenizer(config, sizes["train"].text_bytes, progress)
     tokenizer.save(folder / "tokenizer.json")
     values: dict[str, int | float | str] = {}
     for part, size in sizes.items():
-        tokens, lengths = encode_part(config, part, tokenizer)
+        tokens, lengths = encode_part(config, part, tokenizer, size.text_bytes, progress)
         np.save(folder / f"{part}_tokens.npy", tokens)
         np.save(folder / f"{part}_lengths.npy", lengths)
         values[f"{part}_documents"] = size.num_documents
@@ -63,7 +68,7 @@ def build_encoded(config: DataConfig, given: Tokenizer | None, folder: Path) -> 
     return values
 
 
-def measure_parts(config: DataConfig) -> dict[Part, PartSize]:
+def measure_parts(config: DataConfig, progress: Progress = QUIET) -> dict[Part, PartSize]:
     """Reads the source once and says how much each part holds.
 
     Raises:
@@ -73,10 +78,11 @@ def measure_parts(config: DataConfig) -> dict[Part, PartSize]:
     num_documents: dict[Part, int] = {"train": 0, "validation": 0}
     text_bytes: dict[Part, int] = {"train": 0, "validation": 0}
     units: list[float] = [1.0, 0.0]
-    for document in read_documents(config.source):
+    total = sum(file.path.stat().st_size for file in list_files(config.source))
+    for document in progress.over("reading the corpus", read_documents(config.source), total, _text_bytes):
         part = _part_of(document, config)
         num_documents[part] += 1
-        text_bytes[part] += len(document.text.encode("utf-8"))
+        text_bytes[part] += _text_bytes(document)
         unit = hash_unit("split", config.seed, document.key)
         units = [min(units[0], unit), max(units[1], unit)]
     if num_documents["train"] == 0:
@@ -93,7 +99,7 @@ def read_part(config: DataConfig, part: Part) -> Iterator[Document]:
     return (document for document in read_documents(config.source) if _part_of(document, config) == part)
 
 
-def train_tokenizer(config: DataConfig, train_bytes: int) -> Tokenizer:
+def train_tokenizer(config: DataConfig, train_bytes: int, progress: Progress = QUIET) -> Tokenizer:
     """The tokenizer of the training part: of all of it, or of a sample of its chunks where it is large.
 
     Args:
@@ -108,10 +114,14 @@ def train_tokenizer(config: DataConfig, train_bytes: int) -> Tokenizer:
                 if hash_unit("tokenizer", config.seed, f"{document.key}@{start}") < share:
                     yield document.text[start : start + TOKENIZER_CHUNK_CHARACTERS]
 
-    return Tokenizer.train(chunks(), config.tokenizer_vocab_size)
+    total = min(train_bytes, TOKENIZER_TEXT_BYTES)
+    read = progress.over("reading text for the tokenizer", chunks(), total, lambda text: len(text.encode()))
+    return Tokenizer.train(read, config.tokenizer_vocab_size)
 
 
-def encode_part(config: DataConfig, part: Part, tokenizer: Tokenizer) -> tuple[NDArray[np.integer], NDArray[np.int64]]:
+def encode_part(
+    config: DataConfig, part: Part, tokenizer: Tokenizer, text_bytes: int = 0, progress: Progress = QUIET
+) -> tuple[NDArray[np.integer], NDArray[np.int64]]:
     """The part's tokens end to end (uint16 where the vocabulary allows, else int32), and each document's length.
 
     Only training documents are turned fill-in-the-middle, and only if the tokenizer has tokens for it: validation loss
@@ -123,7 +133,8 @@ def encode_part(config: DataConfig, part: Part, tokenizer: Tokenizer) -> tuple[N
     tokens: list[NDArray[np.integer]] = [np.empty(0, dtype=dtype)]
     lengths: list[int] = []
     first_index = 0
-    for texts in _batches(read_part(config, part)):
+    batches = _batches(read_part(config, part))
+    for texts in progress.over(f"encoding the {part} part", batches, text_bytes, _batch_bytes):
         for ids in _encode_texts(texts, rate, config.seed, first_index, tokenizer):
             tokens.append(np.asarray(ids, dtype=dtype))
             lengths.append(len(ids))
@@ -158,6 +169,14 @@ def _batches(documents: Iterator[Document]) -> Iterator[list[str]]:
             texts, characters = [], 0
     if texts:
         yield texts
+
+
+def _text_bytes(document: Document) -> int:
+    return len(document.text.encode("utf-8"))
+
+
+def _batch_bytes(texts: Sequence[str]) -> int:
+    return sum(len(text.encode("utf-8")) for text in texts)
 
 
 def _part_of(document: Document, config: DataConfig) -> Part:

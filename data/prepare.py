@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from data.cache import CacheEntry, open_or_build
 from data.config import DataConfig, FilesSource
 from data.corpus import DataError, check_source, list_files
-from data.encode import build_encoded
+from data.encode import QUIET, build_encoded
 from data.pack import pack_documents
+from data.progress import Progress
 from data.special_tokens import TOKENIZER_CONFIG_NAME, SpecialNames
 from data.tokenizer import Tokenizer, check_vocab_size
 
@@ -104,7 +105,7 @@ def _check_no_names(config: DataConfig) -> None:
             )
 
 
-def prepare(config: DataConfig, sequence_length_tokens: int) -> Prepared:
+def prepare(config: DataConfig, sequence_length_tokens: int, progress: Progress = QUIET) -> Prepared:
     """Opens the corpus for sequences of a length, building what is not in the cache yet.
 
     Two levels are kept under `config.cache_dir`: encoded documents, and their packing for each length. Their
@@ -114,6 +115,7 @@ def prepare(config: DataConfig, sequence_length_tokens: int) -> Prepared:
     Args:
         config: `cache_dir` may begin with `~`.
         sequence_length_tokens: L, at least 2.
+        progress: shows how far the building is.
 
     Raises:
         DataError: as `check_config`; or a part would be empty; or the cache cannot be written.
@@ -129,7 +131,7 @@ def prepare(config: DataConfig, sequence_length_tokens: int) -> Prepared:
 
     def build(folder: Path) -> Mapping[str, int | float | str]:
         check_config(config)
-        encoded = open_or_build(cache_dir, encoded_name, lambda inner: build_encoded(config, given, inner))
+        encoded = open_or_build(cache_dir, encoded_name, lambda inner: build_encoded(config, given, inner, progress))
         return _build_packed(encoded, sequence_length_tokens, folder)
 
     return _open_prepared(open_or_build(cache_dir, f"packed-{sequence_length_tokens}-{encoded_name}", build))

@@ -60,6 +60,8 @@ def main(overrides: Sequence[str]) -> int:
     config = _read(overrides)
     with system_errors(), _signals_unwind():
         _check(config)
+        # torch takes a second or more to import.
+        print(f"reading {config.path}", file=sys.stderr, flush=True)
         from train.conversion import Conversion, convert
 
         conversion = Conversion(

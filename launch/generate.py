@@ -203,6 +203,8 @@ def _run(config: GenerateCommandConfig, source: Source, prompts: Sequence[Prompt
 
 
 def _load(config: GenerateCommandConfig, source: Source) -> "Transformer":
+    # torch takes a second or more to import.
+    print(f"reading the weights of {source.folder}", file=sys.stderr, flush=True)
     # Spinning threads, OpenMP's default, cost several times the work itself where others use the cores too.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch

@@ -32,6 +32,10 @@ from launch.help.preview import plain_text
 from launch.report import command
 
 
+# Ranks times micro-batches from which the work takes about half a second.
+_LONG_WORK = 512
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScheduleCommandConfig:
     """What the command shows: a schedule, the costs and the memory cap that it is made for, the form and the file."""
@@ -64,6 +68,9 @@ def main(overrides: Sequence[str]) -> int:
         ScheduleError: ranks, micro-batches, costs or a memory cap that no schedule can take.
     """
     config = decode(ScheduleCommandConfig, compose("schedule", overrides))
+    if config.num_ranks * config.num_micro_batches >= _LONG_WORK:
+        size = f"{config.num_ranks} ranks and {config.num_micro_batches} micro-batches"
+        print(f"computing schedules of {size}", file=sys.stderr, flush=True)
     _write(_shown(config), config.out)
     return 0
 

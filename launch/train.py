@@ -8,11 +8,13 @@ import signal
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
 from comm.exit_codes import EXIT_PREEMPTED
 from comm.preemption import Preemption, handled_signals
+from data.progress import progress_on
 from launch.compose import compose
 from launch.config import check, read_config, write_config
 from launch.environment import apply_rank_environment
@@ -110,7 +112,7 @@ def _check_named(config: TrainConfig) -> None:
     """
     if config.resume is not None and (Path(config.resume).expanduser() / MANIFEST_NAME).is_file():
         with system_errors():
-            find_resumed(config.resume, verify)
+            find_resumed(config.resume, partial(verify, progress=progress_on()))
 
 
 def leave(code: int, environment: Mapping[str, str]) -> int:
@@ -141,7 +143,8 @@ def _run_local(config: TrainConfig) -> int:
         # One process fills the cache while the fork server imports; the ranks then only open it.
         from train.corpus import prepare_corpus
 
-        prepare_corpus(config)
+        print(f"{config.name}: starting {config.parallelism.world_size} ranks", flush=True)
+        prepare_corpus(config, progress_on())
         with held_folder(config, datetime.now()) as (config, _):
             return run_ranks(Path(config.out_dir), config.parallelism.world_size, train_rank)
     finally:

@@ -1,6 +1,7 @@
 """Weights from one form of checkpoint to another, tensor by tensor: never above two shards in memory."""
 
 import os
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from data.corpus import DataError
+from data.progress import progress_text
 from data.tokenizer import Tokenizer, find_tokenizer_file
 from model.config import ModelConfig
 from model.convert import rotary_plan
@@ -223,6 +225,7 @@ class _Counter:
         self._shard_bytes = shard_bytes
         self._say = say
         self._read: set[str] = set()
+        self._began = time.monotonic()
         self.num_bytes = 0
         self.num_tensors = 0
 
@@ -236,8 +239,8 @@ class _Counter:
         self.num_tensors += 1
         self.num_bytes += self._sizes.get(name, 0)
         if self.num_bytes // self._shard_bytes > shards_before:
-            done, total = _bytes_text(self.num_bytes), _bytes_text(sum(self._sizes.values()))
-            self._say(f"read {self.num_tensors} of {len(self._sizes)} tensors, {done} of {total}")
+            how_far = progress_text(self.num_bytes, sum(self._sizes.values()), time.monotonic() - self._began)
+            self._say(f"read {self.num_tensors} of {len(self._sizes)} tensors, {how_far}")
         return tensor
 
 

@@ -1,10 +1,11 @@
 """Whether a checkpoint is whole, by its manifest, and which one a run goes on from. No torch here."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data.progress import Progress, Quiet
 from model.account import count_parameters
 from train.digests import file_problem, record_hash
 from train.manifest import (
@@ -20,6 +21,7 @@ from train.model_record import read_model_record
 # Weights, their average, master weights and moments take at most 28 in float64 and float32.
 _BYTES_PER_WEIGHT = 64
 _LEAST_BYTES = 2**30
+_QUIET = Quiet()
 
 Check = Callable[[Path], str]
 """Tells what is wrong with a checkpoint, in one line; empty where it is whole."""
@@ -59,12 +61,13 @@ def _size_problem(model: object, files: Mapping[str, Any]) -> str:
     return f"files must have at most {most} bytes for this architecture, have {total}" if total > most else ""
 
 
-def verify(folder: Path, *, hashes: bool = True) -> str:
+def verify(folder: Path, *, hashes: bool = True, progress: Progress = _QUIET) -> str:
     """Holds a checkpoint's files against its manifest.
 
     Args:
         folder: of the checkpoint.
         hashes: every byte is read; else files are only looked for, and their sizes.
+        progress: shows how far the reading is.
 
     Returns:
         What is wrong, in one line; empty where the checkpoint is whole.
@@ -72,8 +75,15 @@ def verify(folder: Path, *, hashes: bool = True) -> str:
     if not (folder / MANIFEST_NAME).is_file():
         return f"{MANIFEST_NAME} must be there, is missing: it was never finished"
     files, problem = listed_files(folder)
-    problems = (file_problem(folder, name, listed, hashes=hashes) for name, listed in files.items())
+    names = shown_files(folder, files, progress) if hashes else iter(files)
+    problems = (file_problem(folder, name, files[name], hashes=hashes) for name in names)
     return problem or next((found for found in problems if found), "")
+
+
+def shown_files(folder: Path, files: Mapping[str, Any], progress: Progress) -> Iterator[str]:
+    """Yields the names that a manifest lists, and shows how far the reading of the files is."""
+    sizes = {name: listed.get("bytes", 0) if isinstance(listed, dict) else 0 for name, listed in files.items()}
+    return progress.over(f"verifying {folder.name}", list(files), sum(sizes.values()), lambda name: sizes[name])
 
 
 def find_resumed(path: str, check: Check) -> Resumed:

@@ -8,9 +8,10 @@ from typing import TypeVar, cast
 
 from torch import distributed as dist
 
+from data.progress import Quiet, progress_on
 from train.config import TrainConfig
 from train.digests import file_problem
-from train.integrity import Check, find_resumed, listed_files
+from train.integrity import Check, find_resumed, listed_files, shown_files
 from train.manifest import MANIFEST_NAME, CheckpointError, differences, layout_record, read_manifest
 
 Found = TypeVar("Found")
@@ -76,8 +77,10 @@ def verify_together(folder: Path) -> str:
         problem = f"{MANIFEST_NAME} must be there, is missing: it was never finished"
     else:
         files, problem = listed_files(folder)
-        mine = sorted(files)[rank::world_size]
-        found = (file_problem(folder, name, files[name], hashes=True) for name in mine)
+        mine = {name: files[name] for name in sorted(files)[rank::world_size]}
+        # Ranks share the work evenly: the first one's part tells how far all are.
+        names = shown_files(folder, mine, progress_on() if rank == 0 else Quiet())
+        found = (file_problem(folder, name, mine[name], hashes=True) for name in names)
         problem = problem or next((each for each in found if each), "")
     said = [""] * world_size
     dist.all_gather_object(said, problem)

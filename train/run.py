@@ -21,11 +21,13 @@ from comm.watchdog.membership import Membership
 from comm.watchdog.rendezvous import Job, join
 from data.corpus import DataError
 from data.prepare import Prepared
+from data.progress import Quiet, progress_on
 from train import checkpoint
 from train.assemble import Assembly, assemble, is_mirrored
 from train.balance import LoadLines
 from train.config import TrainConfig
-from train.corpus import prepare_corpus
+from train.corpus import State as CorpusState
+from train.corpus import build_together, prepare_corpus
 from train.errors import PreemptedError, StoppedError
 from train.events import append_event
 from train.initial_weights import load_initial
@@ -116,7 +118,7 @@ class _Rank:
             groups = Groups(layout, is_mirrored(planned.schedule), config.cluster.timeout_seconds)
         try:
             agree(self._preemption, self._log, groups)
-            prepared = _prepare(config, groups, self._log)
+            prepared = _prepare(config, groups, self._log, self._preemption)
             agree(self._preemption, self._log, groups)
             with self._log.phase("world", world, "assembly of the model"):
                 self._assembly = assemble(config, layout, groups, device, planned.schedule, self._log, self._preemption)
@@ -231,16 +233,21 @@ def _from_newest(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, resume=config.out_dir, init_from=None)
 
 
-def _prepare(config: TrainConfig, groups: Groups, log: OperationLog) -> Prepared:
+def _prepare(config: TrainConfig, groups: Groups, log: OperationLog, preemption: Preemption) -> Prepared:
     """One rank of every machine builds the cache where it is missing; the others then find it.
 
     Raises:
         DataError: on every rank, where machines would read different samples.
     """
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        prepare_corpus(config)
-    with log.collective("world", groups.world, "preparation of the corpus"):
-        dist.barrier(group=groups.world)
+
+    def exchange(state: CorpusState) -> list[CorpusState]:
+        agree(preemption, log, groups)
+        states = [state] * dist.get_world_size()
+        with log.collective("world", groups.world, "preparation of the corpus"):
+            dist.all_gather_object(states, state, group=groups.world)
+        return states
+
+    build_together(config, exchange, progress_on() if dist.get_rank() == 0 else Quiet())
     prepared = prepare_corpus(config)
     fingerprints = [""] * dist.get_world_size()
     with log.collective("world", groups.world, "comparison of the corpus"):

@@ -59,7 +59,8 @@ def test_prompt_is_continued_with_statistics_on_stderr(run: Path, capsys: pytest
     assert "20 tokens in " in printed.err
     assert "tokens/s; drafts accepted" in printed.err
     assert "passes instead of 20" in printed.err
-    assert printed.err.count("\n") == 1
+    assert printed.err.startswith("reading the weights of ")
+    assert printed.err.count("\n") == 2
 
 
 def test_prompt_is_written_as_it_is_made(

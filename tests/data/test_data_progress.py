@@ -1,0 +1,45 @@
+"""What progress says: nothing of quick work, then a count and the remaining time, never a flood."""
+
+import io
+import re
+
+from data.progress import Lines, progress_on, progress_text, seconds_text
+
+
+def shown(num_items: int, seconds_each: float) -> list[str]:
+    """Lines of work on items of a megabyte."""
+    now, lines = [0.0], []
+
+    def work() -> object:
+        for _ in range(num_items):
+            now[0] += seconds_each
+            yield 10**6
+
+    progress = Lines(lines.append, lambda: now[0])
+    assert list(progress.over("reading", work(), num_items * 10**6, int)) == [10**6] * num_items
+    return lines
+
+
+def test_quick_work_is_not_mentioned() -> None:
+    assert shown(100, 0.005) == []
+
+
+def test_long_work_has_a_line_every_five_seconds_with_the_time_left() -> None:
+    lines = shown(200, 0.1)
+    assert re.fullmatch(r"reading: (9|10|11).0 MB of 200.0 MB, \d+ %, \d+ s left", lines[0])
+    assert len(lines) == 5
+    assert lines[-1] == "reading: done, 200.0 MB in 20 s"
+
+
+def test_many_small_items_do_not_flood() -> None:
+    assert len(shown(100_000, 0.0001)) <= 4
+
+
+def test_lines_go_to_what_is_no_terminal() -> None:
+    assert isinstance(progress_on(io.StringIO()), Lines)
+
+
+def test_texts_are_short() -> None:
+    assert progress_text(0, 10**9, 1.0) == "0.0 MB of 1.0 GB, 0 %"
+    assert progress_text(5 * 10**8, 10**9, 100.0) == "500.0 MB of 1.0 GB, 50 %, 1 min left"
+    assert seconds_text(7260) == "2 h 1 min"

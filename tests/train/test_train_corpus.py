@@ -1,0 +1,81 @@
+"""Preparing the corpus may take longer than any collective may; a rank that is lost meanwhile is missed."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from data.corpus import DataError
+from tests.tiny import tiny_config, write_text
+from train.corpus import State, build_together
+
+ROOT = Path(__file__).parents[2]
+
+
+def start(folder: Path, seconds: float) -> list[subprocess.Popen[str]]:
+    """Two ranks, each in a process of its own, under a time limit of 5 seconds."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.train.preparing_rank", str(seconds), str(folder)]
+    return [
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank), "GLOO_SOCKET_IFNAME": "lo"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+
+
+def ends(ranks: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
+    """Exit code and output of each rank."""
+    try:
+        printed = [rank.communicate(timeout=200)[0] for rank in ranks]
+        return [(rank.returncode, text) for rank, text in zip(ranks, printed, strict=True)]
+    finally:
+        for rank in ranks:
+            rank.kill()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_text(tmp_path)
+    (tmp_path / "run").mkdir()
+    return tmp_path
+
+
+def test_preparing_longer_than_the_time_limit_is_no_hang(folder: Path) -> None:
+    for rank, (code, text) in enumerate(ends(start(folder, 10.0))):
+        assert code == 0, f"rank {rank}: {text[-3000:]}"
+
+
+def test_rank_that_is_lost_while_another_prepares_is_missed(folder: Path) -> None:
+    (folder / "victim").write_text("1")
+    (code, _), (lost, _) = ends(start(folder, 60.0))
+    assert lost == -9
+    assert code == 78
+    words = (folder / "run" / "log" / "rank_00000.error.log").read_text()
+    assert words.startswith("rank 1 is lost")
+
+
+def test_every_rank_raises_what_one_could_not_prepare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks exchange states; here the other one's are played."""
+    config = tiny_config(tmp_path)  # without text
+
+    def exchange(state: State) -> list[State]:
+        return [state, (True, "")]
+
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(DataError, match=r"data\.paths: .* does not exist"):
+        build_together(config, exchange)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(DataError, match="no text there"):
+        build_together(config, lambda state: [(True, "no text there"), state])
