@@ -31,7 +31,6 @@ from launch.errors import ConfigError
 from launch.help.preview import plain_text
 from launch.report import command
 
-
 # Ranks times micro-batches from which the work takes about half a second.
 _LONG_WORK = 512
 
