@@ -87,8 +87,10 @@ def chosen_options(command: str, overrides: Sequence[str]) -> dict[str, str]:
 
 def quoted_override(key: str, value: str) -> str:
     """Returns an override of a text with special characters, as it is typed in a shell."""
-    text = value.replace("\\'", "'").replace("'", "\\'")
-    inner = f"{key}='{text}'"
+    is_list = value.startswith("[") and value.endswith("]")
+    texts = [text.strip().replace("'", "\\'") for text in (value[1:-1].split(",") if is_list else [value])]
+    quoted = ",".join(f"'{text}'" for text in texts)
+    inner = f"{key}=[{quoted}]" if is_list else f"{key}={quoted}"
     escaped = re.sub(r'(["$`\\])', r"\\\1", inner)
     return f'"{escaped}"'
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from launch.compose import config_dir, default_groups, known_keys, options
+from launch.compose import CONFIG_ONLY, config_dir, default_groups, known_keys, options
 from launch.decode import decode
 from launch.errors import ConfigError, SyntaxOverrideError, UnknownKeyError, nearest_key
 
@@ -45,14 +45,17 @@ class Advice:
         Args:
             value: that was written; empty: the example.
         """
-        value = value or self.example
-        places = {"value": value, "folder": _folder_of_glob(value), "name": value.rpartition("/")[2]}
-        return [re.sub(r"\{(value|folder|name)\}", lambda match: places[match[1]], text) for text in self.write]
+        return [_fill(text, value or self.example) for text in self.write]
 
-    def text(self, value: str) -> str:
-        """Returns the rule and the recommendation, as they follow a key in an error."""
-        written = shlex.join(self.overrides(value))
-        why = self.why.replace("{value}", value or self.example).replace("{name}", value.rpartition("/")[2])
+    def text(self, value: str, error: str = "") -> str:
+        """Returns the rule and the recommendation, as they follow a key in an error.
+
+        Args:
+            value: that was written; empty: the example.
+            error: what was said without advice, after the key.
+        """
+        written = " ".join(_shell_word(text) for text in self.overrides(value))
+        why = _fill(self.why, value or self.example).replace("{error}", error)
         return f"{why}; nearest valid: {written}" if written else f"{why}; leave it out"
 
 
@@ -95,10 +98,10 @@ def advise(command: str, arguments: Sequence[str], error: ValueError) -> str:
         return _advise_bare(command, arguments, arguments.index(error.argument)) or text
     key = re.sub(r"\[\d+\]$", "", text.partition(":")[0])
     for argument in reversed(arguments):
-        written, _, value = argument.lstrip("+~").partition("=")
+        written, _, value = argument.lstrip("+").partition("=")
         if written == key:
             line = find_advice(command, key, value, isinstance(error, UnknownKeyError))
-            return text if line is None else f"{key}: {line.text(value)}"
+            return text if line is None else f"{key}: {line.text(value, text.removeprefix(f'{key}: '))}"
     return text
 
 
@@ -117,8 +120,7 @@ def refuse_flags(command: str, arguments: Sequence[str]) -> None:
             raise ConfigError(f"{argument}: no key; nearest valid: {arguments[index - 1]}={argument}")
         if not has_value and arguments[index + 1 :] and not re.search("^-|=", arguments[index + 1]):
             value = arguments[index + 1]
-        meant = _meant(command, key, value).removeprefix(f"{_UNKNOWN}; ")
-        raise ConfigError(f"{argument}: no flags, options are key=value; {meant}")
+        raise ConfigError(f"{argument}: no flags, options are key=value; {_meant(command, key, value)}")
 
 
 def refuse_repeated(arguments: Sequence[str]) -> None:
@@ -138,9 +140,13 @@ def _meant(command: str, key: str, value: str) -> str:
     """Returns the end of an error about something that is not key=value, but names a key."""
     known = _known_keys(command)
     if key in known:
-        return f"nearest valid: {shlex.quote(f'{key}={value or known[key]}')}"
+        return f"nearest valid: {_shell_word(f'{key}={value or _default(known[key])}')}"
     line = find_advice(command, key, value, is_unknown=True)
-    return line.text(value) if line is not None else f"{nearest_key(key, list(known))}; --help lists all"
+    return (
+        line.text(value).removeprefix(f"{_UNKNOWN}; ")
+        if line is not None
+        else f"{nearest_key(key, list(known))}; --help lists all"
+    )
 
 
 def _advise_bare(command: str, arguments: Sequence[str], index: int) -> str | None:
@@ -154,6 +160,9 @@ def _advise_bare(command: str, arguments: Sequence[str], index: int) -> str | No
     if before.endswith("="):
         return f"{before} {text}: no spaces around =; nearest valid: {before}{text}"
     known = _known_keys(command)
+    key, colon, rest = text.partition(":")
+    if colon and rest and key in known:
+        return f"{text}: a value follows =; {_meant(command, key, rest.strip())}"
     value = "" if "=" in after[0] or after[0].startswith("-") else after[0]
     if text in known or (find_advice(command, text, value, is_unknown=True) and "=" not in before):
         return f"{text}: a value follows =; {_meant(command, text, value)}"
@@ -175,7 +184,33 @@ def _bare_words(arguments: Sequence[str]) -> list[str]:
 
 def _known_keys(command: str) -> Mapping[str, Any]:
     """Returns every dotted key and every group of a command, with its default."""
-    return {**known_keys(command, (), config_dir()), **default_groups(command)}
+    return {**known_keys(command, (), config_dir()), **default_groups(command), CONFIG_ONLY: True}
+
+
+def _default(value: Any) -> str:
+    """Returns a default as it is written on the command line; three dots if there is none."""
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    return "..." if value in ("", "???") else str(value).replace(" ", "")
+
+
+def _fill(text: str, value: str) -> str:
+    """Fills the places of a line of the table. A list is not put into a list."""
+    inner = value[1:-1] if value.startswith("[") and value.endswith("]") else value
+    places = {
+        "[{value}]": f"[{inner}]",
+        "{value}": value,
+        "{inner}": inner,
+        "{folder}": _folder_of_glob(value),
+        "{name}": value.rpartition("/")[2],
+    }
+    pattern = "|".join(re.escape(place) for place in places)
+    return re.sub(pattern, lambda match: places[match[0]], text)
+
+
+def _shell_word(text: str) -> str:
+    """Returns a word as it is typed in a shell, in the quotes that read best."""
+    return f'"{text}"' if "'" in text and not re.search(r'["$`\\!]', text) else shlex.quote(text)
 
 
 def _folder_of_glob(path: str) -> str:

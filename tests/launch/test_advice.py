@@ -100,6 +100,11 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["data=files", "data.paths=corpus.txt"], "data=files 'data.paths=[corpus.txt]'"),
     (["data=files", "data.paths=[texts/*.txt]"], "'data.paths=[texts]'"),
     (["data=files", r"data.paths=[C:\Users\me\a.txt]"], "/mnt/c"),
+    (["data=files", "data.paths=[a,b.txt]"], "'a' does not exist"),
+    (["data=files", "data.paths=[a,b.txt]"], "\"data.paths=['a,b.txt']\""),
+    (["data=files", "data.paths=[a=b.txt]"], "\"data.paths=['a=b.txt']\""),
+    (["data.paths=[corpus.txt]"], "data=files 'data.paths=[corpus.txt]'"),
+    (["data.files=[a.txt]"], "'data.paths=[a.txt]'"),
     (["dataset=corpus.txt"], "data=files 'data.paths=[corpus.txt]'"),
     (["corpus.txt"], "data=files 'data.paths=[corpus.txt]'"),
     (["resume=latest"], "resume=auto out_dir=outputs/run"),
@@ -130,6 +135,11 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["+seed=3"], "seed=3"),
     (["model.new_key=3"], "model."),
     (["seed=1", "seed=2"], "seed: is given twice, as 1 and 2"),
+    (["seed:3"], "seed=3"),
+    (["parallelism=8"], "parallelism=eight_ranks"),
+    (["gpu=0"], "cluster=one_gpu"),
+    (["--resume"], "resume=null"),
+    (["config_only"], "config_only=true"),
     (["seed=abc"], "seed=0"),
     (["seed="], "seed"),
     (["model="], "quickstart"),
@@ -185,6 +195,8 @@ def test_advice_of_a_first_mistake_is_one_line_and_nothing_starts(
         ("schedule", ["kind=dualpipe"], "schedule=dualpipe"),
         ("schedule", ["format=png"], "format=svg"),
         ("redraw", ["outputs/run"], "run=outputs/run"),
+        ("redraw", ["my_run"], "run=my_run"),
+        ("convert", ["my_weights"], "path=my_weights"),
         ("submit", ["lr=1e-4"], "optim.learning_rate=1e-4"),
         ("submit", ["--partition=gpu"], "slurm.partition"),
     ],
@@ -204,7 +216,7 @@ def test_advice_table_has_no_line_that_another_hides() -> None:
         known = {*dict(dotted_keys(compose_defaults(name))), *default_groups(name)}
         for line in (line for other, line in cases() if other == name):
             for key in line.keys:
-                is_unknown = key not in known and key not in (BARE_PATH, "data.paths")
+                is_unknown = key not in known and key != BARE_PATH
                 assert is_unknown or line.values is not None, f"{name}: {key} exists, and {line.why!r} has no values"
                 found = find_advice(name, key, line.example, is_unknown=is_unknown)
                 assert found == line, f"{name}: {key}={line.example} leads to {found}"
