@@ -98,7 +98,7 @@ def test_help_shows_the_keys_of_chosen_options() -> None:
     for line in ("  model.num_layers=61\n", "  seed=7\n", "  optim.learning_rate=0.00022"):
         assert line in text
     assert re.search(r"^  data\.paths=\?\?\?", text, re.M)
-    assert re.search(r"^  init_mtp=checkpoint +or fresh", text, re.M)
+    assert re.search(r"^  init_from=null +weights to start from", text, re.M)
 
 
 @pytest.mark.parametrize("override", ["model=nothing", "lr=3", "--lr"])
