@@ -92,14 +92,15 @@ def read_carried(path: str, key: str) -> Carried:
 def carried_by_run(config: TrainConfig, tokenizer: Tokenizer) -> Carried:
     """Returns what a run's checkpoints carry: what those it started from did, as far as it is still true.
 
-    If the run has another tokenizer, files and token ids of the tokenizer before are left out for those of the new one.
+    If the run has another tokenizer, files and token ids of the tokenizer before are left out for those of the new one,
+    and if `data.tokenizer_eos` or the like names special tokens, those that say otherwise.
     If it has another rotary embedding, stored frequencies are.
 
     Args:
         config: of the run; `resume` names a checkpoint or None.
         tokenizer: of the run's samples.
     """
-    given = config.data.tokenizer
+    data, given = config.data, config.data.tokenizer
     own_files = {} if given is None else read_files(Path(given).expanduser().parent, _TOKENIZER_PATTERNS)
     path, key = (config.resume, "resume") if config.resume is not None else (config.init_from, "init_from")
     if path is None:
@@ -109,6 +110,10 @@ def carried_by_run(config: TrainConfig, tokenizer: Tokenizer) -> Carried:
     if not is_same_tokenizer(folder, tokenizer):
         ids = {name: value for name, value in ids.items() if name not in TOKEN_ID_KEYS}
         files = {**read_files(folder, _LICENCE_PATTERNS), **own_files}
+    elif any(name is not None for name in (data.tokenizer_bos, data.tokenizer_eos, data.tokenizer_pad)):
+        # Other files would contradict the names; an export writes them from the tokenizer.
+        ids = {name: value for name, value in ids.items() if name not in TOKEN_ID_KEYS}
+        files = {name: files[name] for name in files if name not in (TOKENS_MAP_NAME, GENERATION_NAME)}
     return Carried(config=ids, rotary=before.rotary if _is_same_rope(path, key, config) else {}, files=files)
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoTokenizer, DeepseekV3ForCausalLM, GenerationConfig
 
+from data.tokenizer import Tokenizer
 from launch.convert import main as convert
 from launch.generate import main as generate
 from model.convert import load_hf, save_hf
@@ -25,6 +26,7 @@ from tests.model.published_checkpoints import LAYOUTS, LICENCE, as_plain, write_
 from tests.ranks import run_ranks
 from tests.tiny import write_text
 from tests.train.weight_jobs import Started, run_config, start_jobs
+from train.carried import carried_by_run, read_carried
 from train.initial_weights import check_initial
 from train.manifest import CheckpointError
 from train.weight_source import source_config
@@ -158,6 +160,30 @@ def test_a_step_is_trained_and_the_export_has_all_that_was_carried(
         chat = tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], tokenize=False)
         assert chat == "hello"
         assert config_of(tmp_path / "out")["aux_loss_alpha"] == 0.001
+
+
+def test_a_resumed_run_carries_on_and_another_tokenizer_replaces_what_is_of_the_old_one(
+    published: tuple[Path, dict[str, dict[str, Tensor]]], trained: dict[str, Started], tmp_path: Path
+) -> None:
+    folder, checkpoint = published[0], str(trained["moonlight"].checkpoint)
+    before = read_carried(str(folder / "moonlight"), "x")
+    config = replace(run_config(folder, "moonlight", "one", "x"), resume=checkpoint, init_from=None)
+    own = folder / "moonlight" / "tokenizer.json"
+    config = replace(config, data=replace(config.data, tokenizer=str(own)))
+    carried = carried_by_run(config, Tokenizer.load(own))
+    assert carried == before
+    assert len(carried.rotary) == 2
+    named = replace(config, data=replace(config.data, tokenizer_bos=""))
+    ids = carried_by_run(named, Tokenizer.load(own)).config.keys() ^ before.config.keys()
+    assert ids == {"bos_token_id", "eos_token_id"}
+    path = write_family("llama3", tmp_path)
+    other = carried_by_run(replace(config, data=replace(config.data, tokenizer=str(path))), Tokenizer.load(path))
+    assert sorted(other.files) == ["LICENSE-MODEL", "tokenizer_config.json"]
+    assert other.files["tokenizer_config.json"] == (tmp_path / "tokenizer_config.json").read_bytes()
+    assert "eos_token_id" not in other.config
+    assert other.config["aux_loss_alpha"] == 0.001
+    longer = replace(config, model=replace(config.model, rope_theta=10000.0))
+    assert not carried_by_run(longer, Tokenizer.load(own)).rotary
 
 
 def test_a_run_can_leave_mtp_modules_out(
