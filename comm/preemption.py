@@ -22,6 +22,7 @@ class Preemption:
     def __init__(self) -> None:
         """Not asked yet."""
         self._number = 0
+        self._is_requested = False
 
     @classmethod
     def of_process(cls) -> "Preemption":
@@ -40,10 +41,14 @@ class Preemption:
         """Takes a signal."""
         self._number = self._number or number
 
+    def request(self) -> None:
+        """Has the ranks leave together as if a signal had come."""
+        self._is_requested = True
+
     @property
     def is_asked(self) -> bool:
-        """Whether a signal came."""
-        return self._number != 0
+        """Whether a signal came, or the process itself requested it."""
+        return self._number != 0 or self._is_requested
 
     @property
     def signal_name(self) -> str:

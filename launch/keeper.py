@@ -95,10 +95,13 @@ class Keeper:
             return True
         if self._vanished_at is not None and time.monotonic() - self._vanished_at > _VANISHED_SECONDS:
             return True
-        paths = find_errors(self._folder)
-        is_known = any(read_error(path).code in (EXIT_HANG, EXIT_LOST) for path in paths)
-        grace = _VERDICT_SECONDS if is_known else _ERROR_SECONDS
-        return bool(paths) and time.time() - paths[0].stat().st_mtime > grace
+        try:
+            paths = find_errors(self._folder)
+            is_known = any(read_error(path).code in (EXIT_HANG, EXIT_LOST) for path in paths)
+            grace = _VERDICT_SECONDS if is_known else _ERROR_SECONDS
+            return bool(paths) and time.time() - paths[0].stat().st_mtime > grace
+        except FileNotFoundError:  # the run's folder was deleted at this moment
+            return False
 
 
 def _send(descriptor: int, number: signal.Signals) -> None:

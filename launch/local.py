@@ -20,7 +20,6 @@ from dataclasses import replace
 from datetime import datetime
 from multiprocessing import connection, forkserver, process, resource_tracker
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from comm.config import ClusterConfig
@@ -35,11 +34,14 @@ from launch.interrupt import EXIT_INTERRUPTED
 from launch.keeper import Keeper
 from launch.rank_check import RankCheck, VanishedError, write_pid_file
 from launch.report import EXIT_CONFIGURATION, user_errors
+from launch.scratch import scratch_folder
 from train.config import TrainConfig
 from train.errors import VERDICT_CODES, LastWord, error_path, find_errors, find_verdict, read_error, write_error
 from train.events import append_event
 from train.newest import AUTO
+from train.secrets import redact
 from train.status import read_status, write_end
+from train.terminal import guard_terminal
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -144,8 +146,8 @@ def _run_once(
     for stale in (folder / "log").glob("rank_*.error.log"):
         stale.unlink()
     try:
-        with TemporaryDirectory(prefix="launch-") as scratch:
-            keeper = Keeper(folder, Path(scratch), request, cluster.grace_seconds)
+        with scratch_folder() as scratch:
+            keeper = Keeper(folder, scratch, request, cluster.grace_seconds)
             with keeper.keeping():
                 code, reason = _run_elastic(folder, world_size, entry, keeper, request)
     finally:
@@ -255,7 +257,7 @@ def _report_failure(folder: Path, failed: "ChildFailedError", request: Preemptio
 
 def _say(*lines: str) -> None:
     for line in lines:
-        print(line, file=sys.stderr, flush=True)
+        print(redact(line), file=sys.stderr, flush=True)
 
 
 def _signal_of(exit_code: int) -> signal.Signals | None:
@@ -267,6 +269,7 @@ def _signal_of(exit_code: int) -> signal.Signals | None:
 
 def _rank(entry: Entry, folder: str, scratch: str, key: str) -> int:
     """The life of one rank. Runs in a fork of the fork server."""
+    guard_terminal()
     write_pid_file(Path(scratch), os.getpid(), int(os.environ["RANK"]))
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     Preemption.of_process()

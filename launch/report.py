@@ -9,6 +9,7 @@ from contextlib import suppress
 from launch.errors import ConfigError, system_errors
 from launch.interrupt import EXIT_INTERRUPTED, LINE, Interrupts
 from launch.machine import MachineError
+from train.secrets import redact
 
 _HELP = ("-h", "--help", "help")
 EXIT_CONFIGURATION = 2
@@ -65,7 +66,8 @@ def _run(name: str, main: Main, preview: Preview | None, arguments: Sequence[str
         if not isinstance(error, user_errors()):
             raise
         if not quiet or isinstance(error, MachineError):
-            print(f"error: {_advised(name, arguments, error)}", file=sys.stderr, flush=True)
+            with suppress(OSError):
+                print(f"error: {redact(_advised(name, arguments, error))}", file=sys.stderr, flush=True)
         _flush_or_forget()
         return EXIT_CONFIGURATION
 

@@ -25,9 +25,13 @@ from launch.local import preload_modules, run_ranks, start_fork_server, stop_for
 from launch.machine import check_driver, check_gpus, check_packages
 from launch.report import command
 from train.config import TrainConfig
+from train.events import note_event
 from train.integrity import find_resumed, verify
 from train.manifest import MANIFEST_NAME
 from train.newest import AUTO
+from train.rescue import has_rescue, rescue_folder
+from train.status import read_status
+from train.terminal import guard_terminal, report_breaks
 
 
 def main(overrides: Sequence[str]) -> int:
@@ -137,6 +141,7 @@ def leave(code: int, environment: Mapping[str, str]) -> int:
 
 
 def _run_local(config: TrainConfig) -> int:
+    guard_terminal()
     try:
         start_fork_server(config.cluster, preload_modules(config.cluster))
         check_gpus(config, config.parallelism.world_size)
@@ -146,12 +151,24 @@ def _run_local(config: TrainConfig) -> int:
         print(f"{config.name}: starting {config.parallelism.world_size} ranks", flush=True)
         prepare_corpus(config, progress_on())
         with held_folder(config, datetime.now()) as (config, _):
+            _report_breaks(Path(config.out_dir))
             return run_ranks(Path(config.out_dir), config.parallelism.world_size, train_rank)
     finally:
         stop_fork_server()
 
 
+def _report_breaks(out_dir: Path) -> None:
+    """Notes it if this process' own output breaks; its first rank does that for the ranks."""
+
+    def note(text: str) -> None:
+        known = read_status(out_dir)
+        note_event(out_dir, "output_broken", 0 if known is None else known.step, f"the command's {text}")
+
+    report_breaks(note)
+
+
 def _run_as_rank(config: TrainConfig) -> int:
+    guard_terminal()
     world, started = config.parallelism.world_size, int(os.environ["WORLD_SIZE"])
     if world != started:
         raise ConfigError(
@@ -170,6 +187,12 @@ def _run_as_rank(config: TrainConfig) -> int:
         check_gpus(config, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     if is_other_rank(os.environ):
         return leave(train_rank(config, is_aloud=True), os.environ)
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) and has_rescue(config):
+        # Ranks that start again would begin a new run in place of the one whose folder is gone.
+        raise ConfigError(
+            f"out_dir: the run's state is in {rescue_folder(config)}, as {config.out_dir!r} did not take it; "
+            f"nearest valid: resume={rescue_folder(config)} with another out_dir"
+        )
     check_folder(config)
     with held_folder(config, datetime.now()) as (config, _):
         return leave(train_rank(config, is_aloud=True), os.environ)

@@ -94,6 +94,7 @@ def tiny_config(folder: Path, **changes: object) -> TrainConfig:
     config = TrainConfig(
         name="tiny",
         out_dir=str(folder / "run"),
+        rescue_dir="",
         seed=7,
         resume=None,
         init_from=None,

@@ -141,6 +141,7 @@ class ProfileConfig:
 class TrainConfig:
     """Everything a rank needs to know.
 
+    `rescue_dir` gets the last state if `out_dir` takes no checkpoint; empty: `<out_dir>.rescue`.
     `resume` is a run's folder or one of its checkpoints, `auto` for the newest in `out_dir` if any, or None.
     `init_from` is what the weights start from: a run's folder or one of its checkpoints, converted weights, or a
     Hugging Face folder; None: the seed. `init_mtp`: MTP modules start from there too, `fresh` from the seed, or `drop`:
@@ -150,6 +151,7 @@ class TrainConfig:
 
     name: str
     out_dir: str
+    rescue_dir: str
     seed: int
     resume: str | None
     init_from: str | None

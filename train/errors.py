@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from comm.exit_codes import EXIT_HANG, EXIT_LOST
+from train.secrets import redact
 
 VERDICT_CODES = (EXIT_HANG, EXIT_LOST)
 """With which ranks end that have found out which rank is missing."""
@@ -38,6 +39,14 @@ class StoppedError(RuntimeError):
     """The guard ends the run. Raised on every rank alike."""
 
 
+class UnsavedError(OSError):
+    """A checkpoint could not be written where it belongs. Raised on every rank at the same point."""
+
+
+class RescuedError(RuntimeError):
+    """The run ends, as its folder takes no checkpoint. Raised on every rank; the text says where its state is."""
+
+
 class PreemptedError(RuntimeError):
     """The ranks agreed to make room for others. Raised on every rank at the same point, where each can leave."""
 
@@ -56,10 +65,10 @@ def error_path(out_dir: Path, rank: int) -> Path:
 
 
 def write_error(path: Path, word: LastWord, details: str) -> None:
-    """Writes the line, the code, then everything else; complete or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Writes the line, the code, then everything else; complete or not at all, and in no folder that is gone."""
+    path.parent.mkdir(exist_ok=True)
     partial = path.with_suffix(".partial")
-    partial.write_text(f"{word.text}\nexit code {word.code}\n\n{details}", encoding="utf-8")
+    partial.write_text(redact(f"{word.text}\nexit code {word.code}\n\n{details}"), encoding="utf-8")
     partial.replace(path)
 
 

@@ -34,7 +34,8 @@ class LastWords:
         """Into `log/rank_*.error.log` and `.operations.jsonl`, unless another rank's own error says it all."""
         if self._is_aloud:
             # In one piece: all ranks say it at once, and a launcher has given them one stderr.
-            os.write(sys.stderr.fileno(), f"error: rank {self._rank} ends: {verdict.text}\n".encode())
+            with suppress(OSError):
+                os.write(sys.stderr.fileno(), f"error: rank {self._rank} ends: {verdict.text}\n".encode())
         LOGGER.info("ends with exit code %d: %s", verdict.code, verdict.text)
         if self.out_dir is None or verdict.code == EXIT_OTHER:
             return
@@ -42,7 +43,12 @@ class LastWords:
             # Where the first rank is lost, whoever found it out writes for it.
             with suppress(OSError):
                 write_end(self.out_dir, "lost", verdict.code, verdict.text)
-        path = error_path(self.out_dir, self._rank)
+        # In a folder that is gone nothing is made again, and the watchdog must end this process all the same.
+        with suppress(OSError):
+            self._write_files(self.out_dir, verdict)
+
+    def _write_files(self, out_dir: Path, verdict: Verdict) -> None:
+        path = error_path(out_dir, self._rank)
         waits = [f"awaited for {seconds:.1f} s: {operation}\n" for operation, seconds in self._log.awaited()]
         write_error(path, LastWord(verdict.text, verdict.code), f"{''.join(waits)}\n{_stacks()}")
         path.with_suffix("").with_suffix(".operations.jsonl").write_text(self._operations(), encoding="utf-8")

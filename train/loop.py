@@ -2,7 +2,7 @@
 
 import logging
 import math
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,15 @@ from infer.generate import generate
 from infer.text import decode_after
 from train import checkpoint
 from train.assemble import Assembly, weight_dtype
-from train.errors import PreemptedError, RefusedStepError, StoppedError
+from train.errors import PreemptedError, RefusedStepError, StoppedError, UnsavedError
+from train.lock_file import OwnershipCheck
 from train.manifest import step_folder
 from train.pictures import PAGE_NAME, SVG_NAME, TRACE_NAME, PipelineWatch
 from train.profile import StepProfiler
 from train.ramp import SizedAssemblies
 from train.recovery import Recovery
 from train.reporter import Reporter
+from train.rescue_save import rescue
 from train.saver import Saver
 from train.status import StatusFile
 from train.step import StepResult, train_step, validate_pass
@@ -62,7 +64,8 @@ class Training:
         self._profiler = StepProfiler(config, assembly.groups.rank, assembly.device)
         with assembly.observers.log.phase("world", range(assembly.layout.world_size), "making of groups"):
             self._watch = PipelineWatch(assembly)
-            self._saver = Saver(assembly, prepared)
+            self._ownership = OwnershipCheck.of_process(Path(config.out_dir))
+            self._saver = Saver(assembly, prepared, ownership=self._ownership)
         self._recovery = Recovery(assembly, self._loader, first_step)
 
     def run(self) -> None:
@@ -71,14 +74,26 @@ class Training:
         Raises:
             PreemptedError: on every rank alike; what was done is saved.
             StoppedError: on every rank alike, by the guard.
-            OSError: on every rank alike, a checkpoint could not be written.
+            RescuedError: on every rank alike, as the run's folder is gone, another's, or takes no checkpoint.
         """
+        try:
+            self._run()
+        except UnsavedError as error:
+            reason = str(error)
+            with suppress(UnsavedError):
+                self._saver.close()
+            with self._saving():
+                rescue(self._assembly, self._prepared, self.num_done, reason)
+
+    def _run(self) -> None:
         self._status.running(self.num_done)
         try:
             self._make_up()
             while self.num_done < self._assembly.config.stage.steps:
                 self._step(self.num_done)
         except PreemptedError:
+            if lost := self._lost_folder():
+                raise UnsavedError(lost) from None
             if self.num_done != self._num_saved:
                 self._save()
             self._end_saving()
@@ -87,6 +102,18 @@ class Training:
             self._end_saving()
             raise
         self._end_saving()
+
+    def _look_after_folder(self) -> None:
+        """Has all ranks leave, if this one, which writes there, sees that the run's folder is no longer its own."""
+        if self._assembly.groups.rank == 0 and self._ownership.problem():
+            self._assembly.preemption.request()
+
+    def _lost_folder(self) -> str:
+        """Returns why the run's folder is no longer its own, on every rank; empty if it is."""
+        said = [self._ownership.problem(is_urgent=True) if self._assembly.groups.rank == 0 else ""]
+        with self._assembly.observers.log.phase("world", self._ranks, "agreement on the run's folder"):
+            dist.broadcast_object_list(said, src=0, group=self._assembly.groups.world)
+        return said[0]
 
     def _make_up(self) -> None:
         """The validation of the last step, where the run was asked to make room before it was over."""
@@ -107,6 +134,7 @@ class Training:
 
     def _step(self, step: int) -> None:
         """One batch, then whatever is due after it."""
+        self._look_after_folder()
         result = self._take(step)
         if self.num_done <= step:
             return

@@ -1,18 +1,19 @@
-"""Numbers of a run: one JSON object a step in `metrics.jsonl`, the same to wandb, and to whoever watches."""
+"""Numbers of a run, to wandb and to whoever watches; `train.json_lines` has `metrics.jsonl`."""
 
-import json
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+import logging
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from model.account import training_flops_per_token
 from train.config import TrackConfig, TrainConfig
-from train.step_lines import raw_lines, read_line, read_lines
+from train.secrets import redact, redact_values
 
+LOGGER = logging.getLogger("train")
 Record = Mapping[str, Any]
 
 
@@ -51,85 +52,30 @@ def mfu(config: TrainConfig, tokens_per_second: float) -> dict[str, float]:
     return {"mfu": used / (config.parallelism.world_size * config.cluster.peak_flops)}
 
 
-class JsonLines:
-    """`metrics.jsonl`: appended and flushed line by line, so that it can be read while the run goes on.
-
-    A run that goes on in its own folder after `first_step` steps takes back what it wrote of later ones.
-    """
-
-    def __init__(self, path: Path, first_step: int) -> None:
-        self._path = path
-        self._file = self._open(first_step)
-
-    def record(self, values: Record) -> None:
-        """One line."""
-        self._file.write(json.dumps(values) + "\n")
-        self._file.flush()
-
-    def go_back(self, step: int) -> None:
-        """Cuts later lines off."""
-        self._file.close()
-        self._file = self._open(step)
-
-    def amend(self, values: Record) -> None:
-        """In place of the line that was there, in one move."""
-        self._file.close()
-        before = list(raw_lines(self._path))
-        self._put([*before[:-1], (json.dumps(values) + "\n").encode()])
-        self._file = self._path.open("a", encoding="utf-8")
-
-    def last(self) -> dict[str, Any] | None:
-        """What the last line holds; None where there is none."""
-        newest = deque(read_lines(self._path), maxlen=1)
-        return newest[0] if newest else None
-
-    def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
-
-    def _open(self, last_step: int) -> TextIO:
-        path = self._path
-        kept_bytes = sum(len(line) for line in _lines_up_to(path, last_step))
-        if path.exists() and kept_bytes < path.stat().st_size:
-            self._put(_lines_up_to(path, last_step))
-        return path.open("a", encoding="utf-8")
-
-    def _put(self, lines: Iterable[bytes]) -> None:
-        partial = self._path.with_suffix(".partial")
-        with partial.open("wb") as file:
-            file.writelines(lines)
-        partial.replace(self._path)
-
-
-def _lines_up_to(path: Path, last_step: int) -> Iterator[bytes]:
-    """Yields the whole lines of steps up to `last_step`."""
-    for line in raw_lines(path):
-        record = read_line(line) if line.endswith(b"\n") else None
-        if record is not None and record["step"] <= last_step:
-            yield line
-
-
 class Wandb:
     """A wandb run, offline unless asked otherwise; files under the run's folder."""
 
     def __init__(self, config: TrackConfig, name: str, out_dir: Path, resolved: Record) -> None:
         import wandb
 
+        # Its record of the command line is made of these.
+        sys.argv[1:] = [redact(argument) for argument in sys.argv[1:]]
         self._run = wandb.init(
             project=config.project,
-            name=name,
+            name=redact(name),
             dir=out_dir,
             mode="online" if config.wandb == "online" else "offline",
-            settings=wandb.Settings(silent=True),
+            settings=wandb.Settings(silent=True, disable_git=True),
         )
-        self._run.config.update(dict(resolved))
+        self._run.config.update(redact_values(resolved))
         self._last_step = 0
+        self._has_failed = False
 
     def record(self, values: Record) -> None:
         """Logs at the record's step; one that comes again it has already, and takes none back."""
         if values["step"] > self._last_step:
             self._last_step = values["step"]
-            self._run.log(dict(values), step=values["step"])
+            self._log(values)
 
     def go_back(self, step: int) -> None:
         """Nothing: a wandb run only grows."""
@@ -137,11 +83,23 @@ class Wandb:
     def amend(self, values: Record) -> None:
         """Adds it to the step; a run that was begun anew since then has none of it yet."""
         self._last_step = max(self._last_step, values["step"])
-        self._run.log(dict(values), step=values["step"])
+        self._log(values)
 
     def close(self) -> None:
         """Ends the run."""
-        self._run.finish()
+        self._try(self._run.finish)
+
+    def _log(self, values: Record) -> None:
+        self._try(lambda: self._run.log(dict(values), step=values["step"]))
+
+    def _try(self, act: Callable[[], Any]) -> None:
+        """Whatever goes wrong in there is no reason to end the training."""
+        try:
+            act()
+        except Exception as error:
+            if not self._has_failed:
+                LOGGER.warning("wandb: %s: %s", type(error).__name__, error)
+            self._has_failed = True
 
 
 class Display:

@@ -6,6 +6,7 @@ millisecond or so). A device's first mark stands for the host's time at its laun
 device is idle, as the counts of targets have just been read from it.
 """
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,7 +23,9 @@ from dualpipe.ir import Schedule
 from dualpipe.measured import Measured, RankUse, Span, SpanLane, measured_costs, rank_spans, rank_use, step_lanes
 from dualpipe.passes import one_at_a_time
 from train.assemble import Assembly
+from train.secrets import redact
 
+LOGGER = logging.getLogger("train")
 SVG_NAME, TRACE_NAME, PAGE_NAME = "schedule.svg", "trace.json", "schedule.html"
 
 
@@ -66,8 +69,12 @@ class PipelineWatch:
             dist.gather_object(mine, gathered, dst=0, group=self._group)
         if gathered is None:
             return False
-        title = f"{assembly.config.name}, step {step}: {schedule.kind}, {size(schedule)}"
-        write_pictures(Path(assembly.config.out_dir), title, schedule, Measured(ranks=tuple(gathered)))
+        title = f"{redact(assembly.config.name)}, step {step}: {schedule.kind}, {size(schedule)}"
+        try:
+            write_pictures(Path(assembly.config.out_dir), title, schedule, Measured(ranks=tuple(gathered)))
+        except OSError as error:  # the folder is gone or full: no reason to end
+            LOGGER.warning("%s cannot be drawn: %s", SVG_NAME, error)
+            return False
         return True
 
 

@@ -1,5 +1,6 @@
 """Looks into chosen steps of chosen ranks: torch's profiler as a Chrome trace, and what the device's memory held."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 from train.config import ProfileConfig, TrainConfig
 
 FOLDER_NAME = "profile"
+LOGGER = logging.getLogger("train")
 
 
 class StepProfiler:
@@ -28,7 +30,12 @@ class StepProfiler:
         if not self._is_chosen or done not in self._config.steps:
             yield
             return
-        self._folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._folder.mkdir(exist_ok=True)
+        except OSError as error:  # the run's folder is gone: no reason to end
+            LOGGER.warning("%s: step %d is not recorded: %s", self._folder, done, error)
+            yield
+            return
         with ExitStack() as stack:
             if self._config.memory_snapshot and self._device.type == "cuda":
                 stack.enter_context(self._memory(done))

@@ -10,7 +10,7 @@ from data.loader import Loader
 from train import checkpoint
 from train.assemble import Assembly
 from train.errors import Finding, StoppedError
-from train.events import append_event, read_events
+from train.events import note_event, read_events
 from train.guard import Guard, in_json, read_shown
 from train.integrity import Check
 from train.manifest import find_checkpoint, read_step
@@ -49,7 +49,7 @@ class Recovery:
         if step not in self._passed_over:
             return False
         if self._is_writer:
-            append_event(self._out_dir, "passed_over", step + 1, "its batch is left out, as the run went back from it")
+            note_event(self._out_dir, "passed_over", step + 1, "its batch is left out, as the run went back from it")
         return True
 
     def accepted(self, step: int) -> None:
@@ -130,7 +130,7 @@ class Recovery:
         if self._is_writer:
             known = {"values": in_json(finding.values), "ranks": list(finding.ranks)}
             samples = self._loader.sample_ids(finding.step)
-            append_event(self._out_dir, kind, finding.step + 1, finding.reason, **known, samples=samples, **more)
+            note_event(self._out_dir, kind, finding.step + 1, finding.reason, **known, samples=samples, **more)
 
     @property
     def _ranks(self) -> range:

@@ -1,11 +1,21 @@
 """Where the words, records and pictures of a run go."""
 
+import dataclasses
+import logging
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from torch import distributed as dist
+
 from train.balance import Balance, LoadLines
-from train.metrics import Display, JsonLines, Recorder
+from train.config import TrainConfig
+from train.json_lines import JsonLines
+from train.metrics import Display, Recorder, Wandb
 from train.report.write import Report
+from train.secrets import redact
 
 
 class Reporter:
@@ -26,7 +36,7 @@ class Reporter:
     def say(self, line: str) -> None:
         """One line for people."""
         if self._display is not None:
-            self._display.say(line)
+            self._display.say(redact(line))
 
     def record(self, values: dict[str, Any], balance: Balance) -> None:
         """One step's numbers."""
@@ -63,3 +73,40 @@ class Reporter:
         for recorder in self._recorders:
             recorder.close()
         self.draw()
+
+
+class _RankLog(logging.FileHandler):
+    """A rank's log; lines that a full disk refuses are lost without a traceback for each."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Returns the line without secrets."""
+        return redact(super().format(record))
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Says nothing."""
+
+
+def open_reporter(config: TrainConfig, first_step: int) -> Reporter:
+    """Opens this rank's log, and on rank 0 everything that a run records and shows.
+
+    Args:
+        config: of the run; its folder exists.
+        first_step: steps already done.
+
+    Raises:
+        OSError: a file cannot be opened.
+    """
+    rank, out_dir = dist.get_rank(), Path(config.out_dir)
+    (out_dir / "log").mkdir(exist_ok=True)
+    log = _RankLog(out_dir / "log" / f"rank_{rank:05d}.log")
+    log.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.getLogger().addHandler(log)
+    logging.getLogger("train").setLevel(logging.INFO)
+    if rank != 0:
+        return Reporter(None, [])
+    display = Display(Console(file=sys.stdout), config.stage.steps, first_step, config.track.log_every_steps)
+    recorders: list[Recorder] = [JsonLines(out_dir / "metrics.jsonl", first_step), display]
+    if config.track.wandb != "disabled":
+        recorders.append(Wandb(config.track, config.name, out_dir, dataclasses.asdict(config)))
+    loads = LoadLines(out_dir, config.track.loads_every_steps, first_step)
+    return Reporter(display, recorders, loads, Report(config))

@@ -3,14 +3,12 @@
 import dataclasses
 import logging
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from torch import distributed as dist
 
-from comm.exit_codes import EXIT_NON_FINITE, EXIT_PREEMPTED
+from comm.exit_codes import EXIT_NON_FINITE, EXIT_OTHER, EXIT_PREEMPTED
 from comm.groups import Groups, start, stop
 from comm.layout import Layout
 from comm.operations import OperationLog, cuda_mark
@@ -24,26 +22,24 @@ from data.prepare import Prepared
 from data.progress import Quiet, progress_on
 from train import checkpoint
 from train.assemble import Assembly, assemble, is_mirrored
-from train.balance import LoadLines
 from train.config import TrainConfig
 from train.corpus import State as CorpusState
 from train.corpus import build_together, prepare_corpus
-from train.errors import PreemptedError, StoppedError
-from train.events import append_event
+from train.errors import PreemptedError, RescuedError, StoppedError
+from train.events import note_event
 from train.initial_weights import load_initial
 from train.last_words import LastWords
 from train.loop import Training, show_continuation
 from train.manifest import check_fingerprint, check_manifest, read_step
-from train.metrics import Display, JsonLines, Recorder, Wandb
 from train.newest import AUTO, looks_whole, newest_whole
 from train.optim.learning_rate import learning_rate, schedule_warnings
 from train.plan import Plan, plan
 from train.profile import profile_notice
 from train.ramp import SizedAssemblies
-from train.report.write import Report
-from train.reporter import Reporter
+from train.reporter import Reporter, open_reporter
 from train.resumed import choose_resumed, other_layout
 from train.status import State, StatusFile, read_status
+from train.terminal import report_breaks
 
 LOGGER = logging.getLogger("train")
 
@@ -60,7 +56,8 @@ def main(config: TrainConfig, is_aloud: bool = False) -> int:
         is_aloud: last words also go to stderr.
 
     Returns:
-        The exit code: 0 done, 75 preempted after saving, 77 stopped by the guard.
+        The exit code: 0 done, 1 the run's folder took no checkpoint, 75 preempted after saving, 77 stopped by the
+        guard.
     """
     preemption = Preemption.of_process()
     member = Membership.from_environment()
@@ -108,6 +105,9 @@ class _Rank:
         self._words.out_dir = Path(config.out_dir)
         status = StatusFile(Path(config.out_dir), dist.get_rank() == 0)
         status.starting()
+        if dist.get_rank() == 0:
+            out_dir = Path(config.out_dir)
+            report_breaks(lambda text: note_event(out_dir, "output_broken", status.step, text))
         with self._log.phase("world", world, "choice of the checkpoint"):
             config, self._passed_over = choose_resumed(config)
         if device.type == "cuda":
@@ -128,25 +128,27 @@ class _Rank:
             end = ("preempted", EXIT_PREEMPTED, str(error))
         except StoppedError as error:
             end = ("stopped", EXIT_NON_FINITE, str(error))
+        except RescuedError as error:
+            end = ("stopped", EXIT_OTHER, str(error))
         with self._log.collective("world", groups.world, "end of training"):
             dist.barrier(group=groups.world)
         if self._assembly is not None:
             self._assembly.close()
         status.ended(*end)
         if end[0] == "preempted" and groups.rank == 0:
-            append_event(Path(config.out_dir), "preempted", status.step, end[2])
+            note_event(Path(config.out_dir), "preempted", status.step, end[2])
         return end[1]
 
     def _train(self, assembly: Assembly, prepared: Prepared, planned: Plan, status: StatusFile) -> None:
         config = assembly.config
         first_step = _resume(assembly, prepared.fingerprint)
         started_from = _start(assembly, prepared)
-        reporter = _reporter(config, first_step)
+        reporter = open_reporter(config, first_step)
         try:
             for line in self._passed_over:
                 reporter.say(f"resume: passed over {line}")
                 if assembly.groups.rank == 0:
-                    append_event(Path(config.out_dir), "checkpoint_passed_over", first_step, line)
+                    note_event(Path(config.out_dir), "checkpoint_passed_over", first_step, line)
             _introduce(assembly, planned, prepared, reporter, first_step)
             if started_from:
                 reporter.say(started_from)
@@ -157,7 +159,7 @@ class _Rank:
         except PreemptedError as error:
             reporter.say(f"preempted: {error}; exit code {EXIT_PREEMPTED}")
             raise
-        except StoppedError as error:
+        except (StoppedError, RescuedError) as error:
             reporter.say(f"error: {error}")
             raise
         finally:
@@ -259,23 +261,6 @@ def _prepare(config: TrainConfig, groups: Groups, log: OperationLog, preemption:
             f"rank 0's {fingerprints[0]}. Machines with different Python versions embed different text"
         )
     return prepared
-
-
-def _reporter(config: TrainConfig, first_step: int) -> Reporter:
-    rank, out_dir = dist.get_rank(), Path(config.out_dir)
-    (out_dir / "log").mkdir(parents=True, exist_ok=True)
-    log = logging.FileHandler(out_dir / "log" / f"rank_{rank:05d}.log")
-    log.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logging.getLogger().addHandler(log)
-    LOGGER.setLevel(logging.INFO)
-    if rank != 0:
-        return Reporter(None, [])
-    display = Display(Console(file=sys.stdout), config.stage.steps, first_step, config.track.log_every_steps)
-    recorders: list[Recorder] = [JsonLines(out_dir / "metrics.jsonl", first_step), display]
-    if config.track.wandb != "disabled":
-        recorders.append(Wandb(config.track, config.name, out_dir, dataclasses.asdict(config)))
-    loads = LoadLines(out_dir, config.track.loads_every_steps, first_step)
-    return Reporter(display, recorders, loads, Report(config))
 
 
 def _introduce(assembly: Assembly, planned: Plan, prepared: Prepared, reporter: Reporter, first_step: int) -> None:

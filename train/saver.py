@@ -26,6 +26,8 @@ from train.checkpoint_reader import first_line
 from train.checkpoint_state import Extras, HostCopy, State, state_of
 from train.dcp.metadata import METADATA_NAME
 from train.digests import Digest, digests
+from train.errors import UnsavedError
+from train.lock_file import OwnershipCheck
 from train.manifest import (
     CHECKPOINTS_NAME,
     SCHEDULE_NAME,
@@ -48,18 +50,29 @@ class Saver:
     All calls but `take_finished` are made by every rank at the same point of the run.
     """
 
-    def __init__(self, assembly: Assembly, prepared: Prepared, extras: Extras | None = None) -> None:
+    def __init__(
+        self,
+        assembly: Assembly,
+        prepared: Prepared,
+        extras: Extras | None = None,
+        folder: Path | None = None,
+        ownership: OwnershipCheck | None = None,
+    ) -> None:
         """Made by every rank at the same point.
 
         Args:
             assembly: of this rank.
             prepared: for the fingerprint of the samples, and the tokenizer.
             extras: what else is saved.
+            folder: that holds the folder of checkpoints; None: the run's own. It must exist.
+            ownership: whether the run still owns that folder; None: nobody can take it.
         """
         self._assembly = assembly
         self._prepared = prepared
         self._extras: Extras = assembly.extras if extras is None else extras
-        self._root = Path(assembly.config.out_dir) / CHECKPOINTS_NAME
+        self._root = (folder or Path(assembly.config.out_dir)) / CHECKPOINTS_NAME
+        self._ownership = ownership
+        self._is_closed = False
         self._rank = dist.get_rank()
         # The steps' own collectives go on meanwhile; these must never be mistaken for theirs.
         self._group = dist.new_group(backend="gloo", timeout=_LONGEST_WRITE)
@@ -76,7 +89,7 @@ class Saver:
         Waits for the checkpoint before it, if that is still being written.
 
         Raises:
-            OSError: on every rank, where one of them could not write its part of the checkpoint before.
+            UnsavedError: on every rank, where one of them could not write its part of the checkpoint before.
         """
         self.wait()
         copied = self._memory.of(state_of(self._assembly, self._extras))
@@ -87,7 +100,7 @@ class Saver:
         """Waits for the checkpoint that is being written, if any; gives the last one that is whole.
 
         Raises:
-            OSError: on every rank, where one of them could not write its part.
+            UnsavedError: on every rank, where one of them could not write its part.
         """
         if self._thread is not None:
             self._thread.join()
@@ -102,10 +115,14 @@ class Saver:
         return [self._untold.popleft() for _ in range(len(self._untold))]
 
     def close(self) -> Path | None:
-        """As `wait`, and leaves the process group: the last call."""
+        """As `wait`, and leaves the process group: the last call; once more, it does nothing."""
+        if self._is_closed:
+            return self._last
+        self._is_closed = True
         try:
             return self.wait()
         finally:
+            self._memory = HostCopy()
             dist.destroy_process_group(self._group)
 
     def _run(self, step: int, copied: State) -> None:
@@ -135,9 +152,19 @@ class Saver:
 
     def _begin(self, partial: Path) -> None:
         if self._rank == 0:
+            self._check_ownership()
+            self._root.mkdir(exist_ok=True)  # in a run's folder that is gone, nothing is made again
             for leftover in self._root.glob("*.partial"):
-                shutil.rmtree(leftover)
-            partial.mkdir(parents=True)
+                if leftover.is_symlink():
+                    leftover.unlink()
+                else:
+                    shutil.rmtree(leftover)
+            partial.mkdir()
+
+    def _check_ownership(self) -> None:
+        problem = "" if self._ownership is None else self._ownership.problem(is_urgent=True)
+        if problem:
+            raise OSError(problem)
 
     def _hash_all(self, partial: Path) -> dict[str, Digest]:
         """Of every rank's files, each read by the rank that wrote it."""
@@ -156,6 +183,7 @@ class Saver:
         """Makes the folder a checkpoint: on rank 0, when every rank is done."""
         if self._rank != 0:
             return
+        self._check_ownership()
         (partial / SCHEDULE_NAME).write_text(to_json(self._assembly.schedule) + "\n", encoding="utf-8")
         own = [partial / SCHEDULE_NAME, partial / METADATA_NAME]
         for name, content in self._carried.files.items():
@@ -190,9 +218,9 @@ class Saver:
                 raise _refusal(place, rank, said) from problem
 
 
-def _refusal(place: Path, rank: int, cause: BaseException | str) -> OSError:
+def _refusal(place: Path, rank: int, cause: BaseException | str) -> UnsavedError:
     said = cause if isinstance(cause, str) else first_line(cause)
-    return OSError(f"{place}: cannot be written by rank {rank}: {said}")
+    return UnsavedError(f"{place}: cannot be written by rank {rank}: {said}")
 
 
 def _sync(path: Path) -> None:

@@ -1,14 +1,18 @@
 """`status.json` of a run's folder: what became of the run, for whoever started it. No torch here."""
 
 import json
+import logging
 import os
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
+from train.secrets import redact
+
 STATUS_NAME = "status.json"
 _LARGEST_BYTES = 2**20
+LOGGER = logging.getLogger("train")
 State = Literal["starting", "running", "done", "preempted", "stopped", "lost"]
 
 
@@ -35,8 +39,9 @@ class Status:
 
 def write_status(out_dir: Path, status: Status) -> None:
     """Writes it with the present time, in one move."""
+    told = replace(status, time=time.time(), reason=redact(status.reason))
     partial = out_dir / f"{STATUS_NAME}.{os.getpid()}.partial"
-    partial.write_text(json.dumps(asdict(replace(status, time=time.time())), indent=2) + "\n", encoding="utf-8")
+    partial.write_text(json.dumps(asdict(told), indent=2) + "\n", encoding="utf-8")
     partial.replace(out_dir / STATUS_NAME)
 
 
@@ -77,6 +82,7 @@ class StatusFile:
         self._every_seconds = every_seconds
         self._written_at = 0.0
         self._status = Status(state="starting")
+        self._has_failed = False
 
     @property
     def step(self) -> int:
@@ -103,5 +109,11 @@ class StatusFile:
     def _write(self, status: Status) -> None:
         self._status = status
         self._written_at = time.monotonic()
-        if self._is_writer:
+        if not self._is_writer:
+            return
+        try:
             write_status(self._out_dir, status)
+        except OSError as error:  # the folder is gone or full: no reason to end
+            if not self._has_failed:
+                LOGGER.warning("%s cannot be written: %s", STATUS_NAME, error)
+            self._has_failed = True

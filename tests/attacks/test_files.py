@@ -28,8 +28,8 @@ from tests.tiny import tiny_config, write_text
 from train.config import TrainConfig
 from train.events import read_events
 from train.guard import read_shown
+from train.json_lines import JsonLines
 from train.manifest import CheckpointError
-from train.metrics import JsonLines
 from train.plan import read_schedule
 from train.status import Status, read_status, write_status
 

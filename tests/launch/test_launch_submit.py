@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -166,6 +167,38 @@ def test_submit_hands_the_script_in_the_folder_to_sbatch(
     assert sorted(path.name for path in run.iterdir()) == ["config.yaml", "job.sbatch", "log", "overrides.txt"]
     # The same command goes on with the run.
     assert main([f"out_dir={run}", "experiment=quickstart"]) == 0
+
+
+def test_script_is_readable_by_its_user_alone_from_its_creation_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Shell lines of `slurm.setup` export keys: no other file has them, and no file is readable for a moment."""
+    sbatch, run = tmp_path / "bin" / "sbatch", tmp_path / "run"
+    sbatch.parent.mkdir()
+    sbatch.write_text("#!/bin/sh\necho 17\n")
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{sbatch.parent}:{os.environ['PATH']}")
+    modes: list[int] = []
+    plain = os.open
+
+    def watched(path: object, flags: int, mode: int = 0o777, **more: Any) -> int:
+        descriptor = plain(path, flags, mode, **more)  # type: ignore[arg-type]
+        if "job.sbatch" in str(path) or "overrides.txt" in str(path):
+            modes.append(os.fstat(descriptor).st_mode & 0o777)
+        return descriptor
+
+    monkeypatch.setattr(os, "open", watched)
+    old = os.umask(0)
+    try:
+        for _ in range(2):
+            assert main([f"out_dir={run}", "experiment=quickstart", 'slurm.setup=["export MY_KEY=abc0123456789"]']) == 0
+    finally:
+        os.umask(old)
+    assert modes == [0o600] * 4
+    assert [(run / name).stat().st_mode & 0o777 for name in ("job.sbatch", "overrides.txt")] == [0o600] * 2
+    holding = [path.name for path in run.rglob("*") if path.is_file() and b"abc0123456789" in path.read_bytes()]
+    assert holding == ["job.sbatch"]
+    assert "abc0123456789" not in capsys.readouterr().out
 
 
 def test_times_are_read_as_sbatch_reads_them() -> None:

@@ -33,8 +33,8 @@ from train.config import (
 from train.errors import StoppedError
 from train.events import read_events
 from train.guard import LOSS, NORM, Guard, read_shown
+from train.json_lines import JsonLines
 from train.loop import Training
-from train.metrics import JsonLines
 from train.ramp import SizedAssemblies
 from train.reporter import Reporter
 from train.slices import Slice

@@ -11,7 +11,7 @@ from data.corpus import DataError
 from data.loader import Batch
 from tests.tiny import tiny_config, write_text
 from train.corpus import prepare_corpus
-from train.metrics import JsonLines
+from train.json_lines import JsonLines
 from train.step import make_objective, to_micro_batch
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from train.config import TrainConfig
 from train.report.page import REPORT_NAME, html
 from train.report.source import RunSource
+from train.secrets import redact
 
 LOGGER = logging.getLogger("train")
 
@@ -27,7 +28,7 @@ class Report:
         self._source.follow()
         path = self._source.folder / REPORT_NAME
         partial = path.with_name(f"{REPORT_NAME}.partial")
-        partial.write_text(html(self._source, self._config.name, about(self._config)), encoding="utf-8")
+        partial.write_text(html(self._source, redact(self._config.name), redact(about(self._config))), encoding="utf-8")
         partial.replace(path)
         return path
 

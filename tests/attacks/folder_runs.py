@@ -1,0 +1,112 @@
+"""Runs whose folder is damaged while they train: deleted, on a full disk, on a disk that becomes read-only, taken over.
+
+`python -m tests.attacks.folder_runs FOLDER CASE...` trains each case in `FOLDER/CASE`, on real ranks, and writes its
+exit code into `FOLDER/CASE.code`. Disks need root and a mount namespace of this process' own.
+"""
+
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+
+from launch.compose import compose
+from launch.config import check, read_config
+from launch.folder import check_folder, held_folder
+from launch.local import preload_modules, run_ranks, start_fork_server
+from launch.report import command
+from launch.train import train_rank
+from train.lock_file import LOCK_NAME
+from train.owner import Owner
+
+NUM_STEPS = 300
+OTHER_HOST = "node9"
+
+
+def choices(folder: Path) -> list[str]:
+    """Of each run, but its folder and steps."""
+    return [
+        *("model=tiny", "parallelism=two_ranks", "data=files", f"data.paths=[{folder / 'text'}]"),
+        *(f"data.cache_dir={folder / 'cache'}", "data.tokenizer_vocab_size=320", "data.validation_fraction=0.2"),
+        *("stage.sequence_length_tokens=32", "stage.global_batch_sequences=8", "stage.micro_batch_sequences=1"),
+        *("stage.validation_sequences=0", "stage.sample_prompt=", "stage.checkpoint_every_steps=3"),
+    ]
+
+
+def delete(run: Path) -> None:
+    """As `rm -r` does, at once."""
+    gone = run.with_name(f"{run.name}.gone")
+    run.rename(gone)
+    shutil.rmtree(gone)
+
+
+def fill(run: Path) -> None:
+    """Leaves no room on the disk that the folder is."""
+    with (run / "filler").open("wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(b"x" * 4096)
+        except OSError:
+            pass
+
+
+def make_read_only(run: Path) -> None:
+    """Of the checkpoints' disk, as a file system does after an error: refused only while a file is being written."""
+    folder = str(run / "checkpoints")
+    subprocess.run(["mount", "--bind", folder, folder], check=True)
+    while subprocess.run(["mount", "-o", "remount,bind,ro", folder], capture_output=True, check=False).returncode:
+        time.sleep(0.01)
+
+
+def take_over(run: Path) -> None:
+    """As a command on another machine does after the lease."""
+    (run / "other").write_text(replace(Owner.of_this_process(), host=OTHER_HOST, machine="another").to_text())
+    (run / "other").rename(run / LOCK_NAME)
+
+
+DAMAGES: dict[str, Callable[[Path], None]] = {
+    "deleted": delete,
+    "taken_over": take_over,
+    "full": fill,
+    "read_only": make_read_only,
+}
+
+
+def _damage_later(case: str, run: Path) -> None:
+    """Once the run has done some steps and has a checkpoint."""
+    while not list(run.glob("checkpoints/step-*/manifest.json")):
+        time.sleep(0.05)
+    DAMAGES[case](run)
+
+
+def run_case(folder: Path, case: str) -> int:
+    """One run; returns its exit code."""
+    run = folder / case
+    if case == "full":
+        run.mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(run)], check=True)
+    config = read_config(compose("train", [*choices(folder), f"stage.steps={NUM_STEPS}", f"out_dir={run}"]))
+    check(config)
+    check_folder(config)
+    damage = threading.Thread(target=_damage_later, args=(case, run), daemon=True)
+    damage.start()
+    with held_folder(config, datetime.now()) as (config, _):
+        return run_ranks(run, config.parallelism.world_size, train_rank)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the cases."""
+    folder, *cases = Path(arguments[0]), *arguments[1:]
+    config = read_config(compose("train", [*choices(folder), f"out_dir={folder}/any"]))
+    start_fork_server(config.cluster, preload_modules(config.cluster))
+    for case in cases:
+        (folder / f"{case}.code").write_text(str(run_case(folder, case)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(command("train", main))

@@ -1,0 +1,101 @@
+"""Standard output and error of a run: one that breaks (`| head`, a closed terminal, a full disk) does not end the run.
+
+No torch here.
+"""
+
+import io
+import os
+import sys
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from typing import Any, TextIO
+
+Report = Callable[[str], None]
+
+
+class GuardedStream:
+    """A text stream that loses what it cannot write. When it first fails, its descriptor goes to the null device, so
+    that libraries, child processes and the interpreter's end can write there too.
+    """
+
+    def __init__(self, stream: TextIO, name: str) -> None:
+        """Wraps a stream.
+
+        Args:
+            stream: with a descriptor, or without.
+            name: for the report: stdout or stderr.
+        """
+        self._stream = stream
+        self._name = name
+        self._problem = ""
+        self._report: Report | None = None
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # of a character that the terminal does not know
+
+    def write(self, text: str) -> int:
+        """Writes, or loses the text."""
+        try:
+            return self._stream.write(text)
+        except (OSError, ValueError) as error:
+            self._break(error)
+            return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        """Writes each of them."""
+        for line in lines:
+            self.write(line)
+
+    def flush(self) -> None:
+        """Flushes, or loses what was not written."""
+        try:
+            self._stream.flush()
+        except (OSError, ValueError) as error:
+            self._break(error)
+
+    def report_to(self, report: Report) -> None:
+        """Has a failure reported once: the one that there was, or the one that comes."""
+        self._report = report
+        if self._problem:
+            report(self._problem)
+
+    def __getattr__(self, name: str) -> Any:
+        """Whatever else the stream has."""
+        return getattr(self._stream, name)
+
+    def _break(self, error: Exception) -> None:
+        if self._problem or isinstance(error, BlockingIOError):  # a pipe that is full may have room again
+            return
+        said = getattr(error, "strerror", None) or str(error)
+        self._problem = f"{self._name} cannot be written ({said}); the run goes on without it"
+        with suppress(OSError, ValueError):
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self._stream.fileno())
+            os.close(null)
+        if self._report is not None:
+            self._report(self._problem)
+
+
+def guard_terminal() -> None:
+    """Guards this process' standard output and error from here on; opens those that were closed before it started."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:  # the next file that is opened would get the number, and what is printed
+            os.open(os.devnull, os.O_RDWR)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        if not isinstance(stream, GuardedStream):
+            setattr(sys, name, GuardedStream(stream, name))
+
+
+def report_breaks(report: Report) -> None:
+    """Has failures of guarded streams reported, each once.
+
+    Args:
+        report: takes a line; called on the thread that writes.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, GuardedStream):
+            stream.report_to(report)
