@@ -1,6 +1,7 @@
 """`report.html` of a run's folder, written while the run goes on and after it."""
 
 import logging
+import os
 from pathlib import Path
 
 from train.config import TrainConfig
@@ -27,7 +28,8 @@ class Report:
         """
         self._source.follow()
         path = self._source.folder / REPORT_NAME
-        partial = path.with_name(f"{REPORT_NAME}.partial")
+        # `launch.redraw` may draw beside the run itself.
+        partial = path.with_name(f"{REPORT_NAME}.{os.getpid()}.partial")
         partial.write_text(html(self._source, redact(self._config.name), redact(about(self._config))), encoding="utf-8")
         partial.replace(path)
         return path
