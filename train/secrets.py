@@ -26,8 +26,9 @@ _WORDS = frozenset(
 )
 # Shorter values of the environment are words that occur everywhere.
 _SHORTEST_VALUE = 8
+# A name, = or :, and a word as a shell reads it: parts in quotes, others up to a space or an operator.
 _ASSIGNMENT = re.compile(
-    r"""(?P<name>[A-Za-z_][\w.-]*)(?P<sign>\s*[=:]\s*)(?P<value>"(?:[^"\\]|\\.)*"|'[^']*'|[^\s'",;&|)\]}]+)"""
+    r"""(?P<name>[A-Za-z_][\w.-]*)(?P<sign>\s*[=:]\s*)(?P<value>(?>"(?:[^"\\]|\\.)*"|'[^']*'|[^\s;&|])+)"""
 )
 _IN_URL = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*://[^\s/:@]*:)[^\s/@]+@")
 
@@ -66,9 +67,23 @@ def redact_values(values: Any, name: str = "") -> Any:
 
 
 def _hide(match: re.Match[str]) -> str:
-    if not is_secret_name(match["name"]) or re.fullmatch(r"[\d.e+-]+|null|none|true|false", match["value"].lower()):
-        return match[0]
-    return f"{match['name']}{match['sign']}{HIDDEN}"
+    name, sign = match["name"], match["sign"]
+    value = match["value"].rstrip(",)]}")
+    tail = match["value"][len(value) :]
+    if not is_secret_name(name):
+        # What is assigned may itself hold an assignment.
+        return f"{name}{sign}{_ASSIGNMENT.sub(_hide, value)}{tail}" if value[:1] not in "\"'" else _unquoted(match)
+    is_plain = re.fullmatch(r"[\d.e+-]+|null|none|true|false|", value.lower()) is not None
+    # After a colon comes prose more often than a secret.
+    is_prose = (
+        ":" in sign and value[:1] not in "\"'" and not (len(value) >= _SHORTEST_VALUE and re.search(r"\d", value))
+    )
+    return match[0] if is_plain or is_prose else f"{name}{sign}{HIDDEN}{tail}"
+
+
+def _unquoted(match: re.Match[str]) -> str:
+    value = match["value"]
+    return f"{match['name']}{match['sign']}{value[:1]}{_ASSIGNMENT.sub(_hide, value[1:])}"
 
 
 def _values(environment: Mapping[str, str]) -> list[str]:

@@ -29,6 +29,13 @@ def test_other_names(name: str) -> None:
         ("data.tokenizer=path stage.steps=3", "data.tokenizer=path stage.steps=3"),
         ("the value long-secret-value stands alone", "the value *** stands alone"),
         ("short is a word", "short is a word"),
+        ('prompt="a_key=abcdef123 "', 'prompt="a_key=*** "'),
+        ("out=a_key=abcdef123", "out=a_key=***"),
+        ("export A_KEY=ab,cd)ef", "export A_KEY=***"),
+        ('export A_KEY="unclosed', "export A_KEY=***"),
+        ("export A_KEY=a'b c'd;next", "export A_KEY=***;next"),
+        ("wandb_key: unknown key; did you mean x?", "wandb_key: unknown key; did you mean x?"),
+        ("token: abcdef123456", "token: ***"),
     ],
 )
 def test_texts(text: str, shown: str) -> None:
