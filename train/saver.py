@@ -72,6 +72,7 @@ class Saver:
         self._extras: Extras = assembly.extras if extras is None else extras
         self._root = (folder or Path(assembly.config.out_dir)) / CHECKPOINTS_NAME
         self._ownership = ownership
+        self._had_folder = self._root.parent.is_dir()
         self._is_closed = False
         self._rank = dist.get_rank()
         # The steps' own collectives go on meanwhile; these must never be mistaken for theirs.
@@ -153,7 +154,8 @@ class Saver:
     def _begin(self, partial: Path) -> None:
         if self._rank == 0:
             self._check_ownership()
-            self._root.mkdir(exist_ok=True)  # in a run's folder that is gone, nothing is made again
+            # A run's folder that is gone is not made again.
+            self._root.mkdir(exist_ok=True, parents=not self._had_folder)
             for leftover in self._root.glob("*.partial"):
                 if leftover.is_symlink():
                     leftover.unlink()
