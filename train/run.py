@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
