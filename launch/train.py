@@ -29,6 +29,7 @@ from train.events import note_event
 from train.integrity import find_resumed, verify
 from train.manifest import MANIFEST_NAME
 from train.newest import AUTO
+from train.optim.learning_rate import schedule_warnings
 from train.rescue import has_rescue, rescue_folder
 from train.status import read_status
 from train.terminal import guard_terminal, report_breaks
@@ -73,7 +74,8 @@ def preview(overrides: Sequence[str]) -> str:
         config = read_config(compose("train", overrides))
         check(config)
         check_folder(config)
-    return experiment_text("train", overrides, write_config(config))
+    warnings = schedule_warnings(config.optim, config.batch_sizes, config.stage.steps)
+    return experiment_text("train", overrides, write_config(config), [f"warning: {line}" for line in warnings])
 
 
 def train_rank(config: TrainConfig, is_aloud: bool = False) -> int:

@@ -142,6 +142,11 @@ def test_config_only_prints_an_experiment_that_composes_to_the_same(
     assert read_config(compose("train", [choice])) == config
 
 
+def test_config_only_prints_warnings_as_comments() -> None:
+    text = train.preview(["optim.schedule.decay_end=10 %"])
+    assert re.search(r"^# warning: optim\.schedule\.decay_end: ends before half of the run", text, re.M)
+
+
 def test_config_only_of_a_job_composes_to_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     overrides = ["precision=bf16", "slurm.partition=gpu", "slurm.setup=[module load cuda]"]
     values = compose("submit", overrides)
