@@ -100,10 +100,10 @@ def test_recipe_v3_is_the_published_run(folder: Path) -> None:
     assert (stage.sequence_length_tokens, stage.micro_batch_sequences, stage.document_mask) == (4096, 1, False)
     assert stage.balance_loss_weight == 1e-4
     assert config.data.fim_rate == 0.1
-    assert stage.batch_ramp == BatchRamp(start_sequences=4096, end_tokens=469 * 10**9, num_sizes=5)
+    assert stage.batch_ramp == BatchRamp(start_sequences=3072, end_tokens=469 * 10**9, num_sizes=5)
     sizes = config.batch_sizes
-    assert (sizes.sequences(0), sizes.sequences(stage.steps - 1)) == (4096, 15_360)
-    assert [sizes.tokens_before(stage.steps) // 10**9, stage.steps] == [14_800, 244_141]
+    assert (sizes.sequences(0), sizes.sequences(stage.steps - 1)) == (3072, 15_360)
+    assert [sizes.tokens_before(stage.steps) // 10**9, stage.steps] == [14_800, 247_199]
     # The learning rate, the MTP loss weight and the router bias rate just before and after each change, by tokens.
     steps = {at: next(s for s in range(at // (15_360 * 4096), stage.steps) if sizes.tokens_before(s) >= at) for at in (
         5 * T, 10 * T, 1215 * T // 100, 143 * T // 10, 145 * T // 10, 14_633 * 10**9)}  # fmt: skip

@@ -8,6 +8,7 @@ import pytest
 from data.batch_sizes import BatchRamp, BatchSizes
 from launch.compose import compose
 from launch.config import read_config
+from launch.train import preview
 from tests.tiny import OPTIM
 from train.config import TrainConfig
 from train.optim.config import DecayedRate, OptimConfig, Span, WsdRate
@@ -129,7 +130,10 @@ def test_learning_rate_over_a_growing_batch_is_measured_in_tokens() -> None:
             ["optim.schedule.warmup=200 steps"],
             ["optim.schedule.warmup", "longer than the run", "200 steps"],
         ),
-        (["optim.schedule.decay_end=20 steps", "stage.steps=2000"], ["optim.schedule.decay_end", "1 %", "2,000 steps"]),
+        (
+            ["optim.schedule.warmup=9 steps", "optim.schedule.decay_end=20 steps", "stage.steps=2000"],
+            ["optim.schedule.decay_end", "1 %", "2,000 steps"],
+        ),
         (["optim=adamw_v3"], ["optim.schedule.warmup", "2000 steps"]),
         (["optim.schedule.decay_end=50 steps"], []),
         (["optim/schedule=wsd", "optim.schedule.decay=90 %"], []),
@@ -141,6 +145,8 @@ def test_schedule_that_does_not_suit_the_run_gives_a_warning(overrides: list[str
     assert len(lines) == bool(parts)
     assert all(part in lines[0] for part in parts)
     assert all("\n" not in line for line in lines)
+    shown = preview(overrides).splitlines()
+    assert [line for line in shown if line.startswith("# warning: ")] == [f"# warning: {line}" for line in lines]
 
 
 def test_span_reads_what_it_writes() -> None:
