@@ -1,11 +1,12 @@
 """What the interpreter asks of a stage and of the links between stages. It knows nothing else of either."""
 
 from collections.abc import Sequence
-from typing import Literal, Protocol
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from dualpipe.transfers import Message
+
+if TYPE_CHECKING:  # programs are compiled before torch is imported, to predict their memory
+    from torch import Tensor
 
 Lane = Literal["compute", "comm"]
 
@@ -17,19 +18,19 @@ class Run(Protocol):
     by `forward` and `backward`; `wait` completes it, and comes before the run's next phase.
     """
 
-    def set_input(self, hidden_BTD: Tensor, /) -> None:
+    def set_input(self, hidden_BTD: "Tensor", /) -> None:
         """The activation from the stage before, which may be on this rank; nobody else uses the tensor."""
         ...
 
-    def output(self) -> Tensor:
+    def output(self) -> "Tensor":
         """The activation for the stage after; handed over, not kept."""
         ...
 
-    def set_output_gradient(self, gradient_BTD: Tensor, /) -> None:
+    def set_output_gradient(self, gradient_BTD: "Tensor", /) -> None:
         """The gradient from the stage after, which may be on this rank; nobody else uses the tensor."""
         ...
 
-    def input_gradient(self) -> Tensor:
+    def input_gradient(self) -> "Tensor":
         """The gradient for the stage before; handed over, not kept."""
         ...
 
@@ -66,7 +67,7 @@ class Stage(Protocol):
 class Receipt(Protocol):
     """A message on its way here."""
 
-    def wait(self) -> Tensor:
+    def wait(self) -> "Tensor":
         """The tensor, once it has arrived."""
         ...
 
@@ -78,7 +79,7 @@ class Transport(Protocol):
         """Makes room for a message, in the order in which its link's messages will be sent."""
         ...
 
-    def send(self, message: Message, tensor: Tensor, /) -> None:
+    def send(self, message: Message, tensor: "Tensor", /) -> None:
         """Sends without waiting for the other side."""
         ...
 

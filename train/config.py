@@ -1,6 +1,6 @@
 """A training run, as values. No torch here: a wrong run is refused before any process starts."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from comm.config import ClusterConfig, DispatchConfig, ParallelismConfig
@@ -206,3 +206,8 @@ class TrainConfig:
             num_choices=self.model.num_experts_per_token,
             timeout_seconds=self.cluster.timeout_seconds,
         )
+
+
+def sized_config(config: TrainConfig, sequences: int) -> TrainConfig:
+    """Returns the run as if every step read so many sequences."""
+    return replace(config, stage=replace(config.stage, global_batch_sequences=sequences, batch_ramp=None))

@@ -16,11 +16,10 @@ from dualpipe.generate.select import KINDS, build, ends_meet, stages_per_rank
 from dualpipe.ir import Schedule, ScheduleError, from_json, to_json
 from dualpipe.validate import validate
 from model.cut import CutError, cut_layers
-from train.config import TrainConfig
+from train.config import TrainConfig, sized_config
 from train.costs import nominal_costs
 from train.manifest import SCHEDULE_NAME, CheckpointError, find_checkpoint, layout_record, read_manifest
 from train.probe import LayerTimes, measure, stage_costs
-from train.ramp import sized_config
 
 _LARGEST_SCHEDULE_BYTES = 2**28
 

@@ -6,13 +6,8 @@ from dataclasses import replace
 from data.batch_sizes import BatchSizes
 from dualpipe.ir import Schedule, ScheduleError
 from train.assemble import Assembly, compile_programs
-from train.config import TrainConfig
+from train.config import sized_config
 from train.links import linked_pairs
-
-
-def sized_config(config: TrainConfig, sequences: int) -> TrainConfig:
-    """The run as if every step read so many sequences."""
-    return replace(config, stage=replace(config.stage, global_batch_sequences=sequences, batch_ramp=None))
 
 
 class SizedAssemblies:

@@ -23,10 +23,10 @@ from model.objective import LossSums
 from model.transformer import Transformer, initialise, named_tensors, routers
 from train.assemble import Assembly, assemble, is_mirrored, weight_dtype
 from train.balance import update_router_bias
-from train.config import TrainConfig
+from train.config import TrainConfig, sized_config
 from train.optim.parameters import group_parameters
 from train.plan import ramp_schedules
-from train.ramp import SizedAssemblies, sized_config
+from train.ramp import SizedAssemblies
 from train.step import accumulate, make_objective, rates_of, to_micro_batch
 
 

@@ -1,10 +1,10 @@
 """What a model in FP8 keeps for its backward, in bytes; no torch here.
 
-Counted as in model/activations.py: of one micro-batch, each memory once, weights apart.
+Counted as in model/account/activations.py: of one micro-batch, each memory once, weights apart.
 """
 
 from kernels.quantize.tiles import num_pairs, num_tiles
-from model.activations import ActivationAccount, MicroBatchShape, head_bytes, router_bytes
+from model.account.activations import ActivationAccount, MicroBatchShape, head_bytes, router_bytes
 from model.config import ModelConfig
 
 _SCALE_BYTES = 4
@@ -18,7 +18,7 @@ def count_activations_in_fp8(config: ModelConfig, shape: MicroBatchShape) -> Act
         shape: of a micro-batch.
     """
     row = shape.num_tokens * config.hidden_size * shape.value_bytes
-    attention = _attention(config, shape)
+    attention = attention_bytes(config, shape)
     normal = shape.num_tokens * (_codes(config.hidden_size) + shape.wide_bytes)
     hidden = shape.num_tokens * _codes(2 * config.dense_intermediate_size)
     return ActivationAccount(
@@ -36,7 +36,7 @@ def _codes(num_columns: int) -> int:
     return num_columns + _SCALE_BYTES * num_tiles(num_columns)
 
 
-def _attention(config: ModelConfig, shape: MicroBatchShape) -> int:
+def attention_bytes(config: ModelConfig, shape: MicroBatchShape) -> int:
     """Inputs of projections in FP8, each with its norm's scale; what heads mixed in 12 bits; the shared key."""
     mixed = config.num_heads * config.v_head_dim
     kept = _codes(config.hidden_size) + _codes(config.kv_lora_rank) + 2 * shape.wide_bytes

@@ -1,22 +1,11 @@
-"""How many weights a model has, how many work on a token, and what a token costs. Exact integers, no torch.
+"""Counts the weights of a model, those that work on a token, and what a token costs. Exact integers, no torch.
 
 Source: arXiv:2412.19437, section 4.2, and the released checkpoint.
 """
 
 from dataclasses import dataclass
 
-from model.activations import ActivationAccount, MicroBatchShape, count_activations_in_own_type
-from model.config import ModelConfig, Products, Recomputed
-from model.fp8.activations import count_activations_in_fp8
-
-__all__ = [
-    "ActivationAccount",
-    "MicroBatchShape",
-    "ParameterAccount",
-    "count_activations",
-    "count_parameters",
-    "training_flops_per_token",
-]
+from model.config import ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,7 +30,7 @@ class ParameterAccount:
 def count_parameters(config: ModelConfig) -> ParameterAccount:
     """Counts the weights of an architecture."""
     hidden, layers, dense = config.hidden_size, config.num_layers, config.num_dense_layers
-    attention, expert = _attention(config), 3 * hidden * config.expert_intermediate_size
+    attention, expert = attention_parameters(config), 3 * hidden * config.expert_intermediate_size
     router = hidden * config.num_routed_experts
     embedding = config.vocab_size * hidden
     every_layer = attention + 2 * hidden
@@ -64,22 +53,6 @@ def count_parameters(config: ModelConfig) -> ParameterAccount:
     )
 
 
-def count_activations(
-    config: ModelConfig, shape: MicroBatchShape, recomputed: frozenset[Recomputed], products: Products = "own"
-) -> ActivationAccount:
-    """Bytes kept for the backward of a micro-batch, by part of the model.
-
-    Args:
-        config: the architecture.
-        shape: of a micro-batch.
-        recomputed: what the backward computes anew; with products in FP8 it is all that can be, whatever is said here.
-        products: in what those of linear maps are computed. Scales take the same room whatever their values.
-    """
-    if products == "own":
-        return count_activations_in_own_type(config, shape, recomputed)
-    return count_activations_in_fp8(config, shape)
-
-
 def training_flops_per_token(config: ModelConfig, sequence_length_tokens: int) -> float:
     """Floating-point operations of forward and backward for one token of the main model, causal attention counted half.
 
@@ -90,7 +63,8 @@ def training_flops_per_token(config: ModelConfig, sequence_length_tokens: int) -
     return 6 * count_parameters(config).active_without_embedding + 6 * config.num_layers * per_layer
 
 
-def _attention(config: ModelConfig) -> int:
+def attention_parameters(config: ModelConfig) -> int:
+    """Counts the weights of one layer's attention, its latent norms included."""
     hidden, heads = config.hidden_size, config.num_heads
     queries = heads * config.qk_head_dim
     rank = config.q_lora_rank

@@ -65,14 +65,14 @@ def count_activations_in_own_type(
     """
     row = shape.num_tokens * config.hidden_size * shape.value_bytes
     scale = shape.num_tokens * shape.wide_bytes
-    attention = _attention(config, shape, recomputed)
+    attention = attention_bytes(config, shape, recomputed)
     return ActivationAccount(
         embedding=shape.num_tokens * 8,
         dense=attention
         + row
         + scale
         + ("norm" not in recomputed) * row
-        + _gated(shape, config.dense_intermediate_size, recomputed),
+        + gated_bytes(shape, config.dense_intermediate_size, recomputed),
         moe=attention + row + scale + _experts(config, shape, recomputed),
         head=head_bytes(config, shape),
         merge=2 * row,
@@ -92,7 +92,7 @@ def router_bytes(config: ModelConfig, shape: MicroBatchShape) -> int:
     return kept + shape.sequences * experts * shape.wide_bytes
 
 
-def _attention(config: ModelConfig, shape: MicroBatchShape, recomputed: frozenset[Recomputed]) -> int:
+def attention_bytes(config: ModelConfig, shape: MicroBatchShape, recomputed: frozenset[Recomputed]) -> int:
     """A layer's input, its norm, compressed queries, keys and values, and what heads mixed."""
     tokens, heads = shape.num_tokens, config.num_heads
     key, value = config.qk_head_dim, config.v_head_dim
@@ -110,7 +110,7 @@ def _attention(config: ModelConfig, shape: MicroBatchShape, recomputed: frozense
     return tokens * (kept * shape.value_bytes + wide * shape.wide_bytes)
 
 
-def _gated(shape: MicroBatchShape, width: int, recomputed: frozenset[Recomputed]) -> int:
+def gated_bytes(shape: MicroBatchShape, width: int, recomputed: frozenset[Recomputed]) -> int:
     """Inside a SwiGLU network."""
     return shape.num_tokens * (2 + ("swiglu" not in recomputed)) * width * shape.value_bytes
 
@@ -125,7 +125,7 @@ def _experts(config: ModelConfig, shape: MicroBatchShape, recomputed: frozenset[
     routed += (tokens if is_home else rows) * config.hidden_size * shape.value_bytes
     routed += rows * (1 + 2 * width + ("swiglu" not in recomputed) * width) * shape.value_bytes
     if config.num_shared_experts:
-        routed += _gated(shape, config.num_shared_experts * width, recomputed)
+        routed += gated_bytes(shape, config.num_shared_experts * width, recomputed)
         # Where all experts are here, routed ones have kept these rows already.
         if "norm" not in recomputed and not is_home:
             routed += tokens * config.hidden_size * shape.value_bytes

@@ -1,0 +1,185 @@
+"""The accounts of blocks whose products are computed in the weights' own type. No torch here.
+
+Each peak is the largest of a few points inside the phase; the comment at a point names what is alive there.
+"""
+
+from model.account.activations import attention_bytes, gated_bytes, router_bytes
+from model.account.phase import PhaseBytes
+from model.account.sizes import Sizes
+
+
+def dense_phase(sizes: Sizes) -> PhaseBytes:
+    """Returns the account of a dense block."""
+    width, row = sizes.config.dense_intermediate_size, sizes.row
+    gate_up = sizes.numbers(2 * width)
+    join = sizes.matrix(2 * width, sizes.config.hidden_size)
+    kept_norm = 0 if sizes.recomputes("norm") else row
+    attention = _attention_kept(sizes)
+    mlp = row + sizes.scale + kept_norm + gated_bytes(sizes.shape, width, sizes.computing.recomputed)
+    waiting_mlp = row + sizes.scale + kept_norm + 2 * gate_up + row
+    waiting_mlp += 0 if sizes.recomputes("swiglu") else gate_up // 2
+    before_mlp = attention - row + row + sizes.scale
+    return PhaseBytes(
+        name="dense",
+        lane="compute",
+        values=row,
+        kept=attention + mlp,
+        gradients=row,
+        waiting=attention_waiting(sizes) + waiting_mlp,
+        forward_peak=max(
+            _attention_forward_peak(sizes),
+            before_mlp + row + gate_up + join,  # norm, gate and up, their weights joined
+            before_mlp + gate_up + gate_up // 2 + row,  # gate and up, gated, the result
+        ),
+        backward_peak=max(gate_up + join + 2 * row, gate_up + row + _attention_backward_peak(sizes)),
+        weight_peak=max(
+            sizes.matrix(width, sizes.config.hidden_size) + gate_up // 2,  # of down, and what is gated again
+            join - gate_up,  # of gate and up: what down held is gone
+            _attention_weight_peak(sizes),
+        ),
+    )
+
+
+def attend_phase(sizes: Sizes) -> PhaseBytes:
+    """Returns the account of a MoE block's attention and router."""
+    config, row = sizes.config, sizes.row
+    attention, router = _attention_kept(sizes), router_bytes(config, sizes.shape)
+    scores = sizes.wide(config.num_routed_experts)
+    gate = config.num_routed_experts * config.hidden_size * sizes.shape.wide_bytes
+    before_router = attention - row + row + sizes.scale
+    waiting = attention_waiting(sizes)
+    # The shared experts' gradient reads the norm of the residual again.
+    shares = bool(config.num_shared_experts)
+    return PhaseBytes(
+        name="attend",
+        lane="compute",
+        values=row + sizes.router_weights,
+        kept=attention + row + sizes.scale + router,
+        gradients=row,
+        waiting=waiting + (row if shares and sizes.recomputes("norm") else 0),
+        forward_peak=max(
+            _attention_forward_peak(sizes),
+            before_router + row + sizes.wide(config.hidden_size) + gate + scores,
+            before_router + row + 4 * scores + router,
+        ),
+        backward_peak=max(sizes.wide(config.hidden_size) + gate + row + scores, row + _attention_backward_peak(sizes)),
+        weight_peak=_attention_weight_peak(sizes),
+    )
+
+
+def dispatch_phase(sizes: Sizes) -> PhaseBytes:
+    """Returns the account of dispatch: rows on their way to experts, gradients on their way back."""
+    arrived, exchange = sizes.expert_numbers(sizes.config.hidden_size), sizes.exchange
+    values = sizes.row + arrived + sizes.expert_wide(1)
+    shares = bool(sizes.config.num_shared_experts)
+    gradients = sizes.row + sizes.router_weights + (0 if shares else sizes.row)
+    return PhaseBytes(
+        name="dispatch",
+        lane="comm",
+        values=values,
+        routing=exchange.routing,
+        gradients=gradients,
+        forward_peak=arrived + sizes.expert_wide(1) + exchange.routing + exchange.to_experts,
+        backward_peak=2 * sizes.row + sizes.router_weights + exchange.from_experts,
+    )
+
+
+def experts_phase(sizes: Sizes) -> PhaseBytes:
+    """Returns the account of routed and shared experts."""
+    config, row, width = sizes.config, sizes.row, sizes.config.expert_intermediate_size
+    arrived, hidden = sizes.expert_numbers(config.hidden_size), sizes.expert_numbers(2 * width)
+    gated = hidden // 2
+    kept_gated = 0 if sizes.recomputes("swiglu") else gated
+    shared, shared_kept = sizes.numbers(2 * sizes.shared_width), 0
+    shares = bool(config.num_shared_experts)
+    if shares:
+        shared_kept = gated_bytes(sizes.shape, sizes.shared_width, sizes.computing.recomputed)
+        shared_kept += 0 if sizes.recomputes("norm") else row
+    # Gate and up of the shared experts and their gradient; the gradient of the block's result.
+    shared_waiting = shared_kept + shared + row if shares else 0
+    shared_join = sizes.matrix(2 * sizes.shared_width, config.hidden_size)
+    gate_up = sizes.matrix(sizes.num_local_experts, 2 * width, config.hidden_size)
+    return PhaseBytes(
+        name="experts",
+        lane="compute",
+        values=arrived + (row if shares else 0),
+        kept=arrived + sizes.expert_numbers(1) + hidden + kept_gated + shared_kept,
+        gradients=row + arrived + sizes.expert_wide(1) + (0 if shares else row),
+        waiting=2 * arrived + sizes.expert_numbers(1) + 2 * hidden + kept_gated + shared_waiting,
+        forward_peak=max(
+            hidden + 3 * gated,
+            hidden + gated + arrived,
+            hidden + arrived + shared + shared_join,
+            hidden + arrived + shared + shared // 2 + row,
+        ),
+        backward_peak=max(shared + shared_join + row, shared + row + arrived + hidden + 4 * gated),
+        weight_peak=max(gate_up - shared_waiting, shared_join),
+    )
+
+
+def combine_phase(sizes: Sizes) -> PhaseBytes:
+    """Returns the account of combine: the experts' results on their way back, their gradient on its way to experts."""
+    arrived, exchange = sizes.expert_numbers(sizes.config.hidden_size), sizes.exchange
+    return PhaseBytes(
+        name="combine",
+        lane="comm",
+        values=sizes.row,
+        gradients=arrived + sizes.row,
+        forward_peak=2 * sizes.row + exchange.from_experts,
+        backward_peak=arrived + exchange.to_experts,
+    )
+
+
+def attention_waiting(sizes: Sizes) -> int:
+    """Returns what waits for the W of attention: inputs and output gradients of its linear maps."""
+    config, row = sizes.config, sizes.row
+    down = row + sizes.scale + (0 if sizes.recomputes("norm") else row) + sizes.numbers(sizes.compressed_width)
+    up = sizes.numbers(sizes.expanded_width) + (sizes.numbers(sizes.query_width) if sizes.query_rank else 0)
+    # Norms of compressed values were made again for the heads, or kept.
+    has_normals = sizes.recomputes("mla_up") or not sizes.recomputes("norm")
+    normals = sizes.numbers(config.kv_lora_rank + sizes.query_rank) if has_normals else 0
+    out = sizes.numbers(sizes.compressed_width + sizes.value_width) + row
+    return down + up + normals + out
+
+
+def _attention_kept(sizes: Sizes) -> int:
+    kept = attention_bytes(sizes.config, sizes.shape, sizes.computing.recomputed)
+    return kept + (sizes.logsumexp if sizes.recomputes("mla_up") else 0)
+
+
+def _normals(sizes: Sizes) -> int:
+    return sizes.numbers(sizes.config.kv_lora_rank + sizes.query_rank)
+
+
+def _attention_forward_peak(sizes: Sizes) -> int:
+    compressed = sizes.numbers(sizes.compressed_width) + sizes.scale
+    join = sizes.matrix(sizes.compressed_width, sizes.config.hidden_size)
+    rotated = sizes.wide(2 * sizes.config.num_heads * sizes.config.qk_rope_head_dim)
+    before = compressed + _normals(sizes) + sizes.heads
+    return max(
+        sizes.row + compressed + join,
+        before + max(rotated, sizes.numbers(sizes.expanded_width)),
+        before + sizes.kernel_mixed + sizes.logsumexp,
+    )
+
+
+def _attention_backward_peak(sizes: Sizes) -> int:
+    compressed = sizes.numbers(sizes.compressed_width)
+    join = sizes.matrix(sizes.compressed_width, sizes.config.hidden_size)
+    made = compressed + _normals(sizes) + sizes.row
+    up = sizes.numbers(sizes.query_width + sizes.expanded_width)
+    again = sizes.heads if sizes.recomputes("mla_up") else 0
+    return max(
+        made + sizes.numbers(sizes.value_width) + sizes.kernel_mixed + again + sizes.heads,
+        made + up + join + 2 * sizes.row,
+    )
+
+
+def _attention_weight_peak(sizes: Sizes) -> int:
+    config = sizes.config
+    return max(
+        sizes.matrix(config.hidden_size, sizes.value_width),
+        sizes.matrix(sizes.query_width, sizes.query_rank),
+        sizes.matrix(sizes.expanded_width, config.kv_lora_rank),
+        sizes.matrix(sizes.compressed_width, config.hidden_size),
+    )

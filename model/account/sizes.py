@@ -1,0 +1,193 @@
+"""Bytes of the tensors that a micro-batch passes through, by name: what the accounts of phases are sums of. No torch.
+
+Every size is that of all tokens of a micro-batch, or of all rows that arrive at a rank's experts.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from kernels.quantize.tiles import TILE, num_pairs, num_tiles
+from model.account.activations import MicroBatchShape
+from model.config import Computing, ModelConfig
+
+_SCALE_BYTES = 4
+_ID_BYTES = 8
+_CHUNK_LOGITS_CUDA = 2**27
+_CHUNK_LOGITS_CPU = {2: 2**22}
+_SMALLEST_CHUNK_ROWS_CPU = 64
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExchangeBytes:
+    """What a dispatcher holds for one layer and micro-batch.
+
+    routing: index tensors, from dispatch to the end of the micro-batch. to_experts, from_experts: buffers inside one
+    exchange of that way, beside what it is given and what it returns.
+    """
+
+    routing: int
+    to_experts: int
+    from_experts: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Sizes for one rank and one micro-batch.
+
+    device: chooses how many logits the head computes at once. num_local_experts: routed experts of a layer held here.
+    exchange: of the dispatcher. shape.expert_rows must be set: it is what arrives.
+    """
+
+    config: ModelConfig
+    shape: MicroBatchShape
+    computing: Computing
+    device: Literal["cpu", "cuda"]
+    num_local_experts: int
+    exchange: ExchangeBytes
+
+    def numbers(self, width: int) -> int:
+        """`width` numbers of each token, in the model's type."""
+        return self.shape.num_tokens * width * self.shape.value_bytes
+
+    def wide(self, width: int) -> int:
+        """`width` numbers of each token, in float32 or wider."""
+        return self.shape.num_tokens * width * self.shape.wide_bytes
+
+    def codes(self, width: int) -> int:
+        """`width` numbers of each token in FP8, with a scale for every 128."""
+        return self.shape.num_tokens * (width + _SCALE_BYTES * num_tiles(width))
+
+    def columns(self, width: int) -> int:
+        """`width` numbers of each token in FP8, transposed: tokens are filled up to a multiple of 128."""
+        return _columns(width, num_tiles(self.shape.num_tokens))
+
+    def expert_numbers(self, width: int) -> int:
+        """`width` numbers of each row at this rank's experts, in the model's type."""
+        return self.rows * width * self.shape.value_bytes
+
+    def expert_wide(self, width: int) -> int:
+        """`width` numbers of each row at this rank's experts, in float32 or wider."""
+        return self.rows * width * self.shape.wide_bytes
+
+    def expert_codes(self, width: int) -> int:
+        """`width` numbers of each row at this rank's experts in FP8."""
+        return self.rows * (width + _SCALE_BYTES * num_tiles(width))
+
+    def expert_columns(self, width: int) -> int:
+        """`width` numbers of each row at this rank's experts in FP8, transposed: each expert's rows are filled up."""
+        per_expert, rest = divmod(self.rows, self.num_local_experts)
+        tiles = rest * num_tiles(per_expert + 1) + (self.num_local_experts - rest) * num_tiles(per_expert)
+        return _columns(width, tiles)
+
+    def matrix(self, *shape: int) -> int:
+        """A weight's gradient as W computes it: float32 if products are in FP8, else in the weight's type."""
+        size = self.shape.wide_bytes if self.is_fp8 else self.shape.value_bytes
+        for dimension in shape:
+            size *= dimension
+        return size
+
+    @property
+    def rows(self) -> int:
+        """Rows that arrive at this rank's experts."""
+        assert self.shape.expert_rows is not None
+        return self.shape.expert_rows
+
+    @property
+    def is_fp8(self) -> bool:
+        """Whether products are in FP8."""
+        return self.computing.products != "own"
+
+    def recomputes(self, kind: str) -> bool:
+        """Whether the backward computes a kind of output again, as all FP8 models do."""
+        return self.is_fp8 or kind in self.computing.recomputed
+
+    @cached_property
+    def row(self) -> int:
+        """A hidden state."""
+        return self.numbers(self.config.hidden_size)
+
+    @cached_property
+    def scale(self) -> int:
+        """A norm's inverse root mean squares."""
+        return self.wide(1)
+
+    @property
+    def query_rank(self) -> int:
+        """Width of the compressed queries that have a norm, 0 if queries come straight from the hidden state."""
+        return self.config.q_lora_rank or 0
+
+    @property
+    def query_width(self) -> int:
+        """Width of all heads' queries."""
+        return self.config.num_heads * self.config.qk_head_dim
+
+    @property
+    def value_width(self) -> int:
+        """Width of all heads' values."""
+        return self.config.num_heads * self.config.v_head_dim
+
+    @property
+    def expanded_width(self) -> int:
+        """Width of all heads' keys without position, and values."""
+        return self.config.num_heads * (self.config.qk_nope_head_dim + self.config.v_head_dim)
+
+    @property
+    def compressed_width(self) -> int:
+        """Width of compressed queries, compressed keys and values, and the shared key."""
+        latent = self.config.kv_lora_rank + self.config.qk_rope_head_dim
+        return (self.config.q_lora_rank or self.query_width) + latent
+
+    @property
+    def heads(self) -> int:
+        """Queries, keys and values as the attention kernel reads them."""
+        key, value = self._kernel_widths
+        return self.numbers(self.config.num_heads * (2 * key + value))
+
+    @property
+    def kernel_mixed(self) -> int:
+        """What the attention kernel returns."""
+        return self.numbers(self.config.num_heads * self._kernel_widths[1])
+
+    @property
+    def logsumexp(self) -> int:
+        """What the attention kernel keeps for its backward beside its result."""
+        return self.wide(self.config.num_heads)
+
+    @property
+    def router_weights(self) -> int:
+        """Routing weights of a token's choices."""
+        return self.wide(self.config.num_experts_per_token)
+
+    @property
+    def shared_width(self) -> int:
+        """Width of the shared experts together."""
+        return self.config.num_shared_experts * self.config.expert_intermediate_size
+
+    @property
+    def logits(self) -> int:
+        """Logits that the head computes at once, and what their softmax takes."""
+        vocab, size = self.config.vocab_size, self.shape.value_bytes
+        if self.device == "cuda":
+            return max(1, min(self.shape.num_tokens, _CHUNK_LOGITS_CUDA // vocab)) * vocab * size
+        most = max(_SMALLEST_CHUNK_ROWS_CPU, _CHUNK_LOGITS_CPU.get(size, 2**19) // vocab)
+        return 2 * min(self.shape.num_tokens, most) * vocab * self.shape.wide_bytes
+
+    @property
+    def _kernel_widths(self) -> tuple[int, int]:
+        key, value = self.config.qk_head_dim, self.config.v_head_dim
+        return (max(key, value),) * 2 if self.shape.pads_heads else (key, value)
+
+
+def e5m6_bytes(sizes: Sizes, width: int) -> int:
+    """`width` numbers of each token in 12 bits, with a scale for every 128."""
+    return sizes.shape.num_tokens * (3 * num_pairs(width) + _SCALE_BYTES * num_tiles(width))
+
+
+def block_code_bytes(num_rows: int, num_columns: int) -> int:
+    """A weight matrix in FP8 with a scale for every 128 x 128 block."""
+    return num_rows * num_columns + _SCALE_BYTES * num_tiles(num_rows) * num_tiles(num_columns)
+
+
+def _columns(width: int, tiles: int) -> int:
+    return width * tiles * (TILE + _SCALE_BYTES)

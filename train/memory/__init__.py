@@ -1,0 +1,7 @@
+"""Predicts the memory of every rank before any process starts. No torch here; docs/memory.md has the formulas."""
+
+from train.memory.account import JobMemory, RankMemory
+from train.memory.predict import predict_memory
+from train.memory.report import memory_lines, parts, summary_line
+
+__all__ = ["JobMemory", "RankMemory", "memory_lines", "parts", "predict_memory", "summary_line"]

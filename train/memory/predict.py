@@ -1,0 +1,165 @@
+"""The prediction: for each pipeline rank what is alive all the time, and the most that a step's passes add."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from dualpipe import pairing
+from dualpipe.compile import compile_rank
+from dualpipe.ir import Schedule
+from kernels.attention.kinds import AttentionKind
+from model.account.activations import MicroBatchShape
+from model.account.held import HeldParameters, held_parameters
+from model.account.phase import PhaseBytes
+from model.account.phases import stage_phases
+from model.account.sizes import Sizes
+from model.account.stage_shape import StageShape, stage_shapes
+from train.config import TrainConfig, sized_config
+from train.memory.account import JobMemory, PipelineBytes, RankMemory
+from train.memory.exchange import exchange_bytes
+from train.memory.schedule import few_micro_batches, planning_schedule
+from train.memory.static import batch_bytes, static_bytes, update_bytes
+from train.memory.walk import walk
+
+_IMBALANCE = 1.1
+"""Of the load, by which the allowance for uneven experts is told."""
+
+
+def predict_memory(config: TrainConfig) -> JobMemory:
+    """Predicts the peak of every pipeline rank, for the batch size that needs most.
+
+    Experts are taken to receive equally many rows.
+
+    Args:
+        config: of the run; the rules of `launch` hold.
+
+    Raises:
+        ScheduleError: the schedule cannot be made.
+        CutError: fewer layers than stages.
+    """
+    shown: dict[int, TrainConfig] = {}
+    for sequences in reversed(config.batch_sizes.sizes):
+        sized = sized_config(config, sequences)
+        shown.setdefault(few_micro_batches(config.parallelism.pipeline, sized.num_micro_batches), sized)
+    return max((_predict(sized) for sized in shown.values()), key=lambda job: job.worst.total)
+
+
+def planning_sizes(config: TrainConfig, load: float = 1.0) -> Sizes:
+    """Returns the sizes of a micro-batch on a rank.
+
+    Args:
+        config: of the run.
+        load: rows that arrive at the rank's experts, over those of an even load.
+    """
+    model, stage = config.model, config.stage
+    value = {"float64": 8, "float32": 4}.get(config.precision.kind, 2)
+    rows = stage.micro_batch_sequences * stage.sequence_length_tokens * model.num_experts_per_token
+    shape = MicroBatchShape(
+        sequences=stage.micro_batch_sequences,
+        tokens=stage.sequence_length_tokens,
+        value_bytes=value,
+        wide_bytes=max(4, value),
+        pads_heads=_pads_heads(config.attention, config.cluster.device),
+        expert_rows=round(rows * load),
+    )
+    return Sizes(
+        config=model,
+        shape=shape,
+        computing=config.computing,
+        device=config.cluster.device,
+        num_local_experts=model.num_routed_experts // config.parallelism.expert,
+        exchange=exchange_bytes(config, shape),
+    )
+
+
+def _predict(config: TrainConfig) -> JobMemory:
+    schedule = planning_schedule(config, config.num_micro_batches)
+    shapes, sizes = stage_shapes(config.model, schedule.num_stages), planning_sizes(config)
+    phases = [stage_phases(sizes, shape) for shape in shapes]
+    # Both ranks of a mirror pair run the same operations, each in its own direction.
+    peaks: dict[tuple[object, ...], PipelineBytes] = {}
+    ranks = []
+    for rank in range(schedule.num_ranks):
+        order = _order(schedule, rank)
+        if order not in peaks:
+            peaks[order] = pipeline_peak(config, schedule, rank, phases, sizes)
+        held = _held(config, schedule, rank, shapes, sizes)
+        ranks.append(_rank_memory(config, rank, held, peaks[order], schedule, sizes))
+    return JobMemory(ranks=tuple(ranks), num_micro_batches=config.num_micro_batches)
+
+
+def imbalance_bytes(config: TrainConfig, job: JobMemory) -> int:
+    """Returns what a tenth more rows at the experts of the rank that needs most adds to its peak.
+
+    Args:
+        config: of the run.
+        job: its prediction.
+    """
+    if config.parallelism.expert == 1:
+        return 0
+    sized = replace(config, stage=replace(config.stage, batch_ramp=None))
+    schedule, sizes = planning_schedule(sized, job.num_micro_batches), planning_sizes(config, _IMBALANCE)
+    phases = [stage_phases(sizes, shape) for shape in stage_shapes(config.model, schedule.num_stages)]
+    worst = job.worst
+    return pipeline_peak(config, schedule, worst.pipeline_rank, phases, sizes).total - worst.pipeline.total
+
+
+def _order(schedule: Schedule, rank: int) -> tuple[object, ...]:
+    groups = schedule.ranks[rank]
+    return tuple(tuple((op.kind, op.stage, op.micro_batch) for op in group) for group in groups)
+
+
+def pipeline_peak(
+    config: TrainConfig, schedule: Schedule, rank: int, phases: Sequence[Sequence[PhaseBytes]], sizes: Sizes
+) -> PipelineBytes:
+    """Returns what the passes of one rank hold at their peak.
+
+    Args:
+        config: of the run.
+        schedule: that is followed.
+        rank: within the pipeline.
+        phases: of every stage.
+        sizes: of a micro-batch.
+    """
+    order = {"overlapped": pairing.overlapped, "sequential": pairing.sequential}[config.schedule.pairing]
+    lanes = {number: [phase.lane for phase in stage] for number, stage in enumerate(phases)}
+    program = compile_rank(schedule, rank, lanes, order)
+    steps = walk(program, dict(enumerate(phases)), sizes.row, keeps_sent=config.cluster.backend == "nccl")
+    return max((alive.peak for alive in steps), key=lambda peak: peak.total, default=PipelineBytes())
+
+
+def _held(
+    config: TrainConfig, schedule: Schedule, rank: int, shapes: Sequence[StageShape], sizes: Sizes
+) -> HeldParameters:
+    stages = {stage for _, stage in schedule.stages_of(rank)}
+    return held_parameters(config.model, [shapes[stage] for stage in sorted(stages)], sizes.num_local_experts)
+
+
+def _pads_heads(attention: AttentionKind, device: str) -> bool:
+    """As `kernels.attention.implementations.values_as_wide_as_keys`: `auto` pads only if it must."""
+    return device == "cpu" if attention in ("auto", "sdpa") else attention == "flash_attention"
+
+
+def _rank_memory(
+    config: TrainConfig,
+    rank: int,
+    held: HeldParameters,
+    pipeline: PipelineBytes,
+    schedule: Schedule,
+    sizes: Sizes,
+) -> RankMemory:
+    is_mirrored = schedule.num_directions == 2
+    weights, gradients, optimizer = static_bytes(config, held, sizes, rank, is_mirrored=is_mirrored)
+    ends = {0, schedule.num_stages - 1}
+    has_end = any(stage in ends for _, stage in schedule.stages_of(rank))
+    return RankMemory(
+        pipeline_rank=rank,
+        parameters=held.total,
+        weights=weights,
+        gradients=gradients,
+        optimizer=optimizer,
+        weight_codes=held.code_bytes if sizes.is_fp8 else 0,
+        batch=batch_bytes(config, sizes, config.num_micro_batches, has_end=has_end),
+        pipeline=pipeline,
+        update=update_bytes(config, held, sizes, rank, is_mirrored=is_mirrored),
+        reserve=config.cluster.memory_reserve_bytes,
+    )

@@ -1,0 +1,92 @@
+"""Prints the prediction as lines of text. Sizes are in GB, 10^9 bytes, as cluster.memory_bytes is given."""
+
+from train.config import TrainConfig
+from train.memory.account import JobMemory, RankMemory
+from train.memory.predict import imbalance_bytes, predict_memory
+
+_GB = 1e9
+_COLUMNS = ("rank", "weights", "gradients", "optimizer", "codes", "batch", "activations", "pending W", "transient")
+
+
+def memory_lines(config: TrainConfig) -> list[str]:
+    """Returns a table of every pipeline rank's predicted memory, its summary first.
+
+    Args:
+        config: of the run.
+
+    Raises:
+        ScheduleError: the schedule cannot be made.
+        CutError: fewer layers than stages.
+    """
+    job = predict_memory(config)
+    header = (*_COLUMNS, "update", "reserve", "total")
+    rows = [[str(rank.pipeline_rank), *(_gb(size) for size in _cells(rank))] for rank in job.ranks]
+    widths = [max(len(row[place]) for row in [list(header), *rows]) for place in range(len(header))]
+    table = [
+        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in [list(header), *rows]
+    ]
+    return [summary_line(config, job), *table, *_notes(config, job)]
+
+
+def summary_line(config: TrainConfig, job: JobMemory) -> str:
+    """Returns one line: the rank that needs most, and its parts.
+
+    Args:
+        config: of the run.
+        job: its prediction.
+    """
+    worst = job.worst
+    of = "" if config.cluster.memory_bytes is None else f" of {config.cluster.memory_bytes / _GB:.1f}"
+    return f"memory: rank {worst.pipeline_rank} needs {gigabytes(worst.total)}{of} ({parts(worst)})"
+
+
+def parts(rank: RankMemory) -> str:
+    """Returns the parts of a rank's memory that matter, largest first."""
+    named = {
+        "activations": rank.pipeline.activations + rank.pipeline.pending,
+        "weights": rank.weights,
+        "gradients": rank.gradients,
+        "optimizer": rank.optimizer,
+        "FP8 weights": rank.weight_codes,
+        "transient": rank.pipeline.exchange + rank.pipeline.transfers + rank.pipeline.inside,
+        "batch": rank.batch,
+        "reserve": rank.reserve,
+    }
+    if rank.update > rank.passes:
+        for name in ("activations", "FP8 weights", "transient", "batch"):
+            del named[name]
+        named["update"] = rank.update
+    shown = sorted(((size, name) for name, size in named.items() if size >= 0.01 * rank.total), reverse=True)
+    return ", ".join(f"{name} {_gb(size)}" for size, name in shown)
+
+
+def gigabytes(size: int) -> str:
+    """Returns a size with its unit; MB below a tenth of a GB."""
+    return f"{size / _GB:.1f} GB" if size >= 0.1 * _GB else f"{size / 1e6:.1f} MB"
+
+
+def _cells(rank: RankMemory) -> tuple[int, ...]:
+    pipeline = rank.pipeline
+    transient = pipeline.exchange + pipeline.transfers + pipeline.inside
+    static = (rank.weights, rank.gradients, rank.optimizer, rank.weight_codes, rank.batch)
+    return (*static, pipeline.activations, pipeline.pending, transient, rank.update, rank.reserve, rank.total)
+
+
+def _notes(config: TrainConfig, job: JobMemory) -> list[str]:
+    lines = [
+        f"GB; total = weights + gradients + optimizer + the larger of the passes and the update + reserve; "
+        f"{job.num_micro_batches} micro-batches of {config.stage.micro_batch_sequences} sequences",
+        "experts are taken to receive equally many rows"
+        + (
+            f"; 10 % more on the rank that needs most add {gigabytes(imbalance_bytes(config, job))}"
+            if config.parallelism.expert > 1
+            else ""
+        ),
+    ]
+    if config.schedule.kind == "auto":
+        lines.append("schedule=auto is chosen when the run starts; predicted for dualpipe_split")
+    return lines
+
+
+def _gb(size: int) -> str:
+    return f"{size / _GB:.1f}" if size >= 0.1 * _GB else f"{size / _GB:.3f}"

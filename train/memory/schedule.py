@@ -1,0 +1,62 @@
+"""The schedule by which memory is predicted: short, and with the peaks of the one that the run follows.
+
+What is alive on a rank reaches its peak once the pipeline is full and stays there, so a few micro-batches for each rank
+tell the peak of thousands. `tests/train/memory/test_schedule.py` compares both.
+"""
+
+from dualpipe.config import ScheduleKind
+from dualpipe.costs import Costs
+from dualpipe.generate.cache import schedules_folder
+from dualpipe.generate.dualpipe import dualpipe
+from dualpipe.generate.select import build, stages_per_rank
+from dualpipe.ir import Schedule
+from dualpipe.passes import split_backwards
+from train.config import TrainConfig
+from train.costs import nominal_costs
+
+_PER_RANK = 3
+_MARGIN = 4
+
+
+def planning_schedule(config: TrainConfig, num_micro_batches: int) -> Schedule:
+    """Returns a schedule with the peaks of the run's.
+
+    Args:
+        config: of the run; for `schedule=auto` it is planned as dualpipe_split.
+        num_micro_batches: of one pipeline and step.
+
+    Raises:
+        ScheduleError: the schedule cannot be made.
+    """
+    kind: ScheduleKind = "dualpipe_split" if config.schedule.kind == "auto" else config.schedule.kind
+    pipeline = config.parallelism.pipeline
+    few = few_micro_batches(pipeline, num_micro_batches)
+    if kind == "dualpipe_split" and _is_published_order(config, num_micro_batches):
+        return split_backwards(dualpipe(pipeline, few))
+    costs = nominal_costs(config, pipeline * stages_per_rank(kind))
+    return build(kind, pipeline, few, costs, config.memory_cap, schedules_folder(config.data.cache_dir))
+
+
+def few_micro_batches(pipeline: int, num_micro_batches: int) -> int:
+    """Returns how many micro-batches show the peak: about three for each rank, odd if the run's number is."""
+    few = _PER_RANK * pipeline + _MARGIN
+    return min(num_micro_batches, few + (few + num_micro_batches) % 2)
+
+
+def _is_published_order(config: TrainConfig, num_micro_batches: int) -> bool:
+    """Whether dualpipe_split holds what the published order holds with each W right after its I.
+
+    It does if equal F, I and W are planned with an exchange as long: then W fills no gap, because exchanges are hidden
+    by neighbours. Making the schedule itself takes seconds for many ranks.
+    """
+    pipeline, parallelism = config.parallelism.pipeline, config.parallelism
+    equal = Costs(forward=1.0, backward_input=1.0, backward_weight=1.0, exchange=1.0, latency=0.0)
+    return (
+        config.costs == equal
+        and parallelism.expert > 1
+        and config.schedule.pairing == "overlapped"
+        and config.memory_cap is None
+        and pipeline % 2 == 0
+        and num_micro_batches % 2 == 0
+        and num_micro_batches >= 2 * pipeline
+    )

@@ -1,0 +1,153 @@
+"""Follows a rank's program step by step and says what is alive after each, and inside it."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import assert_never
+
+from dualpipe.program import Action, Program, RunKey, Step
+from dualpipe.transfers import Link
+from model.account.phase import PhaseBytes
+from train.memory.account import PipelineBytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Alive:
+    """What is alive: after a step, and at its peak inside."""
+
+    after: PipelineBytes
+    peak: PipelineBytes
+
+
+@dataclass(slots=True)
+class _Run:
+    """One micro-batch in one stage. held: values or gradients between its phases. pending: the exchange under way, by
+    what it takes inside."""
+
+    phases: Sequence[PhaseBytes]
+    held: int = 0
+    routing: int = 0
+    pending: Step | None = None
+    inside: int = 0
+
+
+@dataclass(slots=True)
+class _Rank:
+    """All runs, and what travels. `sent`: the last message of each link, which leaves while the rank goes on."""
+
+    activations: int = 0
+    waiting: int = 0
+    routing: int = 0
+    held: int = 0
+    exchanging: int = 0
+    receiving: int = 0
+    sent: dict[Link, int] = field(default_factory=dict)
+
+    def alive(self, inside: int) -> PipelineBytes:
+        return PipelineBytes(
+            activations=self.activations,
+            pending=self.waiting,
+            exchange=self.routing,
+            transfers=self.held + self.receiving + sum(self.sent.values()),
+            inside=inside + self.exchanging,
+        )
+
+
+def walk(
+    program: Program, stages: Mapping[int, Sequence[PhaseBytes]], message_bytes: int, *, keeps_sent: bool
+) -> Iterator[Alive]:
+    """Yields what is alive after each step of a program.
+
+    Args:
+        program: of one rank.
+        stages: the phases of each stage that the rank holds.
+        message_bytes: of a hidden state or its gradient between two stages.
+        keeps_sent: whether a message stays on the device until the next one leaves by the same link.
+    """
+    rank, runs = _Rank(), dict[RunKey, _Run]()
+    for step in program.steps:
+        if step.run not in runs and step.action is not Action.RECEIVE:
+            runs[step.run] = _Run(stages[step.run.stage])
+        inside = _perform(step, rank, runs, message_bytes, keeps_sent)
+        after = rank.alive(0)
+        # Inside a step is counted above what was alive before it, which the step's own changes replace.
+        yield Alive(after=after, peak=after if inside is None or inside.total < after.total else inside)
+
+
+def _perform(
+    step: Step, rank: _Rank, runs: dict[RunKey, _Run], message_bytes: int, keeps_sent: bool
+) -> PipelineBytes | None:
+    """Applies a step; returns what was alive inside it, if more than before and after."""
+    match step.action:
+        case Action.RECEIVE:
+            rank.receiving += message_bytes
+        case Action.ACCEPT:
+            _accept(step, rank, runs[step.run], message_bytes)
+        case Action.SEND:
+            _send(step, rank, runs[step.run], message_bytes, keeps_sent)
+        case Action.FORWARD | Action.BACKWARD:
+            return _pass(step, rank, runs[step.run])
+        case Action.WAIT:
+            run = runs[step.run]
+            assert run.pending is not None
+            rank.exchanging -= run.inside
+            _settle(run.pending, rank, run)
+            run.pending = None
+        case Action.WEIGHT:
+            phase = runs[step.run].phases[step.phase]
+            inside = rank.alive(phase.weight_peak)
+            rank.waiting -= phase.waiting
+            return inside
+        case Action.FINISH:
+            run = runs.pop(step.run)
+            rank.routing -= run.routing
+            rank.held -= run.held
+        case _ as other:
+            assert_never(other)
+    return None
+
+
+def _pass(step: Step, rank: _Rank, run: _Run) -> PipelineBytes:
+    phase = run.phases[step.phase]
+    inside = phase.forward_peak if step.action is Action.FORWARD else phase.backward_peak
+    alive = rank.alive(inside)
+    if phase.lane == "comm":
+        run.pending, run.inside = step, inside
+        rank.exchanging += inside
+    else:
+        _settle(step, rank, run)
+    return alive
+
+
+def _settle(step: Step, rank: _Rank, run: _Run) -> None:
+    """What a phase leaves behind when it is through."""
+    phase = run.phases[step.phase]
+    if step.action is Action.FORWARD:
+        made = phase.values
+        rank.activations += phase.kept
+        rank.routing += phase.routing
+        run.routing += phase.routing
+    else:
+        made = phase.gradients
+        rank.activations -= phase.kept
+        rank.waiting += phase.waiting
+    rank.held += made - run.held
+    run.held = made
+
+
+def _accept(step: Step, rank: _Rank, run: _Run, message_bytes: int) -> None:
+    assert step.message is not None
+    # A message of the rank to itself was held by the link like one that has arrived.
+    rank.receiving -= message_bytes
+    rank.held += message_bytes - run.held
+    run.held = message_bytes
+
+
+def _send(step: Step, rank: _Rank, run: _Run, message_bytes: int, keeps_sent: bool) -> None:
+    message = step.message
+    assert message is not None
+    rank.held -= run.held
+    run.held = 0
+    if message.source == message.destination:
+        rank.receiving += message_bytes
+    elif keeps_sent:
+        rank.sent[message.link] = message_bytes
