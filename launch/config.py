@@ -17,6 +17,7 @@ from launch.decode import decode, encode
 from launch.environment import apply_rank_environment
 from launch.errors import ConfigError
 from launch.exchange import check_exchange
+from launch.memory_rules import check_memory
 from launch.model_choice import expand_model
 from launch.model_rules import check_experts, check_model
 from launch.optim import check_optim
@@ -103,6 +104,15 @@ def check(config: TrainConfig) -> None:
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", config.name):
         raise ConfigError(f"name: must be letters, digits, '.', '_' and '-', as it names a folder, is {config.name!r}")
+    _check_rules(config)
+    check_memory(config, _check_rules)
+    _check_data(config)
+    if not _check_resume(config):
+        _check_start(config)
+
+
+def _check_rules(config: TrainConfig) -> None:
+    """Applies the rules that read nothing but the configuration itself."""
     check_ranges(config)
     _check_batch(config)
     _check_schedule(config)
@@ -113,9 +123,6 @@ def check(config: TrainConfig) -> None:
     check_exchange(config)
     check_optim(config)
     check_profile(config)
-    _check_data(config)
-    if not _check_resume(config):
-        _check_start(config)
 
 
 def _check_resume(config: TrainConfig) -> bool:

@@ -32,6 +32,7 @@ from train.initial_weights import load_initial
 from train.last_words import LastWords
 from train.loop import Training, show_continuation
 from train.manifest import check_fingerprint, check_manifest, read_step
+from train.memory import predict_memory, summary_line
 from train.newest import AUTO, looks_whole, newest_whole
 from train.optim.learning_rate import learning_rate, schedule_warnings
 from train.plan import Plan, plan
@@ -284,6 +285,8 @@ def _introduce(assembly: Assembly, planned: Plan, prepared: Prepared, reporter: 
     )
     if config.schedule.kind == "auto":
         reporter.say(f"schedule: {planned.reason}")
+    if config.cluster.memory_bytes is not None and rank == 0:
+        reporter.say(summary_line(config, predict_memory(config)))
     if notice := profile_notice(config):
         reporter.say(notice)
     reporter.say(

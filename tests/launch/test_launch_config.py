@@ -26,7 +26,7 @@ RAMP = "{start_sequences:%d,end_tokens:1000,num_sizes:%d}"
 # What an option cannot be chosen without.
 NEEDS = {
     "parallelism=v3_2048_ranks": ["model=v3_671b", "cluster=h800", "stage.global_batch_sequences=8192",
-                                  "stage.validation_sequences=8192"],
+                                  "stage.validation_sequences=8192", "cluster.memory_bytes=null"],
     "parallelism=eight_ranks": ["stage.global_batch_sequences=32"],
     "model=tiny": ["data.tokenizer_vocab_size=300"],
     "dispatch=deepep": ["cluster=h800", "precision=bf16", "model.hidden_size=256"],

@@ -1,0 +1,182 @@
+"""What one rank of a test keeps alive while it runs a step, beside what is predicted for it."""
+
+import gc
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from comm.lane import InlineLane
+from dualpipe.clock import HostClock
+from dualpipe.execute import execute
+from dualpipe.ir import Schedule
+from model.account.held import held_parameters
+from model.account.phases import stage_phases
+from model.account.stage_shape import stage_shapes
+from model.objective import LossSums
+from tests.train.job import open_assembly, open_loader
+from train.assemble import Assembly, feed
+from train.config import TrainConfig
+from train.memory.predict import planning_sizes
+from train.memory.static import static_bytes
+from train.memory.walk import Alive, walk
+from train.step import BatchReader, make_objective
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compared:
+    """Bytes in each step of a program: alive after it, and at most inside it.
+
+    is_settled: no exchange is under way, whose buffers are predicted but here are through at once.
+    """
+
+    static: int
+    predicted_static: int
+    after: list[int]
+    predicted_after: list[int]
+    peaks: list[int]
+    predicted_peaks: list[int]
+    pending: list[int]
+    is_settled: list[bool]
+
+
+class LiveStorages(TorchDispatchMode):
+    """Storages that operators make while it is on, those of their inputs apart."""
+
+    def __init__(self, *, measures_inside: bool) -> None:
+        super().__init__()
+        self._made: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._measures_inside = measures_inside
+        self.peak = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        given: set[int] | None = None
+        for leaf in _tensors(made):
+            storage = leaf.untyped_storage()
+            if given is None:
+                given = {each.untyped_storage()._cdata for each in _tensors((args, (kwargs or {}).values()))}
+            if storage._cdata not in given:
+                self._made[storage._cdata] = weakref.ref(storage)
+        if self._measures_inside:
+            self.peak = max(self.peak, self.num_bytes())
+        return made
+
+    def num_bytes(self) -> int:
+        """Of all that are alive; one that was emptied by hand has none."""
+        alive = {key: reference() for key, reference in self._made.items()}
+        self._made = {key: self._made[key] for key, storage in alive.items() if storage is not None}
+        return sum(storage.nbytes() for storage in alive.values() if storage is not None)
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, Iterable) and not isinstance(values, str):
+        for value in values:
+            yield from _tensors(value)
+
+
+class MemoryClock(HostClock):
+    """Notes what is alive whenever the interpreter looks at the time: after every step."""
+
+    def __init__(self, storages: LiveStorages) -> None:
+        self._storages = storages
+        self.after: list[int] = []
+        self.peaks: list[int] = []
+
+    def mark(self) -> float:
+        alive = self._storages.num_bytes()
+        self.after.append(alive)
+        self.peaks.append(max(alive, self._storages.peak))
+        self._storages.peak = 0
+        return super().mark()
+
+
+def compare_rank(
+    rank: int, world_size: int, jobs: list[tuple[TrainConfig, Schedule | None]], measures_inside: bool
+) -> list[Compared]:
+    """One step of each job: measured, and predicted."""
+    # Exchanges run on this thread, where the mode sees what they make.
+    with patch("train.assemble.open_lane", lambda device: InlineLane()):
+        return [_compare(config, schedule, measures_inside) for config, schedule in jobs]
+
+
+def _compare(config: TrainConfig, schedule: Schedule | None, measures_inside: bool) -> Compared:
+    assembly, loader = open_assembly(config, schedule), open_loader(config)
+    batches = BatchReader(assembly, lambda first, count: loader.batch(0, first, count))
+    objective = make_objective(config, batches.count_targets(), 0.3)
+    with assembly.model.weights_unchanged():
+        _run(assembly, batches, objective, None, trains=False)
+        # What is made once and stays, rotations and FP8 weights, is there by now.
+        storages = LiveStorages(measures_inside=measures_inside)
+        clock = _run(assembly, batches, objective, storages, trains=True)
+        assert isinstance(clock, MemoryClock)
+    assembly.optimiser.reduce()
+    assembly.optimiser.update(1e-3)
+    alive = _predicted(assembly)
+    static = _static_bytes(assembly)
+    assembly.close()
+    return Compared(
+        static=static,
+        predicted_static=_predicted_static(assembly),
+        after=clock.after[1:],
+        predicted_after=[each.after.total for each in alive],
+        peaks=clock.peaks[1:],
+        predicted_peaks=[each.peak.total for each in alive],
+        pending=[each.after.pending for each in alive],
+        is_settled=[not each.after.inside for each in alive],
+    )
+
+
+def _run(
+    assembly: Assembly, batches: BatchReader, objective: Any, storages: LiveStorages | None, *, trains: bool
+) -> HostClock:
+    sums = LossSums(cross_entropy=[0.0] * (assembly.config.model.mtp_depth + 1))
+    clock = HostClock() if storages is None else MemoryClock(storages)
+    store = assembly.store if trains else None
+    program = assembly.train_program if trains else assembly.forward_program
+    fed = feed(assembly, batches, objective, sums, store)
+    with storages or nullcontext():
+        execute(program, fed, assembly.links, clock)
+    return clock
+
+
+def _predicted(assembly: Assembly) -> list[Alive]:
+    config, schedule = assembly.config, assembly.schedule
+    sizes = planning_sizes(config)
+    shapes = stage_shapes(config.model, schedule.num_stages)
+    phases = {number: stage_phases(sizes, shapes[number]) for number in assembly.stages}
+    return list(walk(assembly.train_program, phases, sizes.row, keeps_sent=False))
+
+
+def _predicted_static(assembly: Assembly) -> int:
+    config, schedule = assembly.config, assembly.schedule
+    sizes, shapes = planning_sizes(config), stage_shapes(config.model, schedule.num_stages)
+    held = held_parameters(config.model, [shapes[number] for number in assembly.stages], sizes.num_local_experts)
+    rank = assembly.layout.pipeline_index(assembly.groups.rank)
+    return sum(static_bytes(config, held, sizes, rank, is_mirrored=schedule.num_directions == 2))
+
+
+def _static_bytes(assembly: Assembly) -> int:
+    """Of everything that Python can see and that is not a batch: weights, gradients, optimizer, tables."""
+    gc.collect()
+    held: dict[int, int] = {}
+    optimizer = getattr(assembly.optimiser, "_optimizer")  # noqa: B009  its own tensors are private
+    inner = getattr(optimizer, "optimizer", optimizer)
+    tensors = [*assembly.model.parameters(), *assembly.model.buffers(), *assembly.store.gradients()]
+    tensors += [value for group in inner.param_groups for value in group["params"]]
+    tensors += [value for state in inner.state.values() for value in state.values() if isinstance(value, Tensor)]
+    tensors += getattr(optimizer, "single_partition_of_fp32_groups", [])
+    for module in assembly.model.modules():
+        for table in getattr(module, "_tables", {}).values():
+            tensors += table
+    for tensor in tensors:
+        held[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+    return sum(held.values())

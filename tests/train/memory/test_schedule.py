@@ -1,0 +1,81 @@
+"""Peaks of long runs are those of the few micro-batches by which memory is predicted."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from comm.config import ParallelismConfig
+from dualpipe.config import ScheduleKind
+from dualpipe.generate.select import build, stages_per_rank
+from dualpipe.ir import Op, Schedule
+from tests.tiny import tiny_config
+from train.config import TrainConfig
+from train.costs import nominal_costs
+from train.memory.schedule import few_micro_batches, planning_schedule
+
+PENDING_WEIGHTS = (1.2, 1.8)
+KINDS: tuple[ScheduleKind, ...] = get_args(ScheduleKind)
+
+
+def make_config(folder: Path, kind: ScheduleKind, pipeline: int, micro_batches: int, expert: int = 2) -> TrainConfig:
+    config = tiny_config(folder, parallelism=ParallelismConfig(pipeline=pipeline, data=2, expert=expert))
+    stage = replace(config.stage, global_batch_sequences=2 * micro_batches)
+    return replace(config, stage=stage, schedule=replace(config.schedule, kind=kind, pairing="overlapped"))
+
+
+def peaks(schedule: Schedule, pending: float) -> tuple[float, ...]:
+    """Of each rank, what waits for W weighing `pending` times what waits for I."""
+    found = []
+    for groups in schedule.ranks:
+        alive = peak = 0.0
+        for group in groups:
+            alive += sum(op.kind is Op.FORWARD for op in group)
+            peak = max(peak, alive)
+            for op in group:
+                alive += {
+                    Op.FORWARD: 0.0,
+                    Op.BACKWARD: -1.0,
+                    Op.BACKWARD_INPUT: pending - 1,
+                    Op.BACKWARD_WEIGHT: -pending,
+                }[op.kind]
+            peak = max(peak, alive)
+        found.append(round(peak, 6))
+    return tuple(found)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "auto"])
+@pytest.mark.parametrize("pipeline", [2, 4])
+def test_few_micro_batches_show_the_peak_of_many(tmp_path: Path, kind: ScheduleKind, pipeline: int) -> None:
+    many = 10 * pipeline
+    config = make_config(tmp_path, kind, pipeline, many)
+    planned = planning_schedule(config, many)
+    costs = nominal_costs(config, pipeline * stages_per_rank(kind))
+    whole = build(kind, pipeline, many, costs)
+    assert planned.num_micro_batches < whole.num_micro_batches == many
+    for pending in PENDING_WEIGHTS:
+        assert max(peaks(planned, pending)) == pytest.approx(max(peaks(whole, pending)))
+
+
+@pytest.mark.parametrize(("pipeline", "micro_batches"), [(2, 4), (4, 8), (4, 18), (6, 12), (8, 16)])
+def test_with_exchange_dualpipe_split_holds_what_the_published_order_holds(
+    tmp_path: Path, pipeline: int, micro_batches: int
+) -> None:
+    config = make_config(tmp_path, "dualpipe_split", pipeline, micro_batches)
+    whole = build("dualpipe_split", pipeline, micro_batches, nominal_costs(config, pipeline))
+    for pending in PENDING_WEIGHTS:
+        assert max(peaks(planning_schedule(config, micro_batches), pending)) == max(peaks(whole, pending))
+
+
+def test_other_costs_are_planned_as_they_are(tmp_path: Path) -> None:
+    """Without exchange W fills gaps, and many wait: the published order would promise too little."""
+    config = make_config(tmp_path, "dualpipe_split", 4, 8, expert=1)
+    whole = build("dualpipe_split", 4, 8, nominal_costs(config, 4))
+    planned = planning_schedule(config, 8)
+    assert peaks(planned, 1.5) == peaks(whole, 1.5)
+    assert max(peaks(planned, 1.5)) > max(peaks(planning_schedule(make_config(tmp_path, "dualpipe", 4, 8), 8), 1.5))
+
+
+def test_few_are_odd_if_the_run_is() -> None:
+    assert [few_micro_batches(4, number) for number in (3, 16, 17, 1000, 1001)] == [3, 16, 17, 16, 17]
