@@ -19,6 +19,7 @@ from model.cut import CutError, cut_layers
 from train.config import TrainConfig, sized_config
 from train.costs import nominal_costs
 from train.manifest import SCHEDULE_NAME, CheckpointError, find_checkpoint, layout_record, read_manifest
+from train.memory.predict import ramp_memory_cap
 from train.probe import LayerTimes, measure, stage_costs
 
 _LARGEST_SCHEDULE_BYTES = 2**28
@@ -67,7 +68,7 @@ def ramp_schedules(config: TrainConfig) -> dict[int, Schedule]:
         assert kind != "auto"
         sized = sized_config(config, sequences)
         costs, cache = nominal_costs(config, pipeline * stages_per_rank(kind)), schedules_folder(config.data.cache_dir)
-        made[sequences] = build(kind, pipeline, sized.num_micro_batches, costs, config.memory_cap, cache)
+        made[sequences] = build(kind, pipeline, sized.num_micro_batches, costs, ramp_memory_cap(sized), cache)
     return made
 
 

@@ -12,8 +12,9 @@ from launch.compose import compose
 from launch.config import _check_rules, read_config
 from launch.errors import ConfigError
 from launch.memory_rules import check_memory
-from train.config import TrainConfig
+from train.config import TrainConfig, sized_config
 from train.memory import memory_lines, predict_memory
+from train.memory.predict import ramp_memory_cap
 
 ROOT = Path(__file__).resolve().parents[2]
 V3 = (
@@ -63,11 +64,13 @@ def test_deepseek_v3_takes_less_than_two_seconds_and_no_torch() -> None:
     assert has_torch == "False"
 
 
-def test_the_start_of_a_ramp_is_checked_too() -> None:
-    """With fewer than two micro-batches for each rank, W of many of them wait at the end of a step."""
-    message = refusal(make_config(*V3, RAMP))
-    assert " in steps of 3,072 sequences (" in message
-    assert message.endswith("; nearest: stage.batch_ramp.start_sequences=4096")
+def test_the_start_of_a_ramp_is_scheduled_so_that_it_fits() -> None:
+    """With fewer than two micro-batches for each rank W of many of them would wait: 128 GB on rank 0."""
+    config = make_config(*V3, RAMP)
+    first = sized_config(config, 3072)
+    assert predict_memory(replace(first, memory_cap=None)).worst.total > 120e9
+    assert ramp_memory_cap(first) == 11.0
+    check_memory(config, _check_rules)
 
 
 def test_without_memory_bytes_nothing_is_checked() -> None:

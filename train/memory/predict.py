@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from dualpipe import pairing
 from dualpipe.compile import compile_rank
-from dualpipe.ir import Schedule
+from dualpipe.ir import Schedule, ScheduleError
 from kernels.attention.kinds import AttentionKind
 from model.account.activations import MicroBatchShape
 from model.account.held import HeldParameters, held_parameters
@@ -20,6 +20,7 @@ from train.memory.schedule import few_micro_batches, planning_schedule
 from train.memory.static import batch_bytes, static_bytes, update_bytes
 from train.memory.walk import walk
 
+_SMALLER_CAPS = (0.65, 0.5)
 _IMBALANCE = 1.1
 """Of the load, by which the allowance for uneven experts is told."""
 
@@ -37,10 +38,37 @@ def predict_memory(config: TrainConfig) -> JobMemory:
         CutError: fewer layers than stages.
     """
     shown: dict[int, TrainConfig] = {}
-    for sequences in reversed(config.batch_sizes.sizes):
+    *smaller, last = config.batch_sizes.sizes
+    for sequences in (last, *reversed(smaller)):
         sized = sized_config(config, sequences)
         shown.setdefault(few_micro_batches(config.parallelism.pipeline, sized.num_micro_batches), sized)
-    return max((_predict(sized) for sized in shown.values()), key=lambda job: job.worst.total)
+    whole, *others = shown.values()
+    jobs, room = [_predict(whole)], config.cluster.memory_bytes
+    if room is None or jobs[0].worst.total <= room:
+        jobs += [_predict(replace(sized, memory_cap=ramp_memory_cap(sized))) for sized in others]
+    return max(jobs, key=lambda job: job.worst.total)
+
+
+def ramp_memory_cap(config: TrainConfig) -> float | None:
+    """Returns the memory cap under which a smaller size of a batch ramp is scheduled.
+
+    With fewer than two micro-batches for each rank, dualpipe_split lets the W of nearly all of them wait to the end,
+    and what waits for W weighs more than before its I. If that does not fit `cluster.memory_bytes`, a smaller cap is
+    taken.
+
+    Args:
+        config: of the run, as if every step read this size.
+    """
+    room, most = config.cluster.memory_bytes, config.parallelism.pipeline + 1
+    if room is None or config.memory_cap is not None or config.schedule.kind != "dualpipe_split":
+        return config.memory_cap
+    for cap in (None, *(float(round(share * most)) for share in _SMALLER_CAPS)):
+        try:
+            if _predict(replace(config, memory_cap=cap)).worst.total <= room:
+                return cap
+        except ScheduleError:
+            continue
+    return None
 
 
 def planning_sizes(config: TrainConfig, load: float = 1.0) -> Sizes:

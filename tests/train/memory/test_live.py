@@ -74,7 +74,7 @@ def check(compared: Compared, name: str, tolerance: float = TOLERANCE) -> None:
     measured, predicted = settled(compared, compared.after), settled(compared, compared.predicted_after)
     assert len(measured) > len(compared.after) // 3, name
     for index, (alive, expected) in enumerate(zip(measured, predicted, strict=True)):
-        room = tolerance * max(alive, max(measured) / 4)
+        room = tolerance * max(measured)
         assert abs(expected - alive) <= room, f"{name}: settled step {index}: {alive} bytes, predicted {expected}"
     assert max(predicted) == pytest.approx(max(measured), rel=tolerance), f"{name}: peak"
 
