@@ -47,7 +47,7 @@ step() {
 }
 
 # A short run from scratch: train NAME OVERRIDES...
-COMMON=(experiment=quickstart stage.validation_sequences=0 stage.sample_tokens=0)
+COMMON=(name=gpu_day stage.validation_sequences=0 stage.sample_tokens=0)
 SIX_STEPS=(stage.steps=6 stage.checkpoint_every_steps=3)
 ONE_RANK=(parallelism=one_rank schedule=1f1b model.mtp_depth=0 dispatch=local)
 TINY=(model=tiny stage.steps=2 stage.checkpoint_every_steps=2 stage.sequence_length_tokens=32
@@ -73,8 +73,7 @@ train_ranks() {
     local name=$1
     shift
     if [ -n "$DRY" ]; then
-        "$PYTHON" -m tests.gpu.day.check_configuration "${COMMON[@]}" "${SIX_STEPS[@]}" \
-            "out_dir=$OUT/runs/$name" "$@"
+        "$PYTHON" -m launch.train "${COMMON[@]}" "${SIX_STEPS[@]}" "out_dir=$OUT/runs/$name" "$@" config_only=true
     else
         train "$name" "${SIX_STEPS[@]}" "$@"
     fi
