@@ -117,6 +117,11 @@ def test_recipe_v3_is_the_published_run(folder: Path) -> None:
     assert (before[0].mtp_loss_weight, before[1].bias_update) == (0.3, 1e-3)
 
 
+def test_recipe_v3_with_two_sequences_a_micro_batch_does_not_fit(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^memory: rank \d+ needs .* of 84.9.*stage.micro_batch_sequences=1"):
+        check(build(folder, "v3_671b", "stage.micro_batch_sequences=2"))
+
+
 def test_recipe_v3_model_is_the_released_one_without_yarn(folder: Path) -> None:
     released = read_config(compose("train", ["model=v3_671b"])).model
     pretrained = build(folder, "v3_671b").model
