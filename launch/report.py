@@ -74,7 +74,7 @@ def _run(name: str, main: Main, preview: Preview | None, arguments: Sequence[str
 
 def _start(name: str, main: Main, preview: Preview | None, arguments: Sequence[str], *, quiet: bool) -> int:
     """Prints the help, prints the configuration, or runs the command."""
-    from launch.help.advice import refuse_flags, refuse_repeated
+    from launch.help.advice import refuse_flags, repeated_notes
     from launch.help.page import help_text, terminal_columns
     from launch.help.preview import split_config_only
 
@@ -83,7 +83,8 @@ def _start(name: str, main: Main, preview: Preview | None, arguments: Sequence[s
         text = help_text(name, others, terminal_columns())
     else:
         refuse_flags(name, arguments)
-        refuse_repeated(arguments)
+        for note in () if quiet else repeated_notes(arguments):
+            print(redact(note), file=sys.stderr, flush=True)
         overrides, is_preview = split_config_only(arguments)
         if not is_preview or preview is None:
             return main(overrides)

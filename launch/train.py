@@ -28,6 +28,7 @@ from train.config import TrainConfig
 from train.events import note_event
 from train.integrity import find_resumed, verify
 from train.manifest import MANIFEST_NAME
+from train.memory.report import memory_lines
 from train.newest import AUTO
 from train.optim.learning_rate import schedule_warnings
 from train.rescue import has_rescue, rescue_folder
@@ -75,7 +76,8 @@ def preview(overrides: Sequence[str]) -> str:
         check(config)
         check_folder(config)
     warnings = schedule_warnings(config.optim, config.batch_sizes, config.stage.steps)
-    return experiment_text("train", overrides, write_config(config), [f"warning: {line}" for line in warnings])
+    comments = [*(f"warning: {line}" for line in warnings), *memory_lines(config)]
+    return experiment_text("train", overrides, write_config(config), comments)
 
 
 def train_rank(config: TrainConfig, is_aloud: bool = False) -> int:

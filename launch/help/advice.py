@@ -73,15 +73,15 @@ def find_advice(command: str, key: str, value: str, is_unknown: bool) -> Advice 
         command: that was started.
         key: dotted, as written.
         value: as written; empty: none.
-        is_unknown: whether the command has no such key. Then its last part is looked up too.
+        is_unknown: whether the command has no such key. Then its last part is looked up after the whole key.
     """
     name = key.lower().replace("-", "_")
-    names = {name, name.rpartition(".")[2]} if is_unknown else {name}
-    for line in advice_table():
-        if command not in line.commands or names.isdisjoint(line.keys):
-            continue
-        if is_unknown if line.values is None else re.fullmatch(line.values, value, re.IGNORECASE):
-            return line
+    for written in dict.fromkeys((name, name.rpartition(".")[2]) if is_unknown else (name,)):
+        for line in advice_table():
+            if command not in line.commands or written not in line.keys:
+                continue
+            if is_unknown if line.values is None else re.fullmatch(line.values, value, re.IGNORECASE):
+                return line
     return None
 
 
@@ -123,17 +123,22 @@ def refuse_flags(command: str, arguments: Sequence[str]) -> None:
         raise ConfigError(f"{argument}: no flags, options are key=value; {_meant(command, key, value)}")
 
 
-def refuse_repeated(arguments: Sequence[str]) -> None:
-    """Refuses a key that is given two values, of which one would be ignored.
+def repeated_notes(arguments: Sequence[str]) -> list[str]:
+    """Returns a line for every key that is given several values, of which the last one counts.
 
-    Raises:
-        ConfigError: names both.
+    Args:
+        arguments: of the command line.
     """
-    given: dict[str, str] = {}
+    given: dict[str, list[str]] = {}
     for argument in arguments:
         key, has_value, value = argument.lstrip("+").partition("=")
-        if has_value and given.setdefault(key, value) != value:
-            raise ConfigError(f"{key}: is given twice, as {given[key]} and {value}; leave one of them out")
+        if has_value:
+            given.setdefault(key, []).append(value)
+    return [
+        f"note: {key} is given as {' and '.join(dict.fromkeys(values))}; the last one, {values[-1]}, is used"
+        for key, values in given.items()
+        if len(set(values)) > 1
+    ]
 
 
 def _meant(command: str, key: str, value: str) -> str:
@@ -152,6 +157,9 @@ def _meant(command: str, key: str, value: str) -> str:
 def _advise_bare(command: str, arguments: Sequence[str], index: int) -> str | None:
     """Returns advice for an argument that is not key=value, or None."""
     text, before, after = arguments[index], arguments[index - 1] if index else "", [*arguments[index + 1 :], ""]
+    spaced = re.fullmatch(r"([\w./@-]+) *= *(.*)", text)
+    if spaced and " =" in text:
+        return f"{text}: no spaces before =; nearest valid: {_shell_word(f'{spaced[1]}={spaced[2]}')}"
     if not text or "=" in text:
         return None
     if after[0].startswith("="):
