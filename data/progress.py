@@ -4,9 +4,10 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Protocol, TextIO, TypeVar
+from typing import Literal, Protocol, TextIO, TypeVar
 
 Item = TypeVar("Item")
+Unit = Literal["bytes", "phases"]
 _FIRST_SECONDS = 1.0
 _EVERY_SECONDS = 5.0
 
@@ -14,14 +15,17 @@ _EVERY_SECONDS = 5.0
 class Progress(Protocol):
     """Shows how far named work is."""
 
-    def over(self, what: str, items: Iterable[Item], total: int, size: Callable[[Item], int]) -> Iterator[Item]:
+    def over(
+        self, what: str, items: Iterable[Item], total: int, size: Callable[[Item], int], unit: Unit = "bytes"
+    ) -> Iterator[Item]:
         """Yields the items, and shows how far they are.
 
         Args:
             what: the work, for people.
             items: worked on one after the other.
             total: sum of all sizes, or an estimate of it.
-            size: of one item, in bytes.
+            size: of one item, in the unit.
+            unit: bytes, or what is counted: `phases`.
         """
         ...
 
@@ -29,7 +33,9 @@ class Progress(Protocol):
 class Quiet:
     """Shows nothing."""
 
-    def over(self, what: str, items: Iterable[Item], total: int, size: Callable[[Item], int]) -> Iterator[Item]:
+    def over(
+        self, what: str, items: Iterable[Item], total: int, size: Callable[[Item], int], unit: Unit = "bytes"
+    ) -> Iterator[Item]:
         """Yields the items."""
         yield from items
 
@@ -42,7 +48,9 @@ class Lines:
         self._say = say
         self._clock = clock
 
-    def over(self, what: str, items: Iterable[Item], total: int, size: Callable[[Item], int]) -> Iterator[Item]:
+    def over(
+        self, what: str, items: Iterable[Item], total: int, size: Callable[[Item], int], unit: Unit = "bytes"
+    ) -> Iterator[Item]:
         """Yields the items; see `Progress`."""
         began = self._clock()
         due, done, has_said = began + _FIRST_SECONDS, 0, False
@@ -51,10 +59,10 @@ class Lines:
             done += size(item)
             now = self._clock()
             if now >= due:
-                self._say(f"{what}: {progress_text(done, total, now - began)}")
+                self._say(f"{what}: {progress_text(done, total, now - began, unit)}")
                 due, has_said = now + _EVERY_SECONDS, True
         if has_said:
-            self._say(f"{what}: done, {bytes_text(done)} in {seconds_text(self._clock() - began)}")
+            self._say(f"{what}: done, {amount_text(done, unit)} in {seconds_text(self._clock() - began)}")
 
 
 class Bars:
@@ -64,9 +72,11 @@ class Bars:
         """`stream`: the terminal."""
         self._stream = stream
 
-    def over(self, what: str, items: Iterable[Item], total: int, size: Callable[[Item], int]) -> Iterator[Item]:
+    def over(
+        self, what: str, items: Iterable[Item], total: int, size: Callable[[Item], int], unit: Unit = "bytes"
+    ) -> Iterator[Item]:
         """Yields the items; see `Progress`."""
-        with _bar(self._stream, what, total) as advance:
+        with _bar(self._stream, what, total, unit) as advance:
             for item in items:
                 yield item
                 advance(size(item))
@@ -78,13 +88,18 @@ def progress_on(stream: TextIO | None = None) -> Progress:
     return Bars(target) if target.isatty() else Lines(lambda line: print(line, file=target, flush=True))
 
 
-def progress_text(done: int, total: int, seconds: float) -> str:
-    """Returns how far work is, in bytes, percent and remaining time: `12.0 MB of 52.4 MB, 23 %, 17 s left`."""
+def progress_text(done: int, total: int, seconds: float, unit: Unit = "bytes") -> str:
+    """Returns how far work is, its percent and remaining time: `12.0 MB of 52.4 MB, 23 %, 17 s left`."""
     share = min(done / max(total, 1), 1.0)
     left = seconds * (1.0 - share) / share if share else 0.0
-    return f"{bytes_text(done)} of {bytes_text(max(total, done))}, {share:.0%}".replace("%", " %") + (
-        f", {seconds_text(left)} left" if share else ""
-    )
+    whole = amount_text(max(total, done), unit)
+    counted = f"{amount_text(done, unit) if unit == 'bytes' else f'{done:,}'} of {whole}"
+    return f"{counted}, {share:.0%}".replace("%", " %") + (f", {seconds_text(left)} left" if share else "")
+
+
+def amount_text(amount: int, unit: Unit) -> str:
+    """Returns a number of bytes for people, or a count with its unit."""
+    return bytes_text(amount) if unit == "bytes" else f"{amount:,} {unit}"
 
 
 def bytes_text(num_bytes: int) -> str:
@@ -101,12 +116,13 @@ def seconds_text(seconds: float) -> str:
 
 
 @contextmanager
-def _bar(stream: TextIO, what: str, total: int) -> Iterator[Callable[[int], None]]:
+def _bar(stream: TextIO, what: str, total: int, unit: Unit) -> Iterator[Callable[[int], None]]:
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Shown
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    count = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()
+    columns = (TextColumn("{task.description}"), BarColumn(), count, TimeRemainingColumn())
     with Shown(*columns, console=Console(file=stream), transient=True) as shown:
         task = shown.add_task(what, total=total)
         yield lambda count: shown.advance(task, count)

@@ -1,7 +1,7 @@
 """A plain interpreter of programs. It knows steps, runs and links, and neither the schedule nor the model."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -48,7 +48,11 @@ class _Kept:
 
 
 def execute(
-    program: Program, stages: Mapping[int, Stage], transport: Transport, clock: Clock[Any] | None = None
+    program: Program,
+    stages: Mapping[int, Stage],
+    transport: Transport,
+    clock: Clock[Any] | None = None,
+    follow: Callable[[tuple[Step, ...]], Iterable[Step]] = iter,
 ) -> Execution:
     """Runs every step in order.
 
@@ -57,6 +61,7 @@ def execute(
         stages: by number, those that the rank holds.
         transport: the links to the other pipeline ranks.
         clock: what the steps are timed by; without one, the host's.
+        follow: yields the program's steps one by one, for example to show how far they are.
     """
     clock = clock or HostClock()
     runs: dict[RunKey, Run] = {}
@@ -64,7 +69,7 @@ def execute(
     peak = 0
     origin = time.time()
     marks = [clock.mark()]
-    for step in program.steps:
+    for step in follow(program.steps):
         if step.run not in runs and step.action is not Action.RECEIVE:
             runs[step.run] = stages[step.run.stage].start(step.run.direction, step.run.micro_batch)
             peak = max(peak, len(runs))

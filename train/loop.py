@@ -11,6 +11,7 @@ from torch import distributed as dist
 
 from data.loader import Batch, Loader
 from data.prepare import Prepared
+from data.progress import progress_on
 from infer.config import Sampling
 from infer.generate import generate
 from infer.text import decode_after
@@ -67,6 +68,8 @@ class Training:
             self._ownership = OwnershipCheck.of_process(Path(config.out_dir))
             self._saver = Saver(assembly, prepared, ownership=self._ownership)
         self._recovery = Recovery(assembly, self._loader, first_step)
+        # The first step takes longer than others: kernels are compiled, and memory is taken from the system.
+        self._first_progress = progress_on() if assembly.groups.rank == 0 else None
 
     def run(self) -> None:
         """All steps that are left, a last validation, a last checkpoint.
@@ -162,7 +165,9 @@ class Training:
             return None
         try:
             with self._profiler.step(step + 1):
-                result = train_step(self._assemblies.of_step(step), self._loader, step, self._recovery.guard)
+                result = train_step(
+                    self._assemblies.of_step(step), self._loader, step, self._recovery.guard, self._first_progress
+                )
         except RefusedStepError as refused:
             with self._saving():
                 self._saver.wait()  # the run may go back to it
@@ -173,6 +178,7 @@ class Training:
                 self._reporter.go_back(self.num_done)
                 self._num_saved = self.num_done
             return None
+        self._first_progress = None
         self._recovery.accepted(step)
         self.num_done = step + 1
         LOGGER.info("step %d: loss %.6f, %.3f s", self.num_done, result.losses.total, result.seconds)

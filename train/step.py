@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,8 +12,10 @@ from torch import distributed as dist
 
 from data.batch_sizes import BatchSizes
 from data.loader import IGNORE, Batch, Loader
+from data.progress import Progress
 from dualpipe.clock import open_clock
 from dualpipe.execute import Execution, execute
+from dualpipe.program import Action, Step
 from kernels.attention.documents import Documents
 from model.objective import LossSums, MicroBatch, Objective
 from model.transformer import routers
@@ -25,6 +27,7 @@ from train.guard import LOSS, NORM, Guard, find, own_norm
 from train.optim.learning_rate import learning_rate
 
 Read = Callable[[int, int], Batch]
+_PHASES = (Action.FORWARD, Action.BACKWARD, Action.WEIGHT)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -152,7 +155,9 @@ def make_objective(config: TrainConfig, num_targets: Tensor, mtp_loss_weight: fl
     )
 
 
-def train_step(assembly: Assembly, loader: Loader, step: int, guard: Guard | None = None) -> StepResult:
+def train_step(
+    assembly: Assembly, loader: Loader, step: int, guard: Guard | None = None, progress: Progress | None = None
+) -> StepResult:
     """Forward and backward of the step's global batch, the update, the router bias.
 
     Args:
@@ -160,6 +165,7 @@ def train_step(assembly: Assembly, loader: Loader, step: int, guard: Guard | Non
         loader: of the data.
         step: from 0.
         guard: that is asked before the update; without one, it is a new one of the configured kind.
+        progress: shows how far this rank's phases are; None: nothing does.
 
     Raises:
         PreemptedError: on every rank alike, before anything was begun.
@@ -170,7 +176,7 @@ def train_step(assembly: Assembly, loader: Loader, step: int, guard: Guard | Non
     guard = guard or Guard(config.guard)
     rates = rates_of(config, loader.sizes, step)
     read = partial(loader.batch, step)
-    losses, execution = accumulate(assembly, read, rates.mtp_loss_weight)
+    losses, execution = accumulate(assembly, read, rates.mtp_loss_weight, progress)
     norm = _update(assembly, guard, losses, step, rates.learning_rate)
     balance = update_router_bias(assembly, rates.bias_update)
     if assembly.ema is not None:
@@ -214,13 +220,16 @@ def discard(assembly: Assembly) -> None:
     assembly.observers.clips.take()
 
 
-def accumulate(assembly: Assembly, read: Read, mtp_loss_weight: float) -> tuple[Losses, Execution]:
+def accumulate(
+    assembly: Assembly, read: Read, mtp_loss_weight: float, progress: Progress | None = None
+) -> tuple[Losses, Execution]:
     """All passes of one global batch, and what this rank's took; gradients stay in the store, loads in the routers.
 
     Args:
         assembly: of the rank.
         read: the sequences of the batch, from a first one on.
         mtp_loss_weight: of all MTP depths together, beside the main loss.
+        progress: shows how far this rank's phases are; None: nothing does.
 
     Raises:
         PreemptedError: on every rank alike, before anything was begun.
@@ -230,8 +239,18 @@ def accumulate(assembly: Assembly, read: Read, mtp_loss_weight: float) -> tuple[
     objective, sums = make_objective(assembly.config, num_targets, mtp_loss_weight), _no_sums(assembly)
     fed = feed(assembly, batches, objective, sums, assembly.store)
     with assembly.model.weights_unchanged():
-        execution = execute(assembly.train_program, fed, assembly.links, open_clock(assembly.device))
+        execution = execute(
+            assembly.train_program, fed, assembly.links, open_clock(assembly.device), partial(_followed, progress)
+        )
     return _reduce(assembly, sums, num_targets, mtp_loss_weight), execution
+
+
+def _followed(progress: Progress | None, steps: tuple[Step, ...]) -> Iterable[Step]:
+    """Returns a program's steps, whose phases are counted as they run."""
+    if progress is None:
+        return steps
+    computes = [step.action in _PHASES for step in steps]
+    return progress.over("first step", steps, sum(computes), lambda step: int(step.action in _PHASES), "phases")
 
 
 def validate_pass(assembly: Assembly, read: Read) -> tuple[Losses, int]:

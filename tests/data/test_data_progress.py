@@ -1,6 +1,7 @@
 """What progress says: nothing of quick work, then a count and the remaining time, never a flood."""
 
 import io
+import itertools
 import re
 
 from data.progress import Lines, progress_on, progress_text, seconds_text
@@ -43,3 +44,11 @@ def test_texts_are_short() -> None:
     assert progress_text(0, 10**9, 1.0) == "0.0 MB of 1.0 GB, 0 %"
     assert progress_text(5 * 10**8, 10**9, 100.0) == "500.0 MB of 1.0 GB, 50 %, 1 min left"
     assert seconds_text(7260) == "2 h 1 min"
+
+
+def test_progress_counts_phases() -> None:
+    said: list[str] = []
+    clock = itertools.count().__next__
+    assert list(Lines(said.append, clock).over("first step", range(4), 4, lambda _: 1, "phases")) == [0, 1, 2, 3]
+    assert said[0] == "first step: 1 of 4 phases, 25 %, 3 s left"
+    assert said[-1] == "first step: done, 4 phases in 6 s"
