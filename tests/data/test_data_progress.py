@@ -51,4 +51,4 @@ def test_progress_counts_phases() -> None:
     clock = itertools.count().__next__
     assert list(Lines(said.append, clock).over("first step", range(4), 4, lambda _: 1, "phases")) == [0, 1, 2, 3]
     assert said[0] == "first step: 1 of 4 phases, 25 %, 3 s left"
-    assert said[-1] == "first step: done, 4 phases in 6 s"
+    assert said[-1] == "first step: done, 4 phases in 5 s"
