@@ -20,31 +20,25 @@ from dataclasses import replace
 from datetime import datetime
 from multiprocessing import connection, forkserver, process, resource_tracker
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from comm.config import ClusterConfig
-from comm.exit_codes import EXIT_LOST
 from comm.preemption import SIGNALS, Preemption, handled_signals
 from comm.watchdog.job_key import KEY_VARIABLE
 from comm.watchdog.membership import STORE_FILE_VARIABLE
 from launch.environment import apply_rank_environment
 from launch.errors import ConfigError
 from launch.folder import claim_folder, read_folder
-from launch.interrupt import EXIT_INTERRUPTED
 from launch.keeper import Keeper
 from launch.rank_check import RankCheck, VanishedError, write_pid_file
+from launch.rank_failure import report_failure, report_vanished, say
 from launch.report import EXIT_CONFIGURATION, user_errors
 from launch.scratch import scratch_folder
 from train.config import TrainConfig
-from train.errors import VERDICT_CODES, LastWord, error_path, find_errors, find_verdict, read_error, write_error
+from train.errors import VERDICT_CODES, LastWord, error_path, write_error
 from train.events import append_event
 from train.newest import AUTO
-from train.secrets import redact
 from train.status import read_status, write_end
 from train.terminal import guard_terminal
-
-if TYPE_CHECKING:
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 Entry = Callable[[TrainConfig], int]
 """What a rank does; gives its exit code. A function of a module, as ranks find it by its name."""
@@ -125,7 +119,7 @@ def run_ranks(folder: Path, world_size: int, entry: Entry) -> int:
             try:
                 _start_again(folder, config, restart + 1, code, reason)
             except (OSError, ConfigError) as error:
-                _say(f"error: ranks do not start again: {error}")
+                say(f"error: ranks do not start again: {error}")
                 break
     _write_status(folder, code, reason)
     return code
@@ -135,7 +129,7 @@ def _start_again(folder: Path, config: TrainConfig, restart: int, code: int, rea
     """Notes it, and has the next life of the ranks go on by itself."""
     known = read_status(folder)
     append_event(folder, "restarted", 0 if known is None else known.step, reason, restart=restart, exit_code=code)
-    _say(f"all ranks start again ({restart} of {config.cluster.max_restarts}), from the newest checkpoint")
+    say(f"all ranks start again ({restart} of {config.cluster.max_restarts}), from the newest checkpoint")
     claim_folder(replace(config, resume=AUTO), datetime.now())
 
 
@@ -208,63 +202,12 @@ def _run_elastic(folder: Path, world_size: int, entry: Entry, keeper: Keeper, re
     try:
         codes = elastic_launch(launch, _rank)(entry, str(folder), str(keeper.scratch), key)
     except VanishedError as vanished:
-        return _report_vanished(folder, str(vanished))
+        return report_vanished(folder, str(vanished))
     except SignalException as ended:
         return 128 + int(ended.sigval), f"ended by {ended.sigval.name}"
     except ChildFailedError as failure:
-        return _report_failure(folder, failure, request)
+        return report_failure(folder, failure, request)
     return next((code for _, code in sorted(codes.items()) if code), 0), ""
-
-
-def _report_vanished(folder: Path, reason: str) -> tuple[int, str]:
-    """Reports ranks that ended without a result: by the verdict of the others, if there is one."""
-    if (verdict := find_verdict(folder)) is None:
-        _say(f"error: {reason}")
-        return EXIT_LOST, reason
-    _say(f"error: {verdict[1].text}", f"what each rank did last is in {verdict[0].parent}")
-    return verdict[1].code, verdict[1].text
-
-
-def _report_failure(folder: Path, failed: "ChildFailedError", request: Preemption) -> tuple[int, str]:
-    """Says once and shortly which rank failed first, and why. Gives the exit code and the words."""
-    rank, failure = failed.get_first_failure()
-    signalled = _signal_of(failure.exitcode)
-    if signalled is signal.SIGINT:
-        return EXIT_INTERRUPTED, "ended by SIGINT"
-    if signalled is not None and signalled.name == request.signal_name:
-        return 128 + signalled, f"ended by {signalled.name}, which they did not heed yet"
-    # A rank that fails takes others with it: the first to say so is the cause.
-    words = [(path, read_error(path)) for path in find_errors(folder)]
-    if (verdict := find_verdict(folder)) is not None:
-        path, word = verdict
-        ended = f" (rank {rank} was ended by {signalled.name})" if signalled else ""
-        _say(f"error: {word.text}{ended}", f"what each rank did last is in {path.parent}")
-        return word.code, f"{word.text}{ended}"
-    if signalled is not None:
-        reason = f"rank {rank} is lost: it was ended by {signalled.name}"
-        _say(f"error: {reason}")
-        return EXIT_LOST, reason
-    if not words:
-        reason = f"rank {rank} ended with exit code {failure.exitcode}"
-        _say(f"error: {reason}")
-        return int(failure.exitcode), reason
-    path, word = words[0]
-    first = int(path.name.removeprefix("rank_").removesuffix(".error.log"))
-    place = "" if word.code == EXIT_CONFIGURATION else f"rank {first}: "
-    _say(f"error: {place}{word.text}", f"the whole traceback is in {path}")
-    return word.code, f"{place}{word.text}"
-
-
-def _say(*lines: str) -> None:
-    for line in lines:
-        print(redact(line), file=sys.stderr, flush=True)
-
-
-def _signal_of(exit_code: int) -> signal.Signals | None:
-    """The signal that ended a rank; one that heeds SIGTERM leaves by itself, as a shell would tell of it."""
-    if exit_code == 128 + signal.SIGTERM:
-        return signal.SIGTERM
-    return signal.Signals(-exit_code) if exit_code < 0 else None
 
 
 def _rank(entry: Entry, folder: str, scratch: str, key: str) -> int:
@@ -290,7 +233,7 @@ def _rank(entry: Entry, folder: str, scratch: str, key: str) -> int:
         try:
             write_error(error_path(Path(folder), rank), LastWord(first_line, code), details)
         except OSError as unwritten:  # a full disk, it may be, is what the error was about
-            _say(f"rank {rank}: {first_line}", f"{details}which cannot be written: {unwritten}")
+            say(f"rank {rank}: {first_line}", f"{details}which cannot be written: {unwritten}")
         time.sleep(_NOTICE_SECONDS)
         sys.exit(code)
 
