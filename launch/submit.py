@@ -13,7 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from launch.compose import compose, key_of, own_keys
+from launch.compose import chosen_options, compose, key_of, own_keys
 from launch.config import check, read_config, write_config
 from launch.decode import decode, encode
 from launch.errors import ConfigError, system_errors
@@ -28,6 +28,7 @@ from train.config import TrainConfig
 SCRIPT_NAME = "job.sbatch"
 OVERRIDES_NAME = "overrides.txt"
 LOG_FOLDER = "log"
+_LOCAL_CLUSTERS = ("laptop", "one_gpu")
 
 
 def main(overrides: Sequence[str]) -> int:
@@ -44,6 +45,7 @@ def main(overrides: Sequence[str]) -> int:
             job that Slurm refuses.
     """
     with system_errors():
+        overrides = with_cluster(overrides)
         values = compose("submit", overrides)
         slurm = decode(SlurmConfig, _with_text_time(values["slurm"]), "slurm")
         is_dry = decode(bool, values["dry_run"], "dry_run")
@@ -74,6 +76,7 @@ def preview(overrides: Sequence[str]) -> str:
             job that Slurm refuses.
     """
     with system_errors():
+        overrides = with_cluster(overrides)
         values = compose("submit", overrides)
         slurm = decode(SlurmConfig, _with_text_time(values["slurm"]), "slurm")
         _check_resume(values["resume"])
@@ -82,6 +85,26 @@ def preview(overrides: Sequence[str]) -> str:
         check_slurm(slurm)
     own = {"dry_run": decode(bool, values["dry_run"], "dry_run"), "slurm": encode(slurm)}
     return experiment_text("submit", overrides, {**write_config(config), **own})
+
+
+def with_cluster(overrides: Sequence[str]) -> list[str]:
+    """Returns the overrides with the cluster of the experiment that they choose, so that its memory is checked.
+
+    A cluster on the command line stays. An experiment for a laptop is submitted with `cluster=slurm`, as one without.
+
+    Args:
+        overrides: of this command.
+
+    Raises:
+        ConfigError: an override that does not parse, an unknown key or option.
+    """
+    keys = [key_of(text) for text in overrides]
+    if "cluster" in keys or "experiment" not in keys:
+        return list(overrides)
+    own = own_keys("submit")
+    kept = [text for text, key in zip(overrides, keys, strict=True) if key.partition(".")[0] not in own]
+    cluster = chosen_options("train", kept)["cluster"]
+    return list(overrides) if cluster in _LOCAL_CLUSTERS else [f"cluster={cluster}", *overrides]
 
 
 def job_overrides(overrides: Sequence[str], out_dir: str) -> list[str]:

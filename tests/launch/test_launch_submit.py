@@ -14,7 +14,7 @@ from launch.compose import compose, own_keys
 from launch.errors import ConfigError
 from launch.report import user_errors
 from launch.slurm.config import seconds_of
-from launch.submit import job_overrides, main
+from launch.submit import job_overrides, main, with_cluster
 from launch.train import leave
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -92,6 +92,20 @@ def test_script_without_gpus_and_requeue(capsys: pytest.CaptureFixture[str]) -> 
     assert "--no-requeue" in options
     assert not [option for option in options if "gpus" in option]
     assert "may_requeue=0" in script.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("given", "cluster"),
+    [
+        (["experiment=ladder_1b", "slurm.partition=gpu"], "h100"),
+        (["experiment=ladder_1b", "cluster=h800"], "h800"),
+        (["experiment=two_nodes"], "slurm"),
+        ([], "slurm"),
+    ],
+)
+def test_job_keeps_the_cluster_of_a_recipe_for_gpus(given: list[str], cluster: str, tmp_path: Path) -> None:
+    job = job_overrides(with_cluster([*given, "data.fim_rate=0"]), str(tmp_path))
+    assert [text for text in job if text.startswith("cluster=")] == [f"cluster={cluster}"]
 
 
 @pytest.mark.parametrize("chosen", [[], ["cluster=laptop"], ["experiment=two_nodes", "seed=3", "resume=auto"]])
