@@ -205,8 +205,9 @@ def _run_elastic(folder: Path, world_size: int, entry: Entry, keeper: Keeper, re
         return report_vanished(folder, str(vanished))
     except SignalException as ended:
         return 128 + int(ended.sigval), f"ended by {ended.sigval.name}"
-    except ChildFailedError as failure:
-        return report_failure(folder, failure, request)
+    except ChildFailedError as failed:
+        rank, failure = failed.get_first_failure()
+        return report_failure(folder, rank, int(failure.exitcode), request)
     return next((code for _, code in sorted(codes.items()) if code), 0), ""
 
 

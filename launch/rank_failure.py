@@ -3,7 +3,6 @@
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from comm.exit_codes import EXIT_LOST
 from comm.preemption import Preemption
@@ -11,9 +10,6 @@ from launch.interrupt import EXIT_INTERRUPTED
 from launch.report import EXIT_CONFIGURATION
 from train.errors import find_errors, find_verdict, read_error
 from train.secrets import redact
-
-if TYPE_CHECKING:
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 
 def report_vanished(folder: Path, reason: str) -> tuple[int, str]:
@@ -25,10 +21,16 @@ def report_vanished(folder: Path, reason: str) -> tuple[int, str]:
     return verdict[1].code, verdict[1].text
 
 
-def report_failure(folder: Path, failed: "ChildFailedError", request: Preemption) -> tuple[int, str]:
-    """Says once and shortly which rank failed first, and why. Gives the exit code and the words."""
-    rank, failure = failed.get_first_failure()
-    signalled = _signal_of(failure.exitcode)
+def report_failure(folder: Path, rank: int, exit_code: int, request: Preemption) -> tuple[int, str]:
+    """Prints once and shortly which rank failed first, and why. Returns the run's exit code and the reason.
+
+    Args:
+        folder: of the run.
+        rank: that the launcher saw fail first.
+        exit_code: of its process; -n if signal n ended it.
+        request: whether the run was asked to end.
+    """
+    signalled = _signal_of(exit_code)
     if signalled is signal.SIGINT:
         return EXIT_INTERRUPTED, "ended by SIGINT"
     if signalled is not None and signalled.name == request.signal_name:
@@ -45,9 +47,9 @@ def report_failure(folder: Path, failed: "ChildFailedError", request: Preemption
         say(f"error: {reason}")
         return EXIT_LOST, reason
     if not words:
-        reason = f"rank {rank} ended with exit code {failure.exitcode}"
+        reason = f"rank {rank} ended with exit code {exit_code}"
         say(f"error: {reason}")
-        return int(failure.exitcode), reason
+        return exit_code, reason
     path, word = words[0]
     first = int(path.name.removeprefix("rank_").removesuffix(".error.log"))
     place = "" if word.code == EXIT_CONFIGURATION else f"rank {first}: "
