@@ -1,5 +1,8 @@
 """`python -m launch`: the list of commands, and a way to start one."""
 
+if not __package__:
+    import started_as_file  # type: ignore[import-not-found]  # noqa: F401
+
 import os
 import sys
 from collections.abc import Sequence

@@ -6,10 +6,12 @@ from pathlib import Path
 
 
 def advice(path: Path) -> str:
-    """Returns the line for a command's file."""
-    root = path.resolve().parents[1]
+    """Returns the line for a command's file, or for the folder of commands."""
+    file = path / "__main__.py" if path.is_dir() else path
+    root = file.resolve().parents[1]
+    command = "launch" if file.stem == "__main__" else f"launch.{file.stem}"
     folder = "" if Path.cwd() == root else f"cd {shlex.quote(str(root))} && "
-    return f"error: {path}: a command is started as a module; write {folder}python -m launch.{path.stem} ..."
+    return f"error: {path}: a command is started as a module; write {folder}python -m {command} ..."
 
 
 # Python looks for a file's imports beside it, and so finds this module without its package.

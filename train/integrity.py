@@ -82,7 +82,8 @@ def verify(folder: Path, *, hashes: bool = True, progress: Progress = _QUIET) ->
 
 def shown_files(folder: Path, files: Mapping[str, Any], progress: Progress) -> Iterator[str]:
     """Yields the names that a manifest lists, and shows how far the reading of the files is."""
-    sizes = {name: listed.get("bytes", 0) if isinstance(listed, dict) else 0 for name, listed in files.items()}
+    listed_sizes = {name: listed.get("bytes") if isinstance(listed, dict) else None for name, listed in files.items()}
+    sizes = {name: size if isinstance(size, int) else 0 for name, size in listed_sizes.items()}
     return progress.over(f"verifying {folder.name}", list(files), sum(sizes.values()), lambda name: sizes[name])
 
 

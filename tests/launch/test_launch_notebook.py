@@ -108,6 +108,7 @@ def test_command_that_is_started_as_a_file_says_how_to_start_it(path: Path, tmp_
         command = [sys.executable, place, "a=1"]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60, check=False)
         there = "" if folder == ROOT else f"cd {ROOT} && "
-        advice = f"write {there}python -m launch.{path.stem} ...\n"
+        name = "launch" if path.stem == "__main__" else f"launch.{path.stem}"
+        advice = f"write {there}python -m {name} ...\n"
         assert (done.returncode, done.stdout) == (2, "")
         assert done.stderr == f"error: {place}: a command is started as a module; {advice}"

@@ -19,7 +19,9 @@ CPU = torch.device("cpu")
 
 def _config(folder: Path, **changes: object) -> TrainConfig:
     chosen = ProfileConfig(steps=(2, 4), ranks=(0, 3), trace=True, memory_snapshot=True)
-    return tiny_config(folder, profile=replace(chosen, **changes))  # type: ignore[arg-type]
+    config = tiny_config(folder, profile=replace(chosen, **changes))  # type: ignore[arg-type]
+    Path(config.out_dir).mkdir(parents=True, exist_ok=True)
+    return config
 
 
 def test_profile_writes_a_trace_of_each_chosen_step_of_each_chosen_rank(tmp_path: Path) -> None:
