@@ -1,6 +1,7 @@
 """The start of a job as one rank sees it: the store, the deadline, and the verdict if ranks do not arrive."""
 
 import dataclasses
+import json
 import socket
 import time
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from torch.distributed.distributed_c10d import Store
 
 from comm.exit_codes import EXIT_HANG, EXIT_LOST
 from comm.watchdog.authentication import open_object, seal_object
-from comm.watchdog.decode import MessageError, printable
+from comm.watchdog.decode import MessageError, parse_object, printable
 from comm.watchdog.membership import Membership
 from comm.watchdog.signals import Termination
 from comm.watchdog.verdict import Verdict, name_ranks
@@ -19,6 +20,7 @@ from comm.watchdog.verdict import Verdict, name_ranks
 START = "start of the job"
 _VERDICT = "watchdog/verdict"
 _RECEIVED = "watchdog/verdict_received"
+_UNSIGNED = "watchdog/verdict_without_key"
 _LINGER_SECONDS = 2.0
 _LONGEST_PAUSE_SECONDS = 0.5
 
@@ -100,8 +102,11 @@ class JobStart:
             error = self._absent(EXIT_LOST, absent(), "lost: not there yet when the launcher ended the job")
         else:
             error = self._absent(EXIT_HANG, absent(), f"absent: not there within {self._deadline_seconds:g} s")
-        if store is not None and self.key is not None:
-            self._agree(store, self.key, error.verdict)
+        if store is None:
+            raise error
+        if self.key is None:
+            raise AbsentError(self._first_verdict(store, error.verdict))
+        self._agree(store, self.key, error.verdict)
         raise error
 
     def store_error(self, error: DistError) -> AbsentError:
@@ -121,6 +126,18 @@ class JobStart:
             return
         self._confirm(store, self.key, verdict)
         raise AbsentError(verdict)
+
+    def _first_verdict(self, store: Store, own: Verdict) -> Verdict:
+        """Returns the first verdict of the ranks that end without a key, as rank 0 has announced none.
+
+        It is not authenticated. Only a rank that ends anyway reads it, so a stranger could change the words alone.
+        """
+        first = store.compare_set(_UNSIGNED, "", json.dumps(dataclasses.asdict(own)))
+        try:
+            verdict = Verdict.from_json(parse_object(first), self.member.world_size)
+        except MessageError:
+            return own
+        return verdict if verdict.code in (EXIT_HANG, EXIT_LOST) else own
 
     def _agree(self, store: Store, key: bytes, own: Verdict) -> None:
         """Raises the first authentic verdict in the store, this rank's own if there is none."""

@@ -124,6 +124,22 @@ def test_forged_verdict_in_the_store_is_replaced_by_the_ranks_own() -> None:
     close(ranks)
 
 
+@pytest.mark.parametrize("planted", [None, '{"code": 0, "text": "forged", "judge": 1, "culprits": []}', "[" * 9999])
+def test_ranks_without_a_key_end_by_the_verdict_of_the_first(planted: str | None) -> None:
+    store = HashStore()
+    if planted is not None:
+        store.set("watchdog/verdict_without_key", planted)
+    ranks = [Rank(rank, store, seconds=seconds) for rank, seconds in ((1, 0.5), (2, 1.5))]
+    verdicts = [error.verdict for error in run(ranks) if isinstance(error, AbsentError)]
+    said = "is absent: not there within {} s; ranks 1 and 2 awaited start of the job"
+    # Nothing of what a stranger has put there counts, and the ranks then have nothing in common.
+    expected = ["0.5", "0.5"] if planted is None else ["0.5", "1.5"]
+    assert [(verdict.code, verdict.text) for verdict in verdicts] == [
+        (76, f"rank 0 {said.format(seconds)}") for seconds in expected
+    ]
+    close(ranks)
+
+
 def test_record_that_is_not_authentic_is_named_at_the_deadline() -> None:
     store = HashStore()
     stop = threading.Event()
