@@ -46,11 +46,7 @@ def main(overrides: Sequence[str]) -> int:
     """
     with system_errors():
         overrides = with_cluster(overrides)
-        values = compose("submit", overrides)
-        slurm = decode(SlurmConfig, _with_text_time(values["slurm"]), "slurm")
-        is_dry = decode(bool, values["dry_run"], "dry_run")
-        _check_resume(values["resume"])
-        config = read_config({key: value for key, value in values.items() if key not in own_keys("submit")})
+        config, slurm, is_dry = _composed(overrides)
         config = replace(config, out_dir=str(_folder_of(config, datetime.now())), resume="auto")
         check(config)
         check_slurm(slurm)
@@ -77,14 +73,21 @@ def preview(overrides: Sequence[str]) -> str:
     """
     with system_errors():
         overrides = with_cluster(overrides)
-        values = compose("submit", overrides)
-        slurm = decode(SlurmConfig, _with_text_time(values["slurm"]), "slurm")
-        _check_resume(values["resume"])
-        config = read_config({key: value for key, value in values.items() if key not in own_keys("submit")})
+        config, slurm, is_dry = _composed(overrides)
         check(config)
         check_slurm(slurm)
-    own = {"dry_run": decode(bool, values["dry_run"], "dry_run"), "slurm": encode(slurm)}
+    own = {"dry_run": is_dry, "slurm": encode(slurm)}
     return experiment_text("submit", overrides, {**write_config(config), **own})
+
+
+def _composed(overrides: Sequence[str]) -> tuple[TrainConfig, SlurmConfig, bool]:
+    """Returns the run, what is asked of Slurm, and whether the script is only printed; nothing is checked yet."""
+    values = compose("submit", overrides)
+    slurm = decode(SlurmConfig, _with_text_time(values["slurm"]), "slurm")
+    is_dry = decode(bool, values["dry_run"], "dry_run")
+    _check_resume(values["resume"])
+    config = read_config({key: value for key, value in values.items() if key not in own_keys("submit")})
+    return config, slurm, is_dry
 
 
 def with_cluster(overrides: Sequence[str]) -> list[str]:
