@@ -24,6 +24,7 @@ from launch.report import command
 from launch.slurm.config import SlurmConfig, check_slurm
 from launch.slurm.script import render
 from train.config import TrainConfig
+from train.memory.report import memory_lines
 
 SCRIPT_NAME = "job.sbatch"
 OVERRIDES_NAME = "overrides.txt"
@@ -77,7 +78,7 @@ def preview(overrides: Sequence[str]) -> str:
         check(config)
         check_slurm(slurm)
     own = {"dry_run": is_dry, "slurm": encode(slurm)}
-    return experiment_text("submit", overrides, {**write_config(config), **own})
+    return experiment_text("submit", overrides, {**write_config(config), **own}, memory_lines(config))
 
 
 def _composed(overrides: Sequence[str]) -> tuple[TrainConfig, SlurmConfig, bool]:
