@@ -88,7 +88,7 @@ def measure_parts(config: DataConfig, progress: Progress = QUIET) -> dict[Part, 
     if num_documents["train"] == 0:
         if num_documents["validation"] != 1:
             raise _empty_train_error(config, num_documents["validation"], *units)
-        # A single document is trained on, whatever its hash.
+        # A single document is used for training, even if its hash selects validation.
         for sizes in (num_documents, text_bytes):
             sizes["train"], sizes["validation"] = sizes["validation"], 0
     return {part: PartSize(num_documents=num_documents[part], text_bytes=text_bytes[part]) for part in num_documents}

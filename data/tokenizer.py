@@ -205,7 +205,7 @@ class Tokenizer:
     def save(self, path: Path) -> list[Path]:
         """Writes the tokenizer in the format of the `tokenizers` library, a read one byte by byte.
 
-        Beside it goes `tokenizer_config.json` if the names of special tokens cannot be told without it.
+        Beside it goes `tokenizer_config.json` if the names of special tokens cannot be derived without it.
 
         Returns:
             What was written.

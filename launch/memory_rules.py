@@ -148,7 +148,7 @@ def _batch(config: TrainConfig, job: JobMemory) -> str:
 
 
 def _rounded(need: int, room: int) -> tuple[str, str]:
-    """Returns both sizes in GB, with as many digits as tell them apart."""
+    """Returns both sizes in GB, with enough digits to differ."""
     for digits in range(1, 9):
         shown = f"{need / _GB:.{digits}f}", f"{room / _GB:.{digits}f}"
         if shown[0] != shown[1]:

@@ -40,7 +40,7 @@ def command(name: str, main: Main, preview: Preview | None = None, *, quiet: boo
     try:
         code = _run(name, main, preview, sys.argv[1:], quiet=quiet)
     except BaseException as error:
-        # A library may answer Ctrl-C with an error of its own.
+        # A library may raise its own error on Ctrl-C.
         is_interrupt = isinstance(error, KeyboardInterrupt) or getattr(error, "sigval", None) == signal.SIGINT
         if not interrupts.came and not is_interrupt:
             raise

@@ -117,7 +117,7 @@ class ReplayWindow:
         self._mask = 0  # bit i: highest - i was accepted
 
     def is_new(self, counter: int) -> bool:
-        """Returns whether the counter was not accepted yet and is not too old to tell."""
+        """Returns whether the counter is new: not accepted yet, and within the replay window."""
         age = self._highest - counter
         return age < 0 or (age < REPLAY_WINDOW and not self._mask >> age & 1)
 

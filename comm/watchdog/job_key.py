@@ -102,7 +102,7 @@ def read_key_file(path: Path) -> bytes:
         path: of the file.
 
     Returns:
-        The key: it has the hash that the file's name tells.
+        The key, whose hash is the one in the file's name.
 
     Raises:
         FileNotFoundError: the file is not there, or not yet.

@@ -129,8 +129,8 @@ class WatchdogSocket:
     def receive(self, seconds: float) -> tuple[list[Message], bytes]:
         """Waits for messages, or bytes written to `wakeup_file`, and returns both; after `seconds` at most.
 
-        It reads a limited number of datagrams, so that it returns in time under any flood. `is_flooded` then tells that
-        more were there, and that others than this job's ranks have sent some of them.
+        It reads a limited number of datagrams, so that it returns in time under any flood. `is_flooded` is then True if
+        more were there and some were not sent by this job's ranks.
         """
         messages: list[Message] = []
         self.is_flooded = False

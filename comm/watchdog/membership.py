@@ -1,4 +1,4 @@
-"""A rank's place in its job, as its launcher tells it in the environment. No torch here."""
+"""A rank's place in its job, as its launcher describes it in the environment. No torch here."""
 
 import os
 from dataclasses import dataclass, field

@@ -18,7 +18,7 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Farewell:
-    """Tells that the sender leaves the job by itself: how, and in one line why."""
+    """Announces that the sender leaves the job by itself: how, and in one line why."""
 
     end: End
     text: str
@@ -41,7 +41,7 @@ class Farewell:
         return asdict(self)
 
     def verdict_on(self, rank: int) -> Verdict:
-        """Returns the verdict by which all other ranks end if `rank` left by an error of its own."""
+        """Returns the verdict by which all other ranks end if `rank` ended by its own error."""
         return Verdict(code=EXIT_OTHER, text=f"rank {rank}: {self.text}", judge=rank, culprits=(rank,))
 
 

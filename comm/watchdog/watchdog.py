@@ -58,7 +58,7 @@ class Watchdog:
     ranks as soon as it sees one die, often before the others miss it. If none was lost, the process handles the signal
     itself, or ends if `ends_by_signal`.
 
-    No message and no error of its own ends the thread: a message of a wrong form is dropped, an error is logged.
+    Neither a message nor an error inside it ends the thread: a malformed message is dropped, an error is logged.
     """
 
     def __init__(
@@ -208,7 +208,7 @@ class Watchdog:
             if (held.code != EXIT_OTHER, held.judge) <= (verdict.code != EXIT_OTHER, verdict.judge):
                 return
         now = time.monotonic()
-        # The rank with an error of its own ends first, so that the launcher sees it first.
+        # The rank with its own error ends first, so that the launcher sees it first.
         wait = _FOLLOW_SECONDS if verdict.code == EXIT_OTHER else _AGREE_SECONDS
         self._leaving = _Leaving(verdict, report_at=now + wait, send_at=now)
 

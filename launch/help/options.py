@@ -89,7 +89,7 @@ def _leaves(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 def _comments(source: _Source) -> Iterator[tuple[str, str]]:
     """Yields the dotted keys of a file with the comment that follows each, or stands above it.
 
-    A comment on a line of its own continues the one above if it is indented further than any key.
+    A comment on a separate line continues the one above if it is indented further than any key.
     """
     root, lines = yaml.compose("\n".join(source.lines), Loader=yaml.SafeLoader), source.lines
     keys = list(_key_ends(root, source.prefix))
