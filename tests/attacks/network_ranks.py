@@ -68,7 +68,8 @@ def _record(folder: Path, rank: str) -> None:
     from comm.watchdog.mailbox import WatchdogSocket
 
     encode, receive = DatagramCodec.encode, WatchdogSocket.receive
-    num_ticks = 0
+    # Each look appends a byte, so that a reader never finds less than before.
+    ticks = (folder / f"ticks_{rank}").open("ab", buffering=0)
 
     def recorded(codec: DatagramCodec, recipient: int, kind: Any, values: Mapping[str, Any]) -> bytes:
         data = encode(codec, recipient, kind, values)
@@ -77,9 +78,7 @@ def _record(folder: Path, rank: str) -> None:
         return data
 
     def counted(mailbox: WatchdogSocket, seconds: float) -> Any:
-        nonlocal num_ticks
-        num_ticks += 1
-        (folder / f"ticks_{rank}").write_text(str(num_ticks))
+        ticks.write(b".")
         return receive(mailbox, seconds)
 
     DatagramCodec.encode = recorded  # type: ignore[method-assign]
