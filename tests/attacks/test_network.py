@@ -175,8 +175,10 @@ def flood(victim: Victim) -> None:
         # Up to their tags these are another rank's, so their tags have to be computed, for 1 of 100 over 65 kB.
         headers = [bytes(32) + struct.pack("!BIIQ", 0, 1 - rank, rank, 1 << 40) for rank in (0, 1)]
         large = [header.ljust(65507, b"x") for header in headers]
-        for number in range(NUM_FLOOD):
+        for number in count(1):
             stranger.sendto((headers if number // 2 % 100 else large)[number % 2], ports[number % 2])
+            if number >= NUM_FLOOD and time.monotonic() >= begun + FLOOD_SECONDS:
+                break
     seconds = time.monotonic() - begun
     ticks = [after - earlier for after, earlier in zip(victim.num_ticks(), before, strict=True)]
     print(f"{number} datagrams in {seconds:.1f} s; {ticks} looks of the watchdogs meanwhile")
