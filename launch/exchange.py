@@ -1,9 +1,9 @@
 """Rules of a run's exchange: which backend can serve it, and that the gate keeps the cap on nodes. No torch here."""
 
 from comm.config import DeepEPDispatchConfig, LocalDispatchConfig
-from comm.deepep_package import DeepEPError, check_available
+from comm.dispatch.deepep.package import DeepEPError, check_available
+from comm.dispatch.node_bound import most_nodes
 from comm.layout import Layout
-from comm.node_bound import most_nodes
 from launch.errors import ConfigError
 from train.config import TrainConfig
 

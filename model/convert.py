@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from comm.local import LocalDispatcher
+from comm.dispatch.local import LocalDispatcher
 from kernels.quantize.layout import QuantizedBlocks
 from kernels.quantize.reference_blocks import codes_128x128, dequantize_128x128
 from model.config import ModelConfig

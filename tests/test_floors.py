@@ -67,7 +67,7 @@ def breaches(path: str, source: str) -> list[str]:
 
 def may_know(path: str, module: str) -> bool:
     """`load_hf` gives a model that runs in this process alone, so it needs the dispatcher that sends nothing."""
-    is_home = path == "model/convert.py" and is_in(module, "comm.local")
+    is_home = path == "model/convert.py" and is_in(module, "comm.dispatch.local")
     return is_home or is_in(module, "comm.protocol", "comm.node_limit")
 
 
@@ -108,8 +108,8 @@ def test_triton_is_imported_where_a_kernel_is_compiled_and_nowhere_else() -> Non
         ("dualpipe/a.py", "def f():\n    from model import block"),
         ("model/a.py", "from comm import layout"),
         ("model/a.py", "from comm.groups import Groups"),
-        ("model/a.py", "from comm.local import LocalDispatcher"),
-        ("model/convert.py", "from comm.all_to_all import AllToAllDispatcher"),
+        ("model/a.py", "from comm.dispatch.local import LocalDispatcher"),
+        ("model/convert.py", "from comm.dispatch.all_to_all import AllToAllDispatcher"),
         ("model/a.py", "import torch.distributed as dist"),
         ("dualpipe/simulate.py", "from torch import distributed"),
         ("train/a.py", "from omegaconf import OmegaConf"),

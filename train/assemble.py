@@ -6,15 +6,15 @@ from dataclasses import dataclass, field
 
 import torch
 
+from comm.dispatch.build import open_lane
+from comm.dispatch.process_group import Observers
+from comm.dispatch.traffic import Traffic
 from comm.groups import Groups
 from comm.lane import Lane
 from comm.layout import Layout
-from comm.operations import OperationLog
 from comm.preemption import Preemption
 from comm.protocol import Dispatcher
-from comm.select import open_lane
-from comm.traffic import Traffic
-from comm.wire import Observers
+from comm.watchdog.operation_log import OperationLog
 from dualpipe import pairing
 from dualpipe.compile import compile_rank
 from dualpipe.ir import Schedule, ScheduleError

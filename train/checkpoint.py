@@ -9,7 +9,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
-from comm.local import LocalDispatcher
+from comm.dispatch.local import LocalDispatcher
 from data.prepare import Prepared
 from model.config import ModelConfig
 from model.transformer import Transformer, named_tensors

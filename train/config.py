@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from comm.config import ClusterConfig, DispatchConfig, ParallelismConfig
-from comm.deepep_package import BufferShape
+from comm.dispatch.deepep.package import BufferShape
 from data.batch_sizes import BatchRamp, BatchSizes
 from data.config import DataConfig
 from dualpipe.config import ScheduleConfig

@@ -10,12 +10,12 @@ import torch
 from torch import distributed as dist
 from torch.distributed import ProcessGroup
 
+from comm.dispatch.build import build_dispatcher
+from comm.dispatch.process_group import Observers
+from comm.dispatch.traffic import LayerTraffic, TrafficSnapshot
 from comm.lane import Lane
 from comm.layout import Layout
 from comm.protocol import Dispatcher
-from comm.select import build_dispatcher
-from comm.traffic import LayerTraffic, TrafficSnapshot
-from comm.wire import Observers
 from train.config import TrainConfig
 
 _FIELDS = tuple(each.name for each in fields(LayerTraffic))

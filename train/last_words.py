@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from comm.exit_codes import EXIT_OTHER
-from comm.operations import OperationLog
+from comm.watchdog.operation_log import OperationLog
 from comm.watchdog.verdict import Verdict
 from train.errors import LastWord, error_path, write_error
 from train.status import write_end

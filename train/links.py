@@ -5,12 +5,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from comm.dispatch.process_group import Observers
+from comm.dispatch.traffic import Traffic
 from comm.layout import Layout
-from comm.message import MessageKey
-from comm.p2p import Transport
 from comm.protocol import Work
-from comm.traffic import Traffic
-from comm.wire import Observers
+from comm.transfers.message import MessageKey
+from comm.transfers.transport import Transport
 from dualpipe.ir import Schedule
 from dualpipe.transfers import Message, transfers
 from train.config import TrainConfig

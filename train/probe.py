@@ -12,13 +12,13 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.distributed import ProcessGroup
 
+from comm.dispatch.build import open_lane
+from comm.dispatch.process_group import Observers
+from comm.dispatch.traffic import Traffic
 from comm.groups import join_one
 from comm.layout import Layout
-from comm.operations import OperationLog
 from comm.protocol import Dispatcher
-from comm.select import open_lane
-from comm.traffic import Traffic
-from comm.wire import Observers
+from comm.watchdog.operation_log import OperationLog
 from dualpipe.costs import CostModel, StageCosts
 from model.cut import cut_layers
 from model.gradients import GradientStore

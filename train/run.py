@@ -11,11 +11,11 @@ from torch import distributed as dist
 from comm.exit_codes import EXIT_NON_FINITE, EXIT_OTHER, EXIT_PREEMPTED
 from comm.groups import Groups, start, stop
 from comm.layout import Layout
-from comm.operations import OperationLog, cuda_mark
 from comm.preemption import Preemption
 from comm.watchdog.job_key import JobKeyError
 from comm.watchdog.job_start import AbsentError
 from comm.watchdog.membership import Membership
+from comm.watchdog.operation_log import OperationLog, cuda_mark
 from comm.watchdog.rendezvous import Job, join
 from data.corpus import DataError
 from data.prepare import Prepared

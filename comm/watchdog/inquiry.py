@@ -3,9 +3,9 @@
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
-from comm.operations import OperationLog
 from comm.watchdog.mailbox import WatchdogSocket
 from comm.watchdog.messages import Farewell
+from comm.watchdog.operation_log import OperationLog
 from comm.watchdog.verdict import Findings, Reason, Standing
 
 _ASK_EVERY_SECONDS = 0.2

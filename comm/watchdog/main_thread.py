@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from comm.operations import Operation, OperationLog
+from comm.watchdog.operation_log import Operation, OperationLog
 
 _ROOT = Path(__file__).resolve().parents[2]
 _BUSY_SECONDS = 0.5

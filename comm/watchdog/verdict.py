@@ -7,7 +7,6 @@ from enum import Enum
 from typing import Any, Self
 
 from comm.exit_codes import EXIT_HANG, EXIT_LOST, EXIT_OTHER
-from comm.operations import Operation, OperationLog
 from comm.watchdog.decode import (
     MessageError,
     flag_of,
@@ -20,6 +19,7 @@ from comm.watchdog.decode import (
     text_of,
 )
 from comm.watchdog.main_thread import MainThread
+from comm.watchdog.operation_log import Operation, OperationLog
 
 VERDICT_CODES = (EXIT_OTHER, EXIT_HANG, EXIT_LOST)
 _MAX_WAITS = 8

@@ -17,12 +17,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from comm.exit_codes import EXIT_OTHER
-from comm.operations import OperationLog
 from comm.watchdog.decode import MessageError, printable
 from comm.watchdog.inquiry import Inquiry
 from comm.watchdog.mailbox import Message, SocketAddress, WatchdogSocket
 from comm.watchdog.main_thread import MainThread
 from comm.watchdog.messages import End, Farewell, Question, decode_message
+from comm.watchdog.operation_log import OperationLog
 from comm.watchdog.verdict import Reason, Standing, Verdict, judge
 
 _TICK_SECONDS = 0.2

@@ -12,9 +12,9 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleDu
 
 from comm.config import ParallelismConfig
 from comm.layout import Layout
-from comm.operations import OperationLog
-from comm.p2p import Transport
 from comm.protocol import Work
+from comm.transfers.transport import Transport
+from comm.watchdog.operation_log import OperationLog
 from dualpipe import pairing
 from dualpipe.compile import compile_rank
 from dualpipe.config import ScheduleKind

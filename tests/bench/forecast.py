@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from comm.forecast import Forecast, SentRows, forecast
+from comm.dispatch.forecast import Forecast, SentRows, forecast
 from comm.node_limit import limit_groups
 from kernels.quantize.packed import packed_bytes
 

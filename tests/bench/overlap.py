@@ -14,14 +14,14 @@ import torch
 from torch import distributed
 
 from comm.config import AllToAllDispatchConfig, DispatchConfig, ParallelismConfig, TwoHopDispatchConfig
+from comm.dispatch.build import build_dispatcher
+from comm.dispatch.process_group import Observers
+from comm.dispatch.traffic import Traffic
 from comm.groups import Groups
 from comm.lane import InlineLane, Lane, ThreadLane
 from comm.layout import Layout
-from comm.operations import OperationLog
-from comm.p2p import Transport
-from comm.select import build_dispatcher
-from comm.traffic import Traffic
-from comm.wire import Observers
+from comm.transfers.transport import Transport
+from comm.watchdog.operation_log import OperationLog
 from dualpipe import pairing
 from dualpipe.compile import Pairing, compile_rank, run_key
 from dualpipe.execute import Execution, execute

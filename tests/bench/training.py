@@ -179,7 +179,7 @@ def _build(contender: Contender) -> tuple[Callable[[Tensor, Tensor], Tensor], to
     dtype = torch.bfloat16 if contender.type == "bf16" else torch.float32
     if contender.name == "transformers":
         return _build_transformers(contender, dtype)
-    from comm.local import LocalDispatcher
+    from comm.dispatch.local import LocalDispatcher
     from model.hf.config import parse_config
     from model.objective import LossSums, MicroBatch, Objective
     from model.transformer import Transformer, initialise

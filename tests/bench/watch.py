@@ -28,7 +28,7 @@ _NUM_NOTES = 20_000
 
 def watched_rank(config: TrainConfig) -> int:
     """What each rank does: the run, and at its end a file with what its steps cost."""
-    from comm.operations import OperationLog
+    from comm.watchdog.operation_log import OperationLog
     from tests.train.strikes import watch_operations
     from train import loop
     from train.run import main as run

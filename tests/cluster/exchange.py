@@ -13,16 +13,16 @@ import torch
 from torch import Tensor, distributed
 
 from comm.config import AllToAllDispatchConfig, DispatchConfig, ParallelismConfig, TwoHopDispatchConfig
-from comm.forecast import Forecast, forecast
+from comm.dispatch.build import build_dispatcher
+from comm.dispatch.forecast import Forecast, forecast
+from comm.dispatch.process_group import Observers
+from comm.dispatch.traffic import LayerTraffic, Traffic
 from comm.groups import make_group
 from comm.lane import ThreadLane
 from comm.layout import Layout
 from comm.node_limit import limit_groups
-from comm.operations import OperationLog
 from comm.protocol import Dispatcher
-from comm.select import build_dispatcher
-from comm.traffic import LayerTraffic, Traffic
-from comm.wire import Observers
+from comm.watchdog.operation_log import OperationLog
 from tests.cluster.namespaces import Cluster, Counted, Links, missing, open_cluster, read_counted
 from tests.cluster.ranks_in_nodes import begin_together, run_in_nodes
 

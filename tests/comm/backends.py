@@ -6,16 +6,16 @@ from typing import Literal
 
 from torch import distributed
 
-from comm.all_to_all import AllToAllDispatcher
 from comm.config import ParallelismConfig, TwoHopDispatchConfig
+from comm.dispatch.all_to_all import AllToAllDispatcher
+from comm.dispatch.local import LocalDispatcher
+from comm.dispatch.process_group import Observers
+from comm.dispatch.traffic import Traffic
+from comm.dispatch.two_hop.dispatcher import TwoHopDispatcher, TwoHopGroups
 from comm.lane import Lane
 from comm.layout import Layout
-from comm.local import LocalDispatcher
-from comm.operations import OperationLog
 from comm.protocol import Dispatcher
-from comm.traffic import Traffic
-from comm.two_hop import TwoHopDispatcher, TwoHopGroups
-from comm.wire import Observers
+from comm.watchdog.operation_log import OperationLog
 
 Backend = Literal["local", "all_to_all", "two_hop"]
 _TIMEOUT_SECONDS = 60.0

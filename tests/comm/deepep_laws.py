@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from comm.fp8_payload import Fp8Dispatcher
+from comm.dispatch.fp8 import Fp8Dispatcher
+from comm.dispatch.node_cap import NodeCapError
+from comm.dispatch.process_group import Observers
 from comm.lane import InlineLane, Lane
-from comm.node_cap import NodeCapError
 from comm.protocol import Dispatcher, Label
-from comm.wire import Observers
 from kernels.select import quantize_kernels
 from tests.comm.contract import CASES, NUM_CHOICES, Bench
 from tests.comm.deep_ep_emulation import Emulation

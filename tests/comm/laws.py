@@ -10,8 +10,8 @@ import traceback
 import torch
 from torch import Tensor, distributed
 
+from comm.dispatch.local import LocalDispatcher
 from comm.lane import InlineLane
-from comm.local import LocalDispatcher
 from tests.comm.contract import CASES, NUM_CHOICES, Bench
 
 _DTYPES = (torch.float64, torch.bfloat16)

@@ -11,16 +11,16 @@ import pytest
 import torch
 from torch import distributed
 
-from comm.all_to_all_plan import DispatchError
 from comm.config import ParallelismConfig
-from comm.deepep import DeepEPDispatcher
-from comm.deepep_package import BufferShape, DeepEPError, load_package
+from comm.dispatch.all_to_all_plan import DispatchError
+from comm.dispatch.deepep.dispatcher import DeepEPDispatcher
+from comm.dispatch.deepep.package import BufferShape, DeepEPError, load_package
+from comm.dispatch.process_group import Observers
+from comm.dispatch.traffic import Traffic
 from comm.lane import InlineLane, Lane, StreamLane, ThreadLane
 from comm.layout import Layout
-from comm.operations import OperationLog
 from comm.protocol import Dispatcher
-from comm.traffic import Traffic
-from comm.wire import Observers
+from comm.watchdog.operation_log import OperationLog
 from tests.comm import deep_ep_emulation
 from tests.comm.contract import Bench, num_experts_for
 from tests.comm.deep_ep_emulation import Emulation

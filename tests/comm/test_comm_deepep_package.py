@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from comm.deepep_package import BufferShape, DeepEPError, check_available, load_package
+from comm.dispatch.deepep.package import BufferShape, DeepEPError, check_available, load_package
 
 
 def test_package_is_looked_for_without_torch() -> None:
     code = """
         import importlib.util, sys
-        from comm.deepep_package import DeepEPError, check_available
+        from comm.dispatch.deepep.package import DeepEPError, check_available
         importlib.util.find_spec = lambda name: None
         try:
             check_available()

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from comm.forecast import Forecast, SentRows, forecast
+from comm.dispatch.forecast import Forecast, SentRows, forecast
+from comm.dispatch.traffic import LayerTraffic, Spread
 from comm.lane import InlineLane
 from comm.protocol import Label
-from comm.traffic import LayerTraffic, Spread
 from tests.bench.forecast import Gate, forecast_text, gate_forecast, skewed_imbalance
 from tests.comm.backends import Setting, maker, watching
 from tests.ranks import run_ranks

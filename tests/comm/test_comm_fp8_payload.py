@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor, distributed
 
-from comm.fp8_payload import Fp8Dispatcher
+from comm.dispatch.fp8 import Fp8Dispatcher
+from comm.dispatch.local import LocalDispatcher
+from comm.dispatch.traffic import LayerTraffic
 from comm.lane import InlineLane, ThreadLane
-from comm.local import LocalDispatcher
 from comm.protocol import Dispatcher
-from comm.traffic import LayerTraffic
 from kernels.quantize.layout import GRADIENTS_MIN_AMAX, ROWS_MIN_AMAX
 from kernels.quantize.packed import pack, packed_bytes, unpack
 from kernels.quantize.reference import dequantize_1x128, quantize_1x128

@@ -8,8 +8,8 @@ from torch import distributed
 from comm.config import ClusterConfig, ParallelismConfig
 from comm.groups import ClusterError, Groups, start
 from comm.layout import Layout
-from comm.operations import OperationLog
-from comm.p2p import Transport
+from comm.transfers.transport import Transport
+from comm.watchdog.operation_log import OperationLog
 from tests.ranks import run_ranks
 
 _LAYOUT = Layout(ParallelismConfig(pipeline=2, data=4, expert=2), ranks_per_node=4)

@@ -7,9 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from comm.lane import InlineLane
-from comm.local import LocalDispatcher
-from comm.node_cap import (
+from comm.dispatch.local import LocalDispatcher
+from comm.dispatch.node_cap import (
     ClipCount,
     Clipped,
     ClippingDispatcher,
@@ -19,6 +18,7 @@ from comm.node_cap import (
     nodes_of_experts,
     touched_nodes,
 )
+from comm.lane import InlineLane
 from comm.protocol import Dispatcher, Label
 from tests.comm.backends import Backend, Setting, maker, watching
 from tests.ranks import run_ranks

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from comm.operations import OperationLog, Progress, group_name
 from comm.protocol import Label
+from comm.watchdog.operation_log import OperationLog, Progress, group_name
 
 LABEL = Label(layer=1, direction=0, micro_batch=2)
 

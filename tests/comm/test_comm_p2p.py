@@ -9,9 +9,9 @@ from torch import Tensor, distributed
 
 from comm.config import ParallelismConfig
 from comm.layout import Layout
-from comm.message import HEADER_BYTES, Header, MessageKey, TransferError
-from comm.operations import OperationLog, Progress
-from comm.p2p import Transport
+from comm.transfers.message import HEADER_BYTES, Header, MessageKey, TransferError
+from comm.transfers.transport import Transport
+from comm.watchdog.operation_log import OperationLog, Progress
 from tests.ranks import RanksFailedError, run_ranks
 
 

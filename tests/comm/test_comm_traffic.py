@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor, distributed
 
+from comm.dispatch.traffic import LayerTraffic, Spread, Traffic
 from comm.lane import ThreadLane
 from comm.protocol import Label
 from comm.relays import Relays
-from comm.traffic import LayerTraffic, Spread, Traffic
 from tests.comm.backends import Setting, maker, watching
 from tests.comm.contract import Bench, num_experts_for
 from tests.ranks import run_ranks

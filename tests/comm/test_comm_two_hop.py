@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, distributed
 
 from comm.config import ParallelismConfig, TwoHopDispatchConfig
-from comm.fp8_payload import Fp8Dispatcher
+from comm.dispatch.build import build_dispatcher
+from comm.dispatch.fp8 import Fp8Dispatcher
+from comm.dispatch.local import LocalDispatcher
+from comm.dispatch.node_cap import ClipCount, ClippingDispatcher, nodes_of_experts
 from comm.groups import Groups
 from comm.lane import InlineLane, ThreadLane
 from comm.layout import Layout
-from comm.local import LocalDispatcher
-from comm.node_cap import ClipCount, ClippingDispatcher, nodes_of_experts
 from comm.protocol import Dispatcher
-from comm.select import build_dispatcher
 from kernels.select import quantize_kernels
 from tests.comm.backends import Setting, maker, watching
 from tests.ranks import run_ranks

@@ -7,8 +7,8 @@ import random
 
 import pytest
 
+from comm.dispatch.two_hop.counts import Hop, Ledger, Read, shifts_by_source
 from comm.relays import Relays
-from comm.two_hop_ledger import Hop, Ledger, Read, shifts_by_source
 
 _NUM_LOCAL = 3
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from comm.dispatch.node_cap import NodeCapError
 from comm.lane import ThreadLane
-from comm.node_cap import NodeCapError
 from comm.protocol import Label
 from tests.comm.backends import Setting, maker, watching
 from tests.ranks import run_ranks

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import distributed
 
-from comm.operations import OperationLog, group_name
 from comm.protocol import Label
+from comm.watchdog.operation_log import OperationLog, group_name
 from tests.comm.watched_ranks import Ended, WatchedRanks
 
 Strike = Callable[[], None]

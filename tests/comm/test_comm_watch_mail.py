@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from comm.operations import OperationLog
 from comm.watchdog.mailbox import WatchdogSocket
+from comm.watchdog.operation_log import OperationLog
 from comm.watchdog.verdict import Verdict
 from comm.watchdog.watchdog import Watchdog
 

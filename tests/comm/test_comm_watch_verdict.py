@@ -7,8 +7,8 @@ from dataclasses import asdict
 
 import pytest
 
-from comm.operations import OperationLog
 from comm.watchdog.main_thread import MainThread
+from comm.watchdog.operation_log import OperationLog
 from comm.watchdog.verdict import Findings, Reason, Standing, Verdict, Wait, judge, name_ranks
 
 WORLD = (0, 1, 2, 3)

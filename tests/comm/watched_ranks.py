@@ -12,9 +12,9 @@ from datetime import timedelta
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
-from comm.operations import OperationLog
 from comm.watchdog.job_start import AbsentError
 from comm.watchdog.membership import Membership
+from comm.watchdog.operation_log import OperationLog
 from comm.watchdog.rendezvous import join
 from comm.watchdog.verdict import Verdict
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from comm.local import LocalDispatcher
+from comm.dispatch.local import LocalDispatcher
 from model.config import Computing, Products
 from model.gradients import GradientStore
 from model.objective import LossSums, MicroBatch

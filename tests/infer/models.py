@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from comm.local import LocalDispatcher
+from comm.dispatch.local import LocalDispatcher
 from model.block import Block, Moe
 from model.config import ModelConfig, YarnRope
 from model.transformer import Transformer, initialise

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import DeepseekV3ForCausalLM
 
-from comm.local import LocalDispatcher
+from comm.dispatch.local import LocalDispatcher
 from model.config import ModelConfig
 from model.transformer import Transformer, named_tensors
 from tests.launch.test_launch_config import build

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from comm.local import LocalDispatcher
+from comm.dispatch.local import LocalDispatcher
 from comm.protocol import Arrived, Dispatcher, Handle, Label, Work
 from kernels.attention.documents import Documents
 from model.config import Computing, ModelConfig, Products

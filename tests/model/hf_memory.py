@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from comm.local import LocalDispatcher
+from comm.dispatch.local import LocalDispatcher
 from model.config import ModelConfig, PlainRope
 from model.convert import load_hf, save_hf
 from model.hf.names import stored_tensors

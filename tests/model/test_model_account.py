@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from comm.local import LocalDispatcher
+from comm.dispatch.local import LocalDispatcher
 from launch.compose import compose
 from launch.config import read_config
 from model.account import count_parameters, training_flops_per_token

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from comm.local import LocalDispatcher
+from comm.dispatch.local import LocalDispatcher
 from model.account import MicroBatchShape, count_activations
 from model.config import RECOMPUTED, Computing, ModelConfig, Recomputed
 from model.gradients import GradientStore

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from comm.local import LocalDispatcher
+from comm.dispatch.local import LocalDispatcher
 from data.loader import Batch
 from kernels.attention.documents import Documents
 from model.config import ModelConfig

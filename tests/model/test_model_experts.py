@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from comm.expert_order import SortedChoices
+from comm.dispatch.expert_order import SortedChoices
 from model.config import Computing, Recomputed
 from model.experts import RoutedExperts
 from model.linear import WeightSink

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from comm.local import LocalDispatcher
+from comm.dispatch.local import LocalDispatcher
 from launch.compose import compose
 from launch.config import read_config
 from model.account import ActivationAccount, MicroBatchShape, count_activations

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import model.fp8.maps
-from comm.expert_order import SortedChoices
+from comm.dispatch.expert_order import SortedChoices
 from kernels.quantize.layout import Quantized, QuantizedBlocks
 from kernels.rms_norm.reference import rms_norm
 from kernels.select_fp8 import Fp8Kernels, fp8_kernels

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 import model.fp8.maps
-from comm.local import LocalDispatcher
+from comm.dispatch.local import LocalDispatcher
 from comm.protocol import HomeDispatcher
 from kernels.quantize.layout import QuantizedBlocks
 from kernels.select_fp8 import fp8_kernels

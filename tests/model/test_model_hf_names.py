@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from comm.local import LocalDispatcher
+from comm.dispatch.local import LocalDispatcher
 from launch.decode import decode
 from model.account import count_parameters
 from model.config import ModelConfig

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import model.hf.reader
-from comm.local import LocalDispatcher
+from comm.dispatch.local import LocalDispatcher
 from model.hf.errors import HfError
 from model.hf.names import is_quantised
 from model.hf.reader import HfReader

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from comm.local import LocalDispatcher
+from comm.dispatch.local import LocalDispatcher
 from model.config import ModelConfig
 from model.convert import load_hf, save_hf
 from model.hf.errors import HfError

@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from comm.local import LocalDispatcher
+from comm.dispatch.local import LocalDispatcher
 from launch.compose import compose
 from launch.config import read_config, write_config
 from launch.errors import ConfigError

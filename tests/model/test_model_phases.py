@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from comm.local import LocalDispatcher
+from comm.dispatch.local import LocalDispatcher
 from comm.protocol import Label
 from kernels.attention.documents import Documents
 from model.config import RECOMPUTED, Computing, ModelConfig, Recomputed

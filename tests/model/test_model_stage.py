@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from comm.local import LocalDispatcher
+from comm.dispatch.local import LocalDispatcher
 from kernels.attention.documents import Documents
 from model.config import ModelConfig
 from model.cut import cut_layers

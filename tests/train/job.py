@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from comm.fp8_payload import Fp8Dispatcher
+from comm.dispatch.fp8 import Fp8Dispatcher
+from comm.dispatch.local import LocalDispatcher
 from comm.groups import Groups
 from comm.layout import Layout
-from comm.local import LocalDispatcher
-from comm.operations import OperationLog
 from comm.protocol import Dispatcher
+from comm.watchdog.operation_log import OperationLog
 from data.loader import Loader
 from data.prepare import prepare
 from dualpipe.generate.select import build

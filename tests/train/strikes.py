@@ -13,7 +13,7 @@ WRITING, HASHING, SYNCING, MOVING = "writing of a part", "hashing", "syncing", "
 
 def watch_operations(come: Come) -> None:
     """Exchanges, transfers, reductions and phases of this process."""
-    from comm.operations import Operation, OperationLog
+    from comm.watchdog.operation_log import Operation, OperationLog
 
     plain = OperationLog.start
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from comm.config import ParallelismConfig
-from comm.local import LocalDispatcher
+from comm.dispatch.local import LocalDispatcher
 from dualpipe.config import ScheduleConfig
 from model.objective import LossSums, Objective
 from model.transformer import Transformer, initialise

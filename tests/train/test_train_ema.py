@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from comm.config import ParallelismConfig
-from comm.local import LocalDispatcher
+from comm.dispatch.local import LocalDispatcher
 from data.prepare import prepare
 from dualpipe.config import ScheduleConfig
 from model.transformer import BIAS, Transformer, initialise, named_tensors

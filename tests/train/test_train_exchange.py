@@ -9,7 +9,7 @@ import torch
 from torch import distributed as dist
 
 from comm.config import ParallelismConfig, Payload, TwoHopDispatchConfig
-from comm.traffic import LayerTraffic, TrafficSnapshot
+from comm.dispatch.traffic import LayerTraffic, TrafficSnapshot
 from dualpipe.config import ScheduleConfig
 from tests.ranks import run_ranks
 from tests.tiny import tiny_config, write_text

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from comm.config import DispatchConfig, ParallelismConfig, TwoHopDispatchConfig
-from comm.operations import OperationLog
+from comm.watchdog.operation_log import OperationLog
 from dualpipe.config import ScheduleConfig
 from tests.ranks import run_ranks
 from tests.tiny import STAGE, tiny_config, write_text

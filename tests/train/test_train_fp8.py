@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from comm.config import DispatchConfig, LocalDispatchConfig, ParallelismConfig, TwoHopDispatchConfig
-from comm.row_format import Part, RowFormat
+from comm.dispatch.row_format import Part, RowFormat
 from data.prepare import prepare
 from dualpipe.config import ScheduleConfig
 from kernels.quantize.packed import packed_bytes

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from comm.local import LocalDispatcher
+from comm.dispatch.local import LocalDispatcher
 from launch.compose import compose
 from launch.config import read_config
 from model.config import ModelConfig

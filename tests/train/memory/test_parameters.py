@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from comm.local import LocalDispatcher
+from comm.dispatch.local import LocalDispatcher
 from launch.compose import compose
 from launch.config import read_config
 from model.account.held import held_parameters

@@ -11,9 +11,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from comm.node_cap import nodes_of_experts, touched_nodes
+from comm.dispatch.node_cap import nodes_of_experts, touched_nodes
+from comm.dispatch.traffic import Spread
 from comm.relays import Relays
-from comm.traffic import Spread
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from comm.node_cap import NodeCapError
+from comm.dispatch.node_cap import NodeCapError
+from comm.dispatch.process_group import Wire
 from comm.protocol import Label
-from comm.wire import Wire
 
 
 def verify_cap(num_over_R: Sequence[int], wire: Wire, touched_TN: Tensor, max_nodes: int, label: Label | None) -> None:

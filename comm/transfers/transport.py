@@ -12,12 +12,12 @@ from torch.distributed import ProcessGroup
 
 from comm.closing import ClosesOnSuccess
 from comm.groups import make_group
-from comm.host_link import host_links
 from comm.layout import Layout
-from comm.link_log import LinkLog
-from comm.message import MESSAGE_KINDS, MessageKey, as_bytes
-from comm.operations import Operation, OperationLog
 from comm.protocol import Work
+from comm.transfers.host_link import host_links
+from comm.transfers.link_log import LinkLog
+from comm.transfers.message import MESSAGE_KINDS, MessageKey, as_bytes
+from comm.watchdog.operation_log import Operation, OperationLog
 
 
 class _Link(Protocol):

@@ -16,20 +16,20 @@ import torch
 from torch import Tensor, distributed
 from torch.distributed import ProcessGroup
 
-from comm.all_to_all_plan import num_local_experts
 from comm.config import TwoHopDispatchConfig
-from comm.expert_order import dense, restore_values
+from comm.dispatch.all_to_all_plan import num_local_experts
+from comm.dispatch.expert_order import dense, restore_values
+from comm.dispatch.process_group import Observers, Wire
+from comm.dispatch.row_format import Part, RowFormat, kernels_for
+from comm.dispatch.two_hop.chunks import Travel
+from comm.dispatch.two_hop.counts import Ledger
+from comm.dispatch.two_hop.plan import Counted, TwoHopPlanner, TwoHopRoute
+from comm.dispatch.two_hop.routing import Expansion, Relaying, RowReader
 from comm.groups import join_one
 from comm.lane import Lane
 from comm.layout import Layout
 from comm.protocol import Arrived, Handle, Label, Work
 from comm.relays import Relays
-from comm.row_format import Part, RowFormat, kernels_for
-from comm.two_hop_ledger import Ledger
-from comm.two_hop_plan import Counted, TwoHopPlanner, TwoHopRoute
-from comm.two_hop_routing import Expansion, Relaying, RowReader
-from comm.two_hop_travel import Travel
-from comm.wire import Observers, Wire
 
 _ROWS, _WEIGHTS, _IDS = range(3)  # parts of a dispatched row
 

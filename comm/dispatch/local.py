@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from comm.expert_order import ExpertOrder, SortedChoices, count_choices
+from comm.dispatch.expert_order import ExpertOrder, SortedChoices, count_choices
 from comm.lane import Done
 from comm.protocol import Arrived, Handle, Label, RowOrder, Work
 

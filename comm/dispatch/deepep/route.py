@@ -13,7 +13,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from comm.expert_order import dense
+from comm.dispatch.expert_order import dense
 from kernels.select import PermuteKernels, implementation_for, permute_kernels
 
 Rows = Tensor | tuple[Tensor, Tensor]

@@ -6,7 +6,6 @@ import torch
 from torch import distributed
 from torch.distributed import ProcessGroup
 
-from comm.all_to_all import AllToAllDispatcher
 from comm.config import (
     AllToAllDispatchConfig,
     DeepEPDispatchConfig,
@@ -14,16 +13,17 @@ from comm.config import (
     LocalDispatchConfig,
     TwoHopDispatchConfig,
 )
-from comm.deepep import DeepEPDispatcher
-from comm.deepep_package import BufferShape
-from comm.fp8_payload import Fp8Dispatcher
+from comm.dispatch.all_to_all import AllToAllDispatcher
+from comm.dispatch.deepep.dispatcher import DeepEPDispatcher
+from comm.dispatch.deepep.package import BufferShape
+from comm.dispatch.fp8 import Fp8Dispatcher
+from comm.dispatch.local import LocalDispatcher
+from comm.dispatch.node_cap import ClippingDispatcher, nodes_of_experts
+from comm.dispatch.process_group import Observers
+from comm.dispatch.two_hop.dispatcher import TwoHopDispatcher, TwoHopGroups
 from comm.lane import Lane, StreamLane, ThreadLane
 from comm.layout import Layout
-from comm.local import LocalDispatcher
-from comm.node_cap import ClippingDispatcher, nodes_of_experts
 from comm.protocol import Dispatcher
-from comm.two_hop import TwoHopDispatcher, TwoHopGroups
-from comm.wire import Observers
 from kernels.select import quantize_kernels
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from comm.selection import select
+from comm.dispatch.two_hop.selection import select
 
 
 @dataclass(frozen=True, slots=True)

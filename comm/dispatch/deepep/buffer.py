@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, distributed
 from torch.distributed import ProcessGroup
 
-from comm.deepep_package import BufferShape, DeepEPError
-from comm.deepep_route import Rows
+from comm.dispatch.deepep.package import BufferShape, DeepEPError
+from comm.dispatch.deepep.route import Rows
 
 
 class Library(Protocol):

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, distributed
 from torch.distributed import ProcessGroup
 
+from comm.dispatch.node_cap import ClipCount
+from comm.dispatch.traffic import Spread, Traffic
 from comm.layout import Layout
-from comm.node_cap import ClipCount
-from comm.operations import Operation, OperationLog, group_name
 from comm.protocol import Label
-from comm.traffic import Spread, Traffic
+from comm.watchdog.operation_log import Operation, OperationLog, group_name
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,10 +15,10 @@ from torch.distributed import ProcessGroup
 from comm.groups import make_group
 from comm.lane import ThreadLane
 from comm.layout import Layout
-from comm.link_log import LinkLog
-from comm.message import HEADER_BYTES, MESSAGE_KINDS, Header, MessageKey, MessageKind, TransferError, as_bytes
-from comm.operations import Operation, OperationLog
 from comm.protocol import Work
+from comm.transfers.link_log import LinkLog
+from comm.transfers.message import HEADER_BYTES, MESSAGE_KINDS, Header, MessageKey, MessageKind, TransferError, as_bytes
+from comm.watchdog.operation_log import Operation, OperationLog
 
 # A payload up to this size is copied into its header's message, which costs less than a message of its own.
 _INLINE_BYTES = 16384
@@ -35,7 +35,7 @@ def host_links(
     """The links of pipeline rank `index` with its peers in `pairs`, by source, destination and kind.
 
     All share a communicator, and differ by their tags: each costs gloo a thread that wakes a hundred times a second.
-    See `comm.p2p.Transport` for the arguments.
+    See `comm.transfers.transport.Transport` for the arguments.
     """
     links: dict[tuple[int, int, str], HostLink] = {}
     for data_index in range(layout.parallelism.data):

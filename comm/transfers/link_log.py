@@ -2,8 +2,8 @@
 
 from contextlib import AbstractContextManager
 
-from comm.message import MessageKey, MessageKind
-from comm.operations import Operation, OperationLog
+from comm.transfers.message import MessageKey, MessageKind
+from comm.watchdog.operation_log import Operation, OperationLog
 
 
 class LinkLog:

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from comm.node_cap import nodes_of_experts
+from comm.dispatch.node_cap import nodes_of_experts
+from comm.dispatch.process_group import Wire
+from comm.dispatch.traffic import Traffic
+from comm.dispatch.two_hop.counts import Hop, Ledger, Run, shifts_by_source
+from comm.dispatch.two_hop.selection import Selection, select
+from comm.dispatch.verify_cap import verify_cap
 from comm.protocol import Label
 from comm.relays import Relays
-from comm.selection import Selection, select
-from comm.traffic import Traffic
-from comm.two_hop_ledger import Hop, Ledger, Run, shifts_by_source
-from comm.verify_cap import verify_cap
-from comm.wire import Wire
 
 
 @dataclass(frozen=True, slots=True)

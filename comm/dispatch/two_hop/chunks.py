@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
+from comm.dispatch.process_group import Exchange, Wire
+from comm.dispatch.row_format import RowFormat
+from comm.dispatch.traffic import Spread, Traffic
+from comm.dispatch.two_hop.counts import Hop
 from comm.protocol import Label
-from comm.row_format import RowFormat
-from comm.traffic import Spread, Traffic
-from comm.two_hop_ledger import Hop
-from comm.wire import Exchange, Wire
 
 Pack = Callable[[int], Tensor]
 """The bytes of a message, by its number."""

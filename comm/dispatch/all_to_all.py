@@ -7,14 +7,14 @@ row as sent.
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from comm.all_to_all_plan import AllToAllPlanner, Counted, Route
-from comm.expert_order import dense
+from comm.dispatch.all_to_all_plan import AllToAllPlanner, Counted, Route
+from comm.dispatch.expert_order import dense
+from comm.dispatch.process_group import Observers, Wire
+from comm.dispatch.row_format import RowFormat, bytes_of, kernels_for
+from comm.dispatch.traffic import Spread
 from comm.lane import Lane
 from comm.layout import Layout
 from comm.protocol import Arrived, Handle, Label, Work
-from comm.row_format import RowFormat, bytes_of, kernels_for
-from comm.traffic import Spread
-from comm.wire import Observers, Wire
 
 
 class AllToAllHandle:

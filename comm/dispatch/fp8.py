@@ -5,7 +5,7 @@ Shape legend: T tokens, K experts per token, A arrived rows, N rows, D hidden si
 
 from torch import Tensor
 
-from comm.expert_order import dense
+from comm.dispatch.expert_order import dense
 from comm.protocol import Arrived, Dispatcher, Handle, Label, Then, Work
 from kernels.quantize.layout import GRADIENTS_MIN_AMAX, ROWS_MIN_AMAX
 from kernels.quantize.packed import pack, unpack

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from comm.expert_order import ExpertOrder, SortedChoices, count_choices, inverse_permutation
-from comm.node_cap import nodes_of_experts, touched_nodes
+from comm.dispatch.expert_order import ExpertOrder, SortedChoices, count_choices, inverse_permutation
+from comm.dispatch.node_cap import nodes_of_experts, touched_nodes
+from comm.dispatch.process_group import Wire
+from comm.dispatch.traffic import Traffic
+from comm.dispatch.verify_cap import verify_cap
 from comm.protocol import Label
-from comm.traffic import Traffic
-from comm.verify_cap import verify_cap
-from comm.wire import Wire
 
 
 class DispatchError(ValueError):
