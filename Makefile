@@ -6,7 +6,7 @@ ARGS ?=
 # Tests that hold ranks to deadlines of seconds or compare times have the machine to themselves; all others, which wait
 # for most of their time, run two at a time.
 ALONE := tests/bench tests/cluster tests/comm \
-	$(addprefix tests/train/test_train_,failure.py failure_order.py probe.py corpus.py) tests/launch/test_launch_local.py
+	$(addprefix tests/train/test_,failure.py failure_order.py probe.py corpus.py) tests/launch/test_local.py
 
 .PHONY: train test test-fast cluster-test triton-table gpu-test gpu-day gpu-bench failures bench chaos any-to-any \
 	docker docker-cpu docker-check docker-pins docker-test

@@ -2,9 +2,9 @@
 
 from dataclasses import replace
 
-from dualpipe.costs import CostModel
 from dualpipe.ir import Group, Op, Operation, Schedule
-from dualpipe.simulate import simulate
+from dualpipe.simulate.costs import CostModel
+from dualpipe.simulate.simulate import simulate
 
 # Forwards begin before anything of the group is given free, as the count of live activations has it; weight gradients
 # come last, as nobody waits for them. Each kind keeps its order, which is that of its link.

@@ -4,7 +4,7 @@ from collections import defaultdict
 
 from dualpipe.deadlock import check_progress
 from dualpipe.ir import Group, Op, Operation, Schedule, ScheduleError
-from dualpipe.memory import peak_activations
+from dualpipe.simulate.memory import peak_activations
 from dualpipe.transfers import Link, Message, RankTransfers, made_by, needed_by, transfers
 
 _ROUNDING = 1e-9

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from model.absorbed import Rotation, absorbed, expanded, latent_rows
+from model.attention.absorbed import Rotation, absorbed, expanded, latent_rows
+from model.attention.kv_cache import LatentCache
+from model.attention.mla import LatentAttention
 from model.block import Block
-from model.kv_cache import LatentCache
-from model.mla import LatentAttention
 from model.mlp import Mlp
-from model.precision import widen
+from model.precision.dtypes import widen
 from model.rope import rotation_table
 from model.transformer import Transformer
 

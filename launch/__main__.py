@@ -7,8 +7,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+from launch.command import EXIT_BROKEN_PIPE, EXIT_CONFIGURATION, forget_output
 from launch.help.commands import listing, split_command, unknown_command
-from launch.report import EXIT_BROKEN_PIPE, EXIT_CONFIGURATION, forget_output
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -13,12 +13,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Literal
 
-from launch.compose import compose
-from launch.decode import decode, encode
-from launch.errors import ConfigError, system_errors
+from launch.command import command
+from launch.config.compose import compose
+from launch.config.decode import decode, encode
+from launch.config.errors import ConfigError, system_errors
 from launch.help.preview import plain_text
-from launch.report import command
-from train.weight_source import is_hf_folder, source_config
+from train.checkpoint.sources import is_hf_folder, source_config
 
 Form = Literal["hf", "checkpoint"]
 LARGEST_FILE_BYTES = 5_000_000_000
@@ -62,7 +62,7 @@ def main(overrides: Sequence[str]) -> int:
         _check(config)
         # torch takes a second or more to import.
         print(f"reading {config.path}", file=sys.stderr, flush=True)
-        from train.conversion import Conversion, convert
+        from train.checkpoint.convert import Conversion, convert
 
         conversion = Conversion(
             path=config.path,

@@ -15,17 +15,17 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO
 from data.corpus import DataError
 from data.tokenizer import Tokenizer
 from infer.config import Sampling, Speculative, Statistics, check
-from launch.compose import compose
-from launch.continuations import InOrder, Live, Transcript, as_block, as_json_line, new_file
-from launch.decode import decode, encode
-from launch.errors import ConfigError, system_errors
+from launch.command import command
+from launch.config.compose import compose
+from launch.config.decode import decode, encode
+from launch.config.errors import ConfigError, system_errors
+from launch.generation.continuations import InOrder, Live, Transcript, as_block, as_json_line, new_file
+from launch.generation.prompts import Prompt, Stop, find_tokenizer, read_stop, read_texts
 from launch.help.preview import plain_text
-from launch.prompts import Prompt, Stop, find_tokenizer, read_stop, read_texts
-from launch.report import command
 from model.config import ModelConfig
 from model.hf.config import CONFIG_NAME
 from model.hf.json_file import read_json
-from train.weight_source import is_hf_folder, source_config, source_folder
+from train.checkpoint.sources import is_hf_folder, source_config, source_folder
 
 if TYPE_CHECKING:
     from model.transformer import Transformer
@@ -213,11 +213,11 @@ def _load(config: GenerateCommandConfig, source: Source) -> "Transformer":
         raise ConfigError("device: cuda needs a GPU that torch can use, there is none; nearest valid: cpu")
     dtype = {"float32": torch.float32, "bf16": torch.bfloat16}[config.dtype]
     if source.is_hf:
-        from model.convert import load_hf
+        from model.hf.convert import load_hf
 
         model = load_hf(source.folder, dtype, drop_mtp=config.speculative is False)
     else:
-        from train.checkpoint import load_whole
+        from train.checkpoint.load import load_whole
 
         model = load_whole(source.model, source.folder, dtype, "ckpt", config.weights)
     return model.to(torch.device(config.device))

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from launch.compose import compose
-from launch.decode import decode, encode
-from launch.errors import ConfigError, system_errors
-from launch.folder import CONFIG_NAME, read_folder
+from launch.command import command
+from launch.config.compose import compose
+from launch.config.decode import decode, encode
+from launch.config.errors import ConfigError, system_errors
 from launch.help.preview import plain_text
-from launch.report import command
+from launch.ranks.run_folder import CONFIG_NAME, read_folder
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

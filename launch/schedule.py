@@ -10,9 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, assert_never
 
-from dualpipe.choose import choose, survey
 from dualpipe.config import ScheduleConfig, ScheduleKind
-from dualpipe.costs import CostModel, Costs, uniform
 from dualpipe.draw.entry import Absent, Entry, entry
 from dualpipe.draw.page import html
 from dualpipe.draw.svg import svg
@@ -23,13 +21,15 @@ from dualpipe.generate.cache import schedules_folder
 from dualpipe.generate.select import build, check, stages_per_rank
 from dualpipe.ir import Schedule, to_json
 from dualpipe.passes import one_at_a_time
-from dualpipe.simulate import simulate
+from dualpipe.simulate.choose import choose, survey
+from dualpipe.simulate.costs import CostModel, Costs, uniform
+from dualpipe.simulate.simulate import simulate
 from dualpipe.validate import validate
-from launch.compose import compose
-from launch.decode import decode, encode
-from launch.errors import ConfigError
+from launch.command import command
+from launch.config.compose import compose
+from launch.config.decode import decode, encode
+from launch.config.errors import ConfigError
 from launch.help.preview import plain_text
-from launch.report import command
 
 # Ranks times micro-batches from which the work takes about half a second.
 _LONG_WORK = 512

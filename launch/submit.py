@@ -13,15 +13,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from launch.compose import chosen_options, compose, key_of, own_keys
-from launch.config import check, read_config, write_config
-from launch.decode import decode, encode
-from launch.errors import ConfigError, system_errors
-from launch.folder import check_folder, held_folder
+from launch.command import command
+from launch.config.compose import chosen_options, compose, key_of, own_keys
+from launch.config.decode import decode, encode
+from launch.config.errors import ConfigError, system_errors
+from launch.config.run_config import check, read_config, write_config
 from launch.help.preview import experiment_text
-from launch.private_file import write_private
-from launch.report import command
+from launch.ranks.run_folder import check_folder, held_folder
 from launch.slurm.config import SlurmConfig, check_slurm
+from launch.slurm.private_file import write_private
 from launch.slurm.script import render
 from train.config import TrainConfig
 from train.memory.report import memory_lines

@@ -15,25 +15,25 @@ from types import FrameType
 from comm.exit_codes import EXIT_PREEMPTED
 from comm.preemption import Preemption, handled_signals
 from data.progress import progress_on
-from launch.compose import compose
-from launch.config import check, read_config, write_config
-from launch.environment import apply_rank_environment
-from launch.errors import ConfigError, system_errors
-from launch.folder import check_folder, held_folder
+from launch.command import command
+from launch.config.compose import compose
+from launch.config.errors import ConfigError, system_errors
+from launch.config.run_config import check, read_config, write_config
 from launch.help.preview import experiment_text
-from launch.local import preload_modules, run_ranks, start_fork_server, stop_fork_server
-from launch.machine import check_driver, check_gpus, check_packages
-from launch.report import command
+from launch.ranks.environment import apply_rank_environment
+from launch.ranks.local import preload_modules, run_ranks, start_fork_server, stop_fork_server
+from launch.ranks.machine import check_driver, check_gpus, check_packages
+from launch.ranks.run_folder import check_folder, held_folder
+from train.checkpoint.locate import AUTO
+from train.checkpoint.manifest import MANIFEST_NAME
+from train.checkpoint.rescue import has_rescue, rescue_folder
+from train.checkpoint.verify import find_resumed, verify
 from train.config import TrainConfig
-from train.events import note_event
-from train.integrity import find_resumed, verify
-from train.manifest import MANIFEST_NAME
 from train.memory.report import memory_lines
-from train.newest import AUTO
 from train.optim.learning_rate import schedule_warnings
-from train.rescue import has_rescue, rescue_folder
-from train.status import read_status
-from train.terminal import guard_terminal, report_breaks
+from train.records.events import note_event
+from train.records.status import read_status
+from train.records.terminal import guard_terminal, report_breaks
 
 
 def main(overrides: Sequence[str]) -> int:

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from kernels.attention.documents import Documents
+from model.attention.mla import LatentAttention
 from model.config import Computing, ModelConfig
 from model.experts import RoutedExperts
-from model.fp8.experts import ArrivedCodes
-from model.fp8.maps import Fp8Maps
-from model.fp8.norm import pack_rows
-from model.linear import WeightSink
-from model.mla import LatentAttention
 from model.mlp import Mlp
 from model.norm import RmsNorm, norm_and_map
+from model.precision.fp8.experts import ArrivedCodes
+from model.precision.fp8.maps import Fp8Maps
+from model.precision.fp8.norm import pack_rows
+from model.precision.linear import WeightSink
 from model.router import Router, Routing
 
 

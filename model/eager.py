@@ -11,9 +11,9 @@ from torch import Tensor
 from comm.protocol import Arrived, Dispatcher, Handle, HomeDispatcher
 from kernels.attention.documents import Documents
 from model.block import Block
-from model.fp8.experts import ArrivedCodes, Mail, pack_gradient
-from model.fp8.maps import Fp8Maps
-from model.fp8.norm import Source, stand_in
+from model.precision.fp8.experts import ArrivedCodes, Mail, pack_gradient
+from model.precision.fp8.maps import Fp8Maps
+from model.precision.fp8.norm import Source, stand_in
 from model.router import Routing
 
 

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from comm.protocol import RowOrder
 from kernels.select import ExpertKernels, expert_implementation_for, expert_kernels
 from model.config import Computing
-from model.fp8.experts import ArrivedCodes
-from model.fp8.experts import expert_mlp as fp8_expert_mlp
-from model.fp8.maps import Fp8Maps
-from model.fp8.norm import Source
-from model.linear import WeightSink, give
+from model.precision.fp8.experts import ArrivedCodes
+from model.precision.fp8.experts import expert_mlp as fp8_expert_mlp
+from model.precision.fp8.maps import Fp8Maps
+from model.precision.fp8.norm import Source
+from model.precision.linear import WeightSink, give
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,12 +11,12 @@ from torch.nn import functional
 
 from kernels.rms_norm.reference import inverse_rms
 from kernels.select import fused_kernels, implementation_for
+from model.attention.mla import Projection
 from model.block import Block
 from model.config import Computing, ModelConfig
-from model.fp8.maps import Fp8Maps
-from model.linear import WeightSink, give
-from model.mla import Projection
 from model.norm import RmsNorm
+from model.precision.fp8.maps import Fp8Maps
+from model.precision.linear import WeightSink, give
 
 
 class _SplitEmbedding(torch.autograd.Function):

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from kernels.select import FusedKernels, fused_kernels, implementation_for
 from kernels.swiglu.reference import swiglu
+from model.attention.mla import Projection
 from model.config import Computing
-from model.fp8 import norm as fp8_norm
-from model.fp8.maps import Fp8Maps
-from model.fp8.mlp import gated_down
-from model.linear import WeightSink, give, linear
-from model.mla import Projection
 from model.norm import RmsNorm, linear_of_normal, normed_linear
+from model.precision.fp8 import norm as fp8_norm
+from model.precision.fp8.maps import Fp8Maps
+from model.precision.fp8.mlp import gated_down
+from model.precision.linear import WeightSink, give, linear
 
 
 class _GatedDown(torch.autograd.Function):

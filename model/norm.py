@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kernels.rms_norm.reference import inverse_rms, normalise
 from kernels.select import fused_kernels, implementation_for
-from model.linear import WeightSink, give
+from model.precision.linear import WeightSink, give
 
 
 class RmsNorm(nn.Module):
@@ -144,7 +144,7 @@ def normed_linear(
         x: [..., D].
         norm: applied first.
         weights_ND: of the maps, of one type.
-        sink: takes the maps' weight gradients, as in `model.linear.linear`; the norm's comes through autograd.
+        sink: takes the maps' weight gradients, as in `linear`; the norm's comes through autograd.
         keeps_normal: keep norm(x) after all.
 
     Returns:

@@ -17,11 +17,11 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from comm.protocol import Arrived, Dispatcher, Handle, Label, Then, Work
 from kernels.attention.documents import Documents
 from model.block import Block
-from model.fp8.experts import ArrivedCodes, Mail, pack_gradient
-from model.fp8.maps import Fp8Maps
-from model.fp8.norm import stand_in
 from model.gradients import GradientStore, WeightQueue
-from model.linear import WeightSink
+from model.precision.fp8.experts import ArrivedCodes, Mail, pack_gradient
+from model.precision.fp8.maps import Fp8Maps
+from model.precision.fp8.norm import stand_in
+from model.precision.linear import WeightSink
 
 Lane = Literal["compute", "comm"]
 Values = tuple[Tensor, ...]

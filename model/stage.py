@@ -12,9 +12,9 @@ from comm.protocol import Label, Work
 from model.block import Block
 from model.gradients import GradientStore
 from model.head import cross_entropy_sum
-from model.linear import WeightSink
 from model.objective import LossSums, MicroBatch, Objective
 from model.phases import Computed, ComputePhase, Gradients, Lane, Phase, Values, block_lanes, block_phases
+from model.precision.linear import WeightSink
 from model.transformer import Transformer
 
 

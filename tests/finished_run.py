@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from launch.folder import read_folder
+from launch.ranks.run_folder import read_folder
 from train.assemble import weight_dtype
-from train.checkpoint import load_whole
+from train.checkpoint.load import load_whole
 
 ROOT = Path(__file__).parents[1]
 

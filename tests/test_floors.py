@@ -67,13 +67,13 @@ def breaches(path: str, source: str) -> list[str]:
 
 def may_know(path: str, module: str) -> bool:
     """`load_hf` gives a model that runs in this process alone, so it needs the dispatcher that sends nothing."""
-    is_home = path == "model/convert.py" and is_in(module, "comm.dispatch.local")
+    is_home = path == "model/hf/convert.py" and is_in(module, "comm.dispatch.local")
     return is_home or is_in(module, "comm.protocol", "comm.node_limit")
 
 
 def may_communicate(path: str) -> bool:
-    # launch/local.py uses torch's launcher, which lives under this name; it opens no process group.
-    return path.startswith(("comm/", "train/")) or path in ("dualpipe/execute.py", "launch/local.py")
+    # launch/ranks/local.py uses torch's launcher, which lives under this name; it opens no process group.
+    return path.startswith(("comm/", "train/")) or path in ("dualpipe/runtime/execute.py", "launch/ranks/local.py")
 
 
 def may_be_heavy(path: str, module: str) -> bool:
@@ -94,7 +94,8 @@ def test_floors_no_file_imports_upward() -> None:
 
 
 def test_triton_is_imported_where_a_kernel_is_compiled_and_nowhere_else() -> None:
-    code = "import sys, model.transformer, model.fp8.experts, infer.generate, train.run; print('triton' in sys.modules)"
+    modules = "model.transformer, model.precision.fp8.experts, infer.generate, train.run"
+    code = f"import sys, {modules}; print('triton' in sys.modules)"
     told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert told.stdout.splitlines()[-1] == "False"
 
@@ -109,9 +110,9 @@ def test_triton_is_imported_where_a_kernel_is_compiled_and_nowhere_else() -> Non
         ("model/a.py", "from comm import layout"),
         ("model/a.py", "from comm.groups import Groups"),
         ("model/a.py", "from comm.dispatch.local import LocalDispatcher"),
-        ("model/convert.py", "from comm.dispatch.all_to_all import AllToAllDispatcher"),
+        ("model/hf/convert.py", "from comm.dispatch.all_to_all import AllToAllDispatcher"),
         ("model/a.py", "import torch.distributed as dist"),
-        ("dualpipe/simulate.py", "from torch import distributed"),
+        ("dualpipe/simulate/simulate.py", "from torch import distributed"),
         ("train/a.py", "from omegaconf import OmegaConf"),
         ("train/a.py", "import deepspeed"),
         ("train/a.py", "try:\n    import wandb\nexcept ImportError:\n    pass"),
@@ -128,7 +129,7 @@ def test_floors_a_breach_is_found(path: str, source: str) -> None:
         ("model/a.py", "from comm.protocol import Dispatcher\nfrom comm import node_limit"),
         ("train/a.py", "from model.config import ModelConfig\nfrom torch import distributed as dist"),
         ("train/a.py", "def f():\n    import wandb"),
-        ("dualpipe/execute.py", "from torch import distributed"),
+        ("dualpipe/runtime/execute.py", "from torch import distributed"),
         ("launch/a.py", "from hydra import compose"),
     ],
 )
@@ -146,9 +147,9 @@ def test_commands_import_no_torch_before_their_input_is_checked() -> None:
     code = """
         import sys
         import launch.convert, launch.generate, launch.train, launch.schedule, launch.submit
-        from launch.compose import compose
-        from launch.config import check, read_config
-        from launch.report import user_errors
+        from launch.config.compose import compose
+        from launch.config.run_config import check, read_config
+        from launch.command import user_errors
         check(read_config(compose("train", ["experiment=quickstart"])))
         user_errors()
         print([name for name in ("torch", "deepspeed", "wandb", "matplotlib") if name in sys.modules])

@@ -6,7 +6,7 @@ from pathlib import Path
 from comm.config import AllToAllDispatchConfig, ClusterConfig, ParallelismConfig
 from data.config import DataConfig, FilesSource
 from dualpipe.config import ScheduleConfig
-from dualpipe.costs import Costs
+from dualpipe.simulate.costs import Costs
 from model.config import RECOMPUTED, ModelConfig, PlainRope
 from train.config import (
     EmaConfig,
@@ -17,8 +17,8 @@ from train.config import (
     TrackConfig,
     TrainConfig,
 )
+from train.config.token_schedule import TokenSchedule
 from train.optim.config import DecayedRate, OptimConfig, Span
-from train.token_schedule import TokenSchedule
 
 MODEL = ModelConfig(
     vocab_size=320,

@@ -15,12 +15,12 @@ from comm.layout import Layout
 from comm.preemption import Preemption
 from comm.protocol import Dispatcher
 from comm.watchdog.operation_log import OperationLog
-from dualpipe import pairing
-from dualpipe.compile import compile_rank
 from dualpipe.ir import Schedule, ScheduleError
 from dualpipe.passes import forward_only
-from dualpipe.program import Program
-from dualpipe.protocols import Stage as PipelineStage
+from dualpipe.runtime import pairing
+from dualpipe.runtime.compile import compile_rank
+from dualpipe.runtime.program import Program
+from dualpipe.runtime.protocols import Stage as PipelineStage
 from dualpipe.validate import validate
 from model.cut import cut_layers
 from model.gradients import GradientStore
@@ -28,11 +28,11 @@ from model.objective import LossSums, MicroBatch, Objective
 from model.stage import Stage, StageRun
 from model.transformer import Part, Transformer, initialise
 from train.config import Precision, TrainConfig
-from train.ema import ParameterEma
 from train.exchange import open_dispatcher
-from train.links import PipelineLinks, open_links
 from train.optim.build import Optimiser, build_optimiser
+from train.optim.ema import ParameterEma
 from train.optim.parameters import Replicas, group_parameters
+from train.schedule.links import PipelineLinks, open_links
 
 Batches = Callable[[int, int], MicroBatch | None]
 

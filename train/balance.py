@@ -14,7 +14,7 @@ from torch import distributed as dist
 from model.config import ModelConfig
 from model.transformer import routers
 from train.assemble import Assembly
-from train.json_lines import JsonLines
+from train.records.json_lines import JsonLines
 
 LOADS_NAME = "loads.jsonl"
 _BIAS = ("bias_least", "bias_most", "bias_std")

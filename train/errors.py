@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from comm.exit_codes import EXIT_HANG, EXIT_LOST
-from train.secrets import redact
+from train.records.secrets import redact
 
 VERDICT_CODES = (EXIT_HANG, EXIT_LOST)
 """With which ranks end that have found out which rank is missing."""

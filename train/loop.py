@@ -15,21 +15,21 @@ from data.progress import progress_on
 from infer.config import Sampling
 from infer.generate import generate
 from infer.text import decode_after
-from train import checkpoint
 from train.assemble import Assembly, weight_dtype
+from train.checkpoint import load as checkpoint
+from train.checkpoint.manifest import step_folder
+from train.checkpoint.rescue_save import rescue
+from train.checkpoint.save import Saver
 from train.errors import PreemptedError, RefusedStepError, StoppedError, UnsavedError
-from train.lock_file import OwnershipCheck
-from train.manifest import step_folder
-from train.pictures import PAGE_NAME, SVG_NAME, TRACE_NAME, PipelineWatch
-from train.profile import StepProfiler
-from train.ramp import SizedAssemblies
-from train.recovery import Recovery
-from train.reporter import Reporter
-from train.rescue_save import rescue
-from train.saver import Saver
-from train.status import StatusFile
+from train.guard.recovery import Recovery
+from train.ownership.lock_file import OwnershipCheck
+from train.records.pictures import PAGE_NAME, SVG_NAME, TRACE_NAME, PipelineWatch
+from train.records.profile import StepProfiler
+from train.records.reporter import Reporter
+from train.records.status import StatusFile
+from train.records.step_record import record_of
+from train.schedule.ramp import SizedAssemblies
 from train.step import StepResult, train_step, validate_pass
-from train.step_record import record_of
 
 LOGGER = logging.getLogger("train")
 VALIDATION_LOSS = "validation_loss"

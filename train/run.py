@@ -20,25 +20,25 @@ from comm.watchdog.rendezvous import Job, join
 from data.corpus import DataError
 from data.prepare import Prepared
 from data.progress import Quiet, progress_on
-from train import checkpoint
 from train.assemble import Assembly, assemble, is_mirrored
+from train.checkpoint import load as checkpoint
+from train.checkpoint.initial_weights import load_initial
+from train.checkpoint.locate import AUTO, looks_whole, newest_whole
+from train.checkpoint.manifest import check_fingerprint, check_manifest, read_step
+from train.checkpoint.resume import choose_resumed
 from train.config import TrainConfig
 from train.corpus import State as CorpusState
 from train.corpus import build_together, prepare_corpus
 from train.errors import PreemptedError, RescuedError, StoppedError
-from train.events import note_event
-from train.initial_weights import load_initial
-from train.introduce import introduce
-from train.last_words import LastWords
 from train.loop import Training, show_continuation
-from train.manifest import check_fingerprint, check_manifest, read_step
-from train.newest import AUTO, looks_whole, newest_whole
-from train.plan import Plan, plan
-from train.ramp import SizedAssemblies
-from train.reporter import open_reporter
-from train.resumed import choose_resumed
-from train.status import State, StatusFile, read_status
-from train.terminal import report_breaks
+from train.records.crash_report import LastWords
+from train.records.events import note_event
+from train.records.introduce import introduce
+from train.records.reporter import open_reporter
+from train.records.status import State, StatusFile, read_status
+from train.records.terminal import report_breaks
+from train.schedule.plan import Plan, plan
+from train.schedule.ramp import SizedAssemblies
 
 
 def main(config: TrainConfig, is_aloud: bool = False) -> int:

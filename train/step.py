@@ -13,9 +13,9 @@ from torch import distributed as dist
 from data.batch_sizes import BatchSizes
 from data.loader import IGNORE, Batch, Loader
 from data.progress import Progress
-from dualpipe.clock import open_clock
-from dualpipe.execute import Execution, execute
-from dualpipe.program import Action, Step
+from dualpipe.runtime.clock import open_clock
+from dualpipe.runtime.execute import Execution, execute
+from dualpipe.runtime.program import Action, Step
 from kernels.attention.documents import Documents
 from model.objective import LossSums, MicroBatch, Objective
 from model.transformer import routers
@@ -23,7 +23,7 @@ from train.assemble import Assembly, feed
 from train.balance import Balance, update_router_bias
 from train.config import TrainConfig
 from train.errors import PreemptedError, RefusedStepError
-from train.guard import LOSS, NORM, Guard, find, own_norm
+from train.guard.guard import LOSS, NORM, Guard, find, own_norm
 from train.optim.learning_rate import learning_rate
 
 Read = Callable[[int, int], Batch]

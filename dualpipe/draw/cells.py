@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from dualpipe.ir import Group, Schedule
-from dualpipe.measured import Measured, Span
-from dualpipe.simulate import Simulation
+from dualpipe.runtime.measured import Measured, Span
+from dualpipe.simulate.simulate import Simulation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

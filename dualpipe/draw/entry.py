@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-from dualpipe.bounds import Bound, lower_bound
-from dualpipe.costs import CostModel, Costs, uniform
 from dualpipe.ir import Schedule
-from dualpipe.measured import Measured
-from dualpipe.simulate import Simulation, simulate
+from dualpipe.runtime.measured import Measured
+from dualpipe.simulate.bounds import Bound, lower_bound
+from dualpipe.simulate.costs import CostModel, Costs, uniform
+from dualpipe.simulate.simulate import Simulation, simulate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

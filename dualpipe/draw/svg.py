@@ -5,13 +5,13 @@ from dataclasses import dataclass, field
 from textwrap import wrap
 from xml.sax.saxutils import escape
 
-from dualpipe.bounds import Bound
 from dualpipe.draw.cells import Cell, Strip, measured_cells, planned_cells
 from dualpipe.draw.style import DEFINITIONS, STYLE, legend, style_of
 from dualpipe.draw.words import number, percent, round_up, size, spread, stage_tells
 from dualpipe.ir import Operation, Schedule
-from dualpipe.measured import Measured, measured_bubble, measured_exposed
-from dualpipe.simulate import Simulation
+from dualpipe.runtime.measured import Measured, measured_bubble, measured_exposed
+from dualpipe.simulate.bounds import Bound
+from dualpipe.simulate.simulate import Simulation
 
 _LEFT, _RIGHT, _TOP = 68.0, 24.0, 44.0
 _ROW, _ROW_GAP = 30.0, 4.0

@@ -2,11 +2,11 @@
 
 import math
 
-from dualpipe.bounds import lower_bound
-from dualpipe.costs import CostModel, Costs, uniform
 from dualpipe.draw.words import NAMES, number, percent, plain, round_up, size, spread, stage_tells
 from dualpipe.ir import Group, Schedule
-from dualpipe.simulate import Simulation, published_idle
+from dualpipe.simulate.bounds import lower_bound
+from dualpipe.simulate.costs import CostModel, Costs, uniform
+from dualpipe.simulate.simulate import Simulation, published_idle
 
 _MAX_COLUMNS_PER_GROUP = 12
 _TICK_COLUMNS = 12

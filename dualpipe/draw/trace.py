@@ -7,10 +7,10 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from dualpipe.costs import CostModel
 from dualpipe.ir import Operation, Schedule
-from dualpipe.measured import Measured, Span
-from dualpipe.simulate import Simulation
+from dualpipe.runtime.measured import Measured, Span
+from dualpipe.simulate.costs import CostModel
+from dualpipe.simulate.simulate import Simulation
 from dualpipe.transfers import Value, made_by, message_of, needed_by
 
 _PLANNED, _OVERLAPPED, _EXCHANGE, _RUN, _RUN_EXCHANGE = range(5)

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 
-from dualpipe.costs import CostModel, overlapped_time
 from dualpipe.generate.preferences import Preferences
 from dualpipe.ir import Group, Op, Operation, Schedule
+from dualpipe.simulate.costs import CostModel, overlapped_time
 
 _F, _I, _W = range(3)
 _OPS = (Op.FORWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT)

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from dualpipe.costs import CostModel
 from dualpipe.ir import Schedule, ScheduleError, from_json, to_json
+from dualpipe.simulate.costs import CostModel
 from dualpipe.validate import validate
 
 Make = Callable[[int, int, CostModel, float | None], Schedule]

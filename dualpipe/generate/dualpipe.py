@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 from dualpipe.generate.dualpipe_v import dualpipe_v
+from dualpipe.generate.mirror import mirror
 from dualpipe.ir import Schedule
-from dualpipe.mirror import mirror
 
 
 def dualpipe(num_ranks: int, num_micro_batches: int) -> Schedule:

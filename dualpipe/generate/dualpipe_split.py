@@ -8,9 +8,6 @@ searched preferences looks for more.
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from dualpipe.bounds import lower_bound
-from dualpipe.costs import CostModel
-from dualpipe.fuse import exchanges, fuse
 from dualpipe.generate.builder import Attempt, Builder
 from dualpipe.generate.dualpipe import dualpipe
 from dualpipe.generate.lockstep import lockstep_orders
@@ -18,11 +15,14 @@ from dualpipe.generate.preferences import Preferences
 from dualpipe.generate.repeat import repeat
 from dualpipe.generate.search import Search
 from dualpipe.ir import MemoryCapError, Schedule, ScheduleError
-from dualpipe.memory import peak_memory
+from dualpipe.optimize.fuse import exchanges, fuse
+from dualpipe.optimize.weights import place_weights
 from dualpipe.passes import split_backwards
-from dualpipe.simulate import simulate
+from dualpipe.simulate.bounds import lower_bound
+from dualpipe.simulate.costs import CostModel
+from dualpipe.simulate.memory import peak_memory
+from dualpipe.simulate.simulate import simulate
 from dualpipe.validate import validate
-from dualpipe.weights import place_weights
 
 KIND = "dualpipe_split"
 _EFFORT = 300_000

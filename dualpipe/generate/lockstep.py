@@ -13,10 +13,10 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
 
-from dualpipe.costs import CostModel
-from dualpipe.fuse import exchanges
 from dualpipe.ir import Group, Op, Operation, Schedule
-from dualpipe.weights import place_weights
+from dualpipe.optimize.fuse import exchanges
+from dualpipe.optimize.weights import place_weights
+from dualpipe.simulate.costs import CostModel
 
 _PATIENCE = (0.0, 1.0, 0.5)
 

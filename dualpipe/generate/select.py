@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import assert_never, get_args
 
 from dualpipe.config import ScheduleKind
-from dualpipe.costs import CostModel, Costs, uniform
 from dualpipe.generate.cache import load_or_make
 from dualpipe.generate.dualpipe import dualpipe
 from dualpipe.generate.dualpipe_split import dualpipe_split
@@ -12,7 +11,8 @@ from dualpipe.generate.dualpipe_v import dualpipe_v
 from dualpipe.generate.one_f_one_b import one_f_one_b
 from dualpipe.generate.zero_bubble import zb_h1, zb_v
 from dualpipe.ir import MemoryCapError, Schedule, ScheduleError
-from dualpipe.memory import peak_memory
+from dualpipe.simulate.costs import CostModel, Costs, uniform
+from dualpipe.simulate.memory import peak_memory
 
 KINDS: tuple[ScheduleKind, ...] = get_args(ScheduleKind)
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import yaml
 
-from launch.compose import CONFIG_ONLY, config_dir, default_groups, known_keys, options
-from launch.decode import decode
-from launch.errors import ConfigError, SyntaxOverrideError, UnknownKeyError, nearest_key
+from launch.config.compose import CONFIG_ONLY, config_dir, default_groups, known_keys, options
+from launch.config.decode import decode
+from launch.config.errors import ConfigError, SyntaxOverrideError, UnknownKeyError, nearest_key
 
 BARE_PATH = "<path>"
 """Stands in the table for a path that was written without a key."""

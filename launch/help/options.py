@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from launch.compose import compose_defaults, config_dir, dotted_keys, included_roots
+from launch.config.compose import compose_defaults, config_dir, dotted_keys, included_roots
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,7 +5,7 @@ import sys
 import textwrap
 from collections.abc import Sequence
 
-from launch.compose import CONFIG_ONLY, chosen_options, options
+from launch.config.compose import CONFIG_ONLY, chosen_options, options
 from launch.help.commands import find_command
 from launch.help.options import Section, all_options, sections
 
@@ -19,7 +19,7 @@ def help_text(command: str, overrides: Sequence[str] = (), columns: int = MOST_C
 
     Args:
         command: its name.
-        overrides: that `launch.compose.compose` takes; values that must be given may be missing.
+        overrides: that `launch.config.compose.compose` takes; values that must be given may be missing.
         columns: of a line, at most.
     """
     about = find_command(command)

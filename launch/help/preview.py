@@ -5,8 +5,8 @@ from typing import Any
 
 import yaml
 
-from launch.compose import CONFIG_ONLY, chosen_options
-from launch.errors import ConfigError
+from launch.config.compose import CONFIG_ONLY, chosen_options
+from launch.config.errors import ConfigError
 
 
 def split_config_only(arguments: Sequence[str]) -> tuple[list[str], bool]:

@@ -6,8 +6,8 @@ from datetime import datetime
 from pathlib import Path
 
 from comm.exit_codes import EXIT_LOST
-from launch.folder import claim_folder
-from launch.local import run_ranks, start_fork_server
+from launch.ranks.local import run_ranks, start_fork_server
+from launch.ranks.run_folder import claim_folder
 from tests.tiny import tiny_config
 from train.config import TrainConfig
 from train.errors import LastWord, error_path, write_error

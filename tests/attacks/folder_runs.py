@@ -14,14 +14,14 @@ from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
-from launch.compose import compose
-from launch.config import check, read_config
-from launch.folder import check_folder, held_folder
-from launch.local import preload_modules, run_ranks, start_fork_server
-from launch.report import command
+from launch.command import command
+from launch.config.compose import compose
+from launch.config.run_config import check, read_config
+from launch.ranks.local import preload_modules, run_ranks, start_fork_server
+from launch.ranks.run_folder import check_folder, held_folder
 from launch.train import train_rank
-from train.lock_file import LOCK_NAME
-from train.owner import Owner
+from train.ownership.lock_file import LOCK_NAME
+from train.ownership.owner import Owner
 
 NUM_STEPS = 300
 OTHER_HOST = "node9"

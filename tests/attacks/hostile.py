@@ -11,8 +11,8 @@ from typing import Any
 
 from torch.distributed.checkpoint.metadata import Metadata
 
-from train.digests import digests, record_hash
-from train.manifest import MANIFEST_NAME
+from train.checkpoint.digests import digests, record_hash
+from train.checkpoint.manifest import MANIFEST_NAME
 
 ONE_TIB = 2**40
 

@@ -16,11 +16,11 @@ from typing import Any
 
 from comm.watchdog.job_key import KEY_VARIABLE
 from comm.watchdog.membership import STORE_FILE_VARIABLE
-from launch.compose import compose
-from launch.config import read_config
-from launch.folder import claim_folder
-from launch.local import preload_modules, run_ranks, start_fork_server
-from launch.report import command
+from launch.command import command
+from launch.config.compose import compose
+from launch.config.run_config import read_config
+from launch.ranks.local import preload_modules, run_ranks, start_fork_server
+from launch.ranks.run_folder import claim_folder
 from train.config import TrainConfig
 
 NUM_STEPS = 6

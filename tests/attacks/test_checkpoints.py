@@ -26,13 +26,13 @@ from tests.launch.checkpoints import write_run
 from tests.ranks import run_ranks
 from tests.tiny import STAGE, tiny_config, write_text
 from tests.train.job import open_assembly
-from train import checkpoint
-from train.checkpoint_reader import CheckpointReader
+from train.checkpoint import load as checkpoint
+from train.checkpoint.dcp.metadata import read_metadata
+from train.checkpoint.manifest import CheckpointError
+from train.checkpoint.reader import CheckpointReader
+from train.checkpoint.slices import SliceLoadPlanner
+from train.checkpoint.verify import verify
 from train.config import TrainConfig
-from train.dcp.metadata import read_metadata
-from train.integrity import verify
-from train.manifest import CheckpointError
-from train.slices import SliceLoadPlanner
 
 # A refusal takes milliseconds; what is bounded here is a file of a terabyte that is read.
 MOST_SECONDS = 20.0

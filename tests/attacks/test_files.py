@@ -16,22 +16,22 @@ from data.corpus import DataError
 from data.tokenizer import Tokenizer
 from dualpipe.generate.select import build
 from dualpipe.ir import to_json
+from launch.config.errors import ConfigError
 from launch.convert import main as convert
-from launch.errors import ConfigError
-from launch.folder import claim_folder, read_folder
+from launch.ranks.run_folder import claim_folder, read_folder
 from launch.redraw import main as redraw
 from model.hf.errors import HfError
 from tests.attacks import hostile
 from tests.finished_run import ROOT
 from tests.launch.checkpoints import write_run
 from tests.tiny import tiny_config, write_text
+from train.checkpoint.manifest import CheckpointError
 from train.config import TrainConfig
-from train.events import read_events
-from train.guard import read_shown
-from train.json_lines import JsonLines
-from train.manifest import CheckpointError
-from train.plan import read_schedule
-from train.status import Status, read_status, write_status
+from train.guard.guard import read_shown
+from train.records.events import read_events
+from train.records.json_lines import JsonLines
+from train.records.status import Status, read_status, write_status
+from train.schedule.plan import read_schedule
 
 NOW = datetime(2024, 2, 3, 4, 5, 6)
 

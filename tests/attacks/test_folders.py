@@ -13,18 +13,18 @@ from pathlib import Path
 
 import pytest
 
-from launch.errors import ConfigError
-from launch.folder import check_folder
-from launch.report import user_errors
+from launch.command import user_errors
+from launch.config.errors import ConfigError
+from launch.ranks.run_folder import check_folder
 from tests.attacks.folder_runs import OTHER_HOST, choices
-from tests.launch.test_launch_config import build
+from tests.launch.test_config import build
 from tests.tiny import write_text
-from train.events import read_events
-from train.lock_file import LOCK_NAME
-from train.manifest import step_folder
-from train.newest import newest_whole
-from train.owner import Owner
-from train.status import read_status
+from train.checkpoint.locate import newest_whole
+from train.checkpoint.manifest import step_folder
+from train.ownership.lock_file import LOCK_NAME
+from train.ownership.owner import Owner
+from train.records.events import read_events
+from train.records.status import read_status
 
 ROOT = Path(__file__).parents[2]
 SECRETS = {
@@ -199,7 +199,7 @@ def test_out_dir_that_is_no_folder_is_refused(tmp_path: Path) -> None:
 def hold(config: object) -> None:
     from datetime import datetime
 
-    from launch.folder import held_folder
+    from launch.ranks.run_folder import held_folder
 
     check_folder(config)  # type: ignore[arg-type]
     with held_folder(config, datetime(2024, 1, 2)):  # type: ignore[arg-type]
@@ -254,7 +254,7 @@ def test_folder_that_a_run_fills_is_one_or_leads_to_one_of_the_user(tmp_path: Pa
 
 
 def test_planted_locks_have_no_effect_but_a_living_owner(tmp_path: Path) -> None:
-    """Garbage and wrong values are in tests/train/test_train_run_lock.py, with takeovers and clocks."""
+    """Garbage and wrong values are in tests/train/test_run_lock.py, with takeovers and clocks."""
     config = build(f"out_dir={tmp_path / 'run'}")
     (tmp_path / "run").mkdir()
     lock = tmp_path / "run" / LOCK_NAME
@@ -276,9 +276,9 @@ def test_read_only_folder_is_refused_in_one_line(tmp_path: Path) -> None:
     script = 'mount -t tmpfs -o ro tmpfs "$0" && exec "$@"'
     command = [sys.executable, "-c", f"""
 from datetime import datetime
-from launch.errors import ConfigError
-from launch.folder import held_folder
-from tests.launch.test_launch_config import build
+from launch.config.errors import ConfigError
+from launch.ranks.run_folder import held_folder
+from tests.launch.test_config import build
 for name in ("", "/below"):
     try:
         with held_folder(build("out_dir={tmp_path / 'disk'}" + name), datetime(2024, 1, 2)):

@@ -27,16 +27,16 @@ PATTERNS = (
 )
 ALLOWED = {
     # A name in a path: torch writes this file, nothing here reads it.
-    ("train/profile.py", "pickle"),
+    ("train/records/profile.py", "pickle"),
     # A word of its errors.
-    ("train/dcp/records.py", "pickle"),
+    ("train/checkpoint/dcp/records.py", "pickle"),
     # With a loader that makes plain values alone and refuses aliases.
-    ("launch/folder.py", "yaml.load"),
+    ("launch/ranks/run_folder.py", "yaml.load"),
     # With the reader and the planner that take tensors alone.
-    ("train/checkpoint.py", "dcp_load("),
+    ("train/checkpoint/load.py", "dcp_load("),
     # Their base classes.
-    ("train/dcp/storage.py", "FileSystemReader("),
-    ("train/slices.py", "DefaultLoadPlanner("),
+    ("train/checkpoint/dcp/storage.py", "FileSystemReader("),
+    ("train/checkpoint/slices.py", "DefaultLoadPlanner("),
 }
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from model.linear import WeightSink, linear
+from model.precision.linear import WeightSink, linear
 
 WorkKind = Literal["sleep", "products"]
 _MOST_LATE_SECONDS = 0.001

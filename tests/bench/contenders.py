@@ -15,15 +15,15 @@ from comm.layout import Layout
 from comm.protocol import Work
 from comm.transfers.transport import Transport
 from comm.watchdog.operation_log import OperationLog
-from dualpipe import pairing
-from dualpipe.compile import compile_rank
 from dualpipe.config import ScheduleKind
-from dualpipe.execute import execute
 from dualpipe.ir import Schedule
-from dualpipe.protocols import Lane
+from dualpipe.runtime import pairing
+from dualpipe.runtime.compile import compile_rank
+from dualpipe.runtime.execute import execute
+from dualpipe.runtime.protocols import Lane
 from dualpipe.transfers import Message
 from tests.bench.blocks import Block, Owed, SleepBlock, SleepLog, Workload, build_block
-from train.links import message_key
+from train.schedule.links import message_key
 
 Step = Callable[[], None]
 OWN_KINDS: tuple[ScheduleKind, ...] = get_args(ScheduleKind)
@@ -33,7 +33,7 @@ _TIMEOUT_SECONDS = 60.0
 
 
 class BlockRun:
-    """`dualpipe.protocols.Run` of a block: one micro-batch's F, I and W."""
+    """`dualpipe.runtime.protocols.Run` of a block: one micro-batch's F, I and W."""
 
     def __init__(self, block: Block, like_TD: Tensor) -> None:
         """`like_TD`: what enters the first stage, and the gradient that enters the last."""
@@ -83,7 +83,7 @@ class BlockRun:
 
 
 class SleepRun:
-    """`dualpipe.protocols.Run` that sleeps in F, I and W, and passes on what came in."""
+    """`dualpipe.runtime.protocols.Run` that sleeps in F, I and W, and passes on what came in."""
 
     def __init__(self, block: SleepBlock, like_TD: Tensor) -> None:
         self._block = block
@@ -123,7 +123,7 @@ class SleepRun:
 
 
 class BlockStage:
-    """`dualpipe.protocols.Stage` of a block: one computation, no exchange."""
+    """`dualpipe.runtime.protocols.Stage` of a block: one computation, no exchange."""
 
     lanes: tuple[Lane, ...] = ("compute",)
 

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
-from launch.compose import compose
-from launch.config import read_config
+from launch.config.compose import compose
+from launch.config.run_config import read_config
 from tests.train.job import open_assembly
 from train import step as steps
 from train.corpus import prepare_corpus
-from train.guard import Guard
+from train.guard.guard import Guard
 
 CHOICES = ("parallelism=one_rank", "guard=skip", "guard.spike_factor=10", "stage.validation_sequences=0")
 

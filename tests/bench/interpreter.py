@@ -6,16 +6,16 @@ import time
 import torch
 from torch import Tensor
 
-from dualpipe import pairing
-from dualpipe.compile import compile_rank
-from dualpipe.execute import execute
 from dualpipe.ir import Schedule
-from dualpipe.protocols import Lane
+from dualpipe.runtime import pairing
+from dualpipe.runtime.compile import compile_rank
+from dualpipe.runtime.execute import execute
+from dualpipe.runtime.protocols import Lane
 from dualpipe.transfers import Message
 
 
 class IdleRun:
-    """`dualpipe.protocols.Run` that does nothing."""
+    """`dualpipe.runtime.protocols.Run` that does nothing."""
 
     def __init__(self, hidden: Tensor) -> None:
         self._hidden = hidden
@@ -48,7 +48,7 @@ class IdleRun:
 
 
 class IdleStage:
-    """`dualpipe.protocols.Stage` of one computation, which does nothing."""
+    """`dualpipe.runtime.protocols.Stage` of one computation, which does nothing."""
 
     lanes: tuple[Lane, ...] = ("compute",)
 
@@ -61,7 +61,7 @@ class IdleStage:
 
 
 class IdleLinks:
-    """`dualpipe.protocols.Transport`, and its receipts, that give the same tensor for every message."""
+    """`dualpipe.runtime.protocols.Transport`, and its receipts, that give the same tensor for every message."""
 
     def __init__(self, hidden: Tensor) -> None:
         self._hidden = hidden

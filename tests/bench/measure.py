@@ -7,9 +7,9 @@ import torch
 from torch import distributed
 
 from dualpipe.config import ScheduleKind
-from dualpipe.costs import Costs, uniform
 from dualpipe.generate.select import build, stages_per_rank
 from dualpipe.ir import Schedule
+from dualpipe.simulate.costs import Costs, uniform
 from tests.bench.blocks import SleepLog, Workload
 from tests.bench.contenders import ALONE, OWN_KINDS, Step, alone_step, open_transport, own_step, torch_step
 from tests.ranks import run_ranks

@@ -22,12 +22,12 @@ from comm.lane import InlineLane, Lane, ThreadLane
 from comm.layout import Layout
 from comm.transfers.transport import Transport
 from comm.watchdog.operation_log import OperationLog
-from dualpipe import pairing
-from dualpipe.compile import Pairing, compile_rank, run_key
-from dualpipe.execute import Execution, execute
 from dualpipe.generate.select import build
 from dualpipe.ir import Group, Op, Operation, Schedule
-from dualpipe.program import Action, Program, Step
+from dualpipe.runtime import pairing
+from dualpipe.runtime.compile import Pairing, compile_rank, run_key
+from dualpipe.runtime.execute import Execution, execute
+from dualpipe.runtime.program import Action, Program, Step
 from tests.bench.blocks import SleepLog
 from tests.bench.contenders import Links
 from tests.bench.overlap_stage import EmulatedModel, EmulatedStage

@@ -12,8 +12,8 @@ from torch import Tensor
 from comm.node_limit import limit_groups
 from comm.protocol import Dispatcher, Label
 from model.gradients import GradientStore
-from model.linear import WeightSink
 from model.phases import CombinePhase, Computed, ComputePhase, DispatchPhase, Exchange, Lane, Phase, Values, block_lanes
+from model.precision.linear import WeightSink
 from model.stage import StageRun
 from tests.bench.blocks import SleepBlock, SleepLog
 
@@ -72,7 +72,7 @@ def _sleep(rows: Tensor, others: Tensor, block: SleepBlock, sink: WeightSink | N
 
 
 class EmulatedStage:
-    """`dualpipe.protocols.Stage`: dispatch and combine over a real dispatcher, between computations that sleep."""
+    """A `Stage` whose dispatch and combine use a real dispatcher, between computations that sleep."""
 
     def __init__(
         self, model: EmulatedModel, number: int, dispatcher: Dispatcher, ids_TK: Tensor, log: SleepLog

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dualpipe.simulate import simulate
+from dualpipe.simulate.simulate import simulate
 from tests.bench.contenders import ALONE, OWN_KINDS
 from tests.bench.measure import COSTS, Plan, Sample, make_schedule
 from tests.bench.overlap import Overlap, OverlapPlan

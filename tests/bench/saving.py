@@ -15,8 +15,8 @@ from data.prepare import prepare
 from tests.ranks import run_ranks
 from tests.tiny import MODEL, OPTIM, STAGE, tiny_config, write_text
 from tests.train.job import open_assembly
+from train.checkpoint.save import Saver
 from train.config import PrecisionConfig, TrainConfig
-from train.saver import Saver
 
 NUM_SAVES = 5
 

@@ -15,10 +15,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from launch.compose import compose
-from launch.config import check, read_config
-from launch.folder import claim_folder
-from launch.local import preload_modules, run_ranks, start_fork_server
+from launch.config.compose import compose
+from launch.config.run_config import check, read_config
+from launch.ranks.local import preload_modules, run_ranks, start_fork_server
+from launch.ranks.run_folder import claim_folder
 from train.config import TrainConfig
 
 LIMIT = 0.02

@@ -14,9 +14,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.compose import compose
-from launch.config import read_config
-from launch.local import preload_modules, start_fork_server
+from launch.config.compose import compose
+from launch.config.run_config import read_config
+from launch.ranks.local import preload_modules, start_fork_server
 from tests.chaos.faults import KINDS, Begin, draw
 from tests.chaos.life import LAYOUTS
 from tests.tiny import write_text

@@ -16,10 +16,10 @@ from datetime import datetime
 from io import StringIO
 from pathlib import Path
 
-from launch.compose import compose
-from launch.config import check, read_config
-from launch.folder import check_folder, claim_folder
-from launch.local import preload_modules, run_ranks, start_fork_server
+from launch.config.compose import compose
+from launch.config.run_config import check, read_config
+from launch.ranks.local import preload_modules, run_ranks, start_fork_server
+from launch.ranks.run_folder import check_folder, claim_folder
 from tests.chaos.rank import notes_of, started_at
 from tests.train.faults import choices
 from train.config import TrainConfig

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from tests.chaos.faults import DAMAGES, Kind
+from train.checkpoint.manifest import CHECKPOINTS_NAME, MANIFEST_NAME, checkpoints_in
+from train.checkpoint.verify import verify
 from train.config import TrainConfig
-from train.integrity import verify
-from train.manifest import CHECKPOINTS_NAME, MANIFEST_NAME, checkpoints_in
 
 FILLER_NAME = "filler"
 PLAN_NAME, STRUCK_NAME, DAMAGED_NAME = "plan.json", "struck", "damaged"

@@ -20,11 +20,11 @@ from comm.exit_codes import EXIT_PREEMPTED
 from tests.chaos.faults import DAMAGES, STOPPED_SECONDS, Begin, Fault, Moment
 from tests.chaos.life import NUM_STEPS, Command, Life, run_life
 from tests.chaos.rank import DAMAGED_NAME, FILLER_NAME, PLAN_NAME, STRUCK_NAME, notes_of
-from train.events import read_events
-from train.integrity import verify
-from train.manifest import step_folder
-from train.newest import newest_whole
-from train.status import read_status
+from train.checkpoint.locate import newest_whole
+from train.checkpoint.manifest import step_folder
+from train.checkpoint.verify import verify
+from train.records.events import read_events
+from train.records.status import read_status
 
 Samples = dict[int, dict[int, str]]
 """By step, from 1: what was read at each place of the batch."""

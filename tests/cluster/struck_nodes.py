@@ -15,11 +15,11 @@ from datetime import datetime
 from multiprocessing import connection
 from pathlib import Path
 
-from launch.compose import compose
-from launch.config import read_config
-from launch.folder import claim_folder, read_folder
-from launch.local import preload_modules, start_fork_server
-from launch.report import command
+from launch.command import command
+from launch.config.compose import compose
+from launch.config.run_config import read_config
+from launch.ranks.local import preload_modules, start_fork_server
+from launch.ranks.run_folder import claim_folder, read_folder
 from tests.cluster.namespaces import Cluster, enter, open_cluster
 from tests.train.faults import CASES, WORLD_SIZE, Case, Outcome, arm, choices, last_words, place, struck_at
 

@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dualpipe.compile import Pairing, compile_rank
-from dualpipe.execute import Execution, execute
 from dualpipe.generate.dualpipe_v import dualpipe_v
 from dualpipe.generate.select import build
 from dualpipe.generate.zero_bubble import zb_h1, zb_v
 from dualpipe.ir import Schedule
-from dualpipe.pairing import overlapped, sequential
-from dualpipe.program import Program
-from dualpipe.protocols import Lane, Receipt
+from dualpipe.runtime.compile import Pairing, compile_rank
+from dualpipe.runtime.execute import Execution, execute
+from dualpipe.runtime.pairing import overlapped, sequential
+from dualpipe.runtime.program import Program
+from dualpipe.runtime.protocols import Lane, Receipt
 from dualpipe.transfers import Message
 from tests.dualpipe.random_schedules import bidirectional, looped, random_schedule, straight, v_shaped
 

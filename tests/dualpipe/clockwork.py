@@ -1,11 +1,11 @@
 """A run without a machine: programs on a clock that is moved by fixed times, for tests that need measured spans."""
 
-from dualpipe.compile import compile_rank
 from dualpipe.ir import Schedule
-from dualpipe.measured import Measured, rank_spans
-from dualpipe.pairing import overlapped
-from dualpipe.program import Action, Program, RunKey, Step
-from dualpipe.protocols import Lane
+from dualpipe.runtime.compile import compile_rank
+from dualpipe.runtime.measured import Measured, rank_spans
+from dualpipe.runtime.pairing import overlapped
+from dualpipe.runtime.program import Action, Program, RunKey, Step
+from dualpipe.runtime.protocols import Lane
 from dualpipe.transfers import Message
 
 LANES: tuple[Lane, ...] = ("compute", "comm", "compute", "comm")

@@ -5,15 +5,15 @@ import time
 
 import pytest
 
-from dualpipe.bounds import lower_bound
-from dualpipe.costs import CostModel, Costs, StageCosts, uniform
 from dualpipe.generate.dualpipe import dualpipe
 from dualpipe.generate.dualpipe_split import dualpipe_split
 from dualpipe.generate.select import build, stages_per_rank
 from dualpipe.ir import MemoryCapError
-from dualpipe.memory import peak_memory
 from dualpipe.passes import split_backwards
-from dualpipe.simulate import simulate
+from dualpipe.simulate.bounds import lower_bound
+from dualpipe.simulate.costs import CostModel, Costs, StageCosts, uniform
+from dualpipe.simulate.memory import peak_memory
+from dualpipe.simulate.simulate import simulate
 from dualpipe.validate import validate
 
 

@@ -147,8 +147,8 @@ case $PART in
     step "four ranks share the GPU, float32" 150 bash "$SELF" run on_gpu
     step "the same on the CPU" 150 bash "$SELF" run on_cpu
     step "resumed to the bit" 90 bash "$SELF" run resumed
-    step "races in FP8 products" 120 bash "$SELF" run sanitize racecheck tests/gpu/test_gpu_gemm_fp8.py
-    step "bad accesses in grouped products" 120 bash "$SELF" run sanitize memcheck tests/gpu/test_gpu_grouped_gemm.py
+    step "races in FP8 products" 120 bash "$SELF" run sanitize racecheck tests/gpu/test_gemm_fp8.py
+    step "bad accesses in grouped products" 120 bash "$SELF" run sanitize memcheck tests/gpu/test_grouped_gemm.py
     ;;
 esac
 rm -f "$OUT/.step"

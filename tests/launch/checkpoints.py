@@ -10,7 +10,7 @@ from data.tokenizer import Tokenizer
 from model.transformer import Transformer, named_tensors
 from tests.infer.models import make_foresighted
 from tests.tiny import tiny_config
-from train.manifest import TOKENIZER_NAME, write_manifest
+from train.checkpoint.manifest import TOKENIZER_NAME, write_manifest
 
 TEXTS = ["def f(x):\n    return x + 1\n", "naïve café 🙂 日本語 text"] * 9
 

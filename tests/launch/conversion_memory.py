@@ -17,7 +17,7 @@ from model.hf.names import stored_tensors
 from model.hf.writer import write_hf
 from tests.model.hf_memory import status
 from tests.tiny import MODEL
-from train.conversion import Conversion, convert
+from train.checkpoint.convert import Conversion, convert
 
 SHARD_BYTES = 4_000_000
 # 13 million weights in bf16: tensors of at most 1 MB in 7 files.

@@ -15,12 +15,12 @@ from pathlib import Path
 from comm.exit_codes import EXIT_HANG, EXIT_LOST, EXIT_PREEMPTED
 from comm.preemption import SIGNALS, Preemption
 from comm.watchdog.membership import STORE_FILE_VARIABLE
-from launch.compose import compose
-from launch.config import read_config
-from launch.errors import ConfigError
-from launch.folder import claim_folder
-from launch.local import run_ranks, start_fork_server
-from launch.report import command
+from launch.command import command
+from launch.config.compose import compose
+from launch.config.errors import ConfigError
+from launch.config.run_config import read_config
+from launch.ranks.local import run_ranks, start_fork_server
+from launch.ranks.run_folder import claim_folder
 from train.config import TrainConfig
 from train.errors import LastWord, error_path, write_error
 
@@ -174,7 +174,7 @@ def main(arguments: Sequence[str]) -> int:
 
     names, place = arguments[0].split(","), Path(arguments[1])
     config = read_config(compose("train", ["parallelism=four_ranks", f"cluster.grace_seconds={GRACE_SECONDS}"]))
-    start_fork_server(config.cluster, ["torch.distributed", "launch.compose", "launch.local"])
+    start_fork_server(config.cluster, ["torch.distributed", "launch.config.compose", "launch.ranks.local"])
     code = 0
     for name in names:
         cluster = replace(config.cluster, max_restarts=2 if name == "one_is_killed_at_first" else 0)

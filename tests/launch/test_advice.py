@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from launch import train
-from launch.compose import compose, compose_defaults, default_groups, dotted_keys
+from launch.command import command
+from launch.config.compose import compose, compose_defaults, default_groups, dotted_keys
 from launch.help.advice import BARE_PATH, Advice, advice_table, find_advice
 from launch.help.preview import split_config_only
-from launch.report import command
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU_SECONDS = 3.0

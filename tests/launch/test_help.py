@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-import launch.compose
+import launch.config.compose
 from launch import submit, train
-from launch.compose import compose, compose_defaults, default_groups, dotted_keys
-from launch.config import read_config
-from launch.errors import ConfigError
+from launch.command import command
+from launch.config.compose import compose, compose_defaults, default_groups, dotted_keys
+from launch.config.errors import ConfigError
+from launch.config.run_config import read_config
 from launch.help.commands import find_commands, listing, unknown_command
 from launch.help.page import help_text
-from launch.report import command
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = sorted(path.stem for path in (ROOT / "conf").glob("*.yaml"))
@@ -120,7 +120,7 @@ def saved(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """Puts a printed configuration among the experiments of a copy of `conf/`. Returns the override for it."""
     shutil.copytree(ROOT / "conf", tmp_path / "conf", dirs_exist_ok=True)
     (tmp_path / "conf" / "experiment" / "saved.yaml").write_text(text)
-    monkeypatch.setattr(launch.compose, "config_dir", lambda: tmp_path / "conf")
+    monkeypatch.setattr(launch.config.compose, "config_dir", lambda: tmp_path / "conf")
     return "experiment=saved"
 
 

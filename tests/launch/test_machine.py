@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from launch import machine, train
-from launch.machine import MachineError, check_driver, check_gpus, check_packages, has_driver, torch_has_cuda
-from tests.launch.test_launch_config import build
+from launch import train
+from launch.ranks import machine
+from launch.ranks.machine import MachineError, check_driver, check_gpus, check_packages, has_driver, torch_has_cuda
+from tests.launch.test_config import build
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -4,10 +4,10 @@ from importlib.machinery import ModuleSpec
 
 import pytest
 
-import launch.optim
-from launch.errors import ConfigError
-from launch.optim import check_optim
-from tests.launch.test_launch_config import build
+import launch.config.optim_rules
+from launch.config.errors import ConfigError
+from launch.config.optim_rules import check_optim
+from tests.launch.test_config import build
 
 
 def find_all_but_deepspeed(name: str) -> ModuleSpec | None:
@@ -19,7 +19,7 @@ def find_all_but_deepspeed(name: str) -> ModuleSpec | None:
 def test_zero1_without_deepspeed_is_refused_before_any_rank_starts(
     precision: str, nearest: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launch.optim, "find_spec", find_all_but_deepspeed)
+    monkeypatch.setattr(launch.config.optim_rules, "find_spec", find_all_but_deepspeed)
     with pytest.raises(ConfigError) as refused:
         check_optim(build(f"precision={precision}"))
     assert str(refused.value) == (
@@ -29,5 +29,5 @@ def test_zero1_without_deepspeed_is_refused_before_any_rank_starts(
 
 
 def test_replicated_optimizer_needs_no_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch.optim, "find_spec", find_all_but_deepspeed)
+    monkeypatch.setattr(launch.config.optim_rules, "find_spec", find_all_but_deepspeed)
     check_optim(build("precision=float32", "optim.sharding=replicated"))

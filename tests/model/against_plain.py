@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from model.gradients import GradientStore, WeightQueue
-from model.linear import WeightSink
+from model.precision.linear import WeightSink
 
 Weights = Mapping[str, Tensor]
 Call = Callable[[Any, Sequence[Tensor], WeightSink | None], Sequence[Tensor]]

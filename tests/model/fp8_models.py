@@ -12,7 +12,7 @@ from model.config import Computing, ModelConfig, Products
 from model.gradients import GradientStore
 from model.objective import LossSums, MicroBatch
 from model.transformer import Transformer, initialise
-from tests.model.test_model_stage import make_objective, phased
+from tests.model.test_stage import make_objective, phased
 from tests.tiny import MODEL
 
 FP8: list[Products] = ["fp8", "fp8_power_of_two"]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.convert import load_hf
+from model.hf.convert import load_hf
 from model.hf.errors import HfError
 from tests.model.hf_checkpoints import edit_json, read_tensors, save_checkpoint, write_tensors
 

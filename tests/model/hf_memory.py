@@ -12,7 +12,7 @@ import torch
 
 from comm.dispatch.local import LocalDispatcher
 from model.config import ModelConfig, PlainRope
-from model.convert import load_hf, save_hf
+from model.hf.convert import load_hf, save_hf
 from model.hf.names import stored_tensors
 from model.hf.reader import HfReader
 from model.hf.writer import write_hf

@@ -21,7 +21,7 @@ from dualpipe.config import ScheduleConfig, ScheduleKind
 from tests.ranks import run_ranks
 from tests.tiny import MODEL, STAGE, tiny_config, write_text
 from tests.train.job import open_assembly
-from train import checkpoint
+from train.checkpoint import load as checkpoint
 from train.config import TrainConfig
 from train.step import train_step
 

@@ -15,17 +15,17 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from launch.compose import compose
-from launch.config import check, read_config
-from launch.folder import check_folder, claim_folder
-from launch.local import preload_modules, run_ranks, start_fork_server
-from launch.report import command
+from launch.command import command
+from launch.config.compose import compose
+from launch.config.run_config import check, read_config
+from launch.ranks.local import preload_modules, run_ranks, start_fork_server
+from launch.ranks.run_folder import check_folder, claim_folder
 from tests.train.faults import choices
 from tests.train.strikes import DRAWING, watch_drawing, watch_operations
+from train.checkpoint.manifest import CHECKPOINTS_NAME
 from train.config import TrainConfig
-from train.events import read_events
-from train.manifest import CHECKPOINTS_NAME
-from train.status import read_status
+from train.records.events import read_events
+from train.records.status import read_status
 
 NUM_STEPS = 7
 RECORD = "the step's record"

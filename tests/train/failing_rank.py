@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from launch.compose import compose
-from launch.config import read_config
-from launch.folder import claim_folder
-from launch.local import preload_modules, run_ranks, start_fork_server
-from launch.report import command
+from launch.command import command
+from launch.config.compose import compose
+from launch.config.run_config import read_config
+from launch.ranks.local import preload_modules, run_ranks, start_fork_server
+from launch.ranks.run_folder import claim_folder
 from train.config import TrainConfig
 
 CAUSE = "the stage is out of order"

@@ -25,8 +25,8 @@ from train.assemble import Assembly, assemble, is_mirrored, weight_dtype
 from train.balance import update_router_bias
 from train.config import TrainConfig, sized_config
 from train.optim.parameters import group_parameters
-from train.plan import ramp_schedules
-from train.ramp import SizedAssemblies
+from train.schedule.plan import ramp_schedules
+from train.schedule.ramp import SizedAssemblies
 from train.step import accumulate, make_objective, rates_of, to_micro_batch
 
 

@@ -28,7 +28,7 @@ def watch_operations(come: Come) -> None:
 
 def watch_drawing(come: Come) -> None:
     """Pictures of a step."""
-    from train.pictures import PipelineWatch
+    from train.records.pictures import PipelineWatch
 
     plain = PipelineWatch.draw
 
@@ -41,7 +41,7 @@ def watch_drawing(come: Come) -> None:
 
 def watch_writing(come: Come) -> None:
     """What a checkpoint's thread does with files: each part, hash, sync and the last move."""
-    from train import saver
+    from train.checkpoint import save as saver
 
     def before(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
         def watched(*arguments: Any, **named: Any) -> Any:

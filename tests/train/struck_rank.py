@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch import train
-from launch.report import command
+from launch.command import command
 from tests.train.faults import arm
 
 

@@ -14,11 +14,11 @@ from datetime import datetime
 from io import StringIO
 from pathlib import Path
 
-from launch.compose import compose
-from launch.config import read_config
-from launch.folder import claim_folder
-from launch.local import preload_modules, run_ranks, start_fork_server
-from launch.report import command
+from launch.command import command
+from launch.config.compose import compose
+from launch.config.run_config import read_config
+from launch.ranks.local import preload_modules, run_ranks, start_fork_server
+from launch.ranks.run_folder import claim_folder
 from tests.train.faults import CASES, Case, Outcome, arm, choices, place, struck_at
 from train.config import TrainConfig
 

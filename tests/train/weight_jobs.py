@@ -17,12 +17,12 @@ from model.hf.reader import HfReader
 from model.transformer import named_tensors
 from tests.tiny import STAGE, tiny_config
 from tests.train.job import open_assembly, open_loader
-from train import checkpoint
+from train.checkpoint import load as checkpoint
+from train.checkpoint.initial_weights import load_initial
+from train.checkpoint.manifest import CheckpointError
 from train.config import TrainConfig
-from train.initial_weights import load_initial
-from train.manifest import CheckpointError
+from train.config.token_schedule import TokenSchedule
 from train.step import train_step
-from train.token_schedule import TokenSchedule
 
 LAYOUTS = {
     "one": (ParallelismConfig(pipeline=1, data=1, expert=1), "1f1b"),

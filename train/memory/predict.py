@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from dualpipe import pairing
-from dualpipe.compile import compile_rank
 from dualpipe.ir import Schedule, ScheduleError
+from dualpipe.runtime import pairing
+from dualpipe.runtime.compile import compile_rank
 from kernels.attention.kinds import AttentionKind
 from model.account.activations import MicroBatchShape
 from model.account.held import HeldParameters, held_parameters

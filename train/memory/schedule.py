@@ -5,14 +5,14 @@ tell the peak of thousands. `tests/train/memory/test_schedule.py` compares both.
 """
 
 from dualpipe.config import ScheduleKind
-from dualpipe.costs import Costs
 from dualpipe.generate.cache import schedules_folder
 from dualpipe.generate.dualpipe import dualpipe
 from dualpipe.generate.select import build, stages_per_rank
 from dualpipe.ir import Schedule
 from dualpipe.passes import split_backwards
+from dualpipe.simulate.costs import Costs
 from train.config import TrainConfig
-from train.costs import nominal_costs
+from train.schedule.costs import nominal_costs
 
 _PER_RANK = 3
 _MARGIN = 4

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import assert_never
 
-from dualpipe.program import Action, Program, RunKey, Step
+from dualpipe.runtime.program import Action, Program, RunKey, Step
 from dualpipe.transfers import Link
 from model.account.phase import PhaseBytes
 from train.memory.account import PipelineBytes

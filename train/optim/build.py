@@ -5,11 +5,11 @@ from typing import Protocol, assert_never
 from torch import Tensor
 
 from model.gradients import GradientStore
+from train.checkpoint.slices import Slice
 from train.optim.config import OptimConfig
 from train.optim.parameters import ParameterGroups, Replicas
 from train.optim.replicated import ReplicatedAdamW
 from train.optim.zero1 import Zero1AdamW
-from train.slices import Slice
 
 
 class Optimiser(Protocol):

@@ -7,10 +7,10 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from model.gradients import GradientStore
+from train.checkpoint.slices import Slice
 from train.optim.adamw import MOMENTS, build_adamw, moments_of, spread_step
 from train.optim.config import OptimConfig
 from train.optim.parameters import ParameterGroups, Replicas
-from train.slices import Slice
 
 
 class ReplicatedAdamW:

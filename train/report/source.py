@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from train.manifest import CHECKPOINTS_NAME, MANIFEST_NAME
+from train.checkpoint.manifest import CHECKPOINTS_NAME, MANIFEST_NAME
+from train.records.step_lines import LONGEST_LINE_BYTES, number_of, read_line
 from train.report.chart import Mark
 from train.report.history import History
-from train.step_lines import LONGEST_LINE_BYTES, number_of, read_line
 
 METRICS_NAME, LOADS_NAME, EVENTS_NAME, PICTURE_NAME = "metrics.jsonl", "loads.jsonl", "events.jsonl", "schedule.svg"
 _LARGEST_PICTURE_BYTES = 2**26

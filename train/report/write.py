@@ -5,9 +5,9 @@ import os
 from pathlib import Path
 
 from train.config import TrainConfig
+from train.records.secrets import redact
 from train.report.page import REPORT_NAME, html
 from train.report.source import RunSource
-from train.secrets import redact
 
 LOGGER = logging.getLogger("train")
 

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 from comm.dispatch.local import LocalDispatcher
-from launch.compose import compose
-from launch.config import read_config
+from launch.config.compose import compose
+from launch.config.run_config import read_config
 from model.config import ModelConfig
 from model.gradients import GradientStore
 from model.objective import LossSums, MicroBatch, Objective

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from comm.lane import InlineLane
-from dualpipe.clock import HostClock
-from dualpipe.execute import execute
 from dualpipe.ir import Schedule
+from dualpipe.runtime.clock import HostClock
+from dualpipe.runtime.execute import execute
 from model.account.held import held_parameters
 from model.account.phases import stage_phases
 from model.account.stage_shape import stage_shapes

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from comm.dispatch.local import LocalDispatcher
-from launch.compose import compose
-from launch.config import read_config
+from launch.config.compose import compose
+from launch.config.run_config import read_config
 from model.account.held import held_parameters
 from model.account.stage_shape import stage_shapes
 from model.transformer import Part, Transformer

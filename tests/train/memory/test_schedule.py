@@ -12,8 +12,8 @@ from dualpipe.generate.select import build, stages_per_rank
 from dualpipe.ir import Op, Schedule
 from tests.tiny import tiny_config
 from train.config import TrainConfig
-from train.costs import nominal_costs
 from train.memory.schedule import few_micro_batches, planning_schedule
+from train.schedule.costs import nominal_costs
 
 PENDING_WEIGHTS = (1.2, 1.8)
 KINDS: tuple[ScheduleKind, ...] = get_args(ScheduleKind)

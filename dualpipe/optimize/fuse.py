@@ -1,0 +1,108 @@
+"""The pass that puts neighbours into one group, so that one's exchange runs under the other's computation."""
+
+from dataclasses import replace
+
+from dualpipe.ir import Op, Schedule
+from dualpipe.simulate.costs import CostModel
+from dualpipe.simulate.timing import NumberedGroup, Progress, Timing
+
+_MAX_SWEEPS = 6
+_ROUNDING = 1e-9
+
+
+def fuse(schedule: Schedule, costs: CostModel) -> Schedule:
+    """Fuses neighbouring single operations of different micro-batches: F&F, I&I, F&I, F&W, I&W.
+
+    A hill climb over all ranks together, from the start of the schedule to its end, again until nothing more is
+    gained. A pair is tried where it takes less time than its members one after the other, and kept where neither the
+    makespan, nor on a tie the sum of the ranks' ends, nor the rank's peak memory grows.
+
+    Args:
+        schedule: a valid one.
+        costs: what pairs are judged by; without exchange nothing is fused.
+    """
+    return _Climb(schedule, costs).climb() if exchanges(costs) else schedule
+
+
+def exchanges(costs: CostModel) -> bool:
+    """Whether any stage has exchange, so that groups could hide some."""
+    return any(stage.forward_exchange or stage.backward_exchange for stage in costs.stages)
+
+
+class _Climb:
+    """A schedule's groups by number, as they grow together."""
+
+    def __init__(self, schedule: Schedule, costs: CostModel) -> None:
+        self._schedule = schedule
+        self._timing = Timing(schedule, costs)
+        self._ranks = [self._timing.numbered(groups) for groups in schedule.ranks]
+        self._weights = [costs.stages[op.stage].activation for op in self._timing.operations]
+        self._caps = [self._peak(groups) for groups in self._ranks]
+        start = self._timing.begin(self._ranks)
+        self._best = self._measure(start, float("inf"))
+
+    def climb(self) -> Schedule:
+        """The fused schedule."""
+        for _ in range(_MAX_SWEEPS):
+            if not self._sweep():
+                break
+        operations = self._timing.operations
+        ranks = tuple(tuple(tuple(operations[n] for n in group) for group in groups) for groups in self._ranks)
+        return replace(self._schedule, ranks=ranks)
+
+    def _sweep(self) -> bool:
+        """Tries every pair once, in the order of their places; says whether one was kept."""
+        kept = False
+        before = self._timing.begin(self._ranks)
+        for index in range(max(map(len, self._ranks))):
+            self._timing.advance(self._ranks, before, until=index)
+            for rank, groups in enumerate(self._ranks):
+                if index + 1 < len(groups) and self._pays(groups[index], groups[index + 1]):
+                    kept = self._try(rank, index, before) or kept
+        return kept
+
+    def _pays(self, first: NumberedGroup, second: NumberedGroup) -> bool:
+        if len(first) > 1 or len(second) > 1:
+            return False
+        one, other = (self._timing.operations[group[0]] for group in (first, second))
+        if (one.direction, one.stage, one.micro_batch) == (other.direction, other.stage, other.micro_batch):
+            return False
+        duration = self._timing.duration
+        return duration(first + second) < duration(first) + duration(second) - 1e-12
+
+    def _try(self, rank: int, index: int, before: Progress) -> bool:
+        """`before`: how far the ranks have come with what the pair cannot change."""
+        old = self._ranks[rank]
+        first, second = old[index : index + 2]
+        groups = [*old[:index], first + second, *old[index + 2 :]]
+        if self._peak(groups) > self._caps[rank] + 1e-9:
+            return False
+        duration = self._timing.duration
+        saved = duration(first) + duration(second) - duration(first + second)
+        self._ranks[rank] = groups
+        before.left[rank] -= saved
+        found = self._measure(before.copy(), self._best[0])
+        if found <= self._best:
+            self._best = found
+            return True
+        self._ranks[rank] = old
+        before.left[rank] += saved
+        return False
+
+    def _measure(self, progress: Progress, limit: float) -> tuple[float, float]:
+        """Makespan and sum of the ranks' ends, rounded so that a tie is a tie; infinite past the limit."""
+        worst = float("inf"), float("inf")
+        if not self._timing.advance(self._ranks, progress, limit=limit + _ROUNDING * max(limit, 1.0)):
+            return worst
+        if any(at < len(groups) for at, groups in zip(progress.position, self._ranks, strict=True)):
+            return worst
+        return round(max(progress.clock), 9), round(sum(progress.clock), 9)
+
+    def _peak(self, groups: list[NumberedGroup]) -> float:
+        operations, weights = self._timing.operations, self._weights
+        alive = peak = 0.0
+        for group in groups:
+            alive += sum(weights[n] for n in group if operations[n].kind is Op.FORWARD)
+            peak = max(peak, alive)
+            alive -= sum(weights[n] for n in group if operations[n].kind in (Op.BACKWARD, Op.BACKWARD_WEIGHT))
+        return peak

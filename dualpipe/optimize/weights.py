@@ -1,0 +1,111 @@
+"""The pass that takes all weight gradients out of a schedule and puts each where its rank would wait otherwise."""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import replace
+from heapq import heappop, heappush
+
+from dualpipe.ir import Group, Op, Operation, Schedule
+from dualpipe.simulate.costs import CostModel
+from dualpipe.simulate.timing import NumberedGroup, Timing
+
+_ROUNDING = 1e-9
+
+
+def place_weights(schedule: Schedule, costs: CostModel, memory_cap: float, patience: float = 0.0) -> Schedule | None:
+    """Keeps every rank's order of F and I, and runs its W, oldest first, in between.
+
+    A W runs where what comes next has not arrived, or where its forwards would exceed the cap; the rest at the end.
+
+    Args:
+        schedule: valid, without full backwards.
+        costs: the times by which ranks wait.
+        memory_cap: in the unit of `StageCosts.activation`.
+        patience: the part of a W's time for which a rank rather waits, where it knows when it will go on.
+
+    Returns:
+        A schedule of the same operations; None where the cap does not fit its order of F and I.
+    """
+    placing = _Placing(schedule, costs, memory_cap, patience)
+    ranks = placing.run()
+    return None if ranks is None else replace(schedule, ranks=ranks)
+
+
+class _Placing:
+    """All ranks on a common clock."""
+
+    def __init__(self, schedule: Schedule, costs: CostModel, memory_cap: float, patience: float) -> None:
+        self._timing = Timing(schedule, costs)
+        self._costs = costs
+        self._room = [memory_cap + _ROUNDING for _ in schedule.ranks]
+        self._patience = patience
+        bare = [_without_weights(groups) for groups in schedule.ranks]
+        self._groups = [self._timing.numbered(groups) for groups in bare]
+        self._next = [0 for _ in bare]
+        self._clock = [0.0 for _ in bare]
+        self._waiting: list[deque[Operation]] = [deque() for _ in bare]
+        self._made: list[list[Group]] = [[] for _ in bare]
+        self._ends = [-1.0] * len(self._timing.operations)
+        self._sleepers: dict[int, int] = {}
+        self._events = [(0.0, rank) for rank in range(len(bare))]
+
+    def run(self) -> tuple[tuple[Group, ...], ...] | None:
+        """Each rank's groups. Ranks are looked at in the order of time, so that nothing that has arrived is missed."""
+        while self._events:
+            time, rank = heappop(self._events)
+            self._clock[rank] = time
+            self._step(rank)
+        unfinished = any(at < len(groups) for at, groups in zip(self._next, self._groups, strict=True))
+        return None if unfinished else tuple(map(tuple, self._made))
+
+    def _step(self, rank: int) -> None:
+        """Starts one group, or puts the rank to sleep until what it needs is on its way."""
+        waiting = self._waiting[rank]
+        if self._next[rank] == len(self._groups[rank]):
+            if waiting:
+                self._run_weight(rank)
+            return
+        group = self._groups[rank][self._next[rank]]
+        start, missing = self._timing.ready(group, self._clock[rank], self._ends)
+        fits = self._weight_of(group) <= self._room[rank]
+        if waiting and (not fits or missing >= 0 or start > self._clock[rank] + self._lull(waiting[0]) + _ROUNDING):
+            self._run_weight(rank)
+        elif missing >= 0:
+            self._sleepers[missing] = rank
+        elif fits:
+            self._run(rank, group, start)
+
+    def _lull(self, weight: Operation) -> float:
+        return self._patience * self._costs.compute_of(weight)
+
+    def _weight_of(self, group: NumberedGroup) -> float:
+        forwards = (op for op in map(self._timing.operations.__getitem__, group) if op.kind is Op.FORWARD)
+        return sum(self._costs.stages[op.stage].activation for op in forwards)
+
+    def _run_weight(self, rank: int) -> None:
+        op = self._waiting[rank].popleft()
+        self._made[rank].append((op,))
+        self._room[rank] += self._costs.stages[op.stage].activation
+        heappush(self._events, (self._clock[rank] + self._costs.compute_of(op), rank))
+
+    def _run(self, rank: int, group: NumberedGroup, start: float) -> None:
+        operations = self._timing.operations
+        end = start + self._timing.duration(group)
+        self._next[rank] += 1
+        self._made[rank].append(tuple(operations[number] for number in group))
+        self._room[rank] -= self._weight_of(group)
+        heappush(self._events, (end, rank))
+        for number in group:
+            op = operations[number]
+            self._ends[number] = end
+            if op.kind is Op.BACKWARD_INPUT:
+                self._waiting[rank].append(replace(op, kind=Op.BACKWARD_WEIGHT))
+            if number in self._sleepers:
+                # It looks again at once, as it may be early enough for another W before this arrives.
+                sleeper = self._sleepers.pop(number)
+                heappush(self._events, (max(self._clock[sleeper], start), sleeper))
+
+
+def _without_weights(groups: Sequence[Group]) -> list[Group]:
+    kept = (tuple(op for op in group if op.kind is not Op.BACKWARD_WEIGHT) for group in groups)
+    return [group for group in kept if group]

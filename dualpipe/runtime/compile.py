@@ -1,0 +1,137 @@
+"""Lowers a schedule to a rank's program: operations become phases on two lanes, with waits and transfers."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import assert_never
+
+from dualpipe.ir import Group, Op, Operation, Schedule
+from dualpipe.passes import in_turn
+from dualpipe.runtime.pairing import Atom
+from dualpipe.runtime.program import Action, Program, RunKey, Step
+from dualpipe.runtime.protocols import Lane
+from dualpipe.transfers import Message, Value, made_by, message_of, needed_by
+
+Pairing = Callable[[Sequence[Sequence[Atom]]], list[Atom]]
+
+
+def compile_rank(schedule: Schedule, rank: int, lanes: Mapping[int, Sequence[Lane]], pairing: Pairing) -> Program:
+    """The steps of one rank.
+
+    Args:
+        schedule: a valid one; a forward-only one gives a forward-only program.
+        rank: within the pipeline.
+        lanes: of every stage held by the rank, the lane of each phase.
+        pairing: how the members of a group are interleaved (`pairing.overlapped` or `pairing.sequential`).
+    """
+    groups = schedule.ranks[rank]
+    train = any(op.kind is not Op.FORWARD for group in groups for op in group)
+    receives = [_receives(schedule, group) for group in groups]
+    steps: list[Step] = []
+    for index, group in enumerate(groups):
+        # Room is made one group ahead, so that a message travels under the group before the one that needs it.
+        for due in receives[index : index + 2] if index == 0 else receives[index + 1 : index + 2]:
+            steps += [Step(Action.RECEIVE, run_key(op), message=message) for op, message in due]
+        members = [_atoms(schedule, op, lanes[op.stage], train) for op in in_turn(group)]
+        steps += [step for atom in pairing(members) for step in atom.steps]
+    return Program(rank, tuple(steps))
+
+
+def run_key(op: Operation) -> RunKey:
+    """The run that an operation belongs to."""
+    return RunKey(op.direction, op.stage, op.micro_batch)
+
+
+def _receives(schedule: Schedule, group: Group) -> list[tuple[Operation, Message]]:
+    found = ((op, _incoming(schedule, op)) for op in group)
+    return [(op, message) for op, message in found if message is not None and message.source != message.destination]
+
+
+def _incoming(schedule: Schedule, op: Operation) -> Message | None:
+    value = needed_by(op, schedule.num_stages)
+    return None if value is None else _carrier(schedule, value, op)
+
+
+def _outgoing(schedule: Schedule, op: Operation) -> Message | None:
+    value = made_by(op, schedule.num_stages)
+    return None if value is None else _carrier(schedule, value, op)
+
+
+def _carrier(schedule: Schedule, value: Value, op: Operation) -> Message:
+    """The message with a value that `op` makes or needs; where both stages are on one rank, from the rank to itself."""
+    message = message_of(schedule, value)
+    if message is not None:
+        return message
+    rank = schedule.rank_of(op.direction, op.stage)
+    return Message(
+        kind=value.kind,
+        direction=value.direction,
+        stage=value.stage,
+        micro_batch=value.micro_batch,
+        source=rank,
+        destination=rank,
+    )
+
+
+def _atoms(schedule: Schedule, op: Operation, lanes: Sequence[Lane], train: bool) -> list[Atom]:
+    phases = range(len(lanes))
+    match op.kind:
+        case Op.FORWARD:
+            atoms = _passage(op, Action.FORWARD, phases, lanes)
+        case Op.BACKWARD | Op.BACKWARD_INPUT:
+            atoms = _passage(op, Action.BACKWARD, reversed(phases), lanes)
+        case Op.BACKWARD_WEIGHT:
+            atoms = [_weight(op, phase) for phase in reversed(phases) if lanes[phase] == "compute"]
+        case _ as other:
+            assert_never(other)
+    atoms = _with_transfers(op, atoms, _incoming(schedule, op), _outgoing(schedule, op))
+    if op.kind is Op.BACKWARD:
+        atoms = _with_weights(op, atoms, lanes)
+    if op.kind in (Op.BACKWARD, Op.BACKWARD_WEIGHT) or not train:
+        atoms[-1] = _extended(atoms[-1], Step(Action.FINISH, run_key(op)))
+    return atoms
+
+
+def _passage(op: Operation, action: Action, order: Iterable[int], lanes: Sequence[Lane]) -> list[Atom]:
+    """One phase after another; each that follows an exchange completes it first, and so does the end."""
+    atoms: list[Atom] = []
+    pending = False
+    for phase in order:
+        step = Step(action, run_key(op), phase)
+        steps = (Step(Action.WAIT, run_key(op)), step) if pending else (step,)
+        atoms.append(Atom(lanes[phase], steps, pending))
+        pending = lanes[phase] == "comm"
+    if pending:
+        atoms.append(Atom("compute", (Step(Action.WAIT, run_key(op)),), True))
+    return atoms
+
+
+def _with_transfers(op: Operation, atoms: list[Atom], incoming: Message | None, outgoing: Message | None) -> list[Atom]:
+    atoms = list(atoms)
+    if incoming is not None:
+        first = atoms[0]
+        accept = Step(Action.ACCEPT, run_key(op), message=incoming)
+        atoms[0] = Atom(first.lane, (accept, *first.steps), first.needs_exchange)
+    if outgoing is not None:
+        atoms[-1] = _extended(atoms[-1], Step(Action.SEND, run_key(op), message=outgoing))
+    return atoms
+
+
+def _with_weights(op: Operation, atoms: list[Atom], lanes: Sequence[Lane]) -> list[Atom]:
+    """Each computation's weight gradients follow the start of the exchange after it, and run under it."""
+    woven: list[Atom] = []
+    owed: list[Atom] = []
+    for atom in atoms:
+        if atom.lane == "comm":
+            woven += [atom, *owed]
+            owed = []
+            continue
+        woven += [*owed, atom]
+        owed = [_weight(op, step.phase) for step in atom.steps if step.action is Action.BACKWARD]
+    return woven + owed
+
+
+def _weight(op: Operation, phase: int) -> Atom:
+    return Atom("compute", (Step(Action.WEIGHT, run_key(op), phase),), False)
+
+
+def _extended(atom: Atom, step: Step) -> Atom:
+    return Atom(atom.lane, (*atom.steps, step), atom.needs_exchange)

@@ -1,0 +1,119 @@
+"""A plain interpreter of programs. It knows steps, runs and links, and neither the schedule nor the model."""
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import Any, assert_never
+
+from torch import Tensor
+
+from dualpipe.runtime.clock import Clock, HostClock
+from dualpipe.runtime.program import Action, Program, RunKey, Step
+from dualpipe.runtime.protocols import Receipt, Run, Stage, Transport
+from dualpipe.transfers import Message
+
+
+@dataclass(frozen=True, slots=True)
+class Execution:
+    """What running a program showed.
+
+    peak_runs: micro-batches of which something was kept at once. origin_seconds: the program's start in seconds of
+    the wall clock (`time.time`), which ranks on one host share.
+    """
+
+    peak_runs: int
+    origin_seconds: float
+    _boundaries: Callable[[], list[float]]
+
+    @property
+    def spans(self) -> tuple[tuple[float, float], ...]:
+        """Start and end of every step, in seconds from the program's start, each where the one before ends.
+
+        Under a device's clock the host waits until the program is over there.
+        """
+        return tuple(pairwise(self._boundaries()))
+
+
+class _Kept:
+    """A message between two stages of one rank: the tensor itself."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+
+    def wait(self) -> Tensor:
+        """The tensor."""
+        return self._tensor
+
+
+def execute(
+    program: Program,
+    stages: Mapping[int, Stage],
+    transport: Transport,
+    clock: Clock[Any] | None = None,
+    follow: Callable[[tuple[Step, ...]], Iterable[Step]] = iter,
+) -> Execution:
+    """Runs every step in order.
+
+    Args:
+        program: made for this rank.
+        stages: by number, those that the rank holds.
+        transport: the links to the other pipeline ranks.
+        clock: what the steps are timed by; without one, the host's.
+        follow: yields the program's steps one by one, for example to show how far they are.
+    """
+    clock = clock or HostClock()
+    runs: dict[RunKey, Run] = {}
+    receipts: dict[Message, Receipt] = {}  # by message on its way, those to this very rank too
+    peak = 0
+    origin = time.time()
+    marks = [clock.mark()]
+    for step in follow(program.steps):
+        if step.run not in runs and step.action is not Action.RECEIVE:
+            runs[step.run] = stages[step.run.stage].start(step.run.direction, step.run.micro_batch)
+            peak = max(peak, len(runs))
+        _perform(step, runs, receipts, transport)
+        marks.append(clock.mark())
+    transport.flush()
+    assert not runs, f"kept after the program: {sorted(runs, key=str)}"
+    assert not receipts, f"never accepted: {', '.join(map(str, receipts))}"
+    return Execution(peak, origin, partial(clock.seconds, marks))
+
+
+def _perform(step: Step, runs: dict[RunKey, Run], receipts: dict[Message, Receipt], transport: Transport) -> None:
+    match step.action:
+        case Action.RECEIVE:
+            message = _message(step)
+            receipts[message] = transport.post_receive(message)
+        case Action.ACCEPT:
+            message = _message(step)
+            tensor = receipts.pop(message).wait()
+            if message.kind == "activation":
+                runs[step.run].set_input(tensor)
+            else:
+                runs[step.run].set_output_gradient(tensor)
+        case Action.SEND:
+            message, run = _message(step), runs[step.run]
+            tensor = run.output() if message.kind == "activation" else run.input_gradient()
+            if message.source == message.destination:
+                receipts[message] = _Kept(tensor)
+            else:
+                transport.send(message, tensor)
+        case Action.FORWARD:
+            runs[step.run].forward(step.phase)
+        case Action.BACKWARD:
+            runs[step.run].backward(step.phase)
+        case Action.WEIGHT:
+            runs[step.run].weight(step.phase)
+        case Action.WAIT:
+            runs[step.run].wait()
+        case Action.FINISH:
+            del runs[step.run]
+        case _ as other:
+            assert_never(other)
+
+
+def _message(step: Step) -> Message:
+    assert step.message is not None
+    return step.message

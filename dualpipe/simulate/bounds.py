@@ -1,0 +1,221 @@
+"""What no schedule can beat: proven lower bounds on the makespan, from placement, micro-batches and costs alone.
+
+Four facts hold for every order of the same work. A micro-batch passes through its stages one after the other. A
+rank works on nothing before a first forward can reach it. Until a first gradient can reach it, it runs forwards
+only, and under a memory cap only so many. And an activation stays alive for as long as its micro-batch needs to the
+last stage and back, while the cap limits how many live at once.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from dualpipe.ir import Op, Schedule, ScheduleError
+from dualpipe.simulate.costs import CostModel, StageCosts
+
+_ROUNDING = 1e-9
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bound:
+    """No schedule takes less than `value`, in the unit of the costs; `reason` says in words which fact forbids it."""
+
+    value: float
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Share:
+    """A (direction, stage) that a rank holds, its number of micro-batches, and the least times around it.
+
+    `forward_at` and `gradient_at`: from the beginning to the start of an F and of an I here. `after`: from the end of
+    an I here to the end of all that must follow in the stages below. `lifetime`: from the start of an F here to
+    the end of its W.
+    """
+
+    count: int
+    costs: StageCosts
+    forward_at: float
+    gradient_at: float
+    after: float
+    lifetime: float
+
+    def compute(self, *kinds: Op) -> float:
+        """Computation of these operations of all micro-batches."""
+        return self.count * sum(map(self.costs.compute_of, kinds))
+
+    def exchange(self, *kinds: Op) -> float:
+        """Exchange of these operations of all micro-batches."""
+        return self.count * sum(map(self.costs.exchange_of, kinds))
+
+
+def lower_bound(schedule: Schedule, costs: CostModel, memory_cap: float | None = None) -> Bound:
+    """The largest makespan that is proven to be unavoidable for a training schedule.
+
+    It holds for every schedule with the same placement and number of micro-batches, whatever its groups, backwards
+    full or split, as `simulate` times them.
+
+    Args:
+        schedule: its placement and number of micro-batches count; its groups are not read, so it may have none.
+        costs: of every stage.
+        memory_cap: the most memory that a rank may keep, in the unit of `StageCosts.activation` (of model/P where
+            the costs come from `costs.uniform`), or None for no limit.
+
+    Raises:
+        ScheduleError: the cap is below what one micro-batch keeps in one stage, so that no schedule exists.
+    """
+    _check_cap(costs, memory_cap)
+    bounds = [_critical_path(schedule, costs)]
+    for rank in range(schedule.num_ranks):
+        shares = _shares(schedule, costs, rank)
+        if shares:
+            bounds += _rank_bounds(rank, shares, math.inf if memory_cap is None else memory_cap)
+    return max(bounds, key=lambda bound: bound.value)
+
+
+def _check_cap(costs: CostModel, memory_cap: float | None) -> None:
+    least = max(stage.activation for stage in costs.stages)
+    if memory_cap is not None and memory_cap < least:
+        raise ScheduleError(
+            f"memory_cap: one micro-batch keeps {least:g} in one stage, so a cap of {memory_cap:g} fits no schedule; "
+            f"nearest: {least:g}"
+        )
+
+
+def _critical_path(schedule: Schedule, costs: CostModel) -> Bound:
+    last = schedule.num_stages - 1
+    value = max(
+        _forward_path(schedule, costs, direction, 0)[-1]
+        + _alone(costs, last, Op.FORWARD)
+        + _way_back(schedule, costs, direction, last)
+        for direction in _used_directions(schedule)
+    )
+    reason = "one micro-batch alone takes as long: forward through all stages, back, and the last weight gradients"
+    return Bound(value=value, reason=reason)
+
+
+def _used_directions(schedule: Schedule) -> Iterable[int]:
+    return (direction for direction in range(schedule.num_directions) if len(schedule.micro_batches_of(direction)))
+
+
+def _alone(costs: CostModel, stage: int, kind: Op) -> float:
+    """The least time of a group with such a member."""
+    return costs.stages[stage].compute_of(kind) + costs.stages[stage].exchange_of(kind)
+
+
+def _hop(schedule: Schedule, costs: CostModel, direction: int, stage: int) -> float:
+    """The link between a stage and the one after it, either way."""
+    row = schedule.placement[direction]
+    return costs.latency if row[stage] != row[stage + 1] else 0.0
+
+
+def _forward_path(schedule: Schedule, costs: CostModel, direction: int, first: int) -> list[float]:
+    """Per stage from `first` on: the least time from the start of F there to the start of F here."""
+    times = [0.0]
+    for stage in range(first, schedule.num_stages - 1):
+        times.append(times[-1] + _alone(costs, stage, Op.FORWARD) + _hop(schedule, costs, direction, stage))
+    return times
+
+
+def _way_back(schedule: Schedule, costs: CostModel, direction: int, stage: int) -> float:
+    """The least time from the start of I in a stage to the end of all that must follow it, W here and below."""
+    latest = 0.0
+    time = 0.0
+    for below in range(stage, -1, -1):
+        time += _alone(costs, below, Op.BACKWARD_INPUT)
+        latest = max(latest, time + _alone(costs, below, Op.BACKWARD_WEIGHT))
+        if below > 0:
+            time += _hop(schedule, costs, direction, below - 1)
+    return latest
+
+
+def _gradient_path(schedule: Schedule, costs: CostModel, direction: int, stage: int) -> float:
+    """The least time from the start of I in the last stage to the start of I here."""
+    return sum(
+        _alone(costs, above, Op.BACKWARD_INPUT) + _hop(schedule, costs, direction, above - 1)
+        for above in range(schedule.num_stages - 1, stage, -1)
+    )
+
+
+def _shares(schedule: Schedule, costs: CostModel, rank: int) -> list[_Share]:
+    used = set(_used_directions(schedule))
+    return [
+        _share(schedule, costs, direction, stage) for direction, stage in schedule.stages_of(rank) if direction in used
+    ]
+
+
+def _share(schedule: Schedule, costs: CostModel, direction: int, stage: int) -> _Share:
+    to_here = _forward_path(schedule, costs, direction, 0)[stage]
+    last = _alone(costs, schedule.num_stages - 1, Op.FORWARD)
+    there = _forward_path(schedule, costs, direction, stage)[-1] + last
+    back = _gradient_path(schedule, costs, direction, stage)
+    own = _alone(costs, stage, Op.BACKWARD_INPUT) + _alone(costs, stage, Op.BACKWARD_WEIGHT)
+    after = 0.0
+    if stage > 0:
+        after = _hop(schedule, costs, direction, stage - 1) + _way_back(schedule, costs, direction, stage - 1)
+    return _Share(
+        count=len(schedule.micro_batches_of(direction)),
+        costs=costs.stages[stage],
+        forward_at=to_here,
+        gradient_at=to_here + there + back,
+        after=after,
+        lifetime=there + back + own,
+    )
+
+
+def _rank_bounds(rank: int, shares: Sequence[_Share], memory_cap: float) -> Iterable[Bound]:
+    yield from _work_bounds(rank, shares, memory_cap, (Op.FORWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT), 0.0)
+    # The last of a rank's F and I is an I, and its gradient has yet to reach stage 0.
+    after = min(share.after for share in shares)
+    yield from _work_bounds(rank, shares, memory_cap, (Op.FORWARD, Op.BACKWARD_INPUT), after)
+    if _binds(shares, memory_cap):
+        head = min(share.forward_at for share in shares)
+        area = sum(share.count * share.lifetime * share.costs.activation for share in shares)
+        reason = f"its activations need {area:g} of memory x time from {head:g} on, under a cap of {memory_cap:g}"
+        yield Bound(value=head + area / memory_cap, reason=f"rank {rank}: {reason}")
+
+
+def _work_bounds(
+    rank: int, shares: Sequence[_Share], memory_cap: float, kinds: Sequence[Op], tail: float
+) -> Iterable[Bound]:
+    """From the first F on the rank works on these kinds; until its first I it can have done so many F alone."""
+    compute = sum(share.compute(*kinds) for share in shares)
+    exchange = sum(share.exchange(*kinds) for share in shares)
+    ending = f", and the last gradient's way to stage 0 takes {tail:g}" if tail else ""
+    head = min(share.forward_at for share in shares)
+    busy = max(compute, exchange)
+    reason = f"rank {rank}: the first forward reaches it at {head:g}, then it has work for {busy:g}{ending}"
+    yield Bound(value=head + busy + tail, reason=reason)
+    gradient = min(share.gradient_at for share in shares)
+    early = _most_forwards(shares, memory_cap, lambda costs: costs.forward)
+    left = max(compute - early, exchange - _most_forwards(shares, memory_cap, lambda costs: costs.forward_exchange))
+    cap = f" under a cap of {memory_cap:g}" if _binds(shares, memory_cap) else ""
+    reason = (
+        f"rank {rank}: until a gradient can reach it at {gradient:g} it has forwards for {early:g} at most{cap}, "
+        f"then it has work for {left:g}{ending}"
+    )
+    yield Bound(value=gradient + left + tail, reason=reason)
+
+
+def _binds(shares: Sequence[_Share], memory_cap: float) -> bool:
+    """Whether the rank could exceed the cap at all."""
+    return memory_cap < sum(share.count * share.costs.activation for share in shares)
+
+
+def _most_forwards(shares: Sequence[_Share], memory_cap: float, time: Callable[[StageCosts], float]) -> float:
+    """The most time of forwards whose activations fit under the cap together, or more than that, never less."""
+    alike = len({share.costs.activation for share in shares}) == 1
+    total = 0.0
+    room = memory_cap
+    for share in sorted(shares, key=lambda share: _density(time(share.costs), share.costs.activation), reverse=True):
+        weight = share.costs.activation
+        fitting = room / weight if weight > 0 else math.inf
+        # Of equal weights whole ones fit; of unequal ones a part stands for what smaller ones could fill.
+        number = min(share.count, math.floor(fitting + _ROUNDING) if alike and fitting < math.inf else fitting)
+        total += number * time(share.costs)
+        room -= number * weight if weight > 0 else 0.0
+    return total
+
+
+def _density(time: float, weight: float) -> float:
+    return time / weight if weight > 0 else math.inf

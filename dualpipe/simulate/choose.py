@@ -1,0 +1,97 @@
+"""The best schedule by simulation, and why."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dualpipe.config import ScheduleKind
+from dualpipe.draw.entry import Absent, Entry, entry
+from dualpipe.draw.words import number
+from dualpipe.generate.select import KINDS, build, stages_per_rank
+from dualpipe.ir import MemoryCapError, Schedule, ScheduleError
+from dualpipe.simulate.costs import CostModel
+
+CostsOf = Callable[[int], CostModel]
+"""From a number of stages to the costs of each."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """The schedule chosen, the words for it, and all that were looked at."""
+
+    schedule: Schedule
+    reason: str
+    rows: tuple[Entry | Absent, ...]
+
+
+def survey(
+    num_ranks: int,
+    num_micro_batches: int,
+    costs_of: CostsOf,
+    memory_cap: float | None = None,
+    cache_dir: Path | None = None,
+    excluded: dict[ScheduleKind, str] | None = None,
+) -> tuple[Entry | Absent, ...]:
+    """Every kind of schedule of this size: timed, or the reason for which there is none.
+
+    Args:
+        num_ranks: ranks of one pipeline.
+        num_micro_batches: of one pipeline and step, both directions together.
+        costs_of: the costs of each stage, by the number of stages.
+        memory_cap: of a rank's live activations; None for each schedule's own.
+        cache_dir: where searched schedules are kept.
+        excluded: kinds that must not be taken, and why.
+
+    Raises:
+        MemoryCapError: nothing fits the cap.
+    """
+    rows: list[Entry | Absent] = []
+    least = math.inf
+    for kind in KINDS:
+        if excluded and kind in excluded:
+            rows.append(Absent(kind=kind, reason=excluded[kind]))
+            continue
+        costs = costs_of(num_ranks * stages_per_rank(kind))
+        try:
+            schedule = build(kind, num_ranks, num_micro_batches, costs, memory_cap, cache_dir)
+            rows.append(entry(schedule, costs, memory_cap))
+        except MemoryCapError as error:
+            least = min(least, error.least)
+            rows.append(Absent(kind=kind, reason=str(error)))
+        except ScheduleError as error:
+            rows.append(Absent(kind=kind, reason=str(error)))
+    if memory_cap is not None and all(isinstance(row, Absent) for row in rows) and math.isfinite(least):
+        raise MemoryCapError(
+            f"no schedule of {num_ranks} ranks keeps so little alive, the cap is {memory_cap:g}; nearest: {least:g}",
+            least,
+        )
+    return tuple(rows)
+
+
+def choose(rows: Sequence[Entry | Absent], memory_cap: float | None = None) -> Choice:
+    """The shortest schedule of those that there are; of equally short ones the one that keeps least alive.
+
+    Raises:
+        ScheduleError: there is none.
+    """
+    entries = [row for row in rows if isinstance(row, Entry)]
+    if not entries:
+        reasons = "; ".join(f"{row.kind}: {row.reason}" for row in rows if isinstance(row, Absent))
+        raise ScheduleError(f"schedule: none can be made: {reasons}")
+    ranked = sorted(entries, key=lambda row: (round(row.simulation.makespan, 9), row.peak))
+    return Choice(schedule=ranked[0].schedule, reason=_reason(ranked, memory_cap), rows=tuple(rows))
+
+
+def _reason(ranked: Sequence[Entry], memory_cap: float | None) -> str:
+    best = ranked[0]
+    words = f"{best.schedule.kind}: makespan {number(best.simulation.makespan)}"
+    if len(ranked) > 1:
+        second = ranked[1]
+        more = second.simulation.makespan / best.simulation.makespan - 1 if best.simulation.makespan else 0.0
+        words += f", then {second.schedule.kind} with {number(second.simulation.makespan)} ({100 * more:.1f} % more"
+        words += f", peak {number(second.peak)})" if more < 1e-9 else ")"
+    words += f"; it keeps {number(best.peak)} activations of model/P"
+    words += "" if memory_cap is None else f" of the {memory_cap:g} allowed"
+    above = best.above_bound
+    return words + (f"; {number(above)} above the lower bound" if above > 1e-9 else "; no schedule is shorter")

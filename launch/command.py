@@ -1,0 +1,133 @@
+"""How every command starts and ends: its help, its errors in one line, its exit codes."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+
+from launch.config.errors import ConfigError, system_errors
+from launch.ranks.interrupt import EXIT_INTERRUPTED, LINE, Interrupts
+from launch.ranks.machine import MachineError
+from train.records.secrets import redact
+
+_HELP = ("-h", "--help", "help")
+EXIT_CONFIGURATION = 2
+EXIT_BROKEN_PIPE = 128 + signal.SIGPIPE
+
+Main = Callable[[Sequence[str]], int]
+"""A command's own part: takes the overrides, gives the exit code."""
+Preview = Callable[[Sequence[str]], str]
+"""Takes the overrides, gives the composed and checked configuration as YAML."""
+
+
+def command(name: str, main: Main, preview: Preview | None = None, *, quiet: bool = False) -> int:
+    """Runs a command on this process' arguments.
+
+    A user's error is one line on stderr and exit code 2, Ctrl-C the line `interrupted` and exit code 130. A reader of
+    stdout that leaves early ends the command without a word.
+
+    Args:
+        name: of the command: `conf/<name>.yaml` and `launch/<name>.py`.
+        main: takes the overrides.
+        preview: takes them in place of `main` with `config_only=true`; None: the command has none.
+        quiet: end with the error's exit code alone, as another rank prints the same error.
+
+    Returns:
+        The exit code of the process.
+    """
+    interrupts = Interrupts()
+    try:
+        code = _run(name, main, preview, sys.argv[1:], quiet=quiet)
+    except BaseException as error:
+        # A library may raise its own error on Ctrl-C.
+        is_interrupt = isinstance(error, KeyboardInterrupt) or getattr(error, "sigval", None) == signal.SIGINT
+        if not interrupts.came and not is_interrupt:
+            raise
+        code = EXIT_INTERRUPTED
+    interrupts.resume()
+    if code == EXIT_INTERRUPTED and not quiet:
+        with suppress(OSError):
+            print(LINE, file=sys.stderr, flush=True)
+    return code
+
+
+def _run(name: str, main: Main, preview: Preview | None, arguments: Sequence[str], *, quiet: bool) -> int:
+    """As `command`, but for Ctrl-C."""
+    try:
+        code = _start(name, main, preview, arguments, quiet=quiet)
+        with system_errors():
+            sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        forget_output()
+        return EXIT_BROKEN_PIPE
+    except ValueError as error:
+        if not isinstance(error, user_errors()):
+            raise
+        if not quiet or isinstance(error, MachineError):
+            with suppress(OSError):
+                print(f"error: {redact(_advised(name, arguments, error))}", file=sys.stderr, flush=True)
+        _flush_or_forget()
+        return EXIT_CONFIGURATION
+
+
+def _start(name: str, main: Main, preview: Preview | None, arguments: Sequence[str], *, quiet: bool) -> int:
+    """Prints the help, prints the configuration, or runs the command."""
+    from launch.help.advice import refuse_flags, repeated_notes
+    from launch.help.page import help_text, terminal_columns
+    from launch.help.preview import split_config_only
+
+    if any(argument in _HELP for argument in arguments):
+        others = [argument for argument in arguments if argument not in _HELP]
+        text = help_text(name, others, terminal_columns())
+    else:
+        refuse_flags(name, arguments)
+        for note in () if quiet else repeated_notes(arguments):
+            print(redact(note), file=sys.stderr, flush=True)
+        overrides, is_preview = split_config_only(arguments)
+        if not is_preview or preview is None:
+            return main(overrides)
+        text = preview(overrides)
+    if not quiet:
+        with system_errors():
+            print(text.rstrip("\n"), flush=True)
+    return 0
+
+
+def _advised(name: str, arguments: Sequence[str], error: ValueError) -> str:
+    """Returns an error in one line, with advice if its key or value is a common mistake."""
+    from launch.help.advice import advise
+
+    try:
+        text = advise(name, arguments, error)
+    except ValueError:  # the command line has a second error, and this one is whole without advice
+        text = str(error)
+    return " ".join(text.splitlines())
+
+
+def _flush_or_forget() -> None:
+    try:
+        sys.stdout.flush()
+    except OSError:
+        forget_output()
+
+
+def forget_output() -> None:
+    """What is still buffered has no place to go to; the interpreter would complain of it at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def user_errors() -> tuple[type[ValueError], ...]:
+    """Errors that are the user's to mend: said in one line, without a traceback."""
+    from comm.watchdog.job_key import JobKeyError
+    from data.corpus import DataError
+    from dualpipe.ir import ScheduleError
+    from infer.config import GenerateError
+    from model.cut import CutError
+    from model.hf.errors import HfError
+    from train.checkpoint.manifest import CheckpointError
+    from train.ownership.lock_file import LockedError
+
+    known = (ConfigError, ScheduleError, DataError, CheckpointError, CutError, HfError, GenerateError)
+    return (*known, LockedError, JobKeyError)

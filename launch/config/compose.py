@@ -1,0 +1,290 @@
+"""A command's YAML and the overrides on its command line to plain values: the only module that knows Hydra."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
+
+from launch.config.errors import ConfigError, SyntaxOverrideError, UnknownKeyError, nearest, nearest_key
+
+CONFIG_ONLY = "config_only"
+"""Beside a command's own keys: its configuration is printed, and nothing else happens."""
+
+# What to write for a value that has no default.
+_EXAMPLES = {
+    "data.paths": "[FOLDER,FILE], the text to train on: .txt, .md, .py or .jsonl",
+    "data.tokenizer": "PATH, a tokenizer.json or a folder that holds one, of at most model.vocab_size tokens",
+}
+
+
+def config_dir() -> Path:
+    """The folder of YAML values, beside the packages."""
+    return Path(__file__).resolve().parents[2] / "conf"
+
+
+def compose(command: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """Composes `conf/<command>.yaml` with the overrides: group choices and values.
+
+    Args:
+        command: name of a root YAML.
+        overrides: Hydra's override grammar: `group=option`, `a.b=value`, `+a.b=value`, `~a.b`.
+
+    Returns:
+        Nested dicts and lists of plain values, every interpolation resolved.
+
+    Raises:
+        ConfigError: an override that does not parse, an unknown key or option, a value that is missing.
+    """
+    config = _checked(command, overrides)
+    try:
+        return _plain(config)
+    except MissingMandatoryValue as error:
+        example = _EXAMPLES.get(str(error.full_key), "...")
+        raise ConfigError(f"{error.full_key}: a value is needed; write {error.full_key}={example}") from error
+    except InterpolationResolutionError as error:
+        raise ConfigError(f"{error.full_key}: {_first_line(error)}") from error
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key or 'configuration'}: {_first_line(error)}") from error
+
+
+def compose_defaults(command: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Returns what a command runs with, before interpolation; a value that must be given stays `???`.
+
+    Args:
+        command: name of a root YAML.
+        overrides: that `compose` takes.
+
+    Raises:
+        ConfigError: an override that does not parse, an unknown key or option.
+    """
+    values = OmegaConf.to_container(_checked(command, overrides), resolve=False)
+    return {str(key): value for key, value in values.items()} if isinstance(values, dict) else {}
+
+
+def chosen_options(command: str, overrides: Sequence[str]) -> dict[str, str]:
+    """Returns the option of each group, as the command line, an experiment or the defaults choose it.
+
+    Args:
+        command: name of a root YAML.
+        overrides: that `compose` takes.
+
+    Raises:
+        ConfigError: as `compose_defaults`.
+    """
+    chosen = _checked(command, overrides, with_hydra=True).hydra.runtime.choices
+    return {group: str(chosen[group]) for group in default_groups(command)}
+
+
+def quoted_override(key: str, value: str) -> str:
+    """Returns an override of a text with special characters, as it is typed in a shell."""
+    is_list = value.startswith("[") and value.endswith("]")
+    texts = [text.strip().replace("'", "\\'") for text in (value[1:-1].split(",") if is_list else [value])]
+    quoted = ",".join(f"'{text}'" for text in texts)
+    inner = f"{key}=[{quoted}]" if is_list else f"{key}={quoted}"
+    escaped = re.sub(r'(["$`\\])', r"\\\1", inner)
+    return f'"{escaped}"'
+
+
+def options(group: str) -> list[str]:
+    """The names that may be chosen for a group, sorted."""
+    return sorted(path.stem for path in (config_dir() / group).glob("*.yaml"))
+
+
+def default_groups(command: str) -> dict[str, str]:
+    """Groups of a command, those of a root YAML that it includes too, and the option chosen when none is named."""
+    groups: dict[str, str] = {}
+    for entry in _defaults(command):
+        if isinstance(entry, dict):
+            groups |= {group.removeprefix("override "): option for group, option in entry.items()}
+        elif entry != "_self_":
+            groups |= default_groups(entry)
+    return groups
+
+
+def key_of(override: str) -> str:
+    """The dotted key or the group that an override is about.
+
+    Raises:
+        ConfigError: it does not parse.
+    """
+    return str(_parse(override).key_or_group)
+
+
+def included_roots(command: str) -> list[str]:
+    """Names of the root YAMLs whose keys a command takes over before its own."""
+    return [entry for entry in _defaults(command) if isinstance(entry, str) and entry != "_self_"]
+
+
+def own_keys(command: str) -> list[str]:
+    """Top-level keys that a root YAML itself sets, those of its groups and of what it includes left out."""
+    return [key for key in _root(command) if key != "defaults"]
+
+
+def _defaults(command: str) -> list[str | dict[str, str]]:
+    return list(_root(command)["defaults"])
+
+
+def _root(command: str) -> dict[str, Any]:
+    values = yaml.safe_load((config_dir() / f"{command}.yaml").read_text(encoding="utf-8"))
+    return {str(key): value for key, value in values.items()}
+
+
+def _checked(command: str, overrides: Sequence[str], *, with_hydra: bool = False) -> DictConfig:
+    """Composes, and says in our words what Hydra refuses."""
+    groups = default_groups(command)
+    parsed = [_parse(text) for text in overrides]
+    for override in parsed:
+        _check_override(override, groups)
+    try:
+        return _compose(command, overrides, with_hydra=with_hydra)
+    except (HydraException, OmegaConfBaseException) as error:
+        _raise_unknown_key(command, groups, parsed)
+        raise ConfigError(_first_line(error)) from error
+
+
+def _compose(command: str, overrides: Sequence[str], *, with_hydra: bool = False) -> DictConfig:
+    with initialize_config_dir(str(config_dir()), version_base="1.3", job_name=command):
+        return hydra_compose(command, list(overrides), return_hydra_config=with_hydra)
+
+
+def _plain(config: DictConfig) -> dict[str, Any]:
+    values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    return {str(key): value for key, value in values.items()} if isinstance(values, dict) else {}
+
+
+def _parse(text: str) -> Override:
+    try:
+        override = OverridesParser.create().parse_override(text)
+        if not override.key_or_group:
+            raise HydraException("no key")
+        return override
+    except HydraException as error:
+        key, has_value, value = text.partition("=")
+        raise SyntaxOverrideError(
+            text,
+            f"{text}: is not an override; write key=value, a list as key=[a,b], and quote text that holds any of "
+            f",=:{{}}[]() like {quoted_override(key, value) if key and has_value else quoted_override('key', 'a,b')}",
+        ) from error
+
+
+def _check_override(override: Override, groups: Mapping[str, str]) -> None:
+    key = override.key_or_group
+    if override.is_sweep_override():
+        sweep = override.get_value_string()
+        raise ConfigError(
+            f"{key}: one run takes one value, is {sweep}; a list is {key}=[a,b], and text is quoted: "
+            f"{quoted_override(key, sweep)}"
+        )
+    if key == "hydra" or key.startswith(("hydra.", "hydra/")):
+        raise ConfigError(f"{key}: Hydra's own settings have no effect here; leave it out")
+    if override.package is not None:
+        raise ConfigError(f"{key}@{override.package}: packages cannot be renamed; write {key}=option")
+    if key not in groups:
+        _check_not_nested_group(override, groups)
+        return
+    names = options(key)
+    if override.is_add() or override.is_force_add() or override.is_delete():
+        choices = ", ".join(names)
+        raise ConfigError(f"{override.input_line}: a group has one option; write {key}=option with one of {choices}")
+    value = override.value()
+    if not isinstance(value, str) or value not in names:
+        text = override.get_value_string()
+        near = nearest(text, names)
+        others = "" if near.startswith("valid") else f" (options: {', '.join(names)})"
+        raise ConfigError(f"{key}: no option {text or 'without a name'}; {near}{others}")
+
+
+def _check_not_nested_group(override: Override, groups: Mapping[str, str]) -> None:
+    """Refuses a value for a whole group within a group, `optim.schedule=wsd`, which would replace its keys."""
+    key = override.key_or_group
+    group = key.replace(".", "/")
+    if group in groups:
+        text, names = override.get_value_string(), options(group)
+        hint = f"write {group}={text}" if text in names else nearest(text, names)
+        raise ConfigError(f"{key}: is a group of keys; {hint} (options: {', '.join(names)})")
+
+
+def _raise_unknown_key(command: str, groups: Mapping[str, str], parsed: Sequence[Override]) -> None:
+    """Names the first override whose key does not exist, with the nearest that does."""
+    choices = [override.input_line or "" for override in parsed if override.key_or_group in groups]
+    known = known_keys(command, tuple(choices), config_dir())
+    keys = [*known, *(group for group in groups if group not in known), CONFIG_ONLY]
+    for override in parsed:
+        key = override.key_or_group
+        if override.is_add() and key in known:
+            line = (override.input_line or "").lstrip("+")
+            raise ConfigError(f"+{key}: exists already, + adds a key that does not; nearest valid: {line}")
+        if key in groups or override.is_add() or override.is_force_add() or key in keys:
+            continue
+        elsewhere = _other_option(key)
+        if elsewhere is not None and _is_model_of_other_keys(key, known):
+            raise ConfigError(f"{key}: not among the keys of this model; to change it write +{override.input_line}")
+        if elsewhere is not None:
+            raise UnknownKeyError(f"{key}: unknown key here; it comes with {elsewhere}")
+        if key.lower() in keys:
+            raise ConfigError(f"{key}: unknown key, keys are lower case; nearest valid: {_lower(override, groups)}")
+        raise UnknownKeyError(f"{key}: unknown key; {nearest_key(key, keys)}")
+
+
+def _lower(override: Override, groups: Mapping[str, str]) -> str:
+    """An override with its key in lower case, and so its value if that is an option of a group."""
+    key, value = override.key_or_group.lower(), override.get_value_string()
+    is_option = key in groups and value.lower() in options(key)
+    return f"{key}={value.lower() if is_option else value}"
+
+
+def _other_option(key: str) -> str | None:
+    """Returns a choice that has the key, of the innermost group that its place names."""
+    parts = key.split(".")
+    for depth in range(len(parts) - 1, 0, -1):
+        group, rest = "/".join(parts[:depth]), ".".join(parts[depth:])
+        for option in options(group):
+            values = yaml.safe_load((config_dir() / group / f"{option}.yaml").read_text(encoding="utf-8"))
+            if rest in _dotted(values or {}):
+                return f"{group}={option}"
+    return None
+
+
+def _is_model_of_other_keys(key: str, known: Mapping[str, Any]) -> bool:
+    """Whether a key is one of a model whose own keys stand for all others."""
+    return key.startswith("model.") and "model.kind" in known
+
+
+def dotted_keys(values: object, prefix: str = "") -> Iterable[tuple[str, Any]]:
+    """Yields every key of nested dicts, dotted, with its value: that of a dict before those inside it."""
+    if isinstance(values, dict):
+        for key, value in values.items():
+            yield f"{prefix}{key}", value
+            yield from dotted_keys(value, f"{prefix}{key}.")
+
+
+@cache
+def known_keys(command: str, choices: tuple[str, ...], folder: Path) -> Mapping[str, Any]:
+    """Returns every dotted key of a command with its value.
+
+    Args:
+        command: name of a root YAML.
+        choices: overrides that choose options of groups.
+        folder: the folder of YAML values.
+    """
+    with initialize_config_dir(str(folder), version_base="1.3", job_name=command):
+        values = OmegaConf.to_container(hydra_compose(command, list(choices)), resolve=False)
+    return dict(dotted_keys(values))
+
+
+def _dotted(values: object) -> list[str]:
+    return [key for key, _ in dotted_keys(values)]
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,166 @@
+"""Plain values, as YAML gives them, to frozen dataclasses and back.
+
+Hydra's structured configs refuse Literals and unions, so Hydra composes plain YAML and this module
+checks every key and type once, by the dataclasses' own hints.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from launch.config.errors import ConfigError, UnknownKeyError, nearest, nearest_key
+
+T = TypeVar("T")
+
+
+def decode(cls: type[T], values: object, place: str = "") -> T:
+    """Builds a dataclass, and those nested in it, from a mapping.
+
+    Whole numbers pass for floats, and so does text such as `3e-4`, which YAML 1.1 does not read as a
+    number; nothing passes for an int or a bool but itself. An instance in the place of its mapping is
+    taken as it is. A dataclass with `from_plain` and `to_plain` reads and writes its own form, such as one text.
+
+    Args:
+        cls: a dataclass, or a union of dataclasses told apart by their field `kind`.
+        values: a mapping from field names to plain values.
+        place: dotted key of `values`, for errors.
+
+    Raises:
+        ConfigError: an unknown or missing key, a value of another type, a number that is not finite.
+    """
+    return _decode(cls, values, place)  # type: ignore[no-any-return]
+
+
+def encode(instance: object) -> Any:
+    """The plain values that `decode` builds `instance` from: dicts, lists, numbers, text, None."""
+    if hasattr(instance, "to_plain") and not isinstance(instance, type):
+        return instance.to_plain()
+    if is_dataclass(instance) and not isinstance(instance, type):
+        return {field.name: encode(getattr(instance, field.name)) for field in fields(instance)}
+    if isinstance(instance, tuple):
+        return [encode(item) for item in instance]
+    return instance
+
+
+def _decode(hint: Any, value: object, place: str) -> Any:
+    origin = get_origin(hint)
+    if origin in (Union, UnionType):
+        return _decode_union(get_args(hint), value, place)
+    if origin is Literal:
+        return _decode_choice(get_args(hint), value, place)
+    if origin is tuple:
+        return _decode_tuple(hint, value, place)
+    if is_dataclass(hint):
+        return _decode_dataclass(hint, value, place)
+    return _decode_scalar(hint, value, place)
+
+
+def _decode_dataclass(cls: Any, value: object, place: str) -> Any:
+    if isinstance(value, cls):
+        return value
+    if hasattr(cls, "from_plain"):
+        try:
+            return cls.from_plain(value)
+        except ValueError as error:
+            raise ConfigError(f"{place}: {error}") from error
+    values = _mapping(value, place)
+    hints = get_type_hints(cls)
+    names = [field.name for field in fields(cls)]
+    for key in values:
+        if key not in names:
+            path = _join(place, str(key))
+            raise UnknownKeyError(f"{path}: unknown key; {nearest_key(path, [_join(place, name) for name in names])}")
+    for name in names:
+        if name not in values:
+            raise ConfigError(f"{_join(place, name)}: missing; a value is needed ({_describe(hints[name])})")
+    return cls(**{name: _decode(hints[name], values[name], _join(place, name)) for name in names})
+
+
+def _decode_union(members: tuple[Any, ...], value: object, place: str) -> Any:
+    if value is None and NoneType in members:
+        return None
+    kept = [member for member in members if member is not NoneType]
+    if len(kept) == 1:
+        return _decode(kept[0], value, place)
+    for member in kept:
+        if isinstance(value, member):
+            return value
+    values = _mapping(value, place)
+    kinds = {kind: member for member in kept for kind in get_args(get_type_hints(member)["kind"])}
+    if "kind" not in values:
+        raise ConfigError(f"{_join(place, 'kind')}: missing; a value is needed (one of {', '.join(kinds)})")
+    chosen = _decode_choice(tuple(kinds), values["kind"], _join(place, "kind"))
+    own = {field.name for field in fields(kinds[chosen])}
+    for key in values:
+        owners = [kind for kind, member in kinds.items() if key in {field.name for field in fields(member)}]
+        if key not in own and owners:
+            raise ConfigError(
+                f"{_join(place, str(key))}: unknown key when {_join(place, 'kind')} is {chosen}; "
+                f"it belongs to kind {' or '.join(owners)}"
+            )
+    return _decode_dataclass(kinds[chosen], values, place)
+
+
+def _decode_choice(choices: tuple[Any, ...], value: object, place: str) -> Any:
+    for choice in choices:
+        if type(choice) is type(value) and choice == value:
+            return choice
+    names = [str(choice) for choice in choices]
+    raise ConfigError(f"{place}: must be one of {', '.join(names)}, is {value!r}; {nearest(str(value), names)}")
+
+
+def _decode_tuple(hint: Any, value: object, place: str) -> tuple[Any, ...]:
+    item_hint = get_args(hint)[0]
+    if not isinstance(value, (list, tuple)):
+        raise ConfigError(f"{place}: must be a list, is {value!r}; write {place}=[{value}]")
+    return tuple(_decode(item_hint, item, f"{place}[{index}]") for index, item in enumerate(value))
+
+
+def _decode_scalar(hint: Any, value: object, place: str) -> Any:
+    if hint is float:
+        return _decode_float(value, place)
+    if type(value) is hint:
+        return value
+    advice = ""
+    if hint is int and isinstance(value, float) and value.is_integer():
+        advice = f"; write {int(value)}"
+    elif hint is str and isinstance(value, (int, float)):
+        advice = f"; quote it to make it text: \"{place}='{value}'\""
+    raise ConfigError(f"{place}: must be {_describe(hint)}, is {value!r}{advice}")
+
+
+def _decode_float(value: object, place: str) -> float:
+    number = math.nan
+    if isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except (ValueError, OverflowError):
+            number = math.nan
+    if not math.isfinite(number):
+        raise ConfigError(f"{place}: must be a finite number, is {value!r}")
+    return number
+
+
+def _mapping(value: object, place: str) -> Mapping[Any, object]:
+    if isinstance(value, Mapping):
+        return value
+    raise ConfigError(f"{place or 'configuration'}: must hold keys and values, is {value!r}")
+
+
+def _describe(hint: Any) -> str:
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+    if hint in names:
+        return names[hint]
+    if get_origin(hint) is Literal:
+        return "one of " + ", ".join(str(choice) for choice in get_args(hint))
+    if get_origin(hint) is tuple:
+        return "a list"
+    if get_origin(hint) in (Union, UnionType) and NoneType in get_args(hint):
+        return " or ".join(_describe(member) for member in get_args(hint) if member is not NoneType) + ", or null"
+    return "a group of keys"
+
+
+def _join(place: str, key: str) -> str:
+    return f"{place}.{key}" if place else key

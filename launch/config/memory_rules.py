@@ -1,0 +1,156 @@
+"""Refuses a run that does not fit its devices, and finds the nearest change that does. No torch here."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+from launch.config.errors import ConfigError
+from model.config import RECOMPUTED
+from train.config import Fp8PrecisionConfig, PrecisionConfig, TrainConfig
+from train.memory import JobMemory, parts, predict_memory
+
+Rules = Callable[[TrainConfig], None]
+Change = tuple[str, TrainConfig]
+"""Overrides as a user writes them, and the configuration that they make."""
+
+_GB = 1e9
+
+
+def check_memory(config: TrainConfig, rules: Rules) -> None:
+    """Refuses a run whose predicted peak exceeds `cluster.memory_bytes`, if that is set.
+
+    Args:
+        config: of the run, which passes the rules.
+        rules: raises ValueError for a configuration that no run can follow; nearest choices must pass them.
+
+    Raises:
+        ConfigError: names the rank that needs most, its parts, and the nearest choice that fits.
+    """
+    room = config.cluster.memory_bytes
+    if room is None:
+        return
+    if config.cluster.memory_reserve_bytes >= room:
+        raise ConfigError(
+            f"cluster.memory_reserve_bytes: must be below cluster.memory_bytes={room}, "
+            f"is {config.cluster.memory_reserve_bytes}; nearest valid: {room // 20}"
+        )
+    job = predict_memory(config)
+    worst = job.worst
+    if worst.total > room:
+        need, have = _rounded(worst.total, room)
+        raise ConfigError(
+            f"memory: rank {worst.pipeline_rank} needs {need} GB of {have}{_batch(config, job)} ({parts(worst)}); "
+            f"nearest: {_nearest(config, rules, room)}"
+        )
+
+
+def _nearest(config: TrainConfig, rules: Rules, room: int) -> str:
+    """Returns the first change that fits; if none does, the one that comes closest."""
+    closest: tuple[int, str] | None = None
+    for text, changed in _changes(config):
+        try:
+            rules(changed)
+            total = predict_memory(changed).worst.total
+        except ValueError:
+            continue
+        if total <= room:
+            return text
+        if closest is None or total < closest[0]:
+            closest = total, text
+    if closest is None:
+        return "a larger cluster.memory_bytes, or a smaller model"
+    return f"none; closest {closest[1]}, which needs {closest[0] / _GB:.1f} GB"
+
+
+def _changes(config: TrainConfig) -> Iterator[Change]:
+    """Yields single changes, what costs least first, then the cheap ones together with more ranks."""
+    yield from _micro_batches(config)
+    yield from _recomputation(config)
+    yield from _moments(config)
+    yield from _ramp(config)
+    yield from _ranks(config)
+    yield from _precision(config)
+    for text, cheap in _cheapest(config):
+        yield from ((f"{text} {more}", changed) for more, changed in (*_ranks(cheap), *_precision(cheap)))
+
+
+def _micro_batches(config: TrainConfig) -> Iterator[Change]:
+    stage = config.stage
+    for size in range(stage.micro_batch_sequences - 1, 0, -1):
+        if stage.micro_batch_sequences % size == 0:
+            changed = replace(config, stage=replace(stage, micro_batch_sequences=size))
+            yield f"stage.micro_batch_sequences={size}", changed
+
+
+def _recomputation(config: TrainConfig) -> Iterator[Change]:
+    if set(config.recompute) != set(RECOMPUTED):
+        yield f"recompute=[{','.join(RECOMPUTED)}]", replace(config, recompute=RECOMPUTED)
+
+
+def _moments(config: TrainConfig) -> Iterator[Change]:
+    if config.optim.moments == "float32":
+        yield "optim.moments=bf16", replace(config, optim=replace(config.optim, moments="bf16"))
+    if config.optim.sharding == "replicated" and config.parallelism.world_size > 1:
+        yield "optim.sharding=zero1", replace(config, optim=replace(config.optim, sharding="zero1"))
+
+
+def _ramp(config: TrainConfig) -> Iterator[Change]:
+    """Yields a ramp whose first step has two micro-batches for each rank: with fewer, W waits longer."""
+    ramp, stage, parallelism = config.stage.batch_ramp, config.stage, config.parallelism
+    start = 2 * parallelism.pipeline * parallelism.data * stage.micro_batch_sequences
+    if ramp is not None and ramp.start_sequences < start < stage.global_batch_sequences:
+        changed = replace(config, stage=replace(stage, batch_ramp=replace(ramp, start_sequences=start)))
+        yield f"stage.batch_ramp.start_sequences={start}", changed
+
+
+def _ranks(config: TrainConfig) -> Iterator[Change]:
+    """Yields layouts with twice and four times the ranks along an axis."""
+    mesh = config.parallelism
+    for times in (2, 4):
+        if mesh.data % (mesh.expert * times) == 0:
+            changed = replace(config, parallelism=replace(mesh, expert=mesh.expert * times))
+            yield f"parallelism.expert={mesh.expert * times}", changed
+    for times in (2, 4):
+        changed = replace(config, parallelism=replace(mesh, pipeline=mesh.pipeline * times))
+        yield f"parallelism.pipeline={mesh.pipeline * times}", changed
+    for times in (2, 4):
+        larger = replace(mesh, data=mesh.data * times, expert=mesh.expert * times)
+        yield (
+            f"parallelism.data={larger.data} parallelism.expert={larger.expert}",
+            replace(config, parallelism=larger),
+        )
+
+
+def _precision(config: TrainConfig) -> Iterator[Change]:
+    optim = replace(config.optim, sharding="zero1")
+    if config.precision.kind in ("float64", "float32"):
+        yield "precision=bf16", replace(config, precision=PrecisionConfig(kind="bf16"), optim=optim)
+    if config.precision.kind != "fp8":
+        fp8 = Fp8PrecisionConfig(kind="fp8", scales="float32")
+        yield "precision=fp8", replace(config, precision=fp8, recompute=RECOMPUTED, optim=optim)
+
+
+def _cheapest(config: TrainConfig) -> list[Change]:
+    """Returns the smallest micro-batches with everything recomputed: what needs least without more ranks."""
+    texts, changed = list[str](), config
+    for changes in (_micro_batches, _recomputation):
+        for text, tried in list(changes(changed))[-1:]:
+            texts.append(text)
+            changed = tried
+    return [(" ".join(texts), changed)] if texts else []
+
+
+def _batch(config: TrainConfig, job: JobMemory) -> str:
+    """Returns which size of a batch ramp it is, if not the last."""
+    if job.num_micro_batches == config.num_micro_batches:
+        return ""
+    sequences = job.num_micro_batches * config.parallelism.data * config.stage.micro_batch_sequences
+    return f" in steps of {sequences:,} sequences"
+
+
+def _rounded(need: int, room: int) -> tuple[str, str]:
+    """Returns both sizes in GB, with enough digits to differ."""
+    for digits in range(1, 9):
+        shown = f"{need / _GB:.{digits}f}", f"{room / _GB:.{digits}f}"
+        if shown[0] != shown[1]:
+            return shown
+    return str(need / _GB), str(room / _GB)

@@ -1,0 +1,249 @@
+"""A job's ranks as processes of this machine, through torch's elastic launcher.
+
+A fork server imports the heavy modules while the parent still prepares data, and every rank is a fork
+of it: ranks start in tenths of a second instead of seconds.
+"""
+
+import logging
+import multiprocessing
+import os
+import secrets
+import signal
+import sys
+import threading
+import time
+import traceback
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from datetime import datetime
+from multiprocessing import connection, forkserver, process, resource_tracker
+from pathlib import Path
+
+from comm.config import ClusterConfig
+from comm.preemption import SIGNALS, Preemption, handled_signals
+from comm.watchdog.job_key import KEY_VARIABLE
+from comm.watchdog.membership import STORE_FILE_VARIABLE
+from launch.command import EXIT_CONFIGURATION, user_errors
+from launch.config.errors import ConfigError
+from launch.ranks.environment import apply_rank_environment
+from launch.ranks.rank_check import RankCheck, VanishedError, write_pid_file
+from launch.ranks.rank_failure import report_failure, report_vanished, say
+from launch.ranks.run_folder import claim_folder, read_folder
+from launch.ranks.scratch import scratch_folder
+from launch.ranks.supervisor import Keeper
+from train.checkpoint.locate import AUTO
+from train.config import TrainConfig
+from train.errors import VERDICT_CODES, LastWord, error_path, write_error
+from train.records.events import append_event
+from train.records.status import read_status, write_end
+from train.records.terminal import guard_terminal
+
+Entry = Callable[[TrainConfig], int]
+"""What a rank does; gives its exit code. A function of a module, as ranks find it by its name."""
+
+# Longer than the launcher's look at its ranks, so that a rank killed by a signal is seen before those that
+# only lost their connection to it.
+_NOTICE_SECONDS = 1.0
+_WAITING = {signal.SIGINT, *SIGNALS}
+# By which the elastic launcher ends all ranks at once; SIGTERM where nobody hands it on to them.
+_ENDING = ("SIGINT", "SIGQUIT") if hasattr(os, "pidfd_open") else ("SIGINT", "SIGQUIT", "SIGTERM")
+_CALM_LOGGERS = (
+    "torch.distributed.elastic.agent.server.api",
+    "torch.distributed.elastic.agent.server.local_elastic_agent",
+    "torch.distributed.elastic.multiprocessing.api",
+    "torch.multiprocessing.spawn",
+)
+
+
+def preload_modules(cluster: ClusterConfig) -> list[str]:
+    """Modules that every rank needs and that are slow to import, in this order."""
+    # Not launch.train itself: ranks run it again under another name, to find what they do.
+    modules = ["torch", "train.run", "launch.config.compose", "launch.ranks.local"]
+    # With CUDA, DeepSpeed is left to the ranks: what it touches at import must not happen before the fork.
+    # The last is imported by its first step: in every rank at once, which took 7 s with 8 ranks on two cores.
+    deepspeed = ["deepspeed.runtime.zero.stage_1_and_2", "deepspeed.runtime.zero.muon.muon_optimizer"]
+    return [*modules, *deepspeed] if cluster.device == "cpu" else modules
+
+
+def start_fork_server(cluster: ClusterConfig, modules: Sequence[str]) -> None:
+    """Starts the process that ranks are forked from; returns at once, it imports `modules` by itself.
+
+    Call it before this process imports torch, so that both import at the same time.
+
+    Args:
+        cluster: for the environment that the modules are imported under.
+        modules: to import; one that does not exist is passed over.
+    """
+    apply_rank_environment(cluster)
+    multiprocessing.set_forkserver_preload(list(modules))
+    # Ctrl-C reaches every process of the terminal, and a scheduler may ask all processes of a job to make room:
+    # blocked here, a signal waits until a rank can heed it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _WAITING)
+    try:
+        resource_tracker.ensure_running()  # lets go of SIGINT and SIGTERM, which it ignores
+        signal.pthread_sigmask(signal.SIG_BLOCK, _WAITING)
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _WAITING)
+
+
+def stop_fork_server() -> None:
+    """Ends the process that ranks are forked from, even amid its imports. Its ranks must have ended."""
+    pid = getattr(forkserver._forkserver, "_forkserver_pid", None)
+    if pid is not None:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def run_ranks(folder: Path, world_size: int, entry: Entry) -> int:
+    """Runs a job's ranks to their end. None of them outlives this call, or this process.
+
+    SIGTERM, SIGUSR1 and SIGHUP ask the ranks to make room, for which they have `cluster.grace_seconds`. Where a rank is
+    lost or does not come, all start again as often as `cluster.max_restarts` says, from the newest whole checkpoint.
+
+    Args:
+        folder: of the run: ranks read `config.yaml` there and leave `log/rank_*.error.log` when they fail.
+        world_size: ranks to start.
+        entry: what each rank does.
+
+    Returns:
+        The exit code: a rank's own, 78 when a rank was ended by a signal, 128 + n when this process was by signal n, or
+        was to be and the ranks did not come to an end in time.
+    """
+    config, request = read_folder(folder), Preemption()
+    with _heeded(request):
+        for restart in range(config.cluster.max_restarts + 1):
+            code, reason = _run_once(folder, world_size, entry, config.cluster, request)
+            if code not in VERDICT_CODES or request.is_asked or restart == config.cluster.max_restarts:
+                break
+            try:
+                _start_again(folder, config, restart + 1, code, reason)
+            except (OSError, ConfigError) as error:
+                say(f"error: ranks do not start again: {error}")
+                break
+    _write_status(folder, code, reason)
+    return code
+
+
+def _start_again(folder: Path, config: TrainConfig, restart: int, code: int, reason: str) -> None:
+    """Notes it, and has the next life of the ranks go on by itself."""
+    known = read_status(folder)
+    append_event(folder, "restarted", 0 if known is None else known.step, reason, restart=restart, exit_code=code)
+    say(f"all ranks start again ({restart} of {config.cluster.max_restarts}), from the newest checkpoint")
+    claim_folder(replace(config, resume=AUTO), datetime.now())
+
+
+def _run_once(
+    folder: Path, world_size: int, entry: Entry, cluster: ClusterConfig, request: Preemption
+) -> tuple[int, str]:
+    """One life of all ranks: its exit code, and why it is not 0 as far as ranks have not said so themselves."""
+    for stale in (folder / "log").glob("rank_*.error.log"):
+        stale.unlink()
+    try:
+        with scratch_folder() as scratch:
+            keeper = Keeper(folder, scratch, request, cluster.grace_seconds)
+            with keeper.keeping():
+                code, reason = _run_elastic(folder, world_size, entry, keeper, request)
+    finally:
+        for child in multiprocessing.active_children():
+            child.kill()
+    if keeper.is_out_of_patience:
+        reason = f"{request.signal_name} came, and ranks did not end within {cluster.grace_seconds:g} s"
+        return 128 + signal.Signals[request.signal_name], reason
+    return code, reason
+
+
+@contextmanager
+def _heeded(request: Preemption) -> Iterator[None]:
+    """Meanwhile, requests to make room go there."""
+    plain = {number: signal.signal(number, request) for number in handled_signals()}
+    try:
+        yield
+    finally:
+        for number, handler in plain.items():
+            signal.signal(number, handler)
+
+
+def _write_status(folder: Path, code: int, reason: str) -> None:
+    """What the ranks did not write themselves: all ends that took one of them by surprise."""
+    known = read_status(folder)
+    if code and (known is None or known.exit_code != code):
+        # On a full disk there is no room for it: the exit code tells.
+        with suppress(OSError):
+            write_end(folder, "lost" if code in VERDICT_CODES else "stopped", code, reason)
+
+
+def _run_elastic(folder: Path, world_size: int, entry: Entry, keeper: Keeper, request: Preemption) -> tuple[int, str]:
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    from comm.local_rendezvous import BACKEND, register_private_rendezvous
+
+    register_private_rendezvous()
+    for name in _CALM_LOGGERS:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    launch = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=world_size,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend=BACKEND,
+        rdzv_configs={"check_ranks": RankCheck(world_size, keeper)},
+        local_addr="localhost",
+        max_restarts=0,
+        start_method="forkserver",
+        logs_specs=DefaultLogsSpecs(log_dir=str(keeper.scratch)),
+        signals_to_handle=",".join(_ENDING),
+    )
+    # Arguments reach the ranks through the fork server's pipe, so no other process can see the key.
+    key = secrets.token_hex(32)
+    try:
+        codes = elastic_launch(launch, _rank)(entry, str(folder), str(keeper.scratch), key)
+    except VanishedError as vanished:
+        return report_vanished(folder, str(vanished))
+    except SignalException as ended:
+        return 128 + int(ended.sigval), f"ended by {ended.sigval.name}"
+    except ChildFailedError as failed:
+        rank, failure = failed.get_first_failure()
+        return report_failure(folder, rank, int(failure.exitcode), request)
+    return next((code for _, code in sorted(codes.items()) if code), 0), ""
+
+
+def _rank(entry: Entry, folder: str, scratch: str, key: str) -> int:
+    """The life of one rank. Runs in a fork of the fork server."""
+    guard_terminal()
+    write_pid_file(Path(scratch), os.getpid(), int(os.environ["RANK"]))
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    Preemption.of_process()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _WAITING)
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    # Ranks only talk among themselves, whatever this machine's name resolves to, and whatever a cluster's profile sets.
+    interface = "lo0" if sys.platform == "darwin" else "lo"  # the key leaves the environment before the run begins
+    os.environ |= {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
+    os.environ |= {KEY_VARIABLE: key, STORE_FILE_VARIABLE: str(Path(scratch) / "store")}
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        return entry(read_folder(Path(folder)))
+    except Exception as error:
+        code = EXIT_CONFIGURATION if isinstance(error, user_errors()) else 1
+        text = str(error) if code == EXIT_CONFIGURATION else f"{type(error).__name__}: {error}"
+        first_line = next(iter(text.splitlines()), type(error).__name__)
+        rank, details = int(os.environ["RANK"]), "".join(traceback.format_exception(error))
+        try:
+            write_error(error_path(Path(folder), rank), LastWord(first_line, code), details)
+        except OSError as unwritten:  # a full disk, it may be, is what the error was about
+            say(f"rank {rank}: {first_line}", f"{details}which cannot be written: {unwritten}")
+        time.sleep(_NOTICE_SECONDS)
+        sys.exit(code)
+
+
+def _die_with_parent() -> None:
+    """Ends this rank when the launcher is gone, even one that was killed: the fork server would keep it alive."""
+    parent = process.parent_process()
+    if parent is not None:
+        connection.wait([parent.sentinel])
+        os.kill(os.getpid(), signal.SIGKILL)

@@ -1,0 +1,118 @@
+"""Whether this machine can run the ranks that are about to start on it. Nothing here initialises CUDA.
+
+The cheap evidence comes first: a machine without a driver, and a torch without CUDA, are found without importing torch.
+"""
+
+import ctypes
+import os
+import re
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+
+from launch.config.errors import ConfigError
+from train.config import TrainConfig
+
+_DRIVERS = ("libcuda.so.1", "nvcuda.dll")
+_NO_GPU = "nearest valid: cluster=laptop, or config_only=true to check the configuration alone"
+
+
+class MachineError(ConfigError):
+    """A machine that cannot run the ranks of a valid configuration. Each node reports its own."""
+
+
+def has_driver(libraries: Sequence[str] = _DRIVERS) -> bool:
+    """Returns whether NVIDIA's driver is installed.
+
+    Args:
+        libraries: names of the driver's library; one is enough.
+    """
+    return any(_loads(library) for library in libraries)
+
+
+def torch_has_cuda() -> bool:
+    """Returns whether the installed torch was built with CUDA, from its version file."""
+    spec = find_spec("torch")
+    places = spec.submodule_search_locations if spec is not None else None
+    for place in places or ():
+        text = (Path(place) / "version.py").read_text(encoding="utf-8")
+        return re.search(r"^cuda\b[^=]*=\s*['\"]", text, re.MULTILINE) is not None
+    return False
+
+
+def check_driver(device: str, key: str, advice: str = _NO_GPU) -> None:
+    """Refuses the device cuda on a machine without a driver, or under a torch without CUDA. Costs milliseconds.
+
+    Args:
+        device: cpu or cuda.
+        key: of the configuration that names it.
+        advice: the end of the error.
+
+    Raises:
+        MachineError: names the rule and the value.
+    """
+    if device != "cuda":
+        return
+    if not has_driver():
+        raise MachineError(f"{key}: cuda needs a GPU and NVIDIA's driver, this machine has none, is cuda; {advice}")
+    if not torch_has_cuda():
+        raise MachineError(
+            f"{key}: cuda needs a torch that was built with CUDA, torch {version('torch')} was not, is cuda; {advice}"
+        )
+
+
+def check_gpus(config: TrainConfig, num_local_ranks: int) -> None:
+    """Refuses fewer visible GPUs than the ranks of this machine need, and a torch without NCCL. Imports torch.
+
+    Args:
+        config: of the run; its environment has been applied.
+        num_local_ranks: ranks that run on this machine.
+
+    Raises:
+        MachineError: names the rule, the value and the nearest valid one.
+    """
+    cluster = config.cluster
+    if cluster.device != "cuda":
+        return
+    import torch
+
+    seen, found = os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.device_count()
+    where = "this machine has" if seen is None else f"CUDA_VISIBLE_DEVICES={seen} shows"
+    if found == 0:
+        raise MachineError(f"cluster.device: cuda needs a GPU, {where} none, is cuda; {_NO_GPU}")
+    if cluster.backend != "nccl":
+        return
+    if num_local_ranks > found:
+        raise MachineError(
+            f"cluster.backend: nccl needs a GPU for each of the {num_local_ranks} ranks of this machine "
+            f"(parallelism.pipeline={config.parallelism.pipeline} x data={config.parallelism.data} in all), "
+            f"{where} {found}, is nccl; nearest valid: {found} ranks, cluster=one_gpu, or torchrun on several machines"
+        )
+    if not torch.distributed.is_nccl_available():
+        raise MachineError(
+            f"cluster.backend: nccl must be part of torch, torch {torch.__version__} on {sys.platform} has none, "
+            f"is nccl; nearest valid: cluster.backend=gloo"
+        )
+
+
+def check_packages(config: TrainConfig) -> None:
+    """Refuses an attention whose package is not installed here.
+
+    Raises:
+        MachineError: names the package.
+    """
+    if config.attention == "flash_attention" and find_spec("flash_attn") is None:
+        raise MachineError(
+            "attention: flash_attention needs the package flash_attn, which is not installed, is flash_attention; "
+            "nearest valid: attention=auto"
+        )
+
+
+def _loads(library: str) -> bool:
+    try:
+        ctypes.CDLL(library)
+    except OSError:
+        return False
+    return True

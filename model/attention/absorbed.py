@@ -1,0 +1,124 @@
+"""Multi-head latent attention over the latent cache: absorbed for decoding, expanded for reading a prompt.
+
+Absorbed, the keys' up-projection moves to the queries and the values' behind the mixing, so that every head reads
+the same cached latent and no key or value is ever made (arXiv:2405.04434, section 2.1.2; arXiv:2412.19437, 2.1.1).
+
+Shape legend: B sequences, S new tokens of each, N new tokens of all, T positions, D hidden size, H heads,
+C values per token in the cache, P rotated pairs, Q query values per head, L latent size, R rotated values.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from model.attention.mla import LatentAttention
+from model.config import ModelConfig
+from model.precision.dtypes import widen
+from model.rope import rotate, softmax_scale
+
+
+@dataclass(frozen=True, slots=True)
+class Rotation:
+    """cos and sin of each new token's position, NP each."""
+
+    cos_NP: Tensor
+    sin_NP: Tensor
+
+    def turn(self, x_NHR: Tensor) -> Tensor:
+        """Every head of every token turned by the token's position; same shape and type."""
+        return rotate(x_NHR[None], self.cos_NP, self.sin_NP)[0]
+
+
+def latent_rows(attention: LatentAttention, config: ModelConfig, x_ND: Tensor, rotation: Rotation) -> Tensor:
+    """What the cache keeps of each token: normalised latent and rotated shared key, NC."""
+    both_NC = functional.linear(x_ND, attention.kv_a_proj_with_mqa.weight)
+    latent_NL, key_NR = both_NC.split([config.kv_lora_rank, config.qk_rope_head_dim], -1)
+    return torch.cat((attention.kv_a_layernorm(latent_NL), rotation.turn(key_NR[:, None])[:, 0]), -1)
+
+
+def absorbed(
+    attention: LatentAttention,
+    config: ModelConfig,
+    x_ND: Tensor,
+    rotation: Rotation,
+    cached_BTC: Tensor,
+    future_BST: Tensor | None,
+) -> Tensor:
+    """Attention of S new tokens of each sequence over the cache, which already holds them: ND.
+
+    Args:
+        attention: whose weights are read.
+        config: of the model.
+        x_ND: normalised hidden states, N = B S, sequence by sequence.
+        rotation: of the new tokens' positions.
+        cached_BTC: the layer's cache.
+        future_BST: true where a token must not look; None where every position is seen by every token.
+    """
+    num_sequences, num_heads, rank = len(cached_BTC), config.num_heads, config.kv_lora_rank
+    up_HKL = attention.kv_b_proj.weight.view(num_heads, -1, rank)
+    key_up_HKL, value_up_HVL = up_HKL.split([config.qk_nope_head_dim, config.v_head_dim], 1)
+    plain_NHK, rope_NHR = _query(attention, config, x_ND, rotation)
+    latent_HNL = torch.bmm(plain_NHK.transpose(0, 1), key_up_HKL)
+    query_HNC = torch.cat((latent_HNL, rope_NHR.transpose(0, 1)), -1) * softmax_scale(config)
+    query_BMC = query_HNC.view(num_heads, num_sequences, -1, query_HNC.shape[-1]).transpose(0, 1).flatten(1, 2)
+    scores_BHST = widen(torch.bmm(query_BMC, cached_BTC.transpose(1, 2))).unflatten(1, (num_heads, -1))
+    if future_BST is not None:
+        scores_BHST = scores_BHST.masked_fill(future_BST[:, None], -torch.inf)
+    weights_BMT = scores_BHST.softmax(-1).to(x_ND.dtype).flatten(1, 2)
+    mixed_BHSL = torch.bmm(weights_BMT, cached_BTC[..., :rank]).unflatten(1, (num_heads, -1))
+    mixed_HNL = mixed_BHSL.transpose(0, 1).flatten(1, 2)
+    out_HNV = torch.bmm(mixed_HNL, value_up_HVL.transpose(1, 2))
+    return functional.linear(out_HNV.transpose(0, 1).flatten(1), attention.o_proj.weight)
+
+
+def expanded(
+    attention: LatentAttention,
+    config: ModelConfig,
+    x_ND: Tensor,
+    rotation: Rotation,
+    cached_NC: Tensor,
+    counts: Sequence[int],
+) -> Tensor:
+    """Causal attention within each of several prompts that lie one after the other: ND.
+
+    Args:
+        attention: whose weights are read.
+        config: of the model.
+        x_ND: normalised hidden states of all prompts.
+        rotation: of their positions.
+        cached_NC: what `latent_rows` gave for them.
+        counts: tokens of each prompt; they sum to N.
+    """
+    latent_NL, shared_NR = cached_NC.split([config.kv_lora_rank, config.qk_rope_head_dim], -1)
+    up_NHK = functional.linear(latent_NL, attention.kv_b_proj.weight).unflatten(-1, (config.num_heads, -1))
+    key_NHK, value_NHV = up_NHK.split([config.qk_nope_head_dim, config.v_head_dim], -1)
+    key_NHQ = torch.cat((key_NHK, shared_NR[:, None].expand(-1, config.num_heads, -1)), -1)
+    query_NHQ = torch.cat(_query(attention, config, x_ND, rotation), -1)
+    # Flash kernels want heads of one size: zeros in the values' place add zeros to what is cut off again.
+    padding = config.qk_head_dim - config.v_head_dim
+    value_NHV = functional.pad(value_NHV, (0, padding)) if padding > 0 else value_NHV
+    mixed, first = [], 0
+    for count in counts:
+        own = slice(first, first + count)
+        query_1HTQ, key_1HTQ, value_1HTV = (x[own].transpose(0, 1)[None] for x in (query_NHQ, key_NHQ, value_NHV))
+        mixed_1HTV = functional.scaled_dot_product_attention(
+            query_1HTQ, key_1HTQ, value_1HTV, is_causal=True, scale=softmax_scale(config)
+        )
+        mixed.append(mixed_1HTV[0, ..., : config.v_head_dim].transpose(0, 1).flatten(1))
+        first += count
+    return functional.linear(torch.cat(mixed), attention.o_proj.weight)
+
+
+def _query(attention: LatentAttention, config: ModelConfig, x_ND: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+    """Each head's part without position, and its rotated part."""
+    if config.q_lora_rank is None:
+        query = functional.linear(x_ND, attention.q_proj.weight)
+    else:
+        low = attention.q_a_layernorm(functional.linear(x_ND, attention.q_a_proj.weight))
+        query = functional.linear(low, attention.q_b_proj.weight)
+    query_NHQ = query.unflatten(-1, (config.num_heads, config.qk_head_dim))
+    plain_NHK, rope_NHR = query_NHQ.split([config.qk_nope_head_dim, config.qk_rope_head_dim], -1)
+    return plain_NHK, rotation.turn(rope_NHR)

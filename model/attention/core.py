@@ -1,0 +1,193 @@
+"""The inside of latent attention as one differentiable step that keeps latents, and not queries, keys and values.
+
+Source: arXiv:2412.19437, sections 2.1.1 and 3.2.3. Shape legend: as in model/attention/projections.py. W is the size of
+a value for the kernel. If the kernel wants queries, keys and values of one width, narrower ones are padded with zeros.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from kernels.attention.implementations import attention, attention_for, values_as_wide_as_keys
+from model.attention.projections import Ends, LatentWeights, Mixing, PlainEnds
+from model.precision.fp8.latents import Fp8Ends
+from model.rope import rotate, rotate_
+
+Heads = tuple[Tensor, Tensor, Tensor]
+"""Queries, keys and values: BTHQ, BTHQ, BTHW."""
+
+
+def mix(x_BTD: Tensor, compressed_BTX: Tensor, weights: LatentWeights, mixing: Mixing) -> Tensor:
+    """x + attention, from compressed queries, keys and values.
+
+    Args:
+        x_BTD: the residual.
+        compressed_BTX: compressed query before its norm, or whole queries before rotation (R); compressed keys and
+            values before their norm, then the shared key before rotation (C).
+        weights: see there.
+        mixing: see there.
+
+    Returns:
+        BTD.
+    """
+    out: Tensor = _Mix.apply(x_BTD, compressed_BTX, mixing, *weights)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Mix(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, compressed: Tensor, mixing: Mixing, *given: Tensor | None) -> Tensor:
+        weights = LatentWeights(*given)  # type: ignore[arg-type]
+        compress = PlainEnds if mixing.maps is None else Fp8Ends.compress
+        ends: Ends = compress(compressed, weights, mixing)
+        kernel = _Kernel(compressed, mixing)
+        heads = kernel.fill(ends, None)
+        is_freed = mixing.records and ends.frees_heads
+        with torch.enable_grad() if mixing.records else torch.no_grad(), _unseen() if is_freed else nullcontext():
+            leaves = [tensor.requires_grad_(mixing.records) for tensor in heads]
+            mixed_BHTW = kernel.attend(*leaves)
+        head_bytes = [_free(tensor) for tensor in heads] if is_freed else []
+        out_ND = ends.add(x.flatten(0, 1), kernel.rows(mixed_BHTW.detach()))
+        if mixing.records:
+            ctx.mixing, ctx.shape, ctx.heads, ctx.mixed = mixing, compressed.shape, heads, mixed_BHTW
+            ctx.save_for_backward(*given, *ends.saved(mixed_BHTW.detach()))
+            ctx.head_bytes, ctx.mixed_bytes = head_bytes, _free(mixed_BHTW) if ends.frees_mixed else 0
+        return out_ND.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_BTD,) = grads
+        if ctx.mixed is None:
+            raise RuntimeError("attention: a second backward of one forward, whose queries, keys and values are gone")
+        mixing: Mixing = ctx.mixing
+        saved = ctx.saved_tensors
+        weights, kept = LatentWeights(*saved[:5]), saved[5:]
+        grad_BTX = grad_BTD.new_empty(ctx.shape)
+        kernel = _Kernel(grad_BTX, mixing)
+        ends: Ends
+        if mixing.maps is None:
+            ends = PlainEnds.restore((kept[0], kernel.rows(kept[1]), *kept[2:]), weights, mixing)
+        else:
+            ends = Fp8Ends.restore(kept, weights, mixing)
+        grad_NV, grad_out = ends.add_backward(grad_BTD.flatten(0, 1))
+        if ctx.head_bytes:
+            for tensor, size in zip(ctx.heads, ctx.head_bytes, strict=True):
+                _allocate_again(tensor, size)
+            kernel.fill(ends, tuple(tensor.data for tensor in ctx.heads))
+        if ends.frees_mixed:
+            _allocate_again(ctx.mixed, ctx.mixed_bytes)
+            kernel.fill_mixed(ends.mixed(), ctx.mixed.data)
+        grad_heads = torch.autograd.grad(ctx.mixed, ctx.heads, kernel.pad(grad_NV))
+        ctx.heads = ctx.mixed = None
+        out_BTR, out_BTL, out_key = mixing.split(grad_BTX)
+        grad_query_weights = ends.queries_backward(kernel.query_gradient(grad_heads[0]), out_BTR)
+        grad_NE = kernel.key_gradient(grad_heads[1], grad_heads[2], out_key)
+        grad_latent_weights = ends.keys_and_values_backward(grad_NE, out_BTL)
+        return grad_BTD, grad_BTX, None, *grad_query_weights, *grad_latent_weights, grad_out
+
+
+def _free(tensor: Tensor) -> int:
+    """Gives up a tensor's memory; how many bytes that were."""
+    storage = tensor.untyped_storage()
+    size = storage.nbytes()
+    storage.resize_(0)
+    return size
+
+
+def _allocate_again(tensor: Tensor, size: int) -> None:
+    """Memory of `size` bytes for a tensor that gave it up: zeros where it is more than the tensor's own numbers."""
+    storage = tensor.untyped_storage()
+    storage.resize_(size)
+    if size > tensor.numel() * tensor.element_size():
+        tensor.new_empty(0, dtype=torch.uint8).set_(storage).zero_()
+
+
+def _unseen() -> AbstractContextManager[None]:
+    """What is saved in here is freed and filled again by hand: hooks around the model must not copy it.
+
+    An output that is saved as it is would hold the graph that saves it, for ever if no backward comes.
+    """
+    return saved_tensors_hooks(torch.detach, lambda tensor: tensor)
+
+
+class _Kernel:
+    """Queries, keys and values as the kernel for attention wants them, and what it gives, as rows of all heads."""
+
+    def __init__(self, like_BTX: Tensor, mixing: Mixing) -> None:
+        """like_BTX: of the compressed values' shape, type and device."""
+        self._mixing, self._shape, self._like = mixing, mixing.shape, like_BTX
+        kind = attention_for(mixing.computing.attention, like_BTX.device, like_BTX.dtype, mixing.documents is not None)
+        self._attention = attention(kind)
+        size, value = self._shape.nope + self._shape.rope, self._shape.value
+        is_padded = values_as_wide_as_keys(kind, like_BTX.device)
+        self._widths = (max(size, value),) * 2 if is_padded else (size, value)
+
+    def fill(self, ends: Ends, into: Heads | None) -> Heads:
+        """Queries, keys and values; into given memory if any."""
+        shape, (cos, sin) = self._shape, self._mixing.rotation
+        heads = self._allocate() if into is None else into
+        query, key, value = heads
+        size = shape.nope + shape.rope
+        if size == query.shape[-1]:
+            ends.queries(query.flatten(0, 1).flatten(1))
+        else:
+            plain = query.new_empty(*query.shape[:3], size)
+            ends.queries(plain.flatten(0, 1).flatten(1))
+            query[..., :size] = plain
+        rotate_(query[..., shape.nope : size], cos, sin)
+        expanded = ends.keys_and_values().view(*query.shape[:3], shape.nope + shape.value)
+        key[..., : shape.nope] = expanded[..., : shape.nope]
+        key[..., shape.nope : size] = rotate(ends.shared_key()[:, :, None], cos, sin)
+        value[..., : shape.value] = expanded[..., shape.nope :]
+        for padded, used in ((query, size), (key, size), (value, shape.value)):
+            padded[..., used:] = 0
+        return heads
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """BHTW."""
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        return self._attention(query, key, value, self._shape.scale, self._mixing.documents)
+
+    def rows(self, mixed_BHTW: Tensor) -> Tensor:
+        """All heads of a token side by side, NV."""
+        return mixed_BHTW.transpose(1, 2)[..., : self._shape.value].flatten(2).flatten(0, 1)
+
+    def fill_mixed(self, rows_NV: Tensor, mixed_BHTW: Tensor) -> None:
+        """The inverse of `rows`, into given memory."""
+        mixed_BTHW, value = mixed_BHTW.transpose(1, 2), self._shape.value
+        mixed_BTHW[..., :value] = rows_NV.view(*mixed_BTHW.shape[:3], value)
+        mixed_BTHW[..., value:] = 0
+
+    def pad(self, rows_NV: Tensor) -> Tensor:
+        """The inverse of `rows`, for gradients; BHTW."""
+        value = self._shape.value
+        rows_BTHV = rows_NV.view(*self._like.shape[:2], self._shape.num_heads, value)
+        if self._widths[1] == value:
+            return rows_BTHV.transpose(1, 2)
+        padded = rows_NV.new_zeros(*rows_BTHV.shape[:3], self._widths[1])
+        padded[..., :value] = rows_BTHV
+        return padded.transpose(1, 2)
+
+    def query_gradient(self, grad_BTHQ: Tensor) -> Tensor:
+        """The gradient of queries before rotation, [N, H Q]."""
+        shape, (cos, sin) = self._shape, self._mixing.rotation
+        grad_BTHQ = grad_BTHQ[..., : shape.nope + shape.rope]
+        rotate_(grad_BTHQ[..., shape.nope :], cos, -sin)
+        return grad_BTHQ.flatten(2).flatten(0, 1)
+
+    def key_gradient(self, grad_key: Tensor, grad_value: Tensor, out_key: Tensor) -> Tensor:
+        """The gradient of keys without position and of values, NE; writes that of the shared key."""
+        shape, (cos, sin) = self._shape, self._mixing.rotation
+        expanded = grad_key.new_empty(*grad_key.shape[:3], shape.nope + shape.value)
+        expanded[..., : shape.nope] = grad_key[..., : shape.nope]
+        expanded[..., shape.nope :] = grad_value[..., : shape.value]
+        shared = grad_key[..., shape.nope : shape.nope + shape.rope].sum(2, keepdim=True)
+        out_key.copy_(rotate(shared, cos, -sin)[:, :, 0])
+        return expanded.flatten(2).flatten(0, 1)
+
+    def _allocate(self) -> Heads:
+        shape, (key, value), new = (*self._like.shape[:2], self._shape.num_heads), self._widths, self._like.new_empty
+        return new(*shape, key), new(*shape, key), new(*shape, value)

@@ -1,0 +1,140 @@
+"""The linear maps around the heads of latent attention in FP8.
+
+What is kept: inputs of the up-projections in FP8, so that queries, keys and values are made again as they were; what
+the heads mixed in 12 bits (E5M6), which the backward of attention reads as well (arXiv:2412.19437, section 3.3.3).
+Shape legend: as in model/attention/projections.py; F numbers that have no norm.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from kernels.quantize.layout import PackedE5M6, Quantized
+from model.attention.projections import LatentWeights, Mixing, NormAndMap
+from model.precision.fp8.maps import Fp8Maps, give
+
+
+class _Normal(NamedTuple):
+    """A norm's result in FP8, and its inverse root mean squares."""
+
+    codes: Tensor
+    scales: Tensor
+    inverse: Tensor
+
+    @property
+    def operand(self) -> Quantized:
+        """The input of the map behind it."""
+        return Quantized(self.codes, self.scales)
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """What is kept of the compressed values. plain_BTF: the shared key, behind queries where they have no norm."""
+
+    plain_BTF: Tensor
+    latent: _Normal
+    query: _Normal | None
+
+
+class Fp8Ends:
+    """`model.attention.projections.Ends` in FP8."""
+
+    frees_heads = True
+    frees_mixed = True
+
+    def __init__(self, kept: _Kept, mixed: PackedE5M6 | None, weights: LatentWeights, mixing: Mixing) -> None:
+        assert mixing.maps is not None
+        self._maps: Fp8Maps = mixing.maps
+        self._kept, self._mixed, self._weights, self._mixing = kept, mixed, weights, mixing
+
+    @classmethod
+    def compress(cls, compressed_BTX: Tensor, weights: LatentWeights, mixing: Mixing) -> Self:
+        """From the compressed values, in a forward."""
+        assert mixing.maps is not None
+        query, latent, key = mixing.split(compressed_BTX)
+        eps, rounds = mixing.shape.eps, mixing.maps.power_of_two
+        run = mixing.maps.kernels(compressed_BTX.device)
+
+        def normal(x_BTL: Tensor, weight: Tensor) -> _Normal:
+            operand, inverse = run.rms_norm_quantize(x_BTL.flatten(0, 1), weight, eps, rounds)
+            return _Normal(*operand, inverse)
+
+        if weights.query_norm is None:
+            kept = _Kept(torch.cat((query, key), -1), normal(latent, weights.latent_norm), None)
+        else:
+            plain = key.clone(memory_format=torch.contiguous_format)
+            kept = _Kept(plain, normal(latent, weights.latent_norm), normal(query, weights.query_norm))
+        return cls(kept, None, weights, mixing)
+
+    @classmethod
+    def restore(cls, saved: Sequence[Tensor], weights: LatentWeights, mixing: Mixing) -> Self:
+        """From `saved`, in a backward."""
+        plain_BTF, *others = saved
+        mixed, latent, query = PackedE5M6(*others[:2]), _Normal(*others[2:5]), others[5:]
+        return cls(_Kept(plain_BTF, latent, _Normal(*query) if query else None), mixed, weights, mixing)
+
+    def saved(self, mixed: Tensor) -> tuple[Tensor, ...]:
+        """See `Ends`; what the heads mixed is kept as `add` put it in 12 bits."""
+        kept = self._kept
+        assert self._mixed is not None
+        return (kept.plain_BTF, *self._mixed, *kept.latent, *(() if kept.query is None else kept.query))
+
+    def queries(self, out: Tensor) -> None:
+        """See `Ends`."""
+        kept, query_up = self._kept, self._weights.query_up
+        if kept.query is None or query_up is None:
+            out.copy_(kept.plain_BTF[..., : -self._mixing.shape.rope].flatten(0, 1))
+        else:
+            out.copy_(self._maps.forward(kept.query.operand, (query_up,)))
+
+    def keys_and_values(self) -> Tensor:
+        """See `Ends`."""
+        return self._maps.forward(self._kept.latent.operand, (self._weights.latent_up,))
+
+    def shared_key(self) -> Tensor:
+        """See `Ends`."""
+        return self._kept.plain_BTF[..., -self._mixing.shape.rope :]
+
+    def add(self, x_ND: Tensor, mixed_NV: Tensor) -> Tensor:
+        """See `Ends`."""
+        run = self._maps.kernels(x_ND.device)
+        if self._mixing.records:
+            self._mixed = run.pack_e5m6(mixed_NV)
+        return self._maps.forward(run.quantize_1x128(mixed_NV, True), (self._weights.out,)).add_(x_ND)
+
+    def mixed(self) -> Tensor:
+        """See `Ends`."""
+        assert self._mixed is not None
+        width, plain = self._mixing.shape.num_heads * self._mixing.shape.value, self._kept.plain_BTF
+        return self._maps.kernels(plain.device).unpack_e5m6(self._mixed, width, plain.dtype)
+
+    def add_backward(self, grad_ND: Tensor) -> tuple[Tensor, Tensor | None]:
+        """See `Ends`."""
+        maps, out = self._maps, self._weights.out
+        gradient = maps.weight_gradient(grad_ND, self.mixed(), power_of_two=True)
+        return maps.input_gradient(grad_ND, (out,)), give(out, gradient, self._mixing.sink)
+
+    def queries_backward(self, grad: Tensor, out_BTR: Tensor) -> NormAndMap:
+        """See `Ends`."""
+        weights, query = self._weights, self._kept.query
+        if query is None or weights.query_up is None or weights.query_norm is None:
+            out_BTR.copy_(grad.view_as(out_BTR))
+            return None, None
+        return self._backward(grad, query, weights.query_norm, weights.query_up, out_BTR)
+
+    def keys_and_values_backward(self, grad_NE: Tensor, out_BTL: Tensor) -> NormAndMap:
+        """See `Ends`."""
+        weights = self._weights
+        return self._backward(grad_NE, self._kept.latent, weights.latent_norm, weights.latent_up, out_BTL)
+
+    def _backward(self, grad: Tensor, normal: _Normal, norm: Tensor, up: Tensor, out_BTL: Tensor) -> NormAndMap:
+        maps = self._maps
+        grad_up = give(up, maps.weight_gradient(grad, normal.operand), self._mixing.sink)
+        run = maps.kernels(grad.device)
+        grad_NL = maps.input_gradient(grad, (up,))
+        grad_x_NL, grad_norm = run.rms_norm_backward_from_codes(grad_NL, normal.operand, normal.inverse, norm)
+        out_BTL.copy_(grad_x_NL.view_as(out_BTL))
+        return grad_norm.to(norm.dtype), grad_up

@@ -1,0 +1,159 @@
+"""Linear maps whose three products are of FP8 operands, and the codes of their weights.
+
+Source: arXiv:2412.19437, section 3.3. Inputs and output gradients have a scale for every 128 numbers along the sum,
+weights one for every 128 x 128. Shape legend: A rows, K inputs, N outputs, E experts.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, partial
+
+import torch
+from torch import Tensor
+
+from kernels.quantize.layout import GRADIENTS_MIN_AMAX, TILE, Quantized, QuantizedBlocks
+from kernels.select_fp8 import Fp8Kernels, fp8_implementation_for, fp8_kernels
+from model.precision.linear import WeightSink
+
+
+@dataclass(frozen=True, slots=True)
+class WeightCodes:
+    """A weight in FP8. backward: transposed, as the product that gives the input gradient reads it."""
+
+    forward: QuantizedBlocks
+    backward: QuantizedBlocks
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Some of the outputs of several maps of one input: as many as one product can take."""
+
+    outputs: slice
+    codes: WeightCodes
+
+
+class Fp8Maps:
+    """Products of FP8 operands for the linear maps of one model.
+
+    power_of_two: whether scales are powers of two, so that the way from tiles of columns to tiles of rows, which the
+    weight gradient needs, rounds nothing again.
+    """
+
+    def __init__(self, *, power_of_two: bool) -> None:
+        self.power_of_two = power_of_two
+        # The weights too: no other tensor then has their ids.
+        self._held: dict[tuple[int, ...], tuple[Sequence[Tensor], list[_Piece]]] | None = None
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Meanwhile every weight is put in FP8 once and kept so: for a step, in which none of them changes."""
+        self._held = {}
+        try:
+            yield
+        finally:
+            self._held = None
+
+    def kernels(self, device: torch.device) -> Fp8Kernels:
+        """Those that suit where tensors are."""
+        return fp8_kernels(fp8_implementation_for(device))
+
+    def gradient(self, grad_AN: Tensor) -> Quantized:
+        """An output gradient in FP8."""
+        return self.kernels(grad_AN.device).quantize_1x128(_dense(grad_AN), self.power_of_two, GRADIENTS_MIN_AMAX)
+
+    def codes(self, weight: Tensor) -> WeightCodes:
+        """Of one weight, NK or ENK."""
+        (piece,) = self._pieces((weight,))
+        return piece.codes
+
+    def forward(self, operand: Quantized, weights_NK: Sequence[Tensor]) -> Tensor:
+        """The outputs of several maps of one input, side by side, in the weights' type; AN."""
+        gemm = self.kernels(operand.codes.device).gemm_fp8
+        outs = [gemm(operand, piece.codes.forward, weights_NK[0].dtype) for piece in self._pieces(weights_NK)]
+        return outs[0] if len(outs) == 1 else torch.cat(outs, 1)
+
+    def input_gradient(self, grad_AN: Tensor, weights_NK: Sequence[Tensor]) -> Tensor:
+        """The gradient of that input, in the type of `grad_AN`; AK."""
+        gemm, pieces = self.kernels(grad_AN.device).gemm_fp8, self._pieces(weights_NK)
+        dtype = grad_AN.dtype if len(pieces) == 1 else torch.float32
+        parts = [gemm(self.gradient(grad_AN[:, piece.outputs]), piece.codes.backward, dtype) for piece in pieces]
+        return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0).to(grad_AN.dtype)
+
+    def weight_gradient(
+        self, grad_AN: Tensor, rows: Quantized | Tensor, *, power_of_two: bool | None = None
+    ) -> Callable[[], Tensor]:
+        """The gradient of the weights of all those maps, NK in float32, when it is asked for.
+
+        Till then both operands wait in FP8.
+
+        Args:
+            grad_AN: of the outputs.
+            rows: the input: as it was kept in FP8, or as numbers, AK.
+            power_of_two: of the input's scales; None: as of all others.
+        """
+        run, counts = self.kernels(grad_AN.device), (len(grad_AN),)
+        rounds = self.power_of_two if power_of_two is None else power_of_two
+        grad = run.quantize_columns(_dense(grad_AN), counts, self.power_of_two, GRADIENTS_MIN_AMAX)
+        if isinstance(rows, Tensor):
+            columns = run.quantize_columns(rows, counts, rounds)
+            return lambda: run.gemm_fp8_columns(grad, columns)
+        return lambda: run.gemm_fp8_columns(grad, run.requantize_columns(rows, counts, rounds))
+
+    def _pieces(self, weights: Sequence[Tensor]) -> list[_Piece]:
+        key = tuple(map(id, weights))
+        if self._held is not None and key in self._held:
+            return self._held[key][1]
+        pieces = self._quantize(weights)
+        if self._held is not None:
+            self._held[key] = weights, pieces
+        return pieces
+
+    def _quantize(self, weights: Sequence[Tensor]) -> list[_Piece]:
+        """One piece where every map but the last ends with a block of 128 outputs; else one for each map."""
+        run = self.kernels(weights[0].device)
+        found = [run.quantize_128x128(weight.detach(), self.power_of_two) for weight in weights]
+        if len(found) > 1 and all(weight.shape[0] % TILE == 0 for weight in weights[:-1]):
+            found = [QuantizedBlocks(_join([each.codes for each in found]), _join([each.scales for each in found]))]
+        pieces, first = list[_Piece](), 0
+        for blocks in found:
+            outputs = slice(first, first + blocks.codes.shape[-2])
+            pieces.append(_Piece(outputs, WeightCodes(blocks, run.transpose_blocks(blocks))))
+            first = outputs.stop
+        return pieces
+
+
+def _dense(grad_AN: Tensor) -> Tensor:
+    """A gradient as kernels read it, row by row: autograd's own, that of a sum say, may be one number, expanded."""
+    return grad_AN if grad_AN.stride(1) == 1 else grad_AN.contiguous()
+
+
+def _join(parts: Sequence[Tensor]) -> Tensor:
+    if parts[0].dtype == torch.float8_e4m3fn:
+        return torch.cat([part.view(torch.uint8) for part in parts]).view(torch.float8_e4m3fn)
+    return torch.cat(tuple(parts))
+
+
+def give(weight: Tensor, gradient: Callable[[], Tensor], sink: WeightSink | None) -> Tensor | None:
+    """Gives a float32 gradient: to the sink as it is, to autograd in the weight's type."""
+    if not weight.requires_grad:
+        return None
+    if sink is None:
+        return gradient().to(weight.dtype)
+    sink.defer(weight, gradient)
+    return None
+
+
+def give_parts(
+    weights_NK: Sequence[Tensor], gradient: Callable[[], Tensor], sink: WeightSink | None
+) -> list[Tensor | None]:
+    """`give` for several maps of one input: each weight's rows of the gradient, which is computed once."""
+    once, given, first = cache(gradient), list[Tensor | None](), 0
+    for weight in weights_NK:
+        given.append(give(weight, partial(_rows, once, slice(first, first + len(weight))), sink))
+        first += len(weight)
+    return given
+
+
+def _rows(gradient: Callable[[], Tensor], rows: slice) -> Tensor:
+    return gradient()[rows]

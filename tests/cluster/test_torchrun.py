@@ -1,0 +1,115 @@
+"""torchrun on two nodes, each with a network of its own, ends as the bare command does, with a rank killed too.
+
+As README says it for two machines: a rendezvous of kind c10d on the first, whose workers do not share its store.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from launch.ranks.environment import rank_environment
+from launch.ranks.run_folder import read_folder
+from tests.cluster.namespaces import Cluster, Namespace, open_cluster
+from tests.finished_run import ROOT, assert_same_end, choices, logs, num_steps_recorded, run_bare
+from tests.tiny import write_text
+
+pytestmark = pytest.mark.slow
+
+NUM_STEPS = 60
+SECONDS = 400.0
+PORT = 29557
+
+
+@pytest.fixture(scope="module")
+def nodes(allowed: None) -> Iterator[Cluster]:
+    """Two of them."""
+    with open_cluster(2) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def folder(allowed: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Text, and the run that all others must equal."""
+    folder = tmp_path_factory.mktemp("torchrun")
+    write_text(folder)
+    run_bare(folder, "bare", NUM_STEPS)
+    return folder
+
+
+@contextmanager
+def torchruns(cluster: Cluster, folder: Path, name: str, *overrides: str, max_restarts: int = 0) -> Iterator[
+    list[subprocess.Popen[bytes]]
+]:  # fmt: skip
+    """torchrun of two ranks on each node, in node order. None outlives the block, and no rank either."""
+    cluster_config = read_folder(folder / "bare").cluster
+    started: list[subprocess.Popen[bytes]] = []
+    try:
+        for index, node in enumerate(cluster.nodes):
+            meeting = ["--rdzv-backend=c10d", f"--rdzv-endpoint={cluster.address(0)}:{PORT}", f"--rdzv-id={name}"]
+            # torchrun would go by the machine's name, which is that of all nodes here.
+            meeting += [f"--rdzv-conf=is_host={str(index == 0).lower()}", f"--local-addr={cluster.address(index)}"]
+            command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2", *meeting]
+            command += [f"--max-restarts={max_restarts}", "-m", "launch.train", *choices(folder, name, NUM_STEPS)]
+            environment = {**os.environ, **rank_environment(cluster_config, os.environ), "GLOO_SOCKET_IFNAME": "eth0"}
+            started.append(start(node, [*command, *overrides], environment, folder / f"{name}-node-{index}.log"))
+        yield started
+    finally:
+        for each in started:
+            ranks = ranks_of(each)
+            each.kill()
+            each.wait()
+            for pid in ranks:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+
+def start(node: Namespace, command: Sequence[str], environment: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
+    """A process inside a node."""
+    with log.open("wb") as out:
+        return node.call(
+            lambda: subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT)
+        )
+
+
+def ranks_of(torchrun: subprocess.Popen[bytes]) -> list[int]:
+    """Process numbers of its live ranks, in order."""
+    if torchrun.poll() is not None:
+        return []
+    listed = subprocess.run(["pgrep", "-P", str(torchrun.pid), "-r", "R,S,D,T"], capture_output=True, text=True)
+    return [int(pid) for pid in listed.stdout.split()]
+
+
+def exit_codes(started: Sequence[subprocess.Popen[bytes]]) -> list[int]:
+    """Of torchrun on each node."""
+    until = time.monotonic() + SECONDS
+    return [each.wait(timeout=max(0.1, until - time.monotonic())) for each in started]
+
+
+def said(folder: Path, name: str) -> str:
+    """By torchrun and its ranks, for a test that fails."""
+    return logs(folder, [f"{name}-node-*.log", f"{name}/log/rank_*.error.log"])
+
+
+def test_rank_killed_on_one_node_has_all_start_again_and_end_the_same(nodes: Cluster, folder: Path) -> None:
+    run, before = folder / "killed", [node.counted("eth0") for node in nodes.nodes]
+    overrides = ("resume=auto", "stage.checkpoint_every_steps=5")
+    with torchruns(nodes, folder, "killed", *overrides, max_restarts=1) as started:
+        until = time.monotonic() + SECONDS
+        while num_steps_recorded(run) < 12 and time.monotonic() < until:
+            assert all(each.poll() is None for each in started), said(folder, "killed")
+            time.sleep(0.02)
+        victim = ranks_of(started[1])[0]
+        os.kill(victim, signal.SIGKILL)
+        assert exit_codes(started) == [0, 0], said(folder, "killed")
+    assert "resumed after step" in "".join(path.read_text() for path in folder.glob("killed-node-*.log"))
+    assert_same_end(run, folder / "bare")
+    # Ranks of both nodes did work together.
+    for node, counted in zip(nodes.nodes, before, strict=True):
+        assert (node.counted("eth0") - counted).sent_bytes > 1_000_000

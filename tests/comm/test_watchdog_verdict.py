@@ -1,0 +1,169 @@
+"""Who is to blame, from what ranks say of themselves."""
+
+import json
+import threading
+import time
+from dataclasses import asdict
+
+import pytest
+
+from comm.watchdog.main_thread import MainThread
+from comm.watchdog.operation_log import OperationLog
+from comm.watchdog.verdict import Findings, Reason, Standing, Verdict, Wait, judge, name_ranks
+
+WORLD = (0, 1, 2, 3)
+
+
+def wait(name: str, ranks: tuple[int, ...], number: int = 0, seconds: float = 9.0) -> Wait:
+    group = f"{name} {list(ranks)}"
+    text = f"{name} (number {number} of group {group})"
+    return Wait(text=text, group=group, number=number, ranks=ranks, seconds=seconds)
+
+
+def standing(*waits: Wait, reached: tuple[Wait, ...] = (), is_busy: bool = False) -> Standing:
+    started = {each.group: each.number + 1 for each in (*waits, *reached)}
+    return Standing(waits=waits, started=started, is_busy=is_busy, place="a.py, line 1, f", last="x", idle_seconds=8.0)
+
+
+def conclude(
+    reason: Reason,
+    standings: dict[int, Standing],
+    lost: dict[int, str] | None = None,
+    silent: tuple[int, ...] = (),
+    asks: int = 0,
+) -> Verdict | None:
+    return judge(reason, Findings(judge=asks, standings=standings, lost=lost or {}, silent=silent), 5.0)
+
+
+REDUCE = wait("reduce", WORLD)
+
+
+def test_verdict_blames_what_has_ended_before_what_is_silent() -> None:
+    standings = {0: standing(REDUCE), 1: standing(REDUCE)}
+    for reason in Reason:
+        verdict = conclude(reason, standings, {3: "its process has ended"}, (2,))
+        assert verdict is not None
+        assert (verdict.code, verdict.culprits) == (78, (3,))
+        assert verdict.text == f"rank 3 is lost: its process has ended; ranks 0 and 1 awaited {REDUCE.text}"
+
+
+@pytest.mark.parametrize(
+    ("reason", "code", "text"),
+    [
+        (Reason.DEADLINE, 76, "rank 3 did not come within 5 s, nor answer: stopped, or cut off"),
+        (Reason.ERROR, 78, "rank 3 is lost: connections to it broke, and no answer comes"),
+        (Reason.SIGNAL, 0, ""),
+    ],
+)
+def test_verdict_on_a_silent_rank_depends_on_why_it_was_asked(reason: Reason, code: int, text: str) -> None:
+    verdict = conclude(reason, {rank: standing(REDUCE) for rank in (0, 1, 2)}, silent=(3,))
+    assert (verdict.code if verdict else 0) == code
+    assert verdict is None or verdict.text == f"{text}; ranks 0 to 2 awaited {REDUCE.text}"
+
+
+def test_verdict_of_the_smaller_side_says_that_it_is_cut_off() -> None:
+    verdict = conclude(Reason.DEADLINE, {2: standing(REDUCE)}, silent=(0, 1, 3), asks=2)
+    assert verdict is not None
+    assert verdict.text.startswith("ranks 0, 1 and 3 did not come within 5 s, nor answer: cut off from rank 2; rank 2 ")
+
+
+def test_verdict_names_the_operation_that_the_missing_rank_takes_part_in() -> None:
+    """Rank 0 has waited the longest, for rank 1; but it is rank 2 that is missing, in what rank 1 waits for."""
+    send, hop = wait("send", (0, 1)), wait("hop", (1, 2), seconds=7.0)
+    verdict = conclude(Reason.DEADLINE, {0: standing(send), 1: standing(hop), 3: standing()}, silent=(2,))
+    assert verdict is not None
+    assert verdict.text.endswith(f"; rank 1 awaited {hop.text}")
+    lost = conclude(Reason.SIGNAL, {0: standing(send), 1: standing(hop), 3: standing()}, {3: "it was ended by SIGTERM"})
+    assert lost is not None
+    assert lost.text == "rank 3 is lost: it was ended by SIGTERM; no other rank awaited it"
+
+
+def test_verdict_follows_who_waits_for_whom_to_the_one_that_computes() -> None:
+    send, hop = wait("send", (0, 1)), wait("hop", (1, 2), seconds=7.0)
+    standings = {0: standing(send), 1: standing(hop), 2: standing(is_busy=True), 3: standing(REDUCE)}
+    verdict = conclude(Reason.DEADLINE, standings)
+    assert verdict is not None
+    assert (verdict.code, verdict.culprits) == (76, (2,))
+    assert verdict.text == (
+        f"rank 2 did not come within 5 s: alive, busy in a.py, line 1, f, started x 8.0 s ago; "
+        f"rank 1 awaited {hop.text}"
+    )
+    # A lane of rank 1 waits, too, but its main thread is what keeps rank 0 waiting.
+    standings[1] = standing(hop, is_busy=True)
+    verdict = conclude(Reason.DEADLINE, standings)
+    assert verdict is not None
+    assert verdict.culprits == (1,)
+
+
+def test_verdict_tells_a_circle_a_phase_and_what_is_stuck_though_all_came() -> None:
+    send, back = wait("send", (0, 1)), wait("back", (0, 1))
+    verdict = conclude(Reason.DEADLINE, {0: standing(send), 1: standing(back), 2: standing(), 3: standing()})
+    assert verdict is not None
+    assert "as ranks wait for each other: here for " in verdict.text
+    inside = {rank: standing(REDUCE, is_busy=rank == 2) for rank in WORLD}
+    verdict = conclude(Reason.DEADLINE, inside)
+    assert verdict is not None
+    assert verdict.culprits == (2,)
+    assert verdict.text.endswith(f"; ranks 0, 1 and 3 awaited {REDUCE.text}")
+    verdict = conclude(Reason.DEADLINE, {rank: standing(REDUCE) for rank in WORLD})
+    assert verdict is not None
+    assert verdict.text == (f"nobody is missing, yet it did not end within 5 s; ranks 0 to 3 awaited {REDUCE.text}")
+
+
+def test_verdict_is_none_where_all_are_well() -> None:
+    for reason in (Reason.ERROR, Reason.SIGNAL):
+        assert conclude(reason, {rank: standing(REDUCE) for rank in WORLD}) is None
+    assert conclude(Reason.DEADLINE, {rank: standing() for rank in WORLD}) is None
+
+
+def test_standing_and_verdict_survive_their_encoding() -> None:
+    log = OperationLog()
+    with log.awaiting(log.start("a", (0, 1), "x")):
+        seen = Standing.of(log, MainThread())
+    assert Standing.from_json(json.loads(json.dumps(asdict(seen))), 2) == seen
+    verdict = Verdict(code=76, text="t", judge=1, culprits=(2, 3))
+    assert Verdict.from_json(json.loads(json.dumps(asdict(verdict))), 64) == verdict
+
+
+def test_name_ranks_is_short() -> None:
+    assert [name_ranks(ranks) for ranks in ((), (3,), (2, 1), (4, 2, 3), (0, 2, 5))] == [
+        "no rank",
+        "rank 3",
+        "ranks 1 and 2",
+        "ranks 2 to 4",
+        "ranks 0, 2 and 5",
+    ]
+
+
+def _compute() -> None:
+    time.sleep(0.001)
+
+
+def test_phase_is_awaited_only_while_one_call_lasts() -> None:
+    log, main_thread = OperationLog(), MainThread()
+    seen: list[tuple[float, bool, str]] = []
+    is_over = threading.Event()
+
+    def look() -> None:
+        while not is_over.wait(0.01):
+            main_thread.look(log)
+            waits = main_thread.waits(log)
+            seen.append((waits[0][1] if waits else 0.0, main_thread.is_busy(log), main_thread.place))
+
+    thread = threading.Thread(target=look)
+    with log.phase("world", (0, 1), "step"):
+        thread.start()
+        begun = time.monotonic()
+        while time.monotonic() - begun < 0.7:
+            _compute()
+        computing = list(seen)
+        time.sleep(1.5)  # one call, as a collective is
+        waiting = list(seen)
+    is_over.set()
+    thread.join()
+    assert max(seconds for seconds, _, _ in computing) < 0.5
+    assert computing[-1][1]
+    assert waiting[-1][0] > 0.9
+    assert not waiting[-1][1]
+    assert "tests/comm/test_watchdog_verdict.py, line " in waiting[-1][2]
+    assert waiting[-1][2].endswith("test_phase_is_awaited_only_while_one_call_lasts")

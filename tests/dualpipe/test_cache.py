@@ -1,0 +1,65 @@
+"""A searched schedule is made once for the same inputs and program, and never taken from a file that does not hold."""
+
+from pathlib import Path
+
+import pytest
+
+from dualpipe.generate import cache
+from dualpipe.generate.cache import load_or_make
+from dualpipe.generate.dualpipe_split import dualpipe_split
+from dualpipe.ir import Schedule
+from dualpipe.simulate.costs import CostModel, Costs, uniform
+
+COSTS = uniform(Costs(forward=1, backward_input=1, backward_weight=1, exchange=0, latency=0), 2, 2)
+OTHER = uniform(Costs(forward=1, backward_input=2, backward_weight=1, exchange=0, latency=0), 2, 2)
+
+
+class Counting:
+    """Makes schedules and keeps what it was asked for."""
+
+    __name__ = "counting"
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[int, int, CostModel, float | None]] = []
+
+    def __call__(self, num_ranks: int, num_micro_batches: int, costs: CostModel, cap: float | None) -> Schedule:
+        self.asked.append((num_ranks, num_micro_batches, costs, cap))
+        return dualpipe_split(num_ranks, num_micro_batches, costs, cap)
+
+
+def test_cache_makes_once_for_the_same_inputs_and_anew_for_others(tmp_path: Path) -> None:
+    make = Counting()
+    asked = [(2, 4, COSTS, None), (2, 5, COSTS, None), (2, 4, OTHER, None), (2, 4, COSTS, 2.0)]
+    first = [load_or_make(make, *inputs, tmp_path / "new") for inputs in asked]
+    again = [load_or_make(make, *inputs, tmp_path / "new") for inputs in asked]
+    assert make.asked == asked
+    assert first == again
+    assert len(list((tmp_path / "new").iterdir())) == len(asked)
+
+
+def test_cache_of_another_program_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make = Counting()
+    load_or_make(make, 2, 4, COSTS, None, tmp_path)
+    monkeypatch.setattr(cache, "_program_digest", lambda: "another")
+    load_or_make(make, 2, 4, COSTS, None, tmp_path)
+    assert len(make.asked) == 2
+
+
+@pytest.mark.parametrize("damage", ["cut", "swapped", "empty"])
+def test_cache_makes_anew_what_a_file_no_longer_holds(damage: str, tmp_path: Path) -> None:
+    make = Counting()
+    kept = load_or_make(make, 2, 4, COSTS, None, tmp_path)
+    (path,) = tmp_path.iterdir()
+    text = path.read_text()
+    path.write_text({"cut": text[:-40], "swapped": text.replace('"I"', '"W"', 1), "empty": ""}[damage])
+    assert load_or_make(make, 2, 4, COSTS, None, tmp_path) == kept
+    assert len(make.asked) == 2
+    assert path.read_text() == text
+
+
+def test_cache_folder_that_cannot_be_written_only_costs_time(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    make = Counting()
+    for _ in range(2):
+        load_or_make(make, 2, 4, COSTS, None, tmp_path / "file" / "below")
+    assert len(make.asked) == 2

@@ -1,0 +1,270 @@
+"""The drawn schedule: well-formed, a shape per operation, as wide as its time, self-contained, readable."""
+
+import re
+from dataclasses import replace
+from itertools import pairwise
+from xml.etree import ElementTree
+
+import pytest
+
+from dualpipe.draw import style
+from dualpipe.draw.entry import entry
+from dualpipe.draw.svg import Scale, natural_scale, svg
+from dualpipe.generate.select import build
+from dualpipe.ir import Group, Op, Operation, Schedule
+from dualpipe.runtime.measured import measured_bubble
+from dualpipe.simulate.costs import Costs
+from dualpipe.simulate.simulate import Simulation, simulate
+from tests.dualpipe.clockwork import measured_run
+
+UNIT = Costs(forward=1, backward_input=1, backward_weight=1, exchange=0, latency=0)
+UNEVEN = Costs(forward=1, backward_input=1.3, backward_weight=0.7, exchange=0.4, latency=0.15)
+SECONDS = Costs(forward=0.008, backward_input=0.008, backward_weight=0.008, exchange=0.006, latency=0.0005)
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def in_a_v() -> Schedule:
+    """Two ranks, four stages, one micro-batch and a group of two kinds of the second one."""
+
+    def group(*names: str) -> Group:
+        return tuple(Operation(Op(name[0]), 0, int(name[1]), int(name[2])) for name in names)
+
+    return Schedule(
+        kind="hand-made",
+        num_ranks=2,
+        num_micro_batches=2,
+        placement=((0, 1, 1, 0),),
+        ranks=(
+            (group("F00"), group("F01"), group("F30"), group("F31", "B30"), group("B31"), group("B00"), group("B01")),
+            (group("F10"), group("F20"), group("F11"), group("F21"), group("B20"), group("B21", "B10"), group("B11")),
+        ),
+    )
+
+
+SCHEDULES = [
+    (build("dualpipe", 8, 20), UNEVEN),
+    (build("1f1b", 3, 5), UNIT),
+    (build("1f1b", 1, 1), UNIT),
+    (in_a_v(), UNIT),
+]
+
+
+def shapes_of(root: ElementTree.Element) -> list[tuple[str, str, float, float]]:
+    """Style, operation, x and width of every drawn operation."""
+    found = []
+    for group in root.iter(f"{SVG}g"):
+        kinds = (group.get("class") or "").split()
+        if kinds[:1] == ["cells"]:
+            for shape in group.iter(f"{SVG}rect"):
+                name = (shape.findtext(f"{SVG}title") or "").split(":")[0]
+                found.append((kinds[1], name, float(shape.get("x", "")), float(shape.get("width", ""))))
+    return found
+
+
+def texts_of(root: ElementTree.Element, holder: str) -> list[str]:
+    return [
+        text.text or ""
+        for group in root.iter(f"{SVG}g")
+        if (group.get("class") or "").startswith(holder)
+        for text in group.iter(f"{SVG}text")
+    ]
+
+
+def all_text(root: ElementTree.Element) -> str:
+    return "\n".join(text.text or "" for text in root.iter(f"{SVG}text"))
+
+
+@pytest.mark.parametrize(("schedule", "costs"), SCHEDULES, ids=lambda value: getattr(value, "kind", ""))
+def test_svg_draws_every_operation_once_at_its_time(schedule: Schedule, costs: Costs) -> None:
+    simulation = simulate(schedule, costs)
+    scale = natural_scale(schedule, simulation)
+    shapes = shapes_of(ElementTree.fromstring(svg(schedule, simulation)))
+    expected = {
+        str(op): (
+            scale.x(simulation.starts[rank][index]),
+            simulation.ends[rank][index] - simulation.starts[rank][index],
+        )
+        for rank, groups in enumerate(schedule.ranks)
+        for index, group in enumerate(groups)
+        for op in group
+    }
+    assert sorted(name for _, name, _, _ in shapes) == sorted(expected)
+    for kind, name, x, width in shapes:
+        assert kind[0] == name[0]
+        start, length = expected[name]
+        # Two decimals of a pixel are written.
+        assert x == pytest.approx(start, abs=0.006)
+        assert width == pytest.approx(length * scale.pixels, abs=0.006)
+
+
+def test_svg_stacks_the_members_of_a_group_and_fills_the_row() -> None:
+    schedule = build("dualpipe", 4, 8)
+    simulation = simulate(schedule, UNIT)
+    root = ElementTree.fromstring(svg(schedule, simulation))
+    heights = [
+        float(rect.get("height", "")) for rect in root.iter(f"{SVG}rect") if rect.find(f"{SVG}title") is not None
+    ]
+    row = next(float(rect.get("height", "")) for rect in root.iter(f"{SVG}rect") if rect.get("class") == "track")
+    pairs = sum(len(group) == 2 for groups in schedule.ranks for group in groups)
+    assert heights.count(row / 2) == 2 * pairs
+    assert heights.count(row) == len(heights) - 2 * pairs
+
+
+def test_svg_tells_directions_apart() -> None:
+    schedule = build("dualpipe", 4, 8)
+    shapes = shapes_of(ElementTree.fromstring(svg(schedule, simulate(schedule, UNIT))))
+    assert {kind[1] for kind, name, _, _ in shapes if name.endswith("'")} == {"1"}
+    assert {kind[1] for kind, name, _, _ in shapes if not name.endswith("'")} == {"0"}
+
+
+def test_svg_in_a_v_shows_the_stage_and_shades_the_later_one() -> None:
+    schedule = in_a_v()
+    root = ElementTree.fromstring(svg(schedule, simulate(schedule, UNIT)))
+    shapes = shapes_of(root)
+    assert {kind[1] for kind, name, _, _ in shapes if name[1] in "23"} == {"1"}
+    assert {kind[1] for kind, name, _, _ in shapes if name[1] in "01"} == {"0"}
+    assert sorted(texts_of(root, "numbers")) == sorted(name[1:] for _, name, _, _ in shapes)
+
+
+def test_svg_names_size_times_peak_and_bound() -> None:
+    schedule = build("dualpipe", 8, 20)
+    shown = entry(schedule, UNIT)
+    root = ElementTree.fromstring(svg(schedule, shown.simulation, bound=shown.bound))
+    text = all_text(root)
+    assert "dualpipe: 8 ranks, 20 micro-batches" in text
+    assert "makespan 66, bubble 9.09 %" in text
+    assert "peak activations 9 of model/P" in text
+    assert "lower bound 63 (3 below)" in text
+    assert "time in units of the costs" in text
+    for name in ("F forward", "B backward", "I backward for inputs", "W backward for weights", "direction 1", "idle"):
+        assert name in text
+    line = next(line for line in root.iter(f"{SVG}line") if line.get("class") == "bound")
+    assert float(line.get("x1", "")) == pytest.approx(natural_scale(schedule, shown.simulation).x(63), abs=0.006)
+
+
+def test_svg_escapes_its_title_and_needs_nothing_from_outside() -> None:
+    schedule = build("1f1b", 2, 2)
+    hostile = '</text><script>alert("1")</script> & "so"'
+    drawn = svg(schedule, simulate(schedule, UNIT), title=hostile)
+    root = ElementTree.fromstring(drawn)
+    assert root.findtext(f"{SVG}text") == hostile == root.get("aria-label")
+    assert not list(root.iter(f"{SVG}script"))
+    outside = re.findall(
+        r"https?://[^\"' ]+|@import|href|url\((?!#)", drawn.replace('xmlns="http://www.w3.org/2000/svg"', "")
+    )
+    assert not outside
+
+
+def test_svg_patterns_that_fill_exist() -> None:
+    names = set(re.findall(r'pattern id="([^"]+)"', style.DEFINITIONS))
+    assert set(re.findall(r"url\(#([^)]+)\)", style.STYLE)) == names
+
+
+def test_svg_scales_and_keeps_everything_inside() -> None:
+    schedule = build("1f1b", 1, 1)
+    root = ElementTree.fromstring(svg(schedule, simulate(schedule, UNIT)))
+    width, height = float(root.get("width", "")), float(root.get("height", ""))
+    assert root.get("viewBox") == f"0 0 {width:.0f} {height:.0f}"
+    for shape in root.iter(f"{SVG}rect"):
+        if shape.get("x") and shape.find(f"{SVG}title") is not None:
+            assert float(shape.get("x", "")) + float(shape.get("width", "")) <= width
+            assert float(shape.get("y", "")) + float(shape.get("height", "")) <= height
+
+
+def test_svg_of_costs_of_nothing_is_empty_but_whole() -> None:
+    schedule = build("1f1b", 2, 2)
+    nothing = Costs(forward=0, backward_input=0, backward_weight=0, exchange=0, latency=0)
+    root = ElementTree.fromstring(svg(schedule, simulate(schedule, nothing)))
+    assert len(shapes_of(root)) == 8
+    assert "rank 1" in all_text(root)
+
+
+def test_svg_of_64_micro_batches_on_16_ranks_numbers_every_operation() -> None:
+    schedule = build("dualpipe", 16, 64)
+    drawn = svg(schedule, simulate(schedule, UNIT))
+    root = ElementTree.fromstring(drawn)
+    assert len(texts_of(root, "numbers")) == sum(len(group) for groups in schedule.ranks for group in groups)
+    assert len(drawn) < 1_000_000
+
+
+def test_svg_of_512_micro_batches_on_16_ranks_is_small_and_says_what_it_leaves_out() -> None:
+    schedule = build("dualpipe", 16, 512)
+    drawn = svg(schedule, simulate(schedule, UNIT))
+    root = ElementTree.fromstring(drawn)
+    assert len(drawn) < 1_000_000
+    assert float(root.get("width", "")) < 12_500
+    assert "numbers and tooltips left out" in all_text(root)
+    outlines = [path.get("d", "") for path in root.iter(f"{SVG}path")]
+    operations = sum(len(group) for groups in schedule.ranks for group in groups)
+    assert sum(outline.count("M") for outline in outlines) == operations
+
+
+def test_svg_says_how_many_numbers_do_not_fit() -> None:
+    schedule = build("dualpipe", 4, 24)
+    costs = Costs(forward=1, backward_input=1, backward_weight=0.001, exchange=0, latency=0)
+    root = ElementTree.fromstring(svg(schedule, simulate(schedule, costs)))
+    left_out = len(shapes_of(root)) - len(texts_of(root, "numbers"))
+    assert left_out > 0
+    assert f"{left_out} numbers left out" in all_text(root)
+
+
+def test_svg_scale_given_makes_pictures_comparable() -> None:
+    schedule = build("1f1b", 2, 4)
+    simulation = simulate(schedule, UNIT)
+    wide = Scale.within_limits(pixels=100.0, span=2 * simulation.makespan)
+    root = ElementTree.fromstring(svg(schedule, simulation, scale=wide))
+    assert {width for _, _, _, width in shapes_of(root)} == {100.0, 200.0}
+    tracks = {rect.get("width") for rect in root.iter(f"{SVG}rect") if rect.get("class") == "track"}
+    assert tracks - {"26"} == {f"{100 * simulation.makespan:.2f}"}
+
+
+def measured_picture(schedule: Schedule) -> tuple[ElementTree.Element, Simulation]:
+    simulation = simulate(schedule, SECONDS)
+    return ElementTree.fromstring(svg(schedule, simulation, measured_run(schedule))), simulation
+
+
+def test_svg_draws_a_run_below_its_plan_on_one_time_scale() -> None:
+    schedule = build("dualpipe", 4, 8)
+    root, simulation = measured_picture(schedule)
+    run = measured_run(schedule)
+    scale = natural_scale(schedule, simulation, run)
+    shapes = shapes_of(root)
+    operations = sum(len(group) for groups in schedule.ranks for group in groups)
+    assert len(shapes) == 2 * operations
+    planned, measured = shapes[:operations], shapes[operations:]
+    assert {name for _, name, _, _ in planned} == {name for _, name, _, _ in measured}
+    assert max(x + width for _, _, x, width in planned) == pytest.approx(scale.x(simulation.makespan), abs=0.02)
+    last = max(x + width for _, _, x, width in measured)
+    assert last == pytest.approx(scale.x(run.makespan_seconds), abs=0.02)
+
+
+def test_svg_of_a_run_gives_measured_beside_planned_bubble_in_milliseconds() -> None:
+    schedule = build("dualpipe", 4, 8)
+    root, simulation = measured_picture(schedule)
+    text = all_text(root)
+    bubble = f"{100 * measured_bubble(measured_run(schedule)):.2f} %"
+    assert f"bubble {bubble} (planned {100 * simulation.bubble_fraction:.2f} %)" in text
+    assert "time in ms" in text
+    assert f"(planned {1000 * simulation.makespan:.4g} ms)" in text
+
+
+def test_svg_breaks_long_headings_after_commas_and_within_the_picture() -> None:
+    schedule = build("1f1b", 1, 2)
+    costs = replace(SECONDS, forward=0.0081234, exchange=0.0061234)
+    simulation, run = simulate(schedule, costs), measured_run(schedule)
+    bound = entry(schedule, costs).bound
+    root = ElementTree.fromstring(svg(schedule, simulation, run, bound=bound))
+    lines = [text.text or "" for text in root.iter(f"{SVG}text") if text.get("class") == "heading"]
+    assert len(lines) > 2
+    assert max(map(len, lines)) * 6.7 <= float(root.get("width", "")) - 48
+    assert all(line.endswith(",") or following.startswith("measured:") for line, following in pairwise(lines))
+    places = [float(text.get("y", "")) for text in root.iter(f"{SVG}text") if text.get("class") == "heading"]
+    assert all(below >= above + 14 for above, below in pairwise(places))
+
+
+def test_svg_explains_overlap_by_what_the_schedule_overlaps() -> None:
+    schedule = build("dualpipe_split", 4, 8)
+    drawn = svg(schedule, simulate(schedule, UNIT))
+    present = {f"{op.kind.value}{op.direction}" for groups in schedule.ranks for group in groups for op in group}
+    swatches = set(re.findall(r'<rect class="([FBIW][01])"', drawn))
+    assert swatches <= present

@@ -1,0 +1,177 @@
+"""Generators give the published orders, valid for every size that they accept."""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dualpipe.config import ScheduleKind
+from dualpipe.generate.dualpipe_v import dualpipe_v
+from dualpipe.generate.select import build, check
+from dualpipe.generate.zero_bubble import zb_h1, zb_v
+from dualpipe.ir import Op, Schedule, ScheduleError, to_json
+from dualpipe.passes import forward_only
+from dualpipe.simulate.costs import Costs
+from dualpipe.simulate.memory import peak_activations
+from dualpipe.simulate.simulate import simulate
+from dualpipe.validate import validate
+
+GOLDEN = Path(__file__).parent / "golden"
+SHA256: dict[str, str] = json.loads((GOLDEN / "dualpipe_sha256.json").read_text())
+SHA256_V: dict[str, str] = json.loads((GOLDEN / "dualpipe_v_sha256.json").read_text())
+EQUAL = Costs(forward=1, backward_input=1, backward_weight=1, exchange=0, latency=0)
+
+
+def sha256(schedule: Schedule) -> str:
+    return hashlib.sha256(to_json(schedule).encode()).hexdigest()
+
+
+def test_dualpipe_4_ranks_8_micro_batches_is_the_published_order() -> None:
+    assert json.loads(to_json(build("dualpipe", 4, 8))) == json.loads((GOLDEN / "dualpipe_4_8.json").read_text())
+
+
+@pytest.mark.parametrize("size", sorted(SHA256))
+def test_dualpipe_is_the_published_order(size: str) -> None:
+    num_ranks, num_micro_batches = map(int, size.split(","))
+    assert sha256(build("dualpipe", num_ranks, num_micro_batches)) == SHA256[size]
+
+
+def test_dualpipe_v_3_ranks_7_micro_batches_is_the_published_order() -> None:
+    assert json.loads(to_json(dualpipe_v(3, 7))) == json.loads((GOLDEN / "dualpipe_v_3_7.json").read_text())
+
+
+@pytest.mark.parametrize("num_ranks", range(1, 17))
+def test_dualpipe_v_is_the_published_order(num_ranks: int) -> None:
+    sizes = [size for size in SHA256_V if size.startswith(f"{num_ranks},")]
+    assert len(sizes) >= 9
+    for size in sizes:
+        assert sha256(dualpipe_v(num_ranks, int(size.split(",")[1]))) == SHA256_V[size], size
+
+
+@pytest.mark.parametrize("num_ranks", range(1, 8))
+def test_dualpipe_v_is_valid_within_half_an_activation_more_than_ranks(num_ranks: int) -> None:
+    for num_micro_batches in range(2 * num_ranks, 4 * num_ranks + 2):
+        schedule = dualpipe_v(num_ranks, num_micro_batches)
+        validate(schedule, memory_cap=num_ranks + 0.5)
+        validate(forward_only(schedule), forward_only=True)
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4, 6, 8, 10])
+def test_dualpipe_is_valid_within_one_activation_more_than_ranks(num_ranks: int) -> None:
+    for num_micro_batches in range(2 * num_ranks, 4 * num_ranks + 2, 2):
+        schedule = build("dualpipe", num_ranks, num_micro_batches)
+        validate(schedule, memory_cap=num_ranks + 1)
+        validate(forward_only(schedule), forward_only=True)
+
+
+@pytest.mark.parametrize("num_ranks", range(1, 9))
+def test_one_f_one_b_is_valid_within_as_many_activations_as_ranks(num_ranks: int) -> None:
+    for num_micro_batches in range(1, 2 * num_ranks + 3):
+        schedule = build("1f1b", num_ranks, num_micro_batches)
+        validate(schedule)
+        validate(forward_only(schedule), forward_only=True)
+        expected = tuple(min(num_ranks - rank, num_micro_batches) for rank in range(num_ranks))
+        assert peak_activations(schedule) == expected
+
+
+@pytest.mark.parametrize("num_ranks", range(1, 9))
+@pytest.mark.parametrize("make", [zb_h1, zb_v])
+def test_zero_bubble_is_valid_within_as_many_activations_as_ranks(
+    make: Callable[[int, int], Schedule], num_ranks: int
+) -> None:
+    for num_micro_batches in range(1, 2 * num_ranks + 4):
+        schedule = make(num_ranks, num_micro_batches)
+        validate(schedule, memory_cap=num_ranks)
+        validate(forward_only(schedule), forward_only=True)
+        kinds = {op.kind for groups in schedule.ranks for group in groups for op in group}
+        assert kinds == {Op.FORWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT}
+
+
+@pytest.mark.parametrize("num_ranks", range(2, 17))
+@pytest.mark.parametrize(("make", "per_rank"), [(zb_h1, 1.0), (zb_v, 0.5)])
+def test_zero_bubble_overhead_is_the_published_one(
+    make: Callable[[int, int], Schedule], per_rank: float, num_ranks: int
+) -> None:
+    for num_micro_batches in (2 * num_ranks, 2 * num_ranks + 1, 3 * num_ranks + 2, 5 * num_ranks):
+        simulation = simulate(make(num_ranks, num_micro_batches), EQUAL)
+        assert simulation.makespan - 3 * num_micro_batches == per_rank * (num_ranks - 1)
+        assert max(simulation.peaks) == num_ranks
+
+
+@pytest.mark.parametrize("make", [zb_h1, zb_v])
+def test_zero_bubble_one_micro_batch_takes_its_way_through_the_model(make: Callable[[int, int], Schedule]) -> None:
+    for num_ranks in range(1, 9):
+        schedule = make(num_ranks, 1)
+        # All of it but the last weight gradients, where other ranks take their own meanwhile.
+        last_weight = 1.0 if num_ranks == 1 else num_ranks / schedule.num_stages
+        assert simulate(schedule, EQUAL).makespan == 2 * num_ranks + last_weight
+
+
+def test_dualpipe_large_is_made_and_proven_within_seconds() -> None:
+    # A bound on the order of growth: the work takes about half a second, quadratic work would take minutes.
+    start = time.process_time()
+    validate(build("dualpipe", 16, 512), memory_cap=17)
+    assert time.process_time() - start < 5
+
+
+def test_zero_bubble_large_is_made_and_proven_within_seconds() -> None:
+    start = time.process_time()
+    validate(zb_v(16, 512), memory_cap=16)
+    assert time.process_time() - start < 5
+
+
+def test_forward_only_keeps_the_order_of_forwards_and_nothing_else() -> None:
+    schedule = build("dualpipe", 6, 14)
+    kept = forward_only(schedule)
+    for groups, before in zip(kept.ranks, schedule.ranks, strict=True):
+        assert all(groups)
+        forwards = [op for group in before for op in group if op.kind is Op.FORWARD]
+        assert [op for group in groups for op in group] == forwards
+    assert (kept.kind, kept.placement, kept.num_micro_batches) == ("dualpipe", schedule.placement, 14)
+
+
+@pytest.mark.parametrize(
+    ("kind", "num_ranks", "num_micro_batches", "message"),
+    [
+        (
+            "dualpipe",
+            3,
+            8,
+            r"^here: .*even number of pipeline ranks, has 3; nearest: 2 or 4, or schedule=dualpipe_split$",
+        ),
+        ("dualpipe", 1, 8, r"^here: .*even number of pipeline ranks, has 1; nearest: 2, or schedule=dualpipe_split$"),
+        ("dualpipe", 0, 8, r"^here: .*at least 1 rank, has 0; nearest: 1$"),
+        (
+            "dualpipe",
+            4,
+            6,
+            r"^there: .*at least 8 micro-batches \(2 per rank\), has 6; nearest: 8, or schedule=dualpipe_split$",
+        ),
+        (
+            "dualpipe",
+            4,
+            7,
+            r"^there: .*at least 8 micro-batches \(2 per rank\), has 7; nearest: 8, or schedule=dualpipe_split$",
+        ),
+        (
+            "dualpipe",
+            4,
+            9,
+            r"^there: .*even number of micro-batches.* has 9; nearest: 8 or 10, or schedule=dualpipe_split$",
+        ),
+        ("dualpipe_v", 3, 5, r"^there: .*at least 6 micro-batches .* has 5; nearest: 6, or schedule=dualpipe_split$"),
+        ("dualpipe", 4, 0, r"^there: .*at least 1 micro-batch, has 0; nearest: 1$"),
+        ("1f1b", 0, 1, r"^here: .*at least 1 rank, has 0; nearest: 1$"),
+        ("1f1b", 1, 0, r"^there: .*at least 1 micro-batch, has 0; nearest: 1$"),
+    ],
+)
+def test_sizes_refused_name_key_rule_value_and_nearest(
+    kind: ScheduleKind, num_ranks: int, num_micro_batches: int, message: str
+) -> None:
+    with pytest.raises(ScheduleError, match=message):
+        check(kind, num_ranks, num_micro_batches, ranks_key="here", micro_batches_key="there")
+    with pytest.raises(ScheduleError, match=r"^num_(ranks|micro_batches): "):
+        build(kind, num_ranks, num_micro_batches)

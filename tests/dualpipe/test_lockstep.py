@@ -1,0 +1,53 @@
+"""Orders in lockstep: valid for every size, and at the lower bound with W where the ranks would wait."""
+
+import pytest
+
+from dualpipe.generate.dualpipe_split import empty
+from dualpipe.generate.lockstep import lockstep, lockstep_orders
+from dualpipe.optimize.weights import place_weights
+from dualpipe.simulate.costs import Costs, uniform
+from dualpipe.simulate.memory import peak_activations
+from dualpipe.simulate.simulate import simulate
+from dualpipe.validate import validate
+
+UNIT = Costs(forward=1, backward_input=1, backward_weight=1, exchange=0, latency=0)
+EXCHANGING = Costs(forward=1, backward_input=1, backward_weight=1, exchange=1, latency=0)
+
+
+@pytest.mark.parametrize(
+    "num_ranks", [*range(1, 7), *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (7, 8, 9))]
+)
+def test_lockstep_orders_are_valid_within_one_activation_more_than_ranks(num_ranks: int) -> None:
+    costs = uniform(EXCHANGING, num_ranks, num_ranks)
+    for num_micro_batches in range(1, 3 * num_ranks + 2):
+        shape = empty(num_ranks, num_micro_batches)
+        orders = [lockstep(shape, paired=True), lockstep(shape, paired=False)]
+        orders += lockstep_orders(shape, costs, num_ranks + 1)
+        assert len(orders) >= 7
+        for order in orders:
+            validate(order, num_ranks + 1)
+
+
+@pytest.mark.parametrize("num_ranks", range(1, 17))
+def test_lockstep_with_placed_weights_meets_the_lower_bound(num_ranks: int) -> None:
+    costs = uniform(UNIT, num_ranks, num_ranks)
+    for num_micro_batches in (*range(num_ranks, 3 * num_ranks + 2, max(num_ranks // 3, 1)), 33):
+        if num_micro_batches < num_ranks:
+            continue
+        order = lockstep(empty(num_ranks, num_micro_batches), paired=False)
+        placed = place_weights(order, costs, num_ranks + 1)
+        assert placed is not None
+        assert simulate(placed, costs).makespan == 3 * num_micro_batches + (num_ranks - 1) // 2
+        assert max(peak_activations(placed)) <= num_ranks + 1
+
+
+@pytest.mark.parametrize("num_ranks", range(2, 10))
+def test_lockstep_pairs_grow_by_nothing_but_work(num_ranks: int) -> None:
+    costs = uniform(EXCHANGING, num_ranks, num_ranks)
+
+    def overhead(num_micro_batches: int) -> float:
+        order = lockstep(empty(num_ranks, num_micro_batches), paired=True)
+        return simulate(order, costs).makespan - 3 * num_micro_batches
+
+    assert overhead(4 * num_ranks) == overhead(2 * num_ranks + 2 * (num_ranks % 2))
+    assert overhead(8 * num_ranks + 1) == overhead(4 * num_ranks + 1)

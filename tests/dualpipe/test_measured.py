@@ -1,0 +1,190 @@
+"""A run's spans in the schedule's words, and the bubble that they add up to."""
+
+import pickle
+from itertools import pairwise
+
+import pytest
+
+from dualpipe.config import ScheduleKind
+from dualpipe.generate.select import build
+from dualpipe.ir import Op, Operation, Schedule
+from dualpipe.passes import one_at_a_time
+from dualpipe.runtime.measured import (
+    Measured,
+    Span,
+    SpanLane,
+    measured_bubble,
+    measured_costs,
+    measured_exposed,
+    rank_spans,
+    rank_use,
+    step_lanes,
+)
+from dualpipe.runtime.program import Action
+from dualpipe.simulate.costs import StageCosts
+from dualpipe.simulate.simulate import simulate
+from tests.dualpipe.clockwork import LANES, SECONDS, measured_run, programs_of, spans_of
+
+SCHEDULES = [build("dualpipe", 4, 8), build("1f1b", 3, 5), build("1f1b", 1, 2)]
+
+
+def span(lane: SpanLane, start: float, end: float) -> Span:
+    operation = Operation(Op.FORWARD, 0, 0, 0)
+    return Span(start_seconds=start, end_seconds=end, lane=lane, operation=operation, group=0, phase=-1)
+
+
+def test_bubble_is_the_time_of_neither_work_nor_own_exchange() -> None:
+    measured = Measured(
+        ranks=(
+            (span("compute", 10, 14), span("comm", 11, 16), span("exposed", 14, 16), span("send", 16, 17)),
+            (span("wait", 11, 17), span("compute", 17, 20)),
+        )
+    )
+    assert measured.makespan_seconds == 10
+    assert measured_bubble(measured) == pytest.approx(1 - (4 + 2 + 3) / 20)
+    assert measured_exposed(measured) == pytest.approx(2 / 20)
+
+
+def test_bubble_of_nothing_is_zero() -> None:
+    assert measured_bubble(Measured(ranks=((), ()))) == measured_exposed(Measured(ranks=())) == 0.0
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: schedule.kind)
+def test_spans_name_every_operation_with_its_group(schedule: Schedule) -> None:
+    for groups, spans in zip(schedule.ranks, measured_run(schedule).ranks, strict=True):
+        assert {(found.operation, found.group) for found in spans} == {
+            (op, index) for index, group in enumerate(groups) for op in group
+        }
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: schedule.kind)
+def test_spans_hold_all_work_of_every_operation(schedule: Schedule) -> None:
+    computations, exchanges = LANES.count("compute"), LANES.count("comm")
+    for groups, spans in zip(schedule.ranks, measured_run(schedule).ranks, strict=True):
+        for op in (op for group in groups for op in group):
+            mine = [found for found in spans if found.operation == op]
+            passes = {Op.BACKWARD: 2}.get(op.kind, 1)
+            computed = sum(found.seconds for found in mine if found.lane == "compute")
+            assert computed == pytest.approx(passes * computations * SECONDS["compute"])
+            exchanged = [found for found in mine if found.lane == "comm"]
+            assert len(exchanged) == (0 if op.kind is Op.BACKWARD_WEIGHT else exchanges)
+            assert all(found.seconds >= SECONDS["exchange"] - 1e-12 for found in exchanged)
+            assert {LANES[found.phase] for found in mine if found.lane in ("comm", "exposed")} <= {"comm"}
+            assert {LANES[found.phase] for found in mine if found.lane == "compute"} == {"compute"}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: schedule.kind)
+def test_main_threads_spans_never_overlap_and_share_the_clock(schedule: Schedule) -> None:
+    run = measured_run(schedule, origin_seconds=50.0)
+    # Before the first span there is at most room made for messages.
+    assert run.start_seconds == pytest.approx(50.0, abs=3 * SECONDS["post"])
+    for spans in run.ranks:
+        main = [found for found in spans if found.lane != "comm"]
+        assert all(one.end_seconds <= two.start_seconds + 1e-9 for one, two in pairwise(main))
+
+
+def test_waits_and_sends_are_those_of_the_messages() -> None:
+    schedule = build("1f1b", 2, 3)
+    first, second = measured_run(schedule).ranks
+    sent = [found.operation for found in first if found.lane == "send"]
+    accepted = [found.operation for found in second if found.lane == "wait"]
+    assert sent == [Operation(Op.FORWARD, 0, 0, index) for index in range(3)]
+    assert accepted == [Operation(Op.FORWARD, 0, 1, index) for index in range(3)]
+    assert [found.operation.kind for found in second if found.lane == "send"] == [Op.BACKWARD] * 3
+
+
+def test_slower_message_raises_the_bubble_by_its_wait() -> None:
+    schedule = build("1f1b", 2, 1)
+    programs = programs_of(schedule)
+    spans = spans_of(programs)
+    late = 0.010
+    accept = next(index for index, step in enumerate(programs[1].steps) if step.action is Action.ACCEPT)
+    delayed = [
+        (start + late * (index > accept), end + late * (index >= accept)) for index, (start, end) in enumerate(spans[1])
+    ]
+    run = [rank_spans(schedule.ranks[1], programs[1], found, 0.0) for found in (spans[1], delayed)]
+    before, after = (Measured(ranks=(found,)) for found in run)
+    assert after.makespan_seconds == pytest.approx(before.makespan_seconds + late)
+    idle = [measured_bubble(found) * found.makespan_seconds for found in (before, after)]
+    assert idle[1] == pytest.approx(idle[0] + late)
+
+
+def test_measured_run_can_be_sent_between_processes() -> None:
+    run = measured_run(SCHEDULES[0])
+    assert pickle.loads(pickle.dumps(run)) == run
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: schedule.kind)
+def test_bubble_of_each_ranks_use_is_that_of_its_spans(schedule: Schedule) -> None:
+    programs = programs_of(schedule)
+    uses = [
+        rank_use(step_lanes(program), spans, 7.0) for program, spans in zip(programs, spans_of(programs), strict=True)
+    ]
+    run = measured_run(schedule, origin_seconds=7.0)
+    assert min(use.start_seconds for use in uses) == run.start_seconds
+    assert max(use.end_seconds for use in uses) == run.end_seconds
+    total = run.makespan_seconds * len(uses)
+    assert 1 - sum(use.used_seconds for use in uses) / total == pytest.approx(measured_bubble(run))
+
+
+@pytest.mark.parametrize("kind", ["zb_h1", "zb_v"])
+def test_costs_of_a_run_are_the_times_of_its_clock(kind: ScheduleKind) -> None:
+    schedule = build(kind, 3, 6)
+    costs = measured_costs(schedule, measured_run(schedule))
+    assert costs.latency == 0
+    assert len(costs.stages) == schedule.num_stages
+    computed = LANES.count("compute") * SECONDS["compute"]
+    exchanged = LANES.count("comm") * SECONDS["exchange"]
+    for stage in costs.stages:
+        found = (stage.forward, stage.backward_input, stage.backward_weight)
+        assert found == pytest.approx((computed, computed, computed))
+        assert (stage.forward_exchange, stage.backward_exchange) == pytest.approx((exchanged, exchanged))
+        assert stage.activation == 3 / schedule.num_stages
+
+
+def test_costs_of_full_backwards_tell_inputs_from_weights() -> None:
+    schedule = build("1f1b", 2, 4)
+    programs = programs_of(schedule)
+    # Weight gradients that take twice as long: every later step is so much later.
+    spans = []
+    for program, found in zip(programs, spans_of(programs), strict=True):
+        late, stretched = 0.0, []
+        for step, (start, end) in zip(program.steps, found, strict=True):
+            more = SECONDS["compute"] if step.action is Action.WEIGHT else 0.0
+            stretched.append((start + late, end + late + more))
+            late += more
+        spans.append(stretched)
+    ranks = zip(schedule.ranks, programs, spans, strict=True)
+    costs = measured_costs(schedule, Measured(ranks=tuple(rank_spans(*rank, 0.0) for rank in ranks)))
+    for stage in costs.stages:
+        assert stage.backward_input == pytest.approx(2 * SECONDS["compute"])
+        assert stage.backward_weight == pytest.approx(4 * SECONDS["compute"])
+
+
+def test_exchange_of_a_stage_is_its_shortest_and_computation_its_median() -> None:
+    def at(kind: Op, micro_batch: int, lane: SpanLane, seconds: float) -> Span:
+        operation = Operation(kind, 0, 0, micro_batch)
+        return Span(start_seconds=0.0, end_seconds=seconds, lane=lane, operation=operation, group=0, phase=1)
+
+    kinds, seconds = (Op.FORWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT), (5.0, 3.0, 30.0)
+    spans = [at(kind, index, "compute", time) for kind in kinds for index, time in enumerate(seconds)]
+    spans += [at(kind, index, "comm", time) for kind in kinds[:2] for index, time in enumerate(seconds)]
+    costs = measured_costs(build("zb_h1", 1, 3), Measured(ranks=(tuple(spans),)))
+    expected = StageCosts(
+        forward=5.0,
+        backward_input=5.0,
+        backward_weight=5.0,
+        forward_exchange=3.0,
+        backward_exchange=3.0,
+        activation=1.0,
+    )
+    assert costs.stages == (expected,)
+
+
+@pytest.mark.parametrize("kind", ["zb_h1", "zb_v"])
+def test_plan_by_a_runs_costs_takes_no_longer_than_the_run(kind: ScheduleKind) -> None:
+    # On a clock of fixed times only hand-overs and links come on top of what the plan counts.
+    schedule = build(kind, 3, 6)
+    run = measured_run(schedule)
+    planned = simulate(one_at_a_time(schedule), measured_costs(schedule, run))
+    assert 0.8 * run.makespan_seconds < planned.makespan < run.makespan_seconds

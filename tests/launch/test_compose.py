@@ -1,0 +1,86 @@
+"""Overrides to plain values, and every way that Hydra can refuse them, in our words."""
+
+import pytest
+
+from launch.config.compose import compose, compose_defaults, default_groups, included_roots, key_of, options, own_keys
+from launch.config.errors import ConfigError
+
+
+def test_compose_gives_plain_values() -> None:
+    values = compose("train", ["experiment=quickstart", "stage.steps=7", "name=x"])
+    assert values["stage"]["steps"] == 7
+    assert values["name"] == "x"
+    assert values["parallelism"] == {"pipeline": 4, "data": 2, "expert": 2}
+    assert type(values["parallelism"]) is dict
+
+
+def test_compose_command_line_wins_over_the_experiment() -> None:
+    values = compose("train", ["experiment=two_nodes", "parallelism=four_ranks", "cluster.ranks_per_node=1"])
+    assert values["parallelism"]["pipeline"] == 2
+    assert values["cluster"]["ranks_per_node"] == 1
+
+
+def test_compose_resolves_interpolations() -> None:
+    assert compose("train", ["name=run-${seed}", "seed=5"])["name"] == "run-5"
+
+
+def test_compose_every_default_is_an_option() -> None:
+    for command in ("train", "schedule", "submit"):
+        for group, option in default_groups(command).items():
+            assert option in options(group)
+        assert compose_defaults(command)
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("optim.learing_rate=1", ["optim.learing_rate: unknown key", "did you mean optim.learning_rate"]),
+        ("learning_rate=1", ["learning_rate: unknown key", "did you mean optim.learning_rate"]),
+        ("stage.step=1", ["stage.step: unknown key", "did you mean stage.steps"]),
+        ("expermient=quickstart", ["expermient: unknown key", "did you mean experiment"]),
+        ("data.paths=[a]", ["data.paths: unknown key", "data=files"]),
+        ("optim.learning_rate.x=3", ["optim.learning_rate.x: unknown key"]),
+        ("model=tinyy", ["model: no option tinyy", "did you mean tiny", "quickstart, tiny, v2_236b"]),
+        ("model={hidden_size:1}", ["model: no option", "quickstart, tiny, v2_236b"]),
+        ("model=null", ["model: no option null"]),
+        ("model=tiny,quickstart", ["model: one run takes one value"]),
+        ("seed=1,2", ["seed: one run takes one value", "1,2"]),
+        ("seed=range(3)", ["seed: one run takes one value"]),
+        ("~model", ["~model", "model=option"]),
+        ("+model=tiny", ["+model=tiny", "model=option"]),
+        ("model@other=tiny", ["model@other", "model=option"]),
+        ("data=files", ["data.paths: a value is needed"]),
+        ("stage.steps=???", ["stage.steps: a value is needed"]),
+        ("name=${nope}", ["name: ", "nope"]),
+        ("name=${oc.env:NOT_SET_ANYWHERE}", ["name: ", "NOT_SET_ANYWHERE"]),
+        ("seed", ["seed: is not an override", "key=value"]),
+        ("=3", ["=3: is not an override"]),
+        ("seed=[1", ["seed=[1: is not an override", "quote"]),
+        ("", ["is not an override"]),
+        ("hydra.run.dir=x", ["hydra.run.dir", "no effect"]),
+        ("hydra/launcher=x", ["hydra/launcher", "no effect"]),
+    ],
+)
+def test_compose_refuses_and_names_the_nearest(override: str, parts: list[str]) -> None:
+    with pytest.raises(ConfigError) as refused:
+        compose("train", [override])
+    for part in parts:
+        assert part in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_compose_submit_takes_over_training_with_its_own_cluster() -> None:
+    ours = compose("submit", [])
+    assert {key: ours[key] for key in ours if key not in own_keys("submit")} == compose("train", ["cluster=slurm"])
+    assert set(own_keys("submit")) == {"dry_run", "slurm"}
+    assert default_groups("submit") == {**default_groups("train"), "cluster": "slurm"}
+    assert included_roots("submit") == ["train"]
+
+
+def test_compose_key_of_an_override() -> None:
+    assert [key_of(text) for text in ("a.b=[1,2]", "+c=1", "~d")] == ["a.b", "c", "d"]
+
+
+def test_compose_refuses_a_group_of_another_command() -> None:
+    with pytest.raises(ConfigError, match=r"^model: unknown key"):
+        compose("schedule", ["model=tiny"])

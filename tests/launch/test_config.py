@@ -1,0 +1,327 @@
+"""Every shipped value passes, every rule refuses what breaks it, and the refusal names key, value and a way out."""
+
+import re
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from random import Random
+
+import pytest
+import yaml
+
+from data.corpus import DataError
+from dualpipe.ir import ScheduleError
+from launch.command import user_errors
+from launch.config.compose import compose, default_groups, options
+from launch.config.errors import ConfigError
+from launch.config.ranges import divisors, multiples, numbers, ranged_keys
+from launch.config.run_config import check, read_config, write_config
+from model.cut import CutError
+from tests.data.released_tokenizer import write_released
+from train.checkpoint.manifest import CheckpointError, write_weights_manifest
+from train.config import TrainConfig
+
+RAMP = "{start_sequences:%d,end_tokens:1000,num_sizes:%d}"
+
+# What an option cannot be chosen without.
+NEEDS = {
+    "parallelism=v3_2048_ranks": ["model=v3_671b", "cluster=h800", "stage.global_batch_sequences=8192",
+                                  "stage.validation_sequences=8192", "cluster.memory_bytes=null"],
+    "parallelism=eight_ranks": ["stage.global_batch_sequences=32"],
+    "model=tiny": ["data.tokenizer_vocab_size=300"],
+    "dispatch=deepep": ["cluster=h800", "precision=bf16", "model.hidden_size=256"],
+    "data=files": ["data.paths=[pyproject.toml]"],
+    "precision=float64": ["optim.sharding=replicated"],
+    "schedule=1f1b": ["model.mtp_depth=0"],
+    "schedule=zb_h1": ["model.mtp_depth=0"],
+}  # fmt: skip
+
+
+def build(*overrides: str) -> TrainConfig:
+    return read_config(compose("train", overrides))
+
+
+def place_weights(folder: Path) -> str:
+    """Converted weights of the default model as far as an architecture is read from them."""
+    folder.mkdir()
+    write_weights_manifest(folder, build().model, {})
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    "choice",
+    # Experiments are in tests/launch/test_recipes.py.
+    [f"{group}={option}" for group in default_groups("train") if group != "experiment" for option in options(group)],
+)
+def test_config_every_shipped_option_composes_and_passes(choice: str, tmp_path: Path) -> None:
+    needs = NEEDS.get(choice, [])
+    if choice.startswith("data=files"):
+        (tmp_path / "a.txt").write_text("some text")
+        needs = [f"data.paths=['{tmp_path}']"]
+    if choice == "data=files_and_tokenizer":
+        needs += [f"data.tokenizer={write_released(tmp_path / 'tokenizer.json', ['some text'], highest_id=4000)}"]
+    if choice == "model=of_checkpoint":
+        # Its other half, weights that are whole, is in tests/train/test_init_from.py.
+        config = build(choice, f"init_from={place_weights(tmp_path / 'weights')}")
+        assert config.model == build().model
+        check(replace(config, init_from=None))
+    elif choice == "dispatch=deepep" and find_spec("deep_ep") is None:
+        with pytest.raises(ConfigError, match="deep_ep is not installed"):
+            check(build(choice, *needs))
+    else:
+        check(build(choice, *needs))
+
+
+@pytest.mark.slow
+def test_config_any_choice_of_options_passes_or_is_refused_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("some text")
+    weights = place_weights(tmp_path / "weights")
+    given = write_released(tmp_path / "tokenizer.json", ["some text"], highest_id=4000)
+    needs = {"data=files": [f"data.paths=['{tmp_path}']"], "model=of_checkpoint": [f"init_from={weights}"]}
+    needs["data=files_and_tokenizer"] = [*needs["data=files"], f"data.tokenizer={given}"]
+    recipes = set(options("experiment")) - {"none", "quickstart", "two_nodes", "four_nodes"}
+    needs |= {f"experiment={name}": needs["data=files_and_tokenizer"] for name in recipes}
+    groups, random, passed, refusals = list(default_groups("train")), Random(0), 0, []
+    for _ in range(30):
+        chosen = [f"{group}={random.choice(options(group))}" for group in random.sample(groups, 4)]
+        try:
+            check(build(*chosen, *(need for choice in chosen for need in needs.get(choice, ()))))
+            passed += 1
+        except user_errors() as error:
+            refusals.append(str(error))
+    assert not [text for text in refusals if not re.fullmatch(r"[a-z_.]+: .+", text)]
+    assert 5 < passed < 30
+
+
+@pytest.mark.parametrize("choice", ["experiment=quickstart", "optim=adamw_v3", "optim/schedule=wsd", "model=tiny"])
+def test_config_read_inverts_write(choice: str) -> None:
+    config = build(choice)
+    assert read_config(write_config(config)) == config
+    assert read_config(yaml.safe_load(yaml.safe_dump(write_config(config)))) == config
+
+
+def test_config_source_is_written_as_it_is_given() -> None:
+    config = build("data=files", "data.paths=[a.txt,b]")
+    assert write_config(config)["data"]["paths"] == ["a.txt", "b"]
+    assert write_config(config)["data"]["kind"] == "files"
+    assert "source" not in write_config(config)["data"]
+
+
+@pytest.mark.slow
+def test_config_every_number_has_a_range_or_is_checked_where_it_belongs(tmp_path: Path) -> None:
+    choices = [
+        f"{group}={choice}"
+        for group in ("model", "dispatch", "optim", "optim/schedule", "guard")
+        for choice in options(group)
+    ]
+    choices += ["cluster=h800", "ema.decay=0.9", "stage.checkpoint_keep=2", f"stage.batch_ramp={RAMP % (4, 4)}"]
+    weights = place_weights(tmp_path / "weights")
+    keys = {
+        key for choice in choices for key in numbers(build(choice, f"init_from={weights}", "stage.checkpoint_keep=3"))
+    }
+    assert {key for key in keys if not key.startswith(("data.", "costs."))} == {
+        key for key in ranged_keys() if not key.startswith("data.")
+    }
+
+
+def test_config_v3_671b_is_the_released_one() -> None:
+    model = build("model=v3_671b").model
+    assert (model.num_layers, model.num_dense_layers, model.hidden_size, model.vocab_size) == (61, 3, 7168, 129280)
+    assert (model.num_routed_experts, model.num_experts_per_token, model.initializer_range) == (256, 8, 0.006)
+
+
+def test_config_quickstart_feeds_dualpipe_fully() -> None:
+    """Fewer micro-batches than twice the ranks would leave the published schedule undefined."""
+    for experiment, ranks, nodes in (("quickstart", 8, 8), ("two_nodes", 8, 2), ("four_nodes", 8, 4)):
+        config = build(f"experiment={experiment}")
+        assert config.parallelism.world_size == ranks
+        assert ranks // config.cluster.ranks_per_node == nodes
+        assert config.num_micro_batches >= 2 * config.parallelism.pipeline
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (["stage.steps=0"], ["stage.steps", "above 0", "is 0", "least is 1"]),
+        (["optim.learning_rate=-1"], ["optim.learning_rate", "above 0", "-1.0"]),
+        (["optim.beta2=1"], ["optim.beta2", "below 1", "1.0"]),
+        (["seed=-1"], ["seed", "0 or above", "-1"]),
+        (
+            ["parallelism.data=4", "parallelism.expert=3", "stage.micro_batch_sequences=1"],
+            ["parallelism.expert", "parallelism.data=4", "is 3", "2 or 4"],
+        ),
+        (["parallelism.expert=2"], ["parallelism.expert", "parallelism.data=1", "is 2", "valid: 1"]),
+        (
+            ["parallelism=four_ranks", "cluster.ranks_per_node=3"],
+            ["cluster.ranks_per_node", "4 ranks", "is 3", "2 or 4"],
+        ),
+        (["guard.spike_factor=0.5"], ["guard.spike_factor", "0, which is off, or above 1", "0.5"]),
+        (["guard=skip", "guard.max_consecutive=0"], ["guard.max_consecutive", "above 0", "is 0", "least is 1"]),
+        (["guard.spike_window_steps=0"], ["guard.spike_window_steps", "above 0", "is 0"]),
+        (["cluster.grace_seconds=0"], ["cluster.grace_seconds", "above 0", "is 0"]),
+        (["cluster.max_restarts=-1"], ["cluster.max_restarts", "0 or above", "-1"]),
+        (["resume=auto"], ["resume", "auto", "out_dir", "is empty"]),
+        (["cluster.backend=nccl"], ["cluster.backend", "cluster.device=cuda", "nccl", "gloo"]),
+        (["parallelism=four_ranks", "dispatch=local"], ["dispatch", "parallelism.expert=2", "two_hop"]),
+        (["dispatch=deepep"], ["dispatch", "cluster.device=cuda", "cluster.device=cpu", "dispatch=two_hop"]),
+        (["dispatch=deepep", "cluster=one_gpu"], ["dispatch", "cluster.backend=nccl", "cluster.backend=gloo"]),
+        (
+            ["dispatch=deepep", "cluster=h800", "precision=bf16"],
+            ["dispatch", "deep_ep", "github.com/deepseek-ai/DeepEP", "dispatch=two_hop"],
+        ),
+        (["dispatch=deepep", "cluster=h800"], ["dispatch", "precision=bf16", "precision=float32", "two_hop"]),
+        (["dispatch.max_nodes=0"], ["dispatch.max_nodes", "above 0", "is 0"]),
+        (["dispatch=two_hop", "dispatch.chunks=0"], ["dispatch.chunks", "above 0", "is 0"]),
+        (["dispatch.node_cap=clipp"], ["dispatch.node_cap", "did you mean clip"]),
+        (
+            ["experiment=four_nodes", "dispatch.max_nodes=1"],
+            ["dispatch.max_nodes", "2 nodes", "num_limited_groups=2", "is 1", "valid: 2", "dispatch.node_cap=clip"],
+        ),
+        (["model.qk_rope_head_dim=15"], ["model.qk_rope_head_dim", "even", "is 15", "14 or 16"]),
+        (["model.num_dense_layers=5"], ["model.num_dense_layers", "model.num_layers=4", "is 5", "valid: 4"]),
+        (["model=v3_671b", "model.rope_scaling.factor=0.5"], ["model.rope_scaling", "factor=0.5"]),
+        (["schedule=1f1b"], ["model.mtp_depth", "1f1b", "is 1", "mtp_depth=0", "schedule=dualpipe_split"]),
+        (["schedule=zb_h1"], ["model.mtp_depth", "zb_h1", "is 1", "mtp_depth=0", "schedule=dualpipe_split"]),
+        (["track.picture_every_steps=-1"], ["track.picture_every_steps", "0 or above", "-1"]),
+        (
+            ["parallelism=four_ranks", "model.num_routed_experts=15"],
+            ["model.num_routed_experts", "parallelism.expert=2", "is 15", "14 or 16", "parallelism.expert=1 or 3"],
+        ),
+        (["model.num_expert_groups=3"], ["model.num_expert_groups", "model.num_routed_experts=16", "is 3", "2 or 4"]),
+        (["model.num_limited_groups=5"], ["model.num_limited_groups", "num_expert_groups=4", "is 5", "valid: 4"]),
+        (["model.num_experts_per_token=10"], ["model.num_experts_per_token", "at most 8", "is 10"]),
+        (["model.num_experts_per_token=32"], ["model.num_experts_per_token", "at most 8", "is 32"]),
+        (["stage.global_batch_sequences=15"], ["stage.global_batch_sequences", "= 2", "is 15", "14 or 16"]),
+        (["stage.sequence_length_tokens=5000"], ["stage.sequence_length_tokens", "4096", "is 5000"]),
+        (["stage.sequence_length_tokens=1"], ["stage.sequence_length_tokens", "model.mtp_depth=1", "valid: 2"]),
+        (["stage.validation_sequences=20"], ["stage.validation_sequences", "=16", "is 20", "16 or 32"]),
+        (["optim.schedule.final_ratio=1.5"], ["optim.schedule.final_ratio", "between 0 and 1", "is 1.5"]),
+        (["optim=adamw_v3", "optim.schedule.final_learning_rate=1"],
+            ["optim.schedule.final_learning_rate", "optim.learning_rate=0.00022", "is 1.0"]),
+        (["optim=adamw_v3", "optim.schedule.last_learning_rate=1"], ["optim.schedule.last_learning_rate", "at most",
+            "optim.schedule.final_learning_rate=2.2e-05", "is 1.0", "nearest valid: 2.2e-05"]),
+        (["optim.schedule.decay_start=60 %", "optim.schedule.decay_end=50 %"],
+            ["optim.schedule.decay_start", "optim.schedule.decay_end=50 %", "is 60 %", "nearest valid: 50 %"]),
+        (["optim=adamw_v3", "optim.schedule.decay_end=1 tokens"],
+            ["optim.schedule.decay_start", "decay_end=1 tokens", "is 10000000000000 tokens"]),
+        (["optim.schedule.warmup=70 steps", "optim.schedule.decay_end=40 %"],
+            ["optim.schedule.warmup", "optim.schedule.decay_end=40 %", "is 70 steps"]),
+        (["optim.schedule.warmup=0.02"], ["optim.schedule.warmup", "5 %", "is 0.02", "nearest valid: 2 %"]),
+        (["optim.schedule.warmup=2000"], ["optim.schedule.warmup", "is 2000", "nearest valid: 2000 steps"]),
+        (["optim.schedule.warmup=-3"], ["optim.schedule.warmup", "is -3"]),
+        (["optim.schedule.warmup=120 %"], ["optim.schedule.warmup", "at most 100 %", "is '120 %'"]),
+        (["optim.schedule.warmup=2.5 steps"], ["optim.schedule.warmup", "whole number of steps", "is '2.5 steps'"]),
+        (["optim.schedule.warmup=2 epochs"], ["optim.schedule.warmup", "is '2 epochs'"]),
+        (["optim.schedule.warmup=null"], ["optim.schedule.warmup", "is None"]),
+        (["optim.schedule=wsd"], ["optim.schedule: is a group of keys; write optim/schedule=wsd"]),
+        (["optim/schedule=wsdd"], ["optim/schedule: no option wsdd", "did you mean wsd"]),
+        (["optim/schedule=wsd", "optim.schedule.decay_end=50 %"],
+            ["optim.schedule.decay_end: unknown key here", "optim/schedule=cosine"]),
+        (["optim/schedule=wsd", "optim.schedule.decay_shape=sqrt"], ["optim.schedule.decay_shape", "one_minus_sqrt"]),
+        (["stage.mtp_loss_weight=-1"], ["stage.mtp_loss_weight", "0 or above", "is -1"]),
+        (["stage.mtp_loss_weight=much"], ["stage.mtp_loss_weight", "a number, or a list", "is 'much'"]),
+        (["stage.bias_update_rate=[]"], ["stage.bias_update_rate", "from_tokens: 0", "is []"]),
+        (["stage.bias_update_rate=[{from_tokens:5,value:1}]"], ["stage.bias_update_rate", "from_tokens: 0"]),
+        (["stage.bias_update_rate=[{from_tokens:0,value:1},{from_tokens:0,value:2}]"],
+            ["stage.bias_update_rate", "must grow", "are 0, 0"]),
+        (["stage.bias_update_rate=[{from_tokens:0,value:1},{from_tokens:1.5,value:2}]"],
+            ["stage.bias_update_rate", "whole number", "is 1.5"]),
+        (["stage.bias_update_rate=[{from_tokens:0,valu:1}]"], ["stage.bias_update_rate", "value", "valu"]),
+        ([f"stage.batch_ramp={RAMP % (4, 1)}"], ["stage.batch_ramp.num_sizes", "at least 2", "is 1", "null"]),
+        ([f"stage.batch_ramp={RAMP % (4, 17)}"], ["stage.batch_ramp.num_sizes", "at most", "is 17", "valid: 16"]),
+        ([f"stage.batch_ramp={RAMP % (16, 2)}"], ["stage.batch_ramp.start_sequences", "below", "is 16"]),
+        ([f"stage.batch_ramp={RAMP % (0, 2)}"], ["stage.batch_ramp.start_sequences", "above 0", "is 0"]),
+        ([f"stage.batch_ramp={RAMP % (3, 2)}"], ["stage.batch_ramp", "= 2", "one is 3", "start_sequences=2 or 4"]),
+        ([f"stage.batch_ramp={RAMP % (4, 6)}"], ["stage.batch_ramp", "= 2", "num_sizes"]),
+        ([f"stage.batch_ramp={RAMP % (4, 4)}", "schedule=auto"], ["schedule.kind", "is auto", "dualpipe_split"]),
+        (
+            [f"stage.batch_ramp={RAMP % (4, 4)}", "schedule=dualpipe"],
+            ["stage.batch_ramp", "at least 4 micro-batches", "4 sequences has 2"],
+        ),
+        (["ema.decay=1"], ["ema.decay", "below 1", "is 1.0"]),
+        (["profile.steps=[3,101]"], ["profile.steps", "1 to 100", "one is 101", "nearest valid: 100"]),
+        (["profile.steps=[0]"], ["profile.steps", "one is 0", "nearest valid: 1"]),
+        (["profile.steps=[3,3]"], ["profile.steps", "at most once", "[3,3]", "nearest valid: [3]"]),
+        (["profile=steps", "profile.ranks=[2]"], ["profile.ranks", "0 to 1", "one is 2", "nearest valid: 1"]),
+        (["precision=float64"], ["optim.sharding", "precision=float64", "is zero1", "replicated"]),
+        (["precision=bf16", "optim.sharding=replicated"], ["optim.sharding", "bf16", "is replicated", "zero1"]),
+        (["data.tokenizer_vocab_size=5000"], ["data.tokenizer_vocab_size", "model.vocab_size=4096", "is 5000"]),
+        (["name=a/b"], ["name", "'a/b'"]),
+        (["name="], ["name", "''"]),
+        (["~optim.eps"], ["optim.eps: missing"]),
+        (["+optim.epps=1"], ["optim.epps: unknown key", "did you mean optim.eps"]),
+        (["+foo=1"], ["foo: unknown key"]),
+        (["+data.paths=[a]"], ["data.paths: unknown key", "kind files"]),
+        (["data=files", "data.paths=a.txt"], ["data.paths: must be a list", "data.paths=[a.txt]"]),
+        (["seed=1.5"], ["seed", "whole number", "1.5"]),
+        (["schedule.kind=dualpip"], ["schedule.kind", "did you mean dualpipe"]),
+        (["name=2024"], ["name", "quote"]),
+        (["optim.learning_rate=nan"], ["optim.learning_rate", "finite"]),
+    ],
+)  # fmt: skip
+def test_config_refuses_what_no_run_can_follow(overrides: list[str], parts: list[str]) -> None:
+    with pytest.raises(ConfigError) as refused:
+        check(build(*overrides))
+    for part in parts:
+        assert part in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "overrides", "parts"),
+    [
+        (
+            ScheduleError,
+            ["parallelism.pipeline=3", "schedule=dualpipe"],
+            ["parallelism.pipeline: ", "even", "has 3", "2 or 4", "schedule=dualpipe_split"],
+        ),
+        (ScheduleError, ["memory_cap=1"], ["memory_cap: ", "at least 2", "the cap is 1", "nearest: 2"]),
+        (ScheduleError, ["memory_cap=2.5", "schedule=dualpipe"], ["memory_cap: ", "keeps 3", "is 2.5", "nearest: 3"]),
+        (ScheduleError, ["costs.forward=-1"], ["costs.forward", "-1"]),
+        (CutError, ["schedule=zb_v", "parallelism.pipeline=4"], ["model.num_layers", "8", "parallelism.pipeline=2"]),
+        (
+            ScheduleError,
+            ["stage.global_batch_sequences=2", "stage.validation_sequences=2", "schedule=dualpipe"],
+            ["stage.global_batch_sequences: ", "at least 4", "has 1", "nearest: 4", "= 2 sequences"],
+        ),
+        (CutError, ["parallelism.pipeline=8", "stage.global_batch_sequences=32"], ["model.num_layers", "8"]),
+        (DataError, ["data=files", "data.paths=[no/such/place]"], ["data.paths", "no/such/place"]),
+        (DataError, ["data.validation_fraction=1"], ["data.validation_fraction", "1.0"]),
+        (DataError, ["data.fim_rate=2"], ["data.fim_rate", "2.0"]),
+        (DataError, ["data.tokenizer_vocab_size=10"], ["data.tokenizer_vocab_size", "10"]),
+        (CheckpointError, ["resume=no/such/run"], ["resume", "no/such/run"]),
+    ],
+)
+def test_config_refuses_what_its_parts_refuse(error: type[ValueError], overrides: list[str], parts: list[str]) -> None:
+    with pytest.raises(error) as refused:
+        check(build(*overrides))
+    for part in parts:
+        assert part in str(refused.value)
+
+
+def test_config_refuses_an_empty_corpus(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(DataError, match=r"data\.paths"):
+        check(build("data=files", f"data.paths=['{tmp_path}']"))
+
+
+def test_config_a_refusal_always_starts_with_a_dotted_key() -> None:
+    config = build()
+    for wrong in (
+        replace(config, name="?"),
+        replace(config, seed=-1),
+        replace(config, stage=replace(config.stage, global_batch_sequences=3)),
+    ):
+        with pytest.raises(ConfigError) as refused:
+            check(wrong)
+        assert re.match(r"[a-z_.]+: ", str(refused.value))
+
+
+def test_multiples_and_divisors_enclose_the_value_and_are_valid() -> None:
+    for of in range(1, 13):
+        for value in range(1, 40):
+            found = [int(text) for text in multiples(value, of).split(" or ")]
+            assert all(number % of == 0 and number > 0 and abs(number - value) < max(of, 2) for number in found)
+            found = [int(text) for text in divisors(of, value).split(" or ")]
+            assert all(of % number == 0 for number in found)
+            between = range(min(found) + 1, max(found))
+            assert not any(of % number == 0 for number in between)

@@ -1,0 +1,295 @@
+"""What cannot be converted is named in one line, and nothing is left of it."""
+
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import pytest
+import torch
+
+from launch.config.errors import ConfigError
+from model.hf.errors import HfError
+from tests.launch.weight_folders import ROOT, convert, make_sources, run_command
+from tests.model.hf_checkpoints import edit_json, read_tensors, write_tensors
+from train.checkpoint.manifest import CheckpointError
+from train.checkpoint.reader import CheckpointReader
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_sources(tmp_path_factory.mktemp("sources"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        ("path=hf to=new", ["from: a value is needed"]),
+        ("from=hff path=hf to=new", ["from: must be one of hf, checkpoint", "did you mean hf"]),
+        ("from=hf path=absent to=new", ["path: must be a folder", "absent"]),
+        ("from=hf path=empty to=new", ["from: must be checkpoint", "path=empty", "from=checkpoint"]),
+        ("from=checkpoint path=hf to=new", ["from: must be hf", "path=hf"]),
+        ("from=hf path=hf to=full", ["to: must be a new or empty folder", "'full' is not empty"]),
+        ("from=hf path=hf to=file", ["to: must be a new or empty folder", "'file' is a file"]),
+        ("from=hf path=hf to=", ["to: must be a new or empty folder"]),
+        ("from=hf path=hf to=file/in", ["to: must be a new or empty folder", "'file/in' lies below the file file"]),
+        ("from=hf path=hf to=new dtype=fp8", ["dtype: must be bf16 or float32 in a checkpoint", "format=hf"]),
+        ("from=hf path=hf to=new dtype=fp16", ["dtype: must be one of bf16, float32, fp8"]),
+        ("from=checkpoint path=ours to=new format=checkpoint", ["format: must be hf"]),
+        ("from=hf path=hf to=new max_shard_bytes=0", ["max_shard_bytes: must be above 0", "is 0"]),
+        ("from=hf path=hf to=new +source=hf", ["source: unknown key", "did you mean from"]),
+        ("from=hf path=hf to=new pth=a", ["pth: unknown key", "did you mean path"]),
+    ],
+)
+def test_convert_wrong_arguments_are_refused(
+    arguments: str, parts: list[str], sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "something").touch()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    (tmp_path / "hf").symlink_to(sources / "plain")
+    (tmp_path / "ours").symlink_to(sources / "of_plain")
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as refused:
+        convert(arguments)
+    for part in parts:
+        assert part in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def overwrite(path: Path, first: int, content: bytes) -> None:
+    with path.open("r+b") as file:
+        file.seek(first)
+        file.write(content)
+
+
+def change_metadata(path: Path, change: Callable[[Any], object]) -> None:
+    metadata = pickle.loads(path.read_bytes())
+    change(metadata)
+    path.write_bytes(pickle.dumps(metadata))
+
+
+class Command:
+    """Unpickled without care, runs."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
+        return os.system, (self.text,)
+
+
+def misplace(metadata: Any, path: str) -> None:
+    """Has the embedding lie elsewhere."""
+    for index, place in metadata.storage_data.items():
+        if index.fqn == "weights.model.embed_tokens.weight":
+            metadata.storage_data[index] = replace(place, relative_path=path)
+
+
+HEAD_KEY = "weights.lm_head.weight"
+
+BROKEN: list[tuple[str, Callable[[Path], object], list[str]]] = [
+    ("a file is cut short", lambda ours: cut(ours / "__1_0.distcp"), ["__1_0.distcp", "must have at least"]),
+    ("a file is missing", lambda ours: (ours / "__1_0.distcp").unlink(), ["__1_0.distcp", "is missing"]),
+    ("a file is a folder", lambda ours: [(ours / "__1_0.distcp").unlink(), (ours / "__1_0.distcp").mkdir()],
+     ["__1_0.distcp", "is missing"]),
+    ("a file is empty", lambda ours: os.truncate(ours / "__0_0.distcp", 0), ["__0_0.distcp", "at least"]),
+    ("a file holds something else", lambda ours: overwrite(ours / "__0_0.distcp", 0, b"\0" * 4000),
+     ["cannot be read"]),
+    ("values were changed", lambda ours: overwrite_values(ours, b"\0\0\0\0"), ["cannot be read", "Bad CRC-32"]),
+    ("values are no numbers", lambda ours: overwrite_values(ours, b"\xff\xff\xff\x7f", mends_checksum=True),
+     ["must hold finite numbers"]),
+    ("the list is missing", lambda ours: (ours / ".metadata").unlink(), [".metadata", "cannot be read"]),
+    ("the list is cut short", lambda ours: cut(ours / ".metadata"), [".metadata", "cannot be read"]),
+    ("the list is empty", lambda ours: os.truncate(ours / ".metadata", 0), [".metadata", "cannot be read"]),
+    ("the list is something else", lambda ours: (ours / ".metadata").write_bytes(pickle.dumps([1])), [".metadata"]),
+    ("the list lacks a tensor",
+     lambda ours: change_metadata(ours / ".metadata", lambda held: held.state_dict_metadata.pop(HEAD_KEY)),
+     ["lm_head.weight", "is missing"]),
+    ("the list has another shape",
+     lambda ours: change_metadata(
+         ours / ".metadata",
+         lambda held: setattr(held.state_dict_metadata[HEAD_KEY], "size", torch.Size([3, 4])),
+     ),
+     ["lm_head.weight", "must lie within shape (3, 4)"]),
+    ("the list names a file elsewhere",
+     lambda ours: change_metadata(ours / ".metadata", lambda held: misplace(held, "../ours/__0_0.distcp")),
+     [".metadata", "must name files beside it", "'../ours/__0_0.distcp'"]),
+    ("the list would run a command",
+     lambda ours: (ours / ".metadata").write_bytes(pickle.dumps(Command(f"touch {ours / 'proof'}"))),
+     [".metadata", "records alone", "system"]),
+    ("the manifest is missing", lambda ours: (ours / "manifest.json").unlink(), ["holds no checkpoint"]),
+    ("the manifest is cut short", lambda ours: cut(ours / "manifest.json"), ["manifest.json", "cannot be read"]),
+    ("the manifest has no architecture",
+     lambda ours: edit_json(ours / "manifest.json", lambda held: held.pop("model")), ["manifest.json", "architecture"]),
+    ("the architecture lacks a key",
+     lambda ours: edit_json(ours / "manifest.json", lambda held: held["model"].pop("num_heads")),
+     ["model.num_heads is missing"]),
+    ("the architecture has another type",
+     lambda ours: edit_json(ours / "manifest.json", lambda held: held["model"].update(num_heads="2")),
+     ["model.num_heads is '2'"]),
+    ("the architecture is another",
+     lambda ours: edit_json(ours / "manifest.json", lambda held: held["model"].update(num_layers=5)), ["is missing"]),
+    ("the format is a later one",
+     lambda ours: edit_json(ours / "manifest.json", lambda held: held.update(format_version=3)), ["format_version"]),
+]  # fmt: skip
+
+
+def overwrite_values(ours: Path, value: bytes, mends_checksum: bool = False) -> None:
+    """Puts one value in the middle of the first tensor's, found by its first bytes."""
+    old = CheckpointReader(ours, "path").tensor("model.embed_tokens.weight", torch.float32).numpy().tobytes()
+    new = old[:32] + value + old[36:]
+    content = (ours / "__0_0.distcp").read_bytes().replace(old, new)
+    if mends_checksum:
+        content = content.replace(crc32(old).to_bytes(4, "little"), crc32(new).to_bytes(4, "little"))
+    (ours / "__0_0.distcp").write_bytes(content)
+
+
+@pytest.mark.parametrize(("spoil", "parts"), [case[1:] for case in BROKEN], ids=[case[0] for case in BROKEN])
+def test_convert_a_broken_checkpoint_is_named_and_leaves_nothing(
+    spoil: Callable[[Path], object], parts: list[str], sources: Path, tmp_path: Path
+) -> None:
+    ours = tmp_path / "ours"
+    ours.mkdir()
+    for path in (sources / "of_plain").iterdir():
+        (ours / path.name).write_bytes(path.read_bytes())
+    spoil(ours)
+    with pytest.raises(CheckpointError) as refused:
+        convert(f"from=checkpoint path={ours} to={tmp_path / 'new'}")
+    text = str(refused.value)
+    assert text.startswith("path: ")
+    assert "\n" not in text
+    for part in parts:
+        assert part in text
+    assert [path.name for path in tmp_path.iterdir()] == ["ours"]
+    assert not (ours / "proof").exists()
+
+
+def test_convert_a_value_that_is_found_late_leaves_nothing(sources: Path, tmp_path: Path) -> None:
+    """The header is sound; the last tensor that is read holds no number."""
+    tensors = read_tensors(sources / "plain")
+    tensors["lm_head.weight"][-1, -1] = torch.nan
+    tensors["model.layers.3.shared_head.head.weight"][-1, -1] = torch.nan
+    for path in (sources / "plain").glob("*.json"):
+        (tmp_path / "hf").mkdir(exist_ok=True)
+        (tmp_path / "hf" / path.name).write_bytes(path.read_bytes())
+    write_tensors(tmp_path / "hf", tensors, 3)
+    with pytest.raises(HfError, match=r"lm_head\.weight: must hold finite numbers"):
+        convert(f"from=hf path={tmp_path / 'hf'} to={tmp_path / 'a' / 'b' / 'new'} max_shard_bytes=50000")
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_convert_a_value_beyond_the_type_written_leaves_nothing(sources: Path, tmp_path: Path) -> None:
+    shutil.copytree(sources / "plain", tmp_path / "hf")
+    for file in (tmp_path / "hf").glob("*.safetensors*"):
+        file.unlink()
+    tensors = {name: tensor.float() for name, tensor in read_tensors(sources / "plain").items()}
+    tensors["model.norm.weight"][0] = 3.4e38
+    write_tensors(tmp_path / "hf", tensors, 3)
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight: must hold finite numbers in torch\.bfloat16"):
+        convert(f"from=hf dtype=bf16 path={tmp_path / 'hf'} to={tmp_path / 'new'}")
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+@pytest.mark.slow
+def test_convert_command_on_a_full_disk_says_so_and_leaves_nothing(sources: Path, tmp_path: Path) -> None:
+    done = run_command(tmp_path, "from=hf", f"path={sources / 'plain'}", "to=made", file_bytes=150_000)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: ")
+    assert "writable" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_convert_command_refuses_with_exit_code_2(sources: Path, tmp_path: Path) -> None:
+    done = run_command(tmp_path, "from=checkpoint", f"path={sources / 'plain'}", "to=made")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: from: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_convert_refuses_broken_headers_before_torch_is_imported(sources: Path, tmp_path: Path) -> None:
+    for path in (sources / "plain").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    cut(next(tmp_path.glob("*.safetensors")))
+    code = f"""
+import sys
+from launch.convert import main
+try:
+    main(["from=hf", "path={tmp_path}", "to={tmp_path / "new"}"])
+except ValueError as error:
+    print(type(error).__name__)
+print([name for name in ("torch", "safetensors", "transformers") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines() == ["HfError", "[]"], done.stderr
+
+
+def test_convert_to_a_folder_that_cannot_be_replaced_is_refused_before_the_work(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(HfError, match=r"must be a folder that can be replaced, is the working folder"):
+        convert(f"from=hf path={sources / 'plain'} to=.")
+    (tmp_path / "mounted").mkdir()
+    monkeypatch.setattr("os.path.ismount", lambda path: Path(path).name == "mounted")
+    with pytest.raises(HfError, match=r"must be a folder that can be replaced, is a mount point"):
+        convert(f"from=hf path={sources / 'plain'} to=mounted")
+    assert [path.name for path in tmp_path.rglob("*")] == ["mounted"]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_convert_writes_where_a_link_leads(there: bool, sources: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("place")
+    if there:
+        (tmp_path / "place").mkdir()
+    assert convert(f"from=hf path={sources / 'plain'} to={tmp_path / 'link'}") == 0
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "place" / "manifest.json").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "place"]
+
+
+def test_convert_names_what_the_system_refuses_to_look_at(sources: Path, tmp_path: Path) -> None:
+    long = "a" * 300
+    for arguments in (f"path={tmp_path / long} to=new", f"path={sources / 'plain'} to={tmp_path / long}"):
+        with pytest.raises(ConfigError, match=rf"{long}: must be readable or writable, is not \(File name too long\)"):
+            convert(f"from=hf {arguments}")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_convert_that_is_ended_leaves_nothing(number: signal.Signals, sources: Path, tmp_path: Path) -> None:
+    code = f"""
+import os
+import sys
+from launch.convert import main
+from launch.command import command
+import train.checkpoint.convert as conversion
+say = conversion._Counter.read
+def read(counter, name):
+    if counter.num_tensors == 20:
+        print(len(list(os.scandir({str(tmp_path / "above")!r}))), flush=True)
+        os.kill(os.getpid(), {int(number)})
+    return say(counter, name)
+conversion._Counter.read = read
+sys.argv = ["convert", "from=hf", "format=hf", "path={sources / "plain"}", "to={tmp_path / "above" / "made"}"]
+sys.exit(command("convert", main))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (128 + number, "1\n"), done.stderr
+    assert list(tmp_path.iterdir()) == []

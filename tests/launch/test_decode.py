@@ -1,0 +1,116 @@
+"""Plain values to dataclasses and back: what passes, what is refused, and what the refusal says."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from launch.config.decode import decode, encode
+from launch.config.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Circle:
+    kind: Literal["circle"]
+    radius: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Polygon:
+    kind: Literal["polygon"]
+    sides: tuple[float, ...]
+    closed: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Drawing:
+    title: str
+    count: int
+    limit: int | None
+    colour: Literal["red", "green"]
+    shape: Circle | Polygon
+
+
+VALUES: dict[str, Any] = {
+    "title": "a", "count": 3, "limit": None, "colour": "red", "shape": {"kind": "circle", "radius": 1.5},
+}  # fmt: skip
+
+finite = st.floats(allow_nan=False, allow_infinity=False)
+shapes = st.builds(Circle, kind=st.just("circle"), radius=finite) | st.builds(
+    Polygon, kind=st.just("polygon"), sides=st.lists(finite).map(tuple), closed=st.booleans()
+)
+drawings = st.builds(
+    Drawing,
+    title=st.text(),
+    count=st.integers(),
+    limit=st.none() | st.integers(),
+    colour=st.sampled_from(["red", "green"]),
+    shape=shapes,
+)
+
+
+@given(drawings)
+def test_decode_inverts_encode(drawing: Drawing) -> None:
+    assert decode(Drawing, encode(drawing)) == drawing
+
+
+def test_encode_gives_plain_values() -> None:
+    shape = {"kind": "polygon", "sides": [1.0, 2.0], "closed": True}
+    assert encode(decode(Drawing, {**VALUES, "shape": shape})) == {**VALUES, "shape": shape}
+
+
+@pytest.mark.parametrize(("value", "number"), [(2, 2.0), ("3e-4", 3e-4), ("1.5", 1.5), (-0.5, -0.5)])
+def test_decode_takes_whole_numbers_and_text_of_numbers_for_floats(value: object, number: float) -> None:
+    radius = decode(Circle, {"kind": "circle", "radius": value}).radius
+    assert radius == number
+    assert type(radius) is float
+
+
+def test_decode_takes_an_instance_as_it_is() -> None:
+    circle = Circle(kind="circle", radius=1.0)
+    assert decode(Drawing, {**VALUES, "shape": circle}).shape is circle
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        ({"count": True}, ["count", "whole number", "True"]),
+        ({"count": 4.0}, ["count", "4.0", "write 4"]),
+        ({"count": 4.5}, ["count", "4.5"]),
+        ({"count": "4"}, ["count", "'4'"]),
+        ({"count": None}, ["count", "None"]),
+        ({"limit": "x"}, ["limit", "'x'"]),
+        ({"title": 7}, ["title", "7", "quote"]),
+        ({"colour": "gren"}, ["colour", "red, green", "'gren'", "did you mean green"]),
+        ({"colour": None}, ["colour", "None"]),
+        ({"cuont": 1}, ["cuont: unknown key", "did you mean count"]),
+        ({"shape": 3}, ["shape", "keys and values", "3"]),
+        ({"shape": {"radius": 1}}, ["shape.kind: missing", "circle, polygon"]),
+        ({"shape": {"kind": "cirle", "radius": 1}}, ["shape.kind", "did you mean circle"]),
+        ({"shape": {"kind": "circle"}}, ["shape.radius: missing"]),
+        ({"shape": {"kind": "circle", "radius": "wide"}}, ["shape.radius", "'wide'"]),
+        ({"shape": {"kind": "circle", "radius": True}}, ["shape.radius", "True"]),
+        ({"shape": {"kind": "circle", "radius": math.nan}}, ["shape.radius", "finite", "nan"]),
+        ({"shape": {"kind": "circle", "radius": math.inf}}, ["shape.radius", "inf"]),
+        ({"shape": {"kind": "circle", "radius": "inf"}}, ["shape.radius", "inf"]),
+        ({"shape": {"kind": "circle", "radius": 10**400}}, ["shape.radius"]),
+        ({"shape": {"kind": "circle", "radius": 1, "sides": []}}, ["shape.sides", "circle", "kind polygon"]),
+        ({"shape": {"kind": "polygon", "sides": 3, "closed": True}}, ["shape.sides", "list", "shape.sides=[3]"]),
+        ({"shape": {"kind": "polygon", "sides": [1, "x"], "closed": True}}, ["shape.sides[1]", "'x'"]),
+        ({"shape": {"kind": "polygon", "sides": [], "closed": 1}}, ["shape.closed", "true or false", "1"]),
+    ],
+)
+def test_decode_refuses_and_names_the_place(change: dict[str, object], parts: list[str]) -> None:
+    with pytest.raises(ConfigError) as refused:
+        decode(Drawing, {**VALUES, **change})
+    for part in parts:
+        assert part in str(refused.value)
+
+
+@pytest.mark.parametrize("name", list(VALUES))
+def test_decode_refuses_a_missing_key(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"^at.{name}: missing"):
+        decode(Drawing, {key: value for key, value in VALUES.items() if key != name}, "at")

@@ -1,0 +1,33 @@
+"""Whatever is wrong with a configuration is refused in one line that names the key, before anything starts."""
+
+from itertools import islice
+from pathlib import Path
+
+import pytest
+
+from launch import train
+from launch.command import user_errors
+from tests.launch.fuzz import SECONDS, invalid_configurations, problem_of, refusal_of
+
+
+@pytest.mark.slow
+def test_two_hundred_invalid_configurations_are_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "start_fork_server", lambda *_: pytest.fail("a process was about to start"))
+    for invalid in islice(invalid_configurations(seed=0), 200):
+        with pytest.raises(user_errors()) as refused:
+            train.main(invalid.overrides)
+        assert problem_of(invalid, f"error: {refused.value}\n") == "", (invalid, str(refused.value))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_the_command_refuses_invalid_configurations_soon(tmp_path: Path) -> None:
+    for invalid in islice(invalid_configurations(seed=1), 6):
+        done, seconds = refusal_of(invalid, tmp_path)
+        assert done.returncode == 2, done.stderr
+        assert problem_of(invalid, done.stderr) == ""
+        assert seconds < SECONDS
+    assert list(tmp_path.iterdir()) == []

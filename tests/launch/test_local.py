@@ -1,0 +1,174 @@
+"""Ranks on this machine: they run, their exit code is the command's, and none outlives it, however it ends."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.launch.rank_entries import GRACE_SECONDS
+from train.records.events import read_events
+from train.records.status import read_status
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def start(entry: str, folder: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.launch.rank_entries", entry, str(folder)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=restore_interrupt,
+    )
+
+
+def restore_interrupt() -> None:
+    """A test run in the background of a shell inherits a Ctrl-C that is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if condition():
+            return True
+        time.sleep(0.05)
+    return condition()
+
+
+def members(session: int) -> list[int]:
+    """Live processes of a session: the command and all that it started."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rsplit(")", 1)[1].split()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(fields[3]) == session and fields[0] != "Z":
+            found.append(int(stat.parent.name))
+    return found
+
+
+ENDS = {
+    "all_reduced": (6, ""),
+    "one_raises": (1, r"error: rank 2: RuntimeError: the first line\nthe whole traceback is in (.*)\n"),
+    "one_refuses": (2, r"error: stage\.steps: must be luckier\nthe whole traceback is in (.*)\n"),
+    "one_exits": (75, r"error: rank 1 ended with exit code 75\n"),
+    "one_is_killed": (78, r"error: rank 3 is lost: it was ended by SIGKILL\n"),
+    "one_vanishes": (78, r"error: rank 1 ended with exit code 0 before the run was done\n"),
+    "all_vanish": (78, r"error: ranks? [0-3, andto]+ ended with exit code 0 before the run was done\n"),
+    "one_is_terminated": (78, r"error: rank 1 is lost: it was ended by SIGTERM\n"),
+    "one_is_stopped": (76, r"error: rank 2 did not come within 4 s\nwhat each rank did last is in (.*)\n"),
+    "one_is_killed_at_first": (
+        0,
+        r"error: rank 3 is lost: it was ended by SIGKILL\n"
+        r"all ranks start again \(1 of 2\), from the newest checkpoint\n"
+        r"error: rank 1 is lost: gone\nwhat each rank did last is in (.*)\n"
+        r"all ranks start again \(2 of 2\), from the newest checkpoint\n",
+    ),
+    "done": (0, ""),
+    "all_say_non_finite": (77, ""),
+}
+
+
+@pytest.mark.slow
+def test_local_exit_code_and_error_are_those_of_the_rank_that_fails_first(tmp_path: Path) -> None:
+    process = start(",".join(ENDS), tmp_path)
+    out, err = process.communicate(timeout=120)
+    said = "".join(f"{error}{entry}: {code}\n" for entry, (code, error) in ENDS.items())
+    assert re.fullmatch(said, err), err
+    assert process.returncode == 77
+    assert out == "threads 1\n" * 4
+    assert len(list((tmp_path / "done").glob("ran_*"))) == 4
+    logs = sorted(tmp_path.rglob("*.error.log"))
+    assert [log.relative_to(tmp_path).as_posix() for log in logs if "_is_" not in log.parts[-3]] == [
+        "one_raises/log/rank_00002.error.log",
+        "one_refuses/log/rank_00001.error.log",
+    ]
+    assert "and the second" in logs[-2].read_text()
+    assert wait_for(lambda: not members(process.pid), 20), members(process.pid)
+    for entry, (code, state, reason) in STATES.items():
+        status = read_status(tmp_path / entry)
+        assert status is not None
+        assert (status.exit_code, status.state, status.reason) == (code, state, reason)
+    events = read_events(tmp_path / "one_is_killed_at_first")
+    assert [(event["kind"], event["restart"], event["exit_code"]) for event in events] == [
+        ("restarted", 1, 78),
+        ("restarted", 2, 78),
+    ]
+
+
+STATES = {
+    "one_raises": (1, "stopped", "rank 2: RuntimeError: the first line"),
+    "one_refuses": (2, "stopped", "stage.steps: must be luckier"),
+    "one_is_killed": (78, "lost", "rank 3 is lost: it was ended by SIGKILL"),
+    "one_is_stopped": (76, "lost", "rank 2 did not come within 4 s"),
+}
+"""What the launcher writes where ranks could not."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("entry", "number", "to_all", "code"),
+    [
+        ("saves", signal.SIGTERM, False, 75),
+        ("saves", signal.SIGHUP, True, 75),  # as a terminal that is closed tells every process of it
+        ("saves", signal.SIGUSR1, True, 75),  # as a scheduler tells every process of a job
+        ("deaf", signal.SIGTERM, False, 143),
+    ],
+)
+def test_local_ranks_have_time_to_save_when_the_command_is_asked_to_end(
+    entry: str, number: signal.Signals, to_all: bool, code: int, tmp_path: Path
+) -> None:
+    process = start(entry, tmp_path)
+    assert wait_for(lambda: len(list(tmp_path.glob(f"{entry}/pid_*"))) == 4, 120)
+    (os.killpg if to_all else os.kill)(process.pid, number)
+    asked_at = time.monotonic()
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == code, err
+    assert "Traceback" not in err
+    assert len(list((tmp_path / entry).glob("saved_*"))) == (4 if entry == "saves" else 0)
+    if entry == "deaf":
+        assert time.monotonic() - asked_at > GRACE_SECONDS
+        status = read_status(tmp_path / entry)
+        assert status is not None
+        assert status.reason == f"SIGTERM came, and ranks did not end within {GRACE_SECONDS} s"
+    assert wait_for(lambda: not members(process.pid), 20), members(process.pid)
+
+
+@pytest.mark.parametrize(
+    ("number", "to_all", "code"),
+    [
+        (signal.SIGINT, True, 130),  # Ctrl-C in a terminal reaches every process
+        pytest.param(signal.SIGINT, False, 130, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, False, 143, marks=pytest.mark.slow),
+        (signal.SIGKILL, False, -9),
+    ],
+)
+def test_local_no_rank_outlives_a_command_that_is_ended(
+    number: signal.Signals, to_all: bool, code: int, tmp_path: Path
+) -> None:
+    process = start("sleep", tmp_path)
+    assert wait_for(lambda: len(list(tmp_path.glob("sleep/pid_*"))) == 4, 60)
+    ranks = [int(path.read_text()) for path in tmp_path.glob("sleep/pid_*")]
+    assert all(map(is_alive, ranks))
+    (os.killpg if to_all else os.kill)(process.pid, number)
+    assert process.wait(timeout=10) == code
+    assert wait_for(lambda: not any(map(is_alive, ranks)), 5)
+    assert wait_for(lambda: not members(process.pid), 20), members(process.pid)
+    assert "Traceback" not in process.communicate()[1]

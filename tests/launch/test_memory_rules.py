@@ -1,0 +1,127 @@
+"""A run that does not fit its devices is refused with the nearest change that does."""
+
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from launch.config.compose import compose
+from launch.config.errors import ConfigError
+from launch.config.memory_rules import check_memory
+from launch.config.run_config import _check_rules, read_config
+from train.config import TrainConfig, sized_config
+from train.memory import memory_lines, predict_memory
+from train.memory.predict import ramp_memory_cap
+
+ROOT = Path(__file__).resolve().parents[2]
+V3 = (
+    "model=v3_671b",
+    "cluster=h800",
+    "parallelism=v3_2048_ranks",
+    "precision=fp8",
+    "optim=adamw_v3",
+    "dispatch=two_hop",
+    "stage.sequence_length_tokens=4096",
+    "stage.global_batch_sequences=15360",
+    "stage.validation_sequences=0",
+    "stage.micro_batch_sequences=1",
+)
+RAMP = "stage.batch_ramp={start_sequences:3072,end_tokens:469000000000,num_sizes:5}"
+
+
+def make_config(*overrides: str) -> TrainConfig:
+    return read_config(compose("train", overrides))
+
+
+def refusal(config: TrainConfig) -> str:
+    with pytest.raises(ConfigError) as caught:
+        check_memory(config, _check_rules)
+    return str(caught.value)
+
+
+def test_deepseek_v3_fits_80_gb_with_one_sequence_and_not_with_two() -> None:
+    check_memory(make_config(*V3), _check_rules)
+    message = refusal(make_config(*V3, "stage.micro_batch_sequences=2"))
+    assert message.startswith("memory: rank 2 needs 127.0 GB of 84.9 (activations 86.5, ")
+    assert message.endswith("; nearest: stage.micro_batch_sequences=1")
+
+
+def test_deepseek_v3_takes_less_than_two_seconds_and_no_torch() -> None:
+    code = (
+        "import sys, time; from launch.config.compose import compose; "
+        "from launch.config.run_config import read_config; "
+        "from train.memory import memory_lines; config = read_config(compose('train', sys.argv[1:])); "
+        "start = time.process_time(); lines = memory_lines(config); "
+        "print(time.process_time() - start, 'torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *V3], cwd=ROOT, capture_output=True, text=True, check=True, timeout=120
+    )
+    seconds, has_torch = done.stdout.split()
+    assert float(seconds) < 2
+    assert has_torch == "False"
+
+
+def test_the_start_of_a_ramp_is_scheduled_so_that_it_fits() -> None:
+    """With fewer than two micro-batches for each rank W of many of them would wait: 128 GB on rank 0."""
+    config = make_config(*V3, RAMP)
+    first = sized_config(config, 3072)
+    assert predict_memory(replace(first, memory_cap=None)).worst.total > 120e9
+    assert ramp_memory_cap(first) == 11.0
+    check_memory(config, _check_rules)
+
+
+def test_without_memory_bytes_nothing_is_checked() -> None:
+    config = make_config(*V3, "stage.micro_batch_sequences=2", "cluster.memory_bytes=null")
+    started = time.process_time()
+    check_memory(config, _check_rules)
+    assert time.process_time() - started < 0.05
+
+
+@pytest.mark.parametrize(
+    ("share", "overrides", "nearest"),
+    [
+        (0.99, ("recompute=[norm]", "stage.micro_batch_sequences=1"), "recompute=[norm,mla_up,swiglu]"),
+        (0.95, ("precision=bf16", "stage.micro_batch_sequences=1"), "optim.moments=bf16"),
+        (0.5, ("stage.micro_batch_sequences=1",), "none; closest "),
+    ],
+)
+def test_nearest_changes_are_computed(share: float, overrides: tuple[str, ...], nearest: str) -> None:
+    """Each change is predicted again: it fits what the run as it is does not."""
+    config = make_config("model=quickstart", *overrides)
+    needed = predict_memory(config).worst.total
+    tight = replace(config, cluster=replace(config.cluster, memory_bytes=round(needed * share)))
+    assert f"nearest: {nearest}" in refusal(tight)
+
+
+def test_a_nearest_change_passes_when_it_is_made() -> None:
+    config = make_config("model=quickstart", "stage.micro_batch_sequences=4", "cluster.memory_bytes=250000000")
+    text = refusal(config).partition("nearest: ")[2]
+    again = make_config("model=quickstart", "stage.micro_batch_sequences=4", "cluster.memory_bytes=250000000", text)
+    check_memory(again, _check_rules)
+
+
+def test_the_command_refuses_with_one_line_and_code_2(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "launch.train", "experiment=quickstart", "cluster.memory_bytes=1000000"]
+    done = subprocess.run(
+        [*command, f"out_dir={tmp_path / 'run'}"], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: memory: rank ")
+    assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_reserve_as_large_as_the_memory_is_refused() -> None:
+    message = refusal(make_config("cluster.memory_bytes=1000", "cluster.memory_reserve_bytes=1000"))
+    assert message.startswith("cluster.memory_reserve_bytes: must be below cluster.memory_bytes=1000, is 1000; nearest")
+
+
+def test_the_table_has_a_row_for_each_rank() -> None:
+    lines = memory_lines(make_config("experiment=two_nodes"))
+    assert lines[0].startswith("memory: rank ")
+    assert [line.split()[0] for line in lines[2:6]] == ["0", "1", "2", "3"]
+    assert lines[-1].startswith("experts are taken to receive equally many rows; 10 % more")

@@ -1,0 +1,114 @@
+"""A notebook beside this checkout: this project's packages and Jupyter's `comm` work in one real kernel."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from launch.convert import main as convert
+from tests.launch.checkpoints import write_run
+
+jupyter_client = pytest.importorskip("jupyter_client")
+pytest.importorskip("ipykernel_launcher")
+ROOT = Path(__file__).parents[2]
+COMMANDS = [path for path in sorted((ROOT / "launch").glob("*.py")) if '__name__ == "__main__"' in path.read_text()]
+
+IMPORTS = """
+import sys
+assert "comm" in sys.modules, "the kernel has imported its own before"
+import model.account, infer.config, launch.config.compose, dualpipe.ir, data.tokenizer, train.checkpoint.manifest
+import comm.protocol, comm.exit_codes
+from comm.layout import Layout
+print(comm.exit_codes.EXIT_LOST, launch.config.compose.options("model")[:1])
+"""
+WIDGET = """
+import comm
+from comm.base_comm import BaseComm
+made = comm.create_comm(target_name="a.widget", data={"value": 1})
+made.send({"value": 2})
+print(type(made).__module__, isinstance(made, BaseComm), made.comm_id in comm.get_comm_manager().comms)
+made.close()
+"""
+
+
+class Kernel:
+    """A running kernel."""
+
+    def __init__(self, client: "jupyter_client.BlockingKernelClient") -> None:
+        self._client = client
+        self.comm_messages: list[str] = []
+
+    def run(self, code: str) -> str:
+        """What a cell prints; fails with its traceback."""
+        request, printed = self._client.execute(code), ""
+        while True:
+            message = self._client.get_iopub_msg(timeout=120)
+            if message["parent_header"].get("msg_id") != request:
+                continue
+            kind, content = message["msg_type"], message["content"]
+            if kind == "error":
+                pytest.fail("\n".join(content["traceback"]))
+            if kind.startswith("comm_"):
+                self.comm_messages.append(kind)
+            if kind == "stream" and content["name"] == "stdout":
+                printed += content["text"]
+            if kind == "status" and content["execution_state"] == "idle":
+                return printed
+
+
+@contextmanager
+def kernel(folder: Path) -> Iterator[Kernel]:
+    """A kernel that is started in a folder, as a notebook there would start it."""
+    manager = jupyter_client.KernelManager()
+    command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    manager.kernel_spec.argv[:] = command
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTHONPATH", None)
+    manager.start_kernel(cwd=str(folder), env=environment)
+    client = manager.blocking_client()
+    try:
+        client.start_channels()
+        client.wait_for_ready(timeout=120)
+        yield Kernel(client)
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+
+
+def test_kernel_in_the_checkout_imports_every_package_and_keeps_its_own_comm() -> None:
+    with kernel(ROOT) as notebook:
+        assert notebook.run(IMPORTS).startswith("78 [")
+        assert notebook.run(WIDGET) == "ipykernel.comm.comm True True\n"
+        assert notebook.comm_messages == ["comm_open", "comm_msg", "comm_close"]
+
+
+def test_kernel_elsewhere_runs_the_python_of_the_readme(tmp_path: Path) -> None:
+    """The checkout is on the path, the working folder another, which holds the weights that the README names."""
+    write_run(tmp_path / "run")
+    convert(["from=checkpoint", f"path={tmp_path / 'run'}", f"to={tmp_path / 'quickstart_hf'}"])
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+    assert blocks
+    with kernel(tmp_path) as notebook:
+        notebook.run(f"import sys; sys.path.append({str(ROOT)!r})")
+        printed = [notebook.run(block) for block in blocks]
+        assert notebook.run(WIDGET) == "ipykernel.comm.comm True True\n"
+    assert all(printed)
+    assert (tmp_path / "copy_hf" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=[path.stem for path in COMMANDS])
+def test_command_that_is_started_as_a_file_says_how_to_start_it(path: Path, tmp_path: Path) -> None:
+    assert len(COMMANDS) >= 6
+    for folder, place in ((ROOT, f"launch/{path.name}"), (tmp_path, str(path))):
+        command = [sys.executable, place, "a=1"]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60, check=False)
+        there = "" if folder == ROOT else f"cd {ROOT} && "
+        name = "launch" if path.stem == "__main__" else f"launch.{path.stem}"
+        advice = f"write {there}python -m {name} ...\n"
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr == f"error: {place}: a command is started as a module; {advice}"

@@ -1,0 +1,130 @@
+"""Every recipe of conf/experiment passes the whole dry check, and says what its source says."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from data.batch_sizes import BatchRamp
+from launch.config.compose import compose, options
+from launch.config.errors import ConfigError
+from launch.config.run_config import check, read_config
+from tests.data.released_tokenizer import write_released
+from train.config import TrainConfig
+from train.optim.learning_rate import schedule_warnings
+from train.step import rates_of
+
+# What a recipe leaves to its user: ranks, nodes, tokens it trains on, and the vocabulary of the tokenizer to give.
+LAPTOP = ("quickstart", "two_nodes", "four_nodes")
+GIVEN = {"v3_671b": 129_280, "moonlight_16b": 163_840, "v2_lite_16b": 102_400}
+SIZES = {
+    "v3_671b": (2048, 256, 14_800 * 10**9),
+    "moonlight_16b": (8, 1, 100 * 10**9),
+    "v2_lite_16b": (16, 2, 200 * 10**9),
+    "ladder_1b": (8, 1, 20 * 10**9),
+    "ladder_100m": (1, 1, 2 * 10**9),
+}
+T = 10**12
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("recipes")
+    (folder / "text").mkdir()
+    (folder / "text" / "a.txt").write_text("some text to train on", encoding="utf-8")
+    for name, size in GIVEN.items():
+        write_released(folder / f"{name}.json", ["some text to train on"], highest_id=size - 1)
+    return folder
+
+
+def build(folder: Path, name: str, *overrides: str) -> TrainConfig:
+    """The recipe with placeholders for what it leaves to its user."""
+    paths = [] if name in LAPTOP else [f"data.paths=[{folder / 'text'}]"]
+    given = [f"data.tokenizer={folder / name}.json"] if name in GIVEN else []
+    return read_config(compose("train", [f"experiment={name}", *paths, *given, *overrides]))
+
+
+def test_recipes_are_those_of_this_table() -> None:
+    assert set(options("experiment")) == {*LAPTOP, *SIZES, "none"}
+
+
+@pytest.mark.parametrize("name", [*LAPTOP, *SIZES])
+def test_recipe_passes_the_whole_check(folder: Path, name: str) -> None:
+    config = build(folder, name)
+    check(config)
+    assert not schedule_warnings(config.optim, config.batch_sizes, config.stage.steps)
+    assert config.name == name
+    assert config.num_micro_batches >= 2 * config.parallelism.pipeline
+
+
+@pytest.mark.parametrize("name", [*SIZES])
+def test_recipe_for_gpus_is_a_real_run(folder: Path, name: str) -> None:
+    """None of what suits a hundred steps on a laptop."""
+    config = build(folder, name)
+    stage, (ranks, nodes, tokens) = config.stage, SIZES[name]
+    assert config.parallelism.world_size == ranks
+    assert ranks // config.cluster.ranks_per_node == nodes
+    before, after = (config.batch_sizes.tokens_before(steps) for steps in (stage.steps - 1, stage.steps))
+    assert before < tokens <= after
+    assert stage.bias_update_rate.at(0) == 1e-3
+    assert stage.validate_every_steps >= 500
+    assert stage.checkpoint_every_steps >= 500
+    assert stage.sequence_length_tokens >= 2048
+    assert config.cluster.device == "cuda"
+    assert config.cluster.memory_bytes is not None
+
+
+@pytest.mark.parametrize(("name", "keys"), [("v3_671b", ("paths", "tokenizer")), ("ladder_1b", ("paths",))])
+def test_recipe_says_what_its_user_must_give(folder: Path, name: str, keys: tuple[str, ...]) -> None:
+    for key in keys:
+        given = [f"data.{other}=[{folder / 'text'}]" for other in keys if other != key]
+        with pytest.raises(ConfigError, match=rf"^data\.{key}: a value is needed; write data\.{key}=.*(text|tokens)"):
+            compose("train", [f"experiment={name}", *given])
+
+
+def test_recipe_v3_is_the_published_run(folder: Path) -> None:
+    """arXiv:2412.19437, sections 3 and 4.2."""
+    config = build(folder, "v3_671b")
+    stage, model, optim, mesh = config.stage, config.model, config.optim, config.parallelism
+    assert (mesh.pipeline, mesh.data, mesh.expert, mesh.world_size) == (16, 128, 64, 2048)
+    assert (config.dispatch.kind, config.dispatch.payload, config.precision.kind) == ("two_hop", "fp8", "fp8")
+    assert config.schedule.kind.startswith("dualpipe")
+    assert (optim.beta1, optim.beta2, optim.weight_decay, optim.clip_norm, optim.moments) == (
+        0.9,
+        0.95,
+        0.1,
+        1.0,
+        "bf16",
+    )
+    assert (model.rope_scaling.kind, model.max_position_tokens, model.initializer_range) == ("plain", 4096, 0.006)
+    assert (stage.sequence_length_tokens, stage.micro_batch_sequences, stage.document_mask) == (4096, 1, False)
+    assert stage.balance_loss_weight == 1e-4
+    assert config.data.fim_rate == 0.1
+    assert stage.batch_ramp == BatchRamp(start_sequences=3072, end_tokens=469 * 10**9, num_sizes=5)
+    sizes = config.batch_sizes
+    assert (sizes.sequences(0), sizes.sequences(stage.steps - 1)) == (3072, 15_360)
+    assert [sizes.tokens_before(stage.steps) // 10**9, stage.steps] == [14_800, 247_199]
+    # The learning rate, the MTP loss weight and the router bias rate just before and after each change, by tokens.
+    steps = {at: next(s for s in range(at // (15_360 * 4096), stage.steps) if sizes.tokens_before(s) >= at) for at in (
+        5 * T, 10 * T, 1215 * T // 100, 143 * T // 10, 145 * T // 10, 14_633 * 10**9)}  # fmt: skip
+    seen = {at: rates_of(config, sizes, step) for at, step in steps.items()}
+    published = {5: 2.2e-4, 10: 2.2e-4, 12.15: 1.21e-4, 14.3: 2.2e-5, 14.5: 2.2e-5, 14.633: 7.3e-6}
+    assert {at / T: each.learning_rate for at, each in seen.items()} == pytest.approx(published, rel=1e-4)
+    assert rates_of(config, sizes, 1999).learning_rate == 2.2e-4
+    assert [each.mtp_loss_weight for each in seen.values()] == [0.3, 0.1, 0.1, 0.1, 0.1, 0.1]
+    assert [each.bias_update for each in seen.values()] == [1e-3, 1e-3, 1e-3, 0, 0, 0]
+    before = [rates_of(config, sizes, steps[at] - 1) for at in (10 * T, 143 * T // 10)]
+    assert (before[0].mtp_loss_weight, before[1].bias_update) == (0.3, 1e-3)
+
+
+def test_recipe_v3_with_two_sequences_a_micro_batch_does_not_fit(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^memory: rank \d+ needs .* of 84.9.*stage.micro_batch_sequences=1"):
+        check(build(folder, "v3_671b", "stage.micro_batch_sequences=2"))
+
+
+def test_recipe_v3_model_is_the_released_one_without_yarn(folder: Path) -> None:
+    released = read_config(compose("train", ["model=v3_671b"])).model
+    pretrained = build(folder, "v3_671b").model
+    same = {"rope_scaling": released.rope_scaling, "max_position_tokens": released.max_position_tokens}
+    assert released.rope_scaling.kind == "yarn"
+    assert replace(pretrained, **same) == released  # type: ignore[arg-type]

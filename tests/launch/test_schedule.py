@@ -1,0 +1,86 @@
+"""The schedule command prints what the generator made, as data or as a picture, and refuses what it cannot make."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dualpipe.generate.select import KINDS, build
+from dualpipe.ir import ScheduleError, from_json
+from launch.config.errors import ConfigError
+from launch.schedule import main
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize(("kind", "ranks", "micro_batches"), [("dualpipe", 8, 20), ("dualpipe", 2, 4), ("1f1b", 3, 5)])
+def test_schedule_json_is_the_public_form(
+    kind: str, ranks: int, micro_batches: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [f"schedule={kind}", f"num_ranks={ranks}", f"num_micro_batches={micro_batches}", "format=json"]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert from_json(printed) == build(kind, ranks, micro_batches)  # type: ignore[arg-type]
+    assert set(json.loads(printed)) == {"kind", "num_ranks", "num_micro_batches", "num_stages", "placement", "ranks"}
+
+
+def test_schedule_text_shows_the_picture_and_the_costs_matter(capsys: pytest.CaptureFixture[str]) -> None:
+    printed = []
+    for costs in ([], ["costs.backward_weight=3"], ["schedule.pairing=sequential", "costs.exchange=0.5"]):
+        assert main(["format=text", *costs]) == 0
+        printed.append(capsys.readouterr().out)
+    assert len(set(printed)) == 3
+    assert all(text.count("\n") > 4 for text in printed)
+
+
+@pytest.mark.parametrize(
+    ("override", "error", "parts"),
+    [
+        ("schedule=dualpipe num_ranks=3", ScheduleError, ["num_ranks", "even", "3", "2 or 4"]),
+        ("schedule=dualpipe num_micro_batches=7", ScheduleError, ["num_micro_batches", "7", "8"]),
+        ("num_ranks=0", ScheduleError, ["num_ranks", "at least 1", "0"]),
+        ("num_micro_batches=0", ScheduleError, ["num_micro_batches", "at least 1", "0"]),
+        ("memory_cap=1", ScheduleError, ["memory_cap", "at least 2", "is 1", "nearest: 2"]),
+        ("schedule=zb_v memory_cap=3", ScheduleError, ["memory_cap", "keeps 4", "is 3", "nearest: 4"]),
+        ("schedule=auto memory_cap=1", ScheduleError, ["memory_cap", "no schedule of 4 ranks", "is 1", "nearest: 2"]),
+        ("out=/proc/none/a.svg format=svg", ConfigError, ["out", "'/proc/none/a.svg'"]),
+        ("costs.forward=-1", ScheduleError, ["costs.forward", "-1"]),
+        ("costs.forward=quick", ConfigError, ["costs.forward", "'quick'"]),
+        ("cost.forward=1", ConfigError, ["cost.forward", "costs.forward"]),
+        ("format=yaml", ConfigError, ["format", "text, json, svg, html, trace", "'yaml'"]),
+        ("schedule=dualpip", ConfigError, ["schedule: no option dualpip", "did you mean dualpipe"]),
+        ("num_ranks=2.0", ConfigError, ["num_ranks", "write 2"]),
+    ],
+)
+def test_schedule_refuses(override: str, error: type[ValueError], parts: list[str]) -> None:
+    with pytest.raises(error) as refused:
+        main(override.split())
+    for part in parts:
+        assert part in str(refused.value)
+
+
+def test_schedule_auto_takes_the_shortest_and_says_why(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["schedule=auto", "num_ranks=4", "num_micro_batches=12"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[-1].startswith("auto: dualpipe_split: makespan 37, then zb_v with 37.5")
+    assert all(kind in printed for kind in KINDS)
+
+
+@pytest.mark.parametrize("form", ["svg", "html", "trace", "json"])
+def test_schedule_file_is_what_is_printed(form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    choices = ["schedule=dualpipe_v", "num_ranks=2", "num_micro_batches=5", f"format={form}"]
+    assert main(choices) == 0
+    printed = capsys.readouterr().out
+    assert main([*choices, f"out={tmp_path / 'new' / 'picture'}"]) == 0
+    assert (tmp_path / "new" / "picture").read_text() == printed
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["picture"]
+
+
+def test_schedule_reader_that_leaves_early_ends_it_quietly() -> None:
+    choices = "schedule=dualpipe num_ranks=16 num_micro_batches=400 format=json"
+    command = f"{sys.executable} -m launch.schedule {choices} | head -c 10"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout == '{"kind": "'
+    assert done.stderr == "computing schedules of 16 ranks and 400 micro-batches\n"

@@ -1,0 +1,252 @@
+"""Batch scripts: complete, what the run's layout asks for, and refused in one line where Slurm or training would."""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch.command import user_errors
+from launch.config.compose import compose, own_keys
+from launch.config.errors import ConfigError
+from launch.slurm.config import seconds_of
+from launch.submit import job_overrides, main, with_cluster
+from launch.train import leave
+
+ROOT = Path(__file__).resolve().parents[2]
+SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
+
+
+def rendered(capsys: pytest.CaptureFixture[str], *overrides: str) -> str:
+    assert main(["dry_run=true", *overrides]) == 0
+    return capsys.readouterr().out
+
+
+def options_of(script: str) -> list[str]:
+    return [line.removeprefix("#SBATCH ") for line in script.splitlines() if line.startswith("#SBATCH ")]
+
+
+def test_script_asks_for_what_the_layout_needs(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    script = rendered(
+        capsys,
+        *("model=v3_671b", "parallelism=v3_2048_ranks", "stage.global_batch_sequences=8192", "name=big"),
+        *("stage.validation_sequences=8192", "slurm.partition=gpu", "slurm.account=lab", "slurm.time=2-12"),
+        *("slurm.signal_seconds=900", "slurm.setup=[module load cuda]", "slurm.extra=[--exclusive]"),
+        *("out_dir=runs/big", "cluster.max_restarts=5"),
+    )
+    run = tmp_path / "runs" / "big"
+    assert options_of(script) == [
+        "--job-name=big",
+        "--nodes=256",
+        "--ntasks-per-node=1",
+        "--cpus-per-task=64",
+        "--time=2-12",
+        "--signal=B:USR1@900",
+        f"--output={run}/log/slurm-%j.log",
+        "--open-mode=append",
+        "--partition=gpu",
+        "--account=lab",
+        "--gpus-per-node=8",
+        "--requeue",
+        "--exclusive",
+    ]
+    lines = script.splitlines()
+    assert lines[0] == "#!/bin/bash"
+    for line in (f"run={run}", f"cd {tmp_path} || exit 2", "module load cuda", "    cluster=slurm", "    name=big"):
+        assert line in lines
+    assert f"    out_dir={run}" in lines
+    assert "    resume=auto" in lines
+    assert "--nproc-per-node 8 " in script
+    assert "--max-restarts 5 " in script
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_script_of_every_kind_is_shell(capsys: pytest.CaptureFixture[str]) -> None:
+    for overrides in (
+        [],
+        ["cluster=laptop", "experiment=quickstart", "slurm.requeue=false", 'stage.sample_prompt="it\'s $HOME"'],
+        ["slurm.image=registry/torch:1", "slurm.gpus_per_node=0", "slurm.cpus_per_node=3"],
+    ):
+        script = rendered(capsys, *overrides)
+        checked = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True)
+        assert (checked.returncode, checked.stderr) == (0, "")
+        assert "@{" not in script.partition("#SBATCH")[2]
+    assert "--container-image=registry/torch:1 --container-mounts=" in script
+    assert "PYTHON=python3" in script
+    assert "--cpus-per-task=3" in options_of(script)
+    assert not [option for option in options_of(script) if "gpus" in option]
+
+
+def test_script_without_gpus_and_requeue(capsys: pytest.CaptureFixture[str]) -> None:
+    script = rendered(capsys, "cluster=laptop", "experiment=quickstart", "slurm.requeue=false")
+    options = options_of(script)
+    assert "--nodes=8" in options
+    assert "--cpus-per-task=1" in options
+    assert "--no-requeue" in options
+    assert not [option for option in options if "gpus" in option]
+    assert "may_requeue=0" in script.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("given", "cluster"),
+    [
+        (["experiment=ladder_1b", "slurm.partition=gpu"], "h100"),
+        (["experiment=ladder_1b", "cluster=h800"], "h800"),
+        (["experiment=two_nodes"], "slurm"),
+        ([], "slurm"),
+    ],
+)
+def test_job_keeps_the_cluster_of_a_recipe_for_gpus(given: list[str], cluster: str, tmp_path: Path) -> None:
+    job = job_overrides(with_cluster([*given, "data.fim_rate=0"]), str(tmp_path))
+    assert [text for text in job if text.startswith("cluster=")] == [f"cluster={cluster}"]
+
+
+@pytest.mark.parametrize("chosen", [[], ["cluster=laptop"], ["experiment=two_nodes", "seed=3", "resume=auto"]])
+def test_job_trains_what_was_checked(chosen: list[str], tmp_path: Path) -> None:
+    given = [*chosen, f"out_dir={tmp_path}", "slurm.time=60", "dry_run=true", "stage.sample_prompt='a, b'"]
+    values = compose("submit", given)
+    ours = {key: value for key, value in values.items() if key not in own_keys("submit")}
+    job = job_overrides(given, str(tmp_path))
+    assert compose("train", job) == {**ours, "resume": "auto"}
+    quoted = subprocess.run(
+        ["bash", "-c", f"printf '%s\\n' {shlex.join(job)}"], capture_output=True, text=True
+    ).stdout.splitlines()
+    assert quoted == job
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("slurm.time=soon", ["slurm.time", "'soon'", "[days-]hours:minutes:seconds"]),
+        ("slurm.time=0", ["slurm.time", "above 0", "'0'"]),
+        ("slurm.time=infinite", ["slurm.time", "'infinite'"]),
+        ("slurm.time=5", ["slurm.signal_seconds", "at most 299", "is 300"]),
+        ("slurm.signal_seconds=0", ["slurm.signal_seconds", "at least 1", "is 0"]),
+        ("slurm.partiton=gpu", ["slurm.partiton: unknown key", "slurm.partition"]),
+        ("slurm.partition='a b'", ["slurm.partition", "'a b'"]),
+        ("slurm.gpus_per_node=-1", ["slurm.gpus_per_node", "at least 0", "is -1"]),
+        ("slurm.cpus_per_node=0", ["slurm.cpus_per_node", "at least 1", "is 0"]),
+        ('slurm.extra=["--array=0-3"]', ["slurm.extra[0]", "one job", "--array=0-3"]),
+        ('slurm.extra=[--exclusive,"--nodes=3"]', ["slurm.extra[1]", "--nodes=3", "set by the script"]),
+        ("slurm.extra=[exclusive]", ["slurm.extra[0]", "'exclusive'", "--exclusive"]),
+        ("slurm.requeue=yes", ["slurm.requeue", "true or false"]),
+        ("slurm.python='a b'", ["slurm.python", "'a b'"]),
+        ("dry_run=1", ["dry_run", "true or false"]),
+        ("resume=outputs/other", ["resume", "auto", "out_dir=outputs/other", "init_from=outputs/other"]),
+        ("out_dir='a b'", ["out_dir", "a b'"]),
+        ("cluster=slrum", ["cluster: no option slrum", "slurm"]),
+        ("optim.learing_rate=1", ["optim.learing_rate", "optim.learning_rate"]),
+        ("parallelism.pipeline=3 schedule=dualpipe", ["parallelism.pipeline", "even"]),
+    ],
+)
+def test_submit_refuses_in_one_line(override: str, parts: list[str]) -> None:
+    given = [override] if "'" in override else override.split()
+    with pytest.raises(user_errors()) as refused:
+        main(["dry_run=true", *given])
+    for part in parts:
+        assert part in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_submit_without_slurm_is_refused_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"^slurm: sbatch must be on PATH, is not; dry_run=true"):
+        main([f"out_dir={tmp_path / 'run'}"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_submit_hands_the_script_in_the_folder_to_sbatch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sbatch = tmp_path / "bin" / "sbatch"
+    sbatch.parent.mkdir()
+    sbatch.write_text(f'#!/bin/sh\ncp "$2" {tmp_path}/seen; echo "17;here"\n')
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{sbatch.parent}:{os.environ['PATH']}")
+    run = tmp_path / "run"
+    assert main([f"out_dir={run}", "experiment=quickstart"]) == 0
+    said = capsys.readouterr().out
+    assert said == f"submitted job 17: {run}/job.sbatch; it writes to {run}/log\n"
+    assert (tmp_path / "seen").read_text() == (run / "job.sbatch").read_text()
+    assert (run / "overrides.txt").read_text().splitlines() == [
+        "cluster=slurm", "experiment=quickstart", f"out_dir={run}", "resume=auto"
+    ]  # fmt: skip
+    assert sorted(path.name for path in run.iterdir()) == ["config.yaml", "job.sbatch", "log", "overrides.txt"]
+    # The same command goes on with the run.
+    assert main([f"out_dir={run}", "experiment=quickstart"]) == 0
+
+
+def test_script_is_readable_by_its_user_alone_from_its_creation_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Shell lines of `slurm.setup` export keys: no other file has them, and no file is readable for a moment."""
+    sbatch, run = tmp_path / "bin" / "sbatch", tmp_path / "run"
+    sbatch.parent.mkdir()
+    sbatch.write_text("#!/bin/sh\necho 17\n")
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{sbatch.parent}:{os.environ['PATH']}")
+    modes: list[int] = []
+    plain = os.open
+
+    def watched(path: object, flags: int, mode: int = 0o777, **more: Any) -> int:
+        descriptor = plain(path, flags, mode, **more)  # type: ignore[arg-type]
+        if "job.sbatch" in str(path) or "overrides.txt" in str(path):
+            modes.append(os.fstat(descriptor).st_mode & 0o777)
+        return descriptor
+
+    monkeypatch.setattr(os, "open", watched)
+    old = os.umask(0)
+    try:
+        for _ in range(2):
+            assert main([f"out_dir={run}", "experiment=quickstart", 'slurm.setup=["export MY_KEY=abc0123456789"]']) == 0
+    finally:
+        os.umask(old)
+    assert modes == [0o600] * 4
+    assert [(run / name).stat().st_mode & 0o777 for name in ("job.sbatch", "overrides.txt")] == [0o600] * 2
+    holding = [path.name for path in run.rglob("*") if path.is_file() and b"abc0123456789" in path.read_bytes()]
+    assert holding == ["job.sbatch"]
+    assert "abc0123456789" not in capsys.readouterr().out
+
+
+def test_times_are_read_as_sbatch_reads_them() -> None:
+    read = {"90": 5400, "1:30": 90, "1:02:03": 3723, "1-2": 93600, "1-2:03": 93780, "1-02:03:04": 93784}
+    assert {time: seconds_of(time) for time in read} == read
+    assert [seconds_of(time) for time in ("", "1-", "a", "1:2:3:4", "-5", "1.5", "UNLIMITED")] == [None] * 7
+
+
+def test_rank_leaves_its_code_where_the_job_reads_it(tmp_path: Path) -> None:
+    path = tmp_path / "exit"
+    first = {"RANK": "0", "TORCHELASTIC_RUN_ID": "x", "LAUNCH_EXIT_FILE": str(path)}
+    assert leave(75, {**first, "RANK": "1"}) == 0
+    assert list(tmp_path.iterdir()) == []
+    assert leave(75, first) == 0
+    assert path.read_text() == "75\n"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["exit"]
+    assert leave(75, {name: value for name, value in first.items() if name != "LAUNCH_EXIT_FILE"}) == 75
+
+
+@pytest.mark.skipif(SHELLCHECK is None, reason="shellcheck is not installed")
+def test_script_passes_shellcheck(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "job.sh").write_text(rendered(capsys, "experiment=quickstart"))
+    # The node's part is a text on purpose: SC2016.
+    assert SHELLCHECK is not None
+    command = [SHELLCHECK, "--exclude=SC2016", "--severity=info", str(tmp_path / "job.sh")]
+    checked = subprocess.run(command, capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stdout
+
+
+def test_submit_as_a_command_refuses_with_code_2(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.submit", "slurm.time=never"],
+        cwd=ROOT, env={**os.environ, "HOME": str(tmp_path)}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: slurm.time: must be a time above 0")
+    assert done.stderr.count("\n") == 1

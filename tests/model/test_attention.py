@@ -1,0 +1,204 @@
+"""Latent attention with all its gradients against the formula under ordinary autograd, whatever computes it.
+
+Shape legend: B sequences, T tokens, H heads, D hidden size, P pairs.
+"""
+
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from kernels.attention.documents import Documents
+from model.attention.mla import LATENT_NORM_EPS, LatentAttention
+from model.config import Computing, ModelConfig, Recomputed
+from model.norm import RmsNorm
+from model.precision.linear import WeightSink
+from tests.kernels import plain
+from tests.kernels.flash_attn_emulation import Calls, emulated
+from tests.kernels.plain import randn, strided
+from tests.model.against_plain import Weights, assert_equals_plain, assert_near, randomise
+from tests.tiny import MODEL
+
+SMALL = replace(MODEL, hidden_size=10, num_heads=3, norm_eps=1e-3)
+CONFIGS = {
+    "latent queries": SMALL,
+    "whole queries": replace(SMALL, q_lora_rank=None),
+    "odd sizes": replace(SMALL, qk_nope_head_dim=7, qk_rope_head_dim=2, v_head_dim=5, kv_lora_rank=9, q_lora_rank=11),
+    "odd offset": replace(SMALL, qk_nope_head_dim=7, qk_rope_head_dim=4, v_head_dim=12),
+    "wide values": replace(SMALL, qk_nope_head_dim=4, qk_rope_head_dim=2, v_head_dim=16, q_lora_rank=None),
+}
+SUBSETS: list[frozenset[Recomputed]] = [
+    frozenset(),
+    frozenset({"norm"}),
+    frozenset({"mla_up"}),
+    frozenset({"norm", "mla_up"}),
+]
+PLACES = torch.tensor([[0, 1, 2, 0, 1, 0, -1], [4, 5, 0, 1, 2, 3, 4]])
+
+
+class Attention(nn.Module):
+    """A norm and the attention that reads it."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, computing: Computing) -> None:
+        super().__init__()
+        self.config = config
+        self.norm = RmsNorm(config.hidden_size, config.norm_eps, dtype)
+        self.self_attn = LatentAttention(config, dtype, computing)
+        randomise(self, 1)
+
+
+def turned(x_BTHR: Tensor, config: ModelConfig) -> Tensor:
+    """Neighbours as complex numbers, multiplied by e^(i angle) of their place and pair."""
+    pairs = x_BTHR.shape[-1] // 2
+    speeds_P = config.rope_theta ** (-torch.arange(pairs, dtype=torch.float64) / pairs)
+    angles_TP = torch.arange(x_BTHR.shape[1], dtype=torch.float64)[:, None] * speeds_P
+    cos, sin = angles_TP.cos()[:, None], angles_TP.sin()[:, None]
+    first, second = x_BTHR[..., 0::2], x_BTHR[..., 1::2]
+    return torch.stack((first * cos - second * sin, first * sin + second * cos), -1).flatten(-2)
+
+
+def plain_attention(weights: Weights, x_BTD: Tensor, config: ModelConfig, documents: Documents | None) -> Tensor:
+    """x + attention(norm(x)): arXiv:2412.19437, section 2.1.1."""
+    own = {name.removeprefix("self_attn.").removesuffix(".weight"): weight for name, weight in weights.items()}
+    x = plain.rms_norm(x_BTD, own["norm"], config.norm_eps)
+    if config.q_lora_rank is None:
+        query = x @ own["q_proj"].t()
+    else:
+        latent = plain.rms_norm(x @ own["q_a_proj"].t(), own["q_a_layernorm"], LATENT_NORM_EPS)
+        query = latent @ own["q_b_proj"].t()
+    nope, heads = config.qk_nope_head_dim, (config.num_heads, -1)
+    query = query.unflatten(-1, heads)
+    both = x @ own["kv_a_proj_with_mqa"].t()
+    latent = plain.rms_norm(both[..., : config.kv_lora_rank], own["kv_a_layernorm"], LATENT_NORM_EPS)
+    expanded = (latent @ own["kv_b_proj"].t()).unflatten(-1, heads)
+    shared = turned(both[..., None, config.kv_lora_rank :], config).expand(-1, -1, config.num_heads, -1)
+    query = torch.cat((query[..., :nope], turned(query[..., nope:], config)), -1)
+    key = torch.cat((expanded[..., :nope], shared), -1)
+    scores_BHTT = torch.einsum("bqhd,bkhd->bhqk", query, key) * config.qk_head_dim**-0.5
+    size = x_BTD.shape[1]
+    seen = torch.ones(size, size, dtype=torch.bool).tril()
+    if documents is not None:
+        seen = seen & (documents.ids_BT[:, None, :, None] == documents.ids_BT[:, None, None, :])
+    shares = scores_BHTT.masked_fill(~seen, -torch.inf).softmax(-1)
+    mixed = torch.einsum("bhqk,bkhd->bqhd", shares, expanded[..., nope:])
+    return x_BTD + mixed.flatten(2) @ own["o_proj"].t()
+
+
+def check(
+    config: ModelConfig,
+    computing: Computing,
+    dtype: torch.dtype,
+    documents: Documents | None,
+    x_BTD: Tensor,
+    is_split: bool = False,
+    frozen: Sequence[str] = (),
+) -> None:
+    def call(module: Attention, inputs: Sequence[Tensor], sink: WeightSink | None) -> tuple[Tensor]:
+        return (module.self_attn(inputs[0], module.norm, sink, documents),)
+
+    def plainly(weights: Weights, inputs: Sequence[Tensor]) -> tuple[Tensor]:
+        return (plain_attention(weights, inputs[0], config, documents),)
+
+    module = Attention(config, dtype, computing)
+    assert_equals_plain(module, call, plainly, [x_BTD], is_split=is_split, frozen=frozen)
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+@pytest.mark.parametrize("is_split", [False, True])
+@pytest.mark.parametrize("recomputed", SUBSETS)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_attention_and_gradients_equal_formula(
+    name: str, recomputed: frozenset[Recomputed], is_split: bool, is_packed: bool
+) -> None:
+    documents = Documents.of_positions(PLACES) if is_packed else None
+    x = randn(2, 7, 10, seed=2)
+    for given in (x, strided(x)):
+        check(CONFIGS[name], Computing(recomputed=recomputed), torch.float64, documents, given, is_split)
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_attention_in_bf16_is_as_near_as_bf16_allows(name: str, is_packed: bool) -> None:
+    documents = Documents.of_positions(PLACES) if is_packed else None
+    x = randn(2, 7, 10, seed=2, dtype=torch.bfloat16)
+    for recomputed in (SUBSETS[0], SUBSETS[-1]):
+        check(CONFIGS[name], Computing(recomputed=recomputed), torch.bfloat16, documents, x)
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+@pytest.mark.parametrize("recomputed", SUBSETS)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_attention_through_an_emulated_flash_attn_equals_formula(
+    name: str, recomputed: frozenset[Recomputed], is_packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The package itself needs CUDA: an emulation checks layout, padding of values, and what it is told."""
+    calls = Calls()
+    monkeypatch.setitem(sys.modules, "flash_attn", emulated(calls))
+    documents = Documents.of_positions(PLACES) if is_packed else None
+    computing = Computing(recomputed=recomputed, attention="flash_attention")
+    check(CONFIGS[name], computing, torch.float64, documents, randn(2, 7, 10, seed=2))
+    assert (calls.num_whole, calls.num_packed) == ((0, 1) if is_packed else (1, 0))
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_attention_through_flex_gives_the_same_values(name: str, is_packed: bool) -> None:
+    """Forward alone: FlexAttention has no backward on CPU, and says so."""
+    config, documents = CONFIGS[name], Documents.of_positions(PLACES) if is_packed else None
+    module = Attention(config, torch.float64, Computing(attention="flex"))
+    x, weights = randn(2, 7, 10, seed=2), dict(module.named_parameters())
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "flex_attention called without")
+        made = module.self_attn(x, module.norm, None, documents)
+        assert_near(made, plain_attention(weights, x, config, documents), 1e-11, "output")
+    with pytest.raises(NotImplementedError, match="backward on CPU"):
+        module.self_attn(x, module.norm, None, documents)
+
+
+@pytest.mark.parametrize("is_split", [False, True])
+@pytest.mark.parametrize("recomputed", [SUBSETS[0], SUBSETS[-1]])
+def test_attention_gives_no_gradient_to_frozen_weights(recomputed: frozenset[Recomputed], is_split: bool) -> None:
+    for frozen in (
+        ["self_attn.o_proj.weight", "self_attn.kv_a_layernorm.weight"],
+        ["self_attn.q_a_proj.weight", "self_attn.q_b_proj.weight", "norm.weight"],
+        ["self_attn.kv_b_proj.weight", "self_attn.kv_a_proj_with_mqa.weight", "self_attn.q_a_layernorm.weight"],
+    ):
+        check(SMALL, Computing(recomputed=recomputed), torch.float64, None, randn(2, 3, 10, seed=2), is_split, frozen)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 10), (3, 1, 10), (1, 2, 10)])
+def test_attention_of_one_token_equals_formula(shape: tuple[int, int, int]) -> None:
+    for recomputed in SUBSETS:
+        check(SMALL, Computing(recomputed=recomputed), torch.float64, None, randn(*shape, seed=2))
+
+
+@pytest.mark.parametrize("recomputed", SUBSETS)
+def test_attention_refuses_a_second_backward(recomputed: frozenset[Recomputed]) -> None:
+    module = Attention(SMALL, torch.float64, Computing(recomputed=recomputed))
+    out = module.self_attn(randn(1, 3, 10, seed=2), module.norm, None).sum()
+    out.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="second"):
+        out.backward()
+
+
+@pytest.mark.parametrize("recomputed", SUBSETS)
+def test_attention_under_copying_hooks_gives_the_same_gradients(recomputed: frozenset[Recomputed]) -> None:
+    found = []
+    for is_copied in (False, True):
+        module = Attention(SMALL, torch.float64, Computing(recomputed=recomputed))
+        x = randn(2, 7, 10, seed=2).requires_grad_()
+        if is_copied:
+            with torch.autograd.graph.save_on_cpu():
+                out = module.self_attn(x, module.norm, None)
+        else:
+            out = module.self_attn(x, module.norm, None)
+        out.square().sum().backward()
+        found.append([x.grad, *(weight.grad for weight in module.parameters())])
+    for plainly, copied in zip(*found, strict=True):
+        assert plainly is not None
+        assert copied is not None
+        assert torch.equal(plainly, copied)

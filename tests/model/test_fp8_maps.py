@@ -1,0 +1,219 @@
+"""Norms and maps in FP8 against their formulas in float64 over the same codes: outputs and every gradient."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from kernels.quantize.layout import Quantized, QuantizedColumns, check_columns
+from kernels.quantize.packed import unpack
+from kernels.select_fp8 import Fp8Kernels
+from model.gradients import GradientStore, WeightQueue
+from model.norm import RmsNorm
+from model.precision.fp8.maps import Fp8Maps
+from model.precision.fp8.mlp import gated_down
+from model.precision.fp8.norm import linear_of_rows, normed_linear, pack_rows
+from model.precision.linear import WeightSink
+from tests.kernels.plain import randn
+from tests.model.fp8_plain import Gate, InFp8, Normed, expect
+
+EPS = 1e-6
+SHAPE = (2, 70)  # of rows: not a whole tile of 128, and more than one
+HIDDEN = 160  # a tile and a quarter
+
+Maps = list[nn.Parameter]
+
+
+def parameter(*shape: int, seed: int, size: float = 0.1) -> nn.Parameter:
+    return nn.Parameter(randn(*shape, seed=seed, dtype=torch.float32) * size)
+
+
+def make_norm() -> RmsNorm:
+    norm = RmsNorm(HIDDEN, EPS, torch.float32)
+    with torch.no_grad():
+        norm.weight.copy_(1 + 0.3 * randn(HIDDEN, seed=5, dtype=torch.float32))
+        norm.weight[7] = 0
+    return norm
+
+
+def weight_gradients(
+    weights: Sequence[nn.Parameter], is_split: bool, run: Callable[[WeightSink | None], None]
+) -> list[Tensor]:
+    """After a backward that `run` makes: as autograd has them, or as a sink took them, and then nowhere else."""
+    queue = WeightQueue()
+    run(queue if is_split else None)
+    if not is_split:
+        return [weight.grad for weight in weights if weight.grad is not None]
+    assert all(weight.grad is None for weight in weights)
+    store = GradientStore(weights)
+    queue.flush(store)
+    return [store.gradient(weight) for weight in weights]
+
+
+@pytest.mark.parametrize("outputs", [(128, 72), (72, 128), (40,)], ids=str)
+@pytest.mark.parametrize("is_split", [False, True])
+@pytest.mark.parametrize("power_of_two", [False, True])
+def test_maps_of_a_norm_equal_the_formula(power_of_two: bool, is_split: bool, outputs: tuple[int, ...]) -> None:
+    """Outputs are cut into tiles map by map, or over all maps where each of them begins a tile."""
+    codes, maps, norm = InFp8(power_of_two), Fp8Maps(power_of_two=power_of_two), make_norm()
+    weights = [parameter(size, HIDDEN, seed=index) for index, size in enumerate(outputs)]
+    # Small slopes, as gradients are: below the bound that is right for inputs.
+    x, slope = randn(*SHAPE, HIDDEN, seed=8, dtype=torch.float32), 1e-6 * randn(*SHAPE, sum(outputs), seed=9)
+    x.requires_grad_()
+    outs: list[Tensor] = []
+
+    def run(sink: WeightSink | None) -> None:
+        outs.append(normed_linear(x, norm, weights, sink, maps))
+        outs[0].backward(slope.float())
+
+    gradients = weight_gradients(weights, is_split, run)
+    normal = Normed.of(codes, x.detach().flatten(0, 1), norm.weight, EPS)
+    expect(outs[0].flatten(0, 1), torch.cat([normal.kept_AD @ codes.weight(each).t() for each in weights], 1), "output")
+    parts = slope.flatten(0, 1).split(outputs, 1)
+    whole = sum(codes.gradient(part) @ codes.weight(weight) for part, weight in zip(parts, weights, strict=True))
+    assert isinstance(whole, Tensor)
+    grad_x, grad_norm = normal.backward(whole)
+    assert x.grad is not None
+    # 1e6 times, so that what is near is near for its own size.
+    expect(1e6 * x.grad.flatten(0, 1), 1e6 * grad_x, "gradient of x")
+    assert norm.weight.grad is not None
+    expect(1e6 * norm.weight.grad, 1e6 * grad_norm, "gradient of the norm")
+    for made, part in zip(gradients, parts, strict=True):
+        expect(1e6 * made, 1e6 * codes.weight_gradient(part, normal.kept_AD), "gradient of a map")
+
+
+@pytest.mark.parametrize("is_split", [False, True])
+@pytest.mark.parametrize("power_of_two", [False, True])
+def test_second_half_of_a_network_equals_the_formula(power_of_two: bool, is_split: bool) -> None:
+    """The gate's backward reads codes of its input, in tiles that hold the last gates and the first ups."""
+    codes, maps, width = InFp8(power_of_two), Fp8Maps(power_of_two=power_of_two), 200
+    down = parameter(HIDDEN, width, seed=0)
+    base, slope = randn(*SHAPE, HIDDEN, seed=1, dtype=torch.float32), randn(*SHAPE, HIDDEN, seed=3)
+    hidden = randn(*SHAPE, 2 * width, seed=2, dtype=torch.float32)
+    base.requires_grad_()
+    hidden.requires_grad_()
+    outs: list[Tensor] = []
+
+    def run(sink: WeightSink | None) -> None:
+        outs.append(gated_down(base, hidden, down, sink, maps))
+        outs[0].backward(slope.float())
+
+    (made,) = weight_gradients([down], is_split, run)
+    hidden_AH, slope_AD = hidden.detach().flatten(0, 1).double(), slope.flatten(0, 1)
+    out = codes.rows(Gate(hidden_AH).out_AM) @ codes.weight(down).t()
+    expect(outs[0].flatten(0, 1), base.detach().flatten(0, 1).double() + out, "output")
+    kept = Gate(codes.rows(hidden_AH))
+    assert base.grad is not None
+    assert hidden.grad is not None
+    assert torch.equal(base.grad, slope.float())
+    expect(hidden.grad.flatten(0, 1), kept.backward(codes.gradient(slope_AD) @ codes.weight(down)), "gradient within")
+    expect(made, codes.weight_gradient(slope_AD, kept.out_AM), "gradient of the map")
+
+
+@pytest.mark.parametrize("is_split", [False, True])
+@pytest.mark.parametrize("power_of_two", [False, True])
+def test_maps_of_rows_that_experts_read_too_equal_the_formula(power_of_two: bool, is_split: bool) -> None:
+    """Those rows have powers of two for scales whatever the rule, and are made again from x for the maps' gradients."""
+    codes, maps, norm = InFp8(power_of_two), Fp8Maps(power_of_two=power_of_two), make_norm()
+    weights = [parameter(48, HIDDEN, seed=index) for index in range(2)]
+    x, slope = randn(*SHAPE, HIDDEN, seed=8, dtype=torch.float32), randn(*SHAPE, 96, seed=9)
+    normal = norm(x).detach().requires_grad_()
+    outs: list[Tensor] = []
+
+    def run(sink: WeightSink | None) -> None:
+        rows, packed_AB = pack_rows(normal, maps)
+        assert rows.shape == normal.shape
+        assert rows.untyped_storage().nbytes() == 4
+        kept = unpack(packed_AB, HIDDEN)
+        assert kept.scales.frexp().mantissa.unique().tolist() == [0.5]
+        outs.append(linear_of_rows(rows, packed_AB, x, norm, weights, sink, maps))
+        outs[0].backward(slope.float())
+
+    gradients = weight_gradients(weights, is_split, run)
+    normal_AD = normal.detach().flatten(0, 1).double()
+    rows_AD = codes.rows(normal_AD, rounds=True)
+    expect(outs[0].flatten(0, 1), torch.cat([rows_AD @ codes.weight(each).t() for each in weights], 1), "output")
+    parts = slope.flatten(0, 1).split(48, 1)
+    whole = sum(codes.gradient(part) @ codes.weight(weight) for part, weight in zip(parts, weights, strict=True))
+    assert isinstance(whole, Tensor)
+    assert normal.grad is not None
+    expect(normal.grad.flatten(0, 1), whole, "gradient of rows")
+    for made, part in zip(gradients, parts, strict=True):
+        expect(made, codes.weight_gradient(part, normal_AD, rounds=True), "gradient of a map")
+    assert norm.weight.grad is None
+
+
+class Strict(Fp8Maps):
+    """With kernels that refuse what Triton's would."""
+
+    def kernels(self, device: torch.device) -> Fp8Kernels:
+        plain = super().kernels(device)
+
+        def rows(rows_ND: Tensor, power_of_two: bool, min_amax: float = 1e-4) -> Quantized:
+            check_columns("rows", rows_ND)
+            return plain.quantize_1x128(rows_ND, power_of_two, min_amax)
+
+        def columns(
+            rows_ND: Tensor, counts: Sequence[int], power_of_two: bool, min_amax: float = 1e-4
+        ) -> QuantizedColumns:
+            check_columns("columns", rows_ND)
+            return plain.quantize_columns(rows_ND, counts, power_of_two, min_amax)
+
+        return replace(plain, quantize_1x128=rows, quantize_columns=columns)
+
+
+@pytest.mark.parametrize("outputs", [(128, 40), (40, 128)], ids=str)
+def test_gradients_may_have_no_rows_of_their_own_in_memory(outputs: tuple[int, ...]) -> None:
+    """As that of a sum: one number, expanded."""
+    norm, weights = make_norm(), [parameter(size, HIDDEN, seed=index) for index, size in enumerate(outputs)]
+    down = parameter(HIDDEN, sum(outputs) // 2, seed=2)
+    found: list[list[Tensor]] = []
+    for slope in (torch.ones(()).expand(*SHAPE, HIDDEN), torch.ones(*SHAPE, HIDDEN)):
+        maps, x = Strict(power_of_two=False), randn(*SHAPE, HIDDEN, seed=8, dtype=torch.float32).requires_grad_()
+        gated_down(x, normed_linear(x, norm, weights, None, maps), down, None, maps).backward(slope)
+        normed_linear(x, norm, weights, None, maps).backward(slope[..., :1].expand(*SHAPE, sum(outputs)))
+        each = (x, norm.weight, *weights, down)
+        found.append([tensor.grad for tensor in each if tensor.grad is not None])
+        for tensor in each:
+            tensor.grad = None
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_frozen_weight_gets_no_gradient_and_others_do() -> None:
+    maps, norm = Fp8Maps(power_of_two=False), make_norm()
+    weights = [parameter(128, HIDDEN, seed=0), parameter(40, HIDDEN, seed=1)]
+    weights[0].requires_grad_(False)
+    x = randn(*SHAPE, HIDDEN, seed=8, dtype=torch.float32).requires_grad_()
+    normed_linear(x, norm, weights, None, maps).sum().backward()
+    assert weights[0].grad is None
+    assert weights[1].grad is not None
+
+
+def test_a_weight_is_put_in_codes_once_while_held_and_anew_afterwards() -> None:
+    maps, weight = Fp8Maps(power_of_two=False), parameter(40, 200, seed=0)
+    with maps.held():
+        first = maps.codes(weight)
+        assert maps.codes(weight) is first
+    with torch.no_grad():
+        weight.mul_(3)
+    found = [maps.codes(weight)]
+    with maps.held():
+        found.append(maps.codes(weight))
+    for changed in found:
+        assert torch.equal(changed.forward.codes.view(torch.uint8), first.forward.codes.view(torch.uint8))
+        torch.testing.assert_close(changed.forward.scales, 3 * first.forward.scales)
+        torch.testing.assert_close(changed.backward.scales, changed.forward.scales.t())
+    with pytest.raises(ZeroDivisionError), maps.held():
+        raise ZeroDivisionError
+    assert maps.codes(weight) is not maps.codes(weight)
+
+
+def test_a_held_weight_is_not_taken_for_one_that_is_gone() -> None:
+    maps = Fp8Maps(power_of_two=False)
+    with maps.held():
+        for size in range(1, 20):
+            # Nothing else keeps it, so that the next may be given its place in memory.
+            assert maps.codes(torch.full((1, 4), float(size))).forward.scales.item() == pytest.approx(size / 448)

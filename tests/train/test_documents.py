@@ -1,0 +1,81 @@
+"""With documents masked, many ranks equal one rank, and every stage knows the documents: in training and validation."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import torch
+
+from comm.config import ParallelismConfig
+from comm.dispatch.local import LocalDispatcher
+from dualpipe.config import ScheduleConfig
+from model.objective import LossSums, Objective
+from model.transformer import Transformer, initialise
+from tests.ranks import run_ranks
+from tests.tiny import tiny_config, write_text
+from tests.train.job import Job, Seen, open_assembly, open_loader, run_jobs, run_plain
+from tests.train.test_equality import assert_equal
+from train.config import TrainConfig
+from train.step import BatchReader, to_micro_batch, validate_pass
+
+STEPS = 2
+
+
+def make_config(folder: Path, kind: Literal["1f1b", "dualpipe"], pipeline: int, depth: int) -> TrainConfig:
+    """Short texts, so that sequences hold several."""
+    write_text(folder)
+    config = tiny_config(
+        folder,
+        parallelism=ParallelismConfig(pipeline=pipeline, data=1, expert=1),
+        schedule=ScheduleConfig(kind=kind, pairing="overlapped"),
+    )
+    stage = replace(config.stage, document_mask=True, sequence_length_tokens=64, global_batch_sequences=8)
+    model = replace(config.model, num_layers=max(3, pipeline), mtp_depth=depth)
+    return replace(config, stage=stage, model=model)
+
+
+def train_and_validate(rank: int, world_size: int, config: TrainConfig) -> tuple[list[list[Seen]], float]:
+    """What the rank saw of each step, and the main loss of validation with the first weights."""
+    assembly, loader = open_assembly(config), open_loader(config)
+    losses, _ = validate_pass(assembly, lambda first, count: loader.batch(0, first, count))
+    batches = BatchReader(assembly, lambda first, count: loader.batch(0, first, count))
+    batch = batches(0, 0)
+    assert batch is not None
+    assert batch.documents is not None
+    assert batches(0, 0) is batch
+    assembly.close()
+    return run_jobs(rank, world_size, [Job(config=config)], STEPS), losses.main
+
+
+@torch.no_grad()
+def plain_validation(config: TrainConfig) -> float:
+    """Mean nats of the first step's batch in the whole model, one sequence after the other."""
+    model = Transformer(config.model, LocalDispatcher(config.model.num_routed_experts), torch.float64)
+    initialise(model, config.seed)
+    depth, loader, num_targets = config.model.mtp_depth, open_loader(config), 0
+    sums, objective = LossSums([0.0] * (depth + 1)), Objective(cross_entropy=(0.0,) * (depth + 1), balance=0.0)
+    for first in range(config.stage.global_batch_sequences):
+        read = loader.batch(0, first, 1)
+        batch = to_micro_batch(read, depth, torch.device("cpu"), masks_documents=config.stage.document_mask)
+        model.loss(batch, objective, sums)
+        num_targets += int((batch.targets_BT[0] >= 0).sum())
+    return float(sums.settle()[0]) / num_targets
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "pipeline", "depth"), [("1f1b", 3, 0), ("dualpipe", 4, 1)])
+def test_many_ranks_with_masked_documents_equal_one_rank(
+    tmp_path: Path, kind: Literal["1f1b", "dualpipe"], pipeline: int, depth: int
+) -> None:
+    config = make_config(tmp_path, kind, pipeline, depth)
+    positions = open_loader(config).batch(0, 0, 8).positions_BT
+    assert ((positions == 0).sum(1) > 1).any(), "no sequence holds several documents: the test tells nothing"
+    results = run_ranks(pipeline, train_and_validate, config)
+    plain = run_plain(config, 0, STEPS)
+    for step in range(STEPS):
+        assert_equal([seen[0][step] for seen, _ in results], plain[step], 1e-10)
+    expected = plain_validation(config)
+    assert [validation for _, validation in results] == pytest.approx([expected] * pipeline, rel=1e-12)
+    unmasked = replace(config, stage=replace(config.stage, document_mask=False))
+    assert abs(plain_validation(unmasked) - expected) > 1e-6

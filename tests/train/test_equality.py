@@ -1,0 +1,245 @@
+"""Many ranks equal one rank: losses, every gradient, norm, router bias and weights, step by step."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import torch
+
+from comm.config import ParallelismConfig
+from dualpipe.config import ScheduleConfig
+from dualpipe.generate.dualpipe_v import dualpipe_v
+from dualpipe.generate.select import build
+from dualpipe.generate.zero_bubble import zb_h1, zb_v
+from dualpipe.ir import Op, Schedule
+from dualpipe.simulate.costs import Costs, uniform
+from tests.dualpipe.random_schedules import bidirectional, looped, random_schedule, straight, v_shaped
+from tests.ranks import run_ranks
+from tests.tiny import OPTIM, tiny_config, write_text
+from tests.train.job import Job, Seen, run_jobs, run_plain
+from train.config import PrecisionConfig, TrainConfig
+
+STEPS = 2
+
+
+def split(num_ranks: int, num_micro_batches: int) -> Schedule:
+    """dualpipe_split for costs under which neighbours are fused."""
+    costs = Costs(forward=1.0, backward_input=1.0, backward_weight=1.0, exchange=1.0, latency=0.0)
+    return build("dualpipe_split", num_ranks, num_micro_batches, uniform(costs, num_ranks, num_ranks))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("equality")
+    write_text(folder)
+    return folder
+
+
+def layout_config(folder: Path, pipeline: int, data: int, expert: int) -> TrainConfig:
+    return tiny_config(
+        folder,
+        parallelism=ParallelismConfig(pipeline=pipeline, data=data, expert=expert),
+        schedule=ScheduleConfig(kind="1f1b" if pipeline == 1 else "dualpipe", pairing="overlapped"),
+    )
+
+
+def relative_error(ours: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest difference over the largest value."""
+    return float((ours.double() - expected.double()).abs().max() / expected.double().abs().max().clamp_min(1e-30))
+
+
+def assert_equal(ranks: list[Seen], plain: Seen, tolerance: float) -> None:
+    for seen in ranks:
+        assert seen.losses == pytest.approx(plain.losses, rel=tolerance)
+        assert seen.norm == pytest.approx(plain.norm, rel=tolerance)
+    names = set().union(*(seen.weights for seen in ranks))
+    assert names == set(plain.weights)
+    for name, expected in plain.gradients.items():
+        total = sum(seen.gradients[name] for seen in ranks if name in seen.gradients)
+        assert isinstance(total, torch.Tensor)
+        assert relative_error(total, expected) <= tolerance, f"gradient of {name}"
+    for seen in ranks:
+        for name, weight in seen.weights.items():
+            assert relative_error(weight, plain.weights[name]) <= tolerance, f"weight {name}"
+
+
+def assert_same(ours: list[Seen], theirs: list[Seen]) -> None:
+    """Bitwise, step by step."""
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.losses == other.losses
+        assert one.norm == other.norm
+        for name, weight in one.weights.items():
+            assert torch.equal(weight, other.weights[name]), name
+        for name, gradient in one.gradients.items():
+            assert torch.equal(gradient, other.gradients[name]), name
+
+
+def in_sequence(config: TrainConfig) -> TrainConfig:
+    """The same, the members of a group one after the other."""
+    return replace(config, schedule=replace(config.schedule, pairing="sequential"))
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "data", "expert"),
+    [
+        pytest.param(1, 2, 2, marks=pytest.mark.slow),
+        pytest.param(2, 2, 2, marks=pytest.mark.slow),
+        pytest.param(2, 1, 1, marks=pytest.mark.slow),
+        pytest.param(4, 1, 1, marks=pytest.mark.slow),
+        pytest.param(2, 4, 2, marks=pytest.mark.slow),
+        pytest.param(4, 2, 2, marks=pytest.mark.slow),
+        pytest.param(2, 4, 4, marks=pytest.mark.slow),
+    ],
+)
+def test_many_ranks_equal_one_rank(folder: Path, pipeline: int, data: int, expert: int) -> None:
+    config = layout_config(folder, pipeline, data, expert)
+    # Without tokens: no expert; one expert; every expert of the first rank of an expert group.
+    starved = [0, 1, min(4, config.model.num_routed_experts // expert)]
+    jobs = [Job(config=config, starved=number) for number in starved]
+    jobs.append(Job(config=in_sequence(config), starved=starved[-1]))
+    results = run_ranks(pipeline * data, run_jobs, jobs, STEPS)
+    for index, number in enumerate(starved):
+        plain = run_plain(config, number, STEPS)
+        for step in range(STEPS):
+            assert_equal([rank[index][step] for rank in results], plain[step], 1e-10)
+    for rank in results:
+        assert_same(rank[len(starved) - 1], rank[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "pipeline", "depth"), [("1f1b", 2, 0), ("1f1b", 4, 0), ("dualpipe", 2, 0), ("dualpipe", 2, 2)]
+)
+def test_other_depths_and_single_direction_equal_one_rank(
+    folder: Path, kind: Literal["1f1b", "dualpipe"], pipeline: int, depth: int
+) -> None:
+    config = layout_config(folder, pipeline, 1, 1)
+    model = replace(config.model, mtp_depth=depth, mtp_hidden="pre_norm", q_lora_rank=None, num_shared_experts=0)
+    config = replace(config, schedule=replace(config.schedule, kind=kind), model=model)
+    results = run_ranks(pipeline, run_jobs, [Job(config=config)], STEPS)
+    plain = run_plain(config, 0, STEPS)
+    for step in range(STEPS):
+        assert_equal([rank[0][step] for rank in results], plain[step], 1e-10)
+
+
+def scheduled(folder: Path, schedule: Schedule, data: int = 1, expert: int = 1) -> Job:
+    """A small run under a schedule: as few sequences as it has micro-batches, a layer for each stage or more."""
+    config = layout_config(folder, schedule.num_ranks, data, expert)
+    ends = {schedule.rank_of(0, 0), schedule.rank_of(0, schedule.num_stages - 1)}
+    both_ends = schedule.num_directions == 2 or len(ends) == 1
+    model = replace(config.model, num_layers=max(3, schedule.num_stages), mtp_depth=1 if both_ends else 0)
+    batch = schedule.num_micro_batches * data
+    stage = replace(config.stage, global_batch_sequences=batch, sequence_length_tokens=12)
+    return Job(config=replace(config, model=model, stage=stage), starved=1, schedule=schedule)
+
+
+def assert_schedules_equal_one_rank(world_size: int, jobs: Sequence[Job]) -> None:
+    """Every job against the plain model; and its overlapped run against its sequential one, bitwise, where no group
+    adds to one sum twice: else the additions may change places."""
+    again = [index for index, job in enumerate(jobs) if job.schedule is not None and keeps_sums(job.schedule)]
+    repeated = [replace(jobs[index], config=in_sequence(jobs[index].config)) for index in again]
+    results = run_ranks(world_size, run_jobs, [*jobs, *repeated], STEPS)
+    for index, job in enumerate(jobs):
+        plain = run_plain(job.config, job.starved, STEPS)
+        for step in range(STEPS):
+            assert_equal([rank[index][step] for rank in results], plain[step], 1e-10)
+    for rank in results:
+        for place, index in enumerate(again):
+            assert_same(rank[index], rank[len(jobs) + place])
+
+
+def keeps_sums(schedule: Schedule) -> bool:
+    """No B beside another backward of its stage, whose weight gradients would change places."""
+    for group in (group for groups in schedule.ranks for group in groups):
+        backwards = [op for op in group if op.kind is not Op.FORWARD]
+        full = {op.stage for op in backwards if op.kind is Op.BACKWARD}
+        if any(op.stage in full and op.kind is not Op.BACKWARD for op in backwards):
+            return False
+    return True
+
+
+@pytest.mark.parametrize(
+    ("data", "expert", "schedules"),
+    [
+        (
+            1,
+            1,
+            [
+                zb_v(1, 3),
+                dualpipe_v(1, 2),
+                zb_h1(1, 2),
+                split(1, 3),
+                random_schedule(bidirectional(1), 3, 0),
+                random_schedule(v_shaped(1), 3, 0, 1.0),
+            ],
+        ),
+        pytest.param(
+            1,
+            1,
+            [split(2, 4), split(2, 3), zb_v(2, 3), zb_h1(2, 3), random_schedule(bidirectional(2), 1, 0)],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(1, 1, [dualpipe_v(2, 5), random_schedule(v_shaped(2), 3, 1)], marks=pytest.mark.slow),
+        pytest.param(2, 2, [zb_v(2, 3), random_schedule(bidirectional(2), 5, 1, 1.0)], marks=pytest.mark.slow),
+        pytest.param(
+            1,
+            1,
+            [
+                split(3, 5),
+                split(3, 2),
+                random_schedule(bidirectional(3), 5, 0, 1.0),
+                random_schedule(v_shaped(3), 3, 0),
+                random_schedule(looped(3, 2), 4, 0),
+            ],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(2, 2, [split(3, 5), random_schedule(bidirectional(3), 5, 1)], marks=pytest.mark.slow),
+        pytest.param(1, 1, [split(5, 7), random_schedule(bidirectional(5), 7, 0, 1.0)], marks=pytest.mark.slow),
+        pytest.param(2, 2, [split(4, 9), zb_v(4, 3), zb_h1(4, 5)], marks=pytest.mark.slow),
+        pytest.param(1, 1, [split(8, 8), split(8, 17)], marks=pytest.mark.slow),
+        pytest.param(1, 1, [random_schedule(straight(4), 3, 0)], marks=pytest.mark.slow),
+    ],
+)
+def test_any_schedule_equals_one_rank(folder: Path, data: int, expert: int, schedules: list[Schedule]) -> None:
+    jobs = [scheduled(folder, schedule, data, expert) for schedule in schedules]
+    assert_schedules_equal_one_rank(schedules[0].num_ranks * data, jobs)
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "data", "expert"),
+    [
+        pytest.param(1, 1, 1, marks=pytest.mark.slow),
+        pytest.param(2, 2, 2, marks=pytest.mark.slow),
+        pytest.param(2, 4, 2, marks=pytest.mark.slow),
+    ],
+)
+def test_zero1_in_float32_equals_one_rank(folder: Path, pipeline: int, data: int, expert: int) -> None:
+    config = zero1(layout_config(folder, pipeline, data, expert))
+    # The second bucket holds less than the largest weight, so that it is filled again and again.
+    small = replace(config, optim=replace(config.optim, bucket_elements=3000))
+    results = run_ranks(pipeline * data, run_jobs, [Job(config=config, starved=1), Job(config=small, starved=1)], STEPS)
+    assert_zero1_equal(results, [config, small])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("schedule", "data"), [(random_schedule(bidirectional(3), 5, 0), 1), (random_schedule(v_shaped(2), 3, 0), 2)]
+)
+def test_zero1_shards_over_replicas_of_unequal_number(folder: Path, schedule: Schedule, data: int) -> None:
+    job = scheduled(folder, schedule, data, data)
+    job = replace(job, config=zero1(job.config))
+    assert_zero1_equal(run_ranks(schedule.num_ranks * data, run_jobs, [job], STEPS), [job.config])
+
+
+def zero1(config: TrainConfig) -> TrainConfig:
+    optim = replace(OPTIM, sharding="zero1", eps=1e-3)
+    return replace(config, precision=PrecisionConfig(kind="float32"), optim=optim)
+
+
+def assert_zero1_equal(results: list[list[list[Seen]]], configs: Sequence[TrainConfig]) -> None:
+    for index, config in enumerate(configs):
+        plain = run_plain(replace(config, optim=replace(config.optim, sharding="replicated")), 1, STEPS)
+        for step in range(STEPS):
+            assert_equal([rank[index][step] for rank in results], plain[step], 1e-5)

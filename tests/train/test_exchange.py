@@ -1,0 +1,141 @@
+"""Training over every way of exchange: the same gradients as one rank, and records of what was sent that add up."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import distributed as dist
+
+from comm.config import ParallelismConfig, Payload, TwoHopDispatchConfig
+from comm.dispatch.traffic import LayerTraffic, TrafficSnapshot
+from dualpipe.config import ScheduleConfig
+from tests.ranks import run_ranks
+from tests.tiny import tiny_config, write_text
+from tests.train.job import Job, open_assembly, open_loader, run_jobs, run_plain
+from tests.train.test_equality import assert_equal, assert_same, in_sequence
+from train.config import TrainConfig
+from train.exchange import exchange_metrics
+from train.step import accumulate
+
+TWO_HOP = TwoHopDispatchConfig(
+    kind="two_hop", payload="full", max_nodes=4, node_cap="verify", chunks=2, partial_sums="rows"
+)
+
+
+def over_nodes(folder: Path, pipeline: int, expert: int, ranks_per_node: int) -> TrainConfig:
+    config = tiny_config(
+        folder,
+        parallelism=ParallelismConfig(pipeline=pipeline, data=expert, expert=expert),
+        schedule=ScheduleConfig(kind="1f1b" if pipeline == 1 else "dualpipe", pairing="overlapped"),
+        dispatch=TWO_HOP,
+    )
+    return replace(config, cluster=replace(config.cluster, ranks_per_node=ranks_per_node))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("pipeline", "expert", "ranks_per_node", "payload"),
+    [(1, 4, 2, "full"), (2, 4, 2, "fp8"), (2, 4, 1, "full"), (2, 2, 1, "full")],
+)
+def test_training_in_two_hops_equals_one_rank(
+    folder: Path, pipeline: int, expert: int, ranks_per_node: int, payload: Payload
+) -> None:
+    config = over_nodes(folder, pipeline, expert, ranks_per_node)
+    config = replace(config, dispatch=replace(TWO_HOP, payload=payload))
+    starved = [0, min(4, config.model.num_routed_experts // expert)]
+    jobs = [Job(config=config, starved=number) for number in starved]
+    jobs.append(Job(config=in_sequence(config), starved=starved[-1]))
+    results = run_ranks(pipeline * expert, run_jobs, jobs, 2)
+    for index, number in enumerate(starved):
+        plain = run_plain(config, number, 2)
+        for step in range(2):
+            assert_equal([rank[index][step] for rank in results], plain[step], 1e-10)
+    for rank in results:
+        assert_same(rank[len(starved) - 1], rank[-1])
+
+
+def _count_one_step(rank: int, world_size: int, config: TrainConfig) -> tuple[dict[str, Any], dict[str, str]]:
+    assembly, loader = open_assembly(config), open_loader(config)
+    accumulate(assembly, lambda first, count: loader.batch(0, first, count), 0.3)
+    model = config.model
+    metrics = exchange_metrics(
+        assembly.observers.traffic.take(),
+        assembly.observers.clips.take(),
+        model.num_layers + model.mtp_depth,
+        assembly.groups.world,
+        assembly.device,
+    )
+    hashes = assembly.observers.log.order_hashes()
+    dist.barrier()
+    assembly.close()
+    return metrics, hashes
+
+
+@pytest.mark.slow
+def test_records_of_a_step_add_up_and_ranks_agree_on_the_order(folder: Path) -> None:
+    config = over_nodes(folder, 2, 4, 2)
+    results = run_ranks(8, _count_one_step, config)
+    metrics = results[0][0]
+    assert all(other == metrics for other, _ in results)
+    layers = metrics["exchange"]
+    assert set(layers) == {"layer_1", "layer_2", "layer_3", "layer_4"}  # the first is dense, the last is the MTP module
+    for layer in layers.values():
+        assert layer["rows_across_nodes"] > 0
+        for what in ("rows_within_nodes", "rows_across_nodes", "bytes_within_nodes", "bytes_across_nodes"):
+            assert layer[f"predicted_{what}"] == layer[what], what
+        assert layer["lower_bound_share"] == 1.0
+        assert 1.0 <= layer["nodes_per_token"] <= 2.0
+        assert layer["nic_imbalance"] >= 1.0
+    stage = config.stage
+    hidden_bytes = stage.micro_batch_sequences * stage.sequence_length_tokens * config.model.hidden_size * 8
+    messages = metrics["inter_node_bytes"] - sum(layer["bytes_across_nodes"] for layer in layers.values())
+    assert messages == 2 * stage.global_batch_sequences * hidden_bytes  # pipeline ranks sit on different nodes
+    by_group: dict[str, set[str]] = {}
+    for _, hashes in results:
+        for group, digest in hashes.items():
+            by_group.setdefault(group, set()).add(digest)
+    assert by_group
+    assert all(len(digests) == 1 for digests in by_group.values())
+
+
+def _merge(rank: int, world_size: int) -> dict[str, Any]:
+    counted = LayerTraffic(
+        num_tokens=10,
+        num_touched_nodes=15 + rank,
+        num_least_rows=3,
+        num_rows_across_nodes=6,
+        num_bytes_across_nodes=60,
+        num_bytes_from_nodes=100 * rank,
+        predicted_bytes_across_nodes=60,
+    )
+    layers: dict[int | None, LayerTraffic] = {2: counted} if rank else {1: LayerTraffic(num_tokens=4), 2: counted}
+    snapshot = TrafficSnapshot(layers=layers, num_message_bytes_across_nodes=1000, num_message_bytes_within_node=rank)
+    world = dist.group.WORLD
+    assert world is not None
+    return exchange_metrics(snapshot, {2: rank}, 4, world, torch.device("cpu"))
+
+
+@pytest.mark.slow
+def test_exchange_metrics_are_sums_and_extremes_over_ranks() -> None:
+    first, second, third = run_ranks(3, _merge)
+    assert first == second == third
+    assert first["inter_node_bytes"] == 3 * 1060
+    assert first["intra_node_bytes"] == 0 + 1 + 2
+    assert first["lower_bound_share"] == 0.5
+    assert first["nic_imbalance"] == 2.0  # of 0, 100 and 200
+    assert first["clipped_tokens"] == first["exchange"]["layer_2"]["clipped_tokens"] == 0 + 1 + 2
+    assert set(first["exchange"]) == {"layer_1", "layer_2"}
+    layer = first["exchange"]["layer_2"]
+    assert layer["nodes_per_token"] == (15 + 16 + 17) / 30
+    assert (layer["rows_across_nodes"], layer["bytes_across_nodes"]) == (18, 180)
+    assert (layer["predicted_bytes_across_nodes"], layer["nic_imbalance"]) == (180, 2.0)
+    assert first["exchange"]["layer_1"]["nic_imbalance"] == 1.0
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("exchange")
+    write_text(folder)
+    return folder

@@ -1,0 +1,198 @@
+"""Training in FP8 over gloo ranks: one result under every order, exchange and number of ranks; bytes as predicted."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from comm.config import DispatchConfig, LocalDispatchConfig, ParallelismConfig, TwoHopDispatchConfig
+from comm.dispatch.row_format import Part, RowFormat
+from data.prepare import prepare
+from dualpipe.config import ScheduleConfig
+from kernels.quantize.packed import packed_bytes
+from tests.ranks import run_ranks
+from tests.tiny import MODEL, OPTIM, STAGE, tiny_config, write_text
+from tests.train.job import Job, Seen, open_assembly, open_loader, run_jobs
+from tests.train.test_equality import assert_same, in_sequence, relative_error
+from tests.train.test_exchange import _count_one_step as count_one_step
+from tests.train.test_optim_resume import copied
+from train.checkpoint.load import load, save
+from train.checkpoint.manifest import CheckpointError, check_manifest
+from train.config import Fp8PrecisionConfig, PrecisionConfig, TrainConfig
+from train.step import train_step
+
+SHAPE = replace(
+    MODEL,
+    num_layers=3,
+    hidden_size=64,
+    dense_intermediate_size=160,
+    q_lora_rank=48,
+    kv_lora_rank=32,
+    expert_intermediate_size=40,
+)
+# Sums of a node's rows in float32, and not in the rows' type: no rounding then tells one way of exchange from another.
+TWO_HOP = TwoHopDispatchConfig(
+    kind="two_hop", payload="full", max_nodes=4, node_cap="verify", chunks=2, partial_sums="float32"
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("fp8")
+    write_text(folder)
+    return folder
+
+
+def make_config(folder: Path, pipeline: int, data: int, **changes: object) -> TrainConfig:
+    """As the recipe has it: weights in bf16, moments too, masters in float32; experts over all data ranks."""
+    config = tiny_config(
+        folder,
+        parallelism=ParallelismConfig(pipeline=pipeline, data=data, expert=data),
+        schedule=ScheduleConfig(kind="1f1b" if pipeline == 1 else "dualpipe", pairing="overlapped"),
+        precision=Fp8PrecisionConfig(kind="fp8", scales="float32"),
+        optim=replace(OPTIM, sharding="zero1", moments="bf16"),
+        stage=replace(STAGE, global_batch_sequences=4 * data),
+        model=SHAPE,
+    )
+    return replace(config, **changes)  # type: ignore[arg-type]
+
+
+def masked(config: TrainConfig) -> TrainConfig:
+    """Documents do not see each other; scales are powers of two."""
+    stage = replace(config.stage, document_mask=True, sequence_length_tokens=40)
+    return replace(config, stage=stage, precision=Fp8PrecisionConfig(kind="fp8", scales="power_of_two"))
+
+
+def is_expert(name: str) -> bool:
+    """A routed one."""
+    return ".experts." in name
+
+
+def total(ranks: list[Seen], name: str) -> torch.Tensor:
+    """A gradient over all ranks."""
+    return torch.stack([seen.gradients[name] for seen in ranks if name in seen.gradients]).sum(0)
+
+
+@pytest.mark.slow
+def test_pipeline_with_experts_over_data_ranks_gives_the_same_bits_in_every_order(folder: Path) -> None:
+    config = make_config(folder, 2, 2)
+    # A run whose exchange is asked for FP8 as well, in which rows are already, does nothing more.
+    asked = replace(config, dispatch=replace(config.dispatch, payload="fp8"))
+    jobs = [config, in_sequence(asked), masked(config), in_sequence(masked(config))]
+    results = run_ranks(4, run_jobs, [Job(config=each, starved=1) for each in jobs], 2)
+    for rank in results:
+        assert_same(rank[0], rank[1])
+        assert_same(rank[2], rank[3])
+    alone = make_config(folder, 1, 1, stage=config.stage)
+    plain = run_ranks(1, run_jobs, [Job(config=alone, starved=1)], 1)[0][0][0]
+    for rank in results:
+        assert rank[0][0].losses == plain.losses
+    for name, expected in plain.gradients.items():
+        # A step's gradients are summed in float32, in another order. And an expert sees the rows of both data ranks at
+        # once: other rows then share a tile, and its scale, in its weights' gradients.
+        most = 0.05 if is_expert(name) else 1e-6
+        error = (total([rank[0][0] for rank in results], name) - expected).norm()
+        assert float(error) <= most * float(expected.norm()), name
+
+
+@pytest.mark.slow
+def test_two_directions_equal_one_rank(folder: Path) -> None:
+    """The first loss to the bit, as micro-batches are the same; gradients but for the order of their sums."""
+    jobs = [Job(config=make_config(folder, pipeline, 1), starved=1) for pipeline in (2, 1)]
+    both, (plain,) = run_ranks(2, run_jobs, jobs[:1], 1), run_ranks(1, run_jobs, jobs[1:], 1)[0]
+    for rank in both:
+        assert rank[0][0].losses == plain[0].losses
+        assert rank[0][0].norm == pytest.approx(plain[0].norm, rel=1e-6)
+    for name, expected in plain[0].gradients.items():
+        assert relative_error(total([rank[0][0] for rank in both], name), expected) <= 1e-6, name
+
+
+@pytest.mark.slow
+def test_one_rank_gives_the_same_bits_over_every_exchange(folder: Path) -> None:
+    config = make_config(folder, 1, 1)
+    others: list[DispatchConfig] = [
+        LocalDispatchConfig(kind="local", payload="full"),
+        LocalDispatchConfig(kind="local", payload="fp8"),
+        TWO_HOP,
+    ]
+    jobs = [Job(config=config, starved=1), *(Job(config=replace(config, dispatch=each), starved=1) for each in others)]
+    (found,) = run_ranks(1, run_jobs, jobs, 2)
+    for other in found[1:]:
+        assert_same(found[0], other)
+    assert found[0][1].losses[0] != found[0][0].losses[0]
+
+
+def nodes_of_one(config: TrainConfig) -> TrainConfig:
+    """Every rank is a node of its own."""
+    return replace(config, cluster=replace(config.cluster, ranks_per_node=1))
+
+
+@pytest.mark.slow
+def test_two_ranks_give_the_same_bits_in_one_hop_and_in_two(folder: Path) -> None:
+    config = make_config(folder, 1, 2)
+    jobs = [config, nodes_of_one(config), nodes_of_one(replace(config, dispatch=TWO_HOP))]
+    for found in run_ranks(2, run_jobs, [Job(config=each, starved=4) for each in jobs], 2):
+        assert_same(found[0], found[1])
+        assert_same(found[0], found[2])
+
+
+def count_each(rank: int, world_size: int, configs: list[TrainConfig]) -> list[dict[str, Any]]:
+    """What was sent in a step of each run, by layer."""
+    return [count_one_step(rank, world_size, config)[0]["exchange"] for config in configs]
+
+
+@pytest.mark.slow
+def test_rows_and_their_gradients_go_out_in_fp8_and_come_back_in_bf16(folder: Path) -> None:
+    """Bytes as the run's own account has them, predicted and counted, in FP8 and in bf16."""
+    hidden = 256
+    model = replace(SHAPE, num_layers=2, hidden_size=hidden)
+    stage = replace(STAGE, global_batch_sequences=2, sequence_length_tokens=12)
+    config = nodes_of_one(make_config(folder, 1, 2, model=model, stage=stage))
+    assert packed_bytes(hidden) == hidden + 4 * 2
+    weight, plain = Part(1, torch.float32), Part(hidden, torch.bfloat16)
+    packed = Part(packed_bytes(hidden), torch.uint8)
+    counted = run_ranks(2, count_each, [config, replace(config, precision=PrecisionConfig(kind="bf16"))])[0]
+    for layers, sent in zip(counted, (packed, plain), strict=True):
+        assert set(layers) == {"layer_1", "layer_2"}
+        # Out and back, forward and backward; a row's weight goes out with it, and the weight's gradient back.
+        forms = [(sent, weight), (plain,), (plain, weight), (sent,)]
+        bytes_per_row = sum(RowFormat.of_parts(*parts).bytes_per_row for parts in forms)
+        for layer in layers.values():
+            rows, left = divmod(layer["rows_across_nodes"], len(forms))
+            assert (rows > 0, left) == (True, 0)
+            assert layer["bytes_across_nodes"] == layer["predicted_bytes_across_nodes"] == rows * bytes_per_row
+
+
+def go_on(rank: int, world_size: int, config: TrainConfig) -> tuple[Seen, Seen, Path]:
+    """Two steps, a checkpoint and a third step: by the same run, and by one that starts from the checkpoint."""
+    loader, prepared = open_loader(config), prepare(config.data, config.stage.sequence_length_tokens)
+    first = open_assembly(config)
+    for step in range(2):
+        train_step(first, loader, step)
+    place, second = save(first, 2, prepared), open_assembly(config)
+    load(second, place)
+    found = []
+    for assembly in (first, second):
+        result = train_step(assembly, loader, 2)
+        state = copied(assembly.optimiser.state())
+        weights = {name: weight.detach().clone() for name, weight in assembly.model.named_parameters()}
+        losses = [result.losses.main, *result.losses.mtp, result.losses.balance, result.losses.total]
+        found.append(Seen(losses, result.grad_norm, state, weights))
+        assembly.close()
+    return found[0], found[1], place
+
+
+@pytest.mark.slow
+def test_resumed_run_equals_unbroken_bitwise_and_bf16_does_not_go_on(folder: Path) -> None:
+    stage = replace(STAGE, global_batch_sequences=2)
+    config = make_config(folder, 1, 2, out_dir=str(folder / "resumed"), stage=stage)
+    for unbroken, resumed, _ in (found := run_ranks(2, go_on, config)):
+        assert_same([unbroken], [resumed])
+        moments = {value.dtype for name, value in resumed.gradients.items() if "exp_avg" in name}
+        assert moments == {torch.bfloat16}
+    later = replace(config, stage=replace(config.stage, steps=3))
+    check_manifest(found[0][2], later)
+    with pytest.raises(CheckpointError, match=r"precision\.kind is fp8 there and bf16 here"):
+        check_manifest(found[0][2], replace(later, precision=PrecisionConfig(kind="bf16")))

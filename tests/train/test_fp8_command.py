@@ -1,0 +1,67 @@
+"""The command in FP8: what it composes and refuses, and a run that goes on."""
+
+from pathlib import Path
+
+import pytest
+
+from launch.config.compose import compose
+from launch.config.errors import ConfigError
+from launch.config.run_config import check, read_config
+from tests.tiny import write_text
+from tests.train.test_command import read_metrics
+from tests.train.test_optim_resume import train
+from train.config import Fp8PrecisionConfig, TrainConfig
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("command")
+    write_text(folder)
+    return folder
+
+
+def composed(*overrides: str) -> TrainConfig:
+    config = read_config(compose("train", ["precision=fp8", *overrides]))
+    check(config)
+    return config
+
+
+def test_fp8_is_composed_with_scales_of_either_kind() -> None:
+    assert composed().precision == Fp8PrecisionConfig(kind="fp8", scales="float32")
+    assert composed().computing.products == "fp8"
+    assert composed("precision.scales=power_of_two").computing.products == "fp8_power_of_two"
+    assert read_config(compose("train", ["precision=bf16"])).computing.products == "own"
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("precision.scales=powers", ["precision.scales", "float32, power_of_two", "'powers'"]),
+        ("precision.scale=float32", ["precision.scale", "precision.scales"]),
+        ("optim.sharding=replicated", ["optim.sharding", "fp8", "zero1", "replicated"]),
+        ("recompute=[norm]", ["recompute", "fp8", "[norm]", "[norm,mla_up,swiglu]"]),
+        ("optim.moments=aut", ["optim.moments", "auto, float32, bf16", "'aut'", "did you mean auto?"]),
+        ("optim.moments=null", ["optim.moments", "auto, float32, bf16", "None"]),
+    ],
+)
+def test_what_no_run_in_fp8_can_follow_is_refused(override: str, parts: list[str]) -> None:
+    with pytest.raises(ConfigError) as raised:
+        composed(override)
+    message = str(raised.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+
+
+@pytest.mark.slow
+def test_resumed_command_equals_unbroken_bitwise(folder: Path) -> None:
+    done = train(folder, "whole", "precision=fp8", "stage.steps=2", "stage.checkpoint_every_steps=1")
+    assert done.returncode == 0, done.stderr
+    from_first = f"resume={folder / 'whole' / 'checkpoints' / 'step-00000001'}"
+    done = train(folder, "again", "precision=fp8", "stage.steps=2", from_first)
+    assert done.returncode == 0, done.stderr
+    unbroken, again = read_metrics(folder, "whole"), read_metrics(folder, "again")
+    assert [line["step"] for line in again] == [2]
+    for line, expected in zip(again, unbroken[1:], strict=True):
+        for key in ("loss", "main_loss", "mtp_loss", "balance_loss", "grad_norm", "max_violation"):
+            assert line[key] == expected[key], key

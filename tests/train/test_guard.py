@@ -1,0 +1,283 @@
+"""The guard: what it refuses, on which rank it was seen, and what becomes of a run whose batch it refused."""
+
+import json
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from comm.config import ParallelismConfig
+from data.loader import SampleOrder
+from data.prepare import Prepared, prepare
+from dualpipe.config import ScheduleConfig
+from model.transformer import named_tensors
+from tests.ranks import run_ranks
+from tests.tiny import OPTIM, STAGE, tiny_config, write_text
+from tests.train.job import open_assembly
+from train.assemble import Assembly
+from train.checkpoint.slices import Slice
+from train.config import (
+    GuardConfig,
+    OptimConfig,
+    Precision,
+    PrecisionConfig,
+    RollBackGuardConfig,
+    SkipGuardConfig,
+    StopGuardConfig,
+    TrainConfig,
+)
+from train.errors import StoppedError
+from train.guard.guard import LOSS, NORM, Guard, read_shown
+from train.loop import Training
+from train.records.events import read_events
+from train.records.json_lines import JsonLines
+from train.records.reporter import Reporter
+from train.records.status import StatusFile
+from train.schedule.ramp import SizedAssemblies
+
+STOP = StopGuardConfig(kind="stop", spike_factor=0.0, spike_window_steps=4)
+SKIP = SkipGuardConfig(kind="skip", spike_factor=0.0, spike_window_steps=3, max_consecutive=2)
+ROLL_BACK = RollBackGuardConfig(kind="roll_back", spike_factor=0.0, spike_window_steps=3, max_consecutive=2)
+WORLD = 4
+
+
+def test_guard_refuses_what_is_not_finite() -> None:
+    guard = Guard(STOP)
+    assert guard.judge(LOSS, 2.5) == ""
+    assert guard.judge(NORM, math.inf) == "gradient norm is inf"
+    assert guard.judge(LOSS, math.nan) == "loss is nan"
+    assert guard.judge(LOSS, -math.inf) == "loss is -inf"
+    assert guard.values == {LOSS: -math.inf}
+
+
+def test_guard_refuses_spikes_above_the_median_of_a_full_window() -> None:
+    guard = Guard(replace(STOP, spike_factor=3.0))
+    for loss, norm in ((2.0, 10.0), (2.0, 1.0), (3.0, 1.0)):
+        assert guard.judge(LOSS, 100 * loss) == ""  # three steps are not four
+        guard.accept(loss, norm)
+    guard.accept(4.0, 2.0)
+    assert guard.judge(LOSS, 7.5) == ""
+    assert guard.judge(LOSS, 7.6) == "loss is 7.6, above 3 x its median of 4 steps, 2.5"
+    assert guard.judge(LOSS, 2.0) == ""
+    assert guard.judge(NORM, 4.6) == "gradient norm is 4.6, above 3 x its median of 4 steps, 1.5"
+    assert guard.values == {LOSS: 2.0, "median loss": 2.5, NORM: 4.6, "median gradient norm": 1.5}
+    for _ in range(4):  # the window moves on
+        guard.accept(8.0, 8.0)
+    assert guard.judge(LOSS, 23.0) == ""
+    guard.remember([(1.0, 1.0)] * 4)
+    assert guard.judge(LOSS, 3.5).startswith("loss is 3.5, above 3 x its median")
+
+
+def test_guard_knows_earlier_steps_from_their_records(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    assert read_shown(path, 9, 3) == []
+    lines = [json.dumps({"step": step, "loss": step / 3, "grad_norm": step / 7}) for step in range(1, 8)]
+    path.write_text("\n".join([*lines, '{"step": 8, "lo']))
+    assert read_shown(path, 5, 3) == [(step / 3, step / 7) for step in (3, 4, 5)]
+    assert read_shown(path, 9, 100)[-1] == (7 / 3, 1.0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """A run of some ranks.
+
+    Attributes:
+        bad: steps whose gradients one rank spoils, whenever they come: that rank and what it multiplies them with; at
+            -1 - step, its losses.
+        left_out: steps that are not taken.
+    """
+
+    config: TrainConfig
+    bad: dict[int, tuple[int, float]]
+    left_out: tuple[int, ...] = ()
+
+
+def make_job(folder: Path, name: str, kind: str, guard: GuardConfig, bad: dict[int, tuple[int, float]]) -> Job:
+    optim: OptimConfig = replace(OPTIM, sharding="zero1" if kind != "float64" else "replicated")
+    precision: Precision = PrecisionConfig(kind=kind)  # type: ignore[arg-type]
+    config = tiny_config(
+        folder,
+        out_dir=str(folder / f"{name}-{kind}"),
+        parallelism=ParallelismConfig(pipeline=2, data=2, expert=2),
+        schedule=ScheduleConfig(kind="dualpipe", pairing="overlapped"),
+        stage=replace(STAGE, steps=6, checkpoint_every_steps=2, global_batch_sequences=8),
+        optim=optim,
+        precision=precision,
+        guard=guard,
+    )
+    return Job(config=config, bad=bad)
+
+
+def _spoil(assembly: Assembly, job: Job, training: Training) -> None:
+    """Has this rank's own gradients spoilt right before they are summed, or its loss right before that."""
+    from model.objective import LossSums
+
+    plain = assembly.store.gradients
+    plain_settle = LossSums.settle
+
+    def gradients() -> list[Tensor]:
+        found = plain()
+        rank, factor = job.bad.get(training.num_done, (-1, 1.0))
+        if rank == dist.get_rank():
+            for gradient in found[:3]:
+                gradient.mul_(factor)
+        return found
+
+    def settle(sums: LossSums) -> Tensor:
+        rank, factor = job.bad.get(-1 - training.num_done, (-1, 1.0))
+        return plain_settle(sums) * (factor if rank == dist.get_rank() else 1.0)
+
+    assembly.store.gradients = gradients  # type: ignore[method-assign]
+    LossSums.settle = settle  # type: ignore[method-assign]
+
+
+def _run(rank: int, world_size: int, jobs: list[Job]) -> list[tuple[str, dict[str, Tensor]]]:
+    """How each ended, in words, and this rank's weights, biases and optimiser state then."""
+    from model.objective import LossSums
+
+    plain, ends = LossSums.settle, []
+    for job in jobs:
+        ends.append(_run_one(rank, job))
+        LossSums.settle = plain  # type: ignore[method-assign]
+    return ends
+
+
+def _run_one(rank: int, job: Job) -> tuple[str, dict[str, Tensor]]:
+    config, out_dir = job.config, Path(job.config.out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    prepared: Prepared = prepare(config.data, config.stage.sequence_length_tokens)
+    assembly = open_assembly(config)
+    reporter = Reporter(None, [JsonLines(out_dir / "metrics.jsonl", 0)] if rank == 0 else [])
+    training = Training(SizedAssemblies(assembly, {}), prepared, reporter, StatusFile(out_dir, rank == 0), 0)
+    training._recovery._passed_over = set(job.left_out)  # as a run that never saw those batches
+    _spoil(assembly, job, training)
+    end = ""
+    try:
+        training.run()
+    except StoppedError as error:
+        end = str(error)
+    reporter.close()
+    dist.barrier()
+    assembly.close()
+    state = {name: tensor.clone() for name, tensor in named_tensors(assembly.model).items()}
+    for name, held in assembly.optimiser.state().items():
+        state[f"optimiser {name}"] = (held.local if isinstance(held, Slice) else held).clone()
+    return end, state
+
+
+KINDS = ("float64", "bf16")
+BAD = {3: (2, math.nan)}
+"""In step 4, on rank 2 alone."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("guard")
+    write_text(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ends(folder: Path) -> dict[str, list[tuple[str, dict[str, Tensor]]]]:
+    """By name and kind, what each rank says."""
+    jobs: dict[str, Job] = {}
+    for kind in KINDS:
+        never = replace(make_job(folder, "never", kind, STOP, {}), left_out=(3,))
+        jobs[f"never-{kind}"] = never
+        jobs[f"skip-{kind}"] = make_job(folder, "skip", kind, SKIP, BAD)
+        jobs[f"roll_back-{kind}"] = make_job(folder, "roll_back", kind, ROLL_BACK, BAD)
+        jobs[f"stop-{kind}"] = make_job(folder, "stop", kind, STOP, BAD)
+        cut = make_job(folder, "cut", kind, STOP, {})
+        jobs[f"cut-{kind}"] = replace(cut, config=replace(cut.config, stage=replace(cut.config.stage, steps=3)))
+    jobs["loss-float64"] = make_job(folder, "loss", "float64", SKIP, {-4: (1, math.inf)})
+    jobs["spike-float64"] = make_job(folder, "spike", "float64", replace(SKIP, spike_factor=20.0), {3: (1, 1e4)})
+    jobs["often-float64"] = make_job(folder, "often", "float64", SKIP, dict.fromkeys((2, 3, 4), (0, math.inf)))
+    jobs["back_often-float64"] = make_job(
+        folder, "back_often", "float64", ROLL_BACK, dict.fromkeys((2, 3, 4), (0, math.inf))
+    )
+    jobs["early-float64"] = make_job(folder, "early", "float64", ROLL_BACK, {1: (0, math.nan)})
+    jobs["never_early-float64"] = replace(make_job(folder, "never_early", "float64", STOP, {}), left_out=(1,))
+    found = run_ranks(WORLD, _run, list(jobs.values()), timeout_seconds=600.0)
+    return {name: [rank[index] for rank in found] for index, name in enumerate(jobs)}
+
+
+def assert_same(ends: dict[str, Any], one: str, other: str) -> None:
+    """Weights, biases, masters, moments and step counts of every rank, to the bit."""
+    for (said, ours), (_, theirs) in zip(ends[one], ends[other], strict=True):
+        assert said == ""
+        assert ours.keys() == theirs.keys()
+        assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+def lines(folder: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_skipped_batch_leaves_no_trace_but_its_record(ends: dict[str, Any], folder: Path, kind: str) -> None:
+    assert_same(ends, f"skip-{kind}", f"never-{kind}")
+    assert [line["step"] for line in lines(folder, f"skip-{kind}")] == [1, 2, 3, 5, 6]
+    (event,) = read_events(folder / f"skip-{kind}")
+    assert (event["kind"], event["step"], event["text"]) == ("skipped", 4, "gradient norm is nan")
+    assert event["ranks"] == [2]
+    assert event["values"]["gradient norm"] == "nan"
+    assert math.isfinite(event["values"]["loss"])
+    config = make_job(folder, "any", kind, SKIP, {}).config
+    prepared = prepare(config.data, config.stage.sequence_length_tokens)
+    order = SampleOrder(len(prepared.train_tokens_NL), config.data.seed)
+    assert event["samples"] == order.indices(3, config.batch_sizes).tolist()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_run_that_rolled_back_never_saw_the_batch(ends: dict[str, Any], folder: Path, kind: str) -> None:
+    assert_same(ends, f"roll_back-{kind}", f"never-{kind}")
+    assert [line["step"] for line in lines(folder, f"roll_back-{kind}")] == [1, 2, 3, 5, 6]
+    back, passed = read_events(folder / f"roll_back-{kind}")
+    assert (back["kind"], back["step"], back["ranks"]) == ("rolled_back", 4, [2])
+    assert back["checkpoint"].endswith("checkpoints/step-00000002")
+    assert (passed["kind"], passed["step"]) == ("passed_over", 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_stop_ends_every_rank_before_anything_is_updated(ends: dict[str, Any], folder: Path, kind: str) -> None:
+    assert {said for said, _ in ends[f"stop-{kind}"]} == {"gradient norm is nan; nothing was updated in this step"}
+    for (_, stopped), (_, cut) in zip(ends[f"stop-{kind}"], ends[f"cut-{kind}"], strict=True):
+        assert [name for name in stopped if not torch.equal(stopped[name], cut[name])] == []
+    assert [event["kind"] for event in read_events(folder / f"stop-{kind}")] == ["stopped"]
+
+
+@pytest.mark.slow
+def test_loss_of_one_rank_and_a_spike_are_refused_on_all(ends: dict[str, Any], folder: Path) -> None:
+    assert_same(ends, "loss-float64", "never-float64")
+    (event,) = read_events(folder / "loss-float64")
+    assert (event["text"], event["ranks"]) == ("loss is inf", [1])
+    assert "gradient norm" not in event["values"]
+    assert_same(ends, "spike-float64", "never-float64")
+    (event,) = read_events(folder / "spike-float64")
+    assert event["text"].startswith("gradient norm is ")
+    assert "above 20 x its median of 3 steps" in event["text"]
+    assert event["ranks"] == [1]
+
+
+@pytest.mark.slow
+def test_too_many_refusals_in_a_row_end_the_run(ends: dict[str, Any], folder: Path) -> None:
+    for name, kinds in (("often", ["skipped"] * 2), ("back_often", ["rolled_back", "passed_over"] * 2)):
+        for said, _ in ends[f"{name}-float64"]:
+            assert said.endswith("refused steps in a row: 3, above guard.max_consecutive=2"), said
+        events = [event["kind"] for event in read_events(folder / f"{name}-float64")]
+        assert events[-1] == "stopped"
+        assert [event for event in events[:-1] if event != "passed_over"] == [k for k in kinds if k != "passed_over"]
+
+
+@pytest.mark.slow
+def test_without_a_checkpoint_to_go_back_to_the_batch_is_left_out(ends: dict[str, Any], folder: Path) -> None:
+    assert_same(ends, "early-float64", "never_early-float64")
+    assert [event["kind"] for event in read_events(folder / "early-float64")] == ["skipped"]

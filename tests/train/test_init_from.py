@@ -1,0 +1,213 @@
+"""Runs that start from given weights: under every layout the numbers of one rank and of transformers."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, DeepseekV3ForCausalLM
+
+from data.prepare import prepare
+from launch.convert import main as convert
+from model.hf.reader import HfReader
+from model.transformer import BIAS
+from tests.data.released_tokenizer import write_released
+from tests.model.hf_checkpoints import (
+    read_tensors,
+    reference_logits,
+)
+from tests.ranks import run_ranks
+from tests.tiny import OPTIM, STAGE
+from tests.train.job import open_loader
+from tests.train.test_command import run_train
+from tests.train.weight_jobs import LAYOUTS, Started, run_config, start_jobs, use_broken
+from tests.train.weight_sources import make_sources
+from train.checkpoint.load import load_whole
+from train.checkpoint.manifest import read_model
+from train.config import PrecisionConfig, TrainConfig
+from train.step import to_micro_batch
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_sources(tmp_path_factory.mktemp("init_from"))
+
+
+def run(layout: str, *configs: TrainConfig, saves: bool = False) -> list[list[Started]]:
+    """By run, then by rank."""
+    world = LAYOUTS[layout][0].world_size
+    return [list(ranks) for ranks in zip(*run_ranks(world, start_jobs, list(configs), saves), strict=True)]
+
+
+def merged(ranks: list[Started]) -> dict[str, Tensor]:
+    """The whole model's weights at the end; every rank that holds one has the same."""
+    weights: dict[str, Tensor] = {}
+    for seen in ranks:
+        for name, tensor in seen.last.items():
+            torch.testing.assert_close(tensor, weights.setdefault(name, tensor), rtol=0, atol=0)
+    return weights
+
+
+@torch.no_grad()
+def first_loss_of_transformers(folder: Path, config: TrainConfig) -> float:
+    """Nats per predicted token of the first global batch."""
+    model = DeepseekV3ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    batch = open_loader(config).batch(0, 0, config.stage.global_batch_sequences)
+    micro_batch = to_micro_batch(batch, 0, torch.device("cpu"))
+    logits_BTV = reference_logits(model, micro_batch.inputs_BT[0])
+    return float(torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1), micro_batch.targets_BT[0].flatten()))
+
+
+@pytest.fixture(scope="module")
+def runs(folder: Path) -> dict[str, list[Started]]:
+    """Two steps from `mtp` on one rank and on four, saved."""
+    return {
+        layout: run(layout, run_config(folder, "mtp", layout, f"run_{layout}"), saves=True)[0]
+        for layout in ("one", "four")
+    }
+
+
+def test_start_every_rank_holds_the_files_values(folder: Path, runs: dict[str, list[Started]]) -> None:
+    stored = read_tensors(folder / "mtp")
+    for ranks in runs.values():
+        names: set[str] = set()
+        for seen in ranks:
+            names |= seen.first.keys()
+            for name, tensor in seen.first.items():
+                assert torch.equal(tensor, stored[name].to(tensor.dtype)), name
+        assert len(names) == len(stored) - 2  # the MTP module's copies of embedding and head
+    assert all(len(seen.first) < len(names) for seen in runs["four"])  # experts are shared out
+
+
+def test_start_on_four_ranks_trains_as_on_one(runs: dict[str, list[Started]]) -> None:
+    (one,), four = runs["one"], runs["four"]
+    for seen in four:
+        assert seen.losses == pytest.approx(one.losses, rel=1e-10)
+    weights = merged(four)
+    assert weights.keys() == one.last.keys()
+    for name, tensor in one.last.items():
+        torch.testing.assert_close(weights[name], tensor, rtol=1e-8, atol=1e-10, msg=name)
+        moved = not torch.equal(tensor, one.first[name])
+        assert moved or "layernorm" in name or "norm" in name, name
+
+
+def test_start_first_loss_is_that_of_transformers(folder: Path, runs: dict[str, list[Started]]) -> None:
+    expected = first_loss_of_transformers(folder / "mtp", run_config(folder, "mtp", "one", "x"))
+    assert runs["four"][0].losses[0] == pytest.approx(expected, rel=1e-5)
+    assert runs["four"][0].losses[1] < runs["four"][0].losses[0]
+
+
+@torch.no_grad()
+def test_export_of_any_layout_is_the_same_model_to_transformers(
+    folder: Path, runs: dict[str, list[Started]], tmp_path: Path
+) -> None:
+    exported, prepared = {}, prepare(run_config(folder, "mtp", "one", "x").data, STAGE.sequence_length_tokens)
+    for layout, ranks in runs.items():
+        target = tmp_path / layout
+        assert convert(["from=checkpoint", f"path={ranks[0].checkpoint}", f"to={target}", "dtype=float32"]) == 0
+        exported[layout] = read_tensors(target)
+        tokenizer = AutoTokenizer.from_pretrained(target)
+        assert tokenizer("a1 b2").input_ids == prepared.tokenizer.encode("a1 b2")
+        assert tokenizer.eos_token_id == AutoConfig.from_pretrained(target).eos_token_id == 1
+    for name, tensor in exported["one"].items():
+        torch.testing.assert_close(exported["four"][name], tensor, rtol=1e-6, atol=1e-7, msg=name)
+    checkpoint = runs["four"][0].checkpoint
+    assert checkpoint is not None
+    ours = load_whole(read_model(checkpoint), checkpoint, torch.float32)
+    theirs = DeepseekV3ForCausalLM.from_pretrained(tmp_path / "four", dtype=torch.float32).eval()
+    tokens = open_loader(run_config(folder, "mtp", "one", "x")).batch(3, 0, 4).tokens_BT
+    torch.testing.assert_close(ours(tokens), reference_logits(theirs, tokens), rtol=1e-4, atol=1e-4)
+
+
+def test_start_from_a_run_of_another_layout_equals_its_export(
+    folder: Path, runs: dict[str, list[Started]], tmp_path: Path
+) -> None:
+    """Our checkpoint and its export, one with 4 ranks as a run's folder, one converted, give the same first step."""
+    assert convert(["from=checkpoint", f"path={folder / 'run_four'}", f"to={tmp_path / 'hf'}"]) == 0
+    assert convert(["from=hf", f"path={tmp_path / 'hf'}", f"to={tmp_path / 'ours'}"]) == 0
+    config = run_config(folder, "mtp", "one", "x", stage=replace(STAGE, steps=1))
+    sources = [folder / "run_four", tmp_path / "hf", tmp_path / "ours"]
+    ended = run("one", *(replace(config, init_from=str(source)) for source in sources))
+    first = ended[0][0]
+    assert "token ids" not in first.said
+    assert first.losses[0] != runs["one"][0].losses[0]
+    for name, tensor in merged(runs["four"]).items():
+        assert torch.equal(first.first[name], tensor), name
+    for (other,) in ended[1:]:
+        assert other.losses == first.losses
+        for name, tensor in first.last.items():
+            assert torch.equal(other.last[name], tensor), name
+
+
+@pytest.mark.slow
+def test_start_the_optimisers_masters_follow(folder: Path) -> None:
+    """A step that moves nothing would bring back the seed's weights from masters that did not."""
+    configs = [
+        run_config(
+            folder,
+            "mtp",
+            "two",
+            f"masters_{precision}",
+            precision=PrecisionConfig(kind=precision),  # type: ignore[arg-type]
+            optim=replace(OPTIM, sharding="zero1", learning_rate=1e-30),
+            stage=replace(STAGE, steps=1),
+        )
+        for precision in ("float32", "bf16")
+    ]
+    for ranks in run("two", *configs):
+        for seen in ranks:
+            for name, tensor in seen.last.items():
+                if not name.endswith(BIAS):
+                    assert torch.equal(tensor, seen.first[name]), name
+
+
+def test_start_says_what_is_not_as_it_was_there(folder: Path, tmp_path: Path) -> None:
+    """An MTP module from the seed is the seed's, whether one is there or not; another tokenizer and limit are named."""
+    for path in (folder / "mtp").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "tokenizer.json").write_text("{}")
+    model, stage = replace(HfReader(folder / "plain").config, mtp_depth=1), replace(STAGE, steps=0)
+    config = run_config(folder, "plain", "one", "fresh", model=model, init_mtp="fresh", stage=stage)
+    longer = replace(model, max_position_tokens=128)
+    other = replace(config, init_from=str(tmp_path), model=longer)
+    (fresh,), (over,) = run("one", config, other)
+    assert fresh.said == f"weights from {folder / 'plain'} (MTP from the seed)"
+    assert "token ids mean other text" in over.said
+    assert "model.max_position_tokens is 64 there and 128 here" in over.said
+    stored = read_tensors(folder / "mtp")
+    for name, tensor in fresh.first.items():
+        assert torch.equal(over.first[name], tensor), name
+        if name.startswith("model.layers.3."):
+            assert not torch.equal(tensor, stored[name].double()) or name.endswith("bias"), name
+        else:
+            assert torch.equal(tensor, stored[name].double()), name
+
+
+@pytest.mark.slow
+def test_checkpoints_that_cannot_be_read_or_written_end_every_rank_alike(folder: Path) -> None:
+    for read, written in run_ranks(2, use_broken, run_config(folder, "mtp", "two", "full")):
+        assert read.startswith(f"resume: {folder / 'full' / 'checkpoints' / 'step-00000000'}: cannot be read by rank ")
+        assert "cannot be written by rank " in written
+    assert not (folder / "full" / "checkpoints" / "step-00000001").exists()
+
+
+@pytest.mark.slow
+def test_command_starts_from_a_hugging_face_folder_with_its_tokenizer_and_records_the_whole_model(
+    folder: Path,
+) -> None:
+    tokenizer = write_released(folder / "mtp" / "tokenizer.json", ["a1 b2 c3"] * 20, highest_id=319)
+    choices = ("model=of_checkpoint", "parallelism=one_rank", f"init_from={folder / 'mtp'}")
+    done = run_train(folder, "command", *choices, "stage.steps=1", "stage.sample_prompt=a1", "stage.sample_tokens=4")
+    assert done.returncode == 0, done.stderr
+    assert f"weights from {folder / 'mtp'}\n" in done.stdout
+    assert f"tokenizer: that of {tokenizer}, not one of data.tokenizer_vocab_size; ids below 320" in done.stdout
+    written = yaml.safe_load((folder / "command" / "config.yaml").read_text())
+    assert written["model"]["hidden_size"] == 24
+    assert "kind" not in written["model"]
+    assert written["data"]["tokenizer"] == str(tokenizer)
+    exported = folder / "exported"
+    assert convert(["from=checkpoint", f"path={folder / 'command'}", f"to={exported}"]) == 0
+    assert HfReader(exported).config == HfReader(folder / "mtp").config
+    assert (exported / "tokenizer.json").read_bytes() == tokenizer.read_bytes()

@@ -1,0 +1,87 @@
+"""A torn checkpoint is found by its manifest, and the newest whole one used in its place."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.launch.test_config import build
+from tests.train.test_command import ROOT
+from train.checkpoint.locate import newest_whole
+from train.checkpoint.manifest import CheckpointError, write_manifest
+from train.checkpoint.verify import find_resumed, verify
+
+
+def place(run: Path, step: int) -> Path:
+    """A checkpoint of three files."""
+    folder = run / "checkpoints" / f"step-{step:08d}"
+    folder.mkdir(parents=True)
+    for name in ("__0_0.distcp", ".metadata", "schedule.json"):
+        (folder / name).write_bytes(f"{name} of step {step} ".encode() * 50)
+    write_manifest(folder, step, build(), "f00d")
+    return folder
+
+
+def flip(path: Path, at: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+def state_another_step(folder: Path) -> None:
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"step": 99}))
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "missing": (lambda folder: (folder / "__0_0.distcp").unlink(), "__0_0.distcp must be there"),
+    "truncated": (lambda folder: (folder / "schedule.json").write_bytes(b"x"), "schedule.json must have"),
+    "longer": (lambda folder: (folder / ".metadata").open("ab").write(b"x"), ".metadata must have"),
+    "flipped": (lambda folder: flip(folder / "__0_0.distcp", 333), "__0_0.distcp must have the hash"),
+    "half": (lambda folder: (folder / "manifest.json").unlink(), "never finished"),
+    "manifest cut": (lambda folder: (folder / "manifest.json").write_text('{"step": 4'), "manifest.json"),
+    "manifest changed": (state_another_step, "manifest.json must have the hash"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_integrity_newest_whole_checkpoint_is_used_and_the_torn_one_is_told(damage: str, tmp_path: Path) -> None:
+    old, newest = place(tmp_path, 20), place(tmp_path, 100)
+    assert verify(newest) == ""
+    assert newest_whole(tmp_path) == newest
+    hurt, words = DAMAGES[damage]
+    hurt(newest)
+    assert words in verify(newest)
+    assert newest_whole(tmp_path) == old
+    resumed = find_resumed(str(tmp_path), verify)
+    assert resumed.folder == old
+    (line,) = resumed.passed_over
+    assert line.startswith("step-00000100: ")
+    assert words in line
+    with pytest.raises(CheckpointError, match=r"^resume: .*step-00000100") as refused:
+        find_resumed(str(newest), verify)
+    assert "\n" not in str(refused.value)
+    hurt(old)
+    assert newest_whole(tmp_path) is None
+    with pytest.raises(CheckpointError, match=r"holds no (whole|complete) checkpoint"):
+        find_resumed(str(tmp_path), verify)
+
+
+def test_integrity_sizes_alone_do_not_tell_a_flipped_bit(tmp_path: Path) -> None:
+    folder = place(tmp_path, 20)
+    flip(folder / "__0_0.distcp", 5)
+    assert verify(folder, hashes=False) == ""
+    assert verify(folder)
+
+
+def test_integrity_command_refuses_a_torn_checkpoint_that_is_named(tmp_path: Path) -> None:
+    folder = place(tmp_path, 20)
+    flip(folder / "__0_0.distcp", 5)
+    command = [sys.executable, "-m", "launch.train", f"resume={folder}", f"out_dir={tmp_path / 'new'}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+    assert "__0_0.distcp must have the hash" in done.stderr
+    assert not (tmp_path / "new").exists()

@@ -1,0 +1,49 @@
+"""What is said of a step: MFU from the model's operations, and the same numbers offline and online."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Literal
+
+import pytest
+
+from launch.config.compose import compose
+from launch.config.run_config import read_config
+from tests.tiny import tiny_config
+from train.records.metrics import Wandb, mfu
+
+
+def test_mfu_of_deepseek_v3_is_what_its_report_implies() -> None:
+    """2.788M H800 hours, 2,664K of them for 14.8T tokens: 1,543 tokens a second and GPU (section 1)."""
+    choices = ["model=v3_671b", "parallelism=v3_2048_ranks", "cluster=h800", "stage.sequence_length_tokens=4096"]
+    config = read_config(compose("train", choices))
+    tokens_per_second = 14.8e12 / (2664e3 * 3600) * 2048
+    assert mfu(config, tokens_per_second) == {"mfu": pytest.approx(0.39, abs=0.003)}
+
+
+def test_mfu_is_left_out_where_no_peak_is_told(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path)
+    assert mfu(config, 1000.0) == {}
+    told = replace(config, cluster=replace(config.cluster, peak_flops=1e9))
+    assert mfu(told, 2000.0)["mfu"] == 2 * mfu(told, 1000.0)["mfu"] > 0
+
+
+def test_wandb_gets_the_same_record_offline_and_online(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    logged: dict[str, list[tuple[dict[str, Any], int]]] = {}
+
+    def init(*, mode: str, **_: object) -> object:
+        def log(values: dict[str, Any], step: int) -> None:
+            logged.setdefault(mode, []).append((values, step))
+
+        return SimpleNamespace(config={}, log=log, finish=lambda: None)
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Settings=lambda **_: None))
+    modes: tuple[Literal["offline", "online"], ...] = ("offline", "online")
+    for mode in modes:
+        run = Wandb(replace(tiny_config(tmp_path).track, wandb=mode), "tiny", tmp_path, {})
+        for step in (1, 2):
+            run.record({"step": step, "loss": 1.5 / step, "router": {"layer_1": {"bias_most": 0.1}}})
+        run.close()
+    assert logged["offline"] == logged["online"]
+    assert [step for _, step in logged["online"]] == [1, 2]

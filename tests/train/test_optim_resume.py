@@ -1,0 +1,146 @@
+"""Moments in bf16 over whole runs: losses near float32's, checkpoints, the command."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+from torch import Tensor
+
+from comm.config import ParallelismConfig
+from data.prepare import prepare
+from tests.ranks import run_ranks
+from tests.tiny import OPTIM, STAGE, tiny_config, write_text
+from tests.train.job import Job, open_assembly, open_loader, run_jobs
+from tests.train.test_command import ROOT, read_metrics
+from train.checkpoint.load import load, save
+from train.checkpoint.slices import Slice
+from train.config import PrecisionConfig, TrainConfig
+from train.step import train_step
+
+Moments = Literal["float32", "bf16"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("moments")
+    write_text(folder)
+    return folder
+
+
+def config_of(folder: Path, moments: Moments, kind: Literal["float32", "bf16"], data: int = 1) -> TrainConfig:
+    return tiny_config(
+        folder,
+        parallelism=ParallelismConfig(pipeline=1, data=data, expert=data),
+        stage=replace(STAGE, global_batch_sequences=8, micro_batch_sequences=4),
+        precision=PrecisionConfig(kind=kind),
+        optim=replace(OPTIM, moments=moments, sharding="zero1"),
+    )
+
+
+@pytest.mark.slow
+def test_loss_is_near_that_with_moments_in_float32(folder: Path) -> None:
+    jobs = [Job(config=config_of(folder, moments, "float32")) for moments in ("float32", "bf16")]
+    exact, rounded = run_ranks(1, run_jobs, jobs, 12)[0]
+    assert rounded[-1].losses[0] < 0.9 * rounded[0].losses[0]
+    assert rounded[0].losses == exact[0].losses
+    # Moments are off by a few thousandths, so the way that the loss has gone is.
+    way = exact[0].losses[-1] - exact[-1].losses[-1]
+    assert abs(rounded[-1].losses[-1] - exact[-1].losses[-1]) < 0.01 * way
+
+
+def go_on(rank: int, world_size: int, config: TrainConfig, others: list[Moments]) -> dict[str, Any]:
+    """Two steps and a checkpoint, which a run with each of the other moments goes on from; what it then finds."""
+    loader, prepared = open_loader(config), prepare(config.data, config.stage.sequence_length_tokens)
+    first = open_assembly(config)
+    for step in range(2):
+        train_step(first, loader, step)
+    found: dict[str, Any] = {"saved": copied(first.optimiser.state())}
+    place = save(first, 2, prepared)
+    for moments in others:
+        second = open_assembly(replace(config, optim=replace(config.optim, moments=moments)))
+        load(second, place)
+        found[moments] = copied(second.optimiser.state())
+        found[f"{moments} loss"] = train_step(second, loader, 2).losses.total
+        found[f"{moments} later"] = copied(second.optimiser.state())
+        second.close()
+    found["unbroken loss"] = train_step(first, loader, 2).losses.total
+    found["unbroken later"] = copied(first.optimiser.state())
+    first.close()
+    return found
+
+
+def copied(state: dict[str, Slice | Tensor]) -> dict[str, Tensor]:
+    """This rank's values by name."""
+    return {name: (held.local if isinstance(held, Slice) else held).clone() for name, held in state.items()}
+
+
+def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert tensor.dtype == theirs[name].dtype
+        assert torch.equal(tensor, theirs[name]), name
+
+
+def test_checkpoint_goes_on_bitwise_and_other_moments_are_converted(folder: Path) -> None:
+    config = config_of(folder, "bf16", "bf16", data=2)
+    for found in run_ranks(2, go_on, config, ["bf16", "float32"]):
+        assert {str(value.dtype) for name, value in found["saved"].items() if "exp_avg" in name} == {"torch.bfloat16"}
+        assert_equal(found["bf16"], found["saved"])
+        assert found["bf16 loss"] == found["float32 loss"] == found["unbroken loss"]
+        assert_equal(found["bf16 later"], found["unbroken later"])
+        assert_equal(found["float32"], {name: value.float() for name, value in found["saved"].items()})
+
+
+def test_checkpoint_with_moments_in_float32_is_rounded(folder: Path) -> None:
+    config = config_of(folder, "float32", "float32")
+    found = run_ranks(1, go_on, config, ["bf16"])[0]
+    rounded = {name: value.bfloat16() if "exp_avg" in name else value for name, value in found["saved"].items()}
+    assert_equal(found["bf16"], rounded)
+    assert found["bf16 loss"] == found["unbroken loss"]
+
+
+def train(folder: Path, name: str, *overrides: str) -> subprocess.CompletedProcess[str]:
+    """One rank of the tiny model on the text in `folder`."""
+    command = [
+        *(sys.executable, "-m", "launch.train", f"name={name}", f"out_dir={folder / name}", "model=tiny"),
+        *("parallelism=one_rank", "schedule=1f1b", "dispatch=local", "data=files", f"data.paths=[{folder / 'text'}]"),
+        *(f"data.cache_dir={folder / 'cache'}", "data.tokenizer_vocab_size=320", "data.validation_fraction=0.2"),
+        *("stage.sequence_length_tokens=32", "stage.global_batch_sequences=8", "stage.micro_batch_sequences=4"),
+        *("stage.validation_sequences=0", "stage.validate_every_steps=0", "stage.sample_prompt=", *overrides),
+    ]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.slow
+def test_resumed_command_equals_unbroken_bitwise(folder: Path) -> None:
+    choices = ("precision=bf16", "optim.moments=bf16", "stage.steps=4")
+    done = train(folder, "whole", *choices, "stage.checkpoint_every_steps=2")
+    assert done.returncode == 0, done.stderr
+    done = train(folder, "again", *choices, f"resume={folder / 'whole' / 'checkpoints' / 'step-00000002'}")
+    assert done.returncode == 0, done.stderr
+    unbroken, again = read_metrics(folder, "whole"), read_metrics(folder, "again")
+    assert [line["step"] for line in again] == [3, 4]
+    for line, expected in zip(again, unbroken[2:], strict=True):
+        for key in ("loss", "main_loss", "mtp_loss", "balance_loss", "grad_norm", "max_violation"):
+            assert line[key] == expected[key], key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (["optim.moments=fp8"], ["optim.moments", "float32, bf16", "'fp8'"]),
+        (["precision=float64", "optim.sharding=replicated", "optim.moments=bf16"], ["optim.moments", "float64"]),
+        (["optim.moments=bf16", "optim.beta2=0.999"], ["optim.beta2", "0.984375", "0.999", "optim.moments=float32"]),
+    ],
+)
+def test_command_refuses_moments_that_no_run_can_follow(folder: Path, overrides: list[str], parts: list[str]) -> None:
+    done = train(folder, "refused", *overrides)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+    for part in parts:
+        assert part in done.stderr
+    assert not (folder / "refused").exists()

@@ -1,0 +1,169 @@
+"""What a run tells of its own time: the bubble of every step, and pictures of the plan with the run below it."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from torch import distributed as dist
+
+from comm.config import ParallelismConfig
+from dualpipe.config import ScheduleConfig, ScheduleKind
+from dualpipe.draw.cells import measured_cells
+from dualpipe.generate.select import build
+from dualpipe.ir import Schedule
+from dualpipe.runtime.measured import Measured, RankUse, Span, measured_bubble, rank_spans
+from tests.dualpipe.clockwork import measured_run
+from tests.ranks import run_ranks
+from tests.tiny import MODEL, tiny_config, write_text
+from tests.train.job import open_assembly, open_loader
+from tests.train.test_command import read_metrics, run_train
+from train.assemble import Assembly
+from train.config import TrainConfig
+from train.records.pictures import (
+    PAGE_NAME,
+    SVG_NAME,
+    TRACE_NAME,
+    PipelineWatch,
+    bubble_of,
+    window_slots,
+    write_pictures,
+)
+from train.step import StepResult, train_step
+
+SVG = "{http://www.w3.org/2000/svg}"
+FILES = {SVG_NAME, TRACE_NAME, PAGE_NAME}
+
+
+def operations_of(schedule: Schedule) -> list[str]:
+    return sorted(str(op) for groups in schedule.ranks for group in groups for op in group)
+
+
+def shapes_of(text: str) -> list[str]:
+    """The operations drawn in an SVG, plan and run together."""
+    titles = [rect.findtext(f"{SVG}title") for rect in ElementTree.fromstring(text).iter(f"{SVG}rect")]
+    return sorted(title.split(":")[0] for title in titles if title is not None)
+
+
+def lanes_of(text: str) -> set[str]:
+    events = json.loads(text)["traceEvents"]
+    return {event["args"]["name"] for event in events if event["name"] == "thread_name"}
+
+
+def config_of(folder: Path, kind: ScheduleKind, parallelism: ParallelismConfig, pairing: str) -> TrainConfig:
+    (folder / "run").mkdir()
+    write_text(folder)
+    return tiny_config(
+        folder,
+        parallelism=parallelism,
+        model=replace(MODEL, mtp_depth=0) if kind == "1f1b" else MODEL,
+        schedule=ScheduleConfig(kind=kind, pairing=pairing),  # type: ignore[arg-type]
+    )
+
+
+def _spans(assembly: Assembly, result: StepResult) -> tuple[Span, ...]:
+    groups = assembly.schedule.ranks[assembly.layout.pipeline_index(assembly.groups.rank)]
+    return rank_spans(groups, assembly.train_program, result.execution.spans, result.execution.origin_seconds)
+
+
+def _watch(rank: int, world_size: int, config: TrainConfig) -> tuple[float, bool, tuple[Span, ...]]:
+    """The bubble as the ranks reduce it, whether this rank drew, and its spans."""
+    assembly, loader = open_assembly(config), open_loader(config)
+    watch = PipelineWatch(assembly)
+    result = train_step(assembly, loader, 0)
+    use = watch.use(assembly, result.execution)
+    slots = window_slots(use, assembly.layout.data_index(rank), config.parallelism.data)
+    used, largest = torch.tensor([use.used_seconds], dtype=torch.float64), torch.tensor(slots, dtype=torch.float64)
+    dist.all_reduce(used)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    bubble = bubble_of(float(used), largest.tolist(), config.parallelism.pipeline)
+    drawn = watch.draw(assembly, result.execution, 1)
+    dist.barrier()
+    assembly.close()
+    return bubble, drawn, _spans(assembly, result)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "mesh", "pairing"),
+    [
+        ("dualpipe_split", (2, 2, 2), "overlapped"),
+        ("dualpipe_split", (2, 2, 2), "sequential"),
+        ("1f1b", (3, 1, 1), "overlapped"),
+        ("zb_v", (2, 1, 1), "overlapped"),
+    ],
+)
+def test_step_draws_every_operation_and_reduces_the_bubble_of_its_spans(
+    tmp_path: Path, kind: ScheduleKind, mesh: tuple[int, int, int], pairing: str
+) -> None:
+    pipeline, data, expert = mesh
+    config = config_of(tmp_path, kind, ParallelismConfig(pipeline=pipeline, data=data, expert=expert), pairing)
+    ranks = run_ranks(pipeline * data, _watch, config)
+    assert [drawn for _, drawn, _ in ranks] == [True] + [False] * (pipeline * data - 1)
+    runs = [Measured(ranks=tuple(spans for _, _, spans in ranks[place::data])) for place in range(data)]
+    makespans = [run.makespan_seconds for run in runs]
+    idle = sum(measured_bubble(run) * makespan for run, makespan in zip(runs, makespans, strict=True))
+    assert {bubble for bubble, _, _ in ranks} == {ranks[0][0]}
+    # The wall clock's seconds are told to a quarter of a microsecond.
+    assert ranks[0][0] == pytest.approx(idle / sum(makespans), abs=1e-5)
+    assert 0 <= ranks[0][0] < 1
+    schedule = build(kind, pipeline, config.num_micro_batches)
+    assert {path.name for path in (tmp_path / "run").iterdir()} == FILES
+    twice = sorted(2 * operations_of(schedule))
+    assert shapes_of((tmp_path / "run" / SVG_NAME).read_text()) == twice
+    assert (tmp_path / "run" / PAGE_NAME).read_text().count("<title>") == len(twice) + 1
+    assert "measured compute" in lanes_of((tmp_path / "run" / TRACE_NAME).read_text())
+
+
+@pytest.mark.parametrize("kind", ["dualpipe_split", "1f1b"])
+def test_pictures_show_a_cell_per_group_and_replace_earlier_ones(tmp_path: Path, kind: ScheduleKind) -> None:
+    schedule = build(kind, 3, 5)
+    for name in FILES:
+        (tmp_path / name).write_text("of an earlier step")
+    run = measured_run(schedule)
+    shown = write_pictures(tmp_path, "step <7>", schedule, run)
+    cells, _ = measured_cells(schedule, run)
+    assert len(cells) == sum(map(len, schedule.ranks))
+    assert {path.name for path in tmp_path.iterdir()} == FILES
+    assert shapes_of((tmp_path / SVG_NAME).read_text()) == sorted(2 * operations_of(schedule))
+    assert "step &lt;7&gt;" in (tmp_path / PAGE_NAME).read_text()
+    assert shown.measured == run
+    assert shown.simulation.makespan > 0
+    assert 0 <= shown.simulation.bubble_fraction < 1
+    events: list[dict[str, Any]] = json.loads((tmp_path / TRACE_NAME).read_text())["traceEvents"]
+    planned = [event for event in events if event.get("cat") == "planned" and event["ph"] == "X"]
+    end = max(event["ts"] + event["dur"] for event in planned)
+    assert end == pytest.approx(1e6 * shown.simulation.makespan, abs=0.01)
+
+
+def test_bubble_counts_each_pipelines_own_time() -> None:
+    # Two pipelines of two ranks: 10 s and 4 s long, begun at different times; 22 of their 28 rank seconds are used.
+    uses = [(10.0, 100.0, 110.0), (6.0, 101.0, 107.0), (4.0, 50.0, 54.0), (2.0, 52.0, 54.0)]
+    slots = [
+        window_slots(RankUse(used_seconds=used, start_seconds=start, end_seconds=end), place // 2, 2)
+        for place, (used, start, end) in enumerate(uses)
+    ]
+    largest = [max(column) for column in zip(*slots, strict=True)]
+    assert bubble_of(sum(used for used, _, _ in uses), largest, 2) == pytest.approx(6 / 28)
+    assert bubble_of(0.0, [0.0, 0.0], 2) == 0.0
+
+
+@pytest.mark.slow
+def test_run_draws_when_due_and_writes_the_bubble_of_every_step(tmp_path: Path) -> None:
+    write_text(tmp_path)
+    done = run_train(tmp_path, "drawn", "stage.steps=5", "stage.sample_prompt=", "track.picture_every_steps=2")
+    assert done.returncode == 0, done.stderr
+    drawn = [line.split()[1] for line in done.stdout.splitlines() if "planned and measured time" in line]
+    assert drawn == ["2", "4", "5"]
+    run = tmp_path / "drawn"
+    assert {path.name for path in run.iterdir()} >= FILES
+    assert not list(run.glob("*.partial"))
+    assert "drawn, step 5: dualpipe_split, 2 ranks, 4 micro-batches" in (run / SVG_NAME).read_text()
+    assert shapes_of((run / SVG_NAME).read_text()) == sorted(2 * operations_of(build("dualpipe_split", 2, 4)))
+    bubbles = [line["pipeline_bubble"] for line in read_metrics(tmp_path, "drawn")]
+    assert len(bubbles) == 5
+    assert all(0 < bubble < 1 for bubble in bubbles)
+    assert done.stdout.count("bubble ") == 5

@@ -1,0 +1,164 @@
+"""The probe: times that all ranks agree on, stages that add them up, and a run that does not notice it."""
+
+import gc
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from comm.config import ParallelismConfig
+from comm.layout import Layout
+from dualpipe.config import ScheduleConfig
+from dualpipe.simulate.costs import StageCosts
+from model.transformer import named_tensors
+from tests.ranks import run_ranks
+from tests.tiny import MODEL, tiny_config, write_text
+from tests.train.job import open_assembly, open_loader
+from train.config import TrainConfig
+from train.schedule.probe import LayerTimes, PartTimes, measure, stage_costs
+from train.step import train_step
+
+FOUR_RANKS = ParallelismConfig(pipeline=2, data=2, expert=2)
+
+
+def part(unit: float) -> PartTimes:
+    """Times whose sums tell which parts are in them."""
+    return PartTimes(
+        forward=1 * unit,
+        backward_input=2 * unit,
+        backward_weight=3 * unit,
+        forward_exchange=4 * unit,
+        backward_exchange=5 * unit,
+    )
+
+
+TIMES = LayerTimes(dense=part(1), moe=part(10), embedding=part(100), head=part(1000), latency=0.5)
+
+
+def config_of(folder: Path, pipeline: int, num_layers: int, pairing: str = "overlapped") -> TrainConfig:
+    model = replace(MODEL, num_layers=num_layers, num_dense_layers=2, mtp_depth=1)
+    return tiny_config(
+        folder,
+        model=model,
+        parallelism=ParallelismConfig(pipeline=pipeline, data=1, expert=1),
+        schedule=ScheduleConfig(kind="auto", pairing=pairing),  # type: ignore[arg-type]
+    )
+
+
+def stage(unit: float, activation: float) -> StageCosts:
+    return StageCosts(
+        forward=1 * unit,
+        backward_input=2 * unit,
+        backward_weight=3 * unit,
+        forward_exchange=4 * unit,
+        backward_exchange=5 * unit,
+        activation=activation,
+    )
+
+
+def test_stage_costs_are_those_of_its_layers_and_ends(tmp_path: Path) -> None:
+    # Of seven layers the last, with the MTP module, stands for two: two stages of four.
+    costs = stage_costs(TIMES, config_of(tmp_path, pipeline=2, num_layers=7), 2)
+    assert costs.stages == (stage(1 + 1 + 10 + 10 + 100, 1.0), stage(30 + 1000, 1.0))
+    assert costs.latency == 0.5
+
+
+def test_stage_keeps_its_share_of_layers_in_units_of_model_over_ranks(tmp_path: Path) -> None:
+    config = config_of(tmp_path, pipeline=2, num_layers=7)
+    assert [stage.activation for stage in stage_costs(TIMES, config, 4).stages] == [0.5, 0.5, 0.5, 0.5]
+    uneven = stage_costs(TIMES, config_of(tmp_path, pipeline=2, num_layers=6), 2)
+    assert [stage.activation for stage in uneven.stages] == pytest.approx([2 * 4 / 7, 2 * 3 / 7])
+
+
+def test_stage_costs_of_one_stage_hold_all_of_the_model(tmp_path: Path) -> None:
+    costs = stage_costs(TIMES, config_of(tmp_path, pipeline=1, num_layers=3), 1)
+    assert costs.stages == (stage(1 + 1 + 10 + 100 + 1000, 1.0),)
+
+
+def test_exchange_that_nothing_hides_counts_as_computation(tmp_path: Path) -> None:
+    sequential = stage_costs(TIMES, config_of(tmp_path, pipeline=2, num_layers=7, pairing="sequential"), 2).stages[1]
+    assert (sequential.forward, sequential.backward_input, sequential.backward_weight) == (5150, 7210, 3090)
+    assert (sequential.forward_exchange, sequential.backward_exchange) == (0, 0)
+
+
+def _layout(config: TrainConfig) -> Layout:
+    return Layout(config.parallelism, config.cluster.ranks_per_node)
+
+
+def _measure_each(rank: int, world_size: int, configs: list[TrainConfig]) -> list[tuple[LayerTimes, int, int]]:
+    """The times, and what of it is left: parameters, and groups."""
+    seen = []
+    for config in configs:
+        gc.collect()
+        before, groups = _num_parameters(), len(dist.distributed_c10d._world.pg_map)
+        times = measure(config, _layout(config), torch.device("cpu"))
+        left = _num_parameters() - before, len(dist.distributed_c10d._world.pg_map) - groups
+        seen.append((times, *left))
+    return seen
+
+
+def _num_parameters() -> int:
+    return sum(type(thing) is nn.Parameter for thing in gc.get_objects())
+
+
+@pytest.mark.slow
+def test_probe_gives_every_rank_the_same_positive_times_and_leaves_nothing(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, parallelism=FOUR_RANKS)
+    all_moe = replace(config, model=replace(MODEL, num_dense_layers=0, mtp_depth=0))
+    all_dense = replace(config, model=replace(MODEL, num_dense_layers=4, mtp_depth=0))
+    ranks = run_ranks(4, _measure_each, [config, all_moe, all_dense])
+    for seen in zip(*ranks, strict=True):
+        assert len({repr(times) for times, _, _ in seen}) == 1
+        assert all(left == [0, 0] for _, *left in seen)
+    both, moe, dense = (times for times, _, _ in ranks[0])
+    assert min(asdict(both.moe).values()) > 0
+    assert min(asdict(both.head).values()) > 0
+    assert both.latency > 0
+    for times in (both, dense):
+        assert min(times.dense.forward, times.dense.backward_input, times.dense.backward_weight) > 0
+        assert times.dense.forward_exchange == times.dense.backward_exchange == 0
+    assert min(asdict(moe.moe).values()) > 0
+    assert moe.head.forward_exchange == dense.head.forward_exchange == 0
+    assert moe.dense == dense.moe == PartTimes()
+
+
+def test_probe_of_one_rank_has_no_latency(tmp_path: Path) -> None:
+    ((seen,),) = run_ranks(1, _measure_each, [tiny_config(tmp_path)])
+    assert seen[0].latency == 0
+    assert seen[0].embedding.forward > 0
+
+
+def _train(
+    rank: int, world_size: int, config: TrainConfig, probed: bool
+) -> tuple[list[float], dict[str, Tensor], Tensor]:
+    torch.manual_seed(11)
+    if probed:
+        measure(config, _layout(config), torch.device("cpu"))
+    assembly, loader = open_assembly(config), open_loader(config)
+    results = [train_step(assembly, loader, step) for step in range(2)]
+    dist.barrier()
+    assembly.close()
+    numbers = [
+        number
+        for result in results
+        for number in (result.losses.total, result.grad_norm, max(result.balance.violations))
+    ]
+    weights = {name: tensor.clone() for name, tensor in named_tensors(assembly.model).items()}
+    return numbers, weights, torch.get_rng_state()
+
+
+@pytest.mark.slow
+def test_probed_run_equals_another_bitwise(tmp_path: Path) -> None:
+    write_text(tmp_path)
+    config = tiny_config(
+        tmp_path, parallelism=FOUR_RANKS, schedule=ScheduleConfig(kind="dualpipe", pairing="overlapped")
+    )
+    plain, probed = (run_ranks(4, _train, config, probed) for probed in (False, True))
+    for (numbers, weights, state), (expected, expected_weights, expected_state) in zip(probed, plain, strict=True):
+        assert numbers == expected
+        assert weights.keys() == expected_weights.keys()
+        assert all(torch.equal(weights[name], expected_weights[name]) for name in weights)
+        assert torch.equal(state, expected_state)

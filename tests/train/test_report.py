@@ -1,0 +1,215 @@
+"""The report of a run: whole, offline, of what the folder says, whatever its length and however it ended."""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from launch.config.errors import ConfigError
+from launch.ranks.run_folder import claim_folder
+from launch.redraw import main as redraw
+from tests.tiny import tiny_config, write_text
+from train.config import TrainConfig
+from train.report.figures import num_bytes, plain, short, step_ticks, ticks
+from train.report.heat import palette, png, relative_shades
+from train.report.history import History
+from train.report.page import REPORT_NAME
+from train.report.write import Report
+
+VOID = {"meta", "circle", "rect", "line", "polyline", "polygon", "image", "br", "i", "path", "use", "stop"}
+
+
+class Page(HTMLParser):
+    """Checks that elements close in order; gathers links, titles and the polylines by class."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.links: list[str] = []
+        self.lines: dict[str, list[str]] = {}
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        self.links += [found[key] or "" for key in ("src", "href", "xlink:href", "data") if key in found]
+        if tag == "polyline":
+            self.lines.setdefault(found["class"] or "", []).append(found["points"] or "")
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        self.handle_endtag(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag, self.getpos()
+
+
+def records(steps: range, num_layers: int = 2) -> Iterator[dict[str, Any]]:
+    """Lines of `metrics.jsonl`."""
+    for step in steps:
+        router = {"max_violation": 1 / step, "bias_least": -0.01 * step, "bias_most": 0.02 * step, "bias_std": 0.01}
+        yield {
+            **{"step": step, "tokens": step * 64, "loss": 9 - step / 100, "main_loss": 8.0, "mtp_loss": 8.5},
+            **{"grad_norm": 1.0, "lr": 1e-3, "tokens_per_second": 10.0 + step, "mfu": 0.31, "max_violation": 1 / step},
+            **{"peak_memory_bytes": 5_000_000, "mean_peak_memory_bytes": 4e6, "pipeline_bubble": 0.1},
+            **{"inter_node_bytes": 1000 * step, "intra_node_bytes": 10, "nodes_per_token": 1.5},
+            "router": {f"layer_{layer}": router for layer in range(1, num_layers + 1)},
+            "exchange": {"layer_1": {"rows_within_nodes": 77123, "nodes_per_token": 1.5, "lower_bound_share": None}},
+        }
+
+
+def place_run(folder: Path, steps: range, num_layers: int = 2, num_experts: int = 4) -> TrainConfig:
+    """A run's folder as far as a report reads it."""
+    write_text(folder, 20)
+    config = claim_folder(replace(tiny_config(folder), name="tried"), now=None)  # type: ignore[arg-type]
+    run = Path(config.out_dir)
+    with (run / "metrics.jsonl").open("a") as metrics, (run / "loads.jsonl").open("a") as loads:
+        for record in records(steps, num_layers):
+            metrics.write(json.dumps(record) + "\n")
+            rows = {f"layer_{layer}": list(range(num_experts)) for layer in range(1, num_layers + 1)}
+            loads.write(json.dumps({"step": record["step"], **rows}) + "\n")
+    return config
+
+
+@pytest.mark.parametrize("steps", [1, 6, 100, 1000])
+def test_report_is_whole_and_offline_at_every_length(tmp_path: Path, steps: int) -> None:
+    config = place_run(tmp_path, range(1, steps + 1))
+    text = Report(config).write().read_text()
+    page = Page(text)
+    assert all(link.startswith("data:image/png;base64,") for link in page.links)
+    assert len(page.links) == 3  # an overview of the layers, and a map of each
+    assert not re.search(r"(?i)https?://(?!www\.w3\.org/)|@import|url\((?!#)|nan[,\" ]|inf[,\" ]", text)
+    assert "$" not in re.sub(r"(?s)<script>.*</script>", "", text)
+    for heading in ("Learning", "Speed and memory", "Experts", "Exchange"):
+        assert f"<h2>{heading}</h2>" in text
+    for told in ("Layer 2", "77.1k", f"{steps:,}", "31 %", "5 MB", "MaxVio of the worst layer"):
+        assert told in text
+    assert len(text) < 2_500_000
+
+
+def test_report_draws_what_was_recorded_in_its_place(tmp_path: Path) -> None:
+    config = place_run(tmp_path, range(1, 101))
+    page = Page(Report(config).write().read_text())
+    total = [tuple(map(float, point.split(","))) for point in page.lines["line colour-0"][0].split()]
+    assert len(total) == 100
+    xs, ys = zip(*total, strict=True)
+    assert np.allclose(np.diff(xs), (1134 - 66 - 14) / 99, atol=0.11)
+    assert np.allclose(np.diff(ys), np.diff(ys).mean(), atol=0.11)
+    assert ys[-1] > ys[0]  # a loss that falls goes down the page
+
+
+def test_report_follows_a_run_that_goes_on_is_rolled_back_and_written_anew(tmp_path: Path) -> None:
+    config = place_run(tmp_path, range(1, 11))
+    run, report = Path(config.out_dir), Report(config)
+    report.write()
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 11, "loss": 4')
+        file.flush()
+        report.write()
+        file.write(".25}\n")
+        file.flush()
+        followed = report.write().read_text()
+        assert "step 11: total 4.25" in followed
+        assert followed == Report(config).write().read_text()
+        file.write('{"step": 9, "loss": 3.125}\n')
+    rolled_back = report.write().read_text()
+    assert "step 9: total 3.125" in rolled_back
+    assert "step 10:" not in rolled_back
+    (run / "new").write_text('{"step": 1, "loss": 2.5}\n{"step": 2, "loss": 2.25}\n')
+    (run / "new").replace(run / "metrics.jsonl")
+    anew = report.write().read_text()
+    assert "step 2: total 2.25" in anew
+    assert "step 9" not in anew
+
+
+def test_report_shows_events_and_whole_checkpoints_as_text(tmp_path: Path) -> None:
+    config = place_run(tmp_path, range(1, 7))
+    run = Path(config.out_dir)
+    event = {"step": 3, "kind": "skip", "text": "loss <script>alert(1)</script> & more"}
+    (run / "events.jsonl").write_text(json.dumps(event) + "\nnot json\n[1]\n")
+    for step, name in ((4, "manifest.json"), (6, "unfinished")):
+        folder = run / "checkpoints" / f"step-{step:08d}"
+        folder.mkdir(parents=True)
+        (folder / name).write_text("{}")
+    text = Report(config).write().read_text()
+    Page(text)
+    assert "loss &lt;script&gt;alert(1)&lt;/script&gt; &amp; more" in text
+    assert "checkpoints/step-00000004" in text
+    assert "step-00000006" not in text
+    assert '<line class="event"' in text
+    assert "step 3: total 8.97, main 8, MTP 8.5, skip" in text
+
+
+def test_report_leaves_out_numbers_that_are_none(tmp_path: Path) -> None:
+    config = place_run(tmp_path, range(0))
+    run = Path(config.out_dir)
+    empty = Report(config).write().read_text()
+    Page(empty)
+    assert "<h2>" not in empty
+    (run / "metrics.jsonl").write_text('{"step": 1, "loss": NaN, "grad_norm": Infinity, "lr": 0.0}\n')
+    text = Report(config).write().read_text()
+    Page(text)
+    assert "Learning rate" in text
+    assert "Gradient norm" not in text
+
+
+def test_report_that_cannot_be_drawn_does_not_end_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = place_run(tmp_path, range(1, 3))
+    (Path(config.out_dir) / REPORT_NAME).mkdir()
+    Report(config).try_to_write()
+    assert "cannot be drawn" in caplog.text
+
+
+def test_redraw_makes_the_report_of_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = place_run(tmp_path, range(1, 3))
+    assert redraw([f"run={config.out_dir}"]) == 0
+    assert capsys.readouterr().out == f"{config.out_dir}/{REPORT_NAME}\n"
+    assert "tried" in (Path(config.out_dir) / REPORT_NAME).read_text()
+    with pytest.raises(ConfigError, match=r"run: must be a run's folder, .* holds no config.yaml"):
+        redraw([f"run={tmp_path}"])
+
+
+def test_history_keeps_means_extremes_and_sums_whatever_is_joined() -> None:
+    history, values = History(8), np.random.default_rng(3).normal(size=203)
+    for step, value in enumerate(values.tolist(), 1):
+        history.add(step, {"a": value, **({"rare": value} if step % 50 == 0 else {})})
+        history.add_loads(step, {"layer_1": [step, 1]})
+    assert history.width == 32
+    assert len(history.buckets) == 7
+    for bucket, tally in history.tallies("a"):
+        part = values[bucket.first - 1 : bucket.last]
+        assert (tally.least, tally.most, tally.count) == (part.min(), part.max(), len(part))
+        assert tally.mean == pytest.approx(part.mean())
+        assert bucket.loads["layer_1"].tolist() == [sum(range(bucket.first, bucket.last + 1)), len(part)]
+    assert history.latest("a") == values[-1]
+    assert history.latest("rare") == values[199]
+    assert [bucket.first for bucket in history.buckets] == list(range(1, 204, 32))
+
+
+def test_heat_map_is_a_png_of_its_shades() -> None:
+    shades = relative_shades(np.array([[0.0, 0.25, 1.0], [4.0, 100.0, np.nan]]))
+    assert shades.tolist() == [[0, 0, 32], [64, 64, 32]]
+    content = png(shades, palette())
+    import io
+
+    matplotlib = pytest.importorskip("matplotlib.image", reason="reads the PNG back; matplotlib is not installed")
+    pixels = np.rint(matplotlib.imread(io.BytesIO(content))[:, :, :3] * 255).astype(int)
+    assert pixels.tolist() == [[list(palette()[shade]) for shade in row] for row in shades.tolist()]
+
+
+def test_figures_are_round_and_short() -> None:
+    assert [plain(value) for value in (0.0, 0.33033, 1797.4, 3e-5)] == ["0", "0.3303", "1,797", "3e-05"]
+    assert [short(value) for value in (0.0, 999.0, 3_145_728.0)] == ["0", "999", "3.15M"]
+    assert [num_bytes(value) for value in (12.0, 698_359_808.0)] == ["12 B", "698 MB"]
+    assert ticks(0.0, 0.003) == [0.0, 0.001, 0.002, 0.003]
+    assert ticks(5.0, 5.0)[0] <= 5.0 <= ticks(5.0, 5.0)[-1]
+    assert step_ticks(1, 100) == [1, 20, 40, 60, 80, 100]
+    assert step_ticks(7, 7) == [7]

@@ -1,0 +1,156 @@
+"""Saving beside the next steps changes neither the run nor what is saved; older checkpoints go when they may."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from comm.config import ParallelismConfig
+from data.prepare import prepare
+from tests.ranks import run_ranks
+from tests.tiny import OPTIM, STAGE, tiny_config, write_text
+from tests.train.job import open_assembly, open_loader
+from tests.train.test_optim_resume import copied
+from train.assemble import Assembly
+from train.checkpoint import load as checkpoint
+from train.checkpoint.locate import newest_whole
+from train.checkpoint.resume import choose_resumed
+from train.checkpoint.save import Saver
+from train.checkpoint.state import state_of
+from train.checkpoint.verify import verify
+from train.config import PrecisionConfig, TrainConfig
+from train.step import train_step
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saver")
+    write_text(folder)
+    return folder
+
+
+class Extra:
+    """Something that a run keeps, and how often it was filled."""
+
+    def __init__(self, value: float) -> None:
+        self.tensor = torch.full((3,), value)
+        self.times = 0
+
+    def state(self) -> Mapping[str, Tensor]:
+        """One whole tensor."""
+        return {"mean": self.tensor}
+
+    def loaded(self) -> None:
+        """Counts."""
+        self.times += 1
+
+
+def config_of(folder: Path, name: str) -> TrainConfig:
+    return tiny_config(
+        folder,
+        out_dir=str(folder / name),
+        parallelism=ParallelismConfig(pipeline=1, data=2, expert=2),
+        stage=replace(STAGE, global_batch_sequences=8, micro_batch_sequences=4, checkpoint_keep=2),
+    )
+
+
+def run(rank: int, world_size: int, config: TrainConfig, waits: bool) -> tuple[list[float], list[bool], list[str]]:
+    """Five steps, saved after each: losses, whether what each checkpoint holds is what was there, what was told."""
+    assembly, loader = open_assembly(config), open_loader(config)
+    root = Path(config.out_dir) / "checkpoints"
+    if rank == 0:
+        (root / "step-00000009.partial").mkdir(parents=True)
+        (root / "step-00000009.partial" / "left").write_text("over")
+    saver = Saver(assembly, prepare(config.data, config.stage.sequence_length_tokens), {"ema": Extra(2.0)})
+    assert saver.wait() is None
+    losses, then = [], []
+    for step in range(5):
+        losses.append(train_step(assembly, loader, step).losses.total)
+        then.append(copied(state_of(assembly, {})))
+        saver.save(step + 1)
+        if waits:
+            saver.wait()
+    last = saver.close()
+    told = [path.name for path in saver.take_finished()]
+    same = []
+    for step in (4, 5):
+        other, extra = open_assembly(config), Extra(0.0)
+        assert last is not None
+        checkpoint.load(other, last.with_name(f"step-{step:08d}"), {"ema": extra, "none": (none := Extra(7.0))})
+        same.append(_equal(other, then[step - 1]) and extra.tensor.tolist() == [2.0] * 3)
+        same.append((extra.times, none.times, none.tensor.tolist()) == (1, 0, [7.0] * 3))
+        other.close()
+    assembly.close()
+    return losses, same, told
+
+
+def _equal(assembly: Assembly, expected: Mapping[str, Tensor]) -> bool:
+    found = copied(state_of(assembly, {}))
+    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+
+
+@pytest.mark.slow
+def test_saver_beside_the_steps_is_bitwise_as_one_that_waits_and_keeps_the_newest(folder: Path) -> None:
+    beside, waiting = (run_ranks(2, run, config_of(folder, f"run_{waits}"), waits) for waits in (False, True))
+    for (losses, same, told), (expected, also_same, _) in zip(beside, waiting, strict=True):
+        assert losses == expected
+        assert same == also_same == [True] * 4
+        assert told == [f"step-{step:08d}" for step in range(1, 6)]
+    for waits in (False, True):
+        root = folder / f"run_{waits}" / "checkpoints"
+        assert sorted(path.name for path in root.iterdir()) == ["step-00000004", "step-00000005"]
+        assert [verify(path) for path in root.iterdir()] == ["", ""]
+
+
+def choose(rank: int, world_size: int, config: TrainConfig) -> tuple[str | None, tuple[str, ...]]:
+    chosen, passed_over = choose_resumed(config)
+    return chosen.resume, passed_over
+
+
+def convert(rank: int, world_size: int, writer: TrainConfig, reader: TrainConfig) -> list[float]:
+    """Losses of the steps after a checkpoint: without a break, and from it under another configuration."""
+    first, loader = open_assembly(writer), open_loader(writer)
+    for step in range(2):
+        train_step(first, loader, step)
+    place = checkpoint.save(first, 2, prepare(writer.data, writer.stage.sequence_length_tokens))
+    second = open_assembly(reader)
+    checkpoint.load(second, place)
+    losses = [train_step(each, loader, step).losses.total for each in (first, second) for step in (2, 3, 4)]
+    first.close()
+    second.close()
+    return losses
+
+
+@pytest.mark.slow
+def test_saver_ranks_choose_the_newest_whole_checkpoint_together(folder: Path) -> None:
+    config = config_of(folder, "torn")
+    first = run_ranks(2, run, config, True)
+    assert first[0][1] == [True] * 4
+    newest = newest_whole(folder / "torn")
+    assert newest is not None
+    data = newest / "__1_0.distcp"
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 4
+    data.write_bytes(content)
+    for chosen, passed_over in run_ranks(2, choose, replace(config, resume=str(folder / "torn"))):
+        assert chosen == str(newest.with_name("step-00000004"))
+        assert passed_over == ("step-00000005: __1_0.distcp must have the hash that the manifest lists, has another",)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("writes", "reads"), [("zero1", "replicated"), ("replicated", "zero1")])
+def test_saver_state_of_float32_goes_from_one_sharding_to_the_other(folder: Path, writes: str, reads: str) -> None:
+    configs = [
+        replace(
+            config_of(folder, f"from_{writes}"),
+            precision=PrecisionConfig(kind="float32"),
+            optim=replace(OPTIM, sharding=sharding),  # type: ignore[arg-type]
+        )
+        for sharding in (writes, reads)
+    ]
+    for losses in run_ranks(2, convert, *configs):
+        assert losses[3] == losses[0]
+        assert losses[4:] == pytest.approx(losses[1:3], rel=1e-5)

@@ -1,0 +1,87 @@
+"""DCP's storage as this project reads it: tensors alone, from files whose content was checked."""
+
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
+from torch.futures import Future
+
+from train.checkpoint.dcp.metadata import Place
+from train.checkpoint.dcp.records import RecordError, shown
+from train.checkpoint.dcp.tensor_file import read_tensor
+
+
+class TensorsReader(FileSystemReader):
+    """Reads the tensors of a checkpoint whose list `train.checkpoint.dcp.metadata.read_metadata` has read.
+
+    torch's own reader unpickles the list, and whatever the list declares to be no tensor, without restriction.
+    """
+
+    def __init__(self, folder: Path, metadata: Metadata) -> None:
+        """Takes what was read and checked; opens nothing.
+
+        Args:
+            folder: of the checkpoint.
+            metadata: its list.
+        """
+        super().__init__(folder)
+        self._folder = folder
+        self._metadata = metadata
+
+    # Not named kwargs: with that name, DCP would look for a list by rank if this one cannot be read.
+    def read_metadata(self, *args: Any, **options: Any) -> Metadata:
+        """Returns the list that the reader was made with."""
+        return self._metadata
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Fills every tensor of the plan.
+
+        Raises:
+            RecordError: the plan asks for something else, or a file holds something else than the list says.
+        """
+        items = sorted(plan.items, key=lambda item: (self._place(item).relative_path, self._place(item).offset))
+        for name, of_file in groupby(items, key=lambda item: self._place(item).relative_path):
+            path = self._folder / name
+            if not path.is_file():
+                raise RecordError(f"{name}: must be a file, is none")
+            with path.open("rb") as file:
+                for item in of_file:
+                    self._fill(item, planner, file)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def _fill(self, item: ReadItem, planner: LoadPlanner, file: Any) -> None:
+        index, place = item.storage_index, self._place(item)
+        stored = self._metadata.state_dict_metadata.get(index.fqn)
+        if item.type is not LoadItemType.TENSOR or not isinstance(stored, TensorStorageMetadata):
+            raise RecordError(f"{shown(index.fqn)}: must be a tensor, is none")
+        shape = _chunk_shape(stored, index)
+        try:
+            values = read_tensor(file, place.offset, place.length, shape, stored.properties.dtype)
+        except RecordError as error:
+            raise RecordError(f"{place.relative_path}: {shown(index.fqn)}: {error}") from error
+        for dimension, (first, count) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
+            values = values.narrow(dimension, first, count)
+        target = planner.resolve_tensor(item).detach()
+        if target.shape != values.shape:
+            raise RecordError(f"{shown(index.fqn)}: must fill shape {tuple(target.shape)}, has {tuple(values.shape)}")
+        target.copy_(values)
+        planner.commit_tensor(item, target)
+
+    def _place(self, item: ReadItem) -> Place:
+        index: MetadataIndex = item.storage_index
+        place = self._metadata.storage_data.get(index)
+        if not isinstance(place, Place):
+            raise RecordError(f"{shown(index.fqn)}: must have a place, has none")
+        return place
+
+
+def _chunk_shape(stored: TensorStorageMetadata, index: MetadataIndex) -> torch.Size:
+    # DCP says in `index.index` at which place of the list it found the chunk.
+    chunks = stored.chunks if index.index is None else stored.chunks[index.index :]
+    return next(chunk.sizes for chunk in chunks if chunk.offsets == index.offset)

@@ -1,0 +1,90 @@
+"""The weights that a run starts from, where these are not the seed's: checked before it starts, read by each rank."""
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from data.tokenizer import Tokenizer
+from model.config import ModelConfig
+from train.checkpoint.carried import is_same_tokenizer
+from train.checkpoint.manifest import CheckpointError, differences
+from train.checkpoint.sources import check_source, open_source, source_folder, unknown_notes
+from train.config import TrainConfig
+
+if TYPE_CHECKING:
+    from train.assemble import Assembly
+
+# How far positions reach shapes no weight, and a later stage of training changes it.
+_FREE_KEYS = ("max_position_tokens", "rope_scaling")
+
+
+def check_initial(config: TrainConfig) -> None:
+    """Refuses weights that `init_from` names and the run cannot start from. Reads headers alone.
+
+    Raises:
+        CheckpointError: no weights, of another architecture, or without the MTP modules that the model has.
+        HfError: a Hugging Face folder with a file that is missing, cut short or of another form.
+    """
+    assert config.init_from is not None
+    _compare(config, check_source(config.init_from, "init_from", drop_mtp=config.init_mtp == "drop"))
+
+
+def load_initial(assembly: "Assembly", tokenizer: Tokenizer) -> str:
+    """Fills what this rank holds from `init_from`; every rank calls it, before the first step.
+
+    Args:
+        assembly: of this rank.
+        tokenizer: of the run's samples.
+
+    Returns:
+        A line that says what the run starts from, and what of it is not as it was there.
+
+    Raises:
+        CheckpointError, HfError: as `check_initial`, or a tensor's content cannot be read.
+    """
+    from model.hf.names import layer_of
+    from model.transformer import named_tensors
+
+    config = assembly.config
+    assert config.init_from is not None
+    source = open_source(config.init_from, "init_from", drop_mtp=config.init_mtp == "drop")
+    changed = _compare(config, source.config)
+    named = named_tensors(assembly.model)
+    if config.init_mtp == "fresh":
+        last = config.model.num_layers
+        named = {name: tensor for name, tensor in named.items() if (layer := layer_of(name)) is None or layer < last}
+    source.fill(named)
+    assembly.optimiser.follow_weights()
+    fresh = config.init_mtp == "fresh" and config.model.mtp_depth > 0
+    other = "token ids mean other text: tokenizer.json there is not the one of this run's data"
+    notes = [*(["MTP from the seed"] if fresh else []), *changed]
+    notes += [] if is_same_tokenizer(source_folder(config.init_from, "init_from"), tokenizer) else [other]
+    unknown = unknown_notes(config.init_from)
+    notes += [unknown] if unknown else []
+    return f"weights from {config.init_from}" + (f" ({'; '.join(notes)})" if notes else "")
+
+
+def _compare(config: TrainConfig, source: ModelConfig) -> list[str]:
+    """Lines for what differs and may."""
+    there, here = asdict(source), asdict(config.model)
+    depth_there, depth = there.pop("mtp_depth"), here.pop("mtp_depth")
+    for shape in (there, here):
+        del shape["initializer_range"]  # of a draw that does not take place
+    free = [line for key in _FREE_KEYS for line in differences(f"model.{key}", there.pop(key), here.pop(key))]
+    fixed = differences("model", there, here)
+    if fixed:
+        raise CheckpointError(
+            f"init_from: {config.init_from} holds another architecture: {'; '.join(fixed)}; "
+            f"nearest valid: model=of_checkpoint, which takes what is there"
+        )
+    if depth and config.init_mtp == "drop":
+        raise CheckpointError(
+            f"model.mtp_depth: must be 0 with init_mtp=drop, is {depth}; nearest valid: model.mtp_depth=0, or "
+            f"init_mtp=fresh to start MTP modules from the seed"
+        )
+    if depth > depth_there and config.init_mtp == "checkpoint":
+        raise CheckpointError(
+            f"model.mtp_depth: must be at most {depth_there}, the MTP modules that init_from={config.init_from} "
+            f"holds, is {depth}; nearest valid: model.mtp_depth={depth_there}, or init_mtp=fresh to start them from "
+            f"the seed"
+        )
+    return free

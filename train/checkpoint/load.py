@@ -1,0 +1,106 @@
+"""Checkpoints through torch's DCP: weights under their released names, optimiser state under those of parameters."""
+
+import warnings
+from pathlib import Path
+
+import torch
+from torch import distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+
+from comm.dispatch.local import LocalDispatcher
+from data.prepare import Prepared
+from model.config import ModelConfig
+from model.transformer import Transformer, named_tensors
+from train.assemble import Assembly
+from train.checkpoint.dcp.metadata import read_metadata
+from train.checkpoint.dcp.storage import TensorsReader
+from train.checkpoint.manifest import CheckpointError
+from train.checkpoint.reader import CheckpointReader, Kept, first_line
+from train.checkpoint.save import Saver
+from train.checkpoint.slices import SliceLoadPlanner
+from train.checkpoint.state import Extras, state_of
+
+
+def save(assembly: Assembly, step: int, prepared: Prepared) -> Path:
+    """Writes the state after `step` updates, and the tokenizer; every rank calls it. Returns the folder.
+
+    Raises:
+        OSError: on every rank, where one of them cannot write its part.
+    """
+    saver = Saver(assembly, prepared)
+    saver.save(step)
+    folder = saver.close()
+    assert folder is not None
+    return folder
+
+
+def load(assembly: Assembly, folder: Path, extras: Extras | None = None) -> None:
+    """Fills weights, router bias and optimiser state from a checkpoint, whatever layout wrote it; every rank calls it.
+
+    Args:
+        assembly: of this rank.
+        folder: of the checkpoint.
+        extras: filled where the checkpoint holds them, by all ranks or none.
+
+    Raises:
+        CheckpointError: on every rank, where one of them cannot read its part.
+    """
+    metadata = _read_metadata(folder)
+    names = metadata.state_dict_metadata
+    extras = assembly.extras if extras is None else extras
+    found = {prefix: each for prefix, each in extras.items() if any(name.startswith(f"{prefix}.") for name in names)}
+    reader = TensorsReader(folder, metadata)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # DCP warns of deprecations in its own code
+        try:
+            dcp_load(state_of(assembly, found), storage_reader=reader, planner=SliceLoadPlanner())
+        except CheckpointException as failure:
+            rank, (cause, _) = min(failure.failures.items())
+            raise CheckpointError(f"resume: {folder}: cannot be read by rank {rank}: {first_line(cause)}") from failure
+    assembly.optimiser.loaded()
+    for extra in found.values():
+        extra.loaded()
+    if assembly.ema is not None and "ema" not in found:
+        assembly.ema.follow_weights()
+
+
+def _read_metadata(folder: Path) -> Metadata:
+    """Returns what the checkpoint holds; every rank reads it.
+
+    Raises:
+        CheckpointError: on every rank, if one of them cannot read it.
+    """
+    found: Metadata | CheckpointError
+    try:
+        found = read_metadata(folder, "resume")
+    except CheckpointError as error:
+        found = error
+    problems = [""] * dist.get_world_size()
+    dist.all_gather_object(problems, str(found) if isinstance(found, CheckpointError) else "")
+    for problem in problems:
+        if problem:
+            raise CheckpointError(problem)
+    assert isinstance(found, Metadata)
+    return found
+
+
+def load_whole(
+    config: ModelConfig, folder: Path, dtype: torch.dtype, key: str = "resume", kept: Kept = "trained"
+) -> Transformer:
+    """The whole model of a checkpoint in this process alone, whatever layout wrote it.
+
+    Args:
+        config: the checkpoint's architecture.
+        folder: of the checkpoint.
+        dtype: of the model's weights.
+        key: of the configuration that names the checkpoint, for errors.
+        kept: the trained weights, or their average.
+
+    Raises:
+        CheckpointError: there is no average; a file is missing, cut short or of another form.
+    """
+    model = Transformer(config, LocalDispatcher(config.num_routed_experts), dtype)
+    CheckpointReader(folder, key, kept).fill(named_tensors(model))
+    return model

@@ -1,0 +1,65 @@
+"""The last checkpoint of a run whose own folder does not take it."""
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import NoReturn
+
+from torch import distributed as dist
+
+from data.prepare import Prepared
+from train.assemble import Assembly
+from train.checkpoint.rescue import rescue_folder
+from train.checkpoint.save import Saver
+from train.errors import RescuedError, UnsavedError
+from train.ownership.run_lock import locked
+from train.records.events import note_event
+
+
+def rescue(assembly: Assembly, prepared: Prepared, step: int, reason: str) -> NoReturn:
+    """Saves the state after `step` updates in the rescue folder and ends the run. Every rank calls it.
+
+    Args:
+        assembly: of this rank; its weights are those after `step` updates.
+        prepared: of the run's samples.
+        step: updates done.
+        reason: why the run's own folder did not take it.
+
+    Raises:
+        RescuedError: always; its text says why, where the state is and how to go on from it.
+    """
+    folder = rescue_folder(assembly.config)
+    if step == 0:
+        raise RescuedError(f"{reason}; no step was done yet, so there is nothing to save")
+    with ExitStack() as stack:
+        problem = [_open(folder, stack) if assembly.groups.rank == 0 else ""]
+        dist.broadcast_object_list(problem, src=0, group=assembly.groups.world)
+        if problem[0]:
+            raise RescuedError(f"{reason}; {_lost(folder, problem[0])}")
+        saver = Saver(assembly, prepared, folder=folder)
+        try:
+            saver.save(step)
+            saver.close()
+        except UnsavedError as error:
+            raise RescuedError(f"{reason}; {_lost(folder, str(error))}") from error
+    text = f"{reason}; the state after step {step} is saved in {folder}; resume={folder} with another out_dir goes on"
+    if assembly.groups.rank == 0:
+        note_event(folder, "rescued", step, text)
+        note_event(Path(assembly.config.out_dir), "rescued", step, text)
+    raise RescuedError(text)
+
+
+def _open(folder: Path, stack: ExitStack) -> str:
+    """Makes and locks the folder; returns what prevents it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(locked(folder, lambda line: None))
+    except (OSError, ValueError) as error:
+        return str(error)
+    return ""
+
+
+def _lost(folder: Path, problem: str) -> str:
+    return (
+        f"it cannot be saved in {folder} either ({problem}): steps since the last whole checkpoint are lost; nearest "
+        f"valid: rescue_dir=PATH on another disk"
+    )

@@ -1,0 +1,247 @@
+"""Checkpoints written beside the next steps: a step waits only while its state is copied into the host's memory.
+
+A checkpoint is written under a temporary name, every file synced, hashed and listed in the manifest; when all ranks are
+done, rank 0 renames it. What is left of one that was never finished goes at the next save.
+"""
+
+import os
+import shutil
+import warnings
+from collections import deque
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from threading import Thread
+
+from torch import distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+
+from data.prepare import Prepared
+from dualpipe.ir import to_json
+from train.assemble import Assembly
+from train.checkpoint.carried import NOTHING, carried_by_run
+from train.checkpoint.dcp.metadata import METADATA_NAME
+from train.checkpoint.digests import Digest, digests
+from train.checkpoint.locate import looks_whole
+from train.checkpoint.manifest import (
+    CHECKPOINTS_NAME,
+    SCHEDULE_NAME,
+    TOKENIZER_NAME,
+    checkpoints_in,
+    step_folder,
+    write_manifest,
+)
+from train.checkpoint.move import put_in_place
+from train.checkpoint.reader import first_line
+from train.checkpoint.slices import SliceSavePlanner
+from train.checkpoint.state import Extras, HostCopy, State, state_of
+from train.errors import UnsavedError
+from train.ownership.lock_file import OwnershipCheck
+
+# One rank may be done long before another, whose disk is slow: not a hang, for which the job's watch looks out.
+_LONGEST_WRITE = timedelta(hours=6)
+
+
+class Saver:
+    """Owns what a run saves: one checkpoint at a time, in a thread and a process group of its own.
+
+    All calls but `take_finished` are made by every rank at the same point of the run.
+    """
+
+    def __init__(
+        self,
+        assembly: Assembly,
+        prepared: Prepared,
+        extras: Extras | None = None,
+        folder: Path | None = None,
+        ownership: OwnershipCheck | None = None,
+    ) -> None:
+        """Made by every rank at the same point.
+
+        Args:
+            assembly: of this rank.
+            prepared: for the fingerprint of the samples, and the tokenizer.
+            extras: what else is saved.
+            folder: that holds the folder of checkpoints; None: the run's own. It must exist.
+            ownership: whether the run still owns that folder; None: nobody can take it.
+        """
+        self._assembly = assembly
+        self._prepared = prepared
+        self._extras: Extras = assembly.extras if extras is None else extras
+        self._root = (folder or Path(assembly.config.out_dir)) / CHECKPOINTS_NAME
+        self._ownership = ownership
+        self._had_folder = self._root.parent.is_dir()
+        self._is_closed = False
+        self._rank = dist.get_rank()
+        # The steps' own collectives go on meanwhile; these must never be mistaken for theirs.
+        self._group = dist.new_group(backend="gloo", timeout=_LONGEST_WRITE)
+        self._carried = carried_by_run(assembly.config, prepared.tokenizer) if self._rank == 0 else NOTHING
+        self._memory = HostCopy()
+        self._thread: Thread | None = None
+        self._error: Exception | None = None
+        self._last: Path | None = None
+        self._untold: deque[Path] = deque()
+
+    def save(self, step: int) -> None:
+        """Starts to write the state after `step` updates, which may change as soon as this returns.
+
+        Waits for the checkpoint before it, if that is still being written.
+
+        Raises:
+            UnsavedError: on every rank, where one of them could not write its part of the checkpoint before.
+        """
+        self.wait()
+        copied = self._memory.of(state_of(self._assembly, self._extras))
+        self._thread = Thread(target=self._run, args=(step, copied), name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> Path | None:
+        """Waits for the checkpoint that is being written, if any; gives the last one that is whole.
+
+        Raises:
+            UnsavedError: on every rank, where one of them could not write its part.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+        return self._last
+
+    def take_finished(self) -> list[Path]:
+        """The checkpoints that have become whole since this was last asked. Does not wait."""
+        return [self._untold.popleft() for _ in range(len(self._untold))]
+
+    def close(self) -> Path | None:
+        """As `wait`, and leaves the process group: the last call; once more, it does nothing."""
+        if self._is_closed:
+            return self._last
+        self._is_closed = True
+        try:
+            return self.wait()
+        finally:
+            self._memory = HostCopy()
+            dist.destroy_process_group(self._group)
+
+    def _run(self, step: int, copied: State) -> None:
+        try:
+            folder = self._write(step, copied)
+        except Exception as error:
+            self._error = error
+        else:
+            self._last = folder
+            self._untold.append(folder)
+
+    def _write(self, step: int, copied: State) -> Path:
+        final = step_folder(self._root.parent, step)
+        partial = final.with_name(final.name + ".partial")
+        self._agree(self._problem_of(self._begin, partial), partial)
+        writer = FileSystemWriter(partial, sync_files=True, per_thread_copy_ahead=0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # DCP warns of deprecations in its own code
+            try:
+                dcp_save(copied, storage_writer=writer, planner=SliceSavePlanner(), process_group=self._group)
+            except CheckpointException as failure:
+                rank, (cause, _) = min(failure.failures.items())
+                raise _refusal(partial, rank, cause) from failure
+        files = self._hash_all(partial)
+        self._agree(self._problem_of(self._finish, partial, final, step, files), partial)
+        return final
+
+    def _begin(self, partial: Path) -> None:
+        if self._rank == 0:
+            self._check_ownership()
+            # A run's folder that is gone is not made again.
+            self._root.mkdir(exist_ok=True, parents=not self._had_folder)
+            for leftover in self._root.glob("*.partial"):
+                if leftover.is_symlink():
+                    leftover.unlink()
+                else:
+                    shutil.rmtree(leftover)
+            partial.mkdir()
+
+    def _check_ownership(self) -> None:
+        problem = "" if self._ownership is None else self._ownership.problem(is_urgent=True)
+        if problem:
+            raise OSError(problem)
+
+    def _hash_all(self, partial: Path) -> dict[str, Digest]:
+        """Of every rank's files, each read by the rank that wrote it."""
+        found: dict[str, Digest] = {}
+
+        def read() -> None:
+            found.update(digests(partial.glob(f"__{self._rank}_*")))
+
+        problem = self._problem_of(read)
+        seen: list[dict[str, Digest]] = [{}] * dist.get_world_size(self._group)
+        dist.all_gather_object(seen, found, group=self._group)
+        self._agree(problem, partial)
+        return {name: each for part in seen for name, each in part.items()}
+
+    def _finish(self, partial: Path, final: Path, step: int, files: dict[str, Digest]) -> None:
+        """Makes the folder a checkpoint: on rank 0, when every rank is done."""
+        if self._rank != 0:
+            return
+        self._check_ownership()
+        (partial / SCHEDULE_NAME).write_text(to_json(self._assembly.schedule) + "\n", encoding="utf-8")
+        own = [partial / SCHEDULE_NAME, partial / METADATA_NAME]
+        for name, content in self._carried.files.items():
+            (partial / name).write_bytes(content)
+            own.append(partial / name)
+        own += self._prepared.tokenizer.save(partial / TOKENIZER_NAME)
+        for path in own:
+            _sync(path)
+        config, record = self._assembly.config, self._carried.record()
+        write_manifest(partial, step, config, self._prepared.fingerprint, files | digests(own), record)
+        _sync(partial)
+        put_in_place(partial, final)
+        _sync(self._root)
+        if config.stage.checkpoint_keep is not None:
+            _forget_older(final, config.stage.checkpoint_keep)
+
+    @staticmethod
+    def _problem_of(act: Callable[..., None], *args: object) -> Exception | None:
+        try:
+            act(*args)
+        except Exception as error:
+            return error
+        return None
+
+    def _agree(self, problem: Exception | None, place: Path) -> None:
+        """Raises on every rank what went wrong on the first where something did."""
+        words = None if problem is None else first_line(problem)
+        seen: list[str | None] = [None] * dist.get_world_size(self._group)
+        dist.all_gather_object(seen, words, group=self._group)
+        for rank, said in enumerate(seen):
+            if said is not None:
+                raise _refusal(place, rank, said) from problem
+
+
+def _refusal(place: Path, rank: int, cause: BaseException | str) -> UnsavedError:
+    said = cause if isinstance(cause, str) else first_line(cause)
+    return UnsavedError(f"{place}: cannot be written by rank {rank}: {said}")
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file, or a folder's list of names, is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _forget_older(newest: Path, num_kept: int) -> None:
+    """Removes whole checkpoints before the newest, which is whole by now, beyond the number to keep.
+
+    One that is not whole does not count and stays, so that somebody may look at it.
+    """
+    before = [folder for folder in checkpoints_in(newest.parent) if folder.name < newest.name]
+    whole = [folder for folder in before if not looks_whole(folder)]
+    for folder in whole[: max(len(whole) - (num_kept - 1), 0)]:
+        gone = folder.with_name(folder.name + ".partial")
+        os.replace(folder, gone)
+        shutil.rmtree(gone)

@@ -1,0 +1,213 @@
+"""A training run, as values. No torch here: a wrong run is refused before any process starts."""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from comm.config import ClusterConfig, DispatchConfig, ParallelismConfig
+from comm.dispatch.deepep.package import BufferShape
+from data.batch_sizes import BatchRamp, BatchSizes
+from data.config import DataConfig
+from dualpipe.config import ScheduleConfig
+from dualpipe.simulate.costs import Costs
+from kernels.attention.kinds import AttentionKind
+from model.config import Computing, ModelConfig, Products, Recomputed
+from train.config.token_schedule import TokenSchedule
+from train.optim.config import OptimConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PrecisionConfig:
+    """Type of weights and activations. Gradients accumulate in float32, or float64 for float64 weights."""
+
+    kind: Literal["float64", "float32", "bf16"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fp8PrecisionConfig:
+    """FP8 mixed precision (arXiv:2412.19437, section 3.3): weights and activations in bf16, the products of linear maps
+    and what is kept for the backward in FP8; rows travel to experts in FP8, whatever the exchange's payload.
+
+    `scales`: of any value, or powers of two. Where the recipe asks for powers of two they are so always.
+    """
+
+    kind: Literal["fp8"]
+    scales: Literal["float32", "power_of_two"]
+
+
+Precision = PrecisionConfig | Fp8PrecisionConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageConfig:
+    """One stage of a model's training (pre-training; later long context, SFT, RL).
+
+    Sizes are in sequences and tokens over the whole job, so that a change of layout changes no sample.
+    `batch_ramp`: smaller global batches at the start of the run; None: all are of `global_batch_sequences`.
+    `checkpoint_keep`: how many whole checkpoints stay when a new one has become whole; None: all.
+    `document_mask`: pieces packed into one sequence do not see each other.
+    """
+
+    kind: Literal["pretrain"]
+    steps: int
+    sequence_length_tokens: int
+    global_batch_sequences: int
+    batch_ramp: BatchRamp | None
+    micro_batch_sequences: int
+    document_mask: bool
+    mtp_loss_weight: TokenSchedule
+    balance_loss_weight: float
+    bias_update_rate: TokenSchedule
+    validate_every_steps: int
+    validation_sequences: int
+    checkpoint_every_steps: int
+    checkpoint_keep: int | None
+    sample_prompt: str
+    sample_tokens: int
+    sample_temperature: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EmaConfig:
+    """An average of the weights on the host: `decay` is what it keeps of itself in an update; None: there is none."""
+
+    decay: float | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StopGuardConfig:
+    """A step whose loss or gradient norm is not finite, or a spike, ends the run.
+
+    A spike is above `spike_factor` times the median of the `spike_window_steps` steps before, once there are so many;
+    0: nothing is.
+    """
+
+    kind: Literal["stop"]
+    spike_factor: float
+    spike_window_steps: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SkipGuardConfig:
+    """Such a step is left out, and ends the run after `max_consecutive` others in a row."""
+
+    kind: Literal["skip"]
+    spike_factor: float
+    spike_window_steps: int
+    max_consecutive: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RollBackGuardConfig:
+    """From such a step the run goes back to its newest checkpoint, and leaves the batch out when it comes again.
+
+    `max_consecutive`: so often without a step beyond the last refused one.
+    """
+
+    kind: Literal["roll_back"]
+    spike_factor: float
+    spike_window_steps: int
+    max_consecutive: int
+
+
+GuardConfig = StopGuardConfig | SkipGuardConfig | RollBackGuardConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrackConfig:
+    """Where metrics go beside `metrics.jsonl` and the terminal.
+
+    `picture_every_steps`: how often planned and measured time of the pipeline are drawn; 0: after the last step only.
+    `loads_every_steps`: how often every expert's load goes to `loads.jsonl`; 0: never.
+    """
+
+    wandb: Literal["disabled", "offline", "online"]
+    project: str
+    log_every_steps: int
+    picture_every_steps: int
+    loads_every_steps: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProfileConfig:
+    """Steps (from 1) and ranks that are looked into: a trace of torch's profiler, and on CUDA a snapshot of memory."""
+
+    steps: tuple[int, ...]
+    ranks: tuple[int, ...]
+    trace: bool
+    memory_snapshot: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """Everything a rank needs to know.
+
+    `rescue_dir` gets the last state if `out_dir` takes no checkpoint; empty: `<out_dir>.rescue`.
+    `resume` is a run's folder or one of its checkpoints, `auto` for the newest in `out_dir` if any, or None.
+    `init_from` is what the weights start from: a run's folder or one of its checkpoints, converted weights, or a
+    Hugging Face folder; None: the seed. `init_mtp`: MTP modules start from there too, `fresh` from the seed, or `drop`:
+    there are none. `costs` and `memory_cap` are what the schedule is made for: times in any one unit, live activations
+    of model/P (None: as many as the schedule would keep).
+    """
+
+    name: str
+    out_dir: str
+    rescue_dir: str
+    seed: int
+    resume: str | None
+    init_from: str | None
+    init_mtp: Literal["checkpoint", "fresh", "drop"]
+    cluster: ClusterConfig
+    parallelism: ParallelismConfig
+    dispatch: DispatchConfig
+    model: ModelConfig
+    data: DataConfig
+    stage: StageConfig
+    optim: OptimConfig
+    ema: EmaConfig
+    precision: Precision
+    schedule: ScheduleConfig
+    costs: Costs
+    memory_cap: float | None
+    recompute: tuple[Recomputed, ...]
+    attention: AttentionKind
+    guard: GuardConfig
+    track: TrackConfig
+    profile: ProfileConfig
+
+    @property
+    def computing(self) -> Computing:
+        """How the model is computed."""
+        products: Products = "own"
+        if isinstance(self.precision, Fp8PrecisionConfig):
+            products = "fp8_power_of_two" if self.precision.scales == "power_of_two" else "fp8"
+        return Computing(recomputed=frozenset(self.recompute), attention=self.attention, products=products)
+
+    @property
+    def batch_sizes(self) -> BatchSizes:
+        """How many sequences each step reads."""
+        stage = self.stage
+        return BatchSizes(stage.global_batch_sequences, stage.sequence_length_tokens, stage.batch_ramp)
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Micro-batches that one pipeline runs in a step, both directions together; at the end of a ramp."""
+        return self.stage.global_batch_sequences // (self.parallelism.data * self.stage.micro_batch_sequences)
+
+    @property
+    def deepep_buffer(self) -> BufferShape:
+        """What DeepEP's buffer must hold.
+
+        Raises:
+            DeepEPError: a model that its kernels are not made for.
+        """
+        return BufferShape(
+            max_tokens=self.stage.micro_batch_sequences * self.stage.sequence_length_tokens,
+            hidden_size=self.model.hidden_size,
+            num_choices=self.model.num_experts_per_token,
+            timeout_seconds=self.cluster.timeout_seconds,
+        )
+
+
+def sized_config(config: TrainConfig, sequences: int) -> TrainConfig:
+    """Returns the run as if every step read so many sequences."""
+    return replace(config, stage=replace(config.stage, global_batch_sequences=sequences, batch_ramp=None))

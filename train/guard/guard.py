@@ -1,0 +1,114 @@
+"""Whether a step may be taken: its loss and gradient norm, before anything follows from them."""
+
+import math
+from collections import deque
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from model.gradients import GradientStore
+from train.assemble import Assembly
+from train.config import GuardConfig
+from train.errors import Finding
+from train.records.step_lines import number_of, read_lines
+
+LOSS, NORM = "loss", "gradient norm"
+Shown = tuple[float, float]
+"""A step's loss and gradient norm."""
+
+
+class Guard:
+    """The rules of one run. Its numbers are sums over all ranks, so that all ranks decide alike without asking again.
+
+    Attributes: `values`, those of the step that was judged last, with the medians that they were held against.
+    """
+
+    values: dict[str, float]
+
+    def __init__(self, config: GuardConfig, shown: Iterable[Shown] = ()) -> None:
+        """Begins with what earlier steps showed, the oldest first."""
+        self._factor = config.spike_factor
+        self._window = config.spike_window_steps
+        self._shown: dict[str, deque[float]] = {}
+        self.values = {}
+        self.remember(shown)
+
+    def remember(self, shown: Iterable[Shown]) -> None:
+        """These are the steps that spikes are told from, and no others."""
+        losses, norms = deque[float](maxlen=self._window), deque[float](maxlen=self._window)
+        for loss, norm in shown:
+            losses.append(loss)
+            norms.append(norm)
+        self._shown = {LOSS: losses, NORM: norms}
+
+    def judge(self, name: str, value: float) -> str:
+        """Why a step with this value must not be taken; empty where it may.
+
+        Args:
+            name: `LOSS`, which begins a step, or `NORM`.
+            value: over all ranks.
+        """
+        if name == LOSS:
+            self.values = {}
+        self.values[name] = value
+        if not math.isfinite(value):
+            return f"{name} is {value}"
+        before = self._shown[name]
+        if not self._factor or len(before) < self._window:
+            return ""
+        middle = median(before)
+        self.values[f"median {name}"] = middle
+        if value <= self._factor * middle:
+            return ""
+        return f"{name} is {value:.6g}, above {self._factor:g} x its median of {self._window} steps, {middle:.6g}"
+
+    def accept(self, loss: float, norm: float) -> None:
+        """The step was taken."""
+        self._shown[LOSS].append(loss)
+        self._shown[NORM].append(norm)
+
+
+def own_norm(store: GradientStore) -> Tensor:
+    """Norm of what this rank alone found, a scalar on its device that nobody waits for."""
+    return torch.nn.utils.get_total_norm(store.gradients())
+
+
+def find(assembly: Assembly, guard: Guard, step: int, reason: str, own: Tensor, is_finite_here: bool) -> Finding:
+    """What is known of a step that is refused; every rank must ask.
+
+    Args:
+        assembly: of the rank.
+        guard: that judged the step.
+        step: from 0.
+        reason: of the guard.
+        own: see `own_norm`, from before gradients were summed.
+        is_finite_here: whether this rank's own losses are.
+    """
+    group, device = assembly.groups.world, assembly.device
+    mine = torch.tensor([float(own) if is_finite_here else math.nan], dtype=torch.float64, device=device)
+    norms = [torch.empty_like(mine) for _ in range(assembly.layout.world_size)]
+    with assembly.observers.log.collective("world", group, "search for a refused step's cause"):
+        dist.all_gather(norms, mine, group=group)
+    found = [float(norm) for norm in norms]
+    odd = tuple(rank for rank, norm in enumerate(found) if not math.isfinite(norm))
+    ranks = odd or (max(range(len(found)), key=found.__getitem__),)
+    return Finding(step=step, reason=reason, values=dict(guard.values), ranks=ranks)
+
+
+def read_shown(metrics: Path, num_done: int, window: int) -> list[Shown]:
+    """The last `window` steps up to the `num_done`-th as a run's `metrics.jsonl` has them; none where it has none."""
+    shown: deque[Shown] = deque(maxlen=window)
+    for values in read_lines(metrics):
+        loss, norm = number_of(values, "loss"), number_of(values, "grad_norm")
+        if values["step"] <= num_done and loss is not None and norm is not None:
+            shown.append((loss, norm))
+    return list(shown)
+
+
+def in_json(values: dict[str, float]) -> dict[str, float | str]:
+    """Numbers as JSON has them: what is not finite in words."""
+    return {name: value if math.isfinite(value) else str(value) for name, value in values.items()}

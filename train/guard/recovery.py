@@ -1,0 +1,137 @@
+"""What follows a step that the guard refused: its batch is left out, the run goes back, or ends."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import distributed as dist
+
+from data.loader import Loader
+from train.assemble import Assembly
+from train.checkpoint import load as checkpoint
+from train.checkpoint.locate import newest_whole
+from train.checkpoint.manifest import find_checkpoint, read_step
+from train.checkpoint.resume import find_together
+from train.checkpoint.verify import Check
+from train.errors import Finding, StoppedError
+from train.guard.guard import Guard, in_json, read_shown
+from train.records.events import note_event, read_events
+
+_ROLLED_BACK = "rolled_back"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Onward:
+    """Where the run goes on: with so many steps behind it, after these words; `is_back`: from a checkpoint."""
+
+    num_done: int
+    words: str
+    is_back: bool = False
+
+
+class Recovery:
+    """Owns the guard of a run and what became of the steps that it refused. The same on all ranks."""
+
+    def __init__(self, assembly: Assembly, loader: Loader, first_step: int) -> None:
+        """Every rank makes one; the first reads what the run has left so far."""
+        self._assembly = assembly
+        self._loader = loader
+        self._out_dir = Path(assembly.config.out_dir)
+        self._is_writer = dist.get_rank() == 0
+        self._passed_over: set[int] = set()
+        self._last_refused = -1
+        self._num_in_a_row = 0
+        self.guard = Guard(assembly.config.guard)
+        self._remember(first_step)
+
+    def passes_over(self, step: int) -> bool:
+        """Whether the step's batch was refused before the run went back, so that it is left out now."""
+        if step not in self._passed_over:
+            return False
+        if self._is_writer:
+            note_event(self._out_dir, "passed_over", step + 1, "its batch is left out, as the run went back from it")
+        return True
+
+    def accepted(self, step: int) -> None:
+        """The step was taken."""
+        if step > self._last_refused:
+            self._num_in_a_row = 0
+
+    def answer(self, finding: Finding) -> Onward:
+        """What the configured kind of guard does about a refused step; every rank must ask.
+
+        Raises:
+            StoppedError: the run ends.
+        """
+        config = self._assembly.config.guard
+        self._num_in_a_row += 1
+        self._last_refused = max(self._last_refused, finding.step)
+        if config.kind == "stop":
+            self._note("stopped", finding)
+            raise StoppedError(f"{finding.reason}; nothing was updated in this step")
+        if self._num_in_a_row > config.max_consecutive:
+            self._note("stopped", finding)
+            raise StoppedError(
+                f"{finding.reason}; nothing was updated in this step, refused steps in a row: "
+                f"{self._num_in_a_row}, above guard.max_consecutive={config.max_consecutive}"
+            )
+        folder = self._agreed_checkpoint(finding.step) if config.kind == "roll_back" else None
+        if folder is None:
+            self._note("skipped", finding)
+            return Onward(num_done=finding.step + 1, words=f"{finding.reason}; its batch is left out")
+        self._note(_ROLLED_BACK, finding, checkpoint=str(folder))
+        return self._go_back(finding, folder)
+
+    def _go_back(self, finding: Finding, folder: Path) -> Onward:
+        with self._assembly.observers.log.phase("world", self._ranks, "loading of the checkpoint"):
+            checkpoint.load(self._assembly, folder)
+        num_done = read_step(folder)
+        self._remember(num_done)
+        words = f"{finding.reason}; back to {folder}, and its batch will be left out"
+        return Onward(num_done=num_done, words=words, is_back=True)
+
+    def _agreed_checkpoint(self, num_done: int) -> Path | None:
+        """The run's newest whole one with at most so many steps, else the one that it started from."""
+
+        def find(check: Check) -> Path | None:
+            folder = newest_whole(self._out_dir, num_done, check)
+            resume = self._assembly.config.resume
+            return find_checkpoint(resume) if folder is None and resume is not None else folder
+
+        with self._assembly.observers.log.phase("world", self._ranks, "choice of the checkpoint"):
+            return find_together(find)
+
+    def _remember(self, num_done: int) -> None:
+        """What the run showed up to a step, and the batches that are left out from there on."""
+        found: list[Any] = [None]
+        if self._is_writer:
+            steps = [event["step"] - 1 for event in read_events(self._out_dir) if event["kind"] == _ROLLED_BACK]
+            found = [(self._read_shown(num_done) if self._assembly.config.guard.spike_factor else [], steps)]
+        ((shown, steps),) = self._share(found)
+        self.guard.remember(shown)
+        self._passed_over = set(steps)
+
+    def _read_shown(self, num_done: int) -> list[Any]:
+        """Of this run; before its first step, of the one whose checkpoint it goes on from."""
+        window, resume = self._assembly.config.guard.spike_window_steps, self._assembly.config.resume
+        shown = read_shown(self._out_dir / "metrics.jsonl", num_done, window)
+        if not shown and resume is not None:
+            shown = read_shown(find_checkpoint(resume).parents[1] / "metrics.jsonl", num_done, window)
+        return shown
+
+    def _share(self, found: list[Any]) -> list[Any]:
+        """The first rank's, on all."""
+        with self._assembly.observers.log.phase("world", self._ranks, "agreement on what was before"):
+            dist.broadcast_object_list(found, src=0, group=self._assembly.groups.world)
+        return found
+
+    def _note(self, kind: str, finding: Finding, **more: Any) -> None:
+        """The refused batch in `events.jsonl`."""
+        if self._is_writer:
+            known = {"values": in_json(finding.values), "ranks": list(finding.ranks)}
+            samples = self._loader.sample_ids(finding.step)
+            note_event(self._out_dir, kind, finding.step + 1, finding.reason, **known, samples=samples, **more)
+
+    @property
+    def _ranks(self) -> range:
+        return range(self._assembly.layout.world_size)

@@ -1,0 +1,74 @@
+"""What a rank that must not go on leaves behind: why, where it stood, and what it did last with others."""
+
+import faulthandler
+import json
+import logging
+import os
+import sys
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+from comm.exit_codes import EXIT_OTHER
+from comm.watchdog.operation_log import OperationLog
+from comm.watchdog.verdict import Verdict
+from train.errors import LastWord, error_path, write_error
+from train.records.status import write_end
+
+LOGGER = logging.getLogger("train")
+
+
+class LastWords:
+    """Written once, by the watch. Attributes: `out_dir`, the run's folder, once it is known."""
+
+    out_dir: Path | None
+
+    def __init__(self, rank: int, log: OperationLog, is_aloud: bool) -> None:
+        """`is_aloud`: to stderr too, where no launcher of ours reads the files and says it once."""
+        self.out_dir = None
+        self._rank = rank
+        self._log = log
+        self._is_aloud = is_aloud
+
+    def write(self, verdict: Verdict) -> None:
+        """Into `log/rank_*.error.log` and `.operations.jsonl`, unless another rank's own error says it all."""
+        if self._is_aloud:
+            # In one piece: all ranks say it at once, and a launcher has given them one stderr.
+            with suppress(OSError):
+                os.write(sys.stderr.fileno(), f"error: rank {self._rank} ends: {verdict.text}\n".encode())
+        LOGGER.info("ends with exit code %d: %s", verdict.code, verdict.text)
+        if self.out_dir is None or verdict.code == EXIT_OTHER:
+            return
+        if self._rank in (0, verdict.judge):
+            # Where the first rank is lost, whoever found it out writes for it.
+            with suppress(OSError):
+                write_end(self.out_dir, "lost", verdict.code, verdict.text)
+        # In a folder that is gone nothing is made again, and the watchdog must end this process all the same.
+        with suppress(OSError):
+            self._write_files(self.out_dir, verdict)
+
+    def _write_files(self, out_dir: Path, verdict: Verdict) -> None:
+        path = error_path(out_dir, self._rank)
+        waits = [f"awaited for {seconds:.1f} s: {operation}\n" for operation, seconds in self._log.awaited()]
+        write_error(path, LastWord(verdict.text, verdict.code), f"{''.join(waits)}\n{_stacks()}")
+        path.with_suffix("").with_suffix(".operations.jsonl").write_text(self._operations(), encoding="utf-8")
+
+    def _operations(self) -> str:
+        """The last operations, one object a line, the oldest first."""
+        awaited, progress = {operation for operation, _ in self._log.awaited()}, self._log.progress()
+        lines = []
+        for started, operation in self._log.recent():
+            is_over = operation not in awaited and operation.number <= progress[operation.group].finished
+            state = "awaited" if operation in awaited else "finished" if is_over else "started"
+            line = {"time": started, "group": operation.group, "number": operation.number, "operation": operation.name}
+            label = None if operation.label is None else str(operation.label)
+            lines.append(json.dumps({**line, "of": label, "state": state, "ranks": operation.ranks}))
+        return "".join(f"{line}\n" for line in lines)
+
+
+def _stacks() -> str:
+    """Where every thread stands in Python."""
+    with tempfile.TemporaryFile("w+") as file:
+        faulthandler.dump_traceback(file=file, all_threads=True)
+        file.seek(0)
+        return file.read()

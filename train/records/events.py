@@ -1,0 +1,49 @@
+"""`events.jsonl` of a run's folder: what happened beside its steps, one object a line. No torch here."""
+
+import json
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from train.records.secrets import redact
+from train.records.step_lines import read_lines
+
+EVENTS_NAME = "events.jsonl"
+LOGGER = logging.getLogger("train")
+
+
+def append_event(out_dir: Path, kind: str, step: int, text: str, **values: Any) -> None:
+    """Adds a line.
+
+    Args:
+        out_dir: the run's folder.
+        kind: of event: `skipped`, `rolled_back`, `passed_over`, `stopped`, `preempted`, `restarted`,
+            `checkpoint_passed_over`, `lock_taken_over`, `folder_lost`, `output_broken`, `rescued`.
+        step: from 1, as in `metrics.jsonl`; for what belongs to none, the last one done.
+        text: what happened, for people.
+        values: what else is known, as JSON has it.
+    """
+    line = json.dumps(
+        {"time": time.time(), "kind": kind, "step": step, "text": redact(text), **values}, allow_nan=False
+    )
+    with (out_dir / EVENTS_NAME).open("ab+") as file:
+        # A process that was killed, or a disk that was full, may have left half a line: this is none of it.
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            line = line if file.read() == b"\n" else f"\n{line}"
+        file.write(f"{line}\n".encode())
+
+
+def note_event(out_dir: Path, kind: str, step: int, text: str, **values: Any) -> None:
+    """As `append_event`, for a run that must go on if its folder is gone or full: only the log says so then."""
+    try:
+        append_event(out_dir, kind, step, text, **values)
+    except OSError as error:
+        LOGGER.warning("%s: %s, which cannot be noted in %s: %s", kind, text, EVENTS_NAME, error)
+
+
+def read_events(out_dir: Path) -> list[dict[str, Any]]:
+    """Returns all lines, the oldest first, without what a killed process left half or is no event of a step."""
+    return [event for event in read_lines(out_dir / EVENTS_NAME) if isinstance(event.get("kind"), str)]

@@ -1,0 +1,79 @@
+"""What a run says of itself before its first step."""
+
+import logging
+
+from data.prepare import Prepared
+from train.assemble import Assembly
+from train.checkpoint.resume import other_layout
+from train.config import TrainConfig
+from train.memory import predict_memory, summary_line
+from train.optim.learning_rate import learning_rate, schedule_warnings
+from train.records.profile import profile_notice
+from train.records.reporter import Reporter
+from train.schedule.plan import Plan
+
+LOGGER = logging.getLogger("train")
+
+
+def introduce(assembly: Assembly, planned: Plan, prepared: Prepared, reporter: Reporter, first_step: int) -> None:
+    """Prints layout, schedule, memory, corpus and tokenizer, and logs this rank's place.
+
+    Args:
+        assembly: of this rank.
+        planned: the schedule, and why it was chosen.
+        prepared: the corpus.
+        reporter: prints on rank 0.
+        first_step: steps that were done before.
+    """
+    config, layout, rank = assembly.config, assembly.config.parallelism, assembly.groups.rank
+    LOGGER.info(
+        "rank %d, node %d: pipeline index %d with stages %s, data index %d, expert index %d, %d parameters, device %s",
+        rank,
+        assembly.layout.node_of(rank),
+        assembly.layout.pipeline_index(rank),
+        sorted(assembly.stages),
+        assembly.layout.data_index(rank),
+        assembly.layout.expert_index(rank),
+        sum(parameter.numel() for parameter in assembly.model.parameters()),
+        assembly.device,
+    )
+    reporter.say(
+        f"{config.name}: {layout.world_size} ranks (pipeline {layout.pipeline} x data {layout.data}, "
+        f"experts over {layout.expert}), {assembly.schedule.kind}, {config.num_micro_batches} micro-batches a step, "
+        f"{config.precision.kind}; folder {config.out_dir}"
+    )
+    if config.schedule.kind == "auto":
+        reporter.say(f"schedule: {planned.reason}")
+    if config.cluster.memory_bytes is not None and rank == 0:
+        reporter.say(summary_line(config, predict_memory(config)))
+    if notice := profile_notice(config):
+        reporter.say(notice)
+    reporter.say(
+        f"corpus: {prepared.train_tokens:,} training and {prepared.validation_tokens:,} validation tokens, "
+        f"{prepared.bytes_per_token:.2f} bytes per token, unigram entropy {prepared.unigram_entropy_nats:.4f} nats"
+    )
+    given, size = config.data.tokenizer, prepared.tokenizer.vocab_size
+    origin = "trained on the corpus" if given is None else f"that of {given}, not one of data.tokenizer_vocab_size"
+    reporter.say(f"tokenizer: {origin}; ids below {size:,}{_special_notes(config, prepared)}")
+    if config.stage.validation_sequences and not prepared.validation_tokens:
+        reporter.say("validation: off, as data.validation_fraction held no document of this corpus out")
+    for warning in schedule_warnings(config.optim, config.batch_sizes, config.stage.steps):
+        reporter.say(f"warning: {warning}")
+    if first_step:
+        reporter.say(f"resumed after step {first_step} from {config.resume}{other_layout(config)}")
+        rate = learning_rate(config.optim, config.batch_sizes, config.stage.steps, first_step)
+        reporter.say(
+            f"learning rate: {rate:.3e} in step {first_step + 1}; its schedule spans {config.stage.steps:,} steps"
+        )
+
+
+def _special_notes(config: TrainConfig, prepared: Prepared) -> str:
+    """Returns what a given tokenizer's documents look like, as words to add; empty for one that was trained."""
+    if config.data.tokenizer is None:
+        return ""
+    names, special = prepared.tokenizer.token_names, prepared.tokenizer.special
+    begin = "nothing" if special.bos is None else repr(names["bos_token"])
+    notes = f"; a document begins with {begin} and ends with {names['eos_token']!r}"
+    if special.fim is None and config.data.fim_rate > 0:
+        notes += f"; it has no fill-in-the-middle tokens, so data.fim_rate={config.data.fim_rate} counts as 0"
+    return notes

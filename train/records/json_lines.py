@@ -1,0 +1,127 @@
+"""`metrics.jsonl` and `loads.jsonl`: one JSON object a step, which can be read while the run goes on. No torch here."""
+
+import json
+import logging
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+from train.records.step_lines import raw_lines, read_line, read_lines
+
+LOGGER = logging.getLogger("train")
+_MOST_WAITING = 10_000
+
+
+class JsonLines:
+    """A file that grows line by line, each whole or not there.
+
+    A run that goes on in its own folder after `first_step` steps takes back what it wrote of later ones. Lines that a
+    full disk refuses wait in memory for the next one. A folder that is gone is noted in the log once.
+    """
+
+    def __init__(self, path: Path, first_step: int) -> None:
+        """Opens the file.
+
+        Args:
+            path: of the file; its folder exists.
+            first_step: the last step whose line stays.
+
+        Raises:
+            OSError: it cannot be opened.
+        """
+        self._path = path
+        self._waiting: list[str] = []
+        self._has_failed = False
+        self._file = self._open(first_step)
+
+    def record(self, values: Mapping[str, Any]) -> None:
+        """Adds a line."""
+        self._waiting = [*self._waiting, json.dumps(values) + "\n"][-_MOST_WAITING:]
+        self._try_to_write()
+
+    def go_back(self, step: int) -> None:
+        """Removes the lines of later steps."""
+        self._try_to_write()
+        self._waiting = [line for line in self._waiting if json.loads(line)["step"] <= step]
+        try:
+            again = self._open(step)
+        except OSError as error:
+            self._note(error)
+            return
+        self._file.close()
+        self._file = again
+
+    def amend(self, values: Mapping[str, Any]) -> None:
+        """Puts a line in place of the last one, in one move."""
+        line = json.dumps(values) + "\n"
+        if self._waiting:
+            self._waiting[-1] = line
+            self._try_to_write()
+            return
+        try:
+            self._put([*list(raw_lines(self._path))[:-1], line.encode()])
+            again = self._path.open("ab", buffering=0)
+        except OSError as error:
+            self._note(error)
+            return
+        self._file.close()
+        self._file = again
+
+    def last(self) -> dict[str, Any] | None:
+        """Returns what the last line holds, or None if there is none."""
+        newest = deque(read_lines(self._path), maxlen=1)
+        return newest[0] if newest else None
+
+    def close(self) -> None:
+        """Closes the file."""
+        if self._waiting:
+            self._try_to_write()
+        self._file.close()
+
+    def _try_to_write(self) -> None:
+        try:
+            self._append("".join(self._waiting).encode())
+        except OSError as error:
+            self._note(error)
+        else:
+            self._waiting = []
+
+    def _append(self, data: bytes) -> None:
+        """Writes all of it or, on a full disk, nothing."""
+        before, rest = os.fstat(self._file.fileno()).st_size, memoryview(data)
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError:
+            with suppress(OSError):
+                os.ftruncate(self._file.fileno(), before)
+            raise
+
+    def _note(self, error: OSError) -> None:
+        if not self._has_failed:
+            LOGGER.warning("%s cannot be written, its lines wait: %s", self._path, error)
+        self._has_failed = True
+
+    def _open(self, last_step: int) -> FileIO:
+        kept_bytes = sum(len(line) for line in _lines_until(self._path, last_step))
+        if self._path.exists() and kept_bytes < self._path.stat().st_size:
+            self._put(_lines_until(self._path, last_step))
+        return self._path.open("ab", buffering=0)
+
+    def _put(self, lines: Iterable[bytes]) -> None:
+        partial = self._path.with_suffix(".partial")
+        with partial.open("wb") as file:
+            file.writelines(lines)
+        partial.replace(self._path)
+
+
+def _lines_until(path: Path, last_step: int) -> Iterator[bytes]:
+    """Yields the whole lines of steps up to `last_step`."""
+    for line in raw_lines(path):
+        record = read_line(line) if line.endswith(b"\n") else None
+        if record is not None and record["step"] <= last_step:
+            yield line

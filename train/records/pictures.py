@@ -1,0 +1,137 @@
+"""What the pipeline did with a step's time: the bubble after every step, and now and then a picture of it all.
+
+The clock that ranks share is the wall clock: each tells when its program began there, and the steps' times count from
+then on. Between ranks on one host that is exact to microseconds, between hosts as good as their clocks agree (NTP: a
+millisecond or so). A device's first mark stands for the host's time at its launch: when a step's program begins, the
+device is idle, as the counts of targets have just been read from it.
+"""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import distributed as dist
+
+from comm.groups import make_group
+from dualpipe.draw.entry import Entry, entry
+from dualpipe.draw.page import html
+from dualpipe.draw.svg import svg
+from dualpipe.draw.trace import trace
+from dualpipe.draw.words import size
+from dualpipe.ir import Schedule
+from dualpipe.passes import one_at_a_time
+from dualpipe.runtime.execute import Execution
+from dualpipe.runtime.measured import (
+    Measured,
+    RankUse,
+    Span,
+    SpanLane,
+    measured_costs,
+    rank_spans,
+    rank_use,
+    step_lanes,
+)
+from train.assemble import Assembly
+from train.records.secrets import redact
+
+LOGGER = logging.getLogger("train")
+SVG_NAME, TRACE_NAME, PAGE_NAME = "schedule.svg", "trace.json", "schedule.html"
+
+
+class PipelineWatch:
+    """One rank's view of its own time, and the way to the whole pipeline's with data index 0."""
+
+    def __init__(self, assembly: Assembly) -> None:
+        """Made by every rank at the same point: it opens a group for the pipeline that is drawn."""
+        config, layout = assembly.config, assembly.layout
+        self._lanes: dict[int, tuple[SpanLane | None, ...]] = {}
+        self._group = make_group(layout.pipeline_group(0), config.cluster.timeout_seconds)
+
+    def use(self, assembly: Assembly, execution: Execution) -> RankUse:
+        """This rank's part of the bubble, in a step that the assembly ran."""
+        num_micro_batches = assembly.schedule.num_micro_batches
+        if num_micro_batches not in self._lanes:
+            self._lanes[num_micro_batches] = step_lanes(assembly.train_program)
+        return rank_use(self._lanes[num_micro_batches], execution.spans, execution.origin_seconds)
+
+    def draw(self, assembly: Assembly, execution: Execution, step: int) -> bool:
+        """Writes the three files into the run's folder, in place of earlier ones. Every rank must ask.
+
+        Args:
+            assembly: that ran the step.
+            execution: of its training program.
+            step: that it was, from 1.
+
+        Returns:
+            Whether this rank has written them: rank 0 does.
+        """
+        if self._group is None:
+            return False
+        schedule = assembly.schedule
+        if assembly.config.schedule.pairing == "sequential":
+            schedule = one_at_a_time(schedule)
+        rank = assembly.layout.pipeline_index(assembly.groups.rank)
+        groups = schedule.ranks[rank]
+        mine = rank_spans(groups, assembly.train_program, execution.spans, execution.origin_seconds)
+        gathered: list[tuple[Span, ...]] | None = [()] * schedule.num_ranks if rank == 0 else None
+        with assembly.observers.log.collective("pipeline", self._group, "gathering of times"):
+            dist.gather_object(mine, gathered, dst=0, group=self._group)
+        if gathered is None:
+            return False
+        title = f"{redact(assembly.config.name)}, step {step}: {schedule.kind}, {size(schedule)}"
+        try:
+            write_pictures(Path(assembly.config.out_dir), title, schedule, Measured(ranks=tuple(gathered)))
+        except OSError as error:  # the folder is gone or full: no reason to end
+            LOGGER.warning("%s cannot be drawn: %s", SVG_NAME, error)
+            return False
+        return True
+
+
+def write_pictures(folder: Path, title: str, schedule: Schedule, measured: Measured) -> Entry:
+    """A run below its plan, as SVG, as a page and as a trace; each file complete or not there.
+
+    The plan is what the schedule takes with the times that its operations took in the run.
+
+    Args:
+        folder: that exists.
+        title: of the pictures.
+        schedule: with the groups that the run's spans count.
+        measured: the run.
+
+    Returns:
+        What was drawn.
+    """
+    costs = measured_costs(schedule, measured)
+    shown = entry(schedule, costs, measured=measured)
+    _write(folder / SVG_NAME, svg(schedule, shown.simulation, measured, title, bound=shown.bound))
+    _write(folder / TRACE_NAME, trace(schedule, shown.simulation, costs, measured, seconds_per_unit=1.0))
+    _write(folder / PAGE_NAME, html([shown], title))
+    return shown
+
+
+def window_slots(use: RankUse, data_index: int, num_pipelines: int) -> list[float]:
+    """This rank's begin, negated, and end, where its pipeline has its place; a maximum over ranks gives all windows."""
+    slots = [-float("inf")] * (2 * num_pipelines)
+    slots[2 * data_index : 2 * data_index + 2] = [-use.start_seconds, use.end_seconds]
+    return slots
+
+
+def bubble_of(used_seconds: float, slots: Sequence[float], ranks_per_pipeline: int) -> float:
+    """`measured_bubble` over all pipelines together: the part of all ranks' time that was not used.
+
+    Each pipeline's time runs from the begin of its first rank to the end of its last one.
+
+    Args:
+        used_seconds: summed over all ranks.
+        slots: the maximum over all ranks of their `window_slots`.
+        ranks_per_pipeline: in each.
+    """
+    windows = sum(end + negated for negated, end in zip(slots[::2], slots[1::2], strict=True))
+    total = ranks_per_pipeline * windows
+    return max(0.0, 1.0 - used_seconds / total) if total > 0 else 0.0
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text + "\n", encoding="utf-8")
+    partial.replace(path)

@@ -1,0 +1,112 @@
+"""Where the words, records and pictures of a run go."""
+
+import dataclasses
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from torch import distributed as dist
+
+from train.balance import Balance, LoadLines
+from train.config import TrainConfig
+from train.records.json_lines import JsonLines
+from train.records.metrics import Display, Recorder, Wandb
+from train.records.secrets import redact
+from train.report.write import Report
+
+
+class Reporter:
+    """Where the first rank's words and records go; on other ranks nowhere."""
+
+    def __init__(
+        self,
+        display: Display | None,
+        recorders: Sequence[Recorder],
+        loads: LoadLines | None = None,
+        report: Report | None = None,
+    ) -> None:
+        self._display = display
+        self._recorders = recorders
+        self._loads = loads
+        self._report = report
+
+    def say(self, line: str) -> None:
+        """One line for people."""
+        if self._display is not None:
+            self._display.say(redact(line))
+
+    def record(self, values: dict[str, Any], balance: Balance) -> None:
+        """One step's numbers."""
+        if self._loads is not None:
+            self._loads.record(values["step"], balance)
+        for recorder in self._recorders:
+            recorder.record(values)
+
+    def last(self) -> dict[str, Any] | None:
+        """The record of the last step, as an earlier life of the run may have left it; None on other ranks."""
+        return next((each.last() for each in self._recorders if isinstance(each, JsonLines)), None)
+
+    def amend(self, values: dict[str, Any]) -> None:
+        """The record of the last step again, with more in it."""
+        for recorder in self._recorders:
+            recorder.amend(values)
+
+    def draw(self) -> None:
+        """The report of the run so far."""
+        if self._report is not None:
+            self._report.try_to_write()
+
+    def go_back(self, step: int) -> None:
+        """The steps after this one come again."""
+        if self._loads is not None:
+            self._loads.go_back(step)
+        for recorder in self._recorders:
+            recorder.go_back(step)
+
+    def close(self) -> None:
+        """Closes every recorder and draws the last report, however the run ends."""
+        if self._loads is not None:
+            self._loads.close()
+        for recorder in self._recorders:
+            recorder.close()
+        self.draw()
+
+
+class _RankLog(logging.FileHandler):
+    """A rank's log; lines that a full disk refuses are lost without a traceback for each."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Returns the line without secrets."""
+        return redact(super().format(record))
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Says nothing."""
+
+
+def open_reporter(config: TrainConfig, first_step: int) -> Reporter:
+    """Opens this rank's log, and on rank 0 everything that a run records and shows.
+
+    Args:
+        config: of the run; its folder exists.
+        first_step: steps already done.
+
+    Raises:
+        OSError: a file cannot be opened.
+    """
+    rank, out_dir = dist.get_rank(), Path(config.out_dir)
+    (out_dir / "log").mkdir(exist_ok=True)
+    log = _RankLog(out_dir / "log" / f"rank_{rank:05d}.log")
+    log.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.getLogger().addHandler(log)
+    logging.getLogger("train").setLevel(logging.INFO)
+    if rank != 0:
+        return Reporter(None, [])
+    display = Display(Console(file=sys.stdout), config.stage.steps, first_step, config.track.log_every_steps)
+    recorders: list[Recorder] = [JsonLines(out_dir / "metrics.jsonl", first_step), display]
+    if config.track.wandb != "disabled":
+        recorders.append(Wandb(config.track, config.name, out_dir, dataclasses.asdict(config)))
+    loads = LoadLines(out_dir, config.track.loads_every_steps, first_step)
+    return Reporter(display, recorders, loads, Report(config))

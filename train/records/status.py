@@ -1,0 +1,119 @@
+"""`status.json` of a run's folder: what became of the run, for whoever started it. No torch here."""
+
+import json
+import logging
+import os
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal, get_args
+
+from train.records.secrets import redact
+
+STATUS_NAME = "status.json"
+_LARGEST_BYTES = 2**20
+LOGGER = logging.getLogger("train")
+State = Literal["starting", "running", "done", "preempted", "stopped", "lost"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Status:
+    """What is known of a run.
+
+    Attributes:
+        state: `stopped` by its guard, an error or the user; `lost` with a rank that ended or did not come.
+        step: optimiser steps done; of a run that goes on, as of a few seconds ago.
+        checkpoint: the newest, a path; None before the first.
+        exit_code: of the run; None while it goes on.
+        reason: of the end, one line.
+        time: of the writing, in seconds since 1970.
+    """
+
+    state: State
+    step: int = 0
+    checkpoint: str | None = None
+    exit_code: int | None = None
+    reason: str = ""
+    time: float = 0.0
+
+
+def write_status(out_dir: Path, status: Status) -> None:
+    """Writes it with the present time, in one move."""
+    told = replace(status, time=time.time(), reason=redact(status.reason))
+    partial = out_dir / f"{STATUS_NAME}.{os.getpid()}.partial"
+    partial.write_text(json.dumps(asdict(told), indent=2) + "\n", encoding="utf-8")
+    partial.replace(out_dir / STATUS_NAME)
+
+
+def read_status(out_dir: Path) -> Status | None:
+    """What was written last; None where nothing was, or something else."""
+    path = out_dir / STATUS_NAME
+    try:
+        # Not so long as to fill the memory, whatever the file became.
+        if not path.is_file() or path.stat().st_size > _LARGEST_BYTES:
+            return None
+        status = Status(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return None
+    return status if _has_types(status) else None
+
+
+def _has_types(status: Status) -> bool:
+    """Whether the values of a file are of the types that they are written in."""
+    is_code = status.exit_code is None or (type(status.exit_code) is int and 0 <= status.exit_code < 256)
+    is_step = type(status.step) is int and 0 <= status.step < 2**53
+    texts = (status.reason, "" if status.checkpoint is None else status.checkpoint)
+    return is_code and is_step and status.state in get_args(State) and all(type(text) is str for text in texts)
+
+
+def write_end(out_dir: Path, state: State, exit_code: int, reason: str) -> None:
+    """How a run ended, beside the step and checkpoint that it had reached."""
+    known = read_status(out_dir) or Status(state=state)
+    write_status(out_dir, replace(known, state=state, exit_code=exit_code, reason=reason))
+
+
+class StatusFile:
+    """The first rank's hand on it; other ranks' does nothing."""
+
+    def __init__(self, out_dir: Path, is_writer: bool, every_seconds: float = 5.0) -> None:
+        """`every_seconds`: how often a step alone is worth a write."""
+        self._out_dir = out_dir
+        self._is_writer = is_writer
+        self._every_seconds = every_seconds
+        self._written_at = 0.0
+        self._status = Status(state="starting")
+        self._has_failed = False
+
+    @property
+    def step(self) -> int:
+        """Steps done, as far as it was told."""
+        return self._status.step
+
+    def starting(self) -> None:
+        """The run has a folder; what a run before left there is known still."""
+        before = read_status(self._out_dir) or self._status
+        self._write(replace(self._status, step=before.step, checkpoint=before.checkpoint))
+
+    def running(self, step: int, checkpoint: str | None = None) -> None:
+        """So many steps are done, and perhaps there is a new checkpoint."""
+        is_news = checkpoint is not None or self._status.state != "running"
+        status = replace(self._status, state="running", step=step, checkpoint=checkpoint or self._status.checkpoint)
+        self._status = status
+        if is_news or time.monotonic() - self._written_at >= self._every_seconds:
+            self._write(status)
+
+    def ended(self, state: State, exit_code: int, reason: str = "") -> None:
+        """The run is over."""
+        self._write(replace(self._status, state=state, exit_code=exit_code, reason=reason))
+
+    def _write(self, status: Status) -> None:
+        self._status = status
+        self._written_at = time.monotonic()
+        if not self._is_writer:
+            return
+        try:
+            write_status(self._out_dir, status)
+        except OSError as error:  # the folder is gone or full: no reason to end
+            if not self._has_failed:
+                LOGGER.warning("%s cannot be written: %s", STATUS_NAME, error)
+            self._has_failed = True

@@ -1,0 +1,142 @@
+"""Which schedule a run follows: the one that it began with, the one named, or the best for measured phase times."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import distributed as dist
+
+from comm.layout import Layout
+from dualpipe.config import ScheduleKind
+from dualpipe.generate.cache import schedules_folder
+from dualpipe.generate.select import KINDS, build, ends_meet, stages_per_rank
+from dualpipe.ir import Schedule, ScheduleError, from_json, to_json
+from dualpipe.simulate.choose import choose, survey
+from dualpipe.simulate.costs import CostModel
+from dualpipe.validate import validate
+from model.cut import CutError, cut_layers
+from train.checkpoint.manifest import SCHEDULE_NAME, CheckpointError, find_checkpoint, layout_record, read_manifest
+from train.config import TrainConfig, sized_config
+from train.memory.predict import ramp_memory_cap
+from train.schedule.costs import nominal_costs
+from train.schedule.probe import LayerTimes, measure, stage_costs
+
+_LARGEST_SCHEDULE_BYTES = 2**28
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """A schedule and the words that tell why it is this one; and for the sizes of a batch ramp theirs, of its kind."""
+
+    schedule: Schedule
+    reason: str
+    ramp: Mapping[int, Schedule]
+
+
+def plan(config: TrainConfig, layout: Layout, device: torch.device) -> Plan:
+    """Decides on rank 0 and tells the others. Every rank calls it at the same point, before groups are made.
+
+    Raises:
+        ScheduleError: on rank 0: the schedule cannot be made.
+    """
+    times = None
+    if config.schedule.kind == "auto" and _begun(config) is None:
+        times = measure(config, layout, device)
+    told: list[tuple[str, str, dict[int, str]] | None] = [None]
+    if dist.get_rank() == 0:
+        schedule, reason = _decide(config, times)
+        told[0] = to_json(schedule), reason, {size: to_json(made) for size, made in ramp_schedules(config).items()}
+    dist.broadcast_object_list(told, src=0)
+    assert told[0] is not None
+    text, reason, ramp = told[0]
+    return Plan(
+        schedule=from_json(text), reason=reason, ramp={size: from_json(schedule) for size, schedule in ramp.items()}
+    )
+
+
+def ramp_schedules(config: TrainConfig) -> dict[int, Schedule]:
+    """The configured schedule for every size of the batch ramp but the last, by the size in sequences.
+
+    Raises:
+        ScheduleError: one cannot be made.
+    """
+    kind, pipeline = config.schedule.kind, config.parallelism.pipeline
+    *smaller, _ = config.batch_sizes.sizes
+    made = {}
+    for sequences in smaller:
+        assert kind != "auto"
+        sized = sized_config(config, sequences)
+        costs, cache = nominal_costs(config, pipeline * stages_per_rank(kind)), schedules_folder(config.data.cache_dir)
+        made[sequences] = build(kind, pipeline, sized.num_micro_batches, costs, ramp_memory_cap(sized), cache)
+    return made
+
+
+def _decide(config: TrainConfig, times: LayerTimes | None) -> tuple[Schedule, str]:
+    pipeline, micro_batches, kind = config.parallelism.pipeline, config.num_micro_batches, config.schedule.kind
+    begun = _begun(config)
+    if begun is not None:
+        return read_schedule(begun, config), f"the one of {begun.parent}"
+    if kind != "auto":
+        costs = nominal_costs(config, pipeline * stages_per_rank(kind))
+        made = build(kind, pipeline, micro_batches, costs, config.memory_cap, schedules_folder(config.data.cache_dir))
+        return made, "as configured"
+    assert times is not None
+
+    def costs_of(num_stages: int) -> CostModel:
+        return stage_costs(times, config, num_stages)
+
+    rows = survey(
+        pipeline, micro_batches, costs_of, config.memory_cap, schedules_folder(config.data.cache_dir), _excluded(config)
+    )
+    choice = choose(rows, config.memory_cap)
+    return choice.schedule, f"the best for the measured seconds: {choice.reason}"
+
+
+def _begun(config: TrainConfig) -> Path | None:
+    """The schedule of the checkpoint that the run goes on from, where it was written under the same layout.
+
+    Another one would sum gradients in another order.
+    """
+    if config.resume is None:
+        return None
+    folder = find_checkpoint(config.resume)
+    path = folder / SCHEDULE_NAME
+    is_same = read_manifest(folder).get("layout") == layout_record(config)
+    return path if is_same and path.is_file() else None
+
+
+def read_schedule(path: Path, config: TrainConfig) -> Schedule:
+    """Returns the schedule of a checkpoint, proven valid: ranks that followed another would wait for each other.
+
+    Raises:
+        CheckpointError: it is not valid, or is one for other ranks or micro-batches.
+    """
+    ranks, micro_batches = config.parallelism.pipeline, config.num_micro_batches
+    rule = f"must be a valid schedule of {ranks} pipeline ranks and {micro_batches} micro-batches"
+    try:
+        if not path.is_file() or path.stat().st_size > _LARGEST_SCHEDULE_BYTES:
+            raise ScheduleError(f"no file of at most {_LARGEST_SCHEDULE_BYTES} bytes")
+        found = from_json(path.read_text(encoding="utf-8"))
+        if (found.num_ranks, found.num_micro_batches) != (ranks, micro_batches):
+            raise ScheduleError(f"one of {found.num_ranks} ranks and {found.num_micro_batches} micro-batches")
+        validate(found, config.memory_cap)
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"resume: {path} {rule}, is not: {error}") from error
+    return found
+
+
+def _excluded(config: TrainConfig) -> dict[ScheduleKind, str]:
+    """Kinds that this model cannot follow, and why."""
+    reasons: dict[ScheduleKind, str] = {}
+    pipeline, model = config.parallelism.pipeline, config.model
+    for kind in KINDS:
+        stages = stages_per_rank(kind)
+        if model.mtp_depth and not ends_meet(kind, pipeline):
+            reasons[kind] = "MTP needs embedding and head on one rank"
+            continue
+        try:
+            cut_layers(model.num_layers, pipeline * stages, model.mtp_depth, stages_per_rank=stages)
+        except CutError as error:
+            reasons[kind] = str(error)
+    return reasons

@@ -1,0 +1,296 @@
+"""How long the model's parts take on this job's own ranks, measured before a schedule is chosen for them."""
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass, fields
+from statistics import mean, median
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+from torch.distributed import ProcessGroup
+
+from comm.dispatch.build import open_lane
+from comm.dispatch.process_group import Observers
+from comm.dispatch.traffic import Traffic
+from comm.groups import join_one
+from comm.layout import Layout
+from comm.protocol import Dispatcher
+from comm.watchdog.operation_log import OperationLog
+from dualpipe.simulate.costs import CostModel, StageCosts
+from model.cut import cut_layers
+from model.gradients import GradientStore
+from model.objective import LossSums, MicroBatch, Objective
+from model.phases import block_lanes
+from model.stage import Stage, StageRun
+from model.transformer import Part, Transformer, initialise
+from train.assemble import held_experts, weight_dtype
+from train.config import TrainConfig
+from train.exchange import open_dispatcher
+
+_RUNS = 3
+_HOPS = 15
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartTimes:
+    """Seconds of one micro-batch in one part of the model, computation apart from exchange."""
+
+    forward: float = 0.0
+    backward_input: float = 0.0
+    backward_weight: float = 0.0
+    forward_exchange: float = 0.0
+    backward_exchange: float = 0.0
+
+    def __add__(self, other: "PartTimes") -> "PartTimes":
+        """Both parts, one after the other."""
+        return _part_times(sum(both) for both in zip(astuple(self), astuple(other), strict=True))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerTimes:
+    """Of a dense and of a MoE layer, of the embedding, and of the heads with all MTP modules.
+
+    Zero for a kind of layer that the model does not have. `latency`: seconds in which an activation gets from one
+    pipeline rank to the next; 0 in a pipeline of one rank.
+    """
+
+    dense: PartTimes
+    moe: PartTimes
+    embedding: PartTimes
+    head: PartTimes
+    latency: float
+
+
+def measure(config: TrainConfig, layout: Layout, device: torch.device) -> LayerTimes:
+    """Runs a few random micro-batches of the run's shape through the first and the last layer and both ends.
+
+    Every rank of the job calls it at the same point and gets the same times: the mean over ranks of each one's median
+    of a computation, and of its shortest exchange. The layers, their process groups and their lane are made for it
+    and dropped after it; the run's random state is not touched.
+
+    Args:
+        config: of the run; equal on all ranks.
+        layout: of the world.
+        device: of this rank.
+    """
+    timeout, ranks = config.cluster.timeout_seconds, range(layout.world_size)
+    experts = join_one({layout.expert_group(rank) for rank in ranks}, timeout)
+    pipeline = join_one({layout.pipeline_group(rank) for rank in ranks}, timeout)
+    lane = open_lane(device)
+    observers = Observers(Traffic(), OperationLog())
+    dispatcher = open_dispatcher(config, layout, experts, lane, observers)
+    mine = _measure_parts(config, layout, dispatcher, device, _hop_seconds(config, layout, pipeline, device))
+    agreed = _agree(mine, device)
+    lane.close()
+    dispatcher.close()
+    for group in (experts, pipeline):
+        dist.destroy_process_group(group)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return agreed
+
+
+def stage_costs(times: LayerTimes, config: TrainConfig, num_stages: int) -> CostModel:
+    """What each of so many stages of the run's model costs, in seconds.
+
+    A stage keeps its share of all layers, MTP modules among them, in units of model/P: of P equal stages each keeps 1.
+    Where groups run one member after the other, exchange is no more than computation.
+
+    Args:
+        times: of the model's parts.
+        config: of the run.
+        num_stages: that the model is cut into.
+    """
+    model = config.model
+    weight_of_all = model.num_layers + model.mtp_depth
+    stages = []
+    for stage, layers in enumerate(cut_layers(model.num_layers, num_stages, model.mtp_depth)):
+        is_last = stage == num_stages - 1
+        parts = [times.dense if layer < model.num_dense_layers else times.moe for layer in layers]
+        parts += [times.embedding] * (stage == 0) + [times.head] * is_last
+        share = config.parallelism.pipeline * (len(layers) + model.mtp_depth * is_last) / weight_of_all
+        stages.append(_costs(sum(parts, PartTimes()), share, config.schedule.pairing == "overlapped"))
+    return CostModel(stages=tuple(stages), latency=times.latency)
+
+
+def _measure_parts(
+    config: TrainConfig, layout: Layout, dispatcher: Dispatcher, device: torch.device, latency: float
+) -> LayerTimes:
+    parts = _Parts(config, layout, dispatcher, device)
+    with parts.model.weights_unchanged():
+        for _ in range(_RUNS):
+            parts.run()
+    return parts.times(latency)
+
+
+def _costs(times: PartTimes, activation: float, hides: bool) -> StageCosts:
+    return StageCosts(
+        forward=times.forward + (0.0 if hides else times.forward_exchange),
+        backward_input=times.backward_input + (0.0 if hides else times.backward_exchange),
+        backward_weight=times.backward_weight,
+        forward_exchange=times.forward_exchange if hides else 0.0,
+        backward_exchange=times.backward_exchange if hides else 0.0,
+        activation=activation,
+    )
+
+
+class _Parts:
+    """The parts that are measured, as two stages: embedding and first layer, last layer and heads."""
+
+    def __init__(self, config: TrainConfig, layout: Layout, dispatcher: Dispatcher, device: torch.device) -> None:
+        shape, last = config.model, config.model.num_layers - 1
+        mtp_modules = range(shape.num_layers, shape.num_layers + shape.mtp_depth)
+        experts = held_experts(config, layout.expert_index(dist.get_rank()))
+        part = Part(layers=tuple({0, last, *mtp_modules}), experts=experts, embedding=True, head=True)
+        model = Transformer(shape, dispatcher, weight_dtype(config.precision), part, config.computing)
+        initialise(model, config.seed)
+        self.model = model = model.to(device)
+        self._shape = shape
+        self._device = device
+        self._batch = _random_batch(config, device)
+        self._stages = (
+            Stage(model, range(1), first=True, last=False),
+            Stage(model, range(last, last + 1), first=False, last=True),
+        )
+        self._store = GradientStore(model.parameters())
+        # By stage, way (forward, backward, weight) and phase.
+        self._seconds: dict[tuple[int, str, int], list[float]] = defaultdict(list)
+
+    def run(self) -> None:
+        """One micro-batch forward and back, phase by phase, each by itself."""
+        sums = LossSums(cross_entropy=[0.0] * (self._shape.mtp_depth + 1))
+        factor = 1 / self._batch.targets_BT[0].numel()
+        objective = Objective(cross_entropy=(factor,) * (self._shape.mtp_depth + 1), balance=factor)
+        start, end = (stage.start(self._batch, objective, sums, self._store) for stage in self._stages)
+        self._forward(0, start)
+        end.set_input(start.output())
+        self._forward(1, end)
+        self._backward(1, end)
+        start.set_output_gradient(end.input_gradient())
+        self._backward(0, start)
+
+    def times(self, latency: float) -> LayerTimes:
+        """What the runs took; of three, the median is not the first, which also warms up."""
+        has_dense = self._shape.num_dense_layers > 0
+        has_moe = self._shape.num_dense_layers < self._shape.num_layers
+        first, last = (len(stage.lanes) for stage in self._stages)
+        heads_from = len(block_lanes(dense=not has_moe))
+        return LayerTimes(
+            dense=self._part(0, range(1, first)) if has_dense else PartTimes(),
+            moe=self._part(1, range(heads_from)) if has_moe else PartTimes(),
+            embedding=self._part(0, range(1)),
+            head=self._part(1, range(heads_from, last)),
+            latency=latency,
+        )
+
+    def _part(self, stage: int, phases: range) -> PartTimes:
+        lanes = self._stages[stage].lanes
+        computed = [phase for phase in phases if lanes[phase] == "compute"]
+        exchanged = [phase for phase in phases if lanes[phase] == "comm"]
+
+        def total(way: str, chosen: list[int], of: Callable[[list[float]], float]) -> float:
+            return sum(of(self._seconds[stage, way, phase]) for phase in chosen)
+
+        # The longer ones of an exchange's times hold a wait for ranks that came later.
+        return PartTimes(
+            forward=total("forward", computed, median),
+            backward_input=total("backward", computed, median),
+            backward_weight=total("weight", computed, median),
+            forward_exchange=total("forward", exchanged, min),
+            backward_exchange=total("backward", exchanged, min),
+        )
+
+    def _forward(self, stage: int, run: StageRun) -> None:
+        for phase, lane in enumerate(self._stages[stage].lanes):
+            with self._timed(stage, "forward", phase):
+                run.forward(phase)
+                if lane == "comm":
+                    run.wait()
+
+    def _backward(self, stage: int, run: StageRun) -> None:
+        lanes = self._stages[stage].lanes
+        for phase in reversed(range(len(lanes))):
+            with self._timed(stage, "backward", phase):
+                run.backward(phase)
+                if lanes[phase] == "comm":
+                    run.wait()
+            if lanes[phase] == "compute":
+                with self._timed(stage, "weight", phase):
+                    run.weight(phase)
+
+    @contextmanager
+    def _timed(self, stage: int, way: str, phase: int) -> Iterator[None]:
+        started = _now(self._device)
+        yield
+        self._seconds[stage, way, phase].append(_now(self._device) - started)
+
+
+def _random_batch(config: TrainConfig, device: torch.device) -> MicroBatch:
+    """Of the run's shape, from a generator of its own; different on every rank, as real ones are."""
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    shape = (config.stage.micro_batch_sequences, config.stage.sequence_length_tokens)
+    drawn = [
+        torch.randint(config.model.vocab_size, shape, generator=generator).to(device)
+        for _ in range(config.model.mtp_depth + 2)
+    ]
+    return MicroBatch(inputs_BT=tuple(drawn[:-1]), targets_BT=tuple(drawn[1:]))
+
+
+def _hop_seconds(config: TrainConfig, layout: Layout, group: ProcessGroup, device: torch.device) -> float:
+    """Half a ping-pong of an activation with each neighbour in the pipeline; their mean, 0 without neighbours."""
+    index = layout.pipeline_index(dist.get_rank())
+    members = layout.pipeline_group(dist.get_rank())
+    stage = config.stage
+    shape = (stage.micro_batch_sequences, stage.sequence_length_tokens, config.model.hidden_size)
+    # gloo sends from host memory alone.
+    place = device if dist.get_backend(group) == "nccl" else torch.device("cpu")
+    ball = torch.zeros(shape, dtype=weight_dtype(config.precision), device=place)
+    found = []
+    for parity in (0, 1):
+        begins = index % 2 == parity
+        other = index + 1 if begins else index - 1
+        if other in range(len(members)):
+            found.append(_ping_pong(ball, members[other], group, begins))
+    return mean(found) if found else 0.0
+
+
+def _ping_pong(ball: Tensor, other: int, group: ProcessGroup, begins: bool) -> float:
+    seconds = []
+    for _ in range(1 + _HOPS):
+        started = _now(ball.device)
+        if begins:
+            dist.send(ball, other, group=group)
+        dist.recv(ball, other, group=group)
+        if not begins:
+            dist.send(ball, other, group=group)
+        seconds.append((_now(ball.device) - started) / 2)
+    return median(seconds[1:])
+
+
+def _agree(mine: LayerTimes, device: torch.device) -> LayerTimes:
+    """The mean over all ranks, in the very bits that rank 0 has."""
+    parts = (mine.dense, mine.moe, mine.embedding, mine.head)
+    numbers = torch.tensor(
+        [*(seconds for part in parts for seconds in astuple(part)), mine.latency], dtype=torch.float64, device=device
+    )
+    dist.all_reduce(numbers)
+    dist.broadcast(numbers, src=0)
+    *seconds, latency = (numbers / dist.get_world_size()).tolist()
+    size = len(fields(PartTimes))
+    dense, moe, embedding, head = (_part_times(seconds[at : at + size]) for at in range(0, len(seconds), size))
+    return LayerTimes(dense=dense, moe=moe, embedding=embedding, head=head, latency=latency)
+
+
+def _part_times(seconds: Iterable[float]) -> PartTimes:
+    """From its fields in order."""
+    names = [field.name for field in fields(PartTimes)]
+    return PartTimes(**dict(zip(names, seconds, strict=True)))
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
