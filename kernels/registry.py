@@ -1,0 +1,213 @@
+"""Named choices that register next to their code, and files from outside the checkout that register more.
+
+No torch here: configurations read registries. An entry that builds something heavy imports it in its builder.
+"""
+
+import hashlib
+import importlib
+import sys
+import traceback
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Generic, TypeVar
+from weakref import WeakSet
+
+T = TypeVar("T")
+
+_PROJECT = ("kernels", "comm", "data", "model", "dualpipe", "infer", "train", "launch")
+_registries: "WeakSet[Registry[Any]]" = WeakSet()
+
+
+class UnknownNameError(ValueError):
+    """A name that a registry does not hold. The text starts with the dotted key that chooses among its entries."""
+
+
+class PluginError(ValueError):
+    """A plugin file that cannot be loaded. The text starts with `plugins`."""
+
+
+class Registry(Generic[T]):
+    """Entries by name: those of `modules` in their order, then others in the order of registration."""
+
+    def __init__(self, place: str, modules: Sequence[str] = ()) -> None:
+        """Makes an empty registry.
+
+        Args:
+            place: dotted configuration key whose value is one of the names; errors begin with it.
+            modules: modules that register this project's entries. They are imported when the registry is first used,
+                so that they may import the registry's module.
+        """
+        self.place = place
+        self._modules = list(modules)
+        self._is_complete = False
+        self._entries: dict[str, T] = {}
+        self._sources: dict[str, str] = {}
+        _registries.add(self)
+
+    def __contains__(self, name: object) -> bool:
+        """Whether an entry has this name."""
+        self._complete()
+        return name in self._entries
+
+    def register(self, name: str, entry: T) -> T:
+        """Adds an entry under a new name and returns it.
+
+        Raises:
+            ValueError: the name is taken.
+        """
+        source = str(sys._getframe(1).f_globals.get("__name__"))
+        if source not in self._modules:
+            self._complete()
+        if name in self._entries:
+            holder = self._sources[name]
+            raise ValueError(f"{self.place}: {name!r} is registered already, by {holder}; choose another name")
+        self._entries[name] = entry
+        self._sources[name] = source
+        return entry
+
+    def get(self, name: str) -> T:
+        """Returns the entry of a name.
+
+        Raises:
+            UnknownNameError: no entry has this name. The text states the valid and the nearest names.
+        """
+        self._complete()
+        if name not in self._entries:
+            valid = ", ".join(self._entries) or "none"
+            raise UnknownNameError(f"{self.place}: must be one of {valid}, is {name!r}{_advice(name, self._entries)}")
+        return self._entries[name]
+
+    def names(self) -> tuple[str, ...]:
+        """Returns all names in order."""
+        self._complete()
+        return tuple(self._entries)
+
+    def items(self) -> Iterator[tuple[str, T]]:
+        """Iterates over names and entries in order."""
+        self._complete()
+        return iter(tuple(self._entries.items()))
+
+    def from_plugins(self) -> tuple[str, ...]:
+        """Returns the names that code outside this project registered."""
+        return tuple(name for name, source in self._sources.items() if source.partition(".")[0] not in _PROJECT)
+
+    def remove(self, names: Iterable[str]) -> None:
+        """Forgets entries, so that a changed plugin file can register them again."""
+        for name in names:
+            del self._entries[name], self._sources[name]
+
+    def _complete(self) -> None:
+        """Imports the modules that register this project's entries, once."""
+        if self._is_complete:
+            return
+        self._is_complete = True  # first, because the modules use the registry as they are imported
+        for module in self._modules:
+            importlib.import_module(module)
+        # A module that was imported before the others must not come first.
+        order = {module: index for index, module in enumerate(self._modules)}
+        names = sorted(self._entries, key=lambda name: order.get(self._sources[name], len(order)))
+        self._entries = {name: self._entries[name] for name in names}
+
+
+def closest(name: str, choices: Iterable[str], cutoff: float = 0.6) -> list[str]:
+    """Returns at most two choices: those that begin with the name, then those that look like it, in any case."""
+    valid = list(choices)
+    lower = {choice.lower(): choice for choice in reversed(valid)}
+    prefixed = [choice for choice in valid if len(name) > 1 and choice.lower().startswith(name.lower())]
+    alike = [lower[match] for match in get_close_matches(name.lower(), lower, n=2, cutoff=cutoff)]
+    return list(dict.fromkeys([*prefixed, *alike]))[:2]
+
+
+def load_plugins(paths: Sequence[str | Path]) -> tuple[ModuleType, ...]:
+    """Imports python files that register entries.
+
+    A file that this process has loaded is not imported again unless its text has changed. Then its new entries replace
+    the old ones, so that a notebook can edit it. A module's name follows from its path, so that ranks agree on it.
+
+    Args:
+        paths: python files, absolute or relative to the working folder.
+
+    Returns:
+        Their modules.
+
+    Raises:
+        PluginError: a file is missing, fails as it is imported, or registers nothing.
+    """
+    return tuple(_load(Path(path).expanduser().resolve()) for path in paths)
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """What a plugin's module keeps of its import."""
+
+    text: bytes
+    registered: tuple[tuple[Registry[Any], str], ...]
+
+
+def _load(path: Path) -> ModuleType:
+    if not path.is_file():
+        siblings = [file.name for file in path.parent.glob("*.py")] if path.parent.is_dir() else []
+        raise PluginError(f"plugins: must be python files, {str(path)!r} does not exist{_advice(path.name, siblings)}")
+    name = f"plugin_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    text = path.read_bytes()
+    known = sys.modules.get(name)
+    if known is not None:
+        loaded: _Loaded = known.__dict__["__plugin__"]
+        if loaded.text == text:
+            return known
+        for registry, entry in loaded.registered:
+            registry.remove([entry])
+    return _import(path, name, text)
+
+
+def _import(path: Path, name: str, text: bytes) -> ModuleType:
+    """Runs a file as a module. If it fails, nothing of it stays in a registry or in the list of modules."""
+    before = _plugin_entries()
+    module = ModuleType(name)
+    module.__file__ = str(path)
+    sys.modules[name] = module
+    try:
+        # Compiled here because a cached .pyc may be older than an edit within the same second.
+        exec(compile(text, path, "exec"), module.__dict__)
+        registered = tuple(entry for entry in _plugin_entries() if entry not in before)
+        if not registered:
+            raise PluginError(
+                f"plugins: {str(path)!r} registers nothing; call `register` of a registry, "
+                "for example dualpipe.registry.SCHEDULES"
+            )
+    except Exception as error:
+        del sys.modules[name]
+        for registry, entry in _plugin_entries():
+            if (registry, entry) not in before:
+                registry.remove([entry])
+        if isinstance(error, PluginError):
+            raise
+        raise PluginError(f"plugins: {str(path)!r} fails{_line(error, path)}: {_summary(error)}") from error
+    module.__dict__["__plugin__"] = _Loaded(text, registered)
+    return module
+
+
+def _plugin_entries() -> list[tuple[Registry[Any], str]]:
+    """Returns what code outside this project has registered so far."""
+    return [(registry, name) for registry in _registries for name in registry.from_plugins()]
+
+
+def _line(error: Exception, path: Path) -> str:
+    """Returns the last line of the file that an error passed through."""
+    if isinstance(error, SyntaxError):
+        return f" at line {error.lineno}"
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    return f" at line {lines[-1]}" if lines else ""
+
+
+def _summary(error: Exception) -> str:
+    words = error.msg if isinstance(error, SyntaxError) else " ".join(str(error).split())
+    return f"{type(error).__name__}: {words}" if words else type(error).__name__
+
+
+def _advice(name: str, choices: Iterable[str]) -> str:
+    near = closest(name, choices)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
