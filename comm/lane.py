@@ -2,18 +2,40 @@
 
 import queue
 import threading
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from types import TracebackType
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
 
-from comm.closing import ClosesOnSuccess
 from comm.protocol import Work
 
 T = TypeVar("T")
+
+
+class ClosesOnSuccess(ABC):
+    """A context manager that closes on a regular exit only.
+
+    An error on the way out joins nothing: a thread may be inside a collective whose peers wait for this
+    very rank, and the process must be able to leave and tell.
+    """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Waits for what is under way and ends the threads."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
 
 
 class Lane(Protocol):

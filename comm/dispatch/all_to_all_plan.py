@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from comm.dispatch.expert_order import ExpertOrder, SortedChoices, count_choices, inverse_permutation
-from comm.dispatch.node_cap import nodes_of_experts, touched_nodes
+from comm.dispatch.node_cap import nodes_of_experts, touched_nodes, verify_cap
 from comm.dispatch.process_group import Wire
 from comm.dispatch.traffic import Traffic
-from comm.dispatch.verify_cap import verify_cap
 from comm.protocol import Label
 
 

@@ -1,7 +1,7 @@
 """The cap on the nodes that a token's experts lie on: which nodes a token touches, and what happens over the cap.
 
-Shape legend: T tokens, K experts per token, E experts, N nodes of the expert group, numbered from 0, M nodes kept,
-D hidden size, A arrived rows.
+Shape legend: T tokens, K experts per token, E experts, R ranks of the expert group, N its nodes, numbered from 0,
+M nodes kept, D hidden size, A arrived rows.
 """
 
 from collections.abc import Sequence
@@ -11,6 +11,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from comm.dispatch.process_group import Wire
+from comm.dispatch.traffic import ClipCount
 from comm.protocol import Arrived, Dispatcher, Handle, Label, Then, Work
 
 _MOST_NAMED = 8
@@ -39,6 +41,38 @@ class NodeCapError(ValueError):
             f"rank {rank}: dispatch{of}: {subject} {named}{more} {verb} more than dispatch.max_nodes={max_nodes} "
             f"nodes; nearest valid: dispatch.max_nodes={max(touched)}, or dispatch.node_cap=clip"
         )
+
+
+def verify_cap(num_over_R: Sequence[int], wire: Wire, touched_TN: Tensor, max_nodes: int, label: Label | None) -> None:
+    """Raises on all ranks of a group if any of them has a token over the cap, so that none waits for another.
+
+    Waits for the device only to name this rank's tokens.
+
+    Args:
+        num_over_R: tokens over the cap on each member, as all members know them.
+        wire: of the group.
+        touched_TN: the nodes that each token of this rank touches.
+        max_nodes: the cap.
+        label: of the exchange.
+
+    Raises:
+        NodeCapError: names this rank's tokens if it has such, else the first rank that has.
+    """
+    if not any(num_over_R):
+        return
+    rank = wire.members[wire.place]
+    if num_over_R[wire.place]:
+        raise NodeCapError.of(rank, label, touched_TN.sum(1), max_nodes)
+    found = [(member, num_over) for member, num_over in zip(wire.members, num_over_R, strict=True) if num_over]
+    culprit, num_over = found[0]
+    subject = "token that touches" if num_over == 1 else "tokens that touch"
+    others = {0: "", 1: ", and 1 more rank has some"}.get(
+        len(found) - 1, f", and {len(found) - 1} more ranks have some"
+    )
+    raise NodeCapError(
+        f"rank {rank}: dispatch{f' of {label}' if label else ''}: rank {culprit} has {num_over} {subject} more than "
+        f"dispatch.max_nodes={max_nodes} nodes; its own message names them{others}"
+    )
 
 
 def nodes_of_experts(num_experts: int, member_nodes: Sequence[int]) -> Tensor:
@@ -151,22 +185,6 @@ class ClippedHandle:
     def num_tokens(self) -> int:
         """Tokens of this rank, T."""
         return self.inner.num_tokens
-
-
-class ClipCount:
-    """Owns the number of clipped tokens of one rank. Used from the thread that plans."""
-
-    def __init__(self) -> None:
-        self._clipped: dict[int | None, Tensor] = {}
-
-    def add(self, layer: int | None, over_T: Tensor) -> None:
-        """Counts the tokens marked, on their device."""
-        self._clipped[layer] = self._clipped.get(layer, 0) + over_T.sum()
-
-    def take(self) -> dict[int | None, int]:
-        """Tokens clipped since the last call, by layer planned, and back to none. Waits for the device."""
-        clipped, self._clipped = self._clipped, {}
-        return {layer: int(number) for layer, number in clipped.items()}
 
 
 class ClippingDispatcher:

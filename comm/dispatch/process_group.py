@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, distributed
 from torch.distributed import ProcessGroup
 
-from comm.dispatch.node_cap import ClipCount
-from comm.dispatch.traffic import Spread, Traffic
+from comm.dispatch.traffic import ClipCount, Spread, Traffic
 from comm.layout import Layout
 from comm.protocol import Label
 from comm.watchdog.operation_log import Operation, OperationLog, group_name

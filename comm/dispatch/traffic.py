@@ -1,4 +1,5 @@
-"""What exchanges send, layer by layer: predicted from plans before it is sent, counted where it is sent."""
+"""What exchanges send, layer by layer: predicted from plans before it is sent, counted where it is sent; and the
+tokens whose choices are clipped."""
 
 import threading
 from collections import Counter
@@ -7,6 +8,8 @@ from dataclasses import dataclass, field, fields
 from functools import reduce
 from operator import add
 from typing import Self
+
+from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -171,3 +174,19 @@ class Traffic:
             counts = self._layers.setdefault(layer, Counter())
             for name, number in numbers.items():
                 counts[name] += number
+
+
+class ClipCount:
+    """Owns the number of clipped tokens of one rank. Used from the thread that plans."""
+
+    def __init__(self) -> None:
+        self._clipped: dict[int | None, Tensor] = {}
+
+    def add(self, layer: int | None, over_T: Tensor) -> None:
+        """Counts the tokens marked, on their device."""
+        self._clipped[layer] = self._clipped.get(layer, 0) + over_T.sum()
+
+    def take(self) -> dict[int | None, int]:
+        """Tokens clipped since the last call, by layer planned, and back to none. Waits for the device."""
+        clipped, self._clipped = self._clipped, {}
+        return {layer: int(number) for layer, number in clipped.items()}

@@ -16,8 +16,16 @@ from comm.groups import make_group
 from comm.lane import ThreadLane
 from comm.layout import Layout
 from comm.protocol import Work
-from comm.transfers.link_log import LinkLog
-from comm.transfers.message import HEADER_BYTES, MESSAGE_KINDS, Header, MessageKey, MessageKind, TransferError, as_bytes
+from comm.transfers.message import (
+    HEADER_BYTES,
+    MESSAGE_KINDS,
+    Header,
+    LinkLog,
+    MessageKey,
+    MessageKind,
+    TransferError,
+    as_bytes,
+)
 from comm.watchdog.operation_log import Operation, OperationLog
 
 # A payload up to this size is copied into its header's message, which costs less than a message of its own.

@@ -1,11 +1,14 @@
-"""What pipeline ranks say about the tensors that they send each other."""
+"""What pipeline ranks say about the tensors that they send each other, in headers and in the log."""
 
 import struct
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal, Self, get_args
 
 import torch
 from torch import Tensor
+
+from comm.watchdog.operation_log import Operation, OperationLog
 
 MessageKind = Literal["activation", "gradient"]
 MESSAGE_KINDS: tuple[MessageKind, ...] = get_args(MessageKind)
@@ -98,3 +101,25 @@ class Header:
 def as_bytes(tensor: Tensor) -> Tensor:
     """A tensor's elements as uint8, in one dim, on its device."""
     return tensor.detach().contiguous().flatten().view(torch.uint8)
+
+
+class LinkLog:
+    """One way and kind between two ranks: a group of its own in the log."""
+
+    def __init__(self, log: OperationLog, kind: MessageKind, ranks: tuple[int, int]) -> None:
+        """`ranks`: of source and destination in the world."""
+        self._log = log
+        self._ranks = ranks
+        self._group = f"{kind} {ranks[0]}->{ranks[1]}"
+
+    def start(self, key: MessageKey) -> Operation:
+        """Notes the link's next message, when it is sent and when room is made for it."""
+        return self._log.start(self._group, self._ranks, "transfer", key)
+
+    def opening(self) -> AbstractContextManager[None]:
+        """Around the link's making."""
+        return self._log.awaiting(self._log.start(self._group, self._ranks, "opening of the link"))
+
+    def awaiting(self, operation: Operation) -> AbstractContextManager[None]:
+        """While inside, the message is waited for at this end."""
+        return self._log.awaiting(operation)

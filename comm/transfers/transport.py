@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, distributed
 from torch.distributed import ProcessGroup
 
-from comm.closing import ClosesOnSuccess
 from comm.groups import make_group
+from comm.lane import ClosesOnSuccess
 from comm.layout import Layout
 from comm.protocol import Work
 from comm.transfers.host_link import host_links
-from comm.transfers.link_log import LinkLog
-from comm.transfers.message import MESSAGE_KINDS, MessageKey, as_bytes
+from comm.transfers.message import MESSAGE_KINDS, LinkLog, MessageKey, as_bytes
 from comm.watchdog.operation_log import Operation, OperationLog
 
 

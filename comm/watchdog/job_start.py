@@ -1,11 +1,15 @@
-"""The start of a job as one rank sees it: the store, the deadline, and the verdict if ranks do not arrive."""
+"""The start of a job as one rank sees it: the store, the deadline, SIGTERM, and the verdict if ranks do not
+arrive."""
 
 import dataclasses
 import json
+import signal
 import socket
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from types import FrameType
+from typing import Any
 
 from torch.distributed import DistError, FileStore, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import Store
@@ -14,7 +18,6 @@ from comm.exit_codes import EXIT_HANG, EXIT_LOST
 from comm.watchdog.authentication import open_object, seal_object
 from comm.watchdog.decode import MessageError, parse_object, printable
 from comm.watchdog.membership import Membership
-from comm.watchdog.signals import Termination
 from comm.watchdog.verdict import Verdict, name_ranks
 
 START = "start of the job"
@@ -23,6 +26,8 @@ _RECEIVED = "watchdog/verdict_received"
 _UNSIGNED = "watchdog/verdict_without_key"
 _LINGER_SECONDS = 2.0
 _LONGEST_PAUSE_SECONDS = 0.5
+# After SIGTERM: a job that is preempted still starts, to agree on it; a job that lost a rank never does.
+_LATECOMER_SECONDS = 3.0
 
 
 class AbsentError(RuntimeError):
@@ -31,6 +36,46 @@ class AbsentError(RuntimeError):
     def __init__(self, verdict: Verdict) -> None:
         super().__init__(verdict.text)
         self.verdict = verdict
+
+
+class Termination:
+    """Whether SIGTERM arrived, and when. An instance is the signal's handler after `install`."""
+
+    def __init__(self) -> None:
+        self._plain = signal.getsignal(signal.SIGTERM)
+        self._since: float | None = None
+
+    def install(self, wakeup_file: int) -> Callable[[], None]:
+        """Handles SIGTERM from now on; returns what restores the earlier handler.
+
+        Args:
+            wakeup_file: gets the signal's number as a byte, even while the main thread is inside a collective.
+        """
+        signal.signal(signal.SIGTERM, self)
+        plain_file = signal.set_wakeup_fd(wakeup_file, warn_on_full_buffer=False)
+
+        def restore() -> None:
+            signal.set_wakeup_fd(plain_file)
+            signal.signal(signal.SIGTERM, self._plain)
+
+        return restore
+
+    def __call__(self, number: int, frame: FrameType | None) -> Any:
+        """Notes the signal and passes it on."""
+        self._since = self._since or time.monotonic()
+        if callable(self._plain):
+            self._plain(number, frame)
+
+    @property
+    def is_last(self) -> bool:
+        """Whether no other handler was there before."""
+        return not callable(self._plain)
+
+    @property
+    def is_pressing(self) -> bool:
+        """Whether SIGTERM arrived so long ago that there is no use in waiting for absent ranks."""
+        patience = 0.0 if self.is_last else _LATECOMER_SECONDS
+        return self._since is not None and time.monotonic() - self._since >= patience
 
 
 class JobStart:

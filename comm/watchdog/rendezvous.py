@@ -8,11 +8,10 @@ from torch.distributed.distributed_c10d import Store
 
 from comm.groups import PATIENCE_SECONDS
 from comm.watchdog.addresses import AddressExchange
-from comm.watchdog.job_start import START, JobStart
+from comm.watchdog.job_start import START, JobStart, Termination
 from comm.watchdog.mailbox import WatchdogSocket
 from comm.watchdog.membership import Membership
 from comm.watchdog.operation_log import OperationLog
-from comm.watchdog.signals import Termination
 from comm.watchdog.verdict import Verdict
 from comm.watchdog.watchdog import Watchdog
 

@@ -18,10 +18,9 @@ from dataclasses import dataclass
 
 from comm.exit_codes import EXIT_OTHER
 from comm.watchdog.decode import MessageError, printable
-from comm.watchdog.inquiry import Inquiry
+from comm.watchdog.inquiry import End, Farewell, Inquiry, Question, decode_message
 from comm.watchdog.mailbox import Message, SocketAddress, WatchdogSocket
 from comm.watchdog.main_thread import MainThread
-from comm.watchdog.messages import End, Farewell, Question, decode_message
 from comm.watchdog.operation_log import OperationLog
 from comm.watchdog.verdict import Reason, Standing, Verdict, judge
 

@@ -12,7 +12,8 @@ from comm.config import ParallelismConfig, TwoHopDispatchConfig
 from comm.dispatch.build import build_dispatcher
 from comm.dispatch.fp8 import Fp8Dispatcher
 from comm.dispatch.local import LocalDispatcher
-from comm.dispatch.node_cap import ClipCount, ClippingDispatcher, nodes_of_experts
+from comm.dispatch.node_cap import ClippingDispatcher, nodes_of_experts
+from comm.dispatch.traffic import ClipCount
 from comm.groups import Groups
 from comm.lane import InlineLane, ThreadLane
 from comm.layout import Layout

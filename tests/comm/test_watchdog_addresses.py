@@ -14,10 +14,9 @@ from torch.distributed.distributed_c10d import Store
 
 from comm.watchdog.addresses import AddressExchange
 from comm.watchdog.job_key import JobKeyError, write_key_file
-from comm.watchdog.job_start import AbsentError, JobStart
+from comm.watchdog.job_start import AbsentError, JobStart, Termination
 from comm.watchdog.mailbox import WatchdogSocket
 from comm.watchdog.membership import Membership
-from comm.watchdog.signals import Termination
 
 KEY = b"the key of a test's job".ljust(32)
 

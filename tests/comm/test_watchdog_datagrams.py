@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from comm.watchdog.authentication import REPLAY_WINDOW, DatagramCodec, ReplayWindow, derive, open_object, seal_object
 from comm.watchdog.decode import MAX_DECODED_BYTES, MessageError, compress_object, decompress_object, printable
+from comm.watchdog.inquiry import Farewell, Question, decode_message
 from comm.watchdog.mailbox import Message
 from comm.watchdog.main_thread import MainThread
-from comm.watchdog.messages import Farewell, Question, decode_message
 from comm.watchdog.operation_log import OperationLog
 from comm.watchdog.verdict import Standing, Verdict
 

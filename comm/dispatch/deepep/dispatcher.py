@@ -16,16 +16,14 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from comm.closing import ClosesOnSuccess
 from comm.dispatch.all_to_all_plan import num_local_experts
 from comm.dispatch.deepep.buffer import ExpertBuffer, Library, Received
 from comm.dispatch.deepep.package import BufferShape, load_package
 from comm.dispatch.deepep.route import Route
-from comm.dispatch.node_cap import nodes_of_experts, touched_nodes
+from comm.dispatch.node_cap import nodes_of_experts, touched_nodes, verify_cap
 from comm.dispatch.process_group import Observers, Wire
 from comm.dispatch.traffic import Spread
-from comm.dispatch.verify_cap import verify_cap
-from comm.lane import Lane
+from comm.lane import ClosesOnSuccess, Lane
 from comm.layout import Layout
 from comm.protocol import Arrived, Handle, Label, Work
 

@@ -10,12 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from comm.dispatch.node_cap import nodes_of_experts
+from comm.dispatch.node_cap import nodes_of_experts, verify_cap
 from comm.dispatch.process_group import Wire
 from comm.dispatch.traffic import Traffic
 from comm.dispatch.two_hop.counts import Hop, Ledger, Run, shifts_by_source
-from comm.dispatch.two_hop.selection import Selection, select
-from comm.dispatch.verify_cap import verify_cap
+from comm.dispatch.two_hop.routing import Selection, select
 from comm.protocol import Label
 from comm.relays import Relays
 

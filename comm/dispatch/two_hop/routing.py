@@ -3,16 +3,16 @@
 Both need only the rows that are there, and numbers that the plan has brought to the host.
 
 Shape legend: K experts per token, E experts, L local experts, G ranks of the node, M rows that a relay takes into its
-node, S rows that it sends on, X rows that arrive at their experts' rank, A rows of its experts.
+node, S rows that it sends on, X rows that arrive at their experts' rank, A rows of its experts. In `select`, N entries,
+S of them marked.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-from comm.dispatch.two_hop.selection import select
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,3 +96,26 @@ def _numbered(num_experts: int, shares: Sequence[range]) -> Tensor:
     for number, share in enumerate(shares):
         numbers[1 + share.start : 1 + share.stop] = number
     return numbers
+
+
+class Selection(NamedTuple):
+    """values_S: of the marked entries, in order. places_N: the place of each entry there, -1 if it is not marked."""
+
+    values_S: Tensor
+    places_N: Tensor
+
+
+def select(marked_N: Tensor, values_N: Tensor, num_marked: int) -> Selection:
+    """Packs the values of marked entries.
+
+    Args:
+        marked_N: bool.
+        values_N: of every entry.
+        num_marked: true entries, S.
+    """
+    ends_N = marked_N.cumsum(0)
+    # Entries that are not marked are written to one place more, which is cut off.
+    into_N = ends_N.mul_(marked_N).sub_(1)
+    values = values_N.new_empty(num_marked + 1)
+    values.scatter_(0, torch.where(marked_N, into_N, num_marked), values_N)
+    return Selection(values[:num_marked], into_N)
