@@ -1,5 +1,5 @@
 # Each target is complete by itself on a fresh clone: the environment is made when missing and mended when
-# pyproject.toml is newer. `make train ARGS="stage.steps=200 name=longer"` passes overrides.
+# pyproject.toml is newer. `make train ARGS="task.steps=200 name=longer"` passes overrides.
 PYTHON ?= python3
 ARGS ?=
 
@@ -77,7 +77,7 @@ docker-cpu:
 TAG ?= cpu
 
 docker-check:
-	$(ENGINE) run --rm --init dualpipe-trainer:$(TAG) python -m launch.train experiment=quickstart stage.steps=2 $(ARGS)
+	$(ENGINE) run --rm --init dualpipe-trainer:$(TAG) python -m launch.train experiment=quickstart task.steps=2 $(ARGS)
 
 # The versions that images install, from those that are tested here.
 docker-pins: .venv/installed

@@ -122,7 +122,7 @@ def prepare(config: DataConfig, sequence_length_tokens: int, progress: Progress 
     """
     if sequence_length_tokens < 2:
         raise DataError(
-            f"stage.sequence_length_tokens: must be at least 2, one token to read and one to predict, "
+            f"batch.sequence_length_tokens: must be at least 2, one token to read and one to predict, "
             f"got {sequence_length_tokens}; nearest: 2"
         )
     cache_dir = Path(config.cache_dir).expanduser()

@@ -75,7 +75,7 @@ def preview(overrides: Sequence[str]) -> str:
         config = read_config(compose("train", overrides))
         check(config)
         check_folder(config)
-    warnings = schedule_warnings(config.optim, config.batch_sizes, config.stage.steps)
+    warnings = schedule_warnings(config.optim, config.batch_sizes, config.task.steps)
     comments = [*(f"warning: {line}" for line in warnings), *memory_lines(config)]
     return experiment_text("train", overrides, write_config(config), comments)
 

@@ -20,9 +20,9 @@ def choices(folder: Path, name: str, num_steps: int) -> list[str]:
     return [
         *(f"name={name}", f"out_dir={folder / name}", "cluster=laptop", "model=tiny", "parallelism=four_ranks"),
         *("data=files", f"data.paths=[{folder / 'text'}]", f"data.cache_dir={folder / 'cache'}"),
-        *("data.tokenizer_vocab_size=320", "data.validation_fraction=0.2", "stage.validation_sequences=0"),
-        *("stage.sequence_length_tokens=32", "stage.global_batch_sequences=8", "stage.micro_batch_sequences=1"),
-        *("precision=float64", "optim.sharding=replicated", "stage.sample_prompt=", f"stage.steps={num_steps}"),
+        *("data.tokenizer_vocab_size=320", "data.validation_fraction=0.2", "validation.sequences=0"),
+        *("batch.sequence_length_tokens=32", "batch.global_sequences=8", "batch.micro_sequences=1"),
+        *("precision=float64", "optim.sharding=replicated", "samples.prompt=", f"task.steps={num_steps}"),
     ]
 
 
@@ -63,5 +63,5 @@ def logs(folder: Path, patterns: Sequence[str] = ("slurm-*.log", "rank_*.error.l
 
 def _weights(run: Path) -> dict[str, torch.Tensor]:
     config = read_folder(run)
-    folder = run / "checkpoints" / f"step-{config.stage.steps:08}"
+    folder = run / "checkpoints" / f"step-{config.task.steps:08}"
     return load_whole(config.model, folder, weight_dtype(config.precision)).state_dict()

@@ -9,13 +9,17 @@ from dualpipe.config import ScheduleConfig
 from dualpipe.simulate.costs import Costs
 from model.config import RECOMPUTED, ModelConfig, PlainRope
 from train.config import (
+    BatchConfig,
+    CheckpointingConfig,
     EmaConfig,
     PrecisionConfig,
+    PretrainConfig,
     ProfileConfig,
-    StageConfig,
+    SamplesConfig,
     StopGuardConfig,
     TrackConfig,
     TrainConfig,
+    ValidationConfig,
 )
 from train.config.token_schedule import TokenSchedule
 from train.optim.config import DecayedRate, OptimConfig, Span
@@ -68,25 +72,21 @@ OPTIM = OptimConfig(
     bucket_elements=50_000_000,
 )
 
-STAGE = StageConfig(
+TASK = PretrainConfig(
     kind="pretrain",
     steps=2,
-    sequence_length_tokens=24,
-    global_batch_sequences=16,
-    batch_ramp=None,
-    micro_batch_sequences=1,
-    document_mask=False,
     mtp_loss_weight=TokenSchedule.constant(0.3),
     balance_loss_weight=0.01,
     bias_update_rate=TokenSchedule.constant(0.05),
-    validate_every_steps=0,
-    validation_sequences=0,
-    checkpoint_every_steps=0,
-    checkpoint_keep=None,
-    sample_prompt="",
-    sample_tokens=0,
-    sample_temperature=0.0,
 )
+
+BATCH = BatchConfig(sequence_length_tokens=24, global_sequences=16, ramp=None, micro_sequences=1, document_mask=False)
+
+VALIDATION = ValidationConfig(every_steps=0, sequences=0)
+
+CHECKPOINTING = CheckpointingConfig(every_steps=0, keep=None)
+
+SAMPLES = SamplesConfig(prompt="", tokens=0, temperature=0.0)
 
 
 def tiny_config(folder: Path, **changes: object) -> TrainConfig:
@@ -126,7 +126,11 @@ def tiny_config(folder: Path, **changes: object) -> TrainConfig:
             seed=3,
             cache_dir=str(folder / "cache"),
         ),
-        stage=STAGE,
+        task=TASK,
+        batch=BATCH,
+        validation=VALIDATION,
+        checkpointing=CHECKPOINTING,
+        samples=SAMPLES,
         optim=OPTIM,
         ema=EmaConfig(decay=None),
         precision=PrecisionConfig(kind="float64"),

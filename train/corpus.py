@@ -24,15 +24,15 @@ def prepare_corpus(config: TrainConfig, progress: Progress = _QUIET) -> Prepared
     Raises:
         DataError: as `data.prepare.prepare`, or validation is asked for and its part fills no forward pass.
     """
-    stage = config.stage
-    prepared = prepare(config.data, stage.sequence_length_tokens, progress)
+    batch, validation = config.batch, config.validation
+    prepared = prepare(config.data, batch.sequence_length_tokens, progress)
     found = len(prepared.validation_tokens_NL)
     # A corpus that held nothing out, as one of a single document, trains without validation.
-    if found and stage.validation_sequences and found < stage.global_batch_sequences:
+    if found and validation.sequences and found < batch.global_sequences:
         raise DataError(
-            f"stage.validation_sequences: a validation pass reads stage.global_batch_sequences="
-            f"{stage.global_batch_sequences} sequences, but data.validation_fraction={config.data.validation_fraction} "
-            f"leaves {found} of {stage.sequence_length_tokens} tokens; nearest valid: stage.validation_sequences=0, "
+            f"validation.sequences: a validation pass reads batch.global_sequences="
+            f"{batch.global_sequences} sequences, but data.validation_fraction={config.data.validation_fraction} "
+            f"leaves {found} of {batch.sequence_length_tokens} tokens; nearest valid: validation.sequences=0, "
             f"or a larger data.validation_fraction"
         )
     return prepared

@@ -92,7 +92,7 @@ class Training:
         self._status.running(self.num_done)
         try:
             self._make_up()
-            while self.num_done < self._assembly.config.stage.steps:
+            while self.num_done < self._assembly.config.task.steps:
                 self._step(self.num_done)
         except PreemptedError:
             if lost := self._lost_folder():
@@ -131,9 +131,9 @@ class Training:
                 self._reporter.amend({**last, VALIDATION_LOSS: loss})
 
     def _is_validated(self, done: int) -> bool:
-        stage = self._assembly.config.stage
-        has_sequences = stage.validation_sequences > 0 and self._loader.num_validation_sequences > 0
-        return _due(done, stage.validate_every_steps, stage.steps) and has_sequences
+        task, validation = self._assembly.config.task, self._assembly.config.validation
+        has_sequences = validation.sequences > 0 and self._loader.num_validation_sequences > 0
+        return _due(done, validation.every_steps, task.steps) and has_sequences
 
     def _step(self, step: int) -> None:
         """One batch, then whatever is due after it."""
@@ -141,7 +141,7 @@ class Training:
         result = self._take(step)
         if self.num_done <= step:
             return
-        stage, track, done = self._assembly.config.stage, self._assembly.config.track, self.num_done
+        config, done = self._assembly.config, self.num_done
         values = None if result is None else self._record(step, result)
         try:
             if self._is_validated(done):
@@ -150,9 +150,9 @@ class Training:
         finally:
             if values is not None and result is not None:
                 self._reporter.record(values, result.balance)
-        if result is not None and _due(done, track.picture_every_steps, stage.steps):
+        if result is not None and _due(done, config.track.picture_every_steps, config.task.steps):
             self._draw(step, result)
-        if _due(done, stage.checkpoint_every_steps, stage.steps):
+        if _due(done, config.checkpointing.every_steps, config.task.steps):
             self._save()
         self._tell_of_saved()
         self._status.running(done)
@@ -231,11 +231,11 @@ class Training:
 
 def validate(assembly: Assembly, loader: Loader) -> float:
     """Main loss in nats per token over the configured number of validation sequences, as far as the corpus has them."""
-    stage = assembly.config.stage
-    passes = min(stage.validation_sequences, loader.num_validation_sequences) // stage.global_batch_sequences
+    batch = assembly.config.batch
+    passes = min(assembly.config.validation.sequences, loader.num_validation_sequences) // batch.global_sequences
     nats, targets = 0.0, 0
     for index in range(passes):
-        read = partial(_read_validation, loader, index * stage.global_batch_sequences)
+        read = partial(_read_validation, loader, index * batch.global_sequences)
         losses, count = validate_pass(assembly, read)
         nats += losses.main * count
         targets += count
@@ -247,18 +247,18 @@ def validate(assembly: Assembly, loader: Loader) -> float:
 def show_continuation(assembly: Assembly, prepared: Prepared) -> str:
     """The prompt and its continuation by the last checkpoint, read whole in this process, and what drafts saved."""
     config, tokenizer = assembly.config, prepared.tokenizer
-    folder = step_folder(Path(config.out_dir), config.stage.steps)
+    folder = step_folder(Path(config.out_dir), config.task.steps)
     model = checkpoint.load_whole(config.model, folder, weight_dtype(config.precision))
-    prompt = tokenizer.prompt(config.stage.sample_prompt)
+    prompt = tokenizer.prompt(config.samples.prompt)
     limit = config.model.max_position_tokens
     made = generate(
         model,
         [prompt[:limit]],
-        max_new_tokens=config.stage.sample_tokens,
-        sampling=Sampling(temperature=config.stage.sample_temperature, seed=config.seed),
+        max_new_tokens=config.samples.tokens,
+        sampling=Sampling(temperature=config.samples.temperature, seed=config.seed),
         stop=[tokenizer.end_of_sentence_id],
     )
-    text = config.stage.sample_prompt + decode_after(
+    text = config.samples.prompt + decode_after(
         tokenizer.decode, tokenizer.text_context(prompt), made.continuations[0].tokens
     )
     return f"{text}\n{made.statistics.summary()}"

@@ -150,9 +150,9 @@ class _Rank:
             if started_from:
                 reporter.say(started_from)
             Training(SizedAssemblies(assembly, planned.ramp), prepared, reporter, status, first_step).run()
-            if dist.get_rank() == 0 and config.stage.sample_prompt and config.stage.sample_tokens:
+            if dist.get_rank() == 0 and config.samples.prompt and config.samples.tokens:
                 words = show_continuation(assembly, prepared)
-                reporter.say(f"continuation of {config.stage.sample_prompt!r}:\n{words}")
+                reporter.say(f"continuation of {config.samples.prompt!r}:\n{words}")
         except PreemptedError as error:
             reporter.say(f"preempted: {error}; exit code {EXIT_PREEMPTED}")
             raise
@@ -170,8 +170,8 @@ def _resume(assembly: Assembly, data_fingerprint: str) -> int:
         return 0
     folder = Path(config.resume)
     # Of a run that goes on by itself, it may be the last of all: nothing is left to do then.
-    steps = max(config.stage.steps, read_step(folder) + 1)
-    check_manifest(folder, dataclasses.replace(config, stage=dataclasses.replace(config.stage, steps=steps)))
+    steps = max(config.task.steps, read_step(folder) + 1)
+    check_manifest(folder, dataclasses.replace(config, task=dataclasses.replace(config.task, steps=steps)))
     check_fingerprint(folder, data_fingerprint)
     with assembly.observers.log.phase("world", range(assembly.layout.world_size), "loading of the checkpoint"):
         checkpoint.load(assembly, folder)

@@ -80,19 +80,19 @@ class BatchReader:
     def __call__(self, direction: int, micro_batch: int) -> MicroBatch | None:
         """The micro-batch, None where nothing of it is needed."""
         config, schedule, model = self._assembly.config, self._assembly.schedule, self._assembly.model
-        if model.model.embed_tokens is None and model.lm_head is None and not config.stage.document_mask:
+        if model.model.embed_tokens is None and model.lm_head is None and not config.batch.document_mask:
             return None
         key = (direction, micro_batch)
         if key not in self._known:
             data_index = self._assembly.layout.data_index(self._assembly.groups.rank)
             before = sum(len(schedule.micro_batches_of(earlier)) for earlier in range(direction))
             index = data_index * schedule.num_micro_batches + before + micro_batch
-            size = config.stage.micro_batch_sequences
+            size = config.batch.micro_sequences
             self._known[key] = to_micro_batch(
                 self._read(index * size, size),
                 config.model.mtp_depth,
                 self._assembly.device,
-                masks_documents=config.stage.document_mask,
+                masks_documents=config.batch.document_mask,
             )
         return self._known[key]
 
@@ -135,23 +135,23 @@ def rates_of(config: TrainConfig, sizes: BatchSizes, step: int) -> StepRates:
         sizes: sequences of every step of the run.
         step: from 0.
     """
-    stage, tokens = config.stage, sizes.tokens_before(step)
+    task, tokens = config.task, sizes.tokens_before(step)
     return StepRates(
-        learning_rate=learning_rate(config.optim, sizes, stage.steps, step),
-        mtp_loss_weight=stage.mtp_loss_weight.at(tokens),
-        bias_update=stage.bias_update_rate.at(tokens),
+        learning_rate=learning_rate(config.optim, sizes, task.steps, step),
+        mtp_loss_weight=task.mtp_loss_weight.at(tokens),
+        bias_update=task.bias_update_rate.at(tokens),
     )
 
 
 def make_objective(config: TrainConfig, num_targets: Tensor, mtp_loss_weight: float) -> Objective:
     """The step's objective from the targets per depth of its global batch."""
-    stage, depth = config.stage, config.model.mtp_depth
+    depth = config.model.mtp_depth
     weights = [1.0] + [mtp_loss_weight / max(depth, 1)] * depth
     return Objective(
         cross_entropy=tuple(
             weight / max(count, 1) for weight, count in zip(weights, num_targets.tolist(), strict=True)
         ),
-        balance=stage.balance_loss_weight / stage.global_batch_sequences,
+        balance=config.task.balance_loss_weight / config.batch.global_sequences,
     )
 
 
@@ -181,7 +181,7 @@ def train_step(
     balance = update_router_bias(assembly, rates.bias_update)
     if assembly.ema is not None:
         assembly.ema.update()
-    tokens = config.stage.global_batch_sequences * config.stage.sequence_length_tokens
+    tokens = config.batch.global_sequences * config.batch.sequence_length_tokens
     return StepResult(
         losses=losses,
         grad_norm=norm,
@@ -268,14 +268,14 @@ def _no_sums(assembly: Assembly) -> LossSums:
 
 
 def _reduce(assembly: Assembly, sums: LossSums, num_targets: Tensor, mtp_loss_weight: float) -> Losses:
-    stage = assembly.config.stage
+    config = assembly.config
     own = sums.settle()
     is_finite_here = bool(own.isfinite().all())
     totals = _sum_over_world(assembly, own, "sum of losses").tolist()
     means = [total / max(count, 1) for total, count in zip(totals[:-1], num_targets.tolist(), strict=True)]
-    balance, mtp = totals[-1] / stage.global_batch_sequences, tuple(means[1:])
+    balance, mtp = totals[-1] / config.batch.global_sequences, tuple(means[1:])
     mtp_part = mtp_loss_weight * sum(mtp) / max(len(mtp), 1)
-    total = means[0] + mtp_part + stage.balance_loss_weight * balance
+    total = means[0] + mtp_part + config.task.balance_loss_weight * balance
     return Losses(main=means[0], mtp=mtp, balance=balance, total=total, is_finite_here=is_finite_here)
 
 

@@ -74,11 +74,11 @@ def _changes(config: TrainConfig) -> Iterator[Change]:
 
 
 def _micro_batches(config: TrainConfig) -> Iterator[Change]:
-    stage = config.stage
-    for size in range(stage.micro_batch_sequences - 1, 0, -1):
-        if stage.micro_batch_sequences % size == 0:
-            changed = replace(config, stage=replace(stage, micro_batch_sequences=size))
-            yield f"stage.micro_batch_sequences={size}", changed
+    batch = config.batch
+    for size in range(batch.micro_sequences - 1, 0, -1):
+        if batch.micro_sequences % size == 0:
+            changed = replace(config, batch=replace(batch, micro_sequences=size))
+            yield f"batch.micro_sequences={size}", changed
 
 
 def _recomputation(config: TrainConfig) -> Iterator[Change]:
@@ -95,11 +95,11 @@ def _moments(config: TrainConfig) -> Iterator[Change]:
 
 def _ramp(config: TrainConfig) -> Iterator[Change]:
     """Yields a ramp whose first step has two micro-batches for each rank: with fewer, W waits longer."""
-    ramp, stage, parallelism = config.stage.batch_ramp, config.stage, config.parallelism
-    start = 2 * parallelism.pipeline * parallelism.data * stage.micro_batch_sequences
-    if ramp is not None and ramp.start_sequences < start < stage.global_batch_sequences:
-        changed = replace(config, stage=replace(stage, batch_ramp=replace(ramp, start_sequences=start)))
-        yield f"stage.batch_ramp.start_sequences={start}", changed
+    batch, ramp, parallelism = config.batch, config.batch.ramp, config.parallelism
+    start = 2 * parallelism.pipeline * parallelism.data * batch.micro_sequences
+    if ramp is not None and ramp.start_sequences < start < batch.global_sequences:
+        changed = replace(config, batch=replace(batch, ramp=replace(ramp, start_sequences=start)))
+        yield f"batch.ramp.start_sequences={start}", changed
 
 
 def _ranks(config: TrainConfig) -> Iterator[Change]:
@@ -143,7 +143,7 @@ def _batch(config: TrainConfig, job: JobMemory) -> str:
     """Returns which size of a batch ramp it is, if not the last."""
     if job.num_micro_batches == config.num_micro_batches:
         return ""
-    sequences = job.num_micro_batches * config.parallelism.data * config.stage.micro_batch_sequences
+    sequences = job.num_micro_batches * config.parallelism.data * config.batch.micro_sequences
     return f" in steps of {sequences:,} sequences"
 
 

@@ -61,12 +61,12 @@ def _check_order(config: TrainConfig, first: tuple[str, Span], second: tuple[str
     if _tokens(config, span) > _tokens(config, later):
         raise ConfigError(
             f"{_SCHEDULE}.{name}: must be at most {_SCHEDULE}.{other}={later.to_plain()} of "
-            f"{config.stage.steps} steps, is {span.to_plain()}; nearest valid: {later.to_plain()}"
+            f"{config.task.steps} steps, is {span.to_plain()}; nearest valid: {later.to_plain()}"
         )
 
 
 def _tokens(config: TrainConfig, span: Span) -> float:
-    return span_tokens(span, config.batch_sizes, config.stage.steps)
+    return span_tokens(span, config.batch_sizes, config.task.steps)
 
 
 def _check_bf16_moments(config: TrainConfig) -> None:

@@ -10,7 +10,7 @@ def check_profile(config: TrainConfig) -> None:
     Raises:
         ConfigError: names the key, the rule, the value and the nearest valid one.
     """
-    steps, world = config.stage.steps, config.parallelism.world_size
+    steps, world = config.task.steps, config.parallelism.world_size
     for key, least, most, chosen in (
         ("profile.steps", 1, steps, config.profile.steps),
         ("profile.ranks", 0, world - 1, config.profile.ranks),

@@ -7,7 +7,7 @@ from launch.config.errors import ConfigError
 from launch.config.ranges import multiples
 from train.config import TrainConfig
 
-_KEY = "stage.batch_ramp"
+_KEY = "batch.ramp"
 
 
 def check_ramp(config: TrainConfig) -> None:
@@ -16,35 +16,35 @@ def check_ramp(config: TrainConfig) -> None:
     Raises:
         ConfigError: names the key, the rule, the value and the nearest valid one.
     """
-    ramp, last = config.stage.batch_ramp, config.stage.global_batch_sequences
+    ramp, last = config.batch.ramp, config.batch.global_sequences
     if ramp is None:
         return
     if not 2 <= ramp.num_sizes <= last:
         raise ConfigError(
-            f"{_KEY}.num_sizes: must be at least 2, the last of which is stage.global_batch_sequences={last}, and at "
+            f"{_KEY}.num_sizes: must be at least 2, the last of which is batch.global_sequences={last}, and at "
             f"most that, is {ramp.num_sizes}; nearest valid: {2 if ramp.num_sizes < 2 else last}, or {_KEY}=null"
         )
     if ramp.start_sequences >= last:
         raise ConfigError(
-            f"{_KEY}.start_sequences: must be below stage.global_batch_sequences={last}, is {ramp.start_sequences}; "
+            f"{_KEY}.start_sequences: must be below batch.global_sequences={last}, is {ramp.start_sequences}; "
             f"nearest valid: {last - 1}, or {_KEY}=null"
         )
     if config.schedule.kind == "auto":
         raise ConfigError(
-            "schedule.kind: must name a schedule beside stage.batch_ramp, as auto measures for one size, is auto; "
+            "schedule.kind: must name a schedule beside batch.ramp, as auto measures for one size, is auto; "
             "nearest valid: schedule=dualpipe_split"
         )
     _check_sizes(config, ramp)
 
 
 def _check_sizes(config: TrainConfig, ramp: BatchRamp) -> None:
-    stage, parallelism, kind = config.stage, config.parallelism, config.schedule.kind
+    batch, parallelism, kind = config.batch, config.parallelism, config.schedule.kind
     assert kind != "auto"
-    share = parallelism.data * stage.micro_batch_sequences
-    for size in ramp_sizes(stage.global_batch_sequences, ramp):
+    share = parallelism.data * batch.micro_sequences
+    for size in ramp_sizes(batch.global_sequences, ramp):
         if size % share:
             raise ConfigError(
-                f"{_KEY}: every size must be divisible by parallelism.data x stage.micro_batch_sequences = {share}, "
+                f"{_KEY}: every size must be divisible by parallelism.data x batch.micro_sequences = {share}, "
                 f"one is {size}; nearest valid: start_sequences={multiples(ramp.start_sequences, share)}, and a growth "
                 f"of (num_sizes - 1) x {share} or a multiple of it"
             )

@@ -136,8 +136,8 @@ def _check_resume(config: TrainConfig) -> bool:
         folder = newest_whole(Path(config.out_dir).expanduser(), check=looks_whole)
         if folder is not None:
             # A run that was done but for its end has no step left, and need not be refused.
-            steps = max(config.stage.steps, read_step(folder) + 1)
-            check_manifest(folder, replace(config, stage=replace(config.stage, steps=steps)))
+            steps = max(config.task.steps, read_step(folder) + 1)
+            check_manifest(folder, replace(config, task=replace(config.task, steps=steps)))
         return folder is not None
     if config.resume is not None:
         # Files and their sizes alone: what they hold, all ranks read together.
@@ -199,30 +199,30 @@ def _check_ranks(config: TrainConfig) -> None:
 
 
 def _check_batch(config: TrainConfig) -> None:
-    stage, model = config.stage, config.model
-    share = config.parallelism.data * stage.micro_batch_sequences
-    if stage.global_batch_sequences % share:
+    batch, validation, model = config.batch, config.validation, config.model
+    share = config.parallelism.data * batch.micro_sequences
+    if batch.global_sequences % share:
         raise ConfigError(
-            f"stage.global_batch_sequences: must be divisible by parallelism.data x stage.micro_batch_sequences "
-            f"= {share}, is {stage.global_batch_sequences}; "
-            f"nearest valid: {multiples(stage.global_batch_sequences, share)}"
+            f"batch.global_sequences: must be divisible by parallelism.data x batch.micro_sequences "
+            f"= {share}, is {batch.global_sequences}; "
+            f"nearest valid: {multiples(batch.global_sequences, share)}"
         )
-    if stage.sequence_length_tokens > model.max_position_tokens:
+    if batch.sequence_length_tokens > model.max_position_tokens:
         raise ConfigError(
-            f"stage.sequence_length_tokens: must be at most model.max_position_tokens={model.max_position_tokens}, "
-            f"is {stage.sequence_length_tokens}; nearest valid: {model.max_position_tokens}"
+            f"batch.sequence_length_tokens: must be at most model.max_position_tokens={model.max_position_tokens}, "
+            f"is {batch.sequence_length_tokens}; nearest valid: {model.max_position_tokens}"
         )
-    if stage.sequence_length_tokens <= model.mtp_depth:
+    if batch.sequence_length_tokens <= model.mtp_depth:
         raise ConfigError(
-            f"stage.sequence_length_tokens: must be above model.mtp_depth={model.mtp_depth}, "
-            f"is {stage.sequence_length_tokens}; nearest valid: {model.mtp_depth + 1}"
+            f"batch.sequence_length_tokens: must be above model.mtp_depth={model.mtp_depth}, "
+            f"is {batch.sequence_length_tokens}; nearest valid: {model.mtp_depth + 1}"
         )
-    if stage.validation_sequences % stage.global_batch_sequences:
+    if validation.sequences % batch.global_sequences:
         raise ConfigError(
-            f"stage.validation_sequences: must be 0 or a multiple of "
-            f"stage.global_batch_sequences={stage.global_batch_sequences}, as a pass runs that many, "
-            f"is {stage.validation_sequences}; "
-            f"nearest valid: {multiples(stage.validation_sequences, stage.global_batch_sequences)}"
+            f"validation.sequences: must be 0 or a multiple of "
+            f"batch.global_sequences={batch.global_sequences}, as a pass runs that many, "
+            f"is {validation.sequences}; "
+            f"nearest valid: {multiples(validation.sequences, batch.global_sequences)}"
         )
 
 
@@ -241,7 +241,7 @@ def _check_schedule(config: TrainConfig) -> None:
 
 def _check_kind(config: TrainConfig, kind: ScheduleKind) -> None:
     pipeline, depth = config.parallelism.pipeline, config.model.mtp_depth
-    key, share = "stage.global_batch_sequences", config.parallelism.data * config.stage.micro_batch_sequences
+    key, share = "batch.global_sequences", config.parallelism.data * config.batch.micro_sequences
     try:
         select.check(
             kind,
@@ -251,7 +251,7 @@ def _check_kind(config: TrainConfig, kind: ScheduleKind) -> None:
             micro_batches_key=key,
         )
     except ScheduleError as error:
-        unit = f"; a micro-batch of all is parallelism.data x stage.micro_batch_sequences = {share} sequences"
+        unit = f"; a micro-batch of all is parallelism.data x batch.micro_sequences = {share} sequences"
         raise ScheduleError(f"{error}{unit if str(error).startswith(key) else ''}") from error
     stages = select.stages_per_rank(kind)
     cut_layers(config.model.num_layers, pipeline * stages, depth, stages_per_rank=stages)

@@ -32,8 +32,8 @@ def choices(folder: Path) -> list[str]:
     return [
         *("model=tiny", "parallelism=two_ranks", "data=files", f"data.paths=[{folder / 'text'}]"),
         *(f"data.cache_dir={folder / 'cache'}", "data.tokenizer_vocab_size=320", "data.validation_fraction=0.2"),
-        *("stage.sequence_length_tokens=32", "stage.global_batch_sequences=8", "stage.micro_batch_sequences=1"),
-        *("stage.validation_sequences=0", "stage.sample_prompt=", "stage.checkpoint_every_steps=3"),
+        *("batch.sequence_length_tokens=32", "batch.global_sequences=8", "batch.micro_sequences=1"),
+        *("validation.sequences=0", "samples.prompt=", "checkpointing.every_steps=3"),
     ]
 
 
@@ -89,7 +89,7 @@ def run_case(folder: Path, case: str) -> int:
     if case == "full":
         run.mkdir()
         subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(run)], check=True)
-    config = read_config(compose("train", [*choices(folder), f"stage.steps={NUM_STEPS}", f"out_dir={run}"]))
+    config = read_config(compose("train", [*choices(folder), f"task.steps={NUM_STEPS}", f"out_dir={run}"]))
     check(config)
     check_folder(config)
     damage = threading.Thread(target=_damage_later, args=(case, run), daemon=True)

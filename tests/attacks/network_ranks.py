@@ -94,8 +94,8 @@ def main(arguments: Sequence[str]) -> int:
     choices = [
         *("model=tiny", "parallelism=two_ranks", "data=files", f"data.paths=[{folder / 'text'}]"),
         *(f"data.cache_dir={folder / 'cache'}", "data.tokenizer_vocab_size=320", "data.validation_fraction=0.2"),
-        *("stage.sequence_length_tokens=32", "stage.global_batch_sequences=8", "stage.micro_batch_sequences=1"),
-        *("stage.validation_sequences=0", "stage.sample_prompt=", f"stage.steps={NUM_STEPS}"),
+        *("batch.sequence_length_tokens=32", "batch.global_sequences=8", "batch.micro_sequences=1"),
+        *("validation.sequences=0", "samples.prompt=", f"task.steps={NUM_STEPS}"),
     ]
     config = read_config(compose("train", choices))
     start_fork_server(config.cluster, preload_modules(config.cluster))

@@ -24,7 +24,7 @@ from tests.attacks import hostile
 from tests.finished_run import ROOT, choices
 from tests.launch.checkpoints import write_run
 from tests.ranks import run_ranks
-from tests.tiny import STAGE, tiny_config, write_text
+from tests.tiny import BATCH, tiny_config, write_text
 from tests.train.job import open_assembly
 from train.checkpoint import load as checkpoint
 from train.checkpoint.dcp.metadata import read_metadata
@@ -167,13 +167,13 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_config(folder: Path) -> TrainConfig:
-    stage = replace(STAGE, global_batch_sequences=8)
-    return tiny_config(folder, parallelism=ParallelismConfig(pipeline=1, data=2, expert=2), stage=stage)
+    batch = replace(BATCH, global_sequences=8)
+    return tiny_config(folder, parallelism=ParallelismConfig(pipeline=1, data=2, expert=2), batch=batch)
 
 
 def save_one(rank: int, world_size: int, config: TrainConfig) -> None:
     assembly = open_assembly(config)
-    checkpoint.save(assembly, 1, prepare(config.data, config.stage.sequence_length_tokens))
+    checkpoint.save(assembly, 1, prepare(config.data, config.batch.sequence_length_tokens))
     assembly.close()
 
 
@@ -252,12 +252,12 @@ def test_resume_runs_nothing_and_every_rank_refuses_alike(sources: Path, tmp_pat
 def test_resume_command_runs_nothing_and_ends_with_code_2(tmp_path: Path) -> None:
     """The attack as it was found: a crafted list with hashes made right. It ran on every rank, and the run went on."""
     write_text(tmp_path)
-    first = [*choices(tmp_path, "first", 1), "parallelism=one_rank", "stage.global_batch_sequences=2"]
+    first = [*choices(tmp_path, "first", 1), "parallelism=one_rank", "batch.global_sequences=2"]
     assert command(first).returncode == 0
     (folder,) = (tmp_path / "first" / "checkpoints").glob("step-*")
     (folder / ".metadata").write_bytes(hostile.payload_bytes(tmp_path / "proof"))
     hostile.rehash(folder)
-    second = [*choices(tmp_path, "second", 2), "parallelism=one_rank", "stage.global_batch_sequences=2"]
+    second = [*choices(tmp_path, "second", 2), "parallelism=one_rank", "batch.global_sequences=2"]
     done = command([*second, f"resume={folder}"])
     assert not (tmp_path / "proof").exists()
     assert done.returncode == 2, done.stderr

@@ -114,7 +114,7 @@ def test_run_whose_folder_is_damaged_saves_its_state_in_the_rescue_folder(
 def test_run_goes_on_from_the_rescue_folder(folder: Path, damaged: str) -> None:
     (event,) = read_events(folder / "deleted.rescue")
     steps = event["step"] + 1
-    done = ended(train(folder, "after", f"resume={folder / 'deleted.rescue'}", f"stage.steps={steps}"))
+    done = ended(train(folder, "after", f"resume={folder / 'deleted.rescue'}", f"task.steps={steps}"))
     assert done.returncode == 0, done.stderr
     assert f"resumed after step {event['step']} from {folder / 'deleted.rescue'}" in done.stdout
     assert [json.loads(line)["step"] for line in (folder / "after/metrics.jsonl").read_text().splitlines()] == [steps]
@@ -122,7 +122,7 @@ def test_run_goes_on_from_the_rescue_folder(folder: Path, damaged: str) -> None:
 
 @pytest.mark.slow
 def test_second_command_is_refused_before_it_touches_anything_and_a_closed_terminal_saves(folder: Path) -> None:
-    command = train(folder, "shared", "resume=auto", "stage.steps=100000", "stage.checkpoint_every_steps=0")
+    command = train(folder, "shared", "resume=auto", "task.steps=100000", "checkpointing.every_steps=0")
     first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True)
     run = folder / "shared"
     try:
@@ -155,9 +155,7 @@ def test_second_command_is_refused_before_it_touches_anything_and_a_closed_termi
 @pytest.mark.slow
 def test_broken_output_does_not_end_a_run_and_secrets_reach_no_file(folder: Path) -> None:
     run = folder / "broken"
-    command = train(
-        folder, "broken", "stage.steps=4", "track=wandb_offline", 'stage.sample_prompt="a_key=abcdef123456789 "'
-    )
+    command = train(folder, "broken", "task.steps=4", "track=wandb_offline", 'samples.prompt="a_key=abcdef123456789 "')
     environment = {**os.environ, **SECRETS, "TMPDIR": str(folder)}
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT

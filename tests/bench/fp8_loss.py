@@ -26,13 +26,13 @@ MODEL_OVERRIDES = (
     "model=quickstart",
     "model.hidden_size=256",
     "model.expert_intermediate_size=128",
-    "stage.global_batch_sequences=8",
-    "stage.micro_batch_sequences=4",
-    "stage.sequence_length_tokens=128",
-    "stage.validation_sequences=0",
-    "stage.validate_every_steps=0",
-    "stage.checkpoint_every_steps=0",
-    "stage.sample_tokens=0",
+    "batch.global_sequences=8",
+    "batch.micro_sequences=4",
+    "batch.sequence_length_tokens=128",
+    "validation.sequences=0",
+    "validation.every_steps=0",
+    "checkpointing.every_steps=0",
+    "samples.tokens=0",
     "optim.learning_rate=3e-4",
     "optim.schedule.warmup=50 steps",
     "optim.schedule.decay_start=50 %",
@@ -79,7 +79,7 @@ def _train(arguments: argparse.Namespace, precision: str, seed: int) -> list[flo
     folder = arguments.folder / f"{precision}-{seed}"
     steps = arguments.steps
     command = [sys.executable, "-m", "launch.train", *MODEL_OVERRIDES, f"precision={precision}", f"seed={seed}"]
-    command += [f"stage.steps={steps}", f"out_dir={folder}", *arguments.overrides]
+    command += [f"task.steps={steps}", f"out_dir={folder}", *arguments.overrides]
     metrics = folder / "metrics.jsonl"
     if not metrics.exists():
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)

@@ -74,8 +74,8 @@ def main(minutes: str = "30", *overrides: str) -> int:
     seconds = 60.0 * float(minutes)
     with tempfile.TemporaryDirectory(prefix="growth-") as name:
         out_dir = Path(name) / "run"
-        command = [sys.executable, "-m", "launch.train", "experiment=two_nodes", "stage.steps=1000000"]
-        command += [f"out_dir={out_dir}", "stage.checkpoint_keep=2", "cluster.grace_seconds=300", *overrides]
+        command = [sys.executable, "-m", "launch.train", "experiment=two_nodes", "task.steps=1000000"]
+        command += [f"out_dir={out_dir}", "checkpointing.keep=2", "cluster.grace_seconds=300", *overrides]
         with (Path(name) / "said").open("wb") as said:
             process = subprocess.Popen(command, stdout=said, stderr=said)
             try:

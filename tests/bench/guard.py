@@ -22,7 +22,7 @@ from train import step as steps
 from train.corpus import prepare_corpus
 from train.guard.guard import Guard
 
-CHOICES = ("parallelism=one_rank", "guard=skip", "guard.spike_factor=10", "stage.validation_sequences=0")
+CHOICES = ("parallelism=one_rank", "guard=skip", "guard.spike_factor=10", "validation.sequences=0")
 
 
 @dataclass(slots=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 from comm.config import ParallelismConfig
 from data.prepare import prepare
 from tests.ranks import run_ranks
-from tests.tiny import MODEL, OPTIM, STAGE, tiny_config, write_text
+from tests.tiny import CHECKPOINTING, MODEL, OPTIM, tiny_config, write_text
 from tests.train.job import open_assembly
 from train.checkpoint.save import Saver
 from train.config import PrecisionConfig, TrainConfig
@@ -24,7 +24,7 @@ NUM_SAVES = 5
 def measure(rank: int, world_size: int, config: TrainConfig) -> tuple[list[float], list[float], int]:
     """Seconds of the copy and of the whole save, each of several; bytes of the checkpoint. The first is not counted."""
     assembly = open_assembly(config)
-    saver = Saver(assembly, prepare(config.data, config.stage.sequence_length_tokens))
+    saver = Saver(assembly, prepare(config.data, config.batch.sequence_length_tokens))
     stalls, wholes = [], []
     for step in range(NUM_SAVES + 1):
         started = time.perf_counter()
@@ -48,7 +48,7 @@ def main() -> int:
             folder,
             parallelism=ParallelismConfig(pipeline=1, data=2, expert=2),
             model=replace(MODEL, hidden_size=256, expert_intermediate_size=512, vocab_size=8192),
-            stage=replace(STAGE, checkpoint_keep=1),
+            checkpointing=replace(CHECKPOINTING, keep=1),
             precision=PrecisionConfig(kind="float32"),
             optim=replace(OPTIM, sharding="zero1"),
         )

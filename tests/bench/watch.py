@@ -74,10 +74,10 @@ def main(overrides: Sequence[str]) -> int:
             "experiment=quickstart",
             "parallelism=four_ranks",
             "cluster.ranks_per_node=2",
-            f"stage.steps={_NUM_STEPS}",
-            "stage.validation_sequences=0",
+            f"task.steps={_NUM_STEPS}",
+            "validation.sequences=0",
         ]
-        choices += ["stage.sample_prompt=", f"out_dir={name}/run", *overrides]
+        choices += ["samples.prompt=", f"out_dir={name}/run", *overrides]
         config = read_config(compose("train", choices))
         check(config)
         start_fork_server(config.cluster, preload_modules(config.cluster))

@@ -77,8 +77,8 @@ class Command:
     def overrides(self) -> list[str]:
         """As they would follow `python -m launch.train`."""
         return [
-            *(*choices(self.folder), f"out_dir={self.out_dir}", "resume=auto", f"stage.steps={NUM_STEPS}"),
-            *("stage.checkpoint_every_steps=1", "stage.validate_every_steps=2", "track.picture_every_steps=3"),
+            *(*choices(self.folder), f"out_dir={self.out_dir}", "resume=auto", f"task.steps={NUM_STEPS}"),
+            *("checkpointing.every_steps=1", "validation.every_steps=2", "track.picture_every_steps=3"),
             *("ema.decay=0.9", f"cluster.max_restarts={self.restarts}", "cluster.grace_seconds=60"),
             *(f"cluster.timeout_seconds={self.timeout_seconds}", *LAYOUTS[self.layout]),
         ]

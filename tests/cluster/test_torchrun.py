@@ -99,7 +99,7 @@ def said(folder: Path, name: str) -> str:
 
 def test_rank_killed_on_one_node_has_all_start_again_and_end_the_same(nodes: Cluster, folder: Path) -> None:
     run, before = folder / "killed", [node.counted("eth0") for node in nodes.nodes]
-    overrides = ("resume=auto", "stage.checkpoint_every_steps=5")
+    overrides = ("resume=auto", "checkpointing.every_steps=5")
     with torchruns(nodes, folder, "killed", *overrides, max_restarts=1) as started:
         until = time.monotonic() + SECONDS
         while num_steps_recorded(run) < 12 and time.monotonic() < until:

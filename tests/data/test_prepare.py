@@ -289,7 +289,7 @@ def test_values_out_of_range_are_refused_by_name(config: DataConfig, key: str, v
     assert str(caught.value).startswith(f"data.{key}: ")
     assert str(value) in str(caught.value)
     assert str(caught.value).endswith(f"nearest: {nearest}")
-    with pytest.raises(DataError, match=r"stage\.sequence_length_tokens: .* got 1; nearest: 2"):
+    with pytest.raises(DataError, match=r"batch\.sequence_length_tokens: .* got 1; nearest: 2"):
         prepare(config, 1)
 
 

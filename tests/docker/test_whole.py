@@ -18,7 +18,7 @@ from tests.docker.bases import CERTIFICATES, PACKAGES, add_debian_base, local_to
 from tests.docker.context import copy_context
 from tests.docker.images import Images, open_images
 
-JOB = ("python", "-m", "launch.train", "experiment=quickstart", "stage.steps=2")
+JOB = ("python", "-m", "launch.train", "experiment=quickstart", "task.steps=2")
 
 pytestmark = [
     pytest.mark.slow,
@@ -71,7 +71,7 @@ def run_on_two_nodes(images: Images, name: str, outputs: Path) -> str:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     meeting = ["--nnodes=2", "--nproc-per-node=4", "--master-addr=127.0.0.1", f"--master-port={port}"]
-    command = ["-m", "launch.train", "experiment=two_nodes", "stage.steps=2", "out_dir=outputs/run"]
+    command = ["-m", "launch.train", "experiment=two_nodes", "task.steps=2", "out_dir=outputs/run"]
     with images.container(name) as first, images.container(name) as second, ThreadPoolExecutor(2) as pool:
         printed = [
             pool.submit(

@@ -47,11 +47,11 @@ step() {
 }
 
 # A short run from scratch: train NAME OVERRIDES...
-COMMON=(name=gpu_day stage.validation_sequences=0 stage.sample_tokens=0)
-SIX_STEPS=(stage.steps=6 stage.checkpoint_every_steps=3)
+COMMON=(name=gpu_day validation.sequences=0 samples.tokens=0)
+SIX_STEPS=(task.steps=6 checkpointing.every_steps=3)
 ONE_RANK=(parallelism=one_rank schedule=1f1b model.mtp_depth=0 dispatch=local)
-TINY=(model=tiny stage.steps=2 stage.checkpoint_every_steps=2 stage.sequence_length_tokens=32
-    stage.micro_batch_sequences=1 stage.global_batch_sequences=2 data.tokenizer_vocab_size=320 data=files
+TINY=(model=tiny task.steps=2 checkpointing.every_steps=2 batch.sequence_length_tokens=32
+    batch.micro_sequences=1 batch.global_sequences=2 data.tokenizer_vocab_size=320 data=files
     "data.paths=[kernels]" "data.cache_dir=$OUT/cache")
 train() {
     local name=$1

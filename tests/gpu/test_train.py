@@ -12,8 +12,8 @@ NUM_STEPS = 6
 CHOICES = (
     *("model=tiny", "model.mtp_depth=0", "parallelism=one_rank", "schedule=1f1b", "dispatch=local"),
     *("data=files", "data.paths=[kernels]", "data.tokenizer_vocab_size=320", "optim/schedule=constant"),
-    *("stage.sequence_length_tokens=128", "stage.global_batch_sequences=8", "stage.micro_batch_sequences=4"),
-    *(f"stage.steps={NUM_STEPS}", "stage.validation_sequences=0", "stage.sample_tokens=0"),
+    *("batch.sequence_length_tokens=128", "batch.global_sequences=8", "batch.micro_sequences=4"),
+    *(f"task.steps={NUM_STEPS}", "validation.sequences=0", "samples.tokens=0"),
     # FP8's products and TMA need rows of 16 bytes and more.
     *("model.hidden_size=128", "model.num_layers=2", "model.dense_intermediate_size=256"),
     *("model.expert_intermediate_size=128", "model.q_lora_rank=64", "model.kv_lora_rank=64"),

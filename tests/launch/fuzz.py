@@ -141,8 +141,8 @@ def _at_odds(random: Random, leaves: dict[str, Any]) -> Invalid:
         (
             Invalid((f"parallelism.pipeline={odd}", "schedule=dualpipe"), ("parallelism.pipeline",)),
             Invalid(("parallelism.data=4", f"parallelism.expert={odd}"), ("parallelism.expert",)),
-            Invalid((f"stage.global_batch_sequences={8 * odd + 1}",), ("stage.global_batch_sequences",)),
-            Invalid((f"stage.sequence_length_tokens={large}",), ("stage.sequence_length_tokens",)),
+            Invalid((f"batch.global_sequences={8 * odd + 1}",), ("batch.global_sequences",)),
+            Invalid((f"batch.sequence_length_tokens={large}",), ("batch.sequence_length_tokens",)),
             Invalid(
                 (f"model.num_routed_experts={16 * odd + 1}",), ("model.num_routed_experts", "model.num_expert_groups")
             ),
@@ -153,8 +153,8 @@ def _at_odds(random: Random, leaves: dict[str, Any]) -> Invalid:
             Invalid((f"optim.schedule.warmup={large}",), ("optim.schedule.warmup",)),
             Invalid((f"optim.schedule.decay_start={large} steps",), ("optim.schedule.decay_start",)),
             Invalid(("optim=adamw_v3", f"optim.schedule.last_learning_rate={large}"), ("last_learning_rate",)),
-            Invalid((f"stage.mtp_loss_weight=[{large}]",), ("stage.mtp_loss_weight",)),
-            Invalid((f"stage.bias_update_rate=[{{from_tokens:{odd},value:1}}]",), ("stage.bias_update_rate",)),
+            Invalid((f"task.mtp_loss_weight=[{large}]",), ("task.mtp_loss_weight",)),
+            Invalid((f"task.bias_update_rate=[{{from_tokens:{odd},value:1}}]",), ("task.bias_update_rate",)),
             Invalid(("precision=float64",), ("optim.sharding",)),
             Invalid(("precision=fp8", "recompute=[norm]"), ("recompute",)),
             Invalid(("optim.moments=bf16", "optim.beta2=0.99"), ("optim.beta2",)),

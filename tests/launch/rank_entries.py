@@ -73,7 +73,7 @@ def one_raises(config: TrainConfig) -> int:
 
 def one_refuses(config: TrainConfig) -> int:
     if rank() == 1:
-        raise ConfigError("stage.steps: must be luckier")
+        raise ConfigError("task.steps: must be luckier")
     sleep_on()
     return 0
 

@@ -7,8 +7,8 @@ from launch.config.errors import ConfigError
 
 
 def test_compose_gives_plain_values() -> None:
-    values = compose("train", ["experiment=quickstart", "stage.steps=7", "name=x"])
-    assert values["stage"]["steps"] == 7
+    values = compose("train", ["experiment=quickstart", "task.steps=7", "name=x"])
+    assert values["task"]["steps"] == 7
     assert values["name"] == "x"
     assert values["parallelism"] == {"pipeline": 4, "data": 2, "expert": 2}
     assert type(values["parallelism"]) is dict
@@ -36,7 +36,7 @@ def test_compose_every_default_is_an_option() -> None:
     [
         ("optim.learing_rate=1", ["optim.learing_rate: unknown key", "did you mean optim.learning_rate"]),
         ("learning_rate=1", ["learning_rate: unknown key", "did you mean optim.learning_rate"]),
-        ("stage.step=1", ["stage.step: unknown key", "did you mean stage.steps"]),
+        ("stage.step=1", ["stage.step: unknown key", "did you mean task.steps"]),
         ("expermient=quickstart", ["expermient: unknown key", "did you mean experiment"]),
         ("data.paths=[a]", ["data.paths: unknown key", "data=files"]),
         ("optim.learning_rate.x=3", ["optim.learning_rate.x: unknown key"]),
@@ -50,7 +50,7 @@ def test_compose_every_default_is_an_option() -> None:
         ("+model=tiny", ["+model=tiny", "model=option"]),
         ("model@other=tiny", ["model@other", "model=option"]),
         ("data=files", ["data.paths: a value is needed"]),
-        ("stage.steps=???", ["stage.steps: a value is needed"]),
+        ("task.steps=???", ["task.steps: a value is needed"]),
         ("name=${nope}", ["name: ", "nope"]),
         ("name=${oc.env:NOT_SET_ANYWHERE}", ["name: ", "NOT_SET_ANYWHERE"]),
         ("seed", ["seed: is not an override", "key=value"]),

@@ -25,9 +25,9 @@ RAMP = "{start_sequences:%d,end_tokens:1000,num_sizes:%d}"
 
 # What an option cannot be chosen without.
 NEEDS = {
-    "parallelism=v3_2048_ranks": ["model=v3_671b", "cluster=h800", "stage.global_batch_sequences=8192",
-                                  "stage.validation_sequences=8192", "cluster.memory_bytes=null"],
-    "parallelism=eight_ranks": ["stage.global_batch_sequences=32"],
+    "parallelism=v3_2048_ranks": ["model=v3_671b", "cluster=h800", "batch.global_sequences=8192",
+                                  "validation.sequences=8192", "cluster.memory_bytes=null"],
+    "parallelism=eight_ranks": ["batch.global_sequences=32"],
     "model=tiny": ["data.tokenizer_vocab_size=300"],
     "dispatch=deepep": ["cluster=h800", "precision=bf16", "model.hidden_size=256"],
     "data=files": ["data.paths=[pyproject.toml]"],
@@ -114,11 +114,9 @@ def test_config_every_number_has_a_range_or_is_checked_where_it_belongs(tmp_path
         for group in ("model", "dispatch", "optim", "optim/schedule", "guard")
         for choice in options(group)
     ]
-    choices += ["cluster=h800", "ema.decay=0.9", "stage.checkpoint_keep=2", f"stage.batch_ramp={RAMP % (4, 4)}"]
+    choices += ["cluster=h800", "ema.decay=0.9", "checkpointing.keep=2", f"batch.ramp={RAMP % (4, 4)}"]
     weights = place_weights(tmp_path / "weights")
-    keys = {
-        key for choice in choices for key in numbers(build(choice, f"init_from={weights}", "stage.checkpoint_keep=3"))
-    }
+    keys = {key for choice in choices for key in numbers(build(choice, f"init_from={weights}", "checkpointing.keep=3"))}
     assert {key for key in keys if not key.startswith(("data.", "costs."))} == {
         key for key in ranged_keys() if not key.startswith("data.")
     }
@@ -142,12 +140,12 @@ def test_config_quickstart_feeds_dualpipe_fully() -> None:
 @pytest.mark.parametrize(
     ("overrides", "parts"),
     [
-        (["stage.steps=0"], ["stage.steps", "above 0", "is 0", "least is 1"]),
+        (["task.steps=0"], ["task.steps", "above 0", "is 0", "least is 1"]),
         (["optim.learning_rate=-1"], ["optim.learning_rate", "above 0", "-1.0"]),
         (["optim.beta2=1"], ["optim.beta2", "below 1", "1.0"]),
         (["seed=-1"], ["seed", "0 or above", "-1"]),
         (
-            ["parallelism.data=4", "parallelism.expert=3", "stage.micro_batch_sequences=1"],
+            ["parallelism.data=4", "parallelism.expert=3", "batch.micro_sequences=1"],
             ["parallelism.expert", "parallelism.data=4", "is 3", "2 or 4"],
         ),
         (["parallelism.expert=2"], ["parallelism.expert", "parallelism.data=1", "is 2", "valid: 1"]),
@@ -191,10 +189,10 @@ def test_config_quickstart_feeds_dualpipe_fully() -> None:
         (["model.num_limited_groups=5"], ["model.num_limited_groups", "num_expert_groups=4", "is 5", "valid: 4"]),
         (["model.num_experts_per_token=10"], ["model.num_experts_per_token", "at most 8", "is 10"]),
         (["model.num_experts_per_token=32"], ["model.num_experts_per_token", "at most 8", "is 32"]),
-        (["stage.global_batch_sequences=15"], ["stage.global_batch_sequences", "= 2", "is 15", "14 or 16"]),
-        (["stage.sequence_length_tokens=5000"], ["stage.sequence_length_tokens", "4096", "is 5000"]),
-        (["stage.sequence_length_tokens=1"], ["stage.sequence_length_tokens", "model.mtp_depth=1", "valid: 2"]),
-        (["stage.validation_sequences=20"], ["stage.validation_sequences", "=16", "is 20", "16 or 32"]),
+        (["batch.global_sequences=15"], ["batch.global_sequences", "= 2", "is 15", "14 or 16"]),
+        (["batch.sequence_length_tokens=5000"], ["batch.sequence_length_tokens", "4096", "is 5000"]),
+        (["batch.sequence_length_tokens=1"], ["batch.sequence_length_tokens", "model.mtp_depth=1", "valid: 2"]),
+        (["validation.sequences=20"], ["validation.sequences", "=16", "is 20", "16 or 32"]),
         (["optim.schedule.final_ratio=1.5"], ["optim.schedule.final_ratio", "between 0 and 1", "is 1.5"]),
         (["optim=adamw_v3", "optim.schedule.final_learning_rate=1"],
             ["optim.schedule.final_learning_rate", "optim.learning_rate=0.00022", "is 1.0"]),
@@ -218,25 +216,25 @@ def test_config_quickstart_feeds_dualpipe_fully() -> None:
         (["optim/schedule=wsd", "optim.schedule.decay_end=50 %"],
             ["optim.schedule.decay_end: unknown key here", "optim/schedule=cosine"]),
         (["optim/schedule=wsd", "optim.schedule.decay_shape=sqrt"], ["optim.schedule.decay_shape", "one_minus_sqrt"]),
-        (["stage.mtp_loss_weight=-1"], ["stage.mtp_loss_weight", "0 or above", "is -1"]),
-        (["stage.mtp_loss_weight=much"], ["stage.mtp_loss_weight", "a number, or a list", "is 'much'"]),
-        (["stage.bias_update_rate=[]"], ["stage.bias_update_rate", "from_tokens: 0", "is []"]),
-        (["stage.bias_update_rate=[{from_tokens:5,value:1}]"], ["stage.bias_update_rate", "from_tokens: 0"]),
-        (["stage.bias_update_rate=[{from_tokens:0,value:1},{from_tokens:0,value:2}]"],
-            ["stage.bias_update_rate", "must grow", "are 0, 0"]),
-        (["stage.bias_update_rate=[{from_tokens:0,value:1},{from_tokens:1.5,value:2}]"],
-            ["stage.bias_update_rate", "whole number", "is 1.5"]),
-        (["stage.bias_update_rate=[{from_tokens:0,valu:1}]"], ["stage.bias_update_rate", "value", "valu"]),
-        ([f"stage.batch_ramp={RAMP % (4, 1)}"], ["stage.batch_ramp.num_sizes", "at least 2", "is 1", "null"]),
-        ([f"stage.batch_ramp={RAMP % (4, 17)}"], ["stage.batch_ramp.num_sizes", "at most", "is 17", "valid: 16"]),
-        ([f"stage.batch_ramp={RAMP % (16, 2)}"], ["stage.batch_ramp.start_sequences", "below", "is 16"]),
-        ([f"stage.batch_ramp={RAMP % (0, 2)}"], ["stage.batch_ramp.start_sequences", "above 0", "is 0"]),
-        ([f"stage.batch_ramp={RAMP % (3, 2)}"], ["stage.batch_ramp", "= 2", "one is 3", "start_sequences=2 or 4"]),
-        ([f"stage.batch_ramp={RAMP % (4, 6)}"], ["stage.batch_ramp", "= 2", "num_sizes"]),
-        ([f"stage.batch_ramp={RAMP % (4, 4)}", "schedule=auto"], ["schedule.kind", "is auto", "dualpipe_split"]),
+        (["task.mtp_loss_weight=-1"], ["task.mtp_loss_weight", "0 or above", "is -1"]),
+        (["task.mtp_loss_weight=much"], ["task.mtp_loss_weight", "a number, or a list", "is 'much'"]),
+        (["task.bias_update_rate=[]"], ["task.bias_update_rate", "from_tokens: 0", "is []"]),
+        (["task.bias_update_rate=[{from_tokens:5,value:1}]"], ["task.bias_update_rate", "from_tokens: 0"]),
+        (["task.bias_update_rate=[{from_tokens:0,value:1},{from_tokens:0,value:2}]"],
+            ["task.bias_update_rate", "must grow", "are 0, 0"]),
+        (["task.bias_update_rate=[{from_tokens:0,value:1},{from_tokens:1.5,value:2}]"],
+            ["task.bias_update_rate", "whole number", "is 1.5"]),
+        (["task.bias_update_rate=[{from_tokens:0,valu:1}]"], ["task.bias_update_rate", "value", "valu"]),
+        ([f"batch.ramp={RAMP % (4, 1)}"], ["batch.ramp.num_sizes", "at least 2", "is 1", "null"]),
+        ([f"batch.ramp={RAMP % (4, 17)}"], ["batch.ramp.num_sizes", "at most", "is 17", "valid: 16"]),
+        ([f"batch.ramp={RAMP % (16, 2)}"], ["batch.ramp.start_sequences", "below", "is 16"]),
+        ([f"batch.ramp={RAMP % (0, 2)}"], ["batch.ramp.start_sequences", "above 0", "is 0"]),
+        ([f"batch.ramp={RAMP % (3, 2)}"], ["batch.ramp", "= 2", "one is 3", "start_sequences=2 or 4"]),
+        ([f"batch.ramp={RAMP % (4, 6)}"], ["batch.ramp", "= 2", "num_sizes"]),
+        ([f"batch.ramp={RAMP % (4, 4)}", "schedule=auto"], ["schedule.kind", "is auto", "dualpipe_split"]),
         (
-            [f"stage.batch_ramp={RAMP % (4, 4)}", "schedule=dualpipe"],
-            ["stage.batch_ramp", "at least 4 micro-batches", "4 sequences has 2"],
+            [f"batch.ramp={RAMP % (4, 4)}", "schedule=dualpipe"],
+            ["batch.ramp", "at least 4 micro-batches", "4 sequences has 2"],
         ),
         (["ema.decay=1"], ["ema.decay", "below 1", "is 1.0"]),
         (["profile.steps=[3,101]"], ["profile.steps", "1 to 100", "one is 101", "nearest valid: 100"]),
@@ -280,10 +278,10 @@ def test_config_refuses_what_no_run_can_follow(overrides: list[str], parts: list
         (CutError, ["schedule=zb_v", "parallelism.pipeline=4"], ["model.num_layers", "8", "parallelism.pipeline=2"]),
         (
             ScheduleError,
-            ["stage.global_batch_sequences=2", "stage.validation_sequences=2", "schedule=dualpipe"],
-            ["stage.global_batch_sequences: ", "at least 4", "has 1", "nearest: 4", "= 2 sequences"],
+            ["batch.global_sequences=2", "validation.sequences=2", "schedule=dualpipe"],
+            ["batch.global_sequences: ", "at least 4", "has 1", "nearest: 4", "= 2 sequences"],
         ),
-        (CutError, ["parallelism.pipeline=8", "stage.global_batch_sequences=32"], ["model.num_layers", "8"]),
+        (CutError, ["parallelism.pipeline=8", "batch.global_sequences=32"], ["model.num_layers", "8"]),
         (DataError, ["data=files", "data.paths=[no/such/place]"], ["data.paths", "no/such/place"]),
         (DataError, ["data.validation_fraction=1"], ["data.validation_fraction", "1.0"]),
         (DataError, ["data.fim_rate=2"], ["data.fim_rate", "2.0"]),
@@ -309,7 +307,7 @@ def test_config_a_refusal_always_starts_with_a_dotted_key() -> None:
     for wrong in (
         replace(config, name="?"),
         replace(config, seed=-1),
-        replace(config, stage=replace(config.stage, global_batch_sequences=3)),
+        replace(config, batch=replace(config.batch, global_sequences=3)),
     ):
         with pytest.raises(ConfigError) as refused:
             check(wrong)

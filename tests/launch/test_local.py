@@ -67,7 +67,7 @@ def members(session: int) -> list[int]:
 ENDS = {
     "all_reduced": (6, ""),
     "one_raises": (1, r"error: rank 2: RuntimeError: the first line\nthe whole traceback is in (.*)\n"),
-    "one_refuses": (2, r"error: stage\.steps: must be luckier\nthe whole traceback is in (.*)\n"),
+    "one_refuses": (2, r"error: task\.steps: must be luckier\nthe whole traceback is in (.*)\n"),
     "one_exits": (75, r"error: rank 1 ended with exit code 75\n"),
     "one_is_killed": (78, r"error: rank 3 is lost: it was ended by SIGKILL\n"),
     "one_vanishes": (78, r"error: rank 1 ended with exit code 0 before the run was done\n"),
@@ -115,7 +115,7 @@ def test_local_exit_code_and_error_are_those_of_the_rank_that_fails_first(tmp_pa
 
 STATES = {
     "one_raises": (1, "stopped", "rank 2: RuntimeError: the first line"),
-    "one_refuses": (2, "stopped", "stage.steps: must be luckier"),
+    "one_refuses": (2, "stopped", "task.steps: must be luckier"),
     "one_is_killed": (78, "lost", "rank 3 is lost: it was ended by SIGKILL"),
     "one_is_stopped": (76, "lost", "rank 2 did not come within 4 s"),
 }

@@ -24,12 +24,12 @@ V3 = (
     "precision=fp8",
     "optim=adamw_v3",
     "dispatch=two_hop",
-    "stage.sequence_length_tokens=4096",
-    "stage.global_batch_sequences=15360",
-    "stage.validation_sequences=0",
-    "stage.micro_batch_sequences=1",
+    "batch.sequence_length_tokens=4096",
+    "batch.global_sequences=15360",
+    "validation.sequences=0",
+    "batch.micro_sequences=1",
 )
-RAMP = "stage.batch_ramp={start_sequences:3072,end_tokens:469000000000,num_sizes:5}"
+RAMP = "batch.ramp={start_sequences:3072,end_tokens:469000000000,num_sizes:5}"
 
 
 def make_config(*overrides: str) -> TrainConfig:
@@ -44,9 +44,9 @@ def refusal(config: TrainConfig) -> str:
 
 def test_deepseek_v3_fits_80_gb_with_one_sequence_and_not_with_two() -> None:
     check_memory(make_config(*V3), _check_rules)
-    message = refusal(make_config(*V3, "stage.micro_batch_sequences=2"))
+    message = refusal(make_config(*V3, "batch.micro_sequences=2"))
     assert message.startswith("memory: rank 2 needs 127.0 GB of 84.9 (activations 86.5, ")
-    assert message.endswith("; nearest: stage.micro_batch_sequences=1")
+    assert message.endswith("; nearest: batch.micro_sequences=1")
 
 
 def test_deepseek_v3_takes_less_than_two_seconds_and_no_torch() -> None:
@@ -75,7 +75,7 @@ def test_the_start_of_a_ramp_is_scheduled_so_that_it_fits() -> None:
 
 
 def test_without_memory_bytes_nothing_is_checked() -> None:
-    config = make_config(*V3, "stage.micro_batch_sequences=2", "cluster.memory_bytes=null")
+    config = make_config(*V3, "batch.micro_sequences=2", "cluster.memory_bytes=null")
     started = time.process_time()
     check_memory(config, _check_rules)
     assert time.process_time() - started < 0.05
@@ -84,9 +84,9 @@ def test_without_memory_bytes_nothing_is_checked() -> None:
 @pytest.mark.parametrize(
     ("share", "overrides", "nearest"),
     [
-        (0.99, ("recompute=[norm]", "stage.micro_batch_sequences=1"), "recompute=[norm,mla_up,swiglu]"),
-        (0.95, ("precision=bf16", "stage.micro_batch_sequences=1"), "optim.moments=bf16"),
-        (0.5, ("stage.micro_batch_sequences=1",), "none; closest "),
+        (0.99, ("recompute=[norm]", "batch.micro_sequences=1"), "recompute=[norm,mla_up,swiglu]"),
+        (0.95, ("precision=bf16", "batch.micro_sequences=1"), "optim.moments=bf16"),
+        (0.5, ("batch.micro_sequences=1",), "none; closest "),
     ],
 )
 def test_nearest_changes_are_computed(share: float, overrides: tuple[str, ...], nearest: str) -> None:
@@ -98,9 +98,9 @@ def test_nearest_changes_are_computed(share: float, overrides: tuple[str, ...], 
 
 
 def test_a_nearest_change_passes_when_it_is_made() -> None:
-    config = make_config("model=quickstart", "stage.micro_batch_sequences=4", "cluster.memory_bytes=250000000")
+    config = make_config("model=quickstart", "batch.micro_sequences=4", "cluster.memory_bytes=250000000")
     text = refusal(config).partition("nearest: ")[2]
-    again = make_config("model=quickstart", "stage.micro_batch_sequences=4", "cluster.memory_bytes=250000000", text)
+    again = make_config("model=quickstart", "batch.micro_sequences=4", "cluster.memory_bytes=250000000", text)
     check_memory(again, _check_rules)
 
 

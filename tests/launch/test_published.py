@@ -123,7 +123,7 @@ def trained(published: tuple[Path, dict[str, dict[str, Tensor]]]) -> dict[str, S
         config = run_config(folder, name, "one", f"run_{name}")
         file = folder / name / ("tiktoken.model" if name == "kimi_k2" else "tokenizer.json")
         configs[name] = replace(
-            config, data=replace(config.data, tokenizer=str(file)), stage=replace(config.stage, steps=1)
+            config, data=replace(config.data, tokenizer=str(file)), task=replace(config.task, steps=1)
         )
     config = configs["v3"]
     model = replace(config.model, mtp_depth=0)

@@ -52,7 +52,7 @@ def test_recipes_are_those_of_this_table() -> None:
 def test_recipe_passes_the_whole_check(folder: Path, name: str) -> None:
     config = build(folder, name)
     check(config)
-    assert not schedule_warnings(config.optim, config.batch_sizes, config.stage.steps)
+    assert not schedule_warnings(config.optim, config.batch_sizes, config.task.steps)
     assert config.name == name
     assert config.num_micro_batches >= 2 * config.parallelism.pipeline
 
@@ -61,15 +61,15 @@ def test_recipe_passes_the_whole_check(folder: Path, name: str) -> None:
 def test_recipe_for_gpus_is_a_real_run(folder: Path, name: str) -> None:
     """None of what suits a hundred steps on a laptop."""
     config = build(folder, name)
-    stage, (ranks, nodes, tokens) = config.stage, SIZES[name]
+    task, (ranks, nodes, tokens) = config.task, SIZES[name]
     assert config.parallelism.world_size == ranks
     assert ranks // config.cluster.ranks_per_node == nodes
-    before, after = (config.batch_sizes.tokens_before(steps) for steps in (stage.steps - 1, stage.steps))
+    before, after = (config.batch_sizes.tokens_before(steps) for steps in (task.steps - 1, task.steps))
     assert before < tokens <= after
-    assert stage.bias_update_rate.at(0) == 1e-3
-    assert stage.validate_every_steps >= 500
-    assert stage.checkpoint_every_steps >= 500
-    assert stage.sequence_length_tokens >= 2048
+    assert task.bias_update_rate.at(0) == 1e-3
+    assert config.validation.every_steps >= 500
+    assert config.checkpointing.every_steps >= 500
+    assert config.batch.sequence_length_tokens >= 2048
     assert config.cluster.device == "cuda"
     assert config.cluster.memory_bytes is not None
 
@@ -85,7 +85,8 @@ def test_recipe_says_what_its_user_must_give(folder: Path, name: str, keys: tupl
 def test_recipe_v3_is_the_published_run(folder: Path) -> None:
     """arXiv:2412.19437, sections 3 and 4.2."""
     config = build(folder, "v3_671b")
-    stage, model, optim, mesh = config.stage, config.model, config.optim, config.parallelism
+    task, batch = config.task, config.batch
+    model, optim, mesh = config.model, config.optim, config.parallelism
     assert (mesh.pipeline, mesh.data, mesh.expert, mesh.world_size) == (16, 128, 64, 2048)
     assert (config.dispatch.kind, config.dispatch.payload, config.precision.kind) == ("two_hop", "fp8", "fp8")
     assert config.schedule.kind.startswith("dualpipe")
@@ -97,15 +98,15 @@ def test_recipe_v3_is_the_published_run(folder: Path) -> None:
         "bf16",
     )
     assert (model.rope_scaling.kind, model.max_position_tokens, model.initializer_range) == ("plain", 4096, 0.006)
-    assert (stage.sequence_length_tokens, stage.micro_batch_sequences, stage.document_mask) == (4096, 1, False)
-    assert stage.balance_loss_weight == 1e-4
+    assert (batch.sequence_length_tokens, batch.micro_sequences, batch.document_mask) == (4096, 1, False)
+    assert task.balance_loss_weight == 1e-4
     assert config.data.fim_rate == 0.1
-    assert stage.batch_ramp == BatchRamp(start_sequences=3072, end_tokens=469 * 10**9, num_sizes=5)
+    assert batch.ramp == BatchRamp(start_sequences=3072, end_tokens=469 * 10**9, num_sizes=5)
     sizes = config.batch_sizes
-    assert (sizes.sequences(0), sizes.sequences(stage.steps - 1)) == (3072, 15_360)
-    assert [sizes.tokens_before(stage.steps) // 10**9, stage.steps] == [14_800, 247_199]
+    assert (sizes.sequences(0), sizes.sequences(task.steps - 1)) == (3072, 15_360)
+    assert [sizes.tokens_before(task.steps) // 10**9, task.steps] == [14_800, 247_199]
     # The learning rate, the MTP loss weight and the router bias rate just before and after each change, by tokens.
-    steps = {at: next(s for s in range(at // (15_360 * 4096), stage.steps) if sizes.tokens_before(s) >= at) for at in (
+    steps = {at: next(s for s in range(at // (15_360 * 4096), task.steps) if sizes.tokens_before(s) >= at) for at in (
         5 * T, 10 * T, 1215 * T // 100, 143 * T // 10, 145 * T // 10, 14_633 * 10**9)}  # fmt: skip
     seen = {at: rates_of(config, sizes, step) for at, step in steps.items()}
     published = {5: 2.2e-4, 10: 2.2e-4, 12.15: 1.21e-4, 14.3: 2.2e-5, 14.5: 2.2e-5, 14.633: 7.3e-6}
@@ -118,8 +119,8 @@ def test_recipe_v3_is_the_published_run(folder: Path) -> None:
 
 
 def test_recipe_v3_with_two_sequences_a_micro_batch_does_not_fit(folder: Path) -> None:
-    with pytest.raises(ConfigError, match=r"^memory: rank \d+ needs .* of 84.9.*stage.micro_batch_sequences=1"):
-        check(build(folder, "v3_671b", "stage.micro_batch_sequences=2"))
+    with pytest.raises(ConfigError, match=r"^memory: rank \d+ needs .* of 84.9.*batch.micro_sequences=1"):
+        check(build(folder, "v3_671b", "batch.micro_sequences=2"))
 
 
 def test_recipe_v3_model_is_the_released_one_without_yarn(folder: Path) -> None:

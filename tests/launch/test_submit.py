@@ -36,8 +36,8 @@ def test_script_asks_for_what_the_layout_needs(
     monkeypatch.chdir(tmp_path)
     script = rendered(
         capsys,
-        *("model=v3_671b", "parallelism=v3_2048_ranks", "stage.global_batch_sequences=8192", "name=big"),
-        *("stage.validation_sequences=8192", "slurm.partition=gpu", "slurm.account=lab", "slurm.time=2-12"),
+        *("model=v3_671b", "parallelism=v3_2048_ranks", "batch.global_sequences=8192", "name=big"),
+        *("validation.sequences=8192", "slurm.partition=gpu", "slurm.account=lab", "slurm.time=2-12"),
         *("slurm.signal_seconds=900", "slurm.setup=[module load cuda]", "slurm.extra=[--exclusive]"),
         *("out_dir=runs/big", "cluster.max_restarts=5"),
     )
@@ -71,7 +71,7 @@ def test_script_asks_for_what_the_layout_needs(
 def test_script_of_every_kind_is_shell(capsys: pytest.CaptureFixture[str]) -> None:
     for overrides in (
         [],
-        ["cluster=laptop", "experiment=quickstart", "slurm.requeue=false", 'stage.sample_prompt="it\'s $HOME"'],
+        ["cluster=laptop", "experiment=quickstart", "slurm.requeue=false", 'samples.prompt="it\'s $HOME"'],
         ["slurm.image=registry/torch:1", "slurm.gpus_per_node=0", "slurm.cpus_per_node=3"],
     ):
         script = rendered(capsys, *overrides)
@@ -110,7 +110,7 @@ def test_job_keeps_the_cluster_of_a_recipe_for_gpus(given: list[str], cluster: s
 
 @pytest.mark.parametrize("chosen", [[], ["cluster=laptop"], ["experiment=two_nodes", "seed=3", "resume=auto"]])
 def test_job_trains_what_was_checked(chosen: list[str], tmp_path: Path) -> None:
-    given = [*chosen, f"out_dir={tmp_path}", "slurm.time=60", "dry_run=true", "stage.sample_prompt='a, b'"]
+    given = [*chosen, f"out_dir={tmp_path}", "slurm.time=60", "dry_run=true", "samples.prompt='a, b'"]
     values = compose("submit", given)
     ours = {key: value for key, value in values.items() if key not in own_keys("submit")}
     job = job_overrides(given, str(tmp_path))

@@ -72,7 +72,7 @@ def test_tokenizer_of_a_run_that_goes_on_is_the_one_it_was_given(weights: Path, 
 
 
 def test_tokenizer_must_fit_the_model(weights: Path) -> None:
-    choices = ("data.tokenizer_vocab_size=99999", "stage.steps=1")  # the size is ignored
+    choices = ("data.tokenizer_vocab_size=99999", "task.steps=1")  # the size is ignored
     check(replace(build(f"init_from={weights}", f"model.vocab_size={VOCAB_SIZE}", *choices), init_from=None))
     with pytest.raises(ConfigError) as refused:
         check(build(f"data.tokenizer={weights}", *choices))

@@ -19,7 +19,7 @@ from data.loader import Batch, Loader
 from data.prepare import prepare
 from dualpipe.config import ScheduleConfig, ScheduleKind
 from tests.ranks import run_ranks
-from tests.tiny import MODEL, STAGE, tiny_config, write_text
+from tests.tiny import BATCH, MODEL, TASK, tiny_config, write_text
 from tests.train.job import open_assembly
 from train.checkpoint import load as checkpoint
 from train.config import TrainConfig
@@ -87,7 +87,8 @@ def config_at(folder: Path, place: Place, *, mtp_depth: int = 0) -> TrainConfig:
         schedule=ScheduleConfig(kind=place.kind, pairing="overlapped"),
         dispatch=local if place.expert == 1 else exchange,
         model=replace(MODEL, num_layers=8, mtp_depth=mtp_depth),
-        stage=replace(STAGE, micro_batch_sequences=place.micro, steps=STEPS_BEFORE + STEPS_AFTER),
+        batch=replace(BATCH, micro_sequences=place.micro),
+        task=replace(TASK, steps=STEPS_BEFORE + STEPS_AFTER),
     )
 
 
@@ -113,7 +114,7 @@ def begin(rank: int, world_size: int, configs: Sequence[TrainConfig]) -> list[tu
 
 
 def _begin(config: TrainConfig) -> tuple[Path, Part]:
-    assembly, prepared = open_assembly(config), prepare(config.data, config.stage.sequence_length_tokens)
+    assembly, prepared = open_assembly(config), prepare(config.data, config.batch.sequence_length_tokens)
     loader = WatchedLoader(prepared, sizes=config.batch_sizes, seed=config.data.seed)
     loader.watch()
     for step in range(STEPS_BEFORE):
@@ -131,7 +132,7 @@ def go_on(rank: int, world_size: int, jobs: Sequence[tuple[TrainConfig, Path]]) 
 
 
 def _go_on(config: TrainConfig, folder: Path) -> Part:
-    assembly, prepared = open_assembly(config), prepare(config.data, config.stage.sequence_length_tokens)
+    assembly, prepared = open_assembly(config), prepare(config.data, config.batch.sequence_length_tokens)
     loader = WatchedLoader(prepared, sizes=config.batch_sizes, seed=config.data.seed)
     samples = loader.watch()
     checkpoint.load(assembly, folder)

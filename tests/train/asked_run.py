@@ -157,8 +157,8 @@ def run_choices(folder: Path, chain: str = "calm") -> list[str]:
     """Of every life, but its folder; of four ranks, or of two where the chain says so."""
     ranks = ["parallelism=two_ranks"] if chain == "calm_of_two" else []
     return [
-        *(*choices(folder), "resume=auto", f"stage.steps={NUM_STEPS}", "stage.validate_every_steps=2"),
-        *("stage.checkpoint_every_steps=4", "track.picture_every_steps=3", "cluster.timeout_seconds=60"),
+        *(*choices(folder), "resume=auto", f"task.steps={NUM_STEPS}", "validation.every_steps=2"),
+        *("checkpointing.every_steps=4", "track.picture_every_steps=3", "cluster.timeout_seconds=60"),
         *ranks,
     ]
 

@@ -105,9 +105,9 @@ def choices(folder: Path) -> list[str]:
     return [
         *("model=tiny", "parallelism=four_ranks", "data=files", f"data.paths=[{folder / 'text'}]"),
         *(f"data.cache_dir={folder / 'cache'}", "data.tokenizer_vocab_size=320", "data.validation_fraction=0.2"),
-        *("stage.sequence_length_tokens=32", "stage.global_batch_sequences=8", "stage.micro_batch_sequences=1"),
-        *("stage.validation_sequences=8", "stage.validate_every_steps=1", "stage.checkpoint_every_steps=1"),
-        *("stage.steps=3", "stage.sample_prompt=", f"cluster.timeout_seconds={DEADLINE_SECONDS}"),
+        *("batch.sequence_length_tokens=32", "batch.global_sequences=8", "batch.micro_sequences=1"),
+        *("validation.sequences=8", "validation.every_steps=1", "checkpointing.every_steps=1"),
+        *("task.steps=3", "samples.prompt=", f"cluster.timeout_seconds={DEADLINE_SECONDS}"),
     ]
 
 

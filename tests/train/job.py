@@ -69,7 +69,7 @@ def open_assembly(config: TrainConfig, schedule: Schedule | None = None) -> Asse
 
 def open_loader(config: TrainConfig) -> Loader:
     """The run's data."""
-    prepared = prepare(config.data, config.stage.sequence_length_tokens)
+    prepared = prepare(config.data, config.batch.sequence_length_tokens)
     return Loader(prepared, sizes=config.batch_sizes, seed=config.data.seed)
 
 
@@ -159,11 +159,11 @@ def _plain_step(
 ) -> Seen:
     rates = rates_of(config, loader.sizes, step)
     config = sized_config(config, loader.sizes.sequences(step))
-    stage, depth = config.stage, config.model.mtp_depth
-    size, device = stage.micro_batch_sequences, torch.device("cpu")
-    reads = range(0, stage.global_batch_sequences, size)
+    depth = config.model.mtp_depth
+    size, device = config.batch.micro_sequences, torch.device("cpu")
+    reads = range(0, config.batch.global_sequences, size)
     batches = [
-        to_micro_batch(loader.batch(step, first, size), depth, device, masks_documents=stage.document_mask)
+        to_micro_batch(loader.batch(step, first, size), depth, device, masks_documents=config.batch.document_mask)
         for first in reads
     ]
     counts = sum(torch.tensor([int((t >= 0).sum()) for t in batch.targets_BT]) for batch in batches)
@@ -182,7 +182,9 @@ def _plain_step(
         router.load.zero_()
     totals = sums.settle().tolist()
     means = [total / count for total, count in zip(totals[:-1], counts.tolist(), strict=True)]
-    balance = totals[-1] / stage.global_batch_sequences
-    total = means[0] + rates.mtp_loss_weight * sum(means[1:]) / max(depth, 1) + stage.balance_loss_weight * balance
+    balance = totals[-1] / config.batch.global_sequences
+    total = (
+        means[0] + rates.mtp_loss_weight * sum(means[1:]) / max(depth, 1) + config.task.balance_loss_weight * balance
+    )
     weights = {name: tensor.clone() for name, tensor in named_tensors(model).items()}
     return Seen([*means, balance, total], norm, gradients, weights)

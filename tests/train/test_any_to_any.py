@@ -7,7 +7,7 @@ import pytest
 
 from comm.config import ParallelismConfig
 from tests.ranks import run_ranks
-from tests.tiny import OPTIM, STAGE, tiny_config, write_text
+from tests.tiny import BATCH, OPTIM, TASK, tiny_config, write_text
 from tests.train.any_to_any import PLACES, TOLERANCE, begin, compare, go_on, merged
 from train.config import PrecisionConfig
 
@@ -46,7 +46,8 @@ def test_any_to_any_sharded_bf16_state_goes_from_four_ranks_to_one_and_back(fold
             folder,
             out_dir=str(folder / f"{moments}_{size}"),
             parallelism=ParallelismConfig(pipeline=1, data=size, expert=min(size, 2)),
-            stage=replace(STAGE, micro_batch_sequences=4, steps=12),
+            batch=replace(BATCH, micro_sequences=4),
+            task=replace(TASK, steps=12),
             precision=PrecisionConfig(kind="bf16"),
             optim=replace(OPTIM, sharding="zero1", moments=moments),  # type: ignore[arg-type]
         )

@@ -43,7 +43,7 @@ def test_balance_is_the_same_on_every_rank_and_as_one_rank_alone_sees_it(tmp_pat
     )
     (expected, biases), *_ = run_ranks(1, balances, alone)
     of_ranks = run_ranks(4, balances, spread)
-    tokens = alone.stage.global_batch_sequences * alone.stage.sequence_length_tokens
+    tokens = alone.batch.global_sequences * alone.batch.sequence_length_tokens
     for balance in expected:
         assert list(balance.layers) == [1, 2, 3, 4]
         assert balance.load_LE.sum(1).tolist() == [tokens * alone.model.num_experts_per_token] * 4

@@ -20,8 +20,8 @@ def choices_of(folder: Path, name: str, *overrides: str) -> list[str]:
     return [
         *("-m", "launch.train", f"name={name}", f"out_dir={folder / name}", "model=tiny", "parallelism=four_ranks"),
         *("data=files", f"data.paths=[{folder / 'text'}]", f"data.cache_dir={folder / 'cache'}"),
-        *("data.tokenizer_vocab_size=320", "data.validation_fraction=0.2", "stage.validation_sequences=8"),
-        *("stage.sequence_length_tokens=32", "stage.global_batch_sequences=8", "stage.micro_batch_sequences=1"),
+        *("data.tokenizer_vocab_size=320", "data.validation_fraction=0.2", "validation.sequences=8"),
+        *("batch.sequence_length_tokens=32", "batch.global_sequences=8", "batch.micro_sequences=1"),
         *overrides,
     ]
 
@@ -55,10 +55,10 @@ def test_resumed_run_equals_unbroken_bitwise(folder: Path, kind: str, choices: t
     choices += ("optim.schedule.warmup=3 steps", "optim.schedule.decay_end=8 steps")
     whole, half = f"whole_{kind}", f"half_{kind}"
     for name, steps in ((whole, 8), (half, 4)):
-        done = run_train(folder, name, f"stage.steps={steps}", "stage.sample_prompt=", *choices)
+        done = run_train(folder, name, f"task.steps={steps}", "samples.prompt=", *choices)
         assert done.returncode == 0, done.stderr
     again = f"again_{kind}"
-    done = run_train(folder, again, "stage.steps=8", f"resume={folder / half}", "stage.sample_prompt=", *choices)
+    done = run_train(folder, again, "task.steps=8", f"resume={folder / half}", "samples.prompt=", *choices)
     assert done.returncode == 0, done.stderr
     assert "learning rate: 2.742e-03 in step 5" in done.stdout.partition("resumed after step 4")[2]
     unbroken, first, second = (read_metrics(folder, name) for name in (whole, half, again))
@@ -74,9 +74,9 @@ def test_run_leaves_what_the_documentation_names(folder: Path) -> None:
     done = run_train(
         folder,
         "files",
-        "stage.steps=3",
-        "stage.checkpoint_every_steps=2",
-        "stage.sample_prompt=a1 b2",
+        "task.steps=3",
+        "checkpointing.every_steps=2",
+        "samples.prompt=a1 b2",
         "track=wandb_offline",
         "profile.steps=[2]",
         "profile.ranks=[0,3]",
@@ -113,7 +113,7 @@ def test_run_leaves_what_the_documentation_names(folder: Path) -> None:
 @pytest.mark.slow
 def test_sample_of_no_tokens_is_not_made(folder: Path) -> None:
     alone = ("parallelism=one_rank", "schedule=1f1b", "cluster.ranks_per_node=1")
-    done = run_train(folder, "unsampled", *alone, "stage.steps=1", "stage.sample_prompt=a1", "stage.sample_tokens=0")
+    done = run_train(folder, "unsampled", *alone, "task.steps=1", "samples.prompt=a1", "samples.tokens=0")
     assert done.returncode == 0, done.stderr
     assert "checkpoint" in done.stdout
     assert "continuation" not in done.stdout
@@ -123,7 +123,7 @@ def test_sample_of_no_tokens_is_not_made(folder: Path) -> None:
 def test_same_seed_gives_the_same_first_loss_under_every_layout(folder: Path) -> None:
     first = []
     for index, layout in enumerate((("parallelism=four_ranks",), ("parallelism=one_rank", "schedule=1f1b"))):
-        choices = ("stage.steps=1", "stage.sample_prompt=", "precision=float64", "optim.sharding=replicated")
+        choices = ("task.steps=1", "samples.prompt=", "precision=float64", "optim.sharding=replicated")
         done = run_train(folder, f"layout_{index}", *choices, *layout, "cluster.ranks_per_node=1")
         assert done.returncode == 0, done.stderr
         first.append(read_metrics(folder, f"layout_{index}")[0]["loss"])
@@ -137,11 +137,11 @@ def test_non_finite_step_ends_every_rank_with_its_exit_code(folder: Path, choice
         folder,
         f"wild_{len(choices)}",
         *choices,
-        "stage.steps=40",
+        "task.steps=40",
         "optim.learning_rate=1e30",
         "optim/schedule=constant",
         "optim.schedule.warmup=0",
-        "stage.sample_prompt=",
+        "samples.prompt=",
     )
     assert done.returncode == 77, done.stdout + done.stderr
     assert re.search("error: (loss|gradient norm) is (inf|nan)", done.stdout + done.stderr)
@@ -150,7 +150,7 @@ def test_non_finite_step_ends_every_rank_with_its_exit_code(folder: Path, choice
 
 @pytest.mark.slow
 def test_torchrun_over_two_nodes_equals_the_bare_command(folder: Path) -> None:
-    choices = ("stage.steps=2", "stage.sample_prompt=", "precision=float64", "optim.sharding=replicated")
+    choices = ("task.steps=2", "samples.prompt=", "precision=float64", "optim.sharding=replicated")
     done = run_train(folder, "bare", *choices)
     assert done.returncode == 0, done.stderr
     with socket.socket() as probe:

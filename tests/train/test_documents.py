@@ -30,9 +30,9 @@ def make_config(folder: Path, kind: Literal["1f1b", "dualpipe"], pipeline: int, 
         parallelism=ParallelismConfig(pipeline=pipeline, data=1, expert=1),
         schedule=ScheduleConfig(kind=kind, pairing="overlapped"),
     )
-    stage = replace(config.stage, document_mask=True, sequence_length_tokens=64, global_batch_sequences=8)
+    batch = replace(config.batch, document_mask=True, sequence_length_tokens=64, global_sequences=8)
     model = replace(config.model, num_layers=max(3, pipeline), mtp_depth=depth)
-    return replace(config, stage=stage, model=model)
+    return replace(config, batch=batch, model=model)
 
 
 def train_and_validate(rank: int, world_size: int, config: TrainConfig) -> tuple[list[list[Seen]], float]:
@@ -55,9 +55,9 @@ def plain_validation(config: TrainConfig) -> float:
     initialise(model, config.seed)
     depth, loader, num_targets = config.model.mtp_depth, open_loader(config), 0
     sums, objective = LossSums([0.0] * (depth + 1)), Objective(cross_entropy=(0.0,) * (depth + 1), balance=0.0)
-    for first in range(config.stage.global_batch_sequences):
+    for first in range(config.batch.global_sequences):
         read = loader.batch(0, first, 1)
-        batch = to_micro_batch(read, depth, torch.device("cpu"), masks_documents=config.stage.document_mask)
+        batch = to_micro_batch(read, depth, torch.device("cpu"), masks_documents=config.batch.document_mask)
         model.loss(batch, objective, sums)
         num_targets += int((batch.targets_BT[0] >= 0).sum())
     return float(sums.settle()[0]) / num_targets
@@ -77,5 +77,5 @@ def test_many_ranks_with_masked_documents_equal_one_rank(
         assert_equal([seen[0][step] for seen, _ in results], plain[step], 1e-10)
     expected = plain_validation(config)
     assert [validation for _, validation in results] == pytest.approx([expected] * pipeline, rel=1e-12)
-    unmasked = replace(config, stage=replace(config.stage, document_mask=False))
+    unmasked = replace(config, batch=replace(config.batch, document_mask=False))
     assert abs(plain_validation(unmasked) - expected) > 1e-6

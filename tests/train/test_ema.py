@@ -14,7 +14,7 @@ from data.prepare import prepare
 from dualpipe.config import ScheduleConfig
 from model.transformer import BIAS, Transformer, initialise, named_tensors
 from tests.ranks import run_ranks
-from tests.tiny import MODEL, STAGE, tiny_config, write_text
+from tests.tiny import BATCH, MODEL, tiny_config, write_text
 from tests.train.job import open_assembly, open_loader
 from train.assemble import Assembly
 from train.checkpoint.load import load, save
@@ -99,7 +99,7 @@ def _resumed(rank: int, world_size: int, config: TrainConfig) -> list[dict[str, 
     for step in range(4):
         train_step(whole, loader, step)
         if step == 1:
-            folder = save(whole, 2, prepare(config.data, config.stage.sequence_length_tokens))
+            folder = save(whole, 2, prepare(config.data, config.batch.sequence_length_tokens))
     found.append(_averages(whole))
     again = open_assembly(config)
     load(again, folder)
@@ -109,7 +109,7 @@ def _resumed(rank: int, world_size: int, config: TrainConfig) -> list[dict[str, 
     without = open_assembly(replace(config, ema=EmaConfig(decay=None)))
     assert without.ema is None
     train_step(without, loader, 0)
-    bare = save(without, 1, prepare(config.data, config.stage.sequence_length_tokens))
+    bare = save(without, 1, prepare(config.data, config.batch.sequence_length_tokens))
     load(again, bare)
     found.append(_averages(again))
     found.append({name: tensor.float().clone() for name, tensor in named_tensors(without.model).items()})
@@ -121,7 +121,7 @@ def _resumed(rank: int, world_size: int, config: TrainConfig) -> list[dict[str, 
 @pytest.mark.slow
 def test_ema_resumed_is_that_of_an_unbroken_run_bitwise_and_the_same_on_one_rank(tmp_path: Path) -> None:
     write_text(tmp_path)
-    alone = tiny_config(tmp_path, ema=EmaConfig(decay=0.9), stage=replace(STAGE, global_batch_sequences=8))
+    alone = tiny_config(tmp_path, ema=EmaConfig(decay=0.9), batch=replace(BATCH, global_sequences=8))
     spread = replace(
         alone,
         parallelism=ParallelismConfig(pipeline=2, data=2, expert=2),

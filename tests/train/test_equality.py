@@ -131,8 +131,8 @@ def scheduled(folder: Path, schedule: Schedule, data: int = 1, expert: int = 1) 
     both_ends = schedule.num_directions == 2 or len(ends) == 1
     model = replace(config.model, num_layers=max(3, schedule.num_stages), mtp_depth=1 if both_ends else 0)
     batch = schedule.num_micro_batches * data
-    stage = replace(config.stage, global_batch_sequences=batch, sequence_length_tokens=12)
-    return Job(config=replace(config, model=model, stage=stage), starved=1, schedule=schedule)
+    sizes = replace(config.batch, global_sequences=batch, sequence_length_tokens=12)
+    return Job(config=replace(config, model=model, batch=sizes), starved=1, schedule=schedule)
 
 
 def assert_schedules_equal_one_rank(world_size: int, jobs: Sequence[Job]) -> None:

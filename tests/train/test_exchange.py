@@ -88,10 +88,10 @@ def test_records_of_a_step_add_up_and_ranks_agree_on_the_order(folder: Path) -> 
         assert layer["lower_bound_share"] == 1.0
         assert 1.0 <= layer["nodes_per_token"] <= 2.0
         assert layer["nic_imbalance"] >= 1.0
-    stage = config.stage
-    hidden_bytes = stage.micro_batch_sequences * stage.sequence_length_tokens * config.model.hidden_size * 8
+    batch = config.batch
+    hidden_bytes = batch.micro_sequences * batch.sequence_length_tokens * config.model.hidden_size * 8
     messages = metrics["inter_node_bytes"] - sum(layer["bytes_across_nodes"] for layer in layers.values())
-    assert messages == 2 * stage.global_batch_sequences * hidden_bytes  # pipeline ranks sit on different nodes
+    assert messages == 2 * batch.global_sequences * hidden_bytes  # pipeline ranks sit on different nodes
     by_group: dict[str, set[str]] = {}
     for _, hashes in results:
         for group, digest in hashes.items():

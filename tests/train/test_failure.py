@@ -27,10 +27,10 @@ def test_error_of_one_rank_amid_a_step_ends_all_with_its_own_words(
     write_text(tmp_path)
     choices = [
         *(f"out_dir={tmp_path / 'run'}", "model=tiny", f"parallelism.pipeline={pipeline}", "model.num_layers=8"),
-        *("parallelism.data=1", "parallelism.expert=1", "stage.validation_sequences=0", "stage.sample_prompt="),
+        *("parallelism.data=1", "parallelism.expert=1", "validation.sequences=0", "samples.prompt="),
         *("data=files", f"data.paths=[{tmp_path / 'text'}]", f"data.cache_dir={tmp_path / 'cache'}"),
-        *("data.tokenizer_vocab_size=320", "stage.sequence_length_tokens=32", "stage.global_batch_sequences=16"),
-        *("stage.micro_batch_sequences=1", "data.validation_fraction=0.2"),
+        *("data.tokenizer_vocab_size=320", "batch.sequence_length_tokens=32", "batch.global_sequences=16"),
+        *("batch.micro_sequences=1", "data.validation_fraction=0.2"),
     ]
     command = [sys.executable, "-m", "tests.train.failing_rank", where, str(rank), *choices]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)

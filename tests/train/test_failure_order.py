@@ -9,7 +9,7 @@ from comm.config import DispatchConfig, ParallelismConfig, TwoHopDispatchConfig
 from comm.watchdog.operation_log import OperationLog
 from dualpipe.config import ScheduleConfig
 from tests.ranks import run_ranks
-from tests.tiny import STAGE, tiny_config, write_text
+from tests.tiny import VALIDATION, tiny_config, write_text
 from tests.train.job import open_assembly, open_loader
 from train.config import TrainConfig
 from train.loop import validate
@@ -53,7 +53,7 @@ def test_operations_of_every_group_have_one_order_on_all_its_ranks(
         tmp_path,
         parallelism=ParallelismConfig(pipeline=2, data=data, expert=data),
         schedule=ScheduleConfig(kind="dualpipe", pairing="overlapped"),
-        stage=replace(STAGE, validation_sequences=16),
+        validation=replace(VALIDATION, sequences=16),
     )
     seen = run_ranks(2 * data, _steps, config if dispatch is None else replace(config, dispatch=dispatch))
     groups, names = _check_order(seen), set().union(*(names for _, _, names in seen))

@@ -13,7 +13,7 @@ from data.prepare import prepare
 from dualpipe.config import ScheduleConfig
 from kernels.quantize.packed import packed_bytes
 from tests.ranks import run_ranks
-from tests.tiny import MODEL, OPTIM, STAGE, tiny_config, write_text
+from tests.tiny import BATCH, MODEL, OPTIM, tiny_config, write_text
 from tests.train.job import Job, Seen, open_assembly, open_loader, run_jobs
 from tests.train.test_equality import assert_same, in_sequence, relative_error
 from tests.train.test_exchange import _count_one_step as count_one_step
@@ -53,7 +53,7 @@ def make_config(folder: Path, pipeline: int, data: int, **changes: object) -> Tr
         schedule=ScheduleConfig(kind="1f1b" if pipeline == 1 else "dualpipe", pairing="overlapped"),
         precision=Fp8PrecisionConfig(kind="fp8", scales="float32"),
         optim=replace(OPTIM, sharding="zero1", moments="bf16"),
-        stage=replace(STAGE, global_batch_sequences=4 * data),
+        batch=replace(BATCH, global_sequences=4 * data),
         model=SHAPE,
     )
     return replace(config, **changes)  # type: ignore[arg-type]
@@ -61,8 +61,8 @@ def make_config(folder: Path, pipeline: int, data: int, **changes: object) -> Tr
 
 def masked(config: TrainConfig) -> TrainConfig:
     """Documents do not see each other; scales are powers of two."""
-    stage = replace(config.stage, document_mask=True, sequence_length_tokens=40)
-    return replace(config, stage=stage, precision=Fp8PrecisionConfig(kind="fp8", scales="power_of_two"))
+    batch = replace(config.batch, document_mask=True, sequence_length_tokens=40)
+    return replace(config, batch=batch, precision=Fp8PrecisionConfig(kind="fp8", scales="power_of_two"))
 
 
 def is_expert(name: str) -> bool:
@@ -85,7 +85,7 @@ def test_pipeline_with_experts_over_data_ranks_gives_the_same_bits_in_every_orde
     for rank in results:
         assert_same(rank[0], rank[1])
         assert_same(rank[2], rank[3])
-    alone = make_config(folder, 1, 1, stage=config.stage)
+    alone = make_config(folder, 1, 1, batch=config.batch)
     plain = run_ranks(1, run_jobs, [Job(config=alone, starved=1)], 1)[0][0][0]
     for rank in results:
         assert rank[0][0].losses == plain.losses
@@ -148,8 +148,8 @@ def test_rows_and_their_gradients_go_out_in_fp8_and_come_back_in_bf16(folder: Pa
     """Bytes as the run's own account has them, predicted and counted, in FP8 and in bf16."""
     hidden = 256
     model = replace(SHAPE, num_layers=2, hidden_size=hidden)
-    stage = replace(STAGE, global_batch_sequences=2, sequence_length_tokens=12)
-    config = nodes_of_one(make_config(folder, 1, 2, model=model, stage=stage))
+    batch = replace(BATCH, global_sequences=2, sequence_length_tokens=12)
+    config = nodes_of_one(make_config(folder, 1, 2, model=model, batch=batch))
     assert packed_bytes(hidden) == hidden + 4 * 2
     weight, plain = Part(1, torch.float32), Part(hidden, torch.bfloat16)
     packed = Part(packed_bytes(hidden), torch.uint8)
@@ -167,7 +167,7 @@ def test_rows_and_their_gradients_go_out_in_fp8_and_come_back_in_bf16(folder: Pa
 
 def go_on(rank: int, world_size: int, config: TrainConfig) -> tuple[Seen, Seen, Path]:
     """Two steps, a checkpoint and a third step: by the same run, and by one that starts from the checkpoint."""
-    loader, prepared = open_loader(config), prepare(config.data, config.stage.sequence_length_tokens)
+    loader, prepared = open_loader(config), prepare(config.data, config.batch.sequence_length_tokens)
     first = open_assembly(config)
     for step in range(2):
         train_step(first, loader, step)
@@ -186,13 +186,13 @@ def go_on(rank: int, world_size: int, config: TrainConfig) -> tuple[Seen, Seen, 
 
 @pytest.mark.slow
 def test_resumed_run_equals_unbroken_bitwise_and_bf16_does_not_go_on(folder: Path) -> None:
-    stage = replace(STAGE, global_batch_sequences=2)
-    config = make_config(folder, 1, 2, out_dir=str(folder / "resumed"), stage=stage)
+    batch = replace(BATCH, global_sequences=2)
+    config = make_config(folder, 1, 2, out_dir=str(folder / "resumed"), batch=batch)
     for unbroken, resumed, _ in (found := run_ranks(2, go_on, config)):
         assert_same([unbroken], [resumed])
         moments = {value.dtype for name, value in resumed.gradients.items() if "exp_avg" in name}
         assert moments == {torch.bfloat16}
-    later = replace(config, stage=replace(config.stage, steps=3))
+    later = replace(config, task=replace(config.task, steps=3))
     check_manifest(found[0][2], later)
     with pytest.raises(CheckpointError, match=r"precision\.kind is fp8 there and bf16 here"):
         check_manifest(found[0][2], replace(later, precision=PrecisionConfig(kind="bf16")))

@@ -55,10 +55,10 @@ def test_what_no_run_in_fp8_can_follow_is_refused(override: str, parts: list[str
 
 @pytest.mark.slow
 def test_resumed_command_equals_unbroken_bitwise(folder: Path) -> None:
-    done = train(folder, "whole", "precision=fp8", "stage.steps=2", "stage.checkpoint_every_steps=1")
+    done = train(folder, "whole", "precision=fp8", "task.steps=2", "checkpointing.every_steps=1")
     assert done.returncode == 0, done.stderr
     from_first = f"resume={folder / 'whole' / 'checkpoints' / 'step-00000001'}"
-    done = train(folder, "again", "precision=fp8", "stage.steps=2", from_first)
+    done = train(folder, "again", "precision=fp8", "task.steps=2", from_first)
     assert done.returncode == 0, done.stderr
     unbroken, again = read_metrics(folder, "whole"), read_metrics(folder, "again")
     assert [line["step"] for line in again] == [2]

@@ -17,7 +17,7 @@ from data.prepare import Prepared, prepare
 from dualpipe.config import ScheduleConfig
 from model.transformer import named_tensors
 from tests.ranks import run_ranks
-from tests.tiny import OPTIM, STAGE, tiny_config, write_text
+from tests.tiny import BATCH, CHECKPOINTING, OPTIM, TASK, tiny_config, write_text
 from tests.train.job import open_assembly
 from train.assemble import Assembly
 from train.checkpoint.slices import Slice
@@ -105,7 +105,9 @@ def make_job(folder: Path, name: str, kind: str, guard: GuardConfig, bad: dict[i
         out_dir=str(folder / f"{name}-{kind}"),
         parallelism=ParallelismConfig(pipeline=2, data=2, expert=2),
         schedule=ScheduleConfig(kind="dualpipe", pairing="overlapped"),
-        stage=replace(STAGE, steps=6, checkpoint_every_steps=2, global_batch_sequences=8),
+        task=replace(TASK, steps=6),
+        checkpointing=replace(CHECKPOINTING, every_steps=2),
+        batch=replace(BATCH, global_sequences=8),
         optim=optim,
         precision=precision,
         guard=guard,
@@ -150,7 +152,7 @@ def _run(rank: int, world_size: int, jobs: list[Job]) -> list[tuple[str, dict[st
 def _run_one(rank: int, job: Job) -> tuple[str, dict[str, Tensor]]:
     config, out_dir = job.config, Path(job.config.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
-    prepared: Prepared = prepare(config.data, config.stage.sequence_length_tokens)
+    prepared: Prepared = prepare(config.data, config.batch.sequence_length_tokens)
     assembly = open_assembly(config)
     reporter = Reporter(None, [JsonLines(out_dir / "metrics.jsonl", 0)] if rank == 0 else [])
     training = Training(SizedAssemblies(assembly, {}), prepared, reporter, StatusFile(out_dir, rank == 0), 0)
@@ -193,7 +195,7 @@ def ends(folder: Path) -> dict[str, list[tuple[str, dict[str, Tensor]]]]:
         jobs[f"roll_back-{kind}"] = make_job(folder, "roll_back", kind, ROLL_BACK, BAD)
         jobs[f"stop-{kind}"] = make_job(folder, "stop", kind, STOP, BAD)
         cut = make_job(folder, "cut", kind, STOP, {})
-        jobs[f"cut-{kind}"] = replace(cut, config=replace(cut.config, stage=replace(cut.config.stage, steps=3)))
+        jobs[f"cut-{kind}"] = replace(cut, config=replace(cut.config, task=replace(cut.config.task, steps=3)))
     jobs["loss-float64"] = make_job(folder, "loss", "float64", SKIP, {-4: (1, math.inf)})
     jobs["spike-float64"] = make_job(folder, "spike", "float64", replace(SKIP, spike_factor=20.0), {3: (1, 1e4)})
     jobs["often-float64"] = make_job(folder, "often", "float64", SKIP, dict.fromkeys((2, 3, 4), (0, math.inf)))
@@ -229,7 +231,7 @@ def test_skipped_batch_leaves_no_trace_but_its_record(ends: dict[str, Any], fold
     assert event["values"]["gradient norm"] == "nan"
     assert math.isfinite(event["values"]["loss"])
     config = make_job(folder, "any", kind, SKIP, {}).config
-    prepared = prepare(config.data, config.stage.sequence_length_tokens)
+    prepared = prepare(config.data, config.batch.sequence_length_tokens)
     order = SampleOrder(len(prepared.train_tokens_NL), config.data.seed)
     assert event["samples"] == order.indices(3, config.batch_sizes).tolist()
 

@@ -19,7 +19,7 @@ from tests.model.hf_checkpoints import (
     reference_logits,
 )
 from tests.ranks import run_ranks
-from tests.tiny import OPTIM, STAGE
+from tests.tiny import BATCH, OPTIM, TASK
 from tests.train.job import open_loader
 from tests.train.test_command import run_train
 from tests.train.weight_jobs import LAYOUTS, Started, run_config, start_jobs, use_broken
@@ -54,7 +54,7 @@ def merged(ranks: list[Started]) -> dict[str, Tensor]:
 def first_loss_of_transformers(folder: Path, config: TrainConfig) -> float:
     """Nats per predicted token of the first global batch."""
     model = DeepseekV3ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    batch = open_loader(config).batch(0, 0, config.stage.global_batch_sequences)
+    batch = open_loader(config).batch(0, 0, config.batch.global_sequences)
     micro_batch = to_micro_batch(batch, 0, torch.device("cpu"))
     logits_BTV = reference_logits(model, micro_batch.inputs_BT[0])
     return float(torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1), micro_batch.targets_BT[0].flatten()))
@@ -103,7 +103,7 @@ def test_start_first_loss_is_that_of_transformers(folder: Path, runs: dict[str, 
 def test_export_of_any_layout_is_the_same_model_to_transformers(
     folder: Path, runs: dict[str, list[Started]], tmp_path: Path
 ) -> None:
-    exported, prepared = {}, prepare(run_config(folder, "mtp", "one", "x").data, STAGE.sequence_length_tokens)
+    exported, prepared = {}, prepare(run_config(folder, "mtp", "one", "x").data, BATCH.sequence_length_tokens)
     for layout, ranks in runs.items():
         target = tmp_path / layout
         assert convert(["from=checkpoint", f"path={ranks[0].checkpoint}", f"to={target}", "dtype=float32"]) == 0
@@ -127,7 +127,7 @@ def test_start_from_a_run_of_another_layout_equals_its_export(
     """Our checkpoint and its export, one with 4 ranks as a run's folder, one converted, give the same first step."""
     assert convert(["from=checkpoint", f"path={folder / 'run_four'}", f"to={tmp_path / 'hf'}"]) == 0
     assert convert(["from=hf", f"path={tmp_path / 'hf'}", f"to={tmp_path / 'ours'}"]) == 0
-    config = run_config(folder, "mtp", "one", "x", stage=replace(STAGE, steps=1))
+    config = run_config(folder, "mtp", "one", "x", task=replace(TASK, steps=1))
     sources = [folder / "run_four", tmp_path / "hf", tmp_path / "ours"]
     ended = run("one", *(replace(config, init_from=str(source)) for source in sources))
     first = ended[0][0]
@@ -152,7 +152,7 @@ def test_start_the_optimisers_masters_follow(folder: Path) -> None:
             f"masters_{precision}",
             precision=PrecisionConfig(kind=precision),  # type: ignore[arg-type]
             optim=replace(OPTIM, sharding="zero1", learning_rate=1e-30),
-            stage=replace(STAGE, steps=1),
+            task=replace(TASK, steps=1),
         )
         for precision in ("float32", "bf16")
     ]
@@ -168,8 +168,8 @@ def test_start_says_what_is_not_as_it_was_there(folder: Path, tmp_path: Path) ->
     for path in (folder / "mtp").iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / "tokenizer.json").write_text("{}")
-    model, stage = replace(HfReader(folder / "plain").config, mtp_depth=1), replace(STAGE, steps=0)
-    config = run_config(folder, "plain", "one", "fresh", model=model, init_mtp="fresh", stage=stage)
+    model, task = replace(HfReader(folder / "plain").config, mtp_depth=1), replace(TASK, steps=0)
+    config = run_config(folder, "plain", "one", "fresh", model=model, init_mtp="fresh", task=task)
     longer = replace(model, max_position_tokens=128)
     other = replace(config, init_from=str(tmp_path), model=longer)
     (fresh,), (over,) = run("one", config, other)
@@ -199,7 +199,7 @@ def test_command_starts_from_a_hugging_face_folder_with_its_tokenizer_and_record
 ) -> None:
     tokenizer = write_released(folder / "mtp" / "tokenizer.json", ["a1 b2 c3"] * 20, highest_id=319)
     choices = ("model=of_checkpoint", "parallelism=one_rank", f"init_from={folder / 'mtp'}")
-    done = run_train(folder, "command", *choices, "stage.steps=1", "stage.sample_prompt=a1", "stage.sample_tokens=4")
+    done = run_train(folder, "command", *choices, "task.steps=1", "samples.prompt=a1", "samples.tokens=4")
     assert done.returncode == 0, done.stderr
     assert f"weights from {folder / 'mtp'}\n" in done.stdout
     assert f"tokenizer: that of {tokenizer}, not one of data.tokenizer_vocab_size; ids below 320" in done.stdout

@@ -48,7 +48,7 @@ def of_checkpoint(source: Path, *overrides: str) -> TrainConfig:
         "model=of_checkpoint",
         f"init_from={source}",
         "data.tokenizer_vocab_size=320",
-        "stage.sequence_length_tokens=32",
+        "batch.sequence_length_tokens=32",
         *overrides,
     )
 
@@ -75,7 +75,7 @@ def test_check_of_a_hugging_face_folder_needs_no_torch(folder: Path) -> None:
 import sys
 from launch.config.compose import compose
 from launch.config.run_config import check, read_config
-overrides = ["model=of_checkpoint", "data.tokenizer_vocab_size=320", "stage.sequence_length_tokens=32"]
+overrides = ["model=of_checkpoint", "data.tokenizer_vocab_size=320", "batch.sequence_length_tokens=32"]
 for name, change in (("mtp", "seed=1"), ("mtp", "+model.hidden_size=25"), ("plain", "+model.mtp_depth=1")):
     try:
         check(read_config(compose("train", [*overrides, f"init_from={folder}/{{name}}", change])))
@@ -90,7 +90,7 @@ print([name for name in ("torch", "safetensors", "transformers") if name in sys.
 
 def test_check_refuses_weights_beside_a_run_to_go_on_with(folder: Path) -> None:
     config = run_config(folder, "mtp", "one", "run")
-    config = replace(config, resume=str(folder / "run"), stage=replace(config.stage, steps=3))
+    config = replace(config, resume=str(folder / "run"), task=replace(config.task, steps=3))
     check(replace(config, init_from=None))
     with pytest.raises(ConfigError, match=r"^init_from: must be null beside resume="):
         check(config)

@@ -131,7 +131,7 @@ def test_learning_rate_over_a_growing_batch_is_measured_in_tokens() -> None:
             ["optim.schedule.warmup", "longer than the run", "200 steps"],
         ),
         (
-            ["optim.schedule.warmup=9 steps", "optim.schedule.decay_end=20 steps", "stage.steps=2000"],
+            ["optim.schedule.warmup=9 steps", "optim.schedule.decay_end=20 steps", "task.steps=2000"],
             ["optim.schedule.decay_end", "1 %", "2,000 steps"],
         ),
         (["optim=adamw_v3"], ["optim.schedule.warmup", "2000 steps"]),
@@ -141,7 +141,7 @@ def test_learning_rate_over_a_growing_batch_is_measured_in_tokens() -> None:
 )
 def test_schedule_that_does_not_suit_the_run_gives_a_warning(overrides: list[str], parts: list[str]) -> None:
     config = build(*overrides)
-    lines = schedule_warnings(config.optim, config.batch_sizes, config.stage.steps)
+    lines = schedule_warnings(config.optim, config.batch_sizes, config.task.steps)
     assert len(lines) == bool(parts)
     assert all(part in lines[0] for part in parts)
     assert all("\n" not in line for line in lines)

@@ -41,14 +41,12 @@ def test_manifest_other_samples_are_refused_with_both_fingerprints(tmp_path: Pat
         check_fingerprint(folder, "beef")
 
 
-@pytest.mark.parametrize(
-    "change", ["stage.global_batch_sequences=16", "stage.sequence_length_tokens=128", "data.seed=5"]
-)
+@pytest.mark.parametrize("change", ["batch.global_sequences=16", "batch.sequence_length_tokens=128", "data.seed=5"])
 def test_manifest_another_order_of_samples_is_refused(change: str, tmp_path: Path) -> None:
-    folder = save(tmp_path, 20, "stage.global_batch_sequences=32", "stage.validation_sequences=32")
+    folder = save(tmp_path, 20, "batch.global_sequences=32", "validation.sequences=32")
     key = change.partition("=")[0]
     with pytest.raises(CheckpointError, match=key.replace(".", r"\.")):
-        check_manifest(folder, build("stage.global_batch_sequences=32", "stage.validation_sequences=32", change))
+        check_manifest(folder, build("batch.global_sequences=32", "validation.sequences=32", change))
 
 
 def test_manifest_newest_complete_checkpoint_of_a_run_is_found(tmp_path: Path) -> None:
@@ -120,7 +118,7 @@ def test_manifest_other_numbers_are_refused(overrides: list[str], line: str, tmp
     "overrides",
     [
         ["parallelism=four_ranks"],
-        ["schedule=dualpipe_v", "stage.micro_batch_sequences=1"],
+        ["schedule=dualpipe_v", "batch.micro_sequences=1"],
         ["optim.sharding=replicated", "optim.moments=bf16"],
         ["dispatch=local", "parallelism=one_rank"],
     ],
@@ -141,9 +139,9 @@ def test_manifest_of_an_older_release_is_refused_in_one_line(tmp_path: Path) -> 
 
 def test_manifest_a_run_without_steps_left_is_refused(tmp_path: Path) -> None:
     folder = save(tmp_path, 120)
-    with pytest.raises(CheckpointError, match=r"^stage\.steps: must be above the 120 steps.*nearest valid: 121"):
-        check_manifest(folder, build("stage.steps=120"))
-    check_manifest(folder, build("stage.steps=121"))
+    with pytest.raises(CheckpointError, match=r"^task\.steps: must be above the 120 steps.*nearest valid: 121"):
+        check_manifest(folder, build("task.steps=120"))
+    check_manifest(folder, build("task.steps=121"))
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"format_version": 99, "step": 1}', '{"format_version": 1}', "3"])

@@ -21,7 +21,7 @@ from model.objective import LossSums
 from model.stage import StageRun
 from tests.dualpipe.random_schedules import bidirectional, random_schedule, v_shaped
 from tests.ranks import run_ranks
-from tests.tiny import STAGE, tiny_config, write_text
+from tests.tiny import BATCH, tiny_config, write_text
 from tests.train.job import open_assembly, open_loader
 from train.assemble import feed
 from train.config import TrainConfig
@@ -158,8 +158,8 @@ def test_live_activations_of_the_model_are_those_of_the_schedule(tmp_path: Path,
     jobs = []
     for schedule in schedules:
         config = tiny_config(tmp_path, parallelism=ParallelismConfig(pipeline=num_ranks, data=1, expert=1))
-        stage = replace(STAGE, global_batch_sequences=schedule.num_micro_batches, sequence_length_tokens=12)
-        jobs.append((replace(config, stage=stage), schedule))
+        batch = replace(BATCH, global_sequences=schedule.num_micro_batches, sequence_length_tokens=12)
+        jobs.append((replace(config, batch=batch), schedule))
     results = run_ranks(num_ranks, _watch_steps, jobs)
     for index, schedule in enumerate(schedules):
         peaks = peak_activations(schedule)

@@ -16,7 +16,7 @@ from train.records.metrics import Wandb, mfu
 
 def test_mfu_of_deepseek_v3_is_what_its_report_implies() -> None:
     """2.788M H800 hours, 2,664K of them for 14.8T tokens: 1,543 tokens a second and GPU (section 1)."""
-    choices = ["model=v3_671b", "parallelism=v3_2048_ranks", "cluster=h800", "stage.sequence_length_tokens=4096"]
+    choices = ["model=v3_671b", "parallelism=v3_2048_ranks", "cluster=h800", "batch.sequence_length_tokens=4096"]
     config = read_config(compose("train", choices))
     tokens_per_second = 14.8e12 / (2664e3 * 3600) * 2048
     assert mfu(config, tokens_per_second) == {"mfu": pytest.approx(0.39, abs=0.003)}

@@ -13,7 +13,7 @@ from torch import Tensor
 from comm.config import ParallelismConfig
 from data.prepare import prepare
 from tests.ranks import run_ranks
-from tests.tiny import OPTIM, STAGE, tiny_config, write_text
+from tests.tiny import BATCH, OPTIM, tiny_config, write_text
 from tests.train.job import Job, open_assembly, open_loader, run_jobs
 from tests.train.test_command import ROOT, read_metrics
 from train.checkpoint.load import load, save
@@ -35,7 +35,7 @@ def config_of(folder: Path, moments: Moments, kind: Literal["float32", "bf16"], 
     return tiny_config(
         folder,
         parallelism=ParallelismConfig(pipeline=1, data=data, expert=data),
-        stage=replace(STAGE, global_batch_sequences=8, micro_batch_sequences=4),
+        batch=replace(BATCH, global_sequences=8, micro_sequences=4),
         precision=PrecisionConfig(kind=kind),
         optim=replace(OPTIM, moments=moments, sharding="zero1"),
     )
@@ -54,7 +54,7 @@ def test_loss_is_near_that_with_moments_in_float32(folder: Path) -> None:
 
 def go_on(rank: int, world_size: int, config: TrainConfig, others: list[Moments]) -> dict[str, Any]:
     """Two steps and a checkpoint, which a run with each of the other moments goes on from; what it then finds."""
-    loader, prepared = open_loader(config), prepare(config.data, config.stage.sequence_length_tokens)
+    loader, prepared = open_loader(config), prepare(config.data, config.batch.sequence_length_tokens)
     first = open_assembly(config)
     for step in range(2):
         train_step(first, loader, step)
@@ -109,16 +109,16 @@ def train(folder: Path, name: str, *overrides: str) -> subprocess.CompletedProce
         *(sys.executable, "-m", "launch.train", f"name={name}", f"out_dir={folder / name}", "model=tiny"),
         *("parallelism=one_rank", "schedule=1f1b", "dispatch=local", "data=files", f"data.paths=[{folder / 'text'}]"),
         *(f"data.cache_dir={folder / 'cache'}", "data.tokenizer_vocab_size=320", "data.validation_fraction=0.2"),
-        *("stage.sequence_length_tokens=32", "stage.global_batch_sequences=8", "stage.micro_batch_sequences=4"),
-        *("stage.validation_sequences=0", "stage.validate_every_steps=0", "stage.sample_prompt=", *overrides),
+        *("batch.sequence_length_tokens=32", "batch.global_sequences=8", "batch.micro_sequences=4"),
+        *("validation.sequences=0", "validation.every_steps=0", "samples.prompt=", *overrides),
     ]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
 @pytest.mark.slow
 def test_resumed_command_equals_unbroken_bitwise(folder: Path) -> None:
-    choices = ("precision=bf16", "optim.moments=bf16", "stage.steps=4")
-    done = train(folder, "whole", *choices, "stage.checkpoint_every_steps=2")
+    choices = ("precision=bf16", "optim.moments=bf16", "task.steps=4")
+    done = train(folder, "whole", *choices, "checkpointing.every_steps=2")
     assert done.returncode == 0, done.stderr
     done = train(folder, "again", *choices, f"resume={folder / 'whole' / 'checkpoints' / 'step-00000002'}")
     assert done.returncode == 0, done.stderr

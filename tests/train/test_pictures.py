@@ -154,7 +154,7 @@ def test_bubble_counts_each_pipelines_own_time() -> None:
 @pytest.mark.slow
 def test_run_draws_when_due_and_writes_the_bubble_of_every_step(tmp_path: Path) -> None:
     write_text(tmp_path)
-    done = run_train(tmp_path, "drawn", "stage.steps=5", "stage.sample_prompt=", "track.picture_every_steps=2")
+    done = run_train(tmp_path, "drawn", "task.steps=5", "samples.prompt=", "track.picture_every_steps=2")
     assert done.returncode == 0, done.stderr
     drawn = [line.split()[1] for line in done.stdout.splitlines() if "planned and measured time" in line]
     assert drawn == ["2", "4", "5"]

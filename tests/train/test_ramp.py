@@ -15,7 +15,7 @@ from dualpipe.config import ScheduleConfig
 from dualpipe.generate.select import build
 from dualpipe.ir import ScheduleError
 from tests.ranks import run_ranks
-from tests.tiny import STAGE, tiny_config, write_text
+from tests.tiny import BATCH, tiny_config, write_text
 from tests.train.job import Job, open_assembly, run_jobs, run_plain
 from tests.train.test_command import read_metrics, run_train
 from train.config import TrainConfig
@@ -32,8 +32,8 @@ RAMP = BatchRamp(start_sequences=4, end_tokens=4 * 24 + 8 * 24, num_sizes=3)  # 
 @pytest.mark.slow
 def test_ramp_on_many_ranks_equals_a_plain_model(tmp_path: Path) -> None:
     write_text(tmp_path)
-    plain = tiny_config(tmp_path, stage=replace(STAGE, global_batch_sequences=12, batch_ramp=RAMP))
-    plain = replace(plain, stage=replace(plain.stage, mtp_loss_weight=MTP_WEIGHT, bias_update_rate=BIAS_RATE))
+    plain = tiny_config(tmp_path, batch=replace(BATCH, global_sequences=12, ramp=RAMP))
+    plain = replace(plain, task=replace(plain.task, mtp_loss_weight=MTP_WEIGHT, bias_update_rate=BIAS_RATE))
     assert [plain.batch_sizes.sequences(step) for step in range(4)] == [4, 4, 8, 12]
     rates = [rates_of(plain, plain.batch_sizes, step) for step in range(4)]
     assert [each.mtp_loss_weight for each in rates] == [0.3, 0.3, 0.3, 0.1]
@@ -60,17 +60,17 @@ def test_ramp_on_many_ranks_equals_a_plain_model(tmp_path: Path) -> None:
 def test_ramp_resumed_across_changes_of_size_equals_unbroken_bitwise(tmp_path: Path) -> None:
     write_text(tmp_path)
     # Of 32 tokens: steps 1 and 2 read 4 sequences, 3 and 4 read 6, later ones 8.
-    ramp = "stage.batch_ramp={start_sequences:4,end_tokens:600,num_sizes:3}"
-    choices = (ramp, "stage.sample_prompt=", "stage.validation_sequences=0")
+    ramp = "batch.ramp={start_sequences:4,end_tokens:600,num_sizes:3}"
+    choices = (ramp, "samples.prompt=", "validation.sequences=0")
     by_tokens = ("optim=adamw_v3", "optim.learning_rate=1e-2", "optim.schedule.warmup=1 steps")
     by_tokens += ("optim.schedule.decay_start=400 tokens", "optim.schedule.decay_end=1000 tokens")
     by_tokens += ("optim.schedule.last_start=1200 tokens",)
-    by_tokens += ("stage.mtp_loss_weight=[{from_tokens:0,value:0.3},{from_tokens:500,value:0.1}]",)
-    by_tokens += ("stage.bias_update_rate=[{from_tokens:0,value:1e-2},{from_tokens:300,value:0}]",)
+    by_tokens += ("task.mtp_loss_weight=[{from_tokens:0,value:0.3},{from_tokens:500,value:0.1}]",)
+    by_tokens += ("task.bias_update_rate=[{from_tokens:0,value:1e-2},{from_tokens:300,value:0}]",)
     for name, more in (
-        ("whole", ("stage.steps=6",)),
-        ("half", ("stage.steps=3",)),
-        ("again", ("stage.steps=6", f"resume={tmp_path / 'half'}")),
+        ("whole", ("task.steps=6",)),
+        ("half", ("task.steps=3",)),
+        ("again", ("task.steps=6", f"resume={tmp_path / 'half'}")),
     ):
         done = run_train(tmp_path, name, *choices, *by_tokens, *more)
         assert done.returncode == 0, done.stderr
@@ -99,6 +99,6 @@ def _misplaced(rank: int, world_size: int, config: TrainConfig) -> str:
 def test_ramp_whose_schedule_has_its_stages_elsewhere_is_refused(tmp_path: Path) -> None:
     write_text(tmp_path)
     ramp = BatchRamp(start_sequences=4, end_tokens=1, num_sizes=2)
-    config = tiny_config(tmp_path, stage=replace(STAGE, batch_ramp=ramp))
+    config = tiny_config(tmp_path, batch=replace(BATCH, ramp=ramp))
     (said,) = run_ranks(1, _misplaced, config)
-    assert said.startswith("stage.batch_ramp: every size must have its stages where 16 micro-batches have them")
+    assert said.startswith("batch.ramp: every size must have its stages where 16 micro-batches have them")

@@ -11,7 +11,7 @@ from torch import Tensor
 from comm.config import ParallelismConfig
 from data.prepare import prepare
 from tests.ranks import run_ranks
-from tests.tiny import OPTIM, STAGE, tiny_config, write_text
+from tests.tiny import BATCH, CHECKPOINTING, OPTIM, tiny_config, write_text
 from tests.train.job import open_assembly, open_loader
 from tests.train.test_optim_resume import copied
 from train.assemble import Assembly
@@ -53,7 +53,8 @@ def config_of(folder: Path, name: str) -> TrainConfig:
         folder,
         out_dir=str(folder / name),
         parallelism=ParallelismConfig(pipeline=1, data=2, expert=2),
-        stage=replace(STAGE, global_batch_sequences=8, micro_batch_sequences=4, checkpoint_keep=2),
+        batch=replace(BATCH, global_sequences=8, micro_sequences=4),
+        checkpointing=replace(CHECKPOINTING, keep=2),
     )
 
 
@@ -64,7 +65,7 @@ def run(rank: int, world_size: int, config: TrainConfig, waits: bool) -> tuple[l
     if rank == 0:
         (root / "step-00000009.partial").mkdir(parents=True)
         (root / "step-00000009.partial" / "left").write_text("over")
-    saver = Saver(assembly, prepare(config.data, config.stage.sequence_length_tokens), {"ema": Extra(2.0)})
+    saver = Saver(assembly, prepare(config.data, config.batch.sequence_length_tokens), {"ema": Extra(2.0)})
     assert saver.wait() is None
     losses, then = [], []
     for step in range(5):
@@ -115,7 +116,7 @@ def convert(rank: int, world_size: int, writer: TrainConfig, reader: TrainConfig
     first, loader = open_assembly(writer), open_loader(writer)
     for step in range(2):
         train_step(first, loader, step)
-    place = checkpoint.save(first, 2, prepare(writer.data, writer.stage.sequence_length_tokens))
+    place = checkpoint.save(first, 2, prepare(writer.data, writer.batch.sequence_length_tokens))
     second = open_assembly(reader)
     checkpoint.load(second, place)
     losses = [train_step(each, loader, step).losses.total for each in (first, second) for step in (2, 3, 4)]

@@ -26,7 +26,7 @@ def test_other_names(name: str) -> None:
         ("s3://user:hunter2@host/path", "s3://user:***@host/path"),
         ("slurm.setup=[export A_KEY=xyz]", "slurm.setup=[export A_KEY=***]"),
         ("num_experts_per_token=8 token: 12 key=null", "num_experts_per_token=8 token: 12 key=null"),
-        ("data.tokenizer=path stage.steps=3", "data.tokenizer=path stage.steps=3"),
+        ("data.tokenizer=path task.steps=3", "data.tokenizer=path task.steps=3"),
         ("the value long-secret-value stands alone", "the value *** stands alone"),
         ("short is a word", "short is a word"),
         ('prompt="a_key=abcdef123 "', 'prompt="a_key=*** "'),

@@ -92,7 +92,7 @@ def test_run_that_goes_on_by_itself_is_checked_against_what_is_there(tmp_path: P
     place(tmp_path / "run", 10)
     check(build(*auto))
     check(build(*auto, f"init_from={tmp_path / 'run'}"))  # of its first start; it is not read again
-    check(build(*auto, "stage.steps=10"))  # done but for its end
+    check(build(*auto, "task.steps=10"))  # done but for its end
     with pytest.raises(CheckpointError, match=r"model\.hidden_size"):
         check(build(*auto, "model.hidden_size=64"))
     with pytest.raises(ConfigError, match=r"^resume: auto looks for checkpoints in out_dir, which is empty"):

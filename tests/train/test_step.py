@@ -55,10 +55,10 @@ def test_objective_divides_by_global_counts(tmp_path: Path) -> None:
 def test_validation_part_too_small_for_a_pass_is_refused(tmp_path: Path) -> None:
     write_text(tmp_path, 20)
     config = tiny_config(tmp_path)
-    stage = replace(config.stage, global_batch_sequences=512, validation_sequences=512)
-    with pytest.raises(DataError, match=r"stage\.validation_sequences.*512.*nearest valid"):
-        prepare_corpus(replace(config, stage=stage))
-    prepare_corpus(replace(config, stage=replace(stage, validation_sequences=0)))
+    batch, validation = replace(config.batch, global_sequences=512), replace(config.validation, sequences=512)
+    with pytest.raises(DataError, match=r"validation\.sequences.*512.*nearest valid"):
+        prepare_corpus(replace(config, batch=batch, validation=validation))
+    prepare_corpus(replace(config, batch=batch))
 
 
 def test_run_that_goes_on_in_its_folder_takes_back_later_lines(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from data.prepare import prepare
 from dualpipe.config import ScheduleConfig
 from model.hf.reader import HfReader
 from model.transformer import named_tensors
-from tests.tiny import STAGE, tiny_config
+from tests.tiny import TASK, tiny_config
 from tests.train.job import open_assembly, open_loader
 from train.checkpoint import load as checkpoint
 from train.checkpoint.initial_weights import load_initial
@@ -41,7 +41,7 @@ def run_config(folder: Path, source: str, layout: str, name: str, **changes: obj
         model=HfReader(folder / source).config,
         parallelism=parallelism,
         schedule=ScheduleConfig(kind=schedule, pairing="overlapped"),  # type: ignore[arg-type]
-        stage=replace(STAGE, bias_update_rate=TokenSchedule.constant(0.01)),
+        task=replace(TASK, bias_update_rate=TokenSchedule.constant(0.01)),
     )
     return replace(config, **changes)  # type: ignore[arg-type]
 
@@ -64,11 +64,11 @@ def start_jobs(rank: int, world_size: int, configs: list[TrainConfig], saves: bo
 
 def _start(config: TrainConfig, saves: bool) -> Started:
     assembly, loader = open_assembly(config), open_loader(config)
-    prepared = prepare(config.data, config.stage.sequence_length_tokens)
+    prepared = prepare(config.data, config.batch.sequence_length_tokens)
     said = load_initial(assembly, prepared.tokenizer)
     first = copies(assembly.model)
-    losses = [train_step(assembly, loader, step).losses.main for step in range(config.stage.steps)]
-    folder = checkpoint.save(assembly, config.stage.steps, prepared) if saves else None
+    losses = [train_step(assembly, loader, step).losses.main for step in range(config.task.steps)]
+    folder = checkpoint.save(assembly, config.task.steps, prepared) if saves else None
     started = Started(said=said, first=first, last=copies(assembly.model), losses=losses, checkpoint=folder)
     dist.barrier()
     assembly.close()
@@ -77,7 +77,7 @@ def _start(config: TrainConfig, saves: bool) -> Started:
 
 def use_broken(rank: int, world_size: int, config: TrainConfig) -> tuple[str, str]:
     """What going on from a checkpoint with a file cut short says, and what saving on a disk that is full does."""
-    assembly, prepared = open_assembly(config), prepare(config.data, config.stage.sequence_length_tokens)
+    assembly, prepared = open_assembly(config), prepare(config.data, config.batch.sequence_length_tokens)
     read = written = ""
     folder = checkpoint.save(assembly, 0, prepared)
     if rank == 0:

@@ -192,10 +192,10 @@ def check_manifest(path: Path, config: TrainConfig) -> None:
             f"resume: {path} was written under another precision or order of samples: {'; '.join(others)}; a run goes "
             f"on with those that it began with, init_from={path} starts a new one from its weights"
         )
-    if config.stage.steps <= manifest["step"]:
+    if config.task.steps <= manifest["step"]:
         raise CheckpointError(
-            f"stage.steps: must be above the {manifest['step']} steps that {path} has done, "
-            f"is {config.stage.steps}; nearest valid: {manifest['step'] + 1}"
+            f"task.steps: must be above the {manifest['step']} steps that {path} has done, "
+            f"is {config.task.steps}; nearest valid: {manifest['step'] + 1}"
         )
 
 
@@ -219,10 +219,10 @@ def _shape(config: TrainConfig) -> dict[str, Any]:
         "model": asdict(config.model),
         "precision": {"kind": config.precision.kind},
         "data": {**_tokenizer_shape(config), "seed": config.data.seed},
-        "stage": {
-            "global_batch_sequences": config.stage.global_batch_sequences,
-            "batch_ramp": None if config.stage.batch_ramp is None else asdict(config.stage.batch_ramp),
-            "sequence_length_tokens": config.stage.sequence_length_tokens,
+        "batch": {
+            "global_sequences": config.batch.global_sequences,
+            "ramp": None if config.batch.ramp is None else asdict(config.batch.ramp),
+            "sequence_length_tokens": config.batch.sequence_length_tokens,
         },
     }
     decoded: dict[str, Any] = json.loads(json.dumps(shape))
@@ -234,7 +234,7 @@ def layout_record(config: TrainConfig) -> dict[str, Any]:
     return {
         **asdict(config.parallelism),
         "schedule": config.schedule.kind,
-        "micro_batch_sequences": config.stage.micro_batch_sequences,
+        "micro_sequences": config.batch.micro_sequences,
     }
 
 

@@ -199,8 +199,8 @@ class Saver:
         _sync(partial)
         put_in_place(partial, final)
         _sync(self._root)
-        if config.stage.checkpoint_keep is not None:
-            _forget_older(final, config.stage.checkpoint_keep)
+        if config.checkpointing.keep is not None:
+            _forget_older(final, config.checkpointing.keep)
 
     @staticmethod
     def _problem_of(act: Callable[..., None], *args: object) -> Exception | None:

@@ -38,32 +38,61 @@ Precision = PrecisionConfig | Fp8PrecisionConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class StageConfig:
-    """One stage of a model's training (pre-training; later long context, SFT, RL).
+class PretrainConfig:
+    """Pre-training: next-token prediction with MTP depths, for a number of optimizer steps.
 
-    Sizes are in sequences and tokens over the whole job, so that a change of layout changes no sample.
-    `batch_ramp`: smaller global batches at the start of the run; None: all are of `global_batch_sequences`.
-    `checkpoint_keep`: how many whole checkpoints stay when a new one has become whole; None: all.
-    `document_mask`: pieces packed into one sequence do not see each other.
+    `mtp_loss_weight`: of all MTP depths together. `balance_loss_weight`: of the sequence-wise balance loss.
+    `bias_update_rate`: change of a router bias in a step.
     """
 
     kind: Literal["pretrain"]
     steps: int
-    sequence_length_tokens: int
-    global_batch_sequences: int
-    batch_ramp: BatchRamp | None
-    micro_batch_sequences: int
-    document_mask: bool
     mtp_loss_weight: TokenSchedule
     balance_loss_weight: float
     bias_update_rate: TokenSchedule
-    validate_every_steps: int
-    validation_sequences: int
-    checkpoint_every_steps: int
-    checkpoint_keep: int | None
-    sample_prompt: str
-    sample_tokens: int
-    sample_temperature: float
+
+
+TaskConfig = PretrainConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchConfig:
+    """What a step reads. Sizes are over the whole job, so that a change of layout changes no sample.
+
+    `ramp`: smaller global batches at the start of the run; None: all have `global_sequences`.
+    `document_mask`: documents that are packed into one sequence do not see each other.
+    """
+
+    sequence_length_tokens: int
+    global_sequences: int
+    ramp: BatchRamp | None
+    micro_sequences: int
+    document_mask: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ValidationConfig:
+    """How often the held-out loss is computed (`every_steps` 0: after the last step), and over how many sequences."""
+
+    every_steps: int
+    sequences: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointingConfig:
+    """How often a run saves (`every_steps` 0: after the last step), and how many checkpoints it keeps (None: all)."""
+
+    every_steps: int
+    keep: int | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplesConfig:
+    """The text that a finished run generates from `prompt`; `tokens` 0: none."""
+
+    prompt: str
+    tokens: int
+    temperature: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -161,7 +190,11 @@ class TrainConfig:
     dispatch: DispatchConfig
     model: ModelConfig
     data: DataConfig
-    stage: StageConfig
+    task: TaskConfig
+    batch: BatchConfig
+    validation: ValidationConfig
+    checkpointing: CheckpointingConfig
+    samples: SamplesConfig
     optim: OptimConfig
     ema: EmaConfig
     precision: Precision
@@ -185,13 +218,13 @@ class TrainConfig:
     @property
     def batch_sizes(self) -> BatchSizes:
         """How many sequences each step reads."""
-        stage = self.stage
-        return BatchSizes(stage.global_batch_sequences, stage.sequence_length_tokens, stage.batch_ramp)
+        batch = self.batch
+        return BatchSizes(batch.global_sequences, batch.sequence_length_tokens, batch.ramp)
 
     @property
     def num_micro_batches(self) -> int:
         """Micro-batches that one pipeline runs in a step, both directions together; at the end of a ramp."""
-        return self.stage.global_batch_sequences // (self.parallelism.data * self.stage.micro_batch_sequences)
+        return self.batch.global_sequences // (self.parallelism.data * self.batch.micro_sequences)
 
     @property
     def deepep_buffer(self) -> BufferShape:
@@ -201,7 +234,7 @@ class TrainConfig:
             DeepEPError: a model that its kernels are not made for.
         """
         return BufferShape(
-            max_tokens=self.stage.micro_batch_sequences * self.stage.sequence_length_tokens,
+            max_tokens=self.batch.micro_sequences * self.batch.sequence_length_tokens,
             hidden_size=self.model.hidden_size,
             num_choices=self.model.num_experts_per_token,
             timeout_seconds=self.cluster.timeout_seconds,
@@ -210,4 +243,4 @@ class TrainConfig:
 
 def sized_config(config: TrainConfig, sequences: int) -> TrainConfig:
     """Returns the run as if every step read so many sequences."""
-    return replace(config, stage=replace(config.stage, global_batch_sequences=sequences, batch_ramp=None))
+    return replace(config, batch=replace(config.batch, global_sequences=sequences, ramp=None))

@@ -78,12 +78,12 @@ def planning_sizes(config: TrainConfig, load: float = 1.0) -> Sizes:
         config: of the run.
         load: rows that arrive at the rank's experts, over those of an even load.
     """
-    model, stage = config.model, config.stage
+    model, batch = config.model, config.batch
     value = {"float64": 8, "float32": 4}.get(config.precision.kind, 2)
-    rows = stage.micro_batch_sequences * stage.sequence_length_tokens * model.num_experts_per_token
+    rows = batch.micro_sequences * batch.sequence_length_tokens * model.num_experts_per_token
     shape = MicroBatchShape(
-        sequences=stage.micro_batch_sequences,
-        tokens=stage.sequence_length_tokens,
+        sequences=batch.micro_sequences,
+        tokens=batch.sequence_length_tokens,
         value_bytes=value,
         wide_bytes=max(4, value),
         pads_heads=_pads_heads(config.attention, config.cluster.device),
@@ -124,7 +124,7 @@ def imbalance_bytes(config: TrainConfig, job: JobMemory) -> int:
     """
     if config.parallelism.expert == 1:
         return 0
-    sized = replace(config, stage=replace(config.stage, batch_ramp=None))
+    sized = replace(config, batch=replace(config.batch, ramp=None))
     schedule, sizes = planning_schedule(sized, job.num_micro_batches), planning_sizes(config, _IMBALANCE)
     phases = [stage_phases(sizes, shape) for shape in stage_shapes(config.model, schedule.num_stages)]
     worst = job.worst

@@ -75,7 +75,7 @@ def _cells(rank: RankMemory) -> tuple[int, ...]:
 def _notes(config: TrainConfig, job: JobMemory) -> list[str]:
     lines = [
         f"GB; total = weights + gradients + optimizer + the larger of the passes and the update + reserve; "
-        f"{job.num_micro_batches} micro-batches of {config.stage.micro_batch_sequences} sequences",
+        f"{job.num_micro_batches} micro-batches of {config.batch.micro_sequences} sequences",
         "experts are taken to receive equally many rows"
         + (
             f"; 10 % more on the rank that needs most add {gigabytes(imbalance_bytes(config, job))}"

@@ -65,7 +65,7 @@ def batch_bytes(config: TrainConfig, sizes: Sizes, num_micro_batches: int, *, ha
         num_micro_batches: that the rank runs in a step.
         has_end: whether the rank holds the embedding or a head.
     """
-    shape, masks = sizes.shape, config.stage.document_mask
+    shape, masks = sizes.shape, config.batch.document_mask
     each = 0
     if has_end or masks:
         each = 2 * (config.model.mtp_depth + 1) * shape.num_tokens * _ID_BYTES

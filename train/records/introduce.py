@@ -55,15 +55,15 @@ def introduce(assembly: Assembly, planned: Plan, prepared: Prepared, reporter: R
     given, size = config.data.tokenizer, prepared.tokenizer.vocab_size
     origin = "trained on the corpus" if given is None else f"that of {given}, not one of data.tokenizer_vocab_size"
     reporter.say(f"tokenizer: {origin}; ids below {size:,}{_special_notes(config, prepared)}")
-    if config.stage.validation_sequences and not prepared.validation_tokens:
+    if config.validation.sequences and not prepared.validation_tokens:
         reporter.say("validation: off, as data.validation_fraction held no document of this corpus out")
-    for warning in schedule_warnings(config.optim, config.batch_sizes, config.stage.steps):
+    for warning in schedule_warnings(config.optim, config.batch_sizes, config.task.steps):
         reporter.say(f"warning: {warning}")
     if first_step:
         reporter.say(f"resumed after step {first_step} from {config.resume}{other_layout(config)}")
-        rate = learning_rate(config.optim, config.batch_sizes, config.stage.steps, first_step)
+        rate = learning_rate(config.optim, config.batch_sizes, config.task.steps, first_step)
         reporter.say(
-            f"learning rate: {rate:.3e} in step {first_step + 1}; its schedule spans {config.stage.steps:,} steps"
+            f"learning rate: {rate:.3e} in step {first_step + 1}; its schedule spans {config.task.steps:,} steps"
         )
 
 

@@ -48,7 +48,7 @@ def mfu(config: TrainConfig, tokens_per_second: float) -> dict[str, float]:
     """
     if config.cluster.peak_flops is None:
         return {}
-    used = training_flops_per_token(config.model, config.stage.sequence_length_tokens) * tokens_per_second
+    used = training_flops_per_token(config.model, config.batch.sequence_length_tokens) * tokens_per_second
     return {"mfu": used / (config.parallelism.world_size * config.cluster.peak_flops)}
 
 

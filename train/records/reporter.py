@@ -104,7 +104,7 @@ def open_reporter(config: TrainConfig, first_step: int) -> Reporter:
     logging.getLogger("train").setLevel(logging.INFO)
     if rank != 0:
         return Reporter(None, [])
-    display = Display(Console(file=sys.stdout), config.stage.steps, first_step, config.track.log_every_steps)
+    display = Display(Console(file=sys.stdout), config.task.steps, first_step, config.track.log_every_steps)
     recorders: list[Recorder] = [JsonLines(out_dir / "metrics.jsonl", first_step), display]
     if config.track.wandb != "disabled":
         recorders.append(Wandb(config.track, config.name, out_dir, dataclasses.asdict(config)))

@@ -33,7 +33,7 @@ def record_of(assembly: Assembly, watch: PipelineWatch, done: int, result: StepR
     losses = result.losses
     return {
         "step": done,
-        "global_batch_sequences": assembly.config.stage.global_batch_sequences,
+        "global_batch_sequences": assembly.config.batch.global_sequences,
         "loss": losses.total,
         "main_loss": losses.main,
         "mtp_loss": sum(losses.mtp) / max(len(losses.mtp), 1),

@@ -86,8 +86,8 @@ def open_links(
         schedule: says which pipeline ranks exchange messages.
         dtype: of hidden states.
     """
-    stage = config.stage
-    shape = (stage.micro_batch_sequences, stage.sequence_length_tokens, config.model.hidden_size)
+    batch = config.batch
+    shape = (batch.micro_sequences, batch.sequence_length_tokens, config.model.hidden_size)
     transport = Transport(layout, linked_pairs(schedule), device, config.cluster.timeout_seconds, observers.log)
     nodes = [layout.node_of(member) for member in layout.pipeline_group(rank)]
     return PipelineLinks(transport, nodes, observers.traffic, shape, dtype)

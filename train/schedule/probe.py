@@ -231,7 +231,7 @@ class _Parts:
 def _random_batch(config: TrainConfig, device: torch.device) -> MicroBatch:
     """Of the run's shape, from a generator of its own; different on every rank, as real ones are."""
     generator = torch.Generator().manual_seed(dist.get_rank())
-    shape = (config.stage.micro_batch_sequences, config.stage.sequence_length_tokens)
+    shape = (config.batch.micro_sequences, config.batch.sequence_length_tokens)
     drawn = [
         torch.randint(config.model.vocab_size, shape, generator=generator).to(device)
         for _ in range(config.model.mtp_depth + 2)
@@ -243,8 +243,8 @@ def _hop_seconds(config: TrainConfig, layout: Layout, group: ProcessGroup, devic
     """Half a ping-pong of an activation with each neighbour in the pipeline; their mean, 0 without neighbours."""
     index = layout.pipeline_index(dist.get_rank())
     members = layout.pipeline_group(dist.get_rank())
-    stage = config.stage
-    shape = (stage.micro_batch_sequences, stage.sequence_length_tokens, config.model.hidden_size)
+    batch = config.batch
+    shape = (batch.micro_sequences, batch.sequence_length_tokens, config.model.hidden_size)
     # gloo sends from host memory alone.
     place = device if dist.get_backend(group) == "nccl" else torch.device("cpu")
     ball = torch.zeros(shape, dtype=weight_dtype(config.precision), device=place)

@@ -29,7 +29,7 @@ class SizedAssemblies:
         self._sizes: BatchSizes = assembly.config.batch_sizes
         self.last = assembly
         self._sized = {sequences: _sized(assembly, sequences, schedule) for sequences, schedule in ramp.items()}
-        assert set(self._sizes.sizes) <= {*self._sized, assembly.config.stage.global_batch_sequences}
+        assert set(self._sizes.sizes) <= {*self._sized, assembly.config.batch.global_sequences}
 
     def of_step(self, step: int) -> Assembly:
         """The one for a step (from 0)."""
@@ -40,7 +40,7 @@ def _sized(assembly: Assembly, sequences: int, schedule: Schedule) -> Assembly:
     whole = assembly.schedule
     if schedule.placement != whole.placement or not set(linked_pairs(schedule)) <= set(linked_pairs(whole)):
         raise ScheduleError(
-            f"stage.batch_ramp: every size must have its stages where {whole.num_micro_batches} micro-batches have "
+            f"batch.ramp: every size must have its stages where {whole.num_micro_batches} micro-batches have "
             f"them, {schedule.num_micro_batches} have them elsewhere"
         )
     config = sized_config(assembly.config, sequences)

@@ -8,7 +8,7 @@ import pytest
 from comm.config import ParallelismConfig, TwoHopDispatchConfig
 from model.config import RECOMPUTED, ModelConfig, Recomputed
 from tests.ranks import run_ranks
-from tests.tiny import MODEL, STAGE, tiny_config, write_text
+from tests.tiny import BATCH, MODEL, tiny_config, write_text
 from tests.train.memory.live import Compared, compare_rank
 from train.config import Fp8PrecisionConfig, Precision, PrecisionConfig, TrainConfig
 
@@ -46,13 +46,13 @@ def make_config(
 ) -> TrainConfig:
     is_fp8, is_full = precision.kind == "fp8", precision.kind == "float32"
     config = tiny_config(folder, model=replace(model, max_position_tokens=256), precision=precision)
-    stage = replace(STAGE, sequence_length_tokens=64, global_batch_sequences=6, micro_batch_sequences=2)
+    batch = replace(BATCH, sequence_length_tokens=64, global_sequences=6, micro_sequences=2)
     optim = replace(
         config.optim, sharding="replicated" if is_full else "zero1", moments="bf16" if is_fp8 else "float32"
     )
     recompute = RECOMPUTED if is_fp8 else recompute
     schedule = replace(config.schedule, kind="dualpipe_split")
-    given = replace(config, stage=stage, optim=optim, recompute=recompute, schedule=schedule)
+    given = replace(config, batch=batch, optim=optim, recompute=recompute, schedule=schedule)
     return replace(given, **changes)  # type: ignore[arg-type]
 
 
@@ -97,7 +97,7 @@ def test_ranks_of_a_mirrored_pipeline_keep_what_is_predicted(folder: Path) -> No
     # Not in FP8: it fills every expert's rows up to 128, which uneven routing of few tokens decides.
     first = make_config(folder, *SHAPES["all features"], PRECISIONS["float32"], parallelism=mesh)
     others = make_config(folder, *SHAPES["keeps all"], PRECISIONS["bf16"], parallelism=mesh, dispatch=two_hop)
-    jobs = [(replace(job, stage=replace(job.stage, global_batch_sequences=16)), None) for job in (first, others)]
+    jobs = [(replace(job, batch=replace(job.batch, global_sequences=16)), None) for job in (first, others)]
     results = run_ranks(4, compare_rank, jobs, False)
     for place in range(2):
         for index, both in enumerate(zip(results[2 * place], results[2 * place + 1], strict=True)):

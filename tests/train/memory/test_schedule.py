@@ -21,8 +21,8 @@ KINDS: tuple[ScheduleKind, ...] = get_args(ScheduleKind)
 
 def make_config(folder: Path, kind: ScheduleKind, pipeline: int, micro_batches: int, expert: int = 2) -> TrainConfig:
     config = tiny_config(folder, parallelism=ParallelismConfig(pipeline=pipeline, data=2, expert=expert))
-    stage = replace(config.stage, global_batch_sequences=2 * micro_batches)
-    return replace(config, stage=stage, schedule=replace(config.schedule, kind=kind, pairing="overlapped"))
+    batch = replace(config.batch, global_sequences=2 * micro_batches)
+    return replace(config, batch=batch, schedule=replace(config.schedule, kind=kind, pairing="overlapped"))
 
 
 def peaks(schedule: Schedule, pending: float) -> tuple[float, ...]:
