@@ -5,11 +5,12 @@ checks every key and type once, by the dataclasses' own hints.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from kernels.registry import Registry
 from launch.config.errors import ConfigError, UnknownKeyError, nearest, nearest_key
 
 T = TypeVar("T")
@@ -21,6 +22,9 @@ def decode(cls: type[T], values: object, place: str = "") -> T:
     Whole numbers pass for floats, and so does text such as `3e-4`, which YAML 1.1 does not read as a
     number; nothing passes for an int or a bool but itself. An instance in the place of its mapping is
     taken as it is. A dataclass with `from_plain` and `to_plain` reads and writes its own form, such as one text.
+
+    `Annotated[str, REGISTRY]` is one of the registry's names. `Annotated[Base, REGISTRY]` is a union of dataclasses:
+    the field `kind` is one of the names, and the `config` of that entry is the dataclass.
 
     Args:
         cls: a dataclass, or a union of dataclasses told apart by their field `kind`.
@@ -48,6 +52,8 @@ def _decode(hint: Any, value: object, place: str) -> Any:
     origin = get_origin(hint)
     if origin in (Union, UnionType):
         return _decode_union(get_args(hint), value, place)
+    if origin is Annotated:
+        return _decode_annotated(hint, value, place)
     if origin is Literal:
         return _decode_choice(get_args(hint), value, place)
     if origin is tuple:
@@ -66,7 +72,7 @@ def _decode_dataclass(cls: Any, value: object, place: str) -> Any:
         except ValueError as error:
             raise ConfigError(f"{place}: {error}") from error
     values = _mapping(value, place)
-    hints = get_type_hints(cls)
+    hints = get_type_hints(cls, include_extras=True)
     names = [field.name for field in fields(cls)]
     for key in values:
         if key not in names:
@@ -84,11 +90,24 @@ def _decode_union(members: tuple[Any, ...], value: object, place: str) -> Any:
     kept = [member for member in members if member is not NoneType]
     if len(kept) == 1:
         return _decode(kept[0], value, place)
-    for member in kept:
-        if isinstance(value, member):
-            return value
+    return _decode_tagged({kind: member for member in kept for kind in _kinds_of(member)}, value, place)
+
+
+def _decode_annotated(hint: Any, value: object, place: str) -> Any:
+    base, *marks = get_args(hint)
+    registry = _registry_in(marks)
+    if registry is None:
+        return _decode(base, value, place)
+    if base is str:
+        return _decode_choice(_values_of(registry), value, place)
+    return _decode_tagged({name: entry.config for name, entry in registry.items()}, value, place)
+
+
+def _decode_tagged(kinds: Mapping[str, Any], value: object, place: str) -> Any:
+    """Builds the dataclass that the value's `kind` chooses."""
+    if isinstance(value, tuple(kinds.values())):
+        return value
     values = _mapping(value, place)
-    kinds = {kind: member for member in kept for kind in get_args(get_type_hints(member)["kind"])}
     if "kind" not in values:
         raise ConfigError(f"{_join(place, 'kind')}: missing; a value is needed (one of {', '.join(kinds)})")
     chosen = _decode_choice(tuple(kinds), values["kind"], _join(place, "kind"))
@@ -155,11 +174,30 @@ def _describe(hint: Any) -> str:
         return names[hint]
     if get_origin(hint) is Literal:
         return "one of " + ", ".join(str(choice) for choice in get_args(hint))
+    if get_origin(hint) is Annotated:
+        base, *marks = get_args(hint)
+        registry = _registry_in(marks)
+        return _describe(base) if registry is None or base is not str else "one of " + ", ".join(_values_of(registry))
     if get_origin(hint) is tuple:
         return "a list"
     if get_origin(hint) in (Union, UnionType) and NoneType in get_args(hint):
         return " or ".join(_describe(member) for member in get_args(hint) if member is not NoneType) + ", or null"
     return "a group of keys"
+
+
+def _registry_in(marks: Sequence[object]) -> Registry[Any] | None:
+    return next((mark for mark in marks if isinstance(mark, Registry)), None)
+
+
+def _values_of(registry: Registry[Any]) -> tuple[str, ...]:
+    """Returns all values that a key may have: the names, and those without an entry, such as `auto`."""
+    values: tuple[str, ...] = getattr(registry, "choices", registry.names)()
+    return values
+
+
+def _kinds_of(member: Any) -> tuple[str, ...]:
+    """Returns the values of a dataclass' field `kind`."""
+    return get_args(get_type_hints(member)["kind"])
 
 
 def _join(place: str, key: str) -> str:

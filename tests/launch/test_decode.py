@@ -2,12 +2,13 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kernels.registry import Registry
 from launch.config.decode import decode, encode
 from launch.config.errors import ConfigError
 
@@ -32,6 +33,22 @@ class Drawing:
     limit: int | None
     colour: Literal["red", "green"]
     shape: Circle | Polygon
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShapeEntry:
+    config: type
+
+
+SHAPES = Registry[ShapeEntry]("shape.kind")
+SHAPES.register("circle", ShapeEntry(config=Circle))
+SHAPES.register("polygon", ShapeEntry(config=Polygon))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sketch:
+    shape: Annotated[object, SHAPES]
+    outline: Annotated[str, SHAPES] | None
 
 
 VALUES: dict[str, Any] = {
@@ -114,3 +131,28 @@ def test_decode_refuses_and_names_the_place(change: dict[str, object], parts: li
 def test_decode_refuses_a_missing_key(name: str) -> None:
     with pytest.raises(ConfigError, match=f"^at.{name}: missing"):
         decode(Drawing, {key: value for key, value in VALUES.items() if key != name}, "at")
+
+
+@pytest.mark.parametrize(
+    "shape", [Circle(kind="circle", radius=1.0), Polygon(kind="polygon", sides=(1.0,), closed=True)]
+)
+def test_decode_takes_kinds_and_names_from_a_registry(shape: Circle | Polygon) -> None:
+    sketch = Sketch(shape=shape, outline="circle")
+    assert decode(Sketch, encode(sketch)) == sketch
+    assert decode(Sketch, {"shape": shape, "outline": None}).shape is shape
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        ({"outline": "cirle"}, ["outline: must be one of circle, polygon, is 'cirle'", "did you mean circle"]),
+        ({"shape": {"kind": "polgon"}}, ["shape.kind: must be one of circle, polygon", "did you mean polygon"]),
+        ({"shape": {"kind": "circle", "radius": 1, "sides": []}}, ["shape.sides", "circle", "kind polygon"]),
+        ({"shape": {}}, ["shape.kind: missing", "circle, polygon"]),
+    ],
+)
+def test_decode_refuses_what_a_registry_does_not_hold(change: dict[str, object], parts: list[str]) -> None:
+    with pytest.raises(ConfigError) as refused:
+        decode(Sketch, {"shape": {"kind": "circle", "radius": 1.0}, "outline": None, **change})
+    for part in parts:
+        assert part in str(refused.value)
