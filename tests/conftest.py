@@ -21,10 +21,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """A run in the background of a shell inherits a Ctrl-C that is ignored, and so would commands under test."""
-    is_ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
-    if is_ignored and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    """Restores signals that background jobs and nohup ignore, as commands under test would; then loads the plugins."""
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+            if signal.getsignal(number) == signal.SIG_IGN:
+                signal.signal(number, handler)
     try:
         load_plugins(config.getoption("plugin_files"))
     except PluginError as error:

@@ -141,7 +141,11 @@ def test_second_command_is_refused_before_it_touches_anything_and_a_closed_termi
         assert (run / "checkpoints" / "step-00000099.partial").is_dir()
     finally:
         os.killpg(first.pid, signal.SIGHUP)
-    first.communicate(timeout=120)
+        try:
+            first.communicate(timeout=120)
+        finally:
+            if first.poll() is None:
+                os.killpg(first.pid, signal.SIGKILL)
     assert first.returncode == 75
     status = read_status(run)
     assert status is not None
