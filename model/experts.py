@@ -12,7 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from comm.protocol import RowOrder
-from kernels.select import ExpertKernels, expert_implementation_for, expert_kernels
+from kernels.expert_mlp import (
+    down_gradient,
+    expert_implementation_for,
+    expert_mlp,
+    expert_mlp_backward,
+    gate_up_gradient,
+)
 from model.config import Computing
 from model.precision.fp8.experts import ArrivedCodes
 from model.precision.fp8.experts import expert_mlp as fp8_expert_mlp
@@ -33,10 +39,6 @@ class _Options:
     keeps_gated: bool
     order: RowOrder | None
 
-    def kernels(self, rows_ND: Tensor, width: int) -> ExpertKernels:
-        """The products that suit the rows."""
-        return expert_kernels(expert_implementation_for(rows_ND.device, rows_ND.dtype, rows_ND.shape[1], width))
-
     @property
     def tokens_A(self) -> Tensor | None:
         """The token of each row, where rows are given by token."""
@@ -48,12 +50,12 @@ class _ExpertMlp(torch.autograd.Function):
     def forward(
         ctx: Any, rows_ND: Tensor, weights: Tensor, gate_up_EHD: Tensor, down_EDM: Tensor, options: _Options
     ) -> Tensor:
-        run, order = options.kernels(rows_ND, down_EDM.shape[2]), options.order
+        order, width = options.order, down_EDM.shape[2]
+        run = expert_implementation_for(rows_ND.device, rows_ND.dtype, rows_ND.shape[1], width)
         weights_A = (weights if order is None else order.copy_weights(weights)).to(rows_ND.dtype)
-        gated_AM = rows_ND.new_empty(len(weights_A), down_EDM.shape[2]) if options.keeps_gated else None
-        out_AD, hidden_AH = run.forward(
-            rows_ND, weights_A, gate_up_EHD, down_EDM, options.counts, options.tokens_A, gated_AM
-        )
+        gated_AM = rows_ND.new_empty(len(weights_A), width) if options.keeps_gated else None
+        given = (rows_ND, weights_A, gate_up_EHD, down_EDM, options.counts, options.tokens_A, gated_AM)
+        out_AD, hidden_AH = expert_mlp(*given, implementation=run)
         kept = () if gated_AM is None else (gated_AM,)
         ctx.save_for_backward(rows_ND, weights_A, hidden_AH, gate_up_EHD, down_EDM, *kept)
         ctx.options, ctx.run, ctx.weights_dtype = options, run, weights.dtype
@@ -66,7 +68,8 @@ class _ExpertMlp(torch.autograd.Function):
         counts, sink, order, run = options.counts, options.sink, options.order, ctx.run
         grad_ND, given = grads[0].contiguous(), (weights_A, hidden_AH, gate_up_EHD, down_EDM, counts, options.tokens_A)
         is_at_once = sink is None and gate_up_EHD.requires_grad and down_EDM.requires_grad
-        grad_rows, grad_weights, rest = run.backward(grad_ND, *given, rows_ND=rows_ND if is_at_once else None)
+        rows = rows_ND if is_at_once else None
+        grad_rows, grad_weights, rest = expert_mlp_backward(grad_ND, *given, rows_ND=rows, implementation=run)
         if order is not None:
             grad_rows, grad_weights = order.sum_rows(grad_rows), order.restore_weights(grad_weights)
         grad_weights = grad_weights.to(ctx.weights_dtype)
@@ -77,10 +80,14 @@ class _ExpertMlp(torch.autograd.Function):
             return values_ND if order is None else order.copy_rows(values_ND)
 
         gated_AM = kept[0] if kept else None
-        grad_gate_up = give(gate_up_EHD, lambda: run.gate_up_gradient(rest[0], in_order(rows_ND), counts), sink)
-        grad_down = give(
-            down_EDM, lambda: run.down_gradient(in_order(grad_ND), weights_A, hidden_AH, counts, gated_AM), sink
-        )
+
+        def of_gate_up() -> Tensor:
+            return gate_up_gradient(rest[0], in_order(rows_ND), counts, implementation=run)
+
+        def of_down() -> Tensor:
+            return down_gradient(in_order(grad_ND), weights_A, hidden_AH, counts, gated_AM, implementation=run)
+
+        grad_gate_up, grad_down = give(gate_up_EHD, of_gate_up, sink), give(down_EDM, of_down, sink)
         return grad_rows, grad_weights, grad_gate_up, grad_down, None
 
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from kernels.cross_entropy import linear_cross_entropy
+from kernels.rms_norm import normalise_backward, rms_norm
 from kernels.rms_norm.reference import inverse_rms
-from kernels.select import fused_kernels, implementation_for
 from model.attention.mla import Projection
 from model.block import Block
 from model.config import Computing, ModelConfig
@@ -89,14 +90,12 @@ class _Merge(torch.autograd.Function):
 
         grad_projection = give(projection_DE, gradient, ctx.sink)
         grad_left, grad_right = (grad @ projection_DE).chunk(2, -1)
-        backward = fused_kernels(implementation_for(grad.device)).normalise_backward
-        grad_embedded, grad_enorm = backward(grad_left, embedded, inverse_rms(embedded, eps), enorm_D)
-        grad_hidden, grad_hnorm = backward(grad_right, hidden, inverse_rms(hidden, eps), hnorm_D)
+        grad_embedded, grad_enorm = normalise_backward(grad_left, embedded, inverse_rms(embedded, eps), enorm_D)
+        grad_hidden, grad_hnorm = normalise_backward(grad_right, hidden, inverse_rms(hidden, eps), hnorm_D)
         return grad_embedded, grad_hidden, grad_enorm, grad_hnorm, grad_projection, None, None
 
 
 def _normalise_both(embedded: Tensor, hidden: Tensor, enorm_D: Tensor, hnorm_D: Tensor, eps: float) -> Tensor:
-    rms_norm = fused_kernels(implementation_for(embedded.device)).rms_norm
     return torch.cat((rms_norm(embedded, enorm_D, eps)[0], rms_norm(hidden, hnorm_D, eps)[0]), -1)
 
 
@@ -131,8 +130,7 @@ class _CrossEntropySum(torch.autograd.Function):
         ctx: Any, normal_ND: Tensor, head_VD: Tensor, targets_N: Tensor, sink: WeightSink | None, records: bool
     ) -> Tensor:
         wants_head = records and head_VD.requires_grad
-        run = fused_kernels(implementation_for(normal_ND.device))
-        found = run.linear_cross_entropy(normal_ND, head_VD, targets_N, wants_rows=records, wants_head=wants_head)
+        found = linear_cross_entropy(normal_ND, head_VD, targets_N, wants_rows=records, wants_head=wants_head)
         if records:
             ctx.save_for_backward(found.rows_ND, found.head_VD, head_VD)
             ctx.sink = sink

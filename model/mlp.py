@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kernels.select import FusedKernels, fused_kernels, implementation_for
-from kernels.swiglu.reference import swiglu
+import kernels.swiglu.reference
+from kernels.swiglu import swiglu, swiglu_backward
 from model.attention.mla import Projection
 from model.config import Computing
 from model.norm import RmsNorm, linear_of_normal, normed_linear
@@ -27,7 +27,7 @@ class _GatedDown(torch.autograd.Function):
         ctx: Any, base: Tensor, hidden: Tensor, down_DM: Tensor, sink: WeightSink | None, keeps: bool
     ) -> Tensor:
         hidden_AH = hidden.flatten(0, -2)
-        gated_AM = _kernels(hidden).swiglu(*hidden_AH.chunk(2, 1))
+        gated_AM = swiglu(*hidden_AH.chunk(2, 1))
         ctx.save_for_backward(hidden_AH, down_DM, *((gated_AM,) if keeps else ()))
         ctx.sink, ctx.shape = sink, hidden.shape
         return torch.addmm(base.flatten(0, -2), gated_AM, down_DM.t()).view_as(base)
@@ -37,18 +37,13 @@ class _GatedDown(torch.autograd.Function):
         (grad,) = grads
         hidden_AH, down_DM, *kept = ctx.saved_tensors
         grad_AD = grad.flatten(0, -2)
-        run = _kernels(grad)
 
         def gradient() -> Tensor:
-            return grad_AD.t() @ (kept[0] if kept else run.swiglu(*hidden_AH.chunk(2, 1)))
+            return grad_AD.t() @ (kept[0] if kept else swiglu(*hidden_AH.chunk(2, 1)))
 
         grad_down = give(down_DM, gradient, ctx.sink)
-        grad_hidden_AH = run.swiglu_backward(grad_AD @ down_DM, hidden_AH)
+        grad_hidden_AH = swiglu_backward(grad_AD @ down_DM, hidden_AH)
         return grad, grad_hidden_AH.view(ctx.shape), grad_down, None, None
-
-
-def _kernels(x: Tensor) -> FusedKernels:
-    return fused_kernels(implementation_for(x.device))
 
 
 class Mlp(nn.Module):
@@ -66,7 +61,8 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor, sink: WeightSink | None) -> Tensor:
         """[..., D] -> [..., D]."""
-        return linear(swiglu(self.gate_proj(x, sink), self.up_proj(x, sink)), self.down_proj.weight, sink)
+        gated = kernels.swiglu.reference.swiglu(self.gate_proj(x, sink), self.up_proj(x, sink))
+        return linear(gated, self.down_proj.weight, sink)
 
     def add(self, x: Tensor, norm: RmsNorm, sink: WeightSink | None) -> Tensor:
         """x plus the network of norm(x), keeping x alone of the two: [..., D] -> [..., D]."""

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kernels.rms_norm import normalise_backward, rms_norm
 from kernels.rms_norm.reference import inverse_rms, normalise
-from kernels.select import fused_kernels, implementation_for
 from model.precision.linear import WeightSink, give
 
 
@@ -52,8 +52,7 @@ class _NormedLinear(torch.autograd.Function):
         ctx: Any, x: Tensor, norm_weight_D: Tensor, options: _Options, *weights_ND: Tensor
     ) -> tuple[Tensor, ...]:
         x_AD = x.flatten(0, -2)
-        run = fused_kernels(implementation_for(x.device))
-        normal_AD, scale_A1 = run.rms_norm(x_AD, norm_weight_D, options.eps)
+        normal_AD, scale_A1 = rms_norm(x_AD, norm_weight_D, options.eps)
         kept = (normal_AD,) if options.keeps_normal else ()
         ctx.save_for_backward(x_AD, scale_A1, norm_weight_D, *weights_ND, *kept)
         ctx.options, ctx.shape, ctx.num_weights = options, x.shape, len(weights_ND)
@@ -78,8 +77,7 @@ class _NormedLinear(torch.autograd.Function):
             normal = _normal(x_AD, scale_A1, norm_weight_D, kept)
             gradient = cache(lambda: grad_AN.t() @ normal().to(grad_AN.dtype))
             grad_weights = _give_parts(weights_ND, gradient, options.sink)
-        run = fused_kernels(implementation_for(x_AD.device))
-        grad_x_AD, grad_norm_D = run.normalise_backward(grad_AD, x_AD, scale_A1, norm_weight_D)
+        grad_x_AD, grad_norm_D = normalise_backward(grad_AD, x_AD, scale_A1, norm_weight_D)
         return grad_x_AD.view(ctx.shape), grad_norm_D, None, *grad_weights
 
 

@@ -10,11 +10,12 @@ from torch.distributed import ProcessGroup
 from comm.dispatch.all_to_all_plan import AllToAllPlanner, Counted, Route
 from comm.dispatch.expert_order import dense
 from comm.dispatch.process_group import Observers, Wire
-from comm.dispatch.row_format import RowFormat, bytes_of, kernels_for
+from comm.dispatch.row_format import RowFormat, bytes_of
 from comm.dispatch.traffic import Spread
 from comm.lane import Lane
 from comm.layout import Layout
 from comm.protocol import Arrived, Handle, Label, Work
+from kernels.permute import permute
 
 
 class AllToAllHandle:
@@ -174,5 +175,5 @@ def _own(handle: Handle) -> AllToAllHandle:
 def _reorder(rows_ND: Tensor, source_N: Tensor | None, out_ND: Tensor | None = None) -> Tensor:
     """Rows gathered by index, or as they are if None; contiguous, or in `out_ND`."""
     if source_N is not None:
-        return kernels_for(rows_ND).permute(dense(rows_ND), source_N, out_ND)
+        return permute(dense(rows_ND), source_N, out_ND)
     return rows_ND.contiguous() if out_ND is None else out_ND.copy_(rows_ND)

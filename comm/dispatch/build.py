@@ -24,7 +24,6 @@ from comm.dispatch.two_hop.dispatcher import TwoHopDispatcher, TwoHopGroups
 from comm.lane import Lane, StreamLane, ThreadLane
 from comm.layout import Layout
 from comm.protocol import Dispatcher
-from kernels.select import quantize_kernels
 
 
 def open_lane(device: torch.device) -> Lane:
@@ -63,9 +62,7 @@ def build_dispatcher(
         num_nodes = len(set(nodes))
         dispatcher = ClippingDispatcher(dispatcher, node_of_expert_E, num_nodes, config.max_nodes, observers.clips)
     if config.payload == "fp8":
-        # A lane that is a stream carries tensors of a GPU.
-        kernels = quantize_kernels("triton" if isinstance(lane, StreamLane) else "reference")
-        dispatcher = Fp8Dispatcher(dispatcher, kernels)
+        dispatcher = Fp8Dispatcher(dispatcher)
     return dispatcher
 
 

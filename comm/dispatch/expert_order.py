@@ -9,7 +9,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from kernels.select import implementation_for, permute_kernels
+from kernels.permute import permute, unpermute
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class ExpertOrder:
 
     def copy_rows(self, rows_TD: Tensor, out_AD: Tensor | None = None) -> Tensor:
         """A row for each choice, sorted; AD, written to `out_AD` if given."""
-        return permute_kernels(implementation_for(rows_TD.device)).permute(dense(rows_TD), self.tokens_A, out_AD)
+        return permute(dense(rows_TD), self.tokens_A, out_AD)
 
     def copy_weights(self, weights_TK: Tensor) -> Tensor:
         """The weight of each choice, sorted; A."""
@@ -34,7 +34,7 @@ class ExpertOrder:
 
     def sum_rows(self, rows_AD: Tensor) -> Tensor:
         """The sum over each token's choices in their order, so bitwise repeatable; TD."""
-        return permute_kernels(implementation_for(rows_AD.device)).unpermute(dense(rows_AD), self.places_TK)
+        return unpermute(dense(rows_AD), self.places_TK)
 
     def restore_weights(self, weights_A: Tensor) -> Tensor:
         """The value of each choice, 0 for one that is dropped; TK."""

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from comm.dispatch.expert_order import dense
 from comm.protocol import Arrived, Dispatcher, Handle, Label, Then, Work
+from kernels.quantize import dequantize_1x128, quantize_1x128
 from kernels.quantize.layout import GRADIENTS_MIN_AMAX, ROWS_MIN_AMAX
 from kernels.quantize.packed import pack, unpack
-from kernels.select import QuantizeKernels
 
 
 class Fp8Dispatcher:
@@ -25,11 +25,10 @@ class Fp8Dispatcher:
 
     num_local_experts: int
 
-    def __init__(self, inner: Dispatcher, kernels: QuantizeKernels) -> None:
+    def __init__(self, inner: Dispatcher) -> None:
         """`inner` moves rows of bytes as it would any others."""
         self.num_local_experts = inner.num_local_experts
         self._inner = inner
-        self._kernels = kernels
 
     def plan(self, topk_ids_TK: Tensor, weights_TK: Tensor | None = None, label: Label | None = None) -> Handle:
         """The inner dispatcher's."""
@@ -37,7 +36,7 @@ class Fp8Dispatcher:
 
     def dispatch(self, rows_TD: Tensor, weights_TK: Tensor, handle: Handle) -> Work[Arrived]:
         """A quantised copy of each token's row, and the weight as it is, to each of its experts."""
-        restore = _Restore(self._kernels, rows_TD)
+        restore = _Restore(rows_TD)
 
         def finish(arrived: Arrived) -> Arrived:
             return Arrived(restore(arrived.rows_AD), arrived.weights_A, arrived.counts)
@@ -55,23 +54,22 @@ class Fp8Dispatcher:
     def combine_backward(self, rows_TD: Tensor, handle: Handle) -> Work[Tensor]:
         """A quantised copy of each token's gradient to each of its experts' rows; AD."""
         packed_TB = self._packed(rows_TD, GRADIENTS_MIN_AMAX)
-        return Then(self._inner.combine_backward(packed_TB, handle), _Restore(self._kernels, rows_TD))
+        return Then(self._inner.combine_backward(packed_TB, handle), _Restore(rows_TD))
 
     def close(self) -> None:
         """The inner dispatcher's."""
         self._inner.close()
 
     def _packed(self, rows_TD: Tensor, min_amax: float) -> Tensor:
-        return pack(self._kernels.quantize_1x128(dense(rows_TD.detach()), True, min_amax))
+        return pack(quantize_1x128(dense(rows_TD.detach()), True, min_amax))
 
 
 class _Restore:
     """Bytes to rows like those that were given. Holds no tensor."""
 
-    def __init__(self, kernels: QuantizeKernels, rows_TD: Tensor) -> None:
-        self._kernels = kernels
+    def __init__(self, rows_TD: Tensor) -> None:
         self._hidden_size = rows_TD.shape[1]
         self._dtype = rows_TD.dtype
 
     def __call__(self, packed_AB: Tensor) -> Tensor:
-        return self._kernels.dequantize_1x128(unpack(packed_AB, self._hidden_size), self._dtype)
+        return dequantize_1x128(unpack(packed_AB, self._hidden_size), self._dtype)

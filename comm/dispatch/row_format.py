@@ -12,7 +12,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from kernels.select import PermuteKernels, implementation_for, permute_kernels
+from kernels.permute import permute, unpermute
 
 _ROW_ALIGNMENT = 16  # bytes that one load of a GPU's thread takes
 _RIDER_ALIGNMENT = 8  # of the widest number
@@ -78,7 +78,7 @@ class RowFormat:
         """Rows of the tensors, each contiguous by itself, taken by index; bytes_SB."""
         bytes_SB = self.allocate(len(source_S), source_S.device)
         for index, tensor in enumerate(tensors):
-            kernels_for(tensor).permute(tensor, source_S, self.part(bytes_SB, index))
+            permute(tensor, source_S, self.part(bytes_SB, index))
         return bytes_SB
 
     def sum(self, bytes_NB: Tensor, places_TP: Tensor, dtype: torch.dtype | None = None) -> list[Tensor]:
@@ -86,7 +86,6 @@ class RowFormat:
 
         `dtype`: of the row's sum, if not its own.
         """
-        unpermute = kernels_for(bytes_NB).unpermute
         riders = range(1, len(self.parts))
         rows_TD = unpermute(self.part(bytes_NB, 0), places_TP, dtype)
         return [rows_TD, *(unpermute(self.part(bytes_NB, index), places_TP) for index in riders)]
@@ -95,11 +94,6 @@ class RowFormat:
 def bytes_of(rows_ND: Tensor) -> Tensor:
     """Rows as bytes, NB; a view where they are contiguous."""
     return rows_ND.contiguous().view(len(rows_ND), prod(rows_ND.shape[1:])).view(torch.uint8)
-
-
-def kernels_for(tensor: Tensor) -> PermuteKernels:
-    """The kernels that suit where a tensor is."""
-    return permute_kernels(implementation_for(tensor.device))
 
 
 def _round_up(number: int, multiple: int) -> int:

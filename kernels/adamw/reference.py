@@ -9,8 +9,8 @@ Shape legend: N numbers, in any shape.
 import torch
 from torch import Tensor
 
+from kernels.adamw import Coefficients
 from kernels.adamw.check import check_step
-from kernels.adamw.coefficients import Coefficients
 
 CHUNK_ELEMENTS = 2**16
 """What is in float32 at a time: small enough for a core's cache, large enough to hide the calls."""

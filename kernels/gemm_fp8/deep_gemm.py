@@ -10,7 +10,6 @@ each filled up to a multiple of 128.
 """
 
 from collections.abc import Callable
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -18,20 +17,12 @@ from torch import Tensor
 from kernels.gemm_fp8.shapes import check_columns, check_rows_by_blocks
 from kernels.quantize.layout import TILE, Quantized, QuantizedBlocks, QuantizedColumns
 
-HOPPER = 9
 ALIGNMENT_BYTES = 16
 OUTPUTS_MULTIPLE = 64
 ROWS_BY_ROWS = (1, 1, TILE)  # the package's "recipe": rows to a scale on the left, on the right, and numbers of K
 
 RowsByBlocks = Callable[[Quantized, QuantizedBlocks, torch.dtype], Tensor]
 Columns = Callable[[QuantizedColumns, QuantizedColumns], Tensor]
-
-
-def available(device: torch.device) -> bool:
-    """Whether the package is installed, and the device a Hopper GPU: later ones it gives other kernels and scales."""
-    if device.type != "cuda" or find_spec("deep_gemm") is None:
-        return False
-    return torch.cuda.get_device_capability(device)[0] == HOPPER
 
 
 class DeepGemm:

@@ -30,7 +30,7 @@ Weight = Callable[[QuantizedColumns, QuantizedColumns, Sequence[int]], Tensor]
 class DeepGemmGrouped:
     """Both products by the package, and those that it is not made for by another implementation.
 
-    Only for devices that are `kernels.gemm_fp8.deep_gemm.available`.
+    Only for devices that are `kernels.implementation.has_deep_gemm`.
     """
 
     def __init__(self, otherwise: Rows, weight_otherwise: Weight) -> None:

@@ -6,7 +6,7 @@ Shape legend: as in kernels/quantize/layout.py.
 import torch
 from torch import Tensor
 
-from kernels.quantize.tiles import num_tiles
+from kernels.quantize import num_tiles
 
 CODES = torch.float8_e4m3fn
 

@@ -9,10 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kernels.quantize import TILE as TILE
+from kernels.quantize import num_pairs as num_pairs
+from kernels.quantize import num_tiles as num_tiles
 from kernels.quantize.checks import check_codes, check_scales
-from kernels.quantize.tiles import TILE as TILE
-from kernels.quantize.tiles import num_pairs as num_pairs
-from kernels.quantize.tiles import num_tiles as num_tiles
 
 LARGEST_CODE = 448.0
 SMALLEST_MIN_AMAX = 2.0**-117

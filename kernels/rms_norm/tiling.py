@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from kernels.rms_norm import LARGEST_COLUMNS
+
 SMALLEST_COLUMNS = 128  # a tile of codes
-LARGEST_COLUMNS = 2**13  # beyond, the weight's sums do not fit the registers of a program
 WARP_THREADS = 32
 PROGRAM_NUMBERS = 2**12
 WARPS_WITH_SUMS = 132 * 16  # 16 for each processor of an H100, on every device, so that sums never change

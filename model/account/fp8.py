@@ -3,7 +3,7 @@
 Counted as in model/account/activations.py: of one micro-batch, each memory once, weights apart.
 """
 
-from kernels.quantize.tiles import num_pairs, num_tiles
+from kernels.quantize import num_pairs, num_tiles
 from model.account.activations import ActivationAccount, MicroBatchShape, head_bytes, router_bytes
 from model.config import ModelConfig
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from kernels.quantize.tiles import TILE, num_pairs, num_tiles
+from kernels.quantize import TILE, num_pairs, num_tiles
 from model.account.activations import MicroBatchShape
 from model.config import Computing, ModelConfig
 

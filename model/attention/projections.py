@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from kernels.attention.documents import Documents
+from kernels.rms_norm import normalise_backward, rms_norm
 from kernels.rms_norm.reference import inverse_rms
-from kernels.select import fused_kernels, implementation_for
 from model.config import Computing
 from model.precision.fp8.maps import Fp8Maps
 from model.precision.linear import WeightSink, give
@@ -183,8 +183,7 @@ class PlainEnds:
         grad_up = give(up, lambda: grad.t() @ normal(), self._mixing.sink)
         x_NL = x_BTL.flatten(0, 1)
         scale = inverse_rms(x_NL, self._mixing.shape.eps)
-        run = fused_kernels(implementation_for(x_NL.device))
-        grad_NL, grad_norm = run.normalise_backward(grad @ up, x_NL, scale, norm)
+        grad_NL, grad_norm = normalise_backward(grad @ up, x_NL, scale, norm)
         out_BTL.copy_(grad_NL.view_as(out_BTL))
         return grad_norm, grad_up
 
@@ -193,4 +192,4 @@ def _normal(x: Tensor, weight: Tensor, eps: float, kept: tuple[Tensor, ...]) -> 
     """norm(x) when it is first asked for, or as it was kept. Holds tensors alone, and so is freed with its holder."""
     if kept:
         return lambda: kept[0]
-    return cache(lambda: fused_kernels(implementation_for(x.device)).rms_norm(x, weight, eps)[0])
+    return cache(lambda: rms_norm(x, weight, eps)[0])

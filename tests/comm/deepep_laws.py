@@ -16,7 +16,6 @@ from comm.dispatch.node_cap import NodeCapError
 from comm.dispatch.process_group import Observers
 from comm.lane import InlineLane, Lane
 from comm.protocol import Dispatcher, Label
-from kernels.select import quantize_kernels
 from tests.comm.contract import CASES, NUM_CHOICES, Bench
 from tests.comm.deep_ep_emulation import Emulation
 
@@ -216,7 +215,7 @@ def law_codes_travel_bit_by_bit_and_mix_with_full_rows(desk: Desk) -> None:
 
 def law_quantised_rows_are_what_the_wrapper_makes_of_them(desk: Desk) -> None:
     """Integers up to 8 are codes as they are, so FP8 changes nothing and all of its path shows."""
-    dispatcher = Fp8Dispatcher(desk.open(), quantize_kernels("reference"))
+    dispatcher = Fp8Dispatcher(desk.open())
     for case in ("uneven", "dropped"):
         handle = dispatcher.plan(desk.ids(case))
         arrived = dispatcher.dispatch(desk.rows(case), desk.weights(case), handle).wait()

@@ -18,13 +18,11 @@ from comm.protocol import Dispatcher
 from kernels.quantize.layout import GRADIENTS_MIN_AMAX, ROWS_MIN_AMAX
 from kernels.quantize.packed import pack, packed_bytes, unpack
 from kernels.quantize.reference import dequantize_1x128, quantize_1x128
-from kernels.select import quantize_kernels
 from tests.comm import contract, laws
 from tests.comm.backends import Setting, maker, watching
 from tests.ranks import run_ranks
 
 _NUM_EXPERTS, _NUM_CHOICES = 8, 3
-_KERNELS = quantize_kernels("reference")
 
 
 def _changed(rows_ND: Tensor, min_amax: float) -> Tensor:
@@ -69,7 +67,7 @@ class Case:
 
 def _check_equals_plain(plain: Dispatcher, case: Case) -> None:
     """Bitwise; both ways quantised where rows travel to experts, and only there."""
-    fp8 = Fp8Dispatcher(plain, _KERNELS)
+    fp8 = Fp8Dispatcher(plain)
     assert fp8.num_local_experts == plain.num_local_experts
     handle, own = plain.plan(case.ids_TK), fp8.plan(case.ids_TK, case.weights_TK)
     assert own.num_tokens == len(case.rows_TD)
@@ -137,7 +135,7 @@ def _check_contract(rank: int, world_size: int) -> list[str]:
     setting = Setting("all_to_all", (0, 1))
     inner = maker(setting, contract.num_experts_for(world_size), watching())
     with ThreadLane("comm") as comm_lane:
-        bench = contract.Bench(lambda lane: Fp8Dispatcher(inner(lane), _KERNELS), comm_lane, world, setting.nodes, rank)
+        bench = contract.Bench(lambda lane: Fp8Dispatcher(inner(lane)), comm_lane, world, setting.nodes, rank)
         for law in _EXACT_LAWS:
             try:
                 law(bench)
@@ -154,7 +152,7 @@ def test_fp8_dispatcher_keeps_the_contract_where_rows_fit_its_codes() -> None:
 def _count_bytes(rank: int, world_size: int) -> dict[str, LayerTraffic]:
     observers = watching()
     plain = maker(Setting("all_to_all", (0, 0, 1, 1)), _NUM_EXPERTS, observers)(InlineLane())
-    dispatcher = Fp8Dispatcher(plain, _KERNELS)
+    dispatcher = Fp8Dispatcher(plain)
     case = Case.make(rank, world_size, torch.bfloat16, hidden_size=512)
     handle = dispatcher.plan(case.ids_TK)
     arrived = dispatcher.dispatch(case.rows_TD, case.weights_TK, handle).wait()
@@ -190,7 +188,7 @@ def test_bytes_counted_are_codes_and_scales_and_weights() -> None:
 
 
 def _local() -> Fp8Dispatcher:
-    return Fp8Dispatcher(LocalDispatcher(1), _KERNELS)
+    return Fp8Dispatcher(LocalDispatcher(1))
 
 
 def _to_expert(rows_TD: Tensor) -> tuple[Tensor, Tensor]:

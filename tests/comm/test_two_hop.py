@@ -18,7 +18,6 @@ from comm.groups import Groups
 from comm.lane import InlineLane, ThreadLane
 from comm.layout import Layout
 from comm.protocol import Dispatcher
-from kernels.select import quantize_kernels
 from tests.comm.backends import Setting, maker, watching
 from tests.ranks import run_ranks
 
@@ -125,7 +124,7 @@ def _wrap(rank: int, world_size: int) -> tuple[list[str], bool, float]:
     kinds, results = [], []
     with ThreadLane("comm") as lane:
         built = build_dispatcher(config, _NUM_EXPERTS, layout, group, lane, observers, 60.0)
-        for dispatcher in (built, Fp8Dispatcher(clipping, quantize_kernels("reference"))):
+        for dispatcher in (built, Fp8Dispatcher(clipping)):
             kinds.append(type(dispatcher).__name__)
             handle = dispatcher.plan(ids_TK, weights_TK)
             arrived = dispatcher.dispatch(rows_TD, weights_TK, handle).wait()

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kernels.gemm_fp8 import deep_gemm
+from kernels.implementation import has_deep_gemm
 from kernels.quantize.layout import Quantized, QuantizedBlocks, QuantizedColumns
 from tests.kernels.agreement_gemm import (
     HOPPER_SUMS,
@@ -109,7 +110,7 @@ def test_product_outpaces_bfloat16() -> None:
 
 
 def test_deep_gemm_on_the_gpu_is_near_the_exact_product() -> None:
-    if not deep_gemm.available(torch.device("cuda")):
+    if not has_deep_gemm(torch.device("cuda")):
         pytest.skip("needs the package deep_gemm")
     refuse = partial(pytest.fail, "the package serves this shape")
     adapter = deep_gemm.DeepGemm(refuse, refuse)

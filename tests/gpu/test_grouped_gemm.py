@@ -5,9 +5,9 @@ from functools import partial
 import pytest
 import torch
 
-from kernels.gemm_fp8.deep_gemm import available
 from kernels.grouped_gemm import native
 from kernels.grouped_gemm.deep_gemm import DeepGemmGrouped
+from kernels.implementation import has_deep_gemm
 from kernels.quantize.layout import Quantized, QuantizedBlocks
 from tests.kernels.agreement_gemm import HOPPER_SUMS
 from tests.kernels.agreement_grouped import (
@@ -85,7 +85,7 @@ def test_tuned_products_of_groups_are_near_the_exact_ones() -> None:
 
 @pytest.mark.usefixtures("_hopper")
 def test_deep_gemm_on_the_gpu_is_near_the_exact_products_of_groups() -> None:
-    if not available(torch.device("cuda")):
+    if not has_deep_gemm(torch.device("cuda")):
         pytest.skip("needs the package deep_gemm")
     refuse = partial(pytest.fail, "the package serves this shape")
     adapter = DeepGemmGrouped(refuse, refuse)

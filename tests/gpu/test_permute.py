@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from kernels.select import implementation_for, permute_kernels
+import kernels.permute.triton as module
+from kernels.permute import unpermute
 from tests.kernels.agreement import assert_same_bits, check_permute, check_unpermute
 
 OPAQUE_DTYPES = [torch.bool, torch.float8_e4m3fn, torch.bfloat16, torch.float32, torch.complex128]
@@ -31,24 +32,23 @@ UNPERMUTE_DTYPES = [
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
 def test_permute_on_the_gpu_equals_the_reference(dtype: torch.dtype, index_dtype: torch.dtype) -> None:
     for shape in PERMUTE_SHAPES:
-        check_permute(permute_kernels("triton"), "cuda", shape, dtype, index_dtype)
+        check_permute(module, "cuda", shape, dtype, index_dtype)
 
 
 @pytest.mark.parametrize("dtypes", UNPERMUTE_DTYPES)
 def test_unpermute_on_the_gpu_equals_the_reference(dtypes: tuple[torch.dtype, torch.dtype | None]) -> None:
     for shape in UNPERMUTE_SHAPES:
-        check_unpermute(permute_kernels("triton"), "cuda", shape, dtypes)
-    check_unpermute(permute_kernels("triton"), "cuda", UNPERMUTE_SHAPES[0], dtypes, torch.int32)
+        check_unpermute(module, "cuda", shape, dtypes)
+    check_unpermute(module, "cuda", UNPERMUTE_SHAPES[0], dtypes, torch.int32)
 
 
 def test_unpermute_on_the_gpu_repeats_itself_bit_by_bit() -> None:
     generator = torch.Generator().manual_seed(0)
     rows_AD = torch.randn(4000, 1024, generator=generator).bfloat16().cuda()
     places_NK = torch.randint(-1, 4000, (1000, 8), generator=generator).cuda()
-    kernels = permute_kernels(implementation_for(rows_AD.device))
-    first_ND = kernels.unpermute(rows_AD, places_NK).cpu()
+    first_ND = unpermute(rows_AD, places_NK).cpu()
     for _ in range(10):
-        assert_same_bits(kernels.unpermute(rows_AD, places_NK), first_ND)
+        assert_same_bits(unpermute(rows_AD, places_NK), first_ND)
 
 
 def test_permute_on_the_gpu_reaches_rows_beyond_two_gigabytes() -> None:
@@ -57,6 +57,6 @@ def test_permute_on_the_gpu_reaches_rows_beyond_two_gigabytes() -> None:
     rows_ND = torch.zeros(num_rows, num_columns, dtype=torch.uint8, device="cuda")
     rows_ND[-1] = 7
     source_A = torch.full((num_rows,), num_rows - 1, device="cuda")
-    out_AD = permute_kernels("triton").permute(rows_ND, source_A)
+    out_AD = module.permute(rows_ND, source_A)
     assert out_AD[-1].eq(7).all()
     assert out_AD[0].eq(7).all()

@@ -3,13 +3,14 @@
 Shape legend: N rows on the tokens' side, A rows on the other side, K places per token, D columns.
 """
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
 import kernels.permute.reference as permute_reference
 import kernels.quantize.reference as quantize_reference
 from kernels.quantize.layout import Quantized
-from kernels.select import PermuteKernels, QuantizeKernels
 
 
 def assert_same_bits(actual: Tensor, expected: Tensor, any_nan: bool = False) -> None:
@@ -66,7 +67,7 @@ def layouts(wide_ND: Tensor) -> list[Tensor]:
 
 
 def check_permute(
-    kernels: PermuteKernels, device: str, shape: tuple[int, int, int], dtype: torch.dtype, index_dtype: torch.dtype
+    module: ModuleType, device: str, shape: tuple[int, int, int], dtype: torch.dtype, index_dtype: torch.dtype
 ) -> None:
     """`permute` of N rows to A, new and into a strided view, against the reference."""
     num_rows, num_sources, num_columns = shape
@@ -75,18 +76,18 @@ def check_permute(
     source_A = random_indices(generator, (num_sources,), num_rows, 0.2).to(index_dtype)
     for rows_ND, there_ND in zip(layouts(wide_ND), layouts(wide_ND.to(device)), strict=True):
         expected_AD = permute_reference.permute(rows_ND, source_A)
-        assert_same_bits(kernels.permute(there_ND, source_A.to(device)), expected_AD)
+        assert_same_bits(module.permute(there_ND, source_A.to(device)), expected_AD)
         filled_AD = random_bits(generator, num_sources, num_columns + 5, dtype)
         target_AD = filled_AD.to(device)
         view_AD = target_AD[:, 1 : 1 + num_columns]
-        assert kernels.permute(there_ND, source_A.to(device), view_AD) is view_AD
+        assert module.permute(there_ND, source_A.to(device), view_AD) is view_AD
         assert_same_bits(view_AD, expected_AD)
         assert_same_bits(target_AD[:, :1], filled_AD[:, :1])
         assert_same_bits(target_AD[:, 1 + num_columns :], filled_AD[:, 1 + num_columns :])
 
 
 def check_unpermute(
-    kernels: PermuteKernels,
+    module: ModuleType,
     device: str,
     shape: tuple[int, int, int, int],
     dtypes: tuple[torch.dtype, torch.dtype | None],
@@ -104,13 +105,11 @@ def check_unpermute(
     places_NK = random_indices(generator, (num_tokens, num_places), num_rows, 0.3).to(index_dtype)
     for rows_AD, there_AD in zip(layouts(wide_AD), layouts(wide_AD.to(device)), strict=True):
         expected_ND = permute_reference.unpermute(rows_AD, places_NK, dtypes[1])
-        actual_ND = kernels.unpermute(there_AD, places_NK.to(device), dtypes[1])
+        actual_ND = module.unpermute(there_AD, places_NK.to(device), dtypes[1])
         assert_same_bits(actual_ND, expected_ND, any_nan=True)
 
 
-def check_quantize(
-    kernels: QuantizeKernels, device: str, num_rows: int, num_columns: int, dtype: torch.dtype
-) -> Quantized:
+def check_quantize(module: ModuleType, device: str, num_rows: int, num_columns: int, dtype: torch.dtype) -> Quantized:
     """`quantize_1x128` of wild rows, contiguous and strided, against the reference; returns the last of them."""
     generator = torch.Generator().manual_seed(num_rows + num_columns)
     wide_ND = wild_rows(generator, num_rows, num_columns + 3).to(dtype)
@@ -118,14 +117,14 @@ def check_quantize(
         for power_of_two in (True, False):
             for min_amax in (1e-4, 2.0**-117):
                 expected = quantize_reference.quantize_1x128(rows_ND, power_of_two, min_amax)
-                actual = kernels.quantize_1x128(there_ND, power_of_two, min_amax)
+                actual = module.quantize_1x128(there_ND, power_of_two, min_amax)
                 assert_same_bits(actual.codes, expected.codes)
                 assert_same_bits(actual.scales, expected.scales)
     return expected
 
 
-def check_dequantize(kernels: QuantizeKernels, device: str, quantized: Quantized, dtype: torch.dtype) -> None:
+def check_dequantize(module: ModuleType, device: str, quantized: Quantized, dtype: torch.dtype) -> None:
     """`dequantize_1x128` of given codes and scales, on the CPU, against the reference."""
     on_device = Quantized(quantized.codes.to(device), quantized.scales.to(device))
     expected_ND = quantize_reference.dequantize_1x128(quantized, dtype)
-    assert_same_bits(kernels.dequantize_1x128(on_device, dtype), expected_ND, any_nan=True)
+    assert_same_bits(module.dequantize_1x128(on_device, dtype), expected_ND, any_nan=True)

@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import kernels.adamw.reference as reference
-from kernels.adamw.coefficients import Coefficients, coefficients
-from kernels.adamw.implementations import adamw_step
+from kernels.adamw import Coefficients, coefficients
 from tests.kernels.agreement import assert_same_bits
 from tests.kernels.aot import Compiled, compile_launch
 
@@ -159,10 +158,3 @@ def test_compiled_adamw_moves_16_bytes_at_a_time_and_fuses_nothing(num_weights: 
     assert compiled.instructions(r"fma") == []
     assert compiled.instructions(r".*\.ftz") == []
     assert compiled.instructions(r"(sqrt|div)\.(approx|full)") == []
-
-
-def test_select_gives_the_step_asked_for() -> None:
-    import kernels.adamw.triton as compiled
-
-    assert adamw_step("reference") is reference.adamw_bf16_moments
-    assert adamw_step("triton") is compiled.adamw_bf16_moments

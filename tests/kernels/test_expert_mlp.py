@@ -5,18 +5,24 @@ Shape legend: N rows given, A rows in the experts' order, D hidden size, E exper
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
-from kernels.select import ExpertKernels, expert_implementation_for, expert_kernels
+from kernels.expert_mlp import (
+    ExpertImplementation,
+    down_gradient,
+    expert_implementation_for,
+    expert_mlp,
+    expert_mlp_backward,
+    gate_up_gradient,
+)
 from tests.kernels.plain import expert_rows, near, randn, strided
 
 COUNTS = [(3, 0, 4, 1), (0, 0, 8, 0), (0, 0, 0, 0), (2, 2, 2, 2), (1,), (70, 3, 0, 65), (2, 290, *[0] * 14)]
-Implementation = Literal["reference", "batched", "grouped"]
-TYPES: list[tuple[Implementation, torch.dtype]] = [
+TYPES: list[tuple[ExpertImplementation, torch.dtype]] = [
     ("reference", torch.float64),
     ("reference", torch.float32),
     ("reference", torch.bfloat16),
@@ -88,19 +94,24 @@ def expected_of(case: Case) -> Found:
     )
 
 
-def run(kernels: ExpertKernels, case: Case, *, at_once: bool, keeps_gated: bool) -> Found:
+def run(implementation: ExpertImplementation, case: Case, *, at_once: bool, keeps_gated: bool) -> Found:
     """Forward and backward; the experts' gradients at once, or later from what was kept."""
     gated = case.rows_ND.new_empty(sum(case.counts), case.down_EDM.shape[2]) if keeps_gated else None
     weights = (case.gate_up_EHD, case.down_EDM)
-    out, hidden = kernels.forward(case.rows_ND, case.weights_A, *weights, case.counts, case.tokens_A, gated)
+    operands = (case.rows_ND, case.weights_A, *weights, case.counts, case.tokens_A, gated)
+    out, hidden = expert_mlp(*operands, implementation=implementation)
+    backward = partial(expert_mlp_backward, implementation=implementation)
     given = (case.grad_ND, case.weights_A, hidden, *weights, case.counts, case.tokens_A)
     if at_once:
-        grad_rows, grad_weights, rest = kernels.backward(*given, rows_ND=case.rows_ND)
+        grad_rows, grad_weights, rest = backward(*given, rows_ND=case.rows_ND)
         grad_gate_up, grad_down = rest
     else:
-        grad_rows, grad_weights, (grad_hidden,) = kernels.backward(*given)
-        grad_gate_up = kernels.gate_up_gradient(grad_hidden, in_order(case, case.rows_ND), case.counts)
-        grad_down = kernels.down_gradient(in_order(case, case.grad_ND), case.weights_A, hidden, case.counts, gated)
+        grad_rows, grad_weights, (grad_hidden,) = backward(*given)
+        grad_gate_up = gate_up_gradient(
+            grad_hidden, in_order(case, case.rows_ND), case.counts, implementation=implementation
+        )
+        given_down = (in_order(case, case.grad_ND), case.weights_A, hidden, case.counts, gated)
+        grad_down = down_gradient(*given_down, implementation=implementation)
     return Found(
         out_AD=out,
         grad_rows_AD=grad_rows,
@@ -132,16 +143,16 @@ def assert_near(found: Found, expected: Found) -> None:
 @pytest.mark.parametrize(("implementation", "dtype"), TYPES)
 @pytest.mark.parametrize("counts", COUNTS)
 def test_experts_and_gradients_equal_row_by_row(
-    counts: tuple[int, ...], implementation: Implementation, dtype: torch.dtype, by_token: bool, at_once: bool
+    counts: tuple[int, ...], implementation: ExpertImplementation, dtype: torch.dtype, by_token: bool, at_once: bool
 ) -> None:
     case = make_case(counts, dtype, by_token=by_token)
-    expected, kernels = expected_of(case), expert_kernels(implementation)
+    expected = expected_of(case)
     before = [case.rows_ND.clone(), case.grad_ND.clone(), case.weights_A.clone()]
-    found = run(kernels, case, at_once=at_once, keeps_gated=False)
+    found = run(implementation, case, at_once=at_once, keeps_gated=False)
     assert_near(found, expected)
     for now, then in zip((case.rows_ND, case.grad_ND, case.weights_A), before, strict=True):
         assert torch.equal(now, then)
-    again = run(kernels, case, at_once=at_once, keeps_gated=True)
+    again = run(implementation, case, at_once=at_once, keeps_gated=True)
     for name, tensor in tensors(again).items():
         assert torch.equal(tensor, tensors(found)[name]), name
     for expert, count in enumerate(counts):
@@ -164,7 +175,7 @@ def test_experts_of_odd_sizes_and_strided_rows_equal_row_by_row(dtype: torch.dty
         tokens_A=None,
     )
     for at_once in (False, True):
-        assert_near(run(expert_kernels("reference"), wide, at_once=at_once, keeps_gated=True), expected)
+        assert_near(run("reference", wide, at_once=at_once, keeps_gated=True), expected)
 
 
 @pytest.fixture
@@ -188,7 +199,7 @@ def test_experts_of_many_rows_equal_row_by_row(hidden: int, width: int, dtype: t
     case = make_case((3, 0, 2, 9, 30, 1, 0, 64), dtype, by_token=True, hidden=hidden, width=width)
     expected = expected_of(case)
     for at_once in (False, True):
-        found = run(expert_kernels("reference"), case, at_once=at_once, keeps_gated=keeps_gated)
+        found = run("reference", case, at_once=at_once, keeps_gated=keeps_gated)
         for name, exact in tensors(expected).items():
             error = (tensors(found)[name].double() - exact).norm() / exact.norm()
             assert float(error) < (1e-12 if dtype == torch.float64 else 0.008), name
@@ -199,19 +210,19 @@ def test_experts_of_many_rows_equal_row_by_row(hidden: int, width: int, dtype: t
 @pytest.mark.parametrize(("implementation", "dtype"), TYPES)
 @pytest.mark.parametrize("counts", [(3, 5, 70), (1, 64, 1), (0, 2, 3)])
 def test_what_is_not_a_number_stays_with_its_expert(
-    counts: tuple[int, ...], implementation: Implementation, dtype: torch.dtype, by_token: bool, at_once: bool
+    counts: tuple[int, ...], implementation: ExpertImplementation, dtype: torch.dtype, by_token: bool, at_once: bool
 ) -> None:
     """Products of 16-bit numbers read neighbours' rows: those must not count, whatever they hold."""
-    case, kernels = make_case(counts, dtype, by_token=by_token), expert_kernels(implementation)
+    case = make_case(counts, dtype, by_token=by_token)
     first, last = counts[0], counts[0] + counts[1]
     if case.tokens_A is not None:
         # The middle expert alone serves token 4.
         case.tokens_A[case.tokens_A == 4] = 3
         case.tokens_A[first:last] = 4
     middle = slice(4, 5) if by_token else slice(first, last)
-    clean = run(kernels, case, at_once=at_once, keeps_gated=False)
+    clean = run(implementation, case, at_once=at_once, keeps_gated=False)
     case.rows_ND[middle], case.grad_ND[middle], case.weights_A[first:last] = torch.nan, torch.inf, -torch.inf
-    found = run(kernels, case, at_once=at_once, keeps_gated=False)
+    found = run(implementation, case, at_once=at_once, keeps_gated=False)
     for name, tensor in tensors(found).items():
         expected = tensors(clean)[name]
         for kept in (

@@ -177,10 +177,6 @@ def test_deep_gemm_takes_rows_out_of_a_message(calls: Calls) -> None:
     assert calls.num_blocks == 2
 
 
-def test_deep_gemm_is_for_hopper_alone() -> None:
-    assert not deep_gemm.available(torch.device("cpu"))
-
-
 def test_columns_of_a_group_of_rows_are_a_product_of_their_own() -> None:
     left, right = column_operands((40, 50, 384))
     whole = reference.gemm_fp8_columns(left, right)

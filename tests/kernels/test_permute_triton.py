@@ -9,7 +9,6 @@ from functools import partial
 import pytest
 import torch
 
-from kernels.select import permute_kernels
 from tests.kernels.agreement import check_permute, check_unpermute
 from tests.kernels.aot import Compiled, compile_launch
 
@@ -29,15 +28,19 @@ UNPERMUTE_DTYPES = [
 
 
 def interpreted_permute(dtype: torch.dtype) -> None:
+    import kernels.permute.triton as module
+
     for shape in PERMUTE_SHAPES:
         for index_dtype in (torch.int64, torch.int32):
-            check_permute(permute_kernels("triton"), "cpu", shape, dtype, index_dtype)
+            check_permute(module, "cpu", shape, dtype, index_dtype)
 
 
 def interpreted_unpermute(dtypes: tuple[torch.dtype, torch.dtype | None]) -> None:
+    import kernels.permute.triton as module
+
     for shape in [*UNPERMUTE_SHAPES, (5, 3, 0, 4), (5, 3, 2, 0)]:
-        check_unpermute(permute_kernels("triton"), "cpu", shape, dtypes)
-    check_unpermute(permute_kernels("triton"), "cpu", UNPERMUTE_SHAPES[0], dtypes, torch.int32)
+        check_unpermute(module, "cpu", shape, dtypes)
+    check_unpermute(module, "cpu", UNPERMUTE_SHAPES[0], dtypes, torch.int32)
 
 
 def interpreted_blocks() -> None:

@@ -11,7 +11,6 @@ import torch
 
 import kernels.quantize.reference as reference
 from kernels.quantize.layout import Quantized
-from kernels.select import quantize_kernels
 from tests.kernels.agreement import check_dequantize, check_quantize
 from tests.kernels.aot import Compiled, compile_launch
 
@@ -22,14 +21,15 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
 def interpreted_quantize(dtype: torch.dtype) -> None:
-    kernels = quantize_kernels("triton")
+    import kernels.quantize.triton as module
+
     for num_rows, num_columns in SHAPES:
-        quantized = check_quantize(kernels, "cpu", num_rows, num_columns, dtype)
-        check_dequantize(kernels, "cpu", quantized, dtype)
+        quantized = check_quantize(module, "cpu", num_rows, num_columns, dtype)
+        check_dequantize(module, "cpu", quantized, dtype)
     for num_rows, num_columns in ((0, 128), (3, 0)):
-        quantized = kernels.quantize_1x128(torch.ones(num_rows, num_columns, dtype=dtype), True)
+        quantized = module.quantize_1x128(torch.ones(num_rows, num_columns, dtype=dtype), True)
         assert quantized.scales.shape == (num_rows, num_columns // 128)
-        assert kernels.dequantize_1x128(quantized, dtype).shape == (num_rows, num_columns)
+        assert module.dequantize_1x128(quantized, dtype).shape == (num_rows, num_columns)
 
 
 def interpreted_blocks() -> None:

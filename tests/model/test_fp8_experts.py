@@ -1,17 +1,17 @@
 """Experts in FP8 against their formula in float64 over the same codes, and from which memory they read."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-import model.precision.fp8.maps
 from comm.dispatch.expert_order import SortedChoices
+from kernels.grouped_gemm import reference_fp8
+from kernels.quantize import reference
 from kernels.quantize.layout import Quantized, QuantizedBlocks
 from kernels.rms_norm.reference import rms_norm
-from kernels.select_fp8 import Fp8Kernels, fp8_kernels
 from model.config import Computing
 from model.experts import RoutedExperts
 from model.gradients import GradientStore, WeightQueue
@@ -156,19 +156,19 @@ def test_experts_at_home_equal_the_formula(power_of_two: bool) -> None:
 
 def test_arrived_rows_and_gradients_are_operands_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first product of either way reads the very memory that arrived, codes and scales, and quantises no row."""
-    experts, seen, plain = make_experts(False), list[int](), fp8_kernels("reference")
-    num_quantised: list[int] = []
+    experts, seen, num_quantised = make_experts(False), list[int](), list[int]()
+    grouped_rows_fp8, quantize_1x128 = reference_fp8.grouped_rows_fp8, reference.quantize_1x128
 
     def grouped_rows(rows: Quantized, weights: QuantizedBlocks, counts: Sequence[int], dtype: torch.dtype) -> Tensor:
         seen.extend(each.untyped_storage().data_ptr() for each in rows)
-        return plain.grouped_rows_fp8(rows, weights, counts, dtype)
+        return grouped_rows_fp8(rows, weights, counts, dtype)
 
     def quantize(rows_ND: Tensor, power_of_two: bool, min_amax: float = 1e-4) -> Quantized:
         num_quantised.append(rows_ND.shape[1])
-        return plain.quantize_1x128(rows_ND, power_of_two, min_amax)
+        return quantize_1x128(rows_ND, power_of_two, min_amax)
 
-    spied: Fp8Kernels = replace(plain, grouped_rows_fp8=grouped_rows, quantize_1x128=quantize)
-    monkeypatch.setattr(model.precision.fp8.maps, "fp8_kernels", lambda implementation: spied)
+    monkeypatch.setattr(reference_fp8, "grouped_rows_fp8", grouped_rows)
+    monkeypatch.setattr(reference, "quantize_1x128", quantize)
     x = randn(4, HIDDEN, seed=3, dtype=torch.float32).requires_grad_()
     packed_AB, slope_AB = (pack_rows(randn(4, HIDDEN, seed=n), maps_of(experts))[1] for n in (1, 2))
     num_quantised.clear()

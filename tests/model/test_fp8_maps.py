@@ -1,15 +1,14 @@
 """Norms and maps in FP8 against their formulas in float64 over the same codes: outputs and every gradient."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from kernels.quantize import reference, reference_columns
 from kernels.quantize.layout import Quantized, QuantizedColumns, check_columns
 from kernels.quantize.packed import unpack
-from kernels.select_fp8 import Fp8Kernels
 from model.gradients import GradientStore, WeightQueue
 from model.norm import RmsNorm
 from model.precision.fp8.maps import Fp8Maps
@@ -145,25 +144,24 @@ def test_maps_of_rows_that_experts_read_too_equal_the_formula(power_of_two: bool
     assert norm.weight.grad is None
 
 
-class Strict(Fp8Maps):
-    """With kernels that refuse what Triton's would."""
+@pytest.fixture
+def _strict(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels that refuse what Triton's would."""
+    quantize_1x128, quantize_columns = reference.quantize_1x128, reference_columns.quantize_columns
 
-    def kernels(self, device: torch.device) -> Fp8Kernels:
-        plain = super().kernels(device)
+    def rows(rows_ND: Tensor, power_of_two: bool, min_amax: float = 1e-4) -> Quantized:
+        check_columns("rows", rows_ND)
+        return quantize_1x128(rows_ND, power_of_two, min_amax)
 
-        def rows(rows_ND: Tensor, power_of_two: bool, min_amax: float = 1e-4) -> Quantized:
-            check_columns("rows", rows_ND)
-            return plain.quantize_1x128(rows_ND, power_of_two, min_amax)
+    def columns(rows_ND: Tensor, counts: Sequence[int], power_of_two: bool, min_amax: float = 1e-4) -> QuantizedColumns:
+        check_columns("columns", rows_ND)
+        return quantize_columns(rows_ND, counts, power_of_two, min_amax)
 
-        def columns(
-            rows_ND: Tensor, counts: Sequence[int], power_of_two: bool, min_amax: float = 1e-4
-        ) -> QuantizedColumns:
-            check_columns("columns", rows_ND)
-            return plain.quantize_columns(rows_ND, counts, power_of_two, min_amax)
-
-        return replace(plain, quantize_1x128=rows, quantize_columns=columns)
+    monkeypatch.setattr(reference, "quantize_1x128", rows)
+    monkeypatch.setattr(reference_columns, "quantize_columns", columns)
 
 
+@pytest.mark.usefixtures("_strict")
 @pytest.mark.parametrize("outputs", [(128, 40), (40, 128)], ids=str)
 def test_gradients_may_have_no_rows_of_their_own_in_memory(outputs: tuple[int, ...]) -> None:
     """As that of a sum: one number, expanded."""
@@ -171,7 +169,7 @@ def test_gradients_may_have_no_rows_of_their_own_in_memory(outputs: tuple[int, .
     down = parameter(HIDDEN, sum(outputs) // 2, seed=2)
     found: list[list[Tensor]] = []
     for slope in (torch.ones(()).expand(*SHAPE, HIDDEN), torch.ones(*SHAPE, HIDDEN)):
-        maps, x = Strict(power_of_two=False), randn(*SHAPE, HIDDEN, seed=8, dtype=torch.float32).requires_grad_()
+        maps, x = Fp8Maps(power_of_two=False), randn(*SHAPE, HIDDEN, seed=8, dtype=torch.float32).requires_grad_()
         gated_down(x, normed_linear(x, norm, weights, None, maps), down, None, maps).backward(slope)
         normed_linear(x, norm, weights, None, maps).backward(slope[..., :1].expand(*SHAPE, sum(outputs)))
         each = (x, norm.weight, *weights, down)

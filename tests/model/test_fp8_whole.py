@@ -2,21 +2,22 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import import_module
 
 import pytest
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-import model.precision.fp8.maps
 from comm.dispatch.local import LocalDispatcher
 from comm.protocol import HomeDispatcher
+from kernels.quantize import reference_blocks
 from kernels.quantize.layout import QuantizedBlocks
-from kernels.select_fp8 import fp8_kernels
 from model.attention.mla import LatentAttention
 from model.config import ModelConfig, Products
 from model.gradients import GradientStore
 from model.objective import LossSums
+from tests.kernels.fp8_functions import FP8_FUNCTIONS
 from tests.kernels.plain import randn
 from tests.model.fp8_models import CONFIG, FP8, Away, assert_same, by_phases, eagerly, make_batch, make_model
 from tests.model.test_stage import make_objective, phased
@@ -69,10 +70,10 @@ def test_weights_held_in_codes_change_no_bit_and_changed_ones_are_seen(products:
 
 def spied(monkeypatch: pytest.MonkeyPatch) -> tuple[list[Tensor], dict[str, int]]:
     """Every weight that is put in codes, and how often each kernel is called."""
-    weights, calls, plain = list[Tensor](), dict[str, int](), fp8_kernels("reference")
+    weights, calls = list[Tensor](), dict[str, int]()
+    quantize_128x128 = reference_blocks.quantize_128x128
 
-    def counted(name: str) -> Callable[..., object]:
-        function = getattr(plain, name)
+    def counted(name: str, function: Callable[..., object]) -> Callable[..., object]:
 
         def call(*args: object) -> object:
             calls[name] = calls.get(name, 0) + 1
@@ -82,11 +83,12 @@ def spied(monkeypatch: pytest.MonkeyPatch) -> tuple[list[Tensor], dict[str, int]
 
     def quantize(values: Tensor, power_of_two: bool, min_amax: float = 1e-4) -> QuantizedBlocks:
         weights.append(values)
-        return plain.quantize_128x128(values, power_of_two, min_amax)
+        return quantize_128x128(values, power_of_two, min_amax)
 
-    names = [name for name in plain.__dataclass_fields__ if name != "quantize_128x128"]
-    every = replace(plain, **{name: counted(name) for name in names}, quantize_128x128=quantize)  # type: ignore[arg-type]
-    monkeypatch.setattr(model.precision.fp8.maps, "fp8_kernels", lambda implementation: every)
+    for name, (path, _) in FP8_FUNCTIONS.items():
+        module = import_module(path)
+        monkeypatch.setattr(module, name, counted(name, getattr(module, name)))
+    monkeypatch.setattr(reference_blocks, "quantize_128x128", quantize)
     return weights, calls
 
 

@@ -17,7 +17,6 @@ from data.loader import Loader
 from data.prepare import prepare
 from dualpipe.generate.select import build
 from dualpipe.ir import Schedule
-from kernels.select import quantize_kernels
 from model.experts import RoutedExperts
 from model.objective import LossSums
 from model.transformer import Transformer, initialise, named_tensors, routers
@@ -130,7 +129,7 @@ def replace_parameters(experts: RoutedExperts, of: object) -> list[tuple[str, Te
 def _local_dispatcher(config: TrainConfig) -> Dispatcher:
     """Every expert here, rows quantised where the run's are."""
     dispatcher: Dispatcher = LocalDispatcher(config.model.num_routed_experts)
-    return Fp8Dispatcher(dispatcher, quantize_kernels("reference")) if config.dispatch.payload == "fp8" else dispatcher
+    return Fp8Dispatcher(dispatcher) if config.dispatch.payload == "fp8" else dispatcher
 
 
 def run_plain(config: TrainConfig, starved: int, num_steps: int) -> list[Seen]:

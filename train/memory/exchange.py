@@ -6,7 +6,7 @@ as many nodes as the dispatcher allows.
 
 from typing import assert_never
 
-from kernels.quantize.tiles import num_tiles
+from kernels.quantize import num_tiles
 from model.account.activations import MicroBatchShape
 from model.account.sizes import ExchangeBytes
 from train.config import TrainConfig

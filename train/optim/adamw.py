@@ -6,9 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kernels.adamw.coefficients import coefficients
-from kernels.adamw.implementations import adamw_step
-from kernels.select import implementation_for
+from kernels.adamw import adamw_bf16_moments, coefficients
 from train.optim.config import OptimConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -57,8 +55,7 @@ class Bf16MomentsAdamW(torch.optim.Optimizer):
             eps=group["eps"],
             weight_decay=group["weight_decay"],
         )
-        step = adamw_step(implementation_for(parameter.device))
-        step(parameter, parameter.grad, moments["exp_avg"], moments["exp_avg_sq"], update)
+        adamw_bf16_moments(parameter, parameter.grad, moments["exp_avg"], moments["exp_avg_sq"], update)
 
 
 def build_adamw(groups: Sequence[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:

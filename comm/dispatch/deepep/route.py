@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from comm.dispatch.expert_order import dense
-from kernels.select import PermuteKernels, implementation_for, permute_kernels
+from kernels.permute import permute, unpermute
 
 Rows = Tensor | tuple[Tensor, Tensor]
 """Rows as DeepEP moves them: bfloat16, or codes of float8_e4m3fn and float32 scales."""
@@ -65,11 +65,11 @@ class Route:
     def copy_rows(self, rows: Rows) -> Tensor:
         """A received row for each of its experts here, in expert order: AD, or AB as uint8 with scales behind codes."""
         if isinstance(rows, Tensor):
-            return _kernels(rows).permute(rows, self.rows_A)
+            return permute(rows, self.rows_A)
         parts = [part.view(torch.uint8) for part in rows]
         rows_AB = parts[0].new_empty(len(self.rows_A), sum(part.shape[1] for part in parts))
         for part, out in zip(parts, rows_AB.split([part.shape[1] for part in parts], 1), strict=True):
-            _kernels(part).permute(part, self.rows_A, out)
+            permute(part, self.rows_A, out)
         return rows_AB
 
     def copy_weights(self, weights_RK: Tensor) -> Tensor:
@@ -78,14 +78,10 @@ class Route:
 
     def sum_rows(self, rows_AD: Tensor) -> Tensor:
         """The sum over each received row's experts here, in the order of its choices, rounded once; RD."""
-        return _kernels(rows_AD).unpermute(dense(rows_AD), self.places_RK)
+        return unpermute(dense(rows_AD), self.places_RK)
 
     def restore_weights(self, weights_A: Tensor) -> Tensor:
         """The value of each arrived row at its choice, 0 for experts elsewhere; RK."""
         weights_RK = weights_A.new_zeros(self.places_RK.shape)
         weights_RK.view(-1).scatter_(0, self.choices_A, weights_A)
         return weights_RK
-
-
-def _kernels(rows: Tensor) -> PermuteKernels:
-    return permute_kernels(implementation_for(rows.device))

@@ -20,7 +20,7 @@ from comm.config import TwoHopDispatchConfig
 from comm.dispatch.all_to_all_plan import num_local_experts
 from comm.dispatch.expert_order import dense, restore_values
 from comm.dispatch.process_group import Observers, Wire
-from comm.dispatch.row_format import Part, RowFormat, kernels_for
+from comm.dispatch.row_format import Part, RowFormat
 from comm.dispatch.two_hop.chunks import Travel
 from comm.dispatch.two_hop.counts import Ledger
 from comm.dispatch.two_hop.plan import Counted, TwoHopPlanner, TwoHopRoute
@@ -30,6 +30,7 @@ from comm.lane import Lane
 from comm.layout import Layout
 from comm.protocol import Arrived, Handle, Label, Work
 from comm.relays import Relays
+from kernels.permute import permute, unpermute
 
 _ROWS, _WEIGHTS, _IDS = range(3)  # parts of a dispatched row
 
@@ -159,7 +160,7 @@ class TwoHopDispatcher:
             form = RowFormat.of(rows_TD, weights_TK, route.ids_TK)
             arrived_XB = self._spread("dispatch", own, form, (rows_TD, weights_TK, route.ids_TK))
             expansion = own.expand(lambda: self._expand(route, form.part(arrived_XB, _IDS)))
-            rows_AD = kernels_for(rows_TD).permute(form.part(arrived_XB, _ROWS), expansion.rows_A)
+            rows_AD = permute(form.part(arrived_XB, _ROWS), expansion.rows_A)
             weights_A = form.part(arrived_XB, _WEIGHTS).flatten().index_select(0, expansion.choices_A)
             return Arrived(rows_AD, weights_A, route.counts)
 
@@ -187,7 +188,7 @@ class TwoHopDispatcher:
         def run() -> Tensor:
             form = RowFormat.of(rows_TD)
             arrived_XB = self._spread("combine backward", own, form, (rows_TD,))
-            return kernels_for(rows_TD).permute(form.part(arrived_XB, _ROWS), own.expansion.rows_A)
+            return permute(form.part(arrived_XB, _ROWS), own.expansion.rows_A)
 
         return self._lane.submit(run)
 
@@ -203,7 +204,7 @@ class TwoHopDispatcher:
             if len(own.relayings) == chunk:
                 num_sent = sum(route.within[chunk].sent)
                 own.relayings.append(self._reader.relay(form.part(crossed_MB, _IDS), num_sent))
-            return kernels_for(crossed_MB).permute(crossed_MB, own.relayings[chunk].rows_S)
+            return permute(crossed_MB, own.relayings[chunk].rows_S)
 
         travel = self._travel(name, own)
         travel.predict(self._traffic, form.bytes_per_row, route.num_least_rows, back=False)
@@ -211,14 +212,14 @@ class TwoHopDispatcher:
 
     def _collect(self, name: str, own: TwoHopHandle, rows_AD: Tensor, weights_A: Tensor | None) -> list[Tensor]:
         """Sums of rows at each stop of their way back, TD, and the value of each choice, TK, if weights are given."""
-        route, kernels = own.route(self._planner), kernels_for(rows_AD)
+        route = own.route(self._planner)
         rows, dtype = dense(rows_AD), self._sum_dtype(rows_AD.dtype)
         places = own.expansion.places_XK.split([sum(hop.received) for hop in route.within])
         riders = () if weights_A is None else (Part(route.ids_TK.shape[1], weights_A.dtype),)
         form = RowFormat.of_parts(Part(rows.shape[1], dtype), *riders)
 
         def pack(message: int) -> Tensor:
-            sums = [kernels.unpermute(rows, places[message], dtype)]
+            sums = [unpermute(rows, places[message], dtype)]
             if weights_A is not None:
                 sums.append(restore_values(weights_A, places[message]))
             return form.pack(sums)

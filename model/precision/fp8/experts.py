@@ -12,8 +12,11 @@ import torch
 from torch import Tensor
 
 from comm.protocol import RowOrder
+from kernels.grouped_gemm import grouped_rows_fp8, grouped_weight_fp8
+from kernels.quantize import quantize_1x128, quantize_columns, requantize_columns
 from kernels.quantize.layout import GRADIENTS_MIN_AMAX, Quantized
 from kernels.quantize.packed import pack, unpack
+from kernels.swiglu import swiglu_backward_from_codes, swiglu_quantize
 from model.precision.fp8.maps import Fp8Maps, give
 from model.precision.fp8.norm import Source, stand_in
 from model.precision.linear import WeightSink
@@ -47,7 +50,7 @@ class ArrivedCodes:
 
 def pack_gradient(grad_ND: Tensor, maps: Fp8Maps) -> Tensor:
     """A gradient on its way to the experts, NB: in FP8 with power-of-two scales."""
-    return pack(maps.kernels(grad_ND.device).quantize_1x128(grad_ND.contiguous(), True, GRADIENTS_MIN_AMAX))
+    return pack(quantize_1x128(grad_ND.contiguous(), True, GRADIENTS_MIN_AMAX))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,13 +84,12 @@ class _ExpertMlp(torch.autograd.Function):
         x: Tensor | None,
         norm_weight_D: Tensor | None,
     ) -> Tensor:
-        maps, order, counts = options.maps, options.order, options.counts
-        run, dtype = maps.kernels(packed.device), gate_up_EHD.dtype
+        maps, order, counts, dtype = options.maps, options.order, options.counts, gate_up_EHD.dtype
         weights_A = weights if order is None else order.copy_weights(weights)
         operand = unpack(_sort(packed, order), gate_up_EHD.shape[2])
-        hidden_AH = run.grouped_rows_fp8(operand, maps.codes(gate_up_EHD).forward, counts, dtype)
-        gated, kept = run.swiglu_quantize(hidden_AH, weights_A, maps.power_of_two)
-        out_AD = run.grouped_rows_fp8(gated, maps.codes(down_EDM).forward, counts, dtype)
+        hidden_AH = grouped_rows_fp8(operand, maps.codes(gate_up_EHD).forward, counts, dtype)
+        gated, kept = swiglu_quantize(hidden_AH, weights_A, maps.power_of_two)
+        out_AD = grouped_rows_fp8(gated, maps.codes(down_EDM).forward, counts, dtype)
         source = (packed,) if x is None else (x, norm_weight_D)
         ctx.save_for_backward(weights_A, *kept, gate_up_EHD, down_EDM, *source)
         ctx.options, ctx.weights_dtype = options, weights.dtype
@@ -98,24 +100,24 @@ class _ExpertMlp(torch.autograd.Function):
         weights_A, codes, scales, gate_up_EHD, down_EDM, *source = ctx.saved_tensors
         options: _Options = ctx.options
         maps, counts, order, sink = options.maps, options.counts, options.order, options.sink
-        run, dtype, power_of_two = maps.kernels(codes.device), gate_up_EHD.dtype, maps.power_of_two
+        dtype, power_of_two = gate_up_EHD.dtype, maps.power_of_two
         packed = source[0] if order is None else Source(source[0], source[1], options.eps).pack_again(maps)
         mail = options.mail
         grad = unpack(mail.take() if mail else _sort(pack_gradient(grads[0], maps), order), down_EDM.shape[1])
-        grad_AM = run.grouped_rows_fp8(grad, maps.codes(down_EDM).backward, counts, dtype)
-        grad_AH, gated_AM, grad_weights_A = run.swiglu_backward_from_codes(grad_AM, Quantized(codes, scales), weights_A)
+        grad_AM = grouped_rows_fp8(grad, maps.codes(down_EDM).backward, counts, dtype)
+        grad_AH, gated_AM, grad_weights_A = swiglu_backward_from_codes(grad_AM, Quantized(codes, scales), weights_A)
         grad_hidden = maps.gradient(grad_AH)
-        grad_rows = run.grouped_rows_fp8(grad_hidden, maps.codes(gate_up_EHD).backward, counts, dtype)
-        hidden_columns = run.quantize_columns(grad_AH, counts, power_of_two, GRADIENTS_MIN_AMAX)
-        gated_columns = run.quantize_columns(gated_AM, counts, power_of_two)
+        grad_rows = grouped_rows_fp8(grad_hidden, maps.codes(gate_up_EHD).backward, counts, dtype)
+        hidden_columns = quantize_columns(grad_AH, counts, power_of_two, GRADIENTS_MIN_AMAX)
+        gated_columns = quantize_columns(gated_AM, counts, power_of_two)
 
         def gate_up_gradient() -> Tensor:
             rows = unpack(_sort(packed, order), gate_up_EHD.shape[2])
-            return run.grouped_weight_fp8(hidden_columns, run.requantize_columns(rows, counts, True), counts)
+            return grouped_weight_fp8(hidden_columns, requantize_columns(rows, counts, True), counts)
 
         def down_gradient() -> Tensor:
-            columns = run.requantize_columns(grad, counts, True, GRADIENTS_MIN_AMAX)
-            return run.grouped_weight_fp8(columns, gated_columns, counts)
+            columns = requantize_columns(grad, counts, True, GRADIENTS_MIN_AMAX)
+            return grouped_weight_fp8(columns, gated_columns, counts)
 
         assert grad_weights_A is not None
         grad_weights = grad_weights_A

@@ -12,7 +12,9 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
+from kernels.quantize import pack_e5m6, quantize_1x128, unpack_e5m6
 from kernels.quantize.layout import PackedE5M6, Quantized
+from kernels.rms_norm import rms_norm_backward_from_codes, rms_norm_quantize
 from model.attention.projections import LatentWeights, Mixing, NormAndMap
 from model.precision.fp8.maps import Fp8Maps, give
 
@@ -56,10 +58,9 @@ class Fp8Ends:
         assert mixing.maps is not None
         query, latent, key = mixing.split(compressed_BTX)
         eps, rounds = mixing.shape.eps, mixing.maps.power_of_two
-        run = mixing.maps.kernels(compressed_BTX.device)
 
         def normal(x_BTL: Tensor, weight: Tensor) -> _Normal:
-            operand, inverse = run.rms_norm_quantize(x_BTL.flatten(0, 1), weight, eps, rounds)
+            operand, inverse = rms_norm_quantize(x_BTL.flatten(0, 1), weight, eps, rounds)
             return _Normal(*operand, inverse)
 
         if weights.query_norm is None:
@@ -100,16 +101,15 @@ class Fp8Ends:
 
     def add(self, x_ND: Tensor, mixed_NV: Tensor) -> Tensor:
         """See `Ends`."""
-        run = self._maps.kernels(x_ND.device)
         if self._mixing.records:
-            self._mixed = run.pack_e5m6(mixed_NV)
-        return self._maps.forward(run.quantize_1x128(mixed_NV, True), (self._weights.out,)).add_(x_ND)
+            self._mixed = pack_e5m6(mixed_NV)
+        return self._maps.forward(quantize_1x128(mixed_NV, True), (self._weights.out,)).add_(x_ND)
 
     def mixed(self) -> Tensor:
         """See `Ends`."""
         assert self._mixed is not None
         width, plain = self._mixing.shape.num_heads * self._mixing.shape.value, self._kept.plain_BTF
-        return self._maps.kernels(plain.device).unpack_e5m6(self._mixed, width, plain.dtype)
+        return unpack_e5m6(self._mixed, width, plain.dtype)
 
     def add_backward(self, grad_ND: Tensor) -> tuple[Tensor, Tensor | None]:
         """See `Ends`."""
@@ -133,8 +133,7 @@ class Fp8Ends:
     def _backward(self, grad: Tensor, normal: _Normal, norm: Tensor, up: Tensor, out_BTL: Tensor) -> NormAndMap:
         maps = self._maps
         grad_up = give(up, maps.weight_gradient(grad, normal.operand), self._mixing.sink)
-        run = maps.kernels(grad.device)
         grad_NL = maps.input_gradient(grad, (up,))
-        grad_x_NL, grad_norm = run.rms_norm_backward_from_codes(grad_NL, normal.operand, normal.inverse, norm)
+        grad_x_NL, grad_norm = rms_norm_backward_from_codes(grad_NL, normal.operand, normal.inverse, norm)
         out_BTL.copy_(grad_x_NL.view_as(out_BTL))
         return grad_norm.to(norm.dtype), grad_up

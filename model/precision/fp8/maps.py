@@ -12,8 +12,16 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from kernels.quantize.layout import GRADIENTS_MIN_AMAX, TILE, Quantized, QuantizedBlocks
-from kernels.select_fp8 import Fp8Kernels, fp8_implementation_for, fp8_kernels
+from kernels.gemm_fp8 import gemm_fp8, gemm_fp8_columns
+from kernels.quantize import (
+    TILE,
+    quantize_1x128,
+    quantize_128x128,
+    quantize_columns,
+    requantize_columns,
+    transpose_blocks,
+)
+from kernels.quantize.layout import GRADIENTS_MIN_AMAX, Quantized, QuantizedBlocks
 from model.precision.linear import WeightSink
 
 
@@ -54,13 +62,9 @@ class Fp8Maps:
         finally:
             self._held = None
 
-    def kernels(self, device: torch.device) -> Fp8Kernels:
-        """Those that suit where tensors are."""
-        return fp8_kernels(fp8_implementation_for(device))
-
     def gradient(self, grad_AN: Tensor) -> Quantized:
         """An output gradient in FP8."""
-        return self.kernels(grad_AN.device).quantize_1x128(_dense(grad_AN), self.power_of_two, GRADIENTS_MIN_AMAX)
+        return quantize_1x128(_dense(grad_AN), self.power_of_two, GRADIENTS_MIN_AMAX)
 
     def codes(self, weight: Tensor) -> WeightCodes:
         """Of one weight, NK or ENK."""
@@ -69,15 +73,14 @@ class Fp8Maps:
 
     def forward(self, operand: Quantized, weights_NK: Sequence[Tensor]) -> Tensor:
         """The outputs of several maps of one input, side by side, in the weights' type; AN."""
-        gemm = self.kernels(operand.codes.device).gemm_fp8
-        outs = [gemm(operand, piece.codes.forward, weights_NK[0].dtype) for piece in self._pieces(weights_NK)]
+        outs = [gemm_fp8(operand, piece.codes.forward, weights_NK[0].dtype) for piece in self._pieces(weights_NK)]
         return outs[0] if len(outs) == 1 else torch.cat(outs, 1)
 
     def input_gradient(self, grad_AN: Tensor, weights_NK: Sequence[Tensor]) -> Tensor:
         """The gradient of that input, in the type of `grad_AN`; AK."""
-        gemm, pieces = self.kernels(grad_AN.device).gemm_fp8, self._pieces(weights_NK)
+        pieces = self._pieces(weights_NK)
         dtype = grad_AN.dtype if len(pieces) == 1 else torch.float32
-        parts = [gemm(self.gradient(grad_AN[:, piece.outputs]), piece.codes.backward, dtype) for piece in pieces]
+        parts = [gemm_fp8(self.gradient(grad_AN[:, piece.outputs]), piece.codes.backward, dtype) for piece in pieces]
         return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0).to(grad_AN.dtype)
 
     def weight_gradient(
@@ -92,13 +95,13 @@ class Fp8Maps:
             rows: the input: as it was kept in FP8, or as numbers, AK.
             power_of_two: of the input's scales; None: as of all others.
         """
-        run, counts = self.kernels(grad_AN.device), (len(grad_AN),)
+        counts = (len(grad_AN),)
         rounds = self.power_of_two if power_of_two is None else power_of_two
-        grad = run.quantize_columns(_dense(grad_AN), counts, self.power_of_two, GRADIENTS_MIN_AMAX)
+        grad = quantize_columns(_dense(grad_AN), counts, self.power_of_two, GRADIENTS_MIN_AMAX)
         if isinstance(rows, Tensor):
-            columns = run.quantize_columns(rows, counts, rounds)
-            return lambda: run.gemm_fp8_columns(grad, columns)
-        return lambda: run.gemm_fp8_columns(grad, run.requantize_columns(rows, counts, rounds))
+            columns = quantize_columns(rows, counts, rounds)
+            return lambda: gemm_fp8_columns(grad, columns)
+        return lambda: gemm_fp8_columns(grad, requantize_columns(rows, counts, rounds))
 
     def _pieces(self, weights: Sequence[Tensor]) -> list[_Piece]:
         key = tuple(map(id, weights))
@@ -111,14 +114,13 @@ class Fp8Maps:
 
     def _quantize(self, weights: Sequence[Tensor]) -> list[_Piece]:
         """One piece where every map but the last ends with a block of 128 outputs; else one for each map."""
-        run = self.kernels(weights[0].device)
-        found = [run.quantize_128x128(weight.detach(), self.power_of_two) for weight in weights]
+        found = [quantize_128x128(weight.detach(), self.power_of_two) for weight in weights]
         if len(found) > 1 and all(weight.shape[0] % TILE == 0 for weight in weights[:-1]):
             found = [QuantizedBlocks(_join([each.codes for each in found]), _join([each.scales for each in found]))]
         pieces, first = list[_Piece](), 0
         for blocks in found:
             outputs = slice(first, first + blocks.codes.shape[-2])
-            pieces.append(_Piece(outputs, WeightCodes(blocks, run.transpose_blocks(blocks))))
+            pieces.append(_Piece(outputs, WeightCodes(blocks, transpose_blocks(blocks))))
             first = outputs.stop
         return pieces
 

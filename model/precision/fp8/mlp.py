@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels.quantize.layout import Quantized
+from kernels.swiglu import swiglu_backward_from_codes, swiglu_quantize
 from model.precision.fp8.maps import Fp8Maps, give
 from model.precision.linear import WeightSink
 
@@ -18,8 +19,7 @@ class _GatedDown(torch.autograd.Function):
     def forward(
         ctx: Any, base: Tensor, hidden: Tensor, down_DM: Tensor, sink: WeightSink | None, maps: Fp8Maps
     ) -> Tensor:
-        run = maps.kernels(hidden.device)
-        gated, kept = run.swiglu_quantize(hidden.flatten(0, -2), None, maps.power_of_two)
+        gated, kept = swiglu_quantize(hidden.flatten(0, -2), None, maps.power_of_two)
         ctx.save_for_backward(*kept, down_DM)
         ctx.sink, ctx.maps, ctx.shape = sink, maps, hidden.shape
         return maps.forward(gated, (down_DM,)).view_as(base).add_(base)
@@ -28,9 +28,9 @@ class _GatedDown(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         codes, scales, down_DM = ctx.saved_tensors
         (grad,), maps = grads, ctx.maps
-        grad_AD, run = grad.flatten(0, -2), maps.kernels(grad.device)
+        grad_AD = grad.flatten(0, -2)
         grad_AM = maps.input_gradient(grad_AD, (down_DM,))
-        grad_AH, gated_AM, _ = run.swiglu_backward_from_codes(grad_AM, Quantized(codes, scales), None)
+        grad_AH, gated_AM, _ = swiglu_backward_from_codes(grad_AM, Quantized(codes, scales), None)
         grad_down = give(down_DM, maps.weight_gradient(grad_AD, gated_AM), ctx.sink)
         return grad, grad_AH.view(ctx.shape), grad_down, None, None
 

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.quantize import quantize_1x128
 from kernels.quantize.layout import Quantized
 from kernels.quantize.packed import pack, unpack
-from kernels.select import fused_kernels, implementation_for
+from kernels.rms_norm import rms_norm, rms_norm_backward_from_codes, rms_norm_quantize
 from model.norm import RmsNorm
 from model.precision.fp8.maps import Fp8Maps, give_parts
 from model.precision.linear import WeightSink
@@ -32,8 +33,7 @@ class _NormedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, norm_weight_D: Tensor, options: _Options, *weights_ND: Tensor) -> Tensor:
         x_AD, maps = x.flatten(0, -2), options.maps
-        run = maps.kernels(x.device)
-        operand, inverse_A1 = run.rms_norm_quantize(x_AD, norm_weight_D, options.eps, maps.power_of_two)
+        operand, inverse_A1 = rms_norm_quantize(x_AD, norm_weight_D, options.eps, maps.power_of_two)
         out_AN = maps.forward(operand, weights_ND)
         ctx.save_for_backward(*operand, inverse_A1, norm_weight_D, *weights_ND)
         ctx.options = options
@@ -45,8 +45,7 @@ class _NormedLinear(torch.autograd.Function):
         operand, grad_AN, maps = Quantized(codes, scales), grads[0].flatten(0, -2), ctx.options.maps
         grad_AD = maps.input_gradient(grad_AN, weights_ND)
         given = give_parts(weights_ND, maps.weight_gradient(grad_AN, operand), ctx.options.sink)
-        run = maps.kernels(grad_AN.device)
-        grad_x_AD, grad_norm_D = run.rms_norm_backward_from_codes(grad_AD, operand, inverse_A1, norm_weight_D)
+        grad_x_AD, grad_norm_D = rms_norm_backward_from_codes(grad_AD, operand, inverse_A1, norm_weight_D)
         grad_x = grad_x_AD.view(*grads[0].shape[:-1], grad_x_AD.shape[1])
         return grad_x, grad_norm_D.to(norm_weight_D.dtype), None, *given
 
@@ -62,7 +61,7 @@ def normed_linear(
 
 def _normal(x: Tensor, norm_weight_D: Tensor, eps: float) -> Tensor:
     """norm(x) once more, AD: the bits that it had in the forward."""
-    normal_AD, _ = fused_kernels(implementation_for(x.device)).rms_norm(x.flatten(0, -2), norm_weight_D, eps)
+    normal_AD, _ = rms_norm(x.flatten(0, -2), norm_weight_D, eps)
     return normal_AD
 
 
@@ -79,7 +78,7 @@ class _Pack(torch.autograd.Function):
 
 
 def _pack(normal_AD: Tensor, maps: Fp8Maps) -> Tensor:
-    return pack(maps.kernels(normal_AD.device).quantize_1x128(normal_AD, True))
+    return pack(quantize_1x128(normal_AD, True))
 
 
 @dataclass(frozen=True, slots=True)

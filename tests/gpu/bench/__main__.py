@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import triton
 
-from kernels.gemm_fp8.deep_gemm import available
+from kernels.implementation import has_deep_gemm
 from tests.gpu.bench import report
 from tests.gpu.bench.contenders import contenders, others_of
 from tests.gpu.bench.measure import Roofs, Stopwatch, interleaved, measure_roofs
@@ -71,7 +71,7 @@ def measure(
 ) -> None:
     """Adds what was found; a kernel of ours that fails must not keep the others from being measured."""
     try:
-        calls, refusals = contenders(launch, device, others_of(launch, available(device)))
+        calls, refusals = contenders(launch, device, others_of(launch, has_deep_gemm(device)))
         seconds = seconds_of_all(calls)
     except Exception as error:
         findings.failures.append(f"FAIL: {launch.name}, {launch.shape}: {type(error).__name__}: {error}")

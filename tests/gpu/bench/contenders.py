@@ -4,8 +4,9 @@ Shape legend: M rows, N columns and K depth of a product.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
+from types import SimpleNamespace
 from typing import Literal, NamedTuple, NoReturn, assert_never
 
 import torch
@@ -16,7 +17,6 @@ import kernels.grouped_gemm.native as native
 from kernels.gemm_fp8.deep_gemm import DeepGemm
 from kernels.grouped_gemm.deep_gemm import DeepGemmGrouped
 from kernels.quantize.layout import Quantized, QuantizedBlocks
-from kernels.select_fp8 import fp8_kernels
 from tests.kernels.launches import Call, Launch, Product, Tensors
 
 OURS = "ours"
@@ -52,7 +52,7 @@ def contenders(launch: Launch, device: torch.device, makers: Sequence[Mapping[st
         Exception: whatever our own kernel raises.
     """
     is_fp8_product = launch.product is not None and launch.product.is_fp8
-    found = Contenders({OURS: launch.call(device, fp8_kernels("triton") if is_fp8_product else None)}, [])
+    found = Contenders({OURS: launch.call(device, _tuned() if is_fp8_product else None)}, [])
     found.calls[OURS]()
     for alternatives in makers:
         for name, make in alternatives.items():
@@ -65,6 +65,21 @@ def contenders(launch: Launch, device: torch.device, makers: Sequence[Mapping[st
                 found.calls[name] = call
                 break
     return found
+
+
+@cache
+def _tuned() -> SimpleNamespace:
+    """Our products in FP8, which keep what was found out for every shape."""
+    from kernels.gemm_fp8.tuned import TunedGemm
+    from kernels.grouped_gemm.tuned import TunedGroupedGemm
+
+    gemm, grouped = TunedGemm(), TunedGroupedGemm()
+    return SimpleNamespace(
+        gemm_fp8=gemm.gemm_fp8,
+        gemm_fp8_columns=gemm.gemm_fp8_columns,
+        grouped_rows_fp8=grouped.grouped_rows_fp8,
+        grouped_weight_fp8=grouped.grouped_weight_fp8,
+    )
 
 
 def others_of(launch: Launch, has_deep_gemm: bool) -> list[dict[str, Make]]:
