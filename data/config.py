@@ -1,29 +1,9 @@
 """What text a run reads and how it becomes sequences, as values. No torch here."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EmbeddedSource:
-    """The Python standard library's own sources and texts, without its tests: on every machine, offline."""
-
-    kind: Literal["embedded"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FilesSource:
-    """The user's text: files, or folders searched for `.txt`, `.md`, `.py` and `.jsonl`.
-
-    `text_field` is the field of a `.jsonl` line that holds the text.
-    """
-
-    kind: Literal["files"]
-    paths: tuple[str, ...]
-    text_field: str
-
-
-DataSource = EmbeddedSource | FilesSource
+from data.registry import DATA_SOURCES, DataSource
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,7 +18,7 @@ class DataConfig:
     governs the split into parts and the order of samples.
     """
 
-    source: DataSource
+    source: Annotated[DataSource, DATA_SOURCES]
     tokenizer: str | None
     tokenizer_bos: str | None
     tokenizer_eos: str | None

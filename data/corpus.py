@@ -8,9 +8,8 @@ import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import assert_never
 
-from data.config import DataSource, EmbeddedSource, FilesSource
+from data.registry import DATA_SOURCES, CorpusFile, DataSource, DataSourceEntry, Document
 
 TEXT_SUFFIXES = (".txt", ".md", ".py", ".jsonl")
 EMBEDDED_SUFFIXES = (".py", ".txt", ".md", ".rst")
@@ -31,19 +30,19 @@ class DataError(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class CorpusFile:
-    """A file of the corpus; `key` is its path below the folder it was found in, the same on every machine."""
-
-    key: str
-    path: Path
+class EmbeddedSource(DataSource):
+    """The Python standard library's own sources and texts, without its tests: on every machine, offline."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Document:
-    """One text; `key` names it on every machine: the file's key, with `:line` for a line of a `.jsonl` file."""
+class FilesSource(DataSource):
+    """The user's text: files, or folders searched for `.txt`, `.md`, `.py` and `.jsonl`.
 
-    key: str
-    text: str
+    `text_field` is the field of a `.jsonl` line that holds the text.
+    """
+
+    paths: tuple[str, ...]
+    text_field: str
 
 
 def list_files(source: DataSource) -> tuple[CorpusFile, ...]:
@@ -54,13 +53,7 @@ def list_files(source: DataSource) -> tuple[CorpusFile, ...]:
     Raises:
         DataError: a path is missing, has an unknown suffix, or is a folder without any readable suffix.
     """
-    match source:
-        case EmbeddedSource():
-            return tuple(_search(Path(sysconfig.get_path("stdlib")), EMBEDDED_SUFFIXES, EMBEDDED_SKIPPED_FOLDERS))
-        case FilesSource():
-            return _list_paths(source.paths)
-        case _:
-            assert_never(source)
+    return DATA_SOURCES.get(source.kind).files(source)
 
 
 def check_source(source: DataSource) -> None:
@@ -69,17 +62,20 @@ def check_source(source: DataSource) -> None:
     Raises:
         DataError: as `list_files`; or only empty files; or, within those megabytes, as `read_documents`.
     """
-    files = list_files(source)
+    entry = DATA_SOURCES.get(source.kind)
+    files = entry.files(source)
     budget_bytes = CHECKED_BYTES
     found = False
     for file in files:
         if found and budget_bytes <= 0:
             return
-        for _ in _read_file(file, _text_field(source), max(budget_bytes, 1)):
+        for _ in entry.read(source, file, max(budget_bytes, 1)):
             found = True
         budget_bytes -= _size_bytes(file)
     if not found:
-        raise _empty_error(source, len(files))
+        raise DataError(
+            f"{entry.place(source)} must hold at least one document that is not empty; {len(files)} files were found"
+        )
 
 
 def read_documents(source: DataSource) -> Iterator[Document]:
@@ -88,8 +84,9 @@ def read_documents(source: DataSource) -> Iterator[Document]:
     Raises:
         DataError: as `list_files`; or a line of `.jsonl` is not an object with a string in the field of the text.
     """
-    for file in list_files(source):
-        yield from _read_file(file, _text_field(source))
+    entry = DATA_SOURCES.get(source.kind)
+    for file in entry.files(source):
+        yield from entry.read(source, file, None)
 
 
 def hash_unit(purpose: str, seed: int, key: str) -> float:
@@ -103,7 +100,12 @@ def is_validation(key: str, validation_fraction: float, seed: int) -> bool:
     return hash_unit("split", seed, key) < validation_fraction
 
 
-def _list_paths(paths: tuple[str, ...]) -> tuple[CorpusFile, ...]:
+def list_paths(paths: tuple[str, ...]) -> tuple[CorpusFile, ...]:
+    """Lists the files that paths name: files, and those with a known suffix in folders.
+
+    Raises:
+        DataError: as `list_files`.
+    """
     if not paths:
         raise DataError("data.paths: at least one file or folder is needed, got none")
     files: dict[Path, CorpusFile] = {}
@@ -156,11 +158,7 @@ def _raise_unreadable(error: OSError) -> None:
     raise DataError(f"data.paths: folder {error.filename} cannot be read: {error.strerror}") from error
 
 
-def _text_field(source: DataSource) -> str:
-    return source.text_field if isinstance(source, FilesSource) else "text"
-
-
-def _read_file(file: CorpusFile, text_field: str, limit_bytes: int | None = None) -> Iterator[Document]:
+def read_file(file: CorpusFile, text_field: str, limit_bytes: int | None = None) -> Iterator[Document]:
     """The documents of one file; with a limit, of about its first bytes alone."""
     try:
         with file.path.open("rb") as stream:
@@ -206,17 +204,6 @@ def _nearest_field(field: str, value: dict[str, object]) -> str:
     return f"; nearest: data.text_field={close[0]!r}" if close else ""
 
 
-def _empty_error(source: DataSource, num_files: int) -> DataError:
-    match source:
-        case EmbeddedSource():
-            place = f"data.kind: 'embedded' (the Python standard library at {sysconfig.get_path('stdlib')})"
-        case FilesSource():
-            place = f"data.paths: {list(source.paths)!r}"
-        case _:
-            assert_never(source)
-    return DataError(f"{place} must hold at least one document that is not empty; {num_files} files were found")
-
-
 def _size_bytes(file: CorpusFile) -> int:
     try:
         return file.path.stat().st_size
@@ -243,3 +230,30 @@ def _nearest(path: Path) -> str:
 
 def _shorten(text: str) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _embedded_files(source: EmbeddedSource) -> tuple[CorpusFile, ...]:
+    return tuple(_search(Path(sysconfig.get_path("stdlib")), EMBEDDED_SUFFIXES, EMBEDDED_SKIPPED_FOLDERS))
+
+
+DATA_SOURCES.register(
+    "embedded",
+    DataSourceEntry(
+        summary="the Python standard library's sources and texts",
+        config=EmbeddedSource,
+        files=_embedded_files,
+        read=lambda source, file, limit_bytes: read_file(file, "text", limit_bytes),
+        place=lambda source: f"data.kind: 'embedded' (the Python standard library at {sysconfig.get_path('stdlib')})",
+    ),
+)
+DATA_SOURCES.register(
+    "files",
+    DataSourceEntry(
+        summary="the user's .txt, .md, .py and .jsonl files",
+        config=FilesSource,
+        files=lambda source: list_paths(source.paths),
+        read=lambda source, file, limit_bytes: read_file(file, source.text_field, limit_bytes),
+        place=lambda source: f"data.paths: {list(source.paths)!r}",
+        settings=lambda source: source.text_field,
+    ),
+)

@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.config import DataConfig
-from data.corpus import DataError, Document, hash_unit, is_validation, list_files, read_documents
+from data.corpus import DataError, hash_unit, is_validation, list_files, read_documents
 from data.fim import cut_for_fim, join_fim_tokens
 from data.progress import Progress, Quiet
+from data.registry import Document
 from data.tokenizer import Tokenizer
 
 Part = Literal["train", "validation"]

@@ -14,11 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.cache import CacheEntry, open_or_build
-from data.config import DataConfig, FilesSource
+from data.config import DataConfig
 from data.corpus import DataError, check_source, list_files
 from data.encode import QUIET, build_encoded
 from data.pack import pack_documents
 from data.progress import Progress
+from data.registry import DATA_SOURCES
 from data.special_tokens import TOKENIZER_CONFIG_NAME, SpecialNames
 from data.tokenizer import Tokenizer, check_vocab_size
 
@@ -149,11 +150,10 @@ def _encoded_key(config: DataConfig, given: Tokenizer | None) -> str:
         status = file.path.stat()
         files.append((file.key, str(file.path.resolve()), status.st_size, status.st_mtime_ns))
     special = None if given is None else [*given.special.all_ids, given.token_names]
-    text_field = config.source.text_field if isinstance(config.source, FilesSource) else None
     settings = [
         FORMAT_VERSION,
         config.source.kind,
-        text_field,
+        DATA_SOURCES.get(config.source.kind).settings(config.source),
         special,
         config.tokenizer_vocab_size if given is None else given.fingerprint,
         config.validation_fraction,

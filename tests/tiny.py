@@ -4,7 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from comm.config import AllToAllDispatchConfig, ClusterConfig, ParallelismConfig
-from data.config import DataConfig, FilesSource
+from data.config import DataConfig
+from data.corpus import FilesSource
 from dualpipe.config import ScheduleConfig
 from dualpipe.simulate.costs import Costs
 from model.config import RECOMPUTED, ModelConfig, PlainRope
@@ -22,7 +23,9 @@ from train.config import (
     ValidationConfig,
 )
 from train.config.token_schedule import TokenSchedule
-from train.optim.config import DecayedRate, OptimConfig, Span
+from train.optim.config import OptimConfig
+from train.optim.rates import DecayedRate
+from train.optim.span import Span
 
 MODEL = ModelConfig(
     vocab_size=320,

@@ -2,13 +2,14 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
-from data.config import DataSource
+from data.config import DataConfig
 from data.prepare import check_config
+from data.registry import DATA_SOURCES
 from dualpipe.config import ScheduleKind
 from dualpipe.generate import select
 from dualpipe.generate.cache import schedules_folder
@@ -35,8 +36,6 @@ from train.checkpoint.verify import find_resumed, verify
 from train.config import TrainConfig
 from train.schedule.costs import nominal_costs
 
-# On the command line the source's keys stand beside data's other keys: `data=files data.paths=[a,b]`.
-_SOURCE_KEYS = ("kind", "paths", "text_field")
 _MOMENTS = Literal["auto", "float32", "bf16"]
 
 
@@ -52,13 +51,14 @@ def read_config(values: Mapping[str, Any]) -> TrainConfig:
         values = {**values, "model": expand_model(model, values.get("init_from"), values.get("init_mtp"))}
     data = values.get("data")
     if isinstance(data, Mapping):
-        source = {key: data[key] for key in _SOURCE_KEYS if key in data}
-        others = {key: value for key, value in data.items() if key not in _SOURCE_KEYS}
+        # On the command line the source's keys stand next to data's other keys: `data=files data.paths=[a,b]`.
+        own = {field.name for _, entry in DATA_SOURCES.items() for field in fields(entry.config)}
+        source = {key: data[key] for key in data if key in own}
+        others = {key: value for key, value in data.items() if key not in own}
         if "tokenizer" in others:
             others["tokenizer"] = expand_tokenizer(others["tokenizer"], values.get("init_from"), _resumed(values))
-        # A union is a type form that mypy does not take for type[T].
-        decoded = decode(DataSource, source, "data")  # type: ignore[arg-type, var-annotated]
-        values = {**values, "data": {**others, "source": decoded}}
+        hint = get_type_hints(DataConfig, include_extras=True)["source"]
+        values = {**values, "data": {**others, "source": decode(hint, source, "data")}}
     return decode(TrainConfig, _with_moments(values))
 
 

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from data.config import EmbeddedSource, FilesSource
-from data.corpus import DataError, check_source, is_validation, list_files, read_documents
+from data.corpus import DataError, EmbeddedSource, FilesSource, check_source, is_validation, list_files, read_documents
 
 EMBEDDED = EmbeddedSource(kind="embedded")
 

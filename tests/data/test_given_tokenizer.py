@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from data.batch_sizes import BatchSizes
-from data.config import DataConfig, FilesSource
-from data.corpus import DataError, read_documents
+from data.config import DataConfig
+from data.corpus import DataError, FilesSource, read_documents
 from data.loader import Loader
 from data.prepare import check_config, prepare
 from data.special_tokens import BEGIN_OF_SENTENCE, END_OF_SENTENCE, FIM_HOLE, PAD

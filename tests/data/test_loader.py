@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from data.batch_sizes import BatchSizes
-from data.config import DataConfig, FilesSource
-from data.corpus import DataError
+from data.config import DataConfig
+from data.corpus import DataError, FilesSource
 from data.loader import IGNORE, Batch, Loader, SampleOrder, permutation
 from data.prepare import Prepared, prepare
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from data.cache import open_or_build
-from data.config import DataConfig, EmbeddedSource, FilesSource
-from data.corpus import DataError, is_validation, read_documents
+from data.config import DataConfig
+from data.corpus import DataError, EmbeddedSource, FilesSource, is_validation, read_documents
 from data.encode import encode_part, train_tokenizer
 from data.prepare import Prepared, check_config, entropy_nats, prepare
 

@@ -12,8 +12,8 @@ import pytest
 from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
-from data.config import DataConfig, FilesSource
-from data.corpus import DataError
+from data.config import DataConfig
+from data.corpus import DataError, FilesSource
 from data.prepare import check_config, prepare
 from data.special_tokens import SpecialNames
 from data.tokenizer import Tokenizer

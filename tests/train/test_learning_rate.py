@@ -11,8 +11,10 @@ from launch.config.run_config import read_config
 from launch.train import preview
 from tests.tiny import OPTIM
 from train.config import TrainConfig
-from train.optim.config import DecayedRate, OptimConfig, Span, WsdRate
+from train.optim.config import OptimConfig
 from train.optim.learning_rate import learning_rate, schedule_warnings
+from train.optim.rates import DecayedRate, WsdRate
+from train.optim.span import Span
 
 SIZES = BatchSizes(4, 8)
 
@@ -27,7 +29,7 @@ def rates(config: OptimConfig, num_steps: int, sizes: BatchSizes = SIZES) -> lis
 
 def decayed(kind: str, start: str = "10 steps", end: str = "20 steps", ratio: float = 0.1) -> OptimConfig:
     schedule = DecayedRate(
-        kind=kind,  # type: ignore[arg-type]
+        kind=kind,
         warmup=Span.from_plain("4 steps"),
         decay_start=Span.from_plain(start),
         decay_end=Span.from_plain(end),

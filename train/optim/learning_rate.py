@@ -1,13 +1,117 @@
-"""The learning rate as a pure function of the step: of no layout, and not of where a run was resumed. No torch here."""
+"""The learning rate as a pure function of the step: of no layout, and not of where a run was resumed. No torch here.
 
-import math
-from typing import assert_never
+A kind of schedule is a frozen dataclass and a function that register in `LR_SCHEDULES`. This project's kinds are in
+`train.optim.rates`. A file outside the checkout can register one more (docs/extend.md).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from data.batch_sizes import BatchSizes
-from train.optim.config import ConstantRate, DecayedRate, OptimConfig, Span, V3Rate, WsdRate
+from kernels.registry import Registry
+from train.optim.span import Span
+
+if TYPE_CHECKING:
+    from train.optim.config import OptimConfig
+
+PLACE = "optim.schedule"
 
 
-def learning_rate(config: OptimConfig, sizes: BatchSizes, num_steps: int, step: int) -> float:
+class RateError(ValueError):
+    """A schedule that no run can follow. The text starts with the dotted key that it is about."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RateSchedule:
+    """What every kind of schedule has: its name, and a linear warm-up, during which its function is not called."""
+
+    kind: str
+    warmup: Span
+
+
+@dataclass(frozen=True, slots=True)
+class Course:
+    """What a schedule is followed over.
+
+    Attributes:
+        peak: the learning rate that the schedule scales.
+        sizes: sequences of every step of the run.
+        num_steps: of the run.
+        warmup: tokens of the warm-up.
+    """
+
+    peak: float
+    sizes: BatchSizes
+    num_steps: int
+    warmup: float
+
+    @property
+    def total(self) -> int:
+        """Tokens of the run."""
+        return self.sizes.tokens_before(self.num_steps)
+
+    def tokens(self, span: Span) -> float:
+        """Returns the tokens that a span from the start of the run holds."""
+        return span.tokens(self.sizes, self.num_steps)
+
+    def progress(self, now: float, start: float, end: float) -> float:
+        """Returns how far `now` is from `start`, or the end of the warm-up if that is later, to `end`: from 0 to 1."""
+        start = max(self.warmup, start)
+        if now >= end:
+            return 1.0
+        return (now - start) / (end - start) if now > start else 0.0
+
+    def require_order(self, first: str, earlier: Span, second: str, later: Span) -> None:
+        """Refuses a span that ends after another.
+
+        Args:
+            first: name of the field that holds `earlier`.
+            earlier: must not end after `later`.
+            second: name of the field that holds `later`.
+            later: see `earlier`.
+
+        Raises:
+            RateError: it does.
+        """
+        if self.tokens(earlier) > self.tokens(later):
+            raise RateError(
+                f"{PLACE}.{first}: must be at most {PLACE}.{second}={later.to_plain()} of {self.num_steps} steps, "
+                f"is {earlier.to_plain()}; nearest valid: {later.to_plain()}"
+            )
+
+
+def _require_nothing(schedule: Any, course: Course) -> None:
+    pass
+
+
+def _warn_of_nothing(schedule: Any, course: Course) -> tuple[str, ...]:
+    return ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RateEntry:
+    """A kind of schedule that `optim.schedule.kind` can name.
+
+    Attributes:
+        summary: one line for users.
+        config: its dataclass, a subclass of `RateSchedule`.
+        rate: returns the rate after the warm-up, from the schedule, the course and the tokens of all steps before.
+        check: raises `RateError` if the run cannot follow the schedule.
+        warnings: returns a line for each part of the schedule that does not suit the run's length.
+    """
+
+    summary: str
+    config: type[RateSchedule]
+    rate: Callable[[Any, Course, int], float]
+    check: Callable[[Any, Course], None] = _require_nothing
+    warnings: Callable[[Any, Course], tuple[str, ...]] = _warn_of_nothing
+
+
+LR_SCHEDULES = Registry[RateEntry](f"{PLACE}.kind", ("train.optim.rates",))
+
+
+def learning_rate(config: "OptimConfig", sizes: BatchSizes, num_steps: int, step: int) -> float:
     """Returns the rate of the update that ends a step.
 
     Every span is measured in tokens, so a growing batch does not stretch it. With batches of one size that is the same
@@ -19,55 +123,23 @@ def learning_rate(config: OptimConfig, sizes: BatchSizes, num_steps: int, step: 
         num_steps: of the run.
         step: from 0.
     """
-    schedule, peak = config.schedule, config.learning_rate
-    before, after = sizes.tokens_before(step), sizes.tokens_before(step + 1)
-    warmup = span_tokens(schedule.warmup, sizes, num_steps)
-    if after < warmup:
-        return peak * (after / warmup)
-    match schedule:
-        case ConstantRate():
-            return peak
-        case DecayedRate():
-            start = max(warmup, span_tokens(schedule.decay_start, sizes, num_steps))
-            progress = _progress(before, start, span_tokens(schedule.decay_end, sizes, num_steps))
-            share = _cosine(progress) if schedule.kind == "cosine" else 1 - progress
-            return peak * (schedule.final_ratio + (1 - schedule.final_ratio) * share)
-        case WsdRate():
-            start = max(warmup, wsd_decay_start(schedule, sizes, num_steps))
-            progress = _progress(before, start, sizes.tokens_before(num_steps))
-            share = 1 - (progress if schedule.decay_shape == "linear" else math.sqrt(progress))
-            return peak * (schedule.final_ratio + (1 - schedule.final_ratio) * share)
-        case V3Rate():
-            if before >= span_tokens(schedule.last_start, sizes, num_steps):
-                return schedule.last_learning_rate
-            start = max(warmup, span_tokens(schedule.decay_start, sizes, num_steps))
-            progress = _progress(before, start, span_tokens(schedule.decay_end, sizes, num_steps))
-            return schedule.final_learning_rate + (peak - schedule.final_learning_rate) * _cosine(progress)
-        case _ as other:
-            assert_never(other)
+    course = _course(config, sizes, num_steps)
+    after = sizes.tokens_before(step + 1)
+    if after < course.warmup:
+        return course.peak * (after / course.warmup)
+    return LR_SCHEDULES.get(config.schedule.kind).rate(config.schedule, course, sizes.tokens_before(step))
 
 
-def span_tokens(span: Span, sizes: BatchSizes, num_steps: int) -> float:
-    """Returns the tokens that a span from the start of the run holds."""
-    match span.unit:
-        case "%":
-            return sizes.tokens_before(num_steps) * span.amount / 100
-        case "steps":
-            return sizes.tokens_before(int(span.amount))
-        case "tokens":
-            return span.amount
-        case _ as other:
-            assert_never(other)
+def check_schedule(config: "OptimConfig", sizes: BatchSizes, num_steps: int) -> None:
+    """Refuses a schedule that the run cannot follow; arguments as of `learning_rate`.
+
+    Raises:
+        RateError: names the key, the rule, the value and the nearest valid one.
+    """
+    LR_SCHEDULES.get(config.schedule.kind).check(config.schedule, _course(config, sizes, num_steps))
 
 
-def wsd_decay_start(schedule: WsdRate, sizes: BatchSizes, num_steps: int) -> float:
-    """Returns the tokens before the decay, whose span is counted from the end of the run."""
-    if schedule.decay.unit == "steps":
-        return sizes.tokens_before(max(num_steps - int(schedule.decay.amount), 0))
-    return max(sizes.tokens_before(num_steps) - span_tokens(schedule.decay, sizes, num_steps), 0)
-
-
-def schedule_warnings(config: OptimConfig, sizes: BatchSizes, num_steps: int) -> tuple[str, ...]:
+def schedule_warnings(config: "OptimConfig", sizes: BatchSizes, num_steps: int) -> tuple[str, ...]:
     """Returns a line for each part of the schedule that does not suit the run's length.
 
     Args:
@@ -75,32 +147,14 @@ def schedule_warnings(config: OptimConfig, sizes: BatchSizes, num_steps: int) ->
         sizes: sequences of every step of the run.
         num_steps: of the run.
     """
-    schedule, total = config.schedule, sizes.tokens_before(num_steps)
-    place, lines = "optim.schedule", []
-    warmup = span_tokens(schedule.warmup, sizes, num_steps)
-    if warmup > total:
+    schedule, course, lines = config.schedule, _course(config, sizes, num_steps), []
+    if course.warmup > course.total:
         lines.append(
-            f"{place}.warmup: is longer than the run, so the learning rate never reaches its peak: is "
-            f"{schedule.warmup.to_plain()}, the run has {num_steps:,} steps; nearest: {place}.warmup='5 %'"
+            f"{PLACE}.warmup: is longer than the run, so the learning rate never reaches its peak: is "
+            f"{schedule.warmup.to_plain()}, the run has {num_steps:,} steps; nearest: {PLACE}.warmup='5 %'"
         )
-    if isinstance(schedule, DecayedRate | V3Rate):
-        end = span_tokens(schedule.decay_end, sizes, num_steps)
-        if 2 * end < total:
-            lines.append(
-                f"{place}.decay_end: ends before half of the run, the rest trains at the lowest rate: is "
-                f"{schedule.decay_end.to_plain()}, {100 * end / total:.2g} % of {num_steps:,} steps; "
-                f"nearest: {place}.decay_end='100 %'"
-            )
-    return tuple(lines)
+    return (*lines, *LR_SCHEDULES.get(schedule.kind).warnings(schedule, course))
 
 
-def _progress(now: float, start: float, end: float) -> float:
-    """Returns how far `now` is from `start` to `end`, between 0 and 1."""
-    if now >= end:
-        return 1.0
-    return (now - start) / (end - start) if now > start else 0.0
-
-
-def _cosine(progress: float) -> float:
-    """Returns half a cosine's fall from 1 to 0."""
-    return (1 + math.cos(math.pi * progress)) / 2
+def _course(config: "OptimConfig", sizes: BatchSizes, num_steps: int) -> Course:
+    return Course(config.learning_rate, sizes, num_steps, config.schedule.warmup.tokens(sizes, num_steps))

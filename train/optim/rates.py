@@ -1,0 +1,170 @@
+"""This project's learning-rate schedules: each one a dataclass and a function of the tokens read so far."""
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+from train.optim.learning_rate import LR_SCHEDULES, PLACE, Course, RateEntry, RateError, RateSchedule
+from train.optim.span import Span
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConstantRate(RateSchedule):
+    """Linear warm-up, then constant."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecayedRate(RateSchedule):
+    """Linear warm-up, constant, then a cosine or a straight line to `final_ratio` of the peak, then constant.
+
+    The decay starts at `decay_start`, or at the end of the warm-up if that is later, and ends at `decay_end`.
+    """
+
+    decay_start: Span
+    decay_end: Span
+    final_ratio: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WsdRate(RateSchedule):
+    """Warm-up, stable, decay (arXiv:2404.06395): the decay takes the last `decay` of the run.
+
+    `decay_shape`: `linear`, or `one_minus_sqrt`, 1 - sqrt(progress) (arXiv:2405.18392).
+    """
+
+    decay: Span
+    decay_shape: Literal["linear", "one_minus_sqrt"]
+    final_ratio: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class V3Rate(RateSchedule):
+    """DeepSeek-V3's pre-training (arXiv:2412.19437, section 4.2): as a cosine decay, then a last, lower rate.
+
+    The rate is `last_learning_rate` from `last_start` on.
+    """
+
+    decay_start: Span
+    decay_end: Span
+    final_learning_rate: float
+    last_start: Span
+    last_learning_rate: float
+
+
+def _constant_rate(schedule: ConstantRate, course: Course, tokens: int) -> float:
+    return course.peak
+
+
+def _cosine_rate(schedule: DecayedRate, course: Course, tokens: int) -> float:
+    return course.peak * _down_to(schedule.final_ratio, _cosine(_decay_progress(schedule, course, tokens)))
+
+
+def _linear_rate(schedule: DecayedRate, course: Course, tokens: int) -> float:
+    return course.peak * _down_to(schedule.final_ratio, 1 - _decay_progress(schedule, course, tokens))
+
+
+def _wsd_rate(schedule: WsdRate, course: Course, tokens: int) -> float:
+    progress = course.progress(tokens, _wsd_decay_start(schedule, course), course.total)
+    share = 1 - (progress if schedule.decay_shape == "linear" else math.sqrt(progress))
+    return course.peak * _down_to(schedule.final_ratio, share)
+
+
+def _v3_rate(schedule: V3Rate, course: Course, tokens: int) -> float:
+    if tokens >= course.tokens(schedule.last_start):
+        return schedule.last_learning_rate
+    share = _cosine(_decay_progress(schedule, course, tokens))
+    return schedule.final_learning_rate + (course.peak - schedule.final_learning_rate) * share
+
+
+def _wsd_decay_start(schedule: WsdRate, course: Course) -> float:
+    """Returns the tokens before the decay, whose span is counted from the end of the run."""
+    if schedule.decay.unit == "steps":
+        return course.sizes.tokens_before(max(course.num_steps - int(schedule.decay.amount), 0))
+    return max(course.total - course.tokens(schedule.decay), 0)
+
+
+def _decay_progress(schedule: DecayedRate | V3Rate, course: Course, tokens: int) -> float:
+    return course.progress(tokens, course.tokens(schedule.decay_start), course.tokens(schedule.decay_end))
+
+
+def _down_to(final_ratio: float, share: float) -> float:
+    """Returns 1 for a share of 1, and `final_ratio` for a share of 0."""
+    return final_ratio + (1 - final_ratio) * share
+
+
+def _cosine(progress: float) -> float:
+    """Returns half a cosine's fall from 1 to 0."""
+    return (1 + math.cos(math.pi * progress)) / 2
+
+
+def _check_decay(schedule: DecayedRate | V3Rate, course: Course) -> None:
+    """Refuses spans that are out of order."""
+    course.require_order("decay_start", schedule.decay_start, "decay_end", schedule.decay_end)
+    if course.warmup <= course.total:
+        course.require_order("warmup", schedule.warmup, "decay_end", schedule.decay_end)
+
+
+def _check_v3(schedule: V3Rate, course: Course) -> None:
+    """Refuses spans that are out of order and rates that rise."""
+    _check_decay(schedule, course)
+    course.require_order("decay_end", schedule.decay_end, "last_start", schedule.last_start)
+    rates = (
+        ("optim.learning_rate", course.peak),
+        (f"{PLACE}.final_learning_rate", schedule.final_learning_rate),
+        (f"{PLACE}.last_learning_rate", schedule.last_learning_rate),
+    )
+    for (above, most), (key, rate) in pairwise(rates):
+        if rate > most:
+            raise RateError(f"{key}: must be at most {above}={most}, is {rate}; nearest valid: {most}")
+
+
+def _early_end(schedule: DecayedRate | V3Rate, course: Course) -> tuple[str, ...]:
+    """Returns a warning if the decay ends before half of the run."""
+    end = course.tokens(schedule.decay_end)
+    if 2 * end >= course.total:
+        return ()
+    return (
+        f"{PLACE}.decay_end: ends before half of the run, the rest trains at the lowest rate: is "
+        f"{schedule.decay_end.to_plain()}, {100 * end / course.total:.2g} % of {course.num_steps:,} steps; "
+        f"nearest: {PLACE}.decay_end='100 %'",
+    )
+
+
+LR_SCHEDULES.register(
+    "constant", RateEntry(summary="linear warm-up, then constant", config=ConstantRate, rate=_constant_rate)
+)
+LR_SCHEDULES.register(
+    "cosine",
+    RateEntry(
+        summary="linear warm-up, then half a cosine to final_ratio of the peak",
+        config=DecayedRate,
+        rate=_cosine_rate,
+        check=_check_decay,
+        warnings=_early_end,
+    ),
+)
+LR_SCHEDULES.register(
+    "linear",
+    RateEntry(
+        summary="linear warm-up, then a straight line to final_ratio of the peak",
+        config=DecayedRate,
+        rate=_linear_rate,
+        check=_check_decay,
+        warnings=_early_end,
+    ),
+)
+LR_SCHEDULES.register(
+    "wsd",
+    RateEntry(summary="warm-up, stable, decay over the last part of the run", config=WsdRate, rate=_wsd_rate),
+)
+LR_SCHEDULES.register(
+    "v3_tokens",
+    RateEntry(
+        summary="DeepSeek-V3's: a cosine, then a last, lower rate",
+        config=V3Rate,
+        rate=_v3_rate,
+        check=_check_v3,
+        warnings=_early_end,
+    ),
+)
