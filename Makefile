@@ -5,10 +5,12 @@ ARGS ?=
 
 # Tests that hold ranks to deadlines of seconds or compare times have the machine to themselves; all others, which wait
 # for most of their time, run two at a time.
-ALONE := tests/bench tests/cluster tests/comm \
+ALONE := tests/bench tests/comm \
 	$(addprefix tests/train/test_,failure.py failure_order.py probe.py corpus.py) tests/launch/test_local.py
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m pytest
+TWO := -n 2 --dist loadfile
 
-.PHONY: train test test-fast cluster-test triton-table gpu-test gpu-day gpu-bench failures bench chaos any-to-any \
+.PHONY: train test test-fast test-long cluster-test triton-table gpu-test gpu-day gpu-bench failures bench chaos any-to-any \
 	docker docker-cpu docker-check docker-pins docker-test
 
 train: .venv/installed
@@ -18,16 +20,21 @@ test: .venv/installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m pytest -n 2 --dist loadfile $(ALONE:%=--ignore=%)
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m pytest $(ALONE)
+	$(PYTEST) $(TWO) -m 'not long' --durations=20 $(ALONE:%=--ignore=%)
+	$(PYTEST) -m 'not long' --durations=20 $(ALONE)
 
+# Chaos, preemption, Slurm, network namespaces, images and the documentation's blocks, one after another.
+test-long: .venv/installed
+	$(PYTEST) -m long --durations=20
+
+# The quick ones.
 test-fast: .venv/installed
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m pytest -m 'not slow' -x -q -n 2 --dist loadfile
+	$(PYTEST) $(TWO) -m 'not slow and not long' -x -q --durations=20
 
 # Ranks in network namespaces joined by rate-limited links, and jobs of a real Slurm: needs Linux and root, and for the
 # jobs slurm-wlm and munge; is skipped with its reason elsewhere.
 cluster-test: .venv/installed
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m pytest tests/cluster tests/slurm
+	$(PYTEST) tests/cluster tests/slurm
 
 # Step time, CPU time and the interpreter's cost, beside torch's pipelines; a few minutes, best on a quiet machine.
 bench: .venv/installed
@@ -86,7 +93,7 @@ docker-pins: .venv/installed
 
 # Both images, whole, built by buildah on a Debian base and the job run inside: minutes, a network, Linux and root.
 docker-test: .venv/installed
-	DOCKER_WHOLE=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m pytest tests/docker -rsP
+	DOCKER_WHOLE=1 $(PYTEST) tests/docker -rsP
 
 .venv/installed: pyproject.toml
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv

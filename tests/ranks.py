@@ -1,18 +1,25 @@
-"""Runs a function on several real processes joined in a process group, for tests of what ranks do together."""
+"""Runs a function on several real processes joined in a process group, for tests of what ranks do together.
 
-import faulthandler
+Ranks are forks of a server that has imported torch. They stay alive between calls, so that a call costs neither forks
+nor imports. Every call has a process group of its own. A rank serves another call only if its last one returned and
+left nothing behind (`rank_worker` compares threads, environment, signals, definitions and more).
+"""
+
+import atexit
 import multiprocessing
 import multiprocessing.connection
+import os
 import pickle
 import tempfile
 import time
-import traceback
 from collections.abc import Callable
-from datetime import timedelta
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
+
+from tests.rank_worker import Call, serve
 
 _PRELOADED = [
     "torch",
@@ -22,13 +29,53 @@ _PRELOADED = [
     "torch._dynamo",
     "deepspeed.runtime.zero.stage_1_and_2",
     "train.step",
+    "tests.train.job",
+    "tests.comm.laws",
 ]
 _GRACE_SECONDS = 0.3
-_COLLECTIVE_TIMEOUT = timedelta(seconds=60)
+_MOST_IDLE_RANKS = 8
+"""Ranks that this process keeps between calls; each holds some 100 MB of its own after a training step."""
 
 
 class RanksFailedError(AssertionError):
     """A rank raised, died or did not return; the message holds every traceback that had arrived."""
+
+
+class _Rank:
+    """One process that serves calls."""
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(_PRELOADED)
+        self.connection, theirs = context.Pipe()
+        self.process: ForkServerProcess = context.Process(target=serve, args=(theirs,), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.join()
+        self.connection.close()
+
+
+_idle: list[_Rank] = []
+
+
+@atexit.register
+def kill_idle_ranks() -> None:
+    """Ends the ranks that no call uses."""
+    while _idle:
+        _idle.pop().kill()
+
+
+def _take_rank() -> _Rank:
+    """An idle rank, or a new one."""
+    while _idle:
+        rank = _idle.pop()
+        if rank.process.is_alive():
+            return rank
+        rank.kill()
+    return _Rank()
 
 
 def run_ranks(
@@ -37,6 +84,7 @@ def run_ranks(
     *args: Any,
     timeout_seconds: float = 120.0,
     backend: str = "gloo",
+    fresh: bool = False,
 ) -> list[Any]:
     """Calls `function(rank, world_size, *args)` on every rank of a fresh world, one thread each.
 
@@ -46,6 +94,7 @@ def run_ranks(
         args: passed to every rank, by pickle.
         timeout_seconds: after which the ranks that have not returned are killed and named.
         backend: of `torch.distributed.init_process_group`.
+        fresh: whether every rank is a new process that ends with the call.
 
     Returns:
         What each rank returned, in rank order, by pickle.
@@ -53,36 +102,42 @@ def run_ranks(
     Raises:
         RanksFailedError: soon after the first rank fails; the others are killed.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOADED)
     job = pickle.dumps((function, args))
-    processes: list[ForkServerProcess] = []
-    pending: dict[Connection, int] = {}
+    ranks: list[_Rank] = []
+    reusable: list[_Rank] = []
     with tempfile.TemporaryDirectory(prefix="ranks") as folder:
         try:
             for rank in range(world_size):
-                receiver, sender = context.Pipe(duplex=False)
-                arguments = (rank, world_size, job, folder, backend, timeout_seconds, sender)
-                process = context.Process(target=_run_rank, args=arguments, daemon=True)
-                process.start()
-                sender.close()
-                processes.append(process)
-                pending[receiver] = rank
-            return _collect(pending, processes, Path(folder), timeout_seconds)
+                ranks.append(_Rank() if fresh else _take_rank())
+                call = Call(
+                    rank=rank,
+                    world_size=world_size,
+                    job=job,
+                    folder=folder,
+                    directory=os.getcwd(),
+                    backend=backend,
+                    timeout_seconds=timeout_seconds,
+                )
+                ranks[-1].connection.send(call)
+            deadline = time.monotonic() + timeout_seconds + 0.5
+            results = _collect(ranks, Path(folder), timeout_seconds, deadline)
+            clean = _clean_ranks(ranks, deadline)
+            reusable = [] if fresh else clean
+            return results
         finally:
-            for process in processes:
-                process.kill()
-            for process in processes:
-                process.join()
+            kept = reusable[: max(0, _MOST_IDLE_RANKS - len(_idle))]
+            _idle.extend(kept)
+            for each in ranks:
+                if each not in kept:
+                    each.kill()
 
 
-def _collect(
-    pending: dict[Connection, int], processes: list[ForkServerProcess], folder: Path, timeout_seconds: float
-) -> list[Any]:
-    world_size = len(processes)
+def _collect(ranks: list[_Rank], folder: Path, timeout_seconds: float, deadline: float) -> list[Any]:
+    """The result of every rank, or the failures of all that failed by `_GRACE_SECONDS` after the first."""
+    world_size = len(ranks)
+    pending = {each.connection: rank for rank, each in enumerate(ranks)}
     results: list[Any] = [None] * world_size
     failures: list[str] = []
-    deadline = time.monotonic() + timeout_seconds + 0.5
     while pending:
         ready = multiprocessing.connection.wait(list(pending), max(0.0, deadline - time.monotonic()))
         for connection in ready:
@@ -90,9 +145,9 @@ def _collect(
             rank = pending.pop(connection)
             try:
                 succeeded, value = pickle.loads(connection.recv_bytes())
-            except EOFError:
-                processes[rank].join()
-                succeeded, value = False, f"died with exit code {processes[rank].exitcode}"
+            except (EOFError, ConnectionResetError):
+                ranks[rank].process.join()
+                succeeded, value = False, f"died with exit code {ranks[rank].process.exitcode}"
             if succeeded:
                 results[rank] = value
             else:
@@ -107,45 +162,29 @@ def _collect(
             failures.append(f"rank {rank} of {world_size}: no result after {timeout_seconds} s; {stack}")
     if failures:
         raise RanksFailedError("\n".join(failures))
-    # A rank leaves by itself once its result is sent; killing it would hide a hang on the way out.
-    for rank, process in enumerate(processes):
-        process.join(max(0.0, deadline - time.monotonic()))
-        if process.exitcode != 0:
-            raise RanksFailedError(f"rank {rank} of {world_size}: returned, then left with {process.exitcode}")
     return results
+
+
+def _clean_ranks(ranks: list[_Rank], deadline: float) -> list[_Rank]:
+    """Waits until every rank has destroyed its group. Returns those on which the call left nothing behind."""
+    clean = []
+    for each in ranks:
+        with suppress(BrokenPipeError):  # noticed below, with its exit code
+            each.connection.send("leave")
+    for rank, each in enumerate(ranks):
+        try:
+            if not each.connection.poll(max(0.0, deadline - time.monotonic())):
+                raise RanksFailedError(f"rank {rank} of {len(ranks)}: returned, then did not leave its group")
+            left_behind = each.connection.recv()
+        except (EOFError, ConnectionResetError):
+            each.process.join()
+            code = each.process.exitcode
+            raise RanksFailedError(f"rank {rank} of {len(ranks)}: returned, then left with {code}") from None
+        if not left_behind:
+            clean.append(each)
+    return clean
 
 
 def _stack(folder: Path, rank: int) -> str:
     path = folder / f"stack_{rank}"
     return path.read_text() if path.exists() else "it never started"
-
-
-def _run_rank(
-    rank: int, world_size: int, job: bytes, folder: str, backend: str, timeout_seconds: float, sender: Connection
-) -> None:
-    import torch
-    import torch.distributed
-
-    torch.set_num_threads(1)
-    with open(Path(folder) / f"stack_{rank}", "w") as stack:
-        faulthandler.dump_traceback_later(timeout_seconds, file=stack)
-        try:
-            torch.distributed.init_process_group(
-                backend,
-                init_method=f"file://{folder}/rendezvous",
-                rank=rank,
-                world_size=world_size,
-                timeout=_COLLECTIVE_TIMEOUT,
-            )
-            function, args = pickle.loads(job)
-            report = pickle.dumps((True, function(rank, world_size, *args)))
-            succeeded = True
-        except BaseException:
-            report = pickle.dumps((False, traceback.format_exc()))
-            succeeded = False
-        # Sent before the group goes, so that the first report to arrive is the cause and not its echo.
-        sender.send_bytes(report)
-        sender.close()
-        if succeeded:
-            torch.distributed.destroy_process_group()
-        faulthandler.cancel_dump_traceback_later()

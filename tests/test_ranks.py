@@ -1,4 +1,5 @@
 import os
+import threading
 import time
 
 import pytest
@@ -28,7 +29,7 @@ def _fail_on_one(rank: int, world_size: int, how: str) -> None:
 def test_ranks_return_results_in_rank_order() -> None:
     results = run_ranks(3, _sum_ranks, torch.tensor([1.0]))
     assert [result[:2] for result in results] == [(0, 3), (1, 3), (2, 3)]
-    assert all(result[2].item() == 6.0 for result in results)
+    assert [result[2].item() for result in results] == [6.0] * 3
 
 
 @pytest.mark.parametrize(
@@ -44,3 +45,58 @@ def test_ranks_name_the_one_that_failed_at_once(how: str, message: str) -> None:
     with pytest.raises(RanksFailedError, match=message):
         run_ranks(2, _fail_on_one, how, timeout_seconds=1.0 if how == "hangs" else 60.0)
     assert time.monotonic() - begun < 20
+
+
+def _leave(rank: int, world_size: int, what: str) -> int:
+    """Leaves something behind on rank 1. Returns the process that this rank is."""
+    if rank == 1:
+        match what:
+            case "variable":
+                os.environ["LEFT_BEHIND"] = "1"
+            case "dtype":
+                torch.set_default_dtype(torch.float64)
+            case "thread":
+                threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+            case "definition":
+                RanksFailedError.__str__ = lambda error: "patched"  # type: ignore[method-assign]
+            case "directory":
+                os.chdir("/")
+            case "draw":
+                torch.rand(1)
+    return os.getpid()
+
+
+def _draw(rank: int, world_size: int) -> float:
+    return float(torch.rand(1))
+
+
+def test_ranks_serve_the_next_call_too() -> None:
+    first, second = run_ranks(2, _leave, "nothing"), run_ranks(2, _leave, "draw")
+    assert set(first) == set(second)
+
+
+@pytest.mark.parametrize("what", ["variable", "dtype", "thread", "definition", "directory"])
+def test_rank_on_which_a_call_left_something_behind_serves_no_other(what: str) -> None:
+    used = run_ranks(2, _leave, what)
+    later = run_ranks(8, _leave, "nothing")
+    assert used[0] in later
+    assert used[1] not in later
+
+
+def test_rank_of_a_failed_call_serves_no_other() -> None:
+    before = run_ranks(2, _leave, "nothing")
+    with pytest.raises(RanksFailedError):
+        run_ranks(2, _fail_on_one, "raises")
+    assert set(before).isdisjoint(run_ranks(8, _leave, "nothing"))
+
+
+def test_fresh_ranks_end_with_their_call() -> None:
+    before = run_ranks(8, _leave, "nothing")
+    fresh = run_ranks(2, _leave, "nothing", fresh=True)
+    assert set(fresh).isdisjoint(before)
+    assert set(fresh).isdisjoint(run_ranks(8, _leave, "nothing"))
+
+
+def test_draws_of_a_reused_rank_are_those_of_a_fresh_one() -> None:
+    run_ranks(2, _draw)
+    assert run_ranks(2, _draw) == run_ranks(2, _draw, fresh=True)

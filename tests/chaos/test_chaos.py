@@ -55,7 +55,7 @@ def worked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.C
     return folder, subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ten_faults_change_nothing_of_what_a_run_ends_with(
     worked: tuple[Path, subprocess.CompletedProcess[str]],
 ) -> None:
@@ -66,7 +66,7 @@ def test_ten_faults_change_nothing_of_what_a_run_ends_with(
     assert ("full disks are left out" in done.stdout) == (not can_mount())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("change", "told"),
     [

@@ -11,6 +11,8 @@ import pytest
 from tests.cluster.exchange import Measured, Problem, measure, naive, two_hop
 from tests.cluster.namespaces import open_cluster
 
+pytestmark = pytest.mark.long
+
 NAIVE, WHOLE, CHUNKED = naive(), two_hop(chunks=1), two_hop(chunks=4)
 
 
@@ -20,7 +22,6 @@ def found(allowed: None) -> Iterator[dict[str, Measured]]:
         yield measure(cluster, Problem(), [NAIVE, WHOLE, CHUNKED], num_rounds=11)
 
 
-@pytest.mark.slow
 def test_exchange_sends_the_rows_forecast(found: dict[str, Measured]) -> None:
     problem = Problem()
     # There and back.
@@ -29,7 +30,6 @@ def test_exchange_sends_the_rows_forecast(found: dict[str, Measured]) -> None:
     assert found[CHUNKED.name].num_rows == 2 * of.between_nodes.num_across_nodes == 2 * of.num_least_rows
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", [NAIVE.name, WHOLE.name, CHUNKED.name])
 def test_exchange_s_bytes_predicted_are_counted_and_on_the_links(found: dict[str, Measured], name: str) -> None:
     of = found[name]
@@ -37,7 +37,6 @@ def test_exchange_s_bytes_predicted_are_counted_and_on_the_links(found: dict[str
     assert of.predicted_bytes <= of.bytes_on_links <= 1.015 * of.predicted_bytes
 
 
-@pytest.mark.slow
 def test_two_hops_over_two_nodes_cost_a_quarter_of_the_bytes_and_much_less_time(found: dict[str, Measured]) -> None:
     assert found[CHUNKED.name].bytes_on_links <= 0.26 * found[NAIVE.name].bytes_on_links
     assert found[CHUNKED.name].floor_seconds <= found[CHUNKED.name].seconds <= 0.6 * found[NAIVE.name].seconds

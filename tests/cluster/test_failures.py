@@ -8,7 +8,7 @@ from tests.cluster.failures import run_cases
 from tests.cluster.namespaces import missing
 from tests.train.faults import CASES, DEADLINE_SECONDS, GRACE_SECONDS, WORLD_SIZE, Case, Outcome, last_words
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,8 @@ import pytest
 from tests.cluster import namespaces
 from tests.cluster.namespaces import Cluster, Links, NamespaceError, missing, open_cluster
 
+pytestmark = pytest.mark.long
+
 _PORT = 29000
 
 
@@ -136,7 +138,6 @@ def test_cluster_that_cannot_be_made_is_gone(allowed: None) -> None:
     wait_for(lambda: inodes_in_use(str(os.getpid())) == before)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_cluster_and_its_ranks_are_gone_after_a_signal(allowed: None, number: signal.Signals) -> None:
     root = Path(__file__).resolve().parents[2]

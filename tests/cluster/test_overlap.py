@@ -9,8 +9,9 @@ import pytest
 from tests.bench.overlap import measure_overlap, two_hop_plan
 from tests.cluster.namespaces import Cluster
 
+pytestmark = pytest.mark.long
 
-@pytest.mark.slow
+
 def test_overlapped_pair_takes_much_less_than_its_computation_and_its_exchanges(cluster: Cluster) -> None:
     found = measure_overlap(cluster, two_hop_plan(num_micro_batches=6, num_rounds=1))
     assert found.exchange >= 0.7 * found.compute  # there is something to hide

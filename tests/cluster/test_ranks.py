@@ -14,6 +14,8 @@ from tests.cluster.namespaces import Cluster, Counted, read_counted
 from tests.cluster.ranks_in_nodes import RanksInNodes, run_in_nodes
 from tests.ranks import RanksFailedError
 
+pytestmark = pytest.mark.long
+
 _NUM_BYTES = 2_000_000
 
 
@@ -31,7 +33,6 @@ def _sends(rank: int, world_size: int, source: int, destination: int) -> tuple[s
     return os.readlink("/proc/self/ns/net"), read_counted("eth0") - before[0], read_counted("lo") - before[1]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("destination", [1, 2])
 def test_ranks_of_a_node_meet_over_lo_and_others_over_eth0(cluster: Cluster, destination: int) -> None:
     results = run_in_nodes(cluster, 2, _sends, 0, destination)
@@ -64,7 +65,6 @@ def _ends(rank: int, world_size: int, how: str) -> int:
     return rank
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "message"),
     [
@@ -82,7 +82,6 @@ def test_ranks_that_fail_are_named_and_all_are_gone(cluster: Cluster, how: str, 
             assert os.readlink(process) not in inodes
 
 
-@pytest.mark.slow
 def test_outcomes_tell_of_every_rank(cluster: Cluster) -> None:
     with RanksInNodes(cluster, 1, _ends, "is killed", timeout_seconds=60.0) as ranks:
         outcomes = ranks.outcomes()

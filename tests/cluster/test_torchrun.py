@@ -20,7 +20,7 @@ from tests.cluster.namespaces import Cluster, Namespace, open_cluster
 from tests.finished_run import ROOT, assert_same_end, choices, logs, num_steps_recorded, run_bare
 from tests.tiny import write_text
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 NUM_STEPS = 60
 SECONDS = 400.0

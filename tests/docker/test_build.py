@@ -20,7 +20,7 @@ NAME = "localhost/trainer:cpu"
 UID = 10001
 VOLUMES = (*SYSTEM, PACKAGES)
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from tests.docker.images import Images, open_images
 JOB = ("python", "-m", "launch.train", "experiment=quickstart", "task.steps=2")
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.long,
     pytest.mark.skipif("DOCKER_WHOLE" not in os.environ, reason="whole images take minutes: make docker-test"),
 ]
 

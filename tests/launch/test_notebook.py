@@ -87,6 +87,7 @@ def test_kernel_in_the_checkout_imports_every_package_and_keeps_its_own_comm() -
         assert notebook.comm_messages == ["comm_open", "comm_msg", "comm_close"]
 
 
+@pytest.mark.long
 def test_kernel_elsewhere_runs_the_python_of_the_readme(tmp_path: Path) -> None:
     """The checkout is on the path, the working folder another, which holds the weights that the README names."""
     write_run(tmp_path / "run")

@@ -9,7 +9,7 @@ from tests.finished_run import assert_same_end, choices, logs, num_steps_recorde
 from tests.slurm.cluster import Slurm, SlurmError
 from tests.tiny import write_text
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 NUM_STEPS = 60
 SECONDS = 400.0

@@ -20,6 +20,8 @@ from train.checkpoint.load import load_whole
 from train.checkpoint.manifest import step_folder
 from train.records.status import read_status
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -54,7 +56,6 @@ def assert_as_calm(folder: Path, name: str, left_alone: str = "calm") -> None:
     assert all(torch.equal(tensor, weights[1][key]) for key, tensor in weights[0].items())
 
 
-@pytest.mark.slow
 def test_rank_asked_at_any_moment_has_all_save_and_leave(folder: Path) -> None:
     chain = "asked"
     ended = lives(folder, chain)
@@ -73,7 +74,6 @@ def test_rank_asked_at_any_moment_has_all_save_and_leave(folder: Path) -> None:
     assert_as_calm(folder, chain)
 
 
-@pytest.mark.slow
 def test_run_whose_rank_is_killed_starts_again_from_its_newest_checkpoint(folder: Path) -> None:
     (life,) = lives(folder, "killed")
     assert (life["exit_code"], life["status"]["state"], life["status"]["exit_code"]) == (0, "done", 0)
@@ -84,7 +84,6 @@ def test_run_whose_rank_is_killed_starts_again_from_its_newest_checkpoint(folder
     assert "all ranks start again (1 of 2), from the newest checkpoint" in said
 
 
-@pytest.mark.slow
 def test_run_that_is_killed_too_often_is_lost(folder: Path) -> None:
     (life,) = lives(folder, "killed_twice")
     assert (life["exit_code"], life["status"]["state"], life["status"]["exit_code"]) == (78, "lost", 78)
@@ -92,7 +91,6 @@ def test_run_that_is_killed_too_often_is_lost(folder: Path) -> None:
     assert life["status"]["reason"].startswith("rank 0 is lost: ")
 
 
-@pytest.mark.slow
 def test_torchrun_starts_ranks_again_and_they_go_on(folder: Path) -> None:
     """After a rank was killed from the newest checkpoint; after they were asked to make room not at all."""
     place = folder / "torchrun"
@@ -115,7 +113,6 @@ def test_torchrun_starts_ranks_again_and_they_go_on(folder: Path) -> None:
     assert_as_calm(folder, "torchrun/run", "calm_of_two")
 
 
-@pytest.mark.slow
 def test_torchrun_that_starts_ranks_again_needs_a_run_that_goes_on_by_itself(tmp_path: Path) -> None:
     environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x"}
     command = [sys.executable, "-m", "launch.train", f"out_dir={tmp_path / 'run'}"]
