@@ -1,4 +1,4 @@
-"""The process of one rank of tests/ranks.py: runs calls until its parent hangs up, and reports what they leave behind."""
+"""One rank of tests/ranks.py: runs calls until its parent hangs up, and reports what each leaves behind."""
 
 import ctypes
 import faulthandler
@@ -150,7 +150,7 @@ def _state() -> dict[str, Any]:
 
 
 def _threads() -> list[str]:
-    """Names of Python's own threads. Those of C++, such as autograd's, appear as dummies once Python has run on them."""
+    """Names of Python's own threads; those of C++, such as autograd's, are dummies once Python has run on them."""
     return sorted(each.name for each in threading.enumerate() if not isinstance(each, threading._DummyThread))
 
 
