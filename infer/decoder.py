@@ -15,7 +15,7 @@ from model.attention.kv_cache import LatentCache
 from model.attention.mla import LatentAttention
 from model.block import Block
 from model.mlp import Mlp
-from model.precision.dtypes import widen
+from model.precision.linear import widen
 from model.rope import rotation_table
 from model.transformer import Transformer
 

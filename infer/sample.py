@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from infer.config import Sampling
-from model.precision.dtypes import widen
+from model.precision.linear import widen
 
 
 def distribution(logits_BV: Tensor, sampling: Sampling) -> Tensor:

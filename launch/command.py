@@ -124,7 +124,7 @@ def user_errors() -> tuple[type[ValueError], ...]:
     from data.corpus import DataError
     from dualpipe.ir import ScheduleError
     from infer.config import GenerateError
-    from model.cut import CutError
+    from model.config import CutError
     from model.hf.errors import HfError
     from train.checkpoint.manifest import CheckpointError
     from train.ownership.lock_file import LockedError

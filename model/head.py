@@ -12,12 +12,11 @@ from torch.nn import functional
 from kernels.cross_entropy import linear_cross_entropy
 from kernels.rms_norm import normalise_backward, rms_norm
 from kernels.rms_norm.reference import inverse_rms
-from model.attention.mla import Projection
 from model.block import Block
 from model.config import Computing, ModelConfig
 from model.norm import RmsNorm
 from model.precision.fp8.maps import Fp8Maps
-from model.precision.linear import WeightSink, give
+from model.precision.linear import Projection, WeightSink, give
 
 
 class _SplitEmbedding(torch.autograd.Function):

@@ -10,13 +10,12 @@ from torch import Tensor, nn
 
 import kernels.swiglu.reference
 from kernels.swiglu import swiglu, swiglu_backward
-from model.attention.mla import Projection
 from model.config import Computing
 from model.norm import RmsNorm, linear_of_normal, normed_linear
 from model.precision.fp8 import norm as fp8_norm
 from model.precision.fp8.maps import Fp8Maps
 from model.precision.fp8.mlp import gated_down
-from model.precision.linear import WeightSink, give, linear
+from model.precision.linear import Projection, WeightSink, give, linear
 
 
 class _GatedDown(torch.autograd.Function):

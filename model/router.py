@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from comm.node_limit import limit_groups
 from model.config import ModelConfig
-from model.precision.dtypes import widen
+from model.precision.linear import widen
 
 # Of a group's biased scores, how many make its score, whatever the experts per token: as in the released code.
 GROUP_SCORE_EXPERTS = 2

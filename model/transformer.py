@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from comm.protocol import Dispatcher
 from kernels.attention.documents import Documents
-from model.attention.mla import Projection
 from model.block import Block
 from model.config import Computing, ModelConfig
 from model.eager import run_block
@@ -20,9 +19,8 @@ from model.experts import RoutedExperts
 from model.head import Embedding, MtpBlock, cross_entropy_sum
 from model.norm import RmsNorm, normed_linear
 from model.objective import LossSums, MicroBatch, Objective
-from model.precision.dtypes import widen
 from model.precision.fp8.maps import Fp8Maps
-from model.precision.linear import WeightSink
+from model.precision.linear import Projection, WeightSink, widen
 from model.router import Router
 
 BIAS = "e_score_correction_bias"

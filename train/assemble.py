@@ -22,7 +22,7 @@ from dualpipe.runtime.compile import compile_rank
 from dualpipe.runtime.program import Program
 from dualpipe.runtime.protocols import Stage as PipelineStage
 from dualpipe.validate import validate
-from model.cut import cut_layers
+from model.config import cut_layers
 from model.gradients import GradientStore
 from model.objective import LossSums, MicroBatch, Objective
 from model.stage import Stage, StageRun

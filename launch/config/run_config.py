@@ -26,8 +26,7 @@ from launch.config.ramp_rules import check_ramp
 from launch.config.ranges import check_ranges, divisors, multiples
 from launch.config.tokenizer_choice import expand_tokenizer
 from launch.ranks.environment import apply_rank_environment
-from model.config import RECOMPUTED
-from model.cut import CutError, cut_layers
+from model.config import RECOMPUTED, CutError, cut_layers
 from train.checkpoint.initial_weights import check_initial
 from train.checkpoint.locate import AUTO, looks_whole, newest_whole
 from train.checkpoint.manifest import check_manifest, read_step

@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass
 
-from model.config import ModelConfig
-from model.cut import cut_layers
+from model.config import ModelConfig, cut_layers
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from model.attention.mla import LatentAttention
 from model.config import ModelConfig
-from model.precision.dtypes import widen
+from model.precision.linear import widen
 from model.rope import rotate, softmax_scale
 
 

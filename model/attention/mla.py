@@ -13,23 +13,11 @@ from model.config import Computing, ModelConfig
 from model.norm import RmsNorm, normed_linear
 from model.precision.fp8 import norm as fp8_norm
 from model.precision.fp8.maps import Fp8Maps
-from model.precision.linear import WeightSink, linear
+from model.precision.linear import Projection, WeightSink
 from model.rope import rotation_table, softmax_scale
 
 # The released code leaves these two norms at its class' default, whatever the model's own.
 LATENT_NORM_EPS = 1e-6
-
-
-class Projection(nn.Module):
-    """A weight without bias, [outputs, inputs]; applied through `model.precision.linear`."""
-
-    def __init__(self, inputs: int, outputs: int, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(outputs, inputs, dtype=dtype))
-
-    def forward(self, x: Tensor, sink: WeightSink | None) -> Tensor:
-        """x [..., inputs] -> [..., outputs]."""
-        return linear(x, self.weight, sink)
 
 
 class LatentAttention(nn.Module):

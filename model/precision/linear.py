@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 
@@ -55,3 +55,20 @@ def linear(x: Tensor, weight_NK: Tensor, sink: WeightSink | None) -> Tensor:
         return functional.linear(x, weight_NK)
     out: Tensor = _SplitLinear.apply(x, weight_NK, sink)  # type: ignore[no-untyped-call]
     return out
+
+
+class Projection(nn.Module):
+    """A weight without bias, [outputs, inputs]."""
+
+    def __init__(self, inputs: int, outputs: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs, dtype=dtype))
+
+    def forward(self, x: Tensor, sink: WeightSink | None) -> Tensor:
+        """Returns `linear` of x: [..., inputs] -> [..., outputs]."""
+        return linear(x, self.weight, sink)
+
+
+def widen(x: Tensor) -> Tensor:
+    """Returns x in float32, or unchanged if it is wider: norms, router and losses compute in this type."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -16,7 +16,7 @@ from launch.config.compose import compose, default_groups, options
 from launch.config.errors import ConfigError
 from launch.config.ranges import divisors, multiples, numbers, ranged_keys
 from launch.config.run_config import check, read_config, write_config
-from model.cut import CutError
+from model.config import CutError
 from tests.data.released_tokenizer import write_released
 from train.checkpoint.manifest import CheckpointError, write_weights_manifest
 from train.config import TrainConfig

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from model.attention.mla import Projection
 from model.config import Computing
 from model.head import Embedding, MtpBlock, cross_entropy_sum
-from model.precision.linear import WeightSink
+from model.precision.linear import Projection, WeightSink
 from tests.kernels import plain
 from tests.kernels.plain import randn, strided
 from tests.model.against_plain import Weights, assert_equals_plain, randomise

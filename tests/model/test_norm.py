@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from model.attention.mla import Projection
 from model.norm import RmsNorm, norm_and_map, normed_linear
-from model.precision.linear import WeightSink
+from model.precision.linear import Projection, WeightSink
 from tests.kernels import plain
 from tests.kernels.plain import randn, strided
 from tests.model.against_plain import Weights, assert_equals_plain, randomise

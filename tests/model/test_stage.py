@@ -7,8 +7,7 @@ import torch
 
 from comm.dispatch.local import LocalDispatcher
 from kernels.attention.documents import Documents
-from model.config import ModelConfig
-from model.cut import cut_layers
+from model.config import ModelConfig, cut_layers
 from model.gradients import GradientStore
 from model.objective import LossSums, MicroBatch, Objective
 from model.stage import Stage, StageRun

@@ -15,7 +15,7 @@ from dualpipe.ir import Schedule, ScheduleError, from_json, to_json
 from dualpipe.simulate.choose import choose, survey
 from dualpipe.simulate.costs import CostModel
 from dualpipe.validate import validate
-from model.cut import CutError, cut_layers
+from model.config import CutError, cut_layers
 from train.checkpoint.manifest import SCHEDULE_NAME, CheckpointError, find_checkpoint, layout_record, read_manifest
 from train.config import TrainConfig, sized_config
 from train.memory.predict import ramp_memory_cap

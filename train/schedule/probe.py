@@ -20,7 +20,7 @@ from comm.layout import Layout
 from comm.protocol import Dispatcher
 from comm.watchdog.operation_log import OperationLog
 from dualpipe.simulate.costs import CostModel, StageCosts
-from model.cut import cut_layers
+from model.config import cut_layers
 from model.gradients import GradientStore
 from model.objective import LossSums, MicroBatch, Objective
 from model.phases import block_lanes

@@ -2,7 +2,7 @@
 
 import pytest
 
-from model.cut import CutError, cut_layers
+from model.config import CutError, cut_layers
 
 
 def test_cut_covers_every_layer_once_in_order() -> None:
