@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from launch.ranks.run_folder import read_folder
-from train.assemble import weight_dtype
 from train.checkpoint.load import load_whole
+from train.replica import weight_dtype
 
 ROOT = Path(__file__).parents[1]
 

@@ -13,8 +13,8 @@ from torch import distributed as dist
 
 from model.config import ModelConfig
 from model.transformer import routers
-from train.assemble import Assembly
 from train.records.json_lines import JsonLines
+from train.replica import Replica
 
 LOADS_NAME = "loads.jsonl"
 _BIAS = ("bias_least", "bias_most", "bias_std")
@@ -56,31 +56,29 @@ class Balance:
         return {f"layer_{layer}": row for layer, row in zip(self.layers, rows, strict=True)}
 
 
-def update_router_bias(assembly: Assembly, rate: float) -> Balance:
+def update_router_bias(replica: Replica, rate: float) -> Balance:
     """Moves every router's bias by the load of the whole global batch. Every rank calls it and gets the same.
 
     Args:
-        assembly: of the rank.
+        replica: of this rank.
         rate: by which a bias moves; 0 leaves it.
     """
-    gates, log = routers(assembly.model), assembly.observers.log
-    layers = layers_with_routers(assembly.config.model)
+    world, shape, gates = replica.world, replica.config.model, routers(replica.model)
+    layers = layers_with_routers(shape)
     # -inf where this rank has no say: a maximum over all ranks then fills every row.
-    seen_LV = torch.full((len(layers), assembly.config.model.num_routed_experts + len(_BIAS)), -torch.inf).double()
+    seen_LV = torch.full((len(layers), shape.num_routed_experts + len(_BIAS)), -torch.inf).double()
     if gates:
         load_LE = torch.stack([gate.load for gate in gates.values()])
-        with log.collective("stage", assembly.groups.stage, "sum of router loads"):
-            dist.all_reduce(load_LE, group=assembly.groups.stage)
+        with world.log.collective("stage", world.groups.stage, "sum of router loads"):
+            dist.all_reduce(load_LE, group=world.groups.stage)
         for gate, load_E in zip(gates.values(), load_LE, strict=True):
             gate.update_bias(load_E, rate)
             gate.load.zero_()
         bias_LE = torch.stack([gate.e_score_correction_bias for gate in gates.values()]).double()
         bias_LS = torch.stack([bias_LE.amin(1), bias_LE.amax(1), bias_LE.std(1, correction=0)], dim=1)
         seen_LV[[layers.index(layer) for layer in gates]] = torch.cat([load_LE.double(), bias_LS], dim=1).cpu()
-    seen_LV = seen_LV.to(assembly.device)
-    with log.collective("world", assembly.groups.world, "loads of all layers"):
-        dist.all_reduce(seen_LV, op=dist.ReduceOp.MAX, group=assembly.groups.world)
-    load_of_all_LE, bias_of_all_LS = seen_LV.cpu().split([seen_LV.shape[1] - len(_BIAS), len(_BIAS)], dim=1)
+    seen_LV = world.reduce(seen_LV, "loads of all layers", dist.ReduceOp.MAX)
+    load_of_all_LE, bias_of_all_LS = seen_LV.split([seen_LV.shape[1] - len(_BIAS), len(_BIAS)], dim=1)
     return Balance(layers=layers, load_LE=load_of_all_LE, bias_LS=bias_of_all_LS)
 
 

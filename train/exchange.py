@@ -1,45 +1,19 @@
-"""A run's exchange of tokens: opened as the run asks, and what it sent in a step, for `metrics.jsonl`.
+"""What the job's dispatchers and links sent in a step, for `metrics.jsonl`.
 
 Shape legend: L layers, MTP modules among them, F fields of `LayerTraffic`.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import torch
 from torch import distributed as dist
 from torch.distributed import ProcessGroup
 
-from comm.dispatch.build import build_dispatcher
-from comm.dispatch.process_group import Observers
 from comm.dispatch.traffic import LayerTraffic, TrafficSnapshot
-from comm.lane import Lane
-from comm.layout import Layout
-from comm.protocol import Dispatcher
-from train.config import TrainConfig
 
 _FIELDS = tuple(each.name for each in fields(LayerTraffic))
 _RECEIVED = _FIELDS.index("num_bytes_from_nodes")
-
-
-def open_dispatcher(
-    config: TrainConfig, layout: Layout, experts: ProcessGroup, lane: Lane, observers: Observers
-) -> Dispatcher:
-    """The exchange that the run asks for, over the expert group `experts`. Every rank calls it at the same point.
-
-    A model in FP8 gives and takes rows in FP8 by itself.
-    """
-    is_fp8 = config.precision.kind == "fp8"
-    return build_dispatcher(
-        replace(config.dispatch, payload="full") if is_fp8 else config.dispatch,
-        config.model.num_routed_experts,
-        layout,
-        experts,
-        lane,
-        observers,
-        config.cluster.timeout_seconds,
-        config.deepep_buffer if config.dispatch.kind == "deepep" else None,
-    )
 
 
 def exchange_metrics(

@@ -15,20 +15,21 @@ from data.progress import progress_on
 from infer.config import Sampling
 from infer.generate import generate
 from infer.text import decode_after
-from train.assemble import Assembly, weight_dtype
 from train.checkpoint import load as checkpoint
 from train.checkpoint.manifest import step_folder
 from train.checkpoint.rescue_save import rescue
 from train.checkpoint.save import Saver
+from train.config import TaskConfig, TrainConfig
 from train.errors import PreemptedError, RefusedStepError, StoppedError, UnsavedError
 from train.guard.recovery import Recovery
+from train.learner import SizedLearners
 from train.ownership.lock_file import OwnershipCheck
 from train.records.pictures import PAGE_NAME, SVG_NAME, TRACE_NAME, PipelineWatch
 from train.records.profile import StepProfiler
 from train.records.reporter import Reporter
 from train.records.status import StatusFile
 from train.records.step_record import record_of
-from train.schedule.ramp import SizedAssemblies
+from train.replica import Replica, weight_dtype
 from train.step import StepResult, train_step, validate_pass
 
 LOGGER = logging.getLogger("train")
@@ -45,31 +46,33 @@ class Training:
 
     def __init__(
         self,
-        assemblies: SizedAssemblies,
+        config: TrainConfig,
+        learners: SizedLearners,
         prepared: Prepared,
         reporter: Reporter,
         status: StatusFile,
         first_step: int,
     ) -> None:
         """`first_step`: from 0; the steps before it are in the weights."""
-        assembly = assemblies.last
+        learner, world, out_dir = learners.last, learners.last.world, Path(config.out_dir)
         self.num_done = first_step
         self._num_saved = first_step
-        self._assembly = assembly
-        self._assemblies = assemblies
+        self._config = config
+        self._world = world
+        self._learner = learner
+        self._learners = learners
         self._prepared = prepared
         self._reporter = reporter
         self._status = status
-        config = assembly.config
         self._loader = Loader(prepared, sizes=config.batch_sizes, seed=config.data.seed)
-        self._profiler = StepProfiler(config, assembly.groups.rank, assembly.device)
-        with assembly.observers.log.phase("world", range(assembly.layout.world_size), "making of groups"):
-            self._watch = PipelineWatch(assembly)
-            self._ownership = OwnershipCheck.of_process(Path(config.out_dir))
-            self._saver = Saver(assembly, prepared, ownership=self._ownership)
-        self._recovery = Recovery(assembly, self._loader, first_step)
+        self._profiler = StepProfiler(config, world.rank, world.device)
+        with world.phase("making of groups"):
+            self._watch = PipelineWatch(world, config.name, out_dir)
+            self._ownership = OwnershipCheck.of_process(out_dir)
+            self._saver = Saver(config, learner, prepared, ownership=self._ownership)
+        self._recovery = Recovery(learner, config.guard, self._loader, out_dir, config.resume, first_step)
         # The first step takes longer than others: kernels are compiled, and memory is taken from the system.
-        self._first_progress = progress_on() if assembly.groups.rank == 0 else None
+        self._first_progress = progress_on() if world.rank == 0 else None
 
     def run(self) -> None:
         """All steps that are left, a last validation, a last checkpoint.
@@ -86,13 +89,13 @@ class Training:
             with suppress(UnsavedError):
                 self._saver.close()
             with self._saving():
-                rescue(self._assembly, self._prepared, self.num_done, reason)
+                rescue(self._config, self._learner, self._prepared, self.num_done, reason)
 
     def _run(self) -> None:
         self._status.running(self.num_done)
         try:
             self._make_up()
-            while self.num_done < self._assembly.config.task.steps:
+            while self.num_done < self._config.task.steps:
                 self._step(self.num_done)
         except PreemptedError:
             if lost := self._lost_folder():
@@ -108,14 +111,14 @@ class Training:
 
     def _look_after_folder(self) -> None:
         """Has all ranks leave, if this one, which writes there, sees that the run's folder is no longer its own."""
-        if self._assembly.groups.rank == 0 and self._ownership.problem():
-            self._assembly.preemption.request()
+        if self._world.rank == 0 and self._ownership.problem():
+            self._world.preemption.request()
 
     def _lost_folder(self) -> str:
         """Returns why the run's folder is no longer its own, on every rank; empty if it is."""
-        said = [self._ownership.problem(is_urgent=True) if self._assembly.groups.rank == 0 else ""]
-        with self._assembly.observers.log.phase("world", self._ranks, "agreement on the run's folder"):
-            dist.broadcast_object_list(said, src=0, group=self._assembly.groups.world)
+        said = [self._ownership.problem(is_urgent=True) if self._world.rank == 0 else ""]
+        with self._world.phase("agreement on the run's folder"):
+            dist.broadcast_object_list(said, src=0, group=self._world.groups.world)
         return said[0]
 
     def _make_up(self) -> None:
@@ -123,15 +126,15 @@ class Training:
         last, is_owed = self._reporter.last(), [False]
         if last is not None and self._is_validated(self.num_done):
             is_owed = [last["step"] == self.num_done and VALIDATION_LOSS not in last]
-        with self._assembly.observers.log.phase("world", self._ranks, "agreement on what was before"):
-            dist.broadcast_object_list(is_owed, src=0, group=self._assembly.groups.world)
+        with self._world.phase("agreement on what was before"):
+            dist.broadcast_object_list(is_owed, src=0, group=self._world.groups.world)
         if is_owed[0]:
             loss = self._validate()
             if last is not None:
                 self._reporter.amend({**last, VALIDATION_LOSS: loss})
 
     def _is_validated(self, done: int) -> bool:
-        task, validation = self._assembly.config.task, self._assembly.config.validation
+        task, validation = self._config.task, self._config.validation
         has_sequences = validation.sequences > 0 and self._loader.num_validation_sequences > 0
         return _due(done, validation.every_steps, task.steps) and has_sequences
 
@@ -141,7 +144,7 @@ class Training:
         result = self._take(step)
         if self.num_done <= step:
             return
-        config, done = self._assembly.config, self.num_done
+        config, done = self._config, self.num_done
         values = None if result is None else self._record(step, result)
         try:
             if self._is_validated(done):
@@ -166,7 +169,12 @@ class Training:
         try:
             with self._profiler.step(step + 1):
                 result = train_step(
-                    self._assemblies.of_step(step), self._loader, step, self._recovery.guard, self._first_progress
+                    self._learners.of_step(step),
+                    self._config.task,
+                    self._loader,
+                    step,
+                    self._recovery.guard,
+                    self._first_progress,
                 )
         except RefusedStepError as refused:
             with self._saving():
@@ -185,11 +193,12 @@ class Training:
         return result
 
     def _record(self, step: int, result: StepResult) -> dict[str, Any]:
-        values = record_of(self._assemblies.of_step(step), self._watch, step + 1, result)
+        replica = self._learners.of_step(step).replica
+        values = record_of(replica, self._watch, step + 1, result, self._config.cluster.peak_flops)
         return {**values, "tokens": self._loader.sizes.tokens_before(step + 1)}
 
     def _validate(self) -> float:
-        loss = validate(self._assembly, self._loader)
+        loss = validate(self._learner.replica, self._config.task, self._loader, self._config.validation.sequences)
         bits_per_byte = loss / math.log(2) / self._prepared.bytes_per_token
         self._reporter.say(
             f"step {self.num_done:>6}  validation loss {loss:.4f} nats per token, {bits_per_byte:.3f} bits per byte  "
@@ -198,7 +207,7 @@ class Training:
         return loss
 
     def _draw(self, step: int, result: StepResult) -> None:
-        if self._watch.draw(self._assemblies.of_step(step), result.execution, self.num_done):
+        if self._watch.draw(self._learners.of_step(step).replica, result.execution, self.num_done):
             self._reporter.say(
                 f"step {self.num_done:>6}  planned and measured time in {SVG_NAME}, {PAGE_NAME}, {TRACE_NAME}"
             )
@@ -222,31 +231,33 @@ class Training:
             self._reporter.draw()
 
     def _saving(self) -> AbstractContextManager[None]:
-        return self._assembly.observers.log.phase("world", self._ranks, "checkpoint")
-
-    @property
-    def _ranks(self) -> range:
-        return range(self._assembly.layout.world_size)
+        return self._world.phase("checkpoint")
 
 
-def validate(assembly: Assembly, loader: Loader) -> float:
-    """Main loss in nats per token over the configured number of validation sequences, as far as the corpus has them."""
-    batch = assembly.config.batch
-    passes = min(assembly.config.validation.sequences, loader.num_validation_sequences) // batch.global_sequences
+def validate(replica: Replica, task: TaskConfig, loader: Loader, num_sequences: int) -> float:
+    """Returns the main loss in nats per token over validation sequences; all ranks call it.
+
+    Args:
+        replica: to validate.
+        task: of the run.
+        loader: of the data.
+        num_sequences: to read, if the corpus has so many.
+    """
+    size = replica.global_sequences
+    passes = min(num_sequences, loader.num_validation_sequences) // size
     nats, targets = 0.0, 0
     for index in range(passes):
-        read = partial(_read_validation, loader, index * batch.global_sequences)
-        losses, count = validate_pass(assembly, read)
+        losses, count = validate_pass(replica, task, partial(_read_validation, loader, index * size))
         nats += losses.main * count
         targets += count
-    assembly.observers.traffic.take()  # a step's record tells of the step alone
-    assembly.observers.clips.take()
+    replica.observers.traffic.take()  # a step's record counts the step alone
+    replica.observers.clips.take()
     return nats / max(targets, 1)
 
 
-def show_continuation(assembly: Assembly, prepared: Prepared) -> str:
-    """The prompt and its continuation by the last checkpoint, read whole in this process, and what drafts saved."""
-    config, tokenizer = assembly.config, prepared.tokenizer
+def show_continuation(config: TrainConfig, prepared: Prepared) -> str:
+    """Returns the prompt and its continuation by the last checkpoint, read whole in this process, and a summary."""
+    tokenizer = prepared.tokenizer
     folder = step_folder(Path(config.out_dir), config.task.steps)
     model = checkpoint.load_whole(config.model, folder, weight_dtype(config.precision))
     prompt = tokenizer.prompt(config.samples.prompt)

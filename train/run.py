@@ -20,7 +20,6 @@ from comm.watchdog.rendezvous import Job, join
 from data.corpus import DataError
 from data.prepare import Prepared
 from data.progress import Quiet, progress_on
-from train.assemble import Assembly, assemble, is_mirrored
 from train.checkpoint import load as checkpoint
 from train.checkpoint.initial_weights import load_initial
 from train.checkpoint.locate import AUTO, looks_whole, newest_whole
@@ -30,6 +29,7 @@ from train.config import TrainConfig
 from train.corpus import State as CorpusState
 from train.corpus import build_together, prepare_corpus
 from train.errors import PreemptedError, RescuedError, StoppedError
+from train.learner import Learner, SizedLearners, open_learner
 from train.loop import Training, show_continuation
 from train.records.crash_report import LastWords
 from train.records.events import note_event
@@ -37,8 +37,9 @@ from train.records.introduce import introduce
 from train.records.reporter import open_reporter
 from train.records.status import State, StatusFile, read_status
 from train.records.terminal import report_breaks
+from train.replica import ReplicaConfig, is_mirrored, open_replica
 from train.schedule.plan import Plan, plan
-from train.schedule.ramp import SizedAssemblies
+from train.world import World, open_world
 
 
 def main(config: TrainConfig, is_aloud: bool = False) -> int:
@@ -88,7 +89,8 @@ class _Rank:
         self._log = log
         self._words = words
         self._preemption = preemption
-        self._assembly: Assembly | None = None
+        self._world: World | None = None
+        self._learner: Learner | None = None
         self._passed_over: tuple[str, ...] = ()
 
     def run(self, config: TrainConfig) -> int:
@@ -118,8 +120,11 @@ class _Rank:
             prepared = _prepare(config, groups, self._log, self._preemption)
             agree(self._preemption, self._log, groups)
             with self._log.phase("world", world, "assembly of the model"):
-                self._assembly = assemble(config, layout, groups, device, planned.schedule, self._log, self._preemption)
-            self._train(self._assembly, prepared, planned, status)
+                seconds = config.cluster.timeout_seconds
+                self._world = open_world(layout, groups, device, seconds, self._log, self._preemption)
+                replica = open_replica(self._world, ReplicaConfig.of_run(config), planned.schedule)
+                self._learner = open_learner(replica, config.optim, config.ema)
+            self._train(config, self._learner, prepared, planned, status)
             end: tuple[State, int, str] = ("done", 0, "")
         except PreemptedError as error:
             end = ("preempted", EXIT_PREEMPTED, str(error))
@@ -129,29 +134,33 @@ class _Rank:
             end = ("stopped", EXIT_OTHER, str(error))
         with self._log.collective("world", groups.world, "end of training"):
             dist.barrier(group=groups.world)
-        if self._assembly is not None:
-            self._assembly.close()
+        if self._learner is not None:
+            self._learner.close()
+        if self._world is not None:
+            self._world.close()
         status.ended(*end)
         if end[0] == "preempted" and groups.rank == 0:
             note_event(Path(config.out_dir), "preempted", status.step, end[2])
         return end[1]
 
-    def _train(self, assembly: Assembly, prepared: Prepared, planned: Plan, status: StatusFile) -> None:
-        config = assembly.config
-        first_step = _resume(assembly, prepared.fingerprint)
-        started_from = _start(assembly, prepared)
+    def _train(
+        self, config: TrainConfig, learner: Learner, prepared: Prepared, planned: Plan, status: StatusFile
+    ) -> None:
+        first_step = _resume(config, learner, prepared.fingerprint)
+        started_from = _start(config, learner, prepared)
         reporter = open_reporter(config, first_step)
         try:
             for line in self._passed_over:
                 reporter.say(f"resume: passed over {line}")
-                if assembly.groups.rank == 0:
+                if learner.world.rank == 0:
                     note_event(Path(config.out_dir), "checkpoint_passed_over", first_step, line)
-            introduce(assembly, planned, prepared, reporter, first_step)
+            introduce(config, learner.replica, planned, prepared, reporter, first_step)
             if started_from:
                 reporter.say(started_from)
-            Training(SizedAssemblies(assembly, planned.ramp), prepared, reporter, status, first_step).run()
+            learners = SizedLearners(learner, config.batch_sizes, planned.ramp)
+            Training(config, learners, prepared, reporter, status, first_step).run()
             if dist.get_rank() == 0 and config.samples.prompt and config.samples.tokens:
-                words = show_continuation(assembly, prepared)
+                words = show_continuation(config, prepared)
                 reporter.say(f"continuation of {config.samples.prompt!r}:\n{words}")
         except PreemptedError as error:
             reporter.say(f"preempted: {error}; exit code {EXIT_PREEMPTED}")
@@ -163,9 +172,8 @@ class _Rank:
             reporter.close()
 
 
-def _resume(assembly: Assembly, data_fingerprint: str) -> int:
+def _resume(config: TrainConfig, learner: Learner, data_fingerprint: str) -> int:
     """Fills everything from the checkpoint to resume from, if any; returns the number of steps already done."""
-    config = assembly.config
     if config.resume is None:
         return 0
     folder = Path(config.resume)
@@ -173,19 +181,19 @@ def _resume(assembly: Assembly, data_fingerprint: str) -> int:
     steps = max(config.task.steps, read_step(folder) + 1)
     check_manifest(folder, dataclasses.replace(config, task=dataclasses.replace(config.task, steps=steps)))
     check_fingerprint(folder, data_fingerprint)
-    with assembly.observers.log.phase("world", range(assembly.layout.world_size), "loading of the checkpoint"):
-        checkpoint.load(assembly, folder)
+    with learner.world.phase("loading of the checkpoint"):
+        checkpoint.load(learner, folder)
     return read_step(folder)
 
 
-def _start(assembly: Assembly, prepared: Prepared) -> str:
+def _start(config: TrainConfig, learner: Learner, prepared: Prepared) -> str:
     """Fills the weights from `init_from`, if any; returns a line that says so."""
-    if assembly.config.init_from is None:
+    if config.init_from is None:
         return ""
-    with assembly.observers.log.phase("world", range(assembly.layout.world_size), "loading of initial weights"):
-        told = load_initial(assembly, prepared.tokenizer)
-    if assembly.ema is not None:
-        assembly.ema.follow_weights()
+    with learner.world.phase("loading of initial weights"):
+        told = load_initial(config, learner, prepared.tokenizer)
+    if learner.ema is not None:
+        learner.ema.follow_weights()
     return told
 
 

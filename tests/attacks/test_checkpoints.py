@@ -25,7 +25,7 @@ from tests.finished_run import ROOT, choices
 from tests.launch.checkpoints import write_run
 from tests.ranks import run_ranks
 from tests.tiny import BATCH, tiny_config, write_text
-from tests.train.job import open_assembly
+from tests.train.job import close_job, open_job
 from train.checkpoint import load as checkpoint
 from train.checkpoint.dcp.metadata import read_metadata
 from train.checkpoint.manifest import CheckpointError
@@ -172,9 +172,9 @@ def run_config(folder: Path) -> TrainConfig:
 
 
 def save_one(rank: int, world_size: int, config: TrainConfig) -> None:
-    assembly = open_assembly(config)
-    checkpoint.save(assembly, 1, prepare(config.data, config.batch.sequence_length_tokens))
-    assembly.close()
+    learner = open_job(config)
+    checkpoint.save(config, learner, 1, prepare(config.data, config.batch.sequence_length_tokens))
+    close_job(learner)
 
 
 def alone(sources: Path, tmp_path: Path) -> Path:
@@ -222,16 +222,16 @@ RESUMED = [
 
 def resume_from(rank: int, world_size: int, config: TrainConfig, folders: list[Path]) -> list[str]:
     """What each rank says to each checkpoint; empty if it loads."""
-    assembly, said = open_assembly(config), []
+    learner, said = open_job(config), []
     for folder in folders:
         try:
-            checkpoint.load(assembly, folder)
+            checkpoint.load(learner, folder)
         except CheckpointError as error:
             said.append(str(error))
         else:
             said.append("")
         dist.barrier()
-    assembly.close()
+    close_job(learner)
     return said
 
 

@@ -17,7 +17,7 @@ from torch import distributed as dist
 
 from launch.config.compose import compose
 from launch.config.run_config import read_config
-from tests.train.job import open_assembly
+from tests.train.job import close_job, open_job
 from train import step as steps
 from train.corpus import prepare_corpus
 from train.guard.guard import Guard
@@ -39,7 +39,7 @@ def measure(overrides: Sequence[str], num_steps: int) -> Cost:
 
     config = read_config(compose("train", [*CHOICES, *overrides]))
     prepared = prepare_corpus(config)
-    assembly = open_assembly(config)
+    learner = open_job(config)
     loader = Loader(prepared, sizes=config.batch_sizes, seed=0)
     cost, plain_norm, plain_judge = Cost(), steps.own_norm, Guard.judge
     guard = Guard(replace(config.guard, spike_factor=1e9), [(1.0, 1.0)] * config.guard.spike_window_steps)
@@ -57,13 +57,13 @@ def measure(overrides: Sequence[str], num_steps: int) -> Cost:
     try:
         for number in range(num_steps + 1):
             begun = time.process_time()
-            steps.train_step(assembly, loader, number, guard)
+            steps.train_step(learner, config.task, loader, number, guard)
             cost.step += time.process_time() - begun
             if number == 0:
                 cost.guard = cost.step = 0.0
     finally:
         steps.own_norm, Guard.judge = plain_norm, plain_judge  # type: ignore[method-assign]
-    assembly.close()
+    close_job(learner)
     return cost
 
 

@@ -14,7 +14,7 @@ from comm.config import ParallelismConfig
 from data.prepare import prepare
 from tests.ranks import run_ranks
 from tests.tiny import CHECKPOINTING, MODEL, OPTIM, tiny_config, write_text
-from tests.train.job import open_assembly
+from tests.train.job import close_job, open_job
 from train.checkpoint.save import Saver
 from train.config import PrecisionConfig, TrainConfig
 
@@ -23,8 +23,8 @@ NUM_SAVES = 5
 
 def measure(rank: int, world_size: int, config: TrainConfig) -> tuple[list[float], list[float], int]:
     """Seconds of the copy and of the whole save, each of several; bytes of the checkpoint. The first is not counted."""
-    assembly = open_assembly(config)
-    saver = Saver(assembly, prepare(config.data, config.batch.sequence_length_tokens))
+    learner = open_job(config)
+    saver = Saver(config, learner, prepare(config.data, config.batch.sequence_length_tokens))
     stalls, wholes = [], []
     for step in range(NUM_SAVES + 1):
         started = time.perf_counter()
@@ -35,7 +35,7 @@ def measure(rank: int, world_size: int, config: TrainConfig) -> tuple[list[float
     folder = saver.close()
     assert folder is not None
     num_bytes = sum(path.stat().st_size for path in folder.iterdir())
-    assembly.close()
+    close_job(learner)
     return stalls[1:], wholes[1:], num_bytes
 
 

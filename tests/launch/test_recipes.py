@@ -108,13 +108,13 @@ def test_recipe_v3_is_the_published_run(folder: Path) -> None:
     # The learning rate, the MTP loss weight and the router bias rate just before and after each change, by tokens.
     steps = {at: next(s for s in range(at // (15_360 * 4096), task.steps) if sizes.tokens_before(s) >= at) for at in (
         5 * T, 10 * T, 1215 * T // 100, 143 * T // 10, 145 * T // 10, 14_633 * 10**9)}  # fmt: skip
-    seen = {at: rates_of(config, sizes, step) for at, step in steps.items()}
+    seen = {at: rates_of(config.task, config.optim, sizes, step) for at, step in steps.items()}
     published = {5: 2.2e-4, 10: 2.2e-4, 12.15: 1.21e-4, 14.3: 2.2e-5, 14.5: 2.2e-5, 14.633: 7.3e-6}
     assert {at / T: each.learning_rate for at, each in seen.items()} == pytest.approx(published, rel=1e-4)
-    assert rates_of(config, sizes, 1999).learning_rate == 2.2e-4
+    assert rates_of(config.task, config.optim, sizes, 1999).learning_rate == 2.2e-4
     assert [each.mtp_loss_weight for each in seen.values()] == [0.3, 0.1, 0.1, 0.1, 0.1, 0.1]
     assert [each.bias_update for each in seen.values()] == [1e-3, 1e-3, 1e-3, 0, 0, 0]
-    before = [rates_of(config, sizes, steps[at] - 1) for at in (10 * T, 143 * T // 10)]
+    before = [rates_of(config.task, config.optim, sizes, steps[at] - 1) for at in (10 * T, 143 * T // 10)]
     assert (before[0].mtp_loss_weight, before[1].bias_update) == (0.3, 1e-3)
 
 

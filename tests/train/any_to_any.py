@@ -20,7 +20,7 @@ from data.prepare import prepare
 from dualpipe.config import ScheduleConfig, ScheduleKind
 from tests.ranks import run_ranks
 from tests.tiny import BATCH, MODEL, TASK, tiny_config, write_text
-from tests.train.job import open_assembly
+from tests.train.job import close_job, open_job
 from train.checkpoint import load as checkpoint
 from train.config import TrainConfig
 from train.step import train_step
@@ -114,15 +114,15 @@ def begin(rank: int, world_size: int, configs: Sequence[TrainConfig]) -> list[tu
 
 
 def _begin(config: TrainConfig) -> tuple[Path, Part]:
-    assembly, prepared = open_assembly(config), prepare(config.data, config.batch.sequence_length_tokens)
+    learner, prepared = open_job(config), prepare(config.data, config.batch.sequence_length_tokens)
     loader = WatchedLoader(prepared, sizes=config.batch_sizes, seed=config.data.seed)
     loader.watch()
     for step in range(STEPS_BEFORE):
-        train_step(assembly, loader, step)
-    folder, samples = checkpoint.save(assembly, STEPS_BEFORE, prepared), loader.watch()
-    losses = [train_step(assembly, loader, step).losses.total for step in _after()]
+        train_step(learner, config.task, loader, step)
+    folder, samples = checkpoint.save(config, learner, STEPS_BEFORE, prepared), loader.watch()
+    losses = [train_step(learner, config.task, loader, step).losses.total for step in _after()]
     dist.barrier()
-    assembly.close()
+    close_job(learner)
     return folder, Part(losses, samples)
 
 
@@ -132,13 +132,13 @@ def go_on(rank: int, world_size: int, jobs: Sequence[tuple[TrainConfig, Path]]) 
 
 
 def _go_on(config: TrainConfig, folder: Path) -> Part:
-    assembly, prepared = open_assembly(config), prepare(config.data, config.batch.sequence_length_tokens)
+    learner, prepared = open_job(config), prepare(config.data, config.batch.sequence_length_tokens)
     loader = WatchedLoader(prepared, sizes=config.batch_sizes, seed=config.data.seed)
     samples = loader.watch()
-    checkpoint.load(assembly, folder)
-    losses = [train_step(assembly, loader, step).losses.total for step in _after()]
+    checkpoint.load(learner, folder)
+    losses = [train_step(learner, config.task, loader, step).losses.total for step in _after()]
     dist.barrier()
-    assembly.close()
+    close_job(learner)
     return Part(losses, samples)
 
 

@@ -20,13 +20,14 @@ from dualpipe.ir import Schedule
 from model.experts import RoutedExperts
 from model.objective import LossSums
 from model.transformer import Transformer, initialise, named_tensors, routers
-from train.assemble import Assembly, assemble, is_mirrored, weight_dtype
 from train.balance import update_router_bias
 from train.config import TrainConfig, sized_config
+from train.learner import Learner, SizedLearners, open_learner
 from train.optim.parameters import group_parameters
+from train.replica import ReplicaConfig, is_mirrored, open_replica, weight_dtype
 from train.schedule.plan import ramp_schedules
-from train.schedule.ramp import SizedAssemblies
 from train.step import accumulate, make_objective, rates_of, to_micro_batch
+from train.world import World, open_world
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,14 +57,35 @@ def start_biases(model: Transformer, starved: int) -> None:
         router.e_score_correction_bias.copy_(bias)
 
 
-def open_assembly(config: TrainConfig, schedule: Schedule | None = None) -> Assembly:
-    """This rank, with the test harness' process group; without a schedule, under the configured one."""
-    if schedule is None:
-        assert config.schedule.kind != "auto"
-        schedule = build(config.schedule.kind, config.parallelism.pipeline, config.num_micro_batches)
-    layout = Layout(config.parallelism, config.cluster.ranks_per_node)
-    groups = Groups(layout, is_mirrored(schedule), config.cluster.timeout_seconds)
-    return assemble(config, layout, groups, torch.device("cpu"), schedule, OperationLog())
+def open_job(config: TrainConfig, schedule: Schedule | None = None) -> Learner:
+    """Opens world, replica and learner of this rank in the test harness' process group.
+
+    Args:
+        config: of the run.
+        schedule: that is followed; None: the configured one.
+    """
+    schedule = configured_schedule(config) if schedule is None else schedule
+    replica = open_replica(make_world(config, schedule), ReplicaConfig.of_run(config), schedule)
+    return open_learner(replica, config.optim, config.ema)
+
+
+def make_world(config: TrainConfig, schedule: Schedule) -> World:
+    """Opens this rank's world in the test harness' process group."""
+    layout, seconds = Layout(config.parallelism, config.cluster.ranks_per_node), config.cluster.timeout_seconds
+    groups = Groups(layout, is_mirrored(schedule), seconds)
+    return open_world(layout, groups, torch.device("cpu"), seconds, OperationLog())
+
+
+def configured_schedule(config: TrainConfig) -> Schedule:
+    """Builds the schedule that a run names."""
+    assert config.schedule.kind != "auto"
+    return build(config.schedule.kind, config.parallelism.pipeline, config.num_micro_batches)
+
+
+def close_job(learner: Learner) -> None:
+    """Ends what `open_job` opened; all ranks call it at the same point."""
+    learner.close()
+    learner.world.close()
 
 
 def open_loader(config: TrainConfig) -> Loader:
@@ -79,23 +101,24 @@ def run_jobs(rank: int, world_size: int, jobs: list[Job], num_steps: int) -> lis
 
 def _run_one(job: Job, num_steps: int) -> list[Seen]:
     config = job.config
-    whole, loader = open_assembly(config, job.schedule), open_loader(config)
-    assemblies = SizedAssemblies(whole, ramp_schedules(config))
-    start_biases(whole.model, job.starved)
+    whole, loader = open_job(config, job.schedule), open_loader(config)
+    learners = SizedLearners(whole, config.batch_sizes, ramp_schedules(config))
+    start_biases(whole.replica.model, job.starved)
     seen = []
     for step in range(num_steps):
-        assembly = assemblies.of_step(step)
-        rates = rates_of(config, loader.sizes, step)
-        losses, _ = accumulate(assembly, partial(loader.batch, step), rates.mtp_loss_weight)
-        gradients = by_released_name(assembly.model, assembly.store.gradient)
-        norm = assembly.optimiser.reduce()
-        assembly.optimiser.update(rates.learning_rate)
-        update_router_bias(assembly, rates.bias_update)
+        learner = learners.of_step(step)
+        model = learner.replica.model
+        rates = rates_of(config.task, config.optim, loader.sizes, step)
+        losses, _ = accumulate(learner, config.task, partial(loader.batch, step), rates.mtp_loss_weight)
+        gradients = by_released_name(model, learner.store.gradient)
+        norm = learner.optimiser.reduce()
+        learner.optimiser.update(rates.learning_rate)
+        update_router_bias(learner.replica, rates.bias_update)
         flat = [losses.main, *losses.mtp, losses.balance, losses.total]
-        weights = {name: tensor.clone() for name, tensor in named_tensors(assembly.model).items()}
+        weights = {name: tensor.clone() for name, tensor in named_tensors(model).items()}
         seen.append(Seen(flat, norm, gradients, weights))
     dist.barrier()
-    whole.close()
+    close_job(whole)
     return seen
 
 
@@ -156,7 +179,7 @@ def run_plain(config: TrainConfig, starved: int, num_steps: int) -> list[Seen]:
 def _plain_step(
     config: TrainConfig, model: Transformer, optimizer: torch.optim.Optimizer, loader: Loader, step: int
 ) -> Seen:
-    rates = rates_of(config, loader.sizes, step)
+    rates = rates_of(config.task, config.optim, loader.sizes, step)
     config = sized_config(config, loader.sizes.sequences(step))
     depth = config.model.mtp_depth
     size, device = config.batch.micro_sequences, torch.device("cpu")
@@ -167,7 +190,8 @@ def _plain_step(
     ]
     counts = sum(torch.tensor([int((t >= 0).sum()) for t in batch.targets_BT]) for batch in batches)
     assert isinstance(counts, Tensor)
-    objective, sums = make_objective(config, counts, rates.mtp_loss_weight), LossSums([0.0] * (depth + 1))
+    objective = make_objective(config.task, counts, rates.mtp_loss_weight, config.batch.global_sequences)
+    sums = LossSums([0.0] * (depth + 1))
     for batch in batches:
         model.loss(batch, objective, sums).backward()
     gradients = by_released_name(model, lambda parameter: parameter.grad)

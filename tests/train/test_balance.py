@@ -12,7 +12,7 @@ from dualpipe.config import ScheduleConfig
 from model.transformer import routers
 from tests.ranks import run_ranks
 from tests.tiny import tiny_config, write_text
-from tests.train.job import open_assembly, open_loader
+from tests.train.job import close_job, open_job, open_loader
 from train.balance import Balance, LoadLines, update_router_bias
 from train.config import TrainConfig
 from train.step import accumulate, rates_of
@@ -20,15 +20,15 @@ from train.step import accumulate, rates_of
 
 def balances(rank: int, world_size: int, config: TrainConfig) -> tuple[list[Balance], dict[int, torch.Tensor]]:
     """Two updates of the biases, and the biases of the routers that this rank holds."""
-    assembly, loader = open_assembly(config), open_loader(config)
+    learner, loader = open_job(config), open_loader(config)
     seen = []
     for step in range(2):
-        rates = rates_of(config, loader.sizes, step)
-        accumulate(assembly, partial(loader.batch, step), rates.mtp_loss_weight)
-        seen.append(update_router_bias(assembly, rates.bias_update))
-        assembly.store.clear()
-    assembly.close()
-    held = {layer: gate.e_score_correction_bias for layer, gate in routers(assembly.model).items()}
+        rates = rates_of(config.task, config.optim, loader.sizes, step)
+        accumulate(learner, config.task, partial(loader.batch, step), rates.mtp_loss_weight)
+        seen.append(update_router_bias(learner.replica, rates.bias_update))
+        learner.store.clear()
+    close_job(learner)
+    held = {layer: gate.e_score_correction_bias for layer, gate in routers(learner.replica.model).items()}
     return seen, held
 
 

@@ -14,7 +14,7 @@ from model.objective import LossSums, Objective
 from model.transformer import Transformer, initialise
 from tests.ranks import run_ranks
 from tests.tiny import tiny_config, write_text
-from tests.train.job import Job, Seen, open_assembly, open_loader, run_jobs, run_plain
+from tests.train.job import Job, Seen, close_job, open_job, open_loader, run_jobs, run_plain
 from tests.train.test_equality import assert_equal
 from train.config import TrainConfig
 from train.step import BatchReader, to_micro_batch, validate_pass
@@ -37,14 +37,14 @@ def make_config(folder: Path, kind: Literal["1f1b", "dualpipe"], pipeline: int, 
 
 def train_and_validate(rank: int, world_size: int, config: TrainConfig) -> tuple[list[list[Seen]], float]:
     """What the rank saw of each step, and the main loss of validation with the first weights."""
-    assembly, loader = open_assembly(config), open_loader(config)
-    losses, _ = validate_pass(assembly, lambda first, count: loader.batch(0, first, count))
-    batches = BatchReader(assembly, lambda first, count: loader.batch(0, first, count))
+    learner, loader = open_job(config), open_loader(config)
+    losses, _ = validate_pass(learner.replica, config.task, lambda first, count: loader.batch(0, first, count))
+    batches = BatchReader(learner.replica, lambda first, count: loader.batch(0, first, count))
     batch = batches(0, 0)
     assert batch is not None
     assert batch.documents is not None
     assert batches(0, 0) is batch
-    assembly.close()
+    close_job(learner)
     return run_jobs(rank, world_size, [Job(config=config)], STEPS), losses.main
 
 

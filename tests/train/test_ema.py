@@ -15,10 +15,10 @@ from dualpipe.config import ScheduleConfig
 from model.transformer import BIAS, Transformer, initialise, named_tensors
 from tests.ranks import run_ranks
 from tests.tiny import BATCH, MODEL, tiny_config, write_text
-from tests.train.job import open_assembly, open_loader
-from train.assemble import Assembly
+from tests.train.job import close_job, open_job, open_loader
 from train.checkpoint.load import load, save
 from train.config import EmaConfig, TrainConfig
+from train.learner import Learner
 from train.optim.ema import ParameterEma
 from train.step import train_step
 
@@ -87,34 +87,35 @@ def test_ema_error_beside_the_step_comes_up_at_the_next(monkeypatch: pytest.Monk
     ema.close()
 
 
-def _averages(assembly: Assembly) -> dict[str, Tensor]:
-    assert assembly.ema is not None
-    return {name: tensor.clone() for name, tensor in assembly.ema.state().items()}
+def _averages(learner: Learner) -> dict[str, Tensor]:
+    assert learner.ema is not None
+    return {name: tensor.clone() for name, tensor in learner.ema.state().items()}
 
 
 def _resumed(rank: int, world_size: int, config: TrainConfig) -> list[dict[str, Tensor]]:
     """Averages of four steps; of two, a checkpoint and two more; of a checkpoint without averages, and its weights."""
     loader, found = open_loader(config), []
-    whole = open_assembly(config)
+    whole = open_job(config)
     for step in range(4):
-        train_step(whole, loader, step)
+        train_step(whole, config.task, loader, step)
         if step == 1:
-            folder = save(whole, 2, prepare(config.data, config.batch.sequence_length_tokens))
+            folder = save(config, whole, 2, prepare(config.data, config.batch.sequence_length_tokens))
     found.append(_averages(whole))
-    again = open_assembly(config)
+    again = open_job(config)
     load(again, folder)
     for step in (2, 3):
-        train_step(again, loader, step)
+        train_step(again, config.task, loader, step)
     found.append(_averages(again))
-    without = open_assembly(replace(config, ema=EmaConfig(decay=None)))
+    plain = replace(config, ema=EmaConfig(decay=None))
+    without = open_job(plain)
     assert without.ema is None
-    train_step(without, loader, 0)
-    bare = save(without, 1, prepare(config.data, config.batch.sequence_length_tokens))
+    train_step(without, config.task, loader, 0)
+    bare = save(plain, without, 1, prepare(config.data, config.batch.sequence_length_tokens))
     load(again, bare)
     found.append(_averages(again))
-    found.append({name: tensor.float().clone() for name, tensor in named_tensors(without.model).items()})
-    for assembly in (whole, again, without):
-        assembly.close()
+    found.append({name: tensor.float().clone() for name, tensor in named_tensors(without.replica.model).items()})
+    for learner in (whole, again, without):
+        close_job(learner)
     return found
 
 

@@ -13,7 +13,7 @@ from comm.dispatch.traffic import LayerTraffic, TrafficSnapshot
 from dualpipe.config import ScheduleConfig
 from tests.ranks import run_ranks
 from tests.tiny import tiny_config, write_text
-from tests.train.job import Job, open_assembly, open_loader, run_jobs, run_plain
+from tests.train.job import Job, close_job, open_job, open_loader, run_jobs, run_plain
 from tests.train.test_equality import assert_equal, assert_same, in_sequence
 from train.config import TrainConfig
 from train.exchange import exchange_metrics
@@ -57,19 +57,19 @@ def test_training_in_two_hops_equals_one_rank(
 
 
 def _count_one_step(rank: int, world_size: int, config: TrainConfig) -> tuple[dict[str, Any], dict[str, str]]:
-    assembly, loader = open_assembly(config), open_loader(config)
-    accumulate(assembly, lambda first, count: loader.batch(0, first, count), 0.3)
+    learner, loader = open_job(config), open_loader(config)
+    accumulate(learner, config.task, lambda first, count: loader.batch(0, first, count), 0.3)
     model = config.model
     metrics = exchange_metrics(
-        assembly.observers.traffic.take(),
-        assembly.observers.clips.take(),
+        learner.replica.observers.traffic.take(),
+        learner.replica.observers.clips.take(),
         model.num_layers + model.mtp_depth,
-        assembly.groups.world,
-        assembly.device,
+        learner.world.groups.world,
+        learner.world.device,
     )
-    hashes = assembly.observers.log.order_hashes()
+    hashes = learner.world.log.order_hashes()
     dist.barrier()
-    assembly.close()
+    close_job(learner)
     return metrics, hashes
 
 

@@ -10,7 +10,7 @@ from comm.watchdog.operation_log import OperationLog
 from dualpipe.config import ScheduleConfig
 from tests.ranks import run_ranks
 from tests.tiny import VALIDATION, tiny_config, write_text
-from tests.train.job import open_assembly, open_loader
+from tests.train.job import close_job, open_job, open_loader
 from train.config import TrainConfig
 from train.loop import validate
 from train.step import train_step
@@ -23,12 +23,12 @@ Seen = tuple[dict[str, str], dict[str, tuple[int, ...]], set[str]]
 
 def _steps(rank: int, world_size: int, config: TrainConfig) -> Seen:
     """Hashes and members of every group after two steps and a validation, and the names of what was done."""
-    assembly, loader = open_assembly(config), open_loader(config)
+    learner, loader = open_job(config), open_loader(config)
     for step in range(2):
-        train_step(assembly, loader, step)
-    validate(assembly, loader)
-    assembly.close()
-    log = assembly.observers.log
+        train_step(learner, config.task, loader, step)
+    validate(learner.replica, config.task, loader, config.validation.sequences)
+    close_job(learner)
+    log = learner.world.log
     recent = [operation for _, operation in log.recent()]
     return log.order_hashes(), {each.group: each.ranks for each in recent}, {each.name for each in recent}
 

@@ -14,7 +14,7 @@ from dualpipe.config import ScheduleConfig
 from kernels.quantize.packed import packed_bytes
 from tests.ranks import run_ranks
 from tests.tiny import BATCH, MODEL, OPTIM, tiny_config, write_text
-from tests.train.job import Job, Seen, open_assembly, open_loader, run_jobs
+from tests.train.job import Job, Seen, close_job, open_job, open_loader, run_jobs
 from tests.train.test_equality import assert_same, in_sequence, relative_error
 from tests.train.test_exchange import _count_one_step as count_one_step
 from tests.train.test_optim_resume import copied
@@ -168,19 +168,19 @@ def test_rows_and_their_gradients_go_out_in_fp8_and_come_back_in_bf16(folder: Pa
 def go_on(rank: int, world_size: int, config: TrainConfig) -> tuple[Seen, Seen, Path]:
     """Two steps, a checkpoint and a third step: by the same run, and by one that starts from the checkpoint."""
     loader, prepared = open_loader(config), prepare(config.data, config.batch.sequence_length_tokens)
-    first = open_assembly(config)
+    first = open_job(config)
     for step in range(2):
-        train_step(first, loader, step)
-    place, second = save(first, 2, prepared), open_assembly(config)
+        train_step(first, config.task, loader, step)
+    place, second = save(config, first, 2, prepared), open_job(config)
     load(second, place)
     found = []
-    for assembly in (first, second):
-        result = train_step(assembly, loader, 2)
-        state = copied(assembly.optimiser.state())
-        weights = {name: weight.detach().clone() for name, weight in assembly.model.named_parameters()}
+    for learner in (first, second):
+        result = train_step(learner, config.task, loader, 2)
+        state = copied(learner.optimiser.state())
+        weights = {name: weight.detach().clone() for name, weight in learner.replica.model.named_parameters()}
         losses = [result.losses.main, *result.losses.mtp, result.losses.balance, result.losses.total]
         found.append(Seen(losses, result.grad_norm, state, weights))
-        assembly.close()
+        close_job(learner)
     return found[0], found[1], place
 
 

@@ -18,8 +18,7 @@ from dualpipe.config import ScheduleConfig
 from model.transformer import named_tensors
 from tests.ranks import run_ranks
 from tests.tiny import BATCH, CHECKPOINTING, OPTIM, TASK, tiny_config, write_text
-from tests.train.job import open_assembly
-from train.assemble import Assembly
+from tests.train.job import close_job, open_job
 from train.checkpoint.slices import Slice
 from train.config import (
     GuardConfig,
@@ -33,12 +32,12 @@ from train.config import (
 )
 from train.errors import StoppedError
 from train.guard.guard import LOSS, NORM, Guard, read_shown
+from train.learner import Learner, SizedLearners
 from train.loop import Training
 from train.records.events import read_events
 from train.records.json_lines import JsonLines
 from train.records.reporter import Reporter
 from train.records.status import StatusFile
-from train.schedule.ramp import SizedAssemblies
 
 STOP = StopGuardConfig(kind="stop", spike_factor=0.0, spike_window_steps=4)
 SKIP = SkipGuardConfig(kind="skip", spike_factor=0.0, spike_window_steps=3, max_consecutive=2)
@@ -115,11 +114,11 @@ def make_job(folder: Path, name: str, kind: str, guard: GuardConfig, bad: dict[i
     return Job(config=config, bad=bad)
 
 
-def _spoil(assembly: Assembly, job: Job, training: Training) -> None:
+def _spoil(learner: Learner, job: Job, training: Training) -> None:
     """Has this rank's own gradients spoilt right before they are summed, or its loss right before that."""
     from model.objective import LossSums
 
-    plain = assembly.store.gradients
+    plain = learner.store.gradients
     plain_settle = LossSums.settle
 
     def gradients() -> list[Tensor]:
@@ -134,7 +133,7 @@ def _spoil(assembly: Assembly, job: Job, training: Training) -> None:
         rank, factor = job.bad.get(-1 - training.num_done, (-1, 1.0))
         return plain_settle(sums) * (factor if rank == dist.get_rank() else 1.0)
 
-    assembly.store.gradients = gradients  # type: ignore[method-assign]
+    learner.store.gradients = gradients  # type: ignore[method-assign]
     LossSums.settle = settle  # type: ignore[method-assign]
 
 
@@ -153,11 +152,13 @@ def _run_one(rank: int, job: Job) -> tuple[str, dict[str, Tensor]]:
     config, out_dir = job.config, Path(job.config.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     prepared: Prepared = prepare(config.data, config.batch.sequence_length_tokens)
-    assembly = open_assembly(config)
+    learner = open_job(config)
     reporter = Reporter(None, [JsonLines(out_dir / "metrics.jsonl", 0)] if rank == 0 else [])
-    training = Training(SizedAssemblies(assembly, {}), prepared, reporter, StatusFile(out_dir, rank == 0), 0)
+    training = Training(
+        config, SizedLearners(learner, config.batch_sizes, {}), prepared, reporter, StatusFile(out_dir, rank == 0), 0
+    )
     training._recovery._passed_over = set(job.left_out)  # as a run that never saw those batches
-    _spoil(assembly, job, training)
+    _spoil(learner, job, training)
     end = ""
     try:
         training.run()
@@ -165,9 +166,9 @@ def _run_one(rank: int, job: Job) -> tuple[str, dict[str, Tensor]]:
         end = str(error)
     reporter.close()
     dist.barrier()
-    assembly.close()
-    state = {name: tensor.clone() for name, tensor in named_tensors(assembly.model).items()}
-    for name, held in assembly.optimiser.state().items():
+    close_job(learner)
+    state = {name: tensor.clone() for name, tensor in named_tensors(learner.replica.model).items()}
+    for name, held in learner.optimiser.state().items():
         state[f"optimiser {name}"] = (held.local if isinstance(held, Slice) else held).clone()
     return end, state
 

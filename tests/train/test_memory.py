@@ -22,8 +22,7 @@ from model.stage import StageRun
 from tests.dualpipe.random_schedules import bidirectional, random_schedule, v_shaped
 from tests.ranks import run_ranks
 from tests.tiny import BATCH, tiny_config, write_text
-from tests.train.job import open_assembly, open_loader
-from train.assemble import feed
+from tests.train.job import close_job, open_job, open_loader
 from train.config import TrainConfig
 from train.step import BatchReader, make_objective
 
@@ -125,18 +124,19 @@ def _watch_steps(rank: int, world_size: int, jobs: list[tuple[TrainConfig, Sched
 
 
 def _watch_step(config: TrainConfig, schedule: Schedule) -> tuple[int, int, int]:
-    assembly, loader, watch = open_assembly(config, schedule), open_loader(config), Watch()
-    batches = BatchReader(assembly, lambda first, count: loader.batch(0, first, count))
-    objective = make_objective(config, batches.count_targets(), 0.3)
+    learner, loader, watch = open_job(config, schedule), open_loader(config), Watch()
+    batches = BatchReader(learner.replica, lambda first, count: loader.batch(0, first, count))
+    objective = make_objective(config.task, batches.count_targets(), 0.3, config.batch.global_sequences)
     sums = LossSums(cross_entropy=[0.0] * (config.model.mtp_depth + 1))
     # What is made once and stays, the table of rotations, is made here.
-    execute(assembly.forward_program, feed(assembly, batches, objective, sums, None), assembly.links)
-    fed = feed(assembly, batches, objective, sums, assembly.store)
-    stages = {number: WatchedStage(stage, number, watch) for number, stage in fed.items()}
-    execution = execute(assembly.train_program, stages, assembly.links)  # type: ignore[arg-type]
+    replica = learner.replica
+    execute(replica.forward_program, replica.bind_stages(batches, objective, sums, None), replica.links)
+    bound = replica.bind_stages(batches, objective, sums, learner.store)
+    stages = {number: WatchedStage(stage, number, watch) for number, stage in bound.items()}
+    execution = execute(learner.replica.train_program, stages, learner.replica.links)  # type: ignore[arg-type]
     watch.look()
     assert not watch.filled
-    assembly.close()
+    close_job(learner)
     return watch.peak, execution.peak_runs, watch.num_filled
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from launch.config.compose import compose
 from launch.config.run_config import read_config
-from tests.tiny import tiny_config
+from tests.tiny import MODEL, tiny_config
 from train.records.metrics import Wandb, mfu
 
 
@@ -19,14 +19,14 @@ def test_mfu_of_deepseek_v3_is_what_its_report_implies() -> None:
     choices = ["model=v3_671b", "parallelism=v3_2048_ranks", "cluster=h800", "batch.sequence_length_tokens=4096"]
     config = read_config(compose("train", choices))
     tokens_per_second = 14.8e12 / (2664e3 * 3600) * 2048
-    assert mfu(config, tokens_per_second) == {"mfu": pytest.approx(0.39, abs=0.003)}
+    assert config.cluster.peak_flops is not None
+    peak = config.cluster.peak_flops * config.parallelism.world_size
+    assert mfu(config.model, 4096, tokens_per_second, peak) == {"mfu": pytest.approx(0.39, abs=0.003)}
 
 
-def test_mfu_is_left_out_where_no_peak_is_told(tmp_path: Path) -> None:
-    config = tiny_config(tmp_path)
-    assert mfu(config, 1000.0) == {}
-    told = replace(config, cluster=replace(config.cluster, peak_flops=1e9))
-    assert mfu(told, 2000.0)["mfu"] == 2 * mfu(told, 1000.0)["mfu"] > 0
+def test_mfu_is_left_out_if_the_peak_is_unknown() -> None:
+    assert mfu(MODEL, 24, 1000.0, None) == {}
+    assert mfu(MODEL, 24, 2000.0, 1e9)["mfu"] == 2 * mfu(MODEL, 24, 1000.0, 1e9)["mfu"] > 0
 
 
 def test_wandb_gets_the_same_record_offline_and_online(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from comm.config import ParallelismConfig
 from data.prepare import prepare
 from tests.ranks import run_ranks
 from tests.tiny import BATCH, OPTIM, tiny_config, write_text
-from tests.train.job import Job, open_assembly, open_loader, run_jobs
+from tests.train.job import Job, close_job, open_job, open_loader, run_jobs
 from tests.train.test_command import ROOT, read_metrics
 from train.checkpoint.load import load, save
 from train.checkpoint.slices import Slice
@@ -55,21 +55,21 @@ def test_loss_is_near_that_with_moments_in_float32(folder: Path) -> None:
 def go_on(rank: int, world_size: int, config: TrainConfig, others: list[Moments]) -> dict[str, Any]:
     """Two steps and a checkpoint, which a run with each of the other moments goes on from; what it then finds."""
     loader, prepared = open_loader(config), prepare(config.data, config.batch.sequence_length_tokens)
-    first = open_assembly(config)
+    first = open_job(config)
     for step in range(2):
-        train_step(first, loader, step)
+        train_step(first, config.task, loader, step)
     found: dict[str, Any] = {"saved": copied(first.optimiser.state())}
-    place = save(first, 2, prepared)
+    place = save(config, first, 2, prepared)
     for moments in others:
-        second = open_assembly(replace(config, optim=replace(config.optim, moments=moments)))
+        second = open_job(replace(config, optim=replace(config.optim, moments=moments)))
         load(second, place)
         found[moments] = copied(second.optimiser.state())
-        found[f"{moments} loss"] = train_step(second, loader, 2).losses.total
+        found[f"{moments} loss"] = train_step(second, config.task, loader, 2).losses.total
         found[f"{moments} later"] = copied(second.optimiser.state())
-        second.close()
-    found["unbroken loss"] = train_step(first, loader, 2).losses.total
+        close_job(second)
+    found["unbroken loss"] = train_step(first, config.task, loader, 2).losses.total
     found["unbroken later"] = copied(first.optimiser.state())
-    first.close()
+    close_job(first)
     return found
 
 

@@ -19,10 +19,10 @@ from dualpipe.runtime.measured import Measured, RankUse, Span, measured_bubble, 
 from tests.dualpipe.clockwork import measured_run
 from tests.ranks import run_ranks
 from tests.tiny import MODEL, tiny_config, write_text
-from tests.train.job import open_assembly, open_loader
+from tests.train.job import close_job, open_job, open_loader
 from tests.train.test_command import read_metrics, run_train
-from train.assemble import Assembly
 from train.config import TrainConfig
+from train.learner import Learner
 from train.records.pictures import (
     PAGE_NAME,
     SVG_NAME,
@@ -64,26 +64,26 @@ def config_of(folder: Path, kind: ScheduleKind, parallelism: ParallelismConfig, 
     )
 
 
-def _spans(assembly: Assembly, result: StepResult) -> tuple[Span, ...]:
-    groups = assembly.schedule.ranks[assembly.layout.pipeline_index(assembly.groups.rank)]
-    return rank_spans(groups, assembly.train_program, result.execution.spans, result.execution.origin_seconds)
+def _spans(learner: Learner, result: StepResult) -> tuple[Span, ...]:
+    groups = learner.replica.schedule.ranks[learner.world.pipeline_index]
+    return rank_spans(groups, learner.replica.train_program, result.execution.spans, result.execution.origin_seconds)
 
 
 def _watch(rank: int, world_size: int, config: TrainConfig) -> tuple[float, bool, tuple[Span, ...]]:
     """The bubble as the ranks reduce it, whether this rank drew, and its spans."""
-    assembly, loader = open_assembly(config), open_loader(config)
-    watch = PipelineWatch(assembly)
-    result = train_step(assembly, loader, 0)
-    use = watch.use(assembly, result.execution)
-    slots = window_slots(use, assembly.layout.data_index(rank), config.parallelism.data)
+    learner, loader = open_job(config), open_loader(config)
+    watch = PipelineWatch(learner.world, config.name, Path(config.out_dir))
+    result = train_step(learner, config.task, loader, 0)
+    use = watch.use(learner.replica, result.execution)
+    slots = window_slots(use, learner.world.data_index, config.parallelism.data)
     used, largest = torch.tensor([use.used_seconds], dtype=torch.float64), torch.tensor(slots, dtype=torch.float64)
     dist.all_reduce(used)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     bubble = bubble_of(float(used), largest.tolist(), config.parallelism.pipeline)
-    drawn = watch.draw(assembly, result.execution, 1)
+    drawn = watch.draw(learner.replica, result.execution, 1)
     dist.barrier()
-    assembly.close()
-    return bubble, drawn, _spans(assembly, result)
+    close_job(learner)
+    return bubble, drawn, _spans(learner, result)
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from dualpipe.simulate.costs import StageCosts
 from model.transformer import named_tensors
 from tests.ranks import run_ranks
 from tests.tiny import MODEL, tiny_config, write_text
-from tests.train.job import open_assembly, open_loader
+from tests.train.job import close_job, open_job, open_loader
 from train.config import TrainConfig
 from train.schedule.probe import LayerTimes, PartTimes, measure, stage_costs
 from train.step import train_step
@@ -137,16 +137,16 @@ def _train(
     torch.manual_seed(11)
     if probed:
         measure(config, _layout(config), torch.device("cpu"))
-    assembly, loader = open_assembly(config), open_loader(config)
-    results = [train_step(assembly, loader, step) for step in range(2)]
+    learner, loader = open_job(config), open_loader(config)
+    results = [train_step(learner, config.task, loader, step) for step in range(2)]
     dist.barrier()
-    assembly.close()
+    close_job(learner)
     numbers = [
         number
         for result in results
         for number in (result.losses.total, result.grad_norm, max(result.balance.violations))
     ]
-    weights = {name: tensor.clone() for name, tensor in named_tensors(assembly.model).items()}
+    weights = {name: tensor.clone() for name, tensor in named_tensors(learner.replica.model).items()}
     return numbers, weights, torch.get_rng_state()
 
 

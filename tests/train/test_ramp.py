@@ -16,11 +16,11 @@ from dualpipe.generate.select import build
 from dualpipe.ir import ScheduleError
 from tests.ranks import run_ranks
 from tests.tiny import BATCH, tiny_config, write_text
-from tests.train.job import Job, open_assembly, run_jobs, run_plain
+from tests.train.job import Job, close_job, open_job, run_jobs, run_plain
 from tests.train.test_command import read_metrics, run_train
 from train.config import TrainConfig
 from train.config.token_schedule import TokenSchedule
-from train.schedule.ramp import SizedAssemblies
+from train.learner import SizedLearners
 from train.step import rates_of
 
 MTP_WEIGHT = TokenSchedule.from_plain([{"from_tokens": 0, "value": 0.3}, {"from_tokens": 300, "value": 0.1}])
@@ -35,7 +35,7 @@ def test_ramp_on_many_ranks_equals_a_plain_model(tmp_path: Path) -> None:
     plain = tiny_config(tmp_path, batch=replace(BATCH, global_sequences=12, ramp=RAMP))
     plain = replace(plain, task=replace(plain.task, mtp_loss_weight=MTP_WEIGHT, bias_update_rate=BIAS_RATE))
     assert [plain.batch_sizes.sequences(step) for step in range(4)] == [4, 4, 8, 12]
-    rates = [rates_of(plain, plain.batch_sizes, step) for step in range(4)]
+    rates = [rates_of(plain.task, plain.optim, plain.batch_sizes, step) for step in range(4)]
     assert [each.mtp_loss_weight for each in rates] == [0.3, 0.3, 0.3, 0.1]
     assert [each.bias_update for each in rates] == [0.05, 0.05, 0, 0]
     spread = [
@@ -86,13 +86,13 @@ def test_ramp_resumed_across_changes_of_size_equals_unbroken_bitwise(tmp_path: P
 
 
 def _misplaced(rank: int, world_size: int, config: TrainConfig) -> str:
-    assembly = open_assembly(config)
+    learner = open_job(config)
     try:
-        SizedAssemblies(assembly, {4: build("zb_v", 1, 4)})
+        SizedLearners(learner, config.batch_sizes, {4: build("zb_v", 1, 4)})
     except ScheduleError as error:
         return str(error)
     finally:
-        assembly.close()
+        close_job(learner)
     return ""
 
 

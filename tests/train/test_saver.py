@@ -12,9 +12,8 @@ from comm.config import ParallelismConfig
 from data.prepare import prepare
 from tests.ranks import run_ranks
 from tests.tiny import BATCH, CHECKPOINTING, OPTIM, tiny_config, write_text
-from tests.train.job import open_assembly, open_loader
+from tests.train.job import close_job, open_job, open_loader
 from tests.train.test_optim_resume import copied
-from train.assemble import Assembly
 from train.checkpoint import load as checkpoint
 from train.checkpoint.locate import newest_whole
 from train.checkpoint.resume import choose_resumed
@@ -22,6 +21,7 @@ from train.checkpoint.save import Saver
 from train.checkpoint.state import state_of
 from train.checkpoint.verify import verify
 from train.config import PrecisionConfig, TrainConfig
+from train.learner import Learner
 from train.step import train_step
 
 
@@ -60,17 +60,17 @@ def config_of(folder: Path, name: str) -> TrainConfig:
 
 def run(rank: int, world_size: int, config: TrainConfig, waits: bool) -> tuple[list[float], list[bool], list[str]]:
     """Five steps, saved after each: losses, whether what each checkpoint holds is what was there, what was told."""
-    assembly, loader = open_assembly(config), open_loader(config)
+    learner, loader = open_job(config), open_loader(config)
     root = Path(config.out_dir) / "checkpoints"
     if rank == 0:
         (root / "step-00000009.partial").mkdir(parents=True)
         (root / "step-00000009.partial" / "left").write_text("over")
-    saver = Saver(assembly, prepare(config.data, config.batch.sequence_length_tokens), {"ema": Extra(2.0)})
+    saver = Saver(config, learner, prepare(config.data, config.batch.sequence_length_tokens), {"ema": Extra(2.0)})
     assert saver.wait() is None
     losses, then = [], []
     for step in range(5):
-        losses.append(train_step(assembly, loader, step).losses.total)
-        then.append(copied(state_of(assembly, {})))
+        losses.append(train_step(learner, config.task, loader, step).losses.total)
+        then.append(copied(state_of(learner, {})))
         saver.save(step + 1)
         if waits:
             saver.wait()
@@ -78,18 +78,18 @@ def run(rank: int, world_size: int, config: TrainConfig, waits: bool) -> tuple[l
     told = [path.name for path in saver.take_finished()]
     same = []
     for step in (4, 5):
-        other, extra = open_assembly(config), Extra(0.0)
+        other, extra = open_job(config), Extra(0.0)
         assert last is not None
         checkpoint.load(other, last.with_name(f"step-{step:08d}"), {"ema": extra, "none": (none := Extra(7.0))})
         same.append(_equal(other, then[step - 1]) and extra.tensor.tolist() == [2.0] * 3)
         same.append((extra.times, none.times, none.tensor.tolist()) == (1, 0, [7.0] * 3))
         other.close()
-    assembly.close()
+    close_job(learner)
     return losses, same, told
 
 
-def _equal(assembly: Assembly, expected: Mapping[str, Tensor]) -> bool:
-    found = copied(state_of(assembly, {}))
+def _equal(learner: Learner, expected: Mapping[str, Tensor]) -> bool:
+    found = copied(state_of(learner, {}))
     return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
 
 
@@ -113,15 +113,17 @@ def choose(rank: int, world_size: int, config: TrainConfig) -> tuple[str | None,
 
 def convert(rank: int, world_size: int, writer: TrainConfig, reader: TrainConfig) -> list[float]:
     """Losses of the steps after a checkpoint: without a break, and from it under another configuration."""
-    first, loader = open_assembly(writer), open_loader(writer)
+    first, loader = open_job(writer), open_loader(writer)
     for step in range(2):
-        train_step(first, loader, step)
-    place = checkpoint.save(first, 2, prepare(writer.data, writer.batch.sequence_length_tokens))
-    second = open_assembly(reader)
+        train_step(first, writer.task, loader, step)
+    place = checkpoint.save(writer, first, 2, prepare(writer.data, writer.batch.sequence_length_tokens))
+    second = open_job(reader)
     checkpoint.load(second, place)
-    losses = [train_step(each, loader, step).losses.total for each in (first, second) for step in (2, 3, 4)]
-    first.close()
-    second.close()
+    losses = [
+        train_step(each, writer.task, loader, step).losses.total for each in (first, second) for step in (2, 3, 4)
+    ]
+    close_job(first)
+    close_job(second)
     return losses
 
 

@@ -9,7 +9,7 @@ import torch
 
 from data.corpus import DataError
 from data.loader import Batch
-from tests.tiny import tiny_config, write_text
+from tests.tiny import TASK, tiny_config, write_text
 from train.corpus import prepare_corpus
 from train.records.json_lines import JsonLines
 from train.step import make_objective, to_micro_batch
@@ -44,10 +44,8 @@ def test_micro_batch_knows_its_documents_where_they_are_masked() -> None:
     assert plain.documents is None
 
 
-def test_objective_divides_by_global_counts(tmp_path: Path) -> None:
-    config = tiny_config(tmp_path)
-    config = replace(config, model=replace(config.model, mtp_depth=2))
-    objective = make_objective(config, torch.tensor([50, 40, 20]), 0.3)
+def test_objective_divides_by_global_counts() -> None:
+    objective = make_objective(TASK, torch.tensor([50, 40, 20]), 0.3, 16)
     assert objective.cross_entropy == pytest.approx((1 / 50, 0.3 / 2 / 40, 0.3 / 2 / 20))
     assert objective.balance == pytest.approx(0.01 / 16)
 

@@ -16,7 +16,7 @@ from dualpipe.config import ScheduleConfig
 from model.hf.reader import HfReader
 from model.transformer import named_tensors
 from tests.tiny import TASK, tiny_config
-from tests.train.job import open_assembly, open_loader
+from tests.train.job import close_job, open_job, open_loader
 from train.checkpoint import load as checkpoint
 from train.checkpoint.initial_weights import load_initial
 from train.checkpoint.manifest import CheckpointError
@@ -63,40 +63,40 @@ def start_jobs(rank: int, world_size: int, configs: list[TrainConfig], saves: bo
 
 
 def _start(config: TrainConfig, saves: bool) -> Started:
-    assembly, loader = open_assembly(config), open_loader(config)
+    learner, loader = open_job(config), open_loader(config)
     prepared = prepare(config.data, config.batch.sequence_length_tokens)
-    said = load_initial(assembly, prepared.tokenizer)
-    first = copies(assembly.model)
-    losses = [train_step(assembly, loader, step).losses.main for step in range(config.task.steps)]
-    folder = checkpoint.save(assembly, config.task.steps, prepared) if saves else None
-    started = Started(said=said, first=first, last=copies(assembly.model), losses=losses, checkpoint=folder)
+    said = load_initial(config, learner, prepared.tokenizer)
+    first = copies(learner.replica.model)
+    losses = [train_step(learner, config.task, loader, step).losses.main for step in range(config.task.steps)]
+    folder = checkpoint.save(config, learner, config.task.steps, prepared) if saves else None
+    started = Started(said=said, first=first, last=copies(learner.replica.model), losses=losses, checkpoint=folder)
     dist.barrier()
-    assembly.close()
+    close_job(learner)
     return started
 
 
 def use_broken(rank: int, world_size: int, config: TrainConfig) -> tuple[str, str]:
     """What going on from a checkpoint with a file cut short says, and what saving on a disk that is full does."""
-    assembly, prepared = open_assembly(config), prepare(config.data, config.batch.sequence_length_tokens)
+    learner, prepared = open_job(config), prepare(config.data, config.batch.sequence_length_tokens)
     read = written = ""
-    folder = checkpoint.save(assembly, 0, prepared)
+    folder = checkpoint.save(config, learner, 0, prepared)
     if rank == 0:
         os.truncate(folder / "__1_0.distcp", 3000)
     dist.barrier()
     try:
-        checkpoint.load(assembly, folder)
+        checkpoint.load(learner, folder)
     except CheckpointError as error:
         read = str(error)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
     try:
-        checkpoint.save(assembly, 1, prepared)
+        checkpoint.save(config, learner, 1, prepared)
     except OSError as error:
         written = str(error)
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     dist.barrier()
-    assembly.close()
+    close_job(learner)
     return read, written
 
 

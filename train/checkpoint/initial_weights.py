@@ -11,7 +11,7 @@ from train.checkpoint.sources import check_source, open_source, source_folder, u
 from train.config import TrainConfig
 
 if TYPE_CHECKING:
-    from train.assemble import Assembly
+    from train.learner import Learner
 
 # How far positions reach shapes no weight, and a later stage of training changes it.
 _FREE_KEYS = ("max_position_tokens", "rope_scaling")
@@ -28,11 +28,12 @@ def check_initial(config: TrainConfig) -> None:
     _compare(config, check_source(config.init_from, "init_from", drop_mtp=config.init_mtp == "drop"))
 
 
-def load_initial(assembly: "Assembly", tokenizer: Tokenizer) -> str:
+def load_initial(config: TrainConfig, learner: "Learner", tokenizer: Tokenizer) -> str:
     """Fills what this rank holds from `init_from`; every rank calls it, before the first step.
 
     Args:
-        assembly: of this rank.
+        config: of the run.
+        learner: of this rank.
         tokenizer: of the run's samples.
 
     Returns:
@@ -44,16 +45,15 @@ def load_initial(assembly: "Assembly", tokenizer: Tokenizer) -> str:
     from model.hf.names import layer_of
     from model.transformer import named_tensors
 
-    config = assembly.config
     assert config.init_from is not None
     source = open_source(config.init_from, "init_from", drop_mtp=config.init_mtp == "drop")
     changed = _compare(config, source.config)
-    named = named_tensors(assembly.model)
+    named = named_tensors(learner.replica.model)
     if config.init_mtp == "fresh":
         last = config.model.num_layers
         named = {name: tensor for name, tensor in named.items() if (layer := layer_of(name)) is None or layer < last}
     source.fill(named)
-    assembly.optimiser.follow_weights()
+    learner.optimiser.follow_weights()
     fresh = config.init_mtp == "fresh" and config.model.mtp_depth > 0
     other = "token ids mean other text: tokenizer.json there is not the one of this run's data"
     notes = [*(["MTP from the seed"] if fresh else []), *changed]

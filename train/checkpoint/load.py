@@ -13,7 +13,6 @@ from comm.dispatch.local import LocalDispatcher
 from data.prepare import Prepared
 from model.config import ModelConfig
 from model.transformer import Transformer, named_tensors
-from train.assemble import Assembly
 from train.checkpoint.dcp.metadata import read_metadata
 from train.checkpoint.dcp.storage import TensorsReader
 from train.checkpoint.manifest import CheckpointError
@@ -21,26 +20,28 @@ from train.checkpoint.reader import CheckpointReader, Kept, first_line
 from train.checkpoint.save import Saver
 from train.checkpoint.slices import SliceLoadPlanner
 from train.checkpoint.state import Extras, state_of
+from train.config import TrainConfig
+from train.learner import Learner
 
 
-def save(assembly: Assembly, step: int, prepared: Prepared) -> Path:
+def save(config: TrainConfig, learner: Learner, step: int, prepared: Prepared) -> Path:
     """Writes the state after `step` updates, and the tokenizer; every rank calls it. Returns the folder.
 
     Raises:
         OSError: on every rank, where one of them cannot write its part.
     """
-    saver = Saver(assembly, prepared)
+    saver = Saver(config, learner, prepared)
     saver.save(step)
     folder = saver.close()
     assert folder is not None
     return folder
 
 
-def load(assembly: Assembly, folder: Path, extras: Extras | None = None) -> None:
+def load(learner: Learner, folder: Path, extras: Extras | None = None) -> None:
     """Fills weights, router bias and optimiser state from a checkpoint, whatever layout wrote it; every rank calls it.
 
     Args:
-        assembly: of this rank.
+        learner: of this rank.
         folder: of the checkpoint.
         extras: filled where the checkpoint holds them, by all ranks or none.
 
@@ -49,21 +50,21 @@ def load(assembly: Assembly, folder: Path, extras: Extras | None = None) -> None
     """
     metadata = _read_metadata(folder)
     names = metadata.state_dict_metadata
-    extras = assembly.extras if extras is None else extras
+    extras = learner.extras if extras is None else extras
     found = {prefix: each for prefix, each in extras.items() if any(name.startswith(f"{prefix}.") for name in names)}
     reader = TensorsReader(folder, metadata)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # DCP warns of deprecations in its own code
         try:
-            dcp_load(state_of(assembly, found), storage_reader=reader, planner=SliceLoadPlanner())
+            dcp_load(state_of(learner, found), storage_reader=reader, planner=SliceLoadPlanner())
         except CheckpointException as failure:
             rank, (cause, _) = min(failure.failures.items())
             raise CheckpointError(f"resume: {folder}: cannot be read by rank {rank}: {first_line(cause)}") from failure
-    assembly.optimiser.loaded()
+    learner.optimiser.loaded()
     for extra in found.values():
         extra.loaded()
-    if assembly.ema is not None and "ema" not in found:
-        assembly.ema.follow_weights()
+    if learner.ema is not None and "ema" not in found:
+        learner.ema.follow_weights()
 
 
 def _read_metadata(folder: Path) -> Metadata:

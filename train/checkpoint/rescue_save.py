@@ -7,19 +7,21 @@ from typing import NoReturn
 from torch import distributed as dist
 
 from data.prepare import Prepared
-from train.assemble import Assembly
 from train.checkpoint.rescue import rescue_folder
 from train.checkpoint.save import Saver
+from train.config import TrainConfig
 from train.errors import RescuedError, UnsavedError
+from train.learner import Learner
 from train.ownership.run_lock import locked
 from train.records.events import note_event
 
 
-def rescue(assembly: Assembly, prepared: Prepared, step: int, reason: str) -> NoReturn:
+def rescue(config: TrainConfig, learner: Learner, prepared: Prepared, step: int, reason: str) -> NoReturn:
     """Saves the state after `step` updates in the rescue folder and ends the run. Every rank calls it.
 
     Args:
-        assembly: of this rank; its weights are those after `step` updates.
+        config: of the run.
+        learner: of this rank; its weights are those after `step` updates.
         prepared: of the run's samples.
         step: updates done.
         reason: why the run's own folder did not take it.
@@ -27,24 +29,24 @@ def rescue(assembly: Assembly, prepared: Prepared, step: int, reason: str) -> No
     Raises:
         RescuedError: always; its text says why, where the state is and how to go on from it.
     """
-    folder = rescue_folder(assembly.config)
+    folder = rescue_folder(config)
     if step == 0:
         raise RescuedError(f"{reason}; no step was done yet, so there is nothing to save")
     with ExitStack() as stack:
-        problem = [_open(folder, stack) if assembly.groups.rank == 0 else ""]
-        dist.broadcast_object_list(problem, src=0, group=assembly.groups.world)
+        problem = [_open(folder, stack) if learner.world.groups.rank == 0 else ""]
+        dist.broadcast_object_list(problem, src=0, group=learner.world.groups.world)
         if problem[0]:
             raise RescuedError(f"{reason}; {_lost(folder, problem[0])}")
-        saver = Saver(assembly, prepared, folder=folder)
+        saver = Saver(config, learner, prepared, folder=folder)
         try:
             saver.save(step)
             saver.close()
         except UnsavedError as error:
             raise RescuedError(f"{reason}; {_lost(folder, str(error))}") from error
     text = f"{reason}; the state after step {step} is saved in {folder}; resume={folder} with another out_dir goes on"
-    if assembly.groups.rank == 0:
+    if learner.world.groups.rank == 0:
         note_event(folder, "rescued", step, text)
-        note_event(Path(assembly.config.out_dir), "rescued", step, text)
+        note_event(Path(config.out_dir), "rescued", step, text)
     raise RescuedError(text)
 
 

@@ -20,7 +20,6 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from data.prepare import Prepared
 from dualpipe.ir import to_json
-from train.assemble import Assembly
 from train.checkpoint.carried import NOTHING, carried_by_run
 from train.checkpoint.dcp.metadata import METADATA_NAME
 from train.checkpoint.digests import Digest, digests
@@ -37,7 +36,9 @@ from train.checkpoint.move import put_in_place
 from train.checkpoint.reader import first_line
 from train.checkpoint.slices import SliceSavePlanner
 from train.checkpoint.state import Extras, HostCopy, State, state_of
+from train.config import TrainConfig
 from train.errors import UnsavedError
+from train.learner import Learner
 from train.ownership.lock_file import OwnershipCheck
 
 # One rank may be done long before another, whose disk is slow: not a hang, for which the job's watch looks out.
@@ -52,7 +53,8 @@ class Saver:
 
     def __init__(
         self,
-        assembly: Assembly,
+        config: TrainConfig,
+        learner: Learner,
         prepared: Prepared,
         extras: Extras | None = None,
         folder: Path | None = None,
@@ -61,23 +63,25 @@ class Saver:
         """Made by every rank at the same point.
 
         Args:
-            assembly: of this rank.
+            config: of the run, for the manifest.
+            learner: of this rank.
             prepared: for the fingerprint of the samples, and the tokenizer.
             extras: what else is saved.
             folder: that holds the folder of checkpoints; None: the run's own. It must exist.
             ownership: whether the run still owns that folder; None: nobody can take it.
         """
-        self._assembly = assembly
+        self._config = config
+        self._learner = learner
         self._prepared = prepared
-        self._extras: Extras = assembly.extras if extras is None else extras
-        self._root = (folder or Path(assembly.config.out_dir)) / CHECKPOINTS_NAME
+        self._extras: Extras = learner.extras if extras is None else extras
+        self._root = (folder or Path(config.out_dir)) / CHECKPOINTS_NAME
         self._ownership = ownership
         self._had_folder = self._root.parent.is_dir()
         self._is_closed = False
         self._rank = dist.get_rank()
         # The steps' own collectives go on meanwhile; these must never be mistaken for theirs.
         self._group = dist.new_group(backend="gloo", timeout=_LONGEST_WRITE)
-        self._carried = carried_by_run(assembly.config, prepared.tokenizer) if self._rank == 0 else NOTHING
+        self._carried = carried_by_run(config, prepared.tokenizer) if self._rank == 0 else NOTHING
         self._memory = HostCopy()
         self._thread: Thread | None = None
         self._error: Exception | None = None
@@ -93,7 +97,7 @@ class Saver:
             UnsavedError: on every rank, where one of them could not write its part of the checkpoint before.
         """
         self.wait()
-        copied = self._memory.of(state_of(self._assembly, self._extras))
+        copied = self._memory.of(state_of(self._learner, self._extras))
         self._thread = Thread(target=self._run, args=(step, copied), name="checkpoint", daemon=True)
         self._thread.start()
 
@@ -186,7 +190,7 @@ class Saver:
         if self._rank != 0:
             return
         self._check_ownership()
-        (partial / SCHEDULE_NAME).write_text(to_json(self._assembly.schedule) + "\n", encoding="utf-8")
+        (partial / SCHEDULE_NAME).write_text(to_json(self._learner.replica.schedule) + "\n", encoding="utf-8")
         own = [partial / SCHEDULE_NAME, partial / METADATA_NAME]
         for name, content in self._carried.files.items():
             (partial / name).write_bytes(content)
@@ -194,7 +198,7 @@ class Saver:
         own += self._prepared.tokenizer.save(partial / TOKENIZER_NAME)
         for path in own:
             _sync(path)
-        config, record = self._assembly.config, self._carried.record()
+        config, record = self._config, self._carried.record()
         write_manifest(partial, step, config, self._prepared.fingerprint, files | digests(own), record)
         _sync(partial)
         put_in_place(partial, final)

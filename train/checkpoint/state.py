@@ -6,9 +6,9 @@ from typing import Protocol
 from torch import Tensor
 
 from model.transformer import named_tensors
-from train.assemble import Assembly
 from train.checkpoint.reader import WEIGHTS_PREFIX
 from train.checkpoint.slices import Slice
+from train.learner import Learner
 
 OPTIMISER_PREFIX = "optimiser."
 
@@ -34,10 +34,10 @@ Extras = Mapping[str, Extra]
 """By the prefix that their names get."""
 
 
-def state_of(assembly: Assembly, extras: Extras) -> State:
+def state_of(learner: Learner, extras: Extras) -> State:
     """Weights, router bias, optimiser state and extras of this rank: the tensors themselves."""
-    state: State = {f"{WEIGHTS_PREFIX}{name}": tensor for name, tensor in named_tensors(assembly.model).items()}
-    state |= {f"{OPTIMISER_PREFIX}{name}": values for name, values in assembly.optimiser.state().items()}
+    state: State = {f"{WEIGHTS_PREFIX}{name}": tensor for name, tensor in named_tensors(learner.replica.model).items()}
+    state |= {f"{OPTIMISER_PREFIX}{name}": values for name, values in learner.optimiser.state().items()}
     for prefix, extra in extras.items():
         state |= {f"{prefix}.{name}": values for name, values in extra.state().items()}
     return state

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch import distributed as dist
 
 from model.gradients import GradientStore
-from train.assemble import Assembly
 from train.config import GuardConfig
 from train.errors import Finding
 from train.records.step_lines import number_of, read_lines
+from train.world import World
 
 LOSS, NORM = "loss", "gradient norm"
 Shown = tuple[float, float]
@@ -77,21 +77,21 @@ def own_norm(store: GradientStore) -> Tensor:
     return torch.nn.utils.get_total_norm(store.gradients())
 
 
-def find(assembly: Assembly, guard: Guard, step: int, reason: str, own: Tensor, is_finite_here: bool) -> Finding:
+def find(world: World, guard: Guard, step: int, reason: str, own: Tensor, is_finite_here: bool) -> Finding:
     """What is known of a step that is refused; every rank must ask.
 
     Args:
-        assembly: of the rank.
+        world: of this process.
         guard: that judged the step.
         step: from 0.
         reason: of the guard.
         own: see `own_norm`, from before gradients were summed.
         is_finite_here: whether this rank's own losses are.
     """
-    group, device = assembly.groups.world, assembly.device
-    mine = torch.tensor([float(own) if is_finite_here else math.nan], dtype=torch.float64, device=device)
-    norms = [torch.empty_like(mine) for _ in range(assembly.layout.world_size)]
-    with assembly.observers.log.collective("world", group, "search for a refused step's cause"):
+    group = world.groups.world
+    mine = torch.tensor([float(own) if is_finite_here else math.nan], dtype=torch.float64, device=world.device)
+    norms = [torch.empty_like(mine) for _ in world.ranks]
+    with world.log.collective("world", group, "search for a refused step's cause"):
         dist.all_gather(norms, mine, group=group)
     found = [float(norm) for norm in norms]
     odd = tuple(rank for rank, norm in enumerate(found) if not math.isfinite(norm))

@@ -7,14 +7,15 @@ from typing import Any
 from torch import distributed as dist
 
 from data.loader import Loader
-from train.assemble import Assembly
 from train.checkpoint import load as checkpoint
 from train.checkpoint.locate import newest_whole
 from train.checkpoint.manifest import find_checkpoint, read_step
 from train.checkpoint.resume import find_together
 from train.checkpoint.verify import Check
+from train.config import GuardConfig
 from train.errors import Finding, StoppedError
 from train.guard.guard import Guard, in_json, read_shown
+from train.learner import Learner
 from train.records.events import note_event, read_events
 
 _ROLLED_BACK = "rolled_back"
@@ -32,16 +33,30 @@ class Onward:
 class Recovery:
     """Owns the guard of a run and what became of the steps that it refused. The same on all ranks."""
 
-    def __init__(self, assembly: Assembly, loader: Loader, first_step: int) -> None:
-        """Every rank makes one; the first reads what the run has left so far."""
-        self._assembly = assembly
+    def __init__(
+        self, learner: Learner, config: GuardConfig, loader: Loader, out_dir: Path, resume: str | None, first_step: int
+    ) -> None:
+        """Every rank makes one; the first reads what the run has left so far.
+
+        Args:
+            learner: of this rank, which is loaded again if the run goes back.
+            config: of the guard.
+            loader: names the samples of a refused batch.
+            out_dir: of the run.
+            resume: checkpoint that the run started from, or None.
+            first_step: steps already done.
+        """
+        self._learner = learner
+        self._world = learner.world
+        self._config = config
         self._loader = loader
-        self._out_dir = Path(assembly.config.out_dir)
+        self._out_dir = out_dir
+        self._resume = resume
         self._is_writer = dist.get_rank() == 0
         self._passed_over: set[int] = set()
         self._last_refused = -1
         self._num_in_a_row = 0
-        self.guard = Guard(assembly.config.guard)
+        self.guard = Guard(config)
         self._remember(first_step)
 
     def passes_over(self, step: int) -> bool:
@@ -63,7 +78,7 @@ class Recovery:
         Raises:
             StoppedError: the run ends.
         """
-        config = self._assembly.config.guard
+        config = self._config
         self._num_in_a_row += 1
         self._last_refused = max(self._last_refused, finding.step)
         if config.kind == "stop":
@@ -83,8 +98,8 @@ class Recovery:
         return self._go_back(finding, folder)
 
     def _go_back(self, finding: Finding, folder: Path) -> Onward:
-        with self._assembly.observers.log.phase("world", self._ranks, "loading of the checkpoint"):
-            checkpoint.load(self._assembly, folder)
+        with self._world.phase("loading of the checkpoint"):
+            checkpoint.load(self._learner, folder)
         num_done = read_step(folder)
         self._remember(num_done)
         words = f"{finding.reason}; back to {folder}, and its batch will be left out"
@@ -95,10 +110,9 @@ class Recovery:
 
         def find(check: Check) -> Path | None:
             folder = newest_whole(self._out_dir, num_done, check)
-            resume = self._assembly.config.resume
-            return find_checkpoint(resume) if folder is None and resume is not None else folder
+            return find_checkpoint(self._resume) if folder is None and self._resume is not None else folder
 
-        with self._assembly.observers.log.phase("world", self._ranks, "choice of the checkpoint"):
+        with self._world.phase("choice of the checkpoint"):
             return find_together(find)
 
     def _remember(self, num_done: int) -> None:
@@ -106,14 +120,14 @@ class Recovery:
         found: list[Any] = [None]
         if self._is_writer:
             steps = [event["step"] - 1 for event in read_events(self._out_dir) if event["kind"] == _ROLLED_BACK]
-            found = [(self._read_shown(num_done) if self._assembly.config.guard.spike_factor else [], steps)]
+            found = [(self._read_shown(num_done) if self._config.spike_factor else [], steps)]
         ((shown, steps),) = self._share(found)
         self.guard.remember(shown)
         self._passed_over = set(steps)
 
     def _read_shown(self, num_done: int) -> list[Any]:
         """Of this run; before its first step, of the one whose checkpoint it goes on from."""
-        window, resume = self._assembly.config.guard.spike_window_steps, self._assembly.config.resume
+        window, resume = self._config.spike_window_steps, self._resume
         shown = read_shown(self._out_dir / "metrics.jsonl", num_done, window)
         if not shown and resume is not None:
             shown = read_shown(find_checkpoint(resume).parents[1] / "metrics.jsonl", num_done, window)
@@ -121,8 +135,8 @@ class Recovery:
 
     def _share(self, found: list[Any]) -> list[Any]:
         """The first rank's, on all."""
-        with self._assembly.observers.log.phase("world", self._ranks, "agreement on what was before"):
-            dist.broadcast_object_list(found, src=0, group=self._assembly.groups.world)
+        with self._world.phase("agreement on what was before"):
+            dist.broadcast_object_list(found, src=0, group=self._world.groups.world)
         return found
 
     def _note(self, kind: str, finding: Finding, **more: Any) -> None:
@@ -131,7 +145,3 @@ class Recovery:
             known = {"values": in_json(finding.values), "ranks": list(finding.ranks)}
             samples = self._loader.sample_ids(finding.step)
             note_event(self._out_dir, kind, finding.step + 1, finding.reason, **known, samples=samples, **more)
-
-    @property
-    def _ranks(self) -> range:
-        return range(self._assembly.layout.world_size)

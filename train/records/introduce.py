@@ -3,43 +3,46 @@
 import logging
 
 from data.prepare import Prepared
-from train.assemble import Assembly
 from train.checkpoint.resume import other_layout
 from train.config import TrainConfig
 from train.memory import predict_memory, summary_line
 from train.optim.learning_rate import learning_rate, schedule_warnings
 from train.records.profile import profile_notice
 from train.records.reporter import Reporter
+from train.replica import Replica
 from train.schedule.plan import Plan
 
 LOGGER = logging.getLogger("train")
 
 
-def introduce(assembly: Assembly, planned: Plan, prepared: Prepared, reporter: Reporter, first_step: int) -> None:
+def introduce(
+    config: TrainConfig, replica: Replica, planned: Plan, prepared: Prepared, reporter: Reporter, first_step: int
+) -> None:
     """Prints layout, schedule, memory, corpus and tokenizer, and logs this rank's place.
 
     Args:
-        assembly: of this rank.
+        config: of the run.
+        replica: of this rank.
         planned: the schedule, and why it was chosen.
         prepared: the corpus.
         reporter: prints on rank 0.
         first_step: steps that were done before.
     """
-    config, layout, rank = assembly.config, assembly.config.parallelism, assembly.groups.rank
+    world, layout, rank = replica.world, config.parallelism, replica.world.rank
     LOGGER.info(
         "rank %d, node %d: pipeline index %d with stages %s, data index %d, expert index %d, %d parameters, device %s",
         rank,
-        assembly.layout.node_of(rank),
-        assembly.layout.pipeline_index(rank),
-        sorted(assembly.stages),
-        assembly.layout.data_index(rank),
-        assembly.layout.expert_index(rank),
-        sum(parameter.numel() for parameter in assembly.model.parameters()),
-        assembly.device,
+        world.layout.node_of(rank),
+        world.pipeline_index,
+        sorted(replica.stages),
+        world.data_index,
+        world.layout.expert_index(rank),
+        sum(parameter.numel() for parameter in replica.model.parameters()),
+        world.device,
     )
     reporter.say(
         f"{config.name}: {layout.world_size} ranks (pipeline {layout.pipeline} x data {layout.data}, "
-        f"experts over {layout.expert}), {assembly.schedule.kind}, {config.num_micro_batches} micro-batches a step, "
+        f"experts over {layout.expert}), {replica.schedule.kind}, {config.num_micro_batches} micro-batches a step, "
         f"{config.precision.kind}; folder {config.out_dir}"
     )
     if config.schedule.kind == "auto":

@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from model.account import training_flops_per_token
-from train.config import TrackConfig, TrainConfig
+from model.config import ModelConfig
+from train.config import TrackConfig
 from train.records.secrets import redact, redact_values
 
 LOGGER = logging.getLogger("train")
@@ -37,19 +38,22 @@ class Recorder(Protocol):
         ...
 
 
-def mfu(config: TrainConfig, tokens_per_second: float) -> dict[str, float]:
-    """Model FLOPs utilisation under the key `mfu`; nothing where the ranks' peak is not told.
+def mfu(
+    model: ModelConfig, sequence_length_tokens: int, tokens_per_second: float, peak_flops: float | None
+) -> dict[str, float]:
+    """Returns the model FLOPs utilisation under the key `mfu`, or nothing if the peak is unknown.
 
-    Counts the main model's forward and backward with causal attention halved, and nothing that is computed anew.
+    Counts the main model's forward and backward with causal attention halved, and nothing that is recomputed.
 
     Args:
-        config: of the run; `cluster.peak_flops` is the peak of each rank.
+        model: that is trained.
+        sequence_length_tokens: of the batches.
         tokens_per_second: of the whole job.
+        peak_flops: of the whole job.
     """
-    if config.cluster.peak_flops is None:
+    if peak_flops is None:
         return {}
-    used = training_flops_per_token(config.model, config.batch.sequence_length_tokens) * tokens_per_second
-    return {"mfu": used / (config.parallelism.world_size * config.cluster.peak_flops)}
+    return {"mfu": training_flops_per_token(model, sequence_length_tokens) * tokens_per_second / peak_flops}
 
 
 class Wandb:

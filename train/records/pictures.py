@@ -31,8 +31,9 @@ from dualpipe.runtime.measured import (
     rank_use,
     step_lanes,
 )
-from train.assemble import Assembly
 from train.records.secrets import redact
+from train.replica import Replica
+from train.world import World
 
 LOGGER = logging.getLogger("train")
 SVG_NAME, TRACE_NAME, PAGE_NAME = "schedule.svg", "trace.json", "schedule.html"
@@ -41,24 +42,31 @@ SVG_NAME, TRACE_NAME, PAGE_NAME = "schedule.svg", "trace.json", "schedule.html"
 class PipelineWatch:
     """One rank's view of its own time, and the way to the whole pipeline's with data index 0."""
 
-    def __init__(self, assembly: Assembly) -> None:
-        """Made by every rank at the same point: it opens a group for the pipeline that is drawn."""
-        config, layout = assembly.config, assembly.layout
-        self._lanes: dict[int, tuple[SpanLane | None, ...]] = {}
-        self._group = make_group(layout.pipeline_group(0), config.cluster.timeout_seconds)
+    def __init__(self, world: World, name: str, folder: Path) -> None:
+        """Opens a group for the pipeline that is drawn; all ranks call it at the same point.
 
-    def use(self, assembly: Assembly, execution: Execution) -> RankUse:
-        """This rank's part of the bubble, in a step that the assembly ran."""
-        num_micro_batches = assembly.schedule.num_micro_batches
+        Args:
+            world: of this process.
+            name: of the run.
+            folder: of the run.
+        """
+        self._name = name
+        self._folder = folder
+        self._lanes: dict[int, tuple[SpanLane | None, ...]] = {}
+        self._group = make_group(world.layout.pipeline_group(0), world.timeout_seconds)
+
+    def use(self, replica: Replica, execution: Execution) -> RankUse:
+        """This rank's part of the bubble, in a step that the replica ran."""
+        num_micro_batches = replica.schedule.num_micro_batches
         if num_micro_batches not in self._lanes:
-            self._lanes[num_micro_batches] = step_lanes(assembly.train_program)
+            self._lanes[num_micro_batches] = step_lanes(replica.train_program)
         return rank_use(self._lanes[num_micro_batches], execution.spans, execution.origin_seconds)
 
-    def draw(self, assembly: Assembly, execution: Execution, step: int) -> bool:
+    def draw(self, replica: Replica, execution: Execution, step: int) -> bool:
         """Writes the three files into the run's folder, in place of earlier ones. Every rank must ask.
 
         Args:
-            assembly: that ran the step.
+            replica: that ran the step.
             execution: of its training program.
             step: that it was, from 1.
 
@@ -67,20 +75,20 @@ class PipelineWatch:
         """
         if self._group is None:
             return False
-        schedule = assembly.schedule
-        if assembly.config.schedule.pairing == "sequential":
+        schedule = replica.schedule
+        if replica.config.pairing == "sequential":
             schedule = one_at_a_time(schedule)
-        rank = assembly.layout.pipeline_index(assembly.groups.rank)
+        rank = replica.world.pipeline_index
         groups = schedule.ranks[rank]
-        mine = rank_spans(groups, assembly.train_program, execution.spans, execution.origin_seconds)
+        mine = rank_spans(groups, replica.train_program, execution.spans, execution.origin_seconds)
         gathered: list[tuple[Span, ...]] | None = [()] * schedule.num_ranks if rank == 0 else None
-        with assembly.observers.log.collective("pipeline", self._group, "gathering of times"):
+        with replica.world.log.collective("pipeline", self._group, "gathering of times"):
             dist.gather_object(mine, gathered, dst=0, group=self._group)
         if gathered is None:
             return False
-        title = f"{redact(assembly.config.name)}, step {step}: {schedule.kind}, {size(schedule)}"
+        title = f"{redact(self._name)}, step {step}: {schedule.kind}, {size(schedule)}"
         try:
-            write_pictures(Path(assembly.config.out_dir), title, schedule, Measured(ranks=tuple(gathered)))
+            write_pictures(self._folder, title, schedule, Measured(ranks=tuple(gathered)))
         except OSError as error:  # the folder is gone or full: no reason to end
             LOGGER.warning("%s cannot be drawn: %s", SVG_NAME, error)
             return False

@@ -7,13 +7,12 @@ from torch import Tensor
 
 from comm.dispatch.process_group import Observers
 from comm.dispatch.traffic import Traffic
-from comm.layout import Layout
 from comm.protocol import Work
 from comm.transfers.message import MessageKey
 from comm.transfers.transport import Transport
 from dualpipe.ir import Schedule
 from dualpipe.transfers import Message, transfers
-from train.config import TrainConfig
+from train.world import World
 
 
 class PipelineLinks:
@@ -67,27 +66,18 @@ def linked_pairs(schedule: Schedule) -> list[tuple[int, int]]:
 
 
 def open_links(
-    config: TrainConfig,
-    layout: Layout,
-    rank: int,
-    device: torch.device,
-    observers: Observers,
-    schedule: Schedule,
-    dtype: torch.dtype,
+    world: World, observers: Observers, schedule: Schedule, shape: tuple[int, ...], dtype: torch.dtype
 ) -> PipelineLinks:
-    """This rank's links. Every rank of the job calls it at the same point.
+    """Opens this rank's links of one replica. All ranks of the job call it at the same point.
 
     Args:
-        config: of the run.
-        layout: of the world.
-        rank: this one.
-        device: where tensors live.
-        observers: who counts and logs messages.
+        world: of this process.
+        observers: count and log messages.
         schedule: says which pipeline ranks exchange messages.
+        shape: of hidden states.
         dtype: of hidden states.
     """
-    batch = config.batch
-    shape = (batch.micro_sequences, batch.sequence_length_tokens, config.model.hidden_size)
-    transport = Transport(layout, linked_pairs(schedule), device, config.cluster.timeout_seconds, observers.log)
-    nodes = [layout.node_of(member) for member in layout.pipeline_group(rank)]
+    layout, log = world.layout, observers.log
+    transport = Transport(layout, linked_pairs(schedule), world.device, world.timeout_seconds, log)
+    nodes = [layout.node_of(member) for member in layout.pipeline_group(world.rank)]
     return PipelineLinks(transport, nodes, observers.traffic, shape, dtype)

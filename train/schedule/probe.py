@@ -12,7 +12,7 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.distributed import ProcessGroup
 
-from comm.dispatch.build import open_lane
+from comm.dispatch.build import build_dispatcher, open_lane
 from comm.dispatch.process_group import Observers
 from comm.dispatch.traffic import Traffic
 from comm.groups import join_one
@@ -25,10 +25,9 @@ from model.gradients import GradientStore
 from model.objective import LossSums, MicroBatch, Objective
 from model.phases import block_lanes
 from model.stage import Stage, StageRun
-from model.transformer import Part, Transformer, initialise
-from train.assemble import held_experts, weight_dtype
+from model.transformer import Part
 from train.config import TrainConfig
-from train.exchange import open_dispatcher
+from train.replica import ReplicaConfig, build_model, held_experts, weight_dtype
 
 _RUNS = 3
 _HOPS = 15
@@ -81,7 +80,10 @@ def measure(config: TrainConfig, layout: Layout, device: torch.device) -> LayerT
     pipeline = join_one({layout.pipeline_group(rank) for rank in ranks}, timeout)
     lane = open_lane(device)
     observers = Observers(Traffic(), OperationLog())
-    dispatcher = open_dispatcher(config, layout, experts, lane, observers)
+    network = ReplicaConfig.of_run(config)
+    dispatcher = build_dispatcher(
+        network.dispatch, config.model.num_routed_experts, layout, experts, lane, observers, timeout, network.buffer
+    )
     mine = _measure_parts(config, layout, dispatcher, device, _hop_seconds(config, layout, pipeline, device))
     agreed = _agree(mine, device)
     lane.close()
@@ -143,11 +145,9 @@ class _Parts:
     def __init__(self, config: TrainConfig, layout: Layout, dispatcher: Dispatcher, device: torch.device) -> None:
         shape, last = config.model, config.model.num_layers - 1
         mtp_modules = range(shape.num_layers, shape.num_layers + shape.mtp_depth)
-        experts = held_experts(config, layout.expert_index(dist.get_rank()))
+        experts = held_experts(shape, layout.parallelism.expert, layout.expert_index(dist.get_rank()))
         part = Part(layers=tuple({0, last, *mtp_modules}), experts=experts, embedding=True, head=True)
-        model = Transformer(shape, dispatcher, weight_dtype(config.precision), part, config.computing)
-        initialise(model, config.seed)
-        self.model = model = model.to(device)
+        self.model = model = build_model(ReplicaConfig.of_run(config), dispatcher, part, device)
         self._shape = shape
         self._device = device
         self._batch = _random_batch(config, device)

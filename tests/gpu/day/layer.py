@@ -23,8 +23,8 @@ from model.gradients import GradientStore
 from model.objective import LossSums, MicroBatch, Objective
 from model.stage import Stage
 from model.transformer import Part, Transformer, initialise
-from train.assemble import weight_dtype
 from train.config import TrainConfig
+from train.replica import weight_dtype
 
 PHASES = ("embedding", "dense layer", "attend", "dispatch", "experts", "combine", "head")
 EXPERT_LAYER = ("attend", "dispatch", "experts", "combine")

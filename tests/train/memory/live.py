@@ -20,9 +20,9 @@ from model.account.held import held_parameters
 from model.account.phases import stage_phases
 from model.account.stage_shape import stage_shapes
 from model.objective import LossSums
-from tests.train.job import open_assembly, open_loader
-from train.assemble import Assembly, feed
+from tests.train.job import close_job, open_job, open_loader
 from train.config import TrainConfig
+from train.learner import Learner
 from train.memory.predict import planning_sizes
 from train.memory.static import static_bytes
 from train.memory.walk import Alive, walk
@@ -104,28 +104,28 @@ def compare_rank(
 ) -> list[Compared]:
     """One step of each job: measured, and predicted."""
     # Exchanges run on this thread, where the mode sees what they make.
-    with patch("train.assemble.open_lane", lambda device: InlineLane()):
+    with patch("train.world.open_lane", lambda device: InlineLane()):
         return [_compare(config, schedule, measures_inside) for config, schedule in jobs]
 
 
 def _compare(config: TrainConfig, schedule: Schedule | None, measures_inside: bool) -> Compared:
-    assembly, loader = open_assembly(config, schedule), open_loader(config)
-    batches = BatchReader(assembly, lambda first, count: loader.batch(0, first, count))
-    objective = make_objective(config, batches.count_targets(), 0.3)
-    with assembly.model.weights_unchanged():
-        _run(assembly, batches, objective, None, trains=False)
+    learner, loader = open_job(config, schedule), open_loader(config)
+    batches = BatchReader(learner.replica, lambda first, count: loader.batch(0, first, count))
+    objective = make_objective(config.task, batches.count_targets(), 0.3, config.batch.global_sequences)
+    with learner.replica.model.weights_unchanged():
+        _run(learner, batches, objective, None, trains=False)
         # What is made once and stays, rotations and FP8 weights, is there by now.
         storages = LiveStorages(measures_inside=measures_inside)
-        clock = _run(assembly, batches, objective, storages, trains=True)
+        clock = _run(learner, batches, objective, storages, trains=True)
         assert isinstance(clock, MemoryClock)
-    assembly.optimiser.reduce()
-    assembly.optimiser.update(1e-3)
-    alive = _predicted(assembly)
-    static = _static_bytes(assembly)
-    assembly.close()
+    learner.optimiser.reduce()
+    learner.optimiser.update(1e-3)
+    alive = _predicted(config, learner)
+    static = _static_bytes(learner)
+    close_job(learner)
     return Compared(
         static=static,
-        predicted_static=_predicted_static(assembly),
+        predicted_static=_predicted_static(config, learner),
         after=clock.after[1:],
         predicted_after=[each.after.total for each in alive],
         peaks=clock.peaks[1:],
@@ -136,45 +136,45 @@ def _compare(config: TrainConfig, schedule: Schedule | None, measures_inside: bo
 
 
 def _run(
-    assembly: Assembly, batches: BatchReader, objective: Any, storages: LiveStorages | None, *, trains: bool
+    learner: Learner, batches: BatchReader, objective: Any, storages: LiveStorages | None, *, trains: bool
 ) -> HostClock:
-    sums = LossSums(cross_entropy=[0.0] * (assembly.config.model.mtp_depth + 1))
+    sums = LossSums(cross_entropy=[0.0] * (learner.replica.config.model.mtp_depth + 1))
     clock = HostClock() if storages is None else MemoryClock(storages)
-    store = assembly.store if trains else None
-    program = assembly.train_program if trains else assembly.forward_program
-    fed = feed(assembly, batches, objective, sums, store)
+    store = learner.store if trains else None
+    program = learner.replica.train_program if trains else learner.replica.forward_program
+    bound = learner.replica.bind_stages(batches, objective, sums, store)
     with storages or nullcontext():
-        execute(program, fed, assembly.links, clock)
+        execute(program, bound, learner.replica.links, clock)
     return clock
 
 
-def _predicted(assembly: Assembly) -> list[Alive]:
-    config, schedule = assembly.config, assembly.schedule
+def _predicted(config: TrainConfig, learner: Learner) -> list[Alive]:
+    schedule = learner.replica.schedule
     sizes = planning_sizes(config)
     shapes = stage_shapes(config.model, schedule.num_stages)
-    phases = {number: stage_phases(sizes, shapes[number]) for number in assembly.stages}
-    return list(walk(assembly.train_program, phases, sizes.row, keeps_sent=False))
+    phases = {number: stage_phases(sizes, shapes[number]) for number in learner.replica.stages}
+    return list(walk(learner.replica.train_program, phases, sizes.row, keeps_sent=False))
 
 
-def _predicted_static(assembly: Assembly) -> int:
-    config, schedule = assembly.config, assembly.schedule
+def _predicted_static(config: TrainConfig, learner: Learner) -> int:
+    schedule = learner.replica.schedule
     sizes, shapes = planning_sizes(config), stage_shapes(config.model, schedule.num_stages)
-    held = held_parameters(config.model, [shapes[number] for number in assembly.stages], sizes.num_local_experts)
-    rank = assembly.layout.pipeline_index(assembly.groups.rank)
+    held = held_parameters(config.model, [shapes[number] for number in learner.replica.stages], sizes.num_local_experts)
+    rank = learner.world.pipeline_index
     return sum(static_bytes(config, held, sizes, rank, is_mirrored=schedule.num_directions == 2))
 
 
-def _static_bytes(assembly: Assembly) -> int:
+def _static_bytes(learner: Learner) -> int:
     """Of everything that Python can see and that is not a batch: weights, gradients, optimizer, tables."""
     gc.collect()
     held: dict[int, int] = {}
-    optimizer = getattr(assembly.optimiser, "_optimizer")  # noqa: B009  its own tensors are private
+    optimizer = getattr(learner.optimiser, "_optimizer")  # noqa: B009  its own tensors are private
     inner = getattr(optimizer, "optimizer", optimizer)
-    tensors = [*assembly.model.parameters(), *assembly.model.buffers(), *assembly.store.gradients()]
+    tensors = [*learner.replica.model.parameters(), *learner.replica.model.buffers(), *learner.store.gradients()]
     tensors += [value for group in inner.param_groups for value in group["params"]]
     tensors += [value for state in inner.state.values() for value in state.values() if isinstance(value, Tensor)]
     tensors += getattr(optimizer, "single_partition_of_fp32_groups", [])
-    for module in assembly.model.modules():
+    for module in learner.replica.model.modules():
         for table in getattr(module, "_tables", {}).values():
             tensors += table
     for tensor in tensors:

@@ -1,0 +1,103 @@
+"""What updates a replica: gradient store, optimizer and moving average; one learner for each size of a batch ramp."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from comm.groups import Groups
+from data.batch_sizes import BatchSizes
+from dualpipe.ir import Schedule
+from model.gradients import GradientStore
+from train.config import EmaConfig
+from train.optim.build import Optimiser, build_optimiser
+from train.optim.config import OptimConfig
+from train.optim.ema import ParameterEma
+from train.optim.parameters import Replicas, group_parameters
+from train.replica import Replica
+from train.world import World
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Learner:
+    """A replica that is trained.
+
+    Attributes:
+        replica: the network.
+        config: of the optimizer.
+        store: gradients of one step.
+        optimiser: applies them.
+        ema: moving average of the weights; None if the run keeps none.
+    """
+
+    replica: Replica
+    config: OptimConfig
+    store: GradientStore
+    optimiser: Optimiser
+    ema: ParameterEma | None
+
+    @property
+    def world(self) -> World:
+        """The process of the replica."""
+        return self.replica.world
+
+    @property
+    def extras(self) -> dict[str, ParameterEma]:
+        """What a checkpoint holds in addition to weights and optimizer state, by the prefix of its names."""
+        return {} if self.ema is None else {"ema": self.ema}
+
+    def close(self) -> None:
+        """Ends the average's worker and the replica; all ranks call it at the same point."""
+        if self.ema is not None:
+            self.ema.close()
+        self.replica.close()
+
+
+def open_learner(replica: Replica, optim: OptimConfig, ema: EmaConfig) -> Learner:
+    """Opens gradient store, optimizer and, if configured, the average of a replica. All ranks call it."""
+    model, store = replica.model, GradientStore(replica.model.parameters())
+    return Learner(
+        replica=replica,
+        config=optim,
+        store=store,
+        optimiser=build_optimiser(group_parameters(model), store, _replicas(replica.world.groups), optim),
+        ema=None if ema.decay is None else ParameterEma(model, ema.decay),
+    )
+
+
+class SizedLearners:
+    """For each step the learner whose programs run its number of micro-batches.
+
+    They share everything but schedule and programs, which are compiled once, at the start.
+
+    Attributes:
+        last: the learner of the size at the end of the ramp.
+    """
+
+    last: Learner
+
+    def __init__(self, learner: Learner, sizes: BatchSizes, ramp: Mapping[int, Schedule]) -> None:
+        """Compiles the programs of the ramp.
+
+        Args:
+            learner: for the size at the end.
+            sizes: sequences of every step.
+            ramp: a schedule for each other size, in sequences; empty without a ramp.
+
+        Raises:
+            ScheduleError: a schedule is not valid, or places stages or messages elsewhere than the learner's.
+        """
+        self.last = learner
+        self._sizes = sizes
+        self._sized = {
+            sequences: replace(learner, replica=learner.replica.with_schedule(schedule))
+            for sequences, schedule in ramp.items()
+        }
+        assert set(sizes.sizes) <= {*self._sized, learner.replica.global_sequences}
+        assert all(sized.replica.global_sequences == sequences for sequences, sized in self._sized.items())
+
+    def of_step(self, step: int) -> Learner:
+        """Returns the learner of a step (from 0)."""
+        return self._sized.get(self._sizes.sequences(step), self.last)
+
+
+def _replicas(groups: Groups) -> Replicas:
+    return Replicas(dense=groups.stage, experts=groups.expert_data, expert=groups.expert, world=groups.world)

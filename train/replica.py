@@ -1,0 +1,296 @@
+"""One network on this rank: its part of the model as stages, programs and links. `model` and `dualpipe` meet here."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from comm.config import DispatchConfig
+from comm.dispatch.deepep.package import BufferShape
+from comm.dispatch.process_group import Observers
+from comm.protocol import Dispatcher
+from dualpipe.ir import Schedule, ScheduleError
+from dualpipe.passes import forward_only
+from dualpipe.runtime import pairing as pairings
+from dualpipe.runtime.clock import open_clock
+from dualpipe.runtime.compile import compile_rank
+from dualpipe.runtime.execute import Execution, execute
+from dualpipe.runtime.program import Program, Step
+from dualpipe.runtime.protocols import Stage as PipelineStage
+from dualpipe.validate import validate
+from model.config import Computing, ModelConfig, cut_layers
+from model.gradients import GradientStore
+from model.objective import LossSums, MicroBatch, Objective
+from model.stage import Stage, StageRun
+from model.transformer import Part, Transformer, initialise
+from train.config import BatchConfig, Precision, TrainConfig
+from train.schedule.links import PipelineLinks, linked_pairs, open_links
+from train.world import World
+
+Batches = Callable[[int, int], MicroBatch | None]
+"""Returns the micro-batch of a direction and number; None if this rank needs nothing of it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReplicaConfig:
+    """What a replica is built from; equal on all ranks.
+
+    Attributes:
+        model: architecture.
+        computing: recomputation, attention kernel, precision of products.
+        precision: type of weights and activations.
+        dispatch: of its dispatcher.
+        buffer: shape of DeepEP's buffer; None for other dispatchers.
+        batch: sizes of micro-batches, and whether documents are masked.
+        pairing: how a group's members run.
+        seed: of the initial weights.
+    """
+
+    model: ModelConfig
+    computing: Computing
+    precision: Precision
+    dispatch: DispatchConfig
+    buffer: BufferShape | None
+    batch: BatchConfig
+    pairing: Literal["overlapped", "sequential"]
+    seed: int
+
+    @classmethod
+    def of_run(cls, config: TrainConfig) -> "ReplicaConfig":
+        """Returns what a run trains."""
+        # A model in FP8 sends and receives rows in FP8 by itself.
+        is_fp8 = config.precision.kind == "fp8"
+        return cls(
+            model=config.model,
+            computing=config.computing,
+            precision=config.precision,
+            dispatch=replace(config.dispatch, payload="full") if is_fp8 else config.dispatch,
+            buffer=config.deepep_buffer if config.dispatch.kind == "deepep" else None,
+            batch=config.batch,
+            pairing=config.schedule.pairing,
+            seed=config.seed,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Replica:
+    """A network, able to run training steps and forward-only passes.
+
+    Attributes:
+        world: the process that holds it.
+        config: what it was built from.
+        model: this rank's part.
+        schedule: that both programs follow.
+        stages: by number, those on this rank.
+        train_program: forward and backward.
+        forward_program: forward only.
+        links: to the other ranks of the pipeline, of this replica alone.
+        dispatcher: of its MoE layers.
+        observers: count what its dispatcher and links send.
+    """
+
+    world: World
+    config: ReplicaConfig
+    model: Transformer
+    schedule: Schedule
+    stages: dict[int, Stage]
+    train_program: Program
+    forward_program: Program
+    links: PipelineLinks
+    dispatcher: Dispatcher
+    observers: Observers
+
+    @property
+    def loss_directions(self) -> tuple[int, ...]:
+        """Directions whose last stage, and so their losses, are on this rank."""
+        last, directions = self.schedule.num_stages - 1, range(self.schedule.num_directions)
+        return tuple(d for d in directions if self.schedule.rank_of(d, last) == self.world.pipeline_index)
+
+    @property
+    def global_sequences(self) -> int:
+        """Sequences of a global batch of this schedule."""
+        per_pipeline = self.schedule.num_micro_batches * self.config.batch.micro_sequences
+        return per_pipeline * self.world.layout.parallelism.data
+
+    def train(
+        self,
+        batches: Batches,
+        objective: Objective,
+        sums: LossSums,
+        store: GradientStore,
+        follow: Callable[[tuple[Step, ...]], Iterable[Step]] = iter,
+    ) -> Execution:
+        """Runs forward and backward of a global batch.
+
+        Args:
+            batches: of this rank.
+            objective: of the step.
+            sums: receive this rank's losses.
+            store: receives gradients.
+            follow: yields the program's steps one by one, for example to show progress.
+        """
+        stages = self.bind_stages(batches, objective, sums, store)
+        with self.model.weights_unchanged():
+            return execute(self.train_program, stages, self.links, open_clock(self.world.device), follow)
+
+    def forward(self, batches: Batches, objective: Objective, sums: LossSums) -> Execution:
+        """Runs forward of a global batch; the losses are added to `sums`."""
+        stages = self.bind_stages(batches, objective, sums, None)
+        with self.model.weights_unchanged():
+            return execute(self.forward_program, stages, self.links)
+
+    def bind_stages(
+        self, batches: Batches, objective: Objective, sums: LossSums, store: GradientStore | None
+    ) -> dict[int, PipelineStage]:
+        """Returns the stages bound to one step's batches and objective; without a store, for a forward pass only."""
+        stages = self.stages.items()
+        return {number: _BoundStage(stage, batches, objective, sums, store) for number, stage in stages}
+
+    def with_schedule(self, schedule: Schedule) -> "Replica":
+        """Returns the same network under another schedule, with the same stages and links.
+
+        Raises:
+            ScheduleError: the schedule is not valid, or places stages or messages elsewhere.
+        """
+        whole = self.schedule
+        if schedule.placement != whole.placement or not set(linked_pairs(schedule)) <= set(linked_pairs(whole)):
+            raise ScheduleError(
+                f"batch.ramp: every size must have its stages where {whole.num_micro_batches} micro-batches have "
+                f"them, {schedule.num_micro_batches} have them elsewhere"
+            )
+        programs = compile_programs(schedule, self.config.pairing, self.world.pipeline_index, self.stages)
+        return replace(self, schedule=schedule, train_program=programs[0], forward_program=programs[1])
+
+    def close(self) -> None:
+        """Ends dispatcher and links; all ranks call it at the same point.
+
+        Not on the path of an error: peers may not respond.
+        """
+        self.dispatcher.close()
+        self.links.close()
+
+
+class _BoundStage:
+    """A model's stage with what it needs of one step: micro-batches, objective, sums, and the store of gradients."""
+
+    def __init__(
+        self, stage: Stage, batches: Batches, objective: Objective, sums: LossSums, store: GradientStore | None
+    ) -> None:
+        self.lanes = stage.lanes
+        self._stage = stage
+        self._batches = batches
+        self._objective = objective
+        self._sums = sums
+        self._store = store
+
+    def start(self, direction: int, micro_batch: int) -> StageRun:
+        """Begins a micro-batch."""
+        batch = self._batches(direction, micro_batch)
+        return self._stage.start(
+            batch, self._objective, self._sums, self._store, direction=direction, micro_batch=micro_batch
+        )
+
+
+def open_replica(world: World, config: ReplicaConfig, schedule: Schedule) -> Replica:
+    """Builds this rank's part of a network with the initial weights of the seed. All ranks call it at the same point.
+
+    Args:
+        world: of this process; its groups are mirrored if the schedule is.
+        config: of the network.
+        schedule: for the pipeline's ranks; equal on all ranks.
+
+    Raises:
+        ScheduleError: the schedule is not valid.
+    """
+    assert schedule.num_ranks == world.layout.parallelism.pipeline
+    observers, held = world.observers(), {stage for _, stage in schedule.stages_of(world.pipeline_index)}
+    dispatcher = world.open_dispatcher(config.dispatch, config.model.num_routed_experts, observers, config.buffer)
+    experts = held_experts(config.model, world.layout.parallelism.expert, world.layout.expert_index(world.rank))
+    part = stage_part(config.model, held, schedule.num_stages, experts)
+    model = build_model(config, dispatcher, part, world.device)
+    stages = _build_stages(model, held, schedule.num_stages)
+    train_program, forward_program = compile_programs(schedule, config.pairing, world.pipeline_index, stages)
+    batch = config.batch
+    shape = (batch.micro_sequences, batch.sequence_length_tokens, config.model.hidden_size)
+    return Replica(
+        world=world,
+        config=config,
+        model=model,
+        schedule=schedule,
+        stages=stages,
+        train_program=train_program,
+        forward_program=forward_program,
+        links=open_links(world, observers, schedule, shape, weight_dtype(config.precision)),
+        dispatcher=dispatcher,
+        observers=observers,
+    )
+
+
+def weight_dtype(precision: Precision) -> torch.dtype:
+    """The type of weights and activations."""
+    return {"float64": torch.float64, "float32": torch.float32}.get(precision.kind, torch.bfloat16)
+
+
+def is_mirrored(schedule: Schedule) -> bool:
+    """Whether pipeline ranks p and P-1-p hold the same stages.
+
+    Raises:
+        ScheduleError: other ranks than those share a stage, whose gradients would not be summed.
+    """
+    down, *up = schedule.placement
+    if any(row != down[::-1] for row in up) or (up and len(set(down)) < len(down)):
+        raise ScheduleError(
+            f"placement: of two directions, the second must be the first read backwards, with one stage for each rank, "
+            f"is {schedule.placement}"
+        )
+    return bool(up)
+
+
+def stage_part(model: ModelConfig, held: set[int], num_stages: int, experts: range) -> Part:
+    """Returns the part of a model that the given stages need."""
+    cut = cut_layers(model.num_layers, num_stages, model.mtp_depth)
+    last = num_stages - 1 in held
+    layers = [layer for stage in sorted(held) for layer in cut[stage]]
+    if last:
+        layers += range(model.num_layers, model.num_layers + model.mtp_depth)
+    # MTP modules share the embedding, which no other rank than its own could sum up.
+    assert not last or not model.mtp_depth or 0 in held
+    return Part(layers=tuple(layers), experts=experts, embedding=0 in held, head=last)
+
+
+def held_experts(model: ModelConfig, num_parts: int, expert_index: int) -> range:
+    """Returns the routed experts of every layer that a place in an expert group of `num_parts` ranks holds."""
+    per_rank = model.num_routed_experts // num_parts
+    return range(expert_index * per_rank, (expert_index + 1) * per_rank)
+
+
+def build_model(config: ReplicaConfig, dispatcher: Dispatcher, part: Part, device: torch.device) -> Transformer:
+    """Builds a part of a model with the initial weights of the seed."""
+    model = Transformer(config.model, dispatcher, weight_dtype(config.precision), part, config.computing)
+    initialise(model, config.seed)
+    return model.to(device)
+
+
+def compile_programs(
+    schedule: Schedule, pairing: Literal["overlapped", "sequential"], pipeline_rank: int, stages: Mapping[int, Stage]
+) -> tuple[Program, Program]:
+    """Compiles a pipeline rank's programs for training and for a forward pass only.
+
+    Raises:
+        ScheduleError: the schedule is not valid.
+    """
+    validate(schedule)
+    forwards = forward_only(schedule)
+    validate(forwards, forward_only=True)
+    order = {"overlapped": pairings.overlapped, "sequential": pairings.sequential}[pairing]
+    lanes = {number: stage.lanes for number, stage in stages.items()}
+    return compile_rank(schedule, pipeline_rank, lanes, order), compile_rank(forwards, pipeline_rank, lanes, order)
+
+
+def _build_stages(model: Transformer, held: set[int], num_stages: int) -> dict[int, Stage]:
+    shape = model.config
+    cut = cut_layers(shape.num_layers, num_stages, shape.mtp_depth)
+    return {
+        number: Stage(model, cut[number], first=number == 0, last=number == num_stages - 1) for number in sorted(held)
+    }

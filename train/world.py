@@ -1,0 +1,117 @@
+"""What a process of a job has once, whatever networks it holds: place, groups, device, lane, log and preemption."""
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from comm.config import DispatchConfig
+from comm.dispatch.build import build_dispatcher, open_lane
+from comm.dispatch.deepep.package import BufferShape
+from comm.dispatch.process_group import Observers
+from comm.dispatch.traffic import Traffic
+from comm.groups import Groups
+from comm.lane import Lane
+from comm.layout import Layout
+from comm.preemption import Preemption
+from comm.protocol import Dispatcher
+from comm.watchdog.operation_log import OperationLog
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class World:
+    """One process's view of the job.
+
+    Attributes:
+        layout: coordinates of every rank.
+        groups: process groups of this rank.
+        device: of this rank.
+        timeout_seconds: of each collective.
+        log: of operations with other ranks.
+        lane: where dispatch and combine run.
+        preemption: requests to leave that this process received.
+    """
+
+    layout: Layout
+    groups: Groups
+    device: torch.device
+    timeout_seconds: float
+    log: OperationLog
+    lane: Lane
+    preemption: Preemption = field(default_factory=Preemption)
+
+    @property
+    def rank(self) -> int:
+        """This process's rank."""
+        return self.groups.rank
+
+    @property
+    def ranks(self) -> range:
+        """All ranks of the job."""
+        return range(self.layout.world_size)
+
+    @property
+    def pipeline_index(self) -> int:
+        """This rank's place along the pipeline axis."""
+        return self.layout.pipeline_index(self.rank)
+
+    @property
+    def data_index(self) -> int:
+        """This rank's place along the data axis."""
+        return self.layout.data_index(self.rank)
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """Logs a phase in which all ranks take part, for example `checkpoint`."""
+        return self.log.phase("world", self.ranks, name)
+
+    def reduce(self, values: Tensor, name: str, operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+        """Returns the sum (or another reduction) of a small tensor over all ranks, on the host. All ranks call it."""
+        values = values.to(self.device)
+        with self.log.collective("world", self.groups.world, name):
+            dist.all_reduce(values, op=operation, group=self.groups.world)
+        return values.cpu()  # host sync
+
+    def open_dispatcher(
+        self, config: DispatchConfig, num_experts: int, observers: Observers, buffer: BufferShape | None
+    ) -> Dispatcher:
+        """Opens a dispatcher over this rank's expert group. All ranks call it at the same point.
+
+        Args:
+            config: of the dispatcher.
+            num_experts: routed experts of a layer.
+            observers: counters and log of what it sends.
+            buffer: shape of DeepEP's buffer; None for other dispatchers.
+        """
+        return build_dispatcher(
+            config, num_experts, self.layout, self.groups.expert, self.lane, observers, self.timeout_seconds, buffer
+        )
+
+    def observers(self) -> Observers:
+        """Returns new traffic counters that share this process's log: one set per replica."""
+        return Observers(Traffic(), self.log)
+
+    def close(self) -> None:
+        """Ends the lane's worker. Replicas are closed before. Not on the path of an error: peers may not respond."""
+        self.lane.close()
+
+
+def open_world(
+    layout: Layout,
+    groups: Groups,
+    device: torch.device,
+    timeout_seconds: float,
+    log: OperationLog,
+    preemption: Preemption | None = None,
+) -> World:
+    """Opens this process's lane. `preemption`: None if nothing can preempt this process, as in a test."""
+    return World(
+        layout=layout,
+        groups=groups,
+        device=device,
+        timeout_seconds=timeout_seconds,
+        log=log,
+        lane=open_lane(device),
+        preemption=preemption or Preemption(),
+    )
