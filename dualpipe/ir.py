@@ -48,6 +48,25 @@ class Operation:
 Group = tuple[Operation, ...]
 """Operations that a rank runs at once, overlapped."""
 
+Placement = tuple[tuple[int, ...], ...]
+"""For each direction, the rank that holds each stage."""
+
+
+def straight_placement(num_ranks: int) -> Placement:
+    """Returns one direction with stage r on rank r."""
+    return (tuple(range(num_ranks)),)
+
+
+def v_placement(num_ranks: int) -> Placement:
+    """Returns one direction with two stages per rank: r on the way down and 2P-1-r on the way up."""
+    return ((*range(num_ranks), *reversed(range(num_ranks))),)
+
+
+def mirrored_placement(num_ranks: int) -> Placement:
+    """Returns two directions: stage r on rank r for direction 0, and on rank P-1-r for direction 1."""
+    forwards = tuple(range(num_ranks))
+    return (forwards, forwards[::-1])
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Schedule:
@@ -60,7 +79,7 @@ class Schedule:
     kind: str
     num_ranks: int
     num_micro_batches: int
-    placement: tuple[tuple[int, ...], ...]
+    placement: Placement
     ranks: tuple[tuple[Group, ...], ...]
 
     @property

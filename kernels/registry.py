@@ -4,7 +4,8 @@ No torch here: configurations read registries. An entry that builds something he
 """
 
 import hashlib
-import importlib
+import importlib.util
+import pkgutil
 import sys
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
@@ -32,15 +33,17 @@ class PluginError(ValueError):
 class Registry(Generic[T]):
     """Entries by name: those of `modules` in their order, then others in the order of registration."""
 
-    def __init__(self, place: str, modules: Sequence[str] = ()) -> None:
+    def __init__(self, place: str, modules: Sequence[str] = (), also: Sequence[str] = ()) -> None:
         """Makes an empty registry.
 
         Args:
             place: dotted configuration key whose value is one of the names; errors begin with it.
             modules: modules that register this project's entries. They are imported when the registry is first used,
                 so that they may import the registry's module.
+            also: other values of the key, which have no entry, such as `auto`.
         """
         self.place = place
+        self._also = tuple(also)
         self._modules = list(modules)
         self._is_complete = False
         self._entries: dict[str, T] = {}
@@ -76,14 +79,18 @@ class Registry(Generic[T]):
         """
         self._complete()
         if name not in self._entries:
-            valid = ", ".join(self._entries) or "none"
-            raise UnknownNameError(f"{self.place}: must be one of {valid}, is {name!r}{_advice(name, self._entries)}")
+            valid = ", ".join(self.choices()) or "none"
+            raise UnknownNameError(f"{self.place}: must be one of {valid}, is {name!r}{_advice(name, self.choices())}")
         return self._entries[name]
 
     def names(self) -> tuple[str, ...]:
         """Returns all names in order."""
         self._complete()
         return tuple(self._entries)
+
+    def choices(self) -> tuple[str, ...]:
+        """Returns every value that the key may have: all names, then `also`."""
+        return (*self.names(), *self._also)
 
     def items(self) -> Iterator[tuple[str, T]]:
         """Iterates over names and entries in order."""
@@ -119,6 +126,19 @@ def closest(name: str, choices: Iterable[str], cutoff: float = 0.6) -> list[str]
     prefixed = [choice for choice in valid if len(name) > 1 and choice.lower().startswith(name.lower())]
     alike = [lower[match] for match in get_close_matches(name.lower(), lower, n=2, cutoff=cutoff)]
     return list(dict.fromkeys([*prefixed, *alike]))[:2]
+
+
+def modules_of(package: str, first: Sequence[str] = ()) -> list[str]:
+    """Returns the full names of a package's modules without importing them.
+
+    Args:
+        package: dotted name.
+        first: modules that come first, in this order; the others follow by name.
+    """
+    spec = importlib.util.find_spec(package)
+    assert spec is not None, f"no package {package}"
+    found = sorted(module.name for module in pkgutil.iter_modules(spec.submodule_search_locations))
+    return [f"{package}.{name}" for name in dict.fromkeys([*first, *found])]
 
 
 def load_plugins(paths: Sequence[str | Path]) -> tuple[ModuleType, ...]:

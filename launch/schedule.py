@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, assert_never
 
-from dualpipe.config import ScheduleConfig, ScheduleKind
+from dualpipe.config import ScheduleConfig
 from dualpipe.draw.entry import Absent, Entry, entry
 from dualpipe.draw.page import html
 from dualpipe.draw.svg import svg
@@ -18,9 +18,9 @@ from dualpipe.draw.table import table
 from dualpipe.draw.text import grid, summary
 from dualpipe.draw.trace import trace
 from dualpipe.generate.cache import schedules_folder
-from dualpipe.generate.select import build, check, stages_per_rank
 from dualpipe.ir import Schedule, to_json
 from dualpipe.passes import one_at_a_time
+from dualpipe.registry import FALLBACK, SCHEDULES, build, check_size
 from dualpipe.simulate.choose import choose, survey
 from dualpipe.simulate.costs import CostModel, Costs, uniform
 from dualpipe.simulate.simulate import simulate
@@ -90,13 +90,13 @@ def _shown(config: ScheduleCommandConfig) -> str:
     cache_dir = schedules_folder(config.cache_dir)
     kind, reason = config.schedule.kind, ""
     rows: tuple[Entry | Absent, ...] = ()
-    check("dualpipe_split" if kind == "auto" else kind, config.num_ranks, config.num_micro_batches)
+    check_size(FALLBACK if kind == "auto" else kind, config.num_ranks, config.num_micro_batches)
     if kind == "auto":
         rows = _survey(config, cache_dir)
         choice = choose(rows, config.memory_cap)
         schedule, reason = choice.schedule, choice.reason
     else:
-        costs = config.costs_of(config.num_ranks * stages_per_rank(kind))
+        costs = config.costs_of(SCHEDULES.get(kind).num_stages(config.num_ranks))
         schedule = build(kind, config.num_ranks, config.num_micro_batches, costs, config.memory_cap, cache_dir)
     validate(schedule, config.memory_cap)
     costs = config.costs_of(schedule.num_stages)
@@ -124,7 +124,7 @@ def _survey(config: ScheduleCommandConfig, cache_dir: Path) -> tuple[Entry | Abs
     return survey(config.num_ranks, config.num_micro_batches, config.costs_of, config.memory_cap, cache_dir)
 
 
-def _kind(row: Entry | Absent) -> ScheduleKind | str:
+def _kind(row: Entry | Absent) -> str:
     return row.schedule.kind if isinstance(row, Entry) else row.kind
 
 

@@ -4,9 +4,10 @@ import math
 
 from dualpipe.draw.words import NAMES, number, percent, plain, round_up, size, spread, stage_tells
 from dualpipe.ir import Group, Schedule
+from dualpipe.registry import SCHEDULES
 from dualpipe.simulate.bounds import lower_bound
 from dualpipe.simulate.costs import CostModel, Costs, uniform
-from dualpipe.simulate.simulate import Simulation, published_idle
+from dualpipe.simulate.simulate import Simulation
 
 _MAX_COLUMNS_PER_GROUP = 12
 _TICK_COLUMNS = 12
@@ -57,9 +58,10 @@ def summary(
         ("lower bound", f"{number(bound.value)}; this schedule is {number(above)}{share} above it"),
         ("bound's reason", bound.reason),
     ]
-    if schedule.kind == "dualpipe" and isinstance(costs, Costs):
-        formula = number(published_idle(schedule.num_ranks, costs))
-        lines.append(("published idle", f"(P/2-1)(F&B+B-3W) = {formula}, which assumes F = I >= W and no latency"))
+    idle = SCHEDULES.get(schedule.kind).idle if schedule.kind in SCHEDULES else None
+    if idle is not None and isinstance(costs, Costs):
+        formula = number(idle.value(schedule.num_ranks, costs))
+        lines.append(("published idle", f"{idle.text} = {formula}, which assumes {idle.assumes}"))
     return plain("\n".join(f"{name.ljust(16)}  {value}" for name, value in lines))
 
 

@@ -14,10 +14,11 @@ from dualpipe.generate.lockstep import lockstep_orders
 from dualpipe.generate.preferences import Preferences
 from dualpipe.generate.repeat import repeat
 from dualpipe.generate.search import Search
-from dualpipe.ir import MemoryCapError, Schedule, ScheduleError
+from dualpipe.ir import MemoryCapError, Schedule, ScheduleError, mirrored_placement
 from dualpipe.optimize.fuse import exchanges, fuse
 from dualpipe.optimize.weights import place_weights
 from dualpipe.passes import split_backwards
+from dualpipe.registry import SCHEDULES, IdleFormula, ScheduleSpec
 from dualpipe.simulate.bounds import lower_bound
 from dualpipe.simulate.costs import CostModel
 from dualpipe.simulate.memory import peak_memory
@@ -66,12 +67,11 @@ def dualpipe_split(
 
 def empty(num_ranks: int, num_micro_batches: int) -> Schedule:
     """Placement and counts, without groups."""
-    forwards = tuple(range(num_ranks))
     return Schedule(
         kind=KIND,
         num_ranks=num_ranks,
         num_micro_batches=num_micro_batches,
-        placement=(forwards, forwards[::-1]),
+        placement=mirrored_placement(num_ranks),
         ranks=((),) * num_ranks,
     )
 
@@ -223,3 +223,20 @@ def _check_cap(shape: Schedule, costs: CostModel, cap: float) -> None:
             f"activations on a rank, one for each direction, the cap is {cap:g}; nearest: {max(needs):g}",
             max(needs),
         )
+
+
+SCHEDULES.register(
+    KIND,
+    ScheduleSpec(
+        name=KIND,
+        summary="DualPipe with every backward split, for any ranks and micro-batches, ordered for the costs",
+        generate=dualpipe_split,
+        placement=mirrored_placement,
+        takes_costs=True,
+        idle=IdleFormula(
+            text="floor((P-1)/2)F",
+            assumes="F = I = W, no exchange and no latency",
+            value=lambda num_ranks, costs: (num_ranks - 1) // 2 * costs.forward,
+        ),
+    ),
+)

@@ -6,19 +6,30 @@ The order is that of DeepSeek's published implementation (github.com/deepseek-ai
 from collections import deque
 from dataclasses import dataclass, field
 
-from dualpipe.ir import Group, Op, Operation, Schedule
+from dualpipe.ir import Group, Op, Operation, Schedule, v_placement
+from dualpipe.registry import SCHEDULES, IdleFormula, ScheduleSpec, SizeLimit
+from dualpipe.simulate.costs import Costs, pair_time
 
 
 def dualpipe_v(num_ranks: int, num_micro_batches: int) -> Schedule:
-    """The published schedule: one direction, 2P stages, rank r holds stages r and 2P-1-r. Sizes: see `select.check`."""
-    assert num_micro_batches >= 2 * num_ranks >= 2
+    """The published schedule: one direction, 2P stages, rank r holds stages r and 2P-1-r. M >= 2P."""
+    assert too_few_micro_batches(num_ranks, num_micro_batches) is None
     return Schedule(
         kind="dualpipe_v",
         num_ranks=num_ranks,
         num_micro_batches=num_micro_batches,
-        placement=((*range(num_ranks), *reversed(range(num_ranks))),),
+        placement=v_placement(num_ranks),
         ranks=tuple(_rank_groups(rank, num_ranks, num_micro_batches) for rank in range(num_ranks)),
     )
+
+
+def too_few_micro_batches(num_ranks: int, num_micro_batches: int) -> SizeLimit | None:
+    """Returns why the published schedule does not exist: fewer than two micro-batches per rank."""
+    least = 2 * num_ranks
+    if num_micro_batches >= least:
+        return None
+    rule = f"on {num_ranks} ranks needs at least {least} micro-batches (2 per rank)"
+    return SizeLimit(about="num_micro_batches", rule=rule, nearest=(least,))
 
 
 @dataclass(slots=True)
@@ -97,3 +108,23 @@ def _drain(writer: _Writer, rank: int, num_ranks: int) -> None:
         writer.backward_input(down)
     for _ in range(rank + 1):
         writer.backward_weight()
+
+
+def _published_idle(num_ranks: int, costs: Costs) -> float:
+    backward = costs.backward_input + costs.backward_weight + costs.exchange
+    return (num_ranks - 1) * (pair_time(costs) + backward - 3 * costs.backward_weight) / 2
+
+
+SCHEDULES.register(
+    "dualpipe_v",
+    ScheduleSpec(
+        name="dualpipe_v",
+        summary="the published DualPipeV: DualPipe on half the ranks, stages in a V",
+        generate=dualpipe_v,
+        placement=v_placement,
+        limit=too_few_micro_batches,
+        idle=IdleFormula(
+            text="(P-1)(F&B+B-3W)/2", assumes="F = I >= W, no exchange and no latency", value=_published_idle
+        ),
+    ),
+)

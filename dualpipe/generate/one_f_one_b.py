@@ -1,6 +1,7 @@
 """1F1B: one forward, one backward, in a single direction (PipeDream-Flush, arXiv:2006.09503, section 2.2)."""
 
-from dualpipe.ir import Group, Op, Operation, Schedule
+from dualpipe.ir import Group, Op, Operation, Schedule, straight_placement
+from dualpipe.registry import SCHEDULES, IdleFormula, ScheduleSpec
 
 
 def one_f_one_b(num_ranks: int, num_micro_batches: int) -> Schedule:
@@ -9,7 +10,7 @@ def one_f_one_b(num_ranks: int, num_micro_batches: int) -> Schedule:
         kind="1f1b",
         num_ranks=num_ranks,
         num_micro_batches=num_micro_batches,
-        placement=(tuple(range(num_ranks)),),
+        placement=straight_placement(num_ranks),
         ranks=tuple(_rank_groups(rank, num_ranks, num_micro_batches) for rank in range(num_ranks)),
     )
 
@@ -22,3 +23,20 @@ def _rank_groups(rank: int, num_ranks: int, num_micro_batches: int) -> tuple[Gro
             groups.append((Operation(Op.FORWARD, 0, rank, index + ahead),))
         groups.append((Operation(Op.BACKWARD, 0, rank, index),))
     return tuple(groups)
+
+
+SCHEDULES.register(
+    "1f1b",
+    ScheduleSpec(
+        name="1f1b",
+        summary="one forward, one backward, in a single direction",
+        generate=one_f_one_b,
+        idle=IdleFormula(
+            text="(P-1)(F+B)",
+            assumes="no exchange and no latency",
+            value=lambda num_ranks, costs: (
+                (num_ranks - 1) * (costs.forward + costs.backward_input + costs.backward_weight)
+            ),
+        ),
+    ),
+)

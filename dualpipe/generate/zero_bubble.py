@@ -8,7 +8,8 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from dualpipe.ir import Op, Operation, Schedule
+from dualpipe.ir import Op, Operation, Schedule, straight_placement, v_placement
+from dualpipe.registry import SCHEDULES, IdleFormula, ScheduleSpec
 from dualpipe.transfers import Value, made_by, needed_by
 
 
@@ -22,7 +23,7 @@ def zb_h1(num_ranks: int, num_micro_batches: int) -> Schedule:
         kind="zb_h1",
         num_ranks=num_ranks,
         num_micro_batches=num_micro_batches,
-        placement=(tuple(range(num_ranks)),),
+        placement=straight_placement(num_ranks),
         ranks=tuple(
             tuple((op,) for op in _zb_h1_rank(rank, num_ranks, num_micro_batches)) for rank in range(num_ranks)
         ),
@@ -57,7 +58,7 @@ def zb_v(num_ranks: int, num_micro_batches: int) -> Schedule:
         kind="zb_v",
         num_ranks=num_ranks,
         num_micro_batches=num_micro_batches,
-        placement=((*range(num_ranks), *reversed(range(num_ranks))),),
+        placement=v_placement(num_ranks),
         ranks=tuple(tuple((op,) for op in order) for order in _with_weights(orders, 2 * num_ranks)),
     )
 
@@ -136,3 +137,34 @@ class _RankClock:
             return False
         needed = needed_by(op, num_stages)
         return needed is None or (needed in made_at and made_at[needed] <= tick)
+
+
+SCHEDULES.register(
+    "zb_v",
+    ScheduleSpec(
+        name="zb_v",
+        summary="two half stages per rank in a V, backwards split, no more activations than 1F1B",
+        generate=zb_v,
+        placement=v_placement,
+        idle=IdleFormula(
+            text="(P-1)F/2",
+            assumes="F = I = W, no exchange and no latency",
+            value=lambda num_ranks, costs: (num_ranks - 1) * costs.forward / 2,
+        ),
+    ),
+)
+SCHEDULES.register(
+    "zb_h1",
+    ScheduleSpec(
+        name="zb_h1",
+        summary="1F1B with split backwards, no more activations than 1F1B",
+        generate=zb_h1,
+        idle=IdleFormula(
+            text="(P-1)(F+I-W)",
+            assumes="F = I = W, no exchange and no latency",
+            value=lambda num_ranks, costs: (
+                (num_ranks - 1) * (costs.forward + costs.backward_input - costs.backward_weight)
+            ),
+        ),
+    ),
+)

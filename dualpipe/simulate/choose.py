@@ -5,11 +5,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dualpipe.config import ScheduleKind
 from dualpipe.draw.entry import Absent, Entry, entry
 from dualpipe.draw.words import number
-from dualpipe.generate.select import KINDS, build, stages_per_rank
 from dualpipe.ir import MemoryCapError, Schedule, ScheduleError
+from dualpipe.registry import SCHEDULES, build
 from dualpipe.simulate.costs import CostModel
 
 CostsOf = Callable[[int], CostModel]
@@ -31,9 +30,9 @@ def survey(
     costs_of: CostsOf,
     memory_cap: float | None = None,
     cache_dir: Path | None = None,
-    excluded: dict[ScheduleKind, str] | None = None,
+    excluded: dict[str, str] | None = None,
 ) -> tuple[Entry | Absent, ...]:
-    """Every kind of schedule of this size: timed, or the reason for which there is none.
+    """Every kind of schedule of this size that may be chosen: timed, or the reason for which there is none.
 
     Args:
         num_ranks: ranks of one pipeline.
@@ -48,11 +47,13 @@ def survey(
     """
     rows: list[Entry | Absent] = []
     least = math.inf
-    for kind in KINDS:
+    for kind, spec in SCHEDULES.items():
+        if not spec.may_be_chosen:
+            continue
         if excluded and kind in excluded:
             rows.append(Absent(kind=kind, reason=excluded[kind]))
             continue
-        costs = costs_of(num_ranks * stages_per_rank(kind))
+        costs = costs_of(spec.num_stages(num_ranks))
         try:
             schedule = build(kind, num_ranks, num_micro_batches, costs, memory_cap, cache_dir)
             rows.append(entry(schedule, costs, memory_cap))

@@ -104,6 +104,12 @@ def overlapped_time(members: Sequence[tuple[float, float]]) -> float:
     return max(compute, exchange, max(map(sum, members), default=0.0))
 
 
+def pair_time(costs: Costs) -> float:
+    """Returns the time of F&B: a forward and a full backward of model/P at once."""
+    backward = costs.backward_input + costs.backward_weight
+    return overlapped_time([(costs.forward, costs.exchange), (backward, costs.exchange)])
+
+
 def uniform(costs: Costs, num_ranks: int, num_stages: int) -> CostModel:
     """Equal stages. `costs` are those of model/`num_ranks`: of twice as many stages, each costs and keeps half."""
     share = num_ranks / num_stages

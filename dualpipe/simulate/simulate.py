@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from dualpipe.ir import Op, Operation, Schedule, ScheduleError
+from dualpipe.ir import Schedule, ScheduleError
 from dualpipe.simulate.costs import CostModel, Costs, uniform
 from dualpipe.simulate.memory import peak_memory
 from dualpipe.simulate.timing import NumberedGroup, Timing
@@ -64,17 +64,6 @@ def simulate(schedule: Schedule, costs: Costs | CostModel) -> Simulation:
         exposed=tuple(time - compute for time, compute in zip(busy, computing, strict=True)),
         peaks=peak_memory(schedule, model),
     )
-
-
-def published_idle(num_ranks: int, costs: Costs) -> float:
-    """Idle time of every rank under the published DualPipe, (P/2 - 1)(F&B + B - 3W).
-
-    F&B is the time of an overlapped pair. Source: arXiv:2412.19437, table 2.
-    """
-    model = uniform(costs, num_ranks, num_ranks)
-    backward = Operation(Op.BACKWARD, 1, 0, 0)
-    pair = model.duration_of((Operation(Op.FORWARD, 0, 0, 0), backward))
-    return (num_ranks / 2 - 1) * (pair + model.duration_of((backward,)) - 3 * costs.backward_weight)
 
 
 def _check_finished(schedule: Schedule, ranks: list[list[NumberedGroup]], ended: list[float]) -> None:

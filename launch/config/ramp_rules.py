@@ -1,8 +1,8 @@
 """What a ramp of the global batch can be. No torch here."""
 
 from data.batch_sizes import BatchRamp, ramp_sizes
-from dualpipe.generate import select
 from dualpipe.ir import ScheduleError
+from dualpipe.registry import check_size
 from launch.config.errors import ConfigError
 from launch.config.ranges import multiples
 from train.config import TrainConfig
@@ -39,7 +39,6 @@ def check_ramp(config: TrainConfig) -> None:
 
 def _check_sizes(config: TrainConfig, ramp: BatchRamp) -> None:
     batch, parallelism, kind = config.batch, config.parallelism, config.schedule.kind
-    assert kind != "auto"
     share = parallelism.data * batch.micro_sequences
     for size in ramp_sizes(batch.global_sequences, ramp):
         if size % share:
@@ -49,6 +48,6 @@ def _check_sizes(config: TrainConfig, ramp: BatchRamp) -> None:
                 f"of (num_sizes - 1) x {share} or a multiple of it"
             )
         try:
-            select.check(kind, parallelism.pipeline, size // share, micro_batches_key=_KEY)
+            check_size(kind, parallelism.pipeline, size // share, micro_batches_key=_KEY)
         except ScheduleError as error:
             raise ConfigError(f"{error}; a size of {size} sequences has {size // share} micro-batches") from error

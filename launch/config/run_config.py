@@ -10,10 +10,9 @@ from typing import Any, Literal, get_type_hints
 from data.config import DataConfig
 from data.prepare import check_config
 from data.registry import DATA_SOURCES
-from dualpipe.config import ScheduleKind
-from dualpipe.generate import select
 from dualpipe.generate.cache import schedules_folder
 from dualpipe.ir import ScheduleError
+from dualpipe.registry import SCHEDULES, build, check_size
 from launch.config.decode import decode, encode
 from launch.config.dispatch_rules import check_exchange
 from launch.config.errors import ConfigError
@@ -227,7 +226,8 @@ def _check_batch(config: TrainConfig) -> None:
 
 def _check_schedule(config: TrainConfig) -> None:
     """Refuses a schedule that the run cannot follow; where any will do, a run that can follow none."""
-    kinds = select.KINDS if config.schedule.kind == "auto" else (config.schedule.kind,)
+    candidates = tuple(kind for kind, spec in SCHEDULES.items() if spec.may_be_chosen)
+    kinds = candidates if config.schedule.kind == "auto" else (config.schedule.kind,)
     problems: list[ValueError] = []
     for kind in kinds:
         try:
@@ -238,11 +238,11 @@ def _check_schedule(config: TrainConfig) -> None:
         raise problems[0]
 
 
-def _check_kind(config: TrainConfig, kind: ScheduleKind) -> None:
+def _check_kind(config: TrainConfig, kind: str) -> None:
     pipeline, depth = config.parallelism.pipeline, config.model.mtp_depth
     key, share = "batch.global_sequences", config.parallelism.data * config.batch.micro_sequences
     try:
-        select.check(
+        check_size(
             kind,
             pipeline,
             config.num_micro_batches,
@@ -252,17 +252,18 @@ def _check_kind(config: TrainConfig, kind: ScheduleKind) -> None:
     except ScheduleError as error:
         unit = f"; a micro-batch of all is parallelism.data x batch.micro_sequences = {share} sequences"
         raise ScheduleError(f"{error}{unit if str(error).startswith(key) else ''}") from error
-    stages = select.stages_per_rank(kind)
-    cut_layers(config.model.num_layers, pipeline * stages, depth, stages_per_rank=stages)
-    if depth and not select.ends_meet(kind, pipeline):
+    spec = SCHEDULES.get(kind)
+    stages = spec.num_stages(pipeline)
+    cut_layers(config.model.num_layers, stages, depth, stages_per_rank=spec.stages_per_rank(pipeline))
+    if depth and not spec.joins_ends(pipeline):
         raise ConfigError(
             f"model.mtp_depth: must be 0 under schedule={kind} with parallelism.pipeline={pipeline}, "
             f"as embedding and head sit on different ranks, is {depth}; "
             f"nearest valid: model.mtp_depth=0, or schedule=dualpipe_split"
         )
     if config.memory_cap is not None:
-        costs = nominal_costs(config, pipeline * stages)
-        select.build(
+        costs = nominal_costs(config, stages)
+        build(
             kind, pipeline, config.num_micro_batches, costs, config.memory_cap, schedules_folder(config.data.cache_dir)
         )
 

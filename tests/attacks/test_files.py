@@ -14,8 +14,8 @@ import pytest
 from comm.config import ParallelismConfig
 from data.corpus import DataError
 from data.tokenizer import Tokenizer
-from dualpipe.generate.select import build
 from dualpipe.ir import to_json
+from dualpipe.registry import build
 from launch.config.errors import ConfigError
 from launch.convert import main as convert
 from launch.ranks.run_folder import claim_folder, read_folder

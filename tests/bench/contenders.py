@@ -4,7 +4,6 @@ Shape legend: T rows of a micro-batch, D hidden.
 """
 
 from collections.abc import Callable
-from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +14,8 @@ from comm.layout import Layout
 from comm.protocol import Work
 from comm.transfers.transport import Transport
 from comm.watchdog.operation_log import OperationLog
-from dualpipe.config import ScheduleKind
 from dualpipe.ir import Schedule
+from dualpipe.registry import SCHEDULES
 from dualpipe.runtime import pairing
 from dualpipe.runtime.compile import compile_rank
 from dualpipe.runtime.execute import execute
@@ -26,7 +25,7 @@ from tests.bench.blocks import Block, Owed, SleepBlock, SleepLog, Workload, buil
 from train.schedule.links import message_key
 
 Step = Callable[[], None]
-OWN_KINDS: tuple[ScheduleKind, ...] = get_args(ScheduleKind)
+OWN_KINDS = SCHEDULES.names()
 TORCH_KINDS = ("torch:ScheduleDualPipeV", "torch:Schedule1F1B")
 ALONE = "blocks alone"
 _TIMEOUT_SECONDS = 60.0

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import distributed
 
-from dualpipe.config import ScheduleKind
-from dualpipe.generate.select import build, stages_per_rank
 from dualpipe.ir import Schedule
+from dualpipe.registry import SCHEDULES, build
 from dualpipe.simulate.costs import Costs, uniform
 from tests.bench.blocks import SleepLog, Workload
 from tests.bench.contenders import ALONE, OWN_KINDS, Step, alone_step, open_transport, own_step, torch_step
@@ -71,15 +70,13 @@ def measure(plan: Plan) -> dict[str, list[Sample]]:
     }
 
 
-def make_schedule(kind: ScheduleKind, num_ranks: int, num_micro_batches: int) -> Schedule:
+def make_schedule(kind: str, num_ranks: int, num_micro_batches: int) -> Schedule:
     """The project's schedule for stages whose F, I and W take one unit each, of model/`num_ranks`."""
-    costs = uniform(COSTS, num_ranks, num_ranks * stages_per_rank(kind))
+    costs = uniform(COSTS, num_ranks, SCHEDULES.get(kind).num_stages(num_ranks))
     return build(kind, num_ranks, num_micro_batches, costs)
 
 
-def _measure_rank(
-    rank: int, num_ranks: int, plan: Plan, schedules: dict[ScheduleKind, Schedule]
-) -> dict[str, list[RankSample]]:
+def _measure_rank(rank: int, num_ranks: int, plan: Plan, schedules: dict[str, Schedule]) -> dict[str, list[RankSample]]:
     log = SleepLog()
     with open_transport(num_ranks) as transport:
         steps: dict[str, Step] = {}

@@ -65,5 +65,5 @@ def test_product_block_splits_the_backward_of_its_layers() -> None:
 
 @pytest.mark.parametrize("kind", ["dualpipe_split", "1f1b"])
 def test_interpreter_s_cost_is_per_operation(kind: str) -> None:
-    schedule = make_schedule(kind, 2, 4)  # type: ignore[arg-type]
+    schedule = make_schedule(kind, 2, 4)
     assert microseconds_per_operation(schedule, rank=1, num_repeats=3) > 0

@@ -4,8 +4,8 @@ from random import Random
 
 import pytest
 
-from dualpipe.generate.select import build
 from dualpipe.ir import Group, Op, Operation, Schedule, ScheduleError
+from dualpipe.registry import build
 from dualpipe.simulate.bounds import lower_bound
 from dualpipe.simulate.costs import CostModel, Costs, StageCosts, uniform
 from dualpipe.simulate.simulate import simulate
@@ -147,7 +147,7 @@ def test_bound_is_reached_by_the_best_of_many_tiny_schedules(empty: Schedule, co
 @pytest.mark.parametrize("costs", [COMPUTE, EXCHANGE, random_costs(Random(7), 8)])
 @pytest.mark.parametrize("kind", ["dualpipe", "1f1b"])
 def test_bound_is_beaten_by_no_generated_schedule(kind: str, costs: Costs | CostModel) -> None:
-    schedule = build(kind, 8, 16)  # type: ignore[arg-type]
+    schedule = build(kind, 8, 16)
     model = uniform(costs, 8, 8) if isinstance(costs, Costs) else costs
     simulation = simulate(schedule, model)
     assert lower_bound(schedule, model, memory_cap=max(simulation.peaks)).value <= simulation.makespan

@@ -8,7 +8,7 @@ import pytest
 from dualpipe.draw.entry import Absent, entry
 from dualpipe.draw.page import html
 from dualpipe.draw.table import COLUMNS, cells
-from dualpipe.generate.select import build
+from dualpipe.registry import build
 from dualpipe.simulate.costs import Costs
 from tests.dualpipe.clockwork import measured_run
 

@@ -10,8 +10,8 @@ import pytest
 from dualpipe.draw import style
 from dualpipe.draw.entry import entry
 from dualpipe.draw.svg import Scale, natural_scale, svg
-from dualpipe.generate.select import build
 from dualpipe.ir import Group, Op, Operation, Schedule
+from dualpipe.registry import build
 from dualpipe.runtime.measured import measured_bubble
 from dualpipe.simulate.costs import Costs
 from dualpipe.simulate.simulate import Simulation, simulate

@@ -5,7 +5,7 @@ import pytest
 from dualpipe.draw.entry import Absent, entry
 from dualpipe.draw.table import COLUMNS, table
 from dualpipe.generate.dualpipe_v import dualpipe_v
-from dualpipe.generate.select import build
+from dualpipe.registry import build
 from dualpipe.simulate.costs import Costs
 
 UNIT = Costs(forward=1, backward_input=1, backward_weight=1, exchange=0, latency=0)

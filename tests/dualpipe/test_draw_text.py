@@ -5,15 +5,14 @@ from dataclasses import replace
 
 import pytest
 
-from dualpipe.config import ScheduleKind
 from dualpipe.draw.text import grid, summary
-from dualpipe.generate.select import build
+from dualpipe.registry import build
 from dualpipe.simulate.costs import Costs, uniform
 from dualpipe.simulate.simulate import simulate
 
 UNIT = Costs(forward=1, backward_input=1, backward_weight=1, exchange=0, latency=0)
 UNEVEN = Costs(forward=1, backward_input=1.3, backward_weight=0.7, exchange=0.4, latency=0.15)
-SIZES: list[tuple[ScheduleKind, int, int]] = [
+SIZES: list[tuple[str, int, int]] = [
     ("dualpipe", 8, 20),
     ("dualpipe", 12, 30),
     ("1f1b", 4, 12),
@@ -35,7 +34,7 @@ def rows_of(text: str, num_ranks: int) -> list[str]:
 @pytest.mark.parametrize("costs", [UNIT, UNEVEN])
 @pytest.mark.parametrize("width", [100, 10_000])
 def test_grid_shows_every_group_in_order_at_its_time(
-    kind: ScheduleKind, num_ranks: int, num_micro_batches: int, costs: Costs, width: int
+    kind: str, num_ranks: int, num_micro_batches: int, costs: Costs, width: int
 ) -> None:
     schedule = build(kind, num_ranks, num_micro_batches)
     simulation = simulate(schedule, costs)

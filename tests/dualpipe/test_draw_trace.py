@@ -8,7 +8,7 @@ import pytest
 
 from dualpipe.draw.entry import entry
 from dualpipe.draw.trace import trace
-from dualpipe.generate.select import build
+from dualpipe.registry import build
 from dualpipe.runtime.measured import Measured
 from dualpipe.simulate.costs import Costs
 from dualpipe.transfers import transfers
@@ -18,7 +18,7 @@ COSTS = Costs(forward=1, backward_input=1.3, backward_weight=0.7, exchange=0.4, 
 
 
 def events_of(kind: str, ranks: int, batches: int, measured: Measured | None = None) -> list[dict[str, Any]]:
-    schedule = build(kind, ranks, batches)  # type: ignore[arg-type]
+    schedule = build(kind, ranks, batches)
     shown = entry(schedule, COSTS)
     record = json.loads(trace(schedule, shown.simulation, shown.costs, measured))
     return list(record["traceEvents"])
@@ -31,7 +31,7 @@ def threads_of(events: list[dict[str, Any]]) -> dict[tuple[int, int], str]:
 
 @pytest.mark.parametrize(("kind", "ranks", "batches"), [("dualpipe", 4, 8), ("1f1b", 3, 4)])
 def test_trace_has_every_planned_operation_at_its_time(kind: str, ranks: int, batches: int) -> None:
-    schedule = build(kind, ranks, batches)  # type: ignore[arg-type]
+    schedule = build(kind, ranks, batches)
     simulation = entry(schedule, COSTS).simulation
     events = events_of(kind, ranks, batches)
     found = {

@@ -7,9 +7,9 @@ import pytest
 
 from dualpipe.generate.dualpipe import dualpipe
 from dualpipe.generate.dualpipe_split import dualpipe_split
-from dualpipe.generate.select import build, stages_per_rank
 from dualpipe.ir import MemoryCapError
 from dualpipe.passes import split_backwards
+from dualpipe.registry import SCHEDULES, build
 from dualpipe.simulate.bounds import lower_bound
 from dualpipe.simulate.costs import CostModel, Costs, StageCosts, uniform
 from dualpipe.simulate.memory import peak_memory
@@ -77,7 +77,7 @@ def test_split_is_the_shortest_of_all_kinds(times: tuple[float, ...]) -> None:
     found = makespan(4, 12, costs)
     assert found <= simulate(split_backwards(dualpipe(4, 12)), costs).makespan + 1e-9
     for kind in ("1f1b", "zb_h1", "zb_v", "dualpipe", "dualpipe_v"):
-        other = build(kind, 4, 12, uniform(costs, 4, 4 * stages_per_rank(kind)))
+        other = build(kind, 4, 12, uniform(costs, 4, SCHEDULES.get(kind).num_stages(4)))
         assert found <= simulate(other, costs).makespan + 1e-9
 
 

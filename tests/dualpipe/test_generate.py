@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from dualpipe.config import ScheduleKind
 from dualpipe.generate.dualpipe_v import dualpipe_v
-from dualpipe.generate.select import build, check
 from dualpipe.generate.zero_bubble import zb_h1, zb_v
 from dualpipe.ir import Op, Schedule, ScheduleError, to_json
 from dualpipe.passes import forward_only
+from dualpipe.registry import build, check_size
 from dualpipe.simulate.costs import Costs
 from dualpipe.simulate.memory import peak_activations
 from dualpipe.simulate.simulate import simulate
@@ -169,9 +168,9 @@ def test_forward_only_keeps_the_order_of_forwards_and_nothing_else() -> None:
     ],
 )
 def test_sizes_refused_name_key_rule_value_and_nearest(
-    kind: ScheduleKind, num_ranks: int, num_micro_batches: int, message: str
+    kind: str, num_ranks: int, num_micro_batches: int, message: str
 ) -> None:
     with pytest.raises(ScheduleError, match=message):
-        check(kind, num_ranks, num_micro_batches, ranks_key="here", micro_batches_key="there")
+        check_size(kind, num_ranks, num_micro_batches, ranks_key="here", micro_batches_key="there")
     with pytest.raises(ScheduleError, match=r"^num_(ranks|micro_batches): "):
         build(kind, num_ranks, num_micro_batches)

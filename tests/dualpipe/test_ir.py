@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from dualpipe.generate.select import build
 from dualpipe.ir import Op, Operation, Schedule, ScheduleError, from_json, to_json
+from dualpipe.registry import build
 
 
 def test_json_brings_back_the_same_schedule() -> None:

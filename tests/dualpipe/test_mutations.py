@@ -12,10 +12,10 @@ from dualpipe.generate.dualpipe import dualpipe
 from dualpipe.generate.dualpipe_v import dualpipe_v
 from dualpipe.generate.mirror import mirror
 from dualpipe.generate.one_f_one_b import one_f_one_b
-from dualpipe.generate.select import build
 from dualpipe.generate.zero_bubble import zb_h1, zb_v
 from dualpipe.ir import Operation, Schedule, ScheduleError
 from dualpipe.passes import forward_only
+from dualpipe.registry import build
 from dualpipe.validate import validate
 from tests.dualpipe.enactment import enact
 from tests.dualpipe.random_schedules import bidirectional, looped, random_schedule, v_shaped

@@ -4,11 +4,12 @@ import random
 
 import pytest
 
-from dualpipe.generate.select import build
+from dualpipe.generate.dualpipe import published_idle
 from dualpipe.ir import Op, Operation, Schedule, ScheduleError
 from dualpipe.passes import forward_only
+from dualpipe.registry import build
 from dualpipe.simulate.costs import Costs, uniform
-from dualpipe.simulate.simulate import published_idle, simulate
+from dualpipe.simulate.simulate import simulate
 
 UNIT = Costs(forward=1, backward_input=1, backward_weight=1, exchange=0, latency=0)
 EXCHANGING = Costs(forward=1, backward_input=1, backward_weight=1, exchange=1, latency=0)

@@ -1,7 +1,7 @@
 """Messages: each value crosses once, from the rank that makes it to the one that needs it."""
 
-from dualpipe.generate.select import build
 from dualpipe.ir import Group, Op, Operation, Schedule
+from dualpipe.registry import build
 from dualpipe.transfers import Message, message_of, transfers
 
 

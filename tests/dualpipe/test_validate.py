@@ -6,17 +6,16 @@ from dataclasses import replace
 
 import pytest
 
-from dualpipe.config import ScheduleKind
 from dualpipe.generate.dualpipe import dualpipe
 from dualpipe.generate.dualpipe_v import dualpipe_v
 from dualpipe.generate.one_f_one_b import one_f_one_b
-from dualpipe.generate.select import build
 from dualpipe.generate.zero_bubble import zb_h1
 from dualpipe.ir import Group, Op, Operation, Schedule, ScheduleError
 from dualpipe.passes import forward_only
+from dualpipe.registry import build
 from dualpipe.validate import validate
 
-SIZES: list[tuple[ScheduleKind, int, int]] = [
+SIZES: list[tuple[str, int, int]] = [
     ("dualpipe", 2, 4),
     ("dualpipe", 4, 8),
     ("dualpipe", 6, 14),
@@ -101,7 +100,7 @@ def put_out_of_range(lists: Lists, generator: random.Random) -> None:
 )
 @pytest.mark.parametrize("size", SIZES)
 def test_validator_catches_every_mutation(
-    size: tuple[ScheduleKind, int, int], mutate: Callable[[Lists, random.Random], None]
+    size: tuple[str, int, int], mutate: Callable[[Lists, random.Random], None]
 ) -> None:
     schedule = build(*size)
     validate(schedule)

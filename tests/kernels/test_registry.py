@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kernels.registry import PluginError, Registry, UnknownNameError, closest, load_plugins
+from kernels.registry import PluginError, Registry, UnknownNameError, closest, load_plugins, modules_of
 
 ROOT = Path(__file__).resolve().parents[2]
 COLOURS = Registry[int]("paint.colour")
@@ -52,6 +52,21 @@ def test_registry_unknown_name_states_place_value_and_nearest() -> None:
     assert str(error.value) == "paint.colour: must be one of red, reddish, is 'rad'; did you mean red?"
     with pytest.raises(UnknownNameError, match=r"is 'zzzz'$"):
         COLOURS.get("zzzz")
+
+
+def test_registry_choices_are_names_and_other_values_of_the_key() -> None:
+    shapes = Registry[int]("paint.shape", also=("auto",))
+    shapes.register("round", 1)
+    assert shapes.choices() == ("round", "auto")
+    assert "auto" not in shapes
+    with pytest.raises(UnknownNameError, match=r"^paint.shape: must be one of round, auto, is 'aut'; did you mean"):
+        shapes.get("aut")
+
+
+def test_modules_of_a_package_are_named_without_being_imported() -> None:
+    modules = modules_of("dualpipe.draw", first=("text", "svg"))
+    assert modules[:2] == ["dualpipe.draw.text", "dualpipe.draw.svg"]
+    assert modules[2:] == sorted(set(modules[2:]))
 
 
 def test_closest_puts_beginnings_first_and_ignores_case() -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from dualpipe.generate.select import KINDS, build
 from dualpipe.ir import ScheduleError, from_json
+from dualpipe.registry import SCHEDULES, build
 from launch.config.errors import ConfigError
 from launch.schedule import main
 
@@ -22,7 +22,7 @@ def test_schedule_json_is_the_public_form(
     arguments = [f"schedule={kind}", f"num_ranks={ranks}", f"num_micro_batches={micro_batches}", "format=json"]
     assert main(arguments) == 0
     printed = capsys.readouterr().out
-    assert from_json(printed) == build(kind, ranks, micro_batches)  # type: ignore[arg-type]
+    assert from_json(printed) == build(kind, ranks, micro_batches)
     assert set(json.loads(printed)) == {"kind", "num_ranks", "num_micro_batches", "num_stages", "placement", "ranks"}
 
 
@@ -65,7 +65,7 @@ def test_schedule_auto_takes_the_shortest_and_says_why(capsys: pytest.CaptureFix
     assert main(["schedule=auto", "num_ranks=4", "num_micro_batches=12"]) == 0
     printed = capsys.readouterr().out
     assert printed.splitlines()[-1].startswith("auto: dualpipe_split: makespan 37, then zb_v with 37.5")
-    assert all(kind in printed for kind in KINDS)
+    assert all(kind in printed for kind in SCHEDULES.names())
 
 
 @pytest.mark.parametrize("form", ["svg", "html", "trace", "json"])

@@ -15,8 +15,8 @@ from comm.protocol import Dispatcher
 from comm.watchdog.operation_log import OperationLog
 from data.loader import Loader
 from data.prepare import prepare
-from dualpipe.generate.select import build
 from dualpipe.ir import Schedule
+from dualpipe.registry import build
 from model.experts import RoutedExperts
 from model.objective import LossSums
 from model.transformer import Transformer, initialise, named_tensors, routers

@@ -11,9 +11,9 @@ import torch
 from comm.config import ParallelismConfig
 from dualpipe.config import ScheduleConfig
 from dualpipe.generate.dualpipe_v import dualpipe_v
-from dualpipe.generate.select import build
 from dualpipe.generate.zero_bubble import zb_h1, zb_v
 from dualpipe.ir import Op, Schedule
+from dualpipe.registry import build
 from dualpipe.simulate.costs import Costs, uniform
 from tests.dualpipe.random_schedules import bidirectional, looped, random_schedule, straight, v_shaped
 from tests.ranks import run_ranks

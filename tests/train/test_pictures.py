@@ -11,10 +11,10 @@ import torch
 from torch import distributed as dist
 
 from comm.config import ParallelismConfig
-from dualpipe.config import ScheduleConfig, ScheduleKind
+from dualpipe.config import ScheduleConfig
 from dualpipe.draw.cells import measured_cells
-from dualpipe.generate.select import build
 from dualpipe.ir import Schedule
+from dualpipe.registry import build
 from dualpipe.runtime.measured import Measured, RankUse, Span, measured_bubble, rank_spans
 from tests.dualpipe.clockwork import measured_run
 from tests.ranks import run_ranks
@@ -53,7 +53,7 @@ def lanes_of(text: str) -> set[str]:
     return {event["args"]["name"] for event in events if event["name"] == "thread_name"}
 
 
-def config_of(folder: Path, kind: ScheduleKind, parallelism: ParallelismConfig, pairing: str) -> TrainConfig:
+def config_of(folder: Path, kind: str, parallelism: ParallelismConfig, pairing: str) -> TrainConfig:
     (folder / "run").mkdir()
     write_text(folder)
     return tiny_config(
@@ -97,7 +97,7 @@ def _watch(rank: int, world_size: int, config: TrainConfig) -> tuple[float, bool
     ],
 )
 def test_step_draws_every_operation_and_reduces_the_bubble_of_its_spans(
-    tmp_path: Path, kind: ScheduleKind, mesh: tuple[int, int, int], pairing: str
+    tmp_path: Path, kind: str, mesh: tuple[int, int, int], pairing: str
 ) -> None:
     pipeline, data, expert = mesh
     config = config_of(tmp_path, kind, ParallelismConfig(pipeline=pipeline, data=data, expert=expert), pairing)
@@ -119,7 +119,7 @@ def test_step_draws_every_operation_and_reduces_the_bubble_of_its_spans(
 
 
 @pytest.mark.parametrize("kind", ["dualpipe_split", "1f1b"])
-def test_pictures_show_a_cell_per_group_and_replace_earlier_ones(tmp_path: Path, kind: ScheduleKind) -> None:
+def test_pictures_show_a_cell_per_group_and_replace_earlier_ones(tmp_path: Path, kind: str) -> None:
     schedule = build(kind, 3, 5)
     for name in FILES:
         (tmp_path / name).write_text("of an earlier step")

@@ -10,8 +10,8 @@ import torch
 from comm.config import ParallelismConfig
 from comm.layout import Layout
 from dualpipe.config import ScheduleConfig
-from dualpipe.generate.select import build
 from dualpipe.ir import from_json, to_json
+from dualpipe.registry import build
 from dualpipe.validate import validate
 from tests.ranks import run_ranks
 from tests.tiny import tiny_config
@@ -23,7 +23,7 @@ from train.schedule.plan import plan
 def config_of(folder: Path, kind: str, **changes: Any) -> TrainConfig:
     """Two pipeline ranks."""
     parallelism = ParallelismConfig(pipeline=2, data=1, expert=1)
-    schedule = ScheduleConfig(kind=kind, pairing="overlapped")  # type: ignore[arg-type]
+    schedule = ScheduleConfig(kind=kind, pairing="overlapped")
     return tiny_config(folder, parallelism=parallelism, schedule=schedule, **changes)
 
 

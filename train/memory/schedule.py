@@ -1,15 +1,14 @@
 """The schedule by which memory is predicted: short, and with the peaks of the one that the run follows.
 
-What is alive on a rank reaches its peak once the pipeline is full and stays there, so a few micro-batches for each rank
-tell the peak of thousands. `tests/train/memory/test_schedule.py` compares both.
+What is alive on a rank reaches its peak once the pipeline is full and stays there under most schedules, so a few
+micro-batches for each rank show the peak of thousands. `tests/train/memory/test_schedule.py` compares both.
 """
 
-from dualpipe.config import ScheduleKind
 from dualpipe.generate.cache import schedules_folder
 from dualpipe.generate.dualpipe import dualpipe
-from dualpipe.generate.select import build, stages_per_rank
 from dualpipe.ir import Schedule
 from dualpipe.passes import split_backwards
+from dualpipe.registry import FALLBACK, SCHEDULES, build
 from dualpipe.simulate.costs import Costs
 from train.config import TrainConfig
 from train.schedule.costs import nominal_costs
@@ -28,12 +27,13 @@ def planning_schedule(config: TrainConfig, num_micro_batches: int) -> Schedule:
     Raises:
         ScheduleError: the schedule cannot be made.
     """
-    kind: ScheduleKind = "dualpipe_split" if config.schedule.kind == "auto" else config.schedule.kind
+    kind = FALLBACK if config.schedule.kind == "auto" else config.schedule.kind
+    spec = SCHEDULES.get(kind)
     pipeline = config.parallelism.pipeline
-    few = few_micro_batches(pipeline, num_micro_batches)
+    few = num_micro_batches if spec.grows else few_micro_batches(pipeline, num_micro_batches)
     if kind == "dualpipe_split" and _is_published_order(config, num_micro_batches):
         return split_backwards(dualpipe(pipeline, few))
-    costs = nominal_costs(config, pipeline * stages_per_rank(kind))
+    costs = nominal_costs(config, spec.num_stages(pipeline))
     return build(kind, pipeline, few, costs, config.memory_cap, schedules_folder(config.data.cache_dir))
 
 

@@ -8,10 +8,9 @@ import torch
 from torch import distributed as dist
 
 from comm.layout import Layout
-from dualpipe.config import ScheduleKind
 from dualpipe.generate.cache import schedules_folder
-from dualpipe.generate.select import KINDS, build, ends_meet, stages_per_rank
 from dualpipe.ir import Schedule, ScheduleError, from_json, to_json
+from dualpipe.registry import SCHEDULES, build
 from dualpipe.simulate.choose import choose, survey
 from dualpipe.simulate.costs import CostModel
 from dualpipe.validate import validate
@@ -67,7 +66,8 @@ def ramp_schedules(config: TrainConfig) -> dict[int, Schedule]:
     for sequences in smaller:
         assert kind != "auto"
         sized = sized_config(config, sequences)
-        costs, cache = nominal_costs(config, pipeline * stages_per_rank(kind)), schedules_folder(config.data.cache_dir)
+        costs = nominal_costs(config, SCHEDULES.get(kind).num_stages(pipeline))
+        cache = schedules_folder(config.data.cache_dir)
         made[sequences] = build(kind, pipeline, sized.num_micro_batches, costs, ramp_memory_cap(sized), cache)
     return made
 
@@ -78,7 +78,7 @@ def _decide(config: TrainConfig, times: LayerTimes | None) -> tuple[Schedule, st
     if begun is not None:
         return read_schedule(begun, config), f"the one of {begun.parent}"
     if kind != "auto":
-        costs = nominal_costs(config, pipeline * stages_per_rank(kind))
+        costs = nominal_costs(config, SCHEDULES.get(kind).num_stages(pipeline))
         made = build(kind, pipeline, micro_batches, costs, config.memory_cap, schedules_folder(config.data.cache_dir))
         return made, "as configured"
     assert times is not None
@@ -126,17 +126,17 @@ def read_schedule(path: Path, config: TrainConfig) -> Schedule:
     return found
 
 
-def _excluded(config: TrainConfig) -> dict[ScheduleKind, str]:
+def _excluded(config: TrainConfig) -> dict[str, str]:
     """Kinds that this model cannot follow, and why."""
-    reasons: dict[ScheduleKind, str] = {}
+    reasons: dict[str, str] = {}
     pipeline, model = config.parallelism.pipeline, config.model
-    for kind in KINDS:
-        stages = stages_per_rank(kind)
-        if model.mtp_depth and not ends_meet(kind, pipeline):
+    for kind, spec in SCHEDULES.items():
+        if model.mtp_depth and not spec.joins_ends(pipeline):
             reasons[kind] = "MTP needs embedding and head on one rank"
             continue
         try:
-            cut_layers(model.num_layers, pipeline * stages, model.mtp_depth, stages_per_rank=stages)
+            stages, per_rank = spec.num_stages(pipeline), spec.stages_per_rank(pipeline)
+            cut_layers(model.num_layers, stages, model.mtp_depth, stages_per_rank=per_rank)
         except CutError as error:
             reasons[kind] = str(error)
     return reasons

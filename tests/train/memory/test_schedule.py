@@ -2,24 +2,21 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
 
 import pytest
 
 from comm.config import ParallelismConfig
-from dualpipe.config import ScheduleKind
-from dualpipe.generate.select import build, stages_per_rank
 from dualpipe.ir import Op, Schedule
+from dualpipe.registry import SCHEDULES, build
 from tests.tiny import tiny_config
 from train.config import TrainConfig
 from train.memory.schedule import few_micro_batches, planning_schedule
 from train.schedule.costs import nominal_costs
 
 PENDING_WEIGHTS = (1.2, 1.8)
-KINDS: tuple[ScheduleKind, ...] = get_args(ScheduleKind)
 
 
-def make_config(folder: Path, kind: ScheduleKind, pipeline: int, micro_batches: int, expert: int = 2) -> TrainConfig:
+def make_config(folder: Path, kind: str, pipeline: int, micro_batches: int, expert: int = 2) -> TrainConfig:
     config = tiny_config(folder, parallelism=ParallelismConfig(pipeline=pipeline, data=2, expert=expert))
     batch = replace(config.batch, global_sequences=2 * micro_batches)
     return replace(config, batch=batch, schedule=replace(config.schedule, kind=kind, pairing="overlapped"))
@@ -45,13 +42,13 @@ def peaks(schedule: Schedule, pending: float) -> tuple[float, ...]:
     return tuple(found)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "auto"])
+@pytest.mark.parametrize("kind", SCHEDULES.names())
 @pytest.mark.parametrize("pipeline", [2, 4])
-def test_few_micro_batches_show_the_peak_of_many(tmp_path: Path, kind: ScheduleKind, pipeline: int) -> None:
+def test_few_micro_batches_show_the_peak_of_many(tmp_path: Path, kind: str, pipeline: int) -> None:
     many = 10 * pipeline
     config = make_config(tmp_path, kind, pipeline, many)
     planned = planning_schedule(config, many)
-    costs = nominal_costs(config, pipeline * stages_per_rank(kind))
+    costs = nominal_costs(config, SCHEDULES.get(kind).num_stages(pipeline))
     whole = build(kind, pipeline, many, costs)
     assert planned.num_micro_batches < whole.num_micro_batches == many
     for pending in PENDING_WEIGHTS:

@@ -1,0 +1,189 @@
+"""Kinds of schedules by name: what each accepts, how it places stages, and the schedule itself.
+
+A generator's file registers its kind. `build` is the only way from a name to a schedule.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from dualpipe.generate.cache import load_or_make
+from dualpipe.ir import MemoryCapError, Placement, Schedule, ScheduleError, straight_placement
+from dualpipe.simulate.costs import CostModel, Costs, uniform
+from dualpipe.simulate.memory import peak_memory
+from kernels.registry import Registry, modules_of
+
+FALLBACK = "dualpipe_split"
+"""The kind that accepts every number of ranks and micro-batches: errors suggest it."""
+
+_FIRST = ("dualpipe_split", "dualpipe", "dualpipe_v", "zero_bubble", "one_f_one_b")
+_EQUAL = Costs(forward=1.0, backward_input=1.0, backward_weight=1.0, exchange=0.0, latency=0.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SizeLimit:
+    """Why a schedule is not defined for a size.
+
+    `about`: the number that is wrong. `rule`: what it must be, with a verb, as in `needs an even number of ranks`.
+    `nearest`: the values around it that work.
+    """
+
+    about: Literal["num_ranks", "num_micro_batches"]
+    rule: str
+    nearest: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IdleFormula:
+    """The published idle time of every rank.
+
+    It holds at least for F = I = W without exchange and latency, from 2P micro-batches on. `text`: the formula and
+    what it assumes. `value`: takes the number of ranks and the costs of model/P.
+    """
+
+    text: str
+    assumes: str
+    value: Callable[[int, Costs], float]
+
+
+def accept_any_size(num_ranks: int, num_micro_batches: int) -> SizeLimit | None:
+    """Returns no limit: the schedule is defined for at least one rank and one micro-batch."""
+    return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScheduleSpec:
+    """A kind of schedule.
+
+    Attributes:
+        name: its value of `schedule.kind`, and `Schedule.kind` of what it generates.
+        summary: what it is, in one line.
+        generate: takes the number of ranks and of micro-batches, of all directions together, and returns a valid
+            schedule. If `takes_costs`, it also takes a `CostModel` and a memory cap or None, keeps the cap or raises
+            MemoryCapError, and its result is kept in the cache.
+        placement: from the number of ranks to the ranks that hold the stages of each direction.
+        limit: from the number of ranks and of micro-batches to why there is no such schedule, or None.
+        takes_costs: whether the order depends on costs and memory cap.
+        may_be_chosen: whether `schedule=auto` considers it.
+        grows: whether the peak of live activations still grows after three micro-batches per rank. Then memory is
+            predicted with all micro-batches.
+        idle: the published idle time, if there is a formula.
+    """
+
+    name: str
+    summary: str
+    generate: Callable[..., Schedule]
+    placement: Callable[[int], Placement] = straight_placement
+    limit: Callable[[int, int], SizeLimit | None] = accept_any_size
+    takes_costs: bool = False
+    may_be_chosen: bool = True
+    grows: bool = False
+    idle: IdleFormula | None = None
+
+    def num_stages(self, num_ranks: int) -> int:
+        """Returns how many stages the model is cut into."""
+        return len(self.placement(num_ranks)[0])
+
+    def stages_per_rank(self, num_ranks: int) -> int:
+        """Returns how many stages a rank holds for each direction."""
+        return self.num_stages(num_ranks) // num_ranks
+
+    def is_bidirectional(self) -> bool:
+        """Returns whether micro-batches enter at both ends."""
+        return len(self.placement(2)) > 1
+
+    def joins_ends(self, num_ranks: int) -> bool:
+        """Returns whether each rank that holds the first stage also holds the last, in any direction."""
+        rows = self.placement(num_ranks)
+        return {row[0] for row in rows} == {row[-1] for row in rows}
+
+
+SCHEDULES = Registry[ScheduleSpec]("schedule.kind", modules_of("dualpipe.generate", _FIRST), also=("auto",))
+
+
+def check_size(
+    kind: str,
+    num_ranks: int,
+    num_micro_batches: int,
+    *,
+    ranks_key: str = "num_ranks",
+    micro_batches_key: str = "num_micro_batches",
+) -> None:
+    """Refuses numbers for which a schedule is not defined. Costs nothing: no schedule is made.
+
+    Args:
+        kind: the schedule's name.
+        num_ranks: ranks of one pipeline.
+        num_micro_batches: of one pipeline and step, both directions together.
+        ranks_key: where the user set the number of ranks; errors begin with it.
+        micro_batches_key: where the user set the number of micro-batches.
+
+    Raises:
+        UnknownNameError: there is no such kind.
+        ScheduleError: names the key, the rule, the value and the nearest that works.
+    """
+    spec = SCHEDULES.get(kind)
+    if num_ranks < 1:
+        raise ScheduleError(f"{ranks_key}: a pipeline needs at least 1 rank, has {num_ranks}; nearest: 1")
+    if num_micro_batches < 1:
+        raise ScheduleError(
+            f"{micro_batches_key}: a step needs at least 1 micro-batch, has {num_micro_batches}; nearest: 1"
+        )
+    limit = spec.limit(num_ranks, num_micro_batches)
+    if limit is not None:
+        is_ranks = limit.about == "num_ranks"
+        key, value = (ranks_key, num_ranks) if is_ranks else (micro_batches_key, num_micro_batches)
+        nearest = " or ".join(map(str, limit.nearest))
+        advice = f"{nearest}, or schedule={FALLBACK}" if nearest else f"schedule={FALLBACK}"
+        raise ScheduleError(f"{key}: schedule '{kind}' {limit.rule}, has {value}; nearest: {advice}")
+
+
+def build(
+    kind: str,
+    num_ranks: int,
+    num_micro_batches: int,
+    costs: CostModel | None = None,
+    memory_cap: float | None = None,
+    cache_dir: Path | None = None,
+) -> Schedule:
+    """Builds the named schedule within the memory cap.
+
+    Args:
+        kind: the schedule's name.
+        num_ranks: ranks of one pipeline.
+        num_micro_batches: of one pipeline and step, both directions together.
+        costs: of each of the kind's stages; None for equal ones, F = I = W and no exchange. Only kinds that take costs
+            are made for them.
+        memory_cap: of a rank's live activations, in the unit of `StageCosts.activation`; None for no more than the
+            schedule's own.
+        cache_dir: where searched schedules are kept; None to search each time.
+
+    Raises:
+        UnknownNameError: there is no such kind.
+        ScheduleError: see `check_size`; or the schedule does not fit the cap.
+    """
+    check_size(kind, num_ranks, num_micro_batches)
+    spec = SCHEDULES.get(kind)
+    num_stages = spec.num_stages(num_ranks)
+    costs = costs or uniform(_EQUAL, num_ranks, num_stages)
+    assert len(costs.stages) == num_stages, f"{kind}: {len(costs.stages)} stages have costs, not {num_stages}"
+    if spec.takes_costs:
+        return load_or_make(spec.generate, num_ranks, num_micro_batches, costs, memory_cap, cache_dir)
+    schedule = spec.generate(num_ranks, num_micro_batches)
+    if schedule.placement != spec.placement(num_ranks):
+        raise ScheduleError(
+            f"schedule '{kind}': places stages on ranks {schedule.placement}, its entry has {spec.placement(num_ranks)}"
+        )
+    _check_cap(schedule, costs, memory_cap)
+    return schedule
+
+
+def _check_cap(schedule: Schedule, costs: CostModel, memory_cap: float | None) -> None:
+    peak = max(peak_memory(schedule, costs))
+    if memory_cap is not None and peak > memory_cap + 1e-9:
+        raise MemoryCapError(
+            f"schedule '{schedule.kind}' on {schedule.num_ranks} ranks keeps {peak:g} live activations on a rank, "
+            f"the cap is {memory_cap:g}; nearest: {peak:g}, or schedule={FALLBACK}",
+            peak,
+        )
