@@ -133,7 +133,7 @@ class _CrossEntropySum(torch.autograd.Function):
         if records:
             ctx.save_for_backward(found.rows_ND, found.head_VD, head_VD)
             ctx.sink = sink
-        return found.nats
+        return -found.log_probs_N.sum()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

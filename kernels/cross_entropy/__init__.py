@@ -1,4 +1,4 @@
-"""Computes the cross-entropy of a linear head and its gradients.
+"""Computes log-probabilities of targets under a linear head, and the gradients of losses of them.
 
 `implementation`: None for the one that suits the operands' device.
 Shape legend: as in kernels/cross_entropy/reference.py.
@@ -13,23 +13,22 @@ from kernels.implementation import Implementation, is_reference
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from kernels.cross_entropy.reference import CrossEntropy
+    from kernels.cross_entropy.reference import RowScores, RowSlopes
 
 
 def linear_cross_entropy(
     rows_ND: Tensor,
     head_VD: Tensor,
     targets_N: Tensor,
+    row_slopes: RowSlopes | None = None,
     *,
     wants_rows: bool,
     wants_head: bool,
     implementation: Implementation | None = None,
-) -> CrossEntropy:
-    """Computes the loss of a linear head and its gradients, as the function in `kernels.cross_entropy.reference`."""
+) -> RowScores:
+    """Computes log-probabilities and gradients, as the function in `kernels.cross_entropy.reference`."""
     if is_reference(implementation, rows_ND.device):
-        from kernels.cross_entropy import reference
-
-        return reference.linear_cross_entropy(rows_ND, head_VD, targets_N, wants_rows=wants_rows, wants_head=wants_head)
-    from kernels.cross_entropy import triton
-
-    return triton.linear_cross_entropy(rows_ND, head_VD, targets_N, wants_rows=wants_rows, wants_head=wants_head)
+        from kernels.cross_entropy.reference import linear_cross_entropy as run
+    else:
+        from kernels.cross_entropy.triton import linear_cross_entropy as run
+    return run(rows_ND, head_VD, targets_N, row_slopes, wants_rows=wants_rows, wants_head=wants_head)

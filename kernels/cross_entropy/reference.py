@@ -1,8 +1,10 @@
-"""Cross-entropy of a linear head, and its gradients, without ever holding the logits of all rows.
+"""Log-probabilities of targets under a linear head, and the gradients, without ever holding the logits of all rows.
 
-Shape legend: N rows, C rows of a chunk, D hidden size, V vocabulary.
+Every objective that scores tokens is computed here: its gradient in a row's hidden state is a slope, one number, times
+that of the row's cross-entropy, -log p. Shape legend: N rows, C rows of a chunk, D hidden size, V vocabulary.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,15 +15,19 @@ CHUNK_LOGITS = 2**19
 CHUNK_LOGITS_16_BIT = 2**22
 SMALLEST_CHUNK_ROWS = 64
 
+SlopeFunction = Callable[[Tensor, slice], Tensor]
+"""Computes the slopes of a chunk's rows from their log-probabilities and their place among all rows."""
+RowSlopes = Tensor | SlopeFunction
+
 
 @dataclass(frozen=True, slots=True)
-class CrossEntropy:
-    """nats: the sum over targets, a scalar. rows_ND, head_VD: its gradients, None where not asked for.
+class RowScores:
+    """Log-probabilities of targets, 0 where a target is -100, and gradients, None if they were not requested.
 
-    All in float32, or float64 for float64 rows; rows_ND in the rows' type.
+    In float32, or float64 for float64 rows; rows_ND in the rows' type.
     """
 
-    nats: Tensor
+    log_probs_N: Tensor
     rows_ND: Tensor | None
     head_VD: Tensor | None
 
@@ -36,16 +42,24 @@ def chunk_rows(num_rows: int, vocab_size: int, dtype: torch.dtype) -> int:
 
 
 def linear_cross_entropy(
-    rows_ND: Tensor, head_VD: Tensor, targets_N: Tensor, *, wants_rows: bool, wants_head: bool
-) -> CrossEntropy:
-    """Sum over targets of -log softmax(rows head^T)[target], with the gradients that are wanted, chunk by chunk.
+    rows_ND: Tensor,
+    head_VD: Tensor,
+    targets_N: Tensor,
+    row_slopes: RowSlopes | None = None,
+    *,
+    wants_rows: bool,
+    wants_head: bool,
+) -> RowScores:
+    """Computes log softmax(rows head^T)[target] of each row and the gradients that are wanted, chunk by chunk.
 
-    Each chunk's logits are computed once, in float32 or wider from the product on, and serve loss and gradients.
+    The gradients are those of the sum over rows of slope * -log_prob, in which slopes are constants. Each chunk's
+    logits are computed once, in float32 or wider from the product on, and serve log-probabilities and gradients.
 
     Args:
         rows_ND: the head's input.
         head_VD: the head's matrix.
         targets_N: int64, below V; -100 counts nothing.
+        row_slopes: [N], or a function of a chunk's log-probabilities that returns them, [C]; None: 1 for every row.
         wants_rows: whether to compute the gradient of the rows.
         wants_head: whether to compute the gradient of the head.
 
@@ -53,34 +67,75 @@ def linear_cross_entropy(
         ValueError: operands that do not fit each other.
         RuntimeError: a target is neither below V nor -100.
     """
-    check_operands(rows_ND, head_VD, targets_N)
+    check_operands(rows_ND, head_VD, targets_N, row_slopes)
     wide = torch.promote_types(rows_ND.dtype, torch.float32)
-    nats = rows_ND.new_zeros((), dtype=wide)
-    grad_rows_ND = torch.empty_like(rows_ND) if wants_rows else None
-    grad_head_VD = torch.empty_like(head_VD, dtype=wide) if wants_head else None
+    scores = empty_scores(rows_ND, head_VD, wants_rows=wants_rows, wants_head=wants_head)
     size = max(1, chunk_rows(len(rows_ND), len(head_VD), rows_ND.dtype))
     for first in range(0, len(rows_ND), size):
         chunk = slice(first, first + size)
-        rows_CD, targets_C1 = rows_ND[chunk], targets_N[chunk, None]
-        counted_C1, places_C1 = targets_C1 != IGNORE, targets_C1.masked_fill(targets_C1 == IGNORE, 0)
-        logs_CV = torch.log_softmax((rows_CD @ head_VD.t()).to(wide), -1)
-        nats -= logs_CV.gather(1, places_C1).masked_fill_(~counted_C1, 0).sum()
+        targets_C1 = targets_N[chunk, None]
+        places_C1 = targets_C1.masked_fill(targets_C1 == IGNORE, 0)
+        logs_CV = torch.log_softmax((rows_ND[chunk] @ head_VD.t()).to(wide), -1)
+        log_probs_C1 = logs_CV.gather(1, places_C1).masked_fill_(targets_C1 == IGNORE, 0)
+        scores.log_probs_N[chunk] = log_probs_C1[:, 0]
         if not wants_rows and not wants_head:
             continue
-        # The slope of a target in its logits, whether it counts or not: rows that do not are left out of the products.
+        # The slope of -log p in each logit: softmax less 1 at the target, whether the target counts or not.
         slopes_CV = logs_CV.exp_().scatter_add_(1, places_C1, logs_CV.new_full(places_C1.shape, -1.0))
-        slopes_CV = slopes_CV.to(rows_ND.dtype)
-        if grad_rows_ND is not None:
-            torch.mm(slopes_CV, head_VD, out=grad_rows_ND[chunk]).masked_fill_(~counted_C1, 0)
-        if grad_head_VD is not None:
-            add_product(grad_head_VD, slopes_CV.t(), rows_CD.masked_fill(~counted_C1, 0), is_first=first == 0)
+        add_gradients(scores, chunk, slopes_CV.to(rows_ND.dtype), rows_ND, head_VD, targets_N, row_slopes)
         del logs_CV, slopes_CV  # before the next chunk's logits are made
+    return scores
+
+
+def empty_scores(rows_ND: Tensor, head_VD: Tensor, *, wants_rows: bool, wants_head: bool) -> RowScores:
+    """Makes room for the results of `linear_cross_entropy`; the head's gradient is zero if there are no rows."""
+    wide = torch.promote_types(rows_ND.dtype, torch.float32)
+    grad_head_VD = torch.empty_like(head_VD, dtype=wide) if wants_head else None
     if grad_head_VD is not None and not len(rows_ND):
         grad_head_VD.zero_()
-    return CrossEntropy(nats, grad_rows_ND, grad_head_VD)
+    return RowScores(
+        rows_ND.new_empty(len(rows_ND), dtype=wide), torch.empty_like(rows_ND) if wants_rows else None, grad_head_VD
+    )
 
 
-def check_operands(rows_ND: Tensor, head_VD: Tensor, targets_N: Tensor) -> None:
+def add_gradients(
+    scores: RowScores,
+    chunk: slice,
+    slopes_CV: Tensor,
+    rows_ND: Tensor,
+    head_VD: Tensor,
+    targets_N: Tensor,
+    row_slopes: RowSlopes | None,
+) -> None:
+    """Adds a chunk's part to the gradients that `scores` holds. Rows without a target are left out of the products.
+
+    Args:
+        scores: with the chunk's log-probabilities.
+        chunk: its place among the rows; the first one begins at 0.
+        slopes_CV: of -log p in each logit, in the rows' type.
+        rows_ND: as of `linear_cross_entropy`, and so are the rest.
+        head_VD: ditto.
+        targets_N: ditto.
+        row_slopes: ditto.
+    """
+    rows_CD, is_ignored_C1 = rows_ND[chunk], targets_N[chunk, None] == IGNORE
+    slopes_C = None if row_slopes is None or callable(row_slopes) else row_slopes[chunk]
+    if callable(row_slopes):
+        slopes_C = row_slopes(scores.log_probs_N[chunk], chunk)
+    # A slope scales a row of each product rather than a row of logits, which is far longer.
+    if scores.rows_ND is not None:
+        grad_CD = torch.mm(slopes_CV, head_VD, out=scores.rows_ND[chunk])
+        if slopes_C is not None:
+            grad_CD.mul_(slopes_C[:, None])
+        grad_CD.masked_fill_(is_ignored_C1, 0)
+    if scores.head_VD is not None:
+        if slopes_C is not None:
+            rows_CD = (rows_CD * slopes_C[:, None]).to(rows_ND.dtype)
+        counted_CD = rows_CD.masked_fill(is_ignored_C1, 0)
+        add_product(scores.head_VD, slopes_CV.t(), counted_CD, is_first=chunk.start == 0)
+
+
+def check_operands(rows_ND: Tensor, head_VD: Tensor, targets_N: Tensor, row_slopes: RowSlopes | None = None) -> None:
     """Refuses operands of `linear_cross_entropy` that do not fit each other.
 
     Raises:
@@ -98,6 +153,11 @@ def check_operands(rows_ND: Tensor, head_VD: Tensor, targets_N: Tensor) -> None:
     if not rows_ND.device == head_VD.device == targets_N.device:
         given = f"{head_VD.device} and {targets_N.device}"
         raise ValueError(f"{subject}: head and targets must be on {rows_ND.device}, where rows are, got {given}")
+    if isinstance(row_slopes, Tensor):
+        wide = torch.promote_types(rows_ND.dtype, torch.float32)
+        if row_slopes.shape != targets_N.shape or row_slopes.dtype != wide or row_slopes.device != rows_ND.device:
+            given = f"{row_slopes.dtype} {list(row_slopes.shape)} on {row_slopes.device}"
+            raise ValueError(f"{subject}: row_slopes must be {wide} [{len(rows_ND)}] on {rows_ND.device}, got {given}")
 
 
 def add_product(total_VD: Tensor, left_VC: Tensor, right_CD: Tensor, *, is_first: bool) -> None:

@@ -7,11 +7,11 @@
 
 Bound by memory. A program owns a row of logits: in the first pass it finds the row's maximum and the sum of exponents
 below it, in the second it writes each logit's slope, softmax less 1 at the target, over the logit; what the second pass
-reads mostly lies in a cache still. A row that counts nothing is filled with zeros. Nothing is atomic. The rows' nats
-are added after the last chunk. Products are torch's. Every offset of a row is computed in int64. Masks: columns beyond
-the last (minus infinity, which adds nothing). A target that is neither below V nor -100 reads nothing and makes its
-row's nats NaN; it is named under TRITON_DEBUG=1 alone, as a check on the host would cost a synchronisation. Tensors
-must be on the current device. Shape legend: N rows, C rows of a chunk, D hidden size, V vocabulary.
+reads mostly lies in a cache still. A row that counts nothing is filled with zeros. Nothing is atomic. Products, and
+their scaling by the slope of a row, are torch's. Every offset of a row is computed in int64. Masks: columns beyond the
+last (minus infinity, which adds nothing). A target that is neither below V nor -100 reads nothing and makes its row's
+nats NaN; it is named under TRITON_DEBUG=1 alone, as a check on the host would cost a synchronisation. Tensors must be
+on the current device. Shape legend: N rows, C rows of a chunk, D hidden size, V vocabulary.
 """
 
 import torch
@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.cross_entropy.reference import IGNORE, CrossEntropy, add_product, check_operands
+from kernels.cross_entropy.reference import IGNORE, RowScores, RowSlopes, add_gradients, check_operands, empty_scores
 
 CHUNK_LOGITS = 2**27  # 256 megabytes in 16 bits: enough rows of a large vocabulary to keep a GPU's products efficient
 
@@ -110,21 +110,23 @@ def linear_cross_entropy(
     rows_ND: Tensor,
     head_VD: Tensor,
     targets_N: Tensor,
+    row_slopes: RowSlopes | None = None,
     *,
     wants_rows: bool,
     wants_head: bool,
     chunk_logits: int = CHUNK_LOGITS,
     block_columns: int = 8192,
     num_warps: int = 8,
-) -> CrossEntropy:
-    """Sum over targets of -log softmax(rows head^T)[target], with the gradients that are wanted, chunk by chunk.
+) -> RowScores:
+    """Computes log softmax(rows head^T)[target] of each row and the gradients that are wanted, chunk by chunk.
 
-    Each chunk's logits are computed once, in the rows' type, and serve loss and gradients, in place.
+    Each chunk's logits are computed once, in the rows' type, and serve log-probabilities and gradients, in place.
 
     Args:
         rows_ND: the head's input.
         head_VD: the head's matrix, in the rows' type.
         targets_N: int64, below V; -100 counts nothing.
+        row_slopes: as in `kernels.cross_entropy.reference`.
         wants_rows: whether to compute the gradient of the rows.
         wants_head: whether to compute the gradient of the head.
         chunk_logits: held at once, about.
@@ -134,32 +136,21 @@ def linear_cross_entropy(
     Raises:
         ValueError: operands that do not fit each other.
     """
-    check_operands(rows_ND, head_VD, targets_N)
+    check_operands(rows_ND, head_VD, targets_N, row_slopes)
     num_rows, vocab_size = len(rows_ND), len(head_VD)
-    wide = torch.promote_types(rows_ND.dtype, torch.float32)
-    nats_N = rows_ND.new_empty(num_rows, dtype=wide)
-    grad_rows_ND = torch.empty_like(rows_ND) if wants_rows else None
-    grad_head_VD = torch.empty_like(head_VD, dtype=wide) if wants_head else None
+    has_slopes = wants_rows or wants_head
+    scores = empty_scores(rows_ND, head_VD, wants_rows=wants_rows, wants_head=wants_head)
     size = max(1, min(num_rows, chunk_logits // vocab_size))
     logits_CV = rows_ND.new_empty(size if num_rows else 0, vocab_size)
     for first in range(0, num_rows, size):
         chunk = slice(first, first + size)
-        rows_CD, targets_C = rows_ND[chunk], targets_N[chunk]
+        rows_CD, nats_C = rows_ND[chunk], scores.log_probs_N[chunk]
         slopes_CV = logits_CV[: len(rows_CD)]
         torch.mm(rows_CD, head_VD.t(), out=slopes_CV)
         nats_and_slopes_(
-            slopes_CV,
-            targets_C,
-            nats_N[chunk],
-            wants_rows or wants_head,
-            block_columns=block_columns,
-            num_warps=num_warps,
+            slopes_CV, targets_N[chunk], nats_C, has_slopes, block_columns=block_columns, num_warps=num_warps
         )
-        is_ignored_C1 = targets_C[:, None] == IGNORE
-        if grad_rows_ND is not None:
-            torch.mm(slopes_CV, head_VD, out=grad_rows_ND[chunk]).masked_fill_(is_ignored_C1, 0)
-        if grad_head_VD is not None:
-            add_product(grad_head_VD, slopes_CV.t(), rows_CD.masked_fill(is_ignored_C1, 0), is_first=first == 0)
-    if grad_head_VD is not None and not num_rows:
-        grad_head_VD.zero_()
-    return CrossEntropy(nats_N.sum(), grad_rows_ND, grad_head_VD)
+        nats_C.neg_()
+        if has_slopes:
+            add_gradients(scores, chunk, slopes_CV, rows_ND, head_VD, targets_N, row_slopes)
+    return scores

@@ -149,16 +149,31 @@ def some_targets(num_rows: int, vocab_size: int) -> Tensor:
     return targets_N
 
 
-def expected_of(rows_ND: Tensor, head_VD: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Nats and their gradients in rows and head, by the formula over whole logits in float64."""
+def expected_of(
+    rows_ND: Tensor, head_VD: Tensor, targets_N: Tensor, slopes_N: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities, and gradients in rows and head, by the formula over whole logits in float64."""
     rows_ND, head_VD = rows_ND.detach().double().requires_grad_(), head_VD.detach().double().requires_grad_()
-    nats = cross_entropies(rows_ND @ head_VD.t(), targets_N).sum()
-    grad_rows, grad_head = torch.autograd.grad(nats, (rows_ND, head_VD))
-    return nats.detach(), grad_rows, grad_head
+    nats_N = cross_entropies(rows_ND @ head_VD.t(), targets_N)
+    total = nats_N.sum() if slopes_N is None else (nats_N * slopes_N.double()).sum()
+    grad_rows, grad_head = torch.autograd.grad(total, (rows_ND, head_VD))
+    return -nats_N.detach(), grad_rows, grad_head
+
+
+def some_slopes(num_rows: int, dtype: torch.dtype) -> Tensor:
+    """Slopes of both signs, every fourth one zero; in the type that `linear_cross_entropy` wants for such rows."""
+    slopes_N = randn(num_rows, seed=7).to(torch.promote_types(dtype, torch.float32))
+    slopes_N[::4] = 0
+    return slopes_N
 
 
 def check_cross_entropy(
-    module: ModuleType, device: str, shape: tuple[int, int, int], dtype: torch.dtype, chunk_logits: int
+    module: ModuleType,
+    device: str,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    chunk_logits: int,
+    has_slopes: bool = False,
 ) -> None:
     """`linear_cross_entropy` of N rows of D columns over a vocabulary, against the formula in float64."""
     num_rows, num_columns, vocab_size = shape
@@ -166,11 +181,13 @@ def check_cross_entropy(
     rows_ND, head_VD = (rows_ND * 2).to(dtype), head_VD.to(dtype)
     targets_N = some_targets(num_rows, vocab_size)
     rows_ND[1::3] = torch.nan
-    expected = expected_of(rows_ND.nan_to_num(), head_VD, targets_N)
+    slopes_N = some_slopes(num_rows, dtype) if has_slopes else None
+    expected = expected_of(rows_ND.nan_to_num(), head_VD, targets_N, slopes_N)
     found = module.linear_cross_entropy(
         rows_ND.to(device),
         head_VD.to(device),
         targets_N.to(device),
+        None if slopes_N is None else slopes_N.to(device),
         wants_rows=True,
         wants_head=True,
         chunk_logits=chunk_logits,
@@ -179,11 +196,12 @@ def check_cross_entropy(
     assert not found.rows_ND[1::3].any()
     if dtype == torch.bfloat16:
         # A logit's rounding, at most 2^-8 of about 16, moves its chance by 6 %.
-        tolerance, largest = 0.04, float((targets_N >= 0).sum()) * 16
-        assert abs(float(found.nats) - float(expected[0])) <= largest * 2.0**-8
+        tolerance = 0.04
+        assert float((found.log_probs_N.double().cpu() - expected[0]).abs().max()) <= 16 * 2.0**-8
     else:
         tolerance = 1e-11 if dtype == torch.float64 else 1e-5
-        torch.testing.assert_close(found.nats.double().cpu(), expected[0], rtol=tolerance, atol=tolerance)
+        made_N = found.log_probs_N.double().cpu()
+        torch.testing.assert_close(made_N, expected[0], rtol=tolerance, atol=tolerance)
     for made, wanted in ((found.rows_ND, expected[1]), (found.head_VD, expected[2])):
         assert float((made.double().cpu() - wanted).norm()) <= tolerance * float(wanted.norm())
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kernels.cross_entropy.reference import IGNORE, chunk_rows, linear_cross_entropy
-from tests.kernels.agreement_fused import expected_of, some_targets
+from tests.kernels.agreement_fused import expected_of, some_slopes, some_targets
 from tests.kernels.plain import near, randn, strided
 
 LARGE = 20_011
@@ -15,22 +15,24 @@ LARGE = 20_011
 CASES = [(7, 5, 11), (1, 3, 2), (0, 4, 9), (200, 3, LARGE), (129, 4, LARGE), (64, 2, LARGE), (5, 1, 1)]
 
 
+@pytest.mark.parametrize("has_slopes", [False, True])
 @pytest.mark.parametrize("is_strided", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("case", CASES)
-def test_cross_entropy_and_gradients_equal_formula(
-    case: tuple[int, int, int], dtype: torch.dtype, is_strided: bool
+def test_log_probs_and_gradients_equal_formula(
+    case: tuple[int, int, int], dtype: torch.dtype, is_strided: bool, has_slopes: bool
 ) -> None:
     num_rows, hidden, vocab = case
     rows, head = randn(num_rows, hidden, seed=0, dtype=dtype) * 2, randn(vocab, hidden, seed=1, dtype=dtype)
     targets = some_targets(num_rows, vocab)
-    nats, grad_rows, grad_head = expected_of(rows, head, targets)
+    slopes = some_slopes(num_rows, dtype) if has_slopes else None
+    log_probs, grad_rows, grad_head = expected_of(rows, head, targets, slopes)
     if is_strided:
         rows, head = strided(rows), head.t().contiguous().t()
-    found = linear_cross_entropy(rows, head, targets, wants_rows=True, wants_head=True)
-    assert found.nats.dtype == dtype
+    found = linear_cross_entropy(rows, head, targets, slopes, wants_rows=True, wants_head=True)
+    assert found.log_probs_N.dtype == dtype
     tolerance = 1e-12 if dtype == torch.float64 else 1e-5
-    torch.testing.assert_close(found.nats.double(), nats, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(found.log_probs_N.double(), log_probs, rtol=tolerance, atol=tolerance)
     assert found.rows_ND is not None
     assert found.head_VD is not None
     # Slopes come from sums over the vocabulary, then over it or over rows again: a narrow product may add a whole
@@ -39,6 +41,38 @@ def test_cross_entropy_and_gradients_equal_formula(
     near(found.head_VD, grad_head, 4, sums=64)
     ignored = found.rows_ND[targets == IGNORE]
     assert not ignored.any()
+    assert not found.log_probs_N[targets == IGNORE].any()
+    assert slopes is None or not found.rows_ND[slopes == 0].any()
+
+
+def test_slopes_may_be_a_function_of_log_probabilities() -> None:
+    """As of a policy gradient, whose slope follows from the row's own log-probability, in one sweep over the rows."""
+    rows, head, targets = randn(129, 4, seed=0), randn(LARGE, 4, seed=1), some_targets(129, LARGE)
+    old_N, advantages_N = randn(129, seed=2) - 10, randn(129, seed=3)
+    whole_N, _, _ = expected_of(rows, head, targets)
+
+    def slopes(log_probs_C: torch.Tensor, chunk: slice) -> torch.Tensor:
+        return (log_probs_C - old_N[chunk]).clamp(max=2).exp() * advantages_N[chunk]
+
+    expected = expected_of(rows, head, targets, slopes(whole_N, slice(None)))
+    found = linear_cross_entropy(rows, head, targets, slopes, wants_rows=True, wants_head=True)
+    for made, wanted in zip((found.log_probs_N, found.rows_ND, found.head_VD), expected, strict=True):
+        torch.testing.assert_close(made, wanted, rtol=1e-9, atol=1e-11)
+
+
+def test_slopes_of_one_change_no_bit() -> None:
+    rows, head, targets = randn(129, 4, seed=0), randn(LARGE, 4, seed=1), some_targets(129, LARGE)
+    plain = linear_cross_entropy(rows, head, targets, wants_rows=True, wants_head=True)
+    ones = torch.ones(129, dtype=torch.float64)
+    found = linear_cross_entropy(rows, head, targets, ones, wants_rows=True, wants_head=True)
+    for made, expected in (
+        (found.log_probs_N, plain.log_probs_N),
+        (found.rows_ND, plain.rows_ND),
+        (found.head_VD, plain.head_VD),
+    ):
+        assert made is not None
+        assert expected is not None
+        assert torch.equal(made, expected)
 
 
 def test_cross_entropy_is_computed_in_chunks_where_the_vocabulary_is_large() -> None:
@@ -47,18 +81,22 @@ def test_cross_entropy_is_computed_in_chunks_where_the_vocabulary_is_large() -> 
     assert chunk_rows(0, LARGE, torch.float32) == 0
 
 
+@pytest.mark.parametrize("has_slopes", [False, True])
 @pytest.mark.parametrize("vocab", [11, LARGE])
-def test_cross_entropy_in_bf16_is_as_near_as_its_logits_are(vocab: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cross_entropy_in_bf16_is_as_near_as_its_logits_are(
+    vocab: int, has_slopes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Logits and slopes are rounded to bf16 once; sums over targets, over rows and over chunks are not."""
     monkeypatch.setattr("kernels.cross_entropy.reference.CHUNK_LOGITS_16_BIT", 2**19)
     assert (chunk_rows(150, vocab, torch.bfloat16) < 150) == (vocab == LARGE)
     rows, head = randn(150, 8, seed=0, dtype=torch.bfloat16), randn(vocab, 8, seed=1, dtype=torch.bfloat16)
     targets = some_targets(150, vocab)
-    nats, grad_rows, grad_head = expected_of(rows, head, targets)
-    found = linear_cross_entropy(rows, head, targets, wants_rows=True, wants_head=True)
-    assert found.nats.dtype == torch.float32
+    slopes = some_slopes(150, torch.bfloat16) if has_slopes else None
+    log_probs, grad_rows, grad_head = expected_of(rows, head, targets, slopes)
+    found = linear_cross_entropy(rows, head, targets, slopes, wants_rows=True, wants_head=True)
+    assert found.log_probs_N.dtype == torch.float32
     largest = float((rows.double() @ head.double().t()).abs().max())
-    assert abs(float(found.nats) - float(nats)) <= float((targets >= 0).sum()) * largest * 2.0**-8
+    assert float((found.log_probs_N.double() - log_probs).abs().max()) <= largest * 2.0**-8
     assert found.rows_ND is not None
     assert found.head_VD is not None
     assert found.rows_ND.dtype == torch.bfloat16
@@ -73,10 +111,11 @@ def test_cross_entropy_in_bf16_gives_what_float32_gives_for_the_same_logits() ->
     generator = torch.Generator().manual_seed(3)
     rows, head = (torch.randint(-3, 4, (size, 4), generator=generator).double() for size in (50, 30))
     targets = some_targets(50, 30)
-    nats, _, _ = expected_of(rows, head, targets)
+    log_probs, _, _ = expected_of(rows, head, targets)
     bf16 = torch.bfloat16
     found = linear_cross_entropy(rows.to(bf16), head.to(bf16), targets, wants_rows=False, wants_head=False)
-    torch.testing.assert_close(found.nats.double(), nats, rtol=1e-6, atol=0)
+    # Logits are at most 36, and float32 rounds their difference.
+    torch.testing.assert_close(found.log_probs_N.double(), log_probs, rtol=0, atol=36 * 2.0**-23)
 
 
 @pytest.mark.parametrize(("vocab", "num_rows"), [(6, 3), (LARGE, 130)])
@@ -84,7 +123,7 @@ def test_cross_entropy_of_ignored_targets_alone_is_nothing(vocab: int, num_rows:
     rows, head = randn(num_rows, 4, seed=0), randn(vocab, 4, seed=1)
     targets = torch.full((num_rows,), IGNORE)
     found = linear_cross_entropy(rows, head, targets, wants_rows=True, wants_head=True)
-    assert float(found.nats) == 0
+    assert not found.log_probs_N.any()
     assert found.rows_ND is not None
     assert not found.rows_ND.any()
     assert found.head_VD is not None
@@ -98,7 +137,7 @@ def test_cross_entropy_makes_the_gradients_asked_for_alone(wants_rows: bool, wan
     rows, head, targets = randn(num_rows, 3, seed=0), randn(LARGE, 3, seed=1), some_targets(num_rows, LARGE)
     both = linear_cross_entropy(rows, head, targets, wants_rows=True, wants_head=True)
     found = linear_cross_entropy(rows, head, targets, wants_rows=wants_rows, wants_head=wants_head)
-    assert torch.equal(found.nats, both.nats)
+    assert torch.equal(found.log_probs_N, both.log_probs_N)
     for wanted, made, expected in (
         (wants_rows, found.rows_ND, both.rows_ND),
         (wants_head, found.head_VD, both.head_VD),
@@ -110,7 +149,7 @@ def test_cross_entropy_makes_the_gradients_asked_for_alone(wants_rows: bool, wan
 def test_cross_entropy_is_finite_where_logits_are_large() -> None:
     rows, head = torch.tensor([[1e4], [-1e4]]), torch.tensor([[1.0], [-1.0], [0.5]])
     found = linear_cross_entropy(rows, head, torch.tensor([1, 1]), wants_rows=True, wants_head=True)
-    assert float(found.nats) == pytest.approx(2e4)
+    assert found.log_probs_N.tolist() == [-2e4, 0]
     assert found.rows_ND is not None
     torch.testing.assert_close(found.rows_ND, torch.tensor([[2.0], [0.0]]))
 
@@ -134,3 +173,6 @@ def test_operands_that_do_not_fit_are_named() -> None:
     ):
         with pytest.raises(ValueError, match=rule):
             linear_cross_entropy(*given, wants_rows=True, wants_head=True)
+    for slopes_N, found in ((torch.ones(3), r"torch.float32 \[3\]"), (rows_ND[:2, 0], r"torch.float64 \[2\]")):
+        with pytest.raises(ValueError, match=rf"row_slopes must be torch.float64 \[3\] on cpu, got {found} on cpu"):
+            linear_cross_entropy(rows_ND, head_VD, targets_N, slopes_N, wants_rows=True, wants_head=True)

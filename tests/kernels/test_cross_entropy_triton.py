@@ -32,7 +32,8 @@ def interpreted_products(dtype: torch.dtype) -> None:
 
     for shape in SHAPES:
         for chunk_logits in (1, 10 * shape[2], 2**20):
-            check_cross_entropy(module, "cpu", shape, dtype, chunk_logits)
+            for has_slopes in (False, True):
+                check_cross_entropy(module, "cpu", shape, dtype, chunk_logits, has_slopes)
 
 
 def interpreted_wants() -> None:
@@ -43,10 +44,10 @@ def interpreted_wants() -> None:
         rows, head, targets = randn(num_rows, 3, seed=0), randn(7, 3, seed=1), some_targets(num_rows, 7)
         both = linear_cross_entropy(rows, head, targets, wants_rows=True, wants_head=True)
         assert both.head_VD is not None
-        assert num_rows or not (both.nats.any() or both.head_VD.any())
+        assert num_rows or not (both.log_probs_N.any() or both.head_VD.any())
         for wants_rows, wants_head in ((False, False), (True, False), (False, True)):
             found = linear_cross_entropy(rows, head, targets, wants_rows=wants_rows, wants_head=wants_head)
-            assert torch.equal(found.nats, both.nats)
+            assert torch.equal(found.log_probs_N, both.log_probs_N)
             for wanted, made, expected in (
                 (wants_rows, found.rows_ND, both.rows_ND),
                 (wants_head, found.head_VD, both.head_VD),
