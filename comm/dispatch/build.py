@@ -13,7 +13,7 @@ from comm.config import (
     LocalDispatchConfig,
     TwoHopDispatchConfig,
 )
-from comm.dispatch.all_to_all import AllToAllDispatcher
+from comm.dispatch.all_to_all.dispatcher import AllToAllDispatcher
 from comm.dispatch.deepep.dispatcher import DeepEPDispatcher
 from comm.dispatch.deepep.package import BufferShape
 from comm.dispatch.fp8 import Fp8Dispatcher

@@ -7,7 +7,7 @@ from typing import Literal
 from torch import distributed
 
 from comm.config import ParallelismConfig, TwoHopDispatchConfig
-from comm.dispatch.all_to_all import AllToAllDispatcher
+from comm.dispatch.all_to_all.dispatcher import AllToAllDispatcher
 from comm.dispatch.local import LocalDispatcher
 from comm.dispatch.process_group import Observers
 from comm.dispatch.traffic import Traffic

@@ -12,7 +12,7 @@ import torch
 from torch import distributed
 
 from comm.config import ParallelismConfig
-from comm.dispatch.all_to_all_plan import DispatchError
+from comm.dispatch.all_to_all.plan import DispatchError
 from comm.dispatch.deepep.dispatcher import DeepEPDispatcher
 from comm.dispatch.deepep.package import BufferShape, DeepEPError, load_package
 from comm.dispatch.process_group import Observers

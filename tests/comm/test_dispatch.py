@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import distributed
 
-from comm.dispatch.all_to_all_plan import DispatchError
+from comm.dispatch.all_to_all.plan import DispatchError
 from comm.lane import ThreadLane
 from tests.comm.backends import Backend, Setting, maker, watching
 from tests.comm.contract import Bench, num_experts_for

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from comm.dispatch.all_to_all_plan import num_local_experts
+from comm.dispatch.all_to_all.plan import num_local_experts
 from comm.dispatch.deepep.buffer import ExpertBuffer, Library, Received
 from comm.dispatch.deepep.package import BufferShape, load_package
 from comm.dispatch.deepep.route import Route

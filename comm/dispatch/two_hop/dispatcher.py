@@ -17,7 +17,7 @@ from torch import Tensor, distributed
 from torch.distributed import ProcessGroup
 
 from comm.config import TwoHopDispatchConfig
-from comm.dispatch.all_to_all_plan import num_local_experts
+from comm.dispatch.all_to_all.plan import num_local_experts
 from comm.dispatch.expert_order import dense, restore_values
 from comm.dispatch.process_group import Observers, Wire
 from comm.dispatch.row_format import Part, RowFormat

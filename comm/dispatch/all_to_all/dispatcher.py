@@ -7,7 +7,7 @@ row as sent.
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from comm.dispatch.all_to_all_plan import AllToAllPlanner, Counted, Route
+from comm.dispatch.all_to_all.plan import AllToAllPlanner, Counted, Route
 from comm.dispatch.expert_order import dense
 from comm.dispatch.process_group import Observers, Wire
 from comm.dispatch.row_format import RowFormat, bytes_of
