@@ -47,29 +47,41 @@ on their way back are never quantised (arXiv:2412.19437, section 3.3)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LocalDispatchConfig:
-    """All experts on this rank: nothing is sent, and rows change as `payload` would change them."""
+class DispatchConfig:
+    """How tokens travel to experts. `kind` is a name in `comm.dispatch.registry.DISPATCHERS`, `payload` how rows go."""
 
-    kind: Literal["local"]
+    kind: str
     payload: Payload
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class AllToAllDispatchConfig:
-    """One all-to-all over the expert group each way: a copy of a token's row for each of its experts.
+class CappedDispatchConfig(DispatchConfig):
+    """A dispatch between ranks, with a cap on the nodes of a token.
 
     `max_nodes`: among which a token's experts may lie. `node_cap`: what happens to a token over it: `verify` ends the
     run and names it, `clip` keeps its best nodes and renormalises the weights.
     """
 
-    kind: Literal["all_to_all"]
-    payload: Payload
     max_nodes: int
     node_cap: Literal["verify", "clip"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TwoHopDispatchConfig:
+class LocalDispatchConfig(DispatchConfig):
+    """All experts on this rank: nothing is sent, and rows change as `payload` would change them."""
+
+    kind: Literal["local"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AllToAllDispatchConfig(CappedDispatchConfig):
+    """One all-to-all over the expert group each way: a copy of a token's row for each of its experts."""
+
+    kind: Literal["all_to_all"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TwoHopDispatchConfig(CappedDispatchConfig):
     """Each token's row once to every node that it touches, and from there to its experts (arXiv:2412.19437,
     section 3.2.2).
 
@@ -78,21 +90,12 @@ class TwoHopDispatchConfig:
     """
 
     kind: Literal["two_hop"]
-    payload: Payload
-    max_nodes: int
-    node_cap: Literal["verify", "clip"]
     chunks: int
     partial_sums: Literal["rows", "float32"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DeepEPDispatchConfig:
+class DeepEPDispatchConfig(CappedDispatchConfig):
     """DeepEP's own kernels, on CUDA where the package is installed."""
 
     kind: Literal["deepep"]
-    payload: Payload
-    max_nodes: int
-    node_cap: Literal["verify", "clip"]
-
-
-DispatchConfig = LocalDispatchConfig | AllToAllDispatchConfig | TwoHopDispatchConfig | DeepEPDispatchConfig

@@ -7,8 +7,8 @@ from typing import Literal
 import torch
 
 from comm.config import DispatchConfig
-from comm.dispatch.deepep.package import BufferShape
 from comm.dispatch.process_group import Observers
+from comm.dispatch.requirements import TokenSizes
 from comm.protocol import Dispatcher
 from dualpipe.ir import Schedule, ScheduleError
 from dualpipe.passes import forward_only
@@ -41,7 +41,7 @@ class ReplicaConfig:
         computing: recomputation, attention kernel, precision of products.
         precision: type of weights and activations.
         dispatch: of its dispatcher.
-        buffer: shape of DeepEP's buffer; None for other dispatchers.
+        tokens: that a rank dispatches in a micro-batch.
         batch: sizes of micro-batches, and whether documents are masked.
         pairing: how a group's members run.
         seed: of the initial weights.
@@ -51,7 +51,7 @@ class ReplicaConfig:
     computing: Computing
     precision: Precision
     dispatch: DispatchConfig
-    buffer: BufferShape | None
+    tokens: TokenSizes
     batch: BatchConfig
     pairing: Literal["overlapped", "sequential"]
     seed: int
@@ -66,7 +66,7 @@ class ReplicaConfig:
             computing=config.computing,
             precision=config.precision,
             dispatch=replace(config.dispatch, payload="full") if is_fp8 else config.dispatch,
-            buffer=config.deepep_buffer if config.dispatch.kind == "deepep" else None,
+            tokens=config.dispatch_site.tokens,
             batch=config.batch,
             pairing=config.schedule.pairing,
             seed=config.seed,
@@ -205,7 +205,7 @@ def open_replica(world: World, config: ReplicaConfig, schedule: Schedule) -> Rep
     """
     assert schedule.num_ranks == world.layout.parallelism.pipeline
     observers, held = world.observers(), {stage for _, stage in schedule.stages_of(world.pipeline_index)}
-    dispatcher = world.open_dispatcher(config.dispatch, config.model.num_routed_experts, observers, config.buffer)
+    dispatcher = world.open_dispatcher(config.dispatch, config.model.num_routed_experts, observers, config.tokens)
     experts = held_experts(config.model, world.layout.parallelism.expert, world.layout.expert_index(world.rank))
     part = stage_part(config.model, held, schedule.num_stages, experts)
     model = build_model(config, dispatcher, part, world.device)

@@ -8,9 +8,9 @@ from torch import Tensor
 from torch import distributed as dist
 
 from comm.config import DispatchConfig
-from comm.dispatch.build import build_dispatcher, open_lane
-from comm.dispatch.deepep.package import BufferShape
+from comm.dispatch.build import DispatcherParts, build_dispatcher, open_lane
 from comm.dispatch.process_group import Observers
+from comm.dispatch.requirements import TokenSizes
 from comm.dispatch.traffic import Traffic
 from comm.groups import Groups
 from comm.lane import Lane
@@ -74,7 +74,7 @@ class World:
         return values.cpu()  # host sync
 
     def open_dispatcher(
-        self, config: DispatchConfig, num_experts: int, observers: Observers, buffer: BufferShape | None
+        self, config: DispatchConfig, num_experts: int, observers: Observers, tokens: TokenSizes
     ) -> Dispatcher:
         """Opens a dispatcher over this rank's expert group. All ranks call it at the same point.
 
@@ -82,11 +82,18 @@ class World:
             config: of the dispatcher.
             num_experts: routed experts of a layer.
             observers: counters and log of what it sends.
-            buffer: shape of DeepEP's buffer; None for other dispatchers.
+            tokens: of this rank in a micro-batch.
         """
-        return build_dispatcher(
-            config, num_experts, self.layout, self.groups.expert, self.lane, observers, self.timeout_seconds, buffer
+        parts = DispatcherParts(
+            num_experts=num_experts,
+            layout=self.layout,
+            group=self.groups.expert,
+            lane=self.lane,
+            observers=observers,
+            timeout_seconds=self.timeout_seconds,
+            tokens=tokens,
         )
+        return build_dispatcher(config, parts)
 
     def observers(self) -> Observers:
         """Returns new traffic counters that share this process's log: one set per replica."""

@@ -14,8 +14,9 @@ import torch
 from torch import distributed
 
 from comm.config import AllToAllDispatchConfig, DispatchConfig, ParallelismConfig, TwoHopDispatchConfig
-from comm.dispatch.build import build_dispatcher
+from comm.dispatch.build import DispatcherParts, build_dispatcher
 from comm.dispatch.process_group import Observers
+from comm.dispatch.requirements import TokenSizes
 from comm.dispatch.traffic import Traffic
 from comm.groups import Groups
 from comm.lane import InlineLane, Lane, ThreadLane
@@ -179,9 +180,16 @@ class _Contender:
     ) -> None:
         model = plan.model
         observers = Observers(Traffic(), OperationLog())
-        dispatcher = build_dispatcher(
-            plan.dispatch, model.num_experts, layout, groups.expert, lane, observers, _TIMEOUT_SECONDS
+        parts = DispatcherParts(
+            num_experts=model.num_experts,
+            layout=layout,
+            group=groups.expert,
+            lane=lane,
+            observers=observers,
+            timeout_seconds=_TIMEOUT_SECONDS,
+            tokens=TokenSizes(max_tokens=model.tokens, hidden_size=model.hidden, num_choices=model.num_choices),
         )
+        dispatcher = build_dispatcher(plan.dispatch, parts)
         self._rank = layout.pipeline_index(groups.rank)
         self._schedule = schedule
         self._stages = {

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, distributed
 
 from comm.config import AllToAllDispatchConfig, DispatchConfig, ParallelismConfig, TwoHopDispatchConfig
-from comm.dispatch.build import build_dispatcher
+from comm.dispatch.build import DispatcherParts, build_dispatcher
 from comm.dispatch.forecast import Forecast, forecast
 from comm.dispatch.process_group import Observers
+from comm.dispatch.requirements import TokenSizes
 from comm.dispatch.traffic import LayerTraffic, Traffic
 from comm.groups import make_group
 from comm.lane import ThreadLane
@@ -183,10 +184,18 @@ def _measure_rank(
     rows_TD = torch.randn(problem.tokens_per_rank, problem.hidden, generator=torch.Generator().manual_seed(rank))
     rounds: dict[str, list[RankRound]] = {contender.name: [] for contender in contenders}
     with ThreadLane("comm") as lane:
-        dispatchers = [
-            build_dispatcher(contender.config, problem.num_experts, layout, group, lane, observers, _TIMEOUT_SECONDS)
-            for contender in contenders
-        ]
+        parts = DispatcherParts(
+            num_experts=problem.num_experts,
+            layout=layout,
+            group=group,
+            lane=lane,
+            observers=observers,
+            timeout_seconds=_TIMEOUT_SECONDS,
+            tokens=TokenSizes(
+                max_tokens=problem.tokens_per_rank, hidden_size=problem.hidden, num_choices=problem.num_choices
+            ),
+        )
+        dispatchers = [build_dispatcher(contender.config, parts) for contender in contenders]
         for _ in range(1 + num_rounds):
             for contender, dispatcher in zip(contenders, dispatchers, strict=True):
                 ids_TK = problem.ids(rank, contender.max_nodes)

@@ -1,34 +1,39 @@
-"""Dispatchers for tests, on the ranks of any expert group."""
+"""Registered dispatchers for tests, on the ranks of any expert group."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from importlib.machinery import ModuleSpec
+from typing import Any
+from unittest.mock import patch
 
+import torch
 from torch import distributed
 
-from comm.config import ParallelismConfig, TwoHopDispatchConfig
-from comm.dispatch.all_to_all.dispatcher import AllToAllDispatcher
-from comm.dispatch.local import LocalDispatcher
+from comm.config import CappedDispatchConfig, DispatchConfig, ParallelismConfig
+from comm.dispatch.build import DispatcherParts
 from comm.dispatch.process_group import Observers
+from comm.dispatch.registry import DISPATCHERS, DispatcherEntry
+from comm.dispatch.requirements import TokenSizes
 from comm.dispatch.traffic import Traffic
-from comm.dispatch.two_hop.dispatcher import TwoHopDispatcher, TwoHopGroups
 from comm.lane import Lane
 from comm.layout import Layout
 from comm.protocol import Dispatcher
 from comm.watchdog.operation_log import OperationLog
+from tests.comm.deep_ep_emulation import Emulation
 
-Backend = Literal["local", "all_to_all", "two_hop"]
+MAX_TOKENS, MAX_CHOICES = 200, 4  # of a rank in any case of the contract
 _TIMEOUT_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A backend, and the node of each rank of the expert group, which is the world."""
+    """A dispatcher's name, the node of each rank of the expert group, which is the world, and fields of its config."""
 
-    backend: Backend
+    kind: str
     nodes: tuple[int, ...]
-    chunks: int = 1
-    partial_sums: Literal["rows", "float32"] = "rows"
+    fields: Mapping[str, object] = field(default_factory=dict)
     max_nodes: int | None = None
 
     @property
@@ -38,16 +43,20 @@ class Setting:
         return GivenLayout(mesh, 1, self.nodes)
 
     @property
-    def two_hop(self) -> TwoHopDispatchConfig:
-        """The backend's configuration."""
-        return TwoHopDispatchConfig(
-            kind="two_hop",
-            payload="full",
-            max_nodes=self.max_nodes or len(self.nodes),
-            node_cap="verify",
-            chunks=self.chunks,
-            partial_sums=self.partial_sums,
-        )
+    def entry(self) -> DispatcherEntry:
+        """What is registered."""
+        return DISPATCHERS.get(self.kind)
+
+    @property
+    def config(self) -> DispatchConfig:
+        """The dispatcher's configuration; a field that it does not have is left out."""
+        entry = self.entry
+        cap = {"max_nodes": self.max_nodes or len(self.nodes), "node_cap": "verify"}
+        values = {"kind": self.kind, "payload": "full", **cap, **entry.contract.fields, **self.fields}
+        known = {each.name for each in fields(entry.config)}
+        made: Any = entry.config
+        config: DispatchConfig = made(**{name: value for name, value in values.items() if name in known})
+        return config
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,24 +70,65 @@ class GivenLayout(Layout):
         return self.nodes[rank]
 
 
+def capped_kinds() -> list[str]:
+    """Names of dispatchers that send rows between ranks by themselves, without a package."""
+    return [
+        name
+        for name, entry in DISPATCHERS.items()
+        if issubclass(entry.config, CappedDispatchConfig) and entry.contract.package is None
+    ]
+
+
 def watching() -> Observers:
     """New observers."""
     return Observers(Traffic(), OperationLog())
 
 
 def maker(setting: Setting, num_experts: int, observers: Observers) -> Callable[[Lane], Dispatcher]:
-    """Makes the process groups, once, and gives what makes dispatchers on them."""
-    group, layout = distributed.new_group(), setting.layout
+    """Makes a process group, once, and gives what builds dispatchers on it."""
+    group = distributed.new_group()
     assert isinstance(group, distributed.ProcessGroup)
-    groups = TwoHopGroups.join(group, layout, _TIMEOUT_SECONDS)
 
     def make(lane: Lane) -> Dispatcher:
-        match setting.backend:
-            case "local":
-                return LocalDispatcher(num_experts)
-            case "all_to_all":
-                return AllToAllDispatcher(group, num_experts, layout, lane, observers, setting.max_nodes)
-            case "two_hop":
-                return TwoHopDispatcher(groups, num_experts, layout, lane, observers, setting.two_hop)
+        hidden_size = setting.entry.contract.hidden_size
+        parts = make_parts(num_experts, setting.layout, group, lane, observers, hidden_size)
+        return setting.entry.build(setting.config, parts)
 
     return make
+
+
+def make_parts(
+    num_experts: int,
+    layout: Layout,
+    group: distributed.ProcessGroup,
+    lane: Lane,
+    observers: Observers,
+    hidden_size: int = 24,
+) -> DispatcherParts:
+    """What a dispatcher is built from, for as many tokens as any test has."""
+    return DispatcherParts(
+        num_experts=num_experts,
+        layout=layout,
+        group=group,
+        lane=lane,
+        observers=observers,
+        timeout_seconds=_TIMEOUT_SECONDS,
+        tokens=TokenSizes(max_tokens=MAX_TOKENS, hidden_size=hidden_size, num_choices=MAX_CHOICES),
+    )
+
+
+@contextmanager
+def emulated(setting: Setting) -> Iterator[None]:
+    """While inside, an emulation stands for the package that the dispatcher needs, if it needs one."""
+    package = setting.entry.contract.package
+    if package is None:
+        yield
+        return
+    assert package == "deep_ep", f"no emulation of {package}"
+    ranks_per_node = setting.nodes.count(setting.nodes[0])
+    # The package may be built for either type of ids.
+    ids_dtype = torch.int64 if ranks_per_node == len(set(setting.nodes)) else torch.int32
+    emulation: Any = Emulation(ranks_per_node, ids_dtype)
+    emulation.__spec__ = ModuleSpec(package, None)
+    with patch.dict(sys.modules, {package: emulation}):
+        yield

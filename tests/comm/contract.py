@@ -16,6 +16,7 @@ from comm.lane import Lane
 from comm.protocol import Dispatcher
 
 NUM_CHOICES = 3
+_HOST = torch.device("cpu")
 CASES = ("even", "uneven", "empty_rank", "no_token", "one_rank", "one_node", "unused_expert", "dropped")
 
 
@@ -37,7 +38,8 @@ class Routing:
 class Bench:
     """What a law works with on one rank.
 
-    make: a dispatcher on a lane. nodes: of each member of the group, by place. place: of this rank.
+    make: a dispatcher on a lane. nodes: of each member of the group, by place. place: of this rank. row_types: that the
+    dispatcher moves, weights_type: of routing weights, hidden_size: of a row. device: of all tensors.
     """
 
     make: Callable[[Lane], Dispatcher]
@@ -45,6 +47,15 @@ class Bench:
     group: ProcessGroup
     nodes: tuple[int, ...]
     place: int
+    row_types: tuple[torch.dtype, ...] = (torch.float64, torch.bfloat16)
+    weights_type: torch.dtype = torch.float64
+    hidden_size: int = 5
+    device: torch.device = _HOST
+
+    @property
+    def row_type(self) -> torch.dtype:
+        """The widest type of rows."""
+        return self.row_types[0]
 
     @property
     def num_experts(self) -> int:
@@ -60,12 +71,17 @@ class Bench:
         """A new one on the bench's lane."""
         return self.make(self.lane)
 
-    def mine(self, case: str, dtype: torch.dtype = torch.float64) -> Routing:
-        """This rank's part of a case."""
-        return self.routing(case, self.place, dtype)
+    def mine(self, case: str, dtype: torch.dtype | None = None, hidden_size: int | None = None) -> Routing:
+        """This rank's part of a case, on the device."""
+        routing = self.routing(case, self.place, dtype, hidden_size)
+        return Routing(
+            routing.ids_TK.to(self.device), routing.rows_TD.to(self.device), routing.weights_TK.to(self.device)
+        )
 
-    def routing(self, case: str, place: int, dtype: torch.dtype = torch.float64, size: int = 5) -> Routing:
-        """Any rank's part: small integers, so that every sum is exact in every type and order."""
+    def routing(
+        self, case: str, place: int, dtype: torch.dtype | None = None, hidden_size: int | None = None
+    ) -> Routing:
+        """Any rank's part, on the host: small integers, so that every sum is exact in every type and order."""
         generator = torch.Generator().manual_seed(100 * CASES.index(case) + place)
         last = place == len(self.nodes) - 1
         num_tokens = {"uneven": 3 + 7 * place, "empty_rank": 0 if last else 9, "no_token": 0}.get(case, 12)
@@ -81,9 +97,9 @@ class Bench:
         ids_TK = chance_TE.topk(NUM_CHOICES, -1).indices
         if case == "dropped":
             ids_TK = ids_TK.masked_fill(torch.rand(ids_TK.shape, generator=generator) < 0.4, -1)
-        rows_TD = torch.randint(-8, 9, (num_tokens, size), generator=generator).to(dtype)
-        weights_TK = torch.randint(-8, 9, ids_TK.shape, generator=generator).double()
-        return Routing(ids_TK, rows_TD, weights_TK)
+        rows_TD = torch.randint(-8, 9, (num_tokens, hidden_size or self.hidden_size), generator=generator)
+        weights_TK = torch.randint(-8, 9, ids_TK.shape, generator=generator).to(self.weights_type)
+        return Routing(ids_TK, rows_TD.to(dtype or self.row_type), weights_TK)
 
     def copies(self, case: str) -> list[tuple[int, int, int]]:
         """(source place, token, choice) of each row that reaches this rank: by expert, then source, then token."""
@@ -95,11 +111,14 @@ class Bench:
                         found.append((expert, source, token, choice))
         return [(source, token, choice) for _, source, token, choice in sorted(found)]
 
-    def arriving(self, case: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def arriving(
+        self, case: str, dtype: torch.dtype | None = None, hidden_size: int | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Rows and weights that must arrive here, AD and A."""
-        parts = [self.routing(case, source, dtype) for source in range(len(self.nodes))]
+        parts = [self.routing(case, source, dtype, hidden_size) for source in range(len(self.nodes))]
         copies = self.copies(case)
-        rows = [parts[source].rows_TD[token] for source, token, _ in copies]
-        weights = [parts[source].weights_TK[token, choice] for source, token, choice in copies]
-        empty = parts[0].rows_TD.new_zeros(0, parts[0].rows_TD.shape[1])
-        return (torch.stack(rows) if rows else empty), torch.tensor([float(weight) for weight in weights]).double()
+        rows = [parts[source].rows_TD[token : token + 1] for source, token, _ in copies]
+        weights = [parts[source].weights_TK[token, choice : choice + 1] for source, token, choice in copies]
+        rows_AD = torch.cat([parts[0].rows_TD[:0], *rows])
+        weights_A = torch.cat([parts[0].weights_TK.flatten()[:0], *weights])
+        return rows_AD.to(self.device), weights_A.to(self.device)

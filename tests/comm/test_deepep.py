@@ -15,23 +15,23 @@ from comm.config import ParallelismConfig
 from comm.dispatch.all_to_all.plan import DispatchError
 from comm.dispatch.deepep.dispatcher import DeepEPDispatcher
 from comm.dispatch.deepep.package import BufferShape, DeepEPError, load_package
-from comm.dispatch.process_group import Observers
-from comm.dispatch.traffic import Traffic
 from comm.lane import InlineLane, Lane, StreamLane, ThreadLane
 from comm.layout import Layout
 from comm.protocol import Dispatcher
-from comm.watchdog.operation_log import OperationLog
 from tests.comm import deep_ep_emulation
+from tests.comm.backends import MAX_CHOICES, MAX_TOKENS, watching
 from tests.comm.contract import Bench, num_experts_for
 from tests.comm.deep_ep_emulation import Emulation
-from tests.comm.deepep_laws import HIDDEN, LAWS, Desk
+from tests.comm.deepep_laws import LAWS, Desk
+from tests.comm.laws import check_laws
 from tests.ranks import run_ranks
 
-SHAPE = BufferShape(max_tokens=40, hidden_size=HIDDEN, num_choices=4, timeout_seconds=20.5)
+HIDDEN = 256
+SHAPE = BufferShape(max_tokens=MAX_TOKENS, hidden_size=HIDDEN, num_choices=MAX_CHOICES, timeout_seconds=20.5)
 
 
 @dataclass(frozen=True)
-class Setting:
+class Machines:
     """Ranks, and how many of them make a node."""
 
     num_ranks: int
@@ -39,35 +39,29 @@ class Setting:
     ids_dtype: torch.dtype = torch.int64
     real: bool = False
 
+    @property
+    def layout(self) -> Layout:
+        """Of the world."""
+        mesh = ParallelismConfig(pipeline=1, data=self.num_ranks, expert=self.num_ranks)
+        return Layout(mesh, self.ranks_per_node)
 
-_SETTINGS = {
-    "1x1": Setting(1, 1),
-    "2x1": Setting(2, 1, torch.int32),
-    "1x4": Setting(4, 4, torch.int32),
-    "2x2": Setting(4, 2),
+
+_MACHINES = {
+    "1x1": Machines(1, 1),
+    "2x1": Machines(2, 1, torch.int32),
+    "1x4": Machines(4, 4, torch.int32),
+    "2x2": Machines(4, 2),
 }
 
 
-@dataclass(frozen=True)
-class Findings:
-    """Of one rank: failures by law, and the order of its operations by group."""
-
-    failures: dict[str, str]
-    orders: dict[str, str]
-
-
-def _layout(setting: Setting) -> Layout:
-    mesh = ParallelismConfig(pipeline=1, data=setting.num_ranks, expert=setting.num_ranks)
-    return Layout(mesh, setting.ranks_per_node)
-
-
-def _check(rank: int, world_size: int, setting: Setting) -> Findings:
-    device = torch.device("cuda", rank) if setting.real else torch.device("cpu")
-    if setting.real:
+def _check(rank: int, world_size: int, machines: Machines) -> dict[str, str]:
+    """Failures by law: of DeepEP's own laws, and on the package itself of the contract too."""
+    device = torch.device("cuda", rank) if machines.real else torch.device("cpu")
+    if machines.real:
         torch.cuda.set_device(device)
-    observers, layout, group = Observers(Traffic(), OperationLog()), _layout(setting), distributed.group.WORLD
+    observers, layout, group = watching(), machines.layout, distributed.group.WORLD
     assert group is not None
-    library = load_package() if setting.real else Emulation(setting.ranks_per_node, setting.ids_dtype)
+    library = load_package() if machines.real else Emulation(machines.ranks_per_node, machines.ids_dtype)
     opened: list[DeepEPDispatcher] = []
 
     def make(lane: Lane, max_nodes: int | None = None) -> Dispatcher:
@@ -77,37 +71,34 @@ def _check(rank: int, world_size: int, setting: Setting) -> Findings:
 
     nodes = tuple(layout.node_of(member) for member in range(world_size))
     failures = {}
-    with StreamLane(device) if setting.real else ThreadLane("comm") as lane:
-        bench = Bench(make, lane, group, nodes, rank)
-        desk = Desk(bench, device, observers, library, lambda max_nodes: make(lane, max_nodes))
+    with StreamLane(device) if machines.real else ThreadLane("comm") as lane:
+        bench = Bench(make, lane, group, nodes, rank, (torch.bfloat16,), torch.float32, HIDDEN, device)
+        desk = Desk(bench, observers, library, lambda max_nodes: make(lane, max_nodes))
         for name, law in LAWS.items():
             try:
                 law(desk)
             except AssertionError:
                 failures[name] = f"rank {rank}: {traceback.format_exc()}"
+        if machines.real:
+            failures |= check_laws(bench)
     for dispatcher in opened:
         dispatcher.close()
-    return Findings(failures, observers.log.order_hashes())
+    return failures
 
 
 @pytest.fixture(
     scope="module",
-    params=[name if name == "2x1" else pytest.param(name, marks=pytest.mark.slow) for name in _SETTINGS],
+    params=[name if name == "2x1" else pytest.param(name, marks=pytest.mark.slow) for name in _MACHINES],
 )
-def findings(request: pytest.FixtureRequest) -> list[Findings]:
-    setting = _SETTINGS[request.param]
-    return run_ranks(setting.num_ranks, _check, setting)
+def failures(request: pytest.FixtureRequest) -> list[dict[str, str]]:
+    machines = _MACHINES[request.param]
+    return run_ranks(machines.num_ranks, _check, machines)
 
 
 @pytest.mark.parametrize("law", list(LAWS))
-def test_deepep_over_an_emulation_keeps_the_law(law: str, findings: list[Findings]) -> None:
-    broken = [found.failures[law] for found in findings if law in found.failures]
+def test_deepep_over_an_emulation_keeps_its_own_law(law: str, failures: list[dict[str, str]]) -> None:
+    broken = [found[law] for found in failures if law in found]
     assert not broken, "\n".join(broken)
-
-
-def test_deepep_has_one_order_of_operations_in_each_group(findings: list[Findings]) -> None:
-    assert findings[0].orders
-    assert all(found.orders == findings[0].orders for found in findings)
 
 
 def _why_not_real() -> str:
@@ -118,8 +109,7 @@ def _why_not_real() -> str:
 
 @pytest.mark.skipif(bool(_why_not_real()), reason=_why_not_real())
 def test_deepep_keeps_the_laws() -> None:
-    findings = run_ranks(2, _check, Setting(2, 2, real=True), backend="nccl")
-    assert [found.failures for found in findings] == [{}, {}]
+    assert run_ranks(2, _check, Machines(2, 2, real=True), backend="nccl") == [{}, {}]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("deep_ep") is None, reason="the package deep_ep is not installed")
@@ -133,9 +123,9 @@ def test_emulation_takes_the_parameters_of_the_package(method: str) -> None:
 
 
 def _refuse(rank: int, world_size: int) -> dict[str, str]:
-    observers, group = Observers(Traffic(), OperationLog()), distributed.group.WORLD
+    observers, group = watching(), distributed.group.WORLD
     assert group is not None
-    layout, lane, library = _layout(Setting(1, 1)), InlineLane(), Emulation(1)
+    layout, lane, library = Machines(1, 1).layout, InlineLane(), Emulation(1)
     dispatcher = DeepEPDispatcher(group, 24, layout, lane, observers, SHAPE, library=library)
     handle = dispatcher.plan(torch.tensor([[0, 1]]))
     full, weights = torch.zeros(1, HIDDEN, dtype=torch.bfloat16), torch.zeros(1, 2)
@@ -148,7 +138,7 @@ def _refuse(rank: int, world_size: int) -> dict[str, str]:
         "codes back": lambda: dispatcher.combine(codes, handle),
         "double weights": lambda: dispatcher.dispatch(full, weights.double(), handle),
         "double gradients": lambda: dispatcher.dispatch_backward(full, torch.zeros(1).double(), handle),
-        "many tokens": lambda: dispatcher.plan(torch.zeros(41, 2, dtype=torch.int64)),
+        "many tokens": lambda: dispatcher.plan(torch.zeros(MAX_TOKENS + 1, 2, dtype=torch.int64)),
         "many choices": lambda: dispatcher.plan(torch.zeros(1, 5, dtype=torch.int64)),
         "no package": lambda: DeepEPDispatcher(group, 24, layout, lane, observers, SHAPE),
     }
@@ -171,7 +161,7 @@ def test_deepep_refuses_what_its_kernels_cannot_move_in_one_line() -> None:
         "codes back": ("combine: ", "rows of 256 bfloat16, got 264 torch.uint8"),
         "double weights": ("dispatch: ", "float32 weights, got torch.float64", "dispatch=two_hop"),
         "double gradients": ("dispatch backward: ", "got torch.float64"),
-        "many tokens": ("dispatch: ", "40 tokens", "got 41 tokens with 2"),
+        "many tokens": ("dispatch: ", f"{MAX_TOKENS} tokens", f"got {MAX_TOKENS + 1} tokens with 2"),
         "many choices": ("dispatch: ", "4 experts each", "got 1 tokens with 5"),
     }
     if importlib.util.find_spec("deep_ep") is None:
@@ -183,10 +173,10 @@ def test_deepep_refuses_what_its_kernels_cannot_move_in_one_line() -> None:
 
 
 def _divide(rank: int, world_size: int) -> str:
-    observers, group = Observers(Traffic(), OperationLog()), distributed.group.WORLD
+    observers, group = watching(), distributed.group.WORLD
     assert group is not None
     with pytest.raises(DispatchError) as caught:
-        DeepEPDispatcher(group, 5, _layout(Setting(2, 2)), InlineLane(), observers, SHAPE, library=Emulation(2))
+        DeepEPDispatcher(group, 5, Machines(2, 2).layout, InlineLane(), observers, SHAPE, library=Emulation(2))
     return str(caught.value)
 
 

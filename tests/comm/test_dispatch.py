@@ -1,33 +1,22 @@
-"""Every dispatcher that needs no GPU keeps the contract, on real ranks."""
+"""Every registered dispatcher keeps the contract, on real ranks; on an emulation of the package that it may need."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 from torch import distributed
 
 from comm.dispatch.all_to_all.plan import DispatchError
+from comm.dispatch.registry import DISPATCHERS
 from comm.lane import ThreadLane
-from tests.comm.backends import Backend, Setting, maker, watching
+from comm.protocol import Dispatcher
+from kernels.registry import load_plugins
+from tests.comm.backends import Setting, capped_kinds, emulated, maker, watching
 from tests.comm.contract import Bench, num_experts_for
 from tests.comm.laws import LAWS, check_laws
 from tests.ranks import run_ranks
-
-_SETTINGS = {
-    "local": Setting("local", (0,)),
-    "all_to_all-1": Setting("all_to_all", (0,)),
-    "all_to_all-2": Setting("all_to_all", (0, 0)),
-    "all_to_all-2+2": Setting("all_to_all", (0, 0, 1, 1)),
-    "two_hop-1": Setting("two_hop", (0,), chunks=2),
-    "two_hop-2": Setting("two_hop", (0, 0)),
-    "two_hop-1+1": Setting("two_hop", (0, 1), chunks=2),
-    "two_hop-2+2": Setting("two_hop", (0, 0, 1, 1)),
-    "two_hop-2+2-chunks": Setting("two_hop", (0, 0, 1, 1), chunks=3, partial_sums="float32"),
-    "two_hop-2+2+2": Setting("two_hop", (0, 0, 1, 1, 2, 2), chunks=2),
-    "two_hop-4+2": Setting("two_hop", (0, 0, 0, 0, 1, 1), chunks=2),
-    "two_hop-1+2+2": Setting("two_hop", (0, 1, 1, 2, 2), chunks=2),
-    "two_hop-3+1+2": Setting("two_hop", (0, 0, 0, 1, 2, 2)),
-}
 
 
 @dataclass(frozen=True)
@@ -38,25 +27,54 @@ class Findings:
     orders: dict[str, str]
 
 
-def _check(rank: int, world_size: int, setting: Setting) -> Findings:
-    observers, world = watching(), distributed.group.WORLD
+def _settings() -> Iterator[object]:
+    for kind, entry in DISPATCHERS.items():
+        for name, each in entry.contract.settings.items():
+            marks = [pytest.mark.slow] if each.is_slow else []
+            yield pytest.param(Setting(kind, each.nodes, each.fields), id=f"{kind}-{name}", marks=marks)
+
+
+def check_contract(rank: int, world_size: int, setting: Setting, plugins: tuple[str, ...]) -> Findings:
+    """Checks all laws on one rank.
+
+    Args:
+        rank: of this process.
+        world_size: ranks of the expert group.
+        setting: of the dispatcher.
+        plugins: files that register dispatchers.
+    """
+    load_plugins(plugins)
+    observers, world, contract = watching(), distributed.group.WORLD, setting.entry.contract
     assert world is not None
-    make = maker(setting, num_experts_for(world_size), observers)
-    with ThreadLane("comm") as lane:
-        failures = check_laws(Bench(make, lane, world, setting.nodes, rank))
+    opened: list[Dispatcher] = []
+    with emulated(setting):
+        make = maker(setting, num_experts_for(world_size), observers)
+        with ThreadLane("comm") as lane:
+            bench = Bench(
+                make=lambda lane: opened.append(make(lane)) or opened[-1],  # type: ignore[func-returns-value]
+                lane=lane,
+                group=world,
+                nodes=setting.nodes,
+                place=rank,
+                row_types=tuple(getattr(torch, name) for name in contract.row_types),
+                weights_type=getattr(torch, contract.weights_type),
+                hidden_size=contract.hidden_size,
+            )
+            failures = check_laws(bench)
+        for dispatcher in opened:
+            dispatcher.close()
     return Findings(failures, observers.log.order_hashes())
 
 
-_QUICK = ("local", "all_to_all-2", "all_to_all-2+2", "two_hop-1+1", "two_hop-2+2-chunks")
+def plugin_files(config: pytest.Config) -> tuple[str, ...]:
+    """Returns the files that this run of pytest was given, which ranks must load too."""
+    return tuple(str(Path(file).resolve()) for file in config.getoption("plugin_files"))
 
 
-@pytest.fixture(
-    scope="module",
-    params=[name if name in _QUICK else pytest.param(name, marks=pytest.mark.slow) for name in _SETTINGS],
-)
+@pytest.fixture(scope="module", params=_settings())
 def findings(request: pytest.FixtureRequest) -> list[Findings]:
-    setting = _SETTINGS[request.param]
-    return run_ranks(len(setting.nodes), _check, setting)
+    setting: Setting = request.param
+    return run_ranks(len(setting.nodes), check_contract, setting, plugin_files(request.config))
 
 
 @pytest.mark.parametrize("law", list(LAWS))
@@ -71,17 +89,18 @@ def test_dispatcher_has_one_order_of_operations_in_each_group(findings: list[Fin
         for group, order in found.orders.items():
             orders.setdefault(group, set()).add(order)
     assert len(findings) == 1 or orders
-    assert all(len(found) == 1 for found in orders.values())
+    assert all(len(found) == 1 for found in orders.values()), orders
 
 
-@pytest.mark.parametrize("backend", ["all_to_all", "two_hop"])
-def test_dispatch_raises_in_wait_what_went_wrong_on_the_lane(backend: Backend) -> None:
-    assert "index" in run_ranks(1, _fail_in_flight, backend)[0]
+@pytest.mark.parametrize("kind", capped_kinds())
+def test_dispatch_raises_in_wait_what_went_wrong_on_the_lane(kind: str, request: pytest.FixtureRequest) -> None:
+    assert "index" in run_ranks(1, _fail_in_flight, kind, plugin_files(request.config))[0]
 
 
-def _fail_in_flight(rank: int, world_size: int, backend: Backend) -> str:
+def _fail_in_flight(rank: int, world_size: int, kind: str, plugins: tuple[str, ...]) -> str:
+    load_plugins(plugins)
     with ThreadLane("comm") as lane:
-        dispatcher = maker(Setting(backend, (0,)), 24, watching())(lane)
+        dispatcher = maker(Setting(kind, (0,)), 24, watching())(lane)
         handle = dispatcher.plan(torch.tensor([[0, 24]]))
         work = dispatcher.dispatch(torch.ones(1, 4), torch.ones(1, 2), handle)
         try:
@@ -91,13 +110,15 @@ def _fail_in_flight(rank: int, world_size: int, backend: Backend) -> str:
     return ""
 
 
-@pytest.mark.parametrize("backend", ["all_to_all", "two_hop"])
-def test_dispatcher_refuses_experts_that_ranks_cannot_share(backend: Backend) -> None:
-    assert all("must divide 5 routed experts, got 2 ranks" in message for message in run_ranks(2, _refuse, backend))
+@pytest.mark.parametrize("kind", capped_kinds())
+def test_dispatcher_refuses_experts_that_ranks_cannot_share(kind: str, request: pytest.FixtureRequest) -> None:
+    messages = run_ranks(2, _refuse, kind, plugin_files(request.config))
+    assert all("must divide 5 routed experts, got 2 ranks" in message for message in messages), messages
 
 
-def _refuse(rank: int, world_size: int, backend: Backend) -> str:
-    make = maker(Setting(backend, (0, 0)), 5, watching())
+def _refuse(rank: int, world_size: int, kind: str, plugins: tuple[str, ...]) -> str:
+    load_plugins(plugins)
+    make = maker(Setting(kind, (0, 0)), 5, watching())
     with ThreadLane("comm") as lane:
         try:
             make(lane)

@@ -158,7 +158,7 @@ def _send(rank: int, world_size: int, setting: Setting) -> dict[str, LayerTraffi
 
 def _expected(made: Forecast, setting: Setting, call: str, rank: int) -> Spread:
     hops = (made.between_nodes, made.within_node)
-    ways: tuple[SentRows, ...] = (made.per_expert,) if setting.backend == "all_to_all" else hops
+    ways: tuple[SentRows, ...] = (made.per_expert,) if setting.kind == "all_to_all" else hops
     if call in ("combine", "dispatch backward"):
         ways = tuple(way.returned for way in ways)
     spreads = [way.spread(rank) for way in ways]
@@ -173,12 +173,12 @@ def _expected(made: Forecast, setting: Setting, call: str, rank: int) -> Spread:
     "setting",
     [
         Setting("all_to_all", (0, 0, 1, 1)),
-        Setting("two_hop", (0, 0, 1, 1), chunks=3),
+        Setting("two_hop", (0, 0, 1, 1), {"chunks": 3}),
         Setting("two_hop", (0, 0, 0, 1)),
-        Setting("two_hop", (0, 1, 1, 2), chunks=2),
+        Setting("two_hop", (0, 1, 1, 2), {"chunks": 2}),
         Setting("two_hop", (0, 0)),
     ],
-    ids=lambda setting: f"{setting.backend}-{setting.nodes}",
+    ids=lambda setting: f"{setting.kind}-{setting.nodes}",
 )
 def test_dispatchers_send_what_the_forecast_says(setting: Setting) -> None:
     """Row by row: each rank's, each way, both as its plan predicts and as it is counted when sent."""

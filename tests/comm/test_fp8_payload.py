@@ -110,9 +110,9 @@ def _check_setting(rank: int, world_size: int, setting: Setting) -> str:
     [
         Setting("local", (0,)),
         Setting("all_to_all", (0, 0, 1, 1)),
-        Setting("two_hop", (0, 0, 1, 1), chunks=2),
+        Setting("two_hop", (0, 0, 1, 1), {"chunks": 2}),
     ],
-    ids=lambda setting: setting.backend,
+    ids=lambda setting: setting.kind,
 )
 def test_fp8_dispatcher_equals_quantising_before_the_plain_one(setting: Setting) -> None:
     failures = run_ranks(len(setting.nodes), _check_setting, setting)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import kernels.permute.reference
 from comm.lane import InlineLane
-from tests.comm.backends import Backend, Setting, maker, watching
+from tests.comm.backends import Setting, maker, watching
 from tests.host_reads import Reads
 from tests.ranks import run_ranks
 
@@ -57,8 +57,8 @@ def _count_reads(rank: int, world_size: int, setting: Setting) -> tuple[list[str
 
 
 @pytest.mark.parametrize("backend", ["all_to_all", "two_hop"])
-def test_exchange_reads_from_the_device_once(backend: Backend) -> None:
-    for found, read in run_ranks(4, _count_reads, Setting(backend, (0, 0, 1, 1), chunks=2, max_nodes=2)):
+def test_exchange_reads_from_the_device_once(backend: str) -> None:
+    for found, read in run_ranks(4, _count_reads, Setting(backend, (0, 0, 1, 1), {"chunks": 2}, max_nodes=2)):
         assert found == []
         assert len(read) == 1
 

@@ -20,7 +20,7 @@ from comm.dispatch.node_cap import (
 from comm.dispatch.traffic import ClipCount
 from comm.lane import InlineLane, ThreadLane
 from comm.protocol import Dispatcher, Label
-from tests.comm.backends import Backend, Setting, maker, watching
+from tests.comm.backends import Setting, maker, watching
 from tests.ranks import run_ranks
 
 _NUM_EXPERTS, _NUM_CHOICES, _HIDDEN = 16, 5, 6
@@ -227,7 +227,7 @@ def _clip_on_ranks(rank: int, world_size: int, setting: Setting) -> tuple[tuple[
 
 
 @pytest.mark.parametrize(("backend", "max_nodes"), [("all_to_all", 1), ("two_hop", 2)])
-def test_clipping_dispatcher_on_ranks_equals_one_rank_and_keeps_the_cap(backend: Backend, max_nodes: int) -> None:
+def test_clipping_dispatcher_on_ranks_equals_one_rank_and_keeps_the_cap(backend: str, max_nodes: int) -> None:
     """A node for each rank; the backend inside verifies the same cap."""
     ranks = run_ranks(4, _clip_on_ranks, Setting(backend, (0, 1, 2, 3), max_nodes=max_nodes))
     for rank, (results, num_clipped, num_touched) in enumerate(ranks):
@@ -260,7 +260,7 @@ def _plan_thrice(rank: int, world_size: int, setting: Setting) -> list[str]:
 
 @pytest.mark.parametrize("backend", ["all_to_all", "two_hop"])
 def test_token_over_the_cap_ends_its_plan_on_all_ranks(backend: str) -> None:
-    setting = Setting("two_hop" if backend == "two_hop" else "all_to_all", _NODES, chunks=2, max_nodes=2)
+    setting = Setting(backend, _NODES, {"chunks": 2}, max_nodes=2)
     first, second, third = zip(*run_ranks(len(_NODES), _plan_thrice, setting), strict=True)
     assert set(first) == {""}
     of = f"dispatch of {_LABEL}: "

@@ -23,8 +23,8 @@ _CASES = ("uneven", "one_rank", "one_node", "dropped", "no_token")
 _LABEL = Label(layer=3, direction=0, micro_batch=1)
 _SETTINGS = {
     "all_to_all-2+2": Setting("all_to_all", (0, 0, 1, 1)),
-    "two_hop-2+2-chunks": Setting("two_hop", (0, 0, 1, 1), chunks=3, partial_sums="float32"),
-    "two_hop-2+2+2": Setting("two_hop", (0, 0, 1, 1, 2, 2), chunks=2),
+    "two_hop-2+2-chunks": Setting("two_hop", (0, 0, 1, 1), {"chunks": 3, "partial_sums": "float32"}),
+    "two_hop-2+2+2": Setting("two_hop", (0, 0, 1, 1, 2, 2), {"chunks": 2}),
     "two_hop-3+1+2": Setting("two_hop", (0, 0, 0, 1, 2, 2)),
 }
 # Bytes of a row there and back; with one weight (8 bytes of float64), or with the weights of three choices (24) and
@@ -97,7 +97,7 @@ def _links(setting: Setting, ids_by_rank: list[Tensor]) -> Counter[tuple[int, in
     for source, ids_TK in enumerate(ids_by_rank):
         for ids in ids_TK.tolist():
             ranks = _ranks_of(setting, ids)
-            if setting.backend == "all_to_all":
+            if setting.kind == "all_to_all":
                 links.update((source, rank) for rank in ranks)
                 continue
             for node in {setting.nodes[rank] for rank in ranks}:
@@ -121,13 +121,13 @@ def _spread(setting: Setting, links: Counter[tuple[int, int]], rank: int, back: 
 
 def test_exchanges_send_what_loops_over_tokens_enumerate(counted: tuple[Setting, list[list[Counted]]]) -> None:
     setting, cases = counted
-    wide = " float32" if setting.partial_sums == "float32" else ""
+    wide = " float32" if setting.fields.get("partial_sums") == "float32" else ""
     for ranks in cases:
         links = _links(setting, [of.ids_TK for of in ranks])
         for rank, of in enumerate(ranks):
             for name, got in of.exchanges.items():
                 rows = _spread(setting, links, rank, back=name in ("combine", "dispatch backward"))
-                width = _BYTES[setting.backend + wide][name]
+                width = _BYTES[setting.kind + wide][name]
                 assert got.num_rows_kept == rows.kept
                 assert (got.num_rows_within_node, got.num_rows_across_nodes) == (rows.within_node, rows.across_nodes)
                 assert got.num_bytes_within_node == rows.within_node * width
@@ -168,7 +168,7 @@ def test_two_hops_cross_nodes_as_seldom_as_can_be(counted: tuple[Setting, list[l
     exchanges = [[of.exchanges[name] for of in ranks] for ranks in cases for name in ranks[0].exchanges]
     totals = [sum(of, LayerTraffic()) for of in exchanges]
     assert any(total.num_rows_across_nodes for total in totals)
-    if setting.backend == "two_hop":
+    if setting.kind == "two_hop":
         assert all(total.num_rows_across_nodes == total.num_least_rows for total in totals)
         assert {total.lower_bound_share for total in totals} == {1.0}
     else:

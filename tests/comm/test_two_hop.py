@@ -18,7 +18,7 @@ from comm.groups import Groups
 from comm.lane import InlineLane, ThreadLane
 from comm.layout import Layout
 from comm.protocol import Dispatcher
-from tests.comm.backends import Setting, maker, watching
+from tests.comm.backends import Setting, make_parts, maker, watching
 from tests.ranks import run_ranks
 
 _NUM_EXPERTS = 12
@@ -47,7 +47,7 @@ def _vary_chunks(rank: int, world_size: int) -> bool:
     results = []
     with ThreadLane("comm") as lane:
         for chunks in (1, 2, 5, 40):
-            make = maker(Setting("two_hop", (0, 0, 1, 1), chunks=chunks), _NUM_EXPERTS, watching())
+            make = maker(Setting("two_hop", (0, 0, 1, 1), {"chunks": chunks}), _NUM_EXPERTS, watching())
             results += [_go_round(make(each), ids_TK, rows_TD, weights_TK) for each in (lane, InlineLane())]
     return all(torch.equal(one, other) for result in results for one, other in zip(results[0], result, strict=True))
 
@@ -64,7 +64,7 @@ def _sum_partially(rank: int, world_size: int) -> list[bool]:
     found = []
     choices: tuple[Literal["rows", "float32"], ...] = ("rows", "float32")
     for partial_sums in choices:
-        setting = Setting("two_hop", (0, 0, 1, 1), chunks=2, partial_sums=partial_sums)
+        setting = Setting("two_hop", (0, 0, 1, 1), {"chunks": 2, "partial_sums": partial_sums})
         dispatcher = maker(setting, _NUM_EXPERTS, watching())(InlineLane())
         handle = dispatcher.plan(ids_TK)
         arrived = dispatcher.dispatch(rows_TD, weights_TK, handle).wait()
@@ -88,7 +88,7 @@ def _share_nodes(rank: int, world_size: int) -> tuple[list[int], bool, dict[str,
     groups, observers = Groups(layout, False, 60.0), watching()
     ids_TK, rows_TD, weights_TK = _routing(rank, 9, torch.float64)
     with ThreadLane("comm") as lane:
-        dispatcher = build_dispatcher(config, _NUM_EXPERTS, layout, groups.expert, lane, observers, 60.0)
+        dispatcher = build_dispatcher(config, make_parts(_NUM_EXPERTS, layout, groups.expert, lane, observers))
         found = _go_round(dispatcher, ids_TK, rows_TD, weights_TK)
     local = _go_round(LocalDispatcher(_NUM_EXPERTS), ids_TK, rows_TD, weights_TK)
     same = [torch.allclose(found[index], local[index], rtol=1e-14, atol=1e-14) for index in (2, 4, 5)]
@@ -123,7 +123,7 @@ def _wrap(rank: int, world_size: int) -> tuple[list[str], bool, float]:
     clipping = ClippingDispatcher(LocalDispatcher(_NUM_EXPERTS), nodes_E, 2, 1, ClipCount())
     kinds, results = [], []
     with ThreadLane("comm") as lane:
-        built = build_dispatcher(config, _NUM_EXPERTS, layout, group, lane, observers, 60.0)
+        built = build_dispatcher(config, make_parts(_NUM_EXPERTS, layout, group, lane, observers))
         for dispatcher in (built, Fp8Dispatcher(clipping)):
             kinds.append(type(dispatcher).__name__)
             handle = dispatcher.plan(ids_TK, weights_TK)

@@ -1,10 +1,11 @@
 """A training run, as values. No torch here: a wrong run is refused before any process starts."""
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Annotated, Literal
 
 from comm.config import ClusterConfig, DispatchConfig, ParallelismConfig
-from comm.dispatch.deepep.package import BufferShape
+from comm.dispatch.registry import DISPATCHERS
+from comm.dispatch.requirements import DispatchSite, TokenSizes
 from data.batch_sizes import BatchRamp, BatchSizes
 from data.config import DataConfig
 from dualpipe.config import ScheduleConfig
@@ -187,7 +188,7 @@ class TrainConfig:
     init_mtp: Literal["checkpoint", "fresh", "drop"]
     cluster: ClusterConfig
     parallelism: ParallelismConfig
-    dispatch: DispatchConfig
+    dispatch: Annotated[DispatchConfig, DISPATCHERS]
     model: ModelConfig
     data: DataConfig
     task: TaskConfig
@@ -227,17 +228,21 @@ class TrainConfig:
         return self.batch.global_sequences // (self.parallelism.data * self.batch.micro_sequences)
 
     @property
-    def deepep_buffer(self) -> BufferShape:
-        """What DeepEP's buffer must hold.
-
-        Raises:
-            DeepEPError: a model that its kernels are not made for.
-        """
-        return BufferShape(
-            max_tokens=self.batch.micro_sequences * self.batch.sequence_length_tokens,
-            hidden_size=self.model.hidden_size,
-            num_choices=self.model.num_experts_per_token,
-            timeout_seconds=self.cluster.timeout_seconds,
+    def dispatch_site(self) -> DispatchSite:
+        """What a rank dispatches to experts, and between which ranks."""
+        model = self.model
+        return DispatchSite(
+            cluster=self.cluster,
+            parallelism=self.parallelism,
+            precision=self.precision.kind,
+            tokens=TokenSizes(
+                max_tokens=self.batch.micro_sequences * self.batch.sequence_length_tokens,
+                hidden_size=model.hidden_size,
+                num_choices=model.num_experts_per_token,
+            ),
+            num_experts=model.num_routed_experts,
+            num_groups=model.num_expert_groups,
+            num_limited_groups=model.num_limited_groups,
         )
 
 

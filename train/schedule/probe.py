@@ -12,7 +12,7 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.distributed import ProcessGroup
 
-from comm.dispatch.build import build_dispatcher, open_lane
+from comm.dispatch.build import DispatcherParts, build_dispatcher, open_lane
 from comm.dispatch.process_group import Observers
 from comm.dispatch.traffic import Traffic
 from comm.groups import join_one
@@ -81,9 +81,16 @@ def measure(config: TrainConfig, layout: Layout, device: torch.device) -> LayerT
     lane = open_lane(device)
     observers = Observers(Traffic(), OperationLog())
     network = ReplicaConfig.of_run(config)
-    dispatcher = build_dispatcher(
-        network.dispatch, config.model.num_routed_experts, layout, experts, lane, observers, timeout, network.buffer
+    parts = DispatcherParts(
+        num_experts=config.model.num_routed_experts,
+        layout=layout,
+        group=experts,
+        lane=lane,
+        observers=observers,
+        timeout_seconds=timeout,
+        tokens=network.tokens,
     )
+    dispatcher = build_dispatcher(network.dispatch, parts)
     mine = _measure_parts(config, layout, dispatcher, device, _hop_seconds(config, layout, pipeline, device))
     agreed = _agree(mine, device)
     lane.close()

@@ -8,7 +8,7 @@ import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
-_PACKAGE = "deep_ep"
+PACKAGE = "deep_ep"
 _HIDDEN_MULTIPLE = 256
 _MOST_CHOICES = 32
 
@@ -59,7 +59,7 @@ def check_available() -> None:
     Raises:
         DeepEPError: it is not installed.
     """
-    if importlib.util.find_spec(_PACKAGE) is None:
+    if importlib.util.find_spec(PACKAGE) is None:
         raise DeepEPError(_missing("is not installed"))
 
 
@@ -71,7 +71,7 @@ def load_package() -> Any:
     """
     check_available()
     try:
-        package = importlib.import_module(_PACKAGE)
+        package = importlib.import_module(PACKAGE)
     except ImportError as error:
         raise DeepEPError(_missing(f"does not load ({error})")) from error
     if not hasattr(package, "ElasticBuffer"):
@@ -82,6 +82,6 @@ def load_package() -> Any:
 
 def _missing(what: str) -> str:
     return (
-        f"dispatch: deepep needs the package {_PACKAGE} (github.com/deepseek-ai/DeepEP) and CUDA, "
-        f"but {_PACKAGE} {what}; nearest valid: dispatch=two_hop"
+        f"dispatch: deepep needs the package {PACKAGE} (github.com/deepseek-ai/DeepEP) and CUDA, "
+        f"but {PACKAGE} {what}; nearest valid: dispatch=two_hop"
     )

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from comm.dispatch.node_bound import most_nodes
+from comm.dispatch.requirements import most_nodes
 from comm.node_limit import limit_groups
 
 
@@ -63,5 +63,5 @@ def test_most_nodes_is_never_passed_by_the_gate_and_is_reached_by_it() -> None:
 
 
 def test_node_bound_needs_no_torch() -> None:
-    code = "import sys, comm.dispatch.node_bound; sys.exit('torch' in sys.modules)"
+    code = "import sys, comm.dispatch.requirements; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

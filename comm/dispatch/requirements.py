@@ -1,0 +1,126 @@
+"""What a dispatcher needs of a run, checked from sizes alone, before anything starts. No torch here."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from comm.config import CappedDispatchConfig, ClusterConfig, DispatchConfig, ParallelismConfig
+from comm.layout import Layout
+
+
+class DispatchRequirementError(ValueError):
+    """A dispatcher that cannot serve a run. The text starts with the dotted key."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenSizes:
+    """Sizes of what a rank dispatches in one micro-batch.
+
+    Attributes:
+        max_tokens: tokens at most.
+        hidden_size: of a row.
+        num_choices: experts per token.
+    """
+
+    max_tokens: int
+    hidden_size: int
+    num_choices: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DispatchSite:
+    """What a run dispatches, and between which ranks.
+
+    Attributes:
+        cluster: the machines.
+        parallelism: the mesh.
+        precision: kind of precision of the run.
+        tokens: of a rank in a micro-batch.
+        num_experts: routed experts of a layer.
+        num_groups: groups of consecutive experts.
+        num_limited_groups: groups among which the router chooses a token's experts.
+    """
+
+    cluster: ClusterConfig
+    parallelism: ParallelismConfig
+    precision: str
+    tokens: TokenSizes
+    num_experts: int
+    num_groups: int
+    num_limited_groups: int
+
+
+def require_one_expert_rank(config: DispatchConfig, site: DispatchSite) -> None:
+    """Refuses experts that are shared out over ranks.
+
+    Raises:
+        DispatchRequirementError: the expert axis is longer than 1.
+    """
+    if site.parallelism.expert > 1:
+        raise DispatchRequirementError(
+            f"dispatch: {config.kind} keeps every expert on each rank and needs parallelism.expert=1, "
+            f"is {config.kind} with parallelism.expert={site.parallelism.expert}; nearest valid: dispatch=two_hop"
+        )
+
+
+def require_node_cap(config: CappedDispatchConfig, site: DispatchSite) -> None:
+    """Refuses a router that may choose more nodes than a verified cap allows: the first such token would end the run.
+
+    Raises:
+        DispatchRequirementError: the router can send a token to more than `max_nodes` nodes.
+    """
+    if config.node_cap != "verify":
+        return
+    parallelism, ranks_per_node = site.parallelism, site.cluster.ranks_per_node
+    layout = Layout(parallelism, ranks_per_node)
+    groups = {layout.expert_group(rank) for rank in range(layout.world_size)}
+    most = max(
+        most_nodes(
+            site.num_experts,
+            site.num_groups,
+            site.num_limited_groups,
+            site.tokens.num_choices,
+            [layout.node_of(member) for member in group],
+        )
+        for group in groups
+    )
+    if most > config.max_nodes:
+        raise DispatchRequirementError(
+            f"dispatch.max_nodes: the gate can send a token to {most} nodes (model.num_limited_groups="
+            f"{site.num_limited_groups} of {site.num_groups} groups of experts, parallelism.expert="
+            f"{parallelism.expert} ranks, cluster.ranks_per_node={ranks_per_node}), is {config.max_nodes}; "
+            f"nearest valid: {most}, or a smaller model.num_limited_groups, or dispatch.node_cap=clip"
+        )
+
+
+def most_nodes(
+    num_experts: int, num_groups: int, num_limited_groups: int, num_experts_per_token: int, member_nodes: Sequence[int]
+) -> int:
+    """Over all scores, the most nodes that hold the experts of one token.
+
+    The gate (arXiv:2412.19437, section 2.1.2) may choose any experts of any `num_limited_groups` groups, so this is the
+    most nodes that so many groups lie on, or the number of experts per token where that is less.
+
+    Args:
+        num_experts: of a layer; a multiple of `num_groups` and of the members.
+        num_groups: groups of consecutive experts.
+        num_limited_groups: groups among which a token's experts are chosen.
+        num_experts_per_token: distinct experts of a token.
+        member_nodes: the node of each rank that holds experts, ascending; each holds an equal run of experts.
+    """
+    assert list(member_nodes) == sorted(member_nodes)
+    per_group, per_member = num_experts // num_groups, num_experts // len(member_nodes)
+    numbers = {node: number for number, node in enumerate(sorted(set(member_nodes)))}
+    spans = [
+        (numbers[member_nodes[first // per_member]], numbers[member_nodes[(first + per_group - 1) // per_member]])
+        for first in range(0, num_experts, per_group)
+    ]
+    # most[group]: nodes of the best choice of so many groups of which it is the last. Ordered groups share a node only
+    # where one begins on the node on which another ends.
+    most = {group: last - first + 1 for group, (first, last) in enumerate(spans)}
+    for _ in range(num_limited_groups - 1):
+        most = {
+            group: last - first + 1 + max(most[other] - (spans[other][1] == first) for other in most if other < group)
+            for group, (first, last) in enumerate(spans)
+            if any(other < group for other in most)
+        }
+    return min(max(most.values()), num_experts_per_token)
