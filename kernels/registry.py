@@ -159,6 +159,12 @@ def load_plugins(paths: Sequence[str | Path]) -> tuple[ModuleType, ...]:
     return tuple(_load(Path(path).expanduser().resolve()) for path in paths)
 
 
+def loaded_plugins() -> tuple[Path, ...]:
+    """Returns the plugin files that this process has imported, in their order."""
+    modules = [module for name, module in sys.modules.items() if name.startswith("plugin_")]
+    return tuple(Path(str(module.__file__)) for module in modules if "__plugin__" in module.__dict__)
+
+
 @dataclass(frozen=True, slots=True)
 class _Loaded:
     """What a plugin's module keeps of its import."""
@@ -198,7 +204,7 @@ def _import(path: Path, name: str, text: bytes) -> ModuleType:
                 f"plugins: {str(path)!r} registers nothing; call `register` of a registry, "
                 "for example dualpipe.registry.SCHEDULES"
             )
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
         for registry, entry in _plugin_entries():
             if (registry, entry) not in before:
@@ -215,7 +221,7 @@ def _plugin_entries() -> list[tuple[Registry[Any], str]]:
     return [(registry, name) for registry in _registries for name in registry.from_plugins()]
 
 
-def _line(error: Exception, path: Path) -> str:
+def _line(error: BaseException, path: Path) -> str:
     """Returns the last line of the file that an error passed through."""
     if isinstance(error, SyntaxError):
         return f" at line {error.lineno}"
@@ -223,7 +229,7 @@ def _line(error: Exception, path: Path) -> str:
     return f" at line {lines[-1]}" if lines else ""
 
 
-def _summary(error: Exception) -> str:
+def _summary(error: BaseException) -> str:
     words = error.msg if isinstance(error, SyntaxError) else " ".join(str(error).split())
     return f"{type(error).__name__}: {words}" if words else type(error).__name__
 

@@ -51,6 +51,7 @@ class GenerateCommandConfig:
     batch_size: int
     dtype: Literal["float32", "bf16"]
     device: Literal["cpu", "cuda"]
+    plugins: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ class RedrawConfig:
     """What is drawn; see `conf/redraw.yaml`."""
 
     run: str
+    plugins: tuple[str, ...]
 
 
 def main(overrides: Sequence[str]) -> int:

@@ -47,6 +47,7 @@ class ScheduleCommandConfig:
     format: Literal["text", "json", "svg", "html", "trace"]
     out: str
     cache_dir: str
+    plugins: tuple[str, ...]
 
     def costs_of(self, num_stages: int) -> CostModel:
         """The costs of each stage of so many."""

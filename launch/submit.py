@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from launch.command import command
-from launch.config.compose import chosen_options, compose, key_of, own_keys
+from launch.config.compose import chosen_options, compose, key_of
 from launch.config.decode import decode, encode
 from launch.config.errors import ConfigError, system_errors
+from launch.config.groups import own_keys
 from launch.config.run_config import check, read_config, write_config
 from launch.help.preview import experiment_text
 from launch.ranks.run_folder import check_folder, held_folder

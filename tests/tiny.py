@@ -147,6 +147,7 @@ def tiny_config(folder: Path, **changes: object) -> TrainConfig:
             wandb="disabled", project="tests", log_every_steps=1, picture_every_steps=0, loads_every_steps=1
         ),
         profile=ProfileConfig(steps=(), ranks=(0,), trace=True, memory_snapshot=False),
+        plugins=(),
     )
     return replace(config, **changes)  # type: ignore[arg-type]
 

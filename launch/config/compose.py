@@ -6,7 +6,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -16,6 +15,15 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
 
 from launch.config.errors import ConfigError, SyntaxOverrideError, UnknownKeyError, nearest, nearest_key
+from launch.config.groups import (
+    PLUGINS,
+    config_dirs,
+    default_groups,
+    has_plugins,
+    load_plugin_files,
+    options,
+    read_option,
+)
 
 CONFIG_ONLY = "config_only"
 """Beside a command's own keys: its configuration is printed, and nothing else happens."""
@@ -25,11 +33,6 @@ _EXAMPLES = {
     "data.paths": "[FOLDER,FILE], the text to train on: .txt, .md, .py or .jsonl",
     "data.tokenizer": "PATH, a tokenizer.json or a folder that holds one, of at most model.vocab_size tokens",
 }
-
-
-def config_dir() -> Path:
-    """The folder of YAML values, beside the packages."""
-    return Path(__file__).resolve().parents[2] / "conf"
 
 
 def compose(command: str, overrides: Sequence[str]) -> dict[str, Any]:
@@ -43,11 +46,12 @@ def compose(command: str, overrides: Sequence[str]) -> dict[str, Any]:
         Nested dicts and lists of plain values, every interpolation resolved.
 
     Raises:
-        ConfigError: an override that does not parse, an unknown key or option, a value that is missing.
+        ConfigError: an override that does not parse, an unknown key or option, a value that is missing, a plugin file
+            that cannot be loaded.
     """
     config = _checked(command, overrides)
     try:
-        return _plain(config)
+        values = _plain(config)
     except MissingMandatoryValue as error:
         example = _EXAMPLES.get(str(error.full_key), "...")
         raise ConfigError(f"{error.full_key}: a value is needed; write {error.full_key}={example}") from error
@@ -55,6 +59,8 @@ def compose(command: str, overrides: Sequence[str]) -> dict[str, Any]:
         raise ConfigError(f"{error.full_key}: {_first_line(error)}") from error
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key or 'configuration'}: {_first_line(error)}") from error
+    load_plugin_files(values.get(PLUGINS))
+    return values
 
 
 def compose_defaults(command: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -95,22 +101,6 @@ def quoted_override(key: str, value: str) -> str:
     return f'"{escaped}"'
 
 
-def options(group: str) -> list[str]:
-    """The names that may be chosen for a group, sorted."""
-    return sorted(path.stem for path in (config_dir() / group).glob("*.yaml"))
-
-
-def default_groups(command: str) -> dict[str, str]:
-    """Groups of a command, those of a root YAML that it includes too, and the option chosen when none is named."""
-    groups: dict[str, str] = {}
-    for entry in _defaults(command):
-        if isinstance(entry, dict):
-            groups |= {group.removeprefix("override "): option for group, option in entry.items()}
-        elif entry != "_self_":
-            groups |= default_groups(entry)
-    return groups
-
-
 def key_of(override: str) -> str:
     """The dotted key or the group that an override is about.
 
@@ -120,29 +110,12 @@ def key_of(override: str) -> str:
     return str(_parse(override).key_or_group)
 
 
-def included_roots(command: str) -> list[str]:
-    """Names of the root YAMLs whose keys a command takes over before its own."""
-    return [entry for entry in _defaults(command) if isinstance(entry, str) and entry != "_self_"]
-
-
-def own_keys(command: str) -> list[str]:
-    """Top-level keys that a root YAML itself sets, those of its groups and of what it includes left out."""
-    return [key for key in _root(command) if key != "defaults"]
-
-
-def _defaults(command: str) -> list[str | dict[str, str]]:
-    return list(_root(command)["defaults"])
-
-
-def _root(command: str) -> dict[str, Any]:
-    values = yaml.safe_load((config_dir() / f"{command}.yaml").read_text(encoding="utf-8"))
-    return {str(key): value for key, value in values.items()}
-
-
 def _checked(command: str, overrides: Sequence[str], *, with_hydra: bool = False) -> DictConfig:
     """Composes, and says in our words what Hydra refuses."""
     groups = default_groups(command)
     parsed = [_parse(text) for text in overrides]
+    if has_plugins(command):
+        _load_plugins(parsed)
     for override in parsed:
         _check_override(override, groups)
     try:
@@ -152,9 +125,27 @@ def _checked(command: str, overrides: Sequence[str], *, with_hydra: bool = False
         raise ConfigError(_first_line(error)) from error
 
 
+def _load_plugins(parsed: Sequence[Override]) -> None:
+    """Loads the plugin files that the command line or its experiment names, because groups get options from them."""
+    for override in parsed:
+        if override.key_or_group == "experiment":
+            load_plugin_files(read_option("experiment", override.get_value_string()).get(PLUGINS))
+        elif override.key_or_group == PLUGINS:
+            load_plugin_files(override.value())
+
+
 def _compose(command: str, overrides: Sequence[str], *, with_hydra: bool = False) -> DictConfig:
-    with initialize_config_dir(str(config_dir()), version_base="1.3", job_name=command):
-        return hydra_compose(command, list(overrides), return_hydra_config=with_hydra)
+    return _compose_in(config_dirs(), command, overrides, with_hydra=with_hydra)
+
+
+def _compose_in(
+    folders: Sequence[Path], command: str, overrides: Sequence[str], *, with_hydra: bool = False
+) -> DictConfig:
+    first, *others = folders
+    paths = ",".join(f"'file://{folder}'" for folder in others)
+    search = [f"hydra.searchpath=[{paths}]"] if others else []
+    with initialize_config_dir(str(first), version_base="1.3", job_name=command):
+        return hydra_compose(command, [*search, *overrides], return_hydra_config=with_hydra)
 
 
 def _plain(config: DictConfig) -> dict[str, Any]:
@@ -217,7 +208,7 @@ def _check_not_nested_group(override: Override, groups: Mapping[str, str]) -> No
 def _raise_unknown_key(command: str, groups: Mapping[str, str], parsed: Sequence[Override]) -> None:
     """Names the first override whose key does not exist, with the nearest that does."""
     choices = [override.input_line or "" for override in parsed if override.key_or_group in groups]
-    known = known_keys(command, tuple(choices), config_dir())
+    known = known_keys(command, tuple(choices))
     keys = [*known, *(group for group in groups if group not in known), CONFIG_ONLY]
     for override in parsed:
         key = override.key_or_group
@@ -249,8 +240,7 @@ def _other_option(key: str) -> str | None:
     for depth in range(len(parts) - 1, 0, -1):
         group, rest = "/".join(parts[:depth]), ".".join(parts[depth:])
         for option in options(group):
-            values = yaml.safe_load((config_dir() / group / f"{option}.yaml").read_text(encoding="utf-8"))
-            if rest in _dotted(values or {}):
+            if rest in _dotted(read_option(group, option)):
                 return f"{group}={option}"
     return None
 
@@ -268,18 +258,19 @@ def dotted_keys(values: object, prefix: str = "") -> Iterable[tuple[str, Any]]:
             yield from dotted_keys(value, f"{prefix}{key}.")
 
 
-@cache
-def known_keys(command: str, choices: tuple[str, ...], folder: Path) -> Mapping[str, Any]:
+def known_keys(command: str, choices: Sequence[str] = ()) -> Mapping[str, Any]:
     """Returns every dotted key of a command with its value.
 
     Args:
         command: name of a root YAML.
         choices: overrides that choose options of groups.
-        folder: the folder of YAML values.
     """
-    with initialize_config_dir(str(folder), version_base="1.3", job_name=command):
-        values = OmegaConf.to_container(hydra_compose(command, list(choices)), resolve=False)
-    return dict(dotted_keys(values))
+    return _known_keys(command, tuple(choices), config_dirs())
+
+
+@cache
+def _known_keys(command: str, choices: tuple[str, ...], folders: tuple[Path, ...]) -> Mapping[str, Any]:
+    return dict(dotted_keys(OmegaConf.to_container(_compose_in(folders, command, choices), resolve=False)))
 
 
 def _dotted(values: object) -> list[str]:

@@ -47,6 +47,10 @@ def read_config(values: Mapping[str, Any]) -> TrainConfig:
     model = values.get("model")
     if isinstance(model, Mapping):
         values = {**values, "model": expand_model(model, values.get("init_from"), values.get("init_mtp"))}
+    plugins = values.get("plugins")
+    if isinstance(plugins, list | tuple) and all(isinstance(path, str) for path in plugins):
+        # Ranks and later runs may have another working folder.
+        values = {**values, "plugins": [str(Path(path).expanduser().resolve()) for path in plugins]}
     data = values.get("data")
     if isinstance(data, Mapping):
         # On the command line the source's keys stand next to data's other keys: `data=files data.paths=[a,b]`.

@@ -13,9 +13,10 @@ from typing import Any
 
 import yaml
 
-from launch.config.compose import CONFIG_ONLY, config_dir, default_groups, known_keys, options
+from launch.config.compose import CONFIG_ONLY, known_keys
 from launch.config.decode import decode
 from launch.config.errors import ConfigError, SyntaxOverrideError, UnknownKeyError, nearest_key
+from launch.config.groups import default_groups, options
 
 BARE_PATH = "<path>"
 """Stands in the table for a path that was written without a key."""
@@ -192,7 +193,7 @@ def _bare_words(arguments: Sequence[str]) -> list[str]:
 
 def _known_keys(command: str) -> Mapping[str, Any]:
     """Returns every dotted key and every group of a command, with its default."""
-    return {**known_keys(command, (), config_dir()), **default_groups(command), CONFIG_ONLY: True}
+    return {**known_keys(command), **default_groups(command), CONFIG_ONLY: True}
 
 
 def _default(value: Any) -> str:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
-from launch.config.compose import config_dir
+from launch.config.groups import config_dir
 
 _EXAMPLE = "# Example: "
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import yaml
 
-from launch.config.compose import compose_defaults, config_dir, dotted_keys, included_roots
+from launch.config.compose import compose_defaults, dotted_keys
+from launch.config.groups import config_dir, included_roots, option_file
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,8 +52,7 @@ def sections(command: str, overrides: Sequence[str], chosen: Mapping[str, str]) 
     values = compose_defaults(command, overrides)
     roots = [_Source(config_dir() / f"{root}.yaml", "") for root in (*included_roots(command), command)]
     groups = {
-        group: _Source(config_dir() / group / f"{option}.yaml", f"{group.replace('/', '.')}.")
-        for group, option in chosen.items()
+        group: _Source(option_file(group, option), f"{group.replace('/', '.')}.") for group, option in chosen.items()
     }
     comments = {key: text for source in (*roots, *groups.values()) for key, text in _comments(source)}
     leaves = [Option(key=key, value=_flow(value), comment=comments.get(key, "")) for key, value in _leaves(values)]

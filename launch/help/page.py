@@ -5,7 +5,8 @@ import sys
 import textwrap
 from collections.abc import Sequence
 
-from launch.config.compose import CONFIG_ONLY, chosen_options, options
+from launch.config.compose import CONFIG_ONLY, chosen_options
+from launch.config.groups import options
 from launch.help.commands import find_command
 from launch.help.options import Section, all_options, sections
 

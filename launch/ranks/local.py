@@ -25,8 +25,10 @@ from comm.config import ClusterConfig
 from comm.preemption import SIGNALS, Preemption, handled_signals
 from comm.watchdog.job_key import KEY_VARIABLE
 from comm.watchdog.membership import STORE_FILE_VARIABLE
+from kernels.registry import loaded_plugins
 from launch.command import EXIT_CONFIGURATION, user_errors
 from launch.config.errors import ConfigError
+from launch.config.groups import load_plugin_files
 from launch.ranks.environment import apply_rank_environment
 from launch.ranks.rank_check import RankCheck, VanishedError, write_pid_file
 from launch.ranks.rank_failure import report_failure, report_vanished, say
@@ -199,10 +201,11 @@ def _run_elastic(folder: Path, world_size: int, entry: Entry, keeper: Keeper, re
         logs_specs=DefaultLogsSpecs(log_dir=str(keeper.scratch)),
         signals_to_handle=",".join(_ENDING),
     )
-    # Arguments reach the ranks through the fork server's pipe, so no other process can see the key.
+    # Arguments reach the ranks through the fork server's pipe, so no other process can see the key. Ranks load the
+    # plugin files that this process has loaded, not those that a file in the run's folder names.
     key = secrets.token_hex(32)
     try:
-        codes = elastic_launch(launch, _rank)(entry, str(folder), str(keeper.scratch), key)
+        codes = elastic_launch(launch, _rank)(entry, str(folder), str(keeper.scratch), key, loaded_plugins())
     except VanishedError as vanished:
         return report_vanished(folder, str(vanished))
     except SignalException as ended:
@@ -213,7 +216,7 @@ def _run_elastic(folder: Path, world_size: int, entry: Entry, keeper: Keeper, re
     return next((code for _, code in sorted(codes.items()) if code), 0), ""
 
 
-def _rank(entry: Entry, folder: str, scratch: str, key: str) -> int:
+def _rank(entry: Entry, folder: str, scratch: str, key: str, plugins: Sequence[Path]) -> int:
     """The life of one rank. Runs in a fork of the fork server."""
     guard_terminal()
     write_pid_file(Path(scratch), os.getpid(), int(os.environ["RANK"]))
@@ -227,6 +230,7 @@ def _rank(entry: Entry, folder: str, scratch: str, key: str) -> int:
     os.environ |= {KEY_VARIABLE: key, STORE_FILE_VARIABLE: str(Path(scratch) / "store")}
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
+        load_plugin_files([str(path) for path in plugins])
         return entry(read_folder(Path(folder)))
     except Exception as error:
         code = EXIT_CONFIGURATION if isinstance(error, user_errors()) else 1

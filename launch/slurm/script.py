@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.config.compose import config_dir
+from launch.config.groups import config_dir
 from launch.slurm.config import SlurmConfig
 from train.config import TrainConfig
 

@@ -16,7 +16,8 @@ from random import Random
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from launch.config.compose import compose_defaults, default_groups
+from launch.config.compose import compose_defaults
+from launch.config.groups import default_groups
 from train.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]

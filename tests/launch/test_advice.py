@@ -12,7 +12,8 @@ import pytest
 
 from launch import train
 from launch.command import command
-from launch.config.compose import compose, compose_defaults, default_groups, dotted_keys
+from launch.config.compose import compose, compose_defaults, dotted_keys
+from launch.config.groups import default_groups
 from launch.help.advice import BARE_PATH, Advice, advice_table, find_advice
 from launch.help.preview import split_config_only
 
@@ -31,6 +32,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["+lr=1e-4"], "optim.learning_rate=1e-4"),
     (["lr", "1e-4"], "optim.learning_rate=1e-4"),
     (["bs=8"], "batch.global_sequences=8"),
+    (["batch=8"], "batch.global_sequences=8"),
     (["batch_size=8"], "batch.global_sequences=8"),
     (["micro_batch_size=1"], "batch.micro_sequences=1"),
     (["gradient_accumulation_steps=4"], "batch.global_sequences="),

@@ -2,8 +2,9 @@
 
 import pytest
 
-from launch.config.compose import compose, compose_defaults, default_groups, included_roots, key_of, options, own_keys
+from launch.config.compose import compose, compose_defaults, key_of
 from launch.config.errors import ConfigError
+from launch.config.groups import default_groups, included_roots, options, own_keys
 
 
 def test_compose_gives_plain_values() -> None:

@@ -12,8 +12,9 @@ import yaml
 from data.corpus import DataError
 from dualpipe.ir import ScheduleError
 from launch.command import user_errors
-from launch.config.compose import compose, default_groups, options
+from launch.config.compose import compose
 from launch.config.errors import ConfigError
+from launch.config.groups import default_groups, options
 from launch.config.ranges import divisors, multiples, numbers, ranged_keys
 from launch.config.run_config import check, read_config, write_config
 from model.config import CutError

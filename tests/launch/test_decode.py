@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.registry import Registry
@@ -69,6 +69,7 @@ drawings = st.builds(
 )
 
 
+@settings(deadline=None)  # other work on the machine may take longer
 @given(drawings)
 def test_decode_inverts_encode(drawing: Drawing) -> None:
     assert decode(Drawing, encode(drawing)) == drawing

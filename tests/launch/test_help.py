@@ -13,8 +13,9 @@ import yaml
 import launch.config.compose
 from launch import submit, train
 from launch.command import command
-from launch.config.compose import compose, compose_defaults, default_groups, dotted_keys
+from launch.config.compose import compose, compose_defaults, dotted_keys
 from launch.config.errors import ConfigError
+from launch.config.groups import default_groups
 from launch.config.run_config import read_config
 from launch.help.commands import find_commands, listing, unknown_command
 from launch.help.page import help_text
@@ -120,7 +121,7 @@ def saved(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """Puts a printed configuration among the experiments of a copy of `conf/`. Returns the override for it."""
     shutil.copytree(ROOT / "conf", tmp_path / "conf", dirs_exist_ok=True)
     (tmp_path / "conf" / "experiment" / "saved.yaml").write_text(text)
-    monkeypatch.setattr(launch.config.compose, "config_dir", lambda: tmp_path / "conf")
+    monkeypatch.setattr(launch.config.groups, "config_dir", lambda: tmp_path / "conf")
     return "experiment=saved"
 
 

@@ -24,7 +24,7 @@ assert "comm" in sys.modules, "the kernel has imported its own before"
 import model.account, infer.config, launch.config.compose, dualpipe.ir, data.tokenizer, train.checkpoint.manifest
 import comm.protocol, comm.exit_codes
 from comm.layout import Layout
-print(comm.exit_codes.EXIT_LOST, launch.config.compose.options("model")[:1])
+print(comm.exit_codes.EXIT_LOST, launch.config.groups.options("model")[:1])
 """
 WIDGET = """
 import comm

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from data.batch_sizes import BatchRamp
-from launch.config.compose import compose, options
+from launch.config.compose import compose
 from launch.config.errors import ConfigError
+from launch.config.groups import options
 from launch.config.run_config import check, read_config
 from tests.data.released_tokenizer import write_released
 from train.config import TrainConfig

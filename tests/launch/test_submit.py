@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from launch.command import user_errors
-from launch.config.compose import compose, own_keys
+from launch.config.compose import compose
 from launch.config.errors import ConfigError
+from launch.config.groups import own_keys
 from launch.slurm.config import seconds_of
 from launch.submit import job_overrides, main, with_cluster
 from launch.train import leave

@@ -176,7 +176,8 @@ class TrainConfig:
     `init_from` is what the weights start from: a run's folder or one of its checkpoints, converted weights, or a
     Hugging Face folder; None: the seed. `init_mtp`: MTP modules start from there too, `fresh` from the seed, or `drop`:
     there are none. `costs` and `memory_cap` are what the schedule is made for: times in any one unit, live activations
-    of model/P (None: as many as the schedule would keep).
+    of model/P (None: as many as the schedule would keep). `plugins`: python files that register more kinds of what is
+    chosen by name; the command that is started loads them, and every rank.
     """
 
     name: str
@@ -207,6 +208,7 @@ class TrainConfig:
     guard: GuardConfig
     track: TrackConfig
     profile: ProfileConfig
+    plugins: tuple[str, ...]
 
     @property
     def computing(self) -> Computing:

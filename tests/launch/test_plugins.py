@@ -1,0 +1,131 @@
+"""Files from outside the checkout register what is chosen by name, and their errors are one line with exit code 2."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch.config.compose import compose
+from launch.config.errors import ConfigError
+from launch.config.run_config import read_config
+
+ROOT = Path(__file__).resolve().parents[2]
+
+RATE = '''
+from dataclasses import dataclass
+
+from train.optim.learning_rate import LR_SCHEDULES, RateEntry, RateSchedule
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HalvedRate(RateSchedule):
+    """Linear warm-up, then half of the rate before every `half_life_steps`."""
+
+    half_life_steps: int
+
+
+def rate(schedule, course, tokens):
+    steps = tokens / course.sizes.tokens_before(1)
+    return course.peak * 0.5 ** (steps / schedule.half_life_steps)
+
+
+LR_SCHEDULES.register("halved", RateEntry(summary="halves again and again", config=HalvedRate, rate=rate))
+'''
+RATE_YAML = "# Halves again and again.\nkind: halved\nwarmup: 0\nhalf_life_steps: 2  # of the rate\n"
+SMALL = ["model=tiny", "data.tokenizer_vocab_size=300", "batch.global_sequences=4", "validation.sequences=0"]
+SMALL += ["parallelism=two_ranks", "task.steps=3", "samples.tokens=0", "batch.sequence_length_tokens=32"]
+
+
+def place(folder: Path, text: str = RATE) -> Path:
+    (folder / "conf/optim/schedule").mkdir(parents=True)
+    (folder / "conf/optim/schedule/halved.yaml").write_text(RATE_YAML)
+    (folder / "rates.py").write_text(text)
+    return folder
+
+
+def run(folder: Path, command: str, *overrides: str) -> "subprocess.CompletedProcess[str]":
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    arguments = [sys.executable, "-m", f"launch.{command}", *overrides]
+    return subprocess.run(arguments, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("command", ["train", "submit"])
+def test_plugin_is_chosen_by_a_group_option_next_to_it(command: str, tmp_path: Path) -> None:
+    place(tmp_path)
+    chosen = ["plugins=[rates.py]", "optim/schedule=halved", "optim.schedule.half_life_steps=5"]
+    shown = run(tmp_path, command, *chosen, "config_only=true", "cluster.memory_bytes=null")
+    assert shown.returncode == 0, shown.stderr
+    assert "half_life_steps: 5" in shown.stdout
+    assert f"- {tmp_path}/rates.py" in shown.stdout
+    helped = run(tmp_path, command, "--help", *chosen[:2])
+    assert "optim.schedule.half_life_steps=2" in helped.stdout
+    assert "of the rate" in helped.stdout
+    assert "halved*" in helped.stdout
+    wrong = run(tmp_path, command, *chosen[:2], "optim.schedule.half_life=3")
+    assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
+    assert "optim.schedule.half_life_steps" in wrong.stderr
+
+
+def test_every_rank_loads_the_plugin_of_a_run(tmp_path: Path) -> None:
+    place(tmp_path)
+    chosen = ["plugins=[rates.py]", "optim/schedule=halved", "out_dir=run", f"data.cache_dir={tmp_path}/cache"]
+    done = run(tmp_path, "train", *chosen, *SMALL)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    rates = [line["lr"] for line in lines if "lr" in line]
+    assert rates == pytest.approx([3e-3, 3e-3 * 0.5**0.5, 3e-3 * 0.5])
+    drawn = run(tmp_path, "redraw", "run=run")
+    assert (drawn.returncode, drawn.stderr.count("\n")) == (2, 1)
+    assert "optim.schedule.kind: must be one of constant, cosine" in drawn.stderr
+    assert run(tmp_path, "redraw", "run=run", "plugins=[rates.py]").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "plugin", "parts"),
+    [
+        (RATE, "rate.py", ["plugins: must be python files", "does not exist", "rates.py"]),
+        ("raise RuntimeError('no luck')\n", "rates.py", ["plugins: ", "fails at line 1: RuntimeError: no luck"]),
+        ("import sys\nsys.exit(0)\n", "rates.py", ["plugins: ", "fails at line 2: SystemExit"]),
+        ("def (:\n", "rates.py", ["plugins: ", "fails at line 1: SyntaxError"]),
+        ("ANSWER = 42\n", "rates.py", ["plugins: ", "registers nothing"]),
+        (RATE.replace('"halved"', '"cosine"'), "rates.py", ["'cosine' is registered already", "train.optim.rates"]),
+    ],
+)
+def test_plugin_that_cannot_be_loaded_is_refused_in_one_line(
+    text: str, plugin: str, parts: list[str], tmp_path: Path
+) -> None:
+    place(tmp_path, text)
+    with pytest.raises(ConfigError) as refused:
+        compose("train", [f"plugins=['{tmp_path / plugin}']"])
+    said = str(refused.value)
+    assert said.startswith("plugins: ")
+    assert "\n" not in said
+    for part in parts:
+        assert part in said
+
+
+def test_plugin_error_ends_the_command_with_code_2(tmp_path: Path) -> None:
+    place(tmp_path, "raise RuntimeError('no luck')\n")
+    refused = run(tmp_path, "train", "plugins=[rates.py]")
+    assert (refused.returncode, refused.stdout, refused.stderr.count("\n")) == (2, "", 1), refused.stderr
+    assert refused.stderr.startswith("error: plugins: ")
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_plugins_take_a_list() -> None:
+    with pytest.raises(ConfigError, match=r"^plugins: must be a list, is 'rates.py'; write plugins="):
+        read_config(compose("train", ["plugins=rates.py"]))
+
+
+def test_plugins_of_an_experiment_are_loaded(tmp_path: Path) -> None:
+    place(tmp_path)
+    (tmp_path / "conf/experiment").mkdir()
+    mine = "# @package _global_\ndefaults:\n  - override /optim/schedule: halved\n\nname: mine\n"
+    (tmp_path / "conf/experiment/mine.yaml").write_text(mine)
+    shown = run(tmp_path, "train", "plugins=[rates.py]", "experiment=mine", "config_only=true")
+    assert shown.returncode == 0, shown.stderr
+    assert "name: mine" in shown.stdout
+    assert "half_life_steps: 2" in shown.stdout
