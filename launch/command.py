@@ -6,9 +6,10 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
-from launch.config.errors import ConfigError, system_errors
+from launch.config.errors import system_errors
 from launch.ranks.interrupt import EXIT_INTERRUPTED, LINE, Interrupts
 from launch.ranks.machine import MachineError
+from train.config.errors import ConfigError
 from train.records.secrets import redact
 
 _HELP = ("-h", "--help", "help")

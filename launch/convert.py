@@ -15,10 +15,11 @@ from typing import Literal
 
 from launch.command import command
 from launch.config.compose import compose
-from launch.config.decode import decode, encode
-from launch.config.errors import ConfigError, system_errors
+from launch.config.errors import system_errors
 from launch.help.preview import plain_text
 from train.checkpoint.sources import is_hf_folder, source_config
+from train.config.decode import decode, encode
+from train.config.errors import ConfigError
 
 Form = Literal["hf", "checkpoint"]
 LARGEST_FILE_BYTES = 5_000_000_000

@@ -17,8 +17,7 @@ from data.tokenizer import Tokenizer
 from infer.config import Sampling, Speculative, Statistics, check
 from launch.command import command
 from launch.config.compose import compose
-from launch.config.decode import decode, encode
-from launch.config.errors import ConfigError, system_errors
+from launch.config.errors import system_errors
 from launch.generation.continuations import InOrder, Live, Transcript, as_block, as_json_line, new_file
 from launch.generation.prompts import Prompt, Stop, find_tokenizer, read_stop, read_texts
 from launch.help.preview import plain_text
@@ -26,6 +25,8 @@ from model.config import ModelConfig
 from model.hf.config import CONFIG_NAME
 from model.hf.json_file import read_json
 from train.checkpoint.sources import is_hf_folder, source_config, source_folder
+from train.config.decode import decode, encode
+from train.config.errors import ConfigError
 
 if TYPE_CHECKING:
     from model.transformer import Transformer

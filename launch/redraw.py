@@ -10,10 +10,11 @@ from pathlib import Path
 
 from launch.command import command
 from launch.config.compose import compose
-from launch.config.decode import decode, encode
-from launch.config.errors import ConfigError, system_errors
+from launch.config.errors import system_errors
 from launch.help.preview import plain_text
 from launch.ranks.run_folder import CONFIG_NAME, read_folder
+from train.config.decode import decode, encode
+from train.config.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

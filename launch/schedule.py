@@ -27,9 +27,9 @@ from dualpipe.simulate.simulate import simulate
 from dualpipe.validate import validate
 from launch.command import command
 from launch.config.compose import compose
-from launch.config.decode import decode, encode
-from launch.config.errors import ConfigError
 from launch.help.preview import plain_text
+from train.config.decode import decode, encode
+from train.config.errors import ConfigError
 
 # Ranks times micro-batches from which the work takes about half a second.
 _LONG_WORK = 512

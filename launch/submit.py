@@ -15,8 +15,7 @@ from typing import Any
 
 from launch.command import command
 from launch.config.compose import chosen_options, compose, key_of
-from launch.config.decode import decode, encode
-from launch.config.errors import ConfigError, system_errors
+from launch.config.errors import system_errors
 from launch.config.groups import own_keys
 from launch.config.run_config import check, read_config, write_config
 from launch.help.preview import experiment_text
@@ -25,6 +24,8 @@ from launch.slurm.config import SlurmConfig, check_slurm
 from launch.slurm.private_file import write_private
 from launch.slurm.script import render
 from train.config import TrainConfig
+from train.config.decode import decode, encode
+from train.config.errors import ConfigError
 from train.memory.report import memory_lines
 
 SCRIPT_NAME = "job.sbatch"

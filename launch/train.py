@@ -17,7 +17,7 @@ from comm.preemption import Preemption, handled_signals
 from data.progress import progress_on
 from launch.command import command
 from launch.config.compose import compose
-from launch.config.errors import ConfigError, system_errors
+from launch.config.errors import system_errors
 from launch.config.run_config import check, read_config, write_config
 from launch.help.preview import experiment_text
 from launch.ranks.environment import apply_rank_environment
@@ -29,6 +29,7 @@ from train.checkpoint.manifest import MANIFEST_NAME
 from train.checkpoint.rescue import has_rescue, rescue_folder
 from train.checkpoint.verify import find_resumed, verify
 from train.config import TrainConfig
+from train.config.errors import ConfigError
 from train.memory.report import memory_lines
 from train.optim.learning_rate import schedule_warnings
 from train.records.events import note_event

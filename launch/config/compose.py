@@ -14,7 +14,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
 
-from launch.config.errors import ConfigError, SyntaxOverrideError, UnknownKeyError, nearest, nearest_key
+from launch.config.errors import SyntaxOverrideError
 from launch.config.groups import (
     PLUGINS,
     config_dirs,
@@ -24,6 +24,7 @@ from launch.config.groups import (
     options,
     read_option,
 )
+from train.config.errors import ConfigError, UnknownKeyError, nearest, nearest_key
 
 CONFIG_ONLY = "config_only"
 """Beside a command's own keys: its configuration is printed, and nothing else happens."""

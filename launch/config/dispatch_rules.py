@@ -2,8 +2,8 @@
 
 from comm.dispatch.registry import DISPATCHERS
 from comm.dispatch.requirements import DispatchRequirementError
-from launch.config.errors import ConfigError
 from train.config import TrainConfig
+from train.config.errors import ConfigError
 
 
 def check_exchange(config: TrainConfig) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 
 from kernels.registry import PluginError, load_plugins, loaded_plugins
-from launch.config.errors import ConfigError
+from train.config.errors import ConfigError
 
 PLUGINS = "plugins"
 """Key of the python files that register schedules, dispatchers, tasks and more."""

@@ -3,9 +3,9 @@
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from launch.config.errors import ConfigError
 from model.config import RECOMPUTED
 from train.config import Fp8PrecisionConfig, PrecisionConfig, TrainConfig
+from train.config.errors import ConfigError
 from train.memory import JobMemory, parts, predict_memory
 
 Rules = Callable[[TrainConfig], None]

@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
 
-from launch.config.decode import encode
-from launch.config.errors import ConfigError, nearest, nearest_key
 from model.config import ModelConfig
 from model.ladder import ladder
+from train.config.decode import encode
+from train.config.errors import ConfigError, nearest, nearest_key
 
 _MODEL_KEYS = tuple(field.name for field in fields(ModelConfig))
 

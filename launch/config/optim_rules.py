@@ -2,8 +2,8 @@
 
 from importlib.util import find_spec
 
-from launch.config.errors import ConfigError
 from train.config import TrainConfig
+from train.config.errors import ConfigError
 from train.optim.learning_rate import RateError, check_schedule
 
 # 1 - 2^-6. Half a step of bf16 is at most 2^-8 of a number: a moment still follows what differs from it by a quarter.

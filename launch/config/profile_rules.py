@@ -1,7 +1,7 @@
 """What a run may record of its steps. No torch here."""
 
-from launch.config.errors import ConfigError
 from train.config import TrainConfig
+from train.config.errors import ConfigError
 
 
 def check_profile(config: TrainConfig) -> None:

@@ -3,9 +3,9 @@
 from data.batch_sizes import BatchRamp, ramp_sizes
 from dualpipe.ir import ScheduleError
 from dualpipe.registry import check_size
-from launch.config.errors import ConfigError
 from launch.config.ranges import multiples
 from train.config import TrainConfig
+from train.config.errors import ConfigError
 
 _KEY = "batch.ramp"
 

@@ -7,8 +7,8 @@ over tokens) as they are read.
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 
-from launch.config.errors import ConfigError
 from train.config import TrainConfig
+from train.config.errors import ConfigError
 
 Number = int | float
 

@@ -13,9 +13,7 @@ from data.registry import DATA_SOURCES
 from dualpipe.generate.cache import schedules_folder
 from dualpipe.ir import ScheduleError
 from dualpipe.registry import SCHEDULES, build, check_size
-from launch.config.decode import decode, encode
 from launch.config.dispatch_rules import check_exchange
-from launch.config.errors import ConfigError
 from launch.config.memory_rules import check_memory
 from launch.config.model_choice import expand_model
 from launch.config.model_rules import check_experts, check_model
@@ -32,6 +30,8 @@ from train.checkpoint.manifest import check_manifest, read_step
 from train.checkpoint.sources import is_hf_folder
 from train.checkpoint.verify import find_resumed, verify
 from train.config import TrainConfig
+from train.config.decode import decode, encode
+from train.config.errors import ConfigError
 from train.schedule.costs import nominal_costs
 
 _MOMENTS = Literal["auto", "float32", "bf16"]

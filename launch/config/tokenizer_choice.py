@@ -4,10 +4,10 @@ from functools import partial
 from pathlib import Path
 
 from data.tokenizer import find_tokenizer_file, other_tokenizer
-from launch.config.errors import ConfigError, nearest
 from train.checkpoint.manifest import CHECKPOINTS_NAME, TOKENIZER_NAME, find_checkpoint, read_manifest
 from train.checkpoint.sources import source_folder
 from train.checkpoint.verify import find_resumed, verify
+from train.config.errors import ConfigError, nearest
 
 
 def expand_tokenizer(tokenizer: object, init_from: object, resume: object) -> object:

@@ -10,8 +10,8 @@ from typing import TextIO
 from data.tokenizer import Tokenizer
 from infer.config import Finish
 from infer.text import TextStream
-from launch.config.errors import ConfigError
 from launch.generation.prompts import Prompt
+from train.config.errors import ConfigError
 
 
 class Transcript:

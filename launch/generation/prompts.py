@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.tokenizer import Tokenizer, find_tokenizer_file
-from launch.config.errors import ConfigError, nearest
+from train.config.errors import ConfigError, nearest
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,9 +14,10 @@ from typing import Any
 import yaml
 
 from launch.config.compose import CONFIG_ONLY, known_keys
-from launch.config.decode import decode
-from launch.config.errors import ConfigError, SyntaxOverrideError, UnknownKeyError, nearest_key
+from launch.config.errors import SyntaxOverrideError
 from launch.config.groups import default_groups, options
+from train.config.decode import decode
+from train.config.errors import ConfigError, UnknownKeyError, nearest_key
 
 BARE_PATH = "<path>"
 """Stands in the table for a path that was written without a key."""

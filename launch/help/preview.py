@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 
 from launch.config.compose import CONFIG_ONLY, chosen_options
-from launch.config.errors import ConfigError
+from train.config.errors import ConfigError
 
 
 def split_config_only(arguments: Sequence[str]) -> tuple[list[str], bool]:

@@ -4,7 +4,7 @@ import os
 import stat
 from pathlib import Path
 
-from launch.config.errors import ConfigError
+from train.config.errors import ConfigError
 
 _FILES = frozenset(
     [

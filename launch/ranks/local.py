@@ -27,7 +27,6 @@ from comm.watchdog.job_key import KEY_VARIABLE
 from comm.watchdog.membership import STORE_FILE_VARIABLE
 from kernels.registry import loaded_plugins
 from launch.command import EXIT_CONFIGURATION, user_errors
-from launch.config.errors import ConfigError
 from launch.config.groups import load_plugin_files
 from launch.ranks.environment import apply_rank_environment
 from launch.ranks.rank_check import RankCheck, VanishedError, write_pid_file
@@ -37,6 +36,7 @@ from launch.ranks.scratch import scratch_folder
 from launch.ranks.supervisor import Keeper
 from train.checkpoint.locate import AUTO
 from train.config import TrainConfig
+from train.config.errors import ConfigError
 from train.errors import VERDICT_CODES, LastWord, error_path, write_error
 from train.records.events import append_event
 from train.records.status import read_status, write_end

@@ -12,8 +12,8 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
-from launch.config.errors import ConfigError
 from train.config import TrainConfig
+from train.config.errors import ConfigError
 
 _DRIVERS = ("libcuda.so.1", "nvcuda.dll")
 _NO_GPU = "nearest valid: cluster=laptop, or config_only=true to check the configuration alone"

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import yaml
 
-from launch.config.errors import ConfigError
 from launch.config.run_config import read_config, write_config
 from launch.ranks.folder_content import check_content
 from train.checkpoint.locate import AUTO
 from train.config import TrainConfig
+from train.config.errors import ConfigError
 from train.ownership.lock_file import LOCK_NAME, refuse_if_in_use
 from train.ownership.run_lock import RunLock, acquire
 from train.records.events import append_event

@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from launch.config.errors import ConfigError, nearest
+from train.config.errors import ConfigError, nearest
 
 # What the batch script itself says; said twice, the later one would win, and the script would not know.
 _OWN_OPTIONS = (

@@ -16,7 +16,6 @@ from data.corpus import DataError
 from data.tokenizer import Tokenizer
 from dualpipe.ir import to_json
 from dualpipe.registry import build
-from launch.config.errors import ConfigError
 from launch.convert import main as convert
 from launch.ranks.run_folder import claim_folder, read_folder
 from launch.redraw import main as redraw
@@ -27,6 +26,7 @@ from tests.launch.checkpoints import write_run
 from tests.tiny import tiny_config, write_text
 from train.checkpoint.manifest import CheckpointError
 from train.config import TrainConfig
+from train.config.errors import ConfigError
 from train.guard.guard import read_shown
 from train.records.events import read_events
 from train.records.json_lines import JsonLines

@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 
 from launch.command import user_errors
-from launch.config.errors import ConfigError
 from launch.ranks.run_folder import check_folder
 from tests.attacks.folder_runs import OTHER_HOST, choices
 from tests.launch.test_config import build
 from tests.tiny import write_text
 from train.checkpoint.locate import newest_whole
 from train.checkpoint.manifest import step_folder
+from train.config.errors import ConfigError
 from train.ownership.lock_file import LOCK_NAME
 from train.ownership.owner import Owner
 from train.records.events import read_events
@@ -278,7 +278,7 @@ def test_read_only_folder_is_refused_in_one_line(tmp_path: Path) -> None:
     script = 'mount -t tmpfs -o ro tmpfs "$0" && exec "$@"'
     command = [sys.executable, "-c", f"""
 from datetime import datetime
-from launch.config.errors import ConfigError
+from train.config.errors import ConfigError
 from launch.ranks.run_folder import held_folder
 from tests.launch.test_config import build
 for name in ("", "/below"):

@@ -17,11 +17,11 @@ from comm.preemption import SIGNALS, Preemption
 from comm.watchdog.membership import STORE_FILE_VARIABLE
 from launch.command import command
 from launch.config.compose import compose
-from launch.config.errors import ConfigError
 from launch.config.run_config import read_config
 from launch.ranks.local import run_ranks, start_fork_server
 from launch.ranks.run_folder import claim_folder
 from train.config import TrainConfig
+from train.config.errors import ConfigError
 from train.errors import LastWord, error_path, write_error
 
 WORLD_SIZE = 4

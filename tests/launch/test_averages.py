@@ -6,13 +6,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from launch.config.errors import ConfigError
 from launch.convert import main as convert
 from launch.generate import main as generate
 from model.transformer import named_tensors
 from tests.infer.models import make_foresighted
 from tests.launch.checkpoints import write_checkpoint
 from train.checkpoint.manifest import CheckpointError
+from train.config.errors import ConfigError
 
 
 @pytest.fixture(scope="module")

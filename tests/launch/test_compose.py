@@ -3,8 +3,8 @@
 import pytest
 
 from launch.config.compose import compose, compose_defaults, key_of
-from launch.config.errors import ConfigError
 from launch.config.groups import default_groups, included_roots, options, own_keys
+from train.config.errors import ConfigError
 
 
 def test_compose_gives_plain_values() -> None:

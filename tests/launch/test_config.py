@@ -13,7 +13,6 @@ from data.corpus import DataError
 from dualpipe.ir import ScheduleError
 from launch.command import user_errors
 from launch.config.compose import compose
-from launch.config.errors import ConfigError
 from launch.config.groups import default_groups, options
 from launch.config.ranges import divisors, multiples, numbers, ranged_keys
 from launch.config.run_config import check, read_config, write_config
@@ -21,6 +20,7 @@ from model.config import CutError
 from tests.data.released_tokenizer import write_released
 from train.checkpoint.manifest import CheckpointError, write_weights_manifest
 from train.config import TrainConfig
+from train.config.errors import ConfigError
 
 RAMP = "{start_sequences:%d,end_tokens:1000,num_sizes:%d}"
 

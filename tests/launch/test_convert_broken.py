@@ -15,12 +15,12 @@ from zlib import crc32
 import pytest
 import torch
 
-from launch.config.errors import ConfigError
 from model.hf.errors import HfError
 from tests.launch.weight_folders import ROOT, convert, make_sources, run_command
 from tests.model.hf_checkpoints import edit_json, read_tensors, write_tensors
 from train.checkpoint.manifest import CheckpointError
 from train.checkpoint.reader import CheckpointReader
+from train.config.errors import ConfigError
 
 
 @pytest.fixture(scope="module")

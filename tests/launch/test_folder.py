@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from launch.config.errors import ConfigError
 from launch.ranks.run_folder import check_folder, claim_folder, read_folder
 from tests.launch.test_config import build
+from train.config.errors import ConfigError
 
 NOW = datetime(2024, 2, 3, 4, 5, 6)
 

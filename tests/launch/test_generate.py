@@ -14,7 +14,6 @@ from data.corpus import DataError
 from data.tokenizer import Tokenizer
 from infer.config import GenerateError, Sampling
 from infer.generate import generate
-from launch.config.errors import ConfigError
 from launch.generate import main
 from model.hf.convert import save_hf
 from model.hf.errors import HfError
@@ -22,6 +21,7 @@ from tests.infer.models import SMALL, make_foresighted, make_model
 from tests.launch.checkpoints import TEXTS, write_checkpoint, write_run
 from train.checkpoint.load import load_whole
 from train.checkpoint.manifest import CheckpointError, find_checkpoint, read_model
+from train.config.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from data.corpus import DataError
-from launch.config.errors import ConfigError
 from launch.generate import main
 from tests.launch.checkpoints import write_run
 from train.checkpoint.manifest import find_checkpoint
+from train.config.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 

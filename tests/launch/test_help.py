@@ -14,11 +14,11 @@ import launch.config.compose
 from launch import submit, train
 from launch.command import command
 from launch.config.compose import compose, compose_defaults, dotted_keys
-from launch.config.errors import ConfigError
 from launch.config.groups import default_groups
 from launch.config.run_config import read_config
 from launch.help.commands import find_commands, listing, unknown_command
 from launch.help.page import help_text
+from train.config.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = sorted(path.stem for path in (ROOT / "conf").glob("*.yaml"))

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from launch.config.compose import compose
-from launch.config.errors import ConfigError
 from launch.config.memory_rules import check_memory
 from launch.config.run_config import _check_rules, read_config
 from train.config import TrainConfig, sized_config
+from train.config.errors import ConfigError
 from train.memory import memory_lines, predict_memory
 from train.memory.predict import ramp_memory_cap
 

@@ -5,9 +5,9 @@ from importlib.machinery import ModuleSpec
 import pytest
 
 import launch.config.optim_rules
-from launch.config.errors import ConfigError
 from launch.config.optim_rules import check_optim
 from tests.launch.test_config import build
+from train.config.errors import ConfigError
 
 
 def find_all_but_deepspeed(name: str) -> ModuleSpec | None:

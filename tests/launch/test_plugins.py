@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from launch.config.compose import compose
-from launch.config.errors import ConfigError
 from launch.config.run_config import read_config
+from train.config.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -7,11 +7,11 @@ import pytest
 
 from data.batch_sizes import BatchRamp
 from launch.config.compose import compose
-from launch.config.errors import ConfigError
 from launch.config.groups import options
 from launch.config.run_config import check, read_config
 from tests.data.released_tokenizer import write_released
 from train.config import TrainConfig
+from train.config.errors import ConfigError
 from train.optim.learning_rate import schedule_warnings
 from train.step import rates_of
 

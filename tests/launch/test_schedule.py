@@ -9,8 +9,8 @@ import pytest
 
 from dualpipe.ir import ScheduleError, from_json
 from dualpipe.registry import SCHEDULES, build
-from launch.config.errors import ConfigError
 from launch.schedule import main
+from train.config.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 

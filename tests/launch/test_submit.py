@@ -12,11 +12,11 @@ import pytest
 
 from launch.command import user_errors
 from launch.config.compose import compose
-from launch.config.errors import ConfigError
 from launch.config.groups import own_keys
 from launch.slurm.config import seconds_of
 from launch.submit import job_overrides, main, with_cluster
 from launch.train import leave
+from train.config.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 
 from data.corpus import DataError
-from launch.config.errors import ConfigError
 from launch.config.run_config import check, read_config, write_config
 from tests.data.released_tokenizer import VOCAB_SIZE, write_released
 from tests.launch.test_config import build, place_weights
 from train.checkpoint.manifest import CheckpointError, check_manifest, write_manifest
 from train.config import TrainConfig
+from train.config.errors import ConfigError
 
 TEXTS = ["def f(x):\n    return x + 1\n"] * 9
 

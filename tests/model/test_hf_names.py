@@ -9,13 +9,13 @@ import torch
 import yaml
 
 from comm.dispatch.local import LocalDispatcher
-from launch.config.decode import decode
 from model.account import count_parameters
 from model.config import ModelConfig
 from model.hf.names import BIAS_SUFFIX, Stored, copied_from, is_quantised, scale_name, stored_tensors, weights
 from model.transformer import Transformer, named_tensors
 from tests.test_floors import ROOT
 from tests.tiny import MODEL
+from train.config.decode import decode
 
 GENERAL = ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
 

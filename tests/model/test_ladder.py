@@ -7,12 +7,12 @@ import torch
 
 from comm.dispatch.local import LocalDispatcher
 from launch.config.compose import compose
-from launch.config.errors import ConfigError
 from launch.config.run_config import read_config, write_config
 from model.account import count_parameters
 from model.config import ModelConfig
 from model.ladder import ladder
 from model.transformer import BIAS, Transformer, named_tensors
+from train.config.errors import ConfigError
 
 SIZES = range(1, 25)
 

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 
 from launch.config.compose import compose
-from launch.config.errors import ConfigError
 from launch.config.run_config import check, read_config
 from tests.tiny import write_text
 from tests.train.test_command import read_metrics
 from tests.train.test_optim_resume import train
 from train.config import Fp8PrecisionConfig, TrainConfig
+from train.config.errors import ConfigError
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ from unittest.mock import patch
 
 import pytest
 
-from launch.config.errors import ConfigError
 from launch.config.run_config import check
 from launch.convert import main as convert
 from model.config import ModelConfig
@@ -22,6 +21,7 @@ from tests.train.weight_jobs import run_config
 from tests.train.weight_sources import make_sources
 from train.checkpoint.manifest import CheckpointError, write_manifest
 from train.config import TrainConfig
+from train.config.errors import ConfigError
 
 
 @pytest.fixture(autouse=True)

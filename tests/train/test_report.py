@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from launch.config.errors import ConfigError
 from launch.ranks.run_folder import claim_folder
 from launch.redraw import main as redraw
 from tests.tiny import tiny_config, write_text
 from train.config import TrainConfig
+from train.config.errors import ConfigError
 from train.report.figures import num_bytes, plain, short, step_ticks, ticks
 from train.report.heat import palette, png, relative_shades
 from train.report.history import History

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from launch.config.errors import ConfigError
 from launch.config.run_config import check
 from tests.launch.test_config import build
 from train.checkpoint.locate import newest_whole
 from train.checkpoint.manifest import CheckpointError, write_manifest
+from train.config.errors import ConfigError
 from train.guard.guard import in_json
 from train.records.events import append_event, read_events
 from train.records.status import StatusFile, read_status, write_end

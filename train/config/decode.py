@@ -11,7 +11,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from kernels.registry import Registry
-from launch.config.errors import ConfigError, UnknownKeyError, nearest, nearest_key
+from train.config.errors import ConfigError, UnknownKeyError, nearest, nearest_key
 
 T = TypeVar("T")
 

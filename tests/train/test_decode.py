@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.registry import Registry
-from launch.config.decode import decode, encode
-from launch.config.errors import ConfigError
+from train.config.decode import decode, encode
+from train.config.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

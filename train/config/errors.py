@@ -1,0 +1,46 @@
+"""What a wrong configuration says: the place, the rule, the value, the nearest valid choice. No torch here."""
+
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+
+from kernels.registry import closest
+
+
+class ConfigError(ValueError):
+    """A configuration that no run can follow. The text starts with the dotted key it is about."""
+
+
+class UnknownKeyError(ConfigError):
+    """A key that the command does not have."""
+
+
+def nearest(name: str, choices: Iterable[str]) -> str:
+    """Returns the end of an error about a name that is not one of `choices`: the closest of them, else all.
+
+    Args:
+        name: what was written.
+        choices: what may be written.
+    """
+    valid = list(choices)
+    close = closest(name, valid)
+    if close:
+        return f"did you mean {' or '.join(close)}?"
+    return f"valid: {', '.join(valid)}" if valid else "nothing is valid here"
+
+
+def nearest_key(key: str, choices: Sequence[str]) -> str:
+    """Returns the closest dotted keys: a typo beside its siblings first, then a missing prefix, then the whole.
+
+    Args:
+        key: the dotted key that was written.
+        choices: every dotted key that exists.
+    """
+    parent, _, last = key.rpartition(".")
+    siblings = [choice for choice in choices if choice.rpartition(".")[0] == parent]
+    elsewhere = [choice for choice in choices if choice.rpartition(".")[2] == last]
+    close = get_close_matches(key, siblings, n=2, cutoff=0.75) or elsewhere[:2] or closest(key, choices)
+    if close:
+        return f"did you mean {' or '.join(close)}?"
+    if siblings:
+        return f"valid: {', '.join(siblings)}"
+    return f"valid groups and keys: {', '.join(choice for choice in choices if '.' not in choice)}"
