@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from kernels.ranges import NonNegativeInt, PositiveFloat, PositiveInt
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClusterConfig:
@@ -17,23 +19,23 @@ class ClusterConfig:
 
     device: Literal["cpu", "cuda"]
     backend: Literal["gloo", "nccl"]
-    ranks_per_node: int
-    threads_per_rank: int
-    timeout_seconds: float
-    peak_flops: float | None
-    memory_bytes: int | None
-    memory_reserve_bytes: int
-    grace_seconds: float
-    max_restarts: int
+    ranks_per_node: PositiveInt
+    threads_per_rank: PositiveInt
+    timeout_seconds: PositiveFloat
+    peak_flops: PositiveFloat | None
+    memory_bytes: PositiveInt | None
+    memory_reserve_bytes: NonNegativeInt
+    grace_seconds: PositiveFloat
+    max_restarts: NonNegativeInt
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParallelismConfig:
     """world = pipeline x data; the expert axis divides the data axis."""
 
-    pipeline: int
-    data: int
-    expert: int
+    pipeline: PositiveInt
+    data: PositiveInt
+    expert: PositiveInt
 
     @property
     def world_size(self) -> int:
@@ -62,7 +64,7 @@ class CappedDispatchConfig(DispatchConfig):
     run and names it, `clip` keeps its best nodes and renormalises the weights.
     """
 
-    max_nodes: int
+    max_nodes: PositiveInt
     node_cap: Literal["verify", "clip"]
 
 
@@ -90,7 +92,7 @@ class TwoHopDispatchConfig(CappedDispatchConfig):
     """
 
     kind: Literal["two_hop"]
-    chunks: int
+    chunks: PositiveInt
     partial_sums: Literal["rows", "float32"]
 
 

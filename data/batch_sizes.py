@@ -3,6 +3,8 @@
 from bisect import bisect_right
 from dataclasses import dataclass
 
+from kernels.ranges import PositiveInt
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BatchRamp:
@@ -13,9 +15,9 @@ class BatchRamp:
     section 4.2, which does not tell the shape).
     """
 
-    start_sequences: int
-    end_tokens: int
-    num_sizes: int
+    start_sequences: PositiveInt
+    end_tokens: PositiveInt
+    num_sizes: PositiveInt
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from data.registry import DATA_SOURCES, DataSource
+from kernels.ranges import NonNegativeInt
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,5 +27,5 @@ class DataConfig:
     tokenizer_vocab_size: int
     validation_fraction: float
     fim_rate: float
-    seed: int
+    seed: NonNegativeInt
     cache_dir: str

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kernels.attention.kinds import AttentionKind
+from kernels.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,12 +22,12 @@ class YarnRope:
     """YaRN: frequencies interpolated for a longer context (arXiv:2309.00071; arXiv:2412.19437, section 4.3)."""
 
     kind: Literal["yarn"]
-    factor: float
-    original_max_position_tokens: int
-    beta_fast: float
-    beta_slow: float
-    mscale: float
-    mscale_all_dim: float
+    factor: PositiveFloat
+    original_max_position_tokens: PositiveInt
+    beta_fast: PositiveFloat
+    beta_slow: PositiveFloat
+    mscale: NonNegativeFloat
+    mscale_all_dim: NonNegativeFloat
 
 
 RopeScaling = PlainRope | YarnRope
@@ -65,31 +66,31 @@ class ModelConfig:
     before an MTP module reads: after the norm that precedes the output head, or before it.
     """
 
-    vocab_size: int
-    hidden_size: int
-    num_layers: int
-    num_dense_layers: int
-    dense_intermediate_size: int
-    num_heads: int
-    q_lora_rank: int | None
-    kv_lora_rank: int
-    qk_nope_head_dim: int
-    qk_rope_head_dim: int
-    v_head_dim: int
-    num_routed_experts: int
-    num_shared_experts: int
-    num_experts_per_token: int
-    expert_intermediate_size: int
-    num_expert_groups: int
-    num_limited_groups: int
-    routed_scaling_factor: float
-    norm_eps: float
-    rope_theta: float
+    vocab_size: PositiveInt
+    hidden_size: PositiveInt
+    num_layers: PositiveInt
+    num_dense_layers: NonNegativeInt
+    dense_intermediate_size: PositiveInt
+    num_heads: PositiveInt
+    q_lora_rank: PositiveInt | None
+    kv_lora_rank: PositiveInt
+    qk_nope_head_dim: PositiveInt
+    qk_rope_head_dim: PositiveInt
+    v_head_dim: PositiveInt
+    num_routed_experts: PositiveInt
+    num_shared_experts: NonNegativeInt
+    num_experts_per_token: PositiveInt
+    expert_intermediate_size: PositiveInt
+    num_expert_groups: PositiveInt
+    num_limited_groups: PositiveInt
+    routed_scaling_factor: PositiveFloat
+    norm_eps: PositiveFloat
+    rope_theta: PositiveFloat
     rope_scaling: RopeScaling
-    max_position_tokens: int
-    mtp_depth: int
+    max_position_tokens: PositiveInt
+    mtp_depth: NonNegativeInt
     mtp_hidden: Literal["post_norm", "pre_norm"]
-    initializer_range: float
+    initializer_range: PositiveFloat
 
     @property
     def qk_head_dim(self) -> int:

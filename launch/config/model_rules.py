@@ -1,8 +1,7 @@
 """What a model's sizes must be beside each other, and beside the ranks that share its experts. No torch here."""
 
-from launch.config.ranges import divisors, multiples
 from model.config import ModelConfig, YarnRope
-from train.config.errors import ConfigError
+from train.config.errors import ConfigError, divisors, multiples
 
 
 def check_model(model: ModelConfig) -> None:

@@ -3,9 +3,8 @@
 from data.batch_sizes import BatchRamp, ramp_sizes
 from dualpipe.ir import ScheduleError
 from dualpipe.registry import check_size
-from launch.config.ranges import multiples
 from train.config import TrainConfig
-from train.config.errors import ConfigError
+from train.config.errors import ConfigError, multiples
 
 _KEY = "batch.ramp"
 

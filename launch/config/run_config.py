@@ -20,7 +20,6 @@ from launch.config.model_rules import check_experts, check_model
 from launch.config.optim_rules import check_optim
 from launch.config.profile_rules import check_profile
 from launch.config.ramp_rules import check_ramp
-from launch.config.ranges import check_ranges, divisors, multiples
 from launch.config.tokenizer_choice import expand_tokenizer
 from launch.ranks.environment import apply_rank_environment
 from model.config import RECOMPUTED, CutError, cut_layers
@@ -31,7 +30,7 @@ from train.checkpoint.sources import is_hf_folder
 from train.checkpoint.verify import find_resumed, verify
 from train.config import TrainConfig
 from train.config.decode import decode, encode
-from train.config.errors import ConfigError
+from train.config.errors import ConfigError, divisors, multiples
 from train.schedule.costs import nominal_costs
 
 _MOMENTS = Literal["auto", "float32", "bf16"]
@@ -115,7 +114,6 @@ def check(config: TrainConfig) -> None:
 
 def _check_rules(config: TrainConfig) -> None:
     """Applies the rules that read nothing but the configuration itself."""
-    check_ranges(config)
     _check_batch(config)
     _check_schedule(config)
     check_ramp(config)

@@ -17,8 +17,9 @@ from model.config import ModelConfig
 from model.hf.errors import HfError
 from model.hf.json_file import read_json
 from train.checkpoint.digests import Digest, digests, record_hash
-from train.checkpoint.model_record import read_model_record
 from train.config import TrainConfig
+from train.config.decode import decode
+from train.config.errors import ConfigError
 
 FORMAT_VERSION = 2
 _LARGEST_STEP = 2**53
@@ -121,8 +122,8 @@ def read_model(folder: Path, key: str = "resume") -> ModelConfig:
     """
     path = folder / MANIFEST_NAME
     try:
-        return read_model_record(read_manifest(folder, key).get("model"))
-    except TypeError as error:
+        return decode(ModelConfig, read_manifest(folder, key).get("model"), "model")
+    except ConfigError as error:
         raise CheckpointError(f"{key}: {path} must hold an architecture: {error}") from error
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from data.progress import Progress, Quiet
 from model.account import count_parameters
+from model.config import ModelConfig
 from train.checkpoint.digests import file_problem, record_hash
 from train.checkpoint.manifest import (
     CHECKPOINTS_NAME,
@@ -16,7 +17,8 @@ from train.checkpoint.manifest import (
     find_checkpoint,
     read_manifest,
 )
-from train.checkpoint.model_record import read_model_record
+from train.config.decode import decode
+from train.config.errors import ConfigError
 
 # Weights, their average, master weights and moments take at most 28 in float64 and float32.
 _BYTES_PER_WEIGHT = 64
@@ -50,8 +52,8 @@ def listed_files(folder: Path) -> tuple[Mapping[str, Any], str]:
 def _size_problem(model: object, files: Mapping[str, Any]) -> str:
     """Returns what is wrong with the listed sizes as a whole, so that no sparse file of many terabytes is hashed."""
     try:
-        account = count_parameters(read_model_record(model))
-    except (TypeError, ArithmeticError):
+        account = count_parameters(decode(ModelConfig, model, "model"))
+    except (ConfigError, ArithmeticError):
         return f"{MANIFEST_NAME} must hold an architecture, holds none"
     most = _LEAST_BYTES + _BYTES_PER_WEIGHT * (account.total + account.mtp)
     sizes = [listed.get("bytes") for listed in files.values() if isinstance(listed, dict)]

@@ -11,6 +11,7 @@ from data.config import DataConfig
 from dualpipe.config import ScheduleConfig
 from dualpipe.simulate.costs import Costs
 from kernels.attention.kinds import AttentionKind
+from kernels.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt, ShareBelowOne, ZeroOrAbove
 from model.config import Computing, ModelConfig, Products, Recomputed
 from train.config.token_schedule import TokenSchedule
 from train.optim.config import OptimConfig
@@ -47,9 +48,9 @@ class PretrainConfig:
     """
 
     kind: Literal["pretrain"]
-    steps: int
+    steps: PositiveInt
     mtp_loss_weight: TokenSchedule
-    balance_loss_weight: float
+    balance_loss_weight: NonNegativeFloat
     bias_update_rate: TokenSchedule
 
 
@@ -64,10 +65,10 @@ class BatchConfig:
     `document_mask`: documents that are packed into one sequence do not see each other.
     """
 
-    sequence_length_tokens: int
-    global_sequences: int
+    sequence_length_tokens: PositiveInt
+    global_sequences: PositiveInt
     ramp: BatchRamp | None
-    micro_sequences: int
+    micro_sequences: PositiveInt
     document_mask: bool
 
 
@@ -75,16 +76,16 @@ class BatchConfig:
 class ValidationConfig:
     """How often the held-out loss is computed (`every_steps` 0: after the last step), and over how many sequences."""
 
-    every_steps: int
-    sequences: int
+    every_steps: NonNegativeInt
+    sequences: NonNegativeInt
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointingConfig:
     """How often a run saves (`every_steps` 0: after the last step), and how many checkpoints it keeps (None: all)."""
 
-    every_steps: int
-    keep: int | None
+    every_steps: NonNegativeInt
+    keep: PositiveInt | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,15 +93,15 @@ class SamplesConfig:
     """The text that a finished run generates from `prompt`; `tokens` 0: none."""
 
     prompt: str
-    tokens: int
-    temperature: float
+    tokens: NonNegativeInt
+    temperature: NonNegativeFloat
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EmaConfig:
     """An average of the weights on the host: `decay` is what it keeps of itself in an update; None: there is none."""
 
-    decay: float | None
+    decay: ShareBelowOne | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,8 +113,8 @@ class StopGuardConfig:
     """
 
     kind: Literal["stop"]
-    spike_factor: float
-    spike_window_steps: int
+    spike_factor: Annotated[float, ZeroOrAbove(1)]
+    spike_window_steps: PositiveInt
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,9 +122,9 @@ class SkipGuardConfig:
     """Such a step is left out, and ends the run after `max_consecutive` others in a row."""
 
     kind: Literal["skip"]
-    spike_factor: float
-    spike_window_steps: int
-    max_consecutive: int
+    spike_factor: Annotated[float, ZeroOrAbove(1)]
+    spike_window_steps: PositiveInt
+    max_consecutive: PositiveInt
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,9 +135,9 @@ class RollBackGuardConfig:
     """
 
     kind: Literal["roll_back"]
-    spike_factor: float
-    spike_window_steps: int
-    max_consecutive: int
+    spike_factor: Annotated[float, ZeroOrAbove(1)]
+    spike_window_steps: PositiveInt
+    max_consecutive: PositiveInt
 
 
 GuardConfig = StopGuardConfig | SkipGuardConfig | RollBackGuardConfig
@@ -152,9 +153,9 @@ class TrackConfig:
 
     wandb: Literal["disabled", "offline", "online"]
     project: str
-    log_every_steps: int
-    picture_every_steps: int
-    loads_every_steps: int
+    log_every_steps: PositiveInt
+    picture_every_steps: NonNegativeInt
+    loads_every_steps: NonNegativeInt
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -183,7 +184,7 @@ class TrainConfig:
     name: str
     out_dir: str
     rescue_dir: str
-    seed: int
+    seed: NonNegativeInt
     resume: str | None
     init_from: str | None
     init_mtp: Literal["checkpoint", "fresh", "drop"]

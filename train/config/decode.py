@@ -10,6 +10,7 @@ from dataclasses import fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from kernels.ranges import Above, Range
 from kernels.registry import Registry
 from train.config.errors import ConfigError, UnknownKeyError, nearest, nearest_key
 
@@ -24,7 +25,8 @@ def decode(cls: type[T], values: object, place: str = "") -> T:
     taken as it is. A dataclass with `from_plain` and `to_plain` reads and writes its own form, such as one text.
 
     `Annotated[str, REGISTRY]` is one of the registry's names. `Annotated[Base, REGISTRY]` is a union of dataclasses:
-    the field `kind` is one of the names, and the `config` of that entry is the dataclass.
+    the field `kind` is one of the names, and the `config` of that entry is the dataclass. A number with a `Range`
+    (`kernels.ranges`) lies in it.
 
     Args:
         cls: a dataclass, or a union of dataclasses told apart by their field `kind`.
@@ -32,7 +34,7 @@ def decode(cls: type[T], values: object, place: str = "") -> T:
         place: dotted key of `values`, for errors.
 
     Raises:
-        ConfigError: an unknown or missing key, a value of another type, a number that is not finite.
+        ConfigError: an unknown or missing key, a value of another type, a number that is not finite or out of range.
     """
     return _decode(cls, values, place)  # type: ignore[no-any-return]
 
@@ -97,7 +99,7 @@ def _decode_annotated(hint: Any, value: object, place: str) -> Any:
     base, *marks = get_args(hint)
     registry = _registry_in(marks)
     if registry is None:
-        return _decode(base, value, place)
+        return _in_ranges(_decode(base, value, place), marks, place)
     if base is str:
         return _decode_choice(_values_of(registry), value, place)
     return _decode_tagged({name: entry.config for name, entry in registry.items()}, value, place)
@@ -183,6 +185,15 @@ def _describe(hint: Any) -> str:
     if get_origin(hint) in (Union, UnionType) and NoneType in get_args(hint):
         return " or ".join(_describe(member) for member in get_args(hint) if member is not NoneType) + ", or null"
     return "a group of keys"
+
+
+def _in_ranges(number: Any, marks: Sequence[object], place: str) -> Any:
+    """Returns a number that lies in all its ranges."""
+    for mark in marks:
+        if isinstance(mark, Range) and not mark.holds(number):
+            least = f"; the least is {mark.limit + 1:g}" if isinstance(mark, Above) and type(number) is int else ""
+            raise ConfigError(f"{place}: must be {mark}, is {number}{least}")
+    return number
 
 
 def _registry_in(marks: Sequence[object]) -> Registry[Any] | None:

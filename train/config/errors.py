@@ -44,3 +44,21 @@ def nearest_key(key: str, choices: Sequence[str]) -> str:
     if siblings:
         return f"valid: {', '.join(siblings)}"
     return f"valid groups and keys: {', '.join(choice for choice in choices if '.' not in choice)}"
+
+
+def multiples(value: int, of: int) -> str:
+    """Returns the multiples of `of` around `value`, from 1 x `of` up: `4 or 8`."""
+    below, above = value // of * of, -(-value // of) * of
+    return _either(sorted({max(below, of), max(above, of)}))
+
+
+def divisors(of: int, value: int) -> str:
+    """Returns the divisors of `of` around `value`: `2 or 4`."""
+    valid = [number for number in range(1, of + 1) if of % number == 0]
+    below = [number for number in valid if number <= value][-1:]
+    above = [number for number in valid if number >= value][:1]
+    return _either(sorted({*below, *above}))
+
+
+def _either(choices: list[int]) -> str:
+    return " or ".join(str(choice) for choice in choices)

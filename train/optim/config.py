@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+from kernels.ranges import NonNegativeFloat, PositiveFloat, PositiveInt, ShareBelowOne
 from train.optim.learning_rate import LR_SCHEDULES, RateSchedule
 
 
@@ -21,13 +22,13 @@ class OptimConfig:
     """
 
     kind: Literal["adamw"]
-    learning_rate: float
+    learning_rate: PositiveFloat
     schedule: Annotated[RateSchedule, LR_SCHEDULES]
-    beta1: float
-    beta2: float
-    eps: float
-    weight_decay: float
-    clip_norm: float
+    beta1: ShareBelowOne
+    beta2: ShareBelowOne
+    eps: PositiveFloat
+    weight_decay: NonNegativeFloat
+    clip_norm: PositiveFloat
     sharding: Literal["zero1", "replicated"]
     moments: Literal["float32", "bf16"]
-    bucket_elements: int
+    bucket_elements: PositiveInt

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
+from kernels.ranges import NonNegativeFloat, Share
 from train.optim.learning_rate import LR_SCHEDULES, PLACE, Course, RateEntry, RateError, RateSchedule
 from train.optim.span import Span
 
@@ -23,7 +24,7 @@ class DecayedRate(RateSchedule):
 
     decay_start: Span
     decay_end: Span
-    final_ratio: float
+    final_ratio: Share
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,7 +36,7 @@ class WsdRate(RateSchedule):
 
     decay: Span
     decay_shape: Literal["linear", "one_minus_sqrt"]
-    final_ratio: float
+    final_ratio: Share
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,9 +48,9 @@ class V3Rate(RateSchedule):
 
     decay_start: Span
     decay_end: Span
-    final_learning_rate: float
+    final_learning_rate: NonNegativeFloat
     last_start: Span
-    last_learning_rate: float
+    last_learning_rate: NonNegativeFloat
 
 
 def _constant_rate(schedule: ConstantRate, course: Course, tokens: int) -> float:
