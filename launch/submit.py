@@ -17,6 +17,7 @@ from launch.command import command
 from launch.config.compose import chosen_options, compose, key_of
 from launch.config.errors import system_errors
 from launch.config.groups import own_keys
+from launch.config.resolve import resolve
 from launch.config.run_config import check, read_config, write_config
 from launch.help.preview import experiment_text
 from launch.ranks.run_folder import check_folder, held_folder
@@ -89,7 +90,7 @@ def _composed(overrides: Sequence[str]) -> tuple[TrainConfig, SlurmConfig, bool]
     slurm = decode(SlurmConfig, _with_text_time(values["slurm"]), "slurm")
     is_dry = decode(bool, values["dry_run"], "dry_run")
     _check_resume(values["resume"])
-    config = read_config({key: value for key, value in values.items() if key not in own_keys("submit")})
+    config = read_config(resolve({key: value for key, value in values.items() if key not in own_keys("submit")}))
     return config, slurm, is_dry
 
 

@@ -16,9 +16,8 @@ from comm.exit_codes import EXIT_PREEMPTED
 from comm.preemption import Preemption, handled_signals
 from data.progress import progress_on
 from launch.command import command
-from launch.config.compose import compose
 from launch.config.errors import system_errors
-from launch.config.run_config import check, read_config, write_config
+from launch.config.run_config import check, compose_run, write_config
 from launch.help.preview import experiment_text
 from launch.ranks.environment import apply_rank_environment
 from launch.ranks.local import preload_modules, run_ranks, start_fork_server, stop_fork_server
@@ -51,7 +50,7 @@ def main(overrides: Sequence[str]) -> int:
         ConfigError, DataError, ScheduleError, CutError, CheckpointError: a configuration that no run can follow.
     """
     with system_errors():
-        config = read_config(compose("train", overrides))
+        config = compose_run(overrides)
         check(config)
     if os.environ.get("LOCAL_RANK", "0") == "0":
         check_driver(config.cluster.device, "cluster.device")
@@ -73,7 +72,7 @@ def preview(overrides: Sequence[str]) -> str:
         ConfigError, DataError, ScheduleError, CutError, CheckpointError: a configuration that no run can follow.
     """
     with system_errors():
-        config = read_config(compose("train", overrides))
+        config = compose_run(overrides)
         check(config)
         check_folder(config)
     warnings = schedule_warnings(config.optim, config.batch_sizes, config.task.steps)

@@ -147,10 +147,9 @@ def test_commands_import_no_torch_before_their_input_is_checked() -> None:
     code = """
         import sys
         import launch.convert, launch.generate, launch.train, launch.schedule, launch.submit
-        from launch.config.compose import compose
-        from launch.config.run_config import check, read_config
+        from launch.config.run_config import check, compose_run
         from launch.command import user_errors
-        check(read_config(compose("train", ["experiment=quickstart"])))
+        check(compose_run(["experiment=quickstart"]))
         user_errors()
         print([name for name in ("torch", "deepspeed", "wandb", "matplotlib") if name in sys.modules])
     """

@@ -15,8 +15,7 @@ from datetime import datetime
 from pathlib import Path
 
 from launch.command import command
-from launch.config.compose import compose
-from launch.config.run_config import check, read_config
+from launch.config.run_config import check, compose_run
 from launch.ranks.local import preload_modules, run_ranks, start_fork_server
 from launch.ranks.run_folder import check_folder, held_folder
 from launch.train import train_rank
@@ -89,7 +88,7 @@ def run_case(folder: Path, case: str) -> int:
     if case == "full":
         run.mkdir()
         subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(run)], check=True)
-    config = read_config(compose("train", [*choices(folder), f"task.steps={NUM_STEPS}", f"out_dir={run}"]))
+    config = compose_run([*choices(folder), f"task.steps={NUM_STEPS}", f"out_dir={run}"])
     check(config)
     check_folder(config)
     damage = threading.Thread(target=_damage_later, args=(case, run), daemon=True)
@@ -101,7 +100,7 @@ def run_case(folder: Path, case: str) -> int:
 def main(arguments: Sequence[str]) -> int:
     """Runs the cases."""
     folder, *cases = Path(arguments[0]), *arguments[1:]
-    config = read_config(compose("train", [*choices(folder), f"out_dir={folder}/any"]))
+    config = compose_run([*choices(folder), f"out_dir={folder}/any"])
     start_fork_server(config.cluster, preload_modules(config.cluster))
     for case in cases:
         (folder / f"{case}.code").write_text(str(run_case(folder, case)))

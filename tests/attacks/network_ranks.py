@@ -17,8 +17,7 @@ from typing import Any
 from comm.watchdog.job_key import KEY_VARIABLE
 from comm.watchdog.membership import STORE_FILE_VARIABLE
 from launch.command import command
-from launch.config.compose import compose
-from launch.config.run_config import read_config
+from launch.config.run_config import compose_run
 from launch.ranks.local import preload_modules, run_ranks, start_fork_server
 from launch.ranks.run_folder import claim_folder
 from train.config import TrainConfig
@@ -97,11 +96,11 @@ def main(arguments: Sequence[str]) -> int:
         *("batch.sequence_length_tokens=32", "batch.global_sequences=8", "batch.micro_sequences=1"),
         *("validation.sequences=0", "samples.prompt=", f"task.steps={NUM_STEPS}"),
     ]
-    config = read_config(compose("train", choices))
+    config = compose_run(choices)
     start_fork_server(config.cluster, preload_modules(config.cluster))
     for entry in (network_ranks.calm, network_ranks.attacked):
         out_dir = folder / entry.__name__
-        claim_folder(read_config(compose("train", [*choices, f"out_dir={out_dir}"])), datetime(2024, 1, 2))
+        claim_folder(compose_run([*choices, f"out_dir={out_dir}"]), datetime(2024, 1, 2))
         if code := run_ranks(out_dir, config.parallelism.world_size, entry):
             return code
     return 0

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
-from launch.config.compose import compose
-from launch.config.run_config import read_config
+from launch.config.run_config import compose_run
 from tests.train.job import close_job, open_job
 from train import step as steps
 from train.corpus import prepare_corpus
@@ -37,7 +36,7 @@ def measure(overrides: Sequence[str], num_steps: int) -> Cost:
     """Of so many steps after a first one; needs a process group of one rank."""
     from data.loader import Loader
 
-    config = read_config(compose("train", [*CHOICES, *overrides]))
+    config = compose_run([*CHOICES, *overrides])
     prepared = prepare_corpus(config)
     learner = open_job(config)
     loader = Loader(prepared, sizes=config.batch_sizes, seed=0)

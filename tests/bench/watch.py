@@ -15,8 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from launch.config.compose import compose
-from launch.config.run_config import check, read_config
+from launch.config.run_config import check, compose_run
 from launch.ranks.local import preload_modules, run_ranks, start_fork_server
 from launch.ranks.run_folder import claim_folder
 from train.config import TrainConfig
@@ -78,7 +77,7 @@ def main(overrides: Sequence[str]) -> int:
             "validation.sequences=0",
         ]
         choices += ["samples.prompt=", f"out_dir={name}/run", *overrides]
-        config = read_config(compose("train", choices))
+        config = compose_run(choices)
         check(config)
         start_fork_server(config.cluster, preload_modules(config.cluster))
         config = claim_folder(config, datetime.now())

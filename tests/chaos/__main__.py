@@ -14,8 +14,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.config.compose import compose
-from launch.config.run_config import read_config
+from launch.config.run_config import compose_run
 from launch.ranks.local import preload_modules, start_fork_server
 from tests.chaos.faults import KINDS, Begin, draw
 from tests.chaos.life import LAYOUTS
@@ -54,7 +53,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def _run(folder: Path, given: argparse.Namespace) -> int:
     write_text(folder)
-    config = read_config(compose("train", [*choices(folder), f"out_dir={folder}/any"]))
+    config = compose_run([*choices(folder), f"out_dir={folder}/any"])
     start_fork_server(config.cluster, preload_modules(config.cluster))
     # Behind the fork server: it imports torch as well.
     from tests.chaos.run import Calm, calm_runs, run_fault

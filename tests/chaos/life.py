@@ -16,8 +16,7 @@ from datetime import datetime
 from io import StringIO
 from pathlib import Path
 
-from launch.config.compose import compose
-from launch.config.run_config import check, read_config
+from launch.config.run_config import check, compose_run
 from launch.ranks.local import preload_modules, run_ranks, start_fork_server
 from launch.ranks.run_folder import check_folder, claim_folder
 from tests.chaos.rank import notes_of, started_at
@@ -85,7 +84,7 @@ class Command:
 
     def config(self) -> TrainConfig:
         """Checked, its folder claimed."""
-        config = read_config(compose("train", self.overrides()))
+        config = compose_run(self.overrides())
         check(config)
         check_folder(config)
         return claim_folder(config, datetime.now())

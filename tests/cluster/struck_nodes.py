@@ -16,8 +16,7 @@ from multiprocessing import connection
 from pathlib import Path
 
 from launch.command import command
-from launch.config.compose import compose
-from launch.config.run_config import read_config
+from launch.config.run_config import compose_run
 from launch.ranks.local import preload_modules, start_fork_server
 from launch.ranks.run_folder import claim_folder, read_folder
 from tests.cluster.namespaces import Cluster, enter, open_cluster
@@ -51,9 +50,7 @@ def run_case(case: Case, folder: Path, cluster: Cluster) -> Outcome:
     """One run, by the exit codes and words of the ranks that still have each other."""
     from tests.cluster import struck_nodes
 
-    config = read_config(
-        compose("train", [*choices(folder), "cluster.ranks_per_node=1", f"out_dir={folder / str(case)}"])
-    )
+    config = compose_run([*choices(folder), "cluster.ranks_per_node=1", f"out_dir={folder / str(case)}"])
     out_dir = Path(claim_folder(config, datetime.now()).out_dir)
     place(case, out_dir)
     context = multiprocessing.get_context("forkserver")
@@ -91,7 +88,7 @@ def run_case(case: Case, folder: Path, cluster: Cluster) -> Outcome:
 def main(arguments: Sequence[str]) -> int:
     """Runs the cases."""
     folder, *names = arguments
-    config = read_config(compose("train", choices(Path(folder))))
+    config = compose_run(choices(Path(folder)))
     start_fork_server(config.cluster, preload_modules(config.cluster))
     with open_cluster(WORLD_SIZE) as cluster:
         for case in CASES:

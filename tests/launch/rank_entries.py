@@ -16,8 +16,7 @@ from comm.exit_codes import EXIT_HANG, EXIT_LOST, EXIT_PREEMPTED
 from comm.preemption import SIGNALS, Preemption
 from comm.watchdog.membership import STORE_FILE_VARIABLE
 from launch.command import command
-from launch.config.compose import compose
-from launch.config.run_config import read_config
+from launch.config.run_config import compose_run
 from launch.ranks.local import run_ranks, start_fork_server
 from launch.ranks.run_folder import claim_folder
 from train.config import TrainConfig
@@ -173,7 +172,7 @@ def main(arguments: Sequence[str]) -> int:
     from tests.launch import rank_entries
 
     names, place = arguments[0].split(","), Path(arguments[1])
-    config = read_config(compose("train", ["parallelism=four_ranks", f"cluster.grace_seconds={GRACE_SECONDS}"]))
+    config = compose_run(["parallelism=four_ranks", f"cluster.grace_seconds={GRACE_SECONDS}"])
     start_fork_server(config.cluster, ["torch.distributed", "launch.config.compose", "launch.ranks.local"])
     code = 0
     for name in names:

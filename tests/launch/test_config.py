@@ -17,9 +17,8 @@ from dualpipe.ir import ScheduleError
 from kernels.ranges import Range
 from kernels.registry import Registry
 from launch.command import user_errors
-from launch.config.compose import compose
 from launch.config.groups import default_groups, options
-from launch.config.run_config import check, read_config, write_config
+from launch.config.run_config import check, compose_run, read_config, write_config
 from model.config import CutError
 from tests.data.released_tokenizer import write_released
 from train.checkpoint.manifest import CheckpointError, write_weights_manifest
@@ -43,7 +42,7 @@ NEEDS = {
 
 
 def build(*overrides: str) -> TrainConfig:
-    return read_config(compose("train", overrides))
+    return compose_run(overrides)
 
 
 def place_weights(folder: Path) -> str:

@@ -15,7 +15,7 @@ from launch import submit, train
 from launch.command import command
 from launch.config.compose import compose, compose_defaults, dotted_keys
 from launch.config.groups import default_groups
-from launch.config.run_config import read_config
+from launch.config.run_config import compose_run
 from launch.help.commands import find_commands, listing, unknown_command
 from launch.help.page import help_text
 from train.config.errors import ConfigError
@@ -138,9 +138,9 @@ def saved(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_config_only_prints_an_experiment_that_composes_to_the_same(
     overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = read_config(compose("train", overrides))
+    config = compose_run(overrides)
     choice = saved(train.preview(overrides), tmp_path, monkeypatch)
-    assert read_config(compose("train", [choice])) == config
+    assert compose_run([choice]) == config
 
 
 def test_config_only_prints_warnings_as_comments() -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from launch.config.compose import compose
 from launch.config.memory_rules import check_memory
-from launch.config.run_config import _check_rules, read_config
+from launch.config.rules import check_rules
+from launch.config.run_config import compose_run
 from train.config import TrainConfig, sized_config
 from train.config.errors import ConfigError
 from train.memory import memory_lines, predict_memory
@@ -33,17 +33,17 @@ RAMP = "batch.ramp={start_sequences:3072,end_tokens:469000000000,num_sizes:5}"
 
 
 def make_config(*overrides: str) -> TrainConfig:
-    return read_config(compose("train", overrides))
+    return compose_run(overrides)
 
 
 def refusal(config: TrainConfig) -> str:
     with pytest.raises(ConfigError) as caught:
-        check_memory(config, _check_rules)
+        check_memory(config, check_rules)
     return str(caught.value)
 
 
 def test_deepseek_v3_fits_80_gb_with_one_sequence_and_not_with_two() -> None:
-    check_memory(make_config(*V3), _check_rules)
+    check_memory(make_config(*V3), check_rules)
     message = refusal(make_config(*V3, "batch.micro_sequences=2"))
     assert message.startswith("memory: rank 2 needs 127.0 GB of 84.9 (activations 86.5, ")
     assert message.endswith("; nearest: batch.micro_sequences=1")
@@ -51,9 +51,9 @@ def test_deepseek_v3_fits_80_gb_with_one_sequence_and_not_with_two() -> None:
 
 def test_deepseek_v3_takes_less_than_two_seconds_and_no_torch() -> None:
     code = (
-        "import sys, time; from launch.config.compose import compose; "
-        "from launch.config.run_config import read_config; "
-        "from train.memory import memory_lines; config = read_config(compose('train', sys.argv[1:])); "
+        "import sys, time; "
+        "from launch.config.run_config import compose_run; "
+        "from train.memory import memory_lines; config = compose_run(sys.argv[1:]); "
         "start = time.process_time(); lines = memory_lines(config); "
         "print(time.process_time() - start, 'torch' in sys.modules)"
     )
@@ -71,13 +71,13 @@ def test_the_start_of_a_ramp_is_scheduled_so_that_it_fits() -> None:
     first = sized_config(config, 3072)
     assert predict_memory(replace(first, memory_cap=None)).worst.total > 120e9
     assert ramp_memory_cap(first) == 11.0
-    check_memory(config, _check_rules)
+    check_memory(config, check_rules)
 
 
 def test_without_memory_bytes_nothing_is_checked() -> None:
     config = make_config(*V3, "batch.micro_sequences=2", "cluster.memory_bytes=null")
     started = time.process_time()
-    check_memory(config, _check_rules)
+    check_memory(config, check_rules)
     assert time.process_time() - started < 0.05
 
 
@@ -101,7 +101,7 @@ def test_a_nearest_change_passes_when_it_is_made() -> None:
     config = make_config("model=quickstart", "batch.micro_sequences=4", "cluster.memory_bytes=250000000")
     text = refusal(config).partition("nearest: ")[2]
     again = make_config("model=quickstart", "batch.micro_sequences=4", "cluster.memory_bytes=250000000", text)
-    check_memory(again, _check_rules)
+    check_memory(again, check_rules)
 
 
 def test_the_command_refuses_with_one_line_and_code_2(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from launch.config.compose import compose
-from launch.config.run_config import read_config
+from launch.config.run_config import compose_run
 from train.config.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -117,7 +117,7 @@ def test_plugin_error_ends_the_command_with_code_2(tmp_path: Path) -> None:
 
 def test_plugins_take_a_list() -> None:
     with pytest.raises(ConfigError, match=r"^plugins: must be a list, is 'rates.py'; write plugins="):
-        read_config(compose("train", ["plugins=rates.py"]))
+        compose_run(["plugins=rates.py"])
 
 
 def test_plugins_of_an_experiment_are_loaded(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 from data.batch_sizes import BatchRamp
 from launch.config.compose import compose
 from launch.config.groups import options
-from launch.config.run_config import check, read_config
+from launch.config.run_config import check, compose_run
 from tests.data.released_tokenizer import write_released
 from train.config import TrainConfig
 from train.config.errors import ConfigError
@@ -42,7 +42,7 @@ def build(folder: Path, name: str, *overrides: str) -> TrainConfig:
     """The recipe with placeholders for what it leaves to its user."""
     paths = [] if name in LAPTOP else [f"data.paths=[{folder / 'text'}]"]
     given = [f"data.tokenizer={folder / name}.json"] if name in GIVEN else []
-    return read_config(compose("train", [f"experiment={name}", *paths, *given, *overrides]))
+    return compose_run([f"experiment={name}", *paths, *given, *overrides])
 
 
 def test_recipes_are_those_of_this_table() -> None:
@@ -125,7 +125,7 @@ def test_recipe_v3_with_two_sequences_a_micro_batch_does_not_fit(folder: Path) -
 
 
 def test_recipe_v3_model_is_the_released_one_without_yarn(folder: Path) -> None:
-    released = read_config(compose("train", ["model=v3_671b"])).model
+    released = compose_run(["model=v3_671b"]).model
     pretrained = build(folder, "v3_671b").model
     same = {"rope_scaling": released.rope_scaling, "max_position_tokens": released.max_position_tokens}
     assert released.rope_scaling.kind == "yarn"

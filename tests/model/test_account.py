@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from comm.dispatch.local import LocalDispatcher
-from launch.config.compose import compose
-from launch.config.run_config import read_config
+from launch.config.run_config import compose_run
 from model.account import count_parameters, training_flops_per_token
 from model.config import ModelConfig
 from model.transformer import BIAS, Transformer, named_tensors, whole
@@ -15,7 +14,7 @@ from tests.tiny import MODEL
 
 
 def preset(name: str) -> ModelConfig:
-    return read_config(compose("train", [f"model={name}"])).model
+    return compose_run([f"model={name}"]).model
 
 
 def test_account_v3_equals_released_counts() -> None:

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from comm.dispatch.local import LocalDispatcher
-from launch.config.compose import compose
-from launch.config.run_config import read_config
+from launch.config.run_config import compose_run
 from model.account import ActivationAccount, MicroBatchShape, count_activations
 from model.config import RECOMPUTED, Computing, ModelConfig, Products
 from model.gradients import GradientStore
@@ -107,7 +106,7 @@ def test_account_equals_what_hooks_count(config: ModelConfig, in_phases: bool) -
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_layer_of_a_training_run_keeps_at_most_three_fifths_of_what_it_keeps_in_bf16(name: str) -> None:
     """Each rank's experts get as many rows as it sends, or all rows stay in place, as outside a pipeline."""
-    config = read_config(compose("train", [f"model={name}"])).model
+    config = compose_run([f"model={name}"]).model
     for in_phases in (True, False):
         for pads_heads in (False, True):
             ours, theirs = (

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from comm.dispatch.local import LocalDispatcher
-from launch.config.compose import compose
-from launch.config.run_config import read_config, write_config
+from launch.config.run_config import compose_run, read_config, write_config
 from model.account import count_parameters
 from model.config import ModelConfig
 from model.ladder import ladder
@@ -18,7 +17,7 @@ SIZES = range(1, 25)
 
 
 def chosen(*overrides: str) -> ModelConfig:
-    return read_config(compose("train", overrides)).model
+    return compose_run(overrides).model
 
 
 @pytest.mark.parametrize(
@@ -87,7 +86,7 @@ def test_ladder_single_values_are_changed_on_top() -> None:
 
 
 def test_ladder_a_run_records_the_whole_model() -> None:
-    written = write_config(read_config(compose("train", ["model=ladder_100m"])))
+    written = write_config(compose_run(["model=ladder_100m"]))
     assert written["model"]["hidden_size"] == ladder(7).hidden_size
     assert "kind" not in written["model"]
     assert read_config(written).model == ladder(7)

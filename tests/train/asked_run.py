@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.command import command
-from launch.config.compose import compose
-from launch.config.run_config import check, read_config
+from launch.config.run_config import check, compose_run
 from launch.ranks.local import preload_modules, run_ranks, start_fork_server
 from launch.ranks.run_folder import check_folder, claim_folder
 from tests.train.faults import choices
@@ -137,7 +136,7 @@ def run_life(folder: Path, chain: str, ask: Ask | None) -> Ended:
 
     out_dir = folder / chain
     restarts = f"cluster.max_restarts={0 if ask is None else ask.restarts}"
-    config = read_config(compose("train", [*run_choices(folder, chain), f"out_dir={out_dir}", restarts]))
+    config = compose_run([*run_choices(folder, chain), f"out_dir={out_dir}", restarts])
     check(config)
     check_folder(config)
     claim_folder(config, datetime.now())
@@ -166,7 +165,7 @@ def run_choices(folder: Path, chain: str = "calm") -> list[str]:
 def main(arguments: Sequence[str]) -> int:
     """Runs the chains."""
     folder, *names = arguments
-    config = read_config(compose("train", [*run_choices(Path(folder)), f"out_dir={folder}/any"]))
+    config = compose_run([*run_choices(Path(folder)), f"out_dir={folder}/any"])
     start_fork_server(config.cluster, preload_modules(config.cluster))
     for chain in names:
         ended = [asdict(run_life(Path(folder), chain, ask)) for ask in CHAINS[chain]]

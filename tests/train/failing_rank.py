@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.command import command
-from launch.config.compose import compose
-from launch.config.run_config import read_config
+from launch.config.run_config import compose_run
 from launch.ranks.local import preload_modules, run_ranks, start_fork_server
 from launch.ranks.run_folder import claim_folder
 from train.config import TrainConfig
@@ -54,7 +53,7 @@ def main(arguments: Sequence[str]) -> int:
     from tests.train import failing_rank
 
     where, rank, *overrides = arguments
-    config = read_config(compose("train", [*overrides, f"name=rank-{rank}"]))
+    config = compose_run([*overrides, f"name=rank-{rank}"])
     start_fork_server(config.cluster, preload_modules(config.cluster))
     config = claim_folder(config, datetime(2024, 1, 2))
     return run_ranks(Path(config.out_dir), config.parallelism.world_size, getattr(failing_rank, where))

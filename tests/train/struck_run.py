@@ -15,8 +15,7 @@ from io import StringIO
 from pathlib import Path
 
 from launch.command import command
-from launch.config.compose import compose
-from launch.config.run_config import read_config
+from launch.config.run_config import compose_run
 from launch.ranks.local import preload_modules, run_ranks, start_fork_server
 from launch.ranks.run_folder import claim_folder
 from tests.train.faults import CASES, Case, Outcome, arm, choices, place, struck_at
@@ -36,7 +35,7 @@ def run_case(case: Case, folder: Path) -> Outcome:
     # Found by its full name, as ranks must find it: this module runs as __main__ here.
     from tests.train import struck_run
 
-    config = read_config(compose("train", [*choices(folder), f"out_dir={folder / str(case)}"]))
+    config = compose_run([*choices(folder), f"out_dir={folder / str(case)}"])
     config = claim_folder(config, datetime.now())
     out_dir = Path(config.out_dir)
     place(case, out_dir)
@@ -49,7 +48,7 @@ def run_case(case: Case, folder: Path) -> Outcome:
 def main(arguments: Sequence[str]) -> int:
     """Runs the cases."""
     folder, *names = arguments
-    config = read_config(compose("train", choices(Path(folder))))
+    config = compose_run(choices(Path(folder)))
     start_fork_server(config.cluster, preload_modules(config.cluster))
     for case in CASES:
         if str(case) in names:

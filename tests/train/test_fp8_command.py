@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.config.compose import compose
-from launch.config.run_config import check, read_config
+from launch.config.run_config import check, compose_run
 from tests.tiny import write_text
 from tests.train.test_command import read_metrics
 from tests.train.test_optim_resume import train
@@ -21,7 +20,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def composed(*overrides: str) -> TrainConfig:
-    config = read_config(compose("train", ["precision=fp8", *overrides]))
+    config = compose_run(["precision=fp8", *overrides])
     check(config)
     return config
 
@@ -30,7 +29,7 @@ def test_fp8_is_composed_with_scales_of_either_kind() -> None:
     assert composed().precision == Fp8PrecisionConfig(kind="fp8", scales="float32")
     assert composed().computing.products == "fp8"
     assert composed("precision.scales=power_of_two").computing.products == "fp8_power_of_two"
-    assert read_config(compose("train", ["precision=bf16"])).computing.products == "own"
+    assert compose_run(["precision=bf16"]).computing.products == "own"
 
 
 @pytest.mark.parametrize(

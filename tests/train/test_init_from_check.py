@@ -73,12 +73,11 @@ def test_check_accepts_what_fits(folder: Path) -> None:
 def test_check_of_a_hugging_face_folder_needs_no_torch(folder: Path) -> None:
     code = f"""
 import sys
-from launch.config.compose import compose
-from launch.config.run_config import check, read_config
+from launch.config.run_config import check, compose_run
 overrides = ["model=of_checkpoint", "data.tokenizer_vocab_size=320", "batch.sequence_length_tokens=32"]
 for name, change in (("mtp", "seed=1"), ("mtp", "+model.hidden_size=25"), ("plain", "+model.mtp_depth=1")):
     try:
-        check(read_config(compose("train", [*overrides, f"init_from={folder}/{{name}}", change])))
+        check(compose_run([*overrides, f"init_from={folder}/{{name}}", change]))
         print("passes")
     except ValueError as error:
         print(str(error).partition(":")[0])

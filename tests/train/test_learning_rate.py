@@ -6,8 +6,7 @@ from itertools import pairwise
 import pytest
 
 from data.batch_sizes import BatchRamp, BatchSizes
-from launch.config.compose import compose
-from launch.config.run_config import read_config
+from launch.config.run_config import compose_run
 from launch.train import preview
 from tests.tiny import OPTIM
 from train.config import TrainConfig
@@ -20,7 +19,7 @@ SIZES = BatchSizes(4, 8)
 
 
 def build(*overrides: str) -> TrainConfig:
-    return read_config(compose("train", overrides))
+    return compose_run(overrides)
 
 
 def rates(config: OptimConfig, num_steps: int, sizes: BatchSizes = SIZES) -> list[float]:

@@ -8,8 +8,7 @@ from typing import Any, Literal
 
 import pytest
 
-from launch.config.compose import compose
-from launch.config.run_config import read_config
+from launch.config.run_config import compose_run
 from tests.tiny import MODEL, tiny_config
 from train.records.metrics import Wandb, mfu
 
@@ -17,7 +16,7 @@ from train.records.metrics import Wandb, mfu
 def test_mfu_of_deepseek_v3_is_what_its_report_implies() -> None:
     """2.788M H800 hours, 2,664K of them for 14.8T tokens: 1,543 tokens a second and GPU (section 1)."""
     choices = ["model=v3_671b", "parallelism=v3_2048_ranks", "cluster=h800", "batch.sequence_length_tokens=4096"]
-    config = read_config(compose("train", choices))
+    config = compose_run(choices)
     tokens_per_second = 14.8e12 / (2664e3 * 3600) * 2048
     assert config.cluster.peak_flops is not None
     peak = config.cluster.peak_flops * config.parallelism.world_size

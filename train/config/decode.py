@@ -101,7 +101,7 @@ def _decode_annotated(hint: Any, value: object, place: str) -> Any:
     if registry is None:
         return _in_ranges(_decode(base, value, place), marks, place)
     if base is str:
-        return _decode_choice(_values_of(registry), value, place)
+        return _decode_choice(registry.choices(), value, place)
     return _decode_tagged({name: entry.config for name, entry in registry.items()}, value, place)
 
 
@@ -179,7 +179,7 @@ def _describe(hint: Any) -> str:
     if get_origin(hint) is Annotated:
         base, *marks = get_args(hint)
         registry = _registry_in(marks)
-        return _describe(base) if registry is None or base is not str else "one of " + ", ".join(_values_of(registry))
+        return _describe(base) if registry is None or base is not str else "one of " + ", ".join(registry.choices())
     if get_origin(hint) is tuple:
         return "a list"
     if get_origin(hint) in (Union, UnionType) and NoneType in get_args(hint):
@@ -198,12 +198,6 @@ def _in_ranges(number: Any, marks: Sequence[object], place: str) -> Any:
 
 def _registry_in(marks: Sequence[object]) -> Registry[Any] | None:
     return next((mark for mark in marks if isinstance(mark, Registry)), None)
-
-
-def _values_of(registry: Registry[Any]) -> tuple[str, ...]:
-    """Returns all values that a key may have: the names, and those without an entry, such as `auto`."""
-    values: tuple[str, ...] = getattr(registry, "choices", registry.names)()
-    return values
 
 
 def _kinds_of(member: Any) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ class Bf16MomentsAdamW(torch.optim.Optimizer):
 
     Arithmetic is in float32; moments are rounded to nearest even when they are put away (arXiv:2412.19437, section
     3.3.3). With beta2 = 0.95 that changes updates by 0.4 %, less than stochastic rounding does. It biases squares where
-    beta2 is near 1, as their changes then are smaller than bf16's steps; `launch.config.optim_rules` refuses such a
+    beta2 is near 1, as their changes then are smaller than bf16's steps; `launch.config.model_rules` refuses such a
     beta.
     """
 

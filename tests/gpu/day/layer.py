@@ -16,8 +16,7 @@ from pathlib import Path
 import torch
 
 from comm.dispatch.local import LocalDispatcher
-from launch.config.compose import compose
-from launch.config.run_config import read_config
+from launch.config.run_config import compose_run
 from model.config import ModelConfig
 from model.gradients import GradientStore
 from model.objective import LossSums, MicroBatch, Objective
@@ -89,7 +88,7 @@ class Bench:
 
 def read_choices(precision: str, device: torch.device) -> TrainConfig:
     """Returns the configuration of the layers that are timed."""
-    return read_config(compose("train", [*CHOICES, *SIZES[device.type], *LAYERS, f"precision={precision}"]))
+    return compose_run([*CHOICES, *SIZES[device.type], *LAYERS, f"precision={precision}"])
 
 
 def make_bench(config: TrainConfig, device: torch.device, num_tokens: int) -> Bench:

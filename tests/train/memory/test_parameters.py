@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from comm.dispatch.local import LocalDispatcher
-from launch.config.compose import compose
-from launch.config.run_config import read_config
+from launch.config.run_config import compose_run
 from model.account.held import held_parameters
 from model.account.stage_shape import stage_shapes
 from model.transformer import Part, Transformer
@@ -15,7 +14,7 @@ from model.transformer import Part, Transformer
     ("name", "pipeline", "expert"), [("quickstart", 2, 2), ("moonlight_16b", 4, 8), ("v3_671b", 16, 64)]
 )
 def test_weights_of_a_rank_are_those_of_the_built_model(name: str, pipeline: int, expert: int) -> None:
-    config = read_config(compose("train", [f"model={name}"])).model
+    config = compose_run([f"model={name}"]).model
     shapes = stage_shapes(config, pipeline)
     for rank in {0, pipeline // 2}:
         stages = sorted({rank, pipeline - 1 - rank})
@@ -35,7 +34,7 @@ def test_weights_of_a_rank_are_those_of_the_built_model(name: str, pipeline: int
 
 
 def test_deepseek_v3_on_2048_ranks() -> None:
-    config = read_config(compose("train", ["model=v3_671b"])).model
+    config = compose_run(["model=v3_671b"]).model
     shapes = stage_shapes(config, 16)
     ends, middle = ([shapes[stage] for stage in stages] for stages in ((0, 15), (7, 8)))
     assert held_parameters(config, ends, 4).total == 5_343_227_904

@@ -4,8 +4,8 @@ from importlib.machinery import ModuleSpec
 
 import pytest
 
-import launch.config.optim_rules
-from launch.config.optim_rules import check_optim
+import launch.config.model_rules
+from launch.config.model_rules import check_optim
 from tests.launch.test_config import build
 from train.config.errors import ConfigError
 
@@ -19,7 +19,7 @@ def find_all_but_deepspeed(name: str) -> ModuleSpec | None:
 def test_zero1_without_deepspeed_is_refused_before_any_rank_starts(
     precision: str, nearest: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launch.config.optim_rules, "find_spec", find_all_but_deepspeed)
+    monkeypatch.setattr(launch.config.model_rules, "find_spec", find_all_but_deepspeed)
     with pytest.raises(ConfigError) as refused:
         check_optim(build(f"precision={precision}"))
     assert str(refused.value) == (
@@ -29,5 +29,5 @@ def test_zero1_without_deepspeed_is_refused_before_any_rank_starts(
 
 
 def test_replicated_optimizer_needs_no_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch.config.optim_rules, "find_spec", find_all_but_deepspeed)
+    monkeypatch.setattr(launch.config.model_rules, "find_spec", find_all_but_deepspeed)
     check_optim(build("precision=float32", "optim.sharding=replicated"))

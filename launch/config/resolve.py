@@ -1,0 +1,247 @@
+"""What other files decide about a run: the model and the tokenizer of given weights, and whether its files are there.
+
+The only step of reading a configuration that looks at files. It turns composed values into values that stand for
+themselves, which `read_config` decodes, and checks a decoded configuration against the files that it names.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from data.prepare import check_config
+from data.tokenizer import find_tokenizer_file, other_tokenizer
+from launch.ranks.environment import apply_rank_environment
+from model.config import ModelConfig
+from model.ladder import ladder
+from train.checkpoint.initial_weights import check_initial
+from train.checkpoint.locate import AUTO, looks_whole, newest_whole
+from train.checkpoint.manifest import (
+    CHECKPOINTS_NAME,
+    TOKENIZER_NAME,
+    check_manifest,
+    find_checkpoint,
+    read_manifest,
+    read_step,
+)
+from train.checkpoint.sources import is_hf_folder, source_config, source_folder
+from train.checkpoint.verify import find_resumed, verify
+from train.config import TrainConfig
+from train.config.decode import decode, encode
+from train.config.errors import ConfigError, nearest, nearest_key
+
+_MODEL_KEYS = tuple(field.name for field in fields(ModelConfig))
+_MOMENTS = Literal["auto", "float32", "bf16"]
+
+
+def resolve(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns composed values with everything in place that the weights and the run started from decide.
+
+    Args:
+        values: as `compose` returns them for `conf/train.yaml`. What is of another type stays, for the decoder's error.
+
+    Raises:
+        ConfigError: an unknown model kind or key, no tokenizer at the path.
+        CheckpointError, HfError: the model or the tokenizer is that of weights that cannot be read.
+    """
+    resolved = _with_moments(values)
+    model, data, plugins = values.get("model"), values.get("data"), values.get("plugins")
+    if isinstance(model, Mapping):
+        resolved["model"] = expand_model(model, values.get("init_from"), values.get("init_mtp"))
+    if isinstance(plugins, list | tuple) and all(isinstance(path, str) for path in plugins):
+        # Ranks and later runs may have another working folder.
+        resolved["plugins"] = [str(Path(path).expanduser().resolve()) for path in plugins]
+    if isinstance(data, Mapping) and "tokenizer" in data:
+        tokenizer = expand_tokenizer(data["tokenizer"], values.get("init_from"), _resumed(values))
+        resolved["data"] = {**data, "tokenizer": tokenizer}
+    return resolved
+
+
+def check_files(config: TrainConfig) -> None:
+    """Refuses a run whose text, checkpoint or initial weights are not there or do not fit it.
+
+    Raises:
+        ConfigError: the tokenizer has more tokens than the model, or keys exclude each other.
+        DataError: text that is missing or empty, and what else `data` refuses of its settings.
+        CheckpointError: `resume` names no checkpoint, one that is not whole, or one of another model.
+        CheckpointError, HfError: `init_from` names no weights, or those of another model.
+    """
+    _check_data(config)
+    if not _check_resume(config):
+        _check_start(config)
+
+
+def expand_model(model: Mapping[str, Any], init_from: object, init_mtp: object = "checkpoint") -> dict[str, Any]:
+    """Returns the keys of a `ModelConfig`, from a model's keys as they were composed.
+
+    Args:
+        model: with `kind`, or the keys themselves.
+        init_from: the value of that key.
+        init_mtp: the value of that key; with `drop`, `of_checkpoint` has no MTP modules.
+
+    Raises:
+        ConfigError: an unknown kind or key, a size that is none, no weights to take the architecture from.
+        CheckpointError, HfError: what `init_from` names cannot be read.
+    """
+    if "kind" not in model:
+        return dict(model)
+    kinds: dict[str, Callable[[], ModelConfig]] = {
+        "ladder": lambda: _ladder_step(model.get("size")),
+        "of_checkpoint": lambda: _model_of_checkpoint(init_from, drop_mtp=init_mtp == "drop"),
+    }
+    kind = model["kind"]
+    if kind not in kinds:
+        raise ConfigError(
+            f"model.kind: must be one of {', '.join(kinds)}, is {kind!r}; {nearest(str(kind), list(kinds))}"
+        )
+    own = ("kind", "size") if kind == "ladder" else ("kind",)
+    changes = {key: value for key, value in model.items() if key not in own}
+    for key in changes:
+        if key not in _MODEL_KEYS:
+            choices = [f"model.{name}" for name in (*own, *_MODEL_KEYS)]
+            raise ConfigError(f"model.{key}: unknown key; {nearest_key(f'model.{key}', choices)}")
+    return {**encode(kinds[kind]()), **changes}
+
+
+def _ladder_step(size: object) -> ModelConfig:
+    if type(size) is not int or size < 1:
+        raise ConfigError(f"model.size: must be a whole number of at least 1, is {size!r}; nearest valid: 1")
+    return ladder(size)
+
+
+def _model_of_checkpoint(init_from: object, *, drop_mtp: bool) -> ModelConfig:
+    if not isinstance(init_from, str):
+        given = "null" if init_from is None else repr(init_from)
+        raise ConfigError(
+            f"model: of_checkpoint takes the architecture from init_from, which is {given}; "
+            f"write init_from=FOLDER, or choose another model"
+        )
+    return source_config(init_from, "init_from", drop_mtp=drop_mtp)
+
+
+def expand_tokenizer(tokenizer: object, init_from: object, resume: object) -> object:
+    """Returns the file that `data.tokenizer` stands for.
+
+    Args:
+        tokenizer: `auto`, a file, or a folder with a `tokenizer.json`: a Hugging Face folder, a checkpoint, a run's.
+        init_from: the value of that key; `auto` takes its tokenizer where it brings one.
+        resume: the value of that key; `auto` takes its tokenizer where that run was given one.
+
+    Returns:
+        A file's path; None: a tokenizer is to be trained. What is no text is given back, for the type's own error.
+
+    Raises:
+        ConfigError: there is no tokenizer at the path.
+        CheckpointError: what `init_from` or `resume` names cannot be read.
+    """
+    if not isinstance(tokenizer, str):
+        return tokenizer
+    if tokenizer == "auto":
+        found = _tokenizer_of_run(resume) if isinstance(resume, str) else _tokenizer_of_weights(init_from)
+        return None if found is None else str(found)
+    path = Path(tokenizer).expanduser()
+    if tokenizer and path.is_dir():
+        return str(_tokenizer_in(path))
+    if not tokenizer or not path.is_file():
+        near = nearest(path.name, [other.name for other in path.parent.iterdir()]) if path.parent.is_dir() else ""
+        hint = near if near.startswith("did you mean") else "nearest valid: auto, or null, which trains one"
+        rule = f"must be auto, null, a {TOKENIZER_NAME} or a folder that holds one"
+        raise ConfigError(f"data.tokenizer: {rule}, is {tokenizer!r}; {hint}")
+    return tokenizer
+
+
+def _tokenizer_of_weights(init_from: object) -> Path | None:
+    if not isinstance(init_from, str):
+        return None
+    folder = source_folder(init_from, "init_from")
+    path = find_tokenizer_file(folder)
+    if path is None and (found := other_tokenizer(folder)):
+        raise ConfigError(f"data.tokenizer: auto takes the tokenizer of init_from={init_from}, which {found}")
+    return path
+
+
+def _tokenizer_of_run(resume: str) -> Path | None:
+    folder = find_resumed(resume, partial(verify, hashes=False)).folder
+    data = read_manifest(folder).get("data")
+    is_given = isinstance(data, dict) and data.get("tokenizer") == "given"
+    return folder / TOKENIZER_NAME if is_given else None
+
+
+def _tokenizer_in(folder: Path) -> Path:
+    if (folder / CHECKPOINTS_NAME).is_dir():
+        folder = find_checkpoint(str(folder), "data.tokenizer")
+    path = find_tokenizer_file(folder)
+    if path is None:
+        found = other_tokenizer(folder) or "holds none"
+        raise ConfigError(f"data.tokenizer: {str(folder)!r} must hold a {TOKENIZER_NAME}, {found}")
+    return path
+
+
+def _resumed(values: Mapping[str, Any]) -> object:
+    """Returns what `resume` names: for `auto` the checkpoint that is there already, or None."""
+    out_dir = values.get("out_dir")
+    if values.get("resume") != AUTO or not isinstance(out_dir, str) or not out_dir:
+        return values.get("resume") if values.get("resume") != AUTO else None
+    folder = newest_whole(Path(out_dir).expanduser(), check=looks_whole)
+    return None if folder is None else str(folder)
+
+
+def _with_moments(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Replaces `optim.moments=auto` by what the recipe of the precision uses."""
+    optim, precision = values.get("optim"), values.get("precision")
+    if not isinstance(optim, Mapping) or "moments" not in optim:
+        return dict(values)
+    # Here, because `auto` is still one of the choices that an error names.
+    if decode(_MOMENTS, optim["moments"], "optim.moments") != "auto":  # type: ignore[arg-type]
+        return dict(values)
+    is_fp8 = isinstance(precision, Mapping) and precision.get("kind") == "fp8"
+    return {**values, "optim": {**optim, "moments": "bf16" if is_fp8 else "float32"}}
+
+
+def _check_data(config: TrainConfig) -> None:
+    tokens, model = check_config(config.data), config.model.vocab_size
+    if tokens <= model:
+        return
+    if config.data.tokenizer is None:
+        raise ConfigError(
+            f"data.tokenizer_vocab_size: must be at most model.vocab_size={model}, is {tokens}; nearest valid: {model}"
+        )
+    raise ConfigError(
+        f"data.tokenizer: must have at most model.vocab_size={model} tokens, {config.data.tokenizer} has {tokens}; "
+        f"nearest valid: model.vocab_size={tokens}, or data.tokenizer=null, which trains one"
+    )
+
+
+def _check_resume(config: TrainConfig) -> bool:
+    """Returns whether the run resumes from a checkpoint in its folder, so that it starts from nothing else."""
+    if config.resume == AUTO:
+        if not config.out_dir:
+            raise ConfigError(
+                "resume: auto looks for checkpoints in out_dir, which is empty; nearest valid: out_dir=outputs/"
+                f"{config.name}, or resume=null"
+            )
+        folder = newest_whole(Path(config.out_dir).expanduser(), check=looks_whole)
+        if folder is not None:
+            # A run that was done but for its end has no step left, and need not be refused.
+            steps = max(config.task.steps, read_step(folder) + 1)
+            check_manifest(folder, replace(config, task=replace(config.task, steps=steps)))
+        return folder is not None
+    if config.resume is not None:
+        # Files and their sizes alone: what they hold, all ranks read together.
+        check_manifest(find_resumed(config.resume, partial(verify, hashes=False)).folder, config)
+    return False
+
+
+def _check_start(config: TrainConfig) -> None:
+    if config.init_from is None:
+        return
+    if config.resume not in (None, AUTO):
+        raise ConfigError(
+            f"init_from: must be null beside resume={config.resume}, which brings its own weights, "
+            f"is {config.init_from!r}; nearest valid: init_from=null"
+        )
+    if not is_hf_folder(config.init_from):
+        # The list of a checkpoint's tensors needs torch, which takes settings from the environment when imported.
+        apply_rank_environment(config.cluster)
+    check_initial(config)

@@ -1,0 +1,215 @@
+"""Rules between the keys of a run's configuration, apart from those of its model and optimizer. No file is read."""
+
+import re
+
+from data.batch_sizes import BatchRamp, ramp_sizes
+from dualpipe.generate.cache import schedules_folder
+from dualpipe.ir import ScheduleError
+from dualpipe.registry import SCHEDULES, build, check_size
+from launch.config.dispatch_rules import check_exchange
+from launch.config.model_rules import check_experts, check_model, check_optim
+from model.config import RECOMPUTED, CutError, cut_layers
+from train.config import TrainConfig
+from train.config.errors import ConfigError, divisors, multiples
+from train.schedule.costs import nominal_costs
+
+_RAMP = "batch.ramp"
+
+
+def check_name(config: TrainConfig) -> None:
+    """Refuses a name that cannot be a folder's.
+
+    Raises:
+        ConfigError: with the rule and the name.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", config.name):
+        raise ConfigError(f"name: must be letters, digits, '.', '_' and '-', as it names a folder, is {config.name!r}")
+
+
+def check_rules(config: TrainConfig) -> None:
+    """Refuses a configuration that no run can follow, from its values alone.
+
+    Raises:
+        ConfigError: names the key, the rule, the value and the nearest valid one.
+        CutError: fewer layers than pipeline stages.
+        ScheduleError: ranks or micro-batches that the schedule cannot take.
+    """
+    _check_batch(config)
+    _check_schedule(config)
+    _check_ramp(config)
+    _check_ranks(config)
+    check_model(config.model)
+    check_experts(config.model, config.parallelism.expert)
+    check_exchange(config)
+    check_optim(config)
+    _check_profile(config)
+
+
+def _check_batch(config: TrainConfig) -> None:
+    batch, validation, model = config.batch, config.validation, config.model
+    share = config.parallelism.data * batch.micro_sequences
+    if batch.global_sequences % share:
+        raise ConfigError(
+            f"batch.global_sequences: must be divisible by parallelism.data x batch.micro_sequences "
+            f"= {share}, is {batch.global_sequences}; "
+            f"nearest valid: {multiples(batch.global_sequences, share)}"
+        )
+    if batch.sequence_length_tokens > model.max_position_tokens:
+        raise ConfigError(
+            f"batch.sequence_length_tokens: must be at most model.max_position_tokens={model.max_position_tokens}, "
+            f"is {batch.sequence_length_tokens}; nearest valid: {model.max_position_tokens}"
+        )
+    if batch.sequence_length_tokens <= model.mtp_depth:
+        raise ConfigError(
+            f"batch.sequence_length_tokens: must be above model.mtp_depth={model.mtp_depth}, "
+            f"is {batch.sequence_length_tokens}; nearest valid: {model.mtp_depth + 1}"
+        )
+    if validation.sequences % batch.global_sequences:
+        raise ConfigError(
+            f"validation.sequences: must be 0 or a multiple of "
+            f"batch.global_sequences={batch.global_sequences}, as a pass runs that many, "
+            f"is {validation.sequences}; "
+            f"nearest valid: {multiples(validation.sequences, batch.global_sequences)}"
+        )
+
+
+def _check_schedule(config: TrainConfig) -> None:
+    """Refuses a schedule that the run cannot follow; where any will do, a run that can follow none."""
+    candidates = tuple(kind for kind, spec in SCHEDULES.items() if spec.may_be_chosen)
+    kinds = candidates if config.schedule.kind == "auto" else (config.schedule.kind,)
+    problems: list[ValueError] = []
+    for kind in kinds:
+        try:
+            _check_kind(config, kind)
+        except (ScheduleError, CutError, ConfigError) as problem:
+            problems.append(problem)
+    if len(problems) == len(kinds):
+        raise problems[0]
+
+
+def _check_kind(config: TrainConfig, kind: str) -> None:
+    pipeline, depth = config.parallelism.pipeline, config.model.mtp_depth
+    key, share = "batch.global_sequences", config.parallelism.data * config.batch.micro_sequences
+    try:
+        check_size(
+            kind,
+            pipeline,
+            config.num_micro_batches,
+            ranks_key="parallelism.pipeline",
+            micro_batches_key=key,
+        )
+    except ScheduleError as error:
+        unit = f"; a micro-batch of all is parallelism.data x batch.micro_sequences = {share} sequences"
+        raise ScheduleError(f"{error}{unit if str(error).startswith(key) else ''}") from error
+    spec = SCHEDULES.get(kind)
+    stages = spec.num_stages(pipeline)
+    cut_layers(config.model.num_layers, stages, depth, stages_per_rank=spec.stages_per_rank(pipeline))
+    if depth and not spec.joins_ends(pipeline):
+        raise ConfigError(
+            f"model.mtp_depth: must be 0 under schedule={kind} with parallelism.pipeline={pipeline}, "
+            f"as embedding and head sit on different ranks, is {depth}; "
+            f"nearest valid: model.mtp_depth=0, or schedule=dualpipe_split"
+        )
+    if config.memory_cap is not None:
+        costs = nominal_costs(config, stages)
+        build(
+            kind, pipeline, config.num_micro_batches, costs, config.memory_cap, schedules_folder(config.data.cache_dir)
+        )
+
+
+def _check_ramp(config: TrainConfig) -> None:
+    """Refuses a ramp with a size that ranks, micro-batches or the schedule cannot take."""
+    ramp, last = config.batch.ramp, config.batch.global_sequences
+    if ramp is None:
+        return
+    if not 2 <= ramp.num_sizes <= last:
+        raise ConfigError(
+            f"{_RAMP}.num_sizes: must be at least 2, the last of which is batch.global_sequences={last}, and at "
+            f"most that, is {ramp.num_sizes}; nearest valid: {2 if ramp.num_sizes < 2 else last}, or {_RAMP}=null"
+        )
+    if ramp.start_sequences >= last:
+        raise ConfigError(
+            f"{_RAMP}.start_sequences: must be below batch.global_sequences={last}, is {ramp.start_sequences}; "
+            f"nearest valid: {last - 1}, or {_RAMP}=null"
+        )
+    if config.schedule.kind == "auto":
+        raise ConfigError(
+            "schedule.kind: must name a schedule beside batch.ramp, as auto measures for one size, is auto; "
+            "nearest valid: schedule=dualpipe_split"
+        )
+    _check_ramp_sizes(config, ramp)
+
+
+def _check_ramp_sizes(config: TrainConfig, ramp: BatchRamp) -> None:
+    batch, parallelism, kind = config.batch, config.parallelism, config.schedule.kind
+    share = parallelism.data * batch.micro_sequences
+    for size in ramp_sizes(batch.global_sequences, ramp):
+        if size % share:
+            raise ConfigError(
+                f"{_RAMP}: every size must be divisible by parallelism.data x batch.micro_sequences = {share}, "
+                f"one is {size}; nearest valid: start_sequences={multiples(ramp.start_sequences, share)}, and a growth "
+                f"of (num_sizes - 1) x {share} or a multiple of it"
+            )
+        try:
+            check_size(kind, parallelism.pipeline, size // share, micro_batches_key=_RAMP)
+        except ScheduleError as error:
+            raise ConfigError(f"{error}; a size of {size} sequences has {size // share} micro-batches") from error
+
+
+def _check_ranks(config: TrainConfig) -> None:
+    cluster, parallelism, world = config.cluster, config.parallelism, config.parallelism.world_size
+    if parallelism.data % parallelism.expert:
+        raise ConfigError(
+            f"parallelism.expert: must divide parallelism.data={parallelism.data}, is {parallelism.expert}; "
+            f"nearest valid: {divisors(parallelism.data, parallelism.expert)}"
+        )
+    if world > cluster.ranks_per_node and world % cluster.ranks_per_node:
+        raise ConfigError(
+            f"cluster.ranks_per_node: must divide the {world} ranks (parallelism.pipeline x parallelism.data), "
+            f"is {cluster.ranks_per_node}; nearest valid: {divisors(world, cluster.ranks_per_node)}"
+        )
+    if config.attention in ("flash_attention", "flex") and cluster.device != "cuda":
+        raise ConfigError(
+            f"attention: {config.attention} needs cluster.device=cuda, is {config.attention} with "
+            f"cluster.device={cluster.device}; nearest valid: auto or sdpa"
+        )
+    if config.attention == "flash_attention" and config.precision.kind not in ("bf16", "fp8"):
+        raise ConfigError(
+            f"attention: flash_attention needs precision=bf16 or fp8, is flash_attention with "
+            f"precision={config.precision.kind}; nearest valid: auto or sdpa"
+        )
+    if len(set(config.recompute)) < len(config.recompute):
+        raise ConfigError(
+            f"recompute: must name each at most once, is [{','.join(config.recompute)}]; "
+            f"nearest valid: [{','.join(dict.fromkeys(config.recompute))}]"
+        )
+    if config.precision.kind == "fp8" and set(config.recompute) != set(RECOMPUTED):
+        raise ConfigError(
+            f"recompute: precision=fp8 keeps the inputs of linear maps and computes all else anew, "
+            f"is [{','.join(config.recompute)}]; nearest valid: [{','.join(RECOMPUTED)}]"
+        )
+    if cluster.backend == "nccl" and cluster.device != "cuda":
+        raise ConfigError(
+            f"cluster.backend: nccl needs cluster.device=cuda, is nccl with cluster.device={cluster.device}; "
+            f"nearest valid: gloo"
+        )
+
+
+def _check_profile(config: TrainConfig) -> None:
+    """Refuses steps and ranks that the run does not have."""
+    steps, world = config.task.steps, config.parallelism.world_size
+    for key, least, most, chosen in (
+        ("profile.steps", 1, steps, config.profile.steps),
+        ("profile.ranks", 0, world - 1, config.profile.ranks),
+    ):
+        for number in chosen:
+            if not least <= number <= most:
+                nearest = min(max(number, least), most)
+                raise ConfigError(
+                    f"{key}: each must be from {least} to {most}, one is {number}; nearest valid: {nearest}"
+                )
+        if len(set(chosen)) < len(chosen):
+            once = ",".join(map(str, dict.fromkeys(chosen)))
+            raise ConfigError(
+                f"{key}: must name each at most once, is [{','.join(map(str, chosen))}]; nearest valid: [{once}]"
+            )
