@@ -13,7 +13,7 @@ from dualpipe.config import ScheduleConfig
 from dualpipe.generate.dualpipe_v import dualpipe_v
 from dualpipe.generate.zero_bubble import zb_h1, zb_v
 from dualpipe.ir import Op, Schedule
-from dualpipe.registry import build
+from dualpipe.registry import SCHEDULES, build
 from dualpipe.simulate.costs import Costs, uniform
 from tests.dualpipe.random_schedules import bidirectional, looped, random_schedule, straight, v_shaped
 from tests.ranks import run_ranks
@@ -148,6 +148,13 @@ def assert_schedules_equal_one_rank(world_size: int, jobs: Sequence[Job]) -> Non
     for rank in results:
         for place, index in enumerate(again):
             assert_same(rank[index], rank[len(jobs) + place])
+
+
+@pytest.mark.parametrize("kind", SCHEDULES.names())
+def test_registered_schedule_on_two_ranks_equals_one_rank(folder: Path, kind: str) -> None:
+    """The smallest size that the kind accepts with more micro-batches than ranks; plugins' kinds too."""
+    sizes = (number for number in range(3, 9) if SCHEDULES.get(kind).limit(2, number) is None)
+    assert_schedules_equal_one_rank(2, [scheduled(folder, build(kind, 2, next(sizes)))])
 
 
 def keeps_sums(schedule: Schedule) -> bool:

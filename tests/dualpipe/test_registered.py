@@ -1,0 +1,121 @@
+"""Laws of every registered kind of schedule, those of `pytest --plugins FILE` included."""
+
+from functools import cache
+
+import pytest
+
+from dualpipe.ir import MemoryCapError, Schedule, ScheduleError, from_json, to_json
+from dualpipe.passes import forward_only
+from dualpipe.registry import FALLBACK, SCHEDULES, build, check_size
+from dualpipe.simulate.bounds import lower_bound
+from dualpipe.simulate.costs import Costs, uniform
+from dualpipe.simulate.memory import peak_activations
+from dualpipe.simulate.simulate import simulate
+from dualpipe.validate import validate
+from tests.dualpipe.enactment import enact
+
+EQUAL = Costs(forward=1, backward_input=1, backward_weight=1, exchange=0, latency=0)
+MOST_RANKS = 6
+EVERY_KIND = pytest.mark.parametrize("kind", SCHEDULES.names())
+
+
+def accepted_sizes(kind: str) -> list[tuple[int, int]]:
+    """All small numbers of ranks and micro-batches for which the kind is defined."""
+    every = [(ranks, batches) for ranks in range(1, MOST_RANKS + 1) for batches in range(1, 2 * ranks + 4)]
+    return [size for size in every if SCHEDULES.get(kind).limit(*size) is None]
+
+
+@cache
+def schedules_of(kind: str) -> tuple[Schedule, ...]:
+    return tuple(build(kind, *size) for size in accepted_sizes(kind))
+
+
+def name_of(schedule: Schedule) -> str:
+    return f"{schedule.kind} of {schedule.num_ranks} ranks and {schedule.num_micro_batches} micro-batches"
+
+
+@EVERY_KIND
+def test_registered_kind_is_valid_for_all_small_sizes(kind: str) -> None:
+    assert schedules_of(kind), f"{kind} accepts no small size"
+    for schedule, size in zip(schedules_of(kind), accepted_sizes(kind), strict=True):
+        assert (schedule.kind, schedule.num_ranks, schedule.num_micro_batches) == (kind, *size), name_of(schedule)
+        validate(schedule)
+        validate(forward_only(schedule), forward_only=True)
+
+
+@EVERY_KIND
+def test_registered_kind_computes_what_one_rank_does(kind: str) -> None:
+    """By an oracle that shares nothing with the validator; it also counts what is alive."""
+    for schedule in schedules_of(kind):
+        enacted = enact(schedule, seed=schedule.num_micro_batches)
+        assert enacted.problem is None, f"{name_of(schedule)}: {enacted.problem}"
+        assert enacted.peaks == peak_activations(schedule), name_of(schedule)
+
+
+@EVERY_KIND
+def test_registered_kind_is_deterministic_and_keeps_its_json_form(kind: str) -> None:
+    for schedule in schedules_of(kind):
+        assert from_json(to_json(schedule)) == schedule, name_of(schedule)
+    *_, last = accepted_sizes(kind)
+    assert to_json(build(kind, *last)) == to_json(schedules_of(kind)[-1])
+
+
+@EVERY_KIND
+def test_registered_kind_idles_by_its_formula(kind: str) -> None:
+    formula = SCHEDULES.get(kind).idle
+    if formula is None:
+        pytest.skip(f"{kind} has no published formula")
+    for schedule in schedules_of(kind):
+        if schedule.num_micro_batches >= 2 * schedule.num_ranks:
+            expected = formula.value(schedule.num_ranks, EQUAL)
+            idle = simulate(schedule, EQUAL).idle
+            assert idle == pytest.approx((expected,) * schedule.num_ranks), f"{name_of(schedule)}: {formula.text}"
+
+
+@EVERY_KIND
+def test_registered_kind_takes_no_less_than_the_lower_bound(kind: str) -> None:
+    for schedule in schedules_of(kind):
+        costs = uniform(EQUAL, schedule.num_ranks, schedule.num_stages)
+        simulation = simulate(schedule, costs)
+        cap = max(simulation.peaks)
+        assert simulation.makespan >= lower_bound(schedule, costs, cap).value - 1e-9, name_of(schedule)
+
+
+@EVERY_KIND
+def test_registered_kind_keeps_the_memory_cap_or_refuses_it(kind: str) -> None:
+    for schedule in schedules_of(kind)[-3:]:
+        size = schedule.num_ranks, schedule.num_micro_batches
+        costs = uniform(EQUAL, schedule.num_ranks, schedule.num_stages)
+        peak = max(simulate(schedule, costs).peaks)
+        validate(build(kind, *size, costs, memory_cap=peak), memory_cap=peak)
+        with pytest.raises(MemoryCapError, match="nearest: "):
+            build(kind, *size, costs, memory_cap=0.25)
+
+
+@EVERY_KIND
+def test_registered_kind_names_sizes_that_it_accepts(kind: str) -> None:
+    """A refusal states the nearest values that work, and the kind that accepts every size."""
+    spec = SCHEDULES.get(kind)
+    for ranks in range(1, MOST_RANKS + 1):
+        for batches in range(1, 2 * ranks + 4):
+            limit = spec.limit(ranks, batches)
+            if limit is None:
+                continue
+            with pytest.raises(ScheduleError, match=f"schedule '{kind}' .*schedule={FALLBACK}"):
+                check_size(kind, ranks, batches)
+            for value in limit.nearest:
+                size = (value, 64) if limit.about == "num_ranks" else (ranks, value)
+                assert spec.limit(*size) is None, f"{kind}: {ranks} ranks and {batches} micro-batches: {size}"
+
+
+@EVERY_KIND
+def test_registered_kind_describes_itself(kind: str) -> None:
+    spec = SCHEDULES.get(kind)
+    assert spec.name == kind
+    assert spec.summary
+    assert "\n" not in spec.summary
+    assert spec.is_bidirectional() == (schedules_of(kind)[0].num_directions == 2)
+
+
+def test_fallback_accepts_every_size() -> None:
+    assert len(accepted_sizes(FALLBACK)) == sum(2 * ranks + 3 for ranks in range(1, MOST_RANKS + 1))
