@@ -12,10 +12,10 @@ from comm.exit_codes import EXIT_NON_FINITE, EXIT_OTHER, EXIT_PREEMPTED
 from comm.groups import Groups, start, stop
 from comm.layout import Layout
 from comm.preemption import Preemption
+from comm.watchdog.collective_log import CollectiveLog, cuda_mark
 from comm.watchdog.job_key import JobKeyError
 from comm.watchdog.job_start import AbsentError
 from comm.watchdog.membership import Membership
-from comm.watchdog.operation_log import OperationLog, cuda_mark
 from comm.watchdog.rendezvous import Job, join
 from data.corpus import DataError
 from data.prepare import Prepared
@@ -59,7 +59,7 @@ def main(config: TrainConfig, is_aloud: bool = False) -> int:
     """
     preemption = Preemption.of_process()
     member = Membership.from_environment()
-    log = OperationLog()
+    log = CollectiveLog()
     words = LastWords(member.rank, log, is_aloud)
     words.out_dir = Path(config.out_dir) if config.out_dir else None
     try:
@@ -84,7 +84,7 @@ def main(config: TrainConfig, is_aloud: bool = False) -> int:
 class _Rank:
     """A rank that has joined its job."""
 
-    def __init__(self, job: Job, log: OperationLog, words: LastWords, preemption: Preemption) -> None:
+    def __init__(self, job: Job, log: CollectiveLog, words: LastWords, preemption: Preemption) -> None:
         self._job = job
         self._log = log
         self._words = words
@@ -197,7 +197,7 @@ def _start(config: TrainConfig, learner: Learner, prepared: Prepared) -> str:
     return told
 
 
-def agree(preemption: Preemption, log: OperationLog, groups: Groups) -> None:
+def agree(preemption: Preemption, log: CollectiveLog, groups: Groups) -> None:
     """Whether any rank was asked to make room; every rank must ask.
 
     Raises:
@@ -240,7 +240,7 @@ def _from_newest(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, resume=config.out_dir, init_from=None)
 
 
-def _prepare(config: TrainConfig, groups: Groups, log: OperationLog, preemption: Preemption) -> Prepared:
+def _prepare(config: TrainConfig, groups: Groups, log: CollectiveLog, preemption: Preemption) -> Prepared:
     """One rank of every machine builds the cache where it is missing; the others then find it.
 
     Raises:

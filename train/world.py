@@ -17,7 +17,7 @@ from comm.lane import Lane
 from comm.layout import Layout
 from comm.preemption import Preemption
 from comm.protocol import Dispatcher
-from comm.watchdog.operation_log import OperationLog
+from comm.watchdog.collective_log import CollectiveLog
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,7 +38,7 @@ class World:
     groups: Groups
     device: torch.device
     timeout_seconds: float
-    log: OperationLog
+    log: CollectiveLog
     lane: Lane
     preemption: Preemption = field(default_factory=Preemption)
 
@@ -109,7 +109,7 @@ def open_world(
     groups: Groups,
     device: torch.device,
     timeout_seconds: float,
-    log: OperationLog,
+    log: CollectiveLog,
     preemption: Preemption | None = None,
 ) -> World:
     """Opens this process's lane. `preemption`: None if nothing can preempt this process, as in a test."""

@@ -13,15 +13,15 @@ from torch.distributed import ProcessGroup
 from comm.dispatch.traffic import ClipCount, Spread, Traffic
 from comm.layout import Layout
 from comm.protocol import Label
-from comm.watchdog.operation_log import Operation, OperationLog, group_name
+from comm.watchdog.collective_log import Collective, CollectiveLog, group_name
 
 
 @dataclass(frozen=True, slots=True)
 class Observers:
-    """Who looks on: `traffic` counts what is sent, `log` notes every operation, `clips` counts clipped tokens."""
+    """Who looks on: `traffic` counts what is sent, `log` notes every collective, `clips` counts clipped tokens."""
 
     traffic: Traffic
-    log: OperationLog
+    log: CollectiveLog
     clips: ClipCount = field(default_factory=ClipCount)
 
 
@@ -47,16 +47,16 @@ class Wire:
         self._group = group
         self._observers = observers
 
-    def start_numbers(self, numbers_RC: Tensor, label: Label | None) -> "Exchange":
+    def start_numbers(self, numbers_RC: Tensor, label: Label | None) -> "PendingExchange":
         """Starts to send row r to member r, and gives what each member sent here, RC, by place. Not counted."""
         log = self._observers.log
         if len(self.members) == 1:
-            return Exchange(None, numbers_RC, numbers_RC, None, log)
+            return PendingExchange(None, numbers_RC, numbers_RC, None, log)
         received_RC = torch.empty_like(numbers_RC)
-        operation = self._start("exchange of counts", label)
+        collective = self._start("exchange of counts", label)
         work = distributed.all_to_all_single(received_RC, numbers_RC, group=self._group, async_op=True)
         assert work is not None
-        return Exchange(work, numbers_RC, received_RC, operation, log)
+        return PendingExchange(work, numbers_RC, received_RC, collective, log)
 
     def exchange_numbers(self, numbers_RC: Tensor, label: Label | None) -> Tensor:
         """As `start_numbers`, and waits."""
@@ -70,16 +70,16 @@ class Wire:
         name: str,
         label: Label | None,
         into_MB: Tensor | None = None,
-    ) -> "Exchange":
+    ) -> "PendingExchange":
         """Starts to send rows as they lie: the first `sent[0]` to member 0, and so on. Returns at once.
 
-        A group of one sends nothing and waits for nobody, so there is no operation to log.
+        A group of one sends nothing and waits for nobody, so there is no collective to log.
 
         Args:
             rows_NB: uint8, contiguous; must not change until the exchange is over.
             sent: rows for each member.
             received: rows from each member.
-            name: of the operation.
+            name: of the collective.
             label: whose it is.
             into_MB: where to put what arrives, contiguous; a new tensor by default.
         """
@@ -88,16 +88,16 @@ class Wire:
         self._count(rows_NB.shape[1], sent, received, label)
         if len(self.members) == 1:
             arrived_MB = rows_NB if into_MB is None else into_MB.copy_(rows_NB)
-            return Exchange(None, rows_NB, arrived_MB, None, self._observers.log)
+            return PendingExchange(None, rows_NB, arrived_MB, None, self._observers.log)
         received_MB = rows_NB.new_empty(sum(received), rows_NB.shape[1]) if into_MB is None else into_MB
-        operation = self._start(name, label)
+        collective = self._start(name, label)
         work = distributed.all_to_all_single(
             received_MB, rows_NB, list(received), list(sent), group=self._group, async_op=True
         )
         assert work is not None
-        return Exchange(work, rows_NB, received_MB, operation, self._observers.log)
+        return PendingExchange(work, rows_NB, received_MB, collective, self._observers.log)
 
-    def _start(self, name: str, label: Label | None) -> Operation:
+    def _start(self, name: str, label: Label | None) -> Collective:
         return self._observers.log.start(self._name, self.members, name, label)
 
     def _count(self, bytes_per_row: int, sent: Sequence[int], received: Sequence[int], label: Label | None) -> None:
@@ -111,7 +111,7 @@ class Wire:
         )
 
 
-class Exchange:
+class PendingExchange:
     """Rows under way."""
 
     def __init__(
@@ -119,20 +119,20 @@ class Exchange:
         work: distributed.Work | None,
         sent: Tensor,
         received: Tensor,
-        operation: Operation | None,
-        log: OperationLog,
+        collective: Collective | None,
+        log: CollectiveLog,
     ) -> None:
-        """Without work and operation: rows that are there already."""
+        """Without work and collective: rows that are there already."""
         self._work = work
         self._sent: Tensor | None = sent  # kept until it has left
         self._received = received
-        self._operation = operation
+        self._collective = collective
         self._log = log
 
     def wait(self) -> Tensor:
         """What all members sent, by place; on CUDA as soon as the current stream may use them."""
-        if self._work is not None and self._operation is not None:
-            with self._log.awaiting(self._operation):
+        if self._work is not None and self._collective is not None:
+            with self._log.awaiting(self._collective):
                 self._work.wait()
         self._work = self._sent = None
         return self._received

@@ -19,7 +19,7 @@ _RIDER_ALIGNMENT = 8  # of the widest number
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class RowPart:
     """`width` numbers of `dtype` in each row."""
 
     width: int
@@ -38,17 +38,17 @@ class RowFormat:
     begins: where each part begins, in bytes. bytes_per_row: B.
     """
 
-    parts: tuple[Part, ...]
+    parts: tuple[RowPart, ...]
     begins: tuple[int, ...]
     bytes_per_row: int
 
     @classmethod
     def of(cls, *tensors: Tensor) -> Self:
         """For rows of each of these."""
-        return cls.of_parts(*(Part(tensor.shape[1], tensor.dtype) for tensor in tensors))
+        return cls.of_parts(*(RowPart(tensor.shape[1], tensor.dtype) for tensor in tensors))
 
     @classmethod
-    def of_parts(cls, row: Part, *riders: Part) -> Self:
+    def of_parts(cls, row: RowPart, *riders: RowPart) -> Self:
         """For a row, and what rides with it."""
         if not riders:
             return cls((row,), (0,), row.num_bytes)

@@ -26,7 +26,7 @@ from comm.transfers.message import (
     TransferError,
     as_bytes,
 )
-from comm.watchdog.operation_log import Operation, OperationLog
+from comm.watchdog.collective_log import Collective, CollectiveLog
 
 # A payload up to this size is copied into its header's message, which costs less than a message of its own.
 _INLINE_BYTES = 16384
@@ -38,12 +38,12 @@ def host_links(
     pairs: set[tuple[int, int]],
     device: torch.device,
     timeout_seconds: float,
-    log: OperationLog,
+    log: CollectiveLog,
 ) -> dict[tuple[int, int, str], "HostLink"]:
     """The links of pipeline rank `index` with its peers in `pairs`, by source, destination and kind.
 
     All share a communicator, and differ by their tags: each costs gloo a thread that wakes a hundred times a second.
-    See `comm.transfers.transport.Transport` for the arguments.
+    See `comm.transfers.transport.PipelineTransport` for the arguments.
     """
     links: dict[tuple[int, int, str], HostLink] = {}
     for data_index in range(layout.parallelism.data):
@@ -92,22 +92,22 @@ class HostLink:
         self._header_tag = MESSAGE_KINDS.index(kind)
         self._device = device
         self._log = log
-        self._sent: list[tuple[Operation, distributed.Work]] = []
+        self._sent: list[tuple[Collective, distributed.Work]] = []
         self._lane: ThreadLane | None = None
         self._leaving: list[Work[None]] = []
 
     def send(self, key: MessageKey, tensor: Tensor) -> None:
         """Starts a message."""
         header = Header(key, tensor.dtype, tuple(tensor.shape)).encode()
-        operation = self._log.start(key)
+        collective = self._log.start(key)
         payload = as_bytes(tensor.to("cpu"))
         if len(payload) <= _INLINE_BYTES:
-            self._sent.append((operation, self._start(bytearray(header) + payload.numpy().data)))
+            self._sent.append((collective, self._start(bytearray(header) + payload.numpy().data)))
             return
         works = [self._start(bytearray(header)), self._group.send([payload], self._peer, _payload_tag(header))]
 
         def wait() -> None:
-            with self._log.awaiting(operation):
+            with self._log.awaiting(collective):
                 for work in works:
                     work.wait()
 
@@ -123,7 +123,7 @@ class HostLink:
         """Makes room for a message."""
         expected = Header(key, dtype, shape)
         encoded = expected.encode()
-        operation = self._log.start(key)
+        collective = self._log.start(key)
         frame = bytearray(HEADER_BYTES + _INLINE_BYTES)
         room = torch.frombuffer(frame, dtype=torch.uint8)
         works = [self._group.recv([room], self._peer, self._header_tag)]
@@ -134,7 +134,7 @@ class HostLink:
             works.append(self._group.recv([payload], self._peer, _payload_tag(encoded)))
 
         def finish() -> Tensor:
-            with self._log.awaiting(operation):
+            with self._log.awaiting(collective):
                 works[0].wait()
                 if not frame.startswith(encoded):
                     got = Header.decode(frame[:HEADER_BYTES])
@@ -149,8 +149,8 @@ class HostLink:
         """Waits until everything sent has left."""
         sent, self._sent = self._sent, []
         leaving, self._leaving = self._leaving, []
-        for operation, work in sent:
-            with self._log.awaiting(operation):
+        for collective, work in sent:
+            with self._log.awaiting(collective):
                 work.wait()
         for job in leaving:
             job.wait()

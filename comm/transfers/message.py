@@ -8,7 +8,7 @@ from typing import Literal, Self, get_args
 import torch
 from torch import Tensor
 
-from comm.watchdog.operation_log import Operation, OperationLog
+from comm.watchdog.collective_log import Collective, CollectiveLog
 
 MessageKind = Literal["activation", "gradient"]
 MESSAGE_KINDS: tuple[MessageKind, ...] = get_args(MessageKind)
@@ -106,13 +106,13 @@ def as_bytes(tensor: Tensor) -> Tensor:
 class LinkLog:
     """One way and kind between two ranks: a group of its own in the log."""
 
-    def __init__(self, log: OperationLog, kind: MessageKind, ranks: tuple[int, int]) -> None:
+    def __init__(self, log: CollectiveLog, kind: MessageKind, ranks: tuple[int, int]) -> None:
         """`ranks`: of source and destination in the world."""
         self._log = log
         self._ranks = ranks
         self._group = f"{kind} {ranks[0]}->{ranks[1]}"
 
-    def start(self, key: MessageKey) -> Operation:
+    def start(self, key: MessageKey) -> Collective:
         """Notes the link's next message, when it is sent and when room is made for it."""
         return self._log.start(self._group, self._ranks, "transfer", key)
 
@@ -120,6 +120,6 @@ class LinkLog:
         """Around the link's making."""
         return self._log.awaiting(self._log.start(self._group, self._ranks, "opening of the link"))
 
-    def awaiting(self, operation: Operation) -> AbstractContextManager[None]:
+    def awaiting(self, collective: Collective) -> AbstractContextManager[None]:
         """While inside, the message is waited for at this end."""
-        return self._log.awaiting(operation)
+        return self._log.awaiting(collective)

@@ -16,7 +16,7 @@ from comm.layout import Layout
 from comm.protocol import Work
 from comm.transfers.host_link import host_links
 from comm.transfers.message import MESSAGE_KINDS, LinkLog, MessageKey, as_bytes
-from comm.watchdog.operation_log import Operation, OperationLog
+from comm.watchdog.collective_log import Collective, CollectiveLog
 
 
 class _Link(Protocol):
@@ -31,7 +31,7 @@ class _Link(Protocol):
     def close(self) -> None: ...
 
 
-class Transport(ClosesOnSuccess):
+class PipelineTransport(ClosesOnSuccess):
     """The links of one pipeline rank.
 
     Each (source, destination, kind) keeps the order in which its messages were sent, and no message waits behind
@@ -44,7 +44,7 @@ class Transport(ClosesOnSuccess):
         pairs: Iterable[tuple[int, int]],
         device: torch.device,
         timeout_seconds: float,
-        log: OperationLog,
+        log: CollectiveLog,
     ) -> None:
         """Made by every rank of the job at the same point.
 
@@ -121,7 +121,7 @@ def _device_links(
     pairs: set[tuple[int, int]],
     device: torch.device,
     timeout_seconds: float,
-    log: OperationLog,
+    log: CollectiveLog,
 ) -> dict[tuple[int, int, str], "_DeviceLink"]:
     """A communicator for each link."""
     links: dict[tuple[int, int, str], _DeviceLink] = {}
@@ -146,7 +146,7 @@ class _DeviceLink:
         self._peer = peer
         self._device = device
         self._log = log
-        self._sends: deque[tuple[Operation, distributed.Work, Tensor]] = deque()
+        self._sends: deque[tuple[Collective, distributed.Work, Tensor]] = deque()
         # The first message of a communicator makes it, and blocks both ends meanwhile: so it is exchanged here,
         # where links come in one order, and not amid the schedule, where two ranks could block each other.
         first = torch.zeros(1, dtype=torch.uint8, device=device)
@@ -159,23 +159,23 @@ class _DeviceLink:
     def send(self, key: MessageKey, tensor: Tensor) -> None:
         while self._sends and self._sends[0][1].is_completed():
             self._sends.popleft()
-        operation = self._log.start(key)
+        collective = self._log.start(key)
         payload = as_bytes(tensor)
         work = distributed.isend(payload, self._peer, group=self._group)
         assert work is not None
-        self._sends.append((operation, work, payload))
+        self._sends.append((collective, work, payload))
 
     def receive(self, key: MessageKey, shape: tuple[int, ...], dtype: torch.dtype) -> Work[Tensor]:
         payload = torch.empty(math.prod(shape) * dtype.itemsize, dtype=torch.uint8, device=self._device)
-        operation = self._log.start(key)
+        collective = self._log.start(key)
         work = distributed.irecv(payload, self._peer, group=self._group)
         assert work is not None
-        return _DeviceReceipt(work, payload.view(dtype).view(shape), operation, self._log)
+        return _DeviceReceipt(work, payload.view(dtype).view(shape), collective, self._log)
 
     def flush(self) -> None:
         while self._sends:
-            operation, work, _ = self._sends.popleft()
-            with self._log.awaiting(operation):
+            collective, work, _ = self._sends.popleft()
+            with self._log.awaiting(collective):
                 work.wait()
 
     def close(self) -> None:
@@ -185,13 +185,13 @@ class _DeviceLink:
 class _DeviceReceipt:
     """A tensor that the current stream may use once it has waited."""
 
-    def __init__(self, work: distributed.Work, tensor: Tensor, operation: Operation, log: LinkLog) -> None:
+    def __init__(self, work: distributed.Work, tensor: Tensor, collective: Collective, log: LinkLog) -> None:
         self._work = work
         self._tensor = tensor
-        self._operation = operation
+        self._collective = collective
         self._log = log
 
     def wait(self) -> Tensor:
-        with self._log.awaiting(self._operation):
+        with self._log.awaiting(self._collective):
             self._work.wait()
         return self._tensor

@@ -5,9 +5,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Literal, Self, get_args
 
 from comm.exit_codes import EXIT_OTHER
+from comm.watchdog.collective_log import CollectiveLog
 from comm.watchdog.decode import MessageError, text_of
-from comm.watchdog.mailbox import Message, WatchdogSocket
-from comm.watchdog.operation_log import OperationLog
+from comm.watchdog.mailbox import WatchdogMessage, WatchdogSocket
 from comm.watchdog.verdict import Findings, Reason, Standing, Verdict
 
 _ASK_EVERY_SECONDS = 0.2
@@ -28,7 +28,7 @@ class Farewell:
     text: str
 
     @classmethod
-    def from_message(cls, message: Message) -> Self:
+    def from_message(cls, message: WatchdogMessage) -> Self:
         """Decodes the JSON of `as_json`.
 
         Raises:
@@ -49,7 +49,7 @@ class Farewell:
         return Verdict(code=EXIT_OTHER, text=f"rank {rank}: {self.text}", judge=rank, culprits=(rank,))
 
 
-def decode_message(message: Message, world_size: int) -> Question | Standing | Verdict | Farewell:
+def decode_message(message: WatchdogMessage, world_size: int) -> Question | Standing | Verdict | Farewell:
     """Decodes the fields of an authentic message.
 
     Raises:
@@ -85,20 +85,20 @@ class Inquiry:
     asked: float = 0.0
     answers: dict[int, Standing] = field(default_factory=dict)
 
-    def lost(self, refused: Collection[int], gone: Mapping[int, Farewell], log: OperationLog) -> dict[int, str]:
+    def lost(self, refused: Collection[int], gone: Mapping[int, Farewell], log: CollectiveLog) -> dict[int, str]:
         """Returns lost ranks and what is known of their ends.
 
-        A rank that has left the job counts if this one misses it in an operation. A rank that got SIGTERM misses none.
+        A rank that has left the job counts if this one misses it in a collective. A rank that got SIGTERM misses none.
 
         Args:
             refused: ranks whose ports are closed.
             gone: ranks that have left the job by themselves.
-            log: of this rank's operations.
+            log: of this rank's collectives.
         """
         found = dict.fromkeys(refused, "its process has ended")
         if self.reason is Reason.SIGNAL:
             return found
-        missed = {rank for operation, _ in (*log.awaited(), *log.failed()) for rank in operation.ranks}
+        missed = {rank for collective, _ in (*log.awaited(), *log.failed()) for rank in collective.ranks}
         return found | {rank: how.text for rank, how in gone.items() if how.end != "done" or rank in missed}
 
     def is_due(self, now: float) -> bool:

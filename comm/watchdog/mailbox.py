@@ -19,7 +19,7 @@ _MAX_BYTES_PER_READ = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Message:
+class WatchdogMessage:
     """An authentic message from another rank, and the address it was sent from. Its fields are unchecked."""
 
     kind: Kind
@@ -126,13 +126,13 @@ class WatchdogSocket:
         self._probes.clear()
         self.refused.clear()
 
-    def receive(self, seconds: float) -> tuple[list[Message], bytes]:
+    def receive(self, seconds: float) -> tuple[list[WatchdogMessage], bytes]:
         """Waits for messages, or bytes written to `wakeup_file`, and returns both; after `seconds` at most.
 
         It reads a limited number of datagrams, so that it returns in time under any flood. `is_flooded` is then True if
         more were there and some were not sent by this job's ranks.
         """
-        messages: list[Message] = []
+        messages: list[WatchdogMessage] = []
         self.is_flooded = False
         woken = b""
         for key, _ in self._selector.select(seconds):
@@ -178,8 +178,8 @@ class WatchdogSocket:
         self._selector.register(probe, selectors.EVENT_READ)
         return probe
 
-    def _read(self, source: socket.socket) -> list[Message]:
-        messages: list[Message] = []
+    def _read(self, source: socket.socket) -> list[WatchdogMessage]:
+        messages: list[WatchdogMessage] = []
         num_bytes, num_dropped = 0, self.num_dropped
         for _ in range(_MAX_DATAGRAMS_PER_READ):
             if num_bytes >= _MAX_BYTES_PER_READ:
@@ -197,7 +197,7 @@ class WatchdogSocket:
             except MessageError:
                 self.num_dropped += 1
                 continue
-            messages.append(Message(datagram.kind, datagram.sender, datagram.values, sender[:2]))
+            messages.append(WatchdogMessage(datagram.kind, datagram.sender, datagram.values, sender[:2]))
         self.is_flooded |= self.num_dropped > num_dropped
         return messages
 

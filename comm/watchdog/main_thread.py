@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from comm.watchdog.operation_log import Operation, OperationLog
+from comm.watchdog.collective_log import Collective, CollectiveLog
 
 _ROOT = Path(__file__).resolve().parents[2]
 _BUSY_SECONDS = 0.5
@@ -23,9 +23,9 @@ class MainThread:
         self._instruction = -1
         self._still_since = time.monotonic()
 
-    def look(self, log: OperationLog) -> None:
+    def look(self, log: CollectiveLog) -> None:
         """To be called several times a second; keeps the frame, and what it holds, only where a phase is under way."""
-        if not any(operation.is_phase for operation, _ in log.awaited()):
+        if not any(collective.is_phase for collective, _ in log.awaited()):
             self._frame = None
             return
         frame = sys._current_frames().get(self._thread)
@@ -34,13 +34,13 @@ class MainThread:
             self._still_since = time.monotonic()
         self._frame, self._instruction = frame, instruction
 
-    def waits(self, log: OperationLog) -> list[tuple[Operation, float]]:
+    def waits(self, log: CollectiveLog) -> list[tuple[Collective, float]]:
         """What is awaited and for how long, the longest first. In a phase, one call tells how long the thread waits."""
         still = time.monotonic() - self._still_since if self._frame is not None else 0.0
         waits = [(each, min(seconds, still) if each.is_phase else seconds) for each, seconds in log.awaited()]
         return sorted(waits, key=lambda wait: -wait[1])
 
-    def is_busy(self, log: OperationLog) -> bool:
+    def is_busy(self, log: CollectiveLog) -> bool:
         """Whether it computes, and neither waits for others nor for a lane, which then tells what that waits for."""
         frame = sys._current_frames().get(self._thread)
         if frame is not None and frame.f_globals.get("__name__") == "comm.lane" and frame.f_code.co_name == "wait":
@@ -48,7 +48,7 @@ class MainThread:
         if not log.is_waiting(self._thread):
             return True
         waits = self.waits(log)
-        return all(operation.is_phase and seconds < _BUSY_SECONDS for operation, seconds in waits)
+        return all(collective.is_phase and seconds < _BUSY_SECONDS for collective, seconds in waits)
 
     @property
     def place(self) -> str:

@@ -8,10 +8,10 @@ from torch.distributed.distributed_c10d import Store
 
 from comm.groups import PATIENCE_SECONDS
 from comm.watchdog.addresses import AddressExchange
+from comm.watchdog.collective_log import CollectiveLog
 from comm.watchdog.job_start import START, JobStart, Termination
 from comm.watchdog.mailbox import WatchdogSocket
 from comm.watchdog.membership import Membership
-from comm.watchdog.operation_log import OperationLog
 from comm.watchdog.verdict import Verdict
 from comm.watchdog.watchdog import Watchdog
 
@@ -35,7 +35,7 @@ class Job:
 
 def join(
     member: Membership,
-    log: OperationLog,
+    log: CollectiveLog,
     deadline_seconds: float,
     crash_report: Callable[[Verdict], None],
     start_seconds: float | None = None,
@@ -48,7 +48,7 @@ def join(
 
     Args:
         member: this rank.
-        log: of its operations.
+        log: of its collectives.
         deadline_seconds: for which it waits for others.
         crash_report: see `Watchdog`.
         start_seconds: for which it waits at the start, if not for as long.

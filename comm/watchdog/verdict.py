@@ -7,6 +7,7 @@ from enum import Enum
 from typing import Any, Self
 
 from comm.exit_codes import EXIT_HANG, EXIT_LOST, EXIT_OTHER
+from comm.watchdog.collective_log import Collective, CollectiveLog
 from comm.watchdog.decode import (
     MessageError,
     flag_of,
@@ -19,7 +20,6 @@ from comm.watchdog.decode import (
     text_of,
 )
 from comm.watchdog.main_thread import MainThread
-from comm.watchdog.operation_log import Operation, OperationLog
 
 VERDICT_CODES = (EXIT_OTHER, EXIT_HANG, EXIT_LOST)
 _MAX_WAITS = 8
@@ -36,7 +36,7 @@ class Reason(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wait:
-    """An operation that a rank waits for, or waited for when it failed."""
+    """A collective that a rank waits for, or waited for when it failed."""
 
     text: str
     group: str
@@ -45,13 +45,13 @@ class Wait:
     seconds: float
 
     @classmethod
-    def of(cls, operation: Operation, seconds: float) -> Self:
-        """The operation in words that travel."""
+    def of(cls, collective: Collective, seconds: float) -> Self:
+        """The collective in words that travel."""
         return cls(
-            text=printable(str(operation)),
-            group=printable(operation.group),
-            number=operation.number,
-            ranks=operation.ranks,
+            text=printable(str(collective)),
+            group=printable(collective.group),
+            number=collective.number,
+            ranks=collective.ranks,
             seconds=seconds,
         )
 
@@ -71,7 +71,7 @@ class Wait:
         )
 
     def is_of(self, other: "Wait") -> bool:
-        """Whether both are of one operation."""
+        """Whether both are of one collective."""
         return (self.group, self.number) == (other.group, other.number)
 
 
@@ -81,10 +81,10 @@ class Standing:
 
     Attributes:
         waits: the longest first.
-        started: operations started in each group.
+        started: collectives started in each group.
         is_busy: its main thread computes; else that waits.
         place: where its main thread is in the program.
-        last: the operation that it started last.
+        last: the collective that it started last.
         idle_seconds: since then.
     """
 
@@ -96,7 +96,7 @@ class Standing:
     idle_seconds: float
 
     @classmethod
-    def of(cls, log: OperationLog, thread: MainThread) -> Self:
+    def of(cls, log: CollectiveLog, thread: MainThread) -> Self:
         """From a rank's log, and from what its main thread does."""
         now = time.time()
         waits = [Wait.of(*wait) for wait in (*thread.waits(log), *log.failed())]
@@ -132,7 +132,7 @@ class Standing:
         )
 
     def has_reached(self, wait: Wait) -> bool:
-        """Whether the rank has started the operation."""
+        """Whether the rank has started the collective."""
         return self.started.get(wait.group, 0) > wait.number
 
 
@@ -192,7 +192,7 @@ class Findings:
     silent: Collection[int]
 
     def awaited_with(self, culprits: Collection[int]) -> Wait | None:
-        """The operation with one of them for which a rank has waited the longest; the judge's own first."""
+        """The collective with one of them for which a rank has waited the longest; the judge's own first."""
         own = self.standings[self.judge].waits
         others = [wait for rank, standing in self.standings.items() if rank != self.judge for wait in standing.waits]
         for waits in (own, sorted(others, key=lambda wait: -wait.seconds)):
@@ -202,7 +202,7 @@ class Findings:
         return None
 
     def waiters(self, wait: Wait) -> list[int]:
-        """Ranks that await an operation."""
+        """Ranks that await a collective."""
         return sorted(
             rank for rank, standing in self.standings.items() if any(wait.is_of(other) for other in standing.waits)
         )

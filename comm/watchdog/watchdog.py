@@ -17,11 +17,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from comm.exit_codes import EXIT_OTHER
+from comm.watchdog.collective_log import CollectiveLog
 from comm.watchdog.decode import MessageError, printable
 from comm.watchdog.inquiry import End, Farewell, Inquiry, Question, decode_message
-from comm.watchdog.mailbox import Message, SocketAddress, WatchdogSocket
+from comm.watchdog.mailbox import SocketAddress, WatchdogMessage, WatchdogSocket
 from comm.watchdog.main_thread import MainThread
-from comm.watchdog.operation_log import OperationLog
 from comm.watchdog.verdict import Reason, Standing, Verdict, judge
 
 _TICK_SECONDS = 0.2
@@ -64,7 +64,7 @@ class Watchdog:
         self,
         rank: int,
         mailbox: WatchdogSocket,
-        log: OperationLog,
+        log: CollectiveLog,
         deadline_seconds: float,
         crash_report: Callable[[Verdict], None],
         *,
@@ -75,7 +75,7 @@ class Watchdog:
         Args:
             rank: of this process.
             mailbox: closed with the watchdog.
-            log: of the rank's operations.
+            log: of the rank's collectives.
             deadline_seconds: for which the rank waits for any of them.
             crash_report: writes down why the process ends; called on the watchdog's thread, right before.
             ends_by_signal: SIGTERM ends the process if no rank is lost.
@@ -172,7 +172,7 @@ class Watchdog:
             # The rank's own threads need the processor more than a flood does.
             time.sleep(_FLOOD_PAUSE_SECONDS)
 
-    def _read(self, message: Message) -> None:
+    def _read(self, message: WatchdogMessage) -> None:
         rank = message.rank
         match decode_message(message, self._world_size):
             case Question():
@@ -250,7 +250,7 @@ class Watchdog:
             return
         findings = inquiry.findings(self._rank, Standing.of(self._log, self._main_thread), lost, silent)
         if lost and elapsed < _PATIENT_INQUIRY_SECONDS and findings.awaited_with(lost) is None:
-            # Soon a rank will miss it in an operation, which the verdict can then name.
+            # Soon a rank will miss it in a collective, which the verdict can then name.
             if inquiry.is_due(now):
                 inquiry.answers.clear()
                 inquiry.ask(self._mailbox.peers - lost.keys(), self._mailbox, now)

@@ -23,7 +23,7 @@ import torch
 from torch import distributed
 
 from comm.watchdog.authentication import DatagramCodec
-from comm.watchdog.operation_log import OperationLog
+from comm.watchdog.collective_log import CollectiveLog
 from tests.comm.watched_ranks import WatchedRanks
 from tests.finished_run import losses
 from tests.tiny import write_text
@@ -201,7 +201,7 @@ def strangers_on_listening_ports(victim: Victim) -> None:
         time.sleep(0.5)
 
 
-def works_on(rank: int, log: OperationLog, strike: Callable[[], None]) -> None:
+def works_on(rank: int, log: CollectiveLog, strike: Callable[[], None]) -> None:
     """What a rank does whose job's store is attacked."""
     for number in range(4):
         distributed.all_reduce(torch.ones(3))

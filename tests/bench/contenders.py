@@ -12,8 +12,8 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleDu
 from comm.config import ParallelismConfig
 from comm.layout import Layout
 from comm.protocol import Work
-from comm.transfers.transport import Transport
-from comm.watchdog.operation_log import OperationLog
+from comm.transfers.transport import PipelineTransport
+from comm.watchdog.collective_log import CollectiveLog
 from dualpipe.ir import Schedule
 from dualpipe.registry import SCHEDULES
 from dualpipe.runtime import pairing
@@ -140,7 +140,7 @@ class BlockStage:
 class Links:
     """The transport as the interpreter sees it."""
 
-    def __init__(self, transport: Transport, like_TD: Tensor) -> None:
+    def __init__(self, transport: PipelineTransport, like_TD: Tensor) -> None:
         self._transport = transport
         self._like_TD = like_TD
 
@@ -157,14 +157,14 @@ class Links:
         self._transport.flush()
 
 
-def open_transport(num_ranks: int) -> Transport:
+def open_transport(num_ranks: int) -> PipelineTransport:
     """The project's links between `num_ranks` gloo ranks in a row. Made by all at the same point."""
     layout = Layout(ParallelismConfig(pipeline=num_ranks, data=1, expert=1), ranks_per_node=num_ranks)
     pairs = [(index, index + 1) for index in range(num_ranks - 1)]
-    return Transport(layout, pairs, torch.device("cpu"), _TIMEOUT_SECONDS, OperationLog())
+    return PipelineTransport(layout, pairs, torch.device("cpu"), _TIMEOUT_SECONDS, CollectiveLog())
 
 
-def own_step(schedule: Schedule, rank: int, workload: Workload, transport: Transport, log: SleepLog) -> Step:
+def own_step(schedule: Schedule, rank: int, workload: Workload, transport: PipelineTransport, log: SleepLog) -> Step:
     """A step of the project: schedule, compiler, interpreter and transport as in training."""
     like_TD = torch.zeros(workload.num_rows, workload.hidden)
     stages = {

@@ -21,8 +21,8 @@ from comm.dispatch.traffic import Traffic
 from comm.groups import Groups
 from comm.lane import InlineLane, Lane, ThreadLane
 from comm.layout import Layout
-from comm.transfers.transport import Transport
-from comm.watchdog.operation_log import OperationLog
+from comm.transfers.transport import PipelineTransport
+from comm.watchdog.collective_log import CollectiveLog
 from dualpipe.ir import Group, Op, Operation, Schedule
 from dualpipe.registry import build
 from dualpipe.runtime import pairing
@@ -148,7 +148,7 @@ def _measure_rank(rank: int, world_size: int, plan: OverlapPlan) -> dict[str, li
     layout = plan.layout
     groups = Groups(layout, mirrored=True, timeout_seconds=_TIMEOUT_SECONDS)
     schedule = build("dualpipe", layout.parallelism.pipeline, plan.num_micro_batches)
-    transport = Transport(layout, [(0, 1)], torch.device("cpu"), _TIMEOUT_SECONDS, OperationLog())
+    transport = PipelineTransport(layout, [(0, 1)], torch.device("cpu"), _TIMEOUT_SECONDS, CollectiveLog())
     with ExitStack() as stack:
         stack.enter_context(transport)
         lane = stack.enter_context(ThreadLane("comm"))
@@ -174,12 +174,12 @@ class _Contender:
         layout: Layout,
         groups: Groups,
         schedule: Schedule,
-        transport: Transport,
+        transport: PipelineTransport,
         lane: Lane,
         order: Pairing,
     ) -> None:
         model = plan.model
-        observers = Observers(Traffic(), OperationLog())
+        observers = Observers(Traffic(), CollectiveLog())
         parts = DispatcherParts(
             num_experts=model.num_experts,
             layout=layout,

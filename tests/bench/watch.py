@@ -27,7 +27,7 @@ _NUM_NOTES = 20_000
 
 def watched_rank(config: TrainConfig) -> int:
     """What each rank does: the run, and at its end a file with what its steps cost."""
-    from comm.watchdog.operation_log import OperationLog
+    from comm.watchdog.collective_log import CollectiveLog
     from tests.train.strikes import watch_operations
     from train import loop
     from train.run import main as run
@@ -48,7 +48,7 @@ def watched_rank(config: TrainConfig) -> int:
     watch_operations(count)
     loop.train_step = step
     code = run(config)
-    begun, log = time.process_time(), OperationLog()
+    begun, log = time.process_time(), CollectiveLog()
     for _ in range(_NUM_NOTES):
         with log.awaiting(log.start("expert [0, 1]", (0, 1), "dispatch", "layer 4")):
             pass

@@ -23,7 +23,7 @@ from comm.lane import ThreadLane
 from comm.layout import Layout
 from comm.node_limit import limit_groups
 from comm.protocol import Dispatcher
-from comm.watchdog.operation_log import OperationLog
+from comm.watchdog.collective_log import CollectiveLog
 from tests.cluster.namespaces import Cluster, Counted, Links, missing, open_cluster, read_counted
 from tests.cluster.ranks_in_nodes import begin_together, run_in_nodes
 
@@ -180,7 +180,7 @@ def _measure_rank(
     layout = problem.layout
     group = make_group(tuple(range(world_size)), _TIMEOUT_SECONDS)
     assert group is not None
-    observers = Observers(Traffic(), OperationLog())
+    observers = Observers(Traffic(), CollectiveLog())
     rows_TD = torch.randn(problem.tokens_per_rank, problem.hidden, generator=torch.Generator().manual_seed(rank))
     rounds: dict[str, list[RankRound]] = {contender.name: [] for contender in contenders}
     with ThreadLane("comm") as lane:

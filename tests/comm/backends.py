@@ -20,7 +20,7 @@ from comm.dispatch.traffic import Traffic
 from comm.lane import Lane
 from comm.layout import Layout
 from comm.protocol import Dispatcher
-from comm.watchdog.operation_log import OperationLog
+from comm.watchdog.collective_log import CollectiveLog
 from tests.comm.deep_ep_emulation import Emulation
 
 MAX_TOKENS, MAX_CHOICES = 200, 4  # of a rank in any case of the contract
@@ -81,7 +81,7 @@ def capped_kinds() -> list[str]:
 
 def watching() -> Observers:
     """New observers."""
-    return Observers(Traffic(), OperationLog())
+    return Observers(Traffic(), CollectiveLog())
 
 
 def maker(setting: Setting, num_experts: int, observers: Observers) -> Callable[[Lane], Dispatcher]:

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import torch
 
-from comm.dispatch.deepep.route import Route
+from comm.dispatch.deepep.route import DeepEPRoute
 
 
 def test_route_sorts_received_rows_by_expert_source_and_token() -> None:
@@ -12,7 +12,7 @@ def test_route_sorts_received_rows_by_expert_source_and_token() -> None:
     handle = SimpleNamespace(
         num_recv_tokens_per_expert_list=[2, 2], recv_src_metadata=torch.tensor([[7, 0], [2, 0], [5, 0]])
     )
-    route = Route.of(handle, torch.tensor([[1, 0], [-1, 1], [0, -1]]), 8)
+    route = DeepEPRoute.of(handle, torch.tensor([[1, 0], [-1, 1], [0, -1]]), 8)
     assert route.counts == (2, 2)
     assert route.rows_A.tolist() == [2, 0, 1, 0]
     assert route.places_RK.tolist() == [[3, 1], [-1, 2], [0, -1]]

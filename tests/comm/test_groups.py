@@ -8,8 +8,8 @@ from torch import distributed
 from comm.config import ClusterConfig, ParallelismConfig
 from comm.groups import ClusterError, Groups, start
 from comm.layout import Layout
-from comm.transfers.transport import Transport
-from comm.watchdog.operation_log import OperationLog
+from comm.transfers.transport import PipelineTransport
+from comm.watchdog.collective_log import CollectiveLog
 from tests.ranks import run_ranks
 
 _LAYOUT = Layout(ParallelismConfig(pipeline=2, data=4, expert=2), ranks_per_node=4)
@@ -50,7 +50,7 @@ def _make_groups(rank: int, world_size: int) -> dict[str, object]:
     distributed.barrier()
     begun = time.monotonic()
     pairs = [(low, low + 1) for low in range(world_size - 1)]
-    transport = Transport(pipeline, pairs, torch.device("cpu"), 30.0, OperationLog())
+    transport = PipelineTransport(pipeline, pairs, torch.device("cpu"), 30.0, CollectiveLog())
     link_seconds = time.monotonic() - begun
     transport.close()
     return {"members": members, "sums": sums, "seconds": seconds, "error": error, "link_seconds": link_seconds}

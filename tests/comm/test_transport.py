@@ -10,16 +10,16 @@ from torch import Tensor, distributed
 from comm.config import ParallelismConfig
 from comm.layout import Layout
 from comm.transfers.message import HEADER_BYTES, Header, MessageKey, TransferError
-from comm.transfers.transport import Transport
-from comm.watchdog.operation_log import OperationLog, Progress
+from comm.transfers.transport import PipelineTransport
+from comm.watchdog.collective_log import CollectiveLog, CollectiveProgress
 from tests.ranks import RanksFailedError, run_ranks
 
 
-def _transport(rank: int, world_size: int, data: int = 1, log: OperationLog | None = None) -> Transport:
+def _transport(rank: int, world_size: int, data: int = 1, log: CollectiveLog | None = None) -> PipelineTransport:
     num_stages = world_size // data
     layout = Layout(ParallelismConfig(pipeline=num_stages, data=data, expert=1), ranks_per_node=1)
     pairs = [(index, index + 1) for index in range(num_stages - 1)]
-    return Transport(layout, pairs, torch.device("cpu"), 20.0, log or OperationLog())
+    return PipelineTransport(layout, pairs, torch.device("cpu"), 20.0, log or CollectiveLog())
 
 
 def _key(
@@ -38,7 +38,7 @@ def _payload(key: MessageKey) -> Tensor:
     return torch.randn(shape, generator=generator).to(dtype)
 
 
-def _exchange_all(rank: int, world_size: int, data: int, log: OperationLog | None = None) -> int:
+def _exchange_all(rank: int, world_size: int, data: int, log: CollectiveLog | None = None) -> int:
     """Every link carries 12 messages; receives are posted and awaited link by link, unlike the order of sends."""
     index = rank // data
     with _transport(rank, world_size, data, log) as transport:
@@ -75,8 +75,8 @@ def test_transport_links_each_data_index_s_pipeline_by_itself() -> None:
     assert run_ranks(4, _exchange_all, 2) == [24, 24, 24, 24]
 
 
-def _log_all(rank: int, world_size: int) -> tuple[dict[str, str], dict[str, Progress]]:
-    log = OperationLog()
+def _log_all(rank: int, world_size: int) -> tuple[dict[str, str], dict[str, CollectiveProgress]]:
+    log = CollectiveLog()
     _exchange_all(rank, world_size, 1, log)
     assert log.awaited() == []
     return log.order_hashes(), log.progress()
@@ -89,12 +89,12 @@ def test_transport_logs_every_message_alike_at_both_ends() -> None:
         name = f"{kind} {source}->{destination}"
         assert {rank for rank, (hashes, _) in enumerate(ends) if name in hashes} == {source, destination}
         assert ends[source][0][name] == ends[destination][0][name]
-        assert ends[source][1][name] == ends[destination][1][name] == Progress(started=12, finished=11)
+        assert ends[source][1][name] == ends[destination][1][name] == CollectiveProgress(started=12, finished=11)
     assert len({hashes[name] for hashes, _ in ends for name in hashes}) == len(links)
 
 
 def _await_nobody(rank: int, world_size: int) -> str:
-    log = OperationLog()
+    log = CollectiveLog()
     transport = _transport(rank, world_size, log=log)
     receipt = transport.post_receive(_key(1, 0, 5, "gradient"), (2, 3), torch.float32) if rank == 0 else None
     waits: list[str] = []

@@ -13,27 +13,27 @@ import torch
 from torch import distributed
 
 from comm.protocol import Label
-from comm.watchdog.operation_log import OperationLog, group_name
+from comm.watchdog.collective_log import CollectiveLog, group_name
 from tests.comm.watched_ranks import Ended, WatchedRanks
 
 Strike = Callable[[], None]
-Scenario = Callable[[int, OperationLog, Strike], None]
+Scenario = Callable[[int, CollectiveLog, Strike], None]
 
 WORLD = (0, 1, 2)
 DEADLINE_SECONDS = 2.0
 LABEL = Label(layer=4, direction=1, micro_batch=2)
 
 
-def _reduce(log: OperationLog, name: str = "exchange", label: Label | None = None) -> None:
+def _reduce(log: CollectiveLog, name: str = "exchange", label: Label | None = None) -> None:
     with log.awaiting(log.start(group_name("world", WORLD), WORLD, name, label)):
         distributed.all_reduce(torch.ones(3))
 
 
-def _pair(log: OperationLog, ranks: tuple[int, int], name: str) -> AbstractContextManager[None]:
+def _pair(log: CollectiveLog, ranks: tuple[int, int], name: str) -> AbstractContextManager[None]:
     return log.awaiting(log.start(group_name("pair", ranks), ranks, name))
 
 
-def killed(rank: int, log: OperationLog, strike: Strike) -> None:
+def killed(rank: int, log: CollectiveLog, strike: Strike) -> None:
     _reduce(log)
     if rank == 2:
         time.sleep(0.5)  # until the others are through with it
@@ -42,7 +42,7 @@ def killed(rank: int, log: OperationLog, strike: Strike) -> None:
     _reduce(log, "dispatch", LABEL)
 
 
-def killed_holder(rank: int, log: OperationLog, strike: Strike) -> None:
+def killed_holder(rank: int, log: CollectiveLog, strike: Strike) -> None:
     _reduce(log)
     if rank == 0:
         time.sleep(0.5)  # until the others are through with it
@@ -51,7 +51,7 @@ def killed_holder(rank: int, log: OperationLog, strike: Strike) -> None:
     _reduce(log, "combine", LABEL)
 
 
-def stopped(rank: int, log: OperationLog, strike: Strike) -> None:
+def stopped(rank: int, log: CollectiveLog, strike: Strike) -> None:
     _reduce(log)
     if rank == 1:
         time.sleep(0.5)  # until the others are through with it
@@ -60,7 +60,7 @@ def stopped(rank: int, log: OperationLog, strike: Strike) -> None:
     _reduce(log, "combine", LABEL)
 
 
-def late(rank: int, log: OperationLog, strike: Strike) -> None:
+def late(rank: int, log: CollectiveLog, strike: Strike) -> None:
     _reduce(log)
     if rank == 0:
         strike()
@@ -73,7 +73,7 @@ def _compute_forever() -> None:
         time.sleep(0.01)
 
 
-def late_behind_another(rank: int, log: OperationLog, strike: Strike) -> None:
+def late_behind_another(rank: int, log: CollectiveLog, strike: Strike) -> None:
     """Rank 0 waits for rank 1, which waits for rank 2, which is the one to name."""
     _reduce(log)
     if rank == 0:
@@ -87,7 +87,7 @@ def late_behind_another(rank: int, log: OperationLog, strike: Strike) -> None:
         distributed.recv(torch.ones(1), src=2)
 
 
-def in_a_circle(rank: int, log: OperationLog, strike: Strike) -> None:
+def in_a_circle(rank: int, log: CollectiveLog, strike: Strike) -> None:
     _reduce(log)
     strike()
     if rank == 2:
@@ -96,7 +96,7 @@ def in_a_circle(rank: int, log: OperationLog, strike: Strike) -> None:
         distributed.recv(torch.ones(1), src=1 - rank)
 
 
-def fails_by_itself(rank: int, log: OperationLog, strike: Strike) -> None:
+def fails_by_itself(rank: int, log: CollectiveLog, strike: Strike) -> None:
     _reduce(log)
     if rank == 1:
         strike()
@@ -104,7 +104,7 @@ def fails_by_itself(rank: int, log: OperationLog, strike: Strike) -> None:
     _reduce(log)
 
 
-def killed_amid_computation(rank: int, log: OperationLog, strike: Strike) -> None:
+def killed_amid_computation(rank: int, log: CollectiveLog, strike: Strike) -> None:
     _reduce(log)
     if rank == 2:
         time.sleep(0.5)  # until the others are through with it
@@ -114,11 +114,11 @@ def killed_amid_computation(rank: int, log: OperationLog, strike: Strike) -> Non
     _reduce(log, "much later")
 
 
-def one_absent(rank: int, log: OperationLog, strike: Strike) -> None:
+def one_absent(rank: int, log: CollectiveLog, strike: Strike) -> None:
     raise AssertionError("unreachable: the job never starts")
 
 
-def slow_but_healthy(rank: int, log: OperationLog, strike: Strike) -> None:
+def slow_but_healthy(rank: int, log: CollectiveLog, strike: Strike) -> None:
     for _ in range(3):
         time.sleep(1.0 if rank == 1 else 0.0)
         _reduce(log)
@@ -126,14 +126,14 @@ def slow_but_healthy(rank: int, log: OperationLog, strike: Strike) -> None:
         time.sleep(1.5)  # the others are gone by then, and nobody minds
 
 
-def fails_when_others_have_finished(rank: int, log: OperationLog, strike: Strike) -> None:
+def fails_when_others_have_finished(rank: int, log: CollectiveLog, strike: Strike) -> None:
     _reduce(log)
     if rank == 0:
         time.sleep(1.5)
         raise RuntimeError("at the very end")
 
 
-def misses_one_that_has_finished(rank: int, log: OperationLog, strike: Strike) -> None:
+def misses_one_that_has_finished(rank: int, log: CollectiveLog, strike: Strike) -> None:
     _reduce(log)
     if rank != 1:
         time.sleep(1.0)
@@ -141,7 +141,7 @@ def misses_one_that_has_finished(rank: int, log: OperationLog, strike: Strike) -
         _reduce(log, "one too many")
 
 
-def idle(rank: int, log: OperationLog, strike: Strike) -> None:
+def idle(rank: int, log: CollectiveLog, strike: Strike) -> None:
     _reduce(log)
     strike()
     _compute_forever()

@@ -10,17 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from comm.watchdog.authentication import REPLAY_WINDOW, DatagramCodec, ReplayWindow, derive, open_object, seal_object
+from comm.watchdog.collective_log import CollectiveLog
 from comm.watchdog.decode import MAX_DECODED_BYTES, MessageError, compress_object, decompress_object, printable
 from comm.watchdog.inquiry import Farewell, Question, decode_message
-from comm.watchdog.mailbox import Message
+from comm.watchdog.mailbox import WatchdogMessage
 from comm.watchdog.main_thread import MainThread
-from comm.watchdog.operation_log import OperationLog
 from comm.watchdog.verdict import Standing, Verdict
 
 KEY = b"the key of a test's job".ljust(32)
 WORLD_SIZE = 4
 VERDICT: dict[str, Any] = {"code": 78, "text": "rank 2 is lost", "judge": 1, "culprits": [2]}
-STANDING = json.loads(json.dumps(asdict(Standing.of(OperationLog(), MainThread()))))
+STANDING = json.loads(json.dumps(asdict(Standing.of(CollectiveLog(), MainThread()))))
 WAIT = {"text": "dispatch", "group": "world [0, 1]", "number": 3, "ranks": [0, 1], "seconds": 1.5}
 
 JSON = st.recursive(
@@ -127,7 +127,7 @@ def test_content_that_is_no_small_json_object_is_refused(body: bytes) -> None:
 @settings(max_examples=200, deadline=None)
 @given(values=st.dictionaries(st.sampled_from([*VERDICT, *STANDING, "end", "other"]), JSON), kind=st.integers(0, 3))
 def test_message_with_any_fields_is_decoded_or_refused_and_never_raises(values: dict[str, Any], kind: int) -> None:
-    message = Message(("question", "answer", "verdict", "farewell")[kind], 1, values, ("127.0.0.1", 9))
+    message = WatchdogMessage(("question", "answer", "verdict", "farewell")[kind], 1, values, ("127.0.0.1", 9))
     try:
         decoded = decode_message(message, WORLD_SIZE)
     except MessageError:
@@ -155,7 +155,7 @@ def test_verdict_of_any_other_form_is_refused(change: dict[str, Any]) -> None:
     key = next(iter(change))
     values = changed(VERDICT, **change)
     with pytest.raises(MessageError, match=key):
-        decode_message(Message("verdict", 1, values, ("127.0.0.1", 9)), WORLD_SIZE)
+        decode_message(WatchdogMessage("verdict", 1, values, ("127.0.0.1", 9)), WORLD_SIZE)
 
 
 BAD_STANDINGS = [
@@ -177,7 +177,7 @@ BAD_STANDINGS = [
 @pytest.mark.parametrize("change", BAD_STANDINGS, ids=range(len(BAD_STANDINGS)))
 def test_answer_of_any_other_form_is_refused(change: dict[str, Any]) -> None:
     with pytest.raises(MessageError):
-        decode_message(Message("answer", 1, changed(STANDING, **change), ("127.0.0.1", 9)), WORLD_SIZE)
+        decode_message(WatchdogMessage("answer", 1, changed(STANDING, **change), ("127.0.0.1", 9)), WORLD_SIZE)
 
 
 def test_messages_survive_their_encoding() -> None:
@@ -190,18 +190,18 @@ def test_messages_survive_their_encoding() -> None:
     }
     for kind, (values, expected) in received.items():
         arrived = decompress_object(compress_object(values))
-        assert decode_message(Message(kind, 1, arrived, ("127.0.0.1", 9)), WORLD_SIZE) == expected  # type: ignore[arg-type]
+        assert decode_message(WatchdogMessage(kind, 1, arrived, ("127.0.0.1", 9)), WORLD_SIZE) == expected  # type: ignore[arg-type]
 
 
 def test_farewell_of_an_unknown_kind_is_refused() -> None:
     with pytest.raises(MessageError, match="end"):
-        decode_message(Message("farewell", 1, {"end": "gone", "text": "x"}, ("127.0.0.1", 9)), WORLD_SIZE)
+        decode_message(WatchdogMessage("farewell", 1, {"end": "gone", "text": "x"}, ("127.0.0.1", 9)), WORLD_SIZE)
 
 
 def test_printable_text_is_always_accepted_and_short() -> None:
     text = printable("a\n\x1b[0m\u202e\ud800" + "x" * 100_000)
     assert text.startswith("a\ufffd\ufffd[0m\ufffd\ufffdxx")
-    assert decode_message(Message("verdict", 1, VERDICT | {"text": text}, ("127.0.0.1", 9)), WORLD_SIZE)
+    assert decode_message(WatchdogMessage("verdict", 1, VERDICT | {"text": text}, ("127.0.0.1", 9)), WORLD_SIZE)
 
 
 def test_record_in_the_store_is_valid_for_its_purpose_alone() -> None:

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
+from comm.watchdog.collective_log import CollectiveLog
 from comm.watchdog.mailbox import WatchdogSocket
-from comm.watchdog.operation_log import OperationLog
 from comm.watchdog.verdict import Verdict
 from comm.watchdog.watchdog import Watchdog
 
@@ -58,7 +58,7 @@ def test_watch_keeps_the_same_of_two_verdicts_in_whatever_order_they_come(
         kept.append(verdict)
         raise SystemExit  # ends the watch's thread, and not the process
 
-    watch = Watchdog(0, boxes[0], OperationLog(), 60.0, last_words)
+    watch = Watchdog(0, boxes[0], CollectiveLog(), 60.0, last_words)
     watch.start()
     for word in (others, "verdict 1") if is_first else ("verdict 1", others):
         kind, _, rank = word.partition(" ")
@@ -80,7 +80,7 @@ def test_watch_says_early_that_no_mail_gets_through(
 ) -> None:
     monkeypatch.setattr("comm.watchdog.watchdog._REACH_SECONDS", 0.3)
     first, second = _two_mailboxes()  # nobody reads the second
-    watch = Watchdog(0, first, OperationLog(), 60.0, lambda verdict: None)
+    watch = Watchdog(0, first, CollectiveLog(), 60.0, lambda verdict: None)
     watch.start()
     until = time.monotonic() + 10
     while not caplog.messages and time.monotonic() < until:
@@ -118,7 +118,7 @@ def test_watchdog_drops_messages_of_a_wrong_form_and_verdicts_of_others(monkeypa
     boxes = [WatchdogSocket(rank, "127.0.0.1") for rank in range(3)]
     for box in boxes:
         box.open([(other.host, other.port) for other in boxes], KEY)
-    watchdog = Watchdog(0, boxes[0], OperationLog(), 60.0, lambda verdict: None)
+    watchdog = Watchdog(0, boxes[0], CollectiveLog(), 60.0, lambda verdict: None)
     watchdog.start()
     verdict = {"code": 78, "text": "forged", "judge": 1, "culprits": [2]}
     for change in (
@@ -150,7 +150,7 @@ def test_watchdog_logs_an_error_of_its_own_and_goes_on(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second = _two_mailboxes()
-    watchdog = Watchdog(0, first, OperationLog(), 60.0, lambda verdict: None)
+    watchdog = Watchdog(0, first, CollectiveLog(), 60.0, lambda verdict: None)
     plain, errors = watchdog._look, [RuntimeError("a bug"), ZeroDivisionError("another"), KeyError(3)]
 
     def look(now: float) -> None:

@@ -7,8 +7,8 @@ from dataclasses import asdict
 
 import pytest
 
+from comm.watchdog.collective_log import CollectiveLog
 from comm.watchdog.main_thread import MainThread
-from comm.watchdog.operation_log import OperationLog
 from comm.watchdog.verdict import Findings, Reason, Standing, Verdict, Wait, judge, name_ranks
 
 WORLD = (0, 1, 2, 3)
@@ -117,7 +117,7 @@ def test_verdict_is_none_where_all_are_well() -> None:
 
 
 def test_standing_and_verdict_survive_their_encoding() -> None:
-    log = OperationLog()
+    log = CollectiveLog()
     with log.awaiting(log.start("a", (0, 1), "x")):
         seen = Standing.of(log, MainThread())
     assert Standing.from_json(json.loads(json.dumps(asdict(seen))), 2) == seen
@@ -140,7 +140,7 @@ def _compute() -> None:
 
 
 def test_phase_is_awaited_only_while_one_call_lasts() -> None:
-    log, main_thread = OperationLog(), MainThread()
+    log, main_thread = CollectiveLog(), MainThread()
     seen: list[tuple[float, bool, str]] = []
     is_over = threading.Event()
 

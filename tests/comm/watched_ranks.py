@@ -12,9 +12,9 @@ from datetime import timedelta
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
+from comm.watchdog.collective_log import CollectiveLog
 from comm.watchdog.job_start import AbsentError
 from comm.watchdog.membership import Membership
-from comm.watchdog.operation_log import OperationLog
 from comm.watchdog.rendezvous import join
 from comm.watchdog.verdict import Verdict
 
@@ -107,7 +107,7 @@ def _run_rank(
     from torch import distributed
 
     torch.set_num_threads(1)
-    place, log = Path(folder), OperationLog()
+    place, log = Path(folder), CollectiveLog()
     if start_seconds == deadline_seconds:
         (place / "struck").touch()
 

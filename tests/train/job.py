@@ -12,7 +12,7 @@ from comm.dispatch.local import LocalDispatcher
 from comm.groups import Groups
 from comm.layout import Layout
 from comm.protocol import Dispatcher
-from comm.watchdog.operation_log import OperationLog
+from comm.watchdog.collective_log import CollectiveLog
 from data.loader import Loader
 from data.prepare import prepare
 from dualpipe.ir import Schedule
@@ -73,7 +73,7 @@ def make_world(config: TrainConfig, schedule: Schedule) -> World:
     """Opens this rank's world in the test harness' process group."""
     layout, seconds = Layout(config.parallelism, config.cluster.ranks_per_node), config.cluster.timeout_seconds
     groups = Groups(layout, is_mirrored(schedule), seconds)
-    return open_world(layout, groups, torch.device("cpu"), seconds, OperationLog())
+    return open_world(layout, groups, torch.device("cpu"), seconds, CollectiveLog())
 
 
 def configured_schedule(config: TrainConfig) -> Schedule:

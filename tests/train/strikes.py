@@ -13,17 +13,17 @@ WRITING, HASHING, SYNCING, MOVING = "writing of a part", "hashing", "syncing", "
 
 def watch_operations(come: Come) -> None:
     """Exchanges, transfers, reductions and phases of this process."""
-    from comm.watchdog.operation_log import Operation, OperationLog
+    from comm.watchdog.collective_log import Collective, CollectiveLog
 
-    plain = OperationLog.start
+    plain = CollectiveLog.start
 
     def start(
-        log: OperationLog, group: str, ranks: Sequence[int], name: str, label: Hashable | None = None, *rest: bool
-    ) -> Operation:
+        log: CollectiveLog, group: str, ranks: Sequence[int], name: str, label: Hashable | None = None, *rest: bool
+    ) -> Collective:
         come(name, label)
         return plain(log, group, ranks, name, label, *rest)
 
-    OperationLog.start = start  # type: ignore[method-assign]
+    CollectiveLog.start = start  # type: ignore[method-assign]
 
 
 def watch_drawing(come: Come) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from comm.config import DispatchConfig, ParallelismConfig, TwoHopDispatchConfig
-from comm.watchdog.operation_log import OperationLog
+from comm.watchdog.collective_log import CollectiveLog
 from dualpipe.config import ScheduleConfig
 from tests.ranks import run_ranks
 from tests.tiny import VALIDATION, tiny_config, write_text
@@ -68,7 +68,7 @@ def test_operations_of_every_group_have_one_order_on_all_its_ranks(
 def test_order_hashes_tell_a_rank_that_goes_another_way() -> None:
     seen: list[Seen] = []
     for names in (("one", "other"), ("other", "one")):
-        log = OperationLog()
+        log = CollectiveLog()
         for name in names:
             log.start("world", (0, 1), name)
         seen.append((log.order_hashes(), {"world": (0, 1)}, set(names)))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from comm.config import DispatchConfig, LocalDispatchConfig, ParallelismConfig, TwoHopDispatchConfig
-from comm.dispatch.row_format import Part, RowFormat
+from comm.dispatch.row_format import RowFormat, RowPart
 from data.prepare import prepare
 from dualpipe.config import ScheduleConfig
 from kernels.quantize.packed import packed_bytes
@@ -151,8 +151,8 @@ def test_rows_and_their_gradients_go_out_in_fp8_and_come_back_in_bf16(folder: Pa
     batch = replace(BATCH, global_sequences=2, sequence_length_tokens=12)
     config = nodes_of_one(make_config(folder, 1, 2, model=model, batch=batch))
     assert packed_bytes(hidden) == hidden + 4 * 2
-    weight, plain = Part(1, torch.float32), Part(hidden, torch.bfloat16)
-    packed = Part(packed_bytes(hidden), torch.uint8)
+    weight, plain = RowPart(1, torch.float32), RowPart(hidden, torch.bfloat16)
+    packed = RowPart(packed_bytes(hidden), torch.uint8)
     counted = run_ranks(2, count_each, [config, replace(config, precision=PrecisionConfig(kind="bf16"))])[0]
     for layers, sent in zip(counted, (packed, plain), strict=True):
         assert set(layers) == {"layer_1", "layer_2"}

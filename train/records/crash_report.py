@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from comm.exit_codes import EXIT_OTHER
-from comm.watchdog.operation_log import OperationLog
+from comm.watchdog.collective_log import CollectiveLog
 from comm.watchdog.verdict import Verdict
 from train.errors import LastWord, error_path, write_error
 from train.records.status import write_end
@@ -23,7 +23,7 @@ class LastWords:
 
     out_dir: Path | None
 
-    def __init__(self, rank: int, log: OperationLog, is_aloud: bool) -> None:
+    def __init__(self, rank: int, log: CollectiveLog, is_aloud: bool) -> None:
         """`is_aloud`: to stderr too, where no launcher of ours reads the files and says it once."""
         self.out_dir = None
         self._rank = rank

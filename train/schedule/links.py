@@ -9,7 +9,7 @@ from comm.dispatch.process_group import Observers
 from comm.dispatch.traffic import Traffic
 from comm.protocol import Work
 from comm.transfers.message import MessageKey
-from comm.transfers.transport import Transport
+from comm.transfers.transport import PipelineTransport
 from dualpipe.ir import Schedule
 from dualpipe.transfers import Message, transfers
 from train.world import World
@@ -19,7 +19,12 @@ class PipelineLinks:
     """The transport as the interpreter sees it: every activation and gradient between stages has one shape."""
 
     def __init__(
-        self, transport: Transport, nodes: Sequence[int], traffic: Traffic, shape: tuple[int, ...], dtype: torch.dtype
+        self,
+        transport: PipelineTransport,
+        nodes: Sequence[int],
+        traffic: Traffic,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
     ) -> None:
         """`nodes`: of each rank of the pipeline. `shape`, `dtype`: of what travels."""
         self._transport = transport
@@ -78,6 +83,6 @@ def open_links(
         dtype: of hidden states.
     """
     layout, log = world.layout, observers.log
-    transport = Transport(layout, linked_pairs(schedule), world.device, world.timeout_seconds, log)
+    transport = PipelineTransport(layout, linked_pairs(schedule), world.device, world.timeout_seconds, log)
     nodes = [layout.node_of(member) for member in layout.pipeline_group(world.rank)]
     return PipelineLinks(transport, nodes, observers.traffic, shape, dtype)

@@ -18,7 +18,7 @@ from comm.dispatch.traffic import Traffic
 from comm.groups import join_one
 from comm.layout import Layout
 from comm.protocol import Dispatcher
-from comm.watchdog.operation_log import OperationLog
+from comm.watchdog.collective_log import CollectiveLog
 from dualpipe.simulate.costs import CostModel, StageCosts
 from model.config import cut_layers
 from model.gradients import GradientStore
@@ -79,7 +79,7 @@ def measure(config: TrainConfig, layout: Layout, device: torch.device) -> LayerT
     experts = join_one({layout.expert_group(rank) for rank in ranks}, timeout)
     pipeline = join_one({layout.pipeline_group(rank) for rank in ranks}, timeout)
     lane = open_lane(device)
-    observers = Observers(Traffic(), OperationLog())
+    observers = Observers(Traffic(), CollectiveLog())
     network = ReplicaConfig.of_run(config)
     parts = DispatcherParts(
         num_experts=config.model.num_routed_experts,

@@ -7,7 +7,7 @@ row as sent.
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from comm.dispatch.all_to_all.plan import AllToAllPlanner, Counted, Route
+from comm.dispatch.all_to_all.plan import AllToAllCounts, AllToAllPlanner, AllToAllRoute
 from comm.dispatch.expert_order import dense
 from comm.dispatch.process_group import Observers, Wire
 from comm.dispatch.row_format import RowFormat, bytes_of
@@ -21,18 +21,18 @@ from kernels.permute import permute
 class AllToAllHandle:
     """One routing of one micro-batch. Owns its index tensors, which only the lane touches."""
 
-    def __init__(self, num_tokens: int, label: Label | None, work: Work[Counted]) -> None:
+    def __init__(self, num_tokens: int, label: Label | None, work: Work[AllToAllCounts]) -> None:
         self.label = label
         self._num_tokens = num_tokens
-        self._work: Work[Counted] | None = work
-        self._route: Route | None = None
+        self._work: Work[AllToAllCounts] | None = work
+        self._route: AllToAllRoute | None = None
 
     @property
     def num_tokens(self) -> int:
         """Tokens of this rank, T."""
         return self._num_tokens
 
-    def route(self, planner: AllToAllPlanner) -> Route:
+    def route(self, planner: AllToAllPlanner) -> AllToAllRoute:
         """Completes the plan at first use, which is the only host synchronisation on CUDA. Called on the lane."""
         if self._route is None:
             assert self._work is not None

@@ -35,7 +35,7 @@ def num_local_experts(num_experts: int, num_ranks: int) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Counted:
+class AllToAllCounts:
     """What an exchange of counts leaves behind, still on the device.
 
     choices: sorted. touched_TN: the nodes that each token touches. numbers: choices dropped, of each expert (1 + E),
@@ -49,7 +49,7 @@ class Counted:
 
 
 @dataclass(frozen=True, slots=True)
-class Route:
+class AllToAllRoute:
     """What a transfer needs, on the host: rows to and from each rank, and how arrived rows are sorted.
 
     sorted_A: the arrival place of each row in (local expert, source rank) order; arrival_A: its inverse. Both
@@ -79,7 +79,7 @@ class AllToAllPlanner:
         self._max_nodes = self._num_nodes if max_nodes is None else max_nodes
         self._traffic = traffic
 
-    def exchange(self, topk_ids_TK: Tensor, label: Label | None) -> Counted:
+    def exchange(self, topk_ids_TK: Tensor, label: Label | None) -> AllToAllCounts:
         """Counts rows per (destination rank, local expert) and tells each rank its part."""
         self._node_of_expert_E = self._node_of_expert_E.to(topk_ids_TK.device)
         counts = count_choices(topk_ids_TK, self._num_experts)
@@ -89,9 +89,9 @@ class AllToAllPlanner:
         counts_RL = counts[1:].view(num_ranks, self.num_local_experts)
         under_way = self._wire.start_numbers(torch.cat([counts_RL, num_over.expand(num_ranks, 1)], 1), label)
         choices = SortedChoices.sort(topk_ids_TK)
-        return Counted(choices, touched_TN, torch.cat([counts, touched_TN.sum(0), under_way.wait().flatten()]))
+        return AllToAllCounts(choices, touched_TN, torch.cat([counts, touched_TN.sum(0), under_way.wait().flatten()]))
 
-    def complete(self, counted: Counted, label: Label | None) -> Route:
+    def complete(self, counted: AllToAllCounts, label: Label | None) -> AllToAllRoute:
         """Reads the counts, which waits for the device, and derives splits and orders.
 
         Raises:
@@ -110,7 +110,7 @@ class AllToAllPlanner:
         if num_ranks > 1 and num_local > 1:
             received_RL = counted.numbers[-len(table) :].view(num_ranks, num_local + 1)[:, :-1]
             sorted_A = _expert_major(received_RL, sum(received))
-        return Route(
+        return AllToAllRoute(
             order=counted.choices.keep(numbers[0]),
             sent=tuple(map(sum, _rows(counts_E, num_local))),
             received=received,

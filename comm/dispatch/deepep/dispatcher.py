@@ -19,7 +19,7 @@ from torch.distributed import ProcessGroup
 from comm.dispatch.all_to_all.plan import num_local_experts
 from comm.dispatch.deepep.buffer import ExpertBuffer, Library, Received
 from comm.dispatch.deepep.package import BufferShape, load_package
-from comm.dispatch.deepep.route import Route
+from comm.dispatch.deepep.route import DeepEPRoute
 from comm.dispatch.node_cap import nodes_of_experts, touched_nodes, verify_cap
 from comm.dispatch.process_group import Observers, Wire
 from comm.dispatch.traffic import Spread
@@ -64,7 +64,7 @@ class DeepEPHandle:
     def __init__(self, num_tokens: int, label: Label | None, work: Work[_Planned]) -> None:
         self.label = label
         self.reach: _Reach | None = None
-        self.routes: dict[torch.dtype, Route] = {}
+        self.routes: dict[torch.dtype, DeepEPRoute] = {}
         self._num_tokens = num_tokens
         self._work = work
 
@@ -224,7 +224,7 @@ class DeepEPDispatcher(ClosesOnSuccess):
         own.reach = own.reach or self._complete(planned, own.label)
         with self._exchanging(own, rows_TD, name):
             received = self._buffer.dispatch(rows_TD, planned.ids_TK, weights_TK)
-        own.routes[rows_TD.dtype] = Route.of(received.handle, received.ids_RK, self._num_sources)
+        own.routes[rows_TD.dtype] = DeepEPRoute.of(received.handle, received.ids_RK, self._num_sources)
         return received
 
     def _complete(self, planned: _Planned, label: Label | None) -> _Reach:

@@ -21,7 +21,7 @@ Rows = Tensor | tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class Route:
+class DeepEPRoute:
     """One layout that DeepEP has made, and where its rows go.
 
     Attributes:

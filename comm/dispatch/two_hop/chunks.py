@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from comm.dispatch.process_group import Exchange, Wire
+from comm.dispatch.process_group import PendingExchange, Wire
 from comm.dispatch.row_format import RowFormat
 from comm.dispatch.traffic import Spread, Traffic
 from comm.dispatch.two_hop.counts import Hop
@@ -83,16 +83,16 @@ class Travel:
             rows = Spread.of(list(map(sum, zip(*sent, strict=True))), wire.nodes, wire.place)
             traffic.add_predicted(layer, rows, bytes_per_row, least)
 
-    def _fan_back(self, message: int, bytes_NB: Tensor, into: Sequence[Tensor]) -> Exchange:
+    def _fan_back(self, message: int, bytes_NB: Tensor, into: Sequence[Tensor]) -> PendingExchange:
         """What need not cross comes back to its place at once; a chunk comes to its relay."""
         is_home = message == len(self._across)
         return self._fan(message, bytes_NB, self._within[message].back, into[message] if is_home else None)
 
-    def _fan(self, message: int, bytes_NB: Tensor, hop: Hop, into_MB: Tensor | None) -> Exchange:
+    def _fan(self, message: int, bytes_NB: Tensor, hop: Hop, into_MB: Tensor | None) -> PendingExchange:
         part = "what need not cross" if message == len(self._across) else f"chunk {message}"
         name = f"{self._name} within the node, {part}"
         return self._node.start(bytes_NB, hop.sent, hop.received, name, self._label, into_MB)
 
-    def _cross(self, chunk: int, bytes_NB: Tensor, hop: Hop, into_MB: Tensor | None) -> Exchange:
+    def _cross(self, chunk: int, bytes_NB: Tensor, hop: Hop, into_MB: Tensor | None) -> PendingExchange:
         name = f"{self._name} across nodes, chunk {chunk}"
         return self._rail.start(bytes_NB, hop.sent, hop.received, name, self._label, into_MB)

@@ -27,7 +27,7 @@ class Hop:
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class RowRun:
     """Rows of one source that arrive one after another, by token; `source` is its place, `chunk` is 0 at home."""
 
     source: int
@@ -51,7 +51,7 @@ class Read:
 
     across: tuple[Hop, ...]
     within: tuple[Hop, ...]
-    runs: tuple[Run, ...]
+    runs: tuple[RowRun, ...]
     counts: tuple[int, ...]
     num_over_R: tuple[int, ...]
     num_touched_nodes: int
@@ -155,10 +155,10 @@ class Ledger:
         received = [sum(rows[source][chunk] for source in self._sources[member]) for member in self._members]
         return Hop(tuple(sent), tuple(received))
 
-    def _runs(self, rows: Sequence[Sequence[int]], chunks: range) -> tuple[Run, ...]:
-        home = [Run(member, 0, sum(rows[member][: self.num_chunks])) for member in self._members]
+    def _runs(self, rows: Sequence[Sequence[int]], chunks: range) -> tuple[RowRun, ...]:
+        home = [RowRun(member, 0, sum(rows[member][: self.num_chunks])) for member in self._members]
         relayed = [
-            Run(source, chunk, rows[source][chunk])
+            RowRun(source, chunk, rows[source][chunk])
             for chunk in chunks
             for member in self._members
             for source in self._sources[member]
@@ -166,7 +166,7 @@ class Ledger:
         return (*relayed, *home)
 
 
-def shifts_by_source(runs: Sequence[Run]) -> list[int]:
+def shifts_by_source(runs: Sequence[RowRun]) -> list[int]:
     """How far each run's rows move from where they arrive to where (source, chunk) order puts them."""
     begins = list(accumulate((run.num_rows for run in runs), initial=0))[:-1]
     in_order = sorted(range(len(runs)), key=lambda index: (runs[index].source, runs[index].chunk))

@@ -20,10 +20,10 @@ from comm.config import TwoHopDispatchConfig
 from comm.dispatch.all_to_all.plan import num_local_experts
 from comm.dispatch.expert_order import dense, restore_values
 from comm.dispatch.process_group import Observers, Wire
-from comm.dispatch.row_format import Part, RowFormat
+from comm.dispatch.row_format import RowFormat, RowPart
 from comm.dispatch.two_hop.chunks import Travel
 from comm.dispatch.two_hop.counts import Ledger
-from comm.dispatch.two_hop.plan import Counted, TwoHopPlanner, TwoHopRoute
+from comm.dispatch.two_hop.plan import TwoHopCounts, TwoHopPlanner, TwoHopRoute
 from comm.dispatch.two_hop.routing import Expansion, Relaying, RowReader
 from comm.groups import join_one
 from comm.lane import Lane
@@ -63,12 +63,12 @@ class TwoHopHandle:
     What the ids that ride with the first dispatch tell is kept for all further exchanges.
     """
 
-    def __init__(self, num_tokens: int, label: Label | None, work: Work[Counted]) -> None:
+    def __init__(self, num_tokens: int, label: Label | None, work: Work[TwoHopCounts]) -> None:
         self.label = label
         self.relayings: list[Relaying] = []
         self._expansion: Expansion | None = None
         self._num_tokens = num_tokens
-        self._work: Work[Counted] | None = work
+        self._work: Work[TwoHopCounts] | None = work
         self._route: TwoHopRoute | None = None
 
     @property
@@ -215,8 +215,8 @@ class TwoHopDispatcher:
         route = own.route(self._planner)
         rows, dtype = dense(rows_AD), self._sum_dtype(rows_AD.dtype)
         places = own.expansion.places_XK.split([sum(hop.received) for hop in route.within])
-        riders = () if weights_A is None else (Part(route.ids_TK.shape[1], weights_A.dtype),)
-        form = RowFormat.of_parts(Part(rows.shape[1], dtype), *riders)
+        riders = () if weights_A is None else (RowPart(route.ids_TK.shape[1], weights_A.dtype),)
+        form = RowFormat.of_parts(RowPart(rows.shape[1], dtype), *riders)
 
         def pack(message: int) -> Tensor:
             sums = [unpermute(rows, places[message], dtype)]

@@ -13,14 +13,14 @@ from torch import Tensor
 from comm.dispatch.node_cap import nodes_of_experts, verify_cap
 from comm.dispatch.process_group import Wire
 from comm.dispatch.traffic import Traffic
-from comm.dispatch.two_hop.counts import Hop, Ledger, Run, shifts_by_source
+from comm.dispatch.two_hop.counts import Hop, Ledger, RowRun, shifts_by_source
 from comm.dispatch.two_hop.routing import Selection, select
 from comm.protocol import Label
 from comm.relays import Relays
 
 
 @dataclass(frozen=True, slots=True)
-class Counted:
+class TwoHopCounts:
     """What an exchange of numbers leaves behind, still on the device.
 
     ids_TK: expert ids plus 1, so that 0 is no expert. touched_TN: the nodes that each token touches. tokens: of each
@@ -63,7 +63,7 @@ class TwoHopRoute:
 class _Tables:
     """Constants on the device.
 
-    rank_column, node_column: by expert id plus 1, the column of its rank and of its node among `Counted.touched`.
+    rank_column, node_column: by expert id plus 1, the column of its rank and of its node among `TwoHopCounts.touched`.
     place_columns: those of the P places. told: which of its own numbers this rank tells each other, R W.
     """
 
@@ -95,7 +95,7 @@ class TwoHopPlanner:
         self._traffic = traffic
         self._tables: _Tables | None = None
 
-    def exchange(self, topk_ids_TK: Tensor, label: Label | None) -> Counted:
+    def exchange(self, topk_ids_TK: Tensor, label: Label | None) -> TwoHopCounts:
         """Counts rows per chunk for each rank and node, and tells each rank what it needs to know."""
         num_tokens, num_ranks = len(topk_ids_TK), len(self._wire.members)
         tables = self._tables_on(topk_ids_TK.device)
@@ -111,7 +111,7 @@ class TwoHopPlanner:
         own = torch.cat([by_chunk.flatten(), counts_E, over.sum().view(1), ids_N.new_zeros(1)])
         under_way = self._wire.start_numbers(own.index_select(0, tables.told).view(num_ranks, -1), label)
         tokens, places_PP = self._order(touched.index_select(1, tables.place_columns))
-        return Counted(
+        return TwoHopCounts(
             ids_TK=ids_TK,
             touched_TN=touched[:num_tokens, 1 + num_ranks :],
             tokens=tokens,
@@ -119,7 +119,7 @@ class TwoHopPlanner:
             numbers=torch.cat([own, under_way.wait().flatten()]),
         )
 
-    def complete(self, counted: Counted, label: Label | None) -> TwoHopRoute:
+    def complete(self, counted: TwoHopCounts, label: Label | None) -> TwoHopRoute:
         """Reads the numbers, which waits for the device, and derives all splits and this rank's own order.
 
         Raises:
@@ -189,7 +189,7 @@ class TwoHopPlanner:
         return torch.int16 if self._num_experts < torch.iinfo(torch.int16).max else torch.int32
 
 
-def _by_source(runs: tuple[Run, ...], device: torch.device) -> Tensor:
+def _by_source(runs: tuple[RowRun, ...], device: torch.device) -> Tensor:
     num_rows = sum(run.num_rows for run in runs)
     both = torch.tensor([shifts_by_source(runs), [run.num_rows for run in runs]])
     shifts, lengths = both.to(device, non_blocking=True).unbind()

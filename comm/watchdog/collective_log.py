@@ -20,13 +20,13 @@ _MOMENT_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Operation:
-    """One exchange, transfer or reduction, the same on all ranks that take part.
+class Collective:
+    """One exchange, transfer or reduction between ranks, the same on all that take part.
 
     Attributes:
         group: its name, the same on all its ranks and unlike any other group's.
         ranks: the group's, in the world.
-        number: of the operation within the group, from 0.
+        number: of the collective within the group, from 0.
         name: what is done.
         label: whose it is, where it belongs to a micro-batch; told by its `str`.
         is_phase: several things in one, computation among them: a rank that is inside need not be waiting.
@@ -45,8 +45,8 @@ class Operation:
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
-    """How far a rank is within one group: operations started, and the number of the last that was finished, or -1."""
+class CollectiveProgress:
+    """How far a rank is within one group: collectives started, and the number of the last that was finished, or -1."""
 
     started: int
     finished: int
@@ -54,73 +54,73 @@ class Progress:
 
 @dataclass(slots=True)
 class _Enqueued:
-    """An operation whose wait was left to a stream."""
+    """A collective whose wait was left to a stream."""
 
-    operation: Operation
+    collective: Collective
     since: float
     is_over: Callable[[], bool]
 
 
-class OperationLog:
-    """Owns the record of one rank's operations. Threads of the rank write to it, its watch reads."""
+class CollectiveLog:
+    """Owns the record of one rank's collectives. Threads of the rank write to it, its watch reads."""
 
     def __init__(self, num_kept: int = 512) -> None:
-        """Starts empty. `num_kept`: operations that `recent` remembers."""
+        """Starts empty. `num_kept`: collectives that `recent` remembers."""
         self._mark: StreamMark | None = None
         self._lock = threading.Lock()
-        self._recent: deque[tuple[float, Operation]] = deque(maxlen=num_kept)
+        self._recent: deque[tuple[float, Collective]] = deque(maxlen=num_kept)
         self._hashes: dict[str, hashlib._Hash] = {}
         self._started: dict[str, int] = {}
         self._finished: dict[str, int] = {}
-        self._awaited: dict[Operation, tuple[float, int]] = {}
+        self._awaited: dict[Collective, tuple[float, int]] = {}
         self._enqueued: deque[_Enqueued] = deque()
-        self._failed: deque[tuple[Operation, float, float]] = deque(maxlen=8)
+        self._failed: deque[tuple[Collective, float, float]] = deque(maxlen=8)
         self._num_failed = 0
 
     def follow_streams(self, mark: StreamMark) -> None:
-        """From now on an operation is over when its stream is: the host is through with a wait long before."""
+        """From now on a collective is over when its stream is: the host is through with a wait long before."""
         self._mark = mark
 
     def start(
         self, group: str, ranks: Sequence[int], name: str, label: Hashable | None = None, is_phase: bool = False
-    ) -> Operation:
-        """Notes the group's next operation, in the order in which all its ranks must start them."""
+    ) -> Collective:
+        """Notes the group's next collective, in the order in which all its ranks must start them."""
         line = f"{name} {label}\n".encode()
         with self._lock:
             number = self._started.get(group, 0)
-            operation = Operation(group, tuple(ranks), number, name, label, is_phase)
+            collective = Collective(group, tuple(ranks), number, name, label, is_phase)
             self._started[group] = number + 1
             if group not in self._hashes:
                 self._hashes[group] = hashlib.sha256()
             self._hashes[group].update(line)
-            self._recent.append((time.time(), operation))
-        return operation
+            self._recent.append((time.time(), collective))
+        return collective
 
     @contextmanager
-    def awaiting(self, operation: Operation) -> Iterator[None]:
-        """While inside, this rank waits for the others; an error that leaves it is the operation's failure."""
+    def awaiting(self, collective: Collective) -> Iterator[None]:
+        """While inside, this rank waits for the others; an error that leaves it is the collective's failure."""
         since = time.monotonic()
         with self._lock:
-            self._awaited[operation] = since, threading.get_ident()
+            self._awaited[collective] = since, threading.get_ident()
         try:
             yield
         except BaseException:
             with self._lock:
-                del self._awaited[operation]
-                self._failed.append((operation, since, time.monotonic()))
+                del self._awaited[collective]
+                self._failed.append((collective, since, time.monotonic()))
                 self._num_failed += 1
             raise
         is_over = None if self._mark is None else self._mark()
         with self._lock:
-            del self._awaited[operation]
+            del self._awaited[collective]
             if is_over is None:
-                self._finish(operation)
+                self._finish(collective)
             else:
-                self._enqueued.append(_Enqueued(operation, since, is_over))
+                self._enqueued.append(_Enqueued(collective, since, is_over))
                 self._settle()
 
     def collective(self, kind: str, group: ProcessGroup, name: str) -> AbstractContextManager[None]:
-        """Starts an operation of a process group's ranks, and awaits it while inside.
+        """Starts a collective of a process group's ranks, and awaits it while inside.
 
         Args:
             kind: of the group; with its ranks it makes a name like no other.
@@ -134,57 +134,60 @@ class OperationLog:
         """As `collective`, of what these ranks do together in one go, computing as well as waiting for each other."""
         return self.awaiting(self.start(group_name(kind, ranks), ranks, name, None, True))
 
-    def awaited(self) -> list[tuple[Operation, float]]:
+    def awaited(self) -> list[tuple[Collective, float]]:
         """What the rank waits for, and for how many seconds, the longest first."""
         now = time.monotonic()
         with self._lock:
             self._settle()
-            waits = [(operation, now - since) for operation, (since, _) in self._awaited.items()]
-            waits += [(each.operation, now - each.since) for each in self._enqueued]
+            waits = [(collective, now - since) for collective, (since, _) in self._awaited.items()]
+            waits += [(each.collective, now - each.since) for each in self._enqueued]
         return sorted(waits, key=lambda wait: -wait[1])
 
     def is_waiting(self, thread: int) -> bool:
-        """Whether a thread waits for an operation, or a stream has for a while, so that the host may have to."""
+        """Whether a thread waits for a collective, or a stream has for a while, so that the host may have to."""
         now = time.monotonic()
         with self._lock:
             self._settle()
             is_behind = bool(self._enqueued) and now - self._enqueued[0].since > _BEHIND_SECONDS
             return is_behind or any(waiting == thread for _, waiting in self._awaited.values())
 
-    def failed(self) -> list[tuple[Operation, float]]:
+    def failed(self) -> list[tuple[Collective, float]]:
         """What ended in an error a moment ago, and for how many seconds it had been awaited."""
         now = time.monotonic()
         with self._lock:
-            return [(operation, end - since) for operation, since, end in self._failed if now - end < _MOMENT_SECONDS]
+            return [(collective, end - since) for collective, since, end in self._failed if now - end < _MOMENT_SECONDS]
 
     @property
     def num_failed(self) -> int:
-        """Operations that ended in an error."""
+        """Collectives that ended in an error."""
         return self._num_failed
 
-    def progress(self) -> dict[str, Progress]:
+    def progress(self) -> dict[str, CollectiveProgress]:
         """How far the rank is in each of its groups."""
         with self._lock:
             self._settle()
-            return {group: Progress(started, self._finished.get(group, -1)) for group, started in self._started.items()}
+            return {
+                group: CollectiveProgress(started, self._finished.get(group, -1))
+                for group, started in self._started.items()
+            }
 
-    def recent(self) -> list[tuple[float, Operation]]:
-        """The last operations and when each was started, in seconds of the wall clock, the oldest first."""
+    def recent(self) -> list[tuple[float, Collective]]:
+        """The last collectives and when each was started, in seconds of the wall clock, the oldest first."""
         with self._lock:
             return list(self._recent)
 
     def order_hashes(self) -> dict[str, str]:
-        """By group, a hash of its operations in order: equal on all its ranks, or they do not agree on the order."""
+        """By group, a hash of its collectives in order: equal on all its ranks, or they do not agree on the order."""
         with self._lock:
             return {group: digest.hexdigest() for group, digest in self._hashes.items()}
 
     def _settle(self) -> None:
         """Finishes what is over on its stream; streams are asked in order, so one may hide another for a while."""
         while self._enqueued and self._enqueued[0].is_over():
-            self._finish(self._enqueued.popleft().operation)
+            self._finish(self._enqueued.popleft().collective)
 
-    def _finish(self, operation: Operation) -> None:
-        self._finished[operation.group] = max(operation.number, self._finished.get(operation.group, -1))
+    def _finish(self, collective: Collective) -> None:
+        self._finished[collective.group] = max(collective.number, self._finished.get(collective.group, -1))
 
 
 def cuda_mark(device: torch.device) -> StreamMark:

@@ -7,21 +7,21 @@ from collections.abc import Callable
 import pytest
 
 from comm.protocol import Label
-from comm.watchdog.operation_log import OperationLog, Progress, group_name
+from comm.watchdog.collective_log import CollectiveLog, CollectiveProgress, group_name
 
 LABEL = Label(layer=1, direction=0, micro_batch=2)
 
 
 def test_log_numbers_operations_within_their_group() -> None:
-    log = OperationLog()
+    log = CollectiveLog()
     numbers = [log.start(group, (0, 1), "dispatch", LABEL).number for group in ("a", "b", "a", "a", "b")]
     assert numbers == [0, 0, 1, 2, 1]
-    assert log.progress() == {"a": Progress(3, -1), "b": Progress(2, -1)}
+    assert log.progress() == {"a": CollectiveProgress(3, -1), "b": CollectiveProgress(2, -1)}
     assert [operation.group for _, operation in log.recent()] == ["a", "b", "a", "a", "b"]
 
 
 def test_operation_tells_name_label_number_and_group() -> None:
-    log = OperationLog()
+    log = CollectiveLog()
     text = "dispatch of layer 1, direction 0, micro-batch 2 (number 0 of group expert [4, 5])"
     assert str(log.start(group_name("expert", (4, 5)), (4, 5), "dispatch", LABEL)) == text
     assert str(log.start("world [0]", (0,), "sum of losses")) == "sum of losses (number 0 of group world [0])"
@@ -29,20 +29,20 @@ def test_operation_tells_name_label_number_and_group() -> None:
 
 def test_order_hashes_are_equal_exactly_for_equal_orders() -> None:
     def hashes(*names: str) -> str:
-        log = OperationLog()
+        log = CollectiveLog()
         for name in names:
             log.start("a", (0, 1), name, LABEL)
         return log.order_hashes()["a"]
 
     assert hashes("x", "y") == hashes("x", "y")
     assert len({hashes("x", "y"), hashes("y", "x"), hashes("x"), hashes("xy"), hashes("x", "y", "y")}) == 5
-    log = OperationLog()
+    log = CollectiveLog()
     log.start("a", (0, 1), "x", None)
     assert log.order_hashes()["a"] != hashes("x")  # another label
 
 
 def test_log_tells_what_is_awaited_the_longest_first() -> None:
-    log = OperationLog()
+    log = CollectiveLog()
     first, second, third = (log.start("a", (0,), name) for name in ("first", "second", "third"))
     with log.awaiting(second):
         time.sleep(0.02)
@@ -52,17 +52,17 @@ def test_log_tells_what_is_awaited_the_longest_first() -> None:
             assert waits[0][1] >= waits[1][1] + 0.02
             assert log.is_waiting(threading.get_ident())
         assert [operation for operation, _ in log.awaited()] == [second]
-        assert log.progress()["a"] == Progress(3, 0)
+        assert log.progress()["a"] == CollectiveProgress(3, 0)
     assert log.awaited() == []
     assert not log.is_waiting(threading.get_ident())
-    assert log.progress()["a"] == Progress(3, 1)
+    assert log.progress()["a"] == CollectiveProgress(3, 1)
     with log.awaiting(third):
         pass
-    assert log.progress()["a"] == Progress(3, 2)
+    assert log.progress()["a"] == CollectiveProgress(3, 2)
 
 
 def test_log_keeps_what_failed_and_does_not_finish_it() -> None:
-    log = OperationLog()
+    log = CollectiveLog()
     operation = log.start("a", (0,), "broken")
 
     def fail() -> None:
@@ -76,7 +76,7 @@ def test_log_keeps_what_failed_and_does_not_finish_it() -> None:
     assert log.awaited() == []
     assert [failed for failed, _ in log.failed()] == [operation]
     assert log.failed()[0][1] >= 0.02
-    assert log.progress()["a"] == Progress(1, -1)
+    assert log.progress()["a"] == CollectiveProgress(1, -1)
 
 
 def test_operations_in_a_stream_are_awaited_until_the_stream_is_through_with_them() -> None:
@@ -88,7 +88,7 @@ def test_operations_in_a_stream_are_awaited_until_the_stream_is_through_with_the
         mine = enqueued[0]
         return lambda: reached[0] >= mine
 
-    log = OperationLog()
+    log = CollectiveLog()
     log.follow_streams(mark)
     operations = [log.start("a", (0, 1), name) for name in ("x", "y")]
     for operation in operations:
@@ -97,14 +97,14 @@ def test_operations_in_a_stream_are_awaited_until_the_stream_is_through_with_the
     assert [operation for operation, _ in log.awaited()] == operations
     reached[0] = 1
     assert [operation for operation, _ in log.awaited()] == operations[1:]
-    assert log.progress()["a"] == Progress(2, 0)
+    assert log.progress()["a"] == CollectiveProgress(2, 0)
     reached[0] = 2
     assert log.awaited() == []
-    assert log.progress()["a"] == Progress(2, 1)
+    assert log.progress()["a"] == CollectiveProgress(2, 1)
 
 
 def test_log_forgets_all_but_the_last_operations() -> None:
-    log = OperationLog(num_kept=3)
+    log = CollectiveLog(num_kept=3)
     for name in "abcde":
         log.start("a", (0,), name)
     assert [operation.name for _, operation in log.recent()] == ["c", "d", "e"]
