@@ -11,7 +11,7 @@ from typing import Literal
 from dualpipe.generate.cache import load_or_make
 from dualpipe.ir import MemoryCapError, Placement, Schedule, ScheduleError, straight_placement
 from dualpipe.simulate.costs import CostModel, Costs, uniform
-from dualpipe.simulate.memory import peak_memory
+from dualpipe.simulate.simulate import peak_memory
 from kernels.registry import Registry, modules_of
 
 FALLBACK = "dualpipe_split"

@@ -12,9 +12,8 @@ from typing import Literal, assert_never
 
 from dualpipe.config import ScheduleConfig
 from dualpipe.draw.entry import Absent, Entry, entry
-from dualpipe.draw.page import html
 from dualpipe.draw.svg import svg
-from dualpipe.draw.table import table
+from dualpipe.draw.table import html, table
 from dualpipe.draw.text import grid, summary
 from dualpipe.draw.trace import trace
 from dualpipe.generate.cache import schedules_folder

@@ -7,7 +7,7 @@ second dark and hatched with light numbers, so that they differ without any hue 
 from dataclasses import dataclass
 from xml.sax.saxutils import escape
 
-from dualpipe.draw.words import NAMES
+from dualpipe.draw.entry import NAMES
 from dualpipe.ir import Op, Schedule
 
 LIGHT = {

@@ -6,8 +6,8 @@ from textwrap import wrap
 from xml.sax.saxutils import escape
 
 from dualpipe.draw.cells import Cell, Strip, measured_cells, planned_cells
+from dualpipe.draw.entry import number, percent, round_up, size, spread, stage_tells
 from dualpipe.draw.style import DEFINITIONS, STYLE, legend, style_of
-from dualpipe.draw.words import number, percent, round_up, size, spread, stage_tells
 from dualpipe.ir import Operation, Schedule
 from dualpipe.runtime.measured import Measured, measured_bubble, measured_exposed
 from dualpipe.simulate.bounds import Bound

@@ -1,10 +1,14 @@
-"""Schedules side by side as plain text: one line per kind."""
+"""Schedules side by side: as a plain table, one line per kind, and as one HTML page that needs nothing else."""
 
 import textwrap
 from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from string import Template
 
-from dualpipe.draw.entry import Absent, Entry
-from dualpipe.draw.words import number, plain
+from dualpipe.draw.entry import Absent, Entry, number, plain
+from dualpipe.draw.style import DEFINITIONS, STYLE
+from dualpipe.draw.svg import Scale, natural_scale, svg
 
 COLUMNS = ("schedule", "overhead", "makespan", "bubble %", "exposed", "peak", "bound", "above")
 MEANING = (
@@ -56,3 +60,56 @@ def _wrapped(text: str, head: str, width: int) -> list[str]:
     return textwrap.wrap(
         text, max(width, len(head) + 20), initial_indent=head, subsequent_indent=" " * len(head) + "  "
     )
+
+
+_TEMPLATE = Path(__file__).with_name("page.html")
+
+
+def html(entries: Sequence[Entry | Absent], title: str = "Pipeline schedules") -> str:
+    """The page, to be read from a file or a server, offline.
+
+    Its table sorts by any column, its boxes show and hide pictures, pointing at an operation names it.
+
+    Args:
+        entries: in the order in which they are shown; their costs have one unit. An absent one is a line of the table.
+        title: of the page, plain text.
+    """
+    shown = [entry for entry in entries if isinstance(entry, Entry)]
+    scale = _common_scale(shown)
+    return Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
+        title=escape(title),
+        style=STYLE,
+        definitions=DEFINITIONS,
+        header="".join(f'<th scope="col"><button type="button">{escape(name)}</button></th>' for name in COLUMNS),
+        rows="\n".join(_row(index, entry) for index, entry in enumerate(entries)),
+        meaning=escape(MEANING + ("; times in seconds" if any(entry.measured for entry in shown) else "")),
+        figures="\n".join(
+            _figure(index, entry, scale) for index, entry in enumerate(entries) if isinstance(entry, Entry)
+        ),
+    )
+
+
+def _common_scale(shown: Sequence[Entry]) -> Scale:
+    """The widest picture's pixels per unit of time, over the longest one's time."""
+    scales = [natural_scale(entry.schedule, entry.simulation, entry.measured) for entry in shown]
+    pixels = max((scale.pixels for scale in scales), default=0.0)
+    return Scale.within_limits(pixels=pixels, span=max((scale.span for scale in scales), default=0.0))
+
+
+def _row(index: int, entry: Entry | Absent) -> str:
+    if isinstance(entry, Absent):
+        reason = f'<td class="reason" colspan="{len(COLUMNS) - 1}">{escape(entry.reason)}</td>'
+        return f'<tr class="absent"><td>{escape(entry.kind)}</td>{reason}</tr>'
+    name, *numbers = cells(entry)
+    box = f'<label><input type="checkbox" checked data-figure="{_identity(index)}"> {escape(name)}</label>'
+    values = "".join(f'<td data-value="{text}">{text}</td>' for text in numbers)
+    return f'<tr class="shown"><td>{box}</td>{values}</tr>'
+
+
+def _figure(index: int, entry: Entry, scale: Scale) -> str:
+    picture = svg(entry.schedule, entry.simulation, entry.measured, bound=entry.bound, scale=scale, standalone=False)
+    return f'<figure id="{_identity(index)}">{picture}</figure>'
+
+
+def _identity(index: int) -> str:
+    return f"schedule-{index}"

@@ -2,7 +2,7 @@
 
 import math
 
-from dualpipe.draw.words import NAMES, number, percent, plain, round_up, size, spread, stage_tells
+from dualpipe.draw.entry import NAMES, number, percent, plain, round_up, size, spread, stage_tells
 from dualpipe.ir import Group, Schedule
 from dualpipe.registry import SCHEDULES
 from dualpipe.simulate.bounds import lower_bound

@@ -2,7 +2,7 @@
 
 It builds orders of F, I and W for any placement and costs, within a memory cap, and gives up as soon as a rank has
 lost more time than allowed: what a search needs, which tries thousands of preferences (`generate.search`). No
-rank sends before its link's earlier message is taken, so no order can deadlock (`dualpipe.deadlock`).
+rank sends before its link's earlier message is taken, so no order can deadlock (`dualpipe.validate`).
 """
 
 import itertools

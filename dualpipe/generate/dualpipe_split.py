@@ -12,17 +12,15 @@ from dualpipe.generate.builder import Attempt, Builder
 from dualpipe.generate.dualpipe import dualpipe
 from dualpipe.generate.lockstep import lockstep_orders
 from dualpipe.generate.preferences import Preferences
-from dualpipe.generate.repeat import repeat
 from dualpipe.generate.search import Search
 from dualpipe.ir import MemoryCapError, Schedule, ScheduleError, mirrored_placement
 from dualpipe.optimize.fuse import exchanges, fuse
 from dualpipe.optimize.weights import place_weights
-from dualpipe.passes import split_backwards
+from dualpipe.passes import repeat, split_backwards
 from dualpipe.registry import SCHEDULES, IdleFormula, ScheduleSpec
 from dualpipe.simulate.bounds import lower_bound
 from dualpipe.simulate.costs import CostModel
-from dualpipe.simulate.memory import peak_memory
-from dualpipe.simulate.simulate import simulate
+from dualpipe.simulate.simulate import peak_memory, simulate
 from dualpipe.validate import validate
 
 KIND = "dualpipe_split"

@@ -5,8 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dualpipe.draw.entry import Absent, Entry, entry
-from dualpipe.draw.words import number
+from dualpipe.draw.entry import Absent, Entry, entry, number
 from dualpipe.ir import MemoryCapError, Schedule, ScheduleError
 from dualpipe.registry import SCHEDULES, build
 from dualpipe.simulate.costs import CostModel

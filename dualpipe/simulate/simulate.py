@@ -1,10 +1,13 @@
-"""A schedule's timing under given costs: a clock per rank, moved by the groups and the values they wait for."""
+"""A schedule's timing under given costs, and the activations that it keeps alive.
 
+The timing is a clock per rank, moved by the groups and the values they wait for. Activations need no clock.
+"""
+
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from dualpipe.ir import Schedule, ScheduleError
+from dualpipe.ir import Group, Op, Operation, Schedule, ScheduleError
 from dualpipe.simulate.costs import CostModel, Costs, uniform
-from dualpipe.simulate.memory import peak_memory
 from dualpipe.simulate.timing import NumberedGroup, Timing
 
 
@@ -72,3 +75,29 @@ def _check_finished(schedule: Schedule, ranks: list[list[NumberedGroup]], ended:
             if ended[group[0]] < 0:
                 shown = " ".join(map(str, schedule.ranks[rank][index]))
                 raise ScheduleError(f"rank {rank}: {shown} waits for ever: validate the schedule first")
+
+
+def peak_activations(schedule: Schedule) -> tuple[int, ...]:
+    """The most activations of one stage and micro-batch that each rank keeps at once.
+
+    One lives from the start of its F to the end of its B, or of its W where the backward is split. In a
+    forward-only schedule it lives as long as its group.
+    """
+    return tuple(round(_peak(groups, lambda _: 1.0)) for groups in schedule.ranks)
+
+
+def peak_memory(schedule: Schedule, costs: CostModel) -> tuple[float, ...]:
+    """The same, each activation weighing what its stage keeps: in the unit of `StageCosts.activation`."""
+    return tuple(_peak(groups, lambda op: costs.stages[op.stage].activation) for groups in schedule.ranks)
+
+
+def _peak(groups: tuple[Group, ...], weight: Callable[[Operation], float]) -> float:
+    keeps = any(op.kind is not Op.FORWARD for group in groups for op in group)
+    alive = peak = 0.0
+    for group in groups:
+        made = sum(weight(op) for op in group if op.kind is Op.FORWARD)
+        alive += made
+        peak = max(peak, alive)
+        freed = (Op.BACKWARD, Op.BACKWARD_WEIGHT)
+        alive -= sum(weight(op) for op in group if op.kind in freed) if keeps else made
+    return peak

@@ -11,8 +11,7 @@ from dualpipe.generate.preferences import change, draw
 from dualpipe.generate.zero_bubble import zb_v
 from dualpipe.ir import Schedule
 from dualpipe.simulate.costs import CostModel, Costs, StageCosts, uniform
-from dualpipe.simulate.memory import peak_memory
-from dualpipe.simulate.simulate import simulate
+from dualpipe.simulate.simulate import peak_memory, simulate
 from dualpipe.validate import validate
 
 

@@ -1,12 +1,16 @@
-"""The text table over schedules: a line per kind, aligned, ASCII, with reasons for what is absent."""
+"""The table and the page of schedules side by side."""
+
+import re
+from html.parser import HTMLParser
 
 import pytest
 
 from dualpipe.draw.entry import Absent, entry
-from dualpipe.draw.table import COLUMNS, table
+from dualpipe.draw.table import COLUMNS, cells, html, table
 from dualpipe.generate.dualpipe_v import dualpipe_v
 from dualpipe.registry import build
 from dualpipe.simulate.costs import Costs
+from tests.dualpipe.clockwork import measured_run
 
 UNIT = Costs(forward=1, backward_input=1, backward_weight=1, exchange=0, latency=0)
 REASON = "needs an even number of micro-batches, half for each direction, has 13; nearest: 12 or 14"
@@ -50,3 +54,124 @@ def test_table_of_nothing_is_its_head() -> None:
 
 def test_table_is_ascii_whatever_the_reason() -> None:
     assert table([Absent(kind="é", reason="→ nowhere")]).isascii()
+
+
+UNIT = Costs(forward=1, backward_input=1, backward_weight=1, exchange=0, latency=0)
+ENTRIES = [
+    entry(build("dualpipe", 4, 12), UNIT),
+    entry(build("1f1b", 4, 12), UNIT),
+    Absent(kind="odd<kind>", reason="needs <more> & better ranks"),
+]
+VOID = {"meta", "input", "br", "link"}
+
+
+class Reader(HTMLParser):
+    """Every element's name and attributes, the text under each name, and whether elements are closed in order."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str]]] = []
+        self.cells: list[str] = []
+        self.open: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, {name: value or "" for name, value in attrs}))
+        if tag == "td":
+            self.cells.append("")
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, {name: value or "" for name, value in attrs}))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "td" in self.open:
+            self.cells[-1] += data
+
+    def all(self, name: str) -> list[dict[str, str]]:
+        return [attributes for tag, attributes in self.elements if tag == name]
+
+
+@pytest.fixture(scope="module")
+def text() -> str:
+    return html(ENTRIES, title="Four <ranks> & more")
+
+
+def test_page_closes_what_it_opens(text: str) -> None:
+    assert not Reader(text).open
+
+
+def test_page_has_a_line_per_entry_and_a_picture_per_schedule(text: str) -> None:
+    page = Reader(text)
+    shown = [found for found in ENTRIES if not isinstance(found, Absent)]
+    expected = [value for found in shown for value in cells(found)] + ["odd<kind>", "needs <more> & better ranks"]
+    assert [cell.strip() for cell in page.cells] == expected
+    assert len(page.all("th")) == len(COLUMNS)
+    assert len([svg for svg in page.all("svg") if svg.get("class") == "pipeline"]) == 2
+    operations = sum(len(group) for found in shown for groups in found.schedule.ranks for group in groups)
+    assert text.count("<title>") == operations + 1
+
+
+def test_page_boxes_point_at_pictures(text: str) -> None:
+    page = Reader(text)
+    pictures = [figure["id"] for figure in page.all("figure")]
+    assert [box["data-figure"] for box in page.all("input") if "data-figure" in box] == pictures
+    assert len(set(pictures)) == 2
+
+
+def test_page_numbers_sort_as_numbers(text: str) -> None:
+    values = [cell["data-value"] for cell in Reader(text).all("td") if "data-value" in cell]
+    assert len(values) == 2 * (len(COLUMNS) - 1)
+    assert all(float(value) >= 0 for value in values)
+
+
+def test_page_pictures_share_one_time_scale(text: str) -> None:
+    widths = {float(svg["width"]) for svg in Reader(text).all("svg") if svg.get("class") == "pipeline"}
+    assert len(widths) == 1
+    figures = text.split("<figure")[1:]
+    cell = r'width="([\d.]+)" height="[\d.]+"><title>F0\.0:'
+    assert len({re.findall(cell, figure)[0] for figure in figures}) == 1
+
+
+def test_page_needs_nothing_from_outside(text: str) -> None:
+    for tag, attributes in Reader(text).elements:
+        assert tag not in ("link", "img", "iframe", "base")
+        assert not {"src", "href"} & attributes.keys()
+    assert not re.findall(r"https?:|@import|url\((?!#)", text.replace('xmlns="http://www.w3.org/2000/svg"', ""))
+
+
+def test_page_escapes_what_it_is_given(text: str) -> None:
+    assert "<ranks>" not in text
+    assert "odd<kind>" not in text
+    assert "<title>Four &lt;ranks&gt; &amp; more</title>" in text
+
+
+def test_page_defines_each_pattern_once(text: str) -> None:
+    names = [pattern["id"] for pattern in Reader(text).all("pattern")]
+    assert len(names) == len(set(names)) > 0
+    assert set(re.findall(r"url\(#([^)]+)\)", text)) == set(names)
+
+
+def test_page_reads_in_light_and_dark(text: str) -> None:
+    assert text.count("prefers-color-scheme:dark") == 2
+    assert any(meta.get("content") == "light dark" for meta in Reader(text).all("meta"))
+
+
+def test_page_of_absent_schedules_only_is_whole() -> None:
+    page = Reader(html([Absent(kind="zb_v", reason="needs ranks")]))
+    assert page.cells == ["zb_v", "needs ranks"]
+    assert not page.all("figure")
+
+
+def test_page_of_a_run_draws_it_and_says_that_times_are_seconds(text: str) -> None:
+    schedule = build("1f1b", 2, 3)
+    shown = html([entry(schedule, UNIT, measured=measured_run(schedule))])
+    operations = sum(len(group) for groups in schedule.ranks for group in groups)
+    assert shown.count("<title>") == 2 * operations + 1
+    assert "times in seconds" in shown
+    assert "times in seconds" not in text

@@ -12,8 +12,7 @@ from dualpipe.passes import split_backwards
 from dualpipe.registry import SCHEDULES, build
 from dualpipe.simulate.bounds import lower_bound
 from dualpipe.simulate.costs import CostModel, Costs, StageCosts, uniform
-from dualpipe.simulate.memory import peak_memory
-from dualpipe.simulate.simulate import simulate
+from dualpipe.simulate.simulate import peak_memory, simulate
 from dualpipe.validate import validate
 
 

@@ -7,7 +7,7 @@ from dualpipe.passes import forward_only
 from dualpipe.registry import build
 from dualpipe.runtime.compile import Pairing
 from dualpipe.runtime.pairing import overlapped
-from dualpipe.simulate.memory import peak_activations
+from dualpipe.simulate.simulate import peak_activations
 from tests.dualpipe.adding import PAIRINGS, SCHEDULES, Ran, lanes_of, name_of, run_threads
 
 

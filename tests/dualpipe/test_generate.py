@@ -14,8 +14,7 @@ from dualpipe.ir import Op, Schedule, ScheduleError, to_json
 from dualpipe.passes import forward_only
 from dualpipe.registry import build, check_size
 from dualpipe.simulate.costs import Costs
-from dualpipe.simulate.memory import peak_activations
-from dualpipe.simulate.simulate import simulate
+from dualpipe.simulate.simulate import peak_activations, simulate
 from dualpipe.validate import validate
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -6,8 +6,7 @@ from dualpipe.generate.dualpipe_split import empty
 from dualpipe.generate.lockstep import lockstep, lockstep_orders
 from dualpipe.optimize.weights import place_weights
 from dualpipe.simulate.costs import Costs, uniform
-from dualpipe.simulate.memory import peak_activations
-from dualpipe.simulate.simulate import simulate
+from dualpipe.simulate.simulate import peak_activations, simulate
 from dualpipe.validate import validate
 
 UNIT = Costs(forward=1, backward_input=1, backward_weight=1, exchange=0, latency=0)

@@ -9,8 +9,7 @@ from dualpipe.passes import forward_only
 from dualpipe.registry import FALLBACK, SCHEDULES, build, check_size
 from dualpipe.simulate.bounds import lower_bound
 from dualpipe.simulate.costs import Costs, uniform
-from dualpipe.simulate.memory import peak_activations
-from dualpipe.simulate.simulate import simulate
+from dualpipe.simulate.simulate import peak_activations, simulate
 from dualpipe.validate import validate
 from tests.dualpipe.enactment import enact
 

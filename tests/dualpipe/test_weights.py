@@ -13,8 +13,7 @@ from dualpipe.ir import Op, Operation, Schedule
 from dualpipe.optimize.weights import place_weights
 from dualpipe.passes import split_backwards
 from dualpipe.simulate.costs import Costs, uniform
-from dualpipe.simulate.memory import peak_memory
-from dualpipe.simulate.simulate import simulate
+from dualpipe.simulate.simulate import peak_memory, simulate
 from dualpipe.validate import validate
 
 

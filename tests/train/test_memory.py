@@ -16,7 +16,7 @@ from dualpipe.ir import Schedule
 from dualpipe.registry import build
 from dualpipe.runtime.execute import execute
 from dualpipe.runtime.protocols import Stage as PipelineStage
-from dualpipe.simulate.memory import peak_activations
+from dualpipe.simulate.simulate import peak_activations
 from model.objective import LossSums
 from model.stage import StageRun
 from tests.dualpipe.random_schedules import bidirectional, random_schedule, v_shaped

@@ -13,11 +13,10 @@ from pathlib import Path
 from torch import distributed as dist
 
 from comm.groups import make_group
-from dualpipe.draw.entry import Entry, entry
-from dualpipe.draw.page import html
+from dualpipe.draw.entry import Entry, entry, size
 from dualpipe.draw.svg import svg
+from dualpipe.draw.table import html
 from dualpipe.draw.trace import trace
-from dualpipe.draw.words import size
 from dualpipe.ir import Schedule
 from dualpipe.passes import one_at_a_time
 from dualpipe.runtime.execute import Execution

@@ -4,9 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from dualpipe.generate.dualpipe import dualpipe
+from dualpipe.generate.dualpipe import dualpipe, mirror
 from dualpipe.generate.dualpipe_v import dualpipe_v
-from dualpipe.generate.mirror import mirror
 from dualpipe.generate.one_f_one_b import one_f_one_b
 from dualpipe.generate.zero_bubble import zb_v
 from dualpipe.ir import Op, Operation, Schedule, ScheduleError
