@@ -115,11 +115,11 @@ class Dispatcher(Protocol):
 
     num_local_experts: int
 
-    def plan(self, topk_ids_TK: Tensor, weights_TK: Tensor | None = None, label: Label | None = None) -> Handle:
+    def plan(self, ids_TK: Tensor, weights_TK: Tensor | None = None, label: Label | None = None) -> Handle:
         """Starts the exchange of counts.
 
         Args:
-            topk_ids_TK: int64, global expert ids, distinct within a row; -1 stands for no expert: such a choice is
+            ids_TK: int64, global expert ids, distinct within a row; -1 stands for no expert: such a choice is
                 not sent, adds nothing, and its weight's gradient is 0.
             weights_TK: routing weights, by which a token over the cap on nodes is clipped; without them each
                 choice counts the same.

@@ -52,9 +52,9 @@ class SortedChoices:
     shape_TK: tuple[int, int]
 
     @classmethod
-    def sort(cls, topk_ids_TK: Tensor) -> Self:
+    def sort(cls, ids_TK: Tensor) -> Self:
         """Sorts one micro-batch's choices, without a host synchronisation."""
-        return cls(topk_ids_TK.flatten().argsort(stable=True), (topk_ids_TK.shape[0], topk_ids_TK.shape[1]))
+        return cls(ids_TK.flatten().argsort(stable=True), (ids_TK.shape[0], ids_TK.shape[1]))
 
     def keep(self, num_dropped: int) -> ExpertOrder:
         """The order of those that are sent."""
@@ -63,9 +63,9 @@ class SortedChoices:
         return ExpertOrder(order_A, order_A // max(1, self.shape_TK[1]), places_N.view(self.shape_TK))
 
 
-def count_choices(topk_ids_TK: Tensor, num_experts: int) -> Tensor:
+def count_choices(ids_TK: Tensor, num_experts: int) -> Tensor:
     """Choices that are dropped, then of each expert; int64, 1 + E, on the ids' device."""
-    ids_N = topk_ids_TK.flatten()
+    ids_N = ids_TK.flatten()
     return ids_N.new_zeros(1 + num_experts).scatter_add_(0, ids_N + 1, torch.ones_like(ids_N))
 
 

@@ -30,9 +30,9 @@ class Fp8Dispatcher:
         self.num_local_experts = inner.num_local_experts
         self._inner = inner
 
-    def plan(self, topk_ids_TK: Tensor, weights_TK: Tensor | None = None, label: Label | None = None) -> Handle:
+    def plan(self, ids_TK: Tensor, weights_TK: Tensor | None = None, label: Label | None = None) -> Handle:
         """The inner dispatcher's."""
-        return self._inner.plan(topk_ids_TK, weights_TK, label)
+        return self._inner.plan(ids_TK, weights_TK, label)
 
     def dispatch(self, rows_TD: Tensor, weights_TK: Tensor, handle: Handle) -> Work[Arrived]:
         """A quantised copy of each token's row, and the weight as it is, to each of its experts."""

@@ -31,10 +31,10 @@ class LocalDispatcher:
     def __init__(self, num_experts: int) -> None:
         self.num_local_experts = num_experts
 
-    def plan(self, topk_ids_TK: Tensor, weights_TK: Tensor | None = None, label: Label | None = None) -> Handle:
+    def plan(self, ids_TK: Tensor, weights_TK: Tensor | None = None, label: Label | None = None) -> Handle:
         """Sorts the choices; on CUDA the counts cost a host synchronisation."""
-        num_dropped, *counts = count_choices(topk_ids_TK, self.num_local_experts).tolist()
-        return LocalHandle(SortedChoices.sort(topk_ids_TK).keep(num_dropped), tuple(counts))
+        num_dropped, *counts = count_choices(ids_TK, self.num_local_experts).tolist()
+        return LocalHandle(SortedChoices.sort(ids_TK).keep(num_dropped), tuple(counts))
 
     def dispatch(self, rows_TD: Tensor, weights_TK: Tensor, handle: Handle) -> Work[Arrived]:
         """A copy of each token's row, and the weight, to each of its experts."""

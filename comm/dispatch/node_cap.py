@@ -215,12 +215,12 @@ class ClippingDispatcher:
         self._max_nodes = max_nodes
         self._count = count
 
-    def plan(self, topk_ids_TK: Tensor, weights_TK: Tensor | None = None, label: Label | None = None) -> Handle:
+    def plan(self, ids_TK: Tensor, weights_TK: Tensor | None = None, label: Label | None = None) -> Handle:
         """Clips the choices, then plans what is left."""
-        self._node_of_expert_E = self._node_of_expert_E.to(topk_ids_TK.device)
-        clipped = clip(topk_ids_TK, weights_TK, self._node_of_expert_E, self._num_nodes, self._max_nodes)
+        self._node_of_expert_E = self._node_of_expert_E.to(ids_TK.device)
+        clipped = clip(ids_TK, weights_TK, self._node_of_expert_E, self._num_nodes, self._max_nodes)
         self._count.add(None if label is None else label.layer, clipped.over_T)
-        renormalisation = Renormalisation(topk_ids_TK >= 0, clipped.ids_TK >= 0, clipped.over_T)
+        renormalisation = Renormalisation(ids_TK >= 0, clipped.ids_TK >= 0, clipped.over_T)
         return ClippedHandle(self._inner.plan(clipped.ids_TK, weights_TK, label), renormalisation)
 
     def dispatch(self, rows_TD: Tensor, weights_TK: Tensor, handle: Handle) -> Work[Arrived]:

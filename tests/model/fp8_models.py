@@ -35,8 +35,8 @@ class Away:
         self._inner = inner
         self.num_local_experts = inner.num_local_experts
 
-    def plan(self, topk_ids_TK: Tensor, weights_TK: Tensor | None = None, label: Label | None = None) -> Handle:
-        return self._inner.plan(topk_ids_TK, weights_TK, label)
+    def plan(self, ids_TK: Tensor, weights_TK: Tensor | None = None, label: Label | None = None) -> Handle:
+        return self._inner.plan(ids_TK, weights_TK, label)
 
     def dispatch(self, rows_TD: Tensor, weights_TK: Tensor, handle: Handle) -> Work[Arrived]:
         return self._inner.dispatch(rows_TD, weights_TK, handle)

@@ -76,10 +76,10 @@ class AllToAllDispatcher:
         self._lane = lane
         self._traffic = observers.traffic
 
-    def plan(self, topk_ids_TK: Tensor, weights_TK: Tensor | None = None, label: Label | None = None) -> Handle:
+    def plan(self, ids_TK: Tensor, weights_TK: Tensor | None = None, label: Label | None = None) -> Handle:
         """Starts the exchange of counts per (destination rank, local expert) on the lane."""
-        work = self._lane.submit(lambda: self._planner.exchange(topk_ids_TK, label))
-        return AllToAllHandle(topk_ids_TK.shape[0], label, work)
+        work = self._lane.submit(lambda: self._planner.exchange(ids_TK, label))
+        return AllToAllHandle(ids_TK.shape[0], label, work)
 
     def dispatch(self, rows_TD: Tensor, weights_TK: Tensor, handle: Handle) -> Work[Arrived]:
         """A copy of each token's row, and the weight, to each of its experts."""

@@ -79,16 +79,16 @@ class AllToAllPlanner:
         self._max_nodes = self._num_nodes if max_nodes is None else max_nodes
         self._traffic = traffic
 
-    def exchange(self, topk_ids_TK: Tensor, label: Label | None) -> AllToAllCounts:
+    def exchange(self, ids_TK: Tensor, label: Label | None) -> AllToAllCounts:
         """Counts rows per (destination rank, local expert) and tells each rank its part."""
-        self._node_of_expert_E = self._node_of_expert_E.to(topk_ids_TK.device)
-        counts = count_choices(topk_ids_TK, self._num_experts)
-        touched_TN = touched_nodes(topk_ids_TK, self._node_of_expert_E, self._num_nodes)
+        self._node_of_expert_E = self._node_of_expert_E.to(ids_TK.device)
+        counts = count_choices(ids_TK, self._num_experts)
+        touched_TN = touched_nodes(ids_TK, self._node_of_expert_E, self._num_nodes)
         num_ranks = len(self._wire.members)
         num_over = (touched_TN.sum(1) > self._max_nodes).sum()
         counts_RL = counts[1:].view(num_ranks, self.num_local_experts)
         under_way = self._wire.start_numbers(torch.cat([counts_RL, num_over.expand(num_ranks, 1)], 1), label)
-        choices = SortedChoices.sort(topk_ids_TK)
+        choices = SortedChoices.sort(ids_TK)
         return AllToAllCounts(choices, touched_TN, torch.cat([counts, touched_TN.sum(0), under_way.wait().flatten()]))
 
     def complete(self, counted: AllToAllCounts, label: Label | None) -> AllToAllRoute:

@@ -129,14 +129,14 @@ class DeepEPDispatcher(ClosesOnSuccess):
         """Frees the buffer; all members at the same point, when the lane is through."""
         self._buffer.close()
 
-    def plan(self, topk_ids_TK: Tensor, weights_TK: Tensor | None = None, label: Label | None = None) -> Handle:
+    def plan(self, ids_TK: Tensor, weights_TK: Tensor | None = None, label: Label | None = None) -> Handle:
         """Prepares the choices; their exchange is part of the first dispatch.
 
         Raises:
             DeepEPError: more tokens or choices than the buffer is made for.
         """
-        self._buffer.check_plan(topk_ids_TK)
-        return DeepEPHandle(len(topk_ids_TK), label, self._lane.submit(lambda: self._prepare(topk_ids_TK, label)))
+        self._buffer.check_plan(ids_TK)
+        return DeepEPHandle(len(ids_TK), label, self._lane.submit(lambda: self._prepare(ids_TK, label)))
 
     def dispatch(self, rows_TD: Tensor, weights_TK: Tensor, handle: Handle) -> Work[Arrived]:
         """A copy of each token's row, and the weight, to each of its experts.
@@ -203,16 +203,16 @@ class DeepEPDispatcher(ClosesOnSuccess):
 
         return self._lane.submit(run)
 
-    def _prepare(self, topk_ids_TK: Tensor, label: Label | None) -> _Planned:
+    def _prepare(self, ids_TK: Tensor, label: Label | None) -> _Planned:
         num_members = len(self._wire.members)
-        reached_TM = touched_nodes(topk_ids_TK, self._member_of_expert_E, num_members)
-        touched_TN = touched_nodes(topk_ids_TK, self._node_of_expert_E, self._num_nodes)
+        reached_TM = touched_nodes(ids_TK, self._member_of_expert_E, num_members)
+        touched_TN = touched_nodes(ids_TK, self._node_of_expert_E, self._num_nodes)
         num_over_M1 = (touched_TN.sum(1) > self._max_nodes).sum().repeat(num_members, 1)
         if self._max_nodes < self._num_nodes:
             num_over_M1 = self._wire.exchange_numbers(num_over_M1, label)
         numbers = torch.cat([reached_TM.sum(0), touched_TN.sum(0), num_over_M1.flatten()])
-        ids_TK = topk_ids_TK.to(self._buffer.ids_dtype).contiguous()
-        return _Planned(ids_TK, touched_TN, numbers.to("cpu", non_blocking=True))
+        sent_TK = ids_TK.to(self._buffer.ids_dtype).contiguous()
+        return _Planned(sent_TK, touched_TN, numbers.to("cpu", non_blocking=True))
 
     def _lay_out(self, own: DeepEPHandle, rows_TD: Tensor, weights_TK: Tensor | None, name: str) -> Received:
         """The dispatch that makes DeepEP's handle, and with it a route for rows of this type."""

@@ -142,14 +142,14 @@ class TwoHopDispatcher:
         self._traffic = observers.traffic
         self._partial_sums = config.partial_sums
 
-    def plan(self, topk_ids_TK: Tensor, weights_TK: Tensor | None = None, label: Label | None = None) -> Handle:
+    def plan(self, ids_TK: Tensor, weights_TK: Tensor | None = None, label: Label | None = None) -> Handle:
         """Starts the exchange of numbers on the lane.
 
         Where a token of any rank touches more nodes than the cap allows, the first use of the handle raises
         NodeCapError on all ranks.
         """
-        work = self._lane.submit(lambda: self._planner.exchange(topk_ids_TK, label))
-        return TwoHopHandle(topk_ids_TK.shape[0], label, work)
+        work = self._lane.submit(lambda: self._planner.exchange(ids_TK, label))
+        return TwoHopHandle(ids_TK.shape[0], label, work)
 
     def dispatch(self, rows_TD: Tensor, weights_TK: Tensor, handle: Handle) -> Work[Arrived]:
         """A copy of each token's row, and the weight, to each of its experts."""
@@ -157,8 +157,8 @@ class TwoHopDispatcher:
 
         def run() -> Arrived:
             route = own.route(self._planner)
-            form = RowFormat.of(rows_TD, weights_TK, route.ids_TK)
-            arrived_XB = self._spread("dispatch", own, form, (rows_TD, weights_TK, route.ids_TK))
+            form = RowFormat.of(rows_TD, weights_TK, route.shifted_TK)
+            arrived_XB = self._spread("dispatch", own, form, (rows_TD, weights_TK, route.shifted_TK))
             expansion = own.expand(lambda: self._expand(route, form.part(arrived_XB, _IDS)))
             rows_AD = permute(form.part(arrived_XB, _ROWS), expansion.rows_A)
             weights_A = form.part(arrived_XB, _WEIGHTS).flatten().index_select(0, expansion.choices_A)
@@ -215,7 +215,7 @@ class TwoHopDispatcher:
         route = own.route(self._planner)
         rows, dtype = dense(rows_AD), self._sum_dtype(rows_AD.dtype)
         places = own.expansion.places_XK.split([sum(hop.received) for hop in route.within])
-        riders = () if weights_A is None else (RowPart(route.ids_TK.shape[1], weights_A.dtype),)
+        riders = () if weights_A is None else (RowPart(route.shifted_TK.shape[1], weights_A.dtype),)
         form = RowFormat.of_parts(RowPart(rows.shape[1], dtype), *riders)
 
         def pack(message: int) -> Tensor:
@@ -236,8 +236,8 @@ class TwoHopDispatcher:
         route = own.route(self._planner)
         return Travel(self._rail, self._node, route.across, route.within, name, own.label)
 
-    def _expand(self, route: TwoHopRoute, ids_XK: Tensor) -> Expansion:
-        return self._reader.expand(ids_XK, route.by_source_X, sum(route.counts))
+    def _expand(self, route: TwoHopRoute, shifted_XK: Tensor) -> Expansion:
+        return self._reader.expand(shifted_XK, route.by_source_X, sum(route.counts))
 
     def _sum_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return torch.float32 if self._partial_sums == "float32" and dtype.itemsize < 4 else dtype

@@ -23,11 +23,11 @@ from comm.relays import Relays
 class TwoHopCounts:
     """What an exchange of numbers leaves behind, still on the device.
 
-    ids_TK: expert ids plus 1, so that 0 is no expert. touched_TN: the nodes that each token touches. tokens: of each
+    shifted_TK: expert ids plus 1, 0 for no expert. touched_TN: the nodes that each token touches. tokens: of each
     row sent, by message, and then what is of no use. places_TP: see `TwoHopRoute`. numbers: the ledger's.
     """
 
-    ids_TK: Tensor
+    shifted_TK: Tensor
     touched_TN: Tensor
     tokens: Tensor
     places_TP: Tensor
@@ -43,7 +43,7 @@ class TwoHopRoute:
         within: the exchanges in the node: of each such chunk, then of rows that need not cross nodes.
         counts: rows of each local expert.
         num_least_rows: rows that must cross nodes.
-        ids_TK: expert ids plus 1, as they ride with rows.
+        shifted_TK: expert ids plus 1, as they ride with rows.
         tokens: of each row sent, by message: chunks that cross, then what need not cross.
         places_TP: where each token's rows lie among all of those, negative where there is none.
         by_source_X: the place of each row that arrives in the order of sources and their tokens.
@@ -53,7 +53,7 @@ class TwoHopRoute:
     within: tuple[Hop, ...]
     counts: tuple[int, ...]
     num_least_rows: int
-    ids_TK: Tensor
+    shifted_TK: Tensor
     tokens: tuple[Tensor, ...]
     places_TP: Tensor
     by_source_X: Tensor
@@ -95,16 +95,16 @@ class TwoHopPlanner:
         self._traffic = traffic
         self._tables: _Tables | None = None
 
-    def exchange(self, topk_ids_TK: Tensor, label: Label | None) -> TwoHopCounts:
+    def exchange(self, ids_TK: Tensor, label: Label | None) -> TwoHopCounts:
         """Counts rows per chunk for each rank and node, and tells each rank what it needs to know."""
-        num_tokens, num_ranks = len(topk_ids_TK), len(self._wire.members)
-        tables = self._tables_on(topk_ids_TK.device)
-        ids_TK = topk_ids_TK + 1
-        ids_N = ids_TK.flatten()
+        num_tokens, num_ranks = len(ids_TK), len(self._wire.members)
+        tables = self._tables_on(ids_TK.device)
+        shifted_TK = ids_TK + 1
+        ids_N = shifted_TK.flatten()
         num_padded = -(-num_tokens // self._num_chunks) * self._num_chunks
         touched = ids_N.new_zeros(num_padded, 1 + num_ranks + self._relays.num_nodes, dtype=torch.bool)
         for column in (tables.rank_column, tables.node_column):
-            touched[:num_tokens].scatter_(1, column.index_select(0, ids_N).view(ids_TK.shape), True)
+            touched[:num_tokens].scatter_(1, column.index_select(0, ids_N).view(shifted_TK.shape), True)
         counts_E = ids_N.new_zeros(1 + self._num_experts).scatter_add_(0, ids_N, torch.ones_like(ids_N))[1:]
         over = touched[:, 1 + num_ranks :].sum(1) > self._max_nodes
         by_chunk = touched[:, 1:].unflatten(0, (self._num_chunks, num_padded // self._num_chunks)).sum(1)
@@ -112,7 +112,7 @@ class TwoHopPlanner:
         under_way = self._wire.start_numbers(own.index_select(0, tables.told).view(num_ranks, -1), label)
         tokens, places_PP = self._order(touched.index_select(1, tables.place_columns))
         return TwoHopCounts(
-            ids_TK=ids_TK,
+            shifted_TK=shifted_TK,
             touched_TN=touched[:num_tokens, 1 + num_ranks :],
             tokens=tokens,
             places_TP=places_PP[:num_tokens],
@@ -127,17 +127,17 @@ class TwoHopPlanner:
         """
         read = self._ledger.read(counted.numbers.tolist())
         verify_cap(read.num_over_R, self._wire, counted.touched_TN, self._max_nodes, label)
-        self._traffic.add_plan(None if label is None else label.layer, len(counted.ids_TK), read.num_touched_nodes)
+        self._traffic.add_plan(None if label is None else label.layer, len(counted.shifted_TK), read.num_touched_nodes)
         lengths = [sum(hop.sent) for hop in (*read.across, read.within[-1])]
         return TwoHopRoute(
             across=read.across,
             within=read.within,
             counts=read.counts,
             num_least_rows=read.num_least_rows,
-            ids_TK=counted.ids_TK.to(self._id_dtype),
+            shifted_TK=counted.shifted_TK.to(self._id_dtype),
             tokens=counted.tokens[: sum(lengths)].split(lengths),
             places_TP=counted.places_TP,
-            by_source_X=_by_source(read.runs, counted.ids_TK.device),
+            by_source_X=_by_source(read.runs, counted.shifted_TK.device),
         )
 
     def _order(self, touched: Tensor) -> Selection:

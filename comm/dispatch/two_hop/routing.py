@@ -52,41 +52,41 @@ class RowReader:
         own = range(place * num_local, (place + 1) * num_local)
         self._local = _numbered(num_experts, [range(expert, expert + 1) for expert in own])
 
-    def relay(self, ids_MK: Tensor, num_sent: int) -> Relaying:
+    def relay(self, shifted_MK: Tensor, num_sent: int) -> Relaying:
         """Where rows go on to: copies by rank, then as the rows lie.
 
         Args:
-            ids_MK: expert ids plus 1, of each row.
+            shifted_MK: expert ids plus 1, of each row.
             num_sent: copies, S.
         """
-        self._member = self._member.to(ids_MK.device)
-        member_MK = self._member.index_select(0, ids_MK.flatten().to(torch.int64)).view(ids_MK.shape)
-        touched = ids_MK.new_zeros(len(ids_MK), self._num_members + 1, dtype=torch.bool)
+        self._member = self._member.to(shifted_MK.device)
+        member_MK = self._member.index_select(0, shifted_MK.flatten().to(torch.int64)).view(shifted_MK.shape)
+        touched = shifted_MK.new_zeros(len(shifted_MK), self._num_members + 1, dtype=torch.bool)
         touched_GM = touched.scatter_(1, member_MK, True)[:, : self._num_members].T
-        rows_GM = torch.arange(len(ids_MK), device=ids_MK.device).expand_as(touched_GM)
+        rows_GM = torch.arange(len(shifted_MK), device=shifted_MK.device).expand_as(touched_GM)
         rows_S, places = select(touched_GM.flatten(), rows_GM.flatten(), num_sent)
         return Relaying(rows_S, places.view(touched_GM.shape).T)
 
-    def expand(self, ids_XK: Tensor, by_source_X: Tensor, num_rows: int) -> Expansion:
+    def expand(self, shifted_XK: Tensor, by_source_X: Tensor, num_rows: int) -> Expansion:
         """The order of the experts' rows: by expert, then by source and token.
 
         Args:
-            ids_XK: expert ids plus 1, of each arrived row.
+            shifted_XK: expert ids plus 1, of each arrived row.
             by_source_X: the place of each arrived row in the order of sources and their tokens.
             num_rows: of all experts of this rank, A.
         """
-        self._local = self._local.to(ids_XK.device)
-        num_arrived, num_choices = ids_XK.shape
-        local_XK = self._local.index_select(0, ids_XK.flatten().to(torch.int64)).view(ids_XK.shape)
+        self._local = self._local.to(shifted_XK.device)
+        num_arrived, num_choices = shifted_XK.shape
+        local_XK = self._local.index_select(0, shifted_XK.flatten().to(torch.int64)).view(shifted_XK.shape)
         entries = (local_XK * num_arrived + by_source_X[:, None]).flatten()
-        choices = torch.arange(num_arrived * num_choices, device=ids_XK.device)
+        choices = torch.arange(num_arrived * num_choices, device=shifted_XK.device)
         # One block for each expert and one for choices that are not here, each in order.
         choice_of_entry = choices.new_zeros((self._num_local + 1) * num_arrived).scatter_(0, entries, choices)
         here = torch.zeros_like(choice_of_entry, dtype=torch.bool).scatter_(0, entries, True)
         here[self._num_local * num_arrived :] = False
         choices_A, places = select(here, choice_of_entry, num_rows)
         return Expansion(
-            choices_A // max(1, num_choices), choices_A, places.index_select(0, entries).view(ids_XK.shape)
+            choices_A // max(1, num_choices), choices_A, places.index_select(0, entries).view(shifted_XK.shape)
         )
 
 
