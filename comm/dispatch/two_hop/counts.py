@@ -1,6 +1,6 @@
-"""The numbers of a two-hop plan: what a member counts, tells each other member, and learns from them.
+"""The counts of a two-hop plan: what a member counts, sends to each other member, and receives from them.
 
-From one exchange of these follow the splits of every message of both hops, both ways. No torch here.
+One exchange of these gives the splits of every message of both hops, in both directions. No torch here.
 
 Shape legend: R ranks of the expert group, N nodes, G ranks of the fullest node, E experts, L = E / R of each rank,
 C chunks.
@@ -36,8 +36,8 @@ class RowRun:
 
 
 @dataclass(frozen=True, slots=True)
-class Read:
-    """What a plan's numbers mean.
+class PlanCounts:
+    """Decoded counts of a plan.
 
     Attributes:
         across: the exchange of each chunk along the rail; none where there is one node.
@@ -58,13 +58,14 @@ class Read:
     num_least_rows: int
 
 
-class Ledger:
-    """Where each number stands, and what follows from them.
+class CountLayout:
+    """Positions of all counts of one member, and their decoding.
 
-    A member counts for itself, in this order: for each chunk its tokens that touch each rank (R), then each node (N);
-    its choices of each expert (E); its tokens over the cap; 0. It tells each member: rows for it in each chunk (C);
-    rows for each of its experts (L); tokens over the cap; and its relays, for each chunk, rows for the node and for
-    each rank there (C (1 + G)).
+    A member's own counts, in this order: for each chunk its tokens that touch each rank (R), then each node (N);
+    its choices of each expert (E); its tokens over the cap; 0. It sends each member: rows for it in each chunk (C);
+    rows for each of its experts (L); tokens over the cap; and to its relays, for each chunk, rows for the node and for
+    each rank there (C (1 + G)). Other members receive 0 in the place of a relay's counts, so that all messages have
+    one width.
     """
 
     def __init__(self, relays: Relays, place: int, rail: Sequence[int], num_local: int, num_chunks: int) -> None:
@@ -89,23 +90,24 @@ class Ledger:
         self._stride = self._num_ranks + relays.num_nodes
         self._num_counted = num_chunks * self._stride
         self._num_own = self._num_counted + self._num_ranks * num_local + 2
-        self._told = num_chunks + num_local + 1  # where a relay's numbers begin
-        self.width = self._told + num_chunks * (1 + relays.num_most_members)
+        self._relay_begin = num_chunks + num_local + 1
+        self.width = self._relay_begin + num_chunks * (1 + relays.num_most_members)
 
-    def told(self) -> list[list[int]]:
-        """For each member, which of this member's own numbers it is told; R rows of `width`."""
-        return [self._told_to(member) for member in range(self._num_ranks)]
+    def send_indices(self) -> list[list[int]]:
+        """Returns for each member the indices of the own counts that it is sent; R rows of `width`."""
+        return [self._indices_for(member) for member in range(self._num_ranks)]
 
-    def read(self, numbers: Sequence[int]) -> Read:
-        """What follows from a member's own numbers and, after them, what each member told it."""
+    def decode(self, numbers: Sequence[int]) -> PlanCounts:
+        """Decodes a member's own counts and, after them, those that it received from each member."""
+        # own: C (R + N). rows: what each member sent, R of `width`.
         own = numbers[: self._num_counted]
         begins = range(self._num_own, len(numbers), self.width)
         rows = [numbers[begin : begin + self.width] for begin in begins]
         touched_N = [sum(own[self._num_ranks + node :: self._stride]) for node in range(self._relays.num_nodes)]
         chunks = range(self.num_chunks if self._relays.num_nodes > 1 else 0)
         runs = self._runs(rows, chunks)
-        num_chunks, end = self.num_chunks, self._told - 1
-        return Read(
+        num_chunks, end = self.num_chunks, self._relay_begin - 1
+        return PlanCounts(
             across=tuple(self._across(own, rows, chunk) for chunk in chunks),
             within=(*(self._within(rows, chunk) for chunk in chunks), self._home(own, rows)),
             runs=runs,
@@ -115,25 +117,28 @@ class Ledger:
             num_least_rows=sum(touched_N) - touched_N[self._node],
         )
 
-    def _told_to(self, member: int) -> list[int]:
+    def _indices_for(self, member: int) -> list[int]:
         stride, zero = self._stride, self._num_own - 1
         node = self._relays.node_of[member]
         chunks = [chunk * stride for chunk in range(self.num_chunks)]
         first = self._num_counted + member * self._num_local
-        told = [chunk + member for chunk in chunks] + list(range(first, first + self._num_local)) + [zero - 1]
+        # Rows for the member in each chunk, rows for each of its experts, tokens over the cap.
+        indices = [chunk + member for chunk in chunks] + list(range(first, first + self._num_local)) + [zero - 1]
+        # A relay also needs, for each chunk, the rows for its node and for each rank there; padded to 1 + G.
         if node != self._node and self._relays.relay(self._place, node) == member:
             for chunk in chunks:
                 there = [self._num_ranks + node, *self._relays.members_of[node]]
-                told += [chunk + column for column in there]
-                told += [zero] * (1 + self._relays.num_most_members - len(there))
-        return told + [zero] * (self.width - len(told))
+                indices += [chunk + column for column in there]
+                indices += [zero] * (1 + self._relays.num_most_members - len(there))
+        return indices + [zero] * (self.width - len(indices))
 
     def _relayed(self, rows: Sequence[Sequence[int]], source: int, chunk: int) -> Sequence[int]:
-        """Of a source that this member relays: rows for the node, then for each of its ranks."""
-        begin = self._told + chunk * (1 + self._relays.num_most_members)
+        """Returns the rows of a source that this member relays: for the node, then for each of its ranks."""
+        begin = self._relay_begin + chunk * (1 + self._relays.num_most_members)
         return rows[source][begin : begin + 1 + len(self._members)]
 
     def _across(self, own: Sequence[int], rows: Sequence[Sequence[int]], chunk: int) -> Hop:
+        """Returns the exchange of a chunk along the rail: to this member's relays, from the sources that it relays."""
         sent, received, begin = [], [], chunk * self._stride + self._num_ranks
         for member in self._rail:
             node = self._relays.node_of[member]
@@ -144,10 +149,12 @@ class Ledger:
         return Hop(tuple(sent), tuple(received))
 
     def _home(self, own: Sequence[int], rows: Sequence[Sequence[int]]) -> Hop:
+        """Returns the exchange of rows that need not cross nodes, of all chunks together."""
         sent = [sum(own[member :: self._stride]) for member in self._members]
         return Hop(tuple(sent), tuple(sum(rows[member][: self.num_chunks]) for member in self._members))
 
     def _within(self, rows: Sequence[Sequence[int]], chunk: int) -> Hop:
+        """Returns the exchange in the node of a chunk that has crossed: what relays send on."""
         sent = [0] * len(self._members)
         for source in self._sources[self._place]:
             relayed = self._relayed(rows, source, chunk)
@@ -167,7 +174,7 @@ class Ledger:
 
 
 def shifts_by_source(runs: Sequence[RowRun]) -> list[int]:
-    """How far each run's rows move from where they arrive to where (source, chunk) order puts them."""
+    """Returns by how many places each run moves from the order of arrival into (source, chunk) order."""
     begins = list(accumulate((run.num_rows for run in runs), initial=0))[:-1]
     in_order = sorted(range(len(runs)), key=lambda index: (runs[index].source, runs[index].chunk))
     shifts, begin = [0] * len(runs), 0

@@ -21,8 +21,8 @@ from comm.dispatch.all_to_all.plan import num_local_experts
 from comm.dispatch.expert_order import dense, restore_values
 from comm.dispatch.process_group import Observers, Wire
 from comm.dispatch.row_format import RowFormat, RowPart
-from comm.dispatch.two_hop.chunks import Travel
-from comm.dispatch.two_hop.counts import Ledger
+from comm.dispatch.two_hop.chunks import ChunkedExchange
+from comm.dispatch.two_hop.counts import CountLayout
 from comm.dispatch.two_hop.plan import TwoHopCounts, TwoHopPlanner, TwoHopRoute
 from comm.dispatch.two_hop.routing import Expansion, Relaying, RowReader
 from comm.groups import join_one
@@ -60,7 +60,7 @@ class TwoHopGroups:
 class TwoHopHandle:
     """One routing of one micro-batch. Owns its index tensors, which only the lane touches.
 
-    What the ids that ride with the first dispatch tell is kept for all further exchanges.
+    The order that follows from the ids sent with the first dispatch is kept for all further exchanges.
     """
 
     def __init__(self, num_tokens: int, label: Label | None, work: Work[TwoHopCounts]) -> None:
@@ -118,10 +118,10 @@ class TwoHopDispatcher:
         Args:
             groups: of this rank.
             num_experts: of the layer, over all ranks.
-            layout: tells the members' nodes.
+            layout: of the world, for the members' nodes.
             lane: where all exchanges run.
             observers: who counts and logs them.
-            config: `payload` and a cap that clips are the business of others.
+            config: `payload` and a cap that clips are handled by wrappers.
 
         Raises:
             DispatchError: the group does not divide the experts.
@@ -132,9 +132,9 @@ class TwoHopDispatcher:
         self.num_local_experts = num_local_experts(num_experts, len(expert.members))
         relays = Relays(expert.nodes)
         rail = [expert.members.index(rank) for rank in self._rail.members]
-        ledger = Ledger(relays, expert.place, rail, self.num_local_experts, config.chunks)
+        count_layout = CountLayout(relays, expert.place, rail, self.num_local_experts, config.chunks)
         max_nodes = config.max_nodes if config.node_cap == "verify" else None
-        self._planner = TwoHopPlanner(expert, relays, ledger, num_experts, max_nodes, observers.traffic)
+        self._planner = TwoHopPlanner(expert, relays, count_layout, num_experts, max_nodes, observers.traffic)
         members = relays.members_of[relays.node_of[expert.place]]
         self._reader = RowReader(num_experts, self.num_local_experts, members, expert.place)
         self._groups = groups
@@ -143,7 +143,7 @@ class TwoHopDispatcher:
         self._partial_sums = config.partial_sums
 
     def plan(self, ids_TK: Tensor, weights_TK: Tensor | None = None, label: Label | None = None) -> Handle:
-        """Starts the exchange of numbers on the lane.
+        """Starts the exchange of counts on the lane.
 
         Where a token of any rank touches more nodes than the cap allows, the first use of the handle raises
         NodeCapError on all ranks.
@@ -158,7 +158,7 @@ class TwoHopDispatcher:
         def run() -> Arrived:
             route = own.route(self._planner)
             form = RowFormat.of(rows_TD, weights_TK, route.shifted_TK)
-            arrived_XB = self._spread("dispatch", own, form, (rows_TD, weights_TK, route.shifted_TK))
+            arrived_XB = self._send_to_experts("dispatch", own, form, (rows_TD, weights_TK, route.shifted_TK))
             expansion = own.expand(lambda: self._expand(route, form.part(arrived_XB, _IDS)))
             rows_AD = permute(form.part(arrived_XB, _ROWS), expansion.rows_A)
             weights_A = form.part(arrived_XB, _WEIGHTS).flatten().index_select(0, expansion.choices_A)
@@ -169,14 +169,14 @@ class TwoHopDispatcher:
     def combine(self, rows_AD: Tensor, handle: Handle) -> Work[Tensor]:
         """The unweighted sum over each token's experts; TD."""
         own = _own(handle)
-        return self._lane.submit(lambda: self._collect("combine", own, rows_AD, None)[0])
+        return self._lane.submit(lambda: self._return_to_tokens("combine", own, rows_AD, None)[0])
 
     def dispatch_backward(self, rows_AD: Tensor, weights_A: Tensor, handle: Handle) -> Work[tuple[Tensor, Tensor]]:
         """Gradients of rows, summed per token (TD), and of weights (TK)."""
         own = _own(handle)
 
         def run() -> tuple[Tensor, Tensor]:
-            rows_TD, weights_TK = self._collect("dispatch backward", own, rows_AD, weights_A)
+            rows_TD, weights_TK = self._return_to_tokens("dispatch backward", own, rows_AD, weights_A)
             return rows_TD, weights_TK
 
         return self._lane.submit(run)
@@ -187,7 +187,7 @@ class TwoHopDispatcher:
 
         def run() -> Tensor:
             form = RowFormat.of(rows_TD)
-            arrived_XB = self._spread("combine backward", own, form, (rows_TD,))
+            arrived_XB = self._send_to_experts("combine backward", own, form, (rows_TD,))
             return permute(form.part(arrived_XB, _ROWS), own.expansion.rows_A)
 
         return self._lane.submit(run)
@@ -196,8 +196,8 @@ class TwoHopDispatcher:
         """Ends the rail's and the node's group."""
         self._groups.close()
 
-    def _spread(self, name: str, own: TwoHopHandle, form: RowFormat, parts: Sequence[Tensor]) -> Tensor:
-        """Sends rows to their experts' ranks, once to each; bytes_XB. Ids must ride with the first of a handle."""
+    def _send_to_experts(self, name: str, own: TwoHopHandle, form: RowFormat, parts: Sequence[Tensor]) -> Tensor:
+        """Sends rows to their experts' ranks, once to each; bytes_XB. Ids are part of the first of a handle."""
         route, dense_parts = own.route(self._planner), [dense(part) for part in parts]
 
         def relay(chunk: int, crossed_MB: Tensor) -> Tensor:
@@ -206,12 +206,14 @@ class TwoHopDispatcher:
                 own.relayings.append(self._reader.relay(form.part(crossed_MB, _IDS), num_sent))
             return permute(crossed_MB, own.relayings[chunk].rows_S)
 
-        travel = self._travel(name, own)
-        travel.predict(self._traffic, form.bytes_per_row, route.num_least_rows, back=False)
-        return travel.spread(form, lambda message: form.gather(dense_parts, route.tokens[message]), relay)
+        exchange = self._chunked(name, own)
+        exchange.predict(self._traffic, form.bytes_per_row, route.num_least_rows, back=False)
+        return exchange.send_to_experts(form, lambda message: form.gather(dense_parts, route.tokens[message]), relay)
 
-    def _collect(self, name: str, own: TwoHopHandle, rows_AD: Tensor, weights_A: Tensor | None) -> list[Tensor]:
-        """Sums of rows at each stop of their way back, TD, and the value of each choice, TK, if weights are given."""
+    def _return_to_tokens(
+        self, name: str, own: TwoHopHandle, rows_AD: Tensor, weights_A: Tensor | None
+    ) -> list[Tensor]:
+        """Sums rows at each stop on their return, TD; with weights, also restores the value of each choice, TK."""
         route = own.route(self._planner)
         rows, dtype = dense(rows_AD), self._sum_dtype(rows_AD.dtype)
         places = own.expansion.places_XK.split([sum(hop.received) for hop in route.within])
@@ -227,14 +229,14 @@ class TwoHopDispatcher:
         def relay(chunk: int, crossed_MB: Tensor) -> Tensor:
             return form.pack(form.sum(crossed_MB, own.relayings[chunk].places_MG))
 
-        travel = self._travel(name, own)
-        travel.predict(self._traffic, form.bytes_per_row, route.num_least_rows, back=True)
-        returned_YB = travel.collect(form, pack, relay)
+        exchange = self._chunked(name, own)
+        exchange.predict(self._traffic, form.bytes_per_row, route.num_least_rows, back=True)
+        returned_YB = exchange.return_to_tokens(form, pack, relay)
         return form.sum(returned_YB, route.places_TP, rows_AD.dtype)
 
-    def _travel(self, name: str, own: TwoHopHandle) -> Travel:
+    def _chunked(self, name: str, own: TwoHopHandle) -> ChunkedExchange:
         route = own.route(self._planner)
-        return Travel(self._rail, self._node, route.across, route.within, name, own.label)
+        return ChunkedExchange(self._rail, self._node, route.across, route.within, name, own.label)
 
     def _expand(self, route: TwoHopRoute, shifted_XK: Tensor) -> Expansion:
         return self._reader.expand(shifted_XK, route.by_source_X, sum(route.counts))

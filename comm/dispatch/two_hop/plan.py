@@ -1,7 +1,7 @@
 """What a two-hop exchange must know before rows are sent, from one exchange of numbers and one host synchronisation.
 
 Shape legend: R ranks of the expert group, N nodes, T tokens of this rank, K experts per token, E experts, C chunks of
-Q = ceil(T / C) tokens (the last padded), W numbers told to each member, P = N - 1 + G places from which a token's sum
+Q = ceil(T / C) tokens (the last padded), W counts sent to each member, P = N - 1 + G places from which a token's sum
 is made: each other node and each rank of the home node, X rows that arrive.
 """
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from comm.dispatch.node_cap import nodes_of_experts, verify_cap
 from comm.dispatch.process_group import Wire
 from comm.dispatch.traffic import Traffic
-from comm.dispatch.two_hop.counts import Hop, Ledger, RowRun, shifts_by_source
+from comm.dispatch.two_hop.counts import CountLayout, Hop, RowRun, shifts_by_source
 from comm.dispatch.two_hop.routing import Selection, select
 from comm.protocol import Label
 from comm.relays import Relays
@@ -24,7 +24,8 @@ class TwoHopCounts:
     """What an exchange of numbers leaves behind, still on the device.
 
     shifted_TK: expert ids plus 1, 0 for no expert. touched_TN: the nodes that each token touches. tokens: of each
-    row sent, by message, and then what is of no use. places_TP: see `TwoHopRoute`. numbers: the ledger's.
+    row sent, by message, and then what is of no use. places_TP: see `TwoHopRoute`. numbers: as `CountLayout.decode`
+    takes them.
     """
 
     shifted_TK: Tensor
@@ -64,13 +65,13 @@ class _Tables:
     """Constants on the device.
 
     rank_column, node_column: by expert id plus 1, the column of its rank and of its node among `TwoHopCounts.touched`.
-    place_columns: those of the P places. told: which of its own numbers this rank tells each other, R W.
+    place_columns: those of the P places. send_indices: of its own counts, those that this rank sends each other, R W.
     """
 
     rank_column: Tensor
     node_column: Tensor
     place_columns: Tensor
-    told: Tensor
+    send_indices: Tensor
 
 
 class TwoHopPlanner:
@@ -80,7 +81,7 @@ class TwoHopPlanner:
         self,
         wire: Wire,
         relays: Relays,
-        ledger: Ledger,
+        count_layout: CountLayout,
         num_experts: int,
         max_nodes: int | None,
         traffic: Traffic,
@@ -88,56 +89,65 @@ class TwoHopPlanner:
         """`max_nodes`: that a token may touch; any number if None."""
         self._wire = wire
         self._relays = relays
-        self._ledger = ledger
+        self._count_layout = count_layout
         self._num_experts = num_experts
-        self._num_chunks = ledger.num_chunks
+        self._num_chunks = count_layout.num_chunks
         self._max_nodes = relays.num_nodes if max_nodes is None else max_nodes
         self._traffic = traffic
         self._tables: _Tables | None = None
 
     def exchange(self, ids_TK: Tensor, label: Label | None) -> TwoHopCounts:
-        """Counts rows per chunk for each rank and node, and tells each rank what it needs to know."""
+        """Counts rows per chunk for each rank and node, and sends each rank the counts that it needs."""
         num_tokens, num_ranks = len(ids_TK), len(self._wire.members)
         tables = self._tables_on(ids_TK.device)
+        # Ids are shifted by one so that row 0 of each table means "no expert".
         shifted_TK = ids_TK + 1
-        ids_N = shifted_TK.flatten()
+        shifted_N = shifted_TK.flatten()
+        # touched[t, c] is True if token t sends a row to column c of [no expert | R ranks | N nodes]; C Q tokens.
         num_padded = -(-num_tokens // self._num_chunks) * self._num_chunks
-        touched = ids_N.new_zeros(num_padded, 1 + num_ranks + self._relays.num_nodes, dtype=torch.bool)
+        touched = shifted_N.new_zeros(num_padded, 1 + num_ranks + self._relays.num_nodes, dtype=torch.bool)
         for column in (tables.rank_column, tables.node_column):
-            touched[:num_tokens].scatter_(1, column.index_select(0, ids_N).view(shifted_TK.shape), True)
-        counts_E = ids_N.new_zeros(1 + self._num_experts).scatter_add_(0, ids_N, torch.ones_like(ids_N))[1:]
+            touched[:num_tokens].scatter_(1, column.index_select(0, shifted_N).view(shifted_TK.shape), True)
+        # Choices of each expert, E; and tokens over the node cap, which all ranks report after the exchange.
+        ones_N = torch.ones_like(shifted_N)
+        counts_E = shifted_N.new_zeros(1 + self._num_experts).scatter_add_(0, shifted_N, ones_N)[1:]
         over = touched[:, 1 + num_ranks :].sum(1) > self._max_nodes
+        # Tokens of each chunk that touch each rank and each node, C by R + N; then all counts in one row.
         by_chunk = touched[:, 1:].unflatten(0, (self._num_chunks, num_padded // self._num_chunks)).sum(1)
-        own = torch.cat([by_chunk.flatten(), counts_E, over.sum().view(1), ids_N.new_zeros(1)])
-        under_way = self._wire.start_numbers(own.index_select(0, tables.told).view(num_ranks, -1), label)
+        own = torch.cat([by_chunk.flatten(), counts_E, over.sum().view(1), shifted_N.new_zeros(1)])
+        # One all-to-all carries every count that both hops need. The order of rows is computed meanwhile.
+        sent_RW = own.index_select(0, tables.send_indices).view(num_ranks, -1)
+        pending = self._wire.start_numbers(sent_RW, label)
         tokens, places_PP = self._order(touched.index_select(1, tables.place_columns))
         return TwoHopCounts(
             shifted_TK=shifted_TK,
             touched_TN=touched[:num_tokens, 1 + num_ranks :],
             tokens=tokens,
             places_TP=places_PP[:num_tokens],
-            numbers=torch.cat([own, under_way.wait().flatten()]),
+            numbers=torch.cat([own, pending.wait().flatten()]),
         )
 
     def complete(self, counted: TwoHopCounts, label: Label | None) -> TwoHopRoute:
-        """Reads the numbers, which waits for the device, and derives all splits and this rank's own order.
+        """Decodes the counts, which waits for the device, and derives all splits and this rank's own order.
 
         Raises:
             NodeCapError: on all ranks, if a token of any rank is over the cap.
         """
-        read = self._ledger.read(counted.numbers.tolist())
-        verify_cap(read.num_over_R, self._wire, counted.touched_TN, self._max_nodes, label)
-        self._traffic.add_plan(None if label is None else label.layer, len(counted.shifted_TK), read.num_touched_nodes)
-        lengths = [sum(hop.sent) for hop in (*read.across, read.within[-1])]
+        counts = self._count_layout.decode(counted.numbers.tolist())  # host sync
+        verify_cap(counts.num_over_R, self._wire, counted.touched_TN, self._max_nodes, label)
+        self._traffic.add_plan(
+            None if label is None else label.layer, len(counted.shifted_TK), counts.num_touched_nodes
+        )
+        lengths = [sum(hop.sent) for hop in (*counts.across, counts.within[-1])]
         return TwoHopRoute(
-            across=read.across,
-            within=read.within,
-            counts=read.counts,
-            num_least_rows=read.num_least_rows,
+            across=counts.across,
+            within=counts.within,
+            counts=counts.counts,
+            num_least_rows=counts.num_least_rows,
             shifted_TK=counted.shifted_TK.to(self._id_dtype),
             tokens=counted.tokens[: sum(lengths)].split(lengths),
             places_TP=counted.places_TP,
-            by_source_X=_by_source(read.runs, counted.shifted_TK.device),
+            by_source_X=_by_source(counts.runs, counted.shifted_TK.device),
         )
 
     def _order(self, touched: Tensor) -> Selection:
@@ -153,20 +163,23 @@ class TwoHopPlanner:
         num_padded, num_places = touched.shape
         num_others = self._relays.num_nodes - 1
         chunked = (self._num_chunks, num_padded // self._num_chunks)
+        # Rows in the order in which they are sent: (chunk, node, token) across nodes, C (N - 1) Q ...
         others = touched[:, :num_others].unflatten(0, chunked).transpose(1, 2)
+        # ... then (rank, token) within the node, G C Q.
         marked = torch.cat([others.flatten(), touched[:, num_others:].T.flatten()])
+        # The token of each of these, with the same order.
         numbers = torch.arange(num_padded, device=touched.device)
         across = numbers.view(chunked)[:, None].expand_as(others)
-        selection = select(
-            marked, torch.cat([across.flatten(), numbers.repeat(num_places - num_others)]), num_padded * num_places
-        )
+        tokens = torch.cat([across.flatten(), numbers.repeat(num_places - num_others)])
+        selection = select(marked, tokens, num_padded * num_places)
+        # Where each token's row for each place is among the rows sent, back in the order of tokens: C Q by P.
         at_others = selection.places_N[: others.numel()].view(others.shape).transpose(1, 2).flatten(0, 1)
         at_home = selection.places_N[others.numel() :].view(num_places - num_others, num_padded).T
         return Selection(selection.values_S, torch.cat([at_others, at_home], 1))
 
     def _tables_on(self, device: torch.device) -> _Tables:
         """Made once, when the device is known."""
-        if self._tables is None or self._tables.told.device != device:
+        if self._tables is None or self._tables.send_indices.device != device:
             self._tables = self._make_tables(device)
         return self._tables
 
@@ -181,7 +194,7 @@ class TwoHopPlanner:
             rank_column=torch.cat([nothing, 1 + ranks_E]).to(device),
             node_column=torch.cat([nothing, 1 + num_ranks + nodes_E]).to(device),
             place_columns=torch.tensor(others + ranks, device=device),
-            told=torch.tensor(self._ledger.told(), device=device).flatten(),
+            send_indices=torch.tensor(self._count_layout.send_indices(), device=device).flatten(),
         )
 
     @property
@@ -190,6 +203,7 @@ class TwoHopPlanner:
 
 
 def _by_source(runs: tuple[RowRun, ...], device: torch.device) -> Tensor:
+    """Returns the place of each arriving row in the order of sources and their tokens, X."""
     num_rows = sum(run.num_rows for run in runs)
     both = torch.tensor([shifts_by_source(runs), [run.num_rows for run in runs]])
     shifts, lengths = both.to(device, non_blocking=True).unbind()

@@ -1,6 +1,6 @@
-"""What the expert ids that ride with rows tell the ranks on their way: where each row goes on to, and to which experts.
+"""Where each row goes next, from the expert ids that are sent with it: to which ranks of a node, and to which experts.
 
-Both need only the rows that are there, and numbers that the plan has brought to the host.
+Both need only the rows that are there, and counts that the plan has on the host: no host synchronisation.
 
 Shape legend: K experts per token, E experts, L local experts, G ranks of the node, M rows that a relay takes into its
 node, S rows that it sends on, X rows that arrive at their experts' rank, A rows of its experts. In `select`, N entries,
@@ -59,10 +59,12 @@ class RowReader:
             shifted_MK: expert ids plus 1, of each row.
             num_sent: copies, S.
         """
+        # touched[g, m] is True if row m has an expert on rank g of the node, G M; other choices hit a column to drop.
         self._member = self._member.to(shifted_MK.device)
         member_MK = self._member.index_select(0, shifted_MK.flatten().to(torch.int64)).view(shifted_MK.shape)
         touched = shifted_MK.new_zeros(len(shifted_MK), self._num_members + 1, dtype=torch.bool)
         touched_GM = touched.scatter_(1, member_MK, True)[:, : self._num_members].T
+        # The row of each copy, by rank, then in the order of rows: S; and the place of each copy among them, M G.
         rows_GM = torch.arange(len(shifted_MK), device=shifted_MK.device).expand_as(touched_GM)
         rows_S, places = select(touched_GM.flatten(), rows_GM.flatten(), num_sent)
         return Relaying(rows_S, places.view(touched_GM.shape).T)
@@ -75,15 +77,19 @@ class RowReader:
             by_source_X: the place of each arrived row in the order of sources and their tokens.
             num_rows: of all experts of this rank, A.
         """
+        # The local expert of each choice, X K; L if the expert is on another rank.
         self._local = self._local.to(shifted_XK.device)
         num_arrived, num_choices = shifted_XK.shape
         local_XK = self._local.index_select(0, shifted_XK.flatten().to(torch.int64)).view(shifted_XK.shape)
+        # The entry of each choice in a table by (local expert, place by source): a block of X for each expert, and one
+        # for choices that are not here.
         entries = (local_XK * num_arrived + by_source_X[:, None]).flatten()
         choices = torch.arange(num_arrived * num_choices, device=shifted_XK.device)
-        # One block for each expert and one for choices that are not here, each in order.
+        # The choice of each entry, and which entries have one, (L + 1) X; the last block is dropped.
         choice_of_entry = choices.new_zeros((self._num_local + 1) * num_arrived).scatter_(0, entries, choices)
         here = torch.zeros_like(choice_of_entry, dtype=torch.bool).scatter_(0, entries, True)
         here[self._num_local * num_arrived :] = False
+        # Packed without the empty entries, choices are in the order of the experts' rows, A.
         choices_A, places = select(here, choice_of_entry, num_rows)
         return Expansion(
             choices_A // max(1, num_choices), choices_A, places.index_select(0, entries).view(shifted_XK.shape)

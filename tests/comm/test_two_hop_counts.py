@@ -7,14 +7,14 @@ import random
 
 import pytest
 
-from comm.dispatch.two_hop.counts import Hop, Ledger, Read, shifts_by_source
+from comm.dispatch.two_hop.counts import CountLayout, Hop, PlanCounts, shifts_by_source
 from comm.relays import Relays
 
 _NUM_LOCAL = 3
 
 
 def _own_numbers(relays: Relays, tokens: list[list[int]], num_chunks: int) -> list[int]:
-    """What a member with these tokens' experts counts, in the ledger's order."""
+    """What a member with these tokens' experts counts, in the layout's order."""
     num_ranks = len(relays.node_of)
     per_chunk = -(-len(tokens) // num_chunks)
     numbers = []
@@ -28,15 +28,17 @@ def _own_numbers(relays: Relays, tokens: list[list[int]], num_chunks: int) -> li
     return [*numbers, *(flat.count(expert) for expert in range(num_ranks * _NUM_LOCAL)), 0, 0]
 
 
-def _plans(nodes: list[int], num_chunks: int, tokens: list[list[list[int]]]) -> list[Read]:
+def _plans(nodes: list[int], num_chunks: int, tokens: list[list[list[int]]]) -> list[PlanCounts]:
     relays = Relays(nodes)
     rail_of = {place: rail for rail in relays.rails() for place in rail}
-    ledgers = [Ledger(relays, place, rail_of[place], _NUM_LOCAL, num_chunks) for place in range(len(nodes))]
+    layouts = [CountLayout(relays, place, rail_of[place], _NUM_LOCAL, num_chunks) for place in range(len(nodes))]
     own = [_own_numbers(relays, tokens[place], num_chunks) for place in range(len(nodes))]
-    told = [[[own[place][index] for index in row] for row in ledger.told()] for place, ledger in enumerate(ledgers)]
+    sent = [
+        [[own[place][index] for index in row] for row in layout.send_indices()] for place, layout in enumerate(layouts)
+    ]
     return [
-        ledger.read([*own[place], *(number for source in told for number in source[place])])
-        for place, ledger in enumerate(ledgers)
+        layout.decode([*own[place], *(number for source in sent for number in source[place])])
+        for place, layout in enumerate(layouts)
     ]
 
 
@@ -53,7 +55,7 @@ def _tokens(nodes: list[int], seed: int) -> list[list[list[int]]]:
 @pytest.mark.parametrize(
     "sizes", [(1,), (3,), (1, 1), (2, 2), (2, 2, 2), (4, 2), (1, 2, 2), (3, 1, 2), (5, 3, 2, 1), (8,) * 8]
 )
-def test_ledger_of_each_member_fits_those_of_the_others(sizes: tuple[int, ...], num_chunks: int) -> None:
+def test_counts_of_each_member_fit_those_of_the_others(sizes: tuple[int, ...], num_chunks: int) -> None:
     nodes = [node for node, size in enumerate(sizes) for _ in range(size)]
     relays, tokens = Relays(nodes), _tokens(nodes, len(nodes))
     plans = _plans(nodes, num_chunks, tokens)
@@ -82,15 +84,17 @@ def _assert_fits(hops: list[tuple[Hop, ...]]) -> None:
             assert [hop.sent[receiver] for hop in mine] == [hop.received[sender] for hop in theirs]
 
 
-def test_ledger_carries_tokens_over_the_cap_to_everybody() -> None:
+def test_counts_carry_tokens_over_the_cap_to_all_members() -> None:
     relays = Relays([0, 0, 1])
-    ledgers = [Ledger(relays, place, (0, 1, 2), _NUM_LOCAL, 2) for place in range(3)]
+    layouts = [CountLayout(relays, place, (0, 1, 2), _NUM_LOCAL, 2) for place in range(3)]
     own = [_own_numbers(relays, [], 2) for _ in range(3)]
     own[1][-2] = 5
-    told = [[[own[place][index] for index in row] for row in ledger.told()] for place, ledger in enumerate(ledgers)]
-    for place, ledger in enumerate(ledgers):
-        numbers = [*own[place], *(number for source in told for number in source[place])]
-        assert ledger.read(numbers).num_over_R == (0, 5, 0)
+    sent = [
+        [[own[place][index] for index in row] for row in layout.send_indices()] for place, layout in enumerate(layouts)
+    ]
+    for place, layout in enumerate(layouts):
+        numbers = [*own[place], *(number for source in sent for number in source[place])]
+        assert layout.decode(numbers).num_over_R == (0, 5, 0)
 
 
 def test_runs_move_into_the_order_of_sources_and_chunks() -> None:
