@@ -1,4 +1,4 @@
-"""Where ranks live, how they are laid out, and how tokens travel to experts, as values. No torch here."""
+"""Where ranks live, how they are laid out, and how tokens are dispatched to experts, as values. No torch here."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -10,10 +10,10 @@ from kernels.ranges import NonNegativeInt, PositiveFloat, PositiveInt
 class ClusterConfig:
     """The machines. A node is `ranks_per_node` consecutive ranks; a simulated node shares a machine with others.
 
-    `peak_flops`: dense bf16 floating-point operations per second of a rank, for MFU; None: none is told.
+    `peak_flops`: dense bf16 floating-point operations per second of a rank, for MFU; None: unknown.
     `memory_bytes`: of a rank's device, which a run must fit before it starts; None: it is not checked.
     `memory_reserve_bytes`: the part of it that the prediction leaves to CUDA, NCCL and the allocator.
-    Of ranks that the bare command starts: `grace_seconds` is how long they may take to save once it is asked to end,
+    Of ranks that the built-in launcher starts: `grace_seconds` is how long they may take to save when it has to end,
     `max_restarts` how often all of them start again after one was lost.
     """
 
@@ -44,13 +44,13 @@ class ParallelismConfig:
 
 
 Payload = Literal["full", "fp8"]
-"""How rows travel to experts: as they are, or as e4m3 codes with a power-of-two scale for every 128 of them. Rows
-on their way back are never quantised (arXiv:2412.19437, section 3.3)."""
+"""How rows are sent to experts: as they are, or as e4m3 codes with a power-of-two scale for every 128 of them. Rows
+from experts are never quantised (arXiv:2412.19437, section 3.3)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DispatchConfig:
-    """How tokens travel to experts. `kind` is a name in `comm.dispatch.registry.DISPATCHERS`, `payload` how rows go."""
+    """How tokens are dispatched. `kind` is a name in `comm.dispatch.registry.DISPATCHERS`, `payload` a form of rows."""
 
     kind: str
     payload: Payload
@@ -88,7 +88,7 @@ class TwoHopDispatchConfig(CappedDispatchConfig):
     section 3.2.2).
 
     `chunks`: parts of a micro-batch, so that the hop between nodes of one runs over the hop within nodes of the one
-    before. `partial_sums`: the type of a node's sum on its way back: the rows' own, or float32.
+    before. `partial_sums`: the type of a node's sum that returns to the home node: the rows' own, or float32.
     """
 
     kind: Literal["two_hop"]

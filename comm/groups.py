@@ -12,7 +12,7 @@ from comm.config import ClusterConfig
 from comm.layout import Layout
 
 PATIENCE_SECONDS = 20.0
-"""For which a process group waits beyond its timeout: it can only tell that nobody came, the watch tells who."""
+"""Added to the timeout of process groups, so that the watchdog, which can name the missing rank, reports first."""
 
 
 class ClusterError(ValueError):

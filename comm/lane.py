@@ -1,4 +1,4 @@
-"""Where exchanges run beside computation: a worker thread on CPU, a stream on CUDA, or nowhere else at all."""
+"""Where exchanges run next to computation: a worker thread on CPU, a stream on CUDA, or inline."""
 
 import queue
 import threading
@@ -21,7 +21,7 @@ class ClosesOnSuccess(ABC):
     """A context manager that closes on a regular exit only.
 
     An error on the way out joins nothing: a thread may be inside a collective whose peers wait for this
-    very rank, and the process must be able to leave and tell.
+    very rank, and the process must be able to report the error and exit.
     """
 
     @abstractmethod

@@ -16,7 +16,7 @@ class Layout:
 
     The data axis is the fast one, so an expert group is a run of consecutive ranks and fills whole nodes
     before it spills (arXiv:2412.19437, section 3.2: 16-way pipeline, 64-way experts over 8 nodes).
-    Where a method asks, `mirrored` tells whether pipeline ranks p and P-1-p hold the same stages, as under DualPipe;
+    An argument `mirrored` says whether pipeline ranks p and P-1-p hold the same stages, as under DualPipe;
     the middle one of an odd number is its own mirror.
 
     Raises:

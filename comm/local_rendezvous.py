@@ -41,7 +41,7 @@ class PrivateRendezvous(RendezvousHandler):
         return RendezvousInfo(self._store, 0, 1, RendezvousStoreInfo("127.0.0.1", 0))
 
     def num_nodes_waiting(self) -> int:
-        """Returns 0, as no other launcher joins; the launcher asks each time that it has looked at its ranks."""
+        """Returns 0, as no other launcher joins; the launcher calls this after each check of its ranks."""
         self._check_ranks()
         return 0
 

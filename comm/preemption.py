@@ -1,10 +1,10 @@
-"""Whether a process was asked to make room for others. No torch here: it is asked before anything is imported."""
+"""Whether a process is to be preempted. No torch here: it is imported before anything else."""
 
 import signal
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-"""By which a scheduler asks, and a terminal that is closed."""
+"""Signals of a scheduler, and of a terminal that is closed."""
 
 
 def handled_signals() -> tuple[signal.Signals, ...]:
@@ -20,20 +20,20 @@ class Preemption:
     """
 
     def __init__(self) -> None:
-        """Not asked yet."""
+        """Starts without a request."""
         self._number = 0
         self._is_requested = False
 
     @classmethod
     def of_process(cls) -> "Preemption":
-        """This process' own, on its main thread; from the first call on, the signals end the process no more."""
+        """Returns this process's instance, on its main thread. From then on, signals do not end the process."""
         known = signal.getsignal(signal.SIGTERM)
         if isinstance(known, cls):
             return known
         made = cls()
         for number in handled_signals():
             signal.signal(number, made)
-            # A system call on its way goes on: not every library asks again.
+            # An interrupted system call is resumed: not every library retries it.
             signal.siginterrupt(number, False)
         return made
 
@@ -46,11 +46,11 @@ class Preemption:
         self._is_requested = True
 
     @property
-    def is_asked(self) -> bool:
+    def is_requested(self) -> bool:
         """Whether a signal came, or the process itself requested it."""
         return self._number != 0 or self._is_requested
 
     @property
     def signal_name(self) -> str:
-        """The first that came; empty where none did."""
+        """Name of the first signal; empty if there was none."""
         return signal.Signals(self._number).name if self._number else ""

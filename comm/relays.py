@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 
 class Relays:
-    """An expert group's members by place, and the nodes on which they lie, numbered anew from 0 in ascending order.
+    """An expert group's members by place, and the nodes on which they lie, renumbered from 0 in ascending order.
 
     Attributes:
         node_of: the node's number, of each member.

@@ -205,7 +205,7 @@ def agree(preemption: Preemption, log: CollectiveLog, groups: Groups) -> None:
     """
     asked = [False] * dist.get_world_size()
     with log.collective("world", groups.world, "agreement to go on"):
-        dist.all_gather_object(asked, preemption.is_asked, group=groups.world)
+        dist.all_gather_object(asked, preemption.is_requested, group=groups.world)
     if any(asked):
         raise PreemptedError(f"{sum(asked)} of {len(asked)} ranks were asked to make room before the first step")
 

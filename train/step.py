@@ -110,7 +110,7 @@ class BatchReader:
                 batch = self(direction, micro_batch)
                 assert batch is not None
                 counts += torch.stack([(targets != IGNORE).sum().cpu() for targets in batch.targets_BT])
-        asked = torch.tensor([world.preemption.is_asked], dtype=torch.int64)
+        asked = torch.tensor([world.preemption.is_requested], dtype=torch.int64)
         summed = world.reduce(torch.cat([counts, asked]), "sum of targets")
         if summed[-1]:
             raise PreemptedError(f"{int(summed[-1])} of {len(world.ranks)} ranks were asked to make room")

@@ -1,4 +1,4 @@
-"""The dispatcher and the lane that a run asks for."""
+"""Builds the dispatcher and the lane of a run."""
 
 from dataclasses import dataclass
 

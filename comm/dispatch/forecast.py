@@ -1,4 +1,4 @@
-"""What a routing costs before anything is sent: the rows that each rank sends to each other, by way of travel.
+"""What a routing costs before anything is sent: the rows that each rank sends to each other, for each way to send them.
 
 Pure functions of the ids, for any number of nodes and ranks, in one process.
 Shape legend: T tokens of a rank, K experts per token, E experts, N nodes, R ranks, sender first.
@@ -72,7 +72,7 @@ class Forecast:
     Attributes:
         num_tokens: of all ranks.
         num_touched_nodes: over tokens, nodes that hold a token's experts, its home node included.
-        num_least_rows: over tokens, such nodes other than the home node. No way of travel that sends rows from one
+        num_least_rows: over tokens, such nodes other than the home node. No dispatch that sends rows from one
             rank to one other sends fewer across nodes.
         per_expert: a copy for each expert, straight to its rank, as `all_to_all` does.
         per_rank: a copy for each rank that holds a token's experts.

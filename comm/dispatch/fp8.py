@@ -1,4 +1,4 @@
-"""Rows that travel to experts in FP8, around any dispatcher.
+"""Rows that are sent to experts in FP8, around any dispatcher.
 
 Shape legend: T tokens, K experts per token, A arrived rows, N rows, D hidden size, B bytes of a packed row.
 """
@@ -13,7 +13,7 @@ from kernels.quantize.packed import pack, unpack
 
 
 class Fp8Dispatcher:
-    """Any dispatcher, with rows on their way to experts as e4m3 codes (arXiv:2412.19437, section 3.3).
+    """Any dispatcher, with rows to experts as e4m3 codes (arXiv:2412.19437, section 3.3).
 
     Each 128 columns of a row share a power-of-two scale. `dispatch` sends rows so, and `combine_backward` the gradients
     of the experts' outputs; results are of the rows' own dtype again. `combine` and `dispatch_backward` send rows as

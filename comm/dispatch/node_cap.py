@@ -80,7 +80,7 @@ def nodes_of_experts(num_experts: int, member_nodes: Sequence[int]) -> Tensor:
 
     Args:
         num_experts: a multiple of the members.
-        member_nodes: of each member, by place. Nodes are numbered anew, from 0, in ascending order.
+        member_nodes: of each member, by place. Nodes are renumbered from 0 in ascending order.
     """
     number = {node: index for index, node in enumerate(sorted(set(member_nodes)))}
     nodes_R = torch.tensor([number[node] for node in member_nodes], dtype=torch.int64)
@@ -118,13 +118,19 @@ def clip(
         num_nodes: of the expert group.
         max_nodes: nodes that a token may keep, at least 1.
     """
+    # The node of each choice, TK (N for -1); the nodes that each token touches, TN; tokens over the cap, T.
+    # The node of each choice, TK (N for -1); the nodes that each token touches, TN; tokens over the cap, T.
     nodes_TK = _nodes_of_choices(ids_TK, node_of_expert_E, num_nodes)
     touched_TN = _touch(nodes_TK, num_nodes)
     over_T = touched_TN.sum(1) > max_nodes
+    # A node's score is the sum of weights there, TN. Untouched nodes come last; equal nodes keep their order.
+    # A node's score is the sum of weights there, TN. Untouched nodes come last; equal nodes keep their order.
     counted_TK = torch.ones_like(ids_TK, dtype=torch.float32) if weights_TK is None else weights_TK.detach()
     there_TKN = nodes_TK[:, :, None] == torch.arange(num_nodes, device=ids_TK.device)
     scores_TN = torch.where(there_TKN, counted_TK[:, :, None], 0).sum(1).masked_fill(~touched_TN, -torch.inf)
     best_TM = scores_TN.sort(stable=True, dim=1, descending=True).indices[:, :max_nodes]
+    # Choices on nodes beyond the best M are given up; the last column is for choices of no node.
+    # Choices on nodes beyond the best M are given up; the last column is for choices of no node.
     lost_TN = torch.ones(len(ids_TK), num_nodes + 1, dtype=torch.bool, device=ids_TK.device)
     lost_TN = lost_TN.scatter_(1, best_TM, False)
     return Clipped(ids_TK.masked_fill(lost_TN.gather(1, nodes_TK) & over_T[:, None], -1), over_T)

@@ -73,7 +73,7 @@ class Wire:
     ) -> "PendingExchange":
         """Starts to send rows as they lie: the first `sent[0]` to member 0, and so on. Returns at once.
 
-        A group of one sends nothing and waits for nobody, so there is no collective to log.
+        A group of one sends nothing and does not wait, so there is no collective to log.
 
         Args:
             rows_NB: uint8, contiguous; must not change until the exchange is over.

@@ -21,7 +21,7 @@ class LayerTraffic:
     Attributes:
         num_tokens: tokens planned.
         num_touched_nodes: over those tokens, distinct nodes that hold a token's experts, the home node included.
-        num_least_rows: over exchanges, rows that must cross nodes whatever the way: for each token one for every node
+        num_least_rows: over exchanges, rows that must cross nodes in any dispatch: for each token one for every node
             other than its own that it touches. Each exchange counts the rank's own tokens.
         num_rows_kept: rows that stayed on the rank.
         num_rows_within_node: rows sent to other ranks of the node.

@@ -63,7 +63,7 @@ def host_links(
 def _unassuming_threads() -> Iterator[None]:
     """What starts a thread within, starts one that never preempts another when it wakes, where Linux lets it.
 
-    gloo's event thread asks for a connection's lock again and again while a sender holds it. Where cores are fewer
+    gloo's event thread tries to take a connection's lock again and again while a sender holds it. Where cores are fewer
     than threads, it would push that very sender off its core and then spin for milliseconds.
     """
     if sys.platform != "linux" or os.sched_getscheduler(0) != os.SCHED_OTHER:
@@ -111,7 +111,7 @@ class HostLink:
                 for work in works:
                     work.wait()
 
-        # gloo tells of a finished send only to who waits for it: else the payload would stay until the step's end.
+        # gloo reports a finished send only to a thread that waits; else the payload would stay until the step ends.
         if self._lane is None:
             self._lane = ThreadLane(f"link-to-{self._peer}")
         self._leaving.append(self._lane.submit(wait))

@@ -1,4 +1,4 @@
-"""What pipeline ranks say about the tensors that they send each other, in headers and in the log."""
+"""Describes the tensors that pipeline ranks send each other, in headers and in the log."""
 
 import struct
 from contextlib import AbstractContextManager
@@ -48,10 +48,10 @@ class MessageKey:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What travels before a payload.
+    """Header that precedes a payload.
 
     Raises:
-        ValueError: a type or a number of dims that a header cannot tell.
+        ValueError: a type or a number of dims that a header cannot hold.
     """
 
     key: MessageKey

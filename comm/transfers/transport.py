@@ -88,7 +88,7 @@ class PipelineTransport(ClosesOnSuccess):
             tensor: of any strides; kept until it has left.
 
         Raises:
-            ValueError: there is no such link, or the tensor's type cannot travel.
+            ValueError: there is no such link, or the tensor's type cannot be sent.
         """
         assert key.source == self._index
         self._link(key).send(key, tensor)

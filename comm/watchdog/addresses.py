@@ -25,7 +25,7 @@ from comm.watchdog.authentication import derive, open_object, seal_object
 from comm.watchdog.decode import MessageError, integer_of, parse_object, text_of
 from comm.watchdog.job_key import ADVICE, KEY_VARIABLE, JobKeyError, KeyFile, read_key_file, write_key_file
 from comm.watchdog.job_start import JobStart
-from comm.watchdog.mailbox import SocketAddress, WatchdogSocket
+from comm.watchdog.watchdog_socket import SocketAddress, WatchdogSocket
 
 _ANNOUNCEMENT = "watchdog/key"
 _NONCE_BYTES = 16
@@ -42,18 +42,18 @@ class _ChangedError(Exception):
 class AddressExchange:
     """One rank's part of the exchange."""
 
-    def __init__(self, start: JobStart, store: Store, mailbox: WatchdogSocket, folder: Path | None) -> None:
+    def __init__(self, start: JobStart, store: Store, watchdog_socket: WatchdogSocket, folder: Path | None) -> None:
         """Prepares it.
 
         Args:
             start: of the job, by which it waits.
             store: of the job.
-            mailbox: that `run` opens.
+            watchdog_socket: that `run` opens.
             folder: of the run, for the file with the key, if rank 0 has to write one.
         """
         self._start = start
         self._store = store
-        self._mailbox = mailbox
+        self._socket = watchdog_socket
         self._folder = folder
         self._member = start.member
         self._nonce = secrets.token_bytes(_NONCE_BYTES)
@@ -62,7 +62,7 @@ class AddressExchange:
         self._file: KeyFile | None = None
 
     def run(self) -> None:
-        """Opens the mailbox for messages of all ranks.
+        """Opens the watchdog_socket for messages of all ranks.
 
         Raises:
             AbsentError: a rank is not there by the deadline.
@@ -73,7 +73,7 @@ class AddressExchange:
                 self._announce()
             while True:
                 try:
-                    self._mailbox.open(*self._exchange(self._take_key()))
+                    self._socket.open(*self._exchange(self._take_key()))
                 except _ChangedError:
                     continue
                 return
@@ -87,14 +87,14 @@ class AddressExchange:
         """Returns the addresses of all ranks and the attempt's key."""
         self._start.key = key
         self._published.clear()
-        greetings = self._collect(key, "nonce", {"host": self._mailbox.host, "nonce": self._nonce.hex()})
+        greetings = self._collect(key, "nonce", {"host": self._socket.host, "nonce": self._nonce.hex()})
         hosts = [text_of(each, "host", _MAX_HOST_CHARACTERS) for each in greetings]
         attempt_key = derive(key, "attempt", *(text_of(each, "nonce").encode() for each in greetings))
         # A rank on the machine whose name all ranks were given may have found that name to be its own loopback address.
         far = next((host for host in hosts if not _is_loopback(host)), None)
-        if far is not None and _is_loopback(self._mailbox.host):
-            self._mailbox.move(far)
-        own = {"host": self._mailbox.host, "port": self._mailbox.port}
+        if far is not None and _is_loopback(self._socket.host):
+            self._socket.move(far)
+        own = {"host": self._socket.host, "port": self._socket.port}
         records = self._collect(attempt_key, "address", own)
         addresses = [(text_of(each, "host", _MAX_HOST_CHARACTERS), integer_of(each, "port", 65536)) for each in records]
         return addresses, attempt_key

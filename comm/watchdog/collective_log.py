@@ -13,7 +13,7 @@ from torch import distributed
 from torch.distributed import ProcessGroup
 
 StreamMark = Callable[[], Callable[[], bool]]
-"""Marks the end of what was enqueued on the current stream so far; what it gives tells whether that is over."""
+"""Marks the end of what was enqueued on the current stream so far; the result says whether that is over."""
 
 _BEHIND_SECONDS = 1.0
 _MOMENT_SECONDS = 10.0
@@ -28,7 +28,7 @@ class Collective:
         ranks: the group's, in the world.
         number: of the collective within the group, from 0.
         name: what is done.
-        label: whose it is, where it belongs to a micro-batch; told by its `str`.
+        label: whose it is, if it belongs to a micro-batch; printed by its `str`.
         is_phase: several things in one, computation among them: a rank that is inside need not be waiting.
     """
 
@@ -62,7 +62,7 @@ class _Enqueued:
 
 
 class CollectiveLog:
-    """Owns the record of one rank's collectives. Threads of the rank write to it, its watch reads."""
+    """Owns the record of one rank's collectives. Threads of the rank write to it, its watchdog reads."""
 
     def __init__(self, num_kept: int = 512) -> None:
         """Starts empty. `num_kept`: collectives that `recent` remembers."""
@@ -182,7 +182,7 @@ class CollectiveLog:
             return {group: digest.hexdigest() for group, digest in self._hashes.items()}
 
     def _settle(self) -> None:
-        """Finishes what is over on its stream; streams are asked in order, so one may hide another for a while."""
+        """Finishes what is over on its stream; streams are checked in order, so one may hide another for a while."""
         while self._enqueued and self._enqueued[0].is_over():
             self._finish(self._enqueued.popleft().collective)
 
@@ -191,7 +191,7 @@ class CollectiveLog:
 
 
 def cuda_mark(device: torch.device) -> StreamMark:
-    """For the device's current streams, on whatever thread."""
+    """For the device's current streams, on any thread."""
 
     def mark() -> Callable[[], bool]:
         with torch.cuda.device(device):

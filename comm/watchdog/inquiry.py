@@ -7,17 +7,17 @@ from typing import Literal, Self, get_args
 from comm.exit_codes import EXIT_OTHER
 from comm.watchdog.collective_log import CollectiveLog
 from comm.watchdog.decode import MessageError, text_of
-from comm.watchdog.mailbox import WatchdogMessage, WatchdogSocket
 from comm.watchdog.verdict import Findings, Reason, Standing, Verdict
+from comm.watchdog.watchdog_socket import WatchdogMessage, WatchdogSocket
 
-_ASK_EVERY_SECONDS = 0.2
+_SEND_EVERY_SECONDS = 0.2
 
 End = Literal["done", "error", "signal"]
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """Asks a rank what it does."""
+    """Requests a rank's standing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,13 +76,13 @@ class Inquiry:
     Attributes:
         reason: for it.
         begun: on the monotonic clock.
-        asked: when the last questions were sent, 0 before the first.
+        sent_at: when the last questions were sent, 0 before the first.
         answers: of each rank, the last.
     """
 
     reason: Reason
     begun: float
-    asked: float = 0.0
+    sent_at: float = 0.0
     answers: dict[int, Standing] = field(default_factory=dict)
 
     def lost(self, refused: Collection[int], gone: Mapping[int, Farewell], log: CollectiveLog) -> dict[int, str]:
@@ -103,17 +103,17 @@ class Inquiry:
 
     def is_due(self, now: float) -> bool:
         """Returns whether questions may be sent again: not a moment after the last."""
-        return now - self.asked >= _ASK_EVERY_SECONDS
+        return now - self.sent_at >= _SEND_EVERY_SECONDS
 
-    def ask(self, ranks: Collection[int], mailbox: WatchdogSocket, now: float) -> None:
+    def send_questions(self, ranks: Collection[int], watchdog_socket: WatchdogSocket, now: float) -> None:
         """Sends a question to each of the ranks."""
-        is_first = self.asked == 0.0
-        self.asked = now
+        is_first = self.sent_at == 0.0
+        self.sent_at = now
         for rank in ranks:
             if is_first:
-                mailbox.send(rank, "question", {})
+                watchdog_socket.send(rank, "question", {})
             else:
-                mailbox.probe(rank)
+                watchdog_socket.probe(rank)
 
     def findings(self, rank: int, own: Standing, lost: Mapping[int, str], silent: Collection[int]) -> Findings:
         """Returns what `rank` has learned, its own standing included."""

@@ -35,13 +35,13 @@ class MainThread:
         self._frame, self._instruction = frame, instruction
 
     def waits(self, log: CollectiveLog) -> list[tuple[Collective, float]]:
-        """What is awaited and for how long, the longest first. In a phase, one call tells how long the thread waits."""
+        """What is awaited and for how long, the longest first. In a phase, one call shows how long the thread waits."""
         still = time.monotonic() - self._still_since if self._frame is not None else 0.0
         waits = [(each, min(seconds, still) if each.is_phase else seconds) for each, seconds in log.awaited()]
         return sorted(waits, key=lambda wait: -wait[1])
 
     def is_busy(self, log: CollectiveLog) -> bool:
-        """Whether it computes, and neither waits for others nor for a lane, which then tells what that waits for."""
+        """Whether it computes, and neither waits for others nor for a lane, whose own wait is then logged."""
         frame = sys._current_frames().get(self._thread)
         if frame is not None and frame.f_globals.get("__name__") == "comm.lane" and frame.f_code.co_name == "wait":
             return False

@@ -10,10 +10,10 @@ from comm.groups import PATIENCE_SECONDS
 from comm.watchdog.addresses import AddressExchange
 from comm.watchdog.collective_log import CollectiveLog
 from comm.watchdog.job_start import START, JobStart, Termination
-from comm.watchdog.mailbox import WatchdogSocket
 from comm.watchdog.membership import Membership
 from comm.watchdog.verdict import Verdict
 from comm.watchdog.watchdog import Watchdog
+from comm.watchdog.watchdog_socket import WatchdogSocket
 
 _LOOPBACK = "127.0.0.1"
 
@@ -58,14 +58,16 @@ def join(
         AbsentError: not all ranks arrived.
         JobKeyError: the ranks have no common key.
     """
-    mailbox = WatchdogSocket(member.rank, _LOOPBACK if member.is_one_machine else member.host)
+    watchdog_socket = WatchdogSocket(member.rank, _LOOPBACK if member.is_one_machine else member.host)
     termination = Termination()
-    restore = termination.install(mailbox.wakeup_file)
+    restore = termination.install(watchdog_socket.wakeup_file)
     start = JobStart(member, deadline_seconds if start_seconds is None else start_seconds, termination)
     with log.phase("world", range(member.world_size), START):
         store = start.open_store()
-        AddressExchange(start, store, mailbox, key_folder).run()
+        AddressExchange(start, store, watchdog_socket, key_folder).run()
     store.set_timeout(timedelta(seconds=deadline_seconds + PATIENCE_SECONDS))
-    watchdog = Watchdog(member.rank, mailbox, log, deadline_seconds, crash_report, ends_by_signal=termination.is_last)
+    watchdog = Watchdog(
+        member.rank, watchdog_socket, log, deadline_seconds, crash_report, ends_by_signal=termination.is_last
+    )
     watchdog.start()
     return Job(store, watchdog, restore)

@@ -27,7 +27,7 @@ _MAX_GROUPS = 4096
 
 
 class Reason(Enum):
-    """Why a rank asks the others where they are."""
+    """Why a rank sends questions to the others."""
 
     DEADLINE = "deadline"  # it has waited for too long
     ERROR = "error"  # what it waited for failed
@@ -46,7 +46,7 @@ class Wait:
 
     @classmethod
     def of(cls, collective: Collective, seconds: float) -> Self:
-        """The collective in words that travel."""
+        """Describes the collective for a message."""
         return cls(
             text=printable(str(collective)),
             group=printable(collective.group),
@@ -177,10 +177,10 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Findings:
-    """What a rank learned by asking.
+    """What a rank learned from the answers to its questions.
 
     Attributes:
-        judge: the rank that asked.
+        judge: the rank that sent the questions.
         standings: of ranks that answered, and its own.
         lost: ranks whose processes have ended, and what is known of the end.
         silent: ranks that did not answer.
@@ -213,17 +213,17 @@ def judge(reason: Reason, findings: Findings, deadline_seconds: float) -> Verdic
     if findings.lost:
         ends = sorted(set(findings.lost.values()))
         why = f"{_are(findings.lost)} lost: {' or '.join(ends)}"
-        return _verdict(EXIT_LOST, findings, sorted(findings.lost), why)
+        return _verdict_on(EXIT_LOST, findings, sorted(findings.lost), why)
     if findings.silent and reason is Reason.ERROR:
         why = f"{_are(findings.silent)} lost: connections to {_them(findings.silent)} broke, and no answer comes"
-        return _verdict(EXIT_LOST, findings, sorted(findings.silent), why)
+        return _verdict_on(EXIT_LOST, findings, sorted(findings.silent), why)
     if reason is not Reason.DEADLINE:
         return None
     if findings.silent:
         cut_off = len(findings.silent) > len(findings.standings)
         why = f"cut off from rank {findings.judge}" if cut_off else "stopped, or cut off"
         why = f"did not come within {deadline_seconds:g} s, nor answer: {why}"
-        return _verdict(EXIT_HANG, findings, sorted(findings.silent), why)
+        return _verdict_on(EXIT_HANG, findings, sorted(findings.silent), why)
     return _judge_late(findings, deadline_seconds)
 
 
@@ -244,17 +244,17 @@ def _judge_late(findings: Findings, deadline_seconds: float) -> Verdict | None:
         onward = [findings.standings[rank].waits[0] for rank in missing if rank not in late]
         if not missing:
             why = f"nobody is missing, yet it did not end within {deadline_seconds:g} s"
-            return _told(EXIT_HANG, findings, (), why, wait)
+            return _make_verdict(EXIT_HANG, findings, (), why, wait)
         if late:
             standing = findings.standings[late[0]]
             why = (
                 f"did not come within {deadline_seconds:g} s: alive, busy in {standing.place}, "
                 f"started {standing.last} {standing.idle_seconds:.1f} s ago"
             )
-            return _told(EXIT_HANG, findings, late, f"{name_ranks(late)} {why}", wait)
+            return _make_verdict(EXIT_HANG, findings, late, f"{name_ranks(late)} {why}", wait)
         if any(onward[0].is_of(other) for other in followed):
             why = f"did not come within {deadline_seconds:g} s, as ranks wait for each other: here for {onward[0].text}"
-            return _told(EXIT_HANG, findings, missing, f"{name_ranks(missing)} {why}", wait)
+            return _make_verdict(EXIT_HANG, findings, missing, f"{name_ranks(missing)} {why}", wait)
         followed.append(onward[0])
 
 
@@ -262,11 +262,11 @@ def _does_not_wait(standing: Standing) -> bool:
     return standing.is_busy or not standing.waits
 
 
-def _verdict(code: int, findings: Findings, culprits: list[int], why: str) -> Verdict:
-    return _told(code, findings, culprits, f"{name_ranks(culprits)} {why}", findings.awaited_with(culprits))
+def _verdict_on(code: int, findings: Findings, culprits: list[int], why: str) -> Verdict:
+    return _make_verdict(code, findings, culprits, f"{name_ranks(culprits)} {why}", findings.awaited_with(culprits))
 
 
-def _told(code: int, findings: Findings, culprits: Collection[int], why: str, wait: Wait | None) -> Verdict:
+def _make_verdict(code: int, findings: Findings, culprits: Collection[int], why: str, wait: Wait | None) -> Verdict:
     what = "no other rank awaited it"
     if wait is not None:
         what = f"{name_ranks(set(findings.waiters(wait)) - set(culprits))} awaited {wait.text}"

@@ -20,9 +20,9 @@ from comm.exit_codes import EXIT_OTHER
 from comm.watchdog.collective_log import CollectiveLog
 from comm.watchdog.decode import MessageError, printable
 from comm.watchdog.inquiry import End, Farewell, Inquiry, Question, decode_message
-from comm.watchdog.mailbox import SocketAddress, WatchdogMessage, WatchdogSocket
 from comm.watchdog.main_thread import MainThread
 from comm.watchdog.verdict import Reason, Standing, Verdict, judge
+from comm.watchdog.watchdog_socket import SocketAddress, WatchdogMessage, WatchdogSocket
 
 _TICK_SECONDS = 0.2
 _BRISK_SECONDS = 0.05
@@ -63,7 +63,7 @@ class Watchdog:
     def __init__(
         self,
         rank: int,
-        mailbox: WatchdogSocket,
+        watchdog_socket: WatchdogSocket,
         log: CollectiveLog,
         deadline_seconds: float,
         crash_report: Callable[[Verdict], None],
@@ -74,14 +74,14 @@ class Watchdog:
 
         Args:
             rank: of this process.
-            mailbox: closed with the watchdog.
+            watchdog_socket: closed with the watchdog.
             log: of the rank's collectives.
             deadline_seconds: for which the rank waits for any of them.
             crash_report: writes down why the process ends; called on the watchdog's thread, right before.
             ends_by_signal: SIGTERM ends the process if no rank is lost.
         """
         self._rank = rank
-        self._mailbox = mailbox
+        self._socket = watchdog_socket
         self._log = log
         self._deadline_seconds = deadline_seconds
         self._crash_report = crash_report
@@ -90,12 +90,12 @@ class Watchdog:
         self._inquiry: Inquiry | None = None
         self._leaving: _Leaving | None = None
         self._num_failed = 0
-        self._world_size = len(mailbox.peers) + 1
+        self._world_size = len(watchdog_socket.peers) + 1
         self._gone: dict[int, Farewell] = {}  # ranks that have left the job, and how
         self._farewell: Farewell | None = None
         self._begun = time.monotonic()
         # The rank that has to answer a first question: that no datagram gets through is better known early.
-        self._untried = next((peer for peer in sorted(mailbox.peers) if peer > rank), None)
+        self._untried = next((peer for peer in sorted(watchdog_socket.peers) if peer > rank), None)
         self._is_terminated = False
         self._is_questioned = False
         self._is_cleared = threading.Event()
@@ -116,7 +116,7 @@ class Watchdog:
         if isinstance(error, RuntimeError):  # as gloo and NCCL raise
             self._is_cleared.clear()
             self._is_questioned = True
-            self._mailbox.wake()
+            self._socket.wake()
             self._is_cleared.wait(_JUDGE_SECONDS)
         lines = f"{type(error).__name__}: {error}".splitlines()
         self._send_farewell("error", printable(lines[0]))
@@ -125,13 +125,13 @@ class Watchdog:
         """Leaves the job without an error: the others do not miss this rank any more."""
         self._send_farewell("done", "it had finished")
         self._is_closed = True
-        self._mailbox.wake()
+        self._socket.wake()
         self._thread.join()
-        self._mailbox.close()
+        self._socket.close()
 
     def _run(self) -> None:
         if self._untried is not None:
-            self._mailbox.send(self._untried, "question", {})
+            self._socket.send(self._untried, "question", {})
         while not self._is_closed:
             try:
                 self._tick()
@@ -146,12 +146,12 @@ class Watchdog:
             self._reported_at = now
             LOGGER.exception("watchdog: error number %d of its own; it goes on", self._num_errors)
         self._inquiry = None
-        self._mailbox.close_probes()
+        self._socket.close_probes()
         time.sleep(_BRISK_SECONDS)
 
     def _tick(self) -> None:
         is_idle = self._inquiry is None and self._leaving is None
-        messages, woken = self._mailbox.receive(_TICK_SECONDS if is_idle else _BRISK_SECONDS)
+        messages, woken = self._socket.receive(_TICK_SECONDS if is_idle else _BRISK_SECONDS)
         self._is_terminated |= signal.SIGTERM in woken
         for message in messages:
             # A message of a wrong form from a rank of this job: from another version of this program, perhaps.
@@ -168,7 +168,7 @@ class Watchdog:
             self._inquire(self._inquiry, now)
         else:
             self._look(now)
-        if self._mailbox.is_flooded:
+        if self._socket.is_flooded:
             # The rank's own threads need the processor more than a flood does.
             time.sleep(_FLOOD_PAUSE_SECONDS)
 
@@ -191,12 +191,12 @@ class Watchdog:
     def _answer(self, rank: int, sender: SocketAddress) -> None:
         leaving = self._leaving
         if self._farewell is not None:
-            self._mailbox.reply(rank, sender, "farewell", self._farewell.as_json())
+            self._socket.reply(rank, sender, "farewell", self._farewell.as_json())
         elif leaving is not None and leaving.verdict.judge == self._rank:
-            self._mailbox.reply(rank, sender, "verdict", dataclasses.asdict(leaving.verdict))
+            self._socket.reply(rank, sender, "verdict", dataclasses.asdict(leaving.verdict))
         else:  # another judge's verdict is that judge's to send
             standing = Standing.of(self._log, self._main_thread)
-            self._mailbox.reply(rank, sender, "answer", dataclasses.asdict(standing))
+            self._socket.reply(rank, sender, "answer", dataclasses.asdict(standing))
 
     def _follow(self, verdict: Verdict) -> None:
         """Ends by a verdict. Of several, all ranks keep the same: a rank's own error first, then the lowest judge's."""
@@ -238,12 +238,12 @@ class Watchdog:
     def _inquire(self, inquiry: Inquiry, now: float) -> None:
         if self._is_terminated:
             inquiry.reason = Reason.SIGNAL
-        lost = inquiry.lost(self._mailbox.refused, self._gone, self._log)
-        silent = self._mailbox.peers - inquiry.answers.keys() - lost.keys() - self._gone.keys()
+        lost = inquiry.lost(self._socket.refused, self._gone, self._log)
+        silent = self._socket.peers - inquiry.answers.keys() - lost.keys() - self._gone.keys()
         elapsed = now - inquiry.begun
         if silent and elapsed < _INQUIRY_SECONDS:
             if inquiry.is_due(now):
-                inquiry.ask(silent, self._mailbox, now)
+                inquiry.send_questions(silent, self._socket, now)
             return
         if inquiry.reason is Reason.DEADLINE and not self._has_waited_too_long():
             self._conclude(inquiry, None)  # the rank arrived in the meantime
@@ -253,13 +253,13 @@ class Watchdog:
             # Soon a rank will miss it in a collective, which the verdict can then name.
             if inquiry.is_due(now):
                 inquiry.answers.clear()
-                inquiry.ask(self._mailbox.peers - lost.keys(), self._mailbox, now)
+                inquiry.send_questions(self._socket.peers - lost.keys(), self._socket, now)
             return
         self._conclude(inquiry, judge(inquiry.reason, findings, self._deadline_seconds))
 
     def _conclude(self, inquiry: Inquiry, verdict: Verdict | None) -> None:
         self._inquiry = None
-        self._mailbox.close_probes()
+        self._socket.close_probes()
         if verdict is not None:
             self._follow(verdict)
         elif inquiry.reason is Reason.SIGNAL and self._ends_by_signal:
@@ -276,8 +276,8 @@ class Watchdog:
             os._exit(_SIGNALLED)
         if verdict.judge == self._rank and now >= leaving.send_at:
             leaving.send_at = now + _SEND_EVERY_SECONDS
-            for rank in self._mailbox.peers:
-                self._mailbox.send(rank, "verdict", dataclasses.asdict(verdict))
+            for rank in self._socket.peers:
+                self._socket.send(rank, "verdict", dataclasses.asdict(verdict))
         if leaving.exit_at is None and now >= leaving.report_at:
             leaving.exit_at = now + _LINGER_SECONDS
             self._crash_report(verdict)
@@ -287,5 +287,5 @@ class Watchdog:
     def _send_farewell(self, end: End, text: str) -> None:
         self._farewell = Farewell(end, text)
         for _ in range(2):
-            for rank in self._mailbox.peers:
-                self._mailbox.send(rank, "farewell", self._farewell.as_json())
+            for rank in self._socket.peers:
+                self._socket.send(rank, "farewell", self._farewell.as_json())

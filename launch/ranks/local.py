@@ -118,7 +118,7 @@ def run_ranks(folder: Path, world_size: int, entry: Entry) -> int:
     with _heeded(request):
         for restart in range(config.cluster.max_restarts + 1):
             code, reason = _run_once(folder, world_size, entry, config.cluster, request)
-            if code not in VERDICT_CODES or request.is_asked or restart == config.cluster.max_restarts:
+            if code not in VERDICT_CODES or request.is_requested or restart == config.cluster.max_restarts:
                 break
             try:
                 _start_again(folder, config, restart + 1, code, reason)

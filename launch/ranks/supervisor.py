@@ -67,7 +67,7 @@ class Keeper:
     def _keep(self) -> None:
         while not self._is_over.wait(_LOOK_SECONDS):
             self._meet()
-            if self._request.is_asked:
+            if self._request.is_requested:
                 self._ask()
             if self._is_time_up():
                 for descriptor in self._ranks.values():

@@ -64,7 +64,7 @@ def _train(config: TrainConfig) -> int:
 
 def _record(folder: Path, rank: str) -> None:
     from comm.watchdog.authentication import DatagramCodec
-    from comm.watchdog.mailbox import WatchdogSocket
+    from comm.watchdog.watchdog_socket import WatchdogSocket
 
     encode, receive = DatagramCodec.encode, WatchdogSocket.receive
     # Each look appends a byte, so that a reader never finds less than before.
@@ -76,9 +76,9 @@ def _record(folder: Path, rank: str) -> None:
             file.write(json.dumps([recipient, data.hex()]) + "\n")
         return data
 
-    def counted(mailbox: WatchdogSocket, seconds: float) -> Any:
+    def counted(watchdog_socket: WatchdogSocket, seconds: float) -> Any:
         ticks.write(b".")
-        return receive(mailbox, seconds)
+        return receive(watchdog_socket, seconds)
 
     DatagramCodec.encode = recorded  # type: ignore[method-assign]
     WatchdogSocket.receive = counted  # type: ignore[method-assign]

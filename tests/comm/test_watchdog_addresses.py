@@ -15,8 +15,8 @@ from torch.distributed.distributed_c10d import Store
 from comm.watchdog.addresses import AddressExchange
 from comm.watchdog.job_key import JobKeyError, write_key_file
 from comm.watchdog.job_start import AbsentError, JobStart, Termination
-from comm.watchdog.mailbox import WatchdogSocket
 from comm.watchdog.membership import Membership
+from comm.watchdog.watchdog_socket import WatchdogSocket
 
 KEY = b"the key of a test's job".ljust(32)
 
@@ -29,8 +29,8 @@ class Rank:
         seconds: float = 20.0, reach: str = "127.0.0.1",
     ) -> None:  # fmt: skip
         member = Membership(rank, world_size, reach, 1, 0, key=key)
-        self.mailbox = WatchdogSocket(rank, reach)
-        self.exchange = AddressExchange(JobStart(member, seconds, Termination()), store, self.mailbox, folder)
+        self.watchdog_socket = WatchdogSocket(rank, reach)
+        self.exchange = AddressExchange(JobStart(member, seconds, Termination()), store, self.watchdog_socket, folder)
 
 
 def run(ranks: list[Rank], meanwhile: Callable[[], None] = lambda: None) -> list[BaseException | None]:
@@ -52,19 +52,19 @@ def run(ranks: list[Rank], meanwhile: Callable[[], None] = lambda: None) -> list
 def assert_connected(ranks: list[Rank]) -> None:
     """Every rank's message reaches every other."""
     for sender in ranks:
-        for number in sender.mailbox.peers:
-            sender.mailbox.send(number, "question", {})
+        for number in sender.watchdog_socket.peers:
+            sender.watchdog_socket.send(number, "question", {})
     for number, rank in enumerate(ranks):
         found: set[int] = set()
         until = time.monotonic() + 5
         while len(found) < len(ranks) - 1 and time.monotonic() < until:
-            found |= {message.rank for message in rank.mailbox.receive(0.2)[0]}
+            found |= {message.rank for message in rank.watchdog_socket.receive(0.2)[0]}
         assert found == set(range(len(ranks))) - {number}
 
 
 def close(ranks: list[Rank]) -> None:
     for rank in ranks:
-        rank.mailbox.close()
+        rank.watchdog_socket.close()
 
 
 @pytest.mark.parametrize("kind", ["given", "file"])
@@ -78,16 +78,17 @@ def test_ranks_that_share_a_key_are_connected_and_leave_no_secret(kind: str, tmp
     close(ranks)
     assert not list(tmp_path.glob(".job-key*"))
     assert KEY not in path.read_bytes()
-    assert {rank.mailbox._codec._key for rank in ranks if rank.mailbox._codec} == {ranks[0].mailbox._codec._key}  # type: ignore[union-attr]
+    codecs = [rank.watchdog_socket._codec for rank in ranks]
+    assert len({codec._key for codec in codecs if codec}) == 1
 
 
 def test_each_attempt_has_its_own_key() -> None:
     first, second = ([Rank(rank, store) for rank in range(3)] for store in (HashStore(), HashStore()))
     assert run(first) == run(second) == [None] * 3
-    first[1].mailbox._peers = second[1].mailbox._peers
-    first[1].mailbox.send(0, "verdict", {"code": 78, "text": "earlier", "judge": 1, "culprits": []})
-    assert second[0].mailbox.receive(0.3)[0] == []
-    assert second[0].mailbox.num_dropped == 1
+    first[1].watchdog_socket._peers = second[1].watchdog_socket._peers
+    first[1].watchdog_socket.send(0, "verdict", {"code": 78, "text": "earlier", "judge": 1, "culprits": []})
+    assert second[0].watchdog_socket.receive(0.3)[0] == []
+    assert second[0].watchdog_socket.num_dropped == 1
     close(first + second)
 
 
@@ -209,6 +210,6 @@ def test_rank_that_knows_only_its_loopback_address_moves_to_where_others_reach_i
     store = HashStore()
     ranks = [Rank(0, store, reach="127.0.0.1"), Rank(1, store, reach=far), Rank(2, store, reach=far)]
     assert run(ranks) == [None] * 3
-    assert [rank.mailbox.host for rank in ranks] == [far] * 3
+    assert [rank.watchdog_socket.host for rank in ranks] == [far] * 3
     assert_connected(ranks)
     close(ranks)

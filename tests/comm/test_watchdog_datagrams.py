@@ -13,9 +13,9 @@ from comm.watchdog.authentication import REPLAY_WINDOW, DatagramCodec, ReplayWin
 from comm.watchdog.collective_log import CollectiveLog
 from comm.watchdog.decode import MAX_DECODED_BYTES, MessageError, compress_object, decompress_object, printable
 from comm.watchdog.inquiry import Farewell, Question, decode_message
-from comm.watchdog.mailbox import WatchdogMessage
 from comm.watchdog.main_thread import MainThread
 from comm.watchdog.verdict import Standing, Verdict
+from comm.watchdog.watchdog_socket import WatchdogMessage
 
 KEY = b"the key of a test's job".ljust(32)
 WORLD_SIZE = 4

@@ -152,7 +152,7 @@ def sleep(config: TrainConfig) -> int:
 def saves(config: TrainConfig) -> int:
     """When it is asked to make room; only then are all ranks done."""
     tell_pid(config)
-    while not Preemption.of_process().is_asked:
+    while not Preemption.of_process().is_requested:
         time.sleep(0.05)
     time.sleep(1.0)
     (Path(config.out_dir) / f"saved_{rank()}").touch()

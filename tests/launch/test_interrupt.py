@@ -84,7 +84,7 @@ def test_closed_terminal_is_a_request_unless_it_is_ignored_as_under_nohup() -> N
     assert handled_signals() == SIGNALS
     assert signal.SIGHUP in SIGNALS
     code = "import signal; from comm.preemption import Preemption; made = Preemption.of_process(); "
-    code += "import os; os.kill(os.getpid(), signal.SIGHUP); print(made.is_asked)"
+    code += "import os; os.kill(os.getpid(), signal.SIGHUP); print(made.is_requested)"
     for ignore, asked in ((False, "True\n"), (True, "False\n")):
         done = subprocess.run(
             [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,

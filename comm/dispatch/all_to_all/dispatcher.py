@@ -44,7 +44,7 @@ class AllToAllHandle:
 class AllToAllDispatcher:
     """`comm.protocol.Dispatcher` over an expert group; the member at place i holds experts i*L to (i+1)*L - 1.
 
-    Rows of one local expert arrive by source rank, then by token, whatever the timing.
+    Rows of one local expert arrive by source rank, then by token, independent of timing.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class AllToAllDispatcher:
         Args:
             group: of the ranks that share a layer's experts; used by this lane alone.
             num_experts: of the layer, over all ranks.
-            layout: tells the members' nodes.
+            layout: of the world, for the members' nodes.
             lane: where all exchanges run.
             observers: who counts and logs them.
             max_nodes: that a token may touch, or the first use of its plan raises NodeCapError on all ranks; any

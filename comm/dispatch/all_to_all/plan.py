@@ -1,4 +1,4 @@
-"""What an all-to-all exchange must know before rows are sent: who sends how many to whom, and in which order.
+"""Plan of an all-to-all exchange: how many rows each rank sends to each other, and in which order.
 
 Shape legend: R ranks of the expert group, T tokens of this rank, K experts per token, A arrived rows, E experts of the
 layer, L = E / R local experts, N nodes of the group.
@@ -80,16 +80,18 @@ class AllToAllPlanner:
         self._traffic = traffic
 
     def exchange(self, ids_TK: Tensor, label: Label | None) -> AllToAllCounts:
-        """Counts rows per (destination rank, local expert) and tells each rank its part."""
+        """Counts rows per (destination rank, local expert) and sends each rank its part."""
         self._node_of_expert_E = self._node_of_expert_E.to(ids_TK.device)
         counts = count_choices(ids_TK, self._num_experts)
         touched_TN = touched_nodes(ids_TK, self._node_of_expert_E, self._num_nodes)
         num_ranks = len(self._wire.members)
+        # Row r holds the counts for each expert of rank r, and this rank's tokens over the cap: R by L + 1.
         num_over = (touched_TN.sum(1) > self._max_nodes).sum()
         counts_RL = counts[1:].view(num_ranks, self.num_local_experts)
-        under_way = self._wire.start_numbers(torch.cat([counts_RL, num_over.expand(num_ranks, 1)], 1), label)
+        pending = self._wire.start_numbers(torch.cat([counts_RL, num_over.expand(num_ranks, 1)], 1), label)
+        # Sorting overlaps the exchange.
         choices = SortedChoices.sort(ids_TK)
-        return AllToAllCounts(choices, touched_TN, torch.cat([counts, touched_TN.sum(0), under_way.wait().flatten()]))
+        return AllToAllCounts(choices, touched_TN, torch.cat([counts, touched_TN.sum(0), pending.wait().flatten()]))
 
     def complete(self, counted: AllToAllCounts, label: Label | None) -> AllToAllRoute:
         """Reads the counts, which waits for the device, and derives splits and orders.
@@ -98,7 +100,8 @@ class AllToAllPlanner:
             NodeCapError: on all ranks, if a token of any rank is over the cap.
         """
         num_experts, num_local, num_ranks = self._num_experts, self.num_local_experts, len(self._wire.members)
-        numbers = counted.numbers.tolist()
+        numbers = counted.numbers.tolist()  # host sync
+        # [dropped | rows for each expert, E | tokens that touch each node, N | from each rank, L + 1]
         counts_E, table = numbers[1 : 1 + num_experts], numbers[1 + num_experts + self._num_nodes :]
         rows = _rows(table, num_local + 1)
         touched_N = numbers[1 + num_experts : 1 + num_experts + self._num_nodes]
@@ -106,6 +109,8 @@ class AllToAllPlanner:
         verify_cap(num_over_R, self._wire, counted.touched_TN, self._max_nodes, label)
         self._traffic.add_plan(None if label is None else label.layer, len(counted.touched_TN), sum(touched_N))
         received = tuple(map(sum, rows))
+        # With one rank or one local expert, rows arrive in the order of experts.
+        # With one rank or one local expert, rows arrive in the order of experts.
         sorted_A = None
         if num_ranks > 1 and num_local > 1:
             received_RL = counted.numbers[-len(table) :].view(num_ranks, num_local + 1)[:, :-1]
@@ -127,8 +132,12 @@ def _rows(numbers: Sequence[int], width: int) -> list[list[int]]:
 
 def _expert_major(received_RL: Tensor, num_arrived: int) -> Tensor:
     """The arrival places of rows in (local expert, source rank) order, from counts in (source, local expert) order."""
+    # Where each block (source, expert) begins in arrival order, read in the order (expert, source): L R.
+    # Where each block (source, expert) begins in arrival order, read in the order (expert, source): L R.
     lengths = received_RL.flatten()
     starts_LR = (lengths.cumsum(0) - lengths).view_as(received_RL).T.flatten()
+    # A row moves by the difference between where its block begins there and here.
+    # A row moves by the difference between where its block begins there and here.
     lengths_LR = received_RL.T.flatten()
     shifts_LR = starts_LR - (lengths_LR.cumsum(0) - lengths_LR)
     places = torch.arange(num_arrived, device=received_RL.device)

@@ -81,7 +81,7 @@ class DeepEPHandle:
 class DeepEPDispatcher(ClosesOnSuccess):
     """`comm.protocol.Dispatcher` over an expert group; the member at place i holds experts i*L to (i+1)*L - 1.
 
-    Rows of one local expert arrive by source rank, then by token, whatever the timing. Rows are bfloat16 or, to
+    Rows of one local expert arrive by source rank, then by token, independent of timing. Rows are bfloat16 or, to
     experts only, uint8: `hidden_size` codes of float8_e4m3fn and float32 scales behind them. Weights are float32.
     """
 
@@ -101,9 +101,9 @@ class DeepEPDispatcher(ClosesOnSuccess):
         Args:
             group: of the ranks that share a layer's experts; used by this lane alone.
             num_experts: of the layer, over all ranks.
-            layout: tells the members' nodes.
+            layout: of the world, for the members' nodes.
             lane: where all exchanges run.
-            observers: who logs exchanges and accounts for them. DeepEP does not tell what it sends, so rows and bytes
+            observers: who logs exchanges and accounts for them. DeepEP does not report what it sends, so rows and bytes
                 are only predicted, at the rank whose tokens they belong to.
             shape: of the buffer.
             max_nodes: that a token may touch, or the first dispatch of its plan raises NodeCapError on all ranks; any

@@ -1,4 +1,4 @@
-"""DeepEP as a package: whether it is there, and what its kernels can carry. No torch here, so a command may ask first.
+"""DeepEP as a package: whether it is there, and what its kernels can carry. No torch here: commands import it.
 
 Rules as in deep_ep 2.1.0 (github.com/deepseek-ai/DeepEP).
 """
@@ -14,7 +14,7 @@ _MOST_CHOICES = 32
 
 
 class DeepEPError(ValueError):
-    """DeepEP is missing, or asked for what its kernels cannot do."""
+    """DeepEP is missing, or its kernels cannot do what a run needs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

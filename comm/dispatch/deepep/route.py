@@ -50,8 +50,12 @@ class DeepEPRoute:
         """
         counts = tuple(handle.num_recv_tokens_per_expert_list)
         sources_R = handle.recv_src_metadata[:, 0].long()
+        # Keys order choices by local expert, then by the source of their row; choices elsewhere come last. RK.
+        # Keys order choices by local expert, then by the source of their row; choices elsewhere come last. RK.
         keys_RK = torch.where(ids_RK < 0, len(counts), ids_RK.long()) * num_sources + sources_R[:, None]
         choices_A = keys_RK.flatten().argsort()[: sum(counts)]
+        # The inverse: the arrived place of each choice, -1 elsewhere.
+        # The inverse: the arrived place of each choice, -1 elsewhere.
         places_RK = torch.full_like(keys_RK, -1)
         places_RK.view(-1).scatter_(0, choices_A, torch.arange(len(choices_A), device=ids_RK.device))
         return cls(

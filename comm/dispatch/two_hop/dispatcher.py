@@ -100,7 +100,7 @@ class TwoHopHandle:
 class TwoHopDispatcher:
     """`comm.protocol.Dispatcher` over an expert group; the member at place i holds experts i*L to (i+1)*L - 1.
 
-    Rows of one local expert arrive by source rank, then by token, whatever the timing and the number of chunks. Sums
+    Rows of one local expert arrive by source rank, then by token, for any timing and number of chunks. Sums
     are made at the expert's rank, at the relay and at home, each in one fixed order.
     """
 

@@ -7,22 +7,22 @@ import time
 import pytest
 
 from comm.watchdog.collective_log import CollectiveLog
-from comm.watchdog.mailbox import WatchdogSocket
 from comm.watchdog.verdict import Verdict
 from comm.watchdog.watchdog import Watchdog
+from comm.watchdog.watchdog_socket import WatchdogSocket
 
 KEY = b"the key of a test's job".ljust(32)
 
 
-def _two_mailboxes() -> tuple[WatchdogSocket, WatchdogSocket]:
+def _two_sockets() -> tuple[WatchdogSocket, WatchdogSocket]:
     boxes = WatchdogSocket(0, "127.0.0.1"), WatchdogSocket(1, "127.0.0.1")
     for box in boxes:
         box.open([(other.host, other.port) for other in boxes], KEY)
     return boxes
 
 
-def test_mailbox_tells_a_closed_peer_from_a_silent_one_and_hears_no_stranger() -> None:
-    first, second = _two_mailboxes()
+def test_socket_tells_a_closed_peer_from_a_silent_one_and_hears_no_stranger() -> None:
+    first, second = _two_sockets()
     stranger = WatchdogSocket(1, "127.0.0.1")
     stranger.open([(each.host, each.port) for each in (first, second)], b"another job's key".ljust(32))
     stranger.send(0, "question", {"who": "stranger"})
@@ -79,7 +79,7 @@ def test_watch_says_early_that_no_mail_gets_through(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("comm.watchdog.watchdog._REACH_SECONDS", 0.3)
-    first, second = _two_mailboxes()  # nobody reads the second
+    first, second = _two_sockets()  # nobody reads the second
     watch = Watchdog(0, first, CollectiveLog(), 60.0, lambda verdict: None)
     watch.start()
     until = time.monotonic() + 10
@@ -90,8 +90,8 @@ def test_watch_says_early_that_no_mail_gets_through(
     assert caplog.messages == ["watchdog: no datagram gets through to rank 1 and back: lost ranks cannot be named"]
 
 
-def test_mailbox_is_woken_from_outside() -> None:
-    first, second = _two_mailboxes()
+def test_socket_is_woken_from_outside() -> None:
+    first, second = _two_sockets()
     begun = time.monotonic()
     os.write(first.wakeup_file, bytes([signal.SIGTERM]))
     assert first.receive(5.0) == ([], bytes([signal.SIGTERM]))
@@ -149,7 +149,7 @@ def test_watchdog_drops_messages_of_a_wrong_form_and_verdicts_of_others(monkeypa
 def test_watchdog_logs_an_error_of_its_own_and_goes_on(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first, second = _two_mailboxes()
+    first, second = _two_sockets()
     watchdog = Watchdog(0, first, CollectiveLog(), 60.0, lambda verdict: None)
     plain, errors = watchdog._look, [RuntimeError("a bug"), ZeroDivisionError("another"), KeyError(3)]
 
@@ -171,7 +171,7 @@ def test_watchdog_logs_an_error_of_its_own_and_goes_on(
 
 
 def test_watchdog_socket_is_bound_to_one_address() -> None:
-    first, second = _two_mailboxes()
+    first, second = _two_sockets()
     first.probe(1)
     assert first.host == "127.0.0.1"
     assert [probe.getsockname()[0] for probe in first._probes.values()] == ["127.0.0.1"]
