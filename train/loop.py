@@ -1,27 +1,23 @@
-"""The training loop of one rank: steps, validation, checkpoints, records. Decisions are the same on every rank."""
+"""The training loop of one rank: steps, records, validation, checkpoints, samples. All ranks decide the same."""
 
 import logging
 import math
-from contextlib import AbstractContextManager, suppress
-from functools import partial
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import distributed as dist
 
-from data.loader import Batch, Loader
+from data.loader import Loader
 from data.prepare import Prepared
 from data.progress import progress_on
-from infer.config import Sampling
-from infer.generate import generate
-from infer.text import decode_after
-from train.checkpoint import load as checkpoint
-from train.checkpoint.manifest import step_folder
 from train.checkpoint.rescue_save import rescue
 from train.checkpoint.save import Saver
-from train.config import TaskConfig, TrainConfig
+from train.config import TrainConfig
 from train.errors import PreemptedError, RefusedStepError, StoppedError, UnsavedError
-from train.guard.recovery import Recovery
+from train.guard.recovery import Recovery, RolledBack, Skipped
 from train.learner import SizedLearners
 from train.ownership.lock_file import OwnershipCheck
 from train.records.pictures import PAGE_NAME, SVG_NAME, TRACE_NAME, PipelineWatch
@@ -29,17 +25,28 @@ from train.records.profile import StepProfiler
 from train.records.reporter import Reporter
 from train.records.status import StatusFile
 from train.records.step_record import record_of
-from train.replica import Replica, weight_dtype
-from train.step import StepResult, train_step, validate_pass
+from train.step import StepResult, train_step
+from train.validation import sample_text, validate
 
 LOGGER = logging.getLogger("train")
 VALIDATION_LOSS = "validation_loss"
 
 
-class Training:
-    """A rank's way through its steps. Every rank makes one and runs it; what it decides is the same on all.
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A step that updated the weights."""
 
-    Attributes: `num_done`, the steps behind it.
+    result: StepResult
+
+
+Outcome = Done | Skipped | RolledBack
+
+
+class Training:
+    """The training loop of a rank. All ranks make one and run it; all decide the same.
+
+    Attributes:
+        num_done: steps done.
     """
 
     num_done: int
@@ -53,7 +60,16 @@ class Training:
         status: StatusFile,
         first_step: int,
     ) -> None:
-        """`first_step`: from 0; the steps before it are in the weights."""
+        """Opens what the loop uses: loader, profiler, saver and guard.
+
+        Args:
+            config: of the run.
+            learners: for every batch size.
+            prepared: corpus and tokenizer.
+            reporter: of this rank.
+            status: of the run.
+            first_step: steps already done, which are in the weights.
+        """
         learner, world, out_dir = learners.last, learners.last.world, Path(config.out_dir)
         self.num_done = first_step
         self._num_saved = first_step
@@ -75,130 +91,80 @@ class Training:
         self._first_progress = progress_on() if world.rank == 0 else None
 
     def run(self) -> None:
-        """All steps that are left, a last validation, a last checkpoint.
+        """Runs the steps that are left. Each trains, records, validates, draws and saves; the end samples.
 
         Raises:
             PreemptedError: on every rank alike; what was done is saved.
             StoppedError: on every rank alike, by the guard.
             RescuedError: on every rank alike, as the run's folder is gone, another's, or takes no checkpoint.
         """
-        try:
-            self._run()
-        except UnsavedError as error:
-            reason = str(error)
-            with suppress(UnsavedError):
-                self._saver.close()
-            with self._saving():
-                rescue(self._config, self._learner, self._prepared, self.num_done, reason)
-
-    def _run(self) -> None:
         self._status.running(self.num_done)
-        try:
-            self._make_up()
+        with self._saved_at_exit():
+            self._validate_if_missing()
             while self.num_done < self._config.task.steps:
-                self._step(self.num_done)
-        except PreemptedError:
-            if lost := self._lost_folder():
-                raise UnsavedError(lost) from None
-            if self.num_done != self._num_saved:
-                self._save()
-            self._end_saving()
-            raise
-        except StoppedError:
-            self._end_saving()
-            raise
-        self._end_saving()
+                step = self.num_done
+                self._leave_if_folder_lost()
+                outcome = self._train(step)
+                match outcome:
+                    case RolledBack(to_step):
+                        self._go_back(to_step)
+                        continue
+                    case Done() | Skipped():
+                        self.num_done = step + 1
+                with self._recorded(step, outcome) as record:
+                    if self._is_validation_due():
+                        record[VALIDATION_LOSS] = self._validate()
+                if self._is_due(self._config.track.picture_every_steps):
+                    self._draw(step, outcome)
+                if self._is_due(self._config.checkpointing.every_steps):
+                    self._save()
+                self._report_checkpoints()
+                self._status.running(self.num_done)
+        self._sample()
 
-    def _look_after_folder(self) -> None:
-        """Has all ranks leave, if this one, which writes there, sees that the run's folder is no longer its own."""
-        if self._world.rank == 0 and self._ownership.problem():
-            self._world.preemption.request()
-
-    def _lost_folder(self) -> str:
-        """Returns why the run's folder is no longer its own, on every rank; empty if it is."""
-        said = [self._ownership.problem(is_urgent=True) if self._world.rank == 0 else ""]
-        with self._world.phase("agreement on the run's folder"):
-            dist.broadcast_object_list(said, src=0, group=self._world.groups.world)
-        return said[0]
-
-    def _make_up(self) -> None:
-        """The validation of the last step, where the run was asked to make room before it was over."""
-        last, is_owed = self._reporter.last(), [False]
-        if last is not None and self._is_validated(self.num_done):
-            is_owed = [last["step"] == self.num_done and VALIDATION_LOSS not in last]
-        with self._world.phase("agreement on what was before"):
-            dist.broadcast_object_list(is_owed, src=0, group=self._world.groups.world)
-        if is_owed[0]:
-            loss = self._validate()
-            if last is not None:
-                self._reporter.amend({**last, VALIDATION_LOSS: loss})
-
-    def _is_validated(self, done: int) -> bool:
-        task, validation = self._config.task, self._config.validation
-        has_sequences = validation.sequences > 0 and self._loader.num_validation_sequences > 0
-        return _due(done, validation.every_steps, task.steps) and has_sequences
-
-    def _step(self, step: int) -> None:
-        """One batch, then whatever is due after it."""
-        self._look_after_folder()
-        result = self._take(step)
-        if self.num_done <= step:
-            return
-        config, done = self._config, self.num_done
-        values = None if result is None else self._record(step, result)
-        try:
-            if self._is_validated(done):
-                loss = self._validate()
-                values = None if values is None else {**values, VALIDATION_LOSS: loss}
-        finally:
-            if values is not None and result is not None:
-                self._reporter.record(values, result.balance)
-        if result is not None and _due(done, config.track.picture_every_steps, config.task.steps):
-            self._draw(step, result)
-        if _due(done, config.checkpointing.every_steps, config.task.steps):
-            self._save()
-        self._tell_of_saved()
-        self._status.running(done)
-
-    def _take(self, step: int) -> StepResult | None:
-        """Trains on a batch, if its turn has come and the guard lets it; `num_done` tells where the run then is."""
+    def _train(self, step: int) -> Outcome:
+        """Trains on a batch, unless it is left out or the guard refuses it."""
         if self._recovery.passes_over(step):
-            self.num_done = step + 1
-            self._reporter.say(f"step {self.num_done:>6}  its batch is left out")
-            return None
+            self._reporter.say(f"step {step + 1:>6}  its batch is left out")
+            return Skipped()
+        learner, guard = self._learners.of_step(step), self._recovery.guard
         try:
             with self._profiler.step(step + 1):
-                result = train_step(
-                    self._learners.of_step(step),
-                    self._config.task,
-                    self._loader,
-                    step,
-                    self._recovery.guard,
-                    self._first_progress,
-                )
+                result = train_step(learner, self._config.task, self._loader, step, guard, self._first_progress)
         except RefusedStepError as refused:
-            with self._saving():
+            with self._world.phase("checkpoint"):
                 self._saver.wait()  # the run may go back to it
-            onward = self._recovery.answer(refused.finding)
-            self._reporter.say(f"step {step + 1:>6}  {onward.words}")
-            self.num_done = onward.num_done
-            if onward.is_back:
-                self._reporter.go_back(self.num_done)
-                self._num_saved = self.num_done
-            return None
+            outcome, reason = self._recovery.answer(refused.finding)
+            self._reporter.say(f"step {step + 1:>6}  {reason}")
+            return outcome
         self._first_progress = None
         self._recovery.accepted(step)
-        self.num_done = step + 1
-        LOGGER.info("step %d: loss %.6f, %.3f s", self.num_done, result.losses.total, result.seconds)
-        return result
+        LOGGER.info("step %d: loss %.6f, %.3f s", step + 1, result.losses.total, result.seconds)
+        return Done(result)
 
-    def _record(self, step: int, result: StepResult) -> dict[str, Any]:
-        replica = self._learners.of_step(step).replica
-        values = record_of(replica, self._watch, step + 1, result, self._config.cluster.peak_flops)
-        return {**values, "tokens": self._loader.sizes.tokens_before(step + 1)}
+    def _go_back(self, to_step: int) -> None:
+        """Continues after an earlier step, whose checkpoint the learner has loaded."""
+        self.num_done = self._num_saved = to_step
+        self._reporter.go_back(to_step)
+
+    @contextmanager
+    def _recorded(self, step: int, outcome: Outcome) -> Iterator[dict[str, Any]]:
+        """Yields the step's record, which is written at the end, even if the validation in between is preempted."""
+        if not isinstance(outcome, Done):
+            yield {}
+            return
+        replica, peak_flops = self._learners.of_step(step).replica, self._config.cluster.peak_flops
+        record = record_of(replica, self._watch, step + 1, outcome.result, peak_flops)
+        record["tokens"] = self._loader.sizes.tokens_before(step + 1)
+        try:
+            yield record
+        finally:
+            self._reporter.record(record, outcome.result.balance)
 
     def _validate(self) -> float:
-        loss = validate(self._learner.replica, self._config.task, self._loader, self._config.validation.sequences)
+        """Returns the loss of the held-out sequences."""
+        num_sequences = self._config.validation.sequences
+        loss = validate(self._learner.replica, self._config.task, self._loader, num_sequences)
         bits_per_byte = loss / math.log(2) / self._prepared.bytes_per_token
         self._reporter.say(
             f"step {self.num_done:>6}  validation loss {loss:.4f} nats per token, {bits_per_byte:.3f} bits per byte  "
@@ -206,78 +172,93 @@ class Training:
         )
         return loss
 
-    def _draw(self, step: int, result: StepResult) -> None:
-        if self._watch.draw(self._learners.of_step(step).replica, result.execution, self.num_done):
+    def _validate_if_missing(self) -> None:
+        """Validates the last step if the run was preempted before its validation was over."""
+        last, is_missing = self._reporter.last(), [False]
+        if last is not None and self._is_validation_due():
+            is_missing = [last["step"] == self.num_done and VALIDATION_LOSS not in last]
+        with self._world.phase("agreement on what was before"):
+            dist.broadcast_object_list(is_missing, src=0, group=self._world.groups.world)
+        if is_missing[0]:
+            loss = self._validate()
+            if last is not None:
+                self._reporter.amend({**last, VALIDATION_LOSS: loss})
+
+    def _draw(self, step: int, outcome: Outcome) -> None:
+        """Draws planned and measured time of a step that was done."""
+        replica = self._learners.of_step(step).replica
+        if isinstance(outcome, Done) and self._watch.draw(replica, outcome.result.execution, self.num_done):
             self._reporter.say(
                 f"step {self.num_done:>6}  planned and measured time in {SVG_NAME}, {PAGE_NAME}, {TRACE_NAME}"
             )
 
+    def _sample(self) -> None:
+        """Prints a continuation of the configured prompt by the last checkpoint."""
+        samples = self._config.samples
+        if self._world.rank == 0 and samples.prompt and samples.tokens:
+            text = sample_text(self._config, self._prepared)
+            self._reporter.say(f"continuation of {samples.prompt!r}:\n{text}")
+
     def _save(self) -> None:
-        """The only place where a run saves: a copy, which is written beside the next steps."""
-        with self._saving():
+        """Starts a checkpoint, the only place where a run saves: a copy, which is written beside the next steps."""
+        with self._world.phase("checkpoint"):
             self._saver.save(self.num_done)
         self._num_saved = self.num_done
 
-    def _end_saving(self) -> None:
-        """Until the last checkpoint is whole."""
-        with self._saving():
+    def _finish_saving(self) -> None:
+        """Waits until the last checkpoint is whole."""
+        with self._world.phase("checkpoint"):
             self._saver.close()
-        self._tell_of_saved()
+        self._report_checkpoints()
 
-    def _tell_of_saved(self) -> None:
+    def _report_checkpoints(self) -> None:
+        """Reports the checkpoints that have become whole."""
         for folder in self._saver.take_finished():
             self._status.running(self.num_done, str(folder))
             self._reporter.say(f"step {int(folder.name[5:]):>6}  checkpoint {folder}")
             self._reporter.draw()
 
-    def _saving(self) -> AbstractContextManager[None]:
-        return self._world.phase("checkpoint")
+    @contextmanager
+    def _saved_at_exit(self) -> Iterator[None]:
+        """Leaves a whole checkpoint behind if the run ends here, also if it is preempted or its folder takes none."""
+        try:
+            try:
+                yield
+            except PreemptedError:
+                if lost := self._lost_folder():
+                    raise UnsavedError(lost) from None
+                if self.num_done != self._num_saved:
+                    self._save()
+                self._finish_saving()
+                raise
+            except StoppedError:
+                self._finish_saving()
+                raise
+            self._finish_saving()
+        except UnsavedError as error:
+            reason = str(error)
+            with suppress(UnsavedError):
+                self._saver.close()
+            with self._world.phase("checkpoint"):
+                rescue(self._config, self._learner, self._prepared, self.num_done, reason)
 
+    def _leave_if_folder_lost(self) -> None:
+        """Requests that all ranks leave if rank 0, which writes there, finds that the folder is no longer its own."""
+        if self._world.rank == 0 and self._ownership.problem():
+            self._world.preemption.request()
 
-def validate(replica: Replica, task: TaskConfig, loader: Loader, num_sequences: int) -> float:
-    """Returns the main loss in nats per token over validation sequences; all ranks call it.
+    def _lost_folder(self) -> str:
+        """Returns why the run's folder is no longer its own, on every rank; empty if it is."""
+        problem = [self._ownership.problem(is_urgent=True) if self._world.rank == 0 else ""]
+        with self._world.phase("agreement on the run's folder"):
+            dist.broadcast_object_list(problem, src=0, group=self._world.groups.world)
+        return problem[0]
 
-    Args:
-        replica: to validate.
-        task: of the run.
-        loader: of the data.
-        num_sequences: to read, if the corpus has so many.
-    """
-    size = replica.global_sequences
-    passes = min(num_sequences, loader.num_validation_sequences) // size
-    nats, targets = 0.0, 0
-    for index in range(passes):
-        losses, count = validate_pass(replica, task, partial(_read_validation, loader, index * size))
-        nats += losses.main * count
-        targets += count
-    replica.observers.traffic.take()  # a step's record counts the step alone
-    replica.observers.clips.take()
-    return nats / max(targets, 1)
+    def _is_due(self, every: int) -> bool:
+        """Whether the step just done is one of every so many, or the last."""
+        return self.num_done == self._config.task.steps or (every > 0 and self.num_done % every == 0)
 
-
-def show_continuation(config: TrainConfig, prepared: Prepared) -> str:
-    """Returns the prompt and its continuation by the last checkpoint, read whole in this process, and a summary."""
-    tokenizer = prepared.tokenizer
-    folder = step_folder(Path(config.out_dir), config.task.steps)
-    model = checkpoint.load_whole(config.model, folder, weight_dtype(config.precision))
-    prompt = tokenizer.prompt(config.samples.prompt)
-    limit = config.model.max_position_tokens
-    made = generate(
-        model,
-        [prompt[:limit]],
-        max_new_tokens=config.samples.tokens,
-        sampling=Sampling(temperature=config.samples.temperature, seed=config.seed),
-        stop=[tokenizer.end_of_sentence_id],
-    )
-    text = config.samples.prompt + decode_after(
-        tokenizer.decode, tokenizer.text_context(prompt), made.continuations[0].tokens
-    )
-    return f"{text}\n{made.statistics.summary()}"
-
-
-def _read_validation(loader: Loader, offset: int, first: int, count: int) -> Batch:
-    return loader.validation_batch(offset + first, count)
-
-
-def _due(done: int, every: int, last: int) -> bool:
-    return done == last or (every > 0 and done % every == 0)
+    def _is_validation_due(self) -> bool:
+        validation = self._config.validation
+        has_sequences = validation.sequences > 0 and self._loader.num_validation_sequences > 0
+        return has_sequences and self._is_due(validation.every_steps)

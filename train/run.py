@@ -3,6 +3,8 @@
 import dataclasses
 import os
 import sys
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ from train.corpus import State as CorpusState
 from train.corpus import build_together, prepare_corpus
 from train.errors import PreemptedError, RescuedError, StoppedError
 from train.learner import Learner, SizedLearners, open_learner
-from train.loop import Training, show_continuation
+from train.loop import Training
 from train.records.crash_report import LastWords
 from train.records.events import note_event
 from train.records.introduce import introduce
@@ -81,6 +83,26 @@ def main(config: TrainConfig, is_aloud: bool = False) -> int:
     return code
 
 
+@dataclass(frozen=True, slots=True)
+class _End:
+    """How a run ended; `reason` is empty if it is done."""
+
+    state: State
+    code: int
+    reason: str = ""
+
+    @classmethod
+    def of_error(cls, error: PreemptedError | StoppedError | RescuedError) -> "_End":
+        """Returns the end that an error, raised on all ranks alike, means."""
+        match error:
+            case PreemptedError():
+                return cls("preempted", EXIT_PREEMPTED, str(error))
+            case StoppedError():
+                return cls("stopped", EXIT_NON_FINITE, str(error))
+            case RescuedError():
+                return cls("stopped", EXIT_OTHER, str(error))
+
+
 class _Rank:
     """A rank that has joined its job."""
 
@@ -92,62 +114,72 @@ class _Rank:
         self._world: World | None = None
         self._learner: Learner | None = None
         self._passed_over: tuple[str, ...] = ()
+        self._ranks = range(0)
 
     def run(self, config: TrainConfig) -> int:
-        """Everything between joining and leaving; gives the exit code."""
-        layout, world = Layout(config.parallelism, config.cluster.ranks_per_node), range(config.parallelism.world_size)
-        with self._log.phase("world", world, "start of process groups"):
+        """Runs everything between joining and leaving the job; returns the exit code."""
+        self._ranks = range(config.parallelism.world_size)
+        layout = Layout(config.parallelism, config.cluster.ranks_per_node)
+        with self._phase("start of process groups"):
             device = start(config.cluster, self._job.store)
-            config, ended = _agree(config)
+            config, ended = _broadcast_config(config)
         if ended is not None:
             return ended
-        self._words.out_dir = Path(config.out_dir)
-        status = StatusFile(Path(config.out_dir), dist.get_rank() == 0)
-        status.starting()
-        if dist.get_rank() == 0:
-            out_dir = Path(config.out_dir)
-            report_breaks(lambda text: note_event(out_dir, "output_broken", status.step, text))
-        with self._log.phase("world", world, "choice of the checkpoint"):
+        status = self._open_status(config)
+        with self._phase("choice of the checkpoint"):
             config, self._passed_over = choose_resumed(config)
         if device.type == "cuda":
             self._log.follow_streams(cuda_mark(device))
-        with self._log.phase("world", world, "choice of the schedule"):
+        with self._phase("choice of the schedule"):
             planned = plan(config, layout, device)
-        with self._log.phase("world", world, "making of groups"):
+        with self._phase("making of groups"):
             groups = Groups(layout, is_mirrored(planned.schedule), config.cluster.timeout_seconds)
+        end = _End("done", 0)
         try:
-            agree(self._preemption, self._log, groups)
-            prepared = _prepare(config, groups, self._log, self._preemption)
-            agree(self._preemption, self._log, groups)
-            with self._log.phase("world", world, "assembly of the model"):
+            raise_if_preempted(self._preemption, self._log, groups)
+            prepared = _prepare_corpus(config, groups, self._log, self._preemption)
+            raise_if_preempted(self._preemption, self._log, groups)
+            with self._phase("assembly of the model"):
                 seconds = config.cluster.timeout_seconds
                 self._world = open_world(layout, groups, device, seconds, self._log, self._preemption)
                 replica = open_replica(self._world, ReplicaConfig.of_run(config), planned.schedule)
                 self._learner = open_learner(replica, config.optim, config.ema)
             self._train(config, self._learner, prepared, planned, status)
-            end: tuple[State, int, str] = ("done", 0, "")
-        except PreemptedError as error:
-            end = ("preempted", EXIT_PREEMPTED, str(error))
-        except StoppedError as error:
-            end = ("stopped", EXIT_NON_FINITE, str(error))
-        except RescuedError as error:
-            end = ("stopped", EXIT_OTHER, str(error))
+        except (PreemptedError, StoppedError, RescuedError) as error:
+            end = _End.of_error(error)
+        self._close(groups)
+        status.ended(end.state, end.code, end.reason)
+        if end.state == "preempted" and groups.rank == 0:
+            note_event(Path(config.out_dir), "preempted", status.step, end.reason)
+        return end.code
+
+    def _phase(self, name: str) -> AbstractContextManager[None]:
+        return self._log.phase("world", self._ranks, name)
+
+    def _open_status(self, config: TrainConfig) -> StatusFile:
+        """Opens `status.json`; from here on crash reports and broken output are noted in the run's folder."""
+        out_dir, is_first = Path(config.out_dir), dist.get_rank() == 0
+        self._words.out_dir = out_dir
+        status = StatusFile(out_dir, is_first)
+        status.starting()
+        if is_first:
+            report_breaks(lambda text: note_event(out_dir, "output_broken", status.step, text))
+        return status
+
+    def _close(self, groups: Groups) -> None:
+        """Closes what the rank opened, once all ranks are here."""
         with self._log.collective("world", groups.world, "end of training"):
             dist.barrier(group=groups.world)
         if self._learner is not None:
             self._learner.close()
         if self._world is not None:
             self._world.close()
-        status.ended(*end)
-        if end[0] == "preempted" and groups.rank == 0:
-            note_event(Path(config.out_dir), "preempted", status.step, end[2])
-        return end[1]
 
     def _train(
         self, config: TrainConfig, learner: Learner, prepared: Prepared, planned: Plan, status: StatusFile
     ) -> None:
-        first_step = _resume(config, learner, prepared.fingerprint)
-        started_from = _start(config, learner, prepared)
+        first_step = _load_resumed(config, learner, prepared.fingerprint)
+        started_from = _load_initial_weights(config, learner, prepared)
         reporter = open_reporter(config, first_step)
         try:
             for line in self._passed_over:
@@ -159,9 +191,6 @@ class _Rank:
                 reporter.say(started_from)
             learners = SizedLearners(learner, config.batch_sizes, planned.ramp)
             Training(config, learners, prepared, reporter, status, first_step).run()
-            if dist.get_rank() == 0 and config.samples.prompt and config.samples.tokens:
-                words = show_continuation(config, prepared)
-                reporter.say(f"continuation of {config.samples.prompt!r}:\n{words}")
         except PreemptedError as error:
             reporter.say(f"preempted: {error}; exit code {EXIT_PREEMPTED}")
             raise
@@ -172,8 +201,8 @@ class _Rank:
             reporter.close()
 
 
-def _resume(config: TrainConfig, learner: Learner, data_fingerprint: str) -> int:
-    """Fills everything from the checkpoint to resume from, if any; returns the number of steps already done."""
+def _load_resumed(config: TrainConfig, learner: Learner, data_fingerprint: str) -> int:
+    """Loads the checkpoint that the run resumes from, if any; returns the number of steps already done."""
     if config.resume is None:
         return 0
     folder = Path(config.resume)
@@ -186,8 +215,8 @@ def _resume(config: TrainConfig, learner: Learner, data_fingerprint: str) -> int
     return read_step(folder)
 
 
-def _start(config: TrainConfig, learner: Learner, prepared: Prepared) -> str:
-    """Fills the weights from `init_from`, if any; returns a line that says so."""
+def _load_initial_weights(config: TrainConfig, learner: Learner, prepared: Prepared) -> str:
+    """Loads the weights that `init_from` names, if any; returns a line that says so."""
     if config.init_from is None:
         return ""
     with learner.world.phase("loading of initial weights"):
@@ -197,8 +226,8 @@ def _start(config: TrainConfig, learner: Learner, prepared: Prepared) -> str:
     return told
 
 
-def agree(preemption: Preemption, log: CollectiveLog, groups: Groups) -> None:
-    """Whether any rank was asked to make room; every rank must ask.
+def raise_if_preempted(preemption: Preemption, log: CollectiveLog, groups: Groups) -> None:
+    """Raises on all ranks if any of them was preempted; all ranks call it.
 
     Raises:
         PreemptedError: on every rank, where one was.
@@ -210,8 +239,8 @@ def agree(preemption: Preemption, log: CollectiveLog, groups: Groups) -> None:
         raise PreemptedError(f"{sum(asked)} of {len(asked)} ranks were asked to make room before the first step")
 
 
-def _agree(config: TrainConfig) -> tuple[TrainConfig, int | None]:
-    """What the first rank knows of the run: its folder, and where it goes on.
+def _broadcast_config(config: TrainConfig) -> tuple[TrainConfig, int | None]:
+    """Broadcasts what rank 0 knows of the run: its folder, and where it continues.
 
     Returns:
         The configuration with both. An exit code where the run has ended already: torchrun starts all ranks again
@@ -219,7 +248,7 @@ def _agree(config: TrainConfig) -> tuple[TrainConfig, int | None]:
     """
     is_first, restarts = dist.get_rank() == 0, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     seen: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(seen, (_from_newest(config) if is_first else None, restarts))
+    dist.all_gather_object(seen, (_resolve_auto_resume(config) if is_first else None, restarts))
     config = seen[0][0]
     ended: list[int | None] = [None]
     # On some machines the count may still be 0.
@@ -231,8 +260,8 @@ def _agree(config: TrainConfig) -> tuple[TrainConfig, int | None]:
     return config, ended[0]
 
 
-def _from_newest(config: TrainConfig) -> TrainConfig:
-    """`resume=auto` as a path, or as none; what goes on does not start from other weights."""
+def _resolve_auto_resume(config: TrainConfig) -> TrainConfig:
+    """Returns the run with `resume=auto` as a path or None; a run that continues starts from no other weights."""
     if config.resume != AUTO:
         return config
     if newest_whole(Path(config.out_dir), check=looks_whole) is None:
@@ -240,7 +269,7 @@ def _from_newest(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, resume=config.out_dir, init_from=None)
 
 
-def _prepare(config: TrainConfig, groups: Groups, log: CollectiveLog, preemption: Preemption) -> Prepared:
+def _prepare_corpus(config: TrainConfig, groups: Groups, log: CollectiveLog, preemption: Preemption) -> Prepared:
     """One rank of every machine builds the cache where it is missing; the others then find it.
 
     Raises:
@@ -248,7 +277,7 @@ def _prepare(config: TrainConfig, groups: Groups, log: CollectiveLog, preemption
     """
 
     def exchange(state: CorpusState) -> list[CorpusState]:
-        agree(preemption, log, groups)
+        raise_if_preempted(preemption, log, groups)
         states = [state] * dist.get_world_size()
         with log.collective("world", groups.world, "preparation of the corpus"):
             dist.all_gather_object(states, state, group=groups.world)

@@ -21,13 +21,16 @@ from train.records.events import note_event, read_events
 _ROLLED_BACK = "rolled_back"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Onward:
-    """Where the run goes on: with so many steps behind it, after these words; `is_back`: from a checkpoint."""
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """A step whose batch is left out; nothing was updated."""
 
-    num_done: int
-    words: str
-    is_back: bool = False
+
+@dataclass(frozen=True, slots=True)
+class RolledBack:
+    """A step from which the run went back to a checkpoint."""
+
+    to_step: int
 
 
 class Recovery:
@@ -72,8 +75,11 @@ class Recovery:
         if step > self._last_refused:
             self._num_in_a_row = 0
 
-    def answer(self, finding: Finding) -> Onward:
-        """What the configured kind of guard does about a refused step; every rank must ask.
+    def answer(self, finding: Finding) -> tuple[Skipped | RolledBack, str]:
+        """Does what the configured kind of guard does about a refused step; all ranks call it.
+
+        Returns:
+            Where the run continues, and why, for people.
 
         Raises:
             StoppedError: the run ends.
@@ -93,17 +99,16 @@ class Recovery:
         folder = self._agreed_checkpoint(finding.step) if config.kind == "roll_back" else None
         if folder is None:
             self._note("skipped", finding)
-            return Onward(num_done=finding.step + 1, words=f"{finding.reason}; its batch is left out")
+            return Skipped(), f"{finding.reason}; its batch is left out"
         self._note(_ROLLED_BACK, finding, checkpoint=str(folder))
         return self._go_back(finding, folder)
 
-    def _go_back(self, finding: Finding, folder: Path) -> Onward:
+    def _go_back(self, finding: Finding, folder: Path) -> tuple[RolledBack, str]:
         with self._world.phase("loading of the checkpoint"):
             checkpoint.load(self._learner, folder)
         num_done = read_step(folder)
         self._remember(num_done)
-        words = f"{finding.reason}; back to {folder}, and its batch will be left out"
-        return Onward(num_done=num_done, words=words, is_back=True)
+        return RolledBack(num_done), f"{finding.reason}; back to {folder}, and its batch will be left out"
 
     def _agreed_checkpoint(self, num_done: int) -> Path | None:
         """The run's newest whole one with at most so many steps, else the one that it started from."""

@@ -1,0 +1,60 @@
+"""What a run shows of its model: the loss of held-out sequences, and a sample of text."""
+
+from functools import partial
+from pathlib import Path
+
+from data.loader import Batch, Loader
+from data.prepare import Prepared
+from infer.config import Sampling
+from infer.generate import generate
+from infer.text import decode_after
+from train.checkpoint import load as checkpoint
+from train.checkpoint.manifest import step_folder
+from train.config import TaskConfig, TrainConfig
+from train.replica import Replica, weight_dtype
+from train.step import validate_pass
+
+
+def validate(replica: Replica, task: TaskConfig, loader: Loader, num_sequences: int) -> float:
+    """Returns the main loss in nats per token over validation sequences; all ranks call it.
+
+    Args:
+        replica: to validate.
+        task: of the run.
+        loader: of the data.
+        num_sequences: to read, if the corpus has so many.
+    """
+    size = replica.global_sequences
+    passes = min(num_sequences, loader.num_validation_sequences) // size
+    nats, targets = 0.0, 0
+    for index in range(passes):
+        losses, count = validate_pass(replica, task, partial(_read_validation, loader, index * size))
+        nats += losses.main * count
+        targets += count
+    replica.observers.traffic.take()  # a step's record counts the step alone
+    replica.observers.clips.take()
+    return nats / max(targets, 1)
+
+
+def sample_text(config: TrainConfig, prepared: Prepared) -> str:
+    """Returns the prompt and its continuation by the last checkpoint, read whole in this process, and a summary."""
+    tokenizer = prepared.tokenizer
+    folder = step_folder(Path(config.out_dir), config.task.steps)
+    model = checkpoint.load_whole(config.model, folder, weight_dtype(config.precision))
+    prompt = tokenizer.prompt(config.samples.prompt)
+    limit = config.model.max_position_tokens
+    made = generate(
+        model,
+        [prompt[:limit]],
+        max_new_tokens=config.samples.tokens,
+        sampling=Sampling(temperature=config.samples.temperature, seed=config.seed),
+        stop=[tokenizer.end_of_sentence_id],
+    )
+    text = config.samples.prompt + decode_after(
+        tokenizer.decode, tokenizer.text_context(prompt), made.continuations[0].tokens
+    )
+    return f"{text}\n{made.statistics.summary()}"
+
+
+def _read_validation(loader: Loader, offset: int, first: int, count: int) -> Batch:
+    return loader.validation_batch(offset + first, count)
