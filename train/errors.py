@@ -47,6 +47,10 @@ class RescuedError(RuntimeError):
     """The run ends, as its folder takes no checkpoint. Raised on every rank; the text says where its state is."""
 
 
+class CallbackError(RuntimeError):
+    """A callback failed. Raised on every rank at the same point; the text says which and why."""
+
+
 class PreemptedError(RuntimeError):
     """The ranks agreed to make room for others. Raised on every rank at the same point, where each can leave."""
 

@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from torch import distributed as dist
 from data.loader import Loader
 from data.prepare import Prepared
 from data.progress import progress_on
+from train.callbacks import Callbacks, call_on_first_rank
 from train.checkpoint.rescue_save import rescue
 from train.checkpoint.save import Saver
 from train.config import TrainConfig
-from train.errors import PreemptedError, RefusedStepError, StoppedError, UnsavedError
+from train.errors import CallbackError, PreemptedError, RefusedStepError, StoppedError, UnsavedError
 from train.guard.recovery import Recovery, RolledBack, Skipped
 from train.learner import SizedLearners
 from train.ownership.lock_file import OwnershipCheck
@@ -59,6 +61,7 @@ class Training:
         reporter: Reporter,
         status: StatusFile,
         first_step: int,
+        callbacks: Callbacks | None = None,
     ) -> None:
         """Opens what the loop uses: loader, profiler, saver and guard.
 
@@ -69,6 +72,7 @@ class Training:
             reporter: of this rank.
             status: of the run.
             first_step: steps already done, which are in the weights.
+            callbacks: called as the run goes on; given on all ranks or none.
         """
         learner, world, out_dir = learners.last, learners.last.world, Path(config.out_dir)
         self.num_done = first_step
@@ -80,6 +84,7 @@ class Training:
         self._prepared = prepared
         self._reporter = reporter
         self._status = status
+        self._callbacks = callbacks or Callbacks()
         self._loader = Loader(prepared, sizes=config.batch_sizes, seed=config.data.seed)
         self._profiler = StepProfiler(config, world.rank, world.device)
         with world.phase("making of groups"):
@@ -114,6 +119,7 @@ class Training:
                 with self._recorded(step, outcome) as record:
                     if self._is_validation_due():
                         record[VALIDATION_LOSS] = self._validate()
+                self._call_on_step(outcome, record)
                 if self._is_due(self._config.track.picture_every_steps):
                     self._draw(step, outcome)
                 if self._is_due(self._config.checkpointing.every_steps):
@@ -161,6 +167,11 @@ class Training:
         finally:
             self._reporter.record(record, outcome.result.balance)
 
+    def _call_on_step(self, outcome: Outcome, record: dict[str, Any]) -> None:
+        """Passes the record of a step that was done to the callback."""
+        if isinstance(outcome, Done) and (on_step := self._callbacks.on_step):
+            call_on_first_rank(self._world, "on_step", partial(on_step, record))
+
     def _validate(self) -> float:
         """Returns the loss of the held-out sequences."""
         num_sequences = self._config.validation.sequences
@@ -170,6 +181,8 @@ class Training:
             f"step {self.num_done:>6}  validation loss {loss:.4f} nats per token, {bits_per_byte:.3f} bits per byte  "
             f"(unigram entropy {self._prepared.unigram_entropy_nats:.4f})"
         )
+        if on_validation := self._callbacks.on_validation:
+            call_on_first_rank(self._world, "on_validation", partial(on_validation, self.num_done, loss))
         return loss
 
     def _validate_if_missing(self) -> None:
@@ -212,11 +225,17 @@ class Training:
         self._report_checkpoints()
 
     def _report_checkpoints(self) -> None:
-        """Reports the checkpoints that have become whole."""
-        for folder in self._saver.take_finished():
+        """Reports the checkpoints that have become whole, here and to the callback."""
+        finished = {int(folder.name[5:]): folder for folder in self._saver.take_finished()}
+        for step, folder in finished.items():
             self._status.running(self.num_done, str(folder))
-            self._reporter.say(f"step {int(folder.name[5:]):>6}  checkpoint {folder}")
+            self._reporter.say(f"step {step:>6}  checkpoint {folder}")
             self._reporter.draw()
+        if on_checkpoint := self._callbacks.on_checkpoint:
+            # All ranks take part in every step: a checkpoint becomes whole at another step on each of them.
+            call_on_first_rank(
+                self._world, "on_checkpoint", lambda: [on_checkpoint(*each) for each in finished.items()]
+            )
 
     @contextmanager
     def _saved_at_exit(self) -> Iterator[None]:
@@ -231,7 +250,7 @@ class Training:
                     self._save()
                 self._finish_saving()
                 raise
-            except StoppedError:
+            except (StoppedError, CallbackError):
                 self._finish_saving()
                 raise
             self._finish_saving()

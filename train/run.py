@@ -22,6 +22,7 @@ from comm.watchdog.rendezvous import Job, join
 from data.corpus import DataError
 from data.prepare import Prepared
 from data.progress import Quiet, progress_on
+from train.callbacks import Callbacks
 from train.checkpoint import load as checkpoint
 from train.checkpoint.initial_weights import load_initial
 from train.checkpoint.locate import AUTO, looks_whole, newest_whole
@@ -30,7 +31,7 @@ from train.checkpoint.resume import choose_resumed
 from train.config import TrainConfig
 from train.corpus import State as CorpusState
 from train.corpus import build_together, prepare_corpus
-from train.errors import PreemptedError, RescuedError, StoppedError
+from train.errors import CallbackError, PreemptedError, RescuedError, StoppedError
 from train.learner import Learner, SizedLearners, open_learner
 from train.loop import Training
 from train.records.crash_report import LastWords
@@ -44,7 +45,7 @@ from train.schedule.plan import Plan, plan
 from train.world import World, open_world
 
 
-def main(config: TrainConfig, is_aloud: bool = False) -> int:
+def main(config: TrainConfig, is_aloud: bool = False, callbacks: Callbacks | None = None) -> int:
     """Joins the job, trains, and leaves. Every rank calls it with the same configuration.
 
     The folder of the run is rank 0's `out_dir`: ranks on other machines may have been told none. Where a rank is lost
@@ -54,6 +55,7 @@ def main(config: TrainConfig, is_aloud: bool = False) -> int:
     Args:
         config: of the run.
         is_aloud: last words also go to stderr.
+        callbacks: called as the run goes on; given on all ranks or none.
 
     Returns:
         The exit code: 0 done, 1 the run's folder took no checkpoint, 75 preempted after saving, 77 stopped by the
@@ -74,9 +76,13 @@ def main(config: TrainConfig, is_aloud: bool = False) -> int:
             os.write(sys.stderr.fileno(), f"error: {error}\n".encode())
         raise
     try:
-        code = _Rank(job, log, words, preemption).run(config)
-    except Exception as error:
-        job.watchdog.clear(error)
+        code = _Rank(job, log, words, preemption, callbacks).run(config)
+    except BaseException as error:
+        if isinstance(error, CallbackError) or member.world_size == 1:  # no rank waits for this one
+            job.close()
+            stop()
+        elif isinstance(error, Exception):
+            job.watchdog.clear(error)
         raise
     job.close()
     stop()
@@ -85,14 +91,15 @@ def main(config: TrainConfig, is_aloud: bool = False) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _End:
-    """How a run ended; `reason` is empty if it is done."""
+    """How a run ended; `reason` is empty if it is done. `error` is raised again once all is closed."""
 
     state: State
     code: int
     reason: str = ""
+    error: CallbackError | None = None
 
     @classmethod
-    def of_error(cls, error: PreemptedError | StoppedError | RescuedError) -> "_End":
+    def of_error(cls, error: PreemptedError | StoppedError | RescuedError | CallbackError) -> "_End":
         """Returns the end that an error, raised on all ranks alike, means."""
         match error:
             case PreemptedError():
@@ -101,16 +108,21 @@ class _End:
                 return cls("stopped", EXIT_NON_FINITE, str(error))
             case RescuedError():
                 return cls("stopped", EXIT_OTHER, str(error))
+            case CallbackError():
+                return cls("stopped", EXIT_OTHER, f"callback {error}", error)
 
 
 class _Rank:
     """A rank that has joined its job."""
 
-    def __init__(self, job: Job, log: CollectiveLog, words: LastWords, preemption: Preemption) -> None:
+    def __init__(
+        self, job: Job, log: CollectiveLog, words: LastWords, preemption: Preemption, callbacks: Callbacks | None
+    ) -> None:
         self._job = job
         self._log = log
         self._words = words
         self._preemption = preemption
+        self._callbacks = callbacks
         self._world: World | None = None
         self._learner: Learner | None = None
         self._passed_over: tuple[str, ...] = ()
@@ -145,12 +157,14 @@ class _Rank:
                 replica = open_replica(self._world, ReplicaConfig.of_run(config), planned.schedule)
                 self._learner = open_learner(replica, config.optim, config.ema)
             self._train(config, self._learner, prepared, planned, status)
-        except (PreemptedError, StoppedError, RescuedError) as error:
+        except (PreemptedError, StoppedError, RescuedError, CallbackError) as error:
             end = _End.of_error(error)
         self._close(groups)
         status.ended(end.state, end.code, end.reason)
         if end.state == "preempted" and groups.rank == 0:
             note_event(Path(config.out_dir), "preempted", status.step, end.reason)
+        if end.error is not None:
+            raise end.error
         return end.code
 
     def _phase(self, name: str) -> AbstractContextManager[None]:
@@ -190,7 +204,7 @@ class _Rank:
             if started_from:
                 reporter.say(started_from)
             learners = SizedLearners(learner, config.batch_sizes, planned.ramp)
-            Training(config, learners, prepared, reporter, status, first_step).run()
+            Training(config, learners, prepared, reporter, status, first_step, self._callbacks).run()
         except PreemptedError as error:
             reporter.say(f"preempted: {error}; exit code {EXIT_PREEMPTED}")
             raise

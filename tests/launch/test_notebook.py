@@ -36,6 +36,21 @@ made.close()
 """
 
 
+FAILING_CALLBACK = """
+import os, signal
+from pathlib import Path
+from train.errors import CallbackError
+from train.records.status import read_status
+handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
+try:
+    train(config, Callbacks(on_step=lambda record: [][1]))
+except CallbackError as error:
+    ended = read_status(max(Path("outputs/run").iterdir(), key=lambda run: run.stat().st_mtime))
+    assert handlers == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
+    print(error, type(error.__cause__).__name__, ended.state, ended.exit_code, "RANK" * ("RANK" not in os.environ))
+"""
+
+
 class Kernel:
     """A running kernel."""
 
@@ -100,6 +115,21 @@ def test_kernel_elsewhere_runs_the_python_of_the_readme(tmp_path: Path) -> None:
         assert notebook.run(WIDGET) == "ipykernel.comm.comm True True\n"
     assert all(printed)
     assert (tmp_path / "copy_hf" / "config.json").is_file()
+
+
+def test_kernel_trains_again_and_again_with_the_lines_of_the_documentation(tmp_path: Path) -> None:
+    """Before the second time, a callback fails: the kernel goes on as if there had been no run."""
+    (block,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/python.md").read_text(encoding="utf-8"), re.M | re.S)
+    with kernel(tmp_path) as notebook:
+        notebook.run(f"import sys; sys.path.append({str(ROOT)!r})")
+        first = notebook.run(block)
+        failed = notebook.run(FAILING_CALLBACK)
+        again = notebook.run(block)
+        assert notebook.run(WIDGET) == "ipykernel.comm.comm True True\n"
+    last = [re.sub(r"folder.*", "", printed.splitlines()[-1]) for printed in (first, again)]
+    assert last[0] == last[1]
+    assert re.fullmatch(r"loss [\d.]+ -> [\d.]+, held-out [\d.]+ nats per token, ", last[0])
+    assert failed.splitlines()[-1] == "on_step: IndexError: list index out of range IndexError stopped 1 RANK"
 
 
 @pytest.mark.parametrize("path", COMMANDS, ids=[path.stem for path in COMMANDS])

@@ -1,0 +1,134 @@
+"""Training from Python: a script, a notebook, or a rank that torchrun started."""
+
+import logging
+import os
+import secrets
+import signal
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+
+from comm.config import ClusterConfig
+from comm.preemption import SIGNALS
+from comm.watchdog.job_key import KEY_VARIABLE
+from comm.watchdog.membership import STORE_FILE_VARIABLE
+from launch.config.errors import system_errors
+from launch.config.run_config import check, compose_run
+from launch.ranks.environment import apply_rank_environment
+from launch.ranks.machine import check_driver, check_packages
+from launch.ranks.run_folder import check_folder, held_folder
+from launch.train import is_other_rank, is_torchrun
+from train.callbacks import Callbacks
+from train.config import TrainConfig
+from train.config.errors import ConfigError
+
+
+def configure(*overrides: str) -> TrainConfig:
+    """Returns the checked configuration that `python -m launch.train OVERRIDES` trains with.
+
+    Args:
+        overrides: of `conf/train.yaml`, for example `experiment=quickstart` or `task.steps=20`.
+
+    Raises:
+        ConfigError, DataError, ScheduleError, CutError, CheckpointError: a configuration that no run can follow.
+    """
+    with system_errors():
+        config = compose_run(overrides)
+        check(config)
+    return config
+
+
+def train(config: TrainConfig, callbacks: Callbacks | None = None) -> Path:
+    """Trains in this process: as the only rank, or as one of the ranks that torchrun started. On the main thread only.
+
+    Args:
+        config: of the run; equal on all ranks.
+        callbacks: called on rank 0; given on all ranks or none.
+
+    Returns:
+        The run's folder. Its `status.json` says how the run ended.
+
+    Raises:
+        ConfigError: as `configure`; or the number of ranks is not the one of `parallelism`.
+        CallbackError: on every rank, if a callback failed.
+        RunEndedError: the run was preempted or stopped before its last step; `exit_code` says which.
+    """
+    with system_errors():
+        check(config)
+    _check_ranks(config)
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        check_driver(config.cluster.device, "cluster.device")
+        check_packages(config)
+    if is_other_rank(os.environ):
+        return _run(config, callbacks)
+    check_folder(config)
+    with held_folder(config, datetime.now()) as (config, _):
+        if is_torchrun(os.environ):
+            return _run(config, callbacks)
+        with _only_rank(config.cluster):
+            return _run(config, callbacks)
+
+
+class RunEndedError(RuntimeError):
+    """A run that ended before its last step.
+
+    Attributes:
+        exit_code: that the command would end with: 75 preempted, 77 stopped by the guard, 1 its folder was lost.
+    """
+
+    def __init__(self, out_dir: str, exit_code: int) -> None:
+        super().__init__(f"{out_dir}: the run ended with exit code {exit_code}; its status.json says why")
+        self.exit_code = exit_code
+
+
+def _run(config: TrainConfig, callbacks: Callbacks | None) -> Path:
+    from train.run import main
+
+    apply_rank_environment(config.cluster)
+    code = main(config, callbacks=callbacks)
+    if code:
+        raise RunEndedError(config.out_dir, code)
+    return Path(config.out_dir)
+
+
+def _check_ranks(config: TrainConfig) -> None:
+    world = config.parallelism.world_size
+    if not is_torchrun(os.environ):
+        if world != 1:
+            raise ConfigError(
+                f"parallelism: must be 1 rank in a process that torchrun did not start, is {world}; nearest valid: "
+                f"parallelism=one_rank, or start the script with torchrun --nproc-per-node={world}"
+            )
+        return
+    if world != int(os.environ["WORLD_SIZE"]):
+        raise ConfigError(
+            f"parallelism: must be the {os.environ['WORLD_SIZE']} ranks that torchrun started, is {world}"
+        )
+    if not config.out_dir:
+        raise ConfigError(
+            "out_dir: must be set under torchrun, so that all ranks return it; nearest valid: out_dir=PATH"
+        )
+
+
+@contextmanager
+def _only_rank(cluster: ClusterConfig) -> Iterator[None]:
+    """Makes this process the only rank of a job; afterwards environment, signal handlers and log are as before."""
+    environment, handlers = dict(os.environ), {number: signal.getsignal(number) for number in SIGNALS}
+    log_handlers = list(logging.getLogger().handlers)
+    with tempfile.TemporaryDirectory(prefix="dualpipe-") as folder:
+        place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+        store = {"MASTER_ADDR": "localhost", "MASTER_PORT": "0", STORE_FILE_VARIABLE: str(Path(folder) / "store")}
+        os.environ.update(place | store | {KEY_VARIABLE: secrets.token_hex(32)})
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        try:
+            yield
+        finally:
+            os.environ.clear()
+            os.environ.update(environment)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            for added in [each for each in logging.getLogger().handlers if each not in log_handlers]:
+                logging.getLogger().removeHandler(added)
+                added.close()
