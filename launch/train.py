@@ -80,11 +80,11 @@ def preview(overrides: Sequence[str]) -> str:
     return experiment_text("train", overrides, write_config(config), comments)
 
 
-def train_rank(config: TrainConfig, is_aloud: bool = False) -> int:
-    """What a rank does: the whole run. Gives its exit code. `is_aloud`: it tells on stderr why it ended."""
+def train_rank(config: TrainConfig, reports_on_stderr: bool = False) -> int:
+    """What a rank does: the whole run. Gives its exit code. `reports_on_stderr`: it tells on stderr why it ended."""
     from train.run import main as run
 
-    return run(config, is_aloud)
+    return run(config, reports_on_stderr)
 
 
 def is_torchrun(environment: Mapping[str, str]) -> bool:
@@ -190,7 +190,7 @@ def _run_as_rank(config: TrainConfig) -> int:
     if os.environ.get("LOCAL_RANK", "0") == "0":
         check_gpus(config, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     if is_other_rank(os.environ):
-        return leave(train_rank(config, is_aloud=True), os.environ)
+        return leave(train_rank(config, reports_on_stderr=True), os.environ)
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) and has_rescue(config):
         # Ranks that start again would begin a new run in place of the one whose folder is gone.
         raise ConfigError(
@@ -199,7 +199,7 @@ def _run_as_rank(config: TrainConfig) -> int:
         )
     check_folder(config)
     with held_folder(config, datetime.now()) as (config, _):
-        return leave(train_rank(config, is_aloud=True), os.environ)
+        return leave(train_rank(config, reports_on_stderr=True), os.environ)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What ends a run by itself, and the file in which a rank leaves word of it."""
+"""The errors that end a run on all ranks, and the file in which a rank reports why it failed."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +16,8 @@ class Finding:
 
     Attributes:
         step: from 0.
-        reason: in words.
-        values: loss, gradient norm as far as it was reached, and the medians that they were held against.
+        reason: for people.
+        values: loss, gradient norm if it was computed, and the medians that they were compared with.
         ranks: whose own losses or gradients are not finite; where all are, the one with the largest gradients.
     """
 
@@ -52,11 +52,11 @@ class CallbackError(RuntimeError):
 
 
 class PreemptedError(RuntimeError):
-    """The ranks agreed to make room for others. Raised on every rank at the same point, where each can leave."""
+    """The run is preempted. Raised on every rank at the same point, where each can leave."""
 
 
 @dataclass(frozen=True, slots=True)
-class LastWord:
+class ExitReason:
     """Why a rank ended: one line, and its exit code."""
 
     text: str
@@ -64,30 +64,30 @@ class LastWord:
 
 
 def error_path(out_dir: Path, rank: int) -> Path:
-    """Where a rank of a run leaves word when it fails."""
+    """Returns the file in which a rank of a run reports why it failed."""
     return out_dir / "log" / f"rank_{rank:05d}.error.log"
 
 
-def write_error(path: Path, word: LastWord, details: str) -> None:
+def write_error(path: Path, reason: ExitReason, details: str) -> None:
     """Writes the line, the code, then everything else; complete or not at all, and in no folder that is gone."""
     path.parent.mkdir(exist_ok=True)
     partial = path.with_suffix(".partial")
-    partial.write_text(redact(f"{word.text}\nexit code {word.code}\n\n{details}"), encoding="utf-8")
+    partial.write_text(redact(f"{reason.text}\nexit code {reason.code}\n\n{details}"), encoding="utf-8")
     partial.replace(path)
 
 
-def read_error(path: Path) -> LastWord:
-    """What `write_error` wrote, without the details."""
+def read_error(path: Path) -> ExitReason:
+    """Returns what `write_error` wrote, without the details."""
     text, code = path.read_text(encoding="utf-8").splitlines()[:2]
-    return LastWord(text, int(code.rpartition(" ")[2]))
+    return ExitReason(text, int(code.rpartition(" ")[2]))
 
 
 def find_errors(out_dir: Path) -> list[Path]:
-    """The files of ranks that failed, in the order in which they were written."""
+    """Returns the files of ranks that failed, in the order in which they were written."""
     return sorted((out_dir / "log").glob("rank_*.error.log"), key=lambda path: path.stat().st_mtime_ns)
 
 
-def find_verdict(out_dir: Path) -> tuple[Path, LastWord] | None:
+def find_verdict(out_dir: Path) -> tuple[Path, ExitReason] | None:
     """Returns the first rank's file that says which rank is missing, and what it says; None if there is none."""
-    words = [(path, read_error(path)) for path in find_errors(out_dir)]
-    return next(((path, word) for path, word in words if word.code in VERDICT_CODES), None)
+    reasons = [(path, read_error(path)) for path in find_errors(out_dir)]
+    return next(((path, reason) for path, reason in reasons if reason.code in VERDICT_CODES), None)

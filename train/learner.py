@@ -11,7 +11,7 @@ from train.config import EmaConfig
 from train.optim.build import Optimiser, build_optimiser
 from train.optim.config import OptimConfig
 from train.optim.ema import ParameterEma
-from train.optim.parameters import Replicas, group_parameters
+from train.optim.parameters import ReductionGroups, group_parameters
 from train.replica import Replica
 from train.world import World
 
@@ -99,5 +99,5 @@ class SizedLearners:
         return self._sized.get(self._sizes.sequences(step), self.last)
 
 
-def _replicas(groups: Groups) -> Replicas:
-    return Replicas(dense=groups.stage, experts=groups.expert_data, expert=groups.expert, world=groups.world)
+def _replicas(groups: Groups) -> ReductionGroups:
+    return ReductionGroups(dense=groups.stage, experts=groups.expert_data, expert=groups.expert, world=groups.world)

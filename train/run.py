@@ -34,7 +34,7 @@ from train.corpus import build_together, prepare_corpus
 from train.errors import CallbackError, PreemptedError, RescuedError, StoppedError
 from train.learner import Learner, SizedLearners, open_learner
 from train.loop import Training
-from train.records.crash_report import LastWords
+from train.records.crash_report import CrashReporter
 from train.records.events import note_event
 from train.records.introduce import introduce
 from train.records.reporter import open_reporter
@@ -45,16 +45,16 @@ from train.schedule.plan import Plan, plan
 from train.world import World, open_world
 
 
-def main(config: TrainConfig, is_aloud: bool = False, callbacks: Callbacks | None = None) -> int:
+def main(config: TrainConfig, reports_on_stderr: bool = False, callbacks: Callbacks | None = None) -> int:
     """Joins the job, trains, and leaves. Every rank calls it with the same configuration.
 
-    The folder of the run is rank 0's `out_dir`: ranks on other machines may have been told none. Where a rank is lost
-    or does not come in time, the process ends in here, with the exit codes 78 and 76, and with last words in the log.
-    From here on SIGTERM, SIGUSR1 and SIGHUP ask it to make room: all ranks leave at the same point, with 75.
+    The folder of the run is rank 0's `out_dir`: other ranks' configurations may leave it empty. If a rank is lost or
+    does not respond in time, the process ends in here, with exit code 78 or 76 and a crash report in the log.
+    SIGTERM, SIGUSR1 and SIGHUP preempt the run from here on: all ranks leave at the same point, with 75.
 
     Args:
         config: of the run.
-        is_aloud: last words also go to stderr.
+        reports_on_stderr: the crash report is also printed on stderr.
         callbacks: called as the run goes on; given on all ranks or none.
 
     Returns:
@@ -64,19 +64,19 @@ def main(config: TrainConfig, is_aloud: bool = False, callbacks: Callbacks | Non
     preemption = Preemption.of_process()
     member = Membership.from_environment()
     log = CollectiveLog()
-    words = LastWords(member.rank, log, is_aloud)
-    words.out_dir = Path(config.out_dir) if config.out_dir else None
+    crash_reporter = CrashReporter(member.rank, log, reports_on_stderr)
+    crash_reporter.out_dir = Path(config.out_dir) if config.out_dir else None
     try:
-        job = join(member, log, config.cluster.timeout_seconds, words.write, key_folder=words.out_dir)
+        job = join(member, log, config.cluster.timeout_seconds, crash_reporter.write, key_folder=crash_reporter.out_dir)
     except AbsentError as error:
-        words.write(error.verdict)
+        crash_reporter.write(error.verdict)
         os._exit(error.verdict.code)
     except JobKeyError as error:
-        if is_aloud and member.rank != 0:  # rank 0 prints its own, not this one
+        if reports_on_stderr and member.rank != 0:  # rank 0 prints its own, not this one
             os.write(sys.stderr.fileno(), f"error: {error}\n".encode())
         raise
     try:
-        code = _Rank(job, log, words, preemption, callbacks).run(config)
+        code = _Rank(job, log, crash_reporter, preemption, callbacks).run(config)
     except BaseException as error:
         if isinstance(error, CallbackError) or member.world_size == 1:  # no rank waits for this one
             job.close()
@@ -116,11 +116,16 @@ class _Rank:
     """A rank that has joined its job."""
 
     def __init__(
-        self, job: Job, log: CollectiveLog, words: LastWords, preemption: Preemption, callbacks: Callbacks | None
+        self,
+        job: Job,
+        log: CollectiveLog,
+        crash_reporter: CrashReporter,
+        preemption: Preemption,
+        callbacks: Callbacks | None,
     ) -> None:
         self._job = job
         self._log = log
-        self._words = words
+        self._crash_reporter = crash_reporter
         self._preemption = preemption
         self._callbacks = callbacks
         self._world: World | None = None
@@ -173,7 +178,7 @@ class _Rank:
     def _open_status(self, config: TrainConfig) -> StatusFile:
         """Opens `status.json`; from here on crash reports and broken output are noted in the run's folder."""
         out_dir, is_first = Path(config.out_dir), dist.get_rank() == 0
-        self._words.out_dir = out_dir
+        self._crash_reporter.out_dir = out_dir
         status = StatusFile(out_dir, is_first)
         status.starting()
         if is_first:

@@ -37,7 +37,7 @@ from launch.ranks.supervisor import Keeper
 from train.checkpoint.locate import AUTO
 from train.config import TrainConfig
 from train.config.errors import ConfigError
-from train.errors import VERDICT_CODES, LastWord, error_path, write_error
+from train.errors import VERDICT_CODES, ExitReason, error_path, write_error
 from train.records.events import append_event
 from train.records.status import read_status, write_end
 from train.records.terminal import guard_terminal
@@ -238,7 +238,7 @@ def _rank(entry: Entry, folder: str, scratch: str, key: str, plugins: Sequence[P
         first_line = next(iter(text.splitlines()), type(error).__name__)
         rank, details = int(os.environ["RANK"]), "".join(traceback.format_exception(error))
         try:
-            write_error(error_path(Path(folder), rank), LastWord(first_line, code), details)
+            write_error(error_path(Path(folder), rank), ExitReason(first_line, code), details)
         except OSError as unwritten:  # a full disk, it may be, is what the error was about
             say(f"rank {rank}: {first_line}", f"{details}which cannot be written: {unwritten}")
         time.sleep(_NOTICE_SECONDS)

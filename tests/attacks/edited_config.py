@@ -10,7 +10,7 @@ from launch.ranks.local import run_ranks, start_fork_server
 from launch.ranks.run_folder import claim_folder
 from tests.tiny import tiny_config
 from train.config import TrainConfig
-from train.errors import LastWord, error_path, write_error
+from train.errors import ExitReason, error_path, write_error
 
 
 def edit_then_read(config: TrainConfig) -> int:
@@ -20,7 +20,7 @@ def edit_then_read(config: TrainConfig) -> int:
         (folder / "first").touch()
         with (folder / "config.yaml").open("a") as file:
             file.write(f"out_dir: elsewhere\nx: !!python/object/apply:os.system ['touch {folder / 'proof'}']\n")
-        write_error(error_path(folder, 0), LastWord("rank 0 is lost", EXIT_LOST), "")
+        write_error(error_path(folder, 0), ExitReason("rank 0 is lost", EXIT_LOST), "")
         return sys.exit(EXIT_LOST)
     (folder / "second").write_text(config.out_dir)
     return 0

@@ -21,7 +21,7 @@ from launch.ranks.local import run_ranks, start_fork_server
 from launch.ranks.run_folder import claim_folder
 from train.config import TrainConfig
 from train.config.errors import ConfigError
-from train.errors import LastWord, error_path, write_error
+from train.errors import ExitReason, error_path, write_error
 
 WORLD_SIZE = 4
 GRACE_SECONDS = 3
@@ -101,7 +101,7 @@ def one_is_killed_at_first(config: TrainConfig) -> int:
     if rank() == 3 and number == 0:
         os.kill(os.getpid(), signal.SIGKILL)
     if rank() == 3 and number == 1:
-        write_error(error_path(Path(config.out_dir), 3), LastWord("rank 1 is lost: gone", EXIT_LOST), "details")
+        write_error(error_path(Path(config.out_dir), 3), ExitReason("rank 1 is lost: gone", EXIT_LOST), "details")
         os._exit(EXIT_LOST)
     if number < 2:
         sleep_on()
@@ -132,7 +132,7 @@ def one_is_stopped(config: TrainConfig) -> int:
     """And the others miss it."""
     if rank() == 2:
         os.kill(os.getpid(), signal.SIGSTOP)
-    word = LastWord("rank 2 did not come within 4 s", EXIT_HANG)
+    word = ExitReason("rank 2 did not come within 4 s", EXIT_HANG)
     write_error(error_path(Path(config.out_dir), rank()), word, "details")
     os._exit(EXIT_HANG)
 

@@ -88,8 +88,8 @@ def test_train_under_torchrun_every_rank_refuses_and_rank_0_says_why(tmp_path: P
 def test_train_under_torchrun_rank_0_alone_makes_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[TrainConfig] = []
 
-    def record(config: TrainConfig, is_aloud: bool) -> int:
-        assert is_aloud
+    def record(config: TrainConfig, reports_on_stderr: bool) -> int:
+        assert reports_on_stderr
         seen.append(config)
         return 77
 

@@ -14,7 +14,7 @@ from tests.tiny import OPTIM
 from train.optim.adamw import Bf16MomentsAdamW, build_adamw, moments_of
 from train.optim.build import build_optimiser
 from train.optim.config import OptimConfig
-from train.optim.parameters import ParameterGroups, Replicas
+from train.optim.parameters import ParameterGroups, ReductionGroups
 
 CONFIG = replace(OPTIM, moments="bf16", clip_norm=1e9)
 SHAPES = {"matrix": (33, 57), "other": (5, 7), "norm": (41,), "expert": (3, 11, 13)}
@@ -119,7 +119,7 @@ def sharded_steps(rank: int, world_size: int, configs: list[tuple[OptimConfig, t
     alone = [dist.new_group([member]) for member in range(world_size)][rank]
     assert dist.group.WORLD is not None
     world = dist.group.WORLD
-    replicas = Replicas(dense=world, experts=world, expert=alone, world=world)
+    replicas = ReductionGroups(dense=world, experts=world, expert=alone, world=world)
     results = []
     for config, dtype in configs:
         named = parameters(dtype)

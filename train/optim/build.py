@@ -7,7 +7,7 @@ from torch import Tensor
 from model.gradients import GradientStore
 from train.checkpoint.slices import Slice
 from train.optim.config import OptimConfig
-from train.optim.parameters import ParameterGroups, Replicas
+from train.optim.parameters import ParameterGroups, ReductionGroups
 from train.optim.replicated import ReplicatedAdamW
 from train.optim.zero1 import Zero1AdamW
 
@@ -45,7 +45,7 @@ class Optimiser(Protocol):
 
 
 def build_optimiser(
-    groups: ParameterGroups, store: GradientStore, replicas: Replicas, config: OptimConfig
+    groups: ParameterGroups, store: GradientStore, replicas: ReductionGroups, config: OptimConfig
 ) -> Optimiser:
     """By `config.sharding`."""
     match config.sharding:

@@ -11,7 +11,7 @@ from train.checkpoint.slices import Slice
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Replicas:
+class ReductionGroups:
     """Process groups over which gradients are summed and optimiser state is sharded.
 
     dense: ranks that hold the same stages (mirror x data). experts: of those, the ones that hold the

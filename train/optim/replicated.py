@@ -10,13 +10,15 @@ from model.gradients import GradientStore
 from train.checkpoint.slices import Slice
 from train.optim.adamw import MOMENTS, build_adamw, moments_of, spread_step
 from train.optim.config import OptimConfig
-from train.optim.parameters import ParameterGroups, Replicas
+from train.optim.parameters import ParameterGroups, ReductionGroups
 
 
 class ReplicatedAdamW:
     """For float32 and float64 weights, which are their own master copies."""
 
-    def __init__(self, groups: ParameterGroups, store: GradientStore, replicas: Replicas, config: OptimConfig) -> None:
+    def __init__(
+        self, groups: ParameterGroups, store: GradientStore, replicas: ReductionGroups, config: OptimConfig
+    ) -> None:
         self._groups = groups
         self._store = store
         self._replicas = replicas

@@ -17,7 +17,7 @@ from model.gradients import GradientStore
 from train.checkpoint.slices import Slice
 from train.optim.adamw import MOMENTS, build_adamw, moments_of, spread_step
 from train.optim.config import OptimConfig
-from train.optim.parameters import ParameterGroups, Replicas
+from train.optim.parameters import ParameterGroups, ReductionGroups
 
 _EXPERTS = "routed_experts"
 
@@ -25,7 +25,9 @@ _EXPERTS = "routed_experts"
 class Zero1AdamW:
     """For bf16 and float32 weights. Needs an initialised process group; every rank makes and steps it together."""
 
-    def __init__(self, groups: ParameterGroups, store: GradientStore, replicas: Replicas, config: OptimConfig) -> None:
+    def __init__(
+        self, groups: ParameterGroups, store: GradientStore, replicas: ReductionGroups, config: OptimConfig
+    ) -> None:
         self._groups = groups
         self._parameters = list(groups.all().values())
         self._store = store
@@ -129,7 +131,7 @@ class Zero1AdamW:
         self._optimizer.refresh_fp32_params()
 
 
-def _build(groups: ParameterGroups, replicas: Replicas, config: OptimConfig) -> Any:
+def _build(groups: ParameterGroups, replicas: ReductionGroups, config: OptimConfig) -> Any:
     """DeepSpeed's sharded optimiser around AdamW."""
     import deepspeed
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer

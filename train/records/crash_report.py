@@ -1,4 +1,4 @@
-"""What a rank that must not go on leaves behind: why, where it stood, and what it did last with others."""
+"""The crash report of a rank that must not go on: why, its stacks, and its last operations with others."""
 
 import faulthandler
 import json
@@ -12,27 +12,31 @@ from pathlib import Path
 from comm.exit_codes import EXIT_OTHER
 from comm.watchdog.collective_log import CollectiveLog
 from comm.watchdog.verdict import Verdict
-from train.errors import LastWord, error_path, write_error
+from train.errors import ExitReason, error_path, write_error
 from train.records.status import write_end
 
 LOGGER = logging.getLogger("train")
 
 
-class LastWords:
-    """Written once, by the watch. Attributes: `out_dir`, the run's folder, once it is known."""
+class CrashReporter:
+    """Writes a rank's crash report once, from the watchdog.
+
+    Attributes:
+        out_dir: the run's folder, once it is known.
+    """
 
     out_dir: Path | None
 
-    def __init__(self, rank: int, log: CollectiveLog, is_aloud: bool) -> None:
-        """`is_aloud`: to stderr too, where no launcher of ours reads the files and says it once."""
+    def __init__(self, rank: int, log: CollectiveLog, reports_on_stderr: bool) -> None:
+        """`reports_on_stderr`: also there, if no built-in launcher reads the files and prints them once."""
         self.out_dir = None
         self._rank = rank
         self._log = log
-        self._is_aloud = is_aloud
+        self._reports_on_stderr = reports_on_stderr
 
     def write(self, verdict: Verdict) -> None:
-        """Into `log/rank_*.error.log` and `.operations.jsonl`, unless another rank's own error says it all."""
-        if self._is_aloud:
+        """Writes `log/rank_*.error.log` and `.operations.jsonl`, unless another rank's own error is the cause."""
+        if self._reports_on_stderr:
             # In one piece: all ranks say it at once, and a launcher has given them one stderr.
             with suppress(OSError):
                 os.write(sys.stderr.fileno(), f"error: rank {self._rank} ends: {verdict.text}\n".encode())
@@ -50,7 +54,7 @@ class LastWords:
     def _write_files(self, out_dir: Path, verdict: Verdict) -> None:
         path = error_path(out_dir, self._rank)
         waits = [f"awaited for {seconds:.1f} s: {operation}\n" for operation, seconds in self._log.awaited()]
-        write_error(path, LastWord(verdict.text, verdict.code), f"{''.join(waits)}\n{_stacks()}")
+        write_error(path, ExitReason(verdict.text, verdict.code), f"{''.join(waits)}\n{_stacks()}")
         path.with_suffix("").with_suffix(".operations.jsonl").write_text(self._operations(), encoding="utf-8")
 
     def _operations(self) -> str:
