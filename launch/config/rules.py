@@ -11,7 +11,7 @@ from launch.config.model_rules import check_experts, check_model, check_optim
 from model.config import RECOMPUTED, CutError, cut_layers
 from train.config import TrainConfig
 from train.config.errors import ConfigError, divisors, multiples
-from train.schedule.costs import nominal_costs
+from train.schedule.nominal import nominal_costs
 
 _RAMP = "batch.ramp"
 

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 SUITES = {
     "registered and gpipe": ["tests/dualpipe/test_registered.py", "tests/train/test_equality.py"],
-    "gpipe and few": ["tests/train/memory/test_schedule.py"],
+    "gpipe and few": ["tests/train/test_nominal.py"],
 }
 
 
@@ -47,5 +47,5 @@ def test_schedule_of_a_plugin_that_is_wrong_fails_the_suites(gpipe: Path, tmp_pa
     output = run_suite(wrong, "valid and gpipe", ["tests/dualpipe/test_registered.py"])
     assert "which it needs" in output, output
     wrong.write_text(text.replace("grows=True", "grows=False"), "utf-8")
-    output = run_suite(wrong, "few and gpipe", ["tests/train/memory/test_schedule.py"])
+    output = run_suite(wrong, "few and gpipe", ["tests/train/test_nominal.py"])
     assert "failed" in output, output

@@ -16,7 +16,7 @@ from tests.tiny import tiny_config, write_text
 from tests.train.job import Job, close_job, open_job, open_loader, run_jobs, run_plain
 from tests.train.test_equality import assert_equal, assert_same, in_sequence
 from train.config import TrainConfig
-from train.exchange import exchange_metrics
+from train.records.step_record import exchange_metrics
 from train.step import accumulate
 
 TWO_HOP = TwoHopDispatchConfig(

@@ -13,7 +13,7 @@ from torch import distributed as dist
 from model.gradients import GradientStore
 from train.config import GuardConfig
 from train.errors import Finding
-from train.records.step_lines import number_of, read_lines
+from train.records.json_lines import number_of, read_lines
 from train.world import World
 
 LOSS, NORM = "loss", "gradient norm"

@@ -16,9 +16,9 @@ from model.account.stage_shape import StageShape, stage_shapes
 from train.config import TrainConfig, sized_config
 from train.memory.account import JobMemory, PipelineBytes, RankMemory
 from train.memory.exchange import exchange_bytes
-from train.memory.schedule import few_micro_batches, planning_schedule
 from train.memory.static import batch_bytes, static_bytes, update_bytes
 from train.memory.walk import walk
+from train.schedule.nominal import few_micro_batches, planning_schedule
 
 _SMALLER_CAPS = (0.65, 0.5)
 _IMBALANCE = 1.1

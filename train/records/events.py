@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from train.records.json_lines import read_lines
 from train.records.secrets import redact
-from train.records.step_lines import read_lines
 
 EVENTS_NAME = "events.jsonl"
 LOGGER = logging.getLogger("train")

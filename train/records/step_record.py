@@ -1,18 +1,26 @@
-"""What a step showed, over all ranks: its line in `metrics.jsonl`."""
+"""What a step showed, over all ranks: its line in `metrics.jsonl`.
+
+Shape legend: L layers, MTP modules among them, F fields of `LayerTraffic`.
+"""
 
 import resource
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import distributed as dist
+from torch.distributed import ProcessGroup
 
-from train.exchange import exchange_metrics
+from comm.dispatch.traffic import LayerTraffic, TrafficSnapshot
 from train.records.metrics import mfu
 from train.records.pictures import PipelineWatch, bubble_of, window_slots
 from train.replica import Replica
 from train.step import StepResult
 from train.world import World
+
+_FIELDS = tuple(each.name for each in fields(LayerTraffic))
+_RECEIVED = _FIELDS.index("num_bytes_from_nodes")
 
 
 def record_of(
@@ -70,3 +78,110 @@ def _peak_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def exchange_metrics(
+    traffic: TrafficSnapshot,
+    clipped: Mapping[int | None, int],
+    num_layers: int,
+    world: ProcessGroup,
+    device: torch.device,
+) -> dict[str, object]:
+    """The numbers of all ranks together; every rank must ask.
+
+    Args:
+        traffic: of this rank in the step, its layers' labels below `num_layers`.
+        clipped: tokens of this rank over the cap on nodes, by layer.
+        num_layers: of the model, MTP modules included.
+        world: every rank.
+        device: of this rank.
+
+    Returns:
+        `nodes_per_token`, `inter_node_bytes` and `intra_node_bytes` (exchanges and pipeline messages),
+        `lower_bound_share`, `nic_imbalance`, `clipped_tokens`, and under `exchange` an object for each layer that
+        exchanged anything: rows and bytes within and across nodes, counted and predicted. A NIC's imbalance is the
+        most that a rank received from other nodes over the mean of the ranks that took part; 1 where nothing crossed.
+    """
+    job = _gather_traffic(traffic, clipped, num_layers, world, device)
+    whole, received = job.traffic, job.traffic.total.num_bytes_from_nodes
+    return {
+        "nodes_per_token": whole.total.nodes_per_token or 1.0,
+        "inter_node_bytes": whole.num_bytes_across_nodes,
+        "intra_node_bytes": whole.num_bytes_within_node,
+        "lower_bound_share": whole.total.lower_bound_share,
+        "nic_imbalance": _imbalance(job.most_received[-1], received, dist.get_world_size(world)),
+        "clipped_tokens": sum(job.clipped),
+        "exchange": {
+            f"layer_{layer}": _layer_metrics(counts)
+            | {
+                "nic_imbalance": _imbalance(job.most_received[layer], counts.num_bytes_from_nodes, job.holders[layer]),
+                "clipped_tokens": job.clipped[layer],
+            }
+            for layer, counts in whole.layers.items()
+            if layer is not None
+        },
+    }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _JobTraffic:
+    """Of all ranks together. By layer: the ranks that hold it, tokens clipped, the most bytes that a rank received from
+    other nodes; the last of those is over all layers."""
+
+    traffic: TrafficSnapshot
+    holders: list[int]
+    clipped: list[int]
+    most_received: list[float]
+
+
+def _gather_traffic(
+    traffic: TrafficSnapshot,
+    clipped: Mapping[int | None, int],
+    num_layers: int,
+    world: ProcessGroup,
+    device: torch.device,
+) -> _JobTraffic:
+    counts_LF = torch.zeros(num_layers, len(_FIELDS), dtype=torch.float64)
+    held_L, clipped_L = torch.zeros(2, num_layers, dtype=torch.float64)
+    for layer, counted in traffic.layers.items():
+        assert layer is not None
+        counts_LF[layer] = torch.tensor([getattr(counted, name) for name in _FIELDS], dtype=torch.float64)
+        held_L[layer] = 1
+    for layer, number in clipped.items():
+        assert layer is not None
+        clipped_L[layer] = number
+    messages = torch.tensor(
+        [traffic.num_message_bytes_within_node, traffic.num_message_bytes_across_nodes], dtype=torch.float64
+    )
+    received = counts_LF[:, _RECEIVED]
+    largest = torch.cat([received, received.sum(0, keepdim=True)]).to(device)
+    summed = torch.cat([counts_LF.flatten(), held_L, clipped_L, messages]).to(device)
+    dist.all_reduce(summed, group=world)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=world)
+    flat, *others = summed.cpu().to(torch.int64).split([counts_LF.numel(), num_layers, num_layers, 2])
+    holders, clipped_of_all, (within, across) = (each.tolist() for each in others)
+    rows = zip(flat.view(num_layers, len(_FIELDS)).tolist(), holders, strict=True)
+    layers: dict[int | None, LayerTraffic] = {
+        layer: LayerTraffic(**dict(zip(_FIELDS, row, strict=True))) for layer, (row, held) in enumerate(rows) if held
+    }
+    whole = TrafficSnapshot(layers=layers, num_message_bytes_within_node=within, num_message_bytes_across_nodes=across)
+    return _JobTraffic(traffic=whole, holders=holders, clipped=clipped_of_all, most_received=largest.tolist())
+
+
+def _layer_metrics(counted: LayerTraffic) -> dict[str, object]:
+    return {
+        "rows_within_nodes": counted.num_rows_within_node,
+        "rows_across_nodes": counted.num_rows_across_nodes,
+        "bytes_within_nodes": counted.num_bytes_within_node,
+        "bytes_across_nodes": counted.num_bytes_across_nodes,
+        "predicted_rows_within_nodes": counted.predicted_rows_within_node,
+        "predicted_rows_across_nodes": counted.predicted_rows_across_nodes,
+        "predicted_bytes_within_nodes": counted.predicted_bytes_within_node,
+        "predicted_bytes_across_nodes": counted.predicted_bytes_across_nodes,
+        "nodes_per_token": counted.nodes_per_token,
+        "lower_bound_share": counted.lower_bound_share,
+    }
+
+
+def _imbalance(most: float, total: float, num_ranks: float) -> float:
+    return most * num_ranks / total if total else 1.0

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from train.checkpoint.manifest import CHECKPOINTS_NAME, MANIFEST_NAME
-from train.records.step_lines import LONGEST_LINE_BYTES, number_of, read_line
+from train.records.json_lines import LONGEST_LINE_BYTES, number_of, read_line
 from train.report.chart import Mark
 from train.report.history import History
 

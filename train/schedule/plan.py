@@ -18,7 +18,7 @@ from model.config import CutError, cut_layers
 from train.checkpoint.manifest import SCHEDULE_NAME, CheckpointError, find_checkpoint, layout_record, read_manifest
 from train.config import TrainConfig, sized_config
 from train.memory.predict import ramp_memory_cap
-from train.schedule.costs import nominal_costs
+from train.schedule.nominal import nominal_costs
 from train.schedule.probe import LayerTimes, measure, stage_costs
 
 _LARGEST_SCHEDULE_BYTES = 2**28

@@ -1,20 +1,38 @@
-"""The schedule by which memory is predicted: short, and with the peaks of the one that the run follows.
+"""What schedules are made for, and the one by which memory is predicted: short, with the peaks of the run's.
+
+No torch here.
 
 What is alive on a rank reaches its peak once the pipeline is full and stays there under most schedules, so a few
-micro-batches for each rank show the peak of thousands. `tests/train/memory/test_schedule.py` compares both.
+micro-batches for each rank show the peak of thousands. `tests/train/test_nominal.py` compares both.
 """
+
+from dataclasses import replace
 
 from dualpipe.generate.cache import schedules_folder
 from dualpipe.generate.dualpipe import dualpipe
 from dualpipe.ir import Schedule
 from dualpipe.passes import split_backwards
 from dualpipe.registry import FALLBACK, SCHEDULES, build
-from dualpipe.simulate.costs import Costs
+from dualpipe.simulate.costs import CostModel, Costs, uniform
 from train.config import TrainConfig
-from train.schedule.costs import nominal_costs
 
 _PER_RANK = 3
 _MARGIN = 4
+
+
+def nominal_costs(config: TrainConfig, num_stages: int) -> CostModel:
+    """Returns the configured costs of each of so many stages.
+
+    Exchange takes time only where experts are shared out, and is no more than computation where groups run one
+    member after the other.
+    """
+    costs = config.costs
+    if config.parallelism.expert == 1:
+        costs = replace(costs, exchange=0.0)
+    if config.schedule.pairing == "sequential":
+        forward, backward = costs.forward + costs.exchange, costs.backward_input + costs.exchange
+        costs = replace(costs, forward=forward, backward_input=backward, exchange=0.0)
+    return uniform(costs, config.parallelism.pipeline, num_stages)
 
 
 def planning_schedule(config: TrainConfig, num_micro_batches: int) -> Schedule:

@@ -10,8 +10,7 @@ from dualpipe.ir import Op, Schedule
 from dualpipe.registry import SCHEDULES, build
 from tests.tiny import tiny_config
 from train.config import TrainConfig
-from train.memory.schedule import few_micro_batches, planning_schedule
-from train.schedule.costs import nominal_costs
+from train.schedule.nominal import few_micro_batches, nominal_costs, planning_schedule
 
 PENDING_WEIGHTS = (1.2, 1.8)
 
