@@ -1,12 +1,10 @@
 """One rank of a training run, from an empty process to an exit code."""
 
-import dataclasses
 import os
 import sys
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import distributed as dist
 
@@ -19,18 +17,10 @@ from comm.watchdog.job_key import JobKeyError
 from comm.watchdog.job_start import AbsentError
 from comm.watchdog.membership import Membership
 from comm.watchdog.rendezvous import Job, join
-from data.corpus import DataError
 from data.prepare import Prepared
-from data.progress import Quiet, progress_on
 from train.callbacks import Callbacks
-from train.checkpoint import load as checkpoint
-from train.checkpoint.initial_weights import load_initial
-from train.checkpoint.locate import AUTO, looks_whole, newest_whole
-from train.checkpoint.manifest import check_fingerprint, check_manifest, read_step
 from train.checkpoint.resume import choose_resumed
 from train.config import TrainConfig
-from train.corpus import State as CorpusState
-from train.corpus import build_together, prepare_corpus
 from train.errors import CallbackError, PreemptedError, RescuedError, StoppedError
 from train.learner import Learner, SizedLearners, open_learner
 from train.loop import Training
@@ -38,10 +28,17 @@ from train.records.crash_report import CrashReporter
 from train.records.events import note_event
 from train.records.introduce import introduce
 from train.records.reporter import open_reporter
-from train.records.status import State, StatusFile, read_status
+from train.records.status import State, StatusFile
 from train.records.terminal import report_breaks
 from train.replica import ReplicaConfig, is_mirrored, open_replica
 from train.schedule.plan import Plan, plan
+from train.startup import (
+    broadcast_config,
+    load_initial_weights,
+    load_resumed,
+    prepare_corpus_together,
+    raise_if_preempted,
+)
 from train.world import World, open_world
 
 
@@ -139,7 +136,7 @@ class _Rank:
         layout = Layout(config.parallelism, config.cluster.ranks_per_node)
         with self._phase("start of process groups"):
             device = start(config.cluster, self._job.store)
-            config, ended = _broadcast_config(config)
+            config, ended = broadcast_config(config)
         if ended is not None:
             return ended
         status = self._open_status(config)
@@ -154,7 +151,7 @@ class _Rank:
         end = _End("done", 0)
         try:
             raise_if_preempted(self._preemption, self._log, groups)
-            prepared = _prepare_corpus(config, groups, self._log, self._preemption)
+            prepared = prepare_corpus_together(config, groups, self._log, self._preemption)
             raise_if_preempted(self._preemption, self._log, groups)
             with self._phase("assembly of the model"):
                 seconds = config.cluster.timeout_seconds
@@ -197,8 +194,8 @@ class _Rank:
     def _train(
         self, config: TrainConfig, learner: Learner, prepared: Prepared, planned: Plan, status: StatusFile
     ) -> None:
-        first_step = _load_resumed(config, learner, prepared.fingerprint)
-        started_from = _load_initial_weights(config, learner, prepared)
+        first_step = load_resumed(config, learner, prepared.fingerprint)
+        started_from = load_initial_weights(config, learner, prepared)
         reporter = open_reporter(config, first_step)
         try:
             for line in self._passed_over:
@@ -218,99 +215,3 @@ class _Rank:
             raise
         finally:
             reporter.close()
-
-
-def _load_resumed(config: TrainConfig, learner: Learner, data_fingerprint: str) -> int:
-    """Loads the checkpoint that the run resumes from, if any; returns the number of steps already done."""
-    if config.resume is None:
-        return 0
-    folder = Path(config.resume)
-    # Of a run that goes on by itself, it may be the last of all: nothing is left to do then.
-    steps = max(config.task.steps, read_step(folder) + 1)
-    check_manifest(folder, dataclasses.replace(config, task=dataclasses.replace(config.task, steps=steps)))
-    check_fingerprint(folder, data_fingerprint)
-    with learner.world.phase("loading of the checkpoint"):
-        checkpoint.load(learner, folder)
-    return read_step(folder)
-
-
-def _load_initial_weights(config: TrainConfig, learner: Learner, prepared: Prepared) -> str:
-    """Loads the weights that `init_from` names, if any; returns a line that says so."""
-    if config.init_from is None:
-        return ""
-    with learner.world.phase("loading of initial weights"):
-        told = load_initial(config, learner, prepared.tokenizer)
-    if learner.ema is not None:
-        learner.ema.follow_weights()
-    return told
-
-
-def raise_if_preempted(preemption: Preemption, log: CollectiveLog, groups: Groups) -> None:
-    """Raises on all ranks if any of them was preempted; all ranks call it.
-
-    Raises:
-        PreemptedError: on every rank, where one was.
-    """
-    asked = [False] * dist.get_world_size()
-    with log.collective("world", groups.world, "agreement to go on"):
-        dist.all_gather_object(asked, preemption.is_requested, group=groups.world)
-    if any(asked):
-        raise PreemptedError(f"{sum(asked)} of {len(asked)} ranks were asked to make room before the first step")
-
-
-def _broadcast_config(config: TrainConfig) -> tuple[TrainConfig, int | None]:
-    """Broadcasts what rank 0 knows of the run: its folder, and where it continues.
-
-    Returns:
-        The configuration with both. An exit code where the run has ended already: torchrun starts all ranks again
-        whatever the code by which they left.
-    """
-    is_first, restarts = dist.get_rank() == 0, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-    seen: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(seen, (_resolve_auto_resume(config) if is_first else None, restarts))
-    config = seen[0][0]
-    ended: list[int | None] = [None]
-    # On some machines the count may still be 0.
-    if any(count for _, count in seen):
-        if is_first:
-            before = read_status(Path(config.out_dir))
-            ended = [before.exit_code if before is not None and before.state in ("preempted", "stopped") else None]
-        dist.broadcast_object_list(ended, src=0)
-    return config, ended[0]
-
-
-def _resolve_auto_resume(config: TrainConfig) -> TrainConfig:
-    """Returns the run with `resume=auto` as a path or None; a run that continues starts from no other weights."""
-    if config.resume != AUTO:
-        return config
-    if newest_whole(Path(config.out_dir), check=looks_whole) is None:
-        return dataclasses.replace(config, resume=None)
-    return dataclasses.replace(config, resume=config.out_dir, init_from=None)
-
-
-def _prepare_corpus(config: TrainConfig, groups: Groups, log: CollectiveLog, preemption: Preemption) -> Prepared:
-    """One rank of every machine builds the cache where it is missing; the others then find it.
-
-    Raises:
-        DataError: on every rank, where machines would read different samples.
-    """
-
-    def exchange(state: CorpusState) -> list[CorpusState]:
-        raise_if_preempted(preemption, log, groups)
-        states = [state] * dist.get_world_size()
-        with log.collective("world", groups.world, "preparation of the corpus"):
-            dist.all_gather_object(states, state, group=groups.world)
-        return states
-
-    build_together(config, exchange, progress_on() if dist.get_rank() == 0 else Quiet())
-    prepared = prepare_corpus(config)
-    fingerprints = [""] * dist.get_world_size()
-    with log.collective("world", groups.world, "comparison of the corpus"):
-        dist.all_gather_object(fingerprints, prepared.fingerprint)
-    if len(set(fingerprints)) > 1:
-        other = next(rank for rank, seen in enumerate(fingerprints) if seen != fingerprints[0])
-        raise DataError(
-            f"data: every rank must read the same samples; rank {other}'s fingerprint is {fingerprints[other]}, "
-            f"rank 0's {fingerprints[0]}. Machines with different Python versions embed different text"
-        )
-    return prepared

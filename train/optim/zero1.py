@@ -163,20 +163,10 @@ def _build(groups: ParameterGroups, replicas: ReductionGroups, config: OptimConf
             assert norm_type == 2
             return self.measured_norm
 
-    for parameter in groups.experts.values():
-        parameter.allreduce = False  # type: ignore[attr-defined]
-        parameter.group_name = _EXPERTS  # type: ignore[attr-defined]
-    options: list[dict[str, Any]] = [
-        {"params": list(groups.matrices.values()), "weight_decay": config.weight_decay, "name": "matrices"},
-        {"params": list(groups.vectors.values()), "weight_decay": 0.0, "name": "vectors"},
-    ]
-    if groups.experts:
-        experts = {"params": list(groups.experts.values()), "weight_decay": config.weight_decay}
-        options.append({**experts, "moe": True, "name": _EXPERTS})
     bucket = min(config.bucket_elements, sum(parameter.numel() for parameter in groups.all().values()))
     bucket += bucket % 2  # it takes even ones alone
     return WorldNorm(
-        build_adamw(options, config),
+        build_adamw(_parameter_options(groups, config.weight_decay), config),
         {parameter: name for name, parameter in groups.all().items()},
         timers=NoopTimer(),
         optimizer_params={},
@@ -196,3 +186,18 @@ def _build(groups: ParameterGroups, replicas: ReductionGroups, config: OptimConf
         allgather_bucket_size=bucket,
         verbose=False,
     )
+
+
+def _parameter_options(groups: ParameterGroups, weight_decay: float) -> list[dict[str, Any]]:
+    """Returns AdamW's parameter groups, with what DeepSpeed reads to find routed experts."""
+    for parameter in groups.experts.values():
+        parameter.allreduce = False  # type: ignore[attr-defined]
+        parameter.group_name = _EXPERTS  # type: ignore[attr-defined]
+    options: list[dict[str, Any]] = [
+        {"params": list(groups.matrices.values()), "weight_decay": weight_decay, "name": "matrices"},
+        {"params": list(groups.vectors.values()), "weight_decay": 0.0, "name": "vectors"},
+    ]
+    if groups.experts:
+        experts = {"params": list(groups.experts.values()), "weight_decay": weight_decay}
+        options.append({**experts, "moe": True, "name": _EXPERTS})
+    return options

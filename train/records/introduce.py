@@ -1,6 +1,7 @@
-"""What a run says of itself before its first step."""
+"""What a run prints about itself before its first step."""
 
 import logging
+from collections.abc import Iterator
 
 from data.prepare import Prepared
 from train.checkpoint.resume import other_layout
@@ -28,18 +29,8 @@ def introduce(
         reporter: prints on rank 0.
         first_step: steps that were done before.
     """
-    world, layout, rank = replica.world, config.parallelism, replica.world.rank
-    LOGGER.info(
-        "rank %d, node %d: pipeline index %d with stages %s, data index %d, expert index %d, %d parameters, device %s",
-        rank,
-        world.layout.node_of(rank),
-        world.pipeline_index,
-        sorted(replica.stages),
-        world.data_index,
-        world.layout.expert_index(rank),
-        sum(parameter.numel() for parameter in replica.model.parameters()),
-        world.device,
-    )
+    _log_place(replica)
+    layout = config.parallelism
     reporter.say(
         f"{config.name}: {layout.world_size} ranks (pipeline {layout.pipeline} x data {layout.data}, "
         f"experts over {layout.expert}), {replica.schedule.kind}, {config.num_micro_batches} micro-batches a step, "
@@ -47,19 +38,12 @@ def introduce(
     )
     if config.schedule.kind == "auto":
         reporter.say(f"schedule: {planned.reason}")
-    if config.cluster.memory_bytes is not None and rank == 0:
+    if config.cluster.memory_bytes is not None and replica.world.rank == 0:
         reporter.say(summary_line(config, predict_memory(config)))
     if notice := profile_notice(config):
         reporter.say(notice)
-    reporter.say(
-        f"corpus: {prepared.train_tokens:,} training and {prepared.validation_tokens:,} validation tokens, "
-        f"{prepared.bytes_per_token:.2f} bytes per token, unigram entropy {prepared.unigram_entropy_nats:.4f} nats"
-    )
-    given, size = config.data.tokenizer, prepared.tokenizer.vocab_size
-    origin = "trained on the corpus" if given is None else f"that of {given}, not one of data.tokenizer_vocab_size"
-    reporter.say(f"tokenizer: {origin}; ids below {size:,}{_special_notes(config, prepared)}")
-    if config.validation.sequences and not prepared.validation_tokens:
-        reporter.say("validation: off, as data.validation_fraction held no document of this corpus out")
+    for line in _corpus_lines(config, prepared):
+        reporter.say(line)
     for warning in schedule_warnings(config.optim, config.batch_sizes, config.task.steps):
         reporter.say(f"warning: {warning}")
     if first_step:
@@ -68,6 +52,35 @@ def introduce(
         reporter.say(
             f"learning rate: {rate:.3e} in step {first_step + 1}; its schedule spans {config.task.steps:,} steps"
         )
+
+
+def _log_place(replica: Replica) -> None:
+    """Logs this rank's coordinates and what it holds."""
+    world = replica.world
+    LOGGER.info(
+        "rank %d, node %d: pipeline index %d with stages %s, data index %d, expert index %d, %d parameters, device %s",
+        world.rank,
+        world.layout.node_of(world.rank),
+        world.pipeline_index,
+        sorted(replica.stages),
+        world.data_index,
+        world.layout.expert_index(world.rank),
+        sum(parameter.numel() for parameter in replica.model.parameters()),
+        world.device,
+    )
+
+
+def _corpus_lines(config: TrainConfig, prepared: Prepared) -> Iterator[str]:
+    """Yields what is known of corpus and tokenizer."""
+    yield (
+        f"corpus: {prepared.train_tokens:,} training and {prepared.validation_tokens:,} validation tokens, "
+        f"{prepared.bytes_per_token:.2f} bytes per token, unigram entropy {prepared.unigram_entropy_nats:.4f} nats"
+    )
+    given, size = config.data.tokenizer, prepared.tokenizer.vocab_size
+    origin = "trained on the corpus" if given is None else f"that of {given}, not one of data.tokenizer_vocab_size"
+    yield f"tokenizer: {origin}; ids below {size:,}{_special_notes(config, prepared)}"
+    if config.validation.sequences and not prepared.validation_tokens:
+        yield "validation: off, as data.validation_fraction held no document of this corpus out"
 
 
 def _special_notes(config: TrainConfig, prepared: Prepared) -> str:

@@ -1,0 +1,124 @@
+"""What the ranks of a job do together before the first step: configuration, corpus, weights."""
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+from torch import distributed as dist
+
+from comm.groups import Groups
+from comm.preemption import Preemption
+from comm.watchdog.collective_log import CollectiveLog
+from data.corpus import DataError
+from data.prepare import Prepared
+from data.progress import Quiet, progress_on
+from train.checkpoint import load as checkpoint
+from train.checkpoint.initial_weights import load_initial
+from train.checkpoint.locate import AUTO, looks_whole, newest_whole
+from train.checkpoint.manifest import check_fingerprint, check_manifest, read_step
+from train.config import TrainConfig
+from train.corpus import State as CorpusState
+from train.corpus import build_together, prepare_corpus
+from train.errors import PreemptedError
+from train.learner import Learner
+from train.records.status import read_status
+
+
+def broadcast_config(config: TrainConfig) -> tuple[TrainConfig, int | None]:
+    """Broadcasts what rank 0 knows of the run: its folder, and where it continues.
+
+    Returns:
+        The configuration with both. An exit code if the run has ended already: torchrun starts all ranks again
+        after any exit code.
+    """
+    is_first, restarts = dist.get_rank() == 0, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    seen: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(seen, (_resolve_auto_resume(config) if is_first else None, restarts))
+    config = seen[0][0]
+    ended: list[int | None] = [None]
+    # On some machines the count may still be 0.
+    if any(count for _, count in seen):
+        if is_first:
+            before = read_status(Path(config.out_dir))
+            ended = [before.exit_code if before is not None and before.state in ("preempted", "stopped") else None]
+        dist.broadcast_object_list(ended, src=0)
+    return config, ended[0]
+
+
+def _resolve_auto_resume(config: TrainConfig) -> TrainConfig:
+    """Returns the run with `resume=auto` as a path or None; a run that continues starts from no other weights."""
+    if config.resume != AUTO:
+        return config
+    if newest_whole(Path(config.out_dir), check=looks_whole) is None:
+        return dataclasses.replace(config, resume=None)
+    return dataclasses.replace(config, resume=config.out_dir, init_from=None)
+
+
+def raise_if_preempted(preemption: Preemption, log: CollectiveLog, groups: Groups) -> None:
+    """Raises on all ranks if any of them was preempted; all ranks call it.
+
+    Raises:
+        PreemptedError: on every rank, if one was.
+    """
+    asked = [False] * dist.get_world_size()
+    with log.collective("world", groups.world, "agreement to go on"):
+        dist.all_gather_object(asked, preemption.is_requested, group=groups.world)
+    if any(asked):
+        raise PreemptedError(f"{sum(asked)} of {len(asked)} ranks were asked to make room before the first step")
+
+
+def prepare_corpus_together(
+    config: TrainConfig, groups: Groups, log: CollectiveLog, preemption: Preemption
+) -> Prepared:
+    """Prepares the corpus on all ranks: one of every machine builds what its cache lacks, the others then find it.
+
+    Raises:
+        DataError: on every rank, if machines would read different samples.
+        PreemptedError: on every rank, if one was preempted meanwhile.
+    """
+
+    def exchange(state: CorpusState) -> list[CorpusState]:
+        raise_if_preempted(preemption, log, groups)
+        states = [state] * dist.get_world_size()
+        with log.collective("world", groups.world, "preparation of the corpus"):
+            dist.all_gather_object(states, state, group=groups.world)
+        return states
+
+    build_together(config, exchange, progress_on() if dist.get_rank() == 0 else Quiet())
+    prepared = prepare_corpus(config)
+    fingerprints = [""] * dist.get_world_size()
+    with log.collective("world", groups.world, "comparison of the corpus"):
+        dist.all_gather_object(fingerprints, prepared.fingerprint)
+    if len(set(fingerprints)) > 1:
+        other = next(rank for rank, seen in enumerate(fingerprints) if seen != fingerprints[0])
+        raise DataError(
+            f"data: every rank must read the same samples; rank {other}'s fingerprint is {fingerprints[other]}, "
+            f"rank 0's {fingerprints[0]}. Machines with different Python versions embed different text"
+        )
+    return prepared
+
+
+def load_resumed(config: TrainConfig, learner: Learner, data_fingerprint: str) -> int:
+    """Loads the checkpoint that the run resumes from, if any; returns the number of steps already done."""
+    if config.resume is None:
+        return 0
+    folder = Path(config.resume)
+    # Of a run that goes on by itself, it may be the last of all: nothing is left to do then.
+    steps = max(config.task.steps, read_step(folder) + 1)
+    check_manifest(folder, dataclasses.replace(config, task=dataclasses.replace(config.task, steps=steps)))
+    check_fingerprint(folder, data_fingerprint)
+    with learner.world.phase("loading of the checkpoint"):
+        checkpoint.load(learner, folder)
+    return read_step(folder)
+
+
+def load_initial_weights(config: TrainConfig, learner: Learner, prepared: Prepared) -> str:
+    """Loads the weights that `init_from` names, if any; returns a line that says so."""
+    if config.init_from is None:
+        return ""
+    with learner.world.phase("loading of initial weights"):
+        told = load_initial(config, learner, prepared.tokenizer)
+    if learner.ema is not None:
+        learner.ema.follow_weights()
+    return told
