@@ -86,7 +86,7 @@ class Training:
         self._status = status
         self._callbacks = callbacks or Callbacks()
         self._loader = Loader(prepared, sizes=config.batch_sizes, seed=config.data.seed)
-        self._profiler = StepProfiler(config, world.rank, world.device)
+        self._profiler = StepProfiler(config.profile, out_dir, world.rank, world.device)
         with world.phase("making of groups"):
             self._watch = PipelineWatch(world, config.name, out_dir)
             self._ownership = OwnershipCheck.of_process(out_dir)

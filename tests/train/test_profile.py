@@ -27,7 +27,7 @@ def _config(folder: Path, **changes: object) -> TrainConfig:
 def test_profile_writes_a_trace_of_each_chosen_step_of_each_chosen_rank(tmp_path: Path) -> None:
     config = _config(tmp_path)
     for rank in range(4):
-        profiler = StepProfiler(config, rank, CPU)
+        profiler = StepProfiler(config.profile, Path(config.out_dir), rank, CPU)
         for done in range(1, 6):
             with profiler.step(done):
                 (torch.ones(31, 17) @ torch.ones(17, 7)).sum()
@@ -42,7 +42,7 @@ def test_profile_writes_a_trace_of_each_chosen_step_of_each_chosen_rank(tmp_path
 @pytest.mark.parametrize("changes", [{"steps": ()}, {"trace": False}, {"ranks": ()}])
 def test_profile_of_nothing_leaves_nothing(tmp_path: Path, changes: dict[str, object]) -> None:
     config = _config(tmp_path, **changes)
-    profiler = StepProfiler(config, 0, CPU)
+    profiler = StepProfiler(config.profile, Path(config.out_dir), 0, CPU)
     for done in range(1, 6):
         with profiler.step(done):
             pass
@@ -50,7 +50,8 @@ def test_profile_of_nothing_leaves_nothing(tmp_path: Path, changes: dict[str, ob
 
 
 def test_profile_lets_an_error_of_the_step_through(tmp_path: Path) -> None:
-    profiler = StepProfiler(_config(tmp_path), 0, CPU)
+    config = _config(tmp_path)
+    profiler = StepProfiler(config.profile, Path(config.out_dir), 0, CPU)
     with pytest.raises(ArithmeticError), profiler.step(2):
         raise ArithmeticError
     with profiler.step(4):
@@ -86,7 +87,7 @@ def test_profile_on_cuda_records_memory_for_the_step_alone(tmp_path: Path, monke
     config, calls = _config(tmp_path, trace=False), []
     monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", lambda **how: calls.append(how))
     monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", calls.append)
-    profiler = StepProfiler(config, 3, torch.device("cuda"))
+    profiler = StepProfiler(config.profile, Path(config.out_dir), 3, torch.device("cuda"))
     for done in (1, 2, 3):
         with profiler.step(done):
             calls.append(done)

@@ -16,13 +16,20 @@ LOGGER = logging.getLogger("train")
 class StepProfiler:
     """What one rank records of its steps; nothing is imported, asked or written in any other step."""
 
-    def __init__(self, config: TrainConfig, rank: int, device: torch.device) -> None:
-        """`rank`, `device`: this one's. The run's folder is `config.out_dir`."""
-        self._config: ProfileConfig = config.profile
-        self._folder = Path(config.out_dir) / FOLDER_NAME
+    def __init__(self, config: ProfileConfig, out_dir: Path, rank: int, device: torch.device) -> None:
+        """Opens nothing yet.
+
+        Args:
+            config: steps and ranks to record.
+            out_dir: of the run.
+            rank: this one.
+            device: of this rank.
+        """
+        self._config = config
+        self._folder = out_dir / FOLDER_NAME
         self._device = device
         self._rank = rank
-        self._is_chosen = rank in config.profile.ranks
+        self._is_chosen = rank in config.ranks
 
     @contextmanager
     def step(self, done: int) -> Iterator[None]:
