@@ -1,5 +1,6 @@
 """Dispatchers by name: reading them needs no torch, and a file outside the checkout can add one."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,53 +14,17 @@ from tests.comm.laws import LAWS
 
 _ROOT = Path(__file__).resolve().parents[2]
 
-_WRAPPER = '''
-"""A dispatcher that counts the rows that arrive, around the all-to-all."""
 
-from dataclasses import dataclass, replace
-from typing import Literal
-
-from comm.config import AllToAllDispatchConfig
-from comm.dispatch.registry import DISPATCHERS, Contract, ContractSetting
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CountingDispatchConfig(AllToAllDispatchConfig):
-    kind: Literal["counting"]
-    unit: int
-
-
-class CountingDispatcher:
-    def __init__(self, inner, unit):
-        self.num_local_experts = inner.num_local_experts
-        self.num_units = 0
-        self._inner = inner
-        self._unit = unit
-
-    def __getattr__(self, name):
-        return getattr(self._inner, name)
-
-    def dispatch(self, rows_TD, weights_TK, handle):
-        self.num_units += len(rows_TD) // self._unit
-        return self._inner.dispatch(rows_TD{change}, weights_TK, handle)
-
-
-def build(config, parts):
-    return CountingDispatcher(DISPATCHERS.get("all_to_all").build(config, parts), config.unit)
-
-
-DISPATCHERS.register(
-    "counting",
-    replace(
-        DISPATCHERS.get("all_to_all"),
-        name="counting",
-        summary="counts rows",
-        config=CountingDispatchConfig,
-        build=build,
-        contract=Contract(fields={{"unit": 2}}, settings={{"1+1": ContractSetting(nodes=(0, 1))}}),
-    ),
-)
-'''
+@pytest.fixture
+def counting(tmp_path: Path) -> Path:
+    """The wrapper that docs/extend.md shows, and its values next to it."""
+    page = (_ROOT / "docs" / "extend.md").read_text("utf-8")
+    blocks = [block for block in re.findall(r"```(?:python|yaml)\n(.*?)```", page, re.DOTALL) if "counting" in block]
+    path, values = tmp_path / "counting.py", tmp_path / "conf" / "dispatch" / "counting.yaml"
+    values.parent.mkdir(parents=True)
+    path.write_text(blocks[0], "utf-8")
+    values.write_text(blocks[1], "utf-8")
+    return path
 
 
 def test_dispatchers_are_in_order_and_their_configs_name_them() -> None:
@@ -85,15 +50,34 @@ def test_reading_dispatchers_needs_no_torch() -> None:
 
 @pytest.mark.parametrize(("change", "num_broken"), [("", 0), (" * 2", len(LAWS))], ids=["right", "wrong"])
 def test_contract_suite_runs_over_a_dispatcher_from_a_file_outside(
-    change: str, num_broken: int, tmp_path: Path
+    change: str, num_broken: int, counting: Path
 ) -> None:
     """A wrapper keeps all laws on two ranks; one that doubles rows breaks each of them."""
-    path = tmp_path / "counting.py"
-    path.write_text(_WRAPPER.format(change=change), "utf-8")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"--plugins={path}"]
-    tests = ["tests/comm/test_dispatch.py", "-k", "counting-1 or (counting and lane) or (counting and refuses)"]
+    text = counting.read_text("utf-8")
+    counting.write_text(text.replace("inner.dispatch(rows_TD", f"inner.dispatch(rows_TD{change}"), "utf-8")
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        f"--plugins={counting}",
+    ]
+    tests = ["tests/comm/test_dispatch.py", "-m", "not slow", "-k", "counting"]
     done = subprocess.run([*command, *tests], cwd=_ROOT, capture_output=True, text=True, timeout=300, check=False)
-    counts = done.stdout.splitlines()[-1]
     assert done.returncode == (1 if num_broken else 0), done.stdout + done.stderr
-    assert ("failed" in counts) == bool(num_broken)
+    counts = done.stdout.splitlines()[-1]
     assert int(counts.split(" passed")[0].split()[-1]) == len(LAWS) + 3 - num_broken, done.stdout
+
+
+def test_run_takes_a_dispatcher_from_a_file_outside(counting: Path) -> None:
+    command = [sys.executable, "-m", "launch.train", f"plugins=[{counting}]", "dispatch=counting", "config_only=true"]
+    done = subprocess.run(
+        [*command, "dispatch.print_every=7"], cwd=_ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "kind: counting" in done.stdout
+    assert "print_every: 7" in done.stdout
