@@ -40,7 +40,7 @@ class Groups:
     world: ProcessGroup
 
     def __init__(self, layout: Layout, mirrored: bool, timeout_seconds: float) -> None:
-        """Made once per process, by every rank at the same point, after `start`.
+        """Makes all groups, once per process, by every rank at the same point, after `start`.
 
         Args:
             layout: of the world.
@@ -73,7 +73,7 @@ def join_one(partition: set[tuple[int, ...]], timeout_seconds: float) -> Process
 
 
 def make_group(members: tuple[int, ...], timeout_seconds: float) -> ProcessGroup | None:
-    """A new group, if this rank is a member. Called by every rank of the job for every group, in one order.
+    """Makes a group and returns it to members. All ranks of the job call it for every group, in one order.
 
     torch names a group after the number of calls before it, so a rank that leaves one out meets its peers
     under another name, in vain. (`use_local_synchronization` counts too, though it lets others stay away.)

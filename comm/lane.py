@@ -57,7 +57,7 @@ class Done(Generic[T]):
         self._result = result
 
     def wait(self) -> T:
-        """The result."""
+        """Returns the result."""
         return self._result
 
 
@@ -70,7 +70,7 @@ class InlineLane:
             return Done(function())
 
     def close(self) -> None:
-        """Nothing is ever under way."""
+        """Does nothing: nothing is ever pending."""
 
 
 class _Job(Generic[T]):

@@ -47,55 +47,55 @@ class Layout:
         return -(-self.world_size // self.ranks_per_node)
 
     def rank(self, pipeline_index: int, data_index: int) -> int:
-        """The rank at a place of the mesh."""
+        """Returns the rank at a place of the mesh."""
         return pipeline_index * self.parallelism.data + data_index
 
     def pipeline_index(self, rank: int) -> int:
-        """Place along the pipeline axis."""
+        """Returns the place along the pipeline axis."""
         return rank // self.parallelism.data
 
     def data_index(self, rank: int) -> int:
-        """Place along the data axis."""
+        """Returns the place along the data axis."""
         return rank % self.parallelism.data
 
     def expert_index(self, rank: int) -> int:
-        """Place within the expert group: which slice of every layer's routed experts the rank holds."""
+        """Returns the place within the expert group: which slice of every layer's routed experts the rank holds."""
         return self.data_index(rank) % self.parallelism.expert
 
     def expert_data_index(self, rank: int) -> int:
-        """Which of the data axis' expert groups the rank belongs to."""
+        """Returns which of the data axis' expert groups the rank belongs to."""
         return self.data_index(rank) // self.parallelism.expert
 
     def mirror_rank(self, rank: int) -> int:
-        """The rank at the mirrored pipeline place, with the same data index."""
+        """Returns the rank at the mirrored pipeline place, with the same data index."""
         return self.rank(self.parallelism.pipeline - 1 - self.pipeline_index(rank), self.data_index(rank))
 
     def node_of(self, rank: int) -> int:
-        """The node that the rank runs on."""
+        """Returns the node that the rank runs on."""
         return rank // self.ranks_per_node
 
     def expert_group(self, rank: int) -> tuple[int, ...]:
-        """The ranks that together hold every routed expert of this rank's stages, by expert index."""
+        """Returns the ranks that together hold every routed expert of this rank's stages, by expert index."""
         first = rank - self.expert_index(rank)
         return tuple(range(first, first + self.parallelism.expert))
 
     def node_groups(self, rank: int) -> set[tuple[int, ...]]:
-        """The ranks of this rank's expert group, one set for each node; ascending."""
+        """Returns the ranks of this rank's expert group, one set for each node; ascending."""
         experts = self.expert_group(rank)
         return {tuple(experts[place] for place in places) for places in self._relays(experts).members_of}
 
     def rail_groups(self, rank: int) -> set[tuple[int, ...]]:
-        """The ranks of this rank's expert group, one set for each rail: what crosses nodes stays within its rail."""
+        """Returns the ranks of this rank's expert group, one set for each rail, within which rows cross nodes."""
         experts = self.expert_group(rank)
         return {tuple(experts[place] for place in places) for places in self._relays(experts).rails()}
 
     def pipeline_group(self, rank: int) -> tuple[int, ...]:
-        """The ranks of this rank's pipeline, by pipeline index."""
+        """Returns the ranks of this rank's pipeline, by pipeline index."""
         data_index = self.data_index(rank)
         return tuple(self.rank(pipeline_index, data_index) for pipeline_index in range(self.parallelism.pipeline))
 
     def stage_group(self, rank: int, mirrored: bool) -> tuple[int, ...]:
-        """The ranks that hold the same ordinary parameters, ascending: data, times mirror if mirrored."""
+        """Returns the ranks that hold the same ordinary parameters, ascending: data, times mirror if mirrored."""
         return tuple(
             self.rank(pipeline_index, data_index)
             for pipeline_index in self._replica_places(rank, mirrored)
@@ -103,7 +103,7 @@ class Layout:
         )
 
     def expert_data_group(self, rank: int, mirrored: bool) -> tuple[int, ...]:
-        """The ranks that hold the same routed experts, ascending: expert-data, times mirror if mirrored."""
+        """Returns the ranks that hold the same routed experts, ascending: expert-data, times mirror if mirrored."""
         expert_index = self.expert_index(rank)
         return tuple(
             self.rank(pipeline_index, data_index)

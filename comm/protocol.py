@@ -19,7 +19,7 @@ class Work(Protocol, Generic[T_co]):
     """Something under way on the comm lane."""
 
     def wait(self) -> T_co:
-        """The result, once it may be used on the compute lane. Raises what the work raised."""
+        """Returns the result, once it may be used on the compute lane. Raises what the work raised."""
         ...
 
 
@@ -27,12 +27,12 @@ class Then(Generic[Given, Made]):
     """Other work's result after a function of it, which runs where it is waited for: on the compute lane."""
 
     def __init__(self, work: Work[Given], function: Callable[[Given], Made]) -> None:
-        """`function` runs at every `wait`, without recording gradients."""
+        """Keeps `function`, which runs at every `wait`, without recording gradients."""
         self._work = work
         self._function = function
 
     def wait(self) -> Made:
-        """The function of what the other work gives. Raises what either raised."""
+        """Returns the function of the other work's result. Raises what either raised."""
         given = self._work.wait()
         with torch.no_grad():
             return self._function(given)
@@ -68,19 +68,19 @@ class RowOrder(Protocol):
         ...
 
     def copy_rows(self, rows_TD: Tensor) -> Tensor:
-        """A row for each place, AD."""
+        """Copies a row for each place, AD."""
         ...
 
     def copy_weights(self, weights_TK: Tensor) -> Tensor:
-        """The weight of each place, A."""
+        """Returns the weight of each place, A."""
         ...
 
     def sum_rows(self, rows_AD: Tensor) -> Tensor:
-        """The sum over each token's places, TD."""
+        """Sums over each token's places, TD."""
         ...
 
     def restore_weights(self, weights_A: Tensor) -> Tensor:
-        """The value of each choice, TK."""
+        """Returns the value of each choice, TK."""
         ...
 
 
@@ -128,11 +128,11 @@ class Dispatcher(Protocol):
         ...
 
     def dispatch(self, rows_TD: Tensor, weights_TK: Tensor, handle: Handle) -> Work[Arrived]:
-        """A copy of each token's row, and the weight, to each of its experts."""
+        """Sends a copy of each token's row, and the weight, to each of its experts."""
         ...
 
     def combine(self, rows_AD: Tensor, handle: Handle) -> Work[Tensor]:
-        """The unweighted sum over each token's experts, rows_TD."""
+        """Returns rows_TD, the unweighted sum over each token's experts."""
         ...
 
     def dispatch_backward(self, rows_AD: Tensor, weights_A: Tensor, handle: Handle) -> Work[tuple[Tensor, Tensor]]:
@@ -140,7 +140,7 @@ class Dispatcher(Protocol):
         ...
 
     def combine_backward(self, rows_TD: Tensor, handle: Handle) -> Work[Tensor]:
-        """The gradient of `combine`'s input from that of its output: a copy to each expert's row (AD)."""
+        """Computes the gradient of `combine`'s input from that of its output: a copy to each expert's row (AD)."""
         ...
 
     def close(self) -> None:

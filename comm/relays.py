@@ -19,7 +19,7 @@ class Relays:
     members_of: tuple[tuple[int, ...], ...]
 
     def __init__(self, member_nodes: Sequence[int]) -> None:
-        """`member_nodes`: the node of each member, by place."""
+        """Groups members by node; `member_nodes`: the node of each member, by place."""
         nodes = sorted(set(member_nodes))
         self.node_of = tuple(nodes.index(node) for node in member_nodes)
         self.members_of = tuple(
@@ -37,19 +37,19 @@ class Relays:
         return max(map(len, self.members_of))
 
     def relay(self, place: int, node: int) -> int:
-        """The member that takes rows of member `place` into a node: itself into its own."""
+        """Returns the member that takes rows of member `place` into a node: itself into its own."""
         own, there = self.members_of[self.node_of[place]], self.members_of[node]
         return there[own.index(place) % len(there)]
 
     def sources(self, relay: int) -> tuple[int, ...]:
-        """The members of other nodes whose rows a member takes into its node, ascending."""
+        """Returns the members of other nodes whose rows a member takes into its node, ascending."""
         node = self.node_of[relay]
         return tuple(
             place for place, home in enumerate(self.node_of) if home != node and self.relay(place, node) == relay
         )
 
     def rails(self) -> tuple[tuple[int, ...], ...]:
-        """The members cut into as many sets as can be, so that each member's relays are all in its own set.
+        """Cuts the members into as many sets as possible, so that each member's relays are all in its set.
 
         With equally full nodes: a set for each index, one member of every node.
         """

@@ -25,19 +25,19 @@ class ExpertOrder:
     places_TK: Tensor
 
     def copy_rows(self, rows_TD: Tensor, out_AD: Tensor | None = None) -> Tensor:
-        """A row for each choice, sorted; AD, written to `out_AD` if given."""
+        """Copies a row for each choice, sorted; AD, written to `out_AD` if given."""
         return permute(dense(rows_TD), self.tokens_A, out_AD)
 
     def copy_weights(self, weights_TK: Tensor) -> Tensor:
-        """The weight of each choice, sorted; A."""
+        """Returns the weight of each choice, sorted; A."""
         return weights_TK.flatten().index_select(0, self.order_A)
 
     def sum_rows(self, rows_AD: Tensor) -> Tensor:
-        """The sum over each token's choices in their order, so bitwise repeatable; TD."""
+        """Sums over each token's choices in their order, so bitwise repeatable; TD."""
         return unpermute(dense(rows_AD), self.places_TK)
 
     def restore_weights(self, weights_A: Tensor) -> Tensor:
-        """The value of each choice, 0 for one that is dropped; TK."""
+        """Returns the value of each choice, 0 for one that is dropped; TK."""
         return restore_values(weights_A, self.places_TK)
 
 
@@ -57,7 +57,7 @@ class SortedChoices:
         return cls(ids_TK.flatten().argsort(stable=True), (ids_TK.shape[0], ids_TK.shape[1]))
 
     def keep(self, num_dropped: int) -> ExpertOrder:
-        """The order of those that are sent."""
+        """Returns the order of those that are sent."""
         order_A = self.order_N[num_dropped:]
         places_N = inverse_permutation(self.order_N) - num_dropped
         return ExpertOrder(order_A, order_A // max(1, self.shape_TK[1]), places_N.view(self.shape_TK))
@@ -70,12 +70,12 @@ def count_choices(ids_TK: Tensor, num_experts: int) -> Tensor:
 
 
 def inverse_permutation(order_N: Tensor) -> Tensor:
-    """The place of each index in a permutation."""
+    """Returns the place of each index in a permutation."""
     return torch.empty_like(order_N).scatter_(0, order_N, torch.arange(len(order_N), device=order_N.device))
 
 
 def restore_values(values_A: Tensor, places_TK: Tensor) -> Tensor:
-    """The value at each place, 0 where the place is negative; TK."""
+    """Returns the value at each place, 0 where the place is negative; TK."""
     if len(values_A) == 0:
         return values_A.new_zeros(places_TK.shape)
     values_TK = values_A.index_select(0, places_TK.flatten().clamp(min=0)).view(places_TK.shape)
@@ -83,5 +83,5 @@ def restore_values(values_A: Tensor, places_TK: Tensor) -> Tensor:
 
 
 def dense(rows_ND: Tensor) -> Tensor:
-    """The rows, each contiguous by itself, as the kernels read them; a copy only where they are not."""
+    """Returns the rows, each contiguous by itself, as kernels read them; a copy only if they are not."""
     return rows_ND if rows_ND.stride(1) == 1 or rows_ND.shape[1] == 1 else rows_ND.contiguous()

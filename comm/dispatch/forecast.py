@@ -43,15 +43,15 @@ class SentRows:
         return float(received_R.max() / received_R.double().mean()) if received_R.any() else 1.0
 
     def spread(self, rank: int) -> Spread:
-        """What one rank sends, and how far."""
+        """Returns what one rank sends, and how far."""
         return Spread.of(self.rows_RR[rank].tolist(), self.nodes, rank)
 
     def seconds_across_nodes(self, bytes_per_row: float, bytes_per_second: float) -> float:
-        """Of the busiest rank, whose link to other nodes sends and receives at once."""
+        """Returns the time of the busiest rank, whose link to other nodes sends and receives at once."""
         return self._busiest(self._across) * bytes_per_row / bytes_per_second
 
     def seconds_within_node(self, bytes_per_row: float, bytes_per_second: float) -> float:
-        """Of the busiest rank, whose link within its node sends and receives at once; its rows to itself are free."""
+        """Returns the time of the busiest rank, whose link in its node is duplex; its rows to itself are free."""
         other_RR = self.rows_RR - self.rows_RR.diag().diag()
         return self._busiest(other_RR - self._across) * bytes_per_row / bytes_per_second
 
@@ -91,7 +91,7 @@ class Forecast:
 
 
 def forecast(ids_by_rank: Sequence[Tensor], num_experts: int, nodes: Sequence[int]) -> Forecast:
-    """The rows of a routing over one expert group, of which each rank holds an equal run of the experts.
+    """Predicts the rows of a routing over an expert group, of which each rank holds an equal run of experts.
 
     Args:
         ids_by_rank: for each rank, TK, int64, the experts of its tokens, distinct within a row but for -1, no expert.

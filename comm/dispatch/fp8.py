@@ -26,16 +26,16 @@ class Fp8Dispatcher:
     num_local_experts: int
 
     def __init__(self, inner: Dispatcher) -> None:
-        """`inner` moves rows of bytes as it would any others."""
+        """Wraps `inner`, which moves rows of bytes as it would any others."""
         self.num_local_experts = inner.num_local_experts
         self._inner = inner
 
     def plan(self, ids_TK: Tensor, weights_TK: Tensor | None = None, label: Label | None = None) -> Handle:
-        """The inner dispatcher's."""
+        """Plans with the inner dispatcher."""
         return self._inner.plan(ids_TK, weights_TK, label)
 
     def dispatch(self, rows_TD: Tensor, weights_TK: Tensor, handle: Handle) -> Work[Arrived]:
-        """A quantised copy of each token's row, and the weight as it is, to each of its experts."""
+        """Sends a quantised copy of each token's row, and the weight as it is, to each of its experts."""
         restore = _Restore(rows_TD)
 
         def finish(arrived: Arrived) -> Arrived:
@@ -44,20 +44,20 @@ class Fp8Dispatcher:
         return Then(self._inner.dispatch(self._packed(rows_TD, ROWS_MIN_AMAX), weights_TK, handle), finish)
 
     def combine(self, rows_AD: Tensor, handle: Handle) -> Work[Tensor]:
-        """The inner dispatcher's: never quantised."""
+        """Calls the inner dispatcher: these rows are never quantised."""
         return self._inner.combine(rows_AD, handle)
 
     def dispatch_backward(self, rows_AD: Tensor, weights_A: Tensor, handle: Handle) -> Work[tuple[Tensor, Tensor]]:
-        """The inner dispatcher's: never quantised."""
+        """Calls the inner dispatcher: these rows are never quantised."""
         return self._inner.dispatch_backward(rows_AD, weights_A, handle)
 
     def combine_backward(self, rows_TD: Tensor, handle: Handle) -> Work[Tensor]:
-        """A quantised copy of each token's gradient to each of its experts' rows; AD."""
+        """Sends a quantised copy of each token's gradient to each of its experts' rows; AD."""
         packed_TB = self._packed(rows_TD, GRADIENTS_MIN_AMAX)
         return Then(self._inner.combine_backward(packed_TB, handle), _Restore(rows_TD))
 
     def close(self) -> None:
-        """The inner dispatcher's."""
+        """Closes the inner dispatcher."""
         self._inner.close()
 
     def _packed(self, rows_TD: Tensor, min_amax: float) -> Tensor:

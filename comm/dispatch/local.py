@@ -37,13 +37,13 @@ class LocalDispatcher:
         return LocalHandle(SortedChoices.sort(ids_TK).keep(num_dropped), tuple(counts))
 
     def dispatch(self, rows_TD: Tensor, weights_TK: Tensor, handle: Handle) -> Work[Arrived]:
-        """A copy of each token's row, and the weight, to each of its experts."""
+        """Sends a copy of each token's row, and the weight, to each of its experts."""
         local = _own(handle)
         rows_AD = local.order.copy_rows(rows_TD.detach())
         return Done(Arrived(rows_AD, local.order.copy_weights(weights_TK.detach()), local.counts))
 
     def combine(self, rows_AD: Tensor, handle: Handle) -> Work[Tensor]:
-        """The unweighted sum over each token's experts; TD."""
+        """Sums over each token's experts, unweighted; TD."""
         return Done(_own(handle).order.sum_rows(rows_AD.detach()))
 
     def dispatch_backward(self, rows_AD: Tensor, weights_A: Tensor, handle: Handle) -> Work[tuple[Tensor, Tensor]]:
@@ -52,7 +52,7 @@ class LocalDispatcher:
         return Done((order.sum_rows(rows_AD.detach()), order.restore_weights(weights_A.detach())))
 
     def combine_backward(self, rows_TD: Tensor, handle: Handle) -> Work[Tensor]:
-        """A copy of each token's gradient to each of its experts' rows; AD."""
+        """Sends a copy of each token's gradient to each of its experts' rows; AD."""
         return Done(_own(handle).order.copy_rows(rows_TD.detach()))
 
     def at_home(self, handle: Handle) -> tuple[tuple[int, ...], RowOrder]:
@@ -61,7 +61,7 @@ class LocalDispatcher:
         return local.counts, local.order
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Does nothing: nothing is held."""
 
 
 def _own(handle: Handle) -> LocalHandle:

@@ -76,7 +76,7 @@ def verify_cap(num_over_R: Sequence[int], wire: Wire, touched_TN: Tensor, max_no
 
 
 def nodes_of_experts(num_experts: int, member_nodes: Sequence[int]) -> Tensor:
-    """The node of each expert, int64, E, when each member of a group holds an equal run of experts.
+    """Returns the node of each expert, int64, E, when each member of a group holds an equal run of experts.
 
     Args:
         num_experts: a multiple of the members.
@@ -88,7 +88,7 @@ def nodes_of_experts(num_experts: int, member_nodes: Sequence[int]) -> Tensor:
 
 
 def touched_nodes(ids_TK: Tensor, node_of_expert_E: Tensor, num_nodes: int) -> Tensor:
-    """Bool TN: the nodes that hold a token's experts. Ids of -1 touch none. Without a host synchronisation."""
+    """Marks the nodes that hold a token's experts, bool TN; ids of -1 touch none. No host synchronisation."""
     return _touch(_nodes_of_choices(ids_TK, node_of_expert_E, num_nodes), num_nodes)
 
 
@@ -174,7 +174,7 @@ class Renormalisation:
         return torch.where(plain_T1, gradients_TK, clipped_TK)
 
     def _sums(self, weights_TK: Tensor) -> tuple[Tensor, Tensor]:
-        """Each token's sum of weights over all its choices, and over kept ones; T1."""
+        """Sums each token's weights over all its choices, and over kept ones; T1."""
         all_TK = torch.where(self.valid_TK, weights_TK, 0)
         return all_TK.sum(1, keepdim=True), torch.where(self.kept_TK, weights_TK, 0).sum(1, keepdim=True)
 
@@ -230,13 +230,13 @@ class ClippingDispatcher:
         return ClippedHandle(self._inner.plan(clipped.ids_TK, weights_TK, label), renormalisation)
 
     def dispatch(self, rows_TD: Tensor, weights_TK: Tensor, handle: Handle) -> Work[Arrived]:
-        """A copy of each token's row, and the renormalised weight, to each of its kept experts."""
+        """Sends a copy of each token's row, and the renormalised weight, to each of its kept experts."""
         own = _own(handle)
         own.weights_TK = weights_TK.detach()
         return self._inner.dispatch(rows_TD, own.renormalisation.forward(own.weights_TK), own.inner)
 
     def combine(self, rows_AD: Tensor, handle: Handle) -> Work[Tensor]:
-        """The unweighted sum over each token's kept experts; TD."""
+        """Sums over each token's kept experts, unweighted; TD."""
         return self._inner.combine(rows_AD, _own(handle).inner)
 
     def dispatch_backward(self, rows_AD: Tensor, weights_A: Tensor, handle: Handle) -> Work[tuple[Tensor, Tensor]]:
@@ -251,11 +251,11 @@ class ClippingDispatcher:
         return Then(self._inner.dispatch_backward(rows_AD, weights_A, own.inner), finish)
 
     def combine_backward(self, rows_TD: Tensor, handle: Handle) -> Work[Tensor]:
-        """A copy of each token's gradient to each of its kept experts' rows; AD."""
+        """Sends a copy of each token's gradient to each of its kept experts' rows; AD."""
         return self._inner.combine_backward(rows_TD, _own(handle).inner)
 
     def close(self) -> None:
-        """The inner dispatcher's."""
+        """Closes the inner dispatcher."""
         self._inner.close()
 
 
@@ -265,7 +265,7 @@ def _own(handle: Handle) -> ClippedHandle:
 
 
 def _nodes_of_choices(ids_TK: Tensor, node_of_expert_E: Tensor, num_nodes: int) -> Tensor:
-    """The node of each choice, TK; `num_nodes` for an id of -1."""
+    """Returns the node of each choice, TK; `num_nodes` for an id of -1."""
     return torch.where(ids_TK < 0, num_nodes, node_of_expert_E[ids_TK.clamp(min=0)])
 
 

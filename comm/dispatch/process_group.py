@@ -39,7 +39,7 @@ class Wire:
     place: int
 
     def __init__(self, name: str, group: ProcessGroup, layout: Layout, observers: Observers) -> None:
-        """`name`: of the group's kind; with the group's ranks it makes a name like no other."""
+        """Wraps a group; `name`: of its kind, which with the group's ranks makes a unique name."""
         self.members = tuple(distributed.get_process_group_ranks(group))
         self.nodes = tuple(layout.node_of(rank) for rank in self.members)
         self.place = distributed.get_rank(group)
@@ -59,7 +59,7 @@ class Wire:
         return PendingExchange(work, numbers_RC, received_RC, collective, log)
 
     def exchange_numbers(self, numbers_RC: Tensor, label: Label | None) -> Tensor:
-        """As `start_numbers`, and waits."""
+        """Exchanges as `start_numbers` does, and waits."""
         return self.start_numbers(numbers_RC, label).wait()
 
     def start(
@@ -122,7 +122,7 @@ class PendingExchange:
         collective: Collective | None,
         log: CollectiveLog,
     ) -> None:
-        """Without work and collective: rows that are there already."""
+        """Holds an exchange; without work and collective: rows that are there already."""
         self._work = work
         self._sent: Tensor | None = sent  # kept until it has left
         self._received = received
@@ -130,7 +130,7 @@ class PendingExchange:
         self._log = log
 
     def wait(self) -> Tensor:
-        """What all members sent, by place; on CUDA as soon as the current stream may use them."""
+        """Returns what all members sent, by place; on CUDA as soon as the current stream may use them."""
         if self._work is not None and self._collective is not None:
             with self._log.awaiting(self._collective):
                 self._work.wait()

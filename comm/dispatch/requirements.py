@@ -95,7 +95,7 @@ def require_node_cap(config: CappedDispatchConfig, site: DispatchSite) -> None:
 def most_nodes(
     num_experts: int, num_groups: int, num_limited_groups: int, num_experts_per_token: int, member_nodes: Sequence[int]
 ) -> int:
-    """Over all scores, the most nodes that hold the experts of one token.
+    """Returns the most nodes, over all scores, that hold the experts of one token.
 
     The gate (arXiv:2412.19437, section 2.1.2) may choose any experts of any `num_limited_groups` groups, so this is the
     most nodes that so many groups lie on, or the number of experts per token where that is less.

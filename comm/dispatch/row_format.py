@@ -44,12 +44,12 @@ class RowFormat:
 
     @classmethod
     def of(cls, *tensors: Tensor) -> Self:
-        """For rows of each of these."""
+        """Makes the format of rows of each of these."""
         return cls.of_parts(*(RowPart(tensor.shape[1], tensor.dtype) for tensor in tensors))
 
     @classmethod
     def of_parts(cls, row: RowPart, *riders: RowPart) -> Self:
-        """For a row, and what rides with it."""
+        """Makes the format of a row, and of what is sent with it."""
         if not riders:
             return cls((row,), (0,), row.num_bytes)
         widths = (_round_up(rider.num_bytes, _RIDER_ALIGNMENT) for rider in riders)
@@ -61,7 +61,7 @@ class RowFormat:
         return torch.empty(num_rows, self.bytes_per_row, dtype=torch.uint8, device=device)
 
     def part(self, bytes_NB: Tensor, index: int) -> Tensor:
-        """One part of each row, NK; a view."""
+        """Returns a view of one part of each row, NK."""
         part, begin = self.parts[index], self.begins[index]
         return bytes_NB[:, begin : begin + part.num_bytes].view(part.dtype)
 
@@ -82,7 +82,7 @@ class RowFormat:
         return bytes_SB
 
     def sum(self, bytes_NB: Tensor, places_TP: Tensor, dtype: torch.dtype | None = None) -> list[Tensor]:
-        """Of each part, for each token the sum of its rows, in their order; a negative place adds nothing.
+        """Sums for each part the rows of each token, in their order; a negative place adds nothing.
 
         `dtype`: of the row's sum, if not its own.
         """

@@ -60,7 +60,7 @@ class LayerTraffic:
         return self.num_least_rows / self.num_rows_across_nodes if self.num_rows_across_nodes else 1.0
 
     def __add__(self, other: Self) -> Self:
-        """The sum, field by field."""
+        """Adds field by field."""
         names = [each.name for each in fields(self)]
         return type(self)(**{name: getattr(self, name) + getattr(other, name) for name in names})
 
@@ -99,7 +99,7 @@ class Spread:
 
     @classmethod
     def of(cls, per_member: Sequence[int], nodes: Sequence[int], place: int) -> Self:
-        """`nodes`: of each member. `place`: of the rank itself, whose own number is `kept`."""
+        """Sorts by distance; `nodes`: of each member; `place`: of the rank itself, whose own number is `kept`."""
         home, here = nodes[place], 0
         for number, node in zip(per_member, nodes, strict=True):
             if node == home:
@@ -108,7 +108,7 @@ class Spread:
         return cls(kept=kept, within_node=here - kept, across_nodes=sum(per_member) - here)
 
     def times(self, factor: int) -> Self:
-        """Each number multiplied: rows into bytes."""
+        """Multiplies each number: rows into bytes."""
         return type(self)(
             kept=self.kept * factor, within_node=self.within_node * factor, across_nodes=self.across_nodes * factor
         )
@@ -159,7 +159,7 @@ class Traffic:
             self._messages[across_nodes] += num_bytes
 
     def take(self) -> TrafficSnapshot:
-        """The counts since the last call, and back to zero."""
+        """Returns the counts since the last call, and resets them to zero."""
         with self._lock:
             layers, self._layers = self._layers, {}
             (within, across), self._messages = self._messages, [0, 0]

@@ -40,7 +40,7 @@ def host_links(
     timeout_seconds: float,
     log: CollectiveLog,
 ) -> dict[tuple[int, int, str], "HostLink"]:
-    """The links of pipeline rank `index` with its peers in `pairs`, by source, destination and kind.
+    """Returns the links of pipeline rank `index` with its peers in `pairs`, by source, destination and kind.
 
     All share a communicator, and differ by their tags: each costs gloo a thread that wakes a hundred times a second.
     See `comm.transfers.transport.PipelineTransport` for the arguments.
@@ -61,7 +61,7 @@ def host_links(
 
 @contextmanager
 def _unassuming_threads() -> Iterator[None]:
-    """What starts a thread within, starts one that never preempts another when it wakes, where Linux lets it.
+    """Lets threads that are started inside never preempt another when they wake, if this is Linux.
 
     gloo's event thread tries to take a connection's lock again and again while a sender holds it. Where cores are fewer
     than threads, it would push that very sender off its core and then spin for milliseconds.
@@ -86,7 +86,7 @@ class HostLink:
     """
 
     def __init__(self, group: ProcessGroup, peer: int, kind: MessageKind, device: torch.device, log: LinkLog) -> None:
-        """`peer`: its rank within `group`."""
+        """Opens one end; `peer`: the other's rank within `group`."""
         self._group = group
         self._peer = peer
         self._header_tag = MESSAGE_KINDS.index(kind)
@@ -172,5 +172,5 @@ class _HostReceipt:
 
 
 def _payload_tag(header: bytes) -> int:
-    """A tag for what follows a header: never one of the headers' own."""
+    """Returns a tag for what follows a header: never one of the headers' own."""
     return zlib.crc32(header) & 0x3FFFFFFF | 0x40000000

@@ -65,7 +65,7 @@ class Header:
             raise ValueError(f"p2p: a message must have at most {_MAX_DIMS} dims, got shape {self.shape}")
 
     def encode(self) -> bytes:
-        """The header as `HEADER_BYTES` bytes, different for different headers."""
+        """Returns the header as `HEADER_BYTES` bytes, different for different headers."""
         key = self.key
         return _FORMAT.pack(
             MESSAGE_KINDS.index(key.kind),
@@ -82,7 +82,7 @@ class Header:
 
     @classmethod
     def decode(cls, encoded: bytes | bytearray) -> Self:
-        """The inverse of `encode`."""
+        """Decodes what `encode` returned."""
         kind, direction, stage, micro_batch, source, destination, dtype, num_dims, *shape = _FORMAT.unpack(encoded)
         key = MessageKey(
             kind=MESSAGE_KINDS[kind],
@@ -99,7 +99,7 @@ class Header:
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
-    """A tensor's elements as uint8, in one dim, on its device."""
+    """Returns a tensor's elements as uint8, in one dim, on its device."""
     return tensor.detach().contiguous().flatten().view(torch.uint8)
 
 
@@ -107,7 +107,7 @@ class LinkLog:
     """One way and kind between two ranks: a group of its own in the log."""
 
     def __init__(self, log: CollectiveLog, kind: MessageKind, ranks: tuple[int, int]) -> None:
-        """`ranks`: of source and destination in the world."""
+        """Names the link; `ranks`: of source and destination in the world."""
         self._log = log
         self._ranks = ranks
         self._group = f"{kind} {ranks[0]}->{ranks[1]}"
@@ -117,9 +117,9 @@ class LinkLog:
         return self._log.start(self._group, self._ranks, "transfer", key)
 
     def opening(self) -> AbstractContextManager[None]:
-        """Around the link's making."""
+        """Logs the opening of the link while inside."""
         return self._log.awaiting(self._log.start(self._group, self._ranks, "opening of the link"))
 
     def awaiting(self, collective: Collective) -> AbstractContextManager[None]:
-        """While inside, the message is waited for at this end."""
+        """Logs that this end waits for the message while inside."""
         return self._log.awaiting(collective)

@@ -46,7 +46,7 @@ class PipelineTransport(ClosesOnSuccess):
         timeout_seconds: float,
         log: CollectiveLog,
     ) -> None:
-        """Made by every rank of the job at the same point.
+        """Opens the links; every rank of the job makes its own at the same point.
 
         Args:
             layout: of the world.
@@ -123,7 +123,7 @@ def _device_links(
     timeout_seconds: float,
     log: CollectiveLog,
 ) -> dict[tuple[int, int, str], "_DeviceLink"]:
-    """A communicator for each link."""
+    """Makes a communicator for each link."""
     links: dict[tuple[int, int, str], _DeviceLink] = {}
     # One order for all ranks, so that none wait crosswise; by parity, so that neighbouring pairs do not queue up.
     ordered = sorted(pairs, key=lambda pair: (pair[0] % 2, pair))

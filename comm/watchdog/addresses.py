@@ -100,7 +100,7 @@ class AddressExchange:
         return addresses, attempt_key
 
     def _announce(self) -> None:
-        """Rank 0 says which key it is. An earlier attempt's nonce makes another key."""
+        """Announces, on rank 0, which key it is. An earlier attempt's nonce makes another key."""
         if self._member.key is not None:
             sealed = seal_object(self._member.key, _ANNOUNCEMENT, {"nonce": self._nonce.hex()})
             announcement = {"source": "given", "sealed": sealed}
@@ -200,7 +200,7 @@ class AddressExchange:
             self._store.set(purpose, sealed)
 
     def _check_announcement(self) -> None:
-        """Rank 0 repeats its announcement; other ranks start again if there is another that means a key."""
+        """Repeats the announcement on rank 0; on other ranks, starts again if there is another that means a key."""
         if self._member.rank == 0:
             self._store.set(_ANNOUNCEMENT, self._announced.decode())
             return

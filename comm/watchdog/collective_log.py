@@ -78,7 +78,7 @@ class CollectiveLog:
         self._num_failed = 0
 
     def follow_streams(self, mark: StreamMark) -> None:
-        """From now on a collective is over when its stream is: the host is through with a wait long before."""
+        """Counts a collective as over when its stream is, from now on: the host returns from a wait long before."""
         self._mark = mark
 
     def start(
@@ -98,7 +98,7 @@ class CollectiveLog:
 
     @contextmanager
     def awaiting(self, collective: Collective) -> Iterator[None]:
-        """While inside, this rank waits for the others; an error that leaves it is the collective's failure."""
+        """Logs that this rank waits for the others while inside; an error that leaves it is a failure."""
         since = time.monotonic()
         with self._lock:
             self._awaited[collective] = since, threading.get_ident()
@@ -131,11 +131,11 @@ class CollectiveLog:
         return self.awaiting(self.start(group_name(kind, ranks), ranks, name))
 
     def phase(self, kind: str, ranks: Sequence[int], name: str) -> AbstractContextManager[None]:
-        """As `collective`, of what these ranks do together in one go, computing as well as waiting for each other."""
+        """Logs as `collective` does what these ranks do together: they compute as well as wait for each other."""
         return self.awaiting(self.start(group_name(kind, ranks), ranks, name, None, True))
 
     def awaited(self) -> list[tuple[Collective, float]]:
-        """What the rank waits for, and for how many seconds, the longest first."""
+        """Returns what the rank waits for, and for how many seconds, the longest first."""
         now = time.monotonic()
         with self._lock:
             self._settle()
@@ -144,7 +144,7 @@ class CollectiveLog:
         return sorted(waits, key=lambda wait: -wait[1])
 
     def is_waiting(self, thread: int) -> bool:
-        """Whether a thread waits for a collective, or a stream has for a while, so that the host may have to."""
+        """Returns whether a thread waits for a collective, or a stream has for so long that the host may wait too."""
         now = time.monotonic()
         with self._lock:
             self._settle()
@@ -152,7 +152,7 @@ class CollectiveLog:
             return is_behind or any(waiting == thread for _, waiting in self._awaited.values())
 
     def failed(self) -> list[tuple[Collective, float]]:
-        """What ended in an error a moment ago, and for how many seconds it had been awaited."""
+        """Returns what ended in an error a moment ago, and for how many seconds it had been awaited."""
         now = time.monotonic()
         with self._lock:
             return [(collective, end - since) for collective, since, end in self._failed if now - end < _MOMENT_SECONDS]
@@ -163,7 +163,7 @@ class CollectiveLog:
         return self._num_failed
 
     def progress(self) -> dict[str, CollectiveProgress]:
-        """How far the rank is in each of its groups."""
+        """Returns how far the rank is in each of its groups."""
         with self._lock:
             self._settle()
             return {
@@ -172,12 +172,12 @@ class CollectiveLog:
             }
 
     def recent(self) -> list[tuple[float, Collective]]:
-        """The last collectives and when each was started, in seconds of the wall clock, the oldest first."""
+        """Returns the last collectives and when each was started, in seconds of the wall clock, the oldest first."""
         with self._lock:
             return list(self._recent)
 
     def order_hashes(self) -> dict[str, str]:
-        """By group, a hash of its collectives in order: equal on all its ranks, or they do not agree on the order."""
+        """Returns by group a hash of its collectives in order, equal on all ranks if they agree on the order."""
         with self._lock:
             return {group: digest.hexdigest() for group, digest in self._hashes.items()}
 
@@ -191,7 +191,7 @@ class CollectiveLog:
 
 
 def cuda_mark(device: torch.device) -> StreamMark:
-    """For the device's current streams, on any thread."""
+    """Returns a marker for the device's current streams, on any thread."""
 
     def mark() -> Callable[[], bool]:
         with torch.cuda.device(device):
@@ -203,5 +203,5 @@ def cuda_mark(device: torch.device) -> StreamMark:
 
 
 def group_name(kind: str, ranks: Sequence[int]) -> str:
-    """The name of a group of this kind: `expert [0, 1]`."""
+    """Returns the name of a group of this kind: `expert [0, 1]`."""
     return f"{kind} {list(ranks)}"

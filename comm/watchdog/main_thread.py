@@ -24,7 +24,7 @@ class MainThread:
         self._still_since = time.monotonic()
 
     def look(self, log: CollectiveLog) -> None:
-        """To be called several times a second; keeps the frame, and what it holds, only where a phase is under way."""
+        """Samples the frame, several times a second; keeps it, and what it holds, only during a phase."""
         if not any(collective.is_phase for collective, _ in log.awaited()):
             self._frame = None
             return
@@ -35,13 +35,13 @@ class MainThread:
         self._frame, self._instruction = frame, instruction
 
     def waits(self, log: CollectiveLog) -> list[tuple[Collective, float]]:
-        """What is awaited and for how long, the longest first. In a phase, one call shows how long the thread waits."""
+        """Returns what is awaited and for how long, the longest first; in a phase, for how long one call lasts."""
         still = time.monotonic() - self._still_since if self._frame is not None else 0.0
         waits = [(each, min(seconds, still) if each.is_phase else seconds) for each, seconds in log.awaited()]
         return sorted(waits, key=lambda wait: -wait[1])
 
     def is_busy(self, log: CollectiveLog) -> bool:
-        """Whether it computes, and neither waits for others nor for a lane, whose own wait is then logged."""
+        """Returns whether it computes, and neither waits for others nor for a lane, whose own wait is then logged."""
         frame = sys._current_frames().get(self._thread)
         if frame is not None and frame.f_globals.get("__name__") == "comm.lane" and frame.f_code.co_name == "wait":
             return False

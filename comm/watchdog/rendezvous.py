@@ -22,7 +22,7 @@ class Job:
     """A rank's job: the store through which process groups are made, and the watchdog."""
 
     def __init__(self, store: Store, watchdog: Watchdog, restore: Callable[[], None]) -> None:
-        """`restore`: gives SIGTERM back to the handler that was there before."""
+        """Keeps the parts; `restore`: gives SIGTERM back to the handler that was there before."""
         self.store = store
         self.watchdog = watchdog
         self._restore = restore

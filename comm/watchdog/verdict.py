@@ -71,7 +71,7 @@ class Wait:
         )
 
     def is_of(self, other: "Wait") -> bool:
-        """Whether both are of one collective."""
+        """Returns whether both are of one collective."""
         return (self.group, self.number) == (other.group, other.number)
 
 
@@ -97,7 +97,7 @@ class Standing:
 
     @classmethod
     def of(cls, log: CollectiveLog, thread: MainThread) -> Self:
-        """From a rank's log, and from what its main thread does."""
+        """Reads a rank's log, and what its main thread does."""
         now = time.time()
         waits = [Wait.of(*wait) for wait in (*thread.waits(log), *log.failed())]
         recent = log.recent()
@@ -132,7 +132,7 @@ class Standing:
         )
 
     def has_reached(self, wait: Wait) -> bool:
-        """Whether the rank has started the collective."""
+        """Returns whether the rank has started the collective."""
         return self.started.get(wait.group, 0) > wait.number
 
 
@@ -192,7 +192,7 @@ class Findings:
     silent: Collection[int]
 
     def awaited_with(self, culprits: Collection[int]) -> Wait | None:
-        """The collective with one of them for which a rank has waited the longest; the judge's own first."""
+        """Returns the collective with one of them for which a rank has waited the longest; the judge's own first."""
         own = self.standings[self.judge].waits
         others = [wait for rank, standing in self.standings.items() if rank != self.judge for wait in standing.waits]
         for waits in (own, sorted(others, key=lambda wait: -wait.seconds)):
@@ -209,7 +209,7 @@ class Findings:
 
 
 def judge(reason: Reason, findings: Findings, deadline_seconds: float) -> Verdict | None:
-    """Who is missing, or None where nobody is and no deadline was missed."""
+    """Names the missing ranks, or returns None if none is missing and no deadline has passed."""
     if findings.lost:
         ends = sorted(set(findings.lost.values()))
         why = f"{_are(findings.lost)} lost: {' or '.join(ends)}"
@@ -228,7 +228,7 @@ def judge(reason: Reason, findings: Findings, deadline_seconds: float) -> Verdic
 
 
 def _judge_late(findings: Findings, deadline_seconds: float) -> Verdict | None:
-    """All are alive: follows who waits for whom to one that does not wait."""
+    """Follows, if all are alive, which rank waits for which to one that does not wait."""
     own = findings.standings[findings.judge].waits
     if not own:
         return None
@@ -282,7 +282,7 @@ def _them(ranks: Collection[int]) -> str:
 
 
 def name_ranks(ranks: Collection[int]) -> str:
-    """`rank 3`, `ranks 0, 2 and 5`, `ranks 0 to 7`."""
+    """Returns `rank 3`, `ranks 0, 2 and 5` or `ranks 0 to 7`."""
     ordered = sorted(ranks)
     if not ordered:
         return "no rank"

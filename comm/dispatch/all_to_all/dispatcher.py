@@ -56,7 +56,7 @@ class AllToAllDispatcher:
         observers: Observers,
         max_nodes: int | None = None,
     ) -> None:
-        """Every member makes its own.
+        """Opens one member's part; every member of the group makes its own.
 
         Args:
             group: of the ranks that share a layer's experts; used by this lane alone.
@@ -82,7 +82,7 @@ class AllToAllDispatcher:
         return AllToAllHandle(ids_TK.shape[0], label, work)
 
     def dispatch(self, rows_TD: Tensor, weights_TK: Tensor, handle: Handle) -> Work[Arrived]:
-        """A copy of each token's row, and the weight, to each of its experts."""
+        """Sends a copy of each token's row, and the weight, to each of its experts."""
         own = _own(handle)
 
         def run() -> Arrived:
@@ -100,7 +100,7 @@ class AllToAllDispatcher:
         return self._lane.submit(run)
 
     def combine(self, rows_AD: Tensor, handle: Handle) -> Work[Tensor]:
-        """The unweighted sum over each token's experts, in the order of its choices; TD."""
+        """Sums over each token's experts, unweighted, in the order of its choices; TD."""
         own = _own(handle)
 
         def run() -> Tensor:
@@ -128,7 +128,7 @@ class AllToAllDispatcher:
         return self._lane.submit(run)
 
     def combine_backward(self, rows_TD: Tensor, handle: Handle) -> Work[Tensor]:
-        """A copy of each token's gradient to each of its experts' rows; AD."""
+        """Sends a copy of each token's gradient to each of its experts' rows; AD."""
         own = _own(handle)
 
         def run() -> Tensor:
@@ -140,7 +140,7 @@ class AllToAllDispatcher:
         return self._lane.submit(run)
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Does nothing: nothing is held."""
 
     def _send(self, name: str, own: AllToAllHandle, form: RowFormat, bytes_SB: Tensor) -> Tensor:
         """Sends copies of tokens to their experts' ranks; AB."""

@@ -22,7 +22,7 @@ class DispatchError(ValueError):
 
 
 def num_local_experts(num_experts: int, num_ranks: int) -> int:
-    """L.
+    """Returns the experts of each rank, L.
 
     Raises:
         DispatchError: the ranks do not divide the experts.
@@ -69,7 +69,7 @@ class AllToAllPlanner:
     """Makes routes over one expert group. Used from the comm lane alone."""
 
     def __init__(self, wire: Wire, num_experts: int, max_nodes: int | None, traffic: Traffic) -> None:
-        """`max_nodes`: that a token may touch; any number if None. Raises DispatchError."""
+        """Prepares plans; `max_nodes`: that a token may touch, any number if None. Raises DispatchError."""
         self.num_local_experts = num_local_experts(num_experts, len(wire.members))
         self._wire = wire
         self._num_experts = num_experts
@@ -131,7 +131,7 @@ def _rows(numbers: Sequence[int], width: int) -> list[list[int]]:
 
 
 def _expert_major(received_RL: Tensor, num_arrived: int) -> Tensor:
-    """The arrival places of rows in (local expert, source rank) order, from counts in (source, local expert) order."""
+    """Returns the arrival places of rows by (local expert, source rank), from counts by (source, local expert)."""
     # Where each block (source, expert) begins in arrival order, read in the order (expert, source): L R.
     # Where each block (source, expert) begins in arrival order, read in the order (expert, source): L R.
     lengths = received_RL.flatten()

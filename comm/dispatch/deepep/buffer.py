@@ -53,7 +53,7 @@ class ExpertBuffer:
     hops_between_nodes: bool
 
     def __init__(self, library: Library, group: ProcessGroup, num_experts: int, shape: BufferShape) -> None:
-        """All ranks of the group together."""
+        """Opens the buffer; all ranks of the group together."""
         # DeepEP takes over the group's NCCL communicator, which torch opens at the first collective (DeepEP issue 726).
         on_cuda = "nccl" in distributed.get_backend(group)
         self.device = torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
@@ -152,7 +152,7 @@ class ExpertBuffer:
         return received
 
     def combine(self, rows_RD: Tensor, weights_RK: Tensor | None, handle: Any) -> tuple[Tensor, Tensor | None]:
-        """The sum of each token's rows, TD, and its weights from where their experts are, TK (0 for an id of -1)."""
+        """Returns the sum of each token's rows, TD, and its weights from their experts, TK (0 for an id of -1)."""
         rows_TD, weights_TK, _ = self._buffer.combine(rows_RD, handle, topk_weights=weights_RK, num_sms=self._num_sms)
         return rows_TD, weights_TK
 

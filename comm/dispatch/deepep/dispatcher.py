@@ -74,7 +74,7 @@ class DeepEPHandle:
         return self._num_tokens
 
     def planned(self) -> _Planned:
-        """What the plan has prepared. Called on the lane."""
+        """Returns what the plan has prepared. Called on the lane."""
         return self._work.wait()
 
 
@@ -96,7 +96,7 @@ class DeepEPDispatcher(ClosesOnSuccess):
         max_nodes: int | None = None,
         library: Library | None = None,
     ) -> None:
-        """Every member makes its own at the same point, and closes it likewise.
+        """Opens one member's part; every member makes and closes its own at the same point.
 
         Args:
             group: of the ranks that share a layer's experts; used by this lane alone.
@@ -139,7 +139,7 @@ class DeepEPDispatcher(ClosesOnSuccess):
         return DeepEPHandle(len(ids_TK), label, self._lane.submit(lambda: self._prepare(ids_TK, label)))
 
     def dispatch(self, rows_TD: Tensor, weights_TK: Tensor, handle: Handle) -> Work[Arrived]:
-        """A copy of each token's row, and the weight, to each of its experts.
+        """Sends a copy of each token's row, and the weight, to each of its experts.
 
         Raises:
             DeepEPError: rows or weights of a type that DeepEP does not move.
@@ -157,7 +157,7 @@ class DeepEPDispatcher(ClosesOnSuccess):
         return self._lane.submit(run)
 
     def combine(self, rows_AD: Tensor, handle: Handle) -> Work[Tensor]:
-        """The unweighted sum over each token's experts: of a rank, of a node, of all, each rounded to bfloat16; TD.
+        """Sums over each token's experts, unweighted: of a rank, a node, all; each rounded to bfloat16. TD.
 
         Raises:
             DeepEPError: rows other than bfloat16.
@@ -184,7 +184,7 @@ class DeepEPDispatcher(ClosesOnSuccess):
         return self._lane.submit(run)
 
     def combine_backward(self, rows_TD: Tensor, handle: Handle) -> Work[Tensor]:
-        """A copy of each token's gradient to each of its experts' rows; AD.
+        """Sends a copy of each token's gradient to each of its experts' rows; AD.
 
         Raises:
             DeepEPError: rows of a type that DeepEP does not move.
@@ -215,7 +215,7 @@ class DeepEPDispatcher(ClosesOnSuccess):
         return _Planned(sent_TK, touched_TN, numbers.to("cpu", non_blocking=True))
 
     def _lay_out(self, own: DeepEPHandle, rows_TD: Tensor, weights_TK: Tensor | None, name: str) -> Received:
-        """The dispatch that makes DeepEP's handle, and with it a route for rows of this type."""
+        """Dispatches for the first time, which makes DeepEP's handle and a route for rows of this type."""
         planned = own.planned()
         if rows_TD.is_cuda:
             # The plan's numbers must be on the host. And DeepEP waits for the counts while no other thread may run, so

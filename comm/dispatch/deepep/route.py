@@ -67,7 +67,7 @@ class DeepEPRoute:
         )
 
     def copy_rows(self, rows: Rows) -> Tensor:
-        """A received row for each of its experts here, in expert order: AD, or AB as uint8 with scales behind codes."""
+        """Copies each received row to its experts here, in expert order: AD, or AB, uint8, scales behind codes."""
         if isinstance(rows, Tensor):
             return permute(rows, self.rows_A)
         parts = [part.view(torch.uint8) for part in rows]
@@ -77,15 +77,15 @@ class DeepEPRoute:
         return rows_AB
 
     def copy_weights(self, weights_RK: Tensor) -> Tensor:
-        """The weight of each arrived row; A. DeepEP also brings weights of experts elsewhere, which are left out."""
+        """Returns the weight of each arrived row, A, without the weights of experts elsewhere that DeepEP adds."""
         return weights_RK.flatten().index_select(0, self.choices_A)
 
     def sum_rows(self, rows_AD: Tensor) -> Tensor:
-        """The sum over each received row's experts here, in the order of its choices, rounded once; RD."""
+        """Sums over each received row's experts here, in the order of its choices, rounded once; RD."""
         return unpermute(dense(rows_AD), self.places_RK)
 
     def restore_weights(self, weights_A: Tensor) -> Tensor:
-        """The value of each arrived row at its choice, 0 for experts elsewhere; RK."""
+        """Returns the value of each arrived row at its choice, 0 for experts elsewhere; RK."""
         weights_RK = weights_A.new_zeros(self.places_RK.shape)
         weights_RK.view(-1).scatter_(0, self.choices_A, weights_A)
         return weights_RK

@@ -28,7 +28,7 @@ class ChunkedExchange:
     def __init__(
         self, rail: Wire, node: Wire, across: Sequence[Hop], within: Sequence[Hop], name: str, label: Label | None
     ) -> None:
-        """`across` and `within`: by message, each from a token's rank to its experts."""
+        """Prepares an exchange; `across` and `within`: by message, each from a token's rank to its experts."""
         self._rail = rail
         self._node = node
         self._across = across
@@ -84,7 +84,7 @@ class ChunkedExchange:
             traffic.add_predicted(layer, rows, bytes_per_row, least)
 
     def _return_within(self, message: int, bytes_NB: Tensor, into: Sequence[Tensor]) -> PendingExchange:
-        """What need not cross comes back to its place at once; a chunk comes to its relay."""
+        """Starts to return rows in the node: of the home message to their places, of a chunk to its relay."""
         is_home = message == len(self._across)
         return self._start_within(message, bytes_NB, self._within[message].back, into[message] if is_home else None)
 

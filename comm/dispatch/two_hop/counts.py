@@ -69,7 +69,7 @@ class CountLayout:
     """
 
     def __init__(self, relays: Relays, place: int, rail: Sequence[int], num_local: int, num_chunks: int) -> None:
-        """As one member sees it.
+        """Computes the positions as one member sees them.
 
         Args:
             relays: of the expert group.

@@ -85,7 +85,7 @@ class TwoHopHandle:
         return self._route
 
     def expand(self, make: Callable[[], Expansion]) -> Expansion:
-        """How arrived rows become rows of experts; made at the first dispatch."""
+        """Returns how arrived rows become rows of experts; made at the first dispatch."""
         if self._expansion is None:
             self._expansion = make()
         return self._expansion
@@ -113,7 +113,7 @@ class TwoHopDispatcher:
         observers: Observers,
         config: TwoHopDispatchConfig,
     ) -> None:
-        """Every member makes its own.
+        """Opens one member's part; every member of the group makes its own.
 
         Args:
             groups: of this rank.
@@ -152,7 +152,7 @@ class TwoHopDispatcher:
         return TwoHopHandle(ids_TK.shape[0], label, work)
 
     def dispatch(self, rows_TD: Tensor, weights_TK: Tensor, handle: Handle) -> Work[Arrived]:
-        """A copy of each token's row, and the weight, to each of its experts."""
+        """Sends a copy of each token's row, and the weight, to each of its experts."""
         own = _own(handle)
 
         def run() -> Arrived:
@@ -167,7 +167,7 @@ class TwoHopDispatcher:
         return self._lane.submit(run)
 
     def combine(self, rows_AD: Tensor, handle: Handle) -> Work[Tensor]:
-        """The unweighted sum over each token's experts; TD."""
+        """Sums over each token's experts, unweighted; TD."""
         own = _own(handle)
         return self._lane.submit(lambda: self._return_to_tokens("combine", own, rows_AD, None)[0])
 
@@ -182,7 +182,7 @@ class TwoHopDispatcher:
         return self._lane.submit(run)
 
     def combine_backward(self, rows_TD: Tensor, handle: Handle) -> Work[Tensor]:
-        """A copy of each token's gradient to each of its experts' rows; AD."""
+        """Sends a copy of each token's gradient to each of its experts' rows; AD."""
         own = _own(handle)
 
         def run() -> Tensor:

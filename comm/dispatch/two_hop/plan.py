@@ -86,7 +86,7 @@ class TwoHopPlanner:
         max_nodes: int | None,
         traffic: Traffic,
     ) -> None:
-        """`max_nodes`: that a token may touch; any number if None."""
+        """Prepares plans; `max_nodes`: that a token may touch, any number if None."""
         self._wire = wire
         self._relays = relays
         self._count_layout = count_layout
@@ -178,7 +178,7 @@ class TwoHopPlanner:
         return Selection(selection.values_S, torch.cat([at_others, at_home], 1))
 
     def _tables_on(self, device: torch.device) -> _Tables:
-        """Made once, when the device is known."""
+        """Returns the tables, which are made once, when the device is known."""
         if self._tables is None or self._tables.send_indices.device != device:
             self._tables = self._make_tables(device)
         return self._tables

@@ -43,7 +43,7 @@ class RowReader:
     """Reads ids on one rank."""
 
     def __init__(self, num_experts: int, num_local: int, members: Sequence[int], place: int) -> None:
-        """As the rank at `place` of the expert group, in the node of `members`; a member has `num_local` experts."""
+        """Reads as the rank at `place`, in the node of `members`, each of which has `num_local` experts."""
         self._num_local = num_local
         self._num_members = len(members)
         self._member = _numbered(
@@ -53,7 +53,7 @@ class RowReader:
         self._local = _numbered(num_experts, [range(expert, expert + 1) for expert in own])
 
     def relay(self, shifted_MK: Tensor, num_sent: int) -> Relaying:
-        """Where rows go on to: copies by rank, then as the rows lie.
+        """Returns where rows go next: copies by rank, then in the order of rows.
 
         Args:
             shifted_MK: expert ids plus 1, of each row.
@@ -70,7 +70,7 @@ class RowReader:
         return Relaying(rows_S, places.view(touched_GM.shape).T)
 
     def expand(self, shifted_XK: Tensor, by_source_X: Tensor, num_rows: int) -> Expansion:
-        """The order of the experts' rows: by expert, then by source and token.
+        """Returns the order of the experts' rows: by expert, then by source and token.
 
         Args:
             shifted_XK: expert ids plus 1, of each arrived row.
@@ -97,7 +97,7 @@ class RowReader:
 
 
 def _numbered(num_experts: int, shares: Sequence[range]) -> Tensor:
-    """By expert id plus 1, the number of the share that holds the expert; of no share, their count."""
+    """Returns by expert id plus 1 the number of the share that holds the expert; their count if none does."""
     numbers = torch.full((1 + num_experts,), len(shares))
     for number, share in enumerate(shares):
         numbers[1 + share.start : 1 + share.stop] = number
