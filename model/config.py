@@ -4,9 +4,9 @@ No torch here: commands read this and reject a wrong cut before any process star
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from kernels.attention.kinds import AttentionKind
+from kernels.attention import ATTENTION
 from kernels.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 
@@ -54,7 +54,7 @@ class Computing:
     """
 
     recomputed: frozenset[Recomputed] = frozenset(("norm", "swiglu"))
-    attention: AttentionKind = "auto"
+    attention: Annotated[str, ATTENTION] = "auto"
     products: Products = "own"
 
 

@@ -1,7 +1,8 @@
-"""Rules of a run's model and optimizer. No torch here."""
+"""Rules of a run's model, attention kernel and optimizer. No torch here."""
 
 from importlib.util import find_spec
 
+from kernels.attention import ATTENTION, AUTO, AttentionKernel
 from model.config import ModelConfig, YarnRope
 from train.config import TrainConfig
 from train.config.errors import ConfigError, divisors, multiples
@@ -9,6 +10,8 @@ from train.optim.learning_rate import RateError, check_schedule
 
 # 1 - 2^-6. Half a step of bf16 is at most 2^-8 of a number: a moment still follows what differs from it by a quarter.
 _MOST_BETA_OF_BF16 = 0.984375
+_DTYPES = {"float64": "float64", "float32": "float32", "bf16": "bfloat16", "fp8": "bfloat16"}
+"""Of activations, by precision."""
 
 
 def check_model(model: ModelConfig) -> None:
@@ -97,3 +100,35 @@ def _check_bf16_moments(config: TrainConfig) -> None:
                 f"optim.{name}: must be at most {_MOST_BETA_OF_BF16} with optim.moments=bf16, as smaller changes "
                 f"are lost in its steps, is {beta}; nearest valid: {_MOST_BETA_OF_BF16}, or optim.moments=float32"
             )
+
+
+def check_attention(config: TrainConfig) -> None:
+    """Refuses an attention kernel that the device or the precision does not allow.
+
+    Raises:
+        ConfigError: the kernel is for another device or another precision.
+    """
+    name, device, precision = config.attention, config.cluster.device, config.precision.kind
+    if name == AUTO:
+        return
+    kernel = ATTENTION.get(name)
+    suiting = [AUTO, *(other for other, each in ATTENTION.items() if _suits(each, device, precision))]
+    if device not in kernel.devices:
+        raise ConfigError(
+            f"attention: {name} needs cluster.device={' or '.join(kernel.devices)}, is {name} with "
+            f"cluster.device={device}; nearest valid: {' or '.join(suiting)}"
+        )
+    if not _takes(kernel, precision):
+        valid = [kind for kind in _DTYPES if _takes(kernel, kind)]
+        raise ConfigError(
+            f"attention: {name} needs precision={' or '.join(valid)}, is {name} with precision={precision}; "
+            f"nearest valid: {' or '.join(suiting)}"
+        )
+
+
+def _suits(kernel: AttentionKernel, device: str, precision: str) -> bool:
+    return device in kernel.devices and _takes(kernel, precision) and kernel.package is None
+
+
+def _takes(kernel: AttentionKernel, precision: str) -> bool:
+    return not kernel.dtypes or _DTYPES[precision] in kernel.dtypes

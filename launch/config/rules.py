@@ -7,7 +7,7 @@ from dualpipe.generate.cache import schedules_folder
 from dualpipe.ir import ScheduleError
 from dualpipe.registry import SCHEDULES, build, check_size
 from launch.config.dispatch_rules import check_exchange
-from launch.config.model_rules import check_experts, check_model, check_optim
+from launch.config.model_rules import check_attention, check_experts, check_model, check_optim
 from model.config import RECOMPUTED, CutError, cut_layers
 from train.config import TrainConfig
 from train.config.errors import ConfigError, divisors, multiples
@@ -168,16 +168,7 @@ def _check_ranks(config: TrainConfig) -> None:
             f"cluster.ranks_per_node: must divide the {world} ranks (parallelism.pipeline x parallelism.data), "
             f"is {cluster.ranks_per_node}; nearest valid: {divisors(world, cluster.ranks_per_node)}"
         )
-    if config.attention in ("flash_attention", "flex") and cluster.device != "cuda":
-        raise ConfigError(
-            f"attention: {config.attention} needs cluster.device=cuda, is {config.attention} with "
-            f"cluster.device={cluster.device}; nearest valid: auto or sdpa"
-        )
-    if config.attention == "flash_attention" and config.precision.kind not in ("bf16", "fp8"):
-        raise ConfigError(
-            f"attention: flash_attention needs precision=bf16 or fp8, is flash_attention with "
-            f"precision={config.precision.kind}; nearest valid: auto or sdpa"
-        )
+    check_attention(config)
     if len(set(config.recompute)) < len(config.recompute):
         raise ConfigError(
             f"recompute: must name each at most once, is [{','.join(config.recompute)}]; "

@@ -12,6 +12,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
+from kernels.attention import ATTENTION, AUTO
 from train.config import TrainConfig
 from train.config.errors import ConfigError
 
@@ -103,9 +104,10 @@ def check_packages(config: TrainConfig) -> None:
     Raises:
         MachineError: names the package.
     """
-    if config.attention == "flash_attention" and find_spec("flash_attn") is None:
+    name = config.attention
+    if name != AUTO and not ATTENTION.get(name).is_installed:
         raise MachineError(
-            "attention: flash_attention needs the package flash_attn, which is not installed, is flash_attention; "
+            f"attention: {name} needs the package {ATTENTION.get(name).package}, which is not installed, is {name}; "
             "nearest valid: attention=auto"
         )
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from kernels.attention.implementations import attention, attention_for, values_as_wide_as_keys
+from kernels.attention import choose_attention
 from model.attention.projections import Ends, LatentWeights, Mixing, PlainEnds
 from model.precision.fp8.latents import Fp8Ends
 from model.rope import rotate, rotate_
@@ -119,10 +119,11 @@ class _Kernel:
     def __init__(self, like_BTX: Tensor, mixing: Mixing) -> None:
         """like_BTX: of the compressed values' shape, type and device."""
         self._mixing, self._shape, self._like = mixing, mixing.shape, like_BTX
-        kind = attention_for(mixing.computing.attention, like_BTX.device, like_BTX.dtype, mixing.documents is not None)
-        self._attention = attention(kind)
+        name, is_packed = mixing.computing.attention, mixing.documents is not None
+        kernel = choose_attention(name, like_BTX.device, like_BTX.dtype, is_packed)
+        self._attend = kernel.attend
         size, value = self._shape.nope + self._shape.rope, self._shape.value
-        is_padded = values_as_wide_as_keys(kind, like_BTX.device)
+        is_padded = kernel.pads_values(like_BTX.device.type)
         self._widths = (max(size, value),) * 2 if is_padded else (size, value)
 
     def fill(self, ends: Ends, into: Heads | None) -> Heads:
@@ -149,7 +150,7 @@ class _Kernel:
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """BHTW."""
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-        return self._attention(query, key, value, self._shape.scale, self._mixing.documents)
+        return self._attend(query, key, value, self._shape.scale, self._mixing.documents)
 
     def rows(self, mixed_BHTW: Tensor) -> Tensor:
         """All heads of a token side by side, NV."""

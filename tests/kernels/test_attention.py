@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from kernels.attention import ATTENTION, choose_attention, makes_dense_masks, pads_values
 from kernels.attention.documents import Documents
-from kernels.attention.implementations import attention, attention_for, values_as_wide_as_keys
-from kernels.attention.kinds import FusedKind
+from kernels.registry import UnknownNameError
 from tests.kernels.flash_attn_emulation import Calls, emulated
 from tests.kernels.plain import near, randn
 
@@ -54,14 +54,19 @@ def by_query(query: Tensor, key: Tensor, value: Tensor, numbers: list[list[int]]
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("places", [None, *PLACES])
-@pytest.mark.parametrize("kind", ["sdpa", "sdpa padded", "flash_attention", "flex"])
+@pytest.mark.parametrize("is_padded", [False, True])
+@pytest.mark.parametrize("name", ATTENTION.names())
 def test_attention_equals_reading_query_by_query(
-    kind: str, places: str | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    name: str, is_padded: bool, places: str | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """FlashAttention here is an emulation of the package; FlexAttention has no backward on CPU."""
-    calls = Calls()
+    """FlashAttention here is an emulation of the package; kernels that are not for CPU may lack a backward there."""
+    kernel, calls = ATTENTION.get(name), Calls()
     monkeypatch.setitem(sys.modules, "flash_attn", emulated(calls))
-    name: FusedKind = kind.split()[0]  # type: ignore[assignment]
+    if kernel.package not in (None, "flash_attn") and not kernel.is_installed:
+        pytest.skip(f"needs the package {kernel.package}")
+    if kernel.pads_values("cpu") and kernel.pads_values("cuda") and not is_padded:
+        pytest.skip("always takes padded values")
+    is_forward_only = "cpu" not in kernel.devices and kernel.package is None
     positions = None if places is None else PLACES[places]
     documents = None if positions is None else Documents.of_positions(torch.tensor(positions))
     size = 13 if positions is None else len(positions[0])
@@ -70,18 +75,18 @@ def test_attention_equals_reading_query_by_query(
     grad = randn(2, 3, size, 7, seed=3)
     expected = by_query(exact[0], exact[1], exact[2], None if positions is None else documents_of(positions))
     expected.backward(grad)
-    given = [flatly(each.detach().to(dtype)).requires_grad_(kind != "flex") for each in exact]
+    given = [flatly(each.detach().to(dtype)).requires_grad_(not is_forward_only) for each in exact]
     query, key, value = given
-    if kind in ("sdpa padded", "flash_attention"):
+    if is_padded:
         value = functional.pad(value, (0, 5))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "flex_attention called without")  # on CPU it runs as it is written
-        made = attention(name)(query, key, value, SCALE, documents)
+        made = kernel.attend(query, key, value, SCALE, documents)
     near(made[..., :7].detach(), expected.detach(), 16, sums=8)
     assert (calls.num_whole, calls.num_packed) == (
         (0, 0) if name != "flash_attention" else (1, 0) if documents is None else (0, 1)
     )
-    if kind != "flex":
+    if not is_forward_only:
         made[..., :7].backward(grad.to(dtype))
         for ours, theirs in zip(given, exact, strict=True):
             assert ours.grad is not None
@@ -138,18 +143,34 @@ def test_auto_takes_what_is_installed_and_serves(
     dtype: torch.dtype,
     is_packed: bool,
     is_installed: bool,
-    expected: FusedKind,
+    expected: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("kernels.attention.implementations.find_spec", lambda name: object() if is_installed else None)
-    assert attention_for("auto", torch.device(device), dtype, is_packed) == expected
-    for kind in ("sdpa", "flash_attention", "flex"):
-        assert attention_for(kind, torch.device(device), dtype, is_packed) == kind
+    monkeypatch.setattr("kernels.attention.find_spec", lambda name: object() if is_installed else None)
+    assert choose_attention("auto", torch.device(device), dtype, is_packed) is ATTENTION.get(expected)
+    for name in ATTENTION.names():
+        assert choose_attention(name, torch.device(device), dtype, is_packed) is ATTENTION.get(name)
 
 
 def test_values_are_padded_for_kernels_that_want_it() -> None:
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert values_as_wide_as_keys("sdpa", cpu)
-    assert not values_as_wide_as_keys("sdpa", cuda)
-    assert values_as_wide_as_keys("flash_attention", cuda)
-    assert not values_as_wide_as_keys("flex", cuda)
+    assert pads_values("sdpa", "cpu")
+    assert not pads_values("sdpa", "cuda")
+    assert pads_values("flash_attention", "cuda")
+    assert not pads_values("flex", "cuda")
+    assert pads_values("auto", "cpu")
+    assert not pads_values("auto", "cuda")
+
+
+def test_masks_take_a_number_for_each_pair_where_the_kernel_reads_them_so() -> None:
+    dense = {name: [makes_dense_masks(name, device) for device in ("cpu", "cuda")] for name in ATTENTION.choices()}
+    assert dense == {
+        "sdpa": [True, True],
+        "flex": [False, False],
+        "flash_attention": [False, False],
+        "auto": [True, False],
+    }
+
+
+def test_unknown_kernel_is_refused_with_the_nearest_name() -> None:
+    with pytest.raises(UnknownNameError, match=r"^attention: must be one of .*'flash'; did you mean flash_attention"):
+        choose_attention("flash", torch.device("cpu"), torch.float32, False)

@@ -76,7 +76,7 @@ def test_machine_with_enough_is_taken(cluster: str, found: int, monkeypatch: pyt
 
 
 def test_package_of_an_attention_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "find_spec", lambda name: None)
+    monkeypatch.setattr("kernels.attention.find_spec", lambda name: None)
     with pytest.raises(MachineError, match=r"^attention: flash_attention needs the package flash_attn"):
         check_packages(build("cluster=one_gpu", "precision=bf16", "attention=flash_attention"))
 

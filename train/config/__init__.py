@@ -10,7 +10,7 @@ from data.batch_sizes import BatchRamp, BatchSizes
 from data.config import DataConfig
 from dualpipe.config import ScheduleConfig
 from dualpipe.simulate.costs import Costs
-from kernels.attention.kinds import AttentionKind
+from kernels.attention import ATTENTION
 from kernels.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt, ShareBelowOne, ZeroOrAbove
 from model.config import Computing, ModelConfig, Products, Recomputed
 from train.config.token_schedule import TokenSchedule
@@ -205,7 +205,7 @@ class TrainConfig:
     costs: Costs
     memory_cap: float | None
     recompute: tuple[Recomputed, ...]
-    attention: AttentionKind
+    attention: Annotated[str, ATTENTION]
     guard: GuardConfig
     track: TrackConfig
     profile: ProfileConfig

@@ -6,7 +6,7 @@ from dataclasses import replace
 from dualpipe.ir import Schedule, ScheduleError
 from dualpipe.runtime import pairing
 from dualpipe.runtime.compile import compile_rank
-from kernels.attention.kinds import AttentionKind
+from kernels.attention import pads_values
 from model.account.activations import MicroBatchShape
 from model.account.held import HeldParameters, held_parameters
 from model.account.phase import PhaseBytes
@@ -86,7 +86,7 @@ def planning_sizes(config: TrainConfig, load: float = 1.0) -> Sizes:
         tokens=batch.sequence_length_tokens,
         value_bytes=value,
         wide_bytes=max(4, value),
-        pads_heads=_pads_heads(config.attention, config.cluster.device),
+        pads_heads=pads_values(config.attention, config.cluster.device),
         expert_rows=round(rows * load),
     )
     return Sizes(
@@ -160,11 +160,6 @@ def _held(
 ) -> HeldParameters:
     stages = {stage for _, stage in schedule.stages_of(rank)}
     return held_parameters(config.model, [shapes[stage] for stage in sorted(stages)], sizes.num_local_experts)
-
-
-def _pads_heads(attention: AttentionKind, device: str) -> bool:
-    """As `kernels.attention.implementations.values_as_wide_as_keys`: `auto` pads only if it must."""
-    return device == "cpu" if attention in ("auto", "sdpa") else attention == "flash_attention"
 
 
 def _rank_memory(

@@ -3,6 +3,7 @@
 from math import ceil
 
 from comm.layout import Layout
+from kernels.attention import makes_dense_masks
 from model.account.held import HeldParameters
 from model.account.sizes import Sizes
 from train.config import TrainConfig
@@ -71,7 +72,7 @@ def batch_bytes(config: TrainConfig, sizes: Sizes, num_micro_batches: int, *, ha
         each = 2 * (config.model.mtp_depth + 1) * shape.num_tokens * _ID_BYTES
     if masks:
         each += shape.num_tokens * _ID_BYTES
-        if config.attention == "sdpa" or (config.attention == "auto" and config.cluster.device == "cpu"):
+        if makes_dense_masks(config.attention, config.cluster.device):
             # A mask and what is added to scores, for every pair of tokens.
             each += shape.sequences * shape.tokens**2 * (1 + shape.value_bytes)
     return each * num_micro_batches
