@@ -1,14 +1,16 @@
 """The header of a safetensors file: which tensors it holds, and where. No torch here.
 
-The format: eight bytes that count the header's bytes (little-endian), the header (JSON), then the data of all tensors
-without gap or overlap.
+The library `safetensors` checks a header. It maps the whole file, so `model.hf.reader` reads the data: pages of
+a mapped shard would count as the process's memory, and a file that is cut while it is read would end the process by a
+signal.
 """
 
-import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
+
+from safetensors import SafetensorError, safe_open
 
 from model.hf.errors import HfError, shown
 from model.hf.folder import check_kind
@@ -18,6 +20,9 @@ from model.hf.names import StoredDtype
 LARGEST_HEADER_BYTES = 100_000_000
 LENGTH_BYTES = 8
 ITEM_BYTES: dict[StoredDtype, int] = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E8M0": 1}
+
+_PREFIX = "Error while deserializing header: "
+_NOT_COVERED = "not fully covered"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,32 +37,43 @@ class Entry:
 
 
 def read_header(path: Path) -> dict[str, Entry]:
-    """The tensors of a safetensors file by name, in the order of the header.
+    """Reads which tensors a safetensors file holds, in the order of the header.
+
+    Args:
+        path: of the file.
+
+    Returns:
+        The tensors by name.
 
     Raises:
-        HfError: no readable file; cut short or too long; a header that is not JSON or says what the format or the
-            file's length forbids; a type of number that weights are not stored in.
+        HfError: no readable file; cut short or too long; a header that is not JSON, that has a name twice or that
+            `safetensors` refuses; a type of number that weights are not stored in.
     """
     size, header = _read(path)
-    start = LENGTH_BYTES + len(header)
+    # The library takes a name that stands twice, and reads one of the two.
     values = parse_json(header, path, "header")
-    metadata = values.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
-        raise HfError(path, "__metadata__", f"must be an object of text, is {shown(metadata)}")
-    entries = {name: _entry(path, name, entry, start) for name, entry in values.items()}
-    end = start
-    for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].num_bytes)):
-        if entry.offset != end:
-            raise HfError(path, name, f"must begin at byte {end - start} of the data, begins at {entry.offset - start}")
-        end += entry.num_bytes
-    if end != size:
-        state = "is cut short" if size < end else "is too long"
-        raise HfError(path, "", f"must have {end} bytes by its header, has {size}: it {state}")
-    return entries
+    values.pop("__metadata__", None)
+    for name, value in values.items():
+        if not isinstance(value, dict):  # the library takes a list as well
+            raise HfError(path, name, f"must have dtype, shape and data_offsets, is {shown(value)}")
+    start = LENGTH_BYTES + len(header)
+    try:
+        with safe_open(path, framework="numpy"):  # which imports numpy only when data is read
+            pass
+    except OSError as error:
+        raise HfError(path, "", f"must be a readable file, is not ({error.strerror or error})") from error
+    except SafetensorError as error:
+        reason = str(error).removeprefix(_PREFIX)
+        if _NOT_COVERED in reason:
+            end = start + max((value["data_offsets"][1] for value in values.values()), default=0)
+            state = "is cut short" if size < end else "is too long"
+            raise HfError(path, "", f"must have {end} bytes by its header, has {size}: it {state}") from error
+        raise HfError(path, "header", f"must be one that safetensors reads, is not ({reason})") from error
+    return {name: _entry(path, name, value, start) for name, value in values.items()}
 
 
 def _read(path: Path) -> tuple[int, bytes]:
-    """The file's size and its header."""
+    """Returns the file's size and its header: eight bytes count the header's bytes, which follow."""
     try:
         check_kind(path)
         with path.open("rb") as file:
@@ -73,21 +89,9 @@ def _read(path: Path) -> tuple[int, bytes]:
         raise HfError(path, "", f"must be a readable file, is not ({error.strerror})") from error
 
 
-def _entry(path: Path, name: str, value: Any, start: int) -> Entry:
-    if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
-        raise HfError(path, name, f"must have dtype, shape and data_offsets, is {shown(value)}")
-    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+def _entry(path: Path, name: str, value: dict[str, Any], start: int) -> Entry:
+    """Returns what the header says of a tensor, which the library has checked but for the types that weights have."""
+    dtype, (begin, end) = value["dtype"], value["data_offsets"]
     if dtype not in get_args(StoredDtype):
         raise HfError(path, name, f"dtype must be one of {', '.join(get_args(StoredDtype))}, is {shown(dtype)}")
-    if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise HfError(path, name, f"must have sizes as shape and data_offsets, has {shown(shape)} and {shown(offsets)}")
-    num_bytes = math.prod(shape) * ITEM_BYTES[dtype]
-    if num_bytes != offsets[1] - offsets[0]:
-        raise HfError(
-            path, name, f"{dtype} of shape {shown(shape)} must have {num_bytes} bytes, has {offsets[1] - offsets[0]}"
-        )
-    return Entry(path, tuple(shape), dtype, start + offsets[0], num_bytes)
-
-
-def _are_sizes(values: Any) -> bool:
-    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+    return Entry(path, tuple(value["shape"]), dtype, start + begin, end - begin)

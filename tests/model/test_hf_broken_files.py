@@ -37,6 +37,7 @@ from tests.model.hf_damage import (
     write,
 )
 
+UNREADABLE = ("header", "must be one that safetensors reads")
 CASES: dict[str, tuple[Damage, tuple[str, ...]]] = {
     # files
     "no config": (remove(CONFIG), (CONFIG, "must be a readable file")),
@@ -113,26 +114,68 @@ CASES: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "header with a tensor twice": (twice_in_header, (FIRST, "header", "twice")),
     "header with numbers in its metadata": (
         edit_header(lambda header: header.update(__metadata__={"format": 1})),
-        (FIRST, "__metadata__", "object of text"),
+        (FIRST, *UNREADABLE, "expected a string"),
     ),
     "header with a list for a tensor": (
-        edit_header(lambda header: header.update(extra=[])),
+        edit_header(lambda header: header.update(extra=["F32", [0], [0, 0]])),
         (FIRST, "extra", "must have dtype, shape and data_offsets"),
     ),
-    "two tensors in the same bytes": (edit_header(swap_offsets), (FIRST, "must begin at byte")),
-    "unknown type": (edit_entry(NORM, dtype="I64"), (NORM, "dtype must be one of", "'I64'")),
-    "type is a list": (edit_entry(NORM, dtype=[]), (NORM, "dtype must be one of", "[]")),
-    "other type for the same bytes": (edit_entry(NORM, dtype="F32"), (NORM, "must have 96 bytes, has 48")),
-    "other shape for the same bytes": (edit_entry(NORM, shape=[25]), (NORM, "[25]", "must have 50 bytes, has 48")),
-    "shape of negative sizes": (edit_entry(NORM, shape=[-4, -6]), (NORM, "must have sizes as shape")),
-    "shape of fractions": (edit_entry(NORM, shape=[24.0]), (NORM, "must have sizes as shape")),
-    "shape is a number": (edit_entry(NORM, shape=24), (NORM, "must have sizes as shape")),
-    "astronomic shape": (edit_entry(NORM, shape=[2**62, 2**62]), (NORM, "bytes, has 48")),
-    "offsets in disorder": (edit_entry(NORM, data_offsets=[48, 0]), (NORM, "must have sizes as shape")),
-    "three offsets": (edit_entry(NORM, data_offsets=[0, 24, 48]), (NORM, "must have sizes as shape")),
+    "two tensors in the same bytes": (
+        edit_header(swap_offsets),
+        (FIRST, *UNREADABLE, "invalid offset"),
+    ),
+    "unknown type": (edit_entry(NORM, dtype="I16"), (NORM, "dtype must be one of", "'I16'")),
+    "type is a list": (
+        edit_entry(NORM, dtype=[]),
+        (
+            "header",
+            "must be one that safetensors reads",
+        ),
+    ),
+    "other type for the same bytes": (
+        edit_entry(NORM, dtype="F32"),
+        (*UNREADABLE, "data type, or offset"),
+    ),
+    "other shape for the same bytes": (
+        edit_entry(NORM, shape=[25]),
+        (*UNREADABLE, "invalid shape"),
+    ),
+    "shape of negative sizes": (
+        edit_entry(NORM, shape=[-4, -6]),
+        (*UNREADABLE, "integer `-4`"),
+    ),
+    "shape of fractions": (
+        edit_entry(NORM, shape=[24.0]),
+        (*UNREADABLE, "floating point"),
+    ),
+    "shape is a number": (
+        edit_entry(NORM, shape=24),
+        (*UNREADABLE, "expected a sequence"),
+    ),
+    "astronomic shape": (
+        edit_entry(NORM, shape=[2**62, 2**62]),
+        (*UNREADABLE, "overflow"),
+    ),
+    "offsets in disorder": (
+        edit_entry(NORM, data_offsets=[48, 0]),
+        (
+            "header",
+            "must be one that safetensors reads",
+        ),
+    ),
+    "three offsets": (
+        edit_entry(NORM, data_offsets=[0, 24, 48]),
+        (
+            "header",
+            "must be one that safetensors reads",
+        ),
+    ),
     "offsets beyond the file": (
         edit_entry(NORM, data_offsets=[2**40, 2**40 + 48]),
-        ("must begin at byte",),
+        (
+            "header",
+            "must be one that safetensors reads",
+        ),
     ),
 }
 
