@@ -1,4 +1,4 @@
-"""What charts share: numbers for people, round ticks, and the line that a step's events draw."""
+"""Numbers for people. The script of the page writes a chart's values in the same way."""
 
 import math
 
@@ -31,26 +31,3 @@ def num_bytes(value: float) -> str:
 def percent(value: float) -> str:
     """As in `5.5 %`."""
     return f"{100 * value:.3g} %"
-
-
-def ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Round numbers from `low` to `high`, at least two of them: the first not above, the last not below."""
-    span = high - low or abs(high) or 1.0
-    raw = span / about
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= raw * (1 - 1e-9))
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [
-        round(number * step, 12) if step > 1e-9 else number * step for number in range(first, max(last, first + 1) + 1)
-    ]
-
-
-def step_ticks(first: int, last: int) -> list[int]:
-    """The first step, the last one, and round ones between them that leave room for both."""
-    span = last - first
-    between = [int(tick) for tick in ticks(first, last, 6) if float(tick).is_integer()]
-    return [
-        first,
-        *(tick for tick in between if first + span * 0.06 < tick < last - span * 0.08),
-        *([last] * (span > 0)),
-    ]

@@ -1,18 +1,24 @@
 """A layer's experts: their loads over the run as a heat map, and below it the path of the router's bias."""
 
+import base64
+import struct
+import zlib
+from collections.abc import Sequence
 from html import escape
 
 import numpy as np
 from numpy.typing import NDArray
 
-from train.report.chart import Frame, element, step_axis
-from train.report.figures import plain, ticks
-from train.report.heat import image, relative_shades
+from train.report.chart import Line, band
+from train.report.figures import plain
 from train.report.history import Bucket, History
 
-_WIDTH, _LEFT, _RIGHT, _TOP = 560.0, 66.0, 14.0, 34.0
-_ROW, _LEAST_MAP, _MOST_MAP = 9.0, 96.0, 260.0
-_BIAS, _GAP, _AXIS = 74.0, 24.0, 26.0
+_ROW, _LEAST_MAP, _MOST_MAP = 9.0, 96.0, 260.0  # pixels
+_LEAST_ROW, _MOST_ROW, _OVERVIEW, _MOST_NAMES = 8.0, 22.0, 160.0, 12
+# Load over the mean, from a quarter (or less) to four times (or more), by its logarithm.
+_COLD, _EVEN, _HOT = (33, 99, 201), (240, 240, 236), (178, 34, 0)
+_SHADES = 65
+_OCTAVES = 2.0
 
 
 def overview(history: History) -> str:
@@ -23,44 +29,76 @@ def overview(history: History) -> str:
     layers = [layer for layer in history.layers() if layer in latest.loads]
     share_RC = np.stack([_share(latest, layer) for layer in layers])
     rows, experts = share_RC.shape
-    row = min(max(8.0, 160.0 / rows), 22.0)
-    height = _TOP + rows * row + _AXIS
+    height = rows * min(max(_LEAST_ROW, _OVERVIEW / rows), _MOST_ROW)
     steps = f"step {latest.first:,}" + (f" to {latest.last:,}" if latest.last > latest.first else "")
-    parts = [f'<text class="title" x="12" y="20">Load of each expert, {steps}</text>']
-    parts.append(image(relative_shades(share_RC), _LEFT, _TOP, _WIDTH - _LEFT - _RIGHT, rows * row))
-    every = -(-rows // 12) if row < 11 else 1
-    for place, layer in enumerate(layers):
-        if place % every == 0:
-            y = _TOP + (place + 0.5) * row + 4
-            parts.append(f'<text class="soft end" x="{_LEFT - 7:g}" y="{y:.1f}">{escape(_name(layer))}</text>')
-    parts.append(f'<text class="soft" x="{_LEFT:g}" y="{height - 8:g}">expert 0</text>')
-    parts.append(f'<text class="soft end" x="{_WIDTH - _RIGHT:g}" y="{height - 8:g}">expert {experts - 1}</text>')
-    return f"<figure>{element(_WIDTH, height, 'Load of each expert', parts)}</figure>"
+    every = -(-rows // _MOST_NAMES)
+    names = [_name(layer) if place % every == 0 else "" for place, layer in enumerate(layers)]
+    heat = _heat(relative_shades(share_RC), height, names, is_fixed=True)
+    ends = f'<div class="ends"><span>expert 0</span><span>expert {experts - 1}</span></div>'
+    return f"<figure><h3>Load of each expert, {steps}</h3>{heat}{ends}</figure>"
 
 
 def card(history: History, layer: str) -> str:
     """One layer's `<figure>`; empty text where nothing is known of it."""
     loaded = [bucket for bucket in history.buckets if layer in bucket.loads]
-    biased = history.tallies(f"router.{layer}.bias_most")
-    if not loaded and not biased:
+    least, most = (
+        Line(key=f"router.{layer}.bias_{key}", name=f"{name} bias", colour=1)
+        for key, name in (("least", "least"), ("most", "greatest"))
+    )
+    bias = band(history, f"{_name(layer)}: bias of the router", least, most)
+    if not loaded and not bias:
         return ""
-    experts = len(loaded[0].loads[layer]) if loaded else 0
-    height_of_map = min(max(experts * _ROW, _LEAST_MAP), _MOST_MAP) if loaded else 0.0
-    height = _TOP + height_of_map + (_GAP + _BIAS if biased else 0.0) + _AXIS
-    parts = [f'<text class="title" x="12" y="20">{escape(_name(layer).capitalize())}{_facts(history, layer)}</text>']
+    heat = ""
     if loaded:
-        shades_ES = relative_shades(_over_time(history, layer, experts))
-        parts.append(image(shades_ES, _LEFT, _TOP, _WIDTH - _LEFT - _RIGHT, height_of_map))
-        parts.append(f'<text class="soft end" x="{_LEFT - 7:g}" y="{_TOP + 10:g}">expert 0</text>')
-        parts.append(f'<text class="soft end" x="{_LEFT - 7:g}" y="{_TOP + height_of_map:g}">{experts - 1}</text>')
-    first, last = history.buckets[0].first, history.buckets[-1].last
-    # As wide as the map's columns: the last one may stand for fewer steps than the others.
-    columns = (first - 0.5, first - 0.5 + len(history.buckets) * history.width)
-    frame = Frame(width=_WIDTH, height=_BIAS, steps=columns, values=(0.0, 1.0))
-    if biased:
-        parts += _bias(history, layer, _TOP + height_of_map + _GAP, frame)
-    parts += step_axis(frame, height - 8, (first, last))
-    return f"<figure>{element(_WIDTH, height, _name(layer), parts)}</figure>"
+        experts = len(loaded[0].loads[layer])
+        height = min(max(experts * _ROW, _LEAST_MAP), _MOST_MAP)
+        heat = _heat(relative_shades(_over_time(history, layer, experts)), height, ["expert 0", f"{experts - 1}"])
+    return f"<figure><h3>{escape(_name(layer).capitalize())}{_facts(history, layer)}</h3>{heat}{bias}</figure>"
+
+
+def relative_shades(share_RC: NDArray[np.float64]) -> NDArray[np.uint8]:
+    """Palette numbers for loads over their mean; NaN is the mean's."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        octaves = np.log2(share_RC)
+    octaves = np.clip(np.nan_to_num(octaves, nan=0.0, neginf=-_OCTAVES, posinf=_OCTAVES), -_OCTAVES, _OCTAVES)
+    shades: NDArray[np.uint8] = np.rint((octaves + _OCTAVES) / (2 * _OCTAVES) * (_SHADES - 1)).astype(np.uint8)
+    return shades
+
+
+def palette() -> list[tuple[int, int, int]]:
+    """Blue for little, nearly white for the mean, red for much."""
+    middle = (_SHADES - 1) // 2
+    below = [_mixed(_COLD, _EVEN, place / middle) for place in range(middle)]
+    return [*below, *(_mixed(_EVEN, _HOT, place / middle) for place in range(middle + 1))]
+
+
+def legend_gradient() -> str:
+    """The palette for CSS, from left to right."""
+    return "linear-gradient(to right," + ",".join(f"rgb({red},{green},{blue})" for red, green, blue in palette()) + ")"
+
+
+def png(shades_RC: NDArray[np.uint8], colours: Sequence[tuple[int, int, int]]) -> bytes:
+    """A palette image, one pixel for a number."""
+    rows, columns = shades_RC.shape
+    header = struct.pack(">IIBBBBB", columns, rows, 8, 3, 0, 0, 0)
+    lines = b"".join(b"\0" + row.tobytes() for row in np.ascontiguousarray(shades_RC))
+    chunks = (
+        (b"IHDR", header),
+        (b"PLTE", bytes(value for colour in colours for value in colour)),
+        (b"IDAT", zlib.compress(lines, 9)),
+        (b"IEND", b""),
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(_chunk(name, content) for name, content in chunks)
+
+
+def _heat(shades_RC: NDArray[np.uint8], height: float, names: Sequence[str], *, is_fixed: bool = False) -> str:
+    """The map with names to its left; it follows the zoom of the plot below it unless `is_fixed`."""
+    content = base64.b64encode(png(shades_RC, palette())).decode()
+    labels = "".join(f"<span>{escape(name)}</span>" for name in names)
+    return (
+        f'<div class="heat{" fixed" if is_fixed else ""}" style="height:{height:g}px"><div class="names">{labels}</div>'
+        f'<div class="map"><img alt="" src="data:image/png;base64,{content}"></div></div>'
+    )
 
 
 def _name(layer: str) -> str:
@@ -72,7 +110,7 @@ def _facts(history: History, layer: str) -> str:
     spread = history.latest(f"router.{layer}.bias_std")
     told = [] if violation is None else [f"MaxVio {violation:.2f}"]
     told += [] if spread is None else [f"bias's standard deviation {plain(spread)}"]
-    return f'<tspan class="fact" dx="12">{", ".join(told)}</tspan>'
+    return f" <small>{', '.join(told)}</small>"
 
 
 def _share(bucket: Bucket, layer: str) -> NDArray[np.float64]:
@@ -90,27 +128,10 @@ def _over_time(history: History, layer: str, experts: int) -> NDArray[np.float64
     return np.stack(columns, axis=1)
 
 
-def _bias(history: History, layer: str, top: float, frame: Frame) -> list[str]:
-    """From the least to the greatest bias of the layer's router, as a band around zero."""
-    below, above = (history.tallies(f"router.{layer}.bias_{name}") for name in ("least", "most"))
-    low, high = min(tally.least for _, tally in below), max(tally.most for _, tally in above)
-    scale = ticks(min(low, 0.0), max(high, 0.0), 2)
+def _chunk(name: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
 
-    def y(value: float) -> float:
-        return top + _BIAS * (1 - (value - scale[0]) / (scale[-1] - scale[0]))
 
-    def points(tallies: list[tuple[Bucket, float]]) -> list[str]:
-        return [f"{frame.x((bucket.first + bucket.last) / 2):.1f},{y(value):.1f}" for bucket, value in tallies]
-
-    lower = points([(bucket, tally.least) for bucket, tally in below])
-    upper = points([(bucket, tally.most) for bucket, tally in above])
-    parts = []
-    for value in scale:
-        parts.append(
-            f'<line class="grid" x1="{_LEFT:g}" x2="{_WIDTH - _RIGHT:g}" y1="{y(value):.1f}" y2="{y(value):.1f}"/>'
-        )
-        parts.append(f'<text class="soft end" x="{_LEFT - 7:g}" y="{y(value) + 4:.1f}">{plain(value)}</text>')
-    parts.append(f'<polygon class="band colour-1" points="{" ".join(upper + lower[::-1])}"/>')
-    parts += [f'<polyline class="line colour-1" points="{" ".join(line)}"/>' for line in (upper, lower)]
-    parts.append(f'<text class="soft" x="{_LEFT:g}" y="{top - 7:g}">bias of the router, least to greatest</text>')
-    return parts
+def _mixed(start: tuple[int, int, int], end: tuple[int, int, int], share: float) -> tuple[int, int, int]:
+    red, green, blue = (round(one + (other - one) * share) for one, other in zip(start, end, strict=True))
+    return red, green, blue

@@ -9,13 +9,14 @@ from typing import Any
 
 from train.report.chart import Line, Mark, chart
 from train.report.figures import num_bytes, percent, plain, short
-from train.report.heat import legend_gradient
 from train.report.history import History
-from train.report.layers import card, overview
+from train.report.layers import card, legend_gradient, overview
 from train.report.source import RunSource
 
 REPORT_NAME = "report.html"
 _TEMPLATE = Path(__file__).with_name("page.html")
+_SCRIPT = Path(__file__).with_name("page.js")
+_LIBRARY = Path(__file__).with_name("uplot")  # 1.6.32, MIT License, unchanged
 _MOST_EVENTS = 1000
 _LOSSES = (
     Line(key="loss", name="total", colour=0),
@@ -57,7 +58,21 @@ def html(source: RunSource, title: str, about: str) -> str:
         about=escape(about),
         tiles="".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in _tiles(history)),
         sections="\n".join(section for section in sections if section),
+        styles=(_LIBRARY / "uplot.css").read_text(encoding="utf-8"),
+        notice=_comment((_LIBRARY / "LICENSE").read_text(encoding="utf-8")),
+        library=_without_header((_LIBRARY / "uplot.js").read_text(encoding="utf-8")),
+        script=_SCRIPT.read_text(encoding="utf-8"),
     )
+
+
+def _comment(text: str) -> str:
+    """Returns the library's license as a comment of JavaScript."""
+    return f"/* uPlot 1.6.32\n{text.strip()}\n*/"
+
+
+def _without_header(script: str) -> str:
+    """Returns the library without its first line, a comment with an address: the page names no other place."""
+    return script.partition("\n")[2].strip()
 
 
 def _tiles(history: History) -> list[tuple[str, str]]:
@@ -80,9 +95,8 @@ def _largest(history: History, key: str) -> float | None:
 
 
 def _learning(history: History, marks: Sequence[Mark]) -> list[str]:
-    losses = chart(history, "Loss in nats per token", _LOSSES, marks=marks, size=(1134.0, 330.0))
     return [
-        losses.replace("<figure>", '<figure class="wide">', 1),
+        chart(history, "Loss in nats per token", _LOSSES, marks=marks, is_wide=True),
         chart(history, "Learning rate", [Line(key="lr", name="rate", colour=1)], from_zero=True),
         chart(history, "Gradient norm before clipping", [Line(key="grad_norm", name="norm", colour=1)], marks=marks),
     ]
@@ -99,11 +113,11 @@ def _speed(history: History, marks: Sequence[Mark]) -> list[str]:
     )
     bubble = [Line(key="pipeline_bubble", name="bubble", colour=1)]
     return [
-        chart(history, "Tokens per second", [speed], tell=short, from_zero=True, marks=marks),
-        chart(history, "MFU", [Line(key="mfu", name="MFU", colour=1)], tell=percent, from_zero=True),
-        chart(history, "Bubble: idle part of the pipelines' time", bubble, tell=percent, from_zero=True),
-        chart(history, "Peak memory", memory, tell=num_bytes, from_zero=True),
-        chart(history, "Sequences per step", [batch], tell=plain, from_zero=True),
+        chart(history, "Tokens per second", [speed], unit="short", from_zero=True, marks=marks),
+        chart(history, "MFU", [Line(key="mfu", name="MFU", colour=1)], unit="percent", from_zero=True),
+        chart(history, "Bubble: idle part of the pipelines' time", bubble, unit="percent", from_zero=True),
+        chart(history, "Peak memory", memory, unit="bytes", from_zero=True),
+        chart(history, "Sequences per step", [batch], from_zero=True),
     ]
 
 
@@ -133,7 +147,7 @@ def _exchange(history: History, marks: Sequence[Mark], last: Mapping[str, Any]) 
     nodes = [Line(key="nodes_per_token", name="nodes per token", colour=1)]
     curves = _charts(
         [
-            chart(history, "Bytes sent in a step", sent, tell=num_bytes, from_zero=True),
+            chart(history, "Bytes sent in a step", sent, unit="bytes", from_zero=True),
             chart(history, "Nodes that a token's rows go to", nodes, from_zero=True),
         ]
     )
