@@ -8,8 +8,7 @@ from torch import Tensor
 from comm.dispatch.expert_order import dense
 from comm.protocol import Arrived, Dispatcher, Handle, Label, Then, Work
 from kernels.quantize import dequantize_1x128, quantize_1x128
-from kernels.quantize.layout import GRADIENTS_MIN_AMAX, ROWS_MIN_AMAX
-from kernels.quantize.packed import pack, unpack
+from kernels.quantize.layout import GRADIENTS_MIN_AMAX, ROWS_MIN_AMAX, pack, unpack
 
 
 class Fp8Dispatcher:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from kernels.adamw import Coefficients
-from kernels.adamw.check import check_step
 
 CHUNK_ELEMENTS = 2**16
 """What is in float32 at a time: small enough for a core's cache, large enough to hide the calls."""
@@ -66,3 +65,20 @@ def _step(
     # torch's own root in float32 (MKL's) misses the nearest number once in a hundred times.
     new_square_N.copy_(root_N.copy_(new_square_N).sqrt_()).mul_(by.correct_root).add_(by.eps)
     weight_N.mul_(by.keep_weight).add_(new_mean_N.div_(new_square_N).mul_(by.move))
+
+
+def check_step(weights: Tensor, gradients: Tensor, means: Tensor, squares: Tensor) -> None:
+    """Refuses tensors that `adamw_bf16_moments` cannot take.
+
+    Raises:
+        ValueError: names the first tensor of another type or shape than it must have, or that is not contiguous.
+    """
+    wanted = {"weights": torch.float32, "gradients": torch.float32, "means": torch.bfloat16, "squares": torch.bfloat16}
+    for (name, dtype), tensor in zip(wanted.items(), (weights, gradients, means, squares), strict=True):
+        if (tensor.dtype, tensor.shape) != (dtype, weights.shape):
+            raise ValueError(
+                f"adamw_bf16_moments: {name} must be {dtype} {tuple(weights.shape)}, "
+                f"is {tensor.dtype} {tuple(tensor.shape)}"
+            )
+        if not tensor.is_contiguous():
+            raise ValueError(f"adamw_bf16_moments: {name} must be contiguous, has strides {tensor.stride()}")

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.adamw import Coefficients
-from kernels.adamw.check import check_step
+from kernels.adamw.reference import check_step
 
 # Other numbers in every step, or of every tensor: a kernel compiled for a special one of them would serve once.
 _CHANGING = ["num_weights", "keep_weight", "correct_root", "move"]

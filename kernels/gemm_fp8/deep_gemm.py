@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kernels.gemm_fp8.shapes import check_columns, check_rows_by_blocks
+from kernels.gemm_fp8.reference import check_columns, check_rows_by_blocks
 from kernels.quantize.layout import TILE, Quantized, QuantizedBlocks, QuantizedColumns
 
 ALIGNMENT_BYTES = 16

@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.gemm_fp8.descriptors import LARGEST_DESCRIBED_BYTES, allow_descriptors, describable, described
-from kernels.gemm_fp8.shapes import check_columns, check_rows_by_blocks
+from kernels.gemm_fp8.reference import check_columns, check_rows_by_blocks
 from kernels.gemm_fp8.tiling import OF_COLUMNS, STORED_BY_DESCRIPTOR, STORED_BY_MASK, Tiling
 from kernels.quantize.layout import TILE, Quantized, QuantizedBlocks, QuantizedColumns
 

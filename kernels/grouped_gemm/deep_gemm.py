@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kernels.gemm_fp8.deep_gemm import ALIGNMENT_BYTES, OUTPUTS_MULTIPLE, rows_together
-from kernels.grouped_gemm.shapes import check_rows_fp8, check_weight_fp8
+from kernels.grouped_gemm.reference import check_rows_fp8, check_weight_fp8
 from kernels.grouped_gemm.tiles import on_device
 from kernels.quantize.layout import TILE, Quantized, QuantizedBlocks, QuantizedColumns, num_tiles, padded_rows
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kernels.grouped_gemm.shapes import check_rows, check_weight
+from kernels.grouped_gemm.reference import check_rows, check_weight
 
 
 def grouped_rows(rows_AK: Tensor, weight_ENK: Tensor, counts: Sequence[int]) -> Tensor:

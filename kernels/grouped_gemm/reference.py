@@ -4,11 +4,22 @@ Shape legend: A rows (all groups together), E groups, K and N inner and outer wi
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kernels.grouped_gemm.shapes import check_rows, check_weight
+from kernels.gemm_fp8.reference import check_columns
+from kernels.quantize.layout import (
+    Quantized,
+    QuantizedBlocks,
+    QuantizedColumns,
+    check_codes,
+    check_counts,
+    check_scales,
+    num_tiles,
+    padded_rows,
+)
 
 
 def grouped_rows(rows_AK: Tensor, weight_ENK: Tensor, counts: Sequence[int]) -> Tensor:
@@ -42,3 +53,94 @@ def grouped_weight(grad_AN: Tensor, rows_AK: Tensor, counts: Sequence[int]) -> T
             torch.mm(grad_AN[rows].t(), rows_AK[rows], out=out_ENK[group])
         first += count
     return out_ENK
+
+
+class Sizes(NamedTuple):
+    """Of a grouped product: A (or P, where groups are filled up), E, N and K."""
+
+    num_rows: int
+    num_groups: int
+    num_outputs: int
+    depth: int
+
+
+def check_rows(subject: str, rows_AK: Tensor, weight_ENK: Tensor, counts: Sequence[int]) -> Sizes:
+    """Sizes of a product of rows with one matrix per group.
+
+    Raises:
+        ValueError: types or devices differ, the rows' length is not the matrices', there is not a matrix for every
+            count, or counts that do not add up to the rows.
+    """
+    check_dims(subject, "rows", rows_AK, 2)
+    check_dims(subject, "the matrices", weight_ENK, 3)
+    _check_alike(subject, "the matrices", weight_ENK, rows_AK)
+    num_rows, depth = rows_AK.shape
+    num_groups, num_outputs, matrix_depth = weight_ENK.shape
+    if matrix_depth != depth:
+        raise ValueError(f"{subject}: the matrices must have as many columns as rows, {depth}, got {matrix_depth}")
+    if len(counts) != num_groups:
+        raise ValueError(f"{subject}: counts must be as many as matrices, {num_groups}, got {len(counts)}")
+    check_counts(subject, counts, num_rows)
+    return Sizes(num_rows, num_groups, num_outputs, depth)
+
+
+def check_weight(subject: str, grad_AN: Tensor, rows_AK: Tensor, counts: Sequence[int]) -> Sizes:
+    """Sizes of the gradient of one matrix per group.
+
+    Raises:
+        ValueError: there are not as many rows as gradients of rows, their types or devices differ, or counts that do
+            not add up to the rows.
+    """
+    check_dims(subject, "grad", grad_AN, 2)
+    check_dims(subject, "rows", rows_AK, 2)
+    _check_alike(subject, "grad", grad_AN, rows_AK)
+    if len(grad_AN) != len(rows_AK):
+        raise ValueError(f"{subject}: grad must have as many rows as rows, {len(rows_AK)}, got {len(grad_AN)}")
+    check_counts(subject, counts, len(rows_AK))
+    return Sizes(len(rows_AK), len(counts), grad_AN.shape[1], rows_AK.shape[1])
+
+
+def check_rows_fp8(subject: str, rows: Quantized, weights: QuantizedBlocks, counts: Sequence[int]) -> Sizes:
+    """Sizes of a product of rows in FP8 with one matrix per group.
+
+    Raises:
+        ValueError: as of `check_rows`, codes of another type, or scales that do not fit them.
+    """
+    sizes = check_rows(subject, rows.codes, weights.codes, counts)
+    tiles = num_tiles(sizes.depth)
+    check_codes(f"{subject}: rows.codes", rows.codes)
+    device, blocks = rows.codes.device, (sizes.num_groups, num_tiles(sizes.num_outputs), tiles)
+    check_scales(f"{subject}: rows.scales", rows.scales, (sizes.num_rows, tiles), device)
+    check_scales(f"{subject}: weights.scales", weights.scales, blocks, device)
+    return sizes
+
+
+def check_weight_fp8(subject: str, grad: QuantizedColumns, rows: QuantizedColumns, counts: Sequence[int]) -> Sizes:
+    """Sizes of the gradient, from FP8, of one matrix per group.
+
+    Raises:
+        ValueError: the operands differ in rows, these are not those of the counts, or scales do not fit their codes.
+    """
+    num_outputs, num_inputs, num_padded = check_columns(subject, grad, rows)
+    check_counts(subject, counts, sum(counts))
+    if padded_rows(counts) != num_padded:
+        expected = padded_rows(counts)
+        raise ValueError(f"{subject}: codes must have {expected} columns, as counts fill up to, got {num_padded}")
+    return Sizes(num_padded, len(counts), num_outputs, num_inputs)
+
+
+def check_dims(subject: str, name: str, tensor: Tensor, num_dims: int) -> None:
+    """Refuses a tensor of any other number of dimensions.
+
+    Raises:
+        ValueError: it has another.
+    """
+    if tensor.dim() != num_dims:
+        raise ValueError(f"{subject}: {name} must have {num_dims} dimensions, got {tensor.dim()}")
+
+
+def _check_alike(subject: str, name: str, tensor: Tensor, rows: Tensor) -> None:
+    if tensor.dtype != rows.dtype:
+        raise ValueError(f"{subject}: {name} must be {rows.dtype}, as rows are, got {tensor.dtype}")
+    if tensor.device != rows.device:
+        raise ValueError(f"{subject}: {name} must be on {rows.device}, where rows are, got {tensor.device}")

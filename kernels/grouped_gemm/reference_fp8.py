@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels.gemm_fp8.reference import gemm_fp8, gemm_fp8_columns
-from kernels.grouped_gemm.shapes import check_rows_fp8, check_weight_fp8
+from kernels.grouped_gemm.reference import check_rows_fp8, check_weight_fp8
 from kernels.quantize.layout import TILE, Quantized, QuantizedBlocks, QuantizedColumns, padded_rows
 
 

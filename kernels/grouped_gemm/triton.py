@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.gemm_fp8.descriptors import allow_descriptors, described
-from kernels.grouped_gemm.shapes import check_rows, check_weight
+from kernels.grouped_gemm.reference import check_rows, check_weight
 from kernels.grouped_gemm.tiles import (
     depth_bounds,
     described_matrices,

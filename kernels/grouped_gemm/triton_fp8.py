@@ -31,7 +31,7 @@ from torch import Tensor
 
 from kernels.gemm_fp8.descriptors import allow_descriptors, described
 from kernels.gemm_fp8.tiling import STORED_BY_MASK, Tiling
-from kernels.grouped_gemm.shapes import check_rows_fp8, check_weight_fp8
+from kernels.grouped_gemm.reference import check_rows_fp8, check_weight_fp8
 from kernels.grouped_gemm.tiles import (
     depth_bounds,
     described_matrices,

@@ -8,7 +8,7 @@ import triton
 from torch import Tensor
 
 from kernels.gemm_fp8.tiling import Tiling
-from kernels.gemm_fp8.timing import Milliseconds, Tuner, stream_milliseconds
+from kernels.gemm_fp8.tuned import Milliseconds, Tuner, stream_milliseconds
 from kernels.grouped_gemm.tiling import is_stored_at_once
 from kernels.grouped_gemm.triton_fp8 import OF_ROWS, OF_WEIGHT, grouped_rows_fp8, grouped_weight_fp8
 from kernels.quantize.layout import Quantized, QuantizedBlocks, QuantizedColumns

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.permute.shapes import check_permute, check_unpermute
+from kernels.permute.reference import check_permute, check_unpermute
 
 # What rows are copied as, by the largest number up to 16 that divides all their addresses and lengths in bytes. Of
 # numbers that lie at multiples of 16, Triton moves 16 bytes at a time; and one kernel serves every dtype.

@@ -12,7 +12,6 @@ from torch import Tensor
 from kernels.quantize import TILE as TILE
 from kernels.quantize import num_pairs as num_pairs
 from kernels.quantize import num_tiles as num_tiles
-from kernels.quantize.checks import check_codes, check_scales
 
 LARGEST_CODE = 448.0
 SMALLEST_MIN_AMAX = 2.0**-117
@@ -26,6 +25,9 @@ GRADIENTS_MIN_AMAX = SMALLEST_MIN_AMAX
 LARGEST_E5M6 = 65024.0
 # The scale of a tile this small is 2**-126, the smallest normal float32.
 E5M6_MIN_AMAX = LARGEST_E5M6 * 2.0**-126
+
+CODES = torch.float8_e4m3fn
+_SCALE_BYTES = 4
 
 
 class Quantized(NamedTuple):
@@ -143,3 +145,95 @@ def check_packed(packed: PackedE5M6, num_columns: int) -> None:
         )
     shape = (packed.codes.shape[0], expected[1])
     check_scales("unpack_e5m6: scales", packed.scales, shape, packed.codes.device)
+
+
+def check_numbers(subject: str, values: Tensor, num_dims: int | None = None) -> None:
+    """Refuses what is no matrix of floating-point numbers.
+
+    Args:
+        subject: place and name of the numbers, for the message.
+        values: that are to be quantised.
+        num_dims: that they must have; None: 2 or more.
+
+    Raises:
+        ValueError: another type, or another number of dimensions.
+    """
+    if not values.is_floating_point():
+        raise ValueError(f"{subject} must be floating point, got {values.dtype}; nearest: torch.float32")
+    if values.dim() < 2 or num_dims not in (None, values.dim()):
+        rule = "at least 2 dimensions" if num_dims is None else f"{num_dims} dimensions"
+        raise ValueError(f"{subject} must have {rule}, got {values.dim()}")
+
+
+def check_codes(subject: str, codes: Tensor, dtype: torch.dtype = CODES) -> None:
+    """Refuses codes of another type, which would be read as what they are not.
+
+    Raises:
+        ValueError: they are of another type.
+    """
+    if codes.dtype != dtype:
+        raise ValueError(f"{subject} must be {dtype}, got {codes.dtype}")
+
+
+def check_scales(subject: str, scales: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    """Refuses scales that are not those of some codes.
+
+    Args:
+        subject: place and name of the scales, for the message.
+        scales: that were given.
+        shape: that the codes demand.
+        device: where the codes are.
+
+    Raises:
+        ValueError: another type, shape or device.
+    """
+    if scales.dtype != torch.float32:
+        raise ValueError(f"{subject} must be torch.float32, got {scales.dtype}")
+    if tuple(scales.shape) != shape:
+        raise ValueError(f"{subject} must be {list(shape)}, got {list(scales.shape)}")
+    if scales.device != device:
+        raise ValueError(f"{subject} must be on {device}, where the codes are, got {scales.device}")
+
+
+def check_quantized(subject: str, codes: Tensor, scales: Tensor) -> None:
+    """Refuses codes and scales that are not of rows by 128 columns.
+
+    Raises:
+        ValueError: codes of another type or number of dimensions, or scales that do not fit them.
+    """
+    check_codes(f"{subject}: codes", codes)
+    check_numbers(f"{subject}: codes", codes, 2)
+    shape = (codes.shape[0], num_tiles(codes.shape[1]))
+    check_scales(f"{subject}: scales", scales, shape, codes.device)
+
+
+def check_quantized_blocks(subject: str, codes: Tensor, scales: Tensor) -> None:
+    """Refuses codes and scales that are not of matrices by blocks of 128 x 128.
+
+    Raises:
+        ValueError: codes of another type or number of dimensions, or scales that do not fit them.
+    """
+    check_codes(f"{subject}: codes", codes)
+    check_numbers(f"{subject}: codes", codes)
+    *leading, num_rows, num_columns = codes.shape
+    shape = (*leading, num_tiles(num_rows), num_tiles(num_columns))
+    check_scales(f"{subject}: scales", scales, shape, codes.device)
+
+
+def packed_bytes(num_columns: int) -> int:
+    """Bytes of a packed row: D codes and a float32 scale for every 128 of them."""
+    return num_columns + _SCALE_BYTES * num_tiles(num_columns)
+
+
+def pack(quantized: Quantized) -> Tensor:
+    """Codes, then scales, of each row as bytes; uint8 NB without padding."""
+    return torch.cat([quantized.codes.view(torch.uint8), quantized.scales.contiguous().view(torch.uint8)], 1)
+
+
+def unpack(packed_NB: Tensor, num_columns: int) -> Quantized:
+    """What `pack` was given; views of it where the scales lie so that they can be read."""
+    codes, scales = packed_NB.split([num_columns, _SCALE_BYTES * num_tiles(num_columns)], 1)
+    if num_columns % _SCALE_BYTES:
+        # Else a row's scales begin at any byte, and a float32 must not.
+        scales = scales.clone(memory_format=torch.contiguous_format)
+    return Quantized(codes.view(torch.float8_e4m3fn), scales.view(torch.float32))

@@ -7,8 +7,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kernels.quantize.checks import check_numbers, check_quantized
-from kernels.quantize.layout import LARGEST_CODE, TILE, Quantized, check_min_amax, num_tiles
+from kernels.quantize.layout import (
+    LARGEST_CODE,
+    TILE,
+    Quantized,
+    check_min_amax,
+    check_numbers,
+    check_quantized,
+    num_tiles,
+)
 
 CHUNK_NUMBERS = 2**18  # a megabyte of float32: intermediate values stay in the cache
 

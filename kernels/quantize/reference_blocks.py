@@ -7,8 +7,16 @@ T blocks in a row; values of any leading dimensions have no suffix.
 import torch
 from torch import Tensor
 
-from kernels.quantize.checks import check_numbers, check_quantized_blocks, check_scales
-from kernels.quantize.layout import LARGEST_CODE, TILE, QuantizedBlocks, check_min_amax, num_tiles
+from kernels.quantize.layout import (
+    LARGEST_CODE,
+    TILE,
+    QuantizedBlocks,
+    check_min_amax,
+    check_numbers,
+    check_quantized_blocks,
+    check_scales,
+    num_tiles,
+)
 from kernels.quantize.reference import decode, scales_of, tiles_of
 
 

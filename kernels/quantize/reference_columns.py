@@ -8,8 +8,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kernels.quantize.checks import check_numbers, check_quantized
-from kernels.quantize.layout import TILE, Quantized, QuantizedColumns, check_counts, padded_rows
+from kernels.quantize.layout import (
+    TILE,
+    Quantized,
+    QuantizedColumns,
+    check_counts,
+    check_numbers,
+    check_quantized,
+    padded_rows,
+)
 from kernels.quantize.reference import dequantize_1x128, quantize_1x128
 
 CHUNK_TILES = 2

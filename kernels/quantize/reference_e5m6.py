@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kernels.quantize.checks import check_numbers
-from kernels.quantize.layout import E5M6_MIN_AMAX, PackedE5M6, check_packed, num_pairs, num_tiles
+from kernels.quantize.layout import E5M6_MIN_AMAX, PackedE5M6, check_numbers, check_packed, num_pairs, num_tiles
 from kernels.quantize.reference import CHUNK_NUMBERS, tiles_of
 
 NAN_HALF = 0x7E00

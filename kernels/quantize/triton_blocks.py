@@ -22,8 +22,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.quantize.checks import check_numbers, check_quantized_blocks
-from kernels.quantize.layout import TILE, QuantizedBlocks, check_columns, check_min_amax, num_tiles
+from kernels.quantize.layout import (
+    TILE,
+    QuantizedBlocks,
+    check_columns,
+    check_min_amax,
+    check_numbers,
+    check_quantized_blocks,
+    num_tiles,
+)
 from kernels.quantize.tile import codes_of, largest_bits, scales_of
 
 

@@ -27,7 +27,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.quantize.checks import check_numbers, check_quantized
 from kernels.quantize.layout import (
     TILE,
     Quantized,
@@ -35,6 +34,8 @@ from kernels.quantize.layout import (
     check_columns,
     check_counts,
     check_min_amax,
+    check_numbers,
+    check_quantized,
     num_tiles,
     padded_rows,
 )

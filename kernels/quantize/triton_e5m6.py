@@ -20,12 +20,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.quantize.checks import check_numbers
 from kernels.quantize.layout import (
     E5M6_MIN_AMAX,
     TILE,
     PackedE5M6,
     check_columns,
+    check_numbers,
     check_packed,
     num_pairs,
     num_tiles,

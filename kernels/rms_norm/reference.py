@@ -6,7 +6,8 @@ Shape legend: ... leading dims, D normalised size.
 import torch
 from torch import Tensor
 
-from kernels.rms_norm.shapes import check_backward, check_weight
+from kernels.operands import check_operand
+from kernels.quantize.layout import Quantized, check_quantized
 
 
 def inverse_rms(x: Tensor, eps: float) -> Tensor:
@@ -58,3 +59,38 @@ def normalise_backward(grad: Tensor, x: Tensor, scale: Tensor, weight_D: Tensor)
     )
     grad_x.addcmul_(scale, (wide_grad @ weight).unsqueeze_(-1), value=1 / x.shape[-1])
     return grad_x.to(x.dtype), grad_weight_D.to(weight_D.dtype)
+
+
+def check_weight(subject: str, weight_D: Tensor, x: Tensor) -> None:
+    """Refuses a weight that is not one number for each column.
+
+    Raises:
+        ValueError: another shape or device.
+    """
+    check_operand(f"{subject}: weight_D", weight_D, (x.shape[-1],), x.device)
+
+
+def check_backward(subject: str, grad: Tensor, x: Tensor, scale: Tensor, weight_D: Tensor) -> None:
+    """Refuses operands of a backward that are not those of one forward.
+
+    Raises:
+        ValueError: another shape or device.
+    """
+    check_operand(f"{subject}: grad", grad, tuple(x.shape), x.device)
+    check_operand(f"{subject}: scale", scale, (*x.shape[:-1], 1), x.device)
+    check_weight(subject, weight_D, x)
+
+
+def check_backward_from_codes(
+    subject: str, grad_AD: Tensor, normal: Quantized, inverse_A1: Tensor, weight_D: Tensor
+) -> None:
+    """Refuses operands of a backward from codes that are not those of one forward.
+
+    Raises:
+        ValueError: another shape, type or device.
+    """
+    size, num_columns = grad_AD.shape
+    check_operand(f"{subject}: codes", normal.codes, (size, num_columns), grad_AD.device)
+    check_quantized(subject, *normal)
+    check_operand(f"{subject}: inverse_A1", inverse_A1, (size, 1), grad_AD.device)
+    check_weight(subject, weight_D, grad_AD)

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from kernels.quantize.layout import Quantized, num_tiles
 from kernels.quantize.reference import CHUNK_NUMBERS, dequantize_1x128, quantize_1x128
-from kernels.rms_norm.reference import inverse_rms
-from kernels.rms_norm.shapes import check_backward_from_codes, check_weight
+from kernels.rms_norm.reference import check_backward_from_codes, check_weight, inverse_rms
 
 
 def rms_norm_quantize(x_AD: Tensor, weight_D: Tensor, eps: float, power_of_two: bool) -> tuple[Quantized, Tensor]:

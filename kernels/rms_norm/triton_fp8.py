@@ -25,9 +25,8 @@ from torch import Tensor
 
 from kernels.quantize.layout import ROWS_MIN_AMAX, TILE, Quantized, num_tiles
 from kernels.quantize.tile import codes_of, largest_bits, scales_of
-from kernels.rms_norm.shapes import check_backward_from_codes, check_weight
-from kernels.rms_norm.tiling import check_columns, tiling
-from kernels.rms_norm.triton import inverse_root
+from kernels.rms_norm.reference import check_backward_from_codes, check_weight
+from kernels.rms_norm.triton import check_columns, inverse_root, tiling
 
 
 @triton.jit(do_not_specialize=["num_rows", "eps"])  # type: ignore[untyped-decorator]

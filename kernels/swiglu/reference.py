@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kernels.swiglu.shapes import check_backward, check_halves
+from kernels.operands import check_operand
+from kernels.quantize.layout import Quantized, check_quantized
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -42,3 +43,74 @@ def gated_backward(grad_AM: Tensor, silu_AM: Tensor, gate_AM: Tensor, up_AM: Ten
     width = grad_AM.shape[1]
     torch.ops.aten.silu_backward.grad_input(grad_AM * up_AM, gate_AM, grad_input=out_AH[:, :width])
     torch.mul(silu_AM, grad_AM, out=out_AH[:, width:])
+
+
+def width_of(subject: str, num_columns: int, width: int | None = None) -> int:
+    """The intermediate size of hidden values whose gate and up lie side by side.
+
+    Args:
+        subject: place and name of the hidden values, for the message.
+        num_columns: of the hidden values.
+        width: what it must be, where that is known.
+
+    Raises:
+        ValueError: the columns are not twice the width.
+    """
+    expected = num_columns // 2 if width is None else width
+    if num_columns != 2 * expected:
+        rule = "an even number of columns" if width is None else f"twice the gradient's {width} columns"
+        raise ValueError(f"{subject} must have {rule}, got {num_columns}; nearest: {2 * expected}")
+    return expected
+
+
+def check_halves(subject: str, gate: Tensor, up: Tensor) -> None:
+    """Refuses a gate and an up that are not alike.
+
+    Raises:
+        ValueError: shapes, types or devices differ.
+    """
+    check_operand(f"{subject}: up", up, tuple(gate.shape), gate.device, gate.dtype)
+
+
+def check_backward(subject: str, grad_AM: Tensor, hidden_AH: Tensor) -> None:
+    """Refuses hidden values that are not those of the gradient.
+
+    Raises:
+        ValueError: H is not twice the gradient's columns, or rows or devices differ.
+    """
+    size, width = grad_AM.shape
+    width_of(f"{subject}: hidden_AH", hidden_AH.shape[1], width)
+    check_operand(f"{subject}: hidden_AH", hidden_AH, (size, 2 * width), grad_AM.device)
+
+
+def check_weights(subject: str, weights_A: Tensor | None, rows: Tensor) -> None:
+    """Refuses weights that are not one for each row.
+
+    Raises:
+        ValueError: another shape or device.
+    """
+    if weights_A is not None:
+        check_operand(f"{subject}: weights_A", weights_A, (rows.shape[0],), rows.device)
+
+
+def check_backward_from_codes(subject: str, grad_AM: Tensor, hidden: Quantized, weights_A: Tensor | None) -> None:
+    """Refuses hidden values in FP8, or weights, that are not those of the gradient.
+
+    Raises:
+        ValueError: H is not twice the gradient's columns, or other operands do not fit.
+    """
+    size, width = grad_AM.shape
+    width_of(f"{subject}: hidden", hidden.codes.shape[1], width)
+    check_operand(f"{subject}: codes", hidden.codes, (size, 2 * width), grad_AM.device)
+    check_quantized(subject, *hidden)
+    check_weights(subject, weights_A, grad_AM)
+
+
+def check_columns(subject: str, matrix: Tensor) -> None:
+    """Refuses a matrix whose columns lie apart in memory.
+
+    Raises:
+        ValueError: they do.
+    """
+    if matrix.shape[1] > 1 and matrix.stride(1) != 1:
+        raise ValueError(f"{subject} must be contiguous along its columns, got strides {matrix.stride()}")

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from kernels.quantize.layout import Quantized, num_tiles
 from kernels.quantize.reference import CHUNK_NUMBERS, dequantize_1x128, quantize_1x128
-from kernels.swiglu.shapes import check_backward_from_codes, check_weights, width_of
+from kernels.swiglu.reference import check_backward_from_codes, check_weights, width_of
 
 
 def swiglu_quantize(hidden_AH: Tensor, weights_A: Tensor | None, power_of_two: bool) -> tuple[Quantized, Quantized]:

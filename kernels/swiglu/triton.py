@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.swiglu.shapes import check_backward, check_columns, check_halves
+from kernels.swiglu.reference import check_backward, check_columns, check_halves
 
 
 @triton.jit  # type: ignore[untyped-decorator]

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from kernels.quantize.layout import ROWS_MIN_AMAX, TILE, Quantized, num_tiles
 from kernels.quantize.tile import codes_of, largest_bits, scales_of
-from kernels.swiglu.shapes import check_backward_from_codes, check_columns, check_weights, width_of
+from kernels.swiglu.reference import check_backward_from_codes, check_columns, check_weights, width_of
 from kernels.swiglu.triton import sigmoid
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from comm.dispatch.forecast import Forecast, SentRows, forecast
 from comm.node_limit import limit_groups
-from kernels.quantize.packed import packed_bytes
+from kernels.quantize.layout import packed_bytes
 
 _HIDDEN = 7168
 _BYTES_PER_ROW = {"FP8": packed_bytes(_HIDDEN), "BF16": 2 * _HIDDEN}

@@ -15,8 +15,7 @@ from comm.dispatch.local import LocalDispatcher
 from comm.dispatch.traffic import LayerTraffic
 from comm.lane import InlineLane, ThreadLane
 from comm.protocol import Dispatcher
-from kernels.quantize.layout import GRADIENTS_MIN_AMAX, ROWS_MIN_AMAX
-from kernels.quantize.packed import pack, packed_bytes, unpack
+from kernels.quantize.layout import GRADIENTS_MIN_AMAX, ROWS_MIN_AMAX, pack, packed_bytes, unpack
 from kernels.quantize.reference import dequantize_1x128, quantize_1x128
 from tests.comm import contract, laws
 from tests.comm.backends import Setting, maker, watching

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from kernels.gemm_fp8 import deep_gemm, hopper, reference
-from kernels.quantize.layout import Quantized, QuantizedBlocks, QuantizedColumns
-from kernels.quantize.packed import pack, unpack
+from kernels.quantize.layout import Quantized, QuantizedBlocks, QuantizedColumns, pack, unpack
 from kernels.quantize.reference import quantize_1x128
 from kernels.quantize.reference_blocks import quantize_128x128
 from kernels.quantize.reference_columns import quantize_columns

@@ -8,8 +8,7 @@ import torch
 
 from kernels.grouped_gemm.deep_gemm import DeepGemmGrouped, serves_rows, serves_weight
 from kernels.grouped_gemm.reference_fp8 import grouped_rows_fp8, grouped_weight_fp8
-from kernels.quantize.layout import Quantized, QuantizedBlocks, QuantizedColumns
-from kernels.quantize.packed import pack, unpack
+from kernels.quantize.layout import Quantized, QuantizedBlocks, QuantizedColumns, pack, unpack
 from kernels.quantize.reference import quantize_1x128
 from kernels.quantize.reference_blocks import quantize_128x128
 from kernels.quantize.reference_columns import quantize_columns

@@ -10,7 +10,7 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from kernels.gemm_fp8.tiling import Tiling
-from kernels.gemm_fp8.timing import Tuner, TuningError
+from kernels.gemm_fp8.tuned import Tuner, TuningError
 
 DEFAULT, WIDE, SMALL = Tiling(), Tiling(specialize=True, warps=4), Tiling(rows=64)
 CANDIDATES = (DEFAULT, WIDE, SMALL)

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.quantize import reference, reference_columns
-from kernels.quantize.layout import Quantized, QuantizedColumns, check_columns
-from kernels.quantize.packed import unpack
+from kernels.quantize.layout import Quantized, QuantizedColumns, check_columns, unpack
 from model.gradients import GradientStore, WeightQueue
 from model.norm import RmsNorm
 from model.precision.fp8.maps import Fp8Maps

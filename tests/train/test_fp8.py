@@ -11,7 +11,7 @@ from comm.config import DispatchConfig, LocalDispatchConfig, ParallelismConfig, 
 from comm.dispatch.row_format import RowFormat, RowPart
 from data.prepare import prepare
 from dualpipe.config import ScheduleConfig
-from kernels.quantize.packed import packed_bytes
+from kernels.quantize.layout import packed_bytes
 from tests.ranks import run_ranks
 from tests.tiny import BATCH, MODEL, OPTIM, tiny_config, write_text
 from tests.train.job import Job, Seen, close_job, open_job, open_loader, run_jobs

@@ -14,8 +14,7 @@ from torch import Tensor
 from comm.protocol import RowOrder
 from kernels.grouped_gemm import grouped_rows_fp8, grouped_weight_fp8
 from kernels.quantize import quantize_1x128, quantize_columns, requantize_columns
-from kernels.quantize.layout import GRADIENTS_MIN_AMAX, Quantized
-from kernels.quantize.packed import pack, unpack
+from kernels.quantize.layout import GRADIENTS_MIN_AMAX, Quantized, pack, unpack
 from kernels.swiglu import swiglu_backward_from_codes, swiglu_quantize
 from model.precision.fp8.maps import Fp8Maps, give
 from model.precision.fp8.norm import Source, stand_in

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels.quantize import quantize_1x128
-from kernels.quantize.layout import Quantized
-from kernels.quantize.packed import pack, unpack
+from kernels.quantize.layout import Quantized, pack, unpack
 from kernels.rms_norm import rms_norm, rms_norm_backward_from_codes, rms_norm_quantize
 from model.norm import RmsNorm
 from model.precision.fp8.maps import Fp8Maps, give_parts
