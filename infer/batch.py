@@ -48,7 +48,7 @@ class Growth:
         return True
 
 
-class Batch:
+class GenerationBatch:
     """The sequences in a decoder's rows, in the same order."""
 
     def __init__(

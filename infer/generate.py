@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from infer.batch import Batch, Ends, Growth
+from infer.batch import Ends, GenerationBatch, Growth
 from infer.config import Finish, Sampling, Speculative, Statistics, as_token_ids, check
 from infer.decoder import Decoder
 from infer.sample import Draws
@@ -82,7 +82,7 @@ class Stream:
         # A draft fits too: it is read beside the last token made, which has not been read yet.
         capacity = max(len(growth.prompt) + growth.room for growth in waiting)
         decoder = Decoder(self._model, min(self._batch_size, len(waiting)), capacity, with_mtp=self._speculative)
-        batch = Batch(decoder, self._sampling, self._stop, self._ends, speculative=self._speculative)
+        batch = GenerationBatch(decoder, self._sampling, self._stop, self._ends, speculative=self._speculative)
         begin = time.perf_counter()
         while waiting or len(batch):
             admitted = _next(waiting, self._batch_size - len(batch))

@@ -18,7 +18,7 @@ BLOCK_NUMBERS = 2**20  # four megabytes of float32
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
+class ExpertBlock:
     """Experts after one another. rows: theirs among all. experts: each one's number and its rows within the block."""
 
     rows: slice
@@ -30,18 +30,18 @@ class Block:
         return int(self.rows.stop - self.rows.start)
 
 
-def cut(counts: Sequence[int], width: int) -> list[Block]:
+def cut(counts: Sequence[int], width: int) -> list[ExpertBlock]:
     """Blocks of whole experts, so many that what lies between their products stays in the cache.
 
     Args:
         counts: rows of each expert.
         width: numbers that a row has between the products.
     """
-    most, first, blocks = max(1, BLOCK_NUMBERS // width), 0, list[Block]()
+    most, first, blocks = max(1, BLOCK_NUMBERS // width), 0, list[ExpertBlock]()
     members, size = list[tuple[int, slice]](), 0
     for expert, count in (*enumerate(counts), (len(counts), most + 1)):
         if members and size + count > most:
-            blocks.append(Block(slice(first, first + size), tuple(members)))
+            blocks.append(ExpertBlock(slice(first, first + size), tuple(members)))
             first, members, size = first + size, [], 0
         if count:
             members.append((expert, slice(size, size + count)))
@@ -155,18 +155,18 @@ def down_gradient(
     return grad_EDM
 
 
-def _gather(rows_ND: Tensor, tokens_A: Tensor | None, block: Block) -> Tensor:
+def _gather(rows_ND: Tensor, tokens_A: Tensor | None, block: ExpertBlock) -> Tensor:
     return rows_ND[block.rows] if tokens_A is None else rows_ND.index_select(0, tokens_A[block.rows])
 
 
-def _products(left_RK: Tensor, right_EKN: Tensor, out_RN: Tensor, block: Block) -> Tensor:
+def _products(left_RK: Tensor, right_EKN: Tensor, out_RN: Tensor, block: ExpertBlock) -> Tensor:
     """Each expert's rows times its matrix, into out_RN, which is also returned."""
     for expert, rows in block.experts:
         torch.mm(left_RK[rows], right_EKN[expert], out=out_RN[rows])
     return out_RN
 
 
-def _outer_products(left_RN: Tensor, right_RK: Tensor, out_ENK: Tensor, block: Block) -> None:
+def _outer_products(left_RN: Tensor, right_RK: Tensor, out_ENK: Tensor, block: ExpertBlock) -> None:
     """The transpose of each expert's rows on the left times those on the right, into its matrix of out_ENK."""
     for expert, rows in block.experts:
         torch.mm(left_RN[rows].t(), right_RK[rows], out=out_ENK[expert])

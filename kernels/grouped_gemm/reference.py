@@ -55,7 +55,7 @@ def grouped_weight(grad_AN: Tensor, rows_AK: Tensor, counts: Sequence[int]) -> T
     return out_ENK
 
 
-class Sizes(NamedTuple):
+class GroupedSizes(NamedTuple):
     """Of a grouped product: A (or P, where groups are filled up), E, N and K."""
 
     num_rows: int
@@ -64,7 +64,7 @@ class Sizes(NamedTuple):
     depth: int
 
 
-def check_rows(subject: str, rows_AK: Tensor, weight_ENK: Tensor, counts: Sequence[int]) -> Sizes:
+def check_rows(subject: str, rows_AK: Tensor, weight_ENK: Tensor, counts: Sequence[int]) -> GroupedSizes:
     """Sizes of a product of rows with one matrix per group.
 
     Raises:
@@ -81,10 +81,10 @@ def check_rows(subject: str, rows_AK: Tensor, weight_ENK: Tensor, counts: Sequen
     if len(counts) != num_groups:
         raise ValueError(f"{subject}: counts must be as many as matrices, {num_groups}, got {len(counts)}")
     check_counts(subject, counts, num_rows)
-    return Sizes(num_rows, num_groups, num_outputs, depth)
+    return GroupedSizes(num_rows, num_groups, num_outputs, depth)
 
 
-def check_weight(subject: str, grad_AN: Tensor, rows_AK: Tensor, counts: Sequence[int]) -> Sizes:
+def check_weight(subject: str, grad_AN: Tensor, rows_AK: Tensor, counts: Sequence[int]) -> GroupedSizes:
     """Sizes of the gradient of one matrix per group.
 
     Raises:
@@ -97,10 +97,10 @@ def check_weight(subject: str, grad_AN: Tensor, rows_AK: Tensor, counts: Sequenc
     if len(grad_AN) != len(rows_AK):
         raise ValueError(f"{subject}: grad must have as many rows as rows, {len(rows_AK)}, got {len(grad_AN)}")
     check_counts(subject, counts, len(rows_AK))
-    return Sizes(len(rows_AK), len(counts), grad_AN.shape[1], rows_AK.shape[1])
+    return GroupedSizes(len(rows_AK), len(counts), grad_AN.shape[1], rows_AK.shape[1])
 
 
-def check_rows_fp8(subject: str, rows: Quantized, weights: QuantizedBlocks, counts: Sequence[int]) -> Sizes:
+def check_rows_fp8(subject: str, rows: Quantized, weights: QuantizedBlocks, counts: Sequence[int]) -> GroupedSizes:
     """Sizes of a product of rows in FP8 with one matrix per group.
 
     Raises:
@@ -115,7 +115,9 @@ def check_rows_fp8(subject: str, rows: Quantized, weights: QuantizedBlocks, coun
     return sizes
 
 
-def check_weight_fp8(subject: str, grad: QuantizedColumns, rows: QuantizedColumns, counts: Sequence[int]) -> Sizes:
+def check_weight_fp8(
+    subject: str, grad: QuantizedColumns, rows: QuantizedColumns, counts: Sequence[int]
+) -> GroupedSizes:
     """Sizes of the gradient, from FP8, of one matrix per group.
 
     Raises:
@@ -126,7 +128,7 @@ def check_weight_fp8(subject: str, grad: QuantizedColumns, rows: QuantizedColumn
     if padded_rows(counts) != num_padded:
         expected = padded_rows(counts)
         raise ValueError(f"{subject}: codes must have {expected} columns, as counts fill up to, got {num_padded}")
-    return Sizes(num_padded, len(counts), num_outputs, num_inputs)
+    return GroupedSizes(num_padded, len(counts), num_outputs, num_inputs)
 
 
 def check_dims(subject: str, name: str, tensor: Tensor, num_dims: int) -> None:

@@ -256,7 +256,9 @@ def tiling(
     rows = block_rows or max(1, PROGRAM_NUMBERS // block_columns)
     thread_numbers = 16 if has_sums else 32
     warps = num_warps or min(16, max(1, rows * block_columns // (thread_numbers * WARP_THREADS)))
-    return RowTiling(block_rows=rows, block_columns=block_columns, num_warps=warps, num_programs=WARPS_WITH_SUMS // warps)
+    return RowTiling(
+        block_rows=rows, block_columns=block_columns, num_warps=warps, num_programs=WARPS_WITH_SUMS // warps
+    )
 
 
 def check_columns(subject: str, matrix: Tensor) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from model.config import ModelConfig
 from model.hf.config import CONFIG_NAME, DTYPE_NAMES, parse_config
 from model.hf.errors import HfError, nearest, shown
-from model.hf.header import Entry, read_header
+from model.hf.header import TensorEntry, read_header
 from model.hf.json_file import read_json
 from model.hf.known_keys import carried_keys, unknown_keys
 from model.hf.names import (
@@ -40,7 +40,7 @@ class Checkpoint:
 
     folder: Path
     config: ModelConfig
-    entries: Mapping[str, Entry]
+    entries: Mapping[str, TensorEntry]
     carried: Mapping[str, Any]
     unknown: tuple[str, ...]
 
@@ -83,7 +83,7 @@ def _is_of_mtp(name: str, config: ModelConfig) -> bool:
     return (layer_of(name) or 0) >= config.num_layers
 
 
-def _entries(folder: Path) -> dict[str, Entry]:
+def _entries(folder: Path) -> dict[str, TensorEntry]:
     single, index = folder / SINGLE_NAME, folder / INDEX_NAME
     if index.exists() and single.exists():
         raise HfError(folder, SINGLE_NAME, f"must not stand beside {INDEX_NAME}, does")
@@ -92,7 +92,7 @@ def _entries(folder: Path) -> dict[str, Entry]:
             raise HfError(folder, SINGLE_NAME, f"must be there, or {INDEX_NAME}; neither is")
         return read_header(single)
     weight_map = _weight_map(index)
-    entries: dict[str, Entry] = {}
+    entries: dict[str, TensorEntry] = {}
     for file in sorted(set(weight_map.values())):
         for name, entry in read_header(folder / file).items():
             if name in entries:
@@ -129,7 +129,7 @@ def _is_plain(file: str) -> bool:
     return file.isprintable() and len(file.encode()) <= LONGEST_NAME_BYTES
 
 
-def _check_names(folder: Path, config: ModelConfig, entries: Mapping[str, Entry]) -> None:
+def _check_names(folder: Path, config: ModelConfig, entries: Mapping[str, TensorEntry]) -> None:
     """Refuses a missing tensor and one too many; stops at the first, whatever size `config` claims."""
     known = set()
     for name, shape in weights(config):
@@ -152,7 +152,7 @@ def _check_names(folder: Path, config: ModelConfig, entries: Mapping[str, Entry]
             raise HfError(entry.file, name, f"must be a tensor of the architecture, is none{near}")
 
 
-def _check_rotary_shape(name: str, entry: Entry, size: int) -> None:
+def _check_rotary_shape(name: str, entry: TensorEntry, size: int) -> None:
     if entry.shape != (size,) or entry.dtype not in ("F32", "BF16", "F16", "F64"):
         found = f"{entry.dtype} {list(entry.shape)}"
         raise HfError(entry.file, name, f"must be F32, BF16, F16 or F64 [{size}], is {found}")
@@ -166,7 +166,7 @@ def _nearest_in_layer(name: str, others: Iterable[str]) -> str:
 def _check_tensor(
     name: str,
     shape: tuple[int, ...],
-    entries: Mapping[str, Entry],
+    entries: Mapping[str, TensorEntry],
     allowed: tuple[StoredDtype, ...],
     quantised: bool,
 ) -> None:

@@ -26,7 +26,7 @@ _NOT_COVERED = "not fully covered"
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class TensorEntry:
     """A tensor in a file: `num_bytes` from `offset`, counted from the file's start."""
 
     file: Path
@@ -36,7 +36,7 @@ class Entry:
     num_bytes: int
 
 
-def read_header(path: Path) -> dict[str, Entry]:
+def read_header(path: Path) -> dict[str, TensorEntry]:
     """Reads which tensors a safetensors file holds, in the order of the header.
 
     Args:
@@ -89,9 +89,9 @@ def _read(path: Path) -> tuple[int, bytes]:
         raise HfError(path, "", f"must be a readable file, is not ({error.strerror})") from error
 
 
-def _entry(path: Path, name: str, value: dict[str, Any], start: int) -> Entry:
+def _entry(path: Path, name: str, value: dict[str, Any], start: int) -> TensorEntry:
     """Returns what the header says of a tensor, which the library has checked but for the types that weights have."""
     dtype, (begin, end) = value["dtype"], value["data_offsets"]
     if dtype not in get_args(StoredDtype):
         raise HfError(path, name, f"dtype must be one of {', '.join(get_args(StoredDtype))}, is {shown(dtype)}")
-    return Entry(path, tuple(value["shape"]), dtype, start + begin, end - begin)
+    return TensorEntry(path, tuple(value["shape"]), dtype, start + begin, end - begin)

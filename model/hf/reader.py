@@ -18,7 +18,7 @@ from model.config import ModelConfig, PlainRope
 from model.hf.checkpoint import Checkpoint, open_checkpoint
 from model.hf.dtypes import TORCH_DTYPES
 from model.hf.errors import HfError, nearest, shown
-from model.hf.header import Entry
+from model.hf.header import TensorEntry
 from model.hf.names import BLOCK, StoredDtype, copied_from, is_rotary, scale_name, weights
 from model.rope import inverse_frequencies
 
@@ -132,7 +132,7 @@ class HfReader:
             f"is {stored[place].item():g}",
         )
 
-    def _entry(self, name: str) -> Entry:
+    def _entry(self, name: str) -> TensorEntry:
         entries = self.checkpoint.entries
         if name not in entries:
             raise HfError(self.checkpoint.folder, name, f"must be in the checkpoint, is not{nearest(name, entries)}")
@@ -193,7 +193,7 @@ def _opened(path: Path) -> BinaryIO:
         raise HfError(path, "", f"must be readable, is not ({error.strerror})") from error
 
 
-def _runs(file: BinaryIO, entry: Entry, name: str) -> Iterator[tuple[int, Tensor]]:
+def _runs(file: BinaryIO, entry: TensorEntry, name: str) -> Iterator[tuple[int, Tensor]]:
     """(first row, rows) of a tensor; runs begin at multiples of `BLOCK` rows."""
     row_shape, num_rows = entry.shape[1:], entry.shape[0]
     first = 0
@@ -204,7 +204,7 @@ def _runs(file: BinaryIO, entry: Entry, name: str) -> Iterator[tuple[int, Tensor
     assert first == num_rows or not entry.num_bytes
 
 
-def _bytes(file: BinaryIO, entry: Entry, name: str) -> Iterator[bytearray]:
+def _bytes(file: BinaryIO, entry: TensorEntry, name: str) -> Iterator[bytearray]:
     """A tensor's bytes, in runs of whole blocks of rows."""
     if not entry.num_bytes:
         return
