@@ -1,77 +1,64 @@
 """A transformer layer as the two computations between which a token travels to its experts and back.
 
-Shape legend: B sequences, T tokens of one, N = B T tokens, D hidden size, K experts per token, A arrived rows.
+Shape legend: B sequences, T tokens of one, N = B T, D hidden size, K experts per token, A received rows.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from comm.protocol import Dispatcher, Handle, HomeDispatcher
 from kernels.attention.documents import Documents
 from model.attention.mla import LatentAttention
-from model.config import Computing, ModelConfig
+from model.config import ModelConfig
 from model.experts import RoutedExperts
 from model.mlp import Mlp
-from model.norm import RmsNorm, norm_and_map
-from model.precision.fp8.experts import ArrivedCodes
-from model.precision.fp8.maps import Fp8Maps
-from model.precision.fp8.norm import pack_rows
+from model.norm import NormSource, RmsNorm, norm_and_map
 from model.precision.linear import WeightSink
+from model.precision.linears import Linears, Rows, Wire
 from model.router import Router, Routing
+from model.values import ExpertOutput, Received
 
 
 class Moe(nn.Module):
     """The feed-forward part of a MoE layer: router, the routed experts held here, shared experts."""
 
-    def __init__(
-        self, config: ModelConfig, experts: range, dtype: torch.dtype, computing: Computing, maps: Fp8Maps | None = None
-    ) -> None:
+    def __init__(self, config: ModelConfig, experts: range, dtype: torch.dtype, linears: Linears) -> None:
         super().__init__()
         hidden, narrow, shared = config.hidden_size, config.expert_intermediate_size, config.num_shared_experts
         self.gate = Router(config, dtype)
-        self.experts = RoutedExperts(hidden, narrow, experts, dtype, computing, maps)
-        self.shared_experts = Mlp(hidden, shared * narrow, dtype, computing, maps) if shared else None
+        self.experts = RoutedExperts(hidden, narrow, experts, dtype, linears)
+        self.shared_experts = Mlp(hidden, shared * narrow, dtype, linears) if shared else None
 
 
 @dataclass(frozen=True, slots=True)
 class Attended:
-    """What `attend` gives: residual_BTD, rows_BTD (normalised, the experts' input), and where they go.
-
-    packed_NB: the rows in FP8, for which `rows_BTD` then only stands in; None in a model without.
-    """
+    """What `Block.attend` returns: the residual, its norm as the experts' input, and where tokens go."""
 
     residual_BTD: Tensor
-    rows_BTD: Tensor
+    rows: Rows
     routing: Routing
-    packed_NB: Tensor | None
 
 
 class Block(nn.Module):
-    """One layer; dense where `experts` is None. Submodules carry the released checkpoint's names.
-
-    maps: of a model whose linear maps are computed in FP8.
-    """
+    """One layer; dense if `experts` is None. Submodules have the released checkpoint's names."""
 
     def __init__(
-        self,
-        config: ModelConfig,
-        experts: range | None,
-        dtype: torch.dtype,
-        computing: Computing,
-        maps: Fp8Maps | None = None,
+        self, config: ModelConfig, experts: range | None, dtype: torch.dtype, kernel: str, linears: Linears
     ) -> None:
+        """kernel: for the heads of attention. linears: the precision of linear layers, the same for a whole model."""
         super().__init__()
         hidden, eps = config.hidden_size, config.norm_eps
-        self.maps = maps
+        self._linears = linears
         self.input_layernorm = RmsNorm(hidden, eps, dtype)
-        self.self_attn = LatentAttention(config, dtype, computing, maps)
+        self.self_attn = LatentAttention(config, dtype, kernel, linears)
         self.post_attention_layernorm = RmsNorm(hidden, eps, dtype)
         self.mlp: Moe | Mlp = (
-            Mlp(hidden, config.dense_intermediate_size, dtype, computing, maps)
+            Mlp(hidden, config.dense_intermediate_size, dtype, linears)
             if experts is None
-            else Moe(config, experts, dtype, computing, maps)
+            else Moe(config, experts, dtype, linears)
         )
 
     @property
@@ -79,42 +66,101 @@ class Block(nn.Module):
         """The MoE part, None in a dense layer."""
         return self.mlp if isinstance(self.mlp, Moe) else None
 
+    def wire(self) -> Wire:
+        """Returns what one exchange of this layer carries, for one micro-batch."""
+        return self._linears.wire()
+
     def dense(self, hidden_BTD: Tensor, sink: WeightSink | None, documents: Documents | None = None) -> Tensor:
-        """A whole dense layer: BTD -> BTD. `documents`: None where a token sees its whole sequence before it."""
+        """Runs a whole dense layer: BTD -> BTD. documents: None if a token sees its whole sequence before it."""
         assert isinstance(self.mlp, Mlp)
-        residual = self.self_attn(hidden_BTD, self.input_layernorm, sink, documents)
-        return self.mlp.add(residual, self.post_attention_layernorm, sink)
+        residual_BTD = self.self_attn(hidden_BTD, self.input_layernorm, sink, documents)
+        return self.mlp.add(residual_BTD, self.post_attention_layernorm, sink)
 
     def attend(self, hidden_BTD: Tensor, sink: WeightSink | None, documents: Documents | None = None) -> Attended:
-        """Norm, attention, residual, norm, router."""
+        """Runs norm, attention, residual, norm and router."""
         assert isinstance(self.mlp, Moe)
-        residual = self.self_attn(hidden_BTD, self.input_layernorm, sink, documents)
-        gate, packed = self.mlp.gate, None
-        rows, logits = norm_and_map(residual, self.post_attention_layernorm, gate.weight)
-        if self.maps is not None:
-            rows, packed = pack_rows(rows, self.maps)
-        return Attended(residual, rows, gate.route(logits), packed)
+        residual_BTD = self.self_attn(hidden_BTD, self.input_layernorm, sink, documents)
+        gate = self.mlp.gate
+        normal_BTD, logits_BTE = norm_and_map(residual_BTD, self.post_attention_layernorm, gate.weight)
+        return Attended(residual_BTD, self._linears.make_rows(normal_BTD), gate.route(logits_BTE))
 
-    def apply_experts(
-        self,
-        attended: Sequence[Tensor],
-        arrived_AD: Tensor,
-        weights_A: Tensor,
-        counts: Sequence[int],
-        sink: WeightSink | None,
-        codes: ArrivedCodes | None = None,
+    def apply_experts(self, received: Received, sink: WeightSink | None) -> ExpertOutput:
+        """Runs routed experts on received rows, and residual and shared experts on the rank's own."""
+        assert isinstance(self.mlp, Moe)
+        routed_AD = self.mlp.experts(received.received, received.weights_A, received.counts, sink)
+        return ExpertOutput(routed_AD, self.add_shared(received.residual_BTD, received.own, sink))
+
+    def add_shared(self, residual_BTD: Tensor, rows: Rows, sink: WeightSink | None) -> Tensor:
+        """Returns residual plus shared experts of its norm, BTD. rows: the norm, which need not be kept."""
+        assert isinstance(self.mlp, Moe)
+        experts = self.mlp.shared_experts
+        return (
+            residual_BTD if experts is None else experts.add_to(residual_BTD, rows, self.post_attention_layernorm, sink)
+        )
+
+
+class _Dispatch(torch.autograd.Function):
+    """`Dispatcher.dispatch` under autograd. `found` takes what arrived besides tensors with gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        values_BTD: Tensor,
+        rows: Rows,
+        weights_NK: Tensor,
+        dispatcher: Dispatcher,
+        handle: Handle,
+        wire: Wire,
+        found: list[tuple[Rows, tuple[int, ...]]],
     ) -> tuple[Tensor, Tensor]:
-        """Routed experts on the rows that arrived (AD), and `shared` on the rank's own (BTD).
+        ctx.dispatcher, ctx.handle, ctx.shape = dispatcher, handle, values_BTD.shape
+        arrived = dispatcher.dispatch(wire.pack(rows), weights_NK, handle).wait()
+        received = wire.unpack(arrived.rows_AD, rows)
+        found.append((received, arrived.counts))
+        return received.values, arrived.weights_A
 
-        attended: residual, rows, and packed rows if there are any, as `attend` gave them.
-        """
-        assert isinstance(self.mlp, Moe)
-        return self.mlp.experts(arrived_AD, weights_A, counts, sink, codes), self.shared(*attended, sink=sink)
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        rows_ND, weights_NK = ctx.dispatcher.dispatch_backward(grads[0], grads[1], ctx.handle).wait()
+        return rows_ND.view(ctx.shape), None, weights_NK, None, None, None, None
 
-    def shared(
-        self, residual_BTD: Tensor, rows_BTD: Tensor, packed_NB: Tensor | None = None, *, sink: WeightSink | None
-    ) -> Tensor:
-        """Residual plus shared experts of its norm, rows_BTD, which need not be kept."""
-        assert isinstance(self.mlp, Moe)
-        experts, norm = self.mlp.shared_experts, self.post_attention_layernorm
-        return residual_BTD if experts is None else experts.add_to(residual_BTD, rows_BTD, norm, sink, packed_NB)
+
+class _Combine(torch.autograd.Function):
+    """`Dispatcher.combine` under autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_AD: Tensor, dispatcher: Dispatcher, handle: Handle, wire: Wire) -> Tensor:
+        ctx.dispatcher, ctx.handle, ctx.wire = dispatcher, handle, wire
+        return dispatcher.combine(rows_AD, handle).wait()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad_ND, wire = grads[0], ctx.wire
+        received = ctx.dispatcher.combine_backward(wire.pack_gradient(grad_ND), ctx.handle).wait()
+        return wire.unpack_gradient(received, grad_ND), None, None, None
+
+
+def run_block(
+    block: Block, dispatcher: Dispatcher, hidden_BTD: Tensor, documents: Documents | None
+) -> tuple[Tensor, Routing | None]:
+    """Runs a whole layer under plain autograd: BTD -> BTD, and where its tokens went if it is a MoE layer."""
+    if block.moe is None:
+        return block.dense(hidden_BTD, None, documents), None
+    attended = block.attend(hidden_BTD, None, documents)
+    residual_BTD, rows, routing = attended.residual_BTD, attended.rows, attended.routing
+    handle = dispatcher.plan(routing.ids_NK, routing.weights_NK)
+    if isinstance(dispatcher, HomeDispatcher):
+        counts, order = dispatcher.at_home(handle)
+        source = NormSource.of(residual_BTD, block.post_attention_layernorm)
+        summed_ND = block.moe.experts.at_home(rows, source, routing.weights_NK, counts, order)
+        base_BTD = block.add_shared(residual_BTD, rows, None)
+        return base_BTD + summed_ND.view_as(base_BTD), routing
+    wire, found = block.wire(), list[tuple[Rows, tuple[int, ...]]]()
+    values_AD, weights_A = _Dispatch.apply(  # type: ignore[no-untyped-call]
+        rows.values, rows, routing.weights_NK, dispatcher, handle, wire, found
+    )
+    ((received, counts),) = found
+    given = Received(residual_BTD, rows, received.with_values(values_AD), weights_A, counts)
+    made = block.apply_experts(given, None)
+    summed_ND = _Combine.apply(made.routed_AD, dispatcher, handle, wire)  # type: ignore[no-untyped-call]
+    return made.base_BTD + summed_ND.view_as(made.base_BTD), routing

@@ -13,10 +13,10 @@ from kernels.cross_entropy import linear_cross_entropy
 from kernels.rms_norm import normalise_backward, rms_norm
 from kernels.rms_norm.reference import inverse_rms
 from model.block import Block
-from model.config import Computing, ModelConfig
+from model.config import ModelConfig
 from model.norm import RmsNorm
-from model.precision.fp8.maps import Fp8Maps
 from model.precision.linear import Projection, WeightSink, give
+from model.precision.linears import Linears
 
 
 class _SplitEmbedding(torch.autograd.Function):
@@ -104,10 +104,8 @@ class MtpBlock(Block):
     The projection reads [norm(embedding), norm(hidden)], the order of the released weights.
     """
 
-    def __init__(
-        self, config: ModelConfig, experts: range, dtype: torch.dtype, computing: Computing, maps: Fp8Maps | None = None
-    ) -> None:
-        super().__init__(config, experts, dtype, computing, maps)
+    def __init__(self, config: ModelConfig, experts: range, dtype: torch.dtype, kernel: str, linears: Linears) -> None:
+        super().__init__(config, experts, dtype, kernel, linears)
         hidden, eps = config.hidden_size, config.norm_eps
         self.enorm = RmsNorm(hidden, eps, dtype)
         self.hnorm = RmsNorm(hidden, eps, dtype)

@@ -6,7 +6,7 @@ Shape legend: A rows, D hidden size, N outputs of a linear map.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,20 @@ class RmsNorm(nn.Module):
         options = _Options(eps=self.eps, sink=None, keeps_normal=False, gives_normal=True, is_wide=False)
         (normal,) = _NormedLinear.apply(x, self.weight, options)  # type: ignore[no-untyped-call]
         return normal  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True, slots=True)
+class NormSource:
+    """The input of a norm and its weight: enough to compute its output again in a backward."""
+
+    x: Tensor
+    norm_weight_D: Tensor
+    eps: float
+
+    @classmethod
+    def of(cls, x: Tensor, norm: RmsNorm) -> Self:
+        """Takes a norm and its input, [..., D]."""
+        return cls(x, norm.weight, norm.eps)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -154,26 +168,24 @@ def normed_linear(
 
 
 def linear_of_normal(
-    normal: Tensor,
-    x: Tensor,
-    norm: RmsNorm,
-    weights_ND: Sequence[Tensor],
-    sink: WeightSink | None,
-    *,
-    keeps_normal: bool,
+    normal: Tensor, source: NormSource, weights_ND: Sequence[Tensor], sink: WeightSink | None, *, keeps_normal: bool
 ) -> Tensor:
-    """As `normed_linear` where norm(x) is at hand: it takes the gradient, and x is kept in its place.
+    """Applies linear layers to a norm's output, which takes the gradient; the norm's input is kept in its place.
 
     Args:
-        normal: norm(x), [..., D].
-        x: [..., D]; gets no gradient here, nor does the norm's weight.
-        norm: by which norm(x) is computed anew.
-        weights_ND: of the maps, of one type.
-        sink: as there.
-        keeps_normal: keep norm(x) after all.
+        normal: the norm's output, [..., D].
+        source: from which the backward computes it again; gets no gradient here.
+        weights_ND: of the layers, of one type.
+        sink: takes their gradients, as in `linear`.
+        keeps_normal: keep the norm's output after all.
+
+    Returns:
+        The outputs of all layers side by side.
     """
-    options = _Options(eps=norm.eps, sink=sink, keeps_normal=keeps_normal, gives_normal=False, is_wide=False)
-    out: Tensor = _LinearOfNormal.apply(normal, x, norm.weight, options, *weights_ND)  # type: ignore[no-untyped-call]
+    options = _Options(eps=source.eps, sink=sink, keeps_normal=keeps_normal, gives_normal=False, is_wide=False)
+    out: Tensor = _LinearOfNormal.apply(  # type: ignore[no-untyped-call]
+        normal, source.x, source.norm_weight_D, options, *weights_ND
+    )
     return out
 
 

@@ -1,14 +1,13 @@
 """A stage's units of work, each run forward and backward by itself; between them the graph is cut.
 
-One micro-batch's passage through a phase is one object. Values between phases are tuples of tensors;
-gradients travel back in tuples of the same length, None where a value has none.
+One micro-batch's passage through a phase is one object. `model.values` holds what passes between phases.
 
-Shape legend: B sequences, T tokens of one, N = B T tokens, D hidden size, K experts per token, A arrived rows.
+Shape legend: B sequences, T tokens of one, N = B T, D hidden size, A received rows.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,38 +17,49 @@ from comm.protocol import Arrived, Dispatcher, Handle, Label, Then, Work
 from kernels.attention.documents import Documents
 from model.block import Block
 from model.gradients import GradientStore, WeightQueue
-from model.precision.fp8.experts import ArrivedCodes, Mail, pack_gradient
-from model.precision.fp8.maps import Fp8Maps
-from model.precision.fp8.norm import stand_in
 from model.precision.linear import WeightSink
+from model.precision.linears import Wire
+from model.values import (
+    ExpertGradients,
+    ExpertOutput,
+    Gradients,
+    Hidden,
+    HiddenGradients,
+    Received,
+    ReceivedGradients,
+    Routed,
+    RoutedGradients,
+    Values,
+)
 
 Lane = Literal["compute", "comm"]
-Values = tuple[Tensor, ...]
-Gradients = tuple[Tensor | None, ...]
+In = TypeVar("In", bound=Values)
+Out = TypeVar("Out", bound=Values)
 
 
 @dataclass(frozen=True, slots=True)
-class Computed:
-    """What a computation gives: values for the next phase, and its part of the step's loss, if any."""
+class Computed(Generic[Out]):
+    """What a computation returns: values for the next phase, and its part of the step's loss, if any."""
 
-    values: Values
+    values: Out
     loss: Tensor | None = None
 
 
 class _Entry:
     """Where the gradients of a phase's inputs arrive. The inputs are kept by what needs them, if anything."""
 
-    gradients: Gradients = ()
+    def __init__(self, size: int) -> None:
+        self.gradients: tuple[Tensor | None, ...] = (None,) * size
 
 
 class _Enter(torch.autograd.Function):
+    """The identity at the start of a phase's graph, which leaves gradients in an entry."""
+
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, entry: _Entry, *values: Tensor) -> Values:
+    def forward(ctx: Any, anchor: Tensor, entry: _Entry, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.entry = entry
         ctx.set_materialize_grads(False)
-        entered = tuple(value.view_as(value) for value in values)
-        ctx.mark_non_differentiable(*(value for value in entered if not value.is_floating_point()))
-        return entered
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, ...]:
@@ -57,158 +67,156 @@ class _Enter(torch.autograd.Function):
         return (None, None, *(None for _ in grads))
 
 
-class ComputePhase:
-    """A differentiable function of the values before it, with its weight gradients put off until `weight`.
+@dataclass(frozen=True, slots=True)
+class _Recorded:
+    """What a computation keeps of its forward: both ends of its graph, which alone holds tensors.
+
+    ends: of each output tensor, None if no gradient passes through it. gradients: the class of the inputs' gradients.
+    """
+
+    entry: _Entry
+    ends: tuple[GradientEdge | None, ...]
+    loss: Tensor | None
+    gradients: type[Gradients]
+
+
+class ComputePhase(Generic[In, Out]):
+    """A differentiable function of the values before it, with its weight gradients deferred until `weight`.
 
     Between forward and backward it keeps the function's graph alone: inputs and outputs live on only where the graph
     has saved them.
     """
 
-    def __init__(self, function: Callable[[Values, WeightSink | None], Computed], store: GradientStore | None) -> None:
+    def __init__(self, function: Callable[[In, WeightSink | None], Computed[Out]], store: GradientStore | None) -> None:
         self._function = function
         self._store = store
         self._queue = WeightQueue()
-        self._entry = _Entry()
-        self._ends: tuple[GradientEdge | None, ...] = ()
-        self._loss: Tensor | None = None
+        self._recorded: _Recorded | None = None
 
-    def forward(self, values: Values) -> Values:
-        """The function's values, cut off from its graph. Without a store nothing is kept for a backward."""
+    def forward(self, values: In) -> Out:
+        """Returns the function's values, cut off from its graph. Without a store nothing is kept for a backward."""
         if self._store is None:
             with torch.no_grad():
                 return self._function(values, None).values
+        tensors = values.tensors()
+        entry = _Entry(len(tensors))
         with torch.enable_grad():
-            self._entry.gradients = (None,) * len(values)
+            # The anchor makes the inputs part of a graph although they need no gradient as leaves.
             anchor = torch.zeros((), requires_grad=True)
-            entered: Values = _Enter.apply(anchor, self._entry, *values) if values else ()  # type: ignore[no-untyped-call]
-            computed = self._function(entered, self._queue)
-        self._ends = tuple(get_gradient_edge(value) if value.requires_grad else None for value in computed.values)
-        self._loss = computed.loss
-        return tuple(value.detach() for value in computed.values)
+            if tensors:
+                values = values.with_tensors(_Enter.apply(anchor, entry, *tensors))  # type: ignore[no-untyped-call]
+            computed = self._function(values, self._queue)
+        made = computed.values.tensors()
+        ends = tuple(get_gradient_edge(tensor) if tensor.requires_grad else None for tensor in made)
+        self._recorded = _Recorded(entry, ends, computed.loss, values.gradients)
+        return computed.values.with_tensors(tensor.detach() for tensor in made)
 
     def backward(self, gradients: Gradients) -> Gradients:
-        """Gradients of the inputs; weight gradients of linear maps wait in the queue."""
+        """Returns the gradients of the inputs; weight gradients of linear layers wait in the queue."""
+        assert self._recorded is not None
+        recorded, self._recorded = self._recorded, None
         roots: list[GradientEdge] = []
         seeds: list[Tensor] = []
-        for end, gradient in zip(self._ends, gradients, strict=True):
+        for end, gradient in zip(recorded.ends, gradients.tensors(), strict=True):
             if gradient is not None and end is not None:
                 roots.append(end)
                 seeds.append(gradient)
-        if self._loss is not None:
-            roots.append(get_gradient_edge(self._loss))
-            seeds.append(torch.ones_like(self._loss))
-        self._ends, self._loss = (), None
+        if recorded.loss is not None:
+            roots.append(get_gradient_edge(recorded.loss))
+            seeds.append(torch.ones_like(recorded.loss))
+        entry, made = recorded.entry, recorded.gradients
+        del recorded
         torch.autograd.backward(roots, seeds)
-        inputs, self._entry.gradients = self._entry.gradients, ()
-        return inputs
+        # What waits for W may still hold the graph, and with it the entry.
+        tensors, entry.gradients = entry.gradients, ()
+        return made(*tensors)
 
     def weight(self) -> None:
-        """The weight gradients of the last backward, added to the store."""
+        """Computes the weight gradients of the last backward and adds them to the store."""
         assert self._store is not None
         self._queue.flush(self._store)
 
 
 @dataclass(slots=True)
 class Exchange:
-    """What the three phases around one exchange share: who sends what to whom, and how much came.
-
-    maps: of a model in FP8, whose rows and gradients go to experts as codes. mail: brings those of gradients.
-    """
+    """What the three phases around one exchange share: who sends what to whom, and in what form."""
 
     dispatcher: Dispatcher
     label: Label
-    maps: Fp8Maps | None = None
-    mail: Mail = field(default_factory=Mail)
+    wire: Wire
     handle: Handle | None = None
-    counts: tuple[int, ...] = ()
 
-    def plan(self, topk_ids_NK: Tensor, weights_NK: Tensor) -> Handle:
+    def plan(self, ids_TK: Tensor, weights_TK: Tensor) -> Handle:
         """Starts the exchange of counts."""
-        self.handle = self.dispatcher.plan(topk_ids_NK, weights_NK, self.label)
+        self.handle = self.dispatcher.plan(ids_TK, weights_TK, self.label)
         return self.handle
 
     def planned(self) -> Handle:
-        """The handle made by `plan`."""
+        """Returns the handle made by `plan`."""
         assert self.handle is not None
         return self.handle
 
 
 class DispatchPhase:
-    """(residual, rows, weights, ids) -> (residual, rows, arrived rows, arrived weights).
-
-    In a model in FP8 rows only stand in for packed rows, which come behind the ids, go out behind the rows, and arrive
-    last.
-    """
+    """Sends a copy of each token's row to each of its experts."""
 
     def __init__(self, exchange: Exchange) -> None:
         self._exchange = exchange
 
-    def forward(self, values: Values) -> Work[Values]:
-        """Sends a copy of each row to each of its experts."""
-        residual, rows_BTD, weights_NK, ids_NK, *packed = values
-        handle = self._exchange.plan(ids_NK, weights_NK)
+    def forward(self, routed: Routed) -> Work[Received]:
+        """Starts the exchange of rows and routing weights."""
+        wire = self._exchange.wire
+        handle = self._exchange.plan(routed.ids_TK, routed.weights_TK)
 
-        def finish(arrived: Arrived) -> Values:
-            self._exchange.counts = arrived.counts
-            if not packed:
-                return residual, rows_BTD, arrived.rows_AD, arrived.weights_A
-            rows_AD = stand_in((len(arrived.rows_AD), rows_BTD.shape[-1]), rows_BTD)
-            return residual, rows_BTD, *packed, rows_AD, arrived.weights_A, arrived.rows_AD
+        def finish(arrived: Arrived) -> Received:
+            received = wire.unpack(arrived.rows_AD, routed.rows)
+            return Received(routed.residual_BTD, routed.rows, received, arrived.weights_A, arrived.counts)
 
-        sent = packed[0] if packed else rows_BTD.flatten(0, 1)
-        return Then(self._exchange.dispatcher.dispatch(sent, weights_NK, handle), finish)
+        return Then(self._exchange.dispatcher.dispatch(wire.pack(routed.rows), routed.weights_TK, handle), finish)
 
-    def backward(self, gradients: Gradients) -> Work[Gradients]:
-        """Brings the gradients of rows and weights back to their tokens."""
-        is_packed = self._exchange.maps is not None
-        residual_BTD, own_BTD = gradients[:2]
-        rows_AD, weights_A = gradients[3:5] if is_packed else gradients[2:]
-        assert residual_BTD is not None
-        assert rows_AD is not None
-        assert weights_A is not None
+    def backward(self, gradients: ReceivedGradients) -> Work[RoutedGradients]:
+        """Starts the return of the gradients of rows and weights to their tokens."""
+        residual_BTD, own_BTD = gradients.residual_BTD, gradients.own_BTD
 
-        def finish(back: tuple[Tensor, Tensor]) -> Gradients:
-            rows_BTD = back[0].view_as(residual_BTD)
-            rows_BTD = rows_BTD if own_BTD is None else own_BTD + rows_BTD
-            return residual_BTD, rows_BTD, back[1], None, *((None,) if is_packed else ())
+        def finish(back: tuple[Tensor, Tensor]) -> RoutedGradients:
+            rows_BTD, weights_TK = back[0].view_as(residual_BTD), back[1]
+            return RoutedGradients(residual_BTD, rows_BTD if own_BTD is None else own_BTD + rows_BTD, weights_TK)
 
         handle = self._exchange.planned()
-        return Then(self._exchange.dispatcher.dispatch_backward(rows_AD, weights_A, handle), finish)
+        work = self._exchange.dispatcher.dispatch_backward(gradients.received_AD, gradients.weights_A, handle)
+        return Then(work, finish)
 
 
 class CombinePhase:
-    """(routed rows, base) -> (hidden,): the sum of each token's experts, added to residual and shared experts."""
+    """Sums each token's rows from its experts, and adds residual and shared experts."""
 
     def __init__(self, exchange: Exchange) -> None:
         self._exchange = exchange
 
-    def forward(self, values: Values) -> Work[Values]:
-        """Brings each token's rows back and sums them."""
-        routed_AD, base_BTD = values
-        work = self._exchange.dispatcher.combine(routed_AD, self._exchange.planned())
-        return Then(work, lambda summed_ND: (base_BTD + summed_ND.view_as(base_BTD),))
+    def forward(self, output: ExpertOutput) -> Work[Hidden]:
+        """Starts the return of each token's rows."""
+        base_BTD = output.base_BTD
+        work = self._exchange.dispatcher.combine(output.routed_AD, self._exchange.planned())
+        return Then(work, lambda summed_ND: Hidden(base_BTD + summed_ND.view_as(base_BTD)))
 
-    def backward(self, gradients: Gradients) -> Work[Gradients]:
-        """A copy of each token's gradient to each of its experts."""
-        (hidden,) = gradients
-        assert hidden is not None
-        exchange, grad_ND = self._exchange, hidden.flatten(0, 1)
-        if exchange.maps is None:
-            work = exchange.dispatcher.combine_backward(grad_ND, exchange.planned())
-            return Then(work, lambda routed_AD: (routed_AD, hidden))
+    def backward(self, gradients: HiddenGradients) -> Work[ExpertGradients]:
+        """Starts the exchange of a copy of each token's gradient for each of its experts."""
+        grad_BTD, exchange = gradients.hidden_BTD, self._exchange
+        assert grad_BTD is not None
+        grad_ND = grad_BTD.flatten(0, 1)
 
-        def finish(packed_AB: Tensor) -> Gradients:
-            return exchange.mail.put(packed_AB, hidden.shape[-1], hidden.dtype), hidden
+        def finish(received: Tensor) -> ExpertGradients:
+            return ExpertGradients(exchange.wire.unpack_gradient(received, grad_ND), grad_BTD)
 
-        packed_NB = pack_gradient(grad_ND, exchange.maps)
-        return Then(exchange.dispatcher.combine_backward(packed_NB, exchange.planned()), finish)
+        packed = exchange.wire.pack_gradient(grad_ND)
+        return Then(exchange.dispatcher.combine_backward(packed, exchange.planned()), finish)
 
 
-Phase = ComputePhase | DispatchPhase | CombinePhase
+Phase = ComputePhase[Any, Any] | DispatchPhase | CombinePhase
 
 
 class BalanceNote(Protocol):
-    """Takes the balance loss of one layer and one micro-batch; gives its part of the step's loss."""
+    """Takes the balance loss of one layer and one micro-batch; returns its part of the step's loss."""
 
     def __call__(self, balance: Tensor) -> Tensor:
         """balance: summed over sequences, unscaled."""
@@ -216,7 +224,7 @@ class BalanceNote(Protocol):
 
 
 def block_lanes(dense: bool) -> tuple[Lane, ...]:
-    """Lanes of a block's phases: attend, dispatch, experts, combine; a dense block is one computation."""
+    """Returns the lanes of a block's phases: attend, dispatch, experts, combine; a dense block is one computation."""
     return ("compute",) if dense else ("compute", "comm", "compute", "comm")
 
 
@@ -228,26 +236,23 @@ def block_phases(
     label: Label,
     documents: Documents | None = None,
 ) -> list[Phase]:
-    """The phases of one micro-batch through one block: (hidden,) -> (hidden,). `label`: of its exchanges."""
-    if block.moe is None:
-        return [ComputePhase(lambda values, sink: Computed((block.dense(values[0], sink, documents),)), store)]
-    exchange = Exchange(dispatcher, label, block.maps)
+    """Returns the phases of one micro-batch through one block, from `Hidden` to `Hidden`. label: of its exchanges."""
 
-    def attend(values: Values, sink: WeightSink | None) -> Computed:
-        attended = block.attend(values[0], sink, documents)
+    def dense(hidden: Hidden, sink: WeightSink | None) -> Computed[Hidden]:
+        return Computed(Hidden(block.dense(hidden.hidden_BTD, sink, documents)))
+
+    def attend(hidden: Hidden, sink: WeightSink | None) -> Computed[Routed]:
+        attended = block.attend(hidden.hidden_BTD, sink, documents)
         routing = attended.routing
-        out = (attended.residual_BTD, attended.rows_BTD, routing.weights_NK, routing.ids_NK)
-        packed = () if attended.packed_NB is None else (attended.packed_NB,)
-        return Computed((*out, *packed), note_balance(routing.balance))
+        routed = Routed(attended.residual_BTD, attended.rows, routing.weights_NK, routing.ids_NK)
+        return Computed(routed, note_balance(routing.balance))
 
-    def experts(values: Values, sink: WeightSink | None) -> Computed:
-        if block.maps is None:
-            *own, arrived, weights = values
-            return Computed(block.apply_experts(own, arrived, weights, exchange.counts, sink))
-        *own, arrived, weights, packed = values
-        codes = ArrivedCodes(packed, exchange.mail)
-        return Computed(block.apply_experts(own, arrived, weights, exchange.counts, sink, codes))
+    def experts(received: Received, sink: WeightSink | None) -> Computed[ExpertOutput]:
+        return Computed(block.apply_experts(received, sink))
 
+    if block.moe is None:
+        return [ComputePhase(dense, store)]
+    exchange = Exchange(dispatcher, label, block.wire())
     return [
         ComputePhase(attend, store),
         DispatchPhase(exchange),

@@ -13,9 +13,19 @@ from model.block import Block
 from model.gradients import GradientStore
 from model.head import cross_entropy_sum
 from model.objective import LossSums, MicroBatch, Objective
-from model.phases import Computed, ComputePhase, Gradients, Lane, Phase, Values, block_lanes, block_phases
+from model.phases import CombinePhase, Computed, ComputePhase, DispatchPhase, Lane, Phase, block_lanes, block_phases
 from model.precision.linear import WeightSink
 from model.transformer import Transformer
+from model.values import (
+    ExpertOutput,
+    Gradients,
+    Hidden,
+    HiddenGradients,
+    NoValues,
+    ReceivedGradients,
+    Routed,
+    Values,
+)
 
 
 class StageRun:
@@ -23,44 +33,54 @@ class StageRun:
 
     def __init__(self, phases: list[Phase]) -> None:
         self._phases = phases
-        self._values: Values = ()
-        self._gradients: Gradients = ()
+        self._values: Values = NoValues()
+        self._gradients = Gradients()
         self._under_way: Callable[[], None] | None = None
 
     def set_input(self, hidden_BTD: Tensor) -> None:
         """The hidden state from the stage before."""
-        self._values = (hidden_BTD,)
+        self._values = Hidden(hidden_BTD)
 
     def output(self) -> Tensor:
         """The hidden state for the stage after; handed over, not kept."""
-        (hidden,), self._values = self._values, ()
-        return hidden
+        values, self._values = self._values, NoValues()
+        assert isinstance(values, Hidden)
+        return values.hidden_BTD
 
     def set_output_gradient(self, gradient_BTD: Tensor) -> None:
         """The gradient of `output`, from the stage after."""
-        self._gradients = (gradient_BTD,)
+        self._gradients = HiddenGradients(gradient_BTD)
 
     def input_gradient(self) -> Tensor:
         """The gradient of the input, for the stage before; handed over, not kept."""
-        (gradient,), self._gradients = self._gradients, ()
-        assert gradient is not None
-        return gradient
+        gradients, self._gradients = self._gradients, Gradients()
+        assert isinstance(gradients, HiddenGradients)
+        assert gradients.hidden_BTD is not None
+        return gradients.hidden_BTD
 
     def forward(self, phase: int) -> None:
         """Runs a computation, or starts an exchange that `wait` completes."""
         match self._phases[phase]:
             case ComputePhase() as compute:
                 self._values = compute.forward(self._values)
-            case exchange:
-                self._start(exchange.forward(self._values), self._keep_values)
+            case DispatchPhase() as dispatch:
+                assert isinstance(self._values, Routed)
+                self._start(dispatch.forward(self._values), self._keep_values)
+            case CombinePhase() as combine:
+                assert isinstance(self._values, ExpertOutput)
+                self._start(combine.forward(self._values), self._keep_values)
 
     def backward(self, phase: int) -> None:
         """As `forward`, for gradients of inputs."""
         match self._phases[phase]:
             case ComputePhase() as compute:
                 self._gradients = compute.backward(self._gradients)
-            case exchange:
-                self._start(exchange.backward(self._gradients), self._keep_gradients)
+            case DispatchPhase() as dispatch:
+                assert isinstance(self._gradients, ReceivedGradients)
+                self._start(dispatch.backward(self._gradients), self._keep_gradients)
+            case CombinePhase() as combine:
+                assert isinstance(self._gradients, HiddenGradients)
+                self._start(combine.backward(self._gradients), self._keep_gradients)
 
     def weight(self, phase: int) -> None:
         """The weight gradients that the phase's backward put off."""
@@ -132,8 +152,12 @@ class Stage:
         phases: list[Phase] = []
         if self._first:
             assert batch is not None
-            tokens = batch.inputs_BT[0]
-            phases.append(ComputePhase(lambda _, sink: Computed((self._model.embed(tokens, sink),)), store))
+            tokens_BT = batch.inputs_BT[0]
+
+            def embed(values: NoValues, sink: WeightSink | None) -> Computed[Hidden]:
+                return Computed(Hidden(self._model.embed(tokens_BT, sink)))
+
+            phases.append(ComputePhase(embed, store))
         for layer in self._layers:
             add_block(self._model.block(layer), layer)
         if self._last:
@@ -146,19 +170,19 @@ class Stage:
 
     def _head(
         self, depth: int, batch: MicroBatch, objective: Objective, sums: LossSums
-    ) -> Callable[[Values, WeightSink | None], Computed]:
+    ) -> Callable[[Hidden, WeightSink | None], Computed[Any]]:
         model, config = self._model, self._model.config
 
-        def compute(values: Values, sink: WeightSink | None) -> Computed:
-            (hidden,) = values
+        def compute(values: Hidden, sink: WeightSink | None) -> Computed[Any]:
+            hidden = values.hidden_BTD
             normal = model.final_norm(depth)(hidden)
             nats = cross_entropy_sum(normal, model.head_weight, batch.targets_BT[depth], sink)
             sums.add_cross_entropy(depth, nats)
             loss = objective.cross_entropy[depth] * nats
             if depth == config.mtp_depth:
-                return Computed((), loss)
+                return Computed(NoValues(), loss)
             state = normal if config.mtp_hidden == "post_norm" else hidden
             embedded = model.embed(batch.inputs_BT[depth + 1], sink)
-            return Computed((model.mtp_block(depth + 1).merge(embedded, state, sink),), loss)
+            return Computed(Hidden(model.mtp_block(depth + 1).merge(embedded, state, sink)), loss)
 
         return compute

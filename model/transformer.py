@@ -4,7 +4,7 @@ Shape legend: B sequences, T tokens, D hidden size, V vocabulary.
 """
 
 import hashlib
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -12,15 +12,14 @@ from torch import Tensor, nn
 
 from comm.protocol import Dispatcher
 from kernels.attention.documents import Documents
-from model.block import Block
+from model.block import Block, run_block
 from model.config import Computing, ModelConfig
-from model.eager import run_block
 from model.experts import RoutedExperts
 from model.head import Embedding, MtpBlock, cross_entropy_sum
 from model.norm import RmsNorm, normed_linear
 from model.objective import LossSums, MicroBatch, Objective
-from model.precision.fp8.maps import Fp8Maps
 from model.precision.linear import Projection, WeightSink, widen
+from model.precision.linears import Linears, linears_for
 from model.router import Router
 
 BIAS = "e_score_correction_bias"
@@ -48,17 +47,15 @@ def whole(config: ModelConfig) -> Part:
 class Trunk(nn.Module):
     """Embedding, layers, final norm: what stands under `model.` in the released checkpoint."""
 
-    def __init__(
-        self, config: ModelConfig, part: Part, dtype: torch.dtype, computing: Computing, maps: Fp8Maps | None
-    ) -> None:
+    def __init__(self, config: ModelConfig, part: Part, dtype: torch.dtype, kernel: str, linears: Linears) -> None:
         super().__init__()
         blocks: dict[str, nn.Module] = {}
         for layer in sorted(part.layers):
             if layer >= config.num_layers:
-                blocks[str(layer)] = MtpBlock(config, part.experts, dtype, computing, maps)
+                blocks[str(layer)] = MtpBlock(config, part.experts, dtype, kernel, linears)
             else:
                 experts = None if layer < config.num_dense_layers else part.experts
-                blocks[str(layer)] = Block(config, experts, dtype, computing, maps)
+                blocks[str(layer)] = Block(config, experts, dtype, kernel, linears)
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype) if part.embedding else None
         self.layers = nn.ModuleDict(blocks)
         self.norm = RmsNorm(config.hidden_size, config.norm_eps, dtype) if part.head else None
@@ -90,14 +87,13 @@ class Transformer(nn.Module):
         self._computing = computing
         self.dispatcher = dispatcher
         part = part or whole(config)
-        own = computing.products == "own"
-        self.maps = None if own else Fp8Maps(power_of_two=computing.products == "fp8_power_of_two")
-        self.model = Trunk(config, part, dtype, computing, self.maps)
+        self._linears = linears_for(computing)
+        self.model = Trunk(config, part, dtype, computing.attention, self._linears)
         self.lm_head = Projection(config.hidden_size, config.vocab_size, dtype) if part.head else None
 
     def weights_unchanged(self) -> AbstractContextManager[None]:
-        """Meanwhile no weight changes, so that products in FP8 need put each of them in FP8 only once."""
-        return nullcontext() if self.maps is None else self.maps.held()
+        """Promises that no weight changes inside the context, so that each is put in FP8 only once."""
+        return self._linears.weights_unchanged()
 
     def block(self, layer: int) -> Block:
         """The block of a layer held here."""

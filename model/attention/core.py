@@ -5,6 +5,7 @@ a value for the kernel. If the kernel wants queries, keys and values of one widt
 """
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,81 +13,107 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from kernels.attention import choose_attention
-from model.attention.projections import Ends, LatentWeights, Mixing, PlainEnds
-from model.precision.fp8.latents import Fp8Ends
+from model.attention.projections import LatentEnds, LatentOptions, LatentWeights, rows_of_heads
+from model.precision.linears import Linears
 from model.rope import rotate, rotate_
 
 Heads = tuple[Tensor, Tensor, Tensor]
 """Queries, keys and values: BTHQ, BTHQ, BTHW."""
 
 
-def mix(x_BTD: Tensor, compressed_BTX: Tensor, weights: LatentWeights, mixing: Mixing) -> Tensor:
-    """x + attention, from compressed queries, keys and values.
+def mix(
+    x_BTD: Tensor, compressed_BTX: Tensor, weights: LatentWeights, options: LatentOptions, linears: Linears
+) -> Tensor:
+    """Returns x + attention, from compressed queries, keys and values; BTD.
 
     Args:
         x_BTD: the residual.
         compressed_BTX: compressed query before its norm, or whole queries before rotation (R); compressed keys and
             values before their norm, then the shared key before rotation (C).
-        weights: see there.
-        mixing: see there.
-
-    Returns:
-        BTD.
+        weights: of norms and projections.
+        options: sizes, kernel, rotation, documents and sink.
+        linears: the precision of the projections.
     """
-    out: Tensor = _Mix.apply(x_BTD, compressed_BTX, mixing, *weights)  # type: ignore[no-untyped-call]
+    out: Tensor = _Mix.apply(x_BTD, compressed_BTX, options, linears, *weights)  # type: ignore[no-untyped-call]
     return out
+
+
+@dataclass(slots=True)
+class _Heads:
+    """The kernel's own graph between forward and backward, whose tensors may give up their memory meanwhile.
+
+    inputs: queries, keys and values, which are the graph's leaves. input_bytes: what each of them gave up; empty if
+    they stayed. mixed_bytes: likewise of what the heads mixed.
+    """
+
+    inputs: Heads
+    mixed_BHTW: Tensor
+    input_bytes: list[int]
+    mixed_bytes: int
 
 
 class _Mix(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, compressed: Tensor, mixing: Mixing, *given: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, compressed: Tensor, options: LatentOptions, linears: Linears, *given: Tensor | None
+    ) -> Tensor:
         weights = LatentWeights(*given)  # type: ignore[arg-type]
-        compress = PlainEnds if mixing.maps is None else Fp8Ends.compress
-        ends: Ends = compress(compressed, weights, mixing)
-        kernel = _Kernel(compressed, mixing)
+        ends = linears.compress_latents(compressed, weights, options)
+        kernel = _Kernel(compressed, options)
+        # Queries, keys (BTHQ) and values (BTHW), expanded from the compressed ones.
         heads = kernel.fill(ends, None)
-        is_freed = mixing.records and ends.frees_heads
-        with torch.enable_grad() if mixing.records else torch.no_grad(), _unseen() if is_freed else nullcontext():
-            leaves = [tensor.requires_grad_(mixing.records) for tensor in heads]
+        is_freed = options.records and ends.frees_heads
+        # A graph of the kernel alone: BHTW. If its inputs are freed, hooks must not see that it has saved them.
+        with torch.enable_grad() if options.records else torch.no_grad(), _unseen() if is_freed else nullcontext():
+            leaves = [tensor.requires_grad_(options.records) for tensor in heads]
             mixed_BHTW = kernel.attend(*leaves)
+        # The graph still holds these tensors. Without memory they cost nothing until the backward fills them again.
         head_bytes = [_free(tensor) for tensor in heads] if is_freed else []
+        # x plus the output projection, ND.
         out_ND = ends.add(x.flatten(0, 1), kernel.rows(mixed_BHTW.detach()))
-        if mixing.records:
-            ctx.mixing, ctx.shape, ctx.heads, ctx.mixed = mixing, compressed.shape, heads, mixed_BHTW
+        if options.records:
+            ctx.options, ctx.linears, ctx.shape = options, linears, compressed.shape
             ctx.save_for_backward(*given, *ends.saved(mixed_BHTW.detach()))
-            ctx.head_bytes, ctx.mixed_bytes = head_bytes, _free(mixed_BHTW) if ends.frees_mixed else 0
+            mixed_bytes = _free(mixed_BHTW) if ends.frees_mixed else 0
+            ctx.heads = _Heads(heads, mixed_BHTW, head_bytes, mixed_bytes)
         return out_ND.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_BTD,) = grads
-        if ctx.mixed is None:
+        if ctx.heads is None:
             raise RuntimeError("attention: a second backward of one forward, whose queries, keys and values are gone")
-        mixing: Mixing = ctx.mixing
+        heads: _Heads = ctx.heads
+        options: LatentOptions = ctx.options
         saved = ctx.saved_tensors
-        weights, kept = LatentWeights(*saved[:5]), saved[5:]
-        grad_BTX = grad_BTD.new_empty(ctx.shape)
-        kernel = _Kernel(grad_BTX, mixing)
-        ends: Ends
-        if mixing.maps is None:
-            ends = PlainEnds.restore((kept[0], kernel.rows(kept[1]), *kept[2:]), weights, mixing)
-        else:
-            ends = Fp8Ends.restore(kept, weights, mixing)
+        num_weights = len(LatentWeights._fields)
+        ends = ctx.linears.restore_latents(saved[num_weights:], LatentWeights(*saved[:num_weights]), options)
+        # The output projection: the gradient of what the heads mixed, NV, and of its weight.
         grad_NV, grad_out = ends.add_backward(grad_BTD.flatten(0, 1))
-        if ctx.head_bytes:
-            for tensor, size in zip(ctx.heads, ctx.head_bytes, strict=True):
-                _allocate_again(tensor, size)
-            kernel.fill(ends, tuple(tensor.data for tensor in ctx.heads))
-        if ends.frees_mixed:
-            _allocate_again(ctx.mixed, ctx.mixed_bytes)
-            kernel.fill_mixed(ends.mixed(), ctx.mixed.data)
-        grad_heads = torch.autograd.grad(ctx.mixed, ctx.heads, kernel.pad(grad_NV))
-        ctx.heads = ctx.mixed = None
-        out_BTR, out_BTL, out_key = mixing.split(grad_BTX)
-        grad_query_weights = ends.queries_backward(kernel.query_gradient(grad_heads[0]), out_BTR)
+        # The kernel: gradients of queries, keys and values, shaped like them. Its graph is freed with `heads`.
+        grad_BTX = grad_BTD.new_empty(ctx.shape)
+        kernel = _Kernel(grad_BTX, options)
+        _refill(heads, ends, kernel)
+        grad_heads = torch.autograd.grad(heads.mixed_BHTW, heads.inputs, kernel.pad(grad_NV))
+        ctx.heads = heads = None  # type: ignore[assignment]
+        # The up-projections: each writes its part of the gradient of the compressed values, BTX.
+        out_BTR, out_BTL, out_key = options.split(grad_BTX)
+        query = ends.queries_backward(kernel.query_gradient(grad_heads[0]), out_BTR)
         grad_NE = kernel.key_gradient(grad_heads[1], grad_heads[2], out_key)
-        grad_latent_weights = ends.keys_and_values_backward(grad_NE, out_BTL)
-        return grad_BTD, grad_BTX, None, *grad_query_weights, *grad_latent_weights, grad_out
+        latent = ends.keys_and_values_backward(grad_NE, out_BTL)
+        return grad_BTD, grad_BTX, None, None, *query, *latent, grad_out
+
+
+def _refill(heads: _Heads, ends: LatentEnds, kernel: "_Kernel") -> None:
+    """Gives tensors that were freed their memory and their numbers again."""
+    if heads.input_bytes:
+        for tensor, size in zip(heads.inputs, heads.input_bytes, strict=True):
+            _allocate_again(tensor, size)
+        query, key, value = heads.inputs
+        kernel.fill(ends, (query.data, key.data, value.data))
+    if ends.frees_mixed:
+        _allocate_again(heads.mixed_BHTW, heads.mixed_bytes)
+        kernel.fill_mixed(ends.mixed(), heads.mixed_BHTW.data)
 
 
 def _free(tensor: Tensor) -> int:
@@ -116,22 +143,22 @@ def _unseen() -> AbstractContextManager[None]:
 class _Kernel:
     """Queries, keys and values as the kernel for attention wants them, and what it gives, as rows of all heads."""
 
-    def __init__(self, like_BTX: Tensor, mixing: Mixing) -> None:
+    def __init__(self, like_BTX: Tensor, options: LatentOptions) -> None:
         """like_BTX: of the compressed values' shape, type and device."""
-        self._mixing, self._shape, self._like = mixing, mixing.shape, like_BTX
-        name, is_packed = mixing.computing.attention, mixing.documents is not None
-        kernel = choose_attention(name, like_BTX.device, like_BTX.dtype, is_packed)
+        self._options, self._shape, self._like = options, options.shape, like_BTX
+        kernel = choose_attention(options.kernel, like_BTX.device, like_BTX.dtype, options.documents is not None)
         self._attend = kernel.attend
         size, value = self._shape.nope + self._shape.rope, self._shape.value
         is_padded = kernel.pads_values(like_BTX.device.type)
         self._widths = (max(size, value),) * 2 if is_padded else (size, value)
 
-    def fill(self, ends: Ends, into: Heads | None) -> Heads:
+    def fill(self, ends: LatentEnds, into: Heads | None) -> Heads:
         """Queries, keys and values; into given memory if any."""
-        shape, (cos, sin) = self._shape, self._mixing.rotation
+        shape, (cos, sin) = self._shape, self._options.rotation
         heads = self._allocate() if into is None else into
         query, key, value = heads
         size = shape.nope + shape.rope
+        # Queries are projected straight into their place, unless padding lies between them; then their end is rotated.
         if size == query.shape[-1]:
             ends.queries(query.flatten(0, 1).flatten(1))
         else:
@@ -139,10 +166,12 @@ class _Kernel:
             ends.queries(plain.flatten(0, 1).flatten(1))
             query[..., :size] = plain
         rotate_(query[..., shape.nope : size], cos, sin)
+        # A head's key is its own part without position, then the rotated key that all heads share.
         expanded = ends.keys_and_values().view(*query.shape[:3], shape.nope + shape.value)
         key[..., : shape.nope] = expanded[..., : shape.nope]
         key[..., shape.nope : size] = rotate(ends.shared_key()[:, :, None], cos, sin)
         value[..., : shape.value] = expanded[..., shape.nope :]
+        # The kernel's padding, if it wants one width.
         for padded, used in ((query, size), (key, size), (value, shape.value)):
             padded[..., used:] = 0
         return heads
@@ -150,11 +179,11 @@ class _Kernel:
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """BHTW."""
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-        return self._attend(query, key, value, self._shape.scale, self._mixing.documents)
+        return self._attend(query, key, value, self._shape.scale, self._options.documents)
 
     def rows(self, mixed_BHTW: Tensor) -> Tensor:
-        """All heads of a token side by side, NV."""
-        return mixed_BHTW.transpose(1, 2)[..., : self._shape.value].flatten(2).flatten(0, 1)
+        """Returns all heads' values of a token side by side, NV."""
+        return rows_of_heads(mixed_BHTW, self._shape.value)
 
     def fill_mixed(self, rows_NV: Tensor, mixed_BHTW: Tensor) -> None:
         """The inverse of `rows`, into given memory."""
@@ -174,14 +203,14 @@ class _Kernel:
 
     def query_gradient(self, grad_BTHQ: Tensor) -> Tensor:
         """The gradient of queries before rotation, [N, H Q]."""
-        shape, (cos, sin) = self._shape, self._mixing.rotation
+        shape, (cos, sin) = self._shape, self._options.rotation
         grad_BTHQ = grad_BTHQ[..., : shape.nope + shape.rope]
         rotate_(grad_BTHQ[..., shape.nope :], cos, -sin)
         return grad_BTHQ.flatten(2).flatten(0, 1)
 
     def key_gradient(self, grad_key: Tensor, grad_value: Tensor, out_key: Tensor) -> Tensor:
         """The gradient of keys without position and of values, NE; writes that of the shared key."""
-        shape, (cos, sin) = self._shape, self._mixing.rotation
+        shape, (cos, sin) = self._shape, self._options.rotation
         expanded = grad_key.new_empty(*grad_key.shape[:3], shape.nope + shape.value)
         expanded[..., : shape.nope] = grad_key[..., : shape.nope]
         expanded[..., shape.nope :] = grad_value[..., : shape.value]

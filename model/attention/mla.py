@@ -8,12 +8,11 @@ from torch import Tensor, nn
 
 from kernels.attention.documents import Documents
 from model.attention.core import mix
-from model.attention.projections import LatentShape, LatentWeights, Mixing
-from model.config import Computing, ModelConfig
-from model.norm import RmsNorm, normed_linear
-from model.precision.fp8 import norm as fp8_norm
-from model.precision.fp8.maps import Fp8Maps
+from model.attention.projections import LatentOptions, LatentShape, LatentWeights
+from model.config import ModelConfig
+from model.norm import RmsNorm
 from model.precision.linear import Projection, WeightSink
+from model.precision.linears import Linears
 from model.rope import rotation_table, softmax_scale
 
 # The released code leaves these two norms at its class' default, whatever the model's own.
@@ -23,13 +22,11 @@ LATENT_NORM_EPS = 1e-6
 class LatentAttention(nn.Module):
     """Queries through a low-rank latent, keys and values from one shared latent and one rotated key for all heads."""
 
-    def __init__(
-        self, config: ModelConfig, dtype: torch.dtype, computing: Computing, maps: Fp8Maps | None = None
-    ) -> None:
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, kernel: str, linears: Linears) -> None:
         super().__init__()
         self._config = config
-        self._computing = computing
-        self._maps = maps
+        self._kernel = kernel
+        self._linears = linears
         heads, hidden = config.num_heads, config.hidden_size
         query_size = heads * config.qk_head_dim
         if config.q_lora_rank is None:
@@ -60,12 +57,9 @@ class LatentAttention(nn.Module):
         """x + attention(norm(x)), causal over each sequence or each of its documents: BTD -> BTD."""
         has_latent = self._config.q_lora_rank is not None
         query_weight = self.q_a_proj.weight if has_latent else self.q_proj.weight
+        # Compressed queries (or whole ones), compressed keys and values, shared key: side by side, BTX.
         down = (query_weight, self.kv_a_proj_with_mqa.weight)
-        if self._maps is None:
-            keeps_normal = "norm" not in self._computing.recomputed
-            compressed_BTX = normed_linear(x_BTD, norm, down, sink, keeps_normal=keeps_normal)
-        else:
-            compressed_BTX = fp8_norm.normed_linear(x_BTD, norm, down, sink, self._maps)
+        compressed_BTX = self._linears.normed_linear(x_BTD, norm, down, sink)
         weights = LatentWeights(
             query_norm=self.q_a_layernorm.weight if has_latent else None,
             query_up=self.q_b_proj.weight if has_latent else None,
@@ -73,16 +67,15 @@ class LatentAttention(nn.Module):
             latent_up=self.kv_b_proj.weight,
             out=self.o_proj.weight,
         )
-        mixing = Mixing(
+        options = LatentOptions(
             shape=self._shape,
-            computing=self._computing,
+            kernel=self._kernel,
             rotation=self._rotation(x_BTD),
             documents=documents,
             sink=sink,
             records=torch.is_grad_enabled(),
-            maps=self._maps,
         )
-        return mix(x_BTD, compressed_BTX, weights, mixing)
+        return mix(x_BTD, compressed_BTX, weights, options, self._linears)
 
     def _rotation(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
         dtype = torch.promote_types(x_BTD.dtype, torch.float32)

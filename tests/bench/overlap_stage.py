@@ -12,9 +12,11 @@ from torch import Tensor
 from comm.node_limit import limit_groups
 from comm.protocol import Dispatcher, Label
 from model.gradients import GradientStore
-from model.phases import CombinePhase, Computed, ComputePhase, DispatchPhase, Exchange, Lane, Phase, Values, block_lanes
+from model.phases import CombinePhase, Computed, ComputePhase, DispatchPhase, Exchange, Lane, Phase, block_lanes
 from model.precision.linear import WeightSink
+from model.precision.plain.linears import PlainRows, PlainWire
 from model.stage import StageRun
+from model.values import ExpertOutput, Hidden, Received, Routed
 from tests.bench.blocks import SleepBlock, SleepLog
 
 
@@ -101,15 +103,15 @@ class EmulatedStage:
     def _block(self, index: int, label: Label) -> list[Phase]:
         attention, ffn = self._sleepers[2 * index : 2 * index + 2]
 
-        def attend(values: Values, sink: WeightSink | None) -> Computed:
-            hidden_1TD = _sleep(values[0], self._weights_TK, attention, sink)
-            return Computed((hidden_1TD, hidden_1TD, self._weights_TK, self._ids_TK))
+        def attend(hidden: Hidden, sink: WeightSink | None) -> Computed[Routed]:
+            hidden_1TD = _sleep(hidden.hidden_BTD, self._weights_TK, attention, sink)
+            return Computed(Routed(hidden_1TD, PlainRows(hidden_1TD), self._weights_TK, self._ids_TK))
 
-        def experts(values: Values, sink: WeightSink | None) -> Computed:
-            residual_1TD, _, rows_AD, weights_A = values
-            return Computed((_sleep(rows_AD, weights_A, ffn, sink), residual_1TD))
+        def experts(received: Received, sink: WeightSink | None) -> Computed[ExpertOutput]:
+            routed_AD = _sleep(received.received.values, received.weights_A, ffn, sink)
+            return Computed(ExpertOutput(routed_AD, received.residual_BTD))
 
-        exchange = Exchange(self._dispatcher, label)
+        exchange = Exchange(self._dispatcher, label, PlainWire())
         return [
             ComputePhase(attend, self._store),
             DispatchPhase(exchange),

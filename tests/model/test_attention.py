@@ -17,6 +17,7 @@ from model.attention.mla import LATENT_NORM_EPS, LatentAttention
 from model.config import Computing, ModelConfig, Recomputed
 from model.norm import RmsNorm
 from model.precision.linear import WeightSink
+from model.precision.linears import linears_for
 from tests.kernels import plain
 from tests.kernels.flash_attn_emulation import Calls, emulated
 from tests.kernels.plain import randn, strided
@@ -47,7 +48,7 @@ class Attention(nn.Module):
         super().__init__()
         self.config = config
         self.norm = RmsNorm(config.hidden_size, config.norm_eps, dtype)
-        self.self_attn = LatentAttention(config, dtype, computing)
+        self.self_attn = LatentAttention(config, dtype, computing.attention, linears_for(computing))
         randomise(self, 1)
 
 

@@ -7,9 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from comm.dispatch.expert_order import SortedChoices
-from model.config import Computing, Recomputed
+from model.config import Recomputed
 from model.experts import RoutedExperts
+from model.norm import NormSource
 from model.precision.linear import WeightSink
+from model.precision.plain.linears import PlainLinears, PlainRows
 from tests.kernels.plain import expert_rows, randn, strided
 from tests.model.against_plain import Weights, assert_equals_plain, randomise
 
@@ -19,7 +21,7 @@ COUNTS = [(3, 0, 4, 1), (0, 0, 6, 0), (0, 0, 0, 0), (1, 0, 0, 0)]
 
 
 def make_experts(dtype: torch.dtype, recomputed: frozenset[Recomputed]) -> RoutedExperts:
-    experts = RoutedExperts(6, 5, range(4, 8), dtype, Computing(recomputed=recomputed))
+    experts = RoutedExperts(6, 5, range(4, 8), dtype, PlainLinears(recomputed))
     randomise(experts, 1)
     return experts
 
@@ -37,7 +39,7 @@ def test_experts_of_arrived_rows_equal_row_by_row(
         def call(
             experts: RoutedExperts, inputs: Sequence[Tensor], sink: WeightSink | None, counts: tuple[int, ...] = counts
         ) -> tuple[Tensor]:
-            return (experts(inputs[0], inputs[1], counts, sink),)
+            return (experts(PlainRows(inputs[0]), inputs[1], counts, sink),)
 
         def plainly(weights: Weights, inputs: Sequence[Tensor], counts: tuple[int, ...] = counts) -> tuple[Tensor]:
             rows_AD = expert_rows(inputs[0], inputs[1], weights["gate_up_proj"], weights["down_proj"], counts)
@@ -65,7 +67,8 @@ def test_experts_at_home_equal_row_by_row(
     counts = tuple(torch.bincount(ids_NK.flatten(), minlength=4).tolist())
 
     def call(experts: RoutedExperts, inputs: Sequence[Tensor], sink: WeightSink | None) -> tuple[Tensor]:
-        return (experts.at_home(inputs[0], inputs[1], counts, order),)
+        source = NormSource(inputs[0], torch.ones(6), 1e-6)  # rows in the weights' type are kept, not made again
+        return (experts.at_home(PlainRows(inputs[0]), source, inputs[1], counts, order),)
 
     def plainly(weights: Weights, inputs: Sequence[Tensor]) -> tuple[Tensor]:
         rows_ND, weights_NK = inputs
@@ -89,7 +92,7 @@ def test_experts_at_home_equal_row_by_row(
 def test_experts_keep_routing_weights_gradient_in_their_own_type() -> None:
     experts = make_experts(torch.bfloat16, frozenset())
     rows, weights = randn(3, 6, seed=0, dtype=torch.bfloat16), randn(3, seed=1, dtype=torch.float32).requires_grad_()
-    experts(rows, weights, (1, 0, 2, 0), None).sum().backward()
+    experts(PlainRows(rows), weights, (1, 0, 2, 0), None).sum().backward()
     assert weights.grad is not None
     assert weights.grad.dtype == torch.float32
 

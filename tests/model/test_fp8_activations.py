@@ -6,6 +6,7 @@ import types
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from model.phases import ComputePhase
 from model.precision.fp8.maps import Fp8Maps
 from model.stage import Stage
 from model.transformer import Transformer, initialise
+from model.values import Hidden, HiddenGradients
 from tests.model.live_memory import LiveMemory
 from tests.model.test_activations import Counter, make_batch
 from tests.model.test_phases import phases_of
@@ -149,10 +151,11 @@ def waiting(products: Products, layer: int) -> list[Tensor]:
     """What is held for weight gradients of a layer, once its backward is done and everything else is given up."""
     config = replace(SMALL, mtp_depth=0)
     phases = phases_of(make_model(config, products), layer)
-    values: tuple[Tensor, ...] = (torch.randn(2, 70, config.hidden_size, dtype=torch.bfloat16),)
+    values: Any = Hidden(torch.randn(2, 70, config.hidden_size, dtype=torch.bfloat16))
     for phase in phases:
         values = phase.forward(values) if isinstance(phase, ComputePhase) else phase.forward(values).wait()
-    gradients: tuple[Tensor | None, ...] = (torch.randn_like(values[0]),)
+    gradients: Any = HiddenGradients(torch.randn_like(values.hidden_BTD))
+    del values
     for phase in reversed(phases):
         gradients = phase.backward(gradients) if isinstance(phase, ComputePhase) else phase.backward(gradients).wait()
     computed = [phase for phase in phases if isinstance(phase, ComputePhase)]

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from model.attention.mla import LATENT_NORM_EPS, LatentAttention
-from model.config import Computing, ModelConfig
+from model.config import ModelConfig
 from model.gradients import GradientStore, WeightQueue
 from model.norm import RmsNorm
-from model.precision.fp8.maps import Fp8Maps
+from model.precision.fp8.linears import Fp8Linears
 from model.rope import rotate, rotation_table, softmax_scale
 from tests.kernels.plain import randn
 from tests.model.against_plain import randomise
@@ -112,7 +112,7 @@ def expected(
 @pytest.mark.parametrize("power_of_two", [False, True])
 def test_attention_equals_the_formula(power_of_two: bool, is_split: bool, query_rank: int | None) -> None:
     config = replace(CONFIG, q_lora_rank=query_rank)
-    attention = LatentAttention(config, torch.float32, Computing(), Fp8Maps(power_of_two=power_of_two))
+    attention = LatentAttention(config, torch.float32, "auto", Fp8Linears(power_of_two=power_of_two))
     norm = RmsNorm(config.hidden_size, config.norm_eps, torch.float32)
     randomise(attention, 1, 0.1)
     randomise(norm, 2, 0.3)

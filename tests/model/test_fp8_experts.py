@@ -1,7 +1,7 @@
 """Experts in FP8 against their formula in float64 over the same codes, and from which memory they read."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -12,12 +12,11 @@ from kernels.grouped_gemm import reference_fp8
 from kernels.quantize import reference
 from kernels.quantize.layout import Quantized, QuantizedBlocks
 from kernels.rms_norm.reference import rms_norm
-from model.config import Computing
 from model.experts import RoutedExperts
 from model.gradients import GradientStore, WeightQueue
-from model.precision.fp8.experts import ArrivedCodes, Mail, pack_gradient
-from model.precision.fp8.maps import Fp8Maps
-from model.precision.fp8.norm import Source, pack_rows, stand_in
+from model.norm import NormSource
+from model.precision.fp8.linears import Fp8Linears
+from model.precision.fp8.rows import Fp8Rows, GradientMailbox, pack_gradient, pack_rows, placeholder
 from tests.kernels.plain import randn
 from tests.model.fp8_plain import Gate, InFp8, expect
 
@@ -27,17 +26,12 @@ NUM_EXPERTS = 4
 
 
 def make_experts(power_of_two: bool) -> RoutedExperts:
-    maps = Fp8Maps(power_of_two=power_of_two)
-    experts = RoutedExperts(HIDDEN, WIDTH, range(NUM_EXPERTS), torch.float32, Computing(), maps)
+    linears = Fp8Linears(power_of_two=power_of_two)
+    experts = RoutedExperts(HIDDEN, WIDTH, range(NUM_EXPERTS), torch.float32, linears)
     with torch.no_grad():
         experts.gate_up_proj.copy_(0.1 * randn(NUM_EXPERTS, 2 * WIDTH, HIDDEN, seed=1))
         experts.down_proj.copy_(0.1 * randn(NUM_EXPERTS, HIDDEN, WIDTH, seed=2))
     return experts
-
-
-def maps_of(experts: RoutedExperts) -> Fp8Maps:
-    assert experts._maps is not None
-    return experts._maps
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,11 +89,10 @@ def test_experts_of_arrived_rows_equal_the_formula(power_of_two: bool, is_split:
     rows_AD = randn(size, HIDDEN, seed=3, dtype=torch.float32)
     weights_A, slope_AD = randn(size, seed=4, dtype=torch.float32), 1e-6 * randn(size, HIDDEN, seed=5)
     weights_A.requires_grad_()
-    mail, queue = Mail(), WeightQueue() if is_split else None
-    rows, packed_AB = pack_rows(rows_AD.requires_grad_(), maps_of(experts))
-    out_AD = experts(rows, weights_A, counts, queue, ArrivedCodes(packed_AB, mail))
-    packed_slope = pack_gradient(slope_AD.float(), maps_of(experts))
-    out_AD.backward(mail.put(packed_slope, HIDDEN, torch.float32))
+    mailbox, queue = GradientMailbox(), WeightQueue() if is_split else None
+    rows = replace(pack_rows(rows_AD.requires_grad_()), mailbox=mailbox)
+    out_AD = experts(rows, weights_A, counts, queue)
+    out_AD.backward(mailbox.put(pack_gradient(slope_AD.float()), HIDDEN, torch.float32))
     grad_gate_up, grad_down = gradients_of(experts, queue)
     assert rows_AD.grad is not None
     assert weights_A.grad is not None
@@ -128,13 +121,12 @@ def test_experts_at_home_equal_the_formula(power_of_two: bool) -> None:
     order = SortedChoices.sort(ids_NK).keep(3)
     counts = tuple(int((ids_NK == expert).sum()) for expert in range(NUM_EXPERTS))
     norm_weight_D = 0.5 + torch.rand(HIDDEN, generator=generator)
-    source = Source(randn(tokens, HIDDEN, seed=3, dtype=torch.float32), norm_weight_D, 1e-6)
+    source = NormSource(randn(tokens, HIDDEN, seed=3, dtype=torch.float32), norm_weight_D, 1e-6)
     x_ND, _ = rms_norm(source.x, source.norm_weight_D, source.eps)
     x_ND.requires_grad_()
     weights_NK = randn(tokens, 2, seed=4, dtype=torch.float32).requires_grad_()
     slope_ND = randn(tokens, HIDDEN, seed=5)
-    rows, packed_NB = pack_rows(x_ND, maps_of(experts))
-    made = experts.at_home(rows, weights_NK, counts, order, packed_NB, source)
+    made = experts.at_home(pack_rows(x_ND), source, weights_NK, counts, order)
     made.backward(slope_ND.float())
     total, grad_x = torch.zeros(2, tokens, HIDDEN, dtype=torch.float64)
     grad_weights = torch.zeros(tokens, 2, dtype=torch.float64)
@@ -170,21 +162,21 @@ def test_arrived_rows_and_gradients_are_operands_as_they_are(monkeypatch: pytest
     monkeypatch.setattr(reference_fp8, "grouped_rows_fp8", grouped_rows)
     monkeypatch.setattr(reference, "quantize_1x128", quantize)
     x = randn(4, HIDDEN, seed=3, dtype=torch.float32).requires_grad_()
-    packed_AB, slope_AB = (pack_rows(randn(4, HIDDEN, seed=n), maps_of(experts))[1] for n in (1, 2))
+    packed_AB, slope_AB = (pack_rows(randn(4, HIDDEN, seed=n)).packed for n in (1, 2))
     num_quantised.clear()
-    mail = Mail()
+    mailbox = GradientMailbox()
     weights_A = torch.ones(4, requires_grad=True)
-    out_AD = experts(stand_in(x.shape, x), weights_A, (1, 0, 3, 0), None, ArrivedCodes(packed_AB, mail))
+    out_AD = experts(Fp8Rows(placeholder(x.shape, x), packed_AB, mailbox), weights_A, (1, 0, 3, 0), None)
     assert seen[:2] == [packed_AB.untyped_storage().data_ptr()] * 2
     seen.clear()
-    out_AD.backward(mail.put(slope_AB, HIDDEN, torch.float32))
+    out_AD.backward(mailbox.put(slope_AB, HIDDEN, torch.float32))
     assert seen[:2] == [slope_AB.untyped_storage().data_ptr()] * 2
     assert num_quantised == [2 * WIDTH]  # the gradient inside, before its product
 
 
-def test_a_gradient_is_taken_from_the_mail_once() -> None:
-    mail = Mail()
-    mail.put(torch.zeros(1, 4, dtype=torch.uint8), 4, torch.float32)
-    mail.take()
+def test_a_gradient_is_taken_from_the_mailbox_once() -> None:
+    mailbox = GradientMailbox()
+    mailbox.put(torch.zeros(1, 4, dtype=torch.uint8), 4, torch.float32)
+    mailbox.take()
     with pytest.raises(AssertionError):
-        mail.take()
+        mailbox.take()

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from kernels.quantize import reference, reference_columns
 from kernels.quantize.layout import Quantized, QuantizedColumns, check_columns, unpack
 from model.gradients import GradientStore, WeightQueue
-from model.norm import RmsNorm
+from model.norm import NormSource, RmsNorm
+from model.precision.fp8.experts import gated_down
 from model.precision.fp8.maps import Fp8Maps
-from model.precision.fp8.mlp import gated_down
-from model.precision.fp8.norm import linear_of_rows, normed_linear, pack_rows
+from model.precision.fp8.norm import linear_of_rows, normed_linear
+from model.precision.fp8.rows import pack_rows
 from model.precision.linear import WeightSink
 from tests.kernels.plain import randn
 from tests.model.fp8_plain import Gate, InFp8, Normed, expect
@@ -121,12 +122,12 @@ def test_maps_of_rows_that_experts_read_too_equal_the_formula(power_of_two: bool
     outs: list[Tensor] = []
 
     def run(sink: WeightSink | None) -> None:
-        rows, packed_AB = pack_rows(normal, maps)
-        assert rows.shape == normal.shape
-        assert rows.untyped_storage().nbytes() == 4
-        kept = unpack(packed_AB, HIDDEN)
+        rows = pack_rows(normal)
+        assert rows.values.shape == normal.shape
+        assert rows.values.untyped_storage().nbytes() == 4
+        kept = unpack(rows.packed, HIDDEN)
         assert kept.scales.frexp().mantissa.unique().tolist() == [0.5]
-        outs.append(linear_of_rows(rows, packed_AB, x, norm, weights, sink, maps))
+        outs.append(linear_of_rows(rows, NormSource.of(x, norm), weights, sink, maps))
         outs[0].backward(slope.float())
 
     gradients = weight_gradients(weights, is_split, run)

@@ -16,6 +16,7 @@ from torch.nn import functional
 from model.config import Computing
 from model.head import Embedding, MtpBlock, cross_entropy_sum
 from model.precision.linear import Projection, WeightSink
+from model.precision.linears import linears_for
 from tests.kernels import plain
 from tests.kernels.plain import randn, strided
 from tests.model.against_plain import Weights, assert_equals_plain, randomise
@@ -83,7 +84,7 @@ def test_embedding_equals_lookup_and_sums_slopes_of_each_token(dtype: torch.dtyp
 @pytest.mark.parametrize("is_split", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_mtp_merge_equals_formula(dtype: torch.dtype, is_split: bool, frozen: tuple[str, ...]) -> None:
-    block = MtpBlock(MODEL, range(0), dtype, Computing())
+    block = MtpBlock(MODEL, range(0), dtype, "auto", linears_for(Computing()))
     for name, _ in list(block.named_children()):
         if name not in ("enorm", "hnorm", "eh_proj"):
             delattr(block, name)

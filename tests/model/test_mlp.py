@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from model.config import Computing, Recomputed
+from model.config import Recomputed
 from model.mlp import Mlp
 from model.norm import RmsNorm
 from model.precision.linear import WeightSink
+from model.precision.plain.linears import PlainLinears
 from tests.kernels import plain
 from tests.kernels.plain import randn, strided
 from tests.model.against_plain import Weights, assert_equals_plain, randomise
@@ -30,7 +31,7 @@ class Network(nn.Module):
     def __init__(self, dtype: torch.dtype, recomputed: frozenset[Recomputed]) -> None:
         super().__init__()
         self.norm = RmsNorm(6, EPS, dtype)
-        self.mlp = Mlp(6, 5, dtype, Computing(recomputed=recomputed))
+        self.mlp = Mlp(6, 5, dtype, PlainLinears(recomputed))
         randomise(self, 1)
 
 

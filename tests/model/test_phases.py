@@ -1,9 +1,10 @@
 """Phases and the whole model: what is computed anew changes no bit, what is kept is little, and nothing stays."""
 
 import gc
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from itertools import combinations
+from typing import ClassVar
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from model.objective import LossSums, MicroBatch, Objective
 from model.phases import Computed, ComputePhase, DispatchPhase, Phase, block_phases
 from model.stage import Stage
 from model.transformer import Transformer, initialise
+from model.values import ExpertOutput, Gradients, Hidden, HiddenGradients
 from tests.model.live_memory import LiveMemory, saved_memory
 from tests.tiny import MODEL
 
@@ -192,24 +194,45 @@ def test_a_pass_given_up_after_its_forward_leaves_nothing(recomputed: frozenset[
     assert [storage.nbytes() for storage in memory.live()] == []
 
 
+@dataclass(frozen=True, slots=True)
+class PairGradients(Gradients):
+    left: Tensor | None
+    right: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    left: Tensor
+    right: Tensor
+    gradients: ClassVar[type[Gradients]] = PairGradients
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.left, self.right
+
+    def with_tensors(self, tensors: Iterable[Tensor]) -> "Pair":
+        return Pair(*tensors)
+
+
 @pytest.mark.usefixtures("_uncollected")
 def test_a_phase_keeps_no_input_that_its_backward_does_not_read() -> None:
     store = GradientStore([])
     read, unread = torch.randn(3, 4), torch.randn(3, 4)
-    phase = ComputePhase(lambda values, sink: Computed((values[0].square() + values[1],)), store)
+    phase: ComputePhase[Pair, Hidden] = ComputePhase(
+        lambda pair, sink: Computed(Hidden(pair.left.square() + pair.right)), store
+    )
     with LiveMemory() as memory:
         given = read.clone(), unread.clone()
-        (out,) = phase.forward(given)
+        out = phase.forward(Pair(*given))
         expected_in = [given[0].untyped_storage().nbytes()]
         del given, out
         alive = memory.live()
         assert [storage.nbytes() for storage in alive if storage.nbytes() > 4] == expected_in
         del alive
-    gradients = phase.backward((torch.ones(3, 4),))
-    assert gradients[0] is not None
-    assert gradients[1] is not None
-    torch.testing.assert_close(gradients[0], 2 * read)
-    torch.testing.assert_close(gradients[1], torch.ones(3, 4))
+    left, right = phase.backward(HiddenGradients(torch.ones(3, 4))).tensors()
+    assert left is not None
+    assert right is not None
+    torch.testing.assert_close(left, 2 * read)
+    torch.testing.assert_close(right, torch.ones(3, 4))
 
 
 def phases_of(model: Transformer, layer: int) -> list[Phase]:
@@ -223,28 +246,32 @@ def test_rows_sent_to_experts_are_freed_once_the_shared_ones_have_read_them() ->
     model = make_model(SUBSETS[-1])
     phases = phases_of(model, 1)
     hidden = torch.randn(2, 16, CONFIG.hidden_size)
-    phases_of(model, 1)[0].forward((hidden,))
     attend, dispatch, experts = phases[:3]
     assert isinstance(attend, ComputePhase)
     assert isinstance(dispatch, DispatchPhase)
     assert isinstance(experts, ComputePhase)
-    values = attend.forward((hidden,))
-    rows = torch.multiprocessing.reductions.StorageWeakRef(values[1].untyped_storage())
-    arrived = dispatch.forward(values).wait()
-    del values
+    other = phases_of(model, 1)[0]
+    assert isinstance(other, ComputePhase)
+    other.forward(Hidden(hidden))
+    routed = attend.forward(Hidden(hidden))
+    rows = torch.multiprocessing.reductions.StorageWeakRef(routed.rows.values.untyped_storage())
+    received = dispatch.forward(routed).wait()
+    del routed
     assert not rows.expired()
-    made = experts.forward(arrived)
-    del arrived
+    made = experts.forward(received)
+    del received
     assert rows.expired()
-    assert len(made) == 2
+    assert isinstance(made, ExpertOutput)
 
 
 def test_a_phase_whose_output_gets_no_gradient_gives_none() -> None:
     weight = torch.nn.Parameter(torch.ones(4))
     store = GradientStore([weight])
-    phase = ComputePhase(lambda values, sink: Computed((values[0] * weight, values[1] * 2)), store)
-    phase.forward((torch.ones(4), torch.ones(4)))
-    first, second = phase.backward((torch.full((4,), 3.0), None))
+    phase: ComputePhase[Pair, Pair] = ComputePhase(
+        lambda pair, sink: Computed(Pair(pair.left * weight, pair.right * 2)), store
+    )
+    phase.forward(Pair(torch.ones(4), torch.ones(4)))
+    first, second = phase.backward(PairGradients(torch.full((4,), 3.0), None)).tensors()
     assert first is not None
     assert second is None
     phase.weight()

@@ -1,7 +1,8 @@
-"""Routed experts in FP8, over rows that arrive in FP8 and serve as operands as they are.
+"""SwiGLU networks and routed experts in FP8.
 
-Source: arXiv:2412.19437, section 3.3. Shape legend: N tokens, A rows in the experts' order, B bytes of a packed row, D
-hidden size, E local experts, M expert intermediate size, H = 2 M.
+A network keeps its hidden values in FP8 and applies the gate again in the backward. Rows that were received in FP8
+serve as operands as they are. Source: arXiv:2412.19437, sections 3.3 and 3.3.3. Shape legend: N tokens, A rows in the
+experts' order, B bytes of a packed row, D hidden size, E local experts, M intermediate size, H = 2 M.
 """
 
 from collections.abc import Sequence
@@ -13,61 +14,76 @@ from torch import Tensor
 
 from comm.protocol import RowOrder
 from kernels.grouped_gemm import grouped_rows_fp8, grouped_weight_fp8
-from kernels.quantize import quantize_1x128, quantize_columns, requantize_columns
-from kernels.quantize.layout import GRADIENTS_MIN_AMAX, Quantized, pack, unpack
+from kernels.quantize import quantize_columns, requantize_columns
+from kernels.quantize.layout import GRADIENTS_MIN_AMAX, Quantized, unpack
 from kernels.swiglu import swiglu_backward_from_codes, swiglu_quantize
+from model.norm import NormSource
 from model.precision.fp8.maps import Fp8Maps, give
-from model.precision.fp8.norm import Source, stand_in
+from model.precision.fp8.rows import Fp8Rows, GradientMailbox, pack_again, pack_gradient
 from model.precision.linear import WeightSink
+from model.precision.linears import ExpertWeights
 
 
-class Mail:
-    """Brings the gradient of the experts' output to their backward in FP8, past autograd, which knows no codes."""
+class _GatedDown(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, base: Tensor, hidden: Tensor, down_DM: Tensor, sink: WeightSink | None, maps: Fp8Maps
+    ) -> Tensor:
+        gated, kept = swiglu_quantize(hidden.flatten(0, -2), None, maps.power_of_two)
+        ctx.save_for_backward(*kept, down_DM)
+        ctx.sink, ctx.maps, ctx.shape = sink, maps, hidden.shape
+        return maps.forward(gated, (down_DM,)).view_as(base).add_(base)
 
-    def __init__(self) -> None:
-        self._packed_AB: Tensor | None = None
-
-    def put(self, packed_AB: Tensor, num_columns: int, dtype: torch.dtype) -> Tensor:
-        """Leaves the packed gradient; gives what autograd is handed in its place, AD."""
-        self._packed_AB = packed_AB
-        return stand_in((len(packed_AB), num_columns), packed_AB.new_empty((), dtype=dtype))
-
-    def take(self) -> Tensor:
-        """What was left, once."""
-        packed_AB, self._packed_AB = self._packed_AB, None
-        assert packed_AB is not None, "experts: a backward without the gradient of the output in FP8"
-        return packed_AB
-
-
-@dataclass(frozen=True, slots=True)
-class ArrivedCodes:
-    """Rows that arrived in FP8, AB, and what will bring the gradient of the experts' output."""
-
-    packed_AB: Tensor
-    mail: Mail
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        codes, scales, down_DM = ctx.saved_tensors
+        (grad,), maps = grads, ctx.maps
+        grad_AD = grad.flatten(0, -2)
+        grad_AM = maps.input_gradient(grad_AD, (down_DM,))
+        grad_AH, gated_AM, _ = swiglu_backward_from_codes(grad_AM, Quantized(codes, scales), None)
+        grad_down = give(down_DM, maps.weight_gradient(grad_AD, gated_AM), ctx.sink)
+        return grad, grad_AH.view(ctx.shape), grad_down, None, None
 
 
-def pack_gradient(grad_ND: Tensor, maps: Fp8Maps) -> Tensor:
-    """A gradient on its way to the experts, NB: in FP8 with power-of-two scales."""
-    return pack(quantize_1x128(grad_ND.contiguous(), True, GRADIENTS_MIN_AMAX))
+def gated_down(base: Tensor, hidden: Tensor, down_DM: Tensor, sink: WeightSink | None, maps: Fp8Maps) -> Tensor:
+    """Returns base + (silu(gate) * up) down^T, [..., D].
+
+    Args:
+        base: [..., D].
+        hidden: gate and up side by side, [..., H].
+        down_DM: the weight.
+        sink: takes its gradient.
+        maps: the model's FP8 products.
+    """
+    out: Tensor = _GatedDown.apply(base, hidden, down_DM, sink, maps)  # type: ignore[no-untyped-call]
+    return out
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Options:
-    """What an experts' pass is told beside its tensors. order: of rows that never leave this rank, as given by token;
-    else the gradient comes by mail."""
+    """Arguments of an experts' pass that are not tensors.
+
+    order: of rows that stay on this rank and are given by token. mailbox: brings the output's gradient of rows that
+    were received. One of both is None. eps: of the norm from whose input rows at home are made again.
+    """
 
     counts: Sequence[int]
     sink: WeightSink | None
     maps: Fp8Maps
-    mail: Mail | None
+    mailbox: GradientMailbox | None
     order: RowOrder | None
     eps: float
 
+    def packed_gradient(self, grad: Tensor) -> Tensor:
+        """Returns the gradient of the output in codes, in the experts' order: AB. grad: what autograd has of it."""
+        if self.mailbox is not None:
+            return self.mailbox.take()
+        return _sort(pack_gradient(grad), self.order)
 
-def _sort(packed_NB: Tensor, order: RowOrder | None) -> Tensor:
-    """Rows in the experts' order."""
-    return packed_NB if order is None else order.copy_rows(packed_NB)
+
+def _sort(packed: Tensor, order: RowOrder | None) -> Tensor:
+    """Returns packed rows in the experts' order."""
+    return packed if order is None else order.copy_rows(packed)
 
 
 class _ExpertMlp(torch.autograd.Function):
@@ -85,6 +101,7 @@ class _ExpertMlp(torch.autograd.Function):
     ) -> Tensor:
         maps, order, counts, dtype = options.maps, options.order, options.counts, gate_up_EHD.dtype
         weights_A = weights if order is None else order.copy_weights(weights)
+        # Gate and up, AH; gated and weighted in codes, AM; the result, AD.
         operand = unpack(_sort(packed, order), gate_up_EHD.shape[2])
         hidden_AH = grouped_rows_fp8(operand, maps.codes(gate_up_EHD).forward, counts, dtype)
         gated, kept = swiglu_quantize(hidden_AH, weights_A, maps.power_of_two)
@@ -100,13 +117,15 @@ class _ExpertMlp(torch.autograd.Function):
         options: _Options = ctx.options
         maps, counts, order, sink = options.maps, options.counts, options.order, options.sink
         dtype, power_of_two = gate_up_EHD.dtype, maps.power_of_two
-        packed = source[0] if order is None else Source(source[0], source[1], options.eps).pack_again(maps)
-        mail = options.mail
-        grad = unpack(mail.take() if mail else _sort(pack_gradient(grads[0], maps), order), down_EDM.shape[1])
+        # Codes of the rows (AB, or NB at home) and of the output's gradient (AD), the latter in the experts' order.
+        packed = source[0] if order is None else pack_again(NormSource(source[0], source[1], options.eps))
+        grad = unpack(options.packed_gradient(grads[0]), down_EDM.shape[1])
+        # Through `down` (AM), the gate (AH), and gate and up (AD).
         grad_AM = grouped_rows_fp8(grad, maps.codes(down_EDM).backward, counts, dtype)
         grad_AH, gated_AM, grad_weights_A = swiglu_backward_from_codes(grad_AM, Quantized(codes, scales), weights_A)
         grad_hidden = maps.gradient(grad_AH)
         grad_rows = grouped_rows_fp8(grad_hidden, maps.codes(gate_up_EHD).backward, counts, dtype)
+        # What the weights' gradients need, in codes by columns; the rest is converted when they are computed.
         hidden_columns = quantize_columns(grad_AH, counts, power_of_two, GRADIENTS_MIN_AMAX)
         gated_columns = quantize_columns(gated_AM, counts, power_of_two)
 
@@ -126,39 +145,60 @@ class _ExpertMlp(torch.autograd.Function):
         return grad_rows, None, grad_weights.to(ctx.weights_dtype), *given, None, None, None
 
 
-def expert_mlp(
-    rows: Tensor,
-    packed: Tensor,
-    weights: Tensor,
-    gate_up_EHD: Tensor,
-    down_EDM: Tensor,
+def received_experts(
+    rows: Fp8Rows,
+    weights_A: Tensor,
+    experts: ExpertWeights,
     counts: Sequence[int],
+    sink: WeightSink | None,
     maps: Fp8Maps,
-    *,
-    sink: WeightSink | None = None,
-    mail: Mail | None = None,
-    home: tuple[RowOrder, Source] | None = None,
 ) -> Tensor:
-    """Rows through their experts, times their routing weight (applied before `down`): AD; ND at home.
+    """Applies experts to received rows and keeps the received codes: AD.
 
     Args:
-        rows: takes the rows' gradient, AD; ND at home.
-        packed: the rows, AB; NB at home.
-        weights: routing weight of each row, A; of each choice, NK, at home.
-        gate_up_EHD: gate rows first.
-        down_EDM: of each expert.
+        rows: from a wire, whose mailbox brings the output's gradient.
+        weights_A: routing weight of each row; they multiply before `down`, where rows are narrow.
+        experts: of this rank.
         counts: rows of each expert.
-        maps: of the model.
-        sink: takes the weights' gradients.
-        mail: brings the output's gradient. None: autograd does, in the experts' order by token.
-        home: of rows that never leave this rank: their order, and from what the backward makes them again.
+        sink: takes the experts' gradients.
+        maps: the model's FP8 products.
     """
-    order, source = (None, None) if home is None else home
-    options = _Options(
-        counts=counts, sink=sink, maps=maps, mail=mail, order=order, eps=0.0 if source is None else source.eps
-    )
-    made_of = (None, None) if source is None else (source.x.detach(), source.norm_weight_D.detach())
+    assert rows.mailbox is not None
+    options = _Options(counts=counts, sink=sink, maps=maps, mailbox=rows.mailbox, order=None, eps=0.0)
     out: Tensor = _ExpertMlp.apply(  # type: ignore[no-untyped-call]
-        rows, packed, weights, gate_up_EHD, down_EDM, options, *made_of
+        rows.values, rows.packed, weights_A, *experts, options, None, None
+    )
+    return out
+
+
+def experts_at_home(
+    rows: Fp8Rows,
+    source: NormSource,
+    weights_NK: Tensor,
+    experts: ExpertWeights,
+    counts: Sequence[int],
+    order: RowOrder,
+    maps: Fp8Maps,
+) -> Tensor:
+    """Applies experts to rows that stay on this rank, and keeps their source: ND.
+
+    Args:
+        rows: by token, NB.
+        source: from which the backward makes the rows again.
+        weights_NK: routing weights.
+        experts: of this rank.
+        counts: rows of each expert.
+        order: in which tokens' copies go to experts.
+        maps: the model's FP8 products.
+    """
+    options = _Options(counts=counts, sink=None, maps=maps, mailbox=None, order=order, eps=source.eps)
+    out: Tensor = _ExpertMlp.apply(  # type: ignore[no-untyped-call]
+        rows.values.flatten(0, -2),
+        rows.packed,
+        weights_NK,
+        *experts,
+        options,
+        source.x.detach(),
+        source.norm_weight_D.detach(),
     )
     return out

@@ -15,7 +15,7 @@ from torch import Tensor
 from kernels.quantize import pack_e5m6, quantize_1x128, unpack_e5m6
 from kernels.quantize.layout import PackedE5M6, Quantized
 from kernels.rms_norm import rms_norm_backward_from_codes, rms_norm_quantize
-from model.attention.projections import LatentWeights, Mixing, NormAndMap
+from model.attention.projections import LatentOptions, LatentWeights, NormAndUpGradients
 from model.precision.fp8.maps import Fp8Maps, give
 
 
@@ -41,23 +41,22 @@ class _Kept:
     query: _Normal | None
 
 
-class Fp8Ends:
-    """`model.attention.projections.Ends` in FP8."""
+class Fp8LatentEnds:
+    """`LatentEnds` in FP8."""
 
     frees_heads = True
     frees_mixed = True
 
-    def __init__(self, kept: _Kept, mixed: PackedE5M6 | None, weights: LatentWeights, mixing: Mixing) -> None:
-        assert mixing.maps is not None
-        self._maps: Fp8Maps = mixing.maps
-        self._kept, self._mixed, self._weights, self._mixing = kept, mixed, weights, mixing
+    def __init__(
+        self, kept: _Kept, mixed: PackedE5M6 | None, weights: LatentWeights, options: LatentOptions, maps: Fp8Maps
+    ) -> None:
+        self._kept, self._mixed, self._weights, self._options, self._maps = kept, mixed, weights, options, maps
 
     @classmethod
-    def compress(cls, compressed_BTX: Tensor, weights: LatentWeights, mixing: Mixing) -> Self:
-        """From the compressed values, in a forward."""
-        assert mixing.maps is not None
-        query, latent, key = mixing.split(compressed_BTX)
-        eps, rounds = mixing.shape.eps, mixing.maps.power_of_two
+    def compress(cls, compressed_BTX: Tensor, weights: LatentWeights, options: LatentOptions, maps: Fp8Maps) -> Self:
+        """Normalises and quantises the compressed values, in a forward."""
+        query, latent, key = options.split(compressed_BTX)
+        eps, rounds = options.shape.eps, maps.power_of_two
 
         def normal(x_BTL: Tensor, weight: Tensor) -> _Normal:
             operand, inverse = rms_norm_quantize(x_BTL.flatten(0, 1), weight, eps, rounds)
@@ -68,72 +67,72 @@ class Fp8Ends:
         else:
             plain = key.clone(memory_format=torch.contiguous_format)
             kept = _Kept(plain, normal(latent, weights.latent_norm), normal(query, weights.query_norm))
-        return cls(kept, None, weights, mixing)
+        return cls(kept, None, weights, options, maps)
 
     @classmethod
-    def restore(cls, saved: Sequence[Tensor], weights: LatentWeights, mixing: Mixing) -> Self:
-        """From `saved`, in a backward."""
+    def restore(cls, saved: Sequence[Tensor], weights: LatentWeights, options: LatentOptions, maps: Fp8Maps) -> Self:
+        """Takes what `saved` returned, in a backward."""
         plain_BTF, *others = saved
         mixed, latent, query = PackedE5M6(*others[:2]), _Normal(*others[2:5]), others[5:]
-        return cls(_Kept(plain_BTF, latent, _Normal(*query) if query else None), mixed, weights, mixing)
+        return cls(_Kept(plain_BTF, latent, _Normal(*query) if query else None), mixed, weights, options, maps)
 
-    def saved(self, mixed: Tensor) -> tuple[Tensor, ...]:
-        """See `Ends`; what the heads mixed is kept as `add` put it in 12 bits."""
+    def saved(self, mixed_BHTW: Tensor) -> tuple[Tensor, ...]:
+        """Implements `LatentEnds`; what the heads mixed is kept as `add` put it in 12 bits."""
         kept = self._kept
         assert self._mixed is not None
         return (kept.plain_BTF, *self._mixed, *kept.latent, *(() if kept.query is None else kept.query))
 
     def queries(self, out: Tensor) -> None:
-        """See `Ends`."""
+        """Implements `LatentEnds`."""
         kept, query_up = self._kept, self._weights.query_up
         if kept.query is None or query_up is None:
-            out.copy_(kept.plain_BTF[..., : -self._mixing.shape.rope].flatten(0, 1))
+            out.copy_(kept.plain_BTF[..., : -self._options.shape.rope].flatten(0, 1))
         else:
             out.copy_(self._maps.forward(kept.query.operand, (query_up,)))
 
     def keys_and_values(self) -> Tensor:
-        """See `Ends`."""
+        """Implements `LatentEnds`."""
         return self._maps.forward(self._kept.latent.operand, (self._weights.latent_up,))
 
     def shared_key(self) -> Tensor:
-        """See `Ends`."""
-        return self._kept.plain_BTF[..., -self._mixing.shape.rope :]
+        """Implements `LatentEnds`."""
+        return self._kept.plain_BTF[..., -self._options.shape.rope :]
 
     def add(self, x_ND: Tensor, mixed_NV: Tensor) -> Tensor:
-        """See `Ends`."""
-        if self._mixing.records:
+        """Implements `LatentEnds`."""
+        if self._options.records:
             self._mixed = pack_e5m6(mixed_NV)
         return self._maps.forward(quantize_1x128(mixed_NV, True), (self._weights.out,)).add_(x_ND)
 
     def mixed(self) -> Tensor:
-        """See `Ends`."""
+        """Implements `LatentEnds`."""
         assert self._mixed is not None
-        width, plain = self._mixing.shape.num_heads * self._mixing.shape.value, self._kept.plain_BTF
+        width, plain = self._options.shape.num_heads * self._options.shape.value, self._kept.plain_BTF
         return unpack_e5m6(self._mixed, width, plain.dtype)
 
     def add_backward(self, grad_ND: Tensor) -> tuple[Tensor, Tensor | None]:
-        """See `Ends`."""
+        """Implements `LatentEnds`."""
         maps, out = self._maps, self._weights.out
         gradient = maps.weight_gradient(grad_ND, self.mixed(), power_of_two=True)
-        return maps.input_gradient(grad_ND, (out,)), give(out, gradient, self._mixing.sink)
+        return maps.input_gradient(grad_ND, (out,)), give(out, gradient, self._options.sink)
 
-    def queries_backward(self, grad: Tensor, out_BTR: Tensor) -> NormAndMap:
-        """See `Ends`."""
+    def queries_backward(self, grad: Tensor, out_BTR: Tensor) -> NormAndUpGradients:
+        """Implements `LatentEnds`."""
         weights, query = self._weights, self._kept.query
         if query is None or weights.query_up is None or weights.query_norm is None:
             out_BTR.copy_(grad.view_as(out_BTR))
-            return None, None
+            return NormAndUpGradients(None, None)
         return self._backward(grad, query, weights.query_norm, weights.query_up, out_BTR)
 
-    def keys_and_values_backward(self, grad_NE: Tensor, out_BTL: Tensor) -> NormAndMap:
-        """See `Ends`."""
+    def keys_and_values_backward(self, grad_NE: Tensor, out_BTL: Tensor) -> NormAndUpGradients:
+        """Implements `LatentEnds`."""
         weights = self._weights
         return self._backward(grad_NE, self._kept.latent, weights.latent_norm, weights.latent_up, out_BTL)
 
-    def _backward(self, grad: Tensor, normal: _Normal, norm: Tensor, up: Tensor, out_BTL: Tensor) -> NormAndMap:
+    def _backward(self, grad: Tensor, normal: _Normal, norm: Tensor, up: Tensor, out_BTL: Tensor) -> NormAndUpGradients:
         maps = self._maps
-        grad_up = give(up, maps.weight_gradient(grad, normal.operand), self._mixing.sink)
+        grad_up = give(up, maps.weight_gradient(grad, normal.operand), self._options.sink)
         grad_NL = maps.input_gradient(grad, (up,))
         grad_x_NL, grad_norm = rms_norm_backward_from_codes(grad_NL, normal.operand, normal.inverse, norm)
         out_BTL.copy_(grad_x_NL.view_as(out_BTL))
-        return grad_norm.to(norm.dtype), grad_up
+        return NormAndUpGradients(grad_norm.to(norm.dtype), grad_up)

@@ -1,0 +1,81 @@
+"""Linear layers, SwiGLU networks and experts in FP8 (arXiv:2412.19437, section 3.3).
+
+A backward computes again all that it can, whatever `Computing.recomputed` says: what is kept instead are the products'
+inputs in FP8. Shape legend: as in model/precision/linears.py.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+
+from torch import Tensor
+
+from comm.protocol import RowOrder
+from model.attention.projections import LatentOptions, LatentWeights
+from model.norm import NormSource, RmsNorm
+from model.precision.fp8 import experts as fp8_experts
+from model.precision.fp8 import norm as fp8_norm
+from model.precision.fp8.latents import Fp8LatentEnds
+from model.precision.fp8.maps import Fp8Maps
+from model.precision.fp8.rows import Fp8Rows, Fp8Wire, as_fp8, pack_rows
+from model.precision.linear import WeightSink
+from model.precision.linears import ExpertWeights, Rows
+
+
+class Fp8Linears:
+    """`Linears` in FP8."""
+
+    def __init__(self, *, power_of_two: bool) -> None:
+        """power_of_two: whether all scales are powers of two; those of rows on their way to experts always are."""
+        self._maps = Fp8Maps(power_of_two=power_of_two)
+
+    def weights_unchanged(self) -> AbstractContextManager[None]:
+        """Inside, every weight is put in FP8 once and its codes are kept."""
+        return self._maps.held()
+
+    def normed_linear(self, x: Tensor, norm: RmsNorm, weights_ND: Sequence[Tensor], sink: WeightSink | None) -> Tensor:
+        """Implements `Linears.normed_linear`; keeps the codes of norm(x)."""
+        return fp8_norm.normed_linear(x, norm, weights_ND, sink, self._maps)
+
+    def make_rows(self, normal: Tensor) -> Fp8Rows:
+        """Returns the norm's output in FP8."""
+        return pack_rows(normal)
+
+    def linear_of_rows(
+        self, rows: Rows, source: NormSource, weights_ND: Sequence[Tensor], sink: WeightSink | None
+    ) -> Tensor:
+        """Implements `Linears.linear_of_rows`; keeps the source."""
+        return fp8_norm.linear_of_rows(as_fp8(rows), source, weights_ND, sink, self._maps)
+
+    def gated_down(self, base: Tensor, hidden: Tensor, down_DM: Tensor, sink: WeightSink | None) -> Tensor:
+        """Implements `Linears.gated_down`; keeps gate and up in FP8."""
+        return fp8_experts.gated_down(base, hidden, down_DM, sink, self._maps)
+
+    def experts(
+        self, rows: Rows, weights_A: Tensor, experts: ExpertWeights, counts: Sequence[int], sink: WeightSink | None
+    ) -> Tensor:
+        """Implements `Linears.experts`; keeps the received codes, and gate and up in FP8."""
+        return fp8_experts.received_experts(as_fp8(rows), weights_A, experts, counts, sink, self._maps)
+
+    def experts_at_home(
+        self,
+        rows: Rows,
+        source: NormSource,
+        weights_NK: Tensor,
+        experts: ExpertWeights,
+        counts: Sequence[int],
+        order: RowOrder,
+    ) -> Tensor:
+        """Implements `Linears.experts_at_home`; keeps the source, and gate and up in FP8."""
+        return fp8_experts.experts_at_home(as_fp8(rows), source, weights_NK, experts, counts, order, self._maps)
+
+    def wire(self) -> Fp8Wire:
+        """Returns conversions to and from FP8."""
+        return Fp8Wire()
+
+    def compress_latents(self, compressed_BTX: Tensor, weights: LatentWeights, options: LatentOptions) -> Fp8LatentEnds:
+        """Implements `Linears.compress_latents`."""
+        return Fp8LatentEnds.compress(compressed_BTX, weights, options, self._maps)
+
+    def restore_latents(self, saved: Sequence[Tensor], weights: LatentWeights, options: LatentOptions) -> Fp8LatentEnds:
+        """Implements `Linears.restore_latents`."""
+        return Fp8LatentEnds.restore(saved, weights, options, self._maps)

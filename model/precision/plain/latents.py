@@ -1,0 +1,112 @@
+"""The linear layers around the heads of latent attention in the weights' own type.
+
+Keeps the compressed values, and outputs of norms if they are not computed again. Shape legend: as in
+model/attention/projections.py.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from kernels.rms_norm import normalise_backward, rms_norm
+from kernels.rms_norm.reference import inverse_rms
+from model.attention.projections import LatentOptions, LatentWeights, NormAndUpGradients, rows_of_heads
+from model.config import Recomputed
+from model.precision.linear import give
+
+
+class PlainLatentEnds:
+    """`LatentEnds` in the weights' own type."""
+
+    frees_mixed = False
+
+    def __init__(
+        self,
+        compressed_BTX: Tensor,
+        weights: LatentWeights,
+        options: LatentOptions,
+        recomputed: frozenset[Recomputed],
+        kept: Sequence[Tensor] = (),
+    ) -> None:
+        """kept: in a backward, what the heads mixed as the kernel returned it, then the norms' outputs if kept."""
+        self._compressed, self._weights, self._options = compressed_BTX, weights, options
+        self._keeps_normals = "norm" not in recomputed
+        self.frees_heads = "mla_up" in recomputed
+        self._mixed_NV = rows_of_heads(kept[0], options.shape.value) if kept else None
+        self._query, self._latent, self._key = options.split(compressed_BTX)
+        eps, normals = options.shape.eps, kept[1:]
+        self._normal_latent = _normal(self._latent.flatten(0, 1), weights.latent_norm, eps, normals[:1])
+        if weights.query_norm is not None:
+            self._normal_query = _normal(self._query.flatten(0, 1), weights.query_norm, eps, normals[1:])
+
+    def queries(self, out: Tensor) -> None:
+        """Implements `LatentEnds.queries`."""
+        if self._weights.query_up is None:
+            out.copy_(self._query.flatten(0, 1))
+        else:
+            torch.mm(self._normal_query(), self._weights.query_up.t(), out=out)
+
+    def keys_and_values(self) -> Tensor:
+        """Implements `LatentEnds.keys_and_values`."""
+        return self._normal_latent() @ self._weights.latent_up.t()
+
+    def shared_key(self) -> Tensor:
+        """Implements `LatentEnds.shared_key`."""
+        return self._key
+
+    def add(self, x_ND: Tensor, mixed_NV: Tensor) -> Tensor:
+        """Implements `LatentEnds.add`."""
+        return torch.addmm(x_ND, mixed_NV, self._weights.out.t())
+
+    def saved(self, mixed_BHTW: Tensor) -> tuple[Tensor, ...]:
+        """Implements `LatentEnds.saved`: the compressed values, what the heads mixed, and norms' outputs if kept."""
+        if not self._keeps_normals:
+            return self._compressed, mixed_BHTW
+        if self._weights.query_up is None:
+            return self._compressed, mixed_BHTW, self._normal_latent()
+        return self._compressed, mixed_BHTW, self._normal_latent(), self._normal_query()
+
+    def mixed(self) -> Tensor:
+        """Implements `LatentEnds.mixed`."""
+        assert self._mixed_NV is not None
+        return self._mixed_NV
+
+    def add_backward(self, grad_ND: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Implements `LatentEnds.add_backward`."""
+        out = self._weights.out
+        return grad_ND @ out, give(out, lambda: grad_ND.t() @ self.mixed(), self._options.sink)
+
+    def queries_backward(self, grad: Tensor, out_BTR: Tensor) -> NormAndUpGradients:
+        """Implements `LatentEnds.queries_backward`."""
+        weights = self._weights
+        if weights.query_up is None or weights.query_norm is None:
+            out_BTR.copy_(grad.view_as(out_BTR))
+            return NormAndUpGradients(None, None)
+        return self._backward(grad, self._query, weights.query_norm, weights.query_up, self._normal_query, out_BTR)
+
+    def keys_and_values_backward(self, grad_NE: Tensor, out_BTL: Tensor) -> NormAndUpGradients:
+        """Implements `LatentEnds.keys_and_values_backward`."""
+        weights = self._weights
+        return self._backward(
+            grad_NE, self._latent, weights.latent_norm, weights.latent_up, self._normal_latent, out_BTL
+        )
+
+    def _backward(
+        self, grad: Tensor, x_BTL: Tensor, norm: Tensor, up: Tensor, normal: Callable[[], Tensor], out_BTL: Tensor
+    ) -> NormAndUpGradients:
+        grad_up = give(up, lambda: grad.t() @ normal(), self._options.sink)
+        x_NL = x_BTL.flatten(0, 1)
+        scale_N1 = inverse_rms(x_NL, self._options.shape.eps)
+        grad_NL, grad_norm = normalise_backward(grad @ up, x_NL, scale_N1, norm)
+        out_BTL.copy_(grad_NL.view_as(out_BTL))
+        return NormAndUpGradients(grad_norm, grad_up)
+
+
+def _normal(x: Tensor, weight: Tensor, eps: float, kept: Sequence[Tensor]) -> Callable[[], Tensor]:
+    """Returns norm(x) when first asked, or as it was kept. Holds tensors alone, so it is freed with its holder."""
+    if kept:
+        normal = kept[0]
+        return lambda: normal
+    return cache(lambda: rms_norm(x, weight, eps)[0])

@@ -1,0 +1,232 @@
+"""Linear layers, SwiGLU networks and experts in the weights' own type.
+
+What a backward computes again instead of keeping it is chosen by `Computing.recomputed`. Shape legend: as in
+model/precision/linears.py.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from comm.protocol import RowOrder
+from kernels.expert_mlp import (
+    down_gradient,
+    expert_implementation_for,
+    expert_mlp,
+    expert_mlp_backward,
+    gate_up_gradient,
+)
+from kernels.swiglu import swiglu, swiglu_backward
+from model.attention.projections import LatentOptions, LatentWeights
+from model.config import Recomputed
+from model.norm import NormSource, RmsNorm, linear_of_normal, normed_linear
+from model.precision.linear import WeightSink, give
+from model.precision.linears import ExpertWeights, Rows
+from model.precision.plain.latents import PlainLatentEnds
+
+
+@dataclass(frozen=True, slots=True)
+class PlainRows:
+    """Rows in the model's own type."""
+
+    values: Tensor
+
+    def with_values(self, values: Tensor) -> "PlainRows":
+        """Returns other numbers as rows."""
+        return PlainRows(values)
+
+
+class PlainWire:
+    """Sends rows and gradients unchanged."""
+
+    def pack(self, rows: Rows) -> Tensor:
+        """Returns rows by token, ND."""
+        return rows.values.flatten(0, -2)
+
+    def unpack(self, received: Tensor, sent: Rows) -> PlainRows:
+        """Returns received rows unchanged."""
+        return PlainRows(received)
+
+    def pack_gradient(self, grad_ND: Tensor) -> Tensor:
+        """Returns the gradient unchanged."""
+        return grad_ND
+
+    def unpack_gradient(self, received: Tensor, grad_ND: Tensor) -> Tensor:
+        """Returns the received gradient unchanged."""
+        return received
+
+
+class PlainLinears:
+    """`Linears` in the weights' own type."""
+
+    def __init__(self, recomputed: frozenset[Recomputed]) -> None:
+        """recomputed: what a backward computes again instead of keeping it."""
+        self._recomputed = recomputed
+        self._keeps_normal = "norm" not in recomputed
+        self._keeps_gated = "swiglu" not in recomputed
+
+    def weights_unchanged(self) -> AbstractContextManager[None]:
+        """Does nothing: weights are used as they are."""
+        return nullcontext()
+
+    def normed_linear(self, x: Tensor, norm: RmsNorm, weights_ND: Sequence[Tensor], sink: WeightSink | None) -> Tensor:
+        """Implements `Linears.normed_linear`; keeps x, and norm(x) if it is not recomputed."""
+        return normed_linear(x, norm, weights_ND, sink, keeps_normal=self._keeps_normal)
+
+    def make_rows(self, normal: Tensor) -> PlainRows:
+        """Returns the norm's output unchanged."""
+        return PlainRows(normal)
+
+    def linear_of_rows(
+        self, rows: Rows, source: NormSource, weights_ND: Sequence[Tensor], sink: WeightSink | None
+    ) -> Tensor:
+        """Implements `Linears.linear_of_rows`; keeps the source, or the rows if norms are not recomputed."""
+        return linear_of_normal(rows.values, source, weights_ND, sink, keeps_normal=self._keeps_normal)
+
+    def gated_down(self, base: Tensor, hidden: Tensor, down_DM: Tensor, sink: WeightSink | None) -> Tensor:
+        """Implements `Linears.gated_down`; keeps gate and up, and the gated values if they are not recomputed."""
+        out: Tensor = _GatedDown.apply(  # type: ignore[no-untyped-call]
+            base, hidden, down_DM, sink, self._keeps_gated
+        )
+        return out
+
+    def experts(
+        self, rows: Rows, weights_A: Tensor, experts: ExpertWeights, counts: Sequence[int], sink: WeightSink | None
+    ) -> Tensor:
+        """Implements `Linears.experts`; keeps rows, and gate and up before the gate is applied."""
+        options = _Options(counts=counts, sink=sink, keeps_gated=self._keeps_gated, order=None)
+        return _run_experts(rows.values, weights_A, experts, options)
+
+    def experts_at_home(
+        self,
+        rows: Rows,
+        source: NormSource,
+        weights_NK: Tensor,
+        experts: ExpertWeights,
+        counts: Sequence[int],
+        order: RowOrder,
+    ) -> Tensor:
+        """Implements `Linears.experts_at_home`; keeps rows by token."""
+        options = _Options(counts=counts, sink=None, keeps_gated=self._keeps_gated, order=order)
+        return _run_experts(rows.values.flatten(0, -2), weights_NK, experts, options)
+
+    def wire(self) -> PlainWire:
+        """Returns conversions that change nothing."""
+        return PlainWire()
+
+    def compress_latents(
+        self, compressed_BTX: Tensor, weights: LatentWeights, options: LatentOptions
+    ) -> PlainLatentEnds:
+        """Implements `Linears.compress_latents`."""
+        return PlainLatentEnds(compressed_BTX, weights, options, self._recomputed)
+
+    def restore_latents(
+        self, saved: Sequence[Tensor], weights: LatentWeights, options: LatentOptions
+    ) -> PlainLatentEnds:
+        """Implements `Linears.restore_latents`."""
+        return PlainLatentEnds(saved[0], weights, options, self._recomputed, saved[1:])
+
+
+class _GatedDown(torch.autograd.Function):
+    """base + (silu(gate) * up) down^T, the product in brackets computed anew in the backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, base: Tensor, hidden: Tensor, down_DM: Tensor, sink: WeightSink | None, keeps: bool
+    ) -> Tensor:
+        hidden_AH = hidden.flatten(0, -2)
+        gated_AM = swiglu(*hidden_AH.chunk(2, 1))
+        ctx.save_for_backward(hidden_AH, down_DM, *((gated_AM,) if keeps else ()))
+        ctx.sink, ctx.shape = sink, hidden.shape
+        return torch.addmm(base.flatten(0, -2), gated_AM, down_DM.t()).view_as(base)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        hidden_AH, down_DM, *kept = ctx.saved_tensors
+        grad_AD = grad.flatten(0, -2)
+
+        def gradient() -> Tensor:
+            return grad_AD.t() @ (kept[0] if kept else swiglu(*hidden_AH.chunk(2, 1)))
+
+        grad_down = give(down_DM, gradient, ctx.sink)
+        grad_hidden_AH = swiglu_backward(grad_AD @ down_DM, hidden_AH)
+        return grad, grad_hidden_AH.view(ctx.shape), grad_down, None, None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Options:
+    """Arguments of an experts' pass that are not tensors.
+
+    order: of rows that stay on this rank: they are given by token, and results are summed by token. None: rows were
+    received in the experts' order.
+    """
+
+    counts: Sequence[int]
+    sink: WeightSink | None
+    keeps_gated: bool
+    order: RowOrder | None
+
+    @property
+    def tokens_A(self) -> Tensor | None:
+        """The token of each row if rows are given by token."""
+        return None if self.order is None else self.order.tokens_A
+
+
+class _ExpertMlp(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, rows_ND: Tensor, weights: Tensor, gate_up_EHD: Tensor, down_EDM: Tensor, options: _Options
+    ) -> Tensor:
+        order, width = options.order, down_EDM.shape[2]
+        run = expert_implementation_for(rows_ND.device, rows_ND.dtype, rows_ND.shape[1], width)
+        weights_A = (weights if order is None else order.copy_weights(weights)).to(rows_ND.dtype)
+        gated_AM = rows_ND.new_empty(len(weights_A), width) if options.keeps_gated else None
+        given = (rows_ND, weights_A, gate_up_EHD, down_EDM, options.counts, options.tokens_A, gated_AM)
+        out_AD, hidden_AH = expert_mlp(*given, implementation=run)
+        kept = () if gated_AM is None else (gated_AM,)
+        ctx.save_for_backward(rows_ND, weights_A, hidden_AH, gate_up_EHD, down_EDM, *kept)
+        ctx.options, ctx.run, ctx.weights_dtype = options, run, weights.dtype
+        return out_AD if order is None else order.sum_rows(out_AD)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        rows_ND, weights_A, hidden_AH, gate_up_EHD, down_EDM, *kept = ctx.saved_tensors
+        options: _Options = ctx.options
+        counts, sink, order, run = options.counts, options.sink, options.order, ctx.run
+        # Without a split, gradients of rows and weights are made expert by expert, and hidden gradients never whole.
+        grad_ND = grads[0].contiguous()
+        given = (weights_A, hidden_AH, gate_up_EHD, down_EDM, counts, options.tokens_A)
+        is_at_once = sink is None and gate_up_EHD.requires_grad and down_EDM.requires_grad
+        rows = rows_ND if is_at_once else None
+        grad_rows, grad_weights, rest = expert_mlp_backward(grad_ND, *given, rows_ND=rows, implementation=run)
+        # Gradients by row become gradients by token, ND and NK.
+        if order is not None:
+            grad_rows, grad_weights = order.sum_rows(grad_rows), order.restore_weights(grad_weights)
+        grad_weights = grad_weights.to(ctx.weights_dtype)
+        if is_at_once:
+            return grad_rows, grad_weights, *rest, None
+
+        # Otherwise weight gradients are computed later: EHD from AH and AD, EDM from AD and AM.
+        def in_order(values_ND: Tensor) -> Tensor:
+            return values_ND if order is None else order.copy_rows(values_ND)
+
+        gated_AM = kept[0] if kept else None
+
+        def of_gate_up() -> Tensor:
+            return gate_up_gradient(rest[0], in_order(rows_ND), counts, implementation=run)
+
+        def of_down() -> Tensor:
+            return down_gradient(in_order(grad_ND), weights_A, hidden_AH, counts, gated_AM, implementation=run)
+
+        grad_gate_up, grad_down = give(gate_up_EHD, of_gate_up, sink), give(down_EDM, of_down, sink)
+        return grad_rows, grad_weights, grad_gate_up, grad_down, None
+
+
+def _run_experts(rows: Tensor, weights: Tensor, experts: ExpertWeights, options: _Options) -> Tensor:
+    out: Tensor = _ExpertMlp.apply(rows, weights, *experts, options)  # type: ignore[no-untyped-call]
+    return out
