@@ -75,8 +75,7 @@ class Training:
             callbacks: called as the run goes on; given on all ranks or none.
         """
         learner, world, out_dir = learners.last, learners.last.world, Path(config.out_dir)
-        self.num_done = first_step
-        self._num_saved = first_step
+        self.num_done = self._num_saved = first_step
         self._config = config
         self._world = world
         self._learner = learner

@@ -63,15 +63,7 @@ def main(config: TrainConfig, reports_on_stderr: bool = False, callbacks: Callba
     log = CollectiveLog()
     crash_reporter = CrashReporter(member.rank, log, reports_on_stderr)
     crash_reporter.out_dir = Path(config.out_dir) if config.out_dir else None
-    try:
-        job = join(member, log, config.cluster.timeout_seconds, crash_reporter.write, key_folder=crash_reporter.out_dir)
-    except AbsentError as error:
-        crash_reporter.write(error.verdict)
-        os._exit(error.verdict.code)
-    except JobKeyError as error:
-        if reports_on_stderr and member.rank != 0:  # rank 0 prints its own, not this one
-            os.write(sys.stderr.fileno(), f"error: {error}\n".encode())
-        raise
+    job = _join(config, member, log, crash_reporter, reports_on_stderr)
     try:
         code = _Rank(job, log, crash_reporter, preemption, callbacks).run(config)
     except BaseException as error:
@@ -84,6 +76,22 @@ def main(config: TrainConfig, reports_on_stderr: bool = False, callbacks: Callba
     job.close()
     stop()
     return code
+
+
+def _join(
+    config: TrainConfig, member: Membership, log: CollectiveLog, crash_reporter: CrashReporter, reports_on_stderr: bool
+) -> Job:
+    """Joins the job; ends the process if other ranks are absent."""
+    try:
+        seconds = config.cluster.timeout_seconds
+        return join(member, log, seconds, crash_reporter.write, key_folder=crash_reporter.out_dir)
+    except AbsentError as error:
+        crash_reporter.write(error.verdict)
+        os._exit(error.verdict.code)
+    except JobKeyError as error:
+        if reports_on_stderr and member.rank != 0:  # rank 0 prints its own, not this one
+            os.write(sys.stderr.fileno(), f"error: {error}\n".encode())
+        raise
 
 
 @dataclass(frozen=True, slots=True)

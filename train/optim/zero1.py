@@ -134,7 +134,6 @@ class Zero1AdamW:
 def _build(groups: ParameterGroups, replicas: ReductionGroups, config: OptimConfig) -> Any:
     """DeepSpeed's sharded optimiser around AdamW."""
     import deepspeed
-    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
     from deepspeed.utils import logger
     from deepspeed.utils.timer import NoopTimer
 
@@ -145,27 +144,9 @@ def _build(groups: ParameterGroups, replicas: ReductionGroups, config: OptimConf
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist.get_backend(), dist_init_required=False, verbose=False)
 
-    class WorldNorm(DeepSpeedZeroOptimizer):  # type: ignore[misc]
-        """Its own norm pairs up parameter groups over stages, and hangs where stages differ in them."""
-
-        def measure_norm(self) -> Tensor:
-            parts = [part for group in self.averaged_gradients.values() for part in group]
-            squares = torch.zeros((), dtype=torch.float64, device=parts[0].device)
-            for part in parts:  # every element is owned by exactly one rank of the job; padding is zero
-                squares += part.double().square().sum()
-            dist.all_reduce(squares, group=replicas.world)
-            self.measured_norm = squares.sqrt().float()
-            return self.measured_norm
-
-        def scaled_global_norm(self, norm_type: int = 2) -> Tensor:
-            # Measured before the step, which is not taken where it is not finite: DeepSpeed would skip it without a
-            # word, or with bf16 weights take it.
-            assert norm_type == 2
-            return self.measured_norm
-
     bucket = min(config.bucket_elements, sum(parameter.numel() for parameter in groups.all().values()))
     bucket += bucket % 2  # it takes even ones alone
-    return WorldNorm(
+    return _world_norm_optimizer(replicas.world)(
         build_adamw(_parameter_options(groups, config.weight_decay), config),
         {parameter: name for name, parameter in groups.all().items()},
         timers=NoopTimer(),
@@ -186,6 +167,31 @@ def _build(groups: ParameterGroups, replicas: ReductionGroups, config: OptimConf
         allgather_bucket_size=bucket,
         verbose=False,
     )
+
+
+def _world_norm_optimizer(world: dist.ProcessGroup) -> Any:
+    """Returns DeepSpeed's optimizer class with the gradient norm over all ranks of the job."""
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    class WorldNorm(DeepSpeedZeroOptimizer):  # type: ignore[misc]
+        """Its own norm pairs up parameter groups over stages, and hangs where stages differ in them."""
+
+        def measure_norm(self) -> Tensor:
+            parts = [part for group in self.averaged_gradients.values() for part in group]
+            squares = torch.zeros((), dtype=torch.float64, device=parts[0].device)
+            for part in parts:  # every element is owned by exactly one rank of the job; padding is zero
+                squares += part.double().square().sum()
+            dist.all_reduce(squares, group=world)
+            self.measured_norm = squares.sqrt().float()
+            return self.measured_norm
+
+        def scaled_global_norm(self, norm_type: int = 2) -> Tensor:
+            # Measured before the step, which is not taken where it is not finite: DeepSpeed would skip it without a
+            # word, or with bf16 weights take it.
+            assert norm_type == 2
+            return self.measured_norm
+
+    return WorldNorm
 
 
 def _parameter_options(groups: ParameterGroups, weight_decay: float) -> list[dict[str, Any]]:

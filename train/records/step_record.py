@@ -13,6 +13,7 @@ from torch import distributed as dist
 from torch.distributed import ProcessGroup
 
 from comm.dispatch.traffic import LayerTraffic, TrafficSnapshot
+from dualpipe.runtime.measured import RankUse
 from train.records.metrics import mfu
 from train.records.pictures import PipelineWatch, bubble_of, window_slots
 from train.replica import Replica
@@ -40,10 +41,6 @@ def record_of(
     with world.log.collective("world", world.groups.world, "sum of traffic"):
         clipped, num_layers = replica.observers.clips.take(), model.num_layers + model.mtp_depth
         exchange = exchange_metrics(traffic, clipped, num_layers, world.groups.world, world.device)
-    mine = _peak_memory_bytes(world.device)
-    used_seconds, memory = _reduce(world, [use.used_seconds, mine], dist.ReduceOp.SUM)
-    largest = [mine, *window_slots(use, world.data_index, mesh.data)]
-    peak, *slots = _reduce(world, largest, dist.ReduceOp.MAX)
     speed, length = result.tokens / result.seconds, replica.config.batch.sequence_length_tokens
     losses = result.losses
     return {
@@ -60,11 +57,22 @@ def record_of(
         "step_seconds": result.seconds,
         "tokens_per_second": speed,
         **mfu(model, length, speed, None if peak_flops is None else peak_flops * mesh.world_size),
+        **_usage_metrics(world, use),
+        **result.balance.metrics(),
+        **exchange,
+    }
+
+
+def _usage_metrics(world: World, use: RankUse) -> dict[str, object]:
+    """Returns peak memory and the bubble over all ranks."""
+    mesh, mine = world.layout.parallelism, _peak_memory_bytes(world.device)
+    used_seconds, memory = _reduce(world, [use.used_seconds, mine], dist.ReduceOp.SUM)
+    largest = [mine, *window_slots(use, world.data_index, mesh.data)]
+    peak, *slots = _reduce(world, largest, dist.ReduceOp.MAX)
+    return {
         "peak_memory_bytes": int(peak),
         "mean_peak_memory_bytes": int(memory / mesh.world_size),
         "pipeline_bubble": bubble_of(used_seconds, slots, mesh.pipeline),
-        **result.balance.metrics(),
-        **exchange,
     }
 
 
@@ -87,20 +95,19 @@ def exchange_metrics(
     world: ProcessGroup,
     device: torch.device,
 ) -> dict[str, object]:
-    """The numbers of all ranks together; every rank must ask.
+    """Returns what all ranks sent in a step; all ranks call it.
+
+    A NIC's imbalance is the most that a rank received from other nodes over the mean of the ranks that took part.
 
     Args:
         traffic: of this rank in the step, its layers' labels below `num_layers`.
         clipped: tokens of this rank over the cap on nodes, by layer.
         num_layers: of the model, MTP modules included.
-        world: every rank.
+        world: all ranks.
         device: of this rank.
 
     Returns:
-        `nodes_per_token`, `inter_node_bytes` and `intra_node_bytes` (exchanges and pipeline messages),
-        `lower_bound_share`, `nic_imbalance`, `clipped_tokens`, and under `exchange` an object for each layer that
-        exchanged anything: rows and bytes within and across nodes, counted and predicted. A NIC's imbalance is the
-        most that a rank received from other nodes over the mean of the ranks that took part; 1 where nothing crossed.
+        Totals of dispatch, combine and transfers, and under `exchange` an object for each layer that sent anything.
     """
     job = _gather_traffic(traffic, clipped, num_layers, world, device)
     whole, received = job.traffic, job.traffic.total.num_bytes_from_nodes
