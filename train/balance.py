@@ -1,4 +1,4 @@
-"""How evenly experts work: the step's loads, the router bias that answers them, and `loads.jsonl`.
+"""The balance of experts: loads of a step, the router bias that follows them, and `loads.jsonl`.
 
 Shape legend: L layers with routers, in order; E experts.
 """
@@ -41,7 +41,7 @@ class Balance:
         return found
 
     def metrics(self) -> dict[str, object]:
-        """`max_violation`, of the worst layer, and under `router` each layer's own beside its bias."""
+        """Returns `max_violation` of the worst layer, and under `router` each layer's own with its bias."""
         return {
             "max_violation": max(self.violations, default=0.0),
             "router": {
@@ -83,7 +83,7 @@ def update_router_bias(replica: Replica, rate: float) -> Balance:
 
 
 def layers_with_routers(model: ModelConfig) -> range:
-    """Every MoE layer, MTP modules among them: those too are MoE blocks, unless there is no such layer at all."""
+    """Returns the numbers of all MoE layers; MTP modules are MoE blocks too if the model has any."""
     return range(model.num_dense_layers, model.num_layers + model.mtp_depth)
 
 
@@ -91,7 +91,7 @@ class LoadLines:
     """`loads.jsonl`: tokens per expert and layer, one object every so many steps; rank 0 writes it."""
 
     def __init__(self, folder: Path, every_steps: int, first_step: int) -> None:
-        """`first_step`: steps already done; lines of later ones are taken back."""
+        """Opens the file; lines of steps after `first_step` are removed."""
         self._every = every_steps
         self._lines = JsonLines(folder / LOADS_NAME, first_step) if every_steps else None
 

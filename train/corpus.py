@@ -1,4 +1,4 @@
-"""The corpus that a run reads, built by one rank of every machine and checked against what the run asks of it."""
+"""The corpus that a run reads: built by one rank of every machine, and checked against the run."""
 
 import os
 import threading
@@ -13,7 +13,7 @@ _QUIET = Quiet()
 _ROUND_SECONDS = 1.0
 
 Exchange = Callable[["State"], list["State"]]
-"""Gives every rank's state, in rank order; every rank calls it at the same point."""
+"""Gathers every rank's state, in rank order; all ranks call it at the same point."""
 State = tuple[bool, str]
 """Whether a rank's part of the preparation is over, and why it failed, or nothing."""
 
@@ -39,10 +39,10 @@ def prepare_corpus(config: TrainConfig, progress: Progress = _QUIET) -> Prepared
 
 
 def build_together(config: TrainConfig, exchange: Exchange, progress: Progress = _QUIET) -> None:
-    """Has one rank of every machine build what the cache lacks, for as long as that takes. Every rank calls it.
+    """Builds what the cache lacks on one rank of every machine, for as long as that takes. All ranks call it.
 
     The building runs on a thread of its own. Meanwhile all ranks exchange their state about once a second, so that no
-    collective lasts longer than that, and a rank that is lost is missed as in any other collective.
+    collective lasts longer than that, and a lost rank is found as in any other collective.
 
     Args:
         config: of the run.
@@ -68,7 +68,7 @@ def build_together(config: TrainConfig, exchange: Exchange, progress: Progress =
 
 
 class _Build:
-    """A thread that prepares the corpus, and what became of it."""
+    """A thread that prepares the corpus, and its result."""
 
     def __init__(self, act: Callable[[], object]) -> None:
         self.error: Exception | None = None
@@ -77,7 +77,7 @@ class _Build:
         self._thread.start()
 
     def wait(self, seconds: float) -> State:
-        """Waits for at most so long; returns the state after that."""
+        """Waits for at most so many seconds; returns the state after that."""
         self._thread.join(seconds)
         return not self._thread.is_alive(), str(self.error) if isinstance(self.error, DataError) else ""
 

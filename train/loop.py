@@ -212,7 +212,7 @@ class Training:
             self._reporter.say(f"continuation of {samples.prompt!r}:\n{text}")
 
     def _save(self) -> None:
-        """Starts a checkpoint, the only place where a run saves: a copy, which is written beside the next steps."""
+        """Starts a checkpoint, the only place where a run saves: a copy, which is written during the next steps."""
         with self._world.phase("checkpoint"):
             self._saver.save(self.num_done)
         self._num_saved = self.num_done

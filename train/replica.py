@@ -228,15 +228,15 @@ def open_replica(world: World, config: ReplicaConfig, schedule: Schedule) -> Rep
 
 
 def weight_dtype(precision: Precision) -> torch.dtype:
-    """The type of weights and activations."""
+    """Returns the type of weights and activations."""
     return {"float64": torch.float64, "float32": torch.float32}.get(precision.kind, torch.bfloat16)
 
 
 def is_mirrored(schedule: Schedule) -> bool:
-    """Whether pipeline ranks p and P-1-p hold the same stages.
+    """Returns whether pipeline ranks p and P-1-p hold the same stages.
 
     Raises:
-        ScheduleError: other ranks than those share a stage, whose gradients would not be summed.
+        ScheduleError: other ranks share a stage; their gradients would not be summed.
     """
     down, *up = schedule.placement
     if any(row != down[::-1] for row in up) or (up and len(set(down)) < len(down)):

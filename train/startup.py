@@ -118,7 +118,7 @@ def load_initial_weights(config: TrainConfig, learner: Learner, prepared: Prepar
     if config.init_from is None:
         return ""
     with learner.world.phase("loading of initial weights"):
-        told = load_initial(config, learner, prepared.tokenizer)
+        line = load_initial(config, learner, prepared.tokenizer)
     if learner.ema is not None:
         learner.ema.follow_weights()
-    return told
+    return line

@@ -47,7 +47,7 @@ class Losses:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepRates:
-    """What a step trains with, as functions of the step alone: the same under every layout and after a resume."""
+    """Rates of a step, functions of the step alone: the same under every layout and after a resume."""
 
     learning_rate: float
     mtp_loss_weight: float
@@ -56,7 +56,7 @@ class StepRates:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepResult:
-    """What a step showed, equal on all ranks but for the execution of this rank's passes."""
+    """What a step measured; equal on all ranks, except for the execution of this rank's passes."""
 
     losses: Losses
     grad_norm: float
@@ -79,7 +79,7 @@ class BatchReader:
         self._known: dict[tuple[int, int], MicroBatch] = {}
 
     def __call__(self, direction: int, micro_batch: int) -> MicroBatch | None:
-        """The micro-batch, None where nothing of it is needed."""
+        """Returns the micro-batch; None if this rank needs nothing of it."""
         replica, batch = self._replica, self._replica.config.batch
         schedule, model = replica.schedule, replica.model
         if model.model.embed_tokens is None and model.lm_head is None and not batch.document_mask:
@@ -98,10 +98,10 @@ class BatchReader:
         return self._known[key]
 
     def count_targets(self) -> Tensor:
-        """Targets per depth over the whole global batch, int64, on the host; every rank must ask.
+        """Returns targets per depth over the global batch, int64 on the host; all ranks call it.
 
         Raises:
-            PreemptedError: on every rank, where one was asked to make room. Nothing of the batch has begun.
+            PreemptedError: on every rank, if one was preempted. Nothing of the batch has begun.
         """
         replica, world = self._replica, self._replica.world
         counts = torch.zeros(replica.config.model.mtp_depth + 1, dtype=torch.int64)
@@ -118,7 +118,7 @@ class BatchReader:
 
 
 def to_micro_batch(batch: Batch, mtp_depth: int, device: torch.device, *, masks_documents: bool = False) -> MicroBatch:
-    """What the model embeds and predicts at every depth, and whether the pieces of a sequence see each other."""
+    """Returns what the model embeds and predicts at every depth, and the documents if they are masked."""
     depths = range(mtp_depth + 1)
     return MicroBatch(
         inputs_BT=tuple(batch.inputs(depth).to(device) for depth in depths),

@@ -1,4 +1,4 @@
-"""What a process of a job has once, whatever networks it holds: place, groups, device, lane, log and preemption."""
+"""What a process of a job has once: place, groups, device, lane, log and preemption."""
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""Whether a step may be taken: its loss and gradient norm, before anything follows from them."""
+"""Judges a step by its loss and gradient norm, before weights are updated."""
 
 import math
 from collections import deque
@@ -22,15 +22,16 @@ Shown = tuple[float, float]
 
 
 class Guard:
-    """The rules of one run. Its numbers are sums over all ranks, so that all ranks decide alike without asking again.
+    """The rules of one run. Its numbers are sums over all ranks, so all ranks decide alike without a collective.
 
-    Attributes: `values`, those of the step that was judged last, with the medians that they were held against.
+    Attributes:
+        values: loss and norm of the step that was judged last, and the medians that they were compared with.
     """
 
     values: dict[str, float]
 
     def __init__(self, config: GuardConfig, shown: Iterable[Shown] = ()) -> None:
-        """Begins with what earlier steps showed, the oldest first."""
+        """Starts with loss and norm of earlier steps, the oldest first."""
         self._factor = config.spike_factor
         self._window = config.spike_window_steps
         self._shown: dict[str, deque[float]] = {}
@@ -38,7 +39,7 @@ class Guard:
         self.remember(shown)
 
     def remember(self, shown: Iterable[Shown]) -> None:
-        """These are the steps that spikes are told from, and no others."""
+        """Replaces the steps that later ones are compared with."""
         losses, norms = deque[float](maxlen=self._window), deque[float](maxlen=self._window)
         for loss, norm in shown:
             losses.append(loss)
@@ -46,7 +47,7 @@ class Guard:
         self._shown = {LOSS: losses, NORM: norms}
 
     def judge(self, name: str, value: float) -> str:
-        """Why a step with this value must not be taken; empty where it may.
+        """Returns why a step with this value is refused; empty if it is accepted.
 
         Args:
             name: `LOSS`, which begins a step, or `NORM`.
@@ -67,18 +68,18 @@ class Guard:
         return f"{name} is {value:.6g}, above {self._factor:g} x its median of {self._window} steps, {middle:.6g}"
 
     def accept(self, loss: float, norm: float) -> None:
-        """The step was taken."""
+        """Notes a step that updated the weights."""
         self._shown[LOSS].append(loss)
         self._shown[NORM].append(norm)
 
 
 def own_norm(store: GradientStore) -> Tensor:
-    """Norm of what this rank alone found, a scalar on its device that nobody waits for."""
+    """Returns the norm of this rank's own gradients, a scalar on its device; no host sync."""
     return torch.nn.utils.get_total_norm(store.gradients())
 
 
 def find(world: World, guard: Guard, step: int, reason: str, own: Tensor, is_finite_here: bool) -> Finding:
-    """What is known of a step that is refused; every rank must ask.
+    """Returns what is known of a refused step; all ranks call it.
 
     Args:
         world: of this process.
@@ -100,7 +101,7 @@ def find(world: World, guard: Guard, step: int, reason: str, own: Tensor, is_fin
 
 
 def read_shown(metrics: Path, num_done: int, window: int) -> list[Shown]:
-    """The last `window` steps up to the `num_done`-th as a run's `metrics.jsonl` has them; none where it has none."""
+    """Returns loss and norm of the last `window` steps up to `num_done` in a `metrics.jsonl`, if any."""
     shown: deque[Shown] = deque(maxlen=window)
     for values in read_lines(metrics):
         loss, norm = number_of(values, "loss"), number_of(values, "grad_norm")
@@ -110,5 +111,5 @@ def read_shown(metrics: Path, num_done: int, window: int) -> list[Shown]:
 
 
 def in_json(values: dict[str, float]) -> dict[str, float | str]:
-    """Numbers as JSON has them: what is not finite in words."""
+    """Returns numbers as JSON has them: those that are not finite as text."""
     return {name: value if math.isfinite(value) else str(value) for name, value in values.items()}

@@ -34,12 +34,12 @@ class RolledBack:
 
 
 class Recovery:
-    """Owns the guard of a run and what became of the steps that it refused. The same on all ranks."""
+    """Owns the guard of a run and what follows a refused step. All ranks decide the same."""
 
     def __init__(
         self, learner: Learner, config: GuardConfig, loader: Loader, out_dir: Path, resume: str | None, first_step: int
     ) -> None:
-        """Every rank makes one; the first reads what the run has left so far.
+        """Opens the guard; rank 0 reads the run's earlier records. All ranks call it.
 
         Args:
             learner: of this rank, which is loaded again if the run goes back.
@@ -63,7 +63,7 @@ class Recovery:
         self._remember(first_step)
 
     def passes_over(self, step: int) -> bool:
-        """Whether the step's batch was refused before the run went back, so that it is left out now."""
+        """Returns whether the step's batch was refused before the run went back, so that it is left out now."""
         if step not in self._passed_over:
             return False
         if self._is_writer:
@@ -71,7 +71,7 @@ class Recovery:
         return True
 
     def accepted(self, step: int) -> None:
-        """The step was taken."""
+        """Notes a step that updated the weights."""
         if step > self._last_refused:
             self._num_in_a_row = 0
 
@@ -111,7 +111,7 @@ class Recovery:
         return RolledBack(num_done), f"{finding.reason}; back to {folder}, and its batch will be left out"
 
     def _agreed_checkpoint(self, num_done: int) -> Path | None:
-        """The run's newest whole one with at most so many steps, else the one that it started from."""
+        """Returns the run's newest whole checkpoint up to a step, or the one that it started from."""
 
         def find(check: Check) -> Path | None:
             folder = newest_whole(self._out_dir, num_done, check)
@@ -121,7 +121,7 @@ class Recovery:
             return find_together(find)
 
     def _remember(self, num_done: int) -> None:
-        """What the run showed up to a step, and the batches that are left out from there on."""
+        """Reads the records up to a step, and the batches to leave out from there on."""
         found: list[Any] = [None]
         if self._is_writer:
             steps = [event["step"] - 1 for event in read_events(self._out_dir) if event["kind"] == _ROLLED_BACK]
@@ -131,7 +131,7 @@ class Recovery:
         self._passed_over = set(steps)
 
     def _read_shown(self, num_done: int) -> list[Any]:
-        """Of this run; before its first step, of the one whose checkpoint it goes on from."""
+        """Returns loss and norm of this run's steps, or of the run that it resumed from."""
         window, resume = self._config.spike_window_steps, self._resume
         shown = read_shown(self._out_dir / "metrics.jsonl", num_done, window)
         if not shown and resume is not None:
@@ -139,13 +139,13 @@ class Recovery:
         return shown
 
     def _share(self, found: list[Any]) -> list[Any]:
-        """The first rank's, on all."""
+        """Broadcasts what rank 0 found."""
         with self._world.phase("agreement on what was before"):
             dist.broadcast_object_list(found, src=0, group=self._world.groups.world)
         return found
 
     def _note(self, kind: str, finding: Finding, **more: Any) -> None:
-        """The refused batch in `events.jsonl`."""
+        """Notes the refused batch in `events.jsonl`."""
         if self._is_writer:
             known = {"values": in_json(finding.values), "ranks": list(finding.ranks)}
             samples = self._loader.sample_ids(finding.step)

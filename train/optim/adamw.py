@@ -27,7 +27,7 @@ class Bf16MomentsAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One update of every weight that has a gradient. No closure is called: gradients are there already."""
+        """Updates every weight that has a gradient. No closure is called: gradients are there already."""
         assert closure is None
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -73,7 +73,7 @@ def build_adamw(groups: Sequence[dict[str, Any]], config: OptimConfig) -> torch.
 
 
 def moments_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter | Tensor) -> dict[str, Tensor]:
-    """Step count and moments of a parameter, the tensors themselves; made if no step was taken yet."""
+    """Returns step count and moments of a parameter, the tensors themselves; made before the first step if needed."""
     if isinstance(optimizer, Bf16MomentsAdamW):
         return optimizer.moments(parameter)
     state: dict[str, Tensor] = optimizer.state[parameter]

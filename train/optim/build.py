@@ -1,4 +1,4 @@
-"""The optimiser that a run asks for."""
+"""The optimizer's protocol, and the one that a run names."""
 
 from typing import Protocol, assert_never
 
@@ -28,7 +28,7 @@ class Optimiser(Protocol):
         ...
 
     def state(self) -> dict[str, Slice | Tensor]:
-        """The rank's state to be saved, or to be filled in place, under names that no layout is part of.
+        """Returns this rank's state, to save or to fill in place, under names that depend on no layout.
 
         `step` is a scalar; `<parameter>.exp_avg`, `.exp_avg_sq` and, where the weights are not their own master
         copies, `.master` are runs of the whole job's flat parameter.
@@ -47,7 +47,7 @@ class Optimiser(Protocol):
 def build_optimiser(
     groups: ParameterGroups, store: GradientStore, replicas: ReductionGroups, config: OptimConfig
 ) -> Optimiser:
-    """By `config.sharding`."""
+    """Builds the optimizer that `config.sharding` names."""
     match config.sharding:
         case "zero1":
             return Zero1AdamW(groups, store, replicas, config)

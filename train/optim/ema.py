@@ -1,4 +1,4 @@
-"""An exponential moving average of the weights, on the host in float32, updated beside the next step.
+"""An exponential moving average of the weights, on the host in float32, updated during the next step.
 
 DeepSeek-V3 keeps one to see early how a model does after its learning rate has decayed (arXiv:2412.19437, section
 3.2.3).
@@ -15,7 +15,7 @@ from model.transformer import BIAS, Transformer, named_tensors
 class ParameterEma:
     """Averages of the weights that this rank holds; it owns them, a copy of the weights, and the thread that averages.
 
-    After an update the step waits only for the copy: averaging runs beside the next one. The router's bias is no
+    After an update the step waits only for the copy: averaging runs during the next one. The router's bias is no
     weight, and stands as it is after the last update.
     """
 
@@ -51,10 +51,10 @@ class ParameterEma:
         self._under_way = self._worker.submit(self._average)
 
     def wait(self) -> None:
-        """Until the averages are those of the last update.
+        """Waits until the averages are those of the last update.
 
         Raises:
-            Exception: what went wrong beside the step.
+            Exception: what went wrong in the worker.
         """
         if self._under_way is not None:
             under_way, self._under_way = self._under_way, None
@@ -69,10 +69,10 @@ class ParameterEma:
         return self._averages
 
     def loaded(self) -> None:
-        """To be called after the tensors of `state` were filled: nothing else follows them."""
+        """Follows a change of the tensors of `state`: nothing to do."""
 
     def follow_weights(self) -> None:
-        """Begins anew with the weights as they are, which the run took from elsewhere."""
+        """Restarts the averages from the weights as they are now."""
         self.wait()
         for name, weight in named_tensors(self._model).items():
             self._averages[name].copy_(weight)

@@ -38,11 +38,11 @@ class ParameterGroups:
     num_experts: int
 
     def all(self) -> dict[str, nn.Parameter]:
-        """All of them."""
+        """Returns all parameters by name."""
         return self.matrices | self.vectors | self.experts
 
     def place(self, name: str, first: int, values: Tensor) -> Slice:
-        """Where values that belong to a parameter's elements lie within the whole job's parameter.
+        """Returns values of a parameter's elements as a slice of the whole job's parameter.
 
         Args:
             name: of the parameter.

@@ -71,20 +71,20 @@ class ReplicatedAdamW:
         return named
 
     def loaded(self) -> None:
-        """To be called after the tensors of `state` were filled from a checkpoint: weights are their own masters."""
+        """Follows a change of the tensors of `state`: weights are their own masters."""
         spread_step(self._optimizer, list(self._groups.all().values()))
 
     def follow_weights(self) -> None:
-        """To be called after the weights were filled: they are their own master copies."""
+        """Follows a change of the weights: they are their own master copies."""
 
     def _parameters(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        """Those that are the same on all ranks of a stage, and routed experts."""
+        """Returns the parameters that all ranks of a stage share, and the routed experts."""
         groups = self._groups
         return [*groups.matrices.values(), *groups.vectors.values()], list(groups.experts.values())
 
 
 def _sum_over(tensors: list[Tensor], group: dist.ProcessGroup) -> None:
-    """One all-reduce for many tensors of one type."""
+    """Sums many tensors of one type over a group with one all-reduce, in place."""
     if not tensors or dist.get_world_size(group) == 1:
         return
     flat = torch.cat([tensor.flatten() for tensor in tensors])

@@ -76,7 +76,7 @@ class Zero1AdamW:
         self._store.clear()
 
     def state(self) -> dict[str, Slice | Tensor]:
-        """The runs of master weights and moments that this rank owns, and the step count; the tensors themselves.
+        """Returns this rank's runs of master weights and moments, and the step count; the tensors themselves.
 
         Float32 weights are equal to their master copies, which are then left out: a checkpoint does not tell whether
         the state was sharded.
@@ -103,7 +103,7 @@ class Zero1AdamW:
         return all(parameter.dtype == torch.float32 for parameter in self._parameters)
 
     def _runs(self, index: int) -> Iterator[tuple[str, int, slice]]:
-        """What of each parameter a group's shard holds: its name, the first element, where in the shard they lie.
+        """Yields what a group's shard holds of each parameter: its name, the first element, their place in the shard.
 
         By DeepSpeed's own places; its fragments say the same, but are linked to the state of the first group alone.
         """
@@ -117,7 +117,7 @@ class Zero1AdamW:
                 yield names[id(parameter)], first - offset, slice(first - start, end - start)
 
     def loaded(self) -> None:
-        """To be called after the tensors of `state` were filled: weights again follow their master copies."""
+        """Follows a change of the tensors of `state`: weights are copied from their masters."""
         spread_step(self._optimizer.optimizer, self._masters)
         if self._are_weights_masters:
             self.follow_weights()
@@ -127,12 +127,12 @@ class Zero1AdamW:
             self._optimizer._update_model_bit16_weights(index)
 
     def follow_weights(self) -> None:
-        """To be called after the weights were filled: this rank's master copies follow them."""
+        """Follows a change of the weights: this rank's master copies are made from them."""
         self._optimizer.refresh_fp32_params()
 
 
 def _build(groups: ParameterGroups, replicas: ReductionGroups, config: OptimConfig) -> Any:
-    """DeepSpeed's sharded optimiser around AdamW."""
+    """Builds DeepSpeed's sharded optimizer around AdamW."""
     import deepspeed
     from deepspeed.utils import logger
     from deepspeed.utils.timer import NoopTimer
@@ -174,7 +174,7 @@ def _world_norm_optimizer(world: dist.ProcessGroup) -> Any:
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
     class WorldNorm(DeepSpeedZeroOptimizer):  # type: ignore[misc]
-        """Its own norm pairs up parameter groups over stages, and hangs where stages differ in them."""
+        """DeepSpeed's own norm pairs up parameter groups over stages, and hangs if stages differ in them."""
 
         def measure_norm(self) -> Tensor:
             parts = [part for group in self.averaged_gradients.values() for part in group]

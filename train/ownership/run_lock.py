@@ -83,7 +83,7 @@ def locked(folder: Path, say: Callable[[str], None], lease_seconds: float = LEAS
 
 
 def acquire(folder: Path, say: Callable[[str], None], lease_seconds: float = LEASE_SECONDS) -> RunLock:
-    """As `locked`, for an owner that calls `release` itself."""
+    """Acquires the lock as `locked` does, for an owner that calls `release` itself."""
     owner, path = Owner.of_this_process(), folder / LOCK_NAME
     own = path.with_name(f"{LOCK_NAME}.{owner.id}.partial")
     try:

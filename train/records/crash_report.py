@@ -58,7 +58,7 @@ class CrashReporter:
         path.with_suffix("").with_suffix(".operations.jsonl").write_text(self._operations(), encoding="utf-8")
 
     def _operations(self) -> str:
-        """The last operations, one object a line, the oldest first."""
+        """Returns the last operations, one JSON object a line, the oldest first."""
         awaited, progress = {operation for operation, _ in self._log.awaited()}, self._log.progress()
         lines = []
         for started, operation in self._log.recent():
@@ -71,7 +71,7 @@ class CrashReporter:
 
 
 def _stacks() -> str:
-    """Where every thread stands in Python."""
+    """Returns the Python stack of every thread."""
     with tempfile.TemporaryFile("w+") as file:
         faulthandler.dump_traceback(file=file, all_threads=True)
         file.seek(0)

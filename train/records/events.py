@@ -1,4 +1,4 @@
-"""`events.jsonl` of a run's folder: what happened beside its steps, one object a line. No torch here."""
+"""`events.jsonl` of a run's folder: what happened other than steps, one object a line. No torch here."""
 
 import json
 import logging
@@ -37,7 +37,7 @@ def append_event(out_dir: Path, kind: str, step: int, text: str, **values: Any) 
 
 
 def note_event(out_dir: Path, kind: str, step: int, text: str, **values: Any) -> None:
-    """As `append_event`, for a run that must go on if its folder is gone or full: only the log says so then."""
+    """Adds a line as `append_event`, for a run that must go on: if the folder is gone or full, only the log has it."""
     try:
         append_event(out_dir, kind, step, text, **values)
     except OSError as error:

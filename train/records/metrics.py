@@ -30,7 +30,7 @@ class Recorder(Protocol):
         ...
 
     def amend(self, values: Record) -> None:
-        """The record of the last step again, with more in it."""
+        """Replaces the record of the last step by one with more in it."""
         ...
 
     def close(self) -> None:
@@ -82,10 +82,10 @@ class Wandb:
             self._log(values)
 
     def go_back(self, step: int) -> None:
-        """Nothing: a wandb run only grows."""
+        """Keeps everything: a wandb run only grows."""
 
     def amend(self, values: Record) -> None:
-        """Adds it to the step; a run that was begun anew since then has none of it yet."""
+        """Adds to the step; a wandb run that was started since then has nothing of it yet."""
         self._last_step = max(self._last_step, values["step"])
         self._log(values)
 
@@ -97,7 +97,7 @@ class Wandb:
         self._try(lambda: self._run.log(dict(values), step=values["step"]))
 
     def _try(self, act: Callable[[], Any]) -> None:
-        """Whatever goes wrong in there is no reason to end the training."""
+        """Calls wandb; an error there does not end the training."""
         try:
             act()
         except Exception as error:
@@ -139,10 +139,10 @@ class Display:
             self._progress.update(self._task, completed=step)
 
     def amend(self, values: Record) -> None:
-        """Nothing: what was added was said."""
+        """Shows nothing: what was added was printed when it was known."""
 
     def say(self, line: str) -> None:
-        """One line, above the bar where there is one."""
+        """Prints a line, above the bar if there is one."""
         (self._progress.console if self._progress is not None else self._console).print(
             line, markup=False, highlight=False, soft_wrap=True
         )

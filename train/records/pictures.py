@@ -1,6 +1,6 @@
 """What the pipeline did with a step's time: the bubble after every step, and now and then a picture of it all.
 
-The clock that ranks share is the wall clock: each tells when its program began there, and the steps' times count from
+Ranks share the wall clock: each reports when its program began, and the steps' times count from
 then on. Between ranks on one host that is exact to microseconds, between hosts as good as their clocks agree (NTP: a
 millisecond or so). A device's first mark stands for the host's time at its launch: when a step's program begins, the
 device is idle, as the counts of targets have just been read from it.
@@ -95,7 +95,7 @@ class PipelineWatch:
 
 
 def write_pictures(folder: Path, title: str, schedule: Schedule, measured: Measured) -> Entry:
-    """A run below its plan, as SVG, as a page and as a trace; each file complete or not there.
+    """Writes a run below its plan as SVG, page and trace; each file is complete or not there.
 
     The plan is what the schedule takes with the times that its operations took in the run.
 
@@ -124,7 +124,7 @@ def window_slots(use: RankUse, data_index: int, num_pipelines: int) -> list[floa
 
 
 def bubble_of(used_seconds: float, slots: Sequence[float], ranks_per_pipeline: int) -> float:
-    """`measured_bubble` over all pipelines together: the part of all ranks' time that was not used.
+    """Returns the share of all ranks' time that was not used, over all pipelines.
 
     Each pipeline's time runs from the begin of its first rank to the end of its last one.
 

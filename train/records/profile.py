@@ -33,7 +33,7 @@ class StepProfiler:
 
     @contextmanager
     def step(self, done: int) -> Iterator[None]:
-        """Around a step, the `done`th of the run (from 1). Its files are there when it has ended without an error."""
+        """Records the `done`th step of the run (from 1), if chosen. Files are written if it ends without an error."""
         if not self._is_chosen or done not in self._config.steps:
             yield
             return
@@ -51,7 +51,7 @@ class StepProfiler:
             yield
 
     def path(self, done: int, ending: str) -> Path:
-        """Where a step's file of this rank is: `profile/step-00000005_rank-00000.trace.json.gz`."""
+        """Returns the path of a step's file of this rank: `profile/step-00000005_rank-00000.trace.json.gz`."""
         return self._folder / f"step-{done:08d}_rank-{self._rank:05d}.{ending}"
 
     @contextmanager
@@ -74,7 +74,7 @@ class StepProfiler:
 
 
 def profile_notice(config: TrainConfig) -> str:
-    """A line on what is recorded, and on what cannot be; empty where nothing is."""
+    """Returns a line on what is recorded and what cannot be; empty if nothing is."""
     chosen = config.profile
     kinds = ["traces"] * chosen.trace
     missing = ""

@@ -1,4 +1,4 @@
-"""Where the words, records and pictures of a run go."""
+"""Where lines, records and pictures of a run go."""
 
 import dataclasses
 import logging
@@ -19,7 +19,7 @@ from train.report.write import Report
 
 
 class Reporter:
-    """Where the first rank's words and records go; on other ranks nowhere."""
+    """Prints and records on rank 0; does nothing on other ranks."""
 
     def __init__(
         self,
@@ -34,33 +34,33 @@ class Reporter:
         self._report = report
 
     def say(self, line: str) -> None:
-        """One line for people."""
+        """Prints a line for people."""
         if self._display is not None:
             self._display.say(redact(line))
 
     def record(self, values: dict[str, Any], balance: Balance) -> None:
-        """One step's numbers."""
+        """Records one step's numbers."""
         if self._loads is not None:
             self._loads.record(values["step"], balance)
         for recorder in self._recorders:
             recorder.record(values)
 
     def last(self) -> dict[str, Any] | None:
-        """The record of the last step, as an earlier life of the run may have left it; None on other ranks."""
+        """Returns the record of the last step, maybe of an earlier attempt; None on other ranks."""
         return next((each.last() for each in self._recorders if isinstance(each, JsonLines)), None)
 
     def amend(self, values: dict[str, Any]) -> None:
-        """The record of the last step again, with more in it."""
+        """Replaces the record of the last step by one with more in it."""
         for recorder in self._recorders:
             recorder.amend(values)
 
     def draw(self) -> None:
-        """The report of the run so far."""
+        """Writes the report of the run so far."""
         if self._report is not None:
             self._report.try_to_write()
 
     def go_back(self, step: int) -> None:
-        """The steps after this one come again."""
+        """Removes the records of steps after this one, which are repeated."""
         if self._loads is not None:
             self._loads.go_back(step)
         for recorder in self._recorders:

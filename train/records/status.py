@@ -1,4 +1,4 @@
-"""`status.json` of a run's folder: what became of the run, for whoever started it. No torch here."""
+"""`status.json` of a run's folder: how the run goes or ended, for who started it. No torch here."""
 
 import json
 import logging
@@ -39,14 +39,14 @@ class Status:
 
 def write_status(out_dir: Path, status: Status) -> None:
     """Writes it with the present time, in one move."""
-    told = replace(status, time=time.time(), reason=redact(status.reason))
+    dated = replace(status, time=time.time(), reason=redact(status.reason))
     partial = out_dir / f"{STATUS_NAME}.{os.getpid()}.partial"
-    partial.write_text(json.dumps(asdict(told), indent=2) + "\n", encoding="utf-8")
+    partial.write_text(json.dumps(asdict(dated), indent=2) + "\n", encoding="utf-8")
     partial.replace(out_dir / STATUS_NAME)
 
 
 def read_status(out_dir: Path) -> Status | None:
-    """What was written last; None where nothing was, or something else."""
+    """Returns what was written last; None if nothing was, or something else."""
     path = out_dir / STATUS_NAME
     try:
         # Not so long as to fill the memory, whatever the file became.
@@ -59,7 +59,7 @@ def read_status(out_dir: Path) -> Status | None:
 
 
 def _has_types(status: Status) -> bool:
-    """Whether the values of a file are of the types that they are written in."""
+    """Returns whether the values of a file have the types that they are written in."""
     is_code = status.exit_code is None or (type(status.exit_code) is int and 0 <= status.exit_code < 256)
     is_step = type(status.step) is int and 0 <= status.step < 2**53
     texts = (status.reason, "" if status.checkpoint is None else status.checkpoint)
@@ -67,16 +67,16 @@ def _has_types(status: Status) -> bool:
 
 
 def write_end(out_dir: Path, state: State, exit_code: int, reason: str) -> None:
-    """How a run ended, beside the step and checkpoint that it had reached."""
+    """Writes how a run ended, and keeps the step and checkpoint that it had reached."""
     known = read_status(out_dir) or Status(state=state)
     write_status(out_dir, replace(known, state=state, exit_code=exit_code, reason=reason))
 
 
 class StatusFile:
-    """The first rank's hand on it; other ranks' does nothing."""
+    """`status.json` as a run writes it; only rank 0 writes."""
 
     def __init__(self, out_dir: Path, is_writer: bool, every_seconds: float = 5.0) -> None:
-        """`every_seconds`: how often a step alone is worth a write."""
+        """Opens nothing yet; a new step alone is written every `every_seconds`."""
         self._out_dir = out_dir
         self._is_writer = is_writer
         self._every_seconds = every_seconds
@@ -86,16 +86,16 @@ class StatusFile:
 
     @property
     def step(self) -> int:
-        """Steps done, as far as it was told."""
+        """Steps done when it was last noted."""
         return self._status.step
 
     def starting(self) -> None:
-        """The run has a folder; what a run before left there is known still."""
+        """Notes that the run has a folder; keeps step and checkpoint of an earlier attempt."""
         before = read_status(self._out_dir) or self._status
         self._write(replace(self._status, step=before.step, checkpoint=before.checkpoint))
 
     def running(self, step: int, checkpoint: str | None = None) -> None:
-        """So many steps are done, and perhaps there is a new checkpoint."""
+        """Notes the number of steps done, and a new checkpoint if there is one."""
         is_news = checkpoint is not None or self._status.state != "running"
         status = replace(self._status, state="running", step=step, checkpoint=checkpoint or self._status.checkpoint)
         self._status = status
@@ -103,7 +103,7 @@ class StatusFile:
             self._write(status)
 
     def ended(self, state: State, exit_code: int, reason: str = "") -> None:
-        """The run is over."""
+        """Notes how the run ended."""
         self._write(replace(self._status, state=state, exit_code=exit_code, reason=reason))
 
     def _write(self, status: Status) -> None:

@@ -59,7 +59,7 @@ class GuardedStream:
             report(self._problem)
 
     def __getattr__(self, name: str) -> Any:
-        """Whatever else the stream has."""
+        """Returns any other attribute of the stream."""
         return getattr(self._stream, name)
 
     def _break(self, error: Exception) -> None:

@@ -26,7 +26,7 @@ class PipelineLinks:
         shape: tuple[int, ...],
         dtype: torch.dtype,
     ) -> None:
-        """`nodes`: of each rank of the pipeline. `shape`, `dtype`: of what travels."""
+        """Wraps a transport; `nodes` are those of the pipeline's ranks, `shape` and `dtype` those of hidden states."""
         self._transport = transport
         self._nodes = nodes
         self._traffic = traffic
@@ -53,7 +53,7 @@ class PipelineLinks:
 
 
 def message_key(message: Message) -> MessageKey:
-    """A message of a schedule in the transport's words."""
+    """Returns the transport's key of a schedule's message."""
     return MessageKey(
         kind=message.kind,
         direction=message.direction,
@@ -65,7 +65,7 @@ def message_key(message: Message) -> MessageKey:
 
 
 def linked_pairs(schedule: Schedule) -> list[tuple[int, int]]:
-    """The pipeline ranks that exchange messages, the lower one first."""
+    """Returns the pairs of pipeline ranks that exchange messages, the lower one first."""
     messages = (message for rank in transfers(schedule) for message in rank.all_sends)
     return sorted({(min(ends), max(ends)) for ends in ((message.source, message.destination) for message in messages)})
 

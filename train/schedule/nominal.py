@@ -1,4 +1,4 @@
-"""What schedules are made for, and the one by which memory is predicted: short, with the peaks of the run's.
+"""The costs that schedules are made for, and a short schedule with the same peaks, by which memory is predicted.
 
 No torch here.
 
@@ -62,7 +62,7 @@ def few_micro_batches(pipeline: int, num_micro_batches: int) -> int:
 
 
 def _is_published_order(config: TrainConfig, num_micro_batches: int) -> bool:
-    """Whether dualpipe_split holds what the published order holds with each W right after its I.
+    """Returns whether dualpipe_split holds what the published order holds with each W right after its I.
 
     It does if equal F, I and W are planned with an exchange as long: then W fills no gap, because exchanges are hidden
     by neighbours. Making the schedule itself takes seconds for many ranks.

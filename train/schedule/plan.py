@@ -1,4 +1,4 @@
-"""Which schedule a run follows: the one that it began with, the one named, or the best for measured phase times."""
+"""Chooses the schedule of a run: the one that it began with, the one named, or the best for measured phase times."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ _LARGEST_SCHEDULE_BYTES = 2**28
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """A schedule and the words that tell why it is this one; and for the sizes of a batch ramp theirs, of its kind."""
+    """A schedule, why it was chosen, and the schedules of the other sizes of a batch ramp."""
 
     schedule: Schedule
     reason: str
@@ -34,7 +34,7 @@ class Plan:
 
 
 def plan(config: TrainConfig, layout: Layout, device: torch.device) -> Plan:
-    """Decides on rank 0 and tells the others. Every rank calls it at the same point, before groups are made.
+    """Chooses on rank 0 and broadcasts. All ranks call it at the same point, before groups are made.
 
     Raises:
         ScheduleError: on rank 0: the schedule cannot be made.
@@ -42,20 +42,20 @@ def plan(config: TrainConfig, layout: Layout, device: torch.device) -> Plan:
     times = None
     if config.schedule.kind == "auto" and _begun(config) is None:
         times = measure(config, layout, device)
-    told: list[tuple[str, str, dict[int, str]] | None] = [None]
+    sent: list[tuple[str, str, dict[int, str]] | None] = [None]
     if dist.get_rank() == 0:
         schedule, reason = _decide(config, times)
-        told[0] = to_json(schedule), reason, {size: to_json(made) for size, made in ramp_schedules(config).items()}
-    dist.broadcast_object_list(told, src=0)
-    assert told[0] is not None
-    text, reason, ramp = told[0]
+        sent[0] = to_json(schedule), reason, {size: to_json(made) for size, made in ramp_schedules(config).items()}
+    dist.broadcast_object_list(sent, src=0)
+    assert sent[0] is not None
+    text, reason, ramp = sent[0]
     return Plan(
         schedule=from_json(text), reason=reason, ramp={size: from_json(schedule) for size, schedule in ramp.items()}
     )
 
 
 def ramp_schedules(config: TrainConfig) -> dict[int, Schedule]:
-    """The configured schedule for every size of the batch ramp but the last, by the size in sequences.
+    """Returns the configured schedule of every size of the batch ramp but the last, by the size in sequences.
 
     Raises:
         ScheduleError: one cannot be made.
@@ -94,7 +94,7 @@ def _decide(config: TrainConfig, times: LayerTimes | None) -> tuple[Schedule, st
 
 
 def _begun(config: TrainConfig) -> Path | None:
-    """The schedule of the checkpoint that the run goes on from, where it was written under the same layout.
+    """Returns the schedule of the checkpoint that the run resumes, if it was written under the same layout.
 
     Another one would sum gradients in another order.
     """

@@ -44,7 +44,7 @@ class PartTimes:
     backward_exchange: float = 0.0
 
     def __add__(self, other: "PartTimes") -> "PartTimes":
-        """Both parts, one after the other."""
+        """Returns the times of both parts, one after the other."""
         return _part_times(sum(both) for both in zip(astuple(self), astuple(other), strict=True))
 
 
@@ -103,7 +103,7 @@ def measure(config: TrainConfig, layout: Layout, device: torch.device) -> LayerT
 
 
 def stage_costs(times: LayerTimes, config: TrainConfig, num_stages: int) -> CostModel:
-    """What each of so many stages of the run's model costs, in seconds.
+    """Returns the costs of each of so many stages of the run's model, in seconds.
 
     A stage keeps its share of all layers, MTP modules among them, in units of model/P: of P equal stages each keeps 1.
     Where groups run one member after the other, exchange is no more than computation.
@@ -167,7 +167,7 @@ class _Parts:
         self._seconds: dict[tuple[int, str, int], list[float]] = defaultdict(list)
 
     def run(self) -> None:
-        """One micro-batch forward and back, phase by phase, each by itself."""
+        """Runs one micro-batch forward and back, phase by phase, each by itself."""
         sums = LossSums(cross_entropy=[0.0] * (self._shape.mtp_depth + 1))
         factor = 1 / self._batch.targets_BT[0].numel()
         objective = Objective(cross_entropy=(factor,) * (self._shape.mtp_depth + 1), balance=factor)
@@ -180,7 +180,7 @@ class _Parts:
         self._backward(0, start)
 
     def times(self, latency: float) -> LayerTimes:
-        """What the runs took; of three, the median is not the first, which also warms up."""
+        """Returns what the runs took; of three, the median is not the first, which also warms up."""
         has_dense = self._shape.num_dense_layers > 0
         has_moe = self._shape.num_dense_layers < self._shape.num_layers
         first, last = (len(stage.lanes) for stage in self._stages)
@@ -236,7 +236,7 @@ class _Parts:
 
 
 def _random_batch(config: TrainConfig, device: torch.device) -> MicroBatch:
-    """Of the run's shape, from a generator of its own; different on every rank, as real ones are."""
+    """Draws a micro-batch of the run's shape from its own generator; different on every rank, as real ones are."""
     generator = torch.Generator().manual_seed(dist.get_rank())
     shape = (config.batch.micro_sequences, config.batch.sequence_length_tokens)
     drawn = [
@@ -247,7 +247,7 @@ def _random_batch(config: TrainConfig, device: torch.device) -> MicroBatch:
 
 
 def _hop_seconds(config: TrainConfig, layout: Layout, group: ProcessGroup, device: torch.device) -> float:
-    """Half a ping-pong of an activation with each neighbour in the pipeline; their mean, 0 without neighbours."""
+    """Returns half the time of a ping-pong of an activation with a neighbour: the mean, 0 without neighbours."""
     index = layout.pipeline_index(dist.get_rank())
     members = layout.pipeline_group(dist.get_rank())
     batch = config.batch
@@ -278,7 +278,7 @@ def _ping_pong(ball: Tensor, other: int, group: ProcessGroup, begins: bool) -> f
 
 
 def _agree(mine: LayerTimes, device: torch.device) -> LayerTimes:
-    """The mean over all ranks, in the very bits that rank 0 has."""
+    """Returns the mean over all ranks, with the bits of rank 0."""
     parts = (mine.dense, mine.moe, mine.embedding, mine.head)
     numbers = torch.tensor(
         [*(seconds for part in parts for seconds in astuple(part)), mine.latency], dtype=torch.float64, device=device
@@ -292,7 +292,7 @@ def _agree(mine: LayerTimes, device: torch.device) -> LayerTimes:
 
 
 def _part_times(seconds: Iterable[float]) -> PartTimes:
-    """From its fields in order."""
+    """Builds times from their fields in order."""
     names = [field.name for field in fields(PartTimes)]
     return PartTimes(**dict(zip(names, seconds, strict=True)))
 
