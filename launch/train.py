@@ -23,10 +23,10 @@ from launch.ranks.environment import apply_rank_environment
 from launch.ranks.local import preload_modules, run_ranks, start_fork_server, stop_fork_server
 from launch.ranks.machine import check_driver, check_gpus, check_packages
 from launch.ranks.run_folder import check_folder, held_folder
-from train.checkpoint.locate import AUTO
+from train.checkpoint.locate import AUTO, locate
 from train.checkpoint.manifest import MANIFEST_NAME
 from train.checkpoint.rescue import has_rescue, rescue_folder
-from train.checkpoint.verify import find_resumed, verify
+from train.checkpoint.verify import verify
 from train.config import TrainConfig
 from train.config.errors import ConfigError
 from train.memory.report import memory_lines
@@ -120,7 +120,7 @@ def _check_named(config: TrainConfig) -> None:
     """
     if config.resume is not None and (Path(config.resume).expanduser() / MANIFEST_NAME).is_file():
         with system_errors():
-            find_resumed(config.resume, partial(verify, progress=progress_on()))
+            locate(config.resume, check=partial(verify, progress=progress_on()))
 
 
 def leave(code: int, environment: Mapping[str, str]) -> int:

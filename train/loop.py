@@ -15,7 +15,7 @@ from data.loader import Loader
 from data.prepare import Prepared
 from data.progress import progress_on
 from train.callbacks import Callbacks, call_on_first_rank
-from train.checkpoint.rescue_save import rescue
+from train.checkpoint.rescue import rescue
 from train.checkpoint.save import Saver
 from train.config import TrainConfig
 from train.errors import CallbackError, PreemptedError, RefusedStepError, StoppedError, UnsavedError

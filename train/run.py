@@ -19,7 +19,7 @@ from comm.watchdog.membership import Membership
 from comm.watchdog.rendezvous import Job, join
 from data.prepare import Prepared
 from train.callbacks import Callbacks
-from train.checkpoint.resume import choose_resumed
+from train.checkpoint.together import choose_resumed
 from train.config import TrainConfig
 from train.errors import CallbackError, PreemptedError, RescuedError, StoppedError
 from train.learner import Learner, SizedLearners, open_learner

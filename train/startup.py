@@ -14,9 +14,11 @@ from data.corpus import DataError
 from data.prepare import Prepared
 from data.progress import Quiet, progress_on
 from train.checkpoint import load as checkpoint
+from train.checkpoint.compatible import check_compatible
 from train.checkpoint.initial_weights import load_initial
-from train.checkpoint.locate import AUTO, looks_whole, newest_whole
-from train.checkpoint.manifest import check_fingerprint, check_manifest, read_step
+from train.checkpoint.locate import AUTO, newest_whole
+from train.checkpoint.manifest import read_step
+from train.checkpoint.verify import verify_sizes
 from train.config import TrainConfig
 from train.corpus import State as CorpusState
 from train.corpus import build_together, prepare_corpus
@@ -50,7 +52,7 @@ def _resolve_auto_resume(config: TrainConfig) -> TrainConfig:
     """Returns the run with `resume=auto` as a path or None; a run that continues starts from no other weights."""
     if config.resume != AUTO:
         return config
-    if newest_whole(Path(config.out_dir), check=looks_whole) is None:
+    if newest_whole(Path(config.out_dir), check=verify_sizes) is None:
         return dataclasses.replace(config, resume=None)
     return dataclasses.replace(config, resume=config.out_dir, init_from=None)
 
@@ -104,10 +106,8 @@ def load_resumed(config: TrainConfig, learner: Learner, data_fingerprint: str) -
     if config.resume is None:
         return 0
     folder = Path(config.resume)
-    # Of a run that goes on by itself, it may be the last of all: nothing is left to do then.
-    steps = max(config.task.steps, read_step(folder) + 1)
-    check_manifest(folder, dataclasses.replace(config, task=dataclasses.replace(config.task, steps=steps)))
-    check_fingerprint(folder, data_fingerprint)
+    # Of a run that resumes by itself, it may be the last of all: nothing is left to do then.
+    check_compatible(folder, config, data_fingerprint=data_fingerprint, may_be_done=True)
     with learner.world.phase("loading of the checkpoint"):
         checkpoint.load(learner, folder)
     return read_step(folder)

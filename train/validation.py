@@ -9,7 +9,7 @@ from infer.config import Sampling
 from infer.generate import generate
 from infer.text import decode_after
 from train.checkpoint import load as checkpoint
-from train.checkpoint.manifest import step_folder
+from train.checkpoint.locate import step_folder
 from train.config import TaskConfig, TrainConfig
 from train.replica import Replica, weight_dtype
 from train.step import validate_pass

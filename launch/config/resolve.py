@@ -5,8 +5,7 @@ themselves, which `read_config` decodes, and checks a decoded configuration agai
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import fields, replace
-from functools import partial
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,18 +14,12 @@ from data.tokenizer import find_tokenizer_file, other_tokenizer
 from launch.ranks.environment import apply_rank_environment
 from model.config import ModelConfig
 from model.ladder import ladder
+from train.checkpoint.compatible import check_compatible
 from train.checkpoint.initial_weights import check_initial
-from train.checkpoint.locate import AUTO, looks_whole, newest_whole
-from train.checkpoint.manifest import (
-    CHECKPOINTS_NAME,
-    TOKENIZER_NAME,
-    check_manifest,
-    find_checkpoint,
-    read_manifest,
-    read_step,
-)
+from train.checkpoint.locate import AUTO, CHECKPOINTS_NAME, locate, newest_whole
+from train.checkpoint.manifest import TOKENIZER_NAME, read_manifest
 from train.checkpoint.sources import is_hf_folder, source_config, source_folder
-from train.checkpoint.verify import find_resumed, verify
+from train.checkpoint.verify import verify_sizes
 from train.config import TrainConfig
 from train.config.decode import decode, encode
 from train.config.errors import ConfigError, nearest, nearest_key
@@ -162,7 +155,7 @@ def _tokenizer_of_weights(init_from: object) -> Path | None:
 
 
 def _tokenizer_of_run(resume: str) -> Path | None:
-    folder = find_resumed(resume, partial(verify, hashes=False)).folder
+    folder = locate(resume, check=verify_sizes).folder
     data = read_manifest(folder).get("data")
     is_given = isinstance(data, dict) and data.get("tokenizer") == "given"
     return folder / TOKENIZER_NAME if is_given else None
@@ -170,7 +163,7 @@ def _tokenizer_of_run(resume: str) -> Path | None:
 
 def _tokenizer_in(folder: Path) -> Path:
     if (folder / CHECKPOINTS_NAME).is_dir():
-        folder = find_checkpoint(str(folder), "data.tokenizer")
+        folder = locate(str(folder), "data.tokenizer").folder
     path = find_tokenizer_file(folder)
     if path is None:
         found = other_tokenizer(folder) or "holds none"
@@ -183,7 +176,7 @@ def _resumed(values: Mapping[str, Any]) -> object:
     out_dir = values.get("out_dir")
     if values.get("resume") != AUTO or not isinstance(out_dir, str) or not out_dir:
         return values.get("resume") if values.get("resume") != AUTO else None
-    folder = newest_whole(Path(out_dir).expanduser(), check=looks_whole)
+    folder = newest_whole(Path(out_dir).expanduser(), check=verify_sizes)
     return None if folder is None else str(folder)
 
 
@@ -221,15 +214,14 @@ def _check_resume(config: TrainConfig) -> bool:
                 "resume: auto looks for checkpoints in out_dir, which is empty; nearest valid: out_dir=outputs/"
                 f"{config.name}, or resume=null"
             )
-        folder = newest_whole(Path(config.out_dir).expanduser(), check=looks_whole)
+        folder = newest_whole(Path(config.out_dir).expanduser(), check=verify_sizes)
         if folder is not None:
             # A run that was done but for its end has no step left, and need not be refused.
-            steps = max(config.task.steps, read_step(folder) + 1)
-            check_manifest(folder, replace(config, task=replace(config.task, steps=steps)))
+            check_compatible(folder, config, may_be_done=True)
         return folder is not None
     if config.resume is not None:
         # Files and their sizes alone: what they hold, all ranks read together.
-        check_manifest(find_resumed(config.resume, partial(verify, hashes=False)).folder, config)
+        check_compatible(locate(config.resume, check=verify_sizes).folder, config)
     return False
 
 

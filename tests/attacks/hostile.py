@@ -11,8 +11,7 @@ from typing import Any
 
 from torch.distributed.checkpoint.metadata import Metadata
 
-from train.checkpoint.digests import digests, record_hash
-from train.checkpoint.manifest import MANIFEST_NAME
+from train.checkpoint.manifest import MANIFEST_NAME, digests, record_hash
 
 ONE_TIB = 2**40
 

@@ -18,8 +18,7 @@ from launch.ranks.run_folder import check_folder
 from tests.attacks.folder_runs import OTHER_HOST, choices
 from tests.launch.test_config import build
 from tests.tiny import write_text
-from train.checkpoint.locate import newest_whole
-from train.checkpoint.manifest import step_folder
+from train.checkpoint.locate import newest_whole, step_folder
 from train.config.errors import ConfigError
 from train.ownership.lock_file import LOCK_NAME
 from train.ownership.owner import Owner

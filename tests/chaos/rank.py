@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.chaos.faults import DAMAGES, Kind
-from train.checkpoint.manifest import CHECKPOINTS_NAME, MANIFEST_NAME, checkpoints_in
-from train.checkpoint.verify import verify
+from train.checkpoint.locate import CHECKPOINTS_NAME, checkpoints_in
+from train.checkpoint.verify import is_whole
 from train.config import TrainConfig
 
 FILLER_NAME = "filler"
@@ -133,7 +133,7 @@ class _Strike:
         """It is there, or about to be: another thread may be moving it into its place."""
         folder, until = self._out_dir / CHECKPOINTS_NAME, time.monotonic() + _LONGEST_WAIT_SECONDS
         while time.monotonic() < until:
-            whole = [each for each in checkpoints_in(folder) if (each / MANIFEST_NAME).is_file() and not verify(each)]
+            whole = [each for each in checkpoints_in(folder) if is_whole(each)]
             if whole:
                 return whole[-1]
             time.sleep(0.05)

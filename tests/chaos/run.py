@@ -20,9 +20,8 @@ from comm.exit_codes import EXIT_PREEMPTED
 from tests.chaos.faults import DAMAGES, STOPPED_SECONDS, Begin, Fault, Moment
 from tests.chaos.life import NUM_STEPS, Command, Life, run_life
 from tests.chaos.rank import DAMAGED_NAME, FILLER_NAME, PLAN_NAME, STRUCK_NAME, notes_of
-from train.checkpoint.locate import newest_whole
-from train.checkpoint.manifest import step_folder
-from train.checkpoint.verify import verify
+from train.checkpoint.locate import newest_whole, step_folder
+from train.checkpoint.verify import is_whole
 from train.records.events import read_events
 from train.records.status import read_status
 
@@ -257,7 +256,7 @@ def _moments(command: Command, life: int) -> list[list[Moment]]:
 
 def _weights_off(ours: Path, calm: Path) -> Iterator[str]:
     """Weights, router bias, moments and the average, to the bit; of one that is not whole, that is told already."""
-    if verify(step_folder(ours, NUM_STEPS)):
+    if not is_whole(step_folder(ours, NUM_STEPS)):
         return
     a, b = (tensors_of(step_folder(run, NUM_STEPS)) for run in (ours, calm))
     if a.keys() != b.keys():

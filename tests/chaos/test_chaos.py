@@ -16,8 +16,8 @@ from tests.chaos.faults import ASKS, DAMAGES, KINDS, Fault, Moment, draw
 from tests.chaos.life import NUM_STEPS, Command
 from tests.chaos.rank import notes_of
 from tests.chaos.run import differences, tensors_of
-from train.checkpoint.digests import digests, record_hash
-from train.checkpoint.manifest import MANIFEST_NAME, read_manifest, step_folder
+from train.checkpoint.locate import step_folder
+from train.checkpoint.manifest import MANIFEST_NAME, digests, read_manifest, record_hash
 
 ROOT = Path(__file__).parents[2]
 LAYOUT = "DualPipeV 2 x 1"

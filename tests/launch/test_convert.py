@@ -28,9 +28,11 @@ from tests.model.hf_checkpoints import (
     reference_model,
 )
 from tests.tiny import MODEL
+from train.checkpoint.compatible import check_compatible
 from train.checkpoint.load import load_whole
-from train.checkpoint.manifest import CheckpointError, check_manifest, find_checkpoint, read_model
-from train.checkpoint.reader import CheckpointReader, held_weights
+from train.checkpoint.locate import locate
+from train.checkpoint.manifest import CheckpointError, read_model
+from train.checkpoint.weights import CheckpointReader, held_weights
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +63,7 @@ def test_convert_what_comes_back_is_the_same_model_to_transformers(sources: Path
 
 @torch.no_grad()
 def test_convert_a_converted_checkpoint_has_the_logits_of_transformers(sources: Path) -> None:
-    folder = find_checkpoint(str(sources / "of_plain"))
+    folder = locate(str(sources / "of_plain")).folder
     model = load_whole(read_model(folder), folder, torch.float32)
     reference = DeepseekV3ForCausalLM.from_pretrained(sources / "plain", dtype=torch.float32).eval()
     tokens = random_tokens()
@@ -154,7 +156,7 @@ def test_convert_weights_alone_cannot_be_resumed_from(sources: Path) -> None:
     folder = sources / "of_plain"
     config = replace(build("experiment=quickstart"), model=read_model(folder))
     with pytest.raises(CheckpointError, match=r"^resume: .*without optimiser state.*init_from="):
-        check_manifest(find_checkpoint(str(folder)), config)
+        check_compatible(locate(str(folder)).folder, config)
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from model.hf.errors import HfError
 from tests.launch.weight_folders import ROOT, convert, make_sources, run_command
 from tests.model.hf_checkpoints import edit_json, read_tensors, write_tensors
 from train.checkpoint.manifest import CheckpointError
-from train.checkpoint.reader import CheckpointReader
+from train.checkpoint.weights import CheckpointReader
 from train.config.errors import ConfigError
 
 

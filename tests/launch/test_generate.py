@@ -20,7 +20,8 @@ from model.hf.errors import HfError
 from tests.infer.models import SMALL, make_foresighted, make_model
 from tests.launch.checkpoints import TEXTS, write_checkpoint, write_run
 from train.checkpoint.load import load_whole
-from train.checkpoint.manifest import CheckpointError, find_checkpoint, read_model
+from train.checkpoint.locate import locate
+from train.checkpoint.manifest import CheckpointError, read_model
 from train.config.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,7 +41,7 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def expected(run: Path, texts: list[str], num_tokens: int, sampling: Sampling) -> tuple[list[list[int]], list[str]]:
-    folder = find_checkpoint(str(run))
+    folder = locate(str(run)).folder
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
     prompts = [[tokenizer.begin_of_sentence_id, *tokenizer.encode(text)] for text in texts]
     model = load_whole(read_model(folder), folder, torch.float32)
@@ -249,7 +250,7 @@ def test_generate_refuses_a_broken_file(text: str, parts: list[str], run: Path, 
 
 
 def test_generate_refuses_broken_weights_and_tokenizers(tmp_path: Path) -> None:
-    folder = find_checkpoint(str(write_run(tmp_path / "run")))
+    folder = locate(str(write_run(tmp_path / "run"))).folder
     (weights,) = folder.glob("*.distcp")
     whole = weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])

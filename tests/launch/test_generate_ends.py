@@ -14,7 +14,7 @@ import pytest
 from data.corpus import DataError
 from launch.generate import main
 from tests.launch.checkpoints import write_run
-from train.checkpoint.manifest import find_checkpoint
+from train.checkpoint.locate import locate
 from train.config.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -119,7 +119,7 @@ def test_generate_never_replaces_its_prompts(run: Path, tmp_path: Path) -> None:
 def test_generate_reads_ids_beside_a_tokenizer_of_another_kind(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = find_checkpoint(str(write_run(tmp_path)))
+    folder = locate(str(write_run(tmp_path))).folder
     (folder / "tokenizer.json").write_text("{}")
     assert main([f"ckpt={folder}", "prompt_ids=[5,9]", "max_new_tokens=3"]) == 0
     assert len(capsys.readouterr().out.split()) == 3

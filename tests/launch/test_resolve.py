@@ -9,7 +9,8 @@ from data.corpus import DataError
 from launch.config.run_config import check, read_config, write_config
 from tests.data.released_tokenizer import VOCAB_SIZE, write_released
 from tests.launch.test_config import build, place_weights
-from train.checkpoint.manifest import CheckpointError, check_manifest, write_manifest
+from train.checkpoint.compatible import check_compatible
+from train.checkpoint.manifest import CheckpointError, write_manifest
 from train.config import TrainConfig
 from train.config.errors import ConfigError
 
@@ -64,11 +65,11 @@ def test_tokenizer_of_a_run_that_goes_on_is_the_one_it_was_given(weights: Path, 
     for name, tokenizer in (("given", str(own)), ("trained", None)):
         config = build(f"resume={tmp_path / name}")
         assert config.data.tokenizer == tokenizer
-        check_manifest(tmp_path / name / "checkpoints" / "step-00000005", config)
+        check_compatible(tmp_path / name / "checkpoints" / "step-00000005", config)
     # What was ignored before may differ now.
-    check_manifest(own.parent, build(f"resume={tmp_path / 'given'}", "data.tokenizer_vocab_size=300"))
+    check_compatible(own.parent, build(f"resume={tmp_path / 'given'}", "data.tokenizer_vocab_size=300"))
     with pytest.raises(CheckpointError, match=r"data\.tokenizer is given there and None here"):
-        check_manifest(own.parent, build(f"resume={tmp_path / 'given'}", "data.tokenizer=null"))
+        check_compatible(own.parent, build(f"resume={tmp_path / 'given'}", "data.tokenizer=null"))
 
 
 def test_tokenizer_must_fit_the_model(weights: Path) -> None:

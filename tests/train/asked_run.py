@@ -21,7 +21,7 @@ from launch.ranks.local import preload_modules, run_ranks, start_fork_server
 from launch.ranks.run_folder import check_folder, claim_folder
 from tests.train.faults import choices
 from tests.train.strikes import DRAWING, watch_drawing, watch_operations
-from train.checkpoint.manifest import CHECKPOINTS_NAME
+from train.checkpoint.locate import CHECKPOINTS_NAME
 from train.config import TrainConfig
 from train.records.events import read_events
 from train.records.status import read_status

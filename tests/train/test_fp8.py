@@ -18,8 +18,9 @@ from tests.train.job import Job, Seen, close_job, open_job, open_loader, run_job
 from tests.train.test_equality import assert_same, in_sequence, relative_error
 from tests.train.test_exchange import _count_one_step as count_one_step
 from tests.train.test_optim_resume import copied
+from train.checkpoint.compatible import check_compatible
 from train.checkpoint.load import load, save
-from train.checkpoint.manifest import CheckpointError, check_manifest
+from train.checkpoint.manifest import CheckpointError
 from train.config import Fp8PrecisionConfig, PrecisionConfig, TrainConfig
 from train.step import train_step
 
@@ -193,6 +194,6 @@ def test_resumed_run_equals_unbroken_bitwise_and_bf16_does_not_go_on(folder: Pat
         moments = {value.dtype for name, value in resumed.gradients.items() if "exp_avg" in name}
         assert moments == {torch.bfloat16}
     later = replace(config, task=replace(config.task, steps=3))
-    check_manifest(found[0][2], later)
+    check_compatible(found[0][2], later)
     with pytest.raises(CheckpointError, match=r"precision\.kind is fp8 there and bf16 here"):
-        check_manifest(found[0][2], replace(later, precision=PrecisionConfig(kind="bf16")))
+        check_compatible(found[0][2], replace(later, precision=PrecisionConfig(kind="bf16")))

@@ -19,7 +19,7 @@ from model.transformer import named_tensors
 from tests.ranks import run_ranks
 from tests.tiny import BATCH, CHECKPOINTING, OPTIM, TASK, tiny_config, write_text
 from tests.train.job import close_job, open_job
-from train.checkpoint.slices import Slice
+from train.checkpoint.state import Slice
 from train.config import (
     GuardConfig,
     OptimConfig,

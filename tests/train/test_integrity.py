@@ -1,6 +1,7 @@
 """A torn checkpoint is found by its manifest, and the newest whole one used in its place."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,9 +11,9 @@ import pytest
 
 from tests.launch.test_config import build
 from tests.train.test_command import ROOT
-from train.checkpoint.locate import newest_whole
+from train.checkpoint.locate import locate, newest_whole
 from train.checkpoint.manifest import CheckpointError, write_manifest
-from train.checkpoint.verify import find_resumed, verify
+from train.checkpoint.verify import is_whole, verify
 
 
 def place(run: Path, step: int) -> Path:
@@ -50,31 +51,32 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_integrity_newest_whole_checkpoint_is_used_and_the_torn_one_is_told(damage: str, tmp_path: Path) -> None:
     old, newest = place(tmp_path, 20), place(tmp_path, 100)
-    assert verify(newest) == ""
+    verify(newest)
     assert newest_whole(tmp_path) == newest
     hurt, words = DAMAGES[damage]
     hurt(newest)
-    assert words in verify(newest)
+    with pytest.raises(CheckpointError, match=re.escape(words)):
+        verify(newest)
     assert newest_whole(tmp_path) == old
-    resumed = find_resumed(str(tmp_path), verify)
+    resumed = locate(str(tmp_path), check=verify)
     assert resumed.folder == old
     (line,) = resumed.passed_over
     assert line.startswith("step-00000100: ")
     assert words in line
     with pytest.raises(CheckpointError, match=r"^resume: .*step-00000100") as refused:
-        find_resumed(str(newest), verify)
+        locate(str(newest), check=verify)
     assert "\n" not in str(refused.value)
     hurt(old)
     assert newest_whole(tmp_path) is None
     with pytest.raises(CheckpointError, match=r"holds no (whole|complete) checkpoint"):
-        find_resumed(str(tmp_path), verify)
+        locate(str(tmp_path), check=verify)
 
 
 def test_integrity_sizes_alone_do_not_tell_a_flipped_bit(tmp_path: Path) -> None:
     folder = place(tmp_path, 20)
     flip(folder / "__0_0.distcp", 5)
-    assert verify(folder, hashes=False) == ""
-    assert verify(folder)
+    assert is_whole(folder, hashes=False)
+    assert not is_whole(folder)
 
 
 def test_integrity_command_refuses_a_torn_checkpoint_that_is_named(tmp_path: Path) -> None:

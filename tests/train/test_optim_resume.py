@@ -17,7 +17,7 @@ from tests.tiny import BATCH, OPTIM, tiny_config, write_text
 from tests.train.job import Job, close_job, open_job, open_loader, run_jobs
 from tests.train.test_command import ROOT, read_metrics
 from train.checkpoint.load import load, save
-from train.checkpoint.slices import Slice
+from train.checkpoint.state import Slice
 from train.config import PrecisionConfig, TrainConfig
 from train.step import train_step
 

@@ -17,7 +17,7 @@ from tests.tiny import write_text
 from tests.train.asked_run import CHAINS, NUM_STEPS, Ask, run_choices
 from tests.train.test_command import read_metrics
 from train.checkpoint.load import load_whole
-from train.checkpoint.manifest import step_folder
+from train.checkpoint.locate import step_folder
 from train.records.status import read_status
 
 pytestmark = pytest.mark.long

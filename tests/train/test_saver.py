@@ -1,5 +1,6 @@
 """Saving beside the next steps changes neither the run nor what is saved; older checkpoints go when they may."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,11 +16,12 @@ from tests.tiny import BATCH, CHECKPOINTING, OPTIM, tiny_config, write_text
 from tests.train.job import close_job, open_job, open_loader
 from tests.train.test_optim_resume import copied
 from train.checkpoint import load as checkpoint
+from train.checkpoint import save
 from train.checkpoint.locate import newest_whole
-from train.checkpoint.resume import choose_resumed
-from train.checkpoint.save import Saver
+from train.checkpoint.save import Saver, put_in_place
 from train.checkpoint.state import state_of
-from train.checkpoint.verify import verify
+from train.checkpoint.together import choose_resumed
+from train.checkpoint.verify import is_whole
 from train.config import PrecisionConfig, TrainConfig
 from train.learner import Learner
 from train.step import train_step
@@ -103,7 +105,7 @@ def test_saver_beside_the_steps_is_bitwise_as_one_that_waits_and_keeps_the_newes
     for waits in (False, True):
         root = folder / f"run_{waits}" / "checkpoints"
         assert sorted(path.name for path in root.iterdir()) == ["step-00000004", "step-00000005"]
-        assert [verify(path) for path in root.iterdir()] == ["", ""]
+        assert [is_whole(path) for path in root.iterdir()] == [True, True]
 
 
 def choose(rank: int, world_size: int, config: TrainConfig) -> tuple[str | None, tuple[str, ...]]:
@@ -157,3 +159,34 @@ def test_saver_state_of_float32_goes_from_one_sharding_to_the_other(folder: Path
     for losses in run_ranks(2, convert, *configs):
         assert losses[3] == losses[0]
         assert losses[4:] == pytest.approx(losses[1:3], rel=1e-5)
+
+
+def folder_of(path: Path, content: str) -> Path:
+    path.mkdir()
+    (path / "file").write_text(content)
+    return path
+
+
+@pytest.mark.parametrize("exchanges", [True, False])
+@pytest.mark.parametrize("is_taken", [True, False])
+def test_folder_is_put_in_place(
+    tmp_path: Path, exchanges: bool, is_taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not exchanges:
+        monkeypatch.setattr(save, "_exchange", lambda *_: False)
+    made, place = folder_of(tmp_path / "step-1.partial", "new"), tmp_path / "step-1"
+    if is_taken:
+        folder_of(place, "old")
+    put_in_place(made, place)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
+    assert (place / "file").read_text() == "new"
+
+
+def test_name_is_never_free_where_folders_can_change_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, place = folder_of(tmp_path / "step-1.partial", "new"), folder_of(tmp_path / "step-1", "old")
+    if not save._exchange(made, place):
+        pytest.skip("this file system cannot exchange two names")
+    save._exchange(made, place)
+    monkeypatch.setattr(os, "replace", lambda *_: pytest.fail("the name was free for a moment"))
+    put_in_place(made, place)
+    assert (place / "file").read_text() == "new"

@@ -31,9 +31,8 @@ from model.hf.reader import HfReader
 from model.hf.writer import Extras, Fp8Scales, write_hf
 from train.checkpoint.carried import Carried, read_carried, rotary_record, rotary_tensors, server_files
 from train.checkpoint.manifest import TOKENIZER_NAME, CheckpointError, write_weights_manifest
-from train.checkpoint.reader import CheckpointReader, Kept, held_weights
 from train.checkpoint.sources import is_hf_folder, source_folder, unknown_notes
-from train.checkpoint.writer import write_weights
+from train.checkpoint.weights import CheckpointReader, Kept, held_weights, write_weights
 
 Say = Callable[[str], None]
 

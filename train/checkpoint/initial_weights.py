@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 from data.tokenizer import Tokenizer
 from model.config import ModelConfig
 from train.checkpoint.carried import is_same_tokenizer
-from train.checkpoint.manifest import CheckpointError, differences
+from train.checkpoint.compatible import differences
+from train.checkpoint.manifest import CheckpointError
 from train.checkpoint.sources import check_source, open_source, source_folder, unknown_notes
 from train.config import TrainConfig
 

@@ -16,10 +16,9 @@ from model.transformer import Transformer, named_tensors
 from train.checkpoint.dcp.metadata import read_metadata
 from train.checkpoint.dcp.storage import TensorsReader
 from train.checkpoint.manifest import CheckpointError
-from train.checkpoint.reader import CheckpointReader, Kept, first_line
 from train.checkpoint.save import Saver
-from train.checkpoint.slices import SliceLoadPlanner
-from train.checkpoint.state import Extras, state_of
+from train.checkpoint.state import Extras, SliceLoadPlanner, first_line, state_of
+from train.checkpoint.weights import CheckpointReader, Kept
 from train.config import TrainConfig
 from train.learner import Learner
 

@@ -1,30 +1,114 @@
-"""The checkpoint that a run goes on from by itself. No torch here."""
+"""Where a run's checkpoints are, and which one a path names. No torch here."""
 
+from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 
-from train.checkpoint.manifest import CHECKPOINTS_NAME, checkpoints_in
+from train.checkpoint.manifest import MANIFEST_NAME, CheckpointError
 from train.checkpoint.verify import Check, verify
 
 AUTO = "auto"
-"""The value of `resume` that asks for it."""
+"""The value of `resume` that asks for the newest checkpoint in the run's own folder, if there is one."""
+
+CHECKPOINTS_NAME = "checkpoints"
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """A checkpoint that was found, and a line for each newer one that did not pass the check: which, and why."""
+
+    folder: Path
+    passed_over: tuple[str, ...]
+
+
+def locate(path: str, key: str = "resume", check: Check | None = None) -> Located:
+    """Finds the checkpoint that a path names: itself, or the newest of a run's folder that passes a check.
+
+    Args:
+        path: a checkpoint, a run's folder, or its folder of checkpoints.
+        key: of the configuration that names it, for errors.
+        check: of one checkpoint; None: it must have been finished, and nothing else of it is looked at.
+
+    Raises:
+        CheckpointError: nothing is there, or no checkpoint that passes.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{key}: must be a run's folder or one of its checkpoints, {path!r} is no folder{_nearest(folder)}"
+        )
+    if _is_finished(folder):
+        try:
+            if check is not None:
+                check(folder)
+        except CheckpointError as error:
+            raise CheckpointError(f"{key}: {folder} must be a whole checkpoint, is not: {error}") from error
+        return Located(folder, ())
+    found, passed_over = checkpoints_in(_inside(folder)), list[str]()
+    for candidate in reversed(found):
+        try:
+            (check or _check_finished)(candidate)
+        except CheckpointError as error:
+            passed_over.append(f"{candidate.name}: {error}")
+        else:
+            return Located(candidate, tuple(passed_over))
+    if any(_is_finished(candidate) for candidate in found):
+        raise CheckpointError(f"{key}: {path!r} holds no whole checkpoint: {'; '.join(passed_over)}")
+    if found:
+        raise CheckpointError(f"{key}: {path!r} holds no complete checkpoint; {found[-1]} was never finished")
+    raise CheckpointError(
+        f"{key}: {path!r} holds no checkpoint (a folder {CHECKPOINTS_NAME}/step-NNNNNNNN with {MANIFEST_NAME})"
+        f"{_nearest_run(folder)}"
+    )
 
 
 def newest_whole(out_dir: Path, at_most: int | None = None, check: Check = verify) -> Path | None:
-    """A run's newest whole checkpoint; None where it has none.
+    """Finds a run's newest whole checkpoint; None if it has none.
 
     Args:
         out_dir: of the run; it need not exist.
         at_most: steps that the checkpoint may have done.
-        check: of one checkpoint; every byte is read unless it is `looks_whole`.
+        check: of one checkpoint.
     """
-    found = [step for step in checkpoints_in(out_dir / CHECKPOINTS_NAME) if at_most is None or _number(step) <= at_most]
-    return next((folder for folder in reversed(found) if not check(folder)), None)
+    for folder in reversed(checkpoints_in(out_dir / CHECKPOINTS_NAME)):
+        if at_most is None or int(folder.name.removeprefix("step-")) <= at_most:
+            try:
+                check(folder)
+            except CheckpointError:
+                continue
+            return folder
+    return None
 
 
-def looks_whole(folder: Path) -> str:
-    """As `verify`, of the files' presence and sizes alone."""
-    return verify(folder, hashes=False)
+def step_folder(out_dir: Path, step: int) -> Path:
+    """Returns where the checkpoint after `step` updates lives."""
+    return out_dir / CHECKPOINTS_NAME / f"step-{step:08d}"
 
 
-def _number(folder: Path) -> int:
-    return int(folder.name.removeprefix("step-"))
+def checkpoints_in(folder: Path) -> list[Path]:
+    """Returns the checkpoints in a run's folder of them, whole or not, the oldest first."""
+    return sorted(step for step in folder.glob("step-*") if step.is_dir() and step.name[5:].isdigit())
+
+
+def _inside(folder: Path) -> Path:
+    return folder if folder.name == CHECKPOINTS_NAME else folder / CHECKPOINTS_NAME
+
+
+def _is_finished(folder: Path) -> bool:
+    return (folder / MANIFEST_NAME).is_file()
+
+
+def _check_finished(folder: Path) -> None:
+    if not _is_finished(folder):
+        raise CheckpointError("it was never finished")
+
+
+def _nearest(folder: Path) -> str:
+    siblings = [path.name for path in folder.parent.iterdir()] if folder.parent.is_dir() else []
+    close = get_close_matches(folder.name, siblings, n=1)
+    return f"; did you mean {folder.with_name(close[0])}?" if close else ""
+
+
+def _nearest_run(folder: Path) -> str:
+    runs = sorted(path.parent for path in folder.glob(f"*/{CHECKPOINTS_NAME}") if checkpoints_in(path))
+    return f"; did you mean {runs[-1]}?" if runs else ""

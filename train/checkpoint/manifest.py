@@ -1,22 +1,21 @@
-"""What a checkpoint says of itself, and whether a run may go on from it. No torch here.
+"""What a checkpoint says of itself. No torch here.
 
 A checkpoint is a folder `checkpoints/step-00000100` of a run's folder. Its `manifest.json` is written
 last, so a folder without one is an unfinished checkpoint. It lists every other file with its size and hash, and its
-own hash; `train.checkpoint.verify` holds the files against it.
+own hash. `train.checkpoint.verify` holds the files against it.
 """
 
+import hashlib
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import asdict
-from difflib import get_close_matches
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from model.config import ModelConfig
 from model.hf.errors import HfError
 from model.hf.json_file import read_json
-from train.checkpoint.digests import Digest, digests, record_hash
 from train.config import TrainConfig
 from train.config.decode import decode
 from train.config.errors import ConfigError
@@ -24,7 +23,6 @@ from train.config.errors import ConfigError
 FORMAT_VERSION = 2
 _LARGEST_STEP = 2**53
 MANIFEST_NAME = "manifest.json"
-CHECKPOINTS_NAME = "checkpoints"
 SCHEDULE_NAME = "schedule.json"
 TOKENIZER_NAME = "tokenizer.json"
 
@@ -33,9 +31,37 @@ class CheckpointError(ValueError):
     """A checkpoint that is missing, unfinished or of another run's shape: names the place, the rule, both values."""
 
 
-def step_folder(out_dir: Path, step: int) -> Path:
-    """Where the checkpoint after `step` updates lives."""
-    return out_dir / CHECKPOINTS_NAME / f"step-{step:08d}"
+@dataclass(frozen=True, slots=True)
+class Digest:
+    """Size and hash of a file when it was written."""
+
+    num_bytes: int
+    sha256: str
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns it as a manifest lists it."""
+        return {"bytes": self.num_bytes, "sha256": self.sha256}
+
+
+def digest(path: Path) -> Digest:
+    """Returns the size and hash of a file as it is now.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+        return Digest(file.tell(), found)
+
+
+def digests(paths: Iterable[Path]) -> dict[str, Digest]:
+    """Returns those of several files, by name."""
+    return {path.name: digest(path) for path in sorted(paths)}
+
+
+def record_hash(record: Mapping[str, Any]) -> str:
+    """Returns the hash of a manifest's content, however it is spaced."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def write_manifest(
@@ -56,7 +82,12 @@ def write_manifest(
         files: every file of the checkpoint; None: those that are there, which are then read.
         carried: as `train.checkpoint.carried.Carried.record` gives it.
     """
-    record = {"step": step, "data_fingerprint": data_fingerprint, **_shape(config), "layout": layout_record(config)}
+    record = {
+        "step": step,
+        "data_fingerprint": data_fingerprint,
+        **shape_record(config),
+        "layout": layout_record(config),
+    }
     _write(folder, {**record, **(carried or {})}, files)
 
 
@@ -136,86 +167,8 @@ def read_step(folder: Path) -> int:
     return int(read_manifest(folder)["step"])
 
 
-def find_checkpoint(path: str, key: str = "resume") -> Path:
-    """The checkpoint that is named: a checkpoint's folder, or a run's folder for its newest complete one.
-
-    Args:
-        path: of the folder.
-        key: of the configuration that names it, for errors.
-
-    Raises:
-        CheckpointError: nothing there, or no complete checkpoint.
-    """
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
-        raise CheckpointError(
-            f"{key}: must be a run's folder or one of its checkpoints, {path!r} is no folder{_nearest(folder)}"
-        )
-    if (folder / MANIFEST_NAME).is_file():
-        return folder
-    inside = folder if folder.name == CHECKPOINTS_NAME else folder / CHECKPOINTS_NAME
-    complete = [step for step in checkpoints_in(inside) if (step / MANIFEST_NAME).is_file()]
-    if complete:
-        return complete[-1]
-    if unfinished := checkpoints_in(inside):
-        raise CheckpointError(f"{key}: {path!r} holds no complete checkpoint; {unfinished[-1]} was never finished")
-    raise CheckpointError(
-        f"{key}: {path!r} holds no checkpoint (a folder {CHECKPOINTS_NAME}/step-NNNNNNNN with {MANIFEST_NAME})"
-        f"{_nearest_step(folder)}"
-    )
-
-
-def check_manifest(path: Path, config: TrainConfig) -> None:
-    """Refuses to go on from a checkpoint of another architecture, precision or order of samples.
-
-    Under which layout, schedule and sharding it was written does not matter.
-
-    Args:
-        path: a checkpoint's folder.
-        config: of the run that would go on.
-
-    Raises:
-        CheckpointError: names every key that differs, with the checkpoint's value and the run's; or no step is left,
-            or there are weights alone.
-    """
-    manifest, shape = read_manifest(path), _shape(config)
-    if manifest.get("holds") == "weights":
-        raise CheckpointError(
-            f"resume: {path} must be a run's checkpoint, holds weights without optimiser state; "
-            f"nearest valid: init_from={path}, which starts a run from them"
-        )
-    model = differences("model", manifest.get("model"), shape["model"])
-    if model:
-        raise CheckpointError(f"resume: {path} is a checkpoint of another architecture: {'; '.join(model)}")
-    others = [line for key in shape if key != "model" for line in differences(key, manifest.get(key), shape[key])]
-    if others:
-        raise CheckpointError(
-            f"resume: {path} was written under another precision or order of samples: {'; '.join(others)}; a run goes "
-            f"on with those that it began with, init_from={path} starts a new one from its weights"
-        )
-    if config.task.steps <= manifest["step"]:
-        raise CheckpointError(
-            f"task.steps: must be above the {manifest['step']} steps that {path} has done, "
-            f"is {config.task.steps}; nearest valid: {manifest['step'] + 1}"
-        )
-
-
-def check_fingerprint(path: Path, data_fingerprint: str) -> None:
-    """Refuses to go on from a checkpoint whose run read other samples: some would be lost, others seen twice.
-
-    Raises:
-        CheckpointError: the fingerprints differ.
-    """
-    written = read_manifest(path).get("data_fingerprint")
-    if written != data_fingerprint:
-        raise CheckpointError(
-            f"resume: {path} must go on with the samples it was written under; their fingerprint was {written}, "
-            f"that of data.* is {data_fingerprint}"
-        )
-
-
-def _shape(config: TrainConfig) -> dict[str, Any]:
-    """What must be equal for a run to go on from a checkpoint, under the configuration's own keys, as JSON reads it."""
+def shape_record(config: TrainConfig) -> dict[str, Any]:
+    """Returns what must be equal for a run to resume from a checkpoint, under the configuration's keys."""
     shape = {
         "model": asdict(config.model),
         "precision": {"kind": config.precision.kind},
@@ -231,7 +184,7 @@ def _shape(config: TrainConfig) -> dict[str, Any]:
 
 
 def layout_record(config: TrainConfig) -> dict[str, Any]:
-    """How a run spreads its work, as JSON reads it: under the same, it goes on with the same schedule, bitwise."""
+    """Returns how a run spreads its work. Under the same layout it resumes with the same schedule, bitwise."""
     return {
         **asdict(config.parallelism),
         "schedule": config.schedule.kind,
@@ -240,31 +193,7 @@ def layout_record(config: TrainConfig) -> dict[str, Any]:
 
 
 def _tokenizer_shape(config: TrainConfig) -> dict[str, Any]:
-    """That its content is the same, the fingerprint of the samples says."""
+    """Returns where the tokenizer comes from. The fingerprint of the samples says whether its content is the same."""
     if config.data.tokenizer is not None:
         return {"tokenizer": "given"}
     return {"tokenizer_vocab_size": config.data.tokenizer_vocab_size}
-
-
-def differences(place: str, before: object, now: object) -> list[str]:
-    """A line for each key in which nested values differ: `model.num_layers is 4 there and 6 here`."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        keys = [*now, *(key for key in before if key not in now)]
-        return [line for key in keys for line in differences(f"{place}.{key}", before.get(key), now.get(key))]
-    return [] if before == now else [f"{place} is {before} there and {now} here"]
-
-
-def checkpoints_in(folder: Path) -> list[Path]:
-    """The folders of checkpoints in a run's folder of them, whole or not, the oldest first."""
-    return sorted(step for step in folder.glob("step-*") if step.is_dir() and step.name[5:].isdigit())
-
-
-def _nearest(folder: Path) -> str:
-    siblings = [path.name for path in folder.parent.iterdir()] if folder.parent.is_dir() else []
-    close = get_close_matches(folder.name, siblings, n=1)
-    return f"; did you mean {folder.with_name(close[0])}?" if close else ""
-
-
-def _nearest_step(folder: Path) -> str:
-    runs = sorted(path.parent for path in folder.glob(f"*/{CHECKPOINTS_NAME}") if checkpoints_in(path))
-    return f"; did you mean {runs[-1]}?" if runs else ""

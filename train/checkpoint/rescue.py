@@ -1,9 +1,18 @@
-"""Where the final state of a run goes if its own folder does not take it. No torch here."""
+"""The last checkpoint of a run whose own folder does not take it. Names of folders are found without torch."""
 
+from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
-from train.checkpoint.manifest import CHECKPOINTS_NAME, checkpoints_in
+from train.checkpoint.locate import CHECKPOINTS_NAME, checkpoints_in
 from train.config import TrainConfig
+from train.errors import RescuedError, UnsavedError
+from train.ownership.run_lock import locked
+from train.records.events import note_event
+
+if TYPE_CHECKING:
+    from data.prepare import Prepared
+    from train.learner import Learner
 
 
 def rescue_folder(config: TrainConfig) -> Path:
@@ -21,3 +30,58 @@ def rescue_folder(config: TrainConfig) -> Path:
 def has_rescue(config: TrainConfig) -> bool:
     """Returns whether a run has left a checkpoint there."""
     return bool(checkpoints_in(rescue_folder(config) / CHECKPOINTS_NAME))
+
+
+def rescue(config: TrainConfig, learner: "Learner", prepared: "Prepared", step: int, reason: str) -> NoReturn:
+    """Saves the state after `step` updates in the rescue folder and ends the run. Every rank calls it.
+
+    Args:
+        config: of the run.
+        learner: of this rank; its weights are those after `step` updates.
+        prepared: of the run's samples.
+        step: updates done.
+        reason: why the run's own folder did not take it.
+
+    Raises:
+        RescuedError: always; its text says why, where the state is and how to go on from it.
+    """
+    from torch import distributed as dist
+
+    from train.checkpoint.save import Saver
+
+    folder = rescue_folder(config)
+    if step == 0:
+        raise RescuedError(f"{reason}; no step was done yet, so there is nothing to save")
+    with ExitStack() as stack:
+        problem = [_open(folder, stack) if learner.world.groups.rank == 0 else ""]
+        dist.broadcast_object_list(problem, src=0, group=learner.world.groups.world)
+        if problem[0]:
+            raise RescuedError(f"{reason}; {_lost(folder, problem[0])}")
+        saver = Saver(config, learner, prepared, folder=folder)
+        try:
+            saver.save(step)
+            saver.close()
+        except UnsavedError as error:
+            raise RescuedError(f"{reason}; {_lost(folder, str(error))}") from error
+    text = f"{reason}; the state after step {step} is saved in {folder}; resume={folder} with another out_dir goes on"
+    if learner.world.groups.rank == 0:
+        note_event(folder, "rescued", step, text)
+        note_event(Path(config.out_dir), "rescued", step, text)
+    raise RescuedError(text)
+
+
+def _open(folder: Path, stack: ExitStack) -> str:
+    """Makes and locks the folder; returns what prevents it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(locked(folder, lambda line: None))
+    except (OSError, ValueError) as error:
+        return str(error)
+    return ""
+
+
+def _lost(folder: Path, problem: str) -> str:
+    return (
+        f"it cannot be saved in {folder} either ({problem}): steps since the last whole checkpoint are lost; nearest "
+        f"valid: rescue_dir=PATH on another disk"
+    )

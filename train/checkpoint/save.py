@@ -4,6 +4,7 @@ A checkpoint is written under a temporary name, every file synced, hashed and li
 done, rank 0 renames it. What is left of one that was never finished goes at the next save.
 """
 
+import ctypes
 import os
 import shutil
 import warnings
@@ -22,24 +23,17 @@ from data.prepare import Prepared
 from dualpipe.ir import to_json
 from train.checkpoint.carried import NOTHING, carried_by_run
 from train.checkpoint.dcp.metadata import METADATA_NAME
-from train.checkpoint.digests import Digest, digests
-from train.checkpoint.locate import looks_whole
-from train.checkpoint.manifest import (
-    CHECKPOINTS_NAME,
-    SCHEDULE_NAME,
-    TOKENIZER_NAME,
-    checkpoints_in,
-    step_folder,
-    write_manifest,
-)
-from train.checkpoint.move import put_in_place
-from train.checkpoint.reader import first_line
-from train.checkpoint.slices import SliceSavePlanner
-from train.checkpoint.state import Extras, HostCopy, State, state_of
+from train.checkpoint.locate import CHECKPOINTS_NAME, checkpoints_in, step_folder
+from train.checkpoint.manifest import SCHEDULE_NAME, TOKENIZER_NAME, Digest, digests, write_manifest
+from train.checkpoint.state import Extras, HostCopy, SliceSavePlanner, State, first_line, state_of
+from train.checkpoint.verify import is_whole
 from train.config import TrainConfig
 from train.errors import UnsavedError
 from train.learner import Learner
 from train.ownership.lock_file import OwnershipCheck
+
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
 
 # One rank may be done long before another, whose disk is slow: not a hang, for which the job's watch looks out.
 _LONGEST_WRITE = timedelta(hours=6)
@@ -244,8 +238,41 @@ def _forget_older(newest: Path, num_kept: int) -> None:
     One that is not whole does not count and stays, so that somebody may look at it.
     """
     before = [folder for folder in checkpoints_in(newest.parent) if folder.name < newest.name]
-    whole = [folder for folder in before if not looks_whole(folder)]
+    whole = [folder for folder in before if is_whole(folder, hashes=False)]
     for folder in whole[: max(len(whole) - (num_kept - 1), 0)]:
         gone = folder.with_name(folder.name + ".partial")
         os.replace(folder, gone)
         shutil.rmtree(gone)
+
+
+def put_in_place(made: Path, place: Path) -> None:
+    """Gives a folder its final name; what had that name before is removed.
+
+    Where the file system cannot exchange two names (Linux' local ones can), the name is free for a moment.
+
+    Args:
+        made: a sibling of `place`, complete.
+        place: the final name; a folder, or nothing.
+
+    Raises:
+        OSError: one of them cannot be moved.
+    """
+    if not place.exists():
+        os.replace(made, place)
+        return
+    if _exchange(made, place):
+        shutil.rmtree(made)
+        return
+    before = place.with_name(f"{place.name}.replaced.partial")
+    os.replace(place, before)
+    os.replace(made, place)
+    shutil.rmtree(before)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Whether two names changed places, in one move."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):  # another system
+        return False
+    return int(rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE)) == 0

@@ -13,7 +13,8 @@ from model.hf.checkpoint import open_checkpoint
 from model.hf.config import CONFIG_NAME
 from model.hf.json_file import read_json
 from model.hf.known_keys import unknown_keys
-from train.checkpoint.manifest import CHECKPOINTS_NAME, MANIFEST_NAME, CheckpointError, find_checkpoint, read_model
+from train.checkpoint.locate import CHECKPOINTS_NAME, locate
+from train.checkpoint.manifest import MANIFEST_NAME, CheckpointError, read_model
 
 if TYPE_CHECKING:
     import torch
@@ -57,7 +58,7 @@ def source_folder(path: str, key: str) -> Path:
     if is_hf_folder(path):
         return Path(path).expanduser()
     try:
-        return find_checkpoint(path, key)
+        return locate(path, key).folder
     except CheckpointError as error:
         raise CheckpointError(f"{error}; nor is it a Hugging Face folder, which holds {CONFIG_NAME}") from error
 
@@ -98,7 +99,7 @@ def open_source(path: str, key: str, *, drop_mtp: bool = False) -> WeightSource:
         from model.hf.reader import HfReader
 
         return HfReader(folder, drop_mtp=drop_mtp)
-    from train.checkpoint.reader import CheckpointReader
+    from train.checkpoint.weights import CheckpointReader
 
     return CheckpointReader(folder, key)
 

@@ -1,16 +1,119 @@
-"""What a checkpoint holds of a rank, under names that no layout is part of."""
+"""What a checkpoint holds of a rank, under names and in slices that no layout is part of."""
 
 from collections.abc import Mapping
-from typing import Protocol
+from dataclasses import dataclass
+from io import BytesIO
+from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
 from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, TensorWriteData, WriteItem, WriteItemType
 
 from model.transformer import named_tensors
-from train.checkpoint.reader import WEIGHTS_PREFIX
-from train.checkpoint.slices import Slice
-from train.learner import Learner
+from train.checkpoint.dcp.records import RecordError
 
+if TYPE_CHECKING:
+    from train.learner import Learner
+
+WEIGHTS_PREFIX = "weights."
 OPTIMISER_PREFIX = "optimiser."
+_LONGEST_TEXT = 120
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Slice:
+    """One rank's run of a flat tensor of `whole` elements, from `offset`; ranks may hold the same one.
+
+    DCP's own protocol for what is stored in chunks (`torch.distributed._checkpointable`): a chunk that several ranks
+    hold is written once, and whatever run is asked for is read out of the chunks that hold it.
+    """
+
+    whole: int
+    offset: int
+    local: Tensor
+
+    def size(self) -> torch.Size:
+        """Of the whole tensor."""
+        return torch.Size([self.whole])
+
+    def over(self, local: Tensor) -> "Slice":
+        """The same run of elements in another tensor."""
+        return Slice(self.whole, self.offset, local)
+
+    def __create_write_items__(self, fqn: str, object: Any) -> list[WriteItem]:
+        (chunk,) = self.__create_chunk_list__()
+        properties = TensorProperties.create_from_tensor(self.local)
+        data = TensorWriteData(chunk=chunk, properties=properties, size=self.size())
+        return [WriteItem(index=MetadataIndex(fqn, chunk.offsets), type=WriteItemType.SHARD, tensor_data=data)]
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [ChunkStorageMetadata(offsets=torch.Size([self.offset]), sizes=self.local.shape)]
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
+        assert index.offset == torch.Size([self.offset]), index
+        return self.local
+
+
+class SliceSavePlanner(DefaultSavePlanner):
+    """Writes a state of tensors and slices."""
+
+    def __init__(self) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        """The tensor behind a name and an offset."""
+        held = self.state_dict[index.fqn]
+        return held.__get_tensor_shard__(index) if isinstance(held, Slice) else super().lookup_object(index)
+
+
+class SliceLoadPlanner(DefaultLoadPlanner):
+    """Fills a state of tensors and slices in place."""
+
+    def __init__(self) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+    def set_up_planner(
+        self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
+    ) -> None:
+        """Takes the state as it is: what is neither tensor nor number, DCP would put None for."""
+        super().set_up_planner({}, metadata, is_coordinator)
+        self.original_state_dict = self.state_dict = state_dict
+
+    def create_local_plan(self) -> LoadPlan:
+        """Plans the reads.
+
+        Raises:
+            RecordError: the checkpoint holds no tensor under a name of the state.
+        """
+        stored = {} if self.metadata is None else self.metadata.state_dict_metadata
+        for name in self.state_dict:
+            if not isinstance(stored.get(name), TensorStorageMetadata):
+                raise RecordError(
+                    f"{name}: must be a tensor of the checkpoint, is {'no tensor' if name in stored else 'missing'}"
+                )
+        return super().create_local_plan()
+
+    def load_bytes(self, read_item: ReadItem, value: BytesIO) -> None:
+        """Refuses: torch would unpickle these bytes without restriction.
+
+        Raises:
+            RecordError: always.
+        """
+        raise RecordError(f"{read_item.dest_index.fqn}: must be a tensor, is something else")
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        """The tensor behind a name and an offset."""
+        held = self.state_dict[index.fqn]
+        return held.__get_tensor_shard__(index) if isinstance(held, Slice) else super().lookup_tensor(index)
+
 
 State = dict[str, Slice | Tensor]
 
@@ -34,8 +137,8 @@ Extras = Mapping[str, Extra]
 """By the prefix that their names get."""
 
 
-def state_of(learner: Learner, extras: Extras) -> State:
-    """Weights, router bias, optimiser state and extras of this rank: the tensors themselves."""
+def state_of(learner: "Learner", extras: Extras) -> State:
+    """Returns weights, router bias, optimiser state and extras of this rank: the tensors themselves."""
     state: State = {f"{WEIGHTS_PREFIX}{name}": tensor for name, tensor in named_tensors(learner.replica.model).items()}
     state |= {f"{OPTIMISER_PREFIX}{name}": values for name, values in learner.optimiser.state().items()}
     for prefix, extra in extras.items():
@@ -53,7 +156,7 @@ class HostCopy:
         self._kept: dict[str, Tensor] = {}
 
     def of(self, state: State) -> State:
-        """A copy, which stands until the next is asked for."""
+        """Returns a copy, which is valid until the next call."""
         return {name: self._copy(name, values) for name, values in state.items()}
 
     def _copy(self, name: str, values: Slice | Tensor) -> Slice | Tensor:
@@ -67,3 +170,8 @@ class HostCopy:
             kept = source.new_empty(source.shape, device="cpu", pin_memory=source.is_cuda)
             self._kept[name] = kept
         return kept.copy_(source.detach())
+
+
+def first_line(error: BaseException) -> str:
+    """Returns what an exception says, in one line; torch's own are cut."""
+    return (next(iter(str(error).strip().splitlines()), "") or type(error).__name__)[:_LONGEST_TEXT]

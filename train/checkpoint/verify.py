@@ -1,115 +1,123 @@
-"""Whether a checkpoint is whole, by its manifest, and which one a run goes on from. No torch here."""
+"""Whether a checkpoint is whole, by its manifest. No torch here."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
 from data.progress import Progress, Quiet
 from model.account import count_parameters
 from model.config import ModelConfig
-from train.checkpoint.digests import file_problem, record_hash
-from train.checkpoint.manifest import (
-    CHECKPOINTS_NAME,
-    MANIFEST_NAME,
-    CheckpointError,
-    checkpoints_in,
-    find_checkpoint,
-    read_manifest,
-)
+from train.checkpoint.manifest import MANIFEST_NAME, CheckpointError, digest, read_manifest, record_hash
 from train.config.decode import decode
 from train.config.errors import ConfigError
 
 # Weights, their average, master weights and moments take at most 28 in float64 and float32.
 _BYTES_PER_WEIGHT = 64
 _LEAST_BYTES = 2**30
+_LONGEST_NAME = 255
 _QUIET = Quiet()
 
-Check = Callable[[Path], str]
-"""Tells what is wrong with a checkpoint, in one line; empty where it is whole."""
+Check = Callable[[Path], None]
+"""Raises CheckpointError if a checkpoint is not whole."""
 
 
-@dataclass(frozen=True, slots=True)
-class Resumed:
-    """The checkpoint that a run goes on from, and a line for each newer one: why it is not that."""
-
-    folder: Path
-    passed_over: tuple[str, ...]
-
-
-def listed_files(folder: Path) -> tuple[Mapping[str, Any], str]:
-    """What a manifest lists by name, and what is wrong with the manifest itself, empty where nothing is."""
-    try:
-        record = read_manifest(folder)
-    except CheckpointError as error:
-        return {}, str(error).removeprefix("resume: ")
-    stated, files = record.pop("sha256", None), record.get("files")
-    if stated != record_hash(record) or not isinstance(files, dict):
-        return {}, f"{MANIFEST_NAME} must have the hash that it states, has another"
-    return files, _size_problem(record.get("model"), files)
-
-
-def _size_problem(model: object, files: Mapping[str, Any]) -> str:
-    """Returns what is wrong with the listed sizes as a whole, so that no sparse file of many terabytes is hashed."""
-    try:
-        account = count_parameters(decode(ModelConfig, model, "model"))
-    except (ConfigError, ArithmeticError):
-        return f"{MANIFEST_NAME} must hold an architecture, holds none"
-    most = _LEAST_BYTES + _BYTES_PER_WEIGHT * (account.total + account.mtp)
-    sizes = [listed.get("bytes") for listed in files.values() if isinstance(listed, dict)]
-    if not all(type(size) is int and size >= 0 for size in sizes):
-        return f"{MANIFEST_NAME} must list a size for every file, does not"
-    total = sum(size for size in sizes if isinstance(size, int))
-    return f"files must have at most {most} bytes for this architecture, have {total}" if total > most else ""
-
-
-def verify(folder: Path, *, hashes: bool = True, progress: Progress = _QUIET) -> str:
+def verify(folder: Path, *, hashes: bool = True, progress: Progress = _QUIET) -> None:
     """Holds a checkpoint's files against its manifest.
 
     Args:
         folder: of the checkpoint.
-        hashes: every byte is read; else files are only looked for, and their sizes.
+        hashes: every byte is read; otherwise only the presence and the sizes of files are checked.
         progress: shows how far the reading is.
 
-    Returns:
-        What is wrong, in one line; empty where the checkpoint is whole.
+    Raises:
+        CheckpointError: says in one line what is wrong, without the folder.
+    """
+    files = listed_files(folder)
+    for name in progress_over(folder, files, progress) if hashes else iter(files):
+        check_file(folder, name, files[name], hashes=hashes)
+
+
+def verify_sizes(folder: Path) -> None:
+    """Checks the presence and the sizes of a checkpoint's files alone; errors as of `verify`."""
+    verify(folder, hashes=False)
+
+
+def is_whole(folder: Path, *, hashes: bool = True) -> bool:
+    """Whether `verify` accepts a checkpoint."""
+    try:
+        verify(folder, hashes=hashes)
+    except CheckpointError:
+        return False
+    return True
+
+
+def listed_files(folder: Path) -> Mapping[str, Any]:
+    """Returns what a checkpoint's manifest lists by name.
+
+    Raises:
+        CheckpointError: the manifest is missing, broken, or lists more than such a model can have.
     """
     if not (folder / MANIFEST_NAME).is_file():
-        return f"{MANIFEST_NAME} must be there, is missing: it was never finished"
-    files, problem = listed_files(folder)
-    names = shown_files(folder, files, progress) if hashes else iter(files)
-    problems = (file_problem(folder, name, files[name], hashes=hashes) for name in names)
-    return problem or next((found for found in problems if found), "")
+        raise CheckpointError(f"{MANIFEST_NAME} must be there, is missing: it was never finished")
+    try:
+        record = read_manifest(folder)
+    except CheckpointError as error:
+        raise CheckpointError(str(error).removeprefix("resume: ")) from error
+    stated, files = record.pop("sha256", None), record.get("files")
+    if stated != record_hash(record) or not isinstance(files, dict):
+        raise CheckpointError(f"{MANIFEST_NAME} must have the hash that it states, has another")
+    _check_listed_sizes(record.get("model"), files)
+    return files
 
 
-def shown_files(folder: Path, files: Mapping[str, Any], progress: Progress) -> Iterator[str]:
+def progress_over(folder: Path, files: Mapping[str, Any], progress: Progress) -> Iterator[str]:
     """Yields the names that a manifest lists, and shows how far the reading of the files is."""
     listed_sizes = {name: listed.get("bytes") if isinstance(listed, dict) else None for name, listed in files.items()}
     sizes = {name: size if isinstance(size, int) else 0 for name, size in listed_sizes.items()}
     return progress.over(f"verifying {folder.name}", list(files), sum(sizes.values()), lambda name: sizes[name])
 
 
-def find_resumed(path: str, check: Check) -> Resumed:
-    """The checkpoint that `resume` names: itself, or the newest whole one of a run's folder.
+def check_file(folder: Path, name: str, listed: object, *, hashes: bool) -> None:
+    """Checks one file that a manifest lists.
 
     Args:
-        path: the value of `resume`.
-        check: of one checkpoint.
+        folder: of the checkpoint.
+        name: of the file.
+        listed: what the manifest says of it.
+        hashes: whether its content is read; otherwise its size alone is checked.
 
     Raises:
-        CheckpointError: the one that is named is not whole, or a run has none that is.
+        CheckpointError: it is missing, of another size or content, or not a plain file in the folder.
     """
-    folder = Path(path).expanduser()
-    if (folder / MANIFEST_NAME).is_file():
-        if problem := check(folder):
-            raise CheckpointError(f"resume: {folder} must be a whole checkpoint, is not: {problem}")
-        return Resumed(folder, ())
-    inside = folder if folder.name == CHECKPOINTS_NAME else folder / CHECKPOINTS_NAME
-    passed_over: list[str] = []
-    for candidate in reversed(checkpoints_in(inside)):
-        problem = check(candidate)
-        if not problem:
-            return Resumed(candidate, tuple(passed_over))
-        passed_over.append(f"{candidate.name}: {problem}")
-    find_checkpoint(path)
-    raise CheckpointError(f"resume: {path!r} holds no whole checkpoint: {'; '.join(passed_over)}")
+    if not isinstance(listed, dict) or Path(name).name != name or name in ("", "..") or "\0" in name:
+        raise CheckpointError(f"manifest.json must list files beside it, lists {name[:_LONGEST_NAME]!r}")
+    path = folder / name
+    try:
+        found_there = path.stat()
+        # A pipe or a device would be read without end.
+        if not S_ISREG(found_there.st_mode):
+            raise CheckpointError(f"{name} must be a file, is none")
+        num_bytes = found_there.st_size
+        if num_bytes != listed.get("bytes"):
+            raise CheckpointError(f"{name} must have {listed.get('bytes')} bytes, has {num_bytes}")
+        found = digest(path).sha256 if hashes else listed.get("sha256")
+    except OSError as error:
+        raise CheckpointError(f"{name} must be there, cannot be read ({error.strerror or error})") from error
+    if found != listed.get("sha256"):
+        raise CheckpointError(f"{name} must have the hash that the manifest lists, has another")
+
+
+def _check_listed_sizes(model: object, files: Mapping[str, Any]) -> None:
+    """Refuses listed sizes that are too large together, so that no sparse file of many terabytes is hashed."""
+    try:
+        account = count_parameters(decode(ModelConfig, model, "model"))
+    except (ConfigError, ArithmeticError) as error:
+        raise CheckpointError(f"{MANIFEST_NAME} must hold an architecture, holds none") from error
+    most = _LEAST_BYTES + _BYTES_PER_WEIGHT * (account.total + account.mtp)
+    sizes = [listed.get("bytes") for listed in files.values() if isinstance(listed, dict)]
+    if not all(type(size) is int and size >= 0 for size in sizes):
+        raise CheckpointError(f"{MANIFEST_NAME} must list a size for every file, does not")
+    total = sum(size for size in sizes if isinstance(size, int))
+    if total > most:
+        raise CheckpointError(f"files must have at most {most} bytes for this architecture, have {total}")

@@ -8,9 +8,9 @@ from torch import distributed as dist
 
 from data.loader import Loader
 from train.checkpoint import load as checkpoint
-from train.checkpoint.locate import newest_whole
-from train.checkpoint.manifest import find_checkpoint, read_step
-from train.checkpoint.resume import find_together
+from train.checkpoint.locate import locate, newest_whole
+from train.checkpoint.manifest import read_step
+from train.checkpoint.together import find_together
 from train.checkpoint.verify import Check
 from train.config import GuardConfig
 from train.errors import Finding, StoppedError
@@ -115,7 +115,7 @@ class Recovery:
 
         def find(check: Check) -> Path | None:
             folder = newest_whole(self._out_dir, num_done, check)
-            return find_checkpoint(self._resume) if folder is None and self._resume is not None else folder
+            return locate(self._resume).folder if folder is None and self._resume is not None else folder
 
         with self._world.phase("choice of the checkpoint"):
             return find_together(find)
@@ -135,7 +135,7 @@ class Recovery:
         window, resume = self._config.spike_window_steps, self._resume
         shown = read_shown(self._out_dir / "metrics.jsonl", num_done, window)
         if not shown and resume is not None:
-            shown = read_shown(find_checkpoint(resume).parents[1] / "metrics.jsonl", num_done, window)
+            shown = read_shown(locate(resume).folder.parents[1] / "metrics.jsonl", num_done, window)
         return shown
 
     def _share(self, found: list[Any]) -> list[Any]:

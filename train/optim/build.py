@@ -5,7 +5,7 @@ from typing import Protocol, assert_never
 from torch import Tensor
 
 from model.gradients import GradientStore
-from train.checkpoint.slices import Slice
+from train.checkpoint.state import Slice
 from train.optim.config import OptimConfig
 from train.optim.parameters import ParameterGroups, ReductionGroups
 from train.optim.replicated import ReplicatedAdamW

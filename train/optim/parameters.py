@@ -7,7 +7,7 @@ from torch.distributed import ProcessGroup
 
 from model.experts import RoutedExperts
 from model.transformer import Transformer
-from train.checkpoint.slices import Slice
+from train.checkpoint.state import Slice
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from model.gradients import GradientStore
-from train.checkpoint.slices import Slice
+from train.checkpoint.state import Slice
 from train.optim.adamw import MOMENTS, build_adamw, moments_of, spread_step
 from train.optim.config import OptimConfig
 from train.optim.parameters import ParameterGroups, ReductionGroups

@@ -2,9 +2,10 @@
 
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 
 from data.prepare import Prepared
-from train.checkpoint.resume import other_layout
+from train.checkpoint.compatible import other_layout
 from train.config import TrainConfig
 from train.memory import predict_memory, summary_line
 from train.optim.learning_rate import learning_rate, schedule_warnings
@@ -46,8 +47,8 @@ def introduce(
         reporter.say(line)
     for warning in schedule_warnings(config.optim, config.batch_sizes, config.task.steps):
         reporter.say(f"warning: {warning}")
-    if first_step:
-        reporter.say(f"resumed after step {first_step} from {config.resume}{other_layout(config)}")
+    if first_step and config.resume is not None:
+        reporter.say(f"resumed after step {first_step} from {config.resume}{other_layout(Path(config.resume), config)}")
         rate = learning_rate(config.optim, config.batch_sizes, config.task.steps, first_step)
         reporter.say(
             f"learning rate: {rate:.3e} in step {first_step + 1}; its schedule spans {config.task.steps:,} steps"

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from train.checkpoint.manifest import CHECKPOINTS_NAME, MANIFEST_NAME
+from train.checkpoint.locate import CHECKPOINTS_NAME
+from train.checkpoint.manifest import MANIFEST_NAME
 from train.records.json_lines import LONGEST_LINE_BYTES, number_of, read_line
 from train.report.chart import Mark
 from train.report.history import History

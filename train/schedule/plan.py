@@ -15,7 +15,8 @@ from dualpipe.simulate.choose import choose, survey
 from dualpipe.simulate.costs import CostModel
 from dualpipe.validate import validate
 from model.config import CutError, cut_layers
-from train.checkpoint.manifest import SCHEDULE_NAME, CheckpointError, find_checkpoint, layout_record, read_manifest
+from train.checkpoint.locate import locate
+from train.checkpoint.manifest import SCHEDULE_NAME, CheckpointError, layout_record, read_manifest
 from train.config import TrainConfig, sized_config
 from train.memory.predict import ramp_memory_cap
 from train.schedule.nominal import nominal_costs
@@ -100,7 +101,7 @@ def _begun(config: TrainConfig) -> Path | None:
     """
     if config.resume is None:
         return None
-    folder = find_checkpoint(config.resume)
+    folder = locate(config.resume).folder
     path = folder / SCHEDULE_NAME
     is_same = read_manifest(folder).get("layout") == layout_record(config)
     return path if is_same and path.is_file() else None

@@ -1,0 +1,66 @@
+"""Whether a run may resume from a checkpoint, or has the same layout as the run that wrote it. No torch here."""
+
+from pathlib import Path
+
+from train.checkpoint.manifest import CheckpointError, layout_record, read_manifest, shape_record
+from train.config import TrainConfig
+
+
+def check_compatible(
+    folder: Path, config: TrainConfig, *, data_fingerprint: str | None = None, may_be_done: bool = False
+) -> None:
+    """Refuses to resume from a checkpoint of another architecture, precision or order of samples.
+
+    Under which layout, schedule and sharding it was written does not matter.
+
+    Args:
+        folder: of the checkpoint.
+        config: of the run that would resume.
+        data_fingerprint: of the samples that the run reads; None: they are not known yet.
+        may_be_done: the checkpoint may be that of the run's last step.
+
+    Raises:
+        CheckpointError: names every key that differs, with the checkpoint's value and the run's; or no step is left,
+            or there are weights alone, or its run read other samples, of which some would be lost and others seen
+            twice.
+    """
+    manifest, shape = read_manifest(folder), shape_record(config)
+    if manifest.get("holds") == "weights":
+        raise CheckpointError(
+            f"resume: {folder} must be a run's checkpoint, holds weights without optimiser state; "
+            f"nearest valid: init_from={folder}, which starts a run from them"
+        )
+    model = differences("model", manifest.get("model"), shape["model"])
+    if model:
+        raise CheckpointError(f"resume: {folder} is a checkpoint of another architecture: {'; '.join(model)}")
+    others = [line for key in shape if key != "model" for line in differences(key, manifest.get(key), shape[key])]
+    if others:
+        raise CheckpointError(
+            f"resume: {folder} was written under another precision or order of samples: {'; '.join(others)}; a run "
+            f"goes on with those that it began with, init_from={folder} starts a new one from its weights"
+        )
+    if config.task.steps <= manifest["step"] and not may_be_done:
+        raise CheckpointError(
+            f"task.steps: must be above the {manifest['step']} steps that {folder} has done, "
+            f"is {config.task.steps}; nearest valid: {manifest['step'] + 1}"
+        )
+    written = manifest.get("data_fingerprint")
+    if data_fingerprint is not None and written != data_fingerprint:
+        raise CheckpointError(
+            f"resume: {folder} must go on with the samples it was written under; their fingerprint was {written}, "
+            f"that of data.* is {data_fingerprint}"
+        )
+
+
+def other_layout(folder: Path, config: TrainConfig) -> str:
+    """Returns what differs from the layout that wrote a checkpoint, as words to add; empty if nothing does."""
+    changed = differences("layout", read_manifest(folder).get("layout"), layout_record(config))
+    return f", written under another layout: {'; '.join(changed)}" if changed else ""
+
+
+def differences(place: str, before: object, now: object) -> list[str]:
+    """Returns a line for each key in which nested values differ: `model.num_layers is 4 there and 6 here`."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = [*now, *(key for key in before if key not in now)]
+        return [line for key in keys for line in differences(f"{place}.{key}", before.get(key), now.get(key))]
+    return [] if before == now else [f"{place} is {before} there and {now} here"]
