@@ -3,11 +3,13 @@
 if not __package__:
     import started_as_file  # type: ignore[import-not-found]  # noqa: F401
 
+import os
 import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -22,7 +24,6 @@ from launch.config.run_config import check, read_config, write_config
 from launch.help.preview import experiment_text
 from launch.ranks.run_folder import check_folder, held_folder
 from launch.slurm.config import SlurmConfig, check_slurm
-from launch.slurm.private_file import write_private
 from launch.slurm.script import render
 from train.config import TrainConfig
 from train.config.decode import decode, encode
@@ -181,6 +182,30 @@ def _submit(config: TrainConfig, script: str, overrides: Sequence[str]) -> str:
         shutil.rmtree(folder)
     said = next(iter(done.stderr.strip().splitlines()), f"exit code {done.returncode}")
     raise ConfigError(f"slurm: sbatch must take the job, did not: {said}")
+
+
+def write_private(path: Path, text: str) -> None:
+    """Writes a text file with mode 0600 in place of an earlier one, in one move.
+
+    Args:
+        path: of the file; its folder exists.
+        text: that it gets.
+
+    Raises:
+        OSError: it cannot be written; what was there before stays.
+    """
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial.unlink(missing_ok=True)
+    # Created by this call alone, so that no link and no wider mode can be in its place.
+    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+        partial.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink()
+        raise
 
 
 if __name__ == "__main__":

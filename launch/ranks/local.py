@@ -29,11 +29,17 @@ from kernels.registry import loaded_plugins
 from launch.command import EXIT_CONFIGURATION, user_errors
 from launch.config.groups import load_plugin_files
 from launch.ranks.environment import apply_rank_environment
-from launch.ranks.rank_check import RankCheck, VanishedError, write_pid_file
-from launch.ranks.rank_failure import report_failure, report_vanished, say
 from launch.ranks.run_folder import claim_folder, read_folder
-from launch.ranks.scratch import scratch_folder
-from launch.ranks.supervisor import Keeper
+from launch.ranks.supervisor import (
+    RankCheck,
+    RankSupervisor,
+    VanishedError,
+    report_failure,
+    report_vanished,
+    say,
+    scratch_folder,
+    write_pid_file,
+)
 from train.checkpoint.locate import AUTO
 from train.config import TrainConfig
 from train.config.errors import ConfigError
@@ -145,13 +151,13 @@ def _run_once(
         stale.unlink()
     try:
         with scratch_folder() as scratch:
-            keeper = Keeper(folder, scratch, request, cluster.grace_seconds)
-            with keeper.keeping():
-                code, reason = _run_elastic(folder, world_size, entry, keeper, request)
+            supervisor = RankSupervisor(folder, scratch, request, cluster.grace_seconds)
+            with supervisor.running():
+                code, reason = _run_elastic(folder, world_size, entry, supervisor, request)
     finally:
         for child in multiprocessing.active_children():
             child.kill()
-    if keeper.is_out_of_patience:
+    if supervisor.is_out_of_patience:
         reason = f"{request.signal_name} came, and ranks did not end within {cluster.grace_seconds:g} s"
         return 128 + signal.Signals[request.signal_name], reason
     return code, reason
@@ -177,7 +183,9 @@ def _write_status(folder: Path, code: int, reason: str) -> None:
             write_end(folder, "lost" if code in VERDICT_CODES else "stopped", code, reason)
 
 
-def _run_elastic(folder: Path, world_size: int, entry: Entry, keeper: Keeper, request: Preemption) -> tuple[int, str]:
+def _run_elastic(
+    folder: Path, world_size: int, entry: Entry, supervisor: RankSupervisor, request: Preemption
+) -> tuple[int, str]:
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -194,18 +202,18 @@ def _run_elastic(folder: Path, world_size: int, entry: Entry, keeper: Keeper, re
         nproc_per_node=world_size,
         run_id=uuid.uuid4().hex,
         rdzv_backend=BACKEND,
-        rdzv_configs={"check_ranks": RankCheck(world_size, keeper)},
+        rdzv_configs={"check_ranks": RankCheck(world_size, supervisor)},
         local_addr="localhost",
         max_restarts=0,
         start_method="forkserver",
-        logs_specs=DefaultLogsSpecs(log_dir=str(keeper.scratch)),
+        logs_specs=DefaultLogsSpecs(log_dir=str(supervisor.scratch)),
         signals_to_handle=",".join(_ENDING),
     )
     # Arguments reach the ranks through the fork server's pipe, so no other process can see the key. Ranks load the
     # plugin files that this process has loaded, not those that a file in the run's folder names.
     key = secrets.token_hex(32)
     try:
-        codes = elastic_launch(launch, _rank)(entry, str(folder), str(keeper.scratch), key, loaded_plugins())
+        codes = elastic_launch(launch, _rank)(entry, str(folder), str(supervisor.scratch), key, loaded_plugins())
     except VanishedError as vanished:
         return report_vanished(folder, str(vanished))
     except SignalException as ended:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.ranks.scratch import remove_leftovers, scratch_folder
+from launch.ranks.supervisor import remove_leftovers, scratch_folder
 from tests.train.test_run_lock import dead_owner
 from train.ownership.owner import Owner
 
