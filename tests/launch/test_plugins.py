@@ -2,15 +2,18 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from launch.config import groups
 from launch.config.compose import compose
 from launch.config.run_config import compose_run
 from train.config.errors import ConfigError
+from train.optim.learning_rate import LR_SCHEDULES
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -120,7 +123,7 @@ def test_plugins_take_a_list() -> None:
         compose_run(["plugins=rates.py"])
 
 
-def test_plugins_of_an_experiment_are_loaded(tmp_path: Path) -> None:
+def test_plugin_brings_an_experiment(tmp_path: Path) -> None:
     place(tmp_path)
     (tmp_path / "conf/experiment").mkdir()
     mine = "# @package _global_\ndefaults:\n  - override /optim/schedule: halved\n\nname: mine\n"
@@ -129,3 +132,20 @@ def test_plugins_of_an_experiment_are_loaded(tmp_path: Path) -> None:
     assert shown.returncode == 0, shown.stderr
     assert "name: mine" in shown.stdout
     assert "half_life_steps: 2" in shown.stdout
+
+
+def test_plugins_of_an_experiment_are_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place(tmp_path / "mine")
+    shutil.copytree(ROOT / "conf", tmp_path / "conf")
+    lines = ["# @package _global_", "defaults:", "  - override /optim/schedule: halved", ""]
+    lines.append(f"plugins: ['{tmp_path}/mine/rates.py']")
+    (tmp_path / "conf/experiment/halved.yaml").write_text("\n".join(lines))
+    monkeypatch.setattr(groups, "config_dir", lambda: tmp_path / "conf")
+    before = set(sys.modules)
+    try:
+        assert compose_run(["experiment=halved"]).optim.schedule.kind == "halved"
+    finally:
+        LR_SCHEDULES.remove(LR_SCHEDULES.from_plugins())
+        for name in set(sys.modules) - before:
+            if name.startswith("plugin_"):
+                del sys.modules[name]
