@@ -53,7 +53,7 @@ def test_extend_command_works_as_printed(command: str, folder: Path) -> None:
     if "launch.schedule" in command:
         assert "gpipe" in shown
     if "counting" in command:
-        assert re.search(r"\d+ rows in 100 dispatches", shown)
+        assert re.search(r"\d+ rows in 10 dispatches", shown)
 
 
 @pytest.mark.slow
