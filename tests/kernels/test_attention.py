@@ -1,8 +1,10 @@
 """Every implementation of causal attention, with and without documents, against a reading query by query."""
 
+import subprocess
 import sys
 import warnings
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from kernels.registry import UnknownNameError
 from tests.kernels.flash_attn_emulation import Calls, emulated
 from tests.kernels.plain import near, randn
 
+ROOT = Path(__file__).resolve().parents[2]
 SCALE = 0.37
 PLACES = {
     "documents and padding": [[0, 1, 2, 0, 1, 0, 0, 1, 2, 3, 4, -1, -1], [7, 8, 9, 10, 0, 1, 2, 3, 4, 5, 6, 7, 8]],
@@ -162,15 +165,26 @@ def test_values_are_padded_for_kernels_that_want_it() -> None:
 
 
 def test_masks_take_a_number_for_each_pair_where_the_kernel_reads_them_so() -> None:
-    dense = {name: [makes_dense_masks(name, device) for device in ("cpu", "cuda")] for name in ATTENTION.choices()}
-    assert dense == {
+    expected = {
         "sdpa": [True, True],
         "flex": [False, False],
         "flash_attention": [False, False],
         "auto": [True, False],
     }
+    for name, dense in expected.items():
+        assert [makes_dense_masks(name, device) for device in ("cpu", "cuda")] == dense, name
 
 
 def test_unknown_kernel_is_refused_with_the_nearest_name() -> None:
     with pytest.raises(UnknownNameError, match=r"^attention: must be one of .*'flash'; did you mean flash_attention"):
         choose_attention("flash", torch.device("cpu"), torch.float32, False)
+
+
+def test_kernel_of_the_documentation_passes_the_contract_from_outside(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "extend.md").read_text("utf-8").partition("## An attention kernel")[2]
+    (tmp_path / "plain.py").write_text(page.partition("```python\n")[2].partition("```")[0])
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--plugins", str(tmp_path / "plain.py")]
+    command += ["-k", "query_by_query and plain", "tests/kernels/test_attention.py"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout
+    assert "20 passed" in done.stdout
