@@ -1,14 +1,13 @@
 """A short run that several ways of starting ranks must bring to the same end."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from launch.ranks.run_folder import read_folder
+from tests.commands import run_command
 from train.checkpoint.load import load_whole
 from train.replica import weight_dtype
 
@@ -28,8 +27,7 @@ def choices(folder: Path, name: str, num_steps: int) -> list[str]:
 
 def run_bare(folder: Path, name: str, num_steps: int) -> None:
     """The run by the command alone."""
-    command = [sys.executable, "-m", "launch.train", *choices(folder, name, num_steps)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = run_command(["-m", "launch.train", *choices(folder, name, num_steps)], timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import Connection
-from multiprocessing.context import ForkServerProcess
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,10 @@ _PRELOADED = [
     "pytest",
     "torch._dynamo",
     "deepspeed.runtime.zero.stage_1_and_2",
-    "train.step",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "train.run",
+    "launch.config.compose",
+    "launch.ranks.local",
     "tests.train.job",
     "tests.comm.laws",
 ]
@@ -41,12 +44,18 @@ class RanksFailedError(AssertionError):
     """A rank raised, died or did not return; the message holds every traceback that had arrived."""
 
 
+def fork_context() -> ForkServerContext:
+    """The server that ranks and commands of tests are forked from."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
+    return context
+
+
 class _Rank:
     """One process that serves calls."""
 
     def __init__(self) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(_PRELOADED)
+        context = fork_context()
         self.connection, theirs = context.Pipe()
         self.process: ForkServerProcess = context.Process(target=serve, args=(theirs,), daemon=True)
         self.process.start()

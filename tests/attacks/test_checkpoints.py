@@ -4,7 +4,6 @@ import os
 import pickle
 import resource
 import subprocess
-import sys
 import time
 import zipfile
 from collections.abc import Callable
@@ -21,7 +20,8 @@ from comm.config import ParallelismConfig
 from data.prepare import prepare
 from launch.convert import main as convert
 from tests.attacks import hostile
-from tests.finished_run import ROOT, choices
+from tests.commands import run_command
+from tests.finished_run import choices
 from tests.launch.checkpoints import write_run
 from tests.ranks import run_ranks
 from tests.tiny import BATCH, tiny_config, write_text
@@ -266,8 +266,7 @@ def test_resume_command_runs_nothing_and_ends_with_code_2(tmp_path: Path) -> Non
 
 
 def command(overrides: list[str]) -> subprocess.CompletedProcess[str]:
-    arguments = [sys.executable, "-m", "launch.train", *overrides]
-    return subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
+    return run_command(["-m", "launch.train", *overrides])
 
 
 def test_bytes_are_never_loaded(sources: Path) -> None:

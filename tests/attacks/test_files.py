@@ -1,8 +1,6 @@
 """Other files from a stranger: weights, tokenizers, files of a run's folder. Each is refused or has no effect."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
@@ -21,7 +19,7 @@ from launch.ranks.run_folder import claim_folder, read_folder
 from launch.redraw import main as redraw
 from model.hf.errors import HfError
 from tests.attacks import hostile
-from tests.finished_run import ROOT
+from tests.commands import run_command
 from tests.launch.checkpoints import write_run
 from tests.tiny import tiny_config, write_text
 from train.checkpoint.manifest import CheckpointError
@@ -212,8 +210,7 @@ def test_a_config_that_names_another_folder_has_no_effect_there(tmp_path: Path) 
 
 def test_a_config_edited_between_attempts_has_no_effect(tmp_path: Path) -> None:
     """The command writes it again from what it was started with, before ranks start again."""
-    command = [sys.executable, "-m", "tests.attacks.edited_config", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
+    done = run_command(["-m", "tests.attacks.edited_config", str(tmp_path)])
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "run" / "second").read_text() == str(tmp_path / "run")
     assert not list(tmp_path.rglob("proof"))

@@ -16,6 +16,7 @@ import pytest
 from launch.command import user_errors
 from launch.ranks.run_folder import check_folder
 from tests.attacks.folder_runs import OTHER_HOST, choices
+from tests.commands import run_command
 from tests.launch.test_config import build
 from tests.tiny import write_text
 from train.checkpoint.locate import newest_whole, step_folder
@@ -113,7 +114,7 @@ def test_run_whose_folder_is_damaged_saves_its_state_in_the_rescue_folder(
 def test_run_goes_on_from_the_rescue_folder(folder: Path, damaged: str) -> None:
     (event,) = read_events(folder / "deleted.rescue")
     steps = event["step"] + 1
-    done = ended(train(folder, "after", f"resume={folder / 'deleted.rescue'}", f"task.steps={steps}"))
+    done = run_command(train(folder, "after", f"resume={folder / 'deleted.rescue'}", f"task.steps={steps}"))
     assert done.returncode == 0, done.stderr
     assert f"resumed after step {event['step']} from {folder / 'deleted.rescue'}" in done.stdout
     assert [json.loads(line)["step"] for line in (folder / "after/metrics.jsonl").read_text().splitlines()] == [steps]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.commands import run_command
 from tests.tiny import write_text
 from tests.train.wandb_file import flat, read_history
 
@@ -27,8 +28,7 @@ def choices_of(folder: Path, name: str, *overrides: str) -> list[str]:
 
 
 def run_train(folder: Path, name: str, *overrides: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, *choices_of(folder, name, *overrides)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    return run_command(choices_of(folder, name, *overrides))
 
 
 def read_metrics(folder: Path, name: str) -> list[dict[str, float]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.commands import run_command
 from tests.tiny import write_text
 from tests.train.failing_rank import CAUSE
 from tests.train.faults import CASES, choices, last_words, place
@@ -32,8 +33,7 @@ def test_error_of_one_rank_amid_a_step_ends_all_with_its_own_words(
         *("data.tokenizer_vocab_size=320", "batch.sequence_length_tokens=32", "batch.global_sequences=16"),
         *("batch.micro_sequences=1", "data.validation_fraction=0.2"),
     ]
-    command = [sys.executable, "-m", "tests.train.failing_rank", where, str(rank), *choices]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    ended = run_command(["-m", "tests.train.failing_rank", where, str(rank), *choices])
     seconds = time.time() - (tmp_path / "run" / "raised").stat().st_mtime
     assert seconds < 10
     assert ended.returncode == 1

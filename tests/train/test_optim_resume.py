@@ -12,10 +12,11 @@ from torch import Tensor
 
 from comm.config import ParallelismConfig
 from data.prepare import prepare
+from tests.commands import run_command
 from tests.ranks import run_ranks
 from tests.tiny import BATCH, OPTIM, tiny_config, write_text
 from tests.train.job import Job, close_job, open_job, open_loader, run_jobs
-from tests.train.test_command import ROOT, read_metrics
+from tests.train.test_command import read_metrics
 from train.checkpoint.load import load, save
 from train.checkpoint.state import Slice
 from train.config import PrecisionConfig, TrainConfig
@@ -112,7 +113,7 @@ def train(folder: Path, name: str, *overrides: str) -> subprocess.CompletedProce
         *("batch.sequence_length_tokens=32", "batch.global_sequences=8", "batch.micro_sequences=4"),
         *("validation.sequences=0", "validation.every_steps=0", "samples.prompt=", *overrides),
     ]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return run_command(command)
 
 
 @pytest.mark.slow

@@ -1,0 +1,131 @@
+"""Runs this project's commands in forks of the server that tests/ranks.py forks its ranks from.
+
+A command and its ranks import torch and DeepSpeed for several seconds of CPU time before they do anything. A fork has
+them imported. Otherwise it is a process as `python -m` starts it: its own environment, folder, arguments and exit code,
+and its ranks are forks of a server of its own. What a command imports, and when, is for tests that start it as a user
+does.
+"""
+
+import atexit
+import io
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import traceback
+from collections.abc import Mapping, Sequence
+from multiprocessing import resource_tracker, util
+from pathlib import Path
+
+from tests.ranks import fork_context
+
+ROOT = Path(__file__).parents[1]
+
+
+def run_command(
+    command: Sequence[str], *, cwd: Path = ROOT, env: Mapping[str, str] | None = None, timeout: float = 240.0
+) -> subprocess.CompletedProcess[str]:
+    """Runs a command to its end, as `subprocess.run` with `capture_output` would.
+
+    Args:
+        command: `-m`, a module and its arguments, also after the path of Python.
+        cwd: where it runs.
+        env: its whole environment, by default this process' own.
+        timeout: seconds, after which it is killed.
+
+    Returns:
+        Its exit code, negative for a signal, and what it printed.
+
+    Raises:
+        subprocess.TimeoutExpired: it was killed.
+    """
+    _, module, *arguments = command[1:] if command[0] == sys.executable else command
+    environment = dict(os.environ if env is None else env)
+    with tempfile.TemporaryDirectory(prefix="command") as folder:
+        outputs = [f"{folder}/stdout", f"{folder}/stderr"]
+        process = fork_context().Process(target=_run, args=(module, arguments, str(cwd), environment, *outputs))
+        process.start()
+        try:
+            process.join(timeout)
+            code = process.exitcode
+        finally:
+            process.kill()
+            process.join()
+        stdout, stderr = (Path(path).read_text() if Path(path).exists() else "" for path in outputs)
+    if code is None:
+        raise subprocess.TimeoutExpired(list(command), timeout, stdout, stderr)
+    return subprocess.CompletedProcess(list(command), code, stdout, stderr)
+
+
+def _run(
+    module: str, arguments: Sequence[str], cwd: str, environment: Mapping[str, str], stdout: str, stderr: str
+) -> None:
+    """The life of a command's process."""
+    for descriptor, path in ((1, stdout), (2, stderr)):
+        opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(opened, descriptor)
+        os.close(opened)
+    sys.stdout = io.TextIOWrapper(os.fdopen(1, "wb", closefd=False), encoding="utf-8")
+    sys.stderr = io.TextIOWrapper(
+        os.fdopen(2, "wb", closefd=False), encoding="utf-8", errors="backslashreplace", line_buffering=True
+    )
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(cwd)
+    sys.argv[:] = [module, *arguments]
+    sys.path[0] = cwd
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    util.spawnv_passfds = _fork_server  # type: ignore[assignment]
+    atexit._clear()  # those of the fork server
+    code = _exit_code(module)
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _fork_server(path: str | bytes, arguments: Sequence[str | bytes], passed: Sequence[int]) -> int:
+    """Forks the server of a command's ranks in place of starting it, as it would import what is here already.
+
+    Args:
+        path: of Python.
+        arguments: its own; the last is the server's program.
+        passed: descriptors that the server needs.
+
+    Returns:
+        The server's process.
+    """
+    program = os.fsdecode(arguments[-1])
+    assert program.startswith("from multiprocessing.forkserver import main"), program
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        kept = sorted({*passed, resource_tracker.getfd()})
+        for below, above in zip([2, *kept], [*kept, os.sysconf("SC_OPEN_MAX")], strict=True):
+            os.closerange(below + 1, above)
+        exec(program, {})
+    finally:
+        os._exit(0)
+
+
+def _exit_code(module: str) -> int:
+    """Runs a module as `python -m` does. Returns what Python would exit with."""
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except SystemExit as ended:
+        if ended.code is None or isinstance(ended.code, int):
+            return (ended.code or 0) & 0xFF
+        print(ended.code, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
