@@ -17,7 +17,7 @@ from dualpipe.registry import SCHEDULES, build
 from dualpipe.simulate.costs import Costs, uniform
 from tests.dualpipe.random_schedules import bidirectional, looped, random_schedule, straight, v_shaped
 from tests.ranks import run_ranks
-from tests.tiny import OPTIM, tiny_config, write_text
+from tests.tiny import BATCH, OPTIM, tiny_config, write_text
 from tests.train.job import Job, Seen, run_jobs, run_plain
 from train.config import PrecisionConfig, TrainConfig
 
@@ -38,8 +38,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def layout_config(folder: Path, pipeline: int, data: int, expert: int) -> TrainConfig:
+    """A layout of ranks, with as few micro-batches as DualPipe takes."""
     return tiny_config(
         folder,
+        batch=replace(BATCH, global_sequences=max(4, 2 * pipeline) * data),
         parallelism=ParallelismConfig(pipeline=pipeline, data=data, expert=expert),
         schedule=ScheduleConfig(kind="1f1b" if pipeline == 1 else "dualpipe", pairing="overlapped"),
     )

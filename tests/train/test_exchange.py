@@ -12,7 +12,7 @@ from comm.config import ParallelismConfig, Payload, TwoHopDispatchConfig
 from comm.dispatch.traffic import LayerTraffic, TrafficSnapshot
 from dualpipe.config import ScheduleConfig
 from tests.ranks import run_ranks
-from tests.tiny import tiny_config, write_text
+from tests.tiny import BATCH, tiny_config, write_text
 from tests.train.job import Job, close_job, open_job, open_loader, run_jobs, run_plain
 from tests.train.test_equality import assert_equal, assert_same, in_sequence
 from train.config import TrainConfig
@@ -30,6 +30,7 @@ def over_nodes(folder: Path, pipeline: int, expert: int, ranks_per_node: int) ->
         parallelism=ParallelismConfig(pipeline=pipeline, data=expert, expert=expert),
         schedule=ScheduleConfig(kind="1f1b" if pipeline == 1 else "dualpipe", pairing="overlapped"),
         dispatch=TWO_HOP,
+        batch=replace(BATCH, global_sequences=max(2, 2 * pipeline) * expert),
     )
     return replace(config, cluster=replace(config.cluster, ranks_per_node=ranks_per_node))
 
