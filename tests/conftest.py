@@ -6,6 +6,16 @@ import threading
 import pytest
 
 from kernels.registry import PluginError, load_plugins
+from tests.stopping import Stop, make_folder
+
+
+_STOP = pytest.StashKey[Stop]()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Handles signals again, in case a command that the last test called handles them by itself."""
+    if _STOP in item.config.stash:
+        item.config.stash[_STOP].install()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -21,11 +31,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Restores signals that background jobs and nohup ignore, as commands under test would; then loads the plugins."""
+    """Handles signals, also those that background jobs and nohup ignore; then loads the plugins."""
     if threading.current_thread() is threading.main_thread():
-        for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
-            if signal.getsignal(number) == signal.SIG_IGN:
-                signal.signal(number, handler)
+        if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        is_worker = hasattr(config, "workerinput")
+        if not is_worker:
+            make_folder()
+        config.stash[_STOP] = Stop(is_worker=is_worker)
+        config.stash[_STOP].install()
     try:
         load_plugins(config.getoption("plugin_files"))
     except PluginError as error:

@@ -1,0 +1,117 @@
+"""Ends a run of the tests within seconds of SIGTERM or Ctrl-C, with every process and temporary folder that it made."""
+
+import atexit
+import os
+import shutil
+import signal
+import tempfile
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+
+_SECONDS = 5.0
+"""For fixtures to end what they started; then this process ends as it is."""
+_MORE_SECONDS = 3.0
+"""That the process which started xdist's workers waits for them."""
+
+
+class Stop:
+    """A handler of signals that ends the tests of this process, and of xdist's workers if it started them."""
+
+    def __init__(self, *, is_worker: bool) -> None:
+        self._is_worker = is_worker
+        self._started: dict[int, str] = {}
+        self._pid = os.getpid()
+
+    def install(self) -> None:
+        """Handles both signals from here on."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self)
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        """Raises KeyboardInterrupt, on which pytest tears down its fixtures. The same signal again has no effect."""
+        if os.getpid() != self._pid:  # a fork of a test
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_IGN)
+        self._started = descendants(os.getpid())
+        if not self._is_worker:
+            _interrupt_workers()
+        threading.Thread(target=self._end_late, args=(number,), daemon=True).start()
+        atexit.register(self.kill_left)
+        raise KeyboardInterrupt
+
+    def _end_late(self, number: int) -> None:
+        time.sleep(_SECONDS if self._is_worker else _SECONDS + _MORE_SECONDS)
+        self.kill_left()
+        remove_folder()
+        os._exit(128 + number)
+
+    def kill_left(self) -> None:
+        """Kills what this process and its children had started and has not ended."""
+        for pid, started in {**descendants(os.getpid()), **self._started}.items():
+            if _start_of(pid) == started:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+
+def descendants(root: int) -> dict[int, str]:
+    """Live processes below one, each with when it started; empty without /proc."""
+    parents: dict[int, int] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # ended meanwhile
+            parents[int(path.parent.name)] = int(path.read_text().rsplit(")", 1)[1].split()[1])
+    found, added = {root}, {root}
+    while added:
+        added = {pid for pid, parent in parents.items() if parent in added} - found
+        found |= added
+    return {pid: _start_of(pid) for pid in found - {root}}
+
+
+def _start_of(pid: int) -> str:
+    """When a process started, in ticks; a number that another process took has another. Empty if it has ended."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
+    return ""
+
+
+def _interrupt_workers() -> None:
+    """Passes the signal on: Ctrl-C reaches the workers as well, SIGTERM only this process."""
+    for pid in _children(os.getpid()):
+        with suppress(OSError):
+            if b"PYTEST_XDIST_WORKER=" in Path(f"/proc/{pid}/environ").read_bytes() or _is_execnet(pid):
+                os.kill(pid, signal.SIGTERM)
+
+
+def _children(pid: int) -> list[int]:
+    path = Path(f"/proc/{pid}/task/{pid}/children")
+    return [int(child) for child in path.read_text().split()] if path.exists() else []
+
+
+def _is_execnet(pid: int) -> bool:
+    """Whether a process runs execnet's first line, as xdist starts its workers."""
+    return b"exec(eval(sys.stdin.readline()))" in Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
+_folder: list[str] = []
+
+
+def make_folder() -> None:
+    """Gives this run a folder for temporary files. What a killed process leaves there goes with it.
+
+    Folders of `tmp_path` stay where pytest keeps those of the last runs.
+    """
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
+    _folder.append(tempfile.mkdtemp(prefix="tests"))
+    os.chmod(_folder[0], 0o1777)  # as /tmp, for commands that run as another user
+    os.environ["TMPDIR"] = tempfile.tempdir = _folder[0]
+    atexit.register(remove_folder)
+
+
+def remove_folder() -> None:
+    """Removes the folder of `make_folder` in the process that made it."""
+    for path in _folder:
+        shutil.rmtree(path, ignore_errors=True)
