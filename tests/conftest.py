@@ -8,7 +8,6 @@ import pytest
 from kernels.registry import PluginError, load_plugins
 from tests.stopping import Stop, make_folder
 
-
 _STOP = pytest.StashKey[Stop]()
 
 

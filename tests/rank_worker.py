@@ -133,6 +133,7 @@ def _state() -> dict[str, Any]:
         "working directory": os.getcwd(),
         "search path": list(sys.path),
         "threads": _threads(),
+        "plugins": sorted(name for name in sys.modules if name.startswith("plugin_")),
         "process group": distributed.is_initialized(),
         "default dtype": torch.get_default_dtype(),
         "gradients": torch.is_grad_enabled(),

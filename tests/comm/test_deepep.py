@@ -181,4 +181,5 @@ def _divide(rank: int, world_size: int) -> str:
 
 
 def test_deepep_refuses_experts_that_ranks_cannot_share() -> None:
-    assert all("must divide 5 routed experts, got 2 ranks" in message for message in run_ranks(2, _divide))
+    for rank, message in enumerate(run_ranks(2, _divide)):
+        assert "must divide 5 routed experts, got 2 ranks" in message, f"rank {rank}"

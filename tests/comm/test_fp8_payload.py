@@ -180,10 +180,11 @@ def test_bytes_counted_are_codes_and_scales_and_weights() -> None:
     assert packed_bytes(7168) / (2 * 7168) == pytest.approx(0.5156, abs=1e-4)
     ranks = run_ranks(4, _count_bytes)
     assert sum(found["dispatch"].num_rows_across_nodes for found in ranks) > 50
-    for found in ranks:
-        assert all(row + weight <= size <= row + weight + 16 for size in _bytes_per_row(found["dispatch"]))
-        assert _bytes_per_row(found["combine backward"]) <= {row}
-        assert _bytes_per_row(found["combine"]) <= {2 * 512}
+    for rank, found in enumerate(ranks):
+        sizes = _bytes_per_row(found["dispatch"])
+        assert {size for size in sizes if not row + weight <= size <= row + weight + 16} == set(), f"rank {rank}"
+        assert _bytes_per_row(found["combine backward"]) <= {row}, f"rank {rank}"
+        assert _bytes_per_row(found["combine"]) <= {2 * 512}, f"rank {rank}"
 
 
 def _local() -> Fp8Dispatcher:

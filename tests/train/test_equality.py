@@ -53,18 +53,18 @@ def relative_error(ours: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def assert_equal(ranks: list[Seen], plain: Seen, tolerance: float) -> None:
-    for seen in ranks:
-        assert seen.losses == pytest.approx(plain.losses, rel=tolerance)
-        assert seen.norm == pytest.approx(plain.norm, rel=tolerance)
+    for rank, seen in enumerate(ranks):
+        assert seen.losses == pytest.approx(plain.losses, rel=tolerance), f"rank {rank}"
+        assert seen.norm == pytest.approx(plain.norm, rel=tolerance), f"rank {rank}"
     names = set().union(*(seen.weights for seen in ranks))
     assert names == set(plain.weights)
     for name, expected in plain.gradients.items():
         total = sum(seen.gradients[name] for seen in ranks if name in seen.gradients)
         assert isinstance(total, torch.Tensor)
         assert relative_error(total, expected) <= tolerance, f"gradient of {name}"
-    for seen in ranks:
+    for rank, seen in enumerate(ranks):
         for name, weight in seen.weights.items():
-            assert relative_error(weight, plain.weights[name]) <= tolerance, f"weight {name}"
+            assert relative_error(weight, plain.weights[name]) <= tolerance, f"rank {rank}: weight {name}"
 
 
 def assert_same(ours: list[Seen], theirs: list[Seen]) -> None:

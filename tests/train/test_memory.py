@@ -165,4 +165,5 @@ def test_live_activations_of_the_model_are_those_of_the_schedule(tmp_path: Path,
         peaks = peak_activations(schedule)
         assert [rank[index][0] for rank in results] == list(peaks)
         assert [rank[index][1] for rank in results] == list(peaks)
-        assert all(rank[index][2] > 100 for rank in results)
+        alive = {rank: seen[index][2] for rank, seen in enumerate(results)}
+        assert {rank: number for rank, number in alive.items() if number <= 100} == {}
