@@ -4,14 +4,15 @@ PYTHON ?= python3
 ARGS ?=
 
 # Tests that hold ranks to deadlines of seconds or compare times have the machine to themselves; all others, which wait
-# for most of their time, run two at a time.
-ALONE := tests/bench tests/comm \
+# for most of their time, run two at a time, the files with slow tests first.
+ALONE := tests/bench $(wildcard tests/comm/test_watchdog*.py) \
+	$(addprefix tests/comm/test_,groups.py lane.py transport.py) \
 	$(addprefix tests/train/test_,failure.py failure_order.py probe.py corpus.py) tests/launch/test_local.py
-PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m pytest
-TWO := -n 2 --dist loadfile
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m pytest
+TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: train test test-fast test-long cluster-test triton-table gpu-test gpu-day gpu-bench failures bench chaos any-to-any \
-	docker docker-cpu docker-check docker-pins docker-test
+.PHONY: train test test-fast test-long cluster-test triton-table gpu-test gpu-day gpu-bench failures bench chaos \
+	any-to-any docker docker-cpu docker-check docker-pins docker-test
 
 train: .venv/installed
 	.venv/bin/python -m launch.train experiment=quickstart $(ARGS)
@@ -23,7 +24,7 @@ test: .venv/installed
 	$(PYTEST) $(TWO) -m 'not long' --durations=20 $(ALONE:%=--ignore=%)
 	$(PYTEST) -m 'not long' --durations=20 $(ALONE)
 
-# Chaos, preemption, Slurm, network namespaces, images and the documentation's blocks, one after another.
+# Chaos, preemption, Slurm, network namespaces, images, the day on a GPU as a dry run and the documentation's blocks.
 test-long: .venv/installed
 	$(PYTEST) -m long --durations=20
 

@@ -17,6 +17,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         item.config.stash[_STOP].install()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Moves files with slow tests to the front: none of them begins when the other worker has nothing left to do."""
+    slow = {item.path for item in items if item.get_closest_marker("slow") is not None}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Adds `--plugins FILE`, which may be repeated: suites over a registry also run over what the file registers."""
     parser.addoption(

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -24,8 +25,14 @@ def preset(name: str) -> ModelConfig:
     return decode(ModelConfig, yaml.safe_load((ROOT / "conf" / "model" / f"{name}.yaml").read_text("utf-8")))
 
 
+@cache
+def released_tensors() -> dict[str, Stored]:
+    """Those of DeepSeek-V3's released checkpoint."""
+    return stored_tensors(preset("v3_671b"), dtype="BF16", fp8=True)
+
+
 def test_the_released_file_has_exactly_these_tensors() -> None:
-    stored = stored_tensors(preset("v3_671b"), dtype="BF16", fp8=True)
+    stored = released_tensors()
     assert len(stored) == 91_991
     assert sum(tensor.num_elements for tensor in stored.values()) == 684_531_386_000
     kinds = Counter(tensor.dtype for tensor in stored.values())
@@ -66,7 +73,7 @@ def test_the_released_file_has_exactly_these_tensors() -> None:
     ],
 )
 def test_a_tensor_of_the_released_file_is_as_it_is_there(name: str, expected: Stored) -> None:
-    assert stored_tensors(preset("v3_671b"), dtype="BF16", fp8=True)[name] == expected
+    assert released_tensors()[name] == expected
 
 
 @pytest.mark.parametrize(

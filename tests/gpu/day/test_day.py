@@ -26,6 +26,7 @@ def run_part(part: str, out: Path, **environment: str) -> subprocess.CompletedPr
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("part", ["1", "2", "3"])
 def test_dry_run_of_a_part_goes_through(part: str, tmp_path: Path) -> None:
     done = run_part(part, tmp_path)
