@@ -135,11 +135,13 @@ class Dispatcher(Protocol):
         """Returns rows_TD, the unweighted sum over each token's experts."""
         ...
 
-    def dispatch_backward(self, rows_AD: Tensor, weights_A: Tensor, handle: Handle) -> Work[tuple[Tensor, Tensor]]:
+    def dispatch_backward(
+        self, grad_rows_AD: Tensor, grad_weights_A: Tensor, handle: Handle
+    ) -> Work[tuple[Tensor, Tensor]]:
         """Gradients of `dispatch`'s inputs from those of its outputs: rows summed per token (TD), weights (TK)."""
         ...
 
-    def combine_backward(self, rows_TD: Tensor, handle: Handle) -> Work[Tensor]:
+    def combine_backward(self, grad_rows_TD: Tensor, handle: Handle) -> Work[Tensor]:
         """Computes the gradient of `combine`'s input from that of its output: a copy to each expert's row (AD)."""
         ...
 

@@ -46,14 +46,16 @@ class Fp8Dispatcher:
         """Calls the inner dispatcher: these rows are never quantised."""
         return self._inner.combine(rows_AD, handle)
 
-    def dispatch_backward(self, rows_AD: Tensor, weights_A: Tensor, handle: Handle) -> Work[tuple[Tensor, Tensor]]:
+    def dispatch_backward(
+        self, grad_rows_AD: Tensor, grad_weights_A: Tensor, handle: Handle
+    ) -> Work[tuple[Tensor, Tensor]]:
         """Calls the inner dispatcher: these rows are never quantised."""
-        return self._inner.dispatch_backward(rows_AD, weights_A, handle)
+        return self._inner.dispatch_backward(grad_rows_AD, grad_weights_A, handle)
 
-    def combine_backward(self, rows_TD: Tensor, handle: Handle) -> Work[Tensor]:
+    def combine_backward(self, grad_rows_TD: Tensor, handle: Handle) -> Work[Tensor]:
         """Sends a quantised copy of each token's gradient to each of its experts' rows; AD."""
-        packed_TB = self._packed(rows_TD, GRADIENTS_MIN_AMAX)
-        return Then(self._inner.combine_backward(packed_TB, handle), _Restore(rows_TD))
+        packed_TB = self._packed(grad_rows_TD, GRADIENTS_MIN_AMAX)
+        return Then(self._inner.combine_backward(packed_TB, handle), _Restore(grad_rows_TD))
 
     def close(self) -> None:
         """Closes the inner dispatcher."""

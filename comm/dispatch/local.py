@@ -46,14 +46,16 @@ class LocalDispatcher:
         """Sums over each token's experts, unweighted; TD."""
         return Done(_own(handle).order.sum_rows(rows_AD.detach()))
 
-    def dispatch_backward(self, rows_AD: Tensor, weights_A: Tensor, handle: Handle) -> Work[tuple[Tensor, Tensor]]:
+    def dispatch_backward(
+        self, grad_rows_AD: Tensor, grad_weights_A: Tensor, handle: Handle
+    ) -> Work[tuple[Tensor, Tensor]]:
         """Gradients of rows, summed per token (TD), and of weights (TK)."""
         order = _own(handle).order
-        return Done((order.sum_rows(rows_AD.detach()), order.restore_weights(weights_A.detach())))
+        return Done((order.sum_rows(grad_rows_AD.detach()), order.restore_weights(grad_weights_A.detach())))
 
-    def combine_backward(self, rows_TD: Tensor, handle: Handle) -> Work[Tensor]:
+    def combine_backward(self, grad_rows_TD: Tensor, handle: Handle) -> Work[Tensor]:
         """Sends a copy of each token's gradient to each of its experts' rows; AD."""
-        return Done(_own(handle).order.copy_rows(rows_TD.detach()))
+        return Done(_own(handle).order.copy_rows(grad_rows_TD.detach()))
 
     def at_home(self, handle: Handle) -> tuple[tuple[int, ...], RowOrder]:
         """Rows of each expert, and their order: for a model that copies and sums rows itself."""

@@ -239,7 +239,9 @@ class ClippingDispatcher:
         """Sums over each token's kept experts, unweighted; TD."""
         return self._inner.combine(rows_AD, _own(handle).inner)
 
-    def dispatch_backward(self, rows_AD: Tensor, weights_A: Tensor, handle: Handle) -> Work[tuple[Tensor, Tensor]]:
+    def dispatch_backward(
+        self, grad_rows_AD: Tensor, grad_weights_A: Tensor, handle: Handle
+    ) -> Work[tuple[Tensor, Tensor]]:
         """Gradients of rows, summed per token (TD), and of the weights given to the last `dispatch` (TK)."""
         own = _own(handle)
         weights_TK = own.weights_TK
@@ -248,11 +250,11 @@ class ClippingDispatcher:
         def finish(back: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
             return back[0], own.renormalisation.backward(back[1], weights_TK)
 
-        return Then(self._inner.dispatch_backward(rows_AD, weights_A, own.inner), finish)
+        return Then(self._inner.dispatch_backward(grad_rows_AD, grad_weights_A, own.inner), finish)
 
-    def combine_backward(self, rows_TD: Tensor, handle: Handle) -> Work[Tensor]:
+    def combine_backward(self, grad_rows_TD: Tensor, handle: Handle) -> Work[Tensor]:
         """Sends a copy of each token's gradient to each of its kept experts' rows; AD."""
-        return self._inner.combine_backward(rows_TD, _own(handle).inner)
+        return self._inner.combine_backward(grad_rows_TD, _own(handle).inner)
 
     def close(self) -> None:
         """Closes the inner dispatcher."""

@@ -111,30 +111,32 @@ class AllToAllDispatcher:
 
         return self._lane.submit(run)
 
-    def dispatch_backward(self, rows_AD: Tensor, weights_A: Tensor, handle: Handle) -> Work[tuple[Tensor, Tensor]]:
+    def dispatch_backward(
+        self, grad_rows_AD: Tensor, grad_weights_A: Tensor, handle: Handle
+    ) -> Work[tuple[Tensor, Tensor]]:
         """Gradients of rows, summed per token (TD), and of weights (TK)."""
         own = _own(handle)
 
         def run() -> tuple[Tensor, Tensor]:
             route = own.route(self._planner)
-            form = RowFormat.of(rows_AD, weights_A[:, None])
-            bytes_AB = form.allocate(len(rows_AD), rows_AD.device)
-            _reorder(rows_AD, route.arrival_A, form.part(bytes_AB, 0))
-            _reorder(weights_A[:, None], route.arrival_A, form.part(bytes_AB, 1))
+            form = RowFormat.of(grad_rows_AD, grad_weights_A[:, None])
+            bytes_AB = form.allocate(len(grad_rows_AD), grad_rows_AD.device)
+            _reorder(grad_rows_AD, route.arrival_A, form.part(bytes_AB, 0))
+            _reorder(grad_weights_A[:, None], route.arrival_A, form.part(bytes_AB, 1))
             bytes_SB = self._send_back("dispatch backward", own, form, bytes_AB)
-            weights_TK = route.order.restore_weights(form.part(bytes_SB, 1).reshape(-1))
-            return route.order.sum_rows(form.part(bytes_SB, 0)), weights_TK
+            grad_weights_TK = route.order.restore_weights(form.part(bytes_SB, 1).reshape(-1))
+            return route.order.sum_rows(form.part(bytes_SB, 0)), grad_weights_TK
 
         return self._lane.submit(run)
 
-    def combine_backward(self, rows_TD: Tensor, handle: Handle) -> Work[Tensor]:
+    def combine_backward(self, grad_rows_TD: Tensor, handle: Handle) -> Work[Tensor]:
         """Sends a copy of each token's gradient to each of its experts' rows; AD."""
         own = _own(handle)
 
         def run() -> Tensor:
             route = own.route(self._planner)
-            form = RowFormat.of(rows_TD)
-            bytes_AB = self._send("combine backward", own, form, bytes_of(route.order.copy_rows(rows_TD)))
+            form = RowFormat.of(grad_rows_TD)
+            bytes_AB = self._send("combine backward", own, form, bytes_of(route.order.copy_rows(grad_rows_TD)))
             return _reorder(form.part(bytes_AB, 0), route.sorted_A)
 
         return self._lane.submit(run)

@@ -166,39 +166,41 @@ class DeepEPDispatcher(ClosesOnSuccess):
         self._buffer.check_rows(rows_AD, "combine", may_be_codes=False)
         return self._lane.submit(lambda: self._to_tokens(own, rows_AD, None, "combine")[0])
 
-    def dispatch_backward(self, rows_AD: Tensor, weights_A: Tensor, handle: Handle) -> Work[tuple[Tensor, Tensor]]:
+    def dispatch_backward(
+        self, grad_rows_AD: Tensor, grad_weights_A: Tensor, handle: Handle
+    ) -> Work[tuple[Tensor, Tensor]]:
         """Gradients of rows, summed per token as by `combine` (TD), and of weights (TK).
 
         Raises:
             DeepEPError: rows other than bfloat16, weights other than float32.
         """
         own = _own(handle)
-        self._buffer.check_rows(rows_AD, "dispatch backward", may_be_codes=False)
-        self._buffer.check_weights(weights_A, "dispatch backward")
+        self._buffer.check_rows(grad_rows_AD, "dispatch backward", may_be_codes=False)
+        self._buffer.check_weights(grad_weights_A, "dispatch backward")
 
         def run() -> tuple[Tensor, Tensor]:
-            rows_TD, weights_TK = self._to_tokens(own, rows_AD, weights_A, "dispatch backward")
-            assert weights_TK is not None
-            return rows_TD, weights_TK
+            grad_rows_TD, grad_weights_TK = self._to_tokens(own, grad_rows_AD, grad_weights_A, "dispatch backward")
+            assert grad_weights_TK is not None
+            return grad_rows_TD, grad_weights_TK
 
         return self._lane.submit(run)
 
-    def combine_backward(self, rows_TD: Tensor, handle: Handle) -> Work[Tensor]:
+    def combine_backward(self, grad_rows_TD: Tensor, handle: Handle) -> Work[Tensor]:
         """Sends a copy of each token's gradient to each of its experts' rows; AD.
 
         Raises:
             DeepEPError: rows of a type that DeepEP does not move.
         """
         own, name = _own(handle), "combine backward"
-        self._buffer.check_rows(rows_TD, name, may_be_codes=True)
+        self._buffer.check_rows(grad_rows_TD, name, may_be_codes=True)
 
         def run() -> Tensor:
-            if rows_TD.dtype not in own.routes:
-                rows = self._lay_out(own, rows_TD, None, name).rows
-                return own.routes[rows_TD.dtype].copy_rows(rows)
-            route = own.routes[rows_TD.dtype]
-            with self._exchanging(own, rows_TD, name):
-                rows = self._buffer.dispatch_again(rows_TD, route.handle)
+            if grad_rows_TD.dtype not in own.routes:
+                rows = self._lay_out(own, grad_rows_TD, None, name).rows
+                return own.routes[grad_rows_TD.dtype].copy_rows(rows)
+            route = own.routes[grad_rows_TD.dtype]
+            with self._exchanging(own, grad_rows_TD, name):
+                rows = self._buffer.dispatch_again(grad_rows_TD, route.handle)
             return route.copy_rows(rows)
 
         return self._lane.submit(run)

@@ -171,23 +171,27 @@ class TwoHopDispatcher:
         own = _own(handle)
         return self._lane.submit(lambda: self._return_to_tokens("combine", own, rows_AD, None)[0])
 
-    def dispatch_backward(self, rows_AD: Tensor, weights_A: Tensor, handle: Handle) -> Work[tuple[Tensor, Tensor]]:
+    def dispatch_backward(
+        self, grad_rows_AD: Tensor, grad_weights_A: Tensor, handle: Handle
+    ) -> Work[tuple[Tensor, Tensor]]:
         """Gradients of rows, summed per token (TD), and of weights (TK)."""
         own = _own(handle)
 
         def run() -> tuple[Tensor, Tensor]:
-            rows_TD, weights_TK = self._return_to_tokens("dispatch backward", own, rows_AD, weights_A)
-            return rows_TD, weights_TK
+            grad_rows_TD, grad_weights_TK = self._return_to_tokens(
+                "dispatch backward", own, grad_rows_AD, grad_weights_A
+            )
+            return grad_rows_TD, grad_weights_TK
 
         return self._lane.submit(run)
 
-    def combine_backward(self, rows_TD: Tensor, handle: Handle) -> Work[Tensor]:
+    def combine_backward(self, grad_rows_TD: Tensor, handle: Handle) -> Work[Tensor]:
         """Sends a copy of each token's gradient to each of its experts' rows; AD."""
         own = _own(handle)
 
         def run() -> Tensor:
-            form = RowFormat.of(rows_TD)
-            arrived_XB = self._send_to_experts("combine backward", own, form, (rows_TD,))
+            form = RowFormat.of(grad_rows_TD)
+            arrived_XB = self._send_to_experts("combine backward", own, form, (grad_rows_TD,))
             return permute(form.part(arrived_XB, _ROWS), own.expansion.rows_A)
 
         return self._lane.submit(run)
