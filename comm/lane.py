@@ -50,7 +50,7 @@ class Lane(Protocol):
         ...
 
 
-class Done(Generic[T]):
+class CompletedWork(Generic[T]):
     """Work that was complete when it was made."""
 
     def __init__(self, result: T) -> None:
@@ -67,7 +67,7 @@ class InlineLane:
     def submit(self, function: Callable[[], T]) -> Work[T]:
         """Runs `function`."""
         with torch.no_grad():
-            return Done(function())
+            return CompletedWork(function())
 
     def close(self) -> None:
         """Does nothing: nothing is ever pending."""

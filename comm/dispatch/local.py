@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from comm.dispatch.expert_order import ExpertOrder, SortedChoices, count_choices
-from comm.lane import Done
+from comm.lane import CompletedWork
 from comm.protocol import Arrived, Handle, Label, RowOrder, Work
 
 
@@ -40,22 +40,22 @@ class LocalDispatcher:
         """Sends a copy of each token's row, and the weight, to each of its experts."""
         local = _own(handle)
         rows_AD = local.order.copy_rows(rows_TD.detach())
-        return Done(Arrived(rows_AD, local.order.copy_weights(weights_TK.detach()), local.counts))
+        return CompletedWork(Arrived(rows_AD, local.order.copy_weights(weights_TK.detach()), local.counts))
 
     def combine(self, rows_AD: Tensor, handle: Handle) -> Work[Tensor]:
         """Sums over each token's experts, unweighted; TD."""
-        return Done(_own(handle).order.sum_rows(rows_AD.detach()))
+        return CompletedWork(_own(handle).order.sum_rows(rows_AD.detach()))
 
     def dispatch_backward(
         self, grad_rows_AD: Tensor, grad_weights_A: Tensor, handle: Handle
     ) -> Work[tuple[Tensor, Tensor]]:
         """Gradients of rows, summed per token (TD), and of weights (TK)."""
         order = _own(handle).order
-        return Done((order.sum_rows(grad_rows_AD.detach()), order.restore_weights(grad_weights_A.detach())))
+        return CompletedWork((order.sum_rows(grad_rows_AD.detach()), order.restore_weights(grad_weights_A.detach())))
 
     def combine_backward(self, grad_rows_TD: Tensor, handle: Handle) -> Work[Tensor]:
         """Sends a copy of each token's gradient to each of its experts' rows; AD."""
-        return Done(_own(handle).order.copy_rows(grad_rows_TD.detach()))
+        return CompletedWork(_own(handle).order.copy_rows(grad_rows_TD.detach()))
 
     def at_home(self, handle: Handle) -> tuple[tuple[int, ...], RowOrder]:
         """Rows of each expert, and their order: for a model that copies and sums rows itself."""

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from comm.lane import Done, InlineLane, Lane, StreamLane, ThreadLane, _tensors_of
+from comm.lane import CompletedWork, InlineLane, Lane, StreamLane, ThreadLane, _tensors_of
 from comm.protocol import Arrived
 
 _LANES = [InlineLane, lambda: ThreadLane("test")]
@@ -107,7 +107,7 @@ def test_tensors_of_results_are_found_wherever_they_are() -> None:
     tensors = [torch.zeros(size) for size in range(4)]
     result = (tensors[0], [tensors[1], "text"], Arrived(tensors[2], tensors[3], (1, 2)), None)
     assert [tensor.shape[0] for tensor in _tensors_of(result)] == [0, 1, 2, 3]
-    assert Done(5).wait() == 5
+    assert CompletedWork(5).wait() == 5
 
 
 class _FakeStream:
