@@ -11,7 +11,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from comm.dispatch.process_group import Wire
+from comm.dispatch.process_group import ExchangeGroup
 from comm.dispatch.traffic import ClipCount
 from comm.protocol import Arrived, Dispatcher, Handle, Label, Then, Work
 
@@ -43,14 +43,16 @@ class NodeCapError(ValueError):
         )
 
 
-def verify_cap(num_over_R: Sequence[int], wire: Wire, touched_TN: Tensor, max_nodes: int, label: Label | None) -> None:
+def verify_cap(
+    num_over_R: Sequence[int], group: ExchangeGroup, touched_TN: Tensor, max_nodes: int, label: Label | None
+) -> None:
     """Raises on all ranks of a group if any of them has a token over the cap, so that none waits for another.
 
     Waits for the device only to name this rank's tokens.
 
     Args:
         num_over_R: tokens over the cap on each member, as all members know them.
-        wire: of the group.
+        group: of the exchange.
         touched_TN: the nodes that each token of this rank touches.
         max_nodes: the cap.
         label: of the exchange.
@@ -60,10 +62,10 @@ def verify_cap(num_over_R: Sequence[int], wire: Wire, touched_TN: Tensor, max_no
     """
     if not any(num_over_R):
         return
-    rank = wire.members[wire.place]
-    if num_over_R[wire.place]:
+    rank = group.members[group.place]
+    if num_over_R[group.place]:
         raise NodeCapError.of(rank, label, touched_TN.sum(1), max_nodes)
-    found = [(member, num_over) for member, num_over in zip(wire.members, num_over_R, strict=True) if num_over]
+    found = [(member, num_over) for member, num_over in zip(group.members, num_over_R, strict=True) if num_over]
     culprit, num_over = found[0]
     subject = "token that touches" if num_over == 1 else "tokens that touch"
     others = {0: "", 1: ", and 1 more rank has some"}.get(

@@ -25,7 +25,7 @@ class Observers:
     clips: ClipCount = field(default_factory=ClipCount)
 
 
-class Wire:
+class ExchangeGroup:
     """One process group as its exchanges see it. Used from the comm lane alone.
 
     Attributes:

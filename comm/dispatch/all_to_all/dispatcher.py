@@ -9,7 +9,7 @@ from torch.distributed import ProcessGroup
 
 from comm.dispatch.all_to_all.plan import AllToAllCounts, AllToAllPlanner, AllToAllRoute
 from comm.dispatch.expert_order import dense
-from comm.dispatch.process_group import Observers, Wire
+from comm.dispatch.process_group import ExchangeGroup, Observers
 from comm.dispatch.row_format import RowFormat, bytes_of
 from comm.dispatch.traffic import Spread
 from comm.lane import Lane
@@ -70,8 +70,8 @@ class AllToAllDispatcher:
         Raises:
             DispatchError: the group does not divide the experts.
         """
-        self._wire = Wire("expert", group, layout, observers)
-        self._planner = AllToAllPlanner(self._wire, num_experts, max_nodes, observers.traffic)
+        self._group = ExchangeGroup("expert", group, layout, observers)
+        self._planner = AllToAllPlanner(self._group, num_experts, max_nodes, observers.traffic)
         self.num_local_experts = self._planner.num_local_experts
         self._lane = lane
         self._traffic = observers.traffic
@@ -163,10 +163,10 @@ class AllToAllDispatcher:
         sent: tuple[int, ...],
         received: tuple[int, ...],
     ) -> Tensor:
-        wire, least = self._wire, own.route(self._planner).num_least_rows
+        group, least = self._group, own.route(self._planner).num_least_rows
         layer = None if own.label is None else own.label.layer
-        self._traffic.add_predicted(layer, Spread.of(sent, wire.nodes, wire.place), form.bytes_per_row, least)
-        return wire.start(bytes_NB, sent, received, name, own.label).wait()
+        self._traffic.add_predicted(layer, Spread.of(sent, group.nodes, group.place), form.bytes_per_row, least)
+        return group.start(bytes_NB, sent, received, name, own.label).wait()
 
 
 def _own(handle: Handle) -> AllToAllHandle:

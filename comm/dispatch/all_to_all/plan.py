@@ -12,7 +12,7 @@ from torch import Tensor
 
 from comm.dispatch.expert_order import ExpertOrder, SortedChoices, count_choices, inverse_permutation
 from comm.dispatch.node_cap import nodes_of_experts, touched_nodes, verify_cap
-from comm.dispatch.process_group import Wire
+from comm.dispatch.process_group import ExchangeGroup
 from comm.dispatch.traffic import Traffic
 from comm.protocol import Label
 
@@ -68,14 +68,14 @@ class AllToAllRoute:
 class AllToAllPlanner:
     """Makes routes over one expert group. Used from the comm lane alone."""
 
-    def __init__(self, wire: Wire, num_experts: int, max_nodes: int | None, traffic: Traffic) -> None:
+    def __init__(self, group: ExchangeGroup, num_experts: int, max_nodes: int | None, traffic: Traffic) -> None:
         """Prepares plans; `max_nodes`: that a token may touch, any number if None. Raises DispatchError."""
-        self.num_local_experts = num_local_experts(num_experts, len(wire.members))
-        self._wire = wire
+        self.num_local_experts = num_local_experts(num_experts, len(group.members))
+        self._group = group
         self._num_experts = num_experts
-        self._node_of_expert_E = nodes_of_experts(num_experts, wire.nodes)
-        self._num_nodes = len(set(wire.nodes))
-        self._home = sorted(set(wire.nodes)).index(wire.nodes[wire.place])
+        self._node_of_expert_E = nodes_of_experts(num_experts, group.nodes)
+        self._num_nodes = len(set(group.nodes))
+        self._home = sorted(set(group.nodes)).index(group.nodes[group.place])
         self._max_nodes = self._num_nodes if max_nodes is None else max_nodes
         self._traffic = traffic
 
@@ -84,11 +84,11 @@ class AllToAllPlanner:
         self._node_of_expert_E = self._node_of_expert_E.to(ids_TK.device)
         counts = count_choices(ids_TK, self._num_experts)
         touched_TN = touched_nodes(ids_TK, self._node_of_expert_E, self._num_nodes)
-        num_ranks = len(self._wire.members)
+        num_ranks = len(self._group.members)
         # Row r holds the counts for each expert of rank r, and this rank's tokens over the cap: R by L + 1.
         num_over = (touched_TN.sum(1) > self._max_nodes).sum()
         counts_RL = counts[1:].view(num_ranks, self.num_local_experts)
-        pending = self._wire.start_numbers(torch.cat([counts_RL, num_over.expand(num_ranks, 1)], 1), label)
+        pending = self._group.start_numbers(torch.cat([counts_RL, num_over.expand(num_ranks, 1)], 1), label)
         # Sorting overlaps the exchange.
         choices = SortedChoices.sort(ids_TK)
         return AllToAllCounts(choices, touched_TN, torch.cat([counts, touched_TN.sum(0), pending.wait().flatten()]))
@@ -99,14 +99,14 @@ class AllToAllPlanner:
         Raises:
             NodeCapError: on all ranks, if a token of any rank is over the cap.
         """
-        num_experts, num_local, num_ranks = self._num_experts, self.num_local_experts, len(self._wire.members)
+        num_experts, num_local, num_ranks = self._num_experts, self.num_local_experts, len(self._group.members)
         numbers = counted.numbers.tolist()  # host sync
         # [dropped | rows for each expert, E | tokens that touch each node, N | from each rank, L + 1]
         counts_E, table = numbers[1 : 1 + num_experts], numbers[1 + num_experts + self._num_nodes :]
         rows = _rows(table, num_local + 1)
         touched_N = numbers[1 + num_experts : 1 + num_experts + self._num_nodes]
         num_over_R = [row.pop() for row in rows]
-        verify_cap(num_over_R, self._wire, counted.touched_TN, self._max_nodes, label)
+        verify_cap(num_over_R, self._group, counted.touched_TN, self._max_nodes, label)
         self._traffic.add_plan(None if label is None else label.layer, len(counted.touched_TN), sum(touched_N))
         received = tuple(map(sum, rows))
         # With one rank or one local expert, rows arrive in the order of experts.

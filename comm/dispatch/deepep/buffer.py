@@ -9,7 +9,8 @@ Shape legend: T tokens of this rank, K experts per token, R rows received, D hid
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, distributed
@@ -30,7 +31,8 @@ class Library(Protocol):
         ...
 
 
-class Received(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class ReceivedRows:
     """What a first dispatch brings: rows, local experts (RK, -1 elsewhere), weights (RK) if sent, and the handle."""
 
     rows: Rows
@@ -125,7 +127,7 @@ class ExpertBuffer:
                 f"dispatch=two_hop, which moves any type"
             )
 
-    def dispatch(self, rows: Tensor, ids_TK: Tensor, weights_TK: Tensor | None) -> Received:
+    def dispatch(self, rows: Tensor, ids_TK: Tensor, weights_TK: Tensor | None) -> ReceivedRows:
         """Exchanges counts, waits for them on the host, and sends each row to every rank with experts of its token.
 
         Args:
@@ -140,7 +142,7 @@ class ExpertBuffer:
             num_experts=self._num_experts,
             num_sms=self._num_sms,
         )
-        return Received(received, ids_RK, weights_RK, handle)
+        return ReceivedRows(received, ids_RK, weights_RK, handle)
 
     def dispatch_again(self, rows: Tensor, handle: Any) -> Rows:
         """Sends other rows of the same tokens and type; they come in the same places."""

@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from comm.dispatch.all_to_all.plan import num_local_experts
-from comm.dispatch.deepep.buffer import ExpertBuffer, Library, Received
+from comm.dispatch.deepep.buffer import ExpertBuffer, Library, ReceivedRows
 from comm.dispatch.deepep.package import BufferShape, load_package
 from comm.dispatch.deepep.route import DeepEPRoute
 from comm.dispatch.node_cap import nodes_of_experts, touched_nodes, verify_cap
-from comm.dispatch.process_group import Observers, Wire
+from comm.dispatch.process_group import ExchangeGroup, Observers
 from comm.dispatch.traffic import Spread
 from comm.lane import ClosesOnSuccess, Lane
 from comm.layout import Layout
@@ -114,16 +114,16 @@ class DeepEPDispatcher(ClosesOnSuccess):
             DispatchError: the group does not divide the experts.
             DeepEPError: the package is missing or too old.
         """
-        self._wire = Wire("expert", group, layout, observers)
-        self.num_local_experts = num_local_experts(num_experts, len(self._wire.members))
+        self._group = ExchangeGroup("expert", group, layout, observers)
+        self.num_local_experts = num_local_experts(num_experts, len(self._group.members))
         self._buffer = ExpertBuffer(library or load_package(), group, num_experts, shape)
-        self._num_sources = shape.max_tokens * len(self._wire.members)
+        self._num_sources = shape.max_tokens * len(self._group.members)
         self._lane = lane
         self._observers = observers
-        device, self._num_nodes = self._buffer.device, len(set(self._wire.nodes))
+        device, self._num_nodes = self._buffer.device, len(set(self._group.nodes))
         self._max_nodes = self._num_nodes if max_nodes is None else max_nodes
-        self._member_of_expert_E = nodes_of_experts(num_experts, range(len(self._wire.members))).to(device)
-        self._node_of_expert_E = nodes_of_experts(num_experts, self._wire.nodes).to(device)
+        self._member_of_expert_E = nodes_of_experts(num_experts, range(len(self._group.members))).to(device)
+        self._node_of_expert_E = nodes_of_experts(num_experts, self._group.nodes).to(device)
 
     def close(self) -> None:
         """Frees the buffer; all members at the same point, when the lane is through."""
@@ -206,17 +206,17 @@ class DeepEPDispatcher(ClosesOnSuccess):
         return self._lane.submit(run)
 
     def _prepare(self, ids_TK: Tensor, label: Label | None) -> _Planned:
-        num_members = len(self._wire.members)
+        num_members = len(self._group.members)
         reached_TM = touched_nodes(ids_TK, self._member_of_expert_E, num_members)
         touched_TN = touched_nodes(ids_TK, self._node_of_expert_E, self._num_nodes)
         num_over_M1 = (touched_TN.sum(1) > self._max_nodes).sum().repeat(num_members, 1)
         if self._max_nodes < self._num_nodes:
-            num_over_M1 = self._wire.exchange_numbers(num_over_M1, label)
+            num_over_M1 = self._group.exchange_numbers(num_over_M1, label)
         numbers = torch.cat([reached_TM.sum(0), touched_TN.sum(0), num_over_M1.flatten()])
         sent_TK = ids_TK.to(self._buffer.ids_dtype).contiguous()
         return _Planned(sent_TK, touched_TN, numbers.to("cpu", non_blocking=True))
 
-    def _lay_out(self, own: DeepEPHandle, rows_TD: Tensor, weights_TK: Tensor | None, name: str) -> Received:
+    def _lay_out(self, own: DeepEPHandle, rows_TD: Tensor, weights_TK: Tensor | None, name: str) -> ReceivedRows:
         """Dispatches for the first time, which makes DeepEP's handle and a route for rows of this type."""
         planned = own.planned()
         if rows_TD.is_cuda:
@@ -231,21 +231,23 @@ class DeepEPDispatcher(ClosesOnSuccess):
 
     def _complete(self, planned: _Planned, label: Label | None) -> _Reach:
         """Verifies the cap, on all ranks alike, and accounts for the plan."""
-        num_members, nodes, home = len(self._wire.members), self._wire.nodes, self._wire.nodes[self._wire.place]
+        num_members, nodes, home = len(self._group.members), self._group.nodes, self._group.nodes[self._group.place]
         numbers = planned.numbers.tolist()
         per_member, per_node = numbers[:num_members], numbers[num_members:-num_members]
-        verify_cap(numbers[-num_members:], self._wire, planned.touched_TN, self._max_nodes, label)
+        verify_cap(numbers[-num_members:], self._group, planned.touched_TN, self._max_nodes, label)
         layer = None if label is None else label.layer
         self._observers.traffic.add_plan(layer, len(planned.ids_TK), sum(per_node))
         crossing = sum(per_node) - per_node[sorted(set(nodes)).index(home)]
         if not self._buffer.hops_between_nodes:
-            return _Reach(Spread.of(per_member, nodes, self._wire.place), crossing)
+            return _Reach(Spread.of(per_member, nodes, self._group.place), crossing)
         # A row crosses to the rank of this rank's index on the other node, and is handed on from there.
         index_M = [nodes[:place].count(node) for place, node in enumerate(nodes)]
         handed_on = sum(
-            rows for rows, index in zip(per_member, index_M, strict=True) if index != index_M[self._wire.place]
+            rows for rows, index in zip(per_member, index_M, strict=True) if index != index_M[self._group.place]
         )
-        return _Reach(Spread(kept=per_member[self._wire.place], within_node=handed_on, across_nodes=crossing), crossing)
+        return _Reach(
+            Spread(kept=per_member[self._group.place], within_node=handed_on, across_nodes=crossing), crossing
+        )
 
     def _to_tokens(
         self, own: DeepEPHandle, rows_AD: Tensor, weights_A: Tensor | None, name: str
@@ -262,7 +264,7 @@ class DeepEPDispatcher(ClosesOnSuccess):
         layer, num_choices = None if own.label is None else own.label.layer, own.planned().ids_TK.shape[1]
         bytes_per_row = rows.shape[1] * rows.itemsize + _BYTES_PER_CHOICE * num_choices
         self._observers.traffic.add_predicted(layer, own.reach.rows, bytes_per_row, own.reach.num_least_rows)
-        members, log = self._wire.members, self._observers.log
+        members, log = self._group.members, self._observers.log
         with log.awaiting(log.start(f"deepep {list(members)}", members, name, own.label)):
             yield
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from comm.dispatch.process_group import PendingExchange, Wire
+from comm.dispatch.process_group import ExchangeGroup, PendingExchange
 from comm.dispatch.row_format import RowFormat
 from comm.dispatch.traffic import Spread, Traffic
 from comm.dispatch.two_hop.counts import Hop
@@ -26,7 +26,13 @@ class ChunkedExchange:
     """One exchange over both hops. All ranks of the group start the same messages in one order, empty ones as well."""
 
     def __init__(
-        self, rail: Wire, node: Wire, across: Sequence[Hop], within: Sequence[Hop], name: str, label: Label | None
+        self,
+        rail: ExchangeGroup,
+        node: ExchangeGroup,
+        across: Sequence[Hop],
+        within: Sequence[Hop],
+        name: str,
+        label: Label | None,
     ) -> None:
         """Prepares an exchange; `across` and `within`: by message, each from a token's rank to its experts."""
         self._rail = rail
@@ -78,9 +84,9 @@ class ChunkedExchange:
     def predict(self, traffic: Traffic, bytes_per_row: int, num_least_rows: int, back: bool) -> None:
         """Counts the rows that the plan predicts, to experts or, with `back`, to tokens."""
         layer = None if self._label is None else self._label.layer
-        for wire, hops, least in ((self._rail, self._across, num_least_rows), (self._node, self._within, 0)):
-            sent = [hop.back.sent if back else hop.sent for hop in hops] or [(0,) * len(wire.members)]
-            rows = Spread.of(list(map(sum, zip(*sent, strict=True))), wire.nodes, wire.place)
+        for group, hops, least in ((self._rail, self._across, num_least_rows), (self._node, self._within, 0)):
+            sent = [hop.back.sent if back else hop.sent for hop in hops] or [(0,) * len(group.members)]
+            rows = Spread.of(list(map(sum, zip(*sent, strict=True))), group.nodes, group.place)
             traffic.add_predicted(layer, rows, bytes_per_row, least)
 
     def _return_within(self, message: int, bytes_NB: Tensor, into: Sequence[Tensor]) -> PendingExchange:

@@ -19,7 +19,7 @@ from torch.distributed import ProcessGroup
 from comm.config import TwoHopDispatchConfig
 from comm.dispatch.all_to_all.plan import num_local_experts
 from comm.dispatch.expert_order import dense, restore_values
-from comm.dispatch.process_group import Observers, Wire
+from comm.dispatch.process_group import ExchangeGroup, Observers
 from comm.dispatch.row_format import RowFormat, RowPart
 from comm.dispatch.two_hop.chunks import ChunkedExchange
 from comm.dispatch.two_hop.counts import CountLayout
@@ -126,9 +126,9 @@ class TwoHopDispatcher:
         Raises:
             DispatchError: the group does not divide the experts.
         """
-        expert = Wire("expert", groups.expert, layout, observers)
-        self._rail = Wire("rail", groups.rail, layout, observers)
-        self._node = Wire("node", groups.node, layout, observers)
+        expert = ExchangeGroup("expert", groups.expert, layout, observers)
+        self._rail = ExchangeGroup("rail", groups.rail, layout, observers)
+        self._node = ExchangeGroup("node", groups.node, layout, observers)
         self.num_local_experts = num_local_experts(num_experts, len(expert.members))
         relays = Relays(expert.nodes)
         rail = [expert.members.index(rank) for rank in self._rail.members]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from comm.dispatch.node_cap import nodes_of_experts, verify_cap
-from comm.dispatch.process_group import Wire
+from comm.dispatch.process_group import ExchangeGroup
 from comm.dispatch.traffic import Traffic
 from comm.dispatch.two_hop.counts import CountLayout, Hop, RowRun, shifts_by_source
 from comm.dispatch.two_hop.routing import Selection, select
@@ -79,7 +79,7 @@ class TwoHopPlanner:
 
     def __init__(
         self,
-        wire: Wire,
+        group: ExchangeGroup,
         relays: Relays,
         count_layout: CountLayout,
         num_experts: int,
@@ -87,7 +87,7 @@ class TwoHopPlanner:
         traffic: Traffic,
     ) -> None:
         """Prepares plans; `max_nodes`: that a token may touch, any number if None."""
-        self._wire = wire
+        self._group = group
         self._relays = relays
         self._count_layout = count_layout
         self._num_experts = num_experts
@@ -98,7 +98,7 @@ class TwoHopPlanner:
 
     def exchange(self, ids_TK: Tensor, label: Label | None) -> TwoHopCounts:
         """Counts rows per chunk for each rank and node, and sends each rank the counts that it needs."""
-        num_tokens, num_ranks = len(ids_TK), len(self._wire.members)
+        num_tokens, num_ranks = len(ids_TK), len(self._group.members)
         tables = self._tables_on(ids_TK.device)
         # Ids are shifted by one so that row 0 of each table means "no expert".
         shifted_TK = ids_TK + 1
@@ -117,7 +117,7 @@ class TwoHopPlanner:
         own = torch.cat([by_chunk.flatten(), counts_E, over.sum().view(1), shifted_N.new_zeros(1)])
         # One all-to-all carries every count that both hops need. The order of rows is computed meanwhile.
         sent_RW = own.index_select(0, tables.send_indices).view(num_ranks, -1)
-        pending = self._wire.start_numbers(sent_RW, label)
+        pending = self._group.start_numbers(sent_RW, label)
         tokens, places_PP = self._order(touched.index_select(1, tables.place_columns))
         return TwoHopCounts(
             shifted_TK=shifted_TK,
@@ -134,7 +134,7 @@ class TwoHopPlanner:
             NodeCapError: on all ranks, if a token of any rank is over the cap.
         """
         counts = self._count_layout.decode(counted.numbers.tolist())  # host sync
-        verify_cap(counts.num_over_R, self._wire, counted.touched_TN, self._max_nodes, label)
+        verify_cap(counts.num_over_R, self._group, counted.touched_TN, self._max_nodes, label)
         self._traffic.add_plan(
             None if label is None else label.layer, len(counted.shifted_TK), counts.num_touched_nodes
         )
@@ -184,7 +184,7 @@ class TwoHopPlanner:
         return self._tables
 
     def _make_tables(self, device: torch.device) -> _Tables:
-        num_ranks, home = len(self._wire.members), self._relays.node_of[self._wire.place]
+        num_ranks, home = len(self._group.members), self._relays.node_of[self._group.place]
         ranks_E = nodes_of_experts(self._num_experts, range(num_ranks))
         nodes_E = nodes_of_experts(self._num_experts, self._relays.node_of)
         nothing = torch.zeros(1, dtype=torch.int64)
