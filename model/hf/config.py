@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from model.config import ModelConfig
+from model.hf.config_values import ConfigValues
 from model.hf.errors import shown
 from model.hf.json_file import read_json
 from model.hf.known_keys import READ_KEYS, check_unknown_keys
 from model.hf.names import BLOCK, StoredDtype
 from model.hf.rope import read_rope, write_rope
-from model.hf.values import Values
 
 CONFIG_NAME = "config.json"
 TOKEN_ID_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -53,7 +53,7 @@ def parse_config(keys: Mapping[str, Any], path: Path) -> ModelConfig:
     Raises:
         HfError: as `read_config`.
     """
-    values = Values(path, keys)
+    values = ConfigValues(path, keys)
     if values.need("model_type") not in MODEL_TYPES:
         raise values.error("model_type", f"must be {' or '.join(MODEL_TYPES)}, is {values.get('model_type')!r}")
     for key, allowed in _ONLY:
@@ -133,7 +133,7 @@ def _sizes(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _read(values: Values) -> ModelConfig:
+def _read(values: ConfigValues) -> ModelConfig:
     max_position = values.whole("max_position_embeddings", 1)
     theta, scaling = read_rope(values, max_position)
     num_layers = values.whole("num_hidden_layers", 1)
@@ -167,7 +167,7 @@ def _read(values: Values) -> ModelConfig:
     )
 
 
-def _mtp_depth(values: Values) -> int:
+def _mtp_depth(values: ConfigValues) -> int:
     """Under either of its names; one, as transformers takes it, where neither is there."""
     keys = [key for key in ("num_nextn_predict_layers", "num_mtp_layers") if values.get(key) is not None]
     depths = [values.whole(key, 0) for key in keys]
@@ -176,14 +176,14 @@ def _mtp_depth(values: Values) -> int:
     return depths[0] if depths else 1
 
 
-def _mtp_hidden(values: Values) -> Any:
+def _mtp_hidden(values: ConfigValues) -> Any:
     state = values.get("mtp_hidden") or "post_norm"
     if state not in ("post_norm", "pre_norm"):
         raise values.error("mtp_hidden", f"must be post_norm or pre_norm, is {state!r}")
     return state
 
 
-def _check_token_ids(values: Values) -> None:
+def _check_token_ids(values: ConfigValues) -> None:
     """What is written again as it is must be what other readers take."""
     for key in TOKEN_ID_KEYS:
         value = values.get(key)
@@ -192,7 +192,7 @@ def _check_token_ids(values: Values) -> None:
             raise values.error(key, f"must be a token id or null, is {shown(value)}")
 
 
-def _check(values: Values, config: ModelConfig) -> None:
+def _check(values: ConfigValues, config: ModelConfig) -> None:
     """Rules that join keys."""
     experts, groups, limit = config.num_routed_experts, config.num_expert_groups, config.num_limited_groups
     for key, size in (

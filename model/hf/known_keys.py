@@ -9,8 +9,8 @@ through, and commands name it.
 from collections.abc import Mapping
 from typing import Any
 
+from model.hf.config_values import ConfigValues
 from model.hf.errors import shown
-from model.hf.values import Values
 
 
 def _words(text: str) -> frozenset[str]:
@@ -64,7 +64,7 @@ _FACTORS = _words("multiplier multipliers scale scales scaling factor")
 _PRESENT = _words("norm norms layernorm rope rotary moe mla causal renormalize normalize")
 
 
-def check_unknown_keys(values: Values, keys: Mapping[str, Any]) -> None:
+def check_unknown_keys(values: ConfigValues, keys: Mapping[str, Any]) -> None:
     """Refuses unknown keys that may change what the network computes.
 
     Args:

@@ -9,13 +9,13 @@ import math
 from typing import Any, Literal, assert_never
 
 from model.config import PlainRope, RopeScaling, YarnRope
+from model.hf.config_values import ConfigValues
 from model.hf.errors import shown
-from model.hf.values import Values
 
 _PRECISION = 1e-9
 
 
-def read_rope(values: Values, max_position: int) -> tuple[float, RopeScaling]:
+def read_rope(values: ConfigValues, max_position: int) -> tuple[float, RopeScaling]:
     """The base of the rotation and its scaling.
 
     Args:
@@ -70,7 +70,7 @@ def write_rope(theta: float, scaling: RopeScaling) -> dict[str, Any]:
             assert_never(scaling)
 
 
-def _kind(inner: Values) -> Literal["default", "yarn"]:
+def _kind(inner: ConfigValues) -> Literal["default", "yarn"]:
     kinds = [inner.get(key) for key in ("rope_type", "type") if inner.get(key) is not None]
     if len(kinds) > 1 and kinds[0] != kinds[1]:
         raise inner.error("type", f"must equal rope_type {shown(kinds[0])}, is {shown(kinds[1])}")
@@ -83,7 +83,7 @@ def _kind(inner: Values) -> Literal["default", "yarn"]:
             raise inner.error("rope_type", f"must be default or yarn, is {shown(other)}")
 
 
-def _check_plain_length(values: Values, max_position: int) -> None:
+def _check_plain_length(values: ConfigValues, max_position: int) -> None:
     """Refuses an original length that differs from the model's without a scaling that says how it was stretched."""
     key = "original_max_position_embeddings"
     if values.get(key) is not None and values.whole(key, 1) != max_position:
@@ -94,7 +94,7 @@ def _check_plain_length(values: Values, max_position: int) -> None:
         )
 
 
-def _original_length(values: Values, inner: Values, max_position: int) -> int:
+def _original_length(values: ConfigValues, inner: ConfigValues, max_position: int) -> int:
     """Returns the length that YaRN stretches: beside `factor`, or at the top of the file, as transformers reads both.
 
     Raises:
@@ -107,7 +107,7 @@ def _original_length(values: Values, inner: Values, max_position: int) -> int:
     return lengths[0] if lengths else max_position
 
 
-def _read_yarn(inner: Values, original_length: int) -> YarnRope:
+def _read_yarn(inner: ConfigValues, original_length: int) -> YarnRope:
     factor = inner.number("factor")
     if factor < 1:
         raise inner.error("factor", f"must be at least 1, is {factor}; nearest: 1")
@@ -129,7 +129,7 @@ def _read_yarn(inner: Values, original_length: int) -> YarnRope:
     )
 
 
-def _read_scales(inner: Values, factor: float) -> tuple[float, float]:
+def _read_scales(inner: ConfigValues, factor: float) -> tuple[float, float]:
     """`mscale` and `mscale_all_dim` by which `model.rope` scales as transformers does."""
     mscale, all_dim = (inner.number(key) if inner.get(key) else 0.0 for key in ("mscale", "mscale_all_dim"))
     if inner.get("attention_factor") is None:

@@ -10,7 +10,7 @@ from model.hf.errors import HfError, nearest, shown
 LARGEST_WHOLE = 2**63 - 1
 
 
-class Values:
+class ConfigValues:
     """An object of a JSON file, whose keys are read one by one.
 
     Args:
@@ -80,7 +80,7 @@ class Values:
         if type(value) is not type(allowed) or value != allowed:
             raise self.error(key, f"must be {_json(allowed)}, as nothing else is supported, is {shown(value)}")
 
-    def inside(self, key: str) -> "Values":
+    def inside(self, key: str) -> "ConfigValues":
         """The object under a key.
 
         Raises:
@@ -89,7 +89,7 @@ class Values:
         value = self.need(key)
         if not isinstance(value, dict):
             raise self.error(key, f"must be an object of keys and values, is {shown(value)}")
-        return Values(self._path, value, self._dotted(key))
+        return ConfigValues(self._path, value, self._dotted(key))
 
     def error(self, key: str, problem: str) -> HfError:
         """The error about a key."""
