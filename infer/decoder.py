@@ -13,10 +13,10 @@ from torch.nn import functional
 from model.attention.absorbed import Rotation, absorbed, expanded, latent_rows
 from model.attention.kv_cache import LatentCache
 from model.attention.mla import LatentAttention
+from model.attention.rope import rotation_table
 from model.block import Block
 from model.mlp import Mlp
 from model.precision.linear import widen
-from model.rope import rotation_table
 from model.transformer import Transformer
 
 Attend = Callable[[LatentAttention, Tensor], Tensor]

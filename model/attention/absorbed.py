@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from model.attention.mla import LatentAttention
+from model.attention.rope import rotate, softmax_scale
 from model.config import ModelConfig
 from model.precision.linear import widen
-from model.rope import rotate, softmax_scale
 
 
 @dataclass(frozen=True, slots=True)

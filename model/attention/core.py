@@ -14,8 +14,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from kernels.attention import choose_attention
 from model.attention.projections import LatentEnds, LatentOptions, LatentWeights, rows_of_heads
+from model.attention.rope import rotate, rotate_
 from model.precision.linears import Linears
-from model.rope import rotate, rotate_
 
 Heads = tuple[Tensor, Tensor, Tensor]
 """Queries, keys and values: BTHQ, BTHQ, BTHW."""

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from kernels.attention.documents import Documents
 from model.attention.core import mix
 from model.attention.projections import LatentOptions, LatentShape, LatentWeights
+from model.attention.rope import rotation_table, softmax_scale
 from model.config import ModelConfig
 from model.norm import RmsNorm
 from model.precision.linear import Projection, WeightSink
 from model.precision.linears import Linears
-from model.rope import rotation_table, softmax_scale
 
 # The released code leaves these two norms at its class' default, whatever the model's own.
 LATENT_NORM_EPS = 1e-6

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from kernels.quantize.layout import QuantizedBlocks
 from kernels.quantize.reference_blocks import dequantize_128x128
+from model.attention.rope import inverse_frequencies
 from model.config import ModelConfig, PlainRope
 from model.hf.checkpoint import Checkpoint, open_checkpoint
 from model.hf.dtypes import TORCH_DTYPES
 from model.hf.errors import HfError, nearest, shown
 from model.hf.header import TensorEntry
 from model.hf.names import BLOCK, StoredDtype, copied_from, is_rotary, scale_name, weights
-from model.rope import inverse_frequencies
 
 CHUNK_BYTES = 2**24
 

@@ -48,7 +48,7 @@ def read_rope(values: ConfigValues, max_position: int) -> tuple[float, RopeScali
 
 
 def write_rope(theta: float, scaling: RopeScaling) -> dict[str, Any]:
-    """`rope_theta` and `rope_scaling`, so that transformers computes what `model.rope` does."""
+    """`rope_theta` and `rope_scaling`, so that transformers computes what `model.attention.rope` does."""
     match scaling:
         case PlainRope():
             return {"rope_theta": theta, "rope_scaling": None}
@@ -130,7 +130,7 @@ def _read_yarn(inner: ConfigValues, original_length: int) -> YarnRope:
 
 
 def _read_scales(inner: ConfigValues, factor: float) -> tuple[float, float]:
-    """`mscale` and `mscale_all_dim` by which `model.rope` scales as transformers does."""
+    """`mscale` and `mscale_all_dim` by which `model.attention.rope` scales as transformers does."""
     mscale, all_dim = (inner.number(key) if inner.get(key) else 0.0 for key in ("mscale", "mscale_all_dim"))
     if inner.get("attention_factor") is None:
         if (mscale and all_dim) or factor == 1:

@@ -9,9 +9,9 @@ from torch import Tensor
 from model.attention.absorbed import Rotation, absorbed, expanded, latent_rows
 from model.attention.kv_cache import LatentCache, values_per_token
 from model.attention.mla import LatentAttention
+from model.attention.rope import rotation_table
 from model.block import Block
 from model.config import ModelConfig, YarnRope
-from model.rope import rotation_table
 from tests.infer.models import make_model
 from tests.tiny import MODEL
 

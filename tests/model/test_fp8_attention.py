@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from model.attention.mla import LATENT_NORM_EPS, LatentAttention
+from model.attention.rope import rotate, rotation_table, softmax_scale
 from model.config import ModelConfig
 from model.gradients import GradientStore, WeightQueue
 from model.norm import RmsNorm
 from model.precision.fp8.linears import Fp8Linears
-from model.rope import rotate, rotation_table, softmax_scale
 from tests.kernels.plain import randn
 from tests.model.against_plain import randomise
 from tests.model.fp8_plain import InFp8, Normed, expect, in_12_bits

@@ -13,9 +13,9 @@ import yaml
 from transformers import AutoConfig, DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention, DeepseekV3RotaryEmbedding
 
+from model.attention.rope import rotation_table, softmax_scale
 from model.config import ModelConfig, PlainRope, YarnRope
 from model.hf.config import read_config, write_config
-from model.rope import rotation_table, softmax_scale
 from tests.model.hf_checkpoints import SIZES, YARN
 from tests.test_floors import ROOT
 from tests.tiny import MODEL

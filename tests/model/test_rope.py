@@ -8,9 +8,9 @@ import torch
 from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RotaryEmbedding
 
+from model.attention.rope import inverse_frequencies, rotate, rotation_table, softmax_scale
 from model.config import RopeScaling, YarnRope
 from model.hf.config import write_config
-from model.rope import inverse_frequencies, rotate, rotation_table, softmax_scale
 from tests.tiny import MODEL
 
 YARN = YarnRope(
