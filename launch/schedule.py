@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal, assert_never
 
 from dualpipe.config import ScheduleConfig
-from dualpipe.draw.entry import Absent, Entry, entry
+from dualpipe.draw.entry import Absent, TimedSchedule, time_schedule
 from dualpipe.draw.svg import svg
 from dualpipe.draw.table import html, table
 from dualpipe.draw.text import grid, summary
@@ -89,7 +89,7 @@ def preview(overrides: Sequence[str]) -> str:
 def _shown(config: ScheduleCommandConfig) -> str:
     cache_dir = schedules_folder(config.cache_dir)
     kind, reason = config.schedule.kind, ""
-    rows: tuple[Entry | Absent, ...] = ()
+    rows: tuple[TimedSchedule | Absent, ...] = ()
     check_size(FALLBACK if kind == "auto" else kind, config.num_ranks, config.num_micro_batches)
     if kind == "auto":
         rows = _survey(config, cache_dir)
@@ -110,7 +110,7 @@ def _shown(config: ScheduleCommandConfig) -> str:
             parts += [table(rows or _survey(config, cache_dir))]
             return "\n".join([*parts, *([f"auto: {reason}"] if reason else [])])
         case "svg":
-            return svg(timed, simulation, bound=entry(timed, costs, config.memory_cap).bound)
+            return svg(timed, simulation, bound=time_schedule(timed, costs, config.memory_cap).bound)
         case "trace":
             return trace(timed, simulation, costs)
         case "html":
@@ -120,12 +120,12 @@ def _shown(config: ScheduleCommandConfig) -> str:
             assert_never(other)
 
 
-def _survey(config: ScheduleCommandConfig, cache_dir: Path) -> tuple[Entry | Absent, ...]:
+def _survey(config: ScheduleCommandConfig, cache_dir: Path) -> tuple[TimedSchedule | Absent, ...]:
     return survey(config.num_ranks, config.num_micro_batches, config.costs_of, config.memory_cap, cache_dir)
 
 
-def _kind(row: Entry | Absent) -> str:
-    return row.schedule.kind if isinstance(row, Entry) else row.kind
+def _kind(row: TimedSchedule | Absent) -> str:
+    return row.schedule.kind if isinstance(row, TimedSchedule) else row.kind
 
 
 def _as_paired(schedule: Schedule, config: ScheduleConfig) -> Schedule:

@@ -17,7 +17,7 @@ from dualpipe.runtime.clock import open_clock
 from dualpipe.runtime.compile import compile_rank
 from dualpipe.runtime.execute import Execution, execute
 from dualpipe.runtime.program import Program, Step
-from dualpipe.runtime.protocols import Stage as PipelineStage
+from dualpipe.runtime.protocols import PipelineStage
 from dualpipe.validate import validate
 from model.config import Computing, ModelConfig, cut_layers
 from model.gradients import GradientStore

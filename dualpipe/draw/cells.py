@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from dualpipe.ir import Group, Schedule
-from dualpipe.runtime.measured import Measured, Span
+from dualpipe.runtime.measured import LaneSpan, Measured
 from dualpipe.simulate.simulate import Simulation
 
 
@@ -57,7 +57,7 @@ def measured_cells(schedule: Schedule, measured: Measured) -> tuple[list[Cell], 
     return cells, strips
 
 
-def _cell(rank: int, members: Group, spans: list[Span], origin: float) -> tuple[Cell, list[Strip]]:
+def _cell(rank: int, members: Group, spans: list[LaneSpan], origin: float) -> tuple[Cell, list[Strip]]:
     working = [span for span in spans if span.lane != "wait"] or spans
     start, end = working[0].start_seconds, max(span.end_seconds for span in working)
     strips = [

@@ -11,7 +11,7 @@ from dualpipe.simulate.simulate import Simulation, simulate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Entry:
+class TimedSchedule:
     """A schedule, its timing under `costs`, the bound that no schedule beats there, and a run's time if there is one.
 
     Where there is a run, the unit of the costs is a second.
@@ -60,9 +60,9 @@ class Absent:
     reason: str
 
 
-def entry(
+def time_schedule(
     schedule: Schedule, costs: Costs | CostModel, memory_cap: float | None = None, measured: Measured | None = None
-) -> Entry:
+) -> TimedSchedule:
     """Times a valid schedule and bounds it.
 
     Args:
@@ -75,7 +75,7 @@ def entry(
         ScheduleError: the ranks wait for each other, or no schedule keeps the cap.
     """
     model = uniform(costs, schedule.num_ranks, schedule.num_stages) if isinstance(costs, Costs) else costs
-    return Entry(
+    return TimedSchedule(
         schedule=schedule,
         costs=model,
         simulation=simulate(schedule, model),

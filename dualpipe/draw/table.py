@@ -6,7 +6,7 @@ from html import escape
 from pathlib import Path
 from string import Template
 
-from dualpipe.draw.entry import Absent, Entry, number, plain
+from dualpipe.draw.entry import Absent, TimedSchedule, number, plain
 from dualpipe.draw.style import DEFINITIONS, STYLE
 from dualpipe.draw.svg import Scale, natural_scale, svg
 
@@ -19,7 +19,7 @@ MEANING = (
 _GAP = "  "
 
 
-def cells(entry: Entry) -> tuple[str, ...]:
+def cells(entry: TimedSchedule) -> tuple[str, ...]:
     """A schedule's text in each of `COLUMNS`."""
     return (
         entry.schedule.kind,
@@ -33,13 +33,13 @@ def cells(entry: Entry) -> tuple[str, ...]:
     )
 
 
-def table(rows: Sequence[Entry | Absent], width: int = 100) -> str:
+def table(rows: Sequence[TimedSchedule | Absent], width: int = 100) -> str:
     """One line per schedule, in the order given, and what the columns mean. ASCII only, no trailing newline.
 
     A kind that cannot be shown has its reason in place of the numbers, wrapped to `width` columns.
     """
-    shown = {index: cells(row) for index, row in enumerate(rows) if isinstance(row, Entry)}
-    kinds = [row.schedule.kind if isinstance(row, Entry) else row.kind for row in rows]
+    shown = {index: cells(row) for index, row in enumerate(rows) if isinstance(row, TimedSchedule)}
+    kinds = [row.schedule.kind if isinstance(row, TimedSchedule) else row.kind for row in rows]
     widths = [max(map(len, column)) for column in zip(COLUMNS, *shown.values(), strict=True)]
     widths[0] = max(map(len, (COLUMNS[0], *kinds)))
     lines = [_line(COLUMNS, widths)]
@@ -65,7 +65,7 @@ def _wrapped(text: str, head: str, width: int) -> list[str]:
 _TEMPLATE = Path(__file__).with_name("page.html")
 
 
-def html(entries: Sequence[Entry | Absent], title: str = "Pipeline schedules") -> str:
+def html(entries: Sequence[TimedSchedule | Absent], title: str = "Pipeline schedules") -> str:
     """The page, to be read from a file or a server, offline.
 
     Its table sorts by any column, its boxes show and hide pictures, pointing at an operation names it.
@@ -74,7 +74,7 @@ def html(entries: Sequence[Entry | Absent], title: str = "Pipeline schedules") -
         entries: in the order in which they are shown; their costs have one unit. An absent one is a line of the table.
         title: of the page, plain text.
     """
-    shown = [entry for entry in entries if isinstance(entry, Entry)]
+    shown = [entry for entry in entries if isinstance(entry, TimedSchedule)]
     scale = _common_scale(shown)
     return Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=escape(title),
@@ -84,19 +84,19 @@ def html(entries: Sequence[Entry | Absent], title: str = "Pipeline schedules") -
         rows="\n".join(_row(index, entry) for index, entry in enumerate(entries)),
         meaning=escape(MEANING + ("; times in seconds" if any(entry.measured for entry in shown) else "")),
         figures="\n".join(
-            _figure(index, entry, scale) for index, entry in enumerate(entries) if isinstance(entry, Entry)
+            _figure(index, entry, scale) for index, entry in enumerate(entries) if isinstance(entry, TimedSchedule)
         ),
     )
 
 
-def _common_scale(shown: Sequence[Entry]) -> Scale:
+def _common_scale(shown: Sequence[TimedSchedule]) -> Scale:
     """The widest picture's pixels per unit of time, over the longest one's time."""
     scales = [natural_scale(entry.schedule, entry.simulation, entry.measured) for entry in shown]
     pixels = max((scale.pixels for scale in scales), default=0.0)
     return Scale.within_limits(pixels=pixels, span=max((scale.span for scale in scales), default=0.0))
 
 
-def _row(index: int, entry: Entry | Absent) -> str:
+def _row(index: int, entry: TimedSchedule | Absent) -> str:
     if isinstance(entry, Absent):
         reason = f'<td class="reason" colspan="{len(COLUMNS) - 1}">{escape(entry.reason)}</td>'
         return f'<tr class="absent"><td>{escape(entry.kind)}</td>{reason}</tr>'
@@ -106,7 +106,7 @@ def _row(index: int, entry: Entry | Absent) -> str:
     return f'<tr class="shown"><td>{box}</td>{values}</tr>'
 
 
-def _figure(index: int, entry: Entry, scale: Scale) -> str:
+def _figure(index: int, entry: TimedSchedule, scale: Scale) -> str:
     picture = svg(entry.schedule, entry.simulation, entry.measured, bound=entry.bound, scale=scale, standalone=False)
     return f'<figure id="{_identity(index)}">{picture}</figure>'
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from dualpipe.ir import Operation, Schedule
-from dualpipe.runtime.measured import Measured, Span
+from dualpipe.runtime.measured import LaneSpan, Measured
 from dualpipe.simulate.costs import CostModel
 from dualpipe.simulate.simulate import Simulation
 from dualpipe.transfers import Value, made_by, message_of, needed_by
@@ -161,7 +161,7 @@ def _measured(schedule: Schedule, measured: Measured) -> Iterator[_Event]:
     yield from _flows(schedule, "measured", makers, needers)
 
 
-def _span_name(span: Span) -> str:
+def _span_name(span: LaneSpan) -> str:
     names = {
         "compute": "",
         "comm": "exchange ",
@@ -172,5 +172,5 @@ def _span_name(span: Span) -> str:
     return f"{names[span.lane]}{span.operation}"
 
 
-def _phase(span: Span) -> dict[str, Any]:
+def _phase(span: LaneSpan) -> dict[str, Any]:
     return {"phase": span.phase} if span.phase >= 0 else {}

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from dualpipe.ir import Op, Schedule
 from dualpipe.simulate.costs import CostModel
-from dualpipe.simulate.timing import NumberedGroup, Progress, Timing
+from dualpipe.simulate.timing import NumberedGroup, Timing, TimingProgress
 
 _MAX_SWEEPS = 6
 _ROUNDING = 1e-9
@@ -70,7 +70,7 @@ class _Climb:
         duration = self._timing.duration
         return duration(first + second) < duration(first) + duration(second) - 1e-12
 
-    def _try(self, rank: int, index: int, before: Progress) -> bool:
+    def _try(self, rank: int, index: int, before: TimingProgress) -> bool:
         """`before`: how far the ranks have come with what the pair cannot change."""
         old = self._ranks[rank]
         first, second = old[index : index + 2]
@@ -89,7 +89,7 @@ class _Climb:
         before.left[rank] += saved
         return False
 
-    def _measure(self, progress: Progress, limit: float) -> tuple[float, float]:
+    def _measure(self, progress: TimingProgress, limit: float) -> tuple[float, float]:
         """Makespan and sum of the ranks' ends, rounded so that a tie is a tie; infinite past the limit."""
         worst = float("inf"), float("inf")
         if not self._timing.advance(self._ranks, progress, limit=limit + _ROUNDING * max(limit, 1.0)):

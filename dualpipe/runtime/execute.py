@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dualpipe.runtime.clock import Clock, HostClock
 from dualpipe.runtime.program import Action, Program, RunKey, Step
-from dualpipe.runtime.protocols import Receipt, Run, Stage, Transport
+from dualpipe.runtime.protocols import PipelineStage, Receipt, Run, Transport
 from dualpipe.transfers import Message
 
 
@@ -49,7 +49,7 @@ class _Kept:
 
 def execute(
     program: Program,
-    stages: Mapping[int, Stage],
+    stages: Mapping[int, PipelineStage],
     transport: Transport,
     clock: Clock[Any] | None = None,
     follow: Callable[[tuple[Step, ...]], Iterable[Step]] = iter,

@@ -18,7 +18,7 @@ _USED: tuple[SpanLane, ...] = ("compute", "exposed")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Span:
+class LaneSpan:
     """A stretch of time given to one operation. `group` counts within the rank; `phase` is -1 where there is none."""
 
     start_seconds: float
@@ -38,7 +38,7 @@ class Span:
 class Measured:
     """`ranks[rank]` holds the rank's spans, all ranks on one clock."""
 
-    ranks: tuple[tuple[Span, ...], ...]
+    ranks: tuple[tuple[LaneSpan, ...], ...]
 
     @property
     def start_seconds(self) -> float:
@@ -113,7 +113,7 @@ def rank_use(lanes: Sequence[SpanLane | None], spans: Sequence[tuple[float, floa
 
 def rank_spans(
     groups: Sequence[Group], program: Program, spans: Sequence[tuple[float, float]], origin_seconds: float
-) -> tuple[Span, ...]:
+) -> tuple[LaneSpan, ...]:
     """One rank's spans, ordered by start.
 
     Args:
@@ -126,7 +126,7 @@ def rank_spans(
     operations = {key: (op, index) for index, group in enumerate(groups) for op in group for key in _keys(op)}
     way: dict[RunKey, Action] = {}
     exchange: dict[RunKey, tuple[Step, float]] = {}
-    found: list[Span] = []
+    found: list[LaneSpan] = []
     for step, lane, (start, end) in zip(program.steps, step_lanes(program), spans, strict=True):
         if step.action in (Action.FORWARD, Action.BACKWARD):
             way[step.run] = step.action
@@ -178,16 +178,16 @@ def measured_costs(schedule: Schedule, measured: Measured) -> CostModel:
     return CostModel(stages=tuple(stages), latency=0.0)
 
 
-def _by_operation(measured: Measured) -> dict[Operation, list[Span]]:
+def _by_operation(measured: Measured) -> dict[Operation, list[LaneSpan]]:
     """In the order of their starts."""
-    found: dict[Operation, list[Span]] = defaultdict(list)
+    found: dict[Operation, list[LaneSpan]] = defaultdict(list)
     for spans in measured.ranks:
         for span in spans:
             found[span.operation].append(span)
     return found
 
 
-def _computation(op: Operation, spans: Sequence[Span]) -> dict[Op, float]:
+def _computation(op: Operation, spans: Sequence[LaneSpan]) -> dict[Op, float]:
     """Seconds of computation. Of a full backward each phase comes twice: first for inputs, then for weights."""
     if op.kind is not Op.BACKWARD:
         return {op.kind: sum(span.seconds for span in spans if span.lane == "compute")}
@@ -252,8 +252,8 @@ def _lane(step: Step, starts_exchange: bool) -> SpanLane | None:
             assert_never(other)
 
 
-def _span(start: float, end: float, origin: float, lane: SpanLane, op: Operation, group: int, phase: int) -> Span:
-    return Span(
+def _span(start: float, end: float, origin: float, lane: SpanLane, op: Operation, group: int, phase: int) -> LaneSpan:
+    return LaneSpan(
         start_seconds=origin + start,
         end_seconds=origin + end,
         lane=lane,

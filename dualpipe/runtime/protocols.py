@@ -51,7 +51,7 @@ class Run(Protocol):
         ...
 
 
-class Stage(Protocol):
+class PipelineStage(Protocol):
     """A stage, able to take micro-batches."""
 
     @property

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dualpipe.draw.entry import Absent, Entry, entry, number
+from dualpipe.draw.entry import Absent, TimedSchedule, number, time_schedule
 from dualpipe.ir import MemoryCapError, Schedule, ScheduleError
 from dualpipe.registry import SCHEDULES, build
 from dualpipe.simulate.costs import CostModel
@@ -20,7 +20,7 @@ class Choice:
 
     schedule: Schedule
     reason: str
-    rows: tuple[Entry | Absent, ...]
+    rows: tuple[TimedSchedule | Absent, ...]
 
 
 def survey(
@@ -30,7 +30,7 @@ def survey(
     memory_cap: float | None = None,
     cache_dir: Path | None = None,
     excluded: dict[str, str] | None = None,
-) -> tuple[Entry | Absent, ...]:
+) -> tuple[TimedSchedule | Absent, ...]:
     """Every kind of schedule of this size that may be chosen: timed, or the reason for which there is none.
 
     Args:
@@ -44,7 +44,7 @@ def survey(
     Raises:
         MemoryCapError: nothing fits the cap.
     """
-    rows: list[Entry | Absent] = []
+    rows: list[TimedSchedule | Absent] = []
     least = math.inf
     for kind, spec in SCHEDULES.items():
         if not spec.may_be_chosen:
@@ -55,7 +55,7 @@ def survey(
         costs = costs_of(spec.num_stages(num_ranks))
         try:
             schedule = build(kind, num_ranks, num_micro_batches, costs, memory_cap, cache_dir)
-            rows.append(entry(schedule, costs, memory_cap))
+            rows.append(time_schedule(schedule, costs, memory_cap))
         except MemoryCapError as error:
             least = min(least, error.least)
             rows.append(Absent(kind=kind, reason=str(error)))
@@ -69,13 +69,13 @@ def survey(
     return tuple(rows)
 
 
-def choose(rows: Sequence[Entry | Absent], memory_cap: float | None = None) -> Choice:
+def choose(rows: Sequence[TimedSchedule | Absent], memory_cap: float | None = None) -> Choice:
     """The shortest schedule of those that there are; of equally short ones the one that keeps least alive.
 
     Raises:
         ScheduleError: there is none.
     """
-    entries = [row for row in rows if isinstance(row, Entry)]
+    entries = [row for row in rows if isinstance(row, TimedSchedule)]
     if not entries:
         reasons = "; ".join(f"{row.kind}: {row.reason}" for row in rows if isinstance(row, Absent))
         raise ScheduleError(f"schedule: none can be made: {reasons}")
@@ -83,7 +83,7 @@ def choose(rows: Sequence[Entry | Absent], memory_cap: float | None = None) -> C
     return Choice(schedule=ranked[0].schedule, reason=_reason(ranked, memory_cap), rows=tuple(rows))
 
 
-def _reason(ranked: Sequence[Entry], memory_cap: float | None) -> str:
+def _reason(ranked: Sequence[TimedSchedule], memory_cap: float | None) -> str:
     best = ranked[0]
     words = f"{best.schedule.kind}: makespan {number(best.simulation.makespan)}"
     if len(ranked) > 1:

@@ -15,7 +15,7 @@ NumberedGroup = tuple[int, ...]
 
 
 @dataclass(slots=True, kw_only=True)
-class Progress:
+class TimingProgress:
     """How far every rank has come.
 
     `ends`: of operations, by number, -1 for those that have not run; by rank, `position`: how many groups have run,
@@ -27,9 +27,9 @@ class Progress:
     clock: list[float]
     left: list[float]
 
-    def copy(self) -> "Progress":
+    def copy(self) -> "TimingProgress":
         """One that can be moved on by itself."""
-        return Progress(
+        return TimingProgress(
             ends=self.ends.copy(), position=self.position.copy(), clock=self.clock.copy(), left=self.left.copy()
         )
 
@@ -65,9 +65,9 @@ class Timing:
         """Computation of a group's members."""
         return sum(self._lanes[number][0] for number in group)
 
-    def begin(self, ranks: Sequence[Sequence[NumberedGroup]]) -> "Progress":
+    def begin(self, ranks: Sequence[Sequence[NumberedGroup]]) -> "TimingProgress":
         """Before the first group of every rank. `ranks`: the groups of every rank, all operations once."""
-        return Progress(
+        return TimingProgress(
             ends=[-1.0] * len(self.operations),
             position=[0] * len(ranks),
             clock=[0.0] * len(ranks),
@@ -77,7 +77,7 @@ class Timing:
     def advance(
         self,
         ranks: Sequence[Sequence[NumberedGroup]],
-        progress: "Progress",
+        progress: "TimingProgress",
         until: int | None = None,
         limit: float = float("inf"),
     ) -> bool:

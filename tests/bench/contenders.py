@@ -122,7 +122,7 @@ class SleepRun:
 
 
 class BlockStage:
-    """`dualpipe.runtime.protocols.Stage` of a block: one computation, no exchange."""
+    """`dualpipe.runtime.protocols.PipelineStage` of a block: one computation, no exchange."""
 
     lanes: tuple[Lane, ...] = ("compute",)
 

@@ -48,7 +48,7 @@ class IdleRun:
 
 
 class IdleStage:
-    """`dualpipe.runtime.protocols.Stage` of one computation, which does nothing."""
+    """`dualpipe.runtime.protocols.PipelineStage` of one computation, which does nothing."""
 
     lanes: tuple[Lane, ...] = ("compute",)
 

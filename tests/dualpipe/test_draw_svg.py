@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 import pytest
 
 from dualpipe.draw import style
-from dualpipe.draw.entry import entry
+from dualpipe.draw.entry import time_schedule
 from dualpipe.draw.svg import Scale, natural_scale, svg
 from dualpipe.ir import Group, Op, Operation, Schedule
 from dualpipe.registry import build
@@ -128,7 +128,7 @@ def test_svg_in_a_v_shows_the_stage_and_shades_the_later_one() -> None:
 
 def test_svg_names_size_times_peak_and_bound() -> None:
     schedule = build("dualpipe", 8, 20)
-    shown = entry(schedule, UNIT)
+    shown = time_schedule(schedule, UNIT)
     root = ElementTree.fromstring(svg(schedule, shown.simulation, bound=shown.bound))
     text = all_text(root)
     assert "dualpipe: 8 ranks, 20 micro-batches" in text
@@ -252,7 +252,7 @@ def test_svg_breaks_long_headings_after_commas_and_within_the_picture() -> None:
     schedule = build("1f1b", 1, 2)
     costs = replace(SECONDS, forward=0.0081234, exchange=0.0061234)
     simulation, run = simulate(schedule, costs), measured_run(schedule)
-    bound = entry(schedule, costs).bound
+    bound = time_schedule(schedule, costs).bound
     root = ElementTree.fromstring(svg(schedule, simulation, run, bound=bound))
     lines = [text.text or "" for text in root.iter(f"{SVG}text") if text.get("class") == "heading"]
     assert len(lines) > 2

@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from dualpipe.draw.entry import Absent, entry
+from dualpipe.draw.entry import Absent, time_schedule
 from dualpipe.draw.table import COLUMNS, cells, html, table
 from dualpipe.generate.dualpipe_v import dualpipe_v
 from dualpipe.registry import build
@@ -17,7 +17,9 @@ REASON = "needs an even number of micro-batches, half for each direction, has 13
 
 
 def test_table_gives_the_numbers_of_each_schedule() -> None:
-    lines = table([entry(build("dualpipe", 8, 20), UNIT), entry(build("1f1b", 8, 20), UNIT)]).splitlines()
+    lines = table(
+        [time_schedule(build("dualpipe", 8, 20), UNIT), time_schedule(build("1f1b", 8, 20), UNIT)]
+    ).splitlines()
     assert lines[0].split() == ["schedule", "overhead", "makespan", "bubble", "%", "exposed", "peak", "bound", "above"]
     assert lines[1].split() == ["dualpipe", "6", "66", "9.09", "0", "9", "63", "3"]
     assert lines[2].split() == ["1f1b", "21", "81", "25.93", "0", "8", "67", "14"]
@@ -26,19 +28,19 @@ def test_table_gives_the_numbers_of_each_schedule() -> None:
 
 def test_table_tells_idle_from_exposed_and_bounds_under_the_cap() -> None:
     costs = Costs(forward=1, backward_input=1, backward_weight=1, exchange=1, latency=0)
-    shown = entry(build("dualpipe", 4, 8), costs, memory_cap=5)
+    shown = time_schedule(build("dualpipe", 4, 8), costs, memory_cap=5)
     # Of an overhead of 13, each rank idles 3 and leaves 10 of exchange in the open.
     assert table([shown]).splitlines()[1].split() == ["dualpipe", "13", "37", "8.11", "10", "5", "29", "8"]
 
 
 def test_table_counts_memory_in_shares_of_a_rank() -> None:
-    shown = entry(dualpipe_v(4, 12), UNIT)
+    shown = time_schedule(dualpipe_v(4, 12), UNIT)
     assert table([shown]).splitlines()[1].split() == ["dualpipe_v", "3", "39", "7.69", "0", "4.5", "37.5", "1.5"]
 
 
 @pytest.mark.parametrize("width", [80, 100, 160])
 def test_table_tells_why_a_kind_is_absent_within_the_width(width: int) -> None:
-    text = table([Absent(kind="dualpipe", reason=REASON), entry(build("1f1b", 5, 13), UNIT)], width)
+    text = table([Absent(kind="dualpipe", reason=REASON), time_schedule(build("1f1b", 5, 13), UNIT)], width)
     lines = text.splitlines()
     assert max(map(len, lines)) <= width
     assert lines[1].startswith("dualpipe  - needs an even")
@@ -58,8 +60,8 @@ def test_table_is_ascii_whatever_the_reason() -> None:
 
 UNIT = Costs(forward=1, backward_input=1, backward_weight=1, exchange=0, latency=0)
 ENTRIES = [
-    entry(build("dualpipe", 4, 12), UNIT),
-    entry(build("1f1b", 4, 12), UNIT),
+    time_schedule(build("dualpipe", 4, 12), UNIT),
+    time_schedule(build("1f1b", 4, 12), UNIT),
     Absent(kind="odd<kind>", reason="needs <more> & better ranks"),
 ]
 VOID = {"meta", "input", "br", "link"}
@@ -170,7 +172,7 @@ def test_page_of_absent_schedules_only_is_whole() -> None:
 
 def test_page_of_a_run_draws_it_and_says_that_times_are_seconds(text: str) -> None:
     schedule = build("1f1b", 2, 3)
-    shown = html([entry(schedule, UNIT, measured=measured_run(schedule))])
+    shown = html([time_schedule(schedule, UNIT, measured=measured_run(schedule))])
     operations = sum(len(group) for groups in schedule.ranks for group in groups)
     assert shown.count("<title>") == 2 * operations + 1
     assert "times in seconds" in shown

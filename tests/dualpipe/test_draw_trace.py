@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dualpipe.draw.entry import entry
+from dualpipe.draw.entry import time_schedule
 from dualpipe.draw.trace import trace
 from dualpipe.registry import build
 from dualpipe.runtime.measured import Measured
@@ -19,7 +19,7 @@ COSTS = Costs(forward=1, backward_input=1.3, backward_weight=0.7, exchange=0.4, 
 
 def events_of(kind: str, ranks: int, batches: int, measured: Measured | None = None) -> list[dict[str, Any]]:
     schedule = build(kind, ranks, batches)
-    shown = entry(schedule, COSTS)
+    shown = time_schedule(schedule, COSTS)
     record = json.loads(trace(schedule, shown.simulation, shown.costs, measured))
     return list(record["traceEvents"])
 
@@ -32,7 +32,7 @@ def threads_of(events: list[dict[str, Any]]) -> dict[tuple[int, int], str]:
 @pytest.mark.parametrize(("kind", "ranks", "batches"), [("dualpipe", 4, 8), ("1f1b", 3, 4)])
 def test_trace_has_every_planned_operation_at_its_time(kind: str, ranks: int, batches: int) -> None:
     schedule = build(kind, ranks, batches)
-    simulation = entry(schedule, COSTS).simulation
+    simulation = time_schedule(schedule, COSTS).simulation
     events = events_of(kind, ranks, batches)
     found = {
         (event["pid"], event["name"]): (event["ts"], event["dur"], event["args"])

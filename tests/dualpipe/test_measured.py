@@ -9,8 +9,8 @@ from dualpipe.ir import Op, Operation, Schedule
 from dualpipe.passes import one_at_a_time
 from dualpipe.registry import build
 from dualpipe.runtime.measured import (
+    LaneSpan,
     Measured,
-    Span,
     SpanLane,
     measured_bubble,
     measured_costs,
@@ -27,9 +27,9 @@ from tests.dualpipe.clockwork import LANES, SECONDS, measured_run, programs_of, 
 SCHEDULES = [build("dualpipe", 4, 8), build("1f1b", 3, 5), build("1f1b", 1, 2)]
 
 
-def span(lane: SpanLane, start: float, end: float) -> Span:
+def span(lane: SpanLane, start: float, end: float) -> LaneSpan:
     operation = Operation(Op.FORWARD, 0, 0, 0)
-    return Span(start_seconds=start, end_seconds=end, lane=lane, operation=operation, group=0, phase=-1)
+    return LaneSpan(start_seconds=start, end_seconds=end, lane=lane, operation=operation, group=0, phase=-1)
 
 
 def test_bubble_is_the_time_of_neither_work_nor_own_exchange() -> None:
@@ -161,9 +161,9 @@ def test_costs_of_full_backwards_tell_inputs_from_weights() -> None:
 
 
 def test_exchange_of_a_stage_is_its_shortest_and_computation_its_median() -> None:
-    def at(kind: Op, micro_batch: int, lane: SpanLane, seconds: float) -> Span:
+    def at(kind: Op, micro_batch: int, lane: SpanLane, seconds: float) -> LaneSpan:
         operation = Operation(kind, 0, 0, micro_batch)
-        return Span(start_seconds=0.0, end_seconds=seconds, lane=lane, operation=operation, group=0, phase=1)
+        return LaneSpan(start_seconds=0.0, end_seconds=seconds, lane=lane, operation=operation, group=0, phase=1)
 
     kinds, seconds = (Op.FORWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT), (5.0, 3.0, 30.0)
     spans = [at(kind, index, "compute", time) for kind in kinds for index, time in enumerate(seconds)]

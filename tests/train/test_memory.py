@@ -15,7 +15,7 @@ from dualpipe.generate.zero_bubble import zb_v
 from dualpipe.ir import Schedule
 from dualpipe.registry import build
 from dualpipe.runtime.execute import execute
-from dualpipe.runtime.protocols import Stage as PipelineStage
+from dualpipe.runtime.protocols import PipelineStage
 from dualpipe.simulate.simulate import peak_activations
 from model.objective import LossSums
 from model.stage import StageRun

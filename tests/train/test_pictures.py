@@ -15,7 +15,7 @@ from dualpipe.config import ScheduleConfig
 from dualpipe.draw.cells import measured_cells
 from dualpipe.ir import Schedule
 from dualpipe.registry import build
-from dualpipe.runtime.measured import Measured, RankUse, Span, measured_bubble, rank_spans
+from dualpipe.runtime.measured import LaneSpan, Measured, RankUse, measured_bubble, rank_spans
 from tests.dualpipe.clockwork import measured_run
 from tests.ranks import run_ranks
 from tests.tiny import MODEL, tiny_config, write_text
@@ -64,12 +64,12 @@ def config_of(folder: Path, kind: str, parallelism: ParallelismConfig, pairing: 
     )
 
 
-def _spans(learner: Learner, result: StepResult) -> tuple[Span, ...]:
+def _spans(learner: Learner, result: StepResult) -> tuple[LaneSpan, ...]:
     groups = learner.replica.schedule.ranks[learner.world.pipeline_index]
     return rank_spans(groups, learner.replica.train_program, result.execution.spans, result.execution.origin_seconds)
 
 
-def _watch(rank: int, world_size: int, config: TrainConfig) -> tuple[float, bool, tuple[Span, ...]]:
+def _watch(rank: int, world_size: int, config: TrainConfig) -> tuple[float, bool, tuple[LaneSpan, ...]]:
     """The bubble as the ranks reduce it, whether this rank drew, and its spans."""
     learner, loader = open_job(config), open_loader(config)
     watch = PipelineWatch(learner.world, config.name, Path(config.out_dir))

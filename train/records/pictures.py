@@ -13,7 +13,7 @@ from pathlib import Path
 from torch import distributed as dist
 
 from comm.groups import make_group
-from dualpipe.draw.entry import Entry, entry, size
+from dualpipe.draw.entry import TimedSchedule, size, time_schedule
 from dualpipe.draw.svg import svg
 from dualpipe.draw.table import html
 from dualpipe.draw.trace import trace
@@ -21,9 +21,9 @@ from dualpipe.ir import Schedule
 from dualpipe.passes import one_at_a_time
 from dualpipe.runtime.execute import Execution
 from dualpipe.runtime.measured import (
+    LaneSpan,
     Measured,
     RankUse,
-    Span,
     SpanLane,
     measured_costs,
     rank_spans,
@@ -80,7 +80,7 @@ class PipelineWatch:
         rank = replica.world.pipeline_index
         groups = schedule.ranks[rank]
         mine = rank_spans(groups, replica.train_program, execution.spans, execution.origin_seconds)
-        gathered: list[tuple[Span, ...]] | None = [()] * schedule.num_ranks if rank == 0 else None
+        gathered: list[tuple[LaneSpan, ...]] | None = [()] * schedule.num_ranks if rank == 0 else None
         with replica.world.log.collective("pipeline", self._group, "gathering of times"):
             dist.gather_object(mine, gathered, dst=0, group=self._group)
         if gathered is None:
@@ -94,7 +94,7 @@ class PipelineWatch:
         return True
 
 
-def write_pictures(folder: Path, title: str, schedule: Schedule, measured: Measured) -> Entry:
+def write_pictures(folder: Path, title: str, schedule: Schedule, measured: Measured) -> TimedSchedule:
     """Writes a run below its plan as SVG, page and trace; each file is complete or not there.
 
     The plan is what the schedule takes with the times that its operations took in the run.
@@ -109,7 +109,7 @@ def write_pictures(folder: Path, title: str, schedule: Schedule, measured: Measu
         What was drawn.
     """
     costs = measured_costs(schedule, measured)
-    shown = entry(schedule, costs, measured=measured)
+    shown = time_schedule(schedule, costs, measured=measured)
     _write(folder / SVG_NAME, svg(schedule, shown.simulation, measured, title, bound=shown.bound))
     _write(folder / TRACE_NAME, trace(schedule, shown.simulation, costs, measured, seconds_per_unit=1.0))
     _write(folder / PAGE_NAME, html([shown], title))
