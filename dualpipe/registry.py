@@ -102,6 +102,11 @@ class ScheduleSpec:
 SCHEDULES = Registry[ScheduleSpec]("schedule.kind", modules_of("dualpipe.generate", _FIRST), also=("auto",))
 
 
+def candidates() -> dict[str, ScheduleSpec]:
+    """Returns the kinds that `schedule=auto` may choose."""
+    return {kind: spec for kind, spec in SCHEDULES.items() if spec.may_be_chosen}
+
+
 def check_size(
     kind: str,
     num_ranks: int,

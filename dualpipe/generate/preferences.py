@@ -1,5 +1,6 @@
 """What a list builder prefers where it has a choice: numbers, so that a search can change a few of them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from random import Random
 
@@ -43,6 +44,24 @@ class Preferences:
     tail: int
     forwards: tuple[tuple[float, ...], ...]
     backwards: tuple[tuple[float, ...], ...]
+
+    def forward_values(self, depths: Sequence[float], directions: Sequence[int]) -> list[float]:
+        """Returns what an F is worth in each slot. `depths`: its stage, from 0 for the first to below 1."""
+        deep, second = self.deep_forward, self.second_forward
+        return [self.forward + deep * depth + second * side for depth, side in zip(depths, directions, strict=True)]
+
+    def backward_values(self, depths: Sequence[float], directions: Sequence[int]) -> list[float]:
+        """Returns what an I is worth in each slot."""
+        deep, second = self.deep_backward, self.second_backward
+        return [3.0 + deep * depth + second * side for depth, side in zip(depths, directions, strict=True)]
+
+    def key(self, keys: Sequence[float], micro_batch: int, count: int) -> float:
+        """Returns what one of a slot's first `head` or last `tail` of `count` micro-batches is worth besides, else 0.
+
+        `keys` holds the first ones from its start, and the last ones from its end, where a negative index reads them.
+        """
+        index = micro_batch if micro_batch < self.head else micro_batch - count
+        return keys[index] if index >= -self.tail else 0.0
 
 
 def draw(random: Random, num_slots: int, head: int, tail: int) -> Preferences:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dualpipe.draw.entry import Absent, TimedSchedule, number, time_schedule
 from dualpipe.ir import MemoryCapError, Schedule, ScheduleError
-from dualpipe.registry import SCHEDULES, build
+from dualpipe.registry import build, candidates
 from dualpipe.simulate.costs import CostModel
 
 CostsOf = Callable[[int], CostModel]
@@ -46,9 +46,7 @@ def survey(
     """
     rows: list[TimedSchedule | Absent] = []
     least = math.inf
-    for kind, spec in SCHEDULES.items():
-        if not spec.may_be_chosen:
-            continue
+    for kind, spec in candidates().items():
         if excluded and kind in excluded:
             rows.append(Absent(kind=kind, reason=excluded[kind]))
             continue
@@ -56,10 +54,9 @@ def survey(
         try:
             schedule = build(kind, num_ranks, num_micro_batches, costs, memory_cap, cache_dir)
             rows.append(time_schedule(schedule, costs, memory_cap))
-        except MemoryCapError as error:
-            least = min(least, error.least)
-            rows.append(Absent(kind=kind, reason=str(error)))
         except ScheduleError as error:
+            if isinstance(error, MemoryCapError):
+                least = min(least, error.least)
             rows.append(Absent(kind=kind, reason=str(error)))
     if memory_cap is not None and all(isinstance(row, Absent) for row in rows) and math.isfinite(least):
         raise MemoryCapError(

@@ -13,6 +13,9 @@ from dualpipe.transfers import made_by, message_of, needed_by
 NumberedGroup = tuple[int, ...]
 """Operations of a group by their numbers in a `Timing`."""
 
+RankGroups = Sequence[Sequence[NumberedGroup]]
+"""The groups of every rank, in order."""
+
 
 @dataclass(slots=True, kw_only=True)
 class TimingProgress:
@@ -65,7 +68,7 @@ class Timing:
         """Computation of a group's members."""
         return sum(self._lanes[number][0] for number in group)
 
-    def begin(self, ranks: Sequence[Sequence[NumberedGroup]]) -> "TimingProgress":
+    def begin(self, ranks: RankGroups) -> TimingProgress:
         """Before the first group of every rank. `ranks`: the groups of every rank, all operations once."""
         return TimingProgress(
             ends=[-1.0] * len(self.operations),
@@ -75,11 +78,7 @@ class Timing:
         )
 
     def advance(
-        self,
-        ranks: Sequence[Sequence[NumberedGroup]],
-        progress: "TimingProgress",
-        until: int | None = None,
-        limit: float = float("inf"),
+        self, ranks: RankGroups, progress: TimingProgress, until: int | None = None, limit: float = float("inf")
     ) -> bool:
         """Each rank runs its groups in order, each as soon as it can, as far as they come.
 
@@ -117,7 +116,7 @@ class Timing:
             progress.clock[rank] = time
         return True
 
-    def run(self, ranks: Sequence[Sequence[NumberedGroup]]) -> list[float]:
+    def run(self, ranks: RankGroups) -> list[float]:
         """The end of every operation, by number; -1 for those that wait for ever."""
         progress = self.begin(ranks)
         self.advance(ranks, progress)

@@ -5,7 +5,7 @@ import re
 from data.batch_sizes import BatchRamp, ramp_sizes
 from dualpipe.generate.cache import schedules_folder
 from dualpipe.ir import ScheduleError
-from dualpipe.registry import SCHEDULES, build, check_size
+from dualpipe.registry import SCHEDULES, build, candidates, check_size
 from launch.config.dispatch_rules import check_exchange
 from launch.config.model_rules import check_attention, check_experts, check_model, check_optim
 from model.config import RECOMPUTED, CutError, cut_layers
@@ -75,8 +75,7 @@ def _check_batch(config: TrainConfig) -> None:
 
 def _check_schedule(config: TrainConfig) -> None:
     """Refuses a schedule that the run cannot follow; where any will do, a run that can follow none."""
-    candidates = tuple(kind for kind, spec in SCHEDULES.items() if spec.may_be_chosen)
-    kinds = candidates if config.schedule.kind == "auto" else (config.schedule.kind,)
+    kinds = tuple(candidates()) if config.schedule.kind == "auto" else (config.schedule.kind,)
     problems: list[ValueError] = []
     for kind in kinds:
         try:
