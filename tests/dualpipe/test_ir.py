@@ -1,12 +1,18 @@
 """The schedule's data and its public JSON form."""
 
 import json
+import re
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
 from dualpipe.ir import Op, Operation, Schedule, ScheduleError, from_json, to_json
 from dualpipe.registry import build
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_json_brings_back_the_same_schedule() -> None:
@@ -74,3 +80,21 @@ def test_schedule_places_stages_and_shares_out_micro_batches() -> None:
     assert schedule.rank_of(1, 2) == 0
     assert schedule.stages_of(0) == ((0, 0), (0, 3), (1, 1), (1, 2))
     assert [list(schedule.micro_batches_of(direction)) for direction in (0, 1)] == [[0, 1, 2], [0, 1]]
+
+
+def test_schedule_draws_itself_in_a_notebook() -> None:
+    """The lines of docs/python.md, as a notebook runs them: the picture is that of the last line."""
+    formatters = pytest.importorskip("IPython.core.formatters")
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "python.md").read_text("utf-8"), re.M | re.S)
+    (block,) = (block for block in blocks if "dualpipe.registry" in block)
+    names: dict[str, Any] = {}
+    exec(block, names)
+    assert block.rstrip().endswith("\nschedule")
+    data, _ = formatters.DisplayFormatter().format(names["schedule"])
+    assert ElementTree.fromstring(data["text/html"]).find("{http://www.w3.org/2000/svg}svg") is not None
+    assert "dualpipe: 4 ranks, 10 micro-batches" in data["text/html"]
+
+
+def test_schedule_that_cannot_run_has_no_picture() -> None:
+    schedule = build("1f1b", 1, 1)
+    assert replace(schedule, ranks=(schedule.ranks[0][::-1],))._repr_html_() is None

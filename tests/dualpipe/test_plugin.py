@@ -1,11 +1,14 @@
 """The schedule of docs/extend.md, a file outside the checkout, passes every suite of registered schedules."""
 
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from dualpipe.ir import from_json
 
 ROOT = Path(__file__).resolve().parents[2]
 SUITES = {
@@ -16,11 +19,14 @@ SUITES = {
 
 @pytest.fixture(scope="module")
 def gpipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The file that the page shows."""
+    """The file that the page shows, and its values next to it."""
     page = (ROOT / "docs" / "extend.md").read_text("utf-8")
-    blocks = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "def gpipe" in block]
     path = tmp_path_factory.mktemp("plugin") / "gpipe.py"
-    path.write_text(blocks[0], "utf-8")
+    values = path.parent / "conf" / "schedule" / "gpipe.yaml"
+    values.parent.mkdir(parents=True)
+    for file, language, words in ((path, "python", "def gpipe"), (values, "yaml", "kind: gpipe")):
+        (block,) = (block for block in re.findall(rf"```{language}\n(.*?)```", page, re.DOTALL) if words in block)
+        file.write_text(block, "utf-8")
     return path
 
 
@@ -49,3 +55,34 @@ def test_schedule_of_a_plugin_that_is_wrong_fails_the_suites(gpipe: Path, tmp_pa
     wrong.write_text(text.replace("grows=True", "grows=False"), "utf-8")
     output = run_suite(wrong, "few and gpipe", ["tests/train/test_nominal.py"])
     assert "failed" in output, output
+
+
+def run_command(*arguments: str) -> str:
+    command = [sys.executable, "-m", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_schedule_of_a_plugin_is_drawn_by_the_command(gpipe: Path) -> None:
+    drawn = run_command("launch.schedule", f"plugins=[{gpipe}]", "schedule=gpipe", "num_ranks=3", "num_micro_batches=4")
+    assert "gpipe, 3 ranks, 4 micro-batches" in drawn
+    assert "(P-1)(F+B) = 6" in drawn
+    by_kind = (f"plugins=[{gpipe}]", "schedule.kind=gpipe", "num_ranks=3", "num_micro_batches=4", "format=json")
+    assert from_json(run_command("launch.schedule", *by_kind)).kind == "gpipe"
+
+
+def losses_of(folder: Path, *choices: str) -> list[float]:
+    """The losses of a short run in float64."""
+    small = ("model=tiny", "data.tokenizer_vocab_size=320", "model.mtp_depth=0", "dispatch=local", "precision=float64")
+    run_command("launch.train", *small, *choices, "task.steps=3", f"out_dir={folder}")
+    lines = (folder / "metrics.jsonl").read_text("utf-8").splitlines()
+    return [record["loss"] for record in map(json.loads, lines) if "loss" in record]
+
+
+@pytest.mark.slow
+def test_schedule_of_a_plugin_trains_two_ranks_to_the_losses_of_one(gpipe: Path, tmp_path: Path) -> None:
+    two = losses_of(tmp_path / "two", f"plugins=[{gpipe}]", "schedule=gpipe", "parallelism=two_ranks")
+    one = losses_of(tmp_path / "one", "schedule=1f1b", "parallelism=one_rank")
+    assert len(one) == 3
+    assert two == pytest.approx(one, rel=1e-10)
