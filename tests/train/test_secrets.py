@@ -52,3 +52,9 @@ def test_nested_values() -> None:
     }
     hidden = {"num_experts_per_token": 8, "api_key": "***", "deep": [{"password": "***", "name": "HF_TOKEN=***"}]}
     assert redact_values(values) == {**hidden, "none": None}
+
+
+def test_the_folder_of_a_shell_is_no_password() -> None:
+    environment = {"PWD": "/work/a-folder", "OLDPWD": "/work/another", "DB_PWD": "a-long-password"}
+    text = "in /work/a-folder, before in /work/another, with a-long-password"
+    assert redact(text, environment) == "in /work/a-folder, before in /work/another, with ***"

@@ -24,6 +24,8 @@ _WORDS = frozenset(
         "bearer",
     ]
 )
+_FOLDERS = ("PWD", "OLDPWD")
+"""Variables in which a shell keeps folders: not passwords."""
 # Shorter values of the environment are words that occur everywhere.
 _SHORTEST_VALUE = 8
 # A name, = or :, and a word as a shell reads it: parts in quotes, others up to a space or an operator.
@@ -88,5 +90,9 @@ def _unquoted(match: re.Match[str]) -> str:
 
 def _values(environment: Mapping[str, str]) -> list[str]:
     """Returns the secret values of the environment, the longest first."""
-    found = {value for name, value in environment.items() if is_secret_name(name) and len(value) >= _SHORTEST_VALUE}
+    found = {
+        value
+        for name, value in environment.items()
+        if is_secret_name(name) and name not in _FOLDERS and len(value) >= _SHORTEST_VALUE
+    }
     return sorted(found, key=len, reverse=True)
