@@ -250,6 +250,7 @@ class Training:
                 self._finish_saving()
                 raise
             except (StoppedError, CallbackError):
+                self._status.running(self.num_done)
                 self._finish_saving()
                 raise
             self._finish_saving()
