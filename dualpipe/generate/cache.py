@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -35,7 +36,7 @@ def load_or_make(
     if cache_dir is None:
         return make(num_ranks, num_micro_batches, costs, memory_cap)
     inputs = json.dumps([make.__name__, num_ranks, num_micro_batches, asdict(costs), memory_cap])
-    digest = hashlib.sha256((_program_digest() + inputs).encode()).hexdigest()[:24]
+    digest = hashlib.sha256((_program_digest(make) + inputs).encode()).hexdigest()[:24]
     path = cache_dir / f"{make.__name__}-{num_ranks}-{num_micro_batches}-{digest}.json"
     kept = _read(path)
     if kept is not None and (kept.num_ranks, kept.num_micro_batches) == (num_ranks, num_micro_batches):
@@ -45,11 +46,16 @@ def load_or_make(
     return schedule
 
 
-def _program_digest() -> str:
-    """Of every source file that has a part in the search: another program may find another schedule."""
+def _program_digest(make: Make) -> str:
+    """Returns a digest of every source file that has a part in the search, a plugin's included.
+
+    Another program may find another schedule.
+    """
     package = Path(__file__).parents[1]
+    own = sys.modules[make.__module__].__file__
+    files = {*package.rglob("*.py"), *([Path(own)] if own else [])}
     digest = hashlib.sha256()
-    for path in sorted(package.rglob("*.py")):
+    for path in sorted(files):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

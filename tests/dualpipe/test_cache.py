@@ -8,7 +8,9 @@ from dualpipe.generate import cache
 from dualpipe.generate.cache import load_or_make
 from dualpipe.generate.dualpipe_split import dualpipe_split
 from dualpipe.ir import Schedule
+from dualpipe.registry import SCHEDULES
 from dualpipe.simulate.costs import CostModel, Costs, uniform
+from kernels.registry import load_plugins
 
 COSTS = uniform(Costs(forward=1, backward_input=1, backward_weight=1, exchange=0, latency=0), 2, 2)
 OTHER = uniform(Costs(forward=1, backward_input=2, backward_weight=1, exchange=0, latency=0), 2, 2)
@@ -40,9 +42,35 @@ def test_cache_makes_once_for_the_same_inputs_and_anew_for_others(tmp_path: Path
 def test_cache_of_another_program_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make = Counting()
     load_or_make(make, 2, 4, COSTS, None, tmp_path)
-    monkeypatch.setattr(cache, "_program_digest", lambda: "another")
+    monkeypatch.setattr(cache, "_program_digest", lambda make: "another")
     load_or_make(make, 2, 4, COSTS, None, tmp_path)
     assert len(make.asked) == 2
+
+
+def test_cache_of_a_plugin_that_was_edited_is_not_taken(tmp_path: Path) -> None:
+    text = """
+from dualpipe.generate.dualpipe_split import dualpipe_split
+from dualpipe.registry import SCHEDULES, ScheduleSpec
+
+asked = []
+
+def mine(*inputs):
+    asked.append(inputs)
+    return dualpipe_split(*inputs)
+
+SCHEDULES.register("mine", ScheduleSpec(name="mine", summary="a copy", generate=mine, takes_costs=True))
+"""
+    path = tmp_path / "mine.py"
+    try:
+        for edit in ("", "# edited\n"):
+            path.write_text(text + edit)
+            for _ in range(2):
+                (plugin,) = load_plugins([path])
+                load_or_make(SCHEDULES.get("mine").generate, 2, 4, COSTS, None, tmp_path / "kept")
+            assert len(plugin.asked) == 1
+    finally:
+        SCHEDULES.remove(["mine"])
+    assert len(list((tmp_path / "kept").iterdir())) == 2
 
 
 @pytest.mark.parametrize("damage", ["cut", "swapped", "empty"])
