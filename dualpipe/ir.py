@@ -93,11 +93,11 @@ class Schedule:
         return len(self.placement)
 
     def rank_of(self, direction: int, stage: int) -> int:
-        """The rank that runs `stage` for the micro-batches of `direction`."""
+        """Returns the rank that runs `stage` for the micro-batches of `direction`."""
         return self.placement[direction][stage]
 
     def stages_of(self, rank: int) -> tuple[tuple[int, int], ...]:
-        """The rank's (direction, stage) pairs, in that order."""
+        """Returns the rank's (direction, stage) pairs, in that order."""
         return tuple(
             (direction, stage)
             for direction, row in enumerate(self.placement)
@@ -118,13 +118,13 @@ class Schedule:
             return None
 
     def micro_batches_of(self, direction: int) -> range:
-        """The direction's micro-batches; of an odd number, direction 0 has one more."""
+        """Returns the direction's micro-batches; of an odd number, direction 0 has one more."""
         share, rest = divmod(self.num_micro_batches, self.num_directions)
         return range(share + (direction < rest))
 
 
 def to_json(schedule: Schedule) -> str:
-    """The schedule's public JSON form, one line, always the same text for the same schedule."""
+    """Returns the schedule's public JSON form, one line, always the same text for the same schedule."""
     ranks = [
         [[[op.kind.value, op.direction, op.stage, op.micro_batch] for op in group] for group in groups]
         for groups in schedule.ranks
@@ -141,7 +141,7 @@ def to_json(schedule: Schedule) -> str:
 
 
 def from_json(text: str) -> Schedule:
-    """The schedule that `to_json` wrote. It is well formed; whether it is valid is for `validate` to say.
+    """Returns the schedule that `to_json` wrote. It is well formed; whether it is valid is for `validate` to say.
 
     Raises:
         ScheduleError: the text is not such a form; the message names the place, as in `ranks[2][5][0]`.

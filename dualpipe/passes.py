@@ -14,23 +14,23 @@ _TURN = {Op.FORWARD: 0, Op.BACKWARD: 1, Op.BACKWARD_INPUT: 1, Op.BACKWARD_WEIGHT
 
 
 def in_turn(group: Group) -> Group:
-    """The members in the order in which a rank takes them."""
+    """Returns the members in the order in which a rank takes them."""
     return tuple(sorted(group, key=lambda op: _TURN[op.kind]))
 
 
 def forward_only(schedule: Schedule) -> Schedule:
-    """The schedule's forwards alone, in their order: what validation runs. Groups left empty go."""
+    """Returns the schedule's forwards alone, in their order: what validation runs. Groups left empty go."""
     return replace(schedule, ranks=tuple(_forwards(groups) for groups in schedule.ranks))
 
 
 def one_at_a_time(schedule: Schedule) -> Schedule:
-    """The schedule as ranks run it that overlap nothing: a group for each operation, members in their turn."""
+    """Returns the schedule as ranks run it that overlap nothing: a group for each operation, members in their turn."""
     ranks = (tuple((op,) for group in groups for op in in_turn(group)) for groups in schedule.ranks)
     return replace(schedule, ranks=tuple(ranks))
 
 
 def split_weights(schedule: Schedule, costs: CostModel) -> Schedule:
-    """I in place of every B, and its W in a group of its own right after: the input gradient leaves before W runs.
+    """Puts I in place of every B, and its W in a group of its own right after: the input gradient leaves before W runs.
 
     Args:
         schedule: a valid one.
@@ -49,7 +49,7 @@ def split_backwards(schedule: Schedule) -> Schedule:
 
 
 def is_no_worse(changed: Schedule, schedule: Schedule, costs: CostModel) -> bool:
-    """Whether neither the makespan nor any rank's peak memory has grown."""
+    """Returns whether neither the makespan nor any rank's peak memory has grown."""
     new, old = simulate(changed, costs), simulate(schedule, costs)
     tolerance = 1e-9 * max(old.makespan, 1.0)
     return new.makespan <= old.makespan + tolerance and all(
@@ -79,7 +79,7 @@ _MAX_SHIFT = 3
 
 
 def repeat(schedule: Schedule, num_micro_batches: int) -> Schedule | None:
-    """The schedule with more micro-batches, by what each rank does again and again in its middle.
+    """Returns the schedule with more micro-batches, by what each rank does again and again in its middle.
 
     A block of groups is steady where the block after it is the same, `shift` micro-batches later. It is put in as
     often as needed, and what follows is renumbered.
@@ -117,7 +117,7 @@ def _lengthened(groups: tuple[Group, ...], added: int) -> tuple[Group, ...] | No
 
 
 def _steady_block(groups: Sequence[Group], shift: int) -> tuple[int, int] | None:
-    """Start and length of the block that recurs longest, and at least once."""
+    """Returns start and length of the block that recurs longest, and at least once."""
     stages = {(op.direction, op.stage) for group in groups for op in group}
     best, best_run = None, 0
     moved = [_shifted(group, shift) for group in groups]
@@ -132,7 +132,7 @@ def _steady_block(groups: Sequence[Group], shift: int) -> tuple[int, int] | None
 
 
 def _is_whole(block: Sequence[Group], passages: int) -> bool:
-    """Whether it has so many F, as many backwards, and a W for every I."""
+    """Returns whether it has so many F, as many backwards, and a W for every I."""
     counts = Counter(op.kind for group in block for op in group)
     backwards = counts[Op.BACKWARD_INPUT] + counts[Op.BACKWARD]
     return counts[Op.FORWARD] == backwards == passages and counts[Op.BACKWARD_WEIGHT] == counts[Op.BACKWARD_INPUT]

@@ -76,7 +76,7 @@ class RankTransfers:
 
 
 def made_by(operation: Operation, num_stages: int) -> Value | None:
-    """What a neighbouring stage waits for from the operation, if any does. B and I make the gradient."""
+    """Returns what a neighbouring stage waits for from the operation, if any does. B and I make the gradient."""
     if operation.kind is Op.BACKWARD_WEIGHT:
         return None
     forward = operation.kind is Op.FORWARD
@@ -87,7 +87,7 @@ def made_by(operation: Operation, num_stages: int) -> Value | None:
 
 
 def needed_by(operation: Operation, num_stages: int) -> Value | None:
-    """What the operation waits for from a neighbouring stage, if anything."""
+    """Returns what the operation waits for from a neighbouring stage, if anything."""
     if operation.kind is Op.BACKWARD_WEIGHT:
         return None
     forward = operation.kind is Op.FORWARD
@@ -99,7 +99,7 @@ def needed_by(operation: Operation, num_stages: int) -> Value | None:
 
 
 def message_of(schedule: Schedule, value: Value) -> Message | None:
-    """The message that carries a value to the stage that needs it, or None where the same rank holds both."""
+    """Returns the message that carries a value to the stage that needs it, or None where the same rank holds both."""
     neighbour = value.stage + 1 if value.kind == "activation" else value.stage - 1
     source = schedule.rank_of(value.direction, value.stage)
     destination = schedule.rank_of(value.direction, neighbour)
@@ -109,7 +109,7 @@ def message_of(schedule: Schedule, value: Value) -> Message | None:
 
 
 def transfers(schedule: Schedule) -> tuple[RankTransfers, ...]:
-    """Each rank's messages. Within a group they follow the order of its members."""
+    """Returns each rank's messages. Within a group they follow the order of its members."""
     num_stages = schedule.num_stages
     return tuple(
         RankTransfers(

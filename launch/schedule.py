@@ -49,7 +49,7 @@ class ScheduleCommandConfig:
     plugins: tuple[str, ...]
 
     def costs_of(self, num_stages: int) -> CostModel:
-        """The costs of each stage of so many."""
+        """Returns the costs of each stage of so many."""
         return uniform(self.costs, self.num_ranks, num_stages)
 
 
@@ -129,12 +129,12 @@ def _kind(row: TimedSchedule | Absent) -> str:
 
 
 def _as_paired(schedule: Schedule, config: ScheduleConfig) -> Schedule:
-    """The schedule as the run would time it."""
+    """Returns the schedule as the run would time it."""
     return one_at_a_time(schedule) if config.pairing == "sequential" else schedule
 
 
 def _write(text: str, out: str) -> None:
-    """To the file, complete or not at all, or to standard output."""
+    """Writes to the file, complete or not at all, or to standard output."""
     if not out:
         print(text)
         return

@@ -29,7 +29,7 @@ class Strip:
 
 
 def planned_cells(schedule: Schedule, simulation: Simulation) -> list[Cell]:
-    """A cell per group, in the unit of the costs."""
+    """Returns a cell per group, in the unit of the costs."""
     return [
         Cell(rank=rank, start=start, end=end, members=group)
         for rank, groups in enumerate(schedule.ranks)
@@ -38,7 +38,7 @@ def planned_cells(schedule: Schedule, simulation: Simulation) -> list[Cell]:
 
 
 def measured_cells(schedule: Schedule, measured: Measured) -> tuple[list[Cell], list[Strip]]:
-    """A cell per group that ran, and the waits within them; in seconds from the first rank's begin.
+    """Returns a cell per group that ran, and the waits within them; in seconds from the first rank's begin.
 
     A cell begins once the group's first message is there and ends with its last work. Time between cells is a
     wait for a message, or the interpreter's.

@@ -28,7 +28,7 @@ _GAP = 22.0
 
 
 def style_of(kind: Op, variant: int) -> str:
-    """The class of a cell: the kind's letter and 0 for light, 1 for dark."""
+    """Returns the class of a cell: the kind's letter and 0 for light, 1 for dark."""
     return f"{kind.value}{variant}"
 
 
@@ -85,7 +85,7 @@ class _Item:
 
 
 def legend(schedule: Schedule, measured: bool, bounded: bool, notes: list[str], width: float) -> tuple[list[str], int]:
-    """The legend's elements from (0, 0) on, within a width in pixels, and how many lines it takes."""
+    """Returns the legend's elements from (0, 0) on, within a width in pixels, and how many lines it takes."""
     parts: list[str] = []
     x, line = 0.0, 0
     for item in [*_kinds(schedule), *_marks(schedule, measured, bounded), *(_Item((), note) for note in notes)]:

@@ -33,14 +33,14 @@ class Scale:
 
     @classmethod
     def within_limits(cls, pixels: float, span: float) -> "Scale":
-        """The nearest to what is asked for that is neither too narrow to read nor too wide to open."""
+        """Returns the nearest to what is asked for that is neither too narrow to read nor too wide to open."""
         if span <= 0:
             return cls(pixels=0.0, span=0.0)
         least = (_LEAST_WIDTH - _LEFT - _RIGHT) / span
         return cls(pixels=min(max(pixels, least), _MOST_WIDTH / span), span=span)
 
     def x(self, time: float) -> float:
-        """The place of a time."""
+        """Returns the place of a time."""
         return _LEFT + time * self.pixels
 
     @property
@@ -50,7 +50,7 @@ class Scale:
 
 
 def natural_scale(schedule: Schedule, simulation: Simulation, measured: Measured | None = None) -> Scale:
-    """Wide enough for nine cells' numbers in ten, within limits."""
+    """Returns a scale wide enough for nine cells' numbers in ten, within limits."""
     planned = [cell for cell in planned_cells(schedule, simulation) if cell.end > cell.start]
     span = max(simulation.makespan, measured.makespan_seconds if measured else 0.0)
     if not planned or span <= 0:
@@ -73,7 +73,7 @@ def svg(
     scale: Scale | None = None,
     standalone: bool = True,
 ) -> str:
-    """The picture, as one `<svg>` element without anything from outside.
+    """Returns the picture, as one `<svg>` element without anything from outside.
 
     Groups are cells, the members of a group stacked in it, with their micro-batches' numbers where they fit (and the
     stage before them where a rank holds several for one direction) and a tooltip each. Idle time is blank.
@@ -104,7 +104,7 @@ def svg(
 
 
 def _element(width: float, height: float, name: str, parts: list[str]) -> str:
-    """Of that natural size in pixels, and scalable."""
+    """Returns an `<svg>` element of a natural size in pixels that scales."""
     box = f'width="{width:.0f}" height="{height:.0f}" viewBox="0 0 {width:.0f} {height:.0f}"'
     return "\n".join(
         [
@@ -171,7 +171,7 @@ class _Picture:
         self._tells = _stage_tells(self.schedule)
 
     def panel(self, heading: str, end: float, cells: list[Cell], strips: list[Strip], bound: Bound | None) -> None:
-        """Heading, a row per rank up to the end of all, and the time axis."""
+        """Adds a heading, a row per rank up to the end of all, and the time axis."""
         for line in _lines(heading, int((self.scale.width - 48) / _HEADING_LETTER)):
             self.parts.append(f'<text class="heading" x="24" y="{self.y + 12:g}">{escape(line)}</text>')
             self.y += _HEADING_LINE
@@ -274,14 +274,14 @@ class _Picture:
 
 
 def _lines(facts: str, width: int) -> list[str]:
-    """Broken after commas alone."""
+    """Returns the text broken into lines, after commas only."""
     glue = "\N{NO-BREAK SPACE}"
     glued = facts.replace(" ", glue).replace(f",{glue}", ", ")
     return [line.replace(glue, " ") for line in wrap(glued, width)]
 
 
 def _stage_tells(schedule: Schedule) -> list[list[bool]]:
-    """Per rank and direction, whether a number needs its stage."""
+    """Returns per rank and direction whether a number needs its stage."""
     return [
         [stage_tells(schedule, rank, direction) for direction in range(schedule.num_directions)]
         for rank in range(schedule.num_ranks)

@@ -20,7 +20,7 @@ _GAP = "  "
 
 
 def cells(entry: TimedSchedule) -> tuple[str, ...]:
-    """A schedule's text in each of `COLUMNS`."""
+    """Returns a schedule's text in each of `COLUMNS`."""
     return (
         entry.schedule.kind,
         number(entry.overhead),
@@ -34,7 +34,7 @@ def cells(entry: TimedSchedule) -> tuple[str, ...]:
 
 
 def table(rows: Sequence[TimedSchedule | Absent], width: int = 100) -> str:
-    """One line per schedule, in the order given, and what the columns mean. ASCII only, no trailing newline.
+    """Returns one line per schedule, in the order given, and what the columns mean. ASCII only, no trailing newline.
 
     A kind that cannot be shown has its reason in place of the numbers, wrapped to `width` columns.
     """
@@ -66,7 +66,7 @@ _TEMPLATE = Path(__file__).with_name("page.html")
 
 
 def html(entries: Sequence[TimedSchedule | Absent], title: str = "Pipeline schedules") -> str:
-    """The page, to be read from a file or a server, offline.
+    """Returns the page, to be read from a file or a server, offline.
 
     Its table sorts by any column, its boxes show and hide pictures, pointing at an operation names it.
 
@@ -90,7 +90,7 @@ def html(entries: Sequence[TimedSchedule | Absent], title: str = "Pipeline sched
 
 
 def _common_scale(shown: Sequence[TimedSchedule]) -> Scale:
-    """The widest picture's pixels per unit of time, over the longest one's time."""
+    """Returns the widest picture's pixels per unit of time, over the longest one's time."""
     scales = [natural_scale(entry.schedule, entry.simulation, entry.measured) for entry in shown]
     pixels = max((scale.pixels for scale in scales), default=0.0)
     return Scale.within_limits(pixels=pixels, span=max((scale.span for scale in scales), default=0.0))

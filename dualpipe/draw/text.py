@@ -14,7 +14,7 @@ _TICK_COLUMNS = 12
 
 
 def grid(schedule: Schedule, simulation: Simulation, width: int = 160) -> str:
-    """The picture with its legend, ASCII only, no trailing newline.
+    """Returns the picture with its legend, ASCII only, no trailing newline.
 
     A group is a label and dashes up to its end: `F3`, or `F8+b0` for an overlapped pair. Direction 1 is in small
     letters, idle time is dots. Columns are as narrow as the labels allow; a picture wider than `width` columns goes
@@ -36,7 +36,7 @@ def grid(schedule: Schedule, simulation: Simulation, width: int = 160) -> str:
 def summary(
     schedule: Schedule, simulation: Simulation, costs: Costs | CostModel, memory_cap: float | None = None
 ) -> str:
-    """The numbers beside the picture, a line each, ASCII only, with the lower bound and why it holds.
+    """Returns the numbers beside the picture, a line each, ASCII only, with the lower bound and why it holds.
 
     Args:
         schedule: a valid one that trains.

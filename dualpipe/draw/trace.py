@@ -33,7 +33,7 @@ def trace(
     measured: Measured | None = None,
     seconds_per_unit: float = 0.001,
 ) -> str:
-    """The trace as JSON: planned time, and beside it a run's where there is one.
+    """Returns the trace as JSON: planned time, and beside it a run's where there is one.
 
     Complete events carry an operation's name (`F3.12`; direction 1 with a prime) and its stage, micro-batch,
     direction and group; arrows lead from what makes a message to what needs it. Members of a group share the group's
@@ -114,7 +114,7 @@ def _arguments(op: Operation, group: int) -> dict[str, Any]:
 def _flows(
     schedule: Schedule, category: str, makers: dict[Operation, _Place], needers: dict[Operation, _Place]
 ) -> Iterator[_Event]:
-    """An arrow per message, from the end of what made it to the start of what needs it."""
+    """Yields an arrow per message, from the end of what made it to the start of what needs it."""
     waiting = {value: place for op, place in needers.items() if (value := _needed(schedule, op)) is not None}
     for op, place in makers.items():
         value = made_by(op, schedule.num_stages)

@@ -194,7 +194,7 @@ class _Run:
         return members
 
     def _has_room(self, rank: int, *forwards: int) -> bool:
-        """Whether the slots' forwards fit under the cap, with room left for the first of each later stage."""
+        """Returns whether the slots' forwards fit under the cap, with room left for the first of each later stage."""
         slots, done = self._slots, self._flows[FORWARD].done
         need = self._alive[rank] + sum(slots.weights[j] for j in forwards)
         # A later stage with forwards to come needs room for one, or what fills the rank could never leave it.
@@ -204,17 +204,17 @@ class _Run:
         return need <= slots.cap
 
     def _is_next(self, member: _Member) -> bool:
-        """Whether a member is the first in line of its flow; of two of one stage, the second is not."""
+        """Returns whether a member is the first in line of its flow; of two of one stage, the second is not."""
         return member.kind == WEIGHT or member.micro_batch == self._flows[member.kind].done[member.slot]
 
     def _fits(self, rank: int, one: _Member, other: _Member) -> bool:
-        """Whether another may join one that is next: in the order of micro-batches, and within memory."""
+        """Returns whether another may join one that is next: in the order of micro-batches, and within memory."""
         if one.kind == other.kind == FORWARD and not self._has_room(rank, one.slot, other.slot):
             return False
         return self._is_next(other) or (one.kind, one.slot) == (other.kind, other.slot)
 
     def _expects(self, rank: int, now: float) -> bool:
-        """Whether something is on its way that is not here yet."""
+        """Returns whether something is on its way that is not here yet."""
         limit = now + EPSILON
         return any(
             flow.done[j] < len(flow.arrivals[j]) and flow.arrivals[j][flow.done[j]] > limit
@@ -263,5 +263,5 @@ class _Run:
 
 
 def _pair_kind(one: int, other: int) -> int:
-    """The index into `Preferences.affinity`; W is never first, as it comes last among the available."""
+    """Returns the index into `Preferences.affinity`; W is never first, as it comes last among the available."""
     return 3 + one if other == WEIGHT else one + other

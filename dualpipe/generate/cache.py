@@ -17,7 +17,7 @@ Make = Callable[[int, int, CostModel, float | None], Schedule]
 
 
 def schedules_folder(cache_dir: str) -> Path:
-    """Where in a cache folder, `~` allowed, schedules are kept."""
+    """Returns where in a cache folder, `~` allowed, schedules are kept."""
     return Path(cache_dir).expanduser() / "schedules"
 
 
@@ -29,7 +29,7 @@ def load_or_make(
     memory_cap: float | None,
     cache_dir: Path | None,
 ) -> Schedule:
-    """What `make` gives, from the cache where it is there. A folder that cannot be written only costs time.
+    """Returns what `make` gives, from the cache where it is there. A folder that cannot be written only costs time.
 
     What is read is proven like what is made, so a file that was cut or changed is made anew.
     """

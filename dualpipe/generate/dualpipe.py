@@ -13,7 +13,7 @@ from dualpipe.simulate.costs import Costs, pair_time
 
 
 def dualpipe(num_ranks: int, num_micro_batches: int) -> Schedule:
-    """The published schedule. Both numbers even, num_micro_batches >= 2 * num_ranks.
+    """Returns the published schedule. Both numbers even, num_micro_batches >= 2 * num_ranks.
 
     Direction 0 enters at rank 0, direction 1 at the last rank; ranks r and P-1-r both hold stages r and P-1-r. Each
     half of the ranks runs DualPipeV, and hands over to its mirror image where the V turns back.

@@ -64,7 +64,7 @@ def dualpipe_split(
 
 
 def empty(num_ranks: int, num_micro_batches: int) -> Schedule:
-    """Placement and counts, without groups."""
+    """Returns placement and counts, without groups."""
     return Schedule(
         kind=KIND,
         num_ranks=num_ranks,
@@ -109,7 +109,7 @@ class _Contest:
 
 
 def _candidates(shape: Schedule, costs: CostModel, cap: float) -> Iterator[Schedule]:
-    """Known orders, fused: at a few micro-batches where there are many, as fusing is slow."""
+    """Yields known orders, fused: at a few micro-batches where there are many, as fusing is slow."""
     # The steady state must recur between what the ends have fused.
     few = min(_fewer(shape, 3) + 4, shape.num_micro_batches) if exchanges(costs) else shape.num_micro_batches
     seen = set()
@@ -127,7 +127,7 @@ def _candidates(shape: Schedule, costs: CostModel, cap: float) -> Iterator[Sched
 
 
 def _known_orders(shape: Schedule, costs: CostModel, cap: float) -> Iterator[Schedule]:
-    """In lockstep, and the published ones with W taken out of every B, where they exist."""
+    """Yields orders in lockstep, and the published ones with W taken out of every B, where they exist."""
     yield from lockstep_orders(shape, costs, cap)
     if shape.num_ranks % 2 == 0 and shape.num_micro_batches % 2 == 0 and shape.num_micro_batches >= 2 * shape.num_ranks:
         published = split_backwards(dualpipe(shape.num_ranks, shape.num_micro_batches))
@@ -164,7 +164,7 @@ class _Hunt:
                 return
 
     def _reach(self, level: "_Level", makespan: float, effort: int, *, patient: bool) -> bool:
-        """Whether the contest is won; where not patient, it comes back with the first order found."""
+        """Returns whether the contest is won; where not patient, it comes back with the first order found."""
 
         def accept(preferences: Preferences, attempt: Attempt) -> bool:
             self._enter(level, preferences, attempt)
@@ -203,13 +203,13 @@ def _level(shape: Schedule, num_micro_batches: int, costs: CostModel, cap: float
 
 
 def _fewer(shape: Schedule, per_rank: int) -> int:
-    """About `per_rank` micro-batches for each rank, odd where the schedule's number is."""
+    """Returns about `per_rank` micro-batches for each rank, odd where the schedule's number is."""
     count = per_rank * shape.num_ranks
     return count + (count + shape.num_micro_batches) % 2
 
 
 def _check_cap(shape: Schedule, costs: CostModel, cap: float) -> None:
-    """Each rank needs room for one micro-batch of every direction that has any."""
+    """Checks that each rank has room for one micro-batch of every direction that has any."""
     busy = [direction for direction in range(2) if shape.micro_batches_of(direction)]
     needs = [
         sum(costs.stages[stage].activation for direction, stage in shape.stages_of(rank) if direction in busy)

@@ -12,7 +12,7 @@ from dualpipe.simulate.costs import Costs, pair_time
 
 
 def dualpipe_v(num_ranks: int, num_micro_batches: int) -> Schedule:
-    """The published schedule: one direction, 2P stages, rank r holds stages r and 2P-1-r. M >= 2P."""
+    """Returns the published schedule: one direction, 2P stages, rank r holds stages r and 2P-1-r. M >= 2P."""
     assert too_few_micro_batches(num_ranks, num_micro_batches) is None
     return Schedule(
         kind="dualpipe_v",

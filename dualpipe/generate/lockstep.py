@@ -63,7 +63,7 @@ def _rank_groups(shape: Schedule, rank: int, paired: bool) -> tuple[Group, ...]:
 
 
 def _with_whole_backwards(schedule: Schedule) -> Schedule:
-    """B in place of an I that shares its group, where exchange is long enough to hide its W too."""
+    """Puts B in place of an I that shares its group, where exchange is long enough to hide its W too."""
 
     def joined(groups: tuple[Group, ...]) -> tuple[Group, ...]:
         whole = {

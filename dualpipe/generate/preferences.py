@@ -65,7 +65,7 @@ class Preferences:
 
 
 def draw(random: Random, num_slots: int, head: int, tail: int) -> Preferences:
-    """A random start. `head`, `tail`: of a slot's micro-batches, those with values of their own."""
+    """Returns a random start. `head`, `tail`: of a slot's micro-batches, those with values of their own."""
     spread = random.choice((0.0, 0.3, 1.0, 2.0))
     return Preferences(
         forward=random.choice(_FORWARDS),
@@ -82,7 +82,7 @@ def draw(random: Random, num_slots: int, head: int, tail: int) -> Preferences:
 
 
 def change(preferences: Preferences, random: Random) -> Preferences:
-    """A neighbour: a few of the first micro-batches' values are drawn anew, sometimes a dial."""
+    """Returns a neighbour: a few of the first micro-batches' values are drawn anew, sometimes a dial."""
     forwards = [list(row) for row in preferences.forwards]
     backwards = [list(row) for row in preferences.backwards]
     for _ in range(random.choice((1, 2, 4, 8, 16))):

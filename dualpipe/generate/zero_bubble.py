@@ -87,7 +87,7 @@ def _zb_v_rank(rank: int, num_ranks: int, num_micro_batches: int) -> list[Operat
 
 
 def _with_weights(orders: Sequence[Sequence[Operation]], most_alive: int) -> list[list[Operation]]:
-    """The orders with the weight gradients put in, oldest first, by the rule that `zb_v` states."""
+    """Returns the orders with the weight gradients put in, oldest first, by the rule that `zb_v` states."""
     num_stages = 2 * len(orders)
     clocks = [_RankClock(order=order) for order in orders]
     made_at: dict[Value, int] = {}

@@ -25,7 +25,7 @@ def fuse(schedule: Schedule, costs: CostModel) -> Schedule:
 
 
 def exchanges(costs: CostModel) -> bool:
-    """Whether any stage has exchange, so that groups could hide some."""
+    """Returns whether any stage has exchange, so that groups could hide some."""
     return any(stage.forward_exchange or stage.backward_exchange for stage in costs.stages)
 
 
@@ -42,7 +42,7 @@ class _Climb:
         self._best = self._measure(start, float("inf"))
 
     def climb(self) -> Schedule:
-        """The fused schedule."""
+        """Returns the fused schedule."""
         for _ in range(_MAX_SWEEPS):
             if not self._sweep():
                 break
@@ -90,7 +90,7 @@ class _Climb:
         return False
 
     def _measure(self, progress: TimingProgress, limit: float) -> tuple[float, float]:
-        """Makespan and sum of the ranks' ends, rounded so that a tie is a tie; infinite past the limit."""
+        """Returns makespan and sum of the ranks' ends, rounded so that a tie is a tie; infinite past the limit."""
         worst = float("inf"), float("inf")
         if not self._timing.advance(self._ranks, progress, limit=limit + _ROUNDING * max(limit, 1.0)):
             return worst

@@ -17,7 +17,7 @@ class Clock(Protocol[MarkT]):
         ...
 
     def seconds(self, marks: Sequence[MarkT]) -> list[float]:
-        """Of each mark, from the first one on; waits until the last one has passed."""
+        """Returns the seconds of each mark from the first one on; waits until the last one has passed."""
         ...
 
 
@@ -37,7 +37,7 @@ class CudaClock:
     """The device's time: events on the stream that is current where they are marked, to about a microsecond."""
 
     def mark(self) -> torch.cuda.Event:
-        """An event behind all work launched so far."""
+        """Returns an event behind all work launched so far."""
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event

@@ -14,7 +14,7 @@ Pairing = Callable[[Sequence[Sequence[Atom]]], list[Atom]]
 
 
 def compile_rank(schedule: Schedule, rank: int, lanes: Mapping[int, Sequence[Lane]], pairing: Pairing) -> Program:
-    """The steps of one rank.
+    """Returns the steps of one rank.
 
     Args:
         schedule: a valid one; a forward-only one gives a forward-only program.
@@ -36,7 +36,7 @@ def compile_rank(schedule: Schedule, rank: int, lanes: Mapping[int, Sequence[Lan
 
 
 def run_key(op: Operation) -> RunKey:
-    """The run that an operation belongs to."""
+    """Returns the run that an operation belongs to."""
     return RunKey(op.direction, op.stage, op.micro_batch)
 
 
@@ -91,7 +91,7 @@ def _atoms(schedule: Schedule, op: Operation, lanes: Sequence[Lane], train: bool
 
 
 def _passage(op: Operation, action: Action, order: Iterable[int], lanes: Sequence[Lane]) -> list[Atom]:
-    """One phase after another; each that follows an exchange completes it first, and so does the end."""
+    """Yields one phase after another; each that follows an exchange completes it first, and so does the end."""
     atoms: list[Atom] = []
     pending = False
     for phase in order:

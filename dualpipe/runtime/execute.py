@@ -43,7 +43,7 @@ class _Kept:
         self._tensor = tensor
 
     def wait(self) -> Tensor:
-        """The tensor."""
+        """Returns the tensor."""
         return self._tensor
 
 

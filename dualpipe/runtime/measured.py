@@ -90,13 +90,13 @@ def _left_of(measured: Measured, lanes: Sequence[SpanLane]) -> float:
 
 
 def step_lanes(program: Program) -> tuple[SpanLane | None, ...]:
-    """The main thread's lane in every step; None for steps that take no time worth a span."""
+    """Returns the main thread's lane in every step; None for steps that take no time worth a span."""
     exchanges = _exchange_steps(program)
     return tuple(_lane(step, index in exchanges) for index, step in enumerate(program.steps))
 
 
 def rank_use(lanes: Sequence[SpanLane | None], spans: Sequence[tuple[float, float]], origin_seconds: float) -> RankUse:
-    """What `measured_bubble` takes from one rank's spans, without making them.
+    """Returns what `measured_bubble` takes from one rank's spans, without making them.
 
     Args:
         lanes: of the rank's program, from `step_lanes`.
@@ -114,7 +114,7 @@ def rank_use(lanes: Sequence[SpanLane | None], spans: Sequence[tuple[float, floa
 def rank_spans(
     groups: Sequence[Group], program: Program, spans: Sequence[tuple[float, float]], origin_seconds: float
 ) -> tuple[LaneSpan, ...]:
-    """One rank's spans, ordered by start.
+    """Returns one rank's spans, ordered by start.
 
     Args:
         groups: those of the schedule that the program was compiled from, of this rank.
@@ -179,7 +179,7 @@ def measured_costs(schedule: Schedule, measured: Measured) -> CostModel:
 
 
 def _by_operation(measured: Measured) -> dict[Operation, list[LaneSpan]]:
-    """In the order of their starts."""
+    """Returns the spans of each operation, in the order of their starts."""
     found: dict[Operation, list[LaneSpan]] = defaultdict(list)
     for spans in measured.ranks:
         for span in spans:
@@ -216,7 +216,7 @@ def _keys(op: Operation) -> Iterable[tuple[RunKey, Action]]:
 
 
 def _exchange_steps(program: Program) -> set[int]:
-    """The steps that only start an exchange: the run's next step on its way waits for it."""
+    """Returns the steps that only start an exchange: the run's next step on its way waits for it."""
     found = set()
     before: dict[RunKey, int] = {}
     for index, step in enumerate(program.steps):
@@ -228,7 +228,7 @@ def _exchange_steps(program: Program) -> set[int]:
 
 
 def _passage(step: Step, way: dict[RunKey, Action]) -> Action:
-    """The kind of passage that a step belongs to: forward, backward for inputs, or weights."""
+    """Returns the kind of passage that a step belongs to: forward, backward for inputs, or weights."""
     if step.message is not None:
         return Action.FORWARD if step.message.kind == "activation" else Action.BACKWARD
     return way[step.run] if step.action is Action.WAIT else step.action

@@ -46,7 +46,7 @@ class _Member:
 
 
 def sequential(members: Sequence[Sequence[Atom]]) -> list[Atom]:
-    """One member after the other."""
+    """Returns the members one after the other."""
     return [atom for member in members for atom in member]
 
 
@@ -85,7 +85,7 @@ def _urgency(member: _Member) -> tuple[int, int]:
 
 
 def _overtakes(states: Sequence[_Member], index: int) -> bool:
-    """Whether the member's next atom sends on a link that an earlier member has still to send on."""
+    """Returns whether the member's next atom sends on a link that an earlier member has still to send on."""
     links = states[index].left[0].links
     return bool(links) and any(links & atom.links for state in states[:index] for atom in state.left)
 

@@ -19,19 +19,19 @@ class Run(Protocol):
     """
 
     def set_input(self, hidden_BTD: "Tensor", /) -> None:
-        """The activation from the stage before, which may be on this rank; nobody else uses the tensor."""
+        """Takes the activation from the stage before, which may be on this rank; nobody else uses the tensor."""
         ...
 
     def output(self) -> "Tensor":
-        """The activation for the stage after; handed over, not kept."""
+        """Returns the activation for the stage after; handed over, not kept."""
         ...
 
     def set_output_gradient(self, gradient_BTD: "Tensor", /) -> None:
-        """The gradient from the stage after, which may be on this rank; nobody else uses the tensor."""
+        """Takes the gradient from the stage after, which may be on this rank; nobody else uses the tensor."""
         ...
 
     def input_gradient(self) -> "Tensor":
-        """The gradient for the stage before; handed over, not kept."""
+        """Returns the gradient for the stage before; handed over, not kept."""
         ...
 
     def forward(self, phase: int) -> None:
@@ -68,7 +68,7 @@ class Receipt(Protocol):
     """A message on its way here."""
 
     def wait(self) -> "Tensor":
-        """The tensor, once it has arrived."""
+        """Returns the tensor, once it has arrived."""
         ...
 
 

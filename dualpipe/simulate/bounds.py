@@ -41,16 +41,16 @@ class _Share:
     lifetime: float
 
     def compute(self, *kinds: Op) -> float:
-        """Computation of these operations of all micro-batches."""
+        """Returns the computation of these operations of all micro-batches."""
         return self.count * sum(map(self.costs.compute_of, kinds))
 
     def exchange(self, *kinds: Op) -> float:
-        """Exchange of these operations of all micro-batches."""
+        """Returns the exchange of these operations of all micro-batches."""
         return self.count * sum(map(self.costs.exchange_of, kinds))
 
 
 def lower_bound(schedule: Schedule, costs: CostModel, memory_cap: float | None = None) -> Bound:
-    """The largest makespan that is proven to be unavoidable for a training schedule.
+    """Returns the largest makespan that is proven to be unavoidable for a training schedule.
 
     It holds for every schedule with the same placement and number of micro-batches, whatever its groups, backwards
     full or split, as `simulate` times them.
@@ -99,18 +99,18 @@ def _used_directions(schedule: Schedule) -> Iterable[int]:
 
 
 def _alone(costs: CostModel, stage: int, kind: Op) -> float:
-    """The least time of a group with such a member."""
+    """Returns the least time of a group with such a member."""
     return costs.stages[stage].compute_of(kind) + costs.stages[stage].exchange_of(kind)
 
 
 def _hop(schedule: Schedule, costs: CostModel, direction: int, stage: int) -> float:
-    """The link between a stage and the one after it, either way."""
+    """Returns the link between a stage and the one after it, either way."""
     row = schedule.placement[direction]
     return costs.latency if row[stage] != row[stage + 1] else 0.0
 
 
 def _forward_path(schedule: Schedule, costs: CostModel, direction: int, first: int) -> list[float]:
-    """Per stage from `first` on: the least time from the start of F there to the start of F here."""
+    """Returns per stage from `first` on: the least time from the start of F there to the start of F here."""
     times = [0.0]
     for stage in range(first, schedule.num_stages - 1):
         times.append(times[-1] + _alone(costs, stage, Op.FORWARD) + _hop(schedule, costs, direction, stage))
@@ -118,7 +118,7 @@ def _forward_path(schedule: Schedule, costs: CostModel, direction: int, first: i
 
 
 def _way_back(schedule: Schedule, costs: CostModel, direction: int, stage: int) -> float:
-    """The least time from the start of I in a stage to the end of all that must follow it, W here and below."""
+    """Returns the least time from the start of I in a stage to the end of all that must follow it, W here and below."""
     latest = 0.0
     time = 0.0
     for below in range(stage, -1, -1):
@@ -130,7 +130,7 @@ def _way_back(schedule: Schedule, costs: CostModel, direction: int, stage: int) 
 
 
 def _gradient_path(schedule: Schedule, costs: CostModel, direction: int, stage: int) -> float:
-    """The least time from the start of I in the last stage to the start of I here."""
+    """Returns the least time from the start of I in the last stage to the start of I here."""
     return sum(
         _alone(costs, above, Op.BACKWARD_INPUT) + _hop(schedule, costs, direction, above - 1)
         for above in range(schedule.num_stages - 1, stage, -1)
@@ -198,12 +198,12 @@ def _work_bounds(
 
 
 def _binds(shares: Sequence[_Share], memory_cap: float) -> bool:
-    """Whether the rank could exceed the cap at all."""
+    """Returns whether the rank could exceed the cap at all."""
     return memory_cap < sum(share.count * share.costs.activation for share in shares)
 
 
 def _most_forwards(shares: Sequence[_Share], memory_cap: float, time: Callable[[StageCosts], float]) -> float:
-    """The most time of forwards whose activations fit under the cap together, or more than that, never less."""
+    """Returns the most time of forwards whose activations fit under the cap together, or more than that, never less."""
     alike = len({share.costs.activation for share in shares}) == 1
     total = 0.0
     room = memory_cap

@@ -31,7 +31,7 @@ def survey(
     cache_dir: Path | None = None,
     excluded: dict[str, str] | None = None,
 ) -> tuple[TimedSchedule | Absent, ...]:
-    """Every kind of schedule of this size that may be chosen: timed, or the reason for which there is none.
+    """Returns every kind of schedule of this size that may be chosen: timed, or the reason for which there is none.
 
     Args:
         num_ranks: ranks of one pipeline.
@@ -67,7 +67,7 @@ def survey(
 
 
 def choose(rows: Sequence[TimedSchedule | Absent], memory_cap: float | None = None) -> Choice:
-    """The shortest schedule of those that there are; of equally short ones the one that keeps least alive.
+    """Returns the shortest schedule of those that there are; of equally short ones the one that keeps least alive.
 
     Raises:
         ScheduleError: there is none.

@@ -51,7 +51,7 @@ class StageCosts:
         _check_times(self, "stage costs")
 
     def compute_of(self, kind: Op) -> float:
-        """Computation of one operation."""
+        """Returns the computation of one operation."""
         match kind:
             case Op.FORWARD:
                 return self.forward
@@ -65,7 +65,7 @@ class StageCosts:
                 assert_never(other)
 
     def exchange_of(self, kind: Op) -> float:
-        """Exchange of one operation."""
+        """Returns the exchange of one operation."""
         match kind:
             case Op.FORWARD:
                 return self.forward_exchange
@@ -85,15 +85,15 @@ class CostModel:
     latency: float
 
     def compute_of(self, op: Operation) -> float:
-        """Computation of one operation."""
+        """Returns the computation of one operation."""
         return self.stages[op.stage].compute_of(op.kind)
 
     def exchange_of(self, op: Operation) -> float:
-        """Exchange of one operation."""
+        """Returns the exchange of one operation."""
         return self.stages[op.stage].exchange_of(op.kind)
 
     def duration_of(self, group: Group) -> float:
-        """A group's time: its members share both lanes perfectly, and none is faster than it would be alone."""
+        """Returns a group's time: its members share both lanes perfectly, and none is faster than it would be alone."""
         return overlapped_time([(self.compute_of(op), self.exchange_of(op)) for op in group])
 
 

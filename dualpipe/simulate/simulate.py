@@ -78,7 +78,7 @@ def _check_finished(schedule: Schedule, ranks: list[list[NumberedGroup]], ended:
 
 
 def peak_activations(schedule: Schedule) -> tuple[int, ...]:
-    """The most activations of one stage and micro-batch that each rank keeps at once.
+    """Returns the most activations of one stage and micro-batch that each rank keeps at once.
 
     One lives from the start of its F to the end of its B, or of its W where the backward is split. In a
     forward-only schedule it lives as long as its group.
@@ -87,7 +87,7 @@ def peak_activations(schedule: Schedule) -> tuple[int, ...]:
 
 
 def peak_memory(schedule: Schedule, costs: CostModel) -> tuple[float, ...]:
-    """The same, each activation weighing what its stage keeps: in the unit of `StageCosts.activation`."""
+    """Returns the same, each activation weighing what its stage keeps: in the unit of `StageCosts.activation`."""
     return tuple(_peak(groups, lambda op: costs.stages[op.stage].activation) for groups in schedule.ranks)
 
 

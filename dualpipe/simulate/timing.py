@@ -31,7 +31,7 @@ class TimingProgress:
     left: list[float]
 
     def copy(self) -> "TimingProgress":
-        """One that can be moved on by itself."""
+        """Returns a copy that can be moved on by itself."""
         return TimingProgress(
             ends=self.ends.copy(), position=self.position.copy(), clock=self.clock.copy(), left=self.left.copy()
         )
@@ -54,18 +54,18 @@ class Timing:
         self._before = [self._predecessor(op) for op in self.operations]
 
     def numbered(self, groups: Iterable[Sequence[Operation]]) -> list[NumberedGroup]:
-        """A rank's groups by the numbers of their operations."""
+        """Returns a rank's groups by the numbers of their operations."""
         return [tuple(self._numbers[op] for op in group) for group in groups]
 
     def duration(self, group: NumberedGroup) -> float:
-        """A group's time: `CostModel.duration_of`."""
+        """Returns a group's time: `CostModel.duration_of`."""
         known = self._durations.get(group)
         if known is None:
             known = self._durations[group] = overlapped_time([self._lanes[number] for number in group])
         return known
 
     def compute(self, group: NumberedGroup) -> float:
-        """Computation of a group's members."""
+        """Returns the computation of a group's members."""
         return sum(self._lanes[number][0] for number in group)
 
     def begin(self, ranks: RankGroups) -> TimingProgress:
@@ -80,7 +80,7 @@ class Timing:
     def advance(
         self, ranks: RankGroups, progress: TimingProgress, until: int | None = None, limit: float = float("inf")
     ) -> bool:
-        """Each rank runs its groups in order, each as soon as it can, as far as they come.
+        """Runs each rank's groups in order, each as soon as it can, as far as they come.
 
         Args:
             ranks: the groups of every rank, those that have run as they were.
@@ -117,7 +117,7 @@ class Timing:
         return True
 
     def run(self, ranks: RankGroups) -> list[float]:
-        """The end of every operation, by number; -1 for those that wait for ever."""
+        """Returns the end of every operation, by number; -1 for those that wait for ever."""
         progress = self.begin(ranks)
         self.advance(ranks, progress)
         return progress.ends
@@ -149,7 +149,7 @@ class Timing:
         return needed, lags
 
     def _predecessor(self, op: Operation) -> int:
-        """What the same micro-batch must have been through in the same stage: -1 where nothing."""
+        """Returns what the same micro-batch must have been through in the same stage: -1 where nothing."""
         match op.kind:
             case Op.BACKWARD | Op.BACKWARD_INPUT:
                 before = Op.FORWARD
