@@ -8,6 +8,7 @@ import tempfile
 import threading
 import time
 from contextlib import suppress
+from multiprocessing import util
 from pathlib import Path
 from types import FrameType
 
@@ -96,7 +97,8 @@ def _is_execnet(pid: int) -> bool:
     return b"exec(eval(sys.stdin.readline()))" in Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
-_folder: list[str] = []
+_folder: dict[int, str] = {}
+"""By the process that made it."""
 
 
 def make_folder() -> None:
@@ -105,13 +107,13 @@ def make_folder() -> None:
     Folders of `tmp_path` stay where pytest keeps those of the last runs.
     """
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
-    _folder.append(tempfile.mkdtemp(prefix="tests"))
-    os.chmod(_folder[0], 0o1777)  # as /tmp, for commands that run as another user
-    os.environ["TMPDIR"] = tempfile.tempdir = _folder[0]
-    atexit.register(remove_folder)
+    path = _folder[os.getpid()] = tempfile.mkdtemp(prefix="tests")
+    os.chmod(path, 0o1777)  # as /tmp, for commands that run as another user
+    os.environ["TMPDIR"] = tempfile.tempdir = path
+    util.Finalize(None, remove_folder, exitpriority=-200)  # after multiprocessing has removed its own, at -100
 
 
 def remove_folder() -> None:
-    """Removes the folder of `make_folder` in the process that made it."""
-    for path in _folder:
-        shutil.rmtree(path, ignore_errors=True)
+    """Removes the folder of `make_folder` in the process that made it, not in a fork of it."""
+    if os.getpid() in _folder:
+        shutil.rmtree(_folder[os.getpid()], ignore_errors=True)
