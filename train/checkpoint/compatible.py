@@ -1,6 +1,8 @@
 """Whether a run may resume from a checkpoint, or has the same layout as the run that wrote it. No torch here."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from train.checkpoint.manifest import CheckpointError, layout_record, read_manifest, shape_record
 from train.config import TrainConfig
@@ -30,15 +32,7 @@ def check_compatible(
             f"resume: {folder} must be a run's checkpoint, holds weights without optimiser state; "
             f"nearest valid: init_from={folder}, which starts a run from them"
         )
-    model = differences("model", manifest.get("model"), shape["model"])
-    if model:
-        raise CheckpointError(f"resume: {folder} is a checkpoint of another architecture: {'; '.join(model)}")
-    others = [line for key in shape if key != "model" for line in differences(key, manifest.get(key), shape[key])]
-    if others:
-        raise CheckpointError(
-            f"resume: {folder} was written under another precision or order of samples: {'; '.join(others)}; a run "
-            f"goes on with those that it began with, init_from={folder} starts a new one from its weights"
-        )
+    _check_shape(folder, manifest, shape)
     if config.task.steps <= manifest["step"] and not may_be_done:
         raise CheckpointError(
             f"task.steps: must be above the {manifest['step']} steps that {folder} has done, "
@@ -49,6 +43,19 @@ def check_compatible(
         raise CheckpointError(
             f"resume: {folder} must go on with the samples it was written under; their fingerprint was {written}, "
             f"that of data.* is {data_fingerprint}"
+        )
+
+
+def _check_shape(folder: Path, manifest: Mapping[str, Any], shape: Mapping[str, Any]) -> None:
+    """Refuses another architecture, precision or order of samples."""
+    model = differences("model", manifest.get("model"), shape["model"])
+    if model:
+        raise CheckpointError(f"resume: {folder} is a checkpoint of another architecture: {'; '.join(model)}")
+    others = [line for key in shape if key != "model" for line in differences(key, manifest.get(key), shape[key])]
+    if others:
+        raise CheckpointError(
+            f"resume: {folder} was written under another precision or order of samples: {'; '.join(others)}; a run "
+            f"goes on with those that it began with, init_from={folder} starts a new one from its weights"
         )
 
 
