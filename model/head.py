@@ -1,8 +1,9 @@
-"""The ends of the model: embedding, output head with its loss, and what an MTP module adds around its block.
+"""The ends of the model: embedding, output head with its scores, and what an MTP module adds around its block.
 
 Source: arXiv:2412.19437, section 2.2. Shape legend: B sequences, T tokens, D hidden size, V vocabulary.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kernels.cross_entropy import linear_cross_entropy
+from kernels.cross_entropy.reference import RowSlopes
 from kernels.rms_norm import normalise_backward, rms_norm
 from kernels.rms_norm.reference import inverse_rms
 from model.block import Block
@@ -17,6 +19,9 @@ from model.config import ModelConfig
 from model.norm import RmsNorm
 from model.precision.linear import Projection, WeightSink, give
 from model.precision.linears import Linears
+
+ValueFunction = Callable[[Tensor], Tensor]
+"""Computes a loss from the log-probabilities of all rows."""
 
 
 class _SplitEmbedding(torch.autograd.Function):
@@ -121,37 +126,68 @@ class MtpBlock(Block):
         return out
 
 
-class _CrossEntropySum(torch.autograd.Function):
+class _ScoreTokens(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, normal_ND: Tensor, head_VD: Tensor, targets_N: Tensor, sink: WeightSink | None, records: bool
-    ) -> Tensor:
+        ctx: Any,
+        normal_ND: Tensor,
+        head_VD: Tensor,
+        targets_N: Tensor,
+        row_slopes: RowSlopes | None,
+        value: ValueFunction,
+        sink: WeightSink | None,
+        records: bool,
+    ) -> tuple[Tensor, Tensor]:
         wants_head = records and head_VD.requires_grad
-        found = linear_cross_entropy(normal_ND, head_VD, targets_N, wants_rows=records, wants_head=wants_head)
+        scores = linear_cross_entropy(
+            normal_ND, head_VD, targets_N, row_slopes, wants_rows=records, wants_head=wants_head
+        )
         if records:
-            ctx.save_for_backward(found.rows_ND, found.head_VD, head_VD)
+            ctx.save_for_backward(scores.rows_ND, scores.head_VD, head_VD)
             ctx.sink = sink
-        return -found.log_probs_N.sum()
+        ctx.mark_non_differentiable(scores.log_probs_N)
+        ctx.set_materialize_grads(False)
+        return value(scores.log_probs_N), scores.log_probs_N
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (factor,) = grads
+        factor = grads[0]
         rows_ND, found_VD, head_VD = ctx.saved_tensors
         grad_head = None
         if found_VD is not None:
             grad_head = give(head_VD, lambda: found_VD.mul_(factor), ctx.sink)
         if grad_head is not None:
             grad_head = grad_head.to(head_VD.dtype)
-        return rows_ND.mul_(factor), grad_head, None, None, None
+        return rows_ND.mul_(factor), grad_head, None, None, None, None, None
 
 
-def cross_entropy_sum(normal_BTD: Tensor, head_VD: Tensor, targets_BT: Tensor, sink: WeightSink | None) -> Tensor:
-    """Sum over targets of the cross-entropy in nats, in float32 or wider; a target of -100 counts nothing.
+def score_tokens(
+    normal_BTD: Tensor,
+    head_VD: Tensor,
+    targets_BT: Tensor,
+    sink: WeightSink | None,
+    *,
+    value: ValueFunction,
+    slopes: RowSlopes | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Computes a loss that is a function of the targets' log-probabilities.
 
     Logits exist for a few rows at a time; gradients are made on the way, so that each row's logits are computed once.
+
+    Args:
+        normal_BTD: the head's input.
+        head_VD: the head's matrix.
+        targets_BT: int64, below V; -100 where nothing is predicted, whose log-probability is given as 0.
+        sink: as of `linear.linear`.
+        value: computes the loss, a scalar, from the log-probabilities of all rows, [BT] in float32 or wider.
+        slopes: of the loss in -log p of each row: [BT], or a function of log-probabilities, see
+            `kernels.cross_entropy`; None: 1 for every row.
+
+    Returns:
+        The loss, whose gradient is that of sum(slopes * -log p), and the log-probabilities, BT, without gradient.
     """
     records = torch.is_grad_enabled()
-    nats: Tensor = _CrossEntropySum.apply(  # type: ignore[no-untyped-call]
-        normal_BTD.flatten(0, 1), head_VD, targets_BT.flatten(), sink, records
+    loss, log_probs_N = _ScoreTokens.apply(  # type: ignore[no-untyped-call]
+        normal_BTD.flatten(0, 1), head_VD, targets_BT.flatten(), slopes, value, sink, records
     )
-    return nats
+    return loss, log_probs_N.view_as(targets_BT)

@@ -11,8 +11,7 @@ from torch import Tensor
 from comm.protocol import Label, Work
 from model.block import Block
 from model.gradients import GradientStore
-from model.head import cross_entropy_sum
-from model.objective import LossSums, MicroBatch, Objective
+from model.objective import BALANCE, LossSums, MicroBatch, Objective
 from model.phases import CombinePhase, Computed, ComputePhase, DispatchPhase, Lane, Phase, block_lanes, block_phases
 from model.precision.linear import WeightSink
 from model.transformer import Transformer
@@ -142,7 +141,7 @@ class Stage:
         documents = None if batch is None else batch.documents
 
         def note_balance(balance: Tensor) -> Tensor:
-            sums.add_balance(balance)
+            sums.add(BALANCE, balance)
             return objective.balance * balance
 
         def add_block(block: Block, layer: int) -> None:
@@ -165,24 +164,15 @@ class Stage:
             for depth in range(self._model.config.mtp_depth + 1):
                 if depth:
                     add_block(self._model.mtp_block(depth), self._model.config.num_layers + depth - 1)
-                phases.append(ComputePhase(self._head(depth, batch, objective, sums), store))
+                phases.append(ComputePhase(self._head(depth, batch, objective, sums, (direction, micro_batch)), store))
         return StageRun(phases)
 
     def _head(
-        self, depth: int, batch: MicroBatch, objective: Objective, sums: LossSums
+        self, depth: int, batch: MicroBatch, objective: Objective, sums: LossSums, place: tuple[int, int]
     ) -> Callable[[Hidden, WeightSink | None], Computed[Any]]:
-        model, config = self._model, self._model.config
-
         def compute(values: Hidden, sink: WeightSink | None) -> Computed[Any]:
-            hidden = values.hidden_BTD
-            normal = model.final_norm(depth)(hidden)
-            nats = cross_entropy_sum(normal, model.head_weight, batch.targets_BT[depth], sink)
-            sums.add_cross_entropy(depth, nats)
-            loss = objective.cross_entropy[depth] * nats
-            if depth == config.mtp_depth:
-                return Computed(NoValues(), loss)
-            state = normal if config.mtp_hidden == "post_norm" else hidden
-            embedded = model.embed(batch.inputs_BT[depth + 1], sink)
-            return Computed(Hidden(model.mtp_block(depth + 1).merge(embedded, state, sink)), loss)
+            hidden_BTD = values.hidden_BTD
+            loss, onward_BTD = self._model.head_loss(depth, hidden_BTD, batch, objective, sums, sink, place=place)
+            return Computed(NoValues() if onward_BTD is None else Hidden(onward_BTD), loss)
 
         return compute

@@ -15,9 +15,9 @@ from kernels.attention.documents import Documents
 from model.block import Block, run_block
 from model.config import Computing, ModelConfig
 from model.experts import RoutedExperts
-from model.head import Embedding, MtpBlock, cross_entropy_sum
+from model.head import Embedding, MtpBlock
 from model.norm import RmsNorm, normed_linear
-from model.objective import LossSums, MicroBatch, Objective
+from model.objective import BALANCE, LossSums, MicroBatch, Objective, OutputHead
 from model.precision.linear import Projection, WeightSink, widen
 from model.precision.linears import Linears, linears_for
 from model.router import Router
@@ -158,26 +158,55 @@ class Transformer(nn.Module):
                 hidden = normal
         return tuple(found)
 
+    def head_loss(
+        self,
+        depth: int,
+        hidden_BTD: Tensor,
+        batch: MicroBatch,
+        objective: Objective,
+        sums: LossSums,
+        sink: WeightSink | None,
+        *,
+        place: tuple[int, int] = (0, 0),
+    ) -> tuple[Tensor, Tensor | None]:
+        """Computes the loss of one depth: the only place that calls the objective.
+
+        Args:
+            depth: 0 for the main head.
+            hidden_BTD: the last block's output.
+            batch: the micro-batch.
+            objective: what is minimised.
+            sums: gets what is reported.
+            sink: as of `linear.linear`.
+            place: of the micro-batch: direction, number.
+
+        Returns:
+            The depth's part of the step's loss, and the input of the next depth's block, BTD, None after the last.
+        """
+        normal = self.final_norm(depth)(hidden_BTD)
+        head = OutputHead(depth, self.head_weight)
+        found = objective.loss(normal, head, batch, sink)
+        sums.add_task(found, head, place)
+        if depth == self.config.mtp_depth:
+            return found.loss, None
+        state = normal if self.config.mtp_hidden == "post_norm" else hidden_BTD
+        embedded = self.embed(batch.inputs_BT[depth + 1], sink)
+        return found.loss, self.mtp_block(depth + 1).merge(embedded, state, sink)
+
     def loss(self, batch: MicroBatch, objective: Objective, sums: LossSums) -> Tensor:
         """The micro-batch's part of the step's loss, through plain autograd; needs the whole model."""
-        config = self.config
         hidden, total = self.embed(batch.inputs_BT[0], None), torch.zeros((), dtype=torch.float64)
-        for depth in range(config.mtp_depth + 1):
-            if depth:
-                block = self.mtp_block(depth)
-                hidden = block.merge(self.embed(batch.inputs_BT[depth], None), hidden, None)
+        for depth in range(self.config.mtp_depth + 1):
             for layer in self._layers(depth):
                 hidden, routing = run_block(self.block(layer), self.dispatcher, hidden, batch.documents)
                 if routing is not None:
                     balance = routing.balance
-                    sums.add_balance(balance)
+                    sums.add(BALANCE, balance)
                     total = total + objective.balance * balance
-            normal = self.final_norm(depth)(hidden)
-            nats = cross_entropy_sum(normal, self.head_weight, batch.targets_BT[depth], None)
-            sums.add_cross_entropy(depth, nats)
-            total = total + objective.cross_entropy[depth] * nats
-            if config.mtp_hidden == "post_norm":
-                hidden = normal
+            loss, onward = self.head_loss(depth, hidden, batch, objective, sums, None)
+            total = total + loss
+            if onward is not None:
+                hidden = onward
         return total
 
     def _layers(self, depth: int) -> range:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,7 +15,7 @@ from data.progress import Progress
 from dualpipe.runtime.execute import Execution
 from dualpipe.runtime.program import Action, Step
 from kernels.attention.documents import Documents
-from model.objective import LossSums, MicroBatch, Objective
+from model.objective import BALANCE, MAIN, CrossEntropy, LossSums, MicroBatch, loss_names
 from model.transformer import routers
 from train.balance import Balance, update_router_bias
 from train.config import StopGuardConfig, TaskConfig
@@ -33,16 +33,28 @@ _PHASES = (Action.FORWARD, Action.BACKWARD, Action.WEIGHT)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Losses:
-    """Means over the whole job, in nats: per predicted token, per sequence for the balance loss.
+    """A step's losses over the whole job.
 
-    is_finite_here: whether this rank's own part of them is.
+    Attributes:
+        by_name: means in nats: per predicted token, per sequence for the balance loss.
+        total: what was minimised.
+        is_finite_here: whether this rank's own part of them is.
     """
 
-    main: float
-    mtp: tuple[float, ...]
-    balance: float
+    by_name: Mapping[str, float]
     total: float
     is_finite_here: bool
+
+    @property
+    def main(self) -> float:
+        """The loss that validation reports."""
+        return self.by_name[MAIN]
+
+    @property
+    def mtp(self) -> float:
+        """The mean over MTP depths, 0 without any."""
+        depths = [loss for name, loss in self.by_name.items() if name.startswith("mtp_")]
+        return sum(depths) / max(len(depths), 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,7 +156,9 @@ def rates_of(task: TaskConfig, optim: OptimConfig, sizes: BatchSizes, step: int)
     )
 
 
-def make_objective(task: TaskConfig, num_targets: Tensor, mtp_loss_weight: float, global_sequences: int) -> Objective:
+def make_objective(
+    task: TaskConfig, num_targets: Tensor, mtp_loss_weight: float, global_sequences: int
+) -> CrossEntropy:
     """Returns the step's objective from the targets per depth of its global batch.
 
     Args:
@@ -155,10 +169,8 @@ def make_objective(task: TaskConfig, num_targets: Tensor, mtp_loss_weight: float
     """
     depth = len(num_targets) - 1
     weights = [1.0] + [mtp_loss_weight / max(depth, 1)] * depth
-    return Objective(
-        cross_entropy=tuple(
-            weight / max(count, 1) for weight, count in zip(weights, num_targets.tolist(), strict=True)
-        ),
+    return CrossEntropy(
+        factors=tuple(weight / max(count, 1) for weight, count in zip(weights, num_targets.tolist(), strict=True)),
         balance=task.balance_loss_weight / global_sequences,
     )
 
@@ -272,15 +284,16 @@ def validate_pass(replica: Replica, task: TaskConfig, read: Read) -> tuple[Losse
 
 
 def _no_sums(replica: Replica) -> LossSums:
-    return LossSums(cross_entropy=[0.0] * (replica.config.model.mtp_depth + 1))
+    return LossSums(loss_names(replica.config.model.mtp_depth))
 
 
 def _reduce(replica: Replica, task: TaskConfig, sums: LossSums, num_targets: Tensor, mtp_loss_weight: float) -> Losses:
     own = sums.settle()
     is_finite_here = bool(own.isfinite().all())
     totals = replica.world.reduce(own, "sum of losses").tolist()
-    means = [total / max(count, 1) for total, count in zip(totals[:-1], num_targets.tolist(), strict=True)]
-    balance, mtp = totals[-1] / replica.global_sequences, tuple(means[1:])
+    counts = [*num_targets.tolist(), replica.global_sequences]
+    means = {name: total / max(n, 1) for name, total, n in zip(sums.names, totals, counts, strict=True)}
+    mtp = [means[name] for name in sums.names[1:-1]]
     mtp_part = mtp_loss_weight * sum(mtp) / max(len(mtp), 1)
-    total = means[0] + mtp_part + task.balance_loss_weight * balance
-    return Losses(main=means[0], mtp=mtp, balance=balance, total=total, is_finite_here=is_finite_here)
+    total = means[MAIN] + mtp_part + task.balance_loss_weight * means[BALANCE]
+    return Losses(by_name=means, total=total, is_finite_here=is_finite_here)

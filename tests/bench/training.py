@@ -181,17 +181,17 @@ def _build(contender: Contender) -> tuple[Callable[[Tensor, Tensor], Tensor], to
         return _build_transformers(contender, dtype)
     from comm.dispatch.local import LocalDispatcher
     from model.hf.config import parse_config
-    from model.objective import LossSums, MicroBatch, Objective
+    from model.objective import CrossEntropy, LossSums, MicroBatch, loss_names
     from model.transformer import Transformer, initialise
 
     config = parse_config({**_RELEASED_KEYS, "model_type": "deepseek_v3", "num_nextn_predict_layers": 0}, "config")
     model = Transformer(config, LocalDispatcher(config.num_routed_experts), dtype)
     initialise(model, 0)
-    objective = Objective(cross_entropy=(1 / (SEQUENCES * TOKENS),), balance=0.0)
+    objective = CrossEntropy(factors=(1 / (SEQUENCES * TOKENS),), balance=0.0)
 
     def loss(inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
         batch = MicroBatch(inputs_BT=(inputs_BT,), targets_BT=(targets_BT,))
-        return model.loss(batch, objective, LossSums([0.0]))
+        return model.loss(batch, objective, LossSums(loss_names(0)))
 
     def loss_of_logits(inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
         return torch.nn.functional.cross_entropy(model(inputs_BT).flatten(0, 1), targets_BT.flatten())

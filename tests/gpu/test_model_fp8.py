@@ -9,7 +9,7 @@ from torch import Tensor
 from comm.dispatch.local import LocalDispatcher
 from model.config import Computing, Products
 from model.gradients import GradientStore
-from model.objective import LossSums, MicroBatch
+from model.objective import LossSums, MicroBatch, loss_names
 from model.transformer import BIAS, Transformer, initialise
 from tests.model.test_phases import OBJECTIVE, make_batch, run_stage
 from tests.tiny import MODEL
@@ -46,7 +46,7 @@ def on(device: str, batch: MicroBatch) -> MicroBatch:
 def eagerly(model: Transformer, device: str) -> dict[str, Tensor]:
     """Loss and gradients by autograd, in float64 on the CPU."""
     model = model.to(device)
-    loss = model.loss(on(device, make_batch(TOKENS)), OBJECTIVE, LossSums([0.0, 0.0]))
+    loss = model.loss(on(device, make_batch(TOKENS)), OBJECTIVE, LossSums(loss_names(1)))
     loss.backward()
     found = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
     return {name: each.detach().double().cpu() for name, each in {"loss": loss, **found}.items()}

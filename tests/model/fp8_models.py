@@ -10,7 +10,7 @@ from comm.protocol import Arrived, Dispatcher, Handle, Label, Work
 from kernels.attention.documents import Documents
 from model.config import Computing, ModelConfig, Products
 from model.gradients import GradientStore
-from model.objective import LossSums, MicroBatch
+from model.objective import LossSums, MicroBatch, loss_names
 from model.transformer import Transformer, initialise
 from tests.model.test_stage import make_objective, phased
 from tests.tiny import MODEL
@@ -78,7 +78,7 @@ def make_batch(config: ModelConfig, sequences: int = 2, size: int = 75, *, is_pa
 
 def eagerly(made: Transformer, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss, and gradients by autograd."""
-    loss = made.loss(batch, make_objective(made.config), LossSums([0.0] * (made.config.mtp_depth + 1)))
+    loss = made.loss(batch, make_objective(made.config), LossSums(loss_names(made.config.mtp_depth)))
     loss.backward()
     grads = {name: weight.grad for name, weight in made.named_parameters() if weight.grad is not None}
     assert len(grads) == len(list(made.parameters()))

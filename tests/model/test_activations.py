@@ -12,7 +12,7 @@ from comm.dispatch.local import LocalDispatcher
 from model.account import MicroBatchShape, count_activations
 from model.config import RECOMPUTED, Computing, ModelConfig, Recomputed
 from model.gradients import GradientStore
-from model.objective import LossSums, MicroBatch, Objective
+from model.objective import CrossEntropy, LossSums, MicroBatch, loss_names
 from model.stage import Stage
 from model.transformer import Transformer, initialise
 from tests.model.test_stage import run_phases
@@ -60,7 +60,7 @@ def saved_bytes(config: ModelConfig, dtype: torch.dtype, recomputed: frozenset[R
     """By the loss of a whole model under plain autograd."""
     model = make_model(config, dtype, recomputed)
     counter, depths = Counter(model), config.mtp_depth + 1
-    objective, sums = Objective(cross_entropy=(1.0,) * depths, balance=1.0), LossSums([0.0] * depths)
+    objective, sums = CrossEntropy(factors=(1.0,) * depths, balance=1.0), LossSums(loss_names(depths - 1))
     with saved_tensors_hooks(counter.pack, lambda tensor: tensor):
         loss = model.loss(make_batch(config, tokens), objective, sums)
     loss.backward()
@@ -71,7 +71,7 @@ def saved_bytes_by_phases(config: ModelConfig, dtype: torch.dtype, recomputed: f
     """By one stage that is the whole model, phase by phase, with its rows sent to experts and back."""
     model = make_model(config, dtype, recomputed)
     counter, depths = Counter(model), config.mtp_depth + 1
-    objective, sums = Objective(cross_entropy=(1.0,) * depths, balance=1.0), LossSums([0.0] * depths)
+    objective, sums = CrossEntropy(factors=(1.0,) * depths, balance=1.0), LossSums(loss_names(depths - 1))
     stage = Stage(model, range(config.num_layers), first=True, last=True)
     run = stage.start(make_batch(config, 24), objective, sums, GradientStore(model.parameters()))
     with saved_tensors_hooks(counter.pack, lambda tensor: tensor):

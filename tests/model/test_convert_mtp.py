@@ -12,7 +12,7 @@ from torch.nn import functional
 from transformers import DeepseekV3ForCausalLM
 
 from model.hf.convert import load_hf
-from model.objective import LossSums, MicroBatch, Objective
+from model.objective import CrossEntropy, LossSums, MicroBatch, loss_names
 from tests.model.hf_checkpoints import mtp_tensors, random_tokens, read_tensors, reference_model, write_tensors
 
 IGNORED = -100
@@ -89,8 +89,8 @@ def test_mtp_logits_equal_the_formula_by_hand(depth: int, tmp_path: Path) -> Non
             targets[number][0, position] = target
             loss = model.loss(
                 MicroBatch(inputs_BT=inputs_BT, targets_BT=tuple(targets)),
-                Objective(cross_entropy=factors, balance=0.0),
-                LossSums([0.0] * (depth + 1)),
+                CrossEntropy(factors=factors, balance=0.0),
+                LossSums(loss_names(depth)),
             )
             expected_V = logits_BTV[0, position].log_softmax(-1)
             assert loss.item() == pytest.approx(-expected_V[target].item(), abs=1e-4)

@@ -10,7 +10,7 @@ from comm.dispatch.local import LocalDispatcher
 from data.loader import Batch
 from kernels.attention.documents import Documents
 from model.config import ModelConfig
-from model.objective import LossSums, MicroBatch, Objective
+from model.objective import CrossEntropy, LossSums, MicroBatch, loss_names
 from model.transformer import Transformer, initialise
 from tests.tiny import MODEL
 from train.step import to_micro_batch
@@ -54,8 +54,8 @@ def alone(batch: Batch) -> list[Batch]:
 def losses_and_gradients(config: ModelConfig, batches: list[MicroBatch]) -> tuple[Tensor, dict[str, Tensor]]:
     """Sums of cross-entropies, and gradients. The balance loss is of a sequence, whatever it holds: left out here."""
     model, depths = make_model(config), config.mtp_depth + 1
-    sums = LossSums([0.0] * depths)
-    objective = Objective(cross_entropy=tuple(0.1 / (depth + 1) for depth in range(depths)), balance=0.0)
+    sums = LossSums(loss_names(depths - 1))
+    objective = CrossEntropy(factors=tuple(0.1 / (depth + 1) for depth in range(depths)), balance=0.0)
     for batch in batches:
         model.loss(batch, objective, sums).backward()
     gradients = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}

@@ -18,7 +18,7 @@ from launch.config.run_config import compose_run
 from model.account import ActivationAccount, MicroBatchShape, count_activations
 from model.config import RECOMPUTED, Computing, ModelConfig, Products
 from model.gradients import GradientStore
-from model.objective import LossSums, MicroBatch, Objective
+from model.objective import CrossEntropy, LossSums, MicroBatch, loss_names
 from model.phases import ComputePhase
 from model.precision.fp8.maps import Fp8Maps
 from model.stage import Stage
@@ -58,7 +58,7 @@ def make_model(config: ModelConfig, products: Products) -> Transformer:
 def kept_bytes(model: Transformer, batch: MicroBatch, in_phases: bool) -> int:
     """From the forward on, weights left out, each memory once."""
     counter, depths = Counter(model), model.config.mtp_depth + 1
-    objective, sums = Objective(cross_entropy=(1.0,) * depths, balance=1.0), LossSums([0.0] * depths)
+    objective, sums = CrossEntropy(factors=(1.0,) * depths, balance=1.0), LossSums(loss_names(depths - 1))
     if not in_phases:
         with saved_tensors_hooks(counter.pack, lambda tensor: tensor):
             loss = model.loss(batch, objective, sums)
@@ -192,12 +192,12 @@ def _uncollected() -> Iterator[None]:
 def test_nothing_stays_of_a_pass_that_is_done_or_given_up() -> None:
     config = replace(SMALL, num_layers=2, mtp_depth=0)
     model, batch = make_model(config, "fp8"), make_batch(config, 24)
-    objective = Objective(cross_entropy=(1.0,), balance=1.0)
+    objective = CrossEntropy(factors=(1.0,), balance=1.0)
     with LiveMemory():
-        model.loss(batch, objective, LossSums([0.0]))  # what is made once and stays is made here
+        model.loss(batch, objective, LossSums(loss_names(0)))  # what is made once and stays is made here
     gc.collect()
     with LiveMemory() as memory:
-        model.loss(batch, objective, LossSums([0.0]))
+        model.loss(batch, objective, LossSums(loss_names(0)))
     assert memory.num_made > 200
     assert [storage.nbytes() for storage in memory.live()] == []
     store = GradientStore(model.parameters())

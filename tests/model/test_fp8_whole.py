@@ -16,7 +16,7 @@ from kernels.quantize.layout import QuantizedBlocks
 from model.attention.mla import LatentAttention
 from model.config import ModelConfig, Products
 from model.gradients import GradientStore
-from model.objective import LossSums
+from model.objective import LossSums, loss_names
 from tests.kernels.fp8_functions import FP8_FUNCTIONS
 from tests.kernels.plain import randn
 from tests.model.fp8_models import CONFIG, FP8, Away, assert_same, by_phases, eagerly, make_batch, make_model
@@ -175,7 +175,7 @@ def test_what_is_no_number_makes_a_loss_that_is_none(weight: str, value: float) 
         dict(made.named_parameters())[weight].flatten()[0] = value
         batch = make_batch(CONFIG)
         batch.inputs_BT[0][0, 0] = 0
-        objective, sums = make_objective(CONFIG), LossSums([0.0, 0.0])
+        objective, sums = make_objective(CONFIG), LossSums(loss_names(1))
         assert not made.loss(batch, objective, sums).isfinite()
 
 
@@ -214,7 +214,7 @@ def test_gradients_under_hooks_that_copy_are_the_same() -> None:
 
 
 def test_a_second_backward_is_refused() -> None:
-    loss = make_model("fp8").loss(make_batch(CONFIG), make_objective(CONFIG), LossSums([0.0, 0.0]))
+    loss = make_model("fp8").loss(make_batch(CONFIG), make_objective(CONFIG), LossSums(loss_names(1)))
     loss.backward()
     with pytest.raises(RuntimeError, match="second time"):
         loss.backward()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from model.config import Computing
-from model.head import Embedding, MtpBlock, cross_entropy_sum
+from model.head import Embedding, MtpBlock, score_tokens
 from model.precision.linear import Projection, WeightSink
 from model.precision.linears import linears_for
 from tests.kernels import plain
@@ -37,6 +37,12 @@ class Head(nn.Module):
         randomise(self, 1)
 
 
+def nats_of(rows_BTD: Tensor, head_VD: Tensor, targets_BT: Tensor, sink: WeightSink | None) -> Tensor:
+    """The summed cross-entropy."""
+    nats, _ = score_tokens(rows_BTD, head_VD, targets_BT, sink, value=lambda log_probs_N: -log_probs_N.sum())
+    return nats
+
+
 def some_targets(shape: tuple[int, ...], vocab: int) -> Tensor:
     targets = torch.randint(0, vocab, shape, generator=torch.Generator().manual_seed(5))
     targets.flatten()[::3] = -100
@@ -46,14 +52,14 @@ def some_targets(shape: tuple[int, ...], vocab: int) -> Tensor:
 @pytest.mark.parametrize("frozen", [(), ("lm_head.weight",)])
 @pytest.mark.parametrize("is_split", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_cross_entropy_sum_equals_formula(dtype: torch.dtype, is_split: bool, frozen: tuple[str, ...]) -> None:
+def test_summed_cross_entropy_equals_formula(dtype: torch.dtype, is_split: bool, frozen: tuple[str, ...]) -> None:
     for shape, vocab in (((2, 5), 11), ((1, 1), 2), ((0, 4), 7), ((2, 70), 20_011)):
         targets = some_targets(shape, vocab)
 
         def call(
             head: Head, inputs: Sequence[Tensor], sink: WeightSink | None, targets: Tensor = targets
         ) -> tuple[Tensor]:
-            return (cross_entropy_sum(inputs[0], head.lm_head.weight, targets, sink),)
+            return (nats_of(inputs[0], head.lm_head.weight, targets, sink),)
 
         def plainly(weights: Weights, inputs: Sequence[Tensor], targets: Tensor = targets) -> tuple[Tensor]:
             logits_NV = inputs[0].flatten(0, 1) @ weights["lm_head.weight"].t()
@@ -110,16 +116,14 @@ def test_mtp_merge_equals_formula(dtype: torch.dtype, is_split: bool, frozen: tu
 def test_cross_entropy_without_gradients_records_nothing() -> None:
     head = Head(11, torch.float32)
     with torch.no_grad():
-        nats = cross_entropy_sum(torch.ones(1, 2, 6), head.lm_head.weight, torch.tensor([[1, -100]]), None)
+        nats = nats_of(torch.ones(1, 2, 6), head.lm_head.weight, torch.tensor([[1, -100]]), None)
     assert not nats.requires_grad
 
 
 def test_cross_entropy_is_refused_a_second_backward() -> None:
     """Its gradients are scaled in place: a second time they would be wrong, and that must not pass in silence."""
     head = Head(11, torch.float64)
-    nats = cross_entropy_sum(
-        randn(1, 3, 6, seed=0).requires_grad_(), head.lm_head.weight, some_targets((1, 3), 11), None
-    )
+    nats = nats_of(randn(1, 3, 6, seed=0).requires_grad_(), head.lm_head.weight, some_targets((1, 3), 11), None)
     (nats * 2).backward(retain_graph=True)
     with pytest.raises(RuntimeError, match=r"second|modified by an inplace"):
         (nats * 2).backward()
@@ -133,7 +137,7 @@ def whole_logits(rows_BTD: Tensor, head_VD: Tensor, targets_BT: Tensor) -> Tenso
 
 def in_chunks(rows_BTD: Tensor, head_VD: Tensor, targets_BT: Tensor) -> Tensor:
     """This project's."""
-    return cross_entropy_sum(rows_BTD, head_VD, targets_BT, None)
+    return nats_of(rows_BTD, head_VD, targets_BT, None)
 
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]

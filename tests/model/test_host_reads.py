@@ -3,7 +3,7 @@
 import torch
 
 from model.gradients import GradientStore
-from model.objective import LossSums
+from model.objective import LossSums, loss_names
 from model.stage import Stage
 from tests.host_reads import Reads
 from tests.model.test_stage import make_batch, make_model, make_objective
@@ -13,7 +13,7 @@ from tests.tiny import MODEL
 def test_computations_of_a_step_read_nothing_from_the_device() -> None:
     model, reads = make_model(MODEL), Reads()
     stage, store = Stage(model, range(MODEL.num_layers), first=True, last=True), GradientStore(model.parameters())
-    run = stage.start(make_batch(MODEL, 3), make_objective(MODEL), LossSums([0.0] * (MODEL.mtp_depth + 1)), store)
+    run = stage.start(make_batch(MODEL, 3), make_objective(MODEL), LossSums(loss_names(MODEL.mtp_depth)), store)
 
     def computed(phase: int, lane: str, way: str) -> None:
         if lane == "compute":

@@ -15,7 +15,7 @@ from comm.protocol import Label
 from kernels.attention.documents import Documents
 from model.config import RECOMPUTED, Computing, ModelConfig, Recomputed
 from model.gradients import GradientStore
-from model.objective import LossSums, MicroBatch, Objective
+from model.objective import CrossEntropy, LossSums, MicroBatch, loss_names
 from model.phases import Computed, ComputePhase, DispatchPhase, Phase, block_phases
 from model.stage import Stage
 from model.transformer import Transformer, initialise
@@ -27,7 +27,7 @@ SUBSETS: list[frozenset[Recomputed]] = [
     frozenset(chosen) for number in range(4) for chosen in combinations(RECOMPUTED, number)
 ]
 CONFIG = replace(MODEL, num_layers=2)
-OBJECTIVE = Objective(cross_entropy=(0.1, 0.05), balance=0.05)
+OBJECTIVE = CrossEntropy(factors=(0.1, 0.05), balance=0.05)
 
 
 def make_model(
@@ -51,14 +51,14 @@ def make_batch(size: int = 16, is_packed: bool = False) -> MicroBatch:
 
 
 def eager_gradients(model: Transformer, batch: MicroBatch) -> list[Tensor]:
-    model.loss(batch, OBJECTIVE, LossSums([0.0, 0.0])).backward()
+    model.loss(batch, OBJECTIVE, LossSums(loss_names(1))).backward()
     return [weight.grad for weight in model.parameters() if weight.grad is not None]
 
 
 def run_stage(model: Transformer, batch: MicroBatch, store: GradientStore, seen: Callable[[str], None]) -> None:
     """The whole model as one stage: forward, backward and weights, phase after phase."""
     stage = Stage(model, range(model.config.num_layers), first=True, last=True)
-    run = stage.start(batch, OBJECTIVE, LossSums([0.0, 0.0]), store)
+    run = stage.start(batch, OBJECTIVE, LossSums(loss_names(1)), store)
     phases = list(enumerate(stage.lanes))
     for phase, lane in phases:
         run.forward(phase)
@@ -102,7 +102,7 @@ def test_gradients_under_hooks_that_copy_are_the_same(recomputed: frozenset[Reco
     expected = eager_gradients(make_model(recomputed), batch)
     model = make_model(recomputed)
     with torch.autograd.graph.save_on_cpu():
-        loss = model.loss(batch, OBJECTIVE, LossSums([0.0, 0.0]))
+        loss = model.loss(batch, OBJECTIVE, LossSums(loss_names(1)))
     loss.backward()
     made = [weight.grad for weight in model.parameters() if weight.grad is not None]
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(made, expected, strict=True))
@@ -110,7 +110,7 @@ def test_gradients_under_hooks_that_copy_are_the_same(recomputed: frozenset[Reco
 
 def test_a_model_refuses_a_second_backward() -> None:
     for recomputed in SUBSETS:
-        loss = make_model(recomputed).loss(make_batch(), OBJECTIVE, LossSums([0.0, 0.0]))
+        loss = make_model(recomputed).loss(make_batch(), OBJECTIVE, LossSums(loss_names(1)))
         loss.backward()
         with pytest.raises(RuntimeError, match="second time"):
             loss.backward()
@@ -119,16 +119,16 @@ def test_a_model_refuses_a_second_backward() -> None:
 def saved_bytes(recomputed: frozenset[Recomputed]) -> int:
     model, batch = make_model(recomputed), make_batch(64)
     with saved_memory() as saved:
-        model.loss(batch, OBJECTIVE, LossSums([0.0, 0.0]))
+        model.loss(batch, OBJECTIVE, LossSums(loss_names(1)))
     return saved.num_bytes
 
 
 def live_bytes(recomputed: frozenset[Recomputed]) -> int:
     """What is alive after the forward, whoever keeps it."""
     model, batch = make_model(recomputed), make_batch(64)
-    model.loss(batch, OBJECTIVE, LossSums([0.0, 0.0]))  # the table of rotations is made here
+    model.loss(batch, OBJECTIVE, LossSums(loss_names(1)))  # the table of rotations is made here
     with LiveMemory() as memory:
-        loss = model.loss(batch, OBJECTIVE, LossSums([0.0, 0.0]))
+        loss = model.loss(batch, OBJECTIVE, LossSums(loss_names(1)))
         gc.collect()
         found = memory.live_bytes()
     loss.backward()
@@ -176,9 +176,9 @@ def test_nothing_stays_after_backward_and_weights(recomputed: frozenset[Recomput
     assert [storage.nbytes() for storage in memory.live()] == []
     assert all(weight.grad is None for weight in model.parameters())
     other = make_model(recomputed, dtype)
-    other.loss(batch, OBJECTIVE, LossSums([0.0, 0.0]))
+    other.loss(batch, OBJECTIVE, LossSums(loss_names(1)))
     with LiveMemory() as memory:
-        other.loss(batch, OBJECTIVE, LossSums([0.0, 0.0])).backward()
+        other.loss(batch, OBJECTIVE, LossSums(loss_names(1))).backward()
     for weight in other.parameters():
         weight.grad = None
     assert [storage.nbytes() for storage in memory.live()] == []
@@ -188,9 +188,9 @@ def test_nothing_stays_after_backward_and_weights(recomputed: frozenset[Recomput
 @pytest.mark.parametrize("recomputed", SUBSETS)
 def test_a_pass_given_up_after_its_forward_leaves_nothing(recomputed: frozenset[Recomputed]) -> None:
     model, batch = make_model(recomputed), make_batch()
-    model.loss(batch, OBJECTIVE, LossSums([0.0, 0.0]))
+    model.loss(batch, OBJECTIVE, LossSums(loss_names(1)))
     with LiveMemory() as memory:
-        model.loss(batch, OBJECTIVE, LossSums([0.0, 0.0]))
+        model.loss(batch, OBJECTIVE, LossSums(loss_names(1)))
     assert [storage.nbytes() for storage in memory.live()] == []
 
 

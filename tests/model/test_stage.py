@@ -9,7 +9,7 @@ from comm.dispatch.local import LocalDispatcher
 from kernels.attention.documents import Documents
 from model.config import ModelConfig, cut_layers
 from model.gradients import GradientStore
-from model.objective import LossSums, MicroBatch, Objective
+from model.objective import CrossEntropy, LossSums, MicroBatch, Objective, loss_names
 from model.stage import Stage, StageRun
 from model.transformer import Transformer, initialise, routers, whole
 from tests.tiny import MODEL
@@ -34,8 +34,8 @@ def make_batch(config: ModelConfig, seed: int) -> MicroBatch:
     return MicroBatch(inputs_BT=inputs, targets_BT=tuple(targets))
 
 
-def make_objective(config: ModelConfig) -> Objective:
-    return Objective(cross_entropy=tuple(0.1 / (depth + 1) for depth in range(config.mtp_depth + 1)), balance=0.05)
+def make_objective(config: ModelConfig) -> CrossEntropy:
+    return CrossEntropy(factors=tuple(0.1 / (depth + 1) for depth in range(config.mtp_depth + 1)), balance=0.05)
 
 
 def run_phases(run: StageRun, stage: Stage, backward: bool) -> None:
@@ -46,9 +46,15 @@ def run_phases(run: StageRun, stage: Stage, backward: bool) -> None:
             run.wait()
 
 
-def phased(model: Transformer, num_stages: int, batch: MicroBatch, store: GradientStore | None) -> LossSums:
-    config = model.config
-    sums, objective = LossSums([0.0] * (config.mtp_depth + 1)), make_objective(config)
+def phased(
+    model: Transformer,
+    num_stages: int,
+    batch: MicroBatch,
+    store: GradientStore | None,
+    objective: Objective | None = None,
+) -> LossSums:
+    config, objective = model.config, objective or make_objective(model.config)
+    sums = LossSums(loss_names(config.mtp_depth))
     cut = cut_layers(config.num_layers, num_stages, config.mtp_depth)
     last = num_stages - 1
     stages = [Stage(model, layers, first=index == 0, last=index == last) for index, layers in enumerate(cut)]
@@ -86,8 +92,8 @@ def test_phased_equals_plain(config: ModelConfig, num_stages: int, is_packed: bo
     documents = Documents.of_positions(torch.arange(12).remainder(5).expand(2, 12)) if is_packed else None
     plain, cut = make_model(config), make_model(config)
     store = GradientStore(cut.parameters())
-    plain_sums = LossSums([0.0] * (config.mtp_depth + 1))
-    made = torch.zeros(config.mtp_depth + 2)
+    plain_sums = LossSums(loss_names(config.mtp_depth))
+    made = torch.zeros(config.mtp_depth + 2, dtype=torch.float64)
     for seed in range(3):
         batch = replace(make_batch(config, seed), documents=documents)
         plain.loss(batch, make_objective(config), plain_sums).backward()
@@ -105,7 +111,7 @@ def test_phased_equals_plain(config: ModelConfig, num_stages: int, is_packed: bo
 def test_forward_only_gives_the_same_losses_and_keeps_no_gradient() -> None:
     model = make_model(MODEL)
     batch = make_batch(MODEL, 5)
-    expected = LossSums([0.0, 0.0])
+    expected = LossSums(loss_names(1))
     with torch.no_grad():
         model.loss(batch, make_objective(MODEL), expected)
     made = phased(model, 2, batch, None)
@@ -115,7 +121,7 @@ def test_forward_only_gives_the_same_losses_and_keeps_no_gradient() -> None:
 
 def test_transformer_logits_give_the_main_loss() -> None:
     model, batch = make_model(MODEL), make_batch(MODEL, 6)
-    sums = LossSums([0.0, 0.0])
+    sums = LossSums(loss_names(1))
     with torch.no_grad():
         logits = model(batch.inputs_BT[0])
         model.loss(batch, make_objective(MODEL), sums)
@@ -154,10 +160,10 @@ def test_mtp_logits_are_those_of_the_loss(mtp_hidden: str) -> None:
     depths = range(3)
     targets = [tokens[:, depth + 1 : depth + 1 + 12] for depth in depths]
     batch = MicroBatch(inputs_BT=tuple(tokens[:, depth : depth + 12] for depth in depths), targets_BT=tuple(targets))
-    sums = LossSums([0.0] * 3)
+    sums = LossSums(loss_names(2))
     model.loss(batch, make_objective(config), sums)
-    sums.settle()
+    totals = sums.settle()
     for depth in (1, 2):
         flat, aims = logits[depth - 1][:, :12].flatten(0, 1), targets[depth].flatten()
         nats = torch.nn.functional.cross_entropy(flat, aims, reduction="sum")
-        assert float(nats.detach()) == pytest.approx(sums.cross_entropy[depth], rel=1e-10)
+        assert float(nats.detach()) == pytest.approx(float(totals[depth]), rel=1e-10)

@@ -18,7 +18,7 @@ from data.prepare import prepare
 from dualpipe.ir import Schedule
 from dualpipe.registry import build
 from model.experts import RoutedExperts
-from model.objective import LossSums
+from model.objective import LossSums, loss_names
 from model.transformer import Transformer, initialise, named_tensors, routers
 from train.balance import update_router_bias
 from train.config import TrainConfig, sized_config
@@ -114,7 +114,7 @@ def _run_one(job: Job, num_steps: int) -> list[Seen]:
         norm = learner.optimiser.reduce()
         learner.optimiser.update(rates.learning_rate)
         update_router_bias(learner.replica, rates.bias_update)
-        flat = [losses.main, *losses.mtp, losses.balance, losses.total]
+        flat = [*losses.by_name.values(), losses.total]
         weights = {name: tensor.clone() for name, tensor in named_tensors(model).items()}
         seen.append(Seen(flat, norm, gradients, weights))
     dist.barrier()
@@ -191,7 +191,7 @@ def _plain_step(
     counts = sum(torch.tensor([int((t >= 0).sum()) for t in batch.targets_BT]) for batch in batches)
     assert isinstance(counts, Tensor)
     objective = make_objective(config.task, counts, rates.mtp_loss_weight, config.batch.global_sequences)
-    sums = LossSums([0.0] * (depth + 1))
+    sums = LossSums(loss_names(depth))
     for batch in batches:
         model.loss(batch, objective, sums).backward()
     gradients = by_released_name(model, lambda parameter: parameter.grad)

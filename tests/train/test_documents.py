@@ -10,7 +10,7 @@ import torch
 from comm.config import ParallelismConfig
 from comm.dispatch.local import LocalDispatcher
 from dualpipe.config import ScheduleConfig
-from model.objective import LossSums, Objective
+from model.objective import CrossEntropy, LossSums, loss_names
 from model.transformer import Transformer, initialise
 from tests.ranks import run_ranks
 from tests.tiny import tiny_config, write_text
@@ -54,7 +54,7 @@ def plain_validation(config: TrainConfig) -> float:
     model = Transformer(config.model, LocalDispatcher(config.model.num_routed_experts), torch.float64)
     initialise(model, config.seed)
     depth, loader, num_targets = config.model.mtp_depth, open_loader(config), 0
-    sums, objective = LossSums([0.0] * (depth + 1)), Objective(cross_entropy=(0.0,) * (depth + 1), balance=0.0)
+    sums, objective = LossSums(loss_names(depth)), CrossEntropy(factors=(0.0,) * (depth + 1), balance=0.0)
     for first in range(config.batch.global_sequences):
         read = loader.batch(0, first, 1)
         batch = to_micro_batch(read, depth, torch.device("cpu"), masks_documents=config.batch.document_mask)

@@ -179,7 +179,7 @@ def go_on(rank: int, world_size: int, config: TrainConfig) -> tuple[Seen, Seen, 
         result = train_step(learner, config.task, loader, 2)
         state = copied(learner.optimiser.state())
         weights = {name: weight.detach().clone() for name, weight in learner.replica.model.named_parameters()}
-        losses = [result.losses.main, *result.losses.mtp, result.losses.balance, result.losses.total]
+        losses = [*result.losses.by_name.values(), result.losses.total]
         found.append(Seen(losses, result.grad_norm, state, weights))
         close_job(learner)
     return found[0], found[1], place

@@ -17,7 +17,7 @@ from dualpipe.registry import build
 from dualpipe.runtime.execute import execute
 from dualpipe.runtime.protocols import PipelineStage
 from dualpipe.simulate.simulate import peak_activations
-from model.objective import LossSums
+from model.objective import LossSums, loss_names
 from model.stage import StageRun
 from tests.dualpipe.random_schedules import bidirectional, random_schedule, v_shaped
 from tests.ranks import run_ranks
@@ -127,7 +127,7 @@ def _watch_step(config: TrainConfig, schedule: Schedule) -> tuple[int, int, int]
     learner, loader, watch = open_job(config, schedule), open_loader(config), Watch()
     batches = BatchReader(learner.replica, lambda first, count: loader.batch(0, first, count))
     objective = make_objective(config.task, batches.count_targets(), 0.3, config.batch.global_sequences)
-    sums = LossSums(cross_entropy=[0.0] * (config.model.mtp_depth + 1))
+    sums = LossSums(loss_names(config.model.mtp_depth))
     # What is made once and stays, the table of rotations, is made here.
     replica = learner.replica
     execute(replica.forward_program, replica.bind_stages(batches, objective, sums, None), replica.links)

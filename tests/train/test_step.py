@@ -46,7 +46,7 @@ def test_micro_batch_knows_its_documents_where_they_are_masked() -> None:
 
 def test_objective_divides_by_global_counts() -> None:
     objective = make_objective(TASK, torch.tensor([50, 40, 20]), 0.3, 16)
-    assert objective.cross_entropy == pytest.approx((1 / 50, 0.3 / 2 / 40, 0.3 / 2 / 20))
+    assert objective.factors == pytest.approx((1 / 50, 0.3 / 2 / 40, 0.3 / 2 / 20))
     assert objective.balance == pytest.approx(0.01 / 16)
 
 

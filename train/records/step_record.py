@@ -14,6 +14,7 @@ from torch.distributed import ProcessGroup
 
 from comm.dispatch.traffic import LayerTraffic, TrafficSnapshot
 from dualpipe.runtime.measured import RankUse
+from model.objective import BALANCE
 from train.records.metrics import mfu
 from train.records.pictures import PipelineWatch, bubble_of, window_slots
 from train.replica import Replica
@@ -48,8 +49,8 @@ def record_of(
         "global_batch_sequences": replica.global_sequences,
         "loss": losses.total,
         "main_loss": losses.main,
-        "mtp_loss": sum(losses.mtp) / max(len(losses.mtp), 1),
-        "balance_loss": losses.balance,
+        "mtp_loss": losses.mtp,
+        "balance_loss": losses.by_name[BALANCE],
         "grad_norm": result.grad_norm,
         "lr": result.rates.learning_rate,
         "mtp_loss_weight": result.rates.mtp_loss_weight,

@@ -22,7 +22,7 @@ from comm.watchdog.collective_log import CollectiveLog
 from dualpipe.simulate.costs import CostModel, StageCosts
 from model.config import cut_layers
 from model.gradients import GradientStore
-from model.objective import LossSums, MicroBatch, Objective
+from model.objective import CrossEntropy, LossSums, MicroBatch, loss_names
 from model.phases import block_lanes
 from model.stage import Stage, StageRun
 from model.transformer import Part
@@ -168,9 +168,9 @@ class _Parts:
 
     def run(self) -> None:
         """Runs one micro-batch forward and back, phase by phase, each by itself."""
-        sums = LossSums(cross_entropy=[0.0] * (self._shape.mtp_depth + 1))
+        sums = LossSums(loss_names(self._shape.mtp_depth))
         factor = 1 / self._batch.targets_BT[0].numel()
-        objective = Objective(cross_entropy=(factor,) * (self._shape.mtp_depth + 1), balance=factor)
+        objective = CrossEntropy(factors=(factor,) * (self._shape.mtp_depth + 1), balance=factor)
         start, end = (stage.start(self._batch, objective, sums, self._store) for stage in self._stages)
         self._forward(0, start)
         end.set_input(start.output())

@@ -19,7 +19,7 @@ from comm.dispatch.local import LocalDispatcher
 from launch.config.run_config import compose_run
 from model.config import ModelConfig
 from model.gradients import GradientStore
-from model.objective import LossSums, MicroBatch, Objective
+from model.objective import CrossEntropy, LossSums, MicroBatch, loss_names
 from model.stage import Stage
 from model.transformer import Part, Transformer, initialise
 from train.config import TrainConfig
@@ -61,8 +61,8 @@ class Bench:
     def run(self, *, is_timed: bool) -> None:
         """Runs forward, backward and weights of one micro-batch, phase after phase."""
         num_tokens = self.batch.targets_BT[0].numel()
-        objective = Objective(cross_entropy=(1 / num_tokens,), balance=0.0)
-        run = self.stage.start(self.batch, objective, LossSums(cross_entropy=[0.0]), self.store)
+        objective = CrossEntropy(factors=(1 / num_tokens,), balance=0.0)
+        run = self.stage.start(self.batch, objective, LossSums(loss_names(0)), self.store)
 
         def lap(way: str, phase: int, call: Callable[[int], None]) -> None:
             if not is_timed:

@@ -19,7 +19,7 @@ from dualpipe.runtime.execute import execute
 from model.account.held import held_parameters
 from model.account.phases import stage_phases
 from model.account.stage_shape import stage_shapes
-from model.objective import LossSums
+from model.objective import LossSums, loss_names
 from tests.train.job import close_job, open_job, open_loader
 from train.config import TrainConfig
 from train.learner import Learner
@@ -138,7 +138,7 @@ def _compare(config: TrainConfig, schedule: Schedule | None, measures_inside: bo
 def _run(
     learner: Learner, batches: BatchReader, objective: Any, storages: LiveStorages | None, *, trains: bool
 ) -> HostClock:
-    sums = LossSums(cross_entropy=[0.0] * (learner.replica.config.model.mtp_depth + 1))
+    sums = LossSums(loss_names(learner.replica.config.model.mtp_depth))
     clock = HostClock() if storages is None else MemoryClock(storages)
     store = learner.store if trains else None
     program = learner.replica.train_program if trains else learner.replica.forward_program

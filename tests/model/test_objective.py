@@ -1,0 +1,177 @@
+"""Objectives against ordinary autograd through whole logits in float64.
+
+Shape legend: B sequences, T tokens, N tokens of all, D hidden size, V vocabulary.
+"""
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.gradients import GradientStore
+from model.head import score_tokens
+from model.objective import (
+    BALANCE,
+    MAIN,
+    CrossEntropy,
+    LossSums,
+    MicroBatch,
+    Objective,
+    OutputHead,
+    TaskLoss,
+    loss_names,
+)
+from model.precision.linear import WeightSink
+from tests.kernels.plain import randn
+from tests.model.test_stage import make_batch, make_model, phased
+from tests.tiny import MODEL
+
+CLIP = 0.2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClippedPolicyGradient:
+    """PPO's clipped surrogate: the slope of a row is a function of its own log-probability."""
+
+    balance: float = 0.0
+
+    def loss(self, hidden_BTD: Tensor, head: OutputHead, batch: MicroBatch, sink: WeightSink | None) -> TaskLoss:
+        """Computes the sum over tokens of -min(ratio A, clipped ratio A)."""
+        old_N, advantages_N = (batch.extras[name].flatten() for name in ("old_log_probs", "advantages"))
+        is_target_N = batch.targets_BT[0].flatten() != -100
+
+        def value(log_probs_N: Tensor) -> Tensor:
+            return clipped_surrogate(log_probs_N, old_N, advantages_N)[is_target_N].sum()
+
+        def slopes(log_probs_C: Tensor, chunk: slice) -> Tensor:
+            ratios_C, advantages_C = (log_probs_C - old_N[chunk]).exp(), advantages_N[chunk]
+            is_clipped_C = torch.where(advantages_C > 0, ratios_C > 1 + CLIP, ratios_C < 1 - CLIP)
+            return ratios_C * advantages_C * ~is_clipped_C
+
+        loss, log_probs_BT = score_tokens(
+            hidden_BTD, head.weight_VD, batch.targets_BT[0], sink, value=value, slopes=slopes
+        )
+        return TaskLoss(loss, {MAIN: loss.detach()}, log_probs_BT)
+
+
+def clipped_surrogate(log_probs_N: Tensor, old_N: Tensor, advantages_N: Tensor) -> Tensor:
+    """The loss of each token."""
+    ratios_N = (log_probs_N - old_N).exp()
+    return -torch.minimum(ratios_N * advantages_N, ratios_N.clamp(1 - CLIP, 1 + CLIP) * advantages_N)
+
+
+def scored_batch(mtp_depth: int, vocab: int) -> MicroBatch:
+    generator = torch.Generator().manual_seed(3)
+    tokens = torch.randint(vocab, (2, 40), generator=generator)
+    targets = [tokens[:, depth + 1 : depth + 33].clone() for depth in range(mtp_depth + 1)]
+    targets[0][:, ::5] = -100
+    extras = {
+        "weights": torch.rand(2, 32, generator=generator),
+        "old_log_probs": -torch.rand(2, 32, generator=generator).double() * 4,
+        "advantages": torch.randn(2, 32, generator=generator).double(),
+    }
+    inputs = tuple(tokens[:, depth : depth + 32] for depth in range(mtp_depth + 1))
+    return MicroBatch(inputs_BT=inputs, targets_BT=tuple(targets), extras=extras)
+
+
+def plain_log_probs(hidden_BTD: Tensor, head_VD: Tensor, targets_BT: Tensor) -> Tensor:
+    """Of the targets, by the formula over whole logits; 0 where there is none."""
+    logs_NV = (hidden_BTD @ head_VD.t()).log_softmax(-1).flatten(0, 1)
+    targets_N = targets_BT.flatten()
+    picked_N = logs_NV.gather(1, targets_N.clamp(min=0)[:, None])[:, 0]
+    return picked_N.masked_fill(targets_N == -100, 0)
+
+
+def gradients_of(objective: Objective, batch: MicroBatch, depth: int) -> tuple[TaskLoss, tuple[Tensor, ...]]:
+    hidden, head = randn(2, 32, 6, seed=0).requires_grad_(), randn(50, 6, seed=1).requires_grad_()
+    found = objective.loss(hidden, OutputHead(depth, head), batch, None)
+    return found, torch.autograd.grad(found.loss, (hidden, head))
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_weighted_cross_entropy_equals_autograd(depth: int) -> None:
+    batch = scored_batch(2, 50)
+    objective = CrossEntropy(factors=(0.3, 0.2, 0.1), balance=0.0, weights="weights")
+    found, gradients = gradients_of(objective, batch, depth)
+    hidden, head = randn(2, 32, 6, seed=0).requires_grad_(), randn(50, 6, seed=1).requires_grad_()
+    log_probs_N = plain_log_probs(hidden, head, batch.targets_BT[depth])
+    # The target at place i of depth k is the main target at place i + k.
+    weights_BT = torch.zeros(2, 32, dtype=torch.float64)
+    for place in range(32 - depth):
+        weights_BT[:, place] = batch.extras["weights"][:, place + depth].double()
+    nats = -(weights_BT.flatten() * log_probs_N).sum()
+    expected = torch.autograd.grad(objective.factors[depth] * nats, (hidden, head))
+    name = loss_names(2)[depth]
+    torch.testing.assert_close(found.sums[name], nats.detach(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(found.loss.detach(), objective.factors[depth] * nats.detach(), rtol=1e-12, atol=0)
+    assert found.log_probs_BT is not None
+    torch.testing.assert_close(found.log_probs_BT.flatten(), log_probs_N.detach(), rtol=1e-12, atol=1e-14)
+    for made, wanted in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(made, wanted, rtol=1e-11, atol=1e-14)
+
+
+def test_clipped_policy_gradient_from_outside_equals_autograd() -> None:
+    batch = scored_batch(0, 50)
+    found, gradients = gradients_of(ClippedPolicyGradient(), batch, 0)
+    hidden, head = randn(2, 32, 6, seed=0).requires_grad_(), randn(50, 6, seed=1).requires_grad_()
+    log_probs_N = plain_log_probs(hidden, head, batch.targets_BT[0])
+    old_N, advantages_N = batch.extras["old_log_probs"].flatten(), batch.extras["advantages"].flatten()
+    losses_N = clipped_surrogate(log_probs_N, old_N, advantages_N)
+    ratios_N = (log_probs_N - old_N).exp().detach()
+    is_target_N = batch.targets_BT[0].flatten() != -100
+    for is_clipped_N in (ratios_N > 1 + CLIP, ratios_N < 1 - CLIP):
+        assert is_clipped_N[is_target_N].any()
+    loss = losses_N[is_target_N].sum()
+    torch.testing.assert_close(found.loss.detach(), loss.detach(), rtol=1e-12, atol=0)
+    for made, wanted in zip(gradients, torch.autograd.grad(loss, (hidden, head)), strict=True):
+        torch.testing.assert_close(made, wanted, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("num_stages", [1, 4])
+def test_phased_weighted_cross_entropy_equals_plain(num_stages: int) -> None:
+    config = replace(MODEL, mtp_depth=2)
+    objective = CrossEntropy(factors=(0.1, 0.05, 0.03), balance=0.05, weights="weights")
+    plain, cut = make_model(config), make_model(config)
+    batch = make_batch(config, 3)
+    batch = replace(batch, extras={"weights": torch.rand(2, 12, generator=torch.Generator().manual_seed(1))})
+    store, sums = GradientStore(cut.parameters()), LossSums(loss_names(2))
+    plain.loss(batch, objective, sums).backward()
+    made = phased(cut, num_stages, batch, store, objective=objective)
+    torch.testing.assert_close(made.settle(), sums.settle(), rtol=1e-12, atol=0)
+    ours = dict(cut.named_parameters())
+    for name, parameter in plain.named_parameters():
+        assert parameter.grad is not None, name
+        torch.testing.assert_close(store.gradient(ours[name]), parameter.grad, rtol=1e-10, atol=1e-14, msg=name)
+
+
+def test_sums_keep_main_log_probs_by_place_if_wanted() -> None:
+    model, batch = make_model(MODEL), make_batch(MODEL, 6)
+    sums = LossSums(loss_names(1), log_probs={})
+    objective = CrossEntropy(factors=(1.0, 1.0), balance=0.0)
+    with torch.no_grad():
+        logits_BTV = model(batch.inputs_BT[0])
+        model.loss(batch, objective, sums)
+    assert sums.log_probs is not None
+    assert list(sums.log_probs) == [(0, 0)]
+    logs_BT1 = logits_BTV.log_softmax(-1).gather(2, batch.targets_BT[0].clamp(min=0)[..., None])
+    expected = logs_BT1[..., 0].masked_fill(batch.targets_BT[0] == -100, 0)
+    torch.testing.assert_close(sums.log_probs[0, 0], expected, rtol=1e-12, atol=1e-13)
+
+
+def test_sums_are_in_the_order_of_names_and_know_no_other() -> None:
+    sums = LossSums(loss_names(1))
+    for name, value in ((BALANCE, 3.0), ("mtp_1", 2.0), (MAIN, 1.0), (BALANCE, 4.0)):
+        sums.add(name, torch.tensor(value))
+    assert sums.settle().tolist() == [1.0, 2.0, 7.0]
+    assert sums.settle().tolist() == [1.0, 2.0, 7.0]
+    with pytest.raises(AssertionError, match="rewards"):
+        sums.add("rewards", torch.tensor(1.0))
+
+
+def test_extras_are_frozen_and_have_a_value_for_each_token() -> None:
+    batch = scored_batch(0, 50)
+    with pytest.raises(TypeError):
+        batch.extras["weights"] = torch.zeros(2, 32)  # type: ignore[index]
+    with pytest.raises(ValueError, match=r"advantages must begin with the shape of the tokens, \[2, 32\], is \[2\]"):
+        replace(batch, extras={"advantages": torch.zeros(2)})
