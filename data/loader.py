@@ -3,7 +3,8 @@
 Shape legend: B sequences, T tokens per sequence.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -27,11 +28,19 @@ class Batch:
         tokens_BT: int64.
         positions_BT: int64, place within the piece; -1 for padding.
         pad_id: stands for a token that is not there.
+        extras: what else is known of each token's successor, by name, each [B, T, ...]: weights, advantages.
     """
 
     tokens_BT: Tensor
     positions_BT: Tensor
     pad_id: int
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def sequences(self, first: int, count: int) -> "Batch":
+        """Returns `count` sequences from `first` on, with their extras."""
+        part = slice(first, first + count)
+        extras = {name: extra[part] for name, extra in self.extras.items()}
+        return replace(self, tokens_BT=self.tokens_BT[part], positions_BT=self.positions_BT[part], extras=extras)
 
     def targets(self, shift: int) -> Tensor:
         """What a model is to predict `shift` tokens ahead: int64 BT.

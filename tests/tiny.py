@@ -14,7 +14,6 @@ from train.config import (
     CheckpointingConfig,
     EmaConfig,
     PrecisionConfig,
-    PretrainConfig,
     ProfileConfig,
     SamplesConfig,
     StopGuardConfig,
@@ -26,6 +25,7 @@ from train.config.token_schedule import TokenSchedule
 from train.optim.config import OptimConfig
 from train.optim.rates import DecayedRate
 from train.optim.span import Span
+from train.tasks.pretrain import PretrainConfig
 
 MODEL = ModelConfig(
     vocab_size=320,

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from data.batch_sizes import BatchSizes
-from data.loader import IGNORE, Batch, Loader
+from data.loader import Batch, Loader
 from data.progress import Progress
 from dualpipe.runtime.execute import Execution
 from dualpipe.runtime.program import Action, Step
-from kernels.attention.documents import Documents
-from model.objective import BALANCE, MAIN, CrossEntropy, LossSums, MicroBatch, loss_names
+from model.objective import MAIN, LossSums, MicroBatch
 from model.transformer import routers
 from train.balance import Balance, update_router_bias
 from train.config import StopGuardConfig, TaskConfig
@@ -25,9 +24,11 @@ from train.learner import Learner
 from train.optim.config import OptimConfig
 from train.optim.learning_rate import learning_rate
 from train.replica import Replica
+from train.tasks.registry import StepRates, Task, open_task
 
 Read = Callable[[int, int], Batch]
 _NO_SPIKES = StopGuardConfig(kind="stop", spike_factor=0.0, spike_window_steps=1)
+_NO_RATES = StepRates(learning_rate=0.0, mtp_loss_weight=0.0, bias_update=0.0)
 _PHASES = (Action.FORWARD, Action.BACKWARD, Action.WEIGHT)
 
 
@@ -58,15 +59,6 @@ class Losses:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class StepRates:
-    """Rates of a step, functions of the step alone: the same under every layout and after a resume."""
-
-    learning_rate: float
-    mtp_loss_weight: float
-    bias_update: float
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class StepResult:
     """What a step measured; equal on all ranks, except for the execution of this rank's passes."""
 
@@ -85,58 +77,49 @@ class BatchReader:
     Only the ranks at the ends of the model read them, or every rank where attention must know the documents.
     """
 
-    def __init__(self, replica: Replica, read: Read) -> None:
+    def __init__(self, replica: Replica, task: Task, read: Read) -> None:
         self._replica = replica
+        self._task = task
         self._read = read
         self._known: dict[tuple[int, int], MicroBatch] = {}
 
     def __call__(self, direction: int, micro_batch: int) -> MicroBatch | None:
         """Returns the micro-batch; None if this rank needs nothing of it."""
-        replica, batch = self._replica, self._replica.config.batch
-        schedule, model = replica.schedule, replica.model
+        replica, batch, model = self._replica, self._replica.config.batch, self._replica.model
         if model.model.embed_tokens is None and model.lm_head is None and not batch.document_mask:
             return None
         key = (direction, micro_batch)
         if key not in self._known:
-            before = sum(len(schedule.micro_batches_of(earlier)) for earlier in range(direction))
-            index = replica.world.data_index * schedule.num_micro_batches + before + micro_batch
-            size = batch.micro_sequences
-            self._known[key] = to_micro_batch(
-                self._read(index * size, size),
-                model.config.mtp_depth,
-                replica.world.device,
-                masks_documents=batch.document_mask,
-            )
+            sequences = self._read(first_sequence(replica, direction, micro_batch), batch.micro_sequences)
+            self._known[key] = self._task.read(sequences, replica.world.device)
         return self._known[key]
 
-    def count_targets(self) -> Tensor:
-        """Returns targets per depth over the global batch, int64 on the host; all ranks call it.
+    def count(self) -> Tensor:
+        """Returns what each of the task's losses is a mean over, float64, on the host; all ranks call it.
 
         Raises:
             PreemptedError: on every rank, if one was preempted. Nothing of the batch has begun.
         """
         replica, world = self._replica, self._replica.world
-        counts = torch.zeros(replica.config.model.mtp_depth + 1, dtype=torch.int64)
+        counts = torch.zeros(len(self._task.names), dtype=torch.float64)
         for direction in replica.loss_directions:
             for micro_batch in replica.schedule.micro_batches_of(direction):
                 batch = self(direction, micro_batch)
                 assert batch is not None
-                counts += torch.stack([(targets != IGNORE).sum().cpu() for targets in batch.targets_BT])
-        asked = torch.tensor([world.preemption.is_requested], dtype=torch.int64)
+                counts += self._task.count(batch)
+        asked = torch.tensor([world.preemption.is_requested], dtype=torch.float64)
         summed = world.reduce(torch.cat([counts, asked]), "sum of targets")
         if summed[-1]:
             raise PreemptedError(f"{int(summed[-1])} of {len(world.ranks)} ranks were asked to make room")
         return summed[:-1]
 
 
-def to_micro_batch(batch: Batch, mtp_depth: int, device: torch.device, *, masks_documents: bool = False) -> MicroBatch:
-    """Returns what the model embeds and predicts at every depth, and the documents if they are masked."""
-    depths = range(mtp_depth + 1)
-    return MicroBatch(
-        inputs_BT=tuple(batch.inputs(depth).to(device) for depth in depths),
-        targets_BT=tuple(batch.targets(depth + 1).to(device) for depth in depths),
-        documents=Documents.of_positions(batch.positions_BT).to(device) if masks_documents else None,
-    )
+def first_sequence(replica: Replica, direction: int, micro_batch: int) -> int:
+    """Returns the place in the global batch of the first sequence of a rank's micro-batch."""
+    schedule = replica.schedule
+    before = sum(len(schedule.micro_batches_of(earlier)) for earlier in range(direction))
+    index = replica.world.data_index * schedule.num_micro_batches + before + micro_batch
+    return index * replica.config.batch.micro_sequences
 
 
 def rates_of(task: TaskConfig, optim: OptimConfig, sizes: BatchSizes, step: int) -> StepRates:
@@ -153,25 +136,6 @@ def rates_of(task: TaskConfig, optim: OptimConfig, sizes: BatchSizes, step: int)
         learning_rate=learning_rate(optim, sizes, task.steps, step),
         mtp_loss_weight=task.mtp_loss_weight.at(tokens),
         bias_update=task.bias_update_rate.at(tokens),
-    )
-
-
-def make_objective(
-    task: TaskConfig, num_targets: Tensor, mtp_loss_weight: float, global_sequences: int
-) -> CrossEntropy:
-    """Returns the step's objective from the targets per depth of its global batch.
-
-    Args:
-        task: of the run.
-        num_targets: per depth, over all ranks.
-        mtp_loss_weight: of all MTP depths together.
-        global_sequences: of the global batch.
-    """
-    depth = len(num_targets) - 1
-    weights = [1.0] + [mtp_loss_weight / max(depth, 1)] * depth
-    return CrossEntropy(
-        factors=tuple(weight / max(count, 1) for weight, count in zip(weights, num_targets.tolist(), strict=True)),
-        balance=task.balance_loss_weight / global_sequences,
     )
 
 
@@ -199,7 +163,7 @@ def train_step(
     """
     started, replica = time.perf_counter(), learner.replica
     rates = rates_of(task, learner.config, loader.sizes, step)
-    losses, execution = accumulate(learner, task, partial(loader.batch, step), rates.mtp_loss_weight, progress)
+    losses, execution = accumulate(learner, task, partial(loader.batch, step), rates, progress)
     norm = _update(learner, guard or Guard(_NO_SPIKES), losses, step, rates.learning_rate)
     balance = update_router_bias(replica, rates.bias_update)
     if learner.ema is not None:
@@ -243,27 +207,26 @@ def discard(learner: Learner) -> None:
 
 
 def accumulate(
-    learner: Learner, task: TaskConfig, read: Read, mtp_loss_weight: float, progress: Progress | None = None
+    learner: Learner, config: TaskConfig, read: Read, rates: StepRates, progress: Progress | None = None
 ) -> tuple[Losses, Execution]:
     """Runs all passes of one global batch; gradients stay in the store, loads in the routers.
 
     Args:
         learner: of this rank.
-        task: of the run.
+        config: of the run's task.
         read: the sequences of the batch, from a first one on.
-        mtp_loss_weight: of all MTP depths together, relative to the main loss.
+        rates: of the step.
         progress: shows how far this rank's phases are; None: nothing does.
 
     Raises:
         PreemptedError: on every rank alike, before anything was begun.
     """
-    replica = learner.replica
-    batches = BatchReader(replica, read)
-    num_targets = batches.count_targets()
-    objective = make_objective(task, num_targets, mtp_loss_weight, replica.global_sequences)
-    sums = _no_sums(replica)
-    execution = replica.train(batches, objective, sums, learner.store, partial(_followed, progress))
-    return _reduce(replica, task, sums, num_targets, mtp_loss_weight), execution
+    replica, task = learner.replica, _open(learner.replica, config)
+    batches = BatchReader(replica, task, read)
+    counts, sums = batches.count(), LossSums(task.names)
+    follow = partial(_followed, progress)
+    execution = replica.train(batches, task.objective(counts, rates), sums, learner.store, follow)
+    return _reduce(replica, task, sums, counts, rates), execution
 
 
 def _followed(progress: Progress | None, steps: tuple[Step, ...]) -> Iterable[Step]:
@@ -274,26 +237,46 @@ def _followed(progress: Progress | None, steps: tuple[Step, ...]) -> Iterable[St
     return progress.over("first step", steps, sum(computes), lambda step: int(step.action in _PHASES), "phases")
 
 
-def validate_pass(replica: Replica, task: TaskConfig, read: Read) -> tuple[Losses, int]:
-    """Runs a forward pass of one global batch: losses, MTP's without weight, and the number of main targets."""
-    batches = BatchReader(replica, read)
-    num_targets = batches.count_targets()
-    objective, sums = make_objective(task, num_targets, 0.0, replica.global_sequences), _no_sums(replica)
-    replica.forward(batches, objective, sums)
-    return _reduce(replica, task, sums, num_targets, 0.0), int(num_targets[0])
+def validate_pass(replica: Replica, config: TaskConfig, read: Read) -> tuple[Losses, float]:
+    """Runs a forward pass of one global batch: losses, MTP's without weight, and the main one's count of targets."""
+    sums, losses, counts = _forward(replica, config, read, log_probs=None)
+    return losses, float(counts[sums.names.index(MAIN)])
 
 
-def _no_sums(replica: Replica) -> LossSums:
-    return LossSums(loss_names(replica.config.model.mtp_depth))
+def score_pass(replica: Replica, config: TaskConfig, read: Read) -> tuple[Losses, Tensor]:
+    """Runs a forward pass of one global batch and returns every main target's log-probability. All ranks call it.
+
+    Returns:
+        The losses, and log-probabilities in the order of the global batch, 0 where there is no target: [B, T], float64,
+        on the host of every rank.
+    """
+    sums, losses, _ = _forward(replica, config, read, log_probs={})
+    batch = replica.config.batch
+    found_BT = torch.zeros(replica.global_sequences, batch.sequence_length_tokens, dtype=torch.float64)
+    for (direction, micro_batch), log_probs_BT in (sums.log_probs or {}).items():
+        first = first_sequence(replica, direction, micro_batch)
+        found_BT[first : first + batch.micro_sequences] = log_probs_BT.cpu()  # host sync
+    # Each micro-batch ends on one rank, all others add zeros.
+    return losses, replica.world.reduce(found_BT, "sum of log-probabilities")
 
 
-def _reduce(replica: Replica, task: TaskConfig, sums: LossSums, num_targets: Tensor, mtp_loss_weight: float) -> Losses:
+def _open(replica: Replica, config: TaskConfig) -> Task:
+    return open_task(config, replica.config.model, replica.config.batch)
+
+
+def _forward(
+    replica: Replica, config: TaskConfig, read: Read, log_probs: dict[tuple[int, int], Tensor] | None
+) -> tuple[LossSums, Losses, Tensor]:
+    task = _open(replica, config)
+    batches, sums = BatchReader(replica, task, read), LossSums(task.names, log_probs)
+    counts = batches.count()
+    replica.forward(batches, task.objective(counts, _NO_RATES), sums)
+    return sums, _reduce(replica, task, sums, counts, _NO_RATES), counts
+
+
+def _reduce(replica: Replica, task: Task, sums: LossSums, counts: Tensor, rates: StepRates) -> Losses:
     own = sums.settle()
     is_finite_here = bool(own.isfinite().all())
     totals = replica.world.reduce(own, "sum of losses").tolist()
-    counts = [*num_targets.tolist(), replica.global_sequences]
-    means = {name: total / max(n, 1) for name, total, n in zip(sums.names, totals, counts, strict=True)}
-    mtp = [means[name] for name in sums.names[1:-1]]
-    mtp_part = mtp_loss_weight * sum(mtp) / max(len(mtp), 1)
-    total = means[MAIN] + mtp_part + task.balance_loss_weight * means[BALANCE]
-    return Losses(by_name=means, total=total, is_finite_here=is_finite_here)
+    means = {name: total / (n or 1) for name, total, n in zip(task.names, totals, counts.tolist(), strict=True)}
+    return Losses(by_name=means, total=task.total(means, rates), is_finite_here=is_finite_here)

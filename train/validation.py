@@ -26,14 +26,14 @@ def validate(replica: Replica, task: TaskConfig, loader: Loader, num_sequences: 
     """
     size = replica.global_sequences
     passes = min(num_sequences, loader.num_validation_sequences) // size
-    nats, targets = 0.0, 0
+    nats, targets = 0.0, 0.0
     for index in range(passes):
         losses, count = validate_pass(replica, task, partial(_read_validation, loader, index * size))
         nats += losses.main * count
         targets += count
     replica.observers.traffic.take()  # a step's record counts the step alone
     replica.observers.clips.take()
-    return nats / max(targets, 1)
+    return nats / (targets or 1)
 
 
 def sample_text(config: TrainConfig, prepared: Prepared) -> str:

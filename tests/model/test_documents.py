@@ -13,7 +13,7 @@ from model.config import ModelConfig
 from model.objective import CrossEntropy, LossSums, MicroBatch, loss_names
 from model.transformer import Transformer, initialise
 from tests.tiny import MODEL
-from train.step import to_micro_batch
+from train.tasks.next_token import to_micro_batch
 
 LENGTHS = [[6, 1, 9], [4, 12], [16]]
 CPU = torch.device("cpu")

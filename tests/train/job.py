@@ -18,7 +18,7 @@ from data.prepare import prepare
 from dualpipe.ir import Schedule
 from dualpipe.registry import build
 from model.experts import RoutedExperts
-from model.objective import LossSums, loss_names
+from model.objective import LossSums
 from model.transformer import Transformer, initialise, named_tensors, routers
 from train.balance import update_router_bias
 from train.config import TrainConfig, sized_config
@@ -26,7 +26,8 @@ from train.learner import Learner, SizedLearners, open_learner
 from train.optim.parameters import group_parameters
 from train.replica import ReplicaConfig, is_mirrored, open_replica, weight_dtype
 from train.schedule.plan import ramp_schedules
-from train.step import accumulate, make_objective, rates_of, to_micro_batch
+from train.step import accumulate, rates_of
+from train.tasks.registry import Task, open_task
 from train.world import World, open_world
 
 
@@ -82,6 +83,11 @@ def configured_schedule(config: TrainConfig) -> Schedule:
     return build(config.schedule.kind, config.parallelism.pipeline, config.num_micro_batches)
 
 
+def task_of(config: TrainConfig) -> Task:
+    """Builds the task of a run."""
+    return open_task(config.task, config.model, config.batch)
+
+
 def close_job(learner: Learner) -> None:
     """Ends what `open_job` opened; all ranks call it at the same point."""
     learner.close()
@@ -109,7 +115,7 @@ def _run_one(job: Job, num_steps: int) -> list[Seen]:
         learner = learners.of_step(step)
         model = learner.replica.model
         rates = rates_of(config.task, config.optim, loader.sizes, step)
-        losses, _ = accumulate(learner, config.task, partial(loader.batch, step), rates.mtp_loss_weight)
+        losses, _ = accumulate(learner, config.task, partial(loader.batch, step), rates)
         gradients = by_released_name(model, learner.store.gradient)
         norm = learner.optimiser.reduce()
         learner.optimiser.update(rates.learning_rate)
@@ -181,17 +187,11 @@ def _plain_step(
 ) -> Seen:
     rates = rates_of(config.task, config.optim, loader.sizes, step)
     config = sized_config(config, loader.sizes.sequences(step))
-    depth = config.model.mtp_depth
-    size, device = config.batch.micro_sequences, torch.device("cpu")
+    task, size, device = task_of(config), config.batch.micro_sequences, torch.device("cpu")
     reads = range(0, config.batch.global_sequences, size)
-    batches = [
-        to_micro_batch(loader.batch(step, first, size), depth, device, masks_documents=config.batch.document_mask)
-        for first in reads
-    ]
-    counts = sum(torch.tensor([int((t >= 0).sum()) for t in batch.targets_BT]) for batch in batches)
-    assert isinstance(counts, Tensor)
-    objective = make_objective(config.task, counts, rates.mtp_loss_weight, config.batch.global_sequences)
-    sums = LossSums(loss_names(depth))
+    batches = [task.read(loader.batch(step, first, size), device) for first in reads]
+    counts = torch.stack([task.count(batch) for batch in batches]).sum(0)
+    objective, sums = task.objective(counts, rates), LossSums(task.names)
     for batch in batches:
         model.loss(batch, objective, sums).backward()
     gradients = by_released_name(model, lambda parameter: parameter.grad)
@@ -203,9 +203,8 @@ def _plain_step(
     for router in routers(model).values():
         router.update_bias(router.load, rates.bias_update)
         router.load.zero_()
-    totals = sums.settle().tolist()
-    means = [total / count for total, count in zip(totals[:-1], counts.tolist(), strict=True)]
-    balance = totals[-1] / config.batch.global_sequences
+    *means, balance = (sums.settle() / counts).tolist()
+    depth = config.model.mtp_depth
     total = (
         means[0] + rates.mtp_loss_weight * sum(means[1:]) / max(depth, 1) + config.task.balance_loss_weight * balance
     )

@@ -14,10 +14,11 @@ from model.objective import CrossEntropy, LossSums, loss_names
 from model.transformer import Transformer, initialise
 from tests.ranks import run_ranks
 from tests.tiny import tiny_config, write_text
-from tests.train.job import Job, Seen, close_job, open_job, open_loader, run_jobs, run_plain
+from tests.train.job import Job, Seen, close_job, open_job, open_loader, run_jobs, run_plain, task_of
 from tests.train.test_equality import assert_equal
 from train.config import TrainConfig
-from train.step import BatchReader, to_micro_batch, validate_pass
+from train.step import BatchReader, validate_pass
+from train.tasks.next_token import to_micro_batch
 
 STEPS = 2
 
@@ -39,7 +40,7 @@ def train_and_validate(rank: int, world_size: int, config: TrainConfig) -> tuple
     """What the rank saw of each step, and the main loss of validation with the first weights."""
     learner, loader = open_job(config), open_loader(config)
     losses, _ = validate_pass(learner.replica, config.task, lambda first, count: loader.batch(0, first, count))
-    batches = BatchReader(learner.replica, lambda first, count: loader.batch(0, first, count))
+    batches = BatchReader(learner.replica, task_of(config), lambda first, count: loader.batch(0, first, count))
     batch = batches(0, 0)
     assert batch is not None
     assert batch.documents is not None

@@ -27,7 +27,7 @@ from tests.train.weight_sources import make_sources
 from train.checkpoint.load import load_whole
 from train.checkpoint.manifest import read_model
 from train.config import PrecisionConfig, TrainConfig
-from train.step import to_micro_batch
+from train.tasks.next_token import to_micro_batch
 
 
 @pytest.fixture(scope="module")

@@ -22,9 +22,9 @@ from model.stage import StageRun
 from tests.dualpipe.random_schedules import bidirectional, random_schedule, v_shaped
 from tests.ranks import run_ranks
 from tests.tiny import BATCH, tiny_config, write_text
-from tests.train.job import close_job, open_job, open_loader
+from tests.train.job import close_job, open_job, open_loader, task_of
 from train.config import TrainConfig
-from train.step import BatchReader, make_objective
+from train.step import BatchReader, rates_of
 
 
 class Watch:
@@ -125,8 +125,9 @@ def _watch_steps(rank: int, world_size: int, jobs: list[tuple[TrainConfig, Sched
 
 def _watch_step(config: TrainConfig, schedule: Schedule) -> tuple[int, int, int]:
     learner, loader, watch = open_job(config, schedule), open_loader(config), Watch()
-    batches = BatchReader(learner.replica, lambda first, count: loader.batch(0, first, count))
-    objective = make_objective(config.task, batches.count_targets(), 0.3, config.batch.global_sequences)
+    task = task_of(config)
+    batches = BatchReader(learner.replica, task, lambda first, count: loader.batch(0, first, count))
+    objective = task.objective(batches.count(), rates_of(config.task, config.optim, loader.sizes, 0))
     sums = LossSums(loss_names(config.model.mtp_depth))
     # What is made once and stays, the table of rotations, is made here.
     replica = learner.replica

@@ -15,6 +15,7 @@ from kernels.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt, ShareB
 from model.config import Computing, ModelConfig, Products, Recomputed
 from train.config.token_schedule import TokenSchedule
 from train.optim.config import OptimConfig
+from train.tasks.registry import TASKS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,21 +41,18 @@ Precision = PrecisionConfig | Fp8PrecisionConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PretrainConfig:
-    """Pre-training: next-token prediction with MTP depths, for a number of optimizer steps.
+class TaskConfig:
+    """What every task has: its name, its number of optimizer steps, and the weights that belong to the model's layers.
 
     `mtp_loss_weight`: of all MTP depths together. `balance_loss_weight`: of the sequence-wise balance loss.
     `bias_update_rate`: change of a router bias in a step.
     """
 
-    kind: Literal["pretrain"]
+    kind: str
     steps: PositiveInt
     mtp_loss_weight: TokenSchedule
     balance_loss_weight: NonNegativeFloat
     bias_update_rate: TokenSchedule
-
-
-TaskConfig = PretrainConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -193,7 +191,7 @@ class TrainConfig:
     dispatch: Annotated[DispatchConfig, DISPATCHERS]
     model: ModelConfig
     data: DataConfig
-    task: TaskConfig
+    task: Annotated[TaskConfig, TASKS]
     batch: BatchConfig
     validation: ValidationConfig
     checkpointing: CheckpointingConfig

@@ -20,13 +20,13 @@ from model.account.held import held_parameters
 from model.account.phases import stage_phases
 from model.account.stage_shape import stage_shapes
 from model.objective import LossSums, loss_names
-from tests.train.job import close_job, open_job, open_loader
+from tests.train.job import close_job, open_job, open_loader, task_of
 from train.config import TrainConfig
 from train.learner import Learner
 from train.memory.predict import planning_sizes
 from train.memory.static import static_bytes
 from train.memory.walk import Alive, walk
-from train.step import BatchReader, make_objective
+from train.step import BatchReader, rates_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,8 +110,9 @@ def compare_rank(
 
 def _compare(config: TrainConfig, schedule: Schedule | None, measures_inside: bool) -> Compared:
     learner, loader = open_job(config, schedule), open_loader(config)
-    batches = BatchReader(learner.replica, lambda first, count: loader.batch(0, first, count))
-    objective = make_objective(config.task, batches.count_targets(), 0.3, config.batch.global_sequences)
+    task = task_of(config)
+    batches = BatchReader(learner.replica, task, lambda first, count: loader.batch(0, first, count))
+    objective = task.objective(batches.count(), rates_of(config.task, config.optim, loader.sizes, 0))
     with learner.replica.model.weights_unchanged():
         _run(learner, batches, objective, None, trains=False)
         # What is made once and stays, rotations and FP8 weights, is there by now.

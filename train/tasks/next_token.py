@@ -1,0 +1,83 @@
+"""Next-token prediction at every depth, for tasks that differ in which tokens are targets and what they weigh.
+
+Source: arXiv:2412.19437, section 2.2. Shape legend: B sequences, T tokens.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from data.loader import IGNORE, Batch
+from kernels.attention.documents import Documents
+from model.objective import BALANCE, MAIN, CrossEntropy, MicroBatch, depth_weights, loss_names
+from train.config import TaskConfig
+from train.tasks.registry import StepRates
+
+
+class NextToken:
+    """Next-token prediction; a subclass may add extras or change targets in `read`.
+
+    Attributes:
+        names: of its losses: main, each MTP depth, balance.
+    """
+
+    def __init__(
+        self, config: TaskConfig, mtp_depth: int, *, masks_documents: bool = False, weights: str | None = None
+    ) -> None:
+        """Builds the task.
+
+        Args:
+            config: of the task.
+            mtp_depth: of the model.
+            masks_documents: whether the documents of a sequence do not see each other.
+            weights: name of the extra with the weight of each main target; None: all weigh 1.
+        """
+        self.names = loss_names(mtp_depth)
+        self._config = config
+        self._mtp_depth = mtp_depth
+        self._masks_documents = masks_documents
+        self._weights = weights
+
+    def read(self, batch: Batch, device: torch.device) -> MicroBatch:
+        """Returns what the model embeds and predicts at every depth, and the batch's extras."""
+        return to_micro_batch(batch, self._mtp_depth, device, masks_documents=self._masks_documents)
+
+    def count(self, batch: MicroBatch) -> Tensor:
+        """Counts targets of each depth, or sums their weights, and counts sequences for the balance loss."""
+        counts = [self._weight_of(batch, depth) for depth in range(self._mtp_depth + 1)]
+        sequences = torch.tensor(float(len(batch.targets_BT[0])), dtype=torch.float64)
+        return torch.stack([*(count.to("cpu", torch.float64) for count in counts), sequences])  # host sync
+
+    def objective(self, counts: Tensor, rates: StepRates) -> CrossEntropy:
+        """Builds the step's cross-entropy: MTP depths share their weight, and each depth is a mean over its targets."""
+        depth, numbers = self._mtp_depth, counts.tolist()
+        weights = [1.0] + [rates.mtp_loss_weight / max(depth, 1)] * depth
+        return CrossEntropy(
+            factors=tuple(weight / (count or 1) for weight, count in zip(weights, numbers[:-1], strict=True)),
+            balance=self._config.balance_loss_weight / numbers[-1],
+            weights=self._weights,
+        )
+
+    def total(self, means: Mapping[str, float], rates: StepRates) -> float:
+        """Returns what the step minimised."""
+        mtp = [means[name] for name in self.names[1:-1]]
+        mtp_part = rates.mtp_loss_weight * sum(mtp) / max(len(mtp), 1)
+        return means[MAIN] + mtp_part + self._config.balance_loss_weight * means[BALANCE]
+
+    def _weight_of(self, batch: MicroBatch, depth: int) -> Tensor:
+        is_target_BT = batch.targets_BT[depth] != IGNORE
+        if self._weights is None:
+            return is_target_BT.sum()
+        return (depth_weights(batch.extras[self._weights], depth).double() * is_target_BT).sum()
+
+
+def to_micro_batch(batch: Batch, mtp_depth: int, device: torch.device, *, masks_documents: bool = False) -> MicroBatch:
+    """Returns what the model embeds and predicts at every depth, and whether pieces of a sequence see each other."""
+    depths = range(mtp_depth + 1)
+    return MicroBatch(
+        inputs_BT=tuple(batch.inputs(depth).to(device) for depth in depths),
+        targets_BT=tuple(batch.targets(depth + 1).to(device) for depth in depths),
+        documents=Documents.of_positions(batch.positions_BT).to(device) if masks_documents else None,
+        extras={name: extra.to(device) for name, extra in batch.extras.items()},
+    )

@@ -1,0 +1,84 @@
+"""Tasks by name: what a run trains. No torch here.
+
+A task is a frozen dataclass and a function that builds a `Task` from it. This project's tasks register in this folder.
+A file outside the checkout can register one more (docs/extend.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from kernels.registry import Registry
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from data.loader import Batch
+    from model.config import ModelConfig
+    from model.objective import MicroBatch, Objective
+    from train.config import BatchConfig, TaskConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepRates:
+    """Rates of a step, functions of the step alone: the same under every layout and after a resume."""
+
+    learning_rate: float
+    mtp_loss_weight: float
+    bias_update: float
+
+
+class Task(Protocol):
+    """Turns batches into micro-batches, and counts over the whole job into a step's objective. Keeps no state."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The losses that are reported, the same on all ranks. `main` is one of them; validation reports it."""
+        ...
+
+    def read(self, batch: Batch, device: torch.device) -> MicroBatch:
+        """Returns what the model embeds, what it predicts, and the extras that the objective needs."""
+        ...
+
+    def count(self, batch: MicroBatch) -> Tensor:
+        """Counts what each loss of a micro-batch is a mean over, in the order of `names`: float64 on the host."""
+        ...
+
+    def objective(self, counts: Tensor, rates: StepRates) -> Objective:
+        """Builds a step's objective.
+
+        Args:
+            counts: sums of `count` over all micro-batches of the global batch.
+            rates: of the step.
+        """
+        ...
+
+    def total(self, means: Mapping[str, float], rates: StepRates) -> float:
+        """Returns what the step minimised, from the means of its losses by name."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TaskSpec:
+    """A task that `task.kind` can name.
+
+    Attributes:
+        summary: one line for users.
+        config: its dataclass, a subclass of `train.config.TaskConfig`.
+        build: makes the task from its configuration, the model's and the batch's. It imports torch itself.
+    """
+
+    summary: str
+    config: type[TaskConfig]
+    build: Callable[[Any, ModelConfig, BatchConfig], Task]
+
+
+TASKS = Registry[TaskSpec]("task.kind", ("train.tasks.pretrain",))
+
+
+def open_task(config: TaskConfig, model: ModelConfig, batch: BatchConfig) -> Task:
+    """Builds the task that a configuration names."""
+    return TASKS.get(config.kind).build(config, model, batch)
