@@ -18,7 +18,7 @@ from model.mlp import Mlp
 from model.norm import NormSource, RmsNorm, norm_and_map
 from model.precision.linear import WeightSink
 from model.precision.linears import Linears, Rows, Wire
-from model.router import Router, Routing
+from model.router import Route, Router, Routing
 from model.values import ExpertOutput, Received
 
 
@@ -76,13 +76,20 @@ class Block(nn.Module):
         residual_BTD = self.self_attn(hidden_BTD, self.input_layernorm, sink, documents)
         return self.mlp.add(residual_BTD, self.post_attention_layernorm, sink)
 
-    def attend(self, hidden_BTD: Tensor, sink: WeightSink | None, documents: Documents | None = None) -> Attended:
-        """Runs norm, attention, residual, norm and router."""
+    def attend(
+        self,
+        hidden_BTD: Tensor,
+        sink: WeightSink | None,
+        documents: Documents | None = None,
+        route: Route | None = None,
+    ) -> Attended:
+        """Runs norm, attention, residual, norm and router. route: chooses experts in the router's place."""
         assert isinstance(self.mlp, Moe)
         residual_BTD = self.self_attn(hidden_BTD, self.input_layernorm, sink, documents)
         gate = self.mlp.gate
         normal_BTD, logits_BTE = norm_and_map(residual_BTD, self.post_attention_layernorm, gate.weight)
-        return Attended(residual_BTD, self._linears.make_rows(normal_BTD), gate.route(logits_BTE))
+        rows = self._linears.make_rows(normal_BTD)
+        return Attended(residual_BTD, rows, gate.route(logits_BTE) if route is None else route(gate, logits_BTE))
 
     def apply_experts(self, received: Received, sink: WeightSink | None) -> ExpertOutput:
         """Runs routed experts on received rows, and residual and shared experts on the rank's own."""

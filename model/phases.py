@@ -7,6 +7,7 @@ Shape legend: B sequences, T tokens of one, N = B T, D hidden size, A received r
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import torch
@@ -19,6 +20,7 @@ from model.block import Block
 from model.gradients import GradientStore, WeightQueue
 from model.precision.linear import WeightSink
 from model.precision.linears import Wire
+from model.router import Routes
 from model.values import (
     ExpertGradients,
     ExpertOutput,
@@ -235,14 +237,17 @@ def block_phases(
     note_balance: BalanceNote,
     label: Label,
     documents: Documents | None = None,
+    routes: Routes | None = None,
 ) -> list[Phase]:
     """Returns the phases of one micro-batch through one block, from `Hidden` to `Hidden`. label: of its exchanges."""
 
     def dense(hidden: Hidden, sink: WeightSink | None) -> Computed[Hidden]:
         return Computed(Hidden(block.dense(hidden.hidden_BTD, sink, documents)))
 
+    route = None if routes is None else partial(routes.route, label)
+
     def attend(hidden: Hidden, sink: WeightSink | None) -> Computed[Routed]:
-        attended = block.attend(hidden.hidden_BTD, sink, documents)
+        attended = block.attend(hidden.hidden_BTD, sink, documents, route)
         routing = attended.routing
         routed = Routed(attended.residual_BTD, attended.rows, routing.weights_NK, routing.ids_NK)
         return Computed(routed, note_balance(routing.balance))

@@ -4,18 +4,25 @@ Source: arXiv:2412.19437, sections 2.1.2 and 4.2; arXiv:2408.15664, algorithm 1.
 Shape legend: B sequences, T tokens of one sequence, N tokens in all, D hidden size, E experts, K experts per token.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from comm.node_limit import limit_groups
+from comm.protocol import Label
 from model.config import ModelConfig
 from model.precision.linear import widen
 
 # Of a group's biased scores, how many make its score, whatever the experts per token: as in the released code.
 GROUP_SCORE_EXPERTS = 2
+
+
+class RouteError(ValueError):
+    """Experts that a token cannot be sent to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +47,10 @@ class Routing:
         return (frequency_BE * share_BE).sum()
 
 
+Route = Callable[["Router", Tensor], Routing]
+"""Chooses experts in a router's place, from its logits."""
+
+
 class Router(nn.Module):
     """Chooses each token's experts. The correction bias takes part in the choice only and gets no gradient."""
 
@@ -57,10 +68,20 @@ class Router(nn.Module):
         """Routes every token by its normalised state."""
         return self.route(functional.linear(widen(x_BTD), widen(self.weight)))
 
-    def route(self, logits_BTE: Tensor) -> Routing:
-        """Routes every token by its logits; adds this rank's choices to `load` when gradients are recorded."""
+    def route(self, logits_BTE: Tensor, forced_ids_NK: Tensor | None = None) -> Routing:
+        """Routes every token by its logits; adds this rank's choices to `load` when gradients are recorded.
+
+        Args:
+            logits_BTE: scores before the sigmoid.
+            forced_ids_NK: int64, the experts that are chosen whatever their scores, which still give their weights;
+                None: the router chooses. They are checked on the host.
+
+        Raises:
+            RouteError: forced ids are not K different experts for each token.
+        """
         scores_BTE = logits_BTE.sigmoid()
-        ids_NK = self._choose(scores_BTE.detach().flatten(0, 1))
+        scores_NE = scores_BTE.detach().flatten(0, 1)
+        ids_NK = self._choose(scores_NE) if forced_ids_NK is None else self._checked(forced_ids_NK, len(scores_NE))
         chosen_NK = scores_BTE.flatten(0, 1).gather(1, ids_NK)
         weights_NK = chosen_NK / (chosen_NK.sum(-1, keepdim=True) + 1e-20) * self._config.routed_scaling_factor
         if torch.is_grad_enabled():
@@ -78,6 +99,24 @@ class Router(nn.Module):
         load = load_E.to(torch.float64)
         self.e_score_correction_bias += rate * torch.sign(load.mean() - load).to(self.e_score_correction_bias.dtype)
 
+    def _checked(self, ids_NK: Tensor, num_tokens: int) -> Tensor:
+        """Returns forced ids if they are K different experts for each token."""
+        config = self._config
+        shape = (num_tokens, config.num_experts_per_token)
+        if ids_NK.shape != shape or ids_NK.dtype != torch.int64:
+            given = f"{ids_NK.dtype} {list(ids_NK.shape)}"
+            raise RouteError(f"forced ids must be torch.int64 {list(shape)}, got {given}")
+        ordered_NK = ids_NK.sort(-1).values
+        is_outside_N = (ordered_NK[:, 0] < 0) | (ordered_NK[:, -1] >= config.num_routed_experts)
+        is_repeated_N = (ordered_NK[:, 1:] == ordered_NK[:, :-1]).any(-1)
+        wrong = (is_outside_N | is_repeated_N).nonzero().flatten().tolist()  # host sync
+        if wrong:
+            raise RouteError(
+                f"forced ids must be different experts in 0 to {config.num_routed_experts - 1}, "
+                f"token {wrong[0]} has {ids_NK[wrong[0]].tolist()}"
+            )
+        return ids_NK
+
     def _choose(self, scores_NE: Tensor) -> Tensor:
         config = self._config
         biased_NE = scores_NE + self.e_score_correction_bias
@@ -90,3 +129,49 @@ class Router(nn.Module):
             )
             biased_NE = biased_NE.masked_fill(~kept_NE, -torch.inf)
         return biased_NE.topk(config.num_experts_per_token, -1, sorted=False).indices
+
+
+class Routes(Protocol):
+    """Chooses experts in place of the routers, or keeps what they choose; passed with a run.
+
+    A rollout's choices, replayed in training, keep both passes on the same experts although their scores differ a
+    little (arXiv:2510.11370).
+    """
+
+    def route(self, label: Label, router: Router, logits_BTE: Tensor) -> Routing:
+        """Routes one micro-batch in one layer, which the label names."""
+        ...
+
+
+@dataclass(slots=True)
+class RecordedRoutes:
+    """Lets routers choose, and keeps their choices: NK by layer, direction and micro-batch, on their device."""
+
+    ids: dict[Label, Tensor] = field(default_factory=dict)
+
+    def route(self, label: Label, router: Router, logits_BTE: Tensor) -> Routing:
+        """Routes by the router's own choice, and keeps it in as few bytes as the number of experts needs."""
+        routing = router.route(logits_BTE)
+        small = torch.uint8 if logits_BTE.shape[-1] <= 2**8 else torch.int16
+        self.ids[label] = routing.ids_NK.to(small)
+        return routing
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayedRoutes:
+    """Sends tokens to given experts, with weights from the scores of this run."""
+
+    ids: Mapping[Label, Tensor]
+
+    def route(self, label: Label, router: Router, logits_BTE: Tensor) -> Routing:
+        """Routes by the given choice.
+
+        Raises:
+            RouteError: nothing is given for this place, or what is given are not experts of this router.
+        """
+        if label not in self.ids:
+            raise RouteError(f"{label}: no experts are recorded")
+        try:
+            return router.route(logits_BTE, self.ids[label].to(torch.int64))
+        except RouteError as error:
+            raise RouteError(f"{label}: {error}") from None

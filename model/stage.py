@@ -14,6 +14,7 @@ from model.gradients import GradientStore
 from model.objective import BALANCE, LossSums, MicroBatch, Objective
 from model.phases import CombinePhase, Computed, ComputePhase, DispatchPhase, Lane, Phase, block_lanes, block_phases
 from model.precision.linear import WeightSink
+from model.router import Routes
 from model.transformer import Transformer
 from model.values import (
     ExpertOutput,
@@ -132,11 +133,12 @@ class Stage:
         *,
         direction: int = 0,
         micro_batch: int = 0,
+        routes: Routes | None = None,
     ) -> StageRun:
         """A run of one micro-batch; without a store it is forward only.
 
         `batch` is needed at the ends, and everywhere for its documents, if it has any. `direction` and `micro_batch`
-        say which it is, for the logs of its exchanges.
+        say which it is, for the logs of its exchanges and for `routes`, which record or replay the routers' choices.
         """
         documents = None if batch is None else batch.documents
 
@@ -146,7 +148,7 @@ class Stage:
 
         def add_block(block: Block, layer: int) -> None:
             label = Label(layer, direction, micro_batch)
-            phases.extend(block_phases(block, self._model.dispatcher, store, note_balance, label, documents))
+            phases.extend(block_phases(block, self._model.dispatcher, store, note_balance, label, documents, routes))
 
         phases: list[Phase] = []
         if self._first:

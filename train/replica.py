@@ -22,6 +22,7 @@ from dualpipe.validate import validate
 from model.config import Computing, ModelConfig, cut_layers
 from model.gradients import GradientStore
 from model.objective import LossSums, MicroBatch, Objective
+from model.router import Routes
 from model.stage import Stage, StageRun
 from model.transformer import Part, Transformer, initialise
 from train.config import BatchConfig, Precision, TrainConfig
@@ -120,6 +121,7 @@ class Replica:
         sums: LossSums,
         store: GradientStore,
         follow: Callable[[tuple[Step, ...]], Iterable[Step]] = iter,
+        routes: Routes | None = None,
     ) -> Execution:
         """Runs forward and backward of a global batch.
 
@@ -129,23 +131,31 @@ class Replica:
             sums: receive this rank's losses.
             store: receives gradients.
             follow: yields the program's steps one by one, for example to show progress.
+            routes: record or replay the routers' choices of this rank; None: routers choose.
         """
-        stages = self.bind_stages(batches, objective, sums, store)
+        stages = self.bind_stages(batches, objective, sums, store, routes)
         with self.model.weights_unchanged():
             return execute(self.train_program, stages, self.links, open_clock(self.world.device), follow)
 
-    def forward(self, batches: Batches, objective: Objective, sums: LossSums) -> Execution:
+    def forward(
+        self, batches: Batches, objective: Objective, sums: LossSums, routes: Routes | None = None
+    ) -> Execution:
         """Runs forward of a global batch; the losses are added to `sums`."""
-        stages = self.bind_stages(batches, objective, sums, None)
+        stages = self.bind_stages(batches, objective, sums, None, routes)
         with self.model.weights_unchanged():
             return execute(self.forward_program, stages, self.links)
 
     def bind_stages(
-        self, batches: Batches, objective: Objective, sums: LossSums, store: GradientStore | None
+        self,
+        batches: Batches,
+        objective: Objective,
+        sums: LossSums,
+        store: GradientStore | None,
+        routes: Routes | None = None,
     ) -> dict[int, PipelineStage]:
         """Returns the stages bound to one step's batches and objective; without a store, for a forward pass only."""
         stages = self.stages.items()
-        return {number: _BoundStage(stage, batches, objective, sums, store) for number, stage in stages}
+        return {number: _BoundStage(stage, batches, objective, sums, store, routes) for number, stage in stages}
 
     def with_schedule(self, schedule: Schedule) -> "Replica":
         """Returns the same network under another schedule, with the same stages and links.
@@ -175,7 +185,13 @@ class _BoundStage:
     """A model's stage with what it needs of one step: micro-batches, objective, sums, and the store of gradients."""
 
     def __init__(
-        self, stage: Stage, batches: Batches, objective: Objective, sums: LossSums, store: GradientStore | None
+        self,
+        stage: Stage,
+        batches: Batches,
+        objective: Objective,
+        sums: LossSums,
+        store: GradientStore | None,
+        routes: Routes | None,
     ) -> None:
         self.lanes = stage.lanes
         self._stage = stage
@@ -183,12 +199,19 @@ class _BoundStage:
         self._objective = objective
         self._sums = sums
         self._store = store
+        self._routes = routes
 
     def start(self, direction: int, micro_batch: int) -> StageRun:
         """Begins a micro-batch."""
         batch = self._batches(direction, micro_batch)
         return self._stage.start(
-            batch, self._objective, self._sums, self._store, direction=direction, micro_batch=micro_batch
+            batch,
+            self._objective,
+            self._sums,
+            self._store,
+            direction=direction,
+            micro_batch=micro_batch,
+            routes=self._routes,
         )
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from model.router import Router
+from model.router import RouteError, Router
 from tests.tiny import MODEL
 
 
@@ -93,3 +93,43 @@ def test_balance_loss_equals_plain_reading() -> None:
             frequency = 8 / (4 * 7) * int((top == expert).sum())
             expected += frequency * float((scores[:, expert] / scores.sum(1)).mean())
     assert float(router(x).balance.detach()) == pytest.approx(expected, rel=1e-12)
+
+
+def test_forced_ids_get_weights_from_their_own_scores() -> None:
+    router = make_router()
+    x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
+    logits = (x @ router.weight.T).detach().requires_grad_()
+    forced = torch.stack([torch.randperm(8, generator=torch.Generator().manual_seed(token))[:4] for token in range(10)])
+    routing = router.route(logits, forced)
+    assert torch.equal(routing.ids_NK, forced)
+    scores = logits.sigmoid().flatten(0, 1).gather(1, forced)
+    torch.testing.assert_close(routing.weights_NK, 2.5 * scores / scores.sum(-1, keepdim=True), rtol=1e-12, atol=0)
+    assert torch.equal(router.load, torch.bincount(forced.flatten(), minlength=8))
+    # A gradient flows into the scores of the forced experts and into no others.
+    (gradient,) = torch.autograd.grad(routing.weights_NK.square().sum(), logits)
+    is_forced = torch.zeros(10, 8, dtype=torch.bool).scatter_(1, forced, value=True)
+    assert torch.equal(gradient.flatten(0, 1) != 0, is_forced)
+
+
+def test_forced_ids_of_the_router_itself_change_no_bit() -> None:
+    router = make_router()
+    logits = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    free = router.route(logits)
+    forced = router.route(logits, free.ids_NK)
+    assert torch.equal(forced.ids_NK, free.ids_NK)
+    assert torch.equal(forced.weights_NK, free.weights_NK)
+
+
+@pytest.mark.parametrize(
+    ("forced", "said"),
+    [
+        ([[0, 1, 2, 3], [4, 5, 6, 8]], r"different experts in 0 to 7, token 1 has \[4, 5, 6, 8\]"),
+        ([[0, 1, 2, -1], [4, 5, 6, 7]], r"different experts in 0 to 7, token 0 has \[0, 1, 2, -1\]"),
+        ([[0, 1, 2, 3], [4, 5, 6, 4]], r"different experts in 0 to 7, token 1 has \[4, 5, 6, 4\]"),
+        ([[0, 1, 2, 3]], r"must be torch.int64 \[2, 4\], got torch.int64 \[1, 4\]"),
+        ([[0.0, 1, 2, 3], [4, 5, 6, 7]], r"must be torch.int64 \[2, 4\], got torch.float32 \[2, 4\]"),
+    ],
+)
+def test_forced_ids_that_are_no_choice_are_refused(forced: list[list[float]], said: str) -> None:
+    with pytest.raises(RouteError, match=said):
+        make_router().route(torch.zeros(1, 2, 8, dtype=torch.float64), torch.tensor(forced))

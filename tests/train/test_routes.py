@@ -1,0 +1,135 @@
+"""Recorded choices of routers, replayed under DualPipe: no bit changes, whatever the routers would choose now."""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from comm.config import ParallelismConfig
+from comm.protocol import Label
+from dualpipe.config import ScheduleConfig
+from model.objective import LossSums
+from model.router import RecordedRoutes, ReplayedRoutes, RouteError, Routes
+from model.transformer import routers
+from tests.ranks import run_ranks
+from tests.tiny import tiny_config, write_text
+from tests.train.job import by_released_name, close_job, open_job, open_loader, start_biases, task_of
+from train.config import TrainConfig
+from train.learner import Learner
+from train.step import BatchReader, rates_of
+
+
+@dataclass(slots=True)
+class Replayed:
+    """What one rank saw: labels and dtype of its record, and its passes by name."""
+
+    labels: list[Label]
+    dtypes: set[torch.dtype]
+    sums: dict[str, Tensor]
+    gradients: dict[str, dict[str, Tensor]]
+    loads: dict[str, list[Tensor]]
+    forward: Tensor
+
+
+def run_pass(learner: Learner, config: TrainConfig, routes: Routes | None) -> tuple[Tensor, dict[str, Tensor]]:
+    """This rank's sums and gradients of the first step's batch."""
+    task, loader, replica = task_of(config), open_loader(config), learner.replica
+    batches, sums = BatchReader(replica, task, partial(loader.batch, 0)), LossSums(task.names)
+    objective = task.objective(batches.count(), rates_of(config.task, config.optim, loader.sizes, 0))
+    learner.store.clear()
+    for gate in routers(replica.model).values():
+        gate.load.zero_()
+    replica.train(batches, objective, sums, learner.store, routes=routes)
+    return sums.settle(), by_released_name(replica.model, learner.store.gradient)
+
+
+def forward_pass(learner: Learner, config: TrainConfig, routes: Routes) -> Tensor:
+    """This rank's sums of a forward-only pass."""
+    task, loader = task_of(config), open_loader(config)
+    batches, sums = BatchReader(learner.replica, task, partial(loader.batch, 0)), LossSums(task.names)
+    objective = task.objective(batches.count(), rates_of(config.task, config.optim, loader.sizes, 0))
+    learner.replica.forward(batches, objective, sums, routes)
+    return sums.settle()
+
+
+def replay(rank: int, world_size: int, config: TrainConfig) -> Replayed:
+    """A free pass, a recorded one, replays of it before and after the router biases change, and a free pass then."""
+    learner, record = open_job(config), RecordedRoutes()
+    model = learner.replica.model
+    start_biases(model, 0)
+    passes: dict[str, tuple[Tensor, dict[str, Tensor]]] = {}
+    loads: dict[str, list[Tensor]] = {}
+
+    def take(name: str, routes: Routes | None) -> None:
+        passes[name] = run_pass(learner, config, routes)
+        loads[name] = [gate.load.clone() for gate in routers(model).values()]
+
+    take("free", None)
+    take("recorded", record)
+    take("replayed", ReplayedRoutes(record.ids))
+    for gate in routers(model).values():
+        gate.e_score_correction_bias.copy_(gate.e_score_correction_bias.flip(0) * 50)
+    take("replayed under other biases", ReplayedRoutes(record.ids))
+    take("free under other biases", None)
+    forward = forward_pass(learner, config, ReplayedRoutes(record.ids))
+    close_job(learner)
+    return Replayed(
+        labels=list(record.ids),
+        dtypes={ids.dtype for ids in record.ids.values()},
+        sums={name: sums for name, (sums, _) in passes.items()},
+        gradients={name: gradients for name, (_, gradients) in passes.items()},
+        loads=loads,
+        forward=forward,
+    )
+
+
+def four_ranks(folder: Path) -> TrainConfig:
+    """DualPipe over two pipeline ranks, experts over two data ranks."""
+    config = tiny_config(
+        folder,
+        parallelism=ParallelismConfig(pipeline=2, data=2, expert=2),
+        schedule=ScheduleConfig(kind="dualpipe", pairing="overlapped"),
+    )
+    return replace(config, batch=replace(config.batch, sequence_length_tokens=12))
+
+
+@pytest.mark.slow
+def test_replay_of_a_record_changes_no_bit_under_dualpipe(tmp_path: Path) -> None:
+    write_text(tmp_path)
+    for rank, seen in enumerate(run_ranks(4, replay, four_ranks(tmp_path))):
+        assert {label.direction for label in seen.labels} == {0, 1}, f"rank {rank}"
+        assert seen.dtypes == {torch.uint8}, f"rank {rank}"
+        for name in ("recorded", "replayed", "replayed under other biases"):
+            place = f"rank {rank}, {name}"
+            assert torch.equal(seen.sums[name], seen.sums["free"]), place
+            for ours, expected in zip(seen.loads[name], seen.loads["free"], strict=True):
+                assert torch.equal(ours, expected), place
+            for tensor, gradient in seen.gradients[name].items():
+                assert torch.equal(gradient, seen.gradients["free"][tensor]), f"{place}, {tensor}"
+        assert torch.equal(seen.forward, seen.sums["free"]), f"rank {rank}"
+        other = seen.loads["free under other biases"]
+        assert any(not torch.equal(a, b) for a, b in zip(other, seen.loads["free"], strict=True)), f"rank {rank}"
+
+
+def test_wrong_records_are_refused_with_their_place(tmp_path: Path) -> None:
+    write_text(tmp_path)
+    config = tiny_config(tmp_path)
+    ((first, second),) = run_ranks(1, refuse, config)
+    assert first == "layer 1, direction 0, micro-batch 0: no experts are recorded"
+    assert second.startswith("layer 1, direction 0, micro-batch 0: forced ids must be different experts in 0 to 7, ")
+
+
+def refuse(rank: int, world_size: int, config: TrainConfig) -> tuple[str, str]:
+    """Errors of an empty record, and of one whose tokens go to one expert several times."""
+    learner, record, said = open_job(config), RecordedRoutes(), []
+    run_pass(learner, config, record)
+    repeated = {label: torch.zeros_like(ids) for label, ids in record.ids.items()}
+    for ids in ({}, repeated):
+        with pytest.raises(RouteError) as refused:
+            run_pass(learner, config, ReplayedRoutes(ids))
+        said.append(str(refused.value))
+    close_job(learner)
+    return said[0], said[1]
