@@ -7,7 +7,7 @@ A file outside the checkout can register one more (docs/extend.md).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from kernels.registry import Registry
@@ -69,11 +69,13 @@ class TaskSpec:
         summary: one line for users.
         config: its dataclass, a subclass of `train.config.TaskConfig`.
         build: makes the task from its configuration, the model's and the batch's. It imports torch itself.
+        example: plain values of the fields that `config` adds, with which the suites of tests run the task.
     """
 
     summary: str
     config: type[TaskConfig]
     build: Callable[[Any, ModelConfig, BatchConfig], Task]
+    example: Mapping[str, object] = field(default_factory=dict)
 
 
 TASKS = Registry[TaskSpec]("task.kind", ("train.tasks.pretrain",))

@@ -1,6 +1,8 @@
-"""The task of docs/extend.md, a file outside the checkout: weighted cross-entropy, on many ranks and by autograd."""
+"""Registered tasks on many ranks, and that of docs/extend.md, a file outside the checkout, held against autograd."""
 
 import re
+import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import get_type_hints
@@ -21,6 +23,7 @@ from tests.train.job import Job, Seen, by_released_name, open_loader, run_jobs, 
 from tests.train.test_equality import assert_equal, relative_error
 from train.config import TrainConfig
 from train.config.decode import decode
+from train.tasks.registry import TASKS
 
 ROOT = Path(__file__).resolve().parents[3]
 STEPS = 2
@@ -28,39 +31,59 @@ WEIGHT = 3.5
 MTP_WEIGHT = 0.3
 
 
-def blocks(language: str, holds: str) -> str:
-    """The block of docs/extend.md in a language that holds some text."""
-    page = (ROOT / "docs" / "extend.md").read_text("utf-8")
-    return next(block for block in re.findall(rf"```{language}\n(.*?)```", page, re.DOTALL) if holds in block)
-
-
 @pytest.fixture(scope="module")
-def plugin(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The file that the page shows, and its YAML next to it."""
+def plugin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The file that the page shows; its task is forgotten after these tests."""
     folder = tmp_path_factory.mktemp("weighted")
-    (folder / "conf/task").mkdir(parents=True)
-    (folder / "conf/task/weighted.yaml").write_text(blocks("yaml", "kind: weighted"), "utf-8")
-    (folder / "weighted.py").write_text(blocks("python", "WeightedConfig"), "utf-8")
-    return folder / "weighted.py"
+    page = (ROOT / "docs" / "extend.md").read_text("utf-8")
+    text = next(block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "WeightedConfig" in block)
+    (folder / "weighted.py").write_text(text, "utf-8")
+    yield folder / "weighted.py"
+    for module in load_plugins([folder / "weighted.py"]):
+        TASKS.remove(["weighted"])
+        del sys.modules[module.__name__]
 
 
-def with_task(config: TrainConfig, plugin: Path) -> TrainConfig:
-    """The run under the plugin's task, decoded as a command decodes it."""
-    load_plugins([plugin])
+def with_task(config: TrainConfig, kind: str, plugins: list[str], balance: float = 0.0) -> TrainConfig:
+    """The run under a task with its example's values, decoded as a command decodes it."""
+    load_plugins(plugins)
     values = {
-        "kind": "weighted",
-        "steps": 2,
+        "kind": kind,
+        "steps": STEPS,
         "mtp_loss_weight": MTP_WEIGHT,
-        "balance_loss_weight": 0.0,
+        "balance_loss_weight": balance,
         "bias_update_rate": 0.05,
-        "even_token_weight": WEIGHT,
+        **TASKS.get(kind).example,
     }
     return replace(config, task=decode(get_type_hints(TrainConfig, include_extras=True)["task"], values, "task"))
 
 
-def run_weighted(rank: int, world_size: int, config: TrainConfig, plugin: Path) -> list[Seen]:
+def run_task(
+    rank: int, world_size: int, config: TrainConfig, kind: str, plugins: list[str], balance: float
+) -> list[Seen]:
     """What this rank saw of each step. The plugin's dataclass is made here, as a rank of a run makes it."""
-    return run_jobs(rank, world_size, [Job(config=with_task(config, plugin))], STEPS)[0]
+    return run_jobs(rank, world_size, [Job(config=with_task(config, kind, plugins, balance))], STEPS)[0]
+
+
+def dualpipe_config(folder: Path, data: int) -> TrainConfig:
+    """DualPipe over two pipeline ranks; experts over the data ranks."""
+    return tiny_config(
+        folder,
+        parallelism=ParallelismConfig(pipeline=2, data=data, expert=data),
+        schedule=ScheduleConfig(kind="dualpipe", pairing="overlapped"),
+    )
+
+
+@pytest.mark.parametrize("kind", TASKS.names())
+def test_registered_task_on_two_ranks_equals_one_rank(tmp_path: Path, kind: str) -> None:
+    """Tasks of `pytest --plugins FILE` included."""
+    write_text(tmp_path)
+    config = dualpipe_config(tmp_path, 1)
+    plugins = [str(module.__file__) for module in list(sys.modules.values()) if "__plugin__" in vars(module)]
+    results = run_ranks(2, run_task, config, kind, plugins, 0.01)
+    plain = run_plain(with_task(config, kind, plugins, 0.01), 0, STEPS)
+    for step in range(STEPS):
+        assert_equal([rank[step] for rank in results], plain[step], 1e-10)
 
 
 def plain_autograd(config: TrainConfig) -> tuple[list[float], dict[str, Tensor]]:
@@ -82,13 +105,9 @@ def plain_autograd(config: TrainConfig) -> tuple[list[float], dict[str, Tensor]]
 @pytest.mark.slow
 def test_weighted_cross_entropy_on_many_ranks_equals_one_rank_and_autograd(tmp_path: Path, plugin: Path) -> None:
     write_text(tmp_path)
-    config = tiny_config(
-        tmp_path,
-        parallelism=ParallelismConfig(pipeline=2, data=2, expert=2),
-        schedule=ScheduleConfig(kind="dualpipe", pairing="overlapped"),
-    )
-    results = run_ranks(4, run_weighted, config, plugin)
-    weighted = with_task(config, plugin)
+    config = dualpipe_config(tmp_path, 2)
+    results = run_ranks(4, run_task, config, "weighted", [str(plugin)], 0.0)
+    weighted = with_task(config, "weighted", [str(plugin)])
     plain = run_plain(weighted, 0, STEPS)
     for step in range(STEPS):
         assert_equal([rank[step] for rank in results], plain[step], 1e-10)
