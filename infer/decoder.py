@@ -10,16 +10,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from model.attention.absorbed import Rotation, absorbed, expanded, latent_rows
-from model.attention.kv_cache import LatentCache
-from model.attention.mla import LatentAttention
-from model.attention.rope import rotation_table
+from model.attention.kv_cache import CacheView, KvCache, PromptView, StepView
+from model.attention.rope import Rotation, rotation_table
 from model.block import Block
 from model.mlp import Mlp
 from model.precision.linear import widen
 from model.transformer import Transformer
 
-Attend = Callable[[LatentAttention, Tensor], Tensor]
+Views = Callable[[int], CacheView]
+"""What each layer of a cache gives to one pass."""
 
 
 class Decoder:
@@ -27,15 +26,16 @@ class Decoder:
 
     The main model and the MTP module keep a cache each, whose rows are the same sequences: the MTP module's token i
     is the pair of the main model's state of token i and the embedding of token i + 1. Tokens do not count until
-    `LatentCache.resize` says so: that is the caller's, who knows which of them stay.
+    `KvCache.resize` says so: that is the caller's, who knows which of them stay.
     """
 
     def __init__(self, model: Transformer, max_sequences: int, capacity: int, *, with_mtp: bool) -> None:
         """Room for `max_sequences` of `capacity` tokens each, in the model's type and on its device."""
         config, weight = model.config, model.head_weight
         self._model, self._config = model, config
-        self.main = LatentCache(config, config.num_layers, max_sequences, capacity, weight.dtype, weight.device)
-        self.mtp = LatentCache(config, int(with_mtp), max_sequences, capacity, weight.dtype, weight.device)
+        width = model.attention.values_per_token(config)
+        self.main = KvCache(width, config.num_layers, max_sequences, capacity, weight.dtype, weight.device)
+        self.mtp = KvCache(width, int(with_mtp), max_sequences, capacity, weight.dtype, weight.device)
         cos, sin = rotation_table(config, capacity, torch.promote_types(weight.dtype, torch.float32))
         self._cos_TP, self._sin_TP = cos.to(weight.device), sin.to(weight.device)
 
@@ -63,8 +63,8 @@ class Decoder:
         """
         counts = [len(prompt) for prompt in prompts]
         tokens_N = self._tensor([token for prompt in prompts for token in prompt])
-        attend = self._over_prompts(self.main, rows, counts)
-        state_ND, normal_ND = self._run_main(tokens_N, attend)
+        views = self._over_prompts(self.main, rows, counts)
+        state_ND, normal_ND = self._run_main(tokens_N, views)
         last_B = self._tensor(counts).cumsum(0) - 1
         return state_ND, self.logits(normal_ND[last_B])
 
@@ -74,8 +74,8 @@ class Decoder:
         Returns:
             Their states as the MTP module reads them, BSD, and their logits, BSV.
         """
-        attend = self._over_cache(self.main, tokens_BS.shape[1])
-        state_ND, normal_ND = self._run_main(tokens_BS.flatten(), attend)
+        views = self._over_cache(self.main, tokens_BS.shape[1])
+        state_ND, normal_ND = self._run_main(tokens_BS.flatten(), views)
         return state_ND.view(*tokens_BS.shape, -1), self.logits(normal_ND).view(*tokens_BS.shape, -1)
 
     def read_prompts_mtp(self, rows: Sequence[int], next_tokens: Sequence[Sequence[int]], state_ND: Tensor) -> None:
@@ -101,8 +101,8 @@ class Decoder:
         Returns:
             Logits of the token after `next_tokens_BS` at the chosen pairs, BV.
         """
-        attend = self._over_cache(self.mtp, next_tokens_BS.shape[1])
-        hidden_ND = self._run_mtp(next_tokens_BS.flatten(), state_BSD.flatten(0, 1), attend)
+        views = self._over_cache(self.mtp, next_tokens_BS.shape[1])
+        hidden_ND = self._run_mtp(next_tokens_BS.flatten(), state_BSD.flatten(0, 1), views)
         chosen_N = torch.arange(len(chosen_B), device=chosen_B.device) * next_tokens_BS.shape[1] + chosen_B
         return self.logits(self._model.final_norm(1)(hidden_ND[chosen_N]))
 
@@ -110,21 +110,21 @@ class Decoder:
         """Of the shared output head, float32 or wider: NV."""
         return widen(functional.linear(normal_ND, self._model.head_weight))
 
-    def _run_main(self, tokens_N: Tensor, attend: Callable[[int], Attend]) -> tuple[Tensor, Tensor]:
+    def _run_main(self, tokens_N: Tensor, views: Views) -> tuple[Tensor, Tensor]:
         """States for the MTP module and states for the head."""
         hidden_ND = self._model.embed(tokens_N[None], None)[0]
         for layer in range(self._config.num_layers):
-            hidden_ND = self._run(self._model.block(layer), hidden_ND, attend(layer))
+            hidden_ND = self._run(self._model.block(layer), hidden_ND, views(layer))
         normal_ND = self._model.final_norm(0)(hidden_ND)
         return (normal_ND if self._config.mtp_hidden == "post_norm" else hidden_ND), normal_ND
 
-    def _run_mtp(self, next_tokens_N: Tensor, state_ND: Tensor, attend: Callable[[int], Attend]) -> Tensor:
+    def _run_mtp(self, next_tokens_N: Tensor, state_ND: Tensor, views: Views) -> Tensor:
         block = self._model.mtp_block(1)
         embedded_1ND = self._model.embed(next_tokens_N[None], None)
-        return self._run(block, block.merge(embedded_1ND, state_ND[None], None)[0], attend(0))
+        return self._run(block, block.merge(embedded_1ND, state_ND[None], None)[0], views(0))
 
-    def _run(self, block: Block, hidden_ND: Tensor, attend: Attend) -> Tensor:
-        residual_ND = hidden_ND + attend(block.self_attn, block.input_layernorm(hidden_ND))
+    def _run(self, block: Block, hidden_ND: Tensor, view: CacheView) -> Tensor:
+        residual_ND = hidden_ND + block.self_attn.decode(block.input_layernorm(hidden_ND), view)
         rows_ND: Tensor = block.post_attention_layernorm(residual_ND)
         if isinstance(block.mlp, Mlp):
             dense: Tensor = residual_ND + block.mlp(rows_ND, None)
@@ -138,23 +138,13 @@ class Decoder:
             residual_ND = residual_ND + moe.shared_experts(rows_ND, None)
         return residual_ND + dispatcher.combine(routed_AD, handle).wait()
 
-    def _over_prompts(self, cache: LatentCache, rows: Sequence[int], counts: Sequence[int]) -> Callable[[int], Attend]:
-        """Attention within prompts from position 0, by cache layer; writes the cache."""
+    def _over_prompts(self, cache: KvCache, rows: Sequence[int], counts: Sequence[int]) -> Views:
+        """Attention within prompts from position 0, by cache layer."""
         rotation = self._rotation(torch.cat([torch.arange(count) for count in counts]).to(self.device))
+        return lambda layer: PromptView(cache, layer, rows, counts, rotation)
 
-        def of_layer(layer: int) -> Attend:
-            def attend(attention: LatentAttention, x_ND: Tensor) -> Tensor:
-                cached_NC = latent_rows(attention, self._config, x_ND, rotation)
-                for row, values_TC in zip(rows, cached_NC.split(list(counts)), strict=True):
-                    cache.write_row(layer, row, 0, values_TC)
-                return expanded(attention, self._config, x_ND, rotation, cached_NC, counts)
-
-            return attend
-
-        return of_layer
-
-    def _over_cache(self, cache: LatentCache, num_new: int) -> Callable[[int], Attend]:
-        """Attention of `num_new` tokens of every sequence over what is cached, by cache layer; writes the cache."""
+    def _over_cache(self, cache: KvCache, num_new: int) -> Views:
+        """Attention of `num_new` tokens of every sequence over what is cached, by cache layer."""
         longest = max(cache.lengths)
         num_positions = longest + num_new
         positions_BS = self._tensor(cache.lengths)[:, None] + torch.arange(num_new, device=self.device)
@@ -162,17 +152,7 @@ class Decoder:
         future_BST = None
         if num_new > 1 or min(cache.lengths) < longest:
             future_BST = torch.arange(num_positions, device=self.device) > positions_BS[..., None]
-
-        def of_layer(layer: int) -> Attend:
-            def attend(attention: LatentAttention, x_ND: Tensor) -> Tensor:
-                values_NC = latent_rows(attention, self._config, x_ND, rotation)
-                cache.write_step(layer, positions_BS, values_NC.view(*positions_BS.shape, -1))
-                cached_BTC = cache.read(layer, num_positions)
-                return absorbed(attention, self._config, x_ND, rotation, cached_BTC, future_BST)
-
-            return attend
-
-        return of_layer
+        return lambda layer: StepView(cache, layer, positions_BS, num_positions, future_BST, rotation)
 
     def _rotation(self, positions_N: Tensor) -> Rotation:
         return Rotation(self._cos_TP[positions_N], self._sin_TP[positions_N])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from comm.protocol import Dispatcher, Handle, HomeDispatcher
 from kernels.attention.documents import Documents
-from model.attention.mla import LatentAttention
+from model.attention.form import Attention
 from model.config import ModelConfig
 from model.experts import RoutedExperts
 from model.mlp import Mlp
@@ -46,14 +46,14 @@ class Block(nn.Module):
     """One layer; dense if `experts` is None. Submodules have the released checkpoint's names."""
 
     def __init__(
-        self, config: ModelConfig, experts: range | None, dtype: torch.dtype, kernel: str, linears: Linears
+        self, config: ModelConfig, experts: range | None, dtype: torch.dtype, attention: Attention, linears: Linears
     ) -> None:
-        """kernel: for the heads of attention. linears: the precision of linear layers, the same for a whole model."""
+        """attention: of this layer. linears: the precision of linear layers, the same for a whole model."""
         super().__init__()
         hidden, eps = config.hidden_size, config.norm_eps
         self._linears = linears
         self.input_layernorm = RmsNorm(hidden, eps, dtype)
-        self.self_attn = LatentAttention(config, dtype, kernel, linears)
+        self.self_attn = attention
         self.post_attention_layernorm = RmsNorm(hidden, eps, dtype)
         self.mlp: Moe | Mlp = (
             Mlp(hidden, config.dense_intermediate_size, dtype, linears)

@@ -14,6 +14,7 @@ from kernels.cross_entropy import linear_cross_entropy
 from kernels.cross_entropy.reference import RowSlopes
 from kernels.rms_norm import normalise_backward, rms_norm
 from kernels.rms_norm.reference import inverse_rms
+from model.attention.form import Attention
 from model.block import Block
 from model.config import ModelConfig
 from model.norm import RmsNorm
@@ -109,8 +110,10 @@ class MtpBlock(Block):
     The projection reads [norm(embedding), norm(hidden)], the order of the released weights.
     """
 
-    def __init__(self, config: ModelConfig, experts: range, dtype: torch.dtype, kernel: str, linears: Linears) -> None:
-        super().__init__(config, experts, dtype, kernel, linears)
+    def __init__(
+        self, config: ModelConfig, experts: range, dtype: torch.dtype, attention: Attention, linears: Linears
+    ) -> None:
+        super().__init__(config, experts, dtype, attention, linears)
         hidden, eps = config.hidden_size, config.norm_eps
         self.enorm = RmsNorm(hidden, eps, dtype)
         self.hnorm = RmsNorm(hidden, eps, dtype)

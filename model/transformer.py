@@ -4,14 +4,17 @@ Shape legend: B sequences, T tokens, D hidden size, V vocabulary.
 """
 
 import hashlib
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from comm.protocol import Dispatcher
 from kernels.attention.documents import Documents
+from model.attention.form import Attention, AttentionForm, attention_form
 from model.block import Block, run_block
 from model.config import Computing, ModelConfig
 from model.experts import RoutedExperts
@@ -47,15 +50,17 @@ def whole(config: ModelConfig) -> Part:
 class Trunk(nn.Module):
     """Embedding, layers, final norm: what stands under `model.` in the released checkpoint."""
 
-    def __init__(self, config: ModelConfig, part: Part, dtype: torch.dtype, kernel: str, linears: Linears) -> None:
+    def __init__(
+        self, config: ModelConfig, part: Part, dtype: torch.dtype, attention: Callable[[], Attention], linears: Linears
+    ) -> None:
         super().__init__()
         blocks: dict[str, nn.Module] = {}
         for layer in sorted(part.layers):
             if layer >= config.num_layers:
-                blocks[str(layer)] = MtpBlock(config, part.experts, dtype, kernel, linears)
+                blocks[str(layer)] = MtpBlock(config, part.experts, dtype, attention(), linears)
             else:
                 experts = None if layer < config.num_dense_layers else part.experts
-                blocks[str(layer)] = Block(config, experts, dtype, kernel, linears)
+                blocks[str(layer)] = Block(config, experts, dtype, attention(), linears)
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype) if part.embedding else None
         self.layers = nn.ModuleDict(blocks)
         self.norm = RmsNorm(config.hidden_size, config.norm_eps, dtype) if part.head else None
@@ -70,6 +75,7 @@ class Transformer(nn.Module):
         dtype: of every weight; router bias stays float32.
         part: what is held; None means the whole.
         computing: what a backward computes anew, by which attention, and in what products are computed.
+        attention: its form; None means the configuration's.
 
     Weights are uninitialised until `initialise`. Their names are the released checkpoint's.
     """
@@ -81,6 +87,7 @@ class Transformer(nn.Module):
         dtype: torch.dtype,
         part: Part | None = None,
         computing: Computing = Computing(),  # noqa: B008  frozen
+        attention: AttentionForm | None = None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -88,7 +95,9 @@ class Transformer(nn.Module):
         self.dispatcher = dispatcher
         part = part or whole(config)
         self._linears = linears_for(computing)
-        self.model = Trunk(config, part, dtype, computing.attention, self._linears)
+        self.attention = attention or attention_form(config)
+        build = partial(self.attention.build, config, dtype, computing.attention, self._linears)
+        self.model = Trunk(config, part, dtype, build, self._linears)
         self.lm_head = Projection(config.hidden_size, config.vocab_size, dtype) if part.head else None
 
     def weights_unchanged(self) -> AbstractContextManager[None]:

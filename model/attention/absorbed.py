@@ -8,31 +8,18 @@ C values per token in the cache, P rotated pairs, Q query values per head, L lat
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from model.attention.mla import LatentAttention
-from model.attention.rope import rotate, softmax_scale
+from model.attention.projections import LatentProjections
+from model.attention.rope import Rotation, softmax_scale
 from model.config import ModelConfig
 from model.precision.linear import widen
 
 
-@dataclass(frozen=True, slots=True)
-class Rotation:
-    """cos and sin of each new token's position, NP each."""
-
-    cos_NP: Tensor
-    sin_NP: Tensor
-
-    def turn(self, x_NHR: Tensor) -> Tensor:
-        """Every head of every token turned by the token's position; same shape and type."""
-        return rotate(x_NHR[None], self.cos_NP, self.sin_NP)[0]
-
-
-def latent_rows(attention: LatentAttention, config: ModelConfig, x_ND: Tensor, rotation: Rotation) -> Tensor:
+def latent_rows(attention: LatentProjections, config: ModelConfig, x_ND: Tensor, rotation: Rotation) -> Tensor:
     """What the cache keeps of each token: normalised latent and rotated shared key, NC."""
     both_NC = functional.linear(x_ND, attention.kv_a_proj_with_mqa.weight)
     latent_NL, key_NR = both_NC.split([config.kv_lora_rank, config.qk_rope_head_dim], -1)
@@ -40,7 +27,7 @@ def latent_rows(attention: LatentAttention, config: ModelConfig, x_ND: Tensor, r
 
 
 def absorbed(
-    attention: LatentAttention,
+    attention: LatentProjections,
     config: ModelConfig,
     x_ND: Tensor,
     rotation: Rotation,
@@ -75,7 +62,7 @@ def absorbed(
 
 
 def expanded(
-    attention: LatentAttention,
+    attention: LatentProjections,
     config: ModelConfig,
     x_ND: Tensor,
     rotation: Rotation,
@@ -112,7 +99,9 @@ def expanded(
     return functional.linear(torch.cat(mixed), attention.o_proj.weight)
 
 
-def _query(attention: LatentAttention, config: ModelConfig, x_ND: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+def _query(
+    attention: LatentProjections, config: ModelConfig, x_ND: Tensor, rotation: Rotation
+) -> tuple[Tensor, Tensor]:
     """Each head's part without position, and its rotated part."""
     if config.q_lora_rank is None:
         query = functional.linear(x_ND, attention.q_proj.weight)

@@ -1,23 +1,19 @@
-"""The latent cache of multi-head latent attention: what decoding keeps of every token, shared by all heads.
+"""What decoding keeps of every token, and a layer's view of it in one pass.
 
-Source: arXiv:2412.19437, section 2.1.1. Shape legend: B sequences held, S new tokens of each, N new tokens of all,
-T positions, C values per token and layer (normalised latent, then rotated shared key).
+Latent attention keeps a normalised latent and a rotated key for all heads (arXiv:2412.19437, section 2.1.1). Shape
+legend: B sequences held, S new tokens of each, N new tokens of all, T positions, C values per token and layer.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from model.config import ModelConfig
+from model.attention.rope import Rotation
 
 
-def values_per_token(config: ModelConfig) -> int:
-    """What a layer keeps of a token: 512 + 64 = 576 values for DeepSeek-V3."""
-    return config.kv_lora_rank + config.qk_rope_head_dim
-
-
-class LatentCache:
+class KvCache:
     """Room for a number of sequences of at most `capacity` tokens, each as long as it is.
 
     Sequences held are the rows 0 .. `len(lengths) - 1`, so a layer's rows in use are one view of the storage.
@@ -26,7 +22,7 @@ class LatentCache:
 
     def __init__(
         self,
-        config: ModelConfig,
+        values_per_token: int,
         num_layers: int,
         max_sequences: int,
         capacity: int,
@@ -34,7 +30,7 @@ class LatentCache:
         device: torch.device,
     ) -> None:
         """Allocates all of it at once, in the weights' type."""
-        shape = (num_layers, max_sequences, capacity, values_per_token(config))
+        shape = (num_layers, max_sequences, capacity, values_per_token)
         self._values = torch.zeros(shape, dtype=dtype, device=device)
         self._lengths: list[int] = []
 
@@ -84,3 +80,49 @@ class LatentCache:
     def read(self, layer: int, num_positions: int) -> Tensor:
         """The first positions of every sequence held, BTC: a view."""
         return self._values[layer, : len(self._lengths), :num_positions]
+
+
+@dataclass(frozen=True, slots=True)
+class PromptView:
+    """A layer's cache while whole prompts, one after the other, are read into empty rows.
+
+    rows: of the prompts. counts: tokens of each; they sum to N. rotation: of all tokens' positions.
+    """
+
+    cache: KvCache
+    layer: int
+    rows: Sequence[int]
+    counts: Sequence[int]
+    rotation: Rotation
+
+    def write(self, values_NC: Tensor) -> None:
+        """Writes what is kept of each token."""
+        for row, values_TC in zip(self.rows, values_NC.split(list(self.counts)), strict=True):
+            self.cache.write_row(self.layer, row, 0, values_TC)
+
+
+@dataclass(frozen=True, slots=True)
+class StepView:
+    """A layer's cache while S new tokens of every sequence held are added to it.
+
+    positions_BS: of the new tokens. num_positions: T, after which no token lies. future_BST: true where a token must
+    not look; None if every position is seen by every token. rotation: of the new tokens' positions.
+    """
+
+    cache: KvCache
+    layer: int
+    positions_BS: Tensor
+    num_positions: int
+    future_BST: Tensor | None
+    rotation: Rotation
+
+    def write(self, values_NC: Tensor) -> None:
+        """Writes what is kept of each new token."""
+        self.cache.write_step(self.layer, self.positions_BS, values_NC.view(*self.positions_BS.shape, -1))
+
+    def read(self) -> Tensor:
+        """Returns all positions of every sequence held, BTC: a view."""
+        return self.cache.read(self.layer, self.num_positions)
+
+
+CacheView = PromptView | StepView

@@ -1,51 +1,38 @@
-"""Multi-head latent attention, expanded form (arXiv:2412.19437, section 2.1.1).
+"""Multi-head latent attention (arXiv:2412.19437, section 2.1.1): expanded in training, absorbed in decoding.
 
-Shape legend: B sequences, T tokens, D hidden size, X sizes of compressed queries, keys and values together.
+Shape legend: B sequences, T tokens, N new tokens, D hidden size, C values per token in the cache, X sizes of
+compressed queries, keys and values together.
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kernels.attention.documents import Documents
+from model.attention.absorbed import absorbed, expanded, latent_rows
 from model.attention.core import mix
-from model.attention.projections import LatentOptions, LatentShape, LatentWeights
+from model.attention.form import AttentionForm
+from model.attention.kv_cache import CacheView, PromptView, StepView
+from model.attention.projections import LATENT_NORM_EPS, LatentOptions, LatentProjections, LatentShape, LatentWeights
 from model.attention.rope import rotation_table, softmax_scale
 from model.config import ModelConfig
 from model.norm import RmsNorm
-from model.precision.linear import Projection, WeightSink
+from model.precision.linear import WeightSink
 from model.precision.linears import Linears
 
-# The released code leaves these two norms at its class' default, whatever the model's own.
-LATENT_NORM_EPS = 1e-6
 
-
-class LatentAttention(nn.Module):
+class LatentAttention(LatentProjections):
     """Queries through a low-rank latent, keys and values from one shared latent and one rotated key for all heads."""
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, kernel: str, linears: Linears) -> None:
-        super().__init__()
-        self._config = config
+        super().__init__(config, dtype)
         self._kernel = kernel
         self._linears = linears
-        heads, hidden = config.num_heads, config.hidden_size
-        query_size = heads * config.qk_head_dim
-        if config.q_lora_rank is None:
-            self.q_proj = Projection(hidden, query_size, dtype)
-        else:
-            self.q_a_proj = Projection(hidden, config.q_lora_rank, dtype)
-            self.q_a_layernorm = RmsNorm(config.q_lora_rank, LATENT_NORM_EPS, dtype)
-            self.q_b_proj = Projection(config.q_lora_rank, query_size, dtype)
-        latent = config.kv_lora_rank
-        self.kv_a_proj_with_mqa = Projection(hidden, latent + config.qk_rope_head_dim, dtype)
-        self.kv_a_layernorm = RmsNorm(latent, LATENT_NORM_EPS, dtype)
-        self.kv_b_proj = Projection(latent, heads * (config.qk_nope_head_dim + config.v_head_dim), dtype)
-        self.o_proj = Projection(heads * config.v_head_dim, hidden, dtype)
         self._shape = LatentShape(
-            num_heads=heads,
+            num_heads=config.num_heads,
             nope=config.qk_nope_head_dim,
             rope=config.qk_rope_head_dim,
             value=config.v_head_dim,
-            latent=latent,
+            latent=config.kv_lora_rank,
             eps=LATENT_NORM_EPS,
             scale=softmax_scale(config),
         )
@@ -77,6 +64,16 @@ class LatentAttention(nn.Module):
         )
         return mix(x_BTD, compressed_BTX, weights, options, self._linears)
 
+    def decode(self, x_ND: Tensor, view: CacheView) -> Tensor:
+        """Implements `Attention.decode`: expanded over whole prompts, absorbed over the cache."""
+        values_NC = latent_rows(self, self._config, x_ND, view.rotation)
+        view.write(values_NC)
+        match view:
+            case PromptView():
+                return expanded(self, self._config, x_ND, view.rotation, values_NC, view.counts)
+            case StepView():
+                return absorbed(self, self._config, x_ND, view.rotation, view.read(), view.future_BST)
+
     def _rotation(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
         dtype = torch.promote_types(x_BTD.dtype, torch.float32)
         key = (x_BTD.shape[1], x_BTD.device, dtype)
@@ -84,3 +81,11 @@ class LatentAttention(nn.Module):
             cos, sin = rotation_table(self._config, x_BTD.shape[1], dtype)
             self._tables = {key: (cos.to(x_BTD.device), sin.to(x_BTD.device))}
         return self._tables[key]
+
+
+def values_per_token(config: ModelConfig) -> int:
+    """Returns what a layer caches of a token: 512 + 64 = 576 values for DeepSeek-V3."""
+    return config.kv_lora_rank + config.qk_rope_head_dim
+
+
+LATENT_ATTENTION = AttentionForm(name="mla", build=LatentAttention, values_per_token=values_per_token)

@@ -8,10 +8,38 @@ C, Q size of a query or key, V size of all heads' values, E = size of all heads'
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from kernels.attention.documents import Documents
-from model.precision.linear import WeightSink
+from model.attention.form import Attention
+from model.config import ModelConfig
+from model.norm import RmsNorm
+from model.precision.linear import Projection, WeightSink
+
+# The released code leaves these two norms at its class' default, whatever the model's own.
+LATENT_NORM_EPS = 1e-6
+
+
+class LatentProjections(Attention):
+    """The weights of latent attention, under the released checkpoint's names."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._config = config
+        heads, hidden = config.num_heads, config.hidden_size
+        query_size = heads * config.qk_head_dim
+        if config.q_lora_rank is None:
+            self.q_proj = Projection(hidden, query_size, dtype)
+        else:
+            self.q_a_proj = Projection(hidden, config.q_lora_rank, dtype)
+            self.q_a_layernorm = RmsNorm(config.q_lora_rank, LATENT_NORM_EPS, dtype)
+            self.q_b_proj = Projection(config.q_lora_rank, query_size, dtype)
+        latent = config.kv_lora_rank
+        self.kv_a_proj_with_mqa = Projection(hidden, latent + config.qk_rope_head_dim, dtype)
+        self.kv_a_layernorm = RmsNorm(latent, LATENT_NORM_EPS, dtype)
+        self.kv_b_proj = Projection(latent, heads * (config.qk_nope_head_dim + config.v_head_dim), dtype)
+        self.o_proj = Projection(heads * config.v_head_dim, hidden, dtype)
 
 
 class NormAndUpGradients(NamedTuple):

@@ -1,9 +1,10 @@
 """Rotary position embedding, interleaved pairs, with YaRN (arXiv:2309.00071; arXiv:2412.19437, section 4.3).
 
-Shape legend: B sequences, T positions, H heads, R rotated values per head.
+Shape legend: B sequences, T positions, N tokens, H heads, P rotated pairs, R rotated values per head.
 """
 
 import math
+from dataclasses import dataclass
 from typing import assert_never
 
 import torch
@@ -85,6 +86,18 @@ def rotate_(x_BTHR: Tensor, cos_TP: Tensor, sin_TP: Tensor) -> None:
         torch.view_as_complex(x_BTHR.unflatten(-1, (-1, 2))).mul_(torch.complex(cos_TP, sin_TP).unsqueeze(-2))
     else:
         x_BTHR.copy_(rotate(x_BTHR, cos_TP, sin_TP))
+
+
+@dataclass(frozen=True, slots=True)
+class Rotation:
+    """cos and sin of each token's position, NP each."""
+
+    cos_NP: Tensor
+    sin_NP: Tensor
+
+    def turn(self, x_NHR: Tensor) -> Tensor:
+        """Returns every head of every token turned by the token's position; same shape and type."""
+        return rotate(x_NHR[None], self.cos_NP, self.sin_NP)[0]
 
 
 def _holds_pairs(x: Tensor) -> bool:

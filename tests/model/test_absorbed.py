@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.attention.absorbed import Rotation, absorbed, expanded, latent_rows
-from model.attention.kv_cache import LatentCache, values_per_token
-from model.attention.mla import LatentAttention
-from model.attention.rope import rotation_table
+from model.attention.absorbed import absorbed, expanded, latent_rows
+from model.attention.kv_cache import KvCache
+from model.attention.mla import LatentAttention, values_per_token
+from model.attention.rope import Rotation, rotation_table
 from model.block import Block
 from model.config import ModelConfig, YarnRope
 from tests.infer.models import make_model
@@ -69,6 +69,7 @@ def test_absorbed_equals_expanded_and_training_form(shape: str, dtype: torch.dty
     config = SHAPES[shape]
     block, hidden_TD, x_TD, rotation = rows(config, dtype)
     attention = block.self_attn
+    assert isinstance(attention, LatentAttention)
     cached = latent_rows(attention, config, x_TD, rotation)
     whole = expanded(attention, config, x_TD, rotation, cached, [TOKENS])
     torch.testing.assert_close(whole, trained_form(block, hidden_TD), rtol=tolerance, atol=tolerance)
@@ -81,6 +82,7 @@ def test_absorbed_equals_expanded_and_training_form(shape: str, dtype: torch.dty
 def test_expanded_prompts_do_not_see_each_other() -> None:
     block, hidden_TD, x_TD, rotation = rows(MODEL, torch.float64)
     attention = block.self_attn
+    assert isinstance(attention, LatentAttention)
     first = Rotation(rotation.cos_NP[:4], rotation.sin_NP[:4])
     both = Rotation(*(torch.cat((table[:4], table[: TOKENS - 4])) for table in (rotation.cos_NP, rotation.sin_NP)))
     made = expanded(attention, MODEL, x_TD, both, latent_rows(attention, MODEL, x_TD, both), [4, TOKENS - 4])
@@ -91,13 +93,13 @@ def test_expanded_prompts_do_not_see_each_other() -> None:
 
 def test_cache_of_v3_holds_576_values_per_token_and_layer() -> None:
     config = replace(MODEL, kv_lora_rank=512, qk_rope_head_dim=64)
-    cache = LatentCache(config, 61, 2, 3, torch.bfloat16, torch.device("meta"))
+    cache = KvCache(values_per_token(config), 61, 2, 3, torch.bfloat16, torch.device("meta"))
     assert values_per_token(config) == 576
     assert cache.num_bytes == 2 * 3 * 70272
 
 
 def test_cache_gives_back_what_was_written() -> None:
-    cache = LatentCache(MODEL, 2, 3, 5, torch.float32, torch.device("cpu"))
+    cache = KvCache(values_per_token(MODEL), 2, 3, 5, torch.float32, torch.device("cpu"))
     size = values_per_token(MODEL)
     for row in range(3):
         assert cache.add() == row

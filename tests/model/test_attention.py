@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from kernels.attention.documents import Documents
-from model.attention.mla import LATENT_NORM_EPS, LatentAttention
+from model.attention.mla import LatentAttention
+from model.attention.projections import LATENT_NORM_EPS
 from model.config import Computing, ModelConfig, Recomputed
 from model.norm import RmsNorm
 from model.precision.linear import WeightSink

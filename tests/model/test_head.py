@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from model.attention.mla import LatentAttention
 from model.config import Computing
 from model.head import Embedding, MtpBlock, score_tokens
 from model.precision.linear import Projection, WeightSink
@@ -90,7 +91,9 @@ def test_embedding_equals_lookup_and_sums_slopes_of_each_token(dtype: torch.dtyp
 @pytest.mark.parametrize("is_split", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_mtp_merge_equals_formula(dtype: torch.dtype, is_split: bool, frozen: tuple[str, ...]) -> None:
-    block = MtpBlock(MODEL, range(0), dtype, "auto", linears_for(Computing()))
+    linears = linears_for(Computing())
+    attention = LatentAttention(MODEL, dtype, "auto", linears)
+    block = MtpBlock(MODEL, range(0), dtype, attention, linears)
     for name, _ in list(block.named_children()):
         if name not in ("enorm", "hnorm", "eh_proj"):
             delattr(block, name)

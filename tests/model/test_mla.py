@@ -80,7 +80,9 @@ def test_attention_equals_plain_reading(q_lora_rank: int | None) -> None:
 
 
 def test_mtp_merge_reads_embedding_first() -> None:
-    block = MtpBlock(MODEL, range(8), torch.float64, "auto", linears_for(Computing()))
+    linears = linears_for(Computing())
+    attention = LatentAttention(MODEL, torch.float64, "auto", linears)
+    block = MtpBlock(MODEL, range(8), torch.float64, attention, linears)
     randomise(block, 3)
     embedded, hidden = torch.randn(2, 1, 1, 32, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     with torch.no_grad():

@@ -1,0 +1,68 @@
+"""The form of a model's attention: what a block and decoding need of it, and which one a configuration asks for.
+
+Another form is one file with a subclass of `Attention` and an `AttentionForm`. Shape legend: B sequences, T tokens, N
+new tokens of all sequences, D hidden size.
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from kernels.attention.documents import Documents
+from model.attention.kv_cache import CacheView
+from model.config import ModelConfig
+from model.norm import RmsNorm
+from model.precision.linear import WeightSink
+
+if TYPE_CHECKING:
+    from model.precision.linears import Linears
+
+
+class Attention(nn.Module):
+    """One layer's attention."""
+
+    @abstractmethod
+    def forward(
+        self, x_BTD: Tensor, norm: RmsNorm, sink: WeightSink | None, documents: Documents | None = None
+    ) -> Tensor:
+        """Returns x + attention(norm(x)), causal: BTD.
+
+        Args:
+            x_BTD: the residual.
+            norm: of this layer; it belongs to the block, and its gradient comes through autograd.
+            sink: takes the gradients of linear layers, as in `model.precision.linear.linear`.
+            documents: which tokens see each other; None: each token sees those before it in its sequence.
+        """
+
+    @abstractmethod
+    def decode(self, x_ND: Tensor, view: CacheView) -> Tensor:
+        """Returns attention of new tokens, without the residual, and writes them to the cache: ND.
+
+        Args:
+            x_ND: normalised states of the new tokens, sequence by sequence.
+            view: this layer's cache, and where the tokens are: whole prompts, or a step of every sequence.
+        """
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttentionForm:
+    """A form of attention.
+
+    build: from the architecture, the weights' type, the kernel's name and the precision of linear layers.
+    values_per_token: what a layer's cache holds of a token.
+    """
+
+    name: str
+    build: Callable[[ModelConfig, torch.dtype, str, "Linears"], Attention]
+    values_per_token: Callable[[ModelConfig], int]
+
+
+def attention_form(config: ModelConfig) -> AttentionForm:
+    """Returns the form that an architecture has. All that `ModelConfig` describes have latent attention."""
+    from model.attention.mla import LATENT_ATTENTION
+
+    return LATENT_ATTENTION
