@@ -1,7 +1,11 @@
 """Counts of a model before it is built: its weights, and the bytes that a micro-batch keeps. No torch here."""
 
-from model.account.activations import ActivationAccount, MicroBatchShape, count_activations_in_own_type
-from model.account.fp8 import count_activations_in_fp8
+from model.account.activations import (
+    ActivationAccount,
+    MicroBatchShape,
+    count_activations_in_fp8,
+    count_activations_in_own_type,
+)
 from model.account.parameters import ParameterAccount, count_parameters, training_flops_per_token
 from model.config import ModelConfig, Products, Recomputed
 

@@ -3,10 +3,8 @@
 Peaks are those of the Triton kernels; the references that run on a CPU compute in float32 and take several times that.
 """
 
-from model.account.activations import router_bytes
-from model.account.fp8 import attention_bytes
-from model.account.phase import PhaseBytes
-from model.account.sizes import Sizes
+from model.account.activations import fp8_attention_bytes, router_bytes
+from model.account.sizes import PhaseBytes, Sizes
 
 
 def dense_phase(sizes: Sizes) -> PhaseBytes:
@@ -132,7 +130,7 @@ def _mlp_waiting(sizes: Sizes, width: int) -> int:
 
 
 def _attention_kept(sizes: Sizes) -> int:
-    return attention_bytes(sizes.config, sizes.shape) + sizes.logsumexp
+    return fp8_attention_bytes(sizes.config, sizes.shape) + sizes.logsumexp
 
 
 def _attention_forward_peak(sizes: Sizes) -> int:

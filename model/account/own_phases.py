@@ -4,8 +4,7 @@ Each peak is the largest of a few points inside the phase; the comment at a poin
 """
 
 from model.account.activations import attention_bytes, gated_bytes, router_bytes
-from model.account.phase import PhaseBytes
-from model.account.sizes import Sizes
+from model.account.sizes import PhaseBytes, Sizes
 
 
 def dense_phase(sizes: Sizes) -> PhaseBytes:

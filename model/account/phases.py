@@ -4,10 +4,8 @@
 """
 
 from model.account import fp8_phases, own_phases
-from model.account.ends import embedding_phase, head_phase
-from model.account.phase import PhaseBytes
-from model.account.sizes import Sizes
-from model.account.stage_shape import StageShape
+from model.account.parameters import StageShape
+from model.account.sizes import PhaseBytes, Sizes
 
 
 def stage_phases(sizes: Sizes, stage: StageShape) -> list[PhaseBytes]:
@@ -35,3 +33,57 @@ def _dense_phases(sizes: Sizes) -> list[PhaseBytes]:
 def _moe_phases(sizes: Sizes) -> list[PhaseBytes]:
     own = own_phases if not sizes.is_fp8 else fp8_phases
     return [own.attend_phase(sizes), own.dispatch_phase(sizes), own.experts_phase(sizes), own.combine_phase(sizes)]
+
+
+def embedding_phase(sizes: Sizes) -> PhaseBytes:
+    """Returns the account of the embedding; the tokens belong to the batch."""
+    return PhaseBytes(
+        name="embedding",
+        lane="compute",
+        values=sizes.row,
+        waiting=sizes.row,
+        forward_peak=sizes.row,
+        weight_peak=sizes.config.vocab_size * sizes.config.hidden_size * sizes.shape.value_bytes,
+    )
+
+
+def head_phase(sizes: Sizes, depth: int) -> PhaseBytes:
+    """Returns the account of a head with its loss, and of what joins an MTP module's two inputs behind it.
+
+    The gradients of the head's input and of its matrix are made in the forward; the latter waits for W.
+
+    Args:
+        sizes: of the micro-batch.
+        depth: of the head, 0 for the main one.
+    """
+    config, row = sizes.config, sizes.row
+    matrix = config.vocab_size * config.hidden_size
+    gradient = matrix * sizes.shape.wide_bytes
+    # The head's product is added to the gradient from a tensor of its own if the types differ.
+    product = 0 if sizes.shape.value_bytes == sizes.shape.wide_bytes else matrix * sizes.shape.value_bytes
+    loss_peak = sizes.scale + 2 * row + gradient + sizes.logits + product
+    kept = row + sizes.scale + row + gradient
+    if depth == config.mtp_depth:
+        return PhaseBytes(
+            name="head",
+            lane="compute",
+            kept=kept,
+            gradients=row,
+            waiting=gradient,
+            forward_peak=loss_peak,
+            backward_peak=2 * row,
+        )
+    # The module's norm reads the head's input itself, or its norm, which is then kept as well.
+    joined = row if config.mtp_hidden == "pre_norm" else 2 * row
+    projection = sizes.shape.value_bytes * 2 * config.hidden_size**2
+    return PhaseBytes(
+        name="head",
+        lane="compute",
+        values=row,
+        kept=kept + joined,
+        gradients=row,
+        waiting=gradient + 4 * row,
+        forward_peak=max(loss_peak, kept + joined + 4 * row),
+        backward_peak=7 * row,
+        weight_peak=max(projection + 3 * row, matrix * sizes.shape.value_bytes - gradient),
+    )

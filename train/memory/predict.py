@@ -8,11 +8,9 @@ from dualpipe.runtime import pairing
 from dualpipe.runtime.compile import compile_rank
 from kernels.attention import pads_values
 from model.account.activations import MicroBatchShape
-from model.account.held import HeldParameters, held_parameters
-from model.account.phase import PhaseBytes
+from model.account.parameters import HeldParameters, StageShape, held_parameters, stage_shapes
 from model.account.phases import stage_phases
-from model.account.sizes import Sizes
-from model.account.stage_shape import StageShape, stage_shapes
+from model.account.sizes import PhaseBytes, Sizes
 from train.config import TrainConfig, sized_config
 from train.memory.account import JobMemory, PipelineBytes, RankMemory
 from train.memory.exchange import exchange_bytes

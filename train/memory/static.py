@@ -4,7 +4,7 @@ from math import ceil
 
 from comm.layout import Layout
 from kernels.attention import makes_dense_masks
-from model.account.held import HeldParameters
+from model.account.parameters import HeldParameters
 from model.account.sizes import Sizes
 from train.config import TrainConfig
 

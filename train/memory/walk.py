@@ -6,7 +6,7 @@ from typing import assert_never
 
 from dualpipe.runtime.program import Action, Program, RunKey, Step
 from dualpipe.transfers import Link
-from model.account.phase import PhaseBytes
+from model.account.sizes import PhaseBytes
 from train.memory.account import PipelineBytes
 
 

@@ -16,9 +16,8 @@ from comm.lane import InlineLane
 from dualpipe.ir import Schedule
 from dualpipe.runtime.clock import HostClock
 from dualpipe.runtime.execute import execute
-from model.account.held import held_parameters
+from model.account.parameters import held_parameters, stage_shapes
 from model.account.phases import stage_phases
-from model.account.stage_shape import stage_shapes
 from model.objective import LossSums, loss_names
 from tests.train.job import close_job, open_job, open_loader, task_of
 from train.config import TrainConfig

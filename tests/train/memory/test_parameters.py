@@ -5,8 +5,7 @@ import torch
 
 from comm.dispatch.local import LocalDispatcher
 from launch.config.run_config import compose_run
-from model.account.held import held_parameters
-from model.account.stage_shape import stage_shapes
+from model.account.parameters import held_parameters, stage_shapes
 from model.transformer import Part, Transformer
 
 
