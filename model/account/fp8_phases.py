@@ -27,7 +27,7 @@ def dense_phase(sizes: Sizes) -> PhaseBytes:
             2 * gate_up + sizes.codes(2 * width) + _mlp_waiting(sizes, width) + row,
             _mlp_waiting(sizes, width) + row + _attention_backward_peak(sizes),
         ),
-        weight_peak=max(sizes.matrix(2 * width, hidden), _attention_weight_peak(sizes)),
+        weight_peak=max(sizes.matrix(2 * width, hidden), sizes.attention_weight_peak),
     )
 
 
@@ -49,21 +49,7 @@ def attend_phase(sizes: Sizes) -> PhaseBytes:
             attention + row + sizes.scale + row + sizes.wide(hidden) + gate + scores,
         ),
         backward_peak=max(sizes.wide(hidden) + gate + row + scores, row + _attention_backward_peak(sizes)),
-        weight_peak=_attention_weight_peak(sizes),
-    )
-
-
-def dispatch_phase(sizes: Sizes) -> PhaseBytes:
-    """Returns the account of dispatch: rows go to experts as codes, their gradients come back in the model's type."""
-    arrived, exchange, hidden = sizes.expert_codes(sizes.config.hidden_size), sizes.exchange, sizes.config.hidden_size
-    return PhaseBytes(
-        name="dispatch",
-        lane="comm",
-        values=sizes.codes(hidden) + arrived + sizes.expert_wide(1),
-        routing=exchange.routing,
-        gradients=2 * sizes.row + sizes.router_weights,
-        forward_peak=arrived + sizes.expert_wide(1) + exchange.routing + exchange.to_experts,
-        backward_peak=2 * sizes.row + sizes.router_weights + exchange.from_experts,
+        weight_peak=sizes.attention_weight_peak,
     )
 
 
@@ -102,19 +88,6 @@ def experts_phase(sizes: Sizes) -> PhaseBytes:
     )
 
 
-def combine_phase(sizes: Sizes) -> PhaseBytes:
-    """Returns the account of combine: results come back as they are, their gradient goes to experts as codes."""
-    packed, exchange = sizes.expert_codes(sizes.config.hidden_size), sizes.exchange
-    return PhaseBytes(
-        name="combine",
-        lane="comm",
-        values=sizes.row,
-        gradients=packed + sizes.row,
-        forward_peak=2 * sizes.row + exchange.from_experts,
-        backward_peak=sizes.codes(sizes.config.hidden_size) + packed + exchange.to_experts,
-    )
-
-
 def attention_waiting(sizes: Sizes) -> int:
     """Returns what waits for the W of attention: inputs and output gradients of its linear maps, in FP8."""
     config = sizes.config
@@ -150,14 +123,4 @@ def _attention_backward_peak(sizes: Sizes) -> int:
     return max(
         made + columns + sizes.numbers(sizes.value_width) + 2 * sizes.kernel_mixed + 2 * sizes.heads,
         made + columns + 2 * up + sizes.columns(sizes.query_width + sizes.expanded_width),
-    )
-
-
-def _attention_weight_peak(sizes: Sizes) -> int:
-    config = sizes.config
-    return max(
-        sizes.matrix(config.hidden_size, sizes.value_width),
-        sizes.matrix(sizes.query_width, sizes.query_rank),
-        sizes.matrix(sizes.expanded_width, config.kv_lora_rank),
-        sizes.matrix(sizes.compressed_width, config.hidden_size),
     )

@@ -34,7 +34,7 @@ def dense_phase(sizes: Sizes) -> PhaseBytes:
         weight_peak=max(
             sizes.matrix(width, sizes.config.hidden_size) + gate_up // 2,  # of down, and what is gated again
             join - gate_up,  # of gate and up: what down held is gone
-            _attention_weight_peak(sizes),
+            sizes.attention_weight_peak,
         ),
     )
 
@@ -62,24 +62,7 @@ def attend_phase(sizes: Sizes) -> PhaseBytes:
             before_router + row + 4 * scores + router,
         ),
         backward_peak=max(sizes.wide(config.hidden_size) + gate + row + scores, row + _attention_backward_peak(sizes)),
-        weight_peak=_attention_weight_peak(sizes),
-    )
-
-
-def dispatch_phase(sizes: Sizes) -> PhaseBytes:
-    """Returns the account of dispatch: rows on their way to experts, gradients on their way back."""
-    arrived, exchange = sizes.expert_numbers(sizes.config.hidden_size), sizes.exchange
-    values = sizes.row + arrived + sizes.expert_wide(1)
-    shares = bool(sizes.config.num_shared_experts)
-    gradients = sizes.row + sizes.router_weights + (0 if shares else sizes.row)
-    return PhaseBytes(
-        name="dispatch",
-        lane="comm",
-        values=values,
-        routing=exchange.routing,
-        gradients=gradients,
-        forward_peak=arrived + sizes.expert_wide(1) + exchange.routing + exchange.to_experts,
-        backward_peak=2 * sizes.row + sizes.router_weights + exchange.from_experts,
+        weight_peak=sizes.attention_weight_peak,
     )
 
 
@@ -113,19 +96,6 @@ def experts_phase(sizes: Sizes) -> PhaseBytes:
         ),
         backward_peak=max(shared + shared_join + row, shared + row + arrived + hidden + 4 * gated),
         weight_peak=max(gate_up - shared_waiting, shared_join),
-    )
-
-
-def combine_phase(sizes: Sizes) -> PhaseBytes:
-    """Returns the account of combine: the experts' results on their way back, their gradient on its way to experts."""
-    arrived, exchange = sizes.expert_numbers(sizes.config.hidden_size), sizes.exchange
-    return PhaseBytes(
-        name="combine",
-        lane="comm",
-        values=sizes.row,
-        gradients=arrived + sizes.row,
-        forward_peak=2 * sizes.row + exchange.from_experts,
-        backward_peak=arrived + exchange.to_experts,
     )
 
 
@@ -171,14 +141,4 @@ def _attention_backward_peak(sizes: Sizes) -> int:
     return max(
         made + sizes.numbers(sizes.value_width) + sizes.kernel_mixed + again + sizes.heads,
         made + up + join + 2 * sizes.row,
-    )
-
-
-def _attention_weight_peak(sizes: Sizes) -> int:
-    config = sizes.config
-    return max(
-        sizes.matrix(config.hidden_size, sizes.value_width),
-        sizes.matrix(sizes.query_width, sizes.query_rank),
-        sizes.matrix(sizes.expanded_width, config.kv_lora_rank),
-        sizes.matrix(sizes.compressed_width, config.hidden_size),
     )

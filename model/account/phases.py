@@ -27,12 +27,42 @@ def stage_phases(sizes: Sizes, stage: StageShape) -> list[PhaseBytes]:
 
 
 def _dense_phases(sizes: Sizes) -> list[PhaseBytes]:
-    return [fp8_phases.dense_phase(sizes) if sizes.is_fp8 else own_phases.dense_phase(sizes)]
+    return [(fp8_phases if sizes.is_fp8 else own_phases).dense_phase(sizes)]
 
 
 def _moe_phases(sizes: Sizes) -> list[PhaseBytes]:
-    own = own_phases if not sizes.is_fp8 else fp8_phases
-    return [own.attend_phase(sizes), own.dispatch_phase(sizes), own.experts_phase(sizes), own.combine_phase(sizes)]
+    computed = fp8_phases if sizes.is_fp8 else own_phases
+    return [computed.attend_phase(sizes), dispatch_phase(sizes), computed.experts_phase(sizes), combine_phase(sizes)]
+
+
+def dispatch_phase(sizes: Sizes) -> PhaseBytes:
+    """Returns the account of dispatch: rows travel as they are sent, their gradients in the model's type."""
+    exchange, weights = sizes.exchange, sizes.expert_wide(1)
+    # In the model's own type, what waits for the W of shared experts already holds the gradient of the residual.
+    holds_residual = sizes.is_fp8 or not sizes.config.num_shared_experts
+    return PhaseBytes(
+        name="dispatch",
+        lane="comm",
+        values=sizes.sent + sizes.received + weights,
+        routing=exchange.routing,
+        gradients=sizes.row + sizes.router_weights + (sizes.row if holds_residual else 0),
+        forward_peak=sizes.received + weights + exchange.routing + exchange.to_experts,
+        backward_peak=2 * sizes.row + sizes.router_weights + exchange.from_experts,
+    )
+
+
+def combine_phase(sizes: Sizes) -> PhaseBytes:
+    """Returns the account of combine: results return in the model's type, gradients travel as rows are sent."""
+    exchange = sizes.exchange
+    packed = sizes.sent if sizes.is_fp8 else 0
+    return PhaseBytes(
+        name="combine",
+        lane="comm",
+        values=sizes.row,
+        gradients=sizes.received + sizes.row,
+        forward_peak=2 * sizes.row + exchange.from_experts,
+        backward_peak=packed + sizes.received + exchange.to_experts,
+    )
 
 
 def embedding_phase(sizes: Sizes) -> PhaseBytes:

@@ -190,6 +190,28 @@ class Sizes:
         return self.config.num_shared_experts * self.config.expert_intermediate_size
 
     @property
+    def sent(self) -> int:
+        """The row that dispatch sends of each token: codes if products are in FP8."""
+        return self.codes(self.config.hidden_size) if self.is_fp8 else self.row
+
+    @property
+    def received(self) -> int:
+        """Rows that dispatch delivers to this rank's experts, in the form in which they are sent."""
+        hidden = self.config.hidden_size
+        return self.expert_codes(hidden) if self.is_fp8 else self.expert_numbers(hidden)
+
+    @property
+    def attention_weight_peak(self) -> int:
+        """The largest gradient of a weight of attention."""
+        config = self.config
+        return max(
+            self.matrix(config.hidden_size, self.value_width),
+            self.matrix(self.query_width, self.query_rank),
+            self.matrix(self.expanded_width, config.kv_lora_rank),
+            self.matrix(self.compressed_width, config.hidden_size),
+        )
+
+    @property
     def logits(self) -> int:
         """Logits that the head computes at once, and what their softmax takes."""
         vocab, size = self.config.vocab_size, self.shape.value_bytes
