@@ -12,8 +12,7 @@ from typing import Any, Literal
 from data.prepare import check_config
 from data.tokenizer import find_tokenizer_file, other_tokenizer
 from launch.ranks.environment import apply_rank_environment
-from model.config import ModelConfig
-from model.ladder import ladder
+from model.config import ModelConfig, ladder
 from train.checkpoint.compatible import check_compatible
 from train.checkpoint.initial_weights import check_initial
 from train.checkpoint.locate import AUTO, CHECKPOINTS_NAME, locate, newest_whole
