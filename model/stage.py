@@ -153,12 +153,7 @@ class Stage:
         phases: list[Phase] = []
         if self._first:
             assert batch is not None
-            tokens_BT = batch.inputs_BT[0]
-
-            def embed(values: NoValues, sink: WeightSink | None) -> Computed[Hidden]:
-                return Computed(Hidden(self._model.embed(tokens_BT, sink)))
-
-            phases.append(ComputePhase(embed, store))
+            phases.append(ComputePhase(self._embedding(batch.inputs_BT[0]), store))
         for layer in self._layers:
             add_block(self._model.block(layer), layer)
         if self._last:
@@ -168,6 +163,9 @@ class Stage:
                     add_block(self._model.mtp_block(depth), self._model.config.num_layers + depth - 1)
                 phases.append(ComputePhase(self._head(depth, batch, objective, sums, (direction, micro_batch)), store))
         return StageRun(phases)
+
+    def _embedding(self, tokens_BT: Tensor) -> Callable[[NoValues, WeightSink | None], Computed[Hidden]]:
+        return lambda values, sink: Computed(Hidden(self._model.embed(tokens_BT, sink)))
 
     def _head(
         self, depth: int, batch: MicroBatch, objective: Objective, sums: LossSums, place: tuple[int, int]
