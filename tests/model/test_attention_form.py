@@ -17,7 +17,7 @@ from model.attention.mla import LatentAttention
 from model.config import Computing, ModelConfig, Products
 from model.gradients import GradientStore
 from model.norm import RmsNorm
-from model.objective import LossSums
+from model.objective import LossSums, loss_names
 from model.precision.linear import Projection, WeightSink
 from model.precision.linears import Linears
 from model.transformer import Transformer, initialise
@@ -95,7 +95,7 @@ def test_phased_equals_plain(num_stages: int, is_packed: bool) -> None:
     documents = Documents.of_positions(torch.arange(12).remainder(5).expand(2, 12)) if is_packed else None
     batch = replace(make_batch(MODEL, 1), documents=documents)
     plain, cut = make_model(), make_model()
-    sums = LossSums([0.0] * (MODEL.mtp_depth + 1))
+    sums = LossSums(loss_names(MODEL.mtp_depth))
     plain.loss(batch, make_objective(MODEL), sums).backward()
     store = GradientStore(cut.parameters())
     made = phased(cut, num_stages, batch, store)
