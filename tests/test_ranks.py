@@ -32,6 +32,10 @@ def test_ranks_return_results_in_rank_order() -> None:
     assert [result[2].item() for result in results] == [6.0] * 3
 
 
+def _rank_alone(rank: int, world_size: int) -> int:
+    return rank
+
+
 @pytest.mark.parametrize(
     ("how", "message"),
     [
@@ -41,6 +45,7 @@ def test_ranks_return_results_in_rank_order() -> None:
     ],
 )
 def test_ranks_name_the_one_that_failed_at_once(how: str, message: str) -> None:
+    run_ranks(2, _rank_alone)  # the first ranks wait for the server that forks them to import torch
     begun = time.monotonic()
     with pytest.raises(RanksFailedError, match=message):
         run_ranks(2, _fail_on_one, how, timeout_seconds=3.0 if how == "hangs" else 60.0)
