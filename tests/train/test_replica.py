@@ -63,11 +63,12 @@ def _run_one(config: TrainConfig, trains: bool, refers: bool) -> Seen:
     for step in range(STEPS):
         if learner is not None:
             result = train_step(learner, config.task, loader, step)
-            seen.losses.append((result.losses.main, *result.losses.mtp, result.losses.total, result.grad_norm))
+            losses = result.losses
+            seen.losses.append((losses.main, *losses.by_name.values(), losses.total, result.grad_norm))
             seen.traffic.append(learner.replica.observers.traffic.take())
         for name, reference in references.items():
-            losses, _ = validate_pass(reference, config.task, partial(loader.batch, 0))
-            seen.reference_losses[name].append(losses.main)
+            validated, _ = validate_pass(reference, config.task, partial(loader.batch, 0))
+            seen.reference_losses[name].append(validated.main)
     seen.weights = {} if learner is None else copies(learner.replica)
     for name, reference in references.items():
         last = copies(reference)
