@@ -55,6 +55,6 @@ def test_nested_values() -> None:
 
 
 def test_the_folder_of_a_shell_is_no_password() -> None:
-    environment = {"PWD": "/work/a-folder", "OLDPWD": "/work/another", "DB_PWD": "a-long-password"}
-    text = "in /work/a-folder, before in /work/another, with a-long-password"
-    assert redact(text, environment) == "in /work/a-folder, before in /work/another, with ***"
+    environment = {"PWD": "/home/user/a-folder", "OLDPWD": "/home/user/another", "DB_PWD": "a-long-password"}
+    text = "in /home/user/a-folder, before in /home/user/another, with a-long-password"
+    assert redact(text, environment) == "in /home/user/a-folder, before in /home/user/another, with ***"
