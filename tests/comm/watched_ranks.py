@@ -3,10 +3,10 @@
 import json
 import multiprocessing
 import os
-import socket
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from multiprocessing.context import ForkServerProcess
@@ -17,6 +17,7 @@ from comm.watchdog.job_start import AbsentError
 from comm.watchdog.membership import Membership
 from comm.watchdog.rendezvous import join
 from comm.watchdog.verdict import Verdict
+from tests.ports import reserved_port
 
 _PRELOADED = ["torch", "torch.distributed", "numpy", "tests.comm.watched_ranks"]
 _TIMEOUT_SECONDS = 60.0
@@ -50,9 +51,8 @@ class WatchedRanks:
         self._begun = time.time()
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(_PRELOADED)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self._reservation = ExitStack()
+        self.port = self._reservation.enter_context(reserved_port())
         self._processes: dict[int, ForkServerProcess] = {}
         for rank in set(range(world_size)) - set(absent):
             member = Membership(rank, world_size, "127.0.0.1", self.port, 0, is_one_machine=True, key=_KEY)
@@ -97,6 +97,7 @@ class WatchedRanks:
                 error.read_text() if error.exists() else "",
             )
         self._folder.cleanup()
+        self._reservation.close()
         return ends
 
 

@@ -7,7 +7,6 @@ Ubuntu's, and takes Python's from this environment: it has torch for CPUs.
 
 import os
 import shutil
-import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +16,7 @@ import pytest
 from tests.docker.bases import CERTIFICATES, PACKAGES, add_debian_base, local_torch_index, missing
 from tests.docker.context import copy_context
 from tests.docker.images import Images, open_images
+from tests.ports import reserved_port
 
 JOB = ("python", "-m", "launch.train", "experiment=quickstart", "task.steps=2")
 
@@ -67,12 +67,14 @@ def run_on_two_nodes(images: Images, name: str, outputs: Path) -> str:
     """The job by torchrun in two containers on the host's network, as README starts it; gives what node 0 printed."""
     outputs.mkdir()
     outputs.chmod(0o1777)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    meeting = ["--nnodes=2", "--nproc-per-node=4", "--master-addr=127.0.0.1", f"--master-port={port}"]
     command = ["-m", "launch.train", "experiment=two_nodes", "task.steps=2", "out_dir=outputs/run"]
-    with images.container(name) as first, images.container(name) as second, ThreadPoolExecutor(2) as pool:
+    with (
+        reserved_port() as port,
+        images.container(name) as first,
+        images.container(name) as second,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        meeting = ["--nnodes=2", "--nproc-per-node=4", "--master-addr=127.0.0.1", f"--master-port={port}"]
         printed = [
             pool.submit(
                 node.run, ["torchrun", *meeting, f"--node-rank={number}", *command], [f"{outputs}:/app/outputs"]

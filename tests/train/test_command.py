@@ -2,7 +2,6 @@
 
 import json
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.commands import run_command
+from tests.ports import reserved_port
 from tests.tiny import write_text
 from tests.train.wandb_file import flat, read_history
 
@@ -153,23 +153,21 @@ def test_torchrun_over_two_nodes_equals_the_bare_command(folder: Path) -> None:
     choices = ("task.steps=2", "samples.prompt=", "precision=float64", "optim.sharding=replicated")
     done = run_train(folder, "bare", *choices)
     assert done.returncode == 0, done.stderr
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    rendezvous = ["--nnodes=2", "--nproc-per-node=2", "--master-addr=127.0.0.1", f"--master-port={port}"]
-    command = [sys.executable, "-m", "torch.distributed.run", *rendezvous]
     job = choices_of(folder, "torchrun", *choices)
-    nodes = [
-        subprocess.Popen(
-            [*command, f"--node-rank={node}", *job], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-        for node in range(2)
-    ]
-    try:
-        outputs = [node.communicate(timeout=200)[0].decode() for node in nodes]
-    finally:
-        for node in nodes:
-            node.kill()
+    with reserved_port() as port:
+        rendezvous = ["--nnodes=2", "--nproc-per-node=2", "--master-addr=127.0.0.1", f"--master-port={port}"]
+        command = [sys.executable, "-m", "torch.distributed.run", *rendezvous]
+        nodes = [
+            subprocess.Popen(
+                [*command, f"--node-rank={node}", *job], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            )
+            for node in range(2)
+        ]
+        try:
+            outputs = [node.communicate(timeout=200)[0].decode() for node in nodes]
+        finally:
+            for node in nodes:
+                node.kill()
     assert [node.returncode for node in nodes] == [0, 0], outputs
     ours, theirs = read_metrics(folder, "torchrun"), read_metrics(folder, "bare")
     assert [line["loss"] for line in ours] == [line["loss"] for line in theirs]

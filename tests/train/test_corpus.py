@@ -1,25 +1,23 @@
 """Preparing the corpus may take longer than any collective may; a rank that is lost meanwhile is missed."""
 
 import os
-import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from data.corpus import DataError
+from tests.ports import reserved_port
 from tests.tiny import tiny_config, write_text
 from train.corpus import State, build_together
 
 ROOT = Path(__file__).parents[2]
 
 
-def start(folder: Path, seconds: float) -> list[subprocess.Popen[str]]:
+def start(folder: Path, seconds: float, port: int) -> list[subprocess.Popen[str]]:
     """Two ranks, each in a process of its own, under a time limit of 5 seconds."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.train.preparing_rank", str(seconds), str(folder)]
     return [
@@ -52,14 +50,20 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_preparing_longer_than_the_time_limit_is_no_hang(folder: Path) -> None:
-    for rank, (code, text) in enumerate(ends(start(folder, 10.0))):
+@pytest.fixture
+def port() -> Iterator[int]:
+    with reserved_port() as port:
+        yield port
+
+
+def test_preparing_longer_than_the_time_limit_is_no_hang(folder: Path, port: int) -> None:
+    for rank, (code, text) in enumerate(ends(start(folder, 10.0, port))):
         assert code == 0, f"rank {rank}: {text[-3000:]}"
 
 
-def test_rank_that_is_lost_while_another_prepares_is_missed(folder: Path) -> None:
+def test_rank_that_is_lost_while_another_prepares_is_missed(folder: Path, port: int) -> None:
     (folder / "victim").write_text("1")
-    (code, _), (lost, _) = ends(start(folder, 60.0))
+    (code, _), (lost, _) = ends(start(folder, 60.0, port))
     assert lost == -9
     assert code == 78
     words = (folder / "run" / "log" / "rank_00000.error.log").read_text()

@@ -2,7 +2,6 @@
 
 import json
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.commands import run_command
+from tests.ports import reserved_port
 from tests.tiny import write_text
 from tests.train.failing_rank import CAUSE
 from tests.train.faults import CASES, choices, last_words, place
@@ -46,13 +46,11 @@ def test_lost_rank_under_torchrun_is_named_by_every_other_rank(tmp_path: Path) -
     write_text(tmp_path)
     case = next(case for case in CASES if (case.how, case.phase) == ("killed", "combine"))
     place(case, tmp_path)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    rendezvous = ["--nnodes=1", "--nproc-per-node=4", "--master-addr=127.0.0.1", f"--master-port={port}"]
-    command = [sys.executable, "-m", "torch.distributed.run", *rendezvous, "-m", "tests.train.struck_rank"]
-    command += [str(tmp_path), *choices(tmp_path), f"out_dir={tmp_path / 'run'}", "cluster.timeout_seconds=60"]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    job = [str(tmp_path), *choices(tmp_path), f"out_dir={tmp_path / 'run'}", "cluster.timeout_seconds=60"]
+    with reserved_port() as port:
+        rendezvous = ["--nnodes=1", "--nproc-per-node=4", "--master-addr=127.0.0.1", f"--master-port={port}"]
+        command = [sys.executable, "-m", "torch.distributed.run", *rendezvous, "-m", "tests.train.struck_rank", *job]
+        ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
     words = last_words(tmp_path / "run")
     assert set(words) == {0, 1, 2}
     text = words[0][0]
