@@ -85,7 +85,7 @@ def _write_meta(folder: Path, values: Mapping[str, int | float | str]) -> None:
 
 def _install(building: Path, folder: Path) -> None:
     """Puts a finished folder in its place; leaves a whole one that is there already, moves a broken one away."""
-    with _alone(folder.parent):
+    with _exclusive(folder.parent):
         if _open(folder) is not None:
             return
         # Into an empty place first: what another process put there since is then never moved away.
@@ -96,7 +96,7 @@ def _install(building: Path, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _alone(cache_dir: Path) -> Iterator[None]:
+def _exclusive(cache_dir: Path) -> Iterator[None]:
     """One process at a time replaces entries: what it found broken may otherwise be whole when it is moved away."""
     descriptor = os.open(cache_dir, os.O_RDONLY)
     try:

@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from data.config import DataConfig
 from data.corpus import DataError, hash_unit, is_validation, list_files, read_documents
 from data.fim import cut_for_fim, join_fim_tokens
-from data.progress import Progress, Quiet
+from data.progress import NoProgress, Progress
 from data.registry import Document
 from data.tokenizer import Tokenizer
 
 Part = Literal["train", "validation"]
-QUIET = Quiet()
+NO_PROGRESS = NoProgress()
 
 # Merges settle long before: more text costs time and changes almost no merge.
 TOKENIZER_TEXT_BYTES = 64 * 2**20
@@ -34,7 +34,7 @@ class PartSize:
 
 
 def build_encoded(
-    config: DataConfig, given: Tokenizer | None, folder: Path, progress: Progress = QUIET
+    config: DataConfig, given: Tokenizer | None, folder: Path, progress: Progress = NO_PROGRESS
 ) -> dict[str, int | float | str]:
     """Writes `tokenizer.json` and each part's `PART_tokens.npy` and `PART_lengths.npy` into a folder.
 
@@ -69,7 +69,7 @@ def build_encoded(
     return values
 
 
-def measure_parts(config: DataConfig, progress: Progress = QUIET) -> dict[Part, PartSize]:
+def measure_parts(config: DataConfig, progress: Progress = NO_PROGRESS) -> dict[Part, PartSize]:
     """Reads the source once and says how much each part holds.
 
     Raises:
@@ -100,7 +100,7 @@ def read_part(config: DataConfig, part: Part) -> Iterator[Document]:
     return (document for document in read_documents(config.source) if _part_of(document, config) == part)
 
 
-def train_tokenizer(config: DataConfig, train_bytes: int, progress: Progress = QUIET) -> Tokenizer:
+def train_tokenizer(config: DataConfig, train_bytes: int, progress: Progress = NO_PROGRESS) -> Tokenizer:
     """The tokenizer of the training part: of all of it, or of a sample of its chunks where it is large.
 
     Args:
@@ -121,7 +121,7 @@ def train_tokenizer(config: DataConfig, train_bytes: int, progress: Progress = Q
 
 
 def encode_part(
-    config: DataConfig, part: Part, tokenizer: Tokenizer, text_bytes: int = 0, progress: Progress = QUIET
+    config: DataConfig, part: Part, tokenizer: Tokenizer, text_bytes: int = 0, progress: Progress = NO_PROGRESS
 ) -> tuple[NDArray[np.integer], NDArray[np.int64]]:
     """The part's tokens end to end (uint16 where the vocabulary allows, else int32), and each document's length.
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from data.cache import CacheEntry, open_or_build
 from data.config import DataConfig
 from data.corpus import DataError, check_source, list_files
-from data.encode import QUIET, build_encoded
+from data.encode import NO_PROGRESS, build_encoded
 from data.pack import pack_documents
 from data.progress import Progress
 from data.registry import DATA_SOURCES
@@ -106,7 +106,7 @@ def _check_no_names(config: DataConfig) -> None:
             )
 
 
-def prepare(config: DataConfig, sequence_length_tokens: int, progress: Progress = QUIET) -> Prepared:
+def prepare(config: DataConfig, sequence_length_tokens: int, progress: Progress = NO_PROGRESS) -> Prepared:
     """Opens the corpus for sequences of a length, building what is not in the cache yet.
 
     Two levels are kept under `config.cache_dir`: encoded documents, and their packing for each length. Their

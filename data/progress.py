@@ -30,7 +30,7 @@ class Progress(Protocol):
         ...
 
 
-class Quiet:
+class NoProgress:
     """Shows nothing."""
 
     def over(
@@ -40,7 +40,7 @@ class Quiet:
         yield from items
 
 
-class Lines:
+class ProgressLines:
     """Plain lines: none of work that takes less than a second, then one every five seconds at most."""
 
     def __init__(self, say: Callable[[str], object], clock: Callable[[], float] = time.monotonic) -> None:
@@ -65,7 +65,7 @@ class Lines:
             self._say(f"{what}: done, {amount_text(done, unit)} in {seconds_text(self._clock() - began)}")
 
 
-class Bars:
+class ProgressBars:
     """A bar for each work on a terminal, which goes when the work is done."""
 
     def __init__(self, stream: TextIO) -> None:
@@ -85,7 +85,7 @@ class Bars:
 def progress_on(stream: TextIO | None = None) -> Progress:
     """Returns bars if a stream is a terminal, and lines otherwise. The default is standard error as it is now."""
     target = sys.stderr if stream is None else stream
-    return Bars(target) if target.isatty() else Lines(lambda line: print(line, file=target, flush=True))
+    return ProgressBars(target) if target.isatty() else ProgressLines(lambda line: print(line, file=target, flush=True))
 
 
 def progress_text(done: int, total: int, seconds: float, unit: Unit = "bytes") -> str:

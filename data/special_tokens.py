@@ -58,7 +58,7 @@ class SpecialNames:
         return {"bos": self.bos, "eos": self.eos, "pad": self.pad}[kind]
 
 
-AS_THE_FILES_SAY = SpecialNames(bos=None, eos=None, pad=None)
+NAMES_FROM_FILES = SpecialNames(bos=None, eos=None, pad=None)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,17 +84,17 @@ class SpecialIds:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class BesideFiles:
+class SidecarFiles:
     """What the files beside a tokenizer say, by file name, and the bytes of `tokenizer_config.json`."""
 
     values: Mapping[str, Mapping[str, Any]]
     config_content: bytes | None
 
 
-NO_FILES = BesideFiles(values={}, config_content=None)
+NO_SIDECAR_FILES = SidecarFiles(values={}, config_content=None)
 
 
-def read_beside(folder: Path, key: str) -> BesideFiles:
+def read_sidecar_files(folder: Path, key: str) -> SidecarFiles:
     """Reads the files beside a tokenizer that name special tokens.
 
     Args:
@@ -121,10 +121,12 @@ def read_beside(folder: Path, key: str) -> BesideFiles:
             raise DataError(f"{key}: {path} must be a JSON object, is of type {type(read).__name__}")
         values[name] = read
         config_content = content if name == TOKENIZER_CONFIG_NAME else config_content
-    return BesideFiles(values=values, config_content=config_content)
+    return SidecarFiles(values=values, config_content=config_content)
 
 
-def find_special_ids(backend: tokenizers.Tokenizer, names: SpecialNames, beside: BesideFiles, place: str) -> SpecialIds:
+def find_special_ids(
+    backend: tokenizers.Tokenizer, names: SpecialNames, beside: SidecarFiles, place: str
+) -> SpecialIds:
     """Returns the ids of a tokenizer's special tokens.
 
     Args:
@@ -157,7 +159,7 @@ def describe_special(backend: tokenizers.Tokenizer, ids: SpecialIds) -> dict[str
 
 
 def _find(
-    kind: Kind, backend: tokenizers.Tokenizer, names: SpecialNames, beside: BesideFiles, place: str
+    kind: Kind, backend: tokenizers.Tokenizer, names: SpecialNames, beside: SidecarFiles, place: str
 ) -> int | None:
     named = names.of(kind)
     if named is not None:

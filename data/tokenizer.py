@@ -11,19 +11,19 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from data.corpus import DataError
 from data.special_tokens import (
-    AS_THE_FILES_SAY,
     BEGIN_OF_SENTENCE,
     END_OF_SENTENCE,
     FIM_TOKENS,
-    NO_FILES,
+    NAMES_FROM_FILES,
+    NO_SIDECAR_FILES,
     PAD,
     TOKENIZER_CONFIG_NAME,
-    BesideFiles,
+    SidecarFiles,
     SpecialIds,
     SpecialNames,
     describe_special,
     find_special_ids,
-    read_beside,
+    read_sidecar_files,
 )
 from data.tiktoken_file import TIKTOKEN_NAME, read_tiktoken
 
@@ -62,8 +62,8 @@ class Tokenizer:
         content: bytes | None = None,
         place: str = "tokenizer",
         *,
-        names: SpecialNames = AS_THE_FILES_SAY,
-        beside: BesideFiles = NO_FILES,
+        names: SpecialNames = NAMES_FROM_FILES,
+        beside: SidecarFiles = NO_SIDECAR_FILES,
     ) -> None:
         """Wraps a backend.
 
@@ -177,7 +177,7 @@ class Tokenizer:
         return cls(backend)
 
     @classmethod
-    def load(cls, path: Path, key: str = "tokenizer", names: SpecialNames = AS_THE_FILES_SAY) -> "Tokenizer":
+    def load(cls, path: Path, key: str = "tokenizer", names: SpecialNames = NAMES_FROM_FILES) -> "Tokenizer":
         """Reads what `save` wrote, or a published tokenizer and the files beside it that name special tokens.
 
         Args:
@@ -188,7 +188,7 @@ class Tokenizer:
         Raises:
             DataError: the file is missing or is no tokenizer, or nothing says what ends a document.
         """
-        beside = read_beside(path.parent, key)
+        beside = read_sidecar_files(path.parent, key)
         try:
             if not path.is_file() or path.stat().st_size > LARGEST_BYTES:
                 raise ValueError(f"it must be a file of at most {LARGEST_BYTES} bytes")
@@ -218,13 +218,13 @@ class Tokenizer:
         return [path, beside]
 
     def _tokenizer_config(
-        self, backend: tokenizers.Tokenizer, names: SpecialNames, beside: BesideFiles
+        self, backend: tokenizers.Tokenizer, names: SpecialNames, beside: SidecarFiles
     ) -> bytes | None:
         """Returns a `tokenizer_config.json` that names the special tokens; None if none is needed."""
         only_config = {name: values for name, values in beside.values.items() if name == TOKENIZER_CONFIG_NAME}
-        kept = BesideFiles(values=only_config, config_content=beside.config_content)
+        kept = SidecarFiles(values=only_config, config_content=beside.config_content)
         try:
-            if find_special_ids(backend, AS_THE_FILES_SAY, kept, self._place) == self._special:
+            if find_special_ids(backend, NAMES_FROM_FILES, kept, self._place) == self._special:
                 return beside.config_content
         except DataError:
             pass  # the configuration, or another file, names what this one does not

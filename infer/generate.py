@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from infer.batch import Ends, GenerationBatch, Growth
+from infer.batch import ActiveSequence, GenerationBatch, StopCondition
 from infer.config import Finish, Sampling, Speculative, Statistics, as_token_ids, check
 from infer.decoder import Decoder
-from infer.sample import Draws
+from infer.sample import SequenceRandom
 from model.transformer import Transformer
 
 GREEDY = Sampling()
@@ -56,40 +56,42 @@ class Stream:
         stop: Iterable[int] = (),
         speculative: Speculative = "auto",
         batch_size: int = BATCH_SIZE,
-        ends: Ends | None = None,
+        stop_condition: StopCondition | None = None,
     ) -> None:
         """As `generate`; nothing is made before the first piece is asked for."""
         self._model, self._prompts, self._max_new_tokens = model, as_token_ids(prompts), max_new_tokens
         check(model.config, self._prompts, max_new_tokens, speculative, batch_size)
         self._sampling, self._stop, self._batch_size = sampling, frozenset(stop), batch_size
         self._speculative = model.config.mtp_depth > 0 if speculative == "auto" else speculative
-        self._ends = ends or _never
+        self._stop_condition = stop_condition or _never_stop
         self.statistics = Statistics()
 
     @torch.no_grad()
     def __iter__(self) -> Iterator[Piece]:
         """Every prompt's pieces in order; pieces of prompts that are made together come mixed."""
         limit = self._model.config.max_position_tokens
-        rooms = [min(self._max_new_tokens, limit - len(prompt)) for prompt in self._prompts]
-        waiting: deque[Growth] = deque()
-        for index, (prompt, room) in enumerate(zip(self._prompts, rooms, strict=True)):
-            if room > 0:
-                waiting.append(Growth(index, prompt, room, Draws(self._sampling.seed, index)))
+        limits = [min(self._max_new_tokens, limit - len(prompt)) for prompt in self._prompts]
+        waiting: deque[ActiveSequence] = deque()
+        for index, (prompt, max_tokens) in enumerate(zip(self._prompts, limits, strict=True)):
+            if max_tokens > 0:
+                waiting.append(ActiveSequence(index, prompt, max_tokens, SequenceRandom(self._sampling.seed, index)))
             else:
                 yield Piece(index, (), "length")
         if not waiting:
             return
         # A draft fits too: it is read beside the last token made, which has not been read yet.
-        capacity = max(len(growth.prompt) + growth.room for growth in waiting)
+        capacity = max(len(sequence.prompt) + sequence.num_left for sequence in waiting)
         decoder = Decoder(self._model, min(self._batch_size, len(waiting)), capacity, with_mtp=self._speculative)
-        batch = GenerationBatch(decoder, self._sampling, self._stop, self._ends, speculative=self._speculative)
+        batch = GenerationBatch(
+            decoder, self._sampling, self._stop, self._stop_condition, speculative=self._speculative
+        )
         begin = time.perf_counter()
         while waiting or len(batch):
             admitted = _next(waiting, self._batch_size - len(batch))
             made = batch.admit(admitted) if admitted else batch.advance()
             self.statistics = batch.statistics(time.perf_counter() - begin)
-            for growth, tokens in made:
-                yield Piece(growth.index, tuple(tokens), growth.finish)
+            for sequence, tokens in made:
+                yield Piece(sequence.index, tuple(tokens), sequence.finish)
 
 
 def generate(
@@ -101,7 +103,7 @@ def generate(
     stop: Iterable[int] = (),
     speculative: Speculative = "auto",
     batch_size: int = BATCH_SIZE,
-    ends: Ends | None = None,
+    stop_condition: StopCondition | None = None,
 ) -> Generation:
     """Continues every prompt.
 
@@ -114,7 +116,7 @@ def generate(
         speculative: whether the first MTP module drafts a token a round. It changes how many passes the tokens take,
             not the tokens of greedy decoding nor the distribution of others.
         batch_size: prompts that are made together; as one ends the next takes its place.
-        ends: told of every token of the result as it is made; true ends that prompt's continuation with it.
+        stop_condition: told of every token of the result as it is made; true ends that prompt's continuation with it.
 
     Raises:
         GenerateError: an empty or too long prompt, a token outside the vocabulary, drafts without an MTP module,
@@ -128,7 +130,7 @@ def generate(
         stop=stop,
         speculative=speculative,
         batch_size=batch_size,
-        ends=ends,
+        stop_condition=stop_condition,
     )
     tokens: list[list[int]] = [[] for _ in range(len(prompts))]
     finish: list[Finish] = ["length"] * len(prompts)
@@ -139,9 +141,9 @@ def generate(
     return Generation(tuple(made), stream.statistics)
 
 
-def _next(waiting: deque[Growth], free: int) -> list[Growth]:
+def _next(waiting: deque[ActiveSequence], free: int) -> list[ActiveSequence]:
     """The prompts to read next: as many as fit, in passes of a bounded number of tokens."""
-    taken: list[Growth] = []
+    taken: list[ActiveSequence] = []
     num_tokens = 0
     while waiting and len(taken) < free:
         num_tokens += len(waiting[0].prompt)
@@ -151,5 +153,5 @@ def _next(waiting: deque[Growth], free: int) -> list[Growth]:
     return taken
 
 
-def _never(index: int, token: int) -> bool:
+def _never_stop(index: int, token: int) -> bool:
     return False

@@ -57,7 +57,7 @@ def draw(weights_BV: Tensor, uniform_B: Tensor) -> Tensor:
     return torch.minimum(chosen_B1, last_B1)[:, 0].clamp(max=weights_BV.shape[1] - 1)
 
 
-class Draws:
+class SequenceRandom:
     """One sequence's random numbers: the same whatever other sequences are in its batch."""
 
     def __init__(self, seed: int, index: int) -> None:

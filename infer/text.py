@@ -16,17 +16,17 @@ class TextStream:
     """
 
     def __init__(
-        self, decode: Callable[[Sequence[int]], str], stop_texts: Sequence[str] = (), before: Sequence[int] = ()
+        self, decode: Callable[[Sequence[int]], str], stop_strings: Sequence[str] = (), before: Sequence[int] = ()
     ) -> None:
         """Starts with no text.
 
         Args:
             decode: gives the text of ids, with U+FFFD for bytes that are no UTF-8.
-            stop_texts: that end the text; none is empty.
+            stop_strings: that end the text; none is empty.
             before: tokens that the text continues, the last few.
         """
         self._decode = decode
-        self._stop_texts = tuple(stop_texts)
+        self._stop_strings = tuple(stop_strings)
         self._before = list(before)  # whole characters, which the open tokens continue
         self._open: list[int] = []  # tokens since the last whole character
         self._done = 0  # characters of their text that were passed on
@@ -57,11 +57,11 @@ class TextStream:
         if self.is_stopped:
             return ""
         text = self._held + fresh
-        found = [place for place in (text.find(stop) for stop in self._stop_texts) if place >= 0]
+        found = [place for place in (text.find(stop) for stop in self._stop_strings) if place >= 0]
         if found:
             self.is_stopped, self._held = True, ""
             return text[: min(found)]
-        begun = max((_overlap(text, stop) for stop in self._stop_texts), default=0)
+        begun = max((_overlap(text, stop) for stop in self._stop_strings), default=0)
         self._held = text[len(text) - begun :]
         return text[: len(text) - begun]
 

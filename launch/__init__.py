@@ -6,8 +6,8 @@ from kernels.checkout import share_comm
 
 # `python -m launch.NAME` imports this package first, before the command's module and all heavy ones.
 if sys.argv[:1] == ["-m"]:
-    from launch.ranks.interrupt import end_at_once_from_here
+    from launch.ranks.interrupt import exit_on_interrupt
 
-    end_at_once_from_here()
+    exit_on_interrupt()
 
 share_comm()

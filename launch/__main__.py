@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from launch.command import EXIT_BROKEN_PIPE, EXIT_CONFIGURATION, forget_output
+from launch.command import EXIT_BROKEN_PIPE, EXIT_CONFIGURATION, discard_output
 from launch.help.commands import listing, split_command, unknown_command
 
 
@@ -33,7 +33,7 @@ def _print(text: str) -> int:
     try:
         print(text, flush=True)
     except BrokenPipeError:
-        forget_output()
+        discard_output()
         return EXIT_BROKEN_PIPE
     return 0
 

@@ -18,7 +18,7 @@ from launch.config.errors import system_errors
 from launch.config.run_config import check, compose_run
 from launch.ranks.environment import apply_rank_environment
 from launch.ranks.machine import check_driver, check_packages
-from launch.ranks.run_folder import check_folder, held_folder
+from launch.ranks.run_folder import check_folder, locked_run_folder
 from launch.train import is_other_rank, is_torchrun
 from train.callbacks import Callbacks
 from train.config import TrainConfig
@@ -64,7 +64,7 @@ def train(config: TrainConfig, callbacks: Callbacks | None = None) -> Path:
     if is_other_rank(os.environ):
         return _run(config, callbacks)
     check_folder(config)
-    with held_folder(config, datetime.now()) as (config, _):
+    with locked_run_folder(config, datetime.now()) as (config, _):
         if is_torchrun(os.environ):
             return _run(config, callbacks)
         with _only_rank(config.cluster):

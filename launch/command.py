@@ -43,7 +43,7 @@ def command(name: str, main: Main, preview: Preview | None = None, *, quiet: boo
     except BaseException as error:
         # A library may raise its own error on Ctrl-C.
         is_interrupt = isinstance(error, KeyboardInterrupt) or getattr(error, "sigval", None) == signal.SIGINT
-        if not interrupts.came and not is_interrupt:
+        if not interrupts.is_interrupted and not is_interrupt:
             raise
         code = EXIT_INTERRUPTED
     interrupts.resume()
@@ -61,7 +61,7 @@ def _run(name: str, main: Main, preview: Preview | None, arguments: Sequence[str
             sys.stdout.flush()
         return code
     except BrokenPipeError:
-        forget_output()
+        discard_output()
         return EXIT_BROKEN_PIPE
     except ValueError as error:
         if not isinstance(error, user_errors()):
@@ -69,7 +69,7 @@ def _run(name: str, main: Main, preview: Preview | None, arguments: Sequence[str
         if not quiet or isinstance(error, MachineError):
             with suppress(OSError):
                 print(f"error: {redact(_advised(name, arguments, error))}", file=sys.stderr, flush=True)
-        _flush_or_forget()
+        _flush_or_discard()
         return EXIT_CONFIGURATION
 
 
@@ -107,14 +107,14 @@ def _advised(name: str, arguments: Sequence[str], error: ValueError) -> str:
     return " ".join(text.splitlines())
 
 
-def _flush_or_forget() -> None:
+def _flush_or_discard() -> None:
     try:
         sys.stdout.flush()
     except OSError:
-        forget_output()
+        discard_output()
 
 
-def forget_output() -> None:
+def discard_output() -> None:
     """What is still buffered has no place to go to; the interpreter would complain of it at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

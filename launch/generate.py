@@ -18,8 +18,8 @@ from infer.config import Sampling, Speculative, Statistics, check
 from launch.command import command
 from launch.config.compose import compose
 from launch.config.errors import system_errors
-from launch.generation.continuations import InOrder, Live, Transcript, as_block, as_json_line, new_file
-from launch.generation.prompts import Prompt, Stop, find_tokenizer, read_stop, read_texts
+from launch.generation.continuations import LiveWriter, OrderedWriter, Transcript, as_block, as_json_line, new_file
+from launch.generation.prompts import Prompt, Stop, find_tokenizer, read_prompts, read_stop
 from launch.help.preview import plain_text
 from model.config import ModelConfig
 from model.hf.config import CONFIG_NAME
@@ -171,7 +171,7 @@ def _read_prompts(config: GenerateCommandConfig, source: Source) -> list[Prompt]
     if tokenizer is None:
         key = "prompt" if config.prompts is None else "prompts"
         raise ConfigError(f"{key}: text needs a tokenizer, {source.folder} holds none; write prompt_ids=[0,5,9]")
-    texts = read_texts(config.prompt, config.prompts)
+    texts = read_prompts(config.prompt, config.prompts)
     return [Prompt(text, tokenizer.prompt(text)) for text in texts]
 
 
@@ -179,11 +179,11 @@ def _run(config: GenerateCommandConfig, source: Source, prompts: Sequence[Prompt
     sampling = Sampling(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, seed=config.seed)
     transcripts = [Transcript(prompt, source.tokenizer, config.stop.texts) for prompt in prompts]
     if config.out:
-        writer: Live | InOrder = InOrder(transcripts, file, as_json_line)
+        writer: LiveWriter | OrderedWriter = OrderedWriter(transcripts, file, as_json_line)
     elif config.prompts is None:
-        writer = Live(transcripts[0], file)
+        writer = LiveWriter(transcripts[0], file)
     else:
-        writer = InOrder(transcripts, file, as_block)
+        writer = OrderedWriter(transcripts, file, as_block)
     model = _load(config, source)
     from infer.generate import Stream
 
@@ -195,7 +195,7 @@ def _run(config: GenerateCommandConfig, source: Source, prompts: Sequence[Prompt
         stop=(*config.stop.ids, *source.end_ids),
         speculative=config.speculative,
         batch_size=config.batch_size,
-        ends=lambda index, token: transcripts[index].push(token),
+        stop_condition=lambda index, token: transcripts[index].push(token),
     )
     for piece in stream:
         if piece.finish is not None:

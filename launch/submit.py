@@ -22,7 +22,7 @@ from launch.config.groups import own_keys
 from launch.config.resolve import resolve
 from launch.config.run_config import check, read_config, write_config
 from launch.help.preview import experiment_text
-from launch.ranks.run_folder import check_folder, held_folder
+from launch.ranks.run_folder import check_folder, locked_run_folder
 from launch.slurm.config import SlurmConfig, check_slurm
 from launch.slurm.script import render
 from train.config import TrainConfig
@@ -171,7 +171,7 @@ def _submit(config: TrainConfig, script: str, overrides: Sequence[str]) -> str:
     folder = Path(config.out_dir)
     is_new, log, path = not folder.exists(), folder / LOG_FOLDER, folder / SCRIPT_NAME
     # Only while it is written: the job itself owns the folder once it starts.
-    with held_folder(config, datetime.now()):
+    with locked_run_folder(config, datetime.now()):
         log.mkdir(exist_ok=True)
         write_private(path, script)
         write_private(folder / OVERRIDES_NAME, "".join(f"{override}\n" for override in overrides))

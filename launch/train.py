@@ -22,7 +22,7 @@ from launch.help.preview import experiment_text
 from launch.ranks.environment import apply_rank_environment
 from launch.ranks.local import preload_modules, run_ranks, start_fork_server, stop_fork_server
 from launch.ranks.machine import check_driver, check_gpus, check_packages
-from launch.ranks.run_folder import check_folder, held_folder
+from launch.ranks.run_folder import check_folder, locked_run_folder
 from train.checkpoint.locate import AUTO, locate
 from train.checkpoint.manifest import MANIFEST_NAME
 from train.checkpoint.rescue import has_rescue, rescue_folder
@@ -97,7 +97,7 @@ def is_other_rank(environment: Mapping[str, str]) -> bool:
     return is_torchrun(environment) and environment["RANK"] != "0"
 
 
-def heed_signals() -> None:
+def handle_signals() -> None:
     """From now on a request to make room is heeded: by a rank with the others, by the bare command at once.
 
     Before there are ranks, nothing is lost by that; `run_ranks` then hands requests on to them.
@@ -123,7 +123,7 @@ def _check_named(config: TrainConfig) -> None:
             locate(config.resume, check=partial(verify, progress=progress_on()))
 
 
-def leave(code: int, environment: Mapping[str, str]) -> int:
+def export_exit_code(code: int, environment: Mapping[str, str]) -> int:
     """What a rank of torchrun ends with, once all ranks have agreed on a run's end.
 
     torchrun itself ends with 1 for whatever its ranks end with, and as long as it may it starts them again, a run too
@@ -154,7 +154,7 @@ def _run_local(config: TrainConfig) -> int:
 
         print(f"{config.name}: starting {config.parallelism.world_size} ranks", flush=True)
         prepare_corpus(config, progress_on())
-        with held_folder(config, datetime.now()) as (config, _):
+        with locked_run_folder(config, datetime.now()) as (config, _):
             _report_breaks(Path(config.out_dir))
             return run_ranks(Path(config.out_dir), config.parallelism.world_size, train_rank)
     finally:
@@ -190,7 +190,7 @@ def _run_as_rank(config: TrainConfig) -> int:
     if os.environ.get("LOCAL_RANK", "0") == "0":
         check_gpus(config, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     if is_other_rank(os.environ):
-        return leave(train_rank(config, reports_on_stderr=True), os.environ)
+        return export_exit_code(train_rank(config, reports_on_stderr=True), os.environ)
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) and has_rescue(config):
         # Ranks that start again would begin a new run in place of the one whose folder is gone.
         raise ConfigError(
@@ -198,10 +198,10 @@ def _run_as_rank(config: TrainConfig) -> int:
             f"nearest valid: resume={rescue_folder(config)} with another out_dir"
         )
     check_folder(config)
-    with held_folder(config, datetime.now()) as (config, _):
-        return leave(train_rank(config, reports_on_stderr=True), os.environ)
+    with locked_run_folder(config, datetime.now()) as (config, _):
+        return export_exit_code(train_rank(config, reports_on_stderr=True), os.environ)
 
 
 if __name__ == "__main__":
-    heed_signals()
+    handle_signals()
     sys.exit(command("train", main, preview, quiet=is_other_rank(os.environ)))

@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 from data.corpus import DataError
 from data.prepare import Prepared, prepare
-from data.progress import Progress, Quiet
+from data.progress import NoProgress, Progress
 from train.config import TrainConfig
 
-_QUIET = Quiet()
+_NO_PROGRESS = NoProgress()
 _ROUND_SECONDS = 1.0
 
 Exchange = Callable[["State"], list["State"]]
@@ -18,7 +18,7 @@ State = tuple[bool, str]
 """Whether a rank's part of the preparation is over, and why it failed, or nothing."""
 
 
-def prepare_corpus(config: TrainConfig, progress: Progress = _QUIET) -> Prepared:
+def prepare_corpus(config: TrainConfig, progress: Progress = _NO_PROGRESS) -> Prepared:
     """Opens the run's corpus, building what is not in the cache.
 
     Raises:
@@ -38,7 +38,7 @@ def prepare_corpus(config: TrainConfig, progress: Progress = _QUIET) -> Prepared
     return prepared
 
 
-def build_together(config: TrainConfig, exchange: Exchange, progress: Progress = _QUIET) -> None:
+def build_together(config: TrainConfig, exchange: Exchange, progress: Progress = _NO_PROGRESS) -> None:
     """Builds what the cache lacks on one rank of every machine, for as long as that takes. All ranks call it.
 
     The building runs on a thread of its own. Meanwhile all ranks exchange their state about once a second, so that no

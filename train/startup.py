@@ -12,7 +12,7 @@ from comm.preemption import Preemption
 from comm.watchdog.collective_log import CollectiveLog
 from data.corpus import DataError
 from data.prepare import Prepared
-from data.progress import Quiet, progress_on
+from data.progress import NoProgress, progress_on
 from train.checkpoint import load as checkpoint
 from train.checkpoint.compatible import check_compatible
 from train.checkpoint.initial_weights import load_initial
@@ -87,7 +87,7 @@ def prepare_corpus_together(
             dist.all_gather_object(states, state, group=groups.world)
         return states
 
-    build_together(config, exchange, progress_on() if dist.get_rank() == 0 else Quiet())
+    build_together(config, exchange, progress_on() if dist.get_rank() == 0 else NoProgress())
     prepared = prepare_corpus(config)
     fingerprints = [""] * dist.get_world_size()
     with log.collective("world", groups.world, "comparison of the corpus"):

@@ -17,7 +17,7 @@ from train.config.errors import ConfigError
 class Transcript:
     """One prompt, and what has been made of it."""
 
-    def __init__(self, prompt: Prompt, tokenizer: Tokenizer | None, stop_texts: Sequence[str]) -> None:
+    def __init__(self, prompt: Prompt, tokenizer: Tokenizer | None, stop_strings: Sequence[str]) -> None:
         """Without a tokenizer there are ids alone."""
         self.prompt = prompt
         self.tokens: list[int] = []
@@ -26,7 +26,7 @@ class Transcript:
         self._stream = (
             None
             if tokenizer is None
-            else TextStream(tokenizer.decode, stop_texts, tokenizer.text_context(prompt.tokens))
+            else TextStream(tokenizer.decode, stop_strings, tokenizer.text_context(prompt.tokens))
         )
 
     @property
@@ -69,7 +69,7 @@ def as_json_line(transcript: Transcript, number: int, total: int) -> str:
     return transcript.json_line()
 
 
-class Live:
+class LiveWriter:
     """Writes a single continuation while it grows."""
 
     def __init__(self, transcript: Transcript, file: TextIO) -> None:
@@ -84,7 +84,7 @@ class Live:
         self._written = len(shown)
 
 
-class InOrder:
+class OrderedWriter:
     """Writes whole continuations in the order of their prompts, each as soon as those before it are through."""
 
     def __init__(self, transcripts: Sequence[Transcript], file: TextIO, form: Form) -> None:

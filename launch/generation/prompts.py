@@ -40,7 +40,7 @@ def read_stop(value: object) -> Stop:
     return Stop(ids, tuple(item for item in value if isinstance(item, str)))
 
 
-def read_texts(prompt: str | None, prompts: str | None) -> list[str]:
+def read_prompts(prompt: str | None, prompts: str | None) -> list[str]:
     """The prompts as texts: the one given, standard input for `-`, or a file's.
 
     Raises:

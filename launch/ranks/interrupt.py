@@ -12,10 +12,10 @@ from typing import NoReturn
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 LINE = "interrupted"
 # A second Ctrl-C that comes sooner is one of an impatient user: what the first one has begun to clean up goes on.
-_PATIENCE_SECONDS = 3.0
+_CLEANUP_SECONDS = 3.0
 
 
-def end_at_once_from_here() -> None:
+def exit_on_interrupt() -> None:
     """Has Ctrl-C end this process without a traceback: while a command is imported, there is nothing to clean up.
 
     Changes nothing for a process that handles or ignores Ctrl-C by itself.
@@ -27,15 +27,15 @@ def end_at_once_from_here() -> None:
 class Interrupts:
     """Handler of Ctrl-C while a command runs: the first raises KeyboardInterrupt, so that the command cleans up.
 
-    Attributes: `came`, whether there was one.
+    Attributes: `is_interrupted`, whether there was one.
     """
 
-    came: bool
+    is_interrupted: bool
 
     def __init__(self) -> None:
         """Handles Ctrl-C from here on, unless this process ignores it or handles it otherwise."""
-        self.came = False
-        self._came_at = 0.0
+        self.is_interrupted = False
+        self._interrupted_at = 0.0
         self.resume()
 
     def resume(self) -> None:
@@ -45,11 +45,11 @@ class Interrupts:
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         """Takes the signal."""
-        if self.came:
-            if time.monotonic() - self._came_at > _PATIENCE_SECONDS:
+        if self.is_interrupted:
+            if time.monotonic() - self._interrupted_at > _CLEANUP_SECONDS:
                 _end(number, frame)
             return
-        self.came, self._came_at = True, time.monotonic()
+        self.is_interrupted, self._interrupted_at = True, time.monotonic()
         # Libraries that are interrupted amid an import or a destructor would say so at length.
         sys.unraisablehook = lambda unraisable: None
         raise KeyboardInterrupt

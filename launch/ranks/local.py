@@ -29,14 +29,14 @@ from kernels.registry import loaded_plugins
 from launch.command import EXIT_CONFIGURATION, user_errors
 from launch.config.groups import load_plugin_files
 from launch.ranks.environment import apply_rank_environment
-from launch.ranks.run_folder import claim_folder, read_folder
+from launch.ranks.run_folder import read_folder, write_run_folder
 from launch.ranks.supervisor import (
     RankCheck,
     RankSupervisor,
     VanishedError,
+    print_redacted,
     report_failure,
     report_vanished,
-    say,
     scratch_folder,
     write_pid_file,
 )
@@ -57,7 +57,7 @@ _NOTICE_SECONDS = 1.0
 _WAITING = {signal.SIGINT, *SIGNALS}
 # By which the elastic launcher ends all ranks at once; SIGTERM where nobody hands it on to them.
 _ENDING = ("SIGINT", "SIGQUIT") if hasattr(os, "pidfd_open") else ("SIGINT", "SIGQUIT", "SIGTERM")
-_CALM_LOGGERS = (
+_SILENCED_LOGGERS = (
     "torch.distributed.elastic.agent.server.api",
     "torch.distributed.elastic.agent.server.local_elastic_agent",
     "torch.distributed.elastic.multiprocessing.api",
@@ -121,7 +121,7 @@ def run_ranks(folder: Path, world_size: int, entry: Entry) -> int:
         was to be and the ranks did not come to an end in time.
     """
     config, request = read_folder(folder), Preemption()
-    with _heeded(request):
+    with _requests_received(request):
         for restart in range(config.cluster.max_restarts + 1):
             code, reason = _run_once(folder, world_size, entry, config.cluster, request)
             if code not in VERDICT_CODES or request.is_requested or restart == config.cluster.max_restarts:
@@ -129,7 +129,7 @@ def run_ranks(folder: Path, world_size: int, entry: Entry) -> int:
             try:
                 _start_again(folder, config, restart + 1, code, reason)
             except (OSError, ConfigError) as error:
-                say(f"error: ranks do not start again: {error}")
+                print_redacted(f"error: ranks do not start again: {error}")
                 break
     _write_status(folder, code, reason)
     return code
@@ -139,8 +139,8 @@ def _start_again(folder: Path, config: TrainConfig, restart: int, code: int, rea
     """Notes it, and has the next life of the ranks go on by itself."""
     known = read_status(folder)
     append_event(folder, "restarted", 0 if known is None else known.step, reason, restart=restart, exit_code=code)
-    say(f"all ranks start again ({restart} of {config.cluster.max_restarts}), from the newest checkpoint")
-    claim_folder(replace(config, resume=AUTO), datetime.now())
+    print_redacted(f"all ranks start again ({restart} of {config.cluster.max_restarts}), from the newest checkpoint")
+    write_run_folder(replace(config, resume=AUTO), datetime.now())
 
 
 def _run_once(
@@ -157,14 +157,14 @@ def _run_once(
     finally:
         for child in multiprocessing.active_children():
             child.kill()
-    if supervisor.is_out_of_patience:
+    if supervisor.has_grace_expired:
         reason = f"{request.signal_name} came, and ranks did not end within {cluster.grace_seconds:g} s"
         return 128 + signal.Signals[request.signal_name], reason
     return code, reason
 
 
 @contextmanager
-def _heeded(request: Preemption) -> Iterator[None]:
+def _requests_received(request: Preemption) -> Iterator[None]:
     """Meanwhile, requests to make room go there."""
     plain = {number: signal.signal(number, request) for number in handled_signals()}
     try:
@@ -194,7 +194,7 @@ def _run_elastic(
     from comm.local_rendezvous import BACKEND, register_private_rendezvous
 
     register_private_rendezvous()
-    for name in _CALM_LOGGERS:
+    for name in _SILENCED_LOGGERS:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     launch = LaunchConfig(
         min_nodes=1,
@@ -248,7 +248,7 @@ def _rank(entry: Entry, folder: str, scratch: str, key: str, plugins: Sequence[P
         try:
             write_error(error_path(Path(folder), rank), ExitReason(first_line, code), details)
         except OSError as unwritten:  # a full disk, it may be, is what the error was about
-            say(f"rank {rank}: {first_line}", f"{details}which cannot be written: {unwritten}")
+            print_redacted(f"rank {rank}: {first_line}", f"{details}which cannot be written: {unwritten}")
         time.sleep(_NOTICE_SECONDS)
         sys.exit(code)
 

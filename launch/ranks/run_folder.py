@@ -81,7 +81,7 @@ def _check_holds(config: TrainConfig, folder: Path) -> None:
 
 
 @contextmanager
-def held_folder(config: TrainConfig, now: datetime) -> Iterator[tuple[TrainConfig, RunLock]]:
+def locked_run_folder(config: TrainConfig, now: datetime) -> Iterator[tuple[TrainConfig, RunLock]]:
     """Makes the run's folder, owns its lock meanwhile, and writes the resolved configuration into it.
 
     Args:
@@ -104,12 +104,12 @@ def held_folder(config: TrainConfig, now: datetime) -> Iterator[tuple[TrainConfi
             _check_holds(config, folder)
             if lock.taken_from:
                 append_event(folder, "lock_taken_over", 0, f"the lock of {lock.taken_from} was stale")
-        yield claim_folder(config, now), lock
+        yield write_run_folder(config, now), lock
     finally:
         lock.release()
 
 
-def claim_folder(config: TrainConfig, now: datetime) -> TrainConfig:
+def write_run_folder(config: TrainConfig, now: datetime) -> TrainConfig:
     """Makes the run's folder and writes the resolved configuration into it. Its lock is the caller's.
 
     Args:

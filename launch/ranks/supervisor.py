@@ -55,11 +55,11 @@ class RankSupervisor:
         self._request = request
         self._grace_seconds = grace_seconds
         self._ranks: dict[Path, int] = {}
-        self._asked: set[Path] = set()
-        self._asked_at: float | None = None
+        self._signalled: set[Path] = set()
+        self._requested_at: float | None = None
         self._vanished_at: float | None = None
         self._is_over = threading.Event()
-        self.is_out_of_patience = False
+        self.has_grace_expired = False
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -77,38 +77,38 @@ class RankSupervisor:
             for descriptor in self._ranks.values():
                 os.close(descriptor)
 
-    def end_ranks_soon(self) -> None:
+    def end_ranks_after_delay(self) -> None:
         """Ends all ranks that are left after a few seconds, as one has vanished."""
         self._vanished_at = time.monotonic()
 
     def _supervise(self) -> None:
         while not self._is_over.wait(_LOOK_SECONDS):
-            self._meet()
+            self._find_ranks()
             if self._request.is_requested:
-                self._ask()
+                self._forward_request()
             if self._is_time_up():
                 for descriptor in self._ranks.values():
                     _send(descriptor, signal.SIGKILL)
 
-    def _meet(self) -> None:
+    def _find_ranks(self) -> None:
         for path in self.scratch.glob(f"{PID_PREFIX}*"):
             if path not in self._ranks:
                 # A number may be another process' by then; an open descriptor never is.
                 with suppress(ProcessLookupError):
                     self._ranks[path] = os.pidfd_open(pid_of(path))
 
-    def _ask(self) -> None:
+    def _forward_request(self) -> None:
         """Each rank once."""
-        if self._asked_at is None:
-            self._asked_at = time.monotonic()
-        for path in self._ranks.keys() - self._asked:
-            self._asked.add(path)
+        if self._requested_at is None:
+            self._requested_at = time.monotonic()
+        for path in self._ranks.keys() - self._signalled:
+            self._signalled.add(path)
             _send(self._ranks[path], signal.Signals[self._request.signal_name])
 
     def _is_time_up(self) -> bool:
         """Whether ranks go on for too long, after another has left its last words or all were asked to end."""
-        if self._asked_at is not None and time.monotonic() - self._asked_at > self._grace_seconds:
-            self.is_out_of_patience = True
+        if self._requested_at is not None and time.monotonic() - self._requested_at > self._grace_seconds:
+            self.has_grace_expired = True
             return True
         if self._vanished_at is not None and time.monotonic() - self._vanished_at > _VANISHED_SECONDS:
             return True
@@ -153,7 +153,7 @@ class RankCheck:
         alive = {child.pid for child in multiprocessing.active_children()}
         num_missing = self._world_size - len(alive)
         if num_missing > 0 and self._num_missing > 0:
-            self._supervisor.end_ranks_soon()
+            self._supervisor.end_ranks_after_delay()
             from comm.watchdog.verdict import name_ranks
 
             ranks = name_ranks(self._ranks_without(alive))
@@ -183,9 +183,9 @@ def pid_of(path: Path) -> int:
 def report_vanished(folder: Path, reason: str) -> tuple[int, str]:
     """Reports ranks that ended without a result: by the verdict of the others, if there is one."""
     if (verdict := find_verdict(folder)) is None:
-        say(f"error: {reason}")
+        print_redacted(f"error: {reason}")
         return EXIT_LOST, reason
-    say(f"error: {verdict[1].text}", f"what each rank did last is in {verdict[0].parent}")
+    print_redacted(f"error: {verdict[1].text}", f"what each rank did last is in {verdict[0].parent}")
     return verdict[1].code, verdict[1].text
 
 
@@ -208,24 +208,24 @@ def report_failure(folder: Path, rank: int, exit_code: int, request: Preemption)
     if (verdict := find_verdict(folder)) is not None:
         path, word = verdict
         ended = f" (rank {rank} was ended by {signalled.name})" if signalled else ""
-        say(f"error: {word.text}{ended}", f"what each rank did last is in {path.parent}")
+        print_redacted(f"error: {word.text}{ended}", f"what each rank did last is in {path.parent}")
         return word.code, f"{word.text}{ended}"
     if signalled is not None:
         reason = f"rank {rank} is lost: it was ended by {signalled.name}"
-        say(f"error: {reason}")
+        print_redacted(f"error: {reason}")
         return EXIT_LOST, reason
     if not words:
         reason = f"rank {rank} ended with exit code {exit_code}"
-        say(f"error: {reason}")
+        print_redacted(f"error: {reason}")
         return exit_code, reason
     path, word = words[0]
     first = int(path.name.removeprefix("rank_").removesuffix(".error.log"))
     place = "" if word.code == EXIT_CONFIGURATION else f"rank {first}: "
-    say(f"error: {place}{word.text}", f"the whole traceback is in {path}")
+    print_redacted(f"error: {place}{word.text}", f"the whole traceback is in {path}")
     return word.code, f"{place}{word.text}"
 
 
-def say(*lines: str) -> None:
+def print_redacted(*lines: str) -> None:
     for line in lines:
         print(redact(line), file=sys.stderr, flush=True)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from comm.exit_codes import EXIT_LOST
 from launch.ranks.local import run_ranks, start_fork_server
-from launch.ranks.run_folder import claim_folder
+from launch.ranks.run_folder import write_run_folder
 from tests.tiny import tiny_config
 from train.config import TrainConfig
 from train.errors import ExitReason, error_path, write_error
@@ -28,7 +28,7 @@ def edit_then_read(config: TrainConfig) -> int:
 
 if __name__ == "__main__":
     config = tiny_config(Path(sys.argv[1]))
-    config = claim_folder(replace(config, cluster=replace(config.cluster, max_restarts=1)), datetime.now())
+    config = write_run_folder(replace(config, cluster=replace(config.cluster, max_restarts=1)), datetime.now())
     start_fork_server(config.cluster, [])
     from tests.attacks.edited_config import edit_then_read as entry
 

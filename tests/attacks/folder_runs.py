@@ -17,7 +17,7 @@ from pathlib import Path
 from launch.command import command
 from launch.config.run_config import check, compose_run
 from launch.ranks.local import preload_modules, run_ranks, start_fork_server
-from launch.ranks.run_folder import check_folder, held_folder
+from launch.ranks.run_folder import check_folder, locked_run_folder
 from launch.train import train_rank
 from train.ownership.lock_file import LOCK_NAME
 from train.ownership.owner import Owner
@@ -93,7 +93,7 @@ def run_case(folder: Path, case: str) -> int:
     check_folder(config)
     damage = threading.Thread(target=_damage_later, args=(case, run), daemon=True)
     damage.start()
-    with held_folder(config, datetime.now()) as (config, _):
+    with locked_run_folder(config, datetime.now()) as (config, _):
         return run_ranks(run, config.parallelism.world_size, train_rank)
 
 

@@ -19,7 +19,7 @@ from comm.watchdog.membership import STORE_FILE_VARIABLE
 from launch.command import command
 from launch.config.run_config import compose_run
 from launch.ranks.local import preload_modules, run_ranks, start_fork_server
-from launch.ranks.run_folder import claim_folder
+from launch.ranks.run_folder import write_run_folder
 from train.config import TrainConfig
 
 NUM_STEPS = 6
@@ -100,7 +100,7 @@ def main(arguments: Sequence[str]) -> int:
     start_fork_server(config.cluster, preload_modules(config.cluster))
     for entry in (network_ranks.calm, network_ranks.attacked):
         out_dir = folder / entry.__name__
-        claim_folder(compose_run([*choices, f"out_dir={out_dir}"]), datetime(2024, 1, 2))
+        write_run_folder(compose_run([*choices, f"out_dir={out_dir}"]), datetime(2024, 1, 2))
         if code := run_ranks(out_dir, config.parallelism.world_size, entry):
             return code
     return 0

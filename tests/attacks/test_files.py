@@ -15,7 +15,7 @@ from data.tokenizer import Tokenizer
 from dualpipe.ir import to_json
 from dualpipe.registry import build
 from launch.convert import main as convert
-from launch.ranks.run_folder import claim_folder, read_folder
+from launch.ranks.run_folder import read_folder, write_run_folder
 from launch.redraw import main as redraw
 from model.hf.errors import HfError
 from tests.attacks import hostile
@@ -159,7 +159,7 @@ def test_a_tokenizer_with_an_odd_id_is_refused_or_stays_within_its_size(number: 
 def claimed(tmp_path: Path) -> Path:
     """A run's folder."""
     write_text(tmp_path)
-    return Path(claim_folder(tiny_config(tmp_path), NOW).out_dir)
+    return Path(write_run_folder(tiny_config(tmp_path), NOW).out_dir)
 
 
 BOMB = "a: &a [x, x]\n" + "".join(

@@ -201,10 +201,10 @@ def test_out_dir_that_is_no_folder_is_refused(tmp_path: Path) -> None:
 def hold(config: object) -> None:
     from datetime import datetime
 
-    from launch.ranks.run_folder import held_folder
+    from launch.ranks.run_folder import locked_run_folder
 
     check_folder(config)  # type: ignore[arg-type]
-    with held_folder(config, datetime(2024, 1, 2)):  # type: ignore[arg-type]
+    with locked_run_folder(config, datetime(2024, 1, 2)):  # type: ignore[arg-type]
         pass
 
 
@@ -279,11 +279,11 @@ def test_read_only_folder_is_refused_in_one_line(tmp_path: Path) -> None:
     command = [sys.executable, "-c", f"""
 from datetime import datetime
 from train.config.errors import ConfigError
-from launch.ranks.run_folder import held_folder
+from launch.ranks.run_folder import locked_run_folder
 from tests.launch.test_config import build
 for name in ("", "/below"):
     try:
-        with held_folder(build("out_dir={tmp_path / 'disk'}" + name), datetime(2024, 1, 2)):
+        with locked_run_folder(build("out_dir={tmp_path / 'disk'}" + name), datetime(2024, 1, 2)):
             print("held")
     except ConfigError as error:
         print(error)

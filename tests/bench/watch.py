@@ -17,7 +17,7 @@ from typing import Any
 
 from launch.config.run_config import check, compose_run
 from launch.ranks.local import preload_modules, run_ranks, start_fork_server
-from launch.ranks.run_folder import claim_folder
+from launch.ranks.run_folder import write_run_folder
 from train.config import TrainConfig
 
 LIMIT = 0.02
@@ -80,7 +80,7 @@ def main(overrides: Sequence[str]) -> int:
         config = compose_run(choices)
         check(config)
         start_fork_server(config.cluster, preload_modules(config.cluster))
-        config = claim_folder(config, datetime.now())
+        config = write_run_folder(config, datetime.now())
         code = run_ranks(Path(config.out_dir), config.parallelism.world_size, watch.watched_rank)
         told = [json.loads(path.read_text()) for path in sorted(Path(config.out_dir).glob("cost-*.json"))]
     shares = [(each["watch"] + each["operations"] * each["note"]) / each["step"] for each in told]

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from launch.config.run_config import check, compose_run
 from launch.ranks.local import preload_modules, run_ranks, start_fork_server
-from launch.ranks.run_folder import check_folder, claim_folder
+from launch.ranks.run_folder import check_folder, write_run_folder
 from tests.chaos.rank import notes_of, started_at
 from tests.train.faults import choices
 from train.config import TrainConfig
@@ -87,7 +87,7 @@ class Command:
         config = compose_run(self.overrides())
         check(config)
         check_folder(config)
-        return claim_folder(config, datetime.now())
+        return write_run_folder(config, datetime.now())
 
 
 def run_life(command: Command, *, apart: bool = False) -> Life:

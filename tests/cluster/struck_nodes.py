@@ -18,7 +18,7 @@ from pathlib import Path
 from launch.command import command
 from launch.config.run_config import compose_run
 from launch.ranks.local import preload_modules, start_fork_server
-from launch.ranks.run_folder import claim_folder, read_folder
+from launch.ranks.run_folder import read_folder, write_run_folder
 from tests.cluster.namespaces import Cluster, enter, open_cluster
 from tests.train.faults import CASES, WORLD_SIZE, Case, Outcome, arm, choices, last_words, place, struck_at
 
@@ -51,7 +51,7 @@ def run_case(case: Case, folder: Path, cluster: Cluster) -> Outcome:
     from tests.cluster import struck_nodes
 
     config = compose_run([*choices(folder), "cluster.ranks_per_node=1", f"out_dir={folder / str(case)}"])
-    out_dir = Path(claim_folder(config, datetime.now()).out_dir)
+    out_dir = Path(write_run_folder(config, datetime.now()).out_dir)
     place(case, out_dir)
     context = multiprocessing.get_context("forkserver")
     ranks = [

@@ -4,7 +4,7 @@ import io
 import itertools
 import re
 
-from data.progress import Lines, progress_on, progress_text, seconds_text
+from data.progress import ProgressLines, progress_on, progress_text, seconds_text
 
 
 def shown(num_items: int, seconds_each: float) -> list[str]:
@@ -16,7 +16,7 @@ def shown(num_items: int, seconds_each: float) -> list[str]:
             now[0] += seconds_each
             yield 10**6
 
-    progress = Lines(lines.append, lambda: now[0])
+    progress = ProgressLines(lines.append, lambda: now[0])
     assert list(progress.over("reading", work(), num_items * 10**6, int)) == [10**6] * num_items
     return lines
 
@@ -37,7 +37,7 @@ def test_many_small_items_do_not_flood() -> None:
 
 
 def test_lines_go_to_what_is_no_terminal() -> None:
-    assert isinstance(progress_on(io.StringIO()), Lines)
+    assert isinstance(progress_on(io.StringIO()), ProgressLines)
 
 
 def test_texts_are_short() -> None:
@@ -49,6 +49,11 @@ def test_texts_are_short() -> None:
 def test_progress_counts_phases() -> None:
     said: list[str] = []
     clock = itertools.count().__next__
-    assert list(Lines(said.append, clock).over("first step", range(4), 4, lambda _: 1, "phases")) == [0, 1, 2, 3]
+    assert list(ProgressLines(said.append, clock).over("first step", range(4), 4, lambda _: 1, "phases")) == [
+        0,
+        1,
+        2,
+        3,
+    ]
     assert said[0] == "first step: 1 of 4 phases, 25 %, 3 s left"
     assert said[-1] == "first step: done, 4 phases in 5 s"

@@ -135,7 +135,7 @@ def test_caller_may_end_a_prompt_at_any_token(speculative: Speculative) -> None:
             told.append((index, token))
             return index == 1 and sum(number == 1 for number, _ in told) == at + 1
 
-        generation = generate(model, PROMPTS, max_new_tokens=9, speculative=speculative, ends=ends)
+        generation = generate(model, PROMPTS, max_new_tokens=9, speculative=speculative, stop_condition=ends)
         expected = [free[0], free[1][: at + 1], *free[2:]]
         assert [list(continuation.tokens) for continuation in generation.continuations] == expected
         assert generation.continuations[1].finish == "stop"

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from infer.config import GenerateError, Sampling
-from infer.sample import Draws, distribution, draw
+from infer.sample import SequenceRandom, distribution, draw
 from tests.infer.models import chi_square
 
 
@@ -57,7 +57,7 @@ def test_distribution_of_equal_scores_keeps_k() -> None:
 
 def test_draws_follow_their_distribution() -> None:
     weights = torch.tensor([0.0, 3.0, 0.0, 1.0, 0.01, 0.5, 0.0])
-    uniform = Draws(seed=4, index=0).uniform(100_000)
+    uniform = SequenceRandom(seed=4, index=0).uniform(100_000)
     counts = torch.bincount(draw(weights.expand(100_000, 7), uniform), minlength=7)
     statistic, limit = chi_square(counts, (weights / weights.sum()).to(torch.float64))
     assert statistic < limit
@@ -70,10 +70,12 @@ def test_draw_never_gives_what_has_no_weight(uniform: float) -> None:
 
 
 def test_draws_of_prompts_and_seeds_differ() -> None:
-    drawn = {(seed, index): tuple(Draws(seed, index).uniform(3).tolist()) for seed in range(5) for index in range(5)}
+    drawn = {
+        (seed, index): tuple(SequenceRandom(seed, index).uniform(3).tolist()) for seed in range(5) for index in range(5)
+    }
     assert len(set(drawn.values())) == 25
-    assert Draws(2, 3).uniform(3).tolist() == list(drawn[2, 3])
-    one_by_one = Draws(2, 3)
+    assert SequenceRandom(2, 3).uniform(3).tolist() == list(drawn[2, 3])
+    one_by_one = SequenceRandom(2, 3)
     assert [float(one_by_one.uniform(1)) for _ in range(3)] == list(drawn[2, 3])
 
 

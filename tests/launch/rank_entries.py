@@ -18,7 +18,7 @@ from comm.watchdog.membership import STORE_FILE_VARIABLE
 from launch.command import command
 from launch.config.run_config import compose_run
 from launch.ranks.local import run_ranks, start_fork_server
-from launch.ranks.run_folder import claim_folder
+from launch.ranks.run_folder import write_run_folder
 from train.config import TrainConfig
 from train.config.errors import ConfigError
 from train.errors import ExitReason, error_path, write_error
@@ -177,7 +177,7 @@ def main(arguments: Sequence[str]) -> int:
     code = 0
     for name in names:
         cluster = replace(config.cluster, max_restarts=2 if name == "one_is_killed_at_first" else 0)
-        claim_folder(replace(config, out_dir=str(place / name), cluster=cluster), datetime(2024, 1, 2))
+        write_run_folder(replace(config, out_dir=str(place / name), cluster=cluster), datetime(2024, 1, 2))
         code = run_ranks(place / name, WORLD_SIZE, getattr(rank_entries, name))
         print(f"{name}: {code}", file=sys.stderr, flush=True)
     return code

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.ranks.run_folder import check_folder, claim_folder, read_folder
+from launch.ranks.run_folder import check_folder, read_folder, write_run_folder
 from tests.launch.test_config import build
 from train.config.errors import ConfigError
 
@@ -14,14 +14,14 @@ NOW = datetime(2024, 2, 3, 4, 5, 6)
 
 
 def test_folder_holds_the_configuration_that_was_claimed(tmp_path: Path) -> None:
-    claimed = claim_folder(build("experiment=two_nodes", f"out_dir='{tmp_path}/a/b'"), NOW)
+    claimed = write_run_folder(build("experiment=two_nodes", f"out_dir='{tmp_path}/a/b'"), NOW)
     assert claimed.out_dir == f"{tmp_path}/a/b"
     assert read_folder(tmp_path / "a" / "b") == claimed
 
 
 def test_folder_of_two_runs_in_one_second_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    names = [claim_folder(build("name=x"), NOW).out_dir for _ in range(3)]
+    names = [write_run_folder(build("name=x"), NOW).out_dir for _ in range(3)]
     first = "outputs/x/2024-02-03_04-05-06"
     assert names == [first, f"{first}-2", f"{first}-3"]
 
@@ -61,7 +61,7 @@ def test_folder_takes_any_run_that_goes_on_by_itself(tmp_path: Path) -> None:
     (tmp_path / "run" / "notes.txt").touch()
     with pytest.raises(ConfigError, match=r"^out_dir: must be new, empty or a run's folder for resume=auto"):
         check_folder(config)
-    claim_folder(config, NOW)
+    write_run_folder(config, NOW)
     check_folder(config)
     assert read_folder(tmp_path / "run").resume == "auto"
 
@@ -70,7 +70,7 @@ def test_folder_that_cannot_be_written_is_refused_and_keeps_what_it_held(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = replace(build(), out_dir=f"{tmp_path}/run", resume="auto")
-    held = claim_folder(config, NOW)
+    held = write_run_folder(config, NOW)
 
     def fail(path: Path, text: str, encoding: str) -> int:
         path.write_bytes(text[:7].encode())
@@ -79,7 +79,7 @@ def test_folder_that_cannot_be_written_is_refused_and_keeps_what_it_held(
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_text", fail)
         with pytest.raises(ConfigError, match=r"^out_dir: '.*' must be a folder that can be written: .*No space left"):
-            claim_folder(replace(config, seed=5), NOW)
+            write_run_folder(replace(config, seed=5), NOW)
     assert read_folder(tmp_path / "run") == held
     # One that was left so before anything was in it is as good as empty.
     (tmp_path / "run" / "config.yaml").unlink()

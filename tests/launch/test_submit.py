@@ -15,7 +15,7 @@ from launch.config.compose import compose
 from launch.config.groups import own_keys
 from launch.slurm.config import seconds_of
 from launch.submit import job_overrides, main, with_cluster
-from launch.train import leave
+from launch.train import export_exit_code
 from train.config.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -225,12 +225,12 @@ def test_times_are_read_as_sbatch_reads_them() -> None:
 def test_rank_leaves_its_code_where_the_job_reads_it(tmp_path: Path) -> None:
     path = tmp_path / "exit"
     first = {"RANK": "0", "TORCHELASTIC_RUN_ID": "x", "LAUNCH_EXIT_FILE": str(path)}
-    assert leave(75, {**first, "RANK": "1"}) == 0
+    assert export_exit_code(75, {**first, "RANK": "1"}) == 0
     assert list(tmp_path.iterdir()) == []
-    assert leave(75, first) == 0
+    assert export_exit_code(75, first) == 0
     assert path.read_text() == "75\n"
     assert [entry.name for entry in tmp_path.iterdir()] == ["exit"]
-    assert leave(75, {name: value for name, value in first.items() if name != "LAUNCH_EXIT_FILE"}) == 75
+    assert export_exit_code(75, {name: value for name, value in first.items() if name != "LAUNCH_EXIT_FILE"}) == 75
 
 
 @pytest.mark.skipif(SHELLCHECK is None, reason="shellcheck is not installed")

@@ -147,7 +147,7 @@ def test_train_before_it_has_ranks_makes_room_at_once(
     number: signal.Signals, environment: dict[str, str], code: int
 ) -> None:
     """A rank of torchrun goes on, to leave together with the others."""
-    program = f"import os; from launch import train; train.heed_signals(); os.kill(os.getpid(), {int(number)}); pass"
+    program = f"import os; from launch import train; train.handle_signals(); os.kill(os.getpid(), {int(number)}); pass"
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True
     )

@@ -18,5 +18,5 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    train.heed_signals()
+    train.handle_signals()
     sys.exit(command("train", main, quiet=train.is_other_rank(os.environ)))

@@ -18,7 +18,7 @@ from typing import Any
 from launch.command import command
 from launch.config.run_config import check, compose_run
 from launch.ranks.local import preload_modules, run_ranks, start_fork_server
-from launch.ranks.run_folder import check_folder, claim_folder
+from launch.ranks.run_folder import check_folder, write_run_folder
 from tests.train.faults import choices
 from tests.train.strikes import DRAWING, watch_drawing, watch_operations
 from train.checkpoint.locate import CHECKPOINTS_NAME
@@ -139,7 +139,7 @@ def run_life(folder: Path, chain: str, ask: Ask | None) -> Ended:
     config = compose_run([*run_choices(folder, chain), f"out_dir={out_dir}", restarts])
     check(config)
     check_folder(config)
-    claim_folder(config, datetime.now())
+    write_run_folder(config, datetime.now())
     (out_dir / "lives").unlink(missing_ok=True)
     (out_dir / "case.json").write_text(json.dumps(None if ask is None else asdict(ask)))
     code = run_ranks(out_dir, config.parallelism.world_size, asked_run.asked)

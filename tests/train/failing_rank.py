@@ -14,7 +14,7 @@ from typing import Any
 from launch.command import command
 from launch.config.run_config import compose_run
 from launch.ranks.local import preload_modules, run_ranks, start_fork_server
-from launch.ranks.run_folder import claim_folder
+from launch.ranks.run_folder import write_run_folder
 from train.config import TrainConfig
 
 CAUSE = "the stage is out of order"
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str]) -> int:
     where, rank, *overrides = arguments
     config = compose_run([*overrides, f"name=rank-{rank}"])
     start_fork_server(config.cluster, preload_modules(config.cluster))
-    config = claim_folder(config, datetime(2024, 1, 2))
+    config = write_run_folder(config, datetime(2024, 1, 2))
     return run_ranks(Path(config.out_dir), config.parallelism.world_size, getattr(failing_rank, where))
 
 

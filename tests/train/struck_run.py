@@ -17,7 +17,7 @@ from pathlib import Path
 from launch.command import command
 from launch.config.run_config import compose_run
 from launch.ranks.local import preload_modules, run_ranks, start_fork_server
-from launch.ranks.run_folder import claim_folder
+from launch.ranks.run_folder import write_run_folder
 from tests.train.faults import CASES, Case, Outcome, arm, choices, place, struck_at
 from train.config import TrainConfig
 
@@ -36,7 +36,7 @@ def run_case(case: Case, folder: Path) -> Outcome:
     from tests.train import struck_run
 
     config = compose_run([*choices(folder), f"out_dir={folder / str(case)}"])
-    config = claim_folder(config, datetime.now())
+    config = write_run_folder(config, datetime.now())
     out_dir = Path(config.out_dir)
     place(case, out_dir)
     with redirect_stderr(StringIO()) as said:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from launch.ranks.run_folder import claim_folder
+from launch.ranks.run_folder import write_run_folder
 from launch.redraw import main as redraw
 from tests.tiny import tiny_config, write_text
 from train.config import TrainConfig
@@ -85,7 +85,7 @@ def records(steps: range, num_layers: int = 2) -> Iterator[dict[str, Any]]:
 def place_run(folder: Path, steps: range, num_layers: int = 2, num_experts: int = 4) -> TrainConfig:
     """A run's folder as far as a report reads it."""
     write_text(folder, 20)
-    config = claim_folder(replace(tiny_config(folder), name="tried"), now=None)  # type: ignore[arg-type]
+    config = write_run_folder(replace(tiny_config(folder), name="tried"), now=None)  # type: ignore[arg-type]
     run = Path(config.out_dir)
     with (run / "metrics.jsonl").open("a") as metrics, (run / "loads.jsonl").open("a") as loads:
         for record in records(steps, num_layers):

@@ -9,7 +9,7 @@ from typing import TypeVar, cast
 
 from torch import distributed as dist
 
-from data.progress import Quiet, progress_on
+from data.progress import NoProgress, progress_on
 from train.checkpoint.locate import Located, locate
 from train.checkpoint.manifest import CheckpointError
 from train.checkpoint.verify import Check, check_file, listed_files, progress_over
@@ -76,7 +76,7 @@ def verify_together(folder: Path) -> None:
         files = listed_files(folder)
         mine = {name: files[name] for name in sorted(files)[rank::world_size]}
         # Ranks share the work evenly: the first one's part shows how far all are.
-        for name in progress_over(folder, mine, progress_on() if rank == 0 else Quiet()):
+        for name in progress_over(folder, mine, progress_on() if rank == 0 else NoProgress()):
             check_file(folder, name, mine[name], hashes=True)
     except CheckpointError as error:
         problem = str(error)

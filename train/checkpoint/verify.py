@@ -5,7 +5,7 @@ from pathlib import Path
 from stat import S_ISREG
 from typing import Any
 
-from data.progress import Progress, Quiet
+from data.progress import NoProgress, Progress
 from model.account import count_parameters
 from model.config import ModelConfig
 from train.checkpoint.manifest import MANIFEST_NAME, CheckpointError, digest, read_manifest, record_hash
@@ -16,13 +16,13 @@ from train.config.errors import ConfigError
 _BYTES_PER_WEIGHT = 64
 _LEAST_BYTES = 2**30
 _LONGEST_NAME = 255
-_QUIET = Quiet()
+_NO_PROGRESS = NoProgress()
 
 Check = Callable[[Path], None]
 """Raises CheckpointError if a checkpoint is not whole."""
 
 
-def verify(folder: Path, *, hashes: bool = True, progress: Progress = _QUIET) -> None:
+def verify(folder: Path, *, hashes: bool = True, progress: Progress = _NO_PROGRESS) -> None:
     """Holds a checkpoint's files against its manifest.
 
     Args:
