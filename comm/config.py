@@ -45,7 +45,7 @@ class ParallelismConfig:
 
 Payload = Literal["full", "fp8"]
 """How rows are sent to experts: as they are, or as e4m3 codes with a power-of-two scale for every 128 of them. Rows
-from experts are never quantised (arXiv:2412.19437, section 3.3)."""
+from experts are never quantized (arXiv:2412.19437, section 3.3)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,7 +11,7 @@ from torch.distributed.distributed_c10d import Store
 from comm.config import ClusterConfig
 from comm.layout import Layout
 
-PATIENCE_SECONDS = 20.0
+GROUP_TIMEOUT_MARGIN_SECONDS = 20.0
 """Added to the timeout of process groups, so that the watchdog, which can name the missing rank, reports first."""
 
 
@@ -81,9 +81,9 @@ def make_group(members: tuple[int, ...], timeout_seconds: float) -> ProcessGroup
 
     Args:
         members: global ranks, ascending.
-        timeout_seconds: of each collective; see `PATIENCE_SECONDS`.
+        timeout_seconds: of each collective; see `GROUP_TIMEOUT_MARGIN_SECONDS`.
     """
-    timeout = timedelta(seconds=timeout_seconds + PATIENCE_SECONDS)
+    timeout = timedelta(seconds=timeout_seconds + GROUP_TIMEOUT_MARGIN_SECONDS)
     group = distributed.new_group(list(members), timeout=timeout)
     return group if isinstance(group, ProcessGroup) else None
 
@@ -112,7 +112,7 @@ def start(cluster: ClusterConfig, store: Store | None = None) -> torch.device:
         store=store,
         rank=int(os.environ["RANK"]),
         world_size=int(os.environ["WORLD_SIZE"]),
-        timeout=timedelta(seconds=cluster.timeout_seconds + PATIENCE_SECONDS),
+        timeout=timedelta(seconds=cluster.timeout_seconds + GROUP_TIMEOUT_MARGIN_SECONDS),
     )
     return device
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 T_co = TypeVar("T_co", covariant=True)
-Given = TypeVar("Given")
-Made = TypeVar("Made")
+SourceT = TypeVar("SourceT")
+ResultT = TypeVar("ResultT")
 
 
 class Work(Protocol, Generic[T_co]):
@@ -23,15 +23,15 @@ class Work(Protocol, Generic[T_co]):
         ...
 
 
-class Then(Generic[Given, Made]):
+class MappedWork(Generic[SourceT, ResultT]):
     """Other work's result after a function of it, which runs where it is waited for: on the compute lane."""
 
-    def __init__(self, work: Work[Given], function: Callable[[Given], Made]) -> None:
+    def __init__(self, work: Work[SourceT], function: Callable[[SourceT], ResultT]) -> None:
         """Keeps `function`, which runs at every `wait`, without recording gradients."""
         self._work = work
         self._function = function
 
-    def wait(self) -> Made:
+    def wait(self) -> ResultT:
         """Returns the function of the other work's result. Raises what either raised."""
         given = self._work.wait()
         with torch.no_grad():
@@ -51,7 +51,7 @@ class Label:
 
 
 class Handle(Protocol):
-    """One routing of one micro-batch: who sends what to whom. Made by `Dispatcher.plan`, reusable both ways."""
+    """One routing of one micro-batch: who sends what to whom. ResultT by `Dispatcher.plan`, reusable both ways."""
 
     @property
     def num_tokens(self) -> int:
@@ -85,10 +85,10 @@ class RowOrder(Protocol):
 
 
 @runtime_checkable
-class HomeDispatcher(Protocol):
+class RankLocalDispatcher(Protocol):
     """A dispatcher whose rows never leave this rank and are not changed: the model may take and give them itself."""
 
-    def at_home(self, handle: Handle) -> tuple[tuple[int, ...], RowOrder]:
+    def local_order(self, handle: Handle) -> tuple[tuple[int, ...], RowOrder]:
         """Rows of each expert, on the host, and the order of all rows."""
         ...
 

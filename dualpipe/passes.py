@@ -13,7 +13,7 @@ from dualpipe.simulate.simulate import simulate
 _TURN = {Op.FORWARD: 0, Op.BACKWARD: 1, Op.BACKWARD_INPUT: 1, Op.BACKWARD_WEIGHT: 2}
 
 
-def in_turn(group: Group) -> Group:
+def order_members(group: Group) -> Group:
     """Returns the members in the order in which a rank takes them."""
     return tuple(sorted(group, key=lambda op: _TURN[op.kind]))
 
@@ -23,9 +23,9 @@ def forward_only(schedule: Schedule) -> Schedule:
     return replace(schedule, ranks=tuple(_forwards(groups) for groups in schedule.ranks))
 
 
-def one_at_a_time(schedule: Schedule) -> Schedule:
+def ungroup(schedule: Schedule) -> Schedule:
     """Returns the schedule as ranks run it that overlap nothing: a group for each operation, members in their turn."""
-    ranks = (tuple((op,) for group in groups for op in in_turn(group)) for groups in schedule.ranks)
+    ranks = (tuple((op,) for group in groups for op in order_members(group)) for groups in schedule.ranks)
     return replace(schedule, ranks=tuple(ranks))
 
 

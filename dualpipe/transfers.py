@@ -10,7 +10,7 @@ ValueKind = Literal["activation", "gradient"]
 
 
 class Value(NamedTuple):
-    """What crosses from a stage to its neighbour: F's output, or the gradient of the stage's input.
+    """What crosses from a stage to its neighbor: F's output, or the gradient of the stage's input.
 
     `stage` is the one that made it.
     """
@@ -100,9 +100,9 @@ def needed_by(operation: Operation, num_stages: int) -> Value | None:
 
 def message_of(schedule: Schedule, value: Value) -> Message | None:
     """Returns the message that carries a value to the stage that needs it, or None where the same rank holds both."""
-    neighbour = value.stage + 1 if value.kind == "activation" else value.stage - 1
+    neighbor = value.stage + 1 if value.kind == "activation" else value.stage - 1
     source = schedule.rank_of(value.direction, value.stage)
-    destination = schedule.rank_of(value.direction, neighbour)
+    destination = schedule.rank_of(value.direction, neighbor)
     if source == destination:
         return None
     return Message(value.kind, value.direction, value.stage, value.micro_batch, source, destination)

@@ -5,7 +5,7 @@ runs: rendezvous, one message in flight on a link. A rank that comes to a group 
 needs, in the order of its members, and then waits for them. A rank that has run a group sends what the members made, in
 their order. A message is taken once it has been sent and asked for. The sender goes on meanwhile, but it stops before
 its next message on the same link until the one before is taken. (A sender that stopped at every message until it
-is taken would block DualPipe's neighbours: each has something for the other.)
+is taken would block DualPipe's neighbors: each has something for the other.)
 
 Ranks do not choose: what each does next is fixed, whatever the speed of the others. So either every run ends or none
 does, and one run without a clock decides. Transports that keep more messages in flight, or ask earlier, only wait less.

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Literal, assert_never
 
 from dualpipe.config import ScheduleConfig
-from dualpipe.draw.entry import Absent, TimedSchedule, time_schedule
+from dualpipe.draw.entry import TimedSchedule, UnavailableSchedule, time_schedule
 from dualpipe.draw.svg import svg
 from dualpipe.draw.table import html, table
 from dualpipe.draw.text import grid, summary
 from dualpipe.draw.trace import trace
 from dualpipe.generate.cache import schedules_folder
 from dualpipe.ir import Schedule, to_json
-from dualpipe.passes import one_at_a_time
+from dualpipe.passes import ungroup
 from dualpipe.registry import FALLBACK, SCHEDULES, build, check_size
 from dualpipe.simulate.choose import choose, survey
 from dualpipe.simulate.costs import CostModel, Costs, uniform
@@ -89,7 +89,7 @@ def preview(overrides: Sequence[str]) -> str:
 def _shown(config: ScheduleCommandConfig) -> str:
     cache_dir = schedules_folder(config.cache_dir)
     kind, reason = config.schedule.kind, ""
-    rows: tuple[TimedSchedule | Absent, ...] = ()
+    rows: tuple[TimedSchedule | UnavailableSchedule, ...] = ()
     check_size(FALLBACK if kind == "auto" else kind, config.num_ranks, config.num_micro_batches)
     if kind == "auto":
         rows = _survey(config, cache_dir)
@@ -120,17 +120,17 @@ def _shown(config: ScheduleCommandConfig) -> str:
             assert_never(other)
 
 
-def _survey(config: ScheduleCommandConfig, cache_dir: Path) -> tuple[TimedSchedule | Absent, ...]:
+def _survey(config: ScheduleCommandConfig, cache_dir: Path) -> tuple[TimedSchedule | UnavailableSchedule, ...]:
     return survey(config.num_ranks, config.num_micro_batches, config.costs_of, config.memory_cap, cache_dir)
 
 
-def _kind(row: TimedSchedule | Absent) -> str:
+def _kind(row: TimedSchedule | UnavailableSchedule) -> str:
     return row.schedule.kind if isinstance(row, TimedSchedule) else row.kind
 
 
 def _as_paired(schedule: Schedule, config: ScheduleConfig) -> Schedule:
     """Returns the schedule as the run would time it."""
-    return one_at_a_time(schedule) if config.pairing == "sequential" else schedule
+    return ungroup(schedule) if config.pairing == "sequential" else schedule
 
 
 def _write(text: str, out: str) -> None:

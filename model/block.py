@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from comm.protocol import Dispatcher, Handle, HomeDispatcher
+from comm.protocol import Dispatcher, Handle, RankLocalDispatcher
 from kernels.attention.documents import Documents
 from model.attention.form import Attention
 from model.config import ModelConfig
@@ -156,8 +156,8 @@ def run_block(
     attended = block.attend(hidden_BTD, None, documents)
     residual_BTD, rows, routing = attended.residual_BTD, attended.rows, attended.routing
     handle = dispatcher.plan(routing.ids_NK, routing.weights_NK)
-    if isinstance(dispatcher, HomeDispatcher):
-        counts, order = dispatcher.at_home(handle)
+    if isinstance(dispatcher, RankLocalDispatcher):
+        counts, order = dispatcher.local_order(handle)
         source = NormSource.of(residual_BTD, block.post_attention_layernorm)
         summed_ND = block.moe.experts.at_home(rows, source, routing.weights_NK, counts, order)
         base_BTD = block.add_shared(residual_BTD, rows, None)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from comm.protocol import Arrived, Dispatcher, Handle, Label, Then, Work
+from comm.protocol import Arrived, Dispatcher, Handle, Label, MappedWork, Work
 from kernels.attention.documents import Documents
 from model.block import Block
 from model.gradients import GradientStore, WeightQueue
@@ -174,7 +174,7 @@ class DispatchPhase:
             received = wire.unpack(arrived.rows_AD, routed.rows)
             return Received(routed.residual_BTD, routed.rows, received, arrived.weights_A, arrived.counts)
 
-        return Then(self._exchange.dispatcher.dispatch(wire.pack(routed.rows), routed.weights_TK, handle), finish)
+        return MappedWork(self._exchange.dispatcher.dispatch(wire.pack(routed.rows), routed.weights_TK, handle), finish)
 
     def backward(self, gradients: ReceivedGradients) -> Work[RoutedGradients]:
         """Starts the return of the gradients of rows and weights to their tokens."""
@@ -186,7 +186,7 @@ class DispatchPhase:
 
         handle = self._exchange.planned()
         work = self._exchange.dispatcher.dispatch_backward(gradients.received_AD, gradients.weights_A, handle)
-        return Then(work, finish)
+        return MappedWork(work, finish)
 
 
 class CombinePhase:
@@ -199,7 +199,7 @@ class CombinePhase:
         """Starts the return of each token's rows."""
         base_BTD = output.base_BTD
         work = self._exchange.dispatcher.combine(output.routed_AD, self._exchange.planned())
-        return Then(work, lambda summed_ND: Hidden(base_BTD + summed_ND.view_as(base_BTD)))
+        return MappedWork(work, lambda summed_ND: Hidden(base_BTD + summed_ND.view_as(base_BTD)))
 
     def backward(self, gradients: HiddenGradients) -> Work[ExpertGradients]:
         """Starts the exchange of a copy of each token's gradient for each of its experts."""
@@ -211,7 +211,7 @@ class CombinePhase:
             return ExpertGradients(exchange.wire.unpack_gradient(received, grad_ND), grad_BTD)
 
         packed = exchange.wire.pack_gradient(grad_ND)
-        return Then(exchange.dispatcher.combine_backward(packed, exchange.planned()), finish)
+        return MappedWork(exchange.dispatcher.combine_backward(packed, exchange.planned()), finish)
 
 
 Phase = ComputePhase[Any, Any] | DispatchPhase | CombinePhase

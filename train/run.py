@@ -71,7 +71,7 @@ def main(config: TrainConfig, reports_on_stderr: bool = False, callbacks: Callba
             job.close()
             stop()
         elif isinstance(error, Exception):
-            job.watchdog.clear(error)
+            job.watchdog.report_error(error)
         raise
     job.close()
     stop()

@@ -53,7 +53,7 @@ class SortedChoices:
 
     @classmethod
     def sort(cls, ids_TK: Tensor) -> Self:
-        """Sorts one micro-batch's choices, without a host synchronisation."""
+        """Sorts one micro-batch's choices, without a host synchronization."""
         return cls(ids_TK.flatten().argsort(stable=True), (ids_TK.shape[0], ids_TK.shape[1]))
 
     def keep(self, num_dropped: int) -> ExpertOrder:

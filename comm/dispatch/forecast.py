@@ -72,7 +72,7 @@ class Forecast:
     Attributes:
         num_tokens: of all ranks.
         num_touched_nodes: over tokens, nodes that hold a token's experts, its home node included.
-        num_least_rows: over tokens, such nodes other than the home node. No dispatch that sends rows from one
+        min_rows_across_nodes: over tokens, such nodes other than the home node. No dispatch that sends rows from one
             rank to one other sends fewer across nodes.
         per_expert: a copy for each expert, straight to its rank, as `all_to_all` does.
         per_rank: a copy for each rank that holds a token's experts.
@@ -83,7 +83,7 @@ class Forecast:
 
     num_tokens: int
     num_touched_nodes: int
-    num_least_rows: int
+    min_rows_across_nodes: int
     per_expert: SentRows
     per_rank: SentRows
     between_nodes: SentRows
@@ -119,7 +119,7 @@ def forecast(ids_by_rank: Sequence[Tensor], num_experts: int, nodes: Sequence[in
     return Forecast(
         num_tokens=sum(map(len, ids_by_rank)),
         num_touched_nodes=int(per_node_RN.sum()),
-        num_least_rows=int(per_node_RN.sum() - num_at_home),
+        min_rows_across_nodes=int(per_node_RN.sum() - num_at_home),
         per_expert=SentRows(torch.stack(experts_RR), relays.node_of),
         per_rank=SentRows(per_rank_RR, relays.node_of),
         between_nodes=SentRows(between_RR, relays.node_of),

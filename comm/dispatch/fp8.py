@@ -6,7 +6,7 @@ Shape legend: T tokens, K experts per token, A arrived rows, N rows, D hidden si
 from torch import Tensor
 
 from comm.dispatch.expert_order import dense
-from comm.protocol import Arrived, Dispatcher, Handle, Label, Then, Work
+from comm.protocol import Arrived, Dispatcher, Handle, Label, MappedWork, Work
 from kernels.quantize import dequantize_1x128, quantize_1x128
 from kernels.quantize.layout import GRADIENTS_MIN_AMAX, ROWS_MIN_AMAX, pack, unpack
 
@@ -18,8 +18,8 @@ class Fp8Dispatcher:
     of the experts' outputs; results are of the rows' own dtype again. `combine` and `dispatch_backward` send rows as
     they are. A NaN or an infinity makes NaN of its 128 columns.
 
-    In the backward, quantisation counts as the identity (straight through): `dispatch_backward` gives the gradient of
-    the rows that arrived as that of the rows given, and experts get the quantised gradient of their outputs.
+    In the backward, quantization counts as the identity (straight through): `dispatch_backward` gives the gradient of
+    the rows that arrived as that of the rows given, and experts get the quantized gradient of their outputs.
     """
 
     num_local_experts: int
@@ -34,28 +34,28 @@ class Fp8Dispatcher:
         return self._inner.plan(ids_TK, weights_TK, label)
 
     def dispatch(self, rows_TD: Tensor, weights_TK: Tensor, handle: Handle) -> Work[Arrived]:
-        """Sends a quantised copy of each token's row, and the weight as it is, to each of its experts."""
+        """Sends a quantized copy of each token's row, and the weight as it is, to each of its experts."""
         restore = _Restore(rows_TD)
 
         def finish(arrived: Arrived) -> Arrived:
             return Arrived(restore(arrived.rows_AD), arrived.weights_A, arrived.counts)
 
-        return Then(self._inner.dispatch(self._packed(rows_TD, ROWS_MIN_AMAX), weights_TK, handle), finish)
+        return MappedWork(self._inner.dispatch(self._packed(rows_TD, ROWS_MIN_AMAX), weights_TK, handle), finish)
 
     def combine(self, rows_AD: Tensor, handle: Handle) -> Work[Tensor]:
-        """Calls the inner dispatcher: these rows are never quantised."""
+        """Calls the inner dispatcher: these rows are never quantized."""
         return self._inner.combine(rows_AD, handle)
 
     def dispatch_backward(
         self, grad_rows_AD: Tensor, grad_weights_A: Tensor, handle: Handle
     ) -> Work[tuple[Tensor, Tensor]]:
-        """Calls the inner dispatcher: these rows are never quantised."""
+        """Calls the inner dispatcher: these rows are never quantized."""
         return self._inner.dispatch_backward(grad_rows_AD, grad_weights_A, handle)
 
     def combine_backward(self, grad_rows_TD: Tensor, handle: Handle) -> Work[Tensor]:
-        """Sends a quantised copy of each token's gradient to each of its experts' rows; AD."""
+        """Sends a quantized copy of each token's gradient to each of its experts' rows; AD."""
         packed_TB = self._packed(grad_rows_TD, GRADIENTS_MIN_AMAX)
-        return Then(self._inner.combine_backward(packed_TB, handle), _Restore(grad_rows_TD))
+        return MappedWork(self._inner.combine_backward(packed_TB, handle), _Restore(grad_rows_TD))
 
     def close(self) -> None:
         """Closes the inner dispatcher."""

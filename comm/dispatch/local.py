@@ -32,7 +32,7 @@ class LocalDispatcher:
         self.num_local_experts = num_experts
 
     def plan(self, ids_TK: Tensor, weights_TK: Tensor | None = None, label: Label | None = None) -> Handle:
-        """Sorts the choices; on CUDA the counts cost a host synchronisation."""
+        """Sorts the choices; on CUDA the counts cost a host synchronization."""
         num_dropped, *counts = count_choices(ids_TK, self.num_local_experts).tolist()
         return LocalHandle(SortedChoices.sort(ids_TK).keep(num_dropped), tuple(counts))
 
@@ -57,7 +57,7 @@ class LocalDispatcher:
         """Sends a copy of each token's gradient to each of its experts' rows; AD."""
         return CompletedWork(_own(handle).order.copy_rows(grad_rows_TD.detach()))
 
-    def at_home(self, handle: Handle) -> tuple[tuple[int, ...], RowOrder]:
+    def local_order(self, handle: Handle) -> tuple[tuple[int, ...], RowOrder]:
         """Rows of each expert, and their order: for a model that copies and sums rows itself."""
         local = _own(handle)
         return local.counts, local.order

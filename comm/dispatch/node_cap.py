@@ -13,7 +13,7 @@ from torch import Tensor
 
 from comm.dispatch.process_group import ExchangeGroup
 from comm.dispatch.traffic import ClipCount
-from comm.protocol import Arrived, Dispatcher, Handle, Label, Then, Work
+from comm.protocol import Arrived, Dispatcher, Handle, Label, MappedWork, Work
 
 _MOST_NAMED = 8
 
@@ -90,7 +90,7 @@ def nodes_of_experts(num_experts: int, member_nodes: Sequence[int]) -> Tensor:
 
 
 def touched_nodes(ids_TK: Tensor, node_of_expert_E: Tensor, num_nodes: int) -> Tensor:
-    """Marks the nodes that hold a token's experts, bool TN; ids of -1 touch none. No host synchronisation."""
+    """Marks the nodes that hold a token's experts, bool TN; ids of -1 touch none. No host synchronization."""
     return _touch(_nodes_of_choices(ids_TK, node_of_expert_E, num_nodes), num_nodes)
 
 
@@ -111,7 +111,7 @@ def clip(
     """Keeps the choices on each token's best nodes. Tokens within the cap keep all of theirs.
 
     A node's score is the sum of the token's weights there, over choices in their order; of equal nodes the lower number
-    is better. Without a host synchronisation.
+    is better. Without a host synchronization.
 
     Args:
         ids_TK: int64, global expert ids, -1 for no expert.
@@ -139,7 +139,7 @@ def clip(
 
 
 @dataclass(frozen=True, slots=True)
-class Renormalisation:
+class Renormalization:
     """Weights of kept choices, scaled so that each clipped token's weights keep their sum: w' = w S / S_kept.
 
     A token whose kept weights sum to 0 keeps them as they are. Tokens that are not clipped keep theirs bitwise.
@@ -184,9 +184,9 @@ class Renormalisation:
 class ClippedHandle:
     """The routing that is left of one micro-batch, and how its weights were scaled."""
 
-    def __init__(self, inner: Handle, renormalisation: Renormalisation) -> None:
+    def __init__(self, inner: Handle, renormalization: Renormalization) -> None:
         self.inner = inner
-        self.renormalisation = renormalisation
+        self.renormalization = renormalization
         self.weights_TK: Tensor | None = None  # of the last dispatch, for its backward
 
     @property
@@ -198,7 +198,7 @@ class ClippedHandle:
 class ClippingDispatcher:
     """Any dispatcher, with each token's choices clipped to its best nodes before they are planned.
 
-    `dispatch` sends the renormalised weights, so the expert's side applies those; `dispatch_backward` gives the exact
+    `dispatch` sends the renormalized weights, so the expert's side applies those; `dispatch_backward` gives the exact
     gradient of the weights as they were. Which choices are kept carries no gradient, as in any gate.
     """
 
@@ -228,14 +228,14 @@ class ClippingDispatcher:
         self._node_of_expert_E = self._node_of_expert_E.to(ids_TK.device)
         clipped = clip(ids_TK, weights_TK, self._node_of_expert_E, self._num_nodes, self._max_nodes)
         self._count.add(None if label is None else label.layer, clipped.over_T)
-        renormalisation = Renormalisation(ids_TK >= 0, clipped.ids_TK >= 0, clipped.over_T)
-        return ClippedHandle(self._inner.plan(clipped.ids_TK, weights_TK, label), renormalisation)
+        renormalization = Renormalization(ids_TK >= 0, clipped.ids_TK >= 0, clipped.over_T)
+        return ClippedHandle(self._inner.plan(clipped.ids_TK, weights_TK, label), renormalization)
 
     def dispatch(self, rows_TD: Tensor, weights_TK: Tensor, handle: Handle) -> Work[Arrived]:
-        """Sends a copy of each token's row, and the renormalised weight, to each of its kept experts."""
+        """Sends a copy of each token's row, and the renormalized weight, to each of its kept experts."""
         own = _own(handle)
         own.weights_TK = weights_TK.detach()
-        return self._inner.dispatch(rows_TD, own.renormalisation.forward(own.weights_TK), own.inner)
+        return self._inner.dispatch(rows_TD, own.renormalization.forward(own.weights_TK), own.inner)
 
     def combine(self, rows_AD: Tensor, handle: Handle) -> Work[Tensor]:
         """Sums over each token's kept experts, unweighted; TD."""
@@ -250,9 +250,9 @@ class ClippingDispatcher:
         assert weights_TK is not None, "dispatch_backward needs the weights that dispatch was given"
 
         def finish(back: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-            return back[0], own.renormalisation.backward(back[1], weights_TK)
+            return back[0], own.renormalization.backward(back[1], weights_TK)
 
-        return Then(self._inner.dispatch_backward(grad_rows_AD, grad_weights_A, own.inner), finish)
+        return MappedWork(self._inner.dispatch_backward(grad_rows_AD, grad_weights_A, own.inner), finish)
 
     def combine_backward(self, grad_rows_TD: Tensor, handle: Handle) -> Work[Tensor]:
         """Sends a copy of each token's gradient to each of its kept experts' rows; AD."""

@@ -21,9 +21,9 @@ class LayerTraffic:
     Attributes:
         num_tokens: tokens planned.
         num_touched_nodes: over those tokens, distinct nodes that hold a token's experts, the home node included.
-        num_least_rows: over exchanges, rows that must cross nodes in any dispatch: for each token one for every node
-            other than its own that it touches. Each exchange counts the rank's own tokens.
-        num_rows_kept: rows that stayed on the rank.
+        min_rows_across_nodes: over exchanges, rows that must cross nodes in any dispatch: for each token one for every
+            node other than its own that it touches. Each exchange counts the rank's own tokens.
+        num_rows_on_rank: rows that stayed on the rank.
         num_rows_within_node: rows sent to other ranks of the node.
         num_rows_across_nodes: rows sent to other nodes.
         num_bytes_within_node: of those rows.
@@ -37,8 +37,8 @@ class LayerTraffic:
 
     num_tokens: int = 0
     num_touched_nodes: int = 0
-    num_least_rows: int = 0
-    num_rows_kept: int = 0
+    min_rows_across_nodes: int = 0
+    num_rows_on_rank: int = 0
     num_rows_within_node: int = 0
     num_rows_across_nodes: int = 0
     num_bytes_within_node: int = 0
@@ -57,7 +57,7 @@ class LayerTraffic:
     @property
     def lower_bound_share(self) -> float:
         """Rows that must cross nodes over rows that did, 1 at best; of all ranks, as they return each other's rows."""
-        return self.num_least_rows / self.num_rows_across_nodes if self.num_rows_across_nodes else 1.0
+        return self.min_rows_across_nodes / self.num_rows_across_nodes if self.num_rows_across_nodes else 1.0
 
     def __add__(self, other: Self) -> Self:
         """Adds field by field."""
@@ -126,12 +126,14 @@ class Traffic:
         """Counts the tokens of a plan and the nodes that they touch, summed over tokens."""
         self._add(layer, {"num_tokens": num_tokens, "num_touched_nodes": num_touched_nodes})
 
-    def add_predicted(self, layer: int | None, rows: Spread, bytes_per_row: int, num_least_rows: int = 0) -> None:
+    def add_predicted(
+        self, layer: int | None, rows: Spread, bytes_per_row: int, min_rows_across_nodes: int = 0
+    ) -> None:
         """Counts rows that are about to be sent, by the plan, and once an exchange those that must cross nodes."""
         self._add(
             layer,
             {
-                "num_least_rows": num_least_rows,
+                "min_rows_across_nodes": min_rows_across_nodes,
                 "predicted_rows_within_node": rows.within_node,
                 "predicted_rows_across_nodes": rows.across_nodes,
                 "predicted_bytes_within_node": rows.within_node * bytes_per_row,
@@ -144,7 +146,7 @@ class Traffic:
         self._add(
             layer,
             {
-                "num_rows_kept": rows.kept,
+                "num_rows_on_rank": rows.kept,
                 "num_rows_within_node": rows.within_node,
                 "num_rows_across_nodes": rows.across_nodes,
                 "num_bytes_within_node": sent_bytes.within_node,

@@ -48,7 +48,7 @@ def host_links(
     links: dict[tuple[int, int, str], HostLink] = {}
     for data_index in range(layout.parallelism.data):
         members = tuple(layout.rank(member, data_index) for member in range(layout.parallelism.pipeline))
-        with _unassuming_threads():
+        with _batch_priority_threads():
             group = make_group(members, timeout_seconds)
         if group is not None:
             mine = [pair for low, high in pairs for pair in ((low, high), (high, low)) if index in pair]
@@ -60,7 +60,7 @@ def host_links(
 
 
 @contextmanager
-def _unassuming_threads() -> Iterator[None]:
+def _batch_priority_threads() -> Iterator[None]:
     """Lets threads that are started inside never preempt another when they wake, if this is Linux.
 
     gloo's event thread tries to take a connection's lock again and again while a sender holds it. Where cores are fewer
@@ -94,7 +94,7 @@ class HostLink:
         self._log = log
         self._sent: list[tuple[Collective, distributed.Work]] = []
         self._lane: ThreadLane | None = None
-        self._leaving: list[Work[None]] = []
+        self._pending_sends: list[Work[None]] = []
 
     def send(self, key: MessageKey, tensor: Tensor) -> None:
         """Starts a message."""
@@ -114,7 +114,7 @@ class HostLink:
         # gloo reports a finished send only to a thread that waits; else the payload would stay until the step ends.
         if self._lane is None:
             self._lane = ThreadLane(f"link-to-{self._peer}")
-        self._leaving.append(self._lane.submit(wait))
+        self._pending_sends.append(self._lane.submit(wait))
 
     def _start(self, frame: bytearray) -> distributed.Work:
         return self._group.send([torch.frombuffer(frame, dtype=torch.uint8)], self._peer, self._header_tag)
@@ -148,11 +148,11 @@ class HostLink:
     def flush(self) -> None:
         """Waits until everything sent has left."""
         sent, self._sent = self._sent, []
-        leaving, self._leaving = self._leaving, []
+        pending_sends, self._pending_sends = self._pending_sends, []
         for collective, work in sent:
             with self._log.awaiting(collective):
                 work.wait()
-        for job in leaving:
+        for job in pending_sends:
             job.wait()
 
     def close(self) -> None:

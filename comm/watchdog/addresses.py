@@ -35,7 +35,7 @@ _FILE_SECONDS = 10.0
 """For which a rank waits for a key that it does not have yet: shared file systems take their time."""
 
 
-class _ChangedError(Exception):
+class _KeyChangedError(Exception):
     """Rank 0 has announced another key: the one before was an earlier attempt's."""
 
 
@@ -73,8 +73,8 @@ class AddressExchange:
                 self._announce()
             while True:
                 try:
-                    self._socket.open(*self._exchange(self._take_key()))
-                except _ChangedError:
+                    self._socket.open(*self._exchange(self._wait_for_key()))
+                except _KeyChangedError:
                     continue
                 return
         except DistError as error:
@@ -112,7 +112,7 @@ class AddressExchange:
         self._announced = json.dumps(announcement).encode()
         self._store.set(_ANNOUNCEMENT, self._announced.decode())
 
-    def _take_key(self) -> bytes:
+    def _wait_for_key(self) -> bytes:
         """Returns the announced key, as soon as it is announced and there.
 
         Raises:
@@ -209,7 +209,7 @@ class AddressExchange:
             return
         with suppress(MessageError, JobKeyError):  # a stranger's
             self._announced_key(announced)
-            raise _ChangedError
+            raise _KeyChangedError
 
 
 def _is_loopback(host: str) -> bool:

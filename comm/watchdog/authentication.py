@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 
 from comm.watchdog.decode import MessageError, compress_object, decompress_object, parse_object
 
-Kind = Literal["question", "answer", "verdict", "farewell"]
+Kind = Literal["state_request", "state", "verdict", "departure"]
 
 KEY_BYTES = 32
 MAX_DATAGRAM_BYTES = 65_507

@@ -16,7 +16,7 @@ StreamMark = Callable[[], Callable[[], bool]]
 """Marks the end of what was enqueued on the current stream so far; the result says whether that is over."""
 
 _BEHIND_SECONDS = 1.0
-_MOMENT_SECONDS = 10.0
+_RECENT_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -117,7 +117,7 @@ class CollectiveLog:
                 self._finish(collective)
             else:
                 self._enqueued.append(_Enqueued(collective, since, is_over))
-                self._settle()
+                self._finish_enqueued()
 
     def collective(self, kind: str, group: ProcessGroup, name: str) -> AbstractContextManager[None]:
         """Starts a collective of a process group's ranks, and awaits it while inside.
@@ -138,7 +138,7 @@ class CollectiveLog:
         """Returns what the rank waits for, and for how many seconds, the longest first."""
         now = time.monotonic()
         with self._lock:
-            self._settle()
+            self._finish_enqueued()
             waits = [(collective, now - since) for collective, (since, _) in self._awaited.items()]
             waits += [(each.collective, now - each.since) for each in self._enqueued]
         return sorted(waits, key=lambda wait: -wait[1])
@@ -147,7 +147,7 @@ class CollectiveLog:
         """Returns whether a thread waits for a collective, or a stream has for so long that the host may wait too."""
         now = time.monotonic()
         with self._lock:
-            self._settle()
+            self._finish_enqueued()
             is_behind = bool(self._enqueued) and now - self._enqueued[0].since > _BEHIND_SECONDS
             return is_behind or any(waiting == thread for _, waiting in self._awaited.values())
 
@@ -155,7 +155,7 @@ class CollectiveLog:
         """Returns what ended in an error a moment ago, and for how many seconds it had been awaited."""
         now = time.monotonic()
         with self._lock:
-            return [(collective, end - since) for collective, since, end in self._failed if now - end < _MOMENT_SECONDS]
+            return [(collective, end - since) for collective, since, end in self._failed if now - end < _RECENT_SECONDS]
 
     @property
     def num_failed(self) -> int:
@@ -165,7 +165,7 @@ class CollectiveLog:
     def progress(self) -> dict[str, CollectiveProgress]:
         """Returns how far the rank is in each of its groups."""
         with self._lock:
-            self._settle()
+            self._finish_enqueued()
             return {
                 group: CollectiveProgress(started, self._finished.get(group, -1))
                 for group, started in self._started.items()
@@ -181,7 +181,7 @@ class CollectiveLog:
         with self._lock:
             return {group: digest.hexdigest() for group, digest in self._hashes.items()}
 
-    def _settle(self) -> None:
+    def _finish_enqueued(self) -> None:
         """Finishes what is over on its stream; streams are checked in order, so one may hide another for a while."""
         while self._enqueued and self._enqueued[0].is_over():
             self._finish(self._enqueued.popleft().collective)

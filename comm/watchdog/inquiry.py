@@ -7,7 +7,7 @@ from typing import Literal, Self, get_args
 from comm.exit_codes import EXIT_OTHER
 from comm.watchdog.collective_log import CollectiveLog
 from comm.watchdog.decode import MessageError, text_of
-from comm.watchdog.verdict import Findings, Reason, Standing, Verdict
+from comm.watchdog.verdict import InquiryResult, RankState, Reason, Verdict
 from comm.watchdog.watchdog_socket import WatchdogMessage, WatchdogSocket
 
 _SEND_EVERY_SECONDS = 0.2
@@ -16,12 +16,12 @@ End = Literal["done", "error", "signal"]
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
-    """Requests a rank's standing."""
+class StateRequest:
+    """Requests a rank's state."""
 
 
 @dataclass(frozen=True, slots=True)
-class Farewell:
+class Departure:
     """Announces that the sender leaves the job by itself: how, and in one line why."""
 
     end: End
@@ -49,19 +49,19 @@ class Farewell:
         return Verdict(code=EXIT_OTHER, text=f"rank {rank}: {self.text}", judge=rank, culprits=(rank,))
 
 
-def decode_message(message: WatchdogMessage, world_size: int) -> Question | Standing | Verdict | Farewell:
+def decode_message(message: WatchdogMessage, world_size: int) -> StateRequest | RankState | Verdict | Departure:
     """Decodes the fields of an authentic message.
 
     Raises:
         MessageError: a field is missing or of another form, or a verdict is not the sender's own.
     """
     match message.kind:
-        case "question":
-            return Question()
-        case "answer":
-            return Standing.from_json(message.values, world_size)
-        case "farewell":
-            return Farewell.from_message(message)
+        case "state_request":
+            return StateRequest()
+        case "state":
+            return RankState.from_json(message.values, world_size)
+        case "departure":
+            return Departure.from_message(message)
         case "verdict":
             verdict = Verdict.from_json(message.values, world_size)
             if verdict.judge != message.rank:
@@ -71,21 +71,21 @@ def decode_message(message: WatchdogMessage, world_size: int) -> Question | Stan
 
 @dataclass(slots=True)
 class Inquiry:
-    """Questions that were sent, and the answers so far.
+    """Questions that were sent, and the replies so far.
 
     Attributes:
         reason: for it.
         begun: on the monotonic clock.
         sent_at: when the last questions were sent, 0 before the first.
-        answers: of each rank, the last.
+        replies: of each rank, the last.
     """
 
     reason: Reason
     begun: float
     sent_at: float = 0.0
-    answers: dict[int, Standing] = field(default_factory=dict)
+    replies: dict[int, RankState] = field(default_factory=dict)
 
-    def lost(self, refused: Collection[int], gone: Mapping[int, Farewell], log: CollectiveLog) -> dict[int, str]:
+    def lost(self, refused: Collection[int], gone: Mapping[int, Departure], log: CollectiveLog) -> dict[int, str]:
         """Returns lost ranks and what is known of their ends.
 
         A rank that has left the job counts if this one misses it in a collective. A rank that got SIGTERM misses none.
@@ -105,17 +105,17 @@ class Inquiry:
         """Returns whether questions may be sent again: not a moment after the last."""
         return now - self.sent_at >= _SEND_EVERY_SECONDS
 
-    def send_questions(self, ranks: Collection[int], watchdog_socket: WatchdogSocket, now: float) -> None:
+    def send_requests(self, ranks: Collection[int], watchdog_socket: WatchdogSocket, now: float) -> None:
         """Sends a question to each of the ranks."""
         is_first = self.sent_at == 0.0
         self.sent_at = now
         for rank in ranks:
             if is_first:
-                watchdog_socket.send(rank, "question", {})
+                watchdog_socket.send(rank, "state_request", {})
             else:
                 watchdog_socket.probe(rank)
 
-    def findings(self, rank: int, own: Standing, lost: Mapping[int, str], silent: Collection[int]) -> Findings:
-        """Returns what `rank` has learned, its own standing included."""
-        standings = {other: answer for other, answer in self.answers.items() if other not in lost}
-        return Findings(judge=rank, standings=standings | {rank: own}, lost=lost, silent=silent)
+    def result(self, rank: int, own: RankState, lost: Mapping[int, str], silent: Collection[int]) -> InquiryResult:
+        """Returns what `rank` has learned, its own state included."""
+        states = {other: answer for other, answer in self.replies.items() if other not in lost}
+        return InquiryResult(judge=rank, states=states | {rank: own}, lost=lost, silent=silent)

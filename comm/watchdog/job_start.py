@@ -27,7 +27,7 @@ _UNSIGNED = "watchdog/verdict_without_key"
 _LINGER_SECONDS = 2.0
 _LONGEST_PAUSE_SECONDS = 0.5
 # After SIGTERM: a job that is preempted still starts, to agree on it; a job that lost a rank never does.
-_LATECOMER_SECONDS = 3.0
+_PREEMPTED_START_SECONDS = 3.0
 
 
 class AbsentError(RuntimeError):
@@ -67,14 +67,14 @@ class Termination:
             self._plain(number, frame)
 
     @property
-    def is_last(self) -> bool:
+    def is_only_handler(self) -> bool:
         """Whether no other handler was there before."""
         return not callable(self._plain)
 
     @property
-    def is_pressing(self) -> bool:
+    def is_overdue(self) -> bool:
         """Whether SIGTERM arrived so long ago that there is no use in waiting for absent ranks."""
-        patience = 0.0 if self.is_last else _LATECOMER_SECONDS
+        patience = 0.0 if self.is_only_handler else _PREEMPTED_START_SECONDS
         return self._since is not None and time.monotonic() - self._since >= patience
 
 
@@ -108,9 +108,9 @@ class JobStart:
             store = FileStore(str(member.store_file), -1)
             store.set_timeout(self._left())
             return store
-        is_holder = member.rank == member.holder
+        is_holder = member.rank == member.store_rank
         while not is_holder and not self._is_open():
-            self.wait(lambda: [member.holder or 0])
+            self.wait(lambda: [member.store_rank or 0])
         try:
             return TCPStore(
                 host_name=member.host,
@@ -139,11 +139,11 @@ class JobStart:
         """
         if store is not None and store.check([_VERDICT]):
             self._raise_received(store)
-        if not self._termination.is_pressing and time.monotonic() < self._until:
+        if not self._termination.is_overdue and time.monotonic() < self._until:
             time.sleep(self._pause)
             self._pause = min(2 * self._pause, _LONGEST_PAUSE_SECONDS)
             return
-        if self._termination.is_pressing:
+        if self._termination.is_overdue:
             error = self._absent(EXIT_LOST, absent(), "lost: not there yet when the launcher ended the job")
         else:
             error = self._absent(EXIT_HANG, absent(), f"absent: not there within {self._deadline_seconds:g} s")
@@ -157,8 +157,8 @@ class JobStart:
     def store_error(self, error: DistError) -> AbsentError:
         """Returns the verdict on a store that has ended, or does not answer any more."""
         code = EXIT_HANG if time.monotonic() >= self._until else EXIT_LOST
-        holder = 0 if self.member.holder is None else self.member.holder
-        return self._absent(code, [holder], f"lost with the job's store: {str(error).splitlines()[0]}")
+        store_rank = 0 if self.member.store_rank is None else self.member.store_rank
+        return self._absent(code, [store_rank], f"lost with the job's store: {str(error).splitlines()[0]}")
 
     def _raise_received(self, store: Store) -> None:
         """Raises the verdict in the store, unless somebody else than a rank of this attempt has put it there."""
@@ -198,7 +198,7 @@ class JobStart:
         names = {rank: f"{_RECEIVED}/{rank}" for rank in range(member.world_size) if rank not in verdict.culprits}
         if member.rank in names:
             store.set(names[member.rank], seal_object(key, names[member.rank], {}))
-        if member.rank != member.holder:
+        if member.rank != member.store_rank:
             return
         until = time.monotonic() + _LINGER_SECONDS
         while names and time.monotonic() < until:

@@ -25,7 +25,7 @@ class Membership:
         world_size: number of ranks.
         host: of the store; other ranks are reached by the same way.
         port: of the store.
-        holder: the rank that opens the store at `host` and `port`; None if the launcher did.
+        store_rank: the rank that opens the store at `host` and `port`; None if the launcher did.
         store_file: the store, instead of one at `host` and `port`; None if there is no such file.
         is_one_machine: all ranks are on this machine.
         key: that the launcher or the user gave all ranks; None if rank 0 is to write one into a file.
@@ -35,7 +35,7 @@ class Membership:
     world_size: int
     host: str
     port: int
-    holder: int | None
+    store_rank: int | None
     store_file: Path | None = None
     is_one_machine: bool = False
     key: bytes | None = field(default=None, repr=False)
@@ -59,7 +59,7 @@ class Membership:
             world_size=int(world_size),
             host=host,
             port=int(port),
-            holder=None if is_launchers else 0,
+            store_rank=None if is_launchers else 0,
             store_file=None if store_file is None else Path(store_file),
             is_one_machine=os.environ.get("LOCAL_WORLD_SIZE") == world_size,
             key=take_key_from_environment(),

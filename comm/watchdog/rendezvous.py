@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch.distributed.distributed_c10d import Store
 
-from comm.groups import PATIENCE_SECONDS
+from comm.groups import GROUP_TIMEOUT_MARGIN_SECONDS
 from comm.watchdog.addresses import AddressExchange
 from comm.watchdog.collective_log import CollectiveLog
 from comm.watchdog.job_start import START, JobStart, Termination
@@ -65,9 +65,9 @@ def join(
     with log.phase("world", range(member.world_size), START):
         store = start.open_store()
         AddressExchange(start, store, watchdog_socket, key_folder).run()
-    store.set_timeout(timedelta(seconds=deadline_seconds + PATIENCE_SECONDS))
+    store.set_timeout(timedelta(seconds=deadline_seconds + GROUP_TIMEOUT_MARGIN_SECONDS))
     watchdog = Watchdog(
-        member.rank, watchdog_socket, log, deadline_seconds, crash_report, ends_by_signal=termination.is_last
+        member.rank, watchdog_socket, log, deadline_seconds, crash_report, ends_by_signal=termination.is_only_handler
     )
     watchdog.start()
     return Job(store, watchdog, restore)

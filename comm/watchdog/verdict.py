@@ -76,7 +76,7 @@ class Wait:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Standing:
+class RankState:
     """Where a rank stands.
 
     Attributes:
@@ -176,25 +176,25 @@ class Verdict:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Findings:
-    """What a rank learned from the answers to its questions.
+class InquiryResult:
+    """What a rank learned from the replies to its questions.
 
     Attributes:
         judge: the rank that sent the questions.
-        standings: of ranks that answered, and its own.
+        states: of ranks that answered, and its own.
         lost: ranks whose processes have ended, and what is known of the end.
         silent: ranks that did not answer.
     """
 
     judge: int
-    standings: Mapping[int, Standing]
+    states: Mapping[int, RankState]
     lost: Mapping[int, str]
     silent: Collection[int]
 
     def awaited_with(self, culprits: Collection[int]) -> Wait | None:
         """Returns the collective with one of them for which a rank has waited the longest; the judge's own first."""
-        own = self.standings[self.judge].waits
-        others = [wait for rank, standing in self.standings.items() if rank != self.judge for wait in standing.waits]
+        own = self.states[self.judge].waits
+        others = [wait for rank, state in self.states.items() if rank != self.judge for wait in state.waits]
         for waits in (own, sorted(others, key=lambda wait: -wait.seconds)):
             for wait in waits:
                 if not set(culprits).isdisjoint(wait.ranks):
@@ -203,74 +203,72 @@ class Findings:
 
     def waiters(self, wait: Wait) -> list[int]:
         """Ranks that await a collective."""
-        return sorted(
-            rank for rank, standing in self.standings.items() if any(wait.is_of(other) for other in standing.waits)
-        )
+        return sorted(rank for rank, state in self.states.items() if any(wait.is_of(other) for other in state.waits))
 
 
-def judge(reason: Reason, findings: Findings, deadline_seconds: float) -> Verdict | None:
+def judge(reason: Reason, result: InquiryResult, deadline_seconds: float) -> Verdict | None:
     """Names the missing ranks, or returns None if none is missing and no deadline has passed."""
-    if findings.lost:
-        ends = sorted(set(findings.lost.values()))
-        why = f"{_are(findings.lost)} lost: {' or '.join(ends)}"
-        return _verdict_on(EXIT_LOST, findings, sorted(findings.lost), why)
-    if findings.silent and reason is Reason.ERROR:
-        why = f"{_are(findings.silent)} lost: connections to {_them(findings.silent)} broke, and no answer comes"
-        return _verdict_on(EXIT_LOST, findings, sorted(findings.silent), why)
+    if result.lost:
+        ends = sorted(set(result.lost.values()))
+        why = f"{_are(result.lost)} lost: {' or '.join(ends)}"
+        return _verdict_on(EXIT_LOST, result, sorted(result.lost), why)
+    if result.silent and reason is Reason.ERROR:
+        why = f"{_are(result.silent)} lost: connections to {_them(result.silent)} broke, and no answer comes"
+        return _verdict_on(EXIT_LOST, result, sorted(result.silent), why)
     if reason is not Reason.DEADLINE:
         return None
-    if findings.silent:
-        cut_off = len(findings.silent) > len(findings.standings)
-        why = f"cut off from rank {findings.judge}" if cut_off else "stopped, or cut off"
+    if result.silent:
+        cut_off = len(result.silent) > len(result.states)
+        why = f"cut off from rank {result.judge}" if cut_off else "stopped, or cut off"
         why = f"did not come within {deadline_seconds:g} s, nor answer: {why}"
-        return _verdict_on(EXIT_HANG, findings, sorted(findings.silent), why)
-    return _judge_late(findings, deadline_seconds)
+        return _verdict_on(EXIT_HANG, result, sorted(result.silent), why)
+    return _judge_late(result, deadline_seconds)
 
 
-def _judge_late(findings: Findings, deadline_seconds: float) -> Verdict | None:
+def _judge_late(result: InquiryResult, deadline_seconds: float) -> Verdict | None:
     """Follows, if all are alive, which rank waits for which to one that does not wait."""
-    own = findings.standings[findings.judge].waits
+    own = result.states[result.judge].waits
     if not own:
         return None
     followed: list[Wait] = [own[0]]
     while True:
         wait = followed[-1]
-        # A rank that has left the job in peace answers nothing: only the others can be late.
-        ranks = [rank for rank in wait.ranks if rank in findings.standings]
-        missing = [rank for rank in ranks if not findings.standings[rank].has_reached(wait)]
+        # A rank that has left the job in peace replies nothing: only the others can be late.
+        ranks = [rank for rank in wait.ranks if rank in result.states]
+        missing = [rank for rank in ranks if not result.states[rank].has_reached(wait)]
         # All may be inside a phase, where some wait for others that compute.
-        missing = missing or [rank for rank in ranks if findings.standings[rank].is_busy]
-        late = [rank for rank in missing if _does_not_wait(findings.standings[rank])]
-        onward = [findings.standings[rank].waits[0] for rank in missing if rank not in late]
+        missing = missing or [rank for rank in ranks if result.states[rank].is_busy]
+        late = [rank for rank in missing if _does_not_wait(result.states[rank])]
+        onward = [result.states[rank].waits[0] for rank in missing if rank not in late]
         if not missing:
             why = f"nobody is missing, yet it did not end within {deadline_seconds:g} s"
-            return _make_verdict(EXIT_HANG, findings, (), why, wait)
+            return _make_verdict(EXIT_HANG, result, (), why, wait)
         if late:
-            standing = findings.standings[late[0]]
+            state = result.states[late[0]]
             why = (
-                f"did not come within {deadline_seconds:g} s: alive, busy in {standing.place}, "
-                f"started {standing.last} {standing.idle_seconds:.1f} s ago"
+                f"did not come within {deadline_seconds:g} s: alive, busy in {state.place}, "
+                f"started {state.last} {state.idle_seconds:.1f} s ago"
             )
-            return _make_verdict(EXIT_HANG, findings, late, f"{name_ranks(late)} {why}", wait)
+            return _make_verdict(EXIT_HANG, result, late, f"{name_ranks(late)} {why}", wait)
         if any(onward[0].is_of(other) for other in followed):
             why = f"did not come within {deadline_seconds:g} s, as ranks wait for each other: here for {onward[0].text}"
-            return _make_verdict(EXIT_HANG, findings, missing, f"{name_ranks(missing)} {why}", wait)
+            return _make_verdict(EXIT_HANG, result, missing, f"{name_ranks(missing)} {why}", wait)
         followed.append(onward[0])
 
 
-def _does_not_wait(standing: Standing) -> bool:
-    return standing.is_busy or not standing.waits
+def _does_not_wait(state: RankState) -> bool:
+    return state.is_busy or not state.waits
 
 
-def _verdict_on(code: int, findings: Findings, culprits: list[int], why: str) -> Verdict:
-    return _make_verdict(code, findings, culprits, f"{name_ranks(culprits)} {why}", findings.awaited_with(culprits))
+def _verdict_on(code: int, result: InquiryResult, culprits: list[int], why: str) -> Verdict:
+    return _make_verdict(code, result, culprits, f"{name_ranks(culprits)} {why}", result.awaited_with(culprits))
 
 
-def _make_verdict(code: int, findings: Findings, culprits: Collection[int], why: str, wait: Wait | None) -> Verdict:
+def _make_verdict(code: int, result: InquiryResult, culprits: Collection[int], why: str, wait: Wait | None) -> Verdict:
     what = "no other rank awaited it"
     if wait is not None:
-        what = f"{name_ranks(set(findings.waiters(wait)) - set(culprits))} awaited {wait.text}"
-    return Verdict(code=code, text=printable(f"{why}; {what}"), judge=findings.judge, culprits=tuple(culprits))
+        what = f"{name_ranks(set(result.waiters(wait)) - set(culprits))} awaited {wait.text}"
+    return Verdict(code=code, text=printable(f"{why}; {what}"), judge=result.judge, culprits=tuple(culprits))
 
 
 def _are(ranks: Collection[int]) -> str:

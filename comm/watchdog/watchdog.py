@@ -1,7 +1,7 @@
 """Notices that a rank of the job is lost, stopped, cut off or late, and ends all others with the same message.
 
 Each rank has a thread and a socket, which only listen as long as the job makes progress. A rank that has waited for
-longer than the deadline, whose wait failed, or that got SIGTERM sends a question to all others. From their answers
+longer than the deadline, whose wait failed, or that got SIGTERM sends a question to all others. From their replies
 follows a verdict, which it sends to all. A thread that hangs in a collective cannot be interrupted, so the watchdog's
 thread writes a crash report and ends the process.
 """
@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from comm.exit_codes import EXIT_OTHER
 from comm.watchdog.collective_log import CollectiveLog
 from comm.watchdog.decode import MessageError, printable
-from comm.watchdog.inquiry import End, Farewell, Inquiry, Question, decode_message
+from comm.watchdog.inquiry import Departure, End, Inquiry, StateRequest, decode_message
 from comm.watchdog.main_thread import MainThread
-from comm.watchdog.verdict import Reason, Standing, Verdict, judge
+from comm.watchdog.verdict import RankState, Reason, Verdict, judge
 from comm.watchdog.watchdog_socket import SocketAddress, WatchdogMessage, WatchdogSocket
 
 _TICK_SECONDS = 0.2
@@ -41,7 +41,7 @@ LOGGER = logging.getLogger("comm")
 
 
 @dataclass(slots=True)
-class _Leaving:
+class _Shutdown:
     """A verdict that ends this rank. Its judge sends it several times, so that all have the same before they end."""
 
     verdict: Verdict
@@ -88,17 +88,17 @@ class Watchdog:
         self._ends_by_signal = ends_by_signal
         self._main_thread = MainThread()
         self._inquiry: Inquiry | None = None
-        self._leaving: _Leaving | None = None
+        self._shutdown: _Shutdown | None = None
         self._num_failed = 0
         self._world_size = len(watchdog_socket.peers) + 1
-        self._gone: dict[int, Farewell] = {}  # ranks that have left the job, and how
-        self._farewell: Farewell | None = None
+        self._departed: dict[int, Departure] = {}  # ranks that have left the job, and how
+        self._departure: Departure | None = None
         self._begun = time.monotonic()
         # The rank that has to answer a first question: that no datagram gets through is better known early.
-        self._untried = next((peer for peer in sorted(watchdog_socket.peers) if peer > rank), None)
+        self._unconfirmed_peer = next((peer for peer in sorted(watchdog_socket.peers) if peer > rank), None)
         self._is_terminated = False
-        self._is_questioned = False
-        self._is_cleared = threading.Event()
+        self._is_inquiry_requested = False
+        self._inquiry_done = threading.Event()
         self._is_closed = False
         self._num_errors = 0
         self._reported_at = -_REPORT_EVERY_SECONDS
@@ -108,30 +108,30 @@ class Watchdog:
         """Starts the thread."""
         self._thread.start()
 
-    def clear(self, error: BaseException) -> None:
+    def report_error(self, error: BaseException) -> None:
         """Reports the error that ends the rank to all others. Returns if it is the rank's own error.
 
         An error that another rank's end caused ends the process here, by a verdict.
         """
         if isinstance(error, RuntimeError):  # as gloo and NCCL raise
-            self._is_cleared.clear()
-            self._is_questioned = True
+            self._inquiry_done.clear()
+            self._is_inquiry_requested = True
             self._socket.wake()
-            self._is_cleared.wait(_JUDGE_SECONDS)
+            self._inquiry_done.wait(_JUDGE_SECONDS)
         lines = f"{type(error).__name__}: {error}".splitlines()
-        self._send_farewell("error", printable(lines[0]))
+        self._send_departure("error", printable(lines[0]))
 
     def close(self) -> None:
         """Leaves the job without an error: the others do not miss this rank any more."""
-        self._send_farewell("done", "it had finished")
+        self._send_departure("done", "it had finished")
         self._is_closed = True
         self._socket.wake()
         self._thread.join()
         self._socket.close()
 
     def _run(self) -> None:
-        if self._untried is not None:
-            self._socket.send(self._untried, "question", {})
+        if self._unconfirmed_peer is not None:
+            self._socket.send(self._unconfirmed_peer, "state_request", {})
         while not self._is_closed:
             try:
                 self._tick()
@@ -150,7 +150,7 @@ class Watchdog:
         time.sleep(_BRISK_SECONDS)
 
     def _tick(self) -> None:
-        is_idle = self._inquiry is None and self._leaving is None
+        is_idle = self._inquiry is None and self._shutdown is None
         messages, woken = self._socket.receive(_TICK_SECONDS if is_idle else _BRISK_SECONDS)
         self._is_terminated |= signal.SIGTERM in woken
         for message in messages:
@@ -159,11 +159,11 @@ class Watchdog:
                 self._read(message)
         self._main_thread.look(self._log)
         now = time.monotonic()
-        if self._farewell is not None:
+        if self._departure is not None:
             if self._is_terminated and self._ends_by_signal:
                 os._exit(_SIGNALLED)
-        elif self._leaving is not None:
-            self._leave(self._leaving, now)
+        elif self._shutdown is not None:
+            self._shut_down(self._shutdown, now)
         elif self._inquiry is not None:
             self._inquire(self._inquiry, now)
         else:
@@ -175,53 +175,54 @@ class Watchdog:
     def _read(self, message: WatchdogMessage) -> None:
         rank = message.rank
         match decode_message(message, self._world_size):
-            case Question():
+            case StateRequest():
                 self._answer(rank, message.sender)
-            case Standing() as standing:
-                self._untried = None if rank == self._untried else self._untried
+            case RankState() as state:
+                self._unconfirmed_peer = None if rank == self._unconfirmed_peer else self._unconfirmed_peer
                 if self._inquiry is not None:
-                    self._inquiry.answers[rank] = standing
+                    self._inquiry.replies[rank] = state
             case Verdict() as verdict:
-                self._follow(verdict)
-            case Farewell() as farewell:
-                self._gone[rank] = farewell
-                if farewell.end == "error":
-                    self._follow(farewell.verdict_on(rank))
+                self._adopt(verdict)
+            case Departure() as departure:
+                self._departed[rank] = departure
+                if departure.end == "error":
+                    self._adopt(departure.verdict_on(rank))
 
     def _answer(self, rank: int, sender: SocketAddress) -> None:
-        leaving = self._leaving
-        if self._farewell is not None:
-            self._socket.reply(rank, sender, "farewell", self._farewell.as_json())
-        elif leaving is not None and leaving.verdict.judge == self._rank:
-            self._socket.reply(rank, sender, "verdict", dataclasses.asdict(leaving.verdict))
+        shutdown = self._shutdown
+        if self._departure is not None:
+            self._socket.reply(rank, sender, "departure", self._departure.as_json())
+        elif shutdown is not None and shutdown.verdict.judge == self._rank:
+            self._socket.reply(rank, sender, "verdict", dataclasses.asdict(shutdown.verdict))
         else:  # another judge's verdict is that judge's to send
-            standing = Standing.of(self._log, self._main_thread)
-            self._socket.reply(rank, sender, "answer", dataclasses.asdict(standing))
+            state = RankState.of(self._log, self._main_thread)
+            self._socket.reply(rank, sender, "state", dataclasses.asdict(state))
 
-    def _follow(self, verdict: Verdict) -> None:
+    def _adopt(self, verdict: Verdict) -> None:
         """Ends by a verdict. Of several, all ranks keep the same: a rank's own error first, then the lowest judge's."""
-        if self._farewell is not None:
+        if self._departure is not None:
             return
-        if self._leaving is not None:
-            held = self._leaving.verdict
+        if self._shutdown is not None:
+            held = self._shutdown.verdict
             if (held.code != EXIT_OTHER, held.judge) <= (verdict.code != EXIT_OTHER, verdict.judge):
                 return
         now = time.monotonic()
         # The rank with its own error ends first, so that the launcher sees it first.
         wait = _FOLLOW_SECONDS if verdict.code == EXIT_OTHER else _AGREE_SECONDS
-        self._leaving = _Leaving(verdict, report_at=now + wait, send_at=now)
+        self._shutdown = _Shutdown(verdict, report_at=now + wait, send_at=now)
 
     def _look(self, now: float) -> None:
         """Starts an inquiry if there is a reason."""
-        if self._untried is not None and now - self._begun > _REACH_SECONDS:
+        if self._unconfirmed_peer is not None and now - self._begun > _REACH_SECONDS:
             LOGGER.warning(
-                "watchdog: no datagram gets through to rank %d and back: lost ranks cannot be named", self._untried
+                "watchdog: no datagram gets through to rank %d and back: lost ranks cannot be named",
+                self._unconfirmed_peer,
             )
-            self._untried = None
+            self._unconfirmed_peer = None
         num_failed = self._log.num_failed
         if self._is_terminated:
             reason = Reason.SIGNAL
-        elif self._is_questioned or num_failed > self._num_failed:
+        elif self._is_inquiry_requested or num_failed > self._num_failed:
             reason = Reason.ERROR
         elif self._has_waited_too_long():
             reason = Reason.DEADLINE
@@ -238,54 +239,54 @@ class Watchdog:
     def _inquire(self, inquiry: Inquiry, now: float) -> None:
         if self._is_terminated:
             inquiry.reason = Reason.SIGNAL
-        lost = inquiry.lost(self._socket.refused, self._gone, self._log)
-        silent = self._socket.peers - inquiry.answers.keys() - lost.keys() - self._gone.keys()
+        lost = inquiry.lost(self._socket.refused, self._departed, self._log)
+        silent = self._socket.peers - inquiry.replies.keys() - lost.keys() - self._departed.keys()
         elapsed = now - inquiry.begun
         if silent and elapsed < _INQUIRY_SECONDS:
             if inquiry.is_due(now):
-                inquiry.send_questions(silent, self._socket, now)
+                inquiry.send_requests(silent, self._socket, now)
             return
         if inquiry.reason is Reason.DEADLINE and not self._has_waited_too_long():
-            self._conclude(inquiry, None)  # the rank arrived in the meantime
+            self._end_inquiry(inquiry, None)  # the rank arrived in the meantime
             return
-        findings = inquiry.findings(self._rank, Standing.of(self._log, self._main_thread), lost, silent)
-        if lost and elapsed < _PATIENT_INQUIRY_SECONDS and findings.awaited_with(lost) is None:
+        result = inquiry.result(self._rank, RankState.of(self._log, self._main_thread), lost, silent)
+        if lost and elapsed < _PATIENT_INQUIRY_SECONDS and result.awaited_with(lost) is None:
             # Soon a rank will miss it in a collective, which the verdict can then name.
             if inquiry.is_due(now):
-                inquiry.answers.clear()
-                inquiry.send_questions(self._socket.peers - lost.keys(), self._socket, now)
+                inquiry.replies.clear()
+                inquiry.send_requests(self._socket.peers - lost.keys(), self._socket, now)
             return
-        self._conclude(inquiry, judge(inquiry.reason, findings, self._deadline_seconds))
+        self._end_inquiry(inquiry, judge(inquiry.reason, result, self._deadline_seconds))
 
-    def _conclude(self, inquiry: Inquiry, verdict: Verdict | None) -> None:
+    def _end_inquiry(self, inquiry: Inquiry, verdict: Verdict | None) -> None:
         self._inquiry = None
         self._socket.close_probes()
         if verdict is not None:
-            self._follow(verdict)
+            self._adopt(verdict)
         elif inquiry.reason is Reason.SIGNAL and self._ends_by_signal:
-            self._send_farewell("signal", "it was ended by SIGTERM")
+            self._send_departure("signal", "it was ended by SIGTERM")
             os._exit(_SIGNALLED)
         else:
             self._is_terminated = False
-            self._is_questioned = False
-            self._is_cleared.set()
+            self._is_inquiry_requested = False
+            self._inquiry_done.set()
 
-    def _leave(self, leaving: _Leaving, now: float) -> None:
-        verdict = leaving.verdict
+    def _shut_down(self, shutdown: _Shutdown, now: float) -> None:
+        verdict = shutdown.verdict
         if self._is_terminated and verdict.code == EXIT_OTHER:
             os._exit(_SIGNALLED)
-        if verdict.judge == self._rank and now >= leaving.send_at:
-            leaving.send_at = now + _SEND_EVERY_SECONDS
+        if verdict.judge == self._rank and now >= shutdown.send_at:
+            shutdown.send_at = now + _SEND_EVERY_SECONDS
             for rank in self._socket.peers:
                 self._socket.send(rank, "verdict", dataclasses.asdict(verdict))
-        if leaving.exit_at is None and now >= leaving.report_at:
-            leaving.exit_at = now + _LINGER_SECONDS
+        if shutdown.exit_at is None and now >= shutdown.report_at:
+            shutdown.exit_at = now + _LINGER_SECONDS
             self._crash_report(verdict)
-        if leaving.exit_at is not None and now >= leaving.exit_at:
+        if shutdown.exit_at is not None and now >= shutdown.exit_at:
             os._exit(verdict.code)
 
-    def _send_farewell(self, end: End, text: str) -> None:
-        self._farewell = Farewell(end, text)
+    def _send_departure(self, end: End, text: str) -> None:
+        self._departure = Departure(end, text)
         for _ in range(2):
             for rank in self._socket.peers:
-                self._socket.send(rank, "farewell", self._farewell.as_json())
+                self._socket.send(rank, "departure", self._departure.as_json())

@@ -38,12 +38,12 @@ class WatchdogSocket:
     The socket is bound to the one address by which this rank reaches the others, never to all addresses.
     """
 
-    def __init__(self, rank: int, reach: str) -> None:
+    def __init__(self, rank: int, route_host: str) -> None:
         """Opens the socket.
 
         Args:
             rank: of this process.
-            reach: a host that is reached by the same way as the other ranks.
+            route_host: a host that is reached by the same way as the other ranks.
 
         Raises:
             OSError: there is no such host.
@@ -60,11 +60,11 @@ class WatchdogSocket:
         self.num_dropped = 0
         self.is_flooded = False
         self.refused: set[int] = set()
-        self._socket = self._open_socket(reach)
+        self._socket = self._open_socket(route_host)
 
     @property
     def host(self) -> str:
-        """This rank's own address, as the others reach it."""
+        """This rank's own address, as the others route_host it."""
         return str(self._socket.getsockname()[0])
 
     @property
@@ -82,11 +82,11 @@ class WatchdogSocket:
         """File descriptor; a byte written to it ends `receive`."""
         return self._wake.fileno()
 
-    def move(self, reach: str) -> None:
+    def move(self, route_host: str) -> None:
         """Binds to another address: the one by which this host is reached. To be called before `open`."""
         self._selector.unregister(self._socket)
         self._socket.close()
-        self._socket = self._open_socket(reach)
+        self._socket = self._open_socket(route_host)
 
     def open(self, addresses: Sequence[SocketAddress], key: bytes) -> None:
         """Starts to accept messages.
@@ -112,11 +112,11 @@ class WatchdogSocket:
         try:
             if rank not in self._probes:
                 self._probes[rank] = self._open_probe(self._peers[rank])
-            self._probes[rank].send(self._encode(rank, "question", {}))
+            self._probes[rank].send(self._encode(rank, "state_request", {}))
         except ConnectionRefusedError:
             self.refused.add(rank)
         except OSError:  # more silent ranks than files that a process may open, or a network that is down
-            self.send(rank, "question", {})
+            self.send(rank, "state_request", {})
 
     def close_probes(self) -> None:
         """Closes the sockets that `probe` opened, and forgets which ports were closed."""
@@ -155,8 +155,8 @@ class WatchdogSocket:
         for each in (self._socket, self._wakeups, self._wake):
             each.close()
 
-    def _open_socket(self, reach: str) -> socket.socket:
-        family, _, _, _, address = socket.getaddrinfo(reach, 9, type=socket.SOCK_DGRAM)[0]
+    def _open_socket(self, route_host: str) -> socket.socket:
+        family, _, _, _, address = socket.getaddrinfo(route_host, 9, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, socket.SOCK_DGRAM) as route:
             route.connect(address)  # sends nothing
             host, _, *scope = route.getsockname()

@@ -53,7 +53,7 @@ class TimedSchedule:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Absent:
+class UnavailableSchedule:
     """A kind of schedule that cannot be shown, and why, as in `needs an even number of ranks`."""
 
     kind: str
@@ -119,7 +119,7 @@ def plain(text: str) -> str:
     return text.encode("ascii", "backslashreplace").decode()
 
 
-def stage_tells(schedule: Schedule, rank: int, direction: int) -> bool:
+def needs_stage_label(schedule: Schedule, rank: int, direction: int) -> bool:
     """Returns whether a label needs the stage: the rank holds several for the direction."""
     return [held for held, _ in schedule.stages_of(rank)].count(direction) > 1
 

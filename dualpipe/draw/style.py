@@ -1,4 +1,4 @@
-"""Colours of the drawn schedules: one hue per kind of operation, one shade per direction, apart for colour-blind eyes.
+"""Colors of the drawn schedules: one hue per kind of operation, one shade per direction, apart for color-blind eyes.
 
 Blue, vermilion, yellow and green differ in lightness too. The first direction is light with dark numbers, the
 second dark and hatched with light numbers, so that they differ without any hue too.
@@ -33,7 +33,7 @@ def style_of(kind: Op, variant: int) -> str:
 
 
 def _fills() -> str:
-    light = "".join(f".pipeline .{style_of(kind, 0)}{{fill:{colour}}}" for kind, colour in LIGHT.items())
+    light = "".join(f".pipeline .{style_of(kind, 0)}{{fill:{color}}}" for kind, color in LIGHT.items())
     dark = "".join(f".pipeline .{style_of(kind, 1)}{{fill:url(#dark-{kind.value})}}" for kind in DARK)
     return light + dark
 
@@ -68,7 +68,7 @@ STYLE = (
 )
 DEFINITIONS = (
     "<defs>"
-    + "".join(_pattern(f"dark-{kind.value}", colour, "#fff", 0.22) for kind, colour in DARK.items())
+    + "".join(_pattern(f"dark-{kind.value}", color, "#fff", 0.22) for kind, color in DARK.items())
     + _pattern("exposed", "#55595f", "#fff", 0.75)
     + "</defs>"
 )

@@ -6,7 +6,7 @@ from textwrap import wrap
 from xml.sax.saxutils import escape
 
 from dualpipe.draw.cells import Cell, Strip, measured_cells, planned_cells
-from dualpipe.draw.entry import number, percent, round_up, size, spread, stage_tells
+from dualpipe.draw.entry import needs_stage_label, number, percent, round_up, size, spread
 from dualpipe.draw.style import DEFINITIONS, STYLE, legend, style_of
 from dualpipe.ir import Operation, Schedule
 from dualpipe.runtime.measured import Measured, measured_bubble, measured_exposed
@@ -21,7 +21,7 @@ _LEGEND_WIDTH = 1_150.0
 _TICK = 90.0
 _LETTER, _HEADING_LETTER = 6.2, 6.7
 _LEAST_LABEL_HEIGHT = 11.0
-_MOST_LABELLED = 8_000  # operations beyond which a panel has neither numbers nor tooltips: the file would be too large
+_MAX_LABELED = 8_000  # operations beyond which a panel has neither numbers nor tooltips: the file would be too large
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +55,7 @@ def natural_scale(schedule: Schedule, simulation: Simulation, measured: Measured
     span = max(simulation.makespan, measured.makespan_seconds if measured else 0.0)
     if not planned or span <= 0:
         return Scale(pixels=0.0, span=0.0)
-    tells = _stage_tells(schedule)
+    tells = _needs_stage_labels(schedule)
     needed = sorted(
         max(_label_width(_label(op, tells[cell.rank])) for op in cell.members) / (cell.end - cell.start)
         for cell in planned
@@ -85,7 +85,7 @@ def svg(
         title: in place of kind and size.
         bound: drawn as a dashed line.
         scale: of several pictures that are to be compared; by default this one's natural scale.
-        standalone: whether it carries its colours; else the page around it does, once for all its pictures.
+        standalone: whether it carries its colors; else the page around it does, once for all its pictures.
     """
     panel_scale = scale or natural_scale(schedule, simulation, measured)
     picture = _Picture(schedule=schedule, scale=panel_scale, unit=_unit(panel_scale.span, measured is not None))
@@ -164,11 +164,11 @@ class _Picture:
     unit: _Unit
     y: float = _TOP
     parts: list[str] = field(default_factory=list)
-    unlabelled: int = 0
+    unlabeled: int = 0
     plain: bool = False
 
     def __post_init__(self) -> None:
-        self._tells = _stage_tells(self.schedule)
+        self._tells = _needs_stage_labels(self.schedule)
 
     def panel(self, heading: str, end: float, cells: list[Cell], strips: list[Strip], bound: Bound | None) -> None:
         """Adds a heading, a row per rank up to the end of all, and the time axis."""
@@ -192,7 +192,7 @@ class _Picture:
         """What the picture leaves out."""
         if self.plain:
             return ["numbers and tooltips left out: too many operations"]
-        return [f"{self.unlabelled} numbers left out where they do not fit: see tooltips"] if self.unlabelled else []
+        return [f"{self.unlabeled} numbers left out where they do not fit: see tooltips"] if self.unlabeled else []
 
     def _track(self, rank: int, top: float, end: float) -> None:
         y = top + rank * (_ROW + _ROW_GAP)
@@ -215,7 +215,7 @@ class _Picture:
         return [*texts, f'<text class="soft" x="{_LEFT:g}" y="{bottom + 33:g}">{name}</text>']
 
     def _cells(self, cells: list[Cell], top: float) -> None:
-        self.plain = self.plain or sum(len(cell.members) for cell in cells) > _MOST_LABELLED
+        self.plain = self.plain or sum(len(cell.members) for cell in cells) > _MAX_LABELED
         shapes: dict[str, list[str]] = defaultdict(list)
         numbers: dict[int, list[str]] = {0: [], 1: []}
         for cell in cells:
@@ -237,7 +237,7 @@ class _Picture:
                     middle = y + height / 2 + 3.8
                     numbers[variant].append(f'<text x="{x + width / 2:.2f}" y="{middle:g}">{label}</text>')
                 else:
-                    self.unlabelled += 1
+                    self.unlabeled += 1
         for style, drawn in sorted(shapes.items()):
             inner = [f'<path d="{"".join(drawn)}"/>'] if self.plain else drawn
             self.parts += [f'<g class="cells {style}">', *inner, "</g>"]
@@ -250,7 +250,7 @@ class _Picture:
             if width < 0.5:
                 continue
             y = top + strip.rank * (_ROW + _ROW_GAP)
-            # A wait for a message is idle time and blank; an exposed exchange leaves the cell's colours in sight.
+            # A wait for a message is idle time and blank; an exposed exchange leaves the cell's colors in sight.
             y, height = (y, _ROW) if strip.message else (y + _ROW * 0.8, _ROW * 0.2)
             shapes["message" if strip.message else "exposed"].append(
                 f"M{x:.2f} {y:g}h{width:.2f}v{height:g}h-{width:.2f}z"
@@ -280,10 +280,10 @@ def _lines(facts: str, width: int) -> list[str]:
     return [line.replace(glue, " ") for line in wrap(glued, width)]
 
 
-def _stage_tells(schedule: Schedule) -> list[list[bool]]:
+def _needs_stage_labels(schedule: Schedule) -> list[list[bool]]:
     """Returns per rank and direction whether a number needs its stage."""
     return [
-        [stage_tells(schedule, rank, direction) for direction in range(schedule.num_directions)]
+        [needs_stage_label(schedule, rank, direction) for direction in range(schedule.num_directions)]
         for rank in range(schedule.num_ranks)
     ]
 

@@ -6,7 +6,7 @@ from html import escape
 from pathlib import Path
 from string import Template
 
-from dualpipe.draw.entry import Absent, TimedSchedule, number, plain
+from dualpipe.draw.entry import TimedSchedule, UnavailableSchedule, number, plain
 from dualpipe.draw.style import DEFINITIONS, STYLE
 from dualpipe.draw.svg import Scale, natural_scale, svg
 
@@ -33,7 +33,7 @@ def cells(entry: TimedSchedule) -> tuple[str, ...]:
     )
 
 
-def table(rows: Sequence[TimedSchedule | Absent], width: int = 100) -> str:
+def table(rows: Sequence[TimedSchedule | UnavailableSchedule], width: int = 100) -> str:
     """Returns one line per schedule, in the order given, and what the columns mean. ASCII only, no trailing newline.
 
     A kind that cannot be shown has its reason in place of the numbers, wrapped to `width` columns.
@@ -44,7 +44,7 @@ def table(rows: Sequence[TimedSchedule | Absent], width: int = 100) -> str:
     widths[0] = max(map(len, (COLUMNS[0], *kinds)))
     lines = [_line(COLUMNS, widths)]
     for index, row in enumerate(rows):
-        if isinstance(row, Absent):
+        if isinstance(row, UnavailableSchedule):
             lines += _wrapped(f"- {row.reason}", row.kind.ljust(widths[0]) + _GAP, width)
         else:
             lines.append(_line(shown[index], widths))
@@ -65,7 +65,7 @@ def _wrapped(text: str, head: str, width: int) -> list[str]:
 _TEMPLATE = Path(__file__).with_name("page.html")
 
 
-def html(entries: Sequence[TimedSchedule | Absent], title: str = "Pipeline schedules") -> str:
+def html(entries: Sequence[TimedSchedule | UnavailableSchedule], title: str = "Pipeline schedules") -> str:
     """Returns the page, to be read from a file or a server, offline.
 
     Its table sorts by any column, its boxes show and hide pictures, pointing at an operation names it.
@@ -96,8 +96,8 @@ def _common_scale(shown: Sequence[TimedSchedule]) -> Scale:
     return Scale.within_limits(pixels=pixels, span=max((scale.span for scale in scales), default=0.0))
 
 
-def _row(index: int, entry: TimedSchedule | Absent) -> str:
-    if isinstance(entry, Absent):
+def _row(index: int, entry: TimedSchedule | UnavailableSchedule) -> str:
+    if isinstance(entry, UnavailableSchedule):
         reason = f'<td class="reason" colspan="{len(COLUMNS) - 1}">{escape(entry.reason)}</td>'
         return f'<tr class="absent"><td>{escape(entry.kind)}</td>{reason}</tr>'
     name, *numbers = cells(entry)

@@ -2,7 +2,7 @@
 
 import math
 
-from dualpipe.draw.entry import NAMES, number, percent, plain, round_up, size, spread, stage_tells
+from dualpipe.draw.entry import NAMES, needs_stage_label, number, percent, plain, round_up, size, spread
 from dualpipe.ir import Group, Schedule
 from dualpipe.registry import SCHEDULES
 from dualpipe.simulate.bounds import lower_bound
@@ -70,7 +70,7 @@ def _label(schedule: Schedule, rank: int, group: Group) -> str:
     parts = []
     for op in group:
         letter = op.kind.value.lower() if op.direction else op.kind.value
-        stage = f"{op.stage}." if stage_tells(schedule, rank, op.direction) else ""
+        stage = f"{op.stage}." if needs_stage_label(schedule, rank, op.direction) else ""
         parts.append(f"{letter}{stage}{op.micro_batch}")
     return "+".join(parts)
 

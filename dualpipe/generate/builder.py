@@ -17,7 +17,7 @@ from dualpipe.ir import Group, Operation, Schedule
 from dualpipe.simulate.costs import CostModel
 
 
-class _Member(NamedTuple):
+class _Candidate(NamedTuple):
     """An operation that could start, and what it is worth to the rank."""
 
     value: float
@@ -59,7 +59,7 @@ class Builder:
 
 
 @dataclass(slots=True)
-class _Flow:
+class _PassState:
     """Forwards, or backwards for inputs, by slot.
 
     `values`: what an operation is worth; `keys`: what the first and last micro-batches are worth besides; `arrivals`:
@@ -85,7 +85,7 @@ class _Run:
         depths = [stage / slots.shape.num_stages for stage in slots.stages]
         every = range(len(depths))
         self._flows = (
-            _Flow(
+            _PassState(
                 values=preferences.forward_values(depths, slots.directions),
                 keys=preferences.forwards,
                 to=slots.after,
@@ -94,7 +94,7 @@ class _Run:
                 arrivals=[[0.0] * slots.counts[j] if slots.stages[j] == 0 else [] for j in every],
                 done=[0 for _ in every],
             ),
-            _Flow(
+            _PassState(
                 values=preferences.backward_values(depths, slots.directions),
                 keys=preferences.backwards,
                 to=slots.before,
@@ -141,12 +141,12 @@ class _Run:
         ranks = tuple(map(tuple, self._groups)) if complete else None
         return Attempt(time=time, progress=progress, effort=sum(map(len, self._groups)), ranks=ranks)
 
-    def _choose(self, rank: int, now: float) -> tuple[tuple[_Member, ...], float] | None:
+    def _choose(self, rank: int, now: float) -> tuple[tuple[_Candidate, ...], float] | None:
         """The group of the highest value and its time; None where the rank has nothing to do, or rather waits."""
         members = self._available(rank, now)
         pairs = self._slots.pairs[rank]
         lanes, preferences = self._slots.lanes, self._preferences
-        best: tuple[_Member, ...] = ()
+        best: tuple[_Candidate, ...] = ()
         best_value, best_time = float("-inf"), 0.0
         for index, one in enumerate(members):
             if not self._is_next(one):
@@ -168,12 +168,12 @@ class _Run:
             return None
         return best, best_time
 
-    def _available(self, rank: int, now: float) -> list[_Member]:
+    def _available(self, rank: int, now: float) -> list[_Candidate]:
         """Operations that could start now; of the last stage also the second in line, which may join the first.
 
         Left out is what would send before its link's earlier message is taken.
         """
-        members: list[_Member] = []
+        members: list[_Candidate] = []
         limit = now + EPSILON
         for j in self._slots.of_rank[rank]:
             for kind in (INPUT, FORWARD):
@@ -185,12 +185,12 @@ class _Run:
                 if kind == FORWARD and not self._has_room(rank, j):
                     continue
                 value = flow.values[j] + self._preferences.key(flow.keys[j], done, self._slots.counts[j])
-                members.append(_Member(value, kind, j, done))
+                members.append(_Candidate(value, kind, j, done))
                 # The last stage sends nothing, so two of its micro-batches may share a group.
                 if self._preferences.same_stage and to < 0 and done + 1 < len(arrivals) and arrivals[done + 1] <= limit:
-                    members.append(_Member(value - 0.01, kind, j, done + 1))
+                    members.append(_Candidate(value - 0.01, kind, j, done + 1))
         if self._waiting[rank]:
-            members.append(_Member(self._preferences.weight, WEIGHT, *self._waiting[rank][0]))
+            members.append(_Candidate(self._preferences.weight, WEIGHT, *self._waiting[rank][0]))
         return members
 
     def _has_room(self, rank: int, *forwards: int) -> bool:
@@ -203,11 +203,11 @@ class _Run:
                 need += slots.weights[later]
         return need <= slots.cap
 
-    def _is_next(self, member: _Member) -> bool:
+    def _is_next(self, member: _Candidate) -> bool:
         """Returns whether a member is the first in line of its flow; of two of one stage, the second is not."""
         return member.kind == WEIGHT or member.micro_batch == self._flows[member.kind].done[member.slot]
 
-    def _fits(self, rank: int, one: _Member, other: _Member) -> bool:
+    def _fits(self, rank: int, one: _Candidate, other: _Candidate) -> bool:
         """Returns whether another may join one that is next: in the order of micro-batches, and within memory."""
         if one.kind == other.kind == FORWARD and not self._has_room(rank, one.slot, other.slot):
             return False
@@ -222,7 +222,7 @@ class _Run:
             for flow in self._flows
         )
 
-    def _start(self, rank: int, now: float, members: Iterable[_Member], time: float) -> float:
+    def _start(self, rank: int, now: float, members: Iterable[_Candidate], time: float) -> float:
         """Places a group on its rank: counts work and memory, and sends on what the group makes."""
         slots, end = self._slots, now + time
         group = []

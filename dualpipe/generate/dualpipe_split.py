@@ -1,6 +1,6 @@
 """DualPipe with every backward split: any number of ranks and micro-batches, ordered for the costs at hand.
 
-An order in lockstep comes first: with W where the ranks would wait and neighbours fused it is hard to beat
+An order in lockstep comes first: with W where the ranks would wait and neighbors fused it is hard to beat
 (`generate.lockstep`). Where it leaves time above the lower bound, or does not fit the memory cap, a list builder under
 searched preferences looks for more.
 """
@@ -48,13 +48,13 @@ def dualpipe_split(
     shape = empty(num_ranks, num_micro_batches)
     cap = (num_ranks + 1) * max(stage.activation for stage in costs.stages) if memory_cap is None else memory_cap
     _check_cap(shape, costs, cap)
-    contest = _Contest(costs, cap, lower_bound(shape, costs, cap).value)
+    contest = _BestSchedule(costs, cap, lower_bound(shape, costs, cap).value)
     for candidate in _candidates(shape, costs, cap):
         contest.enter(candidate)
         if contest.is_won:
             break
     else:
-        _Hunt(shape, contest).run()
+        _OrderSearch(shape, contest).run()
     if contest.best is None:
         fits = (num_ranks + 1) * max(stage.activation for stage in costs.stages)
         raise MemoryCapError(
@@ -74,7 +74,7 @@ def empty(num_ranks: int, num_micro_batches: int) -> Schedule:
     )
 
 
-class _Contest:
+class _BestSchedule:
     """Keeps the best schedule entered: makespan first, then how little late links cost, then memory."""
 
     def __init__(self, costs: CostModel, cap: float, bound: float) -> None:
@@ -135,13 +135,13 @@ def _known_orders(shape: Schedule, costs: CostModel, cap: float) -> Iterator[Sch
         yield from filter(None, [place_weights(replace(published, kind=KIND), costs, cap)])
 
 
-class _Hunt:
+class _OrderSearch:
     """A search at a few micro-batches for orders of all of them."""
 
-    def __init__(self, shape: Schedule, contest: _Contest) -> None:
+    def __init__(self, shape: Schedule, contest: _BestSchedule) -> None:
         costs, cap = contest.costs, contest.cap
         self._contest = contest
-        # Under exchange no order meets the bound, and a search seldom betters what neighbours fused give.
+        # Under exchange no order meets the bound, and a search seldom betters what neighbors fused give.
         self._effort = _EFFORT // 4 if contest.best is not None and exchanges(costs) else _EFFORT
         self._search = Search(self._effort)
         self._full = _level(shape, shape.num_micro_batches, costs, cap)

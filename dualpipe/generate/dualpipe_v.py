@@ -33,7 +33,7 @@ def too_few_micro_batches(num_ranks: int, num_micro_batches: int) -> SizeLimit |
 
 
 @dataclass(slots=True)
-class _Writer:
+class _OrderWriter:
     """One rank's list as it grows; it counts the micro-batches of each stage (I counts as B)."""
 
     groups: list[Group] = field(default_factory=list)
@@ -68,7 +68,7 @@ class _Writer:
 def _rank_groups(rank: int, num_ranks: int, num_micro_batches: int) -> tuple[Group, ...]:
     down, up = rank, 2 * num_ranks - 1 - rank
     to_turn = num_ranks - 1 - rank
-    writer = _Writer()
+    writer = _OrderWriter()
 
     for _ in range(2 * to_turn):
         writer.forward(down)
@@ -94,7 +94,7 @@ def _rank_groups(rank: int, num_ranks: int, num_micro_batches: int) -> tuple[Gro
     return tuple(writer.groups)
 
 
-def _drain(writer: _Writer, rank: int, num_ranks: int) -> None:
+def _drain(writer: _OrderWriter, rank: int, num_ranks: int) -> None:
     """Backwards alone; from the middle on their weight halves are put off to fill the end."""
     down, up = rank, 2 * num_ranks - 1 - rank
     for index in range(2 * (rank + 1)):

@@ -82,7 +82,7 @@ def draw(random: Random, num_slots: int, head: int, tail: int) -> Preferences:
 
 
 def change(preferences: Preferences, random: Random) -> Preferences:
-    """Returns a neighbour: a few of the first micro-batches' values are drawn anew, sometimes a dial."""
+    """Returns a neighbor: a few of the first micro-batches' values are drawn anew, sometimes a dial."""
     forwards = [list(row) for row in preferences.forwards]
     backwards = [list(row) for row in preferences.backwards]
     for _ in range(random.choice((1, 2, 4, 8, 16))):

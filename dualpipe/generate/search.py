@@ -67,11 +67,11 @@ class Search:
                 return current, attempt
             if self.left <= end or stall >= _STALL:
                 return None
-            neighbour = _with_lead(change(current, random), builder, straight)
-            found = self._build(builder, neighbour, makespan)
+            neighbor = _with_lead(change(current, random), builder, straight)
+            found = self._build(builder, neighbor, makespan)
             gain = math.inf if found.ranks is not None else found.progress - attempt.progress
             if gain >= 0 or random.random() < math.exp(gain / _TEMPERATURE):
-                current, attempt = neighbour, found
+                current, attempt = neighbor, found
             stall += 1
             if found.progress > furthest:
                 furthest, stall = found.progress, 0

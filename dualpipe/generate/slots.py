@@ -41,7 +41,7 @@ class Slots:
         self.directions = [direction for _, direction, _ in slots]
         self.stages = [stage for _, _, stage in slots]
         self.of_rank = [[j for j, slot in enumerate(slots) if slot[0] == rank] for rank in range(shape.num_ranks)]
-        # Neighbours along a micro-batch's way, on whatever rank they are.
+        # Neighbors along a micro-batch's way, on whatever rank they are.
         number = {(direction, stage): j for j, (_, direction, stage) in enumerate(slots)}
         self.after = [number.get((direction, stage + 1), -1) for _, direction, stage in slots]
         self.before = [number.get((direction, stage - 1), -1) for _, direction, stage in slots]

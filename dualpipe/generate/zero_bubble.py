@@ -32,16 +32,17 @@ def zb_h1(num_ranks: int, num_micro_batches: int) -> Schedule:
 
 def _zb_h1_rank(rank: int, num_ranks: int, num_micro_batches: int) -> list[Operation]:
     ahead = min(num_ranks - 1 - rank, num_micro_batches)
-    put_off = min(rank, num_micro_batches)
+    num_deferred = min(rank, num_micro_batches)
     order = [Operation(Op.FORWARD, 0, rank, index) for index in range(ahead)]
     for index in range(num_micro_batches):
         if index + ahead < num_micro_batches:
             order.append(Operation(Op.FORWARD, 0, rank, index + ahead))
         order.append(Operation(Op.BACKWARD_INPUT, 0, rank, index))
-        if index >= put_off:
-            order.append(Operation(Op.BACKWARD_WEIGHT, 0, rank, index - put_off))
+        if index >= num_deferred:
+            order.append(Operation(Op.BACKWARD_WEIGHT, 0, rank, index - num_deferred))
     order += [
-        Operation(Op.BACKWARD_WEIGHT, 0, rank, index) for index in range(num_micro_batches - put_off, num_micro_batches)
+        Operation(Op.BACKWARD_WEIGHT, 0, rank, index)
+        for index in range(num_micro_batches - num_deferred, num_micro_batches)
     ]
     return order
 

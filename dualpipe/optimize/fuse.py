@@ -1,4 +1,4 @@
-"""The pass that puts neighbours into one group, so that one's exchange runs under the other's computation."""
+"""The pass that puts neighbors into one group, so that one's exchange runs under the other's computation."""
 
 from dataclasses import replace
 
@@ -21,7 +21,7 @@ def fuse(schedule: Schedule, costs: CostModel) -> Schedule:
         schedule: a valid one.
         costs: what pairs are judged by; without exchange nothing is fused.
     """
-    return _Climb(schedule, costs).climb() if exchanges(costs) else schedule
+    return _HillClimb(schedule, costs).climb() if exchanges(costs) else schedule
 
 
 def exchanges(costs: CostModel) -> bool:
@@ -29,7 +29,7 @@ def exchanges(costs: CostModel) -> bool:
     return any(stage.forward_exchange or stage.backward_exchange for stage in costs.stages)
 
 
-class _Climb:
+class _HillClimb:
     """A schedule's groups by number, as they grow together."""
 
     def __init__(self, schedule: Schedule, costs: CostModel) -> None:

@@ -26,12 +26,12 @@ def place_weights(schedule: Schedule, costs: CostModel, memory_cap: float, patie
     Returns:
         A schedule of the same operations; None where the cap does not fit its order of F and I.
     """
-    placing = _Placing(schedule, costs, memory_cap, patience)
+    placing = _WeightPlacement(schedule, costs, memory_cap, patience)
     ranks = placing.run()
     return None if ranks is None else replace(schedule, ranks=ranks)
 
 
-class _Placing:
+class _WeightPlacement:
     """All ranks on a common clock."""
 
     def __init__(self, schedule: Schedule, costs: CostModel, memory_cap: float, patience: float) -> None:
@@ -46,7 +46,7 @@ class _Placing:
         self._waiting: list[deque[Operation]] = [deque() for _ in bare]
         self._made: list[list[Group]] = [[] for _ in bare]
         self._ends = [-1.0] * len(self._timing.operations)
-        self._sleepers: dict[int, int] = {}
+        self._blocked: dict[int, int] = {}
         self._events = [(0.0, rank) for rank in range(len(bare))]
 
     def run(self) -> tuple[tuple[Group, ...], ...] | None:
@@ -71,7 +71,7 @@ class _Placing:
         if waiting and (not fits or missing >= 0 or start > self._clock[rank] + self._lull(waiting[0]) + _ROUNDING):
             self._run_weight(rank)
         elif missing >= 0:
-            self._sleepers[missing] = rank
+            self._blocked[missing] = rank
         elif fits:
             self._run(rank, group, start)
 
@@ -100,9 +100,9 @@ class _Placing:
             self._ends[number] = end
             if op.kind is Op.BACKWARD_INPUT:
                 self._waiting[rank].append(replace(op, kind=Op.BACKWARD_WEIGHT))
-            if number in self._sleepers:
+            if number in self._blocked:
                 # It looks again at once, as it may be early enough for another W before this arrives.
-                sleeper = self._sleepers.pop(number)
+                sleeper = self._blocked.pop(number)
                 heappush(self._events, (max(self._clock[sleeper], start), sleeper))
 
 

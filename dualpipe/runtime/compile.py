@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import assert_never
 
 from dualpipe.ir import Group, Op, Operation, Schedule
-from dualpipe.passes import in_turn
+from dualpipe.passes import order_members
 from dualpipe.runtime.pairing import Atom
 from dualpipe.runtime.program import Action, Program, RunKey, Step
 from dualpipe.runtime.protocols import Lane
@@ -30,7 +30,7 @@ def compile_rank(schedule: Schedule, rank: int, lanes: Mapping[int, Sequence[Lan
         # Room is made one group ahead, so that a message travels under the group before the one that needs it.
         for due in receives[index : index + 2] if index == 0 else receives[index + 1 : index + 2]:
             steps += [Step(Action.RECEIVE, run_key(op), message=message) for op, message in due]
-        members = [_atoms(schedule, op, lanes[op.stage], train) for op in in_turn(group)]
+        members = [_atoms(schedule, op, lanes[op.stage], train) for op in order_members(group)]
         steps += [step for atom in pairing(members) for step in atom.steps]
     return Program(rank, tuple(steps))
 
@@ -117,16 +117,16 @@ def _with_transfers(op: Operation, atoms: list[Atom], incoming: Message | None, 
 
 def _with_weights(op: Operation, atoms: list[Atom], lanes: Sequence[Lane]) -> list[Atom]:
     """Each computation's weight gradients follow the start of the exchange after it, and run under it."""
-    woven: list[Atom] = []
-    owed: list[Atom] = []
+    ordered: list[Atom] = []
+    deferred: list[Atom] = []
     for atom in atoms:
         if atom.lane == "comm":
-            woven += [atom, *owed]
-            owed = []
+            ordered += [atom, *deferred]
+            deferred = []
             continue
-        woven += [*owed, atom]
-        owed = [_weight(op, step.phase) for step in atom.steps if step.action is Action.BACKWARD]
-    return woven + owed
+        ordered += [*deferred, atom]
+        deferred = [_weight(op, step.phase) for step in atom.steps if step.action is Action.BACKWARD]
+    return ordered + deferred
 
 
 def _weight(op: Operation, phase: int) -> Atom:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dualpipe.runtime.clock import Clock, HostClock
 from dualpipe.runtime.program import Action, Program, RunKey, Step
-from dualpipe.runtime.protocols import PipelineStage, Receipt, Run, Transport
+from dualpipe.runtime.protocols import PendingReceive, PipelineStage, Run, Transport
 from dualpipe.transfers import Message
 
 
@@ -36,7 +36,7 @@ class Execution:
         return tuple(pairwise(self._boundaries()))
 
 
-class _Kept:
+class _LocalReceive:
     """A message between two stages of one rank: the tensor itself."""
 
     def __init__(self, tensor: Tensor) -> None:
@@ -65,7 +65,7 @@ def execute(
     """
     clock = clock or HostClock()
     runs: dict[RunKey, Run] = {}
-    receipts: dict[Message, Receipt] = {}  # by message on its way, those to this very rank too
+    receipts: dict[Message, PendingReceive] = {}  # by message on its way, those to this very rank too
     peak = 0
     origin = time.time()
     marks = [clock.mark()]
@@ -81,7 +81,9 @@ def execute(
     return Execution(peak, origin, partial(clock.seconds, marks))
 
 
-def _perform(step: Step, runs: dict[RunKey, Run], receipts: dict[Message, Receipt], transport: Transport) -> None:
+def _perform(
+    step: Step, runs: dict[RunKey, Run], receipts: dict[Message, PendingReceive], transport: Transport
+) -> None:
     match step.action:
         case Action.RECEIVE:
             message = _message(step)
@@ -97,7 +99,7 @@ def _perform(step: Step, runs: dict[RunKey, Run], receipts: dict[Message, Receip
             message, run = _message(step), runs[step.run]
             tensor = run.output() if message.kind == "activation" else run.input_gradient()
             if message.source == message.destination:
-                receipts[message] = _Kept(tensor)
+                receipts[message] = _LocalReceive(tensor)
             else:
                 transport.send(message, tensor)
         case Action.FORWARD:

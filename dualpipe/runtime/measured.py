@@ -57,14 +57,14 @@ class Measured:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RankUse:
+class RankBusyTime:
     """One rank's part of the bubble, on the clock that all ranks share.
 
-    `used_seconds`: in which its main thread computed or served an exchange of its own, between the begin of its
+    `busy_seconds`: in which its main thread computed or served an exchange of its own, between the begin of its
     first span and the end of its last.
     """
 
-    used_seconds: float
+    busy_seconds: float
     start_seconds: float
     end_seconds: float
 
@@ -95,7 +95,9 @@ def step_lanes(program: Program) -> tuple[SpanLane | None, ...]:
     return tuple(_lane(step, index in exchanges) for index, step in enumerate(program.steps))
 
 
-def rank_use(lanes: Sequence[SpanLane | None], spans: Sequence[tuple[float, float]], origin_seconds: float) -> RankUse:
+def rank_busy_time(
+    lanes: Sequence[SpanLane | None], spans: Sequence[tuple[float, float]], origin_seconds: float
+) -> RankBusyTime:
     """Returns what `measured_bubble` takes from one rank's spans, without making them.
 
     Args:
@@ -104,8 +106,8 @@ def rank_use(lanes: Sequence[SpanLane | None], spans: Sequence[tuple[float, floa
         origin_seconds: the program's start on the clock that all ranks share.
     """
     taken = [(lane, start, end) for lane, (start, end) in zip(lanes, spans, strict=True) if lane is not None]
-    return RankUse(
-        used_seconds=sum(end - start for lane, start, end in taken if lane in _USED),
+    return RankBusyTime(
+        busy_seconds=sum(end - start for lane, start, end in taken if lane in _USED),
         start_seconds=origin_seconds + min((start for _, start, _ in taken), default=0.0),
         end_seconds=origin_seconds + max((end for _, _, end in taken), default=0.0),
     )

@@ -35,7 +35,7 @@ class Atom:
 
 
 @dataclass(slots=True)
-class _Member:
+class _MemberState:
     """What is left of a member. `started`: when its last exchange was, among all atoms; `is_covered`: a computation
     has run since. `fills`: it is weight gradients alone."""
 
@@ -59,7 +59,7 @@ def overlapped(members: Sequence[Sequence[Atom]]) -> list[Atom]:
     Ties go to the earlier member. Messages of one link leave in the order of the members. The order is a
     pure function of the members, so that all ranks of an expert group run the same one.
     """
-    states = [_Member(list(member), _is_weights(member)) for member in members]
+    states = [_MemberState(list(member), _is_weights(member)) for member in members]
     order: list[Atom] = []
     while any(state.left for state in states):
         ready = [index for index, state in enumerate(states) if state.left and not _overtakes(states, index)]
@@ -75,7 +75,7 @@ def overlapped(members: Sequence[Sequence[Atom]]) -> list[Atom]:
     return order
 
 
-def _urgency(member: _Member) -> tuple[int, int]:
+def _urgency(member: _MemberState) -> tuple[int, int]:
     atom = member.left[0]
     if member.fills:
         return 3, 0
@@ -84,7 +84,7 @@ def _urgency(member: _Member) -> tuple[int, int]:
     return (2 if member.is_covered else 4), member.started
 
 
-def _overtakes(states: Sequence[_Member], index: int) -> bool:
+def _overtakes(states: Sequence[_MemberState], index: int) -> bool:
     """Returns whether the member's next atom sends on a link that an earlier member has still to send on."""
     links = states[index].left[0].links
     return bool(links) and any(links & atom.links for state in states[:index] for atom in state.left)

@@ -40,7 +40,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """Everything that one rank does in one optimiser step's passes, in order."""
+    """Everything that one rank does in one optimizer step's passes, in order."""
 
     rank: int
     steps: tuple[Step, ...]

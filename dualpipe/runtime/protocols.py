@@ -64,7 +64,7 @@ class PipelineStage(Protocol):
         ...
 
 
-class Receipt(Protocol):
+class PendingReceive(Protocol):
     """A message on its way here."""
 
     def wait(self) -> "Tensor":
@@ -75,7 +75,7 @@ class Receipt(Protocol):
 class Transport(Protocol):
     """Links between pipeline ranks; each (source, destination, kind) keeps its order."""
 
-    def post_receive(self, message: Message, /) -> Receipt:
+    def post_receive(self, message: Message, /) -> PendingReceive:
         """Makes room for a message, in the order in which its link's messages will be sent."""
         ...
 

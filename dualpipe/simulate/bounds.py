@@ -25,7 +25,7 @@ class Bound:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Share:
+class _HeldStage:
     """A (direction, stage) that a rank holds, its number of micro-batches, and the least times around it.
 
     `forward_at` and `gradient_at`: from the beginning to the start of an F and of an I here. `after`: from the end of
@@ -86,8 +86,8 @@ def _critical_path(schedule: Schedule, costs: CostModel) -> Bound:
     last = schedule.num_stages - 1
     value = max(
         _forward_path(schedule, costs, direction, 0)[-1]
-        + _alone(costs, last, Op.FORWARD)
-        + _way_back(schedule, costs, direction, last)
+        + _min_group_time(costs, last, Op.FORWARD)
+        + _backward_tail(schedule, costs, direction, last)
         for direction in _used_directions(schedule)
     )
     reason = "one micro-batch alone takes as long: forward through all stages, back, and the last weight gradients"
@@ -98,7 +98,7 @@ def _used_directions(schedule: Schedule) -> Iterable[int]:
     return (direction for direction in range(schedule.num_directions) if len(schedule.micro_batches_of(direction)))
 
 
-def _alone(costs: CostModel, stage: int, kind: Op) -> float:
+def _min_group_time(costs: CostModel, stage: int, kind: Op) -> float:
     """Returns the least time of a group with such a member."""
     return costs.stages[stage].compute_of(kind) + costs.stages[stage].exchange_of(kind)
 
@@ -113,17 +113,17 @@ def _forward_path(schedule: Schedule, costs: CostModel, direction: int, first: i
     """Returns per stage from `first` on: the least time from the start of F there to the start of F here."""
     times = [0.0]
     for stage in range(first, schedule.num_stages - 1):
-        times.append(times[-1] + _alone(costs, stage, Op.FORWARD) + _hop(schedule, costs, direction, stage))
+        times.append(times[-1] + _min_group_time(costs, stage, Op.FORWARD) + _hop(schedule, costs, direction, stage))
     return times
 
 
-def _way_back(schedule: Schedule, costs: CostModel, direction: int, stage: int) -> float:
+def _backward_tail(schedule: Schedule, costs: CostModel, direction: int, stage: int) -> float:
     """Returns the least time from the start of I in a stage to the end of all that must follow it, W here and below."""
     latest = 0.0
     time = 0.0
     for below in range(stage, -1, -1):
-        time += _alone(costs, below, Op.BACKWARD_INPUT)
-        latest = max(latest, time + _alone(costs, below, Op.BACKWARD_WEIGHT))
+        time += _min_group_time(costs, below, Op.BACKWARD_INPUT)
+        latest = max(latest, time + _min_group_time(costs, below, Op.BACKWARD_WEIGHT))
         if below > 0:
             time += _hop(schedule, costs, direction, below - 1)
     return latest
@@ -132,28 +132,28 @@ def _way_back(schedule: Schedule, costs: CostModel, direction: int, stage: int) 
 def _gradient_path(schedule: Schedule, costs: CostModel, direction: int, stage: int) -> float:
     """Returns the least time from the start of I in the last stage to the start of I here."""
     return sum(
-        _alone(costs, above, Op.BACKWARD_INPUT) + _hop(schedule, costs, direction, above - 1)
+        _min_group_time(costs, above, Op.BACKWARD_INPUT) + _hop(schedule, costs, direction, above - 1)
         for above in range(schedule.num_stages - 1, stage, -1)
     )
 
 
-def _shares(schedule: Schedule, costs: CostModel, rank: int) -> list[_Share]:
+def _shares(schedule: Schedule, costs: CostModel, rank: int) -> list[_HeldStage]:
     used = set(_used_directions(schedule))
     return [
         _share(schedule, costs, direction, stage) for direction, stage in schedule.stages_of(rank) if direction in used
     ]
 
 
-def _share(schedule: Schedule, costs: CostModel, direction: int, stage: int) -> _Share:
+def _share(schedule: Schedule, costs: CostModel, direction: int, stage: int) -> _HeldStage:
     to_here = _forward_path(schedule, costs, direction, 0)[stage]
-    last = _alone(costs, schedule.num_stages - 1, Op.FORWARD)
+    last = _min_group_time(costs, schedule.num_stages - 1, Op.FORWARD)
     there = _forward_path(schedule, costs, direction, stage)[-1] + last
     back = _gradient_path(schedule, costs, direction, stage)
-    own = _alone(costs, stage, Op.BACKWARD_INPUT) + _alone(costs, stage, Op.BACKWARD_WEIGHT)
+    own = _min_group_time(costs, stage, Op.BACKWARD_INPUT) + _min_group_time(costs, stage, Op.BACKWARD_WEIGHT)
     after = 0.0
     if stage > 0:
-        after = _hop(schedule, costs, direction, stage - 1) + _way_back(schedule, costs, direction, stage - 1)
-    return _Share(
+        after = _hop(schedule, costs, direction, stage - 1) + _backward_tail(schedule, costs, direction, stage - 1)
+    return _HeldStage(
         count=len(schedule.micro_batches_of(direction)),
         costs=costs.stages[stage],
         forward_at=to_here,
@@ -163,12 +163,12 @@ def _share(schedule: Schedule, costs: CostModel, direction: int, stage: int) -> 
     )
 
 
-def _rank_bounds(rank: int, shares: Sequence[_Share], memory_cap: float) -> Iterable[Bound]:
+def _rank_bounds(rank: int, shares: Sequence[_HeldStage], memory_cap: float) -> Iterable[Bound]:
     yield from _work_bounds(rank, shares, memory_cap, (Op.FORWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT), 0.0)
     # The last of a rank's F and I is an I, and its gradient has yet to reach stage 0.
     after = min(share.after for share in shares)
     yield from _work_bounds(rank, shares, memory_cap, (Op.FORWARD, Op.BACKWARD_INPUT), after)
-    if _binds(shares, memory_cap):
+    if _can_exceed_cap(shares, memory_cap):
         head = min(share.forward_at for share in shares)
         area = sum(share.count * share.lifetime * share.costs.activation for share in shares)
         reason = f"its activations need {area:g} of memory x time from {head:g} on, under a cap of {memory_cap:g}"
@@ -176,7 +176,7 @@ def _rank_bounds(rank: int, shares: Sequence[_Share], memory_cap: float) -> Iter
 
 
 def _work_bounds(
-    rank: int, shares: Sequence[_Share], memory_cap: float, kinds: Sequence[Op], tail: float
+    rank: int, shares: Sequence[_HeldStage], memory_cap: float, kinds: Sequence[Op], tail: float
 ) -> Iterable[Bound]:
     """From the first F on the rank works on these kinds; until its first I it can have done so many F alone."""
     compute = sum(share.compute(*kinds) for share in shares)
@@ -189,7 +189,7 @@ def _work_bounds(
     gradient = min(share.gradient_at for share in shares)
     early = _most_forwards(shares, memory_cap, lambda costs: costs.forward)
     left = max(compute - early, exchange - _most_forwards(shares, memory_cap, lambda costs: costs.forward_exchange))
-    cap = f" under a cap of {memory_cap:g}" if _binds(shares, memory_cap) else ""
+    cap = f" under a cap of {memory_cap:g}" if _can_exceed_cap(shares, memory_cap) else ""
     reason = (
         f"rank {rank}: until a gradient can reach it at {gradient:g} it has forwards for {early:g} at most{cap}, "
         f"then it has work for {left:g}{ending}"
@@ -197,12 +197,12 @@ def _work_bounds(
     yield Bound(value=gradient + left + tail, reason=reason)
 
 
-def _binds(shares: Sequence[_Share], memory_cap: float) -> bool:
+def _can_exceed_cap(shares: Sequence[_HeldStage], memory_cap: float) -> bool:
     """Returns whether the rank could exceed the cap at all."""
     return memory_cap < sum(share.count * share.costs.activation for share in shares)
 
 
-def _most_forwards(shares: Sequence[_Share], memory_cap: float, time: Callable[[StageCosts], float]) -> float:
+def _most_forwards(shares: Sequence[_HeldStage], memory_cap: float, time: Callable[[StageCosts], float]) -> float:
     """Returns the most time of forwards whose activations fit under the cap together, or more than that, never less."""
     alike = len({share.costs.activation for share in shares}) == 1
     total = 0.0

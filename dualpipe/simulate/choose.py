@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dualpipe.draw.entry import Absent, TimedSchedule, number, time_schedule
+from dualpipe.draw.entry import TimedSchedule, UnavailableSchedule, number, time_schedule
 from dualpipe.ir import MemoryCapError, Schedule, ScheduleError
 from dualpipe.registry import build, candidates
 from dualpipe.simulate.costs import CostModel
@@ -20,7 +20,7 @@ class Choice:
 
     schedule: Schedule
     reason: str
-    rows: tuple[TimedSchedule | Absent, ...]
+    rows: tuple[TimedSchedule | UnavailableSchedule, ...]
 
 
 def survey(
@@ -30,7 +30,7 @@ def survey(
     memory_cap: float | None = None,
     cache_dir: Path | None = None,
     excluded: dict[str, str] | None = None,
-) -> tuple[TimedSchedule | Absent, ...]:
+) -> tuple[TimedSchedule | UnavailableSchedule, ...]:
     """Returns every kind of schedule of this size that may be chosen: timed, or the reason for which there is none.
 
     Args:
@@ -44,11 +44,11 @@ def survey(
     Raises:
         MemoryCapError: nothing fits the cap.
     """
-    rows: list[TimedSchedule | Absent] = []
+    rows: list[TimedSchedule | UnavailableSchedule] = []
     least = math.inf
     for kind, spec in candidates().items():
         if excluded and kind in excluded:
-            rows.append(Absent(kind=kind, reason=excluded[kind]))
+            rows.append(UnavailableSchedule(kind=kind, reason=excluded[kind]))
             continue
         costs = costs_of(spec.num_stages(num_ranks))
         try:
@@ -57,8 +57,8 @@ def survey(
         except ScheduleError as error:
             if isinstance(error, MemoryCapError):
                 least = min(least, error.least)
-            rows.append(Absent(kind=kind, reason=str(error)))
-    if memory_cap is not None and all(isinstance(row, Absent) for row in rows) and math.isfinite(least):
+            rows.append(UnavailableSchedule(kind=kind, reason=str(error)))
+    if memory_cap is not None and all(isinstance(row, UnavailableSchedule) for row in rows) and math.isfinite(least):
         raise MemoryCapError(
             f"no schedule of {num_ranks} ranks keeps so little alive, the cap is {memory_cap:g}; nearest: {least:g}",
             least,
@@ -66,7 +66,7 @@ def survey(
     return tuple(rows)
 
 
-def choose(rows: Sequence[TimedSchedule | Absent], memory_cap: float | None = None) -> Choice:
+def choose(rows: Sequence[TimedSchedule | UnavailableSchedule], memory_cap: float | None = None) -> Choice:
     """Returns the shortest schedule of those that there are; of equally short ones the one that keeps least alive.
 
     Raises:
@@ -74,7 +74,7 @@ def choose(rows: Sequence[TimedSchedule | Absent], memory_cap: float | None = No
     """
     entries = [row for row in rows if isinstance(row, TimedSchedule)]
     if not entries:
-        reasons = "; ".join(f"{row.kind}: {row.reason}" for row in rows if isinstance(row, Absent))
+        reasons = "; ".join(f"{row.kind}: {row.reason}" for row in rows if isinstance(row, UnavailableSchedule))
         raise ScheduleError(f"schedule: none can be made: {reasons}")
     ranked = sorted(entries, key=lambda row: (round(row.simulation.makespan, 9), row.peak))
     return Choice(schedule=ranked[0].schedule, reason=_reason(ranked, memory_cap), rows=tuple(rows))

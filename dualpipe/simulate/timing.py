@@ -92,7 +92,7 @@ class Timing:
             Whether all may still end by the limit.
         """
         ends, left = progress.ends, progress.left
-        sleepers: dict[int, list[int]] = {}
+        blocked: dict[int, list[int]] = {}
         awake = list(range(len(ranks)))[::-1]
         while awake:
             rank = awake.pop()
@@ -101,7 +101,7 @@ class Timing:
                 group = groups[index]
                 start, missing = self.ready(group, time, ends)
                 if missing >= 0:
-                    sleepers.setdefault(missing, []).append(rank)
+                    blocked.setdefault(missing, []).append(rank)
                     break
                 if start + left[rank] > limit:
                     return False
@@ -111,8 +111,8 @@ class Timing:
                 progress.position[rank] = index + 1
                 for number in group:
                     ends[number] = time
-                    if number in sleepers:
-                        awake += sleepers.pop(number)
+                    if number in blocked:
+                        awake += blocked.pop(number)
             progress.clock[rank] = time
         return True
 

@@ -119,7 +119,7 @@ def forged(victim: Victim) -> None:
         for rank in (0, 1):
             codec = DatagramCodec(key, 1 - rank, 2)
             kinds = [codec.encode(rank, "verdict", VERDICT | {"code": code}) for code in (0, 1, 76, 78)]
-            kinds.append(codec.encode(rank, "farewell", {"end": "error", "text": "forged"}))
+            kinds.append(codec.encode(rank, "departure", {"end": "error", "text": "forged"}))
             _send(victim, [(rank, data) for data in kinds])
 
 
@@ -127,7 +127,7 @@ def without_authentication(victim: Victim) -> None:
     """As ranks once sent it: a secret that was in the store, then compressed JSON."""
     texts = [
         json.dumps(["verdict", 1, VERDICT]),
-        json.dumps(["farewell", 1, {"end": "error", "text": "x"}]),
+        json.dumps(["departure", 1, {"end": "error", "text": "x"}]),
         "[[" * 9000,
     ]
     _send(victim, _both(*(prefix + zlib.compress(text.encode()) for text in texts for prefix in (b"", bytes(16)))))

@@ -101,7 +101,8 @@ def _row(name: str, made: Forecast, across: SentRows, within: SentRows, skewed: 
         for size in _BYTES_PER_ROW.values()
     ]
     return (
-        f"  {name:24}{across.num_across_nodes / made.num_tokens:8.3f}{made.num_least_rows / made.num_tokens:8.3f}"
+        f"  {name:24}{across.num_across_nodes / made.num_tokens:8.3f}"
+        f"{made.min_rows_across_nodes / made.num_tokens:8.3f}"
         f"{made.num_touched_nodes / made.num_tokens:7.3f}{across.receive_imbalance:11.2f}{skewed:8.2f}"
         f"{seconds[0]}{seconds[1]}"
     )

@@ -24,14 +24,14 @@ def draw(smoothed: Mapping[tuple[str, int], Sequence[float]], limit: float, titl
     pyplot.rcParams["svg.hashsalt"] = "dualpipe"  # the same numbers give the same file
     figure, (above, below) = pyplot.subplots(2, 1, sharex=True, figsize=(9, 6.4), height_ratios=(3, 2), layout="tight")
     seeds = sorted({seed for _, seed in smoothed})
-    for colour, seed in zip(COLOURS, seeds, strict=False):
+    for color, seed in zip(COLOURS, seeds, strict=False):
         bf16, fp8 = smoothed["bf16", seed], smoothed["fp8", seed]
         steps = range(1, len(bf16) + 1)
         shown = slice(SHOWN_FROM_STEP, None)
-        above.plot(steps[shown], bf16[shown], color=colour, linewidth=1, label=f"bf16, seed {seed}")
-        above.plot(steps[shown], fp8[shown], color=colour, linewidth=1.6, linestyle=":", label=f"fp8, seed {seed}")
+        above.plot(steps[shown], bf16[shown], color=color, linewidth=1, label=f"bf16, seed {seed}")
+        above.plot(steps[shown], fp8[shown], color=color, linewidth=1.6, linestyle=":", label=f"fp8, seed {seed}")
         gaps = [100 * (ours - theirs) / theirs for theirs, ours in zip(bf16, fp8, strict=True)]
-        below.plot(steps[shown], gaps[shown], color=colour, linewidth=1, label=f"seed {seed}")
+        below.plot(steps[shown], gaps[shown], color=color, linewidth=1, label=f"seed {seed}")
     for side in (-100 * limit, 100 * limit):
         below.axhline(side, color="#5c6370", linewidth=1, linestyle="--")
     below.axhline(0, color="#5c6370", linewidth=0.6)

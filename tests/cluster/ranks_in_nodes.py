@@ -76,7 +76,7 @@ class RanksInNodes:
             cluster: of any number of nodes.
             ranks_per_node: ranks in each.
             function: called as `function(rank, world_size, *args)` on one thread of torch, within a gloo process
-                group that is initialised before and destroyed after it; importable by name.
+                group that is initialized before and destroyed after it; importable by name.
             args: passed to every rank, by pickle.
             timeout_seconds: after which a rank that has not returned is killed.
             collective_timeout_seconds: of the world's process group.

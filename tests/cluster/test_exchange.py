@@ -27,7 +27,7 @@ def test_exchange_sends_the_rows_forecast(found: dict[str, Measured]) -> None:
     # There and back.
     assert found[NAIVE.name].num_rows == 2 * problem.forecast(NAIVE.max_nodes).per_expert.num_across_nodes
     of = problem.forecast(CHUNKED.max_nodes)
-    assert found[CHUNKED.name].num_rows == 2 * of.between_nodes.num_across_nodes == 2 * of.num_least_rows
+    assert found[CHUNKED.name].num_rows == 2 * of.between_nodes.num_across_nodes == 2 * of.min_rows_across_nodes
 
 
 @pytest.mark.parametrize("name", [NAIVE.name, WHOLE.name, CHUNKED.name])

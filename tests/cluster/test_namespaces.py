@@ -77,7 +77,7 @@ def test_links_count_and_limit_what_a_transfer_sends(
     changes = [(new[0] - old[0], new[1] - old[1]) for old, new in zip(before, after, strict=True)]
     assert num_bytes <= changes[0][0].sent_bytes <= 1.01 * num_bytes
     assert num_bytes <= changes[destination][0].received_bytes <= 1.01 * num_bytes
-    # What else there is: connections, acknowledgements, and the kernel's search for neighbours.
+    # What else there is: connections, acknowledgements, and the kernel's search for neighbors.
     assert max(change[1].sent_bytes for change in changes) < 20_000
     assert max(change[0].sent_bytes for change in changes[2:]) < 20_000
     at_rate = num_bytes / cluster.links.bytes_per_second(used)

@@ -3,7 +3,7 @@
 It has the signatures of `ElasticBuffer` and `EPHandle`, refuses what the package's host code refuses, and gives what
 its documentation and kernels promise and nothing more: received rows come grouped by the sender's place within its
 node, and within such a group in another order at every dispatch that is not cached. What the dispatcher does not use
-(expansion, alignment, bias, events, no CPU synchronisation) is refused.
+(expansion, alignment, bias, events, no CPU synchronization) is refused.
 
 Shape legend: T tokens, K experts per token, S rows sent, R rows received, D columns, M ranks, L local experts.
 """

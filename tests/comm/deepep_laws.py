@@ -86,7 +86,7 @@ def law_prediction_agrees_with_an_enumeration(desk: Desk) -> None:
     found = desk.observers.traffic.take().layers[3]
     rows = (found.predicted_rows_across_nodes, found.predicted_rows_within_node)
     num_bytes = found.predicted_bytes_across_nodes + found.predicted_bytes_within_node
-    planned = (found.num_tokens, found.num_touched_nodes, found.num_least_rows)
+    planned = (found.num_tokens, found.num_touched_nodes, found.min_rows_across_nodes)
     numbers = torch.tensor([*planned, *rows, num_bytes], device=bench.device)
     distributed.all_reduce(numbers, group=bench.group)
     tokens = touched = across = within = 0

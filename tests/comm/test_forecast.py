@@ -64,7 +64,7 @@ def test_forecast_equals_loops_over_tokens(nodes: tuple[int, ...]) -> None:
             found = {nodes[expert // share] for expert in ids if expert >= 0}
             touched += len(found)
             least += len(found - {nodes[rank]})
-    assert (made.num_touched_nodes, made.num_least_rows) == (touched, least)
+    assert (made.num_touched_nodes, made.min_rows_across_nodes) == (touched, least)
     assert made.num_tokens == sum(map(len, ids_by_rank))
     assert made.between_nodes.num_across_nodes == least
 
@@ -100,7 +100,7 @@ def test_two_hops_under_cap_4_on_8_nodes_send_3_47_rows_per_token_which_is_the_l
     """65536 tokens: the mean's own deviation is below 0.003."""
     made = gate_forecast(_gate(8, 4), ranks_per_node=8, num_tokens=1024)
     assert _per_token(made, made.between_nodes) == pytest.approx(3.47, abs=0.02)
-    assert made.between_nodes.num_across_nodes == made.num_least_rows
+    assert made.between_nodes.num_across_nodes == made.min_rows_across_nodes
     assert _per_token(made, made.per_expert) == pytest.approx(8 * 7 / 8, abs=0.02)
     assert _per_token(made, made.per_rank) == pytest.approx(6.549, abs=0.02)
     assert made.num_touched_nodes / made.num_tokens == pytest.approx(3.965, abs=0.005)
@@ -189,13 +189,13 @@ def test_dispatchers_send_what_the_forecast_says(setting: Setting) -> None:
         for rank, counted in enumerate(found[call] for found in ranks):
             expected = _expected(made, setting, call, rank)
             sent = Spread(
-                kept=counted.num_rows_kept,
+                kept=counted.num_rows_on_rank,
                 within_node=counted.num_rows_within_node,
                 across_nodes=counted.num_rows_across_nodes,
             )
             assert sent == expected, (call, rank)
             assert counted.predicted_rows_within_node == expected.within_node
             assert counted.predicted_rows_across_nodes == expected.across_nodes
-        assert sum(found[call].num_least_rows for found in ranks) == made.num_least_rows
+        assert sum(found[call].min_rows_across_nodes for found in ranks) == made.min_rows_across_nodes
     assert sum(found["dispatch"].num_tokens for found in ranks) == made.num_tokens
     assert sum(found["dispatch"].num_touched_nodes for found in ranks) == made.num_touched_nodes

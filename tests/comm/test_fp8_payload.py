@@ -1,4 +1,4 @@
-"""Rows in FP8 around any dispatcher: the same rows as quantising before it, at half the bytes.
+"""Rows in FP8 around any dispatcher: the same rows as quantizing before it, at half the bytes.
 
 Shape legend: T tokens, K experts per token, A arrived rows, N rows, D hidden size.
 """
@@ -25,7 +25,7 @@ _NUM_EXPERTS, _NUM_CHOICES = 8, 3
 
 
 def _changed(rows_ND: Tensor, min_amax: float) -> Tensor:
-    """What quantisation makes of rows."""
+    """What quantization makes of rows."""
     return dequantize_1x128(quantize_1x128(rows_ND, True, min_amax), rows_ND.dtype)
 
 
@@ -65,7 +65,7 @@ class Case:
 
 
 def _check_equals_plain(plain: Dispatcher, case: Case) -> None:
-    """Bitwise; both ways quantised where rows travel to experts, and only there."""
+    """Bitwise; both ways quantized where rows travel to experts, and only there."""
     fp8 = Fp8Dispatcher(plain)
     assert fp8.num_local_experts == plain.num_local_experts
     handle, own = plain.plan(case.ids_TK), fp8.plan(case.ids_TK, case.weights_TK)

@@ -124,7 +124,7 @@ class _FakeStream:
         self.queue.append(f"wait for {event.name}")
 
     def synchronize(self) -> None:
-        self.queue.append("synchronised")
+        self.queue.append("synchronized")
 
 
 class _FakeEvent:
@@ -170,7 +170,7 @@ def test_stream_lane_lets_its_caller_go_on_while_a_function_waits_for_the_device
     counts_are_here.set()
     assert work.wait() == 7
     lane.close()
-    assert comm.queue == ["wait for compute at 1", "exchange", "synchronised"]
+    assert comm.queue == ["wait for compute at 1", "exchange", "synchronized"]
     assert compute.queue == ["attend", "another micro-batch's experts", "wait for comm at 2"]
 
 

@@ -12,7 +12,7 @@ from comm.dispatch.node_cap import (
     Clipped,
     ClippingDispatcher,
     NodeCapError,
-    Renormalisation,
+    Renormalization,
     clip,
     nodes_of_experts,
     touched_nodes,
@@ -97,13 +97,13 @@ def test_clip_and_touched_nodes_ask_the_host_for_nothing() -> None:
     ids_TK, weights_TK = _ids(9).to("meta"), _weights(9).to("meta")
     node_of_E = _NODE_OF_E.to("meta")
     clipped = clip(ids_TK, weights_TK, node_of_E, _NUM_NODES, 2)
-    renormalisation = Renormalisation(ids_TK >= 0, clipped.ids_TK >= 0, clipped.over_T)
+    renormalization = Renormalization(ids_TK >= 0, clipped.ids_TK >= 0, clipped.over_T)
     assert touched_nodes(ids_TK, node_of_E, _NUM_NODES).shape == (9, _NUM_NODES)
-    assert renormalisation.backward(renormalisation.forward(weights_TK), weights_TK).shape == weights_TK.shape
+    assert renormalization.backward(renormalization.forward(weights_TK), weights_TK).shape == weights_TK.shape
 
 
-def _renormalisation(ids_TK: Tensor, clipped: Clipped) -> Renormalisation:
-    return Renormalisation(ids_TK >= 0, clipped.ids_TK >= 0, clipped.over_T)
+def _renormalization(ids_TK: Tensor, clipped: Clipped) -> Renormalization:
+    return Renormalization(ids_TK >= 0, clipped.ids_TK >= 0, clipped.over_T)
 
 
 def test_renormalised_weights_keep_their_sum_and_uncut_tokens_their_bits() -> None:
@@ -112,7 +112,7 @@ def test_renormalised_weights_keep_their_sum_and_uncut_tokens_their_bits() -> No
     ids_TK[0] = torch.tensor([0, 1, 4, 5, 6])
     weights_TK[0] = torch.inf  # whose sum over itself is no number
     clipped = clip(ids_TK, weights_TK, _NODE_OF_E, _NUM_NODES, 2)
-    made_TK = _renormalisation(ids_TK, clipped).forward(weights_TK)
+    made_TK = _renormalization(ids_TK, clipped).forward(weights_TK)
     over_T = clipped.over_T
     assert not over_T[0]
     assert 50 < over_T.sum() < 350
@@ -132,7 +132,7 @@ def _reference_weights(weights_TK: Tensor, ids_TK: Tensor, clipped: Clipped) -> 
     return torch.stack(rows) if rows else weights_TK * 1
 
 
-def test_gradient_of_weights_equals_autograd_through_keep_and_renormalise() -> None:
+def test_gradient_of_weights_equals_autograd_through_keep_and_renormalize() -> None:
     generator = torch.Generator().manual_seed(3)
     ids_TK = _ids(200)
     weights_TK = torch.rand(200, _NUM_CHOICES, generator=generator, dtype=torch.float64).requires_grad_()
@@ -140,7 +140,7 @@ def test_gradient_of_weights_equals_autograd_through_keep_and_renormalise() -> N
     made_TK = _reference_weights(weights_TK, ids_TK, clipped)
     gradients_TK = torch.randn(made_TK.shape, generator=generator, dtype=torch.float64) * (clipped.ids_TK >= 0)
     (expected_TK,) = torch.autograd.grad(made_TK, weights_TK, gradients_TK)
-    own = _renormalisation(ids_TK, clipped)
+    own = _renormalization(ids_TK, clipped)
     found_TK = own.backward(gradients_TK, weights_TK.detach())
     torch.testing.assert_close(
         torch.where(clipped.ids_TK >= 0, own.forward(weights_TK), 0), made_TK, rtol=1e-13, atol=0
@@ -155,7 +155,7 @@ def test_token_whose_kept_weights_sum_to_zero_keeps_them() -> None:
     ids_TK = torch.tensor([[0, 4, 8], [0, 4, 8]])
     weights_TK = torch.zeros(2, 3)
     clipped = clip(ids_TK, weights_TK, _NODE_OF_E, _NUM_NODES, 1)
-    own = _renormalisation(ids_TK, clipped)
+    own = _renormalization(ids_TK, clipped)
     gradients_TK = torch.tensor([[2.0, 0.0, 0.0], [3.0, 0.0, 0.0]])
     assert clipped.ids_TK.tolist() == [[0, -1, -1], [0, -1, -1]]
     assert torch.equal(own.forward(weights_TK), weights_TK)

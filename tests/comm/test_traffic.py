@@ -128,7 +128,7 @@ def test_exchanges_send_what_loops_over_tokens_enumerate(counted: tuple[Setting,
             for name, got in of.exchanges.items():
                 rows = _spread(setting, links, rank, back=name in ("combine", "dispatch backward"))
                 width = _BYTES[setting.kind + wide][name]
-                assert got.num_rows_kept == rows.kept
+                assert got.num_rows_on_rank == rows.kept
                 assert (got.num_rows_within_node, got.num_rows_across_nodes) == (rows.within_node, rows.across_nodes)
                 assert got.num_bytes_within_node == rows.within_node * width
                 assert got.num_bytes_across_nodes == rows.across_nodes * width
@@ -160,7 +160,7 @@ def test_plans_count_tokens_nodes_and_the_rows_that_must_cross(counted: tuple[Se
             touched = [{setting.nodes[there] for there in _ranks_of(setting, ids)} for ids in of.ids_TK.tolist()]
             assert of.plan == LayerTraffic(num_tokens=len(touched), num_touched_nodes=sum(map(len, touched)))
             least = sum(len(nodes - {setting.nodes[rank]}) for nodes in touched)
-            assert {got.num_least_rows for got in of.exchanges.values()} == {least}
+            assert {got.min_rows_across_nodes for got in of.exchanges.values()} == {least}
 
 
 def test_two_hops_cross_nodes_as_seldom_as_can_be(counted: tuple[Setting, list[list[Counted]]]) -> None:
@@ -169,7 +169,7 @@ def test_two_hops_cross_nodes_as_seldom_as_can_be(counted: tuple[Setting, list[l
     totals = [sum(of, LayerTraffic()) for of in exchanges]
     assert any(total.num_rows_across_nodes for total in totals)
     if setting.kind == "two_hop":
-        assert [total.num_rows_across_nodes for total in totals] == [total.num_least_rows for total in totals]
+        assert [total.num_rows_across_nodes for total in totals] == [total.min_rows_across_nodes for total in totals]
         assert {total.lower_bound_share for total in totals} == {1.0}
     else:
         assert any(total.lower_bound_share < 0.9 for total in totals)

@@ -105,7 +105,7 @@ def _share_nodes(rank: int, world_size: int) -> tuple[list[int], list[float], di
         if not torch.allclose(ours, theirs, rtol=1e-14, atol=1e-14)
     ]
     total = observers.traffic.take().total
-    return [total.num_rows_across_nodes, total.num_least_rows], far, observers.log.order_hashes()
+    return [total.num_rows_across_nodes, total.min_rows_across_nodes], far, observers.log.order_hashes()
 
 
 def test_expert_groups_may_begin_and_end_within_a_node() -> None:
@@ -121,7 +121,7 @@ def test_expert_groups_may_begin_and_end_within_a_node() -> None:
 
 
 def _wrap(rank: int, world_size: int) -> tuple[list[str], bool, float]:
-    """Quantised, clipped and sent by two hops, beside quantised and clipped alone."""
+    """Quantized, clipped and sent by two hops, beside quantized and clipped alone."""
     layout = Layout(ParallelismConfig(pipeline=1, data=4, expert=4), ranks_per_node=2)
     config = TwoHopDispatchConfig(
         kind="two_hop", payload="fp8", max_nodes=1, node_cap="clip", chunks=2, partial_sums="rows"

@@ -74,7 +74,7 @@ def test_counts_of_each_member_fit_those_of_the_others(sizes: tuple[int, ...], n
         touched = [len({relays.node_of[expert // _NUM_LOCAL] for expert in experts}) for experts in tokens[place]]
         home = [any(expert // _NUM_LOCAL in relays.members_of[nodes[place]] for expert in of) for of in tokens[place]]
         assert plan.num_touched_nodes == sum(touched)
-        assert plan.num_least_rows == sum(touched) - sum(home) == sum(sum(hop.sent) for hop in plan.across)
+        assert plan.min_rows_across_nodes == sum(touched) - sum(home) == sum(sum(hop.sent) for hop in plan.across)
 
 
 def _assert_fits(hops: list[tuple[Hop, ...]]) -> None:

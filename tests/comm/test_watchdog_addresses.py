@@ -53,7 +53,7 @@ def assert_connected(ranks: list[Rank]) -> None:
     """Every rank's message reaches every other."""
     for sender in ranks:
         for number in sender.watchdog_socket.peers:
-            sender.watchdog_socket.send(number, "question", {})
+            sender.watchdog_socket.send(number, "state_request", {})
     for number, rank in enumerate(ranks):
         found: set[int] = set()
         until = time.monotonic() + 5

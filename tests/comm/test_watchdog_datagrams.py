@@ -12,15 +12,15 @@ from hypothesis import strategies as st
 from comm.watchdog.authentication import REPLAY_WINDOW, DatagramCodec, ReplayWindow, derive, open_object, seal_object
 from comm.watchdog.collective_log import CollectiveLog
 from comm.watchdog.decode import MAX_DECODED_BYTES, MessageError, compress_object, decompress_object, printable
-from comm.watchdog.inquiry import Farewell, Question, decode_message
+from comm.watchdog.inquiry import Departure, StateRequest, decode_message
 from comm.watchdog.main_thread import MainThread
-from comm.watchdog.verdict import Standing, Verdict
+from comm.watchdog.verdict import RankState, Verdict
 from comm.watchdog.watchdog_socket import WatchdogMessage
 
 KEY = b"the key of a test's job".ljust(32)
 WORLD_SIZE = 4
 VERDICT: dict[str, Any] = {"code": 78, "text": "rank 2 is lost", "judge": 1, "culprits": [2]}
-STANDING = json.loads(json.dumps(asdict(Standing.of(CollectiveLog(), MainThread()))))
+STATE = json.loads(json.dumps(asdict(RankState.of(CollectiveLog(), MainThread()))))
 WAIT = {"text": "dispatch", "group": "world [0, 1]", "number": 3, "ranks": [0, 1], "seconds": 1.5}
 
 JSON = st.recursive(
@@ -51,8 +51,8 @@ def test_datagram_arrives_once_and_only_at_its_recipient() -> None:
     assert refuses(receiver, data)
     assert refuses(codec(0, b"an earlier attempt's key".ljust(32)), data)
     # A rank takes nothing that it has sent itself, and nothing of a rank that the job does not have.
-    assert refuses(codec(0), codec(0).encode(0, "question", {}))
-    assert refuses(codec(0), DatagramCodec(KEY, 7, 8).encode(0, "question", {}))
+    assert refuses(codec(0), codec(0).encode(0, "state_request", {}))
+    assert refuses(codec(0), DatagramCodec(KEY, 7, 8).encode(0, "state_request", {}))
 
 
 @settings(max_examples=200, deadline=None)
@@ -80,7 +80,7 @@ def test_datagram_that_was_changed_is_refused(bit: int, size: int, more: bytes) 
 @given(order=st.permutations(range(40)), again=st.lists(st.integers(0, 39), max_size=40))
 def test_datagrams_may_overtake_each_other_and_none_counts_twice(order: list[int], again: list[int]) -> None:
     sender, receiver = codec(1), codec(0)
-    sent = [sender.encode(0, "question", {}) for _ in order]
+    sent = [sender.encode(0, "state_request", {}) for _ in order]
     assert not any(refuses(receiver, sent[number]) for number in order)
     assert all(refuses(receiver, sent[number]) for number in again)
 
@@ -125,9 +125,9 @@ def test_content_that_is_no_small_json_object_is_refused(body: bytes) -> None:
 
 
 @settings(max_examples=200, deadline=None)
-@given(values=st.dictionaries(st.sampled_from([*VERDICT, *STANDING, "end", "other"]), JSON), kind=st.integers(0, 3))
+@given(values=st.dictionaries(st.sampled_from([*VERDICT, *STATE, "end", "other"]), JSON), kind=st.integers(0, 3))
 def test_message_with_any_fields_is_decoded_or_refused_and_never_raises(values: dict[str, Any], kind: int) -> None:
-    message = WatchdogMessage(("question", "answer", "verdict", "farewell")[kind], 1, values, ("127.0.0.1", 9))
+    message = WatchdogMessage(("state_request", "state", "verdict", "departure")[kind], 1, values, ("127.0.0.1", 9))
     try:
         decoded = decode_message(message, WORLD_SIZE)
     except MessageError:
@@ -159,7 +159,7 @@ def test_verdict_of_any_other_form_is_refused(change: dict[str, Any]) -> None:
 
 
 BAD_STANDINGS = [
-    *({key: None} for key in STANDING),
+    *({key: None} for key in STATE),
     {"waits": [WAIT] * 9},
     {"waits": [changed(WAIT, ranks=[0, 4])]},
     {"waits": [changed(WAIT, seconds=-1.0)]},
@@ -177,16 +177,16 @@ BAD_STANDINGS = [
 @pytest.mark.parametrize("change", BAD_STANDINGS, ids=range(len(BAD_STANDINGS)))
 def test_answer_of_any_other_form_is_refused(change: dict[str, Any]) -> None:
     with pytest.raises(MessageError):
-        decode_message(WatchdogMessage("answer", 1, changed(STANDING, **change), ("127.0.0.1", 9)), WORLD_SIZE)
+        decode_message(WatchdogMessage("state", 1, changed(STATE, **change), ("127.0.0.1", 9)), WORLD_SIZE)
 
 
 def test_messages_survive_their_encoding() -> None:
-    standing = STANDING | {"waits": [WAIT], "started": {"world [0, 1]": 4}}
+    state = STATE | {"waits": [WAIT], "started": {"world [0, 1]": 4}}
     received = {
-        "question": ({}, Question()),
-        "answer": (standing, Standing.from_json(standing, WORLD_SIZE)),
+        "state_request": ({}, StateRequest()),
+        "state": (state, RankState.from_json(state, WORLD_SIZE)),
         "verdict": (VERDICT, Verdict(code=78, text="rank 2 is lost", judge=1, culprits=(2,))),
-        "farewell": (Farewell("done", "it had finished").as_json(), Farewell("done", "it had finished")),
+        "departure": (Departure("done", "it had finished").as_json(), Departure("done", "it had finished")),
     }
     for kind, (values, expected) in received.items():
         arrived = decompress_object(compress_object(values))
@@ -195,7 +195,7 @@ def test_messages_survive_their_encoding() -> None:
 
 def test_farewell_of_an_unknown_kind_is_refused() -> None:
     with pytest.raises(MessageError, match="end"):
-        decode_message(WatchdogMessage("farewell", 1, {"end": "gone", "text": "x"}, ("127.0.0.1", 9)), WORLD_SIZE)
+        decode_message(WatchdogMessage("departure", 1, {"end": "gone", "text": "x"}, ("127.0.0.1", 9)), WORLD_SIZE)
 
 
 def test_printable_text_is_always_accepted_and_short() -> None:

@@ -25,8 +25,8 @@ def test_socket_tells_a_closed_peer_from_a_silent_one_and_hears_no_stranger() ->
     first, second = _two_sockets()
     stranger = WatchdogSocket(1, "127.0.0.1")
     stranger.open([(each.host, each.port) for each in (first, second)], b"another job's key".ljust(32))
-    stranger.send(0, "question", {"who": "stranger"})
-    second.send(0, "question", {"who": "peer", "padding": "x" * 200_000})  # more than a datagram holds, compressed
+    stranger.send(0, "state_request", {"who": "stranger"})
+    second.send(0, "state_request", {"who": "peer", "padding": "x" * 200_000})  # more than a datagram holds, compressed
     mails, _ = first.receive(5.0)
     mails += first.receive(0.1)[0]
     assert [(mail.rank, mail.values["who"]) for mail in mails] == [(1, "peer")]
@@ -63,7 +63,7 @@ def test_watch_keeps_the_same_of_two_verdicts_in_whatever_order_they_come(
     for word in (others, "verdict 1") if is_first else ("verdict 1", others):
         kind, _, rank = word.partition(" ")
         if kind == "error":
-            boxes[int(rank)].send(0, "farewell", {"end": "error", "text": "ValueError: x"})
+            boxes[int(rank)].send(0, "departure", {"end": "error", "text": "ValueError: x"})
         else:
             body = {"code": 76, "text": f"by {rank}", "judge": int(rank), "culprits": [0]}
             boxes[int(rank)].send(0, "verdict", body)
@@ -102,9 +102,9 @@ def test_socket_is_woken_from_outside() -> None:
 
 def _answers(asking: WatchdogSocket, rank: int) -> list[str]:
     """Kinds of what arrives after a question to the rank."""
-    asking.send(rank, "question", {})
+    asking.send(rank, "state_request", {})
     until, kinds = time.monotonic() + 10, []
-    while "answer" not in kinds and time.monotonic() < until:
+    while "state" not in kinds and time.monotonic() < until:
         kinds += [message.kind for message in asking.receive(0.2)[0]]
     return kinds
 
@@ -131,10 +131,10 @@ def test_watchdog_drops_messages_of_a_wrong_form_and_verdicts_of_others(monkeypa
         {"text": "\x1b"},
     ):
         boxes[1].send(0, "verdict", verdict | change)
-    for kind in ("answer", "verdict", "farewell"):
+    for kind in ("state", "verdict", "departure"):
         boxes[1].send(0, kind, {})  # type: ignore[arg-type]
         boxes[1].send(0, kind, {"waits": 7, "end": {}, "code": [[]]})  # type: ignore[arg-type]
-    assert "answer" in _answers(boxes[2], 0)
+    assert "state" in _answers(boxes[2], 0)
     assert ends == []
     boxes[1].send(0, "verdict", verdict)
     until = time.monotonic() + 10
@@ -163,7 +163,7 @@ def test_watchdog_logs_an_error_of_its_own_and_goes_on(
     until = time.monotonic() + 10
     while errors and time.monotonic() < until:
         time.sleep(0.05)
-    assert "answer" in _answers(second, 0)
+    assert "state" in _answers(second, 0)
     assert caplog.messages == ["watchdog: error number 1 of its own; it goes on"]  # and not one for each
     assert caplog.records[0].exc_info is not None
     watchdog.close()

@@ -9,7 +9,7 @@ import pytest
 
 from comm.watchdog.collective_log import CollectiveLog
 from comm.watchdog.main_thread import MainThread
-from comm.watchdog.verdict import Findings, Reason, Standing, Verdict, Wait, judge, name_ranks
+from comm.watchdog.verdict import InquiryResult, RankState, Reason, Verdict, Wait, judge, name_ranks
 
 WORLD = (0, 1, 2, 3)
 
@@ -20,28 +20,28 @@ def wait(name: str, ranks: tuple[int, ...], number: int = 0, seconds: float = 9.
     return Wait(text=text, group=group, number=number, ranks=ranks, seconds=seconds)
 
 
-def standing(*waits: Wait, reached: tuple[Wait, ...] = (), is_busy: bool = False) -> Standing:
+def state(*waits: Wait, reached: tuple[Wait, ...] = (), is_busy: bool = False) -> RankState:
     started = {each.group: each.number + 1 for each in (*waits, *reached)}
-    return Standing(waits=waits, started=started, is_busy=is_busy, place="a.py, line 1, f", last="x", idle_seconds=8.0)
+    return RankState(waits=waits, started=started, is_busy=is_busy, place="a.py, line 1, f", last="x", idle_seconds=8.0)
 
 
 def conclude(
     reason: Reason,
-    standings: dict[int, Standing],
+    states: dict[int, RankState],
     lost: dict[int, str] | None = None,
     silent: tuple[int, ...] = (),
     asks: int = 0,
 ) -> Verdict | None:
-    return judge(reason, Findings(judge=asks, standings=standings, lost=lost or {}, silent=silent), 5.0)
+    return judge(reason, InquiryResult(judge=asks, states=states, lost=lost or {}, silent=silent), 5.0)
 
 
 REDUCE = wait("reduce", WORLD)
 
 
 def test_verdict_blames_what_has_ended_before_what_is_silent() -> None:
-    standings = {0: standing(REDUCE), 1: standing(REDUCE)}
+    states = {0: state(REDUCE), 1: state(REDUCE)}
     for reason in Reason:
-        verdict = conclude(reason, standings, {3: "its process has ended"}, (2,))
+        verdict = conclude(reason, states, {3: "its process has ended"}, (2,))
         assert verdict is not None
         assert (verdict.code, verdict.culprits) == (78, (3,))
         assert verdict.text == f"rank 3 is lost: its process has ended; ranks 0 and 1 awaited {REDUCE.text}"
@@ -56,13 +56,13 @@ def test_verdict_blames_what_has_ended_before_what_is_silent() -> None:
     ],
 )
 def test_verdict_on_a_silent_rank_depends_on_why_it_was_asked(reason: Reason, code: int, text: str) -> None:
-    verdict = conclude(reason, {rank: standing(REDUCE) for rank in (0, 1, 2)}, silent=(3,))
+    verdict = conclude(reason, {rank: state(REDUCE) for rank in (0, 1, 2)}, silent=(3,))
     assert (verdict.code if verdict else 0) == code
     assert verdict is None or verdict.text == f"{text}; ranks 0 to 2 awaited {REDUCE.text}"
 
 
 def test_verdict_of_the_smaller_side_says_that_it_is_cut_off() -> None:
-    verdict = conclude(Reason.DEADLINE, {2: standing(REDUCE)}, silent=(0, 1, 3), asks=2)
+    verdict = conclude(Reason.DEADLINE, {2: state(REDUCE)}, silent=(0, 1, 3), asks=2)
     assert verdict is not None
     assert verdict.text.startswith("ranks 0, 1 and 3 did not come within 5 s, nor answer: cut off from rank 2; rank 2 ")
 
@@ -70,18 +70,18 @@ def test_verdict_of_the_smaller_side_says_that_it_is_cut_off() -> None:
 def test_verdict_names_the_operation_that_the_missing_rank_takes_part_in() -> None:
     """Rank 0 has waited the longest, for rank 1; but it is rank 2 that is missing, in what rank 1 waits for."""
     send, hop = wait("send", (0, 1)), wait("hop", (1, 2), seconds=7.0)
-    verdict = conclude(Reason.DEADLINE, {0: standing(send), 1: standing(hop), 3: standing()}, silent=(2,))
+    verdict = conclude(Reason.DEADLINE, {0: state(send), 1: state(hop), 3: state()}, silent=(2,))
     assert verdict is not None
     assert verdict.text.endswith(f"; rank 1 awaited {hop.text}")
-    lost = conclude(Reason.SIGNAL, {0: standing(send), 1: standing(hop), 3: standing()}, {3: "it was ended by SIGTERM"})
+    lost = conclude(Reason.SIGNAL, {0: state(send), 1: state(hop), 3: state()}, {3: "it was ended by SIGTERM"})
     assert lost is not None
     assert lost.text == "rank 3 is lost: it was ended by SIGTERM; no other rank awaited it"
 
 
 def test_verdict_follows_who_waits_for_whom_to_the_one_that_computes() -> None:
     send, hop = wait("send", (0, 1)), wait("hop", (1, 2), seconds=7.0)
-    standings = {0: standing(send), 1: standing(hop), 2: standing(is_busy=True), 3: standing(REDUCE)}
-    verdict = conclude(Reason.DEADLINE, standings)
+    states = {0: state(send), 1: state(hop), 2: state(is_busy=True), 3: state(REDUCE)}
+    verdict = conclude(Reason.DEADLINE, states)
     assert verdict is not None
     assert (verdict.code, verdict.culprits) == (76, (2,))
     assert verdict.text == (
@@ -89,38 +89,38 @@ def test_verdict_follows_who_waits_for_whom_to_the_one_that_computes() -> None:
         f"rank 1 awaited {hop.text}"
     )
     # A lane of rank 1 waits, too, but its main thread is what keeps rank 0 waiting.
-    standings[1] = standing(hop, is_busy=True)
-    verdict = conclude(Reason.DEADLINE, standings)
+    states[1] = state(hop, is_busy=True)
+    verdict = conclude(Reason.DEADLINE, states)
     assert verdict is not None
     assert verdict.culprits == (1,)
 
 
 def test_verdict_tells_a_circle_a_phase_and_what_is_stuck_though_all_came() -> None:
     send, back = wait("send", (0, 1)), wait("back", (0, 1))
-    verdict = conclude(Reason.DEADLINE, {0: standing(send), 1: standing(back), 2: standing(), 3: standing()})
+    verdict = conclude(Reason.DEADLINE, {0: state(send), 1: state(back), 2: state(), 3: state()})
     assert verdict is not None
     assert "as ranks wait for each other: here for " in verdict.text
-    inside = {rank: standing(REDUCE, is_busy=rank == 2) for rank in WORLD}
+    inside = {rank: state(REDUCE, is_busy=rank == 2) for rank in WORLD}
     verdict = conclude(Reason.DEADLINE, inside)
     assert verdict is not None
     assert verdict.culprits == (2,)
     assert verdict.text.endswith(f"; ranks 0, 1 and 3 awaited {REDUCE.text}")
-    verdict = conclude(Reason.DEADLINE, {rank: standing(REDUCE) for rank in WORLD})
+    verdict = conclude(Reason.DEADLINE, {rank: state(REDUCE) for rank in WORLD})
     assert verdict is not None
     assert verdict.text == (f"nobody is missing, yet it did not end within 5 s; ranks 0 to 3 awaited {REDUCE.text}")
 
 
 def test_verdict_is_none_where_all_are_well() -> None:
     for reason in (Reason.ERROR, Reason.SIGNAL):
-        assert conclude(reason, {rank: standing(REDUCE) for rank in WORLD}) is None
-    assert conclude(Reason.DEADLINE, {rank: standing() for rank in WORLD}) is None
+        assert conclude(reason, {rank: state(REDUCE) for rank in WORLD}) is None
+    assert conclude(Reason.DEADLINE, {rank: state() for rank in WORLD}) is None
 
 
 def test_standing_and_verdict_survive_their_encoding() -> None:
     log = CollectiveLog()
     with log.awaiting(log.start("a", (0, 1), "x")):
-        seen = Standing.of(log, MainThread())
-    assert Standing.from_json(json.loads(json.dumps(asdict(seen))), 2) == seen
+        seen = RankState.of(log, MainThread())
+    assert RankState.from_json(json.loads(json.dumps(asdict(seen))), 2) == seen
     verdict = Verdict(code=76, text="t", judge=1, culprits=(2, 3))
     assert Verdict.from_json(json.loads(json.dumps(asdict(verdict))), 64) == verdict
 

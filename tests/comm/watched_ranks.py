@@ -126,7 +126,7 @@ def _run_rank(
         )
         function(member.rank, log, (place / "struck").touch)
     except Exception as error:
-        job.watchdog.clear(error)
+        job.watchdog.report_error(error)
         (place / f"error_{member.rank}").write_text(f"{type(error).__name__}: {error}")
         time.sleep(0.5)
         os._exit(3)

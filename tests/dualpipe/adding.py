@@ -19,7 +19,7 @@ from dualpipe.runtime.compile import Pairing, compile_rank
 from dualpipe.runtime.execute import Execution, execute
 from dualpipe.runtime.pairing import overlapped, sequential
 from dualpipe.runtime.program import Program
-from dualpipe.runtime.protocols import Lane, Receipt
+from dualpipe.runtime.protocols import Lane, PendingReceive
 from dualpipe.transfers import Message
 from tests.dualpipe.random_schedules import bidirectional, looped, random_schedule, straight, v_shaped
 
@@ -185,7 +185,7 @@ class QueueTransport:
         self._queues = queues
         self._journal = journal
 
-    def post_receive(self, message: Message, /) -> Receipt:
+    def post_receive(self, message: Message, /) -> PendingReceive:
         assert message.source != message.destination
         return Due(message, self._queues[message.link])
 

@@ -1,4 +1,4 @@
-"""Colours that every eye tells apart, and numbers that stand out from them."""
+"""Colors that every eye tells apart, and numbers that stand out from them."""
 
 from itertools import combinations
 from math import dist
@@ -8,8 +8,8 @@ import pytest
 from dualpipe.draw import style
 
 
-def linear(colour: str) -> list[float]:
-    values = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+def linear(color: str) -> list[float]:
+    values = [int(color[place : place + 2], 16) / 255 for place in (1, 3, 5)]
     return [value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4 for value in values]
 
 
@@ -34,19 +34,19 @@ EYES = {
 
 @pytest.mark.parametrize("eye", EYES)
 def test_colours_differ_for_every_eye(eye: str) -> None:
-    colours = [*style.LIGHT.values(), *style.DARK.values()]
+    colors = [*style.LIGHT.values(), *style.DARK.values()]
     seen = [
-        lightness_and_hue([sum(a * b for a, b in zip(row, linear(colour), strict=True)) for row in EYES[eye]])
-        for colour in colours
+        lightness_and_hue([sum(a * b for a, b in zip(row, linear(color), strict=True)) for row in EYES[eye]])
+        for color in colors
     ]
     assert min(dist(one, two) for one, two in combinations(seen, 2)) >= 20
 
 
 def test_numbers_stand_out_from_their_cells() -> None:
-    def luminance(colour: str) -> float:
-        red, green, blue = linear(colour)
+    def luminance(color: str) -> float:
+        red, green, blue = linear(color)
         return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
-    assert all((luminance(colour) + 0.05) / (luminance("#16181b") + 0.05) >= 4.5 for colour in style.LIGHT.values())
+    assert all((luminance(color) + 0.05) / (luminance("#16181b") + 0.05) >= 4.5 for color in style.LIGHT.values())
     # 4.3 for the lightest of the dark ones: a darker olive could not be told from the brown beside it.
-    assert all(1.05 / (luminance(colour) + 0.05) >= 4.3 for colour in style.DARK.values())
+    assert all(1.05 / (luminance(color) + 0.05) >= 4.3 for color in style.DARK.values())

@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from dualpipe.draw.entry import Absent, time_schedule
+from dualpipe.draw.entry import UnavailableSchedule, time_schedule
 from dualpipe.draw.table import COLUMNS, cells, html, table
 from dualpipe.generate.dualpipe_v import dualpipe_v
 from dualpipe.registry import build
@@ -40,7 +40,9 @@ def test_table_counts_memory_in_shares_of_a_rank() -> None:
 
 @pytest.mark.parametrize("width", [80, 100, 160])
 def test_table_tells_why_a_kind_is_absent_within_the_width(width: int) -> None:
-    text = table([Absent(kind="dualpipe", reason=REASON), time_schedule(build("1f1b", 5, 13), UNIT)], width)
+    text = table(
+        [UnavailableSchedule(kind="dualpipe", reason=REASON), time_schedule(build("1f1b", 5, 13), UNIT)], width
+    )
     lines = text.splitlines()
     assert max(map(len, lines)) <= width
     assert lines[1].startswith("dualpipe  - needs an even")
@@ -55,14 +57,14 @@ def test_table_of_nothing_is_its_head() -> None:
 
 
 def test_table_is_ascii_whatever_the_reason() -> None:
-    assert table([Absent(kind="é", reason="→ nowhere")]).isascii()
+    assert table([UnavailableSchedule(kind="é", reason="→ nowhere")]).isascii()
 
 
 UNIT = Costs(forward=1, backward_input=1, backward_weight=1, exchange=0, latency=0)
 ENTRIES = [
     time_schedule(build("dualpipe", 4, 12), UNIT),
     time_schedule(build("1f1b", 4, 12), UNIT),
-    Absent(kind="odd<kind>", reason="needs <more> & better ranks"),
+    UnavailableSchedule(kind="odd<kind>", reason="needs <more> & better ranks"),
 ]
 VOID = {"meta", "input", "br", "link"}
 
@@ -110,7 +112,7 @@ def test_page_closes_what_it_opens(text: str) -> None:
 
 def test_page_has_a_line_per_entry_and_a_picture_per_schedule(text: str) -> None:
     page = Reader(text)
-    shown = [found for found in ENTRIES if not isinstance(found, Absent)]
+    shown = [found for found in ENTRIES if not isinstance(found, UnavailableSchedule)]
     expected = [value for found in shown for value in cells(found)] + ["odd<kind>", "needs <more> & better ranks"]
     assert [cell.strip() for cell in page.cells] == expected
     assert len(page.all("th")) == len(COLUMNS)
@@ -165,7 +167,7 @@ def test_page_reads_in_light_and_dark(text: str) -> None:
 
 
 def test_page_of_absent_schedules_only_is_whole() -> None:
-    page = Reader(html([Absent(kind="zb_v", reason="needs ranks")]))
+    page = Reader(html([UnavailableSchedule(kind="zb_v", reason="needs ranks")]))
     assert page.cells == ["zb_v", "needs ranks"]
     assert not page.all("figure")
 

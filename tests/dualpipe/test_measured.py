@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 
 from dualpipe.ir import Op, Operation, Schedule
-from dualpipe.passes import one_at_a_time
+from dualpipe.passes import ungroup
 from dualpipe.registry import build
 from dualpipe.runtime.measured import (
     LaneSpan,
@@ -15,8 +15,8 @@ from dualpipe.runtime.measured import (
     measured_bubble,
     measured_costs,
     measured_exposed,
+    rank_busy_time,
     rank_spans,
-    rank_use,
     step_lanes,
 )
 from dualpipe.runtime.program import Action
@@ -117,13 +117,14 @@ def test_measured_run_can_be_sent_between_processes() -> None:
 def test_bubble_of_each_ranks_use_is_that_of_its_spans(schedule: Schedule) -> None:
     programs = programs_of(schedule)
     uses = [
-        rank_use(step_lanes(program), spans, 7.0) for program, spans in zip(programs, spans_of(programs), strict=True)
+        rank_busy_time(step_lanes(program), spans, 7.0)
+        for program, spans in zip(programs, spans_of(programs), strict=True)
     ]
     run = measured_run(schedule, origin_seconds=7.0)
     assert min(use.start_seconds for use in uses) == run.start_seconds
     assert max(use.end_seconds for use in uses) == run.end_seconds
     total = run.makespan_seconds * len(uses)
-    assert 1 - sum(use.used_seconds for use in uses) / total == pytest.approx(measured_bubble(run))
+    assert 1 - sum(use.busy_seconds for use in uses) / total == pytest.approx(measured_bubble(run))
 
 
 @pytest.mark.parametrize("kind", ["zb_h1", "zb_v"])
@@ -185,5 +186,5 @@ def test_plan_by_a_runs_costs_takes_no_longer_than_the_run(kind: str) -> None:
     # On a clock of fixed times only hand-overs and links come on top of what the plan counts.
     schedule = build(kind, 3, 6)
     run = measured_run(schedule)
-    planned = simulate(one_at_a_time(schedule), measured_costs(schedule, run))
+    planned = simulate(ungroup(schedule), measured_costs(schedule, run))
     assert 0.8 * run.makespan_seconds < planned.makespan < run.makespan_seconds

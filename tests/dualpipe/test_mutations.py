@@ -84,7 +84,7 @@ def swap(lists: Lists, draws: random.Random) -> None:
     lists[rank][group][member], lists[rank][other][place] = two, one
 
 
-def swap_neighbours(lists: Lists, draws: random.Random) -> None:
+def swap_neighbors(lists: Lists, draws: random.Random) -> None:
     rank = draws.randrange(len(lists))
     first = draws.randrange(max(1, len(lists[rank]) - 1))
     lists[rank][first : first + 2] = lists[rank][first : first + 2][::-1]
@@ -111,7 +111,7 @@ def move_to_another_rank(lists: Lists, draws: random.Random) -> None:
 
 
 def regroup(lists: Lists, draws: random.Random) -> None:
-    """Two or three neighbours become one group, or a group falls apart, or its members change places."""
+    """Two or three neighbors become one group, or a group falls apart, or its members change places."""
     rank, group, _ = somewhere(lists, draws)
     groups = lists[rank]
     if len(groups[group]) > 1 and draws.random() < 0.6:
@@ -166,7 +166,7 @@ def test_oracle_accepts_every_original() -> None:
         (double, 1.0, 0.0),
         (move_to_another_rank, 1.0, 0.0),
         (swap, 0.7, 0.02),
-        (swap_neighbours, 0.1, 0.1),
+        (swap_neighbors, 0.1, 0.1),
         (move, 0.5, 0.1),
         (move_a_little, 0.2, 0.2),
         (regroup, 0.15, 0.2),

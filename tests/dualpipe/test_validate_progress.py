@@ -69,10 +69,10 @@ def can_run(schedule: Schedule) -> bool:
                     graph[("run", number, index)].add(("run", *made[needed]))
                 step = {Op.FORWARD: -1, Op.BACKWARD_WEIGHT: 0}.get(op.kind, 1)
                 for kind in (op.kind,) if op.kind is Op.FORWARD else (Op.BACKWARD, Op.BACKWARD_INPUT):
-                    # A stage's neighbour on the same rank sends nothing, it has to have run.
-                    neighbour = Operation(kind, op.direction, op.stage + step, op.micro_batch)
-                    if step and neighbour in made and made[neighbour][0] == number:
-                        graph[("run", number, index)].add(("run", *made[neighbour]))
+                    # A stage's neighbor on the same rank sends nothing, it has to have run.
+                    neighbor = Operation(kind, op.direction, op.stage + step, op.micro_batch)
+                    if step and neighbor in made and made[neighbor][0] == number:
+                        graph[("run", number, index)].add(("run", *made[neighbor]))
             before = ("run", number, index)
             for message in rank.sends[index]:
                 queue = sent.setdefault(message.link, [])
@@ -189,7 +189,7 @@ def test_synchronous_links_stop_what_the_validator_refuses() -> None:
 
 
 def with_unlike_neighbours_swapped(schedule: Schedule, draws: random.Random) -> Schedule:
-    """Four neighbours that are no rivals on a link change places, which leaves the order on links as it is."""
+    """Four neighbors that are no rivals on a link change places, which leaves the order on links as it is."""
     lists = [list(groups) for groups in schedule.ranks]
     for _ in range(4):
         groups = draws.choice(lists)

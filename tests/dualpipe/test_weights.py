@@ -55,8 +55,8 @@ def test_placing_keeps_everything_but_the_place_of_weights(patience: float) -> N
             assert without_weights(placed) == without_weights(schedule)
             for groups in placed.ranks:
                 operations = [op for group in groups for op in group]
-                owed = [replace(op, kind=Op.BACKWARD_WEIGHT) for op in operations if op.kind is Op.BACKWARD_INPUT]
-                assert [op for op in operations if op.kind is Op.BACKWARD_WEIGHT] == owed
+                deferred = [replace(op, kind=Op.BACKWARD_WEIGHT) for op in operations if op.kind is Op.BACKWARD_INPUT]
+                assert [op for op in operations if op.kind is Op.BACKWARD_WEIGHT] == deferred
 
 
 def test_placing_fills_waits_of_any_length() -> None:

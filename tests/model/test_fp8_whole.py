@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from comm.dispatch.local import LocalDispatcher
-from comm.protocol import HomeDispatcher
+from comm.protocol import RankLocalDispatcher
 from kernels.quantize import reference_blocks
 from kernels.quantize.layout import QuantizedBlocks
 from model.attention.mla import LatentAttention
@@ -230,5 +230,5 @@ def test_a_pass_without_a_backward_puts_nothing_by(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_dispatcher_that_hides_its_home_is_taken_for_another() -> None:
-    assert isinstance(LocalDispatcher(4), HomeDispatcher)
-    assert not isinstance(Away(LocalDispatcher(4)), HomeDispatcher)
+    assert isinstance(LocalDispatcher(4), RankLocalDispatcher)
+    assert not isinstance(Away(LocalDispatcher(4)), RankLocalDispatcher)

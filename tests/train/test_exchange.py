@@ -106,7 +106,7 @@ def _merge(rank: int, world_size: int) -> dict[str, Any]:
     counted = LayerTraffic(
         num_tokens=10,
         num_touched_nodes=15 + rank,
-        num_least_rows=3,
+        min_rows_across_nodes=3,
         num_rows_across_nodes=6,
         num_bytes_across_nodes=60,
         num_bytes_from_nodes=100 * rank,

@@ -15,7 +15,7 @@ from dualpipe.config import ScheduleConfig
 from dualpipe.draw.cells import measured_cells
 from dualpipe.ir import Schedule
 from dualpipe.registry import build
-from dualpipe.runtime.measured import LaneSpan, Measured, RankUse, measured_bubble, rank_spans
+from dualpipe.runtime.measured import LaneSpan, Measured, RankBusyTime, measured_bubble, rank_spans
 from tests.dualpipe.clockwork import measured_run
 from tests.ranks import run_ranks
 from tests.tiny import MODEL, tiny_config, write_text
@@ -76,7 +76,7 @@ def _watch(rank: int, world_size: int, config: TrainConfig) -> tuple[float, bool
     result = train_step(learner, config.task, loader, 0)
     use = watch.use(learner.replica, result.execution)
     slots = window_slots(use, learner.world.data_index, config.parallelism.data)
-    used, largest = torch.tensor([use.used_seconds], dtype=torch.float64), torch.tensor(slots, dtype=torch.float64)
+    used, largest = torch.tensor([use.busy_seconds], dtype=torch.float64), torch.tensor(slots, dtype=torch.float64)
     dist.all_reduce(used)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     bubble = bubble_of(float(used), largest.tolist(), config.parallelism.pipeline)
@@ -143,7 +143,7 @@ def test_bubble_counts_each_pipelines_own_time() -> None:
     # Two pipelines of two ranks: 10 s and 4 s long, begun at different times; 22 of their 28 rank seconds are used.
     uses = [(10.0, 100.0, 110.0), (6.0, 101.0, 107.0), (4.0, 50.0, 54.0), (2.0, 52.0, 54.0)]
     slots = [
-        window_slots(RankUse(used_seconds=used, start_seconds=start, end_seconds=end), place // 2, 2)
+        window_slots(RankBusyTime(busy_seconds=used, start_seconds=start, end_seconds=end), place // 2, 2)
         for place, (used, start, end) in enumerate(uses)
     ]
     largest = [max(column) for column in zip(*slots, strict=True)]

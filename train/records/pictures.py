@@ -18,16 +18,16 @@ from dualpipe.draw.svg import svg
 from dualpipe.draw.table import html
 from dualpipe.draw.trace import trace
 from dualpipe.ir import Schedule
-from dualpipe.passes import one_at_a_time
+from dualpipe.passes import ungroup
 from dualpipe.runtime.execute import Execution
 from dualpipe.runtime.measured import (
     LaneSpan,
     Measured,
-    RankUse,
+    RankBusyTime,
     SpanLane,
     measured_costs,
+    rank_busy_time,
     rank_spans,
-    rank_use,
     step_lanes,
 )
 from train.records.secrets import redact
@@ -54,12 +54,12 @@ class PipelineWatch:
         self._lanes: dict[int, tuple[SpanLane | None, ...]] = {}
         self._group = make_group(world.layout.pipeline_group(0), world.timeout_seconds)
 
-    def use(self, replica: Replica, execution: Execution) -> RankUse:
+    def use(self, replica: Replica, execution: Execution) -> RankBusyTime:
         """This rank's part of the bubble, in a step that the replica ran."""
         num_micro_batches = replica.schedule.num_micro_batches
         if num_micro_batches not in self._lanes:
             self._lanes[num_micro_batches] = step_lanes(replica.train_program)
-        return rank_use(self._lanes[num_micro_batches], execution.spans, execution.origin_seconds)
+        return rank_busy_time(self._lanes[num_micro_batches], execution.spans, execution.origin_seconds)
 
     def draw(self, replica: Replica, execution: Execution, step: int) -> bool:
         """Writes the three files into the run's folder, in place of earlier ones. Every rank must ask.
@@ -76,7 +76,7 @@ class PipelineWatch:
             return False
         schedule = replica.schedule
         if replica.config.pairing == "sequential":
-            schedule = one_at_a_time(schedule)
+            schedule = ungroup(schedule)
         rank = replica.world.pipeline_index
         groups = schedule.ranks[rank]
         mine = rank_spans(groups, replica.train_program, execution.spans, execution.origin_seconds)
@@ -116,7 +116,7 @@ def write_pictures(folder: Path, title: str, schedule: Schedule, measured: Measu
     return shown
 
 
-def window_slots(use: RankUse, data_index: int, num_pipelines: int) -> list[float]:
+def window_slots(use: RankBusyTime, data_index: int, num_pipelines: int) -> list[float]:
     """This rank's begin, negated, and end, where its pipeline has its place; a maximum over ranks gives all windows."""
     slots = [-float("inf")] * (2 * num_pipelines)
     slots[2 * data_index : 2 * data_index + 2] = [-use.start_seconds, use.end_seconds]

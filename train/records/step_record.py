@@ -13,7 +13,7 @@ from torch import distributed as dist
 from torch.distributed import ProcessGroup
 
 from comm.dispatch.traffic import LayerTraffic, TrafficSnapshot
-from dualpipe.runtime.measured import RankUse
+from dualpipe.runtime.measured import RankBusyTime
 from model.objective import BALANCE
 from train.records.metrics import mfu
 from train.records.pictures import PipelineWatch, bubble_of, window_slots
@@ -64,10 +64,10 @@ def record_of(
     }
 
 
-def _usage_metrics(world: World, use: RankUse) -> dict[str, object]:
+def _usage_metrics(world: World, use: RankBusyTime) -> dict[str, object]:
     """Returns peak memory and the bubble over all ranks."""
     mesh, mine = world.layout.parallelism, _peak_memory_bytes(world.device)
-    used_seconds, memory = _reduce(world, [use.used_seconds, mine], dist.ReduceOp.SUM)
+    used_seconds, memory = _reduce(world, [use.busy_seconds, mine], dist.ReduceOp.SUM)
     largest = [mine, *window_slots(use, world.data_index, mesh.data)]
     peak, *slots = _reduce(world, largest, dist.ReduceOp.MAX)
     return {

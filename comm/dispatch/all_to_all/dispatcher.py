@@ -33,7 +33,7 @@ class AllToAllHandle:
         return self._num_tokens
 
     def route(self, planner: AllToAllPlanner) -> AllToAllRoute:
-        """Completes the plan at first use, which is the only host synchronisation on CUDA. Called on the lane."""
+        """Completes the plan at first use, which is the only host synchronization on CUDA. Called on the lane."""
         if self._route is None:
             assert self._work is not None
             self._route = planner.complete(self._work.wait(), self.label)
@@ -163,7 +163,7 @@ class AllToAllDispatcher:
         sent: tuple[int, ...],
         received: tuple[int, ...],
     ) -> Tensor:
-        group, least = self._group, own.route(self._planner).num_least_rows
+        group, least = self._group, own.route(self._planner).min_rows_across_nodes
         layer = None if own.label is None else own.label.layer
         self._traffic.add_predicted(layer, Spread.of(sent, group.nodes, group.place), form.bytes_per_row, least)
         return group.start(bytes_NB, sent, received, name, own.label).wait()

@@ -60,7 +60,7 @@ class AllToAllRoute:
     sent: tuple[int, ...]
     received: tuple[int, ...]
     counts: tuple[int, ...]
-    num_least_rows: int
+    min_rows_across_nodes: int
     sorted_A: Tensor | None
     arrival_A: Tensor | None
 
@@ -120,7 +120,7 @@ class AllToAllPlanner:
             sent=tuple(map(sum, _rows(counts_E, num_local))),
             received=received,
             counts=tuple(map(sum, zip(*rows, strict=True))),
-            num_least_rows=sum(touched_N) - touched_N[self._home],
+            min_rows_across_nodes=sum(touched_N) - touched_N[self._home],
             sorted_A=sorted_A,
             arrival_A=None if sorted_A is None else inverse_permutation(sorted_A),
         )

@@ -1,7 +1,7 @@
 """The dispatcher over DeepEP's kernels: a token's row once to every rank that holds experts of the token.
 
 For the interface of deep_ep 2.1.0 (github.com/deepseek-ai/DeepEP, `ElasticBuffer`). DeepEP learns the counts inside its
-first dispatch: a plan only prepares, and that dispatch is the host synchronisation. Its handle is made once for a plan
+first dispatch: a plan only prepares, and that dispatch is the host synchronization. Its handle is made once for a plan
 and used for every later exchange.
 
 Shape legend: T tokens of this rank, K experts per token, R rows received (one for each token with experts here),
@@ -44,11 +44,11 @@ class _Planned:
 
 
 @dataclass(frozen=True, slots=True)
-class _Reach:
-    """How far one exchange of this rank's tokens goes; of these rows, `num_least_rows` must cross nodes."""
+class _PlannedTraffic:
+    """How far one exchange of this rank's tokens goes; of these rows, `min_rows_across_nodes` must cross nodes."""
 
     rows: Spread
-    num_least_rows: int
+    min_rows_across_nodes: int
 
 
 class DeepEPHandle:
@@ -56,14 +56,14 @@ class DeepEPHandle:
 
     Attributes:
         label: of the exchange.
-        reach: known once the first dispatch has begun.
+        traffic: known once the first dispatch has begun.
         routes: one for each type of row. Between nodes DeepEP divides its work by the bytes of a row, and refuses a
             handle that another division has made.
     """
 
     def __init__(self, num_tokens: int, label: Label | None, work: Work[_Planned]) -> None:
         self.label = label
-        self.reach: _Reach | None = None
+        self.traffic: _PlannedTraffic | None = None
         self.routes: dict[torch.dtype, DeepEPRoute] = {}
         self._num_tokens = num_tokens
         self._work = work
@@ -223,13 +223,13 @@ class DeepEPDispatcher(ClosesOnSuccess):
             # The plan's numbers must be on the host. And DeepEP waits for the counts while no other thread may run, so
             # the wait for what is queued before them is better done here.
             torch.cuda.current_stream().synchronize()
-        own.reach = own.reach or self._complete(planned, own.label)
+        own.traffic = own.traffic or self._complete(planned, own.label)
         with self._exchanging(own, rows_TD, name):
             received = self._buffer.dispatch(rows_TD, planned.ids_TK, weights_TK)
         own.routes[rows_TD.dtype] = DeepEPRoute.of(received.handle, received.ids_RK, self._num_sources)
         return received
 
-    def _complete(self, planned: _Planned, label: Label | None) -> _Reach:
+    def _complete(self, planned: _Planned, label: Label | None) -> _PlannedTraffic:
         """Verifies the cap, on all ranks alike, and accounts for the plan."""
         num_members, nodes, home = len(self._group.members), self._group.nodes, self._group.nodes[self._group.place]
         numbers = planned.numbers.tolist()
@@ -239,13 +239,13 @@ class DeepEPDispatcher(ClosesOnSuccess):
         self._observers.traffic.add_plan(layer, len(planned.ids_TK), sum(per_node))
         crossing = sum(per_node) - per_node[sorted(set(nodes)).index(home)]
         if not self._buffer.hops_between_nodes:
-            return _Reach(Spread.of(per_member, nodes, self._group.place), crossing)
+            return _PlannedTraffic(Spread.of(per_member, nodes, self._group.place), crossing)
         # A row crosses to the rank of this rank's index on the other node, and is handed on from there.
         index_M = [nodes[:place].count(node) for place, node in enumerate(nodes)]
         handed_on = sum(
             rows for rows, index in zip(per_member, index_M, strict=True) if index != index_M[self._group.place]
         )
-        return _Reach(
+        return _PlannedTraffic(
             Spread(kept=per_member[self._group.place], within_node=handed_on, across_nodes=crossing), crossing
         )
 
@@ -260,10 +260,10 @@ class DeepEPDispatcher(ClosesOnSuccess):
     @contextmanager
     def _exchanging(self, own: DeepEPHandle, rows: Tensor, name: str) -> Iterator[None]:
         """Accounts for an exchange by its plan, and logs it while inside."""
-        assert own.reach is not None
+        assert own.traffic is not None
         layer, num_choices = None if own.label is None else own.label.layer, own.planned().ids_TK.shape[1]
         bytes_per_row = rows.shape[1] * rows.itemsize + _BYTES_PER_CHOICE * num_choices
-        self._observers.traffic.add_predicted(layer, own.reach.rows, bytes_per_row, own.reach.num_least_rows)
+        self._observers.traffic.add_predicted(layer, own.traffic.rows, bytes_per_row, own.traffic.min_rows_across_nodes)
         members, log = self._group.members, self._observers.log
         with log.awaiting(log.start(f"deepep {list(members)}", members, name, own.label)):
             yield

@@ -40,7 +40,7 @@ class DeepEPRoute:
 
     @classmethod
     def of(cls, handle: Any, ids_RK: Tensor, num_sources: int) -> Self:
-        """Sorts by local expert, then source rank, then token, without a host synchronisation.
+        """Sorts by local expert, then source rank, then token, without a host synchronization.
 
         Args:
             handle: of an exchange without expansion. Read are `num_recv_tokens_per_expert_list` and, as the first

@@ -81,10 +81,10 @@ class ChunkedExchange:
             exchange.wait()
         return returned_YB
 
-    def predict(self, traffic: Traffic, bytes_per_row: int, num_least_rows: int, back: bool) -> None:
+    def predict(self, traffic: Traffic, bytes_per_row: int, min_rows_across_nodes: int, back: bool) -> None:
         """Counts the rows that the plan predicts, to experts or, with `back`, to tokens."""
         layer = None if self._label is None else self._label.layer
-        for group, hops, least in ((self._rail, self._across, num_least_rows), (self._node, self._within, 0)):
+        for group, hops, least in ((self._rail, self._across, min_rows_across_nodes), (self._node, self._within, 0)):
             sent = [hop.back.sent if back else hop.sent for hop in hops] or [(0,) * len(group.members)]
             rows = Spread.of(list(map(sum, zip(*sent, strict=True))), group.nodes, group.place)
             traffic.add_predicted(layer, rows, bytes_per_row, least)

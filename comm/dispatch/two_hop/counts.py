@@ -46,7 +46,7 @@ class PlanCounts:
         counts: rows of each local expert.
         num_over_R: tokens over the cap, of each member.
         num_touched_nodes: over this member's tokens, nodes touched.
-        num_least_rows: of those, other than the home node.
+        min_rows_across_nodes: of those, other than the home node.
     """
 
     across: tuple[Hop, ...]
@@ -55,7 +55,7 @@ class PlanCounts:
     counts: tuple[int, ...]
     num_over_R: tuple[int, ...]
     num_touched_nodes: int
-    num_least_rows: int
+    min_rows_across_nodes: int
 
 
 class CountLayout:
@@ -114,7 +114,7 @@ class CountLayout:
             counts=tuple(map(sum, zip(*(row[num_chunks:end] for row in rows), strict=True))),
             num_over_R=tuple(row[end] for row in rows),
             num_touched_nodes=sum(touched_N),
-            num_least_rows=sum(touched_N) - touched_N[self._node],
+            min_rows_across_nodes=sum(touched_N) - touched_N[self._node],
         )
 
     def _indices_for(self, member: int) -> list[int]:

@@ -24,7 +24,7 @@ from comm.dispatch.row_format import RowFormat, RowPart
 from comm.dispatch.two_hop.chunks import ChunkedExchange
 from comm.dispatch.two_hop.counts import CountLayout
 from comm.dispatch.two_hop.plan import TwoHopCounts, TwoHopPlanner, TwoHopRoute
-from comm.dispatch.two_hop.routing import Expansion, Relaying, RowReader
+from comm.dispatch.two_hop.routing import Expansion, RelayOrder, RowRouter
 from comm.groups import join_one
 from comm.lane import Lane
 from comm.layout import Layout
@@ -65,7 +65,7 @@ class TwoHopHandle:
 
     def __init__(self, num_tokens: int, label: Label | None, work: Work[TwoHopCounts]) -> None:
         self.label = label
-        self.relayings: list[Relaying] = []
+        self.relay_orders: list[RelayOrder] = []
         self._expansion: Expansion | None = None
         self._num_tokens = num_tokens
         self._work: Work[TwoHopCounts] | None = work
@@ -77,7 +77,7 @@ class TwoHopHandle:
         return self._num_tokens
 
     def route(self, planner: TwoHopPlanner) -> TwoHopRoute:
-        """Completes the plan at first use, which is the only host synchronisation on CUDA. Called on the lane."""
+        """Completes the plan at first use, which is the only host synchronization on CUDA. Called on the lane."""
         if self._route is None:
             assert self._work is not None
             self._route = planner.complete(self._work.wait(), self.label)
@@ -136,7 +136,7 @@ class TwoHopDispatcher:
         max_nodes = config.max_nodes if config.node_cap == "verify" else None
         self._planner = TwoHopPlanner(expert, relays, count_layout, num_experts, max_nodes, observers.traffic)
         members = relays.members_of[relays.node_of[expert.place]]
-        self._reader = RowReader(num_experts, self.num_local_experts, members, expert.place)
+        self._router = RowRouter(num_experts, self.num_local_experts, members, expert.place)
         self._groups = groups
         self._lane = lane
         self._traffic = observers.traffic
@@ -205,13 +205,13 @@ class TwoHopDispatcher:
         route, dense_parts = own.route(self._planner), [dense(part) for part in parts]
 
         def relay(chunk: int, crossed_MB: Tensor) -> Tensor:
-            if len(own.relayings) == chunk:
+            if len(own.relay_orders) == chunk:
                 num_sent = sum(route.within[chunk].sent)
-                own.relayings.append(self._reader.relay(form.part(crossed_MB, _IDS), num_sent))
-            return permute(crossed_MB, own.relayings[chunk].rows_S)
+                own.relay_orders.append(self._router.relay(form.part(crossed_MB, _IDS), num_sent))
+            return permute(crossed_MB, own.relay_orders[chunk].rows_S)
 
         exchange = self._chunked(name, own)
-        exchange.predict(self._traffic, form.bytes_per_row, route.num_least_rows, back=False)
+        exchange.predict(self._traffic, form.bytes_per_row, route.min_rows_across_nodes, back=False)
         return exchange.send_to_experts(form, lambda message: form.gather(dense_parts, route.tokens[message]), relay)
 
     def _return_to_tokens(
@@ -231,10 +231,10 @@ class TwoHopDispatcher:
             return form.pack(sums)
 
         def relay(chunk: int, crossed_MB: Tensor) -> Tensor:
-            return form.pack(form.sum(crossed_MB, own.relayings[chunk].places_MG))
+            return form.pack(form.sum(crossed_MB, own.relay_orders[chunk].places_MG))
 
         exchange = self._chunked(name, own)
-        exchange.predict(self._traffic, form.bytes_per_row, route.num_least_rows, back=True)
+        exchange.predict(self._traffic, form.bytes_per_row, route.min_rows_across_nodes, back=True)
         returned_YB = exchange.return_to_tokens(form, pack, relay)
         return form.sum(returned_YB, route.places_TP, rows_AD.dtype)
 
@@ -243,7 +243,7 @@ class TwoHopDispatcher:
         return ChunkedExchange(self._rail, self._node, route.across, route.within, name, own.label)
 
     def _expand(self, route: TwoHopRoute, shifted_XK: Tensor) -> Expansion:
-        return self._reader.expand(shifted_XK, route.by_source_X, sum(route.counts))
+        return self._router.expand(shifted_XK, route.by_source_X, sum(route.counts))
 
     def _sum_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return torch.float32 if self._partial_sums == "float32" and dtype.itemsize < 4 else dtype

@@ -1,4 +1,4 @@
-"""What a two-hop exchange must know before rows are sent, from one exchange of numbers and one host synchronisation.
+"""What a two-hop exchange must know before rows are sent, from one exchange of numbers and one host synchronization.
 
 Shape legend: R ranks of the expert group, N nodes, T tokens of this rank, K experts per token, E experts, C chunks of
 Q = ceil(T / C) tokens (the last padded), W counts sent to each member, P = N - 1 + G places from which a token's sum
@@ -43,7 +43,7 @@ class TwoHopRoute:
         across: the exchange of each chunk along the rail; none where there is one node.
         within: the exchanges in the node: of each such chunk, then of rows that need not cross nodes.
         counts: rows of each local expert.
-        num_least_rows: rows that must cross nodes.
+        min_rows_across_nodes: rows that must cross nodes.
         shifted_TK: expert ids plus 1, as they ride with rows.
         tokens: of each row sent, by message: chunks that cross, then what need not cross.
         places_TP: where each token's rows lie among all of those, negative where there is none.
@@ -53,7 +53,7 @@ class TwoHopRoute:
     across: tuple[Hop, ...]
     within: tuple[Hop, ...]
     counts: tuple[int, ...]
-    num_least_rows: int
+    min_rows_across_nodes: int
     shifted_TK: Tensor
     tokens: tuple[Tensor, ...]
     places_TP: Tensor
@@ -143,7 +143,7 @@ class TwoHopPlanner:
             across=counts.across,
             within=counts.within,
             counts=counts.counts,
-            num_least_rows=counts.num_least_rows,
+            min_rows_across_nodes=counts.min_rows_across_nodes,
             shifted_TK=counted.shifted_TK.to(self._id_dtype),
             tokens=counted.tokens[: sum(lengths)].split(lengths),
             places_TP=counted.places_TP,
@@ -173,9 +173,9 @@ class TwoHopPlanner:
         tokens = torch.cat([across.flatten(), numbers.repeat(num_places - num_others)])
         selection = select(marked, tokens, num_padded * num_places)
         # Where each token's row for each place is among the rows sent, back in the order of tokens: C Q by P.
-        at_others = selection.places_N[: others.numel()].view(others.shape).transpose(1, 2).flatten(0, 1)
-        at_home = selection.places_N[others.numel() :].view(num_places - num_others, num_padded).T
-        return Selection(selection.values_S, torch.cat([at_others, at_home], 1))
+        other_places = selection.places_N[: others.numel()].view(others.shape).transpose(1, 2).flatten(0, 1)
+        home_places = selection.places_N[others.numel() :].view(num_places - num_others, num_padded).T
+        return Selection(selection.values_S, torch.cat([other_places, home_places], 1))
 
     def _tables_on(self, device: torch.device) -> _Tables:
         """Returns the tables, which are made once, when the device is known."""

@@ -1,6 +1,6 @@
 """Where each row goes next, from the expert ids that are sent with it: to which ranks of a node, and to which experts.
 
-Both need only the rows that are there, and counts that the plan has on the host: no host synchronisation.
+Both need only the rows that are there, and counts that the plan has on the host: no host synchronization.
 
 Shape legend: K experts per token, E experts, L local experts, G ranks of the node, M rows that a relay takes into its
 node, S rows that it sends on, X rows that arrive at their experts' rank, A rows of its experts. In `select`, N entries,
@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class Relaying:
+class RelayOrder:
     """What a relay sends on.
 
     rows_S: the row of which each is a copy. places_MG: where each row's copy for each rank lies, negative for none.
@@ -39,7 +39,7 @@ class Expansion:
     places_XK: Tensor
 
 
-class RowReader:
+class RowRouter:
     """Reads ids on one rank."""
 
     def __init__(self, num_experts: int, num_local: int, members: Sequence[int], place: int) -> None:
@@ -52,7 +52,7 @@ class RowReader:
         own = range(place * num_local, (place + 1) * num_local)
         self._local = _numbered(num_experts, [range(expert, expert + 1) for expert in own])
 
-    def relay(self, shifted_MK: Tensor, num_sent: int) -> Relaying:
+    def relay(self, shifted_MK: Tensor, num_sent: int) -> RelayOrder:
         """Returns where rows go next: copies by rank, then in the order of rows.
 
         Args:
@@ -67,7 +67,7 @@ class RowReader:
         # The row of each copy, by rank, then in the order of rows: S; and the place of each copy among them, M G.
         rows_GM = torch.arange(len(shifted_MK), device=shifted_MK.device).expand_as(touched_GM)
         rows_S, places = select(touched_GM.flatten(), rows_GM.flatten(), num_sent)
-        return Relaying(rows_S, places.view(touched_GM.shape).T)
+        return RelayOrder(rows_S, places.view(touched_GM.shape).T)
 
     def expand(self, shifted_XK: Tensor, by_source_X: Tensor, num_rows: int) -> Expansion:
         """Returns the order of the experts' rows: by expert, then by source and token.

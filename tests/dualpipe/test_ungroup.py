@@ -6,7 +6,7 @@ from itertools import groupby
 import pytest
 
 from dualpipe.ir import Op, Operation, Schedule
-from dualpipe.passes import in_turn, one_at_a_time
+from dualpipe.passes import order_members, ungroup
 from dualpipe.runtime.pairing import sequential
 from dualpipe.runtime.program import Action
 from dualpipe.simulate.costs import Costs
@@ -19,7 +19,7 @@ UNIT = Costs(forward=1, backward_input=1, backward_weight=1, exchange=1, latency
 def test_members_of_a_group_take_forwards_first_and_weights_last() -> None:
     names = ("W", "I", "F", "B", "F")
     group = tuple(Operation(Op(name), 0, 0, index) for index, name in enumerate(names))
-    assert [(op.kind.value, op.micro_batch) for op in in_turn(group)] == [
+    assert [(op.kind.value, op.micro_batch) for op in order_members(group)] == [
         ("F", 2),
         ("F", 4),
         ("I", 1),
@@ -30,7 +30,7 @@ def test_members_of_a_group_take_forwards_first_and_weights_last() -> None:
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=name_of)
 def test_one_at_a_time_is_the_order_in_which_a_rank_runs_that_overlaps_nothing(schedule: Schedule) -> None:
-    alone = one_at_a_time(schedule)
+    alone = ungroup(schedule)
     assert simulate(alone, UNIT).makespan > 0
     assert replace(alone, ranks=schedule.ranks) == schedule
     letters = {Action.FORWARD: "F", Action.BACKWARD: "I", Action.WEIGHT: "W"}
