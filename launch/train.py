@@ -31,7 +31,7 @@ from train.config import TrainConfig
 from train.config.errors import ConfigError
 from train.memory.report import memory_lines
 from train.optim.learning_rate import schedule_warnings
-from train.records.events import note_event
+from train.records.events import try_append_event
 from train.records.status import read_status
 from train.records.terminal import guard_terminal, report_breaks
 
@@ -166,7 +166,7 @@ def _report_breaks(out_dir: Path) -> None:
 
     def note(text: str) -> None:
         known = read_status(out_dir)
-        note_event(out_dir, "output_broken", 0 if known is None else known.step, f"the command's {text}")
+        try_append_event(out_dir, "output_broken", 0 if known is None else known.step, f"the command's {text}")
 
     report_breaks(note)
 

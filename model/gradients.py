@@ -1,4 +1,4 @@
-"""Who owns gradients between backward passes and the optimiser's step."""
+"""Who owns gradients between backward passes and the optimizer's step."""
 
 from collections import deque
 from collections.abc import Callable, Iterable

@@ -23,8 +23,8 @@ from train.config import (
 )
 from train.config.token_schedule import TokenSchedule
 from train.optim.config import OptimConfig
+from train.optim.duration import Duration
 from train.optim.rates import DecayedRate
-from train.optim.span import Span
 from train.tasks.pretrain import PretrainConfig
 
 MODEL = ModelConfig(
@@ -60,9 +60,9 @@ OPTIM = OptimConfig(
     learning_rate=1e-2,
     schedule=DecayedRate(
         kind="cosine",
-        warmup=Span(amount=1, unit="steps"),
-        decay_start=Span(amount=100, unit="steps"),
-        decay_end=Span(amount=200, unit="steps"),
+        warmup=Duration(amount=1, unit="steps"),
+        decay_start=Duration(amount=100, unit="steps"),
+        decay_end=Duration(amount=200, unit="steps"),
         final_ratio=0.1,
     ),
     beta1=0.9,

@@ -100,10 +100,10 @@ class LoadLines:
         if self._lines is not None and step % self._every == 0:
             self._lines.record({"step": step, **balance.loads()})
 
-    def go_back(self, step: int) -> None:
+    def roll_back(self, step: int) -> None:
         """Takes back the lines of later steps, which come again."""
         if self._lines is not None:
-            self._lines.go_back(step)
+            self._lines.roll_back(step)
 
     def close(self) -> None:
         """Closes the file."""

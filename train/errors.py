@@ -11,7 +11,7 @@ VERDICT_CODES = (EXIT_HANG, EXIT_LOST)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Finding:
+class StepRefusal:
     """Why the guard refuses a step, equal on all ranks.
 
     Attributes:
@@ -30,9 +30,9 @@ class Finding:
 class RefusedStepError(RuntimeError):
     """A step that the guard refuses. Raised on every rank alike; nothing was updated, and its gradients are gone."""
 
-    def __init__(self, finding: Finding) -> None:
-        super().__init__(finding.reason)
-        self.finding = finding
+    def __init__(self, refusal: StepRefusal) -> None:
+        super().__init__(refusal.reason)
+        self.refusal = refusal
 
 
 class StoppedError(RuntimeError):

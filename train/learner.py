@@ -8,7 +8,7 @@ from data.batch_sizes import BatchSizes
 from dualpipe.ir import Schedule
 from model.gradients import GradientStore
 from train.config import EmaConfig
-from train.optim.build import Optimiser, build_optimiser
+from train.optim.build import Optimizer, build_optimizer
 from train.optim.config import OptimConfig
 from train.optim.ema import ParameterEma
 from train.optim.parameters import ReductionGroups, group_parameters
@@ -24,14 +24,14 @@ class Learner:
         replica: the network.
         config: of the optimizer.
         store: gradients of one step.
-        optimiser: applies them.
+        optimizer: applies them.
         ema: moving average of the weights; None if the run keeps none.
     """
 
     replica: Replica
     config: OptimConfig
     store: GradientStore
-    optimiser: Optimiser
+    optimizer: Optimizer
     ema: ParameterEma | None
 
     @property
@@ -58,12 +58,12 @@ def open_learner(replica: Replica, optim: OptimConfig, ema: EmaConfig) -> Learne
         replica=replica,
         config=optim,
         store=store,
-        optimiser=build_optimiser(group_parameters(model), store, _replicas(replica.world.groups), optim),
+        optimizer=build_optimizer(group_parameters(model), store, _replicas(replica.world.groups), optim),
         ema=None if ema.decay is None else ParameterEma(model, ema.decay),
     )
 
 
-class SizedLearners:
+class LearnersByBatchSize:
     """For each step the learner whose programs run its number of micro-batches.
 
     They share everything but schedule and programs, which are compiled once, at the start.
@@ -94,7 +94,7 @@ class SizedLearners:
         assert set(sizes.sizes) <= {*self._sized, learner.replica.global_sequences}
         assert all(sized.replica.global_sequences == sequences for sequences, sized in self._sized.items())
 
-    def of_step(self, step: int) -> Learner:
+    def for_step(self, step: int) -> Learner:
         """Returns the learner of a step (from 0)."""
         return self._sized.get(self._sizes.sequences(step), self.last)
 

@@ -15,14 +15,14 @@ from data.loader import Loader
 from data.prepare import Prepared
 from data.progress import progress_on
 from train.callbacks import Callbacks, call_on_first_rank
-from train.checkpoint.rescue import rescue
-from train.checkpoint.save import Saver
+from train.checkpoint.rescue import save_to_rescue_folder
+from train.checkpoint.save import CheckpointSaver
 from train.config import TrainConfig
 from train.errors import CallbackError, PreemptedError, RefusedStepError, StoppedError, UnsavedError
 from train.guard.recovery import Recovery, RolledBack, Skipped
-from train.learner import SizedLearners
+from train.learner import LearnersByBatchSize
 from train.ownership.lock_file import OwnershipCheck
-from train.records.pictures import PAGE_NAME, SVG_NAME, TRACE_NAME, PipelineWatch
+from train.records.pictures import PAGE_NAME, SVG_NAME, TRACE_NAME, PipelineTimeline
 from train.records.profile import StepProfiler
 from train.records.reporter import Reporter
 from train.records.status import StatusFile
@@ -44,7 +44,7 @@ class Done:
 Outcome = Done | Skipped | RolledBack
 
 
-class Training:
+class TrainingLoop:
     """The training loop of a rank. All ranks make one and run it; all decide the same.
 
     Attributes:
@@ -56,7 +56,7 @@ class Training:
     def __init__(
         self,
         config: TrainConfig,
-        learners: SizedLearners,
+        learners: LearnersByBatchSize,
         prepared: Prepared,
         reporter: Reporter,
         status: StatusFile,
@@ -87,9 +87,9 @@ class Training:
         self._loader = Loader(prepared, sizes=config.batch_sizes, seed=config.data.seed)
         self._profiler = StepProfiler(config.profile, out_dir, world.rank, world.device)
         with world.phase("making of groups"):
-            self._watch = PipelineWatch(world, config.name, out_dir)
+            self._watch = PipelineTimeline(world, config.name, out_dir)
             self._ownership = OwnershipCheck.of_process(out_dir)
-            self._saver = Saver(config, learner, prepared, ownership=self._ownership)
+            self._saver = CheckpointSaver(config, learner, prepared, ownership=self._ownership)
         self._recovery = Recovery(learner, config.guard, self._loader, out_dir, config.resume, first_step)
         # The first step takes longer than others: kernels are compiled, and memory is taken from the system.
         self._first_progress = progress_on() if world.rank == 0 else None
@@ -107,11 +107,11 @@ class Training:
             self._validate_if_missing()
             while self.num_done < self._config.task.steps:
                 step = self.num_done
-                self._leave_if_folder_lost()
+                self._preempt_if_folder_lost()
                 outcome = self._train(step)
                 match outcome:
                     case RolledBack(to_step):
-                        self._go_back(to_step)
+                        self._roll_back(to_step)
                         continue
                     case Done() | Skipped():
                         self.num_done = step + 1
@@ -129,28 +129,28 @@ class Training:
 
     def _train(self, step: int) -> Outcome:
         """Trains on a batch, unless it is left out or the guard refuses it."""
-        if self._recovery.passes_over(step):
+        if self._recovery.skips(step):
             self._reporter.say(f"step {step + 1:>6}  its batch is left out")
             return Skipped()
-        learner, guard = self._learners.of_step(step), self._recovery.guard
+        learner, guard = self._learners.for_step(step), self._recovery.guard
         try:
             with self._profiler.step(step + 1):
                 result = train_step(learner, self._config.task, self._loader, step, guard, self._first_progress)
         except RefusedStepError as refused:
             with self._world.phase("checkpoint"):
                 self._saver.wait()  # the run may go back to it
-            outcome, reason = self._recovery.answer(refused.finding)
+            outcome, reason = self._recovery.handle_refusal(refused.refusal)
             self._reporter.say(f"step {step + 1:>6}  {reason}")
             return outcome
         self._first_progress = None
-        self._recovery.accepted(step)
+        self._recovery.note_accepted(step)
         LOGGER.info("step %d: loss %.6f, %.3f s", step + 1, result.losses.total, result.seconds)
         return Done(result)
 
-    def _go_back(self, to_step: int) -> None:
+    def _roll_back(self, to_step: int) -> None:
         """Continues after an earlier step, whose checkpoint the learner has loaded."""
         self.num_done = self._num_saved = to_step
-        self._reporter.go_back(to_step)
+        self._reporter.roll_back(to_step)
 
     @contextmanager
     def _recorded(self, step: int, outcome: Outcome) -> Iterator[dict[str, Any]]:
@@ -158,7 +158,7 @@ class Training:
         if not isinstance(outcome, Done):
             yield {}
             return
-        replica, peak_flops = self._learners.of_step(step).replica, self._config.cluster.peak_flops
+        replica, peak_flops = self._learners.for_step(step).replica, self._config.cluster.peak_flops
         record = record_of(replica, self._watch, step + 1, outcome.result, peak_flops)
         record["tokens"] = self._loader.sizes.tokens_before(step + 1)
         try:
@@ -198,7 +198,7 @@ class Training:
 
     def _draw(self, step: int, outcome: Outcome) -> None:
         """Draws planned and measured time of a step that was done."""
-        replica = self._learners.of_step(step).replica
+        replica = self._learners.for_step(step).replica
         if isinstance(outcome, Done) and self._watch.draw(replica, outcome.result.execution, self.num_done):
             self._reporter.say(
                 f"step {self.num_done:>6}  planned and measured time in {SVG_NAME}, {PAGE_NAME}, {TRACE_NAME}"
@@ -259,9 +259,9 @@ class Training:
             with suppress(UnsavedError):
                 self._saver.close()
             with self._world.phase("checkpoint"):
-                rescue(self._config, self._learner, self._prepared, self.num_done, reason)
+                save_to_rescue_folder(self._config, self._learner, self._prepared, self.num_done, reason)
 
-    def _leave_if_folder_lost(self) -> None:
+    def _preempt_if_folder_lost(self) -> None:
         """Requests that all ranks leave if rank 0, which writes there, finds that the folder is no longer its own."""
         if self._world.rank == 0 and self._ownership.problem():
             self._world.preemption.request()

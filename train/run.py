@@ -19,15 +19,15 @@ from comm.watchdog.membership import Membership
 from comm.watchdog.rendezvous import Job, join
 from data.prepare import Prepared
 from train.callbacks import Callbacks
-from train.checkpoint.together import choose_resumed
+from train.checkpoint.together import resolve_resume
 from train.config import TrainConfig
 from train.errors import CallbackError, PreemptedError, RescuedError, StoppedError
-from train.learner import Learner, SizedLearners, open_learner
-from train.loop import Training
+from train.learner import Learner, LearnersByBatchSize, open_learner
+from train.loop import TrainingLoop
 from train.records.crash_report import CrashReporter
-from train.records.events import note_event
-from train.records.introduce import introduce
+from train.records.events import try_append_event
 from train.records.reporter import open_reporter
+from train.records.run_summary import print_run_summary
 from train.records.status import State, StatusFile
 from train.records.terminal import report_breaks
 from train.replica import ReplicaConfig, is_mirrored, open_replica
@@ -65,7 +65,7 @@ def main(config: TrainConfig, reports_on_stderr: bool = False, callbacks: Callba
     crash_reporter.out_dir = Path(config.out_dir) if config.out_dir else None
     job = _join(config, member, log, crash_reporter, reports_on_stderr)
     try:
-        code = _Rank(job, log, crash_reporter, preemption, callbacks).run(config)
+        code = _TrainingRank(job, log, crash_reporter, preemption, callbacks).run(config)
     except BaseException as error:
         if isinstance(error, CallbackError) or member.world_size == 1:  # no rank waits for this one
             job.close()
@@ -95,7 +95,7 @@ def _join(
 
 
 @dataclass(frozen=True, slots=True)
-class _End:
+class _RunOutcome:
     """How a run ended; `reason` is empty if it is done. `error` is raised again once all is closed."""
 
     state: State
@@ -104,7 +104,7 @@ class _End:
     error: CallbackError | None = None
 
     @classmethod
-    def of_error(cls, error: PreemptedError | StoppedError | RescuedError | CallbackError) -> "_End":
+    def of_error(cls, error: PreemptedError | StoppedError | RescuedError | CallbackError) -> "_RunOutcome":
         """Returns the end that an error, raised on all ranks alike, means."""
         match error:
             case PreemptedError():
@@ -117,7 +117,7 @@ class _End:
                 return cls("stopped", EXIT_OTHER, f"callback {error}", error)
 
 
-class _Rank:
+class _TrainingRank:
     """A rank that has joined its job."""
 
     def __init__(
@@ -135,7 +135,7 @@ class _Rank:
         self._callbacks = callbacks
         self._world: World | None = None
         self._learner: Learner | None = None
-        self._passed_over: tuple[str, ...] = ()
+        self._rejected_checkpoints: tuple[str, ...] = ()
         self._ranks = range(0)
 
     def run(self, config: TrainConfig) -> int:
@@ -149,14 +149,14 @@ class _Rank:
             return ended
         status = self._open_status(config)
         with self._phase("choice of the checkpoint"):
-            config, self._passed_over = choose_resumed(config)
+            config, self._rejected_checkpoints = resolve_resume(config)
         if device.type == "cuda":
             self._log.follow_streams(cuda_mark(device))
         with self._phase("choice of the schedule"):
             planned = plan(config, layout, device)
         with self._phase("making of groups"):
             groups = Groups(layout, is_mirrored(planned.schedule), config.cluster.timeout_seconds)
-        end = _End("done", 0)
+        end = _RunOutcome("done", 0)
         try:
             raise_if_preempted(self._preemption, self._log, groups)
             prepared = prepare_corpus_together(config, groups, self._log, self._preemption)
@@ -168,11 +168,11 @@ class _Rank:
                 self._learner = open_learner(replica, config.optim, config.ema)
             self._train(config, self._learner, prepared, planned, status)
         except (PreemptedError, StoppedError, RescuedError, CallbackError) as error:
-            end = _End.of_error(error)
+            end = _RunOutcome.of_error(error)
         self._close(groups)
         status.ended(end.state, end.code, end.reason)
         if end.state == "preempted" and groups.rank == 0:
-            note_event(Path(config.out_dir), "preempted", status.step, end.reason)
+            try_append_event(Path(config.out_dir), "preempted", status.step, end.reason)
         if end.error is not None:
             raise end.error
         return end.code
@@ -187,7 +187,7 @@ class _Rank:
         status = StatusFile(out_dir, is_first)
         status.starting()
         if is_first:
-            report_breaks(lambda text: note_event(out_dir, "output_broken", status.step, text))
+            report_breaks(lambda text: try_append_event(out_dir, "output_broken", status.step, text))
         return status
 
     def _close(self, groups: Groups) -> None:
@@ -206,15 +206,15 @@ class _Rank:
         started_from = load_initial_weights(config, learner, prepared)
         reporter = open_reporter(config, first_step)
         try:
-            for line in self._passed_over:
+            for line in self._rejected_checkpoints:
                 reporter.say(f"resume: passed over {line}")
                 if learner.world.rank == 0:
-                    note_event(Path(config.out_dir), "checkpoint_passed_over", first_step, line)
-            introduce(config, learner.replica, planned, prepared, reporter, first_step)
+                    try_append_event(Path(config.out_dir), "checkpoint_passed_over", first_step, line)
+            print_run_summary(config, learner.replica, planned, prepared, reporter, first_step)
             if started_from:
                 reporter.say(started_from)
-            learners = SizedLearners(learner, config.batch_sizes, planned.ramp)
-            Training(config, learners, prepared, reporter, status, first_step, self._callbacks).run()
+            learners = LearnersByBatchSize(learner, config.batch_sizes, planned.ramp)
+            TrainingLoop(config, learners, prepared, reporter, status, first_step, self._callbacks).run()
         except PreemptedError as error:
             reporter.say(f"preempted: {error}; exit code {EXIT_PREEMPTED}")
             raise

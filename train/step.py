@@ -1,4 +1,4 @@
-"""One optimiser step over all ranks, and one forward pass for validation."""
+"""One optimizer step over all ranks, and one forward pass for validation."""
 
 import math
 import time
@@ -19,7 +19,7 @@ from model.transformer import routers
 from train.balance import Balance, update_router_bias
 from train.config import StopGuardConfig, TaskConfig
 from train.errors import PreemptedError, RefusedStepError
-from train.guard.guard import LOSS, NORM, Guard, find, own_norm
+from train.guard.guard import LOSS, NORM, Guard, describe_refusal, local_norm
 from train.learner import Learner
 from train.optim.config import OptimConfig
 from train.optim.learning_rate import learning_rate
@@ -181,25 +181,25 @@ def train_step(
 
 def _update(learner: Learner, guard: Guard, losses: Losses, step: int, rate: float) -> float:
     """Sums gradients and applies them if the guard accepts the step; returns their norm."""
-    own, norm, world = own_norm(learner.store), math.nan, learner.world
+    own, norm, world = local_norm(learner.store), math.nan, learner.world
     reason = guard.judge(LOSS, losses.total)
     with world.phase("update of the weights"):
         if not reason:
-            norm = learner.optimiser.reduce()
+            norm = learner.optimizer.reduce()
             reason = guard.judge(NORM, norm)
         if not reason:
-            learner.optimiser.update(rate)
+            learner.optimizer.update(rate)
     if reason:
-        finding = find(world, guard, step, reason, own, losses.is_finite_here)
+        refusal = describe_refusal(world, guard, step, reason, own, losses.is_finite_here)
         discard(learner)
-        raise RefusedStepError(finding)
+        raise RefusedStepError(refusal)
     guard.accept(losses.total, norm)
     return norm
 
 
 def discard(learner: Learner) -> None:
     """Discards what passes left behind: gradients, routers' loads, counts of what was sent."""
-    learner.optimiser.discard()
+    learner.optimizer.discard()
     for gate in routers(learner.replica.model).values():
         gate.load.zero_()
     learner.replica.observers.traffic.take()
@@ -224,12 +224,12 @@ def accumulate(
     replica, task = learner.replica, _open(learner.replica, config)
     batches = BatchReader(replica, task, read)
     counts, sums = batches.count(), LossSums(task.names)
-    follow = partial(_followed, progress)
+    follow = partial(_count_phases, progress)
     execution = replica.train(batches, task.objective(counts, rates), sums, learner.store, follow)
     return _reduce(replica, task, sums, counts, rates), execution
 
 
-def _followed(progress: Progress | None, steps: tuple[Step, ...]) -> Iterable[Step]:
+def _count_phases(progress: Progress | None, steps: tuple[Step, ...]) -> Iterable[Step]:
     """Returns a program's steps, whose phases are counted as they run."""
     if progress is None:
         return steps

@@ -25,7 +25,7 @@ from tests.tiny import tiny_config, write_text
 from train.checkpoint.manifest import CheckpointError
 from train.config import TrainConfig
 from train.config.errors import ConfigError
-from train.guard.guard import read_shown
+from train.guard.guard import read_loss_and_norm
 from train.records.events import read_events
 from train.records.json_lines import JsonLines
 from train.records.status import Status, read_status, write_status
@@ -237,7 +237,7 @@ def test_hostile_lines_of_a_run_are_passed_over(tmp_path: Path) -> None:
         (run / name).write_bytes(b"".join(LINES))
     (run / "schedule.svg").write_text("<svg><script>proof</script></svg>")
     assert [event["step"] for event in read_events(run)] == [1, 3]
-    assert read_shown(run / "metrics.jsonl", 9, 9) == [(2.5, 1.0), (2.0, 1.0)]
+    assert read_loss_and_norm(run / "metrics.jsonl", 9, 9) == [(2.5, 1.0), (2.0, 1.0)]
     assert redraw([f"run={run}"]) == 0
     assert "<script>proof" not in (run / "report.html").read_text()
     lines = JsonLines(run / "metrics.jsonl", 2)
@@ -260,7 +260,7 @@ def test_a_file_of_a_run_that_is_none_of_its_own_is_passed_over(
     run = claimed(tmp_path)
     spoil(run / name)
     assert read_events(run) == []
-    assert read_shown(run / "metrics.jsonl", 9, 9) == []
+    assert read_loss_and_norm(run / "metrics.jsonl", 9, 9) == []
     assert read_status(run) is None
     assert redraw([f"run={run}"]) == 0
 

@@ -40,7 +40,7 @@ def measure(overrides: Sequence[str], num_steps: int) -> Cost:
     prepared = prepare_corpus(config)
     learner = open_job(config)
     loader = Loader(prepared, sizes=config.batch_sizes, seed=0)
-    cost, plain_norm, plain_judge = Cost(), steps.own_norm, Guard.judge
+    cost, plain_norm, plain_judge = Cost(), steps.local_norm, Guard.judge
     guard = Guard(replace(config.guard, spike_factor=1e9), [(1.0, 1.0)] * config.guard.spike_window_steps)
 
     def timed(call: Any) -> Any:
@@ -52,7 +52,7 @@ def measure(overrides: Sequence[str], num_steps: int) -> Cost:
 
         return measured
 
-    steps.own_norm, Guard.judge = timed(plain_norm), timed(plain_judge)  # type: ignore[method-assign]
+    steps.local_norm, Guard.judge = timed(plain_norm), timed(plain_judge)  # type: ignore[method-assign]
     try:
         for number in range(num_steps + 1):
             begun = time.process_time()
@@ -61,7 +61,7 @@ def measure(overrides: Sequence[str], num_steps: int) -> Cost:
             if number == 0:
                 cost.guard = cost.step = 0.0
     finally:
-        steps.own_norm, Guard.judge = plain_norm, plain_judge  # type: ignore[method-assign]
+        steps.local_norm, Guard.judge = plain_norm, plain_judge  # type: ignore[method-assign]
     close_job(learner)
     return cost
 

@@ -15,7 +15,7 @@ from data.prepare import prepare
 from tests.ranks import run_ranks
 from tests.tiny import CHECKPOINTING, MODEL, OPTIM, tiny_config, write_text
 from tests.train.job import close_job, open_job
-from train.checkpoint.save import Saver
+from train.checkpoint.save import CheckpointSaver
 from train.config import PrecisionConfig, TrainConfig
 
 NUM_SAVES = 5
@@ -24,7 +24,7 @@ NUM_SAVES = 5
 def measure(rank: int, world_size: int, config: TrainConfig) -> tuple[list[float], list[float], int]:
     """Seconds of the copy and of the whole save, each of several; bytes of the checkpoint. The first is not counted."""
     learner = open_job(config)
-    saver = Saver(config, learner, prepare(config.data, config.batch.sequence_length_tokens))
+    saver = CheckpointSaver(config, learner, prepare(config.data, config.batch.sequence_length_tokens))
     stalls, wholes = [], []
     for step in range(NUM_SAVES + 1):
         started = time.perf_counter()

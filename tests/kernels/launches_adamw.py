@@ -1,4 +1,4 @@
-"""The launch of the optimiser's step, on about as many weights as a layer's share of ZeRO-1 has."""
+"""The launch of the optimizer's step, on about as many weights as a layer's share of ZeRO-1 has."""
 
 from collections.abc import Callable
 from functools import partial

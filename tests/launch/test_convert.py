@@ -155,7 +155,7 @@ def test_convert_a_checkpoint_holds_what_a_model_does(config: ModelConfig) -> No
 def test_convert_weights_alone_cannot_be_resumed_from(sources: Path) -> None:
     folder = sources / "of_plain"
     config = replace(build("experiment=quickstart"), model=read_model(folder))
-    with pytest.raises(CheckpointError, match=r"^resume: .*without optimiser state.*init_from="):
+    with pytest.raises(CheckpointError, match=r"^resume: .*without optimizer state.*init_from="):
         check_compatible(locate(str(folder)).folder, config)
 
 

@@ -1,4 +1,4 @@
-"""Rules of the optimiser's configuration."""
+"""Rules of the optimizer's configuration."""
 
 from importlib.machinery import ModuleSpec
 

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RATE = '''
 from dataclasses import dataclass
 
-from train.optim.learning_rate import LR_SCHEDULES, RateEntry, RateSchedule
+from train.optim.learning_rate import LR_SCHEDULES, RateSpec, RateSchedule
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,7 +35,7 @@ def rate(schedule, course, tokens):
     return course.peak * 0.5 ** (steps / schedule.half_life_steps)
 
 
-LR_SCHEDULES.register("halved", RateEntry(summary="halves again and again", config=HalvedRate, rate=rate))
+LR_SCHEDULES.register("halved", RateSpec(summary="halves again and again", config=HalvedRate, rate=rate))
 '''
 RATE_YAML = "# Halves again and again.\nkind: halved\nwarmup: 0\nhalf_life_steps: 2  # of the rate\n"
 SMALL = ["model=tiny", "data.tokenizer_vocab_size=300", "batch.global_sequences=4", "validation.sequences=0"]

@@ -26,9 +26,9 @@ from tests.model.published_checkpoints import LAYOUTS, LICENCE, as_plain, write_
 from tests.ranks import run_ranks
 from tests.tiny import write_text
 from tests.train.weight_jobs import Started, run_config, start_jobs
-from train.checkpoint.carried import carried_by_run, read_carried
 from train.checkpoint.initial_weights import check_initial
 from train.checkpoint.manifest import CheckpointError
+from train.checkpoint.preserved import preserved_by_run, read_preserved
 from train.checkpoint.sources import source_config
 
 # `torch_dtype` may change with the conversion, and keys of the architecture are checked by the model they describe.
@@ -166,24 +166,24 @@ def test_a_resumed_run_carries_on_and_another_tokenizer_replaces_what_is_of_the_
     published: tuple[Path, dict[str, dict[str, Tensor]]], trained: dict[str, Started], tmp_path: Path
 ) -> None:
     folder, checkpoint = published[0], str(trained["moonlight"].checkpoint)
-    before = read_carried(str(folder / "moonlight"), "x")
+    before = read_preserved(str(folder / "moonlight"), "x")
     config = replace(run_config(folder, "moonlight", "one", "x"), resume=checkpoint, init_from=None)
     own = folder / "moonlight" / "tokenizer.json"
     config = replace(config, data=replace(config.data, tokenizer=str(own)))
-    carried = carried_by_run(config, Tokenizer.load(own))
+    carried = preserved_by_run(config, Tokenizer.load(own))
     assert carried == before
     assert len(carried.rotary) == 2
     named = replace(config, data=replace(config.data, tokenizer_bos=""))
-    ids = carried_by_run(named, Tokenizer.load(own)).config.keys() ^ before.config.keys()
+    ids = preserved_by_run(named, Tokenizer.load(own)).config.keys() ^ before.config.keys()
     assert ids == {"bos_token_id", "eos_token_id"}
     path = write_family("llama3", tmp_path)
-    other = carried_by_run(replace(config, data=replace(config.data, tokenizer=str(path))), Tokenizer.load(path))
+    other = preserved_by_run(replace(config, data=replace(config.data, tokenizer=str(path))), Tokenizer.load(path))
     assert sorted(other.files) == ["LICENSE-MODEL", "tokenizer_config.json"]
     assert other.files["tokenizer_config.json"] == (tmp_path / "tokenizer_config.json").read_bytes()
     assert "eos_token_id" not in other.config
     assert other.config["aux_loss_alpha"] == 0.001
     longer = replace(config, model=replace(config.model, rope_theta=10000.0))
-    assert not carried_by_run(longer, Tokenizer.load(own)).rotary
+    assert not preserved_by_run(longer, Tokenizer.load(own)).rotary
 
 
 def test_a_run_can_leave_mtp_modules_out(

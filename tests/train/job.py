@@ -22,7 +22,7 @@ from model.objective import LossSums
 from model.transformer import Transformer, initialise, named_tensors, routers
 from train.balance import update_router_bias
 from train.config import TrainConfig, sized_config
-from train.learner import Learner, SizedLearners, open_learner
+from train.learner import Learner, LearnersByBatchSize, open_learner
 from train.optim.parameters import group_parameters
 from train.replica import ReplicaConfig, is_mirrored, open_replica, weight_dtype
 from train.schedule.plan import ramp_schedules
@@ -108,17 +108,17 @@ def run_jobs(rank: int, world_size: int, jobs: list[Job], num_steps: int) -> lis
 def _run_one(job: Job, num_steps: int) -> list[Seen]:
     config = job.config
     whole, loader = open_job(config, job.schedule), open_loader(config)
-    learners = SizedLearners(whole, config.batch_sizes, ramp_schedules(config))
+    learners = LearnersByBatchSize(whole, config.batch_sizes, ramp_schedules(config))
     start_biases(whole.replica.model, job.starved)
     seen = []
     for step in range(num_steps):
-        learner = learners.of_step(step)
+        learner = learners.for_step(step)
         model = learner.replica.model
         rates = rates_of(config.task, config.optim, loader.sizes, step)
         losses, _ = accumulate(learner, config.task, partial(loader.batch, step), rates)
         gradients = by_released_name(model, learner.store.gradient)
-        norm = learner.optimiser.reduce()
-        learner.optimiser.update(rates.learning_rate)
+        norm = learner.optimizer.reduce()
+        learner.optimizer.update(rates.learning_rate)
         update_router_bias(learner.replica, rates.bias_update)
         flat = [*losses.by_name.values(), losses.total]
         weights = {name: tensor.clone() for name, tensor in named_tensors(model).items()}
@@ -162,7 +162,7 @@ def _local_dispatcher(config: TrainConfig) -> Dispatcher:
 
 
 def run_plain(config: TrainConfig, starved: int, num_steps: int) -> list[Seen]:
-    """The whole model in this process under ordinary autograd and torch's own optimiser and clipping."""
+    """The whole model in this process under ordinary autograd and torch's own optimizer and clipping."""
     model = Transformer(config.model, _local_dispatcher(config), weight_dtype(config.precision))
     initialise(model, config.seed)
     start_biases(model, starved)

@@ -28,15 +28,15 @@ def watch_operations(come: Come) -> None:
 
 def watch_drawing(come: Come) -> None:
     """Pictures of a step."""
-    from train.records.pictures import PipelineWatch
+    from train.records.pictures import PipelineTimeline
 
-    plain = PipelineWatch.draw
+    plain = PipelineTimeline.draw
 
-    def draw(watch: PipelineWatch, *arguments: Any) -> bool:
+    def draw(watch: PipelineTimeline, *arguments: Any) -> bool:
         come(DRAWING, None)
         return plain(watch, *arguments)
 
-    PipelineWatch.draw = draw  # type: ignore[method-assign]
+    PipelineTimeline.draw = draw  # type: ignore[method-assign]
 
 
 def watch_writing(come: Come) -> None:

@@ -18,8 +18,8 @@ from tests.train.job import close_job, open_job
 from train.callbacks import Callbacks
 from train.config import TrainConfig
 from train.errors import CallbackError
-from train.learner import SizedLearners
-from train.loop import Training
+from train.learner import LearnersByBatchSize
+from train.loop import TrainingLoop
 from train.records.json_lines import JsonLines
 from train.records.reporter import Reporter
 from train.records.status import StatusFile
@@ -66,10 +66,10 @@ def run(rank: int, world_size: int, config: TrainConfig, fails: Call | None) -> 
         on_step=on_step, on_validation=lambda step, loss: note("on_validation", step), on_checkpoint=on_checkpoint
     )
     prepared = prepare(config.data, config.batch.sequence_length_tokens)
-    learners, status = SizedLearners(learner, config.batch_sizes, {}), StatusFile(out_dir, rank == 0)
+    learners, status = LearnersByBatchSize(learner, config.batch_sizes, {}), StatusFile(out_dir, rank == 0)
     error = ""
     try:
-        Training(config, learners, prepared, reporter, status, 0, callbacks).run()
+        TrainingLoop(config, learners, prepared, reporter, status, 0, callbacks).run()
     except CallbackError as failure:
         error = str(failure)
     reporter.close()

@@ -177,7 +177,7 @@ def go_on(rank: int, world_size: int, config: TrainConfig) -> tuple[Seen, Seen, 
     found = []
     for learner in (first, second):
         result = train_step(learner, config.task, loader, 2)
-        state = copied(learner.optimiser.state())
+        state = copied(learner.optimizer.state())
         weights = {name: weight.detach().clone() for name, weight in learner.replica.model.named_parameters()}
         losses = [*result.losses.by_name.values(), result.losses.total]
         found.append(Seen(losses, result.grad_norm, state, weights))

@@ -31,9 +31,9 @@ from train.config import (
     TrainConfig,
 )
 from train.errors import StoppedError
-from train.guard.guard import LOSS, NORM, Guard, read_shown
-from train.learner import Learner, SizedLearners
-from train.loop import Training
+from train.guard.guard import LOSS, NORM, Guard, read_loss_and_norm
+from train.learner import Learner, LearnersByBatchSize
+from train.loop import TrainingLoop
 from train.records.events import read_events
 from train.records.json_lines import JsonLines
 from train.records.reporter import Reporter
@@ -68,17 +68,17 @@ def test_guard_refuses_spikes_above_the_median_of_a_full_window() -> None:
     for _ in range(4):  # the window moves on
         guard.accept(8.0, 8.0)
     assert guard.judge(LOSS, 23.0) == ""
-    guard.remember([(1.0, 1.0)] * 4)
+    guard.replace_history([(1.0, 1.0)] * 4)
     assert guard.judge(LOSS, 3.5).startswith("loss is 3.5, above 3 x its median")
 
 
 def test_guard_knows_earlier_steps_from_their_records(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    assert read_shown(path, 9, 3) == []
+    assert read_loss_and_norm(path, 9, 3) == []
     lines = [json.dumps({"step": step, "loss": step / 3, "grad_norm": step / 7}) for step in range(1, 8)]
     path.write_text("\n".join([*lines, '{"step": 8, "lo']))
-    assert read_shown(path, 5, 3) == [(step / 3, step / 7) for step in (3, 4, 5)]
-    assert read_shown(path, 9, 100)[-1] == (7 / 3, 1.0)
+    assert read_loss_and_norm(path, 5, 3) == [(step / 3, step / 7) for step in (3, 4, 5)]
+    assert read_loss_and_norm(path, 9, 100)[-1] == (7 / 3, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,7 +114,7 @@ def make_job(folder: Path, name: str, kind: str, guard: GuardConfig, bad: dict[i
     return Job(config=config, bad=bad)
 
 
-def _spoil(learner: Learner, job: Job, training: Training) -> None:
+def _spoil(learner: Learner, job: Job, training: TrainingLoop) -> None:
     """Has this rank's own gradients spoilt right before they are summed, or its loss right before that."""
     from model.objective import LossSums
 
@@ -138,7 +138,7 @@ def _spoil(learner: Learner, job: Job, training: Training) -> None:
 
 
 def _run(rank: int, world_size: int, jobs: list[Job]) -> list[tuple[str, dict[str, Tensor]]]:
-    """How each ended, in words, and this rank's weights, biases and optimiser state then."""
+    """How each ended, in words, and this rank's weights, biases and optimizer state then."""
     from model.objective import LossSums
 
     plain, ends = LossSums.settle, []
@@ -154,10 +154,15 @@ def _run_one(rank: int, job: Job) -> tuple[str, dict[str, Tensor]]:
     prepared: Prepared = prepare(config.data, config.batch.sequence_length_tokens)
     learner = open_job(config)
     reporter = Reporter(None, [JsonLines(out_dir / "metrics.jsonl", 0)] if rank == 0 else [])
-    training = Training(
-        config, SizedLearners(learner, config.batch_sizes, {}), prepared, reporter, StatusFile(out_dir, rank == 0), 0
+    training = TrainingLoop(
+        config,
+        LearnersByBatchSize(learner, config.batch_sizes, {}),
+        prepared,
+        reporter,
+        StatusFile(out_dir, rank == 0),
+        0,
     )
-    training._recovery._passed_over = set(job.left_out)  # as a run that never saw those batches
+    training._recovery._steps_to_skip = set(job.left_out)  # as a run that never saw those batches
     _spoil(learner, job, training)
     end = ""
     try:
@@ -168,8 +173,8 @@ def _run_one(rank: int, job: Job) -> tuple[str, dict[str, Tensor]]:
     dist.barrier()
     close_job(learner)
     state = {name: tensor.clone() for name, tensor in named_tensors(learner.replica.model).items()}
-    for name, held in learner.optimiser.state().items():
-        state[f"optimiser {name}"] = (held.local if isinstance(held, Slice) else held).clone()
+    for name, held in learner.optimizer.state().items():
+        state[f"optimizer {name}"] = (held.local if isinstance(held, Slice) else held).clone()
     return end, state
 
 

@@ -60,7 +60,7 @@ def test_integrity_newest_whole_checkpoint_is_used_and_the_torn_one_is_told(dama
     assert newest_whole(tmp_path) == old
     resumed = locate(str(tmp_path), check=verify)
     assert resumed.folder == old
-    (line,) = resumed.passed_over
+    (line,) = resumed.rejected
     assert line.startswith("step-00000100: ")
     assert words in line
     with pytest.raises(CheckpointError, match=r"^resume: .*step-00000100") as refused:

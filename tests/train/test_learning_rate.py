@@ -11,9 +11,9 @@ from launch.train import preview
 from tests.tiny import OPTIM
 from train.config import TrainConfig
 from train.optim.config import OptimConfig
+from train.optim.duration import Duration
 from train.optim.learning_rate import learning_rate, schedule_warnings
 from train.optim.rates import DecayedRate, WsdRate
-from train.optim.span import Span
 
 SIZES = BatchSizes(4, 8)
 
@@ -29,9 +29,9 @@ def rates(config: OptimConfig, num_steps: int, sizes: BatchSizes = SIZES) -> lis
 def decayed(kind: str, start: str = "10 steps", end: str = "20 steps", ratio: float = 0.1) -> OptimConfig:
     schedule = DecayedRate(
         kind=kind,
-        warmup=Span.from_plain("4 steps"),
-        decay_start=Span.from_plain(start),
-        decay_end=Span.from_plain(end),
+        warmup=Duration.from_plain("4 steps"),
+        decay_start=Duration.from_plain(start),
+        decay_end=Duration.from_plain(end),
         final_ratio=ratio,
     )
     return replace(OPTIM, learning_rate=1.0, schedule=schedule)
@@ -87,8 +87,8 @@ def test_learning_rate_wsd_is_stable_until_its_last_part() -> None:
     def seen(decay: str, shape: str) -> list[float]:
         schedule = WsdRate(
             kind="wsd",
-            warmup=Span.from_plain("0 %"),
-            decay=Span.from_plain(decay),
+            warmup=Duration.from_plain("0 %"),
+            decay=Duration.from_plain(decay),
             decay_shape=shape,  # type: ignore[arg-type]
             final_ratio=0.0,
         )
@@ -155,5 +155,5 @@ def test_span_reads_what_it_writes() -> None:
         ("5 %", "5 %"), ("2.5%", "2.5 %"), ("2000 steps", "2000 steps"), ("1 step", "1 steps"),
         ("14.633e12 tokens", "14633000000000 tokens"), ("10_000tokens", "10000 tokens"), (0, "0 %"),
     ):  # fmt: skip
-        assert Span.from_plain(text).to_plain() == plain
-        assert Span.from_plain(plain) == Span.from_plain(text)
+        assert Duration.from_plain(text).to_plain() == plain
+        assert Duration.from_plain(plain) == Duration.from_plain(text)

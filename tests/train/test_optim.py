@@ -12,7 +12,7 @@ from model.gradients import GradientStore
 from tests.ranks import run_ranks
 from tests.tiny import OPTIM
 from train.optim.adamw import Bf16MomentsAdamW, build_adamw, moments_of
-from train.optim.build import build_optimiser
+from train.optim.build import build_optimizer
 from train.optim.config import OptimConfig
 from train.optim.parameters import ParameterGroups, ReductionGroups
 
@@ -131,16 +131,16 @@ def sharded_steps(rank: int, world_size: int, configs: list[tuple[OptimConfig, t
             num_experts=1,
         )
         store = GradientStore(named.values())
-        optimiser = build_optimiser(groups, store, replicas, config)
+        optimizer = build_optimizer(groups, store, replicas, config)
         norms = []
         for step in range(3):
             for part in range(rank, PARTS, world_size):
                 for name, gradient in exact_gradients(PARTS * step + part).items():
                     store.add(named[name], gradient)
-            norms.append(optimiser.reduce())
-            optimiser.update(1e-2)
+            norms.append(optimizer.reduce())
+            optimizer.update(1e-2)
         weights = {name: parameter.detach() for name, parameter in named.items()}
-        results.append({"weights": weights, "norms": norms, "state": optimiser.state()})
+        results.append({"weights": weights, "norms": norms, "state": optimizer.state()})
     return results
 
 

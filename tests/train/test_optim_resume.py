@@ -59,17 +59,17 @@ def go_on(rank: int, world_size: int, config: TrainConfig, others: list[Moments]
     first = open_job(config)
     for step in range(2):
         train_step(first, config.task, loader, step)
-    found: dict[str, Any] = {"saved": copied(first.optimiser.state())}
+    found: dict[str, Any] = {"saved": copied(first.optimizer.state())}
     place = save(config, first, 2, prepared)
     for moments in others:
         second = open_job(replace(config, optim=replace(config.optim, moments=moments)))
         load(second, place)
-        found[moments] = copied(second.optimiser.state())
+        found[moments] = copied(second.optimizer.state())
         found[f"{moments} loss"] = train_step(second, config.task, loader, 2).losses.total
-        found[f"{moments} later"] = copied(second.optimiser.state())
+        found[f"{moments} later"] = copied(second.optimizer.state())
         close_job(second)
     found["unbroken loss"] = train_step(first, config.task, loader, 2).losses.total
-    found["unbroken later"] = copied(first.optimiser.state())
+    found["unbroken later"] = copied(first.optimizer.state())
     close_job(first)
     return found
 

@@ -27,7 +27,7 @@ from train.records.pictures import (
     PAGE_NAME,
     SVG_NAME,
     TRACE_NAME,
-    PipelineWatch,
+    PipelineTimeline,
     bubble_of,
     window_slots,
     write_pictures,
@@ -72,7 +72,7 @@ def _spans(learner: Learner, result: StepResult) -> tuple[LaneSpan, ...]:
 def _watch(rank: int, world_size: int, config: TrainConfig) -> tuple[float, bool, tuple[LaneSpan, ...]]:
     """The bubble as the ranks reduce it, whether this rank drew, and its spans."""
     learner, loader = open_job(config), open_loader(config)
-    watch = PipelineWatch(learner.world, config.name, Path(config.out_dir))
+    watch = PipelineTimeline(learner.world, config.name, Path(config.out_dir))
     result = train_step(learner, config.task, loader, 0)
     use = watch.use(learner.replica, result.execution)
     slots = window_slots(use, learner.world.data_index, config.parallelism.data)

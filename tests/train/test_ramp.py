@@ -20,7 +20,7 @@ from tests.train.job import Job, close_job, open_job, run_jobs, run_plain
 from tests.train.test_command import read_metrics, run_train
 from train.config import TrainConfig
 from train.config.token_schedule import TokenSchedule
-from train.learner import SizedLearners
+from train.learner import LearnersByBatchSize
 from train.step import rates_of
 
 MTP_WEIGHT = TokenSchedule.from_plain([{"from_tokens": 0, "value": 0.3}, {"from_tokens": 300, "value": 0.1}])
@@ -88,7 +88,7 @@ def test_ramp_resumed_across_changes_of_size_equals_unbroken_bitwise(tmp_path: P
 def _misplaced(rank: int, world_size: int, config: TrainConfig) -> str:
     learner = open_job(config)
     try:
-        SizedLearners(learner, config.batch_sizes, {4: build("zb_v", 1, 4)})
+        LearnersByBatchSize(learner, config.batch_sizes, {4: build("zb_v", 1, 4)})
     except ScheduleError as error:
         return str(error)
     finally:

@@ -18,9 +18,9 @@ from tests.train.test_optim_resume import copied
 from train.checkpoint import load as checkpoint
 from train.checkpoint import save
 from train.checkpoint.locate import newest_whole
-from train.checkpoint.save import Saver, put_in_place
+from train.checkpoint.save import CheckpointSaver, replace_folder
 from train.checkpoint.state import state_of
-from train.checkpoint.together import choose_resumed
+from train.checkpoint.together import resolve_resume
 from train.checkpoint.verify import is_whole
 from train.config import PrecisionConfig, TrainConfig
 from train.learner import Learner
@@ -67,7 +67,9 @@ def run(rank: int, world_size: int, config: TrainConfig, waits: bool) -> tuple[l
     if rank == 0:
         (root / "step-00000009.partial").mkdir(parents=True)
         (root / "step-00000009.partial" / "left").write_text("over")
-    saver = Saver(config, learner, prepare(config.data, config.batch.sequence_length_tokens), {"ema": Extra(2.0)})
+    saver = CheckpointSaver(
+        config, learner, prepare(config.data, config.batch.sequence_length_tokens), {"ema": Extra(2.0)}
+    )
     assert saver.wait() is None
     losses, then = [], []
     for step in range(5):
@@ -109,8 +111,8 @@ def test_saver_beside_the_steps_is_bitwise_as_one_that_waits_and_keeps_the_newes
 
 
 def choose(rank: int, world_size: int, config: TrainConfig) -> tuple[str | None, tuple[str, ...]]:
-    chosen, passed_over = choose_resumed(config)
-    return chosen.resume, passed_over
+    chosen, rejected = resolve_resume(config)
+    return chosen.resume, rejected
 
 
 def convert(rank: int, world_size: int, writer: TrainConfig, reader: TrainConfig) -> list[float]:
@@ -140,9 +142,9 @@ def test_saver_ranks_choose_the_newest_whole_checkpoint_together(folder: Path) -
     content = bytearray(data.read_bytes())
     content[len(content) // 2] ^= 4
     data.write_bytes(content)
-    for chosen, passed_over in run_ranks(2, choose, replace(config, resume=str(folder / "torn"))):
+    for chosen, rejected in run_ranks(2, choose, replace(config, resume=str(folder / "torn"))):
         assert chosen == str(newest.with_name("step-00000004"))
-        assert passed_over == ("step-00000005: __1_0.distcp must have the hash that the manifest lists, has another",)
+        assert rejected == ("step-00000005: __1_0.distcp must have the hash that the manifest lists, has another",)
 
 
 @pytest.mark.slow
@@ -177,7 +179,7 @@ def test_folder_is_put_in_place(
     made, place = folder_of(tmp_path / "step-1.partial", "new"), tmp_path / "step-1"
     if is_taken:
         folder_of(place, "old")
-    put_in_place(made, place)
+    replace_folder(made, place)
     assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
     assert (place / "file").read_text() == "new"
 
@@ -188,5 +190,5 @@ def test_name_is_never_free_where_folders_can_change_places(tmp_path: Path, monk
         pytest.skip("this file system cannot exchange two names")
     save._exchange(made, place)
     monkeypatch.setattr(os, "replace", lambda *_: pytest.fail("the name was free for a moment"))
-    put_in_place(made, place)
+    replace_folder(made, place)
     assert (place / "file").read_text() == "new"

@@ -9,7 +9,7 @@ from tests.launch.test_config import build
 from train.checkpoint.locate import newest_whole
 from train.checkpoint.manifest import CheckpointError, write_manifest
 from train.config.errors import ConfigError
-from train.guard.guard import in_json
+from train.guard.guard import to_json_values
 from train.records.events import append_event, read_events
 from train.records.status import StatusFile, read_status, write_end
 
@@ -54,7 +54,9 @@ def test_status_of_an_end_keeps_how_far_the_run_came(tmp_path: Path) -> None:
 
 def test_events_are_lines_of_json_whatever_their_numbers(tmp_path: Path) -> None:
     assert read_events(tmp_path) == []
-    append_event(tmp_path, "skipped", 3, "loss is nan", values=in_json({"loss": float("nan"), "gradient norm": 2.5}))
+    append_event(
+        tmp_path, "skipped", 3, "loss is nan", values=to_json_values({"loss": float("nan"), "gradient norm": 2.5})
+    )
     append_event(tmp_path, "restarted", 4, "rank 1 is lost", restart=1)
     with (tmp_path / "events.jsonl").open("a") as file:
         file.write('{"time": 1, "ev')

@@ -29,7 +29,7 @@ def check_compatible(
     manifest, shape = read_manifest(folder), shape_record(config)
     if manifest.get("holds") == "weights":
         raise CheckpointError(
-            f"resume: {folder} must be a run's checkpoint, holds weights without optimiser state; "
+            f"resume: {folder} must be a run's checkpoint, holds weights without optimizer state; "
             f"nearest valid: init_from={folder}, which starts a run from them"
         )
     _check_shape(folder, manifest, shape)

@@ -29,10 +29,10 @@ from model.hf.names import (
 )
 from model.hf.reader import HfReader
 from model.hf.writer import Extras, Fp8Scales, write_hf
-from train.checkpoint.carried import Carried, read_carried, rotary_record, rotary_tensors, server_files
 from train.checkpoint.manifest import TOKENIZER_NAME, CheckpointError, write_weights_manifest
+from train.checkpoint.preserved import PreservedMetadata, read_preserved, rotary_record, rotary_tensors, server_files
 from train.checkpoint.sources import is_hf_folder, source_folder, unknown_notes
-from train.checkpoint.weights import CheckpointReader, Kept, held_weights, write_weights
+from train.checkpoint.weights import CheckpointReader, WeightsKind, held_weights, write_weights
 
 Say = Callable[[str], None]
 
@@ -53,7 +53,7 @@ class Conversion:
     form: Literal["hf", "checkpoint"]
     dtype: Literal["bf16", "float32", "fp8"] | None
     max_shard_bytes: int
-    weights: Kept = "trained"
+    weights: WeightsKind = "trained"
     drop_mtp: bool = False
 
 
@@ -65,7 +65,7 @@ class _Source:
     folder: Path
     dtypes: Mapping[str, StoredDtype]
     scales: Mapping[str, Tensor]
-    carried: Carried
+    preserved: PreservedMetadata
     rotary: Mapping[str, Tensor]
     tensor: Callable[[str, torch.dtype], Tensor]
 
@@ -102,7 +102,7 @@ def convert(conversion: Conversion, say: Say) -> str:
 
 def _open(conversion: Conversion) -> _Source:
     path, drop_mtp = conversion.path, conversion.drop_mtp
-    folder, carried = source_folder(path, "path"), read_carried(path, "path")
+    folder, preserved = source_folder(path, "path"), read_preserved(path, "path")
     if is_hf_folder(path):
         reader = HfReader(folder, drop_mtp=drop_mtp)
         stored = reader.source()
@@ -111,7 +111,7 @@ def _open(conversion: Conversion) -> _Source:
             folder=folder,
             dtypes=stored.dtypes,
             scales=stored.scales,
-            carried=carried,
+            preserved=preserved,
             rotary=stored.rotary,
             tensor=reader.tensor,
         )
@@ -129,8 +129,8 @@ def _open(conversion: Conversion) -> _Source:
         folder=folder,
         dtypes={name: held.get(name, held[EMBEDDING]) for name in shapes},
         scales={},
-        carried=carried,
-        rotary=rotary_tensors(carried.rotary, config.num_layers + config.mtp_depth, folder),
+        preserved=preserved,
+        rotary=rotary_tensors(preserved.rotary, config.num_layers + config.mtp_depth, folder),
         tensor=tensor,
     )
 
@@ -148,13 +148,13 @@ def _write_checkpoint(conversion: Conversion, source: _Source, read: Callable[[s
             lambda name: _rounded(read(name), plan[name][1], conversion.folder, name),
             max_file_bytes=conversion.max_shard_bytes,
         )
-        for name, content in {**source.carried.files, **_tokenizer_file(source.folder)}.items():
+        for name, content in {**source.preserved.files, **_tokenizer_file(source.folder)}.items():
             with (folder / name).open("wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-        carried = replace(source.carried, rotary=rotary_record(source.rotary))
-        write_weights_manifest(folder, source.config, carried.record())
+        preserved = replace(source.preserved, rotary=rotary_record(source.rotary))
+        write_weights_manifest(folder, source.config, preserved.record())
 
 
 def _rounded(values: Tensor, dtype: torch.dtype, folder: Path, name: str) -> Tensor:
@@ -174,16 +174,16 @@ def _write_hf(conversion: Conversion, source: _Source, read: Callable[[str], Ten
         lambda name: source.rotary[name] if name in source.rotary else read(name),
         scales=scales,
         extras=Extras(
-            config={**ids, **source.carried.config},
-            files={**files, **source.carried.files, **_tokenizer_file(source.folder)},
+            config={**ids, **source.preserved.config},
+            files={**files, **source.preserved.files, **_tokenizer_file(source.folder)},
         ),
         max_shard_bytes=conversion.max_shard_bytes,
     )
 
 
 def _plan_hf(conversion: Conversion, source: _Source) -> tuple[dict[str, Stored], Fp8Scales]:
-    config, quantisation = source.config, source.carried.config.get("quantization_config") or {}
-    scales = Fp8Scales(known=source.scales, power_of_two=quantisation.get("scale_fmt") == "ue8m0")
+    config, quantization = source.config, source.preserved.config.get("quantization_config") or {}
+    scales = Fp8Scales(known=source.scales, power_of_two=quantization.get("scale_fmt") == "ue8m0")
     if conversion.dtype is not None:
         return stored_tensors(config, dtype=_WORDS[conversion.dtype], fp8=conversion.dtype == "fp8"), scales
     plan = stored_tensors(config, dtype="BF16", fp8=bool(source.scales))

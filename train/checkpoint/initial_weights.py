@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING
 
 from data.tokenizer import Tokenizer
 from model.config import ModelConfig
-from train.checkpoint.carried import is_same_tokenizer
 from train.checkpoint.compatible import differences
 from train.checkpoint.manifest import CheckpointError
+from train.checkpoint.preserved import is_same_tokenizer
 from train.checkpoint.sources import check_source, open_source, source_folder, unknown_notes
 from train.config import TrainConfig
 
@@ -54,7 +54,7 @@ def load_initial(config: TrainConfig, learner: "Learner", tokenizer: Tokenizer) 
         last = config.model.num_layers
         named = {name: tensor for name, tensor in named.items() if (layer := layer_of(name)) is None or layer < last}
     source.fill(named)
-    learner.optimiser.follow_weights()
+    learner.optimizer.follow_weights()
     fresh = config.init_mtp == "fresh" and config.model.mtp_depth > 0
     other = "token ids mean other text: tokenizer.json there is not the one of this run's data"
     notes = [*(["MTP from the seed"] if fresh else []), *changed]

@@ -1,4 +1,4 @@
-"""Checkpoints through torch's DCP: weights under their released names, optimiser state under those of parameters."""
+"""Checkpoints through torch's DCP: weights under their released names, optimizer state under those of parameters."""
 
 import warnings
 from pathlib import Path
@@ -16,9 +16,9 @@ from model.transformer import Transformer, named_tensors
 from train.checkpoint.dcp.metadata import read_metadata
 from train.checkpoint.dcp.storage import TensorsReader
 from train.checkpoint.manifest import CheckpointError
-from train.checkpoint.save import Saver
+from train.checkpoint.save import CheckpointSaver
 from train.checkpoint.state import Extras, SliceLoadPlanner, first_line, state_of
-from train.checkpoint.weights import CheckpointReader, Kept
+from train.checkpoint.weights import CheckpointReader, WeightsKind
 from train.config import TrainConfig
 from train.learner import Learner
 
@@ -29,7 +29,7 @@ def save(config: TrainConfig, learner: Learner, step: int, prepared: Prepared) -
     Raises:
         OSError: on every rank, where one of them cannot write its part.
     """
-    saver = Saver(config, learner, prepared)
+    saver = CheckpointSaver(config, learner, prepared)
     saver.save(step)
     folder = saver.close()
     assert folder is not None
@@ -37,7 +37,7 @@ def save(config: TrainConfig, learner: Learner, step: int, prepared: Prepared) -
 
 
 def load(learner: Learner, folder: Path, extras: Extras | None = None) -> None:
-    """Fills weights, router bias and optimiser state from a checkpoint, whatever layout wrote it; every rank calls it.
+    """Fills weights, router bias and optimizer state from a checkpoint, whatever layout wrote it; every rank calls it.
 
     Args:
         learner: of this rank.
@@ -59,7 +59,7 @@ def load(learner: Learner, folder: Path, extras: Extras | None = None) -> None:
         except CheckpointException as failure:
             rank, (cause, _) = min(failure.failures.items())
             raise CheckpointError(f"resume: {folder}: cannot be read by rank {rank}: {first_line(cause)}") from failure
-    learner.optimiser.loaded()
+    learner.optimizer.loaded()
     for extra in found.values():
         extra.loaded()
     if learner.ema is not None and "ema" not in found:
@@ -87,7 +87,7 @@ def _read_metadata(folder: Path) -> Metadata:
 
 
 def load_whole(
-    config: ModelConfig, folder: Path, dtype: torch.dtype, key: str = "resume", kept: Kept = "trained"
+    config: ModelConfig, folder: Path, dtype: torch.dtype, key: str = "resume", kind: WeightsKind = "trained"
 ) -> Transformer:
     """The whole model of a checkpoint in this process alone, whatever layout wrote it.
 
@@ -96,11 +96,11 @@ def load_whole(
         folder: of the checkpoint.
         dtype: of the model's weights.
         key: of the configuration that names the checkpoint, for errors.
-        kept: the trained weights, or their average.
+        kind: the trained weights, or their average.
 
     Raises:
         CheckpointError: there is no average; a file is missing, cut short or of another form.
     """
     model = Transformer(config, LocalDispatcher(config.num_routed_experts), dtype)
-    CheckpointReader(folder, key, kept).fill(named_tensors(model))
+    CheckpointReader(folder, key, kind).fill(named_tensors(model))
     return model

@@ -14,14 +14,14 @@ CHECKPOINTS_NAME = "checkpoints"
 
 
 @dataclass(frozen=True, slots=True)
-class Located:
+class LocatedCheckpoint:
     """A checkpoint that was found, and a line for each newer one that did not pass the check: which, and why."""
 
     folder: Path
-    passed_over: tuple[str, ...]
+    rejected: tuple[str, ...]
 
 
-def locate(path: str, key: str = "resume", check: Check | None = None) -> Located:
+def locate(path: str, key: str = "resume", check: Check | None = None) -> LocatedCheckpoint:
     """Finds the checkpoint that a path names: itself, or the newest of a run's folder that passes a check.
 
     Args:
@@ -43,17 +43,17 @@ def locate(path: str, key: str = "resume", check: Check | None = None) -> Locate
                 check(folder)
         except CheckpointError as error:
             raise CheckpointError(f"{key}: {folder} must be a whole checkpoint, is not: {error}") from error
-        return Located(folder, ())
-    found, passed_over = checkpoints_in(_inside(folder)), list[str]()
+        return LocatedCheckpoint(folder, ())
+    found, rejected = checkpoints_in(_inside(folder)), list[str]()
     for candidate in reversed(found):
         try:
             (check or _check_finished)(candidate)
         except CheckpointError as error:
-            passed_over.append(f"{candidate.name}: {error}")
+            rejected.append(f"{candidate.name}: {error}")
         else:
-            return Located(candidate, tuple(passed_over))
+            return LocatedCheckpoint(candidate, tuple(rejected))
     if any(_is_finished(candidate) for candidate in found):
-        raise CheckpointError(f"{key}: {path!r} holds no whole checkpoint: {'; '.join(passed_over)}")
+        raise CheckpointError(f"{key}: {path!r} holds no whole checkpoint: {'; '.join(rejected)}")
     if found:
         raise CheckpointError(f"{key}: {path!r} holds no complete checkpoint; {found[-1]} was never finished")
     raise CheckpointError(

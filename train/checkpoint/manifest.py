@@ -70,17 +70,17 @@ def write_manifest(
     config: TrainConfig,
     data_fingerprint: str,
     files: Mapping[str, Digest] | None = None,
-    carried: Mapping[str, Any] | None = None,
+    preserved: Mapping[str, Any] | None = None,
 ) -> None:
     """Declares a checkpoint complete: in one move, once every other file is on disk.
 
     Args:
         folder: the checkpoint's folder; exists.
-        step: optimiser steps done.
+        step: optimizer steps done.
         config: of the run that wrote it.
         data_fingerprint: of the samples that it read.
         files: every file of the checkpoint; None: those that are there, which are then read.
-        carried: as `train.checkpoint.carried.Carried.record` gives it.
+        preserved: as `train.checkpoint.preserved.PreservedMetadata.record` gives it.
     """
     record = {
         "step": step,
@@ -88,18 +88,18 @@ def write_manifest(
         **shape_record(config),
         "layout": layout_record(config),
     }
-    _write(folder, {**record, **(carried or {})}, files)
+    _write(folder, {**record, **(preserved or {})}, files)
 
 
-def write_weights_manifest(folder: Path, model: ModelConfig, carried: Mapping[str, Any]) -> None:
-    """Declares weights without optimiser state complete: a run can start from them, none can go on from them.
+def write_weights_manifest(folder: Path, model: ModelConfig, preserved: Mapping[str, Any]) -> None:
+    """Declares weights without optimizer state complete: a run can start from them, none can go on from them.
 
     Args:
         folder: the checkpoint's folder; exists.
         model: the architecture.
-        carried: as `train.checkpoint.carried.Carried.record` gives it, for the way back.
+        preserved: as `train.checkpoint.preserved.PreservedMetadata.record` gives it, for the way back.
     """
-    _write(folder, {"step": 0, "holds": "weights", "model": asdict(model), **carried}, None)
+    _write(folder, {"step": 0, "holds": "weights", "model": asdict(model), **preserved}, None)
 
 
 def _write(folder: Path, record: dict[str, Any], files: Mapping[str, Digest] | None) -> None:
@@ -135,7 +135,7 @@ def read_manifest(folder: Path, key: str = "resume") -> dict[str, Any]:
     if isinstance(version, int) and 0 < version < FORMAT_VERSION:
         raise CheckpointError(
             f"{key}: {path} must have format_version {FORMAT_VERSION}, has {version}, of an older release, which kept "
-            f"optimiser state by rank"
+            f"optimizer state by rank"
         )
     step = manifest.get("step")
     if version != FORMAT_VERSION or type(step) is not int or not 0 <= step < _LARGEST_STEP:
@@ -159,7 +159,7 @@ def read_model(folder: Path, key: str = "resume") -> ModelConfig:
 
 
 def read_step(folder: Path) -> int:
-    """Optimiser steps that a checkpoint has behind it.
+    """Optimizer steps that a checkpoint has behind it.
 
     Raises:
         CheckpointError: as `read_manifest`.

@@ -8,7 +8,7 @@ from train.checkpoint.locate import CHECKPOINTS_NAME, checkpoints_in
 from train.config import TrainConfig
 from train.errors import RescuedError, UnsavedError
 from train.ownership.run_lock import locked
-from train.records.events import note_event
+from train.records.events import try_append_event
 
 if TYPE_CHECKING:
     from data.prepare import Prepared
@@ -32,7 +32,9 @@ def has_rescue(config: TrainConfig) -> bool:
     return bool(checkpoints_in(rescue_folder(config) / CHECKPOINTS_NAME))
 
 
-def rescue(config: TrainConfig, learner: "Learner", prepared: "Prepared", step: int, reason: str) -> NoReturn:
+def save_to_rescue_folder(
+    config: TrainConfig, learner: "Learner", prepared: "Prepared", step: int, reason: str
+) -> NoReturn:
     """Saves the state after `step` updates in the rescue folder and ends the run. Every rank calls it.
 
     Args:
@@ -47,7 +49,7 @@ def rescue(config: TrainConfig, learner: "Learner", prepared: "Prepared", step: 
     """
     from torch import distributed as dist
 
-    from train.checkpoint.save import Saver
+    from train.checkpoint.save import CheckpointSaver
 
     folder = rescue_folder(config)
     if step == 0:
@@ -57,7 +59,7 @@ def rescue(config: TrainConfig, learner: "Learner", prepared: "Prepared", step: 
         dist.broadcast_object_list(problem, src=0, group=learner.world.groups.world)
         if problem[0]:
             raise RescuedError(f"{reason}; {_lost(folder, problem[0])}")
-        saver = Saver(config, learner, prepared, folder=folder)
+        saver = CheckpointSaver(config, learner, prepared, folder=folder)
         try:
             saver.save(step)
             saver.close()
@@ -65,8 +67,8 @@ def rescue(config: TrainConfig, learner: "Learner", prepared: "Prepared", step: 
             raise RescuedError(f"{reason}; {_lost(folder, str(error))}") from error
     text = f"{reason}; the state after step {step} is saved in {folder}; resume={folder} with another out_dir goes on"
     if learner.world.groups.rank == 0:
-        note_event(folder, "rescued", step, text)
-        note_event(Path(config.out_dir), "rescued", step, text)
+        try_append_event(folder, "rescued", step, text)
+        try_append_event(Path(config.out_dir), "rescued", step, text)
     raise RescuedError(text)
 
 

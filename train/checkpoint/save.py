@@ -21,10 +21,10 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from data.prepare import Prepared
 from dualpipe.ir import to_json
-from train.checkpoint.carried import NOTHING, carried_by_run
 from train.checkpoint.dcp.metadata import METADATA_NAME
 from train.checkpoint.locate import CHECKPOINTS_NAME, checkpoints_in, step_folder
 from train.checkpoint.manifest import SCHEDULE_NAME, TOKENIZER_NAME, Digest, digests, write_manifest
+from train.checkpoint.preserved import NOTHING, preserved_by_run
 from train.checkpoint.state import Extras, HostCopy, SliceSavePlanner, State, first_line, state_of
 from train.checkpoint.verify import is_whole
 from train.config import TrainConfig
@@ -39,7 +39,7 @@ _RENAME_EXCHANGE = 2
 _LONGEST_WRITE = timedelta(hours=6)
 
 
-class Saver:
+class CheckpointSaver:
     """Owns what a run saves: one checkpoint at a time, in a thread and a process group of its own.
 
     All calls but `take_finished` are made by every rank at the same point of the run.
@@ -75,12 +75,12 @@ class Saver:
         self._rank = dist.get_rank()
         # The steps' own collectives go on meanwhile; these must never be mistaken for theirs.
         self._group = dist.new_group(backend="gloo", timeout=_LONGEST_WRITE)
-        self._carried = carried_by_run(config, prepared.tokenizer) if self._rank == 0 else NOTHING
+        self._preserved = preserved_by_run(config, prepared.tokenizer) if self._rank == 0 else NOTHING
         self._memory = HostCopy()
         self._thread: Thread | None = None
         self._error: Exception | None = None
         self._last: Path | None = None
-        self._untold: deque[Path] = deque()
+        self._unreported: deque[Path] = deque()
 
     def save(self, step: int) -> None:
         """Starts to write the state after `step` updates, which may change as soon as this returns.
@@ -111,7 +111,7 @@ class Saver:
 
     def take_finished(self) -> list[Path]:
         """The checkpoints that have become whole since this was last asked. Does not wait."""
-        return [self._untold.popleft() for _ in range(len(self._untold))]
+        return [self._unreported.popleft() for _ in range(len(self._unreported))]
 
     def close(self) -> Path | None:
         """As `wait`, and leaves the process group: the last call; once more, it does nothing."""
@@ -131,12 +131,12 @@ class Saver:
             self._error = error
         else:
             self._last = folder
-            self._untold.append(folder)
+            self._unreported.append(folder)
 
     def _write(self, step: int, copied: State) -> Path:
         final = step_folder(self._root.parent, step)
         partial = final.with_name(final.name + ".partial")
-        self._agree(self._problem_of(self._begin, partial), partial)
+        self._raise_on_all(self._error_of(self._begin, partial), partial)
         writer = FileSystemWriter(partial, sync_files=True, per_thread_copy_ahead=0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # DCP warns of deprecations in its own code
@@ -146,7 +146,7 @@ class Saver:
                 rank, (cause, _) = min(failure.failures.items())
                 raise _refusal(partial, rank, cause) from failure
         files = self._hash_all(partial)
-        self._agree(self._problem_of(self._finish, partial, final, step, files), partial)
+        self._raise_on_all(self._error_of(self._finish, partial, final, step, files), partial)
         return final
 
     def _begin(self, partial: Path) -> None:
@@ -173,10 +173,10 @@ class Saver:
         def read() -> None:
             found.update(digests(partial.glob(f"__{self._rank}_*")))
 
-        problem = self._problem_of(read)
+        problem = self._error_of(read)
         seen: list[dict[str, Digest]] = [{}] * dist.get_world_size(self._group)
         dist.all_gather_object(seen, found, group=self._group)
-        self._agree(problem, partial)
+        self._raise_on_all(problem, partial)
         return {name: each for part in seen for name, each in part.items()}
 
     def _finish(self, partial: Path, final: Path, step: int, files: dict[str, Digest]) -> None:
@@ -186,29 +186,29 @@ class Saver:
         self._check_ownership()
         (partial / SCHEDULE_NAME).write_text(to_json(self._learner.replica.schedule) + "\n", encoding="utf-8")
         own = [partial / SCHEDULE_NAME, partial / METADATA_NAME]
-        for name, content in self._carried.files.items():
+        for name, content in self._preserved.files.items():
             (partial / name).write_bytes(content)
             own.append(partial / name)
         own += self._prepared.tokenizer.save(partial / TOKENIZER_NAME)
         for path in own:
             _sync(path)
-        config, record = self._config, self._carried.record()
+        config, record = self._config, self._preserved.record()
         write_manifest(partial, step, config, self._prepared.fingerprint, files | digests(own), record)
         _sync(partial)
-        put_in_place(partial, final)
+        replace_folder(partial, final)
         _sync(self._root)
         if config.checkpointing.keep is not None:
-            _forget_older(final, config.checkpointing.keep)
+            _remove_older(final, config.checkpointing.keep)
 
     @staticmethod
-    def _problem_of(act: Callable[..., None], *args: object) -> Exception | None:
+    def _error_of(act: Callable[..., None], *args: object) -> Exception | None:
         try:
             act(*args)
         except Exception as error:
             return error
         return None
 
-    def _agree(self, problem: Exception | None, place: Path) -> None:
+    def _raise_on_all(self, problem: Exception | None, place: Path) -> None:
         """Raises on every rank what went wrong on the first where something did."""
         words = None if problem is None else first_line(problem)
         seen: list[str | None] = [None] * dist.get_world_size(self._group)
@@ -232,7 +232,7 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _forget_older(newest: Path, num_kept: int) -> None:
+def _remove_older(newest: Path, num_kept: int) -> None:
     """Removes whole checkpoints before the newest, which is whole by now, beyond the number to keep.
 
     One that is not whole does not count and stays, so that somebody may look at it.
@@ -245,7 +245,7 @@ def _forget_older(newest: Path, num_kept: int) -> None:
         shutil.rmtree(gone)
 
 
-def put_in_place(made: Path, place: Path) -> None:
+def replace_folder(made: Path, place: Path) -> None:
     """Gives a folder its final name; what had that name before is removed.
 
     Where the file system cannot exchange two names (Linux' local ones can), the name is free for a moment.

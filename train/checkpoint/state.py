@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from train.learner import Learner
 
 WEIGHTS_PREFIX = "weights."
-OPTIMISER_PREFIX = "optimiser."
+OPTIMIZER_PREFIX = "optimizer."
 _LONGEST_TEXT = 120
 
 
@@ -138,9 +138,9 @@ Extras = Mapping[str, Extra]
 
 
 def state_of(learner: "Learner", extras: Extras) -> State:
-    """Returns weights, router bias, optimiser state and extras of this rank: the tensors themselves."""
+    """Returns weights, router bias, optimizer state and extras of this rank: the tensors themselves."""
     state: State = {f"{WEIGHTS_PREFIX}{name}": tensor for name, tensor in named_tensors(learner.replica.model).items()}
-    state |= {f"{OPTIMISER_PREFIX}{name}": values for name, values in learner.optimiser.state().items()}
+    state |= {f"{OPTIMIZER_PREFIX}{name}": values for name, values in learner.optimizer.state().items()}
     for prefix, extra in extras.items():
         state |= {f"{prefix}.{name}": values for name, values in extra.state().items()}
     return state

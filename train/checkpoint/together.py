@@ -10,15 +10,15 @@ from typing import TypeVar, cast
 from torch import distributed as dist
 
 from data.progress import NoProgress, progress_on
-from train.checkpoint.locate import Located, locate
+from train.checkpoint.locate import LocatedCheckpoint, locate
 from train.checkpoint.manifest import CheckpointError
 from train.checkpoint.verify import Check, check_file, listed_files, progress_over
 from train.config import TrainConfig
 
-Found = TypeVar("Found")
+T = TypeVar("T")
 
 
-def choose_resumed(config: TrainConfig) -> tuple[TrainConfig, tuple[str, ...]]:
+def resolve_resume(config: TrainConfig) -> tuple[TrainConfig, tuple[str, ...]]:
     """Replaces what `resume` names by the checkpoint to resume from. Every rank calls it at the same point.
 
     Rank 0 looks for checkpoints, because machines may not see the same ones at once. All ranks read them.
@@ -35,10 +35,10 @@ def choose_resumed(config: TrainConfig) -> tuple[TrainConfig, tuple[str, ...]]:
     if config.resume is None:
         return config, ()
     found = find_together(partial(_locate_checked, config.resume))
-    return replace(config, resume=str(found.folder)), found.passed_over
+    return replace(config, resume=str(found.folder)), found.rejected
 
 
-def find_together(find: Callable[[Check], Found]) -> Found:
+def find_together(find: Callable[[Check], T]) -> T:
     """Returns what rank 0 finds among checkpoints, each of which all ranks verify a part of. Every rank calls it.
 
     Args:
@@ -47,10 +47,10 @@ def find_together(find: Callable[[Check], Found]) -> Found:
     Raises:
         CheckpointError: on every rank, what `find` raised.
     """
-    found: list[Found | CheckpointError | None] = [None]
+    found: list[T | CheckpointError | None] = [None]
     if dist.get_rank() == 0:
         try:
-            found = [find(_lead)]
+            found = [find(_verify_from_rank_0)]
         except CheckpointError as error:
             found = [CheckpointError(str(error))]
         _broadcast(None)
@@ -61,7 +61,7 @@ def find_together(find: Callable[[Check], Found]) -> Found:
     dist.broadcast_object_list(found, src=0)
     if isinstance(found[0], CheckpointError):
         raise found[0]
-    return cast(Found, found[0])
+    return cast(T, found[0])
 
 
 def verify_together(folder: Path) -> None:
@@ -86,11 +86,11 @@ def verify_together(folder: Path) -> None:
         raise CheckpointError(first)
 
 
-def _locate_checked(path: str, check: Check) -> Located:
+def _locate_checked(path: str, check: Check) -> LocatedCheckpoint:
     return locate(path, check=check)
 
 
-def _lead(folder: Path) -> None:
+def _verify_from_rank_0(folder: Path) -> None:
     _broadcast(folder)
     verify_together(folder)
 

@@ -24,8 +24,8 @@ from train.checkpoint.manifest import CheckpointError, read_model
 from train.checkpoint.state import WEIGHTS_PREFIX, SliceLoadPlanner, first_line
 
 EMA_PREFIX = "ema."
-Kept = Literal["trained", "ema"]
-_PREFIXES: dict[Kept, str] = {"trained": WEIGHTS_PREFIX, "ema": EMA_PREFIX}
+WeightsKind = Literal["trained", "ema"]
+_PREFIXES: dict[WeightsKind, str] = {"trained": WEIGHTS_PREFIX, "ema": EMA_PREFIX}
 
 
 def held_weights(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -39,21 +39,21 @@ class CheckpointReader:
     Args:
         folder: of the checkpoint.
         key: of the configuration that names it, for errors.
-        kept: which of its weights: those that were trained, or their average.
+        kind: which of its weights: those that were trained, or their average.
 
     Raises:
         CheckpointError: there is no average; the manifest or the list cannot be read, a weight is missing or of
             another shape, a file is missing or cut short.
     """
 
-    def __init__(self, folder: Path, key: str, kept: Kept = "trained") -> None:
+    def __init__(self, folder: Path, key: str, kind: WeightsKind = "trained") -> None:
         self.config: ModelConfig = read_model(folder, key)
         self._folder = folder
         self._key = key
-        self._prefix = _PREFIXES[kept]
+        self._prefix = _PREFIXES[kind]
         self._metadata = read_metadata(folder, key)
-        if not any(name.startswith(self._prefix) for name in self._metadata.state_dict_metadata) and kept == "ema":
-            raise self._error("weights", "must be trained, as the run kept no average (ema.decay), are ema")
+        if not any(name.startswith(self._prefix) for name in self._metadata.state_dict_metadata) and kind == "ema":
+            raise self._error("weights", "must be trained, as the run kind no average (ema.decay), are ema")
         self._storage = TensorsReader(folder, self._metadata)
         self._storage.set_up_storage_reader(self._metadata, is_coordinator=True)
         self._shapes = held_weights(self.config)
@@ -174,7 +174,7 @@ class _LazyPlanner(DefaultSavePlanner):
 
 
 class _FilesWriter(FileSystemWriter):
-    """DCP's writer keeps all tensors of a file until it is complete; so files are kept small."""
+    """DCP's writer keeps all tensors of a file until it is complete; so files are kind small."""
 
     def __init__(self, folder: Path, max_file_bytes: int) -> None:
         # Nothing copied ahead: with a GPU in the machine it would sort by size and read several at once.

@@ -12,12 +12,12 @@ from torch import distributed as dist
 
 from model.gradients import GradientStore
 from train.config import GuardConfig
-from train.errors import Finding
+from train.errors import StepRefusal
 from train.records.json_lines import number_of, read_lines
 from train.world import World
 
 LOSS, NORM = "loss", "gradient norm"
-Shown = tuple[float, float]
+LossAndNorm = tuple[float, float]
 """A step's loss and gradient norm."""
 
 
@@ -30,21 +30,21 @@ class Guard:
 
     values: dict[str, float]
 
-    def __init__(self, config: GuardConfig, shown: Iterable[Shown] = ()) -> None:
+    def __init__(self, config: GuardConfig, history: Iterable[LossAndNorm] = ()) -> None:
         """Starts with loss and norm of earlier steps, the oldest first."""
         self._factor = config.spike_factor
         self._window = config.spike_window_steps
-        self._shown: dict[str, deque[float]] = {}
+        self._history: dict[str, deque[float]] = {}
         self.values = {}
-        self.remember(shown)
+        self.replace_history(history)
 
-    def remember(self, shown: Iterable[Shown]) -> None:
+    def replace_history(self, history: Iterable[LossAndNorm]) -> None:
         """Replaces the steps that later ones are compared with."""
         losses, norms = deque[float](maxlen=self._window), deque[float](maxlen=self._window)
-        for loss, norm in shown:
+        for loss, norm in history:
             losses.append(loss)
             norms.append(norm)
-        self._shown = {LOSS: losses, NORM: norms}
+        self._history = {LOSS: losses, NORM: norms}
 
     def judge(self, name: str, value: float) -> str:
         """Returns why a step with this value is refused; empty if it is accepted.
@@ -58,7 +58,7 @@ class Guard:
         self.values[name] = value
         if not math.isfinite(value):
             return f"{name} is {value}"
-        before = self._shown[name]
+        before = self._history[name]
         if not self._factor or len(before) < self._window:
             return ""
         middle = median(before)
@@ -69,16 +69,18 @@ class Guard:
 
     def accept(self, loss: float, norm: float) -> None:
         """Notes a step that updated the weights."""
-        self._shown[LOSS].append(loss)
-        self._shown[NORM].append(norm)
+        self._history[LOSS].append(loss)
+        self._history[NORM].append(norm)
 
 
-def own_norm(store: GradientStore) -> Tensor:
+def local_norm(store: GradientStore) -> Tensor:
     """Returns the norm of this rank's own gradients, a scalar on its device; no host sync."""
     return torch.nn.utils.get_total_norm(store.gradients())
 
 
-def find(world: World, guard: Guard, step: int, reason: str, own: Tensor, is_finite_here: bool) -> Finding:
+def describe_refusal(
+    world: World, guard: Guard, step: int, reason: str, own: Tensor, is_finite_here: bool
+) -> StepRefusal:
     """Returns what is known of a refused step; all ranks call it.
 
     Args:
@@ -86,7 +88,7 @@ def find(world: World, guard: Guard, step: int, reason: str, own: Tensor, is_fin
         guard: that judged the step.
         step: from 0.
         reason: of the guard.
-        own: see `own_norm`, from before gradients were summed.
+        own: see `local_norm`, from before gradients were summed.
         is_finite_here: whether this rank's own losses are.
     """
     group = world.groups.world
@@ -97,19 +99,19 @@ def find(world: World, guard: Guard, step: int, reason: str, own: Tensor, is_fin
     found = [float(norm) for norm in norms]
     odd = tuple(rank for rank, norm in enumerate(found) if not math.isfinite(norm))
     ranks = odd or (max(range(len(found)), key=found.__getitem__),)
-    return Finding(step=step, reason=reason, values=dict(guard.values), ranks=ranks)
+    return StepRefusal(step=step, reason=reason, values=dict(guard.values), ranks=ranks)
 
 
-def read_shown(metrics: Path, num_done: int, window: int) -> list[Shown]:
+def read_loss_and_norm(metrics: Path, num_done: int, window: int) -> list[LossAndNorm]:
     """Returns loss and norm of the last `window` steps up to `num_done` in a `metrics.jsonl`, if any."""
-    shown: deque[Shown] = deque(maxlen=window)
+    history: deque[LossAndNorm] = deque(maxlen=window)
     for values in read_lines(metrics):
         loss, norm = number_of(values, "loss"), number_of(values, "grad_norm")
         if values["step"] <= num_done and loss is not None and norm is not None:
-            shown.append((loss, norm))
-    return list(shown)
+            history.append((loss, norm))
+    return list(history)
 
 
-def in_json(values: dict[str, float]) -> dict[str, float | str]:
+def to_json_values(values: dict[str, float]) -> dict[str, float | str]:
     """Returns numbers as JSON has them: those that are not finite as text."""
     return {name: value if math.isfinite(value) else str(value) for name, value in values.items()}

@@ -13,10 +13,10 @@ from train.checkpoint.manifest import read_step
 from train.checkpoint.together import find_together
 from train.checkpoint.verify import Check
 from train.config import GuardConfig
-from train.errors import Finding, StoppedError
-from train.guard.guard import Guard, in_json, read_shown
+from train.errors import StepRefusal, StoppedError
+from train.guard.guard import Guard, read_loss_and_norm, to_json_values
 from train.learner import Learner
-from train.records.events import note_event, read_events
+from train.records.events import read_events, try_append_event
 
 _ROLLED_BACK = "rolled_back"
 
@@ -56,26 +56,28 @@ class Recovery:
         self._out_dir = out_dir
         self._resume = resume
         self._is_writer = dist.get_rank() == 0
-        self._passed_over: set[int] = set()
+        self._steps_to_skip: set[int] = set()
         self._last_refused = -1
         self._num_in_a_row = 0
         self.guard = Guard(config)
-        self._remember(first_step)
+        self._read_history(first_step)
 
-    def passes_over(self, step: int) -> bool:
+    def skips(self, step: int) -> bool:
         """Returns whether the step's batch was refused before the run went back, so that it is left out now."""
-        if step not in self._passed_over:
+        if step not in self._steps_to_skip:
             return False
         if self._is_writer:
-            note_event(self._out_dir, "passed_over", step + 1, "its batch is left out, as the run went back from it")
+            try_append_event(
+                self._out_dir, "passed_over", step + 1, "its batch is left out, as the run went back from it"
+            )
         return True
 
-    def accepted(self, step: int) -> None:
+    def note_accepted(self, step: int) -> None:
         """Notes a step that updated the weights."""
         if step > self._last_refused:
             self._num_in_a_row = 0
 
-    def answer(self, finding: Finding) -> tuple[Skipped | RolledBack, str]:
+    def handle_refusal(self, refusal: StepRefusal) -> tuple[Skipped | RolledBack, str]:
         """Does what the configured kind of guard does about a refused step; all ranks call it.
 
         Returns:
@@ -86,29 +88,29 @@ class Recovery:
         """
         config = self._config
         self._num_in_a_row += 1
-        self._last_refused = max(self._last_refused, finding.step)
+        self._last_refused = max(self._last_refused, refusal.step)
         if config.kind == "stop":
-            self._note("stopped", finding)
-            raise StoppedError(f"{finding.reason}; nothing was updated in this step")
+            self._note("stopped", refusal)
+            raise StoppedError(f"{refusal.reason}; nothing was updated in this step")
         if self._num_in_a_row > config.max_consecutive:
-            self._note("stopped", finding)
+            self._note("stopped", refusal)
             raise StoppedError(
-                f"{finding.reason}; nothing was updated in this step, refused steps in a row: "
+                f"{refusal.reason}; nothing was updated in this step, refused steps in a row: "
                 f"{self._num_in_a_row}, above guard.max_consecutive={config.max_consecutive}"
             )
-        folder = self._agreed_checkpoint(finding.step) if config.kind == "roll_back" else None
+        folder = self._agreed_checkpoint(refusal.step) if config.kind == "roll_back" else None
         if folder is None:
-            self._note("skipped", finding)
-            return Skipped(), f"{finding.reason}; its batch is left out"
-        self._note(_ROLLED_BACK, finding, checkpoint=str(folder))
-        return self._go_back(finding, folder)
+            self._note("skipped", refusal)
+            return Skipped(), f"{refusal.reason}; its batch is left out"
+        self._note(_ROLLED_BACK, refusal, checkpoint=str(folder))
+        return self._roll_back(refusal, folder)
 
-    def _go_back(self, finding: Finding, folder: Path) -> tuple[RolledBack, str]:
+    def _roll_back(self, refusal: StepRefusal, folder: Path) -> tuple[RolledBack, str]:
         with self._world.phase("loading of the checkpoint"):
             checkpoint.load(self._learner, folder)
         num_done = read_step(folder)
-        self._remember(num_done)
-        return RolledBack(num_done), f"{finding.reason}; back to {folder}, and its batch will be left out"
+        self._read_history(num_done)
+        return RolledBack(num_done), f"{refusal.reason}; back to {folder}, and its batch will be left out"
 
     def _agreed_checkpoint(self, num_done: int) -> Path | None:
         """Returns the run's newest whole checkpoint up to a step, or the one that it started from."""
@@ -120,33 +122,33 @@ class Recovery:
         with self._world.phase("choice of the checkpoint"):
             return find_together(find)
 
-    def _remember(self, num_done: int) -> None:
+    def _read_history(self, num_done: int) -> None:
         """Reads the records up to a step, and the batches to leave out from there on."""
         found: list[Any] = [None]
         if self._is_writer:
             steps = [event["step"] - 1 for event in read_events(self._out_dir) if event["kind"] == _ROLLED_BACK]
-            found = [(self._read_shown(num_done) if self._config.spike_factor else [], steps)]
-        ((shown, steps),) = self._share(found)
-        self.guard.remember(shown)
-        self._passed_over = set(steps)
+            found = [(self._read_loss_and_norm(num_done) if self._config.spike_factor else [], steps)]
+        ((history, steps),) = self._broadcast(found)
+        self.guard.replace_history(history)
+        self._steps_to_skip = set(steps)
 
-    def _read_shown(self, num_done: int) -> list[Any]:
+    def _read_loss_and_norm(self, num_done: int) -> list[Any]:
         """Returns loss and norm of this run's steps, or of the run that it resumed from."""
         window, resume = self._config.spike_window_steps, self._resume
-        shown = read_shown(self._out_dir / "metrics.jsonl", num_done, window)
-        if not shown and resume is not None:
-            shown = read_shown(locate(resume).folder.parents[1] / "metrics.jsonl", num_done, window)
-        return shown
+        history = read_loss_and_norm(self._out_dir / "metrics.jsonl", num_done, window)
+        if not history and resume is not None:
+            history = read_loss_and_norm(locate(resume).folder.parents[1] / "metrics.jsonl", num_done, window)
+        return history
 
-    def _share(self, found: list[Any]) -> list[Any]:
+    def _broadcast(self, found: list[Any]) -> list[Any]:
         """Broadcasts what rank 0 found."""
         with self._world.phase("agreement on what was before"):
             dist.broadcast_object_list(found, src=0, group=self._world.groups.world)
         return found
 
-    def _note(self, kind: str, finding: Finding, **more: Any) -> None:
+    def _note(self, kind: str, refusal: StepRefusal, **more: Any) -> None:
         """Notes the refused batch in `events.jsonl`."""
         if self._is_writer:
-            known = {"values": in_json(finding.values), "ranks": list(finding.ranks)}
-            samples = self._loader.sample_ids(finding.step)
-            note_event(self._out_dir, kind, finding.step + 1, finding.reason, **known, samples=samples, **more)
+            known = {"values": to_json_values(refusal.values), "ranks": list(refusal.ranks)}
+            samples = self._loader.sample_ids(refusal.step)
+            try_append_event(self._out_dir, kind, refusal.step + 1, refusal.reason, **known, samples=samples, **more)

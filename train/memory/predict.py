@@ -15,7 +15,7 @@ from train.config import TrainConfig, sized_config
 from train.memory.account import JobMemory, PipelineBytes, RankMemory
 from train.memory.exchange import exchange_bytes
 from train.memory.static import batch_bytes, static_bytes, update_bytes
-from train.memory.walk import walk
+from train.memory.walk import iterate_live_bytes
 from train.schedule.nominal import few_micro_batches, planning_schedule
 
 _SMALLER_CAPS = (0.65, 0.5)
@@ -149,7 +149,7 @@ def pipeline_peak(
     order = {"overlapped": pairing.overlapped, "sequential": pairing.sequential}[config.schedule.pairing]
     lanes = {number: [phase.lane for phase in stage] for number, stage in enumerate(phases)}
     program = compile_rank(schedule, rank, lanes, order)
-    steps = walk(program, dict(enumerate(phases)), sizes.row, keeps_sent=config.cluster.backend == "nccl")
+    steps = iterate_live_bytes(program, dict(enumerate(phases)), sizes.row, keeps_sent=config.cluster.backend == "nccl")
     return max((alive.peak for alive in steps), key=lambda peak: peak.total, default=PipelineBytes())
 
 

@@ -11,7 +11,7 @@ from train.memory.account import PipelineBytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Alive:
+class LiveBytes:
     """What is alive: after a step, and at its peak inside."""
 
     after: PipelineBytes
@@ -52,9 +52,9 @@ class _Rank:
         )
 
 
-def walk(
+def iterate_live_bytes(
     program: Program, stages: Mapping[int, Sequence[PhaseBytes]], message_bytes: int, *, keeps_sent: bool
-) -> Iterator[Alive]:
+) -> Iterator[LiveBytes]:
     """Yields what is alive after each step of a program.
 
     Args:
@@ -70,7 +70,7 @@ def walk(
         inside = _perform(step, rank, runs, message_bytes, keeps_sent)
         after = rank.alive(0)
         # Inside a step is counted above what was alive before it, which the step's own changes replace.
-        yield Alive(after=after, peak=after if inside is None or inside.total < after.total else inside)
+        yield LiveBytes(after=after, peak=after if inside is None or inside.total < after.total else inside)
 
 
 def _perform(

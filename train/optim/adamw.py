@@ -62,7 +62,7 @@ def build_adamw(groups: Sequence[dict[str, Any]], config: OptimConfig) -> torch.
     """By `config.moments`.
 
     Args:
-        groups: of parameters, each with its weight decay, as torch's optimisers take them.
+        groups: of parameters, each with its weight decay, as torch's optimizers take them.
         config: of the run.
     """
     if config.moments == "bf16":

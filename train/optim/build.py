@@ -12,7 +12,7 @@ from train.optim.replicated import ReplicatedAdamW
 from train.optim.zero1 import Zero1AdamW
 
 
-class Optimiser(Protocol):
+class Optimizer(Protocol):
     """Applies the gradients in a store to the weights, in two parts, between which the step can be refused."""
 
     def reduce(self) -> float:
@@ -44,9 +44,9 @@ class Optimiser(Protocol):
         ...
 
 
-def build_optimiser(
+def build_optimizer(
     groups: ParameterGroups, store: GradientStore, replicas: ReductionGroups, config: OptimConfig
-) -> Optimiser:
+) -> Optimizer:
     """Builds the optimizer that `config.sharding` names."""
     match config.sharding:
         case "zero1":

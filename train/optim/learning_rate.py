@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from data.batch_sizes import BatchSizes
 from kernels.registry import Registry
-from train.optim.span import Span
+from train.optim.duration import Duration
 
 if TYPE_CHECKING:
     from train.optim.config import OptimConfig
@@ -27,11 +27,11 @@ class RateSchedule:
     """What every kind of schedule has: its name, and a linear warm-up, during which its function is not called."""
 
     kind: str
-    warmup: Span
+    warmup: Duration
 
 
 @dataclass(frozen=True, slots=True)
-class Course:
+class ScheduleContext:
     """What a schedule is followed over.
 
     Attributes:
@@ -51,9 +51,9 @@ class Course:
         """Tokens of the run."""
         return self.sizes.tokens_before(self.num_steps)
 
-    def tokens(self, span: Span) -> float:
-        """Returns the tokens that a span from the start of the run holds."""
-        return span.tokens(self.sizes, self.num_steps)
+    def tokens(self, duration: Duration) -> float:
+        """Returns the tokens that a duration from the start of the run holds."""
+        return duration.tokens(self.sizes, self.num_steps)
 
     def progress(self, now: float, start: float, end: float) -> float:
         """Returns how far `now` is from `start`, or the end of the warm-up if that is later, to `end`: from 0 to 1."""
@@ -62,8 +62,8 @@ class Course:
             return 1.0
         return (now - start) / (end - start) if now > start else 0.0
 
-    def require_order(self, first: str, earlier: Span, second: str, later: Span) -> None:
-        """Refuses a span that ends after another.
+    def require_order(self, first: str, earlier: Duration, second: str, later: Duration) -> None:
+        """Refuses a duration that ends after another.
 
         Args:
             first: name of the field that holds `earlier`.
@@ -81,41 +81,41 @@ class Course:
             )
 
 
-def _require_nothing(schedule: Any, course: Course) -> None:
+def _require_nothing(schedule: Any, context: ScheduleContext) -> None:
     pass
 
 
-def _warn_of_nothing(schedule: Any, course: Course) -> tuple[str, ...]:
+def _warn_of_nothing(schedule: Any, context: ScheduleContext) -> tuple[str, ...]:
     return ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RateEntry:
+class RateSpec:
     """A kind of schedule that `optim.schedule.kind` can name.
 
     Attributes:
         summary: one line for users.
         config: its dataclass, a subclass of `RateSchedule`.
-        rate: returns the rate after the warm-up, from the schedule, the course and the tokens of all steps before.
+        rate: returns the rate after the warm-up, from the schedule, the context and the tokens of all steps before.
         check: raises `RateError` if the run cannot follow the schedule.
         warnings: returns a line for each part of the schedule that does not suit the run's length.
     """
 
     summary: str
     config: type[RateSchedule]
-    rate: Callable[[Any, Course, int], float]
-    check: Callable[[Any, Course], None] = _require_nothing
-    warnings: Callable[[Any, Course], tuple[str, ...]] = _warn_of_nothing
+    rate: Callable[[Any, ScheduleContext, int], float]
+    check: Callable[[Any, ScheduleContext], None] = _require_nothing
+    warnings: Callable[[Any, ScheduleContext], tuple[str, ...]] = _warn_of_nothing
 
 
-LR_SCHEDULES = Registry[RateEntry](f"{PLACE}.kind", ("train.optim.rates",))
+LR_SCHEDULES = Registry[RateSpec](f"{PLACE}.kind", ("train.optim.rates",))
 
 
 def learning_rate(config: "OptimConfig", sizes: BatchSizes, num_steps: int, step: int) -> float:
     """Returns the rate of the update that ends a step.
 
-    Every span is measured in tokens, so a growing batch does not stretch it. With batches of one size that is the same
-    as measuring in steps.
+    Every duration is measured in tokens, so a growing batch does not stretch it. With batches of one size that is the
+    same as measuring in steps.
 
     Args:
         config: of the optimizer.
@@ -123,11 +123,11 @@ def learning_rate(config: "OptimConfig", sizes: BatchSizes, num_steps: int, step
         num_steps: of the run.
         step: from 0.
     """
-    course = _course(config, sizes, num_steps)
+    context = _context(config, sizes, num_steps)
     after = sizes.tokens_before(step + 1)
-    if after < course.warmup:
-        return course.peak * (after / course.warmup)
-    return LR_SCHEDULES.get(config.schedule.kind).rate(config.schedule, course, sizes.tokens_before(step))
+    if after < context.warmup:
+        return context.peak * (after / context.warmup)
+    return LR_SCHEDULES.get(config.schedule.kind).rate(config.schedule, context, sizes.tokens_before(step))
 
 
 def check_schedule(config: "OptimConfig", sizes: BatchSizes, num_steps: int) -> None:
@@ -136,7 +136,7 @@ def check_schedule(config: "OptimConfig", sizes: BatchSizes, num_steps: int) -> 
     Raises:
         RateError: names the key, the rule, the value and the nearest valid one.
     """
-    LR_SCHEDULES.get(config.schedule.kind).check(config.schedule, _course(config, sizes, num_steps))
+    LR_SCHEDULES.get(config.schedule.kind).check(config.schedule, _context(config, sizes, num_steps))
 
 
 def schedule_warnings(config: "OptimConfig", sizes: BatchSizes, num_steps: int) -> tuple[str, ...]:
@@ -147,14 +147,14 @@ def schedule_warnings(config: "OptimConfig", sizes: BatchSizes, num_steps: int) 
         sizes: sequences of every step of the run.
         num_steps: of the run.
     """
-    schedule, course, lines = config.schedule, _course(config, sizes, num_steps), []
-    if course.warmup > course.total:
+    schedule, context, lines = config.schedule, _context(config, sizes, num_steps), []
+    if context.warmup > context.total:
         lines.append(
             f"{PLACE}.warmup: is longer than the run, so the learning rate never reaches its peak: is "
             f"{schedule.warmup.to_plain()}, the run has {num_steps:,} steps; nearest: {PLACE}.warmup='5 %'"
         )
-    return (*lines, *LR_SCHEDULES.get(schedule.kind).warnings(schedule, course))
+    return (*lines, *LR_SCHEDULES.get(schedule.kind).warnings(schedule, context))
 
 
-def _course(config: "OptimConfig", sizes: BatchSizes, num_steps: int) -> Course:
-    return Course(config.learning_rate, sizes, num_steps, config.schedule.warmup.tokens(sizes, num_steps))
+def _context(config: "OptimConfig", sizes: BatchSizes, num_steps: int) -> ScheduleContext:
+    return ScheduleContext(config.learning_rate, sizes, num_steps, config.schedule.warmup.tokens(sizes, num_steps))

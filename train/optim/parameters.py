@@ -1,4 +1,4 @@
-"""A rank's parameters as the optimiser groups them, and who else holds them."""
+"""A rank's parameters as the optimizer groups them, and who else holds them."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from train.checkpoint.state import Slice
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReductionGroups:
-    """Process groups over which gradients are summed and optimiser state is sharded.
+    """Process groups over which gradients are summed and optimizer state is sharded.
 
     dense: ranks that hold the same stages (mirror x data). experts: of those, the ones that hold the
     same routed experts. expert: the ranks that share out the experts of one data replica. world: all.

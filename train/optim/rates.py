@@ -6,8 +6,8 @@ from itertools import pairwise
 from typing import Literal
 
 from kernels.ranges import NonNegativeFloat, Share
-from train.optim.learning_rate import LR_SCHEDULES, PLACE, Course, RateEntry, RateError, RateSchedule
-from train.optim.span import Span
+from train.optim.duration import Duration
+from train.optim.learning_rate import LR_SCHEDULES, PLACE, RateError, RateSchedule, RateSpec, ScheduleContext
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,8 +22,8 @@ class DecayedRate(RateSchedule):
     The decay starts at `decay_start`, or at the end of the warm-up if that is later, and ends at `decay_end`.
     """
 
-    decay_start: Span
-    decay_end: Span
+    decay_start: Duration
+    decay_end: Duration
     final_ratio: Share
 
 
@@ -34,7 +34,7 @@ class WsdRate(RateSchedule):
     `decay_shape`: `linear`, or `one_minus_sqrt`, 1 - sqrt(progress) (arXiv:2405.18392).
     """
 
-    decay: Span
+    decay: Duration
     decay_shape: Literal["linear", "one_minus_sqrt"]
     final_ratio: Share
 
@@ -46,47 +46,47 @@ class V3Rate(RateSchedule):
     The rate is `last_learning_rate` from `last_start` on.
     """
 
-    decay_start: Span
-    decay_end: Span
+    decay_start: Duration
+    decay_end: Duration
     final_learning_rate: NonNegativeFloat
-    last_start: Span
+    last_start: Duration
     last_learning_rate: NonNegativeFloat
 
 
-def _constant_rate(schedule: ConstantRate, course: Course, tokens: int) -> float:
-    return course.peak
+def _constant_rate(schedule: ConstantRate, context: ScheduleContext, tokens: int) -> float:
+    return context.peak
 
 
-def _cosine_rate(schedule: DecayedRate, course: Course, tokens: int) -> float:
-    return course.peak * _down_to(schedule.final_ratio, _cosine(_decay_progress(schedule, course, tokens)))
+def _cosine_rate(schedule: DecayedRate, context: ScheduleContext, tokens: int) -> float:
+    return context.peak * _down_to(schedule.final_ratio, _cosine(_decay_progress(schedule, context, tokens)))
 
 
-def _linear_rate(schedule: DecayedRate, course: Course, tokens: int) -> float:
-    return course.peak * _down_to(schedule.final_ratio, 1 - _decay_progress(schedule, course, tokens))
+def _linear_rate(schedule: DecayedRate, context: ScheduleContext, tokens: int) -> float:
+    return context.peak * _down_to(schedule.final_ratio, 1 - _decay_progress(schedule, context, tokens))
 
 
-def _wsd_rate(schedule: WsdRate, course: Course, tokens: int) -> float:
-    progress = course.progress(tokens, _wsd_decay_start(schedule, course), course.total)
+def _wsd_rate(schedule: WsdRate, context: ScheduleContext, tokens: int) -> float:
+    progress = context.progress(tokens, _wsd_decay_start(schedule, context), context.total)
     share = 1 - (progress if schedule.decay_shape == "linear" else math.sqrt(progress))
-    return course.peak * _down_to(schedule.final_ratio, share)
+    return context.peak * _down_to(schedule.final_ratio, share)
 
 
-def _v3_rate(schedule: V3Rate, course: Course, tokens: int) -> float:
-    if tokens >= course.tokens(schedule.last_start):
+def _v3_rate(schedule: V3Rate, context: ScheduleContext, tokens: int) -> float:
+    if tokens >= context.tokens(schedule.last_start):
         return schedule.last_learning_rate
-    share = _cosine(_decay_progress(schedule, course, tokens))
-    return schedule.final_learning_rate + (course.peak - schedule.final_learning_rate) * share
+    share = _cosine(_decay_progress(schedule, context, tokens))
+    return schedule.final_learning_rate + (context.peak - schedule.final_learning_rate) * share
 
 
-def _wsd_decay_start(schedule: WsdRate, course: Course) -> float:
+def _wsd_decay_start(schedule: WsdRate, context: ScheduleContext) -> float:
     """Returns the tokens before the decay, whose span is counted from the end of the run."""
     if schedule.decay.unit == "steps":
-        return course.sizes.tokens_before(max(course.num_steps - int(schedule.decay.amount), 0))
-    return max(course.total - course.tokens(schedule.decay), 0)
+        return context.sizes.tokens_before(max(context.num_steps - int(schedule.decay.amount), 0))
+    return max(context.total - context.tokens(schedule.decay), 0)
 
 
-def _decay_progress(schedule: DecayedRate | V3Rate, course: Course, tokens: int) -> float:
-    return course.progress(tokens, course.tokens(schedule.decay_start), course.tokens(schedule.decay_end))
+def _decay_progress(schedule: DecayedRate | V3Rate, context: ScheduleContext, tokens: int) -> float:
+    return context.progress(tokens, context.tokens(schedule.decay_start), context.tokens(schedule.decay_end))
 
 
 def _down_to(final_ratio: float, share: float) -> float:
@@ -99,19 +99,19 @@ def _cosine(progress: float) -> float:
     return (1 + math.cos(math.pi * progress)) / 2
 
 
-def _check_decay(schedule: DecayedRate | V3Rate, course: Course) -> None:
+def _check_decay(schedule: DecayedRate | V3Rate, context: ScheduleContext) -> None:
     """Refuses spans that are out of order."""
-    course.require_order("decay_start", schedule.decay_start, "decay_end", schedule.decay_end)
-    if course.warmup <= course.total:
-        course.require_order("warmup", schedule.warmup, "decay_end", schedule.decay_end)
+    context.require_order("decay_start", schedule.decay_start, "decay_end", schedule.decay_end)
+    if context.warmup <= context.total:
+        context.require_order("warmup", schedule.warmup, "decay_end", schedule.decay_end)
 
 
-def _check_v3(schedule: V3Rate, course: Course) -> None:
+def _check_v3(schedule: V3Rate, context: ScheduleContext) -> None:
     """Refuses spans that are out of order and rates that rise."""
-    _check_decay(schedule, course)
-    course.require_order("decay_end", schedule.decay_end, "last_start", schedule.last_start)
+    _check_decay(schedule, context)
+    context.require_order("decay_end", schedule.decay_end, "last_start", schedule.last_start)
     rates = (
-        ("optim.learning_rate", course.peak),
+        ("optim.learning_rate", context.peak),
         (f"{PLACE}.final_learning_rate", schedule.final_learning_rate),
         (f"{PLACE}.last_learning_rate", schedule.last_learning_rate),
     )
@@ -120,24 +120,24 @@ def _check_v3(schedule: V3Rate, course: Course) -> None:
             raise RateError(f"{key}: must be at most {above}={most}, is {rate}; nearest valid: {most}")
 
 
-def _early_end(schedule: DecayedRate | V3Rate, course: Course) -> tuple[str, ...]:
+def _early_end(schedule: DecayedRate | V3Rate, context: ScheduleContext) -> tuple[str, ...]:
     """Returns a warning if the decay ends before half of the run."""
-    end = course.tokens(schedule.decay_end)
-    if 2 * end >= course.total:
+    end = context.tokens(schedule.decay_end)
+    if 2 * end >= context.total:
         return ()
     return (
         f"{PLACE}.decay_end: ends before half of the run, the rest trains at the lowest rate: is "
-        f"{schedule.decay_end.to_plain()}, {100 * end / course.total:.2g} % of {course.num_steps:,} steps; "
+        f"{schedule.decay_end.to_plain()}, {100 * end / context.total:.2g} % of {context.num_steps:,} steps; "
         f"nearest: {PLACE}.decay_end='100 %'",
     )
 
 
 LR_SCHEDULES.register(
-    "constant", RateEntry(summary="linear warm-up, then constant", config=ConstantRate, rate=_constant_rate)
+    "constant", RateSpec(summary="linear warm-up, then constant", config=ConstantRate, rate=_constant_rate)
 )
 LR_SCHEDULES.register(
     "cosine",
-    RateEntry(
+    RateSpec(
         summary="linear warm-up, then half a cosine to final_ratio of the peak",
         config=DecayedRate,
         rate=_cosine_rate,
@@ -147,7 +147,7 @@ LR_SCHEDULES.register(
 )
 LR_SCHEDULES.register(
     "linear",
-    RateEntry(
+    RateSpec(
         summary="linear warm-up, then a straight line to final_ratio of the peak",
         config=DecayedRate,
         rate=_linear_rate,
@@ -157,11 +157,11 @@ LR_SCHEDULES.register(
 )
 LR_SCHEDULES.register(
     "wsd",
-    RateEntry(summary="warm-up, stable, decay over the last part of the run", config=WsdRate, rate=_wsd_rate),
+    RateSpec(summary="warm-up, stable, decay over the last part of the run", config=WsdRate, rate=_wsd_rate),
 )
 LR_SCHEDULES.register(
     "v3_tokens",
-    RateEntry(
+    RateSpec(
         summary="DeepSeek-V3's: a cosine, then a last, lower rate",
         config=V3Rate,
         rate=_v3_rate,

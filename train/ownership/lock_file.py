@@ -21,7 +21,7 @@ class LockedError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class LockRecord:
     """A lock as it was read: its owner, None for a file that describes none, and when it was last renewed."""
 
     owner: Owner | None
@@ -38,7 +38,7 @@ class Found:
         return self.owner is not None and self.owner.is_here and not self.owner.is_gone
 
 
-def read_lock(path: Path) -> Found | None:
+def read_lock(path: Path) -> LockRecord | None:
     """Returns a lock, or None if there is none.
 
     Raises:
@@ -79,10 +79,10 @@ def refuse_if_in_use(folder: Path) -> None:
     """
     found = read_lock(folder / LOCK_NAME)
     if found is not None and found.is_alive_here:
-        raise refusal(folder, found)
+        raise in_use_error(folder, found)
 
 
-def refusal(folder: Path, found: Found | None) -> LockedError:
+def in_use_error(folder: Path, found: LockRecord | None) -> LockedError:
     """Returns the error about a folder that is in use."""
     owner = "another command" if found is None else found.name
     return LockedError(
@@ -157,20 +157,20 @@ def _open(path: Path) -> int:
         raise
     except OSError as error:
         if path.is_symlink() or path.is_socket():
-            raise _no_file(path) from error
+            raise _not_a_file_error(path) from error
         raise
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise _no_file(path)
+        raise _not_a_file_error(path)
     return descriptor
 
 
-def _read(descriptor: int) -> Found:
+def _read(descriptor: int) -> LockRecord:
     text = os.read(descriptor, _MOST_BYTES).decode("utf-8", errors="replace")
-    return Found(Owner.from_text(text), os.fstat(descriptor).st_mtime)
+    return LockRecord(Owner.from_text(text), os.fstat(descriptor).st_mtime)
 
 
-def _no_file(path: Path) -> LockedError:
+def _not_a_file_error(path: Path) -> LockedError:
     return LockedError(
         f"out_dir: {path.name} must be a file, {str(path)!r} is something else; nearest valid: another out_dir"
     )

@@ -51,7 +51,7 @@ class Owner:
             host=socket.gethostname(),
             machine=_machine(),
             pid=os.getpid(),
-            started=_start_of(os.getpid()) or "",
+            started=_start_time(os.getpid()) or "",
             time=time.time(),
             command=command,
         )
@@ -79,7 +79,7 @@ class Owner:
         """Whether the owner is known to have ended; False for a process of another machine."""
         if not self.is_here:
             return False
-        started = _start_of(self.pid)
+        started = _start_time(self.pid)
         return started is None or started != self.started
 
     def __str__(self) -> str:
@@ -114,7 +114,7 @@ def _machine() -> str:
         return f"{socket.gethostname()} {sys.platform}"
 
 
-def _start_of(pid: int) -> str | None:
+def _start_time(pid: int) -> str | None:
     """Returns when a process started, or None if it has ended; a zombie has."""
     if _BOOT_ID.exists():
         try:

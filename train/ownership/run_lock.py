@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from train.ownership.lock_file import LOCK_NAME, Found, read_lock, refusal, renew
+from train.ownership.lock_file import LOCK_NAME, LockRecord, in_use_error, read_lock, renew
 from train.ownership.owner import Owner
 
 RENEW_SECONDS = 5.0
@@ -115,19 +115,19 @@ class _Attempt:
         if stale is not None:
             self._replace(path, stale, depth)
         elif not self._put(path):  # released, and another was faster
-            raise self._refusal(read_lock(path))
+            raise self._in_use_error(read_lock(path))
 
-    def _replace(self, path: Path, stale: Found, depth: int) -> None:
+    def _replace(self, path: Path, stale: LockRecord, depth: int) -> None:
         """Replaces a stale lock. Of all who try, the owner of a lock on that very lock does it."""
         if depth == _MOST_TAKEOVERS:
-            raise self._refusal(stale)
+            raise self._in_use_error(stale)
         name = "unknown" if stale.owner is None else stale.owner.id
         guard = path.with_name(f"{path.name}.{name}.takeover")
         self.take(guard, depth + 1)
         try:
             now = read_lock(path)
             if now != stale:
-                raise self._refusal(now)
+                raise self._in_use_error(now)
             copy = path.with_name(f"{self._own.name}-{depth}")
             _write_new(copy, self._owner.to_text())
             os.replace(copy, path)
@@ -151,7 +151,7 @@ class _Attempt:
             return False
         return True
 
-    def _wait_until_stale(self, path: Path) -> Found | None:
+    def _wait_until_stale(self, path: Path) -> LockRecord | None:
         """Returns the lock once it is stale, None if it is released. Waits only for an owner that cannot be seen.
 
         Raises:
@@ -163,7 +163,7 @@ class _Attempt:
             if found.owner is not None and found.owner.is_here and found.owner.is_gone:
                 return found
             if found.is_alive_here or found != first:
-                raise self._refusal(found)
+                raise self._in_use_error(found)
             # One from the future is stale if nobody renews it while we look.
             if self._now() - found.renewed >= self._lease_seconds or time.monotonic() >= until:
                 return found
@@ -179,8 +179,8 @@ class _Attempt:
         os.utime(self._own)
         return self._own.stat().st_mtime
 
-    def _refusal(self, found: Found | None) -> Exception:
-        return refusal(self._own.parent, found)
+    def _in_use_error(self, found: LockRecord | None) -> Exception:
+        return in_use_error(self._own.parent, found)
 
 
 def _write_new(path: Path, text: str) -> None:

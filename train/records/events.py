@@ -36,7 +36,7 @@ def append_event(out_dir: Path, kind: str, step: int, text: str, **values: Any) 
         file.write(f"{line}\n".encode())
 
 
-def note_event(out_dir: Path, kind: str, step: int, text: str, **values: Any) -> None:
+def try_append_event(out_dir: Path, kind: str, step: int, text: str, **values: Any) -> None:
     """Adds a line as `append_event`, for a run that must go on: if the folder is gone or full, only the log has it."""
     try:
         append_event(out_dir, kind, step, text, **values)

@@ -46,14 +46,14 @@ class JsonLines:
         self._waiting = [*self._waiting, json.dumps(values) + "\n"][-_MOST_WAITING:]
         self._try_to_write()
 
-    def go_back(self, step: int) -> None:
+    def roll_back(self, step: int) -> None:
         """Removes the lines of later steps."""
         self._try_to_write()
         self._waiting = [line for line in self._waiting if json.loads(line)["step"] <= step]
         try:
             again = self._open(step)
         except OSError as error:
-            self._note(error)
+            self._log_failure(error)
             return
         self._file.close()
         self._file = again
@@ -69,7 +69,7 @@ class JsonLines:
             self._put([*list(raw_lines(self._path))[:-1], line.encode()])
             again = self._path.open("ab", buffering=0)
         except OSError as error:
-            self._note(error)
+            self._log_failure(error)
             return
         self._file.close()
         self._file = again
@@ -89,7 +89,7 @@ class JsonLines:
         try:
             self._append("".join(self._waiting).encode())
         except OSError as error:
-            self._note(error)
+            self._log_failure(error)
         else:
             self._waiting = []
 
@@ -104,7 +104,7 @@ class JsonLines:
                 os.ftruncate(self._file.fileno(), before)
             raise
 
-    def _note(self, error: OSError) -> None:
+    def _log_failure(self, error: OSError) -> None:
         if not self._has_failed:
             LOGGER.warning("%s cannot be written, its lines wait: %s", self._path, error)
         self._has_failed = True

@@ -25,7 +25,7 @@ class Recorder(Protocol):
         """Notes one step's numbers; `step` is among them."""
         ...
 
-    def go_back(self, step: int) -> None:
+    def roll_back(self, step: int) -> None:
         """Takes back what it noted of steps after this one: they come again."""
         ...
 
@@ -81,7 +81,7 @@ class Wandb:
             self._last_step = values["step"]
             self._log(values)
 
-    def go_back(self, step: int) -> None:
+    def roll_back(self, step: int) -> None:
         """Keeps everything: a wandb run only grows."""
 
     def amend(self, values: Record) -> None:
@@ -133,7 +133,7 @@ class Display:
                 f"bubble {100 * values['pipeline_bubble']:.0f} %"
             )
 
-    def go_back(self, step: int) -> None:
+    def roll_back(self, step: int) -> None:
         """Puts the bar back."""
         if self._progress is not None:
             self._progress.update(self._task, completed=step)

@@ -38,7 +38,7 @@ LOGGER = logging.getLogger("train")
 SVG_NAME, TRACE_NAME, PAGE_NAME = "schedule.svg", "trace.json", "schedule.html"
 
 
-class PipelineWatch:
+class PipelineTimeline:
     """One rank's view of its own time, and the way to the whole pipeline's with data index 0."""
 
     def __init__(self, world: World, name: str, folder: Path) -> None:

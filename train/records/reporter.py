@@ -59,12 +59,12 @@ class Reporter:
         if self._report is not None:
             self._report.try_to_write()
 
-    def go_back(self, step: int) -> None:
+    def roll_back(self, step: int) -> None:
         """Removes the records of steps after this one, which are repeated."""
         if self._loads is not None:
-            self._loads.go_back(step)
+            self._loads.roll_back(step)
         for recorder in self._recorders:
-            recorder.go_back(step)
+            recorder.roll_back(step)
 
     def close(self) -> None:
         """Closes every recorder and draws the last report, however the run ends."""

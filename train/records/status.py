@@ -22,7 +22,7 @@ class Status:
 
     Attributes:
         state: `stopped` by its guard, an error or the user; `lost` with a rank that ended or did not come.
-        step: optimiser steps done; of a run that goes on, as of a few seconds ago.
+        step: optimizer steps done; of a run that goes on, as of a few seconds ago.
         checkpoint: the newest, a path; None before the first.
         exit_code: of the run; None while it goes on.
         reason: of the end, one line.

@@ -16,7 +16,7 @@ from comm.dispatch.traffic import LayerTraffic, TrafficSnapshot
 from dualpipe.runtime.measured import RankBusyTime
 from model.objective import BALANCE
 from train.records.metrics import mfu
-from train.records.pictures import PipelineWatch, bubble_of, window_slots
+from train.records.pictures import PipelineTimeline, bubble_of, window_slots
 from train.replica import Replica
 from train.step import StepResult
 from train.world import World
@@ -26,7 +26,7 @@ _RECEIVED = _FIELDS.index("num_bytes_from_nodes")
 
 
 def record_of(
-    replica: Replica, watch: PipelineWatch, done: int, result: StepResult, peak_flops: float | None
+    replica: Replica, watch: PipelineTimeline, done: int, result: StepResult, peak_flops: float | None
 ) -> dict[str, Any]:
     """Returns the step's line in `metrics.jsonl`; all ranks call it, because it sums traffic, time and memory.
 

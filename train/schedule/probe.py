@@ -91,8 +91,8 @@ def measure(config: TrainConfig, layout: Layout, device: torch.device) -> LayerT
         tokens=network.tokens,
     )
     dispatcher = build_dispatcher(network.dispatch, parts)
-    mine = _measure_parts(config, layout, dispatcher, device, _hop_seconds(config, layout, pipeline, device))
-    agreed = _agree(mine, device)
+    mine = _measure_parts(config, layout, dispatcher, device, _link_latency(config, layout, pipeline, device))
+    agreed = _average_over_ranks(mine, device)
     lane.close()
     dispatcher.close()
     for group in (experts, pipeline):
@@ -246,7 +246,7 @@ def _random_batch(config: TrainConfig, device: torch.device) -> MicroBatch:
     return MicroBatch(inputs_BT=tuple(drawn[:-1]), targets_BT=tuple(drawn[1:]))
 
 
-def _hop_seconds(config: TrainConfig, layout: Layout, group: ProcessGroup, device: torch.device) -> float:
+def _link_latency(config: TrainConfig, layout: Layout, group: ProcessGroup, device: torch.device) -> float:
     """Returns half the time of a ping-pong of an activation with a neighbour: the mean, 0 without neighbours."""
     index = layout.pipeline_index(dist.get_rank())
     members = layout.pipeline_group(dist.get_rank())
@@ -277,7 +277,7 @@ def _ping_pong(ball: Tensor, other: int, group: ProcessGroup, begins: bool) -> f
     return median(seconds[1:])
 
 
-def _agree(mine: LayerTimes, device: torch.device) -> LayerTimes:
+def _average_over_ranks(mine: LayerTimes, device: torch.device) -> LayerTimes:
     """Returns the mean over all ranks, with the bits of rank 0."""
     parts = (mine.dense, mine.moe, mine.embedding, mine.head)
     numbers = torch.tensor(

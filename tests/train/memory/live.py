@@ -24,7 +24,7 @@ from train.config import TrainConfig
 from train.learner import Learner
 from train.memory.predict import planning_sizes
 from train.memory.static import static_bytes
-from train.memory.walk import Alive, walk
+from train.memory.walk import LiveBytes, iterate_live_bytes
 from train.step import BatchReader, rates_of
 
 
@@ -118,8 +118,8 @@ def _compare(config: TrainConfig, schedule: Schedule | None, measures_inside: bo
         storages = LiveStorages(measures_inside=measures_inside)
         clock = _run(learner, batches, objective, storages, trains=True)
         assert isinstance(clock, MemoryClock)
-    learner.optimiser.reduce()
-    learner.optimiser.update(1e-3)
+    learner.optimizer.reduce()
+    learner.optimizer.update(1e-3)
     alive = _predicted(config, learner)
     static = _static_bytes(learner)
     close_job(learner)
@@ -148,12 +148,12 @@ def _run(
     return clock
 
 
-def _predicted(config: TrainConfig, learner: Learner) -> list[Alive]:
+def _predicted(config: TrainConfig, learner: Learner) -> list[LiveBytes]:
     schedule = learner.replica.schedule
     sizes = planning_sizes(config)
     shapes = stage_shapes(config.model, schedule.num_stages)
     phases = {number: stage_phases(sizes, shapes[number]) for number in learner.replica.stages}
-    return list(walk(learner.replica.train_program, phases, sizes.row, keeps_sent=False))
+    return list(iterate_live_bytes(learner.replica.train_program, phases, sizes.row, keeps_sent=False))
 
 
 def _predicted_static(config: TrainConfig, learner: Learner) -> int:
@@ -168,7 +168,7 @@ def _static_bytes(learner: Learner) -> int:
     """Of everything that Python can see and that is not a batch: weights, gradients, optimizer, tables."""
     gc.collect()
     held: dict[int, int] = {}
-    optimizer = getattr(learner.optimiser, "_optimizer")  # noqa: B009  its own tensors are private
+    optimizer = getattr(learner.optimizer, "_optimizer")  # noqa: B009  its own tensors are private
     inner = getattr(optimizer, "optimizer", optimizer)
     tensors = [*learner.replica.model.parameters(), *learner.replica.model.buffers(), *learner.store.gradients()]
     tensors += [value for group in inner.param_groups for value in group["params"]]

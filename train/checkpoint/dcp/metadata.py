@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from model.hf.names import weights
-from train.checkpoint.dcp.records import Name, Record, RecordError, read_records, shown
+from train.checkpoint.dcp.records import GlobalName, ObjectRecord, RecordError, read_records, shown
 from train.checkpoint.manifest import CheckpointError, read_model
 
 METADATA_NAME = ".metadata"
@@ -59,7 +59,7 @@ _ALLOWED = frozenset((_METADATA, _TENSOR, _BYTES, _PROPERTIES, _CHUNK, _INDEX, _
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class ChunkLocation:
     """Bytes of a file that hold one chunk of a tensor.
 
     Attributes:
@@ -80,7 +80,7 @@ def read_metadata(folder: Path, key: str) -> Metadata:
         key: of the configuration that names it, for errors.
 
     Returns:
-        DCP's own record; the values of `storage_data` are of type `Place`.
+        DCP's own record; the values of `storage_data` are of type `ChunkLocation`.
 
     Raises:
         CheckpointError: the list is missing, larger than the architecture allows, or holds anything but tensors.
@@ -120,10 +120,14 @@ def _metadata(value: Any) -> Metadata:
 def _tensor(name: str, value: Any) -> TensorStorageMetadata:
     fields = _fields(value, _TENSOR, subject=name)
     properties, chunks = fields.get("properties"), fields.get("chunks")
-    if not isinstance(properties, Record) or properties.name != _PROPERTIES or type(properties.state) is not tuple:
+    if (
+        not isinstance(properties, ObjectRecord)
+        or properties.name != _PROPERTIES
+        or type(properties.state) is not tuple
+    ):
         raise RecordError(f"{shown(name)}: must have properties")
     dtype = properties.state[0] if properties.state else None
-    if not isinstance(dtype, Name) or dtype.text not in DTYPES:
+    if not isinstance(dtype, GlobalName) or dtype.text not in DTYPES:
         raise RecordError(f"{shown(name)}: must have one of the types {', '.join(DTYPES)}")
     if type(chunks) is not list:
         raise RecordError(f"{shown(name)}: must have a list of chunks")
@@ -139,7 +143,7 @@ def _chunk(value: Any) -> ChunkStorageMetadata:
     return ChunkStorageMetadata(offsets=_size(fields.get("offsets")), sizes=_size(fields.get("sizes")))
 
 
-def _check_chunks(name: str, tensor: TensorStorageMetadata, placed: dict[MetadataIndex, Place]) -> None:
+def _check_chunks(name: str, tensor: TensorStorageMetadata, placed: dict[MetadataIndex, ChunkLocation]) -> None:
     """Refuses chunks that reach beyond their tensor, do not fill it, or lie nowhere or in too many bytes."""
     subject, size, num_elements = shown(name), tuple(tensor.size), 0
     for chunk in tensor.chunks:
@@ -165,7 +169,7 @@ def _index(value: Any) -> MetadataIndex:
     return MetadataIndex(_text(fields.get("fqn")), None if offset is None else _size(offset))
 
 
-def _place(value: Any) -> Place:
+def _place(value: Any) -> ChunkLocation:
     fields = _fields(value, _PLACE)
     path, offset, length = (fields.get(key) for key in ("relative_path", "offset", "length"))
     name = _text(path)
@@ -173,11 +177,11 @@ def _place(value: Any) -> Place:
         raise RecordError(f"must name files beside it, names '{shown(name)}'")
     if fields.get("transform_descriptors"):
         raise RecordError(f"{shown(name)}: must hold tensors as they are, is transformed")
-    return Place(name, _whole(offset), _whole(length))
+    return ChunkLocation(name, _whole(offset), _whole(length))
 
 
 def _size(value: Any) -> torch.Size:
-    arguments = value.arguments if isinstance(value, Record) and value.name == _SIZE else ()
+    arguments = value.arguments if isinstance(value, ObjectRecord) and value.name == _SIZE else ()
     sizes = arguments[0] if len(arguments) == 1 else None
     if type(sizes) is not tuple or len(sizes) > _MOST_DIMENSIONS:
         raise RecordError(f"must hold sizes of at most {_MOST_DIMENSIONS} dimensions, holds something else")
@@ -198,8 +202,8 @@ def _text(value: Any) -> str:
 
 def _fields(value: Any, name: str, subject: str = "") -> dict[str, Any]:
     place = f"{shown(subject)}: " if subject else ""
-    if not isinstance(value, Record) or value.name != name:
-        found = shown(value.name) if isinstance(value, Record) else f"a {type(value).__name__}"
+    if not isinstance(value, ObjectRecord) or value.name != name:
+        found = shown(value.name) if isinstance(value, ObjectRecord) else f"a {type(value).__name__}"
         raise RecordError(f"{place}must be a {name.rpartition('.')[2]}, is {found}")
     if type(value.state) is not dict:
         raise RecordError(f"{place}must have fields, has none")

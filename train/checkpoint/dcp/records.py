@@ -25,7 +25,7 @@ class RecordError(ValueError):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Name:
+class GlobalName:
     """Something that a pickle names by module and name. It is not looked up.
 
     Attributes:
@@ -36,7 +36,7 @@ class Name:
 
 
 @dataclass(slots=True, eq=False)
-class Record:
+class ObjectRecord:
     """An object that a pickle would make by calling something.
 
     Attributes:
@@ -51,13 +51,13 @@ class Record:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Persistent:
+class PersistentId:
     """A reference to something that is stored outside the pickle."""
 
     key: Any
 
 
-_MARK = Name("mark")
+_MARK = GlobalName("mark")
 
 
 def read_records(content: bytes, allowed: Container[str]) -> Any:
@@ -139,20 +139,20 @@ class _Machine:
                 stack.append(self._name(argument.split(" ") if name == "GLOBAL" else self._pop(2)))
             case "REDUCE" | "NEWOBJ":
                 called, arguments = self._pop(2)
-                stack.append(Record(_of_type(called, Name).text, _of_type(arguments, tuple)))
+                stack.append(ObjectRecord(_of_type(called, GlobalName).text, _of_type(arguments, tuple)))
             case "BUILD":
                 (state,) = self._pop(1)
-                _of_type(stack[-1], Record).state = state
+                _of_type(stack[-1], ObjectRecord).state = state
             case "BINPERSID":
-                stack.append(Persistent(*self._pop(1)))
+                stack.append(PersistentId(*self._pop(1)))
             case _:
                 raise RecordError(f"must hold plain records alone, holds the instruction {name}")
 
-    def _name(self, parts: list[Any]) -> Name:
+    def _name(self, parts: list[Any]) -> GlobalName:
         text = ".".join(_of_type(part, str) for part in parts)
         if text not in self._allowed:
             raise RecordError(f"must hold plain records alone, asks for {shown(text)}")
-        return Name(text)
+        return GlobalName(text)
 
     def _pop(self, count: int) -> list[Any]:
         if len(self._stack) < count or any(item is _MARK for item in self._stack[-count:]):
@@ -191,7 +191,7 @@ def _flat_tuple(items: list[Any]) -> tuple[Any, ...]:
 
 def _fill(values: dict[Any, Any], items: list[Any]) -> None:
     for key, value in zip(items[::2], items[1::2], strict=True):
-        if type(key) not in (str, Record):
+        if type(key) not in (str, ObjectRecord):
             raise RecordError(f"must have texts or records as keys, has a {type(key).__name__}")
         values[key] = value
 

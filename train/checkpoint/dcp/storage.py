@@ -10,7 +10,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
-from train.checkpoint.dcp.metadata import Place
+from train.checkpoint.dcp.metadata import ChunkLocation
 from train.checkpoint.dcp.records import RecordError, shown
 from train.checkpoint.dcp.tensor_file import read_tensor
 
@@ -73,10 +73,10 @@ class TensorsReader(FileSystemReader):
         target.copy_(values)
         planner.commit_tensor(item, target)
 
-    def _place(self, item: ReadItem) -> Place:
+    def _place(self, item: ReadItem) -> ChunkLocation:
         index: MetadataIndex = item.storage_index
         place = self._metadata.storage_data.get(index)
-        if not isinstance(place, Place):
+        if not isinstance(place, ChunkLocation):
             raise RecordError(f"{shown(index.fqn)}: must have a place, has none")
         return place
 

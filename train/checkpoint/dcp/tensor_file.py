@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from train.checkpoint.dcp.metadata import DTYPES
-from train.checkpoint.dcp.records import Name, Persistent, Record, RecordError, read_records
+from train.checkpoint.dcp.records import GlobalName, ObjectRecord, PersistentId, RecordError, read_records
 
 _REBUILD, _REBUILD_TYPED = "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3"
 _PARAMETER = "torch._utils._rebuild_parameter"
@@ -81,19 +81,19 @@ class _Form:
 
 def _form(header: bytes, dtype: torch.dtype) -> _Form:
     record = read_records(header, _ALLOWED)
-    if isinstance(record, Record) and record.name == _PARAMETER and record.arguments:
+    if isinstance(record, ObjectRecord) and record.name == _PARAMETER and record.arguments:
         record = record.arguments[0]
-    is_typed = isinstance(record, Record) and record.name == _REBUILD_TYPED
-    if not isinstance(record, Record) or record.name not in (_REBUILD, _REBUILD_TYPED):
+    is_typed = isinstance(record, ObjectRecord) and record.name == _REBUILD_TYPED
+    if not isinstance(record, ObjectRecord) or record.name not in (_REBUILD, _REBUILD_TYPED):
         raise RecordError("must hold a tensor, holds something else")
     arguments = record.arguments
-    if len(arguments) < 6 + is_typed or not isinstance(arguments[0], Persistent):
+    if len(arguments) < 6 + is_typed or not isinstance(arguments[0], PersistentId):
         raise RecordError("must hold a whole tensor")
     storage = _of(arguments[0].key, tuple)
-    if len(storage) != 5 or storage[0] != "storage" or not isinstance(storage[1], Name):
+    if len(storage) != 5 or storage[0] != "storage" or not isinstance(storage[1], GlobalName):
         raise RecordError("must name its storage")
     named = arguments[6] if is_typed else storage[1]
-    found = DTYPES.get(_of(named, Name).text) if is_typed else _STORAGES.get(named.text)
+    found = DTYPES.get(_of(named, GlobalName).text) if is_typed else _STORAGES.get(named.text)
     if found is not dtype or (is_typed and storage[1].text != _UNTYPED):
         raise RecordError(f"must be {dtype} as .metadata says, is {found or storage[1].text}")
     form = _Form(storage, *arguments[1:4])

@@ -17,7 +17,7 @@ from train.schedule.plan import Plan
 LOGGER = logging.getLogger("train")
 
 
-def introduce(
+def print_run_summary(
     config: TrainConfig, replica: Replica, planned: Plan, prepared: Prepared, reporter: Reporter, first_step: int
 ) -> None:
     """Prints layout, schedule, memory, corpus and tokenizer, and logs this rank's place.

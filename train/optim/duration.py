@@ -7,13 +7,13 @@ from typing import Literal, Self, assert_never
 
 from data.batch_sizes import BatchSizes
 
-SpanUnit = Literal["%", "steps", "tokens"]
+DurationUnit = Literal["%", "steps", "tokens"]
 
-_SPAN = re.compile(r"([0-9][0-9_]*(?:\.[0-9]+)?(?:e\+?[0-9]+)?)\s*(%|steps?|tokens?)", re.IGNORECASE)
+_DURATION = re.compile(r"([0-9][0-9_]*(?:\.[0-9]+)?(?:e\+?[0-9]+)?)\s*(%|steps?|tokens?)", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Span:
+class Duration:
     """Part of a run: a share of its tokens, or a number of steps or tokens.
 
     In YAML and on the command line a text such as `5 %`, `2000 steps` or `10e9 tokens`.
@@ -24,7 +24,7 @@ class Span:
     """
 
     amount: float
-    unit: SpanUnit
+    unit: DurationUnit
 
     @classmethod
     def from_plain(cls, value: object) -> Self:
@@ -41,7 +41,7 @@ class Span:
             if value == 0:
                 return cls(amount=0, unit="%")
             raise ValueError(f"{rule}, is {value!r}; nearest valid: {_with_unit(Decimal(str(value)))}")
-        found = _SPAN.fullmatch(value.strip()) if isinstance(value, str) else None
+        found = _DURATION.fullmatch(value.strip()) if isinstance(value, str) else None
         if found is None:
             raise ValueError(f"{rule}, is {value!r}")
         amount, unit = Decimal(found[1].replace("_", "")), found[2].lower()

@@ -42,8 +42,8 @@ _MODEL_PATTERNS = (*_LICENCE_PATTERNS, "*.py", GENERATION_NAME)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Carried:
-    """What is carried.
+class PreservedMetadata:
+    """What is preserved.
 
     Attributes:
         config: keys of `config.json`.
@@ -57,13 +57,13 @@ class Carried:
 
     def record(self) -> dict[str, Any]:
         """Returns what the manifest holds of it; files lie beside the manifest."""
-        return {"carried": dict(self.config), "rotary": {name: dict(each) for name, each in self.rotary.items()}}
+        return {"preserved": dict(self.config), "rotary": {name: dict(each) for name, each in self.rotary.items()}}
 
 
-NOTHING = Carried(config={}, rotary={}, files={})
+NOTHING = PreservedMetadata(config={}, rotary={}, files={})
 
 
-def read_carried(path: str, key: str) -> Carried:
+def read_preserved(path: str, key: str) -> PreservedMetadata:
     """Returns what weights carry.
 
     Args:
@@ -79,17 +79,17 @@ def read_carried(path: str, key: str) -> Carried:
         from model.hf.reader import HfReader
 
         reader = HfReader(folder, drop_mtp=True)
-        return Carried(config=reader.checkpoint.carried, rotary=rotary_record(reader.rotary), files=files)
+        return PreservedMetadata(config=reader.checkpoint.carried, rotary=rotary_record(reader.rotary), files=files)
     manifest = read_manifest(folder, key)
-    config, rotary = manifest.get("carried"), manifest.get("rotary")
-    return Carried(
+    config, rotary = manifest.get("preserved"), manifest.get("rotary")
+    return PreservedMetadata(
         config=config if isinstance(config, dict) else {},
         rotary=rotary if isinstance(rotary, dict) else {},
         files=files,
     )
 
 
-def carried_by_run(config: TrainConfig, tokenizer: Tokenizer) -> Carried:
+def preserved_by_run(config: TrainConfig, tokenizer: Tokenizer) -> PreservedMetadata:
     """Returns what a run's checkpoints carry: what those it started from did, as far as it is still true.
 
     If the run has another tokenizer, files and token ids of the tokenizer before are left out for those of the new one,
@@ -104,8 +104,8 @@ def carried_by_run(config: TrainConfig, tokenizer: Tokenizer) -> Carried:
     own_files = {} if given is None else read_files(Path(given).expanduser().parent, _TOKENIZER_PATTERNS)
     path, key = (config.resume, "resume") if config.resume is not None else (config.init_from, "init_from")
     if path is None:
-        return Carried(config={}, rotary={}, files=own_files)
-    before, folder = read_carried(path, key), source_folder(path, key)
+        return PreservedMetadata(config={}, rotary={}, files=own_files)
+    before, folder = read_preserved(path, key), source_folder(path, key)
     ids, files = before.config, before.files
     if not is_same_tokenizer(folder, tokenizer):
         ids = {name: value for name, value in ids.items() if name not in TOKEN_ID_KEYS}
@@ -114,7 +114,7 @@ def carried_by_run(config: TrainConfig, tokenizer: Tokenizer) -> Carried:
         # Other files would contradict the names; an export writes them from the tokenizer.
         ids = {name: value for name, value in ids.items() if name not in TOKEN_ID_KEYS}
         files = {name: files[name] for name in files if name not in (TOKENS_MAP_NAME, GENERATION_NAME)}
-    return Carried(config=ids, rotary=before.rotary if _is_same_rope(path, key, config) else {}, files=files)
+    return PreservedMetadata(config=ids, rotary=before.rotary if _is_same_rope(path, key, config) else {}, files=files)
 
 
 def is_same_tokenizer(folder: Path, tokenizer: Tokenizer) -> bool:
