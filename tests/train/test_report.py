@@ -21,7 +21,9 @@ from train.config.errors import ConfigError
 from train.report.figures import num_bytes, plain, short
 from train.report.history import History
 from train.report.layers import palette, png, relative_shades
+from train.report.lines import read_loads, read_numbers
 from train.report.page import REPORT_NAME
+from train.report.source import RunSource
 from train.report.write import Report
 
 VOID = {"meta", "img"}
@@ -235,7 +237,7 @@ def test_history_keeps_means_extremes_and_sums_whatever_is_joined() -> None:
     history, values = History(8), np.random.default_rng(3).normal(size=203)
     for step, value in enumerate(values.tolist(), 1):
         history.add(step, {"a": value, **({"rare": value} if step % 50 == 0 else {})})
-        history.add_loads(step, {"layer_1": [step, 1]})
+        history.add_loads(step, {"layer_1": np.array([step, 1.0])})
     assert history.width == 32
     assert len(history.buckets) == 7
     for bucket, tally in history.tallies("a"):
@@ -263,3 +265,57 @@ def test_figures_are_round_and_short() -> None:
     assert [plain(value) for value in (0.0, 0.33033, 1797.4, 3e-5)] == ["0", "0.3303", "1,797", "3e-05"]
     assert [short(value) for value in (0.0, 999.0, 3_145_728.0)] == ["0", "999", "3.15M"]
     assert [num_bytes(value) for value in (12.0, 698_359_808.0)] == ["12 B", "698 MB"]
+
+
+def test_lines_are_decoded_the_same_way_fast_and_slowly() -> None:
+    row = list(range(5))
+    fast = read_loads(json.dumps({"step": 3, "layer_1": row, "layer_2": row[::-1]}).encode() + b"\n")
+    slow = read_loads(json.dumps({"layer_1": row, "layer_2": row[::-1], "step": 3}).encode() + b"\n")
+    assert fast is not None
+    assert slow is not None
+    assert (fast[0], slow[0]) == (3, 3)
+    for found in (fast[1], slow[1]):
+        assert {layer: loads.tolist() for layer, loads in found.items()} == {"layer_1": row, "layer_2": row[::-1]}
+    record = next(records(range(7, 8)))
+    for line in (json.dumps(record), json.dumps(record, separators=(",", ":"))):
+        found_numbers = read_numbers(line.encode() + b"\n")
+        assert found_numbers is not None
+        assert found_numbers[0] == 7
+        assert found_numbers[1]["router.layer_2.bias_most"] == record["router"]["layer_2"]["bias_most"]
+        assert not [key for key in found_numbers[1] if key.startswith("exchange")]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b'{"step": 1, "layer_1": [1, , 2]}\n', b'{"step": 1, "layer_1": [1, 2\n', b'{"layer_1": [1]}\n', b"[1]\n", b"\n"],
+)
+def test_broken_line_of_loads_is_ignored(line: bytes) -> None:
+    assert read_loads(line) is None
+
+
+@pytest.mark.parametrize("row", ["[-1, 2]", '["a"]', "[]", "[[1]]", "[1e30]", str([2**60]), "[1, 2.5]"])
+def test_unusual_row_of_loads_is_decoded_as_json(row: str) -> None:
+    found = read_loads(b'{"step": 1, "layer_1": ' + row.encode() + b"}\n")
+    assert found is not None
+    assert found[1].keys() <= {"layer_1"}
+
+
+def test_loads_of_a_long_run_are_sampled_and_do_not_depend_on_when_they_are_read(tmp_path: Path) -> None:
+    config = place_run(tmp_path, range(1, 4001), num_layers=1, num_experts=2)
+    whole = RunSource(Path(config.out_dir))
+    whole.follow()
+    parts = RunSource(tmp_path / "parts")
+    parts.folder.mkdir()
+    for name in ("metrics.jsonl", "loads.jsonl"):
+        lines = (whole.folder / name).read_bytes().splitlines(keepends=True)
+        (parts.folder / name).write_bytes(b"".join(lines[:1700]))
+    parts.follow()
+    for name in ("metrics.jsonl", "loads.jsonl"):
+        lines = (whole.folder / name).read_bytes().splitlines(keepends=True)
+        with (parts.folder / name).open("ab") as file:
+            file.write(b"".join(lines[1700:]))
+    parts.follow()
+    for one, other in zip(whole.history.buckets, parts.history.buckets, strict=True):
+        assert (one.first, one.last) == (other.first, other.last)
+        assert one.loads["layer_1"].tolist() == other.loads["layer_1"].tolist()
+        assert one.loads["layer_1"][1] >= 4

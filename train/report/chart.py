@@ -123,7 +123,8 @@ def _figure(heading: str, content: str, kind: str) -> str:
 
 
 def _values(history: History, key: str, of: Callable[[Tally], float]) -> list[float | None]:
-    return [of(bucket.tallies[key]) if key in bucket.tallies else None for bucket in history.buckets]
+    known = {bucket.first: of(tally) for bucket, tally in history.tallies(key)}
+    return [known.get(bucket.first) for bucket in history.buckets]
 
 
 def _rounded(value: float) -> float:

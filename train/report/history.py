@@ -1,18 +1,24 @@
-"""A run's numbers, however long it was, in a limited number of buckets of consecutive steps."""
+"""Numbers of a run of any length, in a limited number of buckets of consecutive steps.
+
+Shape legend: S statistics of a number, K numbers.
+"""
 
 import math
-from collections.abc import Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 MOST_BUCKETS = 400
+_COUNT, _TOTAL, _LEAST, _MOST, _LATEST = range(5)
+_EMPTY = (0.0, 0.0, math.inf, -math.inf, math.nan)
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Tally:
-    """What a number was in the steps of a bucket."""
+    """Statistics of one number over the steps of a bucket."""
 
     count: int
     total: float
@@ -22,83 +28,112 @@ class Tally:
 
     @property
     def mean(self) -> float:
-        """Over the steps that told it."""
+        """Mean over the steps that recorded the number."""
         return self.total / self.count
-
-    def joined(self, later: "Tally") -> "Tally":
-        """Both buckets' steps."""
-        return Tally(
-            count=self.count + later.count,
-            total=self.total + later.total,
-            least=min(self.least, later.least),
-            most=max(self.most, later.most),
-            latest=later.latest,
-        )
 
 
 @dataclass(slots=True)
 class Bucket:
-    """Consecutive steps: the first and the last, tallies by dotted key, summed loads of experts by layer."""
+    """Consecutive steps.
+
+    Attributes:
+        first: first step.
+        last: last step.
+        stats_SK: statistics of every number: count, sum, least, most, latest by the column of the number.
+        loads: summed loads of experts by layer.
+    """
 
     first: int
     last: int
-    tallies: dict[str, Tally] = field(default_factory=dict)
+    stats_SK: NDArray[np.float64]
     loads: dict[str, NDArray[np.float64]] = field(default_factory=dict)
 
     def join(self, later: "Bucket") -> None:
-        """Takes in the bucket that follows."""
+        """Adds the bucket that follows."""
         self.last = later.last
-        for key, tally in later.tallies.items():
-            mine = self.tallies.get(key)
-            self.tallies[key] = tally if mine is None else mine.joined(tally)
-        for layer, loads in later.loads.items():
-            self.loads[layer] = loads + self.loads.get(layer, 0.0)
+        mine_SK, later_SK = _of_equal_width(self.stats_SK, later.stats_SK)
+        has_later_K = later_SK[_COUNT] > 0
+        mine_SK[_COUNT] += later_SK[_COUNT]
+        mine_SK[_TOTAL] += later_SK[_TOTAL]
+        np.minimum(mine_SK[_LEAST], later_SK[_LEAST], out=mine_SK[_LEAST])
+        np.maximum(mine_SK[_MOST], later_SK[_MOST], out=mine_SK[_MOST])
+        np.copyto(mine_SK[_LATEST], later_SK[_LATEST], where=has_later_K)
+        self.stats_SK = mine_SK
+        self.add_loads(later.loads)
+
+    def add_loads(self, loads: Mapping[str, NDArray[np.float64]]) -> None:
+        """Adds loads of experts; a row with another number of experts than before replaces it."""
+        for layer, row in loads.items():
+            known = self.loads.get(layer)
+            self.loads[layer] = row if known is None or known.shape != row.shape else known + row
 
 
 class History:
-    """Buckets of equal width; where there would be too many, every two become one."""
+    """Buckets of equal width. If there would be too many, neighbors are merged in pairs."""
 
     def __init__(self, most_buckets: int = MOST_BUCKETS) -> None:
-        """An empty one, of at most so many buckets (an even number)."""
+        """Starts empty.
+
+        Args:
+            most_buckets: largest number of buckets, even.
+        """
         self.buckets: list[Bucket] = []
         self.width = 1
         self._most = most_buckets
         self._filled = 0
+        self._columns: dict[str, int] = {}
+        self._last_keys: list[str] = []
+        self._last_columns: NDArray[np.intp] = np.empty(0, dtype=np.intp)
 
     def add(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Notes numbers of a step. A step that is not after the last one takes back what was noted from it on.
+        """Adds the numbers of a step. A step that is not after the last one first removes what was added from it on.
 
         Numbers that are not finite are left out.
         """
         if self.buckets and step <= self.buckets[-1].last:
-            self._take_back(step)
-        finite = {key: value for key, value in numbers.items() if math.isfinite(value)}
-        self._append(Bucket(step, step, {key: Tally(1, value, value, value, value) for key, value in finite.items()}))
+            self._remove_from(step)
+        keys = list(numbers)
+        if keys != self._last_keys:  # almost all steps record the same numbers
+            self._last_columns = np.array(
+                [self._columns.setdefault(key, len(self._columns)) for key in keys], dtype=np.intp
+            )
+            self._last_keys = keys
+        row_K = np.full(len(self._columns), np.nan)
+        row_K[self._last_columns] = np.fromiter(numbers.values(), dtype=np.float64, count=len(keys))
+        self._append(Bucket(step, step, _stats_of(row_K)))
 
-    def add_loads(self, step: int, loads: Mapping[str, Sequence[float]]) -> None:
-        """Notes loads of experts by layer, of a step whose numbers are noted; others are passed over."""
-        for bucket in reversed(self.buckets):
-            if bucket.first <= step <= bucket.last:
-                of_step = {layer: np.asarray(row, dtype=np.float64) for layer, row in loads.items()}
-                bucket.join(Bucket(bucket.first, bucket.last, loads=of_step))
-                return
+    def add_loads(self, step: int, loads: Mapping[str, NDArray[np.float64]]) -> None:
+        """Adds loads of experts by layer. A step whose numbers were not added is ignored."""
+        place = bisect_right(self.buckets, step, key=lambda bucket: bucket.first) - 1
+        if place >= 0 and step <= self.buckets[place].last:
+            self.buckets[place].add_loads(loads)
+
+    @property
+    def keys(self) -> list[str]:
+        """Dotted keys of all numbers, in the order in which they were first recorded."""
+        return list(self._columns)
 
     def tallies(self, key: str) -> list[tuple[Bucket, Tally]]:
-        """The buckets that know a number, in order."""
-        return [(bucket, bucket.tallies[key]) for bucket in self.buckets if key in bucket.tallies]
+        """Returns the buckets that hold a number, in order."""
+        column = self._columns.get(key)
+        if column is None:
+            return []
+        held = [bucket for bucket in self.buckets if column < bucket.stats_SK.shape[1]]
+        rows = [(bucket, bucket.stats_SK[:, column].tolist()) for bucket in held]
+        return [(bucket, Tally(int(count), *others)) for bucket, (count, *others) in rows if count]
 
     def latest(self, key: str) -> float | None:
-        """A number's last value."""
+        """Returns the last value of a number."""
         known = self.tallies(key)
         return known[-1][1].latest if known else None
 
     def median(self, key: str) -> float | None:
-        """The median of the buckets' means."""
+        """Returns the median of a number's means in the buckets."""
         known = [tally.mean for _, tally in self.tallies(key)]
         return float(np.median(known)) if known else None
 
     def layers(self) -> list[str]:
-        """Those whose loads are known, by number."""
+        """Returns the layers with known loads, by number."""
         known = {layer for bucket in self.buckets for layer in bucket.loads}
         return sorted(known, key=lambda layer: (len(layer), layer))
 
@@ -115,7 +150,32 @@ class History:
         self.buckets.append(bucket)
         self._filled = 1
 
-    def _take_back(self, step: int) -> None:
+    def _remove_from(self, step: int) -> None:
         while self.buckets and self.buckets[-1].last >= step:
             self.buckets.pop()
         self._filled = self.width
+
+
+def _stats_of(row_K: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Returns the statistics of one step: [S, K]."""
+    is_known_K = np.isfinite(row_K)
+    stats_SK = np.empty((len(_EMPTY), len(row_K)))
+    stats_SK[_COUNT] = is_known_K
+    for row, without in zip(stats_SK[_TOTAL:], _EMPTY[_TOTAL:], strict=True):
+        row[:] = np.where(is_known_K, row_K, without)
+    return stats_SK
+
+
+def _of_equal_width(
+    mine_SK: NDArray[np.float64], later_SK: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Returns both statistics with as many columns as the wider has."""
+    width = max(mine_SK.shape[1], later_SK.shape[1])
+    return _widened(mine_SK, width), _widened(later_SK, width)
+
+
+def _widened(stats_SK: NDArray[np.float64], width: int) -> NDArray[np.float64]:
+    missing = width - stats_SK.shape[1]
+    if not missing:
+        return stats_SK
+    return np.concatenate([stats_SK, np.repeat(np.array(_EMPTY)[:, None], missing, axis=1)], axis=1)

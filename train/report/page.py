@@ -128,7 +128,7 @@ def _pipeline(source: RunSource) -> str:
 
 def _experts(history: History, marks: Sequence[Mark]) -> str:
     worst = [Line(key="max_violation", name="MaxVio", colour=2)]
-    numbers = {key.split(".")[1] for bucket in history.buckets for key in bucket.tallies if key.startswith("router.")}
+    numbers = {key.split(".")[1] for key in history.keys if key.startswith("router.")}
     layers = sorted({*numbers, *history.layers()}, key=lambda layer: (len(layer), layer))
     parts = [overview(history), chart(history, "MaxVio of the worst layer", worst, from_zero=True, marks=marks)]
     parts += [card(history, layer) for layer in layers]

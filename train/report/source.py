@@ -8,12 +8,14 @@ from typing import Any
 
 from train.checkpoint.locate import CHECKPOINTS_NAME
 from train.checkpoint.manifest import MANIFEST_NAME
-from train.records.json_lines import LONGEST_LINE_BYTES, number_of, read_line
+from train.records.json_lines import LONGEST_LINE_BYTES, read_line
 from train.report.chart import Mark
-from train.report.history import History
+from train.report.history import MOST_BUCKETS, History
+from train.report.lines import read_loads, read_numbers
 
 METRICS_NAME, LOADS_NAME, EVENTS_NAME, PICTURE_NAME = "metrics.jsonl", "loads.jsonl", "events.jsonl", "schedule.svg"
 _LARGEST_PICTURE_BYTES = 2**26
+_LOADS_PER_BUCKET = 4
 _DRAWN_ELEMENTS = frozenset(
     ("svg", "g", "rect", "line", "path", "text", "tspan", "title", "style", "defs", "pattern", "circle", "polyline")
 )
@@ -25,27 +27,35 @@ class RunSource:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.history = History()
-        self.last: Mapping[str, Any] = {}
+        self._last_line = b""
         self._metrics = _Tail(folder / METRICS_NAME)
         self._loads = _Tail(folder / LOADS_NAME)
 
+    @property
+    def last(self) -> Mapping[str, Any]:
+        """The whole record of the last step; empty before the first."""
+        return read_line(self._last_line) or {}
+
     def follow(self) -> None:
-        """Takes in what was written since; all of it where a file was written anew."""
+        """Reads what was added since the last call, or everything if a file was replaced."""
         if self._metrics.is_new() or self._loads.is_new():
-            self.history, self.last = History(), {}
+            self.history, self._last_line = History(), b""
             self._metrics.rewind()
             self._loads.rewind()
-        for record in self._metrics.records():
-            self.history.add(record["step"], dict(_numbers(record, "")))
-            self.last = record
-        for record in self._loads.records():
-            self.history.add_loads(record["step"], {key: row for key, row in record.items() if _are_numbers(row)})
+        for line in self._metrics.lines():
+            if (record := read_numbers(line)) is not None:
+                self.history.add(*record)
+                self._last_line = line
+        for line in self._loads.lines():
+            if _is_sampled(self._loads.num_lines) and (loads := read_loads(line)) is not None:
+                self.history.add_loads(*loads)
 
     def marks(self) -> list[Mark]:
         """Events and whole checkpoints, by step."""
         events = [
             Mark(step=record["step"], kind=str(record.get("kind", "event")), text=str(record.get("text", "")))
-            for record in _Tail(self.folder / EVENTS_NAME).records()
+            for line in _Tail(self.folder / EVENTS_NAME).lines()
+            if (record := read_line(line)) is not None
         ]
         folders = sorted((self.folder / CHECKPOINTS_NAME).glob(f"step-*/{MANIFEST_NAME}"))
         steps = [(path.parent, path.parent.name.removeprefix("step-")) for path in folders]
@@ -71,6 +81,7 @@ class _Tail:
 
     path: Path
     offset: int = 0
+    num_lines: int = 0
     identity: int = 0
 
     def is_new(self) -> bool:
@@ -81,11 +92,11 @@ class _Tail:
         return self.offset > 0 and (found.st_ino != self.identity or found.st_size < self.offset)
 
     def rewind(self) -> None:
-        """Begins anew."""
-        self.offset = 0
+        """Starts at the first line again."""
+        self.offset = self.num_lines = 0
 
-    def records(self) -> Iterator[dict[str, Any]]:
-        """Objects of the lines since the last call."""
+    def lines(self) -> Iterator[bytes]:
+        """Yields the whole lines since the last call."""
         if not self.path.is_file():
             return
         with self.path.open("rb") as file:
@@ -93,21 +104,21 @@ class _Tail:
             file.seek(self.offset)
             while (line := file.readline(LONGEST_LINE_BYTES)).endswith(b"\n"):
                 self.offset += len(line)
-                if (record := read_line(line)) is not None:
-                    yield record
+                self.num_lines += 1
+                yield line
 
 
-def _numbers(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, float]]:
-    """Numbers by dotted key. Of the exchange's layers the last step alone is shown."""
-    for key, value in values.items():
-        if isinstance(value, dict) and key != "exchange":
-            yield from _numbers(value, f"{prefix}{key}.")
-        elif (number := number_of(values, key)) is not None:
-            yield f"{prefix}{key}", number
+def _is_sampled(number: int) -> bool:
+    """Returns whether a line of loads is read: all lines at first, then at least `_LOADS_PER_BUCKET` of each bucket.
 
+    A line has the load of every expert, and their decoding would be most of a report's time. The choice depends only
+    on the number of the line, so that a report is the same whether it is drawn during the run or after it.
 
-def _are_numbers(row: object) -> bool:
-    return isinstance(row, list) and all(type(value) in (int, float) and abs(value) < 2**53 for value in row)
+    Args:
+        number: of the line in its file, from 1.
+    """
+    stride = 1 << (number // (MOST_BUCKETS * _LOADS_PER_BUCKET)).bit_length()
+    return (number - 1) % stride == 0
 
 
 def _is_only_drawn(text: str) -> bool:
