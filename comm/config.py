@@ -1,4 +1,7 @@
-"""Where ranks live, how they are laid out, and how tokens are dispatched to experts, as values. No torch here."""
+"""Defines the configuration of the cluster, of the ranks' layout and of the dispatch.
+
+Does not import torch.
+"""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,13 +11,19 @@ from kernels.ranges import NonNegativeInt, PositiveFloat, PositiveInt
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClusterConfig:
-    """The machines. A node is `ranks_per_node` consecutive ranks; a simulated node shares a machine with others.
+    """Machines of a run. A node is `ranks_per_node` consecutive ranks; simulated nodes share a machine.
 
-    `peak_flops`: dense bf16 floating-point operations per second of a rank, for MFU; None: unknown.
-    `memory_bytes`: of a rank's device, which a run must fit before it starts; None: it is not checked.
-    `memory_reserve_bytes`: the part of it that the prediction leaves to CUDA, NCCL and the allocator.
-    Of ranks that the built-in launcher starts: `grace_seconds` is how long they may take to save when it has to end,
-    `max_restarts` how often all of them start again after one was lost.
+    Attributes:
+        device: device type of every rank.
+        backend: backend of `torch.distributed`.
+        ranks_per_node: number of consecutive ranks that share fast links.
+        threads_per_rank: CPU threads of a rank.
+        timeout_seconds: timeout of a collective.
+        peak_flops: dense bf16 floating-point operations per second of a rank, for MFU; None if unknown.
+        memory_bytes: memory of a rank's device. A run must fit it before it starts. None skips the check.
+        memory_reserve_bytes: part of the memory that the prediction leaves to CUDA, NCCL and the allocator.
+        grace_seconds: time that ranks of the built-in launcher have to save a checkpoint before it ends them.
+        max_restarts: how often the built-in launcher restarts all ranks after one was lost.
     """
 
     device: Literal["cpu", "cuda"]
@@ -31,7 +40,7 @@ class ClusterConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParallelismConfig:
-    """world = pipeline x data; the expert axis divides the data axis."""
+    """Axes of the device mesh: world = pipeline x data, and the expert axis divides the data axis."""
 
     pipeline: PositiveInt
     data: PositiveInt
@@ -39,18 +48,25 @@ class ParallelismConfig:
 
     @property
     def world_size(self) -> int:
-        """Ranks in the job."""
+        """Number of ranks in the job."""
         return self.pipeline * self.data
 
 
 Payload = Literal["full", "fp8"]
-"""How rows are sent to experts: as they are, or as e4m3 codes with a power-of-two scale for every 128 of them. Rows
-from experts are never quantized (arXiv:2412.19437, section 3.3)."""
+"""Format of rows that are sent to experts: their own dtype, or e4m3 codes with one power-of-two scale per 128 columns.
+
+Rows that return from experts are never quantized (arXiv:2412.19437, section 3.3).
+"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DispatchConfig:
-    """How tokens are dispatched. `kind` is a name in `comm.dispatch.registry.DISPATCHERS`, `payload` a form of rows."""
+    """Configuration of a dispatcher.
+
+    Attributes:
+        kind: name in `comm.dispatch.registry.DISPATCHERS`.
+        payload: format of rows that are sent to experts.
+    """
 
     kind: str
     payload: Payload
@@ -58,10 +74,12 @@ class DispatchConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CappedDispatchConfig(DispatchConfig):
-    """A dispatch between ranks, with a cap on the nodes of a token.
+    """Configuration of a dispatcher between ranks that limits the nodes of each token.
 
-    `max_nodes`: among which a token's experts may lie. `node_cap`: what happens to a token over it: `verify` ends the
-    run and names it, `clip` keeps its best nodes and renormalises the weights.
+    Attributes:
+        max_nodes: maximum number of nodes that hold a token's experts.
+        node_cap: what happens to a token over that limit. `verify` ends the run and names the token. `clip` keeps the
+            experts on its best nodes and renormalizes the weights.
     """
 
     max_nodes: PositiveInt
@@ -70,25 +88,27 @@ class CappedDispatchConfig(DispatchConfig):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LocalDispatchConfig(DispatchConfig):
-    """All experts on this rank: nothing is sent, and rows change as `payload` would change them."""
+    """Configuration for all experts on one rank. Nothing is sent; rows are quantized if `payload` is fp8."""
 
     kind: Literal["local"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AllToAllDispatchConfig(CappedDispatchConfig):
-    """One all-to-all over the expert group each way: a copy of a token's row for each of its experts."""
+    """Configuration of one all-to-all over the expert group each way, with one copy of a row per expert."""
 
     kind: Literal["all_to_all"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TwoHopDispatchConfig(CappedDispatchConfig):
-    """Each token's row once to every node that it touches, and from there to its experts (arXiv:2412.19437,
-    section 3.2.2).
+    """Configuration of a dispatch that sends each row once per node, then within the node to its experts.
 
-    `chunks`: parts of a micro-batch, so that the hop between nodes of one runs over the hop within nodes of the one
-    before. `partial_sums`: the type of a node's sum that returns to the home node: the rows' own, or float32.
+    Source: arXiv:2412.19437, section 3.2.2.
+
+    Attributes:
+        chunks: parts of a micro-batch. The hop between nodes of one overlaps the hop within nodes of the previous one.
+        partial_sums: dtype of the partial sum that each node returns to the home node: the rows' own, or float32.
     """
 
     kind: Literal["two_hop"]
@@ -98,6 +118,6 @@ class TwoHopDispatchConfig(CappedDispatchConfig):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DeepEPDispatchConfig(CappedDispatchConfig):
-    """DeepEP's own kernels, on CUDA where the package is installed."""
+    """Configuration of DeepEP's kernels. They need CUDA and the package `deep_ep`."""
 
     kind: Literal["deepep"]

@@ -1,7 +1,10 @@
-"""Exit codes by which a rank's process reports to its launcher why it ended. No torch here."""
+"""Defines the exit codes that report to the launcher why a rank's process ended.
 
-EXIT_OTHER = 1  # another rank failed by an error of its own
+Does not import torch.
+"""
+
+EXIT_OTHER = 1  # another rank failed with an error
 EXIT_PREEMPTED = 75  # preempted after saving
-EXIT_HANG = 76  # a rank did not arrive in time
+EXIT_HANG = 76  # a rank did not reach a collective within the timeout
 EXIT_NON_FINITE = 77  # the guard stopped the run
 EXIT_LOST = 78  # a rank's process has ended

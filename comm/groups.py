@@ -1,4 +1,4 @@
-"""Process groups of one rank, and the process' entry into and exit from the job."""
+"""Creates the process groups of one rank, and initializes and destroys `torch.distributed`."""
 
 import os
 from datetime import timedelta
@@ -12,25 +12,25 @@ from comm.config import ClusterConfig
 from comm.layout import Layout
 
 GROUP_TIMEOUT_MARGIN_SECONDS = 20.0
-"""Added to the timeout of process groups, so that the watchdog, which can name the missing rank, reports first."""
+"""Added to the timeout of process groups, so that the watchdog reports first: it can name the missing rank."""
 
 
 class ClusterError(ValueError):
-    """A process that cannot take its place in the job."""
+    """Raised if a process cannot join the job."""
 
 
 class Groups:
-    """The groups in which one rank takes part, each with a communicator of its own.
+    """Process groups of one rank, each with its own communicator.
 
-    Equal member lists still get separate communicators: the expert group is used from the comm lane
-    while the others are used from the compute lane, and one communicator must see one order of calls.
+    Groups with equal members still get separate communicators. The expert group is used from the comm lane while the
+    others are used from the compute lane, and calls on one communicator must have the same order on all ranks.
 
     Attributes:
-        rank: of this process in the world.
-        expert: holds every routed expert of this rank's stages; a member's place is its expert index.
-        stage: holds the same ordinary parameters.
-        expert_data: holds the same routed experts.
-        world: every rank of the job.
+        rank: global rank of this process.
+        expert: ranks that together hold every routed expert of this rank's stages, ordered by expert index.
+        stage: ranks that hold the same non-expert parameters.
+        expert_data: ranks that hold the same routed experts.
+        world: all ranks of the job.
     """
 
     rank: int
@@ -39,49 +39,53 @@ class Groups:
     expert_data: ProcessGroup
     world: ProcessGroup
 
-    def __init__(self, layout: Layout, mirrored: bool, timeout_seconds: float) -> None:
-        """Makes all groups, once per process, by every rank at the same point, after `start`.
+    def __init__(self, layout: Layout, *, mirrored: bool, timeout_seconds: float) -> None:
+        """Creates all groups. Every rank calls it once, at the same point, after `start`.
 
         Args:
-            layout: of the world.
+            layout: layout of the world.
             mirrored: whether pipeline ranks p and P-1-p hold the same stages.
-            timeout_seconds: of each collective.
+            timeout_seconds: timeout of each collective.
 
         Raises:
-            ClusterError: the world has another size than the layout.
+            ClusterError: if the world size differs from the layout's.
         """
         if distributed.get_world_size() != layout.world_size:
             raise ClusterError(
                 f"cluster: pipeline x data must equal the number of ranks started, "
-                f"got {layout.world_size} for {distributed.get_world_size()}"
+                f"is {layout.world_size} for {distributed.get_world_size()} ranks"
             )
         self.rank = distributed.get_rank()
         ranks = range(layout.world_size)
         self.expert = join_one({layout.expert_group(rank) for rank in ranks}, timeout_seconds)
-        self.stage = join_one({layout.stage_group(rank, mirrored) for rank in ranks}, timeout_seconds)
-        self.expert_data = join_one({layout.expert_data_group(rank, mirrored) for rank in ranks}, timeout_seconds)
+        self.stage = join_one({layout.stage_group(rank, mirrored=mirrored) for rank in ranks}, timeout_seconds)
+        self.expert_data = join_one(
+            {layout.expert_data_group(rank, mirrored=mirrored) for rank in ranks}, timeout_seconds
+        )
         world = distributed.group.WORLD
         assert world is not None
         self.world = world
 
 
 def join_one(partition: set[tuple[int, ...]], timeout_seconds: float) -> ProcessGroup:
-    """Makes all groups of a partition of the world and gives the one that this rank is in. See `make_group`."""
+    """Creates all groups of a partition of the world and returns this rank's group. See `make_group`."""
     made = [make_group(members, timeout_seconds) for members in sorted(partition)]
     (mine,) = (group for group in made if group is not None)
     return mine
 
 
 def make_group(members: tuple[int, ...], timeout_seconds: float) -> ProcessGroup | None:
-    """Makes a group and returns it to members. All ranks of the job call it for every group, in one order.
+    """Creates a group and returns it on its members, None elsewhere.
 
-    torch names a group after the number of calls before it, so a rank that leaves one out meets its peers
-    under another name, in vain. (`use_local_synchronization` counts too, though it lets others stay away.)
-    A call costs an outsider some 10 microseconds and no communication.
+    All ranks call it for every group in one order.
+
+    torch names a group by the number of earlier calls. A rank that skips a call would use another name than its peers
+    and block. (`use_local_synchronization` lets other ranks skip the call, but it counts calls too.) On a rank outside
+    the group a call takes about 10 microseconds and needs no communication.
 
     Args:
         members: global ranks, ascending.
-        timeout_seconds: of each collective; see `GROUP_TIMEOUT_MARGIN_SECONDS`.
+        timeout_seconds: timeout of each collective; `GROUP_TIMEOUT_MARGIN_SECONDS` is added.
     """
     timeout = timedelta(seconds=timeout_seconds + GROUP_TIMEOUT_MARGIN_SECONDS)
     group = distributed.new_group(list(members), timeout=timeout)
@@ -89,17 +93,17 @@ def make_group(members: tuple[int, ...], timeout_seconds: float) -> ProcessGroup
 
 
 def start(cluster: ClusterConfig, store: Store | None = None) -> torch.device:
-    """Joins the job that the launcher describes in the environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_*).
+    """Initializes `torch.distributed` from RANK, WORLD_SIZE, LOCAL_RANK and MASTER_* in the environment.
 
     Args:
         cluster: the machines.
-        store: of the job, where one is open already; else the one at MASTER_*.
+        store: store of the job if one is open already; by default the one at MASTER_*.
 
     Returns:
-        The device of this process. Ranks share devices on the gloo backend where there are too few.
+        The device of this process. With the gloo backend, ranks share devices if there are fewer devices than ranks.
 
     Raises:
-        ClusterError: the environment names no rank, or there is no device for it.
+        ClusterError: if the environment names no rank, or the rank has no device.
     """
     missing = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name not in os.environ]
     if missing:
@@ -118,7 +122,7 @@ def start(cluster: ClusterConfig, store: Store | None = None) -> torch.device:
 
 
 def stop() -> None:
-    """Leaves the job. Not for the way out of an error: peers may be waiting for this rank inside a collective."""
+    """Leaves the job. Must not be called after an error: peers may wait for this rank inside a collective."""
     if distributed.is_initialized():
         distributed.destroy_process_group()
 
@@ -126,15 +130,15 @@ def stop() -> None:
 def _device(cluster: ClusterConfig, local_rank: int) -> torch.device:
     if cluster.device == "cpu":
         if cluster.backend == "nccl":
-            raise ClusterError("cluster.backend: nccl needs cluster.device=cuda, got cpu; gloo serves both")
+            raise ClusterError("cluster.backend: nccl needs cluster.device=cuda, is cpu; nearest valid: gloo")
         return torch.device("cpu")
     num_devices = torch.cuda.device_count()
     if num_devices == 0:
-        raise ClusterError("cluster.device: cuda needs a GPU and none was found; cpu runs anywhere")
+        raise ClusterError("cluster.device: cuda needs a GPU, none was found; nearest valid: cpu")
     if cluster.backend == "nccl" and local_rank >= num_devices:
         raise ClusterError(
-            f"cluster.backend: nccl needs a GPU for each rank of a node, got local rank {local_rank} "
-            f"and {num_devices} GPUs; gloo shares them"
+            f"cluster.backend: nccl needs a GPU for each rank of a node, local rank {local_rank} has none of the "
+            f"{num_devices} GPUs; nearest valid: gloo, which shares them"
         )
     device = torch.device("cuda", local_rank % num_devices)
     torch.cuda.set_device(device)

@@ -1,4 +1,4 @@
-"""Where exchanges run next to computation: a worker thread on CPU, a stream on CUDA, or inline."""
+"""Runs exchanges next to computation: on a worker thread on CPU, on a stream on CUDA, or inline."""
 
 import queue
 import threading
@@ -18,15 +18,15 @@ T = TypeVar("T")
 
 
 class ClosesOnSuccess(ABC):
-    """A context manager that closes on a regular exit only.
+    """Context manager that closes only if the body raised no error.
 
-    An error on the way out joins nothing: a thread may be inside a collective whose peers wait for this
-    very rank, and the process must be able to report the error and exit.
+    After an error no thread is joined: a thread may be inside a collective whose peers wait for this rank, and the
+    process must be able to report the error and exit.
     """
 
     @abstractmethod
     def close(self) -> None:
-        """Waits for what is under way and ends the threads."""
+        """Waits for pending work and ends the threads."""
 
     def __enter__(self) -> Self:
         return self
@@ -42,16 +42,19 @@ class Lane(Protocol):
     """Runs functions in the order in which they were submitted, without recording gradients."""
 
     def submit(self, function: Callable[[], T]) -> Work[T]:
-        """Starts `function` once everything submitted before is through; what it holds lives until it is done."""
+        """Starts `function` after everything submitted earlier.
+
+        Keeps its captured tensors alive until it is done.
+        """
         ...
 
     def close(self) -> None:
-        """Waits for what was submitted. Nothing may be submitted afterwards."""
+        """Waits for all submitted functions. Nothing may be submitted afterwards."""
         ...
 
 
 class CompletedWork(Generic[T]):
-    """Work that was complete when it was made."""
+    """Work that is complete from the start."""
 
     def __init__(self, result: T) -> None:
         self._result = result
@@ -62,19 +65,22 @@ class CompletedWork(Generic[T]):
 
 
 class InlineLane:
-    """Runs each function at once, on the caller's thread: the sequential mode. Errors come from `submit`."""
+    """Runs each function immediately on the caller's thread: the sequential mode.
+
+    `submit` raises its errors.
+    """
 
     def submit(self, function: Callable[[], T]) -> Work[T]:
-        """Runs `function`."""
+        """Runs `function` and returns its completed work."""
         with torch.no_grad():
             return CompletedWork(function())
 
     def close(self) -> None:
-        """Does nothing: nothing is ever pending."""
+        """Does nothing: no work is ever pending."""
 
 
 class _Job(Generic[T]):
-    """A function on a worker thread. The lock is held until it has returned or raised."""
+    """Function that runs on a worker thread. Its lock is held until it has returned or raised."""
 
     def __init__(self, function: Callable[[], T]) -> None:
         self._function: Callable[[], T] | None = function
@@ -94,7 +100,7 @@ class _Job(Generic[T]):
             self._running.release()
 
     def wait(self) -> T:
-        """Blocks until the function is through, then gives its result or raises what it raised."""
+        """Blocks until the function has ended, then returns its result or raises its error."""
         with self._running:
             if self._error is not None:
                 raise self._error
@@ -102,7 +108,10 @@ class _Job(Generic[T]):
 
 
 class ThreadLane(ClosesOnSuccess):
-    """One worker thread, first in first out; a daemon, so that an error on the way out need not join it."""
+    """One worker thread that runs functions in order.
+
+    It is a daemon, so a process can exit without joining it.
+    """
 
     def __init__(self, name: str) -> None:
         self._jobs: queue.SimpleQueue[_Job[Any] | None] = queue.SimpleQueue()
@@ -116,7 +125,7 @@ class ThreadLane(ClosesOnSuccess):
         return job
 
     def close(self) -> None:
-        """Joins the thread when the queue is empty."""
+        """Runs what is queued, then joins the thread."""
         self._jobs.put(None)
         self._thread.join()
 
@@ -124,17 +133,17 @@ class ThreadLane(ClosesOnSuccess):
         torch.set_grad_enabled(False)
         while (job := self._jobs.get()) is not None:
             job.run()
-            del job  # else the last result would live until the next job comes
+            del job  # else the last result would be kept until the next job
 
 
 class _StreamWork(Generic[T]):
-    """What a worker thread enqueues on a stream, with the event behind it."""
+    """Work that a thread enqueues on a stream, completed by an event on that stream."""
 
     def __init__(self, job: Work[tuple[T, torch.cuda.Event]]) -> None:
         self._job = job
 
     def wait(self) -> T:
-        """Blocks the host until everything is enqueued, and the current stream until it is through."""
+        """Blocks the host until all kernels are enqueued, and the current stream until they have run."""
         result, done = self._job.wait()
         stream = torch.cuda.current_stream()
         stream.wait_event(done)
@@ -145,10 +154,12 @@ class _StreamWork(Generic[T]):
 
 
 class StreamLane(ClosesOnSuccess):
-    """A CUDA stream and a thread that enqueues on it, each function behind what the submitter's stream held by then.
+    """CUDA stream and a thread that enqueues on it.
 
-    The thread is for functions that wait for the device, as an exchange must before it knows how much comes: the
-    submitter goes on meanwhile and enqueues the computation that hides the exchange.
+    Each function runs after the work queued when it was submitted.
+
+    The thread is needed for functions that wait for the device: an exchange must read the number of incoming rows.
+    Meanwhile the submitter enqueues the computation that hides the exchange.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -157,7 +168,7 @@ class StreamLane(ClosesOnSuccess):
         self._held: deque[tuple[torch.cuda.Event, Callable[[], object]]] = deque()
 
     def submit(self, function: Callable[[], T]) -> Work[T]:
-        """Queues `function` for the thread; host errors come from `wait`."""
+        """Queues `function` for the thread. `wait` raises its host errors."""
         ready = torch.cuda.current_stream().record_event()
 
         def run() -> tuple[T, torch.cuda.Event]:
@@ -167,14 +178,14 @@ class StreamLane(ClosesOnSuccess):
             with torch.cuda.stream(self._stream):
                 result = function()
                 done = self._stream.record_event()
-            # The function's tensors come from other streams, whose allocator knows nothing of their use here.
+            # The function's tensors belong to other streams, whose allocator does not know that this stream uses them.
             self._held.append((done, function))
             return result, done
 
         return _StreamWork(self._thread.submit(run))
 
     def close(self) -> None:
-        """Waits, on the host, for the thread and for the stream."""
+        """Waits on the host for the thread and for the stream."""
         self._thread.close()
         self._stream.synchronize()
         self._held.clear()

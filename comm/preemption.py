@@ -1,22 +1,24 @@
-"""Whether a process is to be preempted. No torch here: it is imported before anything else."""
+"""Records that a process is to be preempted. Does not import torch, as it is imported first."""
 
 import signal
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-"""Signals of a scheduler, and of a terminal that is closed."""
+"""Signals that a scheduler or a closing terminal sends."""
 
 
 def handled_signals() -> tuple[signal.Signals, ...]:
-    """Returns those of `SIGNALS` that this process handles: under nohup SIGHUP is ignored, and stays so."""
+    """Returns the `SIGNALS` that this process handles. Under nohup, SIGHUP stays ignored."""
     is_ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     return tuple(number for number in SIGNALS if number != signal.SIGHUP or not is_ignored)
 
 
 class Preemption:
-    """Notes a request, and nothing else: ranks agree on it at a point where each of them can leave.
+    """Records a request for preemption.
 
-    An instance is the process' handler of `SIGNALS`; any number of them may come, at any time.
+    Ranks act on it together, at a point at which all of them can leave.
+
+    An instance is the process' handler of `SIGNALS`. Signals may arrive at any time, any number of times.
     """
 
     def __init__(self) -> None:
@@ -26,28 +28,32 @@ class Preemption:
 
     @classmethod
     def of_process(cls) -> "Preemption":
-        """Returns this process's instance, on its main thread. From then on, signals do not end the process."""
+        """Returns the process' instance and installs it on the main thread.
+
+        Signals then no longer end the process.
+        """
         known = signal.getsignal(signal.SIGTERM)
         if isinstance(known, cls):
             return known
         made = cls()
         for number in handled_signals():
             signal.signal(number, made)
-            # An interrupted system call is resumed: not every library retries it.
-            signal.siginterrupt(number, False)
+            # Resume interrupted system calls: not every library retries them.
+            interrupts_calls = False
+            signal.siginterrupt(number, interrupts_calls)
         return made
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        """Takes a signal."""
+        """Records a signal."""
         self._number = self._number or number
 
     def request(self) -> None:
-        """Has the ranks leave together as if a signal had come."""
+        """Requests preemption as if a signal had arrived."""
         self._is_requested = True
 
     @property
     def is_requested(self) -> bool:
-        """Whether a signal came, or the process itself requested it."""
+        """Whether a signal arrived, or `request` was called."""
         return self._number != 0 or self._is_requested
 
     @property

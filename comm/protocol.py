@@ -1,4 +1,4 @@
-"""What the model may know of the exchange: the Dispatcher and what it gives.
+"""Defines the Dispatcher protocol and its results: the only part of the exchange that the model uses.
 
 Shape legend: T tokens of this rank, K experts per token, A arrived rows, D hidden size, E local experts.
 """
@@ -16,23 +16,26 @@ ResultT = TypeVar("ResultT")
 
 
 class Work(Protocol, Generic[T_co]):
-    """Something under way on the comm lane."""
+    """Pending work on the comm lane."""
 
     def wait(self) -> T_co:
-        """Returns the result, once it may be used on the compute lane. Raises what the work raised."""
+        """Waits until the compute lane may use the result and returns it. Raises the error of the work."""
         ...
 
 
 class MappedWork(Generic[SourceT, ResultT]):
-    """Other work's result after a function of it, which runs where it is waited for: on the compute lane."""
+    """Work whose result is a function of other work's result.
+
+    The function runs in `wait`, on the compute lane.
+    """
 
     def __init__(self, work: Work[SourceT], function: Callable[[SourceT], ResultT]) -> None:
-        """Keeps `function`, which runs at every `wait`, without recording gradients."""
+        """Stores `function`. It runs at every `wait`, without recording gradients."""
         self._work = work
         self._function = function
 
     def wait(self) -> ResultT:
-        """Returns the function of the other work's result. Raises what either raised."""
+        """Waits for the other work and returns the function of its result. Raises the error of either."""
         given = self._work.wait()
         with torch.no_grad():
             return self._function(given)
@@ -40,7 +43,7 @@ class MappedWork(Generic[SourceT, ResultT]):
 
 @dataclass(frozen=True, slots=True)
 class Label:
-    """Whose exchange it is, for logs and accounts; it decides nothing. `micro_batch` counts within its direction."""
+    """Owner of an exchange, for logs and counters only. `micro_batch` counts within its direction."""
 
     layer: int
     direction: int
@@ -51,53 +54,56 @@ class Label:
 
 
 class Handle(Protocol):
-    """One routing of one micro-batch: who sends what to whom. ResultT by `Dispatcher.plan`, reusable both ways."""
+    """Routing of one micro-batch, made by `Dispatcher.plan` and used by all its exchanges."""
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of this rank, T."""
+        """Number of tokens of this rank, T."""
         ...
 
 
 class RowOrder(Protocol):
-    """In which order copies of tokens go to experts, and the way back."""
+    """Order in which copies of tokens go to experts, and its inverse."""
 
     @property
     def tokens_A(self) -> Tensor:
-        """The token of each place, int64."""
+        """Token of each row in expert order; A, int64."""
         ...
 
     def copy_rows(self, rows_TD: Tensor) -> Tensor:
-        """Copies a row for each place, AD."""
+        """Copies token rows into expert order; AD."""
         ...
 
     def copy_weights(self, weights_TK: Tensor) -> Tensor:
-        """Returns the weight of each place, A."""
+        """Copies routing weights into expert order; A."""
         ...
 
     def sum_rows(self, rows_AD: Tensor) -> Tensor:
-        """Sums over each token's places, TD."""
+        """Sums the rows of each token; TD."""
         ...
 
     def restore_weights(self, weights_A: Tensor) -> Tensor:
-        """Returns the value of each choice, TK."""
+        """Returns values in expert order to the token choices that they belong to; TK."""
         ...
 
 
 @runtime_checkable
 class RankLocalDispatcher(Protocol):
-    """A dispatcher whose rows never leave this rank and are not changed: the model may take and give them itself."""
+    """Dispatcher whose rows stay on this rank unchanged, so that the model can copy and sum them itself."""
 
     def local_order(self, handle: Handle) -> tuple[tuple[int, ...], RowOrder]:
-        """Rows of each expert, on the host, and the order of all rows."""
+        """Returns the number of rows of each expert, on the host, and the order of all rows."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Arrived:
-    """Rows at their experts' rank, sorted by local expert.
+    """Rows that arrived at their experts' rank, sorted by local expert.
 
-    rows_AD, weights_A (float, the routing weight of each row), counts: rows of each local expert, on the host.
+    Attributes:
+        rows_AD: the rows.
+        weights_A: routing weight of each row, float.
+        counts: number of rows of each local expert, on the host.
     """
 
     rows_AD: Tensor
@@ -106,11 +112,11 @@ class Arrived:
 
 
 class Dispatcher(Protocol):
-    """Moves token rows to the experts' ranks and back; both ways explicit, never hidden in autograd.
+    """Sends token rows to the experts' ranks and back, with explicit calls outside autograd.
 
-    The backward of `dispatch` is a combine with the same handle, the weights' gradients riding back; the
-    backward of `combine` is a dispatch of the gradient. Every rank of the expert group makes the
-    same calls in the same order.
+    The backward of `dispatch` is a combine with the same handle that also returns the weights' gradients. The backward
+    of `combine` is a dispatch of the gradient. Every rank of the expert group must make the same calls in the same
+    order.
     """
 
     num_local_experts: int
@@ -119,32 +125,32 @@ class Dispatcher(Protocol):
         """Starts the exchange of counts.
 
         Args:
-            ids_TK: int64, global expert ids, distinct within a row; -1 stands for no expert: such a choice is
-                not sent, adds nothing, and its weight's gradient is 0.
-            weights_TK: routing weights, by which a token over the cap on nodes is clipped; without them each
-                choice counts the same.
-            label: of the exchange.
+            ids_TK: global expert ids, int64, distinct within a row. An id of -1 means no expert: the choice is not
+                sent, adds nothing to the sum, and its weight gets a gradient of 0.
+            weights_TK: routing weights. They decide which experts a token over the node cap keeps; without them all
+                choices count equally.
+            label: owner of the exchange.
         """
         ...
 
     def dispatch(self, rows_TD: Tensor, weights_TK: Tensor, handle: Handle) -> Work[Arrived]:
-        """Sends a copy of each token's row, and the weight, to each of its experts."""
+        """Sends a copy of each token's row, with its weight, to each of the token's experts."""
         ...
 
     def combine(self, rows_AD: Tensor, handle: Handle) -> Work[Tensor]:
-        """Returns rows_TD, the unweighted sum over each token's experts."""
+        """Returns the unweighted sum over each token's experts; TD."""
         ...
 
     def dispatch_backward(
         self, grad_rows_AD: Tensor, grad_weights_A: Tensor, handle: Handle
     ) -> Work[tuple[Tensor, Tensor]]:
-        """Gradients of `dispatch`'s inputs from those of its outputs: rows summed per token (TD), weights (TK)."""
+        """Computes the gradients of `dispatch`'s inputs from those of its outputs: rows (TD) and weights (TK)."""
         ...
 
     def combine_backward(self, grad_rows_TD: Tensor, handle: Handle) -> Work[Tensor]:
-        """Computes the gradient of `combine`'s input from that of its output: a copy to each expert's row (AD)."""
+        """Computes the gradient of `combine`'s input (AD): a copy of its output's gradient per expert."""
         ...
 
     def close(self) -> None:
-        """Gives back what the exchange holds of its own; every rank at the same point, when the lane is through."""
+        """Frees buffers and groups. Every rank calls it at the same point, after the lane has finished."""
         ...

@@ -1,25 +1,25 @@
-"""Who takes whose rows into a node: the rank of the same index there, as arithmetic on places of an expert group.
+"""Computes which rank of a node relays another rank's rows: the one with the same index in its node.
 
-A rank's rows for another node go to one rank of it, the relay, which spreads them. Nodes may hold unequal numbers of
-the group's ranks. No torch here.
+A rank sends its rows for another node to one rank there, the relay, which forwards them within the node. Nodes may
+hold different numbers of the group's ranks. Ranks are given by their index in the expert group. Does not import torch.
 """
 
 from collections.abc import Sequence
 
 
 class Relays:
-    """An expert group's members by place, and the nodes on which they lie, renumbered from 0 in ascending order.
+    """Members of an expert group and their nodes, which are renumbered from 0 in ascending order.
 
     Attributes:
-        node_of: the node's number, of each member.
-        members_of: the members' places, of each node, ascending.
+        node_of: node of each member.
+        members_of: members of each node by their index in the group, ascending.
     """
 
     node_of: tuple[int, ...]
     members_of: tuple[tuple[int, ...], ...]
 
     def __init__(self, member_nodes: Sequence[int]) -> None:
-        """Groups members by node; `member_nodes`: the node of each member, by place."""
+        """Groups members by node; `member_nodes` holds the node of each member."""
         nodes = sorted(set(member_nodes))
         self.node_of = tuple(nodes.index(node) for node in member_nodes)
         self.members_of = tuple(
@@ -28,41 +28,42 @@ class Relays:
 
     @property
     def num_nodes(self) -> int:
-        """Nodes of the group."""
+        """Number of nodes."""
         return len(self.members_of)
 
     @property
     def num_most_members(self) -> int:
-        """Members of the fullest node."""
+        """Number of members of the fullest node."""
         return max(map(len, self.members_of))
 
     def relay(self, place: int, node: int) -> int:
-        """Returns the member that takes rows of member `place` into a node: itself into its own."""
+        """Returns the member that relays rows of member `place` into a node; on its own node, itself."""
         own, there = self.members_of[self.node_of[place]], self.members_of[node]
         return there[own.index(place) % len(there)]
 
     def sources(self, relay: int) -> tuple[int, ...]:
-        """Returns the members of other nodes whose rows a member takes into its node, ascending."""
+        """Returns the members of other nodes whose rows a member relays into its node, ascending."""
         node = self.node_of[relay]
         return tuple(
             place for place, home in enumerate(self.node_of) if home != node and self.relay(place, node) == relay
         )
 
     def rails(self) -> tuple[tuple[int, ...], ...]:
-        """Cuts the members into as many sets as possible, so that each member's relays are all in its set.
+        """Splits the members into as many sets as possible such that each member's relays are all in its set.
 
-        With equally full nodes: a set for each index, one member of every node.
+        If all nodes hold equally many members, there is one set per index, with one member of every node.
         """
+        # Connected components of the graph "relays rows of".
         unseen = set(range(len(self.node_of)))
         found = []
         while unseen:
-            rail, ahead = set(), [min(unseen)]
-            while ahead:
-                place = ahead.pop()
+            rail, pending = set(), [min(unseen)]
+            while pending:
+                place = pending.pop()
                 if place not in rail:
                     rail.add(place)
-                    ahead += self.sources(place)
-                    ahead += [self.relay(place, node) for node in range(self.num_nodes)]
+                    pending += self.sources(place)
+                    pending += [self.relay(place, node) for node in range(self.num_nodes)]
             unseen -= rail
             found.append(tuple(sorted(rail)))
         return tuple(found)

@@ -155,7 +155,11 @@ class _TrainingRank:
         with self._phase("choice of the schedule"):
             planned = plan(config, layout, device)
         with self._phase("making of groups"):
-            groups = Groups(layout, is_mirrored(planned.schedule), config.cluster.timeout_seconds)
+            groups = Groups(
+                layout,
+                mirrored=is_mirrored(planned.schedule),
+                timeout_seconds=config.cluster.timeout_seconds,
+            )
         end = _RunOutcome("done", 0)
         try:
             raise_if_preempted(self._preemption, self._log, groups)

@@ -1,4 +1,4 @@
-"""Builds the dispatcher and the lane of a run."""
+"""Builds the dispatcher and the comm lane of a run."""
 
 from dataclasses import dataclass
 
@@ -19,16 +19,16 @@ from comm.protocol import Dispatcher
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DispatcherParts:
-    """What a dispatcher is built from.
+    """Arguments for building a dispatcher.
 
     Attributes:
-        num_experts: of a layer, over all ranks.
-        layout: of the world.
-        group: of the ranks that share a layer's experts with this one, `layout.expert_group`.
-        lane: where exchanges run.
-        observers: who counts and logs them.
-        timeout_seconds: of each collective of the groups that the dispatcher makes for itself.
-        tokens: of a rank in a micro-batch; a dispatcher may allocate for them.
+        num_experts: experts of a layer over all ranks.
+        layout: layout of the world.
+        group: process group of the ranks that share a layer's experts, `layout.expert_group`.
+        lane: lane that runs the exchanges.
+        observers: counters and log of the exchanges.
+        timeout_seconds: timeout of each collective in groups that the dispatcher creates.
+        tokens: sizes of a rank's micro-batch, for which a dispatcher may allocate buffers.
     """
 
     num_experts: int
@@ -41,15 +41,14 @@ class DispatcherParts:
 
 
 def open_lane(device: torch.device) -> Lane:
-    """Opens a stream on CUDA, a worker thread elsewhere."""
+    """Opens a lane: a stream on CUDA, else a worker thread."""
     return StreamLane(device) if device.type == "cuda" else ThreadLane("comm")
 
 
 def build_dispatcher(config: DispatchConfig, parts: DispatcherParts) -> Dispatcher:
     """Builds the dispatcher that `config` names. Every rank of the job calls it at the same point.
 
-    The dispatcher that sends is innermost, the one that clips choices is around it, and the one that quantises rows is
-    outermost.
+    The innermost dispatcher sends rows. A wrapper around it clips choices, and the outermost wrapper quantizes rows.
     """
     dispatcher = DISPATCHERS.get(config.kind).build(config, parts)
     if isinstance(config, CappedDispatchConfig) and config.node_cap == "clip":

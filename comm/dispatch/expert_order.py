@@ -1,4 +1,4 @@
-"""The order in which copies of tokens go to experts: by expert, then by token, so that timing never decides it.
+"""Sorts copies of tokens by expert, then by token, so that the order never depends on timing.
 
 Shape legend: T tokens, K experts per token, N = T K choices, A choices sent, D hidden size, E experts.
 """
@@ -14,10 +14,12 @@ from kernels.permute import permute, unpermute
 
 @dataclass(frozen=True, slots=True)
 class ExpertOrder:
-    """Choices sent, sorted by expert.
+    """Choices that are sent, sorted by expert.
 
-    order_A: the choice t * K + k at each sorted place. tokens_A: its token. places_TK: the sorted place of each choice,
-    negative for one that is dropped.
+    Attributes:
+        order_A: choice t * K + k at each sorted position.
+        tokens_A: token of each sorted position.
+        places_TK: sorted position of each choice, negative if the choice is dropped.
     """
 
     order_A: Tensor
@@ -25,27 +27,29 @@ class ExpertOrder:
     places_TK: Tensor
 
     def copy_rows(self, rows_TD: Tensor, out_AD: Tensor | None = None) -> Tensor:
-        """Copies a row for each choice, sorted; AD, written to `out_AD` if given."""
+        """Copies the token row of each choice in sorted order, into `out_AD` if given; AD."""
         return permute(dense(rows_TD), self.tokens_A, out_AD)
 
     def copy_weights(self, weights_TK: Tensor) -> Tensor:
-        """Returns the weight of each choice, sorted; A."""
+        """Returns the weight of each choice in sorted order; A."""
         return weights_TK.flatten().index_select(0, self.order_A)
 
     def sum_rows(self, rows_AD: Tensor) -> Tensor:
-        """Sums over each token's choices in their order, so bitwise repeatable; TD."""
+        """Sums the rows of each token in the order of its choices, so the result is deterministic; TD."""
         return unpermute(dense(rows_AD), self.places_TK)
 
     def restore_weights(self, weights_A: Tensor) -> Tensor:
-        """Returns the value of each choice, 0 for one that is dropped; TK."""
+        """Returns the value of each choice, 0 if the choice is dropped; TK."""
         return restore_values(weights_A, self.places_TK)
 
 
 @dataclass(frozen=True, slots=True)
 class SortedChoices:
-    """All choices sorted by expert, those that are dropped first, before the host knows how many those are.
+    """All choices sorted by expert, dropped ones first. Their number need not be on the host yet.
 
-    order_N: the choice t * K + k at each sorted place.
+    Attributes:
+        order_N: choice t * K + k at each sorted position.
+        shape_TK: tokens and choices per token.
     """
 
     order_N: Tensor
@@ -53,29 +57,30 @@ class SortedChoices:
 
     @classmethod
     def sort(cls, ids_TK: Tensor) -> Self:
-        """Sorts one micro-batch's choices, without a host synchronization."""
+        """Sorts the choices of a micro-batch without a host synchronization."""
         return cls(ids_TK.flatten().argsort(stable=True), (ids_TK.shape[0], ids_TK.shape[1]))
 
     def keep(self, num_dropped: int) -> ExpertOrder:
-        """Returns the order of those that are sent."""
+        """Returns the order of the choices that are sent: all except the first `num_dropped`."""
         order_A = self.order_N[num_dropped:]
         places_N = inverse_permutation(self.order_N) - num_dropped
         return ExpertOrder(order_A, order_A // max(1, self.shape_TK[1]), places_N.view(self.shape_TK))
 
 
 def count_choices(ids_TK: Tensor, num_experts: int) -> Tensor:
-    """Choices that are dropped, then of each expert; int64, 1 + E, on the ids' device."""
+    """Counts the dropped choices, then the choices of each expert; int64, 1 + E, on the ids' device."""
     ids_N = ids_TK.flatten()
+    # Ids are shifted by one so that -1, no expert, is counted at index 0.
     return ids_N.new_zeros(1 + num_experts).scatter_add_(0, ids_N + 1, torch.ones_like(ids_N))
 
 
 def inverse_permutation(order_N: Tensor) -> Tensor:
-    """Returns the place of each index in a permutation."""
+    """Returns the position of each index in a permutation."""
     return torch.empty_like(order_N).scatter_(0, order_N, torch.arange(len(order_N), device=order_N.device))
 
 
 def restore_values(values_A: Tensor, places_TK: Tensor) -> Tensor:
-    """Returns the value at each place, 0 where the place is negative; TK."""
+    """Returns the value at each position, 0 for negative positions; TK."""
     if len(values_A) == 0:
         return values_A.new_zeros(places_TK.shape)
     values_TK = values_A.index_select(0, places_TK.flatten().clamp(min=0)).view(places_TK.shape)
@@ -83,5 +88,5 @@ def restore_values(values_A: Tensor, places_TK: Tensor) -> Tensor:
 
 
 def dense(rows_ND: Tensor) -> Tensor:
-    """Returns the rows, each contiguous by itself, as kernels read them; a copy only if they are not."""
+    """Returns rows that are each contiguous, as kernels need them; copies only if they are not."""
     return rows_ND if rows_ND.stride(1) == 1 or rows_ND.shape[1] == 1 else rows_ND.contiguous()

@@ -1,6 +1,7 @@
-"""What a routing costs before anything is sent: the rows that each rank sends to each other, for each way to send them.
+"""Predicts the rows that each rank sends to each other rank for a routing, for several dispatchers.
 
 Pure functions of the ids, for any number of nodes and ranks, in one process.
+
 Shape legend: T tokens of a rank, K experts per token, E experts, N nodes, R ranks, sender first.
 """
 
@@ -18,9 +19,11 @@ from comm.relays import Relays
 
 @dataclass(frozen=True)
 class SentRows:
-    """Rows that ranks send to each other, themselves included.
+    """Rows that ranks send to each other and to themselves.
 
-    rows_RR: int64. nodes: of each rank.
+    Attributes:
+        rows_RR: number of rows from each sender to each receiver, int64.
+        nodes: node of each rank.
     """
 
     rows_RR: Tensor
@@ -28,30 +31,30 @@ class SentRows:
 
     @property
     def returned(self) -> "SentRows":
-        """The same rows on their way back."""
+        """The same rows in the opposite direction."""
         return SentRows(self.rows_RR.T, self.nodes)
 
     @property
     def num_across_nodes(self) -> int:
-        """Rows between ranks of different nodes."""
+        """Number of rows between ranks of different nodes."""
         return int(self._across.sum())
 
     @property
     def receive_imbalance(self) -> float:
-        """Rows that a rank receives from other nodes, the most over the mean; 1 where there are none."""
+        """Maximum over mean of the rows that a rank receives from other nodes; 1 if there are none."""
         received_R = self._across.sum(0)
         return float(received_R.max() / received_R.double().mean()) if received_R.any() else 1.0
 
     def spread(self, rank: int) -> Spread:
-        """Returns what one rank sends, and how far."""
+        """Returns how many rows one rank keeps, sends within its node and sends across nodes."""
         return Spread.of(self.rows_RR[rank].tolist(), self.nodes, rank)
 
     def seconds_across_nodes(self, bytes_per_row: float, bytes_per_second: float) -> float:
-        """Returns the time of the busiest rank, whose link to other nodes sends and receives at once."""
+        """Returns the time of the busiest rank, whose link to other nodes is full duplex."""
         return self._busiest(self._across) * bytes_per_row / bytes_per_second
 
     def seconds_within_node(self, bytes_per_row: float, bytes_per_second: float) -> float:
-        """Returns the time of the busiest rank, whose link in its node is duplex; its rows to itself are free."""
+        """Returns the time of the busiest rank, with full duplex within its node and without its own rows."""
         other_RR = self.rows_RR - self.rows_RR.diag().diag()
         return self._busiest(other_RR - self._across) * bytes_per_row / bytes_per_second
 
@@ -70,15 +73,15 @@ class Forecast:
     """Rows of one dispatch over all ranks.
 
     Attributes:
-        num_tokens: of all ranks.
-        num_touched_nodes: over tokens, nodes that hold a token's experts, its home node included.
-        min_rows_across_nodes: over tokens, such nodes other than the home node. No dispatch that sends rows from one
-            rank to one other sends fewer across nodes.
-        per_expert: a copy for each expert, straight to its rank, as `all_to_all` does.
-        per_rank: a copy for each rank that holds a token's experts.
-        between_nodes: two hops, the first: a copy for each node but the home node, to the sender's relay there.
-        within_node: two hops, the second: from the relay, or the sender at home, a copy for each rank of the node that
-            holds a token's experts.
+        num_tokens: tokens of all ranks.
+        num_touched_nodes: sum over tokens of the nodes that hold the token's experts, its home node included.
+        min_rows_across_nodes: sum over tokens of these nodes without the home node. Every dispatch that sends a row
+            from one rank to one other sends at least so many rows across nodes.
+        per_expert: one copy for each expert, directly to its rank, as `all_to_all` does.
+        per_rank: one copy for each rank that holds experts of the token.
+        between_nodes: first of two hops: one copy for each node except the home node, to the sender's relay there.
+        within_node: second of two hops: from the relay, or from the sender on the home node, one copy for each rank
+            of the node that holds experts of the token.
     """
 
     num_tokens: int
@@ -91,21 +94,21 @@ class Forecast:
 
 
 def forecast(ids_by_rank: Sequence[Tensor], num_experts: int, nodes: Sequence[int]) -> Forecast:
-    """Predicts the rows of a routing over an expert group, of which each rank holds an equal run of experts.
+    """Predicts the rows of a routing. Each rank holds equally many consecutive experts.
 
     Args:
-        ids_by_rank: for each rank, TK, int64, the experts of its tokens, distinct within a row but for -1, no expert.
-        num_experts: a multiple of the ranks.
-        nodes: of each rank.
+        ids_by_rank: experts of each rank's tokens, TK, int64; distinct within a row except -1, which means no expert.
+        num_experts: number of experts; a multiple of the number of ranks.
+        nodes: node of each rank.
 
     Raises:
-        ValueError: ranks that do not divide the experts, or whose nodes are not all given.
+        ValueError: if the ranks do not divide the experts, or the number of nodes is not that of the ranks.
     """
     num_ranks = len(ids_by_rank)
     if num_experts % num_ranks:
-        raise ValueError(f"forecast: num_experts must be a multiple of the {num_ranks} ranks, got {num_experts}")
+        raise ValueError(f"forecast: num_experts must be a multiple of the {num_ranks} ranks, is {num_experts}")
     if len(nodes) != num_ranks:
-        raise ValueError(f"forecast: nodes must be given for each of the {num_ranks} ranks, got {len(nodes)}")
+        raise ValueError(f"forecast: nodes must have an entry for each of the {num_ranks} ranks, has {len(nodes)}")
     relays = Relays(nodes)
     rank_of_E, node_of_E = nodes_of_experts(num_experts, range(num_ranks)), nodes_of_experts(num_experts, nodes)
     experts_RR, ranks_RR, nodes_RN = [], [], []
@@ -128,7 +131,7 @@ def forecast(ids_by_rank: Sequence[Tensor], num_experts: int, nodes: Sequence[in
 
 
 def _two_hops(per_rank_RR: Tensor, per_node_RN: Tensor, relays: Relays) -> tuple[Tensor, Tensor]:
-    """Rows of both hops: to the relay on each other node, and on from there."""
+    """Computes the rows of both hops: to the relay on each other node, then to the experts' ranks."""
     between_RR, within_RR = torch.zeros_like(per_rank_RR), torch.zeros_like(per_rank_RR)
     for sender, home in enumerate(relays.node_of):
         for node, members in enumerate(relays.members_of):

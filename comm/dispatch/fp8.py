@@ -1,4 +1,4 @@
-"""Rows that are sent to experts in FP8, around any dispatcher.
+"""Wraps any dispatcher so that rows are sent to experts in FP8.
 
 Shape legend: T tokens, K experts per token, A arrived rows, N rows, D hidden size, B bytes of a packed row.
 """
@@ -12,20 +12,20 @@ from kernels.quantize.layout import GRADIENTS_MIN_AMAX, ROWS_MIN_AMAX, pack, unp
 
 
 class Fp8Dispatcher:
-    """Any dispatcher, with rows to experts as e4m3 codes (arXiv:2412.19437, section 3.3).
+    """Wrapper of a dispatcher that sends rows to experts as e4m3 codes (arXiv:2412.19437, section 3.3).
 
-    Each 128 columns of a row share a power-of-two scale. `dispatch` sends rows so, and `combine_backward` the gradients
-    of the experts' outputs; results are of the rows' own dtype again. `combine` and `dispatch_backward` send rows as
-    they are. A NaN or an infinity makes NaN of its 128 columns.
+    Each 128 columns of a row share a power-of-two scale. `dispatch` quantizes rows, and `combine_backward` quantizes
+    the gradients of the experts' outputs. Results have the rows' own dtype again. `combine` and `dispatch_backward`
+    send rows unchanged. A NaN or an infinity turns its 128 columns into NaN.
 
-    In the backward, quantization counts as the identity (straight through): `dispatch_backward` gives the gradient of
-    the rows that arrived as that of the rows given, and experts get the quantized gradient of their outputs.
+    The backward treats quantization as the identity (straight-through): `dispatch_backward` returns the gradient of the
+    arrived rows as the gradient of the input rows, and experts get the quantized gradient of their outputs.
     """
 
     num_local_experts: int
 
     def __init__(self, inner: Dispatcher) -> None:
-        """Wraps `inner`, which moves rows of bytes as it would any others."""
+        """Wraps `inner`, which sends packed rows as uint8."""
         self.num_local_experts = inner.num_local_experts
         self._inner = inner
 
@@ -34,7 +34,7 @@ class Fp8Dispatcher:
         return self._inner.plan(ids_TK, weights_TK, label)
 
     def dispatch(self, rows_TD: Tensor, weights_TK: Tensor, handle: Handle) -> Work[Arrived]:
-        """Sends a quantized copy of each token's row, and the weight as it is, to each of its experts."""
+        """Sends a quantized copy of each token's row, and the unchanged weight, to each of its experts."""
         restore = _Restore(rows_TD)
 
         def finish(arrived: Arrived) -> Arrived:
@@ -66,7 +66,7 @@ class Fp8Dispatcher:
 
 
 class _Restore:
-    """Bytes to rows like those that were given. Holds no tensor."""
+    """Conversion of packed bytes to rows of the input's width and dtype. Keeps no tensor alive."""
 
     def __init__(self, rows_TD: Tensor) -> None:
         self._hidden_size = rows_TD.shape[1]

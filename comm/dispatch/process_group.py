@@ -1,4 +1,4 @@
-"""All-to-alls over one process group: each logged, awaited under the watch's eyes, and counted.
+"""Runs all-to-alls over one process group, and logs and counts each of them.
 
 Shape legend: R ranks of the group, C numbers for each, N rows sent, M rows received, B bytes of a row.
 """
@@ -18,7 +18,13 @@ from comm.watchdog.collective_log import Collective, CollectiveLog, group_name
 
 @dataclass(frozen=True, slots=True)
 class Observers:
-    """Who looks on: `traffic` counts what is sent, `log` notes every collective, `clips` counts clipped tokens."""
+    """Counters and log of exchanges.
+
+    Attributes:
+        traffic: counter of rows and bytes sent.
+        log: log of every collective.
+        clips: counter of clipped tokens.
+    """
 
     traffic: Traffic
     log: CollectiveLog
@@ -26,12 +32,12 @@ class Observers:
 
 
 class ExchangeGroup:
-    """One process group as its exchanges see it. Used from the comm lane alone.
+    """Process group with its exchanges. Used only from the comm lane.
 
     Attributes:
-        members: ranks of the group in the world, by place.
-        nodes: of each member.
-        place: of this rank.
+        members: global ranks of the group's members.
+        nodes: node of each member.
+        place: index of this rank in the group.
     """
 
     members: tuple[int, ...]
@@ -39,7 +45,7 @@ class ExchangeGroup:
     place: int
 
     def __init__(self, name: str, group: ProcessGroup, layout: Layout, observers: Observers) -> None:
-        """Wraps a group; `name`: of its kind, which with the group's ranks makes a unique name."""
+        """Wraps a group; `name` is its kind, which makes a unique name with the group's ranks."""
         self.members = tuple(distributed.get_process_group_ranks(group))
         self.nodes = tuple(layout.node_of(rank) for rank in self.members)
         self.place = distributed.get_rank(group)
@@ -48,7 +54,10 @@ class ExchangeGroup:
         self._observers = observers
 
     def start_numbers(self, numbers_RC: Tensor, label: Label | None) -> "PendingExchange":
-        """Starts to send row r to member r, and gives what each member sent here, RC, by place. Not counted."""
+        """Starts to send row r to member r.
+
+        The result has the row that each member sent here, RC. Not counted.
+        """
         log = self._observers.log
         if len(self.members) == 1:
             return PendingExchange(None, numbers_RC, numbers_RC, None, log)
@@ -59,7 +68,7 @@ class ExchangeGroup:
         return PendingExchange(work, numbers_RC, received_RC, collective, log)
 
     def exchange_numbers(self, numbers_RC: Tensor, label: Label | None) -> Tensor:
-        """Exchanges as `start_numbers` does, and waits."""
+        """Exchanges numbers like `start_numbers`, and waits for the result."""
         return self.start_numbers(numbers_RC, label).wait()
 
     def start(
@@ -71,17 +80,17 @@ class ExchangeGroup:
         label: Label | None,
         into_MB: Tensor | None = None,
     ) -> "PendingExchange":
-        """Starts to send rows as they lie: the first `sent[0]` to member 0, and so on. Returns at once.
+        """Starts to send rows in their order: the first `sent[0]` rows to member 0, and so on. Does not block.
 
-        A group of one sends nothing and does not wait, so there is no collective to log.
+        A group of one rank sends nothing, so it logs no collective.
 
         Args:
-            rows_NB: uint8, contiguous; must not change until the exchange is over.
-            sent: rows for each member.
-            received: rows from each member.
-            name: of the collective.
-            label: whose it is.
-            into_MB: where to put what arrives, contiguous; a new tensor by default.
+            rows_NB: rows as uint8, contiguous. They must not change until the exchange is complete.
+            sent: number of rows for each member.
+            received: number of rows from each member.
+            name: name of the collective.
+            label: owner of the exchange.
+            into_MB: contiguous tensor for the received rows; a new one by default.
         """
         assert rows_NB.dtype == torch.uint8
         assert len(rows_NB) == sum(sent)
@@ -112,7 +121,7 @@ class ExchangeGroup:
 
 
 class PendingExchange:
-    """Rows under way."""
+    """Exchange that has started."""
 
     def __init__(
         self,
@@ -122,15 +131,15 @@ class PendingExchange:
         collective: Collective | None,
         log: CollectiveLog,
     ) -> None:
-        """Holds an exchange; without work and collective: rows that are there already."""
+        """Stores the exchange. Without work and collective, the rows are complete already."""
         self._work = work
-        self._sent: Tensor | None = sent  # kept until it has left
+        self._sent: Tensor | None = sent  # kept until it has been sent
         self._received = received
         self._collective = collective
         self._log = log
 
     def wait(self) -> Tensor:
-        """Returns what all members sent, by place; on CUDA as soon as the current stream may use them."""
+        """Waits for the rows of all members and returns them by member; on CUDA only the current stream waits."""
         if self._work is not None and self._collective is not None:
             with self._log.awaiting(self._collective):
                 self._work.wait()

@@ -1,8 +1,8 @@
-"""Dispatchers by name: what each one needs of a run and holds in memory, and how it is built. No torch here.
+"""Registers dispatchers by name, with their requirements, memory and builder. Does not import torch.
 
-A dispatcher registers in the `__init__` of its folder. `local`, the executable specification, is one module and
-registers here. A file outside the checkout can register one more: often `dataclasses.replace` of an entry, with a name,
-a config class and a builder that wraps the other's dispatcher.
+A dispatcher registers in the `__init__` of its folder. `local`, the executable specification, is a single module and
+registers here. A file outside the checkout can register another one, often by `dataclasses.replace` of an entry with a
+new name, a config class and a builder that wraps the existing dispatcher.
 """
 
 from collections.abc import Callable, Mapping
@@ -26,9 +26,9 @@ class RowBytes:
 
     Attributes:
         num_tokens: tokens of the rank.
-        num_arrived: rows that arrive at its experts, if every expert receives equally many.
-        to_experts: bytes of a row on its way to experts.
-        from_experts: bytes of a row on its way back.
+        num_arrived: rows that arrive at its experts if every expert receives equally many.
+        to_experts: bytes of a row that is sent to experts.
+        from_experts: bytes of a row that returns from experts.
     """
 
     num_tokens: int
@@ -39,12 +39,12 @@ class RowBytes:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DispatchMemory:
-    """Bytes that a dispatcher holds for one layer and micro-batch.
+    """Memory of a dispatcher for one layer and micro-batch, in bytes.
 
     Attributes:
-        routing: from plan to the last exchange.
-        to_experts: while rows are on their way to experts.
-        from_experts: while rows are on their way back.
+        routing: bytes held from the plan to the last exchange.
+        to_experts: bytes held while rows are sent to experts.
+        from_experts: bytes held while rows return from experts.
     """
 
     routing: int
@@ -54,12 +54,12 @@ class DispatchMemory:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ContractSetting:
-    """One expert group over which the contract suite runs.
+    """Expert group over which the contract suite runs.
 
     Attributes:
         nodes: node of each rank of the group.
         fields: fields of the config that differ from `Contract.fields`.
-        is_slow: left out of the fast tests.
+        is_slow: whether the fast tests skip it.
     """
 
     nodes: tuple[int, ...]
@@ -69,15 +69,15 @@ class ContractSetting:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Contract:
-    """What the contract suite needs to run over a dispatcher.
+    """Parameters with which the contract suite tests a dispatcher.
 
     Attributes:
-        settings: expert groups, by what distinguishes them.
-        fields: fields of the config without which it cannot be made, besides `kind`, `payload` and those of the cap.
-        row_types: names of torch dtypes whose rows it moves.
+        settings: expert groups by a short name.
+        fields: required fields of the config, without `kind`, `payload` and those of the node cap.
+        row_types: names of the supported torch dtypes of rows.
         weights_type: name of the dtype of routing weights.
-        hidden_size: a width of rows that it moves.
-        package: that it needs; the suite puts an emulation in the place of one that is not installed.
+        hidden_size: a supported width of rows.
+        package: package that the dispatcher needs; the suite uses an emulation if it is not installed.
     """
 
     settings: Mapping[str, ContractSetting]
@@ -95,12 +95,12 @@ class DispatcherEntry:
     Attributes:
         name: value of `dispatch.kind`.
         summary: one line for users.
-        config: its configuration, a subclass of `DispatchConfig`.
-        build: makes it for the ranks of an expert group, all of which call it at the same point.
-        requirements: each raises `DispatchRequirementError` if the dispatcher cannot serve the run.
-        memory: predicts what it holds. Counts that depend on the routing are taken at their largest: a token of K
+        config: class of its configuration, a subclass of `DispatchConfig`.
+        build: function that builds it; all ranks of an expert group call it at the same point.
+        requirements: functions that raise `DispatchRequirementError` if the dispatcher cannot be used for the run.
+        memory: function that predicts its memory. It assumes the largest counts that a routing can have: a token of K
             experts reaches K ranks, and as many nodes as the cap allows.
-        contract: for the contract suite.
+        contract: parameters of the contract suite.
     """
 
     name: str
@@ -115,7 +115,7 @@ class DispatcherEntry:
         """Checks all requirements.
 
         Raises:
-            DispatchRequirementError: one is not met.
+            DispatchRequirementError: if one is not met.
         """
         for require in self.requirements:
             require(config, site)

@@ -1,4 +1,4 @@
-"""What a dispatcher needs of a run, checked from sizes alone, before anything starts. No torch here."""
+"""Checks the requirements of dispatchers from sizes alone, before a run starts. Does not import torch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,16 +8,16 @@ from comm.layout import Layout
 
 
 class DispatchRequirementError(ValueError):
-    """A dispatcher that cannot serve a run. The text starts with the dotted key."""
+    """Raised if a dispatcher cannot be used for a run. The message starts with the dotted key."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenSizes:
-    """Sizes of what a rank dispatches in one micro-batch.
+    """Sizes of a rank's dispatch in one micro-batch.
 
     Attributes:
-        max_tokens: tokens at most.
-        hidden_size: of a row.
+        max_tokens: maximum number of tokens.
+        hidden_size: width of a row.
         num_choices: experts per token.
     """
 
@@ -28,13 +28,13 @@ class TokenSizes:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DispatchSite:
-    """What a run dispatches, and between which ranks.
+    """Properties of a run that requirements of dispatchers depend on.
 
     Attributes:
         cluster: the machines.
         parallelism: the mesh.
-        precision: kind of precision of the run.
-        tokens: of a rank in a micro-batch.
+        precision: value of `precision.kind`.
+        tokens: sizes of a rank's dispatch in one micro-batch.
         num_experts: routed experts of a layer.
         num_groups: groups of consecutive experts.
         num_limited_groups: groups among which the router chooses a token's experts.
@@ -50,10 +50,10 @@ class DispatchSite:
 
 
 def require_one_expert_rank(config: DispatchConfig, site: DispatchSite) -> None:
-    """Refuses experts that are shared out over ranks.
+    """Requires that each rank holds all experts.
 
     Raises:
-        DispatchRequirementError: the expert axis is longer than 1.
+        DispatchRequirementError: if the expert axis is longer than 1.
     """
     if site.parallelism.expert > 1:
         raise DispatchRequirementError(
@@ -63,10 +63,10 @@ def require_one_expert_rank(config: DispatchConfig, site: DispatchSite) -> None:
 
 
 def require_node_cap(config: CappedDispatchConfig, site: DispatchSite) -> None:
-    """Refuses a router that may choose more nodes than a verified cap allows: the first such token would end the run.
+    """Requires that the router cannot exceed a verified node cap: the first such token would end the run.
 
     Raises:
-        DispatchRequirementError: the router can send a token to more than `max_nodes` nodes.
+        DispatchRequirementError: if the router can send a token to more than `max_nodes` nodes.
     """
     if config.node_cap != "verify":
         return
@@ -95,17 +95,17 @@ def require_node_cap(config: CappedDispatchConfig, site: DispatchSite) -> None:
 def most_nodes(
     num_experts: int, num_groups: int, num_limited_groups: int, num_experts_per_token: int, member_nodes: Sequence[int]
 ) -> int:
-    """Returns the most nodes, over all scores, that hold the experts of one token.
+    """Returns the maximum number of nodes that can hold the experts of one token.
 
-    The gate (arXiv:2412.19437, section 2.1.2) may choose any experts of any `num_limited_groups` groups, so this is the
-    most nodes that so many groups lie on, or the number of experts per token where that is less.
+    The gate (arXiv:2412.19437, section 2.1.2) can choose any experts of any `num_limited_groups` groups. The result is
+    the maximum number of nodes that hold so many groups, or the number of experts per token if that is less.
 
     Args:
-        num_experts: of a layer; a multiple of `num_groups` and of the members.
+        num_experts: experts of a layer; a multiple of `num_groups` and of the number of members.
         num_groups: groups of consecutive experts.
         num_limited_groups: groups among which a token's experts are chosen.
         num_experts_per_token: distinct experts of a token.
-        member_nodes: the node of each rank that holds experts, ascending; each holds an equal run of experts.
+        member_nodes: node of each rank that holds experts, ascending; all hold equally many consecutive experts.
     """
     assert list(member_nodes) == sorted(member_nodes)
     per_group, per_member = num_experts // num_groups, num_experts // len(member_nodes)
@@ -114,8 +114,8 @@ def most_nodes(
         (numbers[member_nodes[first // per_member]], numbers[member_nodes[(first + per_group - 1) // per_member]])
         for first in range(0, num_experts, per_group)
     ]
-    # most[group]: nodes of the best choice of so many groups of which it is the last. Ordered groups share a node only
-    # where one begins on the node on which another ends.
+    # Dynamic program: most[group] is the largest number of nodes of a choice of groups whose last group is `group`.
+    # Ordered groups share a node only if one begins on the node on which an earlier one ends.
     most = {group: last - first + 1 for group, (first, last) in enumerate(spans)}
     for _ in range(num_limited_groups - 1):
         most = {

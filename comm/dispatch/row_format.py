@@ -1,4 +1,4 @@
-"""How a row and what rides with it lie in one run of bytes, so that one message carries both.
+"""Packs a row and the values sent with it into consecutive bytes, so that one message carries both.
 
 Shape legend: N rows, B bytes of a row as sent, K numbers of a part, S rows taken, T tokens, P places of each.
 """
@@ -15,27 +15,30 @@ from torch import Tensor
 from kernels.permute import permute, unpermute
 
 _ROW_ALIGNMENT = 16  # bytes that one load of a GPU's thread takes
-_RIDER_ALIGNMENT = 8  # of the widest number
+_EXTRA_ALIGNMENT = 8  # bytes of the widest dtype
 
 
 @dataclass(frozen=True, slots=True)
 class RowPart:
-    """`width` numbers of `dtype` in each row."""
+    """Part of a row: `width` numbers of `dtype`."""
 
     width: int
     dtype: torch.dtype
 
     @property
     def num_bytes(self) -> int:
-        """In each row, without padding."""
+        """Bytes of the part in each row, without padding."""
         return self.width * self.dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)
 class RowFormat:
-    """The parts of a row as sent: the row itself, and what rides with it. A row alone is sent without padding.
+    """Format of a row as sent: the row itself and extra values. A row without extra values has no padding.
 
-    begins: where each part begins, in bytes. bytes_per_row: B.
+    Attributes:
+        parts: the row, then the extra values.
+        begins: offset of each part in bytes.
+        bytes_per_row: bytes of a row as sent, B.
     """
 
     parts: tuple[RowPart, ...]
@@ -44,29 +47,29 @@ class RowFormat:
 
     @classmethod
     def of(cls, *tensors: Tensor) -> Self:
-        """Makes the format of rows of each of these."""
+        """Returns the format of rows that are made of the rows of each tensor."""
         return cls.of_parts(*(RowPart(tensor.shape[1], tensor.dtype) for tensor in tensors))
 
     @classmethod
-    def of_parts(cls, row: RowPart, *riders: RowPart) -> Self:
-        """Makes the format of a row, and of what is sent with it."""
-        if not riders:
+    def of_parts(cls, row: RowPart, *extras: RowPart) -> Self:
+        """Returns the format of a row and of the extra values that are sent with it."""
+        if not extras:
             return cls((row,), (0,), row.num_bytes)
-        widths = (_round_up(rider.num_bytes, _RIDER_ALIGNMENT) for rider in riders)
+        widths = (_round_up(extra.num_bytes, _EXTRA_ALIGNMENT) for extra in extras)
         *begins, end = accumulate(widths, initial=_round_up(row.num_bytes, _ROW_ALIGNMENT))
-        return cls((row, *riders), (0, *begins), _round_up(end, _ROW_ALIGNMENT))
+        return cls((row, *extras), (0, *begins), _round_up(end, _ROW_ALIGNMENT))
 
     def allocate(self, num_rows: int, device: torch.device) -> Tensor:
-        """Bytes for rows, NB."""
+        """Allocates uninitialized bytes for rows; NB."""
         return torch.empty(num_rows, self.bytes_per_row, dtype=torch.uint8, device=device)
 
     def part(self, bytes_NB: Tensor, index: int) -> Tensor:
-        """Returns a view of one part of each row, NK."""
+        """Returns a view of one part of each row; NK."""
         part, begin = self.parts[index], self.begins[index]
         return bytes_NB[:, begin : begin + part.num_bytes].view(part.dtype)
 
     def pack(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Rows from their parts, bytes_NB; without a copy where there is one part."""
+        """Packs the parts of rows into bytes_NB; copies nothing if there is only one part."""
         if len(self.parts) == 1:
             return bytes_of(tensors[0])
         bytes_NB = self.allocate(len(tensors[0]), tensors[0].device)
@@ -75,24 +78,27 @@ class RowFormat:
         return bytes_NB
 
     def gather(self, tensors: Sequence[Tensor], source_S: Tensor) -> Tensor:
-        """Rows of the tensors, each contiguous by itself, taken by index; bytes_SB."""
+        """Gathers rows of the tensors by index into bytes_SB. Each row must be contiguous."""
         bytes_SB = self.allocate(len(source_S), source_S.device)
         for index, tensor in enumerate(tensors):
             permute(tensor, source_S, self.part(bytes_SB, index))
         return bytes_SB
 
     def sum(self, bytes_NB: Tensor, places_TP: Tensor, dtype: torch.dtype | None = None) -> list[Tensor]:
-        """Sums for each part the rows of each token, in their order; a negative place adds nothing.
+        """Sums the rows of each token for each part, in the order of places. A negative place adds nothing.
 
-        `dtype`: of the row's sum, if not its own.
+        Args:
+            bytes_NB: packed rows.
+            places_TP: rows of each token.
+            dtype: dtype of the sum of the first part; by default the part's own.
         """
-        riders = range(1, len(self.parts))
+        extras = range(1, len(self.parts))
         rows_TD = unpermute(self.part(bytes_NB, 0), places_TP, dtype)
-        return [rows_TD, *(unpermute(self.part(bytes_NB, index), places_TP) for index in riders)]
+        return [rows_TD, *(unpermute(self.part(bytes_NB, index), places_TP) for index in extras)]
 
 
 def bytes_of(rows_ND: Tensor) -> Tensor:
-    """Rows as bytes, NB; a view where they are contiguous."""
+    """Returns rows as bytes, NB; a view if they are contiguous."""
     return rows_ND.contiguous().view(len(rows_ND), prod(rows_ND.shape[1:])).view(torch.uint8)
 
 

@@ -1,5 +1,4 @@
-"""What exchanges send, layer by layer: predicted from plans before it is sent, counted where it is sent; and the
-tokens whose choices are clipped."""
+"""Counts rows and bytes of exchanges by layer, as predicted and as sent, and the clipped tokens."""
 
 import threading
 from collections import Counter
@@ -16,23 +15,23 @@ from torch import Tensor
 class LayerTraffic:
     """Sums of one rank over the exchanges of one layer.
 
-    Bytes are those of rows and what rides with them. The exchange of counts is not among them.
+    Bytes include rows and the values sent with them, but not the exchange of counts.
 
     Attributes:
         num_tokens: tokens planned.
-        num_touched_nodes: over those tokens, distinct nodes that hold a token's experts, the home node included.
-        min_rows_across_nodes: over exchanges, rows that must cross nodes in any dispatch: for each token one for every
-            node other than its own that it touches. Each exchange counts the rank's own tokens.
+        num_touched_nodes: sum over tokens of the nodes that hold the token's experts, its home node included.
+        min_rows_across_nodes: rows that must cross nodes in any dispatch: for each exchange and token of this rank, one
+            for every node that the token touches except its home node.
         num_rows_on_rank: rows that stayed on the rank.
         num_rows_within_node: rows sent to other ranks of the node.
         num_rows_across_nodes: rows sent to other nodes.
-        num_bytes_within_node: of those rows.
-        num_bytes_across_nodes: of those rows.
-        num_bytes_from_nodes: received from other nodes.
-        predicted_rows_within_node: as the plan has it; likewise the next three.
-        predicted_rows_across_nodes: see above.
-        predicted_bytes_within_node: see above.
-        predicted_bytes_across_nodes: see above.
+        num_bytes_within_node: bytes sent to other ranks of the node.
+        num_bytes_across_nodes: bytes sent to other nodes.
+        num_bytes_from_nodes: bytes received from other nodes.
+        predicted_rows_within_node: `num_rows_within_node` as predicted by the plans.
+        predicted_rows_across_nodes: `num_rows_across_nodes` as predicted by the plans.
+        predicted_bytes_within_node: `num_bytes_within_node` as predicted by the plans.
+        predicted_bytes_across_nodes: `num_bytes_across_nodes` as predicted by the plans.
     """
 
     num_tokens: int = 0
@@ -51,23 +50,26 @@ class LayerTraffic:
 
     @property
     def nodes_per_token(self) -> float:
-        """Mean of distinct nodes per token; 0 without tokens."""
+        """Mean number of distinct nodes per token; 0 without tokens."""
         return self.num_touched_nodes / self.num_tokens if self.num_tokens else 0.0
 
     @property
     def lower_bound_share(self) -> float:
-        """Rows that must cross nodes over rows that did, 1 at best; of all ranks, as they return each other's rows."""
+        """Rows that must cross nodes over rows that did; 1 at best.
+
+        Only the sum over all ranks is meaningful, because ranks also return rows of other ranks.
+        """
         return self.min_rows_across_nodes / self.num_rows_across_nodes if self.num_rows_across_nodes else 1.0
 
     def __add__(self, other: Self) -> Self:
-        """Adds field by field."""
+        """Returns the sum of each field."""
         names = [each.name for each in fields(self)]
         return type(self)(**{name: getattr(self, name) + getattr(other, name) for name in names})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrafficSnapshot:
-    """Counts of one rank since the last `take`: of exchanges by layer, of tensors sent between pipeline ranks."""
+    """Counts of one rank since the last `take`: of exchanges by layer, and of pipeline transfers."""
 
     layers: Mapping[int | None, LayerTraffic] = field(default_factory=dict)
     num_message_bytes_within_node: int = 0
@@ -75,23 +77,29 @@ class TrafficSnapshot:
 
     @property
     def total(self) -> LayerTraffic:
-        """Over all layers, without messages."""
+        """Sum over all layers, without transfers."""
         return reduce(add, self.layers.values(), LayerTraffic())
 
     @property
     def num_bytes_across_nodes(self) -> int:
-        """Of exchanges and messages."""
+        """Bytes of exchanges and transfers sent to other nodes."""
         return self.total.num_bytes_across_nodes + self.num_message_bytes_across_nodes
 
     @property
     def num_bytes_within_node(self) -> int:
-        """Of exchanges and messages."""
+        """Bytes of exchanges and transfers sent within the node."""
         return self.total.num_bytes_within_node + self.num_message_bytes_within_node
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Spread:
-    """A number for each member of a group, by where the member is as seen from one of them."""
+    """Sums over the members of a group, split by their distance from one member.
+
+    Attributes:
+        kept: number of the member itself.
+        within_node: sum over other members on its node.
+        across_nodes: sum over members on other nodes.
+    """
 
     kept: int
     within_node: int
@@ -99,7 +107,13 @@ class Spread:
 
     @classmethod
     def of(cls, per_member: Sequence[int], nodes: Sequence[int], place: int) -> Self:
-        """Sorts by distance; `nodes`: of each member; `place`: of the rank itself, whose own number is `kept`."""
+        """Sums numbers by distance.
+
+        Args:
+            per_member: number of each member.
+            nodes: node of each member.
+            place: index of the rank itself.
+        """
         home, here = nodes[place], 0
         for number, node in zip(per_member, nodes, strict=True):
             if node == home:
@@ -108,28 +122,28 @@ class Spread:
         return cls(kept=kept, within_node=here - kept, across_nodes=sum(per_member) - here)
 
     def times(self, factor: int) -> Self:
-        """Multiplies each number: rows into bytes."""
+        """Multiplies each number, for example rows by bytes per row."""
         return type(self)(
             kept=self.kept * factor, within_node=self.within_node * factor, across_nodes=self.across_nodes * factor
         )
 
 
 class Traffic:
-    """Owns the counts of one rank; the comm lane adds, the main thread takes."""
+    """Counters of one rank. The comm lane adds to them and the main thread takes them."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._layers: dict[int | None, Counter[str]] = {}  # numbers by the names of LayerTraffic's fields
+        self._layers: dict[int | None, Counter[str]] = {}  # by field of LayerTraffic
         self._messages = [0, 0]
 
     def add_plan(self, layer: int | None, num_tokens: int, num_touched_nodes: int) -> None:
-        """Counts the tokens of a plan and the nodes that they touch, summed over tokens."""
+        """Adds the tokens of a plan and the nodes that they touch, summed over tokens."""
         self._add(layer, {"num_tokens": num_tokens, "num_touched_nodes": num_touched_nodes})
 
     def add_predicted(
         self, layer: int | None, rows: Spread, bytes_per_row: int, min_rows_across_nodes: int = 0
     ) -> None:
-        """Counts rows that are about to be sent, by the plan, and once an exchange those that must cross nodes."""
+        """Adds the rows that a plan predicts for an exchange, and the rows that must cross nodes."""
         self._add(
             layer,
             {
@@ -142,7 +156,7 @@ class Traffic:
         )
 
     def add_sent(self, layer: int | None, rows: Spread, sent_bytes: Spread, received_bytes: Spread) -> None:
-        """Counts what is handed to the process group, and what it gave."""
+        """Adds the rows and bytes that the process group sent and received."""
         self._add(
             layer,
             {
@@ -155,13 +169,13 @@ class Traffic:
             },
         )
 
-    def add_message(self, num_bytes: int, across_nodes: bool) -> None:
-        """Counts a tensor sent to another pipeline rank, within the node or across nodes."""
+    def add_message(self, num_bytes: int, *, across_nodes: bool) -> None:
+        """Adds a tensor sent to another pipeline rank, within the node or across nodes."""
         with self._lock:
             self._messages[across_nodes] += num_bytes
 
     def take(self) -> TrafficSnapshot:
-        """Returns the counts since the last call, and resets them to zero."""
+        """Returns the counts since the last call and resets them to zero."""
         with self._lock:
             layers, self._layers = self._layers, {}
             (within, across), self._messages = self._messages, [0, 0]
@@ -179,16 +193,16 @@ class Traffic:
 
 
 class ClipCount:
-    """Owns the number of clipped tokens of one rank. Used from the thread that plans."""
+    """Counter of one rank's clipped tokens. Used only from the thread that plans."""
 
     def __init__(self) -> None:
         self._clipped: dict[int | None, Tensor] = {}
 
     def add(self, layer: int | None, over_T: Tensor) -> None:
-        """Counts the tokens marked, on their device."""
+        """Adds the marked tokens, on their device."""
         self._clipped[layer] = self._clipped.get(layer, 0) + over_T.sum()
 
     def take(self) -> dict[int | None, int]:
-        """Tokens clipped since the last call, by layer planned, and back to none. Waits for the device."""
+        """Returns the clipped tokens of each layer since the last call and resets them. Waits for the device."""
         clipped, self._clipped = self._clipped, {}
-        return {layer: int(number) for layer, number in clipped.items()}
+        return {layer: int(number) for layer, number in clipped.items()}  # host sync

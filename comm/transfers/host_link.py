@@ -1,4 +1,4 @@
-"""Messages between pipeline ranks over gloo, from and to host memory."""
+"""Sends and receives messages between pipeline ranks over gloo, through host memory."""
 
 import itertools
 import math
@@ -28,7 +28,7 @@ from comm.transfers.message import (
 )
 from comm.watchdog.collective_log import Collective, CollectiveLog
 
-# A payload up to this size is copied into its header's message, which costs less than a message of its own.
+# A payload up to this size is sent in one message with its header, which costs less than a second message.
 _INLINE_BYTES = 16384
 
 
@@ -40,10 +40,10 @@ def host_links(
     timeout_seconds: float,
     log: CollectiveLog,
 ) -> dict[tuple[int, int, str], "HostLink"]:
-    """Returns the links of pipeline rank `index` with its peers in `pairs`, by source, destination and kind.
+    """Opens the links of pipeline rank `index` with its peers in `pairs`, by source, destination and kind.
 
-    All share a communicator, and differ by their tags: each costs gloo a thread that wakes a hundred times a second.
-    See `comm.transfers.transport.PipelineTransport` for the arguments.
+    All links share a communicator and differ by their tags, because each gloo communicator runs a thread that wakes a
+    hundred times a second. See `comm.transfers.transport.PipelineTransport` for the arguments.
     """
     links: dict[tuple[int, int, str], HostLink] = {}
     for data_index in range(layout.parallelism.data):
@@ -61,10 +61,10 @@ def host_links(
 
 @contextmanager
 def _batch_priority_threads() -> Iterator[None]:
-    """Lets threads that are started inside never preempt another when they wake, if this is Linux.
+    """Starts threads inside with SCHED_BATCH on Linux, so that they do not preempt others on wake-up.
 
-    gloo's event thread tries to take a connection's lock again and again while a sender holds it. Where cores are fewer
-    than threads, it would push that very sender off its core and then spin for milliseconds.
+    gloo's event thread polls a connection's lock while a sender holds it. With fewer cores than threads, it would
+    preempt that sender and then spin for milliseconds.
     """
     if sys.platform != "linux" or os.sched_getscheduler(0) != os.SCHED_OTHER:
         yield
@@ -78,15 +78,16 @@ def _batch_priority_threads() -> Iterator[None]:
 
 
 class HostLink:
-    """Over gloo, from and to host memory: a header with a small payload in it, or followed by a large one.
+    """One link over gloo and host memory. A header carries a small payload or is followed by a large one.
 
-    Room for both is made before they come, so that neither waits for an answer, and both leave and arrive on the
-    caller's thread. A message larger than its room would abort the process. But every link's first room is for the
-    largest header; and what follows a header has a tag made of it, so it never meets the room for another message.
+    Receive buffers for both are posted in advance, so the sender never waits for a reply, and both are sent and
+    received on the caller's thread. gloo aborts the process if a message is larger than its buffer. This cannot happen:
+    the first buffer of each message fits the largest header with an inline payload, and the tag of a large payload is
+    derived from its header, so the payload never matches the buffer of another message.
     """
 
     def __init__(self, group: ProcessGroup, peer: int, kind: MessageKind, device: torch.device, log: LinkLog) -> None:
-        """Opens one end; `peer`: the other's rank within `group`."""
+        """Opens one end; `peer` is the other end's rank within `group`."""
         self._group = group
         self._peer = peer
         self._header_tag = MESSAGE_KINDS.index(kind)
@@ -97,7 +98,7 @@ class HostLink:
         self._pending_sends: list[Work[None]] = []
 
     def send(self, key: MessageKey, tensor: Tensor) -> None:
-        """Starts a message."""
+        """Starts sending a message."""
         header = Header(key, tensor.dtype, tuple(tensor.shape)).encode()
         collective = self._log.start(key)
         payload = as_bytes(tensor.to("cpu"))
@@ -111,7 +112,8 @@ class HostLink:
                 for work in works:
                     work.wait()
 
-        # gloo reports a finished send only to a thread that waits; else the payload would stay until the step ends.
+        # gloo marks a send as finished only if a thread waits for it. Else the payload would be kept until the step
+        # ends.
         if self._lane is None:
             self._lane = ThreadLane(f"link-to-{self._peer}")
         self._pending_sends.append(self._lane.submit(wait))
@@ -120,15 +122,15 @@ class HostLink:
         return self._group.send([torch.frombuffer(frame, dtype=torch.uint8)], self._peer, self._header_tag)
 
     def receive(self, key: MessageKey, shape: tuple[int, ...], dtype: torch.dtype) -> Work[Tensor]:
-        """Makes room for a message."""
+        """Posts the receive of a message. `wait` raises TransferError if another message arrives."""
         expected = Header(key, dtype, shape)
         encoded = expected.encode()
         collective = self._log.start(key)
         frame = bytearray(HEADER_BYTES + _INLINE_BYTES)
-        room = torch.frombuffer(frame, dtype=torch.uint8)
-        works = [self._group.recv([room], self._peer, self._header_tag)]
+        buffer = torch.frombuffer(frame, dtype=torch.uint8)
+        works = [self._group.recv([buffer], self._peer, self._header_tag)]
         size = math.prod(shape) * dtype.itemsize
-        payload = room[HEADER_BYTES : HEADER_BYTES + size]
+        payload = buffer[HEADER_BYTES : HEADER_BYTES + size]
         if size > _INLINE_BYTES:
             payload = torch.empty(size, dtype=torch.uint8)
             works.append(self._group.recv([payload], self._peer, _payload_tag(encoded)))
@@ -143,10 +145,10 @@ class HostLink:
                     work.wait()
             return payload.view(dtype).view(shape).to(self._device)
 
-        return _HostReceipt(finish)
+        return _PendingHostReceive(finish)
 
     def flush(self) -> None:
-        """Waits until everything sent has left."""
+        """Waits until all messages have been sent."""
         sent, self._sent = self._sent, []
         pending_sends, self._pending_sends = self._pending_sends, []
         for collective, work in sent:
@@ -156,13 +158,13 @@ class HostLink:
             job.wait()
 
     def close(self) -> None:
-        """Ends the thread."""
+        """Ends the thread that waits for sends."""
         if self._lane is not None:
             self._lane.close()
 
 
-class _HostReceipt:
-    """A message on its way here."""
+class _PendingHostReceive:
+    """Receive that is posted but not complete."""
 
     def __init__(self, finish: Callable[[], Tensor]) -> None:
         self._finish = finish
@@ -172,5 +174,5 @@ class _HostReceipt:
 
 
 def _payload_tag(header: bytes) -> int:
-    """Returns a tag for what follows a header: never one of the headers' own."""
+    """Returns the tag of the payload that follows a header. It differs from all header tags."""
     return zlib.crc32(header) & 0x3FFFFFFF | 0x40000000

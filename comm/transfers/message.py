@@ -1,4 +1,4 @@
-"""Describes the tensors that pipeline ranks send each other, in headers and in the log."""
+"""Describes the tensors that pipeline ranks exchange, in message headers and in the log."""
 
 import struct
 from contextlib import AbstractContextManager
@@ -19,7 +19,7 @@ HEADER_BYTES = _FORMAT.size
 
 
 class TransferError(RuntimeError):
-    """Another message came than the one that was due: two ranks disagree on the order of their link."""
+    """Raised if a link delivers another message than expected: its two ranks disagree on the order."""
 
     def __init__(self, place: str, expected: str, got: str) -> None:
         super().__init__(f"{place}: expected {expected}, got {got}")
@@ -30,7 +30,10 @@ class TransferError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MessageKey:
-    """What a message is about. `source` and `destination` are pipeline indices; both ends name the same stage."""
+    """Identity of a message.
+
+    `source` and `destination` are pipeline indices; both ends use the same stage number.
+    """
 
     kind: MessageKind
     direction: int
@@ -51,7 +54,7 @@ class Header:
     """Header that precedes a payload.
 
     Raises:
-        ValueError: a type or a number of dims that a header cannot hold.
+        ValueError: if a header cannot hold the dtype or the number of dimensions.
     """
 
     key: MessageKey
@@ -60,12 +63,12 @@ class Header:
 
     def __post_init__(self) -> None:
         if self.dtype not in _DTYPES:
-            raise ValueError(f"p2p: a message's type must be one of {_DTYPES}, got {self.dtype}")
+            raise ValueError(f"transfer: a message's dtype must be one of {_DTYPES}, is {self.dtype}")
         if len(self.shape) > _MAX_DIMS:
-            raise ValueError(f"p2p: a message must have at most {_MAX_DIMS} dims, got shape {self.shape}")
+            raise ValueError(f"transfer: a message must have at most {_MAX_DIMS} dimensions, has shape {self.shape}")
 
     def encode(self) -> bytes:
-        """Returns the header as `HEADER_BYTES` bytes, different for different headers."""
+        """Encodes the header in `HEADER_BYTES` bytes, which are unique for each header."""
         key = self.key
         return _FORMAT.pack(
             MESSAGE_KINDS.index(key.kind),
@@ -82,7 +85,7 @@ class Header:
 
     @classmethod
     def decode(cls, encoded: bytes | bytearray) -> Self:
-        """Decodes what `encode` returned."""
+        """Decodes the bytes that `encode` returned."""
         kind, direction, stage, micro_batch, source, destination, dtype, num_dims, *shape = _FORMAT.unpack(encoded)
         key = MessageKey(
             kind=MESSAGE_KINDS[kind],
@@ -99,21 +102,21 @@ class Header:
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
-    """Returns a tensor's elements as uint8, in one dim, on its device."""
+    """Returns the bytes of a tensor as a flat uint8 tensor on the same device."""
     return tensor.detach().contiguous().flatten().view(torch.uint8)
 
 
 class LinkLog:
-    """One way and kind between two ranks: a group of its own in the log."""
+    """Log of one link: one direction and message kind between two ranks, logged as a separate group."""
 
     def __init__(self, log: CollectiveLog, kind: MessageKind, ranks: tuple[int, int]) -> None:
-        """Names the link; `ranks`: of source and destination in the world."""
+        """Names the link; `ranks` holds the global ranks of source and destination."""
         self._log = log
         self._ranks = ranks
         self._group = f"{kind} {ranks[0]}->{ranks[1]}"
 
     def start(self, key: MessageKey) -> Collective:
-        """Notes the link's next message, when it is sent and when room is made for it."""
+        """Logs the link's next message, when it is sent or its receive is posted."""
         return self._log.start(self._group, self._ranks, "transfer", key)
 
     def opening(self) -> AbstractContextManager[None]:

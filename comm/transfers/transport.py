@@ -1,4 +1,4 @@
-"""Activations and gradients on their way between pipeline ranks."""
+"""Sends and receives activations and gradients between pipeline ranks."""
 
 import itertools
 import math
@@ -20,7 +20,7 @@ from comm.watchdog.collective_log import Collective, CollectiveLog
 
 
 class _Link(Protocol):
-    """One way and kind between two ranks, as one of its ends sees it. Keeps its order."""
+    """One end of a link: one direction and message kind between two ranks, in FIFO order."""
 
     def send(self, key: MessageKey, tensor: Tensor) -> None: ...
 
@@ -32,10 +32,10 @@ class _Link(Protocol):
 
 
 class PipelineTransport(ClosesOnSuccess):
-    """The links of one pipeline rank.
+    """Links of one pipeline rank.
 
-    Each (source, destination, kind) keeps the order in which its messages were sent, and no message waits behind
-    one of another link: on NCCL each is a communicator of its own, on gloo all share one and differ by their tags.
+    Each (source, destination, kind) is a FIFO link, and no message waits behind a message of another link. On NCCL each
+    link has its own communicator; on gloo all links share one and differ by their tags.
     """
 
     def __init__(
@@ -46,14 +46,14 @@ class PipelineTransport(ClosesOnSuccess):
         timeout_seconds: float,
         log: CollectiveLog,
     ) -> None:
-        """Opens the links; every rank of the job makes its own at the same point.
+        """Opens the links. Every rank of the job calls it at the same point.
 
         Args:
-            layout: of the world.
-            pairs: pipeline indices that exchange messages.
-            device: where tensors live; gloo is staged through the host.
-            timeout_seconds: of one transfer, from its start on both sides.
-            log: of every message, once at each end.
+            layout: layout of the world.
+            pairs: pairs of pipeline indices that exchange messages.
+            device: device of the tensors; gloo stages them through the host.
+            timeout_seconds: timeout of one transfer, from its start on both sides.
+            log: log to which each end writes every message.
         """
         self._index = layout.pipeline_index(distributed.get_rank())
         ordered = {(min(pair), max(pair)) for pair in pairs}
@@ -63,43 +63,43 @@ class PipelineTransport(ClosesOnSuccess):
         )
 
     def post_receive(self, key: MessageKey, shape: Sequence[int], dtype: torch.dtype) -> Work[Tensor]:
-        """Makes room for a message, in the order in which its link's messages are sent.
+        """Posts the receive of a message, in the order in which the link's messages are sent.
 
         Args:
-            key: what is due; its destination is this rank.
-            shape: of the tensor.
-            dtype: of the tensor.
+            key: the expected message; its destination is this rank.
+            shape: shape of the tensor.
+            dtype: dtype of the tensor.
 
         Returns:
-            Work whose `wait` gives the tensor on the transport's device, or raises `TransferError` when
-            something else came. On NCCL what comes is not checked.
+            Work whose `wait` returns the tensor on the transport's device, or raises `TransferError` if another message
+            arrived. On NCCL the message is not checked.
 
         Raises:
-            ValueError: there is no such link.
+            ValueError: if there is no such link.
         """
         assert key.destination == self._index
         return self._link(key).receive(key, tuple(shape), dtype)
 
     def send(self, key: MessageKey, tensor: Tensor) -> None:
-        """Sends without waiting for the other side. The tensor must not change until `flush`.
+        """Sends a tensor without waiting for the receiver. The tensor must not change until `flush`.
 
         Args:
-            key: what it is; its source is this rank.
-            tensor: of any strides; kept until it has left.
+            key: the message; its source is this rank.
+            tensor: the tensor, with any strides. A reference is kept until it has been sent.
 
         Raises:
-            ValueError: there is no such link, or the tensor's type cannot be sent.
+            ValueError: if there is no such link, or the tensor's dtype cannot be sent.
         """
         assert key.source == self._index
         self._link(key).send(key, tensor)
 
     def flush(self) -> None:
-        """Waits until everything sent has left; raises what went wrong on the way."""
+        """Waits until all messages have been sent, and raises errors of their transfers."""
         for link in self._links.values():
             link.flush()
 
     def close(self) -> None:
-        """Flushes and ends the links' threads; every receive posted must have its message."""
+        """Flushes and ends the links' threads. Every posted receive must have completed."""
         self.flush()
         for link in self._links.values():
             link.close()
@@ -109,8 +109,8 @@ class PipelineTransport(ClosesOnSuccess):
         if link is None:
             known = ", ".join(f"{source}->{destination} {kind}" for source, destination, kind in self._links)
             raise ValueError(
-                f"pipeline rank {self._index}: a message must take one of the links {known}, "
-                f"got {key.source}->{key.destination} {key.kind}"
+                f"pipeline rank {self._index}: a message must use one of the links {known}, "
+                f"is {key.source}->{key.destination} {key.kind}"
             )
         return link
 
@@ -123,9 +123,9 @@ def _device_links(
     timeout_seconds: float,
     log: CollectiveLog,
 ) -> dict[tuple[int, int, str], "_DeviceLink"]:
-    """Makes a communicator for each link."""
+    """Opens the links of a rank over NCCL, with a communicator for each link."""
     links: dict[tuple[int, int, str], _DeviceLink] = {}
-    # One order for all ranks, so that none wait crosswise; by parity, so that neighbouring pairs do not queue up.
+    # All ranks use one order, which prevents deadlocks. Sorted by parity so that neighboring pairs can start at once.
     ordered = sorted(pairs, key=lambda pair: (pair[0] % 2, pair))
     for (low, high), data_index in itertools.product(ordered, range(layout.parallelism.data)):
         ends = {low: layout.rank(low, data_index), high: layout.rank(high, data_index)}
@@ -134,21 +134,22 @@ def _device_links(
             if group is not None:
                 peer = ends[destination if index == source else source]
                 link_log = LinkLog(log, kind, (ends[source], ends[destination]))
-                links[source, destination, kind] = _DeviceLink(group, peer, device, index == source, link_log)
+                link = _DeviceLink(group, peer, device, link_log, is_source=index == source)
+                links[source, destination, kind] = link
     return links
 
 
 class _DeviceLink:
-    """Over NCCL: the payload's bytes alone, from and to device memory."""
+    """One link over NCCL. It sends only the payload's bytes, between device memories."""
 
-    def __init__(self, group: ProcessGroup, peer: int, device: torch.device, is_source: bool, log: LinkLog) -> None:
+    def __init__(self, group: ProcessGroup, peer: int, device: torch.device, log: LinkLog, *, is_source: bool) -> None:
         self._group = group
         self._peer = peer
         self._device = device
         self._log = log
         self._sends: deque[tuple[Collective, distributed.Work, Tensor]] = deque()
-        # The first message of a communicator makes it, and blocks both ends meanwhile: so it is exchanged here,
-        # where links come in one order, and not amid the schedule, where two ranks could block each other.
+        # The first message of a communicator creates it, which blocks both ends. It is exchanged here, where all ranks
+        # open links in one order. During the schedule two ranks could block each other.
         first = torch.zeros(1, dtype=torch.uint8, device=device)
         with log.opening():
             if is_source:
@@ -170,7 +171,7 @@ class _DeviceLink:
         collective = self._log.start(key)
         work = distributed.irecv(payload, self._peer, group=self._group)
         assert work is not None
-        return _DeviceReceipt(work, payload.view(dtype).view(shape), collective, self._log)
+        return _PendingDeviceReceive(work, payload.view(dtype).view(shape), collective, self._log)
 
     def flush(self) -> None:
         while self._sends:
@@ -182,8 +183,8 @@ class _DeviceLink:
         return
 
 
-class _DeviceReceipt:
-    """A tensor that the current stream may use once it has waited."""
+class _PendingDeviceReceive:
+    """Receive that is posted. After `wait`, the current stream may use the tensor."""
 
     def __init__(self, work: distributed.Work, tensor: Tensor, collective: Collective, log: LinkLog) -> None:
         self._work = work

@@ -1,13 +1,13 @@
-"""The ranks of an attempt exchange a key and the addresses of their watchdogs through a store that anybody may write.
+"""Exchanges a key and the watchdogs' addresses between all ranks, through an untrusted store.
 
-1. Rank 0 announces where the key is: with everybody (from the launcher or the user), or in a file that the announcement
-   names. The announcement is public and holds no secret.
+1. Rank 0 announces the source of the key: every rank has it from the launcher or the user, or it is in a file that the
+   announcement names. The announcement is public and contains no secret.
 2. Each rank publishes its host and a random nonce, authenticated with that key.
-3. The attempt's own key is derived from that key and all nonces, so it is new for each attempt. Each rank publishes its
-   address, authenticated with it: by these records all ranks know that they have the same key.
+3. All ranks derive the attempt's key from that key and all nonces, so each attempt has a new key. Each rank publishes
+   its address, authenticated with the attempt's key. These records prove that all ranks have the same key.
 
-A record that is not authentic, or is of an earlier attempt, counts as absent, and each rank writes its own again until
-it has all others'.
+A record that is not authentic, or belongs to an earlier attempt, counts as absent. Each rank rewrites its own records
+until it has the records of all other ranks.
 """
 
 import json
@@ -32,24 +32,24 @@ _NONCE_BYTES = 16
 _MAX_HOST_CHARACTERS = 256
 _MAX_PATH_CHARACTERS = 4096
 _FILE_SECONDS = 10.0
-"""For which a rank waits for a key that it does not have yet: shared file systems take their time."""
+"""Time that a rank waits for a missing key: a file appears late on some shared file systems."""
 
 
 class _KeyChangedError(Exception):
-    """Rank 0 has announced another key: the one before was an earlier attempt's."""
+    """Raised if rank 0 has announced a new key: the previous one belonged to an earlier attempt."""
 
 
 class AddressExchange:
-    """One rank's part of the exchange."""
+    """Exchange of keys and addresses, as run by one rank."""
 
     def __init__(self, start: JobStart, store: Store, watchdog_socket: WatchdogSocket, folder: Path | None) -> None:
-        """Prepares it.
+        """Stores the arguments; `run` does the work.
 
         Args:
-            start: of the job, by which it waits.
-            store: of the job.
-            watchdog_socket: that `run` opens.
-            folder: of the run, for the file with the key, if rank 0 has to write one.
+            start: start of the job, with its deadline.
+            store: store of the job.
+            watchdog_socket: socket that `run` opens.
+            folder: run folder in which rank 0 writes the file with the key, if it must.
         """
         self._start = start
         self._store = store
@@ -62,11 +62,11 @@ class AddressExchange:
         self._file: KeyFile | None = None
 
     def run(self) -> None:
-        """Opens the watchdog_socket for messages of all ranks.
+        """Exchanges addresses and opens the socket for messages of all ranks.
 
         Raises:
-            AbsentError: a rank is not there by the deadline.
-            JobKeyError: the ranks have no common key.
+            AbsentError: if a rank does not join before the deadline.
+            JobKeyError: if the ranks have no common key.
         """
         try:
             if self._member.rank == 0:
@@ -87,20 +87,21 @@ class AddressExchange:
         """Returns the addresses of all ranks and the attempt's key."""
         self._start.key = key
         self._published.clear()
-        greetings = self._collect(key, "nonce", {"host": self._socket.host, "nonce": self._nonce.hex()})
-        hosts = [text_of(each, "host", _MAX_HOST_CHARACTERS) for each in greetings]
-        attempt_key = derive(key, "attempt", *(text_of(each, "nonce").encode() for each in greetings))
-        # A rank on the machine whose name all ranks were given may have found that name to be its own loopback address.
-        far = next((host for host in hosts if not _is_loopback(host)), None)
-        if far is not None and _is_loopback(self._socket.host):
-            self._socket.move(far)
+        hellos = self._collect(key, "nonce", {"host": self._socket.host, "nonce": self._nonce.hex()})
+        hosts = [text_of(each, "host", _MAX_HOST_CHARACTERS) for each in hellos]
+        attempt_key = derive(key, "attempt", *(text_of(each, "nonce").encode() for each in hellos))
+        # On the machine that MASTER_ADDR names, that name may resolve to the loopback address, which others cannot
+        # reach.
+        remote = next((host for host in hosts if not _is_loopback(host)), None)
+        if remote is not None and _is_loopback(self._socket.host):
+            self._socket.rebind(remote)
         own = {"host": self._socket.host, "port": self._socket.port}
         records = self._collect(attempt_key, "address", own)
         addresses = [(text_of(each, "host", _MAX_HOST_CHARACTERS), integer_of(each, "port", 65536)) for each in records]
         return addresses, attempt_key
 
     def _announce(self) -> None:
-        """Announces, on rank 0, which key it is. An earlier attempt's nonce makes another key."""
+        """Announces the source of the key on rank 0, with a new nonce so that each attempt has a new key."""
         if self._member.key is not None:
             sealed = seal_object(self._member.key, _ANNOUNCEMENT, {"nonce": self._nonce.hex()})
             announcement = {"source": "given", "sealed": sealed}
@@ -108,15 +109,17 @@ class AddressExchange:
             self._file = write_key_file(self._folder)
             announcement = {"source": "file", "path": str(self._file.path)}
         else:
-            raise JobKeyError(f"{KEY_VARIABLE}: must be set for ranks without out_dir; nearest valid: set out_dir")
+            raise JobKeyError(
+                f"{KEY_VARIABLE}: must be set if ranks have no out_dir, is not set; nearest valid: set out_dir"
+            )
         self._announced = json.dumps(announcement).encode()
         self._store.set(_ANNOUNCEMENT, self._announced.decode())
 
     def _wait_for_key(self) -> bytes:
-        """Returns the announced key, as soon as it is announced and there.
+        """Waits until the key is announced and readable, and returns it.
 
         Raises:
-            JobKeyError: for some time there was none, and why.
+            JobKeyError: if this rank could not get the key in time.
         """
         since = time.monotonic()
         while True:
@@ -126,18 +129,18 @@ class AddressExchange:
                 try:
                     return self._announced_key(self._announced)
                 except MessageError:
-                    pass  # somebody else's
+                    pass  # not written by rank 0 of this attempt
                 except JobKeyError:
                     if time.monotonic() - since > _FILE_SECONDS:
                         raise
             self._start.wait(lambda: [0], self._store)
 
     def _announced_key(self, announced: bytes) -> bytes:
-        """Returns the key that an announcement means.
+        """Returns the key that an announcement names.
 
         Raises:
-            MessageError: it is none.
-            JobKeyError: this rank does not have the key, or not yet.
+            MessageError: if it is not a valid announcement.
+            JobKeyError: if this rank does not have the key, or not yet.
         """
         announcement, given = parse_object(announced), self._member.key
         match text_of(announcement, "source"):
@@ -165,7 +168,7 @@ class AddressExchange:
         raise MessageError("source: unknown")
 
     def _collect(self, key: bytes, name: str, own: Mapping[str, Any]) -> Sequence[dict[str, Any]]:
-        """Publishes a record and returns those of all ranks, in order."""
+        """Publishes a record and waits for those of all ranks, which it returns in rank order."""
         store, rank = self._store, self._member.rank
         purposes = [f"watchdog/{name}/{each}" for each in range(self._member.world_size)]
         found: dict[int, dict[str, Any]] = {rank: dict(own)}
@@ -191,23 +194,23 @@ class AddressExchange:
         return self._store.multi_get(keys) if keys else []
 
     def _absent(self, missing: list[int], purposes: Sequence[str]) -> list[int]:
-        """Returns ranks without a record; if all have one, those whose record is not authentic."""
+        """Returns the ranks without a record, or, if all have one, the ranks whose record is not authentic."""
         return [each for each in missing if not self._store.check([purposes[each]])] or missing
 
     def _publish(self) -> None:
-        """Writes all records of this rank, again if need be: another may still need the first, or have replaced it."""
+        """Rewrites this rank's records: other ranks may need them, or another process replaced them."""
         for purpose, sealed in self._published.items():
             self._store.set(purpose, sealed)
 
     def _check_announcement(self) -> None:
-        """Repeats the announcement on rank 0; on other ranks, starts again if there is another that means a key."""
+        """Repeats the announcement on rank 0; on other ranks, raises if there is a new valid one."""
         if self._member.rank == 0:
             self._store.set(_ANNOUNCEMENT, self._announced.decode())
             return
         announced = self._store.get(_ANNOUNCEMENT) if self._store.check([_ANNOUNCEMENT]) else self._announced
         if announced == self._announced:
             return
-        with suppress(MessageError, JobKeyError):  # a stranger's
+        with suppress(MessageError, JobKeyError):  # not written by rank 0 of this attempt
             self._announced_key(announced)
             raise _KeyChangedError
 

@@ -1,8 +1,8 @@
-"""Authenticates what ranks send each other: HMAC-SHA256 under a key that only the ranks of one attempt have.
+"""Authenticates messages between ranks: HMAC-SHA256 with a key that only this attempt's ranks have.
 
-A datagram is `tag (32) | kind (1) | sender (4) | recipient (4) | counter (8) | compressed JSON`. The tag covers all
-that follows it. The key is new for each attempt, so nothing of an earlier attempt is valid; the recipient is covered,
-so a datagram is of no use to another rank; and each counter is accepted once.
+A datagram is `tag (32) | kind (1) | sender (4) | recipient (4) | counter (8) | compressed JSON`, sizes in bytes. The
+tag covers everything after it. The key is new for each attempt, so datagrams of earlier attempts are invalid. The tag
+covers the recipient, so a datagram is invalid for any other rank. Each counter is accepted once.
 """
 
 import hmac
@@ -20,7 +20,7 @@ Kind = Literal["state_request", "state", "verdict", "departure"]
 KEY_BYTES = 32
 MAX_DATAGRAM_BYTES = 65_507
 REPLAY_WINDOW = 1024
-"""Datagrams of one sender may overtake each other by fewer than this many; an older one is dropped."""
+"""Datagrams of one sender may arrive out of order by fewer than this many; older ones are dropped."""
 
 _KINDS: tuple[Kind, ...] = get_args(Kind)
 _HEADER = struct.Struct("!BIIQ")
@@ -28,7 +28,7 @@ _TAG_BYTES = 32
 
 
 def derive(key: bytes, purpose: str, *parts: bytes) -> bytes:
-    """Returns a key, or a tag, for one purpose: HMAC-SHA256 over the purpose and the parts with their lengths."""
+    """Derives a key or tag for one purpose: HMAC-SHA256 over purpose and parts with their lengths."""
     code = hmac.new(key, digestmod="sha256")
     for part in (purpose.encode(), *parts):
         code.update(len(part).to_bytes(8, "big"))
@@ -37,16 +37,16 @@ def derive(key: bytes, purpose: str, *parts: bytes) -> bytes:
 
 
 def seal_object(key: bytes, purpose: str, values: Mapping[str, Any]) -> str:
-    """Returns `values` as JSON behind its tag, for `open_object` with the same key and purpose."""
+    """Returns `values` as JSON with a tag in front, for `open_object` with the same key and purpose."""
     text = json.dumps(values, allow_nan=False)
     return f"{derive(key, purpose, text.encode()).hex()} {text}"
 
 
 def open_object(key: bytes, purpose: str, sealed: bytes) -> dict[str, Any]:
-    """Returns the object that was sealed for this purpose.
+    """Checks the tag and returns the object.
 
     Raises:
-        MessageError: it was not, or not with this key.
+        MessageError: if it was not sealed with this key for this purpose.
     """
     tag, _, text = sealed.partition(b" ")
     if not hmac.compare_digest(tag, derive(key, purpose, text).hex().encode()):
@@ -56,7 +56,10 @@ def open_object(key: bytes, purpose: str, sealed: bytes) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Datagram:
-    """An authentic datagram that was sent to this rank and was not seen before. Its fields are unchecked."""
+    """Authentic datagram that was sent to this rank and arrived for the first time.
+
+    Its fields are unchecked.
+    """
 
     kind: Kind
     sender: int
@@ -64,20 +67,23 @@ class Datagram:
 
 
 class DatagramCodec:
-    """Encodes and decodes the datagrams of one rank. `decode` is called by one thread; `encode` by any."""
+    """Encoder and decoder of one rank's datagrams.
+
+    Only one thread may call `decode`; any thread may call `encode`.
+    """
 
     def __init__(self, key: bytes, rank: int, world_size: int) -> None:
         """Starts with all counters at 0.
 
         Args:
-            key: of the attempt.
-            rank: of this process.
+            key: key of the attempt.
+            rank: rank of this process.
             world_size: number of ranks.
         """
         self._key = key
         self._rank = rank
         self._world_size = world_size
-        # Taking the next number is atomic.
+        # next() on a count is atomic.
         self._counters: dict[int, Iterator[int]] = {peer: itertools.count() for peer in range(world_size)}
         self._windows: dict[int, ReplayWindow] = {peer: ReplayWindow() for peer in range(world_size)}
 
@@ -88,21 +94,21 @@ class DatagramCodec:
         return derive(self._key, "datagram", covered) + covered
 
     def decode(self, data: bytes) -> Datagram:
-        """Decodes a datagram, after its authentication.
+        """Authenticates and decodes a datagram.
 
         Raises:
-            MessageError: it is not of another rank of this attempt to this one, was seen before or is too old, or its
-                content is no JSON object.
+            MessageError: if it was not sent by another rank of this attempt to this rank, arrived before or is too old,
+                or does not contain a JSON object.
         """
         if len(data) < _TAG_BYTES + _HEADER.size:
             raise MessageError("truncated")
         tag, covered = data[:_TAG_BYTES], data[_TAG_BYTES:]
         kind, sender, recipient, counter = _HEADER.unpack_from(covered)
-        # What is cheap to see comes before the hash.
+        # The cheap checks come before the hash.
         if recipient != self._rank or sender == self._rank or sender >= self._world_size or kind >= len(_KINDS):
             raise MessageError("not for this rank")
         if not self._windows[sender].is_new(counter):
-            raise MessageError("seen before, or too old")
+            raise MessageError("repeated or too old")
         if not hmac.compare_digest(tag, derive(self._key, "datagram", covered)):
             raise MessageError("not authenticated")
         self._windows[sender].add(counter)
@@ -110,7 +116,7 @@ class DatagramCodec:
 
 
 class ReplayWindow:
-    """The counters of one sender that were accepted, as a bit mask below the highest."""
+    """Accepted counters of one sender, as a bit mask below the highest one."""
 
     def __init__(self) -> None:
         self._highest = -1
@@ -125,7 +131,7 @@ class ReplayWindow:
         """Accepts a counter that `is_new`."""
         ahead = counter - self._highest
         if ahead > 0:
-            # A shift by more than the window would only make a huge number.
+            # A longer shift would only make a huge number.
             self._mask = (self._mask << ahead if ahead < REPLAY_WINDOW else 0) | 1
             self._mask &= (1 << REPLAY_WINDOW) - 1
             self._highest = counter

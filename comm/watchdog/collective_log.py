@@ -1,4 +1,4 @@
-"""What one rank does with others, in order: the log by which a hang is explained and ranks are compared."""
+"""Logs the collectives of one rank in order, to explain hangs and to compare ranks."""
 
 import hashlib
 import threading
@@ -13,7 +13,7 @@ from torch import distributed
 from torch.distributed import ProcessGroup
 
 StreamMark = Callable[[], Callable[[], bool]]
-"""Marks the end of what was enqueued on the current stream so far; the result says whether that is over."""
+"""Marks the current end of the current stream. The returned function says whether the stream has passed the mark."""
 
 _BEHIND_SECONDS = 1.0
 _RECENT_SECONDS = 10.0
@@ -21,15 +21,15 @@ _RECENT_SECONDS = 10.0
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Collective:
-    """One exchange, transfer or reduction between ranks, the same on all that take part.
+    """One exchange, transfer or reduction, with equal fields on all ranks that take part.
 
     Attributes:
-        group: its name, the same on all its ranks and unlike any other group's.
-        ranks: the group's, in the world.
-        number: of the collective within the group, from 0.
-        name: what is done.
-        label: whose it is, if it belongs to a micro-batch; printed by its `str`.
-        is_phase: several things in one, computation among them: a rank that is inside need not be waiting.
+        group: name of the group; equal on all its ranks and unique.
+        ranks: global ranks of the group.
+        number: number of the collective within the group, from 0.
+        name: what the collective does.
+        label: its owner if it belongs to a micro-batch; printed by its `str`.
+        is_phase: True if it also includes computation, so that a rank inside is not necessarily waiting.
     """
 
     group: str
@@ -46,7 +46,7 @@ class Collective:
 
 @dataclass(frozen=True, slots=True)
 class CollectiveProgress:
-    """How far a rank is within one group: collectives started, and the number of the last that was finished, or -1."""
+    """Progress within one group: collectives started, and the number of the last finished one, or -1."""
 
     started: int
     finished: int
@@ -54,7 +54,7 @@ class CollectiveProgress:
 
 @dataclass(slots=True)
 class _Enqueued:
-    """A collective whose wait was left to a stream."""
+    """Collective that a stream waits for instead of the host."""
 
     collective: Collective
     since: float
@@ -62,10 +62,10 @@ class _Enqueued:
 
 
 class CollectiveLog:
-    """Owns the record of one rank's collectives. Threads of the rank write to it, its watchdog reads."""
+    """Log of one rank's collectives. Threads of the rank write to it and its watchdog reads it."""
 
     def __init__(self, num_kept: int = 512) -> None:
-        """Starts empty. `num_kept`: collectives that `recent` remembers."""
+        """Creates an empty log; `num_kept` is the number of collectives that `recent` returns."""
         self._mark: StreamMark | None = None
         self._lock = threading.Lock()
         self._recent: deque[tuple[float, Collective]] = deque(maxlen=num_kept)
@@ -78,13 +78,19 @@ class CollectiveLog:
         self._num_failed = 0
 
     def follow_streams(self, mark: StreamMark) -> None:
-        """Counts a collective as over when its stream is, from now on: the host returns from a wait long before."""
+        """Counts a collective as finished when its stream has passed it, from now on.
+
+        On CUDA the host's wait returns earlier.
+        """
         self._mark = mark
 
     def start(
-        self, group: str, ranks: Sequence[int], name: str, label: Hashable | None = None, is_phase: bool = False
+        self, group: str, ranks: Sequence[int], name: str, label: Hashable | None = None, *, is_phase: bool = False
     ) -> Collective:
-        """Notes the group's next collective, in the order in which all its ranks must start them."""
+        """Logs the start of the group's next collective.
+
+        All ranks of the group must start them in the same order.
+        """
         line = f"{name} {label}\n".encode()
         with self._lock:
             number = self._started.get(group, 0)
@@ -98,7 +104,10 @@ class CollectiveLog:
 
     @contextmanager
     def awaiting(self, collective: Collective) -> Iterator[None]:
-        """Logs that this rank waits for the others while inside; an error that leaves it is a failure."""
+        """Logs that this rank waits for the others while inside.
+
+        An error that leaves the context is logged as a failure.
+        """
         since = time.monotonic()
         with self._lock:
             self._awaited[collective] = since, threading.get_ident()
@@ -120,22 +129,22 @@ class CollectiveLog:
                 self._finish_enqueued()
 
     def collective(self, kind: str, group: ProcessGroup, name: str) -> AbstractContextManager[None]:
-        """Starts a collective of a process group's ranks, and awaits it while inside.
+        """Logs the start of a collective of a process group, and the wait for it while inside.
 
         Args:
-            kind: of the group; with its ranks it makes a name like no other.
-            group: of the ranks.
-            name: what is done.
+            kind: kind of the group; with the group's ranks it makes a unique name.
+            group: the process group.
+            name: what the collective does.
         """
         ranks = distributed.get_process_group_ranks(group)
         return self.awaiting(self.start(group_name(kind, ranks), ranks, name))
 
     def phase(self, kind: str, ranks: Sequence[int], name: str) -> AbstractContextManager[None]:
-        """Logs as `collective` does what these ranks do together: they compute as well as wait for each other."""
-        return self.awaiting(self.start(group_name(kind, ranks), ranks, name, None, True))
+        """Logs, like `collective`, a phase in which these ranks both compute and wait for each other."""
+        return self.awaiting(self.start(group_name(kind, ranks), ranks, name, is_phase=True))
 
     def awaited(self) -> list[tuple[Collective, float]]:
-        """Returns what the rank waits for, and for how many seconds, the longest first."""
+        """Returns the collectives that the rank waits for, with seconds, the longest wait first."""
         now = time.monotonic()
         with self._lock:
             self._finish_enqueued()
@@ -144,7 +153,10 @@ class CollectiveLog:
         return sorted(waits, key=lambda wait: -wait[1])
 
     def is_waiting(self, thread: int) -> bool:
-        """Returns whether a thread waits for a collective, or a stream has for so long that the host may wait too."""
+        """Returns whether a thread waits for a collective.
+
+        Also returns True if a stream has waited so long that the host may be waiting for it.
+        """
         now = time.monotonic()
         with self._lock:
             self._finish_enqueued()
@@ -152,18 +164,18 @@ class CollectiveLog:
             return is_behind or any(waiting == thread for _, waiting in self._awaited.values())
 
     def failed(self) -> list[tuple[Collective, float]]:
-        """Returns what ended in an error a moment ago, and for how many seconds it had been awaited."""
+        """Returns the collectives that failed recently, with the seconds that the rank had waited."""
         now = time.monotonic()
         with self._lock:
             return [(collective, end - since) for collective, since, end in self._failed if now - end < _RECENT_SECONDS]
 
     @property
     def num_failed(self) -> int:
-        """Collectives that ended in an error."""
+        """Number of collectives that failed."""
         return self._num_failed
 
     def progress(self) -> dict[str, CollectiveProgress]:
-        """Returns how far the rank is in each of its groups."""
+        """Returns the rank's progress in each of its groups."""
         with self._lock:
             self._finish_enqueued()
             return {
@@ -172,17 +184,23 @@ class CollectiveLog:
             }
 
     def recent(self) -> list[tuple[float, Collective]]:
-        """Returns the last collectives and when each was started, in seconds of the wall clock, the oldest first."""
+        """Returns the last collectives and their start times (`time.time`), the oldest first."""
         with self._lock:
             return list(self._recent)
 
     def order_hashes(self) -> dict[str, str]:
-        """Returns by group a hash of its collectives in order, equal on all ranks if they agree on the order."""
+        """Returns a hash of each group's ordered collectives.
+
+        It is equal on all ranks that agree on the order.
+        """
         with self._lock:
             return {group: digest.hexdigest() for group, digest in self._hashes.items()}
 
     def _finish_enqueued(self) -> None:
-        """Finishes what is over on its stream; streams are checked in order, so one may hide another for a while."""
+        """Marks collectives as finished whose streams have passed them.
+
+        One stream may delay the check of another.
+        """
         while self._enqueued and self._enqueued[0].is_over():
             self._finish(self._enqueued.popleft().collective)
 
@@ -191,7 +209,7 @@ class CollectiveLog:
 
 
 def cuda_mark(device: torch.device) -> StreamMark:
-    """Returns a marker for the device's current streams, on any thread."""
+    """Returns a `StreamMark` for the device's current streams, usable on any thread."""
 
     def mark() -> Callable[[], bool]:
         with torch.cuda.device(device):
@@ -203,5 +221,5 @@ def cuda_mark(device: torch.device) -> StreamMark:
 
 
 def group_name(kind: str, ranks: Sequence[int]) -> str:
-    """Returns the name of a group of this kind: `expert [0, 1]`."""
+    """Returns the name of a group of this kind, as in `expert [0, 1]`."""
     return f"{kind} {list(ranks)}"

@@ -1,4 +1,4 @@
-"""Decodes JSON that came over the network: bounded in size, depth and range, and of exactly the expected types."""
+"""Decodes JSON from the network, with limits on size, depth and range and with exact types."""
 
 import json
 import zlib
@@ -7,12 +7,12 @@ from typing import Any, NoReturn
 
 MAX_DECODED_BYTES = 1 << 20
 MAX_TEXT_CHARACTERS = 65_536
-_MAX_DIGITS = 19  # of an integer: those of 2**63
+_MAX_DIGITS = 19  # digits of 2**63
 _LARGEST = 2**63 - 1
 
 
 class MessageError(ValueError):
-    """A message that is not of the expected form."""
+    """Raised if a message does not have the expected form."""
 
 
 def compress_object(values: Mapping[str, Any]) -> bytes:
@@ -24,38 +24,38 @@ def decompress_object(data: bytes) -> dict[str, Any]:
     """Decompresses and decodes a JSON object.
 
     Args:
-        data: zlib stream of at most `MAX_DECODED_BYTES` once decompressed.
+        data: zlib stream of at most `MAX_DECODED_BYTES` after decompression.
 
     Returns:
         The object. Its fields are unchecked.
 
     Raises:
-        MessageError: it is no complete zlib stream, decompresses to too much, or is no JSON object.
+        MessageError: if it is not a complete zlib stream, is too large, or is not a JSON object.
     """
     stream = zlib.decompressobj()
     try:
         text = stream.decompress(data, MAX_DECODED_BYTES)
     except zlib.error as error:
-        raise MessageError(f"no zlib stream: {error}") from error
+        raise MessageError(f"not a zlib stream: {error}") from error
     if not stream.eof or stream.unused_data:
-        raise MessageError(f"no zlib stream of at most {MAX_DECODED_BYTES} bytes")
+        raise MessageError(f"not a zlib stream of at most {MAX_DECODED_BYTES} bytes")
     return parse_object(text)
 
 
 def parse_object(text: bytes) -> dict[str, Any]:
-    """Decodes a JSON object from at most `MAX_DECODED_BYTES` of UTF-8, without NaN, infinities and huge integers.
+    """Decodes a JSON object of at most `MAX_DECODED_BYTES`, without NaN, infinities and huge integers.
 
     Raises:
-        MessageError: it is anything else.
+        MessageError: if the text is anything else.
     """
     if len(text) > MAX_DECODED_BYTES:
         raise MessageError(f"more than {MAX_DECODED_BYTES} bytes")
     try:
         values = json.loads(text.decode(), parse_int=_parse_int, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
-        raise MessageError(f"no JSON: {type(error).__name__}") from error
+        raise MessageError(f"not JSON: {type(error).__name__}") from error
     if not isinstance(values, dict):
-        raise MessageError("no JSON object")
+        raise MessageError("not a JSON object")
     return values
 
 
@@ -63,11 +63,11 @@ def text_of(values: Mapping[str, Any], key: str, max_characters: int = MAX_TEXT_
     """Returns a field that must be a string of printable characters on one line.
 
     Raises:
-        MessageError: the field is missing or anything else.
+        MessageError: if the field is missing or anything else.
     """
     value = values.get(key)
     if not isinstance(value, str) or len(value) > max_characters or not value.isprintable():
-        raise MessageError(f"{key}: no printable text of at most {max_characters} characters")
+        raise MessageError(f"{key}: not printable text of at most {max_characters} characters")
     return value
 
 
@@ -75,7 +75,7 @@ def integer_of(values: Mapping[str, Any], key: str, end: int = _LARGEST) -> int:
     """Returns a field that must be an integer in `[0, end)`.
 
     Raises:
-        MessageError: the field is missing or anything else.
+        MessageError: if the field is missing or anything else.
     """
     return _integer(values.get(key), key, end)
 
@@ -84,11 +84,11 @@ def seconds_of(values: Mapping[str, Any], key: str) -> float:
     """Returns a field that must be a duration in seconds: finite and not negative.
 
     Raises:
-        MessageError: the field is missing or anything else.
+        MessageError: if the field is missing or anything else.
     """
     value = values.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= _LARGEST:
-        raise MessageError(f"{key}: no duration")
+        raise MessageError(f"{key}: not a duration")
     return float(value)
 
 
@@ -96,19 +96,19 @@ def flag_of(values: Mapping[str, Any], key: str) -> bool:
     """Returns a field that must be true or false.
 
     Raises:
-        MessageError: the field is missing or anything else.
+        MessageError: if the field is missing or anything else.
     """
     value = values.get(key)
     if not isinstance(value, bool):
-        raise MessageError(f"{key}: neither true nor false")
+        raise MessageError(f"{key}: not true or false")
     return value
 
 
 def ranks_of(values: Mapping[str, Any], key: str, world_size: int) -> tuple[int, ...]:
-    """Returns a field that must be a list of different ranks of the job.
+    """Returns a field that must be a list of distinct ranks of the job.
 
     Raises:
-        MessageError: the field is missing or anything else.
+        MessageError: if the field is missing or anything else.
     """
     ranks = tuple(_integer(rank, key, world_size) for rank in list_of(values, key, world_size))
     if len(set(ranks)) != len(ranks):
@@ -117,14 +117,14 @@ def ranks_of(values: Mapping[str, Any], key: str, world_size: int) -> tuple[int,
 
 
 def list_of(values: Mapping[str, Any], key: str, max_items: int) -> list[Any]:
-    """Returns a field that must be a list of at most so many items.
+    """Returns a field that must be a list of at most `max_items` items.
 
     Raises:
-        MessageError: the field is missing or anything else.
+        MessageError: if the field is missing or anything else.
     """
     value = values.get(key)
     if not isinstance(value, list) or len(value) > max_items:
-        raise MessageError(f"{key}: no list of at most {max_items} items")
+        raise MessageError(f"{key}: not a list of at most {max_items} items")
     return value
 
 
@@ -132,29 +132,29 @@ def object_of(value: Any, name: str) -> dict[str, Any]:
     """Returns a value that must be a JSON object.
 
     Raises:
-        MessageError: it is anything else.
+        MessageError: if it is anything else.
     """
     if not isinstance(value, dict):
-        raise MessageError(f"{name}: no object")
+        raise MessageError(f"{name}: not an object")
     return value
 
 
 def printable(text: str, max_characters: int = MAX_TEXT_CHARACTERS) -> str:
-    """Returns the text as `text_of` accepts it: other characters are replaced, and what is too long is cut off."""
+    """Returns text that `text_of` accepts: replaces unprintable characters and truncates."""
     return "".join(character if character.isprintable() else "\ufffd" for character in text[:max_characters])
 
 
 def _integer(value: Any, key: str, end: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < end:
-        raise MessageError(f"{key}: no integer from 0 to {end - 1}")
+        raise MessageError(f"{key}: not an integer from 0 to {end - 1}")
     return value
 
 
 def _parse_int(digits: str) -> int:
     if len(digits) > _MAX_DIGITS + 1:
-        raise MessageError("a huge integer")
+        raise MessageError("integer with too many digits")
     return int(digits)
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise MessageError(f"no JSON number: {name}")
+    raise MessageError(f"not a JSON number: {name}")

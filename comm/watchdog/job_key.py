@@ -1,8 +1,9 @@
-"""The secret that the ranks of one attempt share: from the launcher, from the user, or in a file that rank 0 writes.
+"""Provides the secret key of an attempt: from the launcher, the user, or a file that rank 0 writes.
 
-The built-in launcher sends a random key through the fork server's pipe. Under torchrun or Slurm a job may be started
-with `DUALPIPE_JOB_KEY`; without it, rank 0 writes a random key into a file in `out_dir` that only its owner can read,
-names the file in the store by a hash of the key, and removes it once all ranks have read it. No torch here.
+The built-in launcher sends a random key through the fork server's pipe. Under torchrun or Slurm the user can set
+`DUALPIPE_JOB_KEY`. Without it, rank 0 writes a random key into a file in `out_dir` that only its owner can read. It
+publishes the file's name, which contains a hash of the key, and removes the file after all ranks have read it. Does not
+import torch.
 """
 
 import hashlib
@@ -26,27 +27,27 @@ ADVICE = (
 
 
 class JobKeyError(ValueError):
-    """Ranks that cannot come to a common key."""
+    """Raised if the ranks cannot get a common key."""
 
 
 @dataclass(frozen=True, slots=True)
 class KeyFile:
-    """A key and the file that holds it."""
+    """Key and the file that contains it."""
 
     path: Path
     key: bytes
 
     def remove(self) -> None:
-        """Removes the file, if it is still there."""
+        """Removes the file if it exists."""
         with suppress(OSError):
             self.path.unlink()
 
 
 def take_key_from_environment() -> bytes | None:
-    """Returns the key that the launcher or the user gave this process, and takes it out of the environment.
+    """Returns the key that the launcher or the user set, and removes it from the environment.
 
     Raises:
-        JobKeyError: it is too short to be a secret.
+        JobKeyError: if it is too short to be a secret.
     """
     text = os.environ.pop(KEY_VARIABLE, None)
     if not text:
@@ -60,16 +61,16 @@ def take_key_from_environment() -> bytes | None:
 
 
 def write_key_file(folder: Path) -> KeyFile:
-    """Writes a random key into a new file of the run's folder. Earlier attempts' files are removed.
+    """Writes a random key into a new file of the run folder and removes the files of earlier attempts.
 
     Args:
-        folder: of the run.
+        folder: the run folder.
 
     Returns:
         The file. Its name ends with a hash of the key.
 
     Raises:
-        JobKeyError: the file cannot be written, or others could read it.
+        JobKeyError: if the file cannot be written, or other users could read it.
     """
     key = secrets.token_bytes(KEY_BYTES)
     path = folder.resolve() / f"{_PREFIX}{_fingerprint(key)}"
@@ -79,7 +80,7 @@ def write_key_file(folder: Path) -> KeyFile:
             stale.unlink(missing_ok=True)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         with os.fdopen(descriptor, "wb") as out:
-            # Before the key is inside: on some file systems every file can be read by all.
+            # Checked before the key is written: some file systems ignore the mode.
             _check_privacy(os.fstat(out.fileno()), path)
             out.write(key)
             out.flush()
@@ -87,7 +88,7 @@ def write_key_file(folder: Path) -> KeyFile:
     except OSError as error:
         file.remove()
         raise JobKeyError(
-            f"out_dir: must take a file with the job's key, {folder} does not: {error}; {ADVICE}"
+            f"out_dir: must accept a file with the job's key, {folder} does not: {error}; {ADVICE}"
         ) from error
     except JobKeyError:
         file.remove()
@@ -96,22 +97,22 @@ def write_key_file(folder: Path) -> KeyFile:
 
 
 def read_key_file(path: Path) -> bytes:
-    """Reads the key from a file that `write_key_file` wrote. The path may come from anybody.
+    """Reads the key from a file that `write_key_file` wrote. The path is not trusted.
 
     Args:
-        path: of the file.
+        path: path of the file.
 
     Returns:
-        The key, whose hash is the one in the file's name.
+        The key. Its hash matches the file's name.
 
     Raises:
-        FileNotFoundError: the file is not there, or not yet.
-        JobKeyError: it belongs to another user, others can read it, or it is no such file.
+        FileNotFoundError: if the file does not exist yet, or is incomplete.
+        JobKeyError: if it belongs to another user, other users can read it, or it is not a key file.
     """
     if not path.is_absolute() or not _NAME.fullmatch(path.name):
-        raise JobKeyError(f"out_dir: the store names {str(path)!r}, which is no file with a job's key; {ADVICE}")
+        raise JobKeyError(f"out_dir: the store names {str(path)!r}, which is not a file with a job's key; {ADVICE}")
     try:
-        # O_NONBLOCK: somebody may have put a named pipe there.
+        # O_NONBLOCK: the path may be a named pipe.
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
         raise
@@ -125,19 +126,21 @@ def read_key_file(path: Path) -> bytes:
     if len(key) < KEY_BYTES:
         raise FileNotFoundError(path)  # not all of it has arrived
     if len(key) > KEY_BYTES or path.name != f"{_PREFIX}{_fingerprint(key)}":
-        raise JobKeyError(f"out_dir: {path} does not hold the key that its name tells; {ADVICE}")
+        raise JobKeyError(f"out_dir: {path} must contain the key whose hash is in its name, contains another; {ADVICE}")
     return key
 
 
 def _check_privacy(status: os.stat_result, path: Path) -> None:
-    """Raises if the file is not this user's alone."""
+    """Raises JobKeyError if other users could read or replace the file."""
     if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
-        raise JobKeyError(f"out_dir: {path} must be a plain file with one name; {ADVICE}")
+        raise JobKeyError(f"out_dir: {path} must be a regular file with one link, is not; {ADVICE}")
     if status.st_uid != os.geteuid():
-        raise JobKeyError(f"out_dir: {path} must belong to user {os.geteuid()}, is user {status.st_uid}'s; {ADVICE}")
+        raise JobKeyError(
+            f"out_dir: {path} must belong to user {os.geteuid()}, belongs to user {status.st_uid}; {ADVICE}"
+        )
     if stat.S_IMODE(status.st_mode) & 0o077:
         mode = stat.S_IMODE(status.st_mode)
-        raise JobKeyError(f"out_dir: {path} must have mode 600, others can read it with {mode:o}; {ADVICE}")
+        raise JobKeyError(f"out_dir: {path} must have mode 600, has mode {mode:o}; {ADVICE}")
 
 
 def _fingerprint(key: bytes) -> str:

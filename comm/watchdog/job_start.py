@@ -1,5 +1,4 @@
-"""The start of a job as one rank sees it: the store, the deadline, SIGTERM, and the verdict if ranks do not
-arrive."""
+"""Starts a job on one rank: opens the store, handles SIGTERM, and reports ranks that do not join."""
 
 import dataclasses
 import json
@@ -26,12 +25,12 @@ _RECEIVED = "watchdog/verdict_received"
 _UNSIGNED = "watchdog/verdict_without_key"
 _LINGER_SECONDS = 2.0
 _LONGEST_PAUSE_SECONDS = 0.5
-# After SIGTERM: a job that is preempted still starts, to agree on it; a job that lost a rank never does.
+# Wait after SIGTERM: ranks of a preempted job still join, so that all can agree on it; a lost rank never joins.
 _PREEMPTED_START_SECONDS = 3.0
 
 
 class AbsentError(RuntimeError):
-    """Ranks that did not arrive at the start of the job. This rank ends by the verdict."""
+    """Raised if ranks did not join the job. This rank ends with the verdict."""
 
     def __init__(self, verdict: Verdict) -> None:
         super().__init__(verdict.text)
@@ -39,17 +38,18 @@ class AbsentError(RuntimeError):
 
 
 class Termination:
-    """Whether SIGTERM arrived, and when. An instance is the signal's handler after `install`."""
+    """Record of SIGTERM and its time. After `install`, an instance is the signal's handler."""
 
     def __init__(self) -> None:
         self._plain = signal.getsignal(signal.SIGTERM)
         self._since: float | None = None
 
     def install(self, wakeup_file: int) -> Callable[[], None]:
-        """Handles SIGTERM from now on; returns what restores the earlier handler.
+        """Installs the handler of SIGTERM and returns a function that restores the earlier handler.
 
         Args:
-            wakeup_file: gets the signal's number as a byte, even while the main thread is inside a collective.
+            wakeup_file: file descriptor that receives the signal's number as a byte, even while the main thread is
+                inside a collective.
         """
         signal.signal(signal.SIGTERM, self)
         plain_file = signal.set_wakeup_fd(wakeup_file, warn_on_full_buffer=False)
@@ -61,34 +61,34 @@ class Termination:
         return restore
 
     def __call__(self, number: int, frame: FrameType | None) -> Any:
-        """Notes the signal and passes it on."""
+        """Records the signal and calls the earlier handler."""
         self._since = self._since or time.monotonic()
         if callable(self._plain):
             self._plain(number, frame)
 
     @property
     def is_only_handler(self) -> bool:
-        """Whether no other handler was there before."""
+        """Whether there was no earlier handler."""
         return not callable(self._plain)
 
     @property
     def is_overdue(self) -> bool:
-        """Whether SIGTERM arrived so long ago that there is no use in waiting for absent ranks."""
+        """Whether SIGTERM arrived so long ago that absent ranks will not join."""
         patience = 0.0 if self.is_only_handler else _PREEMPTED_START_SECONDS
         return self._since is not None and time.monotonic() - self._since >= patience
 
 
 class JobStart:
-    """Waits for other ranks until the deadline.
+    """Wait for other ranks at the start of a job, with a deadline.
 
     Attributes:
         member: this rank.
-        key: of the attempt's start, by which the verdict in the store is authenticated; None until it is known.
-        note: for the verdict's text, on ranks that are not there.
+        key: key that authenticates the verdict in the store; None until it is known.
+        note: addition to the verdict's text about absent ranks.
     """
 
     def __init__(self, member: Membership, deadline_seconds: float, termination: Termination) -> None:
-        """Starts the clock."""
+        """Starts the time until the deadline."""
         self.member = member
         self.key: bytes | None = None
         self.note = ""
@@ -98,44 +98,44 @@ class JobStart:
         self._pause = 0.01
 
     def open_store(self) -> Store:
-        """Opens the job's store, or waits for the rank that does.
+        """Opens the job's store, or waits for the rank that opens it.
 
         Raises:
-            AbsentError: it is not there by the deadline.
+            AbsentError: if the store is not open before the deadline.
         """
         member = self.member
         if member.store_file is not None:
             store = FileStore(str(member.store_file), -1)
             store.set_timeout(self._left())
             return store
-        is_holder = member.rank == member.store_rank
-        while not is_holder and not self._is_open():
+        is_store_rank = member.rank == member.store_rank
+        while not is_store_rank and not self._is_open():
             self.wait(lambda: [member.store_rank or 0])
         try:
             return TCPStore(
                 host_name=member.host,
                 port=member.port,
                 world_size=member.world_size,
-                is_master=is_holder,
+                is_master=is_store_rank,
                 timeout=self._left(),
                 wait_for_workers=False,
                 multi_tenant=True,
-                master_listen_fd=_listen(member.host, member.port) if is_holder and member.is_one_machine else None,
+                master_listen_fd=_listen(member.host, member.port) if is_store_rank and member.is_one_machine else None,
             )
         except DistError as error:
-            if is_holder:
+            if is_store_rank:
                 raise
             raise self.store_error(error) from error
 
     def wait(self, absent: Callable[[], list[int]], store: Store | None = None) -> None:
-        """Pauses before the caller looks again.
+        """Pauses before the caller checks again.
 
         Args:
-            absent: returns the ranks that are waited for.
-            store: through which the ranks that are there agree on a verdict, once it is open.
+            absent: returns the ranks that have not joined.
+            store: store through which the present ranks agree on a verdict; None until it is open.
 
         Raises:
-            AbsentError: the deadline has passed, or another rank's has.
+            AbsentError: if the deadline has passed on this or another rank.
         """
         if store is not None and store.check([_VERDICT]):
             self._raise_received(store)
@@ -144,9 +144,9 @@ class JobStart:
             self._pause = min(2 * self._pause, _LONGEST_PAUSE_SECONDS)
             return
         if self._termination.is_overdue:
-            error = self._absent(EXIT_LOST, absent(), "lost: not there yet when the launcher ended the job")
+            error = self._absent(EXIT_LOST, absent(), "lost: not joined when the launcher ended the job")
         else:
-            error = self._absent(EXIT_HANG, absent(), f"absent: not there within {self._deadline_seconds:g} s")
+            error = self._absent(EXIT_HANG, absent(), f"absent: not joined within {self._deadline_seconds:g} s")
         if store is None:
             raise error
         if self.key is None:
@@ -155,13 +155,13 @@ class JobStart:
         raise error
 
     def store_error(self, error: DistError) -> AbsentError:
-        """Returns the verdict on a store that has ended, or does not answer any more."""
+        """Returns an error with the verdict on a store that has ended or no longer responds."""
         code = EXIT_HANG if time.monotonic() >= self._until else EXIT_LOST
         store_rank = 0 if self.member.store_rank is None else self.member.store_rank
         return self._absent(code, [store_rank], f"lost with the job's store: {str(error).splitlines()[0]}")
 
     def _raise_received(self, store: Store) -> None:
-        """Raises the verdict in the store, unless somebody else than a rank of this attempt has put it there."""
+        """Raises the verdict in the store if a rank of this attempt wrote it."""
         if self.key is None:
             return
         try:
@@ -173,9 +173,9 @@ class JobStart:
         raise AbsentError(verdict)
 
     def _first_verdict(self, store: Store, own: Verdict) -> Verdict:
-        """Returns the first verdict of the ranks that end without a key, as rank 0 has announced none.
+        """Returns the first verdict of the ranks that end without a key because rank 0 has announced none.
 
-        It is not authenticated. Only a rank that ends anyway reads it, so a stranger could change the words alone.
+        It is not authenticated. Only a rank that ends anyway reads it, so another process could only change its text.
         """
         first = store.compare_set(_UNSIGNED, "", json.dumps(dataclasses.asdict(own)))
         try:
@@ -185,7 +185,7 @@ class JobStart:
         return verdict if verdict.code in (EXIT_HANG, EXIT_LOST) else own
 
     def _agree(self, store: Store, key: bytes, own: Verdict) -> None:
-        """Raises the first authentic verdict in the store, this rank's own if there is none."""
+        """Raises the first authentic verdict in the store, or writes this rank's verdict there."""
         sealed = seal_object(key, _VERDICT, dataclasses.asdict(own))
         if store.compare_set(_VERDICT, "", sealed).decode(errors="replace") != sealed:
             self._raise_received(store)
@@ -193,7 +193,7 @@ class JobStart:
         self._confirm(store, key, own)
 
     def _confirm(self, store: Store, key: bytes, verdict: Verdict) -> None:
-        """Notes that this rank has the verdict. The rank that holds the store first waits for all that are there."""
+        """Confirms that this rank has the verdict. The rank with the store first waits for all present ranks."""
         member = self.member
         names = {rank: f"{_RECEIVED}/{rank}" for rank in range(member.world_size) if rank not in verdict.culprits}
         if member.rank in names:
@@ -221,7 +221,7 @@ class JobStart:
         present = sorted(set(range(self.member.world_size)) - set(absent))
         is_one = len(absent) == 1
         subject = f"{name_ranks(absent)} {'is' if is_one else 'are'}"
-        text = printable(f"{subject} {why}{self.note}; {name_ranks(present)} awaited {START}")
+        text = printable(f"{subject} {why}{self.note}; {name_ranks(present)} waited for {START}")
         return AbsentError(Verdict(code=code, text=text, judge=self.member.rank, culprits=tuple(absent)))
 
 
@@ -234,7 +234,7 @@ def _is_authentic(key: bytes, purpose: str, sealed: bytes) -> bool:
 
 
 def _listen(host: str, port: int) -> int:
-    """Returns a listening socket that is bound to this host's address alone: torch would listen on all of them."""
+    """Opens a socket that listens on this host's address only: torch would listen on all addresses."""
     family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     with socket.socket(family, socket.SOCK_STREAM) as opened:
         opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -1,4 +1,4 @@
-"""What a rank's main thread does, as another thread of the process sees it from time to time."""
+"""Samples the main thread of a rank from another thread, to see whether it computes or waits."""
 
 import sys
 import threading
@@ -13,7 +13,7 @@ _BUSY_SECONDS = 0.5
 
 
 class MainThread:
-    """Looks at the thread's innermost frame. A call that lasts keeps its frame, at one and the same instruction."""
+    """Sampler of the main thread's innermost frame. A long call keeps its frame at the same instruction."""
 
     def __init__(self) -> None:
         thread = threading.main_thread().ident
@@ -23,8 +23,8 @@ class MainThread:
         self._instruction = -1
         self._still_since = time.monotonic()
 
-    def look(self, log: CollectiveLog) -> None:
-        """Samples the frame, several times a second; keeps it, and what it holds, only during a phase."""
+    def sample(self, log: CollectiveLog) -> None:
+        """Samples the frame. Keeps a reference to it, and so to its locals, only during a phase."""
         if not any(collective.is_phase for collective, _ in log.awaited()):
             self._frame = None
             return
@@ -35,13 +35,19 @@ class MainThread:
         self._frame, self._instruction = frame, instruction
 
     def waits(self, log: CollectiveLog) -> list[tuple[Collective, float]]:
-        """Returns what is awaited and for how long, the longest first; in a phase, for how long one call lasts."""
+        """Returns the collectives that are waited for, with seconds, the longest first.
+
+        In a phase, only the time of the current call counts.
+        """
         still = time.monotonic() - self._still_since if self._frame is not None else 0.0
         waits = [(each, min(seconds, still) if each.is_phase else seconds) for each, seconds in log.awaited()]
         return sorted(waits, key=lambda wait: -wait[1])
 
     def is_busy(self, log: CollectiveLog) -> bool:
-        """Returns whether it computes, and neither waits for others nor for a lane, whose own wait is then logged."""
+        """Returns whether the thread computes.
+
+        A wait for a lane does not count: the lane's thread logs its own wait.
+        """
         frame = sys._current_frames().get(self._thread)
         if frame is not None and frame.f_globals.get("__name__") == "comm.lane" and frame.f_code.co_name == "wait":
             return False
@@ -52,7 +58,7 @@ class MainThread:
 
     @property
     def place(self) -> str:
-        """The innermost line of this program that it is in."""
+        """Innermost line of this program that the thread executes."""
         frame = sys._current_frames().get(self._thread)
         while frame is not None:
             path = Path(frame.f_code.co_filename)

@@ -1,4 +1,4 @@
-"""A rank's place in its job, as its launcher describes it in the environment. No torch here."""
+"""Reads a rank's membership in its job from the launcher's environment. Does not import torch."""
 
 import os
 from dataclasses import dataclass, field
@@ -7,28 +7,28 @@ from pathlib import Path
 from comm.watchdog.job_key import take_key_from_environment
 
 STORE_FILE_VARIABLE = "DUALPIPE_STORE_FILE"
-"""Path of the job's store, which the built-in launcher keeps in a file of a private folder."""
+"""Environment variable with the path of the job's store, which the built-in launcher keeps in a private folder."""
 
 _REQUIRED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class MembershipError(ValueError):
-    """A process that its launcher gave no place in a job."""
+    """Raised if the launcher did not make the process a member of a job."""
 
 
 @dataclass(frozen=True, slots=True)
 class Membership:
-    """A rank's place in its job.
+    """Membership of a rank in its job.
 
     Attributes:
-        rank: of this process.
+        rank: rank of this process.
         world_size: number of ranks.
-        host: of the store; other ranks are reached by the same way.
-        port: of the store.
-        store_rank: the rank that opens the store at `host` and `port`; None if the launcher did.
-        store_file: the store, instead of one at `host` and `port`; None if there is no such file.
-        is_one_machine: all ranks are on this machine.
-        key: that the launcher or the user gave all ranks; None if rank 0 is to write one into a file.
+        host: host of the store, which is on the same network as the other ranks.
+        port: port of the store.
+        store_rank: rank that opens the store at `host` and `port`; None if the launcher opened it.
+        store_file: file of the store, instead of `host` and `port`; None if there is no such file.
+        is_one_machine: whether all ranks are on this machine.
+        key: key that the launcher or the user set for all ranks; None if rank 0 writes one into a file.
     """
 
     rank: int
@@ -42,11 +42,11 @@ class Membership:
 
     @classmethod
     def from_environment(cls) -> "Membership":
-        """Reads RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, and takes the job's key out of the environment.
+        """Reads RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, and removes the job's key from the environment.
 
         Raises:
-            MembershipError: a variable is not set.
-            JobKeyError: the key is too short.
+            MembershipError: if a variable is not set.
+            JobKeyError: if the key is too short.
         """
         missing = [name for name in _REQUIRED if name not in os.environ]
         if missing:

@@ -1,4 +1,4 @@
-"""A rank joins its job: it meets all other ranks, and its watchdog runs from here on."""
+"""Joins a rank to its job: waits for all other ranks and starts the watchdog."""
 
 from collections.abc import Callable
 from datetime import timedelta
@@ -19,10 +19,10 @@ _LOOPBACK = "127.0.0.1"
 
 
 class Job:
-    """A rank's job: the store through which process groups are made, and the watchdog."""
+    """Job of a rank: the store for process groups, and the watchdog."""
 
     def __init__(self, store: Store, watchdog: Watchdog, restore: Callable[[], None]) -> None:
-        """Keeps the parts; `restore`: gives SIGTERM back to the handler that was there before."""
+        """Stores the parts; `restore` reinstalls the earlier handler of SIGTERM."""
         self.store = store
         self.watchdog = watchdog
         self._restore = restore
@@ -41,22 +41,22 @@ def join(
     start_seconds: float | None = None,
     key_folder: Path | None = None,
 ) -> Job:
-    """Meets all other ranks and starts the watchdog. Called by every rank, on its main thread.
+    """Waits for all other ranks and starts the watchdog. Every rank calls it on its main thread.
 
-    From here on SIGTERM makes the watchdog find out if a rank was lost. If none was, the handler that the process had
-    before handles the signal; without such a handler, the watchdog ends the process.
+    After that, SIGTERM makes the watchdog check whether a rank was lost. If none was, the earlier handler of the
+    process handles the signal. Without such a handler, the watchdog ends the process.
 
     Args:
-        member: this rank.
-        log: of its collectives.
-        deadline_seconds: for which it waits for others.
+        member: membership of this rank.
+        log: log of the rank's collectives.
+        deadline_seconds: longest wait for other ranks.
         crash_report: see `Watchdog`.
-        start_seconds: for which it waits at the start, if not for as long.
-        key_folder: in which rank 0 writes the file with the job's key, if it has to.
+        start_seconds: longest wait at the start; `deadline_seconds` by default.
+        key_folder: folder in which rank 0 writes the file with the job's key, if it must.
 
     Raises:
-        AbsentError: not all ranks arrived.
-        JobKeyError: the ranks have no common key.
+        AbsentError: if not all ranks joined in time.
+        JobKeyError: if the ranks have no common key.
     """
     watchdog_socket = WatchdogSocket(member.rank, _LOOPBACK if member.is_one_machine else member.host)
     termination = Termination()

@@ -1,4 +1,4 @@
-"""From what ranks say of themselves to who is missing: the words and the exit code that end a job."""
+"""Derives a verdict from the ranks' states: the missing ranks, a text and an exit code."""
 
 import time
 from collections.abc import Collection, Mapping
@@ -27,16 +27,16 @@ _MAX_GROUPS = 4096
 
 
 class Reason(Enum):
-    """Why a rank sends questions to the others."""
+    """Reason for an inquiry."""
 
-    DEADLINE = "deadline"  # it has waited for too long
-    ERROR = "error"  # what it waited for failed
-    SIGNAL = "signal"  # its launcher ends it
+    DEADLINE = "deadline"  # the rank has waited too long
+    ERROR = "error"  # a collective of the rank failed
+    SIGNAL = "signal"  # the rank received SIGTERM
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wait:
-    """A collective that a rank waits for, or waited for when it failed."""
+    """Collective that a rank waits for, or waited for when it failed."""
 
     text: str
     group: str
@@ -60,7 +60,7 @@ class Wait:
         """Decodes the JSON of `dataclasses.asdict`.
 
         Raises:
-            MessageError: a field is missing or of another form.
+            MessageError: if a field is missing or invalid.
         """
         return cls(
             text=text_of(values, "text"),
@@ -71,21 +71,21 @@ class Wait:
         )
 
     def is_of(self, other: "Wait") -> bool:
-        """Returns whether both are of one collective."""
+        """Returns whether both waits are for the same collective."""
         return (self.group, self.number) == (other.group, other.number)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankState:
-    """Where a rank stands.
+    """State of a rank, as it reports it to other watchdogs.
 
     Attributes:
-        waits: the longest first.
-        started: collectives started in each group.
-        is_busy: its main thread computes; else that waits.
-        place: where its main thread is in the program.
+        waits: collectives that it waits for, the longest wait first.
+        started: number of collectives started in each group.
+        is_busy: whether its main thread computes; else the thread waits.
+        place: line of the program that its main thread executes.
         last: the collective that it started last.
-        idle_seconds: since then.
+        idle_seconds: time since that start.
     """
 
     waits: tuple[Wait, ...]
@@ -97,7 +97,7 @@ class RankState:
 
     @classmethod
     def of(cls, log: CollectiveLog, thread: MainThread) -> Self:
-        """Reads a rank's log, and what its main thread does."""
+        """Builds the state from a rank's log and its main thread."""
         now = time.time()
         waits = [Wait.of(*wait) for wait in (*thread.waits(log), *log.failed())]
         recent = log.recent()
@@ -107,7 +107,7 @@ class RankState:
             is_busy=thread.is_busy(log),
             place=printable(thread.place),
             last=printable(str(recent[-1][1])) if recent else "nothing",
-            # The wall clock may be set back.
+            # The wall clock can go backwards.
             idle_seconds=max(0.0, now - recent[-1][0]) if recent else 0.0,
         )
 
@@ -116,7 +116,7 @@ class RankState:
         """Decodes the JSON of `dataclasses.asdict`.
 
         Raises:
-            MessageError: a field is missing or of another form.
+            MessageError: if a field is missing or invalid.
         """
         started = object_of(values.get("started"), "started")
         if len(started) > _MAX_GROUPS:
@@ -138,13 +138,13 @@ class RankState:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """What ends a job.
+    """Verdict that ends a job.
 
     Attributes:
-        code: of every rank that ends by it.
-        text: one line: who is missing, and what was awaited.
-        judge: the rank that found it.
-        culprits: ranks that did not come.
+        code: exit code of every rank that ends with it.
+        text: one line with the missing ranks and the collective that other ranks waited for.
+        judge: rank that made the verdict.
+        culprits: ranks that are missing.
     """
 
     code: int
@@ -157,16 +157,15 @@ class Verdict:
         """Decodes the JSON of `dataclasses.asdict`.
 
         Args:
-            values: decoded, unchecked.
+            values: decoded but unchecked fields.
             world_size: number of ranks of the job.
 
         Raises:
-            MessageError: a field is missing or of another form, the code is none that a verdict may have, or a rank is
-                not of the job.
+            MessageError: if a field is missing or invalid, or a rank does not exist.
         """
         code = integer_of(values, "code")
         if code not in VERDICT_CODES:
-            raise MessageError(f"code: {code} is none of {VERDICT_CODES}")
+            raise MessageError(f"code: must be one of {VERDICT_CODES}, is {code}")
         return cls(
             code=code,
             text=text_of(values, "text"),
@@ -177,13 +176,13 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InquiryResult:
-    """What a rank learned from the replies to its questions.
+    """Result of an inquiry.
 
     Attributes:
-        judge: the rank that sent the questions.
-        states: of ranks that answered, and its own.
-        lost: ranks whose processes have ended, and what is known of the end.
-        silent: ranks that did not answer.
+        judge: rank that sent the requests.
+        states: states of the ranks that replied, and the judge's own.
+        lost: ranks whose processes have ended, with the reasons.
+        silent: ranks that did not respond.
     """
 
     judge: int
@@ -192,7 +191,7 @@ class InquiryResult:
     silent: Collection[int]
 
     def awaited_with(self, culprits: Collection[int]) -> Wait | None:
-        """Returns the collective with one of them for which a rank has waited the longest; the judge's own first."""
+        """Returns the longest wait for a collective that includes a culprit; the judge's own waits come first."""
         own = self.states[self.judge].waits
         others = [wait for rank, state in self.states.items() if rank != self.judge for wait in state.waits]
         for waits in (own, sorted(others, key=lambda wait: -wait.seconds)):
@@ -202,56 +201,56 @@ class InquiryResult:
         return None
 
     def waiters(self, wait: Wait) -> list[int]:
-        """Ranks that await a collective."""
+        """Returns the ranks that wait for a collective."""
         return sorted(rank for rank, state in self.states.items() if any(wait.is_of(other) for other in state.waits))
 
 
 def judge(reason: Reason, result: InquiryResult, deadline_seconds: float) -> Verdict | None:
-    """Names the missing ranks, or returns None if none is missing and no deadline has passed."""
+    """Returns a verdict on the missing ranks, or None if none is missing and no deadline has passed."""
     if result.lost:
         ends = sorted(set(result.lost.values()))
         why = f"{_are(result.lost)} lost: {' or '.join(ends)}"
         return _verdict_on(EXIT_LOST, result, sorted(result.lost), why)
     if result.silent and reason is Reason.ERROR:
-        why = f"{_are(result.silent)} lost: connections to {_them(result.silent)} broke, and no answer comes"
+        why = f"{_are(result.silent)} lost: connections to {_them(result.silent)} broke, without a response to requests"
         return _verdict_on(EXIT_LOST, result, sorted(result.silent), why)
     if reason is not Reason.DEADLINE:
         return None
     if result.silent:
-        cut_off = len(result.silent) > len(result.states)
-        why = f"cut off from rank {result.judge}" if cut_off else "stopped, or cut off"
-        why = f"did not come within {deadline_seconds:g} s, nor answer: {why}"
+        is_judge_alone = len(result.silent) > len(result.states)
+        cause = f"disconnected from rank {result.judge}" if is_judge_alone else "stopped or disconnected"
+        why = f"{_missed(deadline_seconds)} and did not respond: {cause}"
         return _verdict_on(EXIT_HANG, result, sorted(result.silent), why)
     return _judge_late(result, deadline_seconds)
 
 
 def _judge_late(result: InquiryResult, deadline_seconds: float) -> Verdict | None:
-    """Follows, if all are alive, which rank waits for which to one that does not wait."""
+    """Follows the waits from rank to rank until one does not wait. All ranks are alive."""
     own = result.states[result.judge].waits
     if not own:
         return None
     followed: list[Wait] = [own[0]]
     while True:
         wait = followed[-1]
-        # A rank that has left the job in peace replies nothing: only the others can be late.
+        # A rank that finished and left sends no state: only the others can be late.
         ranks = [rank for rank in wait.ranks if rank in result.states]
         missing = [rank for rank in ranks if not result.states[rank].has_reached(wait)]
-        # All may be inside a phase, where some wait for others that compute.
+        # If all have started it, it is a phase in which some ranks wait for others that compute.
         missing = missing or [rank for rank in ranks if result.states[rank].is_busy]
         late = [rank for rank in missing if _does_not_wait(result.states[rank])]
         onward = [result.states[rank].waits[0] for rank in missing if rank not in late]
         if not missing:
-            why = f"nobody is missing, yet it did not end within {deadline_seconds:g} s"
+            why = f"no rank is missing, but the collective did not finish within {deadline_seconds:g} s"
             return _make_verdict(EXIT_HANG, result, (), why, wait)
         if late:
             state = result.states[late[0]]
             why = (
-                f"did not come within {deadline_seconds:g} s: alive, busy in {state.place}, "
-                f"started {state.last} {state.idle_seconds:.1f} s ago"
+                f"{_missed(deadline_seconds)}: alive, busy in {state.place}, "
+                f"last started {state.last} {state.idle_seconds:.1f} s ago"
             )
             return _make_verdict(EXIT_HANG, result, late, f"{name_ranks(late)} {why}", wait)
         if any(onward[0].is_of(other) for other in followed):
-            why = f"did not come within {deadline_seconds:g} s, as ranks wait for each other: here for {onward[0].text}"
+            why = f"{_missed(deadline_seconds)}: ranks wait for each other in a cycle, here for {onward[0].text}"
             return _make_verdict(EXIT_HANG, result, missing, f"{name_ranks(missing)} {why}", wait)
         followed.append(onward[0])
 
@@ -260,14 +259,18 @@ def _does_not_wait(state: RankState) -> bool:
     return state.is_busy or not state.waits
 
 
+def _missed(deadline_seconds: float) -> str:
+    return f"did not reach a collective within {deadline_seconds:g} s"
+
+
 def _verdict_on(code: int, result: InquiryResult, culprits: list[int], why: str) -> Verdict:
     return _make_verdict(code, result, culprits, f"{name_ranks(culprits)} {why}", result.awaited_with(culprits))
 
 
 def _make_verdict(code: int, result: InquiryResult, culprits: Collection[int], why: str, wait: Wait | None) -> Verdict:
-    what = "no other rank awaited it"
+    what = f"no other rank waited for {_them(culprits)}"
     if wait is not None:
-        what = f"{name_ranks(set(result.waiters(wait)) - set(culprits))} awaited {wait.text}"
+        what = f"{name_ranks(set(result.waiters(wait)) - set(culprits))} waited for {wait.text}"
     return Verdict(code=code, text=printable(f"{why}; {what}"), judge=result.judge, culprits=tuple(culprits))
 
 

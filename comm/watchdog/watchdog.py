@@ -1,9 +1,9 @@
-"""Notices that a rank of the job is lost, stopped, cut off or late, and ends all others with the same message.
+"""Detects a lost, stopped, disconnected or late rank, and ends all others with the same message.
 
-Each rank has a thread and a socket, which only listen as long as the job makes progress. A rank that has waited for
-longer than the deadline, whose wait failed, or that got SIGTERM sends a question to all others. From their replies
-follows a verdict, which it sends to all. A thread that hangs in a collective cannot be interrupted, so the watchdog's
-thread writes a crash report and ends the process.
+Each rank has a watchdog thread and a socket, which only listen while the job makes progress. A rank starts an inquiry
+if it has waited longer than the deadline, a collective failed, or it received SIGTERM. It requests the states of all
+other ranks, derives a verdict from them, and sends the verdict to all. A thread that hangs in a collective cannot be
+interrupted, so the watchdog's thread writes a crash report and ends the process.
 """
 
 import dataclasses
@@ -42,7 +42,10 @@ LOGGER = logging.getLogger("comm")
 
 @dataclass(slots=True)
 class _Shutdown:
-    """A verdict that ends this rank. Its judge sends it several times, so that all have the same before they end."""
+    """Shutdown of this rank with a verdict.
+
+    The judge sends the verdict several times before any rank ends.
+    """
 
     verdict: Verdict
     report_at: float
@@ -51,13 +54,13 @@ class _Shutdown:
 
 
 class Watchdog:
-    """One rank's watchdog. Its thread runs from `start` to `close`, or to the end of the process.
+    """Watchdog of one rank. Its thread runs from `start` to `close`, or to the end of the process.
 
-    SIGTERM, written to the socket's `wakeup_file`, makes it find out if a rank was lost before: a launcher ends all
-    ranks as soon as it sees one die, often before the others miss it. If none was lost, the process handles the signal
-    itself, or ends if `ends_by_signal`.
+    SIGTERM, written to the socket's `wakeup_file`, starts an inquiry, because a launcher ends all ranks as soon as one
+    dies, often before the others wait for it. If no rank was lost, the process handles the signal itself, or ends if
+    `ends_by_signal` is set.
 
-    Neither a message nor an error inside it ends the thread: a malformed message is dropped, an error is logged.
+    The thread survives malformed messages, which it drops, and its own errors, which it logs.
     """
 
     def __init__(
@@ -70,15 +73,15 @@ class Watchdog:
         *,
         ends_by_signal: bool = True,
     ) -> None:
-        """Requires a socket that is open.
+        """Stores the arguments; `start` starts the thread.
 
         Args:
-            rank: of this process.
-            watchdog_socket: closed with the watchdog.
-            log: of the rank's collectives.
-            deadline_seconds: for which the rank waits for any of them.
-            crash_report: writes down why the process ends; called on the watchdog's thread, right before.
-            ends_by_signal: SIGTERM ends the process if no rank is lost.
+            rank: rank of this process.
+            watchdog_socket: open socket; `close` closes it.
+            log: log of the rank's collectives.
+            deadline_seconds: longest wait of the rank for a collective.
+            crash_report: writes why the process ends; called on the watchdog's thread right before the end.
+            ends_by_signal: whether SIGTERM ends the process if no rank is lost.
         """
         self._rank = rank
         self._socket = watchdog_socket
@@ -91,10 +94,10 @@ class Watchdog:
         self._shutdown: _Shutdown | None = None
         self._num_failed = 0
         self._world_size = len(watchdog_socket.peers) + 1
-        self._departed: dict[int, Departure] = {}  # ranks that have left the job, and how
+        self._departed: dict[int, Departure] = {}  # ranks that have left the job
         self._departure: Departure | None = None
         self._begun = time.monotonic()
-        # The rank that has to answer a first question: that no datagram gets through is better known early.
+        # Peer that receives a first request, so that blocked datagrams are reported early.
         self._unconfirmed_peer = next((peer for peer in sorted(watchdog_socket.peers) if peer > rank), None)
         self._is_terminated = False
         self._is_inquiry_requested = False
@@ -109,11 +112,13 @@ class Watchdog:
         self._thread.start()
 
     def report_error(self, error: BaseException) -> None:
-        """Reports the error that ends the rank to all others. Returns if it is the rank's own error.
+        """Reports the error that ends this rank to all others.
 
-        An error that another rank's end caused ends the process here, by a verdict.
+        Returns if the error did not come from another rank.
+
+        If another rank's failure caused the error, the process ends here with a verdict.
         """
-        if isinstance(error, RuntimeError):  # as gloo and NCCL raise
+        if isinstance(error, RuntimeError):  # the type that gloo and NCCL raise
             self._inquiry_done.clear()
             self._is_inquiry_requested = True
             self._socket.wake()
@@ -122,8 +127,8 @@ class Watchdog:
         self._send_departure("error", printable(lines[0]))
 
     def close(self) -> None:
-        """Leaves the job without an error: the others do not miss this rank any more."""
-        self._send_departure("done", "it had finished")
+        """Leaves the job without an error: other ranks no longer expect this rank."""
+        self._send_departure("done", "it left the job after finishing")
         self._is_closed = True
         self._socket.wake()
         self._thread.join()
@@ -139,12 +144,12 @@ class Watchdog:
                 self._recover()
 
     def _recover(self) -> None:
-        """Logs an error of the watchdog itself, and drops what it was about, so that it goes on watching."""
+        """Logs an error of the watchdog and cancels the current inquiry, so that the thread continues."""
         self._num_errors += 1
         now = time.monotonic()
         if now - self._reported_at >= _REPORT_EVERY_SECONDS:
             self._reported_at = now
-            LOGGER.exception("watchdog: error number %d of its own; it goes on", self._num_errors)
+            LOGGER.exception("watchdog: internal error number %d; the watchdog continues", self._num_errors)
         self._inquiry = None
         self._socket.close_probes()
         time.sleep(_BRISK_SECONDS)
@@ -154,10 +159,10 @@ class Watchdog:
         messages, woken = self._socket.receive(_TICK_SECONDS if is_idle else _BRISK_SECONDS)
         self._is_terminated |= signal.SIGTERM in woken
         for message in messages:
-            # A message of a wrong form from a rank of this job: from another version of this program, perhaps.
+            # An authentic but malformed message may come from another version of this program.
             with suppress(MessageError):
-                self._read(message)
-        self._main_thread.look(self._log)
+                self._handle(message)
+        self._main_thread.sample(self._log)
         now = time.monotonic()
         if self._departure is not None:
             if self._is_terminated and self._ends_by_signal:
@@ -167,16 +172,16 @@ class Watchdog:
         elif self._inquiry is not None:
             self._inquire(self._inquiry, now)
         else:
-            self._look(now)
+            self._check(now)
         if self._socket.is_flooded:
-            # The rank's own threads need the processor more than a flood does.
+            # Leave the processor to the rank's other threads during a flood.
             time.sleep(_FLOOD_PAUSE_SECONDS)
 
-    def _read(self, message: WatchdogMessage) -> None:
+    def _handle(self, message: WatchdogMessage) -> None:
         rank = message.rank
         match decode_message(message, self._world_size):
             case StateRequest():
-                self._answer(rank, message.sender)
+                self._reply(rank, message.sender)
             case RankState() as state:
                 self._unconfirmed_peer = None if rank == self._unconfirmed_peer else self._unconfirmed_peer
                 if self._inquiry is not None:
@@ -188,18 +193,21 @@ class Watchdog:
                 if departure.end == "error":
                     self._adopt(departure.verdict_on(rank))
 
-    def _answer(self, rank: int, sender: SocketAddress) -> None:
+    def _reply(self, rank: int, sender: SocketAddress) -> None:
         shutdown = self._shutdown
         if self._departure is not None:
             self._socket.reply(rank, sender, "departure", self._departure.as_json())
         elif shutdown is not None and shutdown.verdict.judge == self._rank:
             self._socket.reply(rank, sender, "verdict", dataclasses.asdict(shutdown.verdict))
-        else:  # another judge's verdict is that judge's to send
+        else:  # only the judge sends a verdict
             state = RankState.of(self._log, self._main_thread)
             self._socket.reply(rank, sender, "state", dataclasses.asdict(state))
 
     def _adopt(self, verdict: Verdict) -> None:
-        """Ends by a verdict. Of several, all ranks keep the same: a rank's own error first, then the lowest judge's."""
+        """Adopts a verdict.
+
+        All ranks choose the same of several: first a rank's own error, then the lowest judge.
+        """
         if self._departure is not None:
             return
         if self._shutdown is not None:
@@ -207,15 +215,15 @@ class Watchdog:
             if (held.code != EXIT_OTHER, held.judge) <= (verdict.code != EXIT_OTHER, verdict.judge):
                 return
         now = time.monotonic()
-        # The rank with its own error ends first, so that the launcher sees it first.
+        # The rank with the error ends first, so that the launcher reports it.
         wait = _FOLLOW_SECONDS if verdict.code == EXIT_OTHER else _AGREE_SECONDS
         self._shutdown = _Shutdown(verdict, report_at=now + wait, send_at=now)
 
-    def _look(self, now: float) -> None:
+    def _check(self, now: float) -> None:
         """Starts an inquiry if there is a reason."""
         if self._unconfirmed_peer is not None and now - self._begun > _REACH_SECONDS:
             LOGGER.warning(
-                "watchdog: no datagram gets through to rank %d and back: lost ranks cannot be named",
+                "watchdog: datagrams to rank %d and back are blocked: lost ranks cannot be named",
                 self._unconfirmed_peer,
             )
             self._unconfirmed_peer = None
@@ -247,11 +255,11 @@ class Watchdog:
                 inquiry.send_requests(silent, self._socket, now)
             return
         if inquiry.reason is Reason.DEADLINE and not self._has_waited_too_long():
-            self._end_inquiry(inquiry, None)  # the rank arrived in the meantime
+            self._end_inquiry(inquiry, None)  # the wait ended in the meantime
             return
         result = inquiry.result(self._rank, RankState.of(self._log, self._main_thread), lost, silent)
         if lost and elapsed < _PATIENT_INQUIRY_SECONDS and result.awaited_with(lost) is None:
-            # Soon a rank will miss it in a collective, which the verdict can then name.
+            # Another rank will soon wait for it in a collective, which the verdict can then name.
             if inquiry.is_due(now):
                 inquiry.replies.clear()
                 inquiry.send_requests(self._socket.peers - lost.keys(), self._socket, now)

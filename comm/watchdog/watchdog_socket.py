@@ -1,4 +1,4 @@
-"""Sends and receives the small authenticated datagrams of watchdogs, outside of the job's own traffic."""
+"""Sends and receives authenticated datagrams of watchdogs, separately from the job's other traffic."""
 
 import os
 import selectors
@@ -13,14 +13,14 @@ from comm.watchdog.decode import MessageError
 
 SocketAddress = tuple[str, int]
 
-# Of one socket at a time: a flood must leave time for everything else that the watchdog does.
+# Limits for one read of one socket, so that a flood does not block the watchdog.
 _MAX_DATAGRAMS_PER_READ = 256
 _MAX_BYTES_PER_READ = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class WatchdogMessage:
-    """An authentic message from another rank, and the address it was sent from. Its fields are unchecked."""
+    """Authentic message from another rank, and the address of its sender. Its fields are unchecked."""
 
     kind: Kind
     rank: int
@@ -31,27 +31,27 @@ class WatchdogMessage:
 class WatchdogSocket:
     """UDP socket of a rank's watchdog, plus connected probe sockets that detect a closed port.
 
-    The kernel keeps a datagram to an open port of a stopped process, loses one to a machine that is cut off, and
-    refuses one to a port that no process holds: only a socket that is connected to that port learns of the refusal. The
-    longest message, which names every rank of a few groups, fits a datagram for jobs of up to some 3000 ranks.
+    The kernel queues a datagram to an open port of a stopped process, loses one to a disconnected machine, and refuses
+    one to a port that no process has open. Only a socket that is connected to the port gets the refusal. The longest
+    message lists every rank of a few groups and fits one datagram for up to about 3000 ranks.
 
-    The socket is bound to the one address by which this rank reaches the others, never to all addresses.
+    The socket is bound only to the address with which this rank connects to the others, never to all addresses.
     """
 
     def __init__(self, rank: int, route_host: str) -> None:
         """Opens the socket.
 
         Args:
-            rank: of this process.
-            route_host: a host that is reached by the same way as the other ranks.
+            rank: rank of this process.
+            route_host: host on the same network as the other ranks; it selects the local address.
 
         Raises:
-            OSError: there is no such host.
+            OSError: if there is no such host.
         """
         self._rank = rank
         self._wakeups, self._wake = socket.socketpair()
-        self._wakeups.setblocking(False)
-        self._wake.setblocking(False)
+        self._wakeups.settimeout(0.0)  # non-blocking
+        self._wake.settimeout(0.0)
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._wakeups, selectors.EVENT_READ)
         self._probes: dict[int, socket.socket] = {}
@@ -69,21 +69,21 @@ class WatchdogSocket:
 
     @property
     def port(self) -> int:
-        """The port on `host`."""
+        """Port of this rank on `host`."""
         return int(self._socket.getsockname()[1])
 
     @property
     def peers(self) -> frozenset[int]:
-        """The other ranks."""
+        """All other ranks."""
         return frozenset(self._peers)
 
     @property
     def wakeup_file(self) -> int:
-        """File descriptor; a byte written to it ends `receive`."""
+        """File descriptor that ends `receive` if a byte is written to it."""
         return self._wake.fileno()
 
-    def move(self, route_host: str) -> None:
-        """Binds to another address: the one by which this host is reached. To be called before `open`."""
+    def rebind(self, route_host: str) -> None:
+        """Binds to the local address with which `route_host` is reached. Must be called before `open`."""
         self._selector.unregister(self._socket)
         self._socket.close()
         self._socket = self._open_socket(route_host)
@@ -92,34 +92,34 @@ class WatchdogSocket:
         """Starts to accept messages.
 
         Args:
-            addresses: of all ranks, in order.
-            key: of this attempt of the job; a datagram that is not authenticated with it is dropped.
+            addresses: addresses of all ranks, in order.
+            key: key of this attempt; datagrams that are not authenticated with it are dropped.
         """
         self._codec = DatagramCodec(key, self._rank, len(addresses))
         self._peers = {rank: address for rank, address in enumerate(addresses) if rank != self._rank}
 
     def send(self, rank: int, kind: Kind, values: Mapping[str, Any]) -> None:
-        """Sends to a rank. A datagram that cannot be sent is lost, as any may be."""
+        """Sends to a rank. A datagram that cannot be sent is dropped without an error."""
         self.reply(rank, self._peers[rank], kind, values)
 
     def reply(self, rank: int, address: SocketAddress, kind: Kind, values: Mapping[str, Any]) -> None:
-        """Sends to a rank, at the address from which its message came."""
+        """Sends to a rank at the address from which its message arrived."""
         with suppress(OSError):
             self._socket.sendto(self._encode(rank, kind, values), address)
 
     def probe(self, rank: int) -> None:
-        """Sends a question from a socket that learns if the rank's port is closed. `receive` returns its answer."""
+        """Sends a state request from a socket that detects a closed port. `receive` returns the reply."""
         try:
             if rank not in self._probes:
                 self._probes[rank] = self._open_probe(self._peers[rank])
             self._probes[rank].send(self._encode(rank, "state_request", {}))
         except ConnectionRefusedError:
             self.refused.add(rank)
-        except OSError:  # more silent ranks than files that a process may open, or a network that is down
+        except OSError:  # too many open files for this many silent ranks, or the network is down
             self.send(rank, "state_request", {})
 
     def close_probes(self) -> None:
-        """Closes the sockets that `probe` opened, and forgets which ports were closed."""
+        """Closes the sockets that `probe` opened, and clears `refused`."""
         for probe in self._probes.values():
             self._selector.unregister(probe)
             probe.close()
@@ -127,10 +127,10 @@ class WatchdogSocket:
         self.refused.clear()
 
     def receive(self, seconds: float) -> tuple[list[WatchdogMessage], bytes]:
-        """Waits for messages, or bytes written to `wakeup_file`, and returns both; after `seconds` at most.
+        """Waits at most `seconds` for messages or bytes written to `wakeup_file`, and returns both.
 
-        It reads a limited number of datagrams, so that it returns in time under any flood. `is_flooded` is then True if
-        more were there and some were not sent by this job's ranks.
+        It reads a limited number of datagrams, so that it returns in time during a flood. `is_flooded` is then True if
+        the limit was reached and some datagrams were not sent by this job's ranks.
         """
         messages: list[WatchdogMessage] = []
         self.is_flooded = False
@@ -162,7 +162,7 @@ class WatchdogSocket:
             host, _, *scope = route.getsockname()
         opened = socket.socket(family, socket.SOCK_DGRAM)
         opened.bind((host, 0, *scope))
-        opened.setblocking(False)
+        opened.settimeout(0.0)  # non-blocking
         self._selector.register(opened, selectors.EVENT_READ)
         return opened
 
@@ -170,7 +170,7 @@ class WatchdogSocket:
         probe = socket.socket(self._socket.family, socket.SOCK_DGRAM)
         try:
             probe.bind((self.host, 0, *self._socket.getsockname()[2:]))
-            probe.setblocking(False)
+            probe.settimeout(0.0)  # non-blocking
             probe.connect(address)
         except OSError:
             probe.close()
@@ -189,7 +189,7 @@ class WatchdogSocket:
             except ConnectionRefusedError:
                 self.refused |= {rank for rank, probe in self._probes.items() if probe is source}
                 return messages
-            except OSError:  # nothing more to read, or a network that is down
+            except OSError:  # nothing more to read, or the network is down
                 return messages
             num_bytes += len(data)
             try:

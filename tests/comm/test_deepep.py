@@ -154,15 +154,15 @@ def _refuse(rank: int, world_size: int) -> dict[str, str]:
 def test_deepep_refuses_what_its_kernels_cannot_move_in_one_line() -> None:
     messages = run_ranks(1, _refuse)[0]
     parts = {
-        "float rows": ("dispatch: ", "256 bfloat16, or 256 codes and float32 scales as uint8, got 256 torch.float32"),
-        "narrow rows": ("combine backward: ", "got 255 torch.bfloat16; nearest valid"),
-        "odd codes": ("dispatch: ", "got 262 torch.uint8"),
-        "no scales": ("dispatch: ", "got 256 torch.uint8"),
-        "codes back": ("combine: ", "rows of 256 bfloat16, got 264 torch.uint8"),
-        "double weights": ("dispatch: ", "float32 weights, got torch.float64", "dispatch=two_hop"),
-        "double gradients": ("dispatch backward: ", "got torch.float64"),
-        "many tokens": ("dispatch: ", f"{MAX_TOKENS} tokens", f"got {MAX_TOKENS + 1} tokens with 2"),
-        "many choices": ("dispatch: ", "4 experts each", "got 1 tokens with 5"),
+        "float rows": ("dispatch: ", "256 bfloat16, or 256 codes and float32 scales as uint8, has 256 torch.float32"),
+        "narrow rows": ("combine backward: ", "has 255 torch.bfloat16; nearest valid"),
+        "odd codes": ("dispatch: ", "has 262 torch.uint8"),
+        "no scales": ("dispatch: ", "has 256 torch.uint8"),
+        "codes back": ("combine: ", "rows of 256 bfloat16, has 264 torch.uint8"),
+        "double weights": ("dispatch: ", "float32 weights, has torch.float64", "dispatch=two_hop"),
+        "double gradients": ("dispatch backward: ", "has torch.float64"),
+        "many tokens": ("dispatch: ", f"{MAX_TOKENS} tokens", f"has {MAX_TOKENS + 1} tokens with 2"),
+        "many choices": ("dispatch: ", "4 experts each", "has 1 tokens with 5"),
     }
     if importlib.util.find_spec("deep_ep") is None:
         parts["no package"] = ("github.com/deepseek-ai/DeepEP", "dispatch=two_hop")
@@ -182,4 +182,4 @@ def _divide(rank: int, world_size: int) -> str:
 
 def test_deepep_refuses_experts_that_ranks_cannot_share() -> None:
     for rank, message in enumerate(run_ranks(2, _divide)):
-        assert "must divide 5 routed experts, got 2 ranks" in message, f"rank {rank}"
+        assert "must divide 5 routed experts, has 2 ranks" in message, f"rank {rank}"

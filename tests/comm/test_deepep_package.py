@@ -49,10 +49,10 @@ def test_package_that_is_too_old_or_broken_is_refused(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"hidden_size": 7000}, "multiple of 256, got 7000; nearest valid: 6912 or 7168"),
-        ({"hidden_size": 128}, "got 128; nearest valid: 256,"),
-        ({"num_choices": 33}, "1 to 32 experts per token, got 33; nearest valid: 32"),
-        ({"max_tokens": 0}, "room for 1 token at least, got 0"),
+        ({"hidden_size": 7000}, "multiple of 256, has 7000; nearest valid: 6912 or 7168"),
+        ({"hidden_size": 128}, "has 128; nearest valid: 256,"),
+        ({"num_choices": 33}, "1 to 32 experts per token, has 33; nearest valid: 32"),
+        ({"max_tokens": 0}, "at least 1 token, has 0"),
     ],
 )
 def test_shape_that_no_kernel_is_made_for_is_refused(change: dict[str, int], message: str) -> None:

@@ -30,7 +30,7 @@ _CPU = ClusterConfig(
 def _make_groups(rank: int, world_size: int) -> dict[str, object]:
     distributed.barrier()
     begun = time.monotonic()
-    groups = Groups(_LAYOUT, True, 30.0)
+    groups = Groups(_LAYOUT, mirrored=True, timeout_seconds=30.0)
     seconds = time.monotonic() - begun
     members = {
         name: tuple(distributed.get_process_group_ranks(getattr(groups, name)))
@@ -44,7 +44,7 @@ def _make_groups(rank: int, world_size: int) -> dict[str, object]:
     pipeline = Layout(ParallelismConfig(pipeline=world_size, data=1, expert=1), 4)
     error = ""
     try:
-        Groups(Layout(ParallelismConfig(pipeline=3, data=4, expert=2), 4), True, 30.0)
+        Groups(Layout(ParallelismConfig(pipeline=3, data=4, expert=2), 4), mirrored=True, timeout_seconds=30.0)
     except ClusterError as caught:
         error = str(caught)
     distributed.barrier()
@@ -60,13 +60,13 @@ def test_groups_join_the_layout_s_members_quickly() -> None:
     for rank, made in enumerate(run_ranks(8, _make_groups)):
         expected = {
             "expert": _LAYOUT.expert_group(rank),
-            "stage": _LAYOUT.stage_group(rank, True),
-            "expert_data": _LAYOUT.expert_data_group(rank, True),
+            "stage": _LAYOUT.stage_group(rank, mirrored=True),
+            "expert_data": _LAYOUT.expert_data_group(rank, mirrored=True),
             "world": tuple(range(8)),
         }
         assert made["members"] == expected
         assert made["sums"] == {name: sum(members) for name, members in expected.items()}
-        assert "got 12 for 8" in made["error"]
+        assert "is 12 for 8 ranks" in made["error"]
         assert made["seconds"] < 3  # 0.05 on free cores
         assert made["link_seconds"] < 3  # 0.1 on free cores
 
@@ -82,5 +82,5 @@ def test_start_refuses_nccl_without_gpus(monkeypatch: pytest.MonkeyPatch) -> Non
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.setenv(name, "0")
     wrong = replace(_CPU, backend="nccl", threads_per_rank=0)
-    with pytest.raises(ClusterError, match=r"nccl needs cluster.device=cuda, got cpu"):
+    with pytest.raises(ClusterError, match=r"nccl needs cluster.device=cuda, is cpu"):
         start(wrong)

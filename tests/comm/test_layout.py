@@ -21,8 +21,8 @@ def _partitions(layout: Layout, mirrored: bool) -> dict[str, list[tuple[int, ...
     return {
         "expert": [layout.expert_group(rank) for rank in ranks],
         "pipeline": [layout.pipeline_group(rank) for rank in ranks],
-        "stage": [layout.stage_group(rank, mirrored) for rank in ranks],
-        "expert_data": [layout.expert_data_group(rank, mirrored) for rank in ranks],
+        "stage": [layout.stage_group(rank, mirrored=mirrored) for rank in ranks],
+        "expert_data": [layout.expert_data_group(rank, mirrored=mirrored) for rank in ranks],
     }
 
 
@@ -67,20 +67,20 @@ def test_layout_replicas_hold_the_same_parameters(mirrored: bool, layout: Layout
         if mirrored:
             places.add(layout.pipeline_index(layout.mirror_rank(rank)))
         same_stage = [other for other in range(layout.world_size) if layout.pipeline_index(other) in places]
-        assert list(layout.stage_group(rank, mirrored)) == same_stage
+        assert list(layout.stage_group(rank, mirrored=mirrored)) == same_stage
         same_experts = [other for other in same_stage if layout.expert_index(other) == layout.expert_index(rank)]
-        assert list(layout.expert_data_group(rank, mirrored)) == same_experts
+        assert list(layout.expert_data_group(rank, mirrored=mirrored)) == same_experts
         assert len(same_experts) * mesh.expert == len(same_stage)
 
 
 def test_layout_middle_of_an_odd_pipeline_is_its_own_mirror() -> None:
     layout = Layout(ParallelismConfig(pipeline=3, data=4, expert=2), ranks_per_node=4)
-    assert layout.stage_group(1, True) == (0, 1, 2, 3, 8, 9, 10, 11)
-    assert layout.expert_data_group(1, True) == (1, 3, 9, 11)
-    assert layout.stage_group(5, True) == layout.stage_group(5, False) == (4, 5, 6, 7)
-    assert layout.expert_data_group(5, True) == layout.expert_data_group(5, False) == (5, 7)
+    assert layout.stage_group(1, mirrored=True) == (0, 1, 2, 3, 8, 9, 10, 11)
+    assert layout.expert_data_group(1, mirrored=True) == (1, 3, 9, 11)
+    assert layout.stage_group(5, mirrored=True) == layout.stage_group(5, mirrored=False) == (4, 5, 6, 7)
+    assert layout.expert_data_group(5, mirrored=True) == layout.expert_data_group(5, mirrored=False) == (5, 7)
     alone = Layout(ParallelismConfig(pipeline=1, data=2, expert=1), ranks_per_node=4)
-    assert alone.stage_group(1, True) == alone.expert_data_group(1, True) == (0, 1)
+    assert alone.stage_group(1, mirrored=True) == alone.expert_data_group(1, mirrored=True) == (0, 1)
 
 
 @given(_layouts())
@@ -115,8 +115,8 @@ def test_layout_of_the_published_job_fills_eight_nodes_with_an_expert_group() ->
         assert {len(node) for node in _PUBLISHED.node_groups(rank)} == {8}
         assert {len(rail) for rail in _PUBLISHED.rail_groups(rank)} == {8}
         assert len(_PUBLISHED.rail_groups(rank)) == 8
-        assert len(_PUBLISHED.stage_group(rank, True)) == 256
-        assert len(_PUBLISHED.expert_data_group(rank, True)) == 4
+        assert len(_PUBLISHED.stage_group(rank, mirrored=True)) == 256
+        assert len(_PUBLISHED.expert_data_group(rank, mirrored=True)) == 4
     groups = _partitions(_PUBLISHED, True)
     assert all(groups[name][member] == group for name in groups for group in set(groups[name]) for member in group)
 
@@ -124,9 +124,9 @@ def test_layout_of_the_published_job_fills_eight_nodes_with_an_expert_group() ->
 @pytest.mark.parametrize(
     ("mesh", "ranks_per_node", "message"),
     [
-        ((2, 6, 4), 2, "expert must divide data=6, got 4; 3 would"),
-        ((0, 1, 1), 2, "pipeline must be at least 1, got 0"),
-        ((1, 1, 1), 0, "ranks_per_node must be at least 1, got 0"),
+        ((2, 6, 4), 2, "expert must divide data=6, is 4; nearest valid: 3"),
+        ((0, 1, 1), 2, "pipeline must be at least 1, is 0"),
+        ((1, 1, 1), 0, "ranks_per_node must be at least 1, is 0"),
     ],
 )
 def test_layout_refuses_impossible_meshes(mesh: tuple[int, int, int], ranks_per_node: int, message: str) -> None:

@@ -228,10 +228,10 @@ def _use_unknown_link(rank: int, world_size: int) -> str:
 
 def test_transport_refuses_links_it_does_not_have() -> None:
     first, middle, last = run_ranks(3, _use_unknown_link)
-    assert first.startswith("pipeline rank 0: a message must take one of the links 0->1 activation")
-    assert first.endswith("got 0->2 activation")
-    assert "got 1->1" in middle
-    assert "got 2->0" in last
+    assert first.startswith("pipeline rank 0: a message must use one of the links 0->1 activation")
+    assert first.endswith("is 0->2 activation")
+    assert "is 1->1" in middle
+    assert "is 2->0" in last
 
 
 def test_header_survives_its_encoding() -> None:

@@ -92,7 +92,7 @@ def _share_nodes(rank: int, world_size: int) -> tuple[list[int], list[float], di
     config = TwoHopDispatchConfig(
         kind="two_hop", payload="full", max_nodes=2, node_cap="verify", chunks=2, partial_sums="rows"
     )
-    groups, observers = Groups(layout, False, 60.0), watching()
+    groups, observers = Groups(layout, mirrored=False, timeout_seconds=60.0), watching()
     ids_TK, rows_TD, weights_TK = _routing(rank, 9, torch.float64)
     with ThreadLane("comm") as lane:
         dispatcher = build_dispatcher(config, make_parts(_NUM_EXPERTS, layout, groups.expert, lane, observers))

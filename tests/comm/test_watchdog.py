@@ -180,7 +180,7 @@ def _run(*scenarios: Scenario, signalled: tuple[Scenario, ...] = ()) -> dict[Sce
 
 def _without_waiters(text: str) -> str:
     """How many ranks wait already when the first learns of a death is up to the machine."""
-    return re.sub(r"ranks? [0-2](?: and [0-2])? awaited ", "", text)
+    return re.sub(r"ranks? [0-2](?: and [0-2])? waited for ", "", text)
 
 
 @pytest.mark.slow
@@ -196,22 +196,25 @@ def test_watch_names_the_rank_that_is_missing_and_what_was_awaited() -> None:
     text = _same(ends[killed_holder], (1, 2), 78, (0,))
     assert _without_waiters(text) == f"rank 0 is lost: its process has ended; {combine}"
     assert _same(ends[stopped], (0, 2), 76, (1,)) == (
-        f"rank 1 did not come within 2 s, nor answer: stopped, or cut off; ranks 0 and 2 awaited {combine}"
+        f"rank 1 did not reach a collective within 2 s and did not respond: stopped or disconnected; "
+        f"ranks 0 and 2 waited for {combine}"
     )
     text = _same(ends[late], WORLD, 76, (0,))
-    assert text.startswith("rank 0 did not come within 2 s: alive, busy in tests/comm/test_watchdog.py, line ")
+    assert text.startswith(
+        "rank 0 did not reach a collective within 2 s: alive, busy in tests/comm/test_watchdog.py, line "
+    )
     assert "_compute_forever, started exchange (number 1 of group world [0, 1, 2]) " in text
-    assert text.endswith(f"ranks 1 and 2 awaited {dispatch}")
+    assert text.endswith(f"ranks 1 and 2 waited for {dispatch}")
     text = _same(ends[late_behind_another], WORLD, 76, (2,))
-    assert text.endswith("rank 1 awaited send (number 0 of group pair [1, 2])")
+    assert text.endswith("rank 1 waited for send (number 0 of group pair [1, 2])")
     text = _same(ends[in_a_circle], WORLD, 76)
     assert "ranks wait for each other" in text
     assert "crosswise (number 0 of group pair [0, 1])" in text
     text = _same(ends[misses_one_that_has_finished], (0, 2), 78, (1,))
     text = _without_waiters(text)
-    assert text == "rank 1 is lost: it had finished; one too many (number 2 of group world [0, 1, 2])"
+    assert text == "rank 1 is lost: it left the job after finishing; one too many (number 2 of group world [0, 1, 2])"
     text = _same(ends[one_absent], (0, 2), 76, (1,))
-    assert text == "rank 1 is absent: not there within 2 s; ranks 0 and 2 awaited start of the job"
+    assert text == "rank 1 is absent: not joined within 2 s; ranks 0 and 2 waited for start of the job"
 
 
 @pytest.mark.slow

@@ -120,7 +120,7 @@ def test_forged_verdict_in_the_store_is_replaced_by_the_ranks_own() -> None:
     errors = run(ranks)
     assert all(isinstance(error, AbsentError) for error in errors)
     texts = {(error.verdict.code, error.verdict.text) for error in errors if isinstance(error, AbsentError)}
-    assert texts == {(76, "rank 1 is absent: not there within 1 s; ranks 0 and 2 awaited start of the job")}
+    assert texts == {(76, "rank 1 is absent: not joined within 1 s; ranks 0 and 2 waited for start of the job")}
     close(ranks)
 
 
@@ -131,7 +131,7 @@ def test_ranks_without_a_key_end_by_the_verdict_of_the_first(planted: str | None
         store.set("watchdog/verdict_without_key", planted)
     ranks = [Rank(rank, store, seconds=seconds) for rank, seconds in ((1, 0.5), (2, 1.5))]
     verdicts = [error.verdict for error in run(ranks) if isinstance(error, AbsentError)]
-    said = "is absent: not there within {} s; ranks 1 and 2 awaited start of the job"
+    said = "is absent: not joined within {} s; ranks 1 and 2 waited for start of the job"
     # Nothing of what a stranger has put there counts, and the ranks then have nothing in common.
     expected = ["0.5", "0.5"] if planted is None else ["0.5", "1.5"]
     assert [(verdict.code, verdict.text) for verdict in verdicts] == [
@@ -154,8 +154,8 @@ def test_record_that_is_not_authentic_is_named_at_the_deadline() -> None:
     stop.set()
     thread.join()
     assert str(error) == (
-        "rank 1 is absent: not there within 1 s (the addresses in the store are not authentic); "
-        "rank 0 awaited start of the job"
+        "rank 1 is absent: not joined within 1 s (the addresses in the store are not authentic); "
+        "rank 0 waited for start of the job"
     )
     close([rank])
 
@@ -195,7 +195,7 @@ def test_file_of_another_user_is_no_key(tmp_path: Path) -> None:
     store.set("watchdog/key", f'{{"source": "file", "path": "{file.path}"}}')
     (error,) = run([rank := Rank(1, store, None, world_size=2)])
     assert isinstance(error, JobKeyError)
-    assert "must belong to user 0, is user 12345's" in str(error)
+    assert "must belong to user 0, belongs to user 12345" in str(error)
     close([rank])
 
 

@@ -186,7 +186,7 @@ def test_messages_survive_their_encoding() -> None:
         "state_request": ({}, StateRequest()),
         "state": (state, RankState.from_json(state, WORLD_SIZE)),
         "verdict": (VERDICT, Verdict(code=78, text="rank 2 is lost", judge=1, culprits=(2,))),
-        "departure": (Departure("done", "it had finished").as_json(), Departure("done", "it had finished")),
+        "departure": (Departure("done", "it finished").as_json(), Departure("done", "it finished")),
     }
     for kind, (values, expected) in received.items():
         arrived = decompress_object(compress_object(values))

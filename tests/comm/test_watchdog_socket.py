@@ -87,7 +87,7 @@ def test_watch_says_early_that_no_mail_gets_through(
         time.sleep(0.05)
     watch.close()
     second.close()
-    assert caplog.messages == ["watchdog: no datagram gets through to rank 1 and back: lost ranks cannot be named"]
+    assert caplog.messages == ["watchdog: datagrams to rank 1 and back are blocked: lost ranks cannot be named"]
 
 
 def test_socket_is_woken_from_outside() -> None:
@@ -151,20 +151,20 @@ def test_watchdog_logs_an_error_of_its_own_and_goes_on(
 ) -> None:
     first, second = _two_sockets()
     watchdog = Watchdog(0, first, CollectiveLog(), 60.0, lambda verdict: None)
-    plain, errors = watchdog._look, [RuntimeError("a bug"), ZeroDivisionError("another"), KeyError(3)]
+    plain, errors = watchdog._check, [RuntimeError("a bug"), ZeroDivisionError("another"), KeyError(3)]
 
     def look(now: float) -> None:
         if errors:
             raise errors.pop()
         plain(now)
 
-    monkeypatch.setattr(watchdog, "_look", look)
+    monkeypatch.setattr(watchdog, "_check", look)
     watchdog.start()
     until = time.monotonic() + 10
     while errors and time.monotonic() < until:
         time.sleep(0.05)
     assert "state" in _answers(second, 0)
-    assert caplog.messages == ["watchdog: error number 1 of its own; it goes on"]  # and not one for each
+    assert caplog.messages == ["watchdog: internal error number 1; the watchdog continues"]  # and not one for each
     assert caplog.records[0].exc_info is not None
     watchdog.close()
     second.close()

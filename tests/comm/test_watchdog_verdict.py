@@ -44,27 +44,32 @@ def test_verdict_blames_what_has_ended_before_what_is_silent() -> None:
         verdict = conclude(reason, states, {3: "its process has ended"}, (2,))
         assert verdict is not None
         assert (verdict.code, verdict.culprits) == (78, (3,))
-        assert verdict.text == f"rank 3 is lost: its process has ended; ranks 0 and 1 awaited {REDUCE.text}"
+        assert verdict.text == f"rank 3 is lost: its process has ended; ranks 0 and 1 waited for {REDUCE.text}"
 
 
 @pytest.mark.parametrize(
     ("reason", "code", "text"),
     [
-        (Reason.DEADLINE, 76, "rank 3 did not come within 5 s, nor answer: stopped, or cut off"),
-        (Reason.ERROR, 78, "rank 3 is lost: connections to it broke, and no answer comes"),
+        (
+            Reason.DEADLINE,
+            76,
+            "rank 3 did not reach a collective within 5 s and did not respond: stopped or disconnected",
+        ),
+        (Reason.ERROR, 78, "rank 3 is lost: connections to it broke, without a response to requests"),
         (Reason.SIGNAL, 0, ""),
     ],
 )
 def test_verdict_on_a_silent_rank_depends_on_why_it_was_asked(reason: Reason, code: int, text: str) -> None:
     verdict = conclude(reason, {rank: state(REDUCE) for rank in (0, 1, 2)}, silent=(3,))
     assert (verdict.code if verdict else 0) == code
-    assert verdict is None or verdict.text == f"{text}; ranks 0 to 2 awaited {REDUCE.text}"
+    assert verdict is None or verdict.text == f"{text}; ranks 0 to 2 waited for {REDUCE.text}"
 
 
 def test_verdict_of_the_smaller_side_says_that_it_is_cut_off() -> None:
     verdict = conclude(Reason.DEADLINE, {2: state(REDUCE)}, silent=(0, 1, 3), asks=2)
     assert verdict is not None
-    assert verdict.text.startswith("ranks 0, 1 and 3 did not come within 5 s, nor answer: cut off from rank 2; rank 2 ")
+    missed = "ranks 0, 1 and 3 did not reach a collective within 5 s and did not respond"
+    assert verdict.text.startswith(f"{missed}: disconnected from rank 2; rank 2 waited ")
 
 
 def test_verdict_names_the_operation_that_the_missing_rank_takes_part_in() -> None:
@@ -72,10 +77,10 @@ def test_verdict_names_the_operation_that_the_missing_rank_takes_part_in() -> No
     send, hop = wait("send", (0, 1)), wait("hop", (1, 2), seconds=7.0)
     verdict = conclude(Reason.DEADLINE, {0: state(send), 1: state(hop), 3: state()}, silent=(2,))
     assert verdict is not None
-    assert verdict.text.endswith(f"; rank 1 awaited {hop.text}")
+    assert verdict.text.endswith(f"; rank 1 waited for {hop.text}")
     lost = conclude(Reason.SIGNAL, {0: state(send), 1: state(hop), 3: state()}, {3: "it was ended by SIGTERM"})
     assert lost is not None
-    assert lost.text == "rank 3 is lost: it was ended by SIGTERM; no other rank awaited it"
+    assert lost.text == "rank 3 is lost: it was ended by SIGTERM; no other rank waited for it"
 
 
 def test_verdict_follows_who_waits_for_whom_to_the_one_that_computes() -> None:
@@ -85,8 +90,8 @@ def test_verdict_follows_who_waits_for_whom_to_the_one_that_computes() -> None:
     assert verdict is not None
     assert (verdict.code, verdict.culprits) == (76, (2,))
     assert verdict.text == (
-        f"rank 2 did not come within 5 s: alive, busy in a.py, line 1, f, started x 8.0 s ago; "
-        f"rank 1 awaited {hop.text}"
+        f"rank 2 did not reach a collective within 5 s: alive, busy in a.py, line 1, f, last started x 8.0 s ago; "
+        f"rank 1 waited for {hop.text}"
     )
     # A lane of rank 1 waits, too, but its main thread is what keeps rank 0 waiting.
     states[1] = state(hop, is_busy=True)
@@ -99,15 +104,17 @@ def test_verdict_tells_a_circle_a_phase_and_what_is_stuck_though_all_came() -> N
     send, back = wait("send", (0, 1)), wait("back", (0, 1))
     verdict = conclude(Reason.DEADLINE, {0: state(send), 1: state(back), 2: state(), 3: state()})
     assert verdict is not None
-    assert "as ranks wait for each other: here for " in verdict.text
+    assert "ranks wait for each other in a cycle, here for " in verdict.text
     inside = {rank: state(REDUCE, is_busy=rank == 2) for rank in WORLD}
     verdict = conclude(Reason.DEADLINE, inside)
     assert verdict is not None
     assert verdict.culprits == (2,)
-    assert verdict.text.endswith(f"; ranks 0, 1 and 3 awaited {REDUCE.text}")
+    assert verdict.text.endswith(f"; ranks 0, 1 and 3 waited for {REDUCE.text}")
     verdict = conclude(Reason.DEADLINE, {rank: state(REDUCE) for rank in WORLD})
     assert verdict is not None
-    assert verdict.text == (f"nobody is missing, yet it did not end within 5 s; ranks 0 to 3 awaited {REDUCE.text}")
+    assert verdict.text == (
+        f"no rank is missing, but the collective did not finish within 5 s; ranks 0 to 3 waited for {REDUCE.text}"
+    )
 
 
 def test_verdict_is_none_where_all_are_well() -> None:
@@ -146,7 +153,7 @@ def test_phase_is_awaited_only_while_one_call_lasts() -> None:
 
     def look() -> None:
         while not is_over.wait(0.01):
-            main_thread.look(log)
+            main_thread.sample(log)
             waits = main_thread.waits(log)
             seen.append((waits[0][1] if waits else 0.0, main_thread.is_busy(log), main_thread.place))
 

@@ -132,7 +132,7 @@ def one_is_stopped(config: TrainConfig) -> int:
     """And the others miss it."""
     if rank() == 2:
         os.kill(os.getpid(), signal.SIGSTOP)
-    word = ExitReason("rank 2 did not come within 4 s", EXIT_HANG)
+    word = ExitReason("rank 2 did not reach a collective within 4 s", EXIT_HANG)
     write_error(error_path(Path(config.out_dir), rank()), word, "details")
     os._exit(EXIT_HANG)
 

@@ -73,7 +73,10 @@ ENDS = {
     "one_vanishes": (78, r"error: rank 1 ended with exit code 0 before the run was done\n"),
     "all_vanish": (78, r"error: ranks? [0-3, andto]+ ended with exit code 0 before the run was done\n"),
     "one_is_terminated": (78, r"error: rank 1 is lost: it was ended by SIGTERM\n"),
-    "one_is_stopped": (76, r"error: rank 2 did not come within 4 s\nwhat each rank did last is in (.*)\n"),
+    "one_is_stopped": (
+        76,
+        r"error: rank 2 did not reach a collective within 4 s\nwhat each rank did last is in (.*)\n",
+    ),
     "one_is_killed_at_first": (
         0,
         r"error: rank 3 is lost: it was ended by SIGKILL\n"
@@ -117,7 +120,7 @@ STATES = {
     "one_raises": (1, "stopped", "rank 2: RuntimeError: the first line"),
     "one_refuses": (2, "stopped", "task.steps: must be luckier"),
     "one_is_killed": (78, "lost", "rank 3 is lost: it was ended by SIGKILL"),
-    "one_is_stopped": (76, "lost", "rank 2 did not come within 4 s"),
+    "one_is_stopped": (76, "lost", "rank 2 did not reach a collective within 4 s"),
 }
 """What the launcher writes where ranks could not."""
 

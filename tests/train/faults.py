@@ -80,12 +80,12 @@ class Outcome:
     @property
     def names_rank(self) -> bool:
         """Whether the words begin with the rank, and no other."""
-        return re.match(rf"rank {self.case.rank} (is lost|is absent|did not come)\b", self.text) is not None
+        return re.match(rf"rank {self.case.rank} (is lost|is absent|did not reach)\b", self.text) is not None
 
     @property
     def names_operation(self) -> bool:
         """Whether the words tell an operation that others awaited and in which the rank takes part."""
-        found = re.search(r"ranks? [\d, and to]+ awaited (.+)$", self.text)
+        found = re.search(r"ranks? [\d, and to]+ waited for (.+)$", self.text)
         if found is None:
             return False
         group = re.search(r"of group .*?([\d, >-]+)\]?\)", found[1])

@@ -73,7 +73,7 @@ def open_job(config: TrainConfig, schedule: Schedule | None = None) -> Learner:
 def make_world(config: TrainConfig, schedule: Schedule) -> World:
     """Opens this rank's world in the test harness' process group."""
     layout, seconds = Layout(config.parallelism, config.cluster.ranks_per_node), config.cluster.timeout_seconds
-    groups = Groups(layout, is_mirrored(schedule), seconds)
+    groups = Groups(layout, mirrored=is_mirrored(schedule), timeout_seconds=seconds)
     return open_world(layout, groups, torch.device("cpu"), seconds, CollectiveLog())
 
 

@@ -86,4 +86,6 @@ def _shard_elements(config: TrainConfig, held: HeldParameters, pipeline_rank: in
 def _replicas(config: TrainConfig, pipeline_rank: int, *, is_mirrored: bool) -> tuple[int, int]:
     layout = Layout(config.parallelism, config.cluster.ranks_per_node)
     rank = layout.rank(pipeline_rank, 0)
-    return len(layout.stage_group(rank, is_mirrored)), len(layout.expert_data_group(rank, is_mirrored))
+    return len(layout.stage_group(rank, mirrored=is_mirrored)), len(
+        layout.expert_data_group(rank, mirrored=is_mirrored)
+    )

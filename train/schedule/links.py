@@ -40,7 +40,7 @@ class PipelineLinks:
     def send(self, message: Message, tensor: Tensor, /) -> None:
         """Sends without waiting, and counts."""
         across = self._nodes[message.source] != self._nodes[message.destination]
-        self._traffic.add_message(tensor.nbytes, across)
+        self._traffic.add_message(tensor.nbytes, across_nodes=across)
         self._transport.send(message_key(message), tensor)
 
     def flush(self) -> None:

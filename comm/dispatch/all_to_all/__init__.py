@@ -1,4 +1,4 @@
-"""Registers the dispatcher that sends each copy of a token straight to its expert's rank. No torch here."""
+"""Registers the dispatcher that sends each row directly to its experts' ranks. Does not import torch."""
 
 from typing import TYPE_CHECKING
 
@@ -28,7 +28,7 @@ def _build(config: AllToAllDispatchConfig, parts: "DispatcherParts") -> "Dispatc
 
 
 def _memory(config: AllToAllDispatchConfig, site: DispatchSite, rows: RowBytes) -> DispatchMemory:
-    # Rows of several experts arrive by source and are sorted: two more index tensors, and a copy.
+    # Rows of several experts arrive by source and are sorted: two more index tensors and a copy.
     is_sorted = site.parallelism.expert > 1 and site.num_experts > site.parallelism.expert
     num_sorted = rows.num_arrived if is_sorted else 0
     num_held = rows.num_tokens * site.tokens.num_choices + num_sorted
@@ -43,7 +43,7 @@ DISPATCHERS.register(
     "all_to_all",
     DispatcherEntry(
         name="all_to_all",
-        summary="a copy of each token's row to each of its experts, straight to the expert's rank",
+        summary="a copy of each token's row to each of its experts, directly to the expert's rank",
         config=AllToAllDispatchConfig,
         build=_build,
         requirements=(require_node_cap,),

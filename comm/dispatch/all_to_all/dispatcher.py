@@ -1,4 +1,4 @@
-"""The dispatcher that sends each copy of a token straight to its expert's rank, one all-to-all each way.
+"""Implements the dispatcher that sends rows to their experts' ranks with one all-to-all each way.
 
 Shape legend: T tokens of this rank, K experts per token, S copies sent, A arrived rows, D hidden size, B bytes of a
 row as sent.
@@ -19,7 +19,7 @@ from kernels.permute import permute
 
 
 class AllToAllHandle:
-    """One routing of one micro-batch. Owns its index tensors, which only the lane touches."""
+    """Routing of one micro-batch. Owns its index tensors, which only the lane uses."""
 
     def __init__(self, num_tokens: int, label: Label | None, work: Work[AllToAllCounts]) -> None:
         self.label = label
@@ -29,11 +29,11 @@ class AllToAllHandle:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of this rank, T."""
+        """Number of tokens of this rank, T."""
         return self._num_tokens
 
     def route(self, planner: AllToAllPlanner) -> AllToAllRoute:
-        """Completes the plan at first use, which is the only host synchronization on CUDA. Called on the lane."""
+        """Completes the plan at first use, the only host synchronization on CUDA. Called on the lane."""
         if self._route is None:
             assert self._work is not None
             self._route = planner.complete(self._work.wait(), self.label)
@@ -42,7 +42,7 @@ class AllToAllHandle:
 
 
 class AllToAllDispatcher:
-    """`comm.protocol.Dispatcher` over an expert group; the member at place i holds experts i*L to (i+1)*L - 1.
+    """Dispatcher over an expert group with one all-to-all. Member i holds experts i*L to (i+1)*L - 1.
 
     Rows of one local expert arrive by source rank, then by token, independent of timing.
     """
@@ -56,19 +56,19 @@ class AllToAllDispatcher:
         observers: Observers,
         max_nodes: int | None = None,
     ) -> None:
-        """Opens one member's part; every member of the group makes its own.
+        """Builds the dispatcher of one member. Every member of the group builds one.
 
         Args:
-            group: of the ranks that share a layer's experts; used by this lane alone.
-            num_experts: of the layer, over all ranks.
-            layout: of the world, for the members' nodes.
-            lane: where all exchanges run.
-            observers: who counts and logs them.
-            max_nodes: that a token may touch, or the first use of its plan raises NodeCapError on all ranks; any
-                number if None.
+            group: process group of the ranks that share a layer's experts; only this lane may use it.
+            num_experts: experts of a layer over all ranks.
+            layout: layout of the world, for the members' nodes.
+            lane: lane that runs all exchanges.
+            observers: counters and log of the exchanges.
+            max_nodes: maximum number of nodes of a token, or None for no limit. Over it, the first use of the plan
+                raises NodeCapError on all ranks.
 
         Raises:
-            DispatchError: the group does not divide the experts.
+            DispatchError: if the number of ranks does not divide the experts.
         """
         self._group = ExchangeGroup("expert", group, layout, observers)
         self._planner = AllToAllPlanner(self._group, num_experts, max_nodes, observers.traffic)
@@ -77,21 +77,23 @@ class AllToAllDispatcher:
         self._traffic = observers.traffic
 
     def plan(self, ids_TK: Tensor, weights_TK: Tensor | None = None, label: Label | None = None) -> Handle:
-        """Starts the exchange of counts per (destination rank, local expert) on the lane."""
+        """Starts the exchange of counts by (destination rank, local expert) on the lane."""
         work = self._lane.submit(lambda: self._planner.exchange(ids_TK, label))
         return AllToAllHandle(ids_TK.shape[0], label, work)
 
     def dispatch(self, rows_TD: Tensor, weights_TK: Tensor, handle: Handle) -> Work[Arrived]:
-        """Sends a copy of each token's row, and the weight, to each of its experts."""
+        """Sends a copy of each token's row, with its weight, to each of the token's experts."""
         own = _own(handle)
 
         def run() -> Arrived:
             route = own.route(self._planner)
+            # Pack each copy with its weight, sorted by expert: SB.
             weights_S1 = route.order.copy_weights(weights_TK)[:, None]
             form = RowFormat.of(rows_TD, weights_S1)
             bytes_SB = form.allocate(len(weights_S1), rows_TD.device)
             route.order.copy_rows(rows_TD, form.part(bytes_SB, 0))
             form.part(bytes_SB, 1).copy_(weights_S1)
+            # Arrived rows, AB, then sorted by local expert.
             bytes_AB = self._send("dispatch", own, form, bytes_SB)
             rows_AD = _reorder(form.part(bytes_AB, 0), route.sorted_A)
             weights_A1 = _reorder(form.part(bytes_AB, 1), route.sorted_A)
@@ -100,7 +102,7 @@ class AllToAllDispatcher:
         return self._lane.submit(run)
 
     def combine(self, rows_AD: Tensor, handle: Handle) -> Work[Tensor]:
-        """Sums over each token's experts, unweighted, in the order of its choices; TD."""
+        """Returns the unweighted sum over each token's experts, in the order of its choices; TD."""
         own = _own(handle)
 
         def run() -> Tensor:
@@ -114,7 +116,7 @@ class AllToAllDispatcher:
     def dispatch_backward(
         self, grad_rows_AD: Tensor, grad_weights_A: Tensor, handle: Handle
     ) -> Work[tuple[Tensor, Tensor]]:
-        """Gradients of rows, summed per token (TD), and of weights (TK)."""
+        """Computes the gradients of rows, summed per token (TD), and of weights (TK)."""
         own = _own(handle)
 
         def run() -> tuple[Tensor, Tensor]:
@@ -142,7 +144,7 @@ class AllToAllDispatcher:
         return self._lane.submit(run)
 
     def close(self) -> None:
-        """Does nothing: nothing is held."""
+        """Does nothing: there is nothing to free."""
 
     def _send(self, name: str, own: AllToAllHandle, form: RowFormat, bytes_SB: Tensor) -> Tensor:
         """Sends copies of tokens to their experts' ranks; AB."""
@@ -150,7 +152,7 @@ class AllToAllDispatcher:
         return self._exchange(name, own, form, bytes_SB, route.sent, route.received)
 
     def _send_back(self, name: str, own: AllToAllHandle, form: RowFormat, bytes_AB: Tensor) -> Tensor:
-        """Sends rows back where they came from; SB."""
+        """Sends rows back to their tokens' ranks; SB."""
         route = own.route(self._planner)
         return self._exchange(name, own, form, bytes_AB, route.received, route.sent)
 
@@ -175,7 +177,10 @@ def _own(handle: Handle) -> AllToAllHandle:
 
 
 def _reorder(rows_ND: Tensor, source_N: Tensor | None, out_ND: Tensor | None = None) -> Tensor:
-    """Rows gathered by index, or as they are if None; contiguous, or in `out_ND`."""
+    """Gathers rows by index, or keeps their order if it is None.
+
+    The result is contiguous, in `out_ND` if given.
+    """
     if source_N is not None:
         return permute(dense(rows_ND), source_N, out_ND)
     return rows_ND.contiguous() if out_ND is None else out_ND.copy_(rows_ND)

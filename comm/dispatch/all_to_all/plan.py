@@ -1,4 +1,4 @@
-"""Plan of an all-to-all exchange: how many rows each rank sends to each other, and in which order.
+"""Plans an all-to-all exchange: how many rows each rank sends to each other rank, and in which order.
 
 Shape legend: R ranks of the expert group, T tokens of this rank, K experts per token, A arrived rows, E experts of the
 layer, L = E / R local experts, N nodes of the group.
@@ -18,29 +18,32 @@ from comm.protocol import Label
 
 
 class DispatchError(ValueError):
-    """Experts that the ranks of a group cannot share."""
+    """Raised if the ranks of a group cannot share the experts equally."""
 
 
 def num_local_experts(num_experts: int, num_ranks: int) -> int:
-    """Returns the experts of each rank, L.
+    """Returns the number of experts of each rank, L.
 
     Raises:
-        DispatchError: the ranks do not divide the experts.
+        DispatchError: if the number of ranks does not divide the experts.
     """
     if num_experts % num_ranks:
         raise DispatchError(
-            f"dispatch: the expert axis must divide {num_experts} routed experts, got {num_ranks} ranks"
+            f"dispatch: the expert axis must divide {num_experts} routed experts, has {num_ranks} ranks"
         )
     return num_experts // num_ranks
 
 
 @dataclass(frozen=True, slots=True)
 class AllToAllCounts:
-    """What an exchange of counts leaves behind, still on the device.
+    """Result of an exchange of counts, still on the device.
 
-    choices: sorted. touched_TN: the nodes that each token touches. numbers: choices dropped, of each expert (1 + E),
-    tokens that touch each node (N), then what each rank sends here (R (L + 1)): rows for each local expert, and that
-    rank's tokens over the cap.
+    Attributes:
+        choices: sorted choices.
+        touched_TN: mask of the nodes that each token touches.
+        numbers: concatenation of the dropped choices and the choices of each expert (1 + E), the tokens that touch each
+            node (N), and what each rank sent here (R (L + 1)): rows for each local expert, then its tokens over the
+            cap.
     """
 
     choices: SortedChoices
@@ -50,10 +53,16 @@ class AllToAllCounts:
 
 @dataclass(frozen=True, slots=True)
 class AllToAllRoute:
-    """What a transfer needs, on the host: rows to and from each rank, and how arrived rows are sorted.
+    """Splits of an exchange, on the host, and the order of arrived rows.
 
-    sorted_A: the arrival place of each row in (local expert, source rank) order; arrival_A: its inverse. Both
-    are None where arrival order is expert order already.
+    Attributes:
+        order: order in which rows are sent.
+        sent: rows for each rank.
+        received: rows from each rank.
+        counts: rows of each local expert.
+        min_rows_across_nodes: rows that must cross nodes.
+        sorted_A: arrival position of each row in (local expert, source rank) order; None if rows arrive in that order.
+        arrival_A: inverse of `sorted_A`, or None.
     """
 
     order: ExpertOrder
@@ -66,10 +75,20 @@ class AllToAllRoute:
 
 
 class AllToAllPlanner:
-    """Makes routes over one expert group. Used from the comm lane alone."""
+    """Planner of routes over one expert group. Used only from the comm lane."""
 
     def __init__(self, group: ExchangeGroup, num_experts: int, max_nodes: int | None, traffic: Traffic) -> None:
-        """Prepares plans; `max_nodes`: that a token may touch, any number if None. Raises DispatchError."""
+        """Prepares the planner.
+
+        Args:
+            group: the expert group.
+            num_experts: experts of a layer over all ranks.
+            max_nodes: maximum number of nodes of a token, or None for no limit.
+            traffic: counters of planned tokens.
+
+        Raises:
+            DispatchError: if the number of ranks does not divide the experts.
+        """
         self.num_local_experts = num_local_experts(num_experts, len(group.members))
         self._group = group
         self._num_experts = num_experts
@@ -80,12 +99,12 @@ class AllToAllPlanner:
         self._traffic = traffic
 
     def exchange(self, ids_TK: Tensor, label: Label | None) -> AllToAllCounts:
-        """Counts rows per (destination rank, local expert) and sends each rank its part."""
+        """Counts rows by (destination rank, local expert) and sends each rank its part."""
         self._node_of_expert_E = self._node_of_expert_E.to(ids_TK.device)
         counts = count_choices(ids_TK, self._num_experts)
         touched_TN = touched_nodes(ids_TK, self._node_of_expert_E, self._num_nodes)
         num_ranks = len(self._group.members)
-        # Row r holds the counts for each expert of rank r, and this rank's tokens over the cap: R by L + 1.
+        # Row r: choices of each expert of rank r, then this rank's tokens over the cap; R by L + 1.
         num_over = (touched_TN.sum(1) > self._max_nodes).sum()
         counts_RL = counts[1:].view(num_ranks, self.num_local_experts)
         pending = self._group.start_numbers(torch.cat([counts_RL, num_over.expand(num_ranks, 1)], 1), label)
@@ -109,8 +128,7 @@ class AllToAllPlanner:
         verify_cap(num_over_R, self._group, counted.touched_TN, self._max_nodes, label)
         self._traffic.add_plan(None if label is None else label.layer, len(counted.touched_TN), sum(touched_N))
         received = tuple(map(sum, rows))
-        # With one rank or one local expert, rows arrive in the order of experts.
-        # With one rank or one local expert, rows arrive in the order of experts.
+        # With one rank or one local expert, rows already arrive in expert order.
         sorted_A = None
         if num_ranks > 1 and num_local > 1:
             received_RL = counted.numbers[-len(table) :].view(num_ranks, num_local + 1)[:, :-1]
@@ -131,13 +149,11 @@ def _rows(numbers: Sequence[int], width: int) -> list[list[int]]:
 
 
 def _expert_major(received_RL: Tensor, num_arrived: int) -> Tensor:
-    """Returns the arrival places of rows by (local expert, source rank), from counts by (source, local expert)."""
-    # Where each block (source, expert) begins in arrival order, read in the order (expert, source): L R.
-    # Where each block (source, expert) begins in arrival order, read in the order (expert, source): L R.
+    """Returns the arrival positions of rows in (local expert, source rank) order, from the counts."""
+    # Begin of each block (source, expert) in arrival order, listed in (expert, source) order: L R.
     lengths = received_RL.flatten()
     starts_LR = (lengths.cumsum(0) - lengths).view_as(received_RL).T.flatten()
-    # A row moves by the difference between where its block begins there and here.
-    # A row moves by the difference between where its block begins there and here.
+    # Each row moves by the difference between its block's begin in arrival order and in sorted order: L R, then A.
     lengths_LR = received_RL.T.flatten()
     shifts_LR = starts_LR - (lengths_LR.cumsum(0) - lengths_LR)
     places = torch.arange(num_arrived, device=received_RL.device)

@@ -1,4 +1,4 @@
-"""Registers the dispatcher over DeepEP's kernels. No torch here."""
+"""Registers the dispatcher that uses DeepEP's kernels. Does not import torch."""
 
 from typing import TYPE_CHECKING
 
@@ -30,10 +30,10 @@ def _build(config: DeepEPDispatchConfig, parts: "DispatcherParts") -> "Dispatche
 
 
 def _require_kernels(config: DeepEPDispatchConfig, site: DispatchSite) -> None:
-    """Refuses a run that DeepEP's kernels cannot serve, and a machine without the package.
+    """Requires CUDA, NCCL, bf16 rows, the package `deep_ep`, and sizes that its kernels support.
 
     Raises:
-        DispatchRequirementError: no CUDA or NCCL, other rows than bf16, no package, or sizes that no kernel has.
+        DispatchRequirementError: if one of these is not given.
     """
     cluster = site.cluster
     if (cluster.device, cluster.backend) != ("cuda", "nccl"):
@@ -63,7 +63,7 @@ def _shape(tokens: TokenSizes, timeout_seconds: float) -> BufferShape:
 
 
 def _memory(config: DeepEPDispatchConfig, site: DispatchSite, rows: RowBytes) -> DispatchMemory:
-    # DeepEP's own buffer holds a row for each token and rank that may send, and a copy is sorted by expert.
+    # DeepEP's buffer holds a row for each token and rank that may send, and a copy is sorted by expert.
     reached = rows.num_tokens * min(site.tokens.num_choices, site.parallelism.expert)
     return DispatchMemory(
         routing=order_bytes(site, rows) + 2 * INDEX_BYTES * rows.num_arrived,

@@ -1,8 +1,8 @@
-"""DeepEP's buffer with a typed face: the calls that the dispatcher makes, and the rows that they can move.
+"""Wraps DeepEP's buffer: the typed calls that the dispatcher makes, and checks of the rows.
 
-For the interface of deep_ep 2.1.0 (github.com/deepseek-ai/DeepEP): `ElasticBuffer.dispatch` without expansion, with
-choices and weights first and the cached `EPHandle` later, and `ElasticBuffer.combine`. `async_with_compute_stream`
-stays off, so every call runs behind what the current stream holds and before what comes next on it.
+It uses the interface of deep_ep 2.1.0 (github.com/deepseek-ai/DeepEP). `ElasticBuffer.dispatch` runs without expansion,
+first with choices and weights and later with the cached `EPHandle`. `async_with_compute_stream` stays off, so every
+call is ordered with the other work on the current stream.
 
 Shape legend: T tokens of this rank, K experts per token, R rows received, D hidden size, B bytes of a row with scales.
 """
@@ -21,7 +21,7 @@ from comm.dispatch.deepep.route import Rows
 
 
 class Library(Protocol):
-    """What is used of the package `deep_ep`, or of an emulation."""
+    """Part of the package `deep_ep`, or of an emulation, that is used here."""
 
     topk_idx_t: torch.dtype
 
@@ -33,7 +33,14 @@ class Library(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ReceivedRows:
-    """What a first dispatch brings: rows, local experts (RK, -1 elsewhere), weights (RK) if sent, and the handle."""
+    """Result of a first dispatch.
+
+    Attributes:
+        rows: received rows.
+        ids_RK: local expert of each choice, -1 if the expert is on another rank.
+        weights_RK: routing weights, if they were sent.
+        handle: DeepEP's `EPHandle`.
+    """
 
     rows: Rows
     ids_RK: Tensor
@@ -42,12 +49,12 @@ class ReceivedRows:
 
 
 class ExpertBuffer:
-    """One buffer of an expert group, for calls in one order on all its ranks.
+    """Buffer of an expert group. All ranks of the group must make their calls in the same order.
 
     Attributes:
-        device: that holds it.
-        ids_dtype: of the choices that `dispatch` takes.
-        hops_between_nodes: a row crosses to a node once and is handed on there, instead of once to each rank.
+        device: device of the buffer.
+        ids_dtype: dtype of the choices that `dispatch` takes.
+        hops_between_nodes: whether a row is sent once to a node and forwarded there, instead of once to each rank.
     """
 
     device: torch.device
@@ -55,8 +62,8 @@ class ExpertBuffer:
     hops_between_nodes: bool
 
     def __init__(self, library: Library, group: ProcessGroup, num_experts: int, shape: BufferShape) -> None:
-        """Opens the buffer; all ranks of the group together."""
-        # DeepEP takes over the group's NCCL communicator, which torch opens at the first collective (DeepEP issue 726).
+        """Opens the buffer. All ranks of the group call it together."""
+        # DeepEP uses the group's NCCL communicator, which torch creates in the first collective (DeepEP issue 726).
         on_cuda = "nccl" in distributed.get_backend(group)
         self.device = torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
         distributed.all_reduce(torch.zeros(1, device=self.device), group=group)
@@ -69,7 +76,7 @@ class ExpertBuffer:
             num_topk=shape.num_choices,
             num_cpu_timeout_secs=timeout_seconds,
             num_gpu_timeout_secs=timeout_seconds,
-            explicitly_destroy=True,  # else an error would end in a barrier with ranks that are gone
+            explicitly_destroy=True,  # else an error would end in a barrier with ended ranks
         )
         self._num_experts = num_experts
         self._num_sms = self._buffer.get_theoretical_num_sms(num_experts, shape.num_choices)
@@ -77,32 +84,33 @@ class ExpertBuffer:
         self.hops_between_nodes = self._buffer.get_logical_domain_size()[0] > 1
 
     def close(self) -> None:
-        """Frees the memory; all ranks together."""
+        """Frees the memory. All ranks of the group call it together."""
         self._buffer.destroy()
 
     def check_plan(self, ids_TK: Tensor) -> None:
-        """Refuses more than the buffer holds.
+        """Checks that the choices fit the buffer.
 
         Raises:
-            DeepEPError: too many tokens, or experts per token.
+            DeepEPError: if there are too many tokens or experts per token.
         """
         num_tokens, num_choices = ids_TK.shape
         if num_tokens > self._shape.max_tokens or num_choices > self._shape.num_choices:
             raise DeepEPError(
                 f"dispatch: deepep's buffer holds {self._shape.max_tokens} tokens of a rank with "
-                f"{self._shape.num_choices} experts each, got {num_tokens} tokens with {num_choices}"
+                f"{self._shape.num_choices} experts each, has {num_tokens} tokens with {num_choices}"
             )
 
     def check_rows(self, rows: Tensor, name: str, *, may_be_codes: bool) -> None:
-        """Refuses rows that DeepEP does not move.
+        """Checks that DeepEP supports the rows.
 
         Args:
-            rows: bfloat16, D columns; or as uint8, B columns: D codes of float8_e4m3fn, then float32 scales.
-            name: of the exchange, for the message.
+            rows: bfloat16 rows with D columns, or uint8 rows with B columns: D codes of float8_e4m3fn, then float32
+                scales.
+            name: name of the exchange, for the message.
             may_be_codes: whether uint8 is allowed.
 
         Raises:
-            DeepEPError: of another type or width.
+            DeepEPError: if dtype or width is not supported.
         """
         hidden_size = self._shape.hidden_size
         scales_bytes = rows.shape[1] - hidden_size
@@ -111,29 +119,29 @@ class ExpertBuffer:
         if not is_full and not is_codes:
             or_codes = f", or {hidden_size} codes and float32 scales as uint8" if may_be_codes else ""
             raise DeepEPError(
-                f"{name}: deepep moves rows of {hidden_size} bfloat16{or_codes}, got {rows.shape[1]} {rows.dtype}; "
-                f"nearest valid: precision=bf16, or dispatch=two_hop, which moves any type"
+                f"{name}: deepep sends rows of {hidden_size} bfloat16{or_codes}, has {rows.shape[1]} {rows.dtype}; "
+                f"nearest valid: precision=bf16, or dispatch=two_hop, which sends any dtype"
             )
 
     def check_weights(self, weights: Tensor, name: str) -> None:
-        """Refuses weights that DeepEP does not move.
+        """Checks that DeepEP supports the weights.
 
         Raises:
-            DeepEPError: other than float32.
+            DeepEPError: if they are not float32.
         """
         if weights.dtype != torch.float32:
             raise DeepEPError(
-                f"{name}: deepep moves float32 weights, got {weights.dtype}; nearest valid: precision=bf16, or "
-                f"dispatch=two_hop, which moves any type"
+                f"{name}: deepep sends float32 weights, has {weights.dtype}; nearest valid: precision=bf16, or "
+                f"dispatch=two_hop, which sends any dtype"
             )
 
     def dispatch(self, rows: Tensor, ids_TK: Tensor, weights_TK: Tensor | None) -> ReceivedRows:
-        """Exchanges counts, waits for them on the host, and sends each row to every rank with experts of its token.
+        """Exchanges counts, waits for them on the host, and sends each row to its experts' ranks.
 
         Args:
-            rows: as `check_rows` has them.
-            ids_TK: of `ids_dtype`, contiguous, -1 for none.
-            weights_TK: float32.
+            rows: rows as `check_rows` allows them.
+            ids_TK: global expert ids of dtype `ids_dtype`, contiguous, -1 for no expert.
+            weights_TK: routing weights, float32.
         """
         received, ids_RK, weights_RK, handle, _ = self._buffer.dispatch(
             self._pack(rows),
@@ -145,8 +153,8 @@ class ExpertBuffer:
         return ReceivedRows(received, ids_RK, weights_RK, handle)
 
     def dispatch_again(self, rows: Tensor, handle: Any) -> Rows:
-        """Sends other rows of the same tokens and type; they come in the same places."""
-        # A cached dispatch that must find the number of experts itself fails (DeepEP pull request 685).
+        """Sends other rows of the same tokens and dtype. They arrive in the same order."""
+        # Without num_experts a cached dispatch fails (DeepEP pull request 685).
         received: Rows
         received, *_ = self._buffer.dispatch(
             self._pack(rows), num_experts=self._num_experts, num_sms=self._num_sms, handle=handle
@@ -154,7 +162,7 @@ class ExpertBuffer:
         return received
 
     def combine(self, rows_RD: Tensor, weights_RK: Tensor | None, handle: Any) -> tuple[Tensor, Tensor | None]:
-        """Returns the sum of each token's rows, TD, and its weights from their experts, TK (0 for an id of -1)."""
+        """Returns the sum of each token's rows, TD, and its experts' weights, TK (0 for an id of -1)."""
         rows_TD, weights_TK, _ = self._buffer.combine(rows_RD, handle, topk_weights=weights_RK, num_sms=self._num_sms)
         return rows_TD, weights_TK
 

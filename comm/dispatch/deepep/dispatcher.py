@@ -1,8 +1,8 @@
-"""The dispatcher over DeepEP's kernels: a token's row once to every rank that holds experts of the token.
+"""Implements the dispatcher over DeepEP's kernels, which send a row once to each rank of its experts.
 
-For the interface of deep_ep 2.1.0 (github.com/deepseek-ai/DeepEP, `ElasticBuffer`). DeepEP learns the counts inside its
-first dispatch: a plan only prepares, and that dispatch is the host synchronization. Its handle is made once for a plan
-and used for every later exchange.
+It uses the interface of deep_ep 2.1.0 (github.com/deepseek-ai/DeepEP, `ElasticBuffer`). DeepEP exchanges the counts in
+its first dispatch. A plan only prepares the choices, and that dispatch is the host synchronization. DeepEP's handle is
+made once for a plan and used for every later exchange.
 
 Shape legend: T tokens of this rank, K experts per token, R rows received (one for each token with experts here),
 A arrived rows (one for each of those experts), D hidden size, E experts, M members of the group, N its nodes.
@@ -27,15 +27,18 @@ from comm.lane import ClosesOnSuccess, Lane
 from comm.layout import Layout
 from comm.protocol import Arrived, Handle, Label, Work
 
-_BYTES_PER_CHOICE = 8  # an id and a weight ride with each row, there and back
+_BYTES_PER_CHOICE = 8  # an id and a weight are sent with each row in both directions
 
 
 @dataclass(frozen=True, slots=True)
 class _Planned:
-    """What a plan prepares.
+    """Prepared choices of a plan.
 
-    ids_TK: choices as DeepEP takes them. touched_TN: the nodes that each token touches. numbers: tokens that reach each
-    member and each node (M + N), then each member's tokens over the cap (M); on their way to the host.
+    Attributes:
+        ids_TK: choices in DeepEP's dtype.
+        touched_TN: mask of the nodes that each token touches.
+        numbers: tokens that reach each member and each node (M + N), then each member's tokens over the cap (M). The
+            copy to the host may still be running.
     """
 
     ids_TK: Tensor
@@ -45,20 +48,20 @@ class _Planned:
 
 @dataclass(frozen=True, slots=True)
 class _PlannedTraffic:
-    """How far one exchange of this rank's tokens goes; of these rows, `min_rows_across_nodes` must cross nodes."""
+    """Predicted rows of one exchange of this rank's tokens, and the rows that must cross nodes."""
 
     rows: Spread
     min_rows_across_nodes: int
 
 
 class DeepEPHandle:
-    """One routing of one micro-batch. Owns DeepEP's handles; only the lane touches what it holds.
+    """Routing of one micro-batch. Owns DeepEP's handles; only the lane uses its contents.
 
     Attributes:
-        label: of the exchange.
-        traffic: known once the first dispatch has begun.
-        routes: one for each type of row. Between nodes DeepEP divides its work by the bytes of a row, and refuses a
-            handle that another division has made.
+        label: owner of the exchange.
+        traffic: predicted rows; None until the first dispatch.
+        routes: one route for each dtype of rows. Between nodes, DeepEP splits its work by the bytes of a row, and a
+            handle is only valid for the split that made it.
     """
 
     def __init__(self, num_tokens: int, label: Label | None, work: Work[_Planned]) -> None:
@@ -70,19 +73,19 @@ class DeepEPHandle:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of this rank, T."""
+        """Number of tokens of this rank, T."""
         return self._num_tokens
 
     def planned(self) -> _Planned:
-        """Returns what the plan has prepared. Called on the lane."""
+        """Returns the prepared choices. Called on the lane."""
         return self._work.wait()
 
 
 class DeepEPDispatcher(ClosesOnSuccess):
-    """`comm.protocol.Dispatcher` over an expert group; the member at place i holds experts i*L to (i+1)*L - 1.
+    """Dispatcher over an expert group with DeepEP's kernels. Member i holds experts i*L to (i+1)*L - 1.
 
-    Rows of one local expert arrive by source rank, then by token, independent of timing. Rows are bfloat16 or, to
-    experts only, uint8: `hidden_size` codes of float8_e4m3fn and float32 scales behind them. Weights are float32.
+    Rows of one local expert arrive by source rank, then by token, independently of timing. Rows are bfloat16. Rows to
+    experts may also be uint8: `hidden_size` codes of float8_e4m3fn, then float32 scales. Weights are float32.
     """
 
     def __init__(
@@ -96,23 +99,23 @@ class DeepEPDispatcher(ClosesOnSuccess):
         max_nodes: int | None = None,
         library: Library | None = None,
     ) -> None:
-        """Opens one member's part; every member makes and closes its own at the same point.
+        """Builds the dispatcher of one member. All members build and close theirs at the same points.
 
         Args:
-            group: of the ranks that share a layer's experts; used by this lane alone.
-            num_experts: of the layer, over all ranks.
-            layout: of the world, for the members' nodes.
-            lane: where all exchanges run.
-            observers: who logs exchanges and accounts for them. DeepEP does not report what it sends, so rows and bytes
-                are only predicted, at the rank whose tokens they belong to.
-            shape: of the buffer.
-            max_nodes: that a token may touch, or the first dispatch of its plan raises NodeCapError on all ranks; any
-                number if None.
-            library: instead of the installed package.
+            group: process group of the ranks that share a layer's experts; only this lane may use it.
+            num_experts: experts of a layer over all ranks.
+            layout: layout of the world, for the members' nodes.
+            lane: lane that runs all exchanges.
+            observers: counters and log of the exchanges. DeepEP does not report what it sends, so rows and bytes are
+                only predicted, on the rank that owns the tokens.
+            shape: sizes of the buffer.
+            max_nodes: maximum number of nodes of a token, or None for no limit. Over it, the first dispatch of the plan
+                raises NodeCapError on all ranks.
+            library: replacement of the installed package.
 
         Raises:
-            DispatchError: the group does not divide the experts.
-            DeepEPError: the package is missing or too old.
+            DispatchError: if the number of ranks does not divide the experts.
+            DeepEPError: if the package is missing or too old.
         """
         self._group = ExchangeGroup("expert", group, layout, observers)
         self.num_local_experts = num_local_experts(num_experts, len(self._group.members))
@@ -126,23 +129,23 @@ class DeepEPDispatcher(ClosesOnSuccess):
         self._node_of_expert_E = nodes_of_experts(num_experts, self._group.nodes).to(device)
 
     def close(self) -> None:
-        """Frees the buffer; all members at the same point, when the lane is through."""
+        """Frees the buffer. All members call it at the same point, after the lane has finished."""
         self._buffer.close()
 
     def plan(self, ids_TK: Tensor, weights_TK: Tensor | None = None, label: Label | None = None) -> Handle:
-        """Prepares the choices; their exchange is part of the first dispatch.
+        """Prepares the choices. The first dispatch exchanges them.
 
         Raises:
-            DeepEPError: more tokens or choices than the buffer is made for.
+            DeepEPError: if there are more tokens or choices than the buffer holds.
         """
         self._buffer.check_plan(ids_TK)
         return DeepEPHandle(len(ids_TK), label, self._lane.submit(lambda: self._prepare(ids_TK, label)))
 
     def dispatch(self, rows_TD: Tensor, weights_TK: Tensor, handle: Handle) -> Work[Arrived]:
-        """Sends a copy of each token's row, and the weight, to each of its experts.
+        """Sends a copy of each token's row, with its weight, to each of the token's experts.
 
         Raises:
-            DeepEPError: rows or weights of a type that DeepEP does not move.
+            DeepEPError: if DeepEP does not support the dtype of rows or weights.
         """
         own = _own(handle)
         self._buffer.check_rows(rows_TD, "dispatch", may_be_codes=True)
@@ -157,10 +160,12 @@ class DeepEPDispatcher(ClosesOnSuccess):
         return self._lane.submit(run)
 
     def combine(self, rows_AD: Tensor, handle: Handle) -> Work[Tensor]:
-        """Sums over each token's experts, unweighted: of a rank, a node, all; each rounded to bfloat16. TD.
+        """Returns the unweighted sum over each token's experts; TD.
+
+        It sums over a rank, then a node, then all nodes, and rounds each sum to bfloat16.
 
         Raises:
-            DeepEPError: rows other than bfloat16.
+            DeepEPError: if rows are not bfloat16.
         """
         own = _own(handle)
         self._buffer.check_rows(rows_AD, "combine", may_be_codes=False)
@@ -169,10 +174,10 @@ class DeepEPDispatcher(ClosesOnSuccess):
     def dispatch_backward(
         self, grad_rows_AD: Tensor, grad_weights_A: Tensor, handle: Handle
     ) -> Work[tuple[Tensor, Tensor]]:
-        """Gradients of rows, summed per token as by `combine` (TD), and of weights (TK).
+        """Computes the gradients of rows, summed per token like `combine` (TD), and of weights (TK).
 
         Raises:
-            DeepEPError: rows other than bfloat16, weights other than float32.
+            DeepEPError: if rows are not bfloat16 or weights are not float32.
         """
         own = _own(handle)
         self._buffer.check_rows(grad_rows_AD, "dispatch backward", may_be_codes=False)
@@ -189,7 +194,7 @@ class DeepEPDispatcher(ClosesOnSuccess):
         """Sends a copy of each token's gradient to each of its experts' rows; AD.
 
         Raises:
-            DeepEPError: rows of a type that DeepEP does not move.
+            DeepEPError: if DeepEP does not support the rows' dtype.
         """
         own, name = _own(handle), "combine backward"
         self._buffer.check_rows(grad_rows_TD, name, may_be_codes=True)
@@ -207,6 +212,7 @@ class DeepEPDispatcher(ClosesOnSuccess):
 
     def _prepare(self, ids_TK: Tensor, label: Label | None) -> _Planned:
         num_members = len(self._group.members)
+        # Members and nodes that each token reaches, TM and TN; then each member's number of tokens over the cap, M 1.
         reached_TM = touched_nodes(ids_TK, self._member_of_expert_E, num_members)
         touched_TN = touched_nodes(ids_TK, self._node_of_expert_E, self._num_nodes)
         num_over_M1 = (touched_TN.sum(1) > self._max_nodes).sum().repeat(num_members, 1)
@@ -217,12 +223,12 @@ class DeepEPDispatcher(ClosesOnSuccess):
         return _Planned(sent_TK, touched_TN, numbers.to("cpu", non_blocking=True))
 
     def _lay_out(self, own: DeepEPHandle, rows_TD: Tensor, weights_TK: Tensor | None, name: str) -> ReceivedRows:
-        """Dispatches for the first time, which makes DeepEP's handle and a route for rows of this type."""
+        """Runs the first dispatch of rows of this dtype, which makes DeepEP's handle and the route."""
         planned = own.planned()
         if rows_TD.is_cuda:
-            # The plan's numbers must be on the host. And DeepEP waits for the counts while no other thread may run, so
-            # the wait for what is queued before them is better done here.
-            torch.cuda.current_stream().synchronize()
+            # The plan's numbers must be on the host. DeepEP holds the GIL while it waits for the counts, so this thread
+            # waits here for the work queued before them.
+            torch.cuda.current_stream().synchronize()  # host sync
         own.traffic = own.traffic or self._complete(planned, own.label)
         with self._exchanging(own, rows_TD, name):
             received = self._buffer.dispatch(rows_TD, planned.ids_TK, weights_TK)
@@ -230,7 +236,7 @@ class DeepEPDispatcher(ClosesOnSuccess):
         return received
 
     def _complete(self, planned: _Planned, label: Label | None) -> _PlannedTraffic:
-        """Verifies the cap, on all ranks alike, and accounts for the plan."""
+        """Verifies the node cap on all ranks, and predicts the rows of an exchange."""
         num_members, nodes, home = len(self._group.members), self._group.nodes, self._group.nodes[self._group.place]
         numbers = planned.numbers.tolist()
         per_member, per_node = numbers[:num_members], numbers[num_members:-num_members]
@@ -240,26 +246,26 @@ class DeepEPDispatcher(ClosesOnSuccess):
         crossing = sum(per_node) - per_node[sorted(set(nodes)).index(home)]
         if not self._buffer.hops_between_nodes:
             return _PlannedTraffic(Spread.of(per_member, nodes, self._group.place), crossing)
-        # A row crosses to the rank of this rank's index on the other node, and is handed on from there.
+        # A row is sent to the rank with this rank's index on the other node, and forwarded from there.
         index_M = [nodes[:place].count(node) for place, node in enumerate(nodes)]
-        handed_on = sum(
+        forwarded = sum(
             rows for rows, index in zip(per_member, index_M, strict=True) if index != index_M[self._group.place]
         )
         return _PlannedTraffic(
-            Spread(kept=per_member[self._group.place], within_node=handed_on, across_nodes=crossing), crossing
+            Spread(kept=per_member[self._group.place], within_node=forwarded, across_nodes=crossing), crossing
         )
 
     def _to_tokens(
         self, own: DeepEPHandle, rows_AD: Tensor, weights_A: Tensor | None, name: str
     ) -> tuple[Tensor, Tensor | None]:
-        route = next(iter(own.routes.values()))  # arrived rows lie the same way in each
+        route = next(iter(own.routes.values()))  # arrived rows have the same order in each
         weights_RK = None if weights_A is None else route.restore_weights(weights_A)
         with self._exchanging(own, rows_AD, name):
             return self._buffer.combine(route.sum_rows(rows_AD), weights_RK, route.handle)
 
     @contextmanager
     def _exchanging(self, own: DeepEPHandle, rows: Tensor, name: str) -> Iterator[None]:
-        """Accounts for an exchange by its plan, and logs it while inside."""
+        """Counts the predicted rows of an exchange, and logs it while inside."""
         assert own.traffic is not None
         layer, num_choices = None if own.label is None else own.label.layer, own.planned().ids_TK.shape[1]
         bytes_per_row = rows.shape[1] * rows.itemsize + _BYTES_PER_CHOICE * num_choices

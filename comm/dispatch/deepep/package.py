@@ -1,6 +1,6 @@
-"""DeepEP as a package: whether it is there, and what its kernels can carry. No torch here: commands import it.
+"""Checks that the package of DeepEP is installed and supports given sizes. Does not import torch.
 
-Rules as in deep_ep 2.1.0 (github.com/deepseek-ai/DeepEP).
+The rules are those of deep_ep 2.1.0 (github.com/deepseek-ai/DeepEP).
 """
 
 import importlib
@@ -14,21 +14,21 @@ _MOST_CHOICES = 32
 
 
 class DeepEPError(ValueError):
-    """DeepEP is missing, or its kernels cannot do what a run needs."""
+    """Raised if DeepEP is missing or its kernels do not support a run."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BufferShape:
-    """What a buffer of DeepEP is made for, equal on all ranks of an expert group; its kernels are compiled for it.
+    """Sizes of a DeepEP buffer, equal on all ranks of an expert group. Its kernels are compiled for them.
 
     Attributes:
-        max_tokens: of a rank in a micro-batch, at most.
-        hidden_size: of a row.
+        max_tokens: maximum number of tokens of a rank in a micro-batch.
+        hidden_size: width of a row.
         num_choices: experts per token.
-        timeout_seconds: after which a kernel that waits for another rank gives up.
+        timeout_seconds: time after which a kernel stops waiting for another rank.
 
     Raises:
-        DeepEPError: no tokens, a hidden size or a number of experts per token that the kernels are not made for.
+        DeepEPError: if the kernels do not support these sizes.
     """
 
     max_tokens: int
@@ -38,36 +38,36 @@ class BufferShape:
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
-            raise DeepEPError(f"dispatch: deepep needs room for 1 token at least, got {self.max_tokens}")
+            raise DeepEPError(f"dispatch: deepep needs at least 1 token, has {self.max_tokens}")
         if self.hidden_size < 1 or self.hidden_size % _HIDDEN_MULTIPLE:
             below = self.hidden_size // _HIDDEN_MULTIPLE * _HIDDEN_MULTIPLE
             nearest = f"{below} or {below + _HIDDEN_MULTIPLE}" if below > 0 else f"{_HIDDEN_MULTIPLE}"
             raise DeepEPError(
                 f"dispatch: deepep needs a hidden size that is a multiple of {_HIDDEN_MULTIPLE}, "
-                f"got {self.hidden_size}; nearest valid: {nearest}, or dispatch=two_hop"
+                f"has {self.hidden_size}; nearest valid: {nearest}, or dispatch=two_hop"
             )
         if not 1 <= self.num_choices <= _MOST_CHOICES:
             raise DeepEPError(
-                f"dispatch: deepep needs 1 to {_MOST_CHOICES} experts per token, got {self.num_choices}; "
+                f"dispatch: deepep needs 1 to {_MOST_CHOICES} experts per token, has {self.num_choices}; "
                 f"nearest valid: {min(max(self.num_choices, 1), _MOST_CHOICES)}, or dispatch=two_hop"
             )
 
 
 def check_available() -> None:
-    """Looks for the package without importing it.
+    """Checks that the package is installed, without importing it.
 
     Raises:
-        DeepEPError: it is not installed.
+        DeepEPError: if it is not installed.
     """
     if importlib.util.find_spec(PACKAGE) is None:
         raise DeepEPError(_missing("is not installed"))
 
 
 def load_package() -> Any:
-    """Imports the package, which starts CUDA.
+    """Imports the package, which initializes CUDA.
 
     Raises:
-        DeepEPError: it is not installed, does not load, or is older than `ElasticBuffer`.
+        DeepEPError: if it is not installed, does not load, or has no `ElasticBuffer`.
     """
     check_available()
     try:

@@ -1,7 +1,7 @@
-"""Expert order out of what DeepEP received, and back.
+"""Sorts the rows that DeepEP received by expert, and inverts that order.
 
-DeepEP promises no order of received rows: a row's slot comes from an atomic counter, and between nodes the rows of
-several sources mix. The order is restored here, in the one pass that copies each row to its experts.
+DeepEP does not guarantee an order of received rows: an atomic counter assigns a row's slot, and between nodes the rows
+of several sources mix. The copy of each row to its experts restores the order.
 
 Shape legend: R rows received, one for each token with experts here; K experts per token; A arrived rows, one for each
 of those experts; D hidden size, B bytes of a row with its scales.
@@ -17,19 +17,19 @@ from comm.dispatch.expert_order import dense
 from kernels.permute import permute, unpermute
 
 Rows = Tensor | tuple[Tensor, Tensor]
-"""Rows as DeepEP moves them: bfloat16, or codes of float8_e4m3fn and float32 scales."""
+"""Rows in DeepEP's form: bfloat16, or codes of float8_e4m3fn and float32 scales."""
 
 
 @dataclass(frozen=True, slots=True)
 class DeepEPRoute:
-    """One layout that DeepEP has made, and where its rows go.
+    """Handle of DeepEP and the expert order of its received rows.
 
     Attributes:
-        handle: DeepEP's `EPHandle`; while it is used, received rows keep their order.
-        choices_A: the choice r * K + k at each arrived place.
-        rows_A: its received row.
-        places_RK: the arrived place of each choice, -1 where the expert is not on this rank.
-        counts: arrived rows of each local expert.
+        handle: DeepEP's `EPHandle`; received rows keep their order as long as it is used.
+        choices_A: choice r * K + k at each position in expert order.
+        rows_A: received row at each position in expert order.
+        places_RK: position of each choice in expert order, -1 if the expert is on another rank.
+        counts: number of rows of each local expert.
     """
 
     handle: Any
@@ -43,19 +43,17 @@ class DeepEPRoute:
         """Sorts by local expert, then source rank, then token, without a host synchronization.
 
         Args:
-            handle: of an exchange without expansion. Read are `num_recv_tokens_per_expert_list` and, as the first
-                column of `recv_src_metadata`, where in the group each row comes from.
-            ids_RK: local experts, -1 where the expert is not on this rank.
-            num_sources: above every number in that column.
+            handle: handle of an exchange without expansion. Its fields `num_recv_tokens_per_expert_list` and
+                `recv_src_metadata` are read; the first column of the latter is the source token of each row.
+            ids_RK: local experts, -1 if the expert is on another rank.
+            num_sources: upper bound of the numbers in that column.
         """
         counts = tuple(handle.num_recv_tokens_per_expert_list)
         sources_R = handle.recv_src_metadata[:, 0].long()
-        # Keys order choices by local expert, then by the source of their row; choices elsewhere come last. RK.
-        # Keys order choices by local expert, then by the source of their row; choices elsewhere come last. RK.
+        # Keys sort choices by local expert, then by source token; choices of other ranks come last. RK.
         keys_RK = torch.where(ids_RK < 0, len(counts), ids_RK.long()) * num_sources + sources_R[:, None]
         choices_A = keys_RK.flatten().argsort()[: sum(counts)]
-        # The inverse: the arrived place of each choice, -1 elsewhere.
-        # The inverse: the arrived place of each choice, -1 elsewhere.
+        # The inverse: the position of each choice, -1 for choices of other ranks. RK.
         places_RK = torch.full_like(keys_RK, -1)
         places_RK.view(-1).scatter_(0, choices_A, torch.arange(len(choices_A), device=ids_RK.device))
         return cls(
@@ -67,7 +65,7 @@ class DeepEPRoute:
         )
 
     def copy_rows(self, rows: Rows) -> Tensor:
-        """Copies each received row to its experts here, in expert order: AD, or AB, uint8, scales behind codes."""
+        """Copies received rows in expert order: AD, or AB as uint8 with codes, then scales."""
         if isinstance(rows, Tensor):
             return permute(rows, self.rows_A)
         parts = [part.view(torch.uint8) for part in rows]
@@ -77,15 +75,18 @@ class DeepEPRoute:
         return rows_AB
 
     def copy_weights(self, weights_RK: Tensor) -> Tensor:
-        """Returns the weight of each arrived row, A, without the weights of experts elsewhere that DeepEP adds."""
+        """Returns the weight of each row in expert order, A.
+
+        DeepEP also sends weights of other ranks' experts.
+        """
         return weights_RK.flatten().index_select(0, self.choices_A)
 
     def sum_rows(self, rows_AD: Tensor) -> Tensor:
-        """Sums over each received row's experts here, in the order of its choices, rounded once; RD."""
+        """Sums over each received row's local experts in the order of its choices, rounded once; RD."""
         return unpermute(dense(rows_AD), self.places_RK)
 
     def restore_weights(self, weights_A: Tensor) -> Tensor:
-        """Returns the value of each arrived row at its choice, 0 for experts elsewhere; RK."""
+        """Returns the value of each choice, 0 for experts of other ranks; RK."""
         weights_RK = weights_A.new_zeros(self.places_RK.shape)
         weights_RK.view(-1).scatter_(0, self.choices_A, weights_A)
         return weights_RK

@@ -1,4 +1,4 @@
-"""Registers the dispatcher that sends each token's row once to every node that it touches. No torch here."""
+"""Registers the dispatcher that sends a row once to each node of its experts. Does not import torch."""
 
 from typing import TYPE_CHECKING
 
@@ -32,12 +32,12 @@ def _memory(config: TwoHopDispatchConfig, site: DispatchSite, rows: RowBytes) ->
     num_ranks, num_tokens, num_choices = site.parallelism.expert, rows.num_tokens, site.tokens.num_choices
     per_node = min(num_ranks, site.cluster.ranks_per_node)
     num_nodes = -(-num_ranks // per_node)
-    # A token's row crosses to the other nodes that it touches, and reaches every rank that it touches.
+    # A row is sent to the other nodes of its experts, and from there to every rank of its experts.
     crossing = num_tokens * min(config.max_nodes, num_nodes - 1, num_choices)
     reached = num_tokens * min(num_choices, num_ranks)
     places = num_tokens * (num_nodes - 1 + per_node)
     numbers = 2 * places + 2 * reached + crossing * per_node + 2 * rows.num_arrived + reached * num_choices
-    # A rank holds the rows that reach it, and of a chunk what it sent, what it relays and what arrives.
+    # A rank holds the rows that reach it, and for one chunk the rows that it sends, relays and receives.
     num_held = reached + 3 * -(-crossing // config.chunks)
     return DispatchMemory(
         routing=INDEX_BYTES * numbers + _ID_BYTES * num_tokens * num_choices,
@@ -50,7 +50,7 @@ DISPATCHERS.register(
     "two_hop",
     DispatcherEntry(
         name="two_hop",
-        summary="a token's row once to each node that it touches, and from there to its experts",
+        summary="a token's row once to each node of its experts, and from there to the experts",
         config=TwoHopDispatchConfig,
         build=_build,
         requirements=(require_node_cap,),

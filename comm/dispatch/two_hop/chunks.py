@@ -1,8 +1,8 @@
-"""Both hops of rows, to experts and back: a chunk crosses nodes while the one before spreads within its node.
+"""Exchanges rows in chunks: one crosses nodes while the previous one is sent within nodes.
 
-Messages are numbered: 0 to C - 1 are chunks that cross nodes, C is what need not cross.
+Messages are numbered: 0 to C - 1 are chunks that cross nodes, C contains the rows that stay on their node.
 
-Shape legend: X rows that arrive, Y rows that return, B bytes of a row as sent, M bytes that a message brings.
+Shape legend: X rows that arrive, Y rows that return, B bytes of a row as sent, M rows of a received message.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,14 +16,17 @@ from comm.dispatch.two_hop.counts import Hop
 from comm.protocol import Label
 
 Pack = Callable[[int], Tensor]
-"""The bytes of a message, by its number."""
+"""Returns the bytes of the message with a number."""
 
 Relay = Callable[[int, Tensor], Tensor]
-"""What a relay sends on, from the number of a message and the bytes that it has received."""
+"""Returns the bytes that a relay forwards, from the number of a message and its received bytes."""
 
 
 class ChunkedExchange:
-    """One exchange over both hops. All ranks of the group start the same messages in one order, empty ones as well."""
+    """Exchange over both hops.
+
+    All ranks of the group start the same messages in one order, even empty ones.
+    """
 
     def __init__(
         self,
@@ -34,7 +37,16 @@ class ChunkedExchange:
         name: str,
         label: Label | None,
     ) -> None:
-        """Prepares an exchange; `across` and `within`: by message, each from a token's rank to its experts."""
+        """Prepares an exchange.
+
+        Args:
+            rail: group of the hop between nodes.
+            node: group of the hop within the node.
+            across: splits between nodes of each chunk, in the direction to experts.
+            within: splits within the node of each message, in the direction to experts.
+            name: name of the exchange in the log.
+            label: owner of the exchange.
+        """
         self._rail = rail
         self._node = node
         self._across = across
@@ -43,8 +55,9 @@ class ChunkedExchange:
         self._label = label
 
     def send_to_experts(self, form: RowFormat, pack: Pack, relay: Relay) -> Tensor:
-        """Sends rows to their experts' ranks; bytes_XB by message."""
+        """Sends rows to their experts' ranks and returns bytes_XB, ordered by message."""
         num_chunks = len(self._across)
+        # All chunks start to cross nodes at once; the rows that stay on the node are sent meanwhile.
         crossings = [self._start_across(chunk, pack(chunk), hop, None) for chunk, hop in enumerate(self._across)]
         home = pack(num_chunks)
         lengths = [sum(hop.received) for hop in self._within]
@@ -52,6 +65,7 @@ class ChunkedExchange:
         into = arrived_XB.split(lengths)
         pending = self._start_within(num_chunks, home, self._within[-1], into[-1])
         del home
+        # Forward each chunk within the node when it has crossed, while the next ones cross.
         for chunk in range(num_chunks):
             crossed = crossings.pop(0).wait()
             following = self._start_within(chunk, relay(chunk, crossed), self._within[chunk], into[chunk])
@@ -62,9 +76,9 @@ class ChunkedExchange:
         return arrived_XB
 
     def return_to_tokens(self, form: RowFormat, pack: Pack, relay: Relay) -> Tensor:
-        """Sends rows back to their tokens' ranks; bytes_YB by message.
+        """Sends rows back to their tokens' ranks and returns bytes_YB, ordered by message.
 
-        While a relay sums one chunk, the next one is already on its way to it.
+        While a relay sums one chunk, the next one is already being sent to it.
         """
         first = pack(0)
         lengths = [sum(hop.sent) for hop in (*self._across, self._within[-1])]
@@ -81,8 +95,8 @@ class ChunkedExchange:
             exchange.wait()
         return returned_YB
 
-    def predict(self, traffic: Traffic, bytes_per_row: int, min_rows_across_nodes: int, back: bool) -> None:
-        """Counts the rows that the plan predicts, to experts or, with `back`, to tokens."""
+    def predict(self, traffic: Traffic, bytes_per_row: int, min_rows_across_nodes: int, *, back: bool) -> None:
+        """Counts the rows that the plan predicts for the direction to experts or, with `back`, to tokens."""
         layer = None if self._label is None else self._label.layer
         for group, hops, least in ((self._rail, self._across, min_rows_across_nodes), (self._node, self._within, 0)):
             sent = [hop.back.sent if back else hop.sent for hop in hops] or [(0,) * len(group.members)]
@@ -90,12 +104,12 @@ class ChunkedExchange:
             traffic.add_predicted(layer, rows, bytes_per_row, least)
 
     def _return_within(self, message: int, bytes_NB: Tensor, into: Sequence[Tensor]) -> PendingExchange:
-        """Starts to return rows in the node: of the home message to their places, of a chunk to its relay."""
+        """Starts to return rows within the node: a chunk's to the relay, others to their tokens' ranks."""
         is_home = message == len(self._across)
         return self._start_within(message, bytes_NB, self._within[message].back, into[message] if is_home else None)
 
     def _start_within(self, message: int, bytes_NB: Tensor, hop: Hop, into_MB: Tensor | None) -> PendingExchange:
-        part = "what need not cross" if message == len(self._across) else f"chunk {message}"
+        part = "local rows" if message == len(self._across) else f"chunk {message}"
         name = f"{self._name} within the node, {part}"
         return self._node.start(bytes_NB, hop.sent, hop.received, name, self._label, into_MB)
 

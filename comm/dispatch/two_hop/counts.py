@@ -1,6 +1,6 @@
-"""The counts of a two-hop plan: what a member counts, sends to each other member, and receives from them.
+"""Lays out the counts of a two-hop plan: those of a member, and those exchanged with each member.
 
-One exchange of these gives the splits of every message of both hops, in both directions. No torch here.
+One exchange of them yields the splits of every message of both hops in both directions. Does not import torch.
 
 Shape legend: R ranks of the expert group, N nodes, G ranks of the fullest node, E experts, L = E / R of each rank,
 C chunks.
@@ -15,20 +15,26 @@ from comm.relays import Relays
 
 @dataclass(frozen=True, slots=True)
 class Hop:
-    """One exchange: rows to and from each member of its group, by place there."""
+    """Splits of one exchange: rows to and from each member of its group."""
 
     sent: tuple[int, ...]
     received: tuple[int, ...]
 
     @property
     def back(self) -> "Hop":
-        """The same rows on their way back."""
+        """The same rows in the opposite direction."""
         return Hop(self.received, self.sent)
 
 
 @dataclass(frozen=True, slots=True)
 class RowRun:
-    """Rows of one source that arrive one after another, by token; `source` is its place, `chunk` is 0 at home."""
+    """Consecutive arriving rows of one source, ordered by token.
+
+    Attributes:
+        source: index of the source in the expert group.
+        chunk: number of the chunk; 0 for rows that stay on the node.
+        num_rows: number of rows.
+    """
 
     source: int
     chunk: int
@@ -40,13 +46,13 @@ class PlanCounts:
     """Decoded counts of a plan.
 
     Attributes:
-        across: the exchange of each chunk along the rail; none where there is one node.
-        within: the exchanges in the node: of each such chunk, then of rows that need not cross nodes.
-        runs: rows in the order in which `within` brings them.
-        counts: rows of each local expert.
-        num_over_R: tokens over the cap, of each member.
-        num_touched_nodes: over this member's tokens, nodes touched.
-        min_rows_across_nodes: of those, other than the home node.
+        across: splits between nodes of each chunk; empty if there is one node.
+        within: splits within the node of each such chunk, then of the rows that stay on the node.
+        runs: arriving rows in the order of `within`.
+        counts: number of rows of each local expert.
+        num_over_R: number of tokens over the cap on each member.
+        num_touched_nodes: sum over this member's tokens of the nodes that they touch.
+        min_rows_across_nodes: the same sum without the home node.
     """
 
     across: tuple[Hop, ...]
@@ -59,24 +65,24 @@ class PlanCounts:
 
 
 class CountLayout:
-    """Positions of all counts of one member, and their decoding.
+    """Layout of the counts of one member, and their decoding.
 
-    A member's own counts, in this order: for each chunk its tokens that touch each rank (R), then each node (N);
-    its choices of each expert (E); its tokens over the cap; 0. It sends each member: rows for it in each chunk (C);
-    rows for each of its experts (L); tokens over the cap; and to its relays, for each chunk, rows for the node and for
-    each rank there (C (1 + G)). Other members receive 0 in the place of a relay's counts, so that all messages have
-    one width.
+    A member's own counts are, in this order: for each chunk, its tokens that touch each rank (R) and each node (N); its
+    choices of each expert (E); its tokens over the cap; and 0. It sends to each member: rows for the member in each
+    chunk (C); rows for each of the member's experts (L); and its tokens over the cap. To its relays it also sends, for
+    each chunk, the rows for the node and for each rank there (C (1 + G)). Other members receive zeros instead, so that
+    all messages have one width.
     """
 
     def __init__(self, relays: Relays, place: int, rail: Sequence[int], num_local: int, num_chunks: int) -> None:
-        """Computes the positions as one member sees them.
+        """Computes the layout for one member.
 
         Args:
-            relays: of the expert group.
-            place: of the member.
-            rail: places of the members of its rail.
-            num_local: L.
-            num_chunks: C.
+            relays: relays of the expert group.
+            place: index of the member in the group.
+            rail: indices of the members of its rail.
+            num_local: experts of each rank, L.
+            num_chunks: number of chunks, C.
         """
         self._relays = relays
         self._place = place
@@ -94,12 +100,12 @@ class CountLayout:
         self.width = self._relay_begin + num_chunks * (1 + relays.num_most_members)
 
     def send_indices(self) -> list[list[int]]:
-        """Returns for each member the indices of the own counts that it is sent; R rows of `width`."""
+        """Returns the indices of the own counts that are sent to each member; R lists of `width`."""
         return [self._indices_for(member) for member in range(self._num_ranks)]
 
     def decode(self, numbers: Sequence[int]) -> PlanCounts:
-        """Decodes a member's own counts and, after them, those that it received from each member."""
-        # own: C (R + N). rows: what each member sent, R of `width`.
+        """Decodes a member's own counts, followed by the counts that it received from each member."""
+        # own: C (R + N). rows: the counts that each member sent, R lists of `width`.
         own = numbers[: self._num_counted]
         begins = range(self._num_own, len(numbers), self.width)
         rows = [numbers[begin : begin + self.width] for begin in begins]
@@ -124,7 +130,7 @@ class CountLayout:
         first = self._num_counted + member * self._num_local
         # Rows for the member in each chunk, rows for each of its experts, tokens over the cap.
         indices = [chunk + member for chunk in chunks] + list(range(first, first + self._num_local)) + [zero - 1]
-        # A relay also needs, for each chunk, the rows for its node and for each rank there; padded to 1 + G.
+        # A relay also needs, for each chunk, the rows for its node and for each rank there, padded to 1 + G.
         if node != self._node and self._relays.relay(self._place, node) == member:
             for chunk in chunks:
                 there = [self._num_ranks + node, *self._relays.members_of[node]]
@@ -138,7 +144,7 @@ class CountLayout:
         return rows[source][begin : begin + 1 + len(self._members)]
 
     def _across(self, own: Sequence[int], rows: Sequence[Sequence[int]], chunk: int) -> Hop:
-        """Returns the exchange of a chunk along the rail: to this member's relays, from the sources that it relays."""
+        """Returns the splits of a chunk between nodes: to this member's relays, from its sources."""
         sent, received, begin = [], [], chunk * self._stride + self._num_ranks
         for member in self._rail:
             node = self._relays.node_of[member]
@@ -149,12 +155,12 @@ class CountLayout:
         return Hop(tuple(sent), tuple(received))
 
     def _home(self, own: Sequence[int], rows: Sequence[Sequence[int]]) -> Hop:
-        """Returns the exchange of rows that need not cross nodes, of all chunks together."""
+        """Returns the splits of the rows that stay on the node, of all chunks together."""
         sent = [sum(own[member :: self._stride]) for member in self._members]
         return Hop(tuple(sent), tuple(sum(rows[member][: self.num_chunks]) for member in self._members))
 
     def _within(self, rows: Sequence[Sequence[int]], chunk: int) -> Hop:
-        """Returns the exchange in the node of a chunk that has crossed: what relays send on."""
+        """Returns the splits within the node of a chunk that has crossed nodes: the rows that relays forward."""
         sent = [0] * len(self._members)
         for source in self._sources[self._place]:
             relayed = self._relayed(rows, source, chunk)
@@ -174,7 +180,7 @@ class CountLayout:
 
 
 def shifts_by_source(runs: Sequence[RowRun]) -> list[int]:
-    """Returns by how many places each run moves from the order of arrival into (source, chunk) order."""
+    """Returns by how many positions each run moves from the order of arrival into (source, chunk) order."""
     begins = list(accumulate((run.num_rows for run in runs), initial=0))[:-1]
     in_order = sorted(range(len(runs)), key=lambda index: (runs[index].source, runs[index].chunk))
     shifts, begin = [0] * len(runs), 0

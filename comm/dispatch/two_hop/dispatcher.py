@@ -1,11 +1,12 @@
-"""The dispatcher that sends each token's row once to every node that it touches, and from there to its experts.
+"""Implements the dispatcher that sends a row once to each node of its experts, then to the experts.
 
-A row crosses to the rank of the same index in the other node, its relay, and is spread inside the node; on the way back
-each node sends one partial sum (arXiv:2412.19437, section 3.2.2). The micro-batch crosses in chunks: one crosses
-nodes while the one before spreads within its node.
+A row is sent to its relay, the rank with the same index on the other node, which forwards it within the node. In the
+opposite direction each node sends one partial sum (arXiv:2412.19437, section 3.2.2). The micro-batch is sent in chunks:
+one crosses nodes while the previous one is forwarded within the node.
 
 Shape legend: T tokens of this rank, K experts per token, D hidden size, A rows of this rank's experts, X rows that
-arrive at this rank (one for all of its experts), P places from which a token's sum is made, B bytes of a row as sent.
+arrive at this rank (one for all of its experts), P partial sums of a token, M rows of a message, S rows that a relay
+forwards, Y rows that return to this rank, B bytes of a row as sent.
 """
 
 from collections.abc import Callable, Sequence
@@ -37,7 +38,13 @@ _ROWS, _WEIGHTS, _IDS = range(3)  # parts of a dispatched row
 
 @dataclass(frozen=True, slots=True)
 class TwoHopGroups:
-    """Of one rank: its expert group, and that group's ranks on its rail and in its node. Used by one lane alone."""
+    """Process groups of one rank, used only by one lane.
+
+    Attributes:
+        expert: the expert group.
+        rail: ranks of the expert group between which this rank's rows cross nodes.
+        node: ranks of the expert group on this rank's node.
+    """
 
     expert: ProcessGroup
     rail: ProcessGroup
@@ -45,22 +52,22 @@ class TwoHopGroups:
 
     @classmethod
     def join(cls, expert: ProcessGroup, layout: Layout, timeout_seconds: float) -> Self:
-        """Makes rails and nodes. Called by every rank of the job at the same point."""
+        """Creates the rail and node groups. Every rank of the job calls it at the same point."""
         firsts = {layout.expert_group(rank)[0] for rank in range(layout.world_size)}
         rails = {rail for first in firsts for rail in layout.rail_groups(first)}
         nodes = {node for first in firsts for node in layout.node_groups(first)}
         return cls(expert, join_one(rails, timeout_seconds), join_one(nodes, timeout_seconds))
 
     def close(self) -> None:
-        """Ends what `join` made, on all ranks at the same point."""
+        """Destroys the groups that `join` created. All ranks call it at the same point."""
         for group in (self.rail, self.node):
             distributed.destroy_process_group(group)
 
 
 class TwoHopHandle:
-    """One routing of one micro-batch. Owns its index tensors, which only the lane touches.
+    """Routing of one micro-batch. Owns its index tensors, which only the lane uses.
 
-    The order that follows from the ids sent with the first dispatch is kept for all further exchanges.
+    The first dispatch also sends expert ids. The order derived from them is reused for all later exchanges.
     """
 
     def __init__(self, num_tokens: int, label: Label | None, work: Work[TwoHopCounts]) -> None:
@@ -73,11 +80,11 @@ class TwoHopHandle:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of this rank, T."""
+        """Number of tokens of this rank, T."""
         return self._num_tokens
 
     def route(self, planner: TwoHopPlanner) -> TwoHopRoute:
-        """Completes the plan at first use, which is the only host synchronization on CUDA. Called on the lane."""
+        """Completes the plan at first use, the only host synchronization on CUDA. Called on the lane."""
         if self._route is None:
             assert self._work is not None
             self._route = planner.complete(self._work.wait(), self.label)
@@ -85,23 +92,23 @@ class TwoHopHandle:
         return self._route
 
     def expand(self, make: Callable[[], Expansion]) -> Expansion:
-        """Returns how arrived rows become rows of experts; made at the first dispatch."""
+        """Returns the order of the experts' rows; the first dispatch makes it."""
         if self._expansion is None:
             self._expansion = make()
         return self._expansion
 
     @property
     def expansion(self) -> Expansion:
-        """How arrived rows become rows of experts, once there was a dispatch."""
+        """Order of the experts' rows; available after the first dispatch."""
         assert self._expansion is not None, "the first exchange of a plan must be a dispatch"
         return self._expansion
 
 
 class TwoHopDispatcher:
-    """`comm.protocol.Dispatcher` over an expert group; the member at place i holds experts i*L to (i+1)*L - 1.
+    """Dispatcher over an expert group with two hops. Member i holds experts i*L to (i+1)*L - 1.
 
-    Rows of one local expert arrive by source rank, then by token, for any timing and number of chunks. Sums
-    are made at the expert's rank, at the relay and at home, each in one fixed order.
+    Rows of one local expert arrive by source rank, then by token, for any timing and number of chunks. The expert's
+    rank, the relay and the token's rank each sum in one fixed order.
     """
 
     def __init__(
@@ -113,18 +120,18 @@ class TwoHopDispatcher:
         observers: Observers,
         config: TwoHopDispatchConfig,
     ) -> None:
-        """Opens one member's part; every member of the group makes its own.
+        """Builds the dispatcher of one member. Every member of the group builds one.
 
         Args:
-            groups: of this rank.
-            num_experts: of the layer, over all ranks.
-            layout: of the world, for the members' nodes.
-            lane: where all exchanges run.
-            observers: who counts and logs them.
-            config: `payload` and a cap that clips are handled by wrappers.
+            groups: process groups of this rank.
+            num_experts: experts of a layer over all ranks.
+            layout: layout of the world, for the members' nodes.
+            lane: lane that runs all exchanges.
+            observers: counters and log of the exchanges.
+            config: configuration; wrappers implement `payload` and clipping.
 
         Raises:
-            DispatchError: the group does not divide the experts.
+            DispatchError: if the number of ranks does not divide the experts.
         """
         expert = ExchangeGroup("expert", groups.expert, layout, observers)
         self._rail = ExchangeGroup("rail", groups.rail, layout, observers)
@@ -145,18 +152,19 @@ class TwoHopDispatcher:
     def plan(self, ids_TK: Tensor, weights_TK: Tensor | None = None, label: Label | None = None) -> Handle:
         """Starts the exchange of counts on the lane.
 
-        Where a token of any rank touches more nodes than the cap allows, the first use of the handle raises
-        NodeCapError on all ranks.
+        If a token of any rank touches more nodes than the cap allows, the first use of the handle raises NodeCapError
+        on all ranks.
         """
         work = self._lane.submit(lambda: self._planner.exchange(ids_TK, label))
         return TwoHopHandle(ids_TK.shape[0], label, work)
 
     def dispatch(self, rows_TD: Tensor, weights_TK: Tensor, handle: Handle) -> Work[Arrived]:
-        """Sends a copy of each token's row, and the weight, to each of its experts."""
+        """Sends a copy of each token's row, with its weight, to each of the token's experts."""
         own = _own(handle)
 
         def run() -> Arrived:
             route = own.route(self._planner)
+            # The ids are sent with the rows: relays and experts' ranks derive their order from them.
             form = RowFormat.of(rows_TD, weights_TK, route.shifted_TK)
             arrived_XB = self._send_to_experts("dispatch", own, form, (rows_TD, weights_TK, route.shifted_TK))
             expansion = own.expand(lambda: self._expand(route, form.part(arrived_XB, _IDS)))
@@ -167,14 +175,14 @@ class TwoHopDispatcher:
         return self._lane.submit(run)
 
     def combine(self, rows_AD: Tensor, handle: Handle) -> Work[Tensor]:
-        """Sums over each token's experts, unweighted; TD."""
+        """Returns the unweighted sum over each token's experts; TD."""
         own = _own(handle)
         return self._lane.submit(lambda: self._return_to_tokens("combine", own, rows_AD, None)[0])
 
     def dispatch_backward(
         self, grad_rows_AD: Tensor, grad_weights_A: Tensor, handle: Handle
     ) -> Work[tuple[Tensor, Tensor]]:
-        """Gradients of rows, summed per token (TD), and of weights (TK)."""
+        """Computes the gradients of rows, summed per token (TD), and of weights (TK)."""
         own = _own(handle)
 
         def run() -> tuple[Tensor, Tensor]:
@@ -197,11 +205,14 @@ class TwoHopDispatcher:
         return self._lane.submit(run)
 
     def close(self) -> None:
-        """Ends the rail's and the node's group."""
+        """Destroys the rail and node groups."""
         self._groups.close()
 
     def _send_to_experts(self, name: str, own: TwoHopHandle, form: RowFormat, parts: Sequence[Tensor]) -> Tensor:
-        """Sends rows to their experts' ranks, once to each; bytes_XB. Ids are part of the first of a handle."""
+        """Sends rows to their experts' ranks, once to each; bytes_XB.
+
+        A handle's first exchange must include the ids.
+        """
         route, dense_parts = own.route(self._planner), [dense(part) for part in parts]
 
         def relay(chunk: int, crossed_MB: Tensor) -> Tensor:
@@ -217,20 +228,25 @@ class TwoHopDispatcher:
     def _return_to_tokens(
         self, name: str, own: TwoHopHandle, rows_AD: Tensor, weights_A: Tensor | None
     ) -> list[Tensor]:
-        """Sums rows at each stop on their return, TD; with weights, also restores the value of each choice, TK."""
+        """Returns rows to their tokens with a partial sum at each hop; TD.
+
+        With weights, also the value of each choice; TK.
+        """
         route = own.route(self._planner)
         rows, dtype = dense(rows_AD), self._sum_dtype(rows_AD.dtype)
         places = own.expansion.places_XK.split([sum(hop.received) for hop in route.within])
-        riders = () if weights_A is None else (RowPart(route.shifted_TK.shape[1], weights_A.dtype),)
-        form = RowFormat.of_parts(RowPart(rows.shape[1], dtype), *riders)
+        extras = () if weights_A is None else (RowPart(route.shifted_TK.shape[1], weights_A.dtype),)
+        form = RowFormat.of_parts(RowPart(rows.shape[1], dtype), *extras)
 
         def pack(message: int) -> Tensor:
+            # Partial sums over this rank's experts.
             sums = [unpermute(rows, places[message], dtype)]
             if weights_A is not None:
                 sums.append(restore_values(weights_A, places[message]))
             return form.pack(sums)
 
         def relay(chunk: int, crossed_MB: Tensor) -> Tensor:
+            # Partial sums over the node's ranks.
             return form.pack(form.sum(crossed_MB, own.relay_orders[chunk].places_MG))
 
         exchange = self._chunked(name, own)

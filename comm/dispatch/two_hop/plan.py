@@ -1,8 +1,8 @@
-"""What a two-hop exchange must know before rows are sent, from one exchange of numbers and one host synchronization.
+"""Plans a two-hop exchange with one exchange of counts and one host synchronization.
 
 Shape legend: R ranks of the expert group, N nodes, T tokens of this rank, K experts per token, E experts, C chunks of
-Q = ceil(T / C) tokens (the last padded), W counts sent to each member, P = N - 1 + G places from which a token's sum
-is made: each other node and each rank of the home node, X rows that arrive.
+Q = ceil(T / C) tokens (the last one padded), W counts sent to each member, G ranks of the home node, P = N - 1 + G
+partial sums of a token (one for each other node and each rank of the home node), X rows that arrive.
 """
 
 from dataclasses import dataclass
@@ -21,11 +21,14 @@ from comm.relays import Relays
 
 @dataclass(frozen=True, slots=True)
 class TwoHopCounts:
-    """What an exchange of numbers leaves behind, still on the device.
+    """Result of an exchange of counts, still on the device.
 
-    shifted_TK: expert ids plus 1, 0 for no expert. touched_TN: the nodes that each token touches. tokens: of each
-    row sent, by message, and then what is of no use. places_TP: see `TwoHopRoute`. numbers: as `CountLayout.decode`
-    takes them.
+    Attributes:
+        shifted_TK: expert ids plus 1, 0 for no expert.
+        touched_TN: mask of the nodes that each token touches.
+        tokens: token of each sent row, by message; the end is unused.
+        places_TP: see `TwoHopRoute`.
+        numbers: counts in the order that `CountLayout.decode` takes.
     """
 
     shifted_TK: Tensor
@@ -37,17 +40,17 @@ class TwoHopCounts:
 
 @dataclass(frozen=True, slots=True)
 class TwoHopRoute:
-    """Who sends what to whom, and which of its tokens this rank sends.
+    """Splits of every message, and the order of this rank's rows.
 
     Attributes:
-        across: the exchange of each chunk along the rail; none where there is one node.
-        within: the exchanges in the node: of each such chunk, then of rows that need not cross nodes.
-        counts: rows of each local expert.
+        across: splits between nodes of each chunk; empty if there is one node.
+        within: splits within the node of each such chunk, then of the rows that stay on the node.
+        counts: number of rows of each local expert.
         min_rows_across_nodes: rows that must cross nodes.
-        shifted_TK: expert ids plus 1, as they ride with rows.
-        tokens: of each row sent, by message: chunks that cross, then what need not cross.
-        places_TP: where each token's rows lie among all of those, negative where there is none.
-        by_source_X: the place of each row that arrives in the order of sources and their tokens.
+        shifted_TK: expert ids plus 1, as they are sent with rows.
+        tokens: token of each sent row, by message: chunks that cross nodes, then rows that stay on the node.
+        places_TP: position of each of a token's rows among all sent rows, negative if there is none.
+        by_source_X: position of each arriving row in the order of sources and their tokens.
     """
 
     across: tuple[Hop, ...]
@@ -62,10 +65,13 @@ class TwoHopRoute:
 
 @dataclass(frozen=True, slots=True)
 class _Tables:
-    """Constants on the device.
+    """Constant index tensors on the device.
 
-    rank_column, node_column: by expert id plus 1, the column of its rank and of its node among `TwoHopCounts.touched`.
-    place_columns: those of the P places. send_indices: of its own counts, those that this rank sends each other, R W.
+    Attributes:
+        rank_column: column of an expert's rank in `touched`, by expert id plus 1.
+        node_column: column of an expert's node in `touched`, by expert id plus 1.
+        place_columns: columns of the P partial sums.
+        send_indices: indices of the own counts that are sent to each rank, R W.
     """
 
     rank_column: Tensor
@@ -75,7 +81,7 @@ class _Tables:
 
 
 class TwoHopPlanner:
-    """Makes routes over one expert group. Used from the comm lane alone."""
+    """Planner of routes over one expert group. Used only from the comm lane."""
 
     def __init__(
         self,
@@ -86,7 +92,16 @@ class TwoHopPlanner:
         max_nodes: int | None,
         traffic: Traffic,
     ) -> None:
-        """Prepares plans; `max_nodes`: that a token may touch, any number if None."""
+        """Prepares the planner.
+
+        Args:
+            group: the expert group.
+            relays: relays of the expert group.
+            count_layout: layout of this rank's counts.
+            num_experts: experts of a layer over all ranks.
+            max_nodes: maximum number of nodes of a token, or None for no limit.
+            traffic: counters of planned tokens.
+        """
         self._group = group
         self._relays = relays
         self._count_layout = count_layout
@@ -97,7 +112,7 @@ class TwoHopPlanner:
         self._tables: _Tables | None = None
 
     def exchange(self, ids_TK: Tensor, label: Label | None) -> TwoHopCounts:
-        """Counts rows per chunk for each rank and node, and sends each rank the counts that it needs."""
+        """Counts rows of each chunk for each rank and node, and sends each rank the counts that it needs."""
         num_tokens, num_ranks = len(ids_TK), len(self._group.members)
         tables = self._tables_on(ids_TK.device)
         # Ids are shifted by one so that row 0 of each table means "no expert".
@@ -107,15 +122,15 @@ class TwoHopPlanner:
         num_padded = -(-num_tokens // self._num_chunks) * self._num_chunks
         touched = shifted_N.new_zeros(num_padded, 1 + num_ranks + self._relays.num_nodes, dtype=torch.bool)
         for column in (tables.rank_column, tables.node_column):
-            touched[:num_tokens].scatter_(1, column.index_select(0, shifted_N).view(shifted_TK.shape), True)
-        # Choices of each expert, E; and tokens over the node cap, which all ranks report after the exchange.
+            touched[:num_tokens].scatter_(1, column.index_select(0, shifted_N).view(shifted_TK.shape), value=True)
+        # Choices of each expert, E, and tokens over the node cap, which all ranks report after the exchange.
         ones_N = torch.ones_like(shifted_N)
         counts_E = shifted_N.new_zeros(1 + self._num_experts).scatter_add_(0, shifted_N, ones_N)[1:]
         over = touched[:, 1 + num_ranks :].sum(1) > self._max_nodes
-        # Tokens of each chunk that touch each rank and each node, C by R + N; then all counts in one row.
+        # Tokens of each chunk that touch each rank and each node, C by R + N. Then all counts in one vector.
         by_chunk = touched[:, 1:].unflatten(0, (self._num_chunks, num_padded // self._num_chunks)).sum(1)
         own = torch.cat([by_chunk.flatten(), counts_E, over.sum().view(1), shifted_N.new_zeros(1)])
-        # One all-to-all carries every count that both hops need. The order of rows is computed meanwhile.
+        # One all-to-all carries every count that both hops need. The order of rows is computed during it.
         sent_RW = own.index_select(0, tables.send_indices).view(num_ranks, -1)
         pending = self._group.start_numbers(sent_RW, label)
         tokens, places_PP = self._order(touched.index_select(1, tables.place_columns))
@@ -128,7 +143,7 @@ class TwoHopPlanner:
         )
 
     def complete(self, counted: TwoHopCounts, label: Label | None) -> TwoHopRoute:
-        """Decodes the counts, which waits for the device, and derives all splits and this rank's own order.
+        """Reads the counts, which waits for the device, and derives all splits and the order of rows.
 
         Raises:
             NodeCapError: on all ranks, if a token of any rank is over the cap.
@@ -151,14 +166,14 @@ class TwoHopPlanner:
         )
 
     def _order(self, touched: Tensor) -> Selection:
-        """Rows sent, by chunk, node and token across nodes, then by rank and token within.
+        """Orders the sent rows: by chunk, node and token across nodes, then by rank and token within the node.
 
         Args:
-            touched: which tokens, padded to C Q, are sent to which of the P places.
+            touched: mask of the partial sums that each token needs, C Q by P (tokens are padded).
 
         Returns:
-            The token of each row sent, and behind them a number for each row not sent; for each token, where its row
-            for each place is among them, C Q and P.
+            The token of each sent row, followed by unused values, and the position of each token's rows among them, C Q
+            by P.
         """
         num_padded, num_places = touched.shape
         num_others = self._relays.num_nodes - 1
@@ -167,18 +182,18 @@ class TwoHopPlanner:
         others = touched[:, :num_others].unflatten(0, chunked).transpose(1, 2)
         # ... then (rank, token) within the node, G C Q.
         marked = torch.cat([others.flatten(), touched[:, num_others:].T.flatten()])
-        # The token of each of these, with the same order.
+        # The token of each entry, in the same order.
         numbers = torch.arange(num_padded, device=touched.device)
         across = numbers.view(chunked)[:, None].expand_as(others)
         tokens = torch.cat([across.flatten(), numbers.repeat(num_places - num_others)])
         selection = select(marked, tokens, num_padded * num_places)
-        # Where each token's row for each place is among the rows sent, back in the order of tokens: C Q by P.
+        # Position of each token's rows among the sent rows, in the order of tokens: C Q by P.
         other_places = selection.places_N[: others.numel()].view(others.shape).transpose(1, 2).flatten(0, 1)
         home_places = selection.places_N[others.numel() :].view(num_places - num_others, num_padded).T
         return Selection(selection.values_S, torch.cat([other_places, home_places], 1))
 
     def _tables_on(self, device: torch.device) -> _Tables:
-        """Returns the tables, which are made once, when the device is known."""
+        """Returns the tables. They are made once, when the device is known."""
         if self._tables is None or self._tables.send_indices.device != device:
             self._tables = self._make_tables(device)
         return self._tables
@@ -203,7 +218,7 @@ class TwoHopPlanner:
 
 
 def _by_source(runs: tuple[RowRun, ...], device: torch.device) -> Tensor:
-    """Returns the place of each arriving row in the order of sources and their tokens, X."""
+    """Returns the position of each arriving row in the order of sources and their tokens; X."""
     num_rows = sum(run.num_rows for run in runs)
     both = torch.tensor([shifts_by_source(runs), [run.num_rows for run in runs]])
     shifts, lengths = both.to(device, non_blocking=True).unbind()

@@ -1,9 +1,9 @@
-"""Where each row goes next, from the expert ids that are sent with it: to which ranks of a node, and to which experts.
+"""Derives the destinations of rows from the expert ids sent with them: ranks of a node, then experts.
 
-Both need only the rows that are there, and counts that the plan has on the host: no host synchronization.
+Both need only the received rows and counts that the plan has on the host, so there is no host synchronization.
 
-Shape legend: K experts per token, E experts, L local experts, G ranks of the node, M rows that a relay takes into its
-node, S rows that it sends on, X rows that arrive at their experts' rank, A rows of its experts. In `select`, N entries,
+Shape legend: K experts per token, E experts, L local experts, G ranks of the node, M rows that a relay receives, S
+rows that it forwards, X rows that arrive at their experts' rank, A rows of its experts. In `select`, N entries,
 S of them marked.
 """
 
@@ -17,9 +17,11 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class RelayOrder:
-    """What a relay sends on.
+    """Order of the rows that a relay forwards.
 
-    rows_S: the row of which each is a copy. places_MG: where each row's copy for each rank lies, negative for none.
+    Attributes:
+        rows_S: received row of each forwarded row.
+        places_MG: position of each row's copy for each rank, negative if there is none.
     """
 
     rows_S: Tensor
@@ -28,10 +30,12 @@ class RelayOrder:
 
 @dataclass(frozen=True, slots=True)
 class Expansion:
-    """Arrived rows as rows of experts.
+    """Order of the experts' rows, which are copies of arrived rows.
 
-    rows_A: the arrived row of which each is a copy. choices_A: the row and choice, x K + k. places_XK: where each
-    arrived row's copy for each choice lies, negative for choices that are not here.
+    Attributes:
+        rows_A: arrived row of each expert's row.
+        choices_A: arrived row x and choice k of each expert's row, as x K + k.
+        places_XK: position of each choice's copy, negative if its expert is on another rank.
     """
 
     rows_A: Tensor
@@ -40,10 +44,17 @@ class Expansion:
 
 
 class RowRouter:
-    """Reads ids on one rank."""
+    """Router of rows by their ids on one rank."""
 
     def __init__(self, num_experts: int, num_local: int, members: Sequence[int], place: int) -> None:
-        """Reads as the rank at `place`, in the node of `members`, each of which has `num_local` experts."""
+        """Prepares the tables.
+
+        Args:
+            num_experts: experts of a layer over all ranks.
+            num_local: experts of each rank.
+            members: ranks of this rank's node, by their index in the expert group.
+            place: index of this rank in the expert group.
+        """
         self._num_local = num_local
         self._num_members = len(members)
         self._member = _numbered(
@@ -53,51 +64,52 @@ class RowRouter:
         self._local = _numbered(num_experts, [range(expert, expert + 1) for expert in own])
 
     def relay(self, shifted_MK: Tensor, num_sent: int) -> RelayOrder:
-        """Returns where rows go next: copies by rank, then in the order of rows.
+        """Orders the rows to forward: by rank, then in the order of received rows.
 
         Args:
-            shifted_MK: expert ids plus 1, of each row.
-            num_sent: copies, S.
+            shifted_MK: expert ids plus 1 of each received row.
+            num_sent: number of rows to forward, S.
         """
-        # touched[g, m] is True if row m has an expert on rank g of the node, G M; other choices hit a column to drop.
+        # touched[g, m] is True if row m has an expert on rank g of the node, G M. Other choices mark a column that is
+        # dropped.
         self._member = self._member.to(shifted_MK.device)
         member_MK = self._member.index_select(0, shifted_MK.flatten().to(torch.int64)).view(shifted_MK.shape)
         touched = shifted_MK.new_zeros(len(shifted_MK), self._num_members + 1, dtype=torch.bool)
-        touched_GM = touched.scatter_(1, member_MK, True)[:, : self._num_members].T
-        # The row of each copy, by rank, then in the order of rows: S; and the place of each copy among them, M G.
+        touched_GM = touched.scatter_(1, member_MK, value=True)[:, : self._num_members].T
+        # The row of each copy, by rank, then in the order of rows: S. And the position of each copy among them, M G.
         rows_GM = torch.arange(len(shifted_MK), device=shifted_MK.device).expand_as(touched_GM)
         rows_S, places = select(touched_GM.flatten(), rows_GM.flatten(), num_sent)
         return RelayOrder(rows_S, places.view(touched_GM.shape).T)
 
     def expand(self, shifted_XK: Tensor, by_source_X: Tensor, num_rows: int) -> Expansion:
-        """Returns the order of the experts' rows: by expert, then by source and token.
+        """Orders the experts' rows: by expert, then by source and token.
 
         Args:
-            shifted_XK: expert ids plus 1, of each arrived row.
-            by_source_X: the place of each arrived row in the order of sources and their tokens.
-            num_rows: of all experts of this rank, A.
+            shifted_XK: expert ids plus 1 of each arrived row.
+            by_source_X: position of each arrived row in the order of sources and their tokens.
+            num_rows: number of rows of all experts of this rank, A.
         """
         # The local expert of each choice, X K; L if the expert is on another rank.
         self._local = self._local.to(shifted_XK.device)
         num_arrived, num_choices = shifted_XK.shape
         local_XK = self._local.index_select(0, shifted_XK.flatten().to(torch.int64)).view(shifted_XK.shape)
-        # The entry of each choice in a table by (local expert, place by source): a block of X for each expert, and one
-        # for choices that are not here.
+        # Index of each choice in a table by (local expert, position by source): one block of X entries per expert, and
+        # one for choices of other ranks. X K, flattened.
         entries = (local_XK * num_arrived + by_source_X[:, None]).flatten()
         choices = torch.arange(num_arrived * num_choices, device=shifted_XK.device)
-        # The choice of each entry, and which entries have one, (L + 1) X; the last block is dropped.
+        # The choice of each entry, and the mask of filled entries, (L + 1) X. The last block is dropped.
         choice_of_entry = choices.new_zeros((self._num_local + 1) * num_arrived).scatter_(0, entries, choices)
-        here = torch.zeros_like(choice_of_entry, dtype=torch.bool).scatter_(0, entries, True)
-        here[self._num_local * num_arrived :] = False
-        # Packed without the empty entries, choices are in the order of the experts' rows, A.
-        choices_A, places = select(here, choice_of_entry, num_rows)
+        is_filled = torch.zeros_like(choice_of_entry, dtype=torch.bool).scatter_(0, entries, value=True)
+        is_filled[self._num_local * num_arrived :] = False
+        # Without the empty entries, the choices are in the order of the experts' rows, A.
+        choices_A, places = select(is_filled, choice_of_entry, num_rows)
         return Expansion(
             choices_A // max(1, num_choices), choices_A, places.index_select(0, entries).view(shifted_XK.shape)
         )
 
 
 def _numbered(num_experts: int, shares: Sequence[range]) -> Tensor:
-    """Returns by expert id plus 1 the number of the share that holds the expert; their count if none does."""
+    """Returns a table from expert id plus 1 to its share, or to the number of shares if none holds it."""
     numbers = torch.full((1 + num_experts,), len(shares))
     for number, share in enumerate(shares):
         numbers[1 + share.start : 1 + share.stop] = number
@@ -105,7 +117,12 @@ def _numbered(num_experts: int, shares: Sequence[range]) -> Tensor:
 
 
 class Selection(NamedTuple):
-    """values_S: of the marked entries, in order. places_N: the place of each entry there, -1 if it is not marked."""
+    """Values of the marked entries.
+
+    Attributes:
+        values_S: values in the order of entries.
+        places_N: position of each entry in `values_S`, -1 if it is not marked.
+    """
 
     values_S: Tensor
     places_N: Tensor
@@ -115,12 +132,12 @@ def select(marked_N: Tensor, values_N: Tensor, num_marked: int) -> Selection:
     """Packs the values of marked entries.
 
     Args:
-        marked_N: bool.
-        values_N: of every entry.
-        num_marked: true entries, S.
+        marked_N: mask of the entries.
+        values_N: value of every entry.
+        num_marked: number of marked entries, S.
     """
     ends_N = marked_N.cumsum(0)
-    # Entries that are not marked are written to one place more, which is cut off.
+    # Entries that are not marked are written to an extra position, which is cut off.
     into_N = ends_N.mul_(marked_N).sub_(1)
     values = values_N.new_empty(num_marked + 1)
     values.scatter_(0, torch.where(marked_N, into_N, num_marked), values_N)
