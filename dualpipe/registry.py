@@ -12,7 +12,7 @@ from dualpipe.generate.cache import load_or_make
 from dualpipe.ir import MemoryCapError, Placement, Schedule, ScheduleError, straight_placement
 from dualpipe.simulate.costs import CostModel, Costs, uniform
 from dualpipe.simulate.simulate import peak_memory
-from kernels.registry import Registry, modules_of
+from kernels.registry import Registry, list_modules
 
 FALLBACK = "dualpipe_split"
 """The kind that accepts every number of ranks and micro-batches: errors suggest it."""
@@ -99,7 +99,7 @@ class ScheduleSpec:
         return {row[0] for row in rows} == {row[-1] for row in rows}
 
 
-SCHEDULES = Registry[ScheduleSpec]("schedule.kind", modules_of("dualpipe.generate", _FIRST), also=("auto",))
+SCHEDULES = Registry[ScheduleSpec]("schedule.kind", list_modules("dualpipe.generate", _FIRST), also=("auto",))
 
 
 def candidates() -> dict[str, ScheduleSpec]:

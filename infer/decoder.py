@@ -133,7 +133,7 @@ class Decoder:
         routing = moe.gate(rows_ND[None])
         handle = dispatcher.plan(routing.ids_NK, routing.weights_NK)
         arrived = dispatcher.dispatch(rows_ND, routing.weights_NK, handle).wait()
-        routed_AD = moe.experts.in_own_type(arrived.rows_AD, arrived.weights_A, arrived.counts)
+        routed_AD = moe.experts.apply_in_weight_type(arrived.rows_AD, arrived.weights_A, arrived.counts)
         if moe.shared_experts is not None:
             residual_ND = residual_ND + moe.shared_experts(rows_ND, None)
         return residual_ND + dispatcher.combine(routed_AD, handle).wait()

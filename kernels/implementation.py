@@ -20,14 +20,14 @@ operands if it takes them, and Triton's kernels for everything else."""
 HOPPER = 9  # major compute capability
 
 
-def implementation_for(device: torch.device) -> Implementation:
+def choose_implementation(device: torch.device) -> Implementation:
     """Returns the implementation that suits a device: Triton's on CUDA, the reference elsewhere."""
     return "triton" if device.type == "cuda" else "reference"
 
 
-def product_implementation_for(device: torch.device) -> Implementation:
+def choose_product_implementation(device: torch.device) -> Implementation:
     """Returns the implementation of products of FP8 operands that suits a device."""
-    return "deep_gemm" if has_deep_gemm(device) else implementation_for(device)
+    return "deep_gemm" if has_deep_gemm(device) else choose_implementation(device)
 
 
 @cache
@@ -47,4 +47,4 @@ def is_reference(implementation: Implementation | None, device: torch.device) ->
         implementation: that the caller wants; None: the one that suits the device.
         device: of the operands.
     """
-    return (implementation or implementation_for(device)) == "reference"
+    return (implementation or choose_implementation(device)) == "reference"

@@ -128,7 +128,7 @@ def closest(name: str, choices: Iterable[str], cutoff: float = 0.6) -> list[str]
     return list(dict.fromkeys([*prefixed, *alike]))[:2]
 
 
-def modules_of(package: str, first: Sequence[str] = ()) -> list[str]:
+def list_modules(package: str, first: Sequence[str] = ()) -> list[str]:
     """Returns the full names of a package's modules without importing them.
 
     Args:

@@ -159,7 +159,7 @@ def run_block(
     if isinstance(dispatcher, RankLocalDispatcher):
         counts, order = dispatcher.local_order(handle)
         source = NormSource.of(residual_BTD, block.post_attention_layernorm)
-        summed_ND = block.moe.experts.at_home(rows, source, routing.weights_NK, counts, order)
+        summed_ND = block.moe.experts.apply_locally(rows, source, routing.weights_NK, counts, order)
         base_BTD = block.add_shared(residual_BTD, rows, None)
         return base_BTD + summed_ND.view_as(base_BTD), routing
     wire, found = block.wire(), list[tuple[Rows, tuple[int, ...]]]()

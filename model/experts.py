@@ -36,7 +36,7 @@ class RoutedExperts(nn.Module):
         """
         return self._linears.experts(rows, weights_A, self._weights, counts, sink)
 
-    def at_home(
+    def apply_locally(
         self, rows: Rows, source: NormSource, weights_NK: Tensor, counts: Sequence[int], order: RowOrder
     ) -> Tensor:
         """Dispatches, applies the experts and combines where all experts are on this rank: ND.
@@ -48,9 +48,9 @@ class RoutedExperts(nn.Module):
             counts: rows of each expert.
             order: in which tokens' copies go to experts.
         """
-        return self._linears.experts_at_home(rows, source, weights_NK, self._weights, counts, order)
+        return self._linears.apply_local_experts(rows, source, weights_NK, self._weights, counts, order)
 
-    def in_own_type(self, rows_AD: Tensor, weights_A: Tensor, counts: Sequence[int]) -> Tensor:
+    def apply_in_weight_type(self, rows_AD: Tensor, weights_A: Tensor, counts: Sequence[int]) -> Tensor:
         """Returns the same as `forward` in the weights' type whatever the model's precision, without gradients: AD."""
         out_AD, _ = expert_mlp(rows_AD, weights_A.to(rows_AD.dtype), *self._weights, counts)
         return out_AD

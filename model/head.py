@@ -12,13 +12,13 @@ from torch.nn import functional
 
 from kernels.cross_entropy import linear_cross_entropy
 from kernels.cross_entropy.reference import RowSlopes
-from kernels.rms_norm import normalise_backward, rms_norm
+from kernels.rms_norm import normalize_backward, rms_norm
 from kernels.rms_norm.reference import inverse_rms
 from model.attention.form import Attention
 from model.block import Block
 from model.config import ModelConfig
 from model.norm import RmsNorm
-from model.precision.linear import Projection, WeightSink, give
+from model.precision.linear import Projection, WeightSink, deliver_gradient
 from model.precision.linears import Linears
 
 ValueFunction = Callable[[Tensor], Tensor]
@@ -82,7 +82,7 @@ class _Merge(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(embedded, hidden, enorm_D, hnorm_D, projection_DE)
         ctx.eps, ctx.sink = eps, sink
-        return functional.linear(_normalise_both(embedded, hidden, enorm_D, hnorm_D, eps), projection_DE)
+        return functional.linear(_normalize_both(embedded, hidden, enorm_D, hnorm_D, eps), projection_DE)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -90,17 +90,17 @@ class _Merge(torch.autograd.Function):
         grad, eps = grads[0], ctx.eps
 
         def gradient() -> Tensor:
-            both = _normalise_both(embedded, hidden, enorm_D, hnorm_D, eps)
+            both = _normalize_both(embedded, hidden, enorm_D, hnorm_D, eps)
             return grad.flatten(0, -2).t() @ both.flatten(0, -2)
 
-        grad_projection = give(projection_DE, gradient, ctx.sink)
+        grad_projection = deliver_gradient(projection_DE, gradient, ctx.sink)
         grad_left, grad_right = (grad @ projection_DE).chunk(2, -1)
-        grad_embedded, grad_enorm = normalise_backward(grad_left, embedded, inverse_rms(embedded, eps), enorm_D)
-        grad_hidden, grad_hnorm = normalise_backward(grad_right, hidden, inverse_rms(hidden, eps), hnorm_D)
+        grad_embedded, grad_enorm = normalize_backward(grad_left, embedded, inverse_rms(embedded, eps), enorm_D)
+        grad_hidden, grad_hnorm = normalize_backward(grad_right, hidden, inverse_rms(hidden, eps), hnorm_D)
         return grad_embedded, grad_hidden, grad_enorm, grad_hnorm, grad_projection, None, None
 
 
-def _normalise_both(embedded: Tensor, hidden: Tensor, enorm_D: Tensor, hnorm_D: Tensor, eps: float) -> Tensor:
+def _normalize_both(embedded: Tensor, hidden: Tensor, enorm_D: Tensor, hnorm_D: Tensor, eps: float) -> Tensor:
     return torch.cat((rms_norm(embedded, enorm_D, eps)[0], rms_norm(hidden, hnorm_D, eps)[0]), -1)
 
 
@@ -158,7 +158,7 @@ class _ScoreTokens(torch.autograd.Function):
         rows_ND, found_VD, head_VD = ctx.saved_tensors
         grad_head = None
         if found_VD is not None:
-            grad_head = give(head_VD, lambda: found_VD.mul_(factor), ctx.sink)
+            grad_head = deliver_gradient(head_VD, lambda: found_VD.mul_(factor), ctx.sink)
         if grad_head is not None:
             grad_head = grad_head.to(head_VD.dtype)
         return rows_ND.mul_(factor), grad_head, None, None, None, None, None

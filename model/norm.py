@@ -11,9 +11,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from kernels.rms_norm import normalise_backward, rms_norm
-from kernels.rms_norm.reference import inverse_rms, normalise
-from model.precision.linear import WeightSink, give
+from kernels.rms_norm import normalize_backward, rms_norm
+from kernels.rms_norm.reference import inverse_rms, normalize
+from model.precision.linear import WeightSink, deliver_gradient
 
 
 class RmsNorm(nn.Module):
@@ -90,8 +90,8 @@ class _NormedLinear(torch.autograd.Function):
             grad_AD = part_AD.add_(grad_AD) if options.gives_normal else part_AD
             normal = _normal(x_AD, scale_A1, norm_weight_D, kept)
             gradient = cache(lambda: grad_AN.t() @ normal().to(grad_AN.dtype))
-            grad_weights = _give_parts(weights_ND, gradient, options.sink)
-        grad_x_AD, grad_norm_D = normalise_backward(grad_AD, x_AD, scale_A1, norm_weight_D)
+            grad_weights = _deliver_parts(weights_ND, gradient, options.sink)
+        grad_x_AD, grad_norm_D = normalize_backward(grad_AD, x_AD, scale_A1, norm_weight_D)
         return grad_x_AD.view(ctx.shape), grad_norm_D, None, *grad_weights
 
 
@@ -114,10 +114,10 @@ class _LinearOfNormal(torch.autograd.Function):
         def gradient() -> Tensor:
             normal_AD: Tensor = kept_AD
             if not options.keeps_normal:
-                normal_AD = normalise(kept_AD, inverse_rms(kept_AD, options.eps), norm_weight_D)
+                normal_AD = normalize(kept_AD, inverse_rms(kept_AD, options.eps), norm_weight_D)
             return grad_AN.t() @ normal_AD
 
-        grad_weights = _give_parts(weights_ND, cache(gradient), options.sink)
+        grad_weights = _deliver_parts(weights_ND, cache(gradient), options.sink)
         grad = (grad_AN @ _join(weights_ND, grad_AN.dtype)).view(ctx.shape)
         return grad, None, None, None, *grad_weights
 
@@ -128,17 +128,17 @@ def _join(weights_ND: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
 
 
 def _normal(x_AD: Tensor, scale_A1: Tensor, norm_weight_D: Tensor, kept: Sequence[Tensor]) -> Callable[[], Tensor]:
-    return lambda: kept[0] if kept else normalise(x_AD, scale_A1, norm_weight_D)
+    return lambda: kept[0] if kept else normalize(x_AD, scale_A1, norm_weight_D)
 
 
-def _give_parts(
+def _deliver_parts(
     weights_ND: Sequence[Tensor], gradient: Callable[[], Tensor], sink: WeightSink | None
 ) -> list[Tensor | None]:
     """Each weight's rows of the gradient of all of them, which is computed once."""
     given, first = list[Tensor | None](), 0
     for weight_ND in weights_ND:
         rows = slice(first, first + len(weight_ND))
-        given.append(give(weight_ND, partial(_part, gradient, rows, weight_ND.dtype), sink))
+        given.append(deliver_gradient(weight_ND, partial(_part, gradient, rows, weight_ND.dtype), sink))
         first += len(weight_ND)
     return given
 

@@ -217,7 +217,7 @@ class CombinePhase:
 Phase = ComputePhase[Any, Any] | DispatchPhase | CombinePhase
 
 
-class BalanceNote(Protocol):
+class BalanceRecorder(Protocol):
     """Takes the balance loss of one layer and one micro-batch; returns its part of the step's loss."""
 
     def __call__(self, balance: Tensor) -> Tensor:
@@ -234,7 +234,7 @@ def block_phases(
     block: Block,
     dispatcher: Dispatcher,
     store: GradientStore | None,
-    note_balance: BalanceNote,
+    record_balance: BalanceRecorder,
     label: Label,
     documents: Documents | None = None,
     routes: Routes | None = None,
@@ -250,7 +250,7 @@ def block_phases(
         attended = block.attend(hidden.hidden_BTD, sink, documents, route)
         routing = attended.routing
         routed = Routed(attended.residual_BTD, attended.rows, routing.weights_NK, routing.ids_NK)
-        return Computed(routed, note_balance(routing.balance))
+        return Computed(routed, record_balance(routing.balance))
 
     def experts(received: Received, sink: WeightSink | None) -> Computed[ExpertOutput]:
         return Computed(block.apply_experts(received, sink))

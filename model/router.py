@@ -81,7 +81,9 @@ class Router(nn.Module):
         """
         scores_BTE = logits_BTE.sigmoid()
         scores_NE = scores_BTE.detach().flatten(0, 1)
-        ids_NK = self._choose(scores_NE) if forced_ids_NK is None else self._checked(forced_ids_NK, len(scores_NE))
+        ids_NK = (
+            self._choose(scores_NE) if forced_ids_NK is None else self._check_forced_ids(forced_ids_NK, len(scores_NE))
+        )
         chosen_NK = scores_BTE.flatten(0, 1).gather(1, ids_NK)
         weights_NK = chosen_NK / (chosen_NK.sum(-1, keepdim=True) + 1e-20) * self._config.routed_scaling_factor
         if torch.is_grad_enabled():
@@ -99,7 +101,7 @@ class Router(nn.Module):
         load = load_E.to(torch.float64)
         self.e_score_correction_bias += rate * torch.sign(load.mean() - load).to(self.e_score_correction_bias.dtype)
 
-    def _checked(self, ids_NK: Tensor, num_tokens: int) -> Tensor:
+    def _check_forced_ids(self, ids_NK: Tensor, num_tokens: int) -> Tensor:
         """Returns forced ids if they are K different experts for each token."""
         config = self._config
         shape = (num_tokens, config.num_experts_per_token)

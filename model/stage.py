@@ -142,13 +142,13 @@ class Stage:
         """
         documents = None if batch is None else batch.documents
 
-        def note_balance(balance: Tensor) -> Tensor:
+        def record_balance(balance: Tensor) -> Tensor:
             sums.add(BALANCE, balance)
             return objective.balance * balance
 
         def add_block(block: Block, layer: int) -> None:
             label = Label(layer, direction, micro_batch)
-            phases.extend(block_phases(block, self._model.dispatcher, store, note_balance, label, documents, routes))
+            phases.extend(block_phases(block, self._model.dispatcher, store, record_balance, label, documents, routes))
 
         phases: list[Phase] = []
         if self._first:

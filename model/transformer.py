@@ -22,7 +22,7 @@ from model.head import Embedding, MtpBlock
 from model.norm import RmsNorm, normed_linear
 from model.objective import BALANCE, LossSums, MicroBatch, Objective, OutputHead
 from model.precision.linear import Projection, WeightSink, widen
-from model.precision.linears import Linears, linears_for
+from model.precision.linears import Linears, build_linears
 from model.router import Router
 
 BIAS = "e_score_correction_bias"
@@ -77,7 +77,7 @@ class Transformer(nn.Module):
         computing: what a backward computes anew, by which attention, and in what products are computed.
         attention: its form; None means the configuration's.
 
-    Weights are uninitialised until `initialise`. Their names are the released checkpoint's.
+    Weights are uninitialized until `initialize_weights`. Their names are the released checkpoint's.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class Transformer(nn.Module):
         self._computing = computing
         self.dispatcher = dispatcher
         part = part or whole(config)
-        self._linears = linears_for(computing)
+        self._linears = build_linears(computing)
         self.attention = attention or attention_form(config)
         build = partial(self.attention.build, config, dtype, computing.attention, self._linears)
         self.model = Trunk(config, part, dtype, build, self._linears)
@@ -243,7 +243,7 @@ def routers(model: Transformer) -> dict[int, Router]:
     return {number: block.moe.gate for number, block in layers if block.moe is not None}
 
 
-def initialise(model: Transformer, seed: int) -> None:
+def initialize_weights(model: Transformer, seed: int) -> None:
     """Norms to one, router bias to zero, all else to N(0, initializer_range^2), from seed and released name alone.
 
     So the same seed gives the same weights under every layout. Drawn in float32 on the CPU.

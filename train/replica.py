@@ -24,7 +24,7 @@ from model.gradients import GradientStore
 from model.objective import LossSums, MicroBatch, Objective
 from model.router import Routes
 from model.stage import Stage, StageRun
-from model.transformer import Part, Transformer, initialise
+from model.transformer import Part, Transformer, initialize_weights
 from train.config import BatchConfig, Precision, TrainConfig
 from train.schedule.links import PipelineLinks, linked_pairs, open_links
 from train.world import World
@@ -291,7 +291,7 @@ def held_experts(model: ModelConfig, num_parts: int, expert_index: int) -> range
 def build_model(config: ReplicaConfig, dispatcher: Dispatcher, part: Part, device: torch.device) -> Transformer:
     """Builds a part of a model with the initial weights of the seed."""
     model = Transformer(config.model, dispatcher, weight_dtype(config.precision), part, config.computing)
-    initialise(model, config.seed)
+    initialize_weights(model, config.seed)
     return model.to(device)
 
 

@@ -35,7 +35,7 @@ class Coefficients(NamedTuple):
     """-learning rate / (1 - beta1^step)."""
 
 
-def coefficients(
+def compute_coefficients(
     step: int, *, learning_rate: float, betas: tuple[float, float], eps: float, weight_decay: float
 ) -> Coefficients:
     """Those of AdamW (arXiv:1711.05101) as torch computes it.

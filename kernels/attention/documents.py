@@ -27,7 +27,7 @@ class Documents:
     longest: int
 
     @classmethod
-    def of_positions(cls, positions_BT: Tensor) -> "Documents":
+    def from_positions(cls, positions_BT: Tensor) -> "Documents":
         """From each token's place within its document: one begins where the place does not follow the place before.
 
         Padding, whose place is -1, makes documents of one token each. Give it positions on the host, and move the

@@ -18,7 +18,7 @@ ExpertImplementation = Literal["reference", "batched", "grouped"]
 """One expert after the other; many experts in one batched product; torch's grouped products. All in plain PyTorch."""
 
 
-def expert_implementation_for(
+def choose_expert_implementation(
     device: torch.device, dtype: torch.dtype, hidden: int, width: int
 ) -> ExpertImplementation:
     """Returns `grouped` if torch's products take such rows; on CPU `batched` for 16 bits; else `reference`."""
@@ -26,7 +26,7 @@ def expert_implementation_for(
 
     from kernels.grouped_gemm import native
 
-    if native.serves(device, dtype, hidden, width):
+    if native.supports(device, dtype, hidden, width):
         return "grouped"
     return "batched" if device.type == "cpu" and dtype in (torch.bfloat16, torch.float16) else "reference"
 
@@ -102,7 +102,9 @@ def down_gradient(
 
 
 def _module(implementation: ExpertImplementation | None, rows_ND: Tensor, width: int) -> ModuleType:
-    implementation = implementation or expert_implementation_for(rows_ND.device, rows_ND.dtype, rows_ND.shape[1], width)
+    implementation = implementation or choose_expert_implementation(
+        rows_ND.device, rows_ND.dtype, rows_ND.shape[1], width
+    )
     match implementation:
         case "reference":
             from kernels.expert_mlp import reference

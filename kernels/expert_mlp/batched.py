@@ -28,7 +28,7 @@ class _Slots:
     places_A: Tensor
     num_experts: int
 
-    def spread(self, values_ND: Tensor, tokens_A: Tensor | None = None) -> Tensor:
+    def scatter(self, values_ND: Tensor, tokens_A: Tensor | None = None) -> Tensor:
         """ECD: each slot's value, zero where it has no row. tokens_A: the given row of each place."""
         rows_S = self.rows_S if tokens_A is None else tokens_A.index_select(0, self.rows_S)
         values_SD = values_ND.index_select(0, rows_S).index_fill_(0, self.filled, 0)
@@ -52,8 +52,8 @@ def expert_mlp(
     slots = _fill(counts)
     if slots is None:
         return reference.expert_mlp(rows_ND, weights_A, gate_up_EHD, down_EDM, counts, tokens_A, gated_AM)
-    hidden_ECH = slots.spread(rows_ND, tokens_A) @ gate_up_EHD.transpose(1, 2)
-    gated_ECM = swiglu(*hidden_ECH.chunk(2, 2)).mul_(slots.spread(weights_A[:, None]))
+    hidden_ECH = slots.scatter(rows_ND, tokens_A) @ gate_up_EHD.transpose(1, 2)
+    gated_ECM = swiglu(*hidden_ECH.chunk(2, 2)).mul_(slots.scatter(weights_A[:, None]))
     if gated_AM is not None:
         gated_AM.copy_(slots.gather(gated_ECM))
     return slots.gather(gated_ECM @ down_EDM.transpose(1, 2)), slots.gather(hidden_ECH)
@@ -75,8 +75,8 @@ def expert_mlp_backward(
     if slots is None:
         given = (grad_ND, weights_A, hidden_AH, gate_up_EHD, down_EDM, counts, tokens_A)
         return reference.expert_mlp_backward(*given, rows_ND=rows_ND)
-    grad_ECD, hidden_ECH = slots.spread(grad_ND, tokens_A), slots.spread(hidden_AH)
-    weights_EC1 = slots.spread(weights_A[:, None])
+    grad_ECD, hidden_ECH = slots.scatter(grad_ND, tokens_A), slots.scatter(hidden_AH)
+    weights_EC1 = slots.scatter(weights_A[:, None])
     grad_gated_ECM, plain_ECM = grad_ECD @ down_EDM, swiglu(*hidden_ECH.chunk(2, 2))
     grad_weights_A = slots.gather((plain_ECM * grad_gated_ECM).sum(2, keepdim=True))[:, 0]
     grad_gated_SM = grad_gated_ECM.mul_(weights_EC1).flatten(0, 1)
@@ -84,7 +84,7 @@ def expert_mlp_backward(
     grad_rows_AD = slots.gather(grad_hidden_ECH @ gate_up_EHD)
     if rows_ND is None:
         return grad_rows_AD, grad_weights_A, (slots.gather(grad_hidden_ECH),)
-    grad_gate_up = grad_hidden_ECH.transpose(1, 2) @ slots.spread(rows_ND, tokens_A)
+    grad_gate_up = grad_hidden_ECH.transpose(1, 2) @ slots.scatter(rows_ND, tokens_A)
     return grad_rows_AD, grad_weights_A, (grad_gate_up, grad_ECD.transpose(1, 2) @ plain_ECM.mul_(weights_EC1))
 
 
@@ -93,7 +93,7 @@ def gate_up_gradient(grad_hidden_AH: Tensor, rows_AD: Tensor, counts: Sequence[i
     slots = _fill(counts)
     if slots is None:
         return reference.gate_up_gradient(grad_hidden_AH, rows_AD, counts)
-    return slots.spread(grad_hidden_AH).transpose(1, 2) @ slots.spread(rows_AD)
+    return slots.scatter(grad_hidden_AH).transpose(1, 2) @ slots.scatter(rows_AD)
 
 
 def down_gradient(
@@ -105,7 +105,7 @@ def down_gradient(
         return reference.down_gradient(grad_AD, weights_A, hidden_AH, counts, gated_AM)
     if gated_AM is None:
         gated_AM = swiglu(*hidden_AH.chunk(2, 1)).mul_(weights_A[:, None])
-    return slots.spread(grad_AD).transpose(1, 2) @ slots.spread(gated_AM)
+    return slots.scatter(grad_AD).transpose(1, 2) @ slots.scatter(gated_AM)
 
 
 def _fill(counts: Sequence[int]) -> _Slots | None:

@@ -30,7 +30,7 @@ class ExpertBlock:
         return int(self.rows.stop - self.rows.start)
 
 
-def cut(counts: Sequence[int], width: int) -> list[ExpertBlock]:
+def cut_into_blocks(counts: Sequence[int], width: int) -> list[ExpertBlock]:
     """Blocks of whole experts, so many that what lies between their products stays in the cache.
 
     Args:
@@ -71,7 +71,7 @@ def expert_mlp(
     """
     width, size = down_EDM.shape[2], len(weights_A)
     out_AD, hidden_AH = rows_ND.new_empty(size, rows_ND.shape[1]), rows_ND.new_empty(size, 2 * width)
-    for block in cut(counts, 2 * width):
+    for block in cut_into_blocks(counts, 2 * width):
         hidden_RH = hidden_AH[block.rows]
         _products(_gather(rows_ND, tokens_A, block), gate_up_EHD.transpose(1, 2), hidden_RH, block)
         gated_RM = swiglu(*hidden_RH.split(width, 1)).mul_(weights_A[block.rows, None])
@@ -112,7 +112,7 @@ def expert_mlp_backward(
     grad_rows_AD, grad_weights_A = grad_ND.new_empty(size, grad_ND.shape[1]), torch.empty_like(weights_A)
     likes = (hidden_AH,) if rows_ND is None else (gate_up_EHD, down_EDM)
     rest = tuple(torch.empty_like(like) for like in likes)
-    for block in cut(counts, 2 * width):
+    for block in cut_into_blocks(counts, 2 * width):
         gate_RM, up_RM = hidden_AH[block.rows].split(width, 1)
         factors_R1, grad_RD = weights_A[block.rows, None], _gather(grad_ND, tokens_A, block)
         grad_gated_RM = _products(grad_RD, down_EDM, grad_RD.new_empty(block.size, width), block)
@@ -133,7 +133,7 @@ def expert_mlp_backward(
 def gate_up_gradient(grad_hidden_AH: Tensor, rows_AD: Tensor, counts: Sequence[int]) -> Tensor:
     """Gradient of `expert_mlp` in gate_up, EHD; zero for an expert without rows."""
     grad_EHD = rows_AD.new_empty(len(counts), grad_hidden_AH.shape[1], rows_AD.shape[1])
-    for block in cut(counts, grad_hidden_AH.shape[1]):
+    for block in cut_into_blocks(counts, grad_hidden_AH.shape[1]):
         _outer_products(grad_hidden_AH[block.rows], rows_AD[block.rows], grad_EHD, block)
     _clear_unused((grad_EHD,), counts)
     return grad_EHD
@@ -145,7 +145,7 @@ def down_gradient(
     """Gradient of `expert_mlp` in down, EDM; zero for an expert without rows. gated_AM: as it was kept, if it was."""
     width = hidden_AH.shape[1] // 2
     grad_EDM = grad_AD.new_empty(len(counts), grad_AD.shape[1], width)
-    for block in cut(counts, 2 * width):
+    for block in cut_into_blocks(counts, 2 * width):
         if gated_AM is None:
             gated_RM = swiglu(*hidden_AH[block.rows].split(width, 1)).mul_(weights_A[block.rows, None])
         else:

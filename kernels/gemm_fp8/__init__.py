@@ -8,7 +8,7 @@ from __future__ import annotations
 from functools import cache
 from typing import TYPE_CHECKING, Protocol, assert_never
 
-from kernels.implementation import Implementation, product_implementation_for
+from kernels.implementation import Implementation, choose_product_implementation
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +21,7 @@ def gemm_fp8(
     left: Quantized, right: QuantizedBlocks, dtype: torch.dtype, *, implementation: Implementation | None = None
 ) -> Tensor:
     """Multiplies by a weight, left right^T: MN, as `kernels.gemm_fp8.reference.gemm_fp8`."""
-    products = _products(implementation or product_implementation_for(left.codes.device))
+    products = _products(implementation or choose_product_implementation(left.codes.device))
     return products.gemm_fp8(left, right, dtype)
 
 
@@ -29,7 +29,7 @@ def gemm_fp8_columns(
     left: QuantizedColumns, right: QuantizedColumns, *, implementation: Implementation | None = None
 ) -> Tensor:
     """Multiplies over the rows of all groups, left right^T: MN in float32, as `kernels.gemm_fp8.reference`."""
-    products = _products(implementation or product_implementation_for(left.codes.device))
+    products = _products(implementation or choose_product_implementation(left.codes.device))
     return products.gemm_fp8_columns(left, right)
 
 

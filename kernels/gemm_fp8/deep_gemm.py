@@ -28,26 +28,26 @@ Columns = Callable[[QuantizedColumns, QuantizedColumns], Tensor]
 class DeepGemm:
     """Both products by the package, and those that it is not made for by another implementation."""
 
-    def __init__(self, otherwise: RowsByBlocks, columns_otherwise: Columns) -> None:
+    def __init__(self, fallback: RowsByBlocks, columns_fallback: Columns) -> None:
         """Names the other implementation.
 
         Args:
-            otherwise: `kernels.gemm_fp8.triton.gemm_fp8` or its like.
-            columns_otherwise: `kernels.gemm_fp8.triton.gemm_fp8_columns` or its like.
+            fallback: `kernels.gemm_fp8.triton.gemm_fp8` or its like.
+            columns_fallback: `kernels.gemm_fp8.triton.gemm_fp8_columns` or its like.
         """
-        self._otherwise = otherwise
-        self._columns_otherwise = columns_otherwise
+        self._fallback = fallback
+        self._columns_fallback = columns_fallback
 
     def gemm_fp8(self, left: Quantized, right: QuantizedBlocks, dtype: torch.dtype) -> Tensor:
         """As `kernels.gemm_fp8.reference.gemm_fp8`."""
         num_rows, num_outputs, depth = check_rows_by_blocks("gemm_fp8", left, right)
         suits = dtype == torch.bfloat16 and num_rows > 0 and _fits(num_outputs, OUTPUTS_MULTIPLE)
         if not suits or not _fits(depth, TILE) or not _in_order(*right):
-            return self._otherwise(left, right, dtype)
+            return self._fallback(left, right, dtype)
         from deep_gemm import fp8_gemm_nt  # type: ignore[import-not-found, unused-ignore]
 
         out_MN = left.codes.new_empty(num_rows, num_outputs, dtype=dtype)
-        fp8_gemm_nt(tuple(rows_together(left)), tuple(right), out_MN)
+        fp8_gemm_nt(tuple(make_rows_contiguous(left)), tuple(right), out_MN)
         return out_MN
 
     def gemm_fp8_columns(self, left: QuantizedColumns, right: QuantizedColumns) -> Tensor:
@@ -55,7 +55,7 @@ class DeepGemm:
         num_rows, num_outputs, depth = check_columns("gemm_fp8_columns", left, right)
         suits = _fits(num_rows, OUTPUTS_MULTIPLE) and _fits(num_outputs, OUTPUTS_MULTIPLE)
         if not suits or not _fits(depth, TILE) or not _in_order(*left, *right):
-            return self._columns_otherwise(left, right)
+            return self._columns_fallback(left, right)
         from deep_gemm import fp8_gemm_nt
 
         out_MN = left.scales.new_zeros(num_rows, num_outputs)
@@ -63,7 +63,7 @@ class DeepGemm:
         return out_MN
 
 
-def rows_together(rows: Quantized) -> Quantized:
+def make_rows_contiguous(rows: Quantized) -> Quantized:
     """The same rows and scales, one row after the other from where the package can read them."""
     codes = rows.codes.contiguous()
     codes = codes if codes.data_ptr() % ALIGNMENT_BYTES == 0 else codes.clone()

@@ -10,7 +10,7 @@ ALIGNMENT_BYTES = 16
 LARGEST_DESCRIBED_BYTES = 4  # of a number
 
 
-def describable(matrix: Tensor) -> bool:
+def is_describable(matrix: Tensor) -> bool:
     """Whether tiles of a matrix can be moved by descriptor: it begins, and its rows follow, at multiples of 16 bytes.
 
     And they lie in order: a row is contiguous, and no longer than the way to the next.
@@ -21,9 +21,9 @@ def describable(matrix: Tensor) -> bool:
     return in_order and row_bytes % ALIGNMENT_BYTES == 0 and matrix.data_ptr() % ALIGNMENT_BYTES == 0
 
 
-def described(matrix: Tensor) -> Tensor:
-    """The matrix where it is `describable`, else a copy that is, its rows apart by whole multiples of 16 bytes."""
-    if describable(matrix):
+def make_describable(matrix: Tensor) -> Tensor:
+    """The matrix where it is `is_describable`, else a copy that is, its rows apart by whole multiples of 16 bytes."""
+    if is_describable(matrix):
         return matrix
     num_rows, num_columns = matrix.shape
     granularity = ALIGNMENT_BYTES // matrix.element_size()

@@ -28,14 +28,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gemm_fp8.descriptors import LARGEST_DESCRIBED_BYTES, allow_descriptors, describable, described
+from kernels.gemm_fp8.descriptors import LARGEST_DESCRIBED_BYTES, allow_descriptors, is_describable, make_describable
 from kernels.gemm_fp8.reference import check_columns, check_rows_by_blocks
 from kernels.gemm_fp8.tiling import OF_COLUMNS, STORED_BY_DESCRIPTOR, STORED_BY_MASK, Tiling
 from kernels.quantize.layout import TILE, Quantized, QuantizedBlocks, QuantizedColumns
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def place_of(tile: tl.tensor, num_tile_rows: tl.tensor, num_tile_columns: tl.tensor, GROUP: tl.constexpr) -> tl.tensor:
+def locate_tile(
+    tile: tl.tensor, num_tile_rows: tl.tensor, num_tile_columns: tl.tensor, GROUP: tl.constexpr
+) -> tl.tensor:
     """Row and column of a tile: down GROUP rows, then the next column; at the last column, the next GROUP rows."""
     tiles_of_group = GROUP * num_tile_columns
     first_row = tile // tiles_of_group * GROUP
@@ -80,7 +82,7 @@ def gemm_kernel(
     num_tile_rows = tl.cast(tl.cdiv(num_rows, BLOCK_ROWS), tl.int64)
     num_tile_columns = tl.cast(tl.cdiv(num_outputs, BLOCK_OUTPUTS), tl.int64)
     for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), warp_specialize=SPECIALIZE):
-        tile_row, tile_column = place_of(tile, num_tile_rows, num_tile_columns, GROUP)
+        tile_row, tile_column = locate_tile(tile, num_tile_rows, num_tile_columns, GROUP)
         first_row = tile_row * BLOCK_ROWS
         first_output = tile_column * BLOCK_OUTPUTS
         rows = first_row + tl.arange(0, BLOCK_ROWS)
@@ -164,9 +166,9 @@ def _launch(
     if out_MN.numel() == 0 or depth == 0:
         out_MN.zero_()
         return
-    left_MK, right_NK = described(left.codes), described(right.codes)
+    left_MK, right_NK = make_describable(left.codes), make_describable(right.codes)
     left_scales, right_scales = (_contiguous_rows(scales) for scales in (left.scales, right.scales))
-    store_by_descriptor = describable(out_MN) and out_MN.element_size() <= LARGEST_DESCRIBED_BYTES
+    store_by_descriptor = is_describable(out_MN) and out_MN.element_size() <= LARGEST_DESCRIBED_BYTES
     by_blocks = isinstance(right, QuantizedBlocks)
     stored_whole = STORED_BY_DESCRIPTOR if by_blocks else OF_COLUMNS
     tiling = tiling or (stored_whole if store_by_descriptor else STORED_BY_MASK)

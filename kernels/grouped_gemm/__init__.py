@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import cache
 from typing import TYPE_CHECKING, Literal, Protocol, assert_never
 
-from kernels.implementation import Implementation, is_reference, product_implementation_for
+from kernels.implementation import Implementation, choose_product_implementation, is_reference
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -74,7 +74,7 @@ def grouped_rows_fp8(
     implementation: Implementation | None = None,
 ) -> Tensor:
     """Does the same with operands in FP8: AN, as `kernels.grouped_gemm.reference_fp8.grouped_rows_fp8`."""
-    products = _products(implementation or product_implementation_for(rows.codes.device))
+    products = _products(implementation or choose_product_implementation(rows.codes.device))
     return products.grouped_rows_fp8(rows, weights, counts, dtype)
 
 
@@ -86,7 +86,7 @@ def grouped_weight_fp8(
     implementation: Implementation | None = None,
 ) -> Tensor:
     """Does the same with operands in FP8: ENK in float32, as `reference_fp8.grouped_weight_fp8`."""
-    products = _products(implementation or product_implementation_for(grad.codes.device))
+    products = _products(implementation or choose_product_implementation(grad.codes.device))
     return products.grouped_weight_fp8(grad, rows, counts)
 
 

@@ -16,9 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.gemm_fp8.deep_gemm import ALIGNMENT_BYTES, OUTPUTS_MULTIPLE, rows_together
+from kernels.gemm_fp8.deep_gemm import ALIGNMENT_BYTES, OUTPUTS_MULTIPLE, make_rows_contiguous
 from kernels.grouped_gemm.reference import check_rows_fp8, check_weight_fp8
-from kernels.grouped_gemm.tiles import on_device
+from kernels.grouped_gemm.tiles import copy_to_device
 from kernels.quantize.layout import TILE, Quantized, QuantizedBlocks, QuantizedColumns, num_tiles, padded_rows
 
 OF_NO_GROUP = -1
@@ -33,28 +33,28 @@ class DeepGemmGrouped:
     Only for devices that are `kernels.implementation.has_deep_gemm`.
     """
 
-    def __init__(self, otherwise: Rows, weight_otherwise: Weight) -> None:
+    def __init__(self, fallback: Rows, weight_fallback: Weight) -> None:
         """Names the other implementation.
 
         Args:
-            otherwise: `kernels.grouped_gemm.triton_fp8.grouped_rows_fp8` or its like.
-            weight_otherwise: `kernels.grouped_gemm.triton_fp8.grouped_weight_fp8` or its like.
+            fallback: `kernels.grouped_gemm.triton_fp8.grouped_rows_fp8` or its like.
+            weight_fallback: `kernels.grouped_gemm.triton_fp8.grouped_weight_fp8` or its like.
         """
-        self._otherwise = otherwise
-        self._weight_otherwise = weight_otherwise
+        self._fallback = fallback
+        self._weight_fallback = weight_fallback
 
     def grouped_rows_fp8(
         self, rows: Quantized, weights: QuantizedBlocks, counts: Sequence[int], dtype: torch.dtype
     ) -> Tensor:
         """As `kernels.grouped_gemm.reference_fp8.grouped_rows_fp8`."""
         _, _, num_outputs, _ = check_rows_fp8("grouped_rows_fp8", rows, weights, counts)
-        if not serves_rows(rows, weights, dtype):
-            return self._otherwise(rows, weights, counts, dtype)
+        if not supports_rows(rows, weights, dtype):
+            return self._fallback(rows, weights, counts, dtype)
         from deep_gemm import m_grouped_fp8_gemm_nt_contiguous  # type: ignore[import-not-found, unused-ignore]
 
         layout = _layout_of(counts, rows.codes.device)
         if layout.sources_P is None:
-            rows = rows_together(rows)
+            rows = make_rows_contiguous(rows)
         else:
             rows = Quantized(_select(rows.codes, layout.sources_P), rows.scales.index_select(0, layout.sources_P))
         out_PN = rows.codes.new_empty(len(rows.codes), num_outputs, dtype=dtype)
@@ -64,26 +64,26 @@ class DeepGemmGrouped:
     def grouped_weight_fp8(self, grad: QuantizedColumns, rows: QuantizedColumns, counts: Sequence[int]) -> Tensor:
         """As `kernels.grouped_gemm.reference_fp8.grouped_weight_fp8`."""
         _, num_groups, num_outputs, num_inputs = check_weight_fp8("grouped_weight_fp8", grad, rows, counts)
-        if not serves_weight(grad, rows):
-            return self._weight_otherwise(grad, rows, counts)
+        if not supports_weight(grad, rows):
+            return self._weight_fallback(grad, rows, counts)
         from deep_gemm import k_grouped_fp8_gemm_nt_contiguous
 
         out_ENK = grad.scales.new_zeros(num_groups, num_outputs, num_inputs)
         sizes = [TILE * num_tiles(count) for count in counts]
         left, right = ((_group_by_group(each.codes, sizes), _across(each.scales)) for each in (grad, rows))
         device = out_ENK.device
-        k_grouped_fp8_gemm_nt_contiguous(left, right, out_ENK, sizes, on_device(sizes, device), out_ENK)
+        k_grouped_fp8_gemm_nt_contiguous(left, right, out_ENK, sizes, copy_to_device(sizes, device), out_ENK)
         return out_ENK
 
 
-def serves_rows(rows: Quantized, weights: QuantizedBlocks, dtype: torch.dtype) -> bool:
+def supports_rows(rows: Quantized, weights: QuantizedBlocks, dtype: torch.dtype) -> bool:
     """Whether the package takes rows, put in order, and matrices, which are checked to fit each other."""
     num_groups, num_outputs, depth = weights.codes.shape
     sizes_fit = len(rows.codes) > 0 and num_groups > 0 and _fits(num_outputs, OUTPUTS_MULTIPLE) and _fits(depth, TILE)
     return dtype == torch.bfloat16 and sizes_fit and _in_order(*weights)
 
 
-def serves_weight(grad: QuantizedColumns, rows: QuantizedColumns) -> bool:
+def supports_weight(grad: QuantizedColumns, rows: QuantizedColumns) -> bool:
     """Whether the package takes the operands of a gradient, which are checked to fit each other."""
     widths_fit = all(_fits(len(each.codes), OUTPUTS_MULTIPLE) for each in (grad, rows))
     return widths_fit and grad.codes.shape[1] > 0 and _in_order(*grad, *rows)

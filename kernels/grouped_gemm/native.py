@@ -44,7 +44,7 @@ def grouped_weight(grad_AN: Tensor, rows_AK: Tensor, counts: Sequence[int]) -> T
     return out_ENK
 
 
-def serves(device: torch.device, dtype: torch.dtype, *widths: int) -> bool:
+def supports(device: torch.device, dtype: torch.dtype, *widths: int) -> bool:
     """Whether torch's grouped product takes rows of these widths."""
     return device.type == "cuda" and dtype == torch.bfloat16 and all(width * 2 % 16 == 0 for width in widths)
 

@@ -15,17 +15,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gemm_fp8.descriptors import ALIGNMENT_BYTES, describable
+from kernels.gemm_fp8.descriptors import ALIGNMENT_BYTES, is_describable
 from kernels.quantize.layout import num_tiles
 
 PLACES = tl.constexpr(5)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def tile_of_rows(
+def locate_row_tile(
     tile: tl.tensor, places: tl.tensor, num_tile_columns: tl.tensor, BLOCK_ROWS: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """Group, first row, where the group's rows end, and column of a tile, by `row_places`.
+    """Group, first row, where the group's rows end, and column of a tile, by `plan_row_tiles`.
 
     Down a block of tile rows, then the next column: so that programs that run together share a group's matrix.
     """
@@ -39,7 +39,7 @@ def tile_of_rows(
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def tile_of_matrices(
+def locate_matrix_tile(
     tile: tl.tensor, num_tile_rows: tl.tensor, num_tile_columns: tl.tensor, HEIGHT: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """Group, row and column of a tile of matrices that follow each other; within one, down HEIGHT rows by column."""
@@ -87,8 +87,8 @@ def store_tile(
     tl.store(row_starts + columns[None, :], right.to(out.dtype.element_ty), inside & (columns < num_columns)[None, :])
 
 
-def row_places(counts: Sequence[int], block_rows: int, height: int, device: torch.device) -> Tensor:
-    """places_T5, int32, of the tiles of rows, in blocks that are worked on column by column; for `tile_of_rows`.
+def plan_row_tiles(counts: Sequence[int], block_rows: int, height: int, device: torch.device) -> Tensor:
+    """places_T5, int32, of the tiles of rows, in blocks that are worked on column by column; for `locate_row_tile`.
 
     Of the block that each belongs to: its first tile, its tiles, its first row, where its group's rows end, its group.
 
@@ -107,30 +107,30 @@ def row_places(counts: Sequence[int], block_rows: int, height: int, device: torc
             places += [(len(places), tiles, row, end, group)] * tiles
             left, row = left - tiles, row + tiles * block_rows
         first_row = end
-    return on_device(places, device)
+    return copy_to_device(places, device)
 
 
-def depth_bounds(sizes: Sequence[int], device: torch.device) -> Tensor:
+def compute_depth_bounds(sizes: Sequence[int], device: torch.device) -> Tensor:
     """Where what a group sums over begins, and where the last one's ends: E + 1 numbers, int32.
 
     Args:
         sizes: of each group.
         device: to copy to, without waiting.
     """
-    return on_device(list(accumulate(sizes, initial=0)), device)
+    return copy_to_device(list(accumulate(sizes, initial=0)), device)
 
 
-def on_device(numbers: Sequence[int] | Sequence[tuple[int, ...]], device: torch.device) -> Tensor:
+def copy_to_device(numbers: Sequence[int] | Sequence[tuple[int, ...]], device: torch.device) -> Tensor:
     """Integers of the host as int32, copied without waiting."""
     made = torch.tensor(numbers, dtype=torch.int32, pin_memory=device.type == "cuda")
     return made.to(device, non_blocking=True)
 
 
-def described_matrices(matrices: Tensor) -> Tensor:
-    """The matrices [E, N, K] where each can be described as it is (`describable`), else a copy of which that is so."""
+def make_matrices_describable(matrices: Tensor) -> Tensor:
+    """Returns the matrices [E, N, K] if each can be described (`is_describable`), else a copy that can be."""
     num_groups, num_rows, num_columns = matrices.shape
     group_bytes = matrices.stride(0) * matrices.element_size()
-    if describable(matrices[0]) and group_bytes > 0 and group_bytes % ALIGNMENT_BYTES == 0:
+    if is_describable(matrices[0]) and group_bytes > 0 and group_bytes % ALIGNMENT_BYTES == 0:
         return matrices
     granularity = ALIGNMENT_BYTES // matrices.element_size()
     width = granularity * triton.cdiv(num_columns, granularity)
@@ -145,6 +145,6 @@ def num_programs(num_tiles_of_result: int, programs_per_sm: int, device: torch.d
     return min(num_tiles_of_result, programs_per_sm * multiprocessors)
 
 
-def tiles_of(counts: Sequence[int]) -> list[int]:
+def count_tiles(counts: Sequence[int]) -> list[int]:
     """Tiles of 128 rows that cover each group."""
     return [num_tiles(count) for count in counts]

@@ -58,7 +58,7 @@ def is_stored_at_once(num_columns: int) -> bool:
     return num_columns % KNOWN_MULTIPLE == 0
 
 
-def tiling_for(subject: str, dtype: torch.dtype, num_columns: int) -> GroupedTiling:
+def choose_tiling(subject: str, dtype: torch.dtype, num_columns: int) -> GroupedTiling:
     """The one that suits a result.
 
     Args:

@@ -27,18 +27,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gemm_fp8.descriptors import allow_descriptors, described
+from kernels.gemm_fp8.descriptors import allow_descriptors, make_describable
 from kernels.grouped_gemm.reference import check_rows, check_weight
 from kernels.grouped_gemm.tiles import (
-    depth_bounds,
-    described_matrices,
+    compute_depth_bounds,
+    locate_matrix_tile,
+    locate_row_tile,
+    make_matrices_describable,
     num_programs,
-    row_places,
+    plan_row_tiles,
     store_tile,
-    tile_of_matrices,
-    tile_of_rows,
 )
-from kernels.grouped_gemm.tiling import GroupedTiling, tiling_for
+from kernels.grouped_gemm.tiling import GroupedTiling, choose_tiling
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_groups", "num_tiles"])  # type: ignore[untyped-decorator]
@@ -79,7 +79,7 @@ def grouped_rows_kernel(
         )
     num_tile_columns = tl.cast(tl.cdiv(num_outputs, BLOCK_OUTPUTS), tl.int64)
     for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0)):
-        group, first_row, end, column = tile_of_rows(tile, places, num_tile_columns, BLOCK_ROWS)
+        group, first_row, end, column = locate_row_tile(tile, places, num_tile_columns, BLOCK_ROWS)
         first_output = column * BLOCK_OUTPUTS
         total = tl.zeros((BLOCK_ROWS, BLOCK_OUTPUTS), tl.float32)
         for step in tl.range(0, tl.cdiv(depth, BLOCK_DEPTH), num_stages=NUM_STAGES):
@@ -120,7 +120,7 @@ def grouped_weight_kernel(
     num_tile_rows = tl.cast(tl.cdiv(num_outputs, BLOCK_OUTPUTS), tl.int64)
     num_tile_columns = tl.cast(tl.cdiv(num_inputs, BLOCK_INPUTS), tl.int64)
     for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0)):
-        group, tile_row, tile_column = tile_of_matrices(tile, num_tile_rows, num_tile_columns, HEIGHT)
+        group, tile_row, tile_column = locate_matrix_tile(tile, num_tile_rows, num_tile_columns, HEIGHT)
         first_output, first_input = tile_row * BLOCK_OUTPUTS, tile_column * BLOCK_INPUTS
         begin, end = tl.load(bounds + group), tl.load(bounds + group + 1)
         num_steps = (end - begin) // BLOCK_DEPTH
@@ -158,13 +158,16 @@ def grouped_rows(
         ValueError: another type, operands that do not fit each other, or counts that do not add up to A.
     """
     num_rows, num_groups, num_outputs, depth = check_rows("grouped_rows", rows_AK, weight_ENK, counts)
-    tiling = tiling or tiling_for("grouped_rows", rows_AK.dtype, num_outputs)
+    tiling = tiling or choose_tiling("grouped_rows", rows_AK.dtype, num_outputs)
     out_AN = rows_AK.new_empty(num_rows, num_outputs)
     if out_AN.numel() == 0 or depth == 0:
         return out_AN.zero_()
     across = weight_ENK.stride(2) != 1 and weight_ENK.stride(1) == 1
-    rows, weight = described(rows_AK), described_matrices(weight_ENK.transpose(1, 2) if across else weight_ENK)
-    places_T5 = row_places(counts, tiling.rows, tiling.height, out_AN.device)
+    rows, weight = (
+        make_describable(rows_AK),
+        make_matrices_describable(weight_ENK.transpose(1, 2) if across else weight_ENK),
+    )
+    places_T5 = plan_row_tiles(counts, tiling.rows, tiling.height, out_AN.device)
     num_tiles = len(places_T5) * triton.cdiv(num_outputs, tiling.columns)
     allow_descriptors(out_AN.device)
     grouped_rows_kernel[(num_programs(num_tiles, tiling.programs_per_sm, out_AN.device),)](
@@ -211,18 +214,18 @@ def grouped_weight(
         ValueError: another type, operands that do not fit each other, or counts that do not add up to A.
     """
     num_rows, num_groups, num_outputs, num_inputs = check_weight("grouped_weight", grad_AN, rows_AK, counts)
-    tiling = tiling or tiling_for("grouped_weight", grad_AN.dtype, num_inputs)
+    tiling = tiling or choose_tiling("grouped_weight", grad_AN.dtype, num_inputs)
     out_ENK = grad_AN.new_empty(num_groups, num_outputs, num_inputs)
     if out_ENK.numel() == 0 or num_rows == 0:
         return out_ENK.zero_()
-    grad, rows = described(grad_AN), described(rows_AK)
+    grad, rows = make_describable(grad_AN), make_describable(rows_AK)
     num_tiles = num_groups * triton.cdiv(num_outputs, tiling.rows) * triton.cdiv(num_inputs, tiling.columns)
     allow_descriptors(out_ENK.device)
     grouped_weight_kernel[(num_programs(num_tiles, tiling.programs_per_sm, out_ENK.device),)](
         grad,
         rows,
         out_ENK,
-        depth_bounds(counts, out_ENK.device),
+        compute_depth_bounds(counts, out_ENK.device),
         num_rows,
         num_outputs,
         num_inputs,

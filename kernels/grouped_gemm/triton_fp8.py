@@ -29,18 +29,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gemm_fp8.descriptors import allow_descriptors, described
+from kernels.gemm_fp8.descriptors import allow_descriptors, make_describable
 from kernels.gemm_fp8.tiling import STORED_BY_MASK, Tiling
 from kernels.grouped_gemm.reference import check_rows_fp8, check_weight_fp8
 from kernels.grouped_gemm.tiles import (
-    depth_bounds,
-    described_matrices,
+    compute_depth_bounds,
+    count_tiles,
+    locate_matrix_tile,
+    locate_row_tile,
+    make_matrices_describable,
     num_programs,
-    row_places,
+    plan_row_tiles,
     store_tile,
-    tile_of_matrices,
-    tile_of_rows,
-    tiles_of,
 )
 from kernels.grouped_gemm.tiling import is_stored_at_once
 from kernels.quantize.layout import TILE, Quantized, QuantizedBlocks, QuantizedColumns
@@ -48,7 +48,7 @@ from kernels.quantize.layout import TILE, Quantized, QuantizedBlocks, QuantizedC
 OF_ROWS = Tiling()
 # Groups are a few tiles of 128 rows deep, and results twice as long in float32: what counts is that one program stores
 # while others load.
-OF_WEIGHT = Tiling(outputs=64, warps=4, stages=3, programs_per_sm=2)
+WEIGHT_TILING = Tiling(outputs=64, warps=4, stages=3, programs_per_sm=2)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_groups", "depth", "num_tiles"])  # type: ignore[untyped-decorator]
@@ -86,7 +86,7 @@ def grouped_rows_fp8_kernel(
     scales_rows = tl.cast(tl.cdiv(num_outputs, BLOCK_DEPTH), tl.int64)  # a block is as high as it is wide
     scales_columns = tl.cdiv(depth, BLOCK_DEPTH)
     for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), warp_specialize=SPECIALIZE):
-        group, first_row, end, column = tile_of_rows(tile, places, num_tile_columns, BLOCK_ROWS)
+        group, first_row, end, column = locate_row_tile(tile, places, num_tile_columns, BLOCK_ROWS)
         first_output = column * BLOCK_OUTPUTS
         row = first_row + tl.arange(0, BLOCK_ROWS)
         row_scales = rows_scales + row.to(tl.int64) * rows_scales_stride
@@ -131,7 +131,7 @@ def grouped_weight_fp8_kernel(
     num_tile_rows = tl.cast(tl.cdiv(num_outputs, BLOCK_OUTPUTS), tl.int64)
     num_tile_columns = tl.cast(tl.cdiv(num_inputs, BLOCK_INPUTS), tl.int64)
     for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), warp_specialize=SPECIALIZE):
-        group, tile_row, tile_column = tile_of_matrices(tile, num_tile_rows, num_tile_columns, HEIGHT)
+        group, tile_row, tile_column = locate_matrix_tile(tile, num_tile_rows, num_tile_columns, HEIGHT)
         first_output, first_input = tile_row * BLOCK_OUTPUTS, tile_column * BLOCK_INPUTS
         outputs = first_output + tl.arange(0, BLOCK_OUTPUTS)
         inputs = first_input + tl.arange(0, BLOCK_INPUTS)
@@ -178,9 +178,9 @@ def grouped_rows_fp8(
     if out_AN.numel() == 0 or depth == 0:
         return out_AN.zero_()
     tiling = tiling or (OF_ROWS if is_stored_at_once(num_outputs) else STORED_BY_MASK)
-    rows_AK, weights_ENK = described(rows.codes), described_matrices(weights.codes)
+    rows_AK, weights_ENK = make_describable(rows.codes), make_matrices_describable(weights.codes)
     rows_scales = _contiguous_rows(rows.scales)
-    places_T5 = row_places(counts, tiling.rows, tiling.group, out_AN.device)
+    places_T5 = plan_row_tiles(counts, tiling.rows, tiling.group, out_AN.device)
     num_tiles = len(places_T5) * triton.cdiv(num_outputs, tiling.outputs)
     allow_descriptors(out_AN.device)
     grouped_rows_fp8_kernel[(num_programs(num_tiles, tiling.programs_per_sm, out_AN.device),)](
@@ -212,7 +212,7 @@ def grouped_rows_fp8(
 
 
 def grouped_weight_fp8(
-    grad: QuantizedColumns, rows: QuantizedColumns, counts: Sequence[int], *, tiling: Tiling = OF_WEIGHT
+    grad: QuantizedColumns, rows: QuantizedColumns, counts: Sequence[int], *, tiling: Tiling = WEIGHT_TILING
 ) -> Tensor:
     """`gemm_fp8_columns` of each group: the gradient of its matrix (arXiv:2412.19437, section 3.3.2).
 
@@ -233,7 +233,7 @@ def grouped_weight_fp8(
     out_ENK = grad.codes.new_empty(num_groups, num_outputs, num_inputs, dtype=torch.float32)
     if out_ENK.numel() == 0 or depth == 0:
         return out_ENK.zero_()
-    grad_NP, rows_KP = described(grad.codes), described(rows.codes)
+    grad_NP, rows_KP = make_describable(grad.codes), make_describable(rows.codes)
     grad_scales, rows_scales = _contiguous_rows(grad.scales), _contiguous_rows(rows.scales)
     num_tiles = num_groups * triton.cdiv(num_outputs, tiling.rows) * triton.cdiv(num_inputs, tiling.outputs)
     allow_descriptors(out_ENK.device)
@@ -243,7 +243,7 @@ def grouped_weight_fp8(
         grad_scales,
         rows_scales,
         out_ENK,
-        depth_bounds(tiles_of(counts), out_ENK.device),
+        compute_depth_bounds(count_tiles(counts), out_ENK.device),
         num_outputs,
         num_inputs,
         depth,

@@ -10,7 +10,7 @@ from torch import Tensor
 from kernels.gemm_fp8.tiling import Tiling
 from kernels.gemm_fp8.tuned import Milliseconds, Tuner, stream_milliseconds
 from kernels.grouped_gemm.tiling import is_stored_at_once
-from kernels.grouped_gemm.triton_fp8 import OF_ROWS, OF_WEIGHT, grouped_rows_fp8, grouped_weight_fp8
+from kernels.grouped_gemm.triton_fp8 import OF_ROWS, WEIGHT_TILING, grouped_rows_fp8, grouped_weight_fp8
 from kernels.quantize.layout import Quantized, QuantizedBlocks, QuantizedColumns
 
 CANDIDATES = (
@@ -20,7 +20,7 @@ CANDIDATES = (
     Tiling(rows=64, warps=4, stages=3, programs_per_sm=3),
 )
 WEIGHT_CANDIDATES = (
-    OF_WEIGHT,
+    WEIGHT_TILING,
     Tiling(specialize=True, warps=4, stages=3),
     Tiling(outputs=64, warps=8, stages=3, programs_per_sm=2),
     Tiling(rows=64, warps=4, stages=3, programs_per_sm=2),

@@ -42,9 +42,9 @@ def quantize_1x128(rows_ND: Tensor, power_of_two: bool, min_amax: float = 1e-4) 
     chunk_rows = max(1, CHUNK_NUMBERS // max(1, num_columns))
     for first in range(0, num_rows if num_columns else 0, chunk_rows):
         chunk = slice(first, first + chunk_rows)
-        values_RTC = tiles_of(rows_ND[chunk].float())
+        values_RTC = split_into_tiles(rows_ND[chunk].float())
         amax_RT = values_RTC.abs().amax(dim=2)
-        scales_RT = scales_of(amax_RT, power_of_two, min_amax)
+        scales_RT = compute_scales(amax_RT, power_of_two, min_amax)
         scaled_RTC = values_RTC.div(scales_RT[:, :, None]).clamp_(-LARGEST_CODE, LARGEST_CODE)
         finite_RT = scales_RT.isfinite()
         if not finite_RT.all():
@@ -81,12 +81,12 @@ def dequantize_1x128(quantized: Quantized, dtype: torch.dtype) -> Tensor:
     for first in range(0, num_rows if num_columns else 0, chunk_rows):
         chunk = slice(first, first + chunk_rows)
         scales_RT = quantized.scales[chunk].to(wide)
-        codes_RTC = tiles_of(decode(quantized.codes[chunk]).to(wide))
+        codes_RTC = split_into_tiles(decode(quantized.codes[chunk]).to(wide))
         rows_ND[chunk] = (codes_RTC * scales_RT[:, :, None]).flatten(1)[:, :num_columns]
     return rows_ND
 
 
-def scales_of(amax_RT: Tensor, power_of_two: bool, min_amax: float) -> Tensor:
+def compute_scales(amax_RT: Tensor, power_of_two: bool, min_amax: float) -> Tensor:
     """Scales of tiles with a largest magnitude each, of any shape; NaN where that is no finite number."""
     scales_RT = amax_RT.clamp(min=min_amax) / LARGEST_CODE
     if power_of_two:
@@ -95,7 +95,7 @@ def scales_of(amax_RT: Tensor, power_of_two: bool, min_amax: float) -> Tensor:
     return scales_RT.where(amax_RT.isfinite(), torch.nan)
 
 
-def tiles_of(rows_RD: Tensor) -> Tensor:
+def split_into_tiles(rows_RD: Tensor) -> Tensor:
     """rows_RTC: rows cut into tiles, the last one filled up with zeros."""
     missing = -rows_RD.shape[1] % TILE
     padded_RD = functional.pad(rows_RD, (0, missing)) if missing else rows_RD

@@ -17,7 +17,7 @@ from kernels.quantize.layout import (
     check_scales,
     num_tiles,
 )
-from kernels.quantize.reference import decode, scales_of, tiles_of
+from kernels.quantize.reference import compute_scales, decode, split_into_tiles
 
 
 def quantize_128x128(values: Tensor, power_of_two: bool, min_amax: float = 1e-4) -> QuantizedBlocks:
@@ -38,8 +38,8 @@ def quantize_128x128(values: Tensor, power_of_two: bool, min_amax: float = 1e-4)
     if values.numel():
         for values_ND, scales_MT in zip(_matrices(values), _matrices(scales), strict=True):
             for rows_RD, scales_T in zip(values_ND.split(TILE), scales_MT, strict=True):
-                amax_T = tiles_of(rows_RD.float()).abs().amax(dim=(0, 2))
-                scales_T.copy_(scales_of(amax_T, power_of_two, min_amax))
+                amax_T = split_into_tiles(rows_RD.float()).abs().amax(dim=(0, 2))
+                scales_T.copy_(compute_scales(amax_T, power_of_two, min_amax))
     return QuantizedBlocks(codes_128x128(values, scales), scales)
 
 
@@ -65,7 +65,7 @@ def codes_128x128(values: Tensor, scales: Tensor) -> Tensor:
         for values_ND, scales_MT, codes_ND in zip(_matrices(values), _matrices(scales), _matrices(codes), strict=True):
             for block, rows_RD in enumerate(values_ND.split(TILE)):
                 scales_T1 = scales_MT[block, :, None]
-                scaled_RTC = tiles_of(rows_RD.float()).div(scales_T1).clamp_(-LARGEST_CODE, LARGEST_CODE)
+                scaled_RTC = split_into_tiles(rows_RD.float()).div(scales_T1).clamp_(-LARGEST_CODE, LARGEST_CODE)
                 scaled_RTC.masked_fill_(~scales_T1.isfinite(), torch.nan)
                 codes_ND[block * TILE : (block + 1) * TILE] = scaled_RTC.flatten(1)[:, :num_columns]
     return codes
@@ -91,7 +91,7 @@ def dequantize_128x128(quantized: QuantizedBlocks, dtype: torch.dtype) -> Tensor
     if codes.numel():
         for codes_ND, scales_MT, values_ND in zip(_matrices(codes), _matrices(scales), _matrices(values), strict=True):
             for block, codes_RD in enumerate(codes_ND.split(TILE)):
-                product_RTC = tiles_of(decode(codes_RD)) * scales_MT[block, :, None]
+                product_RTC = split_into_tiles(decode(codes_RD)) * scales_MT[block, :, None]
                 values_ND[block * TILE : (block + 1) * TILE] = product_RTC.flatten(1)[:, :num_columns]
     return values
 

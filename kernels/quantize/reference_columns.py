@@ -43,7 +43,7 @@ def quantize_columns(
     """
     check_numbers("quantize_columns: rows_ND", rows_ND, 2)
     check_counts("quantize_columns", counts, rows_ND.shape[0])
-    quantized = quantize_1x128(_filled_up(rows_ND, counts).t(), power_of_two, min_amax)
+    quantized = quantize_1x128(_pad_groups(rows_ND, counts).t(), power_of_two, min_amax)
     return QuantizedColumns(quantized.codes, quantized.scales)
 
 
@@ -81,7 +81,7 @@ def requantize_columns(
     return QuantizedColumns(codes_DP, scales_DT)
 
 
-def _filled_up(rows_ND: Tensor, counts: Sequence[int]) -> Tensor:
+def _pad_groups(rows_ND: Tensor, counts: Sequence[int]) -> Tensor:
     """rows_PD: every group filled up with zeros to a multiple of 128 rows."""
     if all(count % TILE == 0 for count in counts):
         return rows_ND

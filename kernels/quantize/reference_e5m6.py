@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kernels.quantize.layout import E5M6_MIN_AMAX, PackedE5M6, check_numbers, check_packed, num_pairs, num_tiles
-from kernels.quantize.reference import CHUNK_NUMBERS, tiles_of
+from kernels.quantize.reference import CHUNK_NUMBERS, split_into_tiles
 
 NAN_HALF = 0x7E00
 
@@ -35,7 +35,7 @@ def pack_e5m6(rows_ND: Tensor) -> PackedE5M6:
     chunk_rows = max(1, CHUNK_NUMBERS // max(1, num_columns))
     for first in range(0, num_rows if num_columns else 0, chunk_rows):
         chunk = slice(first, first + chunk_rows)
-        values_RTC = tiles_of(rows_ND[chunk].float())
+        values_RTC = split_into_tiles(rows_ND[chunk].float())
         scales_RT1 = _scales(values_RTC.abs().amax(dim=2, keepdim=True))
         halves_RTC = _rounded(values_RTC / scales_RT1).half().view(torch.int16)
         finite_RT1 = scales_RT1.isfinite()
@@ -77,7 +77,7 @@ def unpack_e5m6(packed: PackedE5M6, num_columns: int, dtype: torch.dtype) -> Ten
         upper_RV = torch.stack([pairs_RV & 0xF, pairs_RV >> 4], dim=2).flatten(1)
         # The sign reaches the sign's bit of 16: what is left is IEEE half precision.
         halves_RV = (upper_RV << 12 | lower_RV << 4).view(torch.float16)
-        values_RTC = tiles_of(halves_RV[:, :num_columns].to(wide))
+        values_RTC = split_into_tiles(halves_RV[:, :num_columns].to(wide))
         product_RTC = values_RTC * scales_NT[chunk].to(wide)[:, :, None]
         rows_ND[chunk] = product_RTC.flatten(1)[:, :num_columns]
     return rows_ND

@@ -21,7 +21,7 @@ def largest_bits(values: tl.tensor, AXIS: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def scales_of(amax_bits: tl.tensor, min_amax: tl.tensor, POWER_OF_TWO: tl.constexpr) -> tl.tensor:
+def compute_scales(amax_bits: tl.tensor, min_amax: tl.tensor, POWER_OF_TWO: tl.constexpr) -> tl.tensor:
     """Scales in float32 from the bits of largest magnitudes; NaN where those are of no finite number."""
     finite = amax_bits < INFINITY_BITS
     amax = tl.where(finite, amax_bits, 0).to(tl.float32, bitcast=True)
@@ -33,7 +33,7 @@ def scales_of(amax_bits: tl.tensor, min_amax: tl.tensor, POWER_OF_TWO: tl.conste
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def codes_of(values: tl.tensor, scales: tl.tensor, POWER_OF_TWO: tl.constexpr) -> tl.tensor:
+def compute_codes(values: tl.tensor, scales: tl.tensor, POWER_OF_TWO: tl.constexpr) -> tl.tensor:
     """Codes in e4m3: float32 `value / scale` to nearest even, and that to e4m3 to nearest even.
 
     No quotient rounds to more than 448, so that nothing saturates. Of scales that are no powers of two, a division for

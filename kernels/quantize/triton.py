@@ -30,7 +30,7 @@ from kernels.quantize.layout import (
     check_quantized,
     num_tiles,
 )
-from kernels.quantize.tile import codes_of, largest_bits, scales_of
+from kernels.quantize.tile import compute_codes, compute_scales, largest_bits
 
 
 @triton.jit(do_not_specialize=["num_rows", "min_amax"])  # type: ignore[untyped-decorator]
@@ -54,8 +54,10 @@ def quantize_kernel(
     columns = tile * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     inside = (row < num_rows)[:, None] & (columns < num_columns)[None, :]
     values = tl.load(rows + row[:, None] * rows_stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-    scale = scales_of(largest_bits(values, 1), min_amax, POWER_OF_TWO)
-    tl.store(codes + row[:, None] * num_columns + columns[None, :], codes_of(values, scale, POWER_OF_TWO), mask=inside)
+    scale = compute_scales(largest_bits(values, 1), min_amax, POWER_OF_TWO)
+    tl.store(
+        codes + row[:, None] * num_columns + columns[None, :], compute_codes(values, scale, POWER_OF_TWO), mask=inside
+    )
     tl.store(scales + row[:, None] * num_tiles + tile, scale, mask=(row < num_rows)[:, None])
 
 

@@ -31,7 +31,7 @@ from kernels.quantize.layout import (
     check_quantized_blocks,
     num_tiles,
 )
-from kernels.quantize.tile import codes_of, largest_bits, scales_of
+from kernels.quantize.tile import compute_codes, compute_scales, largest_bits
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -69,9 +69,9 @@ def quantize_blocks_kernel(
     source, inside = _block_of(num_rows, num_columns, row_stride, stride, TILE)
     numbers = tl.load(values + source, mask=inside, other=0.0).to(tl.float32)
     largest = tl.max(largest_bits(numbers, 1), axis=0, keep_dims=True)
-    scale = scales_of(largest, min_amax, POWER_OF_TWO)
+    scale = compute_scales(largest, min_amax, POWER_OF_TWO)
     target, _ = _block_of(num_rows, num_columns, num_columns, tl.cast(num_rows, tl.int64) * num_columns, TILE)
-    tl.store(codes + target, codes_of(numbers, scale, POWER_OF_TWO), mask=inside)
+    tl.store(codes + target, compute_codes(numbers, scale, POWER_OF_TWO), mask=inside)
     tl.store(scales + _scale_place(), tl.sum(scale))
 
 

@@ -39,7 +39,7 @@ from kernels.quantize.layout import (
     num_tiles,
     padded_rows,
 )
-from kernels.quantize.tile import codes_of, largest_bits, scales_of
+from kernels.quantize.tile import compute_codes, compute_scales, largest_bits
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -75,8 +75,8 @@ def _store_columns(
     BLOCK_ROWS: tl.constexpr,
 ) -> None:
     """Quantises a tile of float32 numbers, rows x columns, and stores its transpose."""
-    scale = scales_of(largest_bits(values, 0), min_amax, POWER_OF_TWO)
-    code = tl.trans(codes_of(values, scale, POWER_OF_TWO))
+    scale = compute_scales(largest_bits(values, 0), min_amax, POWER_OF_TWO)
+    code = tl.trans(compute_codes(values, scale, POWER_OF_TWO))
     in_columns = (columns < num_columns)[:, None]
     tile = columns[:, None] * num_tiles + tl.program_id(1)
     tl.store(codes + tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[None, :], code, mask=in_columns)

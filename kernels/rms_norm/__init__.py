@@ -36,7 +36,7 @@ def rms_norm(
     return triton.rms_norm(x, weight_D, eps)
 
 
-def normalise_backward(
+def normalize_backward(
     grad: Tensor,
     x: Tensor,
     scale: Tensor,
@@ -44,14 +44,14 @@ def normalise_backward(
     *,
     implementation: Implementation | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Computes gradients of x and of the weight, as `kernels.rms_norm.reference.normalise_backward`."""
+    """Computes gradients of x and of the weight, as `kernels.rms_norm.reference.normalize_backward`."""
     if _is_reference(implementation, grad, x):
         from kernels.rms_norm import reference
 
-        return reference.normalise_backward(grad, x, scale, weight_D)
+        return reference.normalize_backward(grad, x, scale, weight_D)
     from kernels.rms_norm import triton
 
-    return triton.normalise_backward(grad, x, scale, weight_D)
+    return triton.normalize_backward(grad, x, scale, weight_D)
 
 
 def rms_norm_quantize(

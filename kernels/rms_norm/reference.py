@@ -17,7 +17,7 @@ def inverse_rms(x: Tensor, eps: float) -> Tensor:
     return length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
 
 
-def normalise(x: Tensor, scale: Tensor, weight_D: Tensor) -> Tensor:
+def normalize(x: Tensor, scale: Tensor, weight_D: Tensor) -> Tensor:
     """x * scale, cast to x's type, then times the weight: the released code's order. Same shape and type as x.
 
     Args:
@@ -29,18 +29,18 @@ def normalise(x: Tensor, scale: Tensor, weight_D: Tensor) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """`normalise` of x, and the `inverse_rms` that it took.
+    """`normalize` of x, and the `inverse_rms` that it took.
 
     Raises:
         ValueError: there is not a weight for each column.
     """
     check_weight("rms_norm", weight_D, x)
     scale = inverse_rms(x, eps)
-    return normalise(x, scale, weight_D), scale
+    return normalize(x, scale, weight_D), scale
 
 
-def normalise_backward(grad: Tensor, x: Tensor, scale: Tensor, weight_D: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of `normalise` in x, [..., D], and in the weight, [D]; computed in `scale`'s type.
+def normalize_backward(grad: Tensor, x: Tensor, scale: Tensor, weight_D: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of `normalize` in x, [..., D], and in the weight, [D]; computed in `scale`'s type.
 
     Args:
         grad: of the output, [..., D].
@@ -51,7 +51,7 @@ def normalise_backward(grad: Tensor, x: Tensor, scale: Tensor, weight_D: Tensor)
     Raises:
         ValueError: operands that do not fit each other.
     """
-    check_backward("normalise_backward", grad, x, scale, weight_D)
+    check_backward("normalize_backward", grad, x, scale, weight_D)
     wide, wide_grad, weight = x.to(scale.dtype), grad.to(scale.dtype), weight_D.to(scale.dtype)
     # torch's fused backward of layer norm, told that the mean is 0; what it takes off for the mean is added again.
     grad_x, grad_weight_D, _ = torch.ops.aten.native_layer_norm_backward(

@@ -132,7 +132,7 @@ def rms_norm_backward_kernel(
 def rms_norm(
     x: Tensor, weight_D: Tensor, eps: float, *, block_rows: int | None = None, num_warps: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`normalise(x, inverse_rms(x, eps), weight_D)` of the reference, and the inverse root itself.
+    """`normalize(x, inverse_rms(x, eps), weight_D)` of the reference, and the inverse root itself.
 
     Args:
         x: floating point [..., D], at most 8192 columns; its rows may lie apart in memory.
@@ -175,7 +175,7 @@ def rms_norm(
     return normal, inverse
 
 
-def normalise_backward(
+def normalize_backward(
     grad: Tensor,
     x: Tensor,
     scale: Tensor,
@@ -186,7 +186,7 @@ def normalise_backward(
     num_stages: int = 2,
     num_programs: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `normalise` in x, [..., D], and in the weight, [D]; computed in `scale`'s type.
+    """Gradients of `normalize` in x, [..., D], and in the weight, [D]; computed in `scale`'s type.
 
     Args:
         grad: of the output, [..., D]; its rows may lie apart in memory.
@@ -201,15 +201,15 @@ def normalise_backward(
     Raises:
         ValueError: operands that do not fit each other, rows that are too long, or columns that are not contiguous.
     """
-    check_backward("normalise_backward", grad, x, scale, weight_D)
+    check_backward("normalize_backward", grad, x, scale, weight_D)
     num_columns = x.shape[-1]
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
     if x.numel() == 0:
         return grad_x, torch.zeros_like(weight_D)
     grad_AD, x_AD = grad.reshape(-1, num_columns), x.reshape(-1, num_columns)
-    check_columns("normalise_backward: grad", grad_AD)
-    check_columns("normalise_backward: x", x_AD)
-    shares = tiling("normalise_backward: x", num_columns, block_rows, num_warps, has_sums=True)
+    check_columns("normalize_backward: grad", grad_AD)
+    check_columns("normalize_backward: x", x_AD)
+    shares = tiling("normalize_backward: x", num_columns, block_rows, num_warps, has_sums=True)
     programs = min(num_programs or shares.num_programs, triton.cdiv(len(x_AD), shares.block_rows))
     sums_PD = scale.new_empty(programs, num_columns)
     rms_norm_backward_kernel[(programs,)](

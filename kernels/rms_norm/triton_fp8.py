@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.quantize.layout import ROWS_MIN_AMAX, TILE, Quantized, num_tiles
-from kernels.quantize.tile import codes_of, largest_bits, scales_of
+from kernels.quantize.tile import compute_codes, compute_scales, largest_bits
 from kernels.rms_norm.reference import check_backward_from_codes, check_weight
 from kernels.rms_norm.triton import check_columns, inverse_root, tiling
 
@@ -59,9 +59,9 @@ def rms_norm_quantize_kernel(
     tl.store(inverse + row, root, mask=in_rows)
     weights = tl.load(weight + column, mask=in_columns, other=0.0, eviction_policy="evict_last").to(tl.float32)
     normal = values * root[:, None, None] * weights[None, :, :]
-    scale = scales_of(largest_bits(normal, 2), MIN_AMAX, POWER_OF_TWO)
+    scale = compute_scales(largest_bits(normal, 2), MIN_AMAX, POWER_OF_TWO)
     code_places = codes + row[:, None, None] * num_columns + column[None, :, :]
-    tl.store(code_places, codes_of(normal, scale, POWER_OF_TWO), mask=inside)
+    tl.store(code_places, compute_codes(normal, scale, POWER_OF_TWO), mask=inside)
     tiles = tl.cdiv(num_columns, TILE)
     scale_places = scales + row[:, None, None] * tiles + tile[None, :, None]
     tl.store(scale_places, scale, mask=in_rows[:, None, None] & (tile < tiles)[None, :, None])

@@ -45,7 +45,7 @@ def gated_backward(grad_AM: Tensor, silu_AM: Tensor, gate_AM: Tensor, up_AM: Ten
     torch.mul(silu_AM, grad_AM, out=out_AH[:, width:])
 
 
-def width_of(subject: str, num_columns: int, width: int | None = None) -> int:
+def check_width(subject: str, num_columns: int, width: int | None = None) -> int:
     """The intermediate size of hidden values whose gate and up lie side by side.
 
     Args:
@@ -79,7 +79,7 @@ def check_backward(subject: str, grad_AM: Tensor, hidden_AH: Tensor) -> None:
         ValueError: H is not twice the gradient's columns, or rows or devices differ.
     """
     size, width = grad_AM.shape
-    width_of(f"{subject}: hidden_AH", hidden_AH.shape[1], width)
+    check_width(f"{subject}: hidden_AH", hidden_AH.shape[1], width)
     check_operand(f"{subject}: hidden_AH", hidden_AH, (size, 2 * width), grad_AM.device)
 
 
@@ -100,7 +100,7 @@ def check_backward_from_codes(subject: str, grad_AM: Tensor, hidden: Quantized, 
         ValueError: H is not twice the gradient's columns, or other operands do not fit.
     """
     size, width = grad_AM.shape
-    width_of(f"{subject}: hidden", hidden.codes.shape[1], width)
+    check_width(f"{subject}: hidden", hidden.codes.shape[1], width)
     check_operand(f"{subject}: codes", hidden.codes, (size, 2 * width), grad_AM.device)
     check_quantized(subject, *hidden)
     check_weights(subject, weights_A, grad_AM)

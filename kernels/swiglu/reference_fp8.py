@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from kernels.quantize.layout import Quantized, num_tiles
 from kernels.quantize.reference import CHUNK_NUMBERS, dequantize_1x128, quantize_1x128
-from kernels.swiglu.reference import check_backward_from_codes, check_weights, width_of
+from kernels.swiglu.reference import check_backward_from_codes, check_weights, check_width
 
 
 def swiglu_quantize(hidden_AH: Tensor, weights_A: Tensor | None, power_of_two: bool) -> tuple[Quantized, Quantized]:
@@ -31,7 +31,7 @@ def swiglu_quantize(hidden_AH: Tensor, weights_A: Tensor | None, power_of_two: b
         ValueError: H is odd, or there is not a weight for each row.
     """
     size, hidden = hidden_AH.shape
-    width = width_of("swiglu_quantize: hidden_AH", hidden)
+    width = check_width("swiglu_quantize: hidden_AH", hidden)
     check_weights("swiglu_quantize", weights_A, hidden_AH)
     gated, cached = _empty(hidden_AH, width), _empty(hidden_AH, hidden)
     chunk_rows = max(1, CHUNK_NUMBERS // max(1, hidden))

@@ -23,8 +23,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.quantize.layout import ROWS_MIN_AMAX, TILE, Quantized, num_tiles
-from kernels.quantize.tile import codes_of, largest_bits, scales_of
-from kernels.swiglu.reference import check_backward_from_codes, check_columns, check_weights, width_of
+from kernels.quantize.tile import compute_codes, compute_scales, largest_bits
+from kernels.swiglu.reference import check_backward_from_codes, check_columns, check_weights, check_width
 from kernels.swiglu.triton import sigmoid
 
 
@@ -43,9 +43,9 @@ def _store_tile(
 ) -> None:
     """Quantises one tile of each row and stores it where the tile exists; values beyond the last column are zeros."""
     column = tile * TILE + tl.arange(0, TILE)[None, :]
-    scale = scales_of(largest_bits(values, 1), MIN_AMAX, POWER_OF_TWO)
+    scale = compute_scales(largest_bits(values, 1), MIN_AMAX, POWER_OF_TWO)
     inside = (row < num_rows) & (column < num_columns)
-    tl.store(codes + row * num_columns + column, codes_of(values, scale, POWER_OF_TWO), mask=inside)
+    tl.store(codes + row * num_columns + column, compute_codes(values, scale, POWER_OF_TWO), mask=inside)
     tiles = tl.cdiv(num_columns, TILE)
     tl.store(scales + row * tiles + tile, scale, mask=row < tl.where(tile < tiles, num_rows, 0))
 
@@ -171,7 +171,7 @@ def swiglu_quantize(
         ValueError: H is odd, there is not a weight for each row, or the columns are not contiguous.
     """
     size, hidden = hidden_AH.shape
-    width = width_of("swiglu_quantize: hidden_AH", hidden)
+    width = check_width("swiglu_quantize: hidden_AH", hidden)
     check_weights("swiglu_quantize", weights_A, hidden_AH)
     gated, cached = (
         Quantized(

@@ -3,8 +3,8 @@
 from model.account.activations import (
     ActivationAccount,
     MicroBatchShape,
-    count_activations_in_fp8,
-    count_activations_in_own_type,
+    count_fp8_activations,
+    count_plain_activations,
 )
 from model.account.parameters import ParameterAccount, count_parameters, training_flops_per_token
 from model.config import ModelConfig, Products, Recomputed
@@ -31,5 +31,5 @@ def count_activations(
         products: in what those of linear maps are computed. Scales take the same room whatever their values.
     """
     if products == "own":
-        return count_activations_in_own_type(config, shape, recomputed)
-    return count_activations_in_fp8(config, shape)
+        return count_plain_activations(config, shape, recomputed)
+    return count_fp8_activations(config, shape)

@@ -54,7 +54,7 @@ class MicroBatchShape:
         return self.sequences * self.tokens
 
 
-def count_activations_in_own_type(
+def count_plain_activations(
     config: ModelConfig, shape: MicroBatchShape, recomputed: frozenset[Recomputed]
 ) -> ActivationAccount:
     """Bytes kept for the backward, by part of a model whose products are in the weights' type.
@@ -136,7 +136,7 @@ def _experts(config: ModelConfig, shape: MicroBatchShape, recomputed: frozenset[
 _SCALE_BYTES = 4
 
 
-def count_activations_in_fp8(config: ModelConfig, shape: MicroBatchShape) -> ActivationAccount:
+def count_fp8_activations(config: ModelConfig, shape: MicroBatchShape) -> ActivationAccount:
     """Bytes kept for the backward, by part of the model.
 
     Args:

@@ -3,7 +3,7 @@
 `tests/train/memory` compares every number with the storages that are alive in a run. No torch here.
 """
 
-from model.account import fp8_phases, own_phases
+from model.account import fp8_phases, plain_phases
 from model.account.parameters import StageShape
 from model.account.sizes import PhaseBytes, Sizes
 
@@ -27,11 +27,11 @@ def stage_phases(sizes: Sizes, stage: StageShape) -> list[PhaseBytes]:
 
 
 def _dense_phases(sizes: Sizes) -> list[PhaseBytes]:
-    return [(fp8_phases if sizes.is_fp8 else own_phases).dense_phase(sizes)]
+    return [(fp8_phases if sizes.is_fp8 else plain_phases).dense_phase(sizes)]
 
 
 def _moe_phases(sizes: Sizes) -> list[PhaseBytes]:
-    computed = fp8_phases if sizes.is_fp8 else own_phases
+    computed = fp8_phases if sizes.is_fp8 else plain_phases
     return [computed.attend_phase(sizes), dispatch_phase(sizes), computed.experts_phase(sizes), combine_phase(sizes)]
 
 

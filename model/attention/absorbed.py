@@ -19,14 +19,14 @@ from model.config import ModelConfig
 from model.precision.linear import widen
 
 
-def latent_rows(attention: LatentProjections, config: ModelConfig, x_ND: Tensor, rotation: Rotation) -> Tensor:
+def compute_latent_rows(attention: LatentProjections, config: ModelConfig, x_ND: Tensor, rotation: Rotation) -> Tensor:
     """What the cache keeps of each token: normalised latent and rotated shared key, NC."""
     both_NC = functional.linear(x_ND, attention.kv_a_proj_with_mqa.weight)
     latent_NL, key_NR = both_NC.split([config.kv_lora_rank, config.qk_rope_head_dim], -1)
     return torch.cat((attention.kv_a_layernorm(latent_NL), rotation.turn(key_NR[:, None])[:, 0]), -1)
 
 
-def absorbed(
+def attend_absorbed(
     attention: LatentProjections,
     config: ModelConfig,
     x_ND: Tensor,
@@ -61,7 +61,7 @@ def absorbed(
     return functional.linear(out_HNV.transpose(0, 1).flatten(1), attention.o_proj.weight)
 
 
-def expanded(
+def attend_expanded(
     attention: LatentProjections,
     config: ModelConfig,
     x_ND: Tensor,
@@ -76,7 +76,7 @@ def expanded(
         config: of the model.
         x_ND: normalised hidden states of all prompts.
         rotation: of their positions.
-        cached_NC: what `latent_rows` gave for them.
+        cached_NC: what `compute_latent_rows` gave for them.
         counts: tokens of each prompt; they sum to N.
     """
     latent_NL, shared_NR = cached_NC.split([config.kv_lora_rank, config.qk_rope_head_dim], -1)

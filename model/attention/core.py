@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from kernels.attention import choose_attention
-from model.attention.projections import LatentEnds, LatentOptions, LatentWeights, rows_of_heads
+from model.attention.projections import LatentLinears, LatentOptions, LatentWeights, rows_of_heads
 from model.attention.rope import rotate, rotate_
 from model.precision.linears import Linears
 
@@ -34,12 +34,12 @@ def mix(
         options: sizes, kernel, rotation, documents and sink.
         linears: the precision of the projections.
     """
-    out: Tensor = _Mix.apply(x_BTD, compressed_BTX, options, linears, *weights)  # type: ignore[no-untyped-call]
+    out: Tensor = _MixHeads.apply(x_BTD, compressed_BTX, options, linears, *weights)  # type: ignore[no-untyped-call]
     return out
 
 
 @dataclass(slots=True)
-class _Heads:
+class _HeadGraph:
     """The kernel's own graph between forward and backward, whose tensors may give up their memory meanwhile.
 
     inputs: queries, keys and values, which are the graph's leaves. input_bytes: what each of them gave up; empty if
@@ -52,7 +52,7 @@ class _Heads:
     mixed_bytes: int
 
 
-class _Mix(torch.autograd.Function):
+class _MixHeads(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, compressed: Tensor, options: LatentOptions, linears: Linears, *given: Tensor | None
@@ -64,7 +64,10 @@ class _Mix(torch.autograd.Function):
         heads = kernel.fill(ends, None)
         is_freed = options.records and ends.frees_heads
         # A graph of the kernel alone: BHTW. If its inputs are freed, hooks must not see that it has saved them.
-        with torch.enable_grad() if options.records else torch.no_grad(), _unseen() if is_freed else nullcontext():
+        with (
+            torch.enable_grad() if options.records else torch.no_grad(),
+            _saved_tensor_hooks_disabled() if is_freed else nullcontext(),
+        ):
             leaves = [tensor.requires_grad_(options.records) for tensor in heads]
             mixed_BHTW = kernel.attend(*leaves)
         # The graph still holds these tensors. Without memory they cost nothing until the backward fills them again.
@@ -75,7 +78,7 @@ class _Mix(torch.autograd.Function):
             ctx.options, ctx.linears, ctx.shape = options, linears, compressed.shape
             ctx.save_for_backward(*given, *ends.saved(mixed_BHTW.detach()))
             mixed_bytes = _free(mixed_BHTW) if ends.frees_mixed else 0
-            ctx.heads = _Heads(heads, mixed_BHTW, head_bytes, mixed_bytes)
+            ctx.heads = _HeadGraph(heads, mixed_BHTW, head_bytes, mixed_bytes)
         return out_ND.view_as(x)
 
     @staticmethod
@@ -83,7 +86,7 @@ class _Mix(torch.autograd.Function):
         (grad_BTD,) = grads
         if ctx.heads is None:
             raise RuntimeError("attention: a second backward of one forward, whose queries, keys and values are gone")
-        heads: _Heads = ctx.heads
+        heads: _HeadGraph = ctx.heads
         options: LatentOptions = ctx.options
         saved = ctx.saved_tensors
         num_weights = len(LatentWeights._fields)
@@ -104,7 +107,7 @@ class _Mix(torch.autograd.Function):
         return grad_BTD, grad_BTX, None, None, *query, *latent, grad_out
 
 
-def _refill(heads: _Heads, ends: LatentEnds, kernel: "_Kernel") -> None:
+def _refill(heads: _HeadGraph, ends: LatentLinears, kernel: "_Kernel") -> None:
     """Gives tensors that were freed their memory and their numbers again."""
     if heads.input_bytes:
         for tensor, size in zip(heads.inputs, heads.input_bytes, strict=True):
@@ -132,7 +135,7 @@ def _allocate_again(tensor: Tensor, size: int) -> None:
         tensor.new_empty(0, dtype=torch.uint8).set_(storage).zero_()
 
 
-def _unseen() -> AbstractContextManager[None]:
+def _saved_tensor_hooks_disabled() -> AbstractContextManager[None]:
     """What is saved in here is freed and filled again by hand: hooks around the model must not copy it.
 
     An output that is saved as it is would hold the graph that saves it, for ever if no backward comes.
@@ -152,7 +155,7 @@ class _Kernel:
         is_padded = kernel.pads_values(like_BTX.device.type)
         self._widths = (max(size, value),) * 2 if is_padded else (size, value)
 
-    def fill(self, ends: LatentEnds, into: Heads | None) -> Heads:
+    def fill(self, ends: LatentLinears, into: Heads | None) -> Heads:
         """Queries, keys and values; into given memory if any."""
         shape, (cos, sin) = self._shape, self._options.rotation
         heads = self._allocate() if into is None else into

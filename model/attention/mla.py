@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels.attention.documents import Documents
-from model.attention.absorbed import absorbed, expanded, latent_rows
+from model.attention.absorbed import attend_absorbed, attend_expanded, compute_latent_rows
 from model.attention.core import mix
 from model.attention.form import AttentionForm
 from model.attention.kv_cache import CacheView, PromptView, StepView
@@ -66,13 +66,13 @@ class LatentAttention(LatentProjections):
 
     def decode(self, x_ND: Tensor, view: CacheView) -> Tensor:
         """Implements `Attention.decode`: expanded over whole prompts, absorbed over the cache."""
-        values_NC = latent_rows(self, self._config, x_ND, view.rotation)
+        values_NC = compute_latent_rows(self, self._config, x_ND, view.rotation)
         view.write(values_NC)
         match view:
             case PromptView():
-                return expanded(self, self._config, x_ND, view.rotation, values_NC, view.counts)
+                return attend_expanded(self, self._config, x_ND, view.rotation, values_NC, view.counts)
             case StepView():
-                return absorbed(self, self._config, x_ND, view.rotation, view.read(), view.future_BST)
+                return attend_absorbed(self, self._config, x_ND, view.rotation, view.read(), view.future_BST)
 
     def _rotation(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
         dtype = torch.promote_types(x_BTD.dtype, torch.float32)

@@ -98,7 +98,7 @@ class LatentOptions:
         )
 
 
-class LatentEnds(Protocol):
+class LatentLinears(Protocol):
     """The linear layers on either side of the heads, for one micro-batch.
 
     frees_heads: queries, keys and values are computed again in a backward. frees_mixed: so is what the heads mixed.

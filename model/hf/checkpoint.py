@@ -16,7 +16,7 @@ from model.hf.names import (
     BLOCK,
     StoredDtype,
     copied_from,
-    is_quantised,
+    is_quantized,
     is_rotary,
     layer_of,
     scale_name,
@@ -62,11 +62,11 @@ def open_checkpoint(folder: Path, *, drop_mtp: bool = False) -> Checkpoint:
     path = folder / CONFIG_NAME
     keys = read_json(path)
     config = parse_config(keys, path)
-    quantised = _check_quantisation(keys, path)
-    entries = _entries(folder)
+    quantised = _check_quantization(keys, path)
+    entries = _read_entries(folder)
     if drop_mtp:
-        entries = {name: entry for name, entry in entries.items() if not _is_of_mtp(name, config)}
-    if not any(_is_of_mtp(name, config) and not is_rotary(name) for name in entries):
+        entries = {name: entry for name, entry in entries.items() if not _is_mtp_tensor(name, config)}
+    if not any(_is_mtp_tensor(name, config) and not is_rotary(name) for name in entries):
         config = replace(config, mtp_depth=0)
     _check_names(folder, config, entries)
     allowed = _allowed_dtypes(keys, path)
@@ -78,12 +78,12 @@ def open_checkpoint(folder: Path, *, drop_mtp: bool = False) -> Checkpoint:
     )
 
 
-def _is_of_mtp(name: str, config: ModelConfig) -> bool:
+def _is_mtp_tensor(name: str, config: ModelConfig) -> bool:
     """Whether a tensor belongs to a layer behind the main model's."""
     return (layer_of(name) or 0) >= config.num_layers
 
 
-def _entries(folder: Path) -> dict[str, TensorEntry]:
+def _read_entries(folder: Path) -> dict[str, TensorEntry]:
     single, index = folder / SINGLE_NAME, folder / INDEX_NAME
     if index.exists() and single.exists():
         raise HfError(folder, SINGLE_NAME, f"must not stand beside {INDEX_NAME}, does")
@@ -147,7 +147,7 @@ def _check_names(folder: Path, config: ModelConfig, entries: Mapping[str, Tensor
             _check_rotary_shape(name, entry, config.qk_rope_head_dim // 2)
         elif name not in known:
             near = _nearest_in_layer(name, known)
-            if _is_of_mtp(name, config):
+            if _is_mtp_tensor(name, config):
                 near += "; to load the checkpoint without MTP modules: init_mtp=drop, in launch.convert mtp=drop"
             raise HfError(entry.file, name, f"must be a tensor of the architecture, is none{near}")
 
@@ -179,7 +179,7 @@ def _check_tensor(
     if entry.dtype in allowed:
         return
     words = ", ".join(allowed)
-    if entry.dtype != "F8_E4M3" or not is_quantised(name):
+    if entry.dtype != "F8_E4M3" or not is_quantized(name):
         raise HfError(entry.file, name, f"must be {words}, is {entry.dtype}")
     if not quantised:
         raise HfError(entry.file, name, f"must be {words} without a quantization_config in {CONFIG_NAME}, is F8_E4M3")
@@ -202,7 +202,7 @@ def _allowed_dtypes(keys: Mapping[str, Any], path: Path) -> tuple[StoredDtype, .
     return tuple(dict.fromkeys(("BF16", "F32", *(words[name] for name in names))))
 
 
-def _check_quantisation(keys: Mapping[str, Any], path: Path) -> bool:
+def _check_quantization(keys: Mapping[str, Any], path: Path) -> bool:
     """Whether weights may be in FP8."""
     quantisation = keys.get("quantization_config")
     if quantisation is None:

@@ -12,7 +12,7 @@ from model.hf.errors import HfError
 
 
 @contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
+def create_folder_atomically(path: Path) -> Iterator[Path]:
     """A folder that becomes `path` when the body ends well, and vanishes otherwise, with all that was made for it.
 
     Args:

@@ -21,7 +21,7 @@ SCALE_SUFFIX = "_scale_inv"
 BIAS_SUFFIX = ".mlp.gate.e_score_correction_bias"
 _ROTARY = re.compile(r"model\.(layers\.(0|[1-9][0-9]{0,8})\.self_attn\.)?rotary_emb\.inv_freq")
 _MTP_COPIES = {"embed_tokens.weight": EMBEDDING, "shared_head.head.weight": HEAD}
-_QUANTISED = re.compile(
+_QUANTIZED = re.compile(
     r"model\.layers\.\d+\.(self_attn\.(q|q_a|q_b|kv_b|o)_proj|self_attn\.kv_a_proj_with_mqa"
     r"|mlp\.(experts\.\d+\.|shared_experts\.)?(gate|up|down)_proj)\.weight"
 )
@@ -54,7 +54,7 @@ def stored_tensors(config: ModelConfig, *, dtype: StoredDtype, fp8: bool) -> dic
     """
     stored: dict[str, Stored] = {}
     for name, shape in weights(config):
-        if fp8 and is_quantised(name) and 0 not in shape:
+        if fp8 and is_quantized(name) and 0 not in shape:
             stored |= with_scales(name, shape)
         else:
             stored[name] = Stored(shape, "F32" if name.endswith(BIAS_SUFFIX) else dtype)
@@ -80,9 +80,9 @@ def weights(config: ModelConfig) -> Named:
         yield prefix + "shared_head.head.weight", (vocab, hidden)
 
 
-def is_quantised(name: str) -> bool:
+def is_quantized(name: str) -> bool:
     """Whether a released FP8 checkpoint holds this weight in FP8."""
-    return _QUANTISED.fullmatch(name) is not None
+    return _QUANTIZED.fullmatch(name) is not None
 
 
 def scale_name(name: str) -> str:

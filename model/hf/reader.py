@@ -81,7 +81,7 @@ class HfReader:
             self._check_target(name, target)
         ordered = sorted(named, key=lambda name: (self._entry(name).file, self._entry(name).offset))
         for path, names in groupby(ordered, key=lambda name: self._entry(name).file):
-            with _opened(path) as file:
+            with _open(path) as file:
                 for name in names:
                     self._fill_one(file, name, named[name])
         self._check_copies(named)
@@ -116,8 +116,8 @@ class HfReader:
         Under YaRN both are in use: the plain ones, as training code stores them, and the interpolated ones.
         """
         entry, config = self._entry(name), self.config
-        with _opened(entry.file) as file:
-            stored = torch.cat([rows for _, rows in _runs(file, entry, name)])
+        with _open(entry.file) as file:
+            stored = torch.cat([rows for _, rows in _read_runs(file, entry, name)])
         plain = inverse_frequencies(replace(config, rope_scaling=PlainRope(kind="plain")))
         # A computed power is exact to a few roundings of the stored type.
         tolerance = 8 * torch.finfo(stored.dtype).eps
@@ -146,7 +146,7 @@ class HfReader:
     def _fill_one(self, file: BinaryIO, name: str, target: Tensor) -> None:
         entry = self._entry(name)
         scales = self._scales(name) if entry.dtype == "F8_E4M3" else None
-        for first, rows in _runs(file, entry, name):
+        for first, rows in _read_runs(file, entry, name):
             if scales is None:
                 values = rows.to(target.dtype)
             else:
@@ -162,8 +162,8 @@ class HfReader:
 
     def _scales(self, name: str) -> Tensor:
         entry, scaled = self._entry(scale_name(name)), scale_name(name)
-        with _opened(entry.file) as file:
-            runs = [rows for _, rows in _runs(file, entry, scaled)]
+        with _open(entry.file) as file:
+            runs = [rows for _, rows in _read_runs(file, entry, scaled)]
         scales_MT = torch.cat(runs).float()  # of E8M0: exponents become powers of two, exactly
         good = scales_MT.isfinite() & (scales_MT > 0)
         if not good.all():
@@ -180,31 +180,31 @@ class HfReader:
 
     def _check_copy(self, original: str, copy: str) -> None:
         first, second = self._entry(original), self._entry(copy)
-        with _opened(first.file) as one, _opened(second.file) as other:
-            pairs = zip(_bytes(one, first, original), _bytes(other, second, copy), strict=True)
+        with _open(first.file) as one, _open(second.file) as other:
+            pairs = zip(_read_bytes(one, first, original), _read_bytes(other, second, copy), strict=True)
             if any(ours != theirs for ours, theirs in pairs):
                 raise HfError(second.file, copy, f"must equal {original} byte for byte, differs")
 
 
-def _opened(path: Path) -> BinaryIO:
+def _open(path: Path) -> BinaryIO:
     try:
         return path.open("rb")
     except OSError as error:
         raise HfError(path, "", f"must be readable, is not ({error.strerror})") from error
 
 
-def _runs(file: BinaryIO, entry: TensorEntry, name: str) -> Iterator[tuple[int, Tensor]]:
+def _read_runs(file: BinaryIO, entry: TensorEntry, name: str) -> Iterator[tuple[int, Tensor]]:
     """(first row, rows) of a tensor; runs begin at multiples of `BLOCK` rows."""
     row_shape, num_rows = entry.shape[1:], entry.shape[0]
     first = 0
-    for chunk in _bytes(file, entry, name):
+    for chunk in _read_bytes(file, entry, name):
         rows = torch.frombuffer(chunk, dtype=TORCH_DTYPES[entry.dtype]).reshape(-1, *row_shape)
         yield first, rows
         first += len(rows)
     assert first == num_rows or not entry.num_bytes
 
 
-def _bytes(file: BinaryIO, entry: TensorEntry, name: str) -> Iterator[bytearray]:
+def _read_bytes(file: BinaryIO, entry: TensorEntry, name: str) -> Iterator[bytearray]:
     """A tensor's bytes, in runs of whole blocks of rows."""
     if not entry.num_bytes:
         return

@@ -21,7 +21,7 @@ from model.hf.checkpoint import INDEX_NAME, SINGLE_NAME
 from model.hf.config import CONFIG_NAME, write_config
 from model.hf.dtypes import TORCH_DTYPES
 from model.hf.errors import HfError
-from model.hf.folder import new_folder
+from model.hf.folder import create_folder_atomically
 from model.hf.header import ITEM_BYTES, LENGTH_BYTES
 from model.hf.names import EMBEDDING, SCALE_SUFFIX, Stored, StoredDtype, copied_from, scale_name, scale_shape
 
@@ -83,12 +83,12 @@ def write_hf(
         HfError: the folder is not empty, a weight has another shape or a value that is not finite (or becomes so in
             the type it is stored in), or the disk refuses. Nothing is left.
     """
-    shards = _cut(plan, max_shard_bytes)
+    shards = _split_into_shards(plan, max_shard_bytes)
     if len(shards) == 1:
         names = [SINGLE_NAME]
     else:
         names = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
-    with new_folder(path) as folder:
+    with create_folder_atomically(path) as folder:
         for file_name, shard in zip(names, shards, strict=True):
             with (folder / file_name).open("xb") as file:
                 _write_shard(file, path / file_name, shard, tensor, scales)
@@ -110,7 +110,7 @@ def _plain_dtype(plan: Mapping[str, Stored]) -> StoredDtype:
     return rare[0] if rare else plan[EMBEDDING].dtype
 
 
-def _cut(plan: Mapping[str, Stored], max_shard_bytes: int) -> list[dict[str, Stored]]:
+def _split_into_shards(plan: Mapping[str, Stored], max_shard_bytes: int) -> list[dict[str, Stored]]:
     """Shards in the order of the plan; a weight's scales stand in its shard."""
     shards: list[dict[str, Stored]] = [{}]
     filled = 0

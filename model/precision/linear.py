@@ -19,7 +19,7 @@ class WeightSink(Protocol):
         ...
 
 
-def give(weight: Tensor, gradient: Callable[[], Tensor], sink: WeightSink | None) -> Tensor | None:
+def deliver_gradient(weight: Tensor, gradient: Callable[[], Tensor], sink: WeightSink | None) -> Tensor | None:
     """A weight's gradient for autograd, or None where it is handed to the sink, or not wanted at all."""
     if not weight.requires_grad:
         return None
@@ -41,7 +41,7 @@ class _SplitLinear(torch.autograd.Function):
         (grad,) = grads
         x, weight_NK = ctx.saved_tensors
         grad_AN, x_AK = grad.flatten(0, -2), x.flatten(0, -2)
-        give(weight_NK, lambda: grad_AN.t() @ x_AK, ctx.sink)
+        deliver_gradient(weight_NK, lambda: grad_AN.t() @ x_AK, ctx.sink)
         return (grad @ weight_NK if ctx.needs_input_grad[0] else None), None, None
 
 

@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol, Self
 from torch import Tensor
 
 from comm.protocol import RowOrder
-from model.attention.projections import LatentEnds, LatentOptions, LatentWeights
+from model.attention.projections import LatentLinears, LatentOptions, LatentWeights
 from model.config import Computing
 from model.norm import NormSource, RmsNorm
 from model.precision.linear import WeightSink
@@ -123,7 +123,7 @@ class Linears(Protocol):
         """
         ...
 
-    def experts_at_home(
+    def apply_local_experts(
         self,
         rows: Rows,
         source: NormSource,
@@ -150,16 +150,16 @@ class Linears(Protocol):
         """Returns the conversions of one layer's exchange for one micro-batch."""
         ...
 
-    def compress_latents(self, compressed_BTX: Tensor, weights: LatentWeights, options: LatentOptions) -> LatentEnds:
+    def compress_latents(self, compressed_BTX: Tensor, weights: LatentWeights, options: LatentOptions) -> LatentLinears:
         """Returns the linear layers around the heads of latent attention, in a forward."""
         ...
 
-    def restore_latents(self, saved: Sequence[Tensor], weights: LatentWeights, options: LatentOptions) -> LatentEnds:
-        """Returns the same in a backward, from what `LatentEnds.saved` returned."""
+    def restore_latents(self, saved: Sequence[Tensor], weights: LatentWeights, options: LatentOptions) -> LatentLinears:
+        """Returns the same in a backward, from what `LatentLinears.saved` returned."""
         ...
 
 
-def linears_for(computing: Computing) -> Linears:
+def build_linears(computing: Computing) -> Linears:
     """Returns the implementation that a model's `computing.products` asks for."""
     if computing.products == "own":
         from model.precision.plain.linears import PlainLinears

@@ -182,11 +182,11 @@ def _build(contender: Contender) -> tuple[Callable[[Tensor, Tensor], Tensor], to
     from comm.dispatch.local import LocalDispatcher
     from model.hf.config import parse_config
     from model.objective import CrossEntropy, LossSums, MicroBatch, loss_names
-    from model.transformer import Transformer, initialise
+    from model.transformer import Transformer, initialize_weights
 
     config = parse_config({**_RELEASED_KEYS, "model_type": "deepseek_v3", "num_nextn_predict_layers": 0}, "config")
     model = Transformer(config, LocalDispatcher(config.num_routed_experts), dtype)
-    initialise(model, 0)
+    initialize_weights(model, 0)
     objective = CrossEntropy(factors=(1 / (SEQUENCES * TOKENS),), balance=0.0)
 
     def loss(inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:

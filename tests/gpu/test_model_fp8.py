@@ -10,7 +10,7 @@ from comm.dispatch.local import LocalDispatcher
 from model.config import Computing, Products
 from model.gradients import GradientStore
 from model.objective import LossSums, MicroBatch, loss_names
-from model.transformer import BIAS, Transformer, initialise
+from model.transformer import BIAS, Transformer, initialize_weights
 from tests.model.test_phases import OBJECTIVE, make_batch, run_stage
 from tests.tiny import MODEL
 
@@ -30,7 +30,7 @@ def make_model(products: Products, dtype: torch.dtype) -> Transformer:
     """Its router's bias decides alone, so that no rounding sends a token elsewhere; half of the experts get none."""
     dispatcher = LocalDispatcher(CONFIG.num_routed_experts)
     model = Transformer(CONFIG, dispatcher, dtype, computing=Computing(products=products))
-    initialise(model, 3)
+    initialize_weights(model, 3)
     for name, buffer in model.named_buffers():
         if name.endswith(BIAS):
             buffer.copy_(10.0 * torch.arange(len(buffer)))

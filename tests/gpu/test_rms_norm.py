@@ -30,7 +30,7 @@ def test_gradients_of_rms_norm_on_the_gpu_repeat_themselves_bit_by_bit() -> None
 
     def gradients() -> list[torch.Tensor]:
         return [
-            *plain.normalise_backward(grad_AD, x_AD, inverse_A1, weight_D),
+            *plain.normalize_backward(grad_AD, x_AD, inverse_A1, weight_D),
             *fp8.rms_norm_backward_from_codes(grad_AD, normal, inverse_A1, weight_D),
         ]
 

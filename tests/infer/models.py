@@ -9,7 +9,7 @@ from torch.nn import functional
 from comm.dispatch.local import LocalDispatcher
 from model.block import Block, Moe
 from model.config import ModelConfig, YarnRope
-from model.transformer import Transformer, initialise
+from model.transformer import Transformer, initialize_weights
 from tests.tiny import MODEL
 
 YARN = YarnRope(
@@ -34,7 +34,7 @@ SMALL = replace(MODEL, num_layers=2)
 def make_model(config: ModelConfig = SMALL, dtype: torch.dtype = torch.float64, seed: int = 3) -> Transformer:
     """Random weights, router biases too."""
     model = Transformer(config, LocalDispatcher(config.num_routed_experts), dtype)
-    initialise(model, seed)
+    initialize_weights(model, seed)
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
         if hasattr(module, "e_score_correction_bias"):

@@ -125,6 +125,6 @@ def check_quantize(module: ModuleType, device: str, num_rows: int, num_columns: 
 
 def check_dequantize(module: ModuleType, device: str, quantized: Quantized, dtype: torch.dtype) -> None:
     """`dequantize_1x128` of given codes and scales, on the CPU, against the reference."""
-    on_device = Quantized(quantized.codes.to(device), quantized.scales.to(device))
+    copy_to_device = Quantized(quantized.codes.to(device), quantized.scales.to(device))
     expected_ND = quantize_reference.dequantize_1x128(quantized, dtype)
-    assert_same_bits(module.dequantize_1x128(on_device, dtype), expected_ND, any_nan=True)
+    assert_same_bits(module.dequantize_1x128(copy_to_device, dtype), expected_ND, any_nan=True)

@@ -103,12 +103,12 @@ def norm_inputs(shape: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Ten
 
 
 def check_rms_norm(module: ModuleType, device: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
-    """`rms_norm` and `normalise_backward`, rows contiguous and apart, against the reference."""
+    """`rms_norm` and `normalize_backward`, rows contiguous and apart, against the reference."""
     x_AD, weight_D, grad_AD = norm_inputs(shape, dtype)
     scale_A1 = rms_norm_reference.inverse_rms(x_AD, EPS)
-    normal_AD = rms_norm_reference.normalise(x_AD, scale_A1, weight_D)
+    normal_AD = rms_norm_reference.normalize(x_AD, scale_A1, weight_D)
     wide = grad_AD.double(), x_AD.double(), scale_A1.double(), weight_D.double()
-    expected_x, expected_weight = rms_norm_reference.normalise_backward(*wide)
+    expected_x, expected_weight = rms_norm_reference.normalize_backward(*wide)
     slopes = float((wide[0] * wide[3] * wide[2]).abs().max())
     for x, grad in ((x_AD, grad_AD), (padded(x_AD), padded(grad_AD, 3))):
         made, inverse = module.rms_norm(x.to(device), weight_D.to(device), EPS)
@@ -117,7 +117,7 @@ def check_rms_norm(module: ModuleType, device: str, shape: tuple[int, int], dtyp
         near(made.cpu(), normal_AD.double(), 4)
         assert float((made.cpu() != normal_AD).double().mean()) < 0.02 or dtype != torch.bfloat16
         inputs = (grad.to(device), x.to(device), scale_A1.to(device), weight_D.to(device))
-        made_x, made_weight = module.normalise_backward(*inputs)
+        made_x, made_weight = module.normalize_backward(*inputs)
         assert (made_x.dtype, made_weight.dtype) == (dtype, dtype)
         near(made_x.cpu(), expected_x, 2, largest=slopes)
         near(made_weight.cpu(), expected_weight, 2)

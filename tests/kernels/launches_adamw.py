@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kernels.adamw import coefficients
+from kernels.adamw import compute_coefficients
 from tests.kernels.launches import Launch
 
 NUM_WEIGHTS = 2**26
@@ -14,7 +14,7 @@ NUM_WEIGHTS = 2**26
 
 def step(function: Callable[..., None], *tensors: Tensor) -> tuple[Tensor, ...]:
     """Weights, gradients and moments after a step, in place."""
-    by = coefficients(10, learning_rate=1e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    by = compute_coefficients(10, learning_rate=1e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
     weights, gradients, means, squares = tensors
     function(weights, gradients, means, squares, by)
     return tensors

@@ -114,7 +114,7 @@ def rms_norms(width: int) -> list[Launch]:
             shape=f"4096 x {width}",
             bytes_moved=6 * numbers + 4 * TOKENS + 4 * width,
             prepare=lambda functions, tensors: partial(
-                functions.normalise_backward,
+                functions.normalize_backward,
                 tensors.normal(TOKENS, width),
                 tensors.normal(TOKENS, width),
                 tensors.scales(TOKENS, 1),

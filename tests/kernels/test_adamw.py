@@ -14,14 +14,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import kernels.adamw.reference as reference
-from kernels.adamw import Coefficients, coefficients
+from kernels.adamw import Coefficients, compute_coefficients
 from tests.kernels.agreement import assert_same_bits
 from tests.kernels.aot import Compiled, compile_launch
 
 STEPS = [
-    coefficients(1, learning_rate=3e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1),
-    coefficients(7, learning_rate=2.2e-4, betas=(0.9, 0.95), eps=1e-20, weight_decay=0.0),
-    coefficients(100_000, learning_rate=7.3e-6, betas=(0.0, 0.98), eps=1e-8, weight_decay=0.1),
+    compute_coefficients(1, learning_rate=3e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1),
+    compute_coefficients(7, learning_rate=2.2e-4, betas=(0.9, 0.95), eps=1e-20, weight_decay=0.0),
+    compute_coefficients(100_000, learning_rate=7.3e-6, betas=(0.0, 0.98), eps=1e-8, weight_decay=0.1),
 ]
 
 

@@ -71,7 +71,7 @@ def test_attention_equals_reading_query_by_query(
         pytest.skip("always takes padded values")
     is_forward_only = "cpu" not in kernel.devices and kernel.package is None
     positions = None if places is None else PLACES[places]
-    documents = None if positions is None else Documents.of_positions(torch.tensor(positions))
+    documents = None if positions is None else Documents.from_positions(torch.tensor(positions))
     size = 13 if positions is None else len(positions[0])
     shapes = [(2, 3, size, 12), (2, 3, size, 12), (2, 3, size, 7)]
     exact = [randn(*shape, seed=seed, dtype=dtype).double().requires_grad_() for seed, shape in enumerate(shapes)]
@@ -99,13 +99,13 @@ def test_attention_equals_reading_query_by_query(
 
 
 def test_flex_serves_all_layers_with_one_mask() -> None:
-    documents = Documents.of_positions(torch.tensor(PLACES["documents and padding"]))
+    documents = Documents.from_positions(torch.tensor(PLACES["documents and padding"]))
     assert documents.block_mask is documents.block_mask
     assert documents.mask_B1TT is documents.mask_B1TT
 
 
 def test_documents_begin_where_places_do_not_go_on() -> None:
-    documents = Documents.of_positions(torch.tensor(PLACES["documents and padding"]))
+    documents = Documents.from_positions(torch.tensor(PLACES["documents and padding"]))
     assert documents.ids_BT.tolist() == [[1, 1, 1, 2, 2, 3, 4, 4, 4, 4, 4, 5, 6], [1, 1, 1, 1] + [2] * 9]
     assert documents.starts.tolist() == [0, 3, 5, 6, 11, 12, 13, 17, 26]
     assert documents.starts.dtype == torch.int32
@@ -123,7 +123,7 @@ def test_documents_begin_where_places_do_not_go_on() -> None:
 
 
 def test_documents_move_as_a_whole() -> None:
-    documents = Documents.of_positions(torch.tensor(PLACES["one document"]))
+    documents = Documents.from_positions(torch.tensor(PLACES["one document"]))
     moved = documents.to(torch.device("meta"))
     assert {moved.ids_BT.device.type, moved.starts.device.type} == {"meta"}
     assert moved.longest == documents.longest == 13

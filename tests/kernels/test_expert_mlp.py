@@ -13,8 +13,8 @@ from torch import Tensor
 
 from kernels.expert_mlp import (
     ExpertImplementation,
+    choose_expert_implementation,
     down_gradient,
-    expert_implementation_for,
     expert_mlp,
     expert_mlp_backward,
     gate_up_gradient,
@@ -238,8 +238,8 @@ def test_what_is_not_a_number_stays_with_its_expert(
 
 def test_experts_are_grouped_where_torch_serves() -> None:
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
-    assert expert_implementation_for(cuda, torch.bfloat16, 16, 24) == "grouped"
-    assert expert_implementation_for(cuda, torch.bfloat16, 16, 25) == "reference"
-    assert expert_implementation_for(cuda, torch.float32, 16, 24) == "reference"
-    assert expert_implementation_for(cpu, torch.bfloat16, 16, 24) == "batched"
-    assert expert_implementation_for(cpu, torch.float32, 16, 24) == "reference"
+    assert choose_expert_implementation(cuda, torch.bfloat16, 16, 24) == "grouped"
+    assert choose_expert_implementation(cuda, torch.bfloat16, 16, 25) == "reference"
+    assert choose_expert_implementation(cuda, torch.float32, 16, 24) == "reference"
+    assert choose_expert_implementation(cpu, torch.bfloat16, 16, 24) == "batched"
+    assert choose_expert_implementation(cpu, torch.float32, 16, 24) == "reference"

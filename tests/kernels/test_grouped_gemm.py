@@ -49,10 +49,10 @@ def test_native_products_equal_reference(counts: tuple[int, ...], dtype: torch.d
 
 def test_native_products_serve_bf16_on_cuda_with_rows_of_whole_16_bytes() -> None:
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
-    assert native.serves(cuda, torch.bfloat16, 16, 8)
-    assert not native.serves(cuda, torch.bfloat16, 16, 4)
-    assert not native.serves(cuda, torch.float32, 16, 8)
-    assert not native.serves(cpu, torch.bfloat16, 16, 8)
+    assert native.supports(cuda, torch.bfloat16, 16, 8)
+    assert not native.supports(cuda, torch.bfloat16, 16, 4)
+    assert not native.supports(cuda, torch.float32, 16, 8)
+    assert not native.supports(cpu, torch.bfloat16, 16, 8)
 
 
 def test_reference_keeps_nan_and_infinity_within_their_group() -> None:

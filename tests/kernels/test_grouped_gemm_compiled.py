@@ -39,7 +39,7 @@ def compiled_weight_fp8(num_outputs: int, num_inputs: int, candidate: int | None
         )
         for width in (num_outputs, num_inputs)
     )
-    tiling = module.OF_WEIGHT if candidate is None else WEIGHT_CANDIDATES[candidate]
+    tiling = module.WEIGHT_TILING if candidate is None else WEIGHT_CANDIDATES[candidate]
     launch = partial(module.grouped_weight_fp8, grad, rows, LARGE_COUNTS, tiling=tiling)
     return compile_launch(module, "grouped_weight_fp8_kernel", launch)
 

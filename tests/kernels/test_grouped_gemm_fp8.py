@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 
-from kernels.grouped_gemm.deep_gemm import DeepGemmGrouped, serves_rows, serves_weight
+from kernels.grouped_gemm.deep_gemm import DeepGemmGrouped, supports_rows, supports_weight
 from kernels.grouped_gemm.reference_fp8 import grouped_rows_fp8, grouped_weight_fp8
 from kernels.quantize.layout import Quantized, QuantizedBlocks, QuantizedColumns, pack, unpack
 from kernels.quantize.reference import quantize_1x128
@@ -117,11 +117,11 @@ def test_what_deep_gemm_is_not_made_for_goes_elsewhere(calls: Calls) -> None:
     check_weight_fp8(adapter.grouped_weight_fp8, "cpu", (3, 130), (64, 100))
     check_empty_fp8(adapter.grouped_rows_fp8, adapter.grouped_weight_fp8, "cpu")
     rows, weights = operands((3, 130), 64, 256)
-    assert serves_rows(rows, weights, torch.bfloat16)
+    assert supports_rows(rows, weights, torch.bfloat16)
     across = QuantizedBlocks(weights.codes.transpose(1, 2).contiguous().transpose(1, 2), weights.scales)
     adapter.grouped_rows_fp8(rows, across, (3, 130), torch.bfloat16)
     grad, inputs = column_operands((3, 130), 64, 128)
-    assert serves_weight(grad, inputs)
+    assert supports_weight(grad, inputs)
     apart = QuantizedColumns(inputs.codes.t().contiguous().t(), inputs.scales)
     assert torch.equal(adapter.grouped_weight_fp8(grad, apart, (3, 130)), grouped_weight_fp8(grad, inputs, (3, 130)))
     assert (calls.num_rows, calls.num_weights) == ([], 0)

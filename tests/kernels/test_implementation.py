@@ -13,7 +13,7 @@ from torch import Tensor
 
 import kernels.implementation as implementation
 from kernels.gemm_fp8 import gemm_fp8, gemm_fp8_columns
-from kernels.implementation import Implementation, has_deep_gemm, implementation_for, product_implementation_for
+from kernels.implementation import Implementation, choose_implementation, choose_product_implementation, has_deep_gemm
 from kernels.quantize import quantize_1x128, quantize_128x128, quantize_columns, requantize_columns
 from kernels.quantize.layout import GRADIENTS_MIN_AMAX
 from tests.kernels.deep_gemm_emulation import Calls, emulated
@@ -26,7 +26,7 @@ PLAIN_FUNCTIONS = {
     "unpermute": ("kernels.permute.reference", "kernels.permute.triton"),
     "dequantize_1x128": ("kernels.quantize.reference", "kernels.quantize.triton"),
     "rms_norm": ("kernels.rms_norm.reference", "kernels.rms_norm.triton"),
-    "normalise_backward": ("kernels.rms_norm.reference", "kernels.rms_norm.triton"),
+    "normalize_backward": ("kernels.rms_norm.reference", "kernels.rms_norm.triton"),
     "swiglu": ("kernels.swiglu.reference", "kernels.swiglu.triton"),
     "swiglu_backward": ("kernels.swiglu.reference", "kernels.swiglu.triton"),
     "linear_cross_entropy": ("kernels.cross_entropy.reference", "kernels.cross_entropy.triton"),
@@ -86,7 +86,7 @@ def test_a_function_runs_in_the_implementation_asked_for_or_in_that_of_the_devic
 
 @pytest.mark.parametrize(("device", "expected"), [("cuda:3", "triton"), ("cpu", "reference"), ("meta", "reference")])
 def test_triton_is_for_cuda_alone(device: str, expected: str) -> None:
-    assert implementation_for(torch.device(device)) == expected
+    assert choose_implementation(torch.device(device)) == expected
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_products_are_those_that_suit_a_device(
 ) -> None:
     monkeypatch.setattr(implementation, "find_spec", lambda name: name if is_installed else None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert product_implementation_for(torch.device(device)) == expected
+    assert choose_product_implementation(torch.device(device)) == expected
 
 
 @pytest.mark.parametrize("name", ["gemm_fp8", "grouped_gemm"])

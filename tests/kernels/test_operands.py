@@ -59,8 +59,8 @@ def test_operands_of_a_norm_that_do_not_fit_are_named(module: ModuleType) -> Non
         (ones(3, 8), ones(1, 1), ones(8), r"scale must be \[3, 1\], got \[1, 1\]"),
         (ones(3, 8), ones(3, 1), ones(1), r"weight_D must be \[8\], got \[1\]"),
     ):
-        with pytest.raises(ValueError, match=f"^normalise_backward: {rule}$"):
-            module.normalise_backward(grad, ones(3, 8), scale, weight_D)
+        with pytest.raises(ValueError, match=f"^normalize_backward: {rule}$"):
+            module.normalize_backward(grad, ones(3, 8), scale, weight_D)
 
 
 @pytest.mark.parametrize("module", [norm_fp8, compiled_norm_fp8])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kernels.registry import PluginError, Registry, UnknownNameError, closest, load_plugins, modules_of
+from kernels.registry import PluginError, Registry, UnknownNameError, closest, list_modules, load_plugins
 
 ROOT = Path(__file__).resolve().parents[2]
 COLOURS = Registry[int]("paint.colour")
@@ -64,7 +64,7 @@ def test_registry_choices_are_names_and_other_values_of_the_key() -> None:
 
 
 def test_modules_of_a_package_are_named_without_being_imported() -> None:
-    modules = modules_of("dualpipe.draw", first=("text", "svg"))
+    modules = list_modules("dualpipe.draw", first=("text", "svg"))
     assert modules[:2] == ["dualpipe.draw.text", "dualpipe.draw.svg"]
     assert modules[2:] == sorted(set(modules[2:]))
 

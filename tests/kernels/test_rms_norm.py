@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels.rms_norm.reference import inverse_rms, normalise, normalise_backward
+from kernels.rms_norm.reference import inverse_rms, normalize, normalize_backward
 from tests.kernels.plain import near, randn, rms_norm, strided
 
 EPS = 1e-6
@@ -23,8 +23,8 @@ def test_rms_norm_and_gradients_equal_formula(shape: tuple[int, ...], dtype: tor
         x, grad = strided(x), strided(grad)
     before = x.clone()
     scale = inverse_rms(x, EPS)
-    made = normalise(x, scale, weight)
-    grad_x, grad_weight = normalise_backward(grad, x, scale, weight)
+    made = normalize(x, scale, weight)
+    grad_x, grad_weight = normalize_backward(grad, x, scale, weight)
     assert torch.equal(x, before)
     assert scale.dtype == torch.promote_types(dtype, torch.float32)
     assert {made.dtype, grad_x.dtype, grad_weight.dtype} == {dtype}
@@ -41,8 +41,8 @@ def test_rms_norm_of_zeros_is_zero_and_has_a_finite_slope() -> None:
     x, weight = torch.zeros(2, 5), randn(5, seed=0, dtype=torch.float32)
     scale = inverse_rms(x, EPS)
     grad = torch.ones(2, 5)
-    assert not normalise(x, scale, weight).any()
-    grad_x, grad_weight = normalise_backward(grad, x, scale, weight)
+    assert not normalize(x, scale, weight).any()
+    grad_x, grad_weight = normalize_backward(grad, x, scale, weight)
     torch.testing.assert_close(grad_x, (weight / EPS**0.5).expand(2, 5))
     assert not grad_weight.any()
 
@@ -51,7 +51,7 @@ def test_rms_norm_rounds_before_the_weight_as_the_released_code_does() -> None:
     x, weight = randn(64, 48, seed=1, dtype=torch.bfloat16), randn(48, seed=2, dtype=torch.bfloat16)
     wide = x.float()
     normal = (wide * (wide.pow(2).mean(-1, keepdim=True) + EPS).rsqrt()).to(torch.bfloat16)
-    made = normalise(x, inverse_rms(x, EPS), weight)
+    made = normalize(x, inverse_rms(x, EPS), weight)
     differ = (made != weight * normal).float().mean()
     # The root is summed in another order: a few numbers lie on the other side of a rounding. Without the first
     # rounding a third of them would differ.

@@ -17,15 +17,15 @@ def _differences(num_columns: int, is_expanded: bool) -> list[float]:
     x, weight = torch.randn(3, num_columns, generator=generator), torch.rand(num_columns, generator=generator)
     grad = torch.ones(()).expand(3, num_columns) if is_expanded else torch.randn(x.shape, generator=generator)
     calls: list[str] = []
-    backward = compiled.normalise_backward
-    with patch.object(compiled, "normalise_backward", lambda *given: calls.append("") or backward(*given)):
+    backward = compiled.normalize_backward
+    with patch.object(compiled, "normalize_backward", lambda *given: calls.append("") or backward(*given)):
         normal, scale = norm.rms_norm(x, weight, 1e-6, implementation="triton")
-        made = norm.normalise_backward(grad, x, scale, weight, implementation="triton")
+        made = norm.normalize_backward(grad, x, scale, weight, implementation="triton")
     fits = num_columns <= norm.LARGEST_COLUMNS and not is_expanded
     assert len(calls) == fits
     codes, inverse = norm.rms_norm_quantize(x, weight, 1e-6, True, implementation="triton")
     norm.rms_norm_backward_from_codes(grad, codes, inverse, weight, implementation="triton")
-    expected = (plain.rms_norm(x, weight, 1e-6)[0], *plain.normalise_backward(grad, x, scale, weight))
+    expected = (plain.rms_norm(x, weight, 1e-6)[0], *plain.normalize_backward(grad, x, scale, weight))
     return [float((ours - theirs).abs().max()) for ours, theirs in zip((normal, *made), expected, strict=True)]
 
 

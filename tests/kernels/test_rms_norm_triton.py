@@ -27,12 +27,12 @@ def interpreted_plain(dtype: torch.dtype) -> None:
     x, weight_D = randn(2, 3, 5, seed=0, dtype=dtype), randn(5, seed=1, dtype=dtype)
     normal, inverse = module.rms_norm(x, weight_D, EPS)
     assert (normal.shape, inverse.shape) == ((2, 3, 5), (2, 3, 1))
-    assert module.normalise_backward(x, x, inverse, weight_D)[0].shape == (2, 3, 5)
+    assert module.normalize_backward(x, x, inverse, weight_D)[0].shape == (2, 3, 5)
     for size in ((0, 5), (4, 0)):
         x, weight_D = torch.ones(size), torch.ones(size[1])
         normal, inverse = module.rms_norm(x, weight_D, EPS)
         assert (normal.shape, inverse.shape) == (size, (size[0], 1))
-        grad_x, grad_weight_D = module.normalise_backward(x, x, inverse, weight_D)
+        grad_x, grad_weight_D = module.normalize_backward(x, x, inverse, weight_D)
         assert grad_x.shape == size
         assert grad_weight_D.tolist() == [0.0] * size[1]
 
@@ -57,13 +57,13 @@ def interpreted_fp8(dtype: torch.dtype) -> None:
 
 def interpreted_blocks() -> None:
     """Any block and any number of programs gives the same rows, and the same sums but for their order."""
-    from kernels.rms_norm.triton import normalise_backward, rms_norm
+    from kernels.rms_norm.triton import normalize_backward, rms_norm
     from kernels.rms_norm.triton_fp8 import rms_norm_backward_from_codes, rms_norm_quantize
 
     x_AD, weight_D, grad_AD = norm_inputs((23, 200), torch.float32)
     normal_AD, inverse_A1 = rms_norm(x_AD, weight_D, EPS)
     codes, _ = rms_norm_quantize(x_AD, weight_D, EPS, False)
-    plain = normalise_backward(grad_AD, x_AD, inverse_A1, weight_D)
+    plain = normalize_backward(grad_AD, x_AD, inverse_A1, weight_D)
     fp8 = rms_norm_backward_from_codes(grad_AD, codes, inverse_A1, weight_D)
     for block_rows, num_programs in ((1, 3), (4, 2), (2, 100)):
         assert torch.equal(rms_norm(x_AD, weight_D, EPS, block_rows=block_rows)[0], normal_AD)
@@ -71,7 +71,7 @@ def interpreted_blocks() -> None:
         assert torch.equal(made.codes.view(torch.uint8), codes.codes.view(torch.uint8))
         sharing = {"block_rows": block_rows, "num_programs": num_programs}
         for (grad_x, grad_weight), (wanted_x, wanted_weight) in (
-            (normalise_backward(grad_AD, x_AD, inverse_A1, weight_D, **sharing), plain),
+            (normalize_backward(grad_AD, x_AD, inverse_A1, weight_D, **sharing), plain),
             (rms_norm_backward_from_codes(grad_AD, codes, inverse_A1, weight_D, **sharing), fp8),
         ):
             assert torch.equal(grad_x, wanted_x)
@@ -95,7 +95,7 @@ def interpreted_not_finite(poison: float) -> list[torch.Tensor]:
 
 
 def interpreted_misuse() -> list[str]:
-    from kernels.rms_norm.triton import normalise_backward, rms_norm
+    from kernels.rms_norm.triton import normalize_backward, rms_norm
     from kernels.rms_norm.triton_fp8 import rms_norm_backward_from_codes, rms_norm_quantize
 
     square, wide = torch.ones(4, 4), torch.ones(1, 8193)
@@ -104,7 +104,7 @@ def interpreted_misuse() -> list[str]:
     for misuse in (
         partial(rms_norm, square.t(), square[0], EPS),
         partial(rms_norm, wide, wide[0], EPS),
-        partial(normalise_backward, square, square.t(), square[:, :1], square[0]),
+        partial(normalize_backward, square, square.t(), square[:, :1], square[0]),
         partial(rms_norm_quantize, square.t(), square[0], EPS, False),
         partial(rms_norm_backward_from_codes, square, codes, square[:, :1], square[0]),
     ):
@@ -145,7 +145,7 @@ def test_misuse_of_rms_norm_is_named(interpreter: ProcessPoolExecutor) -> None:
     rows, wide, x, codes, cached = interpreter.submit(interpreted_misuse).result()
     assert rows == "rms_norm: x must be contiguous along its columns, got strides (1, 4)"
     assert wide == "rms_norm: x must have at most 8192 columns, got 8193; nearest: 8192"
-    assert x == "normalise_backward: x must be contiguous along its columns, got strides (1, 4)"
+    assert x == "normalize_backward: x must be contiguous along its columns, got strides (1, 4)"
     assert codes == "rms_norm_quantize: x_AD must be contiguous along its columns, got strides (1, 4)"
     assert cached == "rms_norm_backward_from_codes: codes must be contiguous along its columns, got strides (1, 4)"
 
@@ -160,7 +160,7 @@ def compiled(kernel: str, dtype: torch.dtype, num_columns: int, power_of_two: bo
         case "rms_norm_kernel":
             return compile_launch(plain, kernel, lambda: plain.rms_norm(x_AD, weight_D, EPS))
         case "rms_norm_backward_kernel":
-            return compile_launch(plain, kernel, lambda: plain.normalise_backward(x_AD, x_AD, inverse_A1, weight_D))
+            return compile_launch(plain, kernel, lambda: plain.normalize_backward(x_AD, x_AD, inverse_A1, weight_D))
         case "rms_norm_quantize_kernel":
             return compile_launch(fp8, kernel, lambda: fp8.rms_norm_quantize(x_AD, weight_D, EPS, power_of_two))
     codes = Quantized(x_AD.to(torch.float8_e4m3fn), torch.empty(1024, -(-num_columns // 128)))

@@ -11,7 +11,7 @@ from kernels.attention.documents import Documents
 from model.config import Computing, ModelConfig, Products
 from model.gradients import GradientStore
 from model.objective import LossSums, MicroBatch, loss_names
-from model.transformer import Transformer, initialise
+from model.transformer import Transformer, initialize_weights
 from tests.model.test_stage import make_objective, phased
 from tests.tiny import MODEL
 
@@ -59,7 +59,7 @@ def make_model(products: Products, config: ModelConfig = CONFIG, *, is_away: boo
     made = Transformer(
         config, Away(dispatcher) if is_away else dispatcher, torch.bfloat16, computing=Computing(products=products)
     )
-    initialise(made, 3)
+    initialize_weights(made, 3)
     return made
 
 
@@ -70,7 +70,7 @@ def make_batch(config: ModelConfig, sequences: int = 2, size: int = 75, *, is_pa
     return MicroBatch(
         inputs_BT=tuple(ids[:, depth : depth + size] for depth in depths),
         targets_BT=tuple(ids[:, depth + 1 : depth + 1 + size] for depth in depths),
-        documents=Documents.of_positions(torch.arange(size).remainder(13).expand(sequences, size))
+        documents=Documents.from_positions(torch.arange(size).remainder(13).expand(sequences, size))
         if is_packed
         else None,
     )

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
-from model.hf.names import is_quantised, scale_name, scale_shape
+from model.hf.names import is_quantized, scale_name, scale_shape
 
 SIZES: dict[str, Any] = {
     "vocab_size": 48,
@@ -127,7 +127,7 @@ def quantised(tensors: Mapping[str, Tensor], seed: int = 6) -> dict[str, Tensor]
     generator = torch.Generator().manual_seed(seed)
     made: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        if is_quantised(name):
+        if is_quantized(name):
             codes = torch.randint(0, 256, tensor.shape, generator=generator, dtype=torch.uint8)
             codes[(codes & 0x7F) == 0x7F] = 0
             made[name] = codes.view(torch.float8_e4m3fn)

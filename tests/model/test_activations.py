@@ -14,7 +14,7 @@ from model.config import RECOMPUTED, Computing, ModelConfig, Recomputed
 from model.gradients import GradientStore
 from model.objective import CrossEntropy, LossSums, MicroBatch, loss_names
 from model.stage import Stage
-from model.transformer import Transformer, initialise
+from model.transformer import Transformer, initialize_weights
 from tests.model.test_stage import run_phases
 from tests.tiny import MODEL
 
@@ -43,7 +43,7 @@ class Counter:
 def make_model(config: ModelConfig, dtype: torch.dtype, recomputed: frozenset[Recomputed]) -> Transformer:
     computing = Computing(recomputed=recomputed)
     model = Transformer(config, LocalDispatcher(config.num_routed_experts), dtype, computing=computing)
-    initialise(model, 1)
+    initialize_weights(model, 1)
     return model
 
 

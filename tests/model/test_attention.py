@@ -18,7 +18,7 @@ from model.attention.projections import LATENT_NORM_EPS
 from model.config import Computing, ModelConfig, Recomputed
 from model.norm import RmsNorm
 from model.precision.linear import WeightSink
-from model.precision.linears import linears_for
+from model.precision.linears import build_linears
 from tests.kernels import plain
 from tests.kernels.flash_attn_emulation import Calls, emulated
 from tests.kernels.plain import randn, strided
@@ -49,7 +49,7 @@ class Attention(nn.Module):
         super().__init__()
         self.config = config
         self.norm = RmsNorm(config.hidden_size, config.norm_eps, dtype)
-        self.self_attn = LatentAttention(config, dtype, computing.attention, linears_for(computing))
+        self.self_attn = LatentAttention(config, dtype, computing.attention, build_linears(computing))
         randomise(self, 1)
 
 
@@ -116,7 +116,7 @@ def check(
 def test_attention_and_gradients_equal_formula(
     name: str, recomputed: frozenset[Recomputed], is_split: bool, is_packed: bool
 ) -> None:
-    documents = Documents.of_positions(PLACES) if is_packed else None
+    documents = Documents.from_positions(PLACES) if is_packed else None
     x = randn(2, 7, 10, seed=2)
     for given in (x, strided(x)):
         check(CONFIGS[name], Computing(recomputed=recomputed), torch.float64, documents, given, is_split)
@@ -125,7 +125,7 @@ def test_attention_and_gradients_equal_formula(
 @pytest.mark.parametrize("is_packed", [False, True])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_attention_in_bf16_is_as_near_as_bf16_allows(name: str, is_packed: bool) -> None:
-    documents = Documents.of_positions(PLACES) if is_packed else None
+    documents = Documents.from_positions(PLACES) if is_packed else None
     x = randn(2, 7, 10, seed=2, dtype=torch.bfloat16)
     for recomputed in (SUBSETS[0], SUBSETS[-1]):
         check(CONFIGS[name], Computing(recomputed=recomputed), torch.bfloat16, documents, x)
@@ -140,7 +140,7 @@ def test_attention_through_an_emulated_flash_attn_equals_formula(
     """The package itself needs CUDA: an emulation checks layout, padding of values, and what it is told."""
     calls = Calls()
     monkeypatch.setitem(sys.modules, "flash_attn", emulated(calls))
-    documents = Documents.of_positions(PLACES) if is_packed else None
+    documents = Documents.from_positions(PLACES) if is_packed else None
     computing = Computing(recomputed=recomputed, attention="flash_attention")
     check(CONFIGS[name], computing, torch.float64, documents, randn(2, 7, 10, seed=2))
     assert (calls.num_whole, calls.num_packed) == ((0, 1) if is_packed else (1, 0))
@@ -150,7 +150,7 @@ def test_attention_through_an_emulated_flash_attn_equals_formula(
 @pytest.mark.parametrize("name", CONFIGS)
 def test_attention_through_flex_gives_the_same_values(name: str, is_packed: bool) -> None:
     """Forward alone: FlexAttention has no backward on CPU, and says so."""
-    config, documents = CONFIGS[name], Documents.of_positions(PLACES) if is_packed else None
+    config, documents = CONFIGS[name], Documents.from_positions(PLACES) if is_packed else None
     module = Attention(config, torch.float64, Computing(attention="flex"))
     x, weights = randn(2, 7, 10, seed=2), dict(module.named_parameters())
     with torch.no_grad(), warnings.catch_warnings():

@@ -20,7 +20,7 @@ from model.norm import RmsNorm
 from model.objective import LossSums, loss_names
 from model.precision.linear import Projection, WeightSink
 from model.precision.linears import Linears
-from model.transformer import Transformer, initialise
+from model.transformer import Transformer, initialize_weights
 from tests.model.test_stage import make_batch, make_objective, phased
 from tests.tiny import MODEL
 
@@ -79,7 +79,7 @@ MULTI_HEAD = AttentionForm(
 def make_model(dtype: torch.dtype = torch.float64, products: Products = "own") -> Transformer:
     dispatcher, computing = LocalDispatcher(MODEL.num_routed_experts), Computing(products=products)
     model = Transformer(MODEL, dispatcher, dtype, computing=computing, attention=MULTI_HEAD)
-    initialise(model, 3)
+    initialize_weights(model, 3)
     return model
 
 
@@ -92,7 +92,7 @@ def test_a_configuration_has_latent_attention() -> None:
 @pytest.mark.parametrize("is_packed", [False, True])
 @pytest.mark.parametrize("num_stages", [1, 2, 4])
 def test_phased_equals_plain(num_stages: int, is_packed: bool) -> None:
-    documents = Documents.of_positions(torch.arange(12).remainder(5).expand(2, 12)) if is_packed else None
+    documents = Documents.from_positions(torch.arange(12).remainder(5).expand(2, 12)) if is_packed else None
     batch = replace(make_batch(MODEL, 1), documents=documents)
     plain, cut = make_model(), make_model()
     sums = LossSums(loss_names(MODEL.mtp_depth))

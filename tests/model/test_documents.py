@@ -11,7 +11,7 @@ from data.loader import Batch
 from kernels.attention.documents import Documents
 from model.config import ModelConfig
 from model.objective import CrossEntropy, LossSums, MicroBatch, loss_names
-from model.transformer import Transformer, initialise
+from model.transformer import Transformer, initialize_weights
 from tests.tiny import MODEL
 from train.tasks.next_token import to_micro_batch
 
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 def make_model(config: ModelConfig) -> Transformer:
     model = Transformer(config, LocalDispatcher(config.num_routed_experts), torch.float64)
-    initialise(model, 5)
+    initialize_weights(model, 5)
     return model
 
 
@@ -81,7 +81,7 @@ def test_packed_documents_with_the_mask_equal_each_alone(depth: int) -> None:
 @torch.no_grad()
 def test_logits_of_packed_documents_with_the_mask_are_those_of_each_alone() -> None:
     model, batch = make_model(MODEL), packed(LENGTHS, 19)
-    logits = model(batch.tokens_BT, Documents.of_positions(batch.positions_BT))
+    logits = model(batch.tokens_BT, Documents.from_positions(batch.positions_BT))
     rows = [model(each.tokens_BT)[0] for each in alone(batch)]
     torch.testing.assert_close(logits[batch.positions_BT >= 0], torch.cat(rows), rtol=1e-10, atol=1e-12)
 
@@ -89,5 +89,5 @@ def test_logits_of_packed_documents_with_the_mask_are_those_of_each_alone() -> N
 @torch.no_grad()
 def test_one_document_for_each_sequence_is_no_mask_at_all() -> None:
     model, batch = make_model(MODEL), packed([[8], [8]], 8)
-    logits = model(batch.tokens_BT, Documents.of_positions(batch.positions_BT))
+    logits = model(batch.tokens_BT, Documents.from_positions(batch.positions_BT))
     torch.testing.assert_close(logits, model(batch.tokens_BT), rtol=1e-12, atol=1e-13)

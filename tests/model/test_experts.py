@@ -68,7 +68,7 @@ def test_experts_at_home_equal_row_by_row(
 
     def call(experts: RoutedExperts, inputs: Sequence[Tensor], sink: WeightSink | None) -> tuple[Tensor]:
         source = NormSource(inputs[0], torch.ones(6), 1e-6)  # rows in the weights' type are kept, not made again
-        return (experts.at_home(PlainRows(inputs[0]), source, inputs[1], counts, order),)
+        return (experts.apply_locally(PlainRows(inputs[0]), source, inputs[1], counts, order),)
 
     def plainly(weights: Weights, inputs: Sequence[Tensor]) -> tuple[Tensor]:
         rows_ND, weights_NK = inputs

@@ -22,7 +22,7 @@ from model.objective import CrossEntropy, LossSums, MicroBatch, loss_names
 from model.phases import ComputePhase
 from model.precision.fp8.maps import Fp8Maps
 from model.stage import Stage
-from model.transformer import Transformer, initialise
+from model.transformer import Transformer, initialize_weights
 from model.values import Hidden, HiddenGradients
 from tests.model.live_memory import LiveMemory
 from tests.model.test_activations import Counter, make_batch
@@ -51,7 +51,7 @@ SMALL = replace(
 def make_model(config: ModelConfig, products: Products) -> Transformer:
     dispatcher = LocalDispatcher(config.num_routed_experts)
     model = Transformer(config, dispatcher, torch.bfloat16, computing=Computing(recomputed=ALL, products=products))
-    initialise(model, 1)
+    initialize_weights(model, 1)
     return model
 
 

@@ -16,7 +16,7 @@ from model.experts import RoutedExperts
 from model.gradients import GradientStore, WeightQueue
 from model.norm import NormSource
 from model.precision.fp8.linears import Fp8Linears
-from model.precision.fp8.rows import Fp8Rows, GradientMailbox, pack_gradient, pack_rows, placeholder
+from model.precision.fp8.rows import Fp8Rows, GradientSlot, pack_gradient, pack_rows, placeholder
 from tests.kernels.plain import randn
 from tests.model.fp8_plain import Gate, InFp8, expect
 
@@ -89,10 +89,10 @@ def test_experts_of_arrived_rows_equal_the_formula(power_of_two: bool, is_split:
     rows_AD = randn(size, HIDDEN, seed=3, dtype=torch.float32)
     weights_A, slope_AD = randn(size, seed=4, dtype=torch.float32), 1e-6 * randn(size, HIDDEN, seed=5)
     weights_A.requires_grad_()
-    mailbox, queue = GradientMailbox(), WeightQueue() if is_split else None
-    rows = replace(pack_rows(rows_AD.requires_grad_()), mailbox=mailbox)
+    slot, queue = GradientSlot(), WeightQueue() if is_split else None
+    rows = replace(pack_rows(rows_AD.requires_grad_()), slot=slot)
     out_AD = experts(rows, weights_A, counts, queue)
-    out_AD.backward(mailbox.put(pack_gradient(slope_AD.float()), HIDDEN, torch.float32))
+    out_AD.backward(slot.put(pack_gradient(slope_AD.float()), HIDDEN, torch.float32))
     grad_gate_up, grad_down = gradients_of(experts, queue)
     assert rows_AD.grad is not None
     assert weights_A.grad is not None
@@ -126,7 +126,7 @@ def test_experts_at_home_equal_the_formula(power_of_two: bool) -> None:
     x_ND.requires_grad_()
     weights_NK = randn(tokens, 2, seed=4, dtype=torch.float32).requires_grad_()
     slope_ND = randn(tokens, HIDDEN, seed=5)
-    made = experts.at_home(pack_rows(x_ND), source, weights_NK, counts, order)
+    made = experts.apply_locally(pack_rows(x_ND), source, weights_NK, counts, order)
     made.backward(slope_ND.float())
     total, grad_x = torch.zeros(2, tokens, HIDDEN, dtype=torch.float64)
     grad_weights = torch.zeros(tokens, 2, dtype=torch.float64)
@@ -164,19 +164,19 @@ def test_arrived_rows_and_gradients_are_operands_as_they_are(monkeypatch: pytest
     x = randn(4, HIDDEN, seed=3, dtype=torch.float32).requires_grad_()
     packed_AB, slope_AB = (pack_rows(randn(4, HIDDEN, seed=n)).packed for n in (1, 2))
     num_quantised.clear()
-    mailbox = GradientMailbox()
+    slot = GradientSlot()
     weights_A = torch.ones(4, requires_grad=True)
-    out_AD = experts(Fp8Rows(placeholder(x.shape, x), packed_AB, mailbox), weights_A, (1, 0, 3, 0), None)
+    out_AD = experts(Fp8Rows(placeholder(x.shape, x), packed_AB, slot), weights_A, (1, 0, 3, 0), None)
     assert seen[:2] == [packed_AB.untyped_storage().data_ptr()] * 2
     seen.clear()
-    out_AD.backward(mailbox.put(slope_AB, HIDDEN, torch.float32))
+    out_AD.backward(slot.put(slope_AB, HIDDEN, torch.float32))
     assert seen[:2] == [slope_AB.untyped_storage().data_ptr()] * 2
     assert num_quantised == [2 * WIDTH]  # the gradient inside, before its product
 
 
 def test_a_gradient_is_taken_from_the_mailbox_once() -> None:
-    mailbox = GradientMailbox()
-    mailbox.put(torch.zeros(1, 4, dtype=torch.uint8), 4, torch.float32)
-    mailbox.take()
+    slot = GradientSlot()
+    slot.put(torch.zeros(1, 4, dtype=torch.uint8), 4, torch.float32)
+    slot.take()
     with pytest.raises(AssertionError):
-        mailbox.take()
+        slot.take()

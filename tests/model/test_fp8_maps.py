@@ -192,26 +192,26 @@ def test_a_frozen_weight_gets_no_gradient_and_others_do() -> None:
 
 def test_a_weight_is_put_in_codes_once_while_held_and_anew_afterwards() -> None:
     maps, weight = Fp8Maps(power_of_two=False), parameter(40, 200, seed=0)
-    with maps.held():
+    with maps.weights_unchanged():
         first = maps.codes(weight)
         assert maps.codes(weight) is first
     with torch.no_grad():
         weight.mul_(3)
     found = [maps.codes(weight)]
-    with maps.held():
+    with maps.weights_unchanged():
         found.append(maps.codes(weight))
     for changed in found:
         assert torch.equal(changed.forward.codes.view(torch.uint8), first.forward.codes.view(torch.uint8))
         torch.testing.assert_close(changed.forward.scales, 3 * first.forward.scales)
         torch.testing.assert_close(changed.backward.scales, changed.forward.scales.t())
-    with pytest.raises(ZeroDivisionError), maps.held():
+    with pytest.raises(ZeroDivisionError), maps.weights_unchanged():
         raise ZeroDivisionError
     assert maps.codes(weight) is not maps.codes(weight)
 
 
 def test_a_held_weight_is_not_taken_for_one_that_is_gone() -> None:
     maps = Fp8Maps(power_of_two=False)
-    with maps.held():
+    with maps.weights_unchanged():
         for size in range(1, 20):
             # Nothing else keeps it, so that the next may be given its place in memory.
             assert maps.codes(torch.full((1, 4), float(size))).forward.scales.item() == pytest.approx(size / 448)

@@ -17,7 +17,7 @@ from model.attention.mla import LatentAttention
 from model.config import Computing
 from model.head import Embedding, MtpBlock, score_tokens
 from model.precision.linear import Projection, WeightSink
-from model.precision.linears import linears_for
+from model.precision.linears import build_linears
 from tests.kernels import plain
 from tests.kernels.plain import randn, strided
 from tests.model.against_plain import Weights, assert_equals_plain, randomise
@@ -91,7 +91,7 @@ def test_embedding_equals_lookup_and_sums_slopes_of_each_token(dtype: torch.dtyp
 @pytest.mark.parametrize("is_split", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_mtp_merge_equals_formula(dtype: torch.dtype, is_split: bool, frozen: tuple[str, ...]) -> None:
-    linears = linears_for(Computing())
+    linears = build_linears(Computing())
     attention = LatentAttention(MODEL, dtype, "auto", linears)
     block = MtpBlock(MODEL, range(0), dtype, attention, linears)
     for name, _ in list(block.named_children()):

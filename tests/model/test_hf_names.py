@@ -12,7 +12,7 @@ import yaml
 from comm.dispatch.local import LocalDispatcher
 from model.account import count_parameters
 from model.config import ModelConfig
-from model.hf.names import BIAS_SUFFIX, Stored, copied_from, is_quantised, scale_name, stored_tensors, weights
+from model.hf.names import BIAS_SUFFIX, Stored, copied_from, is_quantized, scale_name, stored_tensors, weights
 from model.transformer import Transformer, named_tensors
 from tests.test_floors import ROOT
 from tests.tiny import MODEL
@@ -111,7 +111,7 @@ def assert_the_network_agrees(config: ModelConfig) -> None:
 
 
 def test_what_is_kept_out_of_fp8_is_what_the_report_keeps() -> None:
-    kept = {name.split(".", 3)[-1] for name, _ in weights(MODEL) if not is_quantised(name) and name not in GENERAL}
+    kept = {name.split(".", 3)[-1] for name, _ in weights(MODEL) if not is_quantized(name) and name not in GENERAL}
     assert kept == {
         "input_layernorm.weight",
         "post_attention_layernorm.weight",

@@ -12,7 +12,7 @@ from torch import Tensor
 import model.hf.reader
 from comm.dispatch.local import LocalDispatcher
 from model.hf.errors import HfError
-from model.hf.names import is_quantised
+from model.hf.names import is_quantized
 from model.hf.reader import HfReader
 from model.transformer import Part, Transformer, named_tensors
 from tests.model.hf_checkpoints import (
@@ -139,7 +139,7 @@ def test_source_tells_every_type_and_scale(fp8: tuple[Path, dict[str, Tensor]]) 
     source, tensors = HfReader(folder).source(), read_tensors(folder)
     words = {torch.bfloat16: "BF16", torch.float32: "F32", torch.float8_e4m3fn: "F8_E4M3"}
     assert source.dtypes == {name: words[tensor.dtype] for name, tensor in tensors.items()}
-    assert source.scales.keys() == {name for name in tensors if is_quantised(name)}
+    assert source.scales.keys() == {name for name in tensors if is_quantized(name)}
     for name, scales in source.scales.items():
         assert torch.equal(scales, tensors[f"{name}_scale_inv"])
     assert source.config["quantization_config"] == FP8_CONFIG

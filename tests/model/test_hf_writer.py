@@ -19,7 +19,7 @@ from model.hf.errors import HfError
 from model.hf.header import read_header
 from model.hf.names import copied_from, scale_name, stored_tensors, weights
 from model.hf.writer import Extras, Fp8Scales, write_hf
-from model.transformer import Part, Transformer, initialise, named_tensors
+from model.transformer import Part, Transformer, initialize_weights, named_tensors
 from tests.model.hf_checkpoints import read_tensors
 from tests.tiny import MODEL
 
@@ -32,7 +32,7 @@ ODD = replace(MODEL, hidden_size=33, q_lora_rank=15)
 
 def random_model(config: ModelConfig = MODEL) -> Transformer:
     model = Transformer(config, LocalDispatcher(config.num_routed_experts), torch.float32)
-    initialise(model, 0)
+    initialize_weights(model, 0)
     return model
 
 

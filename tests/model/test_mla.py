@@ -11,7 +11,7 @@ from model.attention.mla import LatentAttention
 from model.config import Computing, ModelConfig
 from model.head import MtpBlock
 from model.norm import RmsNorm
-from model.precision.linears import linears_for
+from model.precision.linears import build_linears
 from tests.tiny import MODEL
 
 
@@ -67,7 +67,7 @@ def by_hand(attention: LatentAttention, x_TD: Tensor, config: ModelConfig) -> Te
 @pytest.mark.parametrize("q_lora_rank", [16, None])
 def test_attention_equals_plain_reading(q_lora_rank: int | None) -> None:
     config = replace(MODEL, q_lora_rank=q_lora_rank)
-    attention = LatentAttention(config, torch.float64, "auto", linears_for(Computing()))
+    attention = LatentAttention(config, torch.float64, "auto", build_linears(Computing()))
     norm_before = RmsNorm(config.hidden_size, 1e-6, torch.float64)
     randomise(attention, 1)
     x = torch.randn(2, 7, config.hidden_size, generator=torch.Generator().manual_seed(2), dtype=torch.float64) * 0.1
@@ -80,7 +80,7 @@ def test_attention_equals_plain_reading(q_lora_rank: int | None) -> None:
 
 
 def test_mtp_merge_reads_embedding_first() -> None:
-    linears = linears_for(Computing())
+    linears = build_linears(Computing())
     attention = LatentAttention(MODEL, torch.float64, "auto", linears)
     block = MtpBlock(MODEL, range(8), torch.float64, attention, linears)
     randomise(block, 3)

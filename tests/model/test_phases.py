@@ -18,7 +18,7 @@ from model.gradients import GradientStore
 from model.objective import CrossEntropy, LossSums, MicroBatch, loss_names
 from model.phases import Computed, ComputePhase, DispatchPhase, Phase, block_phases
 from model.stage import Stage
-from model.transformer import Transformer, initialise
+from model.transformer import Transformer, initialize_weights
 from model.values import ExpertOutput, Gradients, Hidden, HiddenGradients
 from tests.model.live_memory import LiveMemory, saved_memory
 from tests.tiny import MODEL
@@ -35,7 +35,7 @@ def make_model(
 ) -> Transformer:
     dispatcher = LocalDispatcher(config.num_routed_experts)
     model = Transformer(config, dispatcher, dtype, computing=Computing(recomputed=recomputed))
-    initialise(model, 3)
+    initialize_weights(model, 3)
     return model
 
 
@@ -46,7 +46,7 @@ def make_batch(size: int = 16, is_packed: bool = False) -> MicroBatch:
     return MicroBatch(
         inputs_BT=(tokens[:, :size], tokens[:, 1 : size + 1]),
         targets_BT=(tokens[:, 1 : size + 1], tokens[:, 2:]),
-        documents=Documents.of_positions(positions) if is_packed else None,
+        documents=Documents.from_positions(positions) if is_packed else None,
     )
 
 

@@ -11,13 +11,13 @@ from model.config import ModelConfig, cut_layers
 from model.gradients import GradientStore
 from model.objective import CrossEntropy, LossSums, MicroBatch, Objective, loss_names
 from model.stage import Stage, StageRun
-from model.transformer import Transformer, initialise, routers, whole
+from model.transformer import Transformer, initialize_weights, routers, whole
 from tests.tiny import MODEL
 
 
 def make_model(config: ModelConfig, seed: int = 0) -> Transformer:
     model = Transformer(config, LocalDispatcher(config.num_routed_experts), torch.float64, whole(config))
-    initialise(model, seed)
+    initialize_weights(model, seed)
     generator = torch.Generator().manual_seed(11)
     for router in routers(model).values():
         router.e_score_correction_bias.copy_(torch.randn(config.num_routed_experts, generator=generator) * 0.1)
@@ -89,7 +89,7 @@ CONFIGS = [
 @pytest.mark.parametrize("num_stages", [1, 2, 4])
 @pytest.mark.parametrize("config", CONFIGS)
 def test_phased_equals_plain(config: ModelConfig, num_stages: int, is_packed: bool) -> None:
-    documents = Documents.of_positions(torch.arange(12).remainder(5).expand(2, 12)) if is_packed else None
+    documents = Documents.from_positions(torch.arange(12).remainder(5).expand(2, 12)) if is_packed else None
     plain, cut = make_model(config), make_model(config)
     store = GradientStore(cut.parameters())
     plain_sums = LossSums(loss_names(config.mtp_depth))
@@ -139,7 +139,7 @@ def test_initial_weights_depend_on_seed_and_name_alone() -> None:
         torch.float64,
         replace(part, layers=(2, 3), experts=range(4, 8), embedding=False, head=False),
     )
-    initialise(half, 5)
+    initialize_weights(half, 5)
     ours, theirs = dict(half.named_parameters()), dict(full.named_parameters())
     for name, parameter in ours.items():
         expected = theirs[name]

@@ -19,7 +19,7 @@ from dualpipe.ir import Schedule
 from dualpipe.registry import build
 from model.experts import RoutedExperts
 from model.objective import LossSums
-from model.transformer import Transformer, initialise, named_tensors, routers
+from model.transformer import Transformer, initialize_weights, named_tensors, routers
 from train.balance import update_router_bias
 from train.config import TrainConfig, sized_config
 from train.learner import Learner, LearnersByBatchSize, open_learner
@@ -164,7 +164,7 @@ def _local_dispatcher(config: TrainConfig) -> Dispatcher:
 def run_plain(config: TrainConfig, starved: int, num_steps: int) -> list[Seen]:
     """The whole model in this process under ordinary autograd and torch's own optimizer and clipping."""
     model = Transformer(config.model, _local_dispatcher(config), weight_dtype(config.precision))
-    initialise(model, config.seed)
+    initialize_weights(model, config.seed)
     start_biases(model, starved)
     groups = group_parameters(model)
     decayed = [*groups.matrices.values(), *groups.experts.values()]

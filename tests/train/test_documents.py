@@ -11,7 +11,7 @@ from comm.config import ParallelismConfig
 from comm.dispatch.local import LocalDispatcher
 from dualpipe.config import ScheduleConfig
 from model.objective import CrossEntropy, LossSums, loss_names
-from model.transformer import Transformer, initialise
+from model.transformer import Transformer, initialize_weights
 from tests.ranks import run_ranks
 from tests.tiny import tiny_config, write_text
 from tests.train.job import Job, Seen, close_job, open_job, open_loader, run_jobs, run_plain, task_of
@@ -53,7 +53,7 @@ def train_and_validate(rank: int, world_size: int, config: TrainConfig) -> tuple
 def plain_validation(config: TrainConfig) -> float:
     """Mean nats of the first step's batch in the whole model, one sequence after the other."""
     model = Transformer(config.model, LocalDispatcher(config.model.num_routed_experts), torch.float64)
-    initialise(model, config.seed)
+    initialize_weights(model, config.seed)
     depth, loader, num_targets = config.model.mtp_depth, open_loader(config), 0
     sums, objective = LossSums(loss_names(depth)), CrossEntropy(factors=(0.0,) * (depth + 1), balance=0.0)
     for first in range(config.batch.global_sequences):

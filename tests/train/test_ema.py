@@ -12,7 +12,7 @@ from comm.config import ParallelismConfig
 from comm.dispatch.local import LocalDispatcher
 from data.prepare import prepare
 from dualpipe.config import ScheduleConfig
-from model.transformer import BIAS, Transformer, initialise, named_tensors
+from model.transformer import BIAS, Transformer, initialize_weights, named_tensors
 from tests.ranks import run_ranks
 from tests.tiny import BATCH, MODEL, tiny_config, write_text
 from tests.train.job import close_job, open_job, open_loader
@@ -25,7 +25,7 @@ from train.step import train_step
 
 def _model(dtype: torch.dtype = torch.float32) -> Transformer:
     model = Transformer(MODEL, LocalDispatcher(MODEL.num_routed_experts), dtype)
-    initialise(model, 0)
+    initialize_weights(model, 0)
     return model
 
 

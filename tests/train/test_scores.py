@@ -9,7 +9,7 @@ from torch import Tensor
 from comm.config import ParallelismConfig
 from comm.dispatch.local import LocalDispatcher
 from dualpipe.config import ScheduleConfig
-from model.transformer import Transformer, initialise
+from model.transformer import Transformer, initialize_weights
 from tests.ranks import run_ranks
 from tests.tiny import tiny_config, write_text
 from tests.train.job import close_job, open_job, open_loader
@@ -29,7 +29,7 @@ def score(rank: int, world_size: int, config: TrainConfig) -> tuple[float, Tenso
 def plain_scores(config: TrainConfig) -> tuple[Tensor, Tensor]:
     """Log-probabilities of the first step's batch by the plain model, and which of them are targets."""
     model = Transformer(config.model, LocalDispatcher(config.model.num_routed_experts), torch.float64)
-    initialise(model, config.seed)
+    initialize_weights(model, config.seed)
     batch = open_loader(config).batch(0, 0, config.batch.global_sequences)
     targets_BT = batch.targets(1)
     logs_BT1 = model(batch.tokens_BT).log_softmax(-1).gather(2, targets_BT.clamp(min=0)[..., None])

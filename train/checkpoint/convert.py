@@ -16,7 +16,7 @@ from data.tokenizer import Tokenizer, find_tokenizer_file
 from model.config import ModelConfig
 from model.hf.convert import rotary_plan
 from model.hf.dtypes import TORCH_DTYPES, stored_dtype
-from model.hf.folder import new_folder
+from model.hf.folder import create_folder_atomically
 from model.hf.names import (
     BIAS_SUFFIX,
     EMBEDDING,
@@ -141,7 +141,7 @@ def _write_checkpoint(conversion: Conversion, source: _Source, read: Callable[[s
     for name, shape in held_weights(source.config).items():
         stored = torch.bfloat16 if source.dtypes[name] == "F8_E4M3" else TORCH_DTYPES[source.dtypes[name]]
         plan[name] = shape, torch.float32 if name.endswith(BIAS_SUFFIX) else word or stored
-    with new_folder(conversion.folder) as folder:
+    with create_folder_atomically(conversion.folder) as folder:
         write_weights(
             folder,
             plan,

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kernels.adamw import adamw_bf16_moments, coefficients
+from kernels.adamw import adamw_bf16_moments, compute_coefficients
 from train.optim.config import OptimConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -48,7 +48,7 @@ class Bf16MomentsAdamW(torch.optim.Optimizer):
         assert parameter.grad is not None
         moments = self.moments(parameter)
         moments["step"] += 1
-        update = coefficients(
+        update = compute_coefficients(
             int(moments["step"]),
             learning_rate=group["lr"],
             betas=group["betas"],

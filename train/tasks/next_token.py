@@ -78,6 +78,6 @@ def to_micro_batch(batch: Batch, mtp_depth: int, device: torch.device, *, masks_
     return MicroBatch(
         inputs_BT=tuple(batch.inputs(depth).to(device) for depth in depths),
         targets_BT=tuple(batch.targets(depth + 1).to(device) for depth in depths),
-        documents=Documents.of_positions(batch.positions_BT).to(device) if masks_documents else None,
+        documents=Documents.from_positions(batch.positions_BT).to(device) if masks_documents else None,
         extras={name: extra.to(device) for name, extra in batch.extras.items()},
     )

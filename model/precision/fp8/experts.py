@@ -18,8 +18,8 @@ from kernels.quantize import quantize_columns, requantize_columns
 from kernels.quantize.layout import GRADIENTS_MIN_AMAX, Quantized, unpack
 from kernels.swiglu import swiglu_backward_from_codes, swiglu_quantize
 from model.norm import NormSource
-from model.precision.fp8.maps import Fp8Maps, give
-from model.precision.fp8.rows import Fp8Rows, GradientMailbox, pack_again, pack_gradient
+from model.precision.fp8.maps import Fp8Maps, deliver_gradient
+from model.precision.fp8.rows import Fp8Rows, GradientSlot, pack_gradient, repack
 from model.precision.linear import WeightSink
 from model.precision.linears import ExpertWeights
 
@@ -41,7 +41,7 @@ class _GatedDown(torch.autograd.Function):
         grad_AD = grad.flatten(0, -2)
         grad_AM = maps.input_gradient(grad_AD, (down_DM,))
         grad_AH, gated_AM, _ = swiglu_backward_from_codes(grad_AM, Quantized(codes, scales), None)
-        grad_down = give(down_DM, maps.weight_gradient(grad_AD, gated_AM), ctx.sink)
+        grad_down = deliver_gradient(down_DM, maps.weight_gradient(grad_AD, gated_AM), ctx.sink)
         return grad, grad_AH.view(ctx.shape), grad_down, None, None
 
 
@@ -63,21 +63,21 @@ def gated_down(base: Tensor, hidden: Tensor, down_DM: Tensor, sink: WeightSink |
 class _Options:
     """Arguments of an experts' pass that are not tensors.
 
-    order: of rows that stay on this rank and are given by token. mailbox: brings the output's gradient of rows that
+    order: of rows that stay on this rank and are given by token. slot: brings the output's gradient of rows that
     were received. One of both is None. eps: of the norm from whose input rows at home are made again.
     """
 
     counts: Sequence[int]
     sink: WeightSink | None
     maps: Fp8Maps
-    mailbox: GradientMailbox | None
+    slot: GradientSlot | None
     order: RowOrder | None
     eps: float
 
     def packed_gradient(self, grad: Tensor) -> Tensor:
         """Returns the gradient of the output in codes, in the experts' order: AB. grad: what autograd has of it."""
-        if self.mailbox is not None:
-            return self.mailbox.take()
+        if self.slot is not None:
+            return self.slot.take()
         return _sort(pack_gradient(grad), self.order)
 
 
@@ -118,7 +118,7 @@ class _ExpertMlp(torch.autograd.Function):
         maps, counts, order, sink = options.maps, options.counts, options.order, options.sink
         dtype, power_of_two = gate_up_EHD.dtype, maps.power_of_two
         # Codes of the rows (AB, or NB at home) and of the output's gradient (AD), the latter in the experts' order.
-        packed = source[0] if order is None else pack_again(NormSource(source[0], source[1], options.eps))
+        packed = source[0] if order is None else repack(NormSource(source[0], source[1], options.eps))
         grad = unpack(options.packed_gradient(grads[0]), down_EDM.shape[1])
         # Through `down` (AM), the gate (AH), and gate and up (AD).
         grad_AM = grouped_rows_fp8(grad, maps.codes(down_EDM).backward, counts, dtype)
@@ -141,7 +141,7 @@ class _ExpertMlp(torch.autograd.Function):
         grad_weights = grad_weights_A
         if order is not None:
             grad_rows, grad_weights = order.sum_rows(grad_rows), order.restore_weights(grad_weights)
-        given = give(gate_up_EHD, gate_up_gradient, sink), give(down_EDM, down_gradient, sink)
+        given = deliver_gradient(gate_up_EHD, gate_up_gradient, sink), deliver_gradient(down_EDM, down_gradient, sink)
         return grad_rows, None, grad_weights.to(ctx.weights_dtype), *given, None, None, None
 
 
@@ -156,22 +156,22 @@ def received_experts(
     """Applies experts to received rows and keeps the received codes: AD.
 
     Args:
-        rows: from a wire, whose mailbox brings the output's gradient.
+        rows: from a wire, whose slot brings the output's gradient.
         weights_A: routing weight of each row; they multiply before `down`, where rows are narrow.
         experts: of this rank.
         counts: rows of each expert.
         sink: takes the experts' gradients.
         maps: the model's FP8 products.
     """
-    assert rows.mailbox is not None
-    options = _Options(counts=counts, sink=sink, maps=maps, mailbox=rows.mailbox, order=None, eps=0.0)
+    assert rows.slot is not None
+    options = _Options(counts=counts, sink=sink, maps=maps, slot=rows.slot, order=None, eps=0.0)
     out: Tensor = _ExpertMlp.apply(  # type: ignore[no-untyped-call]
         rows.values, rows.packed, weights_A, *experts, options, None, None
     )
     return out
 
 
-def experts_at_home(
+def apply_local_experts(
     rows: Fp8Rows,
     source: NormSource,
     weights_NK: Tensor,
@@ -191,7 +191,7 @@ def experts_at_home(
         order: in which tokens' copies go to experts.
         maps: the model's FP8 products.
     """
-    options = _Options(counts=counts, sink=None, maps=maps, mailbox=None, order=order, eps=source.eps)
+    options = _Options(counts=counts, sink=None, maps=maps, slot=None, order=order, eps=source.eps)
     out: Tensor = _ExpertMlp.apply(  # type: ignore[no-untyped-call]
         rows.values.flatten(0, -2),
         rows.packed,

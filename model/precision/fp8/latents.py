@@ -16,7 +16,7 @@ from kernels.quantize import pack_e5m6, quantize_1x128, unpack_e5m6
 from kernels.quantize.layout import PackedE5M6, Quantized
 from kernels.rms_norm import rms_norm_backward_from_codes, rms_norm_quantize
 from model.attention.projections import LatentOptions, LatentWeights, NormAndUpGradients
-from model.precision.fp8.maps import Fp8Maps, give
+from model.precision.fp8.maps import Fp8Maps, deliver_gradient
 
 
 class _Normal(NamedTuple):
@@ -33,7 +33,7 @@ class _Normal(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class _Kept:
+class _SavedLatents:
     """What is kept of the compressed values. plain_BTF: the shared key, behind queries where they have no norm."""
 
     plain_BTF: Tensor
@@ -41,14 +41,19 @@ class _Kept:
     query: _Normal | None
 
 
-class Fp8LatentEnds:
-    """`LatentEnds` in FP8."""
+class Fp8LatentLinears:
+    """`LatentLinears` in FP8."""
 
     frees_heads = True
     frees_mixed = True
 
     def __init__(
-        self, kept: _Kept, mixed: PackedE5M6 | None, weights: LatentWeights, options: LatentOptions, maps: Fp8Maps
+        self,
+        kept: _SavedLatents,
+        mixed: PackedE5M6 | None,
+        weights: LatentWeights,
+        options: LatentOptions,
+        maps: Fp8Maps,
     ) -> None:
         self._kept, self._mixed, self._weights, self._options, self._maps = kept, mixed, weights, options, maps
 
@@ -63,10 +68,10 @@ class Fp8LatentEnds:
             return _Normal(*operand, inverse)
 
         if weights.query_norm is None:
-            kept = _Kept(torch.cat((query, key), -1), normal(latent, weights.latent_norm), None)
+            kept = _SavedLatents(torch.cat((query, key), -1), normal(latent, weights.latent_norm), None)
         else:
             plain = key.clone(memory_format=torch.contiguous_format)
-            kept = _Kept(plain, normal(latent, weights.latent_norm), normal(query, weights.query_norm))
+            kept = _SavedLatents(plain, normal(latent, weights.latent_norm), normal(query, weights.query_norm))
         return cls(kept, None, weights, options, maps)
 
     @classmethod
@@ -74,16 +79,16 @@ class Fp8LatentEnds:
         """Takes what `saved` returned, in a backward."""
         plain_BTF, *others = saved
         mixed, latent, query = PackedE5M6(*others[:2]), _Normal(*others[2:5]), others[5:]
-        return cls(_Kept(plain_BTF, latent, _Normal(*query) if query else None), mixed, weights, options, maps)
+        return cls(_SavedLatents(plain_BTF, latent, _Normal(*query) if query else None), mixed, weights, options, maps)
 
     def saved(self, mixed_BHTW: Tensor) -> tuple[Tensor, ...]:
-        """Implements `LatentEnds`; what the heads mixed is kept as `add` put it in 12 bits."""
+        """Implements `LatentLinears`; what the heads mixed is kept as `add` put it in 12 bits."""
         kept = self._kept
         assert self._mixed is not None
         return (kept.plain_BTF, *self._mixed, *kept.latent, *(() if kept.query is None else kept.query))
 
     def queries(self, out: Tensor) -> None:
-        """Implements `LatentEnds`."""
+        """Implements `LatentLinears`."""
         kept, query_up = self._kept, self._weights.query_up
         if kept.query is None or query_up is None:
             out.copy_(kept.plain_BTF[..., : -self._options.shape.rope].flatten(0, 1))
@@ -91,33 +96,33 @@ class Fp8LatentEnds:
             out.copy_(self._maps.forward(kept.query.operand, (query_up,)))
 
     def keys_and_values(self) -> Tensor:
-        """Implements `LatentEnds`."""
+        """Implements `LatentLinears`."""
         return self._maps.forward(self._kept.latent.operand, (self._weights.latent_up,))
 
     def shared_key(self) -> Tensor:
-        """Implements `LatentEnds`."""
+        """Implements `LatentLinears`."""
         return self._kept.plain_BTF[..., -self._options.shape.rope :]
 
     def add(self, x_ND: Tensor, mixed_NV: Tensor) -> Tensor:
-        """Implements `LatentEnds`."""
+        """Implements `LatentLinears`."""
         if self._options.records:
             self._mixed = pack_e5m6(mixed_NV)
         return self._maps.forward(quantize_1x128(mixed_NV, True), (self._weights.out,)).add_(x_ND)
 
     def mixed(self) -> Tensor:
-        """Implements `LatentEnds`."""
+        """Implements `LatentLinears`."""
         assert self._mixed is not None
         width, plain = self._options.shape.num_heads * self._options.shape.value, self._kept.plain_BTF
         return unpack_e5m6(self._mixed, width, plain.dtype)
 
     def add_backward(self, grad_ND: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Implements `LatentEnds`."""
+        """Implements `LatentLinears`."""
         maps, out = self._maps, self._weights.out
         gradient = maps.weight_gradient(grad_ND, self.mixed(), power_of_two=True)
-        return maps.input_gradient(grad_ND, (out,)), give(out, gradient, self._options.sink)
+        return maps.input_gradient(grad_ND, (out,)), deliver_gradient(out, gradient, self._options.sink)
 
     def queries_backward(self, grad: Tensor, out_BTR: Tensor) -> NormAndUpGradients:
-        """Implements `LatentEnds`."""
+        """Implements `LatentLinears`."""
         weights, query = self._weights, self._kept.query
         if query is None or weights.query_up is None or weights.query_norm is None:
             out_BTR.copy_(grad.view_as(out_BTR))
@@ -125,13 +130,13 @@ class Fp8LatentEnds:
         return self._backward(grad, query, weights.query_norm, weights.query_up, out_BTR)
 
     def keys_and_values_backward(self, grad_NE: Tensor, out_BTL: Tensor) -> NormAndUpGradients:
-        """Implements `LatentEnds`."""
+        """Implements `LatentLinears`."""
         weights = self._weights
         return self._backward(grad_NE, self._kept.latent, weights.latent_norm, weights.latent_up, out_BTL)
 
     def _backward(self, grad: Tensor, normal: _Normal, norm: Tensor, up: Tensor, out_BTL: Tensor) -> NormAndUpGradients:
         maps = self._maps
-        grad_up = give(up, maps.weight_gradient(grad, normal.operand), self._options.sink)
+        grad_up = deliver_gradient(up, maps.weight_gradient(grad, normal.operand), self._options.sink)
         grad_NL = maps.input_gradient(grad, (up,))
         grad_x_NL, grad_norm = rms_norm_backward_from_codes(grad_NL, normal.operand, normal.inverse, norm)
         out_BTL.copy_(grad_x_NL.view_as(out_BTL))

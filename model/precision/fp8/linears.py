@@ -14,7 +14,7 @@ from model.attention.projections import LatentOptions, LatentWeights
 from model.norm import NormSource, RmsNorm
 from model.precision.fp8 import experts as fp8_experts
 from model.precision.fp8 import norm as fp8_norm
-from model.precision.fp8.latents import Fp8LatentEnds
+from model.precision.fp8.latents import Fp8LatentLinears
 from model.precision.fp8.maps import Fp8Maps
 from model.precision.fp8.rows import Fp8Rows, Fp8Wire, as_fp8, pack_rows
 from model.precision.linear import WeightSink
@@ -30,7 +30,7 @@ class Fp8Linears:
 
     def weights_unchanged(self) -> AbstractContextManager[None]:
         """Inside, every weight is put in FP8 once and its codes are kept."""
-        return self._maps.held()
+        return self._maps.weights_unchanged()
 
     def normed_linear(self, x: Tensor, norm: RmsNorm, weights_ND: Sequence[Tensor], sink: WeightSink | None) -> Tensor:
         """Implements `Linears.normed_linear`; keeps the codes of norm(x)."""
@@ -56,7 +56,7 @@ class Fp8Linears:
         """Implements `Linears.experts`; keeps the received codes, and gate and up in FP8."""
         return fp8_experts.received_experts(as_fp8(rows), weights_A, experts, counts, sink, self._maps)
 
-    def experts_at_home(
+    def apply_local_experts(
         self,
         rows: Rows,
         source: NormSource,
@@ -65,17 +65,21 @@ class Fp8Linears:
         counts: Sequence[int],
         order: RowOrder,
     ) -> Tensor:
-        """Implements `Linears.experts_at_home`; keeps the source, and gate and up in FP8."""
-        return fp8_experts.experts_at_home(as_fp8(rows), source, weights_NK, experts, counts, order, self._maps)
+        """Implements `Linears.apply_local_experts`; keeps the source, and gate and up in FP8."""
+        return fp8_experts.apply_local_experts(as_fp8(rows), source, weights_NK, experts, counts, order, self._maps)
 
     def wire(self) -> Fp8Wire:
         """Returns conversions to and from FP8."""
         return Fp8Wire()
 
-    def compress_latents(self, compressed_BTX: Tensor, weights: LatentWeights, options: LatentOptions) -> Fp8LatentEnds:
+    def compress_latents(
+        self, compressed_BTX: Tensor, weights: LatentWeights, options: LatentOptions
+    ) -> Fp8LatentLinears:
         """Implements `Linears.compress_latents`."""
-        return Fp8LatentEnds.compress(compressed_BTX, weights, options, self._maps)
+        return Fp8LatentLinears.compress(compressed_BTX, weights, options, self._maps)
 
-    def restore_latents(self, saved: Sequence[Tensor], weights: LatentWeights, options: LatentOptions) -> Fp8LatentEnds:
+    def restore_latents(
+        self, saved: Sequence[Tensor], weights: LatentWeights, options: LatentOptions
+    ) -> Fp8LatentLinears:
         """Implements `Linears.restore_latents`."""
-        return Fp8LatentEnds.restore(saved, weights, options, self._maps)
+        return Fp8LatentLinears.restore(saved, weights, options, self._maps)

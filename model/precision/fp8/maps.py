@@ -51,16 +51,16 @@ class Fp8Maps:
     def __init__(self, *, power_of_two: bool) -> None:
         self.power_of_two = power_of_two
         # The weights too: no other tensor then has their ids.
-        self._held: dict[tuple[int, ...], tuple[Sequence[Tensor], list[_Piece]]] | None = None
+        self._cached: dict[tuple[int, ...], tuple[Sequence[Tensor], list[_Piece]]] | None = None
 
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def weights_unchanged(self) -> Iterator[None]:
         """Meanwhile every weight is put in FP8 once and kept so: for a step, in which none of them changes."""
-        self._held = {}
+        self._cached = {}
         try:
             yield
         finally:
-            self._held = None
+            self._cached = None
 
     def gradient(self, grad_AN: Tensor) -> Quantized:
         """An output gradient in FP8."""
@@ -105,11 +105,11 @@ class Fp8Maps:
 
     def _pieces(self, weights: Sequence[Tensor]) -> list[_Piece]:
         key = tuple(map(id, weights))
-        if self._held is not None and key in self._held:
-            return self._held[key][1]
+        if self._cached is not None and key in self._cached:
+            return self._cached[key][1]
         pieces = self._quantize(weights)
-        if self._held is not None:
-            self._held[key] = weights, pieces
+        if self._cached is not None:
+            self._cached[key] = weights, pieces
         return pieces
 
     def _quantize(self, weights: Sequence[Tensor]) -> list[_Piece]:
@@ -136,7 +136,7 @@ def _join(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat(tuple(parts))
 
 
-def give(weight: Tensor, gradient: Callable[[], Tensor], sink: WeightSink | None) -> Tensor | None:
+def deliver_gradient(weight: Tensor, gradient: Callable[[], Tensor], sink: WeightSink | None) -> Tensor | None:
     """Gives a float32 gradient: to the sink as it is, to autograd in the weight's type."""
     if not weight.requires_grad:
         return None
@@ -146,13 +146,13 @@ def give(weight: Tensor, gradient: Callable[[], Tensor], sink: WeightSink | None
     return None
 
 
-def give_parts(
+def deliver_parts(
     weights_NK: Sequence[Tensor], gradient: Callable[[], Tensor], sink: WeightSink | None
 ) -> list[Tensor | None]:
     """`give` for several maps of one input: each weight's rows of the gradient, which is computed once."""
     once, given, first = cache(gradient), list[Tensor | None](), 0
     for weight in weights_NK:
-        given.append(give(weight, partial(_rows, once, slice(first, first + len(weight))), sink))
+        given.append(deliver_gradient(weight, partial(_rows, once, slice(first, first + len(weight))), sink))
         first += len(weight)
     return given
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from kernels.quantize.layout import Quantized, unpack
 from kernels.rms_norm import rms_norm_backward_from_codes, rms_norm_quantize
 from model.norm import NormSource, RmsNorm
-from model.precision.fp8.maps import Fp8Maps, give_parts
-from model.precision.fp8.rows import Fp8Rows, normalise_again
+from model.precision.fp8.maps import Fp8Maps, deliver_parts
+from model.precision.fp8.rows import Fp8Rows, recompute_norm
 from model.precision.linear import WeightSink
 
 
@@ -44,7 +44,7 @@ class _NormedLinear(torch.autograd.Function):
         codes, scales, inverse_A1, norm_weight_D, *weights_ND = ctx.saved_tensors
         operand, grad_AN, maps = Quantized(codes, scales), grads[0].flatten(0, -2), ctx.options.maps
         grad_AD = maps.input_gradient(grad_AN, weights_ND)
-        given = give_parts(weights_ND, maps.weight_gradient(grad_AN, operand), ctx.options.sink)
+        given = deliver_parts(weights_ND, maps.weight_gradient(grad_AN, operand), ctx.options.sink)
         grad_x_AD, grad_norm_D = rms_norm_backward_from_codes(grad_AD, operand, inverse_A1, norm_weight_D)
         grad_x = grad_x_AD.view(*grads[0].shape[:-1], grad_x_AD.shape[1])
         return grad_x, grad_norm_D.to(norm_weight_D.dtype), None, *given
@@ -91,9 +91,9 @@ class _LinearOfRows(torch.autograd.Function):
         x, norm_weight_D, *weights_ND = ctx.saved_tensors
         options: _NormOptions = ctx.options
         maps, grad_AN = options.maps, grads[0].flatten(0, -2)
-        normal_AD = normalise_again(x, norm_weight_D, options.eps)
+        normal_AD = recompute_norm(x, norm_weight_D, options.eps)
         gradient = maps.weight_gradient(grad_AN, normal_AD, power_of_two=True)
-        given = give_parts(weights_ND, gradient, options.sink)
+        given = deliver_parts(weights_ND, gradient, options.sink)
         return maps.input_gradient(grad_AN, weights_ND).view_as(x), None, None, None, None, *given
 
 

@@ -18,7 +18,7 @@ from model.norm import NormSource
 from model.precision.linears import Rows
 
 
-class GradientMailbox:
+class GradientSlot:
     """Brings the gradient of the experts' output to their backward in FP8, past autograd."""
 
     def __init__(self) -> None:
@@ -40,13 +40,13 @@ class GradientMailbox:
 class Fp8Rows:
     """Rows in FP8 with power-of-two scales.
 
-    values: takes the rows' gradient, [..., D]; has no memory. packed: codes and scales, uint8 NB or AB. mailbox: of
+    values: takes the rows' gradient, [..., D]; has no memory. packed: codes and scales, uint8 NB or AB. slot: of
     received rows, brings the gradient of the experts' output.
     """
 
     values: Tensor
     packed: Tensor
-    mailbox: GradientMailbox | None = None
+    slot: GradientSlot | None = None
 
     def with_values(self, values: Tensor) -> "Fp8Rows":
         """Returns the same codes, whose gradient goes to another tensor."""
@@ -63,7 +63,7 @@ class Fp8Wire:
     """Sends rows to experts, and gradients after them, in FP8; results and gradients return in the model's type."""
 
     def __init__(self) -> None:
-        self._mailbox = GradientMailbox()
+        self._slot = GradientSlot()
 
     def pack(self, rows: Rows) -> Tensor:
         """Returns the codes, NB."""
@@ -72,15 +72,15 @@ class Fp8Wire:
     def unpack(self, received: Tensor, sent: Rows) -> Fp8Rows:
         """Returns the codes that arrived, AB, with a placeholder for their gradient, AD."""
         values_AD = placeholder((len(received), sent.values.shape[-1]), sent.values)
-        return Fp8Rows(values_AD, received, self._mailbox)
+        return Fp8Rows(values_AD, received, self._slot)
 
     def pack_gradient(self, grad_ND: Tensor) -> Tensor:
         """Returns the gradient in codes, NB."""
         return pack_gradient(grad_ND)
 
     def unpack_gradient(self, received: Tensor, grad_ND: Tensor) -> Tensor:
-        """Puts the codes into the mailbox; returns a placeholder, AD."""
-        return self._mailbox.put(received, grad_ND.shape[-1], grad_ND.dtype)
+        """Puts the codes into the slot; returns a placeholder, AD."""
+        return self._slot.put(received, grad_ND.shape[-1], grad_ND.dtype)
 
 
 def placeholder(shape: Sequence[int], like: Tensor) -> Tensor:
@@ -114,12 +114,12 @@ def pack_gradient(grad_ND: Tensor) -> Tensor:
     return pack(quantize_1x128(grad_ND.contiguous(), True, GRADIENTS_MIN_AMAX))
 
 
-def pack_again(source: NormSource) -> Tensor:
+def repack(source: NormSource) -> Tensor:
     """Returns the codes that `pack_rows` made of the norm's output, AB."""
-    return _pack(normalise_again(source.x, source.norm_weight_D, source.eps))
+    return _pack(recompute_norm(source.x, source.norm_weight_D, source.eps))
 
 
-def normalise_again(x: Tensor, norm_weight_D: Tensor, eps: float) -> Tensor:
+def recompute_norm(x: Tensor, norm_weight_D: Tensor, eps: float) -> Tensor:
     """Returns the norm's output, AD, with the bits that it had in the forward."""
     normal_AD, _ = rms_norm(x.flatten(0, -2), norm_weight_D, eps)
     return normal_AD

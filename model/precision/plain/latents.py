@@ -10,15 +10,15 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from kernels.rms_norm import normalise_backward, rms_norm
+from kernels.rms_norm import normalize_backward, rms_norm
 from kernels.rms_norm.reference import inverse_rms
 from model.attention.projections import LatentOptions, LatentWeights, NormAndUpGradients, rows_of_heads
 from model.config import Recomputed
-from model.precision.linear import give
+from model.precision.linear import deliver_gradient
 
 
-class PlainLatentEnds:
-    """`LatentEnds` in the weights' own type."""
+class PlainLatentLinears:
+    """`LatentLinears` in the weights' own type."""
 
     frees_mixed = False
 
@@ -42,26 +42,26 @@ class PlainLatentEnds:
             self._normal_query = _normal(self._query.flatten(0, 1), weights.query_norm, eps, normals[1:])
 
     def queries(self, out: Tensor) -> None:
-        """Implements `LatentEnds.queries`."""
+        """Implements `LatentLinears.queries`."""
         if self._weights.query_up is None:
             out.copy_(self._query.flatten(0, 1))
         else:
             torch.mm(self._normal_query(), self._weights.query_up.t(), out=out)
 
     def keys_and_values(self) -> Tensor:
-        """Implements `LatentEnds.keys_and_values`."""
+        """Implements `LatentLinears.keys_and_values`."""
         return self._normal_latent() @ self._weights.latent_up.t()
 
     def shared_key(self) -> Tensor:
-        """Implements `LatentEnds.shared_key`."""
+        """Implements `LatentLinears.shared_key`."""
         return self._key
 
     def add(self, x_ND: Tensor, mixed_NV: Tensor) -> Tensor:
-        """Implements `LatentEnds.add`."""
+        """Implements `LatentLinears.add`."""
         return torch.addmm(x_ND, mixed_NV, self._weights.out.t())
 
     def saved(self, mixed_BHTW: Tensor) -> tuple[Tensor, ...]:
-        """Implements `LatentEnds.saved`: the compressed values, what the heads mixed, and norms' outputs if kept."""
+        """Implements `LatentLinears.saved`: the compressed values, what the heads mixed, and norms' outputs if kept."""
         if not self._keeps_normals:
             return self._compressed, mixed_BHTW
         if self._weights.query_up is None:
@@ -69,17 +69,17 @@ class PlainLatentEnds:
         return self._compressed, mixed_BHTW, self._normal_latent(), self._normal_query()
 
     def mixed(self) -> Tensor:
-        """Implements `LatentEnds.mixed`."""
+        """Implements `LatentLinears.mixed`."""
         assert self._mixed_NV is not None
         return self._mixed_NV
 
     def add_backward(self, grad_ND: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Implements `LatentEnds.add_backward`."""
+        """Implements `LatentLinears.add_backward`."""
         out = self._weights.out
-        return grad_ND @ out, give(out, lambda: grad_ND.t() @ self.mixed(), self._options.sink)
+        return grad_ND @ out, deliver_gradient(out, lambda: grad_ND.t() @ self.mixed(), self._options.sink)
 
     def queries_backward(self, grad: Tensor, out_BTR: Tensor) -> NormAndUpGradients:
-        """Implements `LatentEnds.queries_backward`."""
+        """Implements `LatentLinears.queries_backward`."""
         weights = self._weights
         if weights.query_up is None or weights.query_norm is None:
             out_BTR.copy_(grad.view_as(out_BTR))
@@ -87,7 +87,7 @@ class PlainLatentEnds:
         return self._backward(grad, self._query, weights.query_norm, weights.query_up, self._normal_query, out_BTR)
 
     def keys_and_values_backward(self, grad_NE: Tensor, out_BTL: Tensor) -> NormAndUpGradients:
-        """Implements `LatentEnds.keys_and_values_backward`."""
+        """Implements `LatentLinears.keys_and_values_backward`."""
         weights = self._weights
         return self._backward(
             grad_NE, self._latent, weights.latent_norm, weights.latent_up, self._normal_latent, out_BTL
@@ -96,10 +96,10 @@ class PlainLatentEnds:
     def _backward(
         self, grad: Tensor, x_BTL: Tensor, norm: Tensor, up: Tensor, normal: Callable[[], Tensor], out_BTL: Tensor
     ) -> NormAndUpGradients:
-        grad_up = give(up, lambda: grad.t() @ normal(), self._options.sink)
+        grad_up = deliver_gradient(up, lambda: grad.t() @ normal(), self._options.sink)
         x_NL = x_BTL.flatten(0, 1)
         scale_N1 = inverse_rms(x_NL, self._options.shape.eps)
-        grad_NL, grad_norm = normalise_backward(grad @ up, x_NL, scale_N1, norm)
+        grad_NL, grad_norm = normalize_backward(grad @ up, x_NL, scale_N1, norm)
         out_BTL.copy_(grad_NL.view_as(out_BTL))
         return NormAndUpGradients(grad_norm, grad_up)
 

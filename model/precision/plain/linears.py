@@ -14,8 +14,8 @@ from torch import Tensor
 
 from comm.protocol import RowOrder
 from kernels.expert_mlp import (
+    choose_expert_implementation,
     down_gradient,
-    expert_implementation_for,
     expert_mlp,
     expert_mlp_backward,
     gate_up_gradient,
@@ -24,9 +24,9 @@ from kernels.swiglu import swiglu, swiglu_backward
 from model.attention.projections import LatentOptions, LatentWeights
 from model.config import Recomputed
 from model.norm import NormSource, RmsNorm, linear_of_normal, normed_linear
-from model.precision.linear import WeightSink, give
+from model.precision.linear import WeightSink, deliver_gradient
 from model.precision.linears import ExpertWeights, Rows
-from model.precision.plain.latents import PlainLatentEnds
+from model.precision.plain.latents import PlainLatentLinears
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +101,7 @@ class PlainLinears:
         options = _Options(counts=counts, sink=sink, keeps_gated=self._keeps_gated, order=None)
         return _run_experts(rows.values, weights_A, experts, options)
 
-    def experts_at_home(
+    def apply_local_experts(
         self,
         rows: Rows,
         source: NormSource,
@@ -110,7 +110,7 @@ class PlainLinears:
         counts: Sequence[int],
         order: RowOrder,
     ) -> Tensor:
-        """Implements `Linears.experts_at_home`; keeps rows by token."""
+        """Implements `Linears.apply_local_experts`; keeps rows by token."""
         options = _Options(counts=counts, sink=None, keeps_gated=self._keeps_gated, order=order)
         return _run_experts(rows.values.flatten(0, -2), weights_NK, experts, options)
 
@@ -120,15 +120,15 @@ class PlainLinears:
 
     def compress_latents(
         self, compressed_BTX: Tensor, weights: LatentWeights, options: LatentOptions
-    ) -> PlainLatentEnds:
+    ) -> PlainLatentLinears:
         """Implements `Linears.compress_latents`."""
-        return PlainLatentEnds(compressed_BTX, weights, options, self._recomputed)
+        return PlainLatentLinears(compressed_BTX, weights, options, self._recomputed)
 
     def restore_latents(
         self, saved: Sequence[Tensor], weights: LatentWeights, options: LatentOptions
-    ) -> PlainLatentEnds:
+    ) -> PlainLatentLinears:
         """Implements `Linears.restore_latents`."""
-        return PlainLatentEnds(saved[0], weights, options, self._recomputed, saved[1:])
+        return PlainLatentLinears(saved[0], weights, options, self._recomputed, saved[1:])
 
 
 class _GatedDown(torch.autograd.Function):
@@ -153,7 +153,7 @@ class _GatedDown(torch.autograd.Function):
         def gradient() -> Tensor:
             return grad_AD.t() @ (kept[0] if kept else swiglu(*hidden_AH.chunk(2, 1)))
 
-        grad_down = give(down_DM, gradient, ctx.sink)
+        grad_down = deliver_gradient(down_DM, gradient, ctx.sink)
         grad_hidden_AH = swiglu_backward(grad_AD @ down_DM, hidden_AH)
         return grad, grad_hidden_AH.view(ctx.shape), grad_down, None, None
 
@@ -183,7 +183,7 @@ class _ExpertMlp(torch.autograd.Function):
         ctx: Any, rows_ND: Tensor, weights: Tensor, gate_up_EHD: Tensor, down_EDM: Tensor, options: _Options
     ) -> Tensor:
         order, width = options.order, down_EDM.shape[2]
-        run = expert_implementation_for(rows_ND.device, rows_ND.dtype, rows_ND.shape[1], width)
+        run = choose_expert_implementation(rows_ND.device, rows_ND.dtype, rows_ND.shape[1], width)
         weights_A = (weights if order is None else order.copy_weights(weights)).to(rows_ND.dtype)
         gated_AM = rows_ND.new_empty(len(weights_A), width) if options.keeps_gated else None
         given = (rows_ND, weights_A, gate_up_EHD, down_EDM, options.counts, options.tokens_A, gated_AM)
@@ -223,7 +223,10 @@ class _ExpertMlp(torch.autograd.Function):
         def of_down() -> Tensor:
             return down_gradient(in_order(grad_ND), weights_A, hidden_AH, counts, gated_AM, implementation=run)
 
-        grad_gate_up, grad_down = give(gate_up_EHD, of_gate_up, sink), give(down_EDM, of_down, sink)
+        grad_gate_up, grad_down = (
+            deliver_gradient(gate_up_EHD, of_gate_up, sink),
+            deliver_gradient(down_EDM, of_down, sink),
+        )
         return grad_rows, grad_weights, grad_gate_up, grad_down, None
 
 

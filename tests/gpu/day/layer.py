@@ -21,7 +21,7 @@ from model.config import ModelConfig
 from model.gradients import GradientStore
 from model.objective import CrossEntropy, LossSums, MicroBatch, loss_names
 from model.stage import Stage
-from model.transformer import Part, Transformer, initialise
+from model.transformer import Part, Transformer, initialize_weights
 from train.config import TrainConfig
 from train.replica import weight_dtype
 
@@ -110,7 +110,7 @@ def make_bench(config: TrainConfig, device: torch.device, num_tokens: int) -> Be
             for weight in model.parameters():
                 weight.normal_(0, shape.initializer_range) if weight.ndim > 1 else weight.fill_(1)
     else:
-        initialise(model, 0)
+        initialize_weights(model, 0)
     tokens = [torch.randint(shape.vocab_size, (1, num_tokens), device=device) for _ in range(2)]
     return Bench(
         config=shape,

@@ -16,7 +16,7 @@ from comm.config import ParallelismConfig
 from comm.dispatch.local import LocalDispatcher
 from dualpipe.config import ScheduleConfig
 from kernels.registry import load_plugins
-from model.transformer import Transformer, initialise
+from model.transformer import Transformer, initialize_weights
 from tests.ranks import run_ranks
 from tests.tiny import tiny_config, write_text
 from tests.train.job import Job, Seen, by_released_name, open_loader, run_jobs, run_plain, start_biases
@@ -89,7 +89,7 @@ def test_registered_task_on_two_ranks_equals_one_rank(tmp_path: Path, kind: str)
 def plain_autograd(config: TrainConfig) -> tuple[list[float], dict[str, Tensor]]:
     """Losses of every depth of the first step and gradients of their sum, by formula from whole logits."""
     model = Transformer(config.model, LocalDispatcher(config.model.num_routed_experts), torch.float64)
-    initialise(model, config.seed)
+    initialize_weights(model, config.seed)
     start_biases(model, 0)
     batch = open_loader(config).batch(0, 0, config.batch.global_sequences)
     losses = []
