@@ -93,8 +93,14 @@ NAMES = {
 
 
 def number(value: float) -> str:
-    """At most six digits, no trailing zeros; sums of rounded times that miss zero by an ulp are zero."""
-    return f"{0.0 if abs(value) < 1e-9 else value:.6g}"
+    """Returns at most three significant digits, as in `24.6`; sums of rounded times that miss zero by an ulp are 0."""
+    rounded = 0.0 if abs(value) < 1e-9 else float(f"{value:.3g}")
+    return f"{rounded:.10g}"
+
+
+def tick_text(value: float) -> str:
+    """Returns the text of a round time on an axis."""
+    return f"{value:.6g}"
 
 
 def spread(values: tuple[float, ...]) -> str:
@@ -104,8 +110,8 @@ def spread(values: tuple[float, ...]) -> str:
 
 
 def percent(fraction: float) -> str:
-    """Returns a percentage with two decimals, as in `9.09 %`."""
-    return f"{100 * fraction:.2f} %"
+    """Returns a percentage with three significant digits, as in `9.09 %`."""
+    return f"{number(100 * fraction)} %"
 
 
 def round_up(value: float) -> float:

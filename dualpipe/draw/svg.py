@@ -6,7 +6,7 @@ from textwrap import wrap
 from xml.sax.saxutils import escape
 
 from dualpipe.draw.cells import Cell, Strip, measured_cells, planned_cells
-from dualpipe.draw.entry import needs_stage_label, number, percent, round_up, size, spread
+from dualpipe.draw.entry import needs_stage_label, number, percent, round_up, size, spread, tick_text
 from dualpipe.draw.style import DEFINITIONS, STYLE, legend, style_of
 from dualpipe.ir import Operation, Schedule
 from dualpipe.runtime.measured import Measured, measured_bubble, measured_exposed
@@ -126,7 +126,7 @@ class _Unit:
 
     def shown(self, time: float) -> str:
         value = time * self.factor
-        return f"{value:.4g} {self.name}" if self.name else number(round(value, 6))
+        return f"{number(value)} {self.name}" if self.name else number(value)
 
 
 def _unit(span: float, seconds: bool) -> _Unit:
@@ -206,10 +206,10 @@ class _Picture:
         pixels = self.scale.pixels / self.unit.factor
         step = round_up(_TICK / pixels) if pixels else 0.0
         count = int(self.scale.span * self.unit.factor / step * (1 + 1e-9)) if step else 0
-        for tick in range(count + 1):
-            x = self.scale.x(tick * step / self.unit.factor)
+        for place in range(count + 1):
+            x = self.scale.x(place * step / self.unit.factor)
             self.parts.append(f'<line class="grid" x1="{x:.2f}" x2="{x:.2f}" y1="{top:g}" y2="{bottom + 4:g}"/>')
-            text = number(tick * step)
+            text = tick_text(place * step)
             texts.append(f'<text class="soft" x="{x:.2f}" y="{bottom + 17:g}" text-anchor="middle">{text}</text>')
         name = f"time in {self.unit.name}" if self.unit.name else "time in units of the costs"
         return [*texts, f'<text class="soft" x="{_LEFT:g}" y="{bottom + 33:g}">{name}</text>']
@@ -268,9 +268,10 @@ class _Picture:
 
     def _tooltip(self, cell: Cell, op: Operation) -> str:
         others = " ".join(str(other) for other in cell.members if other != op)
+        since = f" from {self.unit.shown(cell.start)} on"
         beside = f", overlapped with {others}" if others else ""
         where = f"rank {cell.rank}, stage {op.stage}, micro-batch {op.micro_batch}, direction {op.direction}"
-        return f"{op}: {where}, {self.unit.shown(cell.start)} to {self.unit.shown(cell.end)}{beside}"
+        return f"{op}: {where}, takes {self.unit.shown(cell.end - cell.start)}{since}{beside}"
 
 
 def _lines(facts: str, width: int) -> list[str]:

@@ -6,7 +6,7 @@ from html import escape
 from pathlib import Path
 from string import Template
 
-from dualpipe.draw.entry import TimedSchedule, UnavailableSchedule, number, plain
+from dualpipe.draw.entry import TimedSchedule, UnavailableSchedule, number, percent, plain
 from dualpipe.draw.style import DEFINITIONS, STYLE
 from dualpipe.draw.svg import Scale, natural_scale, svg
 
@@ -16,20 +16,28 @@ MEANING = (
     "exchange that nothing hides; peak: live activations, of model/P; bound: no schedule takes less; above: makespan - "
     "bound"
 )
+_MEANING_OF_RUN = (
+    "; times in seconds, simulated with the times that each stage's operations took in the run; another number of "
+    "stages gets the same model in other parts"
+)
 _GAP = "  "
 
 
 def cells(entry: TimedSchedule) -> tuple[str, ...]:
     """Returns a schedule's text in each of `COLUMNS`."""
+    return (entry.schedule.kind, *map(number, _values(entry)))
+
+
+def _values(entry: TimedSchedule) -> tuple[float, ...]:
+    """Returns a schedule's number in each of `COLUMNS` after the first."""
     return (
-        entry.schedule.kind,
-        number(entry.overhead),
-        number(entry.simulation.makespan),
-        f"{100 * entry.simulation.bubble_fraction:.2f}",
-        number(entry.exposed),
-        number(entry.peak),
-        number(entry.bound.value),
-        number(entry.above_bound),
+        entry.overhead,
+        entry.simulation.makespan,
+        100 * entry.simulation.bubble_fraction,
+        entry.exposed,
+        entry.peak,
+        entry.bound.value,
+        entry.above_bound,
     )
 
 
@@ -68,24 +76,24 @@ _TEMPLATE = Path(__file__).with_name("page.html")
 def html(entries: Sequence[TimedSchedule | UnavailableSchedule], title: str = "Pipeline schedules") -> str:
     """Returns the page, to be read from a file or a server, offline.
 
-    Its table sorts by any column, its boxes show and hide pictures, pointing at an operation names it.
+    Its table sorts by any column, its boxes show and hide pictures, pointing at an operation names it. If one schedule
+    was run, the page compares the others with it, and only its own picture is shown at first.
 
     Args:
         entries: in the order in which they are shown; their costs have one unit. An absent one is a line of the table.
         title: of the page, plain text.
     """
     shown = [entry for entry in entries if isinstance(entry, TimedSchedule)]
-    scale = _common_scale(shown)
+    scale, is_run = _common_scale(shown), any(entry.measured for entry in shown)
     return Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=escape(title),
         style=STYLE,
         definitions=DEFINITIONS,
-        header="".join(f'<th scope="col"><button type="button">{escape(name)}</button></th>' for name in COLUMNS),
-        rows="\n".join(_row(index, entry) for index, entry in enumerate(entries)),
-        meaning=escape(MEANING + ("; times in seconds" if any(entry.measured for entry in shown) else "")),
-        figures="\n".join(
-            _figure(index, entry, scale) for index, entry in enumerate(entries) if isinstance(entry, TimedSchedule)
-        ),
+        header="".join(_head(name, is_sorted=is_run and name == "makespan") for name in COLUMNS),
+        rows="\n".join(_row(index, entry, is_run) for index, entry in enumerate(entries)),
+        meaning=escape(MEANING + (_MEANING_OF_RUN if is_run else "")),
+        comparison=_comparison(shown),
+        figures="\n".join(_figure(index, entry, scale, is_run) for index, entry in _run_first(entries)),
     )
 
 
@@ -96,19 +104,51 @@ def _common_scale(shown: Sequence[TimedSchedule]) -> Scale:
     return Scale.within_limits(pixels=pixels, span=max((scale.span for scale in scales), default=0.0))
 
 
-def _row(index: int, entry: TimedSchedule | UnavailableSchedule) -> str:
+def _head(name: str, *, is_sorted: bool) -> str:
+    order = ' aria-sort="ascending"' if is_sorted else ""
+    return f'<th scope="col"{order}><button type="button">{escape(name)}</button></th>'
+
+
+def _run_first(entries: Sequence[TimedSchedule | UnavailableSchedule]) -> list[tuple[int, TimedSchedule]]:
+    """Returns the schedules that are drawn, with their places in the table; the one that was run comes first."""
+    drawn = [(index, entry) for index, entry in enumerate(entries) if isinstance(entry, TimedSchedule)]
+    return sorted(drawn, key=lambda each: each[1].measured is None)
+
+
+def _comparison(shown: Sequence[TimedSchedule]) -> str:
+    """Returns a sentence on the schedule that was run and the shortest other one; empty if none was run."""
+    run = next((entry for entry in shown if entry.measured is not None), None)
+    others = [entry for entry in shown if entry is not run]
+    if run is None or not others:
+        return ""
+    best, planned = min(others, key=lambda entry: entry.simulation.makespan), run.simulation.makespan
+    change = best.simulation.makespan / planned - 1 if planned else 0.0
+    words = "as long" if abs(change) < 5e-4 else f"{percent(abs(change))} {'longer' if change > 0 else 'shorter'}"
+    return (
+        f"<p>This run uses {escape(run.schedule.kind)}. Under the same costs, the shortest other schedule is "
+        f"{escape(best.schedule.kind)}: its makespan is {words}.</p>"
+    )
+
+
+def _row(index: int, entry: TimedSchedule | UnavailableSchedule, has_run: bool) -> str:
     if isinstance(entry, UnavailableSchedule):
         reason = f'<td class="reason" colspan="{len(COLUMNS) - 1}">{escape(entry.reason)}</td>'
         return f'<tr class="absent"><td>{escape(entry.kind)}</td>{reason}</tr>'
-    name, *numbers = cells(entry)
-    box = f'<label><input type="checkbox" checked data-figure="{_identity(index)}"> {escape(name)}</label>'
-    values = "".join(f'<td data-value="{text}">{text}</td>' for text in numbers)
-    return f'<tr class="shown"><td>{box}</td>{values}</tr>'
+    name, *texts = cells(entry)
+    is_run = entry.measured is not None
+    checked = "" if has_run and not is_run else " checked"
+    label = f"{escape(name)}{' (this run)' if is_run else ''}"
+    box = f'<label><input type="checkbox"{checked} data-figure="{_identity(index)}"> {label}</label>'
+    numbers = zip(texts, _values(entry), strict=True)
+    values = "".join(f'<td data-value="{value:.17g}">{text}</td>' for text, value in numbers)
+    return f'<tr class="shown{" run" if is_run else ""}"><td>{box}</td>{values}</tr>'
 
 
-def _figure(index: int, entry: TimedSchedule, scale: Scale) -> str:
+def _figure(index: int, entry: TimedSchedule, scale: Scale, has_run: bool) -> str:
     picture = svg(entry.schedule, entry.simulation, entry.measured, bound=entry.bound, scale=scale, standalone=False)
-    return f'<figure id="{_identity(index)}">{picture}</figure>'
+    name = escape(f"timeline of {entry.schedule.kind}, scrolls", {'"': "&quot;"})
+    hidden = " hidden" if has_run and entry.measured is None else ""
+    return f'<figure id="{_identity(index)}" tabindex="0" role="region" aria-label="{name}"{hidden}>{picture}</figure>'
 
 
 def _identity(index: int) -> str:

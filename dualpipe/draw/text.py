@@ -2,7 +2,7 @@
 
 import math
 
-from dualpipe.draw.entry import NAMES, needs_stage_label, number, percent, plain, round_up, size, spread
+from dualpipe.draw.entry import NAMES, needs_stage_label, number, percent, plain, round_up, size, spread, tick_text
 from dualpipe.ir import Group, Schedule
 from dualpipe.registry import SCHEDULES
 from dualpipe.simulate.bounds import lower_bound
@@ -107,9 +107,9 @@ def _ruler(scale: float, start: int, stop: int) -> str:
         return "0"
     step = round_up(_TICK_COLUMNS / scale)
     ruler = ""
-    for tick in range(math.ceil(start / scale / step), math.floor(stop / scale / step) + 1):
-        column = round(tick * step * scale) - start
-        text = number(tick * step)
+    for place in range(math.ceil(start / scale / step), math.floor(stop / scale / step) + 1):
+        column = round(place * step * scale) - start
+        text = tick_text(place * step)
         if 0 <= column <= stop - start - len(text):
             ruler = ruler.ljust(column) + text
     return ruler

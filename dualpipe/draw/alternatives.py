@@ -1,0 +1,98 @@
+"""The other registered schedules under the costs that a run measured."""
+
+from collections.abc import Callable, Mapping
+
+from dualpipe.draw.entry import TimedSchedule, UnavailableSchedule, time_schedule
+from dualpipe.ir import Schedule, ScheduleError
+from dualpipe.registry import build, candidates
+from dualpipe.simulate.costs import CostModel, StageCosts
+
+_MOST_SEARCHED = 256
+"""Ranks times micro-batches up to which a schedule that needs a search is made while a run waits: about 1 s."""
+
+
+class Alternatives:
+    """Schedules of a run's size other than its own. Each is made once and timed under the costs of every picture."""
+
+    def __init__(self, excluded: Mapping[str, str], change: Callable[[Schedule], Schedule] = lambda made: made) -> None:
+        """Makes no schedule yet.
+
+        Args:
+            excluded: kinds that the model cannot use, and why.
+            change: applied to every schedule that is made, as the run changes its own.
+        """
+        self._excluded = excluded
+        self._change = change
+        self._made: dict[str, Schedule | UnavailableSchedule] = {}
+
+    def timed(self, schedule: Schedule, costs: CostModel) -> list[TimedSchedule | UnavailableSchedule]:
+        """Returns every other kind, timed under the costs of the run's stages, or why there is none.
+
+        A schedule with another number of stages gets the same model in other parts; each part costs what its share
+        of the run's stages costs.
+
+        Args:
+            schedule: of the run; all calls pass one of the same size.
+            costs: of each of its stages.
+        """
+        rows: list[TimedSchedule | UnavailableSchedule] = []
+        for kind in candidates():
+            if kind == schedule.kind:
+                continue
+            made = self._made.get(kind)
+            if made is None:
+                made = self._made[kind] = self._make(kind, schedule, costs)
+            if isinstance(made, Schedule):
+                rows.append(time_schedule(made, resampled(costs, made.num_stages, made.num_ranks)))
+            else:
+                rows.append(made)
+        return rows
+
+    def _make(self, kind: str, schedule: Schedule, costs: CostModel) -> Schedule | UnavailableSchedule:
+        num_ranks, num_micro_batches, spec = schedule.num_ranks, schedule.num_micro_batches, candidates()[kind]
+        if kind in self._excluded:
+            return UnavailableSchedule(kind=kind, reason=self._excluded[kind])
+        if spec.takes_costs and num_ranks * num_micro_batches > _MOST_SEARCHED:
+            hint = f"num_ranks={num_ranks} num_micro_batches={num_micro_batches}"
+            reason = f"its search takes too long during a run; see python -m launch.schedule {hint}"
+            return UnavailableSchedule(kind=kind, reason=reason)
+        try:
+            own_costs = resampled(costs, spec.num_stages(num_ranks), num_ranks)
+            return self._change(build(kind, num_ranks, num_micro_batches, own_costs))
+        except ScheduleError as error:
+            return UnavailableSchedule(kind=kind, reason=str(error))
+
+
+def by_makespan(rows: list[TimedSchedule | UnavailableSchedule]) -> list[TimedSchedule | UnavailableSchedule]:
+    """Returns the rows sorted by makespan, unavailable schedules last."""
+    timed = [row for row in rows if isinstance(row, TimedSchedule)]
+    others = [row for row in rows if isinstance(row, UnavailableSchedule)]
+    return [*sorted(timed, key=lambda row: (row.simulation.makespan, row.peak)), *others]
+
+
+def resampled(costs: CostModel, num_stages: int, num_ranks: int) -> CostModel:
+    """Returns the costs of the same model in another number of stages.
+
+    Args:
+        costs: of the stages that the model is cut into.
+        num_stages: of the new cut.
+        num_ranks: of the pipeline; live activations are in shares of model/P.
+    """
+    if num_stages == len(costs.stages):
+        return costs
+    stages = []
+    for stage in range(num_stages):
+        shares = _shares(stage, num_stages, len(costs.stages))
+        sums = {
+            name: sum(share * getattr(costs.stages[old], name) for old, share in shares.items())
+            for name in ("forward", "backward_input", "backward_weight", "forward_exchange", "backward_exchange")
+        }
+        stages.append(StageCosts(**sums, activation=num_ranks / num_stages))
+    return CostModel(stages=tuple(stages), latency=costs.latency)
+
+
+def _shares(stage: int, num_new: int, num_old: int) -> dict[int, float]:
+    """Returns the part of each old stage that lies in a new one."""
+    start, end = stage * num_old, (stage + 1) * num_old  # old stage i spans i * num_new to (i + 1) * num_new
+    spans = {old: min(end, (old + 1) * num_new) - max(start, old * num_new) for old in range(num_old)}
+    return {old: length / num_new for old, length in spans.items() if length > 0}
