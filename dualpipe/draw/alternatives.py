@@ -14,12 +14,12 @@ _MOST_SEARCHED = 256
 class Alternatives:
     """Schedules of a run's size other than its own. Each is made once and timed under the costs of every picture."""
 
-    def __init__(self, excluded: Mapping[str, str], change: Callable[[Schedule], Schedule] = lambda made: made) -> None:
+    def __init__(self, excluded: Mapping[str, str], change: Callable[[Schedule], Schedule] | None = None) -> None:
         """Makes no schedule yet.
 
         Args:
             excluded: kinds that the model cannot use, and why.
-            change: applied to every schedule that is made, as the run changes its own.
+            change: how the run changes its own schedule before it is timed; None: not.
         """
         self._excluded = excluded
         self._change = change
@@ -58,7 +58,8 @@ class Alternatives:
             return UnavailableSchedule(kind=kind, reason=reason)
         try:
             own_costs = resampled(costs, spec.num_stages(num_ranks), num_ranks)
-            return self._change(build(kind, num_ranks, num_micro_batches, own_costs))
+            made = build(kind, num_ranks, num_micro_batches, own_costs)
+            return made if self._change is None else self._change(made)
         except ScheduleError as error:
             return UnavailableSchedule(kind=kind, reason=str(error))
 

@@ -242,10 +242,10 @@ def test_svg_of_a_run_gives_measured_beside_planned_bubble_in_milliseconds() -> 
     schedule = build("dualpipe", 4, 8)
     root, simulation = measured_picture(schedule)
     text = all_text(root)
-    bubble = f"{100 * measured_bubble(measured_run(schedule)):.2f} %"
-    assert f"bubble {bubble} (planned {100 * simulation.bubble_fraction:.2f} %)" in text
+    bubble = f"{100 * measured_bubble(measured_run(schedule)):.3g} %"
+    assert f"bubble {bubble} (planned {100 * simulation.bubble_fraction:.3g} %)" in text
     assert "time in ms" in text
-    assert f"(planned {1000 * simulation.makespan:.4g} ms)" in text
+    assert f"(planned {1000 * simulation.makespan:.3g} ms)" in text
 
 
 def test_svg_breaks_long_headings_after_commas_and_within_the_picture() -> None:

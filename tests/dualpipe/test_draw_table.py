@@ -22,7 +22,7 @@ def test_table_gives_the_numbers_of_each_schedule() -> None:
     ).splitlines()
     assert lines[0].split() == ["schedule", "overhead", "makespan", "bubble", "%", "exposed", "peak", "bound", "above"]
     assert lines[1].split() == ["dualpipe", "6", "66", "9.09", "0", "9", "63", "3"]
-    assert lines[2].split() == ["1f1b", "21", "81", "25.93", "0", "8", "67", "14"]
+    assert lines[2].split() == ["1f1b", "21", "81", "25.9", "0", "8", "67", "14"]
     assert len({len(line) for line in lines[:3]}) == 1
 
 

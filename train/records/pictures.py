@@ -13,6 +13,7 @@ from pathlib import Path
 from torch import distributed as dist
 
 from comm.groups import make_group
+from dualpipe.draw.alternatives import Alternatives, by_makespan
 from dualpipe.draw.entry import TimedSchedule, size, time_schedule
 from dualpipe.draw.svg import svg
 from dualpipe.draw.table import html
@@ -32,6 +33,7 @@ from dualpipe.runtime.measured import (
 )
 from train.records.secrets import redact
 from train.replica import Replica
+from train.schedule.plan import excluded_schedules
 from train.world import World
 
 LOGGER = logging.getLogger("train")
@@ -52,6 +54,7 @@ class PipelineTimeline:
         self._name = name
         self._folder = folder
         self._lanes: dict[int, tuple[SpanLane | None, ...]] = {}
+        self._alternatives: dict[int, Alternatives] = {}
         self._group = make_group(world.layout.pipeline_group(0), world.timeout_seconds)
 
     def use(self, replica: Replica, execution: Execution) -> RankBusyTime:
@@ -87,14 +90,26 @@ class PipelineTimeline:
             return False
         title = f"{redact(self._name)}, step {step}: {schedule.kind}, {size(schedule)}"
         try:
-            write_pictures(self._folder, title, schedule, Measured(ranks=tuple(gathered)))
+            measured, others = Measured(ranks=tuple(gathered)), self._alternatives_of(replica)
+            write_pictures(self._folder, title, schedule, measured, others)
         except OSError as error:  # the folder is gone or full: no reason to end
             LOGGER.warning("%s cannot be drawn: %s", SVG_NAME, error)
             return False
         return True
 
+    def _alternatives_of(self, replica: Replica) -> Alternatives:
+        """Returns the other schedules of the replica's size, which are made at its first picture."""
+        num_micro_batches = replica.schedule.num_micro_batches
+        if num_micro_batches not in self._alternatives:
+            excluded = excluded_schedules(replica.config.model, replica.schedule.num_ranks)
+            is_sequential = replica.config.pairing == "sequential"
+            self._alternatives[num_micro_batches] = Alternatives(excluded, ungroup if is_sequential else None)
+        return self._alternatives[num_micro_batches]
 
-def write_pictures(folder: Path, title: str, schedule: Schedule, measured: Measured) -> TimedSchedule:
+
+def write_pictures(
+    folder: Path, title: str, schedule: Schedule, measured: Measured, alternatives: Alternatives | None = None
+) -> TimedSchedule:
     """Writes a run below its plan as SVG, page and trace; each file is complete or not there.
 
     The plan is what the schedule takes with the times that its operations took in the run.
@@ -104,6 +119,7 @@ def write_pictures(folder: Path, title: str, schedule: Schedule, measured: Measu
         title: of the pictures.
         schedule: with the groups that the run's spans count.
         measured: the run.
+        alternatives: other schedules that the page compares with this one under the same costs.
 
     Returns:
         What was drawn.
@@ -112,7 +128,8 @@ def write_pictures(folder: Path, title: str, schedule: Schedule, measured: Measu
     shown = time_schedule(schedule, costs, measured=measured)
     _write(folder / SVG_NAME, svg(schedule, shown.simulation, measured, title, bound=shown.bound))
     _write(folder / TRACE_NAME, trace(schedule, shown.simulation, costs, measured, seconds_per_unit=1.0))
-    _write(folder / PAGE_NAME, html([shown], title))
+    others = [] if alternatives is None else alternatives.timed(schedule, costs)
+    _write(folder / PAGE_NAME, html(by_makespan([shown, *others]), title))
     return shown
 
 

@@ -14,7 +14,7 @@ from dualpipe.registry import SCHEDULES, build
 from dualpipe.simulate.choose import choose, survey
 from dualpipe.simulate.costs import CostModel
 from dualpipe.validate import validate
-from model.config import CutError, cut_layers
+from model.config import CutError, ModelConfig, cut_layers
 from train.checkpoint.locate import locate
 from train.checkpoint.manifest import SCHEDULE_NAME, CheckpointError, layout_record, read_manifest
 from train.config import TrainConfig, sized_config
@@ -87,9 +87,8 @@ def _decide(config: TrainConfig, times: LayerTimes | None) -> tuple[Schedule, st
     def costs_of(num_stages: int) -> CostModel:
         return stage_costs(times, config, num_stages)
 
-    rows = survey(
-        pipeline, micro_batches, costs_of, config.memory_cap, schedules_folder(config.data.cache_dir), _excluded(config)
-    )
+    excluded, cache = excluded_schedules(config.model, pipeline), schedules_folder(config.data.cache_dir)
+    rows = survey(pipeline, micro_batches, costs_of, config.memory_cap, cache, excluded)
     choice = choose(rows, config.memory_cap)
     return choice.schedule, f"the best for the measured seconds: {choice.reason}"
 
@@ -127,10 +126,9 @@ def read_schedule(path: Path, config: TrainConfig) -> Schedule:
     return found
 
 
-def _excluded(config: TrainConfig) -> dict[str, str]:
+def excluded_schedules(model: ModelConfig, pipeline: int) -> dict[str, str]:
     """Kinds that this model cannot follow, and why."""
     reasons: dict[str, str] = {}
-    pipeline, model = config.parallelism.pipeline, config.model
     for kind, spec in SCHEDULES.items():
         if model.mtp_depth and not spec.joins_ends(pipeline):
             reasons[kind] = "MTP needs embedding and head on one rank"

@@ -1,0 +1,97 @@
+"""Other schedules under a run's measured costs: the same model, sorted, and on the page of the run."""
+
+import re
+
+import pytest
+
+from dualpipe.draw.alternatives import Alternatives, by_makespan, resampled
+from dualpipe.draw.entry import TimedSchedule, UnavailableSchedule, time_schedule
+from dualpipe.draw.table import html
+from dualpipe.passes import ungroup
+from dualpipe.registry import build, candidates
+from dualpipe.runtime.measured import measured_costs
+from dualpipe.simulate.costs import CostModel, StageCosts
+from tests.dualpipe.clockwork import measured_run
+
+NAMES = ("forward", "backward_input", "backward_weight", "forward_exchange", "backward_exchange")
+
+
+def model_of(num_stages: int) -> CostModel:
+    """Stages of which each costs more than the one before."""
+    stages = (StageCosts(**dict.fromkeys(NAMES, 1.0 + stage), activation=1.0) for stage in range(num_stages))
+    return CostModel(stages=tuple(stages), latency=0.5)
+
+
+@pytest.mark.parametrize(("old", "new"), [(4, 8), (8, 4), (4, 4), (4, 6), (6, 4)])
+def test_resampled_costs_are_those_of_the_same_model(old: int, new: int) -> None:
+    before, after = model_of(old), resampled(model_of(old), new, num_ranks=4)
+    assert len(after.stages) == new
+    assert after.latency == before.latency
+    for name in NAMES:
+        total = sum(getattr(stage, name) for stage in before.stages)
+        assert sum(getattr(stage, name) for stage in after.stages) == pytest.approx(total)
+    assert [stage.forward for stage in after.stages] == sorted(stage.forward for stage in after.stages)
+
+
+def test_resampled_costs_halve_and_add_whole_stages() -> None:
+    assert [stage.forward for stage in resampled(model_of(2), 4, 2).stages] == [0.5, 0.5, 1.0, 1.0]
+    assert [stage.forward for stage in resampled(model_of(4), 2, 2).stages] == [3.0, 7.0]
+
+
+def test_alternatives_are_all_other_kinds_under_the_runs_costs() -> None:
+    schedule = build("dualpipe", 4, 12)
+    costs = measured_costs(schedule, measured_run(schedule))
+    rows = Alternatives({"1f1b": "not this one"}).timed(schedule, costs)
+    kinds = {row.schedule.kind if isinstance(row, TimedSchedule) else row.kind for row in rows}
+    assert kinds == candidates().keys() - {"dualpipe"}
+    assert [row.reason for row in rows if isinstance(row, UnavailableSchedule)] == ["not this one"]
+    for row in rows:
+        if isinstance(row, TimedSchedule):
+            expected = time_schedule(row.schedule, resampled(costs, row.schedule.num_stages, 4))
+            assert row.simulation.makespan == expected.simulation.makespan
+
+
+def test_alternatives_are_made_once_and_changed_as_the_run_is() -> None:
+    schedule = ungroup(build("dualpipe", 4, 8))
+    costs = measured_costs(schedule, measured_run(schedule))
+    alternatives = Alternatives({}, ungroup)
+    first, second = alternatives.timed(schedule, costs), alternatives.timed(schedule, costs)
+    for one, other in zip(first, second, strict=True):
+        assert isinstance(one, TimedSchedule)
+        assert isinstance(other, TimedSchedule)
+        assert one.schedule is other.schedule
+        assert all(len(group) == 1 for groups in one.schedule.ranks for group in groups)
+
+
+def test_alternative_that_needs_a_long_search_is_left_out() -> None:
+    schedule = build("1f1b", 16, 32)
+    rows = Alternatives({}).timed(schedule, measured_costs(schedule, measured_run(schedule)))
+    reasons = {row.kind: row.reason for row in rows if isinstance(row, UnavailableSchedule)}
+    assert "search takes too long" in reasons["dualpipe_split"]
+
+
+def test_page_of_a_run_compares_it_and_shows_its_own_picture_only() -> None:
+    schedule = build("dualpipe", 4, 12)
+    run = measured_run(schedule)
+    costs = measured_costs(schedule, run)
+    shown = time_schedule(schedule, costs, measured=run)
+    rows = by_makespan([shown, *Alternatives({"1f1b": "not this one"}).timed(schedule, costs)])
+    makespans = [row.simulation.makespan for row in rows if isinstance(row, TimedSchedule)]
+    assert makespans == sorted(makespans)
+    assert isinstance(rows[-1], UnavailableSchedule)
+    text = html(rows)
+    assert text.count("(this run)") == 1
+    assert "This run uses dualpipe. Under the same costs, the shortest other schedule is " in text
+    figures = re.findall(r"<figure[^>]*>", text)
+    assert ["hidden" in figure for figure in figures] == [False] + [True] * (len(makespans) - 1)
+    assert text.count(" checked ") == 1
+    numbers = re.findall(r'<td data-value="[^"]*">([^<]*)<', text)
+    assert numbers
+    assert all(len(number.replace(".", "").strip("0")) <= 3 for number in numbers)
+
+
+def test_page_without_a_run_shows_every_picture() -> None:
+    schedule = build("dualpipe", 4, 8)
+    text = html([time_schedule(schedule, model_of(schedule.num_stages))])
+    assert "This run" not in text
+    assert "hidden>" not in text
