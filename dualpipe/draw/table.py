@@ -146,7 +146,7 @@ def _row(index: int, entry: TimedSchedule | UnavailableSchedule, has_run: bool) 
 
 def _figure(index: int, entry: TimedSchedule, scale: Scale, has_run: bool) -> str:
     picture = svg(entry.schedule, entry.simulation, entry.measured, bound=entry.bound, scale=scale, standalone=False)
-    name = escape(f"timeline of {entry.schedule.kind}, scrolls", {'"': "&quot;"})
+    name = escape(f"timeline of {entry.schedule.kind}, scrolls")
     hidden = " hidden" if has_run and entry.measured is None else ""
     return f'<figure id="{_identity(index)}" tabindex="0" role="region" aria-label="{name}"{hidden}>{picture}</figure>'
 
