@@ -1,4 +1,4 @@
-"""How this project's packages are found beside Jupyter's, which also has one that is called `comm`."""
+"""Lets this project's packages be found next to Jupyter's, which also has one called `comm`."""
 
 import importlib
 import sys
@@ -8,10 +8,11 @@ _COMM = Path(__file__).parents[1] / "comm"
 
 
 def share_comm() -> None:
-    """Lets the package `comm` find this project's modules if it is Jupyter's, which keeps all that it has.
+    """Extends Jupyter's package `comm`, if that is the loaded one, so that it also finds this project's modules.
 
     Every package of this project calls this when it is imported. A notebook's kernel imports Jupyter's `comm` before
-    the first cell runs, so that `import comm.protocol` would look there alone.
+    the first cell runs. Without this, `import comm.protocol` would search only Jupyter's folder. Jupyter's own modules
+    stay available.
     """
     loaded = sys.modules.get("comm") or importlib.import_module("comm")
     if str(_COMM) not in loaded.__path__:

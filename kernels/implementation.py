@@ -1,7 +1,7 @@
-"""Names the implementations of an operation, and says which one suits a device. No torch here.
+"""Names the implementations of an operation and chooses one for a device. Imports no torch.
 
-Every public function of an operation (`kernels/<operation>/__init__.py`) takes `implementation`. It imports the modules
-of the implementation that runs and no others, so that nothing loads Triton or DeepGEMM on a machine without a GPU.
+Every public function of an operation (`kernels/<operation>/__init__.py`) takes `implementation`. It imports only the
+modules of the implementation that runs, so that Triton and DeepGEMM are not loaded on a machine without a GPU.
 """
 
 from __future__ import annotations
@@ -21,18 +21,21 @@ HOPPER = 9  # major compute capability
 
 
 def choose_implementation(device: torch.device) -> Implementation:
-    """Returns the implementation that suits a device: Triton's on CUDA, the reference elsewhere."""
+    """Returns the default implementation for a device: Triton on CUDA, the reference on other devices."""
     return "triton" if device.type == "cuda" else "reference"
 
 
 def choose_product_implementation(device: torch.device) -> Implementation:
-    """Returns the implementation of products of FP8 operands that suits a device."""
+    """Returns the default implementation of products of FP8 operands for a device."""
     return "deep_gemm" if has_deep_gemm(device) else choose_implementation(device)
 
 
 @cache
 def has_deep_gemm(device: torch.device) -> bool:
-    """Whether `deep_gemm` is installed and the device is a Hopper GPU: it gives later ones other kernels and scales."""
+    """Whether `deep_gemm` is installed and the device is a Hopper GPU.
+
+    On later GPUs the package uses other kernels and scales.
+    """
     if device.type != "cuda" or find_spec("deep_gemm") is None:
         return False
     from torch import cuda
@@ -44,7 +47,7 @@ def is_reference(implementation: Implementation | None, device: torch.device) ->
     """Whether an operation runs in plain PyTorch.
 
     Args:
-        implementation: that the caller wants; None: the one that suits the device.
-        device: of the operands.
+        implementation: implementation that the caller requests; None for the default of the device.
+        device: device of the operands.
     """
     return (implementation or choose_implementation(device)) == "reference"

@@ -1,4 +1,4 @@
-"""What an operand of a kernel must agree on with another one; a kernel would read or write beyond it without a word."""
+"""Checks of a kernel's operands; without them a kernel would silently access memory out of bounds."""
 
 import torch
 from torch import Tensor
@@ -7,17 +7,17 @@ from torch import Tensor
 def check_operand(
     subject: str, operand: Tensor, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype | None = None
 ) -> None:
-    """Refuses an operand that does not fit the others.
+    """Checks that an operand matches the others.
 
     Args:
-        subject: place and name of the operand, for the message.
-        operand: that was given.
-        shape: that it must have.
-        device: where the others are.
-        dtype: that it must have; None: any.
+        subject: operation and name of the operand, for the message.
+        operand: tensor to check.
+        shape: required shape.
+        device: device of the other operands.
+        dtype: required type; None for any.
 
     Raises:
-        ValueError: another shape, device or type.
+        ValueError: the shape, device or type differs.
     """
     if tuple(operand.shape) != shape:
         raise ValueError(f"{subject} must be {list(shape)}, got {list(operand.shape)}")

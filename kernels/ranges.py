@@ -1,11 +1,11 @@
-"""Ranges of numbers, as marks on the fields of a configuration: `steps: PositiveInt`. The decoder applies them."""
+"""Ranges of numbers as annotations on configuration fields, such as `steps: PositiveInt`; the decoder checks them."""
 
 from dataclasses import dataclass
 from typing import Annotated
 
 
 class Range:
-    """What a number must be. `str` of it is the rule, as an error states it."""
+    """Rule that a number must satisfy. `str` returns the rule as errors state it."""
 
     def holds(self, value: float) -> bool:
         """Whether a number lies in the range."""
@@ -29,7 +29,7 @@ class Above(Range):
 
 @dataclass(frozen=True, slots=True)
 class AtLeast(Range):
-    """Numbers from a limit on."""
+    """Numbers greater than or equal to a limit."""
 
     limit: float
 
@@ -44,7 +44,7 @@ class AtLeast(Range):
 
 @dataclass(frozen=True, slots=True)
 class ZeroOrAbove(Range):
-    """0, which turns something off, and numbers above a limit."""
+    """0, which disables a feature, and numbers above a limit."""
 
     limit: float
 
@@ -59,7 +59,7 @@ class ZeroOrAbove(Range):
 
 @dataclass(frozen=True, slots=True)
 class Between(Range):
-    """Numbers from a least to a most, both included."""
+    """Numbers between two limits, both included."""
 
     least: float
     most: float
@@ -75,7 +75,7 @@ class Between(Range):
 
 @dataclass(frozen=True, slots=True)
 class FromToBelow(Range):
-    """Numbers from a least to a limit, which is excluded."""
+    """Numbers from a lower limit, included, to an upper limit, excluded."""
 
     least: float
     limit: float

@@ -1,6 +1,6 @@
-"""Named choices that register next to their code, and files from outside the checkout that register more.
+"""Registries of named choices, filled by modules next to their code and by plugin files outside the checkout.
 
-No torch here: configurations read registries. An entry that builds something heavy imports it in its builder.
+Imports no torch, as configurations read registries. An entry imports heavy packages inside its builder.
 """
 
 import hashlib
@@ -23,23 +23,23 @@ _registries: "WeakSet[Registry[Any]]" = WeakSet()
 
 
 class UnknownNameError(ValueError):
-    """A name that a registry does not hold. The text starts with the dotted key that chooses among its entries."""
+    """A name that a registry does not hold. The message starts with the dotted key that selects among its entries."""
 
 
 class PluginError(ValueError):
-    """A plugin file that cannot be loaded. The text starts with `plugins`."""
+    """A plugin file that cannot be loaded. The message starts with `plugins`."""
 
 
 class Registry(Generic[T]):
-    """Entries by name: those of `modules` in their order, then others in the order of registration."""
+    """Entries by name: those of `modules` in order, then others in the order of registration."""
 
     def __init__(self, place: str, modules: Sequence[str] = (), also: Sequence[str] = ()) -> None:
-        """Makes an empty registry.
+        """Creates an empty registry.
 
         Args:
             place: dotted configuration key whose value is one of the names; errors begin with it.
-            modules: modules that register this project's entries. They are imported when the registry is first used,
-                so that they may import the registry's module.
+            modules: modules that register this project's entries. They are imported when the registry is first used, so
+                that they may import the registry's module.
             also: other values of the key, which have no entry, such as `auto`.
         """
         self.place = place
@@ -75,7 +75,7 @@ class Registry(Generic[T]):
         """Returns the entry of a name.
 
         Raises:
-            UnknownNameError: no entry has this name. The text states the valid and the nearest names.
+            UnknownNameError: no entry has this name. The message lists the valid and the nearest names.
         """
         self._complete()
         if name not in self._entries:
@@ -102,7 +102,7 @@ class Registry(Generic[T]):
         return tuple(name for name, source in self._sources.items() if source.partition(".")[0] not in _PROJECT)
 
     def remove(self, names: Iterable[str]) -> None:
-        """Forgets entries, so that a changed plugin file can register them again."""
+        """Removes entries, so that a changed plugin file can register them again."""
         for name in names:
             del self._entries[name], self._sources[name]
 
@@ -110,17 +110,17 @@ class Registry(Generic[T]):
         """Imports the modules that register this project's entries, once."""
         if self._is_complete:
             return
-        self._is_complete = True  # first, because the modules use the registry as they are imported
+        self._is_complete = True  # set first, because the modules use the registry during their import
         for module in self._modules:
             importlib.import_module(module)
-        # A module that was imported before the others must not come first.
+        # A module that was imported earlier must not change the order.
         order = {module: index for index, module in enumerate(self._modules)}
         names = sorted(self._entries, key=lambda name: order.get(self._sources[name], len(order)))
         self._entries = {name: self._entries[name] for name in names}
 
 
 def closest(name: str, choices: Iterable[str], cutoff: float = 0.6) -> list[str]:
-    """Returns at most two choices: those that begin with the name, then those that look like it, in any case."""
+    """Returns at most two choices: those that begin with the name, then similar ones, ignoring case."""
     valid = list(choices)
     lower = {choice.lower(): choice for choice in reversed(valid)}
     prefixed = [choice for choice in valid if len(name) > 1 and choice.lower().startswith(name.lower())]
@@ -144,8 +144,8 @@ def list_modules(package: str, first: Sequence[str] = ()) -> list[str]:
 def load_plugins(paths: Sequence[str | Path]) -> tuple[ModuleType, ...]:
     """Imports python files that register entries.
 
-    A file that this process has loaded is not imported again unless its text has changed. Then its new entries replace
-    the old ones, so that a notebook can edit it. A module's name follows from its path, so that ranks agree on it.
+    A loaded file is imported again only if its text has changed. Its new entries then replace the old ones, so a
+    notebook can edit it. A module's name follows from its path, so that ranks agree on it.
 
     Args:
         paths: python files, absolute or relative to the working folder.
@@ -154,7 +154,7 @@ def load_plugins(paths: Sequence[str | Path]) -> tuple[ModuleType, ...]:
         Their modules.
 
     Raises:
-        PluginError: a file is missing, fails as it is imported, or registers nothing.
+        PluginError: a file is missing, fails during its import, or registers nothing.
     """
     return tuple(_load(Path(path).expanduser().resolve()) for path in paths)
 
@@ -167,7 +167,7 @@ def loaded_plugins() -> tuple[Path, ...]:
 
 @dataclass(frozen=True, slots=True)
 class _Loaded:
-    """What a plugin's module keeps of its import."""
+    """State of a plugin's module after its import."""
 
     text: bytes
     registered: tuple[tuple[Registry[Any], str], ...]
@@ -190,7 +190,7 @@ def _load(path: Path) -> ModuleType:
 
 
 def _import(path: Path, name: str, text: bytes) -> ModuleType:
-    """Runs a file as a module. If it fails, nothing of it stays in a registry or in the list of modules."""
+    """Runs a file as a module. If it fails, registries and the list of modules stay unchanged."""
     before = _plugin_entries()
     module = ModuleType(name)
     module.__file__ = str(path)

@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation, by itself and before linear maps.
+"""Root-mean-square normalization, by itself and before linear maps.
 
 Shape legend: A rows, D hidden size, N outputs of a linear map.
 """
@@ -17,7 +17,7 @@ from model.precision.linear import WeightSink, deliver_gradient
 
 
 class RmsNorm(nn.Module):
-    """x / rms(x) * weight over the last dim; normalised in float32, cast back, then scaled (as the released code)."""
+    """x / rms(x) * weight over the last dim; normalized in float32, cast back, then scaled (as the released code)."""
 
     def __init__(self, size: int, eps: float, dtype: torch.dtype) -> None:
         super().__init__()

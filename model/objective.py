@@ -1,4 +1,4 @@
-"""What a step minimises. The model calls `Objective.loss` for every head and knows no loss by itself.
+"""What a step minimizes. The model calls `Objective.loss` for every head and knows no loss by itself.
 
 Losses are sums over a micro-batch, scaled by counts over the whole job. Source: arXiv:2412.19437, sections 2.1.2, 2.2.
 """
@@ -84,7 +84,7 @@ class TaskLoss:
 
 
 class Objective(Protocol):
-    """What is minimised: cross-entropy, or later distillation, policy gradient, preference or ranking."""
+    """What is minimized: cross-entropy, or later distillation, policy gradient, preference or ranking."""
 
     @property
     def balance(self) -> float:

@@ -65,7 +65,7 @@ class Router(nn.Module):
         self.register_buffer("load", torch.zeros(config.num_routed_experts, dtype=torch.int64), persistent=False)
 
     def forward(self, x_BTD: Tensor) -> Routing:
-        """Routes every token by its normalised state."""
+        """Routes every token by its normalized state."""
         return self.route(functional.linear(widen(x_BTD), widen(self.weight)))
 
     def route(self, logits_BTE: Tensor, forced_ids_NK: Tensor | None = None) -> Routing:

@@ -184,7 +184,7 @@ class Transformer(nn.Module):
             depth: 0 for the main head.
             hidden_BTD: the last block's output.
             batch: the micro-batch.
-            objective: what is minimised.
+            objective: what is minimized.
             sums: gets what is reported.
             sink: as of `linear.linear`.
             place: of the micro-batch: direction, number.

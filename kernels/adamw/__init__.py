@@ -1,4 +1,4 @@
-"""Updates float32 weights by AdamW with both moments in bf16. No torch here: the numbers of a step need none.
+"""Updates float32 weights by AdamW with both moments in bf16. Imports no torch: computing coefficients needs none.
 
 Shape legend: as in kernels/adamw/reference.py.
 """
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Coefficients(NamedTuple):
-    """Factors of the update; computed in float64, rounded once to float32 where they are used."""
+    """Coefficients of the update, computed in float64 and rounded once to float32 where they are used."""
 
     keep_weight: float
     """1 - learning rate x weight decay."""
@@ -38,14 +38,14 @@ class Coefficients(NamedTuple):
 def compute_coefficients(
     step: int, *, learning_rate: float, betas: tuple[float, float], eps: float, weight_decay: float
 ) -> Coefficients:
-    """Those of AdamW (arXiv:1711.05101) as torch computes it.
+    """Computes the coefficients of AdamW (arXiv:1711.05101) as torch does.
 
     Args:
         step: number of this update, from 1.
-        learning_rate: of this update.
-        betas: decay of the mean of gradients and of that of their squares.
-        eps: of the denominator.
-        weight_decay: decoupled from the gradient.
+        learning_rate: learning rate of this update.
+        betas: decay rates of the moving averages of gradients and of squared gradients.
+        eps: term added to the denominator.
+        weight_decay: decay rate, decoupled from the gradient.
     """
     beta1, beta2 = betas
     return Coefficients(
@@ -69,9 +69,9 @@ def adamw_bf16_moments(
     *,
     implementation: Implementation | None = None,
 ) -> None:
-    """Takes one step in place, as `kernels.adamw.reference.adamw_bf16_moments`.
+    """Takes one step in place, as `kernels.adamw.reference.adamw_bf16_moments` does.
 
-    implementation: None for the one that suits the weights' device.
+    `implementation`: None selects the default for the weights' device.
     """
     if is_reference(implementation, weights.device):
         from kernels.adamw import reference

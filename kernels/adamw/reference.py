@@ -1,7 +1,7 @@
-"""AdamW over float32 weights whose two moments are kept in bf16, in plain PyTorch.
+"""AdamW over float32 weights whose two moments are stored in bf16, in plain PyTorch.
 
-Every operation rounds once to float32, so that the result depends neither on the device nor on where in memory, or in
-which rank's shard, a number lies. Divisions by a number common to all are multiplications: torch's on CUDA are.
+Every operation rounds once to float32, so the result does not depend on the device, on the memory address or on the
+rank's shard. A division by a number common to all elements is a multiplication by its inverse, as in torch on CUDA.
 
 Shape legend: N numbers, in any shape.
 """
@@ -19,22 +19,22 @@ CHUNK_ELEMENTS = 2**16
 def adamw_bf16_moments(
     weights: Tensor, gradients: Tensor, means: Tensor, squares: Tensor, coefficients: Coefficients
 ) -> None:
-    """One step, in place: moments in float32 from their bf16, the weights by them, then the moments rounded to bf16.
+    """Takes one step in place: updates both moments in float32, then the weights, then rounds the moments to bf16.
 
     mean = beta1 mean + (1 - beta1) gradient; square = beta2 square + (1 - beta2) gradient^2;
     weight = weight (1 - rate decay) - rate / (1 - beta1^t) mean / (sqrt(square) / sqrt(1 - beta2^t) + eps).
-    Moments round to nearest even (arXiv:2412.19437, section 3.3.3, keeps them in bf16). A NaN in the gradient is one in
-    both moments and in the weight.
+    Moments round to nearest even (arXiv:2412.19437, section 3.3.3, keeps them in bf16). A NaN in the gradient makes
+    both moments and the weight NaN.
 
     Args:
         weights: float32, N, contiguous.
         gradients: float32, N, contiguous; not changed.
-        means: bf16, N, contiguous: of gradients.
-        squares: bf16, N, contiguous: of their squares.
-        coefficients: of this step.
+        means: bf16, N, contiguous; moving average of gradients.
+        squares: bf16, N, contiguous; moving average of squared gradients.
+        coefficients: coefficients of this step.
 
     Raises:
-        ValueError: a tensor of another type or shape, or not contiguous.
+        ValueError: a tensor has another type or shape, or is not contiguous.
     """
     check_step(weights, gradients, means, squares)
     size = min(CHUNK_ELEMENTS, weights.numel())
@@ -54,7 +54,10 @@ def _step(
     root_N: Tensor,
     by: Coefficients,
 ) -> None:
-    """The whole rule on one chunk; `scratch` holds three of its size, `root_N` one in float64."""
+    """Applies the rule to one chunk.
+
+    `scratch` holds three buffers of the chunk's size, `root_N` one in float64.
+    """
     new_mean_N, new_square_N, part_N = scratch
     torch.mul(gradient_N, by.add_gradient, out=part_N)
     new_mean_N.copy_(mean_N).mul_(by.keep_mean).add_(part_N)
@@ -62,16 +65,16 @@ def _step(
     new_square_N.copy_(square_N).mul_(by.keep_square).add_(part_N)
     mean_N.copy_(new_mean_N)
     square_N.copy_(new_square_N)
-    # torch's own root in float32 (MKL's) misses the nearest number once in a hundred times.
+    # torch's square root in float32 (MKL) is not the nearest number in about 1 % of cases.
     new_square_N.copy_(root_N.copy_(new_square_N).sqrt_()).mul_(by.correct_root).add_(by.eps)
     weight_N.mul_(by.keep_weight).add_(new_mean_N.div_(new_square_N).mul_(by.move))
 
 
 def check_step(weights: Tensor, gradients: Tensor, means: Tensor, squares: Tensor) -> None:
-    """Refuses tensors that `adamw_bf16_moments` cannot take.
+    """Checks that `adamw_bf16_moments` can take the tensors.
 
     Raises:
-        ValueError: names the first tensor of another type or shape than it must have, or that is not contiguous.
+        ValueError: a tensor has another type or shape, or is not contiguous; names the first such tensor.
     """
     wanted = {"weights": torch.float32, "gradients": torch.float32, "means": torch.bfloat16, "squares": torch.bfloat16}
     for (name, dtype), tensor in zip(wanted.items(), (weights, gradients, means, squares), strict=True):

@@ -1,12 +1,12 @@
 """AdamW over float32 weights with bf16 moments, in Triton: bit-equal to kernels/adamw/reference.py.
 
-Bound by memory: 12 bytes read and 8 written for each weight, nothing else kept.
+Memory-bound: each weight reads 12 bytes and writes 8; nothing else is stored.
 
     kernel         grid       tile           accumulator  rounding
-    adamw_kernel   N / block  block numbers  none         every operation once to float32, none fused with another;
+    adamw_kernel   N / block  block numbers  none         every operation once to float32, none fused;
                                                           moments to nearest even into bf16
 
-Every offset is computed in int64. Masks: numbers beyond the last. Tensors must be on the current device.
+Offsets are int64. Masks exclude numbers beyond the last. Tensors must be on the current device.
 
 Shape legend: N numbers, in any shape.
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 from kernels.adamw import Coefficients
 from kernels.adamw.reference import check_step
 
-# Other numbers in every step, or of every tensor: a kernel compiled for a special one of them would serve once.
+# These arguments change with every step or tensor: a kernel specialized for one value would run only once.
 _CHANGING = ["num_weights", "keep_weight", "correct_root", "move"]
 
 
@@ -38,7 +38,7 @@ def adamw_tile(
     move: tl.tensor,
     inside: tl.tensor,
 ) -> None:
-    """The rule on the numbers at four tiles of pointers, where `inside` holds; everywhere where it is None."""
+    """Applies the rule at four tiles of pointers, to the numbers selected by `inside`, or to all if it is None."""
     gradient = tl.load(gradients, mask=inside)
     mean = tl.load(means, mask=inside).to(tl.float32)
     square = tl.load(squares, mask=inside).to(tl.float32)
@@ -68,11 +68,11 @@ def adamw_kernel(
     move: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:
-    """One block of weights with its moments."""
+    """Updates one block of weights and its moments."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     offsets = start + tl.arange(0, BLOCK)
     by = (keep_weight, keep_mean, add_gradient, keep_square, add_square, correct_root, eps, move)
-    # Without a mask 16 bytes are moved at a time, whatever the number of weights.
+    # Without a mask, loads and stores move 16 bytes at a time for any number of weights.
     if start + BLOCK <= num_weights:
         adamw_tile(weights + offsets, gradients + offsets, means + offsets, squares + offsets, *by, None)
     else:
@@ -90,21 +90,22 @@ def adamw_bf16_moments(
     block: int = 1024,
     num_warps: int = 4,
 ) -> None:
-    """One step, in place: moments in float32 from their bf16, the weights by them, then the moments rounded to bf16.
+    """Takes one step in place: updates both moments in float32, then the weights, then rounds the moments to bf16.
 
-    The rule is `kernels.adamw.reference.adamw_bf16_moments`'s (arXiv:2412.19437, section 3.3.3, keeps moments in bf16).
+    The rule is that of `kernels.adamw.reference.adamw_bf16_moments` (arXiv:2412.19437, section 3.3.3, keeps moments in
+    bf16).
 
     Args:
         weights: float32, N, contiguous.
         gradients: float32, N, contiguous; not changed.
-        means: bf16, N, contiguous: of gradients.
-        squares: bf16, N, contiguous: of their squares.
-        coefficients: of this step.
-        block: numbers of a program; a power of two.
-        num_warps: of a program.
+        means: bf16, N, contiguous; moving average of gradients.
+        squares: bf16, N, contiguous; moving average of squared gradients.
+        coefficients: coefficients of this step.
+        block: numbers per program, a power of two.
+        num_warps: warps per program.
 
     Raises:
-        ValueError: a tensor of another type or shape, or not contiguous.
+        ValueError: a tensor has another type or shape, or is not contiguous.
     """
     check_step(weights, gradients, means, squares)
     num_weights = weights.numel()

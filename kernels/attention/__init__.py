@@ -1,4 +1,4 @@
-"""Registers kernels for causal attention over whole sequences, and chooses one. No torch here: configurations read it.
+"""Registers kernels for causal attention over whole sequences and chooses one. Imports no torch.
 
 Shape legend: B sequences, H heads, T tokens, Q size of a query or key, V size of a value.
 """
@@ -23,36 +23,36 @@ AUTO = "auto"
 
 
 class CausalAttention(Protocol):
-    """A kernel's function, which is differentiable."""
+    """Signature of an attention kernel, which is differentiable."""
 
     def __call__(
         self, query_BHTQ: Tensor, key_BHTQ: Tensor, value_BHTV: Tensor, scale: float, documents: Documents | None
     ) -> Tensor:
-        """Computes mixed_BHTV: each query's mean of the values that it may see, by softmax of scaled scores.
+        """Computes the softmax of scaled scores over the visible keys and returns the weighted mean of values, BHTV.
 
         Args:
             query_BHTQ: queries.
             key_BHTQ: keys.
             value_BHTV: values; V equals Q if the kernel pads values (`AttentionKernel.pads_values`).
-            scale: of the scores.
-            documents: None if every token sees all tokens of its sequence up to itself.
+            scale: factor of the scores.
+            documents: documents of packed sequences; None if every token sees all tokens of its sequence up to itself.
         """
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AttentionKernel:
-    """A kernel for causal attention, and what it requires.
+    """A kernel for causal attention and its requirements.
 
     Attributes:
-        summary: what it is, in one line.
+        summary: one-line description.
         attend: the function, which imports torch and its package when it is called.
-        devices: types of device that it runs on.
-        package: that must be installed, by its import name.
-        dtypes: torch's names of the types that it takes; empty for all.
-        pads_values: head sizes: whether values must be padded to the width of keys on a type of device.
-        makes_dense_masks: document masks: whether it makes a number for each pair of tokens.
-        suits: whether `auto` may take it for a type of device, the name of a dtype, and packed documents or none. The
-            kernel that was registered last is asked first.
+        devices: device types that it runs on.
+        package: import name of the package that must be installed.
+        dtypes: torch's names of the supported types; empty for all.
+        pads_values: function of the head sizes and device type: whether values must be padded to the width of keys.
+        makes_dense_masks: function of the device type: whether document masks store a number for each pair of tokens.
+        suits: function of the device type, the name of a dtype, and whether documents are packed: whether `auto` may
+            choose the kernel. The kernel that was registered last is tried first.
     """
 
     summary: str
@@ -66,7 +66,7 @@ class AttentionKernel:
 
     @property
     def is_installed(self) -> bool:
-        """Whether the package that it needs is installed."""
+        """Whether the required package is installed."""
         return self.package is None or find_spec(self.package) is not None
 
 
@@ -74,12 +74,12 @@ ATTENTION = Registry[AttentionKernel]("attention", modules=("kernels.attention.i
 
 
 def choose_attention(name: str, device: torch.device, dtype: torch.dtype, is_packed: bool) -> AttentionKernel:
-    """Returns a kernel.
+    """Returns the attention kernel of a name, or the one that `auto` chooses.
 
     Args:
-        name: of the kernel, or `auto`.
-        device: of the tensors.
-        dtype: of the tensors.
+        name: name of the kernel, or `auto`.
+        device: device of the tensors.
+        dtype: type of the tensors.
         is_packed: whether sequences hold several documents that must not see each other.
 
     Raises:
@@ -91,10 +91,12 @@ def choose_attention(name: str, device: torch.device, dtype: torch.dtype, is_pac
 
 
 def makes_dense_masks(name: str, device: str) -> bool:
-    """Whether document masks take a number for each pair of tokens; `auto` never does on CUDA, where packages differ.
+    """Whether document masks store a number for each pair of tokens.
+
+    `auto` never does on CUDA, because the choice depends on the installed packages there.
 
     Args:
-        name: of a kernel, or `auto`.
+        name: name of a kernel, or `auto`.
         device: type of the tensors' device.
     """
     if name == AUTO:
@@ -103,10 +105,10 @@ def makes_dense_masks(name: str, device: str) -> bool:
 
 
 def pads_values(name: str, device: str) -> bool:
-    """Whether values are padded to the width of keys; `auto` is taken to pad on CUDA only if every choice does.
+    """Whether values are padded to the width of keys; on CUDA `auto` counts as padding only if every choice pads.
 
     Args:
-        name: of a kernel, or `auto`.
+        name: name of a kernel, or `auto`.
         device: type of the tensors' device.
     """
     if name == AUTO:

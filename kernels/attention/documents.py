@@ -1,4 +1,4 @@
-"""Which tokens of packed sequences may see each other: those of one document.
+"""Documents of packed sequences: a token sees only tokens of its own document.
 
 Shape legend: B sequences, T tokens.
 """
@@ -16,10 +16,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Documents:
-    """Documents of one micro-batch; one object serves all layers, and makes what a kernel wants of it once.
+    """Documents of one micro-batch; all layers share the object, which caches the masks that kernels need.
 
-    ids_BT: int64, the document of each token, whose tokens are consecutive. starts: int32, first token of each document
-    over the flattened batch, and the number of tokens. longest: tokens of the longest document.
+    Attributes:
+        ids_BT: document of each token, int64; the tokens of a document are consecutive.
+        starts: first token of each document in the flattened batch, then the number of tokens, int32.
+        longest: tokens of the longest document.
     """
 
     ids_BT: Tensor
@@ -28,10 +30,11 @@ class Documents:
 
     @classmethod
     def from_positions(cls, positions_BT: Tensor) -> "Documents":
-        """From each token's place within its document: one begins where the place does not follow the place before.
+        """Builds the documents from each token's position within its document.
 
-        Padding, whose place is -1, makes documents of one token each. Give it positions on the host, and move the
-        documents: the host then waits for no device.
+        A document begins at each position that does not follow the position before. Padding, whose position is -1,
+        becomes documents of one token each. Pass positions on the host and move the documents afterwards, which avoids
+        a host sync.
         """
         begins_BT = torch.ones_like(positions_BT)
         begins_BT[:, 1:] = (positions_BT[:, 1:] != positions_BT[:, :-1] + 1) | (positions_BT[:, 1:] <= 0)
@@ -40,17 +43,20 @@ class Documents:
         return cls(begins_BT.cumsum(1), starts, int(starts.diff().max()))
 
     def to(self, device: torch.device) -> "Documents":
-        """The same on a device."""
+        """Returns the documents on a device."""
         return Documents(self.ids_BT.to(device), self.starts.to(device), self.longest)
 
     @cached_property
     def mask_B1TT(self) -> Tensor:
-        """True where the query (third dim) may see the key (fourth dim): no later one, and of its own document."""
+        """Boolean mask: True if the query (third dim) may see the key (fourth dim) of its own document."""
         ids_BT = self.ids_BT
         return (ids_BT[:, :, None] == ids_BT[:, None, :]).tril_()[:, None]
 
     def bias_B1TT(self, dtype: torch.dtype) -> Tensor:
-        """The same as what is added to scores, 0 or minus infinity; one for all layers, as each keeps it."""
+        """Returns the mask as a bias of the scores, 0 or minus infinity.
+
+        All layers share one tensor, as each saves it for its backward.
+        """
         if dtype not in self._biases:
             zeros = torch.zeros(self.mask_B1TT.shape, dtype=dtype, device=self.ids_BT.device)
             self._biases[dtype] = zeros.masked_fill_(~self.mask_B1TT, -torch.inf)
@@ -62,7 +68,7 @@ class Documents:
 
     @cached_property
     def block_mask(self) -> "BlockMask":
-        """The same for FlexAttention, by blocks of tokens."""
+        """Mask for FlexAttention, by blocks of tokens."""
         from torch.nn.attention.flex_attention import create_block_mask
 
         ids_BT = self.ids_BT

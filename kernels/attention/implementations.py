@@ -1,4 +1,4 @@
-"""Causal attention by torch's and others' fused kernels. No torch at the top: configurations read the registry.
+"""Causal attention by fused kernels of torch and other packages. Imports no torch at the top: configurations read it.
 
 Shape legend: as in kernels/attention/__init__.py.
 """
@@ -31,7 +31,7 @@ def scaled_dot_product(
 
 
 def flex(query_BHTQ: Tensor, key_BHTQ: Tensor, value_BHTV: Tensor, scale: float, documents: Documents | None) -> Tensor:
-    """Calls torch's FlexAttention, compiled on CUDA, which skips blocks that nothing sees."""
+    """Calls torch's FlexAttention, compiled on CUDA, which skips fully masked blocks."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     def is_causal(b: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ def _compiled_flex() -> Any:
 def flash_attention(
     query_BHTQ: Tensor, key_BHTQ: Tensor, value_BHTV: Tensor, scale: float, documents: Documents | None
 ) -> Tensor:
-    """Calls the package `flash_attn`, to which documents are sequences of their own lengths."""
+    """Calls the package `flash_attn`, which takes documents as sequences of variable length."""
     from flash_attn import flash_attn_func, flash_attn_varlen_func  # type: ignore[import-not-found, unused-ignore]
 
     rows_BTH = [tensor.transpose(1, 2) for tensor in (query_BHTQ, key_BHTQ, value_BHTV)]

@@ -1,6 +1,6 @@
-"""Computes log-probabilities of targets under a linear head, and the gradients of losses of them.
+"""Computes log-probabilities of targets under a linear head, and gradients of losses that depend on them.
 
-`implementation`: None for the one that suits the operands' device.
+`implementation`: None selects the default for the operands' device.
 Shape legend: as in kernels/cross_entropy/reference.py.
 """
 
@@ -26,7 +26,7 @@ def linear_cross_entropy(
     wants_head: bool,
     implementation: Implementation | None = None,
 ) -> RowScores:
-    """Computes log-probabilities and gradients, as the function in `kernels.cross_entropy.reference`."""
+    """Computes log-probabilities and gradients, as the function in `kernels.cross_entropy.reference` does."""
     if is_reference(implementation, rows_ND.device):
         from kernels.cross_entropy.reference import linear_cross_entropy as run
     else:

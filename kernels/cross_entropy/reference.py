@@ -1,7 +1,8 @@
-"""Log-probabilities of targets under a linear head, and the gradients, without ever holding the logits of all rows.
+"""Log-probabilities of targets under a linear head, and the gradients, without storing the logits of all rows.
 
-Every objective that scores tokens is computed here: its gradient in a row's hidden state is a slope, one number, times
-that of the row's cross-entropy, -log p. Shape legend: N rows, C rows of a chunk, D hidden size, V vocabulary.
+Every objective that scores tokens is computed here: its gradient in a row's hidden state is one number, the slope,
+times the gradient of the row's cross-entropy, -log p. Shape legend: N rows, C rows of a chunk, D hidden size, V
+vocabulary.
 """
 
 from collections.abc import Callable
@@ -22,9 +23,9 @@ RowSlopes = Tensor | SlopeFunction
 
 @dataclass(frozen=True, slots=True)
 class RowScores:
-    """Log-probabilities of targets, 0 where a target is -100, and gradients, None if they were not requested.
+    """Log-probabilities of targets, 0 if a target is -100, and gradients, None if they were not requested.
 
-    In float32, or float64 for float64 rows; rows_ND in the rows' type.
+    All are float32, or float64 for float64 rows, except `rows_ND`, which has the type of the rows.
     """
 
     log_probs_N: Tensor
@@ -33,9 +34,10 @@ class RowScores:
 
 
 def chunk_rows(num_rows: int, vocab_size: int, dtype: torch.dtype) -> int:
-    """Rows whose logits are held at once: few enough for a cache, and enough to keep products efficient.
+    """Returns the number of rows whose logits are computed at a time.
 
-    Products of 16-bit numbers take so little time that more rows at once pay.
+    A chunk fits a cache and is large enough for efficient products. Products of 16-bit numbers are so fast that larger
+    chunks pay off.
     """
     most = CHUNK_LOGITS_16_BIT if dtype in (torch.bfloat16, torch.float16) else CHUNK_LOGITS
     return min(num_rows, max(SMALLEST_CHUNK_ROWS, most // vocab_size))
@@ -50,21 +52,22 @@ def linear_cross_entropy(
     wants_rows: bool,
     wants_head: bool,
 ) -> RowScores:
-    """Computes log softmax(rows head^T)[target] of each row and the gradients that are wanted, chunk by chunk.
+    """Computes log softmax(rows head^T)[target] of each row and the requested gradients, chunk by chunk.
 
-    The gradients are those of the sum over rows of slope * -log_prob, in which slopes are constants. Each chunk's
-    logits are computed once, in float32 or wider from the product on, and serve log-probabilities and gradients.
+    The gradients are those of the sum over rows of slope * -log_prob, with constant slopes. Each chunk's logits are
+    computed once, in float32 or wider starting with the product, and used for log-probabilities and gradients.
 
     Args:
         rows_ND: the head's input.
         head_VD: the head's matrix.
-        targets_N: int64, below V; -100 counts nothing.
-        row_slopes: [N], or a function of a chunk's log-probabilities that returns them, [C]; None: 1 for every row.
+        targets_N: int64, below V; rows with -100 are ignored.
+        row_slopes: slopes [N], or a function of a chunk's log-probabilities that returns them, [C]; None means 1 for
+            every row.
         wants_rows: whether to compute the gradient of the rows.
         wants_head: whether to compute the gradient of the head.
 
     Raises:
-        ValueError: operands that do not fit each other.
+        ValueError: the operands do not match.
         RuntimeError: a target is neither below V nor -100.
     """
     check_operands(rows_ND, head_VD, targets_N, row_slopes)
@@ -80,15 +83,15 @@ def linear_cross_entropy(
         scores.log_probs_N[chunk] = log_probs_C1[:, 0]
         if not wants_rows and not wants_head:
             continue
-        # The slope of -log p in each logit: softmax less 1 at the target, whether the target counts or not.
+        # Derivative of -log p in each logit: softmax minus 1 at the target, also for ignored targets.
         slopes_CV = logs_CV.exp_().scatter_add_(1, places_C1, logs_CV.new_full(places_C1.shape, -1.0))
         add_gradients(scores, chunk, slopes_CV.to(rows_ND.dtype), rows_ND, head_VD, targets_N, row_slopes)
-        del logs_CV, slopes_CV  # before the next chunk's logits are made
+        del logs_CV, slopes_CV  # frees memory before the next chunk's logits are computed
     return scores
 
 
 def empty_scores(rows_ND: Tensor, head_VD: Tensor, *, wants_rows: bool, wants_head: bool) -> RowScores:
-    """Makes room for the results of `linear_cross_entropy`; the head's gradient is zero if there are no rows."""
+    """Allocates the results of `linear_cross_entropy`; the head's gradient is zero if there are no rows."""
     wide = torch.promote_types(rows_ND.dtype, torch.float32)
     grad_head_VD = torch.empty_like(head_VD, dtype=wide) if wants_head else None
     if grad_head_VD is not None and not len(rows_ND):
@@ -107,22 +110,22 @@ def add_gradients(
     targets_N: Tensor,
     row_slopes: RowSlopes | None,
 ) -> None:
-    """Adds a chunk's part to the gradients that `scores` holds. Rows without a target are left out of the products.
+    """Adds a chunk's part to the gradients that `scores` holds. Rows without a target are excluded from the products.
 
     Args:
-        scores: with the chunk's log-probabilities.
-        chunk: its place among the rows; the first one begins at 0.
-        slopes_CV: of -log p in each logit, in the rows' type.
-        rows_ND: as of `linear_cross_entropy`, and so are the rest.
-        head_VD: ditto.
-        targets_N: ditto.
-        row_slopes: ditto.
+        scores: results with the chunk's log-probabilities.
+        chunk: position of the chunk among the rows; the first one begins at 0.
+        slopes_CV: derivatives of -log p in each logit, in the rows' type.
+        rows_ND: as in `linear_cross_entropy`.
+        head_VD: as in `linear_cross_entropy`.
+        targets_N: as in `linear_cross_entropy`.
+        row_slopes: as in `linear_cross_entropy`.
     """
     rows_CD, is_ignored_C1 = rows_ND[chunk], targets_N[chunk, None] == IGNORE
     slopes_C = None if row_slopes is None or callable(row_slopes) else row_slopes[chunk]
     if callable(row_slopes):
         slopes_C = row_slopes(scores.log_probs_N[chunk], chunk)
-    # A slope scales a row of each product rather than a row of logits, which is far longer.
+    # The slope scales a row of each product instead of a row of logits, which is much longer.
     if scores.rows_ND is not None:
         grad_CD = torch.mm(slopes_CV, head_VD, out=scores.rows_ND[chunk])
         if slopes_C is not None:
@@ -136,10 +139,10 @@ def add_gradients(
 
 
 def check_operands(rows_ND: Tensor, head_VD: Tensor, targets_N: Tensor, row_slopes: RowSlopes | None = None) -> None:
-    """Refuses operands of `linear_cross_entropy` that do not fit each other.
+    """Checks that the operands of `linear_cross_entropy` match.
 
     Raises:
-        ValueError: they are of other shapes or types, or on two devices.
+        ValueError: shapes or types do not match, or the operands are on two devices.
     """
     subject = "linear_cross_entropy"
     if rows_ND.dim() != 2 or head_VD.dim() != 2 or rows_ND.shape[1] != head_VD.shape[1]:
@@ -161,7 +164,7 @@ def check_operands(rows_ND: Tensor, head_VD: Tensor, targets_N: Tensor, row_slop
 
 
 def add_product(total_VD: Tensor, left_VC: Tensor, right_CD: Tensor, *, is_first: bool) -> None:
-    """Adds left times right to the total, which holds nothing yet where `is_first`; sums are in the total's type."""
+    """Adds left times right to the total in the total's type; overwrites it if `is_first`."""
     if total_VD.dtype == left_VC.dtype:
         torch.addmm(total_VD, left_VC, right_CD, beta=0 if is_first else 1, out=total_VD)
     elif is_first:

@@ -1,17 +1,17 @@
-"""Cross-entropy of a linear head in Triton: the reference's, its logits turned into slopes where they lie.
+"""Cross-entropy of a linear head in Triton, as in the reference; derivatives overwrite the logits in place.
 
     kernel  grid       tile                  accumulator                     rounding
     slopes  (C rows)   1 x block_columns,    float32 (float64 of float64)    slopes once, to nearest even, into the
                        twice along a row     in registers, sums of a row     logits' type
                                              block by block in their order
 
-Bound by memory. A program owns a row of logits: in the first pass it finds the row's maximum and the sum of exponents
-below it, in the second it writes each logit's slope, softmax less 1 at the target, over the logit; what the second pass
-reads mostly lies in a cache still. A row that counts nothing is filled with zeros. Nothing is atomic. Products, and
-their scaling by the slope of a row, are torch's. Every offset of a row is computed in int64. Masks: columns beyond the
-last (minus infinity, which adds nothing). A target that is neither below V nor -100 reads nothing and makes its row's
-nats NaN; it is named under TRITON_DEBUG=1 alone, as a check on the host would cost a synchronisation. Tensors must be
-on the current device. Shape legend: N rows, C rows of a chunk, D hidden size, V vocabulary.
+Bound by memory. A program owns a row of logits. Its first pass finds the row's maximum and the sum of exponentials. Its
+second pass overwrites each logit by its slope, softmax minus 1 at the target, and mostly reads from a cache. An ignored
+row is filled with zeros. There are no atomics. torch computes the products and scales them by the slope of a row. Row
+offsets are int64. Masks exclude columns beyond the last (minus infinity, which adds nothing). A target that is neither
+below V nor -100 reads nothing and makes its row's nats NaN. Only TRITON_DEBUG=1 reports it, because a check on the host
+would need a host sync. Tensors must be on the current device. Shape legend: N rows, C rows of a chunk, D hidden size, V
+vocabulary.
 """
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from kernels.cross_entropy.reference import IGNORE, RowScores, RowSlopes, add_gradients, check_operands, empty_scores
 
-CHUNK_LOGITS = 2**27  # 256 megabytes in 16 bits: enough rows of a large vocabulary to keep a GPU's products efficient
+CHUNK_LOGITS = 2**27  # 256 MB in 16 bits: enough rows of a large vocabulary for efficient products on a GPU
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -37,7 +37,7 @@ def slopes_kernel(
     HAS_SLOPES: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ) -> None:
-    """Nats of a row, and its slopes in place of its logits."""
+    """Computes the nats of a row, and overwrites its logits by their slopes."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * logits_stride
     columns = tl.arange(0, BLOCK_COLUMNS)
@@ -53,7 +53,7 @@ def slopes_kernel(
     for first in tl.range(0, num_columns, BLOCK_COLUMNS):
         values = tl.load(logits + first + columns, mask=first + columns < num_columns, other=float("-inf")).to(WIDE)
         highest = tl.maximum(largest, tl.max(values, axis=0))
-        # Of nothing but minus infinities so far; infinity less itself would be no number.
+        # Only minus infinities so far: infinity minus infinity would be NaN.
         shift = tl.where(highest == float("-inf"), 0.0, highest)
         total = total * tl.exp(largest - shift) + tl.sum(tl.exp(values - shift), axis=0)
         largest = highest
@@ -77,15 +77,17 @@ def nats_and_slopes_(
     block_columns: int = 8192,
     num_warps: int = 8,
 ) -> None:
-    """Writes the nats of each row, and over the logits their slopes: softmax less 1 at the target, 0 where it is -100.
+    """Writes the nats of each row, and overwrites the logits by their slopes if `has_slopes`.
+
+    A slope is softmax minus 1 at the target, or 0 if the target is -100.
 
     Args:
-        logits_CV: floating point, its rows may lie apart in memory; overwritten where `has_slopes`.
-        targets_C: int64, below V; -100 counts nothing.
+        logits_CV: floating point, rows may be strided; overwritten if `has_slopes`.
+        targets_C: int64, below V; rows with -100 are ignored.
         nats_C: float32 (float64 for float64 logits), contiguous; overwritten.
-        has_slopes: whether slopes are wanted.
-        block_columns: logits that a program works on at a time; a power of two.
-        num_warps: of a program.
+        has_slopes: whether to compute slopes.
+        block_columns: logits that a program processes at a time, a power of two.
+        num_warps: warps per program.
     """
     num_rows, num_columns = logits_CV.shape
     if num_rows == 0:
@@ -118,23 +120,23 @@ def linear_cross_entropy(
     block_columns: int = 8192,
     num_warps: int = 8,
 ) -> RowScores:
-    """Computes log softmax(rows head^T)[target] of each row and the gradients that are wanted, chunk by chunk.
+    """Computes log softmax(rows head^T)[target] of each row and the requested gradients, chunk by chunk.
 
-    Each chunk's logits are computed once, in the rows' type, and serve log-probabilities and gradients, in place.
+    Each chunk's logits are computed once, in the rows' type; the gradients overwrite them.
 
     Args:
         rows_ND: the head's input.
         head_VD: the head's matrix, in the rows' type.
-        targets_N: int64, below V; -100 counts nothing.
+        targets_N: int64, below V; rows with -100 are ignored.
         row_slopes: as in `kernels.cross_entropy.reference`.
         wants_rows: whether to compute the gradient of the rows.
         wants_head: whether to compute the gradient of the head.
-        chunk_logits: held at once, about.
-        block_columns: logits that a program works on at a time; a power of two.
-        num_warps: of a program.
+        chunk_logits: approximate number of logits computed at a time.
+        block_columns: logits that a program processes at a time, a power of two.
+        num_warps: warps per program.
 
     Raises:
-        ValueError: operands that do not fit each other.
+        ValueError: the operands do not match.
     """
     check_operands(rows_ND, head_VD, targets_N, row_slopes)
     num_rows, vocab_size = len(rows_ND), len(head_VD)

@@ -1,6 +1,6 @@
 """Runs SwiGLU experts over rows sorted by expert, and computes their gradients.
 
-`implementation`: None for the one that suits the operands. Shape legend: as in kernels/expert_mlp/reference.py.
+`implementation`: None selects the default for the operands. Shape legend: as in kernels/expert_mlp/reference.py.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ExpertImplementation = Literal["reference", "batched", "grouped"]
 def choose_expert_implementation(
     device: torch.device, dtype: torch.dtype, hidden: int, width: int
 ) -> ExpertImplementation:
-    """Returns `grouped` if torch's products take such rows; on CPU `batched` for 16 bits; else `reference`."""
+    """Returns `grouped` if torch's grouped product fits, else `batched` (16 bits on CPU) or `reference`."""
     import torch
 
     from kernels.grouped_gemm import native
@@ -42,7 +42,7 @@ def expert_mlp(
     *,
     implementation: ExpertImplementation | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Returns out_AD and hidden_AH, as `kernels.expert_mlp.reference.expert_mlp`."""
+    """Returns out_AD and hidden_AH, as `kernels.expert_mlp.reference.expert_mlp` does."""
     module = _module(implementation, rows_ND, down_EDM.shape[2])
     made: tuple[Tensor, Tensor] = module.expert_mlp(
         rows_ND, weights_A, gate_up_EHD, down_EDM, counts, tokens_A, gated_AM
@@ -62,9 +62,9 @@ def expert_mlp_backward(
     rows_ND: Tensor | None = None,
     implementation: ExpertImplementation | None = None,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """Computes gradients of rows, weights, and of the experts or of hidden values.
+    """Computes gradients of the rows and routing weights, and of the experts or of the hidden values.
 
-    As `kernels.expert_mlp.reference.expert_mlp_backward`.
+    See `kernels.expert_mlp.reference.expert_mlp_backward`.
     """
     module = _module(implementation, grad_ND, down_EDM.shape[2])
     made: tuple[Tensor, Tensor, tuple[Tensor, ...]] = module.expert_mlp_backward(
@@ -80,7 +80,7 @@ def gate_up_gradient(
     *,
     implementation: ExpertImplementation | None = None,
 ) -> Tensor:
-    """Computes the gradient of gate and up: EHD, as `kernels.expert_mlp.reference.gate_up_gradient`."""
+    """Computes the gradient of gate and up, EHD, as `kernels.expert_mlp.reference.gate_up_gradient` does."""
     module = _module(implementation, rows_AD, grad_hidden_AH.shape[1] // 2)
     made: Tensor = module.gate_up_gradient(grad_hidden_AH, rows_AD, counts)
     return made
@@ -95,7 +95,7 @@ def down_gradient(
     *,
     implementation: ExpertImplementation | None = None,
 ) -> Tensor:
-    """Computes the gradient of down: EDM, as `kernels.expert_mlp.reference.down_gradient`."""
+    """Computes the gradient of down, EDM, as `kernels.expert_mlp.reference.down_gradient` does."""
     module = _module(implementation, grad_AD, hidden_AH.shape[1] // 2)
     made: Tensor = module.down_gradient(grad_AD, weights_A, hidden_AH, counts, gated_AM)
     return made

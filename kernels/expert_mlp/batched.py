@@ -1,9 +1,9 @@
-"""SwiGLU experts as batched products over as many rows for each expert: for 16-bit numbers on CPU.
+"""SwiGLU experts as batched products with the same number of rows for each expert, for 16-bit numbers on CPU.
 
-There a product takes less time than starting it, and each new shape is compiled first: one product over all experts,
-in few shapes, is faster than one per expert, although experts with few rows are filled up. Where they would have to be
-filled up to more than four times the rows, `reference.py` does it. Shape legend: as there; C rows of each expert after
-that; S = E C.
+A product on CPU takes less time than its launch, and each new shape is compiled first. One product over all experts, in
+few shapes, is therefore faster than one per expert, although experts with few rows are padded. If padding would more
+than quadruple the rows, `reference.py` runs instead. Shape legend: as in reference.py; C rows of each expert after
+padding; S = E C.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,13 @@ MOST_FILLED = 4
 
 @dataclass(frozen=True, slots=True)
 class _Slots:
-    """Where rows stand when filled up. rows_S: of each slot. filled: slots without a row. places_A: of each row."""
+    """Positions of rows after padding.
+
+    Attributes:
+        rows_S: row of each slot.
+        filled: slots without a row.
+        places_A: slot of each row.
+    """
 
     rows_S: Tensor
     filled: Tensor
@@ -29,13 +35,13 @@ class _Slots:
     num_experts: int
 
     def scatter(self, values_ND: Tensor, tokens_A: Tensor | None = None) -> Tensor:
-        """ECD: each slot's value, zero where it has no row. tokens_A: the given row of each place."""
+        """Returns each slot's value, ECD, zero in a slot without a row. `tokens_A`: the given row of each place."""
         rows_S = self.rows_S if tokens_A is None else tokens_A.index_select(0, self.rows_S)
         values_SD = values_ND.index_select(0, rows_S).index_fill_(0, self.filled, 0)
         return values_SD.view(self.num_experts, -1, values_ND.shape[1])
 
     def gather(self, values_ECD: Tensor) -> Tensor:
-        """AD: each row's value."""
+        """Returns each row's value, AD."""
         return values_ECD.flatten(0, 1).index_select(0, self.places_A)
 
 
@@ -48,7 +54,7 @@ def expert_mlp(
     tokens_A: Tensor | None = None,
     gated_AM: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As `reference.expert_mlp`."""
+    """Implements `reference.expert_mlp`."""
     slots = _fill(counts)
     if slots is None:
         return reference.expert_mlp(rows_ND, weights_A, gate_up_EHD, down_EDM, counts, tokens_A, gated_AM)
@@ -70,7 +76,7 @@ def expert_mlp_backward(
     *,
     rows_ND: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """As `reference.expert_mlp_backward`."""
+    """Implements `reference.expert_mlp_backward`."""
     slots = _fill(counts)
     if slots is None:
         given = (grad_ND, weights_A, hidden_AH, gate_up_EHD, down_EDM, counts, tokens_A)
@@ -89,7 +95,7 @@ def expert_mlp_backward(
 
 
 def gate_up_gradient(grad_hidden_AH: Tensor, rows_AD: Tensor, counts: Sequence[int]) -> Tensor:
-    """As `reference.gate_up_gradient`."""
+    """Implements `reference.gate_up_gradient`."""
     slots = _fill(counts)
     if slots is None:
         return reference.gate_up_gradient(grad_hidden_AH, rows_AD, counts)
@@ -99,7 +105,7 @@ def gate_up_gradient(grad_hidden_AH: Tensor, rows_AD: Tensor, counts: Sequence[i
 def down_gradient(
     grad_AD: Tensor, weights_A: Tensor, hidden_AH: Tensor, counts: Sequence[int], gated_AM: Tensor | None = None
 ) -> Tensor:
-    """As `reference.down_gradient`."""
+    """Implements `reference.down_gradient`."""
     slots = _fill(counts)
     if slots is None:
         return reference.down_gradient(grad_AD, weights_A, hidden_AH, counts, gated_AM)
@@ -109,7 +115,7 @@ def down_gradient(
 
 
 def _fill(counts: Sequence[int]) -> _Slots | None:
-    """The slots of so many rows of each expert; None where too many would stand empty, or there are no rows."""
+    """Returns the slots for these counts, or None if too many would be empty or there are no rows."""
     total, num_experts = sum(counts), len(counts)
     size = -(-max(counts, default=0) // STEP_ROWS) * STEP_ROWS
     if not total or size * num_experts > MOST_FILLED * max(total, num_experts * STEP_ROWS):

@@ -1,4 +1,4 @@
-"""SwiGLU experts as grouped products over the rows of all experts at once: for devices that keep many of them busy.
+"""SwiGLU experts as grouped products over the rows of all experts at once, for devices that run many in parallel.
 
 Shape legend: as in reference.py.
 """
@@ -21,7 +21,7 @@ def expert_mlp(
     tokens_A: Tensor | None = None,
     gated_AM: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As `reference.expert_mlp`."""
+    """Implements `reference.expert_mlp`."""
     hidden_AH = grouped_rows(_sorted(rows_ND, tokens_A), gate_up_EHD, counts)
     made_AM = torch.mul(swiglu(*hidden_AH.chunk(2, 1)), weights_A[:, None], out=gated_AM)
     return grouped_rows(made_AM, down_EDM, counts), hidden_AH
@@ -38,7 +38,7 @@ def expert_mlp_backward(
     *,
     rows_ND: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """As `reference.expert_mlp_backward`."""
+    """Implements `reference.expert_mlp_backward`."""
     grad_AD = _sorted(grad_ND, tokens_A)
     grad_gated_AM = grouped_rows(grad_AD, down_EDM.transpose(1, 2), counts)
     plain_AM = swiglu(*hidden_AH.chunk(2, 1))
@@ -52,14 +52,14 @@ def expert_mlp_backward(
 
 
 def gate_up_gradient(grad_hidden_AH: Tensor, rows_AD: Tensor, counts: Sequence[int]) -> Tensor:
-    """As `reference.gate_up_gradient`."""
+    """Implements `reference.gate_up_gradient`."""
     return grouped_weight(grad_hidden_AH, rows_AD, counts)
 
 
 def down_gradient(
     grad_AD: Tensor, weights_A: Tensor, hidden_AH: Tensor, counts: Sequence[int], gated_AM: Tensor | None = None
 ) -> Tensor:
-    """As `reference.down_gradient`."""
+    """Implements `reference.down_gradient`."""
     if gated_AM is None:
         gated_AM = swiglu(*hidden_AH.chunk(2, 1)).mul_(weights_A[:, None])
     return grouped_weight(grad_AD, gated_AM, counts)

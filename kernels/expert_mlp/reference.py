@@ -1,8 +1,8 @@
-"""SwiGLU experts over rows sorted by expert, a few experts at a time, so that what is between stays in the cache.
+"""SwiGLU experts over rows sorted by expert, a few experts at a time, so that intermediate values stay in the cache.
 
 Shape legend: N rows given, A rows in the experts' order, D hidden size, E experts, M expert intermediate size, H = 2 M
-gate and up side by side, R rows of a block of experts. `counts`, rows of each expert, lives on the host. `tokens_A`
-names the given row of each place in the experts' order; None: rows are given in that order.
+gate and up side by side, R rows of a block of experts. `counts`, the rows of each expert, is on the host. `tokens_A`
+holds the given row of each place in the experts' order; None means that rows are given in that order.
 """
 
 from collections.abc import Sequence
@@ -14,12 +14,17 @@ from torch.nn import functional
 
 from kernels.swiglu.reference import gated_backward, swiglu
 
-BLOCK_NUMBERS = 2**20  # four megabytes of float32
+BLOCK_NUMBERS = 2**20  # 4 MB of float32
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertBlock:
-    """Experts after one another. rows: theirs among all. experts: each one's number and its rows within the block."""
+    """Consecutive experts.
+
+    Attributes:
+        rows: their rows among all rows.
+        experts: number of each expert, and its rows within the block.
+    """
 
     rows: slice
     experts: tuple[tuple[int, slice], ...]
@@ -31,10 +36,10 @@ class ExpertBlock:
 
 
 def cut_into_blocks(counts: Sequence[int], width: int) -> list[ExpertBlock]:
-    """Blocks of whole experts, so many that what lies between their products stays in the cache.
+    """Returns blocks of whole experts, sized so that the values between their products stay in the cache.
 
     Args:
-        counts: rows of each expert.
+        counts: rows per expert.
         width: numbers that a row has between the products.
     """
     most, first, blocks = max(1, BLOCK_NUMBERS // width), 0, list[ExpertBlock]()
@@ -58,16 +63,16 @@ def expert_mlp(
     tokens_A: Tensor | None = None,
     gated_AM: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(out_AD, hidden_AH): hidden = row gate_up^T, out = (silu(gate) * up * weight) down^T.
+    """Computes (out_AD, hidden_AH): hidden = row gate_up^T, out = (silu(gate) * up * weight) down^T.
 
     Args:
-        rows_ND: of any floating type.
-        weights_A: routing weight of each row, in the rows' type; applied where rows are narrow.
-        gate_up_EHD: gate rows first.
-        down_EDM: of each expert.
-        counts: rows of each expert, may be 0.
-        tokens_A: see above.
-        gated_AM: memory for what is in brackets, if it is to be kept.
+        rows_ND: rows of any floating type.
+        weights_A: routing weight of each row, in the rows' type; multiplied before `down`, as rows are narrower there.
+        gate_up_EHD: gate and up projections, gate rows first.
+        down_EDM: down projection of each expert.
+        counts: rows per expert; may be 0.
+        tokens_A: given row of each place; see the module.
+        gated_AM: buffer for silu(gate) * up * weight; None discards it.
     """
     width, size = down_EDM.shape[2], len(weights_A)
     out_AD, hidden_AH = rows_ND.new_empty(size, rows_ND.shape[1]), rows_ND.new_empty(size, 2 * width)
@@ -92,21 +97,21 @@ def expert_mlp_backward(
     *,
     rows_ND: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """Gradients of `expert_mlp` in its rows, in the experts' order (AD), in its weights (A), and more.
+    """Computes the gradients of `expert_mlp` in its rows (AD, in the experts' order), in its weights (A), and more.
 
     Args:
-        grad_ND: of the output; of the sum per token where there are `tokens_A`.
-        weights_A: as in the forward, and so are the others.
-        hidden_AH: the forward's.
+        grad_ND: gradient of the output, or of the sum per token if `tokens_A` is given.
+        weights_A: as in the forward.
+        hidden_AH: hidden values that the forward returned.
         gate_up_EHD: as in the forward.
         down_EDM: as in the forward.
         counts: as in the forward.
         tokens_A: as in the forward.
-        rows_ND: the forward's rows, if the experts' own gradients are wanted now.
+        rows_ND: rows of the forward, to compute the experts' gradients now; None defers them.
 
     Returns:
-        Gradients of rows, of weights, and of gate_up (EHD) and down (EDM), or without `rows_ND` of hidden (AH) instead,
-        from which `gate_up_gradient` can make the former later.
+        Gradients of rows and weights, then of gate_up (EHD) and down (EDM). Without `rows_ND`, the gradient of hidden
+        (AH) replaces the last two; `gate_up_gradient` needs it.
     """
     width, size = down_EDM.shape[2], len(weights_A)
     grad_rows_AD, grad_weights_A = grad_ND.new_empty(size, grad_ND.shape[1]), torch.empty_like(weights_A)
@@ -131,7 +136,7 @@ def expert_mlp_backward(
 
 
 def gate_up_gradient(grad_hidden_AH: Tensor, rows_AD: Tensor, counts: Sequence[int]) -> Tensor:
-    """Gradient of `expert_mlp` in gate_up, EHD; zero for an expert without rows."""
+    """Computes the gradient of `expert_mlp` in gate_up, EHD; zero for an expert without rows."""
     grad_EHD = rows_AD.new_empty(len(counts), grad_hidden_AH.shape[1], rows_AD.shape[1])
     for block in cut_into_blocks(counts, grad_hidden_AH.shape[1]):
         _outer_products(grad_hidden_AH[block.rows], rows_AD[block.rows], grad_EHD, block)
@@ -142,7 +147,10 @@ def gate_up_gradient(grad_hidden_AH: Tensor, rows_AD: Tensor, counts: Sequence[i
 def down_gradient(
     grad_AD: Tensor, weights_A: Tensor, hidden_AH: Tensor, counts: Sequence[int], gated_AM: Tensor | None = None
 ) -> Tensor:
-    """Gradient of `expert_mlp` in down, EDM; zero for an expert without rows. gated_AM: as it was kept, if it was."""
+    """Computes the gradient of `expert_mlp` in down, EDM; zero for an expert without rows.
+
+    `gated_AM`: the gated values that the forward stored, or None to compute them again.
+    """
     width = hidden_AH.shape[1] // 2
     grad_EDM = grad_AD.new_empty(len(counts), grad_AD.shape[1], width)
     for block in cut_into_blocks(counts, 2 * width):
@@ -160,14 +168,14 @@ def _gather(rows_ND: Tensor, tokens_A: Tensor | None, block: ExpertBlock) -> Ten
 
 
 def _products(left_RK: Tensor, right_EKN: Tensor, out_RN: Tensor, block: ExpertBlock) -> Tensor:
-    """Each expert's rows times its matrix, into out_RN, which is also returned."""
+    """Multiplies each expert's rows by its matrix, writes the result to out_RN and returns it."""
     for expert, rows in block.experts:
         torch.mm(left_RK[rows], right_EKN[expert], out=out_RN[rows])
     return out_RN
 
 
 def _outer_products(left_RN: Tensor, right_RK: Tensor, out_ENK: Tensor, block: ExpertBlock) -> None:
-    """The transpose of each expert's rows on the left times those on the right, into its matrix of out_ENK."""
+    """Writes each expert's transposed left rows times its right rows to its matrix of out_ENK."""
     for expert, rows in block.experts:
         torch.mm(left_RN[rows].t(), right_RK[rows], out=out_ENK[expert])
 

@@ -1,6 +1,6 @@
 """Multiplies matrices in FP8.
 
-`implementation`: None for the one that suits the operands' device. Shape legend: as in kernels/gemm_fp8/reference.py.
+`implementation`: None selects the default for the operands' device. Shape legend: as in kernels/gemm_fp8/reference.py.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def gemm_fp8(
     left: Quantized, right: QuantizedBlocks, dtype: torch.dtype, *, implementation: Implementation | None = None
 ) -> Tensor:
-    """Multiplies by a weight, left right^T: MN, as `kernels.gemm_fp8.reference.gemm_fp8`."""
+    """Multiplies by a weight, left right^T, MN, as `kernels.gemm_fp8.reference.gemm_fp8` does."""
     products = _products(implementation or choose_product_implementation(left.codes.device))
     return products.gemm_fp8(left, right, dtype)
 
@@ -28,7 +28,7 @@ def gemm_fp8(
 def gemm_fp8_columns(
     left: QuantizedColumns, right: QuantizedColumns, *, implementation: Implementation | None = None
 ) -> Tensor:
-    """Multiplies over the rows of all groups, left right^T: MN in float32, as `kernels.gemm_fp8.reference`."""
+    """Multiplies over the rows of all groups, left right^T, MN in float32, as `kernels.gemm_fp8.reference` does."""
     products = _products(implementation or choose_product_implementation(left.codes.device))
     return products.gemm_fp8_columns(left, right)
 
@@ -41,7 +41,7 @@ class _Products(Protocol):
 
 @cache
 def _products(implementation: Implementation) -> _Products:
-    """Returns an implementation, which keeps what its tuner found out."""
+    """Returns an implementation, which caches the tilings that its tuner chose."""
     match implementation:
         case "reference":
             from kernels.gemm_fp8 import reference

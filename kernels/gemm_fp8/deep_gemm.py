@@ -1,12 +1,12 @@
-"""Products in FP8 by the package `deep_gemm` (version 2), where it is installed and made for the operands.
+"""Products in FP8 by the package `deep_gemm` (version 2), if it is installed and supports the operands.
 
-On Hopper it wants both operands with K contiguous and scales in float32; it transposes those by row itself, so that
-they begin at multiples of 16 bytes for each 128 of K. Rows that lie apart, as those of a packed message do, are copied
-together first. A weight with blocks gives bfloat16 and nothing else; scales by
-row on both sides give float32, added to what the result holds already.
+On Hopper it requires both operands with K contiguous and scales in float32. It transposes row scales itself, so that
+they begin at multiples of 16 bytes for each 128 of K. Strided rows, such as those of a packed message, are copied
+first. A weight with block scales gives only bfloat16. Row scales on both sides give float32, added to the result's
+previous content.
 
 Shape legend: M rows of the left operand, N rows of the right one, K numbers in a row of both, P rows of all groups,
-each filled up to a multiple of 128.
+each padded to a multiple of 128.
 """
 
 from collections.abc import Callable
@@ -26,20 +26,20 @@ Columns = Callable[[QuantizedColumns, QuantizedColumns], Tensor]
 
 
 class DeepGemm:
-    """Both products by the package, and those that it is not made for by another implementation."""
+    """Computes both products by the package, and unsupported ones by a fallback."""
 
     def __init__(self, fallback: RowsByBlocks, columns_fallback: Columns) -> None:
-        """Names the other implementation.
+        """Sets the fallback.
 
         Args:
-            fallback: `kernels.gemm_fp8.triton.gemm_fp8` or its like.
-            columns_fallback: `kernels.gemm_fp8.triton.gemm_fp8_columns` or its like.
+            fallback: `kernels.gemm_fp8.triton.gemm_fp8` or an equivalent function.
+            columns_fallback: `kernels.gemm_fp8.triton.gemm_fp8_columns` or an equivalent function.
         """
         self._fallback = fallback
         self._columns_fallback = columns_fallback
 
     def gemm_fp8(self, left: Quantized, right: QuantizedBlocks, dtype: torch.dtype) -> Tensor:
-        """As `kernels.gemm_fp8.reference.gemm_fp8`."""
+        """Implements `kernels.gemm_fp8.reference.gemm_fp8`."""
         num_rows, num_outputs, depth = check_rows_by_blocks("gemm_fp8", left, right)
         suits = dtype == torch.bfloat16 and num_rows > 0 and _fits(num_outputs, OUTPUTS_MULTIPLE)
         if not suits or not _fits(depth, TILE) or not _in_order(*right):
@@ -51,7 +51,7 @@ class DeepGemm:
         return out_MN
 
     def gemm_fp8_columns(self, left: QuantizedColumns, right: QuantizedColumns) -> Tensor:
-        """As `kernels.gemm_fp8.reference.gemm_fp8_columns`."""
+        """Implements `kernels.gemm_fp8.reference.gemm_fp8_columns`."""
         num_rows, num_outputs, depth = check_columns("gemm_fp8_columns", left, right)
         suits = _fits(num_rows, OUTPUTS_MULTIPLE) and _fits(num_outputs, OUTPUTS_MULTIPLE)
         if not suits or not _fits(depth, TILE) or not _in_order(*left, *right):
@@ -64,7 +64,7 @@ class DeepGemm:
 
 
 def make_rows_contiguous(rows: Quantized) -> Quantized:
-    """The same rows and scales, one row after the other from where the package can read them."""
+    """Returns the rows and scales in contiguous memory, aligned as the package requires."""
     codes = rows.codes.contiguous()
     codes = codes if codes.data_ptr() % ALIGNMENT_BYTES == 0 else codes.clone()
     return Quantized(codes, rows.scales.contiguous())

@@ -1,4 +1,4 @@
-"""Which matrices can be described to Hopper's engine for copying tiles (TMA), and the memory for descriptions."""
+"""Conditions for copying tiles of a matrix by Hopper's tensor memory accelerator (TMA), and memory for descriptors."""
 
 from functools import partial
 
@@ -11,9 +11,9 @@ LARGEST_DESCRIBED_BYTES = 4  # of a number
 
 
 def is_describable(matrix: Tensor) -> bool:
-    """Whether tiles of a matrix can be moved by descriptor: it begins, and its rows follow, at multiples of 16 bytes.
+    """Whether tiles of a matrix can be moved by descriptor: the matrix and its rows begin at multiples of 16 bytes.
 
-    And they lie in order: a row is contiguous, and no longer than the way to the next.
+    In addition a row must be contiguous and no longer than the row stride.
     """
     row_stride, column_stride = matrix.stride()
     in_order = column_stride == 1 and row_stride >= max(1, matrix.shape[1])
@@ -22,7 +22,7 @@ def is_describable(matrix: Tensor) -> bool:
 
 
 def make_describable(matrix: Tensor) -> Tensor:
-    """The matrix where it is `is_describable`, else a copy that is, its rows apart by whole multiples of 16 bytes."""
+    """Returns the matrix if it `is_describable`, else a copy whose rows begin at multiples of 16 bytes."""
     if is_describable(matrix):
         return matrix
     num_rows, num_columns = matrix.shape
@@ -32,13 +32,13 @@ def make_describable(matrix: Tensor) -> Tensor:
 
 
 def allow_descriptors(device: torch.device) -> None:
-    """Lets the kernels launched next, by this thread, make descriptors; to be called before each such launch.
+    """Lets this thread's next kernel launches create descriptors; must be called before each such launch.
 
-    The allocator belongs to Triton and to a thread, and autograd runs a backward pass in a thread of its own.
+    Triton's allocator is set per thread, and autograd runs a backward pass in its own thread.
     """
     triton.set_allocator(partial(_workspace, device))
 
 
 def _workspace(device: torch.device, size: int, alignment: int, stream: int | None) -> Tensor:
-    # Torch's allocator aligns to 512 bytes, and gives memory back for use on the same stream only.
+    # Torch's allocator aligns to 512 bytes and reuses memory only on the same stream.
     return torch.empty(size, dtype=torch.int8, device=device)

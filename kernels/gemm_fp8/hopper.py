@@ -1,11 +1,11 @@
-"""How Hopper's tensor cores add products of FP8 codes, emulated: what promotion to float32 is good for.
+"""Emulates how Hopper's tensor cores accumulate products of FP8 codes, to measure the effect of promotion to float32.
 
-They align 32 products and the sum so far to the largest exponent among them, and keep 14 bits of each
-(arXiv:2412.19437, section 3.3.2, "increasing accumulation precision"). Bits beyond are cut off here, not rounded: so
-the sum of numbers of one sign falls behind, the more the longer it has become. The paper reports nearly 2 % at worst
-for random operands and 4096 products; how those were drawn it does not say.
+They align 32 products and the running sum to the largest exponent among them, and keep 14 bits of each
+(arXiv:2412.19437, section 3.3.2, "increasing accumulation precision"). The emulation truncates the other bits instead
+of rounding them, so a sum of numbers of one sign becomes too small, and more so with its length. The paper reports
+nearly 2 % at worst for random operands and 4096 products, but not their distribution.
 
-Shape legend: M rows of the left operand, N rows of the right one, K numbers in a row of both, R rows worked on at a
+Shape legend: M rows of the left operand, N rows of the right one, K numbers in a row of both, R rows processed at a
 time, P products added at once (32).
 """
 
@@ -21,11 +21,11 @@ CHUNK_NUMBERS = 2**20
 
 
 class AccumulationErrors(NamedTuple):
-    """What adding alone costs, in units of the results' root mean square.
+    """Errors caused by accumulation alone, relative to the root mean square of the results.
 
     Attributes:
-        random: largest error where operands are standard normal.
-        same_sign: largest error where they are uniform in [0, 1), so that nothing cancels.
+        random: largest error if operands are standard normal.
+        same_sign: largest error if they are uniform in [0, 1), so that nothing cancels.
     """
 
     random: float
@@ -33,12 +33,12 @@ class AccumulationErrors(NamedTuple):
 
 
 def accumulate(left_MK: Tensor, right_NK: Tensor, promotion: int | None) -> Tensor:
-    """`left right^T` of codes as Hopper's tensor cores add it up.
+    """Computes `left right^T` of codes as Hopper's tensor cores accumulate it.
 
     Args:
         left_MK: float8_e4m3fn, without scales.
-        right_NK: likewise.
-        promotion: products after which the sum so far is added to one in float32 and begins anew; None for never.
+        right_NK: float8_e4m3fn, without scales.
+        promotion: number of products after which the running sum is added to a float32 sum and reset; None for never.
 
     Returns:
         float32 [M, N].
@@ -60,11 +60,11 @@ def accumulate(left_MK: Tensor, right_NK: Tensor, promotion: int | None) -> Tens
 
 
 def accumulation_errors(depth: int, promotion: int | None, size: int = 16) -> AccumulationErrors:
-    """Errors of `accumulate` against exact sums of the same codes: what rounding to codes costs is not in them.
+    """Measures errors of `accumulate` against exact sums of the same codes, which excludes rounding to codes.
 
     Args:
-        depth: products of a sum.
-        promotion: as of `accumulate`.
+        depth: number of products per sum.
+        promotion: as in `accumulate`.
         size: rows of both operands.
     """
     generator = torch.Generator().manual_seed(0)
@@ -97,5 +97,5 @@ def _accumulate_rows(left_RK: Tensor, right_NK: Tensor, promotion: int | None) -
 
 
 def _unit(magnitudes: Tensor) -> Tensor:
-    """The last of the bits kept of numbers as large as these, for each."""
+    """Returns for each magnitude the value of the last bit that is kept."""
     return torch.ldexp(torch.ones_like(magnitudes), torch.frexp(magnitudes).exponent - KEPT_BITS)

@@ -1,13 +1,13 @@
 """Products of matrices in FP8 codes and scales, in plain PyTorch and float32.
 
 A value is its code times its scale, rounded to float32; values are then multiplied and added in float32. The kernels
-multiply codes and scale the sum over each 128 of K instead. Both are as exact: a value's rounding is at most 2^-24 of
-it, none where scales are powers of two, which is no more than a product's own rounding on the way into a sum. And one
-product of whole matrices takes the least time on a CPU: a pass over the result for every 128 of K costs more than one
-over the operands.
+instead multiply codes and scale the sum over each 128 of K. Both are equally exact: rounding a value costs at most
+2^-24 of it, and nothing if scales are powers of two, which is at most the rounding of a product as it enters a sum. One
+product of whole matrices is the fastest on a CPU: a pass over the result for every 128 of K costs more than one over
+the operands.
 
 Shape legend: M rows of the left operand, N rows of the right one, K numbers in a row of both, P rows of all groups,
-each filled up to a multiple of 128.
+each padded to a multiple of 128.
 """
 
 import torch
@@ -27,18 +27,18 @@ from kernels.quantize.reference_blocks import dequantize_128x128
 
 
 def gemm_fp8(left: Quantized, right: QuantizedBlocks, dtype: torch.dtype) -> Tensor:
-    """Product with a weight, `left right^T` (arXiv:2412.19437, section 3.3.2).
+    """Multiplies by a weight, `left right^T` (arXiv:2412.19437, section 3.3.2).
 
     Args:
-        left: codes [M, K] with scales by 1 x 128; of activations, or of gradients.
-        right: codes [N, K] with scales by 128 x 128; of a weight, or of its transpose.
-        dtype: of the result.
+        left: codes [M, K] with scales by 1 x 128, of activations or gradients.
+        right: codes [N, K] with scales by 128 x 128, of a weight or its transpose.
+        dtype: type of the result.
 
     Returns:
         [M, N], rounded once, to `dtype`. A row or a block that is NaN makes its rows or columns NaN.
 
     Raises:
-        ValueError: the operands do not fit each other.
+        ValueError: the operands do not match.
     """
     check_rows_by_blocks("gemm_fp8", left, right)
     left_MK, right_NK = dequantize_1x128(left, torch.float32), dequantize_128x128(right, torch.float32)
@@ -46,17 +46,17 @@ def gemm_fp8(left: Quantized, right: QuantizedBlocks, dtype: torch.dtype) -> Ten
 
 
 def gemm_fp8_columns(left: QuantizedColumns, right: QuantizedColumns) -> Tensor:
-    """Product over the rows of all groups, `left right^T`: a weight's gradient (arXiv:2412.19437, section 3.3.2).
+    """Multiplies over the rows of all groups, `left right^T`: a weight's gradient (arXiv:2412.19437, section 3.3.2).
 
     Args:
-        left: codes [M, P] with scales by 128 of P; of the outputs' gradient.
-        right: codes [N, P] likewise; of the inputs.
+        left: codes [M, P] with scales by 128 of P, of the outputs' gradient.
+        right: codes [N, P] with scales by 128 of P, of the inputs.
 
     Returns:
-        float32 [M, N]; zeros where P is 0.
+        float32 [M, N]; zeros if P is 0.
 
     Raises:
-        ValueError: the operands do not fit each other.
+        ValueError: the operands do not match.
     """
     check_columns("gemm_fp8_columns", left, right)
     left_MP, right_NP = (dequantize_1x128(Quantized(*operand), torch.float32) for operand in (left, right))
@@ -64,11 +64,11 @@ def gemm_fp8_columns(left: QuantizedColumns, right: QuantizedColumns) -> Tensor:
 
 
 def check_rows_by_blocks(subject: str, left: Quantized, right: QuantizedBlocks) -> tuple[int, int, int]:
-    """M, N and K of `left right^T`.
+    """Returns M, N and K of `left right^T` after checking the operands.
 
     Raises:
-        ValueError: operands of another kind or on two devices, rows that differ in length, or scales that do not fit
-            their codes.
+        ValueError: operands have an unsupported type or shape or are on two devices, rows differ in length, or scales
+            do not match their codes.
     """
     num_rows, depth = _matrix(subject, "left.codes", left.codes)
     num_outputs, _ = _matrix(subject, "right.codes", right.codes)
@@ -80,11 +80,11 @@ def check_rows_by_blocks(subject: str, left: Quantized, right: QuantizedBlocks) 
 
 
 def check_columns(subject: str, left: QuantizedColumns, right: QuantizedColumns) -> tuple[int, int, int]:
-    """M, N and P of `left right^T`.
+    """Returns M, N and P of `left right^T` after checking the operands.
 
     Raises:
-        ValueError: operands of another kind, on two devices or that differ in rows, rows that are no whole tiles, or
-            scales that do not fit their codes.
+        ValueError: operands have an unsupported type or shape, are on two devices or differ in rows, rows are not whole
+            tiles, or scales do not match their codes.
     """
     num_rows, depth = _matrix(subject, "left.codes", left.codes)
     num_outputs, _ = _matrix(subject, "right.codes", right.codes)

@@ -1,4 +1,4 @@
-"""How a product in FP8 is cut up for a GPU; any way gives the same numbers."""
+"""Tile sizes of a product in FP8 on a GPU. Every tiling gives the same numbers."""
 
 from dataclasses import dataclass
 
@@ -9,16 +9,16 @@ SMALLEST_SIDE = 16
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tiling:
-    """Tiles of the result, and what a program works on them with.
+    """Tile sizes of the result, and the resources of a program.
 
     Attributes:
-        rows: of a tile; a power of two, 64 at least for the tensor cores' own instructions.
-        outputs: columns of a tile; a power of two, 128 at most, so that a block's scale serves all of a tile.
-        group: tile rows that are done together, column by column.
-        specialize: some warps only load, twice as many multiply as `warps` says; `warps` is then to be 4.
-        programs_per_sm: that run at the same time on a multiprocessor.
-        warps: of a program.
-        stages: tiles of the operands in shared memory, under way or in use.
+        rows: rows per tile, a power of two; at least 64 for `wgmma` instructions.
+        outputs: columns per tile, a power of two, at most 128, so that one block scale covers a whole tile.
+        group: tile rows that are processed together, column by column.
+        specialize: whether some warps only load; `warps` must be 4 then, and twice as many multiply.
+        programs_per_sm: programs that run at the same time on a multiprocessor.
+        warps: warps per program.
+        stages: tiles of the operands in shared memory, in flight or in use.
     """
 
     rows: int = 128
@@ -30,10 +30,10 @@ class Tiling:
     stages: int = 4
 
     def __post_init__(self) -> None:
-        """Refuses sizes that no kernel is made for.
+        """Checks that a kernel supports the sizes.
 
         Raises:
-            ValueError: a side is no power of two in [16, 128].
+            ValueError: a side is not a power of two in [16, 128].
         """
         for name, side in (("rows", self.rows), ("outputs", self.outputs)):
             if not SMALLEST_SIDE <= side <= TILE or side & (side - 1):
@@ -42,7 +42,7 @@ class Tiling:
 
 
 STORED_BY_DESCRIPTOR = Tiling()
-# A scale for each output beside one for each row takes registers: under Triton 3.6 a tile of 128 x 128 spills some.
+# A scale per output in addition to one per row takes registers: under Triton 3.6 a tile of 128 x 128 spills.
 OF_COLUMNS = Tiling(outputs=64)
-# Addresses of a masked store take registers: a smaller tile, so that none spill.
+# Addresses of a masked store take registers: a smaller tile avoids spills.
 STORED_BY_MASK = Tiling(outputs=64)

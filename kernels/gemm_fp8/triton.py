@@ -1,4 +1,4 @@
-"""Products of matrices in FP8 codes and scales, in Triton; what they give is defined in kernels/gemm_fp8/reference.py.
+"""Products of matrices in FP8 codes and scales, in Triton; results are defined in kernels/gemm_fp8/reference.py.
 
     kernel  grid                            tile                     accumulator                     rounding
     gemm    persistent: programs_per_sm     rows x outputs,          per 128 of K float32, of which  once, to nearest
@@ -6,21 +6,21 @@
             a tile of the result after                               or so; these are scaled and     result's dtype
             the other each                                           added in float32 registers
 
-A multiprocessor's registers hold two sums, the tensor cores' own and the one in float32 that it is added to after
-every 128 of K (arXiv:2412.19437, section 3.3.2, "increasing accumulation precision"): hence no tile beyond 128 x 128.
-The product of both scales is taken first where one of them belongs to the whole tile, which leaves one fused operation
-for a number; what that product loses below 2^-126 changes a result by less than 2^-124 for every 128 of K. With
-`specialize`, one group of warps loads and two multiply, each half of the rows of a tile: while one adds to its sum, the
-other one's products keep the tensor cores busy.
+A multiprocessor's registers hold two sums: that of the tensor cores, and the float32 sum to which it is added after
+every 128 of K (arXiv:2412.19437, section 3.3.2, "increasing accumulation precision"). This limits tiles to 128 x 128.
+If one of the two scales covers the whole tile, the scales are multiplied first, which leaves one fused operation per
+number; underflow of that product below 2^-126 changes a result by less than 2^-124 for every 128 of K. With
+`specialize`, one group of warps loads and two groups multiply, each one half of the rows of a tile: while one adds to
+its sum, the products of the other keep the tensor cores busy.
 
-Tiles are taken in the order of groups of `group` tile rows, so that programs that run together share operands in the
-cache. Tiles of the operands are moved by descriptor (TMA), for which codes whose rows do not lie at multiples of 16
-bytes are copied first: masked loads of single bytes would cost far more. So are those of the result where its rows lie
-so; elsewhere they are stored under a mask, offsets in int64. What lies beyond the last row, output or number of K is
-read as 0. Tensors must be on the current device.
+Tiles are processed in groups of `group` tile rows, so that concurrent programs share operands in the cache. Tiles of
+the operands are loaded by descriptor (TMA). This requires rows at multiples of 16 bytes; other codes are copied first,
+because masked loads of single bytes would cost far more. Tiles of the result are stored by descriptor if its rows are
+aligned, else under a mask with int64 offsets. Values beyond the last row, output or number of K are read as 0. Tensors
+must be on the current device.
 
 Shape legend: M rows of the left operand, N rows of the right one (outputs), K numbers in a row of both, P rows of all
-groups, each filled up to a multiple of 128.
+groups, each padded to a multiple of 128.
 """
 
 import torch
@@ -38,7 +38,10 @@ from kernels.quantize.layout import TILE, Quantized, QuantizedBlocks, QuantizedC
 def locate_tile(
     tile: tl.tensor, num_tile_rows: tl.tensor, num_tile_columns: tl.tensor, GROUP: tl.constexpr
 ) -> tl.tensor:
-    """Row and column of a tile: down GROUP rows, then the next column; at the last column, the next GROUP rows."""
+    """Returns row and column of a tile.
+
+    The order is down GROUP rows, then the next column; after the last column, the next GROUP rows.
+    """
     tiles_of_group = GROUP * num_tile_columns
     first_row = tile // tiles_of_group * GROUP
     num_rows = tl.minimum(num_tile_rows - first_row, GROUP)
@@ -70,7 +73,7 @@ def gemm_kernel(
     GROUP: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ) -> None:
-    """Tiles of `left right^T`; BY_BLOCKS says whether a scale of `right` serves 128 of its rows or one."""
+    """Computes tiles of `left right^T`; BY_BLOCKS says whether a scale of `right` covers 128 of its rows or one."""
     left_tiles = tl.make_tensor_descriptor(left, [num_rows, depth], [left_stride, 1], [BLOCK_ROWS, BLOCK_DEPTH])
     right_tiles = tl.make_tensor_descriptor(
         right, [num_outputs, depth], [right_stride, 1], [BLOCK_OUTPUTS, BLOCK_DEPTH]
@@ -115,19 +118,19 @@ def gemm_kernel(
 
 
 def gemm_fp8(left: Quantized, right: QuantizedBlocks, dtype: torch.dtype, *, tiling: Tiling | None = None) -> Tensor:
-    """Product with a weight, `left right^T` (arXiv:2412.19437, section 3.3.2).
+    """Multiplies by a weight, `left right^T` (arXiv:2412.19437, section 3.3.2).
 
     Args:
-        left: codes [M, K] with scales by 1 x 128; copied unless rows lie at multiples of 16 bytes.
-        right: codes [N, K] with scales by 128 x 128; likewise.
-        dtype: of the result.
-        tiling: how to cut it up; by default what suits the result.
+        left: codes [M, K] with scales by 1 x 128; copied unless rows begin at multiples of 16 bytes.
+        right: codes [N, K] with scales by 128 x 128; copied under the same condition.
+        dtype: type of the result.
+        tiling: tile sizes; None chooses them by the result.
 
     Returns:
         [M, N], rounded once, to `dtype`. A row or a block that is NaN makes its rows or columns NaN.
 
     Raises:
-        ValueError: the operands do not fit each other.
+        ValueError: the operands do not match.
     """
     num_rows, num_outputs, _ = check_rows_by_blocks("gemm_fp8", left, right)
     out_MN = left.codes.new_empty(num_rows, num_outputs, dtype=dtype)
@@ -136,18 +139,18 @@ def gemm_fp8(left: Quantized, right: QuantizedBlocks, dtype: torch.dtype, *, til
 
 
 def gemm_fp8_columns(left: QuantizedColumns, right: QuantizedColumns, *, tiling: Tiling | None = None) -> Tensor:
-    """Product over the rows of all groups, `left right^T`: a weight's gradient (arXiv:2412.19437, section 3.3.2).
+    """Multiplies over the rows of all groups, `left right^T`: a weight's gradient (arXiv:2412.19437, section 3.3.2).
 
     Args:
-        left: codes [M, P] with scales by 128 of P; copied unless rows lie at multiples of 16 bytes.
-        right: codes [N, P] likewise.
-        tiling: how to cut it up; by default what suits the result.
+        left: codes [M, P] with scales by 128 of P; copied unless rows begin at multiples of 16 bytes.
+        right: codes [N, P] with scales by 128 of P; copied under the same condition.
+        tiling: tile sizes; None chooses them by the result.
 
     Returns:
-        float32 [M, N]; zeros where P is 0.
+        float32 [M, N]; zeros if P is 0.
 
     Raises:
-        ValueError: the operands do not fit each other.
+        ValueError: the operands do not match.
     """
     num_rows, num_outputs, _ = check_columns("gemm_fp8_columns", left, right)
     out_MN = left.scales.new_empty(num_rows, num_outputs)
@@ -209,4 +212,4 @@ def _contiguous_rows(scales: Tensor) -> Tensor:
 def _num_multiprocessors(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
-    return 2  # of Triton's interpreter, which runs one program after the other: each is given several tiles
+    return 2  # Triton's interpreter runs programs one after the other; each one gets several tiles

@@ -1,7 +1,7 @@
-"""Products in FP8 under the tiling that was fastest here, found out at the first product of a shape.
+"""Products in FP8 with the tiling that is fastest on this GPU, measured at the first product of a shape.
 
-Triton's own tuner needs a GPU as soon as it is made and calls kernels with the arguments of a launch; this one tries
-whole launches, and makes nothing before the first product on CUDA.
+Triton's autotuner needs a GPU at construction and calls kernels with the arguments of a launch. This tuner tries whole
+launches, and does nothing before the first product on CUDA.
 """
 
 import logging
@@ -48,10 +48,10 @@ _LONGEST_CAUSE = 200  # characters
 
 
 def stream_milliseconds(call: Callable[[], Any]) -> float:
-    """Median time of a call on the current stream, its launches overlapping; compiled before.
+    """Returns the median time of a call on the current stream, with overlapping launches, after compilation.
 
-    Only this stream is waited for: on others a message may be under way that another rank answers after this product,
-    and Triton's own benchmark waits for the whole device.
+    It waits only for this stream: another stream may hold a message that another rank answers after this product, and
+    Triton's benchmark waits for the whole device.
     """
     for _ in range(_NUM_WARM_UPS):
         call()
@@ -65,21 +65,21 @@ def stream_milliseconds(call: Callable[[], Any]) -> float:
 
 
 class TuningError(RuntimeError):
-    """No candidate of a product compiles and runs on this GPU."""
+    """No candidate tiling of a product compiles and runs on this GPU."""
 
 
 class Tuner:
     """Chooses tilings by measured time, and records which ones do not compile or run here.
 
-    A tiling that one Triton compiles may fail under another, in many ways: its compiler's passes, ptxas, more shared
-    memory or registers than the GPU has. Each such failure removes the tiling from the choice.
+    A tiling that one Triton version compiles may fail under another: in compiler passes, in ptxas, or because it needs
+    more shared memory or registers than the GPU has. Each failure removes the tiling from the candidates.
     """
 
     def __init__(self, name: str, milliseconds: Milliseconds) -> None:
-        """Starts without any failure.
+        """Creates a tuner without recorded failures.
 
         Args:
-            name: of the product, for messages.
+            name: name of the product, for messages.
             milliseconds: measures a call.
         """
         self._name = name
@@ -87,13 +87,13 @@ class Tuner:
         self._logged: set[Tiling] = set()
 
     def fastest(self, candidates: Sequence[Tiling], product: Callable[..., Tensor]) -> Tiling:
-        """Returns the candidate under which a product takes the least time; the first of those that take the same.
+        """Returns the candidate that runs a product fastest; the first of equally fast ones.
 
-        A candidate that raises is left out, and logged with its cause the first time.
+        A candidate that raises is skipped, and logged with its cause the first time.
 
         Args:
-            candidates: the untuned default first.
-            product: takes `tiling`.
+            candidates: tilings; the untuned default comes first.
+            product: function that takes `tiling`.
 
         Raises:
             TuningError: every candidate raised; lists each with its cause.
@@ -118,15 +118,15 @@ class Tuner:
 
 
 def summarize(error: Exception) -> str:
-    """Returns an error's type and message on one line; shortened, because compilers print whole programs."""
+    """Returns an error's type and message on one line, shortened because compilers print whole programs."""
     return f"{type(error).__name__}: {shorten(str(error), _LONGEST_CAUSE, placeholder=' ...')}"
 
 
 class TunedGemm:
-    """Both products, tuned: owner of what was found out. Every tiling gives the same result.
+    """Runs both products with tuned tilings, which it caches. Every tiling gives the same result.
 
-    A first product of its shape takes as long as all candidates, a compilation each among them, and cannot be captured
-    in a CUDA graph. Numbers of rows count as the next power of two.
+    The first product of a shape takes as long as all candidates, including their compilation, and cannot be captured in
+    a CUDA graph. Row counts are rounded up to the next power of two.
     """
 
     def __init__(
@@ -135,14 +135,14 @@ class TunedGemm:
         column_candidates: Iterable[Tiling] = COLUMN_CANDIDATES,
         milliseconds: Milliseconds | None = None,
     ) -> None:
-        """Starts with nothing tried.
+        """Creates the products without any tuned shape.
 
         Args:
-            candidates: tilings to choose from, the untuned default first.
-            column_candidates: the same, for `gemm_fp8_columns`.
-            milliseconds: measures a call; by default `stream_milliseconds`, and on CUDA tensors alone: elsewhere
-                nothing is tried, and the kernel's own tiling is used. So it is for results whose rows are not a
-                multiple of 16 bytes, and for float64: no descriptor stores them, and addresses take registers.
+            candidates: tilings to choose from; the untuned default comes first.
+            column_candidates: the same for `gemm_fp8_columns`.
+            milliseconds: measures a call. By default `stream_milliseconds`, and only on CUDA tensors; on other devices
+                the kernel's default tiling is used. The default tiling is also used for results whose rows are not a
+                multiple of 16 bytes, and for float64: they are not stored by descriptor, and addresses take registers.
         """
         self._candidates = {"rows": tuple(candidates), "columns": tuple(column_candidates)}
         self._tuners = {
@@ -153,12 +153,12 @@ class TunedGemm:
         self._chosen: dict[Key, Tiling] = {}
 
     def gemm_fp8(self, left: Quantized, right: QuantizedBlocks, dtype: torch.dtype) -> Tensor:
-        """As `kernels.gemm_fp8.triton.gemm_fp8`."""
+        """Implements `kernels.gemm_fp8.triton.gemm_fp8`."""
         key = ("rows", dtype, *_sizes(left.codes, right.codes))
         return gemm_fp8(left, right, dtype, tiling=self._tiling(key, left.codes.device, gemm_fp8, left, right, dtype))
 
     def gemm_fp8_columns(self, left: QuantizedColumns, right: QuantizedColumns) -> Tensor:
-        """As `kernels.gemm_fp8.triton.gemm_fp8_columns`."""
+        """Implements `kernels.gemm_fp8.triton.gemm_fp8_columns`."""
         key = ("columns", torch.float32, *_sizes(left.codes, right.codes))
         return gemm_fp8_columns(left, right, tiling=self._tiling(key, left.codes.device, gemm_fp8_columns, left, right))
 

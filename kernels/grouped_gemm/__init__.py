@@ -1,6 +1,6 @@
 """Multiplies rows sorted by group, with one matrix per group, in the rows' type or in FP8.
 
-`implementation`: None for the one that suits the operands' device.
+`implementation`: None selects the default for the operands' device.
 Shape legend: as in kernels/grouped_gemm/reference.py.
 """
 
@@ -27,9 +27,9 @@ def grouped_rows(
     *,
     implementation: Implementation | Literal["native"] | None = None,
 ) -> Tensor:
-    """Multiplies each group's rows by the transpose of its matrix: AN, as `kernels.grouped_gemm.reference`.
+    """Multiplies each group's rows by the transpose of its matrix, AN, as `kernels.grouped_gemm.reference` does.
 
-    implementation: `native` is torch's own, for CUDA and bf16.
+    `implementation`: `native` is torch's own grouped product, for CUDA and bf16.
     """
     if implementation == "native":
         from kernels.grouped_gemm import native
@@ -51,7 +51,7 @@ def grouped_weight(
     *,
     implementation: Implementation | Literal["native"] | None = None,
 ) -> Tensor:
-    """Computes the gradient of each group's matrix: ENK, as `kernels.grouped_gemm.reference.grouped_weight`."""
+    """Computes the gradient of each group's matrix, ENK, as `kernels.grouped_gemm.reference.grouped_weight` does."""
     if implementation == "native":
         from kernels.grouped_gemm import native
 
@@ -73,7 +73,7 @@ def grouped_rows_fp8(
     *,
     implementation: Implementation | None = None,
 ) -> Tensor:
-    """Does the same with operands in FP8: AN, as `kernels.grouped_gemm.reference_fp8.grouped_rows_fp8`."""
+    """Multiplies groups of FP8 rows by their matrices, AN, as `reference_fp8.grouped_rows_fp8` does."""
     products = _products(implementation or choose_product_implementation(rows.codes.device))
     return products.grouped_rows_fp8(rows, weights, counts, dtype)
 
@@ -85,7 +85,7 @@ def grouped_weight_fp8(
     *,
     implementation: Implementation | None = None,
 ) -> Tensor:
-    """Does the same with operands in FP8: ENK in float32, as `reference_fp8.grouped_weight_fp8`."""
+    """Computes the gradient of each group's matrix from FP8, ENK, as `reference_fp8.grouped_weight_fp8` does."""
     products = _products(implementation or choose_product_implementation(grad.codes.device))
     return products.grouped_weight_fp8(grad, rows, counts)
 
@@ -100,7 +100,7 @@ class _Products(Protocol):
 
 @cache
 def _products(implementation: Implementation) -> _Products:
-    """Returns an implementation of products in FP8, which keeps what its tuner found out."""
+    """Returns an implementation of products in FP8, which caches the tilings that its tuner chose."""
     match implementation:
         case "reference":
             from kernels.grouped_gemm import reference_fp8

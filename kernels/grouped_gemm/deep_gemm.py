@@ -1,12 +1,12 @@
-"""Grouped products in FP8 by the package `deep_gemm` (version 2), where it is installed and made for the operands.
+"""Grouped products in FP8 by the package `deep_gemm` (version 2), if it is installed and supports the operands.
 
-On Hopper each group's rows must begin at a multiple of 128: rows are gathered into place, and the results' gathered
-back, unless all counts are such multiples; rows that lie apart, as those of a packed message do, then are copied
-together. For a gradient each group's columns must lie together, one group's after the
-other's: the codes are copied so, and the scales transposed. Results of rows are bfloat16 and nothing else; gradients
-are float32, added to what the result holds already.
+On Hopper each group's rows must begin at a multiple of 128. Unless all counts are such multiples, rows are gathered
+into padded groups and results are gathered back. Otherwise strided rows, such as those of a packed message, are copied.
+A gradient requires the columns of each group to be contiguous, one group after the other, so codes are copied into that
+order and scales are transposed. Results for rows are only bfloat16. Gradients are float32, added to the result's
+previous content.
 
-Shape legend: A rows (all groups together), P rows once every group is filled up to whole tiles, E groups, K and N inner
+Shape legend: A rows (all groups together), P rows after every group is padded to whole tiles, E groups, K and N inner
 and outer width.
 """
 
@@ -28,17 +28,17 @@ Weight = Callable[[QuantizedColumns, QuantizedColumns, Sequence[int]], Tensor]
 
 
 class DeepGemmGrouped:
-    """Both products by the package, and those that it is not made for by another implementation.
+    """Computes both products by the package, and unsupported ones by a fallback.
 
-    Only for devices that are `kernels.implementation.has_deep_gemm`.
+    Only for devices for which `kernels.implementation.has_deep_gemm` is true.
     """
 
     def __init__(self, fallback: Rows, weight_fallback: Weight) -> None:
-        """Names the other implementation.
+        """Sets the fallback.
 
         Args:
-            fallback: `kernels.grouped_gemm.triton_fp8.grouped_rows_fp8` or its like.
-            weight_fallback: `kernels.grouped_gemm.triton_fp8.grouped_weight_fp8` or its like.
+            fallback: `kernels.grouped_gemm.triton_fp8.grouped_rows_fp8` or an equivalent function.
+            weight_fallback: `kernels.grouped_gemm.triton_fp8.grouped_weight_fp8` or an equivalent function.
         """
         self._fallback = fallback
         self._weight_fallback = weight_fallback
@@ -46,7 +46,7 @@ class DeepGemmGrouped:
     def grouped_rows_fp8(
         self, rows: Quantized, weights: QuantizedBlocks, counts: Sequence[int], dtype: torch.dtype
     ) -> Tensor:
-        """As `kernels.grouped_gemm.reference_fp8.grouped_rows_fp8`."""
+        """Implements `kernels.grouped_gemm.reference_fp8.grouped_rows_fp8`."""
         _, _, num_outputs, _ = check_rows_fp8("grouped_rows_fp8", rows, weights, counts)
         if not supports_rows(rows, weights, dtype):
             return self._fallback(rows, weights, counts, dtype)
@@ -62,7 +62,7 @@ class DeepGemmGrouped:
         return out_PN if layout.places_A is None else out_PN.index_select(0, layout.places_A)
 
     def grouped_weight_fp8(self, grad: QuantizedColumns, rows: QuantizedColumns, counts: Sequence[int]) -> Tensor:
-        """As `kernels.grouped_gemm.reference_fp8.grouped_weight_fp8`."""
+        """Implements `kernels.grouped_gemm.reference_fp8.grouped_weight_fp8`."""
         _, num_groups, num_outputs, num_inputs = check_weight_fp8("grouped_weight_fp8", grad, rows, counts)
         if not supports_weight(grad, rows):
             return self._weight_fallback(grad, rows, counts)
@@ -77,21 +77,26 @@ class DeepGemmGrouped:
 
 
 def supports_rows(rows: Quantized, weights: QuantizedBlocks, dtype: torch.dtype) -> bool:
-    """Whether the package takes rows, put in order, and matrices, which are checked to fit each other."""
+    """Whether the package supports these contiguous rows and matrices, which were checked to match."""
     num_groups, num_outputs, depth = weights.codes.shape
     sizes_fit = len(rows.codes) > 0 and num_groups > 0 and _fits(num_outputs, OUTPUTS_MULTIPLE) and _fits(depth, TILE)
     return dtype == torch.bfloat16 and sizes_fit and _in_order(*weights)
 
 
 def supports_weight(grad: QuantizedColumns, rows: QuantizedColumns) -> bool:
-    """Whether the package takes the operands of a gradient, which are checked to fit each other."""
+    """Whether the package supports the operands of a gradient, which were checked to match."""
     widths_fit = all(_fits(len(each.codes), OUTPUTS_MULTIPLE) for each in (grad, rows))
     return widths_fit and grad.codes.shape[1] > 0 and _in_order(*grad, *rows)
 
 
 class _Layout(NamedTuple):
-    """Rows as the package wants them. groups_P: the group of each, -1 for filling. sources_P: the row that is put
-    there, places_A: where each row is put; None where rows stay where they are."""
+    """Layout of rows that the package requires.
+
+    Attributes:
+        groups_P: group of each row, -1 for padding.
+        sources_P: source row of each padded row; None if rows keep their places.
+        places_A: padded place of each row; None if rows keep their places.
+    """
 
     groups_P: Tensor
     sources_P: Tensor | None
@@ -99,7 +104,7 @@ class _Layout(NamedTuple):
 
 
 def _layout_of(counts: Sequence[int], device: torch.device) -> _Layout:
-    """Computed on the host, copied at once without waiting; int32."""
+    """Computes the layout on the host and copies it asynchronously, as int32."""
     counts_E = torch.tensor(counts)
     padded_E = -(-counts_E // TILE) * TILE
     groups_A = torch.arange(len(counts)).repeat_interleave(counts_E)
@@ -109,7 +114,7 @@ def _layout_of(counts: Sequence[int], device: torch.device) -> _Layout:
     shifts_E = (padded_E - counts_E).cumsum(0) - (padded_E - counts_E)
     places_A = torch.arange(num_rows) + shifts_E[groups_A]
     groups_P = torch.full((num_padded,), OF_NO_GROUP).scatter_(0, places_A, groups_A)
-    # Any row may fill up a group: what comes of it is not gathered back.
+    # Any row may serve as padding: its result is not gathered back.
     sources_P = torch.zeros(num_padded, dtype=torch.int64).scatter_(0, places_A, torch.arange(num_rows))
     there = _copied(torch.cat([groups_P, sources_P, places_A]).int(), device)
     return _Layout(*there.split([num_padded, num_padded, num_rows]))
@@ -124,7 +129,7 @@ def _select(codes: Tensor, sources: Tensor) -> Tensor:
 
 
 def _group_by_group(codes_DP: Tensor, sizes: Sequence[int]) -> Tensor:
-    """One group after the other, each contiguous: D rows of as many columns as the group has; in one dimension."""
+    """Returns the codes of one group after the other in one dimension: D rows of as many columns as the group has."""
     made = torch.empty_like(codes_DP).view(-1)
     first = 0
     for part in codes_DP.split(list(sizes), 1):
@@ -134,7 +139,7 @@ def _group_by_group(codes_DP: Tensor, sizes: Sequence[int]) -> Tensor:
 
 
 def _across(scales: Tensor) -> Tensor:
-    # The package takes scales that lie so as they are, and has less memory than many groups' need to transpose them.
+    # The package uses scales in this layout directly; its transpose has too little memory for many groups.
     return scales.t().contiguous().t()
 
 

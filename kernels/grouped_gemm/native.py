@@ -1,7 +1,7 @@
-"""The products of `reference.py` as one call of torch's grouped product, for CUDA and bf16.
+"""Computes the products of `reference.py` by one call of torch's grouped product, for CUDA and bf16.
 
-Of no rows at all torch takes no product to sum over (pytorch#192497), and on some GPUs what it makes of one empty group
-among others is left as the memory was (pytorch#172439): neither is left to it.
+Two cases are handled here: torch rejects a weight gradient over no rows (pytorch#192497), and on some GPUs it leaves
+the result of an empty group uninitialized (pytorch#172439).
 
 Shape legend: as in reference.py. Rows and columns must be multiples of 16 bytes long.
 """
@@ -17,10 +17,10 @@ from kernels.grouped_gemm.reference import check_rows, check_weight
 
 
 def grouped_rows(rows_AK: Tensor, weight_ENK: Tensor, counts: Sequence[int]) -> Tensor:
-    """rows_AN: each group's rows times the transpose of its matrix. Groups may be empty.
+    """Multiplies each group's rows by the transpose of its matrix, AN. Groups may be empty.
 
     Raises:
-        ValueError: operands that do not fit each other, or counts that do not add up to A.
+        ValueError: the operands do not match, or counts do not add up to A.
     """
     num_rows, _, num_outputs, _ = check_rows("grouped_rows", rows_AK, weight_ENK, counts)
     if num_rows == 0:
@@ -29,10 +29,10 @@ def grouped_rows(rows_AK: Tensor, weight_ENK: Tensor, counts: Sequence[int]) -> 
 
 
 def grouped_weight(grad_AN: Tensor, rows_AK: Tensor, counts: Sequence[int]) -> Tensor:
-    """weight gradient ENK of `grouped_rows`: per group, the transpose of its output gradient times its rows.
+    """Computes the weight gradient of `grouped_rows`, ENK: per group, the transposed output gradient times its rows.
 
     Raises:
-        ValueError: operands that do not fit each other, or counts that do not add up to A.
+        ValueError: the operands do not match, or counts do not add up to A.
     """
     num_rows, num_groups, num_outputs, num_inputs = check_weight("grouped_weight", grad_AN, rows_AK, counts)
     if num_rows == 0:
@@ -45,11 +45,11 @@ def grouped_weight(grad_AN: Tensor, rows_AK: Tensor, counts: Sequence[int]) -> T
 
 
 def supports(device: torch.device, dtype: torch.dtype, *widths: int) -> bool:
-    """Whether torch's grouped product takes rows of these widths."""
+    """Whether torch's grouped product supports rows of these widths."""
     return device.type == "cuda" and dtype == torch.bfloat16 and all(width * 2 % 16 == 0 for width in widths)
 
 
 def _ends(counts: Sequence[int], device: torch.device) -> Tensor:
-    """Where each group ends; int32. A host list goes to the device without waiting for it."""
+    """Returns the end of each group as int32, copied to the device asynchronously."""
     ends = torch.tensor(list(accumulate(counts)), dtype=torch.int32)
     return ends.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else ends

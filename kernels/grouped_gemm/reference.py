@@ -1,6 +1,6 @@
 """Products of rows sorted by group with one matrix per group, in plain PyTorch.
 
-Shape legend: A rows (all groups together), E groups, K and N inner and outer width. `counts` lives on the host.
+Shape legend: A rows (all groups together), E groups, K and N inner and outer width. `counts` is on the host.
 """
 
 from collections.abc import Sequence
@@ -23,10 +23,10 @@ from kernels.quantize.layout import (
 
 
 def grouped_rows(rows_AK: Tensor, weight_ENK: Tensor, counts: Sequence[int]) -> Tensor:
-    """rows_AN: each group's rows times the transpose of its matrix. Groups may be empty.
+    """Multiplies each group's rows by the transpose of its matrix, AN. Groups may be empty.
 
     Raises:
-        ValueError: operands that do not fit each other, or counts that do not add up to A.
+        ValueError: the operands do not match, or counts do not add up to A.
     """
     check_rows("grouped_rows", rows_AK, weight_ENK, counts)
     out_AN = rows_AK.new_empty(rows_AK.shape[0], weight_ENK.shape[1])
@@ -39,10 +39,10 @@ def grouped_rows(rows_AK: Tensor, weight_ENK: Tensor, counts: Sequence[int]) -> 
 
 
 def grouped_weight(grad_AN: Tensor, rows_AK: Tensor, counts: Sequence[int]) -> Tensor:
-    """weight gradient ENK of `grouped_rows`: per group, the transpose of its output gradient times its rows.
+    """Computes the weight gradient of `grouped_rows`, ENK: per group, the transposed output gradient times its rows.
 
     Raises:
-        ValueError: operands that do not fit each other, or counts that do not add up to A.
+        ValueError: the operands do not match, or counts do not add up to A.
     """
     check_weight("grouped_weight", grad_AN, rows_AK, counts)
     out_ENK = grad_AN.new_zeros(len(counts), grad_AN.shape[1], rows_AK.shape[1])
@@ -56,7 +56,7 @@ def grouped_weight(grad_AN: Tensor, rows_AK: Tensor, counts: Sequence[int]) -> T
 
 
 class GroupedSizes(NamedTuple):
-    """Of a grouped product: A (or P, where groups are filled up), E, N and K."""
+    """Sizes of a grouped product: A (P if groups are padded), E, N and K."""
 
     num_rows: int
     num_groups: int
@@ -65,11 +65,11 @@ class GroupedSizes(NamedTuple):
 
 
 def check_rows(subject: str, rows_AK: Tensor, weight_ENK: Tensor, counts: Sequence[int]) -> GroupedSizes:
-    """Sizes of a product of rows with one matrix per group.
+    """Returns the sizes of a product of rows with one matrix per group after checking the operands.
 
     Raises:
-        ValueError: types or devices differ, the rows' length is not the matrices', there is not a matrix for every
-            count, or counts that do not add up to the rows.
+        ValueError: types, devices or row lengths differ, the number of matrices is not the number of counts, or counts
+            do not add up to the rows.
     """
     check_dims(subject, "rows", rows_AK, 2)
     check_dims(subject, "the matrices", weight_ENK, 3)
@@ -85,11 +85,10 @@ def check_rows(subject: str, rows_AK: Tensor, weight_ENK: Tensor, counts: Sequen
 
 
 def check_weight(subject: str, grad_AN: Tensor, rows_AK: Tensor, counts: Sequence[int]) -> GroupedSizes:
-    """Sizes of the gradient of one matrix per group.
+    """Returns the sizes of the gradient of one matrix per group after checking the operands.
 
     Raises:
-        ValueError: there are not as many rows as gradients of rows, their types or devices differ, or counts that do
-            not add up to the rows.
+        ValueError: the numbers of rows, types or devices differ, or counts do not add up to the rows.
     """
     check_dims(subject, "grad", grad_AN, 2)
     check_dims(subject, "rows", rows_AK, 2)
@@ -101,10 +100,10 @@ def check_weight(subject: str, grad_AN: Tensor, rows_AK: Tensor, counts: Sequenc
 
 
 def check_rows_fp8(subject: str, rows: Quantized, weights: QuantizedBlocks, counts: Sequence[int]) -> GroupedSizes:
-    """Sizes of a product of rows in FP8 with one matrix per group.
+    """Returns the sizes of a product of FP8 rows with one matrix per group after checking the operands.
 
     Raises:
-        ValueError: as of `check_rows`, codes of another type, or scales that do not fit them.
+        ValueError: as `check_rows`, or codes have another type, or scales do not match them.
     """
     sizes = check_rows(subject, rows.codes, weights.codes, counts)
     tiles = num_tiles(sizes.depth)
@@ -118,10 +117,10 @@ def check_rows_fp8(subject: str, rows: Quantized, weights: QuantizedBlocks, coun
 def check_weight_fp8(
     subject: str, grad: QuantizedColumns, rows: QuantizedColumns, counts: Sequence[int]
 ) -> GroupedSizes:
-    """Sizes of the gradient, from FP8, of one matrix per group.
+    """Returns the sizes of the gradient, from FP8, of one matrix per group after checking the operands.
 
     Raises:
-        ValueError: the operands differ in rows, these are not those of the counts, or scales do not fit their codes.
+        ValueError: the operands differ in rows, the rows do not match the counts, or scales do not match their codes.
     """
     num_outputs, num_inputs, num_padded = check_columns(subject, grad, rows)
     check_counts(subject, counts, sum(counts))
@@ -132,10 +131,10 @@ def check_weight_fp8(
 
 
 def check_dims(subject: str, name: str, tensor: Tensor, num_dims: int) -> None:
-    """Refuses a tensor of any other number of dimensions.
+    """Checks the number of dimensions of a tensor.
 
     Raises:
-        ValueError: it has another.
+        ValueError: it has another number of dimensions.
     """
     if tensor.dim() != num_dims:
         raise ValueError(f"{subject}: {name} must have {num_dims} dimensions, got {tensor.dim()}")

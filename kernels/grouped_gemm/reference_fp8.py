@@ -1,7 +1,7 @@
-"""Products of rows in FP8 sorted by group with one matrix per group, in plain PyTorch.
+"""Products of FP8 rows, sorted by group, with one matrix per group, in plain PyTorch.
 
-Shape legend: A rows (all groups together), P rows once every group is filled up to whole tiles, E groups, K and N inner
-and outer width. `counts` lives on the host.
+Shape legend: A rows (all groups together), P rows after every group is padded to whole tiles, E groups, K and N inner
+and outer width. `counts` is on the host.
 """
 
 from collections.abc import Sequence
@@ -15,19 +15,19 @@ from kernels.quantize.layout import TILE, Quantized, QuantizedBlocks, QuantizedC
 
 
 def grouped_rows_fp8(rows: Quantized, weights: QuantizedBlocks, counts: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """`gemm_fp8` of each group's rows with its matrix (arXiv:2412.19437, section 3.3.2).
+    """Computes `gemm_fp8` of each group's rows with its matrix (arXiv:2412.19437, section 3.3.2).
 
     Args:
         rows: codes [A, K] with scales by 1 x 128, sorted by group.
         weights: codes [E, N, K] with scales by 128 x 128.
-        counts: rows of each group, some of them possibly 0.
-        dtype: of the result.
+        counts: rows per group; may be 0.
+        dtype: type of the result.
 
     Returns:
         [A, N], rounded once, to `dtype`.
 
     Raises:
-        ValueError: the operands do not fit each other, or counts that do not add up to A.
+        ValueError: the operands do not match, or counts do not add up to A.
     """
     num_rows, _, num_outputs, _ = check_rows_fp8("grouped_rows_fp8", rows, weights, counts)
     out_AN = rows.scales.new_empty(num_rows, num_outputs, dtype=dtype)
@@ -42,18 +42,18 @@ def grouped_rows_fp8(rows: Quantized, weights: QuantizedBlocks, counts: Sequence
 
 
 def grouped_weight_fp8(grad: QuantizedColumns, rows: QuantizedColumns, counts: Sequence[int]) -> Tensor:
-    """`gemm_fp8_columns` of each group: the gradient of its matrix (arXiv:2412.19437, section 3.3.2).
+    """Computes `gemm_fp8_columns` of each group: the gradient of its matrix (arXiv:2412.19437, section 3.3.2).
 
     Args:
-        grad: codes [N, P] with scales by 128 of P; of the outputs' gradient.
-        rows: codes [K, P] likewise; of the inputs.
-        counts: rows of each group, as when both were quantised.
+        grad: codes [N, P] with scales by 128 of P, of the outputs' gradient.
+        rows: codes [K, P] with scales by 128 of P, of the inputs.
+        counts: rows per group, as given when both were quantized.
 
     Returns:
         float32 [E, N, K]; zeros for a group without rows.
 
     Raises:
-        ValueError: the operands do not fit each other, or the counts.
+        ValueError: the operands or the counts do not match.
     """
     _, num_groups, num_outputs, num_inputs = check_weight_fp8("grouped_weight_fp8", grad, rows, counts)
     out_ENK = grad.scales.new_zeros(num_groups, num_outputs, num_inputs)

@@ -1,8 +1,8 @@
-"""Which tile of a grouped product a program works on, and how it is stored; for the kernels of this folder.
+"""Maps programs to tiles of a grouped product and stores tiles; shared by the kernels of this folder.
 
-Groups have any number of rows. A tile of rows begins where its group begins, or a whole number of tiles after, and so
-may reach into the next group: these rows are computed and not stored. The places of tiles are worked out on the host
-from the counts, and copied without waiting.
+Groups have any number of rows. A tile of rows begins at the start of its group or a whole number of tiles after it, so
+it may overlap the next group; those rows are computed but not stored. Tile positions are computed on the host from the
+counts and copied asynchronously.
 
 Shape legend: T tiles of rows in all groups, E groups.
 """
@@ -25,11 +25,11 @@ PLACES = tl.constexpr(5)
 def locate_row_tile(
     tile: tl.tensor, places: tl.tensor, num_tile_columns: tl.tensor, BLOCK_ROWS: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """Group, first row, where the group's rows end, and column of a tile, by `plan_row_tiles`.
+    """Returns group, first row, end of the group's rows, and column of a tile, from `plan_row_tiles`.
 
-    Down a block of tile rows, then the next column: so that programs that run together share a group's matrix.
+    The order is down a block of tile rows, then the next column, so that concurrent programs share a group's matrix.
     """
-    # Any tile row of the block says where the block begins.
+    # Every tile row of the block stores the start of the block.
     place = places + tile // num_tile_columns * PLACES
     first_tile_row, height = tl.load(place).to(tl.int64), tl.load(place + 1).to(tl.int64)
     first_row, end, group = tl.load(place + 2), tl.load(place + 3), tl.load(place + 4)
@@ -42,7 +42,7 @@ def locate_row_tile(
 def locate_matrix_tile(
     tile: tl.tensor, num_tile_rows: tl.tensor, num_tile_columns: tl.tensor, HEIGHT: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Group, row and column of a tile of matrices that follow each other; within one, down HEIGHT rows by column."""
+    """Returns group, row and column of a tile of consecutive matrices; within one, down HEIGHT rows by column."""
     tiles_of_matrix = num_tile_rows * num_tile_columns
     in_matrix = tile % tiles_of_matrix
     tiles_of_block = HEIGHT * num_tile_columns
@@ -67,9 +67,9 @@ def store_tile(
 ) -> None:
     """Rounds and stores rows before `end`, and columns before the last.
 
-    IN_HALVES stores the left half of the columns, then the right one: addresses of a whole tile would take more
-    registers than there are left beside its sums. Triton 3.6 cannot split a tile in a loop with `specialize`, in
-    which each warp has registers for a whole one.
+    IN_HALVES stores the left half of the columns, then the right half: addresses of a whole tile would take more
+    registers than its sums leave. Triton 3.6 cannot split a tile in a loop with `specialize`, in which each warp has
+    registers for a whole tile.
     """
     row_starts = out + rows.to(tl.int64)[:, None] * num_columns
     inside = (rows < end)[:, None]
@@ -88,15 +88,16 @@ def store_tile(
 
 
 def plan_row_tiles(counts: Sequence[int], block_rows: int, height: int, device: torch.device) -> Tensor:
-    """places_T5, int32, of the tiles of rows, in blocks that are worked on column by column; for `locate_row_tile`.
+    """Returns places_T5, int32, for `locate_row_tile`: the tiles of rows, in blocks processed column by column.
 
-    Of the block that each belongs to: its first tile, its tiles, its first row, where its group's rows end, its group.
+    The five values describe the tile's block: its first tile, its number of tiles, its first row, the end of its
+    group's rows, and its group.
 
     Args:
-        counts: rows of each group.
-        block_rows: rows of a tile.
-        height: tiles of a block at most, which never belong to two groups.
-        device: to copy to, without waiting.
+        counts: rows per group.
+        block_rows: rows per tile.
+        height: largest number of tiles in a block; a block never spans two groups.
+        device: to copy to, asynchronously.
     """
     places: list[tuple[int, ...]] = []
     first_row = 0
@@ -111,17 +112,17 @@ def plan_row_tiles(counts: Sequence[int], block_rows: int, height: int, device: 
 
 
 def compute_depth_bounds(sizes: Sequence[int], device: torch.device) -> Tensor:
-    """Where what a group sums over begins, and where the last one's ends: E + 1 numbers, int32.
+    """Returns the start of each group's sum and the end of the last one: E + 1 numbers, int32.
 
     Args:
-        sizes: of each group.
-        device: to copy to, without waiting.
+        sizes: length of each group's sum.
+        device: to copy to, asynchronously.
     """
     return copy_to_device(list(accumulate(sizes, initial=0)), device)
 
 
 def copy_to_device(numbers: Sequence[int] | Sequence[tuple[int, ...]], device: torch.device) -> Tensor:
-    """Integers of the host as int32, copied without waiting."""
+    """Returns host integers as int32 on the device, copied asynchronously."""
     made = torch.tensor(numbers, dtype=torch.int32, pin_memory=device.type == "cuda")
     return made.to(device, non_blocking=True)
 
@@ -138,13 +139,13 @@ def make_matrices_describable(matrices: Tensor) -> Tensor:
 
 
 def num_programs(num_tiles_of_result: int, programs_per_sm: int, device: torch.device) -> int:
-    """That share the tiles: as many as run at the same time, and no more than there are tiles."""
+    """Number of programs that share the tiles: as many as run at the same time, at most one per tile."""
     if device.type != "cuda":
-        return min(num_tiles_of_result, 2)  # Triton's interpreter, where each is to be given several
+        return min(num_tiles_of_result, 2)  # Triton's interpreter; each program gets several tiles
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
     return min(num_tiles_of_result, programs_per_sm * multiprocessors)
 
 
 def count_tiles(counts: Sequence[int]) -> list[int]:
-    """Tiles of 128 rows that cover each group."""
+    """Returns the number of tiles of 128 rows that cover each group."""
     return [num_tiles(count) for count in counts]

@@ -1,8 +1,7 @@
-"""Products of rows sorted by group with one matrix per group, in Triton; what they give is defined in
-kernels/grouped_gemm/reference.py.
+"""Products of rows sorted by group with one matrix per group, in Triton; see kernels/grouped_gemm/reference.py.
 
-One launch serves all groups: a persistent grid, `programs_per_sm` programs per multiprocessor, takes one tile of the
-result after the other.
+One launch computes all groups: in a persistent grid, `programs_per_sm` programs per multiprocessor process tile after
+tile of the result.
 
     kernel          tile of the result                           accumulator             rounding
     grouped_rows    block_rows x block_outputs, block_depth      float32 in registers    once, to nearest even, into
@@ -10,13 +9,13 @@ result after the other.
     grouped_weight  block_outputs x block_inputs, block_depth    float32 in registers    likewise
                     rows of a group at a time
 
-Float32 is multiplied as it is, without tensor cores and their shorter types. Tiles of rows follow each other block by
-block: blocks never belong to two groups, so that a group's matrix is read from memory once. Tiles of operands are moved
-by descriptor (TMA), for which matrices whose rows do not lie at multiples of 16 bytes are copied first; a matrix per
-group may lie either way, as a view that is its transpose does. Results are stored under masks, offsets in int64: a tile
-at the end of a group reaches into the next one's rows, which its own programs store. What lies beyond the last row,
-output or number of K is read as 0; rows of the next group at the end of a sum over rows are put to 0 on both sides, so
-that no NaN gets in. Tensors must be on the current device.
+Float32 is multiplied in full precision, without tensor cores. Tiles of rows are ordered block by block. A block never
+spans two groups, so a group's matrix is read from memory once. Tiles of operands are loaded by descriptor (TMA);
+matrices whose rows do not begin at multiples of 16 bytes are copied first. The matrix of a group may be a transposed
+view. Results are stored under masks with int64 offsets, because a tile at the end of a group overlaps the next group's
+rows, which other programs store. Values beyond the last row, output or number of K are read as 0. At the end of a sum
+over rows, the next group's rows are set to 0 on both sides, so that a NaN in them has no effect. Tensors must be on the
+current device.
 
 Shape legend: A rows (all groups together), E groups, K and N inner and outer width, T tiles.
 """
@@ -61,7 +60,7 @@ def grouped_rows_kernel(
     BLOCK_DEPTH: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ) -> None:
-    """Tiles of each group's rows times the transpose of its matrix; ACROSS: that transpose is what lies in memory."""
+    """Computes tiles of each group's rows times its transposed matrix; ACROSS: the matrix is stored transposed."""
     rows_tiles = tl.make_tensor_descriptor(rows, [num_rows, depth], [rows_stride, 1], [BLOCK_ROWS, BLOCK_DEPTH])
     if ACROSS:
         weight_tiles = tl.make_tensor_descriptor(
@@ -112,7 +111,7 @@ def grouped_weight_kernel(
     HEIGHT: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ) -> None:
-    """Tiles of the gradients of all matrices, each summed over the rows of its group."""
+    """Computes tiles of the gradients of all matrices, each summed over the rows of its group."""
     grad_tiles = tl.make_tensor_descriptor(
         grad, [num_rows, num_outputs], [grad_stride, 1], [BLOCK_DEPTH, BLOCK_OUTPUTS]
     )
@@ -143,19 +142,20 @@ def grouped_weight_kernel(
 def grouped_rows(
     rows_AK: Tensor, weight_ENK: Tensor, counts: Sequence[int], *, tiling: GroupedTiling | None = None
 ) -> Tensor:
-    """rows_AN: each group's rows times the transpose of its matrix. Groups may be empty.
+    """Multiplies each group's rows by the transpose of its matrix, AN. Groups may be empty.
 
     Args:
-        rows_AK: bfloat16, float16 or float32, sorted by group; copied unless rows lie at multiples of 16 bytes.
-        weight_ENK: of the same type; either dimension of a matrix may be the contiguous one; copied likewise.
-        counts: rows of each group.
-        tiling: how to cut it up; by default what suits the type.
+        rows_AK: bfloat16, float16 or float32, sorted by group; copied unless rows begin at multiples of 16 bytes.
+        weight_ENK: matrices of the same type; either dimension may be the contiguous one; copied under the same
+            condition.
+        counts: rows per group.
+        tiling: tile sizes; None chooses them by the type.
 
     Returns:
-        [A, N] of that type. What is NaN or infinite in one group stays in its rows.
+        [A, N] of that type. A NaN or infinity in one group affects only its rows.
 
     Raises:
-        ValueError: another type, operands that do not fit each other, or counts that do not add up to A.
+        ValueError: another type, the operands do not match, or counts do not add up to A.
     """
     num_rows, num_groups, num_outputs, depth = check_rows("grouped_rows", rows_AK, weight_ENK, counts)
     tiling = tiling or choose_tiling("grouped_rows", rows_AK.dtype, num_outputs)
@@ -198,20 +198,19 @@ def grouped_rows(
 def grouped_weight(
     grad_AN: Tensor, rows_AK: Tensor, counts: Sequence[int], *, tiling: GroupedTiling | None = None
 ) -> Tensor:
-    """weight gradient ENK of `grouped_rows`: per group, the transpose of its output gradient times its rows.
+    """Computes the weight gradient of `grouped_rows`, ENK: per group, the transposed output gradient times its rows.
 
     Args:
-        grad_AN: bfloat16, float16 or float32, sorted by group; copied unless rows lie at multiples of 16 bytes.
-        rows_AK: of the same type; likewise.
-        counts: rows of each group.
-        tiling: how to cut it up, rows being outputs and columns inputs; by default what suits the type.
+        grad_AN: bfloat16, float16 or float32, sorted by group; copied unless rows begin at multiples of 16 bytes.
+        rows_AK: of the same type; copied under the same condition.
+        counts: rows per group.
+        tiling: tile sizes, with rows as outputs and columns as inputs; None chooses them by the type.
 
     Returns:
-        [E, N, K] of that type; zeros for a group without rows. What is NaN or infinite in one group stays in its
-        matrix.
+        [E, N, K] of that type; zeros for a group without rows. A NaN or infinity in one group affects only its matrix.
 
     Raises:
-        ValueError: another type, operands that do not fit each other, or counts that do not add up to A.
+        ValueError: another type, the operands do not match, or counts do not add up to A.
     """
     num_rows, num_groups, num_outputs, num_inputs = check_weight("grouped_weight", grad_AN, rows_AK, counts)
     tiling = tiling or choose_tiling("grouped_weight", grad_AN.dtype, num_inputs)

@@ -1,8 +1,7 @@
-"""Grouped products in FP8 codes and scales, in Triton; what they give is defined in
-kernels/grouped_gemm/reference_fp8.py.
+"""Grouped products in FP8 codes and scales, in Triton; see kernels/grouped_gemm/reference_fp8.py.
 
-One launch serves all groups: a persistent grid, `programs_per_sm` programs per multiprocessor, takes one tile of the
-result after the other.
+One launch computes all groups: in a persistent grid, `programs_per_sm` programs per multiprocessor process tile after
+tile of the result.
 
     kernel              tile of the result          accumulator                            rounding
     grouped_rows_fp8    block_rows x block_outputs, per 128 of K float32, of which the     once, to nearest even, into
@@ -11,14 +10,14 @@ result after the other.
                         block_inputs, 128 rows of   registers (arXiv:2412.19437, section
                         a group at a time           3.3.2)
 
-Tiles of rows follow each other block by block: blocks never belong to two groups, so that a group's matrix is read from
-memory once. Tiles of operands are moved by descriptor (TMA), for which codes whose rows do not lie at multiples of 16
-bytes are copied first. Results are stored under masks, offsets in int64: a tile at the end of a group reaches into the
-next one's rows, which its own programs store, and a descriptor would not stop there. What lies beyond the last row,
-output or number of K is read as 0; what belongs to another group never gets into a sum. With `specialize`, one group of
-warps loads and two multiply, each half of the rows of a tile. Tensors must be on the current device.
+Tiles of rows are ordered block by block. A block never spans two groups, so a group's matrix is read from memory once.
+Tiles of operands are loaded by descriptor (TMA); codes whose rows do not begin at multiples of 16 bytes are copied
+first. Results are stored under masks with int64 offsets, because a tile at the end of a group overlaps the next group's
+rows, which other programs store, and a descriptor cannot stop there. Values beyond the last row, output or number of K
+are read as 0, and values of another group never enter a sum. With `specialize`, one group of warps loads and two groups
+multiply, each one half of the rows of a tile. Tensors must be on the current device.
 
-Shape legend: A rows (all groups together), P rows once every group is filled up to whole tiles, E groups, K and N inner
+Shape legend: A rows (all groups together), P rows after every group is padded to whole tiles, E groups, K and N inner
 and outer width, T tiles.
 """
 
@@ -46,8 +45,8 @@ from kernels.grouped_gemm.tiling import is_stored_at_once
 from kernels.quantize.layout import TILE, Quantized, QuantizedBlocks, QuantizedColumns
 
 OF_ROWS = Tiling()
-# Groups are a few tiles of 128 rows deep, and results twice as long in float32: what counts is that one program stores
-# while others load.
+# Groups are only a few tiles of 128 rows deep, and float32 results are large, so one program should store while others
+# load.
 WEIGHT_TILING = Tiling(outputs=64, warps=4, stages=3, programs_per_sm=2)
 
 
@@ -74,7 +73,7 @@ def grouped_rows_fp8_kernel(
     BLOCK_DEPTH: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ) -> None:
-    """Tiles of each group's rows times the transpose of its matrix."""
+    """Computes tiles of each group's rows times the transpose of its matrix."""
     rows_tiles = tl.make_tensor_descriptor(rows, [num_rows, depth], [rows_stride, 1], [BLOCK_ROWS, BLOCK_DEPTH])
     weights_tiles = tl.make_tensor_descriptor(
         weights,
@@ -125,7 +124,7 @@ def grouped_weight_fp8_kernel(
     HEIGHT: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ) -> None:
-    """Tiles of the gradients of all matrices, each summed over the tiles of its group."""
+    """Computes tiles of the gradients of all matrices, each summed over the tiles of its group."""
     grad_tiles = tl.make_tensor_descriptor(grad, [num_outputs, depth], [grad_stride, 1], [BLOCK_OUTPUTS, BLOCK_DEPTH])
     rows_tiles = tl.make_tensor_descriptor(rows, [num_inputs, depth], [rows_stride, 1], [BLOCK_INPUTS, BLOCK_DEPTH])
     num_tile_rows = tl.cast(tl.cdiv(num_outputs, BLOCK_OUTPUTS), tl.int64)
@@ -158,20 +157,20 @@ def grouped_rows_fp8(
     *,
     tiling: Tiling | None = None,
 ) -> Tensor:
-    """`gemm_fp8` of each group's rows with its matrix (arXiv:2412.19437, section 3.3.2).
+    """Computes `gemm_fp8` of each group's rows with its matrix (arXiv:2412.19437, section 3.3.2).
 
     Args:
-        rows: codes [A, K] with scales by 1 x 128, sorted by group; copied unless rows lie at multiples of 16 bytes.
-        weights: codes [E, N, K] with scales by 128 x 128; likewise.
-        counts: rows of each group, some of them possibly 0.
-        dtype: of the result.
-        tiling: how to cut it up; by default what suits the result.
+        rows: codes [A, K] with scales by 1 x 128, sorted by group; copied unless rows begin at multiples of 16 bytes.
+        weights: codes [E, N, K] with scales by 128 x 128; copied under the same condition.
+        counts: rows per group; may be 0.
+        dtype: type of the result.
+        tiling: tile sizes; None chooses them by the result.
 
     Returns:
-        [A, N], rounded once, to `dtype`. What is NaN in one group stays in its rows.
+        [A, N], rounded once, to `dtype`. A NaN in one group affects only its rows.
 
     Raises:
-        ValueError: the operands do not fit each other, or counts that do not add up to A.
+        ValueError: the operands do not match, or counts do not add up to A.
     """
     num_rows, num_groups, num_outputs, depth = check_rows_fp8("grouped_rows_fp8", rows, weights, counts)
     out_AN = rows.codes.new_empty(num_rows, num_outputs, dtype=dtype)
@@ -214,20 +213,20 @@ def grouped_rows_fp8(
 def grouped_weight_fp8(
     grad: QuantizedColumns, rows: QuantizedColumns, counts: Sequence[int], *, tiling: Tiling = WEIGHT_TILING
 ) -> Tensor:
-    """`gemm_fp8_columns` of each group: the gradient of its matrix (arXiv:2412.19437, section 3.3.2).
+    """Computes `gemm_fp8_columns` of each group: the gradient of its matrix (arXiv:2412.19437, section 3.3.2).
 
     Args:
-        grad: codes [N, P] with scales by 128 of P; of the outputs' gradient; copied unless rows lie at multiples of 16
-            bytes.
-        rows: codes [K, P] likewise; of the inputs.
-        counts: rows of each group, as when both were quantised.
-        tiling: how to cut it up; its rows are outputs, and its outputs inputs.
+        grad: codes [N, P] with scales by 128 of P, of the outputs' gradient; copied unless rows begin at multiples of
+            16 bytes.
+        rows: codes [K, P] with scales by 128 of P, of the inputs; copied under the same condition.
+        counts: rows per group, as given when both were quantized.
+        tiling: tile sizes; its rows are outputs, and its outputs are inputs.
 
     Returns:
-        float32 [E, N, K]; zeros for a group without rows. What is NaN in one group stays in its matrix.
+        float32 [E, N, K]; zeros for a group without rows. A NaN in one group affects only its matrix.
 
     Raises:
-        ValueError: the operands do not fit each other, or the counts.
+        ValueError: the operands or the counts do not match.
     """
     depth, num_groups, num_outputs, num_inputs = check_weight_fp8("grouped_weight_fp8", grad, rows, counts)
     out_ENK = grad.codes.new_empty(num_groups, num_outputs, num_inputs, dtype=torch.float32)

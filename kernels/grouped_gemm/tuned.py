@@ -1,4 +1,4 @@
-"""Grouped products in FP8 under the tiling that was fastest here, found out at the first product of a shape."""
+"""Grouped products in FP8 with the tiling that is fastest on this GPU, measured at the first product of a shape."""
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -26,15 +26,15 @@ WEIGHT_CANDIDATES = (
     Tiling(rows=64, warps=4, stages=3, programs_per_sm=2),
 )
 
-# Of a product: its name, the result's type, groups, rows, and at the end the result's columns.
+# Key of a product: its name, the result's type, groups, rows, and last the result's columns.
 Key = tuple[str, torch.dtype, int, int, int, int]
 
 
 class TunedGroupedGemm:
-    """Both products, tuned: owner of what was found out. Every tiling gives the same result.
+    """Runs both products with tuned tilings, which it caches. Every tiling gives the same result.
 
-    A first product of its shape takes as long as all candidates, a compilation each among them, and cannot be captured
-    in a CUDA graph. Numbers of rows count as the next power of two, however they are spread over the groups.
+    The first product of a shape takes as long as all candidates, including their compilation, and cannot be captured in
+    a CUDA graph. Row counts are rounded up to the next power of two, for any distribution over the groups.
     """
 
     def __init__(
@@ -43,14 +43,14 @@ class TunedGroupedGemm:
         weight_candidates: Iterable[Tiling] = WEIGHT_CANDIDATES,
         milliseconds: Milliseconds | None = None,
     ) -> None:
-        """Starts with nothing tried.
+        """Creates the products without any tuned shape.
 
         Args:
-            candidates: tilings to choose from, the untuned default first.
-            weight_candidates: the same, for gradients.
-            milliseconds: measures a call; by default `stream_milliseconds`, and on CUDA tensors alone: elsewhere
-                nothing is tried, and the kernels' own tilings are used. So it is for results whose columns are not
-                a multiple of 16: addresses of single numbers take registers, of which other tilings have none left.
+            candidates: tilings to choose from; the untuned default comes first.
+            weight_candidates: the same for gradients.
+            milliseconds: measures a call. By default `stream_milliseconds`, and only on CUDA tensors; on other devices
+                the kernels' default tilings are used. The default tilings are also used for results whose columns are
+                not a multiple of 16: unaligned stores take registers that other tilings do not have.
         """
         self._candidates = {"rows": tuple(candidates), "weight": tuple(weight_candidates)}
         self._tuners = {
@@ -63,14 +63,14 @@ class TunedGroupedGemm:
     def grouped_rows_fp8(
         self, rows: Quantized, weights: QuantizedBlocks, counts: Sequence[int], dtype: torch.dtype
     ) -> Tensor:
-        """As `kernels.grouped_gemm.triton_fp8.grouped_rows_fp8`."""
+        """Implements `kernels.grouped_gemm.triton_fp8.grouped_rows_fp8`."""
         product = partial(grouped_rows_fp8, rows, weights, counts, dtype)
         num_outputs, depth = weights.codes.shape[1:]
         key = ("rows", dtype, len(counts), _rounded(len(rows.codes)), depth, num_outputs)
         return self._run(product, key, rows.codes.device)
 
     def grouped_weight_fp8(self, grad: QuantizedColumns, rows: QuantizedColumns, counts: Sequence[int]) -> Tensor:
-        """As `kernels.grouped_gemm.triton_fp8.grouped_weight_fp8`."""
+        """Implements `kernels.grouped_gemm.triton_fp8.grouped_weight_fp8`."""
         product = partial(grouped_weight_fp8, grad, rows, counts)
         sizes = (_rounded(sum(counts)), len(grad.codes), len(rows.codes))
         return self._run(product, ("weight", torch.float32, len(counts), *sizes), grad.codes.device)

@@ -1,6 +1,6 @@
-"""Reorders rows by index, and back with a sum per token.
+"""Reorders rows by index, and reverses this with a sum per token.
 
-`implementation`: None for the one that suits the operands' device. Shape legend: as in kernels/permute/reference.py.
+`implementation`: None selects the default for the operands' device. Shape legend: as in kernels/permute/reference.py.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def permute(
     *,
     implementation: Implementation | None = None,
 ) -> Tensor:
-    """Gathers rows by index, zeros for a negative one: AD, as `kernels.permute.reference.permute`."""
+    """Gathers rows by index, AD, zeros for a negative index, as `kernels.permute.reference.permute` does."""
     if is_reference(implementation, rows_ND.device):
         from kernels.permute import reference
 
@@ -38,7 +38,7 @@ def unpermute(
     *,
     implementation: Implementation | None = None,
 ) -> Tensor:
-    """Sums each token's rows: ND, as `kernels.permute.reference.unpermute`."""
+    """Sums each token's rows, ND, as `kernels.permute.reference.unpermute` does."""
     if is_reference(implementation, rows_AD.device):
         from kernels.permute import reference
 

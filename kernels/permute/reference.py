@@ -1,4 +1,4 @@
-"""Rows into another order, and back with a sum, in plain PyTorch.
+"""Row permutation by index, and its inverse with a sum per token, in plain PyTorch.
 
 Shape legend: N rows on the tokens' side, A rows on the other side (a token may appear there several times or not at
 all), K places per token, D columns, C tokens summed at a time, P places in use.
@@ -11,31 +11,32 @@ from torch.nn import functional
 from kernels.operands import check_operand
 
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
-CHUNK_NUMBERS = 2**19  # gathered at a time: two megabytes of float32 stay in the cache
+CHUNK_NUMBERS = 2**19  # gathered at a time: 2 MB of float32 stay in the cache
 
 INDICES = (torch.int32, torch.int64)
 
 
 def permute(rows_ND: Tensor, source_A: Tensor, out_AD: Tensor | None = None) -> Tensor:
-    """Rows gathered by index: `out[a] = rows[source[a]]`, a row of zeros where the source is negative.
+    """Gathers rows by index: `out[a] = rows[source[a]]`, a row of zeros if the source is negative.
 
     Args:
-        rows_ND: any dtype, copied bit by bit; its rows may lie apart in memory.
+        rows_ND: any dtype, copied bit by bit; rows may be strided.
         source_A: int32 or int64, below N; negative for a row of zeros.
-        out_AD: where to write, of the rows' dtype, its last dimension contiguous, not overlapping `rows_ND`.
+        out_AD: result buffer in the rows' dtype, its last dimension contiguous, not overlapping `rows_ND`; None
+            allocates it.
 
     Returns:
         out_AD, or a new contiguous tensor.
 
     Raises:
-        ValueError: operands that do not fit each other.
+        ValueError: the operands do not match.
         IndexError: a source is N or above.
     """
     check_permute(rows_ND, source_A, out_AD)
     _check_below("permute: a source", source_A, rows_ND.shape[0])
     if out_AD is None:
         out_AD = rows_ND.new_empty(source_A.shape[0], rows_ND.shape[1])
-    word = WORDS[rows_ND.element_size()]  # not every dtype can be indexed
+    word = WORDS[rows_ND.element_size()]  # torch cannot index every dtype
     words_ND, words_AD = rows_ND.view(word), out_AD.view(word)
     absent_A = source_A < 0
     if not absent_A.any():
@@ -48,18 +49,18 @@ def permute(rows_ND: Tensor, source_A: Tensor, out_AD: Tensor | None = None) -> 
 
 
 def unpermute(rows_AD: Tensor, places_NK: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Per token, the sum of its rows: `out[n] = sum over k of rows[places[n, k]]`, in the order of k.
+    """Sums the rows of each token: `out[n] = sum over k of rows[places[n, k]]`, in the order of k.
 
     Args:
-        rows_AD: floating point; its rows may lie apart in memory.
+        rows_AD: floating point; rows may be strided.
         places_NK: int32 or int64, below A; a negative place contributes nothing.
-        dtype: of the result; the rows' own by default.
+        dtype: type of the result; by default that of the rows.
 
     Returns:
         out_ND, accumulated from zero in float32 (float64 for float64 rows) and rounded once.
 
     Raises:
-        ValueError: operands of another kind.
+        ValueError: operands have an unsupported type or shape.
         IndexError: a place is A or above.
     """
     check_unpermute(rows_AD, places_NK)
@@ -81,8 +82,8 @@ def unpermute(rows_AD: Tensor, places_NK: Tensor, dtype: torch.dtype | None = No
             continue
         count_C = present_CK.sum(dim=1)
         begins_C = count_C.cumsum(0) - count_C
-        # An embedding bag adds in the order of its indices, from zero, in one pass over memory; in bfloat16 it would
-        # round ties away from zero.
+        # An embedding bag adds in the order of its indices, from zero, in one pass over memory. Its bfloat16 version
+        # rounds ties away from zero, so it runs in a wider type.
         if is_ready:
             sum_CD = functional.embedding_bag(places_P, rows_AD, begins_C, mode="sum")
         else:
@@ -99,10 +100,10 @@ def _check_below(subject: str, index: Tensor, num_rows: int) -> None:
 
 
 def check_permute(rows_ND: Tensor, source_A: Tensor, out_AD: Tensor | None) -> None:
-    """Refuses a result that is not of so many rows of that kind, and sources that are no indices.
+    """Checks that the result matches the rows, and that sources are indices.
 
     Raises:
-        ValueError: another shape, device or type.
+        ValueError: the shape, device or type differs.
     """
     _check_index("permute: source_A", source_A, 1)
     if out_AD is not None:
@@ -111,10 +112,10 @@ def check_permute(rows_ND: Tensor, source_A: Tensor, out_AD: Tensor | None) -> N
 
 
 def check_unpermute(rows_AD: Tensor, places_NK: Tensor) -> None:
-    """Refuses rows that cannot be added, and places that are no indices.
+    """Checks that the rows can be summed, and that places are indices.
 
     Raises:
-        ValueError: another number of dimensions, or another type.
+        ValueError: the number of dimensions or the type is not supported.
     """
     _check_index("unpermute: places_NK", places_NK, 2)
     if not rows_AD.is_floating_point():

@@ -1,6 +1,7 @@
-"""Rows into another order, and back with a sum, in Triton: bit-equal to kernels/permute/reference.py.
+"""Row permutation by index, and its inverse with a sum, in Triton: bit-equal to kernels/permute/reference.py.
 
-Both are bound by memory. One program owns each tile of the result, so nothing is atomic and a sum's order is fixed.
+Both are memory-bound. One program owns each tile of the result, so there are no atomics and the order of a sum is
+fixed.
 
     kernel    grid                                   tile                    accumulator            rounding
     permute   (A / block_rows, bytes / block_bytes)  rows x block_bytes      none, bits are copied  none
@@ -8,9 +9,9 @@ Both are bound by memory. One program owns each tile of the result, so nothing i
                                                                              in the order of k;     even, into the
                                                                              float64 of float64     result's dtype
 
-Every offset of a row is computed in int64. Masks: rows beyond the last, columns beyond the last, and absent rows (a
-negative index), which read as zeros. An index beyond the last row is caught only under TRITON_DEBUG=1, by an assertion
-on the device: a check on the host would cost a synchronisation. Tensors must be on the current device.
+Row offsets are int64. Masks exclude rows and columns beyond the last, and absent rows (a negative index), which are
+read as zeros. Only TRITON_DEBUG=1 detects an index beyond the last row, by an assertion on the device, because a check
+on the host would need a host sync. Tensors must be on the current device.
 
 Shape legend: N rows on the tokens' side, A rows on the other side, K places per token, D columns,
 W words in a row.
@@ -25,8 +26,8 @@ from torch import Tensor
 
 from kernels.permute.reference import check_permute, check_unpermute
 
-# What rows are copied as, by the largest number up to 16 that divides all their addresses and lengths in bytes. Of
-# numbers that lie at multiples of 16, Triton moves 16 bytes at a time; and one kernel serves every dtype.
+# Word type for copying rows, by the largest number up to 16 that divides all their addresses and lengths in bytes.
+# Triton moves 16 bytes at a time if addresses are multiples of 16. One kernel covers every dtype.
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.uint8}
 
 
@@ -71,7 +72,7 @@ def unpermute_kernel(
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ) -> None:
-    """Sums a tile of `out` in registers; the loop over the places is unrolled, so that their loads overlap."""
+    """Sums a tile of `out` in registers; the loop over the places is unrolled so that their loads overlap."""
     tokens = tl.program_id(0).to(tl.int64) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     columns = tl.program_id(1).to(tl.int64) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     in_tokens = tokens < num_tokens
@@ -82,7 +83,7 @@ def unpermute_kernel(
         tl.device_assert(index < num_rows, "unpermute: a place must be below the number of rows")
         readable = (index >= 0)[:, None] & in_columns[None, :]
         tile = tl.load(rows + index[:, None] * rows_stride + columns[None, :], mask=readable, other=0.0)
-        # The sum starts at +0 and so is never -0: adding the 0 of an absent row leaves it as it is.
+        # The sum starts at +0 and is never -0, so adding the 0 of an absent row does not change it.
         total += tile.to(ACCUMULATOR)
     writable = in_tokens[:, None] & in_columns[None, :]
     offsets = tokens[:, None] * num_columns + columns[None, :]
@@ -98,21 +99,22 @@ def permute(
     block_bytes: int = 1024,
     num_warps: int = 4,
 ) -> Tensor:
-    """Rows gathered by index: `out[a] = rows[source[a]]`, a row of zeros where the source is negative.
+    """Gathers rows by index: `out[a] = rows[source[a]]`, a row of zeros if the source is negative.
 
     Args:
-        rows_ND: any dtype, copied bit by bit; its rows may lie apart in memory.
+        rows_ND: any dtype, copied bit by bit; rows may be strided.
         source_A: int32 or int64, below N; negative for a row of zeros.
-        out_AD: where to write, of the rows' dtype, its last dimension contiguous, not overlapping `rows_ND`.
-        block_rows: rows of a tile; a power of two.
-        block_bytes: width of a tile, an eighth as many words where rows are not aligned to 16 bytes; a power of two.
-        num_warps: of a program.
+        out_AD: result buffer in the rows' dtype, its last dimension contiguous, not overlapping `rows_ND`; None
+            allocates it.
+        block_rows: rows per tile, a power of two.
+        block_bytes: bytes per tile row, a power of two; an eighth as many words if rows are not aligned to 16 bytes.
+        num_warps: warps per program.
 
     Returns:
         out_AD, or a new contiguous tensor.
 
     Raises:
-        ValueError: operands that do not fit each other, or whose columns are not contiguous.
+        ValueError: the operands do not match, or columns are not contiguous.
     """
     check_permute(rows_ND, source_A, out_AD)
     num_sources, num_columns = source_A.shape[0], rows_ND.shape[1]
@@ -124,7 +126,7 @@ def permute(
     _check_columns("permute: out_AD", out_AD)
     granularity = _granularity(rows_ND, out_AD)
     word = WORDS[granularity]
-    # Narrow words come one at a time, so a tile as wide in bytes would take too many registers.
+    # Narrow words are loaded one at a time, so a tile of the same width in bytes would take too many registers.
     block_words = block_bytes if granularity == 16 else block_bytes // 8
     rows_NW, out_AW = _as_words(rows_ND, word), _as_words(out_AD, word)
     num_words = rows_NW.shape[1]
@@ -155,21 +157,21 @@ def unpermute(
     block_columns: int = 512,
     num_warps: int = 4,
 ) -> Tensor:
-    """Per token, the sum of its rows: `out[n] = sum over k of rows[places[n, k]]`, in the order of k.
+    """Sums the rows of each token: `out[n] = sum over k of rows[places[n, k]]`, in the order of k.
 
     Args:
-        rows_AD: floating point; its rows may lie apart in memory.
-        places_NK: int32 or int64, below A; a negative place contributes nothing. K is compiled in.
-        dtype: of the result; the rows' own by default.
-        block_tokens: rows of a tile; a power of two.
-        block_columns: width of a tile; a power of two.
-        num_warps: of a program.
+        rows_AD: floating point; rows may be strided.
+        places_NK: int32 or int64, below A; a negative place contributes nothing. K is a compile-time constant.
+        dtype: type of the result; by default that of the rows.
+        block_tokens: rows per tile, a power of two.
+        block_columns: columns per tile, a power of two.
+        num_warps: warps per program.
 
     Returns:
         out_ND, accumulated from zero in float32 (float64 for float64 rows) and rounded once.
 
     Raises:
-        ValueError: operands of another kind, or rows whose columns are not contiguous.
+        ValueError: operands have an unsupported type or shape, or columns are not contiguous.
     """
     check_unpermute(rows_AD, places_NK)
     num_tokens, num_places = places_NK.shape
@@ -199,7 +201,7 @@ def unpermute(
 
 
 def _granularity(*matrices: Tensor) -> int:
-    """The largest number of bytes, up to 16, that divides where the rows of all matrices begin, and their length."""
+    """Returns the largest number of bytes, up to 16, that divides all row addresses and lengths."""
     multiples = [16, int(matrices[0].shape[1]) * matrices[0].element_size()]
     for matrix in matrices:
         size = matrix.element_size()
@@ -208,7 +210,7 @@ def _granularity(*matrices: Tensor) -> int:
 
 
 def _as_words(matrix: Tensor, word: torch.dtype) -> Tensor:
-    # A single column may have any stride, which a view as another dtype would refuse.
+    # A single column may have any stride, which torch rejects for a view as another dtype.
     return matrix.as_strided(matrix.shape, (matrix.stride(0), 1)).view(word)
 
 

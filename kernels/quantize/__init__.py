@@ -1,8 +1,7 @@
-"""Puts numbers in FP8 or E5M6 with a scale for every 128, or 128 x 128, and takes them back.
+"""Quantizes numbers to FP8 or E5M6 with a scale for every 128, or 128 x 128, and restores them.
 
-`implementation`: None for the one that suits the operands' device. Importing this package loads no torch:
-counts of memory read how numbers are cut into tiles before any process starts.
-Shape legend: as in kernels/quantize/layout.py.
+`implementation`: None selects the default for the operands' device. Importing this package loads no torch: memory
+accounts count tiles before any process starts. Shape legend: as in kernels/quantize/layout.py.
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ TILE = 128
 
 
 def num_tiles(num_columns: int) -> int:
-    """Tiles of 128 columns that cover a row, the last one possibly ragged; of rows that cover a column, in blocks."""
+    """Number of tiles of 128 columns (or rows) that cover a row (or column); the last may be ragged."""
     return -(-num_columns // TILE)
 
 
 def num_pairs(num_columns: int) -> int:
-    """Pairs of columns that cover a row, the last one possibly of one: in E5M6 each takes three bytes."""
+    """Number of column pairs that cover a row; the last may have one column. In E5M6 each pair takes three bytes."""
     return -(-num_columns // 2)
 
 
@@ -39,7 +38,7 @@ def quantize_1x128(
     *,
     implementation: Implementation | None = None,
 ) -> Quantized:
-    """Quantizes rows by 128 columns, as `kernels.quantize.reference.quantize_1x128`."""
+    """Quantizes rows by 128 columns, as `kernels.quantize.reference.quantize_1x128` does."""
     if is_reference(implementation, rows_ND.device):
         from kernels.quantize import reference
 
@@ -55,7 +54,7 @@ def dequantize_1x128(
     *,
     implementation: Implementation | None = None,
 ) -> Tensor:
-    """Restores rows from codes and scales: ND, as `kernels.quantize.reference.dequantize_1x128`."""
+    """Restores rows from codes and scales, ND, as `kernels.quantize.reference.dequantize_1x128` does."""
     if is_reference(implementation, quantized.codes.device):
         from kernels.quantize import reference
 
@@ -73,7 +72,7 @@ def quantize_columns(
     *,
     implementation: Implementation | None = None,
 ) -> QuantizedColumns:
-    """Quantizes the transpose by 128 rows of a group, as `kernels.quantize.reference_columns.quantize_columns`."""
+    """Quantizes the transpose by 128 rows of a group, as `kernels.quantize.reference_columns.quantize_columns` does."""
     if is_reference(implementation, rows_ND.device):
         from kernels.quantize import reference_columns
 
@@ -91,7 +90,7 @@ def requantize_columns(
     *,
     implementation: Implementation | None = None,
 ) -> QuantizedColumns:
-    """Does the same for rows that are in FP8, as `kernels.quantize.reference_columns.requantize_columns`."""
+    """Quantizes the transpose of FP8 rows, as `kernels.quantize.reference_columns.requantize_columns` does."""
     if is_reference(implementation, quantized.codes.device):
         from kernels.quantize import reference_columns
 
@@ -108,7 +107,7 @@ def quantize_128x128(
     *,
     implementation: Implementation | None = None,
 ) -> QuantizedBlocks:
-    """Quantizes a weight, or several, by blocks, as `kernels.quantize.reference_blocks.quantize_128x128`."""
+    """Quantizes one or several weights by blocks, as `kernels.quantize.reference_blocks.quantize_128x128` does."""
     if is_reference(implementation, values.device):
         from kernels.quantize import reference_blocks
 
@@ -123,7 +122,7 @@ def transpose_blocks(
     *,
     implementation: Implementation | None = None,
 ) -> QuantizedBlocks:
-    """Transposes a weight in FP8, as `kernels.quantize.reference_blocks.transpose_blocks`."""
+    """Transposes a weight in FP8, as `kernels.quantize.reference_blocks.transpose_blocks` does."""
     if is_reference(implementation, quantized.codes.device):
         from kernels.quantize import reference_blocks
 
@@ -138,7 +137,7 @@ def pack_e5m6(
     *,
     implementation: Implementation | None = None,
 ) -> PackedE5M6:
-    """Packs rows into 12 bits a number, as `kernels.quantize.reference_e5m6.pack_e5m6`."""
+    """Packs rows into 12 bits per number, as `kernels.quantize.reference_e5m6.pack_e5m6` does."""
     if is_reference(implementation, rows_ND.device):
         from kernels.quantize import reference_e5m6
 
@@ -155,7 +154,7 @@ def unpack_e5m6(
     *,
     implementation: Implementation | None = None,
 ) -> Tensor:
-    """Restores rows from 12 bits a number: ND, as `kernels.quantize.reference_e5m6.unpack_e5m6`."""
+    """Restores rows from 12 bits per number, ND, as `kernels.quantize.reference_e5m6.unpack_e5m6` does."""
     if is_reference(implementation, packed.codes.device):
         from kernels.quantize import reference_e5m6
 

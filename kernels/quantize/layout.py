@@ -1,6 +1,6 @@
-"""What a matrix becomes in few bits: codes, and a scale for every 128 numbers of a row or column, or 128 x 128 of both.
+"""Layouts of quantized matrices: codes, and a scale for every 128 numbers of a row or column, or for 128 x 128.
 
-Shape legend: N rows, D columns, T tiles in a row, P rows once every group is filled up to whole tiles.
+Shape legend: N rows, D columns, T tiles in a row, P rows after every group is padded to whole tiles.
 """
 
 from collections.abc import Sequence
@@ -16,12 +16,11 @@ from kernels.quantize import num_tiles as num_tiles
 LARGEST_CODE = 448.0
 SMALLEST_MIN_AMAX = 2.0**-117
 LARGEST_MIN_AMAX = 2.0**127
-# As in DeepSeek's published kernels: a tile of activations below it is as good as zero.
+# As in DeepSeek's published kernels: a tile of activations below it is practically zero.
 ROWS_MIN_AMAX = 1e-4
-# Gradients are small by nature: with this bound any number that bfloat16 holds, down to 2**-133, is some scale times a
-# code other than zero.
+# Gradients are small: with this bound, every bfloat16 number, down to 2**-133, becomes a nonzero code times a scale.
 GRADIENTS_MIN_AMAX = SMALLEST_MIN_AMAX
-# Of E5M6: (1 + 63/64) * 2**15, as exponent 31 means what it means in IEEE half precision.
+# Largest E5M6 number: (1 + 63/64) * 2**15, as exponent 31 has the meaning of IEEE half precision.
 LARGEST_E5M6 = 65024.0
 # The scale of a tile this small is 2**-126, the smallest normal float32.
 E5M6_MIN_AMAX = LARGEST_E5M6 * 2.0**-126
@@ -35,8 +34,8 @@ class Quantized(NamedTuple):
 
     Attributes:
         codes: float8_e4m3fn [N, D].
-        scales: float32 [N, ceil(D / 128)], multipliers: code times scale gives the value back. NaN for a tile that
-            held a NaN or an infinity.
+        scales: float32 [N, ceil(D / 128)], multipliers: code times scale restores the value. NaN if the tile held a
+            NaN or an infinity.
     """
 
     codes: Tensor
@@ -44,12 +43,12 @@ class Quantized(NamedTuple):
 
 
 class QuantizedBlocks(NamedTuple):
-    """A weight in FP8, in blocks of 128 x 128 (arXiv:2412.19437, section 3.3.2). The last ones may be ragged.
+    """A weight in FP8, in blocks of 128 x 128; the last ones may be ragged (arXiv:2412.19437, section 3.3.2).
 
     Attributes:
-        codes: float8_e4m3fn [..., N, D]; leading dimensions, of experts say, have blocks of their own.
-        scales: float32 [..., ceil(N / 128), ceil(D / 128)], multipliers: code times scale gives the value back. NaN for
-            a block that held a NaN or an infinity.
+        codes: float8_e4m3fn [..., N, D]; each matrix of the leading dimensions, such as experts, has its own blocks.
+        scales: float32 [..., ceil(N / 128), ceil(D / 128)], multipliers: code times scale restores the value. NaN if
+            the block held a NaN or an infinity.
     """
 
     codes: Tensor
@@ -57,14 +56,14 @@ class QuantizedBlocks(NamedTuple):
 
 
 class QuantizedColumns(NamedTuple):
-    """Rows in groups, transposed and in FP8, by tiles of 128 rows of a group (arXiv:2412.19437, section 3.3.2).
+    """Grouped rows in FP8, transposed, by tiles of 128 rows of a group (arXiv:2412.19437, section 3.3.2).
 
-    An operand of a product that sums over rows. Every group is filled up with zeros to a multiple of 128 rows, so that
-    no tile belongs to two; a group of no rows has no tile.
+    An operand of a product that sums over rows. Every group is padded with zeros to a multiple of 128 rows, so that no
+    tile spans two groups; an empty group has no tile.
 
     Attributes:
-        codes: float8_e4m3fn [D, P]; the filling has codes 0, or NaN in a tile that is NaN.
-        scales: float32 [D, P / 128], multipliers. NaN for a tile that held a NaN or an infinity.
+        codes: float8_e4m3fn [D, P]; the padding has codes 0, or NaN in a tile that is NaN.
+        scales: float32 [D, P / 128], multipliers. NaN if the tile held a NaN or an infinity.
     """
 
     codes: Tensor
@@ -72,15 +71,15 @@ class QuantizedColumns(NamedTuple):
 
 
 class PackedE5M6(NamedTuple):
-    """Rows in 12 bits a number: sign, 5 bits of exponent (bias 15), 6 of mantissa (arXiv:2412.19437, section 3.3.3).
+    """Rows in 12 bits per number: sign, 5 bits of exponent (bias 15), 6 of mantissa (arXiv:2412.19437, section 3.3.3).
 
-    Which is IEEE half precision without its last 4 bits. Of each row the lower 8 bits of all numbers come first, then
-    the upper 4 bits of two numbers to a byte, the even one's lower: bytes that a GPU can load and store 16 at a time,
-    which it could not if the bits of a number stayed together. A row of odd length is filled up with a zero.
+    This is IEEE half precision without its last 4 bits. Each row holds first the lower 8 bits of all numbers, then the
+    upper 4 bits, two numbers to a byte with the even one in the lower half. A GPU can load and store these bytes 16 at
+    a time, unlike 12-bit fields. A row of odd length is padded with a zero.
 
     Attributes:
         codes: uint8 [N, 3 * ceil(D / 2)].
-        scales: float32 [N, ceil(D / 128)], multipliers, powers of two. NaN for a tile that held a NaN or an infinity.
+        scales: float32 [N, ceil(D / 128)], multipliers, powers of two. NaN if the tile held a NaN or an infinity.
     """
 
     codes: Tensor
@@ -88,20 +87,20 @@ class PackedE5M6(NamedTuple):
 
 
 def padded_rows(counts: Sequence[int]) -> int:
-    """Rows of all groups once each is filled up to a multiple of 128."""
+    """Number of rows of all groups after each is padded to a multiple of 128."""
     return TILE * sum(map(num_tiles, counts))
 
 
 def check_counts(subject: str, counts: Sequence[int], num_rows: int) -> None:
-    """Refuses sizes of groups that do not divide up the rows.
+    """Checks that the group sizes divide up the rows.
 
     Args:
-        subject: what the counts are of, for the message.
-        counts: rows of each group.
-        num_rows: of all groups together.
+        subject: operation, for the message.
+        counts: rows per group.
+        num_rows: rows of all groups together.
 
     Raises:
-        ValueError: a count is negative, or they do not add up to the rows.
+        ValueError: a count is negative, or counts do not add up to the rows.
     """
     if min(counts, default=0) < 0:
         raise ValueError(f"{subject}: a count of rows must not be negative, got {min(counts)}; nearest: 0")
@@ -110,10 +109,10 @@ def check_counts(subject: str, counts: Sequence[int], num_rows: int) -> None:
 
 
 def check_min_amax(min_amax: float) -> None:
-    """Refuses a lower bound of the amax from which a scale could underflow or overflow.
+    """Checks that a lower bound of the amax cannot make a scale underflow or overflow.
 
     Raises:
-        ValueError: not in [2**-117, 2**127]: below, min_amax / 448 would not be a normal float32.
+        ValueError: it is not in [2**-117, 2**127]; below, min_amax / 448 would not be a normal float32.
     """
     if not SMALLEST_MIN_AMAX <= min_amax <= LARGEST_MIN_AMAX:
         nearest = "2**127" if min_amax > LARGEST_MIN_AMAX else "2**-117"
@@ -121,7 +120,7 @@ def check_min_amax(min_amax: float) -> None:
 
 
 def check_columns(subject: str, matrix: Tensor) -> None:
-    """Refuses a matrix, or several, that a kernel could not read along its rows.
+    """Checks that a kernel can read one or several matrices along their rows.
 
     Raises:
         ValueError: the last dimension is not contiguous.
@@ -131,10 +130,10 @@ def check_columns(subject: str, matrix: Tensor) -> None:
 
 
 def check_packed(packed: PackedE5M6, num_columns: int) -> None:
-    """Refuses packed rows that are not of so many numbers.
+    """Checks that packed rows hold so many numbers.
 
     Raises:
-        ValueError: other numbers of bytes or scales, or these of another type.
+        ValueError: the number or type of bytes or scales differs.
     """
     check_codes("unpack_e5m6: codes", packed.codes, torch.uint8)
     expected = (3 * num_pairs(num_columns), num_tiles(num_columns))
@@ -148,15 +147,15 @@ def check_packed(packed: PackedE5M6, num_columns: int) -> None:
 
 
 def check_numbers(subject: str, values: Tensor, num_dims: int | None = None) -> None:
-    """Refuses what is no matrix of floating-point numbers.
+    """Checks that the values are a matrix of floating-point numbers.
 
     Args:
-        subject: place and name of the numbers, for the message.
-        values: that are to be quantised.
-        num_dims: that they must have; None: 2 or more.
+        subject: operation and name of the numbers, for the message.
+        values: numbers to quantize.
+        num_dims: required number of dimensions; None: 2 or more.
 
     Raises:
-        ValueError: another type, or another number of dimensions.
+        ValueError: the type or the number of dimensions is not supported.
     """
     if not values.is_floating_point():
         raise ValueError(f"{subject} must be floating point, got {values.dtype}; nearest: torch.float32")
@@ -166,26 +165,26 @@ def check_numbers(subject: str, values: Tensor, num_dims: int | None = None) -> 
 
 
 def check_codes(subject: str, codes: Tensor, dtype: torch.dtype = CODES) -> None:
-    """Refuses codes of another type, which would be read as what they are not.
+    """Checks the type of codes, because a kernel would misread another type.
 
     Raises:
-        ValueError: they are of another type.
+        ValueError: they have another type.
     """
     if codes.dtype != dtype:
         raise ValueError(f"{subject} must be {dtype}, got {codes.dtype}")
 
 
 def check_scales(subject: str, scales: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
-    """Refuses scales that are not those of some codes.
+    """Checks that scales match their codes.
 
     Args:
-        subject: place and name of the scales, for the message.
-        scales: that were given.
-        shape: that the codes demand.
-        device: where the codes are.
+        subject: operation and name of the scales, for the message.
+        scales: scales to check.
+        shape: shape that the codes require.
+        device: device of the codes.
 
     Raises:
-        ValueError: another type, shape or device.
+        ValueError: the type, shape or device differs.
     """
     if scales.dtype != torch.float32:
         raise ValueError(f"{subject} must be torch.float32, got {scales.dtype}")
@@ -196,10 +195,10 @@ def check_scales(subject: str, scales: Tensor, shape: tuple[int, ...], device: t
 
 
 def check_quantized(subject: str, codes: Tensor, scales: Tensor) -> None:
-    """Refuses codes and scales that are not of rows by 128 columns.
+    """Checks that codes and scales are those of rows by 128 columns.
 
     Raises:
-        ValueError: codes of another type or number of dimensions, or scales that do not fit them.
+        ValueError: codes have another type or number of dimensions, or scales do not match them.
     """
     check_codes(f"{subject}: codes", codes)
     check_numbers(f"{subject}: codes", codes, 2)
@@ -208,10 +207,10 @@ def check_quantized(subject: str, codes: Tensor, scales: Tensor) -> None:
 
 
 def check_quantized_blocks(subject: str, codes: Tensor, scales: Tensor) -> None:
-    """Refuses codes and scales that are not of matrices by blocks of 128 x 128.
+    """Checks that codes and scales are those of matrices by blocks of 128 x 128.
 
     Raises:
-        ValueError: codes of another type or number of dimensions, or scales that do not fit them.
+        ValueError: codes have another type or number of dimensions, or scales do not match them.
     """
     check_codes(f"{subject}: codes", codes)
     check_numbers(f"{subject}: codes", codes)
@@ -221,19 +220,19 @@ def check_quantized_blocks(subject: str, codes: Tensor, scales: Tensor) -> None:
 
 
 def packed_bytes(num_columns: int) -> int:
-    """Bytes of a packed row: D codes and a float32 scale for every 128 of them."""
+    """Number of bytes of a packed row: D codes and a float32 scale for every 128 of them."""
     return num_columns + _SCALE_BYTES * num_tiles(num_columns)
 
 
 def pack(quantized: Quantized) -> Tensor:
-    """Codes, then scales, of each row as bytes; uint8 NB without padding."""
+    """Returns each row's codes, then its scales, as bytes: uint8 NB without padding."""
     return torch.cat([quantized.codes.view(torch.uint8), quantized.scales.contiguous().view(torch.uint8)], 1)
 
 
 def unpack(packed_NB: Tensor, num_columns: int) -> Quantized:
-    """What `pack` was given; views of it where the scales lie so that they can be read."""
+    """Reverses `pack`; returns views if the scales are aligned in the packed rows."""
     codes, scales = packed_NB.split([num_columns, _SCALE_BYTES * num_tiles(num_columns)], 1)
     if num_columns % _SCALE_BYTES:
-        # Else a row's scales begin at any byte, and a float32 must not.
+        # Scales of an odd row begin at an unaligned byte, which a float32 view does not allow.
         scales = scales.clone(memory_format=torch.contiguous_format)
     return Quantized(codes.view(torch.float8_e4m3fn), scales.view(torch.float32))

@@ -1,6 +1,6 @@
 """FP8 codes with one scale per row and 128 columns, in plain PyTorch.
 
-Shape legend: N rows, D columns, T tiles in a row, R rows worked on at a time, C columns of a tile (128).
+Shape legend: N rows, D columns, T tiles in a row, R rows processed at a time, C columns of a tile (128).
 """
 
 import torch
@@ -17,22 +17,22 @@ from kernels.quantize.layout import (
     num_tiles,
 )
 
-CHUNK_NUMBERS = 2**18  # a megabyte of float32: intermediate values stay in the cache
+CHUNK_NUMBERS = 2**18  # 1 MB of float32: intermediate values stay in the cache
 
 
 def quantize_1x128(rows_ND: Tensor, power_of_two: bool, min_amax: float = 1e-4) -> Quantized:
-    """Codes and scales of rows, tile by tile (arXiv:2412.19437, section 3.3.2).
+    """Quantizes rows tile by tile (arXiv:2412.19437, section 3.3.2).
 
     A tile's scale is `max(amax, min_amax) / 448`, in float32; codes are `value / scale`, rounded to nearest even and
     saturated at 448. A tile with a NaN or an infinity becomes all NaN, scale and codes. The last tile may be ragged.
 
     Args:
-        rows_ND: floating point, read as float32; its rows may lie apart in memory.
-        power_of_two: round the scale up to a power of two, so that quantising again loses nothing.
-        min_amax: lower bound of a tile's amax; in [2**-117, 2**127], so that a scale is a normal number.
+        rows_ND: floating point, read as float32; rows may be strided.
+        power_of_two: whether to round the scale up to a power of two, so that quantizing again is exact.
+        min_amax: lower bound of a tile's amax, in [2**-117, 2**127], so that a scale is a normal number.
 
     Raises:
-        ValueError: min_amax out of bounds, or rows of another kind.
+        ValueError: min_amax is out of range, or rows have an unsupported type or shape.
     """
     check_min_amax(min_amax)
     check_numbers("quantize_1x128: rows_ND", rows_ND, 2)
@@ -48,30 +48,33 @@ def quantize_1x128(rows_ND: Tensor, power_of_two: bool, min_amax: float = 1e-4) 
         scaled_RTC = values_RTC.div(scales_RT[:, :, None]).clamp_(-LARGEST_CODE, LARGEST_CODE)
         finite_RT = scales_RT.isfinite()
         if not finite_RT.all():
-            scaled_RTC.masked_fill_(~finite_RT[:, :, None], torch.nan)  # one NaN, whatever the sign that came in
+            scaled_RTC.masked_fill_(~finite_RT[:, :, None], torch.nan)  # one NaN code for both signs
         scales_NT[chunk] = scales_RT
         codes_ND[chunk] = scaled_RTC.flatten(1)[:, :num_columns]
     return Quantized(codes_ND, scales_NT)
 
 
 def decode(codes: Tensor) -> Tensor:
-    """float32 values of float8_e4m3fn codes, any shape. Looked up: torch's cast takes five times as long on a CPU."""
+    """Returns the float32 values of float8_e4m3fn codes of any shape.
+
+    A table look-up: torch's cast takes five times as long on a CPU.
+    """
     table = torch.arange(256, dtype=torch.uint8, device=codes.device).view(torch.float8_e4m3fn).float()
     return table.index_select(0, codes.view(torch.uint8).flatten().int()).view(codes.shape)
 
 
 def dequantize_1x128(quantized: Quantized, dtype: torch.dtype) -> Tensor:
-    """Rows from codes and scales.
+    """Restores rows from codes and scales.
 
     Args:
         quantized: codes float8_e4m3fn [N, D] and scales float32 [N, ceil(D / 128)].
-        dtype: of the result.
+        dtype: type of the result.
 
     Returns:
-        rows_ND: code times scale in float32 (float64 where that is the dtype), rounded to `dtype`.
+        rows_ND: code times scale in float32 (float64 if that is the dtype), rounded to `dtype`.
 
     Raises:
-        ValueError: codes or scales of another kind, or that do not fit each other.
+        ValueError: codes or scales have an unsupported type or shape, or do not match.
     """
     check_quantized("dequantize_1x128", *quantized)
     num_rows, num_columns = quantized.codes.shape
@@ -87,7 +90,7 @@ def dequantize_1x128(quantized: Quantized, dtype: torch.dtype) -> Tensor:
 
 
 def compute_scales(amax_RT: Tensor, power_of_two: bool, min_amax: float) -> Tensor:
-    """Scales of tiles with a largest magnitude each, of any shape; NaN where that is no finite number."""
+    """Computes scales from the largest magnitudes of tiles, of any shape; NaN if a magnitude is not finite."""
     scales_RT = amax_RT.clamp(min=min_amax) / LARGEST_CODE
     if power_of_two:
         # Adding the mantissa's mask carries into the exponent unless the number is a power of two already.
@@ -96,7 +99,7 @@ def compute_scales(amax_RT: Tensor, power_of_two: bool, min_amax: float) -> Tens
 
 
 def split_into_tiles(rows_RD: Tensor) -> Tensor:
-    """rows_RTC: rows cut into tiles, the last one filled up with zeros."""
+    """Returns rows_RTC: rows split into tiles, the last one padded with zeros."""
     missing = -rows_RD.shape[1] % TILE
     padded_RD = functional.pad(rows_RD, (0, missing)) if missing else rows_RD
     return padded_RD.reshape(rows_RD.shape[0], -1, TILE)

@@ -21,15 +21,15 @@ from kernels.quantize.reference import compute_scales, decode, split_into_tiles
 
 
 def quantize_128x128(values: Tensor, power_of_two: bool, min_amax: float = 1e-4) -> QuantizedBlocks:
-    """Codes and scales of weights, block by block; scale and code by the rule of `quantize_1x128`.
+    """Quantizes weights block by block; scale and code follow the rule of `quantize_1x128`.
 
     Args:
         values: [..., N, D], floating point, read as float32. The last blocks of a matrix may be ragged.
-        power_of_two: round the scale up to a power of two.
+        power_of_two: whether to round the scale up to a power of two.
         min_amax: lower bound of a block's amax; in [2**-117, 2**127].
 
     Raises:
-        ValueError: min_amax out of bounds, or values of another kind.
+        ValueError: min_amax is out of range, or values have an unsupported type or shape.
     """
     check_min_amax(min_amax)
     check_numbers("quantize_128x128: values", values)
@@ -44,17 +44,17 @@ def quantize_128x128(values: Tensor, power_of_two: bool, min_amax: float = 1e-4)
 
 
 def codes_128x128(values: Tensor, scales: Tensor) -> Tensor:
-    """Codes of weights under given scales: value over scale, to nearest even, saturated at 448.
+    """Quantizes weights under given scales: value over scale, to nearest even, saturated at 448.
 
     Args:
         values: [..., N, D], floating point, read as float32.
         scales: float32 [..., ceil(N / 128), ceil(D / 128)].
 
     Returns:
-        codes: float8_e4m3fn [..., N, D]; NaN in a block whose scale is no finite number.
+        codes: float8_e4m3fn [..., N, D]; NaN in a block whose scale is not finite.
 
     Raises:
-        ValueError: values of another kind, or scales that do not fit them.
+        ValueError: values have an unsupported type or shape, or scales do not match them.
     """
     check_numbers("codes_128x128: values", values)
     *leading, num_rows, num_columns = values.shape
@@ -72,17 +72,17 @@ def codes_128x128(values: Tensor, scales: Tensor) -> Tensor:
 
 
 def dequantize_128x128(quantized: QuantizedBlocks, dtype: torch.dtype) -> Tensor:
-    """Weights from codes and scales.
+    """Restores weights from codes and scales.
 
     Args:
         quantized: codes float8_e4m3fn [..., N, D] and scales float32 [..., ceil(N / 128), ceil(D / 128)].
-        dtype: of the result.
+        dtype: type of the result.
 
     Returns:
         values: [..., N, D], code times scale in float32, as the released code does, rounded to `dtype`.
 
     Raises:
-        ValueError: codes or scales of another kind, or that do not fit each other.
+        ValueError: codes or scales have an unsupported type or shape, or do not match.
     """
     check_quantized_blocks("dequantize_128x128", *quantized)
     codes, scales = quantized
@@ -97,7 +97,7 @@ def dequantize_128x128(quantized: QuantizedBlocks, dtype: torch.dtype) -> Tensor
 
 
 def transpose_blocks(quantized: QuantizedBlocks) -> QuantizedBlocks:
-    """Weights with their last two dimensions exchanged, without a rounding: a block's transpose has the block's scale.
+    """Swaps the last two dimensions of quantized weights without rounding: a transposed block keeps its scale.
 
     Args:
         quantized: codes float8_e4m3fn [..., N, D] and scales float32 [..., ceil(N / 128), ceil(D / 128)].
@@ -106,7 +106,7 @@ def transpose_blocks(quantized: QuantizedBlocks) -> QuantizedBlocks:
         codes [..., D, N] and scales [..., ceil(D / 128), ceil(N / 128)], contiguous.
 
     Raises:
-        ValueError: codes or scales of another kind, or that do not fit each other.
+        ValueError: codes or scales have an unsupported type or shape, or do not match.
     """
     check_quantized_blocks("transpose_blocks", *quantized)
     codes = quantized.codes.view(torch.uint8).mT.contiguous().view(torch.float8_e4m3fn)
@@ -114,5 +114,5 @@ def transpose_blocks(quantized: QuantizedBlocks) -> QuantizedBlocks:
 
 
 def _matrices(stacked: Tensor) -> Tensor:
-    """stacked_END: any leading dimensions as one."""
+    """Returns stacked_END: all leading dimensions merged into one."""
     return stacked.reshape(-1, *stacked.shape[-2:])

@@ -1,6 +1,6 @@
 """FP8 codes with one scale per column and 128 rows of a group, stored transposed, in plain PyTorch.
 
-Shape legend: N rows, D columns, P rows once every group is filled up to whole tiles, C columns worked on at a time.
+Shape legend: N rows, D columns, P rows after every group is padded to whole tiles, C columns processed at a time.
 """
 
 from collections.abc import Sequence
@@ -25,21 +25,21 @@ CHUNK_TILES = 2
 def quantize_columns(
     rows_ND: Tensor, counts: Sequence[int], power_of_two: bool, min_amax: float = 1e-4
 ) -> QuantizedColumns:
-    """Codes and scales of the transpose, by tiles of 128 rows of a group (arXiv:2412.19437, section 3.3.2).
+    """Quantizes the transpose by tiles of 128 rows of a group (arXiv:2412.19437, section 3.3.2).
 
-    That is `quantize_1x128` of the transpose, once every group is filled up with zeros to a multiple of 128 rows.
+    This equals `quantize_1x128` of the transpose after every group is padded with zeros to a multiple of 128 rows.
 
     Args:
         rows_ND: floating point, read as float32; sorted by group.
-        counts: rows of each group, some of them possibly 0.
-        power_of_two: round the scale up to a power of two.
+        counts: rows per group; may be 0.
+        power_of_two: whether to round the scale up to a power of two.
         min_amax: lower bound of a tile's amax; in [2**-117, 2**127].
 
     Returns:
         codes float8_e4m3fn [D, P] and scales float32 [D, P / 128].
 
     Raises:
-        ValueError: min_amax out of bounds, operands of another kind, or counts that do not add up to N.
+        ValueError: min_amax is out of range, operands have an unsupported type or shape, or counts do not add up to N.
     """
     check_numbers("quantize_columns: rows_ND", rows_ND, 2)
     check_counts("quantize_columns", counts, rows_ND.shape[0])
@@ -50,21 +50,21 @@ def quantize_columns(
 def requantize_columns(
     quantized: Quantized, counts: Sequence[int], power_of_two: bool, min_amax: float = 1e-4
 ) -> QuantizedColumns:
-    """`quantize_columns` of rows that are in FP8 by tiles of 128 columns: code times scale in float32 is the value.
+    """Applies `quantize_columns` to FP8 rows in tiles of 128 columns; a value is code times scale in float32.
 
-    Nothing is lost where all scales are powers of two and a column's exponents within a tile allow it.
+    This is exact if all scales are powers of two and the range of exponents in a column of a tile permits it.
 
     Args:
         quantized: codes float8_e4m3fn [N, D] and scales float32 [N, ceil(D / 128)]; sorted by group.
-        counts: rows of each group, some of them possibly 0.
-        power_of_two: round the scale up to a power of two.
+        counts: rows per group; may be 0.
+        power_of_two: whether to round the scale up to a power of two.
         min_amax: lower bound of a tile's amax; in [2**-117, 2**127].
 
     Returns:
-        codes float8_e4m3fn [D, P] and scales float32 [D, P / 128]; NaN wherever a tile met one.
+        codes float8_e4m3fn [D, P] and scales float32 [D, P / 128]; NaN in every tile that holds one.
 
     Raises:
-        ValueError: min_amax out of bounds, operands of another kind, or counts that do not add up to N.
+        ValueError: min_amax is out of range, operands have an unsupported type or shape, or counts do not add up to N.
     """
     check_quantized("requantize_columns", *quantized)
     codes_ND, scales_NT = quantized
@@ -82,7 +82,7 @@ def requantize_columns(
 
 
 def _pad_groups(rows_ND: Tensor, counts: Sequence[int]) -> Tensor:
-    """rows_PD: every group filled up with zeros to a multiple of 128 rows."""
+    """Returns rows_PD: every group padded with zeros to a multiple of 128 rows."""
     if all(count % TILE == 0 for count in counts):
         return rows_ND
     rows_PD = rows_ND.new_zeros(padded_rows(counts), rows_ND.shape[1])

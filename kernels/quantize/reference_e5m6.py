@@ -1,7 +1,7 @@
-"""Rows in 12 bits a number with one scale per row and 128 columns, in plain PyTorch.
+"""Rows in 12 bits per number with one scale per row and 128 columns, in plain PyTorch.
 
-Shape legend: N rows, D columns, B bytes of a packed row, T tiles in a row, R rows worked on at a time, C columns of a
-tile (128), V numbers of a row (D, and one more where that is odd).
+Shape legend: N rows, D columns, B bytes of a packed row, T tiles in a row, R rows processed at a time, C columns of a
+tile (128), V numbers of a row (D, or D + 1 if D is odd).
 """
 
 import torch
@@ -15,17 +15,17 @@ NAN_HALF = 0x7E00
 
 
 def pack_e5m6(rows_ND: Tensor) -> PackedE5M6:
-    """Rows in 12 bits a number, tile by tile (arXiv:2412.19437, section 3.3.3).
+    """Packs rows into 12 bits per number, tile by tile (arXiv:2412.19437, section 3.3.3).
 
-    A tile's scale is the least power of two, but for 2**-126 at least, under which no magnitude exceeds 65024, the
-    largest there is; a code is the number next to `value / scale`, ties to even. A tile with a NaN or an infinity
-    becomes all NaN, scale and codes. The last tile may be ragged.
+    A tile's scale is the smallest power of two, at least 2**-126, for which no magnitude exceeds 65024, the largest
+    E5M6 number. A code is the number nearest to `value / scale`, ties to even. A tile with a NaN or an infinity becomes
+    all NaN, scale and codes. The last tile may be ragged.
 
     Args:
-        rows_ND: floating point, read as float32; its rows may lie apart in memory.
+        rows_ND: floating point, read as float32; rows may be strided.
 
     Raises:
-        ValueError: rows of another kind.
+        ValueError: rows have an unsupported type or shape.
     """
     check_numbers("pack_e5m6: rows_ND", rows_ND, 2)
     num_rows, num_columns = rows_ND.shape
@@ -51,15 +51,15 @@ def pack_e5m6(rows_ND: Tensor) -> PackedE5M6:
 
 
 def unpack_e5m6(packed: PackedE5M6, num_columns: int, dtype: torch.dtype) -> Tensor:
-    """Rows from 12 bits a number.
+    """Restores rows from 12 bits per number.
 
     Args:
         packed: codes uint8 [N, 3 * ceil(D / 2)] and scales float32 [N, ceil(D / 128)].
         num_columns: D.
-        dtype: of the result.
+        dtype: type of the result.
 
     Returns:
-        rows_ND: code times scale in float32 (float64 where that is the dtype), rounded to `dtype`.
+        rows_ND: code times scale in float32 (float64 if that is the dtype), rounded to `dtype`.
 
     Raises:
         ValueError: the packed rows are not of D numbers.
@@ -75,7 +75,7 @@ def unpack_e5m6(packed: PackedE5M6, num_columns: int, dtype: torch.dtype) -> Ten
         chunk = slice(first, first + chunk_rows)
         lower_RV, pairs_RV = codes_NB[chunk, :num_lower].short(), codes_NB[chunk, num_lower:].short()
         upper_RV = torch.stack([pairs_RV & 0xF, pairs_RV >> 4], dim=2).flatten(1)
-        # The sign reaches the sign's bit of 16: what is left is IEEE half precision.
+        # The shift moves the sign to bit 15, which gives IEEE half precision.
         halves_RV = (upper_RV << 12 | lower_RV << 4).view(torch.float16)
         values_RTC = split_into_tiles(halves_RV[:, :num_columns].to(wide))
         product_RTC = values_RTC * scales_NT[chunk].to(wide)[:, :, None]
@@ -85,14 +85,14 @@ def unpack_e5m6(packed: PackedE5M6, num_columns: int, dtype: torch.dtype) -> Ten
 
 def _scales(amax: Tensor) -> Tensor:
     bits = amax.clamp(min=E5M6_MIN_AMAX).view(torch.int32)
-    # 65024 is 2**15 times a mantissa of 0x7E0000: beyond that mantissa, the sum carries into the exponent.
+    # 65024 is 2**15 times a mantissa of 0x7E0000: above that mantissa, the sum carries into the exponent.
     scales = ((bits + 0x1FFFF) & 0x7F800000) - (15 << 23)
     return scales.view(torch.float32).where(amax.isfinite(), torch.nan)
 
 
 def _rounded(scaled: Tensor) -> Tensor:
-    """Each number, of magnitude 65024 at most, to the nearest of 6 bits of mantissa and exponent -14 at least."""
-    # Of a number near 1.5 * 2**17 times it, or times 2**-14, the last bit is the last that it shall keep.
+    """Rounds each number, of magnitude 65024 at most, to 6 bits of mantissa and an exponent of at least -14."""
+    # The last bit of a float near 1.5 * 2**17 times the value's power of two, or times 2**-14, is the last bit to keep.
     large = scaled.view(torch.int32).bitwise_and(0x7F800000).clamp_(min=127 - 14 << 23).add_((17 << 23) + (1 << 22))
     large = large.view(torch.float32)
     return (scaled + large).sub_(large).copysign_(scaled)

@@ -1,4 +1,4 @@
-"""The rule of kernels/quantize/reference.py for numbers that a kernel holds in registers; same bits."""
+"""The rule of kernels/quantize/reference.py for numbers in a kernel's registers; bit-equal."""
 
 import triton
 import triton.language as tl
@@ -13,16 +13,17 @@ RECIPROCAL_BITS = tl.constexpr(0x7F000000)
 
 @triton.jit  # type: ignore[untyped-decorator]
 def largest_bits(values: tl.tensor, AXIS: tl.constexpr) -> tl.tensor:
-    """int32: bits of the largest magnitude of float32 numbers along AXIS, which stays with a length of 1.
+    """Returns the bits of the largest magnitude of float32 numbers along AXIS, int32; keeps the axis with length 1.
 
-    Bits of non-negative floats order as the floats do, and those of a NaN come last; a float maximum may drop it.
+    Bits of non-negative floats have the order of the floats, and those of a NaN are the largest. A float maximum may
+    drop a NaN.
     """
     return tl.max(values.to(tl.int32, bitcast=True) & MAGNITUDE_BITS, axis=AXIS, keep_dims=True)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def compute_scales(amax_bits: tl.tensor, min_amax: tl.tensor, POWER_OF_TWO: tl.constexpr) -> tl.tensor:
-    """Scales in float32 from the bits of largest magnitudes; NaN where those are of no finite number."""
+    """Computes float32 scales from the bits of largest magnitudes; NaN if a magnitude is not finite."""
     finite = amax_bits < INFINITY_BITS
     amax = tl.where(finite, amax_bits, 0).to(tl.float32, bitcast=True)
     scale_bits = tl.div_rn(tl.maximum(amax, min_amax), LARGEST).to(tl.int32, bitcast=True)
@@ -34,17 +35,17 @@ def compute_scales(amax_bits: tl.tensor, min_amax: tl.tensor, POWER_OF_TWO: tl.c
 
 @triton.jit  # type: ignore[untyped-decorator]
 def compute_codes(values: tl.tensor, scales: tl.tensor, POWER_OF_TWO: tl.constexpr) -> tl.tensor:
-    """Codes in e4m3: float32 `value / scale` to nearest even, and that to e4m3 to nearest even.
+    """Computes e4m3 codes: float32 `value / scale` to nearest even, then to e4m3 to nearest even.
 
-    No quotient rounds to more than 448, so that nothing saturates. Of scales that are no powers of two, a division for
-    each number would cost more than its way through memory: one reciprocal per scale is used instead, and what it
-    leaves as a remainder, exact in fused arithmetic, is divided once more. Of a scale in [1, 2) that gives the bits of
-    the division near every number where codes change, as trying all 2**23 of them shows; hence the powers of two.
+    No quotient rounds to more than 448, so nothing saturates. If scales are not powers of two, a division per number
+    would cost more than its memory traffic. Instead, one reciprocal per scale is used, and its remainder, exact in
+    fused arithmetic, is divided again. For every scale in [1, 2) this gives the bits of the division near all numbers
+    at which codes change, as a test of all 2**23 scales shows; powers of two extend this to all scales.
 
     Args:
         values: float32.
-        scales: float32, 2**-126 at least and at most 2**120, or NaN; as `values` or of length 1 along an axis.
-        POWER_OF_TWO: all scales are.
+        scales: float32, from 2**-126 to 2**120, or NaN; shaped like `values` or with length 1 along an axis.
+        POWER_OF_TWO: whether all scales are powers of two.
     """
     scale_bits = scales.to(tl.int32, bitcast=True)
     inverse_power = (-(scale_bits & INFINITY_BITS) + RECIPROCAL_BITS).to(tl.float32, bitcast=True)
@@ -52,7 +53,7 @@ def compute_codes(values: tl.tensor, scales: tl.tensor, POWER_OF_TWO: tl.constex
         scaled = values * inverse_power
     else:
         mantissa = scales * inverse_power
-        # Negative numbers twice: so the remainder of a zero, which is +0, leaves it its sign.
+        # Negating twice keeps the sign of a zero, whose remainder is +0.
         inverse_mantissa = tl.div_rn(-1.0, mantissa)
         negated = values * (inverse_power * -1.0)
         quotient = negated * inverse_mantissa

@@ -1,6 +1,6 @@
 """FP8 codes with one scale per row and 128 columns, in Triton: bit-equal to kernels/quantize/reference.py.
 
-Both kernels are bound by memory: each number is read once and written once.
+Both kernels are memory-bound: each number is read once and written once.
 
     kernel     grid                     tile               accumulator            rounding
     quantize   N / block_rows * tiles   rows x 128 columns amax in int32, so that scale: division to nearest even,
@@ -10,10 +10,10 @@ Both kernels are bound by memory: each number is read once and written once.
     dequantize N / block_rows * tiles   rows x 128 columns none                   product in float32 (float64 for a
                                                                                   float64 result), then to nearest even
 
-Tiles of the same rows are neighbours in the grid, so that programs that run together read memory from end to end.
+Tiles of the same rows are adjacent in the grid, so that concurrent programs read memory sequentially.
 
-Every offset of a row is computed in int64. Masks: rows beyond the last and columns beyond the last (zeros, which change
-no amax). Tensors must be on the current device. Shape legend: N rows, D columns, T tiles in a row.
+Row offsets are int64. Masks exclude rows and columns beyond the last (zeros, which do not change the amax). Tensors
+must be on the current device. Shape legend: N rows, D columns, T tiles in a row.
 """
 
 import torch
@@ -46,7 +46,7 @@ def quantize_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ) -> None:
-    """Quantises one tile of each of BLOCK_ROWS rows."""
+    """Quantizes one tile of each of BLOCK_ROWS rows."""
     num_tiles = tl.cdiv(num_columns, BLOCK_COLUMNS)
     row_block = (tl.program_id(0) // num_tiles).to(tl.int64)
     tile = tl.program_id(0) - row_block * num_tiles
@@ -91,20 +91,20 @@ def dequantize_kernel(
 def quantize_1x128(
     rows_ND: Tensor, power_of_two: bool, min_amax: float = 1e-4, *, block_rows: int = 16, num_warps: int = 4
 ) -> Quantized:
-    """Codes and scales of rows, tile by tile (arXiv:2412.19437, section 3.3.2).
+    """Quantizes rows tile by tile (arXiv:2412.19437, section 3.3.2).
 
     A tile's scale is `max(amax, min_amax) / 448`, in float32; codes are `value / scale`, rounded to nearest even and
     saturated at 448. A tile with a NaN or an infinity becomes all NaN, scale and codes. The last tile may be ragged.
 
     Args:
-        rows_ND: floating point, read as float32; its rows may lie apart in memory, its columns not.
-        power_of_two: round the scale up to a power of two, so that quantising again loses nothing.
-        min_amax: lower bound of a tile's amax; in [2**-117, 2**127], so that a scale is a normal number.
-        block_rows: rows that a program works on; a power of two.
-        num_warps: of a program.
+        rows_ND: floating point, read as float32; rows may be strided, columns must be contiguous.
+        power_of_two: whether to round the scale up to a power of two, so that quantizing again is exact.
+        min_amax: lower bound of a tile's amax, in [2**-117, 2**127], so that a scale is a normal number.
+        block_rows: rows per program, a power of two.
+        num_warps: warps per program.
 
     Raises:
-        ValueError: min_amax out of bounds, rows of another kind, or the columns are not contiguous.
+        ValueError: min_amax is out of range, rows have an unsupported type or shape, or columns are not contiguous.
     """
     check_min_amax(min_amax)
     check_numbers("quantize_1x128: rows_ND", rows_ND, 2)
@@ -133,19 +133,19 @@ def quantize_1x128(
 
 
 def dequantize_1x128(quantized: Quantized, dtype: torch.dtype, *, block_rows: int = 16, num_warps: int = 4) -> Tensor:
-    """Rows from codes and scales.
+    """Restores rows from codes and scales.
 
     Args:
         quantized: codes float8_e4m3fn [N, D] and scales float32 [N, ceil(D / 128)], their columns contiguous.
-        dtype: of the result.
-        block_rows: rows that a program works on; a power of two.
-        num_warps: of a program.
+        dtype: type of the result.
+        block_rows: rows per program, a power of two.
+        num_warps: warps per program.
 
     Returns:
-        rows_ND: code times scale in float32 (float64 where that is the dtype), rounded to `dtype`.
+        rows_ND: code times scale in float32 (float64 if that is the dtype), rounded to `dtype`.
 
     Raises:
-        ValueError: codes or scales of another kind, that do not fit each other, or whose columns are not contiguous.
+        ValueError: codes or scales have an unsupported type or shape or do not match, or columns are not contiguous.
     """
     check_quantized("dequantize_1x128", *quantized)
     codes_ND, scales_NT = quantized

@@ -1,7 +1,7 @@
 """FP8 codes with one scale per block of 128 x 128, in Triton: bit-equal to kernels/quantize/reference_blocks.py.
 
-All kernels are bound by memory: each number is read once and written once. A transpose of bytes by tiles pays, as
-torch copies them one by one, along columns; of the few scales, torch makes the transpose.
+All kernels are memory-bound: each number is read once and written once. Codes are transposed by tiles because torch
+copies single bytes along columns; torch transposes the few scales.
 
     kernel     grid       tile               accumulator               rounding
     quantize   (T, M, E)  128 x 128          amax in int32, so that a  scale: division to nearest even, or up to a power
@@ -10,8 +10,8 @@ torch copies them one by one, along columns; of the few scales, torch makes the 
     dequantize (T, M, E)  128 x 128          none                      product in float32, then to nearest even
     transpose  (T, M, E)  128 x 128 bytes    none                      none
 
-Every offset of a row is computed in int64. Masks: rows beyond the last of a matrix and columns beyond the last (zeros,
-which change no amax). Tensors must be on the current device.
+Row offsets are int64. Masks exclude rows and columns beyond the last of a matrix (zeros, which do not change the amax).
+Tensors must be on the current device.
 
 Shape legend: E matrices, N rows, D columns, M blocks in a column, T blocks in a row; values of any leading dimensions
 have no suffix.
@@ -38,7 +38,7 @@ from kernels.quantize.tile import compute_codes, compute_scales, largest_bits
 def _block_of(
     num_rows: tl.tensor, num_columns: tl.tensor, row_stride: tl.tensor, stride: tl.tensor, TILE: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Offsets of a program's block in matrices with strides between rows and between matrices, and which there are."""
+    """Returns offsets of a program's block in matrices with the given strides, and the mask of valid elements."""
     rows = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)[:, None]
     columns = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)[None, :]
     first = tl.program_id(2).to(tl.int64) * stride
@@ -47,7 +47,7 @@ def _block_of(
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _scale_place() -> tl.tensor:
-    """Where a program's scale is."""
+    """Returns the offset of a program's scale."""
     row = tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     return row * tl.num_programs(0) + tl.program_id(0)
 
@@ -65,7 +65,7 @@ def quantize_blocks_kernel(
     POWER_OF_TWO: tl.constexpr,
     TILE: tl.constexpr,
 ) -> None:
-    """Quantises one block."""
+    """Quantizes one block."""
     source, inside = _block_of(num_rows, num_columns, row_stride, stride, TILE)
     numbers = tl.load(values + source, mask=inside, other=0.0).to(tl.float32)
     largest = tl.max(largest_bits(numbers, 1), axis=0, keep_dims=True)
@@ -117,17 +117,17 @@ def transpose_blocks_kernel(
 def quantize_128x128(
     values: Tensor, power_of_two: bool, min_amax: float = 1e-4, *, num_warps: int = 8
 ) -> QuantizedBlocks:
-    """Codes and scales of weights, block by block; scale and code by the rule of `quantize_1x128`.
+    """Quantizes weights block by block; scale and code follow the rule of `quantize_1x128`.
 
     Args:
         values: [..., N, D], floating point, read as float32, contiguous along D. The last blocks of a matrix may be
             ragged.
-        power_of_two: round the scale up to a power of two.
+        power_of_two: whether to round the scale up to a power of two.
         min_amax: lower bound of a block's amax; in [2**-117, 2**127].
-        num_warps: of a program.
+        num_warps: warps per program.
 
     Raises:
-        ValueError: min_amax out of bounds, values of another kind, or the columns are not contiguous.
+        ValueError: min_amax is out of range, values have an unsupported type or shape, or columns are not contiguous.
     """
     check_min_amax(min_amax)
     check_numbers("quantize_128x128: values", values)
@@ -156,19 +156,19 @@ def quantize_128x128(
 
 
 def dequantize_128x128(quantized: QuantizedBlocks, dtype: torch.dtype, *, num_warps: int = 8) -> Tensor:
-    """Weights from codes and scales.
+    """Restores weights from codes and scales.
 
     Args:
         quantized: codes float8_e4m3fn [..., N, D], contiguous along D, and scales float32 [..., ceil(N / 128),
             ceil(D / 128)].
-        dtype: of the result.
-        num_warps: of a program.
+        dtype: type of the result.
+        num_warps: warps per program.
 
     Returns:
         values: [..., N, D], code times scale in float32, as the released code does, rounded to `dtype`.
 
     Raises:
-        ValueError: codes or scales of another kind, that do not fit each other, or whose columns are not contiguous.
+        ValueError: codes or scales have an unsupported type or shape or do not match, or columns are not contiguous.
     """
     check_quantized_blocks("dequantize_128x128", *quantized)
     codes, scales = quantized
@@ -193,18 +193,18 @@ def dequantize_128x128(quantized: QuantizedBlocks, dtype: torch.dtype, *, num_wa
 
 
 def transpose_blocks(quantized: QuantizedBlocks, *, num_warps: int = 8) -> QuantizedBlocks:
-    """Weights with their last two dimensions exchanged, without a rounding: a block's transpose has the block's scale.
+    """Swaps the last two dimensions of quantized weights without rounding: a transposed block keeps its scale.
 
     Args:
         quantized: codes float8_e4m3fn [..., N, D], contiguous along D, and scales float32 [..., ceil(N / 128),
             ceil(D / 128)].
-        num_warps: of a program.
+        num_warps: warps per program.
 
     Returns:
         codes [..., D, N] and scales [..., ceil(D / 128), ceil(N / 128)], contiguous.
 
     Raises:
-        ValueError: codes or scales of another kind, that do not fit each other, or whose columns are not contiguous.
+        ValueError: codes or scales have an unsupported type or shape or do not match, or columns are not contiguous.
     """
     check_quantized_blocks("transpose_blocks", *quantized)
     codes, scales = quantized
@@ -227,7 +227,7 @@ def transpose_blocks(quantized: QuantizedBlocks, *, num_warps: int = 8) -> Quant
 
 
 def _matrices(stacked: Tensor) -> Tensor:
-    """stacked_END: any leading dimensions as one."""
+    """Returns stacked_END: all leading dimensions merged into one."""
     return stacked.reshape(-1, *stacked.shape[-2:])
 
 

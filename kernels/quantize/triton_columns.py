@@ -1,8 +1,7 @@
-"""FP8 codes with one scale per column and 128 rows of a group, stored transposed, in Triton: bit-equal to
-kernels/quantize/reference_columns.py.
+"""Transposed FP8 codes with one scale per column and 128 rows of a group, in Triton: see reference_columns.py.
 
-Both kernels are bound by memory: each number is read once, by columns side by side, and written once, by rows of a
-tile side by side; in between, a tile is transposed as codes, a byte each, in shared memory.
+Results are bit-equal to the reference. Both kernels are memory-bound: each number is read once and written once, both
+in contiguous runs. In between, a tile of codes, one byte each, is transposed in shared memory.
 
     kernel     grid                        tile                      accumulator            rounding
     quantize   (D / block_columns, tiles)  128 rows x block_columns  amax in int32, so that scale: division to nearest
@@ -12,12 +11,11 @@ tile side by side; in between, a tile is transposed as codes, a byte each, in sh
     requantize (D / block_columns, tiles)  128 rows x block_columns  as above               product of code and scale in
                                                                                             float32, then as above
 
-Every offset of a row is computed in int64. Masks: rows beyond the last of a group and columns beyond the last (zeros,
-which change no amax and are the codes of the filling). Where a tile begins and where its rows end is worked out on the
-host and copied without waiting; where there is one group, it follows from the tile's number. Tensors must be on the
-current device.
+Row offsets are int64. Masks exclude rows beyond the last of a group and columns beyond the last (zeros, which do not
+change the amax and are the codes of the padding). The host computes the first and last row of each tile and copies them
+asynchronously. If there is one group, they follow from the tile's number. Tensors must be on the current device.
 
-Shape legend: N rows, D columns, P rows once every group is filled up to whole tiles, T tiles in all.
+Shape legend: N rows, D columns, P rows after every group is padded to whole tiles, T tiles in all.
 """
 
 from collections.abc import Sequence
@@ -46,7 +44,7 @@ from kernels.quantize.tile import compute_codes, compute_scales, largest_bits
 def _rows_of(
     bounds: tl.tensor, num_rows: tl.tensor, GROUPED: tl.constexpr, BLOCK_ROWS: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor]:
-    """The rows of a program's tile, and which of them there are."""
+    """Returns the rows of a program's tile, and the mask of valid ones."""
     first, end = tl.program_id(1).to(tl.int64) * BLOCK_ROWS, num_rows
     if GROUPED:
         first = tl.load(bounds + 2 * tl.program_id(1)).to(tl.int64)
@@ -57,7 +55,7 @@ def _rows_of(
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _columns_of(VECTOR: tl.constexpr, BLOCK_COLUMNS: tl.constexpr) -> tl.tensor:
-    """The columns of a program, of which a thread shall hold VECTOR side by side."""
+    """Returns the columns of a program, laid out so that a thread holds VECTOR adjacent ones."""
     columns = tl.program_id(0).to(tl.int64) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     return tl.max_contiguous(tl.multiple_of(columns, VECTOR), VECTOR)
 
@@ -74,7 +72,7 @@ def _store_columns(
     POWER_OF_TWO: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
 ) -> None:
-    """Quantises a tile of float32 numbers, rows x columns, and stores its transpose."""
+    """Quantizes a tile of float32 numbers, rows x columns, and stores its transpose."""
     scale = compute_scales(largest_bits(values, 0), min_amax, POWER_OF_TWO)
     code = tl.trans(compute_codes(values, scale, POWER_OF_TWO))
     in_columns = (columns < num_columns)[:, None]
@@ -100,7 +98,7 @@ def quantize_columns_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ) -> None:
-    """Quantises BLOCK_COLUMNS columns of one tile of rows."""
+    """Quantizes BLOCK_COLUMNS columns of one tile of rows."""
     row, in_rows = _rows_of(bounds, num_rows, GROUPED, BLOCK_ROWS)
     columns = _columns_of(VECTOR, BLOCK_COLUMNS)
     inside = in_rows[:, None] & (columns < num_columns)[None, :]
@@ -127,12 +125,12 @@ def requantize_columns_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ) -> None:
-    """Quantises BLOCK_COLUMNS columns, all of one scale to a row, of one tile of rows that are codes."""
+    """Quantizes BLOCK_COLUMNS columns, which share one scale per row, of one tile of FP8 rows."""
     row, in_rows = _rows_of(bounds, num_rows, GROUPED, BLOCK_ROWS)
     columns = _columns_of(VECTOR, BLOCK_COLUMNS)
     inside = in_rows[:, None] & (columns < num_columns)[None, :]
     code = tl.load(row_codes + row[:, None] * codes_stride + columns[None, :], mask=inside, other=0.0)
-    column_tile = tl.program_id(0) // (BLOCK_ROWS // BLOCK_COLUMNS)  # a tile is as wide as it is high
+    column_tile = tl.program_id(0) // (BLOCK_ROWS // BLOCK_COLUMNS)  # tiles are square
     scale = tl.load(row_scales + row * scales_stride + column_tile, mask=in_rows, other=0.0)
     values = code.to(tl.float32) * scale[:, None]
     _store_columns(values, codes, scales, columns, num_columns, num_tiles, min_amax, POWER_OF_TWO, BLOCK_ROWS)
@@ -148,25 +146,25 @@ def quantize_columns(
     vector: int = 4,
     num_warps: int = 8,
 ) -> QuantizedColumns:
-    """Codes and scales of the transpose, by tiles of 128 rows of a group (arXiv:2412.19437, section 3.3.2).
+    """Quantizes the transpose by tiles of 128 rows of a group (arXiv:2412.19437, section 3.3.2).
 
-    That is `quantize_1x128` of the transpose, once every group is filled up with zeros to a multiple of 128 rows.
+    This equals `quantize_1x128` of the transpose after every group is padded with zeros to a multiple of 128 rows.
 
     Args:
-        rows_ND: floating point, read as float32; sorted by group; its rows may lie apart in memory, its columns not.
-        counts: rows of each group, some of them possibly 0.
-        power_of_two: round the scale up to a power of two.
+        rows_ND: floating point, read as float32; sorted by group; rows may be strided, columns must be contiguous.
+        counts: rows per group; may be 0.
+        power_of_two: whether to round the scale up to a power of two.
         min_amax: lower bound of a tile's amax; in [2**-117, 2**127].
-        block_columns: columns that a program works on; a power of two.
-        vector: columns that a thread loads side by side, few so that it looks at many rows; a power of two.
-        num_warps: of a program.
+        block_columns: columns per program, a power of two.
+        vector: adjacent columns that a thread loads, a power of two; a small number lets a thread cover many rows.
+        num_warps: warps per program.
 
     Returns:
         codes float8_e4m3fn [D, P] and scales float32 [D, P / 128].
 
     Raises:
-        ValueError: min_amax out of bounds, operands of another kind, counts that do not add up to N, or columns that
-            are not contiguous.
+        ValueError: min_amax is out of range, operands have an unsupported type or shape, counts do not add up to N, or
+            columns are not contiguous.
     """
     check_min_amax(min_amax)
     check_numbers("quantize_columns: rows_ND", rows_ND, 2)
@@ -208,26 +206,26 @@ def requantize_columns(
     vector: int = 4,
     num_warps: int = 4,
 ) -> QuantizedColumns:
-    """`quantize_columns` of rows that are in FP8 by tiles of 128 columns: code times scale in float32 is the value.
+    """Applies `quantize_columns` to FP8 rows in tiles of 128 columns; a value is code times scale in float32.
 
-    Nothing is lost where all scales are powers of two and a column's exponents within a tile allow it.
+    This is exact if all scales are powers of two and the range of exponents in a column of a tile permits it.
 
     Args:
         quantized: codes float8_e4m3fn [N, D] and scales float32 [N, ceil(D / 128)], their columns contiguous; sorted by
             group.
-        counts: rows of each group, some of them possibly 0.
-        power_of_two: round the scale up to a power of two.
+        counts: rows per group; may be 0.
+        power_of_two: whether to round the scale up to a power of two.
         min_amax: lower bound of a tile's amax; in [2**-117, 2**127].
-        block_columns: columns that a program works on; a power of two, 128 at most.
-        vector: columns that a thread loads side by side, few so that it looks at many rows; a power of two.
-        num_warps: of a program.
+        block_columns: columns per program, a power of two, at most 128.
+        vector: adjacent columns that a thread loads, a power of two; a small number lets a thread cover many rows.
+        num_warps: warps per program.
 
     Returns:
-        codes float8_e4m3fn [D, P] and scales float32 [D, P / 128]; NaN wherever a tile met one.
+        codes float8_e4m3fn [D, P] and scales float32 [D, P / 128]; NaN in every tile that holds one.
 
     Raises:
-        ValueError: min_amax out of bounds, operands of another kind, counts that do not add up to N, or columns that
-            are not contiguous.
+        ValueError: min_amax is out of range, operands have an unsupported type or shape, counts do not add up to N, or
+            columns are not contiguous.
     """
     check_min_amax(min_amax)
     check_quantized("requantize_columns", *quantized)
@@ -272,7 +270,7 @@ def _empty(rows_ND: Tensor, counts: Sequence[int]) -> QuantizedColumns:
 
 
 def _bounds(counts: Sequence[int], device: torch.device) -> Tensor | None:
-    """bounds_T2, int32: first row of each tile, and where the rows of its group end; none for a single group."""
+    """Returns bounds_T2, int32: first row of each tile and the end of its group's rows; None for a single group."""
     if len(counts) <= 1:
         return None
     bounds, first = [], 0

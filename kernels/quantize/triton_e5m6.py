@@ -1,7 +1,6 @@
-"""Rows in 12 bits a number with one scale per row and 128 columns, in Triton: bit-equal to
-kernels/quantize/reference_e5m6.py.
+"""Rows in 12 bits per number with one scale per row and 128 columns, in Triton, bit-equal to reference_e5m6.py.
 
-Both kernels are bound by memory: each number is read once and written once.
+Both kernels are memory-bound: each number is read once and written once.
 
     kernel  grid                     tile                accumulator                rounding
     pack    N / block_rows * tiles   rows x 128 columns  amax in int32, so that a   scale: up to a power of two; codes:
@@ -9,8 +8,8 @@ Both kernels are bound by memory: each number is read once and written once.
     unpack  N / block_rows * tiles   rows x 128 columns  none                       product in float32 (float64 for a
                                                                                     float64 result), to nearest even
 
-Every offset of a row is computed in int64. Masks: rows beyond the last and columns beyond the last (zeros, which change
-no amax; the first of them fills up a row of odd length). Tensors must be on the current device.
+Row offsets are int64. Masks exclude rows and columns beyond the last (zeros, which do not change the amax; the first
+one pads a row of odd length). Tensors must be on the current device.
 
 Shape legend: N rows, D columns, B bytes of a packed row, T tiles in a row.
 """
@@ -42,15 +41,15 @@ LARGE = tl.constexpr((17 << 23) + (1 << 22))
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _halves_of(values: tl.tensor, scale_bits: tl.tensor, finite: tl.tensor) -> tl.tensor:
-    """Bits of IEEE half precision, the last 4 of them 0, in int16."""
+    """Returns the bits of IEEE half precision, with the last 4 bits 0, in int16."""
     inverse = (-scale_bits + RECIPROCAL_BITS).to(tl.float32, bitcast=True)
     scaled = tl.where(finite, values * inverse, 0.0)
     bits = scaled.to(tl.int32, bitcast=True)
-    # Of a number near 1.5 * 2**17 times it, or times 2**-14, the last bit is the last that it shall keep.
+    # The last bit of a float near 1.5 * 2**17 times the value's power of two, or times 2**-14, is the last bit to keep.
     large_bits = tl.maximum(bits & INFINITY_BITS, SMALLEST_EXPONENT) + LARGE
     large = large_bits.to(tl.float32, bitcast=True)
     rounded = (scaled + large) - large
-    # A number rounded to zero has lost its sign.
+    # A number that was rounded to zero has lost its sign.
     signed = (rounded.to(tl.int32, bitcast=True) | (bits & SIGN_BIT)).to(tl.float32, bitcast=True)
     return tl.where(finite, signed.to(tl.float16).to(tl.int16, bitcast=True), NAN_HALF)
 
@@ -80,9 +79,9 @@ def pack_kernel(
     amax_bits = largest_bits(values, 1)
     finite = amax_bits < INFINITY_BITS
     amax = tl.maximum(tl.where(finite, amax_bits, 0).to(tl.float32, bitcast=True), min_amax)
-    # 65024 is 2**15 times a mantissa of 0x7E0000: beyond that mantissa, the sum carries into the exponent.
+    # 65024 is 2**15 times a mantissa of 0x7E0000: above that mantissa, the sum carries into the exponent.
     scale_bits = ((amax.to(tl.int32, bitcast=True) + BEYOND_65024) & INFINITY_BITS) - EXPONENT_15
-    # What fills up a row is 0 in a tile that is NaN as well.
+    # The padding of a row is 0 even in a tile that is NaN.
     halves = _halves_of(values, scale_bits, finite | (columns >= num_columns))
     packed = codes + row * 3 * num_pairs
     tl.store(packed + columns, (halves >> 4).to(tl.uint8), mask=in_rows & (columns < 2 * num_pairs))
@@ -121,7 +120,7 @@ def unpack_kernel(
     lower = tl.load(packed + columns, mask=inside, other=0)
     two = tl.load(packed + 2 * num_pairs + pairs, mask=in_rows & (pairs < num_pairs), other=0)
     upper = tl.join(two & 0xF, two >> 4).reshape(BLOCK_ROWS, TILE)
-    # The sign reaches the sign's bit of 16: what is left is IEEE half precision.
+    # The shift moves the sign to bit 15, which gives IEEE half precision.
     halves = ((upper.to(tl.int16) << 12) | (lower.to(tl.int16) << 4)).to(tl.float16, bitcast=True)
     scale = tl.load(scales + row * scales_stride + tile, mask=in_rows, other=0.0)
     product = halves.to(tl.float32).to(WIDE) * scale.to(WIDE)
@@ -129,19 +128,19 @@ def unpack_kernel(
 
 
 def pack_e5m6(rows_ND: Tensor, *, block_rows: int = 16, num_warps: int = 4) -> PackedE5M6:
-    """Rows in 12 bits a number, tile by tile (arXiv:2412.19437, section 3.3.3).
+    """Packs rows into 12 bits per number, tile by tile (arXiv:2412.19437, section 3.3.3).
 
-    A tile's scale is the least power of two, but for 2**-126 at least, under which no magnitude exceeds 65024, the
-    largest there is; a code is the number next to `value / scale`, ties to even. A tile with a NaN or an infinity
-    becomes all NaN, scale and codes. The last tile may be ragged.
+    A tile's scale is the smallest power of two, at least 2**-126, for which no magnitude exceeds 65024, the largest
+    E5M6 number. A code is the number nearest to `value / scale`, ties to even. A tile with a NaN or an infinity becomes
+    all NaN, scale and codes. The last tile may be ragged.
 
     Args:
-        rows_ND: floating point, read as float32; its rows may lie apart in memory, its columns not.
-        block_rows: rows that a program works on; a power of two.
-        num_warps: of a program.
+        rows_ND: floating point, read as float32; rows may be strided, columns must be contiguous.
+        block_rows: rows per program, a power of two.
+        num_warps: warps per program.
 
     Raises:
-        ValueError: rows of another kind, or whose columns are not contiguous.
+        ValueError: rows have an unsupported type or shape, or columns are not contiguous.
     """
     check_numbers("pack_e5m6: rows_ND", rows_ND, 2)
     num_rows, num_columns = rows_ND.shape
@@ -171,17 +170,17 @@ def pack_e5m6(rows_ND: Tensor, *, block_rows: int = 16, num_warps: int = 4) -> P
 def unpack_e5m6(
     packed: PackedE5M6, num_columns: int, dtype: torch.dtype, *, block_rows: int = 16, num_warps: int = 4
 ) -> Tensor:
-    """Rows from 12 bits a number.
+    """Restores rows from 12 bits per number.
 
     Args:
         packed: codes uint8 [N, 3 * ceil(D / 2)] and scales float32 [N, ceil(D / 128)], their columns contiguous.
         num_columns: D.
-        dtype: of the result.
-        block_rows: rows that a program works on; a power of two.
-        num_warps: of a program.
+        dtype: type of the result.
+        block_rows: rows per program, a power of two.
+        num_warps: warps per program.
 
     Returns:
-        rows_ND: code times scale in float32 (float64 where that is the dtype), rounded to `dtype`.
+        rows_ND: code times scale in float32 (float64 if that is the dtype), rounded to `dtype`.
 
     Raises:
         ValueError: the packed rows are not of D numbers, or their columns are not contiguous.

@@ -1,8 +1,7 @@
-"""Normalises by the root mean square, in the rows' type or into FP8, and differentiates it.
+"""Normalizes rows by their root mean square, in the rows' type or to FP8, and computes gradients.
 
-`implementation`: None for the one that suits the operands' device. Triton's kernels hold whole rows: plain
-PyTorch runs instead if a row does not fit a program or does not lie in one piece.
-Shape legend: as in kernels/rms_norm/reference.py.
+`implementation`: None selects the default for the operands' device. Triton's kernels hold whole rows: plain PyTorch
+runs instead if a row does not fit a program or is not contiguous. Shape legend: as in kernels/rms_norm/reference.py.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
 
     from kernels.quantize.layout import Quantized
 
-LARGEST_COLUMNS = 2**13  # beyond, the weight's sums do not fit the registers of a program
+LARGEST_COLUMNS = 2**13  # above this, the sums for the weight do not fit a program's registers
 
 
 def rms_norm(
@@ -26,7 +25,7 @@ def rms_norm(
     *,
     implementation: Implementation | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Normalises x, and returns the inverse root mean squares too, as `kernels.rms_norm.reference.rms_norm`."""
+    """Normalizes x and returns the inverse root mean squares too, as `kernels.rms_norm.reference.rms_norm` does."""
     if _is_reference(implementation, x):
         from kernels.rms_norm import reference
 
@@ -44,7 +43,7 @@ def normalize_backward(
     *,
     implementation: Implementation | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Computes gradients of x and of the weight, as `kernels.rms_norm.reference.normalize_backward`."""
+    """Computes gradients of x and of the weight, as `kernels.rms_norm.reference.normalize_backward` does."""
     if _is_reference(implementation, grad, x):
         from kernels.rms_norm import reference
 
@@ -62,9 +61,9 @@ def rms_norm_quantize(
     *,
     implementation: Implementation | None = None,
 ) -> tuple[Quantized, Tensor]:
-    """Normalises into FP8, and returns the inverse root mean squares too: [A, 1].
+    """Normalizes rows, quantizes them to FP8, and returns the inverse root mean squares too, [A, 1].
 
-    As `kernels.rms_norm.reference_fp8.rms_norm_quantize`.
+    See `kernels.rms_norm.reference_fp8.rms_norm_quantize`.
     """
     if _is_reference(implementation, x_AD):
         from kernels.rms_norm import reference_fp8
@@ -85,7 +84,7 @@ def rms_norm_backward_from_codes(
 ) -> tuple[Tensor, Tensor]:
     """Computes gradients of x and of the weight from the norm in FP8.
 
-    As `kernels.rms_norm.reference_fp8.rms_norm_backward_from_codes`.
+    See `kernels.rms_norm.reference_fp8.rms_norm_backward_from_codes`.
     """
     if _is_reference(implementation, grad_AD):
         from kernels.rms_norm import reference_fp8

@@ -1,6 +1,6 @@
-"""Root-mean-square normalisation and its backward, in plain PyTorch.
+"""Root-mean-square normalization and its backward, in plain PyTorch.
 
-Shape legend: ... leading dims, D normalised size.
+Shape legend: ... leading dims, D normalized size.
 """
 
 import torch
@@ -11,28 +11,31 @@ from kernels.quantize.layout import Quantized, check_quantized
 
 
 def inverse_rms(x: Tensor, eps: float) -> Tensor:
-    """1 / sqrt(mean(x^2) + eps) over the last dim, [..., 1], in float32 or wider."""
+    """Computes 1 / sqrt(mean(x^2) + eps) over the last dim, [..., 1], in float32 or wider."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     length: Tensor = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
     return length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
 
 
 def normalize(x: Tensor, scale: Tensor, weight_D: Tensor) -> Tensor:
-    """x * scale, cast to x's type, then times the weight: the released code's order. Same shape and type as x.
+    """Computes x * scale, casts it to x's type, and multiplies by the weight, in the order of the released code.
 
     Args:
         x: [..., D].
         scale: `inverse_rms` of x.
-        weight_D: in x's type.
+        weight_D: weights, in x's type.
+
+    Returns:
+        Tensor of the shape and type of x.
     """
     return (x * scale).to(x.dtype).mul_(weight_D)
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """`normalize` of x, and the `inverse_rms` that it took.
+    """Computes `normalize` of x, and returns the `inverse_rms` too.
 
     Raises:
-        ValueError: there is not a weight for each column.
+        ValueError: the number of weights is not the number of columns.
     """
     check_weight("rms_norm", weight_D, x)
     scale = inverse_rms(x, eps)
@@ -40,20 +43,20 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def normalize_backward(grad: Tensor, x: Tensor, scale: Tensor, weight_D: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of `normalize` in x, [..., D], and in the weight, [D]; computed in `scale`'s type.
+    """Computes the gradients of `normalize` in x, [..., D], and in the weight, [D], in the type of `scale`.
 
     Args:
-        grad: of the output, [..., D].
+        grad: gradient of the output, [..., D].
         x: as in the forward.
         scale: `inverse_rms` of x.
         weight_D: as in the forward.
 
     Raises:
-        ValueError: operands that do not fit each other.
+        ValueError: the operands do not match.
     """
     check_backward("normalize_backward", grad, x, scale, weight_D)
     wide, wide_grad, weight = x.to(scale.dtype), grad.to(scale.dtype), weight_D.to(scale.dtype)
-    # torch's fused backward of layer norm, told that the mean is 0; what it takes off for the mean is added again.
+    # torch's fused backward of layer norm, with a mean of 0; the term that it subtracts for the mean is added back.
     grad_x, grad_weight_D, _ = torch.ops.aten.native_layer_norm_backward(
         wide_grad, wide, [x.shape[-1]], torch.zeros_like(scale), scale, weight, None, [True, True, False]
     )
@@ -62,19 +65,19 @@ def normalize_backward(grad: Tensor, x: Tensor, scale: Tensor, weight_D: Tensor)
 
 
 def check_weight(subject: str, weight_D: Tensor, x: Tensor) -> None:
-    """Refuses a weight that is not one number for each column.
+    """Checks that the weight has one number for each column.
 
     Raises:
-        ValueError: another shape or device.
+        ValueError: the shape or device differs.
     """
     check_operand(f"{subject}: weight_D", weight_D, (x.shape[-1],), x.device)
 
 
 def check_backward(subject: str, grad: Tensor, x: Tensor, scale: Tensor, weight_D: Tensor) -> None:
-    """Refuses operands of a backward that are not those of one forward.
+    """Checks that the operands of a backward belong to one forward.
 
     Raises:
-        ValueError: another shape or device.
+        ValueError: the shape or device differs.
     """
     check_operand(f"{subject}: grad", grad, tuple(x.shape), x.device)
     check_operand(f"{subject}: scale", scale, (*x.shape[:-1], 1), x.device)
@@ -84,10 +87,10 @@ def check_backward(subject: str, grad: Tensor, x: Tensor, scale: Tensor, weight_
 def check_backward_from_codes(
     subject: str, grad_AD: Tensor, normal: Quantized, inverse_A1: Tensor, weight_D: Tensor
 ) -> None:
-    """Refuses operands of a backward from codes that are not those of one forward.
+    """Checks that the operands of a backward from codes belong to one forward.
 
     Raises:
-        ValueError: another shape, type or device.
+        ValueError: the shape, type or device differs.
     """
     size, num_columns = grad_AD.shape
     check_operand(f"{subject}: codes", normal.codes, (size, num_columns), grad_AD.device)

@@ -1,6 +1,6 @@
-"""Root-mean-square normalisation into FP8, and its backward from what was cached of it, in plain PyTorch.
+"""Root-mean-square normalization to FP8, and its backward from the cached codes, in plain PyTorch.
 
-Shape legend: A rows, D normalised size, R rows worked on at a time.
+Shape legend: A rows, D normalized size, R rows processed at a time.
 """
 
 import torch
@@ -12,19 +12,19 @@ from kernels.rms_norm.reference import check_backward_from_codes, check_weight, 
 
 
 def rms_norm_quantize(x_AD: Tensor, weight_D: Tensor, eps: float, power_of_two: bool) -> tuple[Quantized, Tensor]:
-    """x / sqrt(mean(x^2) + eps) * weight in float32, rounded once to FP8 (arXiv:2412.19437, section 3.3.2).
+    """Computes x / sqrt(mean(x^2) + eps) * weight, and rounds it once to FP8 (arXiv:2412.19437, 3.3.2).
 
     Args:
         x_AD: floating point, read as float32.
-        weight_D: of any floating type.
-        eps: added to the mean of the squares.
-        power_of_two: round scales up to a power of two.
+        weight_D: weights, of any floating type.
+        eps: term added to the mean of the squares; all is computed in float32.
+        power_of_two: whether to round scales up to a power of two.
 
     Returns:
         Codes float8_e4m3fn AD with a scale per row and 128 columns, and 1 / sqrt(mean(x^2) + eps), float32 [A, 1].
 
     Raises:
-        ValueError: there is not a weight for each column.
+        ValueError: the number of weights is not the number of columns.
     """
     check_weight("rms_norm_quantize", weight_D, x_AD)
     size, num_columns = x_AD.shape
@@ -47,13 +47,13 @@ def rms_norm_quantize(x_AD: Tensor, weight_D: Tensor, eps: float, power_of_two: 
 def rms_norm_backward_from_codes(
     grad_AD: Tensor, normal: Quantized, inverse_A1: Tensor, weight_D: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the normalisation in x and in the weight, where its result is known by its codes alone.
+    """Computes the gradients of the normalization in x and in the weight from the codes of its result.
 
-    With x-hat = result / weight, 0 where the weight is 0: the gradient of x is
+    With x-hat = result / weight, or 0 if the weight is 0, the gradient of x is
     `inverse * (grad * weight - x-hat * mean(grad * result))`, that of the weight `sum over rows of grad * x-hat`.
 
     Args:
-        grad_AD: of the result, of any floating type; read as float32.
+        grad_AD: gradient of the result, of any floating type; read as float32.
         normal: the result, codes float8_e4m3fn AD.
         inverse_A1: 1 / sqrt(mean(x^2) + eps), float32.
         weight_D: as in the forward.
@@ -62,13 +62,13 @@ def rms_norm_backward_from_codes(
         grad_x_AD in the gradient's type, grad_weight_D in float32.
 
     Raises:
-        ValueError: operands that do not fit each other.
+        ValueError: the operands do not match.
     """
     check_backward_from_codes("rms_norm_backward_from_codes", grad_AD, normal, inverse_A1, weight_D)
     size, num_columns = grad_AD.shape
     grad_x_AD, grad_weight_D = torch.empty_like(grad_AD), grad_AD.new_zeros(num_columns, dtype=torch.float32)
     weight_D = weight_D.float()
-    divisor_D = weight_D.masked_fill(weight_D == 0, torch.inf)  # a result over infinity is 0, and NaN stays NaN
+    divisor_D = weight_D.masked_fill(weight_D == 0, torch.inf)  # dividing by infinity gives 0, and NaN stays NaN
     chunk_rows = max(1, CHUNK_NUMBERS // max(1, num_columns))
     for first in range(0, size if num_columns else 0, chunk_rows):
         chunk = slice(first, first + chunk_rows)

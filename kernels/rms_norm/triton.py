@@ -1,6 +1,6 @@
-"""Root-mean-square normalisation and its backward, in Triton: as kernels/rms_norm/reference.py, in one pass each.
+"""Root-mean-square normalization and its backward, in Triton, one pass each; see kernels/rms_norm/reference.py.
 
-Both are bound by memory: a program holds whole rows in registers, so that each number is read once.
+Both are memory-bound: a program holds whole rows in registers, so that each number is read once.
 
     kernel   grid                      tile                accumulator              rounding
     forward  (A / block_rows)          rows x all columns  float32 (float64 of      to the type after the scale and
@@ -10,12 +10,11 @@ Both are bound by memory: a program holds whole rows in registers, so that each 
              many-th block of rows                         per program, then over
                                                            programs
 
-The weight's gradient is summed per program and then over programs: nothing is atomic, and the order depends on the
-shape alone. Of the backward, rows of more than 4096 columns that do not begin at multiples of 16 bytes, and such rows
-of float64, take more registers than there are: right, but slow. The inverse root is an exact square root and an exact
-division. Every offset of a row is computed in int64. Masks: rows beyond the last and columns beyond the last (zeros,
-which change no sum). Tensors must be on the current device. Shape legend: ... leading dims, A rows, D normalised size,
-P programs.
+The weight's gradient is summed per program and then over programs: there are no atomics, and the order depends only on
+the shape. In the backward, rows of more than 4096 columns spill registers if they do not begin at multiples of 16 bytes
+or are float64: results are correct, but slow. The inverse root is an exact square root and an exact division. Row
+offsets are int64. Masks exclude rows and columns beyond the last (zeros, which do not change a sum). Tensors must be on
+the current device. Shape legend: ... leading dims, A rows, D normalized size, P programs.
 """
 
 from dataclasses import dataclass
@@ -28,21 +27,21 @@ from torch import Tensor
 from kernels.rms_norm import LARGEST_COLUMNS
 from kernels.rms_norm.reference import check_backward, check_weight
 
-SMALLEST_COLUMNS = 128  # a tile of codes
+SMALLEST_COLUMNS = 128  # one tile of codes
 WARP_THREADS = 32
 PROGRAM_NUMBERS = 2**12
-WARPS_WITH_SUMS = 132 * 16  # 16 for each processor of an H100, on every device, so that sums never change
+WARPS_WITH_SUMS = 132 * 16  # 16 per multiprocessor of an H100, on every device, so that the order of sums is fixed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RowTiling:
-    """A program's share.
+    """A program's share of the rows.
 
     Attributes:
-        block_rows: rows at a time.
+        block_rows: rows processed at a time.
         block_columns: power of two that covers a row.
-        num_warps: of a program.
-        num_programs: that stay for many blocks of rows, where they sum over them.
+        num_warps: warps per program.
+        num_programs: programs that loop over blocks of rows, if they sum over them.
     """
 
     block_rows: int
@@ -53,7 +52,7 @@ class RowTiling:
 
 @triton.jit  # type: ignore[untyped-decorator]
 def inverse_root(mean: tl.tensor) -> tl.tensor:
-    """1 / sqrt(mean), both rounded to nearest even."""
+    """Computes 1 / sqrt(mean), both operations rounded to nearest even."""
     if mean.dtype == tl.float64:
         inverse = 1 / tl.sqrt(mean)
     else:
@@ -75,7 +74,7 @@ def rms_norm_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ) -> None:
-    """Normalises BLOCK_ROWS rows."""
+    """Normalizes BLOCK_ROWS rows."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = tl.arange(0, BLOCK_COLUMNS)
     in_rows, in_columns = row < num_rows, column < num_columns
@@ -85,7 +84,7 @@ def rms_norm_kernel(
     tl.store(inverse + row, scale, mask=in_rows)
     out_type = normal.dtype.element_ty
     weights = tl.load(weight + column, mask=in_columns, other=0.0, eviction_policy="evict_last").to(WIDE)
-    # The released code rounds before the weight.
+    # The released code rounds before it multiplies by the weight.
     made = (values * scale[:, None]).to(out_type).to(WIDE) * weights[None, :]
     tl.store(normal + row[:, None] * num_columns + column[None, :], made.to(out_type), mask=inside)
 
@@ -107,7 +106,7 @@ def rms_norm_backward_kernel(
     BLOCK_COLUMNS: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ) -> None:
-    """Gradients of every so many-th block of rows, and their share of the weight's."""
+    """Computes gradients of every num_programs-th block of rows, and their share of the weight's gradient."""
     column = tl.arange(0, BLOCK_COLUMNS)
     in_columns = column < num_columns
     weights = tl.load(weight + column, mask=in_columns, other=0.0).to(WIDE)
@@ -132,20 +131,21 @@ def rms_norm_backward_kernel(
 def rms_norm(
     x: Tensor, weight_D: Tensor, eps: float, *, block_rows: int | None = None, num_warps: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`normalize(x, inverse_rms(x, eps), weight_D)` of the reference, and the inverse root itself.
+    """Computes `normalize(x, inverse_rms(x, eps), weight_D)` of the reference, and returns the inverse root too.
 
     Args:
-        x: floating point [..., D], at most 8192 columns; its rows may lie apart in memory.
-        weight_D: of any floating type.
-        eps: added to the mean of the squares.
-        block_rows: rows that a program works on; a power of two. None: by their length.
-        num_warps: of a program. None: by the block.
+        x: floating point [..., D], at most 8192 columns; rows may be strided.
+        weight_D: weights, of any floating type.
+        eps: term added to the mean of the squares.
+        block_rows: rows per program, a power of two; None chooses by row length.
+        num_warps: warps per program; None chooses by block.
 
     Returns:
         normal [..., D] in x's type, and 1 / sqrt(mean(x^2) + eps), [..., 1], float32 (float64 for float64).
 
     Raises:
-        ValueError: there is not a weight for each column, rows are too long, or their columns not contiguous.
+        ValueError: the number of weights is not the number of columns, rows are too long, or columns are not
+            contiguous.
     """
     check_weight("rms_norm", weight_D, x)
     num_columns = x.shape[-1]
@@ -186,20 +186,21 @@ def normalize_backward(
     num_stages: int = 2,
     num_programs: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `normalize` in x, [..., D], and in the weight, [D]; computed in `scale`'s type.
+    """Computes the gradients of `normalize` in x, [..., D], and in the weight, [D], in the type of `scale`.
 
     Args:
-        grad: of the output, [..., D]; its rows may lie apart in memory.
+        grad: gradient of the output, [..., D]; rows may be strided.
         x: as in the forward.
         scale: `inverse_rms` of x.
         weight_D: as in the forward.
-        block_rows: rows that a program works on at a time; a power of two. None: by their length.
-        num_warps: of a program. None: by the block.
-        num_stages: blocks of rows that are on their way or worked on at once.
-        num_programs: that share the rows, which decides the order of the weight's sums. None: by the block.
+        block_rows: rows that a program processes at a time, a power of two; None chooses by row length.
+        num_warps: warps per program; None chooses by block.
+        num_stages: blocks of rows that are loaded or processed at the same time.
+        num_programs: programs that share the rows, which determines the order of the weight gradient's sum; None
+            chooses by block.
 
     Raises:
-        ValueError: operands that do not fit each other, rows that are too long, or columns that are not contiguous.
+        ValueError: the operands do not match, rows are too long, or columns are not contiguous.
     """
     check_backward("normalize_backward", grad, x, scale, weight_D)
     num_columns = x.shape[-1]
@@ -236,14 +237,14 @@ def normalize_backward(
 def tiling(
     subject: str, num_columns: int, block_rows: int | None, num_warps: int | None, *, has_sums: bool = False
 ) -> RowTiling:
-    """As many rows as fill a program, and as many warps as hold them without spilling.
+    """Returns as many rows as fit a program, and as many warps as hold them without spilling.
 
     Args:
-        subject: place and name of the rows, for the message.
-        num_columns: of a row, above 0.
-        block_rows: given by the caller, a power of two, or None.
-        num_warps: given by the caller, or None.
-        has_sums: a program stays for many blocks of rows, whose sums per column it holds too.
+        subject: operation and name of the rows, for the message.
+        num_columns: columns of a row, above 0.
+        block_rows: rows per program given by the caller, a power of two, or None.
+        num_warps: warps per program given by the caller, or None.
+        has_sums: whether a program loops over blocks of rows and also holds their sums per column.
 
     Raises:
         ValueError: rows are too long for the registers of a program.
@@ -262,10 +263,10 @@ def tiling(
 
 
 def check_columns(subject: str, matrix: Tensor) -> None:
-    """Refuses a matrix whose columns lie apart in memory.
+    """Checks that the columns of a matrix are contiguous.
 
     Raises:
-        ValueError: they do.
+        ValueError: they are not.
     """
     if matrix.shape[1] > 1 and matrix.stride(1) != 1:
         raise ValueError(f"{subject} must be contiguous along its columns, got strides {matrix.stride()}")

@@ -1,6 +1,6 @@
-"""Root-mean-square normalisation into FP8, and its backward from codes: kernels/rms_norm/reference_fp8.py in Triton.
+"""Root-mean-square normalization to FP8, and its backward from codes, in Triton; see reference_fp8.py.
 
-Both are bound by memory: a program holds whole rows in registers, so that each number is read once and written once.
+Both are memory-bound: a program holds whole rows in registers, so that each number is read once and written once.
 
     kernel   grid                      tile                accumulator            rounding
     quantize (A / block_rows)          rows x T x 128      float32 in registers;  once, to e4m3, by the rule of
@@ -10,12 +10,12 @@ Both are bound by memory: a program holds whole rows in registers, so that each 
              many-th block of rows                         per program, then
                                                            over programs
 
-The weight's gradient is summed per program and then over programs: nothing is atomic, and the order depends on the
-shape alone. A row's sum is taken in another order than torch's: its scale may differ in the last places, and so may the
-code of a number that lies that near the middle of two. Of the backward, rows of more than 4096 columns that do not
-begin at multiples of 16 bytes take more registers than there are: right, but slow. Every offset of a row is computed in
-int64. Masks: rows beyond the last and columns beyond the last (zeros, which change no sum and no amax). Tensors must be
-on the current device. Shape legend: A rows, D normalised size, T tiles of a row, P programs.
+The weight's gradient is summed per program and then over programs: there are no atomics, and the order depends only on
+the shape. A row is summed in another order than in torch. Its scale may therefore differ in the last bits, and so may
+the code of a number close to a rounding tie. In the backward, rows of more than 4096 columns spill registers if they do
+not begin at multiples of 16 bytes: results are correct, but slow. Row offsets are int64. Masks exclude rows and columns
+beyond the last (zeros, which change neither a sum nor the amax). Tensors must be on the current device. Shape legend: A
+rows, D normalized size, T tiles of a row, P programs.
 """
 
 import torch
@@ -46,7 +46,7 @@ def rms_norm_quantize_kernel(
     BLOCK_TILES: tl.constexpr,
     TILE: tl.constexpr,
 ) -> None:
-    """Normalises and quantises BLOCK_ROWS rows."""
+    """Normalizes and quantizes BLOCK_ROWS rows."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     tile = tl.arange(0, BLOCK_TILES)
     column = tile[:, None] * TILE + tl.arange(0, TILE)[None, :]
@@ -69,7 +69,7 @@ def rms_norm_quantize_kernel(
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _over(values: tl.tensor, weights: tl.tensor) -> tl.tensor:
-    """Values over weights, 0 where the weight is 0."""
+    """Divides values by weights; the result is 0 if the weight is 0."""
     divisor = tl.where(weights == 0, float("inf"), weights)
     return tl.div_rn(values, tl.broadcast_to(divisor, values.shape))
 
@@ -93,7 +93,7 @@ def rms_norm_backward_codes_kernel(
     TILE: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ) -> None:
-    """Gradients of every so many-th block of rows, and their share of the weight's."""
+    """Computes gradients of every num_programs-th block of rows, and their share of the weight's gradient."""
     tile = tl.arange(0, BLOCK_TILES)
     column = tile[:, None] * TILE + tl.arange(0, TILE)[None, :]
     in_columns = column < num_columns
@@ -130,21 +130,22 @@ def rms_norm_quantize(
     block_rows: int | None = None,
     num_warps: int | None = None,
 ) -> tuple[Quantized, Tensor]:
-    """x / sqrt(mean(x^2) + eps) * weight in float32, rounded once to FP8 (arXiv:2412.19437, section 3.3.2).
+    """Computes x / sqrt(mean(x^2) + eps) * weight, and rounds it once to FP8 (arXiv:2412.19437, 3.3.2).
 
     Args:
-        x_AD: floating point, read as float32, at most 8192 columns; its rows may lie apart in memory.
-        weight_D: of any floating type.
-        eps: added to the mean of the squares.
-        power_of_two: round scales up to a power of two.
-        block_rows: rows that a program works on; a power of two. None: by their length.
-        num_warps: of a program. None: by the block.
+        x_AD: floating point, read as float32, at most 8192 columns; rows may be strided.
+        weight_D: weights, of any floating type.
+        eps: term added to the mean of the squares.
+        power_of_two: whether to round scales up to a power of two.
+        block_rows: rows per program, a power of two; None chooses by row length.
+        num_warps: warps per program; None chooses by block.
 
     Returns:
         Codes float8_e4m3fn AD with a scale per row and 128 columns, and 1 / sqrt(mean(x^2) + eps), float32 [A, 1].
 
     Raises:
-        ValueError: there is not a weight for each column, rows are too long, or their columns not contiguous.
+        ValueError: the number of weights is not the number of columns, rows are too long, or columns are not
+            contiguous.
     """
     check_weight("rms_norm_quantize", weight_D, x_AD)
     size, num_columns = x_AD.shape
@@ -188,26 +189,27 @@ def rms_norm_backward_from_codes(
     num_stages: int = 2,
     num_programs: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the normalisation in x and in the weight, where its result is known by its codes alone.
+    """Computes the gradients of the normalization in x and in the weight from the codes of its result.
 
-    With x-hat = result / weight, 0 where the weight is 0: the gradient of x is
+    With x-hat = result / weight, or 0 if the weight is 0, the gradient of x is
     `inverse * (grad * weight - x-hat * mean(grad * result))`, that of the weight `sum over rows of grad * x-hat`.
 
     Args:
-        grad_AD: of the result, of any floating type, at most 8192 columns; its rows may lie apart in memory.
+        grad_AD: gradient of the result, of any floating type, at most 8192 columns; rows may be strided.
         normal: the result, codes float8_e4m3fn AD.
         inverse_A1: 1 / sqrt(mean(x^2) + eps), float32.
         weight_D: as in the forward.
-        block_rows: rows that a program works on at a time; a power of two. None: by their length.
-        num_warps: of a program. None: by the block.
-        num_stages: blocks of rows that are on their way or worked on at once.
-        num_programs: that share the rows, which decides the order of the weight's sums. None: by the block.
+        block_rows: rows that a program processes at a time, a power of two; None chooses by row length.
+        num_warps: warps per program; None chooses by block.
+        num_stages: blocks of rows that are loaded or processed at the same time.
+        num_programs: programs that share the rows, which determines the order of the weight gradient's sum; None
+            chooses by block.
 
     Returns:
         grad_x_AD in the gradient's type, grad_weight_D in float32.
 
     Raises:
-        ValueError: operands that do not fit each other, rows that are too long, or columns that are not contiguous.
+        ValueError: the operands do not match, rows are too long, or columns are not contiguous.
     """
     check_backward_from_codes("rms_norm_backward_from_codes", grad_AD, normal, inverse_A1, weight_D)
     size, num_columns = grad_AD.shape

@@ -1,6 +1,6 @@
-"""Gates hidden values by SwiGLU, in the rows' type or into FP8, and differentiates it.
+"""Applies the SwiGLU gate to hidden values, in the rows' type or to FP8, and computes gradients.
 
-`implementation`: None for the one that suits the operands' device. Shape legend: as in kernels/swiglu/reference.py.
+`implementation`: None selects the default for the operands' device. Shape legend: as in kernels/swiglu/reference.py.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def swiglu(
     *,
     implementation: Implementation | None = None,
 ) -> Tensor:
-    """Computes silu(gate) * up, as `kernels.swiglu.reference.swiglu`."""
+    """Computes silu(gate) * up, as `kernels.swiglu.reference.swiglu` does."""
     if is_reference(implementation, gate.device):
         from kernels.swiglu import reference
 
@@ -37,7 +37,7 @@ def swiglu_backward(
     *,
     implementation: Implementation | None = None,
 ) -> Tensor:
-    """Computes the gradient of gate and up side by side: AH, as `kernels.swiglu.reference.swiglu_backward`."""
+    """Computes the gradient of gate and up side by side, AH, as `kernels.swiglu.reference.swiglu_backward` does."""
     if is_reference(implementation, grad_AM.device):
         from kernels.swiglu import reference
 
@@ -54,7 +54,10 @@ def swiglu_quantize(
     *,
     implementation: Implementation | None = None,
 ) -> tuple[Quantized, Quantized]:
-    """Gates and weighs into FP8, and keeps hidden values in FP8, as `kernels.swiglu.reference_fp8.swiglu_quantize`."""
+    """Applies the gate and the weights with a result in FP8, and quantizes the hidden values to FP8.
+
+    See `kernels.swiglu.reference_fp8.swiglu_quantize`.
+    """
     if is_reference(implementation, hidden_AH.device):
         from kernels.swiglu import reference_fp8
 
@@ -73,7 +76,7 @@ def swiglu_backward_from_codes(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Computes grad_hidden_AH, gated_AM and grad_weights_A from hidden values in FP8.
 
-    As `kernels.swiglu.reference_fp8.swiglu_backward_from_codes`.
+    See `kernels.swiglu.reference_fp8.swiglu_backward_from_codes`.
     """
     if is_reference(implementation, grad_AM.device):
         from kernels.swiglu import reference_fp8

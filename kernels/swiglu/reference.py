@@ -12,7 +12,7 @@ from kernels.quantize.layout import Quantized, check_quantized
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, [..., M].
+    """Computes silu(gate) * up, [..., M].
 
     Raises:
         ValueError: gate and up differ in shape, type or device.
@@ -22,10 +22,10 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def swiglu_backward(grad_AM: Tensor, hidden_AH: Tensor) -> Tensor:
-    """Gradient of `swiglu` in gate and up, which lie side by side: AH.
+    """Computes the gradient of `swiglu` in gate and up, side by side, AH.
 
     Args:
-        grad_AM: of the output.
+        grad_AM: gradient of the output.
         hidden_AH: gate, then up.
 
     Raises:
@@ -39,19 +39,19 @@ def swiglu_backward(grad_AM: Tensor, hidden_AH: Tensor) -> Tensor:
 
 
 def gated_backward(grad_AM: Tensor, silu_AM: Tensor, gate_AM: Tensor, up_AM: Tensor, out_AH: Tensor) -> None:
-    """`swiglu_backward` where silu(gate) is known, written to out_AH."""
+    """Computes `swiglu_backward` from a known silu(gate), and writes it to out_AH."""
     width = grad_AM.shape[1]
     torch.ops.aten.silu_backward.grad_input(grad_AM * up_AM, gate_AM, grad_input=out_AH[:, :width])
     torch.mul(silu_AM, grad_AM, out=out_AH[:, width:])
 
 
 def check_width(subject: str, num_columns: int, width: int | None = None) -> int:
-    """The intermediate size of hidden values whose gate and up lie side by side.
+    """Returns the intermediate size of hidden values that hold gate and up side by side.
 
     Args:
-        subject: place and name of the hidden values, for the message.
-        num_columns: of the hidden values.
-        width: what it must be, where that is known.
+        subject: operation and name of the hidden values, for the message.
+        num_columns: columns of the hidden values.
+        width: required intermediate size, if it is known.
 
     Raises:
         ValueError: the columns are not twice the width.
@@ -64,7 +64,7 @@ def check_width(subject: str, num_columns: int, width: int | None = None) -> int
 
 
 def check_halves(subject: str, gate: Tensor, up: Tensor) -> None:
-    """Refuses a gate and an up that are not alike.
+    """Checks that gate and up match.
 
     Raises:
         ValueError: shapes, types or devices differ.
@@ -73,7 +73,7 @@ def check_halves(subject: str, gate: Tensor, up: Tensor) -> None:
 
 
 def check_backward(subject: str, grad_AM: Tensor, hidden_AH: Tensor) -> None:
-    """Refuses hidden values that are not those of the gradient.
+    """Checks that hidden values match the gradient.
 
     Raises:
         ValueError: H is not twice the gradient's columns, or rows or devices differ.
@@ -84,20 +84,20 @@ def check_backward(subject: str, grad_AM: Tensor, hidden_AH: Tensor) -> None:
 
 
 def check_weights(subject: str, weights_A: Tensor | None, rows: Tensor) -> None:
-    """Refuses weights that are not one for each row.
+    """Checks that there is one weight for each row.
 
     Raises:
-        ValueError: another shape or device.
+        ValueError: the shape or device differs.
     """
     if weights_A is not None:
         check_operand(f"{subject}: weights_A", weights_A, (rows.shape[0],), rows.device)
 
 
 def check_backward_from_codes(subject: str, grad_AM: Tensor, hidden: Quantized, weights_A: Tensor | None) -> None:
-    """Refuses hidden values in FP8, or weights, that are not those of the gradient.
+    """Checks that hidden values in FP8 and weights match the gradient.
 
     Raises:
-        ValueError: H is not twice the gradient's columns, or other operands do not fit.
+        ValueError: H is not twice the gradient's columns, or other operands do not match.
     """
     size, width = grad_AM.shape
     check_width(f"{subject}: hidden", hidden.codes.shape[1], width)
@@ -107,10 +107,10 @@ def check_backward_from_codes(subject: str, grad_AM: Tensor, hidden: Quantized, 
 
 
 def check_columns(subject: str, matrix: Tensor) -> None:
-    """Refuses a matrix whose columns lie apart in memory.
+    """Checks that the columns of a matrix are contiguous.
 
     Raises:
-        ValueError: they do.
+        ValueError: they are not.
     """
     if matrix.shape[1] > 1 and matrix.stride(1) != 1:
         raise ValueError(f"{subject} must be contiguous along its columns, got strides {matrix.stride()}")

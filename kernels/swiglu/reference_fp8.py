@@ -1,6 +1,6 @@
-"""SwiGLU between two FP8 products, in plain PyTorch: its operand quantised at once, its backward from cached codes.
+"""SwiGLU between two FP8 products, in plain PyTorch: quantizes its result, and runs its backward from cached codes.
 
-Shape legend: A rows, M intermediate size, H = 2 M, gate and up side by side, R rows worked on at a time.
+Shape legend: A rows, M intermediate size, H = 2 M, gate and up side by side, R rows processed at a time.
 """
 
 import torch
@@ -13,22 +13,22 @@ from kernels.swiglu.reference import check_backward_from_codes, check_weights, c
 
 
 def swiglu_quantize(hidden_AH: Tensor, weights_A: Tensor | None, power_of_two: bool) -> tuple[Quantized, Quantized]:
-    """silu(gate) * up * weight as the operand of the next product, and the hidden values as they are cached.
+    """Computes silu(gate) * up * weight as the operand of the next product, and quantizes the hidden values to cache.
 
-    The operand is computed in float32 from the hidden values as given, not from their codes, and rounded once
+    The operand is computed in float32 from the given hidden values, not from their codes, and rounded once
     (arXiv:2412.19437, section 3.3.3: SwiGLU's inputs are cached in FP8, its output is computed again in the backward).
 
     Args:
         hidden_AH: floating point, gate, then up; read as float32.
-        weights_A: of each row, of any floating type; None: 1.
-        power_of_two: round scales up to a power of two, of both results.
+        weights_A: one weight per row, of any floating type; None means 1.
+        power_of_two: whether to round the scales of both results up to a power of two.
 
     Returns:
         The operand, codes float8_e4m3fn AM, and the hidden values, codes float8_e4m3fn AH, each with a scale per row
         and 128 columns; a tile of the hidden values may hold the last gates and the first ups.
 
     Raises:
-        ValueError: H is odd, or there is not a weight for each row.
+        ValueError: H is odd, or the number of weights is not the number of rows.
     """
     size, hidden = hidden_AH.shape
     width = check_width("swiglu_quantize: hidden_AH", hidden)
@@ -50,11 +50,11 @@ def swiglu_quantize(hidden_AH: Tensor, weights_A: Tensor | None, power_of_two: b
 def swiglu_backward_from_codes(
     grad_AM: Tensor, hidden: Quantized, weights_A: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of `silu(gate) * up * weight` where gate and up are known by their codes; float32 until the end.
+    """Computes the gradients of `silu(gate) * up * weight` from the codes of gate and up, in float32 until the end.
 
     Args:
-        grad_AM: of the result, of any floating type.
-        hidden: codes of gate and up, float8_e4m3fn AH, as `swiglu_quantize` gave them.
+        grad_AM: gradient of the result, of any floating type.
+        hidden: codes of gate and up, float8_e4m3fn AH, as `swiglu_quantize` returned them.
         weights_A: as in the forward.
 
     Returns:
@@ -62,7 +62,7 @@ def swiglu_backward_from_codes(
         float32 A, or None.
 
     Raises:
-        ValueError: H is not twice the gradient's columns, or other operands do not fit.
+        ValueError: H is not twice the gradient's columns, or other operands do not match.
     """
     size, width = grad_AM.shape
     check_backward_from_codes("swiglu_backward_from_codes", grad_AM, hidden, weights_A)

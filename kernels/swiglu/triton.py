@@ -1,15 +1,15 @@
-"""SwiGLU's gate and its backward in Triton: kernels/swiglu/reference.py, but rounded to the type once, at the end.
+"""SwiGLU's gate and its backward in Triton, as in kernels/swiglu/reference.py, but rounded only once, at the end.
 
-Both are bound by memory: each number is read once and written once.
+Both are memory-bound: each number is read once and written once.
 
     kernel   grid                                tile                  accumulator            rounding
     forward  A / block_rows * M / block_columns  rows x block_columns  float32 (float64 of    once, to nearest even,
     backward A / block_rows * M / block_columns  rows x block_columns  float64) in registers  into the result's type
 
-Tiles of the same rows are neighbours in the grid, so that programs that run together read memory from end to end.
-The sigmoid is `1 / (1 + exp(-gate))` with an exact division; `exp` is the hardware's, a few units in the last place of
-float32 away from torch's. Every offset of a row is computed in int64. Masks: rows beyond the last and columns beyond
-the last. Tensors must be on the current device. Shape legend: ... leading dims, A rows, M intermediate size, H = 2 M.
+Tiles of the same rows are adjacent in the grid, so that concurrent programs read memory sequentially.
+The sigmoid is `1 / (1 + exp(-gate))` with an exact division; `exp` is the hardware instruction, which differs from
+torch's by a few units in the last place of float32. Row offsets are int64. Masks exclude rows and columns beyond the
+last. Tensors must be on the current device. Shape legend: ... leading dims, A rows, M intermediate size, H = 2 M.
 """
 
 import torch
@@ -22,7 +22,7 @@ from kernels.swiglu.reference import check_backward, check_columns, check_halves
 
 @triton.jit  # type: ignore[untyped-decorator]
 def sigmoid(x: tl.tensor) -> tl.tensor:
-    """1 / (1 + exp(-x)), the division rounded to nearest even; 0 and 1 far out."""
+    """Computes 1 / (1 + exp(-x)), with the division rounded to nearest even; 0 and 1 for large magnitudes."""
     denominator = 1 + tl.exp(-x)
     if x.dtype == tl.float64:
         share = 1 / denominator
@@ -69,7 +69,7 @@ def swiglu_backward_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ) -> None:
-    """Computes a tile of the gates' half of `out` and the same one of the ups' half; columns are those of `grad`."""
+    """Computes a tile of the gate half of `out` and the same tile of the up half; columns are those of `grad`."""
     tiles = tl.cdiv(num_columns, BLOCK_COLUMNS)
     row_block = (tl.program_id(0) // tiles).to(tl.int64)
     row = (row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))[:, None]
@@ -87,14 +87,14 @@ def swiglu_backward_kernel(
 
 
 def swiglu(gate: Tensor, up: Tensor, *, block_rows: int = 4, block_columns: int = 512, num_warps: int = 4) -> Tensor:
-    """silu(gate) * up, [..., M], in the type of both.
+    """Computes silu(gate) * up, [..., M], in the type of both.
 
     Args:
-        gate: floating point [..., M], its rows may lie apart in memory.
-        up: as the gate.
-        block_rows: rows of a tile; a power of two.
-        block_columns: width of a tile; a power of two.
-        num_warps: of a program.
+        gate: floating point [..., M], rows may be strided.
+        up: like the gate.
+        block_rows: rows per tile, a power of two.
+        block_columns: columns per tile, a power of two.
+        num_warps: warps per program.
 
     Raises:
         ValueError: gate and up differ in shape, type or device, or columns are not contiguous.
@@ -129,14 +129,14 @@ def swiglu(gate: Tensor, up: Tensor, *, block_rows: int = 4, block_columns: int 
 def swiglu_backward(
     grad_AM: Tensor, hidden_AH: Tensor, *, block_rows: int = 4, block_columns: int = 512, num_warps: int = 4
 ) -> Tensor:
-    """Gradient of `swiglu` in gate and up, which lie side by side: AH, in the hidden values' type.
+    """Computes the gradient of `swiglu` in gate and up, side by side, AH, in the type of the hidden values.
 
     Args:
-        grad_AM: of the output; its rows may lie apart in memory.
-        hidden_AH: gate, then up; its rows may lie apart in memory.
-        block_rows: rows of a tile; a power of two.
-        block_columns: width of a tile; a power of two.
-        num_warps: of a program.
+        grad_AM: gradient of the output; rows may be strided.
+        hidden_AH: gate, then up; rows may be strided.
+        block_rows: rows per tile, a power of two.
+        block_columns: columns per tile, a power of two.
+        num_warps: warps per program.
 
     Raises:
         ValueError: H is not twice the gradient's columns, rows or devices differ, or columns are not contiguous.

@@ -1,6 +1,6 @@
-"""SwiGLU between two FP8 products, in Triton: kernels/swiglu/reference_fp8.py in one pass over the numbers each.
+"""SwiGLU between two FP8 products, in Triton, one pass over the numbers each; see reference_fp8.py.
 
-Both are bound by memory. A program owns its tiles of all results, so nothing is atomic.
+Both are memory-bound. A program owns its tiles of all results, so there are no atomics.
 
     kernel   grid                         tile                accumulator              rounding
     quantize A / block_rows * tiles of M  rows x 128 columns  float32 in registers;    once, to e4m3, by the rule
@@ -9,12 +9,12 @@ Both are bound by memory. A program owns its tiles of all results, so nothing is
                                           of M                sums of a row per tile,  into the gradient's type
                                                               then over its tiles
 
-Tiles of the same rows are neighbours in the grid, so that programs that run together read memory from end to end.
-Tiles of M are one with tiles of H where 128 divides M. Elsewhere `quantize` reads the ups twice, the second time from
-a cache, and `backward` reads a scale for every up. Every offset of a row is computed in int64. Masks: rows beyond the
-last and columns beyond the last (zeros, which change no amax). `exp` is the hardware's, a few units in the last place
-of float32 away from torch's: a product that lies that near the middle of two codes may get the other one. Tensors must
-be on the current device. Shape legend: A rows, M intermediate size, H = 2 M, T tiles of M.
+Tiles of the same rows are adjacent in the grid, so that concurrent programs read memory sequentially.
+Tiles of M coincide with tiles of H if 128 divides M. Otherwise `quantize` reads the up values twice, the second time
+from a cache, and `backward` reads a scale for every up value. Row offsets are int64. Masks exclude rows and columns
+beyond the last (zeros, which do not change the amax). `exp` is the hardware instruction, which differs from torch's by
+a few units in the last place of float32, so a product close to a rounding tie may get the other code. Tensors must be
+on the current device. Shape legend: A rows, M intermediate size, H = 2 M, T tiles of M.
 """
 
 import torch
@@ -41,7 +41,7 @@ def _store_tile(
     MIN_AMAX: tl.constexpr,
     TILE: tl.constexpr,
 ) -> None:
-    """Quantises one tile of each row and stores it where the tile exists; values beyond the last column are zeros."""
+    """Quantizes and stores one tile of each row if the tile exists; values beyond the last column are zeros."""
     column = tile * TILE + tl.arange(0, TILE)[None, :]
     scale = compute_scales(largest_bits(values, 1), MIN_AMAX, POWER_OF_TWO)
     inside = (row < num_rows) & (column < num_columns)
@@ -69,7 +69,7 @@ def swiglu_quantize_kernel(
     BLOCK_ROWS: tl.constexpr,
     TILE: tl.constexpr,
 ) -> None:
-    """Computes one tile of the product, and of the hidden values the tile of the same number and one further on."""
+    """Computes one tile of the product, and quantizes its share of the hidden values, two tiles."""
     tiles = tl.cdiv(width, TILE)
     row_block = (tl.program_id(0) // tiles).to(tl.int64)
     tile = tl.program_id(0) - row_block * tiles
@@ -151,24 +151,24 @@ def swiglu_backward_codes_kernel(
 def swiglu_quantize(
     hidden_AH: Tensor, weights_A: Tensor | None, power_of_two: bool, *, block_rows: int = 8, num_warps: int = 4
 ) -> tuple[Quantized, Quantized]:
-    """silu(gate) * up * weight as the operand of the next product, and the hidden values as they are cached.
+    """Computes silu(gate) * up * weight as the operand of the next product, and quantizes the hidden values to cache.
 
-    The operand is computed in float32 from the hidden values as given, not from their codes, and rounded once
+    The operand is computed in float32 from the given hidden values, not from their codes, and rounded once
     (arXiv:2412.19437, section 3.3.3: SwiGLU's inputs are cached in FP8, its output is computed again in the backward).
 
     Args:
-        hidden_AH: floating point, gate, then up; read as float32; its rows may lie apart in memory.
-        weights_A: of each row, of any floating type; None: 1.
-        power_of_two: round scales up to a power of two, of both results.
-        block_rows: rows that a program works on; a power of two.
-        num_warps: of a program.
+        hidden_AH: floating point, gate, then up; read as float32; rows may be strided.
+        weights_A: one weight per row, of any floating type; None means 1.
+        power_of_two: whether to round the scales of both results up to a power of two.
+        block_rows: rows per program, a power of two.
+        num_warps: warps per program.
 
     Returns:
         The operand, codes float8_e4m3fn AM, and the hidden values, codes float8_e4m3fn AH, each with a scale per row
         and 128 columns; a tile of the hidden values may hold the last gates and the first ups.
 
     Raises:
-        ValueError: H is odd, there is not a weight for each row, or the columns are not contiguous.
+        ValueError: H is odd, the number of weights is not the number of rows, or columns are not contiguous.
     """
     size, hidden = hidden_AH.shape
     width = check_width("swiglu_quantize: hidden_AH", hidden)
@@ -207,21 +207,21 @@ def swiglu_quantize(
 def swiglu_backward_from_codes(
     grad_AM: Tensor, hidden: Quantized, weights_A: Tensor | None, *, block_rows: int = 8, num_warps: int = 4
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of `silu(gate) * up * weight` where gate and up are known by their codes; float32 until the end.
+    """Computes the gradients of `silu(gate) * up * weight` from the codes of gate and up, in float32 until the end.
 
     Args:
-        grad_AM: of the result, of any floating type; its rows may lie apart in memory.
-        hidden: codes of gate and up, float8_e4m3fn AH, as `swiglu_quantize` gave them.
+        grad_AM: gradient of the result, of any floating type; rows may be strided.
+        hidden: codes of gate and up, float8_e4m3fn AH, as `swiglu_quantize` returned them.
         weights_A: as in the forward.
-        block_rows: rows that a program works on; a power of two.
-        num_warps: of a program.
+        block_rows: rows per program, a power of two.
+        num_warps: warps per program.
 
     Returns:
         grad_hidden_AH and gated_AM, the result computed again, in the gradient's type; the gradient of the weights,
         float32 A, or None.
 
     Raises:
-        ValueError: H is not twice the gradient's columns, other operands do not fit, or columns are not contiguous.
+        ValueError: H is not twice the gradient's columns, other operands do not match, or columns are not contiguous.
     """
     size, width = grad_AM.shape
     check_backward_from_codes("swiglu_backward_from_codes", grad_AM, hidden, weights_A)

@@ -20,7 +20,7 @@ from model.precision.linear import widen
 
 
 def compute_latent_rows(attention: LatentProjections, config: ModelConfig, x_ND: Tensor, rotation: Rotation) -> Tensor:
-    """What the cache keeps of each token: normalised latent and rotated shared key, NC."""
+    """What the cache keeps of each token: normalized latent and rotated shared key, NC."""
     both_NC = functional.linear(x_ND, attention.kv_a_proj_with_mqa.weight)
     latent_NL, key_NR = both_NC.split([config.kv_lora_rank, config.qk_rope_head_dim], -1)
     return torch.cat((attention.kv_a_layernorm(latent_NL), rotation.turn(key_NR[:, None])[:, 0]), -1)
@@ -39,7 +39,7 @@ def attend_absorbed(
     Args:
         attention: whose weights are read.
         config: of the model.
-        x_ND: normalised hidden states, N = B S, sequence by sequence.
+        x_ND: normalized hidden states, N = B S, sequence by sequence.
         rotation: of the new tokens' positions.
         cached_BTC: the layer's cache.
         future_BST: true where a token must not look; None where every position is seen by every token.
@@ -74,7 +74,7 @@ def attend_expanded(
     Args:
         attention: whose weights are read.
         config: of the model.
-        x_ND: normalised hidden states of all prompts.
+        x_ND: normalized hidden states of all prompts.
         rotation: of their positions.
         cached_NC: what `compute_latent_rows` gave for them.
         counts: tokens of each prompt; they sum to N.

@@ -43,7 +43,7 @@ class Attention(nn.Module):
         """Returns attention of new tokens, without the residual, and writes them to the cache: ND.
 
         Args:
-            x_ND: normalised states of the new tokens, sequence by sequence.
+            x_ND: normalized states of the new tokens, sequence by sequence.
             view: this layer's cache, and where the tokens are: whole prompts, or a step of every sequence.
         """
 

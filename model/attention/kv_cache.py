@@ -1,6 +1,6 @@
 """What decoding keeps of every token, and a layer's view of it in one pass.
 
-Latent attention keeps a normalised latent and a rotated key for all heads (arXiv:2412.19437, section 2.1.1). Shape
+Latent attention keeps a normalized latent and a rotated key for all heads (arXiv:2412.19437, section 2.1.1). Shape
 legend: B sequences held, S new tokens of each, N new tokens of all, T positions, C values per token and layer.
 """
 

@@ -62,7 +62,7 @@ def open_checkpoint(folder: Path, *, drop_mtp: bool = False) -> Checkpoint:
     path = folder / CONFIG_NAME
     keys = read_json(path)
     config = parse_config(keys, path)
-    quantised = _check_quantization(keys, path)
+    quantized = _check_quantization(keys, path)
     entries = _read_entries(folder)
     if drop_mtp:
         entries = {name: entry for name, entry in entries.items() if not _is_mtp_tensor(name, config)}
@@ -72,7 +72,7 @@ def open_checkpoint(folder: Path, *, drop_mtp: bool = False) -> Checkpoint:
     allowed = _allowed_dtypes(keys, path)
     for name, shape in weights(config):
         if name in entries:
-            _check_tensor(name, shape, entries, allowed, quantised)
+            _check_tensor(name, shape, entries, allowed, quantized)
     return Checkpoint(
         folder=folder, config=config, entries=entries, carried=carried_keys(keys), unknown=unknown_keys(keys)
     )
@@ -168,7 +168,7 @@ def _check_tensor(
     shape: tuple[int, ...],
     entries: Mapping[str, TensorEntry],
     allowed: tuple[StoredDtype, ...],
-    quantised: bool,
+    quantized: bool,
 ) -> None:
     entry = entries[name]
     if entry.shape != shape:
@@ -181,7 +181,7 @@ def _check_tensor(
     words = ", ".join(allowed)
     if entry.dtype != "F8_E4M3" or not is_quantized(name):
         raise HfError(entry.file, name, f"must be {words}, is {entry.dtype}")
-    if not quantised:
+    if not quantized:
         raise HfError(entry.file, name, f"must be {words} without a quantization_config in {CONFIG_NAME}, is F8_E4M3")
     scales = entries.get(scale_name(name))
     if scales is None:
@@ -204,14 +204,14 @@ def _allowed_dtypes(keys: Mapping[str, Any], path: Path) -> tuple[StoredDtype, .
 
 def _check_quantization(keys: Mapping[str, Any], path: Path) -> bool:
     """Whether weights may be in FP8."""
-    quantisation = keys.get("quantization_config")
-    if quantisation is None:
+    quantization = keys.get("quantization_config")
+    if quantization is None:
         return False
-    if not isinstance(quantisation, dict):
-        raise HfError(path, "quantization_config", f"must be an object of keys and values, is {shown(quantisation)}")
+    if not isinstance(quantization, dict):
+        raise HfError(path, "quantization_config", f"must be an object of keys and values, is {shown(quantization)}")
     rules = (("quant_method", ("fp8",)), ("fmt", ("e4m3", None)), ("weight_block_size", ([BLOCK, BLOCK],)))
     for key, valid in rules:
-        if quantisation.get(key) not in valid:
+        if quantization.get(key) not in valid:
             place = f"quantization_config.{key}"
-            raise HfError(path, place, f"must be {valid[0]}, is {shown(quantisation.get(key))}; nearest: {valid[0]}")
+            raise HfError(path, place, f"must be {valid[0]}, is {shown(quantization.get(key))}; nearest: {valid[0]}")
     return True

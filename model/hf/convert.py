@@ -45,7 +45,7 @@ def load_hf(path: Path | str, dtype: torch.dtype, *, drop_mtp: bool = False) -> 
 
     Args:
         path: the checkpoint's folder.
-        dtype: of the weights; FP8 weights are dequantised. Correction biases stay float32.
+        dtype: of the weights; FP8 weights are dequantized. Correction biases stay float32.
         drop_mtp: leaves out MTP modules, which are then neither checked nor read.
 
     Returns:
@@ -92,14 +92,14 @@ def save_hf(
     scales = {name: scale for name, scale in source.scales.items() if _is_exact(named[name], scale)}
     if dtype is None:
         plan = _as_found(plan, named, source, fp8=len(scales) == len(source.scales))
-    quantisation = source.config.get("quantization_config") or {}
+    quantization = source.config.get("quantization_config") or {}
     plan |= rotary_plan(source.rotary)
     write_hf(
         Path(path),
         config,
         plan,
         lambda name: source.rotary[name] if name in source.rotary else named[name],
-        scales=Fp8Scales(known=scales, power_of_two=quantisation.get("scale_fmt") == "ue8m0"),
+        scales=Fp8Scales(known=scales, power_of_two=quantization.get("scale_fmt") == "ue8m0"),
         extras=Extras(config=source.config, files={}),
         max_shard_bytes=max_shard_bytes,
     )

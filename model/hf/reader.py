@@ -66,7 +66,7 @@ class HfReader:
     def fill(self, named: Mapping[str, Tensor]) -> None:
         """Copies weights into given tensors, file by file in the order of the data.
 
-        FP8 weights are dequantised: code times scale in float32, then rounded to the tensor's type.
+        FP8 weights are dequantized: code times scale in float32, then rounded to the tensor's type.
 
         Args:
             named: released names, any part of the checkpoint's, as `model.transformer.named_tensors` gives them; on

@@ -61,7 +61,7 @@ class ExpertWeights(NamedTuple):
 
 
 class Linears(Protocol):
-    """Linear layers with their neighbours, computed in one precision.
+    """Linear layers with their neighbors, computed in one precision.
 
     A sink takes the weights' gradients, as in `model.precision.linear.linear`; those of norms come through autograd.
     """

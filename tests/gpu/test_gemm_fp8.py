@@ -52,7 +52,7 @@ def test_product_on_the_gpu_carries_nan_and_takes_nothing() -> None:
 
 @pytest.mark.parametrize("candidate", range(6))
 def test_every_tiling_on_the_gpu_gives_the_same_bits(candidate: int) -> None:
-    """Warp specialisation above all, which no interpreter runs."""
+    """Warp specialization above all, which no interpreter runs."""
     from kernels.gemm_fp8.triton import gemm_fp8, gemm_fp8_columns
     from kernels.gemm_fp8.tuned import CANDIDATES, COLUMN_CANDIDATES
 

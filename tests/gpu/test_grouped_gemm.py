@@ -57,7 +57,7 @@ def test_products_of_groups_in_fp8_on_the_gpu_keep_nan_within_its_group_and_take
 @pytest.mark.usefixtures("_hopper")
 @pytest.mark.parametrize("candidate", range(4))
 def test_every_tiling_on_the_gpu_gives_the_same_bits(candidate: int) -> None:
-    """Warp specialisation above all, which no interpreter runs."""
+    """Warp specialization above all, which no interpreter runs."""
     from kernels.grouped_gemm.triton_fp8 import grouped_rows_fp8, grouped_weight_fp8
     from kernels.grouped_gemm.tuned import CANDIDATES, WEIGHT_CANDIDATES
 

@@ -1,4 +1,4 @@
-"""Triton's quantisation on a CUDA device, bit-equal to the reference on the CPU."""
+"""Triton's quantization on a CUDA device, bit-equal to the reference on the CPU."""
 
 import pytest
 import torch

@@ -41,7 +41,7 @@ def random_indices(generator: torch.Generator, shape: tuple[int, ...], below: in
 
 
 def wild_rows(generator: torch.Generator, num_rows: int, num_columns: int) -> Tensor:
-    """Float32 rows for quantising: every magnitude, zeros of both signs, tiles with NaN or infinity, ties."""
+    """Float32 rows for quantizing: every magnitude, zeros of both signs, tiles with NaN or infinity, ties."""
     exponents = torch.randint(-149, 128, (num_rows, 1), generator=generator)
     rows_ND = torch.ldexp(torch.randn(num_rows, num_columns, generator=generator).double(), exponents).float()
     rows_ND = rows_ND.clamp(-3.4e38, 3.4e38)

@@ -25,7 +25,7 @@ def assert_same_pair(actual: tuple[Tensor, Tensor], expected: tuple[Tensor, Tens
 
 
 def wild_columns(generator: torch.Generator, num_rows: int, num_columns: int, dtype: torch.dtype) -> Tensor:
-    """Rows for quantising by columns: every magnitude, zeros of both signs, columns with NaN or infinity, ties."""
+    """Rows for quantizing by columns: every magnitude, zeros of both signs, columns with NaN or infinity, ties."""
     return wild_rows(generator, num_columns, max(1, num_rows))[:, :num_rows].t().contiguous().to(dtype)
 
 

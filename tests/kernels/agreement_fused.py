@@ -29,7 +29,7 @@ def padded(x: Tensor, columns: int = 16) -> Tensor:
 
 
 def assert_codes_near(actual: Quantized, expected: Quantized, share: float = 1e-3) -> None:
-    """Scales near to the last places of float32, codes equal but for a neighbour in a tiny share of places."""
+    """Scales near to the last places of float32, codes equal but for a neighbor in a tiny share of places."""
     scales = actual.scales.cpu()
     assert scales.dtype == torch.float32
     torch.testing.assert_close(scales, expected.scales, rtol=2.0**-18, atol=0, equal_nan=True)

@@ -133,7 +133,7 @@ def compile_for_hopper(
     aligned: Sequence[str] = (),
     options: Mapping[str, Any] | None = None,
 ) -> Compiled:
-    """Compiles one specialisation of a `triton.jit` function for sm_90.
+    """Compiles one specialization of a `triton.jit` function for sm_90.
 
     Args:
         kernel: what the decorator made; not interpreted.

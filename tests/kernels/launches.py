@@ -52,7 +52,7 @@ class Tensors:
         return made
 
     def codes(self, *shape: int) -> Tensor:
-        """Codes as quantising gives them: no NaN, every exponent."""
+        """Codes as quantizing gives them: no NaN, every exponent."""
         return self.normal(*shape, dtype=torch.float8_e4m3fn)
 
     def scales(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

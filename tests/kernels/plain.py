@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 BF16_STEP = 2.0**-8
-"""Half the distance of neighbouring bf16 numbers, relative to them: what one rounding may change."""
+"""Half the distance of neighboring bf16 numbers, relative to them: what one rounding may change."""
 
 
 def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:

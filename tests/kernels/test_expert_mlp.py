@@ -212,7 +212,7 @@ def test_experts_of_many_rows_equal_row_by_row(hidden: int, width: int, dtype: t
 def test_what_is_not_a_number_stays_with_its_expert(
     counts: tuple[int, ...], implementation: ExpertImplementation, dtype: torch.dtype, by_token: bool, at_once: bool
 ) -> None:
-    """Products of 16-bit numbers read neighbours' rows: those must not count, whatever they hold."""
+    """Products of 16-bit numbers read neighbors' rows: those must not count, whatever they hold."""
     case = make_case(counts, dtype, by_token=by_token)
     first, last = counts[0], counts[0] + counts[1]
     if case.tokens_A is not None:

@@ -50,7 +50,7 @@ def test_reference_of_nothing_has_its_shapes() -> None:
     check_empty(reference.gemm_fp8, reference.gemm_fp8_columns, "cpu")
 
 
-def test_products_of_quantised_matrices_are_near_those_of_the_matrices() -> None:
+def test_products_of_quantized_matrices_are_near_those_of_the_matrices() -> None:
     generator = torch.Generator().manual_seed(0)
     rows_AK, weight_NK = torch.randn(200, 300, generator=generator), torch.randn(140, 300, generator=generator)
     grad_AN = torch.randn(200, 140, generator=generator)

@@ -41,7 +41,7 @@ def test_reference_of_nothing_has_its_shapes() -> None:
     check_empty_fp8(grouped_rows_fp8, grouped_weight_fp8, "cpu")
 
 
-def test_products_of_quantised_groups_are_near_those_of_the_groups() -> None:
+def test_products_of_quantized_groups_are_near_those_of_the_groups() -> None:
     counts = [70, 0, 130]
     rows, weight, grad = randn(200, 300, seed=0), randn(3, 140, 300, seed=1), randn(200, 140, seed=2)
     made = grouped_rows_fp8(quantize_1x128(rows, True), quantize_128x128(weight, False), counts, torch.float32)

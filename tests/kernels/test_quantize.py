@@ -1,4 +1,4 @@
-"""The reference of the 1x128 quantisation against numpy, a table of all codes, and the laws it must obey.
+"""The reference of the 1x128 quantization against numpy, a table of all codes, and the laws it must obey.
 
 Shape legend: N rows, D columns, T tiles in a row.
 """
@@ -83,7 +83,7 @@ def test_codes_and_scales_equal_an_independent_formula(
     assert 0.03 < expected.scales.isnan().float().mean() < 0.9
 
 
-def test_quantisation_of_more_than_a_chunk_equals_row_by_row() -> None:
+def test_quantization_of_more_than_a_chunk_equals_row_by_row() -> None:
     num_rows = CHUNK_NUMBERS // 7168 + 2
     rows_ND = torch.randn(num_rows, 7168, generator=torch.Generator().manual_seed(0)).bfloat16()
     whole = quantize_1x128(rows_ND, power_of_two=True)
@@ -135,7 +135,7 @@ def test_a_min_amax_without_a_normal_scale_is_refused(min_amax: float) -> None:
 
 @pytest.mark.parametrize("min_amax", [1e-4, 2.0**-100])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_quantising_again_with_powers_of_two_loses_nothing(min_amax: float, dtype: torch.dtype) -> None:
+def test_quantizing_again_with_powers_of_two_loses_nothing(min_amax: float, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(2)
     exponents = torch.randint(-110, 110, (400, 1), generator=generator)
     rows_ND = torch.ldexp(torch.randn(400, 129, generator=generator), exponents)
@@ -165,7 +165,7 @@ def test_numbers_beyond_float32_poison_their_tile() -> None:
     assert_same(quantized, quantize_1x128(rows_ND.float(), power_of_two=False))
 
 
-def test_dequantisation_is_the_product_rounded() -> None:
+def test_dequantization_is_the_product_rounded() -> None:
     quantized = expected_quantized(wild_rows(torch.Generator().manual_seed(4), 64, 257), False, 2.0**-100)
     finite_N = quantized.scales.isfinite().all(dim=1)
     codes = quantized.codes.view(torch.uint8)[finite_N].numpy()
@@ -180,7 +180,7 @@ def test_dequantisation_is_the_product_rounded() -> None:
 
 
 @pytest.mark.parametrize(("num_rows", "num_columns"), [(0, 128), (0, 1), (3, 0), (0, 0)])
-def test_quantisation_of_nothing_has_its_shapes(num_rows: int, num_columns: int) -> None:
+def test_quantization_of_nothing_has_its_shapes(num_rows: int, num_columns: int) -> None:
     quantized = quantize_1x128(torch.ones(num_rows, num_columns), power_of_two=True)
     assert quantized.codes.shape == (num_rows, num_columns)
     assert quantized.codes.dtype == torch.float8_e4m3fn

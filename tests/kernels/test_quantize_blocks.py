@@ -1,4 +1,4 @@
-"""The reference of the 128x128 quantisation against numpy element by element, and the laws it must obey.
+"""The reference of the 128x128 quantization against numpy element by element, and the laws it must obey.
 
 Shape legend: N rows, D columns.
 """
@@ -74,7 +74,7 @@ def test_every_code_comes_back_from_its_rounded_value(dtype: torch.dtype) -> Non
     assert_same_bits(codes_128x128(values_ND, scales), codes)
 
 
-def test_error_of_a_quantised_weight_is_at_most_half_a_step() -> None:
+def test_error_of_a_quantized_weight_is_at_most_half_a_step() -> None:
     values_ND = torch.randn(200, 300, generator=torch.Generator().manual_seed(4))
     back_ND = dequantize_128x128(quantize_128x128(values_ND, power_of_two=False), torch.float32)
     # Four significant bits: half a step is 2^-4 of the value; below the smallest normal code, half of 2^-9 scales.
@@ -107,7 +107,7 @@ def test_a_bound_from_which_scales_underflow_is_refused() -> None:
 
 
 @pytest.mark.parametrize("power_of_two", [True, False])
-def test_matrices_side_by_side_are_quantised_one_by_one(power_of_two: bool) -> None:
+def test_matrices_side_by_side_are_quantized_one_by_one(power_of_two: bool) -> None:
     values = torch.randn(2, 3, 200, 150, generator=torch.Generator().manual_seed(6)).transpose(0, 1)
     made = quantize_128x128(values, power_of_two)
     assert made.scales.shape == (3, 2, 2, 2)

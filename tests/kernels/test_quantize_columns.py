@@ -1,4 +1,4 @@
-"""The reference of the quantisation by columns against numpy element by element, and the laws it must obey.
+"""The reference of the quantization by columns against numpy element by element, and the laws it must obey.
 
 Shape legend: N rows, D columns, P rows once every group is filled up to whole tiles.
 """
@@ -63,7 +63,7 @@ def test_columns_equal_an_independent_formula(counts: list[int], power_of_two: b
 
 @pytest.mark.parametrize("power_of_two", [True, False])
 @pytest.mark.parametrize("num_columns", [1, 130, 300])
-def test_requantising_is_quantising_what_the_codes_mean(power_of_two: bool, num_columns: int) -> None:
+def test_requantizing_is_quantizing_what_the_codes_mean(power_of_two: bool, num_columns: int) -> None:
     counts = [100, 0, 130]
     by_rows = quantize_1x128(
         wild_columns(torch.Generator().manual_seed(1), 230, num_columns, torch.float32), power_of_two
@@ -72,7 +72,7 @@ def test_requantising_is_quantising_what_the_codes_mean(power_of_two: bool, num_
     assert_same_pair(requantize_columns(by_rows, counts, power_of_two, 2.0**-100), expected)
 
 
-def test_requantising_powers_of_two_loses_nothing_where_exponents_allow_it() -> None:
+def test_requantizing_powers_of_two_loses_nothing_where_exponents_allow_it() -> None:
     counts = [100, 156]
     rows_ND = normal_rows(256, 200, 2) * torch.logspace(-6, 6, 256, base=2)[:, None]
     by_rows = quantize_1x128(rows_ND, True, GRADIENTS_MIN_AMAX)
@@ -112,7 +112,7 @@ def test_permuting_rows_of_a_tile_permutes_its_codes() -> None:
     assert_same_bits(permuted.codes.view(torch.uint8), made.codes.view(torch.uint8)[:, order_N])
 
 
-def test_a_group_is_quantised_as_if_alone() -> None:
+def test_a_group_is_quantized_as_if_alone() -> None:
     counts = [50, 0, 128, 200]
     groups = [normal_rows(count, 20, count) for count in counts]
     made = quantize_columns(torch.cat(groups), counts, False)

@@ -1,4 +1,4 @@
-"""Triton's 1x128 quantisation: interpreted, bit-equal to the reference; compiled for sm_90, what must be in there.
+"""Triton's 1x128 quantization: interpreted, bit-equal to the reference; compiled for sm_90, what must be in there.
 
 Shape legend: N rows, D columns, T tiles in a row.
 """

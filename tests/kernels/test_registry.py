@@ -16,7 +16,7 @@ HERE = f"from {__name__} import COLOURS\n"
 
 @pytest.fixture(autouse=True)
 def few_colours():  # type: ignore[no-untyped-def]
-    """Starts each test with two colours and leaves nothing behind."""
+    """Starts each test with two colors and leaves nothing behind."""
     COLOURS.remove(COLOURS.names())
     COLOURS.register("red", 1)
     COLOURS.register("reddish", 2)

@@ -30,7 +30,7 @@ def test_rms_norm_and_gradients_equal_formula(shape: tuple[int, ...], dtype: tor
     assert {made.dtype, grad_x.dtype, grad_weight.dtype} == {dtype}
     assert exact_x.grad is not None
     assert exact_weight.grad is not None
-    near(made, expected.detach(), 3)  # rounded after the normalisation and after the weight
+    near(made, expected.detach(), 3)  # rounded after the normalization and after the weight
     # Of a row of one number the slope is next to nothing: a difference of two that are not.
     terms = grad.double() * weight.double() * scale.double()
     near(grad_x, exact_x.grad, 2, largest=float(terms.abs().max()) if terms.numel() else 0.0)

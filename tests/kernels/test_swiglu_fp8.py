@@ -27,7 +27,7 @@ def some_weights(num_rows: int, dtype: torch.dtype | None) -> Tensor | None:
 @pytest.mark.parametrize("weights_dtype", [None, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_operand_is_the_formula_rounded_once_and_hidden_values_are_quantised(
+def test_operand_is_the_formula_rounded_once_and_hidden_values_are_quantized(
     shape: tuple[int, int], dtype: torch.dtype, weights_dtype: torch.dtype | None
 ) -> None:
     hidden_AH, _ = hidden_and_grad(shape, dtype)

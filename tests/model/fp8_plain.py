@@ -1,7 +1,7 @@
 """The formulas of a model in FP8 in float64, over operands that went through FP8 and back.
 
 Each function reads numbers as float32 puts them in codes, and gives what the codes stand for. Shape legend: A rows, K
-inputs, N outputs, D normalised size, M intermediate size, H = 2 M.
+inputs, N outputs, D normalized size, M intermediate size, H = 2 M.
 """
 
 from collections.abc import Sequence

@@ -122,7 +122,7 @@ def mtp_tensors(folder: Path, depth: int = 1, seed: int = 5) -> dict[str, Tensor
     return added
 
 
-def quantised(tensors: Mapping[str, Tensor], seed: int = 6) -> dict[str, Tensor]:
+def quantized(tensors: Mapping[str, Tensor], seed: int = 6) -> dict[str, Tensor]:
     """Random FP8 codes and scales in place of the weights that released checkpoints have in FP8; the rest bfloat16."""
     generator = torch.Generator().manual_seed(seed)
     made: dict[str, Tensor] = {}
@@ -138,7 +138,7 @@ def quantised(tensors: Mapping[str, Tensor], seed: int = 6) -> dict[str, Tensor]
     return made
 
 
-def dequantised(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def dequantized(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Every weight in float32, by the rule of fixed blocks of 128, written out element by element."""
     made: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -166,7 +166,7 @@ def save_checkpoint(folder: Path, *, fp8: bool = False, num_files: int = 1, **ch
     reference_model(**changes).save_pretrained(folder)
     tensors = read_tensors(folder) | mtp_tensors(folder)
     if fp8:
-        tensors = quantised(tensors)
+        tensors = quantized(tensors)
         edit_json(folder / "config.json", lambda keys: keys.update(dtype="bfloat16", quantization_config=FP8_CONFIG))
     write_tensors(folder, tensors, num_files)
     return tensors

@@ -34,7 +34,7 @@ TOKENS = 11
 
 
 def rows(config: ModelConfig, dtype: torch.dtype) -> tuple[Block, Tensor, Tensor, Rotation]:
-    """A layer, states, the same normalised, and the rotation of their positions."""
+    """A layer, states, the same normalized, and the rotation of their positions."""
     block = make_model(config, dtype).block(0)
     with torch.no_grad():
         for parameter in block.self_attn.parameters():

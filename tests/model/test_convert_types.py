@@ -16,7 +16,7 @@ from model.transformer import named_tensors
 from tests.model.hf_checkpoints import (
     FP8_CONFIG,
     assert_same_tensors,
-    dequantised,
+    dequantized,
     edit_json,
     mtp_tensors,
     random_tokens,
@@ -85,13 +85,13 @@ RAGGED: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("rows", [192, 576])
-def test_ragged_fp8_weights_are_dequantised_in_blocks_of_128(rows: int, tmp_path: Path) -> None:
-    """576 rows have 5 rows of scales and 192 have 2, which transformers' own dequantisation refuses or misreads."""
+def test_ragged_fp8_weights_are_dequantized_in_blocks_of_128(rows: int, tmp_path: Path) -> None:
+    """576 rows have 5 rows of scales and 192 have 2, which transformers' own dequantization refuses or misreads."""
     changes = RAGGED | {"kv_lora_rank": rows - 8}
     source, plain, export = tmp_path / "source", tmp_path / "plain", tmp_path / "export"
     tensors = save_checkpoint(source, fp8=True, num_files=3, **changes)
     assert tensors["model.layers.0.self_attn.kv_a_proj_with_mqa.weight_scale_inv"].shape == ((rows + 127) // 128, 2)
-    wide = dequantised(tensors)
+    wide = dequantized(tensors)
     reference_model(**changes).save_pretrained(plain)
     write_tensors(plain, {name: tensor for name, tensor in wide.items() if "layers.2" not in name})
     model = load_hf(source, torch.float32)

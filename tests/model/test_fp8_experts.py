@@ -147,8 +147,8 @@ def test_experts_at_home_equal_the_formula(power_of_two: bool) -> None:
 
 
 def test_arrived_rows_and_gradients_are_operands_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first product of either way reads the very memory that arrived, codes and scales, and quantises no row."""
-    experts, seen, num_quantised = make_experts(False), list[int](), list[int]()
+    """The first product of either way reads the very memory that arrived, codes and scales, and quantizes no row."""
+    experts, seen, num_quantized = make_experts(False), list[int](), list[int]()
     grouped_rows_fp8, quantize_1x128 = reference_fp8.grouped_rows_fp8, reference.quantize_1x128
 
     def grouped_rows(rows: Quantized, weights: QuantizedBlocks, counts: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -156,14 +156,14 @@ def test_arrived_rows_and_gradients_are_operands_as_they_are(monkeypatch: pytest
         return grouped_rows_fp8(rows, weights, counts, dtype)
 
     def quantize(rows_ND: Tensor, power_of_two: bool, min_amax: float = 1e-4) -> Quantized:
-        num_quantised.append(rows_ND.shape[1])
+        num_quantized.append(rows_ND.shape[1])
         return quantize_1x128(rows_ND, power_of_two, min_amax)
 
     monkeypatch.setattr(reference_fp8, "grouped_rows_fp8", grouped_rows)
     monkeypatch.setattr(reference, "quantize_1x128", quantize)
     x = randn(4, HIDDEN, seed=3, dtype=torch.float32).requires_grad_()
     packed_AB, slope_AB = (pack_rows(randn(4, HIDDEN, seed=n)).packed for n in (1, 2))
-    num_quantised.clear()
+    num_quantized.clear()
     slot = GradientSlot()
     weights_A = torch.ones(4, requires_grad=True)
     out_AD = experts(Fp8Rows(placeholder(x.shape, x), packed_AB, slot), weights_A, (1, 0, 3, 0), None)
@@ -171,7 +171,7 @@ def test_arrived_rows_and_gradients_are_operands_as_they_are(monkeypatch: pytest
     seen.clear()
     out_AD.backward(slot.put(slope_AB, HIDDEN, torch.float32))
     assert seen[:2] == [slope_AB.untyped_storage().data_ptr()] * 2
-    assert num_quantised == [2 * WIDTH]  # the gradient inside, before its product
+    assert num_quantized == [2 * WIDTH]  # the gradient inside, before its product
 
 
 def test_a_gradient_is_taken_from_the_mailbox_once() -> None:

@@ -17,7 +17,7 @@ from model.hf.reader import HfReader
 from model.transformer import Part, Transformer, named_tensors
 from tests.model.hf_checkpoints import (
     FP8_CONFIG,
-    dequantised,
+    dequantized,
     mtp_tensors,
     read_tensors,
     reference_model,
@@ -34,7 +34,7 @@ COPY, NORM = "model.layers.3.embed_tokens.weight", "model.norm.weight"
 def fp8(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tensor]]:
     """A checkpoint in FP8 whose scales lie in other files than their weights, and its weights in float32."""
     folder = tmp_path_factory.mktemp("fp8")
-    return folder, dequantised(save_checkpoint(folder, fp8=True, num_files=3, **RAGGED))
+    return folder, dequantized(save_checkpoint(folder, fp8=True, num_files=3, **RAGGED))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -59,7 +59,7 @@ class Fp8LatentLinears:
 
     @classmethod
     def compress(cls, compressed_BTX: Tensor, weights: LatentWeights, options: LatentOptions, maps: Fp8Maps) -> Self:
-        """Normalises and quantises the compressed values, in a forward."""
+        """Normalizes and quantizes the compressed values, in a forward."""
         query, latent, key = options.split(compressed_BTX)
         eps, rounds = options.shape.eps, maps.power_of_two
 

@@ -88,7 +88,7 @@ TARGETS = (
         least=1.3,
     ),
     Target(
-        subject="quantising beside a copy's bandwidth",
+        subject="quantizing beside a copy's bandwidth",
         kernel="quantize.quantize",
         shape="4096 x 7168",
         than=None,

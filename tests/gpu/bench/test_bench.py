@@ -175,7 +175,7 @@ def test_all_of_the_benchmark_runs(
     assert lines[0].startswith("device a GPU, torch ")
     assert lines[1] == report.roofs_text(ROOFS)
     assert "| quantize.quantize | 4096 x 7168, in name only | 1.0 | 1000 GB/s | 100% | 1.00 |" in lines
-    assert lines[-1] == "pass: quantising beside a copy's bandwidth: at least 0.8, got 1.00"
+    assert lines[-1] == "pass: quantizing beside a copy's bandwidth: at least 0.8, got 1.00"
     assert len(json.loads(figures.read_text())["rows"]) == 1
 
 
@@ -226,7 +226,7 @@ def test_the_first_alternative_that_runs_is_timed_and_the_others_are_named() -> 
 
 
 def operands() -> tuple[Quantized, QuantizedBlocks]:
-    """Of `PRODUCT`, quantised."""
+    """Of `PRODUCT`, quantized."""
     left_MK, right_NK = (
         randn(PRODUCT.num_rows, PRODUCT.depth, seed=0),
         randn(PRODUCT.num_columns, PRODUCT.depth, seed=1),
