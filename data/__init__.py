@@ -1,4 +1,4 @@
-"""Text to batches."""
+"""Turns text into batches of token sequences."""
 
 from kernels.checkout import share_comm
 

@@ -1,4 +1,4 @@
-"""How many sequences each step reads, as a pure function of the step: one size, or a ramp in a few sizes. No torch."""
+"""Number of sequences per step, constant or with a batch ramp, as a pure function of the step. Imports no torch."""
 
 from bisect import bisect_right
 from dataclasses import dataclass
@@ -8,11 +8,16 @@ from kernels.ranges import PositiveInt
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BatchRamp:
-    """A global batch that grows, in sizes that are equally far apart, to the run's own.
+    """A ramp of the global batch size in equal increments.
 
-    Over the first `end_tokens` tokens the sizes but the last take equal shares of them, each rounded up to whole steps;
-    `num_sizes` counts the last one. DeepSeek-V3: from 3,072 to 15,360 sequences over 469B tokens (arXiv:2412.19437,
-    section 4.2, which does not tell the shape).
+    The sizes before the last one share the first `end_tokens` tokens equally, each rounded up to whole steps.
+    DeepSeek-V3 uses 3,072 to 15,360 sequences over 469B tokens (arXiv:2412.19437, section 4.2, which does not describe
+    the shape of the ramp).
+
+    Attributes:
+        start_sequences: first size.
+        end_tokens: number of tokens after which the ramp ends.
+        num_sizes: number of sizes, including the last one.
     """
 
     start_sequences: PositiveInt
@@ -22,7 +27,7 @@ class BatchRamp:
 
 @dataclass(frozen=True, slots=True)
 class _Span:
-    """Steps of one size, from `first_step` on, and what was read before them."""
+    """Consecutive steps of one size, starting at `first_step`, with `first_sequence` sequences read before them."""
 
     first_step: int
     first_sequence: int
@@ -30,29 +35,35 @@ class _Span:
 
 
 class BatchSizes:
-    """Sizes of all steps of a run. A function of its arguments alone: of no layout, and not of where a run began."""
+    """Batch sizes of all steps of a run. They depend neither on the layout nor on the step at which a run resumed."""
 
     def __init__(self, sequences: int, sequence_length_tokens: int = 1, ramp: BatchRamp | None = None) -> None:
-        """`sequences` a step, at the end of the ramp if there is one."""
+        """Computes the steps of each size.
+
+        Args:
+            sequences: sequences per step, after the ramp if there is one.
+            sequence_length_tokens: tokens per sequence.
+            ramp: the batch ramp; None for a constant size.
+        """
         self._length = sequence_length_tokens
         self._spans = _spans(sequences, sequence_length_tokens, ramp)
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Every size that a step may have, in sequences, growing."""
+        """All sizes that a step can have, in sequences, in increasing order."""
         return tuple(span.sequences for span in self._spans)
 
     def sequences(self, step: int) -> int:
-        """That step `step` (from 0) reads."""
+        """Returns the number of sequences that a step (from 0) reads."""
         return self._span(step).sequences
 
     def sequences_before(self, step: int) -> int:
-        """That all steps before it read."""
+        """Returns the number of sequences that all earlier steps read."""
         span = self._span(step)
         return span.first_sequence + (step - span.first_step) * span.sequences
 
     def tokens_before(self, step: int) -> int:
-        """That all steps before it read, padding counted."""
+        """Returns the number of tokens that all earlier steps read, including padding."""
         return self.sequences_before(step) * self._length
 
     def _span(self, step: int) -> _Span:
@@ -60,7 +71,7 @@ class BatchSizes:
 
 
 def ramp_sizes(sequences: int, ramp: BatchRamp) -> tuple[int, ...]:
-    """The sizes of a ramp to `sequences`, which lie equally far apart where they can."""
+    """Returns the sizes of a ramp to `sequences`, in equal increments except for rounding."""
     growth = sequences - ramp.start_sequences
     return tuple(ramp.start_sequences + growth * place // (ramp.num_sizes - 1) for place in range(ramp.num_sizes))
 

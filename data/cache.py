@@ -1,4 +1,4 @@
-"""Folders that are built once and kept: complete or absent, whatever is killed and whoever races."""
+"""Cache of folders that are built once. A folder is complete or absent, even after crashes or concurrent builds."""
 
 import contextlib
 import errno
@@ -16,28 +16,28 @@ from data.corpus import DataError
 
 META_NAME = "meta.json"
 
-# Installing fails only while other processes replace the same broken entry.
+# An installation can fail only while other processes replace the same broken entry.
 INSTALL_ATTEMPTS = 5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CacheEntry:
-    """A complete folder and the values that its builder noted down."""
+    """A complete folder and the values that its builder stored in `meta.json`."""
 
     folder: Path
     values: Mapping[str, Any]
 
 
 def open_or_build(cache_dir: Path, name: str, build: Callable[[Path], Mapping[str, int | float | str]]) -> CacheEntry:
-    """The entry of this name; built when absent, rebuilt when `meta.json` or a file's size is not as written.
+    """Returns the cache entry with a name. Builds it if it is missing, or if `meta.json` or a file size is wrong.
 
-    The folder appears by one rename after everything in it has reached the disk. Processes that race build
-    the same thing each; the first rename wins, and the others take its result.
+    The folder is written to disk completely and then renamed to its final name. Concurrent processes may each build the
+    same entry; the first rename wins, and the others use its result.
 
     Args:
-        cache_dir: made when missing.
-        name: of the folder; says everything that its content depends on.
-        build: fills an empty folder with files and returns the values to note down.
+        cache_dir: cache folder; created if it is missing.
+        name: name of the entry; it must identify everything that the content depends on.
+        build: fills an empty folder with files and returns the values to store.
 
     Raises:
         DataError: `cache_dir` cannot be written.
@@ -66,7 +66,7 @@ def open_or_build(cache_dir: Path, name: str, build: Callable[[Path], Mapping[st
 
 
 def _open(folder: Path) -> CacheEntry | None:
-    """The entry, if it is whole."""
+    """Returns the entry if it is complete, otherwise None."""
     try:
         meta = json.loads((folder / META_NAME).read_text(encoding="utf-8"))
         whole = all((folder / name).stat().st_size == size for name, size in meta["file_bytes"].items())
@@ -84,11 +84,11 @@ def _write_meta(folder: Path, values: Mapping[str, int | float | str]) -> None:
 
 
 def _install(building: Path, folder: Path) -> None:
-    """Puts a finished folder in its place; leaves a whole one that is there already, moves a broken one away."""
+    """Renames a finished folder to its final name. Keeps an existing complete entry and replaces a broken one."""
     with _exclusive(folder.parent):
         if _open(folder) is not None:
             return
-        # Into an empty place first: what another process put there since is then never moved away.
+        # Try the rename first, so that an entry that another process has just installed is never moved away.
         if not _renamed(building, folder) and _open(folder) is None:
             _remove(folder)
             _renamed(building, folder)
@@ -97,10 +97,10 @@ def _install(building: Path, folder: Path) -> None:
 
 @contextlib.contextmanager
 def _exclusive(cache_dir: Path) -> Iterator[None]:
-    """One process at a time replaces entries: what it found broken may otherwise be whole when it is moved away."""
+    """Lets one process at a time replace entries. Otherwise a process could move away an entry that is now complete."""
     descriptor = os.open(cache_dir, os.O_RDONLY)
     try:
-        # A file system without locks leaves what a rename alone can promise; a lock ends with its process.
+        # Without file locks, only the atomicity of the rename remains. A lock is released when its process ends.
         with contextlib.suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
@@ -109,11 +109,11 @@ def _exclusive(cache_dir: Path) -> Iterator[None]:
 
 
 def _renamed(building: Path, folder: Path) -> bool:
-    """Whether the folder took the name; not when the name is taken by another."""
+    """Renames the folder. Returns False if another folder has the name."""
     try:
         building.rename(folder)
     except OSError as error:
-        # Taken; or gone already, where without locks another process moved away what we put there.
+        # The name is taken; or, without file locks, another process moved this folder away.
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.ENOENT):
             raise
         return False
@@ -121,7 +121,7 @@ def _renamed(building: Path, folder: Path) -> bool:
 
 
 def _remove(folder: Path) -> None:
-    # Moved whole before it is deleted: nobody sees it half deleted.
+    # Renamed before it is deleted, so that no process sees a partly deleted entry.
     broken = folder.with_name(f".broken-{uuid.uuid4().hex}")
     with contextlib.suppress(FileNotFoundError):
         folder.rename(broken)

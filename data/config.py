@@ -1,4 +1,4 @@
-"""What text a run reads and how it becomes sequences, as values. No torch here."""
+"""Configuration of a run's text, tokenizer and sequences. Imports no torch."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -9,14 +9,20 @@ from kernels.ranges import NonNegativeInt
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
-    """Text to packed sequences.
+    """Configuration of data preparation, from text to packed sequences.
 
-    `tokenizer` is a file `tokenizer.json`; None: one is trained on the training part, of `tokenizer_vocab_size` tokens,
-    special ones counted in, which otherwise counts for nothing; `tokenizer_bos`, `tokenizer_eos` and `tokenizer_pad`
-    name the tokens of a given one that begin, end and fill a document (None: as its files say; `tokenizer_bos` "":
-    none); `validation_fraction` is the share of documents, chosen by their hash; `fim_rate` is the share of training
-    documents turned fill-in-the-middle (prefix, suffix, middle), of none if the tokenizer has no tokens for it; `seed`
-    governs the split into parts and the order of samples.
+    Attributes:
+        source: source of the text.
+        tokenizer: a `tokenizer.json` file; None trains a tokenizer on the training part.
+        tokenizer_bos: token before each document; None follows the tokenizer's files, "" means no such token.
+        tokenizer_eos: token after each document; None follows the tokenizer's files.
+        tokenizer_pad: token that fills sequences; None follows the tokenizer's files.
+        tokenizer_vocab_size: tokens of a trained tokenizer, including special ones; ignored for a given tokenizer.
+        validation_fraction: share of documents that are held out, selected by hash.
+        fim_rate: share of training documents that are rearranged for fill-in-the-middle (prefix, suffix, middle); has
+            no effect if the tokenizer has no tokens for it.
+        seed: seed of the validation split and of the order of samples.
+        cache_dir: folder for prepared data.
     """
 
     source: Annotated[DataSource, DATA_SOURCES]

@@ -1,4 +1,4 @@
-"""Where text comes from: files, the documents in them, and which part of the data a document belongs to."""
+"""Sources of text: finds files, reads documents, and splits documents into training and validation parts."""
 
 import difflib
 import hashlib
@@ -13,32 +13,34 @@ from data.registry import DATA_SOURCES, CorpusFile, DataSource, DataSourceEntry,
 
 TEXT_SUFFIXES = (".txt", ".md", ".py", ".jsonl")
 EMBEDDED_SUFFIXES = (".py", ".txt", ".md", ".rst")
-# Not the standard library's own sources: third-party packages, byte code, build leftovers and tests.
-# Then tables of codes and applications: a third of the text, which would delay a first run.
+# Line 1: not sources of the standard library (third-party packages, byte code, build files, tests).
+# Line 2: code tables and applications. They are a third of the text and would delay a first run.
 EMBEDDED_SKIPPED_FOLDERS = frozenset(
     [
         *("site-packages", "dist-packages", "__pycache__", "lib-dynload", "test", "tests", "idle_test"),
         *("encodings", "pydoc_data", "idlelib", "tkinter", "turtledemo", "lib2to3", "distutils"),
     ]
 )
-# The check before a run must be quick however large the corpus is; the rest is checked as it is read.
+# Limit of the check before a run, which must be quick for any corpus size. The rest is checked when it is read.
 CHECKED_BYTES = 8 * 2**20
 
 
 class DataError(ValueError):
-    """Text or data settings that a run cannot use: says the place, the rule, the value, the nearest valid choice."""
+    """Invalid text or data settings. The message states the place, the rule, the value and the nearest valid choice."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EmbeddedSource(DataSource):
-    """The Python standard library's own sources and texts, without its tests: on every machine, offline."""
+    """The Python standard library's sources and text files without tests, available offline on every machine."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FilesSource(DataSource):
-    """The user's text: files, or folders searched for `.txt`, `.md`, `.py` and `.jsonl`.
+    """The user's text: files, and folders that are searched for `.txt`, `.md`, `.py` and `.jsonl` files.
 
-    `text_field` is the field of a `.jsonl` line that holds the text.
+    Attributes:
+        paths: files and folders.
+        text_field: field of a `.jsonl` line that contains the text.
     """
 
     paths: tuple[str, ...]
@@ -46,21 +48,21 @@ class FilesSource(DataSource):
 
 
 def list_files(source: DataSource) -> tuple[CorpusFile, ...]:
-    """The files of a source, each once, in an order that depends on their names alone.
+    """Returns the files of a source, each once, in an order that depends only on their names.
 
-    Hidden files and folders are left out of searched folders; symbolic links to folders are not followed.
+    Hidden files and folders in searched folders are skipped. Symbolic links to folders are not followed.
 
     Raises:
-        DataError: a path is missing, has an unknown suffix, or is a folder without any readable suffix.
+        DataError: a path is missing, has an unknown suffix, or is a folder without readable files.
     """
     return DATA_SOURCES.get(source.kind).files(source)
 
 
 def check_source(source: DataSource) -> None:
-    """Refuses a source that no run can read, quickly: looks at names, sizes and the first megabytes of text.
+    """Rejects a source that cannot be read. Takes little time: checks names, sizes and the first megabytes of text.
 
     Raises:
-        DataError: as `list_files`; or only empty files; or, within those megabytes, as `read_documents`.
+        DataError: as in `list_files`; all files are empty; or, for the first megabytes, as in `read_documents`.
     """
     entry = DATA_SOURCES.get(source.kind)
     files = entry.files(source)
@@ -74,15 +76,15 @@ def check_source(source: DataSource) -> None:
         budget_bytes -= _size_bytes(file)
     if not found:
         raise DataError(
-            f"{entry.place(source)} must hold at least one document that is not empty; {len(files)} files were found"
+            f"{entry.place(source)} must contain at least one non-empty document; {len(files)} files were found"
         )
 
 
 def read_documents(source: DataSource) -> Iterator[Document]:
-    """The documents of a source in order, those of nothing but white space left out; undecodable bytes become U+FFFD.
+    """Yields the documents of a source in order. Skips blank documents and replaces undecodable bytes with U+FFFD.
 
     Raises:
-        DataError: as `list_files`; or a line of `.jsonl` is not an object with a string in the field of the text.
+        DataError: as in `list_files`, or a line of a `.jsonl` file is not an object with a string in the text field.
     """
     entry = DATA_SOURCES.get(source.kind)
     for file in entry.files(source):
@@ -90,21 +92,21 @@ def read_documents(source: DataSource) -> Iterator[Document]:
 
 
 def hash_unit(purpose: str, seed: int, key: str) -> float:
-    """A number in [0, 1) drawn by SHA-256 from its arguments: the same on every machine and in every process."""
+    """Returns a pseudo-random number in [0, 1) from a SHA-256 hash of the arguments, equal on every machine."""
     digest = hashlib.sha256(f"{purpose}:{seed}:{key}".encode("utf-8", errors="surrogateescape")).digest()
     return int.from_bytes(digest[:6], "big") / 2**48
 
 
 def is_validation(key: str, validation_fraction: float, seed: int) -> bool:
-    """Whether the document of this key is held out: a pure function, so a corpus that grows keeps its split."""
+    """Returns whether a document is held out. It depends only on the key, so that a growing corpus keeps its split."""
     return hash_unit("split", seed, key) < validation_fraction
 
 
 def list_paths(paths: tuple[str, ...]) -> tuple[CorpusFile, ...]:
-    """Lists the files that paths name: files, and those with a known suffix in folders.
+    """Returns the files that the paths name, and the files with a known suffix in the folders that they name.
 
     Raises:
-        DataError: as `list_files`.
+        DataError: as in `list_files`.
     """
     if not paths:
         raise DataError("data.paths: at least one file or folder is needed, got none")
@@ -116,7 +118,7 @@ def list_paths(paths: tuple[str, ...]) -> tuple[CorpusFile, ...]:
             raise
         except (OSError, RuntimeError, ValueError) as error:  # too long, no permission, unknown ~user, a NUL
             raise DataError(f"data.paths: {given!r} cannot be looked up: {error}") from error
-        # A file reached twice would count twice, and under two keys might be both trained on and held out.
+        # A file that is listed twice would count twice. With two keys, it could be both trained on and held out.
         for file in found:
             files.setdefault(file.path.resolve(), file)
     return tuple(files.values())
@@ -131,7 +133,7 @@ def _list_path(given: str) -> list[CorpusFile]:
         found = _search(path, TEXT_SUFFIXES, frozenset())
         if not found:
             raise DataError(
-                f"data.paths: {given!r} holds no readable document; a folder must hold files ending in {suffixes}"
+                f"data.paths: {given!r} contains no readable document; a folder must have files ending in {suffixes}"
             )
         return found
     if not path.exists():
@@ -159,7 +161,16 @@ def _raise_unreadable(error: OSError) -> None:
 
 
 def read_file(file: CorpusFile, text_field: str, limit_bytes: int | None = None) -> Iterator[Document]:
-    """The documents of one file; with a limit, of about its first bytes alone."""
+    """Yields the documents of one file. With a limit, reads only about that many bytes.
+
+    Args:
+        file: the file.
+        text_field: field of a `.jsonl` line that contains the text.
+        limit_bytes: number of bytes after which reading stops; None reads the whole file.
+
+    Raises:
+        DataError: the file cannot be read, or a line of a `.jsonl` file is invalid.
+    """
     try:
         with file.path.open("rb") as stream:
             if file.path.suffix.lower() != ".jsonl":
@@ -193,14 +204,14 @@ def _line_text(line: bytes, field: str, place: str) -> str:
     text = value[field]
     if not isinstance(text, str):
         raise DataError(f"{place}: {rule}, got a value of type {type(text).__name__}: {_shorten(str(text))}")
-    # JSON may escape half a surrogate pair, which no encoding of text can hold.
+    # JSON can contain an escaped lone surrogate, which UTF-8 cannot encode.
     return text.encode("utf-8", errors="replace").decode("utf-8")
 
 
 def _nearest_field(field: str, value: dict[str, object]) -> str:
-    """Returns the end of an error: the field of the nearest name, or else the one with the longest text."""
-    texts = sorted((key for key in value if isinstance(value[key], str)), key=lambda key: -len(str(value[key])))
-    close = difflib.get_close_matches(field, texts, n=1) or texts[:1]
+    """Returns the end of an error: the field with the nearest name, or the field with the longest string."""
+    fields = sorted((key for key in value if isinstance(value[key], str)), key=lambda key: -len(str(value[key])))
+    close = difflib.get_close_matches(field, fields, n=1) or fields[:1]
     return f"; nearest: data.text_field={close[0]!r}" if close else ""
 
 
@@ -212,7 +223,7 @@ def _size_bytes(file: CorpusFile) -> int:
 
 
 def _nearest(path: Path) -> str:
-    """The existing sibling whose name is nearest to the first missing part of the path, for an error's end."""
+    """Returns the end of an error: the existing path whose name is nearest to the first missing part of `path`."""
     missing = path
     while not missing.parent.exists():
         missing = missing.parent
@@ -239,7 +250,7 @@ def _embedded_files(source: EmbeddedSource) -> tuple[CorpusFile, ...]:
 DATA_SOURCES.register(
     "embedded",
     DataSourceEntry(
-        summary="the Python standard library's sources and texts",
+        summary="the Python standard library's sources and text files",
         config=EmbeddedSource,
         files=_embedded_files,
         read=lambda source, file, limit_bytes: read_file(file, "text", limit_bytes),

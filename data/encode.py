@@ -1,4 +1,4 @@
-"""A source's documents as token ids: the split, the tokenizer, fill-in-the-middle. No torch here."""
+"""Encodes a source's documents as token ids: validation split, tokenizer, fill-in-the-middle. Imports no torch."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -19,7 +19,7 @@ from data.tokenizer import Tokenizer
 Part = Literal["train", "validation"]
 NO_PROGRESS = NoProgress()
 
-# Merges settle long before: more text costs time and changes almost no merge.
+# More text for training the tokenizer takes time and hardly changes its merges.
 TOKENIZER_TEXT_BYTES = 64 * 2**20
 TOKENIZER_CHUNK_CHARACTERS = 2**16
 ENCODE_BATCH_CHARACTERS = 4 * 2**20
@@ -27,7 +27,7 @@ ENCODE_BATCH_CHARACTERS = 4 * 2**20
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PartSize:
-    """How much text a part holds: documents, and bytes of their UTF-8."""
+    """Size of a part: number of documents, and bytes of their text in UTF-8."""
 
     num_documents: int
     text_bytes: int
@@ -38,20 +38,20 @@ def build_encoded(
 ) -> dict[str, int | float | str]:
     """Writes `tokenizer.json` and each part's `PART_tokens.npy` and `PART_lengths.npy` into a folder.
 
-    A document is begin of sentence if the tokenizer has one, its text (or its fill-in-the-middle form), end of
-    sentence.
+    An encoded document is: begin of sentence (if the tokenizer has this token), text or its fill-in-the-middle form,
+    end of sentence.
 
     Args:
-        config: says the source and what becomes of its text.
-        given: the tokenizer; None: one is trained.
-        folder: empty.
-        progress: shows how far it is.
+        config: source of the text and settings for its preparation.
+        given: the tokenizer; None trains one.
+        folder: an empty folder.
+        progress: progress display.
 
     Returns:
-        For `meta.json`: each part's documents, bytes of text and tokens.
+        The values for `meta.json`: number of documents, bytes of text and tokens of each part.
 
     Raises:
-        DataError: the source cannot be read, or no document would be trained on.
+        DataError: the source cannot be read, or the training part would be empty.
     """
     sizes = measure_parts(config, progress)
     if sizes["validation"].num_documents == 0:
@@ -70,11 +70,11 @@ def build_encoded(
 
 
 def measure_parts(config: DataConfig, progress: Progress = NO_PROGRESS) -> dict[Part, PartSize]:
-    """Reads the source once and says how much each part holds.
+    """Reads the source once and returns the size of each part.
 
     Raises:
-        DataError: the source cannot be read, or no document would be trained on; names a fraction that works, if one
-            does.
+        DataError: the source cannot be read, or the training part would be empty. The message names a valid fraction,
+            if there is one.
     """
     num_documents: dict[Part, int] = {"train": 0, "validation": 0}
     text_bytes: dict[Part, int] = {"train": 0, "validation": 0}
@@ -96,16 +96,17 @@ def measure_parts(config: DataConfig, progress: Progress = NO_PROGRESS) -> dict[
 
 
 def read_part(config: DataConfig, part: Part) -> Iterator[Document]:
-    """The documents of one part, in the source's order."""
+    """Returns an iterator over the documents of one part, in the source's order."""
     return (document for document in read_documents(config.source) if _part_of(document, config) == part)
 
 
 def train_tokenizer(config: DataConfig, train_bytes: int, progress: Progress = NO_PROGRESS) -> Tokenizer:
-    """The tokenizer of the training part: of all of it, or of a sample of its chunks where it is large.
+    """Trains a tokenizer on the training part, or on a sample of its chunks if it is large.
 
     Args:
-        config: says the source, the split and the vocabulary.
-        train_bytes: size of the part's text; beyond 64 MiB, chunks are drawn by the hash of their place.
+        config: source of the text, validation split and vocabulary size.
+        train_bytes: size of the training part's text. If it exceeds 64 MiB, chunks are sampled by hash.
+        progress: progress display.
     """
     share = TOKENIZER_TEXT_BYTES / max(train_bytes, 1)
 
@@ -123,10 +124,10 @@ def train_tokenizer(config: DataConfig, train_bytes: int, progress: Progress = N
 def encode_part(
     config: DataConfig, part: Part, tokenizer: Tokenizer, text_bytes: int = 0, progress: Progress = NO_PROGRESS
 ) -> tuple[NDArray[np.integer], NDArray[np.int64]]:
-    """The part's tokens end to end (uint16 where the vocabulary allows, else int32), and each document's length.
+    """Encodes a part. Returns its concatenated tokens and the length of each document in tokens.
 
-    Only training documents are turned fill-in-the-middle, and only if the tokenizer has tokens for it: validation loss
-    is that of plain text.
+    The tokens are uint16 if the vocabulary allows it, otherwise int32. Only training documents are rearranged for
+    fill-in-the-middle, and only if the tokenizer has tokens for it. The validation loss is measured on plain text.
     """
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.int32
     has_fim = part == "train" and tokenizer.special.fim is not None
@@ -135,20 +136,20 @@ def encode_part(
     lengths: list[int] = []
     first_index = 0
     batches = _batches(read_part(config, part))
-    for texts in progress.over(f"encoding the {part} part", batches, text_bytes, _batch_bytes):
-        for ids in _encode_texts(texts, rate, config.seed, first_index, tokenizer):
+    for documents in progress.over(f"encoding the {part} part", batches, text_bytes, _batch_bytes):
+        for ids in _encode_documents(documents, rate, config.seed, first_index, tokenizer):
             tokens.append(np.asarray(ids, dtype=dtype))
             lengths.append(len(ids))
-        first_index += len(texts)
+        first_index += len(documents)
     return np.concatenate(tokens), np.asarray(lengths, dtype=np.int64)
 
 
-def _encode_texts(
-    texts: Sequence[str], rate: float, seed: int, first_index: int, tokenizer: Tokenizer
+def _encode_documents(
+    documents: Sequence[str], rate: float, seed: int, first_index: int, tokenizer: Tokenizer
 ) -> Iterator[list[int]]:
-    parts = [cut_for_fim(text, rate, seed, first_index + number) for number, text in enumerate(texts)]
+    parts = [cut_for_fim(text, rate, seed, first_index + number) for number, text in enumerate(documents)]
     flat: list[str] = []
-    for text, cut in zip(texts, parts, strict=True):
+    for text, cut in zip(documents, parts, strict=True):
         flat.extend([text] if cut is None else [cut.prefix, cut.suffix, cut.middle])
     encoded = iter(tokenizer.encode_batch(flat))
     for cut in parts:
@@ -159,25 +160,25 @@ def _encode_texts(
 
 
 def _batches(documents: Iterator[Document]) -> Iterator[list[str]]:
-    """Lists of texts, large enough to keep the tokenizer's threads busy, small enough for the memory."""
-    texts: list[str] = []
+    """Yields lists of documents that are large enough for the tokenizer's threads and small enough for the memory."""
+    batch: list[str] = []
     characters = 0
     for document in documents:
-        texts.append(document.text)
+        batch.append(document.text)
         characters += len(document.text)
         if characters >= ENCODE_BATCH_CHARACTERS:
-            yield texts
-            texts, characters = [], 0
-    if texts:
-        yield texts
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
 
 
 def _text_bytes(document: Document) -> int:
     return len(document.text.encode("utf-8"))
 
 
-def _batch_bytes(texts: Sequence[str]) -> int:
-    return sum(len(text.encode("utf-8")) for text in texts)
+def _batch_bytes(documents: Sequence[str]) -> int:
+    return sum(len(text.encode("utf-8")) for text in documents)
 
 
 def _part_of(document: Document, config: DataConfig) -> Part:
@@ -185,10 +186,10 @@ def _part_of(document: Document, config: DataConfig) -> Part:
 
 
 def _empty_train_error(config: DataConfig, num_documents: int, smallest_unit: float, largest_unit: float) -> DataError:
-    # A document is held out if its hash lies below the fraction.
+    # A document is held out if its hash is below the fraction.
     nearest = math.floor(largest_unit * 10**4) / 10**4
     hint = f"; nearest: {nearest}" if smallest_unit < nearest <= largest_unit else ""
     return DataError(
-        f"data.validation_fraction: {config.validation_fraction} of {num_documents} documents, drawn by their hash "
-        f"with data.seed {config.seed}, leaves the train part empty; it must hold at least one document{hint}"
+        f"data.validation_fraction: {config.validation_fraction} of {num_documents} documents, selected by hash "
+        f"with data.seed {config.seed}, leaves the training part empty; it must have at least one document{hint}"
     )

@@ -1,4 +1,4 @@
-"""Fill-in-the-middle: some documents shown as prefix, suffix, middle. Pure functions of (seed, document index)."""
+"""Fill-in-the-middle: rearranges some documents as prefix, suffix, middle. Depends only on seed and document index."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,18 +17,18 @@ class FimParts:
 
 
 def cut_for_fim(text: str, rate: float, seed: int, index: int) -> FimParts | None:
-    """Decides whether a document is turned, and where it is cut.
+    """Decides whether a document is rearranged, and cuts it at two random characters.
 
-    The cut is between characters, not tokens, so that a model learns to continue from within a word.
+    The cuts are between characters, not tokens, so that a model learns to continue from the middle of a word.
 
     Args:
         text: the whole document.
-        rate: share of documents turned, in [0, 1].
-        seed: with `index`, the only source of chance.
+        rate: share of rearranged documents, in [0, 1].
+        seed: seed; together with `index` it determines the result.
         index: the document's number in the training part.
 
     Returns:
-        The parts, each possibly empty; None for a document that stays as it is.
+        The parts, each possibly empty; None for a document that is not rearranged.
 
     Source: arXiv:2412.19437, section 4.1 (rate 0.1, document level).
     """
@@ -42,9 +42,9 @@ def cut_for_fim(text: str, rate: float, seed: int, index: int) -> FimParts | Non
 def join_fim_tokens(
     tokenizer: Tokenizer, prefix_ids: Sequence[int], suffix_ids: Sequence[int], middle_ids: Sequence[int]
 ) -> list[int]:
-    """The parts' ids in PSM order, each behind its mark: prefix, suffix, middle. The caller adds the document's ends.
+    """Joins the parts in PSM order (prefix, suffix, middle), each after its marker token.
 
-    The tokenizer has marks: `special.fim` is not None.
+    The tokenizer must have marker tokens: `special.fim` is not None. The caller adds begin and end of sentence.
 
     Source: arXiv:2412.19437, section 4.1.
     """

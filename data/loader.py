@@ -1,4 +1,4 @@
-"""Which sequences a step reads, as a pure function of the step, and batches of them as tensors.
+"""Selects the sequences of each step, as a pure function of the step, and loads them as tensors.
 
 Shape legend: B sequences, T tokens per sequence.
 """
@@ -22,13 +22,13 @@ VALIDATION_EPOCH = 2**64 - 1
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Batch:
-    """Sequences of packed pieces.
+    """A batch of sequences, each packed from documents or pieces of documents.
 
     Attributes:
-        tokens_BT: int64.
-        positions_BT: int64, place within the piece; -1 for padding.
-        pad_id: stands for a token that is not there.
-        extras: what else is known of each token's successor, by name, each [B, T, ...]: weights, advantages.
+        tokens_BT: token ids, int64.
+        positions_BT: position within the piece, int64; -1 for padding.
+        pad_id: token id of padding.
+        extras: further values for the successor of each token by name, each [B, T, ...], such as weights or advantages.
     """
 
     tokens_BT: Tensor
@@ -37,15 +37,15 @@ class Batch:
     extras: Mapping[str, Tensor] = field(default_factory=dict)
 
     def sequences(self, first: int, count: int) -> "Batch":
-        """Returns `count` sequences from `first` on, with their extras."""
+        """Returns `count` sequences starting at `first`, with their extras."""
         part = slice(first, first + count)
         extras = {name: extra[part] for name, extra in self.extras.items()}
         return replace(self, tokens_BT=self.tokens_BT[part], positions_BT=self.positions_BT[part], extras=extras)
 
     def targets(self, shift: int) -> Tensor:
-        """What a model is to predict `shift` tokens ahead: int64 BT.
+        """Returns the targets for predicting `shift` tokens ahead, int64 BT.
 
-        Token `i + shift` where it belongs to the same piece as token `i`, elsewhere `IGNORE`.
+        The target at position i is token `i + shift` if both belong to the same piece, otherwise `IGNORE`.
         """
         targets_BT = torch.full_like(self.tokens_BT, IGNORE)
         keep = max(self.tokens_BT.shape[1] - shift, 0)
@@ -55,9 +55,9 @@ class Batch:
         return targets_BT
 
     def inputs(self, shift: int) -> Tensor:
-        """Token `i + shift` at place `i`, whatever piece it belongs to, the pad id past the end: int64 BT.
+        """Returns the tokens shifted left by `shift`, filled with the pad id at the end, int64 BT.
 
-        Multi-token prediction embeds these; where they cross a border, `targets` ignores the place.
+        Multi-token prediction embeds these tokens. If a token belongs to another piece, `targets` ignores its position.
         """
         inputs_BT = torch.full_like(self.tokens_BT, self.pad_id)
         keep = max(self.tokens_BT.shape[1] - shift, 0)
@@ -66,14 +66,14 @@ class Batch:
 
 
 class SampleOrder:
-    """The order in which sequences are read: every sequence once per epoch, a new permutation each epoch.
+    """Order of the training sequences: every sequence once per epoch, with a new permutation in each epoch.
 
-    A function of (number of sequences, seed, place) alone: no layout of ranks, and no resumed run, repeats or
-    loses a sample. The permutation sorts raw Philox output, which numpy promises never to change.
+    The order depends only on the number of sequences and the seed. So no layout of ranks and no resumed run repeats or
+    skips a sample. The permutation sorts raw Philox output, which numpy guarantees to stay the same.
     """
 
     def __init__(self, num_sequences: int, seed: int) -> None:
-        """Orders `num_sequences` (at least 1) sequences by `seed`."""
+        """Creates the order of `num_sequences` sequences (at least 1) for a seed."""
         if num_sequences < 1:
             raise DataError(f"data: an order needs at least 1 sequence, got {num_sequences}")
         self.num_sequences = num_sequences
@@ -81,11 +81,11 @@ class SampleOrder:
         self._epochs: dict[int, NDArray[np.int64]] = {}
 
     def indices(self, step: int, sizes: BatchSizes) -> NDArray[np.int64]:
-        """The sequences of a step's global batch, int64; a batch may straddle epochs."""
+        """Returns the sequence numbers of a step's global batch, int64. A batch may span two epochs."""
         return self.range(sizes.sequences_before(step), sizes.sequences(step))
 
     def range(self, first: int, count: int) -> NDArray[np.int64]:
-        """The sequences at `count` consecutive places from `first` on, counted from the start of training."""
+        """Returns the numbers of `count` consecutive sequences from position `first` of the training order."""
         places = np.arange(first, first + count, dtype=np.int64)
         epochs, within = np.divmod(places, self.num_sequences)
         needed = {epoch: self._permutation(epoch) for epoch in np.unique(epochs).tolist()}
@@ -102,37 +102,43 @@ class SampleOrder:
 
 
 class Loader:
-    """Batches of a prepared corpus. A rank asks for its own slice of a step's global batch and reads only that."""
+    """Loads batches of a prepared corpus. A rank reads only its own slice of a step's global batch."""
 
     def __init__(self, prepared: Prepared, *, sizes: BatchSizes, seed: int) -> None:
-        """Reads `prepared` in the order that `seed` gives, as many sequences a step over all ranks as `sizes` says."""
+        """Creates a loader.
+
+        Args:
+            prepared: the corpus.
+            sizes: number of sequences per step, over all ranks.
+            seed: seed of the order of sequences.
+        """
         self.sizes = sizes
         self.num_validation_sequences = len(prepared.validation_tokens_NL)
         self._prepared = prepared
         self._order = SampleOrder(len(prepared.train_tokens_NL), seed)
-        # Packing sorts by length: a validation on the first few sequences must not see long pieces alone.
+        # Packing sorts by length. Without shuffling, validation on the first few sequences would see only long pieces.
         self._validation_order = permutation(self.num_validation_sequences, seed, VALIDATION_EPOCH)
 
     def batch(self, step: int, first: int, count: int) -> Batch:
-        """Sequences `first` to `first + count - 1` of a step's global batch.
+        """Returns sequences `first` to `first + count - 1` of a step's global batch.
 
         Raises:
-            DataError: the slice reaches outside of the global batch.
+            DataError: the slice exceeds the global batch.
         """
         _check_slice("global batch", first, count, self.sizes.sequences(step))
         indices = self._order.range(self.sizes.sequences_before(step) + first, count)
         return self._gather(self._prepared.train_tokens_NL, self._prepared.train_positions_NL, indices)
 
     def sample_ids(self, step: int) -> list[int]:
-        """Which of the corpus' training sequences a step's global batch holds, in its order."""
+        """Returns the numbers of the training sequences in a step's global batch, in order."""
         ids: list[int] = self._order.indices(step, self.sizes).tolist()
         return ids
 
     def validation_batch(self, first: int, count: int) -> Batch:
-        """Validation sequences `first` to `first + count - 1`, in an order that never changes.
+        """Returns validation sequences `first` to `first + count - 1` of a fixed order.
 
         Raises:
-            DataError: the slice reaches outside of the validation part.
+            DataError: the slice exceeds the validation part.
         """
         _check_slice("validation part", first, count, self.num_validation_sequences)
         indices = self._validation_order[first : first + count]
@@ -149,7 +155,7 @@ class Loader:
 
 
 def permutation(size: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """A permutation of 0..size-1 that depends on its arguments alone, on every machine and numpy version."""
+    """Returns a permutation of 0..size-1 that is the same on every machine and with every numpy version."""
     generator = np.random.Philox(key=np.array([seed % 2**64, epoch], dtype=np.uint64))
     return np.argsort(generator.random_raw(size), kind="stable").astype(np.int64)
 

@@ -1,4 +1,4 @@
-"""Documents into sequences of one length: only documents longer than a sequence are cut.
+"""Packs documents into sequences of one length. Cuts only documents that are longer than a sequence.
 
 Shape legend: N sequences, L tokens per sequence.
 """
@@ -14,15 +14,14 @@ PADDING_POSITION = -1
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Packed:
-    """Sequences of documents' pieces.
+    """Packed sequences, each with one or more documents or pieces of documents.
 
-    Token `i + k` is what follows token `i` by `k` if and only if
-    `positions[i + k] == positions[i] + k` and `positions[i] >= 0`: pieces restart at 0, so the rule
-    never holds across a border.
+    Tokens `i` and `i + k` belong to the same piece if and only if `positions[i + k] == positions[i] + k` and
+    `positions[i] >= 0`, because the positions of each piece start at 0.
 
     Attributes:
-        tokens_NL: the documents' dtype; the pad id behind each sequence's last piece.
-        positions_NL: int32, place within the piece; -1 for padding.
+        tokens_NL: token ids in the documents' dtype, with the pad id after each sequence's last piece.
+        positions_NL: position within the piece, int32; -1 for padding.
     """
 
     tokens_NL: NDArray[np.integer]
@@ -32,13 +31,13 @@ class Packed:
 def pack_documents(
     tokens: NDArray[np.integer], lengths_tokens: NDArray[np.int64], sequence_length_tokens: int, pad_id: int
 ) -> Packed:
-    """Cuts documents longer than a sequence into pieces and packs all pieces by best fit, longest first.
+    """Cuts documents that are longer than a sequence, and packs all pieces by best fit, longest first.
 
     Args:
-        tokens: every document's tokens end to end.
-        lengths_tokens: how many of them each document has; empty documents are left out.
+        tokens: concatenated tokens of all documents.
+        lengths_tokens: number of tokens of each document; empty documents are skipped.
         sequence_length_tokens: L.
-        pad_id: fills what is left of a sequence.
+        pad_id: token id that fills the rest of a sequence.
 
     Source: arXiv:2404.10830 (best-fit packing), used by arXiv:2412.19437, section 4.1.
     """
@@ -60,7 +59,7 @@ def pack_documents(
 def cut_pieces(
     lengths_tokens: NDArray[np.int64], sequence_length_tokens: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Where each piece starts among all tokens, and its length: L, except for the last piece of a document."""
+    """Returns the start of each piece in the concatenated tokens, and its length (L, except for last pieces)."""
     counts = -(-lengths_tokens // sequence_length_tokens)
     document = np.repeat(np.arange(len(lengths_tokens)), counts)
     number = np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -72,34 +71,34 @@ def cut_pieces(
 
 
 def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> tuple[list[int], int]:
-    """Bin of each item: items by falling length, each into the fullest bin that has room for it.
+    """Assigns items to bins in decreasing length, each to the fullest bin in which it fits.
 
-    Open bins are kept by the room they have left, and one big integer has a bit for each room that occurs:
-    the tightest fit is its lowest set bit at or above the item's length, so an item costs no search.
+    Open bins are grouped by free space. One big integer has a bit for each free space that occurs. The best fit is the
+    lowest set bit at or above the item's length, so that no search is needed.
 
     Args:
-        lengths: each in 1..capacity.
-        capacity: of every bin.
+        lengths: length of each item, in 1..capacity.
+        capacity: capacity of every bin.
 
     Returns:
-        The bin of each item, and the number of bins. Ties go to the item given first and the bin used last.
+        The bin of each item, and the number of bins. Ties go to the earlier item and to the bin that was used last.
     """
-    bins_by_room: list[list[int]] = [[] for _ in range(capacity)]
-    rooms = 0
+    bins_by_space: list[list[int]] = [[] for _ in range(capacity)]
+    spaces = 0  # bit s is set if there is an open bin with free space s
     num_bins = 0
     bins = [0] * len(lengths)
     for item in sorted(range(len(lengths)), key=lambda item: -lengths[item]):
-        fitting = rooms >> lengths[item]
+        fitting = spaces >> lengths[item]
         if fitting:
-            room = lengths[item] + (fitting & -fitting).bit_length() - 1
-            chosen = bins_by_room[room].pop()
-            if not bins_by_room[room]:
-                rooms ^= 1 << room
+            space = lengths[item] + (fitting & -fitting).bit_length() - 1
+            chosen = bins_by_space[space].pop()
+            if not bins_by_space[space]:
+                spaces ^= 1 << space
         else:
-            room, chosen, num_bins = capacity, num_bins, num_bins + 1
+            space, chosen, num_bins = capacity, num_bins, num_bins + 1
         bins[item] = chosen
-        left = room - lengths[item]
+        left = space - lengths[item]
         if left:
-            bins_by_room[left].append(chosen)
-            rooms |= 1 << left
+            bins_by_space[left].append(chosen)
+            spaces |= 1 << left
     return bins, num_bins

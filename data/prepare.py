@@ -1,4 +1,4 @@
-"""Everything a run reads, built once and kept on disk: tokenizer, packed sequences, their counts. No torch here.
+"""Prepares a corpus on disk, once: tokenizer, packed sequences and their statistics. Imports no torch.
 
 Shape legend: N sequences, L tokens per sequence.
 """
@@ -23,25 +23,27 @@ from data.registry import DATA_SOURCES
 from data.special_tokens import TOKENIZER_CONFIG_NAME, SpecialNames
 from data.tokenizer import Tokenizer, check_vocab_size
 
-# Part of every cache's name: raise it when what is written changes for the same settings.
+# Part of every cache entry's name. Increase it if the same settings produce different files.
 FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Prepared:
-    """A corpus ready to be read. The arrays are mapped from disk, not loaded.
+    """A prepared corpus. The arrays are memory-mapped from disk.
 
     Attributes:
-        tokenizer: the given one, or one trained on the training part alone.
-        validation_*: empty if no document was held out.
-        train_tokens_NL, validation_tokens_NL: uint16 or int32.
-        train_positions_NL, validation_positions_NL: int32, place within the piece, -1 for padding.
-        train_tokens, validation_tokens: tokens, padding left out.
-        unigram_entropy_nats: entropy of the validation part's own token frequencies, over the tokens that a model
-            is asked to predict (not padding, not the first of a piece): no model that ignores context has a
-            lower validation loss. Of the training part if there is no validation part.
-        bytes_per_token: UTF-8 bytes of validation text per token, begin of sentence left out; likewise.
-        fingerprint: SHA-256 of the arrays' content: equal if and only if two machines read the same samples.
+        tokenizer: the given tokenizer, or one that was trained on the training part.
+        train_tokens_NL: token ids of the training part, uint16 or int32.
+        train_positions_NL: position within the piece, int32; -1 for padding.
+        validation_tokens_NL: as for training; empty if no document was held out.
+        validation_positions_NL: as for training; empty if no document was held out.
+        train_tokens: number of tokens in the training part, without padding.
+        validation_tokens: number of tokens in the validation part, without padding.
+        unigram_entropy_nats: entropy of the token frequencies in the validation part, over the tokens that a model
+            predicts (not padding, not the first token of a piece). No model that ignores context has a lower validation
+            loss. Without a validation part, the entropy of the training part.
+        bytes_per_token: UTF-8 bytes of text per token of the same part, without begin of sentence.
+        fingerprint: SHA-256 of the arrays; equal if and only if two machines read the same samples.
     """
 
     tokenizer: Tokenizer
@@ -57,26 +59,26 @@ class Prepared:
 
 
 def check_config(config: DataConfig) -> int:
-    """Refuses settings that no run can use, in under a second, before anything is built.
+    """Rejects invalid data settings in less than a second, before anything is built.
 
     Returns:
-        The size of the vocabulary: every id is below it.
+        The size of the vocabulary: every token id is below it.
 
     Raises:
-        DataError: a value is out of range, or the source or the tokenizer cannot be read, or nothing says which token
-            of the tokenizer ends a document.
+        DataError: a value is out of range, the source or the tokenizer cannot be read, or the token that ends a
+            document is unknown.
     """
     if config.tokenizer is None:
         check_vocab_size(config.tokenizer_vocab_size)
         _check_no_names(config)
     if not 0.0 < config.validation_fraction < 1.0:
         raise DataError(
-            f"data.validation_fraction: must lie between 0 and 1, both excluded, got {config.validation_fraction}; "
+            f"data.validation_fraction: must be between 0 and 1, both excluded, got {config.validation_fraction}; "
             f"nearest: {0.01 if config.validation_fraction <= 0.0 else 0.99}"
         )
     if not 0.0 <= config.fim_rate <= 1.0:
         raise DataError(
-            f"data.fim_rate: must lie between 0 and 1, got {config.fim_rate}; "
+            f"data.fim_rate: must be between 0 and 1, got {config.fim_rate}; "
             f"nearest: {0.0 if config.fim_rate < 0.0 else 1.0}"
         )
     given = read_tokenizer(config)
@@ -85,10 +87,10 @@ def check_config(config: DataConfig) -> int:
 
 
 def read_tokenizer(config: DataConfig) -> Tokenizer | None:
-    """Returns the tokenizer that is given; None if one is to be trained.
+    """Loads the given tokenizer. Returns None if a tokenizer must be trained.
 
     Raises:
-        DataError: the file is missing or is no tokenizer, or nothing says which token ends a document.
+        DataError: the file is missing or not a tokenizer, or the token that ends a document is unknown.
     """
     if config.tokenizer is None:
         return None
@@ -97,29 +99,29 @@ def read_tokenizer(config: DataConfig) -> Tokenizer | None:
 
 
 def _check_no_names(config: DataConfig) -> None:
-    """Refuses names of special tokens for a tokenizer that is trained, which has its own."""
+    """Rejects names of special tokens if a tokenizer is trained, because it has its own special tokens."""
     for key in ("tokenizer_bos", "tokenizer_eos", "tokenizer_pad"):
         if getattr(config, key) is not None:
             raise DataError(
-                f"data.{key}: must be null for a tokenizer that is trained, is {getattr(config, key)!r}; "
+                f"data.{key}: must be null if a tokenizer is trained, is {getattr(config, key)!r}; "
                 f"nearest: null, or data.tokenizer=PATH"
             )
 
 
 def prepare(config: DataConfig, sequence_length_tokens: int, progress: Progress = NO_PROGRESS) -> Prepared:
-    """Opens the corpus for sequences of a length, building what is not in the cache yet.
+    """Opens the corpus, packed for a sequence length. Builds what is not in the cache yet.
 
-    Two levels are kept under `config.cache_dir`: encoded documents, and their packing for each length. Their
-    names depend on the settings, on a given tokenizer's content, and on every file's path, size and time of change.
-    Any number of processes may call this at once.
+    `config.cache_dir` has two levels: encoded documents, and packed sequences for each length. The names of the entries
+    depend on the settings, on a given tokenizer's content, and on every file's path, size and modification time.
+    Any number of processes may call this function concurrently.
 
     Args:
-        config: `cache_dir` may begin with `~`.
+        config: the data configuration; `cache_dir` may start with `~`.
         sequence_length_tokens: L, at least 2.
-        progress: shows how far the building is.
+        progress: progress display.
 
     Raises:
-        DataError: as `check_config`; or a part would be empty; or the cache cannot be written.
+        DataError: as in `check_config`; a part would be empty; or the cache cannot be written.
     """
     if sequence_length_tokens < 2:
         raise DataError(
@@ -139,7 +141,7 @@ def prepare(config: DataConfig, sequence_length_tokens: int, progress: Progress 
 
 
 def entropy_nats(counts: NDArray[np.int64]) -> float:
-    """Entropy of the distribution with these counts, in nats; their sum is at least 1."""
+    """Returns the entropy in nats of the distribution with these counts, whose sum is at least 1."""
     shares = counts[counts > 0] / counts.sum()
     return float(-(shares * np.log(shares)).sum())
 
@@ -179,7 +181,7 @@ def _build_packed(encoded: CacheEntry, sequence_length_tokens: int, folder: Path
             np.save(folder / f"{part}_{name}_NL.npy", array)
             digest.update(array.data)
         values[f"{part}_tokens"] = len(tokens)
-        # A corpus without a validation part has the figures of what it trains on.
+        # If there is a validation part, its statistics overwrite those of the training part.
         if len(tokens):
             predicted = packed.tokens_NL[packed.positions_NL >= 1]
             begins = 0 if tokenizer.begin_of_sentence_id is None else len(lengths)

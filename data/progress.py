@@ -1,4 +1,4 @@
-"""How far long work is: a bar on a terminal, a line every few seconds elsewhere. No torch here."""
+"""Progress of long work: a bar on a terminal, or else a line every few seconds. Imports no torch."""
 
 import sys
 import time
@@ -13,19 +13,19 @@ _EVERY_SECONDS = 5.0
 
 
 class Progress(Protocol):
-    """Shows how far named work is."""
+    """Progress display for iterables."""
 
     def over(
         self, what: str, items: Iterable[Item], total: int, size: Callable[[Item], int], unit: Unit = "bytes"
     ) -> Iterator[Item]:
-        """Yields the items, and shows how far they are.
+        """Yields the items and shows the progress.
 
         Args:
-            what: the work, for people.
-            items: worked on one after the other.
-            total: sum of all sizes, or an estimate of it.
-            size: of one item, in the unit.
-            unit: bytes, or what is counted: `phases`.
+            what: description of the work.
+            items: items that the caller processes.
+            total: sum of all sizes, or an estimate.
+            size: returns the size of an item in the unit.
+            unit: bytes or phases.
         """
         ...
 
@@ -41,10 +41,10 @@ class NoProgress:
 
 
 class ProgressLines:
-    """Plain lines: none of work that takes less than a second, then one every five seconds at most."""
+    """Progress as plain lines: the first after one second, then at most one every five seconds."""
 
     def __init__(self, say: Callable[[str], object], clock: Callable[[], float] = time.monotonic) -> None:
-        """`say` takes a line; `clock` gives seconds."""
+        """Creates the display. `say` prints a line; `clock` returns seconds."""
         self._say = say
         self._clock = clock
 
@@ -66,10 +66,10 @@ class ProgressLines:
 
 
 class ProgressBars:
-    """A bar for each work on a terminal, which goes when the work is done."""
+    """Progress bars on a terminal, removed when the work is done."""
 
     def __init__(self, stream: TextIO) -> None:
-        """`stream`: the terminal."""
+        """Creates the display on a terminal."""
         self._stream = stream
 
     def over(
@@ -83,13 +83,13 @@ class ProgressBars:
 
 
 def progress_on(stream: TextIO | None = None) -> Progress:
-    """Returns bars if a stream is a terminal, and lines otherwise. The default is standard error as it is now."""
+    """Returns bars if the stream is a terminal, otherwise lines. The default stream is standard error."""
     target = sys.stderr if stream is None else stream
     return ProgressBars(target) if target.isatty() else ProgressLines(lambda line: print(line, file=target, flush=True))
 
 
 def progress_text(done: int, total: int, seconds: float, unit: Unit = "bytes") -> str:
-    """Returns how far work is, its percent and remaining time: `12.0 MB of 52.4 MB, 23 %, 17 s left`."""
+    """Formats the progress with percentage and remaining time: `12.0 MB of 52.4 MB, 23 %, 17 s left`."""
     share = min(done / max(total, 1), 1.0)
     left = seconds * (1.0 - share) / share if share else 0.0
     whole = amount_text(max(total, done), unit)
@@ -98,17 +98,17 @@ def progress_text(done: int, total: int, seconds: float, unit: Unit = "bytes") -
 
 
 def amount_text(amount: int, unit: Unit) -> str:
-    """Returns a number of bytes for people, or a count with its unit."""
+    """Formats a number of bytes, or a count with its unit."""
     return bytes_text(amount) if unit == "bytes" else f"{amount:,} {unit}"
 
 
 def bytes_text(num_bytes: int) -> str:
-    """Returns a number of bytes for people."""
+    """Formats a number of bytes in MB or GB."""
     return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.1f} MB"
 
 
 def seconds_text(seconds: float) -> str:
-    """Returns a duration for people."""
+    """Formats a duration in seconds, minutes or hours."""
     minutes = int(seconds) // 60
     if minutes >= 60:
         return f"{minutes // 60} h {minutes % 60} min"

@@ -1,7 +1,7 @@
-"""Sources of text by name. No torch here.
+"""Registry of text sources. Imports no torch.
 
 A source is a frozen dataclass, a function that lists its files and a function that reads one of them. This project's
-sources register in `data.corpus`. A file outside the checkout can register one more (docs/extend.md).
+sources register in `data.corpus`. A plugin file can register more (docs/extend.md).
 """
 
 from collections.abc import Callable, Iterator
@@ -14,14 +14,14 @@ from kernels.registry import Registry
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataSource:
-    """What every source has: its name."""
+    """Base class of source configurations: the name of the source."""
 
     kind: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CorpusFile:
-    """A file of the corpus; `key` is its path below the folder it was found in, the same on every machine."""
+    """A file of the corpus. `key` is its path relative to the searched folder, equal on every machine."""
 
     key: str
     path: Path
@@ -29,7 +29,7 @@ class CorpusFile:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Document:
-    """One text; `key` names it on every machine: the file's key, with `:line` for a line of a `.jsonl` file."""
+    """A document. `key` is equal on every machine: the file's key, with `:line` for a line of a `.jsonl` file."""
 
     key: str
     text: str
@@ -41,16 +41,16 @@ def _no_settings(source: Any) -> object:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataSourceEntry:
-    """A source of text that `data.kind` can name. Functions take the source's dataclass first.
+    """A registered source of text, chosen by `data.kind`. The functions take the source's configuration first.
 
     Attributes:
-        summary: one line for users.
-        config: its dataclass, a subclass of `DataSource`.
-        files: lists its files, each once, in an order that depends on their names alone. Encoded text is kept on disk
-            until the path, the size or the time of change of one of them differs.
-        read: yields the documents of one file; with a limit in bytes, those of about its first bytes.
-        place: what an error about the whole source starts with.
-        settings: plain values that decide how files are read, for the name of the encoded text on disk.
+        summary: one-line description for users.
+        config: its configuration class, a subclass of `DataSource`.
+        files: returns its files, each once, in an order that depends only on their names. The cache of encoded text is
+            valid until the path, the size or the modification time of a file changes.
+        read: yields the documents of one file; with a limit, reads only about that many bytes.
+        place: returns the start of an error about the whole source.
+        settings: returns plain values that decide how files are read, for the name of the cache entry.
     """
 
     summary: str

@@ -1,8 +1,8 @@
-"""Which tokens of a tokenizer begin, end and fill a document, and which mark fill-in-the-middle. No torch here.
+"""Finds a tokenizer's special tokens: begin, end and padding of documents, fill-in-the-middle. Imports no torch.
 
-For each of begin (bos), end (eos) and padding (pad), the first of these that names one decides: the configuration;
-`tokenizer_config.json`, `special_tokens_map.json` and `generation_config.json` beside the tokenizer; this project's own
-names; names that many tokenizers use.
+Begin (bos), end (eos) and padding (pad) are each taken from the first of these that names one: the configuration;
+`tokenizer_config.json`, `special_tokens_map.json` and `generation_config.json` next to the tokenizer; this project's
+names; names that are common in other tokenizers.
 """
 
 import difflib
@@ -31,7 +31,7 @@ TOKENS_MAP_NAME = "special_tokens_map.json"
 GENERATION_NAME = "generation_config.json"
 LARGEST_BYTES = 2**26
 
-# Before the prefix, before the suffix, before the middle: DeepSeek; Qwen Coder; StarCoder; Code Llama.
+# Tokens before prefix, suffix and middle, one line per family: DeepSeek, Qwen Coder, StarCoder, Code Llama.
 _FIM_FAMILIES = (
     FIM_TOKENS,
     ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
@@ -47,14 +47,14 @@ _KNOWN: dict[Kind, tuple[str, ...]] = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SpecialNames:
-    """Names of special tokens as the configuration gives them; None: as the tokenizer's files say. `bos` "": none."""
+    """Names of special tokens in the configuration. None follows the tokenizer's files; `bos` "" means no token."""
 
     bos: str | None
     eos: str | None
     pad: str | None
 
     def of(self, kind: Kind) -> str | None:
-        """Returns the name for a kind."""
+        """Returns the name of a kind of special token."""
         return {"bos": self.bos, "eos": self.eos, "pad": self.pad}[kind]
 
 
@@ -66,10 +66,11 @@ class SpecialIds:
     """Ids of special tokens.
 
     Attributes:
-        bos: before every document; None if the tokenizer has none, or the same as `eos`: documents are separated once.
-        eos: behind every document.
-        pad: fills the rest of a sequence; `eos` if the tokenizer has none.
-        fim: before a document's prefix, its suffix and its middle; None if the tokenizer has no such tokens.
+        bos: id before every document; None if the tokenizer has none, or if it equals `eos`, which then separates
+            documents.
+        eos: id after every document.
+        pad: id that fills the rest of a sequence; `eos` if the tokenizer has none.
+        fim: ids before a document's prefix, suffix and middle; None if the tokenizer has no such tokens.
     """
 
     bos: int | None
@@ -79,13 +80,18 @@ class SpecialIds:
 
     @property
     def all_ids(self) -> tuple[int, ...]:
-        """Every id that is placed and never read from text."""
+        """All ids that are inserted around text and never produced from text."""
         return tuple(number for number in (self.bos, self.eos, self.pad, *(self.fim or ())) if number is not None)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SidecarFiles:
-    """What the files beside a tokenizer say, by file name, and the bytes of `tokenizer_config.json`."""
+    """Contents of the configuration files next to a tokenizer.
+
+    Attributes:
+        values: decoded JSON by file name.
+        config_content: bytes of `tokenizer_config.json`; None if there is no such file.
+    """
 
     values: Mapping[str, Mapping[str, Any]]
     config_content: bytes | None
@@ -95,11 +101,11 @@ NO_SIDECAR_FILES = SidecarFiles(values={}, config_content=None)
 
 
 def read_sidecar_files(folder: Path, key: str) -> SidecarFiles:
-    """Reads the files beside a tokenizer that name special tokens.
+    """Reads the files next to a tokenizer that name special tokens.
 
     Args:
-        folder: that holds the tokenizer.
-        key: of the configuration that names the tokenizer, for errors.
+        folder: folder of the tokenizer.
+        key: configuration key that names the tokenizer, for error messages.
 
     Raises:
         DataError: a file is not a JSON object, or is too large to be one of these.
@@ -125,26 +131,26 @@ def read_sidecar_files(folder: Path, key: str) -> SidecarFiles:
 
 
 def find_special_ids(
-    backend: tokenizers.Tokenizer, names: SpecialNames, beside: SidecarFiles, place: str
+    backend: tokenizers.Tokenizer, names: SpecialNames, sidecars: SidecarFiles, place: str
 ) -> SpecialIds:
     """Returns the ids of a tokenizer's special tokens.
 
     Args:
-        backend: of the tokenizer.
-        names: of the configuration.
-        beside: what the files beside the tokenizer say.
-        place: names the tokenizer in errors.
+        backend: backend of the tokenizer.
+        names: names in the configuration.
+        sidecars: contents of the files next to the tokenizer.
+        place: description of the tokenizer for error messages.
 
     Raises:
-        DataError: a named token is not in the vocabulary, or no token ends a document.
+        DataError: a named token is not in the vocabulary, or the token that ends a document is unknown.
     """
-    eos = _find("eos", backend, names, beside, place)
+    eos = _find("eos", backend, names, sidecars, place)
     if eos is None:
         raise DataError(
-            f"data.tokenizer_eos: must name the token that ends a document, as {place} does not say; "
+            f"data.tokenizer_eos: must name the token that ends a document, because {place} does not define it; "
             f"{_choices(backend)}"
         )
-    bos, pad = (_find(kind, backend, names, beside, place) for kind in ("bos", "pad"))
+    bos, pad = (_find(kind, backend, names, sidecars, place) for kind in ("bos", "pad"))
     fim = next((found for family in _FIM_FAMILIES if (found := _family(backend, family)) is not None), None)
     return SpecialIds(bos=None if bos == eos else bos, eos=eos, pad=eos if pad is None else pad, fim=fim)
 
@@ -159,19 +165,19 @@ def describe_special(backend: tokenizers.Tokenizer, ids: SpecialIds) -> dict[str
 
 
 def _find(
-    kind: Kind, backend: tokenizers.Tokenizer, names: SpecialNames, beside: SidecarFiles, place: str
+    kind: Kind, backend: tokenizers.Tokenizer, names: SpecialNames, sidecars: SidecarFiles, place: str
 ) -> int | None:
     named = names.of(kind)
     if named is not None:
         return None if kind == "bos" and not named else _named(kind, named, backend, place)
     for name in (TOKENIZER_CONFIG_NAME, TOKENS_MAP_NAME):
-        values = beside.values.get(name, {})
+        values = sidecars.values.get(name, {})
         if kind == "bos" and values.get("add_bos_token") is False:
             return None
         if f"{kind}_token" in values:
             token = _content(values[f"{kind}_token"])
             return None if token is None else _of_file(kind, token, backend, f"{place}, {name}")
-    number = beside.values.get(GENERATION_NAME, {}).get(f"{kind}_token_id")
+    number = sidecars.values.get(GENERATION_NAME, {}).get(f"{kind}_token_id")
     number = number[0] if isinstance(number, list) and number else number
     if type(number) is int and backend.id_to_token(number) is not None:
         return number
@@ -180,7 +186,7 @@ def _find(
 
 
 def _named(kind: Kind, token: str, backend: tokenizers.Tokenizer, place: str) -> int:
-    """Returns the id of a token that the configuration names, which no text may become."""
+    """Returns the id of a token that the configuration names. It must be a special token, never produced from text."""
     number = backend.token_to_id(token)
     if number is None:
         raise DataError(
@@ -188,7 +194,7 @@ def _named(kind: Kind, token: str, backend: tokenizers.Tokenizer, place: str) ->
         )
     if number not in backend.get_added_tokens_decoder():
         raise DataError(
-            f"data.tokenizer_{kind}: must be a special token of {place}, is {token!r}, which text becomes too; "
+            f"data.tokenizer_{kind}: must be a special token of {place}, is {token!r}, which text can produce; "
             f"{_choices(backend)}"
         )
     return int(number)
@@ -198,14 +204,14 @@ def _of_file(kind: Kind, token: str, backend: tokenizers.Tokenizer, place: str) 
     number = backend.token_to_id(token)
     if number is None:
         raise DataError(
-            f"data.tokenizer_{kind}: must be given, as {place} names {token!r}, which is not in the vocabulary; "
+            f"data.tokenizer_{kind}: must be set, because {place} names {token!r}, which is not in the vocabulary; "
             f"{_choices(backend)}"
         )
     return int(number)
 
 
 def _content(token: object) -> str | None:
-    """Returns a token's text, which files hold as it is or as the `content` of an object; None if there is none."""
+    """Returns a token's text from a string or from the field `content` of an object; None if there is none."""
     text = token.get("content") if isinstance(token, dict) else token
     return text if isinstance(text, str) and text else None
 
@@ -216,7 +222,7 @@ def _family(backend: tokenizers.Tokenizer, family: Iterable[str]) -> tuple[int, 
 
 
 def _choices(backend: tokenizers.Tokenizer, *, near: str = "") -> str:
-    """Returns the end of an error: special tokens to choose from, the one nearest to a name first."""
+    """Returns the end of an error: a few special tokens, the one with the nearest name first."""
     added = backend.get_added_tokens_decoder()
     names = [added[number].content for number in sorted(added)]
     close = difflib.get_close_matches(near, names, n=1, cutoff=0.5)

@@ -1,8 +1,7 @@
-"""`tiktoken.model`, the tokenizer file of Kimi and Moonlight, for the `tokenizers` library. No torch here.
+"""Reads `tiktoken.model`, the tokenizer file of Kimi and Moonlight, into the `tokenizers` library. Imports no torch.
 
-The file holds every token's bytes and rank, a line each. Two things stand elsewhere: names of special tokens, in
-`tokenizer_config.json`, and the pattern that splits text, in the publisher's Python code. That code is never run: the
-pattern is below.
+Each line of the file has a token's bytes and its rank. The names of special tokens are in `tokenizer_config.json`. The
+pattern that splits text is in the publisher's Python code, which is never run; the pattern is copied below.
 """
 
 import base64
@@ -14,7 +13,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 TIKTOKEN_NAME = "tiktoken.model"
-# Kimi places this many special tokens behind the others, named or not.
+# Kimi's special tokens: this many ids follow the other tokens, named or not.
 NUM_SPECIAL = 256
 _LARGEST_BYTES = 2**26
 _CLASS = "TikTokenTokenizer"
@@ -39,17 +38,17 @@ def read_tiktoken(path: Path, config: Mapping[str, Any]) -> tokenizers.Tokenizer
     """Returns the tokenizer of a `tiktoken.model`.
 
     Args:
-        path: of the file.
-        config: the `tokenizer_config.json` beside it.
+        path: the file.
+        config: content of the `tokenizer_config.json` next to it.
 
     Raises:
-        ValueError: the file is not one, or `config` names another kind of tokenizer, whose pattern is not known.
-        OSError: it cannot be read.
+        ValueError: the file is invalid, or `config` names another kind of tokenizer, whose pattern is unknown.
+        OSError: the file cannot be read.
     """
     if config.get("tokenizer_class") != _CLASS:
         raise ValueError(
-            f"tokenizer_config.json beside it must have tokenizer_class {_CLASS}, as of Kimi and Moonlight, has "
-            f"{config.get('tokenizer_class')!r}; save it as tokenizer.json with the tool of its publisher"
+            f"tokenizer_config.json next to it must have tokenizer_class {_CLASS}, as for Kimi and Moonlight, has "
+            f"{config.get('tokenizer_class')!r}; save it as tokenizer.json with its publisher's tool"
         )
     ranks = _read_ranks(path)
     letters = _byte_letters()
@@ -76,12 +75,12 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
         ranks[base64.b64decode(parts[0], validate=True)] = int(parts[1])
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if missing or sorted(ranks.values()) != list(range(len(ranks))):
-        raise ValueError("its tokens must be all bytes and others, ranked from 0 without a gap")
+        raise ValueError("its tokens must include all bytes, and ranks must start at 0 without gaps")
     return ranks
 
 
 def _merges(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """Returns every pair of tokens that together are a token, in the order of the rank of what they make."""
+    """Returns every pair of tokens whose concatenation is a token, ordered by the rank of the concatenation."""
     found: list[tuple[int, int, int, bytes, bytes]] = []
     for token, rank in ranks.items():
         for place in range(1, len(token)):
@@ -92,14 +91,14 @@ def _merges(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
 
 
 def _special_tokens(config: Mapping[str, Any], first_id: int) -> list[str]:
-    """Returns special tokens in the order of their ids, which follow the others'."""
+    """Returns the special tokens in the order of their ids, which follow the ids of all other tokens."""
     listed = config.get("added_tokens_decoder")
     named = {int(number): token["content"] for number, token in (listed or {}).items()}
     return [named.get(number, f"<|reserved_token_{number}|>") for number in range(first_id, first_id + NUM_SPECIAL)]
 
 
 def _byte_letters() -> dict[int, str]:
-    """Returns the letter that stands for each byte in byte-level tokenizers: itself if it prints, or else from 256 on.
+    """Returns the character for each byte in byte-level tokenizers: itself if printable, otherwise from 256 on.
 
     Source: the byte-level BPE of GPT-2.
     """

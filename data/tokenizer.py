@@ -1,4 +1,4 @@
-"""Text to token ids and back: byte-level BPE with DeepSeek's special tokens. No torch here."""
+"""Converts between text and token ids: byte-level BPE with DeepSeek's special tokens. Imports no torch."""
 
 import hashlib
 import json
@@ -36,8 +36,8 @@ CONTEXT_TOKENS = 16
 TOKENIZER_NAME = "tokenizer.json"
 MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
 
-# Applied one after the other, as for DeepSeek-V3: digits by three, CJK runs, then words, punctuation with the
-# line breaks that follow it, and white space.
+# Applied in this order, as in DeepSeek-V3: up to three digits; CJK runs; then words, punctuation with the line breaks
+# after it, and white space.
 SPLIT_PATTERNS = (
     r"\p{N}{1,3}",
     r"[一-龥぀-ゟ゠-ヿ]+",
@@ -49,10 +49,10 @@ SPLIT_PATTERNS = (
 
 
 class Tokenizer:
-    """A trained tokenizer, ours or a published one. Text never becomes a special token: those are placed by id alone.
+    """A tokenizer, trained by this project or published. Text never produces special tokens; they are inserted by id.
 
-    A tokenizer of ours has all of `SPECIAL_TOKENS`, first and in that order. Of another one, `data.special_tokens`
-    finds what begins, ends and fills a document.
+    A tokenizer that this project trained starts with all `SPECIAL_TOKENS` in that order. For other tokenizers,
+    `data.special_tokens` finds the tokens that begin, end and fill a document.
     Source: arXiv:2412.19437, section 4.1; the names are those of the released tokenizer.
     """
 
@@ -63,29 +63,29 @@ class Tokenizer:
         place: str = "tokenizer",
         *,
         names: SpecialNames = NAMES_FROM_FILES,
-        beside: SidecarFiles = NO_SIDECAR_FILES,
+        sidecars: SidecarFiles = NO_SIDECAR_FILES,
     ) -> None:
         """Wraps a backend.
 
         Args:
-            backend: becomes this tokenizer's own.
-            content: of the file that it was read from, None for a new one.
-            place: names it in errors.
+            backend: tokenizer of the `tokenizers` library, owned by this object from now on.
+            content: content of the file that it was read from; None for a new tokenizer.
+            place: description of the tokenizer for error messages.
             names: special tokens that the configuration names.
-            beside: what the files beside the tokenizer say.
+            sidecars: contents of the files next to the tokenizer.
 
         Raises:
-            DataError: as `data.special_tokens.find_special_ids`.
+            DataError: as in `data.special_tokens.find_special_ids`.
         """
         self._content = backend.to_str().encode() if content is None else content
         self._place = place
-        # A file may ask for texts that are cut or filled up to a length.
+        # A tokenizer file can enable truncation and padding.
         backend.no_truncation()
         backend.no_padding()
-        self._special = find_special_ids(backend, names, beside, place)
-        self._config = self._tokenizer_config(backend, names, beside)
-        # Files declare some of these plain; then, and without the second line, a document that mentions
-        # "<｜end▁of▁sentence｜>" would end itself.
+        self._special = find_special_ids(backend, names, sidecars, place)
+        self._config = self._tokenizer_config(backend, names, sidecars)
+        # Files may declare some of these as ordinary tokens. Then a document that contains the text
+        # "<｜end▁of▁sentence｜>" would produce the special token. Both calls below prevent this.
         placed = [backend.id_to_token(number) for number in self._special.all_ids]
         own = [token for token in SPECIAL_TOKENS if backend.token_to_id(token) is not None]
         backend.add_special_tokens(list(dict.fromkeys([*own, *placed])))
@@ -94,22 +94,22 @@ class Tokenizer:
 
     @property
     def special(self) -> SpecialIds:
-        """Ids of the tokens that are placed around and within documents."""
+        """Ids of the tokens that are inserted around and within documents."""
         return self._special
 
     @property
     def begin_of_sentence_id(self) -> int | None:
-        """Stands before every document; None if the tokenizer has no such token."""
+        """Id of the token before every document; None if the tokenizer has no such token."""
         return self._special.bos
 
     @property
     def end_of_sentence_id(self) -> int:
-        """Stands behind every document."""
+        """Id of the token after every document."""
         return self._special.eos
 
     @property
     def pad_id(self) -> int:
-        """Fills what is left of a sequence."""
+        """Id of the token that fills the rest of a sequence."""
         return self._special.pad
 
     @property
@@ -118,19 +118,21 @@ class Tokenizer:
         return describe_special(self._backend, self._special)
 
     def document(self, ids: Sequence[int]) -> list[int]:
-        """Returns a document's tokens: begin if there is one, those of its text, end."""
+        """Returns a document's tokens: begin of sentence (if there is one), text, end of sentence."""
         return [*([] if self._special.bos is None else [self._special.bos]), *ids, self._special.eos]
 
     def prompt(self, text: str) -> list[int]:
-        """Returns the tokens of a text that is to be continued: as a document begins, and never empty."""
+        """Returns the tokens of a text to continue: begin of sentence (if there is one) and text; never empty."""
         ids = [*([] if self._special.bos is None else [self._special.bos]), *self.encode(text)]
         return ids or [self._special.eos]
 
     def text_context(self, tokens: Sequence[int]) -> list[int]:
-        """Returns the last tokens of a text, on which the first space of what follows may depend; none that is special.
+        """Returns the last few tokens of a text without special tokens; a following token may decode differently.
+
+        Many tokenizers drop the leading space of the first token, so that a continuation must be decoded in context.
 
         Args:
-            tokens: of the text, special ones included.
+            tokens: tokens of the text, including special ones.
         """
         placed = set(self._special.all_ids)
         end = next((at for at in range(len(tokens), 0, -1) if tokens[at - 1] in placed), 0)
@@ -140,7 +142,7 @@ class Tokenizer:
         """Returns the id of one of `SPECIAL_TOKENS`.
 
         Raises:
-            DataError: this tokenizer has none.
+            DataError: the tokenizer does not have this token.
         """
         number = self._backend.token_to_id(token)
         if number is None:
@@ -148,18 +150,18 @@ class Tokenizer:
         return int(number)
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
-        """Learns the merges from texts.
+    def train(cls, documents: Iterable[str], vocab_size: int) -> "Tokenizer":
+        """Trains a tokenizer.
 
-        A corpus with too few pairs to merge gives fewer than `vocab_size` tokens: the model's vocabulary
-        is an upper bound, and ids that no text produces are harmless.
+        A corpus with too few pairs to merge yields fewer than `vocab_size` tokens. This is harmless, because the
+        model's vocabulary is only an upper bound.
 
         Args:
-            texts: read once.
-            vocab_size: the special tokens and the 256 bytes are counted in.
+            documents: text to train on; read once.
+            vocab_size: number of tokens, including the special tokens and the 256 bytes.
 
         Raises:
-            DataError: `vocab_size` has no room for the bytes and the special tokens.
+            DataError: `vocab_size` is too small for the bytes and the special tokens.
         """
         check_vocab_size(vocab_size)
         backend = tokenizers.Tokenizer(models.BPE())
@@ -173,61 +175,61 @@ class Tokenizer:
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
         )
-        backend.train_from_iterator(texts, trainer)
+        backend.train_from_iterator(documents, trainer)
         return cls(backend)
 
     @classmethod
     def load(cls, path: Path, key: str = "tokenizer", names: SpecialNames = NAMES_FROM_FILES) -> "Tokenizer":
-        """Reads what `save` wrote, or a published tokenizer and the files beside it that name special tokens.
+        """Loads a tokenizer that `save` wrote, or a published one with the files next to it that name special tokens.
 
         Args:
-            path: of a `tokenizer.json`, or of a `tiktoken.model`.
-            key: of the configuration that names it, for errors.
+            path: a `tokenizer.json` or a `tiktoken.model`.
+            key: configuration key that names the tokenizer, for error messages.
             names: special tokens that the configuration names.
 
         Raises:
-            DataError: the file is missing or is no tokenizer, or nothing says what ends a document.
+            DataError: the file is missing or not a tokenizer, or the token that ends a document is unknown.
         """
-        beside = read_sidecar_files(path.parent, key)
+        sidecars = read_sidecar_files(path.parent, key)
         try:
             if not path.is_file() or path.stat().st_size > LARGEST_BYTES:
                 raise ValueError(f"it must be a file of at most {LARGEST_BYTES} bytes")
             if path.name == TIKTOKEN_NAME:
-                content, backend = None, read_tiktoken(path, beside.values.get(TOKENIZER_CONFIG_NAME, {}))
+                content, backend = None, read_tiktoken(path, sidecars.values.get(TOKENIZER_CONFIG_NAME, {}))
             else:
                 content = path.read_bytes()
                 backend = tokenizers.Tokenizer.from_str(content.decode())
-        except Exception as error:  # the backend raises bare Exception for anything that it cannot parse
+        except Exception as error:  # the backend raises a plain Exception if it cannot parse the file
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise DataError(f"{key}: {path} must be a saved tokenizer: {reason}") from error
-        return cls(backend, content, f"{key}: {path}", names=names, beside=beside)
+        return cls(backend, content, f"{key}: {path}", names=names, sidecars=sidecars)
 
     def save(self, path: Path) -> list[Path]:
-        """Writes the tokenizer in the format of the `tokenizers` library, a read one byte by byte.
+        """Writes the tokenizer in the format of the `tokenizers` library. A loaded tokenizer is copied byte by byte.
 
-        Beside it goes `tokenizer_config.json` if the names of special tokens cannot be derived without it.
+        Also writes `tokenizer_config.json` if the special tokens cannot be found without it.
 
         Returns:
-            What was written.
+            The written files.
         """
         path.write_bytes(self._content)
         if self._config is None:
             return [path]
-        beside = path.with_name(TOKENIZER_CONFIG_NAME)
-        beside.write_bytes(self._config)
-        return [path, beside]
+        config_path = path.with_name(TOKENIZER_CONFIG_NAME)
+        config_path.write_bytes(self._config)
+        return [path, config_path]
 
     def _tokenizer_config(
-        self, backend: tokenizers.Tokenizer, names: SpecialNames, beside: SidecarFiles
+        self, backend: tokenizers.Tokenizer, names: SpecialNames, sidecars: SidecarFiles
     ) -> bytes | None:
         """Returns a `tokenizer_config.json` that names the special tokens; None if none is needed."""
-        only_config = {name: values for name, values in beside.values.items() if name == TOKENIZER_CONFIG_NAME}
-        kept = SidecarFiles(values=only_config, config_content=beside.config_content)
+        only_config = {name: values for name, values in sidecars.values.items() if name == TOKENIZER_CONFIG_NAME}
+        kept = SidecarFiles(values=only_config, config_content=sidecars.config_content)
         try:
             if find_special_ids(backend, NAMES_FROM_FILES, kept, self._place) == self._special:
-                return beside.config_content
+                return sidecars.config_content
         except DataError:
-            pass  # the configuration, or another file, names what this one does not
+            pass  # the configuration or another file names a token that this file does not name
         values = {**only_config.get(TOKENIZER_CONFIG_NAME, {"tokenizer_class": "PreTrainedTokenizerFast"})}
         if names.bos is not None:
             values["add_bos_token"] = bool(names.bos)
@@ -236,58 +238,59 @@ class Tokenizer:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of `tokenizer.json` as `save` writes it."""
+        """SHA-256 of the `tokenizer.json` that `save` writes."""
         return hashlib.sha256(self._content).hexdigest()
 
     @property
     def vocab_size(self) -> int:
-        """Every id, of special tokens too, is below it. With gaps between ids it is above the number of tokens."""
+        """Largest token id plus one, including special tokens. With gaps between ids, it exceeds the token count."""
         return max(self._backend.get_vocab().values(), default=-1) + 1
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, without begin or end."""
+        """Returns the token ids of a text, without begin and end of sentence."""
         with self._panics():
             return list(self._backend.encode(text, add_special_tokens=False).ids)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of each text, in parallel over the machine's cores."""
+    def encode_batch(self, documents: Sequence[str]) -> list[list[int]]:
+        """Returns the token ids of each document, computed in parallel on the machine's cores."""
         with self._panics():
-            return [list(item.ids) for item in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+            encoded = self._backend.encode_batch_fast(list(documents), add_special_tokens=False)
+            return [list(item.ids) for item in encoded]
 
     @contextmanager
     def _panics(self) -> Iterator[None]:
-        """Turns a panic of the backend, which is no Exception, into an error: a pattern that backtracks without end."""
+        """Turns a panic of the backend (not an Exception), for example from endless backtracking, into an error."""
         try:
             yield
         except BaseException as error:
             if type(error).__name__ != "PanicException":
                 raise
-            raise DataError(f"{self._place}: must be able to split any text, is not: {error}") from error
+            raise DataError(f"{self._place}: must be able to split any text, cannot: {error}") from error
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
-        """The text of ids; bytes that are no UTF-8 become U+FFFD. Special tokens show by name unless skipped."""
+        """Returns the text of token ids. Bytes that are not UTF-8 become U+FFFD; special tokens appear by name."""
         return str(self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
 
 def find_tokenizer_file(folder: Path) -> Path | None:
-    """Returns the tokenizer's file in a folder, None if there is none of a form that is read."""
+    """Returns the tokenizer file in a folder, or None if there is none in a supported format."""
     paths = (folder / name for name in (TOKENIZER_NAME, TIKTOKEN_NAME))
     return next((path for path in paths if path.is_file()), None)
 
 
 def other_tokenizer(folder: Path) -> str:
-    """Returns which tokenizer a folder holds in a form that is not read, and how to save it in one; empty if none."""
+    """Returns which unsupported tokenizer a folder contains and how to convert it; empty if there is none."""
     names = [name for name in ("tokenizer.model", "vocab.json", "vocab.txt") if (folder / name).is_file()]
     if not names:
         return ""
     return (
-        f'holds {names[0]}, which is read once it is saved as {TOKENIZER_NAME}: python -c "from transformers import '
+        f'holds {names[0]}, which must first be saved as {TOKENIZER_NAME}: python -c "from transformers import '
         f"AutoTokenizer; AutoTokenizer.from_pretrained('{folder}').save_pretrained('NEW_FOLDER')\""
     )
 
 
 def check_vocab_size(vocab_size: int) -> None:
-    """Refuses a vocabulary without room for every byte and every special token.
+    """Rejects a vocabulary that is too small for all bytes and special tokens.
 
     Raises:
         DataError: `vocab_size` is too small.

@@ -1,6 +1,6 @@
-"""Sequences that are being made together: what each has made, why it ended, and the rounds that lengthen them.
+"""Batched decoding: sequences that are generated together, and the rounds that extend them.
 
-Shape legend: B sequences being made, S new tokens of each, D hidden size, V vocabulary.
+Shape legend: B active sequences, S new tokens of each, N prompt tokens of all, D hidden size, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,29 +14,36 @@ from infer.sample import SequenceRandom, distribution, draw
 from infer.speculative import verify
 
 StopCondition = Callable[[int, int], bool]
-"""Told of every token as it is made (prompt's number, token); true ends the sequence with that token."""
+"""Called with each new token (prompt's number, token); returns true to end the sequence after that token."""
 
 
 class ActiveSequence:
-    """One prompt's continuation as far as it is."""
+    """A prompt and its continuation so far."""
 
     def __init__(self, index: int, prompt: Sequence[int], max_tokens: int, random: SequenceRandom) -> None:
-        """`room`: the number of tokens that may be made, at least 1."""
+        """Starts an empty continuation.
+
+        Args:
+            index: the prompt's number.
+            prompt: token ids of the prompt.
+            max_tokens: maximum number of new tokens, at least 1.
+            random: random numbers of this sequence.
+        """
         self.index = index
         self.prompt = prompt
         self.tokens: list[int] = []
         self.finish: Finish | None = None
         self.random = random
-        self.states_TD: Tensor | None = None  # of tokens whose pair the MTP module has not read: 1 or 2
+        self.states_TD: Tensor | None = None  # states of the last 1 or 2 tokens, which the MTP module has not read
         self._max_tokens = max_tokens
 
     @property
     def num_left(self) -> int:
-        """Tokens that may still be made."""
+        """Number of tokens that can still be generated."""
         return self._max_tokens - len(self.tokens)
 
     def take(self, token: int, stop: frozenset[int], stop_condition: StopCondition) -> bool:
-        """Adds a token that was chosen, unless it is a stop token. Whether it belongs to the result."""
+        """Adds a chosen token unless it is a stop token. Returns whether the token belongs to the result."""
         if token in stop:
             self.finish = "stop"
             return False
@@ -49,7 +56,7 @@ class ActiveSequence:
 
 
 class GenerationBatch:
-    """The sequences in a decoder's rows, in the same order."""
+    """The active sequences, in the order of the decoder's rows."""
 
     def __init__(
         self,
@@ -60,29 +67,37 @@ class GenerationBatch:
         *,
         speculative: bool,
     ) -> None:
-        """A batch without sequences."""
+        """Creates an empty batch.
+
+        Args:
+            decoder: the model with its caches.
+            sampling: how tokens are chosen.
+            stop: token ids that end a sequence and are not part of the result.
+            stop_condition: called with every token of the result; true ends the sequence after it.
+            speculative: whether the MTP module drafts tokens.
+        """
         self._decoder, self._sampling, self._stop, self._stop_condition = decoder, sampling, stop, stop_condition
         self._speculative = speculative
         self._active: list[ActiveSequence] = []
         self._counts = {"passes": 0, "tokens": 0, "drafts_offered": 0, "drafts_accepted": 0}
 
     def __len__(self) -> int:
-        """Sequences being made."""
+        """Returns the number of active sequences."""
         return len(self._active)
 
     def statistics(self, seconds: float) -> Statistics:
-        """Of everything so far."""
+        """Returns the statistics of all tokens so far, generated in the given number of seconds."""
         return Statistics(**self._counts, seconds=seconds)
 
     def admit(self, sequences: Sequence[ActiveSequence]) -> list[tuple[ActiveSequence, list[int]]]:
-        """Reads prompts and makes the first token of each; as `advance`."""
+        """Reads prompts and generates the first token of each. Returns the same as `advance`."""
         decoder, counts = self._decoder, [len(sequence.prompt) for sequence in sequences]
         rows = [decoder.add() for _ in sequences]
         self._active += sequences
         state_ND, logits_BV = decoder.read_prompts(rows, [sequence.prompt for sequence in sequences])
         for row, sequence, count, states_TD in zip(rows, sequences, counts, state_ND.split(counts), strict=True):
             decoder.main.resize(row, count)
-            sequence.states_TD = states_TD[-1:].clone()  # alone: not the whole prompt's
+            sequence.states_TD = states_TD[-1:].clone()  # a copy, so that the states of the whole prompt are freed
         if self._speculative:
             self._read_pairs(rows, sequences, state_ND.split(counts))
         self._counts["passes"] += len(sequences)
@@ -92,13 +107,14 @@ class GenerationBatch:
         return made
 
     def advance(self) -> list[tuple[ActiveSequence, list[int]]]:
-        """One pass of the main model over every sequence: what each made, one token or two.
+        """Runs one pass of the main model over every sequence. Returns the new tokens of each, one or two.
 
-        Sequences that ended (`ActiveSequence.finish`) leave the batch.
+        Sequences that ended (see `ActiveSequence.finish`) are removed from the batch.
         """
         active = list(self._active)
         self._counts["passes"] += len(active)
-        # Drafts are made even where all sequences are at their last token: whether they are must not change any draw.
+        # Drafts are made even if every sequence generates its last token. Otherwise the random numbers of a sequence
+        # would depend on the other sequences in its batch.
         chosen = self._advance_with_drafts(active) if self._speculative else self._advance_by_one(active)
         made = [(sequence, self._take(sequence, tokens)) for sequence, tokens in zip(active, chosen, strict=True)]
         self._drop_finished()
@@ -111,29 +127,30 @@ class GenerationBatch:
         return self._choose(active, logits_B1V[:, 0])
 
     def _choose(self, sequences: Sequence[ActiveSequence], logits_BV: Tensor) -> list[list[int]]:
-        """One token of each sequence from the main model's scores."""
+        """Chooses one token for each sequence from the main model's logits."""
         tokens_B = draw(distribution(logits_BV, self._sampling), self._uniform(sequences, 1)[:, 0])
-        table = torch.stack((logits_BV.isfinite().all(-1).long(), tokens_B), 1).tolist()
+        table = torch.stack((logits_BV.isfinite().all(-1).long(), tokens_B), 1).tolist()  # host sync
         for sequence, (is_finite, _) in zip(sequences, table, strict=True):
-            _check_finite(sequence, bool(is_finite))
+            _check_finite(sequence, is_finite=bool(is_finite))
         return [[token] for _, token in table]
 
     def _advance_with_drafts(self, active: Sequence[ActiveSequence]) -> list[list[int]]:
+        # Draft one token for each sequence.
         uniform_B3 = self._uniform(active, 3)
         draft_BV = distribution(self._read_new_pairs(active), self._sampling)
         drafts_B = draw(draft_BV, uniform_B3[:, 0])
+        # Run the main model over [last token, draft], and accept or replace the draft.
         tokens_B2 = torch.cat((self._last_tokens(active), drafts_B[:, None]), 1)
         state_B2D, logits_B2V = self._decoder.step(tokens_B2)
         target_B2V = distribution(logits_B2V.flatten(0, 1), self._sampling).view_as(logits_B2V)
         kept_B, tokens_B = verify(target_B2V[:, 0], draft_BV, drafts_B, target_B2V[:, 1], uniform_B3[:, 1:])
         finite_B = logits_B2V.isfinite().all(-1).all(-1)
-        # The round's one host synchronisation.
-        table = torch.stack((finite_B.long(), kept_B.long(), drafts_B, tokens_B), 1).tolist()
+        table = torch.stack((finite_B.long(), kept_B.long(), drafts_B, tokens_B), 1).tolist()  # host sync
         chosen = []
         for row, (sequence, (is_finite, kept, draft, token)) in enumerate(zip(active, table, strict=True)):
-            _check_finite(sequence, bool(is_finite))
+            _check_finite(sequence, is_finite=bool(is_finite))
             sequence.states_TD = state_B2D[row, : 1 + kept]
-            # A draft that fell is taken back from the cache by not counting it.
+            # A rejected draft is removed from the cache by not counting it in the length.
             self._decoder.main.resize(row, self._decoder.main.lengths[row] + 1 + kept)
             if sequence.num_left > 1:
                 self._counts["drafts_offered"] += 1
@@ -142,7 +159,7 @@ class GenerationBatch:
         return chosen
 
     def _read_pairs(self, rows: Sequence[int], sequences: Sequence[ActiveSequence], states: Sequence[Tensor]) -> None:
-        """The MTP module over the pairs within prompts: all states but the last, each with the token after it."""
+        """Runs the MTP module over the pairs within prompts: each state except the last, with the token after it."""
         longer = [at for at, sequence in enumerate(sequences) if len(sequence.prompt) > 1]
         if not longer:
             return
@@ -154,11 +171,11 @@ class GenerationBatch:
             self._decoder.mtp.resize(rows[at], len(tokens))
 
     def _read_new_pairs(self, active: Sequence[ActiveSequence]) -> Tensor:
-        """The MTP module over the pairs made since it last ran, 1 or 2 of each sequence: logits of the draft, BV."""
+        """Runs the MTP module over each sequence's 1 or 2 new pairs. Returns the logits of the draft, BV."""
         states = [sequence.states_TD for sequence in active if sequence.states_TD is not None]
         counts = [len(states_TD) for states_TD in states]
         widest = max(counts)
-        # A sequence with fewer pairs repeats its last: written beyond its length, where nothing reads it.
+        # A sequence with fewer pairs repeats its last pair. The repetition is written past its length and never read.
         places = [[min(at, count - 1) for at in range(widest)] for count in counts]
         state_BSD = torch.stack([states_TD[place] for states_TD, place in zip(states, places, strict=True)])
         tokens = [
@@ -178,7 +195,7 @@ class GenerationBatch:
         return torch.stack([sequence.random.uniform(count) for sequence in sequences]).to(self._decoder.device)
 
     def _take(self, sequence: ActiveSequence, tokens: Sequence[int]) -> list[int]:
-        """Gives a sequence its tokens until it ends; those that belong to the result."""
+        """Adds tokens to a sequence until it ends. Returns the tokens that belong to the result."""
         kept = []
         for token in tokens:
             self._counts["tokens"] += 1
@@ -198,10 +215,10 @@ class GenerationBatch:
                 self._active[row] = last
 
 
-def _check_finite(sequence: ActiveSequence, is_finite: bool) -> None:
-    """Nothing can be chosen by scores that are no numbers."""
+def _check_finite(sequence: ActiveSequence, *, is_finite: bool) -> None:
+    """Raises an error if the logits of a sequence are not finite."""
     if not is_finite:
         raise GenerateError(
-            f"prompt {sequence.index + 1}: the model's scores must be finite, are not after {len(sequence.tokens)} new "
-            f"tokens; its weights, or their type, hold no usable model"
+            f"prompt {sequence.index + 1}: the model's logits must be finite, are not after {len(sequence.tokens)} new "
+            f"tokens; its weights or their type are not usable"
         )

@@ -1,4 +1,4 @@
-"""How text is to be made, as values. No torch here: commands check this before a model is read."""
+"""Configuration and checks of text generation. Imports no torch, so that commands check before they read a model."""
 
 import math
 import operator
@@ -9,25 +9,26 @@ from typing import Any, Literal
 from model.config import ModelConfig
 
 Finish = Literal["stop", "length"]
-"""Why a sequence ended: a stop token (or the caller's word), or no room for another token."""
+"""Why a sequence ended: a stop token or the stop condition, or the maximum length."""
 
 Speculative = Literal[True, False, "auto"]
-"""Whether an MTP module drafts tokens that the main model then confirms; auto: where the model has one."""
+"""Whether an MTP module drafts tokens that the main model verifies; auto: if the model has an MTP module."""
 
 
 class GenerateError(ValueError):
-    """A request that cannot be served: names the key, the rule, the value, the nearest valid choice."""
+    """Invalid request. The message states the key, the rule, the value and the nearest valid choice."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampling:
-    """How the next token is chosen from the model's scores.
+    """How the next token is chosen from the model's logits.
 
     Attributes:
-        temperature: that scores are divided by; 0 takes the most probable token.
-        top_k: only the most probable k tokens are kept; None keeps all.
-        top_p: of those, the fewest most probable ones whose probabilities sum to at least this; 1 keeps all.
-        seed: with a prompt's number, decides that prompt's draws, whatever else is in its batch.
+        temperature: divisor of the logits; 0 chooses the most probable token.
+        top_k: number of most probable tokens that are kept; None keeps all.
+        top_p: of those, the smallest set of most probable tokens whose probabilities sum to at least this value is
+            kept; 1 keeps all.
+        seed: seed of the random numbers. Sampling is reproducible regardless of the batch.
     """
 
     temperature: float = 0.0
@@ -36,7 +37,7 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Refuses values out of range.
+        """Rejects values out of range.
 
         Raises:
             GenerateError: names the field.
@@ -55,14 +56,14 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Statistics:
-    """What the making of tokens took. A pass of the main model over B sequences counts B times.
+    """Statistics of a generation. A pass of the main model over B sequences counts B times.
 
     Attributes:
-        passes: of the main model, the reading of a prompt included.
-        tokens: that were chosen, stop tokens included; without drafts exactly as many as passes.
-        drafts_offered: by the MTP module, where there was room for them.
-        drafts_accepted: of those.
-        seconds: from the first prompt read to the last token.
+        passes: passes of the main model, including those over prompts.
+        tokens: chosen tokens, including stop tokens; without drafts, equal to `passes`.
+        drafts_offered: drafts of the MTP module that could be used.
+        drafts_accepted: drafts that the main model accepted.
+        seconds: time from reading the first prompt to the last token.
     """
 
     passes: int = 0
@@ -73,16 +74,16 @@ class Statistics:
 
     @property
     def acceptance_rate(self) -> float:
-        """Accepted over offered drafts; 0 where none was offered."""
+        """Accepted drafts divided by offered drafts, or 0 if none was offered."""
         return self.drafts_accepted / max(self.drafts_offered, 1)
 
     @property
     def passes_saved(self) -> int:
-        """Passes that the same tokens would have taken one by one, less those taken."""
+        """Number of passes saved compared with generating the same tokens one by one."""
         return self.tokens - self.passes
 
     def summary(self) -> str:
-        """In words: what drafts were worth."""
+        """Returns a sentence about accepted drafts and passes."""
         if not self.drafts_offered:
             return f"no drafts, {self.passes} passes"
         return (
@@ -92,10 +93,10 @@ class Statistics:
 
 
 def as_token_ids(prompts: Iterable[Any]) -> list[list[int]]:
-    """Prompts as lists of numbers: lists, rows of a tensor, arrays and what else holds whole numbers.
+    """Converts prompts (lists, arrays, rows of a tensor, or other sequences of integers) to lists of token ids.
 
     Raises:
-        GenerateError: a prompt that holds anything else, by its number from 1.
+        GenerateError: a prompt contains anything else; names it by its number from 1.
     """
     return [_numbers(number, prompt) for number, prompt in enumerate(prompts, 1)]
 
@@ -114,10 +115,17 @@ def check(
     speculative: Speculative,
     batch_size: int,
 ) -> None:
-    """Refuses what a model cannot continue.
+    """Rejects prompts and settings that the model cannot serve.
+
+    Args:
+        config: the model's architecture.
+        prompts: token ids of each prompt.
+        max_new_tokens: maximum number of new tokens per prompt.
+        speculative: whether drafts are requested.
+        batch_size: number of prompts that are continued together.
 
     Raises:
-        GenerateError: names the key, and the prompt by its number from 1.
+        GenerateError: names the key, or the prompt by its number from 1.
     """
     if max_new_tokens < 0:
         raise GenerateError(f"max_new_tokens: must be at least 0, is {max_new_tokens}; nearest valid: 0")
@@ -127,7 +135,7 @@ def check(
         raise GenerateError("speculative: true needs an MTP module, the model has none; nearest valid: false or auto")
     for number, prompt in enumerate(prompts, 1):
         if not prompt:
-            raise GenerateError(f"prompt {number}: must hold at least one token, holds none")
+            raise GenerateError(f"prompt {number}: must have at least one token, has none")
         if len(prompt) > config.max_position_tokens:
             raise GenerateError(
                 f"prompt {number}: must be at most the model's max_position_tokens={config.max_position_tokens} "
@@ -136,5 +144,5 @@ def check(
         outside = [token for token in prompt if not 0 <= token < config.vocab_size]
         if outside:
             raise GenerateError(
-                f"prompt {number}: tokens must be from 0 to {config.vocab_size - 1}, holds {outside[0]}"
+                f"prompt {number}: tokens must be from 0 to {config.vocab_size - 1}, contains {outside[0]}"
             )

@@ -1,7 +1,7 @@
-"""Passes of a whole model over its latent cache: prompts read once, then a few new tokens of every sequence at a time.
+"""Runs a whole model with a latent KV cache: reads prompts, then a few new tokens of every sequence at a time.
 
-Shape legend: B sequences held, S new tokens of each, N new tokens of all, D hidden size, V vocabulary,
-C values per token in the cache, T positions.
+Shape legend: B cached sequences, S new tokens of each, N new tokens of all, D hidden size, V vocabulary,
+C values per token in the cache, T positions, P values of a rotation, A received rows (one for each token and expert).
 """
 
 from collections.abc import Callable, Sequence
@@ -18,19 +18,26 @@ from model.precision.linear import widen
 from model.transformer import Transformer
 
 Views = Callable[[int], CacheView]
-"""What each layer of a cache gives to one pass."""
+"""Maps a layer's number to its view of the cache in one pass."""
 
 
 class Decoder:
-    """A model with the caches of the sequences that it goes on with; in the weights' type, of a model in FP8 as well.
+    """A model with KV caches of the sequences that it continues. Computes in the type of the weights, even for FP8.
 
-    The main model and the MTP module keep a cache each, whose rows are the same sequences: the MTP module's token i
-    is the pair of the main model's state of token i and the embedding of token i + 1. Tokens do not count until
-    `KvCache.resize` says so: that is the caller's, who knows which of them stay.
+    The main model and the MTP module have one cache each, with the same sequences in the same rows. Entry i of the MTP
+    module's cache is for the pair of the main model's state of token i and the embedding of token i + 1. New entries do
+    not count until the caller sets the length with `KvCache.resize`, because only the caller knows which tokens stay.
     """
 
     def __init__(self, model: Transformer, max_sequences: int, capacity: int, *, with_mtp: bool) -> None:
-        """Room for `max_sequences` of `capacity` tokens each, in the model's type and on its device."""
+        """Allocates the caches in the model's type and on its device.
+
+        Args:
+            model: the whole model.
+            max_sequences: maximum number of sequences.
+            capacity: maximum number of tokens of each sequence.
+            with_mtp: whether the MTP module is used.
+        """
         config, weight = model.config, model.head_weight
         self._model, self._config = model, config
         width = model.attention.values_per_token(config)
@@ -41,25 +48,29 @@ class Decoder:
 
     @property
     def device(self) -> torch.device:
-        """Of the model."""
+        """The model's device."""
         return self._cos_TP.device
 
     def add(self) -> int:
-        """Takes in an empty sequence; its row in both caches."""
+        """Adds an empty sequence. Returns its row, which is the same in both caches."""
         self.mtp.add()
         return self.main.add()
 
     def remove(self, row: int) -> None:
-        """Forgets a sequence; the last row moves into its place."""
+        """Removes a sequence and moves the last row into its place."""
         self.mtp.remove(row)
         self.main.remove(row)
 
     def read_prompts(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """Fills empty rows with whole prompts.
+        """Runs the main model over whole prompts and fills empty rows of the cache.
+
+        Args:
+            rows: row of each prompt.
+            prompts: token ids of each prompt.
 
         Returns:
-            The state of every prompt token as the MTP module reads it, ND, prompt by prompt, and the logits after the
-            last token of each prompt, BV.
+            The states of all prompt tokens for the MTP module, ND, prompt by prompt; and the logits after the last
+            token of each prompt, BV.
         """
         counts = [len(prompt) for prompt in prompts]
         tokens_N = self._tensor([token for prompt in prompts for token in prompt])
@@ -69,34 +80,37 @@ class Decoder:
         return state_ND, self.logits(normal_ND[last_B])
 
     def step(self, tokens_BS: Tensor) -> tuple[Tensor, Tensor]:
-        """The main model over S new tokens of every sequence held, from its length on.
+        """Runs the main model over S new tokens of every cached sequence.
+
+        Args:
+            tokens_BS: the new tokens, placed after each sequence's current length.
 
         Returns:
-            Their states as the MTP module reads them, BSD, and their logits, BSV.
+            Their states for the MTP module, BSD, and their logits, BSV.
         """
         views = self._over_cache(self.main, tokens_BS.shape[1])
         state_ND, normal_ND = self._run_main(tokens_BS.flatten(), views)
         return state_ND.view(*tokens_BS.shape, -1), self.logits(normal_ND).view(*tokens_BS.shape, -1)
 
     def read_prompts_mtp(self, rows: Sequence[int], next_tokens: Sequence[Sequence[int]], state_ND: Tensor) -> None:
-        """Fills the MTP module's empty rows.
+        """Runs the MTP module over prompts and fills empty rows of its cache.
 
         Args:
-            rows: of the sequences.
-            next_tokens: of each sequence, the token after each state; at least one.
-            state_ND: what `read_prompts` gave for the same positions, sequence by sequence.
+            rows: row of each sequence.
+            next_tokens: for each sequence, the token after each state; at least one.
+            state_ND: states from `read_prompts` for the same positions, sequence by sequence.
         """
         counts = [len(tokens) for tokens in next_tokens]
         tokens_N = self._tensor([token for tokens in next_tokens for token in tokens])
         self._run_mtp(tokens_N, state_ND, self._over_prompts(self.mtp, rows, counts))
 
     def step_mtp(self, next_tokens_BS: Tensor, state_BSD: Tensor, chosen_B: Tensor) -> Tensor:
-        """The MTP module over S new pairs of every sequence held.
+        """Runs the MTP module over S new pairs of every cached sequence.
 
         Args:
             next_tokens_BS: the token after each state.
             state_BSD: states from `read_prompts` or `step`.
-            chosen_B: which of the S pairs of each sequence the logits are wanted for.
+            chosen_B: for each sequence, the pair in 0..S-1 whose logits are computed.
 
         Returns:
             Logits of the token after `next_tokens_BS` at the chosen pairs, BV.
@@ -107,11 +121,11 @@ class Decoder:
         return self.logits(self._model.final_norm(1)(hidden_ND[chosen_N]))
 
     def logits(self, normal_ND: Tensor) -> Tensor:
-        """Of the shared output head, float32 or wider: NV."""
+        """Returns the logits of the shared output head, NV, in float32 or wider."""
         return widen(functional.linear(normal_ND, self._model.head_weight))
 
     def _run_main(self, tokens_N: Tensor, views: Views) -> tuple[Tensor, Tensor]:
-        """States for the MTP module and states for the head."""
+        """Runs the main model. Returns the states for the MTP module and the states for the head, both ND."""
         hidden_ND = self._model.embed(tokens_N[None], None)[0]
         for layer in range(self._config.num_layers):
             hidden_ND = self._run(self._model.block(layer), hidden_ND, views(layer))
@@ -124,11 +138,13 @@ class Decoder:
         return self._run(block, block.merge(embedded_1ND, state_ND[None], None)[0], views(0))
 
     def _run(self, block: Block, hidden_ND: Tensor, view: CacheView) -> Tensor:
+        """Runs one block over N tokens; returns its output, ND."""
         residual_ND = hidden_ND + block.self_attn.decode(block.input_layernorm(hidden_ND), view)
         rows_ND: Tensor = block.post_attention_layernorm(residual_ND)
         if isinstance(block.mlp, Mlp):
             dense: Tensor = residual_ND + block.mlp(rows_ND, None)
             return dense
+        # Dispatch rows to the routed experts, add the shared experts, and combine.
         dispatcher, moe = self._model.dispatcher, block.mlp
         routing = moe.gate(rows_ND[None])
         handle = dispatcher.plan(routing.ids_NK, routing.weights_NK)
@@ -139,16 +155,18 @@ class Decoder:
         return residual_ND + dispatcher.combine(routed_AD, handle).wait()
 
     def _over_prompts(self, cache: KvCache, rows: Sequence[int], counts: Sequence[int]) -> Views:
-        """Attention within prompts from position 0, by cache layer."""
+        """Returns the views of attention within prompts, which start at position 0."""
         rotation = self._rotation(torch.cat([torch.arange(count) for count in counts]).to(self.device))
         return lambda layer: PromptView(cache, layer, rows, counts, rotation)
 
     def _over_cache(self, cache: KvCache, num_new: int) -> Views:
-        """Attention of `num_new` tokens of every sequence over what is cached, by cache layer."""
+        """Returns the views of attention of `num_new` tokens of every sequence over the cached tokens."""
         longest = max(cache.lengths)
         num_positions = longest + num_new
+        # New tokens follow the cached ones: position = length of the sequence + number of the new token.
         positions_BS = self._tensor(cache.lengths)[:, None] + torch.arange(num_new, device=self.device)
         rotation = self._rotation(positions_BS.flatten())
+        # A mask is needed if there are several new tokens, or if sequences differ in length.
         future_BST = None
         if num_new > 1 or min(cache.lengths) < longest:
             future_BST = torch.arange(num_positions, device=self.device) > positions_BS[..., None]

@@ -1,4 +1,4 @@
-"""Text from a model: continuations of prompts, token by token, over a latent cache."""
+"""Generates continuations of prompts token by token with a latent KV cache."""
 
 import time
 from collections import deque
@@ -15,12 +15,12 @@ from model.transformer import Transformer
 
 GREEDY = Sampling()
 BATCH_SIZE = 16
-PROMPT_TOKENS = 8192  # read at once, where several prompts are read together
+PROMPT_TOKENS = 8192  # maximum number of tokens in one pass over several prompts
 
 
 @dataclass(frozen=True, slots=True)
 class Continuation:
-    """Of one prompt: the tokens made, without the stop token that ended them, and why they ended."""
+    """Continuation of one prompt: its tokens without the final stop token, and why it ended."""
 
     tokens: tuple[int, ...]
     finish: Finish
@@ -28,7 +28,7 @@ class Continuation:
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """A continuation of every prompt, in the prompts' order, and what all took together."""
+    """Continuations of all prompts in the prompts' order, and joint statistics."""
 
     continuations: tuple[Continuation, ...]
     statistics: Statistics
@@ -36,7 +36,7 @@ class Generation:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """New tokens of a prompt, by its number; `finish` is None while more may come."""
+    """New tokens of one prompt. `index` is the prompt's number; `finish` is None until the continuation ends."""
 
     index: int
     tokens: tuple[int, ...]
@@ -44,7 +44,7 @@ class Piece:
 
 
 class Stream:
-    """Continuations as they are made: iterate once over it for pieces of all prompts, as their tokens are chosen."""
+    """Streaming generation. Iterate over it once to get the pieces of all prompts as their tokens are chosen."""
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class Stream:
         batch_size: int = BATCH_SIZE,
         stop_condition: StopCondition | None = None,
     ) -> None:
-        """As `generate`; nothing is made before the first piece is asked for."""
+        """Checks the arguments, which are those of `generate`. Generation starts with the iteration."""
         self._model, self._prompts, self._max_new_tokens = model, as_token_ids(prompts), max_new_tokens
         check(model.config, self._prompts, max_new_tokens, speculative, batch_size)
         self._sampling, self._stop, self._batch_size = sampling, frozenset(stop), batch_size
@@ -68,7 +68,7 @@ class Stream:
 
     @torch.no_grad()
     def __iter__(self) -> Iterator[Piece]:
-        """Every prompt's pieces in order; pieces of prompts that are made together come mixed."""
+        """Yields each prompt's pieces in order; pieces of prompts in one batch are interleaved."""
         limit = self._model.config.max_position_tokens
         limits = [min(self._max_new_tokens, limit - len(prompt)) for prompt in self._prompts]
         waiting: deque[ActiveSequence] = deque()
@@ -79,7 +79,7 @@ class Stream:
                 yield Piece(index, (), "length")
         if not waiting:
             return
-        # A draft fits too: it is read beside the last token made, which has not been read yet.
+        # This includes a draft: the model reads it together with the last token, which is not in the cache yet.
         capacity = max(len(sequence.prompt) + sequence.num_left for sequence in waiting)
         decoder = Decoder(self._model, min(self._batch_size, len(waiting)), capacity, with_mtp=self._speculative)
         batch = GenerationBatch(
@@ -108,19 +108,22 @@ def generate(
     """Continues every prompt.
 
     Args:
-        model: whole, in one process.
-        prompts: token ids of each, at least one; lengths may differ. Rows of a tensor do as well.
-        max_new_tokens: at most this many are made of each, and never more than the model's positions hold.
-        sampling: how tokens are chosen; the most probable ones by default.
-        stop: tokens after which nothing follows; not part of the result.
-        speculative: whether the first MTP module drafts a token a round. It changes how many passes the tokens take,
-            not the tokens of greedy decoding nor the distribution of others.
-        batch_size: prompts that are made together; as one ends the next takes its place.
-        stop_condition: told of every token of the result as it is made; true ends that prompt's continuation with it.
+        model: the whole model, in one process.
+        prompts: token ids of each prompt, at least one; lengths may differ. Rows of a tensor are accepted, too.
+        max_new_tokens: maximum number of new tokens per prompt; also limited by the model's positions.
+        sampling: how tokens are chosen; greedy by default.
+        stop: token ids that end a continuation; they are not part of the result.
+        speculative: whether the first MTP module drafts one token per round. Drafts reduce the number of passes. They
+            change neither the tokens of greedy decoding nor the distribution of sampled tokens.
+        batch_size: number of prompts that are continued together; when one ends, the next prompt takes its place.
+        stop_condition: called with each new token (prompt's number, token); true ends the continuation after it.
+
+    Returns:
+        The continuations in the prompts' order, and statistics.
 
     Raises:
-        GenerateError: an empty or too long prompt, a token outside the vocabulary, drafts without an MTP module,
-            scores that are not finite.
+        GenerateError: a prompt is empty or too long, a token is outside the vocabulary, drafts are requested without an
+            MTP module, or logits are not finite.
     """
     stream = Stream(
         model,
@@ -142,7 +145,7 @@ def generate(
 
 
 def _next(waiting: deque[ActiveSequence], free: int) -> list[ActiveSequence]:
-    """The prompts to read next: as many as fit, in passes of a bounded number of tokens."""
+    """Returns the prompts to read in the next pass: at most `free`, with a bounded number of tokens."""
     taken: list[ActiveSequence] = []
     num_tokens = 0
     while waiting and len(taken) < free:

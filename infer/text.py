@@ -1,4 +1,4 @@
-"""Tokens to text while they are being made: no half characters, and an end where a given text appears."""
+"""Decodes a stream of tokens to text: only whole characters, up to a stop string."""
 
 from collections.abc import Callable, Sequence
 
@@ -6,13 +6,13 @@ REPLACEMENT = "\ufffd"
 
 
 class TextStream:
-    """The text of a growing list of tokens, piece by piece.
+    """Incremental text of a stream of tokens.
 
-    A token may end in the middle of a character's bytes: what is not decided yet is held back. So is what may become
-    a stop text. All pieces together are the text of the tokens up to the first stop text.
+    A token may end in the middle of a character's bytes, so incomplete characters are held back. Text that may be the
+    start of a stop string is held back, too. All pieces together are the text up to the first stop string.
 
-    Many tokenizers decode a first token without the space that it begins with. So tokens are decoded behind those
-    before them, and the text of these is cut off.
+    Many tokenizers drop the leading space when they decode a first token. So tokens are decoded together with the
+    tokens before them, and the text of those is cut off.
     """
 
     def __init__(
@@ -21,23 +21,23 @@ class TextStream:
         """Starts with no text.
 
         Args:
-            decode: gives the text of ids, with U+FFFD for bytes that are no UTF-8.
-            stop_strings: that end the text; none is empty.
-            before: tokens that the text continues, the last few.
+            decode: returns the text of token ids, with U+FFFD for bytes that are not UTF-8.
+            stop_strings: non-empty strings that end the text.
+            before: the last few tokens before the stream.
         """
         self._decode = decode
         self._stop_strings = tuple(stop_strings)
-        self._before = list(before)  # whole characters, which the open tokens continue
+        self._before = list(before)  # tokens of whole characters, before the open tokens
         self._open: list[int] = []  # tokens since the last whole character
-        self._done = 0  # characters of their text that were passed on
-        self._held = ""  # decided, but perhaps the beginning of a stop text
+        self._done = 0  # number of characters of the open tokens that were passed on
+        self._held = ""  # decoded text that may be the start of a stop string
         self.is_stopped = False
 
     def push(self, token: int) -> str:
-        """Takes a token; the text that is certain now."""
+        """Adds a token. Returns the new text that is certain."""
         self._open.append(token)
         text = decode_after(self._decode, self._before, self._open)
-        # Bytes of an unfinished character come out as U+FFFD at the end, one or one each; all before is decided.
+        # Bytes of an incomplete character are decoded as one or more U+FFFD at the end. All text before them is final.
         decided = text.rstrip(REPLACEMENT)
         fresh, self._done = decided[self._done :], max(self._done, len(decided))
         if decided == text:
@@ -45,7 +45,7 @@ class TextStream:
         return self._pass_on(fresh)
 
     def close(self) -> str:
-        """The end of the text, when no token follows."""
+        """Returns the rest of the text. Call it when no token follows."""
         rest = decode_after(self._decode, self._before, self._open)[self._done :] if self._open else ""
         self._before, self._open, self._done = self._open, [], 0
         text = self._pass_on(rest) + self._held
@@ -53,7 +53,7 @@ class TextStream:
         return text
 
     def _pass_on(self, fresh: str) -> str:
-        """New text without a stop text, what follows it, or what may become one."""
+        """Returns new text up to a stop string, and holds back text that may be the start of one."""
         if self.is_stopped:
             return ""
         text = self._held + fresh
@@ -67,13 +67,16 @@ class TextStream:
 
 
 def decode_after(decode: Callable[[Sequence[int]], str], before: Sequence[int], ids: Sequence[int]) -> str:
-    """Returns the text that tokens add behind others; alone if bytes of both make other characters together."""
+    """Returns the text that tokens add after others.
+
+    If bytes of both form other characters together, the tokens are decoded without the others.
+    """
     text = decode([*before, *ids])
     start = decode(before) if before else ""
     return text[len(start) :] if text.startswith(start) else decode(ids)
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Characters at the text's end with which a stop text begins."""
+    """Returns the length of the longest end of the text that is the start of a stop string."""
     longest = min(len(text), len(stop) - 1)
     return next((size for size in range(longest, 0, -1) if stop.startswith(text[len(text) - size :])), 0)

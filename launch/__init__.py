@@ -4,7 +4,7 @@ import sys
 
 from kernels.checkout import share_comm
 
-# `python -m launch.NAME` imports this package first, before the command's module and all heavy ones.
+# `python -m launch.NAME` imports this package before the command's module and before any slow import.
 if sys.argv[:1] == ["-m"]:
     from launch.ranks.interrupt import exit_on_interrupt
 

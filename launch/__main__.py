@@ -1,4 +1,4 @@
-"""`python -m launch`: the list of commands, and a way to start one."""
+"""Lists the commands or starts one: `python -m launch [NAME]`."""
 
 if not __package__:
     import started_as_file  # type: ignore[import-not-found]  # noqa: F401
@@ -12,13 +12,13 @@ from launch.help.commands import listing, split_command, unknown_command
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Lists the commands, or starts the one that the first argument names.
+    """Lists the commands, or starts the command that the first argument names.
 
     Args:
-        arguments: of the command line.
+        arguments: the command-line arguments.
 
     Returns:
-        The exit code: 0, or 2 for a name that is no command. A command that is started replaces this process.
+        The exit code: 0, or 2 if the name is not a command. If a command starts, it replaces this process.
     """
     name, others = split_command(arguments)
     if name is not None:

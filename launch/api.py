@@ -1,4 +1,4 @@
-"""Training from Python: a script, a notebook, or a rank that torchrun started."""
+"""Python interface for training: from a script, a notebook, or a rank that torchrun started."""
 
 import logging
 import os
@@ -29,10 +29,10 @@ def configure(*overrides: str) -> TrainConfig:
     """Returns the checked configuration that `python -m launch.train OVERRIDES` trains with.
 
     Args:
-        overrides: of `conf/train.yaml`, for example `experiment=quickstart` or `task.steps=20`.
+        overrides: overrides for `conf/train.yaml`, for example `experiment=quickstart` or `task.steps=20`.
 
     Raises:
-        ConfigError, DataError, ScheduleError, CutError, CheckpointError: a configuration that no run can follow.
+        ConfigError, DataError, ScheduleError, CutError, CheckpointError: an invalid configuration.
     """
     with system_errors():
         config = compose_run(overrides)
@@ -41,18 +41,20 @@ def configure(*overrides: str) -> TrainConfig:
 
 
 def train(config: TrainConfig, callbacks: Callbacks | None = None) -> Path:
-    """Trains in this process: as the only rank, or as one of the ranks that torchrun started. On the main thread only.
+    """Trains in this process, as the only rank or as one of the ranks that torchrun started.
+
+    Call it from the main thread, because it installs signal handlers.
 
     Args:
-        config: of the run; equal on all ranks.
-        callbacks: called on rank 0; given on all ranks or none.
+        config: the run's configuration; the same on all ranks.
+        callbacks: callbacks for rank 0; pass them on all ranks or on none.
 
     Returns:
         The run's folder. Its `status.json` says how the run ended.
 
     Raises:
-        ConfigError: as `configure`; or the number of ranks is not the one of `parallelism`.
-        CallbackError: on every rank, if a callback failed.
+        ConfigError: as in `configure`, or the number of ranks differs from `parallelism`.
+        CallbackError: a callback failed; raised on every rank.
         RunEndedError: the run was preempted or stopped before its last step; `exit_code` says which.
     """
     with system_errors():
@@ -75,7 +77,7 @@ class RunEndedError(RuntimeError):
     """A run that ended before its last step.
 
     Attributes:
-        exit_code: that the command would end with: 75 preempted, 77 stopped by the guard, 1 its folder was lost.
+        exit_code: exit code of the equivalent command: 75 preempted, 77 stopped by the guard, 1 run folder lost.
     """
 
     def __init__(self, out_dir: str, exit_code: int) -> None:
@@ -104,7 +106,7 @@ def _check_ranks(config: TrainConfig) -> None:
         return
     if world != int(os.environ["WORLD_SIZE"]):
         raise ConfigError(
-            f"parallelism: must be the {os.environ['WORLD_SIZE']} ranks that torchrun started, is {world}"
+            f"parallelism: must have the {os.environ['WORLD_SIZE']} ranks that torchrun started, is {world}"
         )
     if not config.out_dir:
         raise ConfigError(
@@ -114,7 +116,7 @@ def _check_ranks(config: TrainConfig) -> None:
 
 @contextmanager
 def _only_rank(cluster: ClusterConfig) -> Iterator[None]:
-    """Makes this process the only rank of a job; afterwards environment, signal handlers and log are as before."""
+    """Makes this process the only rank of a job. Restores environment, signal handlers and log handlers on exit."""
     environment, handlers = dict(os.environ), {number: signal.getsignal(number) for number in SIGNALS}
     log_handlers = list(logging.getLogger().handlers)
     with tempfile.TemporaryDirectory(prefix="dualpipe-") as folder:

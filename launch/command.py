@@ -1,4 +1,4 @@
-"""How every command starts and ends: its help, its errors in one line, its exit codes."""
+"""Shared entry point of all commands: help, one-line errors and exit codes."""
 
 import os
 import signal
@@ -17,22 +17,22 @@ EXIT_CONFIGURATION = 2
 EXIT_BROKEN_PIPE = 128 + signal.SIGPIPE
 
 Main = Callable[[Sequence[str]], int]
-"""A command's own part: takes the overrides, gives the exit code."""
+"""A command's main function: takes the overrides, returns the exit code."""
 Preview = Callable[[Sequence[str]], str]
-"""Takes the overrides, gives the composed and checked configuration as YAML."""
+"""Takes the overrides, returns the composed and checked configuration as YAML."""
 
 
 def command(name: str, main: Main, preview: Preview | None = None, *, quiet: bool = False) -> int:
-    """Runs a command on this process' arguments.
+    """Runs a command with this process' arguments.
 
-    A user's error is one line on stderr and exit code 2, Ctrl-C the line `interrupted` and exit code 130. A reader of
-    stdout that leaves early ends the command without a word.
+    A user error prints one line to stderr and returns exit code 2. Ctrl-C prints `interrupted` and returns 130.
+    If the reader of stdout closes the pipe, the command ends silently.
 
     Args:
-        name: of the command: `conf/<name>.yaml` and `launch/<name>.py`.
-        main: takes the overrides.
-        preview: takes them in place of `main` with `config_only=true`; None: the command has none.
-        quiet: end with the error's exit code alone, as another rank prints the same error.
+        name: the command's name; it has `conf/<name>.yaml` and `launch/<name>.py`.
+        main: runs the command with the overrides.
+        preview: runs instead of `main` with `config_only=true`; None if the command has no preview.
+        quiet: print no error, because another rank prints the same one; only the exit code remains.
 
     Returns:
         The exit code of the process.
@@ -54,7 +54,7 @@ def command(name: str, main: Main, preview: Preview | None = None, *, quiet: boo
 
 
 def _run(name: str, main: Main, preview: Preview | None, arguments: Sequence[str], *, quiet: bool) -> int:
-    """As `command`, but for Ctrl-C."""
+    """Runs the command and turns every error except Ctrl-C into an exit code."""
     try:
         code = _start(name, main, preview, arguments, quiet=quiet)
         with system_errors():
@@ -97,12 +97,12 @@ def _start(name: str, main: Main, preview: Preview | None, arguments: Sequence[s
 
 
 def _advised(name: str, arguments: Sequence[str], error: ValueError) -> str:
-    """Returns an error in one line, with advice if its key or value is a common mistake."""
+    """Returns an error as one line, with advice if its key or value is a common mistake."""
     from launch.help.advice import advise
 
     try:
         text = advise(name, arguments, error)
-    except ValueError:  # the command line has a second error, and this one is whole without advice
+    except ValueError:  # the command line has a second error; report the first one without advice
         text = str(error)
     return " ".join(text.splitlines())
 
@@ -115,12 +115,12 @@ def _flush_or_discard() -> None:
 
 
 def discard_output() -> None:
-    """What is still buffered has no place to go to; the interpreter would complain of it at exit."""
+    """Redirects stdout to the null device, so that the interpreter does not fail on buffered output at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def user_errors() -> tuple[type[ValueError], ...]:
-    """Errors that are the user's to mend: said in one line, without a traceback."""
+    """Returns the error types that a user can fix; they are printed as one line without a traceback."""
     from comm.watchdog.job_key import JobKeyError
     from data.corpus import DataError
     from dualpipe.ir import ScheduleError

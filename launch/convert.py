@@ -1,4 +1,4 @@
-"""`python -m launch.convert`: weights from a Hugging Face folder to a checkpoint of ours, and back."""
+"""Converts weights between Hugging Face folders and this project's checkpoints: `python -m launch.convert`."""
 
 if not __package__:
     import started_as_file  # type: ignore[import-not-found]  # noqa: F401
@@ -27,7 +27,7 @@ LARGEST_FILE_BYTES = 5_000_000_000
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ConvertConfig:
-    """What is converted. `source` is the key `from`; see `conf/convert.yaml`."""
+    """Configuration of a conversion; see `conf/convert.yaml`. `source` is the key `from`."""
 
     source: Form
     path: str
@@ -40,28 +40,27 @@ class ConvertConfig:
 
     @property
     def target(self) -> Form:
-        """The form that is written."""
+        """The format that is written."""
         return self.format or ("checkpoint" if self.source == "hf" else "hf")
 
 
 def main(overrides: Sequence[str]) -> int:
-    """Converts, tensor by tensor; says on stderr how far it is.
+    """Converts weights tensor by tensor and prints progress to stderr.
 
     Args:
-        overrides: of `conf/convert.yaml`.
+        overrides: overrides for `conf/convert.yaml`.
 
     Returns:
         The exit code, 0.
 
     Raises:
-        ConfigError: an unknown or missing key, a value of another type or without a meaning.
-        CheckpointError, HfError: weights that cannot be read, a disk that refuses. Nothing is left at `to` in any of
-            these cases.
+        ConfigError: an unknown or missing key, or an invalid value.
+        CheckpointError, HfError: the weights cannot be read or the disk cannot be written. Nothing is left at `to`.
     """
     config = _read(overrides)
     with system_errors(), _signals_unwind():
         _check(config)
-        # torch takes a second or more to import.
+        # Printed first: importing torch takes a second or more.
         print(f"reading {config.path}", file=sys.stderr, flush=True)
         from train.checkpoint.convert import Conversion, convert
 
@@ -80,14 +79,14 @@ def main(overrides: Sequence[str]) -> int:
 
 @contextmanager
 def _signals_unwind() -> Iterator[None]:
-    """Meanwhile the signals that end a process do it through the stack, so that nothing half-written is left."""
+    """Turns SIGTERM and SIGHUP into SystemExit, so that cleanup code removes partial files."""
 
     def end(number: int, frame: FrameType | None) -> None:
-        signal.signal(number, signal.SIG_IGN)  # a second one must not stop the cleaning up
+        signal.signal(number, signal.SIG_IGN)  # a second signal must not interrupt the cleanup
         raise SystemExit(128 + number)
 
     ending = (signal.SIGTERM, signal.SIGHUP) if threading.current_thread() is threading.main_thread() else ()
-    # One that is ignored, as under nohup, stays so.
+    # A signal that is ignored, as under nohup, stays ignored.
     before = {number: signal.getsignal(number) for number in ending if signal.getsignal(number) != signal.SIG_IGN}
     try:
         for number in before:
@@ -100,7 +99,7 @@ def _signals_unwind() -> Iterator[None]:
 
 def _read(overrides: Sequence[str]) -> ConvertConfig:
     values = compose("convert", overrides)
-    # `from` is a word of Python's own and cannot name a field.
+    # `from` is a Python keyword and cannot name a field.
     source = decode(Form, values.pop("from", None), "from")  # type: ignore[arg-type, var-annotated]
     if "source" in values:
         raise ConfigError("source: unknown key; did you mean from?")
@@ -108,7 +107,7 @@ def _read(overrides: Sequence[str]) -> ConvertConfig:
 
 
 def _check(config: ConvertConfig) -> None:
-    """All that needs no torch: of a Hugging Face folder everything but values, of a checkpoint its manifest."""
+    """Checks what needs no torch: a Hugging Face folder except its values, or a checkpoint's manifest."""
     _check_path(config)
     if config.source == config.target == "checkpoint":
         raise ConfigError("format: must be hf with from=checkpoint, is checkpoint; nearest valid: format=hf")
@@ -123,7 +122,10 @@ def _check(config: ConvertConfig) -> None:
 
 
 def _file_bytes(config: ConvertConfig) -> int:
-    """At most, of a file that is written. One of a checkpoint is held in memory, so that it follows those read."""
+    """Returns the maximum size in bytes of a written file.
+
+    One file of a checkpoint is held in memory, so the limit for a checkpoint follows the largest file that is read.
+    """
     if config.max_shard_bytes is not None:
         return config.max_shard_bytes
     if config.target == "hf":
@@ -160,7 +162,7 @@ def preview(overrides: Sequence[str]) -> str:
     """Returns the command's configuration, checked, as YAML.
 
     Args:
-        overrides: of `conf/convert.yaml`.
+        overrides: overrides for `conf/convert.yaml`.
 
     Raises:
         ConfigError, CheckpointError, HfError: as `main`.

@@ -1,4 +1,4 @@
-"""`python -m launch.generate`: writes on from prompts with a trained model, to the terminal as it is made."""
+"""Continues prompts with a trained model and streams the text to the terminal: `python -m launch.generate`."""
 
 if not __package__:
     import started_as_file  # type: ignore[import-not-found]  # noqa: F401
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerateCommandConfig:
-    """What is continued by which weights, how tokens are chosen, and where the text goes."""
+    """Configuration of text generation: weights, prompts, sampling and output; see `conf/generate.yaml`."""
 
     ckpt: str
     weights: Literal["trained", "ema"]
@@ -57,7 +57,7 @@ class GenerateCommandConfig:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Weights that are still to be read: where, their architecture, their tokenizer, and the ids that end a text."""
+    """Location of weights that are not read yet, with their architecture, tokenizer and end-of-text token ids."""
 
     folder: Path
     is_hf: bool
@@ -67,21 +67,21 @@ class Source:
 
 
 def main(overrides: Sequence[str]) -> int:
-    """Continues prompts. Everything that a user can get wrong is refused before weights are read.
+    """Continues prompts. All user errors are reported before weights are read.
 
-    One prompt's text goes to standard output as it is made; a file's texts, each under a line that names its prompt,
-    or into `out`. What it took goes to standard error.
+    The text of a single prompt streams to standard output. The continuations of a prompt file are printed one after
+    the other, each after a line with its prompt, or written to `out`. Statistics go to standard error.
 
     Args:
-        overrides: of `conf/generate.yaml`; what follows `prompt=` is taken as it stands.
+        overrides: overrides for `conf/generate.yaml`; everything after `prompt=` is used verbatim.
 
     Returns:
         The exit code, 0.
 
     Raises:
-        ConfigError: an unknown or missing key, a value of another type, a file that cannot be read or written.
-        CheckpointError, HfError, DataError: weights or a tokenizer that cannot be read.
-        GenerateError: a value out of range, a prompt too long, drafts without an MTP module.
+        ConfigError: an unknown or missing key, an invalid value, or a file that cannot be read or written.
+        CheckpointError, HfError, DataError: the weights or the tokenizer cannot be read.
+        GenerateError: a value is out of range, a prompt is too long, or drafts are requested without an MTP module.
     """
     config = _read(overrides)
     with system_errors():
@@ -97,8 +97,8 @@ def main(overrides: Sequence[str]) -> int:
         with new_file("out", config.out) if config.out else nullcontext(_standard_output()) as file:
             statistics = _run(config, source, prompts, file)
     speed = statistics.tokens / max(statistics.seconds, 1e-9)
-    said = f"{statistics.tokens} tokens in {statistics.seconds:.2f} s, {speed:,.1f} tokens/s; {statistics.summary()}"
-    print(said, file=sys.stderr, flush=True)
+    line = f"{statistics.tokens} tokens in {statistics.seconds:.2f} s, {speed:,.1f} tokens/s; {statistics.summary()}"
+    print(line, file=sys.stderr, flush=True)
     return 0
 
 
@@ -106,7 +106,7 @@ def preview(overrides: Sequence[str]) -> str:
     """Returns the command's configuration, checked, as YAML.
 
     Args:
-        overrides: of `conf/generate.yaml`.
+        overrides: overrides for `conf/generate.yaml`.
 
     Raises:
         ConfigError, CheckpointError, HfError, DataError: as `main`.
@@ -114,7 +114,7 @@ def preview(overrides: Sequence[str]) -> str:
     config = _read(overrides)
     with system_errors():
         _read_prompts(config, _find(config))
-    stop = [*config.stop.ids, *config.stop.texts]
+    stop = [*config.stop.ids, *config.stop.strings]
     return plain_text("generate", {**encode(config), "stop": stop})
 
 
@@ -129,14 +129,14 @@ def _read(overrides: Sequence[str]) -> GenerateCommandConfig:
     if not given:
         raise ConfigError("prompt: a value is needed; write prompt=TEXT, prompts=FILE or prompt_ids=[0,5,9]")
     if len(given) > 1:
-        raise ConfigError(f"{given[1]}: must be left out beside {given[0]}; one of them says what to continue")
+        raise ConfigError(f"{given[1]}: must be left out if {given[0]} is set; choose one of them")
     if config.out and config.prompts and os.path.realpath(config.out) == os.path.realpath(config.prompts):
-        raise ConfigError(f"out: must be another file than prompts, which it would replace, is {config.out!r}")
+        raise ConfigError(f"out: must not be the file of prompts, which it would replace, is {config.out!r}")
     return config
 
 
 def _find(config: GenerateCommandConfig) -> Source:
-    """Where the weights are; nothing of them is read yet."""
+    """Locates the weights without reading them."""
     ckpt = config.ckpt
     folder, model, is_hf, end_ids = source_folder(ckpt, "ckpt"), _model_of(config), is_hf_folder(ckpt), []
     if is_hf and config.weights == "ema":
@@ -147,8 +147,8 @@ def _find(config: GenerateCommandConfig) -> Source:
     try:
         tokenizer = find_tokenizer(folder)
     except DataError:
-        # One that is none of ours stands in nobody's way where ids go in and ids come out.
-        if config.prompt_ids is None or config.stop.texts:
+        # An unreadable tokenizer does not matter if prompts and output are token ids.
+        if config.prompt_ids is None or config.stop.strings:
             raise
         tokenizer = None
     if tokenizer is not None:
@@ -157,14 +157,14 @@ def _find(config: GenerateCommandConfig) -> Source:
 
 
 def _model_of(config: GenerateCommandConfig) -> ModelConfig:
-    """Without drafts, MTP modules of a Hugging Face folder are neither read nor checked."""
+    """Returns the architecture. Without drafts, the MTP modules of a Hugging Face folder are not checked."""
     drop_mtp = config.speculative is False and is_hf_folder(config.ckpt)
     return source_config(config.ckpt, "ckpt", drop_mtp=drop_mtp)
 
 
 def _read_prompts(config: GenerateCommandConfig, source: Source) -> list[Prompt]:
     tokenizer = source.tokenizer
-    if tokenizer is None and config.stop.texts:
+    if tokenizer is None and config.stop.strings:
         raise ConfigError(f"stop: text needs a tokenizer, {source.folder} holds none; write token ids")
     if config.prompt_ids is not None:
         return [Prompt(list(config.prompt_ids), list(config.prompt_ids))]
@@ -177,7 +177,7 @@ def _read_prompts(config: GenerateCommandConfig, source: Source) -> list[Prompt]
 
 def _run(config: GenerateCommandConfig, source: Source, prompts: Sequence[Prompt], file: TextIO) -> Statistics:
     sampling = Sampling(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, seed=config.seed)
-    transcripts = [Transcript(prompt, source.tokenizer, config.stop.texts) for prompt in prompts]
+    transcripts = [Transcript(prompt, source.tokenizer, config.stop.strings) for prompt in prompts]
     if config.out:
         writer: LiveWriter | OrderedWriter = OrderedWriter(transcripts, file, as_json_line)
     elif config.prompts is None:
@@ -205,9 +205,9 @@ def _run(config: GenerateCommandConfig, source: Source, prompts: Sequence[Prompt
 
 
 def _load(config: GenerateCommandConfig, source: Source) -> "Transformer":
-    # torch takes a second or more to import.
+    # Printed first: importing torch takes a second or more.
     print(f"reading the weights of {source.folder}", file=sys.stderr, flush=True)
-    # Spinning threads, OpenMP's default, cost several times the work itself where others use the cores too.
+    # OpenMP threads spin by default, which costs several times the work itself if other processes use the cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch
 
@@ -226,7 +226,7 @@ def _load(config: GenerateCommandConfig, source: Source) -> "Transformer":
 
 
 def _standard_output() -> TextIO:
-    """A terminal that cannot show a character shows another in its place."""
+    """Returns standard output, set to replace characters that the terminal cannot encode."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
     return sys.stdout

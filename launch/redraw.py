@@ -1,4 +1,4 @@
-"""`python -m launch.redraw`: the report of a run's folder anew, from what the folder holds."""
+"""Draws the report of a run again from the files in its folder: `python -m launch.redraw`."""
 
 if not __package__:
     import started_as_file  # type: ignore[import-not-found]  # noqa: F401
@@ -19,23 +19,23 @@ from train.config.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RedrawConfig:
-    """What is drawn; see `conf/redraw.yaml`."""
+    """Configuration of the command; see `conf/redraw.yaml`."""
 
     run: str
     plugins: tuple[str, ...]
 
 
 def main(overrides: Sequence[str]) -> int:
-    """Draws, and prints where the page is.
+    """Draws the report and prints its path.
 
     Args:
-        overrides: of `conf/redraw.yaml`.
+        overrides: overrides for `conf/redraw.yaml`.
 
     Returns:
         The exit code, 0.
 
     Raises:
-        ConfigError: no run's folder, or one that cannot be read or written.
+        ConfigError: `run` is not a run's folder, or the folder cannot be read or written.
     """
     chosen = decode(RedrawConfig, compose("redraw", overrides))
     folder = Path(chosen.run).expanduser()
@@ -53,7 +53,7 @@ def preview(overrides: Sequence[str]) -> str:
     """Returns the command's configuration as YAML.
 
     Args:
-        overrides: of `conf/redraw.yaml`.
+        overrides: overrides for `conf/redraw.yaml`.
 
     Raises:
         ConfigError: as `main`.

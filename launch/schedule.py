@@ -1,4 +1,4 @@
-"""`python -m launch.schedule`: pipeline schedules as text, JSON, SVG, page or trace, with what the simulator says."""
+"""Draws, simulates and compares pipeline schedules: `python -m launch.schedule`."""
 
 if not __package__:
     import started_as_file  # type: ignore[import-not-found]  # noqa: F401
@@ -30,13 +30,13 @@ from launch.help.preview import plain_text
 from train.config.decode import decode, encode
 from train.config.errors import ConfigError
 
-# Ranks times micro-batches from which the work takes about half a second.
+# From this number of ranks times micro-batches, the computation takes about half a second or more.
 _LONG_WORK = 512
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScheduleCommandConfig:
-    """What the command shows: a schedule, the costs and the memory cap that it is made for, the form and the file."""
+    """Configuration of the command: schedule, costs, memory cap, format and file; see `conf/schedule.yaml`."""
 
     schedule: ScheduleConfig
     num_ranks: int
@@ -49,22 +49,22 @@ class ScheduleCommandConfig:
     plugins: tuple[str, ...]
 
     def costs_of(self, num_stages: int) -> CostModel:
-        """Returns the costs of each stage of so many."""
+        """Returns the costs of each stage if the model is cut into `num_stages` stages."""
         return uniform(self.costs, self.num_ranks, num_stages)
 
 
 def main(overrides: Sequence[str]) -> int:
-    """Shows a schedule that has been proven valid.
+    """Builds, validates and shows a schedule.
 
     Args:
-        overrides: of `conf/schedule.yaml`.
+        overrides: overrides for `conf/schedule.yaml`.
 
     Returns:
         The exit code, 0.
 
     Raises:
-        ConfigError: an unknown or missing key, a value of another type, a file that cannot be written.
-        ScheduleError: ranks, micro-batches, costs or a memory cap that no schedule can take.
+        ConfigError: an unknown or missing key, an invalid value, or a file that cannot be written.
+        ScheduleError: no schedule exists for these ranks, micro-batches, costs or memory cap.
     """
     config = decode(ScheduleCommandConfig, compose("schedule", overrides))
     if config.num_ranks * config.num_micro_batches >= _LONG_WORK:
@@ -78,7 +78,7 @@ def preview(overrides: Sequence[str]) -> str:
     """Returns the command's configuration as YAML.
 
     Args:
-        overrides: of `conf/schedule.yaml`.
+        overrides: overrides for `conf/schedule.yaml`.
 
     Raises:
         ConfigError: as `main`.
@@ -129,12 +129,12 @@ def _kind(row: TimedSchedule | UnavailableSchedule) -> str:
 
 
 def _as_paired(schedule: Schedule, config: ScheduleConfig) -> Schedule:
-    """Returns the schedule as the run would time it."""
+    """Returns the schedule as a run executes it: without overlap if `pairing` is sequential."""
     return ungroup(schedule) if config.pairing == "sequential" else schedule
 
 
 def _write(text: str, out: str) -> None:
-    """Writes to the file, complete or not at all, or to standard output."""
+    """Writes the text to a file atomically, or to standard output if `out` is empty."""
     if not out:
         print(text)
         return

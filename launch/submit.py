@@ -1,4 +1,4 @@
-"""`python -m launch.submit`: a training run as a Slurm job that saves, is requeued and resumes by itself."""
+"""Submits a training run to Slurm; the job saves, is requeued and resumes: `python -m launch.submit`."""
 
 if not __package__:
     import started_as_file  # type: ignore[import-not-found]  # noqa: F401
@@ -37,17 +37,17 @@ _LOCAL_CLUSTERS = ("laptop", "one_gpu")
 
 
 def main(overrides: Sequence[str]) -> int:
-    """Submits a run, or prints its batch script. Everything that a user can get wrong is refused before.
+    """Submits a run, or prints its batch script. All user errors are reported before the job is submitted.
 
     Args:
-        overrides: of `conf/submit.yaml`: those of `conf/train.yaml`, and what is asked of Slurm.
+        overrides: overrides for `conf/submit.yaml`: the keys of `conf/train.yaml` and the Slurm options.
 
     Returns:
         The exit code, 0.
 
     Raises:
-        ConfigError, DataError, ScheduleError, CutError, CheckpointError: a configuration that no run can follow, a
-            job that Slurm refuses.
+        ConfigError, DataError, ScheduleError, CutError, CheckpointError: an invalid configuration, or Slurm rejects
+            the job.
     """
     with system_errors():
         overrides = with_cluster(overrides)
@@ -70,11 +70,10 @@ def preview(overrides: Sequence[str]) -> str:
     """Returns the configuration of the job and of its run, as YAML for `conf/experiment/`. Writes nothing.
 
     Args:
-        overrides: of `conf/submit.yaml`.
+        overrides: overrides for `conf/submit.yaml`.
 
     Raises:
-        ConfigError, DataError, ScheduleError, CutError, CheckpointError: a configuration that no run can follow, a
-            job that Slurm refuses.
+        ConfigError, DataError, ScheduleError, CutError, CheckpointError: an invalid configuration of the run or job.
     """
     with system_errors():
         overrides = with_cluster(overrides)
@@ -86,7 +85,7 @@ def preview(overrides: Sequence[str]) -> str:
 
 
 def _composed(overrides: Sequence[str]) -> tuple[TrainConfig, SlurmConfig, bool]:
-    """Returns the run, what is asked of Slurm, and whether the script is only printed; nothing is checked yet."""
+    """Returns the run's configuration, the Slurm options, and whether to only print the script; all unchecked."""
     values = compose("submit", overrides)
     slurm = decode(SlurmConfig, _with_text_time(values["slurm"]), "slurm")
     is_dry = decode(bool, values["dry_run"], "dry_run")
@@ -96,15 +95,16 @@ def _composed(overrides: Sequence[str]) -> tuple[TrainConfig, SlurmConfig, bool]
 
 
 def with_cluster(overrides: Sequence[str]) -> list[str]:
-    """Returns the overrides with the cluster of the experiment that they choose, so that its memory is checked.
+    """Adds the cluster of the chosen experiment to the overrides, so that its memory is checked.
 
-    A cluster on the command line stays. An experiment for a laptop is submitted with `cluster=slurm`, as one without.
+    A cluster on the command line takes precedence. An experiment for a laptop is submitted with `cluster=slurm`, like
+    a run without an experiment.
 
     Args:
-        overrides: of this command.
+        overrides: overrides of this command.
 
     Raises:
-        ConfigError: an override that does not parse, an unknown key or option.
+        ConfigError: an override does not parse, or a key or an option is unknown.
     """
     keys = [key_of(text) for text in overrides]
     if "cluster" in keys or "experiment" not in keys:
@@ -116,11 +116,11 @@ def with_cluster(overrides: Sequence[str]) -> list[str]:
 
 
 def job_overrides(overrides: Sequence[str], out_dir: str) -> list[str]:
-    """What `launch.train` runs with inside the job.
+    """Returns the overrides for `launch.train` inside the job.
 
     Args:
-        overrides: of this command.
-        out_dir: of the run, in every life of the job.
+        overrides: overrides of this command.
+        out_dir: the run's folder, the same in every attempt of the job.
     """
     own = {*own_keys("submit"), "out_dir", "resume"}
     keys = [key_of(text) for text in overrides]
@@ -130,7 +130,7 @@ def job_overrides(overrides: Sequence[str], out_dir: str) -> list[str]:
 
 
 def _with_text_time(slurm: Mapping[str, Any]) -> Mapping[str, Any]:
-    """`slurm.time=60` is a number to YAML, and minutes to Slurm."""
+    """Converts an integer `time` to text: `slurm.time=60` is a number in YAML but minutes in Slurm."""
     time = slurm.get("time")
     return {**slurm, "time": str(time)} if type(time) is int else slurm
 
@@ -138,14 +138,14 @@ def _with_text_time(slurm: Mapping[str, Any]) -> Mapping[str, Any]:
 def _check_resume(resume: object) -> None:
     if resume not in (None, "auto"):
         raise ConfigError(
-            f"resume: must be auto under Slurm, as the job goes on with out_dir in each of its lives, "
-            f"is {resume!r}; to go on with that run, out_dir={resume}; "
-            f"to start from its weights, init_from={resume}"
+            f"resume: must be auto under Slurm, because each attempt of the job resumes from out_dir, "
+            f"is {resume!r}; to continue that run, use out_dir={resume}; "
+            f"to start from its weights, use init_from={resume}"
         )
 
 
 def _folder_of(config: TrainConfig, now: datetime) -> Path:
-    """The run's folder, chosen once, so that a requeued job finds it."""
+    """Returns the run's folder. It is fixed before submission, so that a requeued job finds it."""
     chosen = config.out_dir or f"outputs/{config.name}/{now:%Y-%m-%d_%H-%M-%S}"
     return Path(chosen).expanduser().absolute()
 
@@ -154,23 +154,23 @@ def _check_path(out_dir: str) -> None:
     wrong = re.sub(r"[A-Za-z0-9._/@+=,-]", "", out_dir)
     if wrong:
         raise ConfigError(
-            f"out_dir: must be letters, digits and any of ._/@+=,- under Slurm, which reads others as its own signs, "
+            f"out_dir: must contain only letters, digits and ._/@+=,- under Slurm, which interprets other characters, "
             f"is {out_dir!r} with {wrong[0]!r}"
         )
 
 
 def _submit(config: TrainConfig, script: str, overrides: Sequence[str]) -> str:
-    """Claims the run's folder, writes the script into it and hands it to Slurm. Gives a line for people.
+    """Writes the script into the run's folder and submits it. Returns a line that describes the job.
 
     Raises:
-        ConfigError: there is no Slurm, or it refuses the job; a folder that was made for it is gone then.
+        ConfigError: Slurm is missing or rejects the job. A folder that was created for the job is removed.
     """
     sbatch = shutil.which("sbatch")
     if sbatch is None:
         raise ConfigError("slurm: sbatch must be on PATH, is not; dry_run=true prints the script")
     folder = Path(config.out_dir)
     is_new, log, path = not folder.exists(), folder / LOG_FOLDER, folder / SCRIPT_NAME
-    # Only while it is written: the job itself owns the folder once it starts.
+    # The lock is held only while writing, because the job locks the folder when it starts.
     with locked_run_folder(config, datetime.now()):
         log.mkdir(exist_ok=True)
         write_private(path, script)
@@ -180,23 +180,23 @@ def _submit(config: TrainConfig, script: str, overrides: Sequence[str]) -> str:
         return f"submitted job {done.stdout.strip().partition(';')[0]}: {path}; it writes to {log}"
     if is_new:
         shutil.rmtree(folder)
-    said = next(iter(done.stderr.strip().splitlines()), f"exit code {done.returncode}")
-    raise ConfigError(f"slurm: sbatch must take the job, did not: {said}")
+    reason = next(iter(done.stderr.strip().splitlines()), f"exit code {done.returncode}")
+    raise ConfigError(f"slurm: sbatch must accept the job, did not: {reason}")
 
 
 def write_private(path: Path, text: str) -> None:
-    """Writes a text file with mode 0600 in place of an earlier one, in one move.
+    """Writes a text file with mode 0600, atomically replacing an existing file.
 
     Args:
-        path: of the file; its folder exists.
-        text: that it gets.
+        path: the file; its folder must exist.
+        text: its new content.
 
     Raises:
-        OSError: it cannot be written; what was there before stays.
+        OSError: the file cannot be written. An existing file is unchanged.
     """
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     partial.unlink(missing_ok=True)
-    # Created by this call alone, so that no link and no wider mode can be in its place.
+    # O_EXCL and O_NOFOLLOW: another user cannot place a link or a file with wider permissions here.
     descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:

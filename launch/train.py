@@ -1,4 +1,4 @@
-"""`python -m launch.train`: one training run, with its own local ranks or as a rank of `torchrun`."""
+"""Trains a model, with local ranks of its own or as a rank of torchrun: `python -m launch.train`."""
 
 if not __package__:
     import started_as_file  # type: ignore[import-not-found]  # noqa: F401
@@ -37,17 +37,17 @@ from train.records.terminal import guard_terminal, report_breaks
 
 
 def main(overrides: Sequence[str]) -> int:
-    """Trains. Everything that a user can get wrong is refused before a process starts or a file is written.
+    """Trains a model. All user errors are reported before a process starts or a file is written.
 
     Args:
-        overrides: of `conf/train.yaml`.
+        overrides: overrides for `conf/train.yaml`.
 
     Returns:
-        The exit code: 0 done, 75 preempted after saving, 76 a rank did not come in time, 77 stopped by the guard,
-        78 lost rank, 128 + n signal.
+        The exit code: 0 done, 75 preempted after saving, 76 a rank did not reach a collective within the timeout,
+        77 stopped by the guard, 78 a rank was lost, 128 + n ended by signal n.
 
     Raises:
-        ConfigError, DataError, ScheduleError, CutError, CheckpointError: a configuration that no run can follow.
+        ConfigError, DataError, ScheduleError, CutError, CheckpointError: an invalid configuration.
     """
     with system_errors():
         config = compose_run(overrides)
@@ -66,10 +66,10 @@ def preview(overrides: Sequence[str]) -> str:
     """Returns the configuration that `main` would train with, as YAML for `conf/experiment/`. Writes nothing.
 
     Args:
-        overrides: of `conf/train.yaml`.
+        overrides: overrides for `conf/train.yaml`.
 
     Raises:
-        ConfigError, DataError, ScheduleError, CutError, CheckpointError: a configuration that no run can follow.
+        ConfigError, DataError, ScheduleError, CutError, CheckpointError: an invalid configuration.
     """
     with system_errors():
         config = compose_run(overrides)
@@ -80,27 +80,36 @@ def preview(overrides: Sequence[str]) -> str:
     return experiment_text("train", overrides, write_config(config), comments)
 
 
-def train_rank(config: TrainConfig, reports_on_stderr: bool = False) -> int:
-    """What a rank does: the whole run. Gives its exit code. `reports_on_stderr`: it tells on stderr why it ended."""
+def train_rank(config: TrainConfig, *, reports_on_stderr: bool = False) -> int:
+    """Runs training on one rank from start to end.
+
+    Args:
+        config: the run's configuration.
+        reports_on_stderr: whether the rank prints to stderr why it ended.
+
+    Returns:
+        The rank's exit code.
+    """
     from train.run import main as run
 
     return run(config, reports_on_stderr)
 
 
 def is_torchrun(environment: Mapping[str, str]) -> bool:
-    """Whether torchrun, or another elastic launcher, started this process as one of its ranks."""
+    """Returns whether torchrun or another elastic launcher started this process as a rank."""
     return "RANK" in environment and "TORCHELASTIC_RUN_ID" in environment
 
 
 def is_other_rank(environment: Mapping[str, str]) -> bool:
-    """Whether another rank prints what this one would."""
+    """Returns whether this is a torchrun rank other than rank 0, which prints for all ranks."""
     return is_torchrun(environment) and environment["RANK"] != "0"
 
 
 def handle_signals() -> None:
-    """From now on a request to make room is heeded: by a rank with the others, by the bare command at once.
+    """Installs handlers for preemption signals.
 
-    Before there are ranks, nothing is lost by that; `run_ranks` then hands requests on to them.
+    A torchrun rank ends together with the other ranks. The built-in launcher exits at once, because there is nothing to
+    save yet; `run_ranks` later forwards requests to the ranks.
     """
     if is_torchrun(os.environ):
         Preemption.of_process()
@@ -114,9 +123,10 @@ def handle_signals() -> None:
 
 
 def _check_named(config: TrainConfig) -> None:
-    """Reads all of a checkpoint that is named by itself; of a run's checkpoints, the ranks look for one together.
+    """Verifies the files of a checkpoint that `resume` names directly.
 
-    Under torchrun every rank comes here, so there they do both.
+    If `resume` names a run's folder instead, the ranks search its checkpoints together. Under torchrun this function is
+    not called, and the ranks do both.
     """
     if config.resume is not None and (Path(config.resume).expanduser() / MANIFEST_NAME).is_file():
         with system_errors():
@@ -124,15 +134,15 @@ def _check_named(config: TrainConfig) -> None:
 
 
 def export_exit_code(code: int, environment: Mapping[str, str]) -> int:
-    """What a rank of torchrun ends with, once all ranks have agreed on a run's end.
+    """Returns the exit code of a torchrun rank after all ranks have agreed on the run's end.
 
-    torchrun itself ends with 1 for whatever its ranks end with, and as long as it may it starts them again, a run too
-    that was told to stop. Where LAUNCH_EXIT_FILE names a file, as in a Slurm job, rank 0 writes the code there, and to
-    torchrun every agreed end is a good one.
+    torchrun exits with 1 if any rank fails. It restarts the ranks while restarts remain, even after a preemption.
+    If LAUNCH_EXIT_FILE names a file, as in a Slurm job, rank 0 writes the run's code to that file, and every rank
+    returns 0 to torchrun.
 
     Args:
-        code: of the run.
-        environment: of the process.
+        code: the run's exit code.
+        environment: the process' environment variables.
     """
     path = environment.get("LAUNCH_EXIT_FILE")
     if not path:
@@ -149,7 +159,7 @@ def _run_local(config: TrainConfig) -> int:
     try:
         start_fork_server(config.cluster, preload_modules(config.cluster))
         check_gpus(config, config.parallelism.world_size)
-        # One process fills the cache while the fork server imports; the ranks then only open it.
+        # This process fills the cache while the fork server imports modules. The ranks then only open the cache.
         from train.corpus import prepare_corpus
 
         print(f"{config.name}: starting {config.parallelism.world_size} ranks", flush=True)
@@ -162,7 +172,7 @@ def _run_local(config: TrainConfig) -> int:
 
 
 def _report_breaks(out_dir: Path) -> None:
-    """Notes it if this process' own output breaks; its first rank does that for the ranks."""
+    """Logs an event if this process' output pipe breaks. Rank 0 does the same for the ranks."""
 
     def note(text: str) -> None:
         known = read_status(out_dir)
@@ -182,8 +192,8 @@ def _run_as_rank(config: TrainConfig) -> int:
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
     if restarts and config.resume != AUTO:
         raise ConfigError(
-            f"resume: must be auto under torchrun --max-restarts={restarts}, so that ranks that start "
-            f"again find their run in out_dir, is {config.resume}; "
+            f"resume: must be auto under torchrun --max-restarts={restarts}, so that restarted ranks "
+            f"resume from out_dir, is {config.resume}; "
             f"nearest valid: resume=auto out_dir={config.out_dir or 'outputs/' + config.name}"
         )
     apply_rank_environment(config.cluster)
@@ -192,10 +202,10 @@ def _run_as_rank(config: TrainConfig) -> int:
     if is_other_rank(os.environ):
         return export_exit_code(train_rank(config, reports_on_stderr=True), os.environ)
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) and has_rescue(config):
-        # Ranks that start again would begin a new run in place of the one whose folder is gone.
+        # Restarted ranks would start a new run instead of the one whose folder is gone.
         raise ConfigError(
-            f"out_dir: the run's state is in {rescue_folder(config)}, as {config.out_dir!r} did not take it; "
-            f"nearest valid: resume={rescue_folder(config)} with another out_dir"
+            f"out_dir: the run's state was saved in {rescue_folder(config)}, because {config.out_dir!r} could not be "
+            f"written; nearest valid: resume={rescue_folder(config)} with another out_dir"
         )
     check_folder(config)
     with locked_run_folder(config, datetime.now()) as (config, _):

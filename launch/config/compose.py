@@ -1,4 +1,4 @@
-"""A command's YAML and the overrides on its command line to plain values: the only module that knows Hydra."""
+"""Composes a command's YAML and command-line overrides into plain values. The only module that uses Hydra."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,9 +27,9 @@ from launch.config.groups import (
 from train.config.errors import ConfigError, UnknownKeyError, nearest, nearest_key
 
 CONFIG_ONLY = "config_only"
-"""Beside a command's own keys: its configuration is printed, and nothing else happens."""
+"""Key of every command: with `true`, the command prints its configuration and does nothing else."""
 
-# What to write for a value that has no default.
+# Examples for error messages about values without a default.
 _EXAMPLES = {
     "data.paths": "[FOLDER,FILE], the text to train on: .txt, .md, .py or .jsonl",
     "data.tokenizer": "PATH, a tokenizer.json or a folder that holds one, of at most model.vocab_size tokens",
@@ -40,15 +40,15 @@ def compose(command: str, overrides: Sequence[str]) -> dict[str, Any]:
     """Composes `conf/<command>.yaml` with the overrides: group choices and values.
 
     Args:
-        command: name of a root YAML.
+        command: name of a root YAML file.
         overrides: Hydra's override grammar: `group=option`, `a.b=value`, `+a.b=value`, `~a.b`.
 
     Returns:
         Nested dicts and lists of plain values, every interpolation resolved.
 
     Raises:
-        ConfigError: an override that does not parse, an unknown key or option, a value that is missing, a plugin file
-            that cannot be loaded.
+        ConfigError: an override does not parse, a key or an option is unknown, a value is missing, or a plugin file
+            cannot be loaded.
     """
     config = _checked(command, overrides)
     try:
@@ -65,25 +65,25 @@ def compose(command: str, overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def compose_defaults(command: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Returns what a command runs with, before interpolation; a value that must be given stays `???`.
+    """Returns a command's values before interpolation. A value without a default stays `???`.
 
     Args:
-        command: name of a root YAML.
-        overrides: that `compose` takes.
+        command: name of a root YAML file.
+        overrides: as for `compose`.
 
     Raises:
-        ConfigError: an override that does not parse, an unknown key or option.
+        ConfigError: an override does not parse, or a key or an option is unknown.
     """
     values = OmegaConf.to_container(_checked(command, overrides), resolve=False)
     return {str(key): value for key, value in values.items()} if isinstance(values, dict) else {}
 
 
 def chosen_options(command: str, overrides: Sequence[str]) -> dict[str, str]:
-    """Returns the option of each group, as the command line, an experiment or the defaults choose it.
+    """Returns the option of each group, chosen by the command line, an experiment or the defaults.
 
     Args:
-        command: name of a root YAML.
-        overrides: that `compose` takes.
+        command: name of a root YAML file.
+        overrides: as for `compose`.
 
     Raises:
         ConfigError: as `compose_defaults`.
@@ -93,7 +93,7 @@ def chosen_options(command: str, overrides: Sequence[str]) -> dict[str, str]:
 
 
 def quoted_override(key: str, value: str) -> str:
-    """Returns an override of a text with special characters, as it is typed in a shell."""
+    """Returns an override whose value has special characters, quoted for a shell."""
     is_list = value.startswith("[") and value.endswith("]")
     texts = [text.strip().replace("'", "\\'") for text in (value[1:-1].split(",") if is_list else [value])]
     quoted = ",".join(f"'{text}'" for text in texts)
@@ -103,16 +103,16 @@ def quoted_override(key: str, value: str) -> str:
 
 
 def key_of(override: str) -> str:
-    """The dotted key or the group that an override is about.
+    """Returns the dotted key or the group that an override sets.
 
     Raises:
-        ConfigError: it does not parse.
+        ConfigError: the override does not parse.
     """
     return str(_parse(override).key_or_group)
 
 
 def _checked(command: str, overrides: Sequence[str], *, with_hydra: bool = False) -> DictConfig:
-    """Composes, and says in our words what Hydra refuses."""
+    """Composes the configuration and replaces Hydra's errors with this project's messages."""
     groups = default_groups(command)
     parsed = [_parse(text) for text in overrides]
     if has_plugins(command):
@@ -127,7 +127,7 @@ def _checked(command: str, overrides: Sequence[str], *, with_hydra: bool = False
 
 
 def _load_plugins(parsed: Sequence[Override]) -> None:
-    """Loads the plugin files that the command line or its experiment names, because groups get options from them."""
+    """Loads the plugin files that the command line or its experiment names, because they can add options to groups."""
     for override in parsed:
         if override.key_or_group == "experiment":
             load_plugin_files(read_option("experiment", override.get_value_string()).get(PLUGINS))
@@ -197,7 +197,7 @@ def _check_override(override: Override, groups: Mapping[str, str]) -> None:
 
 
 def _check_not_nested_group(override: Override, groups: Mapping[str, str]) -> None:
-    """Refuses a value for a whole group within a group, `optim.schedule=wsd`, which would replace its keys."""
+    """Rejects a value for a nested group, as in `optim.schedule=wsd`, because it would replace the group's keys."""
     key = override.key_or_group
     group = key.replace(".", "/")
     if group in groups:
@@ -207,7 +207,7 @@ def _check_not_nested_group(override: Override, groups: Mapping[str, str]) -> No
 
 
 def _raise_unknown_key(command: str, groups: Mapping[str, str], parsed: Sequence[Override]) -> None:
-    """Names the first override whose key does not exist, with the nearest that does."""
+    """Raises an error for the first override whose key does not exist, with the nearest key that exists."""
     choices = [override.input_line or "" for override in parsed if override.key_or_group in groups]
     known = known_keys(command, tuple(choices))
     keys = [*known, *(group for group in groups if group not in known), CONFIG_ONLY]
@@ -229,14 +229,14 @@ def _raise_unknown_key(command: str, groups: Mapping[str, str], parsed: Sequence
 
 
 def _lower(override: Override, groups: Mapping[str, str]) -> str:
-    """An override with its key in lower case, and so its value if that is an option of a group."""
+    """Returns an override with its key in lower case, and its value too if that is an option of a group."""
     key, value = override.key_or_group.lower(), override.get_value_string()
     is_option = key in groups and value.lower() in options(key)
     return f"{key}={value.lower() if is_option else value}"
 
 
 def _other_option(key: str) -> str | None:
-    """Returns a choice that has the key, of the innermost group that its place names."""
+    """Returns an option that has the key, searching the innermost group that the dotted key names first."""
     parts = key.split(".")
     for depth in range(len(parts) - 1, 0, -1):
         group, rest = "/".join(parts[:depth]), ".".join(parts[depth:])
@@ -247,12 +247,12 @@ def _other_option(key: str) -> str | None:
 
 
 def _is_model_of_other_keys(key: str, known: Mapping[str, Any]) -> bool:
-    """Whether a key is one of a model whose own keys stand for all others."""
+    """Returns whether the key belongs to `model`, and the chosen model derives its keys from `model.kind`."""
     return key.startswith("model.") and "model.kind" in known
 
 
 def dotted_keys(values: object, prefix: str = "") -> Iterable[tuple[str, Any]]:
-    """Yields every key of nested dicts, dotted, with its value: that of a dict before those inside it."""
+    """Yields every dotted key of nested dicts with its value; a dict precedes the keys inside it."""
     if isinstance(values, dict):
         for key, value in values.items():
             yield f"{prefix}{key}", value
@@ -263,8 +263,8 @@ def known_keys(command: str, choices: Sequence[str] = ()) -> Mapping[str, Any]:
     """Returns every dotted key of a command with its value.
 
     Args:
-        command: name of a root YAML.
-        choices: overrides that choose options of groups.
+        command: name of a root YAML file.
+        choices: overrides that choose the options of groups.
     """
     return _known_keys(command, tuple(choices), config_dirs())
 

@@ -1,4 +1,4 @@
-"""Rules of a run's dispatch: whether the dispatcher that it names can serve it. No torch here."""
+"""Rules for a run's dispatcher. Imports no torch."""
 
 from comm.dispatch.registry import DISPATCHERS
 from comm.dispatch.requirements import DispatchRequirementError
@@ -7,10 +7,10 @@ from train.config.errors import ConfigError
 
 
 def check_exchange(config: TrainConfig) -> None:
-    """Refuses an exchange that the run cannot have.
+    """Rejects a dispatcher that cannot serve the run.
 
     Raises:
-        ConfigError: a dispatcher that does not fit the run or this machine, or tokens that may touch too many nodes.
+        ConfigError: the dispatcher does not fit the run or this machine, or tokens may reach too many nodes.
     """
     try:
         DISPATCHERS.get(config.dispatch.kind).check(config.dispatch, config.dispatch_site)

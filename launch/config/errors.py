@@ -1,4 +1,4 @@
-"""Errors of a command line: arguments that are no overrides, and what the operating system refuses."""
+"""Errors of a command line: invalid overrides, and errors of the operating system."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,19 +10,19 @@ class SyntaxOverrideError(ConfigError):
     """An argument that is not an override."""
 
     def __init__(self, argument: str, text: str) -> None:
-        """Keeps the argument, because the text cannot be split at its first colon."""
+        """Stores the argument, because it cannot be recovered from the text by splitting at the first colon."""
         super().__init__(text)
         self.argument = argument
 
 
 @contextmanager
 def system_errors() -> Iterator[None]:
-    """What the operating system refuses, a path that nobody may look at or a full disk, as a user's error.
+    """Turns an OSError, such as a missing permission or a full disk, into a user error.
 
-    A reader that has left is none.
+    A broken pipe is not an error and is raised unchanged.
 
     Raises:
-        ConfigError: in place of OSError.
+        ConfigError: instead of OSError.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""The YAML files of `conf/`, and of `conf/` next to a plugin file: roots of commands, groups and their options."""
+"""Finds and reads the YAML files in `conf/`, and in `conf/` next to a plugin file: commands, groups and options."""
 
 from pathlib import Path
 from typing import Any
@@ -9,40 +9,40 @@ from kernels.registry import PluginError, load_plugins, loaded_plugins
 from train.config.errors import ConfigError
 
 PLUGINS = "plugins"
-"""Key of the python files that register schedules, dispatchers, tasks and more."""
+"""Key for Python files that register schedules, dispatchers, tasks and more."""
 
 
 def config_dir() -> Path:
-    """Returns the folder of YAML values, next to the packages."""
+    """Returns the folder `conf/` of this checkout."""
     return Path(__file__).resolve().parents[2] / "conf"
 
 
 def config_dirs() -> tuple[Path, ...]:
-    """Returns the folders in which options are looked up: this project's, then those next to loaded plugin files."""
-    beside = (path.parent / "conf" for path in loaded_plugins())
-    return (config_dir(), *dict.fromkeys(folder for folder in beside if folder.is_dir()))
+    """Returns the folders that are searched for options: this project's, then those next to loaded plugin files."""
+    plugin_dirs = (path.parent / "conf" for path in loaded_plugins())
+    return (config_dir(), *dict.fromkeys(folder for folder in plugin_dirs if folder.is_dir()))
 
 
 def options(group: str) -> list[str]:
-    """Returns the names that may be chosen for a group, sorted."""
+    """Returns the names of a group's options, sorted."""
     return sorted({path.stem for folder in config_dirs() for path in (folder / group).glob("*.yaml")})
 
 
 def option_file(group: str, option: str) -> Path:
-    """Returns the file of an option, in the first folder that has one."""
+    """Returns the file of an option, from the first folder that has it."""
     files = [folder / group / f"{option}.yaml" for folder in config_dirs()]
     return next((file for file in files if file.is_file()), files[0])
 
 
 def read_option(group: str, option: str) -> dict[str, Any]:
-    """Returns the values of an option's file; none if there is no such file."""
+    """Returns the values in an option's file, or an empty dict if the file does not exist."""
     file = option_file(group, option)
     values = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
     return values if isinstance(values, dict) else {}
 
 
 def default_groups(command: str) -> dict[str, str]:
-    """Returns the groups of a command and of the roots that it includes, each with its default option."""
+    """Returns the groups of a command, including inherited root files, each with its default option."""
     groups: dict[str, str] = {}
     for entry in _defaults(command):
         if isinstance(entry, dict):
@@ -53,25 +53,27 @@ def default_groups(command: str) -> dict[str, str]:
 
 
 def included_roots(command: str) -> list[str]:
-    """Returns the names of the root YAMLs whose keys a command takes over before its own."""
+    """Returns the names of the root YAML files whose keys a command inherits."""
     return [entry for entry in _defaults(command) if isinstance(entry, str) and entry != "_self_"]
 
 
 def own_keys(command: str) -> list[str]:
-    """Returns the top-level keys that a root YAML itself sets, without those of its groups and of what it includes."""
+    """Returns the top-level keys that a root YAML file sets itself, without groups and inherited keys."""
     return [key for key in _root(command) if key != "defaults"]
 
 
 def has_plugins(command: str) -> bool:
-    """Whether a command has the key `plugins`."""
+    """Returns whether a command has the key `plugins`."""
     return any(PLUGINS in own_keys(root) for root in (command, *included_roots(command)))
 
 
 def load_plugin_files(paths: object) -> None:
-    """Imports plugin files, so that what they register can be chosen. Values of another type are left to the decoder.
+    """Imports plugin files, so that their registered names can be chosen. Ignores values that are not lists of paths.
+
+    The decoder reports such values later.
 
     Raises:
-        ConfigError: a file is missing, fails as it is imported, or registers nothing.
+        ConfigError: a file is missing, fails during import, or registers nothing.
     """
     if isinstance(paths, list | tuple) and all(isinstance(path, str) for path in paths):
         try:

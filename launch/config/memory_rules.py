@@ -1,4 +1,4 @@
-"""Refuses a run that does not fit its devices, and finds the nearest change that does. No torch here."""
+"""Rejects a run that does not fit its devices, and suggests the nearest change that fits. Imports no torch."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -10,20 +10,20 @@ from train.memory import JobMemory, parts, predict_memory
 
 Rules = Callable[[TrainConfig], None]
 Change = tuple[str, TrainConfig]
-"""Overrides as a user writes them, and the configuration that they make."""
+"""Overrides as a user writes them, and the resulting configuration."""
 
 _GB = 1e9
 
 
 def check_memory(config: TrainConfig, rules: Rules) -> None:
-    """Refuses a run whose predicted peak exceeds `cluster.memory_bytes`, if that is set.
+    """Rejects a run whose predicted peak memory exceeds `cluster.memory_bytes`, if that is set.
 
     Args:
-        config: of the run, which passes the rules.
-        rules: raises ValueError for a configuration that no run can follow; nearest choices must pass them.
+        config: the run's configuration, which passes the rules.
+        rules: raises ValueError for an invalid configuration; suggested changes must pass it.
 
     Raises:
-        ConfigError: names the rank that needs most, its parts, and the nearest choice that fits.
+        ConfigError: names the rank that needs most, its parts, and the nearest change that fits.
     """
     room = config.cluster.memory_bytes
     if room is None:
@@ -44,7 +44,7 @@ def check_memory(config: TrainConfig, rules: Rules) -> None:
 
 
 def _nearest(config: TrainConfig, rules: Rules, room: int) -> str:
-    """Returns the first change that fits; if none does, the one that comes closest."""
+    """Returns the first change that fits, or the closest one if none fits."""
     closest: tuple[int, str] | None = None
     for text, changed in _changes(config):
         try:
@@ -62,7 +62,7 @@ def _nearest(config: TrainConfig, rules: Rules, room: int) -> str:
 
 
 def _changes(config: TrainConfig) -> Iterator[Change]:
-    """Yields single changes, what costs least first, then the cheap ones together with more ranks."""
+    """Yields single changes, the cheapest first, then the cheap changes combined with more ranks."""
     yield from _micro_batches(config)
     yield from _recomputation(config)
     yield from _moments(config)
@@ -94,7 +94,7 @@ def _moments(config: TrainConfig) -> Iterator[Change]:
 
 
 def _ramp(config: TrainConfig) -> Iterator[Change]:
-    """Yields a ramp whose first step has two micro-batches for each rank: with fewer, W waits longer."""
+    """Yields a ramp whose first step has two micro-batches per rank. With fewer, W operations are deferred longer."""
     batch, ramp, parallelism = config.batch, config.batch.ramp, config.parallelism
     start = 2 * parallelism.pipeline * parallelism.data * batch.micro_sequences
     if ramp is not None and ramp.start_sequences < start < batch.global_sequences:
@@ -103,7 +103,7 @@ def _ramp(config: TrainConfig) -> Iterator[Change]:
 
 
 def _ranks(config: TrainConfig) -> Iterator[Change]:
-    """Yields layouts with twice and four times the ranks along an axis."""
+    """Yields layouts with two and four times the ranks along one axis."""
     mesh = config.parallelism
     for times in (2, 4):
         if mesh.data % (mesh.expert * times) == 0:
@@ -130,7 +130,7 @@ def _precision(config: TrainConfig) -> Iterator[Change]:
 
 
 def _cheapest(config: TrainConfig) -> list[Change]:
-    """Returns the smallest micro-batches with everything recomputed: what needs least without more ranks."""
+    """Returns the change that needs least memory without more ranks: micro-batches of one, and full recomputation."""
     texts, changed = list[str](), config
     for changes in (_micro_batches, _recomputation):
         for text, tried in list(changes(changed))[-1:]:
@@ -140,7 +140,7 @@ def _cheapest(config: TrainConfig) -> list[Change]:
 
 
 def _batch(config: TrainConfig, job: JobMemory) -> str:
-    """Returns which size of a batch ramp it is, if not the last."""
+    """Returns the batch size of the ramp that the error is about, or nothing for the final size."""
     if job.num_micro_batches == config.num_micro_batches:
         return ""
     sequences = job.num_micro_batches * config.parallelism.data * config.batch.micro_sequences

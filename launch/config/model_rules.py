@@ -1,4 +1,4 @@
-"""Rules of a run's model, attention kernel and optimizer. No torch here."""
+"""Rules for a run's model, attention kernel and optimizer. Imports no torch."""
 
 from importlib.util import find_spec
 
@@ -8,21 +8,22 @@ from train.config import TrainConfig
 from train.config.errors import ConfigError, divisors, multiples
 from train.optim.learning_rate import RateError, check_schedule
 
-# 1 - 2^-6. Half a step of bf16 is at most 2^-8 of a number: a moment still follows what differs from it by a quarter.
+# 1 - 2^-6. bf16 rounds by at most 2^-8 of a number. With this beta, a value that differs from the moment by a quarter
+# still changes the moment.
 _MOST_BETA_OF_BF16 = 0.984375
 _DTYPES = {"float64": "float64", "float32": "float32", "bf16": "bfloat16", "fp8": "bfloat16"}
-"""Of activations, by precision."""
+"""Type of activations for each precision."""
 
 
 def check_model(model: ModelConfig) -> None:
-    """Refuses sizes that do not go together.
+    """Rejects inconsistent sizes of a model.
 
     Raises:
         ConfigError: names the key, the rule, the value and the nearest valid one.
     """
     if model.qk_rope_head_dim % 2:
         raise ConfigError(
-            f"model.qk_rope_head_dim: must be even, as values rotate in pairs, is {model.qk_rope_head_dim}; "
+            f"model.qk_rope_head_dim: must be even, because values rotate in pairs, is {model.qk_rope_head_dim}; "
             f"nearest valid: {multiples(model.qk_rope_head_dim, 2)}"
         )
     if model.num_dense_layers > model.num_layers:
@@ -39,7 +40,15 @@ def check_model(model: ModelConfig) -> None:
 
 
 def check_experts(model: ModelConfig, expert: int) -> None:
-    """Refuses numbers of experts that groups, gate or `expert` ranks cannot share out; errors as of `check_model`."""
+    """Rejects a number of experts that does not fit the expert groups, the gate or the expert ranks.
+
+    Args:
+        model: the architecture.
+        expert: number of ranks that share the experts of a layer.
+
+    Raises:
+        ConfigError: names the key, the rule, the value and the nearest valid one.
+    """
     experts, top_k = model.num_routed_experts, model.num_experts_per_token
     groups, limit = model.num_expert_groups, model.num_limited_groups
     if experts % expert:
@@ -66,7 +75,7 @@ def check_experts(model: ModelConfig, expert: int) -> None:
 
 
 def check_optim(config: TrainConfig) -> None:
-    """Refuses a learning rate, a sharding or moments that the run cannot have.
+    """Rejects a learning rate schedule, a sharding or moments that do not fit the run.
 
     Raises:
         ConfigError: names the key, the rule, the value and the nearest valid one.
@@ -97,13 +106,13 @@ def _check_bf16_moments(config: TrainConfig) -> None:
     for name, beta in (("beta1", config.optim.beta1), ("beta2", config.optim.beta2)):
         if beta > _MOST_BETA_OF_BF16:
             raise ConfigError(
-                f"optim.{name}: must be at most {_MOST_BETA_OF_BF16} with optim.moments=bf16, as smaller changes "
-                f"are lost in its steps, is {beta}; nearest valid: {_MOST_BETA_OF_BF16}, or optim.moments=float32"
+                f"optim.{name}: must be at most {_MOST_BETA_OF_BF16} with optim.moments=bf16, because smaller changes "
+                f"are lost in rounding, is {beta}; nearest valid: {_MOST_BETA_OF_BF16}, or optim.moments=float32"
             )
 
 
 def check_attention(config: TrainConfig) -> None:
-    """Refuses an attention kernel that the device or the precision does not allow.
+    """Rejects an attention kernel that does not support the device or the precision.
 
     Raises:
         ConfigError: the kernel is for another device or another precision.

@@ -1,7 +1,7 @@
-"""What other files decide about a run: the model and the tokenizer of given weights, and whether its files are there.
+"""Resolves values that depend on files, such as the model and tokenizer of given weights, and checks those files.
 
-The only step of reading a configuration that looks at files. It turns composed values into values that stand for
-themselves, which `read_config` decodes, and checks a decoded configuration against the files that it names.
+This is the only step of reading a configuration that accesses files. `resolve` replaces values such as `auto` with
+final values, which `read_config` decodes. `check_files` checks a decoded configuration against the files that it names.
 """
 
 from collections.abc import Callable, Mapping
@@ -28,21 +28,22 @@ _MOMENTS = Literal["auto", "float32", "bf16"]
 
 
 def resolve(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns composed values with everything in place that the weights and the run started from decide.
+    """Returns composed values with all values filled in that depend on the initial weights or the resumed run.
 
     Args:
-        values: as `compose` returns them for `conf/train.yaml`. What is of another type stays, for the decoder's error.
+        values: values that `compose` returned for `conf/train.yaml`. A value of a wrong type is kept; the decoder
+            reports it.
 
     Raises:
-        ConfigError: an unknown model kind or key, no tokenizer at the path.
-        CheckpointError, HfError: the model or the tokenizer is that of weights that cannot be read.
+        ConfigError: an unknown model kind or key, or no tokenizer at the path.
+        CheckpointError, HfError: the weights that define the model or the tokenizer cannot be read.
     """
     resolved = _with_moments(values)
     model, data, plugins = values.get("model"), values.get("data"), values.get("plugins")
     if isinstance(model, Mapping):
         resolved["model"] = expand_model(model, values.get("init_from"), values.get("init_mtp"))
     if isinstance(plugins, list | tuple) and all(isinstance(path, str) for path in plugins):
-        # Ranks and later runs may have another working folder.
+        # Absolute paths, because ranks and later runs may have another working directory.
         resolved["plugins"] = [str(Path(path).expanduser().resolve()) for path in plugins]
     if isinstance(data, Mapping) and "tokenizer" in data:
         tokenizer = expand_tokenizer(data["tokenizer"], values.get("init_from"), _resumed(values))
@@ -51,13 +52,13 @@ def resolve(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_files(config: TrainConfig) -> None:
-    """Refuses a run whose text, checkpoint or initial weights are not there or do not fit it.
+    """Rejects a run whose text, checkpoint or initial weights are missing or do not fit.
 
     Raises:
         ConfigError: the tokenizer has more tokens than the model, or keys exclude each other.
-        DataError: text that is missing or empty, and what else `data` refuses of its settings.
-        CheckpointError: `resume` names no checkpoint, one that is not whole, or one of another model.
-        CheckpointError, HfError: `init_from` names no weights, or those of another model.
+        DataError: text is missing or empty, or a data setting is invalid.
+        CheckpointError: `resume` names no checkpoint, an incomplete one, or one of another model.
+        CheckpointError, HfError: `init_from` names no weights, or weights of another model.
     """
     _check_data(config)
     if not _check_resume(config):
@@ -65,16 +66,16 @@ def check_files(config: TrainConfig) -> None:
 
 
 def expand_model(model: Mapping[str, Any], init_from: object, init_mtp: object = "checkpoint") -> dict[str, Any]:
-    """Returns the keys of a `ModelConfig`, from a model's keys as they were composed.
+    """Returns the keys of a `ModelConfig` from the composed keys of `model`.
 
     Args:
-        model: with `kind`, or the keys themselves.
-        init_from: the value of that key.
-        init_mtp: the value of that key; with `drop`, `of_checkpoint` has no MTP modules.
+        model: either `kind` with its keys, or the keys of a `ModelConfig`.
+        init_from: value of the key `init_from`.
+        init_mtp: value of the key `init_mtp`; with `drop`, `of_checkpoint` has no MTP modules.
 
     Raises:
-        ConfigError: an unknown kind or key, a size that is none, no weights to take the architecture from.
-        CheckpointError, HfError: what `init_from` names cannot be read.
+        ConfigError: an unknown kind or key, an invalid size, or no weights that define the architecture.
+        CheckpointError, HfError: the weights that `init_from` names cannot be read.
     """
     if "kind" not in model:
         return dict(model)
@@ -106,26 +107,28 @@ def _model_of_checkpoint(init_from: object, *, drop_mtp: bool) -> ModelConfig:
     if not isinstance(init_from, str):
         given = "null" if init_from is None else repr(init_from)
         raise ConfigError(
-            f"model: of_checkpoint takes the architecture from init_from, which is {given}; "
+            f"model: of_checkpoint reads the architecture from init_from, which is {given}; "
             f"write init_from=FOLDER, or choose another model"
         )
     return source_config(init_from, "init_from", drop_mtp=drop_mtp)
 
 
 def expand_tokenizer(tokenizer: object, init_from: object, resume: object) -> object:
-    """Returns the file that `data.tokenizer` stands for.
+    """Returns the file that `data.tokenizer` refers to.
 
     Args:
-        tokenizer: `auto`, a file, or a folder with a `tokenizer.json`: a Hugging Face folder, a checkpoint, a run's.
-        init_from: the value of that key; `auto` takes its tokenizer where it brings one.
-        resume: the value of that key; `auto` takes its tokenizer where that run was given one.
+        tokenizer: `auto`, a file, or a folder with a `tokenizer.json`: a Hugging Face folder, a checkpoint or a run's
+            folder.
+        init_from: value of the key `init_from`; `auto` uses the tokenizer of these weights, if they have one.
+        resume: value of the key `resume`; `auto` uses the tokenizer of that run, if its tokenizer was not trained.
 
     Returns:
-        A file's path; None: a tokenizer is to be trained. What is no text is given back, for the type's own error.
+        A file's path, or None if a tokenizer must be trained. A value that is not a string is returned unchanged; the
+        decoder reports it.
 
     Raises:
         ConfigError: there is no tokenizer at the path.
-        CheckpointError: what `init_from` or `resume` names cannot be read.
+        CheckpointError: the weights or the run cannot be read.
     """
     if not isinstance(tokenizer, str):
         return tokenizer
@@ -149,7 +152,7 @@ def _tokenizer_of_weights(init_from: object) -> Path | None:
     folder = source_folder(init_from, "init_from")
     path = find_tokenizer_file(folder)
     if path is None and (found := other_tokenizer(folder)):
-        raise ConfigError(f"data.tokenizer: auto takes the tokenizer of init_from={init_from}, which {found}")
+        raise ConfigError(f"data.tokenizer: auto uses the tokenizer of init_from={init_from}, which {found}")
     return path
 
 
@@ -171,7 +174,7 @@ def _tokenizer_in(folder: Path) -> Path:
 
 
 def _resumed(values: Mapping[str, Any]) -> object:
-    """Returns what `resume` names: for `auto` the checkpoint that is there already, or None."""
+    """Returns the value of `resume`. For `auto`, returns the newest checkpoint in `out_dir`, or None."""
     out_dir = values.get("out_dir")
     if values.get("resume") != AUTO or not isinstance(out_dir, str) or not out_dir:
         return values.get("resume") if values.get("resume") != AUTO else None
@@ -180,11 +183,11 @@ def _resumed(values: Mapping[str, Any]) -> object:
 
 
 def _with_moments(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Replaces `optim.moments=auto` by what the recipe of the precision uses."""
+    """Replaces `optim.moments=auto` with the type that fits the precision."""
     optim, precision = values.get("optim"), values.get("precision")
     if not isinstance(optim, Mapping) or "moments" not in optim:
         return dict(values)
-    # Here, because `auto` is still one of the choices that an error names.
+    # Decoded here, because an error must still list `auto` as a choice.
     if decode(_MOMENTS, optim["moments"], "optim.moments") != "auto":  # type: ignore[arg-type]
         return dict(values)
     is_fp8 = isinstance(precision, Mapping) and precision.get("kind") == "fp8"
@@ -206,20 +209,20 @@ def _check_data(config: TrainConfig) -> None:
 
 
 def _check_resume(config: TrainConfig) -> bool:
-    """Returns whether the run resumes from a checkpoint in its folder, so that it starts from nothing else."""
+    """Checks `resume`. Returns whether the run resumes from a checkpoint in its own folder."""
     if config.resume == AUTO:
         if not config.out_dir:
             raise ConfigError(
-                "resume: auto looks for checkpoints in out_dir, which is empty; nearest valid: out_dir=outputs/"
+                "resume: auto searches out_dir for checkpoints, but out_dir is empty; nearest valid: out_dir=outputs/"
                 f"{config.name}, or resume=null"
             )
         folder = newest_whole(Path(config.out_dir).expanduser(), check=verify_sizes)
         if folder is not None:
-            # A run that was done but for its end has no step left, and need not be refused.
+            # A run that was interrupted after its last step has no steps left, which is valid.
             check_compatible(folder, config, may_be_done=True)
         return folder is not None
     if config.resume is not None:
-        # Files and their sizes alone: what they hold, all ranks read together.
+        # Only file sizes are checked here. All ranks together verify the contents later.
         check_compatible(locate(config.resume, check=verify_sizes).folder, config)
     return False
 
@@ -229,10 +232,10 @@ def _check_start(config: TrainConfig) -> None:
         return
     if config.resume not in (None, AUTO):
         raise ConfigError(
-            f"init_from: must be null beside resume={config.resume}, which brings its own weights, "
+            f"init_from: must be null with resume={config.resume}, which has its own weights, "
             f"is {config.init_from!r}; nearest valid: init_from=null"
         )
     if not is_hf_folder(config.init_from):
-        # The list of a checkpoint's tensors needs torch, which takes settings from the environment when imported.
+        # Listing a checkpoint's tensors imports torch, which reads settings from the environment at import.
         apply_rank_environment(config.cluster)
     check_initial(config)

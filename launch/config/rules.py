@@ -1,4 +1,4 @@
-"""Rules between the keys of a run's configuration, apart from those of its model and optimizer. No file is read."""
+"""Rules between the keys of a run's configuration, except model and optimizer rules. Reads no files."""
 
 import re
 
@@ -17,22 +17,24 @@ _RAMP = "batch.ramp"
 
 
 def check_name(config: TrainConfig) -> None:
-    """Refuses a name that cannot be a folder's.
+    """Rejects a name that is not valid as a folder name.
 
     Raises:
-        ConfigError: with the rule and the name.
+        ConfigError: states the rule and the name.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", config.name):
-        raise ConfigError(f"name: must be letters, digits, '.', '_' and '-', as it names a folder, is {config.name!r}")
+        raise ConfigError(
+            f"name: must contain only letters, digits, '.', '_' and '-', because it names a folder, is {config.name!r}"
+        )
 
 
 def check_rules(config: TrainConfig) -> None:
-    """Refuses a configuration that no run can follow, from its values alone.
+    """Rejects an invalid configuration, using only its values.
 
     Raises:
         ConfigError: names the key, the rule, the value and the nearest valid one.
-        CutError: fewer layers than pipeline stages.
-        ScheduleError: ranks or micro-batches that the schedule cannot take.
+        CutError: there are fewer layers than pipeline stages.
+        ScheduleError: the schedule does not support the number of ranks or micro-batches.
     """
     _check_batch(config)
     _check_schedule(config)
@@ -67,14 +69,14 @@ def _check_batch(config: TrainConfig) -> None:
     if validation.sequences % batch.global_sequences:
         raise ConfigError(
             f"validation.sequences: must be 0 or a multiple of "
-            f"batch.global_sequences={batch.global_sequences}, as a pass runs that many, "
+            f"batch.global_sequences={batch.global_sequences}, because validation runs whole batches, "
             f"is {validation.sequences}; "
             f"nearest valid: {multiples(validation.sequences, batch.global_sequences)}"
         )
 
 
 def _check_schedule(config: TrainConfig) -> None:
-    """Refuses a schedule that the run cannot follow; where any will do, a run that can follow none."""
+    """Rejects a schedule that does not fit the run. With `auto`, rejects a run that no schedule fits."""
     kinds = tuple(candidates()) if config.schedule.kind == "auto" else (config.schedule.kind,)
     problems: list[ValueError] = []
     for kind in kinds:
@@ -98,15 +100,15 @@ def _check_kind(config: TrainConfig, kind: str) -> None:
             micro_batches_key=key,
         )
     except ScheduleError as error:
-        unit = f"; a micro-batch of all is parallelism.data x batch.micro_sequences = {share} sequences"
+        unit = f"; one micro-batch over all data ranks is parallelism.data x batch.micro_sequences = {share} sequences"
         raise ScheduleError(f"{error}{unit if str(error).startswith(key) else ''}") from error
     spec = SCHEDULES.get(kind)
     stages = spec.num_stages(pipeline)
     cut_layers(config.model.num_layers, stages, depth, stages_per_rank=spec.stages_per_rank(pipeline))
     if depth and not spec.joins_ends(pipeline):
         raise ConfigError(
-            f"model.mtp_depth: must be 0 under schedule={kind} with parallelism.pipeline={pipeline}, "
-            f"as embedding and head sit on different ranks, is {depth}; "
+            f"model.mtp_depth: must be 0 with schedule={kind} and parallelism.pipeline={pipeline}, "
+            f"because embedding and head are on different ranks, is {depth}; "
             f"nearest valid: model.mtp_depth=0, or schedule=dualpipe_split"
         )
     if config.memory_cap is not None:
@@ -117,14 +119,14 @@ def _check_kind(config: TrainConfig, kind: str) -> None:
 
 
 def _check_ramp(config: TrainConfig) -> None:
-    """Refuses a ramp with a size that ranks, micro-batches or the schedule cannot take."""
+    """Rejects a batch ramp with a size that does not fit the ranks, the micro-batches or the schedule."""
     ramp, last = config.batch.ramp, config.batch.global_sequences
     if ramp is None:
         return
     if not 2 <= ramp.num_sizes <= last:
         raise ConfigError(
-            f"{_RAMP}.num_sizes: must be at least 2, the last of which is batch.global_sequences={last}, and at "
-            f"most that, is {ramp.num_sizes}; nearest valid: {2 if ramp.num_sizes < 2 else last}, or {_RAMP}=null"
+            f"{_RAMP}.num_sizes: must be at least 2 and at most batch.global_sequences={last}, which is the last size, "
+            f"is {ramp.num_sizes}; nearest valid: {2 if ramp.num_sizes < 2 else last}, or {_RAMP}=null"
         )
     if ramp.start_sequences >= last:
         raise ConfigError(
@@ -133,7 +135,7 @@ def _check_ramp(config: TrainConfig) -> None:
         )
     if config.schedule.kind == "auto":
         raise ConfigError(
-            "schedule.kind: must name a schedule beside batch.ramp, as auto measures for one size, is auto; "
+            "schedule.kind: must name a schedule with batch.ramp, because auto measures one batch size, is auto; "
             "nearest valid: schedule=dualpipe_split"
         )
     _check_ramp_sizes(config, ramp)
@@ -175,7 +177,7 @@ def _check_ranks(config: TrainConfig) -> None:
         )
     if config.precision.kind == "fp8" and set(config.recompute) != set(RECOMPUTED):
         raise ConfigError(
-            f"recompute: precision=fp8 keeps the inputs of linear maps and computes all else anew, "
+            f"recompute: must name all parts with precision=fp8, which stores only the inputs of linear layers, "
             f"is [{','.join(config.recompute)}]; nearest valid: [{','.join(RECOMPUTED)}]"
         )
     if cluster.backend == "nccl" and cluster.device != "cuda":
@@ -186,7 +188,7 @@ def _check_ranks(config: TrainConfig) -> None:
 
 
 def _check_profile(config: TrainConfig) -> None:
-    """Refuses steps and ranks that the run does not have."""
+    """Rejects steps and ranks of the profile that the run does not have."""
     steps, world = config.task.steps, config.parallelism.world_size
     for key, least, most, chosen in (
         ("profile.steps", 1, steps, config.profile.steps),

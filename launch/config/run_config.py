@@ -1,4 +1,4 @@
-"""A run's configuration in four steps: composed, resolved, decoded and checked. No torch here."""
+"""Reads a run's configuration in four steps: compose, resolve, decode, check. Imports no torch."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -18,25 +18,25 @@ def compose_run(overrides: Sequence[str], command: str = "train") -> TrainConfig
     """Composes, resolves and decodes a run's configuration; `check` is the last step.
 
     Args:
-        overrides: that `compose` takes.
-        command: name of a root YAML with the keys of `conf/train.yaml` alone.
+        overrides: as for `compose`.
+        command: name of a root YAML file with exactly the keys of `conf/train.yaml`.
 
     Raises:
-        ConfigError: an override that does not parse, an unknown or missing key, a value of another type or range.
-        CheckpointError, HfError: the model or the tokenizer is that of weights that cannot be read.
+        ConfigError: an override does not parse, a key is unknown or missing, or a value has a wrong type or range.
+        CheckpointError, HfError: the weights that define the model or the tokenizer cannot be read.
     """
     return read_config(resolve(compose(command, overrides)))
 
 
 def read_config(values: Mapping[str, Any]) -> TrainConfig:
-    """Decodes a run's configuration from resolved values, as a run's `config.yaml` holds them. Reads no file.
+    """Decodes a run's configuration from resolved values, as stored in a run's `config.yaml`. Reads no files.
 
     Raises:
-        ConfigError: an unknown or missing key, a value of another type or range.
+        ConfigError: a key is unknown or missing, or a value has a wrong type or range.
     """
     data = values.get("data")
     if isinstance(data, Mapping):
-        # On the command line the source's keys stand next to data's other keys: `data=files data.paths=[a,b]`.
+        # On the command line, the keys of the source are mixed with the other keys of `data`: `data.paths=[a,b]`.
         own = {field.name for _, entry in DATA_SOURCES.items() for field in fields(entry.config)}
         hint = get_type_hints(DataConfig, include_extras=True)["source"]
         source = decode(hint, {key: data[key] for key in data if key in own}, "data")
@@ -46,7 +46,7 @@ def read_config(values: Mapping[str, Any]) -> TrainConfig:
 
 
 def write_config(config: TrainConfig) -> dict[str, Any]:
-    """Returns the plain values that `read_config` reads."""
+    """Returns a configuration as the plain values that `read_config` decodes."""
     values: dict[str, Any] = encode(config)
     data = values["data"]
     values["data"] = {**data.pop("source"), **data}
@@ -54,12 +54,12 @@ def write_config(config: TrainConfig) -> dict[str, Any]:
 
 
 def check(config: TrainConfig) -> None:
-    """Refuses a configuration that no run can follow, before any process starts.
+    """Rejects an invalid configuration before any process starts.
 
     Raises:
-        ConfigError: a rule between keys, or a run that does not fit its devices.
-        CutError, ScheduleError: as `check_rules`.
-        DataError, CheckpointError, HfError: as `check_files`.
+        ConfigError: a rule between keys is violated, or the run does not fit its devices.
+        CutError, ScheduleError: as in `check_rules`.
+        DataError, CheckpointError, HfError: as in `check_files`.
     """
     check_name(config)
     check_rules(config)

@@ -1,4 +1,4 @@
-"""Continuations on their way out: to a terminal as they are made, or one after the other, as text or as JSON lines."""
+"""Writes continuations: streamed to a terminal, or complete and in order, as text or as JSON lines."""
 
 import json
 import sys
@@ -15,10 +15,10 @@ from train.config.errors import ConfigError
 
 
 class Transcript:
-    """One prompt, and what has been made of it."""
+    """A prompt and its continuation so far."""
 
     def __init__(self, prompt: Prompt, tokenizer: Tokenizer | None, stop_strings: Sequence[str]) -> None:
-        """Without a tokenizer there are ids alone."""
+        """Starts with an empty continuation. Without a tokenizer it has only token ids, no text."""
         self.prompt = prompt
         self.tokens: list[int] = []
         self.text = ""
@@ -31,11 +31,11 @@ class Transcript:
 
     @property
     def shown(self) -> str:
-        """The continuation in the prompt's own kind: text, or ids."""
+        """The continuation in the form of the prompt: text or token ids."""
         return self.text if isinstance(self.prompt.given, str) else " ".join(map(str, self.tokens))
 
     def push(self, token: int) -> bool:
-        """Takes a token; whether a stop text has appeared."""
+        """Appends a token and returns whether a stop string has appeared."""
         self.tokens.append(token)
         if self._stream is None:
             return False
@@ -43,41 +43,41 @@ class Transcript:
         return self._stream.is_stopped
 
     def end(self, finish: Finish) -> None:
-        """No token follows."""
+        """Ends the continuation; no token follows."""
         self.finish = finish
         if self._stream is not None:
             self.text += self._stream.close()
 
     def json_line(self) -> str:
-        """The prompt as it was given, the text (null without a tokenizer), the tokens, and why they ended."""
+        """Returns a JSON line with prompt, text (null without a tokenizer), tokens and finish reason."""
         text = self.text if self._stream is not None else None
         record = {"prompt": self.prompt.given, "text": text, "tokens": self.tokens, "finish": self.finish}
         return json.dumps(record, ensure_ascii=False) + "\n"
 
 
 Form = Callable[[Transcript, int, int], str]
-"""A whole continuation, its number from 1, and how many there are, to what is written of it."""
+"""Formats a complete continuation, given its number (from 1) and the total number."""
 
 
 def as_block(transcript: Transcript, number: int, total: int) -> str:
-    """A line that names the prompt, and what was made of it."""
+    """Formats a continuation as a line with the prompt, followed by the text."""
     return f"== {number} of {total}: {transcript.prompt.given!r}\n{transcript.shown}\n"
 
 
 def as_json_line(transcript: Transcript, number: int, total: int) -> str:
-    """An object with prompt, text, tokens, finish."""
+    """Formats a continuation as a JSON object with prompt, text, tokens and finish."""
     return transcript.json_line()
 
 
 class LiveWriter:
-    """Writes a single continuation while it grows."""
+    """Streams a single continuation to a file."""
 
     def __init__(self, transcript: Transcript, file: TextIO) -> None:
-        """Nothing is written yet."""
+        """Prepares to write; writes nothing yet."""
         self._transcript, self._file, self._written = transcript, file, 0
 
     def update(self) -> None:
-        """Writes what is new, and the end of the last line once nothing follows."""
+        """Writes new text, and a line break when the continuation has ended."""
         shown = self._transcript.shown
         self._file.write(shown[self._written :] + ("\n" if self._transcript.finish else ""))
         self._file.flush()
@@ -85,14 +85,14 @@ class LiveWriter:
 
 
 class OrderedWriter:
-    """Writes whole continuations in the order of their prompts, each as soon as those before it are through."""
+    """Writes complete continuations in the order of their prompts, each as soon as all earlier ones are written."""
 
     def __init__(self, transcripts: Sequence[Transcript], file: TextIO, form: Form) -> None:
-        """Nothing is written yet."""
+        """Prepares to write; writes nothing yet."""
         self._transcripts, self._file, self._form, self._written = transcripts, file, form, 0
 
     def update(self) -> None:
-        """Writes those that can be."""
+        """Writes all complete continuations whose predecessors are written."""
         total = len(self._transcripts)
         while self._written < total and self._transcripts[self._written].finish is not None:
             self._file.write(self._form(self._transcripts[self._written], self._written + 1, total))
@@ -102,16 +102,16 @@ class OrderedWriter:
 
 @contextmanager
 def new_file(key: str, name: str) -> Iterator[TextIO]:
-    """A text file that gets its name when all is written; until then, and where that fails, NAME.partial has the lines.
+    """Opens a text file that is written as NAME.partial and renamed when it is complete.
 
-    A line on stderr says so where it fails. Nothing is left of a file without lines.
+    If an error interrupts the writing, NAME.partial stays, and a line on stderr says so. An empty file is removed.
 
     Args:
-        key: of the configuration that names it.
-        name: of the file; its folders are made.
+        key: configuration key that names the file, for error messages.
+        name: path of the file; missing folders are created.
 
     Raises:
-        ConfigError: it cannot be written.
+        ConfigError: the file cannot be written.
     """
     path = Path(name).expanduser()
     partial = path.with_name(f"{path.name}.partial")
@@ -128,7 +128,7 @@ def new_file(key: str, name: str) -> Iterator[TextIO]:
         partial.replace(path)
     except BaseException:
         if partial.stat().st_size:
-            print(f"{key}: not complete; what there was is in {partial}", file=sys.stderr, flush=True)
+            print(f"{key}: not complete; the output so far is in {partial}", file=sys.stderr, flush=True)
         else:
             partial.unlink()
         raise

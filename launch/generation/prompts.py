@@ -1,4 +1,4 @@
-"""What is to be continued, and the tokenizer that reads it. No torch here."""
+"""Reads prompts, stop conditions and the tokenizer for text generation. Imports no torch."""
 
 import json
 import sys
@@ -11,40 +11,44 @@ from train.config.errors import ConfigError, nearest
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """What ends a continuation: token ids, and texts."""
+    """Token ids and strings that end a continuation."""
 
     ids: tuple[int, ...]
-    texts: tuple[str, ...]
+    strings: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A prompt as it was given, text or ids, and as the model reads it."""
+    """A prompt as the user gave it (text or token ids), and as token ids for the model."""
 
     given: str | list[int]
     tokens: list[int]
 
 
 def read_stop(value: object) -> Stop:
-    """A list that mixes ids and texts.
+    """Reads the key `stop`, a list of token ids and strings.
 
     Raises:
-        ConfigError: another value.
+        ConfigError: the value is not such a list.
     """
     if not isinstance(value, list):
-        raise ConfigError(f"stop: must be a list of texts and token ids, is {value!r}; write stop=[{value}]")
+        raise ConfigError(f"stop: must be a list of strings and token ids, is {value!r}; write stop=[{value}]")
     for index, item in enumerate(value):
         if not (type(item) is int or (isinstance(item, str) and item)):
-            raise ConfigError(f"stop[{index}]: must be a token id or a text that is not empty, is {item!r}")
+            raise ConfigError(f"stop[{index}]: must be a token id or a non-empty string, is {item!r}")
     ids = tuple(item for item in value if isinstance(item, int))
     return Stop(ids, tuple(item for item in value if isinstance(item, str)))
 
 
 def read_prompts(prompt: str | None, prompts: str | None) -> list[str]:
-    """The prompts as texts: the one given, standard input for `-`, or a file's.
+    """Reads prompts as text.
+
+    Args:
+        prompt: a single prompt; `-` reads standard input.
+        prompts: a .txt or .jsonl file of prompts; takes precedence.
 
     Raises:
-        ConfigError: a file that is missing, of another kind, or without prompts; text that is no UTF-8.
+        ConfigError: the file is missing, has another suffix or holds no prompts, or text is not UTF-8.
     """
     if prompts is None:
         return [_standard_input() if prompt == "-" else _checked("prompt", prompt or "")]
@@ -52,7 +56,7 @@ def read_prompts(prompt: str | None, prompts: str | None) -> list[str]:
     if path.suffix not in (".txt", ".jsonl"):
         raise ConfigError(f"prompts: must be a .txt or .jsonl file, is {prompts!r}")
     try:
-        with path.open(encoding="utf-8-sig") as file:  # which leaves out the mark that some editors begin a file with
+        with path.open(encoding="utf-8-sig") as file:  # "-sig" skips a byte order mark
             lines = [line.rstrip("\n") for line in file]
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"prompts: {prompts!r} must be a file of UTF-8 text: {error}{_near(path)}") from error
@@ -65,10 +69,10 @@ def read_prompts(prompt: str | None, prompts: str | None) -> list[str]:
 
 
 def find_tokenizer(folder: Path) -> Tokenizer | None:
-    """The tokenizer beside weights, None where there is none.
+    """Loads the tokenizer next to weights, or returns None if there is no tokenizer file.
 
     Raises:
-        DataError: there is a file, but no tokenizer in it.
+        DataError: the file is not a valid tokenizer.
     """
     path = find_tokenizer_file(folder)
     return None if path is None else Tokenizer.load(path)
@@ -78,10 +82,10 @@ def _field(place: str, line: str) -> str:
     try:
         values = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{place}: must be a JSON object, does not read: {error}") from error
+        raise ConfigError(f"{place}: must be a JSON object, cannot be parsed: {error}") from error
     text = values.get("prompt") if isinstance(values, dict) else None
     if not isinstance(text, str):
-        raise ConfigError(f"{place}: must be an object with a text under prompt, is {line[:80]}")
+        raise ConfigError(f"{place}: must be an object with a string field prompt, is {line[:80]}")
     return _checked(place, text)
 
 
@@ -93,7 +97,7 @@ def _standard_input() -> str:
 
 
 def _checked(place: str, text: str) -> str:
-    """Text without halves of surrogate pairs, which is what bytes that are no UTF-8 come as."""
+    """Rejects lone surrogates, which Python puts in place of bytes that are not UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

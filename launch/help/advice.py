@@ -1,6 +1,6 @@
-"""Advice for common first attempts: what a user most likely means by a key or a value that does not exist here.
+"""Advice for common mistakes: suggests the override that a user most likely meant by an unknown key or value.
 
-`advice.yaml` is the table. It is read only after a command line was refused, so that a valid one never depends on it.
+The table of advice is `advice.yaml`. It is read only after a command line was rejected.
 """
 
 import re
@@ -20,18 +20,22 @@ from train.config.decode import decode
 from train.config.errors import ConfigError, UnknownKeyError, nearest_key
 
 BARE_PATH = "<path>"
-"""Stands in the table for a path that was written without a key."""
+"""Key in the table for a path that was written without a key."""
 _UNKNOWN = "unknown key"
 _OPTIONAL = {"commands": ["train", "submit"], "values": None, "why": _UNKNOWN, "write": []}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Advice:
-    """One line of the table.
+    """An entry of the table.
 
-    `keys`: names, in lower case with underscores, that lead here. `commands`: of which this is true. `values`: a
-    regular expression for the whole value; None: any value of a key that the command does not have. `why`: the rule.
-    `write`: overrides to recommend; none: leave the key out. `example`: a value that leads here.
+    Attributes:
+        keys: key names that match, in lower case with underscores.
+        commands: commands for which the entry applies.
+        values: regular expression for the whole value; None matches any value of a key that the command does not have.
+        why: explanation of the rule.
+        write: recommended overrides; if empty, the advice is to leave the key out.
+        example: a value that matches.
     """
 
     keys: tuple[str, ...]
@@ -45,16 +49,16 @@ class Advice:
         """Returns the recommended overrides.
 
         Args:
-            value: that was written; empty: the example.
+            value: the value that the user wrote; if empty, the example is used.
         """
         return [_fill(text, value or self.example) for text in self.write]
 
     def text(self, value: str, error: str = "") -> str:
-        """Returns the rule and the recommendation, as they follow a key in an error.
+        """Returns the rule and the recommendation, to be printed after the key in an error.
 
         Args:
-            value: that was written; empty: the example.
-            error: what was said without advice, after the key.
+            value: the value that the user wrote; if empty, the example is used.
+            error: the error message without advice, after the key.
         """
         written = " ".join(_shell_word(text) for text in self.overrides(value))
         why = _fill(self.why, value or self.example).replace("{error}", error)
@@ -63,19 +67,19 @@ class Advice:
 
 @cache
 def advice_table() -> tuple[Advice, ...]:
-    """Returns the table, in its order: the first line that fits is taken."""
+    """Returns the table in its order; the first matching entry applies."""
     lines = yaml.safe_load(Path(__file__).with_name("advice.yaml").read_text(encoding="utf-8"))
     return tuple(decode(Advice, {**_OPTIONAL, **line}, f"advice[{place}]") for place, line in enumerate(lines))
 
 
-def find_advice(command: str, key: str, value: str, is_unknown: bool) -> Advice | None:
-    """Returns the first line of the table that fits.
+def find_advice(command: str, key: str, value: str, *, is_unknown: bool) -> Advice | None:
+    """Returns the first matching entry of the table, or None.
 
     Args:
-        command: that was started.
-        key: dotted, as written.
-        value: as written; empty: none.
-        is_unknown: whether the command has no such key. Then its last part is looked up after the whole key.
+        command: the command's name.
+        key: the dotted key as the user wrote it.
+        value: the value as the user wrote it; empty if there is none.
+        is_unknown: whether the command has no such key. If so, the key's last part is looked up after the whole key.
     """
     name = key.lower().replace("-", "_")
     for written in dict.fromkeys((name, name.rpartition(".")[2]) if is_unknown else (name,)):
@@ -88,12 +92,12 @@ def find_advice(command: str, key: str, value: str, is_unknown: bool) -> Advice 
 
 
 def advise(command: str, arguments: Sequence[str], error: ValueError) -> str:
-    """Returns what to print about a command line that was refused: advice if there is any, else the error's text.
+    """Returns the message for a rejected command line: advice if the table has a matching entry, or the error's text.
 
     Args:
-        command: that was started.
-        arguments: of the command line.
-        error: why they were refused.
+        command: the command's name.
+        arguments: the command-line arguments.
+        error: the error that rejected them.
     """
     text = str(error)
     if isinstance(error, SyntaxOverrideError):
@@ -102,16 +106,16 @@ def advise(command: str, arguments: Sequence[str], error: ValueError) -> str:
     for argument in reversed(arguments):
         written, _, value = argument.lstrip("+").partition("=")
         if written == key:
-            line = find_advice(command, key, value, isinstance(error, UnknownKeyError))
+            line = find_advice(command, key, value, is_unknown=isinstance(error, UnknownKeyError))
             return text if line is None else f"{key}: {line.text(value, text.removeprefix(f'{key}: '))}"
     return text
 
 
 def refuse_flags(command: str, arguments: Sequence[str]) -> None:
-    """Refuses `--key value`, `--key=value` and single letters.
+    """Rejects flags: `--key value`, `--key=value` and single letters.
 
     Raises:
-        ConfigError: with the override that is meant.
+        ConfigError: suggests the equivalent override.
     """
     for index, argument in enumerate(arguments):
         if not argument.startswith("-"):
@@ -122,14 +126,14 @@ def refuse_flags(command: str, arguments: Sequence[str]) -> None:
             raise ConfigError(f"{argument}: no key; nearest valid: {arguments[index - 1]}={argument}")
         if not has_value and arguments[index + 1 :] and not re.search("^-|=", arguments[index + 1]):
             value = arguments[index + 1]
-        raise ConfigError(f"{argument}: no flags, options are key=value; {_meant(command, key, value)}")
+        raise ConfigError(f"{argument}: there are no flags, options are key=value; {_meant(command, key, value)}")
 
 
 def repeated_notes(arguments: Sequence[str]) -> list[str]:
-    """Returns a line for every key that is given several values, of which the last one counts.
+    """Returns a note for every key with several different values, of which the last one is used.
 
     Args:
-        arguments: of the command line.
+        arguments: the command-line arguments.
     """
     given: dict[str, list[str]] = {}
     for argument in arguments:
@@ -144,7 +148,7 @@ def repeated_notes(arguments: Sequence[str]) -> list[str]:
 
 
 def _meant(command: str, key: str, value: str) -> str:
-    """Returns the end of an error about something that is not key=value, but names a key."""
+    """Returns the end of an error about an argument that names a key but is not written as key=value."""
     known = _known_keys(command)
     if key in known:
         return f"nearest valid: {_shell_word(f'{key}={value or _default(known[key])}')}"
@@ -198,14 +202,14 @@ def _known_keys(command: str) -> Mapping[str, Any]:
 
 
 def _default(value: Any) -> str:
-    """Returns a default as it is written on the command line; three dots if there is none."""
+    """Returns a default value in command-line syntax, or three dots if there is none."""
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "null"}[value]
     return "..." if value in ("", "???") else str(value).replace(" ", "")
 
 
 def _fill(text: str, value: str) -> str:
-    """Fills the places of a line of the table. A list is not put into a list."""
+    """Fills the placeholders in an entry's text. A list in `[{value}]` is not nested."""
     inner = value[1:-1] if value.startswith("[") and value.endswith("]") else value
     places = {
         "[{value}]": f"[{inner}]",
@@ -219,7 +223,7 @@ def _fill(text: str, value: str) -> str:
 
 
 def _shell_word(text: str) -> str:
-    """Returns a word as it is typed in a shell, in the quotes that read best."""
+    """Returns a word quoted for a shell, with the most readable quotes."""
     return f'"{text}"' if "'" in text and not re.search(r'["$`\\!]', text) else shlex.quote(text)
 
 

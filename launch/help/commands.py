@@ -1,4 +1,4 @@
-"""All commands: every root YAML in `conf/` that has a module of its name in `launch/`."""
+"""Finds the commands: a command is a root YAML file in `conf/` with a module of the same name in `launch/`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ _EXAMPLE = "# Example: "
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Command:
-    """A command's name, what it does in one line, and command lines that work."""
+    """A command's name, one-line description and example command lines."""
 
     name: str
     about: str
@@ -27,16 +27,12 @@ def find_commands() -> tuple[Command, ...]:
 
 
 def find_command(name: str) -> Command:
-    """Returns one command.
-
-    Args:
-        name: of a command that exists.
-    """
+    """Returns the command with a name, which must exist."""
     return _read(config_dir() / f"{name}.yaml")
 
 
 def listing() -> str:
-    """Returns what `python -m launch` prints: every command with what it does."""
+    """Returns the output of `python -m launch`: every command with its description."""
     commands = find_commands()
     wide = max(len(command.name) for command in commands)
     lines = [f"  python -m launch.{command.name:<{wide}}  {command.about}" for command in commands]
@@ -55,16 +51,16 @@ def listing() -> str:
 
 
 def unknown_command(name: str) -> str:
-    """Returns the error about a name that is no command, with the nearest."""
+    """Returns the error about an unknown command, with the nearest command."""
     names = [command.name for command in find_commands()]
     plain = name.lower().removeprefix("launch.").removesuffix(".py").lstrip("-")
     close = [plain] if plain in names else get_close_matches(plain, names, n=1, cutoff=0.5)
     near = f"nearest valid: python -m launch.{close[0]}" if close else f"valid: {', '.join(names)}"
-    return f"{name}: must be a command, is none; {near}"
+    return f"{name}: must be a command, is unknown; {near}"
 
 
 def split_command(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
-    """Returns the command that the first argument names, if it does, and the arguments after it."""
+    """Returns the command that the first argument names (None if it names none), and the other arguments."""
     names = [command.name for command in find_commands()]
     first = arguments[0] if arguments else ""
     return (first if first in names else None), list(arguments[1:])

@@ -1,4 +1,4 @@
-"""What `--help` says about each key: its value, and the comment beside it in the YAML that sets it."""
+"""Collects each key with its value and the comment in its YAML file, for `--help`."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from launch.config.groups import config_dir, included_roots, option_file
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Option:
-    """A key with its value as it is written on the command line, and what the YAML says about it."""
+    """A key with its value in command-line syntax and its comment in the YAML file."""
 
     key: str
     value: str
@@ -22,7 +22,7 @@ class Option:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Section:
-    """Keys that belong together: those of the command itself, or of one group."""
+    """The keys of a command itself, or of one group."""
 
     title: str
     comment: str
@@ -42,12 +42,12 @@ class _Source:
 
 
 def sections(command: str, overrides: Sequence[str], chosen: Mapping[str, str]) -> list[Section]:
-    """Returns all keys of a command, each once, with the values that the overrides and the chosen options give them.
+    """Returns all keys of a command with their values under the overrides and the chosen options, in sections.
 
     Args:
-        command: name of a root YAML.
-        overrides: that `compose` takes.
-        chosen: the option of each group under them.
+        command: name of a root YAML file.
+        overrides: as for `compose`.
+        chosen: the chosen option of each group.
     """
     values = compose_defaults(command, overrides)
     roots = [_Source(config_dir() / f"{root}.yaml", "") for root in (*included_roots(command), command)]
@@ -66,7 +66,7 @@ def sections(command: str, overrides: Sequence[str], chosen: Mapping[str, str]) 
 
 
 def _places(values: Mapping[str, Any], chosen: Mapping[str, str]) -> Iterator[str]:
-    """Yields the keys that hold others, in order, each followed by the groups within it: `optim`, `optim/schedule`."""
+    """Yields the keys that contain other keys, each followed by its nested groups: `optim`, `optim/schedule`."""
     for key, value in values.items():
         if isinstance(value, Mapping):
             yield key
@@ -80,32 +80,32 @@ def _place_of(key: str, chosen: Mapping[str, str]) -> str:
 
 
 def _leaves(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yields the keys that hold no others."""
+    """Yields the keys that contain no other keys."""
     for key, value in dotted_keys(values):
         if not isinstance(value, Mapping) or not value:
             yield key, value
 
 
 def _comments(source: _Source) -> Iterator[tuple[str, str]]:
-    """Yields the dotted keys of a file with the comment that follows each, or stands above it.
+    """Yields the dotted keys of a file with their comments, at the end of the key's line or on the lines above it.
 
-    A comment on a separate line continues the one above if it is indented further than any key.
+    A comment on a separate line continues the comment of the line above if it is indented further than any key.
     """
     root, lines = yaml.compose("\n".join(source.lines), Loader=yaml.SafeLoader), source.lines
     keys = list(_key_ends(root, source.prefix))
     starts = {line for _, line, _ in keys}
     for key, line, column in keys:
-        beside = _after_hash(lines[line][column:])
+        inline = _after_hash(lines[line][column:])
         for place in range(line + 1, len(lines)):
-            if place in starts or not beside or not lines[place].startswith("      ") or not _is_comment(lines[place]):
+            if place in starts or not inline or not lines[place].startswith("      ") or not _is_comment(lines[place]):
                 break
-            beside += f" {_after_hash(lines[place])}"
+            inline += f" {_after_hash(lines[place])}"
         above = [_after_hash(text) for text in _comment_block(lines, line)] if source.prefix else []
-        yield key, " ".join([*above, beside]).strip()
+        yield key, " ".join([*above, inline]).strip()
 
 
 def _key_ends(node: yaml.Node | None, prefix: str) -> Iterator[tuple[str, int, int]]:
-    """Yields each dotted key with the line it is on, and the column after which only a comment can follow."""
+    """Yields each dotted key with its line and the column after which only a comment can follow."""
     if not isinstance(node, yaml.MappingNode):
         return
     for key, value in node.value:
@@ -119,7 +119,7 @@ def _key_ends(node: yaml.Node | None, prefix: str) -> Iterator[tuple[str, int, i
 
 
 def _comment_block(lines: Sequence[str], line: int) -> list[str]:
-    """Returns the lines of comments directly above a key, but not the file's heading and no continued comment."""
+    """Returns the comment lines directly above a key, except the file's heading and continued comments."""
     block: list[str] = []
     for place in range(line - 1, -1, -1):
         if not _is_comment(lines[place]) or lines[place].startswith("      "):
@@ -148,7 +148,7 @@ def _after_hash(text: str) -> str:
 
 
 def _flow(value: Any) -> str:
-    """Returns a value as it is written on the command line."""
+    """Returns a value in command-line syntax."""
     match value:
         case None:
             return "null"

@@ -1,4 +1,4 @@
-"""What `--help` prints: usage, groups with their options, every key with its value, and examples."""
+"""Formats the output of `--help`: usage, groups with options, keys with values, and examples."""
 
 import shutil
 import sys
@@ -16,12 +16,12 @@ _COMMENT_COLUMN = 42
 
 
 def help_text(command: str, overrides: Sequence[str] = (), columns: int = MOST_COLUMNS) -> str:
-    """Returns the help of a command under the overrides: the keys are those of the chosen options.
+    """Returns the help of a command, with the keys of the options that the overrides choose.
 
     Args:
-        command: its name.
-        overrides: that `launch.config.compose.compose` takes; values that must be given may be missing.
-        columns: of a line, at most.
+        command: the command's name.
+        overrides: as for `launch.config.compose.compose`; required values may be missing.
+        columns: maximum width of a line in characters.
     """
     about = find_command(command)
     chosen = chosen_options(command, overrides)
@@ -47,14 +47,14 @@ def help_text(command: str, overrides: Sequence[str] = (), columns: int = MOST_C
 
 
 def terminal_columns() -> int:
-    """Returns how wide help may be: as the terminal is, or 100 if standard output is none."""
+    """Returns the width of the help in characters: that of the terminal, or 100 if stdout is not a terminal."""
     if not sys.stdout.isatty():
         return MOST_COLUMNS
     return min(MOST_COLUMNS, max(_FEWEST_COLUMNS, shutil.get_terminal_size((MOST_COLUMNS, 24)).columns))
 
 
 def _group_lines(chosen: dict[str, str], columns: int) -> list[str]:
-    """Returns each group with its options; a star marks the chosen one."""
+    """Returns lines with each group and its options; a star marks the chosen option."""
     lines = ["Groups (* is chosen):"]
     for group, option in chosen.items():
         names = [f"{name}*" if name == option else name for name in options(group)]
@@ -63,7 +63,7 @@ def _group_lines(chosen: dict[str, str], columns: int) -> list[str]:
 
 
 def _section_lines(section: Section, columns: int) -> list[str]:
-    """Returns a section's title and keys; nothing for one without keys."""
+    """Returns the lines of a section's title and keys, or nothing if it has no keys."""
     if not section.options:
         return []
     title = f"{section.title}:" if section.title else ""
@@ -74,7 +74,7 @@ def _section_lines(section: Section, columns: int) -> list[str]:
 
 
 def _two_columns(left: str, comment: str, columns: int) -> list[str]:
-    """Returns a key with its comment to the right, continued there; below it if there is no place to the right."""
+    """Returns a key with its wrapped comment in a right column, or below the key if the column is too narrow."""
     left = f"  {left}"
     if not comment:
         return _wrapped("", left, columns)
@@ -87,7 +87,7 @@ def _two_columns(left: str, comment: str, columns: int) -> list[str]:
 
 
 def _wrapped(text: str, first: str, columns: int, indent: int | None = None) -> list[str]:
-    """Returns lines of a text after `first`, the others indented as far unless `indent` says otherwise."""
+    """Returns the lines of a text after the prefix `first`; later lines are indented by `indent` or by its width."""
     after = " " * (min(len(first), columns // 2) if indent is None else indent)
     if not text:
         return [
@@ -98,7 +98,7 @@ def _wrapped(text: str, first: str, columns: int, indent: int | None = None) -> 
 
 
 def _example_lines(text: str, columns: int) -> list[str]:
-    """Returns a command line in the form that a shell takes, continued by backslashes."""
+    """Returns a command line wrapped for a shell, with backslashes at line ends."""
     lines = textwrap.wrap(
         text,
         columns - 2,

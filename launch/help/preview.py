@@ -1,4 +1,4 @@
-"""What `config_only=true` prints: a command's configuration, composed and checked, as YAML that can be used again."""
+"""Formats the output of `config_only=true`: the composed and checked configuration as reusable YAML."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,7 +13,7 @@ def split_config_only(arguments: Sequence[str]) -> tuple[list[str], bool]:
     """Returns the arguments without `config_only`, and its value.
 
     Raises:
-        ConfigError: a value that is neither true nor false.
+        ConfigError: the value is neither true nor false.
     """
     rest, is_only = [], False
     for argument in arguments:
@@ -28,11 +28,11 @@ def split_config_only(arguments: Sequence[str]) -> tuple[list[str], bool]:
 
 
 def plain_text(command: str, values: Mapping[str, Any]) -> str:
-    """Returns the keys of a command without groups.
+    """Returns the YAML of a command that has no groups.
 
     Args:
-        command: its name.
-        values: decoded, checked and encoded again.
+        command: the command's name.
+        values: its checked configuration as plain values.
     """
     return f"# python -m launch.{command}\n{_dump(values)}"
 
@@ -40,13 +40,13 @@ def plain_text(command: str, values: Mapping[str, Any]) -> str:
 def experiment_text(
     command: str, overrides: Sequence[str], values: Mapping[str, Any], comments: Sequence[str] = ()
 ) -> str:
-    """Returns a configuration as a file for `conf/experiment/`: its groups' options, and every value.
+    """Returns a configuration as a file for `conf/experiment/`, with the options of its groups and all values.
 
     Args:
-        command: its name.
-        overrides: that it was composed with.
-        values: decoded, checked and encoded again.
-        comments: lines to add at the top.
+        command: the command's name.
+        overrides: the overrides that the configuration was composed with.
+        values: the checked configuration as plain values.
+        comments: lines to add at the top as comments.
     """
     options = {group: option for group, option in chosen_options(command, overrides).items() if group != "experiment"}
     lines = [

@@ -1,4 +1,4 @@
-"""Environment variables that a rank's libraries read at import, as values; applied once, before torch is imported."""
+"""Environment variables for a rank's libraries, which must be set before torch is imported."""
 
 import ctypes
 import os
@@ -11,43 +11,43 @@ _M_ARENA_MAX = -8  # glibc, malloc.h
 
 
 def rank_environment(cluster: ClusterConfig, inherited: Mapping[str, str]) -> dict[str, str]:
-    """Variables to set for a process that will import torch.
+    """Returns the environment variables for a process that will import torch.
 
-    Threads follow the configuration; everything else yields to what the user has set.
+    The number of threads follows the configuration. Other variables keep the value that the user has set.
 
     Args:
-        cluster: the machines.
+        cluster: configuration of the machines.
         inherited: variables that are already set.
     """
     wanted = {
-        # Spinning threads of ranks that share cores cost several times the work itself.
+        # Spinning threads cost several times the work itself if ranks share cores.
         "OMP_WAIT_POLICY": "PASSIVE",
-        # Unset, DeepSpeed looks for devices at import, and warns when it finds none.
+        # If this is unset, DeepSpeed searches for devices at import and warns if it finds none.
         "DS_ACCELERATOR": cluster.device,
-        # Asking the CUDA runtime for devices would spoil CUDA in processes forked later.
+        # Querying devices through the CUDA runtime would break CUDA in processes that are forked later.
         "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
-        # Shared with the launcher, the store hands dead ranks' addresses to restarted ones (pytorch#135712).
+        # A store shared with the launcher returns addresses of dead ranks to restarted ranks (pytorch#135712).
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-        # A heap for each thread leaves much of it unused: a rank's threads hand their tensors to each other.
+        # One heap: with a heap per thread, memory stays unused, because threads free tensors that others allocated.
         HEAPS: "1",
     }
     if cluster.backend == "gloo":
-        # torch's own record of the last 2,000 operations, small blocks between tensors in one heap, breaks it up: a
-        # rank grew as long as it ran. The watch has a log of its own.
+        # torch's flight recorder allocates small blocks between tensors, which fragments the heap, so that a rank's
+        # memory grows without bound. The watchdog keeps its own log of collectives.
         wanted["TORCH_FR_BUFFER_SIZE"] = "0"
     kept = {name: inherited.get(name, value) for name, value in wanted.items()}
     return {**kept, "OMP_NUM_THREADS": str(cluster.threads_per_rank)}
 
 
 def apply_rank_environment(cluster: ClusterConfig) -> None:
-    """Sets the variables of `rank_environment` in this process and those it starts."""
+    """Sets the variables of `rank_environment` in this process and its future child processes."""
     os.environ.update(rank_environment(cluster, os.environ))
-    # The C library has read its own when this process began.
+    # glibc read its variable when this process started, so the limit must also be set by a call.
     if os.environ[HEAPS].isdecimal():
         _limit_heaps(int(os.environ[HEAPS]))
 
 
 def _limit_heaps(number: int) -> None:
-    """Lets this process have so many heaps. Only glibc has more than one."""
+    """Limits the number of heaps (malloc arenas) of this process. Has an effect only with glibc."""
     if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
         mallopt(_M_ARENA_MAX, number)

@@ -1,4 +1,4 @@
-"""Ctrl-C: one line and exit code 130, from the first moment that a command runs Python code of this project."""
+"""Handles Ctrl-C with one line and exit code 130, from the first import of this project on."""
 
 import os
 import signal
@@ -11,46 +11,49 @@ from typing import NoReturn
 
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 LINE = "interrupted"
-# A second Ctrl-C that comes sooner is one of an impatient user: what the first one has begun to clean up goes on.
+# A second Ctrl-C within this time is ignored, so that the cleanup that the first one started can finish.
 _CLEANUP_SECONDS = 3.0
 
 
 def exit_on_interrupt() -> None:
-    """Has Ctrl-C end this process without a traceback: while a command is imported, there is nothing to clean up.
+    """Makes Ctrl-C end this process without a traceback, because there is nothing to clean up during imports.
 
-    Changes nothing for a process that handles or ignores Ctrl-C by itself.
+    Does nothing if the process already handles or ignores Ctrl-C.
     """
     if _is_plain() and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, _end)
 
 
 class Interrupts:
-    """Handler of Ctrl-C while a command runs: the first raises KeyboardInterrupt, so that the command cleans up.
+    """Handler for Ctrl-C while a command runs.
 
-    Attributes: `is_interrupted`, whether there was one.
+    The first Ctrl-C raises KeyboardInterrupt, so that the command cleans up.
+
+    Attributes:
+        is_interrupted: whether Ctrl-C was pressed.
     """
 
     is_interrupted: bool
 
     def __init__(self) -> None:
-        """Handles Ctrl-C from here on, unless this process ignores it or handles it otherwise."""
+        """Installs the handler, unless this process ignores Ctrl-C."""
         self.is_interrupted = False
         self._interrupted_at = 0.0
         self.resume()
 
     def resume(self) -> None:
-        """Handles it again, after another library did."""
+        """Installs the handler again, after another library replaced it."""
         if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
             signal.signal(signal.SIGINT, self)
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        """Takes the signal."""
+        """Handles the signal."""
         if self.is_interrupted:
             if time.monotonic() - self._interrupted_at > _CLEANUP_SECONDS:
                 _end(number, frame)
             return
         self.is_interrupted, self._interrupted_at = True, time.monotonic()
-        # Libraries that are interrupted amid an import or a destructor would say so at length.
+        # Libraries that are interrupted during an import or in a destructor would print long messages.
         sys.unraisablehook = lambda unraisable: None
         raise KeyboardInterrupt
 

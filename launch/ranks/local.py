@@ -1,7 +1,7 @@
-"""A job's ranks as processes of this machine, through torch's elastic launcher.
+"""Built-in launcher: starts a job's ranks as processes of this machine through torch's elastic launcher.
 
-A fork server imports the heavy modules while the parent still prepares data, and every rank is a fork
-of it: ranks start in tenths of a second instead of seconds.
+A fork server imports slow modules while the parent prepares data. Each rank is a fork of this server, so that ranks
+start in tenths of a second instead of seconds.
 """
 
 import logging
@@ -49,13 +49,14 @@ from train.records.status import read_status, write_end
 from train.records.terminal import guard_terminal
 
 Entry = Callable[[TrainConfig], int]
-"""What a rank does; gives its exit code. A function of a module, as ranks find it by its name."""
+"""Main function of a rank; returns its exit code. A module-level function, because ranks import it by name."""
 
-# Longer than the launcher's look at its ranks, so that a rank killed by a signal is seen before those that
-# only lost their connection to it.
+# Longer than the launcher's polling interval, so that the launcher sees a rank that was killed by a signal before it
+# sees ranks that only lost their connection to that rank.
 _NOTICE_SECONDS = 1.0
 _WAITING = {signal.SIGINT, *SIGNALS}
-# By which the elastic launcher ends all ranks at once; SIGTERM where nobody hands it on to them.
+# Signals on which the elastic launcher ends all ranks at once. Without pidfd, no supervisor can forward SIGTERM to the
+# ranks, so it is one of them.
 _ENDING = ("SIGINT", "SIGQUIT") if hasattr(os, "pidfd_open") else ("SIGINT", "SIGQUIT", "SIGTERM")
 _SILENCED_LOGGERS = (
     "torch.distributed.elastic.agent.server.api",
@@ -66,31 +67,31 @@ _SILENCED_LOGGERS = (
 
 
 def preload_modules(cluster: ClusterConfig) -> list[str]:
-    """Modules that every rank needs and that are slow to import, in this order."""
-    # Not launch.train itself: ranks run it again under another name, to find what they do.
+    """Returns the modules that every rank needs and that are slow to import, in import order."""
+    # Without launch.train: ranks import it under another name to find their main function.
     modules = ["torch", "train.run", "launch.config.compose", "launch.ranks.local"]
-    # With CUDA, DeepSpeed is left to the ranks: what it touches at import must not happen before the fork.
-    # The last is imported by its first step: in every rank at once, which took 7 s with 8 ranks on two cores.
+    # With CUDA, the ranks import DeepSpeed themselves, because its import must not initialize CUDA before the fork.
+    # DeepSpeed imports the last module in its first step. With 8 ranks on two cores, this took 7 s.
     deepspeed = ["deepspeed.runtime.zero.stage_1_and_2", "deepspeed.runtime.zero.muon.muon_optimizer"]
     return [*modules, *deepspeed] if cluster.device == "cpu" else modules
 
 
 def start_fork_server(cluster: ClusterConfig, modules: Sequence[str]) -> None:
-    """Starts the process that ranks are forked from; returns at once, it imports `modules` by itself.
+    """Starts the fork server, which imports `modules` in the background. Returns immediately.
 
-    Call it before this process imports torch, so that both import at the same time.
+    Call it before this process imports torch, so that both processes import at the same time.
 
     Args:
-        cluster: for the environment that the modules are imported under.
-        modules: to import; one that does not exist is passed over.
+        cluster: configuration that defines the environment of the imports.
+        modules: modules to import; missing ones are skipped.
     """
     apply_rank_environment(cluster)
     multiprocessing.set_forkserver_preload(list(modules))
-    # Ctrl-C reaches every process of the terminal, and a scheduler may ask all processes of a job to make room:
-    # blocked here, a signal waits until a rank can heed it.
+    # Ctrl-C reaches every process of the terminal, and a scheduler may send preemption signals to all processes of a
+    # job. A blocked signal stays pending until a rank can handle it.
     signal.pthread_sigmask(signal.SIG_BLOCK, _WAITING)
     try:
-        resource_tracker.ensure_running()  # lets go of SIGINT and SIGTERM, which it ignores
+        resource_tracker.ensure_running()  # unblocks SIGINT and SIGTERM, which are blocked again below
         signal.pthread_sigmask(signal.SIG_BLOCK, _WAITING)
         forkserver.ensure_running()
     finally:
@@ -98,7 +99,7 @@ def start_fork_server(cluster: ClusterConfig, modules: Sequence[str]) -> None:
 
 
 def stop_fork_server() -> None:
-    """Ends the process that ranks are forked from, even amid its imports. Its ranks must have ended."""
+    """Kills the fork server, even during its imports. Its ranks must have ended."""
     pid = getattr(forkserver._forkserver, "_forkserver_pid", None)
     if pid is not None:
         with suppress(ProcessLookupError):
@@ -106,19 +107,19 @@ def stop_fork_server() -> None:
 
 
 def run_ranks(folder: Path, world_size: int, entry: Entry) -> int:
-    """Runs a job's ranks to their end. None of them outlives this call, or this process.
+    """Runs a job's ranks until they end. No rank outlives this call or this process.
 
-    SIGTERM, SIGUSR1 and SIGHUP ask the ranks to make room, for which they have `cluster.grace_seconds`. Where a rank is
-    lost or does not come, all start again as often as `cluster.max_restarts` says, from the newest whole checkpoint.
+    SIGTERM, SIGUSR1 and SIGHUP request preemption; the ranks have `cluster.grace_seconds` to save and end. If a rank is
+    lost or does not respond, all ranks restart from the newest complete checkpoint, up to `cluster.max_restarts` times.
 
     Args:
-        folder: of the run: ranks read `config.yaml` there and leave `log/rank_*.error.log` when they fail.
-        world_size: ranks to start.
-        entry: what each rank does.
+        folder: the run's folder; ranks read `config.yaml` and write `log/rank_*.error.log` if they fail.
+        world_size: number of ranks to start.
+        entry: main function of each rank.
 
     Returns:
-        The exit code: a rank's own, 78 when a rank was ended by a signal, 128 + n when this process was by signal n, or
-        was to be and the ranks did not come to an end in time.
+        The exit code: a rank's own code, 78 if a signal ended a rank, or 128 + n if signal n ended this process or
+        requested preemption and the ranks did not end in time.
     """
     config, request = read_folder(folder), Preemption()
     with _requests_received(request):
@@ -129,24 +130,24 @@ def run_ranks(folder: Path, world_size: int, entry: Entry) -> int:
             try:
                 _start_again(folder, config, restart + 1, code, reason)
             except (OSError, ConfigError) as error:
-                print_redacted(f"error: ranks do not start again: {error}")
+                print_redacted(f"error: ranks cannot restart: {error}")
                 break
     _write_status(folder, code, reason)
     return code
 
 
 def _start_again(folder: Path, config: TrainConfig, restart: int, code: int, reason: str) -> None:
-    """Notes it, and has the next life of the ranks go on by itself."""
+    """Logs the restart, and sets `resume=auto` for the next attempt."""
     known = read_status(folder)
     append_event(folder, "restarted", 0 if known is None else known.step, reason, restart=restart, exit_code=code)
-    print_redacted(f"all ranks start again ({restart} of {config.cluster.max_restarts}), from the newest checkpoint")
+    print_redacted(f"all ranks restart ({restart} of {config.cluster.max_restarts}) from the newest checkpoint")
     write_run_folder(replace(config, resume=AUTO), datetime.now())
 
 
 def _run_once(
     folder: Path, world_size: int, entry: Entry, cluster: ClusterConfig, request: Preemption
 ) -> tuple[int, str]:
-    """One life of all ranks: its exit code, and why it is not 0 as far as ranks have not said so themselves."""
+    """Runs one attempt of all ranks. Returns the exit code, and the reason for a failure that no rank reported."""
     for stale in (folder / "log").glob("rank_*.error.log"):
         stale.unlink()
     try:
@@ -158,14 +159,14 @@ def _run_once(
         for child in multiprocessing.active_children():
             child.kill()
     if supervisor.has_grace_expired:
-        reason = f"{request.signal_name} came, and ranks did not end within {cluster.grace_seconds:g} s"
+        reason = f"{request.signal_name} was received, and ranks did not end within {cluster.grace_seconds:g} s"
         return 128 + signal.Signals[request.signal_name], reason
     return code, reason
 
 
 @contextmanager
 def _requests_received(request: Preemption) -> Iterator[None]:
-    """Meanwhile, requests to make room go there."""
+    """Directs preemption signals to `request` while the context is active."""
     plain = {number: signal.signal(number, request) for number in handled_signals()}
     try:
         yield
@@ -175,10 +176,10 @@ def _requests_received(request: Preemption) -> Iterator[None]:
 
 
 def _write_status(folder: Path, code: int, reason: str) -> None:
-    """What the ranks did not write themselves: all ends that took one of them by surprise."""
+    """Writes the run's status if the ranks did not write it, for example because a rank was killed."""
     known = read_status(folder)
     if code and (known is None or known.exit_code != code):
-        # On a full disk there is no room for it: the exit code tells.
+        # On a full disk, the exit code is the only report.
         with suppress(OSError):
             write_end(folder, "lost" if code in VERDICT_CODES else "stopped", code, reason)
 
@@ -209,8 +210,8 @@ def _run_elastic(
         logs_specs=DefaultLogsSpecs(log_dir=str(supervisor.scratch)),
         signals_to_handle=",".join(_ENDING),
     )
-    # Arguments reach the ranks through the fork server's pipe, so no other process can see the key. Ranks load the
-    # plugin files that this process has loaded, not those that a file in the run's folder names.
+    # The ranks get their arguments through the fork server's pipe, so that no other process can read the key. They load
+    # the plugin files that this process has loaded, not those that a file in the run's folder names.
     key = secrets.token_hex(32)
     try:
         codes = elastic_launch(launch, _rank)(entry, str(folder), str(supervisor.scratch), key, loaded_plugins())
@@ -225,14 +226,14 @@ def _run_elastic(
 
 
 def _rank(entry: Entry, folder: str, scratch: str, key: str, plugins: Sequence[Path]) -> int:
-    """The life of one rank. Runs in a fork of the fork server."""
+    """Runs one rank, from fork to exit. Called in a fork of the fork server."""
     guard_terminal()
     write_pid_file(Path(scratch), os.getpid(), int(os.environ["RANK"]))
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     Preemption.of_process()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _WAITING)
     threading.Thread(target=_die_with_parent, daemon=True).start()
-    # Ranks only talk among themselves, whatever this machine's name resolves to, and whatever a cluster's profile sets.
+    # Local ranks use the loopback interface, regardless of the machine's host name and of a cluster's profile.
     interface = "lo0" if sys.platform == "darwin" else "lo"  # the key leaves the environment before the run begins
     os.environ |= {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
     os.environ |= {KEY_VARIABLE: key, STORE_FILE_VARIABLE: str(Path(scratch) / "store")}
@@ -247,14 +248,14 @@ def _rank(entry: Entry, folder: str, scratch: str, key: str, plugins: Sequence[P
         rank, details = int(os.environ["RANK"]), "".join(traceback.format_exception(error))
         try:
             write_error(error_path(Path(folder), rank), ExitReason(first_line, code), details)
-        except OSError as unwritten:  # a full disk, it may be, is what the error was about
-            print_redacted(f"rank {rank}: {first_line}", f"{details}which cannot be written: {unwritten}")
+        except OSError as unwritten:  # for example a full disk, which may also be the original error
+            print_redacted(f"rank {rank}: {first_line}", f"{details}This report cannot be written: {unwritten}")
         time.sleep(_NOTICE_SECONDS)
         sys.exit(code)
 
 
 def _die_with_parent() -> None:
-    """Ends this rank when the launcher is gone, even one that was killed: the fork server would keep it alive."""
+    """Ends this rank when the launcher ends or is killed. Otherwise the fork server would keep the rank alive."""
     parent = process.parent_process()
     if parent is not None:
         connection.wait([parent.sentinel])

@@ -1,6 +1,6 @@
-"""Whether this machine can run the ranks that are about to start on it. Nothing here initialises CUDA.
+"""Checks whether this machine can run the ranks that are about to start. Does not initialize CUDA.
 
-The cheap evidence comes first: a machine without a driver, and a torch without CUDA, are found without importing torch.
+The cheap checks come first: a missing driver and a torch without CUDA are found without importing torch.
 """
 
 import ctypes
@@ -21,14 +21,14 @@ _NO_GPU = "nearest valid: cluster=laptop, or config_only=true to check the confi
 
 
 class MachineError(ConfigError):
-    """A machine that cannot run the ranks of a valid configuration. Each node reports its own."""
+    """This machine cannot run the ranks of a valid configuration. Each node reports its own error."""
 
 
 def has_driver(libraries: Sequence[str] = _DRIVERS) -> bool:
     """Returns whether NVIDIA's driver is installed.
 
     Args:
-        libraries: names of the driver's library; one is enough.
+        libraries: possible names of the driver's library.
     """
     return any(_loads(library) for library in libraries)
 
@@ -44,12 +44,12 @@ def torch_has_cuda() -> bool:
 
 
 def check_driver(device: str, key: str, advice: str = _NO_GPU) -> None:
-    """Refuses the device cuda on a machine without a driver, or under a torch without CUDA. Costs milliseconds.
+    """Rejects the device cuda on a machine without a driver, or with a torch without CUDA. Takes milliseconds.
 
     Args:
         device: cpu or cuda.
-        key: of the configuration that names it.
-        advice: the end of the error.
+        key: configuration key that sets the device.
+        advice: end of the error message.
 
     Raises:
         MachineError: names the rule and the value.
@@ -65,11 +65,11 @@ def check_driver(device: str, key: str, advice: str = _NO_GPU) -> None:
 
 
 def check_gpus(config: TrainConfig, num_local_ranks: int) -> None:
-    """Refuses fewer visible GPUs than the ranks of this machine need, and a torch without NCCL. Imports torch.
+    """Rejects a machine with too few visible GPUs for its ranks, or a torch without NCCL. Imports torch.
 
     Args:
-        config: of the run; its environment has been applied.
-        num_local_ranks: ranks that run on this machine.
+        config: the run's configuration; its environment variables must be set.
+        num_local_ranks: number of ranks on this machine.
 
     Raises:
         MachineError: names the rule, the value and the nearest valid one.
@@ -99,7 +99,7 @@ def check_gpus(config: TrainConfig, num_local_ranks: int) -> None:
 
 
 def check_packages(config: TrainConfig) -> None:
-    """Refuses an attention whose package is not installed here.
+    """Rejects an attention kernel whose package is not installed.
 
     Raises:
         MachineError: names the package.

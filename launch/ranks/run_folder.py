@@ -1,4 +1,4 @@
-"""A run's folder: chosen, made once, locked, and the resolved configuration that its ranks read."""
+"""Creates, checks and locks a run's folder, and stores the resolved configuration that its ranks read."""
 
 import os
 import stat
@@ -43,12 +43,12 @@ _FOLDERS = frozenset(("log", "checkpoints", "profile", "wandb"))
 
 
 def check_folder(config: TrainConfig) -> None:
-    """Refuses an `out_dir` in which a run would overwrite something. Creates nothing.
+    """Rejects an `out_dir` in which the run would overwrite other files. Creates nothing.
 
     Raises:
-        ConfigError: `out_dir` is a file, or a folder with content that is not the run that `resume` names, or any run
-            for `resume=auto`; a link or a pipe stands under a name that a run writes.
-        LockedError: another command on this machine uses it.
+        ConfigError: `out_dir` is a file, or a folder with content that is not the run that `resume` names (any run for
+            `resume=auto`), or a name that a run writes is a link or a pipe.
+        LockedError: another command on this machine uses the folder.
     """
     folder = Path(config.out_dir).expanduser()
     if not config.out_dir or not os.path.lexists(folder):
@@ -61,7 +61,7 @@ def check_folder(config: TrainConfig) -> None:
 
 
 def _check_holds(config: TrainConfig, folder: Path) -> None:
-    """Refuses a folder with content that the run must not touch."""
+    """Rejects a folder with content that the run must not overwrite."""
     check_content(folder)
     if all(path.name == _PARTIAL_NAME or path.name.startswith(LOCK_NAME) for path in folder.iterdir()):
         return
@@ -76,24 +76,24 @@ def _check_holds(config: TrainConfig, folder: Path) -> None:
     if resumed is None or not resumed.is_relative_to(folder.resolve()):
         raise ConfigError(
             f"out_dir: must be new or empty, {config.out_dir!r} holds files; choose another, "
-            f"leave it out for outputs/<name>/<time>, or go on with that run by resume={config.out_dir}"
+            f"leave it out for outputs/<name>/<time>, or continue that run with resume={config.out_dir}"
         )
 
 
 @contextmanager
 def locked_run_folder(config: TrainConfig, now: datetime) -> Iterator[tuple[TrainConfig, RunLock]]:
-    """Makes the run's folder, owns its lock meanwhile, and writes the resolved configuration into it.
+    """Creates the run's folder, writes the resolved configuration into it, and holds its lock until exit.
 
     Args:
-        config: checked.
-        now: names the folder when `out_dir` is empty.
+        config: the checked configuration.
+        now: time that names the folder if `out_dir` is empty.
 
     Yields:
-        The configuration with the folder that was made, and the lock.
+        The configuration with the folder as `out_dir`, and the lock.
 
     Raises:
-        ConfigError: the folder cannot be made or written, or has got content since it was checked.
-        LockedError: another command uses it.
+        ConfigError: the folder cannot be created or written, or other content has appeared since the check.
+        LockedError: another command uses the folder.
     """
     with _system_refusals(config):
         folder = _make(config, now)
@@ -110,23 +110,23 @@ def locked_run_folder(config: TrainConfig, now: datetime) -> Iterator[tuple[Trai
 
 
 def write_run_folder(config: TrainConfig, now: datetime) -> TrainConfig:
-    """Makes the run's folder and writes the resolved configuration into it. Its lock is the caller's.
+    """Creates the run's folder and writes the resolved configuration into it. The caller holds the lock.
 
     Args:
-        config: checked.
-        now: names the folder when `out_dir` is empty.
+        config: the checked configuration.
+        now: time that names the folder if `out_dir` is empty.
 
     Returns:
-        The configuration with the folder that was made.
+        The configuration with the folder as `out_dir`.
 
     Raises:
-        ConfigError: it cannot be made or written.
+        ConfigError: the folder cannot be created or written.
     """
     with _system_refusals(config):
         folder = _make(config, now)
         config = replace(config, out_dir=str(folder))
         text = yaml.dump(write_config(config), Dumper=_PlainDumper, sort_keys=False, allow_unicode=True)
-        # In one move: what a run before wrote stays where this cannot be written.
+        # Atomic replacement: if the new file cannot be written, the previous configuration stays.
         (folder / _PARTIAL_NAME).write_text(text, encoding="utf-8")
         (folder / _PARTIAL_NAME).replace(folder / CONFIG_NAME)
     return config
@@ -154,10 +154,10 @@ def _say(line: str) -> None:
 
 
 def read_folder(folder: Path) -> TrainConfig:
-    """Returns the configuration that a run's folder was claimed with. Its `out_dir` is the folder, whatever it says.
+    """Returns the configuration in a run's folder, with `out_dir` set to this folder.
 
     Raises:
-        ConfigError: as `read_config`; or the file is no YAML of plain values.
+        ConfigError: as in `read_config`, or the file is not YAML with plain values.
     """
     path = folder / CONFIG_NAME
     try:
@@ -173,11 +173,11 @@ def read_folder(folder: Path) -> TrainConfig:
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """Plain values only. What an anchor stands for may be used a billion times, and no run writes one."""
+    """YAML loader for plain values. Rejects aliases, which could expand to a billion nodes."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
-            raise ValueError("it holds an alias (*), which no run writes")
+            raise ValueError("it contains an alias (*), which runs never write")
         return super().compose_node(parent, index)
 
 
@@ -204,12 +204,12 @@ def _candidates(folder: Path) -> Iterator[Path]:
 
 
 def check_content(folder: Path) -> None:
-    """Refuses a folder in which a name that a run writes is a link, a pipe, a device, or a file instead of a folder.
+    """Rejects a folder in which a name that a run writes is a link, a pipe, a device, or a file instead of a folder.
 
-    A link to a folder of this user is taken: checkpoints may lie on another disk.
+    A link to a folder of this user is accepted, because checkpoints may be on another disk.
 
     Args:
-        folder: of a run; exists.
+        folder: a run's folder, which must exist.
 
     Raises:
         ConfigError: names the entry.

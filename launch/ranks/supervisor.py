@@ -1,7 +1,7 @@
 """Supervises a command's ranks next to torch's elastic launcher, and reports why they failed.
 
-It requests preemption of local ranks, ends those that go on alone, and finds those that the launcher would wait
-for forever.
+It forwards preemption requests to local ranks, kills ranks that keep running after another one failed, and detects
+vanished ranks, for which the launcher would wait forever.
 """
 
 import multiprocessing
@@ -30,25 +30,25 @@ PID_PREFIX = "pid_"
 _SCRATCH_PREFIX = "launch-"
 _OWNER_NAME = "owner.json"
 _LOOK_SECONDS = 0.25
-# After the first rank's last words, by which the others should know, or learn from the launcher. The elastic launcher
-# would give each of them 30, and a stopped one takes all it is given.
+# Time after the first error report until the other ranks are killed; by then they should know the verdict. The elastic
+# launcher would wait 30 s for each rank, and a stopped rank uses all of it.
 _VERDICT_SECONDS = 1.2
 _ERROR_SECONDS = 3.0
-# After a rank has vanished, by which the others should have a verdict.
+# Time after a rank has vanished until the others are killed; by then they should have a verdict.
 _VANISHED_SECONDS = 4.0
 
 
 class RankSupervisor:
-    """A thread beside the launcher's. Each rank leaves a file `pid_*` in `scratch`, by which it is known."""
+    """Thread that supervises ranks next to the launcher. Each rank writes a file `pid_*` into `scratch`."""
 
     def __init__(self, folder: Path, scratch: Path, request: Preemption, grace_seconds: float) -> None:
-        """Not at work yet.
+        """Prepares the supervisor; `running` starts it.
 
         Args:
-            folder: of the run, where ranks leave their last words.
-            scratch: of this life of the ranks.
-            request: to make room; handed on to every rank once it comes.
-            grace_seconds: that ranks have from there on.
+            folder: the run's folder, into which ranks write error reports.
+            scratch: temporary folder of this attempt.
+            request: preemption request, which is forwarded to every rank.
+            grace_seconds: time that ranks have to end after a preemption request.
         """
         self._folder = folder
         self.scratch = scratch
@@ -63,7 +63,7 @@ class RankSupervisor:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Works meanwhile, where the system can tell a process from another that took its number."""
+        """Runs the supervisor while the context is active, if the system has pidfd, which is safe against pid reuse."""
         if not hasattr(os, "pidfd_open"):
             yield
             return
@@ -78,7 +78,7 @@ class RankSupervisor:
                 os.close(descriptor)
 
     def end_ranks_after_delay(self) -> None:
-        """Ends all ranks that are left after a few seconds, as one has vanished."""
+        """Kills all remaining ranks after a few seconds, because a rank has vanished."""
         self._vanished_at = time.monotonic()
 
     def _supervise(self) -> None:
@@ -93,12 +93,12 @@ class RankSupervisor:
     def _find_ranks(self) -> None:
         for path in self.scratch.glob(f"{PID_PREFIX}*"):
             if path not in self._ranks:
-                # A number may be another process' by then; an open descriptor never is.
+                # The kernel may reuse a pid for another process, but never an open pidfd.
                 with suppress(ProcessLookupError):
                     self._ranks[path] = os.pidfd_open(pid_of(path))
 
     def _forward_request(self) -> None:
-        """Each rank once."""
+        """Sends the preemption signal to each rank once."""
         if self._requested_at is None:
             self._requested_at = time.monotonic()
         for path in self._ranks.keys() - self._signalled:
@@ -106,7 +106,7 @@ class RankSupervisor:
             _send(self._ranks[path], signal.Signals[self._request.signal_name])
 
     def _is_time_up(self) -> bool:
-        """Whether ranks go on for too long, after another has left its last words or all were asked to end."""
+        """Returns whether ranks run too long after another rank reported an error or after a preemption request."""
         if self._requested_at is not None and time.monotonic() - self._requested_at > self._grace_seconds:
             self.has_grace_expired = True
             return True
@@ -117,7 +117,7 @@ class RankSupervisor:
             is_known = any(read_error(path).code in (EXIT_HANG, EXIT_LOST) for path in paths)
             grace = _VERDICT_SECONDS if is_known else _ERROR_SECONDS
             return bool(paths) and time.time() - paths[0].stat().st_mtime > grace
-        except FileNotFoundError:  # the run's folder was deleted at this moment
+        except FileNotFoundError:  # the run's folder was deleted in the meantime
             return False
 
 
@@ -127,28 +127,27 @@ def _send(descriptor: int, number: signal.Signals) -> None:
 
 
 class VanishedError(RuntimeError):
-    """Ranks have ended with exit code 0 and left no result."""
+    """Ranks ended with exit code 0 without returning a result."""
 
 
 class RankCheck:
-    """Finds ranks that ended with exit code 0 and left no result: torch's launcher takes them for well.
+    """Detects ranks that ended with exit code 0 without a result, which torch's launcher considers healthy.
 
-    To be called after each look that the launcher takes at its ranks. Between two calls it finds every rank that ended
-    with another code, and a rank that left its result stays until all have. So a rank that is missing twice has
-    vanished.
+    Call it after each poll of the launcher. Between two calls, the launcher finds every rank that ended with another
+    exit code, and a rank with a result waits for all others. So a rank that is missing in two calls has vanished.
     """
 
     def __init__(self, world_size: int, supervisor: RankSupervisor) -> None:
-        """Expects `world_size` ranks, each with a file `pid_*` that holds its rank in the supervisor's folder."""
+        """Expects `world_size` ranks. The file `pid_*` of each in the supervisor's folder contains its rank."""
         self._world_size = world_size
         self._supervisor = supervisor
         self._num_missing = 0
 
     def __call__(self) -> None:
-        """Looks once.
+        """Checks the ranks once.
 
         Raises:
-            VanishedError: ranks were missing the last time, and still are.
+            VanishedError: ranks were missing in the previous call and are still missing.
         """
         alive = {child.pid for child in multiprocessing.active_children()}
         num_missing = self._world_size - len(alive)
@@ -169,69 +168,81 @@ class RankCheck:
 
 
 def write_pid_file(scratch: Path, pid: int, rank: int) -> None:
-    """Writes the file by which a rank's process is known, complete or not at all."""
+    """Writes the file that registers a rank's process, atomically."""
     partial = scratch / f"partial_{pid}"
     partial.write_text(str(rank))
     partial.rename(scratch / f"{PID_PREFIX}{pid}")
 
 
 def pid_of(path: Path) -> int:
-    """Returns the process number that a file of `write_pid_file` stands for."""
+    """Returns the process id in the name of a file that `write_pid_file` wrote."""
     return int(path.name.removeprefix(PID_PREFIX))
 
 
 def report_vanished(folder: Path, reason: str) -> tuple[int, str]:
-    """Reports ranks that ended without a result: by the verdict of the others, if there is one."""
+    """Reports vanished ranks, with the verdict of the other ranks if there is one.
+
+    Args:
+        folder: the run's folder.
+        reason: description of the failure, used if there is no verdict.
+
+    Returns:
+        The run's exit code and the reason.
+    """
     if (verdict := find_verdict(folder)) is None:
         print_redacted(f"error: {reason}")
         return EXIT_LOST, reason
-    print_redacted(f"error: {verdict[1].text}", f"what each rank did last is in {verdict[0].parent}")
+    print_redacted(f"error: {verdict[1].text}", f"the log of each rank is in {verdict[0].parent}")
     return verdict[1].code, verdict[1].text
 
 
 def report_failure(folder: Path, rank: int, exit_code: int, request: Preemption) -> tuple[int, str]:
-    """Prints once and shortly which rank failed first, and why. Returns the run's exit code and the reason.
+    """Prints one short report of which rank failed first and why.
 
     Args:
-        folder: of the run.
-        rank: that the launcher saw fail first.
-        exit_code: of its process; -n if signal n ended it.
-        request: whether the run was asked to end.
+        folder: the run's folder.
+        rank: first failed rank that the launcher detected.
+        exit_code: exit code of its process; -n if signal n ended it.
+        request: preemption request of the run.
+
+    Returns:
+        The run's exit code and the reason.
     """
     signalled = _signal_of(exit_code)
     if signalled is signal.SIGINT:
         return EXIT_INTERRUPTED, "ended by SIGINT"
     if signalled is not None and signalled.name == request.signal_name:
-        return 128 + signalled, f"ended by {signalled.name}, which they did not heed yet"
-    # A rank that fails takes others with it: the first to say so is the cause.
-    words = [(path, read_error(path)) for path in find_errors(folder)]
+        return 128 + signalled, f"ended by {signalled.name} before the ranks could handle it"
+    # A failed rank causes failures of other ranks, so the first report names the cause.
+    reports = [(path, read_error(path)) for path in find_errors(folder)]
     if (verdict := find_verdict(folder)) is not None:
-        path, word = verdict
+        path, report = verdict
         ended = f" (rank {rank} was ended by {signalled.name})" if signalled else ""
-        print_redacted(f"error: {word.text}{ended}", f"what each rank did last is in {path.parent}")
-        return word.code, f"{word.text}{ended}"
+        print_redacted(f"error: {report.text}{ended}", f"the log of each rank is in {path.parent}")
+        return report.code, f"{report.text}{ended}"
     if signalled is not None:
         reason = f"rank {rank} is lost: it was ended by {signalled.name}"
         print_redacted(f"error: {reason}")
         return EXIT_LOST, reason
-    if not words:
+    if not reports:
         reason = f"rank {rank} ended with exit code {exit_code}"
         print_redacted(f"error: {reason}")
         return exit_code, reason
-    path, word = words[0]
+    path, report = reports[0]
     first = int(path.name.removeprefix("rank_").removesuffix(".error.log"))
-    place = "" if word.code == EXIT_CONFIGURATION else f"rank {first}: "
-    print_redacted(f"error: {place}{word.text}", f"the whole traceback is in {path}")
-    return word.code, f"{place}{word.text}"
+    place = "" if report.code == EXIT_CONFIGURATION else f"rank {first}: "
+    print_redacted(f"error: {place}{report.text}", f"the full traceback is in {path}")
+    return report.code, f"{place}{report.text}"
 
 
 def print_redacted(*lines: str) -> None:
+    """Prints lines to stderr with secrets removed."""
     for line in lines:
         print(redact(line), file=sys.stderr, flush=True)
 
 
 def _signal_of(exit_code: int) -> signal.Signals | None:
-    """The signal that ended a rank; one that heeds SIGTERM leaves by itself, as a shell would tell of it."""
+    """Returns the signal that ended a rank, or None. A rank that handles SIGTERM exits with 128 + SIGTERM."""
     if exit_code == 128 + signal.SIGTERM:
         return signal.SIGTERM
     return signal.Signals(-exit_code) if exit_code < 0 else None
@@ -239,7 +250,7 @@ def _signal_of(exit_code: int) -> signal.Signals | None:
 
 @contextmanager
 def scratch_folder() -> Iterator[Path]:
-    """Makes a folder that is gone afterwards, and removes those of commands that have ended."""
+    """Creates a temporary folder, removes it on exit, and removes leftover folders of commands that have ended."""
     remove_leftovers(Path(tempfile.gettempdir()))
     with TemporaryDirectory(prefix=_SCRATCH_PREFIX, ignore_cleanup_errors=True) as name:
         (Path(name) / _OWNER_NAME).write_text(Owner.of_this_process().to_text(), encoding="utf-8")
@@ -247,10 +258,10 @@ def scratch_folder() -> Iterator[Path]:
 
 
 def remove_leftovers(place: Path) -> None:
-    """Removes folders of this user whose owner was a process of this machine and has ended. Follows no links.
+    """Removes leftover folders of this user whose owner was a process on this machine that has ended. Follows no links.
 
     Args:
-        place: folder for temporary files, which other users may write too.
+        place: folder for temporary files, to which other users may write too.
     """
     with suppress(OSError):
         for entry in list(os.scandir(place)):

@@ -1,11 +1,11 @@
-"""What a job asks of Slurm, as values, and the rules for them."""
+"""Slurm options of a job, and the rules for them."""
 
 import re
 from dataclasses import dataclass
 
 from train.config.errors import ConfigError, nearest
 
-# What the batch script itself says; said twice, the later one would win, and the script would not know.
+# Options that the batch script sets itself. A second value in `extra` would silently override the script's value.
 _OWN_OPTIONS = (
     "account",
     "array",
@@ -35,11 +35,21 @@ _MOST_SIGNAL_SECONDS = 65535  # a limit of sbatch
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SlurmConfig:
-    """A job of one training run, a node at a time.
+    """Slurm options of a job with one training run.
 
-    `time`: the limit, after which the job is stopped; `signal_seconds` before it the ranks are told to save.
-    `gpus_per_node`, `cpus_per_node`: None for what the ranks of a node need. `python`: None for the one that submits.
-    `setup`: shell lines that run before training on the first node. `extra`: options of sbatch, each with its dashes.
+    Attributes:
+        partition: Slurm partition; None for the cluster's default, as for `account` and `qos`.
+        account: account to charge.
+        qos: quality of service.
+        time: time limit, after which Slurm stops the job.
+        signal_seconds: seconds before the time limit at which the ranks receive the signal to save.
+        requeue: whether Slurm starts the job again after preemption.
+        gpus_per_node: GPUs per node; None for what the ranks of a node need.
+        cpus_per_node: CPU cores per node; None for what the ranks of a node need.
+        python: Python interpreter; None for the one that submits the job.
+        image: container image; None for no container.
+        setup: shell lines that run before training on the first node.
+        extra: further sbatch options, with their dashes.
     """
 
     partition: str | None
@@ -57,12 +67,12 @@ class SlurmConfig:
 
     @property
     def limit_seconds(self) -> int:
-        """The time limit; 0 where `time` is none."""
+        """The time limit in seconds, or 0 if `time` is not valid."""
         return seconds_of(self.time) or 0
 
 
 def seconds_of(time: str) -> int | None:
-    """Slurm's notation of a time in seconds, or None where it is none: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S."""
+    """Converts Slurm's time notation (M, M:S, H:M:S, D-H, D-H:M, D-H:M:S) to seconds; None if it is not valid."""
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time)
     if match is None:
         return None
@@ -74,17 +84,17 @@ def seconds_of(time: str) -> int | None:
 
 
 def check_slurm(config: SlurmConfig) -> None:
-    """Refuses what sbatch would, or would take to mean something else.
+    """Rejects values that sbatch would reject or misinterpret.
 
     Raises:
         ConfigError: names the key, the rule and the value.
     """
     for key in ("partition", "account", "qos"):
-        _check_text(
-            f"slurm.{key}", getattr(config, key), r"[A-Za-z0-9_.,@+-]+", "a name, as sinfo or sacctmgr shows it"
-        )
+        _check_text(f"slurm.{key}", getattr(config, key), r"[A-Za-z0-9_.,@+-]+", "a name as sinfo or sacctmgr shows it")
     for key in ("python", "image"):
-        _check_text(f"slurm.{key}", getattr(config, key), r"[A-Za-z0-9_./:@+#~-]+", "one word, without a shell's signs")
+        _check_text(
+            f"slurm.{key}", getattr(config, key), r"[A-Za-z0-9_./:@+#~-]+", "one word without shell metacharacters"
+        )
     least = {"signal_seconds": 1, "gpus_per_node": 0, "cpus_per_node": 1}
     for key, bound in least.items():
         value = getattr(config, key)
@@ -108,7 +118,7 @@ def _check_time(config: SlurmConfig) -> None:
     most = min(limit - 1, _MOST_SIGNAL_SECONDS)
     if config.signal_seconds > most:
         raise ConfigError(
-            f"slurm.signal_seconds: must be at most {most}, so that it comes after the start of a job of "
+            f"slurm.signal_seconds: must be at most {most}, so that the signal is sent after the start of a job of "
             f"slurm.time={config.time} ({limit} s), is {config.signal_seconds}; nearest valid: {most}"
         )
 
@@ -128,7 +138,7 @@ def _check_extra(key: str, option: str) -> None:
         )
     name = match.group(1)
     if name == "array":
-        raise ConfigError(f"{key}: a run is one job, as its tasks would share out_dir, is {option!r}; leave it out")
+        raise ConfigError(f"{key}: must not be an array, whose jobs would share out_dir, is {option!r}; leave it out")
     if name in _OWN_OPTIONS:
         keys = ("partition", "account", "qos", "time", "requeue", "gpus_per_node", "cpus_per_node", "signal_seconds")
         raise ConfigError(

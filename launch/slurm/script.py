@@ -1,4 +1,4 @@
-"""A run's batch script, from the template beside this file."""
+"""Renders a run's batch script from the template `job.sbatch`."""
 
 import re
 import shlex
@@ -14,13 +14,13 @@ _TEMPLATE = Path(__file__).with_name("job.sbatch")
 
 
 def render(config: TrainConfig, slurm: SlurmConfig, overrides: Sequence[str], folder: Path) -> str:
-    """The script.
+    """Returns the batch script of a run.
 
     Args:
-        config: of the run, with the folder that all lives of the job share, as a whole path.
-        slurm: what the job asks of Slurm.
-        overrides: that `launch.train` runs with.
-        folder: where paths in `overrides` start from.
+        config: the run's configuration; `out_dir` is an absolute path that all attempts of the job share.
+        slurm: Slurm options of the job.
+        overrides: overrides for `launch.train`.
+        folder: working directory, to which paths in `overrides` are relative.
     """
     ranks = min(config.cluster.ranks_per_node, config.parallelism.world_size)
     cpus = slurm.cpus_per_node if slurm.cpus_per_node is not None else ranks * config.cluster.threads_per_rank
@@ -57,7 +57,7 @@ def _options(config: TrainConfig, slurm: SlurmConfig, ranks: int) -> list[str]:
 
 
 def _container(slurm: SlurmConfig, folders: Sequence[Path]) -> str:
-    """srun's options for an image, in which the run's folders are where they are outside."""
+    """Returns srun options for a container image, in which the run's folders have the same paths as outside."""
     if slurm.image is None:
         return ""
     mounts = ",".join(f"{folder}:{folder}" for folder in dict.fromkeys(folders))

@@ -113,7 +113,7 @@ def test_an_impossible_path_is_refused_as_data(given: str) -> None:
 def test_sources_without_text_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"data\.paths: at least one"):
         check_source(files())
-    with pytest.raises(DataError, match="holds no readable document"):
+    with pytest.raises(DataError, match="contains no readable document"):
         check_source(files(tmp_path))
     picture = tmp_path / "a.jsonll"
     picture.write_bytes(b"x")
@@ -122,7 +122,7 @@ def test_sources_without_text_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_bytes(b"")
     (tmp_path / "blank.md").write_bytes(b" \n\n")
     (tmp_path / "blank.jsonl").write_bytes(b'\n{"text": " "}\n')
-    with pytest.raises(DataError, match=r"data\.paths: .*at least one document that is not empty; 3 files"):
+    with pytest.raises(DataError, match=r"data\.paths: .*at least one non-empty document; 3 files"):
         check_source(files(tmp_path))
 
 

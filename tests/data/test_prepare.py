@@ -247,7 +247,7 @@ def test_a_cache_dir_that_is_a_file_is_refused(config: DataConfig, tmp_path: Pat
 
 def test_an_empty_part_is_refused_and_the_fraction_named_works(config: DataConfig) -> None:
     wrong = dataclasses.replace(config, validation_fraction=1.0 - 1e-9)
-    with pytest.raises(DataError, match=r"data\.validation_fraction: .* leaves the train part empty") as caught:
+    with pytest.raises(DataError, match=r"data\.validation_fraction: .* leaves the training part empty") as caught:
         prepare(wrong, 16)
     nearest = float(str(caught.value).rsplit("nearest: ", 1)[1])
     assert prepare(dataclasses.replace(config, validation_fraction=nearest), 16).validation_tokens > 0

@@ -178,7 +178,7 @@ def test_kimi_text_is_split_as_its_pattern_says(tmp_path: Path) -> None:
             ["data.tokenizer_eos: ", "'<|endoftxt|>'", "nearest valid: <|endoftext|>"],
         ),
         ("llama3", {"tokenizer_bos": "<|start|>"}, ["data.tokenizer_bos: ", "must be a token of"]),
-        ("llama2", {"tokenizer_pad": "e"}, ["data.tokenizer_pad: ", "must be a special token", "text becomes too"]),
+        ("llama2", {"tokenizer_pad": "e"}, ["data.tokenizer_pad: ", "must be a special token", "text can produce"]),
     ],
 )
 def test_a_wrong_name_is_refused_with_the_nearest(
@@ -197,8 +197,8 @@ def test_a_wrong_name_is_refused_with_the_nearest(
     [
         ("tokenizer_config.json", "[1]", "must be a JSON object, is of type list"),
         ("tokenizer_config.json", "{", "must be a JSON object, cannot be read"),
-        ("tokenizer_config.json", '{"eos_token": "<gone>"}', "data.tokenizer_eos: must be given, as"),
-        ("tiktoken.model", "YQ== 0\n", "its tokens must be all bytes and others"),
+        ("tokenizer_config.json", '{"eos_token": "<gone>"}', "data.tokenizer_eos: must be set, because"),
+        ("tiktoken.model", "YQ== 0\n", "its tokens must include all bytes"),
         ("tiktoken.model", "what\n", "line 1 must be a token in base64 and its rank"),
         (
             "tokenizer_config.json",
@@ -218,9 +218,7 @@ def test_files_that_are_broken_are_named_in_one_line(name: str, content: str, wo
 
 def test_names_are_refused_for_a_tokenizer_that_is_trained(tmp_path: Path) -> None:
     config = dataclasses.replace(data_config(tmp_path, tmp_path), tokenizer=None, tokenizer_eos="</s>")
-    with pytest.raises(
-        DataError, match=r"^data\.tokenizer_eos: must be null for a tokenizer that is trained, is '</s>'"
-    ):
+    with pytest.raises(DataError, match=r"^data\.tokenizer_eos: must be null if a tokenizer is trained, is '</s>'"):
         check_config(config)
 
 

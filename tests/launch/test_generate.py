@@ -195,7 +195,7 @@ print([name for name in ("torch", "deepspeed") if name in sys.modules])
     ("choices", "error", "parts"),
     [
         ([], ConfigError, ["prompt: a value is needed", "prompts=FILE"]),
-        (["prompt=a", "prompt_ids=[1]"], ConfigError, ["prompt_ids", "beside prompt"]),
+        (["prompt=a", "prompt_ids=[1]"], ConfigError, ["prompt_ids", "left out if prompt is set"]),
         (["prompt=a", "max_new_token=3"], ConfigError, ["max_new_token", "did you mean max_new_tokens"]),
         (["prompt=a", "temperature=-1"], GenerateError, ["temperature", "at least 0", "-1"]),
         (["prompt=a", "top_k=0"], GenerateError, ["top_k", "at least 1"]),

@@ -65,7 +65,7 @@ def test_generate_interrupted_ends_with_130_and_keeps_what_is_complete(run: Path
     assert time.monotonic() - begin < 20
     first, *last = errors.decode().splitlines()
     assert (written, first.startswith("reading the weights of ")) == (b"", True)
-    assert last == [f"out: not complete; what there was is in {partial}", "interrupted"]
+    assert last == [f"out: not complete; the output so far is in {partial}", "interrupted"]
     assert [path.name for path in out.parent.iterdir()] == [partial.name]
     lines = partial.read_text(encoding="utf-8").splitlines()
     assert 1 <= len(lines) < 4000
@@ -112,7 +112,7 @@ def test_generate_never_replaces_its_prompts(run: Path, tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text('{"prompt": "a"}')
     (tmp_path / "o.jsonl").symlink_to("p.jsonl")
     for out in ("p.jsonl", "o.jsonl"):
-        with pytest.raises(ConfigError, match=r"^out: must be another file than prompts"):
+        with pytest.raises(ConfigError, match=r"^out: must not be the file of prompts"):
             main([f"ckpt={run}", f"prompts={tmp_path / 'p.jsonl'}", f"out={tmp_path / out}"])
 
 

@@ -66,8 +66,8 @@ def members(session: int) -> list[int]:
 
 ENDS = {
     "all_reduced": (6, ""),
-    "one_raises": (1, r"error: rank 2: RuntimeError: the first line\nthe whole traceback is in (.*)\n"),
-    "one_refuses": (2, r"error: task\.steps: must be luckier\nthe whole traceback is in (.*)\n"),
+    "one_raises": (1, r"error: rank 2: RuntimeError: the first line\nthe full traceback is in (.*)\n"),
+    "one_refuses": (2, r"error: task\.steps: must be luckier\nthe full traceback is in (.*)\n"),
     "one_exits": (75, r"error: rank 1 ended with exit code 75\n"),
     "one_is_killed": (78, r"error: rank 3 is lost: it was ended by SIGKILL\n"),
     "one_vanishes": (78, r"error: rank 1 ended with exit code 0 before the run was done\n"),
@@ -75,14 +75,14 @@ ENDS = {
     "one_is_terminated": (78, r"error: rank 1 is lost: it was ended by SIGTERM\n"),
     "one_is_stopped": (
         76,
-        r"error: rank 2 did not reach a collective within 4 s\nwhat each rank did last is in (.*)\n",
+        r"error: rank 2 did not reach a collective within 4 s\nthe log of each rank is in (.*)\n",
     ),
     "one_is_killed_at_first": (
         0,
         r"error: rank 3 is lost: it was ended by SIGKILL\n"
-        r"all ranks start again \(1 of 2\), from the newest checkpoint\n"
-        r"error: rank 1 is lost: gone\nwhat each rank did last is in (.*)\n"
-        r"all ranks start again \(2 of 2\), from the newest checkpoint\n",
+        r"all ranks restart \(1 of 2\) from the newest checkpoint\n"
+        r"error: rank 1 is lost: gone\nthe log of each rank is in (.*)\n"
+        r"all ranks restart \(2 of 2\) from the newest checkpoint\n",
     ),
     "done": (0, ""),
     "all_say_non_finite": (77, ""),
@@ -150,7 +150,7 @@ def test_local_ranks_have_time_to_save_when_the_command_is_asked_to_end(
         assert time.monotonic() - asked_at > GRACE_SECONDS
         status = read_status(tmp_path / entry)
         assert status is not None
-        assert status.reason == f"SIGTERM came, and ranks did not end within {GRACE_SECONDS} s"
+        assert status.reason == f"SIGTERM was received, and ranks did not end within {GRACE_SECONDS} s"
     assert wait_for(lambda: not members(process.pid), 20), members(process.pid)
 
 

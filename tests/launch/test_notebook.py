@@ -143,4 +143,4 @@ def test_command_that_is_started_as_a_file_says_how_to_start_it(path: Path, tmp_
         name = "launch" if path.stem == "__main__" else f"launch.{path.stem}"
         advice = f"write {there}python -m {name} ...\n"
         assert (done.returncode, done.stdout) == (2, "")
-        assert done.stderr == f"error: {place}: a command is started as a module; {advice}"
+        assert done.stderr == f"error: {place}: must be started as a module; {advice}"

@@ -95,7 +95,7 @@ def test_job_that_slurm_refuses_is_one_line_and_leaves_nothing(slurm: Slurm, fol
     done = slurm.attempt(*SUBMIT, *choices(folder, "refused", NUM_STEPS), *JOB, "slurm.partition=none")
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr.startswith("error: slurm: sbatch must take the job, did not: ")
+    assert done.stderr.startswith("error: slurm: sbatch must accept the job, did not: ")
     assert "invalid partition" in done.stderr
     assert done.stderr.count("\n") == 1
     assert not (folder / "refused").exists()

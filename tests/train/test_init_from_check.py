@@ -91,7 +91,7 @@ def test_check_refuses_weights_beside_a_run_to_go_on_with(folder: Path) -> None:
     config = run_config(folder, "mtp", "one", "run")
     config = replace(config, resume=str(folder / "run"), task=replace(config.task, steps=3))
     check(replace(config, init_from=None))
-    with pytest.raises(ConfigError, match=r"^init_from: must be null beside resume="):
+    with pytest.raises(ConfigError, match=r"^init_from: must be null with resume="):
         check(config)
 
 

@@ -81,7 +81,7 @@ def test_run_whose_rank_is_killed_starts_again_from_its_newest_checkpoint(folder
     assert_as_calm(folder, "killed")
     said = (folder / "stderr").read_text()
     assert "error: rank 2 is lost: " in said
-    assert "all ranks start again (1 of 2), from the newest checkpoint" in said
+    assert "all ranks restart (1 of 2) from the newest checkpoint" in said
 
 
 def test_run_that_is_killed_too_often_is_lost(folder: Path) -> None:

@@ -97,5 +97,5 @@ def test_run_that_goes_on_by_itself_is_checked_against_what_is_there(tmp_path: P
     check(build(*auto, "task.steps=10"))  # done but for its end
     with pytest.raises(CheckpointError, match=r"model\.hidden_size"):
         check(build(*auto, "model.hidden_size=64"))
-    with pytest.raises(ConfigError, match=r"^resume: auto looks for checkpoints in out_dir, which is empty"):
+    with pytest.raises(ConfigError, match=r"^resume: auto searches out_dir for checkpoints, but out_dir is empty"):
         check(build("resume=auto"))
