@@ -235,7 +235,7 @@ def test_generate_refuses_text_without_a_tokenizer_and_drafts_without_mtp(bare: 
     ("text", "parts"),
     [
         ("", ["at least one prompt"]),
-        ('{"prompt": "a"}\n{"text": "b"}\n', ["line 2", "under prompt"]),
+        ('{"prompt": "a"}\n{"text": "b"}\n', ["line 2", "string field prompt"]),
         ('{"prompt": 3}\n', ["line 1"]),
         ("\n{\n", ["line 2", "JSON"]),
         ("[]\n", ["line 1"]),

@@ -64,8 +64,8 @@ def test_job_that_is_preempted_saves_is_requeued_and_ends_the_same(slurm: Slurm,
     assert int(job["Restarts"]) >= 1, logs(run / "log")
     assert (run / "log" / f"slurm-{number}-0.exit").read_text() == "75\n", logs(run / "log")
     said = (run / "log" / f"slurm-{number}.log").read_text()
-    assert "told to save" in said
-    assert f"life {number}-0 ended with exit code 75" in said
+    assert "preempted; ranks save" in said
+    assert f"attempt {number}-0 ended with exit code 75" in said
     assert "resumed after step" in (run / "log" / f"slurm-{number}-node-0.log").read_text()
     assert_same_end(run, folder / "bare")
 
@@ -75,7 +75,7 @@ def test_job_told_to_save_while_it_starts_is_requeued(slurm: Slurm, folder: Path
     slurm.wait_for("start on a node", lambda: (log / f"slurm-{number}-node-0.log").exists(), SECONDS)
     slurm.run("scancel", "--signal=USR1", number)
     slurm.wait_for("its return to the queue", lambda: slurm.job(number)["Restarts"] == "1", SECONDS)
-    assert f"life {number}-0 ended with exit code 75" in (log / f"slurm-{number}.log").read_text()
+    assert f"attempt {number}-0 ended with exit code 75" in (log / f"slurm-{number}.log").read_text()
     slurm.run("scancel", number)
     slurm.wait_for("its end", lambda: not slurm.run("squeue", "--noheader"), SECONDS)
 
