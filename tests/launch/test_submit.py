@@ -134,7 +134,7 @@ def test_job_trains_what_was_checked(chosen: list[str], tmp_path: Path) -> None:
         ("slurm.partition='a b'", ["slurm.partition", "'a b'"]),
         ("slurm.gpus_per_node=-1", ["slurm.gpus_per_node", "at least 0", "is -1"]),
         ("slurm.cpus_per_node=0", ["slurm.cpus_per_node", "at least 1", "is 0"]),
-        ('slurm.extra=["--array=0-3"]', ["slurm.extra[0]", "one job", "--array=0-3"]),
+        ('slurm.extra=["--array=0-3"]', ["slurm.extra[0]", "must not be an array", "--array=0-3"]),
         ('slurm.extra=[--exclusive,"--nodes=3"]', ["slurm.extra[1]", "--nodes=3", "set by the script"]),
         ("slurm.extra=[exclusive]", ["slurm.extra[0]", "'exclusive'", "--exclusive"]),
         ("slurm.requeue=yes", ["slurm.requeue", "true or false"]),
