@@ -1,4 +1,4 @@
-"""Pipeline schedules and their interpreter."""
+"""Generates, validates, simulates, draws and executes pipeline schedules."""
 
 from kernels.checkout import share_comm
 

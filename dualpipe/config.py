@@ -1,4 +1,4 @@
-"""Which pipeline schedule a run follows, as values. No torch here."""
+"""Defines the configuration of the pipeline schedule. Does not import torch."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -8,9 +8,11 @@ from dualpipe.registry import SCHEDULES
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScheduleConfig:
-    """`kind`: a registered schedule by its name, or `auto`, the best of all by simulation.
+    """Configuration of the pipeline schedule.
 
-    `pairing`: run the members of a group phase by phase under each other's exchange, or one after the other.
+    Attributes:
+        kind: name of a registered schedule, or `auto` for the best one by simulation.
+        pairing: whether the phases of a group's operations overlap each other's exchanges or run in sequence.
     """
 
     kind: Annotated[str, SCHEDULES]

@@ -1,4 +1,4 @@
-"""Schedules as frozen data, and their public JSON form. Standard library only."""
+"""Defines schedules as frozen data, and their public JSON form. Uses only the standard library."""
 
 import json
 from dataclasses import dataclass
@@ -7,11 +7,11 @@ from typing import Any
 
 
 class ScheduleError(ValueError):
-    """A schedule that cannot be made, read or run: the message names place, rule and value."""
+    """Raised if a schedule cannot be made, read or run. The message names place, rule and value."""
 
 
 class MemoryCapError(ScheduleError):
-    """A memory cap that a schedule does not fit. `least`: the least cap that it does."""
+    """Raised if a schedule does not fit a memory cap. `least` is the smallest cap that it fits."""
 
     def __init__(self, message: str, least: float) -> None:
         super().__init__(f"memory_cap: {message}")
@@ -19,9 +19,9 @@ class MemoryCapError(ScheduleError):
 
 
 class Op(StrEnum):
-    """What an operation computes. A full backward is the backward for inputs and then the one for weights.
+    """Kind of an operation. A full backward is the backward for inputs followed by the one for weights.
 
-    A string, so that operations sort; short only in print and in JSON.
+    It is a string so that operations can be sorted.
     """
 
     FORWARD = "F"
@@ -32,7 +32,10 @@ class Op(StrEnum):
 
 @dataclass(frozen=True, slots=True, order=True)
 class Operation:
-    """One micro-batch's passage through one stage, one way. `micro_batch` counts from 0 within its direction."""
+    """Forward or backward of one micro-batch in one stage.
+
+    `micro_batch` counts from 0 within its direction.
+    """
 
     kind: Op
     direction: int
@@ -40,13 +43,13 @@ class Operation:
     micro_batch: int
 
     def __str__(self) -> str:
-        """Kind, stage and micro-batch: `F0.3`; direction 1 carries a prime, `F0.3'`."""
+        """Returns kind, stage and micro-batch, as in `F0.3`; direction 1 has a prime, `F0.3'`."""
         primes = "'" * self.direction
         return f"{self.kind.value}{self.stage}.{self.micro_batch}{primes}"
 
 
 Group = tuple[Operation, ...]
-"""Operations that a rank runs at once, overlapped."""
+"""Operations that a rank runs at the same time, overlapped."""
 
 Placement = tuple[tuple[int, ...], ...]
 """For each direction, the rank that holds each stage."""
@@ -58,7 +61,7 @@ def straight_placement(num_ranks: int) -> Placement:
 
 
 def v_placement(num_ranks: int) -> Placement:
-    """Returns one direction with two stages per rank: r on the way down and 2P-1-r on the way up."""
+    """Returns one direction with two stages per rank, r and 2P-1-r: the stages form a V."""
     return ((*range(num_ranks), *reversed(range(num_ranks))),)
 
 
@@ -70,10 +73,14 @@ def mirrored_placement(num_ranks: int) -> Placement:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Schedule:
-    """What each pipeline rank runs, in order.
+    """Ordered groups of operations of each pipeline rank.
 
-    `placement[direction][stage]` is the rank that holds the stage for that direction, `ranks[rank]` the rank's
-    groups. `num_micro_batches` counts both directions together.
+    Attributes:
+        kind: name of the schedule.
+        num_ranks: number of pipeline ranks.
+        num_micro_batches: number of micro-batches, of both directions together.
+        placement: `placement[direction][stage]` is the rank that holds the stage for that direction.
+        ranks: `ranks[rank]` holds the rank's groups in order.
     """
 
     kind: str
@@ -84,12 +91,12 @@ class Schedule:
 
     @property
     def num_stages(self) -> int:
-        """Stages that the model is cut into."""
+        """Number of stages."""
         return len(self.placement[0])
 
     @property
     def num_directions(self) -> int:
-        """1, or 2 where micro-batches enter at both ends."""
+        """Number of directions: 2 if micro-batches enter at both ends, else 1."""
         return len(self.placement)
 
     def rank_of(self, direction: int, stage: int) -> int:
@@ -106,7 +113,7 @@ class Schedule:
         )
 
     def _repr_html_(self) -> str | None:
-        """Returns what a notebook shows: the picture for F = I = W and no exchange, or None if ranks wait for ever."""
+        """Returns the picture for notebooks, with F = I = W and no exchange, or None if ranks deadlock."""
         from dualpipe.draw.svg import svg
         from dualpipe.simulate.costs import Costs
         from dualpipe.simulate.simulate import simulate
@@ -118,13 +125,13 @@ class Schedule:
             return None
 
     def micro_batches_of(self, direction: int) -> range:
-        """Returns the direction's micro-batches; of an odd number, direction 0 has one more."""
+        """Returns the direction's micro-batches. If their total is odd, direction 0 has one more."""
         share, rest = divmod(self.num_micro_batches, self.num_directions)
         return range(share + (direction < rest))
 
 
 def to_json(schedule: Schedule) -> str:
-    """Returns the schedule's public JSON form, one line, always the same text for the same schedule."""
+    """Returns the schedule's public JSON form in one line. Equal schedules give equal text."""
     ranks = [
         [[[op.kind.value, op.direction, op.stage, op.micro_batch] for op in group] for group in groups]
         for groups in schedule.ranks
@@ -141,10 +148,10 @@ def to_json(schedule: Schedule) -> str:
 
 
 def from_json(text: str) -> Schedule:
-    """Returns the schedule that `to_json` wrote. It is well formed; whether it is valid is for `validate` to say.
+    """Decodes the JSON of `to_json`. The result is well formed; `validate` checks that it is valid.
 
     Raises:
-        ScheduleError: the text is not such a form; the message names the place, as in `ranks[2][5][0]`.
+        ScheduleError: if the text does not have that form. The message names the place, as in `ranks[2][5][0]`.
     """
     try:
         record = json.loads(text)
@@ -177,7 +184,7 @@ def _read_object(record: Any) -> dict[str, Any]:
     if wrong := keys.symmetric_difference(record):
         verb = "is missing" if wrong <= keys else "is unknown"
         name = min(wrong & keys if wrong <= keys else wrong - keys)
-        raise ScheduleError(f"schedule: the key {name!r} {verb}; its keys are {', '.join(sorted(keys))}")
+        raise ScheduleError(f"schedule: the key {name!r} {verb}; nearest valid: {', '.join(sorted(keys))}")
     if not isinstance(record["kind"], str):
         raise ScheduleError(f"kind: must be a string, is {_shown(record['kind'])}")
     return record

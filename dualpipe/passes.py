@@ -1,4 +1,4 @@
-"""Passes: pure functions from schedule to schedule. One that claims to help is kept only if the simulator agrees."""
+"""Transforms schedules with pure functions. An optimization is kept only if the simulator confirms it."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -8,48 +8,48 @@ from dualpipe.ir import Group, Op, Operation, Schedule
 from dualpipe.simulate.costs import CostModel
 from dualpipe.simulate.simulate import simulate
 
-# Forwards begin before anything of the group is given free, as the count of live activations has it; weight gradients
-# come last, as nobody waits for them. Each kind keeps its order, which is that of its link.
-_TURN = {Op.FORWARD: 0, Op.BACKWARD: 1, Op.BACKWARD_INPUT: 1, Op.BACKWARD_WEIGHT: 2}
+# Forwards start before the group frees any activation, as the count of live activations assumes. Weight gradients are
+# last, because no rank waits for them. Each kind keeps its order, which is the order of its link.
+_PRIORITY = {Op.FORWARD: 0, Op.BACKWARD: 1, Op.BACKWARD_INPUT: 1, Op.BACKWARD_WEIGHT: 2}
 
 
 def order_members(group: Group) -> Group:
-    """Returns the members in the order in which a rank takes them."""
-    return tuple(sorted(group, key=lambda op: _TURN[op.kind]))
+    """Returns the operations of a group in the order in which a rank runs them in sequence."""
+    return tuple(sorted(group, key=lambda op: _PRIORITY[op.kind]))
 
 
 def forward_only(schedule: Schedule) -> Schedule:
-    """Returns the schedule's forwards alone, in their order: what validation runs. Groups left empty go."""
+    """Returns the schedule with only its forwards, in their order, for validation. Drops empty groups."""
     return replace(schedule, ranks=tuple(_forwards(groups) for groups in schedule.ranks))
 
 
 def ungroup(schedule: Schedule) -> Schedule:
-    """Returns the schedule as ranks run it that overlap nothing: a group for each operation, members in their turn."""
+    """Returns the schedule without overlap: one group per operation, in the order of `order_members`."""
     ranks = (tuple((op,) for group in groups for op in order_members(group)) for groups in schedule.ranks)
     return replace(schedule, ranks=tuple(ranks))
 
 
 def split_weights(schedule: Schedule, costs: CostModel) -> Schedule:
-    """Puts I in place of every B, and its W in a group of its own right after: the input gradient leaves before W runs.
+    """Replaces every B by I and a separate W after it, so that the input gradient is sent before W runs.
 
     Args:
-        schedule: a valid one.
-        costs: what the split is judged by.
+        schedule: a valid schedule.
+        costs: costs under which the split is evaluated.
 
     Returns:
-        The schedule as it was where makespan or peak memory would be worse.
+        The split schedule, or the original one if the split would increase makespan or peak memory.
     """
     split = split_backwards(schedule)
     return split if is_no_worse(split, schedule, costs) else schedule
 
 
 def split_backwards(schedule: Schedule) -> Schedule:
-    """As `split_weights`, whatever it costs."""
+    """Replaces every B by I and W like `split_weights`, without checking that it helps."""
     return replace(schedule, ranks=tuple(_split(groups) for groups in schedule.ranks))
 
 
 def is_no_worse(changed: Schedule, schedule: Schedule, costs: CostModel) -> bool:
-    """Returns whether neither the makespan nor any rank's peak memory has grown."""
+    """Returns whether neither the makespan nor any rank's peak memory is larger."""
     new, old = simulate(changed, costs), simulate(schedule, costs)
     tolerance = 1e-9 * max(old.makespan, 1.0)
     return new.makespan <= old.makespan + tolerance and all(
@@ -79,17 +79,17 @@ _MAX_SHIFT = 3
 
 
 def repeat(schedule: Schedule, num_micro_batches: int) -> Schedule | None:
-    """Returns the schedule with more micro-batches, by what each rank does again and again in its middle.
+    """Extends the schedule to more micro-batches by repeating each rank's steady state.
 
-    A block of groups is steady where the block after it is the same, `shift` micro-batches later. It is put in as
-    often as needed, and what follows is renumbered.
+    A block of groups is steady if the next block is equal except that its micro-batches are `shift` later. The block is
+    inserted as often as needed, and the groups after it are renumbered.
 
     Args:
-        schedule: a valid one.
-        num_micro_batches: at least as many as it has, and as many more for each direction.
+        schedule: a valid schedule.
+        num_micro_batches: new number of micro-batches. The increase must be equal for each direction.
 
     Returns:
-        A schedule that may have to be timed and proven anew; None where some rank has no steady block that fits.
+        A schedule that must be validated again, or None if some rank has no steady block that fits.
     """
     added, rest = divmod(num_micro_batches - schedule.num_micro_batches, schedule.num_directions)
     if added < 0 or rest:
@@ -111,13 +111,13 @@ def _lengthened(groups: tuple[Group, ...], added: int) -> tuple[Group, ...] | No
         if found is not None:
             start, length = found
             block, rest = groups[start : start + length], groups[start + length :]
-            again = [_shifted(group, times * shift) for times in range(1, added // shift + 1) for group in block]
-            return (*groups[: start + length], *again, *(_shifted(group, added) for group in rest))
+            repeated = [_shifted(group, times * shift) for times in range(1, added // shift + 1) for group in block]
+            return (*groups[: start + length], *repeated, *(_shifted(group, added) for group in rest))
     return None
 
 
 def _steady_block(groups: Sequence[Group], shift: int) -> tuple[int, int] | None:
-    """Returns start and length of the block that recurs longest, and at least once."""
+    """Returns start and length of the block that repeats over the longest range, or None."""
     stages = {(op.direction, op.stage) for group in groups for op in group}
     best, best_run = None, 0
     moved = [_shifted(group, shift) for group in groups]
@@ -132,7 +132,7 @@ def _steady_block(groups: Sequence[Group], shift: int) -> tuple[int, int] | None
 
 
 def _is_whole(block: Sequence[Group], passages: int) -> bool:
-    """Returns whether it has so many F, as many backwards, and a W for every I."""
+    """Returns whether the block has `passages` F, as many backwards, and a W for every I."""
     counts = Counter(op.kind for group in block for op in group)
     backwards = counts[Op.BACKWARD_INPUT] + counts[Op.BACKWARD]
     return counts[Op.FORWARD] == backwards == passages and counts[Op.BACKWARD_WEIGHT] == counts[Op.BACKWARD_INPUT]

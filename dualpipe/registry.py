@@ -1,6 +1,6 @@
-"""Kinds of schedules by name: what each accepts, how it places stages, and the schedule itself.
+"""Registers kinds of schedules by name, with their size limits, placement and generator.
 
-A generator's file registers its kind. `build` is the only way from a name to a schedule.
+A generator's file registers its kind. `build` makes a schedule from a name.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from dualpipe.simulate.simulate import peak_memory
 from kernels.registry import Registry, list_modules
 
 FALLBACK = "dualpipe_split"
-"""The kind that accepts every number of ranks and micro-batches: errors suggest it."""
+"""Kind that accepts every number of ranks and micro-batches. Errors suggest it."""
 
 _FIRST = ("dualpipe_split", "dualpipe", "dualpipe_v", "zero_bubble", "one_f_one_b")
 _EQUAL = Costs(forward=1.0, backward_input=1.0, backward_weight=1.0, exchange=0.0, latency=0.0)
@@ -23,10 +23,12 @@ _EQUAL = Costs(forward=1.0, backward_input=1.0, backward_weight=1.0, exchange=0.
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SizeLimit:
-    """Why a schedule is not defined for a size.
+    """Reason why a schedule is not defined for a size.
 
-    `about`: the number that is wrong. `rule`: what it must be, with a verb, as in `needs an even number of ranks`.
-    `nearest`: the values around it that work.
+    Attributes:
+        about: the invalid number.
+        rule: the rule that it breaks, with a verb, as in `needs an even number of ranks`.
+        nearest: the nearest valid values.
     """
 
     about: Literal["num_ranks", "num_micro_batches"]
@@ -36,10 +38,14 @@ class SizeLimit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IdleFormula:
-    """The published idle time of every rank.
+    """Published formula for the idle time of every rank.
 
-    It holds at least for F = I = W without exchange and latency, from 2P micro-batches on. `text`: the formula and
-    what it assumes. `value`: takes the number of ranks and the costs of model/P.
+    It holds at least for F = I = W without exchange and latency, and for 2P or more micro-batches.
+
+    Attributes:
+        text: the formula.
+        assumes: its assumptions.
+        value: function of the number of ranks and the costs of model/P.
     """
 
     text: str
@@ -48,27 +54,27 @@ class IdleFormula:
 
 
 def accept_any_size(num_ranks: int, num_micro_batches: int) -> SizeLimit | None:
-    """Returns no limit: the schedule is defined for at least one rank and one micro-batch."""
+    """Returns None: the schedule is defined for any number of ranks and micro-batches."""
     return None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScheduleSpec:
-    """A kind of schedule.
+    """Registered kind of schedule.
 
     Attributes:
-        name: its value of `schedule.kind`, and `Schedule.kind` of what it generates.
-        summary: what it is, in one line.
-        generate: takes the number of ranks and of micro-batches, of all directions together, and returns a valid
-            schedule. If `takes_costs`, it also takes a `CostModel` and a memory cap or None, keeps the cap or raises
-            MemoryCapError, and its result is kept in the cache.
-        placement: from the number of ranks to the ranks that hold the stages of each direction.
-        limit: from the number of ranks and of micro-batches to why there is no such schedule, or None.
+        name: value of `schedule.kind`, and `Schedule.kind` of the generated schedules.
+        summary: description in one line.
+        generate: function of the numbers of ranks and micro-batches (all directions together) that returns a valid
+            schedule. If `takes_costs` is set, it also takes a `CostModel` and a memory cap or None, and it raises
+            MemoryCapError if it cannot keep the cap. Its results are then cached.
+        placement: function from the number of ranks to the placement.
+        limit: function of the numbers of ranks and micro-batches that returns why there is no such schedule, or None.
         takes_costs: whether the order depends on costs and memory cap.
-        may_be_chosen: whether `schedule=auto` considers it.
-        grows: whether the peak of live activations still grows after three micro-batches per rank. Then memory is
+        may_be_chosen: whether `schedule=auto` considers the kind.
+        grows: whether the peak of live activations still grows after three micro-batches per rank. If so, memory is
             predicted with all micro-batches.
-        idle: the published idle time, if there is a formula.
+        idle: published idle time, if there is a formula.
     """
 
     name: str
@@ -82,11 +88,11 @@ class ScheduleSpec:
     idle: IdleFormula | None = None
 
     def num_stages(self, num_ranks: int) -> int:
-        """Returns how many stages the model is cut into."""
+        """Returns the number of stages."""
         return len(self.placement(num_ranks)[0])
 
     def stages_per_rank(self, num_ranks: int) -> int:
-        """Returns how many stages a rank holds for each direction."""
+        """Returns the number of stages that a rank holds for each direction."""
         return self.num_stages(num_ranks) // num_ranks
 
     def is_bidirectional(self) -> bool:
@@ -115,18 +121,18 @@ def check_size(
     ranks_key: str = "num_ranks",
     micro_batches_key: str = "num_micro_batches",
 ) -> None:
-    """Refuses numbers for which a schedule is not defined. Costs nothing: no schedule is made.
+    """Checks that a schedule is defined for these numbers, without making it.
 
     Args:
-        kind: the schedule's name.
+        kind: name of the schedule.
         num_ranks: ranks of one pipeline.
-        num_micro_batches: of one pipeline and step, both directions together.
-        ranks_key: where the user set the number of ranks; errors begin with it.
-        micro_batches_key: where the user set the number of micro-batches.
+        num_micro_batches: micro-batches of one pipeline and step, of both directions together.
+        ranks_key: configuration key of the number of ranks; errors begin with it.
+        micro_batches_key: configuration key of the number of micro-batches.
 
     Raises:
-        UnknownNameError: there is no such kind.
-        ScheduleError: names the key, the rule, the value and the nearest that works.
+        UnknownNameError: if there is no such kind.
+        ScheduleError: if the schedule is not defined. The message names key, rule, value and nearest valid values.
     """
     spec = SCHEDULES.get(kind)
     if num_ranks < 1:
@@ -155,18 +161,18 @@ def build(
     """Builds the named schedule within the memory cap.
 
     Args:
-        kind: the schedule's name.
+        kind: name of the schedule.
         num_ranks: ranks of one pipeline.
-        num_micro_batches: of one pipeline and step, both directions together.
-        costs: of each of the kind's stages; None for equal ones, F = I = W and no exchange. Only kinds that take costs
-            are made for them.
-        memory_cap: of a rank's live activations, in the unit of `StageCosts.activation`; None for no more than the
-            schedule's own.
-        cache_dir: where searched schedules are kept; None to search each time.
+        num_micro_batches: micro-batches of one pipeline and step, of both directions together.
+        costs: costs of each stage; None for equal stages with F = I = W and no exchange. They change the order only if
+            the kind takes costs.
+        memory_cap: maximum of a rank's live activations, in the unit of `StageCosts.activation`; None for the
+            schedule's own maximum.
+        cache_dir: folder that caches searched schedules; None to search each time.
 
     Raises:
-        UnknownNameError: there is no such kind.
-        ScheduleError: see `check_size`; or the schedule does not fit the cap.
+        UnknownNameError: if there is no such kind.
+        ScheduleError: if the schedule is not defined for the size, or does not fit the cap.
     """
     check_size(kind, num_ranks, num_micro_batches)
     spec = SCHEDULES.get(kind)

@@ -1,4 +1,4 @@
-"""What ranks send each other, read off a schedule: who makes a value, who needs it, in which order."""
+"""Derives the messages between ranks from a schedule."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,9 +10,9 @@ ValueKind = Literal["activation", "gradient"]
 
 
 class Value(NamedTuple):
-    """What crosses from a stage to its neighbor: F's output, or the gradient of the stage's input.
+    """Value that a stage sends to its neighbor: F's output, or the gradient of the stage's input.
 
-    `stage` is the one that made it.
+    `stage` is the stage that makes it.
     """
 
     kind: ValueKind
@@ -26,7 +26,7 @@ class Value(NamedTuple):
 
 
 class Link(NamedTuple):
-    """A one-way queue between two ranks; its messages are received in the order in which they are sent."""
+    """One-way FIFO queue between two ranks for one kind of value."""
 
     source: int
     destination: int
@@ -34,7 +34,7 @@ class Link(NamedTuple):
 
 
 class Message(NamedTuple):
-    """One value on its way from rank `source` to rank `destination`. `stage` is the sending one."""
+    """Value that rank `source` sends to rank `destination`. `stage` is the sending stage."""
 
     kind: ValueKind
     direction: int
@@ -45,12 +45,12 @@ class Message(NamedTuple):
 
     @property
     def link(self) -> Link:
-        """The queue that carries it."""
+        """Link that carries the message."""
         return Link(self.source, self.destination, self.kind)
 
     @property
     def value(self) -> Value:
-        """What it carries."""
+        """Value that the message carries."""
         return Value(self.kind, self.direction, self.stage, self.micro_batch)
 
     def __str__(self) -> str:
@@ -59,24 +59,27 @@ class Message(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankTransfers:
-    """A rank's messages, by group: `receives[g]` before group g may run, `sends[g]` once it has run."""
+    """Messages of a rank by group: group g needs `receives[g]` to run, and then sends `sends[g]`."""
 
     receives: tuple[tuple[Message, ...], ...]
     sends: tuple[tuple[Message, ...], ...]
 
     @property
     def all_receives(self) -> tuple[Message, ...]:
-        """Every message that arrives, in program order."""
+        """All received messages, in program order."""
         return tuple(message for messages in self.receives for message in messages)
 
     @property
     def all_sends(self) -> tuple[Message, ...]:
-        """Every message that leaves, in program order."""
+        """All sent messages, in program order."""
         return tuple(message for messages in self.sends for message in messages)
 
 
 def made_by(operation: Operation, num_stages: int) -> Value | None:
-    """Returns what a neighbouring stage waits for from the operation, if any does. B and I make the gradient."""
+    """Returns the value that the operation makes for a neighboring stage, if any.
+
+    B and I make the gradient.
+    """
     if operation.kind is Op.BACKWARD_WEIGHT:
         return None
     forward = operation.kind is Op.FORWARD
@@ -87,7 +90,7 @@ def made_by(operation: Operation, num_stages: int) -> Value | None:
 
 
 def needed_by(operation: Operation, num_stages: int) -> Value | None:
-    """Returns what the operation waits for from a neighbouring stage, if anything."""
+    """Returns the value that the operation needs from a neighboring stage, if any."""
     if operation.kind is Op.BACKWARD_WEIGHT:
         return None
     forward = operation.kind is Op.FORWARD
@@ -99,7 +102,7 @@ def needed_by(operation: Operation, num_stages: int) -> Value | None:
 
 
 def message_of(schedule: Schedule, value: Value) -> Message | None:
-    """Returns the message that carries a value to the stage that needs it, or None where the same rank holds both."""
+    """Returns the message that carries a value to its stage, or None if one rank holds both stages."""
     neighbor = value.stage + 1 if value.kind == "activation" else value.stage - 1
     source = schedule.rank_of(value.direction, value.stage)
     destination = schedule.rank_of(value.direction, neighbor)
@@ -109,7 +112,7 @@ def message_of(schedule: Schedule, value: Value) -> Message | None:
 
 
 def transfers(schedule: Schedule) -> tuple[RankTransfers, ...]:
-    """Returns each rank's messages. Within a group they follow the order of its members."""
+    """Returns the messages of each rank. Within a group they have the order of its operations."""
     num_stages = schedule.num_stages
     return tuple(
         RankTransfers(

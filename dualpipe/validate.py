@@ -1,14 +1,15 @@
-"""Proof that a schedule can run and computes everything once.
+"""Proves that a schedule can run without deadlock and computes everything once.
 
-Ranks must not wait for each other for ever. The model of transfers is the strictest under which the published DualPipe
-runs: rendezvous, one message in flight on a link. A rank that comes to a group asks for all messages that the group
-needs, in the order of its members, and then waits for them. A rank that has run a group sends what the members made, in
-their order. A message is taken once it has been sent and asked for. The sender goes on meanwhile, but it stops before
-its next message on the same link until the one before is taken. (A sender that stopped at every message until it
-is taken would block DualPipe's neighbors: each has something for the other.)
+The model of transfers is the strictest one under which the published DualPipe runs: rendezvous with one message in
+flight on a link. Before a group, a rank posts the receives of all messages that the group needs, in the order of its
+operations, and then waits for them. After a group, it sends the values that the operations made, in their order. A
+message is delivered when it has been sent and its receive is posted. The sender continues, but it blocks before its
+next message on the same link until the previous one is delivered. (A sender that blocked on every message until its
+delivery would deadlock DualPipe's neighbors, which send to each other at the same time.)
 
-Ranks do not choose: what each does next is fixed, whatever the speed of the others. So either every run ends or none
-does, and one run without a clock decides. Transports that keep more messages in flight, or ask earlier, only wait less.
+The next action of each rank is fixed and does not depend on the speed of other ranks. So either every run ends or none
+does, and one run without a clock decides. Transports that keep more messages in flight, or post receives earlier, only
+wait less.
 """
 
 from collections import defaultdict
@@ -25,20 +26,21 @@ _ROUNDING = 1e-9
 
 
 def validate(schedule: Schedule, memory_cap: float | None = None, *, forward_only: bool = False) -> None:
-    """Proves that every operation happens once, at its place, after what it needs, and that no rank waits for ever.
+    """Proves that every operation runs once, on its rank, after its inputs and without deadlock.
 
     Args:
-        schedule: of any kind.
-        memory_cap: the most that a rank may keep alive at once, or None for no limit. Its unit is the activation of
-            one micro-batch in model/P; of num_stages stages, one weighs num_ranks/num_stages of it.
-        forward_only: the schedule has to hold forwards alone (`passes.forward_only`), else it has to train.
+        schedule: schedule of any kind.
+        memory_cap: maximum of a rank's live activations, or None for no limit. The unit is the activation of one
+            micro-batch in model/P; an activation of one stage counts num_ranks/num_stages.
+        forward_only: whether the schedule must contain only forwards (`passes.forward_only`) instead of training.
 
     Raises:
-        ScheduleError: the first problem, with its place, as in `rank 3: stage 5, micro-batch 12 has I but no W`.
+        ScheduleError: if there is a problem; it names the first one, as in
+            `rank 3: stage 5, micro-batch 12 has I but no W`.
     """
     _check_sizes(schedule)
     _check_operations(schedule)
-    _check_complete(schedule, forward_only)
+    _check_complete(schedule, forward_only=forward_only)
     for rank, groups in enumerate(schedule.ranks):
         _check_order(schedule, rank, groups)
     messages = transfers(schedule)
@@ -93,7 +95,7 @@ def _check_operations(schedule: Schedule) -> None:
                 seen.add(op)
 
 
-def _check_complete(schedule: Schedule, forward_only: bool) -> None:
+def _check_complete(schedule: Schedule, *, forward_only: bool) -> None:
     kinds: dict[tuple[int, int, int], set[Op]] = defaultdict(set)
     for groups in schedule.ranks:
         for group in groups:
@@ -102,14 +104,14 @@ def _check_complete(schedule: Schedule, forward_only: bool) -> None:
     for direction, row in enumerate(schedule.placement):
         for stage, rank in enumerate(row):
             for micro_batch in schedule.micro_batches_of(direction):
-                problem = _problem(kinds.get((direction, stage, micro_batch), set()), forward_only)
+                problem = _problem(kinds.get((direction, stage, micro_batch), set()), forward_only=forward_only)
                 if problem is not None:
                     place = f"rank {rank}: stage {stage}, micro-batch {micro_batch}"
                     of = f" of direction {direction}" if schedule.num_directions > 1 else ""
                     raise ScheduleError(f"{place}{of} {problem}")
 
 
-def _problem(kinds: set[Op], forward_only: bool) -> str | None:
+def _problem(kinds: set[Op], *, forward_only: bool) -> str | None:
     full, inputs, weights = (kind in kinds for kind in (Op.BACKWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT))
     if Op.FORWARD not in kinds:
         return "has no F"
@@ -123,7 +125,7 @@ def _problem(kinds: set[Op], forward_only: bool) -> str | None:
 
 
 def _check_order(schedule: Schedule, rank: int, groups: tuple[Group, ...]) -> None:
-    """Within the rank, what an operation needs is made by an earlier group: members of one run at once."""
+    """Checks that earlier groups of the rank make each operation's inputs: a group runs at once."""
     at = {op: index for index, group in enumerate(groups) for op in group}
     makers = {value: op for op in at if (value := made_by(op, schedule.num_stages)) is not None}
     for op, index in at.items():
@@ -137,7 +139,7 @@ def _check_order(schedule: Schedule, rank: int, groups: tuple[Group, ...]) -> No
             needed.append(makers[value])
         for other in needed:
             if at[other] >= index:
-                when = "at once with" if at[other] == index else "before"
+                when = "together with" if at[other] == index else "before"
                 raise ScheduleError(f"rank {rank}: group {index} has {op} {when} {other}, which it needs")
 
 
@@ -170,21 +172,21 @@ def _check_memory(schedule: Schedule, memory_cap: float) -> None:
 
 
 class _Action(Enum):
-    ASK = auto()
-    AWAIT = auto()
+    POST = auto()
+    WAIT = auto()
     SEND = auto()
 
 
 @dataclass(slots=True)
 class _Queue:
-    """A link's messages that have been sent, and how many were asked for. Both ends agree on their order."""
+    """Sent messages of a link, and the number of posted receives. Both ends agree on the order."""
 
     sent: list[Message] = field(default_factory=list)
-    asked: int = 0
+    num_posted: int = 0
 
 
 class _Step(NamedTuple):
-    """One action of a rank about the message that is number `number` of its queue."""
+    """Action of a rank on message number `number` of a queue."""
 
     action: _Action
     group: int
@@ -193,18 +195,18 @@ class _Step(NamedTuple):
     number: int
 
     def is_blocked(self) -> bool:
-        """Asking never waits; a message is awaited until it is sent; it is sent once the one before is taken."""
-        if self.action is _Action.AWAIT:
+        """Returns whether the action must wait: for the message, or for the delivery of the previous one."""
+        if self.action is _Action.WAIT:
             return len(self.queue.sent) <= self.number
-        return self.action is _Action.SEND and self.queue.asked < self.number
+        return self.action is _Action.SEND and self.queue.num_posted < self.number
 
     def take(self) -> int | None:
-        """Does it; gives the rank that may have waited for it."""
+        """Performs the action and returns the rank that it may unblock."""
         if self.action is _Action.SEND:
             self.queue.sent.append(self.message)
             return self.message.destination
-        if self.action is _Action.ASK:
-            self.queue.asked += 1
+        if self.action is _Action.POST:
+            self.queue.num_posted += 1
             return self.message.source
         return None
 
@@ -213,37 +215,37 @@ def check_progress(schedule: Schedule, messages: tuple[RankTransfers, ...]) -> N
     """Runs all ranks without a clock until they end.
 
     Args:
-        schedule: complete, with the same order of messages at both ends of every link.
-        messages: its transfers.
+        schedule: a complete schedule with the same order of messages at both ends of every link.
+        messages: messages of each rank.
 
     Raises:
-        ScheduleError: ranks wait for each other in a circle, which the message spells out.
+        ScheduleError: if ranks wait for each other in a cycle, which the message describes.
     """
     queues: dict[Link, _Queue] = defaultdict(_Queue)
     programs = [tuple(_program(rank, queues)) for rank in messages]
     at = [0] * len(programs)
     running = set(range(len(programs)))
     while running:
-        woken: set[int] = set()
+        unblocked: set[int] = set()
         for rank in sorted(running):
             program = programs[rank]
             while at[rank] < len(program) and not program[at[rank]].is_blocked():
                 other = program[at[rank]].take()
                 if other is not None:
-                    woken.add(other)
+                    unblocked.add(other)
                 at[rank] += 1
-        running = woken
+        running = unblocked
     stuck = {rank: program[at[rank]] for rank, program in enumerate(programs) if at[rank] < len(program)}
     if stuck:
-        raise ScheduleError(_circle(schedule, stuck))
+        raise ScheduleError(_describe_cycle(schedule, stuck))
 
 
 def _program(rank: RankTransfers, queues: dict[Link, _Queue]) -> Iterator[_Step]:
     counts: dict[Link, int] = defaultdict(int)
     for group, (receives, sends) in enumerate(zip(rank.receives, rank.sends, strict=True)):
-        asks = [_step(_Action.ASK, group, message, queues, counts) for message in receives]
-        yield from asks
-        yield from (_Step(_Action.AWAIT, *ask[1:]) for ask in asks)
+        posts = [_step(_Action.POST, group, message, queues, counts) for message in receives]
+        yield from posts
+        yield from (_Step(_Action.WAIT, *post[1:]) for post in posts)
         for message in sends:
             yield _step(_Action.SEND, group, message, queues, counts)
 
@@ -255,24 +257,24 @@ def _step(action: _Action, group: int, message: Message, queues: dict[Link, _Que
     return _Step(action, group, message, queues[link], number)
 
 
-def _circle(schedule: Schedule, stuck: dict[int, _Step]) -> str:
-    """Follows who waits for whom until a rank comes again."""
+def _describe_cycle(schedule: Schedule, stuck: dict[int, _Step]) -> str:
+    """Follows the waits from rank to rank until a rank repeats, and describes the cycle."""
     path: list[int] = []
     rank = min(stuck)
     while rank not in path:
         path.append(rank)
         message = stuck[rank].message
-        rank = message.source if stuck[rank].action is _Action.AWAIT else message.destination
-    circle = path[path.index(rank) :]
+        rank = message.source if stuck[rank].action is _Action.WAIT else message.destination
+    cycle = path[path.index(rank) :]
     lines = []
-    for member, other in zip(circle, [*circle[1:], circle[0]], strict=True):
+    for member, other in zip(cycle, [*cycle[1:], cycle[0]], strict=True):
         group = "+".join(map(str, schedule.ranks[member][stuck[member].group]))
-        lines.append(f"rank {member} at {group} {_reason(stuck[member])} by rank {other}")
-    return f"rank {circle[0]}: deadlock: " + "; ".join(lines)
+        lines.append(f"rank {member} at {group} {_reason(stuck[member], other)}")
+    return f"rank {cycle[0]}: deadlock: " + "; ".join(lines)
 
 
-def _reason(step: _Step) -> str:
+def _reason(step: _Step, other: int) -> str:
     value = step.message.value
-    if step.action is _Action.AWAIT:
-        return f"waits for {value}"
-    return f"cannot send {value} before {step.queue.sent[-1].value} is taken"
+    if step.action is _Action.WAIT:
+        return f"waits for {value} from rank {other}"
+    return f"cannot send {value} before rank {other} posts the receive of {step.queue.sent[-1].value}"

@@ -62,7 +62,7 @@ class Fp8Dispatcher:
         self._inner.close()
 
     def _packed(self, rows_TD: Tensor, min_amax: float) -> Tensor:
-        return pack(quantize_1x128(dense(rows_TD.detach()), True, min_amax))
+        return pack(quantize_1x128(dense(rows_TD.detach()), power_of_two=True, min_amax=min_amax))
 
 
 class _Restore:

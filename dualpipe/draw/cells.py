@@ -1,4 +1,4 @@
-"""What a picture shows of a rank's time, apart from how: groups as cells, waits as strips. No drawing here."""
+"""Computes the contents of a picture of ranks' time: groups as cells and waits as strips."""
 
 from dataclasses import dataclass
 from itertools import groupby
@@ -10,7 +10,7 @@ from dualpipe.simulate.simulate import Simulation
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
-    """A group's time on its rank. Members of more than one are drawn one above the other."""
+    """Time of a group on its rank. The operations of a group are drawn on top of each other."""
 
     rank: int
     start: float
@@ -20,7 +20,7 @@ class Cell:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Strip:
-    """A stretch within a cell in which the rank's main thread waits: for a message, or for an exchange of its own."""
+    """Part of a cell in which the rank's main thread waits for a message or for an exchange."""
 
     rank: int
     start: float
@@ -29,7 +29,7 @@ class Strip:
 
 
 def planned_cells(schedule: Schedule, simulation: Simulation) -> list[Cell]:
-    """Returns a cell per group, in the unit of the costs."""
+    """Returns a cell for each group, in the unit of the costs."""
     return [
         Cell(rank=rank, start=start, end=end, members=group)
         for rank, groups in enumerate(schedule.ranks)
@@ -38,10 +38,10 @@ def planned_cells(schedule: Schedule, simulation: Simulation) -> list[Cell]:
 
 
 def measured_cells(schedule: Schedule, measured: Measured) -> tuple[list[Cell], list[Strip]]:
-    """Returns a cell per group that ran, and the waits within them; in seconds from the first rank's begin.
+    """Returns a cell for each group that ran, and its waits, in seconds from the first rank's start.
 
-    A cell begins once the group's first message is there and ends with its last work. Time between cells is a
-    wait for a message, or the interpreter's.
+    A cell begins when the group's first message has arrived and ends with the group's last work. Time between cells is
+    a wait for a message, or overhead of the interpreter.
     """
     cells: list[Cell] = []
     strips: list[Strip] = []

@@ -1,7 +1,8 @@
-"""Colors of the drawn schedules: one hue per kind of operation, one shade per direction, apart for color-blind eyes.
+"""Defines the colors of schedules: one hue per kind of operation and one shade per direction.
 
-Blue, vermilion, yellow and green differ in lightness too. The first direction is light with dark numbers, the
-second dark and hatched with light numbers, so that they differ without any hue too.
+The colors are distinct for color-blind readers: blue, vermilion, yellow and green also differ in lightness. The first
+direction is light with dark numbers. The second is dark and hatched with light numbers, so they also differ without
+hue.
 """
 
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ _GAP = 22.0
 
 
 def style_of(kind: Op, variant: int) -> str:
-    """Returns the class of a cell: the kind's letter and 0 for light, 1 for dark."""
+    """Returns the CSS class of a cell: the kind's letter, then 0 for light or 1 for dark."""
     return f"{kind.value}{variant}"
 
 
@@ -84,11 +85,17 @@ class _Item:
         return (_SWATCH_WIDTH + 6 if self.styles else 0.0) + len(self.text) * _LETTER + _GAP
 
 
-def legend(schedule: Schedule, measured: bool, bounded: bool, notes: list[str], width: float) -> tuple[list[str], int]:
-    """Returns the legend's elements from (0, 0) on, within a width in pixels, and how many lines it takes."""
+def legend(
+    schedule: Schedule, notes: list[str], width: float, *, has_measured: bool, has_bound: bool
+) -> tuple[list[str], int]:
+    """Returns the legend's elements, from (0, 0) and within a width in pixels, and its number of lines."""
     parts: list[str] = []
     x, line = 0.0, 0
-    for item in [*_kinds(schedule), *_marks(schedule, measured, bounded), *(_Item((), note) for note in notes)]:
+    for item in [
+        *_kinds(schedule),
+        *_marks(schedule, has_measured=has_measured, has_bound=has_bound),
+        *(_Item((), note) for note in notes),
+    ]:
         if x > 0 and x + item.width - _GAP > width:
             x, line = 0.0, line + 1
         parts += _drawn(item, x, line * 22.0)
@@ -107,7 +114,7 @@ def _kinds(schedule: Schedule) -> list[_Item]:
 
 
 def _shades(schedule: Schedule) -> str | None:
-    """What the two shades stand for, where there are two."""
+    """Returns the meaning of the two shades, or None if there is only one."""
     if schedule.num_directions > 1:
         return "light: direction 0; dark, hatched: direction 1, enters at the last rank"
     if any(len(schedule.stages_of(rank)) > 1 for rank in range(schedule.num_ranks)):
@@ -115,7 +122,7 @@ def _shades(schedule: Schedule) -> str | None:
     return None
 
 
-def _marks(schedule: Schedule, measured: bool, bounded: bool) -> list[_Item]:
+def _marks(schedule: Schedule, *, has_measured: bool, has_bound: bool) -> list[_Item]:
     items = []
     if (shades := _shades(schedule)) is not None:
         items.append(_Item((), shades))
@@ -125,9 +132,9 @@ def _marks(schedule: Schedule, measured: bool, bounded: bool) -> list[_Item]:
             _Item(("half", *(style_of(op.kind, place) for place, op in enumerate(pair))), "halves: overlapped")
         )
     items.append(_Item(("track",), "idle"))
-    if measured:
+    if has_measured:
         items.append(_Item(("exposed",), "exposed exchange"))
-    if bounded:
+    if has_bound:
         items.append(_Item(("bound",), "lower bound of any schedule"))
     return items
 

@@ -1,4 +1,4 @@
-"""A schedule's timing as SVG: rows for ranks, time to the right, a run's measured time under the planned one."""
+"""Draws a schedule's timing as SVG: one row per rank, time to the right, measured below planned."""
 
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -21,43 +21,43 @@ _LEGEND_WIDTH = 1_150.0
 _TICK = 90.0
 _LETTER, _HEADING_LETTER = 6.2, 6.7
 _LEAST_LABEL_HEIGHT = 11.0
-_MAX_LABELED = 8_000  # operations beyond which a panel has neither numbers nor tooltips: the file would be too large
+_MAX_LABELED = 8_000  # panels with more operations have no numbers and tooltips: the file would be too large
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scale:
-    """How time becomes pixels: `pixels` for one unit of the costs, over `span` units."""
+    """Scale from time to pixels: `pixels` for one unit of the costs, for `span` units."""
 
     pixels: float
     span: float
 
     @classmethod
     def within_limits(cls, pixels: float, span: float) -> "Scale":
-        """Returns the nearest to what is asked for that is neither too narrow to read nor too wide to open."""
+        """Returns the nearest scale that is neither too narrow to read nor too wide to open."""
         if span <= 0:
             return cls(pixels=0.0, span=0.0)
         least = (_LEAST_WIDTH - _LEFT - _RIGHT) / span
         return cls(pixels=min(max(pixels, least), _MOST_WIDTH / span), span=span)
 
     def x(self, time: float) -> float:
-        """Returns the place of a time."""
+        """Returns the x pixel of a time."""
         return _LEFT + time * self.pixels
 
     @property
     def width(self) -> float:
-        """Of the whole picture."""
+        """Width of the picture in pixels."""
         return max(self.x(self.span) + _RIGHT, _LEAST_WIDTH)
 
 
 def natural_scale(schedule: Schedule, simulation: Simulation, measured: Measured | None = None) -> Scale:
-    """Returns a scale wide enough for nine cells' numbers in ten, within limits."""
+    """Returns a scale that is wide enough for the numbers of 90 % of the cells, within limits."""
     planned = [cell for cell in planned_cells(schedule, simulation) if cell.end > cell.start]
     span = max(simulation.makespan, measured.makespan_seconds if measured else 0.0)
     if not planned or span <= 0:
         return Scale(pixels=0.0, span=0.0)
-    tells = _needs_stage_labels(schedule)
+    needs_stage = _needs_stage_labels(schedule)
     needed = sorted(
-        max(_label_width(_label(op, tells[cell.rank])) for op in cell.members) / (cell.end - cell.start)
+        max(_label_width(_label(op, needs_stage[cell.rank])) for op in cell.members) / (cell.end - cell.start)
         for cell in planned
     )
     return Scale.within_limits(pixels=needed[int(0.9 * (len(needed) - 1))], span=span)
@@ -73,22 +73,24 @@ def svg(
     scale: Scale | None = None,
     standalone: bool = True,
 ) -> str:
-    """Returns the picture, as one `<svg>` element without anything from outside.
+    """Returns the picture as one self-contained `<svg>` element.
 
-    Groups are cells, the members of a group stacked in it, with their micro-batches' numbers where they fit (and the
-    stage before them where a rank holds several for one direction) and a tooltip each. Idle time is blank.
+    Groups are cells in which the operations are stacked. Each operation has a tooltip and, if there is room, the number
+    of its micro-batch (with the stage if a rank holds several stages for one direction). Idle time is blank.
 
     Args:
-        schedule: a valid one.
-        simulation: of it; in seconds where there is a run.
-        measured: a run of it, drawn below on the same time scale.
-        title: in place of kind and size.
-        bound: drawn as a dashed line.
-        scale: of several pictures that are to be compared; by default this one's natural scale.
-        standalone: whether it carries its colors; else the page around it does, once for all its pictures.
+        schedule: a valid schedule.
+        simulation: its simulation; in seconds if there was a run.
+        measured: spans of a run, drawn below on the same time scale.
+        title: title instead of kind and size.
+        bound: lower bound, drawn as a dashed line.
+        scale: common scale of several pictures; by default the natural scale of this one.
+        standalone: whether the element contains its styles; else the page must define them.
     """
     panel_scale = scale or natural_scale(schedule, simulation, measured)
-    picture = _Picture(schedule=schedule, scale=panel_scale, unit=_unit(panel_scale.span, measured is not None))
+    picture = _Picture(
+        schedule=schedule, scale=panel_scale, unit=_unit(panel_scale.span, is_seconds=measured is not None)
+    )
     facts = _planned_facts(simulation, bound, picture.unit)
     heading = f"planned: {facts}" if measured else facts
     picture.panel(heading, simulation.makespan, planned_cells(schedule, simulation), [], bound)
@@ -96,7 +98,9 @@ def svg(
         facts = _measured_facts(simulation, measured, picture.unit)
         picture.panel(f"measured: {facts}", measured.makespan_seconds, *measured_cells(schedule, measured), None)
     width = min(panel_scale.width - 48, _LEGEND_WIDTH)
-    explained, lines = legend(schedule, measured is not None, bound is not None, picture.notes(), width)
+    explained, lines = legend(
+        schedule, picture.notes(), width, has_measured=measured is not None, has_bound=bound is not None
+    )
     picture.parts += [f'<g class="legend" transform="translate(24 {picture.y:.0f})">', *explained, "</g>"]
     name = escape(title or f"{schedule.kind}: {size(schedule)}", {'"': "&quot;"})
     head = [STYLE, DEFINITIONS] if standalone else []
@@ -104,7 +108,7 @@ def svg(
 
 
 def _element(width: float, height: float, name: str, parts: list[str]) -> str:
-    """Returns an `<svg>` element of a natural size in pixels that scales."""
+    """Returns a scalable `<svg>` element with a natural size in pixels."""
     box = f'width="{width:.0f}" height="{height:.0f}" viewBox="0 0 {width:.0f} {height:.0f}"'
     return "\n".join(
         [
@@ -119,7 +123,7 @@ def _element(width: float, height: float, name: str, parts: list[str]) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Unit:
-    """A unit to show times in: `factor` of them make one unit of the costs. A clock's times have few digits."""
+    """Unit for times: `factor` of it are one unit of the costs. Measured times are shown with few digits."""
 
     factor: float
     name: str
@@ -129,8 +133,8 @@ class _Unit:
         return f"{number(value)} {self.name}" if self.name else number(value)
 
 
-def _unit(span: float, seconds: bool) -> _Unit:
-    if not seconds:
+def _unit(span: float, *, is_seconds: bool) -> _Unit:
+    if not is_seconds:
         return _Unit(factor=1.0, name="")
     names = ((1.0, 1.0, "s"), (1e-3, 1e3, "ms"), (0.0, 1e6, "\N{MICRO SIGN}s"))
     return next(_Unit(factor=factor, name=name) for least, factor, name in names if span >= least)
@@ -157,7 +161,7 @@ def _measured_facts(simulation: Simulation, measured: Measured, unit: _Unit) -> 
 
 @dataclass(kw_only=True)
 class _Picture:
-    """A drawing being written, panel by panel, downwards."""
+    """Drawing that is written panel by panel, from top to bottom."""
 
     schedule: Schedule
     scale: Scale
@@ -168,10 +172,10 @@ class _Picture:
     plain: bool = False
 
     def __post_init__(self) -> None:
-        self._tells = _needs_stage_labels(self.schedule)
+        self._needs_stage = _needs_stage_labels(self.schedule)
 
     def panel(self, heading: str, end: float, cells: list[Cell], strips: list[Strip], bound: Bound | None) -> None:
-        """Adds a heading, a row per rank up to the end of all, and the time axis."""
+        """Adds a heading, a row for each rank, and the time axis."""
         for line in _lines(heading, int((self.scale.width - 48) / _HEADING_LETTER)):
             self.parts.append(f'<text class="heading" x="24" y="{self.y + 12:g}">{escape(line)}</text>')
             self.y += _HEADING_LINE
@@ -189,10 +193,10 @@ class _Picture:
         self.y = bottom + _AXIS
 
     def notes(self) -> list[str]:
-        """What the picture leaves out."""
+        """Returns notes on what the picture omits."""
         if self.plain:
-            return ["numbers and tooltips left out: too many operations"]
-        return [f"{self.unlabeled} numbers left out where they do not fit: see tooltips"] if self.unlabeled else []
+            return ["numbers and tooltips omitted: too many operations"]
+        return [f"{self.unlabeled} numbers omitted that do not fit: see tooltips"] if self.unlabeled else []
 
     def _track(self, rank: int, top: float, end: float) -> None:
         y = top + rank * (_ROW + _ROW_GAP)
@@ -201,7 +205,7 @@ class _Picture:
         self.parts.append(f'<rect class="track" x="{_LEFT:g}" y="{y:g}" width="{width:.2f}" height="{_ROW:g}"/>')
 
     def _axis(self, top: float, bottom: float) -> list[str]:
-        """Draws the grid, and gives the ticks' texts, which come after the cells."""
+        """Draws the grid and returns the texts of the ticks, which must be drawn after the cells."""
         texts = []
         pixels = self.scale.pixels / self.unit.factor
         step = round_up(_TICK / pixels) if pixels else 0.0
@@ -232,7 +236,7 @@ class _Picture:
                     f'<rect x="{x:.2f}" y="{y:g}" width="{width:.2f}" height="{height:g}">'
                     f"<title>{self._tooltip(cell, op)}</title></rect>"
                 )
-                label = _label(op, self._tells[cell.rank])
+                label = _label(op, self._needs_stage[cell.rank])
                 if height >= _LEAST_LABEL_HEIGHT and _label_width(label) <= width + 3:
                     middle = y + height / 2 + 3.8
                     numbers[variant].append(f'<text x="{x + width / 2:.2f}" y="{middle:g}">{label}</text>')
@@ -250,7 +254,7 @@ class _Picture:
             if width < 0.5:
                 continue
             y = top + strip.rank * (_ROW + _ROW_GAP)
-            # A wait for a message is idle time and blank; an exposed exchange leaves the cell's colors in sight.
+            # A wait for a message is idle time and drawn blank. An exposed exchange covers only part of the cell.
             y, height = (y, _ROW) if strip.message else (y + _ROW * 0.8, _ROW * 0.2)
             shapes["message" if strip.message else "exposed"].append(
                 f"M{x:.2f} {y:g}h{width:.2f}v{height:g}h-{width:.2f}z"
@@ -258,39 +262,39 @@ class _Picture:
         self.parts += [f'<path class="{style}" d="{"".join(drawn)}"/>' for style, drawn in shapes.items() if drawn]
 
     def _variant(self, rank: int, op: Operation) -> int:
-        """Which shade: the direction's, or the place of the stage among those that the rank holds for it."""
+        """Returns the shade: the direction, or whether the stage is a later one of the rank."""
         if self.schedule.num_directions > 1:
             return min(op.direction, 1)
-        if not self._tells[rank][op.direction]:
+        if not self._needs_stage[rank][op.direction]:
             return 0
         first = next(stage for stage, holder in enumerate(self.schedule.placement[0]) if holder == rank)
         return int(op.stage > first)
 
     def _tooltip(self, cell: Cell, op: Operation) -> str:
         others = " ".join(str(other) for other in cell.members if other != op)
-        since = f" from {self.unit.shown(cell.start)} on"
-        beside = f", overlapped with {others}" if others else ""
+        start = f" from {self.unit.shown(cell.start)} on"
+        overlap = f", overlapped with {others}" if others else ""
         where = f"rank {cell.rank}, stage {op.stage}, micro-batch {op.micro_batch}, direction {op.direction}"
-        return f"{op}: {where}, takes {self.unit.shown(cell.end - cell.start)}{since}{beside}"
+        return f"{op}: {where}, takes {self.unit.shown(cell.end - cell.start)}{start}{overlap}"
 
 
 def _lines(facts: str, width: int) -> list[str]:
-    """Returns the text broken into lines, after commas only."""
+    """Breaks the text into lines, only after commas."""
     glue = "\N{NO-BREAK SPACE}"
     glued = facts.replace(" ", glue).replace(f",{glue}", ", ")
     return [line.replace(glue, " ") for line in wrap(glued, width)]
 
 
 def _needs_stage_labels(schedule: Schedule) -> list[list[bool]]:
-    """Returns per rank and direction whether a number needs its stage."""
+    """Returns for each rank and direction whether labels need the stage."""
     return [
         [needs_stage_label(schedule, rank, direction) for direction in range(schedule.num_directions)]
         for rank in range(schedule.num_ranks)
     ]
 
 
-def _label(op: Operation, tells: list[bool]) -> str:
-    return f"{op.stage}.{op.micro_batch}" if tells[op.direction] else str(op.micro_batch)
+def _label(op: Operation, needs_stage: list[bool]) -> str:
+    return f"{op.stage}.{op.micro_batch}" if needs_stage[op.direction] else str(op.micro_batch)
 
 
 def _label_width(label: str) -> float:

@@ -1,4 +1,4 @@
-"""Schedules side by side: as a plain table, one line per kind, and as one HTML page that needs nothing else."""
+"""Compares schedules in a plain text table and in a self-contained HTML page."""
 
 import textwrap
 from collections.abc import Sequence
@@ -13,23 +13,23 @@ from dualpipe.draw.svg import Scale, natural_scale, svg
 COLUMNS = ("schedule", "overhead", "makespan", "bubble %", "exposed", "peak", "bound", "above")
 MEANING = (
     "overhead: makespan - pure computation of the busiest rank; bubble: idle part of all ranks' time; exposed: "
-    "exchange that nothing hides; peak: live activations, of model/P; bound: no schedule takes less; above: makespan - "
-    "bound"
+    "exchange that nothing hides; peak: live activations, of model/P; bound: lower bound of any schedule; above: "
+    "makespan - bound"
 )
 _MEANING_OF_RUN = (
-    "; times in seconds, simulated with the times that each stage's operations took in the run; another number of "
-    "stages gets the same model in other parts"
+    "; times in seconds, simulated with the times that each stage's operations took in the run; for another number of "
+    "stages the same model is split differently"
 )
 _GAP = "  "
 
 
 def cells(entry: TimedSchedule) -> tuple[str, ...]:
-    """Returns a schedule's text in each of `COLUMNS`."""
+    """Returns the text of a schedule for each of `COLUMNS`."""
     return (entry.schedule.kind, *map(number, _values(entry)))
 
 
 def _values(entry: TimedSchedule) -> tuple[float, ...]:
-    """Returns a schedule's number in each of `COLUMNS` after the first."""
+    """Returns the number of a schedule for each of `COLUMNS` after the first."""
     return (
         entry.overhead,
         entry.simulation.makespan,
@@ -42,9 +42,11 @@ def _values(entry: TimedSchedule) -> tuple[float, ...]:
 
 
 def table(rows: Sequence[TimedSchedule | UnavailableSchedule], width: int = 100) -> str:
-    """Returns one line per schedule, in the order given, and what the columns mean. ASCII only, no trailing newline.
+    """Returns one line per schedule, in order, and the meaning of the columns.
 
-    A kind that cannot be shown has its reason in place of the numbers, wrapped to `width` columns.
+    ASCII only, no trailing newline.
+
+    A kind that is not available has its reason instead of numbers, wrapped to `width` columns.
     """
     shown = {index: cells(row) for index, row in enumerate(rows) if isinstance(row, TimedSchedule)}
     kinds = [row.schedule.kind if isinstance(row, TimedSchedule) else row.kind for row in rows]
@@ -74,14 +76,16 @@ _TEMPLATE = Path(__file__).with_name("page.html")
 
 
 def html(entries: Sequence[TimedSchedule | UnavailableSchedule], title: str = "Pipeline schedules") -> str:
-    """Returns the page, to be read from a file or a server, offline.
+    """Returns the page, which works offline.
 
-    Its table sorts by any column, its boxes show and hide pictures, pointing at an operation names it. If one schedule
-    was run, the page compares the others with it, and only its own picture is shown at first.
+    Its table can be sorted by any column, its checkboxes show and hide pictures, and pointing at an operation
+    describes it. If one schedule was run, the page compares the others with it, and at first it shows only the picture
+    of that schedule.
 
     Args:
-        entries: in the order in which they are shown; their costs have one unit. An absent one is a line of the table.
-        title: of the page, plain text.
+        entries: schedules in the order of the page; their costs have the same unit. An unavailable one is only a line
+            of the table.
+        title: title of the page, as plain text.
     """
     shown = [entry for entry in entries if isinstance(entry, TimedSchedule)]
     scale, is_run = _common_scale(shown), any(entry.measured for entry in shown)
@@ -98,7 +102,7 @@ def html(entries: Sequence[TimedSchedule | UnavailableSchedule], title: str = "P
 
 
 def _common_scale(shown: Sequence[TimedSchedule]) -> Scale:
-    """Returns the widest picture's pixels per unit of time, over the longest one's time."""
+    """Returns a common scale: the largest pixels per unit of time, over the longest time."""
     scales = [natural_scale(entry.schedule, entry.simulation, entry.measured) for entry in shown]
     pixels = max((scale.pixels for scale in scales), default=0.0)
     return Scale.within_limits(pixels=pixels, span=max((scale.span for scale in scales), default=0.0))

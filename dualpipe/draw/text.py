@@ -1,4 +1,4 @@
-"""A schedule's timing as plain text: one row per rank, time to the right."""
+"""Draws a schedule's timing as plain text: one row per rank, time to the right."""
 
 import math
 
@@ -14,11 +14,11 @@ _TICK_COLUMNS = 12
 
 
 def grid(schedule: Schedule, simulation: Simulation, width: int = 160) -> str:
-    """Returns the picture with its legend, ASCII only, no trailing newline.
+    """Returns the picture with its legend. ASCII only, no trailing newline.
 
-    A group is a label and dashes up to its end: `F3`, or `F8+b0` for an overlapped pair. Direction 1 is in small
-    letters, idle time is dots. Columns are as narrow as the labels allow; a picture wider than `width` columns goes
-    on below, from the time at which it was cut.
+    A group is a label, followed by dashes up to its end: `F3`, or `F8+b0` for an overlapped pair. Direction 1 is in
+    lower case and idle time is dots. Columns are as narrow as the labels allow. A picture wider than `width` columns is
+    continued below.
     """
     scale = _scale(schedule, simulation)
     margin = len(_head(schedule.num_ranks - 1))
@@ -36,13 +36,13 @@ def grid(schedule: Schedule, simulation: Simulation, width: int = 160) -> str:
 def summary(
     schedule: Schedule, simulation: Simulation, costs: Costs | CostModel, memory_cap: float | None = None
 ) -> str:
-    """Returns the numbers beside the picture, a line each, ASCII only, with the lower bound and why it holds.
+    """Returns the numbers of a schedule, one per line, with the lower bound and its reason. ASCII only.
 
     Args:
-        schedule: a valid one that trains.
-        simulation: of it.
-        costs: what it was timed by.
-        memory_cap: of the lower bound, see `bounds.lower_bound`.
+        schedule: a valid schedule that trains.
+        simulation: its simulation.
+        costs: costs of the simulation.
+        memory_cap: memory cap of the lower bound; see `bounds.lower_bound`.
     """
     model = uniform(costs, schedule.num_ranks, schedule.num_stages) if isinstance(costs, Costs) else costs
     bound = lower_bound(schedule, model, memory_cap)
@@ -66,7 +66,7 @@ def summary(
 
 
 def _label(schedule: Schedule, rank: int, group: Group) -> str:
-    """Kind and micro-batch of each member; the stage too where the direction alone does not tell it."""
+    """Returns kind and micro-batch of each operation, with the stage if labels need it."""
     parts = []
     for op in group:
         letter = op.kind.value.lower() if op.direction else op.kind.value
@@ -76,7 +76,7 @@ def _label(schedule: Schedule, rank: int, group: Group) -> str:
 
 
 def _scale(schedule: Schedule, simulation: Simulation) -> float:
-    """Columns per unit of time: room for every label and a gap, unless very short groups would stretch the rest."""
+    """Returns columns per unit of time: room for all labels, with a limit for short groups."""
     needed = 0.0
     for rank, groups in enumerate(schedule.ranks):
         for group, start, end in zip(groups, simulation.starts[rank], simulation.ends[rank], strict=True):
@@ -95,14 +95,17 @@ def _row(schedule: Schedule, simulation: Simulation, rank: int, scale: float) ->
 
 
 def _cell(label: str, width: int) -> str:
-    """The label, dashes and a gap. A label that does not fit shrinks to its kind: half a number would mislead."""
+    """Returns label, dashes and a gap.
+
+    A label that does not fit is cut to its kind: half a number would mislead.
+    """
     if width <= len(label):
         return label if width == len(label) else label[: min(width, 1)].ljust(width, "-")
     return label.ljust(width - 1, "-") + " "
 
 
 def _ruler(scale: float, start: int, stop: int) -> str:
-    """Times at round steps, each beginning at its column."""
+    """Returns times at round steps, each starting at its column."""
     if scale == 0:
         return "0"
     step = round_up(_TICK_COLUMNS / scale)

@@ -1,6 +1,6 @@
-"""A schedule's timing in Chrome's trace format, which Perfetto and chrome://tracing open.
+"""Writes a schedule's timing in Chrome's trace format, which Perfetto and chrome://tracing open.
 
-A process per rank, with a thread per lane: planned operations, planned exchanges, and the same for a run.
+Each rank is a process with a thread for each lane: planned operations, planned exchanges, and the same for a run.
 """
 
 import json
@@ -23,7 +23,7 @@ _THREADS = {
 }
 _Event = dict[str, Any]
 _Place = tuple[int, int, float, float]
-"""Process, thread, begin and length of an event, times in microseconds."""
+"""Process, thread, start and length of an event; times in microseconds."""
 
 
 def trace(
@@ -33,22 +33,22 @@ def trace(
     measured: Measured | None = None,
     seconds_per_unit: float = 0.001,
 ) -> str:
-    """Returns the trace as JSON: planned time, and beside it a run's where there is one.
+    """Returns the trace as JSON: planned time and, if there was a run, measured time.
 
-    Complete events carry an operation's name (`F3.12`; direction 1 with a prime) and its stage, micro-batch,
-    direction and group; arrows lead from what makes a message to what needs it. Members of a group share the group's
-    time. The model knows how long exchanges take but not where they lie within a group: they are drawn one after
-    another from its start.
+    Complete events have an operation's name (`F3.12`; direction 1 with a prime), stage, micro-batch, direction and
+    group. Arrows lead from the operation that makes a message to the operation that needs it. The operations of a group
+    share the group's time. The costs give the length of exchanges but not their position within a group, so they are
+    drawn in sequence from its start.
 
     Args:
-        schedule: a valid one.
-        simulation: of it.
-        costs: what it was timed by.
-        measured: a run of it.
-        seconds_per_unit: what one unit of the costs is drawn as; 1 where they are in seconds.
+        schedule: a valid schedule.
+        simulation: its simulation.
+        costs: costs of the simulation.
+        measured: spans of a run.
+        seconds_per_unit: seconds for one unit of the costs; 1 if they are in seconds.
     """
     scale = seconds_per_unit * 1e6
-    events = [*_metadata(schedule, measured is not None)]
+    events = [*_metadata(schedule, has_measured=measured is not None)]
     places: dict[Operation, _Place] = {}
     for event, place in _planned(schedule, simulation, costs, scale):
         events.append(event)
@@ -60,12 +60,12 @@ def trace(
     return json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}, separators=(",", ":"))
 
 
-def _metadata(schedule: Schedule, measured: bool) -> Iterator[_Event]:
+def _metadata(schedule: Schedule, *, has_measured: bool) -> Iterator[_Event]:
     for rank in range(schedule.num_ranks):
         yield _named("process_name", rank, 0, {"name": f"rank {rank}"})
         yield _named("process_sort_index", rank, 0, {"sort_index": rank})
         for thread, name in _THREADS.items():
-            if measured or thread < _RUN:
+            if has_measured or thread < _RUN:
                 yield _named("thread_name", rank, thread, {"name": name})
                 yield _named("thread_sort_index", rank, thread, {"sort_index": thread})
 
@@ -77,7 +77,7 @@ def _named(what: str, process: int, thread: int, values: dict[str, Any]) -> _Eve
 def _planned(
     schedule: Schedule, simulation: Simulation, costs: CostModel, scale: float
 ) -> Iterator[tuple[_Event, tuple[Operation, _Place] | None]]:
-    """Events, and for an operation's main one its place."""
+    """Yields events and, for the main event of an operation, its position."""
     for rank, groups in enumerate(schedule.ranks):
         for index, group in enumerate(groups):
             start = simulation.starts[rank][index]
@@ -114,14 +114,14 @@ def _arguments(op: Operation, group: int) -> dict[str, Any]:
 def _flows(
     schedule: Schedule, category: str, makers: dict[Operation, _Place], needers: dict[Operation, _Place]
 ) -> Iterator[_Event]:
-    """Yields an arrow per message, from the end of what made it to the start of what needs it."""
+    """Yields an arrow per message, from the end of its maker to the start of the operation that needs it."""
     waiting = {value: place for op, place in needers.items() if (value := _needed(schedule, op)) is not None}
     for op, place in makers.items():
         value = made_by(op, schedule.num_stages)
         if value is None or value not in waiting:
             continue
         process, thread, start, length = place
-        # Within the event, or the viewer takes it for the next one's.
+        # The arrow must start within the event, or the viewer attaches it to the next one.
         yield _arrow(value, category, "s", process, thread, start + 0.999 * length)
         process, thread, start, length = waiting[value]
         yield _arrow(value, category, "f", process, thread, start + 0.999 * length if category == "measured" else start)

@@ -1,8 +1,8 @@
-"""A list builder: whenever a rank is free, it takes the group of work that it prefers.
+"""Builds orders by list scheduling: a free rank starts the group with the highest value.
 
-It builds orders of F, I and W for any placement and costs, within a memory cap. It gives up as soon as a rank has lost
-more time than allowed, because a search tries thousands of preferences (`generate.search`). No rank sends before its
-link's earlier message is taken, so no order can deadlock (`dualpipe.validate`).
+It builds orders of F, I and W for any placement and costs within a memory cap. It stops as soon as a rank can no longer
+finish in time, because a search tries thousands of preferences (`generate.search`). A rank sends only after the
+previous message of the link was received, so no order can deadlock (`dualpipe.validate`).
 """
 
 from collections import deque
@@ -18,7 +18,7 @@ from dualpipe.simulate.costs import CostModel
 
 
 class _Candidate(NamedTuple):
-    """An operation that could start, and what it is worth to the rank."""
+    """Operation that could start now, and its value."""
 
     value: float
     kind: int
@@ -28,10 +28,13 @@ class _Candidate(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attempt:
-    """An order, or how far it came.
+    """Complete order, or an attempt that was stopped.
 
-    `time`: the makespan, or when it was given up; `ranks`: the groups, None where it was given up; `progress`:
-    computation done by then, per rank; `effort`: groups that were placed, which is what an attempt costs.
+    Attributes:
+        time: the makespan, or the time at which the attempt was stopped.
+        progress: mean computation per rank that was placed.
+        effort: number of groups that were placed, as the cost of the attempt.
+        ranks: groups of each rank, or None if the attempt was stopped.
     """
 
     time: float
@@ -41,10 +44,16 @@ class Attempt:
 
 
 class Builder:
-    """Builds orders for one pipeline."""
+    """Builder of orders for one pipeline."""
 
     def __init__(self, shape: Schedule, costs: CostModel, memory_cap: float) -> None:
-        """`shape`: placement and counts; its groups are not looked at. `memory_cap`: see `StageCosts.activation`."""
+        """Prepares the builder.
+
+        Args:
+            shape: schedule with the placement and counts; its groups are ignored.
+            costs: costs of its stages.
+            memory_cap: maximum of a rank's live activations, in the unit of `StageCosts.activation`.
+        """
         self._slots = Slots(shape, costs, memory_cap)
         self.directions = self._slots.directions
 
@@ -52,19 +61,23 @@ class Builder:
         """Builds one order.
 
         Args:
-            preferences: for as many slots as `directions` has.
-            makespan: gives up when a rank can no longer end by then.
+            preferences: preferences for the slots of `directions`.
+            makespan: time by which all ranks must end; the attempt stops when a rank cannot.
         """
         return _Run(self._slots, preferences, makespan).run()
 
 
 @dataclass(slots=True)
 class _PassState:
-    """Forwards, or backwards for inputs, by slot.
+    """State of all forwards, or of all backwards for inputs, by slot.
 
-    `values`: what an operation is worth; `keys`: what the first and last micro-batches are worth besides; `arrivals`:
-    when each micro-batch's input arrived or will; `done`: how many have been started; `to`: the slot that takes what is
-    made, -1 at the end; `origin`: the slot that makes the input, -1 at the start.
+    Attributes:
+        values: value of an operation.
+        keys: additional values of the first and last micro-batches.
+        to: slot that receives the output, -1 at the end.
+        origin: slot that makes the input, -1 at the start.
+        arrivals: arrival time of each micro-batch's input, if it is known.
+        done: number of started micro-batches.
     """
 
     values: list[float]
@@ -76,7 +89,7 @@ class _PassState:
 
 
 class _Run:
-    """One order as it grows."""
+    """Construction of one order."""
 
     def __init__(self, slots: Slots, preferences: Preferences, makespan: float) -> None:
         self._slots = slots
@@ -103,8 +116,8 @@ class _Run:
                 done=[0 for _ in every],
             ),
         )
-        # By rank: W that wait (slot, micro-batch), live activations, the time from which it is free, work and
-        # operations left, and the groups so far.
+        # By rank: waiting W as (slot, micro-batch), live activations, time from which the rank is free, remaining work
+        # and operations, and the groups so far.
         ranks = range(slots.shape.num_ranks)
         self._waiting: list[deque[tuple[int, int]]] = [deque() for _ in ranks]
         self._alive = [0.0 for _ in ranks]
@@ -116,19 +129,19 @@ class _Run:
         self._events = [(0.0, rank) for rank in ranks]
 
     def run(self) -> Attempt:
-        """Moves a clock from event to event until everything is placed or the makespan must be missed."""
+        """Processes events in the order of time until everything is placed or a rank cannot end in time."""
         events, end = self._events, 0.0
         heapify(events)
         while events:
             now = events[0][0]
-            # All ranks of this moment, each once, in order: the result must not depend on the heap's ties.
-            woken = set()
+            # All ranks with an event now, each once and in order: the result must not depend on ties in the heap.
+            due = set()
             while events and events[0][0] <= now + EPSILON:
-                woken.add(heappop(events)[1])
-            for rank in sorted(woken):
+                due.add(heappop(events)[1])
+            for rank in sorted(due):
                 if self._free[rank] > now + EPSILON or not self._left[rank]:
                     continue
-                # A rank that computes from now on without a pause would still be late.
+                # The rank would be late even without further waits.
                 if now + self._work_left[rank] > self._makespan + EPSILON:
                     return self._attempt(now, complete=False)
                 chosen = self._choose(rank, now)
@@ -142,7 +155,7 @@ class _Run:
         return Attempt(time=time, progress=progress, effort=sum(map(len, self._groups)), ranks=ranks)
 
     def _choose(self, rank: int, now: float) -> tuple[tuple[_Candidate, ...], float] | None:
-        """The group of the highest value and its time; None where the rank has nothing to do, or rather waits."""
+        """Returns the group with the highest value and its time, or None if the rank should wait."""
         members = self._available(rank, now)
         pairs = self._slots.pairs[rank]
         lanes, preferences = self._slots.lanes, self._preferences
@@ -151,12 +164,12 @@ class _Run:
         for index, one in enumerate(members):
             if not self._is_next(one):
                 continue
-            # Alone, nothing hides its exchange.
+            # As a group of one: nothing hides its exchange.
             compute, exchange = lanes[one.slot][one.kind]
             value = one.value - preferences.alone * exchange
             if value > best_value:
                 best, best_value, best_time = (one,), value, compute + exchange
-            # With each later member, if they overlap.
+            # As a pair with each later candidate, if they overlap.
             for other in members[index + 1 :] if pairs else ():
                 time = pairs.get((work_key(one.slot, one.kind), work_key(other.slot, other.kind)))
                 if time is None or not self._fits(rank, one, other):
@@ -169,9 +182,9 @@ class _Run:
         return best, best_time
 
     def _available(self, rank: int, now: float) -> list[_Candidate]:
-        """Operations that could start now; of the last stage also the second in line, which may join the first.
+        """Returns the operations that could start now; for the last stage also the second one in line.
 
-        Left out is what would send before its link's earlier message is taken.
+        Excludes operations that would send before the previous message of their link was received.
         """
         members: list[_Candidate] = []
         limit = now + EPSILON
@@ -179,7 +192,7 @@ class _Run:
             for kind in (INPUT, FORWARD):
                 flow = self._flows[kind]
                 done, arrivals, to = flow.done[j], flow.arrivals[j], flow.to[j]
-                # Its input is missing, or the receiver has not yet taken the message before.
+                # Skip if its input is missing, or the receiver has not received the previous message.
                 if done >= len(arrivals) or arrivals[done] > limit or (to >= 0 and flow.done[to] < done):
                     continue
                 if kind == FORWARD and not self._has_room(rank, j):
@@ -194,27 +207,28 @@ class _Run:
         return members
 
     def _has_room(self, rank: int, *forwards: int) -> bool:
-        """Returns whether the slots' forwards fit under the cap, with room left for the first of each later stage."""
+        """Returns whether the slots' forwards fit under the cap, with room left for one of each later stage."""
         slots, done = self._slots, self._flows[FORWARD].done
         need = self._alive[rank] + sum(slots.weights[j] for j in forwards)
-        # A later stage with forwards to come needs room for one, or what fills the rank could never leave it.
+        # A later stage with remaining forwards needs room for one. Else the activations that fill the rank, which wait
+        # for that stage, could never be freed.
         for later in slots.later[min(forwards, key=slots.stages.__getitem__)]:
             if later not in forwards and done[later] < slots.counts[later]:
                 need += slots.weights[later]
         return need <= slots.cap
 
     def _is_next(self, member: _Candidate) -> bool:
-        """Returns whether a member is the first in line of its flow; of two of one stage, the second is not."""
+        """Returns whether a candidate is the next one of its slot. The second of two of one stage is not."""
         return member.kind == WEIGHT or member.micro_batch == self._flows[member.kind].done[member.slot]
 
     def _fits(self, rank: int, one: _Candidate, other: _Candidate) -> bool:
-        """Returns whether another may join one that is next: in the order of micro-batches, and within memory."""
+        """Returns whether `other` may run with `one`: micro-batches stay in order, and memory suffices."""
         if one.kind == other.kind == FORWARD and not self._has_room(rank, one.slot, other.slot):
             return False
         return self._is_next(other) or (one.kind, one.slot) == (other.kind, other.slot)
 
     def _expects(self, rank: int, now: float) -> bool:
-        """Returns whether something is on its way that is not here yet."""
+        """Returns whether an input is going to arrive at the rank."""
         limit = now + EPSILON
         return any(
             flow.done[j] < len(flow.arrivals[j]) and flow.arrivals[j][flow.done[j]] > limit
@@ -223,7 +237,7 @@ class _Run:
         )
 
     def _start(self, rank: int, now: float, members: Iterable[_Candidate], time: float) -> float:
-        """Places a group on its rank: counts work and memory, and sends on what the group makes."""
+        """Starts a group on its rank: updates work and memory, and sends the group's outputs."""
         slots, end = self._slots, now + time
         group = []
         freed = 0.0
@@ -239,16 +253,16 @@ class _Run:
                 self._alive[rank] += slots.weights[j]
             else:
                 self._waiting[rank].append((j, micro_batch))
-            self._pass_on(rank, now, end, kind, j)
-        # Forwards of the group begin before its W free anything.
+            self._transfer(rank, now, end, kind, j)
+        # Forwards of the group start before its W free memory.
         self._alive[rank] -= freed
         self._free[rank] = end
         self._groups[rank].append(tuple(group))
         heappush(self._events, (end, rank))
         return end
 
-    def _pass_on(self, rank: int, now: float, end: float, kind: int, j: int) -> None:
-        """The slot takes its input, so that its maker may send again, and what it makes arrives after `end`."""
+    def _transfer(self, rank: int, now: float, end: float, kind: int, j: int) -> None:
+        """Consumes the slot's input, so that its maker may send again, and sends the output at `end`."""
         flow, ranks = self._flows[kind], self._slots.ranks
         flow.done[j] += 1
         if flow.origin[j] >= 0:
@@ -258,10 +272,10 @@ class _Run:
             arrival = end if ranks[to] == rank else end + self._slots.latency
             flow.arrivals[to].append(arrival)
             heappush(self._events, (arrival, ranks[to]))
-        elif kind == FORWARD:  # the last stage's F is followed by its own I
+        elif kind == FORWARD:  # the last stage's F is the input of its I
             self._flows[INPUT].arrivals[j].append(end)
 
 
 def _pair_kind(one: int, other: int) -> int:
-    """Returns the index into `Preferences.affinity`; W is never first, as it comes last among the available."""
+    """Returns the index into `Preferences.affinity`. W is never first, as it is the last candidate."""
     return 3 + one if other == WEIGHT else one + other

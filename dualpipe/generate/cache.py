@@ -1,4 +1,4 @@
-"""Searched schedules, kept on disk by everything that they depend on, the searching program included."""
+"""Caches searched schedules on disk. The key covers all inputs and the source files of the search."""
 
 import contextlib
 import hashlib
@@ -17,7 +17,7 @@ Make = Callable[[int, int, CostModel, float | None], Schedule]
 
 
 def schedules_folder(cache_dir: str) -> Path:
-    """Returns where in a cache folder, `~` allowed, schedules are kept."""
+    """Returns the folder of schedules in a cache folder; `~` is expanded."""
     return Path(cache_dir).expanduser() / "schedules"
 
 
@@ -29,27 +29,28 @@ def load_or_make(
     memory_cap: float | None,
     cache_dir: Path | None,
 ) -> Schedule:
-    """Returns what `make` gives, from the cache where it is there. A folder that cannot be written only costs time.
+    """Returns the schedule that `make` makes, from the cache if possible.
 
-    What is read is proven like what is made, so a file that was cut or changed is made anew.
+    A cached schedule is validated, so a truncated or changed file is replaced. If the folder cannot be written, the
+    schedule is made each time.
     """
     if cache_dir is None:
         return make(num_ranks, num_micro_batches, costs, memory_cap)
     inputs = json.dumps([make.__name__, num_ranks, num_micro_batches, asdict(costs), memory_cap])
     digest = hashlib.sha256((_program_digest(make) + inputs).encode()).hexdigest()[:24]
     path = cache_dir / f"{make.__name__}-{num_ranks}-{num_micro_batches}-{digest}.json"
-    kept = _read(path)
-    if kept is not None and (kept.num_ranks, kept.num_micro_batches) == (num_ranks, num_micro_batches):
-        return kept
+    cached = _read(path)
+    if cached is not None and (cached.num_ranks, cached.num_micro_batches) == (num_ranks, num_micro_batches):
+        return cached
     schedule = make(num_ranks, num_micro_batches, costs, memory_cap)
     _write(path, to_json(schedule))
     return schedule
 
 
 def _program_digest(make: Make) -> str:
-    """Returns a digest of every source file that has a part in the search, a plugin's included.
+    """Returns a digest of every source file of the search, including a plugin's file.
 
-    Another program may find another schedule.
+    A changed program may find another schedule.
     """
     package = Path(__file__).parents[1]
     own = sys.modules[make.__module__].__file__

@@ -1,7 +1,7 @@
-"""The published DualPipe: micro-batches enter at both ends and meet (arXiv:2412.19437, section 3.2.1).
+"""Generates the published DualPipe: micro-batches enter at both ends (arXiv:2412.19437, 3.2.1).
 
-It is DualPipeV unfolded: `mirror` turns a schedule whose stages lie in a V into one of two directions on twice as many
-ranks.
+It is an unfolded DualPipeV: `mirror` converts a schedule with stages in a V into one with two directions on twice as
+many ranks.
 """
 
 from dataclasses import replace
@@ -13,10 +13,10 @@ from dualpipe.simulate.costs import Costs, pair_time
 
 
 def dualpipe(num_ranks: int, num_micro_batches: int) -> Schedule:
-    """Returns the published schedule. Both numbers even, num_micro_batches >= 2 * num_ranks.
+    """Returns the published schedule. Both numbers must be even, and num_micro_batches >= 2 * num_ranks.
 
-    Direction 0 enters at rank 0, direction 1 at the last rank; ranks r and P-1-r both hold stages r and P-1-r. Each
-    half of the ranks runs DualPipeV, and hands over to its mirror image where the V turns back.
+    Direction 0 enters at rank 0, direction 1 at the last rank. Ranks r and P-1-r both hold stages r and P-1-r. Each
+    half of the ranks runs DualPipeV and exchanges with its mirror image at the turn of the V.
     """
     assert _limit(num_ranks, num_micro_batches) is None
     return replace(mirror(dualpipe_v(num_ranks // 2, num_micro_batches // 2)), kind="dualpipe")
@@ -47,7 +47,7 @@ SCHEDULES.register(
     "dualpipe",
     ScheduleSpec(
         name="dualpipe",
-        summary="the published DualPipe: micro-batches enter at both ends and meet",
+        summary="the published DualPipe: micro-batches enter at both ends",
         generate=dualpipe,
         placement=mirrored_placement,
         limit=_limit,
@@ -57,18 +57,19 @@ SCHEDULES.register(
 
 
 def mirror(schedule: Schedule) -> Schedule:
-    """Unfolds a V of h ranks and M micro-batches into 2h ranks and 2M micro-batches, of the same kind's name.
+    """Unfolds a V of h ranks and M micro-batches into 2h ranks and 2M micro-batches.
 
-    A rank of the V keeps its order and holds the same two stages, but for two flows: its stages on the way down
-    serve direction 0, those on the way up direction 1. Its mirror image, rank 2h-1-r, does the same with the
-    directions changed over. So what the V's last rank keeps for itself where it turns back crosses to its mirror image:
-    an order that is valid in the V need not suit that link, so `validate` what comes out.
+    The kind stays the same. A rank of the V keeps its order and its two stages, but now for two directions: its lower
+    stage runs direction 0 and its upper stage direction 1. The mirror image, rank 2h-1-r, does the same with the
+    directions exchanged. At the turn, the V's last rank passes values to itself. After unfolding they are sent to its
+    mirror image. An order that is valid in the V can be invalid on that link, so the result must be checked with
+    `validate`.
 
     Args:
-        schedule: of one direction and 2h stages, stage s < h on rank s, the others on rank 2h-1-s.
+        schedule: schedule with one direction and 2h stages: stage s < h on rank s, the others on rank 2h-1-s.
 
     Raises:
-        ScheduleError: the schedule is not of that shape; the message names the place.
+        ScheduleError: if the schedule does not have that shape. The message names the place.
     """
     half = schedule.num_ranks
     _check_shape(schedule)
@@ -85,7 +86,7 @@ def mirror(schedule: Schedule) -> Schedule:
 
 
 def _unfolded(group: Group, half: int, near: int) -> Group:
-    """`near` is the direction of the stages on the way down."""
+    """Returns the group with directions; `near` is the direction of the lower stages."""
     return tuple(Operation(op.kind, near if op.stage < half else 1 - near, op.stage, op.micro_batch) for op in group)
 
 
@@ -108,4 +109,4 @@ def _check_shape(schedule: Schedule) -> None:
         for index, group in enumerate(groups):
             for op in group:
                 if op.direction != 0 or not 0 <= op.stage < 2 * half or min(op.stage, 2 * half - 1 - op.stage) != rank:
-                    raise ScheduleError(f"rank {rank}: group {index}: {name}: {op} is not of a stage that it holds")
+                    raise ScheduleError(f"rank {rank}: group {index}: {name}: {op} belongs to a stage of another rank")

@@ -1,4 +1,4 @@
-"""The published DualPipeV: half of DualPipe, its stages in a V (arXiv:2412.19437, section 3.2.1, cut in half).
+"""Generates DualPipeV as published: half of DualPipe with stages in a V (arXiv:2412.19437, 3.2.1).
 
 The order is that of DeepSeek's published implementation (github.com/deepseek-ai/DualPipe).
 """
@@ -12,7 +12,7 @@ from dualpipe.simulate.costs import Costs, pair_time
 
 
 def dualpipe_v(num_ranks: int, num_micro_batches: int) -> Schedule:
-    """Returns the published schedule: one direction, 2P stages, rank r holds stages r and 2P-1-r. M >= 2P."""
+    """Returns the published schedule: one direction, 2P stages, stages r and 2P-1-r on rank r. M >= 2P."""
     assert too_few_micro_batches(num_ranks, num_micro_batches) is None
     return Schedule(
         kind="dualpipe_v",
@@ -24,7 +24,7 @@ def dualpipe_v(num_ranks: int, num_micro_batches: int) -> Schedule:
 
 
 def too_few_micro_batches(num_ranks: int, num_micro_batches: int) -> SizeLimit | None:
-    """Returns why the published schedule does not exist: fewer than two micro-batches per rank."""
+    """Returns a limit if there are fewer than two micro-batches per rank, else None."""
     least = 2 * num_ranks
     if num_micro_batches >= least:
         return None
@@ -34,7 +34,7 @@ def too_few_micro_batches(num_ranks: int, num_micro_batches: int) -> SizeLimit |
 
 @dataclass(slots=True)
 class _OrderWriter:
-    """One rank's list as it grows; it counts the micro-batches of each stage (I counts as B)."""
+    """Writer of one rank's groups. It counts the micro-batches of each stage (I counts as B)."""
 
     groups: list[Group] = field(default_factory=list)
     counts: dict[tuple[bool, int], int] = field(default_factory=dict)
@@ -81,7 +81,7 @@ def _rank_groups(rank: int, num_ranks: int, num_micro_batches: int) -> tuple[Gro
         writer.forward(up)
     for index in range(num_micro_batches - 2 * num_ranks + rank + 1):
         if index == 0 and to_turn == 0:
-            # The rank at the turn waits for nobody here: apart, the gradient leaves earlier.
+            # The rank at the turn does not wait here: without overlap the gradient is sent earlier.
             writer.forward(down)
             writer.backward(up)
         else:
@@ -95,7 +95,7 @@ def _rank_groups(rank: int, num_ranks: int, num_micro_batches: int) -> tuple[Gro
 
 
 def _drain(writer: _OrderWriter, rank: int, num_ranks: int) -> None:
-    """Backwards alone; from the middle on their weight halves are put off to fill the end."""
+    """Writes the final backwards. The second half is split, with deferred W that fill the end."""
     down, up = rank, 2 * num_ranks - 1 - rank
     for index in range(2 * (rank + 1)):
         stage = down if index % 2 else up

@@ -1,12 +1,13 @@
-"""Orders in lockstep: the pattern of DualPipe's steady state, carried on to both ends, for any ranks and micro-batches.
+"""Generates lockstep orders: the steady state of DualPipe, extended to both ends of the schedule.
 
-Time is cut into slots in which a rank runs at most one F, one I of the other direction, and the I's W. A micro-batch
-passes one rank per slot, and its gradient, one slot after its last F, one rank per slot back. Every other slot one
-enters at each end; where the number of ranks is odd, direction 1 begins one slot later, so that what meets on a
-rank is an F and an I. A micro-batch then lives for P+1 slots on the average of a rank's two stages: P+1 activations.
+Time is divided into slots. In each slot a rank runs at most one F, one I of the other direction, and the W of that I. A
+micro-batch advances by one rank per slot. Its gradient starts one slot after the last F and returns by one rank per
+slot. In every second slot one micro-batch enters at each end. If the number of ranks is odd, direction 1 starts one
+slot later, so that each slot of a rank pairs an F with an I. On average over a rank's two stages a micro-batch is alive
+for P+1 slots, so a rank keeps P+1 activations.
 
-The slots only give the order: ranks run it as fast as they can. With F = I = W, no exchange and W where the ranks
-would wait (`weights.place_weights`) it meets the lower bound, floor((P-1)/2) above 3M, for every M >= P.
+The slots only define the order; ranks run it as fast as they can. With F = I = W, no exchange, and W in idle time
+(`weights.place_weights`), the makespan is floor((P-1)/2) above 3M. This is the lower bound for every M >= P.
 """
 
 from collections import defaultdict
@@ -22,16 +23,18 @@ _PATIENCE = (0.0, 1.0, 0.5)
 
 
 def lockstep_orders(shape: Schedule, costs: CostModel, memory_cap: float) -> Iterator[Schedule]:
-    """Candidates in lockstep, valid but for the cap: an F and its slot's I together or apart, W here or there.
+    """Yields lockstep orders: F and I of a slot paired or separate, with different placements of W.
+
+    They are valid schedules but may exceed the cap.
 
     Args:
-        shape: of two directions, stage s on rank s and on rank P-1-s; its groups are not looked at.
-        costs: by which W is placed.
-        memory_cap: within which W is placed, in the unit of `StageCosts.activation`.
+        shape: schedule with two directions, stage s on ranks s and P-1-s; its groups are ignored.
+        costs: costs for the placement of W.
+        memory_cap: memory cap for the placement of W, in the unit of `StageCosts.activation`.
     """
     together = lockstep(shape, paired=True)
     apart = lockstep(shape, paired=False)
-    # Where there is exchange each candidate is fused too, which takes longest.
+    # With exchange each candidate is also fused, which is slow, so there are fewer candidates.
     orders, patiences = ((together, apart), _PATIENCE[:2]) if exchanges(costs) else ((apart,), _PATIENCE)
     for order in orders:
         for patience in patiences:
@@ -41,11 +44,16 @@ def lockstep_orders(shape: Schedule, costs: CostModel, memory_cap: float) -> Ite
 
 
 def lockstep(shape: Schedule, *, paired: bool) -> Schedule:
-    """The order of slots. `paired`: F and I of a slot in one group; else I, then F. W follows in a group of its own."""
-    return replace(shape, ranks=tuple(_rank_groups(shape, rank, paired) for rank in range(shape.num_ranks)))
+    """Returns the order of slots.
+
+    Args:
+        shape: schedule with placement and counts.
+        paired: whether F and I of a slot share a group; else I runs before F. W follows in a separate group.
+    """
+    return replace(shape, ranks=tuple(_rank_groups(shape, rank, paired=paired) for rank in range(shape.num_ranks)))
 
 
-def _rank_groups(shape: Schedule, rank: int, paired: bool) -> tuple[Group, ...]:
+def _rank_groups(shape: Schedule, rank: int, *, paired: bool) -> tuple[Group, ...]:
     slots: dict[int, list[Operation]] = defaultdict(list)
     for direction, stage in shape.stages_of(rank):
         begin = direction * (shape.num_ranks % 2)
@@ -63,7 +71,7 @@ def _rank_groups(shape: Schedule, rank: int, paired: bool) -> tuple[Group, ...]:
 
 
 def _with_whole_backwards(schedule: Schedule) -> Schedule:
-    """Puts B in place of an I that shares its group, where exchange is long enough to hide its W too."""
+    """Replaces each I that shares a group by B, for exchange that is long enough to hide its W too."""
 
     def joined(groups: tuple[Group, ...]) -> tuple[Group, ...]:
         whole = {

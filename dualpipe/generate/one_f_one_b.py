@@ -1,11 +1,11 @@
-"""1F1B: one forward, one backward, in a single direction (PipeDream-Flush, arXiv:2006.09503, section 2.2)."""
+"""Generates 1F1B: alternating forwards and backwards (PipeDream-Flush, arXiv:2006.09503, section 2.2)."""
 
 from dualpipe.ir import Group, Op, Operation, Schedule, straight_placement
 from dualpipe.registry import SCHEDULES, IdleFormula, ScheduleSpec
 
 
 def one_f_one_b(num_ranks: int, num_micro_batches: int) -> Schedule:
-    """Rank r holds stage r, runs P-1-r forwards ahead of its first backward, then alternates. Any P, M >= 1."""
+    """Returns 1F1B: rank r runs P-1-r forwards, then alternates forwards and backwards. Any P, M >= 1."""
     return Schedule(
         kind="1f1b",
         num_ranks=num_ranks,

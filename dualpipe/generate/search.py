@@ -1,4 +1,4 @@
-"""A search over preferences: simulated annealing on how far a list builder comes before it must miss a makespan."""
+"""Searches preferences by simulated annealing on the progress of a list builder."""
 
 import math
 from collections.abc import Callable
@@ -10,56 +10,57 @@ from dualpipe.generate.preferences import Preferences, change, draw
 
 _TEMPERATURE = 0.3
 _STALL = 200
-# How many of a slot's first micro-batches have values of their own, and whether the very first go straight through.
-# Few suffice where there are many micro-batches; an odd number of ranks with few of them needs the others.
+# Number of a slot's first micro-batches with additional values, and whether the first ones have the highest priority.
+# Few values suffice for many micro-batches. An odd number of ranks with few micro-batches needs the other settings.
 _STARTS = ((4, False), (4, True), (7, True))
 _TAIL = 3
 _WALK = 600
-# What an attempt costs besides its groups, in groups.
+# Fixed cost of an attempt, in groups.
 _LEAST_EFFORT = 20
 
 
 class Search:
-    """Looks for preferences under which a builder ends early. The same walk for the same arguments.
+    """Search for preferences with which a builder finishes by a makespan. It is deterministic.
 
     Attributes:
-        left: effort that may still be spent, in groups placed.
+        left: remaining effort, in groups placed.
     """
 
     def __init__(self, effort: int) -> None:
-        """`effort`: groups placed at most, over all orders; an order that is given up early costs little."""
+        """Sets the effort: the maximum number of groups placed over all orders, including stopped ones."""
         self.left = effort
         self._start = 0
 
-    def reach(
+    def run(
         self, builder: Builder, makespan: float, effort: int, accept: Callable[[Preferences, Attempt], bool]
     ) -> bool:
-        """Walks from random starts to orders that end by a makespan.
+        """Searches from random starts for orders that end by a makespan.
 
         Args:
-            builder: of the pipeline.
-            makespan: that an order must not miss: it is given up as soon as it must.
-            effort: of these walks at most.
-            accept: told of each order found; says whether to stop.
+            builder: builder of the pipeline's orders.
+            makespan: time by which an order must end; an order that cannot is stopped.
+            effort: maximum effort of this call.
+            accept: callback for each order found; it returns whether to stop.
 
         Returns:
             Whether an order was accepted before the effort was spent.
         """
         end = max(self.left - effort, 0)
         while self.left > end:
-            head, straight = _STARTS[self._start % len(_STARTS)]
+            head, is_direct = _STARTS[self._start % len(_STARTS)]
             random = Random(self._start)
             self._start += 1
-            found = self._walk(builder, makespan, end, random, head, straight)
+            found = self._walk(builder, makespan, end, random, head, is_direct=is_direct)
             if found is not None and accept(*found):
                 return True
         return False
 
     def _walk(
-        self, builder: Builder, makespan: float, end: int, random: Random, head: int, straight: bool
+        self, builder: Builder, makespan: float, end: int, random: Random, head: int, *, is_direct: bool
     ) -> tuple[Preferences, Attempt] | None:
-        """One walk, until an order is found, nothing has come further for a while, or the effort is spent."""
-        current = _with_lead(draw(random, len(builder.directions), head, _TAIL), builder, straight)
+        """Runs one random walk until it finds an order, makes no progress for a while, or spends the effort."""
+        drawn = draw(random, len(builder.directions), head, _TAIL)
+        current = _with_lead(drawn, builder) if is_direct else drawn
         attempt = self._build(builder, current, makespan)
         furthest, stall = attempt.progress, 0
         for _ in range(_WALK):
@@ -67,7 +68,8 @@ class Search:
                 return current, attempt
             if self.left <= end or stall >= _STALL:
                 return None
-            neighbor = _with_lead(change(current, random), builder, straight)
+            neighbor = change(current, random)
+            neighbor = _with_lead(neighbor, builder) if is_direct else neighbor
             found = self._build(builder, neighbor, makespan)
             gain = math.inf if found.ranks is not None else found.progress - attempt.progress
             if gain >= 0 or random.random() < math.exp(gain / _TEMPERATURE):
@@ -83,10 +85,8 @@ class Search:
         return attempt
 
 
-def _with_lead(preferences: Preferences, builder: Builder, straight: bool) -> Preferences:
-    """The first micro-batch of each direction goes before everything else, direction 0 before direction 1."""
-    if not straight:
-        return preferences
+def _with_lead(preferences: Preferences, builder: Builder) -> Preferences:
+    """Returns preferences with the highest values for each direction's first micro-batch."""
     first = [10.0 - direction for direction in builder.directions]
     return replace(
         preferences,

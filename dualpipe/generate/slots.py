@@ -1,7 +1,7 @@
-"""What a list builder knows of a pipeline: a slot for each stage that a rank holds for one direction.
+"""Describes a pipeline for the list builder: one slot per stage that a rank holds for a direction.
 
-Slots are numbered over all ranks, and everything known of a slot is a list by that number `j`. Kinds of work are
-numbers too.
+Slots are numbered over all ranks. Properties of slots are lists indexed by that number `j`. Kinds of work are numbers
+too.
 """
 
 import itertools
@@ -16,22 +16,32 @@ EPSILON = 1e-9
 
 
 class Slots:
-    """A pipeline to be scheduled.
+    """Pipeline that is to be scheduled.
 
     Attributes:
-        directions, stages, ranks: of each slot.
-        of_rank: the slots of each rank.
-        after, before: the slot of the next and of the previous stage, -1 where there is none.
-        counts: micro-batches of each slot.
+        directions: direction of each slot.
+        stages: stage of each slot.
+        ranks: rank of each slot.
+        of_rank: slots of each rank.
+        after: slot of the next stage, -1 if there is none.
+        before: slot of the previous stage, -1 if there is none.
+        counts: number of micro-batches of each slot.
         lanes: computation and exchange of F, I and W, by slot.
-        weights: what a slot's micro-batch keeps alive.
-        later: the rank's slots of later stages. They must always find room: what fills a rank could not leave it.
-        pairs: by rank, the times of the pairs that take less than their members one after the other.
+        weights: memory of one micro-batch's activation in each slot.
+        later: slots of later stages on the same rank. They must always have room for one activation, because the
+            activations of earlier stages wait for them.
+        pairs: for each rank, the times of pairs that are shorter together than in sequence.
         work: computation of each rank.
     """
 
     def __init__(self, shape: Schedule, costs: CostModel, memory_cap: float) -> None:
-        """`shape`: placement and counts; its groups are not looked at. `memory_cap`: see `StageCosts.activation`."""
+        """Computes the properties of all slots.
+
+        Args:
+            shape: schedule with placement and counts; its groups are ignored.
+            costs: costs of its stages.
+            memory_cap: maximum of a rank's live activations, in the unit of `StageCosts.activation`.
+        """
         self.shape = shape
         self.cap = memory_cap + EPSILON
         self.latency = costs.latency
@@ -41,7 +51,7 @@ class Slots:
         self.directions = [direction for _, direction, _ in slots]
         self.stages = [stage for _, _, stage in slots]
         self.of_rank = [[j for j, slot in enumerate(slots) if slot[0] == rank] for rank in range(shape.num_ranks)]
-        # Neighbors along a micro-batch's way, on whatever rank they are.
+        # Slots of the neighboring stages, on any rank.
         number = {(direction, stage): j for j, (_, direction, stage) in enumerate(slots)}
         self.after = [number.get((direction, stage + 1), -1) for _, direction, stage in slots]
         self.before = [number.get((direction, stage - 1), -1) for _, direction, stage in slots]
@@ -58,7 +68,7 @@ class Slots:
         self.work = [sum(self.counts[j] * sum(c for c, _ in self.lanes[j]) for j in held) for held in self.of_rank]
 
     def _pair_times(self, held: Sequence[int]) -> dict[tuple[int, int], float]:
-        """Returns the times of the pairs of a rank's work that overlap at all, by `work_key` of both members."""
+        """Returns the times of the pairs of a rank's work that overlap, by `work_key` of both members."""
         times: dict[tuple[int, int], float] = {}
         works = [(j, kind) for j in held for kind in (FORWARD, INPUT, WEIGHT)]
         for one, other in itertools.product(works, works):
@@ -70,5 +80,5 @@ class Slots:
 
 
 def work_key(slot: int, kind: int) -> int:
-    """Returns one number for a kind of work in a slot: a key that is quick to compare."""
+    """Returns one number for a kind of work in a slot, which is fast to compare."""
     return 3 * slot + kind

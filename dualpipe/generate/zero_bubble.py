@@ -1,7 +1,7 @@
-"""Zero-bubble schedules: the backward is split everywhere, and weight gradients fill what would be idle time.
+"""Generates zero-bubble schedules: every backward is split, and weight gradients fill idle time.
 
 Sources: Zero Bubble Pipeline Parallelism (arXiv:2401.10241: ZB-H1), Pipeline Parallelism with Controllable Memory
-(arXiv:2405.15362: V-ZB, here zb_v). The bubbles that they quote are those of F, I and W of equal times.
+(arXiv:2405.15362: V-ZB, here zb_v). Their published bubbles assume equal times of F, I and W.
 """
 
 from collections import deque
@@ -14,10 +14,11 @@ from dualpipe.transfers import Value, made_by, needed_by
 
 
 def zb_h1(num_ranks: int, num_micro_batches: int) -> Schedule:
-    """1F1B with split backwards, and no more activations than 1F1B: P of one stage. Any P, M >= 1.
+    """Returns 1F1B with split backwards. A rank keeps at most P activations, as in 1F1B. Any P, M >= 1.
 
-    Rank r runs P-1-r forwards ahead as in 1F1B, and puts weight gradients off by r micro-batches: what it has fewer
-    in flight than rank 0, it may keep waiting. They fill the time in which the last gradients leave it.
+    Rank r runs P-1-r forwards first, as in 1F1B, and defers weight gradients by r micro-batches. It has r fewer
+    micro-batches in flight than rank 0, so the deferred W need no additional memory. They fill the idle time at the
+    end.
     """
     return Schedule(
         kind="zb_h1",
@@ -48,11 +49,13 @@ def _zb_h1_rank(rank: int, num_ranks: int, num_micro_batches: int) -> list[Opera
 
 
 def zb_v(num_ranks: int, num_micro_batches: int) -> Schedule:
-    """Two half stages per rank, in a V, and no more activations than 1F1B: 2P of half a stage. Any P, M >= 1.
+    """Returns a schedule with two half stages per rank, in a V, with at most 2P half activations.
 
-    The forwards and the input gradients have a fixed order. The weight gradients are placed by running the ranks
-    on a common clock on which every operation takes one tick: one runs where the rank would wait otherwise, or
-    where the next forward would exceed 2P activations.
+    Any P, M >= 1.
+
+    That is the memory of 1F1B. The forwards and the input gradients have a fixed order. The weight gradients are placed
+    by a simulation in which every operation takes one tick: a W runs if the rank would be idle, or if the next forward
+    would exceed 2P activations.
     """
     orders = [_zb_v_rank(rank, num_ranks, num_micro_batches) for rank in range(num_ranks)]
     return Schedule(
@@ -65,9 +68,9 @@ def zb_v(num_ranks: int, num_micro_batches: int) -> Schedule:
 
 
 def _zb_v_rank(rank: int, num_ranks: int, num_micro_batches: int) -> list[Operation]:
-    """Forwards and input gradients: the order of endlessly many micro-batches, without those from M on.
+    """Returns the order of F and I: that of infinitely many micro-batches, truncated to M.
 
-    Ahead of the first backward the rank fills the way to the turn and back with forwards, 2P of them.
+    Before the first backward the rank runs 2P forwards, which fill the pipeline to the turn and back.
     """
     down, up = rank, 2 * num_ranks - 1 - rank
     to_turn = num_ranks - 1 - rank
@@ -75,7 +78,7 @@ def _zb_v_rank(rank: int, num_ranks: int, num_micro_batches: int) -> list[Operat
     slots += [(Op.FORWARD, down), (Op.FORWARD, up)] * (rank + 1)
     slots += [(Op.BACKWARD_INPUT, up), (Op.FORWARD, up)] * to_turn
     steady = [(Op.BACKWARD_INPUT, up), (Op.FORWARD, down), (Op.BACKWARD_INPUT, down), (Op.FORWARD, up)]
-    # The last to come is the last gradient of the way down, one in each round.
+    # Each round has one input gradient of the lower stage, which comes last; so M rounds suffice.
     slots += steady * num_micro_batches
     counts = dict.fromkeys(steady, 0)
     order: list[Operation] = []
@@ -88,7 +91,7 @@ def _zb_v_rank(rank: int, num_ranks: int, num_micro_batches: int) -> list[Operat
 
 
 def _with_weights(orders: Sequence[Sequence[Operation]], most_alive: int) -> list[list[Operation]]:
-    """Returns the orders with the weight gradients put in, oldest first, by the rule that `zb_v` states."""
+    """Inserts the weight gradients, oldest first, by the rule of `zb_v`."""
     num_stages = 2 * len(orders)
     clocks = [_RankClock(order=order) for order in orders]
     made_at: dict[Value, int] = {}
@@ -102,7 +105,7 @@ def _with_weights(orders: Sequence[Sequence[Operation]], most_alive: int) -> lis
 
 @dataclass(slots=True, kw_only=True)
 class _RankClock:
-    """One rank as it runs its order: `next` is the place of what comes next, `alive` counts activations."""
+    """Simulation of one rank. `next` is the index of its next operation; `alive` counts activations."""
 
     order: Sequence[Operation]
     next: int = 0
@@ -115,7 +118,7 @@ class _RankClock:
         return bool(self.waiting) or self.next < len(self.order)
 
     def step(self, tick: int, made_at: dict[Value, int], num_stages: int, most_alive: int) -> None:
-        """Runs at most one operation in this tick; what it makes is there from the next tick on."""
+        """Runs at most one operation in this tick. Its output is available from the next tick on."""
         if self.next < len(self.order) and self._can_start(tick, made_at, num_stages, most_alive):
             op = self.order[self.next]
             self.next += 1

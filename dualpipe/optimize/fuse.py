@@ -1,4 +1,4 @@
-"""The pass that puts neighbors into one group, so that one's exchange runs under the other's computation."""
+"""Fuses neighboring operations into one group, so that computation of one hides exchange of the other."""
 
 from dataclasses import replace
 
@@ -11,26 +11,26 @@ _ROUNDING = 1e-9
 
 
 def fuse(schedule: Schedule, costs: CostModel) -> Schedule:
-    """Fuses neighbouring single operations of different micro-batches: F&F, I&I, F&I, F&W, I&W.
+    """Fuses neighboring single operations of different micro-batches: F&F, I&I, F&I, F&W, I&W.
 
-    A hill climb over all ranks together, from the start of the schedule to its end, again until nothing more is
-    gained. A pair is tried where it takes less time than its members one after the other, and kept where neither the
-    makespan, nor on a tie the sum of the ranks' ends, nor the rank's peak memory grows.
+    A hill climb over all ranks together, from the start of the schedule to its end, is repeated until nothing improves.
+    A pair is tried if it takes less time than its operations in sequence. It is kept if neither the makespan, nor (on a
+    tie) the sum of the ranks' ends, nor the rank's peak memory grows.
 
     Args:
-        schedule: a valid one.
-        costs: what pairs are judged by; without exchange nothing is fused.
+        schedule: a valid schedule.
+        costs: costs of its stages; without exchange nothing is fused.
     """
     return _HillClimb(schedule, costs).climb() if exchanges(costs) else schedule
 
 
 def exchanges(costs: CostModel) -> bool:
-    """Returns whether any stage has exchange, so that groups could hide some."""
+    """Returns whether any stage has exchange that groups could hide."""
     return any(stage.forward_exchange or stage.backward_exchange for stage in costs.stages)
 
 
 class _HillClimb:
-    """A schedule's groups by number, as they grow together."""
+    """Hill climb over the groups of a schedule. Operations are numbers."""
 
     def __init__(self, schedule: Schedule, costs: CostModel) -> None:
         self._schedule = schedule
@@ -51,17 +51,17 @@ class _HillClimb:
         return replace(self._schedule, ranks=ranks)
 
     def _sweep(self) -> bool:
-        """Tries every pair once, in the order of their places; says whether one was kept."""
-        kept = False
+        """Tries every pair once, in order, and returns whether one was kept."""
+        has_kept = False
         before = self._timing.begin(self._ranks)
         for index in range(max(map(len, self._ranks))):
             self._timing.advance(self._ranks, before, until=index)
             for rank, groups in enumerate(self._ranks):
-                if index + 1 < len(groups) and self._pays(groups[index], groups[index + 1]):
-                    kept = self._try(rank, index, before) or kept
-        return kept
+                if index + 1 < len(groups) and self._is_faster(groups[index], groups[index + 1]):
+                    has_kept = self._try(rank, index, before) or has_kept
+        return has_kept
 
-    def _pays(self, first: NumberedGroup, second: NumberedGroup) -> bool:
+    def _is_faster(self, first: NumberedGroup, second: NumberedGroup) -> bool:
         if len(first) > 1 or len(second) > 1:
             return False
         one, other = (self._timing.operations[group[0]] for group in (first, second))
@@ -71,7 +71,7 @@ class _HillClimb:
         return duration(first + second) < duration(first) + duration(second) - 1e-12
 
     def _try(self, rank: int, index: int, before: TimingProgress) -> bool:
-        """`before`: how far the ranks have come with what the pair cannot change."""
+        """Fuses a pair and returns whether it is kept; `before` is the progress up to the pair."""
         old = self._ranks[rank]
         first, second = old[index : index + 2]
         groups = [*old[:index], first + second, *old[index + 2 :]]
@@ -90,7 +90,7 @@ class _HillClimb:
         return False
 
     def _measure(self, progress: TimingProgress, limit: float) -> tuple[float, float]:
-        """Returns makespan and sum of the ranks' ends, rounded so that a tie is a tie; infinite past the limit."""
+        """Returns makespan and sum of the ranks' ends, rounded for exact ties; infinite over the limit."""
         worst = float("inf"), float("inf")
         if not self._timing.advance(self._ranks, progress, limit=limit + _ROUNDING * max(limit, 1.0)):
             return worst

@@ -1,4 +1,4 @@
-"""The pass that takes all weight gradients out of a schedule and puts each where its rank would wait otherwise."""
+"""Moves the weight gradients of a schedule into the idle time of their ranks."""
 
 from collections import deque
 from collections.abc import Sequence
@@ -13,18 +13,20 @@ _ROUNDING = 1e-9
 
 
 def place_weights(schedule: Schedule, costs: CostModel, memory_cap: float, patience: float = 0.0) -> Schedule | None:
-    """Keeps every rank's order of F and I, and runs its W, oldest first, in between.
+    """Keeps every rank's order of F and I, and inserts its W, oldest first.
 
-    A W runs where what comes next has not arrived, or where its forwards would exceed the cap; the rest at the end.
+    A W runs if the input of the next group has not arrived, or if that group's forwards would exceed the cap. The
+    remaining W run at the end.
 
     Args:
-        schedule: valid, without full backwards.
-        costs: the times by which ranks wait.
-        memory_cap: in the unit of `StageCosts.activation`.
-        patience: the part of a W's time for which a rank rather waits, where it knows when it will go on.
+        schedule: a valid schedule without full backwards.
+        costs: costs of its stages.
+        memory_cap: maximum of a rank's live activations, in the unit of `StageCosts.activation`.
+        patience: fraction of a W's time that a rank waits for an input instead of running the W, if the arrival time is
+            known.
 
     Returns:
-        A schedule of the same operations; None where the cap does not fit its order of F and I.
+        A schedule of the same operations, or None if its order of F and I does not fit the cap.
     """
     placing = _WeightPlacement(schedule, costs, memory_cap, patience)
     ranks = placing.run()
@@ -32,7 +34,7 @@ def place_weights(schedule: Schedule, costs: CostModel, memory_cap: float, patie
 
 
 class _WeightPlacement:
-    """All ranks on a common clock."""
+    """Simulation of all ranks on a common clock that places the W."""
 
     def __init__(self, schedule: Schedule, costs: CostModel, memory_cap: float, patience: float) -> None:
         self._timing = Timing(schedule, costs)
@@ -50,7 +52,7 @@ class _WeightPlacement:
         self._events = [(0.0, rank) for rank in range(len(bare))]
 
     def run(self) -> tuple[tuple[Group, ...], ...] | None:
-        """Each rank's groups. Ranks are looked at in the order of time, so that nothing that has arrived is missed."""
+        """Returns each rank's groups, or None. Ranks are processed in the order of time."""
         while self._events:
             time, rank = heappop(self._events)
             self._clock[rank] = time
@@ -59,7 +61,7 @@ class _WeightPlacement:
         return None if unfinished else tuple(map(tuple, self._made))
 
     def _step(self, rank: int) -> None:
-        """Starts one group, or puts the rank to sleep until what it needs is on its way."""
+        """Starts one group, or blocks the rank until the arrival time of its input is known."""
         waiting = self._waiting[rank]
         if self._next[rank] == len(self._groups[rank]):
             if waiting:
@@ -68,14 +70,14 @@ class _WeightPlacement:
         group = self._groups[rank][self._next[rank]]
         start, missing = self._timing.ready(group, self._clock[rank], self._ends)
         fits = self._weight_of(group) <= self._room[rank]
-        if waiting and (not fits or missing >= 0 or start > self._clock[rank] + self._lull(waiting[0]) + _ROUNDING):
+        if waiting and (not fits or missing >= 0 or start > self._clock[rank] + self._max_wait(waiting[0]) + _ROUNDING):
             self._run_weight(rank)
         elif missing >= 0:
             self._blocked[missing] = rank
         elif fits:
             self._run(rank, group, start)
 
-    def _lull(self, weight: Operation) -> float:
+    def _max_wait(self, weight: Operation) -> float:
         return self._patience * self._costs.compute_of(weight)
 
     def _weight_of(self, group: NumberedGroup) -> float:
@@ -101,9 +103,9 @@ class _WeightPlacement:
             if op.kind is Op.BACKWARD_INPUT:
                 self._waiting[rank].append(replace(op, kind=Op.BACKWARD_WEIGHT))
             if number in self._blocked:
-                # It looks again at once, as it may be early enough for another W before this arrives.
-                sleeper = self._blocked.pop(number)
-                heappush(self._events, (max(self._clock[sleeper], start), sleeper))
+                # The blocked rank is processed again now, as there may be time for another W before the arrival.
+                blocked = self._blocked.pop(number)
+                heappush(self._events, (max(self._clock[blocked], start), blocked))
 
 
 def _without_weights(groups: Sequence[Group]) -> list[Group]:

@@ -1,4 +1,4 @@
-"""Lowers a schedule to a rank's program: operations become phases on two lanes, with waits and transfers."""
+"""Lowers a schedule to a rank's program: phases on two lanes with waits and transfers."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import assert_never
@@ -14,29 +14,29 @@ Pairing = Callable[[Sequence[Sequence[Atom]]], list[Atom]]
 
 
 def compile_rank(schedule: Schedule, rank: int, lanes: Mapping[int, Sequence[Lane]], pairing: Pairing) -> Program:
-    """Returns the steps of one rank.
+    """Compiles the program of one rank.
 
     Args:
-        schedule: a valid one; a forward-only one gives a forward-only program.
-        rank: within the pipeline.
-        lanes: of every stage held by the rank, the lane of each phase.
-        pairing: how the members of a group are interleaved (`pairing.overlapped` or `pairing.sequential`).
+        schedule: a valid schedule; a forward-only one gives a forward-only program.
+        rank: rank within the pipeline.
+        lanes: lane of each phase, for every stage that the rank holds.
+        pairing: function that interleaves the operations of a group (`pairing.overlapped` or `pairing.sequential`).
     """
     groups = schedule.ranks[rank]
-    train = any(op.kind is not Op.FORWARD for group in groups for op in group)
+    is_training = any(op.kind is not Op.FORWARD for group in groups for op in group)
     receives = [_receives(schedule, group) for group in groups]
     steps: list[Step] = []
     for index, group in enumerate(groups):
-        # Room is made one group ahead, so that a message travels under the group before the one that needs it.
+        # Receives are posted one group ahead, so that a message is sent during the group before the one that needs it.
         for due in receives[index : index + 2] if index == 0 else receives[index + 1 : index + 2]:
             steps += [Step(Action.RECEIVE, run_key(op), message=message) for op, message in due]
-        members = [_atoms(schedule, op, lanes[op.stage], train) for op in order_members(group)]
+        members = [_atoms(schedule, op, lanes[op.stage], is_training=is_training) for op in order_members(group)]
         steps += [step for atom in pairing(members) for step in atom.steps]
     return Program(rank, tuple(steps))
 
 
 def run_key(op: Operation) -> RunKey:
-    """Returns the run that an operation belongs to."""
+    """Returns the key of the run to which an operation belongs."""
     return RunKey(op.direction, op.stage, op.micro_batch)
 
 
@@ -56,7 +56,7 @@ def _outgoing(schedule: Schedule, op: Operation) -> Message | None:
 
 
 def _carrier(schedule: Schedule, value: Value, op: Operation) -> Message:
-    """The message with a value that `op` makes or needs; where both stages are on one rank, from the rank to itself."""
+    """Returns the message with a value that `op` makes or needs; within one rank, a message to itself."""
     message = message_of(schedule, value)
     if message is not None:
         return message
@@ -71,7 +71,7 @@ def _carrier(schedule: Schedule, value: Value, op: Operation) -> Message:
     )
 
 
-def _atoms(schedule: Schedule, op: Operation, lanes: Sequence[Lane], train: bool) -> list[Atom]:
+def _atoms(schedule: Schedule, op: Operation, lanes: Sequence[Lane], *, is_training: bool) -> list[Atom]:
     phases = range(len(lanes))
     match op.kind:
         case Op.FORWARD:
@@ -85,13 +85,13 @@ def _atoms(schedule: Schedule, op: Operation, lanes: Sequence[Lane], train: bool
     atoms = _with_transfers(op, atoms, _incoming(schedule, op), _outgoing(schedule, op))
     if op.kind is Op.BACKWARD:
         atoms = _with_weights(op, atoms, lanes)
-    if op.kind in (Op.BACKWARD, Op.BACKWARD_WEIGHT) or not train:
+    if op.kind in (Op.BACKWARD, Op.BACKWARD_WEIGHT) or not is_training:
         atoms[-1] = _extended(atoms[-1], Step(Action.FINISH, run_key(op)))
     return atoms
 
 
 def _passage(op: Operation, action: Action, order: Iterable[int], lanes: Sequence[Lane]) -> list[Atom]:
-    """Yields one phase after another; each that follows an exchange completes it first, and so does the end."""
+    """Returns the phases in order. The phase after an exchange, or a final atom, waits for the exchange."""
     atoms: list[Atom] = []
     pending = False
     for phase in order:
@@ -100,7 +100,7 @@ def _passage(op: Operation, action: Action, order: Iterable[int], lanes: Sequenc
         atoms.append(Atom(lanes[phase], steps, pending))
         pending = lanes[phase] == "comm"
     if pending:
-        atoms.append(Atom("compute", (Step(Action.WAIT, run_key(op)),), True))
+        atoms.append(Atom("compute", (Step(Action.WAIT, run_key(op)),), needs_exchange=True))
     return atoms
 
 
@@ -116,7 +116,7 @@ def _with_transfers(op: Operation, atoms: list[Atom], incoming: Message | None, 
 
 
 def _with_weights(op: Operation, atoms: list[Atom], lanes: Sequence[Lane]) -> list[Atom]:
-    """Each computation's weight gradients follow the start of the exchange after it, and run under it."""
+    """Inserts the weight gradients of each computation after the start of the exchange that they hide."""
     ordered: list[Atom] = []
     deferred: list[Atom] = []
     for atom in atoms:
@@ -130,7 +130,7 @@ def _with_weights(op: Operation, atoms: list[Atom], lanes: Sequence[Lane]) -> li
 
 
 def _weight(op: Operation, phase: int) -> Atom:
-    return Atom("compute", (Step(Action.WEIGHT, run_key(op), phase),), False)
+    return Atom("compute", (Step(Action.WEIGHT, run_key(op), phase),), needs_exchange=False)
 
 
 def _extended(atom: Atom, step: Step) -> Atom:

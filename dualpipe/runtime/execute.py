@@ -1,4 +1,4 @@
-"""A plain interpreter of programs. It knows steps, runs and links, and neither the schedule nor the model."""
+"""Executes programs with a plain interpreter, which knows neither the schedule nor the model."""
 
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -17,10 +17,11 @@ from dualpipe.transfers import Message
 
 @dataclass(frozen=True, slots=True)
 class Execution:
-    """What running a program showed.
+    """Measurements of one run of a program.
 
-    peak_runs: micro-batches of which something was kept at once. origin_seconds: the program's start in seconds of
-    the wall clock (`time.time`), which ranks on one host share.
+    Attributes:
+        peak_runs: maximum number of micro-batches with live activations.
+        origin_seconds: start of the program on the wall clock (`time.time`), which ranks on one host share.
     """
 
     peak_runs: int
@@ -29,15 +30,17 @@ class Execution:
 
     @property
     def spans(self) -> tuple[tuple[float, float], ...]:
-        """Start and end of every step, in seconds from the program's start, each where the one before ends.
+        """Start and end of every step, in seconds from the program's start.
 
-        Under a device's clock the host waits until the program is over there.
+        Each step starts when the previous ends.
+
+        With a device clock, the host waits until the device has finished the program.
         """
         return tuple(pairwise(self._boundaries()))
 
 
 class _LocalReceive:
-    """A message between two stages of one rank: the tensor itself."""
+    """Message between two stages of one rank: the tensor itself."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._tensor = tensor
@@ -57,15 +60,15 @@ def execute(
     """Runs every step in order.
 
     Args:
-        program: made for this rank.
-        stages: by number, those that the rank holds.
-        transport: the links to the other pipeline ranks.
-        clock: what the steps are timed by; without one, the host's.
-        follow: yields the program's steps one by one, for example to show how far they are.
+        program: program of this rank.
+        stages: stages that the rank holds, by number.
+        transport: links to the other pipeline ranks.
+        clock: clock that times the steps; by default the host's.
+        follow: wrapper that yields the program's steps, for example to show progress.
     """
     clock = clock or HostClock()
     runs: dict[RunKey, Run] = {}
-    receipts: dict[Message, PendingReceive] = {}  # by message on its way, those to this very rank too
+    receives: dict[Message, PendingReceive] = {}  # includes messages of this rank to itself
     peak = 0
     origin = time.time()
     marks = [clock.mark()]
@@ -73,24 +76,24 @@ def execute(
         if step.run not in runs and step.action is not Action.RECEIVE:
             runs[step.run] = stages[step.run.stage].start(step.run.direction, step.run.micro_batch)
             peak = max(peak, len(runs))
-        _perform(step, runs, receipts, transport)
+        _perform(step, runs, receives, transport)
         marks.append(clock.mark())
     transport.flush()
-    assert not runs, f"kept after the program: {sorted(runs, key=str)}"
-    assert not receipts, f"never accepted: {', '.join(map(str, receipts))}"
+    assert not runs, f"not finished by the program: {sorted(runs, key=str)}"
+    assert not receives, f"never accepted: {', '.join(map(str, receives))}"
     return Execution(peak, origin, partial(clock.seconds, marks))
 
 
 def _perform(
-    step: Step, runs: dict[RunKey, Run], receipts: dict[Message, PendingReceive], transport: Transport
+    step: Step, runs: dict[RunKey, Run], receives: dict[Message, PendingReceive], transport: Transport
 ) -> None:
     match step.action:
         case Action.RECEIVE:
             message = _message(step)
-            receipts[message] = transport.post_receive(message)
+            receives[message] = transport.post_receive(message)
         case Action.ACCEPT:
             message = _message(step)
-            tensor = receipts.pop(message).wait()
+            tensor = receives.pop(message).wait()
             if message.kind == "activation":
                 runs[step.run].set_input(tensor)
             else:
@@ -99,7 +102,7 @@ def _perform(
             message, run = _message(step), runs[step.run]
             tensor = run.output() if message.kind == "activation" else run.input_gradient()
             if message.source == message.destination:
-                receipts[message] = _LocalReceive(tensor)
+                receives[message] = _LocalReceive(tensor)
             else:
                 transport.send(message, tensor)
         case Action.FORWARD:

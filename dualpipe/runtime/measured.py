@@ -1,4 +1,4 @@
-"""What a run really did with its time, in the schedule's words. Standard library only."""
+"""Converts the measured times of a run to spans of operations. Uses only the standard library."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -11,15 +11,18 @@ from dualpipe.runtime.program import Action, Program, RunKey, Step
 from dualpipe.simulate.costs import CostModel, StageCosts
 
 SpanLane = Literal["compute", "comm", "exposed", "wait", "send"]
-"""`compute`: the rank's main thread computes. `comm`: an exchange is under way beside it. `exposed`: the main thread
-starts an exchange of its own or waits for it. `wait`: it waits for another rank's message. `send`: it sends one."""
+"""Activity during a span.
+
+`compute`: the rank's main thread computes. `comm`: an exchange runs next to it. `exposed`: the main thread starts an
+exchange or waits for it. `wait`: the main thread waits for a message of another rank. `send`: it sends a message.
+"""
 
 _USED: tuple[SpanLane, ...] = ("compute", "exposed")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LaneSpan:
-    """A stretch of time given to one operation. `group` counts within the rank; `phase` is -1 where there is none."""
+    """Time span of one operation. `group` counts within the rank; `phase` is -1 if there is none."""
 
     start_seconds: float
     end_seconds: float
@@ -30,38 +33,40 @@ class LaneSpan:
 
     @property
     def seconds(self) -> float:
-        """Its length."""
+        """Length of the span."""
         return self.end_seconds - self.start_seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """`ranks[rank]` holds the rank's spans, all ranks on one clock."""
+    """Measured spans of a run. `ranks[rank]` holds the rank's spans; all ranks share one clock."""
 
     ranks: tuple[tuple[LaneSpan, ...], ...]
 
     @property
     def start_seconds(self) -> float:
-        """When the first rank began."""
+        """Start of the first rank."""
         return min((span.start_seconds for spans in self.ranks for span in spans), default=0.0)
 
     @property
     def end_seconds(self) -> float:
-        """When the last rank was done."""
+        """End of the last rank."""
         return max((span.end_seconds for spans in self.ranks for span in spans), default=0.0)
 
     @property
     def makespan_seconds(self) -> float:
-        """From the first rank's begin to the last rank's end."""
+        """Time from the first rank's start to the last rank's end."""
         return self.end_seconds - self.start_seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankBusyTime:
-    """One rank's part of the bubble, on the clock that all ranks share.
+    """Busy time of one rank, on the clock that all ranks share.
 
-    `busy_seconds`: in which its main thread computed or served an exchange of its own, between the begin of its
-    first span and the end of its last.
+    Attributes:
+        busy_seconds: time in which its main thread computed, started an exchange or waited for one.
+        start_seconds: start of its first span.
+        end_seconds: end of its last span.
     """
 
     busy_seconds: float
@@ -70,40 +75,41 @@ class RankBusyTime:
 
 
 def measured_bubble(measured: Measured) -> float:
-    """The part of all ranks' time in which their main threads neither computed nor served an exchange of their own.
+    """Returns the fraction of all ranks' time without computation or exchange in the main thread.
 
-    Waiting for messages is most of it, before the first and after the last operation too; handing messages over and
-    the interpreter's own time are the rest. Time runs from the first rank's begin to the last one's end.
+    Most of it is waiting for messages, including the time before a rank's first and after its last operation. The rest
+    is sending messages and the interpreter's overhead. Time is measured from the first rank's start to the last rank's
+    end.
     """
-    return _left_of(measured, _USED)
+    return _unused_fraction(measured, _USED)
 
 
 def measured_exposed(measured: Measured) -> float:
-    """The part of all ranks' time in which their main threads started an exchange of their own or waited for one."""
-    return 1.0 - _left_of(measured, ("exposed",)) if measured.makespan_seconds else 0.0
+    """Returns the fraction of all ranks' time in which main threads start or wait for exchanges."""
+    return 1.0 - _unused_fraction(measured, ("exposed",)) if measured.makespan_seconds else 0.0
 
 
-def _left_of(measured: Measured, lanes: Sequence[SpanLane]) -> float:
+def _unused_fraction(measured: Measured, lanes: Sequence[SpanLane]) -> float:
     total = measured.makespan_seconds * len(measured.ranks)
     used = sum(span.seconds for spans in measured.ranks for span in spans if span.lane in lanes)
     return max(0.0, 1.0 - used / total) if total else 0.0
 
 
 def step_lanes(program: Program) -> tuple[SpanLane | None, ...]:
-    """Returns the main thread's lane in every step; None for steps that take no time worth a span."""
+    """Returns the main thread's lane in every step, None for steps that take negligible time."""
     exchanges = _exchange_steps(program)
-    return tuple(_lane(step, index in exchanges) for index, step in enumerate(program.steps))
+    return tuple(_lane(step, starts_exchange=index in exchanges) for index, step in enumerate(program.steps))
 
 
 def rank_busy_time(
     lanes: Sequence[SpanLane | None], spans: Sequence[tuple[float, float]], origin_seconds: float
 ) -> RankBusyTime:
-    """Returns what `measured_bubble` takes from one rank's spans, without making them.
+    """Returns one rank's busy time for `measured_bubble`, without making its spans.
 
     Args:
-        lanes: of the rank's program, from `step_lanes`.
+        lanes: lanes of the rank's program, from `step_lanes`.
         spans: start and end of every step, in seconds from the program's start.
-        origin_seconds: the program's start on the clock that all ranks share.
+        origin_seconds: start of the program on the clock that all ranks share.
     """
     taken = [(lane, start, end) for lane, (start, end) in zip(lanes, spans, strict=True) if lane is not None]
     return RankBusyTime(
@@ -119,11 +125,11 @@ def rank_spans(
     """Returns one rank's spans, ordered by start.
 
     Args:
-        groups: those of the schedule that the program was compiled from, of this rank.
-        program: of this rank.
-        spans: start and end of every step, in seconds from the program's start (`Execution.spans`). They are the
-            host's time, or a device's where a device's clock was given to `execute`.
-        origin_seconds: the program's start on the clock that all ranks share.
+        groups: groups of this rank in the schedule from which the program was compiled.
+        program: program of this rank.
+        spans: start and end of every step, in seconds from the program's start (`Execution.spans`), on the clock that
+            `execute` used.
+        origin_seconds: start of the program on the clock that all ranks share.
     """
     operations = {key: (op, index) for index, group in enumerate(groups) for op in group for key in _keys(op)}
     way: dict[RunKey, Action] = {}
@@ -147,15 +153,15 @@ def rank_spans(
 
 
 def measured_costs(schedule: Schedule, measured: Measured) -> CostModel:
-    """What each stage costs by a run, in seconds: what the schedule would take if nothing but its order made it wait.
+    """Derives the costs of each stage from a run, in seconds.
 
-    Computation: the median over the stage's operations. Exchange: of each of its phases the shortest time from start
-    to completion, as in the others the rank did something else before it asked. Latency: none. Activation: as
-    `costs.uniform` has it.
+    Computation is the median over the stage's operations. Exchange is the shortest time from start to completion of
+    each phase, because in other cases the rank did something else before it waited. Latency is 0. Activations are those
+    of `costs.uniform`. With these costs, the simulated schedule waits only because of its order.
 
     Args:
-        schedule: a valid one that trains; its groups may be others than those that ran.
-        measured: a run of all of its operations.
+        schedule: a valid schedule that trains; its groups may differ from those that ran.
+        measured: spans of a run of all its operations.
     """
     computed: dict[tuple[int, Op], list[float]] = defaultdict(list)
     exchanged: dict[tuple[int, Op], dict[int, float]] = defaultdict(dict)
@@ -190,7 +196,10 @@ def _by_operation(measured: Measured) -> dict[Operation, list[LaneSpan]]:
 
 
 def _computation(op: Operation, spans: Sequence[LaneSpan]) -> dict[Op, float]:
-    """Seconds of computation. Of a full backward each phase comes twice: first for inputs, then for weights."""
+    """Returns the seconds of computation.
+
+    A full backward has two spans per phase: for inputs, then for weights.
+    """
     if op.kind is not Op.BACKWARD:
         return {op.kind: sum(span.seconds for span in spans if span.lane == "compute")}
     seconds = {Op.BACKWARD_INPUT: 0.0, Op.BACKWARD_WEIGHT: 0.0}
@@ -218,7 +227,10 @@ def _keys(op: Operation) -> Iterable[tuple[RunKey, Action]]:
 
 
 def _exchange_steps(program: Program) -> set[int]:
-    """Returns the steps that only start an exchange: the run's next step on its way waits for it."""
+    """Returns the steps that only start an exchange.
+
+    The run's next step in the same direction waits for it.
+    """
     found = set()
     before: dict[RunKey, int] = {}
     for index, step in enumerate(program.steps):
@@ -230,13 +242,13 @@ def _exchange_steps(program: Program) -> set[int]:
 
 
 def _passage(step: Step, way: dict[RunKey, Action]) -> Action:
-    """Returns the kind of passage that a step belongs to: forward, backward for inputs, or weights."""
+    """Returns the pass to which a step belongs: forward, backward for inputs, or weights."""
     if step.message is not None:
         return Action.FORWARD if step.message.kind == "activation" else Action.BACKWARD
     return way[step.run] if step.action is Action.WAIT else step.action
 
 
-def _lane(step: Step, starts_exchange: bool) -> SpanLane | None:
+def _lane(step: Step, *, starts_exchange: bool) -> SpanLane | None:
     match step.action:
         case Action.FORWARD | Action.BACKWARD:
             return "exposed" if starts_exchange else "compute"

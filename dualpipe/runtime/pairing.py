@@ -1,9 +1,9 @@
-"""The order in which the members of a group run under each other's exchange, as data.
+"""Interleaves the operations of a group so that one's computation hides the other's exchange, as data.
 
-A member is a list of atoms: computations and exchanges in its own order. While an exchange of one is
-under way, computations of the others run; so a forward's dispatch is hidden by a backward's experts,
-and the other way round (arXiv:2412.19437, section 3.2.1, figure 4). A W has no exchange and nobody waits
-for it: it fills what the others leave open.
+A member is an operation of the group: a list of computations and exchanges (atoms) in fixed order. During an exchange
+of one member, computations of the others run. So a backward's experts hide a forward's dispatch, and vice versa
+(arXiv:2412.19437, section 3.2.1, figure 4). A W has no exchange and no rank waits for it, so it fills the remaining
+gaps.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,13 @@ from dualpipe.transfers import Link
 
 @dataclass(frozen=True, slots=True)
 class Atom:
-    """Steps that belong together on one lane; `needs_exchange`: they wait for the member's exchange under way."""
+    """Steps that run together on one lane.
+
+    Attributes:
+        lane: the lane.
+        steps: the steps in order.
+        needs_exchange: whether they wait for the member's pending exchange.
+    """
 
     lane: Lane
     steps: tuple[Step, ...]
@@ -24,40 +30,48 @@ class Atom:
 
     @property
     def computes(self) -> bool:
-        """Whether an exchange can hide under it; one that only waits or sends hides nothing."""
+        """Whether it computes and so can hide an exchange; waiting and sending cannot."""
         work = (Action.FORWARD, Action.BACKWARD, Action.WEIGHT)
         return self.lane == "compute" and any(step.action in work for step in self.steps)
 
     @property
     def links(self) -> frozenset[Link]:
-        """The links that its messages leave by."""
+        """Links on which it sends messages."""
         return frozenset(step.message.link for step in self.steps if step.message and step.action is Action.SEND)
 
 
 @dataclass(slots=True)
 class _MemberState:
-    """What is left of a member. `started`: when its last exchange was, among all atoms; `is_covered`: a computation
-    has run since. `fills`: it is weight gradients alone."""
+    """Remaining atoms of a member.
+
+    Attributes:
+        left: the remaining atoms.
+        is_filler: whether it contains only weight gradients.
+        started: position of its last started exchange in the combined order.
+        is_covered: whether a computation has run since then.
+    """
 
     left: list[Atom]
-    fills: bool
+    is_filler: bool
     started: int = 0
     is_covered: bool = False
 
 
 def sequential(members: Sequence[Sequence[Atom]]) -> list[Atom]:
-    """Returns the members one after the other."""
+    """Returns the members in sequence, without overlap."""
     return [atom for member in members for atom in member]
 
 
 def overlapped(members: Sequence[Sequence[Atom]]) -> list[Atom]:
-    """Members interleaved: exchanges start as early as they can, computations that need none go before those that do.
+    """Interleaves the members.
 
-    Among computations that must wait for an exchange, the one whose exchange was started first comes
-    first. Weight gradients by themselves run where otherwise an exchange would be waited for under which
-    nothing has run yet, one computation for each such exchange, and at the end: so they delay no message.
-    Ties go to the earlier member. Messages of one link leave in the order of the members. The order is a
-    pure function of the members, so that all ranks of an expert group run the same one.
+    Exchanges start as early as possible; computations that wait for one come last.
+
+    Of computations that must wait for an exchange, the one whose exchange started first runs first. Members of only
+    weight gradients run if the rank would otherwise wait for an exchange that hides no computation yet, one computation
+    per exchange, and at the end. So they delay no message. Ties go to the earlier member. Messages of one link are sent
+    in the order of the members. The order is a pure function of the members, so all ranks of an expert group use the
+    same order.
     """
     states = [_MemberState(list(member), _is_weights(member)) for member in members]
     order: list[Atom] = []
@@ -77,7 +91,7 @@ def overlapped(members: Sequence[Sequence[Atom]]) -> list[Atom]:
 
 def _urgency(member: _MemberState) -> tuple[int, int]:
     atom = member.left[0]
-    if member.fills:
+    if member.is_filler:
         return 3, 0
     if not atom.needs_exchange:
         return (0 if atom.lane == "comm" else 1), 0
@@ -85,7 +99,7 @@ def _urgency(member: _MemberState) -> tuple[int, int]:
 
 
 def _overtakes(states: Sequence[_MemberState], index: int) -> bool:
-    """Returns whether the member's next atom sends on a link that an earlier member has still to send on."""
+    """Returns whether the member's next atom sends on a link on which an earlier member has not sent yet."""
     links = states[index].left[0].links
     return bool(links) and any(links & atom.links for state in states[:index] for atom in state.left)
 

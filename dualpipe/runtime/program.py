@@ -1,4 +1,4 @@
-"""A schedule lowered to one rank's steps over phases, on two lanes, with explicit waits."""
+"""Defines programs: one rank's steps over phases, on two lanes, with explicit waits."""
 
 from dataclasses import dataclass
 from enum import Enum
@@ -7,21 +7,21 @@ from dualpipe.transfers import Message
 
 
 class Action(Enum):
-    """What a step does."""
+    """Action of a step."""
 
-    RECEIVE = "receive"  # post the receipt of a message
-    ACCEPT = "accept"  # wait for it and hand it to the run; one from this very rank is at hand already
-    FORWARD = "forward"  # run a computation, or start an exchange
-    BACKWARD = "backward"  # the same for gradients of inputs
-    WEIGHT = "weight"  # gradients of weights
-    WAIT = "wait"  # complete the run's exchange under way
-    SEND = "send"  # hand a message to its link, or keep it for another of the rank's stages to accept
-    FINISH = "finish"  # the run is over, nothing of it is kept
+    RECEIVE = "receive"  # post the receive of a message
+    ACCEPT = "accept"  # wait for a message and pass it to the run; a message of this rank is available at once
+    FORWARD = "forward"  # run the forward of a computation, or start its exchange
+    BACKWARD = "backward"  # the same for the backward for inputs
+    WEIGHT = "weight"  # run the backward for weights
+    WAIT = "wait"  # complete the run's pending exchange
+    SEND = "send"  # send a message, or keep it for another stage of this rank
+    FINISH = "finish"  # free the run
 
 
 @dataclass(frozen=True, slots=True)
 class RunKey:
-    """One micro-batch in one stage."""
+    """Key of a run: one micro-batch in one stage."""
 
     direction: int
     stage: int
@@ -30,7 +30,10 @@ class RunKey:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One instruction. `phase` counts within the stage, -1 where there is none; `message` for transfers."""
+    """Instruction of a program.
+
+    `phase` counts within the stage, -1 if there is none; `message` is for transfers.
+    """
 
     action: Action
     run: RunKey
@@ -40,7 +43,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """Everything that one rank does in one optimizer step's passes, in order."""
+    """All steps of one rank in the forward and backward passes of one optimizer step, in order."""
 
     rank: int
     steps: tuple[Step, ...]

@@ -1,4 +1,4 @@
-"""What the interpreter asks of a stage and of the links between stages. It knows nothing else of either."""
+"""Defines the protocols of stages and links that the interpreter uses."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -12,34 +12,34 @@ Lane = Literal["compute", "comm"]
 
 
 class Run(Protocol):
-    """One micro-batch on its way through one stage.
+    """Forward and backward of one micro-batch through one stage.
 
-    Phases run forward in order and backward in reverse order. A phase on the comm lane is only started
-    by `forward` and `backward`; `wait` completes it, and comes before the run's next phase.
+    Phases run forward in order and backward in reverse order. For a phase on the comm lane, `forward` and `backward`
+    only start it. `wait` completes it and must be called before the run's next phase.
     """
 
     def set_input(self, hidden_BTD: "Tensor", /) -> None:
-        """Takes the activation from the stage before, which may be on this rank; nobody else uses the tensor."""
+        """Takes the activation of the previous stage, which may be on this rank. The tensor is not shared."""
         ...
 
     def output(self) -> "Tensor":
-        """Returns the activation for the stage after; handed over, not kept."""
+        """Returns the activation for the next stage and drops its reference."""
         ...
 
     def set_output_gradient(self, gradient_BTD: "Tensor", /) -> None:
-        """Takes the gradient from the stage after, which may be on this rank; nobody else uses the tensor."""
+        """Takes the gradient of the next stage, which may be on this rank. The tensor is not shared."""
         ...
 
     def input_gradient(self) -> "Tensor":
-        """Returns the gradient for the stage before; handed over, not kept."""
+        """Returns the gradient for the previous stage and drops its reference."""
         ...
 
     def forward(self, phase: int) -> None:
-        """Runs or starts a phase."""
+        """Runs the forward of a phase, or starts it on the comm lane."""
         ...
 
     def backward(self, phase: int) -> None:
-        """Runs or starts the backward for inputs of a phase."""
+        """Runs the backward for inputs of a phase, or starts it on the comm lane."""
         ...
 
     def weight(self, phase: int) -> None:
@@ -47,42 +47,45 @@ class Run(Protocol):
         ...
 
     def wait(self) -> None:
-        """Completes the phase under way on the comm lane."""
+        """Completes the pending phase on the comm lane."""
         ...
 
 
 class PipelineStage(Protocol):
-    """A stage, able to take micro-batches."""
+    """Stage that runs micro-batches."""
 
     @property
     def lanes(self) -> Sequence[Lane]:
-        """The lane of each phase, in forward order."""
+        """Lane of each phase, in forward order."""
         ...
 
     def start(self, direction: int, micro_batch: int) -> Run:
-        """Begins a micro-batch. Activations between stages have the shape that `Transport` was told."""
+        """Starts the run of a micro-batch.
+
+        Activations between stages have the shape that the transport expects.
+        """
         ...
 
 
 class PendingReceive(Protocol):
-    """A message on its way here."""
+    """Receive that is posted but not complete."""
 
     def wait(self) -> "Tensor":
-        """Returns the tensor, once it has arrived."""
+        """Waits for the message and returns its tensor."""
         ...
 
 
 class Transport(Protocol):
-    """Links between pipeline ranks; each (source, destination, kind) keeps its order."""
+    """Links between pipeline ranks. Each (source, destination, kind) is a FIFO link."""
 
     def post_receive(self, message: Message, /) -> PendingReceive:
-        """Makes room for a message, in the order in which its link's messages will be sent."""
+        """Posts the receive of a message, in the order in which the link's messages are sent."""
         ...
 
     def send(self, message: Message, tensor: "Tensor", /) -> None:
-        """Sends without waiting for the other side."""
+        """Sends a tensor without waiting for the receiver."""
         ...
 
     def flush(self) -> None:
-        """Waits until everything sent has left."""
+        """Waits until all messages have been sent."""
         ...

@@ -1,4 +1,4 @@
-"""The best schedule by simulation, and why."""
+"""Chooses the best schedule by simulation, and explains the choice."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -11,12 +11,12 @@ from dualpipe.registry import build, candidates
 from dualpipe.simulate.costs import CostModel
 
 CostsOf = Callable[[int], CostModel]
-"""From a number of stages to the costs of each."""
+"""Function from the number of stages to their costs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """The schedule chosen, the words for it, and all that were looked at."""
+    """Chosen schedule, the reason for it, and all schedules that were considered."""
 
     schedule: Schedule
     reason: str
@@ -31,18 +31,18 @@ def survey(
     cache_dir: Path | None = None,
     excluded: dict[str, str] | None = None,
 ) -> tuple[TimedSchedule | UnavailableSchedule, ...]:
-    """Returns every kind of schedule of this size that may be chosen: timed, or the reason for which there is none.
+    """Times every kind of schedule that may be chosen, or gives the reason why it is not available.
 
     Args:
         num_ranks: ranks of one pipeline.
-        num_micro_batches: of one pipeline and step, both directions together.
-        costs_of: the costs of each stage, by the number of stages.
-        memory_cap: of a rank's live activations; None for each schedule's own.
-        cache_dir: where searched schedules are kept.
-        excluded: kinds that must not be taken, and why.
+        num_micro_batches: micro-batches of one pipeline and step, of both directions together.
+        costs_of: costs of each stage, as a function of the number of stages.
+        memory_cap: maximum of a rank's live activations; None for each schedule's own.
+        cache_dir: folder that caches searched schedules.
+        excluded: kinds that must not be chosen, with reasons.
 
     Raises:
-        MemoryCapError: nothing fits the cap.
+        MemoryCapError: if no schedule fits the cap.
     """
     rows: list[TimedSchedule | UnavailableSchedule] = []
     least = math.inf
@@ -60,22 +60,22 @@ def survey(
             rows.append(UnavailableSchedule(kind=kind, reason=str(error)))
     if memory_cap is not None and all(isinstance(row, UnavailableSchedule) for row in rows) and math.isfinite(least):
         raise MemoryCapError(
-            f"no schedule of {num_ranks} ranks keeps so little alive, the cap is {memory_cap:g}; nearest: {least:g}",
+            f"no schedule of {num_ranks} ranks fits the cap, which is {memory_cap:g}; nearest: {least:g}",
             least,
         )
     return tuple(rows)
 
 
 def choose(rows: Sequence[TimedSchedule | UnavailableSchedule], memory_cap: float | None = None) -> Choice:
-    """Returns the shortest schedule of those that there are; of equally short ones the one that keeps least alive.
+    """Returns the schedule with the shortest makespan; of equal ones, that with the lowest peak memory.
 
     Raises:
-        ScheduleError: there is none.
+        ScheduleError: if none is available.
     """
     entries = [row for row in rows if isinstance(row, TimedSchedule)]
     if not entries:
         reasons = "; ".join(f"{row.kind}: {row.reason}" for row in rows if isinstance(row, UnavailableSchedule))
-        raise ScheduleError(f"schedule: none can be made: {reasons}")
+        raise ScheduleError(f"schedule: no kind is available: {reasons}")
     ranked = sorted(entries, key=lambda row: (round(row.simulation.makespan, 9), row.peak))
     return Choice(schedule=ranked[0].schedule, reason=_reason(ranked, memory_cap), rows=tuple(rows))
 

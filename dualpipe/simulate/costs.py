@@ -1,4 +1,7 @@
-"""What operations cost, as the simulator and the generators are told. Standard library only."""
+"""Defines the costs of operations for the simulator and the generators.
+
+Uses only the standard library.
+"""
 
 import math
 from collections.abc import Sequence
@@ -10,14 +13,19 @@ from dualpipe.ir import Group, Op, Operation, ScheduleError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Costs:
-    """Times of one rank's share of the model, model/P, in any one unit.
+    """Times of one rank's share of the model, model/P, in any unit.
 
-    `forward`, `backward_input` and `backward_weight` are computation; a full backward is the sum of the last two.
-    `exchange` is the exchange of one F and of one I, apart from computation. `latency` is the time from the end of
-    a group to the arrival of what it made at another rank.
+    A full backward takes the sum of `backward_input` and `backward_weight`.
+
+    Attributes:
+        forward: computation of one F.
+        backward_input: computation of one I.
+        backward_weight: computation of one W.
+        exchange: exchange of one F, and also of one I.
+        latency: time from the end of a group to the arrival of its outputs at another rank.
 
     Raises:
-        ScheduleError: a time is negative or not finite.
+        ScheduleError: if a time is negative or not finite.
     """
 
     forward: float
@@ -32,12 +40,18 @@ class Costs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageCosts:
-    """Times of one micro-batch in one stage, and what it keeps alive there from its F to its W.
+    """Times of one micro-batch in one stage, and the memory of its activation from F to W.
 
-    The exchanges are those of F and of I; weight gradients need none. `activation` is in any one unit of memory.
+    Attributes:
+        forward: computation of F.
+        backward_input: computation of I.
+        backward_weight: computation of W, which has no exchange.
+        forward_exchange: exchange of F.
+        backward_exchange: exchange of I.
+        activation: memory of the activation, in any unit.
 
     Raises:
-        ScheduleError: a value is negative or not finite.
+        ScheduleError: if a value is negative or not finite.
     """
 
     forward: float
@@ -51,7 +65,7 @@ class StageCosts:
         _check_times(self, "stage costs")
 
     def compute_of(self, kind: Op) -> float:
-        """Returns the computation of one operation."""
+        """Returns the computation time of one operation."""
         match kind:
             case Op.FORWARD:
                 return self.forward
@@ -65,7 +79,7 @@ class StageCosts:
                 assert_never(other)
 
     def exchange_of(self, kind: Op) -> float:
-        """Returns the exchange of one operation."""
+        """Returns the exchange time of one operation."""
         match kind:
             case Op.FORWARD:
                 return self.forward_exchange
@@ -79,39 +93,42 @@ class StageCosts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CostModel:
-    """The costs of every stage, by its number, and the latency of a link between two ranks."""
+    """Costs of every stage by its number, and the latency of a link between two ranks."""
 
     stages: tuple[StageCosts, ...]
     latency: float
 
     def compute_of(self, op: Operation) -> float:
-        """Returns the computation of one operation."""
+        """Returns the computation time of one operation."""
         return self.stages[op.stage].compute_of(op.kind)
 
     def exchange_of(self, op: Operation) -> float:
-        """Returns the exchange of one operation."""
+        """Returns the exchange time of one operation."""
         return self.stages[op.stage].exchange_of(op.kind)
 
     def duration_of(self, group: Group) -> float:
-        """Returns a group's time: its members share both lanes perfectly, and none is faster than it would be alone."""
+        """Returns the time of a group under perfect overlap, in which no operation is faster than alone."""
         return overlapped_time([(self.compute_of(op), self.exchange_of(op)) for op in group])
 
 
 def overlapped_time(members: Sequence[tuple[float, float]]) -> float:
-    """max(sum of computation, sum of exchange, longest single member) of (computation, exchange) pairs."""
+    """Returns the time of overlapped (computation, exchange) pairs: max(computation, exchange, any pair)."""
     compute = sum(member[0] for member in members)
     exchange = sum(member[1] for member in members)
     return max(compute, exchange, max(map(sum, members), default=0.0))
 
 
 def pair_time(costs: Costs) -> float:
-    """Returns the time of F&B: a forward and a full backward of model/P at once."""
+    """Returns the time of F&B: a forward overlapped with a full backward, both of model/P."""
     backward = costs.backward_input + costs.backward_weight
     return overlapped_time([(costs.forward, costs.exchange), (backward, costs.exchange)])
 
 
 def uniform(costs: Costs, num_ranks: int, num_stages: int) -> CostModel:
-    """Equal stages. `costs` are those of model/`num_ranks`: of twice as many stages, each costs and keeps half."""
+    """Returns costs of equal stages.
+
+    `costs` are those of model/`num_ranks`, and each stage gets its fraction.
+    """
     share = num_ranks / num_stages
     stage = StageCosts(
         forward=costs.forward * share,

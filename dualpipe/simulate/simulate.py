@@ -1,6 +1,7 @@
-"""A schedule's timing under given costs, and the activations that it keeps alive.
+"""Simulates the timing and the live activations of a schedule under given costs.
 
-The timing is a clock per rank, moved by the groups and the values they wait for. Activations need no clock.
+The timing uses one clock per rank, advanced by groups and the values that they wait for. Live activations depend only
+on the order.
 """
 
 from collections.abc import Callable
@@ -13,11 +14,15 @@ from dualpipe.simulate.timing import NumberedGroup, Timing
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Simulation:
-    """When everything happens, in the unit of the costs.
+    """Simulated timing and memory of a schedule. Times are in the unit of the costs.
 
-    `starts[rank][group]` and `ends[rank][group]`; `idle[rank]` is the part of the makespan in which the rank runs
-    no group; `exposed[rank]` the part in which it runs a group whose exchange nothing hides; `peaks[rank]` is its
-    peak memory, in the unit of `StageCosts.activation`.
+    Attributes:
+        starts: `starts[rank][group]` is the start of a group.
+        ends: `ends[rank][group]` is the end of a group.
+        makespan: end of the last group.
+        idle: time in which each rank runs no group.
+        exposed: time of each rank's groups in which nothing hides their exchange.
+        peaks: peak memory of each rank, in the unit of `StageCosts.activation`.
     """
 
     starts: tuple[tuple[float, ...], ...]
@@ -29,23 +34,23 @@ class Simulation:
 
     @property
     def bubble_fraction(self) -> float:
-        """Idle time of all ranks over their time."""
+        """Idle time of all ranks over makespan times ranks."""
         total = self.makespan * len(self.idle)
         return sum(self.idle) / total if total else 0.0
 
 
 def simulate(schedule: Schedule, costs: Costs | CostModel) -> Simulation:
-    """Runs the schedule on ideal ranks: a group starts when its rank is free and all that it needs has arrived.
+    """Simulates the schedule: a group starts when its rank is free and all its inputs have arrived.
 
-    Everything that a group makes leaves at the group's end, the gradient of a full backward included. Sending
-    takes none of the rank's time.
+    All outputs of a group are sent at its end, including the gradient of a full backward. Sending takes no time of the
+    rank.
 
     Args:
-        schedule: a valid one.
-        costs: of each stage, or of model/P where all stages are equal.
+        schedule: a valid schedule.
+        costs: costs of each stage, or of model/P if all stages are equal.
 
     Raises:
-        ScheduleError: the ranks wait for each other.
+        ScheduleError: if ranks deadlock.
     """
     model = uniform(costs, schedule.num_ranks, schedule.num_stages) if isinstance(costs, Costs) else costs
     timing = Timing(schedule, model)
@@ -74,30 +79,30 @@ def _check_finished(schedule: Schedule, ranks: list[list[NumberedGroup]], ended:
         for index, group in enumerate(groups):
             if ended[group[0]] < 0:
                 shown = " ".join(map(str, schedule.ranks[rank][index]))
-                raise ScheduleError(f"rank {rank}: {shown} waits for ever: validate the schedule first")
+                raise ScheduleError(f"rank {rank}: {shown} never starts: deadlock; validate the schedule first")
 
 
 def peak_activations(schedule: Schedule) -> tuple[int, ...]:
-    """Returns the most activations of one stage and micro-batch that each rank keeps at once.
+    """Returns the maximum number of live activations, each of one stage and micro-batch, on each rank.
 
-    One lives from the start of its F to the end of its B, or of its W where the backward is split. In a
-    forward-only schedule it lives as long as its group.
+    An activation is alive from the start of F to the end of B, or of W if the backward is split. In a forward-only
+    schedule it is alive during its group.
     """
     return tuple(round(_peak(groups, lambda _: 1.0)) for groups in schedule.ranks)
 
 
 def peak_memory(schedule: Schedule, costs: CostModel) -> tuple[float, ...]:
-    """Returns the same, each activation weighing what its stage keeps: in the unit of `StageCosts.activation`."""
+    """Returns the peak memory of live activations on each rank, in the unit of `StageCosts.activation`."""
     return tuple(_peak(groups, lambda op: costs.stages[op.stage].activation) for groups in schedule.ranks)
 
 
 def _peak(groups: tuple[Group, ...], weight: Callable[[Operation], float]) -> float:
-    keeps = any(op.kind is not Op.FORWARD for group in groups for op in group)
+    has_backwards = any(op.kind is not Op.FORWARD for group in groups for op in group)
     alive = peak = 0.0
     for group in groups:
         made = sum(weight(op) for op in group if op.kind is Op.FORWARD)
         alive += made
         peak = max(peak, alive)
         freed = (Op.BACKWARD, Op.BACKWARD_WEIGHT)
-        alive -= sum(weight(op) for op in group if op.kind in freed) if keeps else made
+        alive -= sum(weight(op) for op in group if op.kind in freed) if has_backwards else made
     return peak

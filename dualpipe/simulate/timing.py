@@ -1,6 +1,6 @@
-"""A clock per rank, moved by groups and by the values they wait for: made once, run over many orders of the groups.
+"""Times orders of groups with one clock per rank, advanced by groups and by values that they need.
 
-The simulator runs it once, the passes hundreds of times, so operations are numbers here.
+The simulator runs it once and the optimizations hundreds of times, so operations are numbers here.
 """
 
 from collections.abc import Iterable, Sequence
@@ -11,18 +11,21 @@ from dualpipe.simulate.costs import CostModel, overlapped_time
 from dualpipe.transfers import made_by, message_of, needed_by
 
 NumberedGroup = tuple[int, ...]
-"""Operations of a group by their numbers in a `Timing`."""
+"""Group of operations, given by their numbers in a `Timing`."""
 
 RankGroups = Sequence[Sequence[NumberedGroup]]
-"""The groups of every rank, in order."""
+"""Groups of every rank, in order."""
 
 
 @dataclass(slots=True, kw_only=True)
 class TimingProgress:
-    """How far every rank has come.
+    """Progress of all ranks.
 
-    `ends`: of operations, by number, -1 for those that have not run; by rank, `position`: how many groups have run,
-    `clock`: the end of the last of them, `left`: the time of the rest, without waiting.
+    Attributes:
+        ends: end of each operation by number, -1 if it has not run.
+        position: number of groups that each rank has run.
+        clock: end of each rank's last group.
+        left: time of each rank's remaining groups, without waits.
     """
 
     ends: list[float]
@@ -31,21 +34,21 @@ class TimingProgress:
     left: list[float]
 
     def copy(self) -> "TimingProgress":
-        """Returns a copy that can be moved on by itself."""
+        """Returns an independent copy."""
         return TimingProgress(
             ends=self.ends.copy(), position=self.position.copy(), clock=self.clock.copy(), left=self.left.copy()
         )
 
 
 class Timing:
-    """The operations of a schedule, numbered, with what each costs and waits for; not the order they run in.
+    """Numbered operations of a schedule, with their costs and dependencies, for any order of groups.
 
     Attributes:
-        operations: by number.
+        operations: the operations by number.
     """
 
     def __init__(self, schedule: Schedule, costs: CostModel) -> None:
-        """`schedule`: any order of the operations to be timed. `costs`: of its stages."""
+        """Numbers the operations of a schedule in any order, and computes their costs and dependencies."""
         self.operations = tuple(op for groups in schedule.ranks for group in groups for op in group)
         self._numbers = {op: number for number, op in enumerate(self.operations)}
         self._lanes = [(costs.compute_of(op), costs.exchange_of(op)) for op in self.operations]
@@ -54,22 +57,22 @@ class Timing:
         self._before = [self._predecessor(op) for op in self.operations]
 
     def numbered(self, groups: Iterable[Sequence[Operation]]) -> list[NumberedGroup]:
-        """Returns a rank's groups by the numbers of their operations."""
+        """Converts a rank's groups to numbers."""
         return [tuple(self._numbers[op] for op in group) for group in groups]
 
     def duration(self, group: NumberedGroup) -> float:
-        """Returns a group's time: `CostModel.duration_of`."""
+        """Returns the time of a group; see `CostModel.duration_of`."""
         known = self._durations.get(group)
         if known is None:
             known = self._durations[group] = overlapped_time([self._lanes[number] for number in group])
         return known
 
     def compute(self, group: NumberedGroup) -> float:
-        """Returns the computation of a group's members."""
+        """Returns the computation time of a group's operations."""
         return sum(self._lanes[number][0] for number in group)
 
     def begin(self, ranks: RankGroups) -> TimingProgress:
-        """Before the first group of every rank. `ranks`: the groups of every rank, all operations once."""
+        """Returns the progress before the first group; `ranks` must contain all operations once."""
         return TimingProgress(
             ends=[-1.0] * len(self.operations),
             position=[0] * len(ranks),
@@ -80,22 +83,22 @@ class Timing:
     def advance(
         self, ranks: RankGroups, progress: TimingProgress, until: int | None = None, limit: float = float("inf")
     ) -> bool:
-        """Runs each rank's groups in order, each as soon as it can, as far as they come.
+        """Runs each rank's groups in order, each as early as possible, until ranks end or block.
 
         Args:
-            ranks: the groups of every rank, those that have run as they were.
-            progress: how far they are; it is moved on.
-            until: the number of groups after which every rank stops; None for all.
-            limit: gives up where a rank can no longer end by it.
+            ranks: groups of every rank; the groups that have run must be unchanged.
+            progress: progress of the ranks; it is updated.
+            until: number of groups after which every rank stops; None for all.
+            limit: time by which all ranks must end; the call stops when a rank cannot.
 
         Returns:
-            Whether all may still end by the limit.
+            Whether all ranks can still end by the limit.
         """
         ends, left = progress.ends, progress.left
         blocked: dict[int, list[int]] = {}
-        awake = list(range(len(ranks)))[::-1]
-        while awake:
-            rank = awake.pop()
+        ready = list(range(len(ranks)))[::-1]
+        while ready:
+            rank = ready.pop()
             groups, time = ranks[rank], progress.clock[rank]
             for index in range(progress.position[rank], len(groups) if until is None else min(until, len(groups))):
                 group = groups[index]
@@ -112,18 +115,18 @@ class Timing:
                 for number in group:
                     ends[number] = time
                     if number in blocked:
-                        awake += blocked.pop(number)
+                        ready += blocked.pop(number)
             progress.clock[rank] = time
         return True
 
     def run(self, ranks: RankGroups) -> list[float]:
-        """Returns the end of every operation, by number; -1 for those that wait for ever."""
+        """Returns the end of every operation by number; -1 for operations in a deadlock."""
         progress = self.begin(ranks)
         self.advance(ranks, progress)
         return progress.ends
 
     def ready(self, group: NumberedGroup, time: float, ends: list[float]) -> tuple[float, int]:
-        """When a group can start at a rank that is free from `time` on; or the first operation that it lacks."""
+        """Returns the start of a group on a rank free at `time`, and -1 or an operation that must run first."""
         for number in group:
             before = self._before[number]
             if before >= 0 and ends[before] < 0:
@@ -143,13 +146,13 @@ class Timing:
         needed, lags = [], []
         for op in self.operations:
             value = needed_by(op, schedule.num_stages)
-            # A value that nobody makes is waited for for ever: by the operation itself.
+            # If no operation makes the value, the operation waits for itself and never runs.
             needed.append(-1 if value is None else makers.get(value, self._numbers[op]))
             lags.append(0.0 if value is None or message_of(schedule, value) is None else latency)
         return needed, lags
 
     def _predecessor(self, op: Operation) -> int:
-        """Returns what the same micro-batch must have been through in the same stage: -1 where nothing."""
+        """Returns the operation of the same micro-batch and stage that must run before, or -1."""
         match op.kind:
             case Op.BACKWARD | Op.BACKWARD_INPUT:
                 before = Op.FORWARD

@@ -193,7 +193,7 @@ def test_svg_of_512_micro_batches_on_16_ranks_is_small_and_says_what_it_leaves_o
     root = ElementTree.fromstring(drawn)
     assert len(drawn) < 1_000_000
     assert float(root.get("width", "")) < 12_500
-    assert "numbers and tooltips left out" in all_text(root)
+    assert "numbers and tooltips omitted" in all_text(root)
     outlines = [path.get("d", "") for path in root.iter(f"{SVG}path")]
     operations = sum(len(group) for groups in schedule.ranks for group in groups)
     assert sum(outline.count("M") for outline in outlines) == operations
@@ -205,7 +205,7 @@ def test_svg_says_how_many_numbers_do_not_fit() -> None:
     root = ElementTree.fromstring(svg(schedule, simulate(schedule, costs)))
     left_out = len(shapes_of(root)) - len(texts_of(root, "numbers"))
     assert left_out > 0
-    assert f"{left_out} numbers left out" in all_text(root)
+    assert f"{left_out} numbers omitted" in all_text(root)
 
 
 def test_svg_scale_given_makes_pictures_comparable() -> None:

@@ -86,7 +86,7 @@ def test_summary_gives_makespan_idle_peak_and_formula() -> None:
     assert re.search(r"exposed exchange +0 per rank\n", text)
     assert re.search(r"peak activations +9 of model/P\n", text)
     assert re.search(r"lower bound +63; this schedule is 3 \(4\.76 %\) above it\n", text)
-    assert re.search(r"bound's reason +rank [34]: the first forward reaches it at 3, then it has work for 60\n", text)
+    assert re.search(r"bound's reason +rank [34]: the first forward reaches it at 3, then its work takes 60\n", text)
     assert "(P/2-1)(F&B+B-3W) = 6" in text
 
 
@@ -102,7 +102,7 @@ def test_summary_bounds_under_the_cap_that_it_is_given() -> None:
     costs = Costs(forward=1, backward_input=1, backward_weight=1, exchange=1, latency=0)
     text = summary(schedule, simulate(schedule, costs), costs, memory_cap=9)
     assert re.search(r"lower bound +73; this schedule is 14 ", text)
-    assert "under a cap of 9" in text
+    assert "with a cap of 9" in text
 
 
 def test_summary_takes_costs_of_every_stage_and_leaves_the_formula_out() -> None:

@@ -69,7 +69,7 @@ def test_mirror_keeps_time_and_memory(num_ranks: int) -> None:
         (replace(zb_v(2, 2), ranks=((), ((), (), ()), ())), r"^ranks: .*must have num_ranks = 2 entries, has 3$"),
         (
             replace(zb_v(2, 2), ranks=tuple(reversed(zb_v(2, 2).ranks))),
-            r"^rank 0: group 0: .*F1\.0 is not of a stage that it holds$",
+            r"^rank 0: group 0: .*F1\.0 belongs to a stage of another rank$",
         ),
     ],
 )

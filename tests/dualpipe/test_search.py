@@ -21,15 +21,15 @@ def test_search_finds_orders_at_the_lower_bound() -> None:
             found.append(attempt)
             return True
 
-        assert Search(300_000).reach(builder_of(num_ranks, num_micro_batches), makespan, 300_000, accept)
+        assert Search(300_000).run(builder_of(num_ranks, num_micro_batches), makespan, 300_000, accept)
         assert [attempt.time for attempt in found] == [makespan]
 
 
 def test_search_stops_once_its_effort_is_spent() -> None:
     search = Search(20_000)
-    assert not search.reach(builder_of(4, 8), 3 * 8, 5_000, lambda *_: True)
+    assert not search.run(builder_of(4, 8), 3 * 8, 5_000, lambda *_: True)
     assert 20_000 - 5_000 - 4 * 3 * 8 * 2 < search.left <= 15_000
-    assert not search.reach(builder_of(4, 8), 3 * 8, 50_000, lambda *_: True)
+    assert not search.run(builder_of(4, 8), 3 * 8, 50_000, lambda *_: True)
     assert search.left <= 0
 
 
@@ -41,7 +41,7 @@ def test_search_walks_the_same_way_every_time() -> None:
             found.append((preferences, attempt))
             return len(found) == 3
 
-        assert Search(300_000).reach(builder_of(3, 7), 3 * 7 + 2, 300_000, accept)
+        assert Search(300_000).run(builder_of(3, 7), 3 * 7 + 2, 300_000, accept)
         return found
 
     assert walk() == walk()

@@ -107,7 +107,7 @@ def test_simulation_refuses_what_cannot_run() -> None:
     schedule = Schedule(
         kind="any", num_ranks=1, num_micro_batches=1, placement=((0, 0),), ranks=(((second,), (first,)),)
     )
-    with pytest.raises(ScheduleError, match=r"rank 0: F1\.0 waits for ever"):
+    with pytest.raises(ScheduleError, match=r"rank 0: F1\.0 never starts: deadlock"):
         simulate(schedule, UNIT)
 
 

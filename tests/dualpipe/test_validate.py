@@ -156,7 +156,7 @@ def test_validator_names_what_a_micro_batch_lacks(change: dict[Op, Op | None], p
 def test_validator_refuses_dependent_members_of_a_group() -> None:
     together = (Operation(F, 0, 0, 0), Operation(B, 0, 0, 0))
     schedule = Schedule(kind="any", num_ranks=1, num_micro_batches=1, placement=((0,),), ranks=((together,),))
-    with pytest.raises(ScheduleError, match=r"^rank 0: group 0 has B0\.0 at once with F0\.0, which it needs$"):
+    with pytest.raises(ScheduleError, match=r"^rank 0: group 0 has B0\.0 together with F0\.0, which it needs$"):
         validate(schedule)
 
 

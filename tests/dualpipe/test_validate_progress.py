@@ -143,8 +143,8 @@ def test_validator_spells_out_a_circle_of_ranks() -> None:
         alone((F, 0, 1, 0), (F, 1, 0, 0), (B, 0, 1, 0), (B, 1, 0, 0)),
     )
     expected = (
-        r"^rank 0: deadlock: rank 0 at F1\.0' waits for activation 0\.0' by rank 1; "
-        r"rank 1 at F1\.0 waits for activation 0\.0 by rank 0$"
+        r"^rank 0: deadlock: rank 0 at F1\.0' waits for activation 0\.0' from rank 1; "
+        r"rank 1 at F1\.0 waits for activation 0\.0 from rank 0$"
     )
     with pytest.raises(ScheduleError, match=expected):
         validate(schedule)
@@ -157,7 +157,9 @@ def test_validator_finds_a_deadlock_of_rendezvous_sends_alone() -> None:
         alone((F, 1, 0, 0), (F, 1, 0, 1), (F, 0, 1, 0), (F, 0, 1, 1)),
         num_micro_batches=4,
     )
-    with pytest.raises(ScheduleError, match=r"cannot send activation 0\.1 before activation 0\.0 is taken by rank 1"):
+    with pytest.raises(
+        ScheduleError, match=r"cannot send activation 0\.1 before rank 1 posts the receive of activation 0\.0"
+    ):
         validate(schedule, forward_only=True)
 
 
