@@ -77,11 +77,10 @@ def join_one(partition: set[tuple[int, ...]], timeout_seconds: float) -> Process
 def make_group(members: tuple[int, ...], timeout_seconds: float) -> ProcessGroup | None:
     """Creates a group and returns it on its members, None elsewhere.
 
-    All ranks call it for every group in one order.
-
-    torch names a group by the number of earlier calls. A rank that skips a call would use another name than its peers
-    and block. (`use_local_synchronization` lets other ranks skip the call, but it counts calls too.) On a rank outside
-    the group a call takes about 10 microseconds and needs no communication.
+    All ranks call it for every group in one order. torch names a group by the number of earlier calls. A rank that
+    skips a call would use another name than its peers and block. (`use_local_synchronization` lets other ranks skip the
+    call, but it counts calls too.) On a rank outside the group a call takes about 10 microseconds and needs no
+    communication.
 
     Args:
         members: global ranks, ascending.

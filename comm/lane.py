@@ -156,10 +156,9 @@ class _StreamWork(Generic[T]):
 class StreamLane(ClosesOnSuccess):
     """CUDA stream and a thread that enqueues on it.
 
-    Each function runs after the work queued when it was submitted.
-
-    The thread is needed for functions that wait for the device: an exchange must read the number of incoming rows.
-    Meanwhile the submitter enqueues the computation that hides the exchange.
+    Each function runs after the work queued when it was submitted. The thread is needed for functions that wait for the
+    device: an exchange must read the number of incoming rows. Meanwhile the submitter enqueues the computation that
+    hides the exchange.
     """
 
     def __init__(self, device: torch.device) -> None:

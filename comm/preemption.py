@@ -16,9 +16,8 @@ def handled_signals() -> tuple[signal.Signals, ...]:
 class Preemption:
     """Records a request for preemption.
 
-    Ranks act on it together, at a point at which all of them can leave.
-
-    An instance is the process' handler of `SIGNALS`. Signals may arrive at any time, any number of times.
+    Ranks act on it together, at a point at which all of them can leave. An instance is the process' handler of
+    `SIGNALS`. Signals may arrive at any time, any number of times.
     """
 
     def __init__(self) -> None:

@@ -114,9 +114,8 @@ class Watchdog:
     def report_error(self, error: BaseException) -> None:
         """Reports the error that ends this rank to all others.
 
-        Returns if the error did not come from another rank.
-
-        If another rank's failure caused the error, the process ends here with a verdict.
+        Returns if the error did not come from another rank. If another rank's failure caused the error, the process
+        ends here with a verdict.
         """
         if isinstance(error, RuntimeError):  # the type that gloo and NCCL raise
             self._inquiry_done.clear()

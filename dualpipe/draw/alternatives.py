@@ -1,4 +1,4 @@
-"""The other registered schedules under the costs that a run measured."""
+"""Times the other registered schedules under the costs that a run measured."""
 
 from collections.abc import Callable, Mapping
 
@@ -8,32 +8,32 @@ from dualpipe.registry import build, candidates
 from dualpipe.simulate.costs import CostModel, StageCosts
 
 _MOST_SEARCHED = 256
-"""Ranks times micro-batches up to which a schedule that needs a search is made while a run waits: about 1 s."""
+"""Maximum of ranks times micro-batches for which a run waits for a searched schedule: about 1 s."""
 
 
 class Alternatives:
-    """Schedules of a run's size other than its own. Each is made once and timed under the costs of every picture."""
+    """Other schedules of a run's size. Each is made once and timed under the costs of every picture."""
 
     def __init__(self, excluded: Mapping[str, str], change: Callable[[Schedule], Schedule] | None = None) -> None:
-        """Makes no schedule yet.
+        """Stores the arguments; schedules are made on demand.
 
         Args:
-            excluded: kinds that the model cannot use, and why.
-            change: how the run changes its own schedule before it is timed; None: not.
+            excluded: kinds that the model cannot use, with reasons.
+            change: function by which the run changes its own schedule before timing, or None.
         """
         self._excluded = excluded
         self._change = change
         self._made: dict[str, Schedule | UnavailableSchedule] = {}
 
     def timed(self, schedule: Schedule, costs: CostModel) -> list[TimedSchedule | UnavailableSchedule]:
-        """Returns every other kind, timed under the costs of the run's stages, or why there is none.
+        """Times every other kind under the costs of the run's stages, or says why it is not available.
 
-        A schedule with another number of stages gets the same model in other parts; each part costs what its share
-        of the run's stages costs.
+        For another number of stages, the same model is split differently. Each new stage costs its share of the run's
+        stages.
 
         Args:
-            schedule: of the run; all calls pass one of the same size.
-            costs: of each of its stages.
+            schedule: schedule of the run; its size must be the same in all calls.
+            costs: costs of each of its stages.
         """
         rows: list[TimedSchedule | UnavailableSchedule] = []
         for kind in candidates():
@@ -72,12 +72,12 @@ def by_makespan(rows: list[TimedSchedule | UnavailableSchedule]) -> list[TimedSc
 
 
 def resampled(costs: CostModel, num_stages: int, num_ranks: int) -> CostModel:
-    """Returns the costs of the same model in another number of stages.
+    """Returns the costs of the same model with another number of stages.
 
     Args:
-        costs: of the stages that the model is cut into.
-        num_stages: of the new cut.
-        num_ranks: of the pipeline; live activations are in shares of model/P.
+        costs: costs of the model's stages.
+        num_stages: new number of stages.
+        num_ranks: ranks of the pipeline; activations are in units of model/P.
     """
     if num_stages == len(costs.stages):
         return costs
@@ -93,7 +93,7 @@ def resampled(costs: CostModel, num_stages: int, num_ranks: int) -> CostModel:
 
 
 def _shares(stage: int, num_new: int, num_old: int) -> dict[int, float]:
-    """Returns the part of each old stage that lies in a new one."""
+    """Returns the fraction of each old stage that belongs to a new stage."""
     start, end = stage * num_old, (stage + 1) * num_old  # old stage i spans i * num_new to (i + 1) * num_new
     spans = {old: min(end, (old + 1) * num_new) - max(start, old * num_new) for old in range(num_old)}
     return {old: length / num_new for old, length in spans.items() if length > 0}

@@ -44,9 +44,8 @@ def _values(entry: TimedSchedule) -> tuple[float, ...]:
 def table(rows: Sequence[TimedSchedule | UnavailableSchedule], width: int = 100) -> str:
     """Returns one line per schedule, in order, and the meaning of the columns.
 
-    ASCII only, no trailing newline.
-
-    A kind that is not available has its reason instead of numbers, wrapped to `width` columns.
+    ASCII only, no trailing newline. A kind that is not available has its reason instead of numbers, wrapped to `width`
+    columns.
     """
     shown = {index: cells(row) for index, row in enumerate(rows) if isinstance(row, TimedSchedule)}
     kinds = [row.schedule.kind if isinstance(row, TimedSchedule) else row.kind for row in rows]
@@ -94,10 +93,10 @@ def html(entries: Sequence[TimedSchedule | UnavailableSchedule], title: str = "P
         style=STYLE,
         definitions=DEFINITIONS,
         header="".join(_head(name, is_sorted=is_run and name == "makespan") for name in COLUMNS),
-        rows="\n".join(_row(index, entry, is_run) for index, entry in enumerate(entries)),
+        rows="\n".join(_row(index, entry, has_run=is_run) for index, entry in enumerate(entries)),
         meaning=escape(MEANING + (_MEANING_OF_RUN if is_run else "")),
         comparison=_comparison(shown),
-        figures="\n".join(_figure(index, entry, scale, is_run) for index, entry in _run_first(entries)),
+        figures="\n".join(_figure(index, entry, scale, has_run=is_run) for index, entry in _run_first(entries)),
     )
 
 
@@ -114,7 +113,7 @@ def _head(name: str, *, is_sorted: bool) -> str:
 
 
 def _run_first(entries: Sequence[TimedSchedule | UnavailableSchedule]) -> list[tuple[int, TimedSchedule]]:
-    """Returns the schedules that are drawn, with their places in the table; the one that was run comes first."""
+    """Returns the drawn schedules with their indices in the table; the one that was run comes first."""
     drawn = [(index, entry) for index, entry in enumerate(entries) if isinstance(entry, TimedSchedule)]
     return sorted(drawn, key=lambda each: each[1].measured is None)
 
@@ -134,7 +133,7 @@ def _comparison(shown: Sequence[TimedSchedule]) -> str:
     )
 
 
-def _row(index: int, entry: TimedSchedule | UnavailableSchedule, has_run: bool) -> str:
+def _row(index: int, entry: TimedSchedule | UnavailableSchedule, *, has_run: bool) -> str:
     if isinstance(entry, UnavailableSchedule):
         reason = f'<td class="reason" colspan="{len(COLUMNS) - 1}">{escape(entry.reason)}</td>'
         return f'<tr class="absent"><td>{escape(entry.kind)}</td>{reason}</tr>'
@@ -148,7 +147,7 @@ def _row(index: int, entry: TimedSchedule | UnavailableSchedule, has_run: bool) 
     return f'<tr class="shown{" run" if is_run else ""}"><td>{box}</td>{values}</tr>'
 
 
-def _figure(index: int, entry: TimedSchedule, scale: Scale, has_run: bool) -> str:
+def _figure(index: int, entry: TimedSchedule, scale: Scale, *, has_run: bool) -> str:
     picture = svg(entry.schedule, entry.simulation, entry.measured, bound=entry.bound, scale=scale, standalone=False)
     name = escape(f"timeline of {entry.schedule.kind}, scrolls")
     hidden = " hidden" if has_run and entry.measured is None else ""

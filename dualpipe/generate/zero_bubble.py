@@ -51,11 +51,9 @@ def _zb_h1_rank(rank: int, num_ranks: int, num_micro_batches: int) -> list[Opera
 def zb_v(num_ranks: int, num_micro_batches: int) -> Schedule:
     """Returns a schedule with two half stages per rank, in a V, with at most 2P half activations.
 
-    Any P, M >= 1.
-
-    That is the memory of 1F1B. The forwards and the input gradients have a fixed order. The weight gradients are placed
-    by a simulation in which every operation takes one tick: a W runs if the rank would be idle, or if the next forward
-    would exceed 2P activations.
+    That is the memory of 1F1B. P and M can be any numbers >= 1. The forwards and the input gradients have a fixed
+    order. The weight gradients are placed by a simulation in which every operation takes one tick: a W runs if the rank
+    would be idle, or if the next forward would exceed 2P activations.
     """
     orders = [_zb_v_rank(rank, num_ranks, num_micro_batches) for rank in range(num_ranks)]
     return Schedule(

@@ -32,9 +32,8 @@ class Execution:
     def spans(self) -> tuple[tuple[float, float], ...]:
         """Start and end of every step, in seconds from the program's start.
 
-        Each step starts when the previous ends.
-
-        With a device clock, the host waits until the device has finished the program.
+        Each step starts when the previous ends. With a device clock, the host waits until the device has finished the
+        program.
         """
         return tuple(pairwise(self._boundaries()))
 

@@ -65,13 +65,11 @@ def sequential(members: Sequence[Sequence[Atom]]) -> list[Atom]:
 def overlapped(members: Sequence[Sequence[Atom]]) -> list[Atom]:
     """Interleaves the members.
 
-    Exchanges start as early as possible; computations that wait for one come last.
-
-    Of computations that must wait for an exchange, the one whose exchange started first runs first. Members of only
-    weight gradients run if the rank would otherwise wait for an exchange that hides no computation yet, one computation
-    per exchange, and at the end. So they delay no message. Ties go to the earlier member. Messages of one link are sent
-    in the order of the members. The order is a pure function of the members, so all ranks of an expert group use the
-    same order.
+    Exchanges start as early as possible; computations that wait for one come last. Of computations that must wait for
+    an exchange, the one whose exchange started first runs first. Members of only weight gradients run if the rank would
+    otherwise wait for an exchange that hides no computation yet, one computation per exchange, and at the end. So they
+    delay no message. Ties go to the earlier member. Messages of one link are sent in the order of the members. The
+    order is a pure function of the members, so all ranks of an expert group use the same order.
     """
     states = [_MemberState(list(member), _is_weights(member)) for member in members]
     order: list[Atom] = []
