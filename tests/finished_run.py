@@ -9,7 +9,7 @@ import torch
 from launch.ranks.run_folder import read_folder
 from tests.commands import run_command
 from train.checkpoint.load import load_whole
-from train.replica import weight_dtype
+from train.network import weight_dtype
 
 ROOT = Path(__file__).parents[1]
 

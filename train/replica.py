@@ -4,11 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import torch
-
-from comm.config import DispatchConfig
 from comm.dispatch.process_group import Observers
-from comm.dispatch.requirements import TokenSizes
 from comm.protocol import Dispatcher
 from dualpipe.ir import Schedule, ScheduleError
 from dualpipe.passes import forward_only
@@ -19,59 +15,17 @@ from dualpipe.runtime.execute import Execution, execute
 from dualpipe.runtime.program import Program, Step
 from dualpipe.runtime.protocols import PipelineStage
 from dualpipe.validate import validate
-from model.config import Computing, ModelConfig, cut_layers
 from model.gradients import GradientStore
 from model.objective import LossSums, MicroBatch, Objective
 from model.router import Routes
 from model.stage import Stage, StageRun
-from model.transformer import Part, Transformer, initialize_weights
-from train.config import BatchConfig, Precision, TrainConfig
+from model.transformer import Transformer
+from train.network import ReplicaConfig, build_model, build_stages, held_experts, stage_part, weight_dtype
 from train.schedule.links import PipelineLinks, linked_pairs, open_links
 from train.world import World
 
 Batches = Callable[[int, int], MicroBatch | None]
 """Returns the micro-batch of a direction and number; None if this rank needs nothing of it."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ReplicaConfig:
-    """What a replica is built from; equal on all ranks.
-
-    Attributes:
-        model: architecture.
-        computing: recomputation, attention kernel, precision of products.
-        precision: type of weights and activations.
-        dispatch: of its dispatcher.
-        tokens: that a rank dispatches in a micro-batch.
-        batch: sizes of micro-batches, and whether documents are masked.
-        pairing: how a group's members run.
-        seed: of the initial weights.
-    """
-
-    model: ModelConfig
-    computing: Computing
-    precision: Precision
-    dispatch: DispatchConfig
-    tokens: TokenSizes
-    batch: BatchConfig
-    pairing: Literal["overlapped", "sequential"]
-    seed: int
-
-    @classmethod
-    def of_run(cls, config: TrainConfig) -> "ReplicaConfig":
-        """Returns what a run trains."""
-        # A model in FP8 sends and receives rows in FP8 by itself.
-        is_fp8 = config.precision.kind == "fp8"
-        return cls(
-            model=config.model,
-            computing=config.computing,
-            precision=config.precision,
-            dispatch=replace(config.dispatch, payload="full") if is_fp8 else config.dispatch,
-            tokens=config.dispatch_site.tokens,
-            batch=config.batch,
-            pairing=config.schedule.pairing,
-            seed=config.seed,
-        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -232,7 +186,7 @@ def open_replica(world: World, config: ReplicaConfig, schedule: Schedule) -> Rep
     experts = held_experts(config.model, world.layout.parallelism.expert, world.layout.expert_index(world.rank))
     part = stage_part(config.model, held, schedule.num_stages, experts)
     model = build_model(config, dispatcher, part, world.device)
-    stages = _build_stages(model, held, schedule.num_stages)
+    stages = build_stages(model, held, schedule.num_stages)
     train_program, forward_program = compile_programs(schedule, config.pairing, world.pipeline_index, stages)
     batch = config.batch
     shape = (batch.micro_sequences, batch.sequence_length_tokens, config.model.hidden_size)
@@ -250,11 +204,6 @@ def open_replica(world: World, config: ReplicaConfig, schedule: Schedule) -> Rep
     )
 
 
-def weight_dtype(precision: Precision) -> torch.dtype:
-    """Returns the type of weights and activations."""
-    return {"float64": torch.float64, "float32": torch.float32}.get(precision.kind, torch.bfloat16)
-
-
 def is_mirrored(schedule: Schedule) -> bool:
     """Returns whether pipeline ranks p and P-1-p hold the same stages.
 
@@ -268,31 +217,6 @@ def is_mirrored(schedule: Schedule) -> bool:
             f"is {schedule.placement}"
         )
     return bool(up)
-
-
-def stage_part(model: ModelConfig, held: set[int], num_stages: int, experts: range) -> Part:
-    """Returns the part of a model that the given stages need."""
-    cut = cut_layers(model.num_layers, num_stages, model.mtp_depth)
-    last = num_stages - 1 in held
-    layers = [layer for stage in sorted(held) for layer in cut[stage]]
-    if last:
-        layers += range(model.num_layers, model.num_layers + model.mtp_depth)
-    # MTP modules share the embedding, which no other rank than its own could sum up.
-    assert not last or not model.mtp_depth or 0 in held
-    return Part(layers=tuple(layers), experts=experts, embedding=0 in held, head=last)
-
-
-def held_experts(model: ModelConfig, num_parts: int, expert_index: int) -> range:
-    """Returns the routed experts of every layer that a place in an expert group of `num_parts` ranks holds."""
-    per_rank = model.num_routed_experts // num_parts
-    return range(expert_index * per_rank, (expert_index + 1) * per_rank)
-
-
-def build_model(config: ReplicaConfig, dispatcher: Dispatcher, part: Part, device: torch.device) -> Transformer:
-    """Builds a part of a model with the initial weights of the seed."""
-    model = Transformer(config.model, dispatcher, weight_dtype(config.precision), part, config.computing)
-    initialize_weights(model, config.seed)
-    return model.to(device)
 
 
 def compile_programs(
@@ -309,11 +233,3 @@ def compile_programs(
     order = {"overlapped": pairings.overlapped, "sequential": pairings.sequential}[pairing]
     lanes = {number: stage.lanes for number, stage in stages.items()}
     return compile_rank(schedule, pipeline_rank, lanes, order), compile_rank(forwards, pipeline_rank, lanes, order)
-
-
-def _build_stages(model: Transformer, held: set[int], num_stages: int) -> dict[int, Stage]:
-    shape = model.config
-    cut = cut_layers(shape.num_layers, num_stages, shape.mtp_depth)
-    return {
-        number: Stage(model, cut[number], first=number == 0, last=number == num_stages - 1) for number in sorted(held)
-    }

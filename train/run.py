@@ -24,13 +24,14 @@ from train.config import TrainConfig
 from train.errors import CallbackError, PreemptedError, RescuedError, StoppedError
 from train.learner import Learner, LearnersByBatchSize, open_learner
 from train.loop import TrainingLoop
+from train.network import ReplicaConfig
 from train.records.crash_report import CrashReporter
 from train.records.events import try_append_event
 from train.records.reporter import open_reporter
 from train.records.run_summary import print_run_summary
 from train.records.status import State, StatusFile
 from train.records.terminal import report_breaks
-from train.replica import ReplicaConfig, is_mirrored, open_replica
+from train.replica import is_mirrored, open_replica
 from train.schedule.plan import Plan, plan
 from train.startup import (
     broadcast_config,

@@ -11,7 +11,8 @@ from infer.text import decode_after
 from train.checkpoint import load as checkpoint
 from train.checkpoint.locate import step_folder
 from train.config import TaskConfig, TrainConfig
-from train.replica import Replica, weight_dtype
+from train.network import weight_dtype
+from train.replica import Replica
 from train.step import validate_pass
 
 

@@ -23,8 +23,9 @@ from model.transformer import Transformer, initialize_weights, named_tensors, ro
 from train.balance import update_router_bias
 from train.config import TrainConfig, sized_config
 from train.learner import Learner, LearnersByBatchSize, open_learner
+from train.network import ReplicaConfig, weight_dtype
 from train.optim.parameters import group_parameters
-from train.replica import ReplicaConfig, is_mirrored, open_replica, weight_dtype
+from train.replica import is_mirrored, open_replica
 from train.schedule.plan import ramp_schedules
 from train.step import accumulate, rates_of
 from train.tasks.registry import Task, open_task

@@ -18,7 +18,8 @@ from tests.ranks import run_ranks
 from tests.tiny import MODEL, tiny_config, write_text
 from tests.train.job import close_job, open_job, open_loader
 from train.config import TrainConfig
-from train.schedule.probe import LayerTimes, PartTimes, measure, stage_costs
+from train.schedule.layer_times import LayerTimes, PartTimes, stage_costs
+from train.schedule.probe import measure
 from train.step import train_step
 
 FOUR_RANKS = ParallelismConfig(pipeline=2, data=2, expert=2)

@@ -18,7 +18,8 @@ from tests.tiny import BATCH, MODEL, tiny_config, write_text
 from tests.train.job import configured_schedule, make_world, open_loader
 from train.config import TrainConfig
 from train.learner import open_learner
-from train.replica import Replica, ReplicaConfig, open_replica
+from train.network import ReplicaConfig
+from train.replica import Replica, open_replica
 from train.step import train_step, validate_pass
 
 STEPS = 3

@@ -19,8 +19,9 @@ from train.checkpoint.locate import locate
 from train.checkpoint.manifest import SCHEDULE_NAME, CheckpointError, layout_record, read_manifest
 from train.config import TrainConfig, sized_config
 from train.memory.predict import ramp_memory_cap
+from train.schedule.layer_times import LayerTimes, stage_costs
 from train.schedule.nominal import nominal_costs
-from train.schedule.probe import LayerTimes, measure, stage_costs
+from train.schedule.probe import measure
 
 _LARGEST_SCHEDULE_BYTES = 2**28
 

@@ -2,9 +2,9 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, fields
 from statistics import mean, median
 
 import torch
@@ -19,48 +19,17 @@ from comm.groups import join_one
 from comm.layout import Layout
 from comm.protocol import Dispatcher
 from comm.watchdog.collective_log import CollectiveLog
-from dualpipe.simulate.costs import CostModel, StageCosts
-from model.config import cut_layers
 from model.gradients import GradientStore
 from model.objective import CrossEntropy, LossSums, MicroBatch, loss_names
 from model.phases import block_lanes
 from model.stage import Stage, StageRun
 from model.transformer import Part
 from train.config import TrainConfig
-from train.replica import ReplicaConfig, build_model, held_experts, weight_dtype
+from train.network import ReplicaConfig, build_model, held_experts, weight_dtype
+from train.schedule.layer_times import LayerTimes, PartTimes, part_times
 
 _RUNS = 3
 _HOPS = 15
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PartTimes:
-    """Seconds of one micro-batch in one part of the model, computation apart from exchange."""
-
-    forward: float = 0.0
-    backward_input: float = 0.0
-    backward_weight: float = 0.0
-    forward_exchange: float = 0.0
-    backward_exchange: float = 0.0
-
-    def __add__(self, other: "PartTimes") -> "PartTimes":
-        """Returns the times of both parts, one after the other."""
-        return _part_times(sum(both) for both in zip(astuple(self), astuple(other), strict=True))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LayerTimes:
-    """Of a dense and of a MoE layer, of the embedding, and of the heads with all MTP modules.
-
-    Zero for a kind of layer that the model does not have. `latency`: seconds in which an activation gets from one
-    pipeline rank to the next; 0 in a pipeline of one rank.
-    """
-
-    dense: PartTimes
-    moe: PartTimes
-    embedding: PartTimes
-    head: PartTimes
-    latency: float
 
 
 def measure(config: TrainConfig, layout: Layout, device: torch.device) -> LayerTimes:
@@ -102,29 +71,6 @@ def measure(config: TrainConfig, layout: Layout, device: torch.device) -> LayerT
     return agreed
 
 
-def stage_costs(times: LayerTimes, config: TrainConfig, num_stages: int) -> CostModel:
-    """Returns the costs of each of so many stages of the run's model, in seconds.
-
-    A stage keeps its share of all layers, MTP modules among them, in units of model/P: of P equal stages each keeps 1.
-    Where groups run one member after the other, exchange is no more than computation.
-
-    Args:
-        times: of the model's parts.
-        config: of the run.
-        num_stages: that the model is cut into.
-    """
-    model = config.model
-    weight_of_all = model.num_layers + model.mtp_depth
-    stages = []
-    for stage, layers in enumerate(cut_layers(model.num_layers, num_stages, model.mtp_depth)):
-        is_last = stage == num_stages - 1
-        parts = [times.dense if layer < model.num_dense_layers else times.moe for layer in layers]
-        parts += [times.embedding] * (stage == 0) + [times.head] * is_last
-        share = config.parallelism.pipeline * (len(layers) + model.mtp_depth * is_last) / weight_of_all
-        stages.append(_costs(sum(parts, PartTimes()), share, config.schedule.pairing == "overlapped"))
-    return CostModel(stages=tuple(stages), latency=times.latency)
-
-
 def _measure_parts(
     config: TrainConfig, layout: Layout, dispatcher: Dispatcher, device: torch.device, latency: float
 ) -> LayerTimes:
@@ -133,17 +79,6 @@ def _measure_parts(
         for _ in range(_RUNS):
             parts.run()
     return parts.times(latency)
-
-
-def _costs(times: PartTimes, activation: float, hides: bool) -> StageCosts:
-    return StageCosts(
-        forward=times.forward + (0.0 if hides else times.forward_exchange),
-        backward_input=times.backward_input + (0.0 if hides else times.backward_exchange),
-        backward_weight=times.backward_weight,
-        forward_exchange=times.forward_exchange if hides else 0.0,
-        backward_exchange=times.backward_exchange if hides else 0.0,
-        activation=activation,
-    )
 
 
 class _Parts:
@@ -287,14 +222,8 @@ def _average_over_ranks(mine: LayerTimes, device: torch.device) -> LayerTimes:
     dist.broadcast(numbers, src=0)
     *seconds, latency = (numbers / dist.get_world_size()).tolist()
     size = len(fields(PartTimes))
-    dense, moe, embedding, head = (_part_times(seconds[at : at + size]) for at in range(0, len(seconds), size))
+    dense, moe, embedding, head = (part_times(seconds[at : at + size]) for at in range(0, len(seconds), size))
     return LayerTimes(dense=dense, moe=moe, embedding=embedding, head=head, latency=latency)
-
-
-def _part_times(seconds: Iterable[float]) -> PartTimes:
-    """Builds times from their fields in order."""
-    names = [field.name for field in fields(PartTimes)]
-    return PartTimes(**dict(zip(names, seconds, strict=True)))
 
 
 def _now(device: torch.device) -> float:

@@ -1,0 +1,93 @@
+"""Builds the part of a network that a rank holds, with the initial weights of the seed."""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from comm.config import DispatchConfig
+from comm.dispatch.requirements import TokenSizes
+from comm.protocol import Dispatcher
+from model.config import Computing, ModelConfig, cut_layers
+from model.stage import Stage
+from model.transformer import Part, Transformer, initialize_weights
+from train.config import BatchConfig, Precision, TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReplicaConfig:
+    """What a replica is built from; equal on all ranks.
+
+    Attributes:
+        model: architecture.
+        computing: recomputation, attention kernel, precision of products.
+        precision: type of weights and activations.
+        dispatch: of its dispatcher.
+        tokens: that a rank dispatches in a micro-batch.
+        batch: sizes of micro-batches, and whether documents are masked.
+        pairing: how a group's members run.
+        seed: of the initial weights.
+    """
+
+    model: ModelConfig
+    computing: Computing
+    precision: Precision
+    dispatch: DispatchConfig
+    tokens: TokenSizes
+    batch: BatchConfig
+    pairing: Literal["overlapped", "sequential"]
+    seed: int
+
+    @classmethod
+    def of_run(cls, config: TrainConfig) -> "ReplicaConfig":
+        """Returns what a run trains."""
+        # A model in FP8 sends and receives rows in FP8 by itself.
+        is_fp8 = config.precision.kind == "fp8"
+        return cls(
+            model=config.model,
+            computing=config.computing,
+            precision=config.precision,
+            dispatch=replace(config.dispatch, payload="full") if is_fp8 else config.dispatch,
+            tokens=config.dispatch_site.tokens,
+            batch=config.batch,
+            pairing=config.schedule.pairing,
+            seed=config.seed,
+        )
+
+
+def build_model(config: ReplicaConfig, dispatcher: Dispatcher, part: Part, device: torch.device) -> Transformer:
+    """Builds a part of a model with the initial weights of the seed."""
+    model = Transformer(config.model, dispatcher, weight_dtype(config.precision), part, config.computing)
+    initialize_weights(model, config.seed)
+    return model.to(device)
+
+
+def build_stages(model: Transformer, held: set[int], num_stages: int) -> dict[int, Stage]:
+    shape = model.config
+    cut = cut_layers(shape.num_layers, num_stages, shape.mtp_depth)
+    return {
+        number: Stage(model, cut[number], first=number == 0, last=number == num_stages - 1) for number in sorted(held)
+    }
+
+
+def stage_part(model: ModelConfig, held: set[int], num_stages: int, experts: range) -> Part:
+    """Returns the part of a model that the given stages need."""
+    cut = cut_layers(model.num_layers, num_stages, model.mtp_depth)
+    last = num_stages - 1 in held
+    layers = [layer for stage in sorted(held) for layer in cut[stage]]
+    if last:
+        layers += range(model.num_layers, model.num_layers + model.mtp_depth)
+    # MTP modules share the embedding, which no other rank than its own could sum up.
+    assert not last or not model.mtp_depth or 0 in held
+    return Part(layers=tuple(layers), experts=experts, embedding=0 in held, head=last)
+
+
+def held_experts(model: ModelConfig, num_parts: int, expert_index: int) -> range:
+    """Returns the routed experts of every layer that a place in an expert group of `num_parts` ranks holds."""
+    per_rank = model.num_routed_experts // num_parts
+    return range(expert_index * per_rank, (expert_index + 1) * per_rank)
+
+
+def weight_dtype(precision: Precision) -> torch.dtype:
+    """Returns the type of weights and activations."""
+    return {"float64": torch.float64, "float32": torch.float32}.get(precision.kind, torch.bfloat16)
