@@ -92,7 +92,7 @@ def train_rank(config: TrainConfig, *, reports_on_stderr: bool = False) -> int:
     """
     from train.run import main as run
 
-    return run(config, reports_on_stderr)
+    return run(config, reports_on_stderr=reports_on_stderr)
 
 
 def is_torchrun(environment: Mapping[str, str]) -> bool:

@@ -43,7 +43,7 @@ from train.startup import (
 from train.world import World, open_world
 
 
-def main(config: TrainConfig, reports_on_stderr: bool = False, callbacks: Callbacks | None = None) -> int:
+def main(config: TrainConfig, *, reports_on_stderr: bool = False, callbacks: Callbacks | None = None) -> int:
     """Joins the job, trains, and leaves. Every rank calls it with the same configuration.
 
     The folder of the run is rank 0's `out_dir`: other ranks' configurations may leave it empty. If a rank is lost or
@@ -62,9 +62,9 @@ def main(config: TrainConfig, reports_on_stderr: bool = False, callbacks: Callba
     preemption = Preemption.of_process()
     member = Membership.from_environment()
     log = CollectiveLog()
-    crash_reporter = CrashReporter(member.rank, log, reports_on_stderr)
+    crash_reporter = CrashReporter(member.rank, log, reports_on_stderr=reports_on_stderr)
     crash_reporter.out_dir = Path(config.out_dir) if config.out_dir else None
-    job = _join(config, member, log, crash_reporter, reports_on_stderr)
+    job = _join(config, member, log, crash_reporter, reports_on_stderr=reports_on_stderr)
     try:
         code = _TrainingRank(job, log, crash_reporter, preemption, callbacks).run(config)
     except BaseException as error:
@@ -80,7 +80,12 @@ def main(config: TrainConfig, reports_on_stderr: bool = False, callbacks: Callba
 
 
 def _join(
-    config: TrainConfig, member: Membership, log: CollectiveLog, crash_reporter: CrashReporter, reports_on_stderr: bool
+    config: TrainConfig,
+    member: Membership,
+    log: CollectiveLog,
+    crash_reporter: CrashReporter,
+    *,
+    reports_on_stderr: bool,
 ) -> Job:
     """Joins the job; ends the process if other ranks are absent."""
     try:
@@ -189,7 +194,7 @@ class _TrainingRank:
         """Opens `status.json`; from here on crash reports and broken output are noted in the run's folder."""
         out_dir, is_first = Path(config.out_dir), dist.get_rank() == 0
         self._crash_reporter.out_dir = out_dir
-        status = StatusFile(out_dir, is_first)
+        status = StatusFile(out_dir, is_writer=is_first)
         status.starting()
         if is_first:
             report_breaks(lambda text: try_append_event(out_dir, "output_broken", status.step, text))

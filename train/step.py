@@ -190,7 +190,7 @@ def _update(learner: Learner, guard: Guard, losses: Losses, step: int, rate: flo
         if not reason:
             learner.optimizer.update(rate)
     if reason:
-        refusal = describe_refusal(world, guard, step, reason, own, losses.is_finite_here)
+        refusal = describe_refusal(world, guard, step, reason, own, is_finite_here=losses.is_finite_here)
         discard(learner)
         raise RefusedStepError(refusal)
     guard.accept(losses.total, norm)

@@ -66,7 +66,7 @@ def run(rank: int, world_size: int, config: TrainConfig, fails: Call | None) -> 
         on_step=on_step, on_validation=lambda step, loss: note("on_validation", step), on_checkpoint=on_checkpoint
     )
     prepared = prepare(config.data, config.batch.sequence_length_tokens)
-    learners, status = LearnersByBatchSize(learner, config.batch_sizes, {}), StatusFile(out_dir, rank == 0)
+    learners, status = LearnersByBatchSize(learner, config.batch_sizes, {}), StatusFile(out_dir, is_writer=rank == 0)
     error = ""
     try:
         TrainingLoop(config, learners, prepared, reporter, status, 0, callbacks).run()

@@ -159,7 +159,7 @@ def _run_one(rank: int, job: Job) -> tuple[str, dict[str, Tensor]]:
         LearnersByBatchSize(learner, config.batch_sizes, {}),
         prepared,
         reporter,
-        StatusFile(out_dir, rank == 0),
+        StatusFile(out_dir, is_writer=rank == 0),
         0,
     )
     training._recovery._steps_to_skip = set(job.left_out)  # as a run that never saw those batches

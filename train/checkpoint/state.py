@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
-    Metadata,
     MetadataIndex,
     TensorProperties,
     TensorStorageMetadata,
@@ -80,11 +79,9 @@ class SliceLoadPlanner(DefaultLoadPlanner):
     def __init__(self) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
 
-    def set_up_planner(
-        self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
-    ) -> None:
-        """Takes the state as it is: what is neither tensor nor number, DCP would put None for."""
-        super().set_up_planner({}, metadata, is_coordinator)
+    def set_up_planner(self, state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        """Uses the state unchanged. DCP would replace everything that is neither tensor nor number by None."""
+        super().set_up_planner({}, *args, **kwargs)
         self.original_state_dict = self.state_dict = state_dict
 
     def create_local_plan(self) -> LoadPlan:

@@ -79,7 +79,7 @@ def local_norm(store: GradientStore) -> Tensor:
 
 
 def describe_refusal(
-    world: World, guard: Guard, step: int, reason: str, own: Tensor, is_finite_here: bool
+    world: World, guard: Guard, step: int, reason: str, own: Tensor, *, is_finite_here: bool
 ) -> StepRefusal:
     """Returns what is known of a refused step; all ranks call it.
 

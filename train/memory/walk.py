@@ -67,14 +67,14 @@ def iterate_live_bytes(
     for step in program.steps:
         if step.run not in runs and step.action is not Action.RECEIVE:
             runs[step.run] = _Run(stages[step.run.stage])
-        inside = _perform(step, rank, runs, message_bytes, keeps_sent)
+        inside = _perform(step, rank, runs, message_bytes, keeps_sent=keeps_sent)
         after = rank.alive(0)
         # Inside a step is counted above what was alive before it, which the step's own changes replace.
         yield LiveBytes(after=after, peak=after if inside is None or inside.total < after.total else inside)
 
 
 def _perform(
-    step: Step, rank: _Rank, runs: dict[RunKey, _Run], message_bytes: int, keeps_sent: bool
+    step: Step, rank: _Rank, runs: dict[RunKey, _Run], message_bytes: int, *, keeps_sent: bool
 ) -> PipelineBytes | None:
     """Applies a step; returns what was alive inside it, if more than before and after."""
     match step.action:
@@ -83,7 +83,7 @@ def _perform(
         case Action.ACCEPT:
             _accept(step, rank, runs[step.run], message_bytes)
         case Action.SEND:
-            _send(step, rank, runs[step.run], message_bytes, keeps_sent)
+            _send(step, rank, runs[step.run], message_bytes, keeps_sent=keeps_sent)
         case Action.FORWARD | Action.BACKWARD:
             return _pass(step, rank, runs[step.run])
         case Action.WAIT:
@@ -142,7 +142,7 @@ def _accept(step: Step, rank: _Rank, run: _Run, message_bytes: int) -> None:
     run.held = message_bytes
 
 
-def _send(step: Step, rank: _Rank, run: _Run, message_bytes: int, keeps_sent: bool) -> None:
+def _send(step: Step, rank: _Rank, run: _Run, message_bytes: int, *, keeps_sent: bool) -> None:
     message = step.message
     assert message is not None
     rank.held -= run.held

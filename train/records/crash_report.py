@@ -27,8 +27,15 @@ class CrashReporter:
 
     out_dir: Path | None
 
-    def __init__(self, rank: int, log: CollectiveLog, reports_on_stderr: bool) -> None:
-        """`reports_on_stderr`: also there, if no built-in launcher reads the files and prints them once."""
+    def __init__(self, rank: int, log: CollectiveLog, *, reports_on_stderr: bool) -> None:
+        """Writes nothing yet.
+
+        Args:
+            rank: of this process.
+            log: collectives of this process.
+            reports_on_stderr: whether the report is also printed on stderr. The built-in launcher reads the files and
+                prints each report once itself, so its ranks set False.
+        """
         self.out_dir = None
         self._rank = rank
         self._log = log

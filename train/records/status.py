@@ -75,8 +75,14 @@ def write_end(out_dir: Path, state: State, exit_code: int, reason: str) -> None:
 class StatusFile:
     """`status.json` as a run writes it; only rank 0 writes."""
 
-    def __init__(self, out_dir: Path, is_writer: bool, every_seconds: float = 5.0) -> None:
-        """Opens nothing yet; a new step alone is written every `every_seconds`."""
+    def __init__(self, out_dir: Path, *, is_writer: bool, every_seconds: float = 5.0) -> None:
+        """Opens nothing yet.
+
+        Args:
+            out_dir: the run's folder.
+            is_writer: whether this rank writes; rank 0 does.
+            every_seconds: the shortest time between two writes if only the step has changed.
+        """
         self._out_dir = out_dir
         self._is_writer = is_writer
         self._every_seconds = every_seconds

@@ -57,17 +57,18 @@ def stage_costs(times: LayerTimes, config: TrainConfig, num_stages: int) -> Cost
         parts = [times.dense if layer < model.num_dense_layers else times.moe for layer in layers]
         parts += [times.embedding] * (stage == 0) + [times.head] * is_last
         share = config.parallelism.pipeline * (len(layers) + model.mtp_depth * is_last) / weight_of_all
-        stages.append(_costs(sum(parts, PartTimes()), share, config.schedule.pairing == "overlapped"))
+        hides_exchange = config.schedule.pairing == "overlapped"
+        stages.append(_stage_costs(sum(parts, PartTimes()), share, hides_exchange=hides_exchange))
     return CostModel(stages=tuple(stages), latency=times.latency)
 
 
-def _costs(times: PartTimes, activation: float, hides: bool) -> StageCosts:
+def _stage_costs(times: PartTimes, activation: float, *, hides_exchange: bool) -> StageCosts:
     return StageCosts(
-        forward=times.forward + (0.0 if hides else times.forward_exchange),
-        backward_input=times.backward_input + (0.0 if hides else times.backward_exchange),
+        forward=times.forward + (0.0 if hides_exchange else times.forward_exchange),
+        backward_input=times.backward_input + (0.0 if hides_exchange else times.backward_exchange),
         backward_weight=times.backward_weight,
-        forward_exchange=times.forward_exchange if hides else 0.0,
-        backward_exchange=times.backward_exchange if hides else 0.0,
+        forward_exchange=times.forward_exchange if hides_exchange else 0.0,
+        backward_exchange=times.backward_exchange if hides_exchange else 0.0,
         activation=activation,
     )
 

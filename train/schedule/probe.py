@@ -195,18 +195,19 @@ def _link_latency(config: TrainConfig, layout: Layout, group: ProcessGroup, devi
         begins = index % 2 == parity
         other = index + 1 if begins else index - 1
         if other in range(len(members)):
-            found.append(_ping_pong(ball, members[other], group, begins))
+            found.append(_ping_pong(ball, members[other], group, sends_first=begins))
     return mean(found) if found else 0.0
 
 
-def _ping_pong(ball: Tensor, other: int, group: ProcessGroup, begins: bool) -> float:
+def _ping_pong(ball: Tensor, other: int, group: ProcessGroup, *, sends_first: bool) -> float:
+    """Returns the median time of one way in seconds; the first round trip, which sets up the connection, is dropped."""
     seconds = []
     for _ in range(1 + _HOPS):
         started = _now(ball.device)
-        if begins:
+        if sends_first:
             dist.send(ball, other, group=group)
         dist.recv(ball, other, group=group)
-        if not begins:
+        if not sends_first:
             dist.send(ball, other, group=group)
         seconds.append((_now(ball.device) - started) / 2)
     return median(seconds[1:])
