@@ -1,6 +1,7 @@
-"""The balance of experts: loads of a step, the router bias that follows them, and `loads.jsonl`.
+"""Balances experts: sums the loads of a step, updates the router bias, and writes `loads.jsonl`.
 
-Shape legend: L layers with routers, in order; E experts.
+Shape legend: L layers with routers, in order; E experts; S statistics of a bias (minimum, maximum, standard deviation);
+V = E + S.
 """
 
 from collections.abc import Sequence
@@ -22,12 +23,12 @@ _BIAS = ("bias_least", "bias_most", "bias_std")
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Balance:
-    """The routers of the whole job after a step's update, equal on all ranks.
+    """The loads and biases of all routers after a step's update, equal on all ranks.
 
     Attributes:
-        layers: their numbers, MTP modules' last; none in a model without experts.
+        layers: numbers of the layers, MTP modules last; empty for a model without experts.
         load_LE: tokens that each expert received in the step, float64 on the host.
-        bias_LS: of each router's new bias the least and the greatest value and the standard deviation, float64.
+        bias_LS: minimum, maximum and standard deviation of each router's new bias, float64.
     """
 
     layers: Sequence[int]
@@ -36,12 +37,12 @@ class Balance:
 
     @property
     def violations(self) -> list[float]:
-        """MaxVio of each layer: its largest load over the mean, less one."""
+        """MaxVio of each layer: its largest load divided by the mean load, minus 1."""
         found: list[float] = (self.load_LE.amax(1) / self.load_LE.mean(1) - 1).tolist() if self.layers else []
         return found
 
     def metrics(self) -> dict[str, object]:
-        """Returns `max_violation` of the worst layer, and under `router` each layer's own with its bias."""
+        """Returns `max_violation` of the worst layer and, under `router`, the values and bias of each layer."""
         return {
             "max_violation": max(self.violations, default=0.0),
             "router": {
@@ -51,21 +52,24 @@ class Balance:
         }
 
     def loads(self) -> dict[str, list[int]]:
-        """Tokens per expert, by layer."""
+        """Returns the tokens per expert of each layer."""
         rows = self.load_LE.to(torch.int64).tolist()
         return {f"layer_{layer}": row for layer, row in zip(self.layers, rows, strict=True)}
 
 
 def update_router_bias(replica: Replica, rate: float) -> Balance:
-    """Moves every router's bias by the load of the whole global batch. Every rank calls it and gets the same.
+    """Updates every router's bias by the load of the whole global batch. All ranks call it.
 
     Args:
         replica: of this rank.
-        rate: by which a bias moves; 0 leaves it.
+        rate: amount by which a bias changes; 0: no change.
+
+    Returns:
+        The loads and the new biases, equal on all ranks.
     """
     world, shape, gates = replica.world, replica.config.model, routers(replica.model)
     layers = layers_with_routers(shape)
-    # -inf where this rank has no say: a maximum over all ranks then fills every row.
+    # Rows of layers that this rank does not hold stay -inf, so a maximum over all ranks fills every row.
     seen_LV = torch.full((len(layers), shape.num_routed_experts + len(_BIAS)), -torch.inf).double()
     if gates:
         load_LE = torch.stack([gate.load for gate in gates.values()])
@@ -83,25 +87,25 @@ def update_router_bias(replica: Replica, rate: float) -> Balance:
 
 
 def layers_with_routers(model: ModelConfig) -> range:
-    """Returns the numbers of all MoE layers; MTP modules are MoE blocks too if the model has any."""
+    """Returns the numbers of all MoE layers. MTP modules are counted after the main layers."""
     return range(model.num_dense_layers, model.num_layers + model.mtp_depth)
 
 
 class LoadLines:
-    """`loads.jsonl`: tokens per expert and layer, one object every so many steps; rank 0 writes it."""
+    """The file `loads.jsonl` with the tokens per expert and layer of every `every_steps`-th step. Rank 0 writes it."""
 
     def __init__(self, folder: Path, every_steps: int, first_step: int) -> None:
-        """Opens the file; lines of steps after `first_step` are removed."""
+        """Opens the file and removes lines of steps after `first_step`."""
         self._every = every_steps
         self._lines = JsonLines(folder / LOADS_NAME, first_step) if every_steps else None
 
     def record(self, step: int, balance: Balance) -> None:
-        """Writes a step's line, if its turn has come."""
+        """Writes the line of a step if it is due."""
         if self._lines is not None and step % self._every == 0:
             self._lines.record({"step": step, **balance.loads()})
 
     def roll_back(self, step: int) -> None:
-        """Takes back the lines of later steps, which come again."""
+        """Removes the lines of later steps, which will be repeated."""
         if self._lines is not None:
             self._lines.roll_back(step)
 

@@ -1,4 +1,4 @@
-"""Functions that a run calls while it trains, on rank 0."""
+"""Calls functions of the user on rank 0 while a run trains."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,14 +13,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Callbacks:
-    """Functions that rank 0 calls; the other ranks wait for it meanwhile, at most for `cluster.timeout_seconds`.
+    """Functions that rank 0 calls while the other ranks wait, at most for `cluster.timeout_seconds`.
 
-    If one raises, the run ends with a `CallbackError` on all ranks. Checkpoints that are being written are finished.
+    If one of them raises, the run ends with a `CallbackError` on all ranks. Checkpoints that are being written are
+    completed first.
 
     Attributes:
-        on_step: gets the record of each step that was done, as in `metrics.jsonl`.
-        on_validation: gets the number of steps done and the loss of held-out sequences in nats per token.
-        on_checkpoint: gets the step and the folder of each checkpoint, once it is whole.
+        on_step: receives the record of each step that updated the weights, as in `metrics.jsonl`.
+        on_validation: receives the number of steps done and the loss of held-out sequences in nats per token.
+        on_checkpoint: receives the step and the folder of each checkpoint, once it is complete.
     """
 
     on_step: Callable[[Mapping[str, Any]], object] | None = None
@@ -29,15 +30,15 @@ class Callbacks:
 
 
 def call_on_first_rank(world: "World", name: str, calls: Callable[[], object] | None) -> None:
-    """Calls a function on rank 0 while the others wait. All ranks call it, with None if there is nothing to call.
+    """Calls a function on rank 0 while the other ranks wait. All ranks call it.
 
     Args:
         world: of this process.
         name: of the callback, for the error.
-        calls: the callback with its arguments; its result is not used.
+        calls: the callback with its arguments, whose result is not used; None if there is nothing to call.
 
     Raises:
-        CallbackError: on every rank, if it raised on rank 0.
+        CallbackError: on every rank, if the function raised on rank 0.
     """
     from torch import distributed as dist
 

@@ -1,4 +1,4 @@
-"""The corpus that a run reads: built by one rank of every machine, and checked against the run."""
+"""Builds the corpus of a run on one rank per machine, and checks it against the run."""
 
 import os
 import threading
@@ -13,21 +13,21 @@ _NO_PROGRESS = NoProgress()
 _ROUND_SECONDS = 1.0
 
 Exchange = Callable[["State"], list["State"]]
-"""Gathers every rank's state, in rank order; all ranks call it at the same point."""
+"""Gathers the states of all ranks, in rank order. All ranks call it at the same point."""
 State = tuple[bool, str]
-"""Whether a rank's part of the preparation is over, and why it failed, or nothing."""
+"""Whether a rank's part of the preparation is over, and why it failed; empty if it did not."""
 
 
 def prepare_corpus(config: TrainConfig, progress: Progress = _NO_PROGRESS) -> Prepared:
-    """Opens the run's corpus, building what is not in the cache.
+    """Opens the run's corpus, and builds what is not in the cache.
 
     Raises:
-        DataError: as `data.prepare.prepare`, or validation is asked for and its part fills no forward pass.
+        DataError: as `data.prepare.prepare`, or the held-out part is too small for one validation pass.
     """
     batch, validation = config.batch, config.validation
     prepared = prepare(config.data, batch.sequence_length_tokens, progress)
     found = len(prepared.validation_tokens_NL)
-    # A corpus that held nothing out, as one of a single document, trains without validation.
+    # A corpus without held-out sequences, such as a single document, trains without validation.
     if found and validation.sequences and found < batch.global_sequences:
         raise DataError(
             f"validation.sequences: a validation pass reads batch.global_sequences="
@@ -39,25 +39,25 @@ def prepare_corpus(config: TrainConfig, progress: Progress = _NO_PROGRESS) -> Pr
 
 
 def build_together(config: TrainConfig, exchange: Exchange, progress: Progress = _NO_PROGRESS) -> None:
-    """Builds what the cache lacks on one rank of every machine, for as long as that takes. All ranks call it.
+    """Builds what the cache lacks on one rank per machine. All ranks call it; it has no time limit.
 
-    The building runs on a thread of its own. Meanwhile all ranks exchange their state about once a second, so that no
-    collective lasts longer than that, and a lost rank is found as in any other collective.
+    A separate thread builds. All ranks exchange their state about once a second, so no collective takes longer than
+    that, and a lost rank is detected as in any other collective.
 
     Args:
         config: of the run.
-        exchange: short; raises on every rank if the run is to end.
-        progress: of this rank's building.
+        exchange: gathers the states; raises on every rank if the run must end.
+        progress: shows how much this rank has built.
 
     Raises:
-        DataError: on every rank, if the corpus of one of them cannot be prepared.
+        DataError: on every rank, if one of them cannot prepare the corpus.
     """
     builds = os.environ.get("LOCAL_RANK", "0") == "0"
     build = _Build(lambda: prepare_corpus(config, progress)) if builds else None
     while True:
         own = (True, "") if build is None else build.wait(_ROUND_SECONDS)
         states = exchange(own)
-        # Only once all ranks have been sent that it is over: what happened since then is for the next round.
+        # Raise only after all ranks have received this state; an error since then is reported in the next round.
         if own[0] and build is not None and build.error is not None:
             raise build.error
         for _, problem in states:
@@ -68,7 +68,7 @@ def build_together(config: TrainConfig, exchange: Exchange, progress: Progress =
 
 
 class _Build:
-    """A thread that prepares the corpus, and its result."""
+    """A thread that prepares the corpus, and the error that it raised."""
 
     def __init__(self, act: Callable[[], object]) -> None:
         self.error: Exception | None = None
@@ -77,7 +77,7 @@ class _Build:
         self._thread.start()
 
     def wait(self, seconds: float) -> State:
-        """Waits for at most so many seconds; returns the state after that."""
+        """Waits for the thread for at most `seconds`, and returns the state after that."""
         self._thread.join(seconds)
         return not self._thread.is_alive(), str(self.error) if isinstance(self.error, DataError) else ""
 

@@ -1,4 +1,4 @@
-"""The errors that end a run on all ranks, and the file in which a rank reports why it failed."""
+"""Defines the errors that end a run on all ranks, and the file in which a rank reports why it failed."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,18 +7,19 @@ from comm.exit_codes import EXIT_HANG, EXIT_LOST
 from train.records.secrets import redact
 
 VERDICT_CODES = (EXIT_HANG, EXIT_LOST)
-"""With which ranks end that have found out which rank is missing."""
+"""Exit codes of ranks that have detected which rank is missing."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepRefusal:
-    """Why the guard refuses a step, equal on all ranks.
+    """The reason why the guard refuses a step, equal on all ranks.
 
     Attributes:
-        step: from 0.
-        reason: for people.
+        step: index of the step, from 0.
+        reason: one line for people.
         values: loss, gradient norm if it was computed, and the medians that they were compared with.
-        ranks: whose own losses or gradients are not finite; where all are, the one with the largest gradients.
+        ranks: ranks whose own losses or gradients are not finite; if all are finite, the rank with the largest
+            gradients.
     """
 
     step: int
@@ -28,7 +29,7 @@ class StepRefusal:
 
 
 class RefusedStepError(RuntimeError):
-    """A step that the guard refuses. Raised on every rank alike; nothing was updated, and its gradients are gone."""
+    """The guard refuses a step. Raised on every rank; nothing was updated, and the gradients were discarded."""
 
     def __init__(self, refusal: StepRefusal) -> None:
         super().__init__(refusal.reason)
@@ -36,15 +37,15 @@ class RefusedStepError(RuntimeError):
 
 
 class StoppedError(RuntimeError):
-    """The guard ends the run. Raised on every rank alike."""
+    """The guard ends the run. Raised on every rank."""
 
 
 class UnsavedError(OSError):
-    """A checkpoint could not be written where it belongs. Raised on every rank at the same point."""
+    """The run's folder did not take a checkpoint. Raised on every rank at the same point."""
 
 
 class RescuedError(RuntimeError):
-    """The run ends, as its folder takes no checkpoint. Raised on every rank; the text says where its state is."""
+    """The run ends because its folder takes no checkpoint. Raised on every rank; the text says where its state is."""
 
 
 class CallbackError(RuntimeError):
@@ -57,7 +58,7 @@ class PreemptedError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class ExitReason:
-    """Why a rank ended: one line, and its exit code."""
+    """The reason why a rank ended, in one line, and its exit code."""
 
     text: str
     code: int
@@ -69,7 +70,10 @@ def error_path(out_dir: Path, rank: int) -> Path:
 
 
 def write_error(path: Path, reason: ExitReason, details: str) -> None:
-    """Writes the line, the code, then everything else; complete or not at all, and in no folder that is gone."""
+    """Writes reason, exit code and details to a file, completely or not at all.
+
+    The run's folder must exist; a deleted one is not created again.
+    """
     path.parent.mkdir(exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(redact(f"{reason.text}\nexit code {reason.code}\n\n{details}"), encoding="utf-8")
@@ -77,7 +81,7 @@ def write_error(path: Path, reason: ExitReason, details: str) -> None:
 
 
 def read_error(path: Path) -> ExitReason:
-    """Returns what `write_error` wrote, without the details."""
+    """Reads the reason and the exit code that `write_error` wrote."""
     text, code = path.read_text(encoding="utf-8").splitlines()[:2]
     return ExitReason(text, int(code.rpartition(" ")[2]))
 
@@ -88,6 +92,6 @@ def find_errors(out_dir: Path) -> list[Path]:
 
 
 def find_verdict(out_dir: Path) -> tuple[Path, ExitReason] | None:
-    """Returns the first rank's file that says which rank is missing, and what it says; None if there is none."""
+    """Returns the first file that says which rank is missing, and its reason; None if there is none."""
     reasons = [(path, read_error(path)) for path in find_errors(out_dir)]
     return next(((path, reason) for path, reason in reasons if reason.code in VERDICT_CODES), None)

@@ -1,4 +1,4 @@
-"""What updates a replica: gradient store, optimizer and moving average; one learner for each size of a batch ramp."""
+"""Updates a replica: gradient store, optimizer and moving average. A batch ramp has one learner for each size."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -24,7 +24,7 @@ class Learner:
         replica: the network.
         config: of the optimizer.
         store: gradients of one step.
-        optimizer: applies them.
+        optimizer: applies the gradients.
         ema: moving average of the weights; None if the run keeps none.
     """
 
@@ -36,23 +36,23 @@ class Learner:
 
     @property
     def world(self) -> World:
-        """The process of the replica."""
+        """The process that holds the replica."""
         return self.replica.world
 
     @property
     def extras(self) -> dict[str, ParameterEma]:
-        """What a checkpoint holds in addition to weights and optimizer state, by the prefix of its names."""
+        """Further state that a checkpoint holds besides weights and optimizer state, by the prefix of its names."""
         return {} if self.ema is None else {"ema": self.ema}
 
     def close(self) -> None:
-        """Ends the average's worker and the replica; all ranks call it at the same point."""
+        """Closes the moving average's worker and the replica. All ranks call it at the same point."""
         if self.ema is not None:
             self.ema.close()
         self.replica.close()
 
 
 def open_learner(replica: Replica, optim: OptimConfig, ema: EmaConfig) -> Learner:
-    """Opens gradient store, optimizer and, if configured, the average of a replica. All ranks call it."""
+    """Builds the gradient store, the optimizer and, if configured, the moving average. All ranks call it."""
     model, store = replica.model, GradientStore(replica.model.parameters())
     return Learner(
         replica=replica,
@@ -64,12 +64,12 @@ def open_learner(replica: Replica, optim: OptimConfig, ema: EmaConfig) -> Learne
 
 
 class LearnersByBatchSize:
-    """For each step the learner whose programs run its number of micro-batches.
+    """One learner for each batch size; its programs run the number of micro-batches of that size.
 
-    They share everything but schedule and programs, which are compiled once, at the start.
+    The learners share everything except schedules and programs. Programs are compiled once, at the start.
 
     Attributes:
-        last: the learner of the size at the end of the ramp.
+        last: the learner of the batch size at the end of the ramp.
     """
 
     last: Learner
@@ -78,12 +78,12 @@ class LearnersByBatchSize:
         """Compiles the programs of the ramp.
 
         Args:
-            learner: for the size at the end.
+            learner: for the batch size at the end.
             sizes: sequences of every step.
-            ramp: a schedule for each other size, in sequences; empty without a ramp.
+            ramp: a schedule for each other size, by the size in sequences; empty without a ramp.
 
         Raises:
-            ScheduleError: a schedule is not valid, or places stages or messages elsewhere than the learner's.
+            ScheduleError: a schedule is not valid, or places stages or messages on other ranks than the learner's.
         """
         self.last = learner
         self._sizes = sizes
@@ -95,7 +95,7 @@ class LearnersByBatchSize:
         assert all(sized.replica.global_sequences == sequences for sequences, sized in self._sized.items())
 
     def for_step(self, step: int) -> Learner:
-        """Returns the learner of a step (from 0)."""
+        """Returns the learner for a step, counted from 0."""
         return self._sized.get(self._sizes.sequences(step), self.last)
 
 

@@ -1,4 +1,4 @@
-"""The training loop of one rank: steps, records, validation, checkpoints, samples. All ranks decide the same."""
+"""Runs the training loop of one rank: steps, records, validation, checkpoints, samples. All ranks decide the same."""
 
 import logging
 import math
@@ -45,7 +45,7 @@ Outcome = Done | Skipped | RolledBack
 
 
 class TrainingLoop:
-    """The training loop of a rank. All ranks make one and run it; all decide the same.
+    """The training loop of a rank. All ranks create and run one, and all make the same decisions.
 
     Attributes:
         num_done: steps done.
@@ -63,16 +63,16 @@ class TrainingLoop:
         first_step: int,
         callbacks: Callbacks | None = None,
     ) -> None:
-        """Opens what the loop uses: loader, profiler, saver and guard.
+        """Opens what the loop uses: the loader, the profiler, the saver and the guard.
 
         Args:
             config: of the run.
-            learners: for every batch size.
+            learners: one for every batch size.
             prepared: corpus and tokenizer.
             reporter: of this rank.
-            status: of the run.
-            first_step: steps already done, which are in the weights.
-            callbacks: called as the run goes on; given on all ranks or none.
+            status: file with the status of the run.
+            first_step: steps already done, whose updates are in the weights.
+            callbacks: functions that rank 0 calls during the run; all ranks pass them, or none.
         """
         learner, world, out_dir = learners.last, learners.last.world, Path(config.out_dir)
         self.num_done = self._num_saved = first_step
@@ -86,21 +86,23 @@ class TrainingLoop:
         self._callbacks = callbacks or Callbacks()
         self._loader = Loader(prepared, sizes=config.batch_sizes, seed=config.data.seed)
         self._profiler = StepProfiler(config.profile, out_dir, world.rank, world.device)
-        with world.phase("making of groups"):
+        with world.phase("creation of process groups"):
             self._watch = PipelineTimeline(world, config.name, out_dir)
             self._ownership = OwnershipCheck.of_process(out_dir)
             self._saver = CheckpointSaver(config, learner, prepared, ownership=self._ownership)
         self._recovery = Recovery(learner, config.guard, self._loader, out_dir, config.resume, first_step)
-        # The first step takes longer than others: kernels are compiled, and memory is taken from the system.
+        # The first step takes longer than others: kernels are compiled and memory is allocated from the system.
         self._first_progress = progress_on() if world.rank == 0 else None
 
     def run(self) -> None:
-        """Runs the steps that are left. Each trains, records, validates, draws and saves; the end samples.
+        """Runs the remaining steps, then generates the sample text.
+
+        Each step trains and records. If they are due, it also validates, draws the pipeline and saves a checkpoint.
 
         Raises:
-            PreemptedError: on every rank alike; what was done is saved.
-            StoppedError: on every rank alike, by the guard.
-            RescuedError: on every rank alike, as the run's folder is gone, another's, or takes no checkpoint.
+            PreemptedError: on every rank; a checkpoint was saved.
+            StoppedError: on every rank; the guard ended the run.
+            RescuedError: on every rank; the run's folder is gone, belongs to another run, or takes no checkpoint.
         """
         self._status.running(self.num_done)
         with self._saved_at_exit():
@@ -128,9 +130,9 @@ class TrainingLoop:
         self._sample()
 
     def _train(self, step: int) -> Outcome:
-        """Trains on a batch, unless it is left out or the guard refuses it."""
+        """Trains on one batch, unless it is skipped after a rollback or the guard refuses the step."""
         if self._recovery.skips(step):
-            self._reporter.say(f"step {step + 1:>6}  its batch is left out")
+            self._reporter.say(f"step {step + 1:>6}  its batch is skipped")
             return Skipped()
         learner, guard = self._learners.for_step(step), self._recovery.guard
         try:
@@ -138,7 +140,7 @@ class TrainingLoop:
                 result = train_step(learner, self._config.task, self._loader, step, guard, self._first_progress)
         except RefusedStepError as refused:
             with self._world.phase("checkpoint"):
-                self._saver.wait()  # the run may go back to it
+                self._saver.wait()  # the run may roll back to this checkpoint
             outcome, reason = self._recovery.handle_refusal(refused.refusal)
             self._reporter.say(f"step {step + 1:>6}  {reason}")
             return outcome
@@ -148,13 +150,13 @@ class TrainingLoop:
         return Done(result)
 
     def _roll_back(self, to_step: int) -> None:
-        """Continues after an earlier step, whose checkpoint the learner has loaded."""
+        """Continues after an earlier step, whose checkpoint the learner has already loaded."""
         self.num_done = self._num_saved = to_step
         self._reporter.roll_back(to_step)
 
     @contextmanager
     def _recorded(self, step: int, outcome: Outcome) -> Iterator[dict[str, Any]]:
-        """Yields the step's record, which is written at the end, even if the validation in between is preempted."""
+        """Yields the step's record and writes it at the end, even if a validation in between is preempted."""
         if not isinstance(outcome, Done):
             yield {}
             return
@@ -167,12 +169,12 @@ class TrainingLoop:
             self._reporter.record(record, outcome.result.balance)
 
     def _call_on_step(self, outcome: Outcome, record: dict[str, Any]) -> None:
-        """Passes the record of a step that was done to the callback."""
+        """Calls `on_step` with the record of a step that updated the weights."""
         if isinstance(outcome, Done) and (on_step := self._callbacks.on_step):
             call_on_first_rank(self._world, "on_step", partial(on_step, record))
 
     def _validate(self) -> float:
-        """Returns the loss of the held-out sequences."""
+        """Computes, reports and returns the loss of the held-out sequences, in nats per token."""
         num_sequences = self._config.validation.sequences
         loss = validate(self._learner.replica, self._config.task, self._loader, num_sequences)
         bits_per_byte = loss / math.log(2) / self._prepared.bytes_per_token
@@ -185,11 +187,11 @@ class TrainingLoop:
         return loss
 
     def _validate_if_missing(self) -> None:
-        """Validates the last step if the run was preempted before its validation was over."""
+        """Repeats the validation of the last step if it was interrupted before this run resumed."""
         last, is_missing = self._reporter.last(), [False]
         if last is not None and self._is_validation_due():
             is_missing = [last["step"] == self.num_done and VALIDATION_LOSS not in last]
-        with self._world.phase("agreement on what was before"):
+        with self._world.phase("broadcast of the run's history"):
             dist.broadcast_object_list(is_missing, src=0, group=self._world.groups.world)
         if is_missing[0]:
             loss = self._validate()
@@ -197,7 +199,7 @@ class TrainingLoop:
                 self._reporter.amend({**last, VALIDATION_LOSS: loss})
 
     def _draw(self, step: int, outcome: Outcome) -> None:
-        """Draws planned and measured time of a step that was done."""
+        """Draws planned and measured time of a step that updated the weights."""
         replica = self._learners.for_step(step).replica
         if isinstance(outcome, Done) and self._watch.draw(replica, outcome.result.execution, self.num_done):
             self._reporter.say(
@@ -205,40 +207,40 @@ class TrainingLoop:
             )
 
     def _sample(self) -> None:
-        """Prints a continuation of the configured prompt by the last checkpoint."""
+        """Prints the configured prompt and the text that the last checkpoint generates after it."""
         samples = self._config.samples
         if self._world.rank == 0 and samples.prompt and samples.tokens:
             text = sample_text(self._config, self._prepared)
             self._reporter.say(f"continuation of {samples.prompt!r}:\n{text}")
 
     def _save(self) -> None:
-        """Starts a checkpoint, the only place where a run saves: a copy, which is written during the next steps."""
+        """Copies the state and starts to write it in the background. A run saves nowhere else."""
         with self._world.phase("checkpoint"):
             self._saver.save(self.num_done)
         self._num_saved = self.num_done
 
     def _finish_saving(self) -> None:
-        """Waits until the last checkpoint is whole."""
+        """Waits until the last checkpoint is complete."""
         with self._world.phase("checkpoint"):
             self._saver.close()
         self._report_checkpoints()
 
     def _report_checkpoints(self) -> None:
-        """Reports the checkpoints that have become whole, here and to the callback."""
+        """Reports the checkpoints that were completed since the last call, and calls `on_checkpoint` for each."""
         finished = {int(folder.name[5:]): folder for folder in self._saver.take_finished()}
         for step, folder in finished.items():
             self._status.running(self.num_done, str(folder))
             self._reporter.say(f"step {step:>6}  checkpoint {folder}")
             self._reporter.draw()
         if on_checkpoint := self._callbacks.on_checkpoint:
-            # All ranks take part in every step: a checkpoint becomes whole at another step on each of them.
+            # All ranks take part in every step, because each of them may see a checkpoint completed at another step.
             call_on_first_rank(
                 self._world, "on_checkpoint", lambda: [on_checkpoint(*each) for each in finished.items()]
             )
 
     @contextmanager
     def _saved_at_exit(self) -> Iterator[None]:
-        """Leaves a whole checkpoint behind if the run ends here, also if it is preempted or its folder takes none."""
+        """Completes a checkpoint before the run ends, also if it is preempted or its folder takes no checkpoint."""
         try:
             try:
                 yield
@@ -262,19 +264,19 @@ class TrainingLoop:
                 save_to_rescue_folder(self._config, self._learner, self._prepared, self.num_done, reason)
 
     def _preempt_if_folder_lost(self) -> None:
-        """Requests that all ranks leave if rank 0, which writes there, finds that the folder is no longer its own."""
+        """Preempts the run if rank 0, which writes the run's folder, finds that the run no longer owns it."""
         if self._world.rank == 0 and self._ownership.problem():
             self._world.preemption.request()
 
     def _lost_folder(self) -> str:
-        """Returns why the run's folder is no longer its own, on every rank; empty if it is."""
+        """Returns on every rank why the run no longer owns its folder, or an empty text if it does."""
         problem = [self._ownership.problem(is_urgent=True) if self._world.rank == 0 else ""]
-        with self._world.phase("agreement on the run's folder"):
+        with self._world.phase("check of the run's folder"):
             dist.broadcast_object_list(problem, src=0, group=self._world.groups.world)
         return problem[0]
 
     def _is_due(self, every: int) -> bool:
-        """Whether the step just done is one of every so many, or the last."""
+        """Returns whether the number of steps done is a multiple of `every`, or all steps are done."""
         return self.num_done == self._config.task.steps or (every > 0 and self.num_done % every == 0)
 
     def _is_validation_due(self) -> bool:

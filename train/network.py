@@ -16,16 +16,16 @@ from train.config import BatchConfig, Precision, TrainConfig
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReplicaConfig:
-    """What a replica is built from; equal on all ranks.
+    """The configuration of a replica, equal on all ranks.
 
     Attributes:
         model: architecture.
-        computing: recomputation, attention kernel, precision of products.
+        computing: recomputation, attention kernel and precision of matrix products.
         precision: type of weights and activations.
-        dispatch: of its dispatcher.
-        tokens: that a rank dispatches in a micro-batch.
+        dispatch: configuration of the dispatcher.
+        tokens: sizes of what a rank dispatches in a micro-batch.
         batch: sizes of micro-batches, and whether documents are masked.
-        pairing: how a group's members run.
+        pairing: whether the operations of a group are overlapped or run one after the other.
         seed: of the initial weights.
     """
 
@@ -40,8 +40,8 @@ class ReplicaConfig:
 
     @classmethod
     def of_run(cls, config: TrainConfig) -> "ReplicaConfig":
-        """Returns what a run trains."""
-        # A model in FP8 sends and receives rows in FP8 by itself.
+        """Returns the configuration of the network that a run trains."""
+        # A model in FP8 quantizes the rows that it sends, so the dispatcher must not quantize them again.
         is_fp8 = config.precision.kind == "fp8"
         return cls(
             model=config.model,
@@ -56,13 +56,20 @@ class ReplicaConfig:
 
 
 def build_model(config: ReplicaConfig, dispatcher: Dispatcher, part: Part, device: torch.device) -> Transformer:
-    """Builds a part of a model with the initial weights of the seed."""
+    """Builds a part of a model on a device, with the initial weights of the seed."""
     model = Transformer(config.model, dispatcher, weight_dtype(config.precision), part, config.computing)
     initialize_weights(model, config.seed)
     return model.to(device)
 
 
 def build_stages(model: Transformer, held: set[int], num_stages: int) -> dict[int, Stage]:
+    """Returns the stages that this rank holds, by number.
+
+    Args:
+        model: this rank's part.
+        held: numbers of the stages.
+        num_stages: stages of the whole model.
+    """
     shape = model.config
     cut = cut_layers(shape.num_layers, num_stages, shape.mtp_depth)
     return {
@@ -71,19 +78,26 @@ def build_stages(model: Transformer, held: set[int], num_stages: int) -> dict[in
 
 
 def stage_part(model: ModelConfig, held: set[int], num_stages: int, experts: range) -> Part:
-    """Returns the part of a model that the given stages need."""
+    """Returns the part of a model that given stages need.
+
+    Args:
+        model: architecture.
+        held: numbers of the stages.
+        num_stages: stages of the whole model.
+        experts: routed experts of every layer that the rank holds.
+    """
     cut = cut_layers(model.num_layers, num_stages, model.mtp_depth)
     last = num_stages - 1 in held
     layers = [layer for stage in sorted(held) for layer in cut[stage]]
     if last:
         layers += range(model.num_layers, model.num_layers + model.mtp_depth)
-    # MTP modules share the embedding, which no other rank than its own could sum up.
+    # MTP modules share the embedding. Its gradients are summed only over ranks that hold the same stages.
     assert not last or not model.mtp_depth or 0 in held
     return Part(layers=tuple(layers), experts=experts, embedding=0 in held, head=last)
 
 
 def held_experts(model: ModelConfig, num_parts: int, expert_index: int) -> range:
-    """Returns the routed experts of every layer that a place in an expert group of `num_parts` ranks holds."""
+    """Returns the routed experts of every layer that a rank holds, by its index in a group of `num_parts` ranks."""
     per_rank = model.num_routed_experts // num_parts
     return range(expert_index * per_rank, (expert_index + 1) * per_rank)
 

@@ -1,4 +1,4 @@
-"""One network on this rank: its part of the model as stages, programs and links. `model` and `dualpipe` meet here."""
+"""Runs a network on this rank as stages, programs and links. `model` and `dualpipe` meet only here."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -25,24 +25,24 @@ from train.schedule.links import PipelineLinks, linked_pairs, open_links
 from train.world import World
 
 Batches = Callable[[int, int], MicroBatch | None]
-"""Returns the micro-batch of a direction and number; None if this rank needs nothing of it."""
+"""Returns the micro-batch of a direction and number, or None if this rank does not need it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Replica:
-    """A network, able to run training steps and forward-only passes.
+    """A network that can run training steps and forward-only passes.
 
     Attributes:
-        world: the process that holds it.
-        config: what it was built from.
+        world: the process that holds the replica.
+        config: configuration that it was built from.
         model: this rank's part.
-        schedule: that both programs follow.
-        stages: by number, those on this rank.
+        schedule: the schedule of both programs.
+        stages: the stages on this rank, by number.
         train_program: forward and backward.
         forward_program: forward only.
-        links: to the other ranks of the pipeline, of this replica alone.
-        dispatcher: of its MoE layers.
-        observers: count what its dispatcher and links send.
+        links: connections to the other ranks of the pipeline, for this replica only.
+        dispatcher: dispatcher of its MoE layers.
+        observers: counters of what its dispatcher and links send.
     """
 
     world: World
@@ -58,13 +58,13 @@ class Replica:
 
     @property
     def loss_directions(self) -> tuple[int, ...]:
-        """Directions whose last stage, and so their losses, are on this rank."""
+        """The directions whose last stage, and so whose losses, are on this rank."""
         last, directions = self.schedule.num_stages - 1, range(self.schedule.num_directions)
         return tuple(d for d in directions if self.schedule.rank_of(d, last) == self.world.pipeline_index)
 
     @property
     def global_sequences(self) -> int:
-        """Sequences of a global batch of this schedule."""
+        """The number of sequences in a global batch of this schedule."""
         per_pipeline = self.schedule.num_micro_batches * self.config.batch.micro_sequences
         return per_pipeline * self.world.layout.parallelism.data
 
@@ -80,12 +80,12 @@ class Replica:
         """Runs forward and backward of a global batch.
 
         Args:
-            batches: of this rank.
+            batches: micro-batches of this rank.
             objective: of the step.
-            sums: receive this rank's losses.
-            store: receives gradients.
+            sums: accumulates this rank's losses.
+            store: accumulates gradients.
             follow: yields the program's steps one by one, for example to show progress.
-            routes: record or replay the routers' choices of this rank; None: routers choose.
+            routes: records or replays the routers' choices on this rank; None: routers choose.
         """
         stages = self.bind_stages(batches, objective, sums, store, routes)
         with self.model.weights_unchanged():
@@ -94,7 +94,7 @@ class Replica:
     def forward(
         self, batches: Batches, objective: Objective, sums: LossSums, routes: Routes | None = None
     ) -> Execution:
-        """Runs forward of a global batch; the losses are added to `sums`."""
+        """Runs forward of a global batch, and adds the losses to `sums`."""
         stages = self.bind_stages(batches, objective, sums, None, routes)
         with self.model.weights_unchanged():
             return execute(self.forward_program, stages, self.links)
@@ -107,7 +107,7 @@ class Replica:
         store: GradientStore | None,
         routes: Routes | None = None,
     ) -> dict[int, PipelineStage]:
-        """Returns the stages bound to one step's batches and objective; without a store, for a forward pass only."""
+        """Returns the stages bound to one step's batches and objective. Without a store they only run forward."""
         stages = self.stages.items()
         return {number: _BoundStage(stage, batches, objective, sums, store, routes) for number, stage in stages}
 
@@ -115,28 +115,28 @@ class Replica:
         """Returns the same network under another schedule, with the same stages and links.
 
         Raises:
-            ScheduleError: the schedule is not valid, or places stages or messages elsewhere.
+            ScheduleError: the schedule is not valid, or places stages or messages on other ranks.
         """
         whole = self.schedule
         if schedule.placement != whole.placement or not set(linked_pairs(schedule)) <= set(linked_pairs(whole)):
             raise ScheduleError(
-                f"batch.ramp: every size must have its stages where {whole.num_micro_batches} micro-batches have "
-                f"them, {schedule.num_micro_batches} have them elsewhere"
+                f"batch.ramp: every size must place its stages on the same ranks as {whole.num_micro_batches} "
+                f"micro-batches do, {schedule.num_micro_batches} micro-batches place them elsewhere"
             )
         programs = compile_programs(schedule, self.config.pairing, self.world.pipeline_index, self.stages)
         return replace(self, schedule=schedule, train_program=programs[0], forward_program=programs[1])
 
     def close(self) -> None:
-        """Ends dispatcher and links; all ranks call it at the same point.
+        """Closes the dispatcher and the links. All ranks call it at the same point.
 
-        Not on the path of an error: peers may not respond.
+        Do not call it after an error, because peers may not respond.
         """
         self.dispatcher.close()
         self.links.close()
 
 
 class _BoundStage:
-    """A model's stage with what it needs of one step: micro-batches, objective, sums, and the store of gradients."""
+    """A model's stage, bound to the micro-batches, objective, loss sums and gradient store of one step."""
 
     def __init__(
         self,
@@ -156,7 +156,7 @@ class _BoundStage:
         self._routes = routes
 
     def start(self, direction: int, micro_batch: int) -> StageRun:
-        """Begins a micro-batch."""
+        """Starts a micro-batch."""
         batch = self._batches(direction, micro_batch)
         return self._stage.start(
             batch,
@@ -175,7 +175,7 @@ def open_replica(world: World, config: ReplicaConfig, schedule: Schedule) -> Rep
     Args:
         world: of this process; its groups are mirrored if the schedule is.
         config: of the network.
-        schedule: for the pipeline's ranks; equal on all ranks.
+        schedule: for all ranks of the pipeline; equal on all ranks.
 
     Raises:
         ScheduleError: the schedule is not valid.
@@ -208,12 +208,12 @@ def is_mirrored(schedule: Schedule) -> bool:
     """Returns whether pipeline ranks p and P-1-p hold the same stages.
 
     Raises:
-        ScheduleError: other ranks share a stage; their gradients would not be summed.
+        ScheduleError: ranks that are no mirror pair share a stage, so their gradients would not be summed.
     """
     down, *up = schedule.placement
     if any(row != down[::-1] for row in up) or (up and len(set(down)) < len(down)):
         raise ScheduleError(
-            f"placement: of two directions, the second must be the first read backwards, with one stage for each rank, "
+            f"placement: the second direction must be the first in reverse order, with one stage for each rank, "
             f"is {schedule.placement}"
         )
     return bool(up)

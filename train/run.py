@@ -1,4 +1,4 @@
-"""One rank of a training run, from an empty process to an exit code."""
+"""Runs one rank of a training run, from an empty process to an exit code."""
 
 import os
 import sys
@@ -44,20 +44,20 @@ from train.world import World, open_world
 
 
 def main(config: TrainConfig, *, reports_on_stderr: bool = False, callbacks: Callbacks | None = None) -> int:
-    """Joins the job, trains, and leaves. Every rank calls it with the same configuration.
+    """Joins the job, trains and leaves the job. Every rank calls it with the same configuration.
 
-    The folder of the run is rank 0's `out_dir`: other ranks' configurations may leave it empty. If a rank is lost or
-    does not respond in time, the process ends in here, with exit code 78 or 76 and a crash report in the log.
-    SIGTERM, SIGUSR1 and SIGHUP preempt the run from here on: all ranks leave at the same point, with 75.
+    Rank 0's `out_dir` is the folder of the run. The configurations of other ranks may leave it empty. If a rank is lost
+    or does not respond in time, this function ends the process with exit code 78 or 76 and a crash report in the log.
+    SIGTERM, SIGUSR1 and SIGHUP preempt the run from here on: all ranks leave at the same point with exit code 75.
 
     Args:
         config: of the run.
-        reports_on_stderr: the crash report is also printed on stderr.
-        callbacks: called as the run goes on; given on all ranks or none.
+        reports_on_stderr: whether the crash report is also printed on stderr.
+        callbacks: functions that rank 0 calls during the run; all ranks pass them, or none.
 
     Returns:
-        The exit code: 0 done, 1 the run's folder took no checkpoint, 75 preempted after saving, 77 stopped by the
-        guard.
+        The exit code: 0 if the run is done, 1 if its folder took no checkpoint, 75 if it was preempted and saved, 77 if
+        the guard stopped it.
     """
     preemption = Preemption.of_process()
     member = Membership.from_environment()
@@ -68,7 +68,7 @@ def main(config: TrainConfig, *, reports_on_stderr: bool = False, callbacks: Cal
     try:
         code = _TrainingRank(job, log, crash_reporter, preemption, callbacks).run(config)
     except BaseException as error:
-        if isinstance(error, CallbackError) or member.world_size == 1:  # no rank waits for this one
+        if isinstance(error, CallbackError) or member.world_size == 1:  # no other rank waits for this one
             job.close()
             stop()
         elif isinstance(error, Exception):
@@ -87,7 +87,7 @@ def _join(
     *,
     reports_on_stderr: bool,
 ) -> Job:
-    """Joins the job; ends the process if other ranks are absent."""
+    """Joins the job, or ends the process if other ranks are absent."""
     try:
         seconds = config.cluster.timeout_seconds
         return join(member, log, seconds, crash_reporter.write, key_folder=crash_reporter.out_dir)
@@ -95,14 +95,14 @@ def _join(
         crash_reporter.write(error.verdict)
         os._exit(error.verdict.code)
     except JobKeyError as error:
-        if reports_on_stderr and member.rank != 0:  # rank 0 prints its own, not this one
+        if reports_on_stderr and member.rank != 0:  # rank 0's error is printed by its caller
             os.write(sys.stderr.fileno(), f"error: {error}\n".encode())
         raise
 
 
 @dataclass(frozen=True, slots=True)
 class _RunOutcome:
-    """How a run ended; `reason` is empty if it is done. `error` is raised again once all is closed."""
+    """How a run ended. `reason` is empty if the run is done; `error` is raised again once everything is closed."""
 
     state: State
     code: int
@@ -111,7 +111,7 @@ class _RunOutcome:
 
     @classmethod
     def of_error(cls, error: PreemptedError | StoppedError | RescuedError | CallbackError) -> "_RunOutcome":
-        """Returns the end that an error, raised on all ranks alike, means."""
+        """Returns the outcome of a run that ended with an error on all ranks."""
         match error:
             case PreemptedError():
                 return cls("preempted", EXIT_PREEMPTED, str(error))
@@ -124,7 +124,7 @@ class _RunOutcome:
 
 
 class _TrainingRank:
-    """A rank that has joined its job."""
+    """One rank of a training run that has joined its job."""
 
     def __init__(
         self,
@@ -145,10 +145,10 @@ class _TrainingRank:
         self._ranks = range(0)
 
     def run(self, config: TrainConfig) -> int:
-        """Runs everything between joining and leaving the job; returns the exit code."""
+        """Runs everything between joining and leaving the job, and returns the exit code."""
         self._ranks = range(config.parallelism.world_size)
         layout = Layout(config.parallelism, config.cluster.ranks_per_node)
-        with self._phase("start of process groups"):
+        with self._phase("start of communication"):
             device = start(config.cluster, self._job.store)
             config, ended = broadcast_config(config)
         if ended is not None:
@@ -160,7 +160,7 @@ class _TrainingRank:
             self._log.follow_streams(cuda_mark(device))
         with self._phase("choice of the schedule"):
             planned = plan(config, layout, device)
-        with self._phase("making of groups"):
+        with self._phase("creation of process groups"):
             groups = Groups(
                 layout,
                 mirrored=is_mirrored(planned.schedule),
@@ -171,7 +171,7 @@ class _TrainingRank:
             raise_if_preempted(self._preemption, self._log, groups)
             prepared = prepare_corpus_together(config, groups, self._log, self._preemption)
             raise_if_preempted(self._preemption, self._log, groups)
-            with self._phase("assembly of the model"):
+            with self._phase("construction of the model"):
                 seconds = config.cluster.timeout_seconds
                 self._world = open_world(layout, groups, device, seconds, self._log, self._preemption)
                 replica = open_replica(self._world, ReplicaConfig.of_run(config), planned.schedule)
@@ -191,7 +191,7 @@ class _TrainingRank:
         return self._log.phase("world", self._ranks, name)
 
     def _open_status(self, config: TrainConfig) -> StatusFile:
-        """Opens `status.json`; from here on crash reports and broken output are noted in the run's folder."""
+        """Opens `status.json`. From here on, the run's folder also receives crash reports and output errors."""
         out_dir, is_first = Path(config.out_dir), dist.get_rank() == 0
         self._crash_reporter.out_dir = out_dir
         status = StatusFile(out_dir, is_writer=is_first)
@@ -201,7 +201,7 @@ class _TrainingRank:
         return status
 
     def _close(self, groups: Groups) -> None:
-        """Closes what the rank opened, once all ranks are here."""
+        """Closes what the rank opened, after all ranks have arrived here."""
         with self._log.collective("world", groups.world, "end of training"):
             dist.barrier(group=groups.world)
         if self._learner is not None:
@@ -217,9 +217,9 @@ class _TrainingRank:
         reporter = open_reporter(config, first_step)
         try:
             for line in self._rejected_checkpoints:
-                reporter.say(f"resume: passed over {line}")
+                reporter.say(f"resume: rejected {line}")
                 if learner.world.rank == 0:
-                    try_append_event(Path(config.out_dir), "checkpoint_passed_over", first_step, line)
+                    try_append_event(Path(config.out_dir), "checkpoint_rejected", first_step, line)
             print_run_summary(config, learner.replica, planned, prepared, reporter, first_step)
             if started_from:
                 reporter.say(started_from)

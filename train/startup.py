@@ -1,4 +1,4 @@
-"""What the ranks of a job do together before the first step: configuration, corpus, weights."""
+"""Prepares a run on all ranks together before the first step: configuration, corpus, weights."""
 
 import dataclasses
 import os
@@ -28,18 +28,18 @@ from train.records.status import read_status
 
 
 def broadcast_config(config: TrainConfig) -> tuple[TrainConfig, int | None]:
-    """Broadcasts what rank 0 knows of the run: its folder, and where it continues.
+    """Broadcasts what rank 0 knows about the run: its folder, and the checkpoint that it resumes from.
 
     Returns:
-        The configuration with both. An exit code if the run has ended already: torchrun starts all ranks again
-        after any exit code.
+        The configuration with both, and the exit code of a run that has already ended, or None. A run may have ended
+        because torchrun restarts all ranks after any exit code.
     """
     is_first, restarts = dist.get_rank() == 0, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     seen: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(seen, (_resolve_auto_resume(config) if is_first else None, restarts))
     config = seen[0][0]
     ended: list[int | None] = [None]
-    # On some machines the count may still be 0.
+    # A machine may not have seen the restart yet, so its count may still be 0.
     if any(count for _, count in seen):
         if is_first:
             before = read_status(Path(config.out_dir))
@@ -49,7 +49,7 @@ def broadcast_config(config: TrainConfig) -> tuple[TrainConfig, int | None]:
 
 
 def _resolve_auto_resume(config: TrainConfig) -> TrainConfig:
-    """Returns the run with `resume=auto` as a path or None; a run that continues starts from no other weights."""
+    """Replaces `resume=auto` by a path or None. A run that resumes ignores `init_from`."""
     if config.resume != AUTO:
         return config
     if newest_whole(Path(config.out_dir), check=verify_sizes) is None:
@@ -58,26 +58,28 @@ def _resolve_auto_resume(config: TrainConfig) -> TrainConfig:
 
 
 def raise_if_preempted(preemption: Preemption, log: CollectiveLog, groups: Groups) -> None:
-    """Raises on all ranks if any of them was preempted; all ranks call it.
+    """Raises on all ranks if one of them was preempted. All ranks call it.
 
     Raises:
-        PreemptedError: on every rank, if one was.
+        PreemptedError: on every rank, if one rank received a preemption request.
     """
-    asked = [False] * dist.get_world_size()
-    with log.collective("world", groups.world, "agreement to go on"):
-        dist.all_gather_object(asked, preemption.is_requested, group=groups.world)
-    if any(asked):
-        raise PreemptedError(f"{sum(asked)} of {len(asked)} ranks were asked to make room before the first step")
+    requests = [False] * dist.get_world_size()
+    with log.collective("world", groups.world, "check for preemption"):
+        dist.all_gather_object(requests, preemption.is_requested, group=groups.world)
+    if any(requests):
+        raise PreemptedError(
+            f"{sum(requests)} of {len(requests)} ranks received a preemption request before the first step"
+        )
 
 
 def prepare_corpus_together(
     config: TrainConfig, groups: Groups, log: CollectiveLog, preemption: Preemption
 ) -> Prepared:
-    """Prepares the corpus on all ranks: one of every machine builds what its cache lacks, the others then find it.
+    """Prepares the corpus on all ranks. One rank per machine builds what the cache lacks; the others then read it.
 
     Raises:
         DataError: on every rank, if machines would read different samples.
-        PreemptedError: on every rank, if one was preempted meanwhile.
+        PreemptedError: on every rank, if one of them was preempted in the meantime.
     """
 
     def exchange(state: CorpusState) -> list[CorpusState]:
@@ -102,11 +104,11 @@ def prepare_corpus_together(
 
 
 def load_resumed(config: TrainConfig, learner: Learner, data_fingerprint: str) -> int:
-    """Loads the checkpoint that the run resumes from, if any; returns the number of steps already done."""
+    """Loads the checkpoint that the run resumes from, if any, and returns the number of steps already done."""
     if config.resume is None:
         return 0
     folder = Path(config.resume)
-    # Of a run that resumes by itself, it may be the last of all: nothing is left to do then.
+    # A run that was restarted automatically may resume from its last step; no step is left then.
     check_compatible(folder, config, data_fingerprint=data_fingerprint, may_be_done=True)
     with learner.world.phase("loading of the checkpoint"):
         checkpoint.load(learner, folder)
@@ -114,7 +116,7 @@ def load_resumed(config: TrainConfig, learner: Learner, data_fingerprint: str) -
 
 
 def load_initial_weights(config: TrainConfig, learner: Learner, prepared: Prepared) -> str:
-    """Loads the weights that `init_from` names, if any; returns a line that says so."""
+    """Loads the weights that `init_from` names, and returns a line that describes them; without any, an empty one."""
     if config.init_from is None:
         return ""
     with learner.world.phase("loading of initial weights"):

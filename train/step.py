@@ -1,4 +1,4 @@
-"""One optimizer step over all ranks, and one forward pass for validation."""
+"""Runs one optimizer step over all ranks, and one forward pass for validation."""
 
 import math
 import time
@@ -34,12 +34,12 @@ _PHASES = (Action.FORWARD, Action.BACKWARD, Action.WEIGHT)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Losses:
-    """A step's losses over the whole job.
+    """The losses of a step over the whole job.
 
     Attributes:
-        by_name: means in nats: per predicted token, per sequence for the balance loss.
-        total: what was minimised.
-        is_finite_here: whether this rank's own part of them is.
+        by_name: means in nats per predicted token; for the balance loss, per sequence.
+        total: the loss that was minimized.
+        is_finite_here: whether this rank's own part of the losses is finite.
     """
 
     by_name: Mapping[str, float]
@@ -53,14 +53,14 @@ class Losses:
 
     @property
     def mtp(self) -> float:
-        """The mean over MTP depths, 0 without any."""
+        """The mean loss over MTP depths; 0 if the model has none."""
         depths = [loss for name, loss in self.by_name.items() if name.startswith("mtp_")]
         return sum(depths) / max(len(depths), 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepResult:
-    """What a step measured; equal on all ranks, except for the execution of this rank's passes."""
+    """The measurements of a step, equal on all ranks except for the execution of this rank's passes."""
 
     losses: Losses
     grad_norm: float
@@ -72,9 +72,9 @@ class StepResult:
 
 
 class BatchReader:
-    """A rank's micro-batches of one step, each read once.
+    """A reader of one rank's micro-batches of one step. Each micro-batch is read once.
 
-    Only the ranks at the ends of the model read them, or every rank where attention must know the documents.
+    Only ranks with the first or the last stage read them, or every rank if attention masks documents.
     """
 
     def __init__(self, replica: Replica, task: Task, read: Read) -> None:
@@ -84,7 +84,7 @@ class BatchReader:
         self._known: dict[tuple[int, int], MicroBatch] = {}
 
     def __call__(self, direction: int, micro_batch: int) -> MicroBatch | None:
-        """Returns the micro-batch; None if this rank needs nothing of it."""
+        """Returns the micro-batch, or None if this rank does not need it."""
         replica, batch, model = self._replica, self._replica.config.batch, self._replica.model
         if model.model.embed_tokens is None and model.lm_head is None and not batch.document_mask:
             return None
@@ -95,10 +95,13 @@ class BatchReader:
         return self._known[key]
 
     def count(self) -> Tensor:
-        """Returns what each of the task's losses is a mean over, float64, on the host; all ranks call it.
+        """Returns the denominator of each of the task's losses over all ranks. All ranks call it.
+
+        Returns:
+            One count per loss, float64, on the host.
 
         Raises:
-            PreemptedError: on every rank, if one was preempted. Nothing of the batch has begun.
+            PreemptedError: on every rank, if one of them was preempted. No pass of the batch has started.
         """
         replica, world = self._replica, self._replica.world
         counts = torch.zeros(len(self._task.names), dtype=torch.float64)
@@ -107,15 +110,16 @@ class BatchReader:
                 batch = self(direction, micro_batch)
                 assert batch is not None
                 counts += self._task.count(batch)
-        asked = torch.tensor([world.preemption.is_requested], dtype=torch.float64)
-        summed = world.reduce(torch.cat([counts, asked]), "sum of targets")
+        # The preemption request shares this all-reduce, so that a step needs no other collective for it.
+        requested = torch.tensor([world.preemption.is_requested], dtype=torch.float64)
+        summed = world.reduce(torch.cat([counts, requested]), "sum of targets")
         if summed[-1]:
-            raise PreemptedError(f"{int(summed[-1])} of {len(world.ranks)} ranks were asked to make room")
+            raise PreemptedError(f"{int(summed[-1])} of {len(world.ranks)} ranks received a preemption request")
         return summed[:-1]
 
 
 def first_sequence(replica: Replica, direction: int, micro_batch: int) -> int:
-    """Returns the place in the global batch of the first sequence of a rank's micro-batch."""
+    """Returns the index in the global batch of the first sequence of a rank's micro-batch."""
     schedule = replica.schedule
     before = sum(len(schedule.micro_batches_of(earlier)) for earlier in range(direction))
     index = replica.world.data_index * schedule.num_micro_batches + before + micro_batch
@@ -129,7 +133,7 @@ def rates_of(task: TaskConfig, optim: OptimConfig, sizes: BatchSizes, step: int)
         task: of the run.
         optim: of the run.
         sizes: sequences of every step of the run.
-        step: from 0.
+        step: index of the step, from 0.
     """
     tokens = sizes.tokens_before(step)
     return StepRates(
@@ -147,19 +151,19 @@ def train_step(
     guard: Guard | None = None,
     progress: Progress | None = None,
 ) -> StepResult:
-    """Runs forward and backward of the step's global batch, then updates weights, router bias and average.
+    """Runs forward and backward of the step's global batch, then updates weights, router bias and moving average.
 
     Args:
         learner: of this rank.
         task: of the run.
         loader: of the data.
-        step: from 0.
-        guard: judges loss and gradient norm before the update; None: one that refuses only what is not finite.
-        progress: shows how far this rank's phases are; None: nothing does.
+        step: index of the step, from 0.
+        guard: checks loss and gradient norm before the update; None: refuses only values that are not finite.
+        progress: shows how many of this rank's phases are done; None: shows nothing.
 
     Raises:
-        PreemptedError: on every rank alike, before anything was begun.
-        RefusedStepError: on every rank alike, before anything was updated.
+        PreemptedError: on every rank, before any pass has started.
+        RefusedStepError: on every rank, before anything was updated.
     """
     started, replica = time.perf_counter(), learner.replica
     rates = rates_of(task, learner.config, loader.sizes, step)
@@ -180,7 +184,7 @@ def train_step(
 
 
 def _update(learner: Learner, guard: Guard, losses: Losses, step: int, rate: float) -> float:
-    """Sums gradients and applies them if the guard accepts the step; returns their norm."""
+    """Sums gradients over replicas, applies them if the guard accepts the step, and returns their norm."""
     own, norm, world = local_norm(learner.store), math.nan, learner.world
     reason = guard.judge(LOSS, losses.total)
     with world.phase("update of the weights"):
@@ -198,7 +202,7 @@ def _update(learner: Learner, guard: Guard, losses: Losses, step: int, rate: flo
 
 
 def discard(learner: Learner) -> None:
-    """Discards what passes left behind: gradients, routers' loads, counts of what was sent."""
+    """Discards what the passes of a refused step accumulated: gradients, router loads and traffic counts."""
     learner.optimizer.discard()
     for gate in routers(learner.replica.model).values():
         gate.load.zero_()
@@ -209,17 +213,17 @@ def discard(learner: Learner) -> None:
 def accumulate(
     learner: Learner, config: TaskConfig, read: Read, rates: StepRates, progress: Progress | None = None
 ) -> tuple[Losses, Execution]:
-    """Runs all passes of one global batch; gradients stay in the store, loads in the routers.
+    """Runs all passes of one global batch. Gradients accumulate in the store, expert loads in the routers.
 
     Args:
         learner: of this rank.
         config: of the run's task.
-        read: the sequences of the batch, from a first one on.
+        read: returns sequences of the batch, given the first one's index and their number.
         rates: of the step.
-        progress: shows how far this rank's phases are; None: nothing does.
+        progress: shows how many of this rank's phases are done; None: shows nothing.
 
     Raises:
-        PreemptedError: on every rank alike, before anything was begun.
+        PreemptedError: on every rank, before any pass has started.
     """
     replica, task = learner.replica, _open(learner.replica, config)
     batches = BatchReader(replica, task, read)
@@ -230,7 +234,7 @@ def accumulate(
 
 
 def _count_phases(progress: Progress | None, steps: tuple[Step, ...]) -> Iterable[Step]:
-    """Returns a program's steps, whose phases are counted as they run."""
+    """Returns the steps of a program, and counts their phases as they run."""
     if progress is None:
         return steps
     computes = [step.action in _PHASES for step in steps]
@@ -238,7 +242,11 @@ def _count_phases(progress: Progress | None, steps: tuple[Step, ...]) -> Iterabl
 
 
 def validate_pass(replica: Replica, config: TaskConfig, read: Read) -> tuple[Losses, float]:
-    """Runs a forward pass of one global batch: losses, MTP's without weight, and the main one's count of targets."""
+    """Runs a forward pass of one global batch.
+
+    Returns:
+        The losses, with MTP losses left out of the total, and the number of targets of the main loss.
+    """
     sums, losses, counts = _forward(replica, config, read, log_probs=None)
     return losses, float(counts[sums.names.index(MAIN)])
 
@@ -247,8 +255,8 @@ def score_pass(replica: Replica, config: TaskConfig, read: Read) -> tuple[Losses
     """Runs a forward pass of one global batch and returns every main target's log-probability. All ranks call it.
 
     Returns:
-        The losses, and log-probabilities in the order of the global batch, 0 where there is no target: [B, T], float64,
-        on the host of every rank.
+        The losses, and log-probabilities [B, T], float64, in the order of the global batch, on the host of every rank.
+        A position without a target has 0.
     """
     sums, losses, _ = _forward(replica, config, read, log_probs={})
     batch = replica.config.batch
@@ -256,7 +264,7 @@ def score_pass(replica: Replica, config: TaskConfig, read: Read) -> tuple[Losses
     for (direction, micro_batch), log_probs_BT in (sums.log_probs or {}).items():
         first = first_sequence(replica, direction, micro_batch)
         found_BT[first : first + batch.micro_sequences] = log_probs_BT.cpu()  # host sync
-    # Each micro-batch ends on one rank, all others add zeros.
+    # One rank holds the log-probabilities of a micro-batch; all others add zeros.
     return losses, replica.world.reduce(found_BT, "sum of log-probabilities")
 
 

@@ -1,4 +1,4 @@
-"""What a run shows of its model: the loss of held-out sequences, and a sample of text."""
+"""Validates the model of a run: computes the loss of held-out sequences, and generates a sample of text."""
 
 from functools import partial
 from pathlib import Path
@@ -17,13 +17,13 @@ from train.step import validate_pass
 
 
 def validate(replica: Replica, task: TaskConfig, loader: Loader, num_sequences: int) -> float:
-    """Returns the main loss in nats per token over validation sequences; all ranks call it.
+    """Returns the main loss over validation sequences in nats per token. All ranks call it.
 
     Args:
-        replica: to validate.
+        replica: network to validate.
         task: of the run.
         loader: of the data.
-        num_sequences: to read, if the corpus has so many.
+        num_sequences: number of sequences to read, or fewer if the corpus has fewer.
     """
     size = replica.global_sequences
     passes = min(num_sequences, loader.num_validation_sequences) // size
@@ -32,13 +32,16 @@ def validate(replica: Replica, task: TaskConfig, loader: Loader, num_sequences: 
         losses, count = validate_pass(replica, task, partial(_read_validation, loader, index * size))
         nats += losses.main * count
         targets += count
-    replica.observers.traffic.take()  # a step's record counts the step alone
+    replica.observers.traffic.take()  # the next step's record must not count this traffic
     replica.observers.clips.take()
     return nats / (targets or 1)
 
 
 def sample_text(config: TrainConfig, prepared: Prepared) -> str:
-    """Returns the prompt and its continuation by the last checkpoint, read whole in this process, and a summary."""
+    """Returns the prompt, the text that the last checkpoint generates after it, and a summary.
+
+    This process alone loads the whole model.
+    """
     tokenizer = prepared.tokenizer
     folder = step_folder(Path(config.out_dir), config.task.steps)
     model = checkpoint.load_whole(config.model, folder, weight_dtype(config.precision))

@@ -1,4 +1,4 @@
-"""What a process of a job has once: place, groups, device, lane, log and preemption."""
+"""Holds what each process of a job has once: layout, groups, device, lane, log and preemption."""
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -29,9 +29,9 @@ class World:
         groups: process groups of this rank.
         device: of this rank.
         timeout_seconds: of each collective.
-        log: of operations with other ranks.
-        lane: where dispatch and combine run.
-        preemption: requests to leave that this process received.
+        log: collectives and transfers of this rank.
+        lane: runs dispatch and combine.
+        preemption: whether this process received a request to leave.
     """
 
     layout: Layout
@@ -54,12 +54,12 @@ class World:
 
     @property
     def pipeline_index(self) -> int:
-        """This rank's place along the pipeline axis."""
+        """This rank's index along the pipeline axis."""
         return self.layout.pipeline_index(self.rank)
 
     @property
     def data_index(self) -> int:
-        """This rank's place along the data axis."""
+        """This rank's index along the data axis."""
         return self.layout.data_index(self.rank)
 
     def phase(self, name: str) -> AbstractContextManager[None]:
@@ -80,9 +80,9 @@ class World:
 
         Args:
             config: of the dispatcher.
-            num_experts: routed experts of a layer.
+            num_experts: number of routed experts of a layer.
             observers: counters and log of what it sends.
-            tokens: of this rank in a micro-batch.
+            tokens: sizes of what this rank dispatches in a micro-batch.
         """
         parts = DispatcherParts(
             num_experts=num_experts,
@@ -96,11 +96,11 @@ class World:
         return build_dispatcher(config, parts)
 
     def observers(self) -> Observers:
-        """Returns new traffic counters that share this process's log: one set per replica."""
+        """Returns new traffic counters that share this process's log. Each replica has its own counters."""
         return Observers(Traffic(), self.log)
 
     def close(self) -> None:
-        """Ends the lane's worker. Replicas are closed before. Not on the path of an error: peers may not respond."""
+        """Closes the lane, after all replicas. Do not call it after an error, because peers may not respond."""
         self.lane.close()
 
 
@@ -112,7 +112,16 @@ def open_world(
     log: CollectiveLog,
     preemption: Preemption | None = None,
 ) -> World:
-    """Opens this process's lane. `preemption`: None if nothing can preempt this process, as in a test."""
+    """Opens this process's lane and returns its world.
+
+    Args:
+        layout: coordinates of every rank.
+        groups: process groups of this rank.
+        device: of this rank.
+        timeout_seconds: of each collective.
+        log: collectives and transfers of this rank.
+        preemption: whether this process received a request to leave; None: it cannot be preempted, as in a test.
+    """
     return World(
         layout=layout,
         groups=groups,

@@ -177,8 +177,8 @@ def _of_strike(command: Command, fault: Fault, lives: list[Life], outcome: Outco
         yield f"no event tells that it was restarted: {kinds}"
     if fault.kind in DAMAGES:
         damaged, _, name = (notes_of(command.out_dir) / DAMAGED_NAME).read_text().partition("/")
-        if not any(f"resume: passed over {damaged}: " in life.said for life in lives):
-            yield f"{damaged}/{name} was damaged, and not passed over"
+        if not any(f"resume: rejected {damaged}: " in life.said for life in lives):
+            yield f"{damaged}/{name} was damaged, and not rejected"
     if fault.kind == "full disk" and lives[0].code and "No space left on device" not in lives[0].said:
         yield f"a full disk was not told: {lives[0].said[-500:]!r}"
 

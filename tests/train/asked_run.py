@@ -64,7 +64,7 @@ class Ended:
 _ASKED_IN_EVERY_PHASE: list[Ask | None] = [
     Ask(0, "SIGTERM", "start of the job"),
     Ask(3, "SIGUSR1", "preparation of the corpus"),
-    Ask(0, "SIGUSR1", "assembly of the model"),
+    Ask(0, "SIGUSR1", "construction of the model"),
     Ask(3, "SIGTERM", "dispatch", 3),  # in step 1
     Ask(0, "SIGUSR1", "dispatch", after=RECORD),  # in the validation after step 2
     Ask(3, "SIGTERM", DRAWING),  # after step 3

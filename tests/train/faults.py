@@ -45,7 +45,7 @@ class Case:
 
 CASES = (
     Case("killed", 0, "start of the job", "start of the job"),
-    Case("killed", 3, "making of groups", "making of groups"),
+    Case("killed", 3, "creation of process groups", "creation of process groups"),
     Case("killed", 1, "exchange of counts", "exchange of counts", 3),
     Case("killed", 2, "dispatch", "dispatch", 4),
     Case("killed", 3, "combine", "combine", 5),

@@ -69,8 +69,8 @@ def test_rank_asked_at_any_moment_has_all_save_and_leave(folder: Path) -> None:
         newest = str(step_folder(folder / chain, steps[-1])) if steps else None
         assert life["status"]["checkpoint"] == newest
     assert ended[-1]["events"] == ["preempted"] * 8
-    assert ended[0]["status"]["reason"] == "1 of 4 ranks were asked to make room before the first step"
-    assert ended[4]["status"]["reason"] == "1 of 4 ranks were asked to make room"
+    assert ended[0]["status"]["reason"] == "1 of 4 ranks received a preemption request before the first step"
+    assert ended[4]["status"]["reason"] == "1 of 4 ranks received a preemption request"
     assert_as_calm(folder, chain)
 
 

@@ -142,7 +142,7 @@ class Recovery:
 
     def _broadcast(self, found: list[Any]) -> list[Any]:
         """Broadcasts what rank 0 found."""
-        with self._world.phase("agreement on what was before"):
+        with self._world.phase("broadcast of the run's history"):
             dist.broadcast_object_list(found, src=0, group=self._world.groups.world)
         return found
 

@@ -84,7 +84,7 @@ class PipelineTimeline:
         groups = schedule.ranks[rank]
         mine = rank_spans(groups, replica.train_program, execution.spans, execution.origin_seconds)
         gathered: list[tuple[LaneSpan, ...]] | None = [()] * schedule.num_ranks if rank == 0 else None
-        with replica.world.log.collective("pipeline", self._group, "gathering of times"):
+        with replica.world.log.collective("pipeline", self._group, "gather of times"):
             dist.gather_object(mine, gathered, dst=0, group=self._group)
         if gathered is None:
             return False
