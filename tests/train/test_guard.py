@@ -250,7 +250,7 @@ def test_run_that_rolled_back_never_saw_the_batch(ends: dict[str, Any], folder: 
     back, passed = read_events(folder / f"roll_back-{kind}")
     assert (back["kind"], back["step"], back["ranks"]) == ("rolled_back", 4, [2])
     assert back["checkpoint"].endswith("checkpoints/step-00000002")
-    assert (passed["kind"], passed["step"]) == ("passed_over", 4)
+    assert (passed["kind"], passed["step"]) == ("skipped_after_rollback", 4)
 
 
 @pytest.mark.slow
@@ -277,12 +277,14 @@ def test_loss_of_one_rank_and_a_spike_are_refused_on_all(ends: dict[str, Any], f
 
 @pytest.mark.slow
 def test_too_many_refusals_in_a_row_end_the_run(ends: dict[str, Any], folder: Path) -> None:
-    for name, kinds in (("often", ["skipped"] * 2), ("back_often", ["rolled_back", "passed_over"] * 2)):
+    for name, kinds in (("often", ["skipped"] * 2), ("back_often", ["rolled_back", "skipped_after_rollback"] * 2)):
         for said, _ in ends[f"{name}-float64"]:
             assert said.endswith("refused steps in a row: 3, above guard.max_consecutive=2"), said
         events = [event["kind"] for event in read_events(folder / f"{name}-float64")]
         assert events[-1] == "stopped"
-        assert [event for event in events[:-1] if event != "passed_over"] == [k for k in kinds if k != "passed_over"]
+        assert [event for event in events[:-1] if event != "skipped_after_rollback"] == [
+            k for k in kinds if k != "skipped_after_rollback"
+        ]
 
 
 @pytest.mark.slow

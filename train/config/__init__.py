@@ -1,4 +1,4 @@
-"""A training run, as values. No torch here: a wrong run is refused before any process starts."""
+"""Defines the configuration of a training run. No torch here: an invalid run is refused before any process starts."""
 
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
@@ -20,17 +20,22 @@ from train.tasks.registry import TASKS
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PrecisionConfig:
-    """Type of weights and activations. Gradients accumulate in float32, or float64 for float64 weights."""
+    """The type of weights and activations. Gradients accumulate in float32, or in float64 for float64 weights."""
 
     kind: Literal["float64", "float32", "bf16"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fp8PrecisionConfig:
-    """FP8 mixed precision (arXiv:2412.19437, section 3.3): weights and activations in bf16, the products of linear maps
-    and what is kept for the backward in FP8; rows travel to experts in FP8, whatever the exchange's payload.
+    """FP8 mixed precision (arXiv:2412.19437, section 3.3).
 
-    `scales`: of any value, or powers of two. Where the recipe asks for powers of two they are so always.
+    Weights and activations are bf16. Matrix products of linear layers and what is kept for the backward are FP8. Rows
+    are dispatched to experts in FP8, independently of `dispatch.payload`.
+
+    Attributes:
+        kind: selects this class.
+        scales: scales of any float32 value, or rounded to powers of two. Some tensors of the recipe have power-of-two
+            scales in both cases.
     """
 
     kind: Literal["fp8"]
@@ -42,10 +47,14 @@ Precision = PrecisionConfig | Fp8PrecisionConfig
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TaskConfig:
-    """What every task has: its name, its number of optimizer steps, and the weights that belong to the model's layers.
+    """The fields of every task.
 
-    `mtp_loss_weight`: of all MTP depths together. `balance_loss_weight`: of the sequence-wise balance loss.
-    `bias_update_rate`: change of a router bias in a step.
+    Attributes:
+        kind: name of the task.
+        steps: number of optimizer steps.
+        mtp_loss_weight: weight of all MTP depths together.
+        balance_loss_weight: weight of the sequence-wise balance loss.
+        bias_update_rate: change of a router bias in a step.
     """
 
     kind: str
@@ -57,10 +66,14 @@ class TaskConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BatchConfig:
-    """What a step reads. Sizes are over the whole job, so that a change of layout changes no sample.
+    """The sizes of a step's batch over the whole job, so that a change of layout changes no sample.
 
-    `ramp`: smaller global batches at the start of the run; None: all have `global_sequences`.
-    `document_mask`: documents that are packed into one sequence do not see each other.
+    Attributes:
+        sequence_length_tokens: tokens of a sequence.
+        global_sequences: sequences of a global batch.
+        ramp: smaller global batches at the start of the run; None: all batches have `global_sequences`.
+        micro_sequences: sequences of a micro-batch.
+        document_mask: whether attention is masked between documents that are packed into one sequence.
     """
 
     sequence_length_tokens: PositiveInt
@@ -72,7 +85,7 @@ class BatchConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ValidationConfig:
-    """How often the held-out loss is computed (`every_steps` 0: after the last step), and over how many sequences."""
+    """The interval of validations (`every_steps` 0: only after the last step), and the number of sequences read."""
 
     every_steps: NonNegativeInt
     sequences: NonNegativeInt
@@ -80,7 +93,7 @@ class ValidationConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointingConfig:
-    """How often a run saves (`every_steps` 0: after the last step), and how many checkpoints it keeps (None: all)."""
+    """The interval of checkpoints (`every_steps` 0: only after the last step), and how many are kept (None: all)."""
 
     every_steps: NonNegativeInt
     keep: PositiveInt | None
@@ -88,7 +101,7 @@ class CheckpointingConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplesConfig:
-    """The text that a finished run generates from `prompt`; `tokens` 0: none."""
+    """The sample that a finished run generates after `prompt`; `tokens` 0: no sample."""
 
     prompt: str
     tokens: NonNegativeInt
@@ -97,17 +110,17 @@ class SamplesConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EmaConfig:
-    """An average of the weights on the host: `decay` is what it keeps of itself in an update; None: there is none."""
+    """The moving average of the weights, on the host. `decay` is the weight of the old average; None: no average."""
 
     decay: ShareBelowOne | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StopGuardConfig:
-    """A step whose loss or gradient norm is not finite, or a spike, ends the run.
+    """A guard that ends the run if a step's loss or gradient norm is not finite, or is a spike.
 
-    A spike is above `spike_factor` times the median of the `spike_window_steps` steps before, once there are so many;
-    0: nothing is.
+    A spike is larger than `spike_factor` times the median of the previous `spike_window_steps` steps. Steps before the
+    window is full are not spikes, and with `spike_factor` 0 no step is.
     """
 
     kind: Literal["stop"]
@@ -117,7 +130,7 @@ class StopGuardConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SkipGuardConfig:
-    """Such a step is left out, and ends the run after `max_consecutive` others in a row."""
+    """A guard that skips a refused step, and ends the run after more than `max_consecutive` of them in a row."""
 
     kind: Literal["skip"]
     spike_factor: Annotated[float, ZeroOrAbove(1)]
@@ -127,9 +140,9 @@ class SkipGuardConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RollBackGuardConfig:
-    """From such a step the run goes back to its newest checkpoint, and leaves the batch out when it comes again.
+    """A guard that rolls a refused step back to the newest checkpoint, and skips its batch on the second pass.
 
-    `max_consecutive`: so often without a step beyond the last refused one.
+    The run ends after more than `max_consecutive` rollbacks without a step beyond the last refused one.
     """
 
     kind: Literal["roll_back"]
@@ -143,10 +156,14 @@ GuardConfig = StopGuardConfig | SkipGuardConfig | RollBackGuardConfig
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrackConfig:
-    """Where metrics go beside `metrics.jsonl` and the terminal.
+    """The outputs of a run in addition to `metrics.jsonl`.
 
-    `picture_every_steps`: how often planned and measured time of the pipeline are drawn; 0: after the last step only.
-    `loads_every_steps`: how often every expert's load goes to `loads.jsonl`; 0: never.
+    Attributes:
+        wandb: whether metrics are logged to wandb.
+        project: project of wandb.
+        log_every_steps: interval of the lines on the terminal.
+        picture_every_steps: interval of the pictures of planned and measured time; 0: only after the last step.
+        loads_every_steps: interval of the lines with every expert's load in `loads.jsonl`; 0: never.
     """
 
     wandb: Literal["disabled", "offline", "online"]
@@ -158,7 +175,7 @@ class TrackConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProfileConfig:
-    """Steps (from 1) and ranks that are looked into: a trace of torch's profiler, and on CUDA a snapshot of memory."""
+    """The steps (from 1) and ranks that are profiled, by torch's profiler and on CUDA by a memory snapshot."""
 
     steps: tuple[int, ...]
     ranks: tuple[int, ...]
@@ -168,15 +185,26 @@ class ProfileConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
-    """Everything a rank needs to know.
+    """The configuration of a training run, equal on all ranks.
 
-    `rescue_dir` gets the last state if `out_dir` takes no checkpoint; empty: `<out_dir>.rescue`.
-    `resume` is a run's folder or one of its checkpoints, `auto` for the newest in `out_dir` if any, or None.
-    `init_from` is what the weights start from: a run's folder or one of its checkpoints, converted weights, or a
-    Hugging Face folder; None: the seed. `init_mtp`: MTP modules start from there too, `fresh` from the seed, or `drop`:
-    there are none. `costs` and `memory_cap` are what the schedule is made for: times in any one unit, live activations
-    of model/P (None: as many as the schedule would keep). `plugins`: python files that register more kinds of what is
-    chosen by name; the command that is started loads them, and every rank.
+    The groups without a description here have one in their own class.
+
+    Attributes:
+        name: of the run.
+        out_dir: folder of the run.
+        rescue_dir: folder for the last state if `out_dir` takes no checkpoint; empty: `<out_dir>.rescue`.
+        seed: of the initial weights.
+        resume: a run's folder or one of its checkpoints; `auto`: the newest checkpoint in `out_dir`, if any.
+        init_from: source of the initial weights: a run's folder or one of its checkpoints, converted weights, or a
+            Hugging Face folder; None: weights are drawn from the seed.
+        init_mtp: whether MTP modules also start from `init_from` (`checkpoint`), are drawn from the seed (`fresh`), or
+            are left out of the model (`drop`).
+        costs: times of operations that the schedule is planned for, in any one unit.
+        memory_cap: live activations that the schedule may keep, in units of model/P; None: as many as it needs.
+        recompute: parts of the model that the backward recomputes.
+        attention: implementation of attention.
+        plugins: Python files that register further kinds of what a `kind` selects. The command and every rank load
+            them.
     """
 
     name: str
@@ -211,7 +239,7 @@ class TrainConfig:
 
     @property
     def computing(self) -> Computing:
-        """How the model is computed."""
+        """The recomputed parts, the attention implementation and the precision of matrix products."""
         products: Products = "own"
         if isinstance(self.precision, Fp8PrecisionConfig):
             products = "fp8_power_of_two" if self.precision.scales == "power_of_two" else "fp8"
@@ -219,18 +247,18 @@ class TrainConfig:
 
     @property
     def batch_sizes(self) -> BatchSizes:
-        """How many sequences each step reads."""
+        """The number of sequences of each step."""
         batch = self.batch
         return BatchSizes(batch.global_sequences, batch.sequence_length_tokens, batch.ramp)
 
     @property
     def num_micro_batches(self) -> int:
-        """Micro-batches that one pipeline runs in a step, both directions together; at the end of a ramp."""
+        """The number of micro-batches of one pipeline in a step, of both directions together, after any batch ramp."""
         return self.batch.global_sequences // (self.parallelism.data * self.batch.micro_sequences)
 
     @property
     def dispatch_site(self) -> DispatchSite:
-        """What a rank dispatches to experts, and between which ranks."""
+        """The sizes of what a rank dispatches to experts, and the ranks that take part."""
         model = self.model
         return DispatchSite(
             cluster=self.cluster,
@@ -248,5 +276,5 @@ class TrainConfig:
 
 
 def sized_config(config: TrainConfig, sequences: int) -> TrainConfig:
-    """Returns the run as if every step read so many sequences."""
+    """Returns the configuration of a run with one batch size, in sequences, and no ramp."""
     return replace(config, batch=replace(config.batch, global_sequences=sequences, ramp=None))

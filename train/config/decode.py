@@ -1,7 +1,7 @@
-"""Plain values, as YAML gives them, to frozen dataclasses and back.
+"""Decodes plain YAML values into frozen dataclasses, and encodes them back.
 
-Hydra's structured configs refuse Literals and unions, so Hydra composes plain YAML and this module
-checks every key and type once, by the dataclasses' own hints.
+Hydra's structured configs do not support Literals and unions. So Hydra composes plain YAML, and this module checks
+every key and type once, by the type hints of the dataclasses.
 """
 
 import math
@@ -20,16 +20,16 @@ T = TypeVar("T")
 def decode(cls: type[T], values: object, place: str = "") -> T:
     """Builds a dataclass, and those nested in it, from a mapping.
 
-    Whole numbers pass for floats, and so does text such as `3e-4`, which YAML 1.1 does not read as a
-    number; nothing passes for an int or a bool but itself. An instance in the place of its mapping is
-    taken as it is. A dataclass with `from_plain` and `to_plain` reads and writes its own form, such as one text.
+    A float may be written as a whole number, or as text such as `3e-4`, which YAML 1.1 does not read as a number.
+    An int or a bool must have its own type. An instance of the dataclass may replace its mapping. A dataclass with
+    `from_plain` and `to_plain` reads and writes its own form, for example one text.
 
     `Annotated[str, REGISTRY]` is one of the registry's names. `Annotated[Base, REGISTRY]` is a union of dataclasses:
     the field `kind` is one of the names, and the `config` of that entry is the dataclass. A number with a `Range`
-    (`kernels.ranges`) lies in it.
+    (`kernels.ranges`) must lie in that range.
 
     Args:
-        cls: a dataclass, or a union of dataclasses told apart by their field `kind`.
+        cls: a dataclass, or a union of dataclasses that their field `kind` distinguishes.
         values: a mapping from field names to plain values.
         place: dotted key of `values`, for errors.
 
@@ -40,7 +40,7 @@ def decode(cls: type[T], values: object, place: str = "") -> T:
 
 
 def encode(instance: object) -> Any:
-    """The plain values that `decode` builds `instance` from: dicts, lists, numbers, text, None."""
+    """Returns the plain values from which `decode` builds `instance`: dicts, lists, numbers, text, None."""
     if hasattr(instance, "to_plain") and not isinstance(instance, type):
         return instance.to_plain()
     if is_dataclass(instance) and not isinstance(instance, type):
@@ -106,7 +106,7 @@ def _decode_annotated(hint: Any, value: object, place: str) -> Any:
 
 
 def _decode_tagged(kinds: Mapping[str, Any], value: object, place: str) -> Any:
-    """Builds the dataclass that the value's `kind` chooses."""
+    """Builds the dataclass that the value's `kind` selects."""
     if isinstance(value, tuple(kinds.values())):
         return value
     values = _mapping(value, place)
@@ -188,7 +188,7 @@ def _describe(hint: Any) -> str:
 
 
 def _in_ranges(number: Any, marks: Sequence[object], place: str) -> Any:
-    """Returns a number that lies in all its ranges."""
+    """Returns the number, and refuses one outside any of its ranges."""
     for mark in marks:
         if isinstance(mark, Range) and not mark.holds(number):
             least = f"; the least is {mark.limit + 1:g}" if isinstance(mark, Above) and type(number) is int else ""
@@ -201,7 +201,7 @@ def _registry_in(marks: Sequence[object]) -> Registry[Any] | None:
 
 
 def _kinds_of(member: Any) -> tuple[str, ...]:
-    """Returns the values of a dataclass' field `kind`."""
+    """Returns the valid values of a dataclass's field `kind`."""
     return get_args(get_type_hints(member)["kind"])
 
 

@@ -1,4 +1,7 @@
-"""What a wrong configuration says: the place, the rule, the value, the nearest valid choice. No torch here."""
+"""Defines configuration errors and finds the nearest valid choices for their messages. No torch here.
+
+A message has the form `key: rule, is value; nearest valid: ...`.
+"""
 
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
@@ -7,19 +10,19 @@ from kernels.registry import closest
 
 
 class ConfigError(ValueError):
-    """A configuration that no run can follow. The text starts with the dotted key it is about."""
+    """An invalid configuration. The message starts with the dotted key that it is about."""
 
 
 class UnknownKeyError(ConfigError):
-    """A key that the command does not have."""
+    """A configuration key that does not exist."""
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
-    """Returns the end of an error about a name that is not one of `choices`: the closest of them, else all.
+    """Returns the end of a message about an invalid name: the closest choices, or else all of them.
 
     Args:
-        name: what was written.
-        choices: what may be written.
+        name: the name that was written.
+        choices: all valid names.
     """
     valid = list(choices)
     close = closest(name, valid)
@@ -29,7 +32,7 @@ def nearest(name: str, choices: Iterable[str]) -> str:
 
 
 def nearest_key(key: str, choices: Sequence[str]) -> str:
-    """Returns the closest dotted keys: a typo beside its siblings first, then a missing prefix, then the whole.
+    """Returns the closest dotted keys. Typos among siblings come first, then missing prefixes, then all keys.
 
     Args:
         key: the dotted key that was written.
@@ -47,13 +50,13 @@ def nearest_key(key: str, choices: Sequence[str]) -> str:
 
 
 def multiples(value: int, of: int) -> str:
-    """Returns the multiples of `of` around `value`, from 1 x `of` up: `4 or 8`."""
+    """Returns the multiples of `of` that are nearest to `value`, at least `of` itself, for example `4 or 8`."""
     below, above = value // of * of, -(-value // of) * of
     return _either(sorted({max(below, of), max(above, of)}))
 
 
 def divisors(of: int, value: int) -> str:
-    """Returns the divisors of `of` around `value`: `2 or 4`."""
+    """Returns the divisors of `of` that are nearest to `value`, for example `2 or 4`."""
     valid = [number for number in range(1, of + 1) if of % number == 0]
     below = [number for number in valid if number <= value][-1:]
     above = [number for number in valid if number >= value][:1]

@@ -1,4 +1,4 @@
-"""A number that changes at given tokens of a run, as a value. No torch here."""
+"""Defines a number that changes after given tokens of a run. No torch here."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ _RULE = "must be a number, or a list of {from_tokens, value} whose first has fro
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenPoint:
-    """The value from so many tokens of the run on."""
+    """A value, and the number of tokens of the run from which on it is used."""
 
     from_tokens: int
     value: float
@@ -18,18 +18,18 @@ class TokenPoint:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenSchedule:
-    """A number, 0 or above, that is constant between given tokens of the run.
+    """A number, 0 or above, that is piecewise constant over the tokens of the run.
 
-    In YAML and on the command line a number, or a list: `[{from_tokens: 0, value: 0.3}, {from_tokens: 10e12, value:
-    0.1}]`. A step takes the value that holds for the tokens before it, whatever the layout, the batch size and where
-    the run was resumed.
+    YAML and the command line write it as a number, or as a list: `[{from_tokens: 0, value: 0.3}, {from_tokens: 10e12,
+    value: 0.1}]`. The value of a step depends only on the tokens that were read before it, not on the layout or on the
+    step from which the run was resumed.
     """
 
     points: tuple[TokenPoint, ...]
 
     @classmethod
     def constant(cls, value: float) -> Self:
-        """Returns the schedule of one value."""
+        """Returns the schedule with one value for the whole run."""
         return cls(points=(TokenPoint(from_tokens=0, value=value),))
 
     @classmethod
@@ -40,7 +40,7 @@ class TokenSchedule:
             value: a number, or mappings with `from_tokens` and `value`, ascending.
 
         Raises:
-            ValueError: the rule and the value; without the key.
+            ValueError: the value is invalid. The message holds the rule and the value, without the key.
         """
         if not isinstance(value, list | tuple):
             return cls.constant(_value(value, value))
@@ -49,7 +49,7 @@ class TokenSchedule:
         if not starts or starts[0] != 0:
             raise ValueError(f"{_RULE}, is {value!r}")
         if starts != sorted(set(starts)):
-            raise ValueError(f"from_tokens must grow from one to the next, are {', '.join(map(str, starts))}")
+            raise ValueError(f"from_tokens must increase from one to the next, are {', '.join(map(str, starts))}")
         return cls(points=points)
 
     def to_plain(self) -> object:
@@ -62,7 +62,7 @@ class TokenSchedule:
         """Returns the value of a step.
 
         Args:
-            tokens: that all steps before it read.
+            tokens: tokens of all steps before it.
         """
         return next(point.value for point in reversed(self.points) if point.from_tokens <= tokens)
 
@@ -86,7 +86,7 @@ def _value(value: object, shown: object) -> float:
 
 
 def _number(value: object) -> Decimal | None:
-    """Returns a finite number; YAML 1.1 reads one such as 14.3e12 as text."""
+    """Returns a finite number, or None. YAML 1.1 reads numbers such as 14.3e12 as text."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     try:

@@ -1,4 +1,4 @@
-"""Judges a step by its loss and gradient norm, before weights are updated."""
+"""Checks the loss and gradient norm of a step before weights are updated."""
 
 import math
 from collections import deque
@@ -22,16 +22,18 @@ LossAndNorm = tuple[float, float]
 
 
 class Guard:
-    """The rules of one run. Its numbers are sums over all ranks, so all ranks decide alike without a collective.
+    """The rules by which a run refuses steps.
+
+    Loss and norm are sums over all ranks, so all ranks decide the same without another collective.
 
     Attributes:
-        values: loss and norm of the step that was judged last, and the medians that they were compared with.
+        values: loss and norm of the step that was checked last, and the medians that they were compared with.
     """
 
     values: dict[str, float]
 
     def __init__(self, config: GuardConfig, history: Iterable[LossAndNorm] = ()) -> None:
-        """Starts with loss and norm of earlier steps, the oldest first."""
+        """Starts with the loss and norm of earlier steps, the oldest first."""
         self._factor = config.spike_factor
         self._window = config.spike_window_steps
         self._history: dict[str, deque[float]] = {}
@@ -39,7 +41,7 @@ class Guard:
         self.replace_history(history)
 
     def replace_history(self, history: Iterable[LossAndNorm]) -> None:
-        """Replaces the steps that later ones are compared with."""
+        """Replaces the earlier steps with which later steps are compared."""
         losses, norms = deque[float](maxlen=self._window), deque[float](maxlen=self._window)
         for loss, norm in history:
             losses.append(loss)
@@ -47,11 +49,11 @@ class Guard:
         self._history = {LOSS: losses, NORM: norms}
 
     def judge(self, name: str, value: float) -> str:
-        """Returns why a step with this value is refused; empty if it is accepted.
+        """Returns why a step with this value is refused, or an empty text if it is accepted.
 
         Args:
-            name: `LOSS`, which begins a step, or `NORM`.
-            value: over all ranks.
+            name: `LOSS`, which is checked first in a step, or `NORM`.
+            value: the loss or norm over all ranks.
         """
         if name == LOSS:
             self.values = {}
@@ -68,28 +70,28 @@ class Guard:
         return f"{name} is {value:.6g}, above {self._factor:g} x its median of {self._window} steps, {middle:.6g}"
 
     def accept(self, loss: float, norm: float) -> None:
-        """Notes a step that updated the weights."""
+        """Adds a step that updated the weights to the history."""
         self._history[LOSS].append(loss)
         self._history[NORM].append(norm)
 
 
 def local_norm(store: GradientStore) -> Tensor:
-    """Returns the norm of this rank's own gradients, a scalar on its device; no host sync."""
+    """Returns the norm of this rank's own gradients, a scalar on its device, without a host sync."""
     return torch.nn.utils.get_total_norm(store.gradients())
 
 
 def describe_refusal(
     world: World, guard: Guard, step: int, reason: str, own: Tensor, *, is_finite_here: bool
 ) -> StepRefusal:
-    """Returns what is known of a refused step; all ranks call it.
+    """Returns the reason and the ranks that caused a refused step. All ranks call it.
 
     Args:
         world: of this process.
-        guard: that judged the step.
-        step: from 0.
-        reason: of the guard.
-        own: see `local_norm`, from before gradients were summed.
-        is_finite_here: whether this rank's own losses are.
+        guard: the guard that refused the step.
+        step: index of the step, from 0.
+        reason: why the guard refused it.
+        own: this rank's `local_norm`, computed before gradients were summed.
+        is_finite_here: whether this rank's own losses are finite.
     """
     group = world.groups.world
     mine = torch.tensor([float(own) if is_finite_here else math.nan], dtype=torch.float64, device=world.device)
@@ -103,7 +105,7 @@ def describe_refusal(
 
 
 def read_loss_and_norm(metrics: Path, num_done: int, window: int) -> list[LossAndNorm]:
-    """Returns loss and norm of the last `window` steps up to `num_done` in a `metrics.jsonl`, if any."""
+    """Reads the loss and norm of up to `window` steps, the last of them `num_done`, from a `metrics.jsonl`."""
     history: deque[LossAndNorm] = deque(maxlen=window)
     for values in read_lines(metrics):
         loss, norm = number_of(values, "loss"), number_of(values, "grad_norm")
@@ -113,5 +115,5 @@ def read_loss_and_norm(metrics: Path, num_done: int, window: int) -> list[LossAn
 
 
 def to_json_values(values: dict[str, float]) -> dict[str, float | str]:
-    """Returns numbers as JSON has them: those that are not finite as text."""
+    """Returns numbers as JSON values. Numbers that are not finite become text."""
     return {name: value if math.isfinite(value) else str(value) for name, value in values.items()}

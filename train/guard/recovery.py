@@ -1,4 +1,4 @@
-"""What follows a step that the guard refused: its batch is left out, the run goes back, or ends."""
+"""Handles a step that the guard refused: the batch is skipped, the run is rolled back, or the run ends."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,30 +23,30 @@ _ROLLED_BACK = "rolled_back"
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """A step whose batch is left out; nothing was updated."""
+    """The outcome of a step whose batch was skipped; nothing was updated."""
 
 
 @dataclass(frozen=True, slots=True)
 class RolledBack:
-    """A step from which the run went back to a checkpoint."""
+    """The outcome of a step from which the run was rolled back to a checkpoint."""
 
     to_step: int
 
 
 class Recovery:
-    """Owns the guard of a run and what follows a refused step. All ranks decide the same."""
+    """The guard of a run, and the handling of refused steps. All ranks decide the same."""
 
     def __init__(
         self, learner: Learner, config: GuardConfig, loader: Loader, out_dir: Path, resume: str | None, first_step: int
     ) -> None:
-        """Opens the guard; rank 0 reads the run's earlier records. All ranks call it.
+        """Opens the guard. Rank 0 reads the run's earlier records. All ranks call it.
 
         Args:
-            learner: of this rank, which is loaded again if the run goes back.
+            learner: of this rank; a rollback loads its state from a checkpoint.
             config: of the guard.
-            loader: names the samples of a refused batch.
-            out_dir: of the run.
-            resume: checkpoint that the run started from, or None.
+            loader: lists the samples of a refused batch.
+            out_dir: folder of the run.
+            resume: checkpoint from which the run was resumed, or None.
             first_step: steps already done.
         """
         self._learner = learner
@@ -63,25 +63,25 @@ class Recovery:
         self._read_history(first_step)
 
     def skips(self, step: int) -> bool:
-        """Returns whether the step's batch was refused before the run went back, so that it is left out now."""
+        """Returns whether the step's batch was refused before a rollback and is skipped now."""
         if step not in self._steps_to_skip:
             return False
         if self._is_writer:
             try_append_event(
-                self._out_dir, "passed_over", step + 1, "its batch is left out, as the run went back from it"
+                self._out_dir, "skipped_after_rollback", step + 1, "its batch caused a rollback, and is skipped now"
             )
         return True
 
     def note_accepted(self, step: int) -> None:
-        """Notes a step that updated the weights."""
+        """Ends the series of refused steps if this step is beyond the last refused one."""
         if step > self._last_refused:
             self._num_in_a_row = 0
 
     def handle_refusal(self, refusal: StepRefusal) -> tuple[Skipped | RolledBack, str]:
-        """Does what the configured kind of guard does about a refused step; all ranks call it.
+        """Skips the batch, rolls the run back or ends it, as the configured guard requires. All ranks call it.
 
         Returns:
-            Where the run continues, and why, for people.
+            The outcome, and its reason for people.
 
         Raises:
             StoppedError: the run ends.
@@ -101,7 +101,7 @@ class Recovery:
         folder = self._agreed_checkpoint(refusal.step) if config.kind == "roll_back" else None
         if folder is None:
             self._note("skipped", refusal)
-            return Skipped(), f"{refusal.reason}; its batch is left out"
+            return Skipped(), f"{refusal.reason}; its batch is skipped"
         self._note(_ROLLED_BACK, refusal, checkpoint=str(folder))
         return self._roll_back(refusal, folder)
 
@@ -110,10 +110,10 @@ class Recovery:
             checkpoint.load(self._learner, folder)
         num_done = read_step(folder)
         self._read_history(num_done)
-        return RolledBack(num_done), f"{refusal.reason}; back to {folder}, and its batch will be left out"
+        return RolledBack(num_done), f"{refusal.reason}; rolled back to {folder}; its batch will be skipped"
 
     def _agreed_checkpoint(self, num_done: int) -> Path | None:
-        """Returns the run's newest whole checkpoint up to a step, or the one that it started from."""
+        """Returns the run's newest whole checkpoint up to a step, or the one from which it was resumed."""
 
         def find(check: Check) -> Path | None:
             folder = newest_whole(self._out_dir, num_done, check)
@@ -123,7 +123,7 @@ class Recovery:
             return find_together(find)
 
     def _read_history(self, num_done: int) -> None:
-        """Reads the records up to a step, and the batches to leave out from there on."""
+        """Reads the records up to a step, and the batches to skip after it."""
         found: list[Any] = [None]
         if self._is_writer:
             steps = [event["step"] - 1 for event in read_events(self._out_dir) if event["kind"] == _ROLLED_BACK]
@@ -133,7 +133,7 @@ class Recovery:
         self._steps_to_skip = set(steps)
 
     def _read_loss_and_norm(self, num_done: int) -> list[Any]:
-        """Returns loss and norm of this run's steps, or of the run that it resumed from."""
+        """Returns the loss and norm of this run's steps, or of the run from which it was resumed."""
         window, resume = self._config.spike_window_steps, self._resume
         history = read_loss_and_norm(self._out_dir / "metrics.jsonl", num_done, window)
         if not history and resume is not None:
@@ -147,7 +147,7 @@ class Recovery:
         return found
 
     def _note(self, kind: str, refusal: StepRefusal, **more: Any) -> None:
-        """Notes the refused batch in `events.jsonl`."""
+        """Adds the refused batch to `events.jsonl`."""
         if self._is_writer:
             known = {"values": to_json_values(refusal.values), "ranks": list(refusal.ranks)}
             samples = self._loader.sample_ids(refusal.step)

@@ -19,11 +19,11 @@ def append_event(out_dir: Path, kind: str, step: int, text: str, **values: Any) 
 
     Args:
         out_dir: the run's folder.
-        kind: of event: `skipped`, `rolled_back`, `passed_over`, `stopped`, `preempted`, `restarted`,
-            `checkpoint_passed_over`, `lock_taken_over`, `folder_lost`, `output_broken`, `rescued`.
-        step: from 1, as in `metrics.jsonl`; for what belongs to none, the last one done.
-        text: what happened, for people.
-        values: what else is known, as JSON has it.
+        kind: kind of event: `skipped`, `rolled_back`, `skipped_after_rollback`, `stopped`, `preempted`, `restarted`,
+            `checkpoint_rejected`, `lock_taken_over`, `folder_lost`, `output_broken`, `rescued`.
+        step: number of the step, from 1, as in `metrics.jsonl`; the last one done if the event belongs to no step.
+        text: what happened, in one line for people.
+        values: further values of the event, which JSON can hold.
     """
     line = json.dumps(
         {"time": time.time(), "kind": kind, "step": step, "text": redact(text), **values}, allow_nan=False

@@ -1,1 +1,1 @@
-"""What a run trains: each task is a frozen configuration and a class that builds objectives, registered by name."""
+"""Defines the tasks that a run can train. Each is a frozen configuration and a class, registered by name."""

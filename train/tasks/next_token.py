@@ -1,4 +1,4 @@
-"""Next-token prediction at every depth, for tasks that differ in which tokens are targets and what they weigh.
+"""Predicts the next token at every MTP depth, for tasks that differ in their targets and the targets' weights.
 
 Source: arXiv:2412.19437, section 2.2. Shape legend: B sequences, T tokens.
 """
@@ -16,10 +16,10 @@ from train.tasks.registry import StepRates
 
 
 class NextToken:
-    """Next-token prediction; a subclass may add extras or change targets in `read`.
+    """The task of next-token prediction. A subclass may add extras or change targets in `read`.
 
     Attributes:
-        names: of its losses: main, each MTP depth, balance.
+        names: names of its losses: main, each MTP depth, balance.
     """
 
     def __init__(
@@ -30,8 +30,8 @@ class NextToken:
         Args:
             config: of the task.
             mtp_depth: of the model.
-            masks_documents: whether the documents of a sequence do not see each other.
-            weights: name of the extra with the weight of each main target; None: all weigh 1.
+            masks_documents: whether attention is masked between the documents of a sequence.
+            weights: name of the extra with the weight of each main target; None: all weights are 1.
         """
         self.names = loss_names(mtp_depth)
         self._config = config
@@ -40,17 +40,17 @@ class NextToken:
         self._weights = weights
 
     def read(self, batch: Batch, device: torch.device) -> MicroBatch:
-        """Returns what the model embeds and predicts at every depth, and the batch's extras."""
+        """Returns the inputs and targets of every depth, and the batch's extras."""
         return to_micro_batch(batch, self._mtp_depth, device, masks_documents=self._masks_documents)
 
     def count(self, batch: MicroBatch) -> Tensor:
-        """Counts targets of each depth, or sums their weights, and counts sequences for the balance loss."""
+        """Counts the targets of each depth, or sums their weights, and counts sequences for the balance loss."""
         counts = [self._weight_of(batch, depth) for depth in range(self._mtp_depth + 1)]
         sequences = torch.tensor(float(len(batch.targets_BT[0])), dtype=torch.float64)
         return torch.stack([*(count.to("cpu", torch.float64) for count in counts), sequences])  # host sync
 
     def objective(self, counts: Tensor, rates: StepRates) -> CrossEntropy:
-        """Builds the step's cross-entropy: MTP depths share their weight, and each depth is a mean over its targets."""
+        """Builds the step's cross-entropy. Each depth is a mean over its targets; MTP depths share one weight."""
         depth, numbers = self._mtp_depth, counts.tolist()
         weights = [1.0] + [rates.mtp_loss_weight / max(depth, 1)] * depth
         return CrossEntropy(
@@ -60,7 +60,7 @@ class NextToken:
         )
 
     def total(self, means: Mapping[str, float], rates: StepRates) -> float:
-        """Returns what the step minimised."""
+        """Returns the loss that the step minimized."""
         mtp = [means[name] for name in self.names[1:-1]]
         mtp_part = rates.mtp_loss_weight * sum(mtp) / max(len(mtp), 1)
         return means[MAIN] + mtp_part + self._config.balance_loss_weight * means[BALANCE]
@@ -73,7 +73,7 @@ class NextToken:
 
 
 def to_micro_batch(batch: Batch, mtp_depth: int, device: torch.device, *, masks_documents: bool = False) -> MicroBatch:
-    """Returns what the model embeds and predicts at every depth, and whether pieces of a sequence see each other."""
+    """Returns the inputs and targets of every depth on a device, and the document mask if one is wanted."""
     depths = range(mtp_depth + 1)
     return MicroBatch(
         inputs_BT=tuple(batch.inputs(depth).to(device) for depth in depths),

@@ -1,4 +1,4 @@
-"""Pre-training: next-token prediction on packed documents with MTP depths. No torch here."""
+"""Registers pre-training: next-token prediction on packed documents with MTP depths. No torch here."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PretrainConfig(TaskConfig):
-    """Pre-training: every token of a document is a target."""
+    """The configuration of pre-training, in which every token of a document is a target."""
 
 
 def build_pretrain(config: TaskConfig, model: ModelConfig, batch: BatchConfig) -> "NextToken":
-    """Builds pre-training."""
+    """Builds the task of pre-training."""
     from train.tasks.next_token import NextToken
 
     return NextToken(config, model.mtp_depth, masks_documents=batch.document_mask)

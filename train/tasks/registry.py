@@ -1,4 +1,4 @@
-"""Tasks by name: what a run trains. No torch here.
+"""Registers tasks, which define what a run trains, by name. No torch here.
 
 A task is a frozen dataclass and a function that builds a `Task` from it. This project's tasks register in this folder.
 A file outside the checkout can register one more (docs/extend.md).
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepRates:
-    """Rates of a step, functions of the step alone: the same under every layout and after a resume."""
+    """The rates of a step. They depend only on the step, so they are equal under every layout and after a resume."""
 
     learning_rate: float
     mtp_loss_weight: float
@@ -32,19 +32,22 @@ class StepRates:
 
 
 class Task(Protocol):
-    """Turns batches into micro-batches, and counts over the whole job into a step's objective. Keeps no state."""
+    """The protocol of a task: it converts batches to micro-batches, and builds a step's objective from counts.
+
+    A task keeps no state.
+    """
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The losses that are reported, the same on all ranks. `main` is one of them; validation reports it."""
+        """The names of the reported losses, equal on all ranks. One of them is `main`, which validation reports."""
         ...
 
     def read(self, batch: Batch, device: torch.device) -> MicroBatch:
-        """Returns what the model embeds, what it predicts, and the extras that the objective needs."""
+        """Returns the model's inputs and targets, and the extras that the objective needs."""
         ...
 
     def count(self, batch: MicroBatch) -> Tensor:
-        """Counts what each loss of a micro-batch is a mean over, in the order of `names`: float64 on the host."""
+        """Returns the denominator of each loss of a micro-batch, in the order of `names`: float64 on the host."""
         ...
 
     def objective(self, counts: Tensor, rates: StepRates) -> Objective:
@@ -57,7 +60,7 @@ class Task(Protocol):
         ...
 
     def total(self, means: Mapping[str, float], rates: StepRates) -> float:
-        """Returns what the step minimised, from the means of its losses by name."""
+        """Returns the loss that the step minimized, from the means of its losses by name."""
         ...
 
 
@@ -68,8 +71,8 @@ class TaskSpec:
     Attributes:
         summary: one line for users.
         config: its dataclass, a subclass of `train.config.TaskConfig`.
-        build: makes the task from its configuration, the model's and the batch's. It imports torch itself.
-        example: plain values of the fields that `config` adds, with which the suites of tests run the task.
+        build: builds the task from its configuration, the model's and the batch's. It imports torch itself.
+        example: plain values of the fields that `config` adds; the test suites run the task with them.
     """
 
     summary: str
