@@ -40,6 +40,7 @@ def test_extend_has_an_example_of_each_kind() -> None:
     assert all(any(f"plugins=[{name}]" in command for command in LAUNCHES) for name in names if name.endswith(".py"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("command", LAUNCHES)
 def test_extend_command_works_as_printed(command: str, folder: Path) -> None:
     shown = run(command, folder)

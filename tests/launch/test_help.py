@@ -130,7 +130,7 @@ def saved(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     [
         ["experiment=quickstart"],
         ["experiment=four_nodes"],
-        ["experiment=v3_671b", "data=embedded"],
+        pytest.param(["experiment=v3_671b", "data=embedded"], marks=pytest.mark.slow, id="v3_671b"),
         ["model=ladder_20m", "optim/schedule=wsd", "dispatch=two_hop", "guard=skip", "task.steps=7", "name=other"],
     ],
     ids=" ".join,

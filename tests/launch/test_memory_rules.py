@@ -65,6 +65,7 @@ def test_deepseek_v3_takes_less_than_two_seconds_and_no_torch() -> None:
     assert has_torch == "False"
 
 
+@pytest.mark.slow
 def test_the_start_of_a_ramp_is_scheduled_so_that_it_fits() -> None:
     """With fewer than two micro-batches for each rank W of many of them would wait: 128 GB on rank 0."""
     config = make_config(*V3, RAMP)

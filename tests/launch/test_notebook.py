@@ -117,6 +117,7 @@ def test_kernel_elsewhere_runs_the_python_of_the_readme(tmp_path: Path) -> None:
     assert (tmp_path / "copy_hf" / "config.json").is_file()
 
 
+@pytest.mark.long
 def test_kernel_trains_again_and_again_with_the_lines_of_the_documentation(tmp_path: Path) -> None:
     """Before the second time, a callback fails: the kernel goes on as if there had been no run."""
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/python.md").read_text(encoding="utf-8"), re.M | re.S)

@@ -72,6 +72,7 @@ def test_plugin_is_chosen_by_a_group_option_next_to_it(command: str, tmp_path: P
     assert "optim.schedule.half_life_steps" in wrong.stderr
 
 
+@pytest.mark.slow
 def test_every_rank_loads_the_plugin_of_a_run(tmp_path: Path) -> None:
     place(tmp_path)
     chosen = ["plugins=[rates.py]", "optim/schedule=halved", "out_dir=run", f"data.cache_dir={tmp_path}/cache"]

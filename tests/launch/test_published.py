@@ -132,6 +132,7 @@ def trained(published: tuple[Path, dict[str, dict[str, Tensor]]]) -> dict[str, S
     return dict(zip(configs, runs, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_step_is_trained_and_the_export_has_all_that_was_carried(
     name: str, published: tuple[Path, dict[str, dict[str, Tensor]]], trained: dict[str, Started], tmp_path: Path

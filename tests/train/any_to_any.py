@@ -76,7 +76,7 @@ class Part:
     samples: Samples
 
 
-def config_at(folder: Path, place: Place, *, mtp_depth: int = 0) -> TrainConfig:
+def config_at(folder: Path, place: Place, *, mtp_depth: int = 0, steps_after: int = STEPS_AFTER) -> TrainConfig:
     """The run in a layout; the architecture and the samples are the same in all of them."""
     local = LocalDispatchConfig(kind="local", payload="full")
     exchange = AllToAllDispatchConfig(kind="all_to_all", payload="full", max_nodes=4, node_cap="verify")
@@ -88,7 +88,7 @@ def config_at(folder: Path, place: Place, *, mtp_depth: int = 0) -> TrainConfig:
         dispatch=local if place.expert == 1 else exchange,
         model=replace(MODEL, num_layers=8, mtp_depth=mtp_depth),
         batch=replace(BATCH, micro_sequences=place.micro),
-        task=replace(TASK, steps=STEPS_BEFORE + STEPS_AFTER),
+        task=replace(TASK, steps=STEPS_BEFORE + steps_after),
     )
 
 
@@ -120,7 +120,7 @@ def _begin(config: TrainConfig) -> tuple[Path, Part]:
     for step in range(STEPS_BEFORE):
         train_step(learner, config.task, loader, step)
     folder, samples = checkpoint.save(config, learner, STEPS_BEFORE, prepared), loader.watch()
-    losses = [train_step(learner, config.task, loader, step).losses.total for step in _after()]
+    losses = [train_step(learner, config.task, loader, step).losses.total for step in _after(config)]
     dist.barrier()
     close_job(learner)
     return folder, Part(losses, samples)
@@ -136,7 +136,7 @@ def _go_on(config: TrainConfig, folder: Path) -> Part:
     loader = WatchedLoader(prepared, sizes=config.batch_sizes, seed=config.data.seed)
     samples = loader.watch()
     checkpoint.load(learner, folder)
-    losses = [train_step(learner, config.task, loader, step).losses.total for step in _after()]
+    losses = [train_step(learner, config.task, loader, step).losses.total for step in _after(config)]
     dist.barrier()
     close_job(learner)
     return Part(losses, samples)
@@ -157,23 +157,25 @@ def worst_difference(ours: Part, theirs: Part) -> float:
     return max(abs(a - b) / abs(b) for a, b in zip(ours.losses, theirs.losses, strict=True))
 
 
-def _after() -> range:
-    return range(STEPS_BEFORE, STEPS_BEFORE + STEPS_AFTER)
+def _after(config: TrainConfig) -> range:
+    return range(STEPS_BEFORE, config.task.steps)
 
 
-def compare(folder: Path, pairs: Sequence[tuple[Place, Place]], mtp_depth: int = 0) -> Iterator[tuple[str, float]]:
+def compare(
+    folder: Path, pairs: Sequence[tuple[Place, Place]], mtp_depth: int = 0, steps_after: int = STEPS_AFTER
+) -> Iterator[tuple[str, float]]:
     """Runs pairs of a writing and a reading layout; gives each pair's name and the worst relative difference of a loss.
 
     Infinite where other samples were read. One world is started for each layout that writes, one for each that reads.
     """
     written: dict[Place, tuple[Path, Part]] = {}
     for place in dict.fromkeys(writer for writer, _ in pairs):
-        config = config_at(folder, place, mtp_depth=mtp_depth)
+        config = config_at(folder, place, mtp_depth=mtp_depth, steps_after=steps_after)
         seen = [part for (part,) in run_ranks(place.world_size, begin, [config], timeout_seconds=600)]
         written[place] = seen[0][0], merged([part for _, part in seen])
     for place in dict.fromkeys(reader for _, reader in pairs):
         writers = [writer for writer, reader in pairs if reader == place]
-        config = config_at(folder, place, mtp_depth=mtp_depth)
+        config = config_at(folder, place, mtp_depth=mtp_depth, steps_after=steps_after)
         jobs = [(config, written[writer][0]) for writer in writers]
         seen_by_rank = run_ranks(place.world_size, go_on, jobs, timeout_seconds=1800)
         for index, writer in enumerate(writers):

@@ -17,7 +17,7 @@ from dualpipe.registry import SCHEDULES, build
 from dualpipe.simulate.costs import Costs, uniform
 from tests.dualpipe.random_schedules import bidirectional, looped, random_schedule, straight, v_shaped
 from tests.ranks import run_ranks
-from tests.tiny import BATCH, OPTIM, tiny_config, write_text
+from tests.tiny import BATCH, MODEL, OPTIM, tiny_config, write_text
 from tests.train.job import Job, Seen, run_jobs, run_plain
 from train.config import PrecisionConfig, TrainConfig
 
@@ -44,6 +44,7 @@ def layout_config(folder: Path, pipeline: int, data: int, expert: int) -> TrainC
         batch=replace(BATCH, global_sequences=max(4, 2 * pipeline) * data),
         parallelism=ParallelismConfig(pipeline=pipeline, data=data, expert=expert),
         schedule=ScheduleConfig(kind="1f1b" if pipeline == 1 else "dualpipe", pairing="overlapped"),
+        model=replace(MODEL, num_layers=max(3, pipeline)),
     )
 
 
@@ -99,6 +100,8 @@ def test_many_ranks_equal_one_rank(folder: Path, pipeline: int, data: int, exper
     config = layout_config(folder, pipeline, data, expert)
     # Without tokens: no expert; one expert; every expert of the first rank of an expert group.
     starved = [0, 1, min(4, config.model.num_routed_experts // expert)]
+    if pipeline * data == 8:
+        del starved[1]  # smaller worlds cover one expert
     jobs = [Job(config=config, starved=number) for number in starved]
     jobs.append(Job(config=in_sequence(config), starved=starved[-1]))
     results = run_ranks(pipeline * data, run_jobs, jobs, STEPS)

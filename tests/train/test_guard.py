@@ -17,7 +17,7 @@ from data.prepare import Prepared, prepare
 from dualpipe.config import ScheduleConfig
 from model.transformer import named_tensors
 from tests.ranks import run_ranks
-from tests.tiny import BATCH, CHECKPOINTING, OPTIM, TASK, tiny_config, write_text
+from tests.tiny import BATCH, CHECKPOINTING, MODEL, OPTIM, TASK, tiny_config, write_text
 from tests.train.job import close_job, open_job
 from train.checkpoint.state import Slice
 from train.config import (
@@ -106,7 +106,8 @@ def make_job(folder: Path, name: str, kind: str, guard: GuardConfig, bad: dict[i
         schedule=ScheduleConfig(kind="dualpipe", pairing="overlapped"),
         task=replace(TASK, steps=6),
         checkpointing=replace(CHECKPOINTING, every_steps=2),
-        batch=replace(BATCH, global_sequences=8),
+        batch=replace(BATCH, sequence_length_tokens=12, global_sequences=8),
+        model=replace(MODEL, num_layers=2),
         optim=optim,
         precision=precision,
         guard=guard,

@@ -69,6 +69,7 @@ def runs(folder: Path) -> dict[str, list[Started]]:
     }
 
 
+@pytest.mark.slow
 def test_start_every_rank_holds_the_files_values(folder: Path, runs: dict[str, list[Started]]) -> None:
     stored = read_tensors(folder / "mtp")
     for ranks in runs.values():
@@ -122,6 +123,7 @@ def test_export_of_any_layout_is_the_same_model_to_transformers(
     torch.testing.assert_close(ours(tokens), reference_logits(theirs, tokens), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_start_from_a_run_of_another_layout_equals_its_export(
     folder: Path, runs: dict[str, list[Started]], tmp_path: Path
 ) -> None:

@@ -86,6 +86,7 @@ def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
         assert torch.equal(tensor, theirs[name]), name
 
 
+@pytest.mark.slow
 def test_checkpoint_goes_on_bitwise_and_other_moments_are_converted(folder: Path) -> None:
     config = config_of(folder, "bf16", "bf16", data=2)
     for found in run_ranks(2, go_on, config, ["bf16", "float32"]):

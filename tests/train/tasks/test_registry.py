@@ -74,6 +74,7 @@ def dualpipe_config(folder: Path, data: int) -> TrainConfig:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", TASKS.names())
 def test_registered_task_on_two_ranks_equals_one_rank(tmp_path: Path, kind: str) -> None:
     """Tasks of `pytest --plugins FILE` included."""
