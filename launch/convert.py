@@ -153,8 +153,8 @@ def _check_path(config: ConvertConfig) -> None:
         )
     if config.source == "hf" and not is_hf_folder(config.path):
         raise ConfigError(
-            f"from: must be checkpoint unless path is a Hugging Face folder; path={config.path} has no config.json "
-            f"of its own; nearest valid: from=checkpoint"
+            f"from: must be checkpoint unless path is a Hugging Face folder with a config.json, is hf with "
+            f"path={config.path}; nearest valid: from=checkpoint"
         )
 
 

@@ -1,4 +1,4 @@
-"""Trains a model, with local ranks of its own or as a rank of torchrun: `python -m launch.train`."""
+"""Trains a model with the built-in launcher or as a rank of torchrun: `python -m launch.train`."""
 
 if not __package__:
     import started_as_file  # type: ignore[import-not-found]  # noqa: F401

@@ -1,1 +1,1 @@
-"""Laws. The modules here serve the tests of every package."""
+"""Tests. The modules in this folder serve the tests of every package."""

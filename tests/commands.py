@@ -63,7 +63,7 @@ def run_command(
 def _run(
     module: str, arguments: Sequence[str], cwd: str, environment: Mapping[str, str], stdout: str, stderr: str
 ) -> None:
-    """The life of a command's process."""
+    """Runs a command's process."""
     for descriptor, path in ((1, stdout), (2, stderr)):
         opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(opened, descriptor)

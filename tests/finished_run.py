@@ -1,4 +1,4 @@
-"""A short run that several ways of starting ranks must bring to the same end."""
+"""A short run for tests that compare several ways of starting ranks."""
 
 import json
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def choices(folder: Path, name: str, num_steps: int) -> list[str]:
-    """Overrides of four ranks, two a node, on the text in `folder`, in float64."""
+    """Returns the overrides of a float64 run with four ranks, two per node, on the text in `folder`."""
     return [
         *(f"name={name}", f"out_dir={folder / name}", "cluster=laptop", "model=tiny", "parallelism=four_ranks"),
         *("data=files", f"data.paths=[{folder / 'text'}]", f"data.cache_dir={folder / 'cache'}"),
@@ -26,25 +26,25 @@ def choices(folder: Path, name: str, num_steps: int) -> list[str]:
 
 
 def run_bare(folder: Path, name: str, num_steps: int) -> None:
-    """The run by the command alone."""
+    """Runs training with the built-in launcher."""
     done = run_command(["-m", "launch.train", *choices(folder, name, num_steps)], timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 def num_steps_recorded(run: Path) -> int:
-    """How far a run has come."""
+    """Returns the number of steps that a run has done."""
     path = run / "metrics.jsonl"
     return path.read_text().count("\n") if path.exists() else 0
 
 
 def losses(run: Path) -> dict[int, float]:
-    """By step; of a step that was made twice, the last."""
+    """Returns the metrics by step; for a repeated step, the last ones."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return {line["step"]: line["loss"] for line in lines}
 
 
 def assert_same_end(run: Path, other: Path) -> None:
-    """The same loss in every step and, bit for bit, the same weights in the last checkpoint."""
+    """Checks that two runs have the same loss in every step and bitwise equal weights in the last checkpoint."""
     assert losses(run) == losses(other)
     ours, theirs = _weights(run), _weights(other)
     assert ours.keys() == theirs.keys()
@@ -54,7 +54,7 @@ def assert_same_end(run: Path, other: Path) -> None:
 
 
 def logs(folder: Path, patterns: Sequence[str] = ("slurm-*.log", "rank_*.error.log")) -> str:
-    """What a failing test shows of a run."""
+    """Returns the end of a run's logs, for the message of a failed test."""
     paths = [path for pattern in patterns for path in sorted(folder.glob(pattern))]
     return "\n".join(f"== {path.name}\n{path.read_text()[-4000:]}" for path in paths)
 

@@ -1,4 +1,4 @@
-"""Operations for which a host would wait on a GPU, found in what a CPU executes."""
+"""Finds operations that would make the host wait for a GPU, by tracing an execution on CPU."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ _READING = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equa
 
 
 class Reads(TorchDispatchMode):
-    """Names of operations whose result's shape or value the host must wait for."""
+    """Returns the names of operations whose result's shape or value the host must wait for."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

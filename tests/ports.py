@@ -1,4 +1,4 @@
-"""TCP ports for jobs whose ranks meet at one."""
+"""TCP ports for jobs with a rendezvous."""
 
 import socket
 from collections.abc import Iterator

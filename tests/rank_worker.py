@@ -115,7 +115,7 @@ def _generator_states() -> tuple[Any, ...]:
 
 
 def _set_generator_states(states: tuple[Any, ...]) -> None:
-    """Draws start where they start in a fresh rank."""
+    """Resets the random generators to their state in a fresh rank."""
     import numpy
     import torch
 
@@ -125,7 +125,7 @@ def _set_generator_states(states: tuple[Any, ...]) -> None:
 
 
 def _state() -> dict[str, Any]:
-    """What a call could change for the calls after it, by name; values are compared by `_differences`."""
+    """Returns everything that a call could change for later calls, by name; `_differences` compares the values."""
     import torch
     from torch import distributed
 
@@ -151,12 +151,12 @@ def _state() -> dict[str, Any]:
 
 
 def _threads() -> list[str]:
-    """Names of Python's own threads; those of C++, such as autograd's, are dummies once Python has run on them."""
+    """Returns the names of Python's threads, without C++ threads such as those of autograd."""
     return sorted(each.name for each in threading.enumerate() if not isinstance(each, threading._DummyThread))
 
 
 def _definitions(name: str, module: Any) -> dict[str, Any]:
-    """A module's functions and classes, and the methods of its classes: what a test may patch."""
+    """Returns a module's functions, classes and methods, which a test may patch."""
     found: dict[str, Any] = {}
     for attribute, value in list(vars(module).items()):
         # By its exact type: isinstance would wake proxies of deprecated names.
@@ -169,7 +169,7 @@ def _definitions(name: str, module: Any) -> dict[str, Any]:
 
 
 def _differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """Names of what changed, went or came, except definitions of modules that were imported meanwhile."""
+    """Returns the names of changed, removed or added entries, except definitions of new modules."""
     missing = object()
     changed = []
     for name, value in before.items():

@@ -1,7 +1,7 @@
 """Runs a function on several real processes joined in a process group, for tests of what ranks do together.
 
 Ranks are forks of a server that has imported torch. They stay alive between calls, so that a call costs neither forks
-nor imports. Every call has a process group of its own. A rank serves another call only if its last one returned and
+nor imports. Every call has its own process group. A rank serves another call only if its last one returned and
 left nothing behind (`rank_worker` compares threads, environment, signals, definitions and more).
 """
 
@@ -45,7 +45,7 @@ class RanksFailedError(AssertionError):
 
 
 def fork_context() -> ForkServerContext:
-    """The server that ranks and commands of tests are forked from."""
+    """Starts the server from which ranks and commands of tests are forked."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
     return context
@@ -78,7 +78,7 @@ def kill_idle_ranks() -> None:
 
 
 def _take_rank() -> _Rank:
-    """An idle rank, or a new one."""
+    """Returns an idle rank or a new one."""
     while _idle:
         rank = _idle.pop()
         if rank.process.is_alive():
@@ -142,7 +142,7 @@ def run_ranks(
 
 
 def _collect(ranks: list[_Rank], folder: Path, timeout_seconds: float, deadline: float) -> list[Any]:
-    """The result of every rank, or the failures of all that failed by `_GRACE_SECONDS` after the first."""
+    """Returns every rank's result. Raises the failures that occur up to `_GRACE_SECONDS` after the first."""
     world_size = len(ranks)
     pending = {each.connection: rank for rank, each in enumerate(ranks)}
     results: list[Any] = [None] * world_size

@@ -1,4 +1,4 @@
-"""Ends a run of the tests within seconds of SIGTERM or Ctrl-C, with every process and temporary folder that it made."""
+"""Ends a test run within seconds of SIGTERM or Ctrl-C, and removes its processes and temporary folders."""
 
 import atexit
 import os
@@ -19,7 +19,7 @@ _MORE_SECONDS = 3.0
 
 
 class Stop:
-    """A handler of signals that ends the tests of this process, and of xdist's workers if it started them."""
+    """Signal handler that ends the tests of this process and of its xdist workers."""
 
     def __init__(self, *, is_worker: bool) -> None:
         self._is_worker = is_worker
@@ -27,7 +27,7 @@ class Stop:
         self._pid = os.getpid()
 
     def install(self) -> None:
-        """Handles both signals from here on."""
+        """Installs the handler for both signals."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self)
 
@@ -60,7 +60,7 @@ class Stop:
 
 
 def descendants(root: int) -> dict[int, str]:
-    """Live processes below one, each with when it started; empty without /proc."""
+    """Returns the running descendants of a process with their start times; empty without /proc."""
     parents: dict[int, int] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):  # ended meanwhile
@@ -73,7 +73,7 @@ def descendants(root: int) -> dict[int, str]:
 
 
 def _start_of(pid: int) -> str:
-    """When a process started, in ticks; a number that another process took has another. Empty if it has ended."""
+    """Returns when a process started, in ticks, which detects a reused pid. Empty if the process has ended."""
     with suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
     return ""
@@ -93,7 +93,7 @@ def _children(pid: int) -> list[int]:
 
 
 def _is_execnet(pid: int) -> bool:
-    """Whether a process runs execnet's first line, as xdist starts its workers."""
+    """Returns whether a process is an xdist worker, which runs execnet's first line."""
     return b"exec(eval(sys.stdin.readline()))" in Path(f"/proc/{pid}/cmdline").read_bytes()
 
 

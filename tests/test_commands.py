@@ -1,4 +1,4 @@
-"""A command in a fork is one as `python -m` starts it."""
+"""Tests that a command in a fork behaves as `python -m` does."""
 
 import subprocess
 import sys

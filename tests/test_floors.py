@@ -1,4 +1,4 @@
-"""Imports run downward only, heavy modules load where they are used, and `comm` is ours in the checkout alone."""
+"""Tests of imports: they run downward only, heavy modules load on use, and `comm` is ours only in the checkout."""
 
 import ast
 import re
@@ -16,7 +16,7 @@ HEAVY = ("deepspeed", "triton", "wandb", "matplotlib")
 
 
 def imports(source: str) -> Iterator[tuple[str, bool]]:
-    """Every module that a source imports, as dotted names, and whether that happens when it is itself imported."""
+    """Yields every module that a source imports, and whether it is imported at module level."""
 
     def visit(node: ast.AST, top_level: bool) -> Iterator[tuple[str, bool]]:
         if isinstance(node, ast.Import):
@@ -43,7 +43,7 @@ def is_in(module: str, *packages: str) -> bool:
 
 
 def breaches(path: str, source: str) -> list[str]:
-    """What a file's imports break of the house's rules."""
+    """Returns a file's violations of the import rules."""
     package = path.split("/")[0]
     found = []
     for module, top_level in imports(source):
@@ -66,18 +66,18 @@ def breaches(path: str, source: str) -> list[str]:
 
 
 def may_know(path: str, module: str) -> bool:
-    """`load_hf` gives a model that runs in this process alone, so it needs the dispatcher that sends nothing."""
+    """Allows the import because `load_hf` returns a model for one process, which needs the local dispatcher."""
     is_home = path == "model/hf/convert.py" and is_in(module, "comm.dispatch.local")
     return is_home or is_in(module, "comm.protocol", "comm.node_limit")
 
 
 def may_communicate(path: str) -> bool:
-    # launch/ranks/local.py uses torch's launcher, which lives under this name; it opens no process group.
+    # launch/ranks/local.py uses torch's launcher, which is in this package; it opens no process group.
     return path.startswith(("comm/", "train/")) or path in ("dualpipe/runtime/execute.py", "launch/ranks/local.py")
 
 
 def may_be_heavy(path: str, module: str) -> bool:
-    """Modules that exist for a heavy library and are themselves imported where they are used."""
+    """Modules for a heavy library, which are themselves imported where they are used."""
     is_kernel = re.fullmatch(r"kernels/\w+/\w+\.py", path) is not None
     return (is_kernel and is_in(module, "triton")) or (path.startswith("train/optim/") and is_in(module, "deepspeed"))
 
@@ -93,11 +93,11 @@ def test_floors_no_file_imports_upward() -> None:
     assert not broken, "\n".join(broken)
 
 
-def test_triton_is_imported_where_a_kernel_is_compiled_and_nowhere_else() -> None:
+def test_triton_is_imported_only_where_a_kernel_is_compiled() -> None:
     modules = "model.transformer, model.precision.fp8.experts, infer.generate, train.run"
     code = f"import sys, {modules}; print('triton' in sys.modules)"
-    told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert told.stdout.splitlines()[-1] == "False"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
 
 
 @pytest.mark.parametrize(
@@ -164,8 +164,8 @@ def test_comm_of_the_checkout_is_ours() -> None:
     assert Path(done.stdout.strip()) == ROOT / "comm" / "__init__.py"
 
 
-def test_comm_of_jupyter_is_its_own_everywhere_else(tmp_path: Path) -> None:
-    """Installing this project beside ipykernel must leave every name outside the checkout as it was."""
+def test_comm_of_jupyter_is_unchanged_everywhere_else(tmp_path: Path) -> None:
+    """Installing this project next to ipykernel must not change any import outside the checkout."""
     pytest.importorskip("ipykernel_launcher")
     done = run_python("import ipykernel.comm, comm; print(comm.__file__); print(comm.create_comm)", tmp_path)
     assert done.returncode == 0, done.stderr
@@ -176,7 +176,7 @@ def test_comm_of_jupyter_is_its_own_everywhere_else(tmp_path: Path) -> None:
 
 
 def test_jupyter_starts_a_kernel_in_the_checkout() -> None:
-    """Its launcher drops the working folder from the path first; a plain `import ipykernel` there finds our `comm`."""
+    """The kernel's launcher removes the working folder from the path; a plain `import ipykernel` finds our `comm`."""
     pytest.importorskip("ipykernel_launcher")
     command = [sys.executable, "-m", "ipykernel_launcher", "--version"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)

@@ -1,4 +1,4 @@
-"""A public class has one name in the repository, and a folder can be taken in at one look."""
+"""Tests that public classes have unique names, and that folders have a limited number of modules."""
 
 import ast
 from collections import Counter, defaultdict

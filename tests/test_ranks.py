@@ -53,7 +53,7 @@ def test_ranks_name_the_one_that_failed_at_once(how: str, message: str) -> None:
 
 
 def _leave(rank: int, world_size: int, what: str) -> int:
-    """Leaves something behind on rank 1. Returns the process that this rank is."""
+    """Leaves a change behind on rank 1. Returns the rank's process id."""
     if rank == 1:
         match what:
             case "variable":

@@ -1,4 +1,4 @@
-"""A run of the tests that is stopped ends within seconds and leaves no process and no temporary folder."""
+"""Tests that a stopped test run ends within seconds and leaves no process and no temporary folder."""
 
 import os
 import signal
@@ -50,7 +50,7 @@ time.sleep(600)
 
 
 def marked(mark: str) -> list[int]:
-    """Live processes that have inherited an environment."""
+    """Returns the running processes that inherited an environment variable."""
     found = []
     for path in Path("/proc").glob("[0-9]*/environ"):
         try:

@@ -1,4 +1,4 @@
-"""Small values of every configuration, with every feature on, for tests."""
+"""Small configurations for tests, with every feature on."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -93,7 +93,7 @@ SAMPLES = SamplesConfig(prompt="", tokens=0, temperature=0.0)
 
 
 def tiny_config(folder: Path, **changes: object) -> TrainConfig:
-    """A run in `folder` on the CPU in float64, one rank unless changed."""
+    """Returns the configuration of a float64 run in `folder` on the CPU, with one rank by default."""
     config = TrainConfig(
         name="tiny",
         out_dir=str(folder / "run"),
@@ -153,7 +153,7 @@ def tiny_config(folder: Path, **changes: object) -> TrainConfig:
 
 
 def write_text(folder: Path, num_files: int = 60) -> None:
-    """Text files of many lengths, from a fixed rule, under `folder/text`."""
+    """Writes text files of many lengths under `folder/text`, following a fixed rule."""
     (folder / "text").mkdir(parents=True, exist_ok=True)
     for number in range(num_files):
         words = [

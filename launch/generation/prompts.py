@@ -29,7 +29,7 @@ def read_stop(value: object) -> Stop:
     """Reads the key `stop`, a list of token ids and strings.
 
     Raises:
-        ConfigError: the value is not such a list.
+        ConfigError: the value is not a list of token ids and strings.
     """
     if not isinstance(value, list):
         raise ConfigError(f"stop: must be a list of strings and token ids, is {value!r}; write stop=[{value}]")

@@ -80,16 +80,16 @@ def check_gpus(config: TrainConfig, num_local_ranks: int) -> None:
     import torch
 
     seen, found = os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.device_count()
-    where = "this machine has" if seen is None else f"CUDA_VISIBLE_DEVICES={seen} shows"
+    place = "this machine has" if seen is None else f"CUDA_VISIBLE_DEVICES={seen} shows"
     if found == 0:
-        raise MachineError(f"cluster.device: cuda needs a GPU, {where} none, is cuda; {_NO_GPU}")
+        raise MachineError(f"cluster.device: cuda needs a GPU, {place} none, is cuda; {_NO_GPU}")
     if cluster.backend != "nccl":
         return
     if num_local_ranks > found:
         raise MachineError(
             f"cluster.backend: nccl needs a GPU for each of the {num_local_ranks} ranks of this machine "
             f"(parallelism.pipeline={config.parallelism.pipeline} x data={config.parallelism.data} in all), "
-            f"{where} {found}, is nccl; nearest valid: {found} ranks, cluster=one_gpu, or torchrun on several machines"
+            f"{place} {found}, is nccl; nearest valid: {found} ranks, cluster=one_gpu, or torchrun on several machines"
         )
     if not torch.distributed.is_nccl_available():
         raise MachineError(

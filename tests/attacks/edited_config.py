@@ -1,4 +1,4 @@
-"""A run whose `config.yaml` is edited by its first attempt: `python -m tests.attacks.edited_config FOLDER`."""
+"""Runs training whose first attempt edits `config.yaml`: `python -m tests.attacks.edited_config FOLDER`."""
 
 import sys
 from dataclasses import replace
@@ -14,7 +14,7 @@ from train.errors import ExitReason, error_path, write_error
 
 
 def edit_then_read(config: TrainConfig) -> int:
-    """The first attempt edits the file and is lost; the second says what it read."""
+    """Edits the file and exits in the first attempt; prints what it read in the second."""
     folder = Path(config.out_dir)
     if not (folder / "first").exists():
         (folder / "first").touch()

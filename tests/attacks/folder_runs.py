@@ -27,7 +27,7 @@ OTHER_HOST = "node9"
 
 
 def choices(folder: Path) -> list[str]:
-    """Of each run, but its folder and steps."""
+    """Returns the overrides of each run, without its folder and steps."""
     return [
         *("model=tiny", "parallelism=two_ranks", "data=files", f"data.paths=[{folder / 'text'}]"),
         *(f"data.cache_dir={folder / 'cache'}", "data.tokenizer_vocab_size=320", "data.validation_fraction=0.2"),
@@ -37,14 +37,14 @@ def choices(folder: Path) -> list[str]:
 
 
 def delete(run: Path) -> None:
-    """As `rm -r` does, at once."""
+    """Deletes a folder, as `rm -r` does."""
     gone = run.with_name(f"{run.name}.gone")
     run.rename(gone)
     shutil.rmtree(gone)
 
 
 def fill(run: Path) -> None:
-    """Leaves no room on the disk that the folder is."""
+    """Fills the disk of the folder."""
     with (run / "filler").open("wb", buffering=0) as file:
         try:
             while True:
@@ -54,7 +54,7 @@ def fill(run: Path) -> None:
 
 
 def make_read_only(run: Path) -> None:
-    """Of the checkpoints' disk, as a file system does after an error: refused only while a file is being written."""
+    """Makes the checkpoints' disk read-only, as after an error. Fails while a file is being written."""
     folder = str(run / "checkpoints")
     subprocess.run(["mount", "--bind", folder, folder], check=True)
     while subprocess.run(["mount", "-o", "remount,bind,ro", folder], capture_output=True, check=False).returncode:
@@ -62,7 +62,7 @@ def make_read_only(run: Path) -> None:
 
 
 def take_over(run: Path) -> None:
-    """As a command on another machine does after the lease."""
+    """Takes over the lock, as a command on another machine does after the lease."""
     (run / "other").write_text(replace(Owner.of_this_process(), host=OTHER_HOST, machine="another").to_text())
     (run / "other").rename(run / LOCK_NAME)
 
@@ -76,14 +76,14 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
 
 
 def _damage_later(case: str, run: Path) -> None:
-    """Once the run has done some steps and has a checkpoint."""
+    """Waits until the run has done some steps and has a checkpoint, then damages its folder."""
     while not list(run.glob("checkpoints/step-*/manifest.json")):
         time.sleep(0.05)
     DAMAGES[case](run)
 
 
 def run_case(folder: Path, case: str) -> int:
-    """One run; returns its exit code."""
+    """Runs one case. Returns its exit code."""
     run = folder / case
     if case == "full":
         run.mkdir()

@@ -27,7 +27,7 @@ class Payload:
 
 
 def payload_bytes(proof: Path) -> bytes:
-    """A pickle that creates `proof` while it is read."""
+    """Returns a pickle that creates `proof` while it is read."""
     return pickle.dumps(Payload(proof))
 
 
@@ -47,7 +47,7 @@ def rehash(folder: Path) -> None:
 
 
 def edit_manifest(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Changes the manifest and makes its own hash right again."""
+    """Changes the manifest and updates its own hash."""
     path = folder / MANIFEST_NAME
     record = json.loads(path.read_text())
     del record["sha256"]
@@ -63,12 +63,12 @@ def edit_metadata(folder: Path, change: Callable[[Any], object]) -> None:
 
 
 def first_place(metadata: Any) -> Any:
-    """The place of the embedding in DCP's list."""
+    """Returns the entry of the embedding in DCP's list."""
     return next(place for index, place in metadata.storage_data.items() if "embed_tokens" in index.fqn)
 
 
 def replace_first_chunk(folder: Path, content: bytes) -> None:
-    """Puts other bytes into a file of their own, in place of the embedding's."""
+    """Replaces the embedding's bytes by a new file with other bytes."""
     (folder / "__9_0.distcp").write_bytes(content)
 
     def move(metadata: Any) -> None:
@@ -79,7 +79,7 @@ def replace_first_chunk(folder: Path, content: bytes) -> None:
 
 
 def archive(pickled: bytes, values: bytes, *, compression: int = zipfile.ZIP_STORED) -> bytes:
-    """A file as torch saves a tensor, with any header and any values."""
+    """Returns a file in torch's tensor format with any header and any values."""
     import io
 
     buffer = io.BytesIO()
@@ -92,7 +92,7 @@ def archive(pickled: bytes, values: bytes, *, compression: int = zipfile.ZIP_STO
 
 
 def many_members(count: int) -> bytes:
-    """A zip archive of `count` empty members."""
+    """Returns a zip archive with `count` empty members."""
     import io
 
     buffer = io.BytesIO()
@@ -103,23 +103,23 @@ def many_members(count: int) -> bytes:
 
 
 def huge_memo() -> bytes:
-    """A pickle of a few bytes for which Python's own reader takes 32 GiB."""
+    """Returns a pickle of a few bytes for which Python's reader allocates 32 GiB."""
     return b"\x80\x04Nr" + struct.pack("<I", 2**31 - 1) + b"."
 
 
 def deep_tuples(depth: int) -> bytes:
-    """A pickle of a tuple in a tuple in a tuple, as a key: hashing it overflows the interpreter's stack."""
+    """Returns a pickle with deeply nested tuples as a key; hashing it overflows the interpreter's stack."""
     return b"\x80\x04})" + b"\x85" * depth + b"Ns."
 
 
 def sparse(path: Path, num_bytes: int = ONE_TIB) -> None:
-    """A file of this size that takes no room on the disk."""
+    """Creates a sparse file of this size."""
     path.unlink(missing_ok=True)
     with path.open("wb") as file:
         file.truncate(num_bytes)
 
 
 def loop(path: Path) -> None:
-    """A link to itself."""
+    """Creates a link to itself."""
     path.unlink(missing_ok=True)
     path.symlink_to(path.name)

@@ -1,7 +1,7 @@
 """Two training runs of two ranks each, of which tests attack the second: `python -m tests.attacks.network_ranks DIR`.
 
-The runs `calm` and `attacked` are started by the built-in launcher and are equal. In each, every rank records the
-datagrams that it sends and counts what its watchdog's thread does. The second run waits in the middle, before an
+The runs `uninterrupted` and `attacked` are equal and started by the built-in launcher. Every rank records the datagrams
+that it sends and counts the polls of its watchdog's thread. The second run waits in the middle of training, before an
 update of the weights, until the file `over` appears in DIR.
 """
 
@@ -26,13 +26,13 @@ NUM_STEPS = 6
 _WAIT_SECONDS = 90.0
 
 
-def calm(config: TrainConfig) -> int:
-    """What each rank of the first run does."""
+def uninterrupted(config: TrainConfig) -> int:
+    """Runs a rank of the first run."""
     return _train(config)
 
 
 def attacked(config: TrainConfig) -> int:
-    """What each rank of the second run does."""
+    """Runs a rank of the second run."""
     from tests.train.strikes import watch_operations
 
     num_updates = 0
@@ -98,7 +98,7 @@ def main(arguments: Sequence[str]) -> int:
     ]
     config = compose_run(choices)
     start_fork_server(config.cluster, preload_modules(config.cluster))
-    for entry in (network_ranks.calm, network_ranks.attacked):
+    for entry in (network_ranks.uninterrupted, network_ranks.attacked):
         out_dir = folder / entry.__name__
         write_run_folder(compose_run([*choices, f"out_dir={out_dir}"]), datetime(2024, 1, 2))
         if code := run_ranks(out_dir, config.parallelism.world_size, entry):

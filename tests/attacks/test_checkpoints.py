@@ -1,4 +1,4 @@
-"""Checkpoints from a stranger: nothing in them runs, and what they hold is refused in one line."""
+"""Tests of untrusted checkpoints: none of their code runs, and invalid content is rejected with one line."""
 
 import os
 import pickle
@@ -40,7 +40,7 @@ MOST_BYTES = 2 * 2**30
 
 
 def payload_as_values(folder: Path) -> None:
-    """A tensor that the list declares to be something else, which torch's planner unpickles without restriction."""
+    """Declares a tensor to be another object, which torch's planner unpickles without restriction."""
     hostile.replace_first_chunk(folder, hostile.payload_bytes(folder / "proof"))
 
     def declare(metadata: Any) -> None:
@@ -55,7 +55,7 @@ def payload_as_values(folder: Path) -> None:
 
 
 def change_place(**values: object) -> Callable[[Path], None]:
-    """Where the embedding lies, changed."""
+    """Changes the location of the embedding."""
 
     def change(folder: Path) -> None:
         hostile.edit_metadata(
@@ -67,7 +67,7 @@ def change_place(**values: object) -> Callable[[Path], None]:
 
 
 def change_tensor(act: Callable[[Any], object]) -> Callable[[Path], None]:
-    """What the list says of the embedding, changed."""
+    """Changes the entry of the embedding in the list."""
 
     def change(folder: Path) -> None:
         hostile.edit_metadata(folder, lambda metadata: act(metadata.state_dict_metadata["weights.model.norm.weight"]))
@@ -76,30 +76,30 @@ def change_tensor(act: Callable[[Any], object]) -> Callable[[Path], None]:
 
 
 def put(name: str, content: Callable[[Path], bytes]) -> Callable[[Path], None]:
-    """Other bytes in a file."""
+    """Replaces the bytes of a file."""
     return lambda folder: (folder / name).write_bytes(content(folder / "proof")) and None
 
 
 def deflated(folder: Path) -> None:
-    """A few kilobytes that become a gigabyte."""
+    """Writes a few kilobytes that decompress to a gigabyte."""
     values = hostile.archive(b"\x80\x02N.", bytes(2**26), compression=zipfile.ZIP_DEFLATED)
     hostile.replace_first_chunk(folder, values)
 
 
 def other_type(folder: Path) -> None:
-    """A tensor of the same shape in another type."""
+    """Writes a tensor with the same shape and another type."""
     with CheckpointFile(folder) as tensor:
         tensor.values = tensor.values.to(torch.float16)
 
 
 def other_shape(folder: Path) -> None:
-    """A tensor of one column less."""
+    """Writes a tensor with one column less."""
     with CheckpointFile(folder) as tensor:
         tensor.values = tensor.values[:, :-1].clone()
 
 
 class CheckpointFile:
-    """The embedding of a checkpoint, to be replaced by another tensor as torch saves it."""
+    """The embedding of a checkpoint, for replacement by another tensor in the format of torch."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -158,7 +158,7 @@ CASES: list[tuple[str, Callable[[Path], object], str]] = [
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The checkpoint of a run that two ranks wrote, and one of this process alone."""
+    """Creates a checkpoint that two ranks wrote, and one that this process wrote."""
     folder = tmp_path_factory.mktemp("attacks")
     write_text(folder)
     run_ranks(2, save_one, run_config(folder))
@@ -195,7 +195,7 @@ def _frugal() -> Any:
 
 @pytest.mark.usefixtures("_frugal")
 @pytest.mark.parametrize(("spoil", "part"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
-def test_a_hostile_checkpoint_is_refused_in_one_line(
+def test_a_hostile_checkpoint_is_rejected_in_one_line(
     spoil: Callable[[Path], object], part: str, sources: Path, tmp_path: Path
 ) -> None:
     folder = alone(sources, tmp_path)
@@ -221,7 +221,7 @@ RESUMED = [
 
 
 def resume_from(rank: int, world_size: int, config: TrainConfig, folders: list[Path]) -> list[str]:
-    """What each rank says to each checkpoint; empty if it loads."""
+    """Returns each rank's error for each checkpoint; empty if it loads."""
     learner, said = open_job(config), []
     for folder in folders:
         try:
@@ -235,7 +235,7 @@ def resume_from(rank: int, world_size: int, config: TrainConfig, folders: list[P
     return said
 
 
-def test_resume_runs_nothing_and_every_rank_refuses_alike(sources: Path, tmp_path: Path) -> None:
+def test_resume_runs_nothing_and_every_rank_rejects_alike(sources: Path, tmp_path: Path) -> None:
     """`guard=roll_back` reads checkpoints by the same function."""
     step = sources / "run" / "checkpoints" / "step-00000001"
     folders = [hostile.copy_of(step, tmp_path / name) for name, _ in RESUMED]
@@ -250,7 +250,7 @@ def test_resume_runs_nothing_and_every_rank_refuses_alike(sources: Path, tmp_pat
 
 
 def test_resume_command_runs_nothing_and_ends_with_code_2(tmp_path: Path) -> None:
-    """The attack as it was found: a crafted list with hashes made right. It ran on every rank, and the run went on."""
+    """Repeats the attack that was found: a crafted list with correct hashes, whose code ran on every rank."""
     write_text(tmp_path)
     first = [*choices(tmp_path, "first", 1), "parallelism=one_rank", "batch.global_sequences=2"]
     assert command(first).returncode == 0
@@ -307,7 +307,7 @@ MANIFESTS: list[tuple[str, Callable[[Path], object], str]] = [
 
 @pytest.mark.usefixtures("_frugal")
 @pytest.mark.parametrize(("spoil", "part"), [case[1:] for case in MANIFESTS], ids=[case[0] for case in MANIFESTS])
-def test_a_hostile_manifest_is_refused_in_one_line(
+def test_a_hostile_manifest_is_rejected_in_one_line(
     spoil: Callable[[Path], object], part: str, sources: Path, tmp_path: Path
 ) -> None:
     folder = alone(sources, tmp_path)

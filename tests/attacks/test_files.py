@@ -1,4 +1,4 @@
-"""Other files from a stranger: weights, tokenizers, files of a run's folder. Each is refused or has no effect."""
+"""Tests of other untrusted files (weights, tokenizers, files of a run's folder): each is rejected or has no effect."""
 
 import json
 from collections.abc import Callable
@@ -36,7 +36,7 @@ NOW = datetime(2024, 2, 3, 4, 5, 6)
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`hf`: an exported folder. `converted`: the same as converted weights."""
+    """Creates weights as an exported folder (`hf`) and as converted weights (`converted`)."""
     folder = tmp_path_factory.mktemp("weights")
     write_run(folder / "run")
     convert(["from=checkpoint", f"path={folder / 'run'}", f"to={folder / 'hf'}", "max_shard_bytes=30000"])
@@ -45,7 +45,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def refusal(act: Callable[..., object], *arguments: object) -> str:
-    """What is said against it; empty if nothing is."""
+    """Returns the error message, or nothing if there is no error."""
     try:
         act(*arguments)
     except (HfError, CheckpointError, DataError) as error:
@@ -86,7 +86,7 @@ def edit_index(folder: Path, file: str) -> None:
 
 
 @pytest.mark.parametrize(("spoil", "part"), [case[1:] for case in INDEXES], ids=[case[0] for case in INDEXES])
-def test_a_hostile_index_is_refused(spoil: Callable[[Path], object], part: str, weights: Path, tmp_path: Path) -> None:
+def test_a_hostile_index_is_rejected(spoil: Callable[[Path], object], part: str, weights: Path, tmp_path: Path) -> None:
     folder = hostile.copy_of(weights / "hf", tmp_path / "hf")
     spoil(folder)
     with pytest.raises(HfError) as refused:
@@ -110,7 +110,7 @@ def split_by(pattern: str) -> Callable[[Path], None]:
     return change_tokenizer(lambda values: values.update(pre_tokenizer=split))
 
 
-def added(number: object, text: str = "stranger") -> dict[str, Any]:
+def added(number: object, text: str = "added") -> dict[str, Any]:
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     return {"id": number, "content": text, "special": True, **flags}
 
@@ -131,7 +131,7 @@ TOKENIZERS: list[tuple[str, Callable[[Path], object]]] = [
 
 
 @pytest.mark.parametrize("spoil", [case[1] for case in TOKENIZERS], ids=[case[0] for case in TOKENIZERS])
-def test_a_hostile_tokenizer_is_refused_in_one_line(spoil: Callable[[Path], object], tmp_path: Path) -> None:
+def test_a_hostile_tokenizer_is_rejected_in_one_line(spoil: Callable[[Path], object], tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     Tokenizer.train(["def f(x):\n    return x + 1\n"] * 9, 300).save(path)
     spoil(path)
@@ -143,7 +143,7 @@ def test_a_hostile_tokenizer_is_refused_in_one_line(spoil: Callable[[Path], obje
 
 
 @pytest.mark.parametrize("number", [300, 5, 10**9], ids=["the next id", "an id that is taken", "an id far outside"])
-def test_a_tokenizer_with_an_odd_id_is_refused_or_stays_within_its_size(number: int, tmp_path: Path) -> None:
+def test_a_tokenizer_with_an_odd_id_is_rejected_or_stays_within_its_size(number: int, tmp_path: Path) -> None:
     """The model's embedding has `vocab_size` rows: the command compares, and no id is above what it says."""
     path = tmp_path / "tokenizer.json"
     Tokenizer.train(["def f(x):\n    return x + 1\n"] * 9, 300).save(path)
@@ -151,13 +151,13 @@ def test_a_tokenizer_with_an_odd_id_is_refused_or_stays_within_its_size(number: 
 
     def check() -> None:
         tokenizer = Tokenizer.load(path, "data.tokenizer")
-        assert max(tokenizer.encode("stranger def f(x)")) < tokenizer.vocab_size
+        assert max(tokenizer.encode("added def f(x)")) < tokenizer.vocab_size
 
     assert "\n" not in refusal(check)
 
 
 def claimed(tmp_path: Path) -> Path:
-    """A run's folder."""
+    """Creates a run's folder."""
     write_text(tmp_path)
     return Path(write_run_folder(tiny_config(tmp_path), NOW).out_dir)
 
@@ -185,7 +185,7 @@ def append(path: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize(("spoil", "part"), [case[1:] for case in CONFIGS], ids=[case[0] for case in CONFIGS])
-def test_a_hostile_config_of_a_run_is_refused(
+def test_a_hostile_config_of_a_run_is_rejected(
     spoil: Callable[[Path], object], part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -209,7 +209,7 @@ def test_a_config_that_names_another_folder_has_no_effect_there(tmp_path: Path) 
 
 
 def test_a_config_edited_between_attempts_has_no_effect(tmp_path: Path) -> None:
-    """The command writes it again from what it was started with, before ranks start again."""
+    """The command writes config.yaml again from its own configuration before ranks restart."""
     done = run_command(["-m", "tests.attacks.edited_config", str(tmp_path)])
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "run" / "second").read_text() == str(tmp_path / "run")
@@ -254,9 +254,7 @@ def test_hostile_lines_of_a_run_are_passed_over(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "events.jsonl", "loads.jsonl", "schedule.svg", "status.json"])
 @pytest.mark.parametrize("spoil", [hostile.sparse, hostile.loop], ids=["1 TiB", "a link to itself"])
-def test_a_file_of_a_run_that_is_none_of_its_own_is_passed_over(
-    name: str, spoil: Callable[[Path], object], tmp_path: Path
-) -> None:
+def test_a_foreign_file_in_a_run_is_ignored(name: str, spoil: Callable[[Path], object], tmp_path: Path) -> None:
     run = claimed(tmp_path)
     spoil(run / name)
     assert read_events(run) == []
@@ -290,7 +288,7 @@ def of_two_ranks(tmp_path: Path) -> TrainConfig:
 
 
 def reversed_groups(text: str) -> str:
-    """Every rank does last what it must do first: all would wait for each other."""
+    """Reverses the order of each rank, so that all ranks would wait for each other."""
     values = json.loads(text)
     return json.dumps({**values, "ranks": [groups[::-1] for groups in values["ranks"]]})
 
@@ -307,7 +305,7 @@ SCHEDULES: list[tuple[str, Callable[[Path, str], object]]] = [
 
 
 @pytest.mark.parametrize("spoil", [case[1] for case in SCHEDULES], ids=[case[0] for case in SCHEDULES])
-def test_a_hostile_schedule_of_a_checkpoint_is_refused(spoil: Callable[[Path, str], object], tmp_path: Path) -> None:
+def test_a_hostile_schedule_of_a_checkpoint_is_rejected(spoil: Callable[[Path, str], object], tmp_path: Path) -> None:
     config, path = of_two_ranks(tmp_path), tmp_path / "schedule.json"
     text = to_json(build("1f1b", 2, config.num_micro_batches))
     path.write_text(text)

@@ -1,4 +1,4 @@
-"""Folders that are hostile, shared, or gone: each case ends in a clear error or has no effect, and no state is lost."""
+"""Tests of hostile, shared or deleted folders: each case is a clear error or has no effect, and no state is lost."""
 
 import json
 import os
@@ -71,7 +71,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def damaged(folder: Path) -> str:
-    """All damaged runs have ended; what they said."""
+    """Runs all damaged runs. Returns their output."""
     cases = ["deleted", "taken_over", *(["full", "read_only"] if can_mount() else [])]
     command = [sys.executable, "-m", "tests.attacks.folder_runs", str(folder), *cases]
     done = ended([*(["unshare", "-m"] if can_mount() else []), *command])
@@ -121,7 +121,7 @@ def test_run_goes_on_from_the_rescue_folder(folder: Path, damaged: str) -> None:
 
 
 @pytest.mark.slow
-def test_second_command_is_refused_before_it_touches_anything_and_a_closed_terminal_saves(folder: Path) -> None:
+def test_second_command_is_rejected_before_it_touches_anything_and_a_closed_terminal_saves(folder: Path) -> None:
     command = train(folder, "shared", "resume=auto", "task.steps=100000", "checkpointing.every_steps=0")
     first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True)
     run = folder / "shared"
@@ -184,7 +184,7 @@ def test_broken_output_does_not_end_a_run_and_secrets_reach_no_file(folder: Path
     assert not list(folder.glob("launch-*"))
 
 
-def test_out_dir_that_is_no_folder_is_refused(tmp_path: Path) -> None:
+def test_out_dir_that_is_no_folder_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     os.symlink("loop", tmp_path / "loop")
     os.symlink(tmp_path / "nowhere", tmp_path / "dangling")
@@ -273,7 +273,7 @@ def test_planted_locks_have_no_effect_but_a_living_owner(tmp_path: Path) -> None
 
 
 @pytest.mark.skipif(not can_mount(), reason="mounting a read-only disk needs root and unshare")
-def test_read_only_folder_is_refused_in_one_line(tmp_path: Path) -> None:
+def test_read_only_folder_is_rejected_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     script = 'mount -t tmpfs -o ro tmpfs "$0" && exec "$@"'
     command = [sys.executable, "-c", f"""

@@ -1,4 +1,4 @@
-"""A stranger on this machine's network: nothing that is sent to a run's sockets has any effect on it."""
+"""Tests of network attacks: nothing that is sent to a run's sockets has an effect on the run."""
 
 import json
 import os
@@ -38,7 +38,7 @@ VERDICT = {"code": 0, "text": "forged", "judge": 1, "culprits": [0]}
 
 @dataclass(frozen=True)
 class Victim:
-    """A run of two ranks that waits in the middle of training, and what was sent in it and in a run before it."""
+    """A run of two ranks that waits in the middle of training, with the datagrams of this run and of an earlier one."""
 
     command: subprocess.Popen[str]
     folder: Path
@@ -46,11 +46,11 @@ class Victim:
 
     @property
     def pids(self) -> list[int]:
-        """Of the ranks, in order."""
+        """Process ids of the ranks, in order."""
         return [rank["pid"] for rank in self.ranks]
 
     def ports(self, kind: str) -> list[list[tuple[str, int]]]:
-        """Addresses of each rank's sockets that others can send to: bound `udp`, or listening `tcp`."""
+        """Returns the addresses of each rank's sockets that others can send to: bound `udp` or listening `tcp`."""
         found = []
         for pid in self.pids:
             sockets = psutil.Process(pid).net_connections(kind)
@@ -58,7 +58,7 @@ class Victim:
         return found
 
     def sent(self, run: str) -> list[tuple[int, int, bytes]]:
-        """Sender, recipient and bytes of each datagram of a run so far."""
+        """Returns sender, recipient and bytes of each datagram of a run so far."""
         return [
             (rank, recipient, bytes.fromhex(data))
             for rank in (0, 1)
@@ -66,7 +66,7 @@ class Victim:
         ]
 
     def num_ticks(self) -> list[int]:
-        """How often each watchdog's thread has looked."""
+        """Returns how often each watchdog's thread has polled."""
         paths = [self.folder / "attacked" / f"ticks_{rank}" for rank in (0, 1)]
         return [path.stat().st_size for path in paths]
 
@@ -95,11 +95,11 @@ def victim(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Victim]:
 
 
 def _send(victim: Victim, datagrams: list[tuple[int, bytes]]) -> None:
-    """Sends each to its rank, from a socket of no rank, with time to read between."""
+    """Sends each datagram to its rank from a foreign socket, with time to read in between."""
     ports = [each[0] for each in victim.ports("udp")]
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as stranger:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as attacker:
         for number, (rank, data) in enumerate(datagrams):
-            stranger.sendto(data, ports[rank])
+            attacker.sendto(data, ports[rank])
             if number % 64 == 63:
                 time.sleep(0.01)
 
@@ -114,7 +114,7 @@ def garbage(victim: Victim) -> None:
 
 
 def forged(victim: Victim) -> None:
-    """As a rank would send it, but for the key."""
+    """Sends datagrams as a rank would, but with another key."""
     for key in (bytes(32), b"guessed".ljust(32)):
         for rank in (0, 1):
             codec = DatagramCodec(key, 1 - rank, 2)
@@ -124,7 +124,7 @@ def forged(victim: Victim) -> None:
 
 
 def without_authentication(victim: Victim) -> None:
-    """As ranks once sent it: a secret that was in the store, then compressed JSON."""
+    """Sends datagrams in the old format: a secret from the store, then compressed JSON."""
     texts = [
         json.dumps(["verdict", 1, VERDICT]),
         json.dumps(["departure", 1, {"end": "error", "text": "x"}]),
@@ -142,7 +142,7 @@ def replayed_to_another_rank(victim: Victim) -> None:
 
 
 def replayed_from_an_earlier_attempt(victim: Victim) -> None:
-    _send(victim, [(rank, data) for _, _, data in victim.sent("calm") for rank in (0, 1)])
+    _send(victim, [(rank, data) for _, _, data in victim.sent("uninterrupted") for rank in (0, 1)])
 
 
 def truncated(victim: Victim) -> None:
@@ -150,7 +150,7 @@ def truncated(victim: Victim) -> None:
 
 
 def extended(victim: Victim) -> None:
-    """With more behind it, up to the largest datagram."""
+    """Sends datagrams with appended bytes, up to the largest size."""
     sent = [(to, data) for _, to, data in victim.sent("attacked")]
     _send(victim, [(to, data.ljust(size, b"x")) for to, data in sent for size in (len(data) + 1, 9000, 65507)])
 
@@ -168,15 +168,15 @@ def decompression_bombs(victim: Victim) -> None:
 
 
 def flood(victim: Victim) -> None:
-    """Without a pause; every watchdog's thread keeps its rhythm meanwhile."""
+    """Sends datagrams without a pause. Every watchdog's thread must keep its polling interval."""
     ports = [each[0] for each in victim.ports("udp")]
     before, begun = victim.num_ticks(), time.monotonic()
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as stranger:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as attacker:
         # Up to their tags these are another rank's, so their tags have to be computed, for 1 of 100 over 65 kB.
         headers = [bytes(32) + struct.pack("!BIIQ", 0, 1 - rank, rank, 1 << 40) for rank in (0, 1)]
         large = [header.ljust(65507, b"x") for header in headers]
         for number in count(1):
-            stranger.sendto((headers if number // 2 % 100 else large)[number % 2], ports[number % 2])
+            attacker.sendto((headers if number // 2 % 100 else large)[number % 2], ports[number % 2])
             if number >= NUM_FLOOD and time.monotonic() >= begun + FLOOD_SECONDS:
                 break
     seconds = time.monotonic() - begun
@@ -185,24 +185,24 @@ def flood(victim: Victim) -> None:
     assert min(ticks) >= 2 * seconds, (ticks, seconds)
 
 
-def strangers_on_listening_ports(victim: Victim) -> None:
-    """They send garbage, connect and leave, or stay without a word."""
+def attackers_on_listening_ports(victim: Victim) -> None:
+    """Sends garbage, connects and disconnects, and stays connected silently."""
     noise = random.Random(2)
     with ExitStack() as held:
         for address in {address for each in victim.ports("tcp") for address in each}:
             for number in range(40):
-                stranger = held.enter_context(socket.create_connection(address, timeout=5))
+                attacker = held.enter_context(socket.create_connection(address, timeout=5))
                 if number % 4 == 0:
-                    stranger.sendall(noise.randbytes(noise.choice((1, 8, 64, 100_000))))
+                    attacker.sendall(noise.randbytes(noise.choice((1, 8, 64, 100_000))))
                 if number % 4 == 1:
-                    stranger.sendall(bytes(8))
+                    attacker.sendall(bytes(8))
                 if number % 4 == 2:
-                    stranger.close()
+                    attacker.close()
         time.sleep(0.5)
 
 
 def works_on(rank: int, log: CollectiveLog, strike: Callable[[], None]) -> None:
-    """What a rank does whose job's store is attacked."""
+    """Runs a rank of a job whose store is attacked."""
     for number in range(4):
         distributed.all_reduce(torch.ones(3))
         if number == 1:
@@ -218,7 +218,7 @@ def _connect(port: int) -> socket.socket | None:
 
 
 def _open_store(port: int) -> distributed.TCPStore:  # type: ignore[name-defined]
-    """As a stranger opens it: nothing but the port is needed."""
+    """Opens the store as an attacker does, which needs only the port."""
     until = time.monotonic() + 60
     while (opened := _connect(port)) is None:
         assert time.monotonic() < until
@@ -227,21 +227,21 @@ def _open_store(port: int) -> distributed.TCPStore:  # type: ignore[name-defined
     return distributed.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)  # type: ignore[attr-defined]
 
 
-def test_network_strangers_on_the_port_of_a_store_have_no_effect() -> None:
+def test_network_attackers_on_the_port_of_a_store_have_no_effect() -> None:
     """Under torchrun the store listens: on this machine alone, if all ranks are on it."""
     ranks, noise = WatchedRanks(2, works_on, 10.0), random.Random(3)
     store = _open_store(ranks.port)
     with ExitStack() as held:
         until = time.monotonic() + 60
         while not ranks.has_struck and time.monotonic() < until:
-            if (stranger := _connect(ranks.port)) is not None:
-                held.enter_context(stranger)
+            if (attacker := _connect(ranks.port)) is not None:
+                held.enter_context(attacker)
                 with suppress(OSError):
-                    stranger.sendall(noise.randbytes(noise.choice((1, 4, 64, 9000))))
+                    attacker.sendall(noise.randbytes(noise.choice((1, 4, 64, 9000))))
             time.sleep(0.05)
         for _ in range(200):
-            if (stranger := _connect(ranks.port)) is not None:
-                held.enter_context(stranger)
+            if (attacker := _connect(ranks.port)) is not None:
+                held.enter_context(attacker)
         for name in ("key", "verdict", "nonce/0", "nonce/1", "address/0", "address/1"):
             store.set(f"watchdog/{name}", json.dumps(VERDICT))
             store.delete_key(f"watchdog/{name}")
@@ -252,7 +252,7 @@ def test_network_strangers_on_the_port_of_a_store_have_no_effect() -> None:
 
 ATTACKS: tuple[Callable[[Victim], None], ...] = (
     *(garbage, forged, without_authentication, replayed, replayed_to_another_rank, replayed_from_an_earlier_attempt),
-    *(truncated, extended, with_flipped_bits, decompression_bombs, flood, strangers_on_listening_ports),
+    *(truncated, extended, with_flipped_bits, decompression_bombs, flood, attackers_on_listening_ports),
 )
 
 
@@ -291,12 +291,12 @@ def test_network_attack_leaves_watchdogs_at_work(attack: Callable[[Victim], None
     assert all(psutil.pid_exists(pid) for pid in victim.pids)
 
 
-def test_network_attacked_run_ends_as_a_calm_one(victim: Victim) -> None:
-    """Comes last: it lets the run end."""
+def test_network_attacked_run_ends_as_an_uninterrupted_one(victim: Victim) -> None:
+    """Runs last, because it lets the run end."""
     (victim.folder / "over").touch()
     _, err = victim.command.communicate(timeout=120)
     assert victim.command.returncode == 0, err
-    assert losses(victim.folder / "attacked") == losses(victim.folder / "calm")
+    assert losses(victim.folder / "attacked") == losses(victim.folder / "uninterrupted")
     assert not list((victim.folder / "attacked" / "log").glob("*.error.log"))
     assert "watchdog" not in err
     assert not any(os.path.exists(f"/proc/{pid}") for pid in victim.pids)

@@ -1,4 +1,4 @@
-"""No source reads a file in a way that can run what is in it: each use that looks like one is listed here."""
+"""Checks that no source reads a file in a way that can execute it; lists each use that looks like one."""
 
 import ast
 import re
@@ -43,7 +43,7 @@ ALLOWED = {
 
 
 def uses(source: str) -> set[str]:
-    """Every pattern's match in a source's code, without its comments and docstrings."""
+    """Returns each pattern's matches in a source's code, without comments and docstrings."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
         body = getattr(node, "body", None)

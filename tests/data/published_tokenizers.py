@@ -1,4 +1,4 @@
-"""Small tokenizers with the parts of published ones, and the files that name their special tokens."""
+"""Builds small tokenizers with the parts of published ones, and the files that name their special tokens."""
 
 import base64
 import json
@@ -58,7 +58,7 @@ def _special(token: str) -> AddedToken:
 
 
 def _llama2(folder: Path, *, legacy: bool) -> Path:
-    """SentencePiece's BPE with bytes as a last resort; spaces as U+2581, put first by normalizer or Metaspace."""
+    """Builds SentencePiece's BPE with byte fallback. Spaces are U+2581, prepended by a normalizer or by Metaspace."""
     special = [_special(token) for token in ("<unk>", "<s>", "</s>")]
     bytes_left = [f"<0x{byte:02X}>" for byte in range(256)]
     trained = Tokenizer(models.BPE(unk_token="<unk>"))
@@ -93,7 +93,7 @@ def _llama3(folder: Path) -> Path:
 
 
 def _qwen(folder: Path) -> Path:
-    """No begin of sentence; its marks of fill-in-the-middle are declared as plain tokens."""
+    """Builds a tokenizer without begin of sentence; its fill-in-the-middle markers are ordinary tokens."""
     special: list[str | AddedToken] = [_special(token) for token in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")]
     special += [AddedToken(token, special=False) for token in ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>")]
     tokenizer = _byte_level(_GPT2_SPLIT, special, None)
@@ -106,7 +106,7 @@ def _qwen(folder: Path) -> Path:
 
 
 def _gpt2(folder: Path) -> Path:
-    """One special token, which only `special_tokens_map.json` names, as begin and as end."""
+    """Builds a tokenizer with one special token, which only `special_tokens_map.json` names, as begin and as end."""
     end = "<|endoftext|>"
     tokenizer = _byte_level(_GPT2_SPLIT, [_special(end)], None)
     return _saved(tokenizer, folder, special_tokens_map={"bos_token": end, "eos_token": end, "unk_token": end})
@@ -126,7 +126,7 @@ def _deepseek(folder: Path) -> Path:
 
 
 def _kimi(folder: Path) -> Path:
-    """`tiktoken.model`, and the names of some of its 256 special tokens."""
+    """Builds a `tiktoken.model`, and names some of its 256 special tokens."""
     trained = _byte_level(_LLAMA3_SPLIT, [], None)
     vocab = trained.get_vocab(with_added_tokens=False)
     byte_of = {letter: byte for byte, letter in bytes_to_unicode().items()}

@@ -1,4 +1,4 @@
-"""A tokenizer in the shape of the released one: large ids, some special tokens declared plain, settings of its own."""
+"""Builds a tokenizer like the released one: large ids, special tokens declared as ordinary ones, own settings."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -12,17 +12,19 @@ VOCAB_SIZE = 129_280
 
 
 def write_released(
-    path: Path, texts: Sequence[str], *, without: Sequence[str] = (), highest_id: int = VOCAB_SIZE - 1
+    path: Path, documents: Sequence[str], *, without: Sequence[str] = (), highest_id: int = VOCAB_SIZE - 1
 ) -> Path:
-    """Begin, end and pad are 0, 1 and 2, all other tokens end at the highest id; texts are cut and filled to 4 tokens.
+    """Writes a tokenizer with begin, end and pad as ids 0, 1, 2 and all other ids up to the highest id.
+
+    Its file truncates and pads text to 4 tokens.
 
     Args:
-        path: of the file; its folder exists.
-        texts: that the merges are of.
-        without: special tokens left out.
-        highest_id: of a token.
+        path: the file; its folder must exist.
+        documents: text to train the merges on.
+        without: special tokens that are left out.
+        highest_id: highest token id.
     """
-    Tokenizer.train(texts, 300).save(path)
+    Tokenizer.train(documents, 300).save(path)
 
     def change(values: dict[str, Any]) -> None:
         vocab = values["model"]["vocab"]

@@ -1,4 +1,4 @@
-"""Sizes of batches: a pure function of the step that reads every sequence once, in order."""
+"""Tests of batch sizes: they are a pure function of the step and read every sequence once, in order."""
 
 from itertools import pairwise
 

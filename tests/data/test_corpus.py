@@ -1,4 +1,4 @@
-"""Laws of the corpus: which files, which documents, which part, and what is refused."""
+"""Tests of the corpus: files, documents, parts, and rejected sources."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def test_embedded_is_large_sorted_relative_and_without_tests() -> None:
 
 
 def test_check_of_the_embedded_source_takes_under_a_second() -> None:
-    begin = time.process_time()  # of this process alone, whatever else the cores are busy with
+    begin = time.process_time()  # CPU time of this process, independent of other load
     check_source(EMBEDDED)
     assert time.process_time() - begin < 1.0
 
@@ -77,7 +77,7 @@ def test_bytes_that_are_no_text_become_replacement_characters(tmp_path: Path) ->
         ("[" * 100_000, ["object with a string field"]),
     ],
 )
-def test_a_bad_jsonl_line_is_refused_with_its_place(tmp_path: Path, line: str, words: list[str]) -> None:
+def test_a_bad_jsonl_line_is_rejected_with_its_place(tmp_path: Path, line: str, words: list[str]) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(f'{{"text": "fine"}}\n\n{line}\n', encoding="utf-8")
     for call in (check_source, lambda source: list(read_documents(source))):
@@ -88,7 +88,7 @@ def test_a_bad_jsonl_line_is_refused_with_its_place(tmp_path: Path, line: str, w
         assert len(str(caught.value)) < 600
 
 
-def test_a_missing_path_is_refused_with_the_nearest_one(tmp_path: Path) -> None:
+def test_a_missing_path_is_rejected_with_the_nearest_one(tmp_path: Path) -> None:
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus" / "a.txt").write_text("a", encoding="utf-8")
     for given, nearest in (("corpsu", "corpus"), ("corpsu/a.txt", "corpus/a.txt"), ("corpus/b.tx", None)):
@@ -105,12 +105,12 @@ def test_a_missing_path_is_refused_with_the_nearest_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("given", ["", "~no_such_user_here/x.txt", "a\0b.txt", "x" * 5000 + ".txt"])
-def test_an_impossible_path_is_refused_as_data(given: str) -> None:
+def test_an_impossible_path_is_rejected_as_data(given: str) -> None:
     with pytest.raises(DataError, match=r"^data\.paths:"):
         check_source(files(given))
 
 
-def test_sources_without_text_are_refused(tmp_path: Path) -> None:
+def test_sources_without_text_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"data\.paths: at least one"):
         check_source(files())
     with pytest.raises(DataError, match="contains no readable document"):

@@ -1,4 +1,4 @@
-"""Laws of fill-in-the-middle: every character kept, the order PSM, chance from (seed, index) alone."""
+"""Tests of fill-in-the-middle: every character is kept, the order is PSM, and only seed and index decide."""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -35,7 +35,7 @@ def test_fim_cuts_are_uniform_over_all_places() -> None:
     assert seen == {(begin, end - begin) for begin in range(4) for end in range(begin, 4)}
 
 
-def test_fim_tokens_are_in_psm_order_and_give_the_text_back() -> None:
+def test_fim_tokens_are_in_psm_order_and_decode_to_the_text() -> None:
     tokenizer = Tokenizer.train(["one two three four"], 270)
     prefix, suffix, middle = (tokenizer.encode(text) for text in ("one ", " four", "two three"))
     ids = join_fim_tokens(tokenizer, prefix_ids=prefix, suffix_ids=suffix, middle_ids=middle)

@@ -1,4 +1,4 @@
-"""A tokenizer that is given: its ids, whatever its file sets beside them, and refused where it cannot serve."""
+"""Tests of given tokenizers: their ids, settings in their files, and rejected tokenizers."""
 
 import dataclasses
 from pathlib import Path
@@ -120,7 +120,7 @@ def test_given_tokenizer_needs_an_end_of_sentence_alone(
 
 
 @pytest.mark.parametrize("content", [None, b"", b"{}", b"[1]", b"\xff\xfe", b'{"model": {"type": "BPE"}}'])
-def test_given_tokenizer_that_is_none_is_refused_in_one_line(
+def test_given_tokenizer_that_is_none_is_rejected_in_one_line(
     content: bytes | None, config: DataConfig, tmp_path: Path
 ) -> None:
     path = tmp_path / "other.json"

@@ -1,4 +1,4 @@
-"""Laws of the loader: what a step reads depends on its number alone; targets follow the pieces."""
+"""Tests of the loader: a step's batch depends only on its number, and targets stay within pieces."""
 
 import random
 
@@ -35,7 +35,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
 
 
 @pytest.mark.parametrize(("num_sequences", "global_batch"), [(1, 3), (7, 2), (12, 4), (5, 13)])
-def test_every_sample_comes_exactly_once_per_epoch(num_sequences: int, global_batch: int) -> None:
+def test_every_sample_occurs_exactly_once_per_epoch(num_sequences: int, global_batch: int) -> None:
     order = SampleOrder(num_sequences, seed=11)
     steps = [order.indices(step, BatchSizes(global_batch)) for step in range(6 * num_sequences)]
     stream = np.concatenate(steps)
@@ -50,7 +50,7 @@ def test_order_depends_on_the_place_alone() -> None:
     fresh = SampleOrder(10, seed=3)
     for step in (17, 2, 2, 19, 0):
         assert fresh.indices(step, BatchSizes(8)).tolist() == stream[step * 8 : (step + 1) * 8].tolist()
-    # Another size of step reads the same stream: a changed global batch goes on where the old one stopped.
+    # Another batch size reads the same stream: a run with a changed global batch continues where the old one stopped.
     assert fresh.indices(3, BatchSizes(16)).tolist() == stream[48:64].tolist()
 
 
@@ -134,7 +134,7 @@ def test_targets_equal_the_rule_written_as_loops(prepared: Prepared) -> None:
         assert (batch.targets(shift) != IGNORE).any()
 
 
-def test_slices_outside_are_refused(prepared: Prepared) -> None:
+def test_slices_outside_are_rejected(prepared: Prepared) -> None:
     loader = Loader(prepared, sizes=BatchSizes(4), seed=0)
     with pytest.raises(DataError, match="the global batch has 4 sequences, got the slice from 3 of 2"):
         loader.batch(0, 3, 2)

@@ -1,4 +1,4 @@
-"""Laws of packing: no token lost, no needless cut, no target across a border."""
+"""Tests of packing: no token is lost, no document is cut needlessly, and no target crosses a border."""
 
 import time
 
@@ -12,7 +12,7 @@ PAD = 2
 
 
 def documents_of(lengths: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens that are all different, so that each can be followed."""
+    """Returns tokens that are all different, so that each can be tracked."""
     return np.arange(10, 10 + sum(lengths), dtype=np.int32), np.asarray(lengths, dtype=np.int64)
 
 

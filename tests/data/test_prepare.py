@@ -1,4 +1,4 @@
-"""Laws of preparation: a function of text and settings, cached whole or not at all, refused where a part is empty."""
+"""Tests of preparation: it depends only on text and settings, is cached atomically, and rejects empty parts."""
 
 import dataclasses
 import multiprocessing
@@ -41,7 +41,7 @@ def config(tmp_path: Path) -> DataConfig:
 
 
 def texts_of(prepared: Prepared, part: str) -> list[str]:
-    """Whole documents shorter than a sequence, found again in the packed arrays."""
+    """Returns the documents that are shorter than a sequence, found in the packed arrays."""
     tokens = prepared.train_tokens_NL if part == "train" else prepared.validation_tokens_NL
     positions = prepared.train_positions_NL if part == "train" else prepared.validation_positions_NL
     texts = []
@@ -177,7 +177,7 @@ def test_two_processes_that_race_agree_and_leave_no_rubbish(config: DataConfig, 
 
 
 def _open_many(cache_dir: Path, barrier: object, queue: object) -> None:
-    """How many of 100 entries were not there when a process that had raced for them looked again."""
+    """Sends how many of 100 entries were missing for a process that built them concurrently."""
     missing = 0
     for number in range(100):
         barrier.wait()  # type: ignore[attr-defined]
@@ -239,13 +239,13 @@ def test_a_build_that_fails_leaves_nothing(config: DataConfig, tmp_path: Path, m
     assert prepare(config, 16).train_tokens > 0
 
 
-def test_a_cache_dir_that_is_a_file_is_refused(config: DataConfig, tmp_path: Path) -> None:
+def test_a_cache_dir_that_is_a_file_is_rejected(config: DataConfig, tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("", encoding="utf-8")
     with pytest.raises(DataError, match=r"data\.cache_dir: .*taken.* nearest: "):
         prepare(dataclasses.replace(config, cache_dir=str(tmp_path / "taken" / "x")), 16)
 
 
-def test_an_empty_part_is_refused_and_the_fraction_named_works(config: DataConfig) -> None:
+def test_an_empty_part_is_rejected_and_the_fraction_named_works(config: DataConfig) -> None:
     wrong = dataclasses.replace(config, validation_fraction=1.0 - 1e-9)
     with pytest.raises(DataError, match=r"data\.validation_fraction: .* leaves the training part empty") as caught:
         prepare(wrong, 16)
@@ -254,7 +254,9 @@ def test_an_empty_part_is_refused_and_the_fraction_named_works(config: DataConfi
 
 
 @pytest.mark.parametrize("fraction", [1e-9, 1.0 - 1e-9])
-def test_a_single_document_is_trained_on_whatever_its_hash(fraction: float, config: DataConfig, tmp_path: Path) -> None:
+def test_a_single_document_is_trained_on_regardless_of_its_hash(
+    fraction: float, config: DataConfig, tmp_path: Path
+) -> None:
     path = tmp_path / "text" / "file_03.txt"
     one = FilesSource(kind="files", paths=(str(path),), text_field="text")
     prepared = prepare(dataclasses.replace(config, source=one, validation_fraction=fraction, fim_rate=0.0), 16)
@@ -283,7 +285,7 @@ def test_documents_of_which_none_is_held_out_are_all_trained_on(config: DataConf
         ("fim_rate", 1.5, "1.0"),
     ],
 )
-def test_values_out_of_range_are_refused_by_name(config: DataConfig, key: str, value: float, nearest: str) -> None:
+def test_values_out_of_range_are_rejected_by_name(config: DataConfig, key: str, value: float, nearest: str) -> None:
     with pytest.raises(DataError) as caught:
         check_config(dataclasses.replace(config, **{key: value}))  # type: ignore[arg-type]
     assert str(caught.value).startswith(f"data.{key}: ")

@@ -1,4 +1,4 @@
-"""What progress says: nothing of quick work, then a count and the remaining time, never a flood."""
+"""Tests of progress: quick work prints nothing, long work prints a count and the remaining time at a limited rate."""
 
 import io
 import itertools
@@ -8,7 +8,7 @@ from data.progress import ProgressLines, progress_on, progress_text, seconds_tex
 
 
 def shown(num_items: int, seconds_each: float) -> list[str]:
-    """Lines of work on items of a megabyte."""
+    """Returns the progress lines of work on items of a megabyte."""
     now, lines = [0.0], []
 
     def work() -> object:

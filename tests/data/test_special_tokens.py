@@ -1,4 +1,4 @@
-"""Published tokenizers of every family: special tokens, documents without a second begin, text that comes back."""
+"""Tests of published tokenizers of every family: special tokens, documents with one begin, and decoding."""
 
 import base64
 import dataclasses
@@ -40,7 +40,7 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def as_it_comes_back(name: str, text: str) -> str:
-    """Metaspace puts no space before a text that begins with one, and takes one off when it decodes."""
+    """Metaspace prepends no space to a text that starts with one, and removes one when it decodes."""
     return text.removeprefix(" ") if name == "llama2" else text
 
 
@@ -70,7 +70,7 @@ def test_special_tokens_are_those_that_the_files_name(family: tuple[str, Path]) 
     assert max(tokenizer.special.all_ids) < tokenizer.vocab_size
 
 
-def test_text_has_the_tokens_of_transformers_and_comes_back(family: tuple[str, Path]) -> None:
+def test_text_has_the_tokens_of_transformers_and_round_trips(family: tuple[str, Path]) -> None:
     name, path = family
     tokenizer = Tokenizer.load(path)
     reference = None if name == "kimi" else PreTrainedTokenizerFast(tokenizer_file=str(path))
@@ -144,7 +144,7 @@ def test_streamed_text_is_the_text_that_continues_the_prompt(family: tuple[str, 
 
 
 def test_kimi_merges_as_the_ranks_say(tmp_path: Path) -> None:
-    """Against the definition: of all pairs that are a token, the one of the lowest rank, until there is none."""
+    """Checks the merges against the definition: merge the pair with the lowest rank until no pair is a token."""
     path = write_family("kimi", tmp_path)
     ranks = {}
     for line in path.read_text("ascii").splitlines():
@@ -181,7 +181,7 @@ def test_kimi_text_is_split_as_its_pattern_says(tmp_path: Path) -> None:
         ("llama2", {"tokenizer_pad": "e"}, ["data.tokenizer_pad: ", "must be a special token", "text can produce"]),
     ],
 )
-def test_a_wrong_name_is_refused_with_the_nearest(
+def test_a_wrong_name_is_rejected_with_the_nearest(
     family_name: str, changes: dict[str, str], words: list[str], tmp_path: Path
 ) -> None:
     path = write_family(family_name, tmp_path / "tokenizer")
@@ -216,7 +216,7 @@ def test_files_that_are_broken_are_named_in_one_line(name: str, content: str, wo
     assert "\n" not in str(refused.value)
 
 
-def test_names_are_refused_for_a_tokenizer_that_is_trained(tmp_path: Path) -> None:
+def test_names_are_rejected_for_a_tokenizer_that_is_trained(tmp_path: Path) -> None:
     config = dataclasses.replace(data_config(tmp_path, tmp_path), tokenizer=None, tokenizer_eos="</s>")
     with pytest.raises(DataError, match=r"^data\.tokenizer_eos: must be null if a tokenizer is trained, is '</s>'"):
         check_config(config)

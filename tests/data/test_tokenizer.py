@@ -1,4 +1,4 @@
-"""Laws of the tokenizer: nothing is lost, specials are placed by id alone, training is a function of its text."""
+"""Tests of the tokenizer: nothing is lost, special tokens come only from ids, training depends only on the text."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ TOKENIZER = Tokenizer.train(TEXTS, 400)
 
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(st.text(alphabet=st.characters(exclude_categories=("Cs",))))
-def test_any_text_comes_back(text: str) -> None:
+def test_any_text_round_trips(text: str) -> None:
     assert TOKENIZER.decode(TOKENIZER.encode(text)) == text
 
 
@@ -47,13 +47,13 @@ def test_training_reaches_the_size_and_is_reproducible(tmp_path: Path) -> None:
     assert len(again.encode(TEXTS[0])) < len(TEXTS[0].encode()) / 2
 
 
-def test_a_tiny_corpus_gives_fewer_tokens_and_too_small_a_size_is_refused() -> None:
+def test_a_tiny_corpus_gives_fewer_tokens_and_too_small_a_size_is_rejected() -> None:
     assert MIN_VOCAB_SIZE < Tokenizer.train(["abab abab"], 4096).vocab_size < 300
     with pytest.raises(DataError, match=r"data\.tokenizer_vocab_size: must be at least 264 .* got 263; nearest: 264"):
         Tokenizer.train(["abab"], MIN_VOCAB_SIZE - 1)
 
 
-def test_saved_is_loaded_and_a_broken_file_is_refused(tmp_path: Path) -> None:
+def test_saved_is_loaded_and_a_broken_file_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     TOKENIZER.save(path)
     loaded = Tokenizer.load(path)

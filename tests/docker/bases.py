@@ -1,4 +1,4 @@
-"""What stands in for a base image where none can be pulled: this machine's own parts."""
+"""Builds base images from parts of this machine, for tests that cannot pull an image."""
 
 import os
 import shutil
@@ -28,7 +28,7 @@ CERTIFICATES = f"{_CERTIFICATES}:{_CERTIFICATES}:ro"
 
 
 def missing() -> str | None:
-    """Why no image can be built here on a base of this machine's parts; None if one can."""
+    """Returns why no image can be built here on a base of this machine's parts; None if one can."""
     if not Path("/bin").is_symlink():
         return "a base is made of a system with all programs in /usr, as Debian since 12 has it"
     if _STDLIB.is_relative_to("/usr/lib"):
@@ -37,7 +37,7 @@ def missing() -> str | None:
 
 
 def add_mounted_base(into: Images) -> None:
-    """A base in seconds and without a network: this interpreter. The rest are the volumes `SYSTEM` and `PACKAGES`.
+    """Builds a base in seconds without a network: this interpreter, with `SYSTEM` and `PACKAGES` as volumes.
 
     There is no apt.
     """
@@ -55,7 +55,7 @@ def add_mounted_base(into: Images) -> None:
 
 
 def add_debian_base(into: Images) -> None:
-    """A base as `python:3.11-slim` is: Debian's smallest set, and this interpreter with pip and no other package.
+    """Builds a base like `python:3.11-slim`: minimal Debian, and this interpreter with pip and no other package.
 
     Takes about a minute, and a network that reaches Debian's archive.
     """
@@ -101,7 +101,7 @@ def _copy_python(folder: Path) -> None:
 
 
 def local_torch_index(folder: Path) -> str | None:
-    """A package index that holds this machine's wheel of torch alone, as `PIP_FIND_LINKS` names it; None without one.
+    """Builds a package index for `PIP_FIND_LINKS` with this machine's wheel of torch; None if there is no wheel.
 
     Args:
         folder: to write the index into.

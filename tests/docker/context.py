@@ -1,4 +1,4 @@
-"""What a build is given: a copy of the checkout, with things in it that no image may hold."""
+"""Build context for images: a copy of the checkout, with files that no image may contain."""
 
 import shutil
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a Dockerfile says, and what of the house's rules it breaks; hadolint knows the others."""
+"""Reads Dockerfiles and checks this project's rules for them; hadolint checks the others."""
 
 import re
 from dataclasses import dataclass
@@ -13,14 +13,14 @@ class Instruction:
 
 
 def instructions(text: str) -> tuple[Instruction, ...]:
-    """All instructions, in their order."""
+    """Returns all instructions in order."""
     lines = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
     joined = re.sub(r"\\\n\s*", "", "\n".join(lines))
     return tuple(Instruction(*line.split(maxsplit=1)) for line in joined.splitlines())
 
 
 def breaches(text: str) -> list[str]:
-    """What breaks a rule: the base, the user, pinned packages, caches, the order of layers, the command."""
+    """Returns violated rules: base, user, pinned packages, caches, order of layers, command."""
     found = instructions(text)
     return [*_base(found), *_user(found), *_packages(found), *_layers(found), *_command(found)]
 

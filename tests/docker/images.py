@@ -1,4 +1,4 @@
-"""Images built and run without a daemon, by buildah in a chroot, in a storage of their own that is taken away again.
+"""Builds and runs images without a daemon, with buildah in a chroot and a temporary storage.
 
 What stands in for the base that a Dockerfile names is made by `tests.docker.bases`.
 """
@@ -26,7 +26,7 @@ class ImageError(RuntimeError):
 
 
 def missing() -> str | None:
-    """Why no image can be built here; None if one can."""
+    """Returns why no image can be built here; None if one can."""
     if sys.platform != "linux" or os.geteuid() != 0:
         return "images are built with Linux and root"
     if shutil.which("buildah") is None or not any(Path(place).exists() for place in _NETAVARK):
@@ -44,7 +44,7 @@ class Images:
     driver: str
 
     def call(self, *arguments: str) -> str:
-        """What buildah prints.
+        """Runs buildah. Returns its output.
 
         Raises:
             ImageError: with the end of what it printed.
@@ -65,7 +65,7 @@ class Images:
         return done.stdout.strip()
 
     def build(self, name: str, context: Path, dockerfile: str, values: Sequence[str], volumes: Sequence[str]) -> str:
-        """Builds an image on `BASE`; gives what the instructions printed.
+        """Builds an image on `BASE`. Returns the output of its instructions.
 
         Args:
             name: of the image.
@@ -80,7 +80,7 @@ class Images:
         return self.call("build", *options, str(context))
 
     def config(self, name: str) -> dict[str, Any]:
-        """What the image says about how it is run: `User`, `Cmd`, `Env` and so on."""
+        """Returns the image's run configuration: `User`, `Cmd`, `Env` and so on."""
         return dict(json.loads(self.call("inspect", "--type=image", name))["Docker"]["config"])
 
     @contextmanager
@@ -93,7 +93,7 @@ class Images:
             self.call("rm", number)
 
     def import_base(self, source: Path, settings: Sequence[str]) -> None:
-        """Makes `BASE` of a folder or an archive."""
+        """Creates `BASE` from a folder or an archive."""
         number = self.call("from", "scratch")
         self.call("add", "--quiet", number, str(source), "/")
         self.call("config", *settings, number)
@@ -102,14 +102,14 @@ class Images:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Container:
-    """A container that nothing runs in yet; `root` is its file system."""
+    """Creates a handle to a container; `root` is its file system."""
 
     images: Images
     number: str
     root: Path
 
     def run(self, command: Sequence[str], volumes: Sequence[str], user: str | None = None) -> str:
-        """Runs a command as the image's user, or another; gives what it printed. `volumes` as those of `Images.build`.
+        """Runs a command as the image's user or another one. Returns its output. `volumes` are as in `Images.build`.
 
         Raises:
             ImageError: it ended with another code than 0.
@@ -121,7 +121,7 @@ class Container:
 
 @contextmanager
 def open_images(driver: str) -> Iterator[Images]:
-    """A storage, empty at first; afterwards it is gone, with its containers, images and mounts.
+    """Yields an empty storage, and removes it with its containers, images and mounts afterwards.
 
     Args:
         driver: how layers are kept: `vfs` copies each and works everywhere, `overlay` is quicker with large ones.

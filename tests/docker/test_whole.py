@@ -1,4 +1,4 @@
-"""Both Dockerfiles on a Debian base, with all that they install: minutes, so only by `make docker-test`.
+"""Tests both Dockerfiles on a Debian base with all packages. Takes minutes, so it runs only in `make docker-test`.
 
 Emulated is the base alone: Debian's smallest set with this machine's Python in place of `python:3.11-slim`, with pip
 and no other package. `Dockerfile.cpu` installs every package. `Dockerfile` installs Debian's packages in place of
@@ -28,7 +28,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def images() -> Iterator[Images]:
-    """A storage with the base in it."""
+    """Yields a storage with the base."""
     reason = missing()
     if shutil.which("mmdebstrap") is None:
         reason = reason or "whole images are built on a base by mmdebstrap: apt-get install mmdebstrap"
@@ -59,12 +59,12 @@ def test_cpu_image_installs_all_and_trains(images: Images, tmp_path: Path) -> No
 
 
 def bytes_below(folder: Path) -> int:
-    """What the files of a folder take."""
+    """Returns the size of the files in a folder."""
     return sum(path.lstat().st_size for path in folder.rglob("*") if not path.is_dir())
 
 
 def run_on_two_nodes(images: Images, name: str, outputs: Path) -> str:
-    """The job by torchrun in two containers on the host's network, as README starts it; gives what node 0 printed."""
+    """Runs the job with torchrun in two containers on the host's network. Returns the output of node 0."""
     outputs.mkdir()
     outputs.chmod(0o1777)
     command = ["-m", "launch.train", "experiment=two_nodes", "task.steps=2", "out_dir=outputs/run"]

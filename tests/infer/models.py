@@ -1,4 +1,4 @@
-"""Tiny models for decoding, and what a whole pass without any cache gives, layer by layer and expert by expert."""
+"""Tiny models for decoding, and a reference pass over whole sequences without a cache."""
 
 from dataclasses import replace
 
@@ -32,7 +32,7 @@ SMALL = replace(MODEL, num_layers=2)
 
 
 def make_model(config: ModelConfig = SMALL, dtype: torch.dtype = torch.float64, seed: int = 3) -> Transformer:
-    """Random weights, router biases too."""
+    """Builds a model with random weights and router biases."""
     model = Transformer(config, LocalDispatcher(config.num_routed_experts), dtype)
     initialize_weights(model, seed)
     generator = torch.Generator().manual_seed(seed)
@@ -44,7 +44,7 @@ def make_model(config: ModelConfig = SMALL, dtype: torch.dtype = torch.float64, 
 
 
 def make_foresighted(config: ModelConfig = SMALL, dtype: torch.dtype = torch.float64, seed: int = 3) -> Transformer:
-    """A model whose MTP module often, but not always, drafts what the main model chooses.
+    """Builds a model whose MTP module often, but not always, drafts the token that the main model chooses.
 
     Embeddings outweigh what the layers add, so both mostly read the last token, and the MTP module starts from it.
     """
@@ -60,7 +60,7 @@ def make_foresighted(config: ModelConfig = SMALL, dtype: torch.dtype = torch.flo
 
 @torch.no_grad()
 def whole_pass(model: Transformer, tokens_T: list[int]) -> tuple[Tensor, Tensor]:
-    """Logits after every token, and the MTP module's after every token but the last: TV and (T - 1)V, no cache."""
+    """Returns the logits of the main model (TV) and of the MTP module ((T - 1)V), computed without a cache."""
     config, tokens_1T = model.config, torch.tensor([tokens_T])
     hidden = model.embed(tokens_1T, None)
     for layer in range(config.num_layers):
@@ -92,13 +92,13 @@ def _experts(moe: Moe, rows_1TD: Tensor) -> Tensor:
 
 
 def chi_square_limit(degrees: int) -> float:
-    """What a chi-square statistic exceeds once in a million times (Wilson and Hilferty's approximation)."""
+    """Returns the limit that a chi-square statistic exceeds once in a million times (Wilson-Hilferty)."""
     part = 2 / (9 * degrees)
     return float(degrees * (1 - part + 4.7534 * part**0.5) ** 3)
 
 
 def chi_square(counts: Tensor, probabilities: Tensor) -> tuple[float, float]:
-    """The statistic of counts against probabilities, cells that expect under 5 put together, and its limit.
+    """Returns the chi-square statistic of counts and its limit; cells with fewer than 5 expected counts are merged.
 
     Cells of probability 0 must be empty.
     """

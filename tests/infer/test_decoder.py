@@ -1,4 +1,4 @@
-"""Passes over the cache give what whole passes give, for every shape, in ragged batches, one and two tokens a time."""
+"""Tests that passes with a cache equal whole passes, for every shape, in ragged batches, with one or two new tokens."""
 
 import pytest
 import torch
@@ -58,7 +58,7 @@ def test_whole_pass_of_these_tests_is_the_models_own() -> None:
 
 
 def begun(model: Transformer, text: list[list[int]], capacity: int) -> Decoder:
-    """A row for each of `LENGTHS`, which has read that many tokens of its text."""
+    """Returns a decoder with a row for each of `LENGTHS`, which has read that many tokens."""
     decoder = Decoder(model, len(LENGTHS), capacity, with_mtp=False)
     rows = [decoder.add() for _ in LENGTHS]
     decoder.read_prompts(rows, [tokens[:n] for tokens, n in zip(text, LENGTHS, strict=True)])
@@ -69,7 +69,7 @@ def begun(model: Transformer, text: list[list[int]], capacity: int) -> Decoder:
 
 @torch.no_grad()
 def test_tokens_taken_back_leave_no_trace() -> None:
-    """Other tokens are written beyond a row's length, then the right ones, as after a rejected draft."""
+    """Writes wrong tokens past a row's length, then the right ones, as after a rejected draft."""
     model = make_model()
     text = texts(model, 20)
     decoder = begun(model, text, 21)

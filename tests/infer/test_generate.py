@@ -1,4 +1,4 @@
-"""Continuations: greedy ones are the argmax token by token, none depends on its batch, each ends where it must."""
+"""Tests of generation: greedy tokens are the argmax, no result depends on its batch, and each ends correctly."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -129,17 +129,17 @@ def test_caller_may_end_a_prompt_at_any_token(speculative: Speculative) -> None:
     model = make_foresighted()
     free = made(model, PROMPTS, 9, speculative=speculative)
     for at in range(9):
-        told: list[tuple[int, int]] = []
+        calls: list[tuple[int, int]] = []
 
-        def ends(index: int, token: int, told: list[tuple[int, int]] = told, at: int = at) -> bool:
-            told.append((index, token))
-            return index == 1 and sum(number == 1 for number, _ in told) == at + 1
+        def ends(index: int, token: int, calls: list[tuple[int, int]] = calls, at: int = at) -> bool:
+            calls.append((index, token))
+            return index == 1 and sum(number == 1 for number, _ in calls) == at + 1
 
         generation = generate(model, PROMPTS, max_new_tokens=9, speculative=speculative, stop_condition=ends)
         expected = [free[0], free[1][: at + 1], *free[2:]]
         assert [list(continuation.tokens) for continuation in generation.continuations] == expected
         assert generation.continuations[1].finish == "stop"
-        assert [[token for number, token in told if number == index] for index in range(5)] == expected
+        assert [[token for number, token in calls if number == index] for index in range(5)] == expected
 
 
 def test_statistics_without_drafts_count_a_pass_for_each_token() -> None:
@@ -173,7 +173,7 @@ def test_generation_records_no_gradients_and_no_load() -> None:
         ([[1]], {"batch_size": 0}, ["batch_size", "0"]),
     ],
 )
-def test_what_cannot_be_continued_is_refused(
+def test_what_cannot_be_continued_is_rejected(
     prompts: list[list[int]], options: dict[str, int], parts: list[str]
 ) -> None:
     with pytest.raises(GenerateError) as refused:
@@ -184,7 +184,7 @@ def test_what_cannot_be_continued_is_refused(
 
 @pytest.mark.parametrize("speculative", [False, True])
 @pytest.mark.parametrize("sampling", [Sampling(), WARM])
-def test_scores_that_are_no_numbers_are_refused(speculative: Speculative, sampling: Sampling) -> None:
+def test_scores_that_are_no_numbers_are_rejected(speculative: Speculative, sampling: Sampling) -> None:
     model = make_model()
     with torch.no_grad():
         model.head_weight[7] = torch.nan
@@ -203,7 +203,7 @@ def test_drafter_that_gives_no_numbers_costs_its_drafts_alone() -> None:
         assert sampling.temperature > 0 or made_with.continuations == expected
 
 
-def test_drafts_without_an_mtp_module_are_refused_and_auto_does_without() -> None:
+def test_drafts_without_an_mtp_module_are_rejected_and_auto_does_without() -> None:
     model = make_model(replace(SMALL, mtp_depth=0))
     with pytest.raises(GenerateError, match=r"^speculative: .*MTP"):
         generate(model, [[1]], max_new_tokens=3, speculative=True)
@@ -225,6 +225,6 @@ def test_prompts_may_be_rows_of_numbers_of_any_kind(as_given: Callable[[list[int
 
 
 @pytest.mark.parametrize("prompt", [[1.5], "ab", 3, [[1]]])
-def test_prompt_that_is_no_list_of_ids_is_refused(prompt: object) -> None:
+def test_prompt_that_is_no_list_of_ids_is_rejected(prompt: object) -> None:
     with pytest.raises(GenerateError, match=r"^prompt 2: must be a list of token ids"):
         generate(make_model(), [[1], prompt], max_new_tokens=2)  # type: ignore[list-item]

@@ -1,4 +1,4 @@
-"""Distributions against a plain reading, draws against their distribution."""
+"""Tests of sampling: distributions equal a plain reference, and samples follow their distribution."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from tests.infer.models import chi_square
 
 
 def plainly(logits: list[float], sampling: Sampling) -> list[float]:
-    """Token by token: sorted by score, the first k, of those the first that reach p together."""
+    """Computes the reference: tokens sorted by logit, the first k, then the first that reach p together."""
     if sampling.temperature == 0:
         best = logits.index(max(logits))
         return [float(token == best) for token in range(len(logits))]
@@ -88,6 +88,6 @@ def test_draws_of_prompts_and_seeds_differ() -> None:
         ("seed", -1),
     ],
 )
-def test_sampling_out_of_range_is_refused(key: str, value: float) -> None:
+def test_sampling_out_of_range_is_rejected(key: str, value: float) -> None:
     with pytest.raises(GenerateError, match=rf"^{key}: .*{value}"):
         Sampling(**{key: value})  # type: ignore[arg-type]

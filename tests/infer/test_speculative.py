@@ -1,4 +1,4 @@
-"""Drafts change the number of passes, never the tokens of greedy decoding nor the distribution of others."""
+"""Tests of speculative decoding: drafts change neither greedy tokens nor the distribution of sampled tokens."""
 
 from dataclasses import replace
 from itertools import product
@@ -52,7 +52,7 @@ def test_speculative_greedy_is_greedy_for_every_shape_and_a_bad_drafter(shape: s
 
 
 def test_statistics_count_what_happened() -> None:
-    """Of 9 tokens the first costs a pass, each later pass gives one, and one more where its draft is accepted."""
+    """The first of 9 tokens takes a pass. Each later pass yields one token, or two if its draft is accepted."""
     model = make_foresighted()
     for prompt in prompts_of(model.config, 8, 3):
         statistics = generate(model, [prompt], max_new_tokens=9, speculative=True).statistics
@@ -66,7 +66,7 @@ def test_statistics_count_what_happened() -> None:
 
 @pytest.mark.parametrize("config", [SMALL, replace(SMALL, mtp_hidden="pre_norm")])
 def test_drafts_are_those_of_whole_passes(config: ModelConfig) -> None:
-    """Which of them are accepted follows from the MTP module's best tokens over the whole text, without any cache."""
+    """The accepted drafts equal those of the MTP module's best tokens over the whole text without a cache."""
     model = make_foresighted(config)
     prompts = prompts_of(config, 12, 4)
     offered = accepted = 0
@@ -86,7 +86,7 @@ def test_drafts_are_those_of_whole_passes(config: ModelConfig) -> None:
 
 
 def test_verified_tokens_are_distributed_as_without_drafts() -> None:
-    """The first token as p says, the second as the main model says after it, for unlike p and q with zeros in both."""
+    """The first token follows p, and the second the main model's distribution, for different p and q with zeros."""
     rows = 200_000
     generator = torch.Generator().manual_seed(8)
     target = torch.tensor([0.5, 0.2, 0.0, 0.05, 0.25], dtype=torch.float64)
@@ -127,7 +127,7 @@ def test_verify_equal_distributions_always_keep() -> None:
 
 @torch.no_grad()
 def exactly(model: Transformer, prompt: list[int], num_tokens: int, sampling: Sampling) -> Tensor:
-    """The probability of every continuation, [V] * num_tokens, from whole passes."""
+    """Returns the probability of every continuation, [V] * num_tokens, from whole passes."""
     continuations = list(product(range(VOCAB), repeat=num_tokens - 1))
     logits = model(torch.tensor([[*prompt, *tokens] for tokens in continuations]))[:, len(prompt) - 1 :]
     steps = distribution(logits, sampling)
@@ -144,7 +144,7 @@ def exactly(model: Transformer, prompt: list[int], num_tokens: int, sampling: Sa
 @pytest.mark.parametrize("sampling", FILTERS, ids=["warm", "top_k", "top_p"])
 @pytest.mark.parametrize("speculative", [True, False], ids=["drafts", "plain"])
 def test_sampled_continuations_follow_the_models_distribution(sampling: Sampling, speculative: bool) -> None:
-    """Whole continuations of three tokens against the exact probability of each: a draft is inside them."""
+    """Compares the frequencies of continuations of three tokens with their exact probabilities."""
     model, count = make_foresighted(LETTERS, seed=5), 4000
     generation = generate(
         model, [[1, 6, 2]] * count, max_new_tokens=3, sampling=sampling, speculative=speculative, batch_size=1000

@@ -1,4 +1,4 @@
-"""All pieces of a text together are the text, none ends in half a character, and a stop text ends it."""
+"""Tests of text streams: pieces join to the text, none ends within a character, and a stop string ends the text."""
 
 import random
 
@@ -32,7 +32,7 @@ def test_character_comes_with_its_last_byte() -> None:
 
 
 def test_pieces_of_any_tokens_are_their_text() -> None:
-    """Special tokens, broken bytes, halves at the end."""
+    """The texts have special tokens, invalid bytes, and incomplete characters at the end."""
     chance = random.Random(5)
     for _ in range(300):
         tokens = [chance.randrange(TOKENIZER.vocab_size) for _ in range(chance.randrange(30))]
@@ -40,7 +40,7 @@ def test_pieces_of_any_tokens_are_their_text() -> None:
         assert "".join(pieces) == TOKENIZER.decode(tokens)
 
 
-def test_stop_text_ends_as_in_the_whole_text() -> None:
+def test_stop_string_ends_as_in_the_whole_text() -> None:
     chance = random.Random(6)
     stopped = 0
     for _ in range(400):
@@ -58,7 +58,7 @@ def test_stop_text_ends_as_in_the_whole_text() -> None:
     assert 100 < stopped < 400
 
 
-def test_what_may_become_a_stop_text_is_held_back() -> None:
+def test_what_may_become_a_stop_string_is_held_back() -> None:
     stream = TextStream(lambda ids: "".join(chr(number) for number in ids), ["\n\ndef"])
     assert [stream.push(ord(letter)) for letter in "x\n\ny\n\nde"] == ["x", "", "", "\n\ny", "", "", "", ""]
     assert not stream.is_stopped

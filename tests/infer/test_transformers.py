@@ -1,4 +1,4 @@
-"""Released-form checkpoints are continued as transformers continues them, with and without drafts."""
+"""Tests that released-format checkpoints generate the same tokens as transformers, with and without drafts."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""A run's folder with one checkpoint of a tiny model, made without training."""
+"""Creates a run's folder with one checkpoint of a tiny model, without training."""
 
 import warnings
 from pathlib import Path
@@ -18,7 +18,7 @@ TEXTS = ["def f(x):\n    return x + 1\n", "naïve café 🙂 日本語 text"] * 
 def write_checkpoint(
     run: Path, model: Transformer, *, tokenizer: bool = True, average: Transformer | None = None
 ) -> Path:
-    """The checkpoint's folder. `average`: the model whose weights stand for the average of the trained ones."""
+    """Writes a checkpoint and returns its folder. `average`: model whose weights are stored as the average."""
     folder = run / "checkpoints" / "step-00000000"
     folder.mkdir(parents=True)
     named = {f"weights.{name}": tensor for name, tensor in named_tensors(model).items()}
@@ -34,6 +34,6 @@ def write_checkpoint(
 
 
 def write_run(run: Path, *, tokenizer: bool = True) -> Path:
-    """A run's folder with a checkpoint of a model whose drafts are often accepted."""
+    """Creates a run's folder with a checkpoint of a model whose drafts are often accepted."""
     write_checkpoint(run, make_foresighted(dtype=torch.float32), tokenizer=tokenizer)
     return run

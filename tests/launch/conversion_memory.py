@@ -1,4 +1,4 @@
-"""Run by itself, prints how much memory conversions of a checkpoint of many shards take above what was there before.
+"""Prints the additional peak memory of conversions of a checkpoint with many shards.
 
 `python -m tests.launch.conversion_memory FOLDER`: one JSON object, bytes by conversion.
 """
@@ -45,15 +45,15 @@ def make(folder: Path, config: ModelConfig, *, fp8: bool) -> None:
 
 
 def peak_above(run: Callable[[], object]) -> int:
-    """Bytes of memory that a call had resident at its height above those before it. Linux."""
-    Path("/proc/self/clear_refs").write_text("5")  # the height starts anew
+    """Returns the peak of resident memory during a call, in bytes above the value before it. Linux only."""
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = status("VmRSS")
     run()
     return status("VmHWM") - before
 
 
 def run_all(folder: Path, config: ModelConfig, shard_bytes: int) -> dict[str, int]:
-    """Every direction; bytes by its name."""
+    """Returns the peak in bytes for each direction of conversion."""
     make(folder / "hf", config, fp8=False)
     make(folder / "fp8", config, fp8=True)
     peaks: dict[str, int] = {}
@@ -75,7 +75,7 @@ def run_all(folder: Path, config: ModelConfig, shard_bytes: int) -> dict[str, in
 
 
 def main(folder: Path) -> None:
-    """Small ones first, so that code which is loaded on first use does not count; at the end one file for all."""
+    """Measures small conversions first, so that code that is loaded on first use does not count."""
     run_all(folder / "small", MODEL, SHARD_BYTES)
     peaks = run_all(folder / "large", LARGE, SHARD_BYTES)
     whole = Conversion(

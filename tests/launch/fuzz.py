@@ -29,14 +29,14 @@ _LETTERS = "abcdefghijklmnopqrstuvwxyz_"
 
 @dataclass(frozen=True, slots=True)
 class Invalid:
-    """Overrides of `conf/train.yaml`. keys: the refusal begins with one of them, or names it."""
+    """Overrides for `conf/train.yaml`. `keys`: keys one of which the error must name."""
 
     overrides: tuple[str, ...]
     keys: tuple[str, ...]
 
 
 def invalid_configurations(seed: int) -> Iterator[Invalid]:
-    """One after the other, without end: of each kind in turn, drawn from a seed."""
+    """Yields endless mistakes, of each kind in turn, drawn from a seed."""
     random = Random(seed)
     known = _known()
     leaves = {key: hint for key, hint in _leaves(TrainConfig, "") if key in known}
@@ -55,7 +55,7 @@ def invalid_configurations(seed: int) -> Iterator[Invalid]:
 
 
 def _leaves(cls: Any, place: str) -> Iterator[tuple[str, Any]]:
-    """Dotted keys with their types; of a choice between kinds, the keys that all of them have."""
+    """Yields dotted keys with their types; for a choice between kinds, the keys that all kinds have."""
     for field in fields(cls):
         hint, path = get_type_hints(cls)[field.name], f"{place}.{field.name}" if place else field.name
         kinds = [member for member in get_args(hint) if is_dataclass(member)]
@@ -100,7 +100,7 @@ def _of_another_type(random: Random, leaves: dict[str, Any]) -> Invalid:
 
 
 def _wrong_values(hint: Any) -> list[str]:
-    """Values, in the override grammar, that are of none of a type's values."""
+    """Returns values in the override grammar that are invalid for a type."""
     if get_origin(hint) in (Union, UnionType):
         kept = [member for member in get_args(hint) if member is not NoneType]
         return [] if len(kept) > 1 else [value for value in _wrong_values(kept[0]) if value != "null"]
@@ -135,7 +135,7 @@ def _of_no_option(random: Random, leaves: dict[str, Any]) -> Invalid:
 
 
 def _at_odds(random: Random, leaves: dict[str, Any]) -> Invalid:
-    """Values that are right by themselves and not beside each other."""
+    """Returns values that are valid alone but not together."""
     odd = random.choice((3, 5, 7))
     large = random.randrange(10**4, 10**6)
     return random.choice(
@@ -172,7 +172,7 @@ def _at_odds(random: Random, leaves: dict[str, Any]) -> Invalid:
 
 
 def refusal_of(invalid: Invalid, folder: Path) -> tuple[subprocess.CompletedProcess[str], float]:
-    """What the command says to it in `folder`, and the seconds of computation that this took."""
+    """Runs the command in `folder`. Returns its output and its CPU time in seconds."""
     before = os.times()
     done = subprocess.run(
         [sys.executable, "-m", "launch.train", *invalid.overrides],
@@ -187,7 +187,7 @@ def refusal_of(invalid: Invalid, folder: Path) -> tuple[subprocess.CompletedProc
 
 
 def problem_of(invalid: Invalid, text: str) -> str:
-    """What is wrong with a refusal; empty: nothing."""
+    """Returns what is wrong with an error message; empty if nothing."""
     if not text.startswith("error: ") or text.count("\n") != 1:
         return "is not one line"
     if not any(key in text for key in invalid.keys):
@@ -196,7 +196,7 @@ def problem_of(invalid: Invalid, text: str) -> str:
 
 
 def main() -> int:
-    """Prints every refusal that is not as it should be, and a summary."""
+    """Prints every wrong error message, and a summary."""
     arguments = [int(text) for text in sys.argv[1:]]
     count, seed = (*arguments, *(200, 0)[len(arguments) :])
     slowest, faults = 0.0, 0

@@ -1,4 +1,4 @@
-"""What ranks do in the launcher's tests: functions of a module, as ranks find them by name; and a command to run them.
+"""Main functions of ranks for the launcher's tests (ranks find them by name), and a command to run them.
 
 `python -m tests.launch.rank_entries ENTRY,ENTRY FOLDER` runs four ranks for each, without the heavy modules.
 """
@@ -32,7 +32,7 @@ def rank() -> int:
 
 
 def sleep_on() -> None:
-    """Until a signal ends it: it has nothing to save."""
+    """Waits until a signal ends it, with nothing to save."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_DFL)
     time.sleep(600)
@@ -41,7 +41,7 @@ def sleep_on() -> None:
 def done(config: TrainConfig) -> int:
     assert int(os.environ["WORLD_SIZE"]) == WORLD_SIZE
     (Path(config.out_dir) / f"ran_{rank()}").touch()
-    # In one write: ranks share this pipe, and print gives the line and its end apart where output is not buffered.
+    # In one write, because ranks share this pipe, and print may write the line and its end separately.
     os.write(1, f"threads {os.environ['OMP_NUM_THREADS']}\n".encode())
     return 0
 
@@ -94,10 +94,10 @@ def one_is_killed(config: TrainConfig) -> int:
 
 
 def one_is_killed_at_first(config: TrainConfig) -> int:
-    """In the first two lives, the second time by its watch; in the third it is well."""
-    lives = Path(config.out_dir) / f"lives_{rank()}"
-    number = len(lives.read_text()) if lives.exists() else 0
-    lives.write_text("x" * (number + 1))
+    """Fails in the first two attempts, in the second by its watchdog, and succeeds in the third."""
+    attempts = Path(config.out_dir) / f"attempts_{rank()}"
+    number = len(attempts.read_text()) if attempts.exists() else 0
+    attempts.write_text("x" * (number + 1))
     if rank() == 3 and number == 0:
         os.kill(os.getpid(), signal.SIGKILL)
     if rank() == 3 and number == 1:
@@ -109,19 +109,19 @@ def one_is_killed_at_first(config: TrainConfig) -> int:
 
 
 def one_vanishes(config: TrainConfig) -> int:
-    """With exit code 0, while the others are done and wait for it to be."""
+    """Exits with code 0 while the other ranks wait for its result."""
     if rank() == 1:
         os._exit(0)
     return 0
 
 
 def all_vanish(config: TrainConfig) -> int:
-    """With exit code 0, before the run is done."""
+    """Exits with code 0 before the run is done."""
     os._exit(0)
 
 
 def one_is_terminated(config: TrainConfig) -> int:
-    """By its watch, as it would not end by itself."""
+    """Is ended by its watchdog, because it would not end by itself."""
     if rank() == 1:
         os._exit(128 + signal.SIGTERM)
     sleep_on()
@@ -129,7 +129,7 @@ def one_is_terminated(config: TrainConfig) -> int:
 
 
 def one_is_stopped(config: TrainConfig) -> int:
-    """And the others miss it."""
+    """Is stopped, so that the other ranks do not get its response."""
     if rank() == 2:
         os.kill(os.getpid(), signal.SIGSTOP)
     word = ExitReason("rank 2 did not reach a collective within 4 s", EXIT_HANG)
@@ -150,7 +150,7 @@ def sleep(config: TrainConfig) -> int:
 
 
 def saves(config: TrainConfig) -> int:
-    """When it is asked to make room; only then are all ranks done."""
+    """Ends after a preemption request; only then are all ranks done."""
     tell_pid(config)
     while not Preemption.of_process().is_requested:
         time.sleep(0.05)
@@ -160,14 +160,14 @@ def saves(config: TrainConfig) -> int:
 
 
 def deaf(config: TrainConfig) -> int:
-    """Whatever it is asked."""
+    """Ignores all preemption requests."""
     tell_pid(config)
     while True:
         time.sleep(1.0)
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs each of the entries, in one folder each, and tells their exit codes; gives the last one."""
+    """Runs each of the entries in its own folder and prints their exit codes. Returns the last one."""
     # Found by its full name, as ranks must find it: this module runs as __main__ here.
     from tests.launch import rank_entries
 

@@ -1,4 +1,4 @@
-"""First mistakes: one line, exit code 2, the right advice, no rank started."""
+"""Tests of advice: a common mistake prints one line with the right advice, exits with 2, and starts no rank."""
 
 import importlib
 import os
@@ -157,16 +157,16 @@ MISTAKES: list[tuple[list[str], str]] = [
 def run_command(
     name: str, arguments: Sequence[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> str:
-    """Runs a command in this process up to its refusal. Returns its line on stderr."""
+    """Runs a command in this process until it is rejected. Returns its line on stderr."""
     module = importlib.import_module(f"launch.{name}")
     monkeypatch.setattr(sys, "argv", [name, *arguments])
     code = command(name, module.main, module.preview)
-    told = capsys.readouterr()
-    assert code == 2, f"{arguments}: exit code {code}, {told}"
-    assert told.out == ""
-    assert told.err.startswith("error: ")
-    assert told.err.count("\n") == 1
-    return told.err.strip()
+    captured = capsys.readouterr()
+    assert code == 2, f"{arguments}: exit code {code}, {captured}"
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    return captured.err.strip()
 
 
 @pytest.mark.parametrize(
@@ -227,7 +227,7 @@ def test_advice_table_has_no_line_that_another_hides() -> None:
 
 
 def batches(name: str) -> list[list[str]]:
-    """All recommendations for a command, in as few command lines as give no key twice: composing is what costs."""
+    """Returns a command's recommendations in few command lines without repeated keys, as composing is slow."""
     filled: list[dict[str, str]] = []
     for line in (line for other, line in cases() if other == name):
         if name == "submit" and "train" in line.commands:

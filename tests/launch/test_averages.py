@@ -1,4 +1,4 @@
-"""`weights=ema`: text and Hugging Face folders from the average that a run kept of its weights."""
+"""Tests of `weights=ema`: text and Hugging Face folders from a run's average of its weights."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from train.config.errors import ConfigError
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`both` holds a model and another as its average; `average` that other as trained, without an average."""
+    """Creates `both`, a model with another one as its average, and `average`, the other one without an average."""
     folder = tmp_path_factory.mktemp("averages")
     trained, average = make_foresighted(dtype=torch.float32), make_foresighted(dtype=torch.float32)
     for place, weight in enumerate(named_tensors(average).values()):
@@ -47,7 +47,7 @@ def test_convert_writes_the_average(runs: Path, tmp_path: Path) -> None:
     assert not all(torch.equal(one[name], third[name]) for name in one)
 
 
-def test_average_that_a_run_did_not_keep_is_refused(runs: Path, tmp_path: Path) -> None:
+def test_average_that_a_run_did_not_keep_is_rejected(runs: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"ckpt: .*: weights: must be trained, as the run kept no average"):
         generate(["prompt=def", f"ckpt={runs / 'average'}", "weights=ema"])
     with pytest.raises(CheckpointError, match=r"path: .*: weights: must be trained, as the run kept no average"):

@@ -1,4 +1,4 @@
-"""Overrides to plain values, and every way that Hydra can refuse them, in our words."""
+"""Tests of composition: overrides become plain values, and every error of Hydra is replaced by our message."""
 
 import pytest
 
@@ -62,7 +62,7 @@ def test_compose_every_default_is_an_option() -> None:
         ("hydra/launcher=x", ["hydra/launcher", "no effect"]),
     ],
 )
-def test_compose_refuses_and_names_the_nearest(override: str, parts: list[str]) -> None:
+def test_compose_rejects_and_names_the_nearest(override: str, parts: list[str]) -> None:
     with pytest.raises(ConfigError) as refused:
         compose("train", [override])
     for part in parts:
@@ -82,6 +82,6 @@ def test_compose_key_of_an_override() -> None:
     assert [key_of(text) for text in ("a.b=[1,2]", "+c=1", "~d")] == ["a.b", "c", "d"]
 
 
-def test_compose_refuses_a_group_of_another_command() -> None:
+def test_compose_rejects_a_group_of_another_command() -> None:
     with pytest.raises(ConfigError, match=r"^model: unknown key"):
         compose("schedule", ["model=tiny"])

@@ -1,4 +1,4 @@
-"""Every shipped value passes, every rule refuses what breaks it, and the refusal names key, value and a way out."""
+"""Tests of the rules: shipped values pass, and every violated rule names key, value and the nearest valid value."""
 
 import re
 from collections.abc import Iterator
@@ -46,7 +46,7 @@ def build(*overrides: str) -> TrainConfig:
 
 
 def place_weights(folder: Path) -> str:
-    """Converted weights of the default model as far as an architecture is read from them."""
+    """Creates converted weights of the default model, with only the files that define its architecture."""
     folder.mkdir()
     write_weights_manifest(folder, build().model, {})
     return str(folder)
@@ -77,7 +77,7 @@ def test_config_every_shipped_option_composes_and_passes(choice: str, tmp_path: 
 
 
 @pytest.mark.slow
-def test_config_any_choice_of_options_passes_or_is_refused_in_one_line(tmp_path: Path) -> None:
+def test_config_any_choice_of_options_passes_or_is_rejected_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("some text")
     weights = place_weights(tmp_path / "weights")
     given = write_released(tmp_path / "tokenizer.json", ["some text"], highest_id=4000)
@@ -112,7 +112,7 @@ def test_config_source_is_written_as_it_is_given() -> None:
 
 
 def numbers_without_range(hint: Any, place: str) -> Iterator[str]:
-    """Yields the dotted keys of numbers that the decoder takes whatever they are."""
+    """Yields the dotted keys of numbers for which the decoder has no range."""
     base, *marks = get_args(hint) if get_origin(hint) is Annotated else (hint,)
     registry = next((mark for mark in marks if isinstance(mark, Registry)), None)
     if registry is not None and base is not str:
@@ -273,7 +273,7 @@ def test_config_quickstart_feeds_dualpipe_fully() -> None:
         (["optim.learning_rate=nan"], ["optim.learning_rate", "finite"]),
     ],
 )  # fmt: skip
-def test_config_refuses_what_no_run_can_follow(overrides: list[str], parts: list[str]) -> None:
+def test_config_rejects_what_no_run_can_follow(overrides: list[str], parts: list[str]) -> None:
     with pytest.raises(ConfigError) as refused:
         check(build(*overrides))
     for part in parts:
@@ -305,14 +305,14 @@ def test_config_refuses_what_no_run_can_follow(overrides: list[str], parts: list
         (CheckpointError, ["resume=no/such/run"], ["resume", "no/such/run"]),
     ],
 )
-def test_config_refuses_what_its_parts_refuse(error: type[ValueError], overrides: list[str], parts: list[str]) -> None:
+def test_config_rejects_what_its_parts_refuse(error: type[ValueError], overrides: list[str], parts: list[str]) -> None:
     with pytest.raises(error) as refused:
         check(build(*overrides))
     for part in parts:
         assert part in str(refused.value)
 
 
-def test_config_refuses_an_empty_corpus(tmp_path: Path) -> None:
+def test_config_rejects_an_empty_corpus(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").touch()
     with pytest.raises(DataError, match=r"data\.paths"):
         check(build("data=files", f"data.paths=['{tmp_path}']"))

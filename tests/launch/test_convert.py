@@ -1,4 +1,4 @@
-"""Weights from Hugging Face's form to ours and back: the same bytes, little memory, complete or not at all."""
+"""Tests of conversion from and to Hugging Face folders: equal bytes, little memory, atomic results."""
 
 import json
 import os
@@ -51,7 +51,7 @@ def test_convert_there_and_back_gives_the_same_bytes(sources: Path, tmp_path: Pa
     assert [path.name for path in tmp_path.iterdir()] == ["back"]
 
 
-def test_convert_what_comes_back_is_the_same_model_to_transformers(sources: Path, tmp_path: Path) -> None:
+def test_convert_round_trip_is_the_same_model_in_transformers(sources: Path, tmp_path: Path) -> None:
     assert convert(f"from=checkpoint path={sources / 'of_plain'} to={tmp_path / 'back'}") == 0
     tokens = random_tokens()
     before, after = (
@@ -123,7 +123,7 @@ def test_convert_checkpoint_to_fp8_keeps_each_value_to_a_sixteenth(sources: Path
         )
 
 
-def test_convert_keeps_what_config_json_says_beside_the_architecture(sources: Path, tmp_path: Path) -> None:
+def test_convert_keeps_other_keys_of_config_json(sources: Path, tmp_path: Path) -> None:
     edit_json(sources / "plain" / "config.json", lambda keys: keys.update(eos_token_id=7))
     assert convert(f"from=hf path={sources / 'plain'} to={tmp_path / 'ours'}") == 0
     assert convert(f"from=checkpoint path={tmp_path / 'ours'} to={tmp_path / 'back'}") == 0
@@ -131,7 +131,7 @@ def test_convert_keeps_what_config_json_says_beside_the_architecture(sources: Pa
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
-def test_convert_without_shared_experts_comes_back_as_transformers_writes_it(tmp_path: Path) -> None:
+def test_convert_without_shared_experts_is_written_as_by_transformers(tmp_path: Path) -> None:
     reference_model(n_shared_experts=0, num_nextn_predict_layers=0).save_pretrained(tmp_path / "hf")
     assert convert(f"from=hf path={tmp_path / 'hf'} to={tmp_path / 'ours'}") == 0
     assert convert(f"from=checkpoint path={tmp_path / 'ours'} to={tmp_path / 'back'}") == 0
@@ -174,7 +174,7 @@ def test_convert_memory_stays_below_two_files(tmp_path: Path) -> None:
 
 
 def test_convert_holds_no_larger_files_than_it_reads(sources: Path, tmp_path: Path) -> None:
-    """The writer of checkpoints has a whole file in memory; without a word about it that must be no other's many."""
+    """A checkpoint's writer holds a whole file in memory, so the default file size follows the files that are read."""
     largest = max(file.stat().st_size for file in (sources / "plain").glob("*.safetensors"))
     assert convert(f"from=hf path={sources / 'plain'} to={tmp_path / 'made'}") == 0
     sizes = [file.stat().st_size for file in (tmp_path / "made").glob("*.distcp")]

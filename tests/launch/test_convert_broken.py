@@ -1,4 +1,4 @@
-"""What cannot be converted is named in one line, and nothing is left of it."""
+"""Tests of failing conversions: one line names the cause, and nothing is left behind."""
 
 import os
 import pickle
@@ -48,7 +48,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("from=hf path=hf to=new pth=a", ["pth: unknown key", "did you mean path"]),
     ],
 )
-def test_convert_wrong_arguments_are_refused(
+def test_convert_wrong_arguments_are_rejected(
     arguments: str, parts: list[str], sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "full").mkdir()
@@ -84,7 +84,7 @@ def change_metadata(path: Path, change: Callable[[Any], object]) -> None:
 
 
 class Command:
-    """Unpickled without care, runs."""
+    """Runs code if it is unpickled without restriction."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -94,7 +94,7 @@ class Command:
 
 
 def misplace(metadata: Any, path: str) -> None:
-    """Has the embedding lie elsewhere."""
+    """Moves the embedding to another file."""
     for index, place in metadata.storage_data.items():
         if index.fqn == "weights.model.embed_tokens.weight":
             metadata.storage_data[index] = replace(place, relative_path=path)
@@ -150,7 +150,7 @@ BROKEN: list[tuple[str, Callable[[Path], object], list[str]]] = [
 
 
 def overwrite_values(ours: Path, value: bytes, mends_checksum: bool = False) -> None:
-    """Puts one value in the middle of the first tensor's, found by its first bytes."""
+    """Replaces one value in the middle of the first tensor, which is found by its first bytes."""
     old = CheckpointReader(ours, "path").tensor("model.embed_tokens.weight", torch.float32).numpy().tobytes()
     new = old[:32] + value + old[36:]
     content = (ours / "__0_0.distcp").read_bytes().replace(old, new)
@@ -180,7 +180,7 @@ def test_convert_a_broken_checkpoint_is_named_and_leaves_nothing(
 
 
 def test_convert_a_value_that_is_found_late_leaves_nothing(sources: Path, tmp_path: Path) -> None:
-    """The header is sound; the last tensor that is read holds no number."""
+    """The header is valid, but the last tensor contains a value that is not a number."""
     tensors = read_tensors(sources / "plain")
     tensors["lm_head.weight"][-1, -1] = torch.nan
     tensors["model.layers.3.shared_head.head.weight"][-1, -1] = torch.nan
@@ -215,14 +215,14 @@ def test_convert_command_on_a_full_disk_says_so_and_leaves_nothing(sources: Path
     assert list(tmp_path.iterdir()) == []
 
 
-def test_convert_command_refuses_with_exit_code_2(sources: Path, tmp_path: Path) -> None:
+def test_convert_command_rejects_with_exit_code_2(sources: Path, tmp_path: Path) -> None:
     done = run_command(tmp_path, "from=checkpoint", f"path={sources / 'plain'}", "to=made")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: from: ")
     assert done.stderr.count("\n") == 1
 
 
-def test_convert_refuses_broken_headers_before_torch_is_imported(sources: Path, tmp_path: Path) -> None:
+def test_convert_rejects_broken_headers_before_torch_is_imported(sources: Path, tmp_path: Path) -> None:
     for path in (sources / "plain").iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     cut(next(tmp_path.glob("*.safetensors")))
@@ -239,7 +239,7 @@ print([name for name in ("torch", "transformers") if name in sys.modules])
     assert done.stdout.splitlines() == ["HfError", "[]"], done.stderr
 
 
-def test_convert_to_a_folder_that_cannot_be_replaced_is_refused_before_the_work(
+def test_convert_to_a_folder_that_cannot_be_replaced_is_rejected_before_the_work(
     sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -263,7 +263,7 @@ def test_convert_writes_where_a_link_leads(there: bool, sources: Path, tmp_path:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "place"]
 
 
-def test_convert_names_what_the_system_refuses_to_look_at(sources: Path, tmp_path: Path) -> None:
+def test_convert_names_what_the_system_rejects_to_look_at(sources: Path, tmp_path: Path) -> None:
     long = "a" * 300
     for arguments in (f"path={tmp_path / long} to=new", f"path={sources / 'plain'} to={tmp_path / long}"):
         with pytest.raises(ConfigError, match=rf"{long}: must be readable or writable, is not \(File name too long\)"):

@@ -1,4 +1,4 @@
-"""What a rank's libraries find in its environment."""
+"""Tests of a rank's environment variables."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ from tests.launch.test_config import build
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Threads that all hold memory at once, then what glibc tells of its heaps.
+# Starts threads that all hold memory at the same time, then prints glibc's information about its heaps.
 _HEAPS = """
 import ctypes, threading
 from launch.ranks.environment import apply_rank_environment
@@ -59,7 +59,7 @@ def test_environment_leaves_torchs_own_record_to_nccl() -> None:
 def test_environment_gives_a_ranks_threads_one_heap_unless_the_user_chose(by_user: str | None, most: int) -> None:
     inherited = {name: value for name, value in os.environ.items() if name != "MALLOC_ARENA_MAX"}
     environment = inherited if by_user is None else inherited | {"MALLOC_ARENA_MAX": by_user}
-    told = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-c", _HEAPS], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
     ).stdout
-    assert told.count("<heap nr=") == most
+    assert done.count("<heap nr=") == most

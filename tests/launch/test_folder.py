@@ -1,4 +1,4 @@
-"""A run's folder is claimed once, holds what its ranks read, and overwrites nothing."""
+"""Tests of a run's folder: it is created once, has the configuration of its ranks, and overwrites nothing."""
 
 from dataclasses import replace
 from datetime import datetime
@@ -33,7 +33,7 @@ def test_folder_check_creates_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
     assert list(tmp_path.iterdir()) == []
 
 
-def test_folder_refuses_a_file_and_a_folder_with_content(tmp_path: Path) -> None:
+def test_folder_rejects_a_file_and_a_folder_with_content(tmp_path: Path) -> None:
     config = build()
     (tmp_path / "run").mkdir()
     check_folder(replace(config, out_dir=f"{tmp_path}/run"))
@@ -53,7 +53,7 @@ def test_folder_takes_the_run_that_is_resumed(tmp_path: Path) -> None:
         check_folder(replace(build(), out_dir=f"{tmp_path}/run", resume=str(tmp_path / "another")))
 
 
-def test_folder_takes_any_run_that_goes_on_by_itself(tmp_path: Path) -> None:
+def test_folder_accepts_any_run_with_auto_resume(tmp_path: Path) -> None:
     config = replace(build(), out_dir=f"{tmp_path}/run", resume="auto")
     check_folder(config)
     (tmp_path / "run").mkdir()
@@ -66,7 +66,7 @@ def test_folder_takes_any_run_that_goes_on_by_itself(tmp_path: Path) -> None:
     assert read_folder(tmp_path / "run").resume == "auto"
 
 
-def test_folder_that_cannot_be_written_is_refused_and_keeps_what_it_held(
+def test_folder_that_cannot_be_written_is_rejected_and_keeps_what_it_held(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = replace(build(), out_dir=f"{tmp_path}/run", resume="auto")

@@ -1,4 +1,4 @@
-"""Whatever is wrong with a configuration is refused in one line that names the key, before anything starts."""
+"""Tests that random invalid configurations are rejected with one line that names the key, before anything starts."""
 
 from itertools import islice
 from pathlib import Path
@@ -11,7 +11,7 @@ from tests.launch.fuzz import SECONDS, invalid_configurations, problem_of, refus
 
 
 @pytest.mark.slow
-def test_two_hundred_invalid_configurations_are_refused_by_name(
+def test_two_hundred_invalid_configurations_are_rejected_by_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -24,7 +24,7 @@ def test_two_hundred_invalid_configurations_are_refused_by_name(
 
 
 @pytest.mark.slow
-def test_the_command_refuses_invalid_configurations_soon(tmp_path: Path) -> None:
+def test_the_command_rejects_invalid_configurations_soon(tmp_path: Path) -> None:
     for invalid in islice(invalid_configurations(seed=1), 6):
         done, seconds = refusal_of(invalid, tmp_path)
         assert done.returncode == 2, done.stderr

@@ -1,4 +1,4 @@
-"""The command writes what `infer.generate` makes, and refuses what it cannot, in one line."""
+"""Tests of `launch.generate`: it writes what `infer.generate` produces, and rejects invalid requests with one line."""
 
 import io
 import json
@@ -34,7 +34,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Without a tokenizer and without an MTP module."""
+    """Creates a run without a tokenizer and without an MTP module."""
     folder = tmp_path_factory.mktemp("bare")
     write_checkpoint(folder, make_model(replace(SMALL, mtp_depth=0), torch.float32), tokenizer=False)
     return folder
@@ -122,7 +122,7 @@ def test_prompts_of_a_file_in_order(
     assert [path.name for path in out.parent.iterdir()] == ["out.jsonl"]
 
 
-def test_stop_texts_and_ids_end_the_text(run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_stop_strings_and_ids_end_the_text(run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (ids,), (text,) = expected(run, ["def"], 20, Sampling())
     stop = text[7:9]
     main([f"ckpt={run}", "prompt=def", "max_new_tokens=20", "temperature=0", f"stop=['{stop}']"])
@@ -176,7 +176,7 @@ def test_hugging_face_folder_without_mtp_weights_makes_no_drafts(
         main([*choices, "speculative=true"])
 
 
-def test_generate_refuses_before_torch_is_imported(run: Path) -> None:
+def test_generate_rejects_before_torch_is_imported(run: Path) -> None:
     code = f"""
 import sys
 from launch.generate import main
@@ -214,7 +214,7 @@ print([name for name in ("torch", "deepspeed") if name in sys.modules])
         (["prompt=a", "ckpt=outputs/absent"], CheckpointError, ["ckpt", "outputs/absent"]),
     ],
 )
-def test_generate_refuses(choices: list[str], error: type[ValueError], parts: list[str], run: Path) -> None:
+def test_generate_rejects(choices: list[str], error: type[ValueError], parts: list[str], run: Path) -> None:
     with pytest.raises(error) as refused:
         main([f"ckpt={run}", *choices])
     for part in parts:
@@ -222,7 +222,7 @@ def test_generate_refuses(choices: list[str], error: type[ValueError], parts: li
     assert "\n" not in str(refused.value)
 
 
-def test_generate_refuses_text_without_a_tokenizer_and_drafts_without_mtp(bare: Path) -> None:
+def test_generate_rejects_text_without_a_tokenizer_and_drafts_without_mtp(bare: Path) -> None:
     with pytest.raises(ConfigError, match=r"^prompt: text needs a tokenizer.*prompt_ids"):
         main([f"ckpt={bare}", "prompt=a"])
     with pytest.raises(ConfigError, match=r"^stop: text needs a tokenizer"):
@@ -241,7 +241,7 @@ def test_generate_refuses_text_without_a_tokenizer_and_drafts_without_mtp(bare: 
         ("[]\n", ["line 1"]),
     ],
 )
-def test_generate_refuses_a_broken_file(text: str, parts: list[str], run: Path, tmp_path: Path) -> None:
+def test_generate_rejects_a_broken_file(text: str, parts: list[str], run: Path, tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text(text)
     with pytest.raises(ConfigError, match=r"^prompts: ") as refused:
         main([f"ckpt={run}", f"prompts={tmp_path / 'p.jsonl'}"])
@@ -249,7 +249,7 @@ def test_generate_refuses_a_broken_file(text: str, parts: list[str], run: Path, 
         assert part in str(refused.value)
 
 
-def test_generate_refuses_broken_weights_and_tokenizers(tmp_path: Path) -> None:
+def test_generate_rejects_broken_weights_and_tokenizers(tmp_path: Path) -> None:
     folder = locate(str(write_run(tmp_path / "run"))).folder
     (weights,) = folder.glob("*.distcp")
     whole = weights.read_bytes()

@@ -1,4 +1,4 @@
-"""How the command ends that is refused, interrupted or not read to the end, as a user runs it."""
+"""Tests of `launch.generate` that is rejected, interrupted, or whose output is not read to the end."""
 
 import io
 import json
@@ -80,7 +80,7 @@ def test_generate_interrupted_ends_with_130_and_keeps_what_is_complete(run: Path
         ("a" * 300 + ".txt", None, ["must be readable or writable", "name too long"]),
     ],
 )
-def test_generate_refuses_prompts_that_are_no_text(
+def test_generate_rejects_prompts_that_are_no_text(
     name: str, content: bytes | None, parts: list[str], run: Path, tmp_path: Path
 ) -> None:
     if content is not None:
@@ -91,7 +91,7 @@ def test_generate_refuses_prompts_that_are_no_text(
         assert part in str(refused.value)
 
 
-def test_generate_refuses_bytes_that_are_no_text(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generate_rejects_bytes_that_are_no_text(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"^prompt: must be UTF-8 text, is not at character 2"):
         main([f"ckpt={run}", os.fsdecode(b"prompt=a\xff")])
     for errors in ("surrogateescape", "strict"):
@@ -116,7 +116,7 @@ def test_generate_never_replaces_its_prompts(run: Path, tmp_path: Path) -> None:
             main([f"ckpt={run}", f"prompts={tmp_path / 'p.jsonl'}", f"out={tmp_path / out}"])
 
 
-def test_generate_reads_ids_beside_a_tokenizer_of_another_kind(
+def test_generate_reads_ids_next_to_an_unsupported_tokenizer(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = locate(str(write_run(tmp_path))).folder

@@ -1,4 +1,4 @@
-"""The list of commands, `--help` and `config_only=true`."""
+"""Tests of the list of commands, `--help` and `config_only=true`."""
 
 import os
 import re
@@ -37,7 +37,7 @@ def shell(line: str) -> subprocess.CompletedProcess[str]:
 
 
 def listed(text: str) -> list[str]:
-    """Keys of a help text, in order."""
+    """Returns the keys of a help text, in order."""
     return re.findall(
         r"^  ([a-z_][a-z_0-9.]*)=", text.partition("Keys and their values")[2].partition("Examples")[0], re.M
     )
@@ -172,7 +172,7 @@ def test_config_only_prints_values_and_does_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_config_only_refuses_what_a_run_refuses(
+def test_config_only_rejects_what_a_run_rejects(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["train", "config_only=true", "model.num_routed_experts=15", "parallelism.data=2",

@@ -1,4 +1,4 @@
-"""Ctrl-C at any moment: one line, exit code 130, nothing left; a process that ignores it goes on ignoring it."""
+"""Tests of Ctrl-C at any moment: one line, exit code 130, nothing left behind."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def start(command: list[str], folder: Path) -> subprocess.Popen[str]:
-    """A command in a session of its own, once it has begun to import the project; before, only Python's code runs."""
+    """Starts a command in its own session and waits until it imports the project."""
     process = subprocess.Popen(
         [sys.executable, "-v", *command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         start_new_session=True, preexec_fn=restore_interrupt, env={**os.environ, "HOME": str(folder)},
@@ -85,9 +85,9 @@ def test_closed_terminal_is_a_request_unless_it_is_ignored_as_under_nohup() -> N
     assert signal.SIGHUP in SIGNALS
     code = "import signal; from comm.preemption import Preemption; made = Preemption.of_process(); "
     code += "import os; os.kill(os.getpid(), signal.SIGHUP); print(made.is_requested)"
-    for ignore, asked in ((False, "True\n"), (True, "False\n")):
+    for ignore, expected in ((False, "True\n"), (True, "False\n")):
         done = subprocess.run(
             [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
             preexec_fn=(lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)) if ignore else None,
         )  # fmt: skip
-        assert done.stdout == asked, done.stderr
+        assert done.stdout == expected, done.stderr

@@ -1,4 +1,4 @@
-"""Ranks on this machine: they run, their exit code is the command's, and none outlives it, however it ends."""
+"""Tests of the built-in launcher: it returns the ranks' exit code, and no rank outlives it."""
 
 import os
 import re
@@ -52,7 +52,7 @@ def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
 
 
 def members(session: int) -> list[int]:
-    """Live processes of a session: the command and all that it started."""
+    """Returns the running processes of a session: the command and all that it started."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -122,7 +122,7 @@ STATES = {
     "one_is_killed": (78, "lost", "rank 3 is lost: it was ended by SIGKILL"),
     "one_is_stopped": (76, "lost", "rank 2 did not reach a collective within 4 s"),
 }
-"""What the launcher writes where ranks could not."""
+"""Status that the launcher writes if the ranks could not."""
 
 
 @pytest.mark.slow
@@ -130,8 +130,8 @@ STATES = {
     ("entry", "number", "to_all", "code"),
     [
         ("saves", signal.SIGTERM, False, 75),
-        ("saves", signal.SIGHUP, True, 75),  # as a terminal that is closed tells every process of it
-        ("saves", signal.SIGUSR1, True, 75),  # as a scheduler tells every process of a job
+        ("saves", signal.SIGHUP, True, 75),  # as a closed terminal signals all its processes
+        ("saves", signal.SIGUSR1, True, 75),  # as a scheduler signals all processes of a job
         ("deaf", signal.SIGTERM, False, 143),
     ],
 )

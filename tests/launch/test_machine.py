@@ -1,4 +1,4 @@
-"""A machine that cannot run the ranks of a valid configuration is found before they start."""
+"""Tests that a machine that cannot run the ranks is detected before they start."""
 
 import os
 import subprocess
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_driver_is_found_by_its_library() -> None:
     assert has_driver(["libc.so.6"])
-    assert not has_driver(["lib-of-nobody.so.1"])
+    assert not has_driver(["lib-unknown.so.1"])
 
 
 def test_torch_build_is_that_of_torch_itself() -> None:
@@ -36,7 +36,7 @@ def test_cpu_needs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     ("driver", "build_has_cuda", "rule"),
     [(False, True, "this machine has none"), (True, False, f"torch {torch.__version__} was not")],
 )
-def test_machine_without_driver_or_cuda_build_is_refused(
+def test_machine_without_driver_or_cuda_build_is_rejected(
     driver: bool, build_has_cuda: bool, rule: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(machine, "has_driver", lambda: driver)
@@ -56,7 +56,7 @@ def test_machine_without_driver_or_cuda_build_is_refused(
         ("h100", 4, False, 4, ["cluster.backend: nccl must be part of torch", "cluster.backend=gloo"]),
     ],
 )
-def test_machine_with_too_little_is_refused(
+def test_machine_with_too_little_is_rejected(
     cluster: str, found: int, has_nccl: bool, local: int, parts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,9")

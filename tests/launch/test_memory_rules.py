@@ -1,4 +1,4 @@
-"""A run that does not fit its devices is refused with the nearest change that does."""
+"""Tests that a run that does not fit its devices is rejected with the nearest change that fits."""
 
 import subprocess
 import sys
@@ -67,7 +67,7 @@ def test_deepseek_v3_takes_less_than_two_seconds_and_no_torch() -> None:
 
 @pytest.mark.slow
 def test_the_start_of_a_ramp_is_scheduled_so_that_it_fits() -> None:
-    """With fewer than two micro-batches for each rank W of many of them would wait: 128 GB on rank 0."""
+    """With fewer than two micro-batches per rank, many W operations are deferred, which needs 128 GB on rank 0."""
     config = make_config(*V3, RAMP)
     first = sized_config(config, 3072)
     assert predict_memory(replace(first, memory_cap=None)).worst.total > 120e9
@@ -91,7 +91,7 @@ def test_without_memory_bytes_nothing_is_checked() -> None:
     ],
 )
 def test_nearest_changes_are_computed(share: float, overrides: tuple[str, ...], nearest: str) -> None:
-    """Each change is predicted again: it fits what the run as it is does not."""
+    """Each suggested change is predicted again and fits."""
     config = make_config("model=quickstart", *overrides)
     needed = predict_memory(config).worst.total
     tight = replace(config, cluster=replace(config.cluster, memory_bytes=round(needed * share)))
@@ -105,7 +105,7 @@ def test_a_nearest_change_passes_when_it_is_made() -> None:
     check_memory(again, check_rules)
 
 
-def test_the_command_refuses_with_one_line_and_code_2(tmp_path: Path) -> None:
+def test_the_command_rejects_with_one_line_and_code_2(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "launch.train", "experiment=quickstart", "cluster.memory_bytes=1000000"]
     done = subprocess.run(
         [*command, f"out_dir={tmp_path / 'run'}"], cwd=ROOT, capture_output=True, text=True, timeout=120
@@ -116,7 +116,7 @@ def test_the_command_refuses_with_one_line_and_code_2(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_a_reserve_as_large_as_the_memory_is_refused() -> None:
+def test_a_reserve_as_large_as_the_memory_is_rejected() -> None:
     message = refusal(make_config("cluster.memory_bytes=1000", "cluster.memory_reserve_bytes=1000"))
     assert message.startswith("cluster.memory_reserve_bytes: must be below cluster.memory_bytes=1000, is 1000; nearest")
 

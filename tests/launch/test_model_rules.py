@@ -1,4 +1,4 @@
-"""Rules of the optimizer's configuration."""
+"""Tests of the rules of the optimizer's configuration."""
 
 from importlib.machinery import ModuleSpec
 
@@ -16,7 +16,7 @@ def find_all_but_deepspeed(name: str) -> ModuleSpec | None:
 
 
 @pytest.mark.parametrize(("precision", "nearest"), [("float32", "optim.sharding=replicated, or "), ("bf16", "")])
-def test_zero1_without_deepspeed_is_refused_before_any_rank_starts(
+def test_zero1_without_deepspeed_is_rejected_before_any_rank_starts(
     precision: str, nearest: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(launch.config.model_rules, "find_spec", find_all_but_deepspeed)

@@ -1,4 +1,4 @@
-"""A notebook beside this checkout: this project's packages and Jupyter's `comm` work in one real kernel."""
+"""Tests of notebooks: this project's packages and Jupyter's `comm` work in one real kernel."""
 
 import os
 import re
@@ -52,14 +52,14 @@ except CallbackError as error:
 
 
 class Kernel:
-    """A running kernel."""
+    """Handle to a running kernel."""
 
     def __init__(self, client: "jupyter_client.BlockingKernelClient") -> None:
         self._client = client
         self.comm_messages: list[str] = []
 
     def run(self, code: str) -> str:
-        """What a cell prints; fails with its traceback."""
+        """Runs a cell and returns its output. Fails with the cell's traceback."""
         request, printed = self._client.execute(code), ""
         while True:
             message = self._client.get_iopub_msg(timeout=120)
@@ -78,7 +78,7 @@ class Kernel:
 
 @contextmanager
 def kernel(folder: Path) -> Iterator[Kernel]:
-    """A kernel that is started in a folder, as a notebook there would start it."""
+    """Starts a kernel in a folder, as a notebook would."""
     manager = jupyter_client.KernelManager()
     command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
     manager.kernel_spec.argv[:] = command
@@ -104,7 +104,7 @@ def test_kernel_in_the_checkout_imports_every_package_and_keeps_its_own_comm() -
 
 @pytest.mark.long
 def test_kernel_elsewhere_runs_the_python_of_the_readme(tmp_path: Path) -> None:
-    """The checkout is on the path, the working folder another, which holds the weights that the README names."""
+    """The checkout is on the path, and the working folder is another one with the weights that the README names."""
     write_run(tmp_path / "run")
     convert(["from=checkpoint", f"path={tmp_path / 'run'}", f"to={tmp_path / 'quickstart_hf'}"])
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
@@ -119,7 +119,7 @@ def test_kernel_elsewhere_runs_the_python_of_the_readme(tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_kernel_trains_again_and_again_with_the_lines_of_the_documentation(tmp_path: Path) -> None:
-    """Before the second time, a callback fails: the kernel goes on as if there had been no run."""
+    """A callback fails before the second run; the kernel continues as if there had been no run."""
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/python.md").read_text(encoding="utf-8"), re.M | re.S)
     (block,) = (block for block in blocks if "launch.api" in block)
     with kernel(tmp_path) as notebook:

@@ -1,4 +1,4 @@
-"""Files from outside the checkout register what is chosen by name, and their errors are one line with exit code 2."""
+"""Tests of plugins: files outside the checkout register names, and their errors are one line with exit code 2."""
 
 import json
 import os
@@ -98,7 +98,7 @@ def test_every_rank_loads_the_plugin_of_a_run(tmp_path: Path) -> None:
         (RATE.replace('"halved"', '"cosine"'), "rates.py", ["'cosine' is registered already", "train.optim.rates"]),
     ],
 )
-def test_plugin_that_cannot_be_loaded_is_refused_in_one_line(
+def test_plugin_that_cannot_be_loaded_is_rejected_in_one_line(
     text: str, plugin: str, parts: list[str], tmp_path: Path
 ) -> None:
     place(tmp_path, text)

@@ -1,4 +1,4 @@
-"""Checkpoints in every published layout: they load, train a step and come out again, with all that they carried.
+"""Tests of checkpoints in every published layout: they load, train a step, and are exported with all their files.
 
 The checkpoints are written by `tests.model.published_checkpoints`, which knows nothing of this project.
 """
@@ -38,7 +38,7 @@ FILES = ("LICENSE-MODEL", "configuration_deepseek.py", "chat_template.jinja")
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, Tensor]]]:
-    """A folder for every layout, with the tokenizer of its publisher; what each holds."""
+    """Creates a folder for every layout with its publisher's tokenizer, and the content of each."""
     folder = tmp_path_factory.mktemp("published")
     write_text(folder, num_files=20)
     made = {}
@@ -54,7 +54,7 @@ def config_of(folder: Path) -> dict[str, Any]:
 
 
 def assert_carried(target: Path, source: Path) -> None:
-    """Unknown keys, token ids, the kind of model, and every file beside the weights."""
+    """Checks that unknown keys, token ids, the kind of model and all files next to the weights are carried over."""
     made, before = config_of(target), config_of(source)
     for key in (*KEPT_KEYS, "bos_token_id", "eos_token_id", "model_type"):
         assert made[key] == before[key], key
@@ -101,7 +101,7 @@ def test_conversion_to_a_checkpoint_and_back_keeps_values_and_keys(
 def test_logits_are_those_of_transformers(
     name: str, published: tuple[Path, dict[str, dict[str, Tensor]]], tmp_path: Path
 ) -> None:
-    """Which reads the same weights in float32, as its own reading of FP8 does not know ragged blocks."""
+    """Compares with transformers in float32, because its FP8 code does not support ragged blocks."""
     folder, tensors = published
     save_file(as_plain(tensors[name]), tmp_path / "model.safetensors", {"format": "pt"})
     keys = config_of(folder / name)
@@ -117,7 +117,7 @@ def test_logits_are_those_of_transformers(
 
 @pytest.fixture(scope="module")
 def trained(published: tuple[Path, dict[str, dict[str, Tensor]]]) -> dict[str, Started]:
-    """One step from every layout, saved; without MTP from the first one too."""
+    """Trains and saves one step from every layout, and one without MTP from the first."""
     folder, configs = published[0], {}
     for name in LAYOUTS:
         config = run_config(folder, name, "one", f"run_{name}")
@@ -202,7 +202,7 @@ def test_a_run_can_leave_mtp_modules_out(
 def test_mtp_modules_that_are_dropped_are_not_looked_at(
     published: tuple[Path, dict[str, dict[str, Tensor]]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Layers that config.json denies, in a shape of their own: refused, or left out where that is asked for."""
+    """MTP layers that config.json does not declare are rejected, or dropped if that is requested."""
     folder, tensors = published
     source = tmp_path / "source"
     write_published("bf16_without_mtp", source)

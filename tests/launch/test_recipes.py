@@ -1,4 +1,4 @@
-"""Every recipe of conf/experiment passes the whole dry check, and says what its source says."""
+"""Tests of the recipes in conf/experiment: each passes all checks, and its values equal those of its source."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -39,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def build(folder: Path, name: str, *overrides: str) -> TrainConfig:
-    """The recipe with placeholders for what it leaves to its user."""
+    """Returns the overrides of a recipe, with placeholders for the values that the user must set."""
     paths = [] if name in LAPTOP else [f"data.paths=[{folder / 'text'}]"]
     given = [f"data.tokenizer={folder / name}.json"] if name in GIVEN else []
     return compose_run([f"experiment={name}", *paths, *given, *overrides])
@@ -60,7 +60,7 @@ def test_recipe_passes_the_whole_check(folder: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", [*SIZES])
 def test_recipe_for_gpus_is_a_real_run(folder: Path, name: str) -> None:
-    """None of what suits a hundred steps on a laptop."""
+    """Large recipes keep no default that is meant for a hundred steps on a laptop."""
     config = build(folder, name)
     task, (ranks, nodes, tokens) = config.task, SIZES[name]
     assert config.parallelism.world_size == ranks
@@ -84,7 +84,7 @@ def test_recipe_says_what_its_user_must_give(folder: Path, name: str, keys: tupl
 
 
 def test_recipe_v3_is_the_published_run(folder: Path) -> None:
-    """arXiv:2412.19437, sections 3 and 4.2."""
+    """The values equal those of arXiv:2412.19437, sections 3 and 4.2."""
     config = build(folder, "v3_671b")
     task, batch = config.task, config.batch
     model, optim, mesh = config.model, config.optim, config.parallelism

@@ -1,4 +1,4 @@
-"""Which tokenizer `data.tokenizer` means, beside weights to start from and a run to go on with."""
+"""Tests of `data.tokenizer` with initial weights and with a run to resume."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +19,7 @@ TEXTS = ["def f(x):\n    return x + 1\n"] * 9
 
 @pytest.fixture
 def weights(tmp_path: Path) -> Path:
-    """Converted weights with a tokenizer, as far as this matters here."""
+    """Creates converted weights with a tokenizer, with only the files that these tests need."""
     folder = Path(place_weights(tmp_path / "weights"))
     write_released(folder / "tokenizer.json", TEXTS)
     return folder
@@ -58,7 +58,7 @@ def test_tokenizer_of_a_run_is_that_of_its_newest_checkpoint(tmp_path: Path) -> 
     assert chosen(f"init_from={tmp_path / 'run'}") == own
 
 
-def test_tokenizer_of_a_run_that_goes_on_is_the_one_it_was_given(weights: Path, tmp_path: Path) -> None:
+def test_tokenizer_of_a_resumed_run_is_the_given_one(weights: Path, tmp_path: Path) -> None:
     given, trained = build(f"init_from={weights}"), build()
     own = place_checkpoint(tmp_path / "given", replace(given, init_from=None)) / "tokenizer.json"
     place_checkpoint(tmp_path / "trained", trained)
@@ -90,7 +90,7 @@ def test_tokenizer_must_fit_the_model(weights: Path) -> None:
         ("", ["data.tokenizer: must be auto, null", "is ''"]),
     ],
 )
-def test_tokenizer_that_is_not_there_is_refused(place: str, parts: list[str], weights: Path, tmp_path: Path) -> None:
+def test_tokenizer_that_is_not_there_is_rejected(place: str, parts: list[str], weights: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError) as refused:
         build(f"data.tokenizer={tmp_path / place if place else ''}")
@@ -99,7 +99,7 @@ def test_tokenizer_that_is_not_there_is_refused(place: str, parts: list[str], we
     assert "\n" not in str(refused.value)
 
 
-def test_tokenizer_that_is_none_is_refused(weights: Path) -> None:
+def test_tokenizer_that_is_none_is_rejected(weights: Path) -> None:
     (weights / "tokenizer.json").write_text("{}")
     for choice in ("init_from", "data.tokenizer"):
         with pytest.raises(DataError, match=r"^data\.tokenizer: .*must be a saved tokenizer"):

@@ -1,4 +1,4 @@
-"""The schedule command prints what the generator made, as data or as a picture, and refuses what it cannot make."""
+"""Tests of `launch.schedule`: it prints schedules as data or as a picture, and rejects impossible ones."""
 
 import json
 import subprocess
@@ -54,7 +54,7 @@ def test_schedule_text_shows_the_picture_and_the_costs_matter(capsys: pytest.Cap
         ("num_ranks=2.0", ConfigError, ["num_ranks", "write 2"]),
     ],
 )
-def test_schedule_refuses(override: str, error: type[ValueError], parts: list[str]) -> None:
+def test_schedule_rejects(override: str, error: type[ValueError], parts: list[str]) -> None:
     with pytest.raises(error) as refused:
         main(override.split())
     for part in parts:

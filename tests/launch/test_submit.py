@@ -1,4 +1,4 @@
-"""Batch scripts: complete, what the run's layout asks for, and refused in one line where Slurm or training would."""
+"""Tests of batch scripts: they fit the run's layout, and invalid options are rejected with one line."""
 
 import os
 import shlex
@@ -147,7 +147,7 @@ def test_job_trains_what_was_checked(chosen: list[str], tmp_path: Path) -> None:
         ("parallelism.pipeline=3 schedule=dualpipe", ["parallelism.pipeline", "even"]),
     ],
 )
-def test_submit_refuses_in_one_line(override: str, parts: list[str]) -> None:
+def test_submit_rejects_in_one_line(override: str, parts: list[str]) -> None:
     given = [override] if "'" in override else override.split()
     with pytest.raises(user_errors()) as refused:
         main(["dry_run=true", *given])
@@ -156,7 +156,7 @@ def test_submit_refuses_in_one_line(override: str, parts: list[str]) -> None:
     assert "\n" not in str(refused.value)
 
 
-def test_submit_without_slurm_is_refused_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_submit_without_slurm_is_rejected_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigError, match=r"^slurm: sbatch must be on PATH, is not; dry_run=true"):
         main([f"out_dir={tmp_path / 'run'}"])
@@ -180,7 +180,7 @@ def test_submit_hands_the_script_in_the_folder_to_sbatch(
         "cluster=slurm", "experiment=quickstart", f"out_dir={run}", "resume=auto"
     ]  # fmt: skip
     assert sorted(path.name for path in run.iterdir()) == ["config.yaml", "job.sbatch", "log", "overrides.txt"]
-    # The same command goes on with the run.
+    # The same command continues the run.
     assert main([f"out_dir={run}", "experiment=quickstart"]) == 0
 
 
@@ -243,7 +243,7 @@ def test_script_passes_shellcheck(capsys: pytest.CaptureFixture[str], tmp_path: 
     assert checked.returncode == 0, checked.stdout
 
 
-def test_submit_as_a_command_refuses_with_code_2(tmp_path: Path) -> None:
+def test_submit_as_a_command_rejects_with_code_2(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "launch.submit", "slurm.time=never"],
         cwd=ROOT, env={**os.environ, "HOME": str(tmp_path)}, capture_output=True, text=True, timeout=120,

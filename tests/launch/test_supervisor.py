@@ -1,4 +1,4 @@
-"""Temporary folders of killed commands are removed; those of living ones, of other users and links are not."""
+"""Tests that only temporary folders of ended commands of this user are removed, and that links are not followed."""
 
 import os
 from dataclasses import replace

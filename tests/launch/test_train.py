@@ -1,4 +1,4 @@
-"""The command as a user runs it: bad input ends at once, in one line, with nothing left on disk."""
+"""Tests of the command as a user runs it: bad input ends at once, in one line, with nothing left on disk."""
 
 import os
 import shutil
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def run_train(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs the command in `folder`, so that whatever it might create is seen."""
+    """Runs the command in `folder`, so that any file that it creates is found."""
     kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     return subprocess.run(
         [sys.executable, "-m", "launch.train", *arguments],
@@ -33,7 +33,7 @@ def run_train(folder: Path, *arguments: str, **environment: str) -> subprocess.C
 
 
 def place_inputs(folder: Path) -> None:
-    """An empty corpus, and a checkpoint of another architecture."""
+    """Creates an empty corpus, and a checkpoint of another architecture."""
     (folder / "empty.txt").touch()
     (folder / "notes.xyz").write_text("text")
     checkpoint = folder / "old" / "checkpoints" / "step-00000020"
@@ -74,7 +74,7 @@ def test_train_bad_input_exits_2_with_one_line_and_leaves_nothing(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_train_under_torchrun_every_rank_refuses_and_rank_0_says_why(tmp_path: Path) -> None:
+def test_train_under_torchrun_every_rank_rejects_and_rank_0_says_why(tmp_path: Path) -> None:
     torchrun = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "3"}
     first = run_train(tmp_path, "experiment=quickstart", RANK="0", **torchrun)
     assert first.returncode == 2
@@ -146,7 +146,7 @@ def test_makefile_and_ci_run_what_the_readme_says() -> None:
 def test_train_before_it_has_ranks_makes_room_at_once(
     number: signal.Signals, environment: dict[str, str], code: int
 ) -> None:
-    """A rank of torchrun goes on, to leave together with the others."""
+    """A torchrun rank continues, so that all ranks end together."""
     program = f"import os; from launch import train; train.handle_signals(); os.kill(os.getpid(), {int(number)}); pass"
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True

@@ -1,4 +1,4 @@
-"""Folders of weights that conversions are tested on, and the command run on them."""
+"""Folders of weights for tests of conversions, and a function that runs the command."""
 
 import os
 import resource
@@ -14,12 +14,12 @@ TOKENIZER = '{"of": "no concern"}'
 
 
 def convert(arguments: str) -> int:
-    """`launch.convert` in this process."""
+    """Runs `launch.convert` in this process."""
     return main(arguments.split())
 
 
 def make_sources(folder: Path) -> Path:
-    """`plain`: float32, MTP, five files, a tokenizer. `fp8`: the same in FP8. `of_...`: each as our checkpoint."""
+    """Creates `plain` (float32, MTP, five files, tokenizer), `fp8` (the same in FP8), and `of_...` (checkpoints)."""
     for name in ("plain", "fp8"):
         place = folder / name
         # 136 rows and columns: a whole block and a ragged one.
@@ -30,7 +30,7 @@ def make_sources(folder: Path) -> Path:
 
 
 def run_command(folder: Path, *arguments: str, file_bytes: int | None = None) -> subprocess.CompletedProcess[str]:
-    """The command as a user runs it; no file may grow above `file_bytes`, as on a disk that is full."""
+    """Runs the command as a user does, with a limit of `file_bytes` per file, as on a full disk."""
 
     def limit() -> None:
         if file_bytes is not None:

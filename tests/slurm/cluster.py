@@ -61,7 +61,7 @@ class SlurmError(RuntimeError):
 
 
 def missing() -> str | None:
-    """Why there can be no Slurm here, or None if there can."""
+    """Returns why Slurm cannot run here, or None if it can."""
     if sys.platform != "linux":
         return f"Slurm's test needs Linux, this is {sys.platform}"
     if os.geteuid() != 0:
@@ -101,7 +101,7 @@ class Slurm:
         self._daemons: list[subprocess.Popen[bytes]] = []
 
     def run(self, *command: str, **environment: str) -> str:
-        """Runs a command inside and gives what it prints.
+        """Runs a command in the cluster and returns its output.
 
         Raises:
             SlurmError: it failed.
@@ -112,19 +112,19 @@ class Slurm:
         return done.stdout.strip()
 
     def attempt(self, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        """Runs a command inside, whatever its end."""
+        """Runs a command in the cluster and returns its result even if it fails."""
         given = self._environment(environment)
         return subprocess.run(
             [*self._inside(), *command], env=given, capture_output=True, text=True, timeout=120, check=False
         )
 
     def job(self, number: str) -> dict[str, str]:
-        """What Slurm knows of a job, by its own words: JobState, Restarts, ExitCode."""
+        """Returns Slurm's record of a job: JobState, Restarts, ExitCode."""
         words = self.run("scontrol", "--oneliner", "show", "job", number).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def wait_for(self, what: str, condition: Callable[[], bool], seconds: float) -> None:
-        """Waits until something is so.
+        """Waits until a condition is true.
 
         Raises:
             SlurmError: it is not after `seconds`.
@@ -192,7 +192,7 @@ class Slurm:
 
 @contextmanager
 def open_slurm(base: Path) -> Iterator[Slurm]:
-    """Makes a cluster and, on every way out, ends all of it.
+    """Starts a cluster, and stops all of it on exit.
 
     Args:
         base: a folder that does not exist.
@@ -206,5 +206,5 @@ def open_slurm(base: Path) -> Iterator[Slurm]:
 
 
 def _path() -> str:
-    """Daemons lie where a user's PATH may not look."""
+    """Returns the path of a daemon, which may be outside the user's PATH."""
     return f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"

@@ -1,4 +1,4 @@
-"""A Slurm for the tests of a module, or the reason why there can be none here."""
+"""Fixture with a Slurm cluster for the tests of a module; skips with the reason if Slurm cannot run here."""
 
 from collections.abc import Iterator
 
@@ -9,7 +9,7 @@ from tests.slurm.cluster import Slurm, missing, open_slurm
 
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
-    """Two idle nodes."""
+    """Yields a cluster with two idle nodes."""
     reason = missing()
     if reason is not None:
         pytest.skip(reason)

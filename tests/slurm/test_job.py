@@ -1,4 +1,4 @@
-"""Runs as jobs of a real Slurm on two nodes: they end as the bare command does, preempted on the way or not."""
+"""Tests of jobs on a real Slurm with two nodes: they equal runs of the built-in launcher, even after preemption."""
 
 import sys
 from pathlib import Path
@@ -20,7 +20,7 @@ FINAL = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Text, and the run that all others must equal."""
+    """Creates the text, and the run that all others must equal."""
     folder = tmp_path_factory.mktemp("jobs")
     write_text(folder)
     run_bare(folder, "bare", NUM_STEPS)
@@ -28,14 +28,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def submit(slurm: Slurm, folder: Path, name: str) -> str:
-    """Submits the run; its number."""
+    """Submits the run and returns the job's number."""
     said = slurm.run(*SUBMIT, *choices(folder, name, NUM_STEPS), *JOB)
     assert said.startswith("submitted job "), said
     return said.split()[2].rstrip(":")
 
 
 def wait_until_over(slurm: Slurm, number: str, run: Path) -> dict[str, str]:
-    """What Slurm knows of the job at its end."""
+    """Returns Slurm's record of the job at its end."""
     try:
         slurm.wait_for(f"end of job {number}", lambda: slurm.job(number)["JobState"] in FINAL, SECONDS)
     except SlurmError as error:
@@ -44,7 +44,7 @@ def wait_until_over(slurm: Slurm, number: str, run: Path) -> dict[str, str]:
 
 
 def test_job_of_two_nodes_ends_as_the_bare_command(slurm: Slurm, folder: Path) -> None:
-    number, run = submit(slurm, folder, "calm"), folder / "calm"
+    number, run = submit(slurm, folder, "uninterrupted"), folder / "uninterrupted"
     job = wait_until_over(slurm, number, run)
     assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("COMPLETED", "0:0", "0"), logs(run / "log")
     assert_same_end(run, folder / "bare")
@@ -70,7 +70,7 @@ def test_job_that_is_preempted_saves_is_requeued_and_ends_the_same(slurm: Slurm,
     assert_same_end(run, folder / "bare")
 
 
-def test_job_told_to_save_while_it_starts_is_requeued(slurm: Slurm, folder: Path) -> None:
+def test_job_preempted_while_it_starts_is_requeued(slurm: Slurm, folder: Path) -> None:
     number, log = submit(slurm, folder, "early"), folder / "early" / "log"
     slurm.wait_for("start on a node", lambda: (log / f"slurm-{number}-node-0.log").exists(), SECONDS)
     slurm.run("scancel", "--signal=USR1", number)
@@ -91,7 +91,7 @@ def test_job_that_is_cancelled_stays_so(slurm: Slurm, folder: Path) -> None:
     assert slurm.job(number)["Restarts"] == "0"
 
 
-def test_job_that_slurm_refuses_is_one_line_and_leaves_nothing(slurm: Slurm, folder: Path) -> None:
+def test_job_that_slurm_rejects_is_one_line_and_leaves_nothing(slurm: Slurm, folder: Path) -> None:
     done = slurm.attempt(*SUBMIT, *choices(folder, "refused", NUM_STEPS), *JOB, "slurm.partition=none")
     assert done.returncode == 2
     assert done.stdout == ""
