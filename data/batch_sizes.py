@@ -1,4 +1,7 @@
-"""Number of sequences per step, constant or with a batch ramp, as a pure function of the step. Imports no torch."""
+"""Number of sequences per step, constant or with a batch ramp, as a pure function of the step.
+
+Imports no torch.
+"""
 
 from bisect import bisect_right
 from dataclasses import dataclass
@@ -27,7 +30,7 @@ class BatchRamp:
 
 @dataclass(frozen=True, slots=True)
 class _Span:
-    """Consecutive steps of one size, starting at `first_step`, with `first_sequence` sequences read before them."""
+    """Consecutive steps of one size, from `first_step` on; `first_sequence` sequences precede them."""
 
     first_step: int
     first_sequence: int
@@ -35,7 +38,10 @@ class _Span:
 
 
 class BatchSizes:
-    """Batch sizes of all steps of a run. They depend neither on the layout nor on the step at which a run resumed."""
+    """Batch sizes of all steps of a run.
+
+    They depend neither on the layout nor on the step at which a run resumed.
+    """
 
     def __init__(self, sequences: int, sequence_length_tokens: int = 1, ramp: BatchRamp | None = None) -> None:
         """Computes the steps of each size.

@@ -1,4 +1,7 @@
-"""Cache of folders that are built once. A folder is complete or absent, even after crashes or concurrent builds."""
+"""Cache of folders that are built once.
+
+A folder is complete or absent, even after crashes or concurrent builds.
+"""
 
 import contextlib
 import errno
@@ -29,10 +32,11 @@ class CacheEntry:
 
 
 def open_or_build(cache_dir: Path, name: str, build: Callable[[Path], Mapping[str, int | float | str]]) -> CacheEntry:
-    """Returns the cache entry with a name. Builds it if it is missing, or if `meta.json` or a file size is wrong.
+    """Returns the cache entry with a name.
 
-    The folder is written to disk completely and then renamed to its final name. Concurrent processes may each build the
-    same entry; the first rename wins, and the others use its result.
+    Builds it if it is missing, or if `meta.json` or a file size is wrong. The folder is written to disk completely and
+    then renamed to its final name. Concurrent processes may each build the same entry; the first rename wins, and the
+    others use its result.
 
     Args:
         cache_dir: cache folder; created if it is missing.
@@ -84,7 +88,10 @@ def _write_meta(folder: Path, values: Mapping[str, int | float | str]) -> None:
 
 
 def _install(building: Path, folder: Path) -> None:
-    """Renames a finished folder to its final name. Keeps an existing complete entry and replaces a broken one."""
+    """Renames a finished folder to its final name.
+
+    Keeps an existing complete entry and replaces a broken one.
+    """
     with _exclusive(folder.parent):
         if _open(folder) is not None:
             return
@@ -97,7 +104,10 @@ def _install(building: Path, folder: Path) -> None:
 
 @contextlib.contextmanager
 def _exclusive(cache_dir: Path) -> Iterator[None]:
-    """Lets one process at a time replace entries. Otherwise a process could move away an entry that is now complete."""
+    """Lets one process at a time replace entries.
+
+    Otherwise a process could move away an entry that is now complete.
+    """
     descriptor = os.open(cache_dir, os.O_RDONLY)
     try:
         # Without file locks, only the atomicity of the rename remains. A lock is released when its process ends.

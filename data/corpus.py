@@ -1,4 +1,4 @@
-"""Sources of text: finds files, reads documents, and splits documents into training and validation parts."""
+"""Sources of text: finds files, reads documents, and selects those for validation."""
 
 import difflib
 import hashlib
@@ -26,12 +26,15 @@ CHECKED_BYTES = 8 * 2**20
 
 
 class DataError(ValueError):
-    """Invalid text or data settings. The message states the place, the rule, the value and the nearest valid choice."""
+    """Invalid text or data settings.
+
+    The message states the place, the rule, the value and the nearest valid choice.
+    """
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EmbeddedSource(DataSource):
-    """The Python standard library's sources and text files without tests, available offline on every machine."""
+    """The Python standard library's sources and text files, available offline on every machine."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,7 +62,9 @@ def list_files(source: DataSource) -> tuple[CorpusFile, ...]:
 
 
 def check_source(source: DataSource) -> None:
-    """Rejects a source that cannot be read. Takes little time: checks names, sizes and the first megabytes of text.
+    """Rejects a source that cannot be read.
+
+    Takes little time: checks names, sizes and the first megabytes of text.
 
     Raises:
         DataError: as in `list_files`; all files are empty; or, for the first megabytes, as in `read_documents`.
@@ -81,7 +86,9 @@ def check_source(source: DataSource) -> None:
 
 
 def read_documents(source: DataSource) -> Iterator[Document]:
-    """Yields the documents of a source in order. Skips blank documents and replaces undecodable bytes with U+FFFD.
+    """Yields the documents of a source in order.
+
+    Skips blank documents and replaces undecodable bytes with U+FFFD.
 
     Raises:
         DataError: as in `list_files`, or a line of a `.jsonl` file is not an object with a string in the text field.
@@ -92,18 +99,21 @@ def read_documents(source: DataSource) -> Iterator[Document]:
 
 
 def hash_unit(purpose: str, seed: int, key: str) -> float:
-    """Returns a pseudo-random number in [0, 1) from a SHA-256 hash of the arguments, equal on every machine."""
+    """Returns a number in [0, 1) from a SHA-256 hash of the arguments, equal on every machine."""
     digest = hashlib.sha256(f"{purpose}:{seed}:{key}".encode("utf-8", errors="surrogateescape")).digest()
     return int.from_bytes(digest[:6], "big") / 2**48
 
 
 def is_validation(key: str, validation_fraction: float, seed: int) -> bool:
-    """Returns whether a document is held out. It depends only on the key, so that a growing corpus keeps its split."""
+    """Returns whether a document is held out.
+
+    It depends only on the key, so that a growing corpus keeps its split.
+    """
     return hash_unit("split", seed, key) < validation_fraction
 
 
 def list_paths(paths: tuple[str, ...]) -> tuple[CorpusFile, ...]:
-    """Returns the files that the paths name, and the files with a known suffix in the folders that they name.
+    """Returns the files that the paths name, and those with a known suffix in folders.
 
     Raises:
         DataError: as in `list_files`.
@@ -223,7 +233,7 @@ def _size_bytes(file: CorpusFile) -> int:
 
 
 def _nearest(path: Path) -> str:
-    """Returns the end of an error: the existing path whose name is nearest to the first missing part of `path`."""
+    """Returns the end of an error: the existing path whose name is nearest to a missing path."""
     missing = path
     while not missing.parent.exists():
         missing = missing.parent

@@ -1,4 +1,7 @@
-"""Encodes a source's documents as token ids: validation split, tokenizer, fill-in-the-middle. Imports no torch."""
+"""Encodes a source's documents as token ids: validation split, tokenizer, fill-in-the-middle.
+
+Imports no torch.
+"""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -160,7 +163,7 @@ def _encode_documents(
 
 
 def _batches(documents: Iterator[Document]) -> Iterator[list[str]]:
-    """Yields lists of documents that are large enough for the tokenizer's threads and small enough for the memory."""
+    """Yields lists of documents, large enough for the tokenizer's threads and small enough for memory."""
     batch: list[str] = []
     characters = 0
     for document in documents:

@@ -1,4 +1,7 @@
-"""Fill-in-the-middle: rearranges some documents as prefix, suffix, middle. Depends only on seed and document index."""
+"""Fill-in-the-middle: rearranges some documents as prefix, suffix, middle.
+
+Depends only on seed and document index.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -66,7 +66,7 @@ class Batch:
 
 
 class SampleOrder:
-    """Order of the training sequences: every sequence once per epoch, with a new permutation in each epoch.
+    """Order of the training sequences: a new permutation of all sequences in each epoch.
 
     The order depends only on the number of sequences and the seed. So no layout of ranks and no resumed run repeats or
     skips a sample. The permutation sorts raw Philox output, which numpy guarantees to stay the same.

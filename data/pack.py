@@ -59,7 +59,7 @@ def pack_documents(
 def cut_pieces(
     lengths_tokens: NDArray[np.int64], sequence_length_tokens: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Returns the start of each piece in the concatenated tokens, and its length (L, except for last pieces)."""
+    """Returns the start of each piece in the concatenated tokens, and its length."""
     counts = -(-lengths_tokens // sequence_length_tokens)
     document = np.repeat(np.arange(len(lengths_tokens)), counts)
     number = np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts)

@@ -29,7 +29,10 @@ class CorpusFile:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Document:
-    """A document. `key` is equal on every machine: the file's key, with `:line` for a line of a `.jsonl` file."""
+    """A document.
+
+    `key` is equal on every machine: the file's key, with `:line` for a line of a `.jsonl` file.
+    """
 
     key: str
     text: str
@@ -41,7 +44,9 @@ def _no_settings(source: Any) -> object:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataSourceEntry:
-    """A registered source of text, chosen by `data.kind`. The functions take the source's configuration first.
+    """A registered source of text, chosen by `data.kind`.
+
+    The functions take the source's configuration first.
 
     Attributes:
         summary: one-line description for users.

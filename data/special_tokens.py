@@ -1,8 +1,8 @@
-"""Finds a tokenizer's special tokens: begin, end and padding of documents, fill-in-the-middle. Imports no torch.
+"""Finds a tokenizer's special tokens: begin, end and padding of documents, fill-in-the-middle.
 
-Begin (bos), end (eos) and padding (pad) are each taken from the first of these that names one: the configuration;
-`tokenizer_config.json`, `special_tokens_map.json` and `generation_config.json` next to the tokenizer; this project's
-names; names that are common in other tokenizers.
+Imports no torch. Begin (bos), end (eos) and padding (pad) are each taken from the first of these that names one: the
+configuration; `tokenizer_config.json`, `special_tokens_map.json` and `generation_config.json` next to the tokenizer;
+this project's names; names that are common in other tokenizers.
 """
 
 import difflib
@@ -47,7 +47,10 @@ _KNOWN: dict[Kind, tuple[str, ...]] = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SpecialNames:
-    """Names of special tokens in the configuration. None follows the tokenizer's files; `bos` "" means no token."""
+    """Names of special tokens in the configuration.
+
+    None follows the tokenizer's files; `bos` "" means no token.
+    """
 
     bos: str | None
     eos: str | None
@@ -186,7 +189,10 @@ def _find(
 
 
 def _named(kind: Kind, token: str, backend: tokenizers.Tokenizer, place: str) -> int:
-    """Returns the id of a token that the configuration names. It must be a special token, never produced from text."""
+    """Returns the id of a token that the configuration names.
+
+    It must be a special token, never produced from text.
+    """
     number = backend.token_to_id(token)
     if number is None:
         raise DataError(
@@ -211,7 +217,10 @@ def _of_file(kind: Kind, token: str, backend: tokenizers.Tokenizer, place: str) 
 
 
 def _content(token: object) -> str | None:
-    """Returns a token's text from a string or from the field `content` of an object; None if there is none."""
+    """Returns a token's text from a string or from the field `content` of an object.
+
+    Returns None if there is none.
+    """
     text = token.get("content") if isinstance(token, dict) else token
     return text if isinstance(text, str) and text else None
 

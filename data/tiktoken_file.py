@@ -1,7 +1,8 @@
-"""Reads `tiktoken.model`, the tokenizer file of Kimi and Moonlight, into the `tokenizers` library. Imports no torch.
+"""Reads `tiktoken.model`, the tokenizer file of Kimi and Moonlight, into the `tokenizers` library.
 
-Each line of the file has a token's bytes and its rank. The names of special tokens are in `tokenizer_config.json`. The
-pattern that splits text is in the publisher's Python code, which is never run; the pattern is copied below.
+Imports no torch. Each line of the file has a token's bytes and its rank. The names of special tokens are in
+`tokenizer_config.json`. The pattern that splits text is in the publisher's Python code, which is never run; the pattern
+is copied below.
 """
 
 import base64
@@ -80,7 +81,7 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
 
 
 def _merges(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """Returns every pair of tokens whose concatenation is a token, ordered by the rank of the concatenation."""
+    """Returns every pair of tokens whose concatenation is a token, ordered by the rank of that token."""
     found: list[tuple[int, int, int, bytes, bytes]] = []
     for token, rank in ranks.items():
         for place in range(1, len(token)):
@@ -98,7 +99,7 @@ def _special_tokens(config: Mapping[str, Any], first_id: int) -> list[str]:
 
 
 def _byte_letters() -> dict[int, str]:
-    """Returns the character for each byte in byte-level tokenizers: itself if printable, otherwise from 256 on.
+    """Returns the character for each byte in byte-level tokenizers (printable, or from 256 on).
 
     Source: the byte-level BPE of GPT-2.
     """

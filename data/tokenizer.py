@@ -1,4 +1,7 @@
-"""Converts between text and token ids: byte-level BPE with DeepSeek's special tokens. Imports no torch."""
+"""Converts between text and token ids: byte-level BPE with DeepSeek's special tokens.
+
+Imports no torch.
+"""
 
 import hashlib
 import json
@@ -49,10 +52,11 @@ SPLIT_PATTERNS = (
 
 
 class Tokenizer:
-    """A tokenizer, trained by this project or published. Text never produces special tokens; they are inserted by id.
+    """A tokenizer, trained by this project or published.
 
-    A tokenizer that this project trained starts with all `SPECIAL_TOKENS` in that order. For other tokenizers,
-    `data.special_tokens` finds the tokens that begin, end and fill a document.
+    Text never produces special tokens; they are inserted by id. A tokenizer that this project trained starts with all
+    `SPECIAL_TOKENS` in that order. For other tokenizers, `data.special_tokens` finds the tokens that begin, end and
+    fill a document.
     Source: arXiv:2412.19437, section 4.1; the names are those of the released tokenizer.
     """
 
@@ -127,9 +131,10 @@ class Tokenizer:
         return ids or [self._special.eos]
 
     def text_context(self, tokens: Sequence[int]) -> list[int]:
-        """Returns the last few tokens of a text without special tokens; a following token may decode differently.
+        """Returns the last few tokens of a text without special tokens.
 
-        Many tokenizers drop the leading space of the first token, so that a continuation must be decoded in context.
+        A following token may decode differently. Many tokenizers drop the leading space of the first token, so that a
+        continuation must be decoded in context.
 
         Args:
             tokens: tokens of the text, including special ones.
@@ -180,7 +185,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: Path, key: str = "tokenizer", names: SpecialNames = NAMES_FROM_FILES) -> "Tokenizer":
-        """Loads a tokenizer that `save` wrote, or a published one with the files next to it that name special tokens.
+        """Loads a tokenizer that `save` wrote, or a published one with the files next to it.
 
         Args:
             path: a `tokenizer.json` or a `tiktoken.model`.
@@ -205,9 +210,10 @@ class Tokenizer:
         return cls(backend, content, f"{key}: {path}", names=names, sidecars=sidecars)
 
     def save(self, path: Path) -> list[Path]:
-        """Writes the tokenizer in the format of the `tokenizers` library. A loaded tokenizer is copied byte by byte.
+        """Writes the tokenizer in the format of the `tokenizers` library.
 
-        Also writes `tokenizer_config.json` if the special tokens cannot be found without it.
+        A loaded tokenizer is copied byte by byte. Also writes `tokenizer_config.json` if the special tokens cannot be
+        found without it.
 
         Returns:
             The written files.
@@ -243,7 +249,10 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Largest token id plus one, including special tokens. With gaps between ids, it exceeds the token count."""
+        """Largest token id plus one, including special tokens.
+
+        With gaps between ids, it exceeds the token count.
+        """
         return max(self._backend.get_vocab().values(), default=-1) + 1
 
     def encode(self, text: str) -> list[int]:
@@ -259,7 +268,7 @@ class Tokenizer:
 
     @contextmanager
     def _panics(self) -> Iterator[None]:
-        """Turns a panic of the backend (not an Exception), for example from endless backtracking, into an error."""
+        """Turns a panic of the backend, for example from endless backtracking, into an error."""
         try:
             yield
         except BaseException as error:
@@ -268,7 +277,10 @@ class Tokenizer:
             raise DataError(f"{self._place}: must be able to split any text, cannot: {error}") from error
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
-        """Returns the text of token ids. Bytes that are not UTF-8 become U+FFFD; special tokens appear by name."""
+        """Returns the text of token ids.
+
+        Bytes that are not UTF-8 become U+FFFD; special tokens appear by name.
+        """
         return str(self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
 

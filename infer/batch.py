@@ -159,7 +159,7 @@ class GenerationBatch:
         return chosen
 
     def _read_pairs(self, rows: Sequence[int], sequences: Sequence[ActiveSequence], states: Sequence[Tensor]) -> None:
-        """Runs the MTP module over the pairs within prompts: each state except the last, with the token after it."""
+        """Runs the MTP module over the pairs (state, next token) within prompts."""
         longer = [at for at, sequence in enumerate(sequences) if len(sequence.prompt) > 1]
         if not longer:
             return

@@ -1,4 +1,7 @@
-"""Configuration and checks of text generation. Imports no torch, so that commands check before they read a model."""
+"""Configuration and checks of text generation.
+
+Imports no torch, so that commands check before they read a model.
+"""
 
 import math
 import operator
@@ -93,7 +96,7 @@ class Statistics:
 
 
 def as_token_ids(prompts: Iterable[Any]) -> list[list[int]]:
-    """Converts prompts (lists, arrays, rows of a tensor, or other sequences of integers) to lists of token ids.
+    """Converts prompts (lists, arrays, rows of a tensor) to lists of token ids.
 
     Raises:
         GenerateError: a prompt contains anything else; names it by its number from 1.

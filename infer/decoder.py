@@ -1,4 +1,4 @@
-"""Runs a whole model with a latent KV cache: reads prompts, then a few new tokens of every sequence at a time.
+"""Runs a whole model with a latent KV cache: over prompts, then over a few new tokens per sequence.
 
 Shape legend: B cached sequences, S new tokens of each, N new tokens of all, D hidden size, V vocabulary,
 C values per token in the cache, T positions, P values of a rotation, A received rows (one for each token and expert).
@@ -22,11 +22,12 @@ Views = Callable[[int], CacheView]
 
 
 class Decoder:
-    """A model with KV caches of the sequences that it continues. Computes in the type of the weights, even for FP8.
+    """A model with KV caches of the sequences that it continues.
 
-    The main model and the MTP module have one cache each, with the same sequences in the same rows. Entry i of the MTP
-    module's cache is for the pair of the main model's state of token i and the embedding of token i + 1. New entries do
-    not count until the caller sets the length with `KvCache.resize`, because only the caller knows which tokens stay.
+    Computes in the type of the weights, even for FP8. The main model and the MTP module have one cache each, with the
+    same sequences in the same rows. Entry i of the MTP module's cache is for the pair of the main model's state of
+    token i and the embedding of token i + 1. New entries do not count until the caller sets the length with
+    `KvCache.resize`, because only the caller knows which tokens stay.
     """
 
     def __init__(self, model: Transformer, max_sequences: int, capacity: int, *, with_mtp: bool) -> None:

@@ -36,7 +36,10 @@ class Generation:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """New tokens of one prompt. `index` is the prompt's number; `finish` is None until the continuation ends."""
+    """New tokens of one prompt.
+
+    `index` is the prompt's number; `finish` is None until the continuation ends.
+    """
 
     index: int
     tokens: tuple[int, ...]
@@ -44,7 +47,10 @@ class Piece:
 
 
 class Stream:
-    """Streaming generation. Iterate over it once to get the pieces of all prompts as their tokens are chosen."""
+    """Streaming generation.
+
+    Iterate over it once to get the pieces of all prompts as their tokens are chosen.
+    """
 
     def __init__(
         self,

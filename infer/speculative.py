@@ -1,4 +1,4 @@
-"""Speculative decoding: accepts or replaces a draft so that the result has the main model's distribution.
+"""Speculative decoding: accepts or replaces drafts without a change of the distribution.
 
 Source: arXiv:2211.17192, algorithm 1; the drafts are the MTP module's (arXiv:2412.19437, sections 2.2 and 5.4.3).
 Shape legend: B sequences, V vocabulary.

@@ -116,7 +116,10 @@ def _check_ranks(config: TrainConfig) -> None:
 
 @contextmanager
 def _only_rank(cluster: ClusterConfig) -> Iterator[None]:
-    """Makes this process the only rank of a job. Restores environment, signal handlers and log handlers on exit."""
+    """Makes this process the only rank of a job.
+
+    Restores environment, signal handlers and log handlers on exit.
+    """
     environment, handlers = dict(os.environ), {number: signal.getsignal(number) for number in SIGNALS}
     log_handlers = list(logging.getLogger().handlers)
     with tempfile.TemporaryDirectory(prefix="dualpipe-") as folder:

@@ -115,7 +115,7 @@ def _flush_or_discard() -> None:
 
 
 def discard_output() -> None:
-    """Redirects stdout to the null device, so that the interpreter does not fail on buffered output at exit."""
+    """Redirects stdout to the null device, so that flushing at exit does not fail."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

@@ -1,4 +1,4 @@
-"""Converts weights between Hugging Face folders and this project's checkpoints: `python -m launch.convert`."""
+"""Converts weights between Hugging Face folders and checkpoints: `python -m launch.convert`."""
 
 if not __package__:
     import started_as_file  # type: ignore[import-not-found]  # noqa: F401

@@ -1,4 +1,4 @@
-"""Continues prompts with a trained model and streams the text to the terminal: `python -m launch.generate`."""
+"""Continues prompts with a trained model: `python -m launch.generate`."""
 
 if not __package__:
     import started_as_file  # type: ignore[import-not-found]  # noqa: F401
@@ -57,7 +57,7 @@ class GenerateCommandConfig:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Location of weights that are not read yet, with their architecture, tokenizer and end-of-text token ids."""
+    """Weights that are not read yet: folder, architecture, tokenizer and end-of-text token ids."""
 
     folder: Path
     is_hf: bool
@@ -120,10 +120,10 @@ def preview(overrides: Sequence[str]) -> str:
 
 def _read(overrides: Sequence[str]) -> GenerateCommandConfig:
     # A prompt is text, not Hydra's grammar, in which brackets, colons and commas mean something.
-    texts = [text for text in overrides if text.startswith("prompt=")]
-    values: dict[str, Any] = compose("generate", [text for text in overrides if text not in texts])
-    if texts:
-        values["prompt"] = texts[-1].removeprefix("prompt=")
+    prompts = [text for text in overrides if text.startswith("prompt=")]
+    values: dict[str, Any] = compose("generate", [text for text in overrides if text not in prompts])
+    if prompts:
+        values["prompt"] = prompts[-1].removeprefix("prompt=")
     config = decode(GenerateCommandConfig, {**values, "stop": read_stop(values["stop"])})
     given = [key for key in ("prompt", "prompt_ids", "prompts") if getattr(config, key) is not None]
     if not given:
@@ -171,8 +171,8 @@ def _read_prompts(config: GenerateCommandConfig, source: Source) -> list[Prompt]
     if tokenizer is None:
         key = "prompt" if config.prompts is None else "prompts"
         raise ConfigError(f"{key}: text needs a tokenizer, {source.folder} holds none; write prompt_ids=[0,5,9]")
-    texts = read_prompts(config.prompt, config.prompts)
-    return [Prompt(text, tokenizer.prompt(text)) for text in texts]
+    prompts = read_prompts(config.prompt, config.prompts)
+    return [Prompt(text, tokenizer.prompt(text)) for text in prompts]
 
 
 def _run(config: GenerateCommandConfig, source: Source, prompts: Sequence[Prompt], file: TextIO) -> Statistics:

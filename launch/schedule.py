@@ -36,7 +36,10 @@ _LONG_WORK = 512
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScheduleCommandConfig:
-    """Configuration of the command: schedule, costs, memory cap, format and file; see `conf/schedule.yaml`."""
+    """Configuration of the command: schedule, costs, memory cap, format and file.
+
+    See `conf/schedule.yaml`.
+    """
 
     schedule: ScheduleConfig
     num_ranks: int

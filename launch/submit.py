@@ -85,7 +85,10 @@ def preview(overrides: Sequence[str]) -> str:
 
 
 def _composed(overrides: Sequence[str]) -> tuple[TrainConfig, SlurmConfig, bool]:
-    """Returns the run's configuration, the Slurm options, and whether to only print the script; all unchecked."""
+    """Returns the run's configuration, the Slurm options, and whether to only print the script.
+
+    All unchecked.
+    """
     values = compose("submit", overrides)
     slurm = decode(SlurmConfig, _with_text_time(values["slurm"]), "slurm")
     is_dry = decode(bool, values["dry_run"], "dry_run")

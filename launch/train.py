@@ -63,7 +63,9 @@ def main(overrides: Sequence[str]) -> int:
 
 
 def preview(overrides: Sequence[str]) -> str:
-    """Returns the configuration that `main` would train with, as YAML for `conf/experiment/`. Writes nothing.
+    """Returns the configuration that `main` would train with, as YAML for `conf/experiment/`.
+
+    Writes nothing.
 
     Args:
         overrides: overrides for `conf/train.yaml`.

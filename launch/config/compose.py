@@ -1,4 +1,7 @@
-"""Composes a command's YAML and command-line overrides into plain values. The only module that uses Hydra."""
+"""Composes a command's YAML and command-line overrides into plain values.
+
+The only module that uses Hydra.
+"""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -95,8 +98,8 @@ def chosen_options(command: str, overrides: Sequence[str]) -> dict[str, str]:
 def quoted_override(key: str, value: str) -> str:
     """Returns an override whose value has special characters, quoted for a shell."""
     is_list = value.startswith("[") and value.endswith("]")
-    texts = [text.strip().replace("'", "\\'") for text in (value[1:-1].split(",") if is_list else [value])]
-    quoted = ",".join(f"'{text}'" for text in texts)
+    items = [text.strip().replace("'", "\\'") for text in (value[1:-1].split(",") if is_list else [value])]
+    quoted = ",".join(f"'{text}'" for text in items)
     inner = f"{key}=[{quoted}]" if is_list else f"{key}={quoted}"
     escaped = re.sub(r'(["$`\\])', r"\\\1", inner)
     return f'"{escaped}"'
@@ -127,7 +130,7 @@ def _checked(command: str, overrides: Sequence[str], *, with_hydra: bool = False
 
 
 def _load_plugins(parsed: Sequence[Override]) -> None:
-    """Loads the plugin files that the command line or its experiment names, because they can add options to groups."""
+    """Loads the plugin files of the command line or its experiment, which can add options to groups."""
     for override in parsed:
         if override.key_or_group == "experiment":
             load_plugin_files(read_option("experiment", override.get_value_string()).get(PLUGINS))
@@ -197,7 +200,7 @@ def _check_override(override: Override, groups: Mapping[str, str]) -> None:
 
 
 def _check_not_nested_group(override: Override, groups: Mapping[str, str]) -> None:
-    """Rejects a value for a nested group, as in `optim.schedule=wsd`, because it would replace the group's keys."""
+    """Rejects a value for a nested group, as in `optim.schedule=wsd`, which would replace its keys."""
     key = override.key_or_group
     group = key.replace(".", "/")
     if group in groups:

@@ -1,4 +1,4 @@
-"""Finds and reads the YAML files in `conf/`, and in `conf/` next to a plugin file: commands, groups and options."""
+"""Finds and reads YAML files of commands, groups and options, in `conf/` and next to plugin files."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ def config_dir() -> Path:
 
 
 def config_dirs() -> tuple[Path, ...]:
-    """Returns the folders that are searched for options: this project's, then those next to loaded plugin files."""
+    """Returns the folders that are searched for options: this project's, then those of plugin files."""
     plugin_dirs = (path.parent / "conf" for path in loaded_plugins())
     return (config_dir(), *dict.fromkeys(folder for folder in plugin_dirs if folder.is_dir()))
 
@@ -68,9 +68,9 @@ def has_plugins(command: str) -> bool:
 
 
 def load_plugin_files(paths: object) -> None:
-    """Imports plugin files, so that their registered names can be chosen. Ignores values that are not lists of paths.
+    """Imports plugin files, so that their registered names can be chosen.
 
-    The decoder reports such values later.
+    Ignores values that are not lists of paths. The decoder reports such values later.
 
     Raises:
         ConfigError: a file is missing, fails during import, or registers nothing.

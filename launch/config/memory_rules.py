@@ -1,4 +1,7 @@
-"""Rejects a run that does not fit its devices, and suggests the nearest change that fits. Imports no torch."""
+"""Rejects a run that does not fit its devices, and suggests the nearest change that fits.
+
+Imports no torch.
+"""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -94,7 +97,10 @@ def _moments(config: TrainConfig) -> Iterator[Change]:
 
 
 def _ramp(config: TrainConfig) -> Iterator[Change]:
-    """Yields a ramp whose first step has two micro-batches per rank. With fewer, W operations are deferred longer."""
+    """Yields a ramp whose first step has two micro-batches per rank.
+
+    With fewer, W operations are deferred longer.
+    """
     batch, ramp, parallelism = config.batch, config.batch.ramp, config.parallelism
     start = 2 * parallelism.pipeline * parallelism.data * batch.micro_sequences
     if ramp is not None and ramp.start_sequences < start < batch.global_sequences:
@@ -130,13 +136,13 @@ def _precision(config: TrainConfig) -> Iterator[Change]:
 
 
 def _cheapest(config: TrainConfig) -> list[Change]:
-    """Returns the change that needs least memory without more ranks: micro-batches of one, and full recomputation."""
-    texts, changed = list[str](), config
+    """Returns the change that needs least memory with the same number of ranks."""
+    overrides, changed = list[str](), config
     for changes in (_micro_batches, _recomputation):
         for text, tried in list(changes(changed))[-1:]:
-            texts.append(text)
+            overrides.append(text)
             changed = tried
-    return [(" ".join(texts), changed)] if texts else []
+    return [(" ".join(overrides), changed)] if overrides else []
 
 
 def _batch(config: TrainConfig, job: JobMemory) -> str:

@@ -1,4 +1,4 @@
-"""Resolves values that depend on files, such as the model and tokenizer of given weights, and checks those files.
+"""Resolves values that depend on files, such as the model of given weights, and checks the files.
 
 This is the only step of reading a configuration that accesses files. `resolve` replaces values such as `auto` with
 final values, which `read_config` decodes. `check_files` checks a decoded configuration against the files that it names.
@@ -28,7 +28,7 @@ _MOMENTS = Literal["auto", "float32", "bf16"]
 
 
 def resolve(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns composed values with all values filled in that depend on the initial weights or the resumed run.
+    """Fills in the composed values that depend on the initial weights or on the resumed run.
 
     Args:
         values: values that `compose` returned for `conf/train.yaml`. A value of a wrong type is kept; the decoder

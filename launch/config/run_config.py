@@ -29,7 +29,9 @@ def compose_run(overrides: Sequence[str], command: str = "train") -> TrainConfig
 
 
 def read_config(values: Mapping[str, Any]) -> TrainConfig:
-    """Decodes a run's configuration from resolved values, as stored in a run's `config.yaml`. Reads no files.
+    """Decodes a run's configuration from resolved values, as stored in a run's `config.yaml`.
+
+    Reads no files.
 
     Raises:
         ConfigError: a key is unknown or missing, or a value has a wrong type or range.

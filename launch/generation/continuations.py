@@ -85,7 +85,7 @@ class LiveWriter:
 
 
 class OrderedWriter:
-    """Writes complete continuations in the order of their prompts, each as soon as all earlier ones are written."""
+    """Writes complete continuations in the order of their prompts, each as soon as possible."""
 
     def __init__(self, transcripts: Sequence[Transcript], file: TextIO, form: Form) -> None:
         """Prepares to write; writes nothing yet."""

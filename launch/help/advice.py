@@ -1,4 +1,4 @@
-"""Advice for common mistakes: suggests the override that a user most likely meant by an unknown key or value.
+"""Advice for common mistakes: suggests the override that a user most likely meant.
 
 The table of advice is `advice.yaml`. It is read only after a command line was rejected.
 """
@@ -92,7 +92,7 @@ def find_advice(command: str, key: str, value: str, *, is_unknown: bool) -> Advi
 
 
 def advise(command: str, arguments: Sequence[str], error: ValueError) -> str:
-    """Returns the message for a rejected command line: advice if the table has a matching entry, or the error's text.
+    """Returns the message for a rejected command line: matching advice, or the error's text.
 
     Args:
         command: the command's name.

@@ -1,4 +1,4 @@
-"""Finds the commands: a command is a root YAML file in `conf/` with a module of the same name in `launch/`."""
+"""Finds the commands: root YAML files in `conf/` with a module of the same name in `launch/`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

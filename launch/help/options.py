@@ -42,7 +42,7 @@ class _Source:
 
 
 def sections(command: str, overrides: Sequence[str], chosen: Mapping[str, str]) -> list[Section]:
-    """Returns all keys of a command with their values under the overrides and the chosen options, in sections.
+    """Returns all keys of a command with their values, in sections.
 
     Args:
         command: name of a root YAML file.
@@ -66,7 +66,7 @@ def sections(command: str, overrides: Sequence[str], chosen: Mapping[str, str]) 
 
 
 def _places(values: Mapping[str, Any], chosen: Mapping[str, str]) -> Iterator[str]:
-    """Yields the keys that contain other keys, each followed by its nested groups: `optim`, `optim/schedule`."""
+    """Yields the keys that contain others, each followed by its nested groups: `optim`, `optim/schedule`."""
     for key, value in values.items():
         if isinstance(value, Mapping):
             yield key
@@ -87,7 +87,7 @@ def _leaves(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _comments(source: _Source) -> Iterator[tuple[str, str]]:
-    """Yields the dotted keys of a file with their comments, at the end of the key's line or on the lines above it.
+    """Yields the dotted keys of a file with their comments, at the end of the line or above it.
 
     A comment on a separate line continues the comment of the line above if it is indented further than any key.
     """
@@ -130,13 +130,13 @@ def _comment_block(lines: Sequence[str], line: int) -> list[str]:
 
 def _heading(source: _Source) -> str:
     """Returns the comment at the top of an option's file."""
-    texts: list[str] = []
+    lines: list[str] = []
     for line in source.lines:
         if not line.startswith("#"):
             break
         if not line.startswith("# @package"):
-            texts.append(_after_hash(line))
-    return " ".join(texts)
+            lines.append(_after_hash(line))
+    return " ".join(lines)
 
 
 def _is_comment(line: str) -> bool:

@@ -47,7 +47,7 @@ def help_text(command: str, overrides: Sequence[str] = (), columns: int = MOST_C
 
 
 def terminal_columns() -> int:
-    """Returns the width of the help in characters: that of the terminal, or 100 if stdout is not a terminal."""
+    """Returns the width of the help: that of the terminal, or 100 if stdout is not a terminal."""
     if not sys.stdout.isatty():
         return MOST_COLUMNS
     return min(MOST_COLUMNS, max(_FEWEST_COLUMNS, shutil.get_terminal_size((MOST_COLUMNS, 24)).columns))
@@ -74,7 +74,7 @@ def _section_lines(section: Section, columns: int) -> list[str]:
 
 
 def _two_columns(left: str, comment: str, columns: int) -> list[str]:
-    """Returns a key with its wrapped comment in a right column, or below the key if the column is too narrow."""
+    """Returns a key with its wrapped comment in a right column, or below the key if it is long."""
     left = f"  {left}"
     if not comment:
         return _wrapped("", left, columns)
@@ -87,7 +87,10 @@ def _two_columns(left: str, comment: str, columns: int) -> list[str]:
 
 
 def _wrapped(text: str, first: str, columns: int, indent: int | None = None) -> list[str]:
-    """Returns the lines of a text after the prefix `first`; later lines are indented by `indent` or by its width."""
+    """Returns the wrapped lines of a text after the prefix `first`.
+
+    Later lines are indented by `indent` or by its width.
+    """
     after = " " * (min(len(first), columns // 2) if indent is None else indent)
     if not text:
         return [

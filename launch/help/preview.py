@@ -40,7 +40,7 @@ def plain_text(command: str, values: Mapping[str, Any]) -> str:
 def experiment_text(
     command: str, overrides: Sequence[str], values: Mapping[str, Any], comments: Sequence[str] = ()
 ) -> str:
-    """Returns a configuration as a file for `conf/experiment/`, with the options of its groups and all values.
+    """Returns a configuration as a file for `conf/experiment/`, with its options and all values.
 
     Args:
         command: the command's name.

@@ -16,7 +16,7 @@ _CLEANUP_SECONDS = 3.0
 
 
 def exit_on_interrupt() -> None:
-    """Makes Ctrl-C end this process without a traceback, because there is nothing to clean up during imports.
+    """Makes Ctrl-C end this process without a traceback; during imports, there is nothing to clean up.
 
     Does nothing if the process already handles or ignores Ctrl-C.
     """

@@ -1,4 +1,4 @@
-"""Built-in launcher: starts a job's ranks as processes of this machine through torch's elastic launcher.
+"""Built-in launcher: starts a job's ranks on this machine through torch's elastic launcher.
 
 A fork server imports slow modules while the parent prepares data. Each rank is a fork of this server, so that ranks
 start in tenths of a second instead of seconds.
@@ -147,7 +147,10 @@ def _start_again(folder: Path, config: TrainConfig, restart: int, code: int, rea
 def _run_once(
     folder: Path, world_size: int, entry: Entry, cluster: ClusterConfig, request: Preemption
 ) -> tuple[int, str]:
-    """Runs one attempt of all ranks. Returns the exit code, and the reason for a failure that no rank reported."""
+    """Runs one attempt of all ranks.
+
+    Returns the exit code, and the reason for a failure that no rank reported.
+    """
     for stale in (folder / "log").glob("rank_*.error.log"):
         stale.unlink()
     try:
@@ -255,7 +258,10 @@ def _rank(entry: Entry, folder: str, scratch: str, key: str, plugins: Sequence[P
 
 
 def _die_with_parent() -> None:
-    """Ends this rank when the launcher ends or is killed. Otherwise the fork server would keep the rank alive."""
+    """Ends this rank when the launcher ends or is killed.
+
+    Otherwise the fork server would keep the rank alive.
+    """
     parent = process.parent_process()
     if parent is not None:
         connection.wait([parent.sentinel])

@@ -44,7 +44,9 @@ def torch_has_cuda() -> bool:
 
 
 def check_driver(device: str, key: str, advice: str = _NO_GPU) -> None:
-    """Rejects the device cuda on a machine without a driver, or with a torch without CUDA. Takes milliseconds.
+    """Rejects the device cuda on a machine without a driver, or with a torch without CUDA.
+
+    Takes milliseconds.
 
     Args:
         device: cpu or cuda.

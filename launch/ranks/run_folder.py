@@ -204,7 +204,7 @@ def _candidates(folder: Path) -> Iterator[Path]:
 
 
 def check_content(folder: Path) -> None:
-    """Rejects a folder in which a name that a run writes is a link, a pipe, a device, or a file instead of a folder.
+    """Rejects a folder in which a name that a run writes is a link, a pipe or a device.
 
     A link to a folder of this user is accepted, because checkpoints may be on another disk.
 

@@ -63,7 +63,7 @@ class RankSupervisor:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Runs the supervisor while the context is active, if the system has pidfd, which is safe against pid reuse."""
+        """Runs the supervisor while the context is active, if the system has pidfd (safe against pid reuse)."""
         if not hasattr(os, "pidfd_open"):
             yield
             return
@@ -106,7 +106,7 @@ class RankSupervisor:
             _send(self._ranks[path], signal.Signals[self._request.signal_name])
 
     def _is_time_up(self) -> bool:
-        """Returns whether ranks run too long after another rank reported an error or after a preemption request."""
+        """Returns whether ranks run too long after another rank's error or after a preemption request."""
         if self._requested_at is not None and time.monotonic() - self._requested_at > self._grace_seconds:
             self.has_grace_expired = True
             return True
@@ -131,7 +131,7 @@ class VanishedError(RuntimeError):
 
 
 class RankCheck:
-    """Detects ranks that ended with exit code 0 without a result, which torch's launcher considers healthy.
+    """Detects ranks that ended with exit code 0 but without a result, which torch's launcher ignores.
 
     Call it after each poll of the launcher. Between two calls, the launcher finds every rank that ended with another
     exit code, and a rank with a result waits for all others. So a rank that is missing in two calls has vanished.
@@ -250,7 +250,7 @@ def _signal_of(exit_code: int) -> signal.Signals | None:
 
 @contextmanager
 def scratch_folder() -> Iterator[Path]:
-    """Creates a temporary folder, removes it on exit, and removes leftover folders of commands that have ended."""
+    """Creates a temporary folder that is removed on exit, and removes leftover ones of ended commands."""
     remove_leftovers(Path(tempfile.gettempdir()))
     with TemporaryDirectory(prefix=_SCRATCH_PREFIX, ignore_cleanup_errors=True) as name:
         (Path(name) / _OWNER_NAME).write_text(Owner.of_this_process().to_text(), encoding="utf-8")
@@ -258,7 +258,9 @@ def scratch_folder() -> Iterator[Path]:
 
 
 def remove_leftovers(place: Path) -> None:
-    """Removes leftover folders of this user whose owner was a process on this machine that has ended. Follows no links.
+    """Removes leftover folders of this user whose owner was a process on this machine that has ended.
+
+    Follows no links.
 
     Args:
         place: folder for temporary files, to which other users may write too.

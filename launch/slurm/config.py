@@ -72,7 +72,10 @@ class SlurmConfig:
 
 
 def seconds_of(time: str) -> int | None:
-    """Converts Slurm's time notation (M, M:S, H:M:S, D-H, D-H:M, D-H:M:S) to seconds; None if it is not valid."""
+    """Converts Slurm's time notation (M, M:S, H:M:S, D-H, D-H:M, D-H:M:S) to seconds.
+
+    Returns None if it is not valid.
+    """
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time)
     if match is None:
         return None

@@ -57,7 +57,7 @@ def _options(config: TrainConfig, slurm: SlurmConfig, ranks: int) -> list[str]:
 
 
 def _container(slurm: SlurmConfig, folders: Sequence[Path]) -> str:
-    """Returns srun options for a container image, in which the run's folders have the same paths as outside."""
+    """Returns srun options for a container image that mounts the run's folders at the same paths."""
     if slurm.image is None:
         return ""
     mounts = ",".join(f"{folder}:{folder}" for folder in dict.fromkeys(folders))
