@@ -2,6 +2,7 @@
 
 import logging
 import math
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -76,6 +77,7 @@ class TrainingLoop:
         """
         learner, world, out_dir = learners.last, learners.last.world, Path(config.out_dir)
         self.num_done = self._num_saved = first_step
+        self._saving_seconds = 0.0
         self._config = config
         self._world = world
         self._learner = learner
@@ -162,6 +164,8 @@ class TrainingLoop:
             return
         replica, peak_flops = self._learners.for_step(step).replica, self._config.cluster.peak_flops
         record = record_of(replica, self._watch, step + 1, outcome.result, peak_flops)
+        # What the loop waited for checkpoints since the record before.
+        record["step_time"]["saving_seconds"], self._saving_seconds = self._saving_seconds, 0.0
         record["tokens"] = self._loader.sizes.tokens_before(step + 1)
         try:
             yield record
@@ -215,13 +219,15 @@ class TrainingLoop:
 
     def _save(self) -> None:
         """Copies the state and starts to write it in the background. A run saves nowhere else."""
-        with self._world.phase("checkpoint"):
+        began = time.perf_counter()
+        with self._reporter.phase("saving"), self._world.phase("checkpoint"):
             self._saver.save(self.num_done)
+        self._saving_seconds += time.perf_counter() - began
         self._num_saved = self.num_done
 
     def _finish_saving(self) -> None:
         """Waits until the last checkpoint is complete."""
-        with self._world.phase("checkpoint"):
+        with self._reporter.phase("saving"), self._world.phase("checkpoint"):
             self._saver.close()
         self._report_checkpoints()
 

@@ -4,6 +4,7 @@ import os
 import sys
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from torch import distributed as dist
@@ -26,6 +27,7 @@ from train.learner import Learner, LearnersByBatchSize, open_learner
 from train.loop import TrainingLoop
 from train.network import ReplicaConfig
 from train.records.crash_report import CrashReporter
+from train.records.display import PhaseLines
 from train.records.events import try_append_event
 from train.records.reporter import open_reporter
 from train.records.run_summary import print_run_summary
@@ -64,9 +66,11 @@ def main(config: TrainConfig, *, reports_on_stderr: bool = False, callbacks: Cal
     log = CollectiveLog()
     crash_reporter = CrashReporter(member.rank, log, reports_on_stderr=reports_on_stderr)
     crash_reporter.out_dir = Path(config.out_dir) if config.out_dir else None
-    job = _join(config, member, log, crash_reporter, reports_on_stderr=reports_on_stderr)
+    lines = PhaseLines(partial(print, flush=True) if member.rank == 0 else None)
+    with lines.timed("start of the ranks"):
+        job = _join(config, member, log, crash_reporter, reports_on_stderr=reports_on_stderr)
     try:
-        code = _TrainingRank(job, log, crash_reporter, preemption, callbacks).run(config)
+        code = _TrainingRank(job, log, crash_reporter, preemption, callbacks, lines).run(config)
     except BaseException as error:
         if isinstance(error, CallbackError) or member.world_size == 1:  # no other rank waits for this one
             job.close()
@@ -133,12 +137,14 @@ class _TrainingRank:
         crash_reporter: CrashReporter,
         preemption: Preemption,
         callbacks: Callbacks | None,
+        lines: PhaseLines,
     ) -> None:
         self._job = job
         self._log = log
         self._crash_reporter = crash_reporter
         self._preemption = preemption
         self._callbacks = callbacks
+        self._lines = lines
         self._world: World | None = None
         self._learner: Learner | None = None
         self._rejected_checkpoints: tuple[str, ...] = ()
@@ -148,7 +154,7 @@ class _TrainingRank:
         """Runs everything between joining and leaving the job, and returns the exit code."""
         self._ranks = range(config.parallelism.world_size)
         layout = Layout(config.parallelism, config.cluster.ranks_per_node)
-        with self._phase("start of communication"):
+        with self._lines.timed("start of communication"), self._phase("start of communication"):
             device = start(config.cluster, self._job.store)
             config, ended = broadcast_config(config)
         if ended is not None:
@@ -169,9 +175,10 @@ class _TrainingRank:
         end = _RunOutcome("done", 0)
         try:
             raise_if_preempted(self._preemption, self._log, groups)
-            prepared = prepare_corpus_together(config, groups, self._log, self._preemption)
+            with self._lines.timed("preparation of the data"):
+                prepared = prepare_corpus_together(config, groups, self._log, self._preemption)
             raise_if_preempted(self._preemption, self._log, groups)
-            with self._phase("construction of the model"):
+            with self._lines.timed("construction of the model"), self._phase("construction of the model"):
                 seconds = config.cluster.timeout_seconds
                 self._world = open_world(layout, groups, device, seconds, self._log, self._preemption)
                 replica = open_replica(self._world, ReplicaConfig.of_run(config), planned.schedule)
@@ -212,8 +219,9 @@ class _TrainingRank:
     def _train(
         self, config: TrainConfig, learner: Learner, prepared: Prepared, planned: Plan, status: StatusFile
     ) -> None:
-        first_step = load_resumed(config, learner, prepared.fingerprint)
-        started_from = load_initial_weights(config, learner, prepared)
+        with self._lines.timed("loading of the weights"):
+            first_step = load_resumed(config, learner, prepared.fingerprint)
+            started_from = load_initial_weights(config, learner, prepared)
         reporter = open_reporter(config, first_step)
         try:
             for line in self._rejected_checkpoints:

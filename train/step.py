@@ -66,6 +66,7 @@ class StepResult:
     grad_norm: float
     rates: StepRates
     seconds: float
+    update_seconds: float
     tokens: int
     balance: Balance
     execution: Execution
@@ -168,15 +169,18 @@ def train_step(
     started, replica = time.perf_counter(), learner.replica
     rates = rates_of(task, learner.config, loader.sizes, step)
     losses, execution = accumulate(learner, task, partial(loader.batch, step), rates, progress)
+    passed = time.perf_counter()
     norm = _update(learner, guard or Guard(_NO_SPIKES), losses, step, rates.learning_rate)
     balance = update_router_bias(replica, rates.bias_update)
     if learner.ema is not None:
         learner.ema.update()
+    ended = time.perf_counter()
     return StepResult(
         losses=losses,
         grad_norm=norm,
         rates=rates,
-        seconds=time.perf_counter() - started,
+        seconds=ended - started,
+        update_seconds=ended - passed,
         tokens=replica.global_sequences * replica.config.batch.sequence_length_tokens,
         balance=balance,
         execution=execution,

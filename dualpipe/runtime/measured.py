@@ -65,11 +65,13 @@ class RankBusyTime:
 
     Attributes:
         busy_seconds: time in which its main thread computed, started an exchange or waited for one.
+        exposed_seconds: the part of it in which it started an exchange or waited for one.
         start_seconds: start of its first span.
         end_seconds: end of its last span.
     """
 
     busy_seconds: float
+    exposed_seconds: float
     start_seconds: float
     end_seconds: float
 
@@ -114,6 +116,7 @@ def rank_busy_time(
     taken = [(lane, start, end) for lane, (start, end) in zip(lanes, spans, strict=True) if lane is not None]
     return RankBusyTime(
         busy_seconds=sum(end - start for lane, start, end in taken if lane in _USED),
+        exposed_seconds=sum(end - start for lane, start, end in taken if lane == "exposed"),
         start_seconds=origin_seconds + min((start for _, start, _ in taken), default=0.0),
         end_seconds=origin_seconds + max((end for _, _, end in taken), default=0.0),
     )

@@ -93,6 +93,14 @@ def test_run_leaves_what_the_documentation_names(folder: Path) -> None:
     documented = "step tokens loss main_loss mtp_loss balance_loss grad_norm lr step_seconds tokens_per_second"
     documented += " max_violation nodes_per_token inter_node_bytes peak_memory_bytes"
     for line in read_metrics(folder, "files"):
+        parts = {
+            f"{name}_seconds" for name in ("compute", "exposed_exchange", "bubble", "optimizer", "other", "saving")
+        }
+        assert line["step_time"].keys() == parts
+        # Saving happens between the steps.
+        assert sum(line["step_time"].values()) - line["step_time"]["saving_seconds"] == pytest.approx(
+            line["step_seconds"], rel=0.02
+        )
         assert set(documented.split()) <= set(line)
         assert line["inter_node_bytes"] > 0
     tracked = list((run / "wandb").glob("offline-run-*/run-*.wandb"))

@@ -1,13 +1,10 @@
-"""Numbers of a run, to wandb and to whoever watches; `train.records.json_lines` has `metrics.jsonl`."""
+"""Numbers of a run for wandb, and MFU; `train.records.json_lines` has `metrics.jsonl`."""
 
 import logging
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from model.account import training_flops_per_token
 from model.config import ModelConfig
@@ -104,50 +101,3 @@ class Wandb:
             if not self._has_failed:
                 LOGGER.warning("wandb: %s: %s", type(error).__name__, error)
             self._has_failed = True
-
-
-class Display:
-    """What a person sees: a progress bar with the last step on a terminal, plain lines elsewhere."""
-
-    def __init__(self, console: Console, num_steps: int, first_step: int, every: int) -> None:
-        self._console = console
-        self._every = every
-        self._progress: Progress | None = None
-        if console.is_terminal:
-            self._progress = Progress(
-                TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
-            )
-            self._task = self._progress.add_task("training", total=num_steps, completed=first_step)
-            self._progress.start()
-
-    def record(self, values: Record) -> None:
-        """Shows a step, if its turn has come."""
-        step = values["step"]
-        if self._progress is not None:
-            self._progress.update(self._task, completed=step)
-        if step == 1 or step % self._every == 0:
-            self.say(
-                f"step {step:>6}  loss {values['loss']:.4f}  main {values['main_loss']:.4f}  "
-                f"mtp {values['mtp_loss']:.4f}  grad norm {values['grad_norm']:.3f}  lr {values['lr']:.2e}  "
-                f"{values['tokens_per_second']:,.0f} tokens/s  MaxVio {values['max_violation']:.2f}  "
-                f"bubble {100 * values['pipeline_bubble']:.0f} %"
-            )
-
-    def roll_back(self, step: int) -> None:
-        """Puts the bar back."""
-        if self._progress is not None:
-            self._progress.update(self._task, completed=step)
-
-    def amend(self, values: Record) -> None:
-        """Shows nothing: what was added was printed when it was known."""
-
-    def say(self, line: str) -> None:
-        """Prints a line, above the bar if there is one."""
-        (self._progress.console if self._progress is not None else self._console).print(
-            line, markup=False, highlight=False, soft_wrap=True
-        )
-
-    def close(self) -> None:
-        """Takes the bar away."""
-        if self._progress is not None:
-            self._progress.stop()

@@ -150,9 +150,17 @@ def bubble_of(used_seconds: float, slots: Sequence[float], ranks_per_pipeline: i
         slots: the maximum over all ranks of their `window_slots`.
         ranks_per_pipeline: in each.
     """
-    windows = sum(end + negated for negated, end in zip(slots[::2], slots[1::2], strict=True))
-    total = ranks_per_pipeline * windows
+    total = ranks_per_pipeline * pipeline_seconds(slots)
     return max(0.0, 1.0 - used_seconds / total) if total > 0 else 0.0
+
+
+def pipeline_seconds(slots: Sequence[float]) -> float:
+    """Returns the sum of all pipelines' times, each from the start of its first rank to the end of its last one.
+
+    Args:
+        slots: the maximum over all ranks of their `window_slots`.
+    """
+    return sum(end + negated for negated, end in zip(slots[::2], slots[1::2], strict=True))
 
 
 def _write(path: Path, text: str) -> None:

@@ -4,16 +4,17 @@ import dataclasses
 import logging
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from torch import distributed as dist
 
 from train.balance import Balance, LoadLines
 from train.config import TrainConfig
+from train.records.display import Display, open_console
 from train.records.json_lines import JsonLines
-from train.records.metrics import Display, Recorder, Wandb
+from train.records.metrics import Recorder, Wandb
 from train.records.secrets import redact
 from train.report.write import Report
 
@@ -37,6 +38,10 @@ class Reporter:
         """Prints a line for people."""
         if self._display is not None:
             self._display.say(redact(line))
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """Names a phase next to the bar on a terminal, and prints its duration if that is at least a second."""
+        return nullcontext() if self._display is None else self._display.phase(name)
 
     def record(self, values: dict[str, Any], balance: Balance) -> None:
         """Records one step's numbers."""
@@ -104,7 +109,7 @@ def open_reporter(config: TrainConfig, first_step: int) -> Reporter:
     logging.getLogger("train").setLevel(logging.INFO)
     if rank != 0:
         return Reporter(None, [])
-    display = Display(Console(file=sys.stdout), config.task.steps, first_step, config.track.log_every_steps)
+    display = Display(open_console(sys.stdout), config.task.steps, first_step, config.track.log_every_steps)
     recorders: list[Recorder] = [JsonLines(out_dir / "metrics.jsonl", first_step), display]
     if config.track.wandb != "disabled":
         recorders.append(Wandb(config.track, config.name, out_dir, dataclasses.asdict(config)))

@@ -16,7 +16,7 @@ from comm.dispatch.traffic import LayerTraffic, TrafficSnapshot
 from dualpipe.runtime.measured import RankBusyTime
 from model.objective import BALANCE
 from train.records.metrics import mfu
-from train.records.pictures import PipelineTimeline, bubble_of, window_slots
+from train.records.pictures import PipelineTimeline, bubble_of, pipeline_seconds, window_slots
 from train.replica import Replica
 from train.step import StepResult
 from train.world import World
@@ -58,22 +58,46 @@ def record_of(
         "step_seconds": result.seconds,
         "tokens_per_second": speed,
         **mfu(model, length, speed, None if peak_flops is None else peak_flops * mesh.world_size),
-        **_usage_metrics(world, use),
+        **_usage_metrics(world, use, result),
         **result.balance.metrics(),
         **exchange,
     }
 
 
-def _usage_metrics(world: World, use: RankBusyTime) -> dict[str, object]:
-    """Returns peak memory and the bubble over all ranks."""
+def _usage_metrics(world: World, use: RankBusyTime, result: StepResult) -> dict[str, object]:
+    """Returns peak memory, the bubble and the parts of the step's time, over all ranks."""
     mesh, mine = world.layout.parallelism, _peak_memory_bytes(world.device)
-    used_seconds, memory = _reduce(world, [use.busy_seconds, mine], dist.ReduceOp.SUM)
+    sums = [use.busy_seconds, use.exposed_seconds, mine]
+    used_seconds, exposed, memory = _reduce(world, sums, dist.ReduceOp.SUM)
     largest = [mine, *window_slots(use, world.data_index, mesh.data)]
     peak, *slots = _reduce(world, largest, dist.ReduceOp.MAX)
     return {
         "peak_memory_bytes": int(peak),
         "mean_peak_memory_bytes": int(memory / mesh.world_size),
         "pipeline_bubble": bubble_of(used_seconds, slots, mesh.pipeline),
+        "step_time": _step_time(
+            result, used_seconds, exposed, pipeline_seconds(slots) * mesh.pipeline, mesh.world_size
+        ),
+    }
+
+
+def _step_time(result: StepResult, used: float, exposed: float, pipelines: float, world_size: int) -> dict[str, float]:
+    """Returns the parts of a step's time in seconds, means over all ranks; together they are `step_seconds`.
+
+    Args:
+        result: of the step.
+        used: seconds in which ranks computed or served an exchange of their own, summed over all ranks.
+        exposed: the part of `used` for exchanges.
+        pipelines: seconds of the pipelines, summed over all ranks.
+        world_size: number of ranks.
+    """
+    bubble = max(pipelines - used, 0.0)
+    return {
+        "compute_seconds": (used - exposed) / world_size,
+        "exposed_exchange_seconds": exposed / world_size,
+        "bubble_seconds": bubble / world_size,
+        "optimizer_seconds": result.update_seconds,
+        "other_seconds": max(result.seconds - result.update_seconds - (used + bubble) / world_size, 0.0),
     }
 
 

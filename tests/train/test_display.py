@@ -1,0 +1,135 @@
+"""What a terminal and a pipe show of a run: whole lines, a bar with the rate, at most one line per second."""
+
+import io
+import os
+import pty
+import re
+import select
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from train.records.display import Display, PhaseLines, open_console
+
+ROOT = Path(__file__).parents[2]
+PROGRAM = """
+import sys, time
+from train.records.display import Display, PhaseLines, open_console
+now = 0.0
+def clock():
+    return now
+display = Display(open_console(sys.stdout), 20, 0, 1, clock)
+for step in range(1, 21):
+    now += 0.3
+    display.record({"step": step, "loss": 2.0, "main_loss": 2.0, "mtp_loss": 2.0, "grad_norm": 1.0, "lr": 1e-3,
+        "tokens_per_second": 12345.6, "max_violation": 0.5, "pipeline_bubble": 0.1, "step_seconds": 1.3})
+    if step == 10:
+        with display.phase("saving"):
+            now += 5.0
+time.sleep(1.2)  # the bar's next update
+display.close()
+"""
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def record_of(step: int, **values: Any) -> dict[str, Any]:
+    names = ("loss", "main_loss", "mtp_loss", "grad_norm", "lr", "tokens_per_second", "max_violation")
+    return {"step": step, **dict.fromkeys(names, 1.0), "pipeline_bubble": 0.1, "step_seconds": 0.5, **values}
+
+
+def run_on_terminal(environment: dict[str, str]) -> str:
+    """Output of the program on a terminal of 120 columns."""
+    parent, child = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM], cwd=ROOT, stdout=child, stderr=child, env={**os.environ, **environment}
+    )
+    os.close(child)
+    output = b""
+    while select.select([parent], [], [], 60)[0]:
+        try:
+            part = os.read(parent, 65536)
+        except OSError:
+            break
+        if not part:
+            break
+        output += part
+    os.close(parent)
+    assert process.wait(timeout=60) == 0, output
+    return output.decode()
+
+
+def steps_of(text: str) -> list[int]:
+    return [int(step) for step in re.findall(r"step +(\d+)  loss", text)]
+
+
+@pytest.mark.parametrize("variables", [{}, {"FORCE_COLOR": "1", "CLICOLOR_FORCE": "1", "TTY_COMPATIBLE": "1"}])
+def test_piped_output_is_whole_lines(variables: dict[str, str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], cwd=ROOT, capture_output=True, timeout=60, env={**os.environ, **variables}
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"\x1b" not in done.stdout
+    assert b"\r" not in done.stdout
+    text = done.stdout.decode()
+    assert steps_of(text) == list(range(1, 21))
+    assert "saving: 5 s\n" in text
+
+
+def test_terminal_shows_a_bar_with_rate_and_remaining_time_and_a_line_per_second() -> None:
+    text = run_on_terminal({"TERM": "xterm-256color", "COLUMNS": "160"})
+    assert "\x1b" in text
+    assert "20/20" in text
+    assert re.search(r"0\.55 s/step  12,300 tokens/s  0 s left", text)
+    assert "saving: 5 s" in text
+    assert "first step: 1 s" in text
+    assert steps_of(text) == [1, 5, 9, 11, 15, 19, 20]  # 0.3 s each, and 5 s for saving
+
+
+def test_terminal_without_escape_codes_gets_lines() -> None:
+    text = run_on_terminal({"TERM": "dumb"})
+    assert "\x1b" not in text
+    assert steps_of(text) == list(range(1, 21))
+
+
+def test_bar_is_updated_at_most_once_per_second() -> None:
+    display = Display(open_console(Terminal()), 20, 0, 1) if os.environ.get("TERM") else None
+    if display is None:
+        pytest.skip("needs TERM")
+    assert display._progress is None or display._progress.live.refresh_per_second <= 1
+    display.close()
+
+
+def test_bar_starts_over_after_a_rollback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    seconds = iter(float(second) for second in range(100))
+    display = Display(open_console(Terminal()), 100, 0, 1, lambda: next(seconds))
+    for step in range(1, 6):
+        display.record(record_of(step))
+    display.roll_back(2)
+    assert display._progress is not None
+    assert display._progress.tasks[0].completed == 2
+    display.record(record_of(3))
+    assert display._progress.tasks[0].fields["rate"].startswith("1 s/step")
+    display.close()
+
+
+def test_phase_of_a_second_gets_one_line_and_a_short_or_failed_one_none() -> None:
+    lines: list[str] = []
+    times = iter([0.0, 0.9, 10.0, 95.0, 100.0])
+    phases = PhaseLines(lines.append, lambda: next(times))
+    with phases.timed("short"):
+        pass
+    with phases.timed("preparation of the data"):
+        pass
+    with pytest.raises(ValueError, match="broken"), phases.timed("failed"):
+        raise ValueError("broken")
+    assert lines == ["preparation of the data: 1 min"]
+    with PhaseLines(None).timed("of another rank"):
+        pass

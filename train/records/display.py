@@ -1,0 +1,160 @@
+"""Progress of a run for people: a bar on a terminal, plain lines elsewhere. No torch here.
+
+Without a terminal, nothing but whole lines is written: no escape codes, no carriage returns.
+"""
+
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from data.progress import seconds_text
+
+Clock = Callable[[], float]
+_LEAST_SECONDS = 1.0
+"""Shortest phase that gets a line, and shortest time between two updates of a terminal."""
+_RECENT_STEPS = 20
+
+
+def open_console(stream: TextIO) -> Console:
+    """Returns a console that writes escape codes only if the stream is a terminal that understands them.
+
+    Args:
+        stream: standard output or another text stream. Variables such as `FORCE_COLOR` do not make it a terminal.
+    """
+    is_terminal = stream.isatty() and os.environ.get("TERM", "") not in ("", "dumb")
+    return Console(file=stream, force_terminal=is_terminal, force_interactive=is_terminal)
+
+
+class PhaseLines:
+    """Prints one line for each phase of a run that takes at least a second."""
+
+    def __init__(self, say: Callable[[str], object] | None, clock: Clock = time.monotonic) -> None:
+        """Prints nothing yet.
+
+        Args:
+            say: prints a line; None on ranks that print nothing.
+            clock: time in seconds.
+        """
+        self._say = say
+        self._clock = clock
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Prints the name of a phase and how long it took, if it ends without an error.
+
+        Args:
+            name: of the phase, for people.
+        """
+        began = self._clock()
+        yield
+        seconds = self._clock() - began
+        if self._say is not None and seconds >= _LEAST_SECONDS:
+            self._say(f"{name}: {seconds_text(seconds)}")
+
+
+class Display:
+    """What a person sees of the steps: a progress bar and a line per second on a terminal, plain lines elsewhere."""
+
+    def __init__(
+        self, console: Console, num_steps: int, first_step: int, every: int, clock: Clock = time.monotonic
+    ) -> None:
+        """Starts the bar if the console is a terminal.
+
+        Args:
+            console: from `open_console`.
+            num_steps: of the whole run.
+            first_step: steps that were done before.
+            every: steps from one line to the next.
+            clock: time in seconds.
+        """
+        self._console = console
+        self._num_steps = num_steps
+        self._every = every
+        self._clock = clock
+        self._phases = PhaseLines(self.say, clock)
+        self._times: deque[tuple[int, float]] = deque([(first_step, clock())], maxlen=_RECENT_STEPS + 1)
+        self._shown_at = -_LEAST_SECONDS
+        self._is_first = True
+        self._progress: Progress | None = None
+        if console.is_terminal:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[rate]}"),
+            )
+            self._progress = Progress(*columns, console=console, refresh_per_second=1 / _LEAST_SECONDS)
+            self._task = self._progress.add_task("training", total=num_steps, completed=first_step, rate="")
+            self._progress.start()
+
+    def record(self, values: Mapping[str, Any]) -> None:
+        """Shows a step if it is due. A terminal gets at most one line per second, and always the last step's."""
+        step, now = values["step"], self._clock()
+        self._times.append((step, now))
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step, rate=self._rate(values["tokens_per_second"]))
+            if self._is_first and values["step_seconds"] >= _LEAST_SECONDS:
+                self.say(f"first step: {seconds_text(values['step_seconds'])}")
+        self._is_first = False
+        is_early = self._progress is not None and now - self._shown_at < _LEAST_SECONDS and step < self._num_steps
+        if (step == 1 or step % self._every == 0) and not is_early:
+            self._shown_at = now
+            self.say(step_line(values))
+
+    def roll_back(self, step: int) -> None:
+        """Moves the bar back."""
+        self._times.clear()
+        self._times.append((step, self._clock()))
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step, rate="")
+
+    def amend(self, values: Mapping[str, Any]) -> None:
+        """Shows nothing: what was added was printed when it was known."""
+
+    def say(self, line: str) -> None:
+        """Prints a line, above the bar if there is one."""
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Names a phase next to the bar, and prints a line with its duration if that is at least a second."""
+        if self._progress is not None:
+            self._progress.update(self._task, description=name)
+        try:
+            with self._phases.timed(name):
+                yield
+        finally:
+            if self._progress is not None:
+                self._progress.update(self._task, description="training")
+
+    def close(self) -> None:
+        """Removes the bar."""
+        if self._progress is not None:
+            self._progress.stop()
+
+    def _rate(self, tokens_per_second: float) -> str:
+        """Returns time per step, tokens per second and the remaining time, by the recent steps."""
+        (first, since), (last, now) = self._times[0], self._times[-1]
+        seconds = (now - since) / max(last - first, 1)
+        left = seconds_text(seconds * (self._num_steps - last))
+        return f"{seconds:.3g} s/step  {float(f'{tokens_per_second:.3g}'):,.10g} tokens/s  {left} left"
+
+
+def step_line(values: Mapping[str, Any]) -> str:
+    """Returns the line of a step.
+
+    Args:
+        values: its record in `metrics.jsonl`.
+    """
+    return (
+        f"step {values['step']:>6}  loss {values['loss']:.4f}  main {values['main_loss']:.4f}  "
+        f"mtp {values['mtp_loss']:.4f}  grad norm {values['grad_norm']:.3f}  lr {values['lr']:.2e}  "
+        f"{values['tokens_per_second']:,.0f} tokens/s  MaxVio {values['max_violation']:.2f}  "
+        f"bubble {100 * values['pipeline_bubble']:.0f} %"
+    )
