@@ -132,12 +132,16 @@ def _left_alone(command: Command) -> None:
 
 
 def _all_lives(command: Command, fault: Fault) -> list[Life]:
-    """The command that is hit, then as many as it takes to the end, as a scheduler or a user starts them."""
+    """Runs the command that is hit, then as many as the run needs, as a scheduler or a user starts them.
+
+    If the first ends without its fault, no other runs: the fault is still pending, and would hit this process.
+    """
     is_hit_alone = fault.kind == "SIGKILL" and fault.hits_command
     first = replace(command, timeout_seconds=STOPPED_SECONDS) if fault.kind == "SIGSTOP" else command
     lives = [run_life(first, apart=is_hit_alone)]
     (command.out_dir / FILLER_NAME).unlink(missing_ok=True)
-    while lives[-1].code and len(lives) < _MOST_LIVES:
+    has_struck = (notes_of(command.out_dir) / STRUCK_NAME).exists()
+    while has_struck and lives[-1].code and len(lives) < _MOST_LIVES:
         lives.append(run_life(command))
     return lives
 
@@ -153,7 +157,7 @@ def _of_strike(command: Command, fault: Fault, lives: list[Life], outcome: Outco
     """What is wrong with how the run took its fault."""
     struck = notes_of(command.out_dir) / STRUCK_NAME
     if not struck.exists():
-        yield "it was never struck"
+        yield f"it was never struck: {lives[0].said[-500:]!r}"
         return
     since, life = struck.stat().st_mtime, int(struck.read_text())
     later = [path for path in notes_of(command.out_dir).glob("pid-*") if int(path.name.split("-")[1]) > life]
