@@ -1,4 +1,4 @@
-"""The network as phases."""
+"""Defines the network as phases."""
 
 from kernels.checkout import share_comm
 

@@ -1,4 +1,4 @@
-"""A transformer layer as the two computations between which a token travels to its experts and back.
+"""A transformer layer as two computations: before dispatch and after it.
 
 Shape legend: B sequences, T tokens of one, N = B T, D hidden size, K experts per token, A received rows.
 """
@@ -23,7 +23,7 @@ from model.values import ExpertOutput, Received
 
 
 class Moe(nn.Module):
-    """The feed-forward part of a MoE layer: router, the routed experts held here, shared experts."""
+    """The feed-forward part of a MoE layer: router, routed experts of this rank, shared experts."""
 
     def __init__(self, config: ModelConfig, experts: range, dtype: torch.dtype, linears: Linears) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Moe(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class Attended:
-    """What `Block.attend` returns: the residual, its norm as the experts' input, and where tokens go."""
+    """Result of `Block.attend`: the residual, its norm as the experts' input, and the routing."""
 
     residual_BTD: Tensor
     rows: Rows
@@ -48,7 +48,10 @@ class Block(nn.Module):
     def __init__(
         self, config: ModelConfig, experts: range | None, dtype: torch.dtype, attention: Attention, linears: Linears
     ) -> None:
-        """attention: of this layer. linears: the precision of linear layers, the same for a whole model."""
+        """Builds the submodules.
+
+        `attention` is that of this layer. `linears` is the precision of linear layers, the same for a whole model.
+        """
         super().__init__()
         hidden, eps = config.hidden_size, config.norm_eps
         self._linears = linears
@@ -67,11 +70,14 @@ class Block(nn.Module):
         return self.mlp if isinstance(self.mlp, Moe) else None
 
     def wire(self) -> Wire:
-        """Returns what one exchange of this layer carries, for one micro-batch."""
+        """Returns the wire format of one exchange of this layer, for one micro-batch."""
         return self._linears.wire()
 
     def dense(self, hidden_BTD: Tensor, sink: WeightSink | None, documents: Documents | None = None) -> Tensor:
-        """Runs a whole dense layer: BTD -> BTD. documents: None if a token sees its whole sequence before it."""
+        """Runs a whole dense layer, BTD -> BTD.
+
+        `documents`: None if a token sees all tokens before it in its sequence.
+        """
         assert isinstance(self.mlp, Mlp)
         residual_BTD = self.self_attn(hidden_BTD, self.input_layernorm, sink, documents)
         return self.mlp.add(residual_BTD, self.post_attention_layernorm, sink)
@@ -83,7 +89,10 @@ class Block(nn.Module):
         documents: Documents | None = None,
         route: Route | None = None,
     ) -> Attended:
-        """Runs norm, attention, residual, norm and router. route: chooses experts in the router's place."""
+        """Runs norm, attention, residual, norm and router.
+
+        `route`: chooses experts instead of the router.
+        """
         assert isinstance(self.mlp, Moe)
         residual_BTD = self.self_attn(hidden_BTD, self.input_layernorm, sink, documents)
         gate = self.mlp.gate
@@ -92,13 +101,16 @@ class Block(nn.Module):
         return Attended(residual_BTD, rows, gate.route(logits_BTE) if route is None else route(gate, logits_BTE))
 
     def apply_experts(self, received: Received, sink: WeightSink | None) -> ExpertOutput:
-        """Runs routed experts on received rows, and residual and shared experts on the rank's own."""
+        """Runs routed experts on received rows, and adds residual and shared experts of the rank's own rows."""
         assert isinstance(self.mlp, Moe)
         routed_AD = self.mlp.experts(received.received, received.weights_A, received.counts, sink)
         return ExpertOutput(routed_AD, self.add_shared(received.residual_BTD, received.own, sink))
 
     def add_shared(self, residual_BTD: Tensor, rows: Rows, sink: WeightSink | None) -> Tensor:
-        """Returns residual plus shared experts of its norm, BTD. rows: the norm, which need not be kept."""
+        """Returns the residual plus shared experts of its norm, BTD.
+
+        `rows`: the norm, which need not be kept.
+        """
         assert isinstance(self.mlp, Moe)
         experts = self.mlp.shared_experts
         return (
@@ -107,7 +119,7 @@ class Block(nn.Module):
 
 
 class _Dispatch(torch.autograd.Function):
-    """`Dispatcher.dispatch` under autograd. `found` takes what arrived besides tensors with gradients."""
+    """Autograd function of `Dispatcher.dispatch`. `found` takes the arrived values that have no gradient."""
 
     @staticmethod
     def forward(
@@ -133,7 +145,7 @@ class _Dispatch(torch.autograd.Function):
 
 
 class _Combine(torch.autograd.Function):
-    """`Dispatcher.combine` under autograd."""
+    """Autograd function of `Dispatcher.combine`."""
 
     @staticmethod
     def forward(ctx: Any, rows_AD: Tensor, dispatcher: Dispatcher, handle: Handle, wire: Wire) -> Tensor:
@@ -150,7 +162,7 @@ class _Combine(torch.autograd.Function):
 def run_block(
     block: Block, dispatcher: Dispatcher, hidden_BTD: Tensor, documents: Documents | None
 ) -> tuple[Tensor, Routing | None]:
-    """Runs a whole layer under plain autograd: BTD -> BTD, and where its tokens went if it is a MoE layer."""
+    """Runs a whole layer under plain autograd, BTD -> BTD; returns the routing too if it is a MoE layer."""
     if block.moe is None:
         return block.dense(hidden_BTD, None, documents), None
     attended = block.attend(hidden_BTD, None, documents)

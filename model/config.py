@@ -1,6 +1,6 @@
-"""The architecture of a model as values, small models of its proportions, and layers cut into pipeline stages.
+"""Configuration of a model's architecture, a ladder of small models, and the split of layers into pipeline stages.
 
-No torch here: commands read this and reject a wrong cut before any process starts.
+Imports no torch: commands read this and reject an invalid split before any process starts.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from kernels.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, Posi
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlainRope:
-    """Rotary embedding as trained: no change of frequencies."""
+    """Rotary embedding with unchanged frequencies."""
 
     kind: Literal["plain"]
 
@@ -45,12 +45,14 @@ powers of two (arXiv:2412.19437, section 3.3)."""
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Computing:
-    """How a model is computed, which changes no result beyond rounding.
+    """Options for computing a model, which change results only by rounding.
 
-    recomputed: what a backward computes anew; by default what costs next to nothing. With products in FP8 it is all
-    that can be, always: what is kept instead are the products' inputs in FP8. attention: the implementation; `auto`
-    takes the best that is installed. products: of attention, feed-forward networks and experts; those of the embedding,
-    the head, the gate and the MTP modules' joint stay in the weights' type.
+    Attributes:
+        recomputed: what a backward computes again; by default what costs almost nothing. Products in FP8 always
+            recompute everything possible, and keep the products' inputs in FP8 instead.
+        attention: the implementation; `auto` chooses the best one that is installed.
+        products: precision of attention, feed-forward networks and experts; products of the embedding, the head, the
+            router and the projections of MTP modules stay in the weights' type.
     """
 
     recomputed: frozenset[Recomputed] = frozenset(("norm", "swiglu"))
@@ -62,8 +64,8 @@ class Computing:
 class ModelConfig:
     """A DeepSeek-V3-class architecture (arXiv:2412.19437, section 2; fields follow the released config.json).
 
-    `q_lora_rank` None means one full query projection. `mtp_hidden` says which state of the depth
-    before an MTP module reads: after the norm that precedes the output head, or before it.
+    `q_lora_rank` None means one full query projection. `mtp_hidden` selects the state of the previous depth that an MTP
+    module reads: after the norm that precedes the output head, or before it.
     """
 
     vocab_size: PositiveInt
@@ -94,28 +96,28 @@ class ModelConfig:
 
     @property
     def qk_head_dim(self) -> int:
-        """Values per head in a query or key: the part without position and the rotated part."""
+        """Number of values per head in a query or key: the part without position and the rotated part."""
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
 
 _WIDTH = 64
 _NOPE_DIM = 64
-# Below each of these sizes: so many routed experts, experts per token, groups, and groups per token.
+# Below each size: number of routed experts, experts per token, groups, and groups per token.
 _EXPERTS = ((3, (16, 4, 4, 2)), (6, (32, 4, 4, 2)))
 _MANY_EXPERTS = (64, 8, 8, 4)
 _LARGEST_VOCABULARY = 32768
 
 
 def ladder(size: int) -> ModelConfig:
-    """The model of a size: 1 has 0.8M weights, 4 has 22M, 16 has 1B.
+    """Returns the model of a size: 1 has 0.8M weights, 4 has 22M, 16 has 1B.
 
-    Of DeepSeek-V3 (arXiv:2412.19437, section 4.2) it keeps: twice as many dimensions of a head without position as
-    with it, values of all heads together wider than the hidden state, narrow latents, a dense layer as wide as the
-    experts that a token uses together, dense layers one in twenty but at least one, one shared expert, a gate that
-    keeps half of the groups, one MTP module.
+    It keeps these proportions of DeepSeek-V3 (arXiv:2412.19437, section 4.2): a head has twice as many dimensions
+    without position as with it; the values of all heads together are wider than the hidden state; latents are narrow; a
+    dense layer is as wide as all experts of a token together; one layer in twenty, but at least one, is dense; one
+    shared expert; a router that keeps half of the groups; one MTP module.
 
     Args:
-        size: at least 1.
+        size: the size, at least 1.
     """
     assert size >= 1
     hidden, num_layers = _WIDTH * size, size + 2
@@ -151,20 +153,21 @@ def ladder(size: int) -> ModelConfig:
 
 
 class CutError(ValueError):
-    """A model that cannot be cut into the stages asked for."""
+    """A model that cannot be cut into the requested stages."""
 
 
 def cut_layers(num_layers: int, num_stages: int, mtp_depth: int = 0, *, stages_per_rank: int = 1) -> tuple[range, ...]:
     """Cuts layers into contiguous, nearly equal stages.
 
-    An MTP module weighs as much as a layer and lives on the last stage, which therefore gets fewer
-    layers; what cannot be shared equally goes to the first stages.
+    An MTP module counts as one layer and belongs to the last stage, which therefore gets fewer layers. The first stages
+    get the remainder.
 
     Args:
-        num_layers: of the model, without its MTP modules.
-        num_stages: at least 1.
+        num_layers: number of layers without MTP modules.
+        num_stages: number of stages, at least 1.
         mtp_depth: number of MTP modules.
-        stages_per_rank: that the schedule gives to a pipeline rank; errors use it to name the nearest pipeline.
+        stages_per_rank: number of stages that the schedule assigns to a pipeline rank; errors use it to name the
+            nearest pipeline size.
 
     Returns:
         The layers of each stage, at least one for each.

@@ -1,4 +1,4 @@
-"""Routed experts held by one rank, over rows sorted by expert.
+"""Routed experts on one rank, over rows sorted by expert.
 
 Shape legend: N tokens, K experts per token, A received rows in the experts' order, D hidden size.
 """
@@ -16,7 +16,7 @@ from model.precision.linears import ExpertWeights, Linears, Rows
 
 
 class RoutedExperts(nn.Module):
-    """The SwiGLU experts of a layer held here; gate and up projection in one matrix, gate rows first."""
+    """SwiGLU experts of a layer on this rank; gate and up projections share one matrix, gate rows first."""
 
     def __init__(self, hidden: int, intermediate: int, experts: range, dtype: torch.dtype, linears: Linears) -> None:
         super().__init__()
@@ -26,12 +26,12 @@ class RoutedExperts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(len(experts), hidden, intermediate, dtype=dtype))
 
     def forward(self, rows: Rows, weights_A: Tensor, counts: Sequence[int], sink: WeightSink | None) -> Tensor:
-        """Returns received rows through their experts, times their routing weights: AD.
+        """Returns the experts' results for received rows, times their routing weights, AD.
 
         Args:
-            rows: as the exchange's `Wire` unpacked them.
-            weights_A: routing weights; they multiply before `down`, where rows are narrow.
-            counts: rows of each expert.
+            rows: received rows, as the exchange's `Wire` unpacked them.
+            weights_A: routing weights, multiplied before `down`, as rows are narrower there.
+            counts: rows per expert.
             sink: takes weight gradients.
         """
         return self._linears.experts(rows, weights_A, self._weights, counts, sink)
@@ -39,19 +39,19 @@ class RoutedExperts(nn.Module):
     def apply_locally(
         self, rows: Rows, source: NormSource, weights_NK: Tensor, counts: Sequence[int], order: RowOrder
     ) -> Tensor:
-        """Dispatches, applies the experts and combines where all experts are on this rank: ND.
+        """Dispatches, applies the experts and combines on one rank, if all experts are there, ND.
 
         Args:
-            rows: by token.
-            source: from which a backward may compute the rows again.
+            rows: rows by token.
+            source: norm and its input, from which a backward may recompute the rows.
             weights_NK: routing weights.
-            counts: rows of each expert.
-            order: in which tokens' copies go to experts.
+            counts: rows per expert.
+            order: order in which copies of tokens go to experts.
         """
         return self._linears.apply_local_experts(rows, source, weights_NK, self._weights, counts, order)
 
     def apply_in_weight_type(self, rows_AD: Tensor, weights_A: Tensor, counts: Sequence[int]) -> Tensor:
-        """Returns the same as `forward` in the weights' type whatever the model's precision, without gradients: AD."""
+        """Returns the result of `forward` in the weights' type for any model precision, without gradients, AD."""
         out_AD, _ = expert_mlp(rows_AD, weights_A.to(rows_AD.dtype), *self._weights, counts)
         return out_AD
 
@@ -60,7 +60,7 @@ class RoutedExperts(nn.Module):
         return ExpertWeights(self.gate_up_proj, self.down_proj)
 
     def per_expert(self) -> list[tuple[str, Tensor]]:
-        """Returns (released name below `experts.`, view of its matrix) for each expert held."""
+        """Returns (released name below `experts.`, view of its matrix) for each expert of this rank."""
         half = self.gate_up_proj.shape[1] // 2
         named = []
         for index, expert in enumerate(self.experts):

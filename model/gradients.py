@@ -1,4 +1,4 @@
-"""Who owns gradients between backward passes and the optimizer's step."""
+"""Ownership of gradients between backward passes and the optimizer's step."""
 
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -9,17 +9,17 @@ from torch import Tensor
 
 
 class WeightQueue:
-    """Weight gradients of one phase of one micro-batch, waiting for their W."""
+    """Weight gradients of one phase of one micro-batch that wait for their W."""
 
     def __init__(self) -> None:
         self._waiting: deque[tuple[Tensor, Callable[[], Tensor]]] = deque()
 
     def defer(self, weight: Tensor, gradient: Callable[[], Tensor]) -> None:
-        """Keeps a closure that computes the gradient of `weight`."""
+        """Adds a closure that computes the gradient of `weight`."""
         self._waiting.append((weight, gradient))
 
     def flush(self, store: "GradientStore") -> None:
-        """Computes all that waits and adds it to the store; what each held goes before the next is computed."""
+        """Computes all waiting gradients and adds them to the store; frees the tensors of each before the next."""
         with torch.no_grad():
             while self._waiting:
                 weight, gradient = self._waiting.popleft()
@@ -27,10 +27,10 @@ class WeightQueue:
 
 
 class GradientStore:
-    """Sums of gradients over a step's micro-batches, at least float32 whatever the weights' type.
+    """Sums of gradients over a step's micro-batches, at least float32 for any type of weights.
 
-    Gradients that autograd itself accumulates (norms, router) are moved here by a hook as soon as they
-    are made; those of linear maps and of the embedding arrive through `add`.
+    A hook moves gradients that autograd accumulates (norms, router) here as soon as they exist. Those of linear maps
+    and of the embedding arrive through `add`.
     """
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:
@@ -38,24 +38,25 @@ class GradientStore:
             parameter: torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
             for parameter in parameters
         }
-        # A hook that held the store, and so the parameter, would keep both for ever: torch's hooks are not collected.
+        # The hook must not hold the store, and with it the parameter: torch never collects hooks, so neither would be
+        # freed.
         for parameter, total in self._sums.items():
             parameter.register_post_accumulate_grad_hook(partial(_move, total))
 
     def add(self, parameter: Tensor, gradient: Tensor) -> None:
-        """Adds one gradient of `parameter`, same shape."""
+        """Adds one gradient of `parameter`, with the same shape."""
         self._sums[parameter].add_(gradient)
 
     def gradient(self, parameter: Tensor) -> Tensor:
-        """The sum so far; zeros where nothing arrived. The store's own tensor, not a copy."""
+        """Returns the sum so far, zeros if nothing arrived. This is the store's own tensor, not a copy."""
         return self._sums[parameter]
 
     def gradients(self) -> list[Tensor]:
-        """All sums so far."""
+        """Returns all sums so far."""
         return list(self._sums.values())
 
     def clear(self) -> None:
-        """Back to zero."""
+        """Sets all sums to zero."""
         for total in self._sums.values():
             total.zero_()
 

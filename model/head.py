@@ -1,4 +1,4 @@
-"""The ends of the model: embedding, output head with its scores, and what an MTP module adds around its block.
+"""Both ends of the model: embedding, output head with its scores, and the additional parts of an MTP module.
 
 Source: arXiv:2412.19437, section 2.2. Shape legend: B sequences, T tokens, D hidden size, V vocabulary.
 """
@@ -51,7 +51,10 @@ class Embedding(nn.Module):
         self.weight = nn.Parameter(torch.empty(vocab, hidden, dtype=dtype))
 
     def forward(self, tokens_BT: Tensor, sink: WeightSink | None) -> Tensor:
-        """BT -> BTD. With a sink the weight's gradient waits for its W, as that of `linear.linear` does."""
+        """Looks up tokens, BT -> BTD.
+
+        With a sink, the weight's gradient waits for its W, as in `linear.linear`.
+        """
         if sink is None or not torch.is_grad_enabled():
             return functional.embedding(tokens_BT, self.weight)
         out: Tensor = _SplitEmbedding.apply(self.weight, tokens_BT, sink)  # type: ignore[no-untyped-call]
@@ -59,7 +62,7 @@ class Embedding(nn.Module):
 
 
 class SharedHead(nn.Module):
-    """The own norm of an MTP module; the head's matrix itself is the main model's."""
+    """Own norm of an MTP module; the head's matrix belongs to the main model."""
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
         super().__init__()
@@ -67,7 +70,7 @@ class SharedHead(nn.Module):
 
 
 class _Merge(torch.autograd.Function):
-    """[norm(embedded), norm(hidden)] projection^T, both norms computed anew in the backward."""
+    """Computes [norm(embedded), norm(hidden)] projection^T; the backward computes both norms again."""
 
     @staticmethod
     def forward(
@@ -105,7 +108,7 @@ def _normalize_both(embedded: Tensor, hidden: Tensor, enorm_D: Tensor, hnorm_D: 
 
 
 class MtpBlock(Block):
-    """An MTP module: a whole MoE layer, the projection of its two inputs, its own final norm.
+    """An MTP module: a whole MoE layer, the projection of its two inputs, and its own final norm.
 
     The projection reads [norm(embedding), norm(hidden)], the order of the released weights.
     """
@@ -121,7 +124,7 @@ class MtpBlock(Block):
         self.shared_head = SharedHead(config, dtype)
 
     def merge(self, embedded_BTD: Tensor, hidden_BTD: Tensor, sink: WeightSink | None) -> Tensor:
-        """Embedding of the token k ahead and the state of the depth before: the block's input, BTD."""
+        """Returns the block's input, BTD, from the embedding of the token k ahead and the previous depth's state."""
         norms = (self.enorm.weight, self.hnorm.weight)
         out: Tensor = _Merge.apply(  # type: ignore[no-untyped-call]
             embedded_BTD, hidden_BTD, *norms, self.eh_proj.weight, self.enorm.eps, sink
@@ -175,16 +178,18 @@ def score_tokens(
 ) -> tuple[Tensor, Tensor]:
     """Computes a loss that is a function of the targets' log-probabilities.
 
-    Logits exist for a few rows at a time; gradients are made on the way, so that each row's logits are computed once.
+    Logits exist for a few rows at a time. Gradients are computed in the forward, so that each row's logits are computed
+    once.
 
     Args:
         normal_BTD: the head's input.
         head_VD: the head's matrix.
-        targets_BT: int64, below V; -100 where nothing is predicted, whose log-probability is given as 0.
-        sink: as of `linear.linear`.
-        value: computes the loss, a scalar, from the log-probabilities of all rows, [BT] in float32 or wider.
-        slopes: of the loss in -log p of each row: [BT], or a function of log-probabilities, see
-            `kernels.cross_entropy`; None: 1 for every row.
+        targets_BT: int64, below V; -100 if nothing is predicted, for which the log-probability is 0.
+        sink: takes weight gradients, as in `linear.linear`.
+        value: function that computes the loss, a scalar, from the log-probabilities of all rows, [BT] in float32 or
+            wider.
+        slopes: derivative of the loss in -log p of each row: [BT], or a function of log-probabilities (see
+            `kernels.cross_entropy`); None means 1 for every row.
 
     Returns:
         The loss, whose gradient is that of sum(slopes * -log p), and the log-probabilities, BT, without gradient.

@@ -1,4 +1,4 @@
-"""The SwiGLU feed-forward network of dense layers and of shared experts.
+"""SwiGLU feed-forward network of dense layers and of shared experts.
 
 Shape legend: D hidden size.
 """
@@ -13,7 +13,7 @@ from model.precision.linears import Linears, Rows
 
 
 class Mlp(nn.Module):
-    """down(silu(gate(x)) * up(x))."""
+    """Computes down(silu(gate(x)) * up(x))."""
 
     def __init__(self, hidden: int, intermediate: int, dtype: torch.dtype, linears: Linears) -> None:
         super().__init__()
@@ -23,7 +23,7 @@ class Mlp(nn.Module):
         self.down_proj = Projection(intermediate, hidden, dtype)
 
     def forward(self, x: Tensor, sink: WeightSink | None) -> Tensor:
-        """Returns the network of x in the weights' own type, [..., D]; also for decoding of a model in FP8."""
+        """Returns the network of x in the weights' own type, [..., D]; also used to decode with a model in FP8."""
         gated = swiglu(self.gate_proj(x, sink), self.up_proj(x, sink))
         return self.down_proj(gated, sink)  # type: ignore[no-any-return]
 
@@ -33,12 +33,12 @@ class Mlp(nn.Module):
         return self._linears.gated_down(x, hidden, self.down_proj.weight, sink)
 
     def add_to(self, x: Tensor, rows: Rows, norm: RmsNorm, sink: WeightSink | None) -> Tensor:
-        """Returns the same if norm(x) was computed before.
+        """Returns x plus the network of norm(x) if norm(x) is given.
 
         Args:
             x: [..., D].
-            rows: norm(x), which take the gradient; a backward may compute them again from x.
-            norm: by which they were computed.
+            rows: norm(x), which takes the gradient; a backward may recompute it from x.
+            norm: norm that computed the rows.
             sink: takes weight gradients.
         """
         hidden = self._linears.linear_of_rows(rows, NormSource.of(x, norm), self._gate_up(), sink)

@@ -1,4 +1,4 @@
-"""Root-mean-square normalization, by itself and before linear maps.
+"""Root-mean-square normalization, alone and before linear maps.
 
 Shape legend: A rows, D hidden size, N outputs of a linear map.
 """
@@ -17,7 +17,7 @@ from model.precision.linear import WeightSink, deliver_gradient
 
 
 class RmsNorm(nn.Module):
-    """x / rms(x) * weight over the last dim; normalized in float32, cast back, then scaled (as the released code)."""
+    """Computes x / rms(x) * weight over the last dim: in float32, cast, then scaled, as in the released code."""
 
     def __init__(self, size: int, eps: float, dtype: torch.dtype) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class RmsNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """Same shape and type as x. For a backward only x is kept."""
+        """Returns a tensor with the shape and type of x. Only x is kept for a backward."""
         options = _Options(eps=self.eps, sink=None, keeps_normal=False, gives_normal=True, is_wide=False)
         (normal,) = _NormedLinear.apply(x, self.weight, options)  # type: ignore[no-untyped-call]
         return normal  # type: ignore[no-any-return]
@@ -33,7 +33,7 @@ class RmsNorm(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class NormSource:
-    """The input of a norm and its weight: enough to compute its output again in a backward."""
+    """Input of a norm and its weight: enough to recompute its output in a backward."""
 
     x: Tensor
     norm_weight_D: Tensor
@@ -41,13 +41,13 @@ class NormSource:
 
     @classmethod
     def of(cls, x: Tensor, norm: RmsNorm) -> Self:
-        """Takes a norm and its input, [..., D]."""
+        """Returns the source for a norm and its input, [..., D]."""
         return cls(x, norm.weight, norm.eps)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Options:
-    """What `_NormedLinear` is told beside its tensors."""
+    """Arguments of `_NormedLinear` that are not tensors."""
 
     eps: float
     sink: WeightSink | None
@@ -56,7 +56,7 @@ class _Options:
     is_wide: bool
 
     def type_of(self, weight_ND: Tensor) -> torch.dtype:
-        """In which the maps are computed."""
+        """Returns the type in which the maps are computed."""
         return torch.promote_types(weight_ND.dtype, torch.float32) if self.is_wide else weight_ND.dtype
 
 
@@ -123,7 +123,7 @@ class _LinearOfNormal(torch.autograd.Function):
 
 
 def _join(weights_ND: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """Several maps as one product: of narrow matrices, each would read all rows by itself."""
+    """Joins several maps into one product: separate narrow matrices would read all rows several times."""
     return (weights_ND[0] if len(weights_ND) == 1 else torch.cat(tuple(weights_ND))).to(dtype)
 
 
@@ -134,7 +134,7 @@ def _normal(x_AD: Tensor, scale_A1: Tensor, norm_weight_D: Tensor, kept: Sequenc
 def _deliver_parts(
     weights_ND: Sequence[Tensor], gradient: Callable[[], Tensor], sink: WeightSink | None
 ) -> list[Tensor | None]:
-    """Each weight's rows of the gradient of all of them, which is computed once."""
+    """Returns or defers each weight's rows of the joint gradient, which is computed once."""
     given, first = list[Tensor | None](), 0
     for weight_ND in weights_ND:
         rows = slice(first, first + len(weight_ND))
@@ -150,14 +150,14 @@ def _part(gradient: Callable[[], Tensor], rows: slice, dtype: torch.dtype) -> Te
 def normed_linear(
     x: Tensor, norm: RmsNorm, weights_ND: Sequence[Tensor], sink: WeightSink | None, *, keeps_normal: bool
 ) -> Tensor:
-    """Linear maps of norm(x), without keeping norm(x) for the backward: it is computed anew from x.
+    """Applies linear maps to norm(x) without keeping norm(x) for the backward, which recomputes it from x.
 
     Args:
         x: [..., D].
         norm: applied first.
-        weights_ND: of the maps, of one type.
-        sink: takes the maps' weight gradients, as in `linear`; the norm's comes through autograd.
-        keeps_normal: keep norm(x) after all.
+        weights_ND: weights of the maps, of one type.
+        sink: takes the maps' weight gradients, as in `linear`; that of the norm goes through autograd.
+        keeps_normal: whether to keep norm(x) for the backward.
 
     Returns:
         The outputs of all maps side by side.
@@ -170,14 +170,14 @@ def normed_linear(
 def linear_of_normal(
     normal: Tensor, source: NormSource, weights_ND: Sequence[Tensor], sink: WeightSink | None, *, keeps_normal: bool
 ) -> Tensor:
-    """Applies linear layers to a norm's output, which takes the gradient; the norm's input is kept in its place.
+    """Applies linear layers to a norm's output, which takes the gradient; keeps the norm's input instead of it.
 
     Args:
         normal: the norm's output, [..., D].
-        source: from which the backward computes it again; gets no gradient here.
-        weights_ND: of the layers, of one type.
+        source: norm and its input, from which the backward recomputes it; gets no gradient here.
+        weights_ND: weights of the layers, of one type.
         sink: takes their gradients, as in `linear`.
-        keeps_normal: keep the norm's output after all.
+        keeps_normal: whether to keep the norm's output for the backward.
 
     Returns:
         The outputs of all layers side by side.
@@ -190,9 +190,9 @@ def linear_of_normal(
 
 
 def norm_and_map(x: Tensor, norm: RmsNorm, weight_ND: Tensor) -> tuple[Tensor, Tensor]:
-    """norm(x), and in float32 or wider its product with the weight, whose gradient comes through autograd.
+    """Returns norm(x) and, in float32 or wider, its product with the weight, whose gradient goes through autograd.
 
-    Keeps x alone. Shapes [..., D] and [..., N].
+    Keeps only x. Shapes [..., D] and [..., N].
     """
     options = _Options(eps=norm.eps, sink=None, keeps_normal=False, gives_normal=True, is_wide=True)
     normal, out = _NormedLinear.apply(x, norm.weight, options, weight_ND)  # type: ignore[no-untyped-call]

@@ -1,6 +1,7 @@
-"""What a step minimizes. The model calls `Objective.loss` for every head and knows no loss by itself.
+"""Objectives that a step minimizes. The model calls `Objective.loss` for every head and defines no loss itself.
 
-Losses are sums over a micro-batch, scaled by counts over the whole job. Source: arXiv:2412.19437, sections 2.1.2, 2.2.
+Losses are sums over a micro-batch, scaled by counts over the global batch. Source: arXiv:2412.19437, sections 2.1.2,
+2.2.
 """
 
 from collections.abc import Mapping
@@ -20,24 +21,25 @@ MAIN, BALANCE = "main", "balance"
 
 
 def depth_name(depth: int) -> str:
-    """Returns the name under which the loss of a depth is reported."""
+    """Returns the name of a depth's loss in reports."""
     return f"mtp_{depth}" if depth else MAIN
 
 
 def loss_names(mtp_depth: int) -> tuple[str, ...]:
-    """Returns the names of a cross-entropy's losses: those of every depth and the balance loss."""
+    """Returns the names of the losses of cross-entropy: one per depth, and the balance loss."""
     return (*(depth_name(depth) for depth in range(mtp_depth + 1)), BALANCE)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MicroBatch:
-    """One micro-batch as the ends of the model see it.
+    """One micro-batch as both ends of the model read it.
 
-    inputs_BT: per depth k = 0 (main), 1, ... the token embedded at each position (shifted by k).
-    targets_BT: per depth the token to predict (shifted by k + 1), -100 where there is none.
-    All int64 [B, T]. documents: which tokens see each other; None: each those before it.
-    extras: what else an objective needs to know of the main targets, by name, each [B, T, ...]: weights, advantages,
-    log-probabilities under another model.
+    Attributes:
+        inputs_BT: for each depth k = 0 (main), 1, ... the token embedded at each position (shifted by k), int64.
+        targets_BT: for each depth the token to predict (shifted by k + 1), -100 if there is none, int64.
+        documents: documents of packed sequences; None: each token sees all tokens before it.
+        extras: further values of the main targets that an objective needs, by name, each [B, T, ...]: weights,
+            advantages, log-probabilities under another model.
     """
 
     inputs_BT: tuple[Tensor, ...]
@@ -70,12 +72,13 @@ class OutputHead:
 
 @dataclass(frozen=True, slots=True)
 class TaskLoss:
-    """What an objective found in one micro-batch at one depth.
+    """Result of an objective for one micro-batch at one depth.
 
     Attributes:
         loss: its part of the step's loss, a scalar with its graph.
-        sums: what is reported, undivided, by name; scalars without graph.
-        log_probs_BT: of the targets, without graph, 0 where there is none; None if the objective scores no tokens.
+        sums: reported sums, undivided, by name; scalars without graph.
+        log_probs_BT: log-probabilities of the targets, without graph, 0 if there is none; None if the objective scores
+            no tokens.
     """
 
     loss: Tensor
@@ -84,11 +87,11 @@ class TaskLoss:
 
 
 class Objective(Protocol):
-    """What is minimized: cross-entropy, or later distillation, policy gradient, preference or ranking."""
+    """Function to minimize: cross-entropy, or later distillation, policy gradient, preference or ranking."""
 
     @property
     def balance(self) -> float:
-        """The factor of the sequence-wise balance loss, summed over sequences and layers."""
+        """Factor of the sequence-wise balance loss, which is summed over sequences and layers."""
         ...
 
     def loss(self, hidden_BTD: Tensor, head: OutputHead, batch: MicroBatch, sink: WeightSink | None) -> TaskLoss:
@@ -96,9 +99,9 @@ class Objective(Protocol):
 
         Args:
             hidden_BTD: the head's input, the state after the final norm.
-            head: that reads it.
-            batch: with targets of every depth.
-            sink: takes weight gradients, as of `linear.linear`.
+            head: output head that reads it.
+            batch: micro-batch with targets of every depth.
+            sink: takes weight gradients, as in `linear.linear`.
         """
         ...
 
@@ -108,10 +111,10 @@ class CrossEntropy:
     """Next-token prediction at every depth.
 
     Attributes:
-        factors: of the summed cross-entropy of each depth; 1 / (targets of that depth in the global batch) for the
-            main head, with MTP's weight over its depth for the others.
-        balance: the balance loss's weight over the global batch's sequences.
-        weights: the name among a micro-batch's extras of the weight of each main target; None: all weigh 1.
+        factors: factor of the summed cross-entropy of each depth: 1 / (targets of that depth in the global batch) for
+            the main head, and that times MTP's weight divided by the depth for the others.
+        balance: weight of the balance loss divided by the sequences in the global batch.
+        weights: name of the extra that holds the weight of each main target; None: all weigh 1.
     """
 
     factors: tuple[float, ...]
@@ -138,18 +141,21 @@ class CrossEntropy:
 
 
 def depth_weights(weights_BT: Tensor, depth: int) -> Tensor:
-    """Returns the weights of a depth's targets: those of the main targets that are the same tokens, BT."""
+    """Returns the weights of a depth's targets, BT.
+
+    A target has the weight of the same token among the main targets.
+    """
     kept = weights_BT[:, depth:]
     return functional.pad(kept, (0, weights_BT.shape[1] - kept.shape[1]))
 
 
 @dataclass(slots=True)
 class LossSums:
-    """Sums of losses that one rank finds in one step, undivided; added up over ranks they give the step's losses.
+    """Undivided sums of losses of one rank in one step; added up over ranks they give the step's losses.
 
     Attributes:
-        names: of all losses, in an order that is the same on every rank.
-        log_probs: the main targets' log-probabilities by (direction, micro-batch), if they are wanted.
+        names: names of all losses, in the same order on every rank.
+        log_probs: the main targets' log-probabilities by (direction, micro-batch); None if they are not recorded.
     """
 
     names: tuple[str, ...]
@@ -158,12 +164,12 @@ class LossSums:
     _sums: dict[str, float] = field(default_factory=dict)
 
     def add(self, name: str, total: Tensor) -> None:
-        """Adds a sum of one micro-batch, a scalar; it is read on the host only by `settle`."""
+        """Adds a sum of one micro-batch, a scalar; only `settle` reads it on the host."""
         assert name in self.names, f"{name} is not among the losses {self.names}"
         self._pending.append((name, total.detach()))
 
     def add_task(self, found: TaskLoss, head: OutputHead, place: tuple[int, int]) -> None:
-        """Adds what an objective found at one depth of the micro-batch at (direction, micro-batch)."""
+        """Adds an objective's result at one depth of the micro-batch at (direction, micro-batch)."""
         for name, total in found.sums.items():
             self.add(name, total)
         if self.log_probs is not None and head.depth == 0 and found.log_probs_BT is not None:

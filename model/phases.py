@@ -1,6 +1,6 @@
-"""A stage's units of work, each run forward and backward by itself; between them the graph is cut.
+"""Phases of a stage, each with its own forward and backward; the autograd graph is cut between them.
 
-One micro-batch's passage through a phase is one object. `model.values` holds what passes between phases.
+One object runs one phase of one micro-batch. `model.values` defines the values between phases.
 
 Shape legend: B sequences, T tokens of one, N = B T, D hidden size, A received rows.
 """
@@ -41,21 +41,21 @@ Out = TypeVar("Out", bound=Values)
 
 @dataclass(frozen=True, slots=True)
 class Computed(Generic[Out]):
-    """What a computation returns: values for the next phase, and its part of the step's loss, if any."""
+    """Result of a computation: values for the next phase, and its part of the step's loss, if any."""
 
     values: Out
     loss: Tensor | None = None
 
 
 class _Entry:
-    """Where the gradients of a phase's inputs arrive. The inputs are kept by what needs them, if anything."""
+    """Holder of the gradients of a phase's inputs. The inputs themselves are kept only by the graph."""
 
     def __init__(self, size: int) -> None:
         self.gradients: tuple[Tensor | None, ...] = (None,) * size
 
 
 class _Enter(torch.autograd.Function):
-    """The identity at the start of a phase's graph, which leaves gradients in an entry."""
+    """Identity at the start of a phase's graph, which stores the gradients in an entry."""
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, entry: _Entry, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -71,9 +71,11 @@ class _Enter(torch.autograd.Function):
 
 @dataclass(frozen=True, slots=True)
 class _Recorded:
-    """What a computation keeps of its forward: both ends of its graph, which alone holds tensors.
+    """State of a computation after its forward: both ends of its graph. Only the graph holds tensors.
 
-    ends: of each output tensor, None if no gradient passes through it. gradients: the class of the inputs' gradients.
+    Attributes:
+        ends: graph node of each output tensor, None if no gradient passes through it.
+        gradients: class of the inputs' gradients.
     """
 
     entry: _Entry
@@ -85,7 +87,7 @@ class _Recorded:
 class ComputePhase(Generic[In, Out]):
     """A differentiable function of the values before it, with its weight gradients deferred until `weight`.
 
-    Between forward and backward it keeps the function's graph alone: inputs and outputs live on only where the graph
+    Between forward and backward it keeps only the function's graph: inputs and outputs stay in memory only if the graph
     has saved them.
     """
 
@@ -96,14 +98,14 @@ class ComputePhase(Generic[In, Out]):
         self._recorded: _Recorded | None = None
 
     def forward(self, values: In) -> Out:
-        """Returns the function's values, cut off from its graph. Without a store nothing is kept for a backward."""
+        """Returns the function's values, detached from its graph. Without a store nothing is kept for a backward."""
         if self._store is None:
             with torch.no_grad():
                 return self._function(values, None).values
         tensors = values.tensors()
         entry = _Entry(len(tensors))
         with torch.enable_grad():
-            # The anchor makes the inputs part of a graph although they need no gradient as leaves.
+            # The anchor puts the inputs into a graph although, as leaves, they do not require a gradient.
             anchor = torch.zeros((), requires_grad=True)
             if tensors:
                 values = values.with_tensors(_Enter.apply(anchor, entry, *tensors))  # type: ignore[no-untyped-call]
@@ -129,7 +131,7 @@ class ComputePhase(Generic[In, Out]):
         entry, made = recorded.entry, recorded.gradients
         del recorded
         torch.autograd.backward(roots, seeds)
-        # What waits for W may still hold the graph, and with it the entry.
+        # Closures that wait for W may still hold the graph, and with it the entry.
         tensors, entry.gradients = entry.gradients, ()
         return made(*tensors)
 
@@ -141,7 +143,7 @@ class ComputePhase(Generic[In, Out]):
 
 @dataclass(slots=True)
 class Exchange:
-    """What the three phases around one exchange share: who sends what to whom, and in what form."""
+    """Shared state of the three phases around one exchange: its plan and the form of its rows."""
 
     dispatcher: Dispatcher
     label: Label
@@ -154,7 +156,7 @@ class Exchange:
         return self.handle
 
     def planned(self) -> Handle:
-        """Returns the handle made by `plan`."""
+        """Returns the handle created by `plan`."""
         assert self.handle is not None
         return self.handle
 
@@ -218,10 +220,13 @@ Phase = ComputePhase[Any, Any] | DispatchPhase | CombinePhase
 
 
 class BalanceRecorder(Protocol):
-    """Takes the balance loss of one layer and one micro-batch; returns its part of the step's loss."""
+    """Records the balance loss of one layer and one micro-batch, and returns its part of the step's loss."""
 
     def __call__(self, balance: Tensor) -> Tensor:
-        """balance: summed over sequences, unscaled."""
+        """Records the balance loss.
+
+        `balance`: the loss summed over sequences, unscaled.
+        """
         ...
 
 
@@ -239,7 +244,10 @@ def block_phases(
     documents: Documents | None = None,
     routes: Routes | None = None,
 ) -> list[Phase]:
-    """Returns the phases of one micro-batch through one block, from `Hidden` to `Hidden`. label: of its exchanges."""
+    """Returns the phases of one micro-batch through one block, from `Hidden` to `Hidden`.
+
+    `label` names its exchanges.
+    """
 
     def dense(hidden: Hidden, sink: WeightSink | None) -> Computed[Hidden]:
         return Computed(Hidden(block.dense(hidden.hidden_BTD, sink, documents)))

@@ -1,4 +1,4 @@
-"""The gate: sigmoid scores, group-limited top-k on biased scores, weights from unbiased ones.
+"""Router: sigmoid scores, group-limited top-k on biased scores, weights from unbiased scores.
 
 Source: arXiv:2412.19437, sections 2.1.2 and 4.2; arXiv:2408.15664, algorithm 1.
 Shape legend: B sequences, T tokens of one sequence, N tokens in all, D hidden size, E experts, K experts per token.
@@ -17,17 +17,20 @@ from comm.protocol import Label
 from model.config import ModelConfig
 from model.precision.linear import widen
 
-# Of a group's biased scores, how many make its score, whatever the experts per token: as in the released code.
+# Number of biased scores that add up to a group's score, for any number of experts per token, as in the released code.
 GROUP_SCORE_EXPERTS = 2
 
 
 class RouteError(ValueError):
-    """Experts that a token cannot be sent to."""
+    """Tokens cannot be sent to these experts."""
 
 
 @dataclass(frozen=True, slots=True)
 class Routing:
-    """ids_NK int64, weights_NK and scores_BTE (sigmoid, unbiased) in float32 or wider."""
+    """Chosen experts of each token.
+
+    `ids_NK` is int64; `weights_NK` and `scores_BTE` (sigmoid, unbiased) are float32 or wider.
+    """
 
     ids_NK: Tensor
     weights_NK: Tensor
@@ -35,7 +38,10 @@ class Routing:
 
     @property
     def balance(self) -> Tensor:
-        """Sum over sequences of sum_i f_i P_i, unscaled; f from plain top-k of unbiased scores, without gradient."""
+        """Returns the sum over sequences of sum_i f_i P_i, unscaled.
+
+        f comes from plain top-k of unbiased scores, without gradient.
+        """
         scores_BTE, num_experts_per_token = self.scores_BTE, self.ids_NK.shape[1]
         _, tokens, num_experts = scores_BTE.shape
         top_BTK = scores_BTE.detach().topk(num_experts_per_token, -1, sorted=False).indices
@@ -52,7 +58,7 @@ Route = Callable[["Router", Tensor], Routing]
 
 
 class Router(nn.Module):
-    """Chooses each token's experts. The correction bias takes part in the choice only and gets no gradient."""
+    """Chooses each token's experts. The correction bias only affects the choice and gets no gradient."""
 
     e_score_correction_bias: Tensor
     load: Tensor
@@ -73,7 +79,7 @@ class Router(nn.Module):
 
         Args:
             logits_BTE: scores before the sigmoid.
-            forced_ids_NK: int64, the experts that are chosen whatever their scores, which still give their weights;
+            forced_ids_NK: int64, experts to choose independent of their scores, which still determine the weights;
                 None: the router chooses. They are checked on the host.
 
         Raises:
@@ -87,7 +93,7 @@ class Router(nn.Module):
         chosen_NK = scores_BTE.flatten(0, 1).gather(1, ids_NK)
         weights_NK = chosen_NK / (chosen_NK.sum(-1, keepdim=True) + 1e-20) * self._config.routed_scaling_factor
         if torch.is_grad_enabled():
-            # Not bincount, which waits for the device to know how much it counts.
+            # bincount would need a host sync for the size of its result.
             self.load.scatter_add_(0, ids_NK.flatten(), torch.ones_like(ids_NK.flatten()))
         return Routing(ids_NK, weights_NK, scores_BTE)
 
@@ -95,14 +101,14 @@ class Router(nn.Module):
         """Raises the bias of experts below the mean load and lowers that of those above it, by `rate`.
 
         Args:
-            load_E: tokens that each expert received in the step, over the whole global batch.
-            rate: the step of the bias (1e-3 in V3).
+            load_E: tokens that each expert received in the step, over the global batch.
+            rate: change of the bias per step (1e-3 in V3).
         """
         load = load_E.to(torch.float64)
         self.e_score_correction_bias += rate * torch.sign(load.mean() - load).to(self.e_score_correction_bias.dtype)
 
     def _check_forced_ids(self, ids_NK: Tensor, num_tokens: int) -> Tensor:
-        """Returns forced ids if they are K different experts for each token."""
+        """Returns forced ids if they are K different experts for each token, else raises an error."""
         config = self._config
         shape = (num_tokens, config.num_experts_per_token)
         if ids_NK.shape != shape or ids_NK.dtype != torch.int64:
@@ -134,25 +140,25 @@ class Router(nn.Module):
 
 
 class Routes(Protocol):
-    """Chooses experts in place of the routers, or keeps what they choose; passed with a run.
+    """Chooses experts in place of the routers, or records their choices; passed with a run.
 
     A rollout's choices, replayed in training, keep both passes on the same experts although their scores differ a
     little (arXiv:2510.11370).
     """
 
     def route(self, label: Label, router: Router, logits_BTE: Tensor) -> Routing:
-        """Routes one micro-batch in one layer, which the label names."""
+        """Routes one micro-batch in the layer that the label names."""
         ...
 
 
 @dataclass(slots=True)
 class RecordedRoutes:
-    """Lets routers choose, and keeps their choices: NK by layer, direction and micro-batch, on their device."""
+    """Lets routers choose, and records their choices: NK by layer, direction and micro-batch, on their device."""
 
     ids: dict[Label, Tensor] = field(default_factory=dict)
 
     def route(self, label: Label, router: Router, logits_BTE: Tensor) -> Routing:
-        """Routes by the router's own choice, and keeps it in as few bytes as the number of experts needs."""
+        """Routes by the router's choice, and records it in as few bytes as the number of experts requires."""
         routing = router.route(logits_BTE)
         small = torch.uint8 if logits_BTE.shape[-1] <= 2**8 else torch.int16
         self.ids[label] = routing.ids_NK.to(small)
@@ -169,7 +175,7 @@ class ReplayedRoutes:
         """Routes by the given choice.
 
         Raises:
-            RouteError: nothing is given for this place, or what is given are not experts of this router.
+            RouteError: no choice is given for this place, or it contains ids that are not experts of this router.
         """
         if label not in self.ids:
             raise RouteError(f"{label}: no experts are recorded")

@@ -29,7 +29,7 @@ from model.values import (
 
 
 class StageRun:
-    """One micro-batch on its way through one stage, phase by phase, forward and back."""
+    """One micro-batch in one stage, run phase by phase, forward and backward."""
 
     def __init__(self, phases: list[Phase]) -> None:
         self._phases = phases
@@ -38,21 +38,21 @@ class StageRun:
         self._under_way: Callable[[], None] | None = None
 
     def set_input(self, hidden_BTD: Tensor) -> None:
-        """The hidden state from the stage before."""
+        """Sets the hidden state from the stage before."""
         self._values = Hidden(hidden_BTD)
 
     def output(self) -> Tensor:
-        """The hidden state for the stage after; handed over, not kept."""
+        """Returns the hidden state for the next stage, and releases it."""
         values, self._values = self._values, NoValues()
         assert isinstance(values, Hidden)
         return values.hidden_BTD
 
     def set_output_gradient(self, gradient_BTD: Tensor) -> None:
-        """The gradient of `output`, from the stage after."""
+        """Sets the gradient of `output`, from the next stage."""
         self._gradients = HiddenGradients(gradient_BTD)
 
     def input_gradient(self) -> Tensor:
-        """The gradient of the input, for the stage before; handed over, not kept."""
+        """Returns the gradient of the input, for the stage before, and releases it."""
         gradients, self._gradients = self._gradients, Gradients()
         assert isinstance(gradients, HiddenGradients)
         assert gradients.hidden_BTD is not None
@@ -71,7 +71,7 @@ class StageRun:
                 self._start(combine.forward(self._values), self._keep_values)
 
     def backward(self, phase: int) -> None:
-        """As `forward`, for gradients of inputs."""
+        """Runs or starts the backward of a phase, for gradients of inputs."""
         match self._phases[phase]:
             case ComputePhase() as compute:
                 self._gradients = compute.backward(self._gradients)
@@ -83,13 +83,13 @@ class StageRun:
                 self._start(combine.backward(self._gradients), self._keep_gradients)
 
     def weight(self, phase: int) -> None:
-        """The weight gradients that the phase's backward put off."""
+        """Computes the weight gradients that the phase's backward deferred."""
         compute = self._phases[phase]
         assert isinstance(compute, ComputePhase)
         compute.weight()
 
     def wait(self) -> None:
-        """Completes the exchange under way."""
+        """Completes the exchange that is running."""
         assert self._under_way is not None
         complete, self._under_way = self._under_way, None
         complete()
@@ -106,7 +106,7 @@ class StageRun:
 
 
 class Stage:
-    """Layers `layers` of a model held here, as phases.
+    """Contiguous layers of a model as phases.
 
     `lanes` names the lane of every phase in forward order, the same on every rank that holds the stage.
     """
@@ -135,10 +135,10 @@ class Stage:
         micro_batch: int = 0,
         routes: Routes | None = None,
     ) -> StageRun:
-        """A run of one micro-batch; without a store it is forward only.
+        """Returns a run of one micro-batch; without a store it is forward only.
 
-        `batch` is needed at the ends, and everywhere for its documents, if it has any. `direction` and `micro_batch`
-        say which it is, for the logs of its exchanges and for `routes`, which record or replay the routers' choices.
+        `batch` is required at both ends, and in every stage if it has documents. `direction` and `micro_batch` identify
+        the run in logs of its exchanges and for `routes`, which record or replay the routers' choices.
         """
         documents = None if batch is None else batch.documents
 

@@ -1,4 +1,4 @@
-"""The network: the whole of it, or the part that one rank holds.
+"""The network: the whole model, or the part that one rank holds.
 
 Shape legend: B sequences, T tokens, D hidden size, V vocabulary.
 """
@@ -30,9 +30,9 @@ BIAS = "e_score_correction_bias"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Part:
-    """What of a model is held: layers by number (MTP modules follow the last layer), experts of each, the ends.
+    """Part of a model: layers by number (MTP modules follow the last layer), experts of each, both ends.
 
-    MTP modules need the embedding as well as the head.
+    MTP modules need the embedding in addition to the head.
     """
 
     layers: tuple[int, ...]
@@ -42,13 +42,13 @@ class Part:
 
 
 def whole(config: ModelConfig) -> Part:
-    """Everything."""
+    """Returns the whole model as a part."""
     layers = tuple(range(config.num_layers + config.mtp_depth))
     return Part(layers=layers, experts=range(config.num_routed_experts), embedding=True, head=True)
 
 
 class Trunk(nn.Module):
-    """Embedding, layers, final norm: what stands under `model.` in the released checkpoint."""
+    """Embedding, layers, final norm: the tensors below `model.` in the released checkpoint."""
 
     def __init__(
         self, config: ModelConfig, part: Part, dtype: torch.dtype, attention: Callable[[], Attention], linears: Linears
@@ -69,15 +69,15 @@ class Trunk(nn.Module):
 class Transformer(nn.Module):
     """A DeepSeek-V3-class model, or the part of it that a rank holds.
 
+    Weights are uninitialized until `initialize_weights`. Their names are those of the released checkpoint.
+
     Args:
         config: the architecture.
-        dispatcher: how rows reach experts when the model is called as a plain module.
-        dtype: of every weight; router bias stays float32.
-        part: what is held; None means the whole.
-        computing: what a backward computes anew, by which attention, and in what products are computed.
-        attention: its form; None means the configuration's.
-
-    Weights are uninitialized until `initialize_weights`. Their names are the released checkpoint's.
+        dispatcher: sends rows to experts when the model is called as a plain module.
+        dtype: type of every weight; the router bias stays float32.
+        part: part of the model; None means the whole.
+        computing: what a backward recomputes, the attention kernel, and the precision of products.
+        attention: form of attention; None means that of the configuration.
     """
 
     def __init__(
@@ -101,45 +101,48 @@ class Transformer(nn.Module):
         self.lm_head = Projection(config.hidden_size, config.vocab_size, dtype) if part.head else None
 
     def weights_unchanged(self) -> AbstractContextManager[None]:
-        """Promises that no weight changes inside the context, so that each is put in FP8 only once."""
+        """Returns a context in which no weight changes, so that each is quantized only once."""
         return self._linears.weights_unchanged()
 
     def block(self, layer: int) -> Block:
-        """The block of a layer held here."""
+        """Returns the block of a layer of this part."""
         block = self.model.layers[str(layer)]
         assert isinstance(block, Block)
         return block
 
     def mtp_block(self, depth: int) -> MtpBlock:
-        """The MTP module of depth 1, 2, ..."""
+        """Returns the MTP module of depth 1, 2, ..."""
         block = self.block(self.config.num_layers + depth - 1)
         assert isinstance(block, MtpBlock)
         return block
 
     def embed(self, tokens_BT: Tensor, sink: WeightSink | None) -> Tensor:
-        """BT -> BTD. Sink as in `linear.linear`."""
+        """Looks up tokens, BT -> BTD.
+
+        `sink`: as in `linear.linear`.
+        """
         assert self.model.embed_tokens is not None
         return self.model.embed_tokens(tokens_BT, sink)  # type: ignore[no-any-return]
 
     @property
     def head_weight(self) -> Tensor:
-        """The output head's matrix, VD."""
+        """Matrix of the output head, VD."""
         assert self.lm_head is not None
         return self.lm_head.weight
 
     def final_norm(self, depth: int) -> RmsNorm:
-        """The norm before the head: the main model's for depth 0, the MTP module's own otherwise."""
+        """Returns the norm before the head: the main model's for depth 0, else that of the MTP module."""
         if depth:
             return self.mtp_block(depth).shared_head.norm
         assert self.model.norm is not None
         return self.model.norm
 
     def forward(self, tokens_BT: Tensor, documents: Documents | None = None) -> Tensor:
-        """Logits of the main head, float32 or wider: BT -> BTV.
+        """Computes the logits of the main head, float32 or wider: BT -> BTV.
 
         Args:
             tokens_BT: int64.
-            documents: which tokens see each other; None: each those before it.
+            documents: documents of packed sequences; None: each token sees all tokens before it.
         """
         hidden = self.embed(tokens_BT, None)
         for layer in range(self.config.num_layers):
@@ -148,7 +151,9 @@ class Transformer(nn.Module):
         return widen(normed_linear(hidden, self.final_norm(0), (self.head_weight,), None, keeps_normal=keeps_normal))
 
     def mtp_logits(self, tokens_BT: Tensor) -> tuple[Tensor, ...]:
-        """Logits of each MTP module, float32 or wider: module k at place i predicts token i + k + 1, B(T-k)V.
+        """Computes the logits of each MTP module, float32 or wider, B(T-k)V.
+
+        Module k at position i predicts token i + k + 1.
 
         Args:
             tokens_BT: int64, more than `mtp_depth` of them; each token sees those before it.
@@ -184,10 +189,10 @@ class Transformer(nn.Module):
             depth: 0 for the main head.
             hidden_BTD: the last block's output.
             batch: the micro-batch.
-            objective: what is minimized.
-            sums: gets what is reported.
-            sink: as of `linear.linear`.
-            place: of the micro-batch: direction, number.
+            objective: the objective to minimize.
+            sums: takes the reported sums.
+            sink: takes weight gradients, as in `linear.linear`.
+            place: direction and number of the micro-batch.
 
         Returns:
             The depth's part of the step's loss, and the input of the next depth's block, BTD, None after the last.
@@ -203,7 +208,7 @@ class Transformer(nn.Module):
         return found.loss, self.mtp_block(depth + 1).merge(embedded, state, sink)
 
     def loss(self, batch: MicroBatch, objective: Objective, sums: LossSums) -> Tensor:
-        """The micro-batch's part of the step's loss, through plain autograd; needs the whole model."""
+        """Computes the micro-batch's part of the step's loss through plain autograd; needs the whole model."""
         hidden, total = self.embed(batch.inputs_BT[0], None), torch.zeros((), dtype=torch.float64)
         for depth in range(self.config.mtp_depth + 1):
             for layer in self._layers(depth):
@@ -219,13 +224,13 @@ class Transformer(nn.Module):
         return total
 
     def _layers(self, depth: int) -> range:
-        """Layers between one head and the next: the trunk's, then each MTP module's one."""
+        """Returns the layers between one head and the next: those of the trunk, then one per MTP module."""
         last = self.config.num_layers
         return range(last + depth - 1, last + depth) if depth else range(last)
 
 
 def named_tensors(model: Transformer) -> dict[str, Tensor]:
-    """Every weight and router bias under its released name; routed experts one by one, views of the stacked weights."""
+    """Returns every weight and router bias by released name; routed experts are views of the stacked weights."""
     named: dict[str, Tensor] = {}
     for path, module in model.named_modules():
         if isinstance(module, RoutedExperts):
@@ -238,15 +243,16 @@ def named_tensors(model: Transformer) -> dict[str, Tensor]:
 
 
 def routers(model: Transformer) -> dict[int, Router]:
-    """The router of every MoE layer held, by layer number."""
+    """Returns the router of every MoE layer of this part, by layer number."""
     layers = ((int(number), block) for number, block in model.model.layers.items() if isinstance(block, Block))
     return {number: block.moe.gate for number, block in layers if block.moe is not None}
 
 
 def initialize_weights(model: Transformer, seed: int) -> None:
-    """Norms to one, router bias to zero, all else to N(0, initializer_range^2), from seed and released name alone.
+    """Sets norms to one, router bias to zero, and all other weights to N(0, initializer_range^2).
 
-    So the same seed gives the same weights under every layout. Drawn in float32 on the CPU.
+    Values depend only on the seed and the released name, so a seed gives the same weights under every layout. They are
+    drawn in float32 on the CPU.
     """
     for name, weight in named_tensors(model).items():
         if name.endswith("norm.weight"):

@@ -1,4 +1,4 @@
-"""What passes between the phases of a block, and the gradients that return in its place.
+"""Values between the phases of a block, and their gradients.
 
 Shape legend: B sequences, T tokens (after B, of one sequence; else of the micro-batch), D hidden size, K experts per
 token, A received rows.
@@ -15,7 +15,7 @@ from model.precision.linears import Rows
 
 @dataclass(frozen=True, slots=True)
 class Gradients:
-    """Base of gradients. A field is None if nothing reads the value or no gradient arrived."""
+    """Base of gradients. A field is None if the value is not read or no gradient arrived."""
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """Returns the fields, in the order of the values' tensors."""
@@ -23,40 +23,40 @@ class Gradients:
 
 
 class Values(Protocol):
-    """What one phase returns and the next takes.
+    """Output of one phase and input of the next.
 
-    gradients: the class of its gradients, whose fields match `tensors` one by one.
+    `gradients` is the class of its gradients, whose fields match `tensors` one by one.
     """
 
     gradients: ClassVar[type[Gradients]]
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """Returns the tensors that take gradients; anything else travels with them unchanged."""
+        """Returns the tensors that take gradients; all other values are passed on unchanged."""
         ...
 
     def with_tensors(self, tensors: Iterable[Tensor]) -> Self:
-        """Returns the same values with other tensors in the place of these."""
+        """Returns the same values with these tensors replaced."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class NoValues:
-    """What enters the first phase of the model and leaves the last one."""
+    """Empty input of the model's first phase and output of its last phase."""
 
     gradients: ClassVar[type[Gradients]] = Gradients
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """Returns none."""
+        """Returns no tensors."""
         return ()
 
     def with_tensors(self, tensors: Iterable[Tensor]) -> "NoValues":
-        """Returns nothing again."""
+        """Returns an empty value."""
         return self
 
 
 @dataclass(frozen=True, slots=True)
 class HiddenGradients(Gradients):
-    """Of `Hidden`."""
+    """Gradients of `Hidden`."""
 
     hidden_BTD: Tensor | None
 
@@ -73,13 +73,13 @@ class Hidden:
         return (self.hidden_BTD,)
 
     def with_tensors(self, tensors: Iterable[Tensor]) -> "Hidden":
-        """Returns another hidden state."""
+        """Returns the hidden state that is given."""
         return Hidden(*tensors)
 
 
 @dataclass(frozen=True, slots=True)
 class RoutedGradients(Gradients):
-    """Of `Routed`."""
+    """Gradients of `Routed`."""
 
     residual_BTD: Tensor
     rows_BTD: Tensor
@@ -88,9 +88,9 @@ class RoutedGradients(Gradients):
 
 @dataclass(frozen=True, slots=True)
 class Routed:
-    """Tokens after attention, and where they go: from `attend` to `dispatch`.
+    """Tokens after attention with their routing: from `attend` to `dispatch`.
 
-    rows: the experts' input, [B, T, D]. ids_TK: the experts of each token, int64.
+    `rows` is the experts' input, [B, T, D]. `ids_TK` are the experts of each token, int64.
     """
 
     residual_BTD: Tensor
@@ -104,14 +104,14 @@ class Routed:
         return self.residual_BTD, self.rows.values, self.weights_TK
 
     def with_tensors(self, tensors: Iterable[Tensor]) -> "Routed":
-        """Returns the same routing of other tensors."""
+        """Returns the same routing with other tensors."""
         residual_BTD, values, weights_TK = tensors
         return replace(self, residual_BTD=residual_BTD, rows=self.rows.with_values(values), weights_TK=weights_TK)
 
 
 @dataclass(frozen=True, slots=True)
 class ReceivedGradients(Gradients):
-    """Of `Received`. own_BTD: None without shared experts."""
+    """Gradients of `Received`. `own_BTD` is None without shared experts."""
 
     residual_BTD: Tensor
     own_BTD: Tensor | None
@@ -121,10 +121,13 @@ class ReceivedGradients(Gradients):
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """What a rank's experts work on: from `dispatch` to `experts`.
+    """Input of a rank's experts: from `dispatch` to `experts`.
 
-    own: the rank's own rows, [B, T, D], for shared experts. received: rows in the order of this rank's experts, AD.
-    weights_A: their routing weights. counts: rows of each expert.
+    Attributes:
+        own: the rank's own rows, [B, T, D], for shared experts.
+        received: rows in the order of this rank's experts, AD.
+        weights_A: routing weights of the received rows.
+        counts: rows per expert.
     """
 
     residual_BTD: Tensor
@@ -139,7 +142,7 @@ class Received:
         return self.residual_BTD, self.own.values, self.received.values, self.weights_A
 
     def with_tensors(self, tensors: Iterable[Tensor]) -> "Received":
-        """Returns the same counts of other tensors."""
+        """Returns the same counts with other tensors."""
         residual_BTD, own, received, weights_A = tensors
         return Received(
             residual_BTD, self.own.with_values(own), self.received.with_values(received), weights_A, self.counts
@@ -148,7 +151,7 @@ class Received:
 
 @dataclass(frozen=True, slots=True)
 class ExpertGradients(Gradients):
-    """Of `ExpertOutput`."""
+    """Gradients of `ExpertOutput`."""
 
     routed_AD: Tensor
     base_BTD: Tensor
@@ -156,9 +159,10 @@ class ExpertGradients(Gradients):
 
 @dataclass(frozen=True, slots=True)
 class ExpertOutput:
-    """What experts made: from `experts` to `combine`.
+    """Output of the experts: from `experts` to `combine`.
 
-    routed_AD: of received rows, times their weights. base_BTD: residual plus shared experts of the rank's own rows.
+    `routed_AD` are results of received rows, times their weights. `base_BTD` is the residual plus shared experts of the
+    rank's own rows.
     """
 
     routed_AD: Tensor
@@ -166,9 +170,9 @@ class ExpertOutput:
     gradients: ClassVar[type[Gradients]] = ExpertGradients
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """Returns both."""
+        """Returns both tensors."""
         return self.routed_AD, self.base_BTD
 
     def with_tensors(self, tensors: Iterable[Tensor]) -> "ExpertOutput":
-        """Returns other output."""
+        """Returns an output with other tensors."""
         return ExpertOutput(*tensors)

@@ -1,4 +1,4 @@
-"""Counts of a model before it is built: its weights, and the bytes that a micro-batch keeps. No torch here."""
+"""Counts a model's weights, and the bytes that a micro-batch keeps, before the model is built. Imports no torch."""
 
 from model.account.activations import (
     ActivationAccount,
@@ -22,13 +22,14 @@ __all__ = [
 def count_activations(
     config: ModelConfig, shape: MicroBatchShape, recomputed: frozenset[Recomputed], products: Products = "own"
 ) -> ActivationAccount:
-    """Bytes kept for the backward of a micro-batch, by part of the model.
+    """Counts the bytes that a micro-batch keeps for its backward, by part of the model.
 
     Args:
         config: the architecture.
-        shape: of a micro-batch.
-        recomputed: what the backward computes anew; with products in FP8 it is all that can be, whatever is said here.
-        products: in what those of linear maps are computed. Scales take the same room whatever their values.
+        shape: shape of a micro-batch.
+        recomputed: what the backward computes again; ignored if products are in FP8, which recompute everything
+            possible.
+        products: type in which linear maps are computed. The size of scales does not depend on their values.
     """
     if products == "own":
         return count_plain_activations(config, shape, recomputed)

@@ -1,7 +1,7 @@
-"""What the model keeps for its backward, in bytes, as saved-tensor hooks count it: each memory once, weights apart.
+"""Bytes that the model keeps for its backward, as saved-tensor hooks count them: each storage once, without weights.
 
-No torch here. Of one micro-batch of N tokens in a model that computes attention, gates and losses as `model` does;
-indices of an exchange, 24 bytes per row at an expert, are not among it.
+Imports no torch. Counts are for one micro-batch of N tokens, with attention, gates and losses as in `model`. They
+exclude the indices of an exchange, 24 bytes per row at an expert.
 """
 
 from dataclasses import dataclass
@@ -12,10 +12,14 @@ from model.config import ModelConfig, Recomputed
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ActivationAccount:
-    """Bytes of one micro-batch, kept from forward to backward.
+    """Bytes of one micro-batch that are kept from forward to backward.
 
-    embedding: of one lookup. dense, moe: of one layer of a kind. head: of one output head with its loss: gradients of
-    its input and of its matrix, which are made in the forward. merge: of what joins an MTP module's two inputs.
+    Attributes:
+        embedding: bytes of one look-up.
+        dense: bytes of one dense layer.
+        moe: bytes of one MoE layer.
+        head: bytes of one output head with its loss: gradients of its input and of its matrix, computed in the forward.
+        merge: bytes of the projection that joins the two inputs of an MTP module.
     """
 
     embedding: int
@@ -25,7 +29,7 @@ class ActivationAccount:
     merge: int
 
     def total(self, config: ModelConfig) -> int:
-        """Of a whole model and its MTP modules."""
+        """Returns the bytes of a whole model and its MTP modules."""
         modules = config.mtp_depth
         layers = config.num_dense_layers * self.dense + (config.num_layers - config.num_dense_layers) * self.moe
         return layers + (1 + modules) * (self.embedding + self.head) + modules * (self.merge + self.moe)
@@ -33,12 +37,15 @@ class ActivationAccount:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MicroBatchShape:
-    """A micro-batch on a device.
+    """Shape of a micro-batch on a device.
 
-    sequences, tokens: how many sequences of how many tokens. value_bytes: of a number in the model's type. wide_bytes:
-    of a number where float32 is needed at least. pads_heads: queries, keys and values of one width, as torch's fused
-    attention wants them on CPU. expert_rows: rows at this rank's experts; None where all experts are on this rank,
-    which then take rows from their tokens.
+    Attributes:
+        sequences: number of sequences.
+        tokens: tokens per sequence.
+        value_bytes: bytes of a number in the model's type.
+        wide_bytes: bytes of a number that needs at least float32.
+        pads_heads: whether queries, keys and values have one width, as torch's fused attention requires on CPU.
+        expert_rows: rows at this rank's experts; None if all experts are on this rank and read rows from the tokens.
     """
 
     sequences: int
@@ -50,19 +57,19 @@ class MicroBatchShape:
 
     @property
     def num_tokens(self) -> int:
-        """N."""
+        """Number of tokens, N."""
         return self.sequences * self.tokens
 
 
 def count_plain_activations(
     config: ModelConfig, shape: MicroBatchShape, recomputed: frozenset[Recomputed]
 ) -> ActivationAccount:
-    """Bytes kept for the backward, by part of a model whose products are in the weights' type.
+    """Counts the bytes kept for the backward, by part of a model whose products are in the weights' type.
 
     Args:
         config: the architecture.
-        shape: of a micro-batch.
-        recomputed: what the backward computes anew.
+        shape: shape of a micro-batch.
+        recomputed: what the backward computes again.
     """
     row = shape.num_tokens * config.hidden_size * shape.value_bytes
     scale = shape.num_tokens * shape.wide_bytes
@@ -81,20 +88,26 @@ def count_plain_activations(
 
 
 def head_bytes(config: ModelConfig, shape: MicroBatchShape) -> int:
-    """Of an output head with its loss."""
+    """Returns the bytes of an output head with its loss."""
     row = shape.num_tokens * config.hidden_size * shape.value_bytes
     return 2 * row + (shape.num_tokens + config.vocab_size * config.hidden_size) * shape.wide_bytes
 
 
 def router_bytes(config: ModelConfig, shape: MicroBatchShape) -> int:
-    """Of a gate: scores, those chosen and their sums, the ids; of its balance loss the sums, and the load."""
+    """Returns the bytes of a router.
+
+    These are scores, the chosen scores and their sums, the ids, the sums of the balance loss, and the load.
+    """
     tokens, choices, experts = shape.num_tokens, config.num_experts_per_token, config.num_routed_experts
     kept = tokens * ((experts + choices + 2) * shape.wide_bytes + choices * 8)
     return kept + shape.sequences * experts * shape.wide_bytes
 
 
 def attention_bytes(config: ModelConfig, shape: MicroBatchShape, recomputed: frozenset[Recomputed]) -> int:
-    """A layer's input, its norm, compressed queries, keys and values, and what heads mixed."""
+    """Returns the bytes of attention.
+
+    These are a layer's input, its norm, compressed queries, keys and values, and the output of the heads.
+    """
     tokens, heads = shape.num_tokens, config.num_heads
     key, value = config.qk_head_dim, config.v_head_dim
     if shape.pads_heads:
@@ -112,12 +125,12 @@ def attention_bytes(config: ModelConfig, shape: MicroBatchShape, recomputed: fro
 
 
 def gated_bytes(shape: MicroBatchShape, width: int, recomputed: frozenset[Recomputed]) -> int:
-    """Inside a SwiGLU network."""
+    """Returns the bytes inside a SwiGLU network."""
     return shape.num_tokens * (2 + ("swiglu" not in recomputed)) * width * shape.value_bytes
 
 
 def _experts(config: ModelConfig, shape: MicroBatchShape, recomputed: frozenset[Recomputed]) -> int:
-    """Router, routed and shared experts."""
+    """Returns the bytes of router, routed and shared experts."""
     tokens = shape.num_tokens
     is_home = shape.expert_rows is None
     rows = tokens * config.num_experts_per_token if shape.expert_rows is None else shape.expert_rows
@@ -127,7 +140,7 @@ def _experts(config: ModelConfig, shape: MicroBatchShape, recomputed: frozenset[
     routed += rows * (1 + 2 * width + ("swiglu" not in recomputed) * width) * shape.value_bytes
     if config.num_shared_experts:
         routed += gated_bytes(shape, config.num_shared_experts * width, recomputed)
-        # Where all experts are here, routed ones have kept these rows already.
+        # If all experts are on this rank, the routed ones already keep these rows.
         if "norm" not in recomputed and not is_home:
             routed += tokens * config.hidden_size * shape.value_bytes
     return routed
@@ -137,11 +150,11 @@ _SCALE_BYTES = 4
 
 
 def count_fp8_activations(config: ModelConfig, shape: MicroBatchShape) -> ActivationAccount:
-    """Bytes kept for the backward, by part of the model.
+    """Counts the bytes kept for the backward, by part of a model whose products are in FP8.
 
     Args:
         config: the architecture.
-        shape: of a micro-batch.
+        shape: shape of a micro-batch.
     """
     row = shape.num_tokens * config.hidden_size * shape.value_bytes
     attention = fp8_attention_bytes(config, shape)
@@ -158,12 +171,16 @@ def count_fp8_activations(config: ModelConfig, shape: MicroBatchShape) -> Activa
 
 
 def _codes(num_columns: int) -> int:
-    """Of a row in FP8, with its scales."""
+    """Returns the bytes of a row in FP8 with its scales."""
     return num_columns + _SCALE_BYTES * num_tiles(num_columns)
 
 
 def fp8_attention_bytes(config: ModelConfig, shape: MicroBatchShape) -> int:
-    """Inputs of projections in FP8, each with its norm's scale; what heads mixed in 12 bits; the shared key."""
+    """Returns the bytes of attention in FP8.
+
+    These are inputs of projections in FP8, each with its norm's scale, the output of the heads in 12 bits, and the
+    shared key.
+    """
     mixed = config.num_heads * config.v_head_dim
     kept = _codes(config.hidden_size) + _codes(config.kv_lora_rank) + 2 * shape.wide_bytes
     kept += 3 * num_pairs(mixed) + _SCALE_BYTES * num_tiles(mixed)
@@ -176,11 +193,11 @@ def fp8_attention_bytes(config: ModelConfig, shape: MicroBatchShape) -> int:
 
 
 def _fp8_experts(config: ModelConfig, shape: MicroBatchShape) -> int:
-    """Router, routed and shared experts."""
+    """Returns the bytes of router, routed and shared experts."""
     tokens, width = shape.num_tokens, config.expert_intermediate_size
     is_home = shape.expert_rows is None
     rows = tokens * config.num_experts_per_token if shape.expert_rows is None else shape.expert_rows
-    # At home rows are made again from the residual.
+    # If all experts are on this rank, rows are recomputed from the residual.
     kept = router_bytes(config, shape) + (0 if is_home else rows) * _codes(config.hidden_size)
     kept += rows * (shape.wide_bytes + _codes(2 * width))
     if config.num_shared_experts:

@@ -1,4 +1,4 @@
-"""The accounts of blocks whose products are computed in FP8. No torch here.
+"""Accounts of blocks whose products are computed in FP8. Imports no torch.
 
 Peaks are those of the Triton kernels; the references that run on a CPU compute in float32 and take several times that.
 """
@@ -89,7 +89,7 @@ def experts_phase(sizes: Sizes) -> PhaseBytes:
 
 
 def attention_waiting(sizes: Sizes) -> int:
-    """Returns what waits for the W of attention: inputs and output gradients of its linear maps, in FP8."""
+    """Returns the bytes that wait for the W of attention: inputs and output gradients of its linear maps, in FP8."""
     config = sizes.config
     down = sizes.codes(config.hidden_size) + sizes.columns(sizes.compressed_width)
     keys = sizes.codes(config.kv_lora_rank) + sizes.columns(sizes.expanded_width)
@@ -98,7 +98,11 @@ def attention_waiting(sizes: Sizes) -> int:
 
 
 def _mlp_waiting(sizes: Sizes, width: int) -> int:
-    """Output gradients of gate and up, the input of down and its output's gradient; without the input of the former."""
+    """Returns the bytes that wait for the W of a network.
+
+    These are the output gradients of gate and up, the input of down and its output gradient, without the input of gate
+    and up.
+    """
     return sizes.columns(2 * width) + sizes.columns(width) + sizes.columns(sizes.config.hidden_size)
 
 

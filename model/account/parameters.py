@@ -1,6 +1,6 @@
-"""Counts the weights of a model and of a rank, those that work on a token, and what a token costs. No torch here.
+"""Counts the weights of a model and of a rank, the active weights per token, and the cost of a token.
 
-Source: arXiv:2412.19437, section 4.2, and the released checkpoint.
+Imports no torch. Source: arXiv:2412.19437, section 4.2, and the released checkpoint.
 """
 
 from collections.abc import Iterable
@@ -12,12 +12,16 @@ from model.config import ModelConfig, cut_layers
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParameterAccount:
-    """Weights of a model. MTP modules are counted apart: embedding and head are the main model's.
+    """Weights of a model. MTP modules are counted apart: embedding and head belong to the main model.
 
-    total: main model. active: of these, what one token uses, both embeddings counted.
-    active_without_embedding: the same less the input embedding, of which a token uses one row.
-    attention: of one layer. expert: one routed expert. mtp: all MTP modules. router_bias: values that
-    are no weights, one per routed expert of the main model.
+    Attributes:
+        total: weights of the main model.
+        active: weights of the main model that one token uses, including both embeddings.
+        active_without_embedding: `active` without the input embedding, of which a token uses one row.
+        attention: weights of one layer's attention.
+        expert: weights of one routed expert.
+        mtp: weights of all MTP modules.
+        router_bias: values that are not weights, one per routed expert of the main model.
     """
 
     total: int
@@ -56,9 +60,10 @@ def count_parameters(config: ModelConfig) -> ParameterAccount:
 
 
 def training_flops_per_token(config: ModelConfig, sequence_length_tokens: int) -> float:
-    """Floating-point operations of forward and backward for one token of the main model, causal attention counted half.
+    """Counts floating-point operations of forward and backward for one token of the main model.
 
-    Six per weight that works on a token, and six per multiply of scores and mixing over half the sequence.
+    Six per active weight, and six per multiplication of scores and mixing over half the sequence, as attention is
+    causal.
     """
     attended = sequence_length_tokens / 2
     per_layer = config.num_heads * (config.qk_head_dim + config.v_head_dim) * attended
@@ -66,7 +71,7 @@ def training_flops_per_token(config: ModelConfig, sequence_length_tokens: int) -
 
 
 def attention_parameters(config: ModelConfig) -> int:
-    """Counts the weights of one layer's attention, its latent norms included."""
+    """Counts the weights of one layer's attention, including its latent norms."""
     hidden, heads = config.hidden_size, config.num_heads
     queries = heads * config.qk_head_dim
     rank = config.q_lora_rank
@@ -79,7 +84,7 @@ def attention_parameters(config: ModelConfig) -> int:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageShape:
-    """The layers of a stage, and whether the embedding or the heads are in it."""
+    """Layers of a stage, and whether it holds the embedding or the heads."""
 
     layers: range
     is_first: bool
@@ -87,7 +92,7 @@ class StageShape:
 
 
 def stage_shapes(config: ModelConfig, num_stages: int) -> tuple[StageShape, ...]:
-    """Returns the stages that the model is cut into.
+    """Returns the stages into which the model is cut.
 
     Raises:
         CutError: fewer layers than stages.
@@ -103,8 +108,12 @@ def stage_shapes(config: ModelConfig, num_stages: int) -> tuple[StageShape, ...]
 class HeldParameters:
     """Weights on a rank.
 
-    ordinary, routed: numbers of weights, of routed experts apart. num_blocks: layers and MTP modules, num_routers:
-    those of them that have a router. code_bytes: of all linear maps in FP8, each in the two orders that products read.
+    Attributes:
+        ordinary: number of weights, without routed experts.
+        routed: number of weights of routed experts.
+        num_blocks: number of layers and MTP modules.
+        num_routers: number of those that have a router.
+        code_bytes: bytes of all linear maps in FP8, each in the two orders that products read.
     """
 
     ordinary: int
@@ -115,7 +124,7 @@ class HeldParameters:
 
     @property
     def total(self) -> int:
-        """All weights."""
+        """Number of all weights."""
         return self.ordinary + self.routed
 
 
@@ -124,7 +133,7 @@ def held_parameters(config: ModelConfig, stages: Iterable[StageShape], num_local
 
     Args:
         config: the architecture.
-        stages: that the rank holds, each once.
+        stages: stages that the rank holds, each once.
         num_local_experts: routed experts of each layer that the rank holds.
     """
     held = list(stages)

@@ -1,6 +1,6 @@
-"""What each phase of a stage keeps of one micro-batch, and when it lets go: the phases of `model.stage`, in bytes.
+"""Memory account of the phases of `model.stage`: what each one keeps of a micro-batch, in bytes, and for how long.
 
-`tests/train/memory` compares every number with the storages that are alive in a run. No torch here.
+`tests/train/memory` compares every number with the storages that are alive in a run. Imports no torch.
 """
 
 from model.account import fp8_phases, plain_phases
@@ -9,11 +9,11 @@ from model.account.sizes import PhaseBytes, Sizes
 
 
 def stage_phases(sizes: Sizes, stage: StageShape) -> list[PhaseBytes]:
-    """Returns the phases of a stage, in forward order.
+    """Returns the accounts of a stage's phases, in forward order.
 
     Args:
-        sizes: of the micro-batch.
-        stage: its layers and ends.
+        sizes: sizes of the micro-batch.
+        stage: layers and ends of the stage.
     """
     config = sizes.config
     phases = [embedding_phase(sizes)] if stage.is_first else []
@@ -36,9 +36,12 @@ def _moe_phases(sizes: Sizes) -> list[PhaseBytes]:
 
 
 def dispatch_phase(sizes: Sizes) -> PhaseBytes:
-    """Returns the account of dispatch: rows travel as they are sent, their gradients in the model's type."""
+    """Returns the account of dispatch.
+
+    Rows are sent in the form in which experts read them, gradients in the model's type.
+    """
     exchange, weights = sizes.exchange, sizes.expert_wide(1)
-    # In the model's own type, what waits for the W of shared experts already holds the gradient of the residual.
+    # In the model's own type, the gradient of the residual is already held for the W of shared experts.
     holds_residual = sizes.is_fp8 or not sizes.config.num_shared_experts
     return PhaseBytes(
         name="dispatch",
@@ -52,7 +55,10 @@ def dispatch_phase(sizes: Sizes) -> PhaseBytes:
 
 
 def combine_phase(sizes: Sizes) -> PhaseBytes:
-    """Returns the account of combine: results return in the model's type, gradients travel as rows are sent."""
+    """Returns the account of combine.
+
+    Results are sent in the model's type, gradients in the form in which dispatch sends rows.
+    """
     exchange = sizes.exchange
     packed = sizes.sent if sizes.is_fp8 else 0
     return PhaseBytes(
@@ -78,18 +84,18 @@ def embedding_phase(sizes: Sizes) -> PhaseBytes:
 
 
 def head_phase(sizes: Sizes, depth: int) -> PhaseBytes:
-    """Returns the account of a head with its loss, and of what joins an MTP module's two inputs behind it.
+    """Returns the account of a head with its loss, and of the projection of an MTP module behind it.
 
-    The gradients of the head's input and of its matrix are made in the forward; the latter waits for W.
+    The gradients of the head's input and of its matrix are computed in the forward; the second waits for W.
 
     Args:
-        sizes: of the micro-batch.
-        depth: of the head, 0 for the main one.
+        sizes: sizes of the micro-batch.
+        depth: depth of the head, 0 for the main one.
     """
     config, row = sizes.config, sizes.row
     matrix = config.vocab_size * config.hidden_size
     gradient = matrix * sizes.shape.wide_bytes
-    # The head's product is added to the gradient from a tensor of its own if the types differ.
+    # If the types differ, the head's product needs its own tensor before it is added to the gradient.
     product = 0 if sizes.shape.value_bytes == sizes.shape.wide_bytes else matrix * sizes.shape.value_bytes
     loss_peak = sizes.scale + 2 * row + gradient + sizes.logits + product
     kept = row + sizes.scale + row + gradient
@@ -103,7 +109,7 @@ def head_phase(sizes: Sizes, depth: int) -> PhaseBytes:
             forward_peak=loss_peak,
             backward_peak=2 * row,
         )
-    # The module's norm reads the head's input itself, or its norm, which is then kept as well.
+    # The module's norm reads the head's input, or its norm, which is then kept too.
     joined = row if config.mtp_hidden == "pre_norm" else 2 * row
     projection = sizes.shape.value_bytes * 2 * config.hidden_size**2
     return PhaseBytes(

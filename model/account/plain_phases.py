@@ -1,4 +1,4 @@
-"""The accounts of blocks whose products are computed in the weights' own type. No torch here.
+"""Accounts of blocks whose products are computed in the weights' own type. Imports no torch.
 
 Each peak is the largest of a few points inside the phase; the comment at a point names what is alive there.
 """
@@ -32,8 +32,8 @@ def dense_phase(sizes: Sizes) -> PhaseBytes:
         ),
         backward_peak=max(gate_up + join + 2 * row, gate_up + row + _attention_backward_peak(sizes)),
         weight_peak=max(
-            sizes.matrix(width, sizes.config.hidden_size) + gate_up // 2,  # of down, and what is gated again
-            join - gate_up,  # of gate and up: what down held is gone
+            sizes.matrix(width, sizes.config.hidden_size) + gate_up // 2,  # down's gradients, recomputed gated values
+            join - gate_up,  # gate and up gradients; down's are freed
             sizes.attention_weight_peak,
         ),
     )
@@ -100,11 +100,11 @@ def experts_phase(sizes: Sizes) -> PhaseBytes:
 
 
 def attention_waiting(sizes: Sizes) -> int:
-    """Returns what waits for the W of attention: inputs and output gradients of its linear maps."""
+    """Returns the bytes that wait for the W of attention: inputs and output gradients of its linear maps."""
     config, row = sizes.config, sizes.row
     down = row + sizes.scale + (0 if sizes.recomputes("norm") else row) + sizes.numbers(sizes.compressed_width)
     up = sizes.numbers(sizes.expanded_width) + (sizes.numbers(sizes.query_width) if sizes.query_rank else 0)
-    # Norms of compressed values were made again for the heads, or kept.
+    # Norms of compressed values were recomputed for the heads, or kept.
     has_normals = sizes.recomputes("mla_up") or not sizes.recomputes("norm")
     normals = sizes.numbers(config.kv_lora_rank + sizes.query_rank) if has_normals else 0
     out = sizes.numbers(sizes.compressed_width + sizes.value_width) + row

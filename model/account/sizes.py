@@ -1,6 +1,6 @@
-"""Bytes of the tensors that a micro-batch passes through, by name: what the accounts of phases are sums of. No torch.
+"""Bytes of a micro-batch's tensors, by name, from which the accounts of phases are added up. Imports no torch.
 
-Every size is that of all tokens of a micro-batch, or of all rows that arrive at a rank's experts.
+Every size covers all tokens of a micro-batch, or all rows that arrive at a rank's experts.
 """
 
 from dataclasses import dataclass
@@ -25,10 +25,16 @@ Lane = Literal["compute", "comm"]
 class PhaseBytes:
     """Bytes of one phase of one micro-batch.
 
-    lane: where it runs. values: results that nothing but the run holds, until the next phase is through. kept: from
-    its forward to its backward. routing: from its forward to the end of the micro-batch. gradients: of its inputs, that
-    nothing but the run holds, until the phase before is through. waiting: from its backward to its W.
-    forward_peak, backward_peak, weight_peak: the most that is alive inside, above what was alive before.
+    Attributes:
+        lane: lane on which it runs.
+        values: results that only the run holds, until the next phase has finished.
+        kept: from its forward to its backward.
+        routing: from its forward to the end of the micro-batch.
+        gradients: gradients of its inputs that only the run holds, until the phase before has finished.
+        waiting: from its backward to its W.
+        forward_peak: largest allocation inside the forward, above what was allocated before.
+        backward_peak: the same inside the backward.
+        weight_peak: the same inside W.
     """
 
     name: str
@@ -45,10 +51,12 @@ class PhaseBytes:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExchangeBytes:
-    """What a dispatcher holds for one layer and micro-batch.
+    """Bytes that a dispatcher holds for one layer and micro-batch.
 
-    routing: index tensors, from dispatch to the end of the micro-batch. to_experts, from_experts: buffers inside one
-    exchange of that way, beside what it is given and what it returns.
+    Attributes:
+        routing: index tensors, from dispatch to the end of the micro-batch.
+        to_experts: buffers inside an exchange to the experts, in addition to its input and output.
+        from_experts: buffers inside an exchange from the experts, in addition to its input and output.
     """
 
     routing: int
@@ -60,8 +68,11 @@ class ExchangeBytes:
 class Sizes:
     """Sizes for one rank and one micro-batch.
 
-    device: chooses how many logits the head computes at once. num_local_experts: routed experts of a layer held here.
-    exchange: of the dispatcher. shape.expert_rows must be set: it is what arrives.
+    Attributes:
+        device: determines how many logits the head computes at a time.
+        num_local_experts: routed experts of a layer on this rank.
+        exchange: bytes of the dispatcher.
+        shape: shape of the micro-batch; `expert_rows` must be set to the rows that arrive.
     """
 
     config: ModelConfig
@@ -72,41 +83,41 @@ class Sizes:
     exchange: ExchangeBytes
 
     def numbers(self, width: int) -> int:
-        """`width` numbers of each token, in the model's type."""
+        """Returns the bytes of `width` numbers of each token, in the model's type."""
         return self.shape.num_tokens * width * self.shape.value_bytes
 
     def wide(self, width: int) -> int:
-        """`width` numbers of each token, in float32 or wider."""
+        """Returns the bytes of `width` numbers of each token, in float32 or wider."""
         return self.shape.num_tokens * width * self.shape.wide_bytes
 
     def codes(self, width: int) -> int:
-        """`width` numbers of each token in FP8, with a scale for every 128."""
+        """Returns the bytes of `width` numbers of each token in FP8, with a scale for every 128."""
         return self.shape.num_tokens * (width + _SCALE_BYTES * num_tiles(width))
 
     def columns(self, width: int) -> int:
-        """`width` numbers of each token in FP8, transposed: tokens are filled up to a multiple of 128."""
+        """Returns the bytes of `width` numbers of each token in transposed FP8: tokens are padded to tiles of 128."""
         return _columns(width, num_tiles(self.shape.num_tokens))
 
     def expert_numbers(self, width: int) -> int:
-        """`width` numbers of each row at this rank's experts, in the model's type."""
+        """Returns the bytes of `width` numbers of each row at this rank's experts, in the model's type."""
         return self.rows * width * self.shape.value_bytes
 
     def expert_wide(self, width: int) -> int:
-        """`width` numbers of each row at this rank's experts, in float32 or wider."""
+        """Returns the bytes of `width` numbers of each row at this rank's experts, in float32 or wider."""
         return self.rows * width * self.shape.wide_bytes
 
     def expert_codes(self, width: int) -> int:
-        """`width` numbers of each row at this rank's experts in FP8."""
+        """Returns the bytes of `width` numbers of each row at this rank's experts in FP8."""
         return self.rows * (width + _SCALE_BYTES * num_tiles(width))
 
     def expert_columns(self, width: int) -> int:
-        """`width` numbers of each row at this rank's experts in FP8, transposed: each expert's rows are filled up."""
+        """Returns the bytes of `width` numbers of each expert row in FP8, transposed: each expert's rows are padded."""
         per_expert, rest = divmod(self.rows, self.num_local_experts)
         tiles = rest * num_tiles(per_expert + 1) + (self.num_local_experts - rest) * num_tiles(per_expert)
         return _columns(width, tiles)
 
     def matrix(self, *shape: int) -> int:
-        """A weight's gradient as W computes it: float32 if products are in FP8, else in the weight's type."""
+        """Returns the bytes of a weight gradient from W: float32 if products are in FP8, else the weight's type."""
         size = self.shape.wide_bytes if self.is_fp8 else self.shape.value_bytes
         for dimension in shape:
             size *= dimension
@@ -114,7 +125,7 @@ class Sizes:
 
     @property
     def rows(self) -> int:
-        """Rows that arrive at this rank's experts."""
+        """Number of rows that arrive at this rank's experts."""
         assert self.shape.expert_rows is not None
         return self.shape.expert_rows
 
@@ -124,22 +135,22 @@ class Sizes:
         return self.computing.products != "own"
 
     def recomputes(self, kind: str) -> bool:
-        """Whether the backward computes a kind of output again, as all FP8 models do."""
+        """Whether the backward recomputes a kind of output, as all FP8 models do."""
         return self.is_fp8 or kind in self.computing.recomputed
 
     @cached_property
     def row(self) -> int:
-        """A hidden state."""
+        """Bytes of a hidden state."""
         return self.numbers(self.config.hidden_size)
 
     @cached_property
     def scale(self) -> int:
-        """A norm's inverse root mean squares."""
+        """Bytes of a norm's inverse root mean squares."""
         return self.wide(1)
 
     @property
     def query_rank(self) -> int:
-        """Width of the compressed queries that have a norm, 0 if queries come straight from the hidden state."""
+        """Width of the compressed queries that have a norm, 0 if queries are not compressed."""
         return self.config.q_lora_rank or 0
 
     @property
@@ -165,44 +176,44 @@ class Sizes:
 
     @property
     def heads(self) -> int:
-        """Queries, keys and values as the attention kernel reads them."""
+        """Bytes of queries, keys and values as the attention kernel reads them."""
         key, value = self._kernel_widths
         return self.numbers(self.config.num_heads * (2 * key + value))
 
     @property
     def kernel_mixed(self) -> int:
-        """What the attention kernel returns."""
+        """Bytes that the attention kernel returns."""
         return self.numbers(self.config.num_heads * self._kernel_widths[1])
 
     @property
     def logsumexp(self) -> int:
-        """What the attention kernel keeps for its backward beside its result."""
+        """Bytes that the attention kernel keeps for its backward in addition to its result."""
         return self.wide(self.config.num_heads)
 
     @property
     def router_weights(self) -> int:
-        """Routing weights of a token's choices."""
+        """Bytes of the routing weights."""
         return self.wide(self.config.num_experts_per_token)
 
     @property
     def shared_width(self) -> int:
-        """Width of the shared experts together."""
+        """Width of all shared experts together."""
         return self.config.num_shared_experts * self.config.expert_intermediate_size
 
     @property
     def sent(self) -> int:
-        """The row that dispatch sends of each token: codes if products are in FP8."""
+        """Bytes of the row that dispatch sends of each token: codes if products are in FP8."""
         return self.codes(self.config.hidden_size) if self.is_fp8 else self.row
 
     @property
     def received(self) -> int:
-        """Rows that dispatch delivers to this rank's experts, in the form in which they are sent."""
+        """Bytes of the rows that dispatch delivers to this rank's experts, in the form in which they are sent."""
         hidden = self.config.hidden_size
         return self.expert_codes(hidden) if self.is_fp8 else self.expert_numbers(hidden)
 
     @property
     def attention_weight_peak(self) -> int:
-        """The largest gradient of a weight of attention."""
+        """Bytes of the largest weight gradient of attention."""
         config = self.config
         return max(
             self.matrix(config.hidden_size, self.value_width),
@@ -213,7 +224,7 @@ class Sizes:
 
     @property
     def logits(self) -> int:
-        """Logits that the head computes at once, and what their softmax takes."""
+        """Bytes of the logits that the head computes at a time, and of their softmax."""
         vocab, size = self.config.vocab_size, self.shape.value_bytes
         if self.device == "cuda":
             return max(1, min(self.shape.num_tokens, _CHUNK_LOGITS_CUDA // vocab)) * vocab * size
@@ -227,12 +238,12 @@ class Sizes:
 
 
 def e5m6_bytes(sizes: Sizes, width: int) -> int:
-    """`width` numbers of each token in 12 bits, with a scale for every 128."""
+    """Returns the bytes of `width` numbers of each token in 12 bits, with a scale for every 128."""
     return sizes.shape.num_tokens * (3 * num_pairs(width) + _SCALE_BYTES * num_tiles(width))
 
 
 def block_code_bytes(num_rows: int, num_columns: int) -> int:
-    """A weight matrix in FP8 with a scale for every 128 x 128 block."""
+    """Returns the bytes of a weight matrix in FP8 with a scale for every 128 x 128 block."""
     return num_rows * num_columns + _SCALE_BYTES * num_tiles(num_rows) * num_tiles(num_columns)
 
 

@@ -1,7 +1,8 @@
 """Multi-head latent attention over the latent cache: absorbed for decoding, expanded for reading a prompt.
 
-Absorbed, the keys' up-projection moves to the queries and the values' behind the mixing, so that every head reads
-the same cached latent and no key or value is ever made (arXiv:2405.04434, section 2.1.2; arXiv:2412.19437, 2.1.1).
+In the absorbed form, the keys' up-projection is applied to the queries and the values' up-projection after the mixing.
+Every head then reads the same cached latent, and no keys or values are computed (arXiv:2405.04434, section 2.1.2;
+arXiv:2412.19437, 2.1.1).
 
 Shape legend: B sequences, S new tokens of each, N new tokens of all, T positions, D hidden size, H heads,
 C values per token in the cache, P rotated pairs, Q query values per head, L latent size, R rotated values.
@@ -20,7 +21,7 @@ from model.precision.linear import widen
 
 
 def compute_latent_rows(attention: LatentProjections, config: ModelConfig, x_ND: Tensor, rotation: Rotation) -> Tensor:
-    """What the cache keeps of each token: normalized latent and rotated shared key, NC."""
+    """Computes what the cache keeps of each token: normalized latent and rotated shared key, NC."""
     both_NC = functional.linear(x_ND, attention.kv_a_proj_with_mqa.weight)
     latent_NL, key_NR = both_NC.split([config.kv_lora_rank, config.qk_rope_head_dim], -1)
     return torch.cat((attention.kv_a_layernorm(latent_NL), rotation.turn(key_NR[:, None])[:, 0]), -1)
@@ -34,15 +35,15 @@ def attend_absorbed(
     cached_BTC: Tensor,
     future_BST: Tensor | None,
 ) -> Tensor:
-    """Attention of S new tokens of each sequence over the cache, which already holds them: ND.
+    """Computes attention of S new tokens of each sequence over the cache, which already holds them, ND.
 
     Args:
-        attention: whose weights are read.
-        config: of the model.
+        attention: weights of the attention.
+        config: the architecture.
         x_ND: normalized hidden states, N = B S, sequence by sequence.
-        rotation: of the new tokens' positions.
-        cached_BTC: the layer's cache.
-        future_BST: true where a token must not look; None where every position is seen by every token.
+        rotation: rotation of the new tokens' positions.
+        cached_BTC: cache of the layer.
+        future_BST: True if a token must not see a position; None if every token sees every position.
     """
     num_sequences, num_heads, rank = len(cached_BTC), config.num_heads, config.kv_lora_rank
     up_HKL = attention.kv_b_proj.weight.view(num_heads, -1, rank)
@@ -69,14 +70,14 @@ def attend_expanded(
     cached_NC: Tensor,
     counts: Sequence[int],
 ) -> Tensor:
-    """Causal attention within each of several prompts that lie one after the other: ND.
+    """Computes causal attention within each of several consecutive prompts, ND.
 
     Args:
-        attention: whose weights are read.
-        config: of the model.
+        attention: weights of the attention.
+        config: the architecture.
         x_ND: normalized hidden states of all prompts.
-        rotation: of their positions.
-        cached_NC: what `compute_latent_rows` gave for them.
+        rotation: rotation of their positions.
+        cached_NC: result of `compute_latent_rows` for them.
         counts: tokens of each prompt; they sum to N.
     """
     latent_NL, shared_NR = cached_NC.split([config.kv_lora_rank, config.qk_rope_head_dim], -1)
@@ -84,7 +85,7 @@ def attend_expanded(
     key_NHK, value_NHV = up_NHK.split([config.qk_nope_head_dim, config.v_head_dim], -1)
     key_NHQ = torch.cat((key_NHK, shared_NR[:, None].expand(-1, config.num_heads, -1)), -1)
     query_NHQ = torch.cat(_query(attention, config, x_ND, rotation), -1)
-    # Flash kernels want heads of one size: zeros in the values' place add zeros to what is cut off again.
+    # Flash kernels require heads of one size: values are padded with zeros, and the result is cut again.
     padding = config.qk_head_dim - config.v_head_dim
     value_NHV = functional.pad(value_NHV, (0, padding)) if padding > 0 else value_NHV
     mixed, first = [], 0
@@ -102,7 +103,7 @@ def attend_expanded(
 def _query(
     attention: LatentProjections, config: ModelConfig, x_ND: Tensor, rotation: Rotation
 ) -> tuple[Tensor, Tensor]:
-    """Each head's part without position, and its rotated part."""
+    """Computes each head's query: the part without position, and the rotated part."""
     if config.q_lora_rank is None:
         query = functional.linear(x_ND, attention.q_proj.weight)
     else:

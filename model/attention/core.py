@@ -1,4 +1,4 @@
-"""The inside of latent attention as one differentiable step that keeps latents, and not queries, keys and values.
+"""Core of latent attention: one differentiable function that saves latents instead of queries, keys and values.
 
 Source: arXiv:2412.19437, sections 2.1.1 and 3.2.3. Shape legend: as in model/attention/projections.py. W is the size of
 a value for the kernel. If the kernel wants queries, keys and values of one width, narrower ones are padded with zeros.
@@ -24,13 +24,13 @@ Heads = tuple[Tensor, Tensor, Tensor]
 def mix(
     x_BTD: Tensor, compressed_BTX: Tensor, weights: LatentWeights, options: LatentOptions, linears: Linears
 ) -> Tensor:
-    """Returns x + attention, from compressed queries, keys and values; BTD.
+    """Returns x + attention, from compressed queries, keys and values, BTD.
 
     Args:
         x_BTD: the residual.
         compressed_BTX: compressed query before its norm, or whole queries before rotation (R); compressed keys and
             values before their norm, then the shared key before rotation (C).
-        weights: of norms and projections.
+        weights: weights of norms and projections.
         options: sizes, kernel, rotation, documents and sink.
         linears: the precision of the projections.
     """
@@ -40,10 +40,12 @@ def mix(
 
 @dataclass(slots=True)
 class _HeadGraph:
-    """The kernel's own graph between forward and backward, whose tensors may give up their memory meanwhile.
+    """The kernel's own graph between forward and backward; the memory of its tensors may be freed in between.
 
-    inputs: queries, keys and values, which are the graph's leaves. input_bytes: what each of them gave up; empty if
-    they stayed. mixed_bytes: likewise of what the heads mixed.
+    Attributes:
+        inputs: queries, keys and values, which are leaves of the graph.
+        input_bytes: bytes freed of each input; empty if the inputs stayed.
+        mixed_bytes: bytes freed of the heads' output.
     """
 
     inputs: Heads
@@ -63,14 +65,14 @@ class _MixHeads(torch.autograd.Function):
         # Queries, keys (BTHQ) and values (BTHW), expanded from the compressed ones.
         heads = kernel.fill(ends, None)
         is_freed = options.records and ends.frees_heads
-        # A graph of the kernel alone: BHTW. If its inputs are freed, hooks must not see that it has saved them.
+        # A graph of the kernel alone: BHTW. If its inputs are freed, saved-tensor hooks must not see them.
         with (
             torch.enable_grad() if options.records else torch.no_grad(),
             _saved_tensor_hooks_disabled() if is_freed else nullcontext(),
         ):
             leaves = [tensor.requires_grad_(options.records) for tensor in heads]
             mixed_BHTW = kernel.attend(*leaves)
-        # The graph still holds these tensors. Without memory they cost nothing until the backward fills them again.
+        # The graph still holds these tensors, without memory until the backward fills them again.
         head_bytes = [_free(tensor) for tensor in heads] if is_freed else []
         # x plus the output projection, ND.
         out_ND = ends.add(x.flatten(0, 1), kernel.rows(mixed_BHTW.detach()))
@@ -85,7 +87,9 @@ class _MixHeads(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_BTD,) = grads
         if ctx.heads is None:
-            raise RuntimeError("attention: a second backward of one forward, whose queries, keys and values are gone")
+            raise RuntimeError(
+                "attention: a second backward of one forward; queries, keys and values are already freed"
+            )
         heads: _HeadGraph = ctx.heads
         options: LatentOptions = ctx.options
         saved = ctx.saved_tensors
@@ -108,7 +112,7 @@ class _MixHeads(torch.autograd.Function):
 
 
 def _refill(heads: _HeadGraph, ends: LatentLinears, kernel: "_Kernel") -> None:
-    """Gives tensors that were freed their memory and their numbers again."""
+    """Allocates the memory of freed tensors again and recomputes their values."""
     if heads.input_bytes:
         for tensor, size in zip(heads.inputs, heads.input_bytes, strict=True):
             _allocate_again(tensor, size)
@@ -120,7 +124,7 @@ def _refill(heads: _HeadGraph, ends: LatentLinears, kernel: "_Kernel") -> None:
 
 
 def _free(tensor: Tensor) -> int:
-    """Gives up a tensor's memory; how many bytes that were."""
+    """Frees a tensor's memory and returns its number of bytes."""
     storage = tensor.untyped_storage()
     size = storage.nbytes()
     storage.resize_(0)
@@ -128,7 +132,7 @@ def _free(tensor: Tensor) -> int:
 
 
 def _allocate_again(tensor: Tensor, size: int) -> None:
-    """Memory of `size` bytes for a tensor that gave it up: zeros where it is more than the tensor's own numbers."""
+    """Allocates `size` bytes for a freed tensor; memory beyond the tensor's own numbers is zero."""
     storage = tensor.untyped_storage()
     storage.resize_(size)
     if size > tensor.numel() * tensor.element_size():
@@ -136,18 +140,22 @@ def _allocate_again(tensor: Tensor, size: int) -> None:
 
 
 def _saved_tensor_hooks_disabled() -> AbstractContextManager[None]:
-    """What is saved in here is freed and filled again by hand: hooks around the model must not copy it.
+    """Returns a context in which saved-tensor hooks of the caller do not run.
 
-    An output that is saved as it is would hold the graph that saves it, for ever if no backward comes.
+    Tensors saved inside are freed and filled by hand, so hooks around the model must not copy them. An output that is
+    saved without packing would hold the graph that saves it, forever if there is no backward.
     """
     return saved_tensors_hooks(torch.detach, lambda tensor: tensor)
 
 
 class _Kernel:
-    """Queries, keys and values as the kernel for attention wants them, and what it gives, as rows of all heads."""
+    """Converts rows of all heads to the attention kernel's queries, keys and values, and its output back."""
 
     def __init__(self, like_BTX: Tensor, options: LatentOptions) -> None:
-        """like_BTX: of the compressed values' shape, type and device."""
+        """Reads sizes from the options.
+
+        `like_BTX`: a tensor with the shape, type and device of the compressed values.
+        """
         self._options, self._shape, self._like = options, options.shape, like_BTX
         kernel = choose_attention(options.kernel, like_BTX.device, like_BTX.dtype, options.documents is not None)
         self._attend = kernel.attend
@@ -156,12 +164,12 @@ class _Kernel:
         self._widths = (max(size, value),) * 2 if is_padded else (size, value)
 
     def fill(self, ends: LatentLinears, into: Heads | None) -> Heads:
-        """Queries, keys and values; into given memory if any."""
+        """Computes queries, keys and values, into the given memory if there is any."""
         shape, (cos, sin) = self._shape, self._options.rotation
         heads = self._allocate() if into is None else into
         query, key, value = heads
         size = shape.nope + shape.rope
-        # Queries are projected straight into their place, unless padding lies between them; then their end is rotated.
+        # Queries are projected directly to their place unless padding separates them; then their end is rotated.
         if size == query.shape[-1]:
             ends.queries(query.flatten(0, 1).flatten(1))
         else:
@@ -174,13 +182,13 @@ class _Kernel:
         key[..., : shape.nope] = expanded[..., : shape.nope]
         key[..., shape.nope : size] = rotate(ends.shared_key()[:, :, None], cos, sin)
         value[..., : shape.value] = expanded[..., shape.nope :]
-        # The kernel's padding, if it wants one width.
+        # Padding, if the kernel requires one width.
         for padded, used in ((query, size), (key, size), (value, shape.value)):
             padded[..., used:] = 0
         return heads
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """BHTW."""
+        """Runs the kernel, BHTW."""
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         return self._attend(query, key, value, self._shape.scale, self._options.documents)
 
@@ -189,13 +197,13 @@ class _Kernel:
         return rows_of_heads(mixed_BHTW, self._shape.value)
 
     def fill_mixed(self, rows_NV: Tensor, mixed_BHTW: Tensor) -> None:
-        """The inverse of `rows`, into given memory."""
+        """Reverses `rows`, into the given memory."""
         mixed_BTHW, value = mixed_BHTW.transpose(1, 2), self._shape.value
         mixed_BTHW[..., :value] = rows_NV.view(*mixed_BTHW.shape[:3], value)
         mixed_BTHW[..., value:] = 0
 
     def pad(self, rows_NV: Tensor) -> Tensor:
-        """The inverse of `rows`, for gradients; BHTW."""
+        """Reverses `rows` for gradients, BHTW."""
         value = self._shape.value
         rows_BTHV = rows_NV.view(*self._like.shape[:2], self._shape.num_heads, value)
         if self._widths[1] == value:
@@ -205,14 +213,14 @@ class _Kernel:
         return padded.transpose(1, 2)
 
     def query_gradient(self, grad_BTHQ: Tensor) -> Tensor:
-        """The gradient of queries before rotation, [N, H Q]."""
+        """Computes the gradient of queries before rotation, [N, H Q]."""
         shape, (cos, sin) = self._shape, self._options.rotation
         grad_BTHQ = grad_BTHQ[..., : shape.nope + shape.rope]
         rotate_(grad_BTHQ[..., shape.nope :], cos, -sin)
         return grad_BTHQ.flatten(2).flatten(0, 1)
 
     def key_gradient(self, grad_key: Tensor, grad_value: Tensor, out_key: Tensor) -> Tensor:
-        """The gradient of keys without position and of values, NE; writes that of the shared key."""
+        """Computes the gradient of keys without position and of values, NE, and writes that of the shared key."""
         shape, (cos, sin) = self._shape, self._options.rotation
         expanded = grad_key.new_empty(*grad_key.shape[:3], shape.nope + shape.value)
         expanded[..., : shape.nope] = grad_key[..., : shape.nope]

@@ -1,4 +1,4 @@
-"""The form of a model's attention: what a block and decoding need of it, and which one a configuration asks for.
+"""Interface of a model's attention to blocks and decoding, and the form that a configuration selects.
 
 Another form is one file with a subclass of `Attention` and an `AttentionForm`. Shape legend: B sequences, T tokens, N
 new tokens of all sequences, D hidden size.
@@ -33,9 +33,9 @@ class Attention(nn.Module):
 
         Args:
             x_BTD: the residual.
-            norm: of this layer; it belongs to the block, and its gradient comes through autograd.
+            norm: norm of this layer; it belongs to the block, and autograd computes its gradient.
             sink: takes the gradients of linear layers, as in `model.precision.linear.linear`.
-            documents: which tokens see each other; None: each token sees those before it in its sequence.
+            documents: documents of packed sequences; None: each token sees all tokens before it in its sequence.
         """
 
     @abstractmethod
@@ -44,7 +44,7 @@ class Attention(nn.Module):
 
         Args:
             x_ND: normalized states of the new tokens, sequence by sequence.
-            view: this layer's cache, and where the tokens are: whole prompts, or a step of every sequence.
+            view: this layer's cache and the tokens' positions: whole prompts, or a step of every sequence.
         """
 
 
@@ -52,8 +52,9 @@ class Attention(nn.Module):
 class AttentionForm:
     """A form of attention.
 
-    build: from the architecture, the weights' type, the kernel's name and the precision of linear layers.
-    values_per_token: what a layer's cache holds of a token.
+    Attributes:
+        build: builds it from the architecture, the weights' type, the kernel's name and the precision of linear layers.
+        values_per_token: number of values that a layer's cache holds of a token.
     """
 
     name: str
@@ -62,7 +63,7 @@ class AttentionForm:
 
 
 def attention_form(config: ModelConfig) -> AttentionForm:
-    """Returns the form that an architecture has. All that `ModelConfig` describes have latent attention."""
+    """Returns the form of an architecture. Everything that `ModelConfig` describes has latent attention."""
     from model.attention.mla import LATENT_ATTENTION
 
     return LATENT_ATTENTION

@@ -21,7 +21,7 @@ from model.precision.linears import Linears
 
 
 class LatentAttention(LatentProjections):
-    """Queries through a low-rank latent, keys and values from one shared latent and one rotated key for all heads."""
+    """Attention with low-rank queries, and keys and values from one latent and one rotated key for all heads."""
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, kernel: str, linears: Linears) -> None:
         super().__init__(config, dtype)
@@ -41,7 +41,7 @@ class LatentAttention(LatentProjections):
     def forward(
         self, x_BTD: Tensor, norm: RmsNorm, sink: WeightSink | None, documents: Documents | None = None
     ) -> Tensor:
-        """x + attention(norm(x)), causal over each sequence or each of its documents: BTD -> BTD."""
+        """Computes x + attention(norm(x)), BTD, causal over each sequence or each of its documents."""
         has_latent = self._config.q_lora_rank is not None
         query_weight = self.q_a_proj.weight if has_latent else self.q_proj.weight
         # Compressed queries (or whole ones), compressed keys and values, shared key: side by side, BTX.
@@ -84,7 +84,7 @@ class LatentAttention(LatentProjections):
 
 
 def values_per_token(config: ModelConfig) -> int:
-    """Returns what a layer caches of a token: 512 + 64 = 576 values for DeepSeek-V3."""
+    """Returns how many values a layer caches of a token: 512 + 64 = 576 for DeepSeek-V3."""
     return config.kv_lora_rank + config.qk_rope_head_dim
 
 

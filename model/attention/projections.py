@@ -1,7 +1,7 @@
 """Compressed queries, keys and values of latent attention, and the linear maps on either side of the heads.
 
 Source: arXiv:2412.19437, sections 2.1.1 and 3.2.3. Shape legend: B sequences, T tokens, N = B T, H heads, D hidden
-size, L latent size, R latent size of queries (or H Q where they have none), C = L plus the rotated key's size, X = R +
+size, L latent size, R latent size of queries (or H Q if they have none), C = L plus the rotated key's size, X = R +
 C, Q size of a query or key, V size of all heads' values, E = size of all heads' keys without position, and values.
 """
 
@@ -17,7 +17,7 @@ from model.config import ModelConfig
 from model.norm import RmsNorm
 from model.precision.linear import Projection, WeightSink
 
-# The released code leaves these two norms at its class' default, whatever the model's own.
+# The released code uses its class default for these two norms, independent of the model's eps.
 LATENT_NORM_EPS = 1e-6
 
 
@@ -43,7 +43,7 @@ class LatentProjections(Attention):
 
 
 class NormAndUpGradients(NamedTuple):
-    """Gradients of a norm's weight and of the up-projection behind it; None if there is none, or a sink takes it."""
+    """Gradients of a norm's weight and of the up-projection behind it; None if it does not exist or a sink takes it."""
 
     norm: Tensor | None
     up: Tensor | None
@@ -51,7 +51,11 @@ class NormAndUpGradients(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LatentShape:
-    """Sizes: heads; per head the part without position, the rotated part, the value; the latent. And two numbers."""
+    """Sizes of latent attention.
+
+    They are heads, per head the part without position, the rotated part and the value, then the latent, and two
+    numbers.
+    """
 
     num_heads: int
     nope: int
@@ -63,7 +67,7 @@ class LatentShape:
 
 
 class LatentWeights(NamedTuple):
-    """Weights of norms, up-projections, output; the query's are None where it comes straight from the hidden state."""
+    """Weights of norms, up-projections and output; those of queries are None if queries are not compressed."""
 
     query_norm: Tensor | None
     query_up: Tensor | None
@@ -74,11 +78,14 @@ class LatentWeights(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LatentOptions:
-    """Arguments of latent attention that are no tensors of the graph.
+    """Arguments of latent attention that are not tensors of the graph.
 
-    kernel: a name in `kernels.attention.ATTENTION`, or `auto`. rotation: cos and sin of positions. documents: which
-    tokens see each other; None: each those before it. sink: takes weight gradients. records: whether a backward
-    follows.
+    Attributes:
+        kernel: a name in `kernels.attention.ATTENTION`, or `auto`.
+        rotation: cos and sin of positions.
+        documents: documents of packed sequences; None: each token sees all tokens before it.
+        sink: takes weight gradients.
+        records: whether a backward follows.
     """
 
     shape: LatentShape
@@ -89,7 +96,7 @@ class LatentOptions:
     records: bool
 
     def split(self, compressed_BTX: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (BTR), latents (BTL), the shared key before rotation."""
+        """Returns queries (BTR), latents (BTL), and the shared key before rotation."""
         latent, rope = self.shape.latent, self.shape.rope
         return (
             compressed_BTX[..., : -latent - rope],
@@ -99,9 +106,11 @@ class LatentOptions:
 
 
 class LatentLinears(Protocol):
-    """The linear layers on either side of the heads, for one micro-batch.
+    """Linear layers before and after the heads, for one micro-batch.
 
-    frees_heads: queries, keys and values are computed again in a backward. frees_mixed: so is what the heads mixed.
+    Attributes:
+        frees_heads: whether queries, keys and values are recomputed in a backward.
+        frees_mixed: whether the heads' output is recomputed too.
     """
 
     frees_heads: bool
@@ -111,25 +120,25 @@ class LatentLinears(Protocol):
         """Writes all heads' queries before rotation, [N, H Q]."""
 
     def keys_and_values(self) -> Tensor:
-        """Per head the key without position, then the value; NE."""
+        """Returns for each head the key without position, then the value, NE."""
 
     def shared_key(self) -> Tensor:
-        """The key of all heads before rotation, BT and its size."""
+        """Returns the key of all heads before rotation, BT and its size."""
 
     def add(self, x_ND: Tensor, mixed_NV: Tensor) -> Tensor:
-        """x plus the output projection of what the heads mixed, ND."""
+        """Returns x plus the output projection of the heads' output, ND."""
 
     def saved(self, mixed_BHTW: Tensor) -> tuple[Tensor, ...]:
-        """What a backward needs beside weights, after `add`. mixed: as the kernel gave it."""
+        """Returns what a backward needs besides weights, after `add`. `mixed_BHTW`: output of the kernel."""
 
     def mixed(self) -> Tensor:
-        """What was given to `add`, in a backward; NV."""
+        """Returns, in a backward, the heads' output that was passed to `add`, NV."""
 
     def add_backward(self, grad_ND: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Gradients of what the heads mixed, NV, and of the output's weight."""
+        """Returns the gradients of the heads' output, NV, and of the output projection."""
 
     def queries_backward(self, grad: Tensor, out_BTR: Tensor) -> NormAndUpGradients:
-        """Writes the gradient of compressed queries. grad: of queries."""
+        """Writes the gradient of compressed queries from `grad`, that of queries."""
 
     def keys_and_values_backward(self, grad_NE: Tensor, out_BTL: Tensor) -> NormAndUpGradients:
         """Writes the gradient of compressed keys and values."""

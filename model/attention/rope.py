@@ -14,10 +14,10 @@ from model.config import ModelConfig, PlainRope, YarnRope
 
 
 def inverse_frequencies(config: ModelConfig, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Radians per position of each pair, [R / 2]: theta^(-2k/R), interpolated where YaRN says.
+    """Returns the radians per position of each pair, [R / 2]: theta^(-2k/R), interpolated if YaRN requires it.
 
-    In float32 each operation is rounded as in the released code and transformers, by which weights were trained:
-    thousands of positions multiply the last bit.
+    In float32 each operation is rounded as in the released code and transformers, with which weights were trained:
+    thousands of positions multiply an error in the last bit.
     """
     size = config.qk_rope_head_dim
     powers = config.rope_theta ** (torch.arange(0, size, 2).to(dtype) / size)
@@ -40,7 +40,7 @@ def inverse_frequencies(config: ModelConfig, dtype: torch.dtype = torch.float64)
 
 
 def softmax_scale(config: ModelConfig) -> float:
-    """What attention scores are multiplied by: qk_head_dim^-0.5, times YaRN's squared temperature."""
+    """Returns the factor of attention scores: qk_head_dim^-0.5, times YaRN's squared temperature."""
     scale = 1 / math.sqrt(config.qk_head_dim)
     match config.rope_scaling:
         case YarnRope(factor=factor, mscale_all_dim=mscale) if factor > 1:
@@ -59,21 +59,25 @@ def _attention_factor(config: ModelConfig) -> float:
 
 
 def rotation_table(config: ModelConfig, num_positions: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of every position and pair, [T, R / 2] each, computed in their type."""
+    """Returns cos and sin of every position and pair, [T, R / 2] each, computed in their type."""
     angles = torch.arange(num_positions, dtype=dtype)[:, None] * inverse_frequencies(config, dtype)
     factor = _attention_factor(config)
     return angles.cos() * factor, angles.sin() * factor
 
 
 def rotate(x_BTHR: Tensor, cos_TP: Tensor, sin_TP: Tensor) -> Tensor:
-    """Each pair (x0, x1), (x2, x3), ... turned by its position's angle. Same shape and type as x.
+    """Rotates each pair (x0, x1), (x2, x3), ... by its position's angle.
 
     Args:
         x_BTHR: floating point.
-        cos_TP: of each position and pair, [T, R / 2] or [B, T, R / 2], float32 or float64; `sin_TP` likewise.
+        cos_TP: cosine of each position and pair, [T, R / 2] or [B, T, R / 2], float32 or float64.
+        sin_TP: sine, like `cos_TP`.
+
+    Returns:
+        Tensor of the shape and type of x.
     """
     wide_BTHR = x_BTHR.to(cos_TP.dtype).contiguous()
-    # A part of a single row counts as contiguous wherever it begins.
+    # A slice of a single row counts as contiguous at any offset.
     wide_BTHR = wide_BTHR if _holds_pairs(wide_BTHR) else wide_BTHR.clone(memory_format=torch.contiguous_format)
     pairs = torch.view_as_complex(wide_BTHR.unflatten(-1, (-1, 2)))
     turned = pairs * torch.complex(cos_TP, sin_TP).unsqueeze(-2)
@@ -81,7 +85,7 @@ def rotate(x_BTHR: Tensor, cos_TP: Tensor, sin_TP: Tensor) -> Tensor:
 
 
 def rotate_(x_BTHR: Tensor, cos_TP: Tensor, sin_TP: Tensor) -> None:
-    """`rotate` in place; x may be a part of each row of a larger tensor."""
+    """Applies `rotate` in place; x may be a part of each row of a larger tensor."""
     if x_BTHR.dtype == cos_TP.dtype and _holds_pairs(x_BTHR):
         torch.view_as_complex(x_BTHR.unflatten(-1, (-1, 2))).mul_(torch.complex(cos_TP, sin_TP).unsqueeze(-2))
     else:
@@ -90,16 +94,16 @@ def rotate_(x_BTHR: Tensor, cos_TP: Tensor, sin_TP: Tensor) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Rotation:
-    """cos and sin of each token's position, NP each."""
+    """Cos and sin of each token's position, NP each."""
 
     cos_NP: Tensor
     sin_NP: Tensor
 
     def turn(self, x_NHR: Tensor) -> Tensor:
-        """Returns every head of every token turned by the token's position; same shape and type."""
+        """Returns every head of every token rotated by the token's position, with the same shape and type."""
         return rotate(x_NHR[None], self.cos_NP, self.sin_NP)[0]
 
 
 def _holds_pairs(x: Tensor) -> bool:
-    """Whether every pair begins at an even place of the storage, as complex numbers do."""
+    """Whether every pair begins at an even offset of the storage, as complex numbers do."""
     return all(place % 2 == 0 for place in (x.storage_offset(), *x.stride()[:-1]))

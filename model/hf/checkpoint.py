@@ -1,4 +1,4 @@
-"""A checkpoint's folder, checked as far as it can be without reading data. No torch here."""
+"""Opens a checkpoint's folder and checks everything that can be checked without reading data. Imports no torch."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -31,11 +31,15 @@ LONGEST_NAME_BYTES = 255
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Checkpoint:
-    """What a folder holds.
+    """Content of a checkpoint's folder.
 
-    folder: where. config: the architecture; its `mtp_depth` is 0 if the files hold no tensor of an MTP module, or if
-    these were dropped. entries: every tensor by name. carried: keys of `config.json` that say nothing about the
-    architecture. unknown: the names of those that no list knows.
+    Attributes:
+        folder: path of the folder.
+        config: the architecture; its `mtp_depth` is 0 if the files hold no tensor of an MTP module, or if these were
+            dropped.
+        entries: every tensor by name.
+        carried: keys of `config.json` that do not describe the architecture.
+        unknown: names of those keys that no list contains.
     """
 
     folder: Path
@@ -49,12 +53,12 @@ def open_checkpoint(folder: Path, *, drop_mtp: bool = False) -> Checkpoint:
     """Reads `config.json`, the index if there is one, and the header of every file.
 
     Args:
-        folder: of the checkpoint.
-        drop_mtp: tensors of MTP modules are left out, whatever they are, and so are the modules.
+        folder: folder of the checkpoint.
+        drop_mtp: whether to ignore MTP modules and all their tensors.
 
     Raises:
-        HfError: something is missing, cut short, too much, of another shape or type than the architecture has, or
-            outside the folder.
+        HfError: something is missing, truncated, superfluous, outside the folder, or of another shape or type than the
+            architecture requires.
     """
     if not folder.is_dir():
         near = nearest(folder.name, (path.name for path in folder.parent.iterdir())) if folder.parent.is_dir() else ""
@@ -79,17 +83,17 @@ def open_checkpoint(folder: Path, *, drop_mtp: bool = False) -> Checkpoint:
 
 
 def _is_mtp_tensor(name: str, config: ModelConfig) -> bool:
-    """Whether a tensor belongs to a layer behind the main model's."""
+    """Whether a tensor belongs to a layer behind the main model's layers."""
     return (layer_of(name) or 0) >= config.num_layers
 
 
 def _read_entries(folder: Path) -> dict[str, TensorEntry]:
     single, index = folder / SINGLE_NAME, folder / INDEX_NAME
     if index.exists() and single.exists():
-        raise HfError(folder, SINGLE_NAME, f"must not stand beside {INDEX_NAME}, does")
+        raise HfError(folder, SINGLE_NAME, f"must not exist next to {INDEX_NAME}, does")
     if not index.exists():
         if not single.exists():
-            raise HfError(folder, SINGLE_NAME, f"must be there, or {INDEX_NAME}; neither is")
+            raise HfError(folder, SINGLE_NAME, f"must exist, or {INDEX_NAME}; neither does")
         return read_header(single)
     weight_map = _weight_map(index)
     entries: dict[str, TensorEntry] = {}
@@ -116,21 +120,21 @@ def _weight_map(index: Path) -> dict[str, str]:
             index, "weight_map", f"must be an object that names a file for every tensor, is {shown(weight_map)}"
         )
     for name, file in weight_map.items():
-        # Nothing in a downloaded index may point outside its folder.
+        # A downloaded index must not point outside its folder.
         if not isinstance(file, str) or not _is_plain(file):
-            raise HfError(index, name, f"must be the plain name of a .safetensors file beside it, is {shown(file)}")
+            raise HfError(index, name, f"must be the plain name of a .safetensors file next to it, is {shown(file)}")
     return weight_map
 
 
 def _is_plain(file: str) -> bool:
     if not file.endswith(".safetensors") or file.startswith(".") or any(mark in file for mark in "/\\:"):
         return False
-    # What does not print may have no bytes either, such as half of a surrogate pair.
+    # An unprintable name may have no encoding, such as half of a surrogate pair.
     return file.isprintable() and len(file.encode()) <= LONGEST_NAME_BYTES
 
 
 def _check_names(folder: Path, config: ModelConfig, entries: Mapping[str, TensorEntry]) -> None:
-    """Refuses a missing tensor and one too many; stops at the first, whatever size `config` claims."""
+    """Raises an error for the first missing or superfluous tensor, for any size that `config` claims."""
     known = set()
     for name, shape in weights(config):
         known.add(name)
@@ -159,7 +163,7 @@ def _check_rotary_shape(name: str, entry: TensorEntry, size: int) -> None:
 
 
 def _nearest_in_layer(name: str, others: Iterable[str]) -> str:
-    """As `nearest`; names in other layers are other tensors'."""
+    """Returns the result of `nearest` among names of the same layer."""
     return nearest(name, sorted(other for other in others if layer_of(other) == layer_of(name)))
 
 
@@ -192,7 +196,7 @@ def _check_tensor(
 
 
 def _allowed_dtypes(keys: Mapping[str, Any], path: Path) -> tuple[StoredDtype, ...]:
-    """Types of plain weights: the two usual ones, and a rarer one where `config.json` says so."""
+    """Returns the types of plain weights: the two usual ones, and a rarer one if `config.json` names it."""
     names: list[Any] = [keys[key] for key in ("dtype", "torch_dtype") if keys.get(key) is not None]
     if len(names) > 1 and names[0] != names[1]:
         raise HfError(path, "torch_dtype", f"must equal dtype {shown(names[0])}, is {shown(names[1])}")
@@ -203,7 +207,7 @@ def _allowed_dtypes(keys: Mapping[str, Any], path: Path) -> tuple[StoredDtype, .
 
 
 def _check_quantization(keys: Mapping[str, Any], path: Path) -> bool:
-    """Whether weights may be in FP8."""
+    """Returns whether weights may be in FP8, after checking `quantization_config`."""
     quantization = keys.get("quantization_config")
     if quantization is None:
         return False

@@ -1,7 +1,7 @@
-"""`config.json` of a checkpoint to an architecture and back. No torch here.
+"""Converts a checkpoint's `config.json` to an architecture and back. Imports no torch.
 
 Both spellings of rotary embedding are read: the released one (`rope_theta`, `rope_scaling` with `type`) and that of
-transformers 5 (`rope_parameters`). What is written is the released one, which transformers reads as well.
+transformers 5 (`rope_parameters`). The released one is written, because transformers reads it too.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from model.hf.rope import read_rope, write_rope
 
 CONFIG_NAME = "config.json"
 TOKEN_ID_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
-# Kimi K2 has the architecture of DeepSeek-V3 under a name of its own.
+# Kimi K2 has the architecture of DeepSeek-V3 under another name.
 MODEL_TYPES = ("deepseek_v3", "kimi_k2")
 DTYPE_NAMES: dict[StoredDtype, str] = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _ONLY: tuple[tuple[str, Any], ...] = (
@@ -34,21 +34,21 @@ _ONLY: tuple[tuple[str, Any], ...] = (
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """The architecture that a checkpoint's `config.json` describes.
+    """Returns the architecture that a checkpoint's `config.json` describes.
 
-    The state that MTP modules read is the one after the final norm, unless the file's `mtp_hidden` says otherwise:
-    that key is this project's own.
+    MTP modules read the state after the final norm unless the file's `mtp_hidden` says otherwise. Only this project
+    uses that key.
 
     Raises:
-        HfError: the file is missing or no JSON object; or a key is missing, of another type, out of its range, or
-            asks for what is not supported.
+        HfError: the file is missing or not a JSON object; or a key is missing, has another type, is out of range, or
+            requires an unsupported feature.
     """
     path = folder / CONFIG_NAME
     return parse_config(read_json(path), path)
 
 
 def parse_config(keys: Mapping[str, Any], path: Path) -> ModelConfig:
-    """As `read_config`, of what the file holds.
+    """Returns the architecture that the file's keys describe, as `read_config` does.
 
     Raises:
         HfError: as `read_config`.
@@ -70,15 +70,15 @@ def parse_config(keys: Mapping[str, Any], path: Path) -> ModelConfig:
 def write_config(
     config: ModelConfig, *, dtype: StoredDtype, fp8: bool, carried: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """What `config.json` holds for an architecture.
+    """Returns the content of `config.json` for an architecture.
 
     Args:
         config: the architecture.
-        dtype: of weights that are not in FP8.
+        dtype: type of weights that are not in FP8.
         fp8: whether weights are in FP8 with scales per block.
-        carried: keys that say nothing about the architecture, such as `bos_token_id`, as
-            `model.hf.known_keys.carried_keys` gives them; `quantization_config` among them replaces the usual one if
-            weights are in FP8.
+        carried: keys that do not describe the architecture, such as `bos_token_id`, from
+            `model.hf.known_keys.carried_keys`; a `quantization_config` among them replaces the usual one if weights are
+            in FP8.
     """
     carried = carried or {}
     keys: dict[str, Any] = {
@@ -141,7 +141,7 @@ def _read(values: ConfigValues) -> ModelConfig:
         vocab_size=values.whole("vocab_size", 1),
         hidden_size=values.whole("hidden_size", 1),
         num_layers=num_layers,
-        # Its default in transformers is 3, of fewer layers too: all are dense then.
+        # The default in transformers is 3, even for fewer layers: then all are dense.
         num_dense_layers=min(num_layers, values.whole("first_k_dense_replace", 0)),
         dense_intermediate_size=values.whole("intermediate_size", 1),
         num_heads=values.whole("num_attention_heads", 1),
@@ -168,7 +168,7 @@ def _read(values: ConfigValues) -> ModelConfig:
 
 
 def _mtp_depth(values: ConfigValues) -> int:
-    """Under either of its names; one, as transformers takes it, where neither is there."""
+    """Returns the number of MTP modules under either of its names; the default is 1, as in transformers."""
     keys = [key for key in ("num_nextn_predict_layers", "num_mtp_layers") if values.get(key) is not None]
     depths = [values.whole(key, 0) for key in keys]
     if len(set(depths)) > 1:
@@ -184,7 +184,7 @@ def _mtp_hidden(values: ConfigValues) -> Any:
 
 
 def _check_token_ids(values: ConfigValues) -> None:
-    """What is written again as it is must be what other readers take."""
+    """Checks that token ids, which are written again unchanged, are valid for other readers."""
     for key in TOKEN_ID_KEYS:
         value = values.get(key)
         ids = value if key == "eos_token_id" and isinstance(value, list) else [value]
@@ -193,7 +193,7 @@ def _check_token_ids(values: ConfigValues) -> None:
 
 
 def _check(values: ConfigValues, config: ModelConfig) -> None:
-    """Rules that join keys."""
+    """Checks rules that relate several keys."""
     experts, groups, limit = config.num_routed_experts, config.num_expert_groups, config.num_limited_groups
     for key, size in (
         ("num_key_value_heads", config.num_heads),

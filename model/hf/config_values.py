@@ -1,4 +1,4 @@
-"""Keys of a checkpoint's JSON, each read with its rule. No torch here."""
+"""Reads keys of a checkpoint's JSON, each with its rule. Imports no torch."""
 
 import math
 from collections.abc import Mapping
@@ -11,12 +11,12 @@ LARGEST_WHOLE = 2**63 - 1
 
 
 class ConfigValues:
-    """An object of a JSON file, whose keys are read one by one.
+    """An object of a JSON file whose keys are read one by one.
 
     Args:
-        path: the file, for errors.
+        path: path of the file, for errors.
         values: the object.
-        place: dotted keys that lead to it; empty for the file's own.
+        place: dotted keys that lead to the object; empty for the whole file.
     """
 
     def __init__(self, path: Path, values: Mapping[str, Any], place: str = "") -> None:
@@ -25,11 +25,11 @@ class ConfigValues:
         self._place = place
 
     def get(self, key: str) -> Any:
-        """The value of a key; None where the key is missing."""
+        """Returns the value of a key, or None if the key is missing."""
         return self._values.get(key)
 
     def need(self, key: str) -> Any:
-        """The value of a key that must be there.
+        """Returns the value of a required key.
 
         Raises:
             HfError: it is missing.
@@ -39,7 +39,7 @@ class ConfigValues:
         return self._values[key]
 
     def whole(self, key: str, least: int) -> int:
-        """A whole number of at least `least`.
+        """Returns a whole number of at least `least`.
 
         Raises:
             HfError: missing, not a whole number, too small, or larger than any size.
@@ -54,7 +54,7 @@ class ConfigValues:
         return value
 
     def number(self, key: str, *, above: float = 0.0) -> float:
-        """A finite number above `above`.
+        """Returns a finite number above `above`.
 
         Raises:
             HfError: missing, not a number, or too small.
@@ -71,17 +71,17 @@ class ConfigValues:
         return number
 
     def only(self, key: str, allowed: Any) -> None:
-        """Refuses any value but `allowed` of a key that may be missing.
+        """Checks that a key is missing or has the value `allowed`.
 
         Raises:
-            HfError: another value.
+            HfError: it has another value.
         """
         value = self._values.get(key, allowed)
         if type(value) is not type(allowed) or value != allowed:
             raise self.error(key, f"must be {_json(allowed)}, as nothing else is supported, is {shown(value)}")
 
     def inside(self, key: str) -> "ConfigValues":
-        """The object under a key.
+        """Returns the object under a key.
 
         Raises:
             HfError: missing, or not an object.
@@ -92,7 +92,7 @@ class ConfigValues:
         return ConfigValues(self._path, value, self._dotted(key))
 
     def error(self, key: str, problem: str) -> HfError:
-        """The error about a key."""
+        """Returns the error about a key."""
         return HfError(self._path, self._dotted(key), problem)
 
     def _dotted(self, key: str) -> str:

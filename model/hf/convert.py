@@ -1,4 +1,4 @@
-"""A whole model out of a checkpoint in Hugging Face form, and back into one."""
+"""Loads a whole model from a checkpoint in Hugging Face form, and saves it in that form."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,7 +33,7 @@ NO_SOURCE = HfSource(dtypes={}, scales={}, config={}, rotary={})
 
 
 class LoadedTransformer(Transformer):
-    """A model that remembers how its checkpoint held it, so that `save_hf` can write the same bytes again."""
+    """A model that records how its checkpoint stored it, so that `save_hf` can write the same bytes again."""
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, source: HfSource) -> None:
         super().__init__(config, LocalDispatcher(config.num_routed_experts), dtype)
@@ -41,18 +41,18 @@ class LoadedTransformer(Transformer):
 
 
 def load_hf(path: Path | str, dtype: torch.dtype, *, drop_mtp: bool = False) -> Transformer:
-    """The model of a checkpoint: `config.json` with `model.safetensors`, or with shards and an index.
+    """Loads the model of a checkpoint: `config.json` with `model.safetensors`, or with shards and an index.
 
     Args:
-        path: the checkpoint's folder.
-        dtype: of the weights; FP8 weights are dequantized. Correction biases stay float32.
-        drop_mtp: leaves out MTP modules, which are then neither checked nor read.
+        path: folder of the checkpoint.
+        dtype: type of the weights; FP8 weights are dequantized. Correction biases stay float32.
+        drop_mtp: whether to leave out MTP modules, which are then neither checked nor read.
 
     Returns:
         A whole model on the CPU, with its MTP modules if the checkpoint has them.
 
     Raises:
-        HfError: something in the checkpoint is missing, too much or wrong.
+        HfError: something in the checkpoint is missing, superfluous or wrong.
     """
     reader = HfReader(path, drop_mtp=drop_mtp)
     model = LoadedTransformer(reader.config, dtype, reader.source())
@@ -70,17 +70,17 @@ def save_hf(
     """Writes a model as a checkpoint that `transformers` loads.
 
     Args:
-        model: whole.
+        model: a whole model.
         path: the new checkpoint's folder; absent or empty.
-        dtype: of the stored weights; "fp8" puts in FP8 what the released checkpoint has in FP8, the rest in bfloat16.
-            None: every weight as `load_hf` found it where that loses nothing, else in the model's type. FP8 comes back
-            only if each weight found in FP8 is unchanged: a checkpoint half in FP8 is one that few tools read.
-            Correction biases are float32, or as found.
-        max_shard_bytes: data of a file, unless one tensor has more.
+        dtype: type of the stored weights. "fp8" stores in FP8 what the released checkpoint has in FP8, the rest in
+            bfloat16. None stores every weight in the type that `load_hf` found if that is exact, else in the model's
+            type; FP8 is used only if each weight found in FP8 is unchanged, because few tools read a checkpoint that is
+            partly in FP8. Correction biases are float32, or as found.
+        max_shard_bytes: largest size of a file's data, unless one tensor is larger.
 
     Raises:
-        HfError: the model is a part, a value is not finite, the folder is not empty or cannot be written. Nothing is
-            left.
+        HfError: the model is a part, a value is not finite, or the folder is not empty or cannot be written. Nothing is
+            left behind.
     """
     named, config = named_tensors(model), model.config
     _check_whole(config, named, path)
@@ -106,25 +106,25 @@ def save_hf(
 
 
 def rotary_plan(rotary: Mapping[str, Tensor]) -> dict[str, Stored]:
-    """Returns how stored frequencies of the rotary embedding are written: as they were found."""
+    """Returns how stored frequencies of the rotary embedding are written: in the type in which they were found."""
     return {name: Stored(tuple(values.shape), stored_dtype(values.dtype)) for name, values in rotary.items()}
 
 
 def _check_whole(config: ModelConfig, named: Mapping[str, Tensor], path: Path | str) -> None:
     for name, shape in weights(config):
         if 0 not in shape and (copied_from(name) or name) not in named:
-            raise HfError(path, name, "must be held by the model that is written, is not: it is a part of one")
+            raise HfError(path, name, "must be in the model that is written, is not: the model is a part")
 
 
 def _as_found(
     plan: Mapping[str, Stored], named: Mapping[str, Tensor], source: HfSource, *, fp8: bool
 ) -> dict[str, Stored]:
-    """The plan with each tensor's type as it was found, where it holds the weight's values exactly."""
+    """Returns the plan with each tensor in the type in which it was found, if that type holds its values exactly."""
     found: dict[str, Stored] = {}
     for name, stored in plan.items():
         dtype = source.dtypes.get(name)
         if dtype is None:
-            # Weights of no elements are optional: a checkpoint without them gets none.
+            # Weights without elements are optional: they are written only if the checkpoint had them.
             if stored.num_elements or not source.dtypes:
                 found[name] = stored
         elif dtype == "F8_E4M3":
@@ -137,13 +137,13 @@ def _as_found(
 
 
 def _holds(dtype: StoredDtype, values: Tensor) -> bool:
-    """Whether a type holds every one of the values."""
+    """Whether a type holds every value exactly."""
     runs = values.split(ROWS)
     return all(torch.equal(rows.to(TORCH_DTYPES[dtype]).to(rows.dtype), rows) for rows in runs)
 
 
 def _is_exact(values_ND: Tensor, scales_MT: Tensor) -> bool:
-    """Whether FP8 with these scales holds every one of the values."""
+    """Whether FP8 with these scales holds every value exactly."""
     for block, rows_RD in enumerate(values_ND.split(BLOCK)):
         scales_1T = scales_MT[block : block + 1].to(rows_RD.device)
         codes_RD = codes_128x128(rows_RD, scales_1T)

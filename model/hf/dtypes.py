@@ -1,4 +1,4 @@
-"""The types of stored tensors in torch's terms."""
+"""Maps the types of stored tensors to torch's types."""
 
 import torch
 
@@ -15,10 +15,10 @@ TORCH_DTYPES: dict[StoredDtype, torch.dtype] = {
 
 
 def stored_dtype(dtype: torch.dtype) -> StoredDtype:
-    """The word of safetensors for a type of torch.
+    """Returns the name that safetensors uses for a torch type.
 
     Raises:
-        ValueError: a type that weights are not stored in.
+        ValueError: weights are not stored in this type.
     """
     for word, candidate in TORCH_DTYPES.items():
         if candidate == dtype:

@@ -1,4 +1,4 @@
-"""What is wrong with a checkpoint in Hugging Face form, in one line. No torch here."""
+"""Errors about a checkpoint in Hugging Face form, on one line. Imports no torch."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -8,14 +8,14 @@ LONGEST_VALUE = 120
 
 
 class HfError(ValueError):
-    """A checkpoint in Hugging Face form that cannot be read or written.
+    """A checkpoint in Hugging Face form cannot be read or written.
 
-    The text is one line: `path: subject: rule, value; nearest`. The subject is a tensor, or a key of a JSON file.
+    The message is one line: `path: subject: rule, value; nearest`. The subject is a tensor, or a key of a JSON file.
 
     Args:
-        path: the file or folder it is about.
-        subject: the tensor or key in it; empty where it is about the whole.
-        problem: the rule and the value that breaks it, and the nearest valid choice where there is one.
+        path: file or folder.
+        subject: tensor or key in it; empty if the error is about the whole.
+        problem: the rule, the value that breaks it, and the nearest valid choice if there is one.
     """
 
     def __init__(self, path: Path | str, subject: str, problem: str) -> None:
@@ -26,13 +26,13 @@ class HfError(ValueError):
 
 
 def shown(value: object) -> str:
-    """A value as an error prints it: its literal, cut where it is long."""
+    """Formats a value for an error: its literal, truncated if it is long."""
     text = repr(value)
     return text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 3]}..."
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
-    """The end of an error about a name: `; nearest: ...`, or nothing where no choice is like it."""
+    """Formats the end of an error about a name: `; nearest: ...`, or nothing if no choice is similar."""
     close = get_close_matches(name, list(choices), n=1, cutoff=0.6)
     return f"; nearest: {close[0]}" if close else ""
 

@@ -1,4 +1,4 @@
-"""A folder that is there complete or not at all, and files that can be read to an end. No torch here."""
+"""Creates folders atomically and checks that files can be read to their end. Imports no torch."""
 
 import os
 import secrets
@@ -13,18 +13,18 @@ from model.hf.errors import HfError
 
 @contextmanager
 def create_folder_atomically(path: Path) -> Iterator[Path]:
-    """A folder that becomes `path` when the body ends well, and vanishes otherwise, with all that was made for it.
+    """Yields a folder that becomes `path` if the body succeeds, and is removed with its content otherwise.
 
     Args:
-        path: absent or an empty folder, which another can take the place of; folders above it are made.
+        path: absent or an empty folder that can be replaced; its parents are created.
 
     Raises:
-        HfError: something is at `path`, or the disk refuses.
+        HfError: something is at `path`, or writing fails.
     """
     target = Path(os.path.realpath(path))
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise HfError(path, "", f"must be absent or an empty folder, is {'not empty' if path.is_dir() else 'a file'}")
-    # Said before the work and not by its last step.
+    # Checked before the work instead of failing in its last step.
     if target == Path.cwd() or os.path.ismount(target):
         what = "the working folder" if target == Path.cwd() else "a mount point"
         raise HfError(path, "", f"must be a folder that can be replaced, is {what}; nearest: a new folder in it")
@@ -47,14 +47,14 @@ def create_folder_atomically(path: Path) -> Iterator[Path]:
 
 
 def check_kind(path: Path) -> None:
-    """Refuses pipes and devices, which would be waited for or never end.
+    """Raises an error for pipes and devices, on which reading could block or never end.
 
     Raises:
-        HfError: it is one.
-        OSError: it is missing, or cannot be looked at.
+        HfError: it is a pipe or a device.
+        OSError: it is missing or cannot be inspected.
     """
     mode = path.stat().st_mode
-    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # opening a folder says best what is wrong
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # opening a folder gives the clearest error
         raise HfError(path, "", "must be a file, is a pipe or a device")
 
 

@@ -1,8 +1,7 @@
-"""The header of a safetensors file: which tensors it holds, and where. No torch here.
+"""Reads the header of a safetensors file: which tensors it holds, and where. Imports no torch.
 
-The library `safetensors` checks a header. It maps the whole file, so `model.hf.reader` reads the data: pages of
-a mapped shard would count as the process's memory, and a file that is cut while it is read would end the process by a
-signal.
+The library `safetensors` checks a header. It maps the whole file, so `model.hf.reader` reads the data instead: pages of
+a mapped shard count as memory of the process, and truncating a mapped file kills the process by a signal.
 """
 
 import os
@@ -27,7 +26,7 @@ _NOT_COVERED = "not fully covered"
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """A tensor in a file: `num_bytes` from `offset`, counted from the file's start."""
+    """Position of a tensor in a file: `num_bytes` from `offset`, counted from the start of the file."""
 
     file: Path
     shape: tuple[int, ...]
@@ -40,21 +39,21 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     """Reads which tensors a safetensors file holds, in the order of the header.
 
     Args:
-        path: of the file.
+        path: path of the file.
 
     Returns:
         The tensors by name.
 
     Raises:
-        HfError: no readable file; cut short or too long; a header that is not JSON, that has a name twice or that
-            `safetensors` refuses; a type of number that weights are not stored in.
+        HfError: the file is unreadable, truncated or too long; the header is not JSON, has a name twice or is rejected
+            by `safetensors`; or weights are not stored in a tensor's type.
     """
     size, header = _read(path)
-    # The library takes a name that stands twice, and reads one of the two.
+    # The library accepts a duplicate name and reads one of the two.
     values = parse_json(header, path, "header")
     values.pop("__metadata__", None)
     for name, value in values.items():
-        if not isinstance(value, dict):  # the library takes a list as well
+        if not isinstance(value, dict):  # the library accepts a list too
             raise HfError(path, name, f"must have dtype, shape and data_offsets, is {shown(value)}")
     start = LENGTH_BYTES + len(header)
     try:
@@ -73,7 +72,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
 
 
 def _read(path: Path) -> tuple[int, bytes]:
-    """Returns the file's size and its header: eight bytes count the header's bytes, which follow."""
+    """Returns the file's size and its header: the first eight bytes are the header's length."""
     try:
         check_kind(path)
         with path.open("rb") as file:
@@ -90,7 +89,7 @@ def _read(path: Path) -> tuple[int, bytes]:
 
 
 def _entry(path: Path, name: str, value: dict[str, Any], start: int) -> TensorEntry:
-    """Returns what the header says of a tensor, which the library has checked but for the types that weights have."""
+    """Returns the header's entry of a tensor, which the library has checked except for the types that weights have."""
     dtype, (begin, end) = value["dtype"], value["data_offsets"]
     if dtype not in get_args(StoredDtype):
         raise HfError(path, name, f"dtype must be one of {', '.join(get_args(StoredDtype))}, is {shown(dtype)}")

@@ -1,4 +1,4 @@
-"""JSON of a checkpoint, read with care: anything may be in it. No torch here."""
+"""Reads JSON of a checkpoint, which may contain anything. Imports no torch."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ LARGEST_BYTES = 2**28
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object that a JSON file holds.
+    """Returns the object that a JSON file holds.
 
     Raises:
         HfError: as `parse_json`; or the file is missing, unreadable or larger than `LARGEST_BYTES`.
@@ -28,15 +28,15 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def parse_json(text: bytes, path: Path, subject: str) -> dict[str, Any]:
-    """The object that JSON in UTF-8 gives.
+    """Returns the object that JSON in UTF-8 holds.
 
     Args:
         text: the JSON.
-        path: the file it stands in, for errors.
-        subject: what of the file it is, for errors; may be empty.
+        path: path of its file, for errors.
+        subject: part of the file, for errors; may be empty.
 
     Raises:
-        HfError: not JSON (NaN and Infinity are not), not an object, or a key that stands in an object twice.
+        HfError: it is not JSON (NaN and Infinity are not allowed) or not an object, or an object has a duplicate key.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -59,5 +59,5 @@ def parse_json(text: bytes, path: Path, subject: str) -> dict[str, Any]:
 
 
 def _refuse(word: str) -> None:
-    """Python's reader takes NaN and Infinity, others do not."""
+    """Raises an error for NaN and Infinity, which Python's reader accepts and others reject."""
     raise ValueError(f"it holds {word}")

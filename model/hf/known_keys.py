@@ -1,9 +1,9 @@
-"""Which keys of `config.json` are read, which are harmless, and which may change the network. No torch here.
+"""Classifies the keys of `config.json`: read, harmless, or able to change the network. Imports no torch.
 
-A key is one of four kinds. *Read* keys describe the architecture (`model.hf.config`). *Harmless* keys say nothing about
-what the network computes; they are carried through. An unknown key whose name has a word of `_WORDS`, such as
-`sliding_window`, may change the network: it is refused unless its value is neutral. Any other unknown key is carried
-through, and commands name it.
+A key is one of four kinds. *Read* keys describe the architecture (`model.hf.config`). *Harmless* keys do not affect
+what the network computes and are copied. An unknown key whose name contains a word of `_WORDS`, such as
+`sliding_window`, may change the network and is rejected unless its value is neutral. Any other unknown key is copied,
+and commands report it.
 """
 
 from collections.abc import Mapping
@@ -58,18 +58,19 @@ _WORDS = _words(
     recurrent tie tied dropout causal renormalize normalize
     """
 )
-# A factor of one multiplies by nothing.
+# A factor of one has no effect.
 _FACTORS = _words("multiplier multipliers scale scales scaling factor")
-# What the network has: false would take it away. `use_qk_norm: false` does not, as it has none of queries and keys.
+# Features that the network has and false would remove. `use_qk_norm: false` removes none: queries and keys have no
+# norm.
 _PRESENT = _words("norm norms layernorm rope rotary moe mla causal renormalize normalize")
 
 
 def check_unknown_keys(values: ConfigValues, keys: Mapping[str, Any]) -> None:
-    """Refuses unknown keys that may change what the network computes.
+    """Raises an error for unknown keys that may change what the network computes.
 
     Args:
-        values: the file's keys, for errors.
-        keys: the same.
+        values: keys of the file, for errors.
+        keys: the same keys.
 
     Raises:
         HfError: an unknown key with an architectural name and a value that is not neutral.
@@ -91,10 +92,10 @@ def unknown_keys(keys: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def carried_keys(keys: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what is copied to an export: all keys that describe neither the architecture nor the stored types.
+    """Returns the keys that an export copies: those that describe neither the architecture nor the stored types.
 
-    A `model_type` other than the usual one is copied too, as inference servers choose by it, and
-    `quantization_config`, which holds how FP8 scales are rounded.
+    It includes a `model_type` other than the usual one, by which inference servers choose, and `quantization_config`,
+    which says how FP8 scales are rounded.
     """
     carried = {key: value for key, value in keys.items() if key not in READ_KEYS}
     if keys.get("model_type") != "deepseek_v3":
@@ -105,7 +106,7 @@ def carried_keys(keys: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_neutral(key: str, words: set[str], value: Any) -> bool:
-    """Whether a value leaves the network as it is without the key."""
+    """Whether a value has the same effect as a missing key."""
     if value is None or value in ([], {}, ""):
         return True
     if key == "layer_types":

@@ -1,4 +1,4 @@
-"""Every tensor of a checkpoint in the released form: name, shape, type. Pure values, no torch.
+"""Lists every tensor of a checkpoint in the released form: name, shape, type. Imports no torch.
 
 Source: the released checkpoint's names; arXiv:2412.19437, section 3.3, for what is kept in FP8.
 """
@@ -31,26 +31,27 @@ Named = Iterator[tuple[str, tuple[int, ...]]]
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A tensor in a file: its shape, and its type in the words of safetensors."""
+    """Shape of a tensor in a file, and its type as safetensors names it."""
 
     shape: tuple[int, ...]
     dtype: StoredDtype
 
     @property
     def num_elements(self) -> int:
-        """Numbers in the tensor."""
+        """Number of elements of the tensor."""
         return reduce(mul, self.shape, 1)
 
 
 def stored_tensors(config: ModelConfig, *, dtype: StoredDtype, fp8: bool) -> dict[str, Stored]:
-    """Every tensor of a checkpoint of this architecture in the released form, in the order of the network.
+    """Returns every tensor of a checkpoint of this architecture in the released form, in the order of the network.
+
+    A model without shared experts has theirs without rows, as `transformers` writes them.
 
     Args:
         config: the architecture.
-        dtype: of weights that are not in FP8. Correction biases and scales are float32 always.
-        fp8: the projections of attention and of all feed-forward networks in FP8 (E4M3), each followed by its scales.
-
-    A model without shared experts has theirs of no rows, as `transformers` writes them.
+        dtype: type of weights that are not in FP8. Correction biases and scales are always float32.
+        fp8: whether the projections of attention and of all feed-forward networks are in FP8 (E4M3), each followed by
+            its scales.
     """
     stored: dict[str, Stored] = {}
     for name, shape in weights(config):
@@ -62,7 +63,7 @@ def stored_tensors(config: ModelConfig, *, dtype: StoredDtype, fp8: bool) -> dic
 
 
 def weights(config: ModelConfig) -> Named:
-    """(name, shape) of every weight and correction bias, the MTP modules' copies of embedding and head included."""
+    """Yields (name, shape) of every weight and correction bias, and of the MTP modules' copies."""
     vocab, hidden = config.vocab_size, config.hidden_size
     yield EMBEDDING, (vocab, hidden)
     for layer in range(config.num_layers):
@@ -86,36 +87,36 @@ def is_quantized(name: str) -> bool:
 
 
 def scale_name(name: str) -> str:
-    """The name of an FP8 weight's scales."""
+    """Returns the name of an FP8 weight's scales."""
     return name + SCALE_SUFFIX
 
 
 def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """One scale for each block of 128 x 128, the last of a row or column possibly ragged."""
+    """Returns the shape of the scales, one for each block of 128 x 128; the last block may be ragged."""
     return tuple(-(-size // BLOCK) for size in shape)
 
 
 def with_scales(name: str, shape: tuple[int, ...], scales: StoredDtype = "F32") -> dict[str, Stored]:
-    """An FP8 weight and its scales, in float32 or as exponents alone (E8M0)."""
+    """Returns an FP8 weight and its scales, in float32 or as exponents alone (E8M0)."""
     return {name: Stored(shape, "F8_E4M3"), scale_name(name): Stored(scale_shape(shape), scales)}
 
 
 def is_rotary(name: str) -> bool:
-    """Whether a tensor holds the frequencies of the rotary embedding, which `config.json` says already.
+    """Whether a tensor holds the frequencies of the rotary embedding, which `config.json` already determines.
 
-    Some published checkpoints store them, once or for every layer. No part of a model is filled from them.
+    Some published checkpoints store them, once or for every layer. No part of a model is read from them.
     """
     return _ROTARY.fullmatch(name) is not None
 
 
 def copied_from(name: str) -> str | None:
-    """For an MTP module's copy of the embedding or head: the main model's tensor. None for all others."""
+    """Returns the main model's tensor of which an MTP module's embedding or head is a copy; None for other tensors."""
     parts = name.split(".", 3)
     return _MTP_COPIES.get(parts[3]) if parts[:2] == ["model", "layers"] and len(parts) == 4 else None
 
 
 def layer_of(name: str) -> int | None:
-    """The layer that a tensor belongs to; None for embedding, final norm and head."""
+    """Returns the layer of a tensor, or None for embedding, final norm and head."""
     matched = re.match(r"model\.layers\.(0|[1-9][0-9]{0,8})\.", name)
     return int(matched[1]) if matched else None
 

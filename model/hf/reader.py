@@ -1,4 +1,4 @@
-"""Weights out of a checkpoint in Hugging Face form, in runs of rows: no more than `CHUNK_BYTES` at a time.
+"""Reads weights from a checkpoint in Hugging Face form in runs of rows, at most `CHUNK_BYTES` at a time.
 
 Shape legend: R rows read at a time, D columns, M blocks in a column, T blocks in a row.
 """
@@ -27,11 +27,13 @@ CHUNK_BYTES = 2**24
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HfSource:
-    """How a checkpoint held its tensors, so that they can be written as they were.
+    """Storage of a checkpoint's tensors, recorded so that they can be written in the same form.
 
-    dtypes: by name, those of MTP copies and of scales included. scales: of FP8 weights, by the weight's name; float32
-    [ceil(rows / 128), ceil(columns / 128)]. config: keys of config.json that say nothing about the architecture.
-    rotary: stored frequencies of the rotary embedding, by name, in the type they are stored in.
+    Attributes:
+        dtypes: type of each tensor by name, including MTP copies and scales.
+        scales: scales of FP8 weights, by the weight's name; float32 [ceil(rows / 128), ceil(columns / 128)].
+        config: keys of config.json that do not describe the architecture.
+        rotary: stored frequencies of the rotary embedding, by name, in their stored type.
     """
 
     dtypes: Mapping[str, StoredDtype]
@@ -41,14 +43,14 @@ class HfSource:
 
 
 class HfReader:
-    """A checkpoint in the released form: `config.json`, `model.safetensors` or shards with an index.
+    """Reader of a checkpoint in the released form: `config.json`, `model.safetensors` or shards with an index.
 
-    All that can be known without reading data is checked when the reader is made, and stored frequencies of the rotary
-    embedding, which are a few numbers.
+    Creating the reader checks everything that can be checked without reading data, and the stored frequencies of the
+    rotary embedding.
 
     Args:
-        path: the checkpoint's folder.
-        drop_mtp: leaves out MTP modules.
+        path: folder of the checkpoint.
+        drop_mtp: whether to leave out MTP modules.
 
     Raises:
         HfError: as `model.hf.checkpoint.open_checkpoint`, or stored frequencies differ from those of config.json.
@@ -60,7 +62,7 @@ class HfReader:
 
     @property
     def config(self) -> ModelConfig:
-        """The architecture; without MTP modules where the files hold none."""
+        """Architecture of the checkpoint, without MTP modules if the files hold none."""
         return self.checkpoint.config
 
     def fill(self, named: Mapping[str, Tensor]) -> None:
@@ -69,13 +71,13 @@ class HfReader:
         FP8 weights are dequantized: code times scale in float32, then rounded to the tensor's type.
 
         Args:
-            named: released names, any part of the checkpoint's, as `model.transformer.named_tensors` gives them; on
-                any device, of any floating type.
+            named: tensors by released name, any part of the checkpoint's, as returned by
+                `model.transformer.named_tensors`; on any device, of any floating type.
 
         Raises:
-            HfError: a name that the checkpoint lacks, another shape, a value or scale that is not finite (or becomes
-                so in the tensor's type), a file that ends early, or an MTP module's copy of a given embedding or head
-                that differs from it.
+            HfError: the checkpoint lacks a name, a shape differs, a value or scale is not finite (or becomes so in the
+                tensor's type), a file is truncated, or an MTP module's copy of a given embedding or head differs from
+                it.
         """
         for name, target in named.items():
             self._check_target(name, target)
@@ -87,7 +89,7 @@ class HfReader:
         self._check_copies(named)
 
     def tensor(self, name: str, dtype: torch.dtype) -> Tensor:
-        """One weight on the CPU, as `fill` would give it."""
+        """Returns one weight on the CPU, as `fill` would fill it."""
         target = torch.empty(self._entry(name).shape, dtype=dtype)
         self.fill({name: target})
         return target
@@ -98,7 +100,7 @@ class HfReader:
         return self._rotary
 
     def source(self) -> HfSource:
-        """How the checkpoint holds its tensors; reads every FP8 weight's scales."""
+        """Returns how the checkpoint stores its tensors; reads the scales of every FP8 weight."""
         entries = self.checkpoint.entries
         names = [name for name, _ in weights(self.config) if name in entries]
         scales = {name: self._scales(name) for name in names if entries[name].dtype == "F8_E4M3"}
@@ -111,7 +113,7 @@ class HfReader:
         )
 
     def _read_rotary(self, name: str) -> Tensor:
-        """Returns stored frequencies, [R / 2] in the stored type, if they are those that `config.json` asks for.
+        """Returns stored frequencies, [R / 2] in the stored type, if they are those that `config.json` determines.
 
         Under YaRN both are in use: the plain ones, as training code stores them, and the interpolated ones.
         """
@@ -164,7 +166,7 @@ class HfReader:
         entry, scaled = self._entry(scale_name(name)), scale_name(name)
         with _open(entry.file) as file:
             runs = [rows for _, rows in _read_runs(file, entry, scaled)]
-        scales_MT = torch.cat(runs).float()  # of E8M0: exponents become powers of two, exactly
+        scales_MT = torch.cat(runs).float()  # E8M0 exponents become powers of two, exactly
         good = scales_MT.isfinite() & (scales_MT > 0)
         if not good.all():
             where = (~good).nonzero()[0].tolist()
@@ -194,7 +196,7 @@ def _open(path: Path) -> BinaryIO:
 
 
 def _read_runs(file: BinaryIO, entry: TensorEntry, name: str) -> Iterator[tuple[int, Tensor]]:
-    """(first row, rows) of a tensor; runs begin at multiples of `BLOCK` rows."""
+    """Yields (first row, rows) of a tensor; runs begin at multiples of `BLOCK` rows."""
     row_shape, num_rows = entry.shape[1:], entry.shape[0]
     first = 0
     for chunk in _read_bytes(file, entry, name):
@@ -205,7 +207,7 @@ def _read_runs(file: BinaryIO, entry: TensorEntry, name: str) -> Iterator[tuple[
 
 
 def _read_bytes(file: BinaryIO, entry: TensorEntry, name: str) -> Iterator[bytearray]:
-    """A tensor's bytes, in runs of whole blocks of rows."""
+    """Yields a tensor's bytes, in runs of whole blocks of rows."""
     if not entry.num_bytes:
         return
     row_bytes = entry.num_bytes // entry.shape[0]

@@ -1,8 +1,8 @@
-"""Rotary embedding in `config.json`: two spellings in, the released one out. No torch here.
+"""Reads rotary embedding from `config.json` in two spellings, and writes the released one. Imports no torch.
 
-YaRN means what transformers makes of it. With L = ln(factor), cos and sin are scaled by `attention_factor`, by default
-(0.1 mscale L + 1) / (0.1 mscale_all_dim L + 1) where both are given and not 0, else by 0.1 L + 1; scores are scaled by
-(0.1 mscale_all_dim L + 1)^2 where that is given.
+YaRN follows transformers. With L = ln(factor), cos and sin are scaled by `attention_factor`. Its default is (0.1 mscale
+L + 1) / (0.1 mscale_all_dim L + 1) if both are given and not 0, else 0.1 L + 1. Scores are scaled by (0.1
+mscale_all_dim L + 1)^2 if `mscale_all_dim` is given.
 """
 
 import math
@@ -16,18 +16,19 @@ _PRECISION = 1e-9
 
 
 def read_rope(values: ConfigValues, max_position: int) -> tuple[float, RopeScaling]:
-    """The base of the rotation and its scaling.
+    """Returns the base of the rotation and its scaling.
 
     Args:
-        values: of `config.json`.
-        max_position: its `max_position_embeddings`, YaRN's original length where none is given.
+        values: keys of `config.json`.
+        max_position: its `max_position_embeddings`, which is YaRN's original length if none is given.
 
     Raises:
-        HfError: both spellings at once, another kind of rotary embedding, a missing or wrong value.
+        HfError: both spellings are present, the kind of rotary embedding is not supported, or a value is missing or
+            wrong.
     """
     spellings = [key for key in ("rope_scaling", "rope_parameters") if values.get(key)]
     if len(spellings) > 1:
-        raise values.error("rope_parameters", "must not stand beside rope_scaling, does")
+        raise values.error("rope_parameters", "must not be given together with rope_scaling, is")
     inner = values.inside(spellings[0]) if spellings else None
     outer_theta = values.get("rope_theta")
     if inner is None or inner.get("rope_theta") is None:
@@ -48,7 +49,7 @@ def read_rope(values: ConfigValues, max_position: int) -> tuple[float, RopeScali
 
 
 def write_rope(theta: float, scaling: RopeScaling) -> dict[str, Any]:
-    """`rope_theta` and `rope_scaling`, so that transformers computes what `model.attention.rope` does."""
+    """Returns `rope_theta` and `rope_scaling` with which transformers computes what `model.attention.rope` does."""
     match scaling:
         case PlainRope():
             return {"rope_theta": theta, "rope_scaling": None}
@@ -84,7 +85,7 @@ def _kind(inner: ConfigValues) -> Literal["default", "yarn"]:
 
 
 def _check_plain_length(values: ConfigValues, max_position: int) -> None:
-    """Refuses an original length that differs from the model's without a scaling that says how it was stretched."""
+    """Raises an error for an original length that differs from the model's if there is no scaling to explain it."""
     key = "original_max_position_embeddings"
     if values.get(key) is not None and values.whole(key, 1) != max_position:
         raise values.error(
@@ -95,7 +96,7 @@ def _check_plain_length(values: ConfigValues, max_position: int) -> None:
 
 
 def _original_length(values: ConfigValues, inner: ConfigValues, max_position: int) -> int:
-    """Returns the length that YaRN stretches: beside `factor`, or at the top of the file, as transformers reads both.
+    """Returns the length that YaRN extends, next to `factor` or at the top level, as transformers reads both.
 
     Raises:
         HfError: the two differ, or one is not a length.
@@ -130,7 +131,7 @@ def _read_yarn(inner: ConfigValues, original_length: int) -> YarnRope:
 
 
 def _read_scales(inner: ConfigValues, factor: float) -> tuple[float, float]:
-    """`mscale` and `mscale_all_dim` by which `model.attention.rope` scales as transformers does."""
+    """Returns `mscale` and `mscale_all_dim` with which `model.attention.rope` scales as transformers does."""
     mscale, all_dim = (inner.number(key) if inner.get(key) else 0.0 for key in ("mscale", "mscale_all_dim"))
     if inner.get("attention_factor") is None:
         if (mscale and all_dim) or factor == 1:
@@ -151,7 +152,7 @@ def _read_scales(inner: ConfigValues, factor: float) -> tuple[float, float]:
 
 
 def _default_factor(factor: float, mscale: float, all_dim: float) -> float:
-    """What transformers scales cos and sin by where `attention_factor` is not given."""
+    """Returns the factor of cos and sin in transformers if `attention_factor` is not given."""
     if mscale and all_dim:
         return _temperature(factor, mscale) / _temperature(factor, all_dim)
     return _temperature(factor, 1.0)

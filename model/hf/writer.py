@@ -1,7 +1,7 @@
-"""A checkpoint in Hugging Face form, written shard by shard with one tensor in memory at a time.
+"""Writes a checkpoint in Hugging Face form, shard by shard with one tensor in memory at a time.
 
-The format is simple and is written here, as safetensors' own writer wants all tensors of a shard at once. Files go to
-a folder beside the destination, which takes its name when all of them are on the disk.
+The format is simple and is written here, because safetensors' writer needs all tensors of a shard at once. Files are
+written to a folder next to the destination, which is renamed when all files are on disk.
 """
 
 import json
@@ -31,10 +31,11 @@ CHUNK_BYTES = 2**24
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fp8Scales:
-    """How scales of FP8 weights come about.
+    """Origin of the scales of FP8 weights.
 
-    known: scales to keep, by the weight's name; all others are a block's largest magnitude over 448.
-    power_of_two: those others rounded up to a power of two, as `scale_fmt` ue8m0 says.
+    Attributes:
+        known: scales to keep, by the weight's name; all others are a block's largest magnitude over 448.
+        power_of_two: whether the others are rounded up to a power of two, as `scale_fmt` ue8m0 requires.
     """
 
     known: Mapping[str, Tensor]
@@ -43,10 +44,11 @@ class Fp8Scales:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Extras:
-    """What a checkpoint has beside its weights.
+    """Content of a checkpoint besides its weights.
 
-    config: keys of `config.json` that say nothing about the architecture, as `Checkpoint.carried`. files: contents by
-    plain file name, such as those of a tokenizer.
+    Attributes:
+        config: keys of `config.json` that do not describe the architecture, as `Checkpoint.carried`.
+        files: contents by plain file name, such as those of a tokenizer.
     """
 
     config: Mapping[str, Any]
@@ -70,18 +72,19 @@ def write_hf(
     """Writes a checkpoint.
 
     Args:
-        path: its folder; absent or empty. Folders above it are made.
+        path: folder of the checkpoint; absent or empty. Its parents are created.
         config: the architecture.
-        plan: what is stored, as `model.hf.names.stored_tensors` gives it; types of single weights may be changed.
-        tensor: a weight by the name that `model.transformer.named_tensors` gives it, of any floating type; asked for
-            once per weight (embedding and head once more per MTP module; none without elements) and not kept.
-        scales: of weights that the plan has in FP8.
+        plan: stored tensors, from `model.hf.names.stored_tensors`; types of single weights may be changed.
+        tensor: returns a weight by its name in `model.transformer.named_tensors`, of any floating type; called once per
+            weight (embedding and head once more per MTP module; never for weights without elements). The result is not
+            kept.
+        scales: scales of weights that the plan has in FP8.
         extras: further keys and files.
-        max_shard_bytes: data of a file, unless one tensor has more.
+        max_shard_bytes: largest size of a file's data, unless one tensor is larger.
 
     Raises:
-        HfError: the folder is not empty, a weight has another shape or a value that is not finite (or becomes so in
-            the type it is stored in), or the disk refuses. Nothing is left.
+        HfError: the folder is not empty, a weight has another shape or a value that is not finite (or becomes so in the
+            stored type), or writing fails. Nothing is left behind.
     """
     shards = _split_into_shards(plan, max_shard_bytes)
     if len(shards) == 1:
@@ -105,13 +108,13 @@ def write_hf(
 
 
 def _plain_dtype(plan: Mapping[str, Stored]) -> StoredDtype:
-    """The type that `config.json` names: a rare one where any weight has it, as readers want it announced."""
+    """Returns the type that `config.json` names: a rare one if any weight has it, as readers require it."""
     rare = [stored.dtype for stored in plan.values() if stored.dtype in ("F64", "F16")]
     return rare[0] if rare else plan[EMBEDDING].dtype
 
 
 def _split_into_shards(plan: Mapping[str, Stored], max_shard_bytes: int) -> list[dict[str, Stored]]:
-    """Shards in the order of the plan; a weight's scales stand in its shard."""
+    """Returns the shards in the order of the plan; a weight and its scales share a shard."""
     shards: list[dict[str, Stored]] = [{}]
     filled = 0
     for name, stored in plan.items():
@@ -136,7 +139,7 @@ def _num_bytes(stored: Stored) -> int:
 def _write_shard(
     file: BinaryIO, place: Path, shard: Mapping[str, Stored], tensor: Callable[[str], Tensor], scales: Fp8Scales
 ) -> None:
-    """Fills a file; `place` is where it will stand, for errors."""
+    """Writes a file; `place` is its final path, for errors."""
     offsets, header = _layout(shard)
     file.write(len(header).to_bytes(LENGTH_BYTES, "little") + header)
     for name, stored in shard.items():
@@ -147,7 +150,7 @@ def _write_shard(
             raise HfError(place, name, f"must have shape {list(stored.shape)}, has {list(values.shape)}")
         parts = {name: values}
         if stored.dtype == "F8_E4M3":
-            # Before rounding, as infinity is a finite code under a known scale.
+            # Before rounding, because infinity becomes a finite code under a known scale.
             _check_finite(values, place, name, stored.dtype)
             encoded = _quantize(values, scales.known.get(name), scales.power_of_two)
             parts = {name: encoded.codes, scale_name(name): encoded.scales}
@@ -161,7 +164,7 @@ def _write_shard(
 
 
 def _layout(shard: Mapping[str, Stored]) -> tuple[dict[str, int], bytes]:
-    """Where each tensor's data begins in the file, and the header; the widest types first, so that all are aligned."""
+    """Returns the start of each tensor's data in the file, and the header; aligned, as widest types come first."""
     ordered = sorted(shard, key=lambda name: (-ITEM_BYTES[shard[name].dtype], name))
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     begin, begins = 0, {}
@@ -188,7 +191,7 @@ def _check_finite(values: Tensor, place: Path, name: str, dtype: StoredDtype) ->
 
 
 def _rows(values: Tensor, dtype: StoredDtype) -> Iterator[Tensor]:
-    """Runs of whole rows in a type, on the CPU, one after the other."""
+    """Yields runs of whole rows in a type, on the CPU."""
     row_bytes = max(1, values[0].numel() * ITEM_BYTES[dtype])
     for rows in values.split(max(1, CHUNK_BYTES // row_bytes)):
         yield rows.to(TORCH_DTYPES[dtype]).contiguous().cpu()

@@ -1,4 +1,4 @@
-"""Linear maps whose backward can be split: input gradient now, weight gradient when the schedule says.
+"""Linear maps with a split backward: the input gradient at once, the weight gradient when the schedule requests it.
 
 Shape legend: A rows, K inputs, N outputs.
 """
@@ -12,15 +12,15 @@ from torch.nn import functional
 
 
 class WeightSink(Protocol):
-    """Takes weight gradients that are still to be computed."""
+    """Takes closures that compute weight gradients later."""
 
     def defer(self, weight: Tensor, gradient: Callable[[], Tensor]) -> None:
-        """Keeps `gradient`, which computes the gradient of `weight` for one micro-batch when called."""
+        """Stores `gradient`, which computes the gradient of `weight` for one micro-batch when it is called."""
         ...
 
 
 def deliver_gradient(weight: Tensor, gradient: Callable[[], Tensor], sink: WeightSink | None) -> Tensor | None:
-    """A weight's gradient for autograd, or None where it is handed to the sink, or not wanted at all."""
+    """Returns a weight's gradient to autograd, or None if it is deferred to the sink or not required."""
     if not weight.requires_grad:
         return None
     if sink is None:
@@ -46,10 +46,10 @@ class _SplitLinear(torch.autograd.Function):
 
 
 def linear(x: Tensor, weight_NK: Tensor, sink: WeightSink | None) -> Tensor:
-    """x [..., K] times the transpose of the weight: [..., N].
+    """Multiplies x, [..., K], by the transpose of the weight: [..., N].
 
-    With a sink, autograd's backward gives the input gradient and hands the weight gradient to the sink
-    as a closure, once; without one it is torch's own linear.
+    With a sink, autograd's backward computes the input gradient and defers the weight gradient to the sink as a
+    closure, once. Without a sink it is torch's linear.
     """
     if sink is None or not torch.is_grad_enabled():
         return functional.linear(x, weight_NK)

@@ -1,7 +1,7 @@
-"""What the model computes in a chosen precision: linear layers, experts, and the rows that travel to experts.
+"""Interface of the chosen precision: linear layers, experts, and the rows that are sent to experts.
 
 `Linears` is chosen once, when a model is built. `model/precision/plain` implements it in the weights' own type and
-`model/precision/fp8` in FP8 (arXiv:2412.19437, section 3.3). Nothing else in the model knows which of the two it has.
+`model/precision/fp8` in FP8 (arXiv:2412.19437, section 3.3). The rest of the model does not depend on the choice.
 
 Shape legend: N tokens, K experts per token, A received rows, D hidden size, E local experts, M intermediate size,
 H = 2 M gate and up side by side.
@@ -25,16 +25,16 @@ class Rows(Protocol):
 
     @property
     def values(self) -> Tensor:
-        """The tensor that takes the rows' gradient, [..., D]. In FP8 it is a placeholder without memory."""
+        """Tensor that takes the rows' gradient, [..., D]. In FP8 it is a placeholder without memory."""
         ...
 
     def with_values(self, values: Tensor) -> Self:
-        """Returns the same rows, whose gradient goes to another tensor."""
+        """Returns the same rows with another tensor that takes the gradient."""
         ...
 
 
 class Wire(Protocol):
-    """What dispatch and combine carry for one layer and micro-batch; made anew for each."""
+    """Format of the rows of dispatch and combine, for one layer and micro-batch; created for each."""
 
     def pack(self, rows: Rows) -> Tensor:
         """Returns what dispatch sends, one row for each token."""
@@ -49,25 +49,28 @@ class Wire(Protocol):
         ...
 
     def unpack_gradient(self, received: Tensor, grad_ND: Tensor) -> Tensor:
-        """Returns the gradient of the experts' output for autograd, AD. grad_ND: what this rank sent."""
+        """Returns the gradient of the experts' output for autograd, AD.
+
+        `grad_ND`: the gradient that this rank sent.
+        """
         ...
 
 
 class ExpertWeights(NamedTuple):
-    """Stacked weights of a rank's experts; in the first, gate rows precede up rows."""
+    """Stacked weights of a rank's experts; gate rows come before up rows."""
 
     gate_up_EHD: Tensor
     down_EDM: Tensor
 
 
 class Linears(Protocol):
-    """Linear layers with their neighbors, computed in one precision.
+    """Linear layers with the operations around them, computed in one precision.
 
-    A sink takes the weights' gradients, as in `model.precision.linear.linear`; those of norms come through autograd.
+    A sink takes the weights' gradients, as in `model.precision.linear.linear`; those of norms go through autograd.
     """
 
     def weights_unchanged(self) -> AbstractContextManager[None]:
-        """No weight changes inside this context, so that each needs to be converted only once."""
+        """Returns a context in which no weight changes, so that each is converted only once."""
         ...
 
     def normed_linear(self, x: Tensor, norm: RmsNorm, weights_ND: Sequence[Tensor], sink: WeightSink | None) -> Tensor:
@@ -76,8 +79,8 @@ class Linears(Protocol):
         Args:
             x: [..., D].
             norm: applied first; its output need not be kept.
-            weights_ND: of one type.
-            sink: takes their gradients.
+            weights_ND: weights of the layers, of one type.
+            sink: takes the gradients of the weights.
         """
         ...
 
@@ -91,10 +94,10 @@ class Linears(Protocol):
         """Returns the outputs of several linear layers of rows side by side.
 
         Args:
-            rows: take the gradient, [..., D].
-            source: from which a backward computes the rows again; gets no gradient here.
-            weights_ND: of one type.
-            sink: takes their gradients.
+            rows: rows that take the gradient, [..., D].
+            source: norm and its input, from which a backward recomputes the rows; gets no gradient here.
+            weights_ND: weights of the layers, of one type.
+            sink: takes the gradients of the weights.
         """
         ...
 
@@ -104,21 +107,21 @@ class Linears(Protocol):
         Args:
             base: [..., D].
             hidden: [..., H].
-            down_DM: the weight.
-            sink: takes its gradient.
+            down_DM: down projection.
+            sink: takes the gradient of the weight.
         """
         ...
 
     def experts(
         self, rows: Rows, weights_A: Tensor, experts: ExpertWeights, counts: Sequence[int], sink: WeightSink | None
     ) -> Tensor:
-        """Returns received rows through their experts, times their routing weights: AD.
+        """Returns the experts' results for received rows, times their routing weights, AD.
 
         Args:
-            rows: from `Wire.unpack`, in the experts' order.
-            weights_A: routing weights; they multiply before `down`, where rows are narrow.
-            experts: of this rank.
-            counts: rows of each expert.
+            rows: rows from `Wire.unpack`, in the experts' order.
+            weights_A: routing weights, multiplied before `down`, as rows are narrower there.
+            experts: weights of this rank's experts.
+            counts: rows per expert.
             sink: takes the experts' gradients.
         """
         ...
@@ -132,17 +135,17 @@ class Linears(Protocol):
         counts: Sequence[int],
         order: RowOrder,
     ) -> Tensor:
-        """Dispatches, applies the experts and combines where all experts are on this rank: ND.
+        """Dispatches, applies the experts and combines on one rank, if all experts are there, ND.
 
-        Each expert reads its rows from the tokens themselves, so that no copy of them is made or kept.
+        Each expert reads its rows from the tokens, so rows are neither copied nor kept.
 
         Args:
-            rows: by token, ND.
-            source: from which a backward may compute the rows again.
+            rows: rows by token, ND.
+            source: norm and its input, from which a backward may recompute the rows.
             weights_NK: routing weights.
-            experts: of this rank, all there are.
-            counts: rows of each expert.
-            order: in which tokens' copies go to experts.
+            experts: weights of all experts.
+            counts: rows per expert.
+            order: order in which copies of tokens go to experts.
         """
         ...
 
@@ -151,16 +154,16 @@ class Linears(Protocol):
         ...
 
     def compress_latents(self, compressed_BTX: Tensor, weights: LatentWeights, options: LatentOptions) -> LatentLinears:
-        """Returns the linear layers around the heads of latent attention, in a forward."""
+        """Returns the linear layers before and after the heads of latent attention, in a forward."""
         ...
 
     def restore_latents(self, saved: Sequence[Tensor], weights: LatentWeights, options: LatentOptions) -> LatentLinears:
-        """Returns the same in a backward, from what `LatentLinears.saved` returned."""
+        """Returns these layers in a backward, from what `LatentLinears.saved` returned."""
         ...
 
 
 def build_linears(computing: Computing) -> Linears:
-    """Returns the implementation that a model's `computing.products` asks for."""
+    """Returns the implementation that a model's `computing.products` selects."""
     if computing.products == "own":
         from model.precision.plain.linears import PlainLinears
 

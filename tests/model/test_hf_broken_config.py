@@ -78,7 +78,7 @@ ROPE_CASES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "both spellings": (
         {"rope_theta": 1e4, "rope_scaling": {"type": "yarn"}, "rope_parameters": {"rope_theta": 1e4}},
-        "rope_parameters: must not stand beside rope_scaling",
+        "rope_parameters: must not be given together with rope_scaling",
     ),
     "two bases": ({"rope_theta": 1e4, "rope_parameters": {"rope_theta": 1e5}}, "must equal rope_parameters.rope_theta"),
     "a part rotates": ({"rope_theta": 1e4, "partial_rotary_factor": 0.5}, "partial_rotary_factor: must be 1"),

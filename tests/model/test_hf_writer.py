@@ -213,7 +213,7 @@ def test_a_value_that_float16_cannot_hold_is_named(tmp_path: Path) -> None:
 def test_a_part_of_a_model_is_refused(tmp_path: Path) -> None:
     part = Part(layers=(0, 1), experts=range(8), embedding=True, head=False)
     model = Transformer(MODEL, LocalDispatcher(8), torch.float32, part)
-    with pytest.raises(HfError, match=r"layers.2.input_layernorm.weight: must be held by the model that is written"):
+    with pytest.raises(HfError, match=r"layers.2.input_layernorm.weight: must be in the model that is written"):
         save_hf(model, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 

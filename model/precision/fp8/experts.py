@@ -1,8 +1,8 @@
 """SwiGLU networks and routed experts in FP8.
 
-A network keeps its hidden values in FP8 and applies the gate again in the backward. Rows that were received in FP8
-serve as operands as they are. Source: arXiv:2412.19437, sections 3.3 and 3.3.3. Shape legend: N tokens, A rows in the
-experts' order, B bytes of a packed row, D hidden size, E local experts, M intermediate size, H = 2 M.
+A network keeps its hidden values in FP8 and applies the gate again in the backward. Rows that were received in FP8 are
+used as operands without conversion. Source: arXiv:2412.19437, sections 3.3 and 3.3.3. Shape legend: N tokens, A rows in
+the experts' order, B bytes of a packed row, D hidden size, E local experts, M intermediate size, H = 2 M.
 """
 
 from collections.abc import Sequence
@@ -51,8 +51,8 @@ def gated_down(base: Tensor, hidden: Tensor, down_DM: Tensor, sink: WeightSink |
     Args:
         base: [..., D].
         hidden: gate and up side by side, [..., H].
-        down_DM: the weight.
-        sink: takes its gradient.
+        down_DM: down projection.
+        sink: takes the gradient of the weight.
         maps: the model's FP8 products.
     """
     out: Tensor = _GatedDown.apply(base, hidden, down_DM, sink, maps)  # type: ignore[no-untyped-call]
@@ -63,8 +63,10 @@ def gated_down(base: Tensor, hidden: Tensor, down_DM: Tensor, sink: WeightSink |
 class _Options:
     """Arguments of an experts' pass that are not tensors.
 
-    order: of rows that stay on this rank and are given by token. slot: brings the output's gradient of rows that
-    were received. One of both is None. eps: of the norm from whose input rows at home are made again.
+    Attributes:
+        order: order of rows that stay on this rank and are given by token; None for received rows.
+        slot: holds the output gradient of received rows; None for rows that stay on this rank.
+        eps: eps of the norm whose output is recomputed for rows that stay on this rank.
     """
 
     counts: Sequence[int]
@@ -75,7 +77,10 @@ class _Options:
     eps: float
 
     def packed_gradient(self, grad: Tensor) -> Tensor:
-        """Returns the gradient of the output in codes, in the experts' order: AB. grad: what autograd has of it."""
+        """Returns the gradient of the output in codes, in the experts' order, AB.
+
+        `grad`: the gradient that autograd passes.
+        """
         if self.slot is not None:
             return self.slot.take()
         return _sort(pack_gradient(grad), self.order)
@@ -117,7 +122,8 @@ class _ExpertMlp(torch.autograd.Function):
         options: _Options = ctx.options
         maps, counts, order, sink = options.maps, options.counts, options.order, options.sink
         dtype, power_of_two = gate_up_EHD.dtype, maps.power_of_two
-        # Codes of the rows (AB, or NB at home) and of the output's gradient (AD), the latter in the experts' order.
+        # Codes of the rows (AB, or NB if they stay on this rank) and of the output gradient (AD, in the experts'
+        # order).
         packed = source[0] if order is None else repack(NormSource(source[0], source[1], options.eps))
         grad = unpack(options.packed_gradient(grads[0]), down_EDM.shape[1])
         # Through `down` (AM), the gate (AH), and gate and up (AD).
@@ -125,7 +131,7 @@ class _ExpertMlp(torch.autograd.Function):
         grad_AH, gated_AM, grad_weights_A = swiglu_backward_from_codes(grad_AM, Quantized(codes, scales), weights_A)
         grad_hidden = maps.gradient(grad_AH)
         grad_rows = grouped_rows_fp8(grad_hidden, maps.codes(gate_up_EHD).backward, counts, dtype)
-        # What the weights' gradients need, in codes by columns; the rest is converted when they are computed.
+        # Operands of the weight gradients, in codes by columns; the rest is converted when they are computed.
         hidden_columns = quantize_columns(grad_AH, counts, power_of_two, GRADIENTS_MIN_AMAX)
         gated_columns = quantize_columns(gated_AM, counts, power_of_two)
 
@@ -153,13 +159,13 @@ def received_experts(
     sink: WeightSink | None,
     maps: Fp8Maps,
 ) -> Tensor:
-    """Applies experts to received rows and keeps the received codes: AD.
+    """Applies experts to received rows and keeps the received codes, AD.
 
     Args:
-        rows: from a wire, whose slot brings the output's gradient.
-        weights_A: routing weight of each row; they multiply before `down`, where rows are narrow.
-        experts: of this rank.
-        counts: rows of each expert.
+        rows: rows from a wire, whose slot holds the output gradient.
+        weights_A: routing weight of each row, multiplied before `down`, as rows are narrower there.
+        experts: weights of this rank's experts.
+        counts: rows per expert.
         sink: takes the experts' gradients.
         maps: the model's FP8 products.
     """
@@ -180,15 +186,15 @@ def apply_local_experts(
     order: RowOrder,
     maps: Fp8Maps,
 ) -> Tensor:
-    """Applies experts to rows that stay on this rank, and keeps their source: ND.
+    """Applies experts to rows that stay on this rank, and keeps their source, ND.
 
     Args:
-        rows: by token, NB.
-        source: from which the backward makes the rows again.
+        rows: rows by token, NB.
+        source: norm and its input, from which the backward recomputes the rows.
         weights_NK: routing weights.
-        experts: of this rank.
-        counts: rows of each expert.
-        order: in which tokens' copies go to experts.
+        experts: weights of this rank's experts.
+        counts: rows per expert.
+        order: order in which copies of tokens go to experts.
         maps: the model's FP8 products.
     """
     options = _Options(counts=counts, sink=None, maps=maps, slot=None, order=order, eps=source.eps)

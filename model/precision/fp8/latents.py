@@ -1,8 +1,8 @@
-"""The linear maps around the heads of latent attention in FP8.
+"""Linear layers before and after the heads of latent attention, in FP8.
 
-What is kept: inputs of the up-projections in FP8, so that queries, keys and values are made again as they were; what
-the heads mixed in 12 bits (E5M6), which the backward of attention reads as well (arXiv:2412.19437, section 3.3.3).
-Shape legend: as in model/attention/projections.py; F numbers that have no norm.
+It keeps the inputs of the up-projections in FP8, from which queries, keys and values are recomputed bit for bit, and
+the heads' output in 12 bits (E5M6), which the backward of attention reads too (arXiv:2412.19437, section 3.3.3). Shape
+legend: as in model/attention/projections.py; F numbers without a norm.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from model.precision.fp8.maps import Fp8Maps, deliver_gradient
 
 
 class _Normal(NamedTuple):
-    """A norm's result in FP8, and its inverse root mean squares."""
+    """Output of a norm in FP8, and its inverse root mean squares."""
 
     codes: Tensor
     scales: Tensor
@@ -28,13 +28,16 @@ class _Normal(NamedTuple):
 
     @property
     def operand(self) -> Quantized:
-        """The input of the map behind it."""
+        """Input of the map behind the norm."""
         return Quantized(self.codes, self.scales)
 
 
 @dataclass(frozen=True, slots=True)
 class _SavedLatents:
-    """What is kept of the compressed values. plain_BTF: the shared key, behind queries where they have no norm."""
+    """Compressed values that are kept.
+
+    `plain_BTF` is the shared key, after the queries if these have no norm.
+    """
 
     plain_BTF: Tensor
     latent: _Normal
@@ -42,7 +45,7 @@ class _SavedLatents:
 
 
 class Fp8LatentLinears:
-    """`LatentLinears` in FP8."""
+    """Implements `LatentLinears` in FP8."""
 
     frees_heads = True
     frees_mixed = True
@@ -59,7 +62,7 @@ class Fp8LatentLinears:
 
     @classmethod
     def compress(cls, compressed_BTX: Tensor, weights: LatentWeights, options: LatentOptions, maps: Fp8Maps) -> Self:
-        """Normalizes and quantizes the compressed values, in a forward."""
+        """Normalizes and quantizes the compressed values in a forward."""
         query, latent, key = options.split(compressed_BTX)
         eps, rounds = options.shape.eps, maps.power_of_two
 
@@ -76,13 +79,13 @@ class Fp8LatentLinears:
 
     @classmethod
     def restore(cls, saved: Sequence[Tensor], weights: LatentWeights, options: LatentOptions, maps: Fp8Maps) -> Self:
-        """Takes what `saved` returned, in a backward."""
+        """Restores the state from what `saved` returned, in a backward."""
         plain_BTF, *others = saved
         mixed, latent, query = PackedE5M6(*others[:2]), _Normal(*others[2:5]), others[5:]
         return cls(_SavedLatents(plain_BTF, latent, _Normal(*query) if query else None), mixed, weights, options, maps)
 
     def saved(self, mixed_BHTW: Tensor) -> tuple[Tensor, ...]:
-        """Implements `LatentLinears`; what the heads mixed is kept as `add` put it in 12 bits."""
+        """Implements `LatentLinears.saved`; keeps the heads' output in the 12 bits that `add` packed."""
         kept = self._kept
         assert self._mixed is not None
         return (kept.plain_BTF, *self._mixed, *kept.latent, *(() if kept.query is None else kept.query))

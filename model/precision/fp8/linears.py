@@ -1,7 +1,7 @@
 """Linear layers, SwiGLU networks and experts in FP8 (arXiv:2412.19437, section 3.3).
 
-A backward computes again all that it can, whatever `Computing.recomputed` says: what is kept instead are the products'
-inputs in FP8. Shape legend: as in model/precision/linears.py.
+A backward recomputes everything possible and ignores `Computing.recomputed`. The products' inputs in FP8 are kept
+instead. Shape legend: as in model/precision/linears.py.
 """
 
 from collections.abc import Sequence
@@ -22,14 +22,17 @@ from model.precision.linears import ExpertWeights, Rows
 
 
 class Fp8Linears:
-    """`Linears` in FP8."""
+    """Implements `Linears` in FP8."""
 
     def __init__(self, *, power_of_two: bool) -> None:
-        """power_of_two: whether all scales are powers of two; those of rows on their way to experts always are."""
+        """Creates the products of one model.
+
+        `power_of_two`: whether all scales are powers of two; those of rows on their way to experts always are.
+        """
         self._maps = Fp8Maps(power_of_two=power_of_two)
 
     def weights_unchanged(self) -> AbstractContextManager[None]:
-        """Inside, every weight is put in FP8 once and its codes are kept."""
+        """Returns a context in which every weight is quantized once and its codes are kept."""
         return self._maps.weights_unchanged()
 
     def normed_linear(self, x: Tensor, norm: RmsNorm, weights_ND: Sequence[Tensor], sink: WeightSink | None) -> Tensor:

@@ -1,7 +1,7 @@
 """Linear maps whose three products are of FP8 operands, and the codes of their weights.
 
 Source: arXiv:2412.19437, section 3.3. Inputs and output gradients have a scale for every 128 numbers along the sum,
-weights one for every 128 x 128. Shape legend: A rows, K inputs, N outputs, E experts.
+weights have one for every 128 x 128. Shape legend: A rows, K inputs, N outputs, E experts.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +27,10 @@ from model.precision.linear import WeightSink
 
 @dataclass(frozen=True, slots=True)
 class WeightCodes:
-    """A weight in FP8. backward: transposed, as the product that gives the input gradient reads it."""
+    """A weight in FP8.
+
+    `backward` is its transpose, which the product for the input gradient reads.
+    """
 
     forward: QuantizedBlocks
     backward: QuantizedBlocks
@@ -35,7 +38,7 @@ class WeightCodes:
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """Some of the outputs of several maps of one input: as many as one product can take."""
+    """Some of the outputs of several maps of one input: as many as one product supports."""
 
     outputs: slice
     codes: WeightCodes
@@ -44,18 +47,18 @@ class _Piece:
 class Fp8Maps:
     """Products of FP8 operands for the linear maps of one model.
 
-    power_of_two: whether scales are powers of two, so that the way from tiles of columns to tiles of rows, which the
-    weight gradient needs, rounds nothing again.
+    `power_of_two` says whether scales are powers of two. Then the conversion from tiles of columns to tiles of rows,
+    which the weight gradient needs, does not round again.
     """
 
     def __init__(self, *, power_of_two: bool) -> None:
         self.power_of_two = power_of_two
-        # The weights too: no other tensor then has their ids.
+        # The weights are held too, so that no other tensor can get their ids.
         self._cached: dict[tuple[int, ...], tuple[Sequence[Tensor], list[_Piece]]] | None = None
 
     @contextmanager
     def weights_unchanged(self) -> Iterator[None]:
-        """Meanwhile every weight is put in FP8 once and kept so: for a step, in which none of them changes."""
+        """Caches the codes of every weight inside the context: for a step, in which no weight changes."""
         self._cached = {}
         try:
             yield
@@ -63,21 +66,21 @@ class Fp8Maps:
             self._cached = None
 
     def gradient(self, grad_AN: Tensor) -> Quantized:
-        """An output gradient in FP8."""
+        """Quantizes an output gradient."""
         return quantize_1x128(_dense(grad_AN), self.power_of_two, GRADIENTS_MIN_AMAX)
 
     def codes(self, weight: Tensor) -> WeightCodes:
-        """Of one weight, NK or ENK."""
+        """Returns the codes of one weight, NK or ENK."""
         (piece,) = self._pieces((weight,))
         return piece.codes
 
     def forward(self, operand: Quantized, weights_NK: Sequence[Tensor]) -> Tensor:
-        """The outputs of several maps of one input, side by side, in the weights' type; AN."""
+        """Returns the outputs of several maps of one input, side by side, in the weights' type, AN."""
         outs = [gemm_fp8(operand, piece.codes.forward, weights_NK[0].dtype) for piece in self._pieces(weights_NK)]
         return outs[0] if len(outs) == 1 else torch.cat(outs, 1)
 
     def input_gradient(self, grad_AN: Tensor, weights_NK: Sequence[Tensor]) -> Tensor:
-        """The gradient of that input, in the type of `grad_AN`; AK."""
+        """Returns the gradient of that input, in the type of `grad_AN`, AK."""
         pieces = self._pieces(weights_NK)
         dtype = grad_AN.dtype if len(pieces) == 1 else torch.float32
         parts = [gemm_fp8(self.gradient(grad_AN[:, piece.outputs]), piece.codes.backward, dtype) for piece in pieces]
@@ -86,14 +89,14 @@ class Fp8Maps:
     def weight_gradient(
         self, grad_AN: Tensor, rows: Quantized | Tensor, *, power_of_two: bool | None = None
     ) -> Callable[[], Tensor]:
-        """The gradient of the weights of all those maps, NK in float32, when it is asked for.
+        """Returns a closure that computes the gradient of the weights of all those maps, NK in float32.
 
-        Till then both operands wait in FP8.
+        Until it is called, both operands wait in FP8.
 
         Args:
-            grad_AN: of the outputs.
-            rows: the input: as it was kept in FP8, or as numbers, AK.
-            power_of_two: of the input's scales; None: as of all others.
+            grad_AN: gradient of the outputs.
+            rows: the input: kept in FP8, or as numbers, AK.
+            power_of_two: whether the input's scales are powers of two; None: as for all others.
         """
         counts = (len(grad_AN),)
         rounds = self.power_of_two if power_of_two is None else power_of_two
@@ -113,7 +116,7 @@ class Fp8Maps:
         return pieces
 
     def _quantize(self, weights: Sequence[Tensor]) -> list[_Piece]:
-        """One piece where every map but the last ends with a block of 128 outputs; else one for each map."""
+        """Returns one piece if every map but the last ends with a block of 128 outputs, else one for each map."""
         found = [quantize_128x128(weight.detach(), self.power_of_two) for weight in weights]
         if len(found) > 1 and all(weight.shape[0] % TILE == 0 for weight in weights[:-1]):
             found = [QuantizedBlocks(_join([each.codes for each in found]), _join([each.scales for each in found]))]
@@ -126,7 +129,10 @@ class Fp8Maps:
 
 
 def _dense(grad_AN: Tensor) -> Tensor:
-    """A gradient as kernels read it, row by row: autograd's own, that of a sum say, may be one number, expanded."""
+    """Returns a gradient with contiguous rows, as kernels require it.
+
+    Autograd may pass one number, expanded, such as the gradient of a sum.
+    """
     return grad_AN if grad_AN.stride(1) == 1 else grad_AN.contiguous()
 
 
@@ -137,7 +143,7 @@ def _join(parts: Sequence[Tensor]) -> Tensor:
 
 
 def deliver_gradient(weight: Tensor, gradient: Callable[[], Tensor], sink: WeightSink | None) -> Tensor | None:
-    """Gives a float32 gradient: to the sink as it is, to autograd in the weight's type."""
+    """Returns a float32 gradient to autograd in the weight's type, or defers it to the sink and returns None."""
     if not weight.requires_grad:
         return None
     if sink is None:
@@ -149,7 +155,10 @@ def deliver_gradient(weight: Tensor, gradient: Callable[[], Tensor], sink: Weigh
 def deliver_parts(
     weights_NK: Sequence[Tensor], gradient: Callable[[], Tensor], sink: WeightSink | None
 ) -> list[Tensor | None]:
-    """`give` for several maps of one input: each weight's rows of the gradient, which is computed once."""
+    """Applies `deliver_gradient` to several maps of one input.
+
+    Each weight gets its rows of the gradient, which is computed once.
+    """
     once, given, first = cache(gradient), list[Tensor | None](), 0
     for weight in weights_NK:
         given.append(deliver_gradient(weight, partial(_rows, once, slice(first, first + len(weight))), sink))

@@ -1,8 +1,8 @@
-"""A norm with the linear layers behind it, and linear layers of rows that are a norm's output, in FP8.
+"""A norm followed by linear layers, and linear layers of rows that are a norm's output, in FP8.
 
-What is kept of both is the layers' input in FP8 (arXiv:2412.19437, section 3.3.3), or the norm's input if that is kept
-anyway. The norm is computed in float32; its backward reads the kept codes. Shape legend: A rows, B bytes of a packed
-row, D hidden size, N outputs.
+Both keep the layers' input in FP8 (arXiv:2412.19437, section 3.3.3), or the norm's input if that is kept anyway. The
+norm is computed in float32; its backward reads the kept codes. Shape legend: A rows, B bytes of a packed row, D hidden
+size, N outputs.
 """
 
 from collections.abc import Sequence
@@ -53,13 +53,13 @@ class _NormedLinear(torch.autograd.Function):
 def normed_linear(
     x: Tensor, norm: RmsNorm, weights_ND: Sequence[Tensor], sink: WeightSink | None, maps: Fp8Maps
 ) -> Tensor:
-    """Applies linear layers to norm(x); keeps neither x nor norm(x) but the latter's codes.
+    """Applies linear layers to norm(x); keeps only the codes of norm(x).
 
     Args:
         x: [..., D].
         norm: applied first.
-        weights_ND: of the layers.
-        sink: takes their gradients.
+        weights_ND: weights of the layers.
+        sink: takes the gradients of the weights.
         maps: the model's FP8 products.
 
     Returns:
@@ -100,13 +100,13 @@ class _LinearOfRows(torch.autograd.Function):
 def linear_of_rows(
     rows: Fp8Rows, source: NormSource, weights_ND: Sequence[Tensor], sink: WeightSink | None, maps: Fp8Maps
 ) -> Tensor:
-    """Applies linear layers to rows; their source is kept, from which the backward makes the rows again.
+    """Applies linear layers to rows; keeps their source, from which the backward recomputes the rows.
 
     Args:
-        rows: from `pack_rows`; take the gradient, [..., D].
+        rows: rows from `pack_rows`; they take the gradient, [..., D].
         source: gets no gradient here.
-        weights_ND: of the layers.
-        sink: takes their gradients.
+        weights_ND: weights of the layers.
+        sink: takes the gradients of the weights.
         maps: the model's FP8 products.
 
     Returns:

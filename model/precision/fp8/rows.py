@@ -1,7 +1,7 @@
-"""Rows on their way to experts in FP8: put in codes once, near and far (arXiv:2412.19437, section 3.3.3).
+"""Rows on their way to experts in FP8, quantized once for local and remote experts (arXiv:2412.19437, section 3.3.3).
 
-Autograd knows no codes. A placeholder without memory takes the gradient in their place; rounding counts as the
-identity. Shape legend: N tokens, A received rows, B bytes of a packed row, D hidden size.
+Autograd does not support codes. A placeholder without memory takes the gradient in their place, and rounding counts as
+the identity. Shape legend: N tokens, A received rows, B bytes of a packed row, D hidden size.
 """
 
 from collections.abc import Sequence
@@ -19,18 +19,18 @@ from model.precision.linears import Rows
 
 
 class GradientSlot:
-    """Brings the gradient of the experts' output to their backward in FP8, past autograd."""
+    """Passes the gradient of the experts' output to their backward in FP8, outside autograd."""
 
     def __init__(self) -> None:
         self._packed_AB: Tensor | None = None
 
     def put(self, packed_AB: Tensor, num_columns: int, dtype: torch.dtype) -> Tensor:
-        """Leaves the packed gradient here; returns what autograd is given in its place, AD."""
+        """Stores the packed gradient; returns the placeholder that autograd gets, AD."""
         self._packed_AB = packed_AB
         return placeholder((len(packed_AB), num_columns), packed_AB.new_empty((), dtype=dtype))
 
     def take(self) -> Tensor:
-        """Returns what was left here, once."""
+        """Returns the stored gradient and clears the slot."""
         packed_AB, self._packed_AB = self._packed_AB, None
         assert packed_AB is not None, "experts: a backward without the gradient of the output in FP8"
         return packed_AB
@@ -40,8 +40,10 @@ class GradientSlot:
 class Fp8Rows:
     """Rows in FP8 with power-of-two scales.
 
-    values: takes the rows' gradient, [..., D]; has no memory. packed: codes and scales, uint8 NB or AB. slot: of
-    received rows, brings the gradient of the experts' output.
+    Attributes:
+        values: placeholder without memory that takes the rows' gradient, [..., D].
+        packed: codes and scales, uint8 NB or AB.
+        slot: holds the output gradient of received rows.
     """
 
     values: Tensor
@@ -49,18 +51,18 @@ class Fp8Rows:
     slot: GradientSlot | None = None
 
     def with_values(self, values: Tensor) -> "Fp8Rows":
-        """Returns the same codes, whose gradient goes to another tensor."""
+        """Returns the same codes with another tensor that takes the gradient."""
         return replace(self, values=values)
 
 
 def as_fp8(rows: Rows) -> Fp8Rows:
-    """Returns rows that `Fp8Linears` or its wire made, as what they are."""
+    """Narrows the type of rows that `Fp8Linears` or its wire created."""
     assert isinstance(rows, Fp8Rows)
     return rows
 
 
 class Fp8Wire:
-    """Sends rows to experts, and gradients after them, in FP8; results and gradients return in the model's type."""
+    """Sends rows to experts and gradients after them in FP8; results and their gradients use the model's type."""
 
     def __init__(self) -> None:
         self._slot = GradientSlot()
@@ -70,7 +72,7 @@ class Fp8Wire:
         return as_fp8(rows).packed
 
     def unpack(self, received: Tensor, sent: Rows) -> Fp8Rows:
-        """Returns the codes that arrived, AB, with a placeholder for their gradient, AD."""
+        """Returns the received codes, AB, with a placeholder for their gradient, AD."""
         values_AD = placeholder((len(received), sent.values.shape[-1]), sent.values)
         return Fp8Rows(values_AD, received, self._slot)
 
@@ -79,12 +81,12 @@ class Fp8Wire:
         return pack_gradient(grad_ND)
 
     def unpack_gradient(self, received: Tensor, grad_ND: Tensor) -> Tensor:
-        """Puts the codes into the slot; returns a placeholder, AD."""
+        """Stores the codes in the slot; returns a placeholder, AD."""
         return self._slot.put(received, grad_ND.shape[-1], grad_ND.dtype)
 
 
 def placeholder(shape: Sequence[int], like: Tensor) -> Tensor:
-    """Returns a tensor that takes a gradient in the place of codes; its numbers are zeros, all in one place."""
+    """Returns a tensor that takes a gradient in place of codes; all elements are the same zero in memory."""
     return like.new_zeros(()).expand(*shape)
 
 
@@ -105,21 +107,21 @@ def _pack(normal_AD: Tensor) -> Tensor:
 
 
 def pack_rows(normal: Tensor) -> Fp8Rows:
-    """Returns the experts' input in FP8 from a norm's output, [..., D]."""
+    """Quantizes a norm's output, [..., D], to the experts' input in FP8."""
     return Fp8Rows(*_Pack.apply(normal))  # type: ignore[no-untyped-call]
 
 
 def pack_gradient(grad_ND: Tensor) -> Tensor:
-    """Returns a gradient on its way to experts in codes with power-of-two scales, NB."""
+    """Quantizes a gradient on its way to experts with power-of-two scales, NB."""
     return pack(quantize_1x128(grad_ND.contiguous(), True, GRADIENTS_MIN_AMAX))
 
 
 def repack(source: NormSource) -> Tensor:
-    """Returns the codes that `pack_rows` made of the norm's output, AB."""
+    """Recomputes the codes that `pack_rows` returned for the norm's output, AB."""
     return _pack(recompute_norm(source.x, source.norm_weight_D, source.eps))
 
 
 def recompute_norm(x: Tensor, norm_weight_D: Tensor, eps: float) -> Tensor:
-    """Returns the norm's output, AD, with the bits that it had in the forward."""
+    """Recomputes the norm's output, AD, bit for bit."""
     normal_AD, _ = rms_norm(x.flatten(0, -2), norm_weight_D, eps)
     return normal_AD

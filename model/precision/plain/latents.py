@@ -1,6 +1,6 @@
-"""The linear layers around the heads of latent attention in the weights' own type.
+"""Linear layers before and after the heads of latent attention, in the weights' own type.
 
-Keeps the compressed values, and outputs of norms if they are not computed again. Shape legend: as in
+It keeps the compressed values, and outputs of norms if they are not recomputed. Shape legend: as in
 model/attention/projections.py.
 """
 
@@ -18,7 +18,7 @@ from model.precision.linear import deliver_gradient
 
 
 class PlainLatentLinears:
-    """`LatentLinears` in the weights' own type."""
+    """Implements `LatentLinears` in the weights' own type."""
 
     frees_mixed = False
 
@@ -30,7 +30,10 @@ class PlainLatentLinears:
         recomputed: frozenset[Recomputed],
         kept: Sequence[Tensor] = (),
     ) -> None:
-        """kept: in a backward, what the heads mixed as the kernel returned it, then the norms' outputs if kept."""
+        """Takes the compressed values.
+
+        `kept`: in a backward, the heads' output as the kernel returned it, then the norms' outputs if they were kept.
+        """
         self._compressed, self._weights, self._options = compressed_BTX, weights, options
         self._keeps_normals = "norm" not in recomputed
         self.frees_heads = "mla_up" in recomputed
@@ -61,7 +64,7 @@ class PlainLatentLinears:
         return torch.addmm(x_ND, mixed_NV, self._weights.out.t())
 
     def saved(self, mixed_BHTW: Tensor) -> tuple[Tensor, ...]:
-        """Implements `LatentLinears.saved`: the compressed values, what the heads mixed, and norms' outputs if kept."""
+        """Implements `LatentLinears.saved`: compressed values, the heads' output, and the norms' outputs if kept."""
         if not self._keeps_normals:
             return self._compressed, mixed_BHTW
         if self._weights.query_up is None:
@@ -105,7 +108,10 @@ class PlainLatentLinears:
 
 
 def _normal(x: Tensor, weight: Tensor, eps: float, kept: Sequence[Tensor]) -> Callable[[], Tensor]:
-    """Returns norm(x) when first asked, or as it was kept. Holds tensors alone, so it is freed with its holder."""
+    """Returns norm(x), computed at the first call unless it was kept.
+
+    The closure holds only tensors, so it is freed with its owner.
+    """
     if kept:
         normal = kept[0]
         return lambda: normal

@@ -1,6 +1,6 @@
 """Linear layers, SwiGLU networks and experts in the weights' own type.
 
-What a backward computes again instead of keeping it is chosen by `Computing.recomputed`. Shape legend: as in
+`Computing.recomputed` selects what a backward recomputes. Shape legend: as in
 model/precision/linears.py.
 """
 
@@ -36,7 +36,7 @@ class PlainRows:
     values: Tensor
 
     def with_values(self, values: Tensor) -> "PlainRows":
-        """Returns other numbers as rows."""
+        """Returns rows with other numbers."""
         return PlainRows(values)
 
 
@@ -61,16 +61,16 @@ class PlainWire:
 
 
 class PlainLinears:
-    """`Linears` in the weights' own type."""
+    """Implements `Linears` in the weights' own type."""
 
     def __init__(self, recomputed: frozenset[Recomputed]) -> None:
-        """recomputed: what a backward computes again instead of keeping it."""
+        """Stores what a backward recomputes instead of keeping it."""
         self._recomputed = recomputed
         self._keeps_normal = "norm" not in recomputed
         self._keeps_gated = "swiglu" not in recomputed
 
     def weights_unchanged(self) -> AbstractContextManager[None]:
-        """Does nothing: weights are used as they are."""
+        """Returns a context that does nothing: weights are used without conversion."""
         return nullcontext()
 
     def normed_linear(self, x: Tensor, norm: RmsNorm, weights_ND: Sequence[Tensor], sink: WeightSink | None) -> Tensor:
@@ -132,7 +132,7 @@ class PlainLinears:
 
 
 class _GatedDown(torch.autograd.Function):
-    """base + (silu(gate) * up) down^T, the product in brackets computed anew in the backward."""
+    """Computes base + (silu(gate) * up) down^T; the backward recomputes the product in brackets."""
 
     @staticmethod
     def forward(
@@ -162,8 +162,9 @@ class _GatedDown(torch.autograd.Function):
 class _Options:
     """Arguments of an experts' pass that are not tensors.
 
-    order: of rows that stay on this rank: they are given by token, and results are summed by token. None: rows were
-    received in the experts' order.
+    Attributes:
+        order: order of rows that stay on this rank: they are given by token, and results are summed by token. None:
+            rows were received in the experts' order.
     """
 
     counts: Sequence[int]
@@ -173,7 +174,7 @@ class _Options:
 
     @property
     def tokens_A(self) -> Tensor | None:
-        """The token of each row if rows are given by token."""
+        """Token of each row if rows are given by token."""
         return None if self.order is None else self.order.tokens_A
 
 
@@ -198,7 +199,7 @@ class _ExpertMlp(torch.autograd.Function):
         rows_ND, weights_A, hidden_AH, gate_up_EHD, down_EDM, *kept = ctx.saved_tensors
         options: _Options = ctx.options
         counts, sink, order, run = options.counts, options.sink, options.order, ctx.run
-        # Without a split, gradients of rows and weights are made expert by expert, and hidden gradients never whole.
+        # Without a split, all gradients are computed expert by expert; hidden gradients never exist for all experts.
         grad_ND = grads[0].contiguous()
         given = (weights_A, hidden_AH, gate_up_EHD, down_EDM, counts, options.tokens_A)
         is_at_once = sink is None and gate_up_EHD.requires_grad and down_EDM.requires_grad
