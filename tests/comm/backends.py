@@ -1,4 +1,4 @@
-"""Registered dispatchers for tests, on the ranks of any expert group."""
+"""Builds registered dispatchers for tests, on the ranks of any expert group."""
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -23,13 +23,13 @@ from comm.protocol import Dispatcher
 from comm.watchdog.collective_log import CollectiveLog
 from tests.comm.deep_ep_emulation import Emulation
 
-MAX_TOKENS, MAX_CHOICES = 200, 4  # of a rank in any case of the contract
+MAX_TOKENS, MAX_CHOICES = 200, 4  # maximum number of a rank's tokens in the contract suite
 _TIMEOUT_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A dispatcher's name, the node of each rank of the expert group, which is the world, and fields of its config."""
+    """Name of a dispatcher, fields of its config, and the node of each rank. The expert group is the world."""
 
     kind: str
     nodes: tuple[int, ...]
@@ -38,18 +38,18 @@ class Setting:
 
     @property
     def layout(self) -> "GivenLayout":
-        """Of the world."""
+        """Layout of the world."""
         mesh = ParallelismConfig(pipeline=1, data=len(self.nodes), expert=len(self.nodes))
         return GivenLayout(mesh, 1, self.nodes)
 
     @property
     def entry(self) -> DispatcherEntry:
-        """What is registered."""
+        """Registry entry of the dispatcher."""
         return DISPATCHERS.get(self.kind)
 
     @property
     def config(self) -> DispatchConfig:
-        """The dispatcher's configuration; a field that it does not have is left out."""
+        """Configuration of the dispatcher. Fields that it does not have are ignored."""
         entry = self.entry
         cap = {"max_nodes": self.max_nodes or len(self.nodes), "node_cap": "verify"}
         values = {"kind": self.kind, "payload": "full", **cap, **entry.contract.fields, **self.fields}
@@ -61,17 +61,17 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class GivenLayout(Layout):
-    """Ranks on given nodes: what an expert group sees that begins or ends within a node."""
+    """Layout with given nodes, for expert groups that begin or end within a node."""
 
     nodes: tuple[int, ...]
 
     def node_of(self, rank: int) -> int:
-        """See `nodes`."""
+        """Returns the node of a rank from `nodes`."""
         return self.nodes[rank]
 
 
 def capped_kinds() -> list[str]:
-    """Names of dispatchers that send rows between ranks by themselves, without a package."""
+    """Returns the names of dispatchers that send rows between ranks and need no package."""
     return [
         name
         for name, entry in DISPATCHERS.items()
@@ -80,12 +80,12 @@ def capped_kinds() -> list[str]:
 
 
 def watching() -> Observers:
-    """New observers."""
+    """Returns new observers."""
     return Observers(Traffic(), CollectiveLog())
 
 
 def maker(setting: Setting, num_experts: int, observers: Observers) -> Callable[[Lane], Dispatcher]:
-    """Makes a process group, once, and gives what builds dispatchers on it."""
+    """Creates a process group once and returns a function that builds dispatchers on it."""
     group = distributed.new_group()
     assert isinstance(group, distributed.ProcessGroup)
 
@@ -105,7 +105,7 @@ def make_parts(
     observers: Observers,
     hidden_size: int = 24,
 ) -> DispatcherParts:
-    """What a dispatcher is built from, for as many tokens as any test has."""
+    """Returns the arguments for a dispatcher, with room for the tokens of any test."""
     return DispatcherParts(
         num_experts=num_experts,
         layout=layout,
@@ -119,14 +119,14 @@ def make_parts(
 
 @contextmanager
 def emulated(setting: Setting) -> Iterator[None]:
-    """While inside, an emulation stands for the package that the dispatcher needs, if it needs one."""
+    """Replaces the package that the dispatcher needs by an emulation while inside."""
     package = setting.entry.contract.package
     if package is None:
         yield
         return
     assert package == "deep_ep", f"no emulation of {package}"
     ranks_per_node = setting.nodes.count(setting.nodes[0])
-    # The package may be built for either type of ids.
+    # The package can be built for either dtype of ids.
     ids_dtype = torch.int64 if ranks_per_node == len(set(setting.nodes)) else torch.int32
     emulation: Any = Emulation(ranks_per_node, ids_dtype)
     emulation.__spec__ = ModuleSpec(package, None)

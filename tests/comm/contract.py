@@ -1,4 +1,4 @@
-"""Cases for dispatchers, and what must arrive in them, found by loops over tokens.
+"""Defines test cases for dispatchers, and computes the expected rows by loops over tokens.
 
 A backend's test makes a `Bench` on each rank of an expert group; the laws are in `tests.comm.laws`.
 
@@ -21,13 +21,13 @@ CASES = ("even", "uneven", "empty_rank", "no_token", "one_rank", "one_node", "un
 
 
 def num_experts_for(num_ranks: int) -> int:
-    """A number of experts that the ranks can share, at least as many on each as a token chooses."""
+    """Returns a number of experts that the ranks can share, with at least K experts on each rank."""
     return num_ranks * max(NUM_CHOICES, -(-24 // num_ranks))
 
 
 @dataclass(frozen=True)
 class Routing:
-    """One rank's part of a case; every rank can make every rank's."""
+    """Routing of one rank in a case. Every rank can compute the routing of every other rank."""
 
     ids_TK: Tensor
     rows_TD: Tensor
@@ -36,10 +36,16 @@ class Routing:
 
 @dataclass(frozen=True)
 class Bench:
-    """What a law works with on one rank.
+    """Inputs of a law on one rank.
 
-    make: a dispatcher on a lane. nodes: of each member of the group, by place. place: of this rank. row_types: that the
-    dispatcher moves, weights_type: of routing weights, hidden_size: of a row. device: of all tensors.
+    Attributes:
+        make: builder of a dispatcher on a lane.
+        nodes: node of each member of the group.
+        place: index of this rank in the group.
+        row_types: dtypes of rows that the dispatcher supports.
+        weights_type: dtype of routing weights.
+        hidden_size: width of a row.
+        device: device of all tensors.
     """
 
     make: Callable[[Lane], Dispatcher]
@@ -54,25 +60,25 @@ class Bench:
 
     @property
     def row_type(self) -> torch.dtype:
-        """The widest type of rows."""
+        """Widest dtype of rows."""
         return self.row_types[0]
 
     @property
     def num_experts(self) -> int:
-        """Of the layer."""
+        """Number of experts of the layer."""
         return num_experts_for(len(self.nodes))
 
     @property
     def num_local(self) -> int:
-        """Of each rank."""
+        """Number of experts of each rank."""
         return self.num_experts // len(self.nodes)
 
     def dispatcher(self) -> Dispatcher:
-        """A new one on the bench's lane."""
+        """Builds a dispatcher on the bench's lane."""
         return self.make(self.lane)
 
     def mine(self, case: str, dtype: torch.dtype | None = None, hidden_size: int | None = None) -> Routing:
-        """This rank's part of a case, on the device."""
+        """Returns this rank's routing of a case, on the device."""
         routing = self.routing(case, self.place, dtype, hidden_size)
         return Routing(
             routing.ids_TK.to(self.device), routing.rows_TD.to(self.device), routing.weights_TK.to(self.device)
@@ -81,7 +87,7 @@ class Bench:
     def routing(
         self, case: str, place: int, dtype: torch.dtype | None = None, hidden_size: int | None = None
     ) -> Routing:
-        """Any rank's part, on the host: small integers, so that every sum is exact in every type and order."""
+        """Returns the routing of any rank, on the host. Values are small integers, so that all sums are exact."""
         generator = torch.Generator().manual_seed(100 * CASES.index(case) + place)
         last = place == len(self.nodes) - 1
         num_tokens = {"uneven": 3 + 7 * place, "empty_rank": 0 if last else 9, "no_token": 0}.get(case, 12)
@@ -102,7 +108,7 @@ class Bench:
         return Routing(ids_TK, rows_TD.to(dtype or self.row_type), weights_TK)
 
     def copies(self, case: str) -> list[tuple[int, int, int]]:
-        """(source place, token, choice) of each row that reaches this rank: by expert, then source, then token."""
+        """Returns (source, token, choice) of each row for this rank, by expert, then source, then token."""
         found = []
         for source in range(len(self.nodes)):
             for token, ids in enumerate(self.routing(case, source).ids_TK.tolist()):
@@ -114,7 +120,7 @@ class Bench:
     def arriving(
         self, case: str, dtype: torch.dtype | None = None, hidden_size: int | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Rows and weights that must arrive here, AD and A."""
+        """Returns the rows and weights that must arrive on this rank, AD and A."""
         parts = [self.routing(case, source, dtype, hidden_size) for source in range(len(self.nodes))]
         copies = self.copies(case)
         rows = [parts[source].rows_TD[token : token + 1] for source, token, _ in copies]

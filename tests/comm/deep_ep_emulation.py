@@ -1,9 +1,9 @@
-"""An emulation of the package deep_ep 2.1.0 on torch.distributed. None of its code is here, and it proves no speed.
+"""Emulates the package deep_ep 2.1.0 on torch.distributed, without its code and without its speed.
 
-It has the signatures of `ElasticBuffer` and `EPHandle`, refuses what the package's host code refuses, and gives what
-its documentation and kernels promise and nothing more: received rows come grouped by the sender's place within its
-node, and within such a group in another order at every dispatch that is not cached. What the dispatcher does not use
-(expansion, alignment, bias, events, no CPU synchronization) is refused.
+It has the signatures of `ElasticBuffer` and `EPHandle`, and rejects the arguments that the package's host code rejects.
+It guarantees only what the package's documentation and kernels guarantee: received rows are grouped by the sender's
+index within its node, and within a group their order differs at every dispatch that is not cached. Features that the
+dispatcher does not use (expansion, alignment, bias, events, no CPU synchronization) are rejected.
 
 Shape legend: T tokens, K experts per token, S rows sent, R rows received, D columns, M ranks, L local experts.
 """
@@ -19,7 +19,7 @@ _TMA_BYTES = 32
 
 @dataclass
 class EPHandle:
-    """The attributes that callers may read, and behind underscores what the emulation itself keeps."""
+    """Handle with the attributes that callers may read, and private attributes of the emulation."""
 
     do_expand: bool
     num_experts: int
@@ -39,16 +39,16 @@ class EPHandle:
 
 @dataclass
 class EventOverlap:
-    """What a call gives that is over when it returns."""
+    """Event of a call that has completed when it returns."""
 
     event: None = None
 
 
 @dataclass
 class Emulation:
-    """Stands for the module. Counts calls by kind.
+    """Emulation of the module. It counts calls by kind.
 
-    num_scaleup_ranks: ranks of a node, which the package learns from NCCL.
+    `num_scaleup_ranks` is the number of ranks of a node, which the package gets from NCCL.
     """
 
     num_scaleup_ranks: int
@@ -56,12 +56,12 @@ class Emulation:
     calls: list[str] = field(default_factory=list)
 
     def ElasticBuffer(self, *args: object, **kwargs: object) -> "ElasticBuffer":
-        """As the class in the module."""
+        """Opens a buffer, like the module's class."""
         return ElasticBuffer(*args, **kwargs, _module=self)  # type: ignore[arg-type]
 
 
 class ElasticBuffer:
-    """The buffer of one group."""
+    """Buffer of one group."""
 
     def __init__(
         self,
@@ -99,18 +99,18 @@ class ElasticBuffer:
         self._module: Emulation | None = _module
 
     def destroy(self) -> None:
-        """All ranks together; once."""
+        """Frees the buffer. All ranks must call it once, together."""
         assert self.explicitly_destroy
         assert self._module is not None
         distributed.barrier(self.group)
         self._module = None
 
     def get_logical_domain_size(self) -> tuple[int, int]:
-        """Nodes, and ranks of a node."""
+        """Returns the number of nodes and of ranks per node."""
         return self.num_ranks // self._num_scaleup, self._num_scaleup
 
     def get_theoretical_num_sms(self, num_experts: int, num_topk: int) -> int:
-        """Some even number."""
+        """Returns an even number."""
         assert num_experts % self.num_ranks == 0
         return 4 + 0 * num_topk
 
@@ -136,7 +136,7 @@ class ElasticBuffer:
         do_zero_padding: bool = False,
         use_tma_aligned_col_major_sf: bool = False,
     ) -> tuple[Tensor | tuple[Tensor, Tensor], Tensor | None, Tensor | None, EPHandle, EventOverlap]:
-        """Each row to every rank with experts of its token."""
+        """Sends each row to every rank with experts of its token."""
         events = (previous_event, previous_event_before_epilogue, async_with_compute_stream, allocate_on_comm_stream)
         others = (cumulative_local_expert_recv_stats, num_max_tokens_per_rank, expert_alignment, do_expand)
         assert not any((*events, *others, do_zero_padding, use_tma_aligned_col_major_sf)), "not emulated"
@@ -152,7 +152,7 @@ class ElasticBuffer:
             assert num_experts is not None
             handle = self._lay_out(topk_idx, num_experts, num_sms, num_channels)
         else:
-            # The package's documentation says both that a cached dispatch takes weights and that it must not.
+            # The package's documentation is contradictory about weights in a cached dispatch.
             assert topk_idx is None
             assert topk_weights is None
             assert num_experts in (None, handle.num_experts)
@@ -184,7 +184,7 @@ class ElasticBuffer:
         async_with_compute_stream: bool = False,
         allocate_on_comm_stream: bool = False,
     ) -> tuple[Tensor, Tensor | None, EventOverlap]:
-        """The sum of each token's rows: float32 and rounded over the ranks of a node, then likewise over nodes."""
+        """Sums each token's rows in float32, rounded over the ranks of a node and again over nodes."""
         events = (previous_event, previous_event_before_epilogue, async_with_compute_stream, allocate_on_comm_stream)
         assert not any((bias, *events)), "not emulated"
         assert self._module is not None, "destroyed"
@@ -216,7 +216,7 @@ class ElasticBuffer:
         return sum_TD.bfloat16(), weights_TK, EventOverlap()
 
     def _check_rows(self, x: Tensor | tuple[Tensor, Tensor], num_sms: int) -> int:
-        """What host code and kernels refuse; gives the channels into which rows of this size divide the kernels."""
+        """Rejects unsupported rows, and returns the number of channels for rows of this size."""
         rows, scales = x if isinstance(x, tuple) else (x, None)
         assert rows.dtype == (torch.bfloat16 if scales is None else torch.float8_e4m3fn)
         assert rows.dim() == 2
@@ -274,7 +274,7 @@ class ElasticBuffer:
         return self.rank_idx * (num_experts // self.num_ranks)
 
     def _arrival(self, received: Tensor) -> Tensor:
-        """The places, by source rank, of rows in their order of arrival, which nothing but the group decides."""
+        """Returns the source positions of rows in their order of arrival."""
         assert self._module is not None
         generator = torch.Generator().manual_seed(1000 * len(self._module.calls) + self.rank_idx)
         sources_R = torch.arange(self.num_ranks).repeat_interleave(received)

@@ -1,4 +1,4 @@
-"""What DeepEP's dispatcher keeps beyond the contract: its codes, its counts, its one layout for a plan.
+"""Defines laws of DeepEP's dispatcher beyond the contract: codes, counts, one handle for a plan.
 
 Rows and weights are small integers, so that every sum is exact in bfloat16.
 Shape legend: T tokens, K experts per token, D hidden size, A arrived rows, B bytes of a row.
@@ -21,9 +21,9 @@ from tests.comm.deep_ep_emulation import Emulation
 
 @dataclass(frozen=True)
 class Desk:
-    """What a law works with on one rank: a bench of the contract, and what is behind the dispatcher.
+    """Inputs of a law on one rank: a bench of the contract, and parts behind the dispatcher.
 
-    capped: a dispatcher on the bench's lane that verifies so many nodes per token.
+    `capped` builds a dispatcher on the bench's lane that verifies a node cap.
     """
 
     bench: Bench
@@ -33,7 +33,7 @@ class Desk:
 
 
 def law_codes_and_full_rows_mix_in_one_plan(desk: Desk) -> None:
-    """Each type of rows moves by a handle of its own."""
+    """Checks that each dtype of rows uses a separate handle."""
     bench, dispatcher = desk.bench, desk.bench.dispatcher()
     width = bench.hidden_size + 8
     for case in CASES:
@@ -51,7 +51,7 @@ def law_codes_and_full_rows_mix_in_one_plan(desk: Desk) -> None:
 
 
 def law_quantised_rows_are_what_the_wrapper_makes_of_them(desk: Desk) -> None:
-    """Integers up to 8 are codes as they are, so FP8 changes nothing and all of its path shows."""
+    """Checks FP8 rows. Integers up to 8 are exact codes, so FP8 must not change results."""
     dispatcher = Fp8Dispatcher(desk.bench.dispatcher())
     for case in ("uneven", "dropped"):
         mine = desk.bench.mine(case)
@@ -62,7 +62,7 @@ def law_quantised_rows_are_what_the_wrapper_makes_of_them(desk: Desk) -> None:
 
 
 def law_one_layout_serves_a_plan(desk: Desk) -> None:
-    """DeepEP exchanges counts, and the host waits for them, once for a plan."""
+    """Checks that DeepEP exchanges counts, with a host wait, once for a plan."""
     if not isinstance(desk.library, Emulation):
         return
     dispatcher, mine = desk.bench.dispatcher(), desk.bench.mine("even")
@@ -76,7 +76,7 @@ def law_one_layout_serves_a_plan(desk: Desk) -> None:
 
 
 def law_prediction_agrees_with_an_enumeration(desk: Desk) -> None:
-    """Summed over ranks. Between nodes a row goes once to a node, to the sender's index there, and on to its ranks."""
+    """Checks predicted rows over all ranks. A row is sent once to each node and forwarded there."""
     bench, dispatcher, nodes = desk.bench, desk.bench.dispatcher(), desk.bench.nodes
     mine = bench.mine("dropped")
     desk.observers.traffic.take()

@@ -1,6 +1,6 @@
-"""The contract of every dispatcher: laws that hold on the ranks of an expert group, whatever carries the rows.
+"""Defines the contract of every dispatcher: laws that hold on the ranks of an expert group.
 
-A law exchanges first and asserts afterwards: a rank that gave up in between would leave the others waiting.
+A law exchanges first and asserts afterwards, because a rank that failed in between would block the others.
 
 Shape legend: T tokens, K experts per token, D hidden size, A arrived rows, E experts.
 """
@@ -16,7 +16,7 @@ from tests.comm.contract import CASES, NUM_CHOICES, Bench
 
 
 def law_rows_arrive_as_specified(bench: Bench) -> None:
-    """Each copy once, by expert, then source, then token; counts and weights with it."""
+    """Checks that each copy arrives once, by expert, source and token, with its counts and weights."""
     dispatcher = bench.dispatcher()
     assert dispatcher.num_local_experts == bench.num_local
     results = []
@@ -39,7 +39,7 @@ def law_rows_arrive_as_specified(bench: Bench) -> None:
 
 
 def law_combine_sums_each_token_s_experts(bench: Bench) -> None:
-    """An expert that multiplies by a number of its own makes token t's sum its row times a known factor."""
+    """Checks sums with experts that multiply rows by known factors."""
     dispatcher = bench.dispatcher()
     results = []
     for case in CASES:
@@ -57,7 +57,7 @@ def law_combine_sums_each_token_s_experts(bench: Bench) -> None:
 
 
 def law_backwards_are_adjoint(bench: Bench) -> None:
-    """<dispatch x, y> = <x, dispatch_backward y>, likewise for weights and for combine; summed over ranks, exact."""
+    """Checks <dispatch x, y> = <x, dispatch_backward y>, also for weights and combine, exactly over all ranks."""
     dispatcher = bench.dispatcher()
     totals, dropped = [], []
     for case in CASES:
@@ -85,7 +85,7 @@ def law_backwards_are_adjoint(bench: Bench) -> None:
 
 
 def law_handles_are_independent_and_reusable(bench: Bench) -> None:
-    """All plans, then all dispatches, then everything back in reverse order, then all again: the same results."""
+    """Checks that interleaved and repeated exchanges of several handles give the same results."""
     dispatcher = bench.dispatcher()
     mine = [bench.mine(case) for case in CASES]
     handles = [dispatcher.plan(routing.ids_TK) for routing in mine]
@@ -115,7 +115,7 @@ def law_handles_are_independent_and_reusable(bench: Bench) -> None:
 
 
 def law_results_are_bitwise_the_same_on_any_lane(bench: Bench) -> None:
-    """And every time."""
+    """Checks that results are bitwise equal on any lane and in every run."""
     dtype = torch.float32 if torch.float64 in bench.row_types else bench.row_type
     hidden_size = 33 if bench.hidden_size < 33 else bench.hidden_size
     generator = torch.Generator().manual_seed(bench.place)
@@ -134,8 +134,8 @@ def law_results_are_bitwise_the_same_on_any_lane(bench: Bench) -> None:
     for other in results[1:]:
         assert all(torch.equal(first, second) for first, second in zip(results[0], other, strict=True))
     assert torch.equal(results[0][4], weights_TK)
-    # The sum of four terms is rounded at most three times: at the expert's rank, at its node and at home. In float32
-    # the terms' own roundings may differ with their places.
+    # The sum of four terms is rounded at most three times: on the expert's rank, on its node and on the token's rank.
+    # In float32 the roundings of the terms may differ with their positions.
     term_TKD = (torch.sin(rows_TD)[:, None] * weights_TK[:, :, None]).to(dtype).double()
     num_roundings = 3 if dtype == torch.bfloat16 else 6
     bound_TD = num_roundings * torch.finfo(dtype).eps / 2 * term_TKD.abs().sum(1)
@@ -143,9 +143,9 @@ def law_results_are_bitwise_the_same_on_any_lane(bench: Bench) -> None:
 
 
 def law_outputs_equal_local(bench: Bench) -> None:
-    """What one rank with all experts gives for these tokens, in float64 up to the order of summation.
+    """Checks results against one rank with all experts, in float64 up to the order of summation.
 
-    A dispatcher without float64 is held to integers alone, by the other laws.
+    A dispatcher without float64 is only tested with integers, by the other laws.
     """
     if torch.float64 not in bench.row_types:
         return
@@ -175,7 +175,7 @@ def law_outputs_equal_local(bench: Bench) -> None:
 
 
 def law_inputs_may_be_strided_and_results_carry_no_graph(bench: Bench) -> None:
-    """Ids, rows and weights in any layout of memory, with or without gradients."""
+    """Checks ids, rows and weights with any strides, with and without gradients."""
     dispatcher = bench.dispatcher()
     mine = bench.mine("uneven")
     handle = dispatcher.plan(mine.ids_TK.T.contiguous().T)
@@ -200,7 +200,7 @@ def law_inputs_may_be_strided_and_results_carry_no_graph(bench: Bench) -> None:
 
 
 def law_rows_of_bytes_travel_as_they_are(bench: Bench) -> None:
-    """A payload that only its wrapper can read, wider than a row by two scales; NaN's codes are among the bytes."""
+    """Checks opaque payloads that are wider than a row by two scales and contain codes of NaN."""
     dispatcher = bench.dispatcher()
     width = bench.hidden_size + 8
     results = []
@@ -222,7 +222,7 @@ def _dot(one: Tensor, other: Tensor) -> float:
 
 
 def _factor(experts: Tensor) -> Tensor:
-    """So small that sums of products stay within the 256 up to which bfloat16 holds every integer."""
+    """Returns a factor so small that sums of products stay below 256, where bfloat16 is exact for integers."""
     return experts % 10 + 1
 
 
@@ -247,7 +247,7 @@ LAWS = {
 
 
 def check_laws(bench: Bench) -> dict[str, str]:
-    """Failures by law."""
+    """Returns the failures by law."""
     failures = {}
     for name, law in LAWS.items():
         try:

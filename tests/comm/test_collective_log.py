@@ -1,4 +1,4 @@
-"""The log knows what was started, what is awaited, and in which order."""
+"""The log records started collectives and waits, in order."""
 
 import threading
 import time
@@ -12,7 +12,7 @@ from comm.watchdog.collective_log import CollectiveLog, CollectiveProgress, grou
 LABEL = Label(layer=1, direction=0, micro_batch=2)
 
 
-def test_log_numbers_operations_within_their_group() -> None:
+def test_log_numbers_collectives_within_their_group() -> None:
     log = CollectiveLog()
     numbers = [log.start(group, (0, 1), "dispatch", LABEL).number for group in ("a", "b", "a", "a", "b")]
     assert numbers == [0, 0, 1, 2, 1]
@@ -20,7 +20,7 @@ def test_log_numbers_operations_within_their_group() -> None:
     assert [operation.group for _, operation in log.recent()] == ["a", "b", "a", "a", "b"]
 
 
-def test_operation_tells_name_label_number_and_group() -> None:
+def test_collective_prints_name_label_number_and_group() -> None:
     log = CollectiveLog()
     text = "dispatch of layer 1, direction 0, micro-batch 2 (number 0 of group expert [4, 5])"
     assert str(log.start(group_name("expert", (4, 5)), (4, 5), "dispatch", LABEL)) == text
@@ -41,7 +41,7 @@ def test_order_hashes_are_equal_exactly_for_equal_orders() -> None:
     assert log.order_hashes()["a"] != hashes("x")  # another label
 
 
-def test_log_tells_what_is_awaited_the_longest_first() -> None:
+def test_log_returns_waits_the_longest_first() -> None:
     log = CollectiveLog()
     first, second, third = (log.start("a", (0,), name) for name in ("first", "second", "third"))
     with log.awaiting(second):
@@ -61,7 +61,7 @@ def test_log_tells_what_is_awaited_the_longest_first() -> None:
     assert log.progress()["a"] == CollectiveProgress(3, 2)
 
 
-def test_log_keeps_what_failed_and_does_not_finish_it() -> None:
+def test_log_records_failed_collectives_without_finishing_them() -> None:
     log = CollectiveLog()
     operation = log.start("a", (0,), "broken")
 
@@ -79,7 +79,7 @@ def test_log_keeps_what_failed_and_does_not_finish_it() -> None:
     assert log.progress()["a"] == CollectiveProgress(1, -1)
 
 
-def test_operations_in_a_stream_are_awaited_until_the_stream_is_through_with_them() -> None:
+def test_collectives_in_a_stream_are_waits_until_the_stream_has_passed_them() -> None:
     reached = [0]
     enqueued = [0]
 
@@ -103,7 +103,7 @@ def test_operations_in_a_stream_are_awaited_until_the_stream_is_through_with_the
     assert log.progress()["a"] == CollectiveProgress(2, 1)
 
 
-def test_log_forgets_all_but_the_last_operations() -> None:
+def test_log_keeps_only_the_last_collectives() -> None:
     log = CollectiveLog(num_kept=3)
     for name in "abcde":
         log.start("a", (0,), name)

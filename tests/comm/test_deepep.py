@@ -1,4 +1,4 @@
-"""DeepEP's dispatcher over an emulation of the package; over the package itself on two GPUs."""
+"""DeepEP's dispatcher with an emulation of the package, and with the package on two GPUs."""
 
 import importlib
 import importlib.util
@@ -32,7 +32,7 @@ SHAPE = BufferShape(max_tokens=MAX_TOKENS, hidden_size=HIDDEN, num_choices=MAX_C
 
 @dataclass(frozen=True)
 class Machines:
-    """Ranks, and how many of them make a node."""
+    """Number of ranks, and of ranks per node."""
 
     num_ranks: int
     ranks_per_node: int
@@ -41,7 +41,7 @@ class Machines:
 
     @property
     def layout(self) -> Layout:
-        """Of the world."""
+        """Layout of the world."""
         mesh = ParallelismConfig(pipeline=1, data=self.num_ranks, expert=self.num_ranks)
         return Layout(mesh, self.ranks_per_node)
 
@@ -55,7 +55,7 @@ _MACHINES = {
 
 
 def _check(rank: int, world_size: int, machines: Machines) -> dict[str, str]:
-    """Failures by law: of DeepEP's own laws, and on the package itself of the contract too."""
+    """Returns failures by law: of DeepEP's laws and, with the package, also of the contract."""
     device = torch.device("cuda", rank) if machines.real else torch.device("cpu")
     if machines.real:
         torch.cuda.set_device(device)
@@ -96,7 +96,7 @@ def failures(request: pytest.FixtureRequest) -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize("law", list(LAWS))
-def test_deepep_over_an_emulation_keeps_its_own_law(law: str, failures: list[dict[str, str]]) -> None:
+def test_deepep_with_an_emulation_keeps_its_laws(law: str, failures: list[dict[str, str]]) -> None:
     broken = [found[law] for found in failures if law in found]
     assert not broken, "\n".join(broken)
 
@@ -151,7 +151,7 @@ def _refuse(rank: int, world_size: int) -> dict[str, str]:
     return messages
 
 
-def test_deepep_refuses_what_its_kernels_cannot_move_in_one_line() -> None:
+def test_deepep_rejects_unsupported_rows_in_one_line() -> None:
     messages = run_ranks(1, _refuse)[0]
     parts = {
         "float rows": ("dispatch: ", "256 bfloat16, or 256 codes and float32 scales as uint8, has 256 torch.float32"),
@@ -180,6 +180,6 @@ def _divide(rank: int, world_size: int) -> str:
     return str(caught.value)
 
 
-def test_deepep_refuses_experts_that_ranks_cannot_share() -> None:
+def test_deepep_rejects_experts_that_ranks_cannot_share() -> None:
     for rank, message in enumerate(run_ranks(2, _divide)):
         assert "must divide 5 routed experts, has 2 ranks" in message, f"rank {rank}"

@@ -1,4 +1,4 @@
-"""Whether DeepEP is there, and what its kernels are made for, is told before anything starts."""
+"""A missing package or unsupported sizes of DeepEP are reported before a run starts."""
 
 import importlib
 import importlib.util
@@ -14,7 +14,7 @@ import pytest
 from comm.dispatch.deepep.package import BufferShape, DeepEPError, check_available, load_package
 
 
-def test_package_is_looked_for_without_torch() -> None:
+def test_package_check_needs_no_torch() -> None:
     code = """
         import importlib.util, sys
         from comm.dispatch.deepep.package import DeepEPError, check_available
@@ -31,7 +31,7 @@ def test_package_is_looked_for_without_torch() -> None:
     assert found.stdout.endswith("nearest valid: dispatch=two_hop False\n")
 
 
-def test_package_that_is_too_old_or_broken_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_package_that_is_too_old_or_broken_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     check_available()
     monkeypatch.setattr(importlib, "import_module", lambda name: SimpleNamespace(__version__="1.2.1"))
@@ -55,7 +55,7 @@ def test_package_that_is_too_old_or_broken_is_refused(monkeypatch: pytest.Monkey
         ({"max_tokens": 0}, "at least 1 token, has 0"),
     ],
 )
-def test_shape_that_no_kernel_is_made_for_is_refused(change: dict[str, int], message: str) -> None:
+def test_unsupported_shape_is_rejected(change: dict[str, int], message: str) -> None:
     sizes: dict[str, Any] = {"max_tokens": 8, "hidden_size": 256, "num_choices": 2, "timeout_seconds": 1.0}
     with pytest.raises(DeepEPError, match=message):
         BufferShape(**(sizes | change))

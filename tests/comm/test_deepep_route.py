@@ -1,4 +1,4 @@
-"""Received rows come in any order and leave in expert order."""
+"""Rows received in any order are sorted into expert order."""
 
 from types import SimpleNamespace
 
@@ -8,7 +8,7 @@ from comm.dispatch.deepep.route import DeepEPRoute
 
 
 def test_route_sorts_received_rows_by_expert_source_and_token() -> None:
-    """By hand: 3 rows of sources 7, 2 and 5 with 2 choices, experts 0 and 1 here."""
+    """Three rows of sources 7, 2 and 5 with two choices each; experts 0 and 1 are local."""
     handle = SimpleNamespace(
         num_recv_tokens_per_expert_list=[2, 2], recv_src_metadata=torch.tensor([[7, 0], [2, 0], [5, 0]])
     )

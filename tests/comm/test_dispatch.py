@@ -1,4 +1,4 @@
-"""Every registered dispatcher keeps the contract, on real ranks; on an emulation of the package that it may need."""
+"""Every registered dispatcher keeps the contract on real ranks, with emulations of missing packages."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from tests.ranks import run_ranks
 
 @dataclass(frozen=True)
 class Findings:
-    """Of one rank: failures by law, and the order of its operations by group."""
+    """Failures of one rank by law, and the order of its collectives by group."""
 
     failures: dict[str, str]
     orders: dict[str, str]
@@ -38,9 +38,9 @@ def check_contract(rank: int, world_size: int, setting: Setting, plugins: tuple[
     """Checks all laws on one rank.
 
     Args:
-        rank: of this process.
-        world_size: ranks of the expert group.
-        setting: of the dispatcher.
+        rank: rank of this process.
+        world_size: number of ranks of the expert group.
+        setting: setting of the dispatcher.
         plugins: files that register dispatchers.
     """
     load_plugins(plugins)
@@ -83,7 +83,7 @@ def test_dispatcher_keeps_the_law(law: str, findings: list[Findings]) -> None:
     assert not broken, "\n".join(broken)
 
 
-def test_dispatcher_has_one_order_of_operations_in_each_group(findings: list[Findings]) -> None:
+def test_dispatcher_has_one_order_of_collectives_in_each_group(findings: list[Findings]) -> None:
     orders: dict[str, dict[int, str]] = {}
     for rank, found in enumerate(findings):
         for group, order in found.orders.items():
@@ -93,7 +93,7 @@ def test_dispatcher_has_one_order_of_operations_in_each_group(findings: list[Fin
 
 
 @pytest.mark.parametrize("kind", capped_kinds())
-def test_dispatch_raises_in_wait_what_went_wrong_on_the_lane(kind: str, request: pytest.FixtureRequest) -> None:
+def test_dispatch_raises_errors_of_the_lane_in_wait(kind: str, request: pytest.FixtureRequest) -> None:
     assert "index" in run_ranks(1, _fail_in_flight, kind, plugin_files(request.config))[0]
 
 
@@ -111,7 +111,7 @@ def _fail_in_flight(rank: int, world_size: int, kind: str, plugins: tuple[str, .
 
 
 @pytest.mark.parametrize("kind", capped_kinds())
-def test_dispatcher_refuses_experts_that_ranks_cannot_share(kind: str, request: pytest.FixtureRequest) -> None:
+def test_dispatcher_rejects_experts_that_ranks_cannot_share(kind: str, request: pytest.FixtureRequest) -> None:
     for rank, message in enumerate(run_ranks(2, _refuse, kind, plugin_files(request.config))):
         assert "must divide 5 routed experts, has 2 ranks" in message, f"rank {rank}"
 

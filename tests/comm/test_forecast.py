@@ -1,4 +1,4 @@
-"""The forecast of a routing: by the definition, by the published figures, and as real dispatchers then send it.
+"""The forecast of a routing equals the definition, published figures and the rows of real dispatchers.
 
 Shape legend: T tokens, K experts per token, R ranks.
 """
@@ -21,14 +21,14 @@ _NUM_EXPERTS = 24
 
 
 def _ids(rank: int) -> Tensor:
-    """Distinct experts, a sixth of them dropped; no token on rank 2."""
+    """Returns distinct experts, a sixth of them dropped, with no token on rank 2."""
     generator = torch.Generator().manual_seed(rank)
     ids_TK = torch.rand(0 if rank == 2 else 20 + 5 * rank, _NUM_EXPERTS, generator=generator).topk(4, -1).indices
     return ids_TK.masked_fill(torch.rand(ids_TK.shape, generator=generator) < 1 / 6, -1)
 
 
 def _loops(nodes: Sequence[int]) -> dict[str, list[list[int]]]:
-    """Rows by sender and receiver, token by token; a relay is the rank of the sender's index, or wraps around."""
+    """Counts rows by sender and receiver, token by token. A relay has the sender's index, modulo its node's ranks."""
     num_ranks, names = len(nodes), ("per_expert", "per_rank", "between_nodes", "within_node")
     sent = {name: [[0] * num_ranks for _ in nodes] for name in names}
     share = _NUM_EXPERTS // num_ranks
@@ -69,7 +69,7 @@ def test_forecast_equals_loops_over_tokens(nodes: tuple[int, ...]) -> None:
     assert made.between_nodes.num_across_nodes == least
 
 
-def test_sent_rows_tell_distance_imbalance_and_seconds() -> None:
+def test_sent_rows_give_distance_imbalance_and_seconds() -> None:
     rows = SentRows(torch.tensor([[9, 1, 2, 3], [4, 9, 5, 6], [7, 8, 9, 0], [1, 2, 3, 9]]), (0, 0, 1, 1))
     own = rows.spread(1)
     assert (own.kept, own.within_node, own.across_nodes) == (9, 4, 11)
@@ -83,7 +83,7 @@ def test_sent_rows_tell_distance_imbalance_and_seconds() -> None:
 
 
 @pytest.mark.parametrize(("num_ranks", "nodes", "name"), [(5, range(5), "num_experts"), (4, range(3), "nodes")])
-def test_forecast_refuses_sizes_that_do_not_fit(num_ranks: int, nodes: Sequence[int], name: str) -> None:
+def test_forecast_rejects_sizes_that_do_not_fit(num_ranks: int, nodes: Sequence[int], name: str) -> None:
     with pytest.raises(ValueError, match=f"forecast: {name} must .* (is|has)"):
         forecast([_ids(rank) for rank in range(num_ranks)], _NUM_EXPERTS, nodes)
 
@@ -96,8 +96,8 @@ def _gate(num_nodes: int, num_limited_groups: int) -> Gate:
     return Gate(num_experts=256, num_experts_per_token=8, num_groups=num_nodes, num_limited_groups=num_limited_groups)
 
 
-def test_two_hops_under_cap_4_on_8_nodes_send_3_47_rows_per_token_which_is_the_least() -> None:
-    """65536 tokens: the mean's own deviation is below 0.003."""
+def test_two_hops_under_cap_4_on_8_nodes_send_3_47_rows_per_token_which_is_the_minimum() -> None:
+    """With 65536 tokens the standard deviation of the mean is below 0.003."""
     made = gate_forecast(_gate(8, 4), ranks_per_node=8, num_tokens=1024)
     assert _per_token(made, made.between_nodes) == pytest.approx(3.47, abs=0.02)
     assert made.between_nodes.num_across_nodes == made.min_rows_across_nodes
@@ -107,7 +107,7 @@ def test_two_hops_under_cap_4_on_8_nodes_send_3_47_rows_per_token_which_is_the_l
 
 
 def test_rows_without_a_cap_match_the_closed_forms() -> None:
-    """K distinct experts of 256, any as likely: 7 (1 - C(224, 8) / C(256, 8)) and the same over ranks."""
+    """K distinct experts of 256 with equal probability: 7 (1 - C(224, 8) / C(256, 8)), and the same over ranks."""
     made = gate_forecast(_gate(8, 8), ranks_per_node=8, num_tokens=1024)
     assert _per_token(made, made.per_expert) == pytest.approx(7.0, abs=0.02)
     assert _per_token(made, made.per_rank) == pytest.approx(6.716, abs=0.02)
@@ -122,7 +122,7 @@ def test_rows_on_4_nodes_match_the_known_figures() -> None:
 
 
 def test_two_hops_even_out_what_a_rank_receives_when_experts_are_not_equally_popular() -> None:
-    """Relays of a node share its rows, whichever of its experts they are for: 3.25 against 1.32."""
+    """Relays of a node share its rows, independently of their experts: 3.25 against 1.32."""
     naive, two_hop = skewed_imbalance(_gate(8, 4), ranks_per_node=8)
     assert naive == pytest.approx(3.25, abs=0.3)
     assert two_hop == pytest.approx(1.32, abs=0.1)
@@ -140,7 +140,7 @@ _CALLS = ("dispatch", "combine", "dispatch backward", "combine backward")
 
 
 def _send(rank: int, world_size: int, setting: Setting) -> dict[str, LayerTraffic]:
-    """What one rank's traffic says of each call; of the plan, with the first."""
+    """Returns one rank's traffic of each call; that of the plan is part of the first."""
     observers, ids_TK = watching(), _ids(rank)
     dispatcher = maker(setting, _NUM_EXPERTS, observers)(InlineLane())
     rows_TD, weights_TK, found = torch.ones(len(ids_TK), 8), torch.ones(ids_TK.shape), []
@@ -180,8 +180,8 @@ def _expected(made: Forecast, setting: Setting, call: str, rank: int) -> Spread:
     ],
     ids=lambda setting: f"{setting.kind}-{setting.nodes}",
 )
-def test_dispatchers_send_what_the_forecast_says(setting: Setting) -> None:
-    """Row by row: each rank's, each way, both as its plan predicts and as it is counted when sent."""
+def test_dispatchers_send_the_rows_of_the_forecast(setting: Setting) -> None:
+    """Compares the rows of each rank in both directions, as predicted and as counted."""
     num_ranks = len(setting.nodes)
     made = forecast([_ids(rank) for rank in range(num_ranks)], _NUM_EXPERTS, setting.nodes)
     ranks = run_ranks(num_ranks, _send, setting)

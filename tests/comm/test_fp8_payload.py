@@ -1,4 +1,4 @@
-"""Rows in FP8 around any dispatcher: the same rows as quantizing before it, at half the bytes.
+"""The FP8 wrapper equals quantization before any dispatcher, with half the bytes.
 
 Shape legend: T tokens, K experts per token, A arrived rows, N rows, D hidden size.
 """
@@ -25,7 +25,7 @@ _NUM_EXPERTS, _NUM_CHOICES = 8, 3
 
 
 def _changed(rows_ND: Tensor, min_amax: float) -> Tensor:
-    """What quantization makes of rows."""
+    """Returns quantized and dequantized rows."""
     return dequantize_1x128(quantize_1x128(rows_ND, True, min_amax), rows_ND.dtype)
 
 
@@ -45,7 +45,7 @@ def test_packed_row_holds_codes_and_scales_and_nothing_else(hidden_size: int) ->
 
 @dataclass(frozen=True)
 class Case:
-    """One rank's tokens: a fifth of the choices dropped; no token on the last of several ranks."""
+    """Tokens of one rank: a fifth of the choices is dropped, and the last of several ranks has no token."""
 
     ids_TK: Tensor
     rows_TD: Tensor
@@ -54,7 +54,7 @@ class Case:
 
     @classmethod
     def make(cls, rank: int, world_size: int, dtype: torch.dtype, hidden_size: int) -> "Case":
-        """Rows of size 1, gradients of size 1e-9."""
+        """Makes rows of magnitude 1 and gradients of magnitude 1e-9."""
         generator = torch.Generator().manual_seed(rank)
         num_tokens = 0 if 0 < rank == world_size - 1 else 20 + 3 * rank
         ids_TK = torch.rand(num_tokens, _NUM_EXPERTS, generator=generator).topk(_NUM_CHOICES, -1).indices
@@ -65,7 +65,7 @@ class Case:
 
 
 def _check_equals_plain(plain: Dispatcher, case: Case) -> None:
-    """Bitwise; both ways quantized where rows travel to experts, and only there."""
+    """Compares bitwise. Rows and gradients are quantized only in the direction to experts."""
     fp8 = Fp8Dispatcher(plain)
     assert fp8.num_local_experts == plain.num_local_experts
     handle, own = plain.plan(case.ids_TK), fp8.plan(case.ids_TK, case.weights_TK)
@@ -93,7 +93,7 @@ def _check_equals_plain(plain: Dispatcher, case: Case) -> None:
 
 
 def _check_setting(rank: int, world_size: int, setting: Setting) -> str:
-    """The failure, if any, once all ranks are through."""
+    """Returns the failure, if any, after all ranks have finished."""
     plain, failures = maker(setting, _NUM_EXPERTS, watching())(InlineLane()), []
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
         for hidden_size in (256, 130):
@@ -113,7 +113,7 @@ def _check_setting(rank: int, world_size: int, setting: Setting) -> str:
     ],
     ids=lambda setting: setting.kind,
 )
-def test_fp8_dispatcher_equals_quantising_before_the_plain_one(setting: Setting) -> None:
+def test_fp8_dispatcher_equals_quantizing_before_the_plain_one(setting: Setting) -> None:
     failures = run_ranks(len(setting.nodes), _check_setting, setting)
     assert not any(failures), "\n".join(failures)
 
@@ -125,7 +125,7 @@ _EXACT_LAWS = (
     laws.law_handles_are_independent_and_reusable,
     laws.law_inputs_may_be_strided_and_results_carry_no_graph,
 )
-"""Laws on small integers, which e4m3 holds exactly."""
+"""Laws with small integers, which are exact in e4m3."""
 
 
 def _check_contract(rank: int, world_size: int) -> list[str]:
@@ -143,7 +143,7 @@ def _check_contract(rank: int, world_size: int) -> list[str]:
     return failures
 
 
-def test_fp8_dispatcher_keeps_the_contract_where_rows_fit_its_codes() -> None:
+def test_fp8_dispatcher_keeps_the_contract_if_rows_fit_its_codes() -> None:
     failures = [failure for found in run_ranks(2, _check_contract) for failure in found]
     assert not failures, "\n".join(failures)
 
@@ -163,7 +163,7 @@ def _count_bytes(rank: int, world_size: int) -> dict[str, LayerTraffic]:
 
 
 def _bytes_per_row(counted: LayerTraffic) -> set[float]:
-    """Within and across nodes, where anything was sent."""
+    """Returns bytes per row within and across nodes, if rows were sent."""
     assert counted.predicted_bytes_within_node == counted.num_bytes_within_node
     assert counted.predicted_bytes_across_nodes == counted.num_bytes_across_nodes
     pairs = (
@@ -174,7 +174,7 @@ def _bytes_per_row(counted: LayerTraffic) -> set[float]:
 
 
 def test_bytes_counted_are_codes_and_scales_and_weights() -> None:
-    """A weight rides with each row there, and at most 16 bytes that align both."""
+    """A weight is sent with each row to experts, with at most 16 bytes of padding."""
     row, weight = 512 + 4 * 512 // 128, 4
     assert packed_bytes(512) == row
     assert packed_bytes(7168) / (2 * 7168) == pytest.approx(0.5156, abs=1e-4)
@@ -192,7 +192,7 @@ def _local() -> Fp8Dispatcher:
 
 
 def _to_expert(rows_TD: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows, and gradients, that arrive at the only expert."""
+    """Returns the rows and gradients that arrive at the only expert."""
     dispatcher = _local()
     handle = dispatcher.plan(torch.zeros(len(rows_TD), 1, dtype=torch.int64))
     arrived = dispatcher.dispatch(rows_TD, torch.ones(len(rows_TD), 1), handle).wait()
@@ -210,18 +210,18 @@ def test_bad_number_arrives_as_nan_and_leaves_other_tiles_alone(bad: float) -> N
 
 
 def test_no_gradient_that_bfloat16_holds_is_flushed() -> None:
-    """All positive numbers of bfloat16 up to 2^127, each the largest of its tile."""
+    """All positive bfloat16 numbers up to 2^127, each as the largest of its tile."""
     rows_TD = torch.arange(1, 0x7F01, dtype=torch.int16).view(torch.bfloat16)[:, None]
     plain_TD, gradients_TD = _to_expert(rows_TD)
     assert (float(rows_TD[0]), float(rows_TD[-1])) == (2.0**-133, 2.0**127)
     assert gradients_TD.count_nonzero() == len(rows_TD)
     error_TD = (gradients_TD.double() / rows_TD.double() - 1).abs()
     assert error_TD[rows_TD >= 2.0**-131].max() <= 2.0**-4  # half a unit of a code's three bits
-    assert plain_TD.count_nonzero() < len(rows_TD)  # the bound for activations would have flushed some
+    assert plain_TD.count_nonzero() < len(rows_TD)  # the bound of activations would flush some
 
 
-def test_backward_takes_quantisation_for_the_identity() -> None:
-    """The gradient of rows is the plain sum of what comes back, whatever the codes were."""
+def test_backward_treats_quantization_as_the_identity() -> None:
+    """The gradient of rows is the plain sum of the returned gradients, for any codes."""
     generator = torch.Generator().manual_seed(0)
     rows_TD, gradients_AD = torch.randn(2, 5, 128, generator=generator)
     dispatcher = _local()

@@ -56,7 +56,7 @@ def _make_groups(rank: int, world_size: int) -> dict[str, object]:
     return {"members": members, "sums": sums, "seconds": seconds, "error": error, "link_seconds": link_seconds}
 
 
-def test_groups_join_the_layout_s_members_quickly() -> None:
+def test_groups_contain_the_members_of_the_layout_and_are_fast() -> None:
     for rank, made in enumerate(run_ranks(8, _make_groups)):
         expected = {
             "expert": _LAYOUT.expert_group(rank),
@@ -71,14 +71,14 @@ def test_groups_join_the_layout_s_members_quickly() -> None:
         assert made["link_seconds"] < 3  # 0.1 on free cores
 
 
-def test_start_refuses_an_environment_without_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_start_rejects_an_environment_without_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(ClusterError, match="must set RANK, WORLD_SIZE, LOCAL_RANK"):
         start(_CPU)
 
 
-def test_start_refuses_nccl_without_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_start_rejects_nccl_without_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.setenv(name, "0")
     wrong = replace(_CPU, backend="nccl", threads_per_rank=0)

@@ -1,6 +1,6 @@
-"""An exchange reads numbers from the device once, in its plan: every other read would stall the lane on a GPU.
+"""An exchange reads numbers from the device once, in its plan. Every other read would stall the lane on a GPU.
 
-There is no GPU here: what a CPU executes is searched for operations for which the host would wait on a GPU.
+The test needs no GPU: it searches the operations on a CPU for those that would make the host wait for a GPU.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 
 def _permute(rows_ND: Tensor, source_A: Tensor, out_AD: Tensor | None = None) -> Tensor:
-    """The kernel's meaning, as the kernel on a GPU: without a look at the indices."""
+    """Permutes rows like the GPU kernel, which does not read the indices on the host."""
     rows_AD = rows_ND.index_select(0, source_A.clamp(min=0)).masked_fill(source_A[:, None] < 0, 0)
     return rows_AD if out_AD is None else out_AD.copy_(rows_AD)
 
@@ -31,7 +31,7 @@ def _unpermute(rows_AD: Tensor, places_NK: Tensor, dtype: torch.dtype | None = N
 
 
 def _count_reads(rank: int, world_size: int, setting: Setting) -> tuple[list[str], list[int]]:
-    """Reads in the exchanges of one handle, and numbers read by plans."""
+    """Counts the reads in the exchanges of one handle, and the numbers that plans read."""
     kernels.permute.reference.permute, kernels.permute.reference.unpermute = _permute, _unpermute
     read: list[int] = []
     tolist = torch.Tensor.tolist

@@ -34,7 +34,7 @@ def test_lane_records_no_gradients_and_leaves_the_caller_s_mode(lane: Lane) -> N
     lane.close()
 
 
-def test_lane_close_waits_for_what_was_submitted() -> None:
+def test_lane_close_waits_for_submitted_functions() -> None:
     lane = ThreadLane("test")
     seen: list[int] = []
     lane.submit(lambda: time.sleep(0.1))
@@ -43,7 +43,7 @@ def test_lane_close_waits_for_what_was_submitted() -> None:
     assert seen == [1]
 
 
-def test_thread_lane_raises_in_every_wait_and_goes_on() -> None:
+def test_thread_lane_raises_in_every_wait_and_continues() -> None:
     with ThreadLane("test") as lane:
         failed = lane.submit(lambda: [][1])
         after = lane.submit(lambda: 7)
@@ -53,7 +53,7 @@ def test_thread_lane_raises_in_every_wait_and_goes_on() -> None:
         assert after.wait() == 7
 
 
-def test_thread_lane_runs_beside_its_caller() -> None:
+def test_thread_lane_runs_concurrently_with_its_caller() -> None:
     with ThreadLane("test") as lane:
         gate = threading.Event()
         work = lane.submit(gate.wait)
@@ -62,7 +62,7 @@ def test_thread_lane_runs_beside_its_caller() -> None:
         assert lane.submit(threading.get_ident).wait() != threading.get_ident()
 
 
-def test_thread_lane_does_not_hold_up_a_caller_that_raises() -> None:
+def test_thread_lane_does_not_block_a_caller_that_raises() -> None:
     gate = threading.Event()
     begun = time.monotonic()
 
@@ -77,7 +77,7 @@ def test_thread_lane_does_not_hold_up_a_caller_that_raises() -> None:
     gate.set()
 
 
-def test_thread_lane_frees_what_a_function_held_when_it_is_through() -> None:
+def test_thread_lane_frees_captured_tensors_when_a_function_has_ended() -> None:
     class Held:
         alive = True
 
@@ -103,7 +103,7 @@ def test_thread_lane_costs_little() -> None:
     assert statistics.median(seconds) < 500e-6  # 15e-6 on a free core
 
 
-def test_tensors_of_results_are_found_wherever_they_are() -> None:
+def test_tensors_are_found_in_nested_results() -> None:
     tensors = [torch.zeros(size) for size in range(4)]
     result = (tensors[0], [tensors[1], "text"], Arrived(tensors[2], tensors[3], (1, 2)), None)
     assert [tensor.shape[0] for tensor in _tensors_of(result)] == [0, 1, 2, 3]
@@ -111,7 +111,7 @@ def test_tensors_of_results_are_found_wherever_they_are() -> None:
 
 
 class _FakeStream:
-    """What `StreamLane` asks of a CUDA stream, as a list of what was enqueued. Nothing runs on a device."""
+    """Fake CUDA stream for `StreamLane` that lists enqueued work. Nothing runs on a device."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -137,7 +137,7 @@ class _FakeEvent:
 
 @pytest.fixture
 def streams(monkeypatch: pytest.MonkeyPatch) -> tuple[_FakeStream, _FakeStream]:
-    """The caller's stream and the lane's, with torch.cuda's functions replaced: the lane's order without a GPU."""
+    """Replaces torch.cuda's functions, and returns the fake streams of the caller and of the lane."""
     compute, comm = _FakeStream("compute"), _FakeStream("comm")
     current = threading.local()
 
@@ -153,7 +153,7 @@ def streams(monkeypatch: pytest.MonkeyPatch) -> tuple[_FakeStream, _FakeStream]:
     return compute, comm
 
 
-def test_stream_lane_lets_its_caller_go_on_while_a_function_waits_for_the_device(
+def test_stream_lane_does_not_block_its_caller_while_a_function_waits_for_the_device(
     streams: tuple[_FakeStream, _FakeStream],
 ) -> None:
     compute, comm = streams
@@ -174,7 +174,7 @@ def test_stream_lane_lets_its_caller_go_on_while_a_function_waits_for_the_device
     assert compute.queue == ["attend", "another micro-batch's experts", "wait for comm at 2"]
 
 
-def test_stream_lane_raises_in_wait_what_a_function_raised(streams: tuple[_FakeStream, _FakeStream]) -> None:
+def test_stream_lane_raises_errors_of_a_function_in_wait(streams: tuple[_FakeStream, _FakeStream]) -> None:
     lane = StreamLane(torch.device("cuda"))
     work = lane.submit(lambda: [][1])
     with pytest.raises(IndexError):

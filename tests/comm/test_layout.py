@@ -129,6 +129,6 @@ def test_layout_of_the_published_job_fills_eight_nodes_with_an_expert_group() ->
         ((1, 1, 1), 0, "ranks_per_node must be at least 1, is 0"),
     ],
 )
-def test_layout_refuses_impossible_meshes(mesh: tuple[int, int, int], ranks_per_node: int, message: str) -> None:
+def test_layout_rejects_impossible_meshes(mesh: tuple[int, int, int], ranks_per_node: int, message: str) -> None:
     with pytest.raises(LayoutError, match=message):
         Layout(ParallelismConfig(pipeline=mesh[0], data=mesh[1], expert=mesh[2]), ranks_per_node)

@@ -1,4 +1,4 @@
-"""The cap on nodes: what is over it, what is kept, and the gradient through that choice.
+"""The node cap finds tokens over it, keeps the right experts and has exact gradients.
 
 Shape legend: T tokens, K experts per token, E experts, D hidden size, A arrived rows.
 """
@@ -33,20 +33,20 @@ _LABEL = Label(layer=2, direction=1, micro_batch=5)
 
 
 def _ids(num_tokens: int, seed: int = 0) -> Tensor:
-    """Distinct experts, one in seven of them dropped."""
+    """Returns distinct experts, one in seven of them dropped."""
     generator = torch.Generator().manual_seed(seed)
     ids_TK = torch.rand(num_tokens, _NUM_EXPERTS, generator=generator).topk(_NUM_CHOICES, -1).indices
     return ids_TK.masked_fill(torch.rand(ids_TK.shape, generator=generator) < 1 / 7, -1)
 
 
 def _weights(num_tokens: int, seed: int = 0) -> Tensor:
-    """Multiples of 1/8, so that nodes tie often and sums are exact."""
+    """Returns multiples of 1/8, so that nodes often tie and sums are exact."""
     generator = torch.Generator().manual_seed(100 + seed)
     return torch.randint(1, 9, (num_tokens, _NUM_CHOICES), generator=generator).double() / 8
 
 
 def _kept_nodes(ids: list[int], weights: list[float], max_nodes: int) -> set[int]:
-    """By the definition, token by token."""
+    """Computes the kept nodes by definition, token by token."""
     sums: dict[int, float] = {}
     for expert, weight in zip(ids, weights, strict=True):
         if expert >= 0:
@@ -68,7 +68,7 @@ def test_touched_nodes_equal_sets_of_nodes() -> None:
     assert touched_nodes(ids_TK[:0], _NODE_OF_E, _NUM_NODES).shape == (0, _NUM_NODES)
 
 
-def test_error_names_rank_exchange_tokens_and_ways_out() -> None:
+def test_error_names_rank_exchange_tokens_and_valid_values() -> None:
     touched_T = torch.tensor([1, 4, 4, 2, 6, 5, 3])
     assert str(NodeCapError.of(3, Label(5, 1, 2), touched_T, 4)) == (
         "rank 3: dispatch of layer 5, direction 1, micro-batch 2: tokens 4 (6 nodes), 5 (5 nodes) touch more than "
@@ -92,8 +92,8 @@ def test_clip_keeps_the_best_nodes_by_sum_of_weights_and_the_lower_of_equals(max
     assert clipped.over_T.any() == (max_nodes < 4)
 
 
-def test_clip_and_touched_nodes_ask_the_host_for_nothing() -> None:
-    """Tensors without values: whatever needed one would raise."""
+def test_clip_and_touched_nodes_never_synchronize_with_the_host() -> None:
+    """Uses meta tensors: an operation that needs a value would raise."""
     ids_TK, weights_TK = _ids(9).to("meta"), _weights(9).to("meta")
     node_of_E = _NODE_OF_E.to("meta")
     clipped = clip(ids_TK, weights_TK, node_of_E, _NUM_NODES, 2)
@@ -106,11 +106,11 @@ def _renormalization(ids_TK: Tensor, clipped: Clipped) -> Renormalization:
     return Renormalization(ids_TK >= 0, clipped.ids_TK >= 0, clipped.over_T)
 
 
-def test_renormalised_weights_keep_their_sum_and_uncut_tokens_their_bits() -> None:
+def test_renormalized_weights_keep_their_sum_and_other_tokens_stay_bitwise_equal() -> None:
     ids_TK = _ids(400)
     weights_TK = torch.rand(400, _NUM_CHOICES, generator=torch.Generator().manual_seed(1))
     ids_TK[0] = torch.tensor([0, 1, 4, 5, 6])
-    weights_TK[0] = torch.inf  # whose sum over itself is no number
+    weights_TK[0] = torch.inf  # 0 / 0 is NaN
     clipped = clip(ids_TK, weights_TK, _NODE_OF_E, _NUM_NODES, 2)
     made_TK = _renormalization(ids_TK, clipped).forward(weights_TK)
     over_T = clipped.over_T
@@ -123,7 +123,7 @@ def test_renormalised_weights_keep_their_sum_and_uncut_tokens_their_bits() -> No
 
 
 def _reference_weights(weights_TK: Tensor, ids_TK: Tensor, clipped: Clipped) -> Tensor:
-    """The definition, differentiable, token by token; 0 for what is not sent."""
+    """Computes the weights by definition, differentiable, token by token; 0 for choices that are not sent."""
     rows = []
     for token in range(len(ids_TK)):
         valid_K, kept_K = ids_TK[token] >= 0, clipped.ids_TK[token] >= 0
@@ -148,7 +148,7 @@ def test_gradient_of_weights_equals_autograd_through_keep_and_renormalize() -> N
     torch.testing.assert_close(found_TK, expected_TK, rtol=1e-12, atol=1e-13)
     assert torch.equal(found_TK[~clipped.over_T], gradients_TK[~clipped.over_T])
     lost_TK = clipped.over_T[:, None] & (ids_TK >= 0) & (clipped.ids_TK < 0)
-    assert found_TK[lost_TK].count_nonzero() == lost_TK.sum()  # weights of lost choices move the sum that is kept
+    assert found_TK[lost_TK].count_nonzero() == lost_TK.sum()  # weights of removed choices change the sum that is kept
 
 
 def test_token_whose_kept_weights_sum_to_zero_keeps_them() -> None:
@@ -165,7 +165,7 @@ def test_token_whose_kept_weights_sum_to_zero_keeps_them() -> None:
 def _through(
     dispatcher: Dispatcher, first_expert: int, ids_TK: Tensor, rows_TD: Tensor, weights_TK: Tensor, grad_TD: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Experts that multiply by a number of theirs: the weighted sum, and gradients of rows and weights."""
+    """Runs experts that multiply by constants; returns the weighted sum and the gradients of rows and weights."""
     handle = dispatcher.plan(ids_TK, weights_TK, Label(1, 0, 0))
     arrived = dispatcher.dispatch(rows_TD, weights_TK, handle).wait()
     factor_E = _factors()[first_expert : first_expert + dispatcher.num_local_experts]
@@ -182,7 +182,7 @@ def _factors() -> Tensor:
 
 
 def _batch(rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """ids, rows, weights and output gradients; the last rank has no token."""
+    """Returns ids, rows, weights and output gradients; the last rank has no token."""
     num_tokens = 0 if rank == 3 else 30 + 10 * rank
     generator = torch.Generator().manual_seed(rank)
     rows_TD, grad_TD = torch.randn(2, num_tokens, _HIDDEN, generator=generator, dtype=torch.float64)
@@ -192,7 +192,7 @@ def _batch(rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def _expected(
     ids_TK: Tensor, rows_TD: Tensor, weights_TK: Tensor, grad_TD: Tensor, node_of_E: Tensor, max_nodes: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Autograd over the dense definition."""
+    """Computes the expected results with autograd over the dense definition."""
     rows_TD, weights_TK = rows_TD.clone().requires_grad_(), weights_TK.clone().requires_grad_()
     clipped = clip(ids_TK, weights_TK, node_of_E, _NUM_NODES, max_nodes)
     made_TK = _reference_weights(weights_TK, ids_TK, clipped)
@@ -217,7 +217,7 @@ def test_clipping_dispatcher_equals_autograd_over_the_dense_definition() -> None
 
 
 def _clip_on_ranks(rank: int, world_size: int, setting: Setting) -> tuple[tuple[Tensor, ...], int, int]:
-    """What one rank computes, its clipped tokens, and the nodes that its tokens still touch."""
+    """Returns one rank's results, its clipped tokens, and the nodes that its tokens touch after clipping."""
     observers, count = watching(), ClipCount()
     inner = maker(setting, _NUM_EXPERTS, observers)(InlineLane())
     assert setting.max_nodes is not None
@@ -228,7 +228,7 @@ def _clip_on_ranks(rank: int, world_size: int, setting: Setting) -> tuple[tuple[
 
 @pytest.mark.parametrize(("backend", "max_nodes"), [("all_to_all", 1), ("two_hop", 2)])
 def test_clipping_dispatcher_on_ranks_equals_one_rank_and_keeps_the_cap(backend: str, max_nodes: int) -> None:
-    """A node for each rank; the backend inside verifies the same cap."""
+    """Each rank is a node. The wrapped dispatcher verifies the same cap."""
     ranks = run_ranks(4, _clip_on_ranks, Setting(backend, (0, 1, 2, 3), max_nodes=max_nodes))
     for rank, (results, num_clipped, num_touched) in enumerate(ranks):
         ids_TK, _, weights_TK, _ = batch = _batch(rank)
@@ -240,7 +240,7 @@ def test_clipping_dispatcher_on_ranks_equals_one_rank_and_keeps_the_cap(backend:
 
 
 def _plan_thrice(rank: int, world_size: int, setting: Setting) -> list[str]:
-    """What each of three plans ended with: nobody over the cap, rank 1, then ranks 0 and 3."""
+    """Runs three plans with tokens over the cap on no rank, on rank 1, and on ranks 0 and 3."""
     over = {1: {1: [0, 2]}, 2: {0: [1], 3: [0, 1, 2]}}
     ends = []
     with ThreadLane("comm") as lane:

@@ -45,6 +45,6 @@ def test_limit_groups_keeps_leading_dims() -> None:
 @pytest.mark.parametrize(
     ("counts", "name"), [((3, 1, 1), "num_groups"), ((4, 5, 1), "num_limited_groups"), ((4, 2, 5), "num_per_group")]
 )
-def test_limit_groups_refuses_counts_that_do_not_fit(counts: tuple[int, int, int], name: str) -> None:
+def test_limit_groups_rejects_counts_that_do_not_fit(counts: tuple[int, int, int], name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} must .* is"):
         limit_groups(torch.zeros(1, 16), *counts)

@@ -1,4 +1,4 @@
-"""Dispatchers by name: reading them needs no torch, and a file outside the checkout can add one."""
+"""The registry of dispatchers needs no torch, and a file outside the checkout can add a dispatcher."""
 
 import re
 import subprocess
@@ -17,7 +17,7 @@ _ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def counting(tmp_path: Path) -> Path:
-    """The wrapper that docs/extend.md shows, and its values next to it."""
+    """Writes the wrapper of docs/extend.md and its YAML file."""
     page = (_ROOT / "docs" / "extend.md").read_text("utf-8")
     blocks = [block for block in re.findall(r"```(?:python|yaml)\n(.*?)```", page, re.DOTALL) if "counting" in block]
     path, values = tmp_path / "counting.py", tmp_path / "conf" / "dispatch" / "counting.yaml"
@@ -53,7 +53,7 @@ def test_reading_dispatchers_needs_no_torch() -> None:
 def test_contract_suite_runs_over_a_dispatcher_from_a_file_outside(
     change: str, num_broken: int, counting: Path
 ) -> None:
-    """A wrapper keeps all laws on two ranks; one that doubles rows breaks each of them."""
+    """A correct wrapper keeps all laws on two ranks; one that doubles rows breaks each of them."""
     text = counting.read_text("utf-8")
     counting.write_text(text.replace("inner.dispatch(rows_TD", f"inner.dispatch(rows_TD{change}"), "utf-8")
     command = [

@@ -11,7 +11,7 @@ _NODES = st.lists(st.integers(1, 5), min_size=1, max_size=5).map(
 
 @given(_NODES)
 @settings(max_examples=100, deadline=None)
-def test_relay_is_a_rank_of_the_node_and_at_home_the_rank_itself(nodes: list[int]) -> None:
+def test_relay_is_a_rank_of_the_node_and_on_the_own_node_the_rank_itself(nodes: list[int]) -> None:
     relays = Relays(nodes)
     for place, home in enumerate(relays.node_of):
         assert relays.relay(place, home) == place
@@ -20,7 +20,7 @@ def test_relay_is_a_rank_of_the_node_and_at_home_the_rank_itself(nodes: list[int
 
 @given(_NODES)
 @settings(max_examples=100, deadline=None)
-def test_sources_are_whom_a_relay_serves(nodes: list[int]) -> None:
+def test_sources_are_the_ranks_that_a_relay_serves(nodes: list[int]) -> None:
     relays = Relays(nodes)
     for relay, node in enumerate(relays.node_of):
         others = [place for place, home in enumerate(relays.node_of) if home != node]

@@ -1,4 +1,4 @@
-"""The bound on nodes, against every choice that the gate can make."""
+"""The bound on nodes equals the maximum over every choice of the gate."""
 
 import itertools
 import subprocess
@@ -12,7 +12,7 @@ from comm.node_limit import limit_groups
 
 
 def _brute_force(num_experts: int, num_groups: int, limit: int, top_k: int, nodes: tuple[int, ...]) -> int:
-    """Over all sets of groups and all sets of experts within them."""
+    """Computes the maximum over all sets of groups and all sets of experts within them."""
     size, share = num_experts // num_groups, num_experts // len(nodes)
     most = 0
     for groups in itertools.combinations(range(num_groups), limit):
@@ -46,15 +46,15 @@ def test_most_nodes_equals_brute_force(nodes: tuple[int, ...]) -> None:
                 assert most_nodes(*sizes, nodes) == _brute_force(*sizes, nodes), (sizes, nodes)
 
 
-def test_most_nodes_is_the_published_cap_where_groups_are_nodes() -> None:
-    """DeepSeek-V3: 8 groups of 32 experts on 8 nodes, 4 groups a token; half a node more where groups straddle."""
+def test_most_nodes_is_the_published_cap_if_groups_are_nodes() -> None:
+    """DeepSeek-V3: 8 groups of 32 experts on 8 nodes, 4 groups per token; more nodes if groups straddle nodes."""
     assert most_nodes(256, 8, 4, 8, [rank // 8 for rank in range(64)]) == 4
     assert most_nodes(256, 1, 1, 8, [rank // 8 for rank in range(64)]) == 8
     assert most_nodes(256, 8, 4, 8, [rank // 8 for rank in range(32)]) == 4
     assert most_nodes(256, 8, 4, 8, [rank // 4 for rank in range(64)]) == 8
 
 
-def test_most_nodes_is_never_passed_by_the_gate_and_is_reached_by_it() -> None:
+def test_most_nodes_is_never_exceeded_by_the_gate_and_is_reached_by_it() -> None:
     for nodes in ((0, 0, 1, 1, 2, 2, 3, 3), (0, 1, 1, 1, 2, 2, 2, 3), tuple(range(8))):
         biased_TE = torch.rand(4000, 16, generator=torch.Generator().manual_seed(4))
         masked_TE = biased_TE.masked_fill(~limit_groups(biased_TE, 4, 2, 2), -torch.inf)

@@ -1,4 +1,4 @@
-"""Rows and bytes of every exchange: predicted from the plan, counted when sent, and enumerated here token by token.
+"""Predicted and counted rows and bytes of every exchange equal an enumeration token by token.
 
 Shape legend: T tokens, K experts per token, D hidden size.
 """
@@ -18,7 +18,7 @@ from tests.comm.backends import Setting, maker, watching
 from tests.comm.contract import Bench, num_experts_for
 from tests.ranks import run_ranks
 
-_HIDDEN = 5  # of bfloat16, so 10 bytes
+_HIDDEN = 5  # of bfloat16: 10 bytes
 _CASES = ("uneven", "one_rank", "one_node", "dropped", "no_token")
 _LABEL = Label(layer=3, direction=0, micro_batch=1)
 _SETTINGS = {
@@ -27,7 +27,7 @@ _SETTINGS = {
     "two_hop-2+2+2": Setting("two_hop", (0, 0, 1, 1, 2, 2), {"chunks": 2}),
     "two_hop-3+1+2": Setting("two_hop", (0, 0, 0, 1, 2, 2)),
 }
-# Bytes of a row there and back; with one weight (8 bytes of float64), or with the weights of three choices (24) and
+# Bytes of a row in each direction; with one weight (8 bytes of float64), or with the weights of three choices (24) and
 # their ids (6, rounded up to 8) behind a row, which is then rounded up to 16, as is the whole.
 _BYTES = {
     "all_to_all": {"dispatch": 32, "combine": 10, "dispatch backward": 32, "combine backward": 10},
@@ -38,7 +38,7 @@ _BYTES = {
 
 @dataclass(frozen=True)
 class Counted:
-    """Of one rank and case: what the plan counted, then each exchange."""
+    """Counts of one rank and case: of the plan, then of each exchange."""
 
     ids_TK: Tensor
     plan: LayerTraffic
@@ -79,7 +79,7 @@ def _exchange_all(rank: int, world_size: int, setting: Setting) -> list[Counted]
 
 @pytest.fixture(scope="module", params=list(_SETTINGS))
 def counted(request: pytest.FixtureRequest) -> tuple[Setting, list[list[Counted]]]:
-    """By case, of all ranks."""
+    """Returns the counts of all ranks by case."""
     setting = _SETTINGS[request.param]
     by_rank = run_ranks(len(setting.nodes), _exchange_all, setting)
     return setting, [list(of) for of in zip(*by_rank, strict=True)]
@@ -91,7 +91,7 @@ def _ranks_of(setting: Setting, ids: list[int]) -> list[int]:
 
 
 def _links(setting: Setting, ids_by_rank: list[Tensor]) -> Counter[tuple[int, int]]:
-    """Rows of a dispatch by (sender, receiver), each hop for itself."""
+    """Returns the rows of a dispatch by (sender, receiver), separately for each hop."""
     links: Counter[tuple[int, int]] = Counter()
     relays = Relays(setting.nodes)
     for source, ids_TK in enumerate(ids_by_rank):
@@ -119,7 +119,7 @@ def _spread(setting: Setting, links: Counter[tuple[int, int]], rank: int, back: 
     return Spread(kept=kept, within_node=within, across_nodes=across)
 
 
-def test_exchanges_send_what_loops_over_tokens_enumerate(counted: tuple[Setting, list[list[Counted]]]) -> None:
+def test_exchanges_send_the_rows_that_loops_over_tokens_enumerate(counted: tuple[Setting, list[list[Counted]]]) -> None:
     setting, cases = counted
     wide = " float32" if setting.fields.get("partial_sums") == "float32" else ""
     for ranks in cases:
@@ -144,7 +144,7 @@ def test_exchanges_send_what_their_plan_predicts(counted: tuple[Setting, list[li
                 assert got.predicted_bytes_across_nodes == got.num_bytes_across_nodes
 
 
-def test_exchanges_receive_what_others_send(counted: tuple[Setting, list[list[Counted]]]) -> None:
+def test_exchanges_receive_the_rows_that_others_send(counted: tuple[Setting, list[list[Counted]]]) -> None:
     for ranks in counted[1]:
         for name in ranks[0].exchanges:
             exchanges = [of.exchanges[name] for of in ranks]
@@ -163,7 +163,7 @@ def test_plans_count_tokens_nodes_and_the_rows_that_must_cross(counted: tuple[Se
             assert {got.min_rows_across_nodes for got in of.exchanges.values()} == {least}
 
 
-def test_two_hops_cross_nodes_as_seldom_as_can_be(counted: tuple[Setting, list[list[Counted]]]) -> None:
+def test_two_hops_cross_nodes_as_rarely_as_possible(counted: tuple[Setting, list[list[Counted]]]) -> None:
     setting, cases = counted
     exchanges = [[of.exchanges[name] for of in ranks] for ranks in cases for name in ranks[0].exchanges]
     totals = [sum(of, LayerTraffic()) for of in exchanges]
@@ -175,7 +175,7 @@ def test_two_hops_cross_nodes_as_seldom_as_can_be(counted: tuple[Setting, list[l
         assert any(total.lower_bound_share < 0.9 for total in totals)
 
 
-def test_traffic_sums_by_layer_and_is_empty_after_it_is_taken() -> None:
+def test_traffic_sums_by_layer_and_is_empty_after_take() -> None:
     traffic = Traffic()
     rows = Spread(kept=1, within_node=2, across_nodes=3)
     for layer in (0, 0, None):

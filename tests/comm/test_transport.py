@@ -31,7 +31,7 @@ def _key(
 
 
 def _payload(key: MessageKey) -> Tensor:
-    """Of a shape and type that differ from message to message."""
+    """Returns a payload whose shape and dtype differ between messages."""
     generator = torch.Generator().manual_seed(hash((key.kind == "gradient", key.micro_batch, key.source)))
     shape = [(3, 4), (2, 1, 5), (7,), (), (0, 4), (2, 128)][key.micro_batch % 6]
     dtype = [torch.float64, torch.bfloat16, torch.float8_e4m3fn, torch.float32][key.micro_batch % 4]
@@ -39,7 +39,7 @@ def _payload(key: MessageKey) -> Tensor:
 
 
 def _exchange_all(rank: int, world_size: int, data: int, log: CollectiveLog | None = None) -> int:
-    """Every link carries 12 messages; receives are posted and awaited link by link, unlike the order of sends."""
+    """Sends 12 messages on every link. Receives are posted and awaited link by link, in another order than sends."""
     index = rank // data
     with _transport(rank, world_size, data, log) as transport:
         peers = [peer for peer in (index - 1, index + 1) if 0 <= peer < world_size // data]
@@ -71,7 +71,7 @@ def test_transport_delivers_every_message_in_the_order_of_its_link() -> None:
     assert run_ranks(3, _exchange_all, 1) == [24, 48, 24]
 
 
-def test_transport_links_each_data_index_s_pipeline_by_itself() -> None:
+def test_transport_links_the_pipeline_of_each_data_index_separately() -> None:
     assert run_ranks(4, _exchange_all, 2) == [24, 24, 24, 24]
 
 
@@ -82,7 +82,7 @@ def _log_all(rank: int, world_size: int) -> tuple[dict[str, str], dict[str, Coll
     return log.order_hashes(), log.progress()
 
 
-def test_transport_logs_every_message_alike_at_both_ends() -> None:
+def test_transport_logs_every_message_equally_at_both_ends() -> None:
     ends = run_ranks(3, _log_all)
     links = {(kind, *ways) for kind in ("activation", "gradient") for ways in ((0, 1), (1, 0), (1, 2), (2, 1))}
     for kind, source, destination in links:
@@ -112,7 +112,7 @@ def _await_nobody(rank: int, world_size: int) -> str:
     return "".join(waits)
 
 
-def test_transport_tells_the_log_what_it_awaits() -> None:
+def test_transport_logs_its_waits() -> None:
     assert run_ranks(2, _await_nobody)[0] == (
         "transfer of gradient 1->0 of direction 0, stage 0, micro-batch 5 (number 0 of group gradient 1->0)"
     )
@@ -130,7 +130,7 @@ def _send_before_receive(rank: int, world_size: int) -> tuple[float, Tensor]:
             seconds = time.monotonic() - begun
             distributed.barrier()
         else:
-            distributed.barrier()  # the sender is through before anything is posted here
+            distributed.barrier()  # the sender has finished before a receive is posted
             for micro_batch in range(3):
                 out = transport.post_receive(_key(0, 1, micro_batch), (1000, 1000), torch.float32).wait()
     return seconds, out.detach()[:2].clone()
@@ -143,13 +143,13 @@ def test_transport_sends_strided_tensors_without_waiting_for_the_receiver() -> N
     assert received[1][1, 0] == 1
 
 
-_SMALL, _LARGE = (2, 3), (128, 64)  # of float32: one rides with its header, the other follows it
+_SMALL, _LARGE = (2, 3), (128, 64)  # of float32: one is sent with its header, the other follows it
 
 
 def _disagree(
     rank: int, world_size: int, sent: tuple[int, ...], due: tuple[int, ...], micro_batch: int
 ) -> tuple[str, str, str]:
-    """Rank 0 sends another shape or another micro-batch than rank 1 expects, and goes on."""
+    """Sends from rank 0 another shape or micro-batch than rank 1 expects."""
     transport = _transport(rank, world_size)
     error = ("", "", "")
     if rank == 0:
@@ -168,7 +168,7 @@ def _disagree(
 
 @pytest.mark.parametrize("sent", [_SMALL, _LARGE])
 @pytest.mark.parametrize("due", [_SMALL, _LARGE])
-def test_transport_detects_a_message_that_is_not_the_one_due(sent: tuple[int, ...], due: tuple[int, ...]) -> None:
+def test_transport_detects_an_unexpected_message(sent: tuple[int, ...], due: tuple[int, ...]) -> None:
     for micro_batch in (3, 4) if sent != due else (4,):
         place, expected, got = run_ranks(2, _disagree, sent, due, micro_batch)[1]
         assert place == "pipeline rank 1"
@@ -181,13 +181,13 @@ def _lose_a_peer(rank: int, world_size: int) -> None:
     if rank == 1:
         distributed.barrier()
         os._exit(7)
-    # Posted while the peer is there: one that is gone already may be told of before there is a wait.
+    # Posted while the peer is alive: the error of an ended peer may be raised before the wait.
     receive = transport.post_receive(_key(1, 0, 0), (2, 3), torch.float32)
     distributed.barrier()
     receive.wait()
 
 
-def test_transport_tells_of_a_peer_that_is_gone() -> None:
+def test_transport_raises_if_a_peer_has_ended() -> None:
     with pytest.raises(RanksFailedError) as caught:
         run_ranks(2, _lose_a_peer)
     assert "rank 1 of 2: died with exit code 7" in str(caught.value)
@@ -197,12 +197,12 @@ def test_transport_tells_of_a_peer_that_is_gone() -> None:
 
 
 def _drop_at_once(rank: int, world_size: int, shape: tuple[int, ...]) -> bool:
-    """Whether a tensor that its sender drops before it has left arrives whole."""
+    """Checks that a tensor arrives intact if its sender drops its reference before it has been sent."""
     whole = True
     with _transport(rank, world_size) as transport:
         if rank == 0:
             transport.send(_key(0, 1, 0), torch.full(shape, 5.0))
-            others = [torch.full(shape, -1.0) for _ in range(20)]  # would take the memory that it gave back
+            others = [torch.full(shape, -1.0) for _ in range(20)]  # would reuse the freed memory
             distributed.barrier()
             transport.flush()
             del others
@@ -213,7 +213,7 @@ def _drop_at_once(rank: int, world_size: int, shape: tuple[int, ...]) -> bool:
 
 
 @pytest.mark.parametrize("shape", [_SMALL, _LARGE])
-def test_transport_keeps_a_tensor_until_it_has_left(shape: tuple[int, ...]) -> None:
+def test_transport_keeps_a_tensor_until_it_has_been_sent(shape: tuple[int, ...]) -> None:
     assert run_ranks(2, _drop_at_once, shape) == [True, True]
 
 
@@ -226,7 +226,7 @@ def _use_unknown_link(rank: int, world_size: int) -> str:
     return ""
 
 
-def test_transport_refuses_links_it_does_not_have() -> None:
+def test_transport_rejects_unknown_links() -> None:
     first, middle, last = run_ranks(3, _use_unknown_link)
     assert first.startswith("pipeline rank 0: a message must use one of the links 0->1 activation")
     assert first.endswith("is 0->2 activation")

@@ -1,4 +1,4 @@
-"""What two hops promise beyond the contract of every dispatcher.
+"""The two-hop dispatcher keeps laws beyond the contract of every dispatcher.
 
 Shape legend: T tokens, K experts per token, D hidden size, A arrived rows.
 """
@@ -32,7 +32,7 @@ def _routing(rank: int, num_tokens: int, dtype: torch.dtype) -> tuple[Tensor, Te
 
 
 def _go_round(dispatcher: Dispatcher, ids_TK: Tensor, rows_TD: Tensor, weights_TK: Tensor) -> tuple[Tensor, ...]:
-    """All four exchanges, with an expert that is not linear."""
+    """Runs all four exchanges with a nonlinear expert."""
     handle = dispatcher.plan(ids_TK, weights_TK)
     arrived = dispatcher.dispatch(rows_TD, weights_TK, handle).wait()
     out_AD = torch.sin(arrived.rows_AD) * arrived.weights_A[:, None].to(rows_TD.dtype)
@@ -43,7 +43,7 @@ def _go_round(dispatcher: Dispatcher, ids_TK: Tensor, rows_TD: Tensor, weights_T
 
 
 def _vary_chunks(rank: int, world_size: int) -> list[str]:
-    """Which results of which number of chunks differ from those of one, and by how much."""
+    """Returns the results that differ from those of one chunk, and by how much."""
     ids_TK, rows_TD, weights_TK = _routing(rank, 17 + rank, torch.bfloat16)
     results = []
     numbers = (1, 2, 5, 40)
@@ -64,7 +64,7 @@ def test_number_of_chunks_changes_no_bit() -> None:
 
 
 def _sum_partially(rank: int, world_size: int) -> list[bool]:
-    """Whether all sums are the nearest bfloat16 to the exact ones: with partial sums in the rows' type, in float32."""
+    """Returns whether all sums are correctly rounded: with partial sums in the rows' dtype and in float32."""
     ids_TK, _, weights_TK = _routing(rank, 64, torch.bfloat16)
     # Sums of integers below 2^24 are exact in float32, and most need more than bfloat16's 8 bits.
     rows_TD = torch.randint(-255, 256, (64, 24), generator=torch.Generator().manual_seed(rank)).bfloat16()
@@ -87,7 +87,7 @@ def test_partial_sums_in_float32_leave_one_rounding() -> None:
 
 
 def _share_nodes(rank: int, world_size: int) -> tuple[list[int], list[float], dict[str, str]]:
-    """Two expert groups of three ranks each, on nodes of two: both share the node in the middle."""
+    """Runs two expert groups of three ranks each on nodes of two ranks: both share the middle node."""
     layout = Layout(ParallelismConfig(pipeline=2, data=3, expert=3), ranks_per_node=2)
     config = TwoHopDispatchConfig(
         kind="two_hop", payload="full", max_nodes=2, node_cap="verify", chunks=2, partial_sums="rows"
@@ -121,7 +121,7 @@ def test_expert_groups_may_begin_and_end_within_a_node() -> None:
 
 
 def _wrap(rank: int, world_size: int) -> tuple[list[str], bool, float]:
-    """Quantized, clipped and sent by two hops, beside quantized and clipped alone."""
+    """Compares wrapped two-hop dispatch with quantization and clipping alone."""
     layout = Layout(ParallelismConfig(pipeline=1, data=4, expert=4), ranks_per_node=2)
     config = TwoHopDispatchConfig(
         kind="two_hop", payload="fp8", max_nodes=1, node_cap="clip", chunks=2, partial_sums="rows"
@@ -147,7 +147,7 @@ def _wrap(rank: int, world_size: int) -> tuple[list[str], bool, float]:
     return kinds, same, observers.traffic.take().total.nodes_per_token
 
 
-def test_built_dispatcher_quantises_and_clips_around_two_hops() -> None:
+def test_built_dispatcher_quantizes_and_clips_around_two_hops() -> None:
     for kinds, same, nodes_per_token in run_ranks(4, _wrap):
         assert kinds == ["Fp8Dispatcher", "Fp8Dispatcher"]
         assert same

@@ -1,4 +1,4 @@
-"""Plans of whole groups in one process: what each member reads fits what every other member reads.
+"""The decoded counts of all members of a group are consistent with each other.
 
 Shape legend: R ranks, E experts.
 """
@@ -14,7 +14,7 @@ _NUM_LOCAL = 3
 
 
 def _own_numbers(relays: Relays, tokens: list[list[int]], num_chunks: int) -> list[int]:
-    """What a member with these tokens' experts counts, in the layout's order."""
+    """Returns the counts of a member with these tokens' experts, in the layout's order."""
     num_ranks = len(relays.node_of)
     per_chunk = -(-len(tokens) // num_chunks)
     numbers = []
@@ -78,7 +78,7 @@ def test_counts_of_each_member_fit_those_of_the_others(sizes: tuple[int, ...], n
 
 
 def _assert_fits(hops: list[tuple[Hop, ...]]) -> None:
-    """What one member sends in a message is what the other expects in it."""
+    """Checks that the rows that one member sends in a message are those that the other expects."""
     for sender, mine in enumerate(hops):
         for receiver, theirs in enumerate(hops):
             assert [hop.sent[receiver] for hop in mine] == [hop.received[sender] for hop in theirs]

@@ -1,4 +1,4 @@
-"""Whatever happens to one rank, the others end soon, all with the same words, which name it and what they awaited."""
+"""If one rank fails, the others end soon with the same text, which names the rank and the collective."""
 
 import os
 import re
@@ -36,7 +36,7 @@ def _pair(log: CollectiveLog, ranks: tuple[int, int], name: str) -> AbstractCont
 def killed(rank: int, log: CollectiveLog, strike: Strike) -> None:
     _reduce(log)
     if rank == 2:
-        time.sleep(0.5)  # until the others are through with it
+        time.sleep(0.5)  # until the others have ended it
         strike()
         os.kill(os.getpid(), signal.SIGKILL)
     _reduce(log, "dispatch", LABEL)
@@ -45,7 +45,7 @@ def killed(rank: int, log: CollectiveLog, strike: Strike) -> None:
 def killed_holder(rank: int, log: CollectiveLog, strike: Strike) -> None:
     _reduce(log)
     if rank == 0:
-        time.sleep(0.5)  # until the others are through with it
+        time.sleep(0.5)  # until the others have ended it
         strike()
         os.kill(os.getpid(), signal.SIGKILL)
     _reduce(log, "combine", LABEL)
@@ -54,7 +54,7 @@ def killed_holder(rank: int, log: CollectiveLog, strike: Strike) -> None:
 def stopped(rank: int, log: CollectiveLog, strike: Strike) -> None:
     _reduce(log)
     if rank == 1:
-        time.sleep(0.5)  # until the others are through with it
+        time.sleep(0.5)  # until the others have ended it
         strike()
         os.kill(os.getpid(), signal.SIGSTOP)
     _reduce(log, "combine", LABEL)
@@ -74,7 +74,7 @@ def _compute_forever() -> None:
 
 
 def late_behind_another(rank: int, log: CollectiveLog, strike: Strike) -> None:
-    """Rank 0 waits for rank 1, which waits for rank 2, which is the one to name."""
+    """Rank 0 waits for rank 1, which waits for rank 2. Rank 2 must be named."""
     _reduce(log)
     if rank == 0:
         with _pair(log, (0, 1), "transfer"):
@@ -107,7 +107,7 @@ def fails_by_itself(rank: int, log: CollectiveLog, strike: Strike) -> None:
 def killed_amid_computation(rank: int, log: CollectiveLog, strike: Strike) -> None:
     _reduce(log)
     if rank == 2:
-        time.sleep(0.5)  # until the others are through with it
+        time.sleep(0.5)  # until the others have ended it
         strike()
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(1.5)
@@ -123,7 +123,7 @@ def slow_but_healthy(rank: int, log: CollectiveLog, strike: Strike) -> None:
         time.sleep(1.0 if rank == 1 else 0.0)
         _reduce(log)
     if rank == 0:
-        time.sleep(1.5)  # the others are gone by then, and nobody minds
+        time.sleep(1.5)  # the others have left by then, which is no failure
 
 
 def fails_when_others_have_finished(rank: int, log: CollectiveLog, strike: Strike) -> None:
@@ -150,7 +150,7 @@ def idle(rank: int, log: CollectiveLog, strike: Strike) -> None:
 def _same(
     ends: dict[int, Ended], survivors: tuple[int, ...], code: int, culprits: tuple[int, ...] | None = None
 ) -> str:
-    """The words of the verdict, held to be those of all survivors and soon enough."""
+    """Returns the text of the verdict, after checking that all survivors have it and ended in time."""
     for rank in survivors:
         assert ends[rank].exit_code == code, ends
         assert ends[rank].seconds < DEADLINE_SECONDS + 5, ends
@@ -166,7 +166,7 @@ def _same(
 
 
 def _run(*scenarios: Scenario, signalled: tuple[Scenario, ...] = ()) -> dict[Scenario, dict[int, Ended]]:
-    """All at once, as they mostly wait; those `signalled` are told to end once they have struck."""
+    """Runs all jobs at once, as they mostly wait. The `signalled` ones get SIGTERM after the failure."""
     jobs = {each: WatchedRanks(3, each, DEADLINE_SECONDS, (1,) if each is one_absent else ()) for each in scenarios}
 
     def end(scenario: Scenario) -> dict[int, Ended]:
@@ -179,12 +179,12 @@ def _run(*scenarios: Scenario, signalled: tuple[Scenario, ...] = ()) -> dict[Sce
 
 
 def _without_waiters(text: str) -> str:
-    """How many ranks wait already when the first learns of a death is up to the machine."""
+    """Removes the waiting ranks: how many wait when the first detects the end depends on the machine."""
     return re.sub(r"ranks? [0-2](?: and [0-2])? waited for ", "", text)
 
 
 @pytest.mark.slow
-def test_watch_names_the_rank_that_is_missing_and_what_was_awaited() -> None:
+def test_watchdog_names_the_missing_rank_and_the_collective() -> None:
     ends = _run(
         *(killed, killed_holder, stopped, late, late_behind_another),
         *(in_a_circle, one_absent, misses_one_that_has_finished),
@@ -218,7 +218,7 @@ def test_watch_names_the_rank_that_is_missing_and_what_was_awaited() -> None:
 
 
 @pytest.mark.slow
-def test_watch_leaves_alone_what_is_no_other_rank_s_fault() -> None:
+def test_watchdog_ignores_errors_that_no_other_rank_caused() -> None:
     scenarios = (fails_by_itself, fails_when_others_have_finished, slow_but_healthy, idle)
     ends = _run(*scenarios, signalled=(idle,))
     failed = ends[fails_by_itself]
@@ -237,8 +237,8 @@ def test_watch_leaves_alone_what_is_no_other_rank_s_fault() -> None:
 
 
 @pytest.mark.slow
-def test_watch_told_to_end_finds_the_rank_that_was_lost() -> None:
-    """A launcher ends all ranks as soon as it has seen one die, before they miss it."""
+def test_watchdog_finds_the_lost_rank_after_sigterm() -> None:
+    """A launcher ends all ranks as soon as one dies, before the others wait for it."""
     ends = _run(killed_amid_computation, signalled=(killed_amid_computation,))[killed_amid_computation]
     text = _same(ends, (0, 1), 78, (2,))
     assert (

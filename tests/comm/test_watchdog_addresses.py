@@ -1,4 +1,4 @@
-"""Ranks exchange addresses through a store that anybody may write: a stranger's records count for nothing."""
+"""Ranks exchange addresses through an untrusted store: records of other processes are ignored."""
 
 import os
 import socket
@@ -22,7 +22,7 @@ KEY = b"the key of a test's job".ljust(32)
 
 
 class Rank:
-    """One rank's exchange, on a thread."""
+    """Exchange of one rank, on a thread."""
 
     def __init__(
         self, rank: int, store: Store, key: bytes | None = KEY, folder: Path | None = None, world_size: int = 3,
@@ -34,7 +34,7 @@ class Rank:
 
 
 def run(ranks: list[Rank], meanwhile: Callable[[], None] = lambda: None) -> list[BaseException | None]:
-    """What each rank's exchange raised."""
+    """Runs the exchanges and returns the error of each rank."""
 
     def one(rank: Rank) -> BaseException | None:
         try:
@@ -50,7 +50,7 @@ def run(ranks: list[Rank], meanwhile: Callable[[], None] = lambda: None) -> list
 
 
 def assert_connected(ranks: list[Rank]) -> None:
-    """Every rank's message reaches every other."""
+    """Checks that every rank's message reaches every other rank."""
     for sender in ranks:
         for number in sender.watchdog_socket.peers:
             sender.watchdog_socket.send(number, "state_request", {})
@@ -70,7 +70,7 @@ def close(ranks: list[Rank]) -> None:
 @pytest.mark.parametrize("kind", ["given", "file"])
 def test_ranks_that_share_a_key_are_connected_and_leave_no_secret(kind: str, tmp_path: Path) -> None:
     key, folder = (KEY, None) if kind == "given" else (None, tmp_path)
-    # In a file, so that all that any rank wrote can be read.
+    # A file store, so that the test can read everything that a rank wrote.
     path = tmp_path / "store"
     ranks = [Rank(rank, FileStore(str(path), -1), key, folder if rank == 0 else None) for rank in range(3)]
     assert run(ranks) == [None] * 3
@@ -82,7 +82,7 @@ def test_ranks_that_share_a_key_are_connected_and_leave_no_secret(kind: str, tmp
     assert len({codec._key for codec in codecs if codec}) == 1
 
 
-def test_each_attempt_has_its_own_key() -> None:
+def test_each_attempt_has_a_new_key() -> None:
     first, second = ([Rank(rank, store) for rank in range(3)] for store in (HashStore(), HashStore()))
     assert run(first) == run(second) == [None] * 3
     first[1].watchdog_socket._peers = second[1].watchdog_socket._peers
@@ -92,8 +92,8 @@ def test_each_attempt_has_its_own_key() -> None:
     close(first + second)
 
 
-def test_records_of_an_earlier_attempt_and_of_strangers_count_as_absent(tmp_path: Path) -> None:
-    """The store still holds what an earlier attempt wrote, and somebody writes to it all the time."""
+def test_records_of_an_earlier_attempt_and_of_other_processes_count_as_absent(tmp_path: Path) -> None:
+    """The store contains records of an earlier attempt, and another process keeps writing to it."""
     store = HashStore()
     (tmp_path / "before").mkdir()
     before = [Rank(rank, store, None, tmp_path / "before") for rank in range(3)]
@@ -113,7 +113,7 @@ def test_records_of_an_earlier_attempt_and_of_strangers_count_as_absent(tmp_path
     close(before + ranks)
 
 
-def test_forged_verdict_in_the_store_is_replaced_by_the_ranks_own() -> None:
+def test_forged_verdict_in_the_store_is_replaced_by_an_authentic_one() -> None:
     store = HashStore()
     store.set("watchdog/verdict", '{"code": 0, "text": "forged", "judge": 0, "culprits": []}')
     ranks = [Rank(rank, store, seconds=1.0) for rank in (0, 2)]
@@ -125,14 +125,14 @@ def test_forged_verdict_in_the_store_is_replaced_by_the_ranks_own() -> None:
 
 
 @pytest.mark.parametrize("planted", [None, '{"code": 0, "text": "forged", "judge": 1, "culprits": []}', "[" * 9999])
-def test_ranks_without_a_key_end_by_the_verdict_of_the_first(planted: str | None) -> None:
+def test_ranks_without_a_key_end_with_the_first_verdict(planted: str | None) -> None:
     store = HashStore()
     if planted is not None:
         store.set("watchdog/verdict_without_key", planted)
     ranks = [Rank(rank, store, seconds=seconds) for rank, seconds in ((1, 0.5), (2, 1.5))]
     verdicts = [error.verdict for error in run(ranks) if isinstance(error, AbsentError)]
     said = "is absent: not joined within {} s; ranks 1 and 2 waited for start of the job"
-    # Nothing of what a stranger has put there counts, and the ranks then have nothing in common.
+    # A forged record is ignored, and then the ranks have no common verdict.
     expected = ["0.5", "0.5"] if planted is None else ["0.5", "1.5"]
     assert [(verdict.code, verdict.text) for verdict in verdicts] == [
         (76, f"rank 0 {said.format(seconds)}") for seconds in expected
@@ -160,7 +160,7 @@ def test_record_that_is_not_authentic_is_named_at_the_deadline() -> None:
     close([rank])
 
 
-def test_ranks_with_and_without_a_given_key_are_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_key_on_some_ranks_only_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("comm.watchdog.addresses._FILE_SECONDS", 0.3)
     for keys, place, other in (((KEY, None), "rank 0", "rank 1"), ((None, KEY), "rank 1", "rank 0")):
         ranks = [Rank(rank, store, keys[rank], tmp_path, 2, 1.0) for store in [HashStore()] for rank in (0, 1)]
@@ -173,8 +173,8 @@ def test_ranks_with_and_without_a_given_key_are_told_so(tmp_path: Path, monkeypa
         close(ranks)
 
 
-def test_rank_that_does_not_see_the_file_with_the_key_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its out_dir is not that of rank 0, as if the two had no file system in common."""
+def test_rank_without_access_to_the_key_file_reports_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its out_dir differs from that of rank 0, as without a shared file system."""
     monkeypatch.setattr("comm.watchdog.addresses._FILE_SECONDS", 0.3)
     store, file = HashStore(), write_key_file(tmp_path)
     file.remove()
@@ -186,8 +186,8 @@ def test_rank_that_does_not_see_the_file_with_the_key_says_so(tmp_path: Path, mo
     close([rank])
 
 
-def test_file_of_another_user_is_no_key(tmp_path: Path) -> None:
-    """Whoever can write to the store may name any file; none but this user's own is read."""
+def test_file_of_another_user_is_not_a_key(tmp_path: Path) -> None:
+    """A process that can write to the store may name any file. Only this user's files are read."""
     if os.geteuid() != 0:
         pytest.skip("only root can give a file to another user")
     store, file = HashStore(), write_key_file(tmp_path)
@@ -199,8 +199,8 @@ def test_file_of_another_user_is_no_key(tmp_path: Path) -> None:
     close([rank])
 
 
-def test_rank_that_knows_only_its_loopback_address_moves_to_where_others_reach_it() -> None:
-    """As the first machine may resolve its own name to 127.0.1.1."""
+def test_rank_with_only_a_loopback_address_rebinds_to_a_reachable_one() -> None:
+    """The first machine may resolve its own name to 127.0.1.1."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(("192.0.2.1", 9))

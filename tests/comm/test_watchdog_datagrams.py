@@ -1,4 +1,4 @@
-"""What arrives at a watchdog is authentic, new and of the expected form, or it is dropped without a trace."""
+"""A watchdog drops datagrams that are not authentic, not new or malformed."""
 
 import json
 import zlib
@@ -50,35 +50,35 @@ def test_datagram_arrives_once_and_only_at_its_recipient() -> None:
     assert (arrived.kind, arrived.sender, arrived.values) == ("verdict", 1, VERDICT)
     assert refuses(receiver, data)
     assert refuses(codec(0, b"an earlier attempt's key".ljust(32)), data)
-    # A rank takes nothing that it has sent itself, and nothing of a rank that the job does not have.
+    # A rank rejects its own datagrams, and those of ranks that the job does not have.
     assert refuses(codec(0), codec(0).encode(0, "state_request", {}))
     assert refuses(codec(0), DatagramCodec(KEY, 7, 8).encode(0, "state_request", {}))
 
 
 @settings(max_examples=200, deadline=None)
 @given(data=st.binary(max_size=300))
-def test_datagram_of_a_stranger_is_refused_whatever_it_holds(data: bytes) -> None:
+def test_datagram_with_another_key_is_rejected(data: bytes) -> None:
     assert refuses(codec(0), data)
-    # Nor does a right header help.
+    # A valid header does not help.
     header = codec(1).encode(0, "verdict", VERDICT)[32:49]
     assert refuses(codec(0), data[:32].ljust(32, b"\0") + header + data)
 
 
 @settings(max_examples=200, deadline=None)
 @given(bit=st.integers(0, 8 * 200), size=st.integers(0, 200), more=st.binary(min_size=1, max_size=50))
-def test_datagram_that_was_changed_is_refused(bit: int, size: int, more: bytes) -> None:
+def test_changed_datagram_is_rejected(bit: int, size: int, more: bytes) -> None:
     data, receiver = codec(1).encode(0, "verdict", VERDICT), codec(0)
     flipped = bytearray(data)
     flipped[bit // 8 % len(data)] ^= 1 << bit % 8
     assert refuses(receiver, bytes(flipped))
     assert refuses(receiver, data[: min(size, len(data) - 1)])
     assert refuses(receiver, data + more)
-    assert not refuses(receiver, data)  # and none of them used up its counter
+    assert not refuses(receiver, data)  # and none of them consumed its counter
 
 
 @settings(max_examples=100, deadline=None)
 @given(order=st.permutations(range(40)), again=st.lists(st.integers(0, 39), max_size=40))
-def test_datagrams_may_overtake_each_other_and_none_counts_twice(order: list[int], again: list[int]) -> None:
+def test_datagrams_may_arrive_out_of_order_and_none_counts_twice(order: list[int], again: list[int]) -> None:
     sender, receiver = codec(1), codec(0)
     sent = [sender.encode(0, "state_request", {}) for _ in order]
     assert not any(refuses(receiver, sent[number]) for number in order)
@@ -119,14 +119,16 @@ def test_replay_window_accepts_each_counter_at_most_once_and_every_new_highest(c
     ],
     ids=range(15),
 )
-def test_content_that_is_no_small_json_object_is_refused(body: bytes) -> None:
+def test_content_other_than_a_small_json_object_is_rejected(body: bytes) -> None:
     with pytest.raises(MessageError):
         decompress_object(body)
 
 
 @settings(max_examples=200, deadline=None)
 @given(values=st.dictionaries(st.sampled_from([*VERDICT, *STATE, "end", "other"]), JSON), kind=st.integers(0, 3))
-def test_message_with_any_fields_is_decoded_or_refused_and_never_raises(values: dict[str, Any], kind: int) -> None:
+def test_message_with_any_fields_is_decoded_or_rejected_without_another_error(
+    values: dict[str, Any], kind: int
+) -> None:
     message = WatchdogMessage(("state_request", "state", "verdict", "departure")[kind], 1, values, ("127.0.0.1", 9))
     try:
         decoded = decode_message(message, WORLD_SIZE)
@@ -151,7 +153,7 @@ BAD_VERDICTS = [
 
 
 @pytest.mark.parametrize("change", BAD_VERDICTS, ids=range(len(BAD_VERDICTS)))
-def test_verdict_of_any_other_form_is_refused(change: dict[str, Any]) -> None:
+def test_malformed_verdict_is_rejected(change: dict[str, Any]) -> None:
     key = next(iter(change))
     values = changed(VERDICT, **change)
     with pytest.raises(MessageError, match=key):
@@ -175,7 +177,7 @@ BAD_STANDINGS = [
 
 
 @pytest.mark.parametrize("change", BAD_STANDINGS, ids=range(len(BAD_STANDINGS)))
-def test_answer_of_any_other_form_is_refused(change: dict[str, Any]) -> None:
+def test_malformed_state_is_rejected(change: dict[str, Any]) -> None:
     with pytest.raises(MessageError):
         decode_message(WatchdogMessage("state", 1, changed(STATE, **change), ("127.0.0.1", 9)), WORLD_SIZE)
 
@@ -193,7 +195,7 @@ def test_messages_survive_their_encoding() -> None:
         assert decode_message(WatchdogMessage(kind, 1, arrived, ("127.0.0.1", 9)), WORLD_SIZE) == expected  # type: ignore[arg-type]
 
 
-def test_farewell_of_an_unknown_kind_is_refused() -> None:
+def test_departure_of_an_unknown_kind_is_rejected() -> None:
     with pytest.raises(MessageError, match="end"):
         decode_message(WatchdogMessage("departure", 1, {"end": "gone", "text": "x"}, ("127.0.0.1", 9)), WORLD_SIZE)
 
@@ -217,5 +219,5 @@ def test_record_in_the_store_is_valid_for_its_purpose_alone() -> None:
     ):
         with pytest.raises(MessageError):
             open_object(key, purpose, record)
-    # Parts do not run into each other.
+    # Parts are separated.
     assert derive(KEY, "a", b"bc", b"d") != derive(KEY, "a", b"b", b"cd") != derive(KEY, "ab", b"c", b"d")

@@ -1,4 +1,4 @@
-"""The file with a job's key: only its owner's own, private, new file is read."""
+"""A key file is only read if it is private and belongs to this user."""
 
 import os
 import stat
@@ -9,7 +9,7 @@ import pytest
 from comm.watchdog.job_key import KEY_VARIABLE, JobKeyError, read_key_file, take_key_from_environment, write_key_file
 
 
-def test_key_file_is_private_and_gives_the_key(tmp_path: Path) -> None:
+def test_key_file_is_private_and_returns_the_key(tmp_path: Path) -> None:
     file = write_key_file(tmp_path)
     assert stat.S_IMODE(file.path.stat().st_mode) == 0o600
     assert read_key_file(file.path) == file.key
@@ -17,13 +17,13 @@ def test_key_file_is_private_and_gives_the_key(tmp_path: Path) -> None:
     assert len(file.key) == 32
     second = write_key_file(tmp_path)
     assert second.key != file.key
-    assert not file.path.exists()  # an earlier attempt's, which is of no use to anybody
+    assert not file.path.exists()  # a file of an earlier attempt
     second.remove()
     second.remove()
     assert not list(tmp_path.iterdir())
 
 
-def test_key_file_that_others_can_read_or_have_made_is_refused(tmp_path: Path) -> None:
+def test_key_file_that_others_can_read_or_replace_is_rejected(tmp_path: Path) -> None:
     file = write_key_file(tmp_path)
     file.path.chmod(0o640)
     with pytest.raises(JobKeyError, match="must have mode 600, has mode 640"):
@@ -48,7 +48,7 @@ def test_key_file_that_others_can_read_or_have_made_is_refused(tmp_path: Path) -
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to another user")
-def test_key_file_of_another_user_is_refused(tmp_path: Path) -> None:
+def test_key_file_of_another_user_is_rejected(tmp_path: Path) -> None:
     file = write_key_file(tmp_path)
     os.chown(file.path, 12345, -1)
     with pytest.raises(
@@ -57,7 +57,7 @@ def test_key_file_of_another_user_is_refused(tmp_path: Path) -> None:
         read_key_file(file.path)
 
 
-def test_key_file_with_another_key_than_its_name_tells_is_refused(tmp_path: Path) -> None:
+def test_key_file_whose_name_does_not_match_its_key_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     first, second = write_key_file(tmp_path / "other"), write_key_file(tmp_path)
     second.path.write_bytes(first.key)
@@ -72,17 +72,17 @@ def test_key_file_with_another_key_than_its_name_tells_is_refused(tmp_path: Path
 
 
 @pytest.mark.parametrize("name", ["/etc/passwd", ".job-key-" + "0" * 32, "/tmp/.job-key-x", "/proc/self/mem", "", "/"])
-def test_path_that_is_no_key_file_s_is_refused_unread(name: str) -> None:
+def test_path_that_is_not_a_key_file_is_rejected_unread(name: str) -> None:
     with pytest.raises(JobKeyError, match="which is not a file with a job's key"):
         read_key_file(Path(name))
 
 
-def test_folder_that_takes_no_key_file_is_named(tmp_path: Path) -> None:
+def test_folder_that_rejects_a_key_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(JobKeyError, match=r"out_dir: must accept a file with the job's key, .*; nearest valid: "):
         write_key_file(tmp_path / "missing")
 
 
-def test_key_leaves_the_environment_and_must_be_long(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_key_is_removed_from_the_environment_and_must_be_long(monkeypatch: pytest.MonkeyPatch) -> None:
     assert take_key_from_environment() is None
     monkeypatch.setenv(KEY_VARIABLE, "k" * 31)
     with pytest.raises(JobKeyError, match="at least 32 random characters, has 31"):

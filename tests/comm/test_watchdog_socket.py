@@ -1,4 +1,4 @@
-"""What one watch hears and says, by its mail alone."""
+"""A watchdog reacts to datagrams as specified, without collectives."""
 
 import os
 import signal
@@ -21,7 +21,7 @@ def _two_sockets() -> tuple[WatchdogSocket, WatchdogSocket]:
     return boxes
 
 
-def test_socket_tells_a_closed_peer_from_a_silent_one_and_hears_no_stranger() -> None:
+def test_socket_distinguishes_closed_from_silent_peers_and_ignores_other_senders() -> None:
     first, second = _two_sockets()
     stranger = WatchdogSocket(1, "127.0.0.1")
     stranger.open([(each.host, each.port) for each in (first, second)], b"another job's key".ljust(32))
@@ -44,10 +44,10 @@ def test_socket_tells_a_closed_peer_from_a_silent_one_and_hears_no_stranger() ->
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("others", ["verdict 2", "error 2"])
 @pytest.mark.parametrize("is_first", [False, True])
-def test_watch_keeps_the_same_of_two_verdicts_in_whatever_order_they_come(
+def test_watchdog_keeps_the_same_of_two_verdicts_in_any_order(
     others: str, is_first: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The lowest rank's; but an error that a rank has told of comes first, as verdicts may be its echo."""
+    """The verdict of the lowest rank wins, but a rank's own error comes first, as it may have caused the verdicts."""
     monkeypatch.setattr("comm.watchdog.watchdog._FOLLOW_SECONDS", 0.5)
     boxes = [WatchdogSocket(rank, "127.0.0.1") for rank in range(3)]
     for box in boxes:
@@ -56,7 +56,7 @@ def test_watch_keeps_the_same_of_two_verdicts_in_whatever_order_they_come(
 
     def last_words(verdict: Verdict) -> None:
         kept.append(verdict)
-        raise SystemExit  # ends the watch's thread, and not the process
+        raise SystemExit  # ends the watchdog's thread instead of the process
 
     watch = Watchdog(0, boxes[0], CollectiveLog(), 60.0, last_words)
     watch.start()
@@ -75,11 +75,11 @@ def test_watch_keeps_the_same_of_two_verdicts_in_whatever_order_they_come(
         box.close()
 
 
-def test_watch_says_early_that_no_mail_gets_through(
+def test_watchdog_reports_blocked_datagrams_early(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("comm.watchdog.watchdog._REACH_SECONDS", 0.3)
-    first, second = _two_sockets()  # nobody reads the second
+    first, second = _two_sockets()  # no thread reads the second socket
     watch = Watchdog(0, first, CollectiveLog(), 60.0, lambda verdict: None)
     watch.start()
     until = time.monotonic() + 10
@@ -90,7 +90,7 @@ def test_watch_says_early_that_no_mail_gets_through(
     assert caplog.messages == ["watchdog: datagrams to rank 1 and back are blocked: lost ranks cannot be named"]
 
 
-def test_socket_is_woken_from_outside() -> None:
+def test_socket_receive_is_ended_by_the_wakeup_file() -> None:
     first, second = _two_sockets()
     begun = time.monotonic()
     os.write(first.wakeup_file, bytes([signal.SIGTERM]))
@@ -101,7 +101,7 @@ def test_socket_is_woken_from_outside() -> None:
 
 
 def _answers(asking: WatchdogSocket, rank: int) -> list[str]:
-    """Kinds of what arrives after a question to the rank."""
+    """Returns the kinds of messages that arrive after a state request to the rank."""
     asking.send(rank, "state_request", {})
     until, kinds = time.monotonic() + 10, []
     while "state" not in kinds and time.monotonic() < until:
@@ -109,8 +109,8 @@ def _answers(asking: WatchdogSocket, rank: int) -> list[str]:
     return kinds
 
 
-def test_watchdog_drops_messages_of_a_wrong_form_and_verdicts_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Even from ranks of the job: no code but 1, 76 and 78 ends a rank, and no rank speaks for another."""
+def test_watchdog_drops_malformed_messages_and_verdicts_in_the_name_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even ranks of the job can only end others with codes 1, 76 and 78, and only as themselves."""
     ends: list[int] = []
     monkeypatch.setattr("os._exit", ends.append)
     monkeypatch.setattr("comm.watchdog.watchdog._AGREE_SECONDS", 0.0)
@@ -146,7 +146,7 @@ def test_watchdog_drops_messages_of_a_wrong_form_and_verdicts_of_others(monkeypa
         box.close()
 
 
-def test_watchdog_logs_an_error_of_its_own_and_goes_on(
+def test_watchdog_logs_an_internal_error_and_continues(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second = _two_sockets()
@@ -164,7 +164,9 @@ def test_watchdog_logs_an_error_of_its_own_and_goes_on(
     while errors and time.monotonic() < until:
         time.sleep(0.05)
     assert "state" in _answers(second, 0)
-    assert caplog.messages == ["watchdog: internal error number 1; the watchdog continues"]  # and not one for each
+    assert caplog.messages == [
+        "watchdog: internal error number 1; the watchdog continues"
+    ]  # only one for several errors
     assert caplog.records[0].exc_info is not None
     watchdog.close()
     second.close()

@@ -1,4 +1,4 @@
-"""Who is to blame, from what ranks say of themselves."""
+"""The verdict on the missing ranks follows from the ranks' states."""
 
 import json
 import threading
@@ -38,7 +38,7 @@ def conclude(
 REDUCE = wait("reduce", WORLD)
 
 
-def test_verdict_blames_what_has_ended_before_what_is_silent() -> None:
+def test_verdict_names_ended_ranks_before_silent_ones() -> None:
     states = {0: state(REDUCE), 1: state(REDUCE)}
     for reason in Reason:
         verdict = conclude(reason, states, {3: "its process has ended"}, (2,))
@@ -59,21 +59,21 @@ def test_verdict_blames_what_has_ended_before_what_is_silent() -> None:
         (Reason.SIGNAL, 0, ""),
     ],
 )
-def test_verdict_on_a_silent_rank_depends_on_why_it_was_asked(reason: Reason, code: int, text: str) -> None:
+def test_verdict_on_a_silent_rank_depends_on_the_reason(reason: Reason, code: int, text: str) -> None:
     verdict = conclude(reason, {rank: state(REDUCE) for rank in (0, 1, 2)}, silent=(3,))
     assert (verdict.code if verdict else 0) == code
     assert verdict is None or verdict.text == f"{text}; ranks 0 to 2 waited for {REDUCE.text}"
 
 
-def test_verdict_of_the_smaller_side_says_that_it_is_cut_off() -> None:
+def test_verdict_of_the_smaller_side_says_that_it_is_disconnected() -> None:
     verdict = conclude(Reason.DEADLINE, {2: state(REDUCE)}, silent=(0, 1, 3), asks=2)
     assert verdict is not None
     missed = "ranks 0, 1 and 3 did not reach a collective within 5 s and did not respond"
     assert verdict.text.startswith(f"{missed}: disconnected from rank 2; rank 2 waited ")
 
 
-def test_verdict_names_the_operation_that_the_missing_rank_takes_part_in() -> None:
-    """Rank 0 has waited the longest, for rank 1; but it is rank 2 that is missing, in what rank 1 waits for."""
+def test_verdict_names_the_collective_of_the_missing_rank() -> None:
+    """Rank 0 has waited the longest, for rank 1. But rank 2 is missing, in the collective that rank 1 waits for."""
     send, hop = wait("send", (0, 1)), wait("hop", (1, 2), seconds=7.0)
     verdict = conclude(Reason.DEADLINE, {0: state(send), 1: state(hop), 3: state()}, silent=(2,))
     assert verdict is not None
@@ -83,7 +83,7 @@ def test_verdict_names_the_operation_that_the_missing_rank_takes_part_in() -> No
     assert lost.text == "rank 3 is lost: it was ended by SIGTERM; no other rank waited for it"
 
 
-def test_verdict_follows_who_waits_for_whom_to_the_one_that_computes() -> None:
+def test_verdict_follows_waits_to_the_rank_that_computes() -> None:
     send, hop = wait("send", (0, 1)), wait("hop", (1, 2), seconds=7.0)
     states = {0: state(send), 1: state(hop), 2: state(is_busy=True), 3: state(REDUCE)}
     verdict = conclude(Reason.DEADLINE, states)
@@ -93,14 +93,14 @@ def test_verdict_follows_who_waits_for_whom_to_the_one_that_computes() -> None:
         f"rank 2 did not reach a collective within 5 s: alive, busy in a.py, line 1, f, last started x 8.0 s ago; "
         f"rank 1 waited for {hop.text}"
     )
-    # A lane of rank 1 waits, too, but its main thread is what keeps rank 0 waiting.
+    # A lane of rank 1 waits, too, but rank 0 waits for its main thread.
     states[1] = state(hop, is_busy=True)
     verdict = conclude(Reason.DEADLINE, states)
     assert verdict is not None
     assert verdict.culprits == (1,)
 
 
-def test_verdict_tells_a_circle_a_phase_and_what_is_stuck_though_all_came() -> None:
+def test_verdict_describes_a_cycle_a_phase_and_a_collective_without_missing_ranks() -> None:
     send, back = wait("send", (0, 1)), wait("back", (0, 1))
     verdict = conclude(Reason.DEADLINE, {0: state(send), 1: state(back), 2: state(), 3: state()})
     assert verdict is not None
@@ -117,13 +117,13 @@ def test_verdict_tells_a_circle_a_phase_and_what_is_stuck_though_all_came() -> N
     )
 
 
-def test_verdict_is_none_where_all_are_well() -> None:
+def test_verdict_is_none_if_no_rank_is_missing() -> None:
     for reason in (Reason.ERROR, Reason.SIGNAL):
         assert conclude(reason, {rank: state(REDUCE) for rank in WORLD}) is None
     assert conclude(Reason.DEADLINE, {rank: state() for rank in WORLD}) is None
 
 
-def test_standing_and_verdict_survive_their_encoding() -> None:
+def test_state_and_verdict_survive_their_encoding() -> None:
     log = CollectiveLog()
     with log.awaiting(log.start("a", (0, 1), "x")):
         seen = RankState.of(log, MainThread())
@@ -146,7 +146,7 @@ def _compute() -> None:
     time.sleep(0.001)
 
 
-def test_phase_is_awaited_only_while_one_call_lasts() -> None:
+def test_wait_in_a_phase_counts_only_the_current_call() -> None:
     log, main_thread = CollectiveLog(), MainThread()
     seen: list[tuple[float, bool, str]] = []
     is_over = threading.Event()
@@ -164,7 +164,7 @@ def test_phase_is_awaited_only_while_one_call_lasts() -> None:
         while time.monotonic() - begun < 0.7:
             _compute()
         computing = list(seen)
-        time.sleep(1.5)  # one call, as a collective is
+        time.sleep(1.5)  # one call, like a collective
         waiting = list(seen)
     is_over.set()
     thread.join()
@@ -173,4 +173,4 @@ def test_phase_is_awaited_only_while_one_call_lasts() -> None:
     assert waiting[-1][0] > 0.9
     assert not waiting[-1][1]
     assert "tests/comm/test_watchdog_verdict.py, line " in waiting[-1][2]
-    assert waiting[-1][2].endswith("test_phase_is_awaited_only_while_one_call_lasts")
+    assert waiting[-1][2].endswith("test_wait_in_a_phase_counts_only_the_current_call")

@@ -1,4 +1,4 @@
-"""Real gloo ranks with a watch each, for tests of how they end."""
+"""Runs real gloo ranks with watchdogs, for tests of how they end."""
 
 import json
 import multiprocessing
@@ -26,9 +26,9 @@ _KEY = b"the key of a test's job".ljust(32)
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """How a rank ended: `seconds` after one struck, or after the last came to a start that others missed.
+    """End of a rank. `seconds` counts from the failure, or from the last rank that joined an incomplete start.
 
-    `error`: that it raised by itself.
+    `error` is the error that it raised itself.
     """
 
     exit_code: int | None
@@ -38,15 +38,15 @@ class Ended:
 
 
 class WatchedRanks:
-    """Ranks of one job: `function(rank, log, strike)` within a gloo world, its watch around it.
+    """Ranks of one job that run `function(rank, log, strike)` in a gloo world with watchdogs.
 
-    `strike` is to be called by a rank at the moment in which it fails, from where seconds count.
+    A rank calls `strike` at the moment of its failure, from which seconds are counted.
     """
 
     def __init__(
         self, world_size: int, function: Callable[..., None], deadline_seconds: float, absent: tuple[int, ...] = ()
     ) -> None:
-        """Starts them, but for those that are `absent`: only then is the start bound by the deadline."""
+        """Starts all ranks except the `absent` ones. The start has a deadline only if ranks are absent."""
         self._folder = tempfile.TemporaryDirectory(prefix="watched")
         self._begun = time.time()
         context = multiprocessing.get_context("forkserver")
@@ -63,18 +63,18 @@ class WatchedRanks:
 
     @property
     def has_struck(self) -> bool:
-        """Whether a rank has struck yet."""
+        """Whether a rank has failed yet."""
         return (Path(self._folder.name) / "struck").exists()
 
     def terminate(self) -> None:
-        """Once a rank has struck, tells all of them to end, as a launcher does."""
+        """Sends SIGTERM to all ranks after the first failure, as a launcher does."""
         while not (Path(self._folder.name) / "struck").exists():
             time.sleep(0.02)
         for process in self._processes.values():
             process.terminate()
 
     def ends(self, stopped: tuple[int, ...] = ()) -> dict[int, Ended]:
-        """Waits for all that are not `stopped`, which it kills, as it does those that hang; by rank."""
+        """Waits for all ranks and returns their ends by rank. Kills `stopped` and hanging ranks."""
         folder, until = Path(self._folder.name), time.time() + _TIMEOUT_SECONDS
         ended_at: dict[int, float] = {}
         while not self._processes.keys() - set(stopped) <= ended_at.keys() and time.time() < until:
