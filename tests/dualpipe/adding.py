@@ -1,4 +1,4 @@
-"""Stages that only add and keep a journal of their tensors, and ranks that are threads: to hold the interpreter to."""
+"""Provides stages that only add and track their tensors, and runs ranks as threads, to test the interpreter."""
 
 import queue
 import threading
@@ -38,7 +38,7 @@ SCHEDULES = PUBLISHED + RANDOM
 
 
 def name_of(schedule: object) -> str | None:
-    """For the names of test cases."""
+    """Returns the name of a test case."""
     if not isinstance(schedule, Schedule):
         return None
     shape = f"{schedule.num_directions}x{schedule.num_stages}"
@@ -46,7 +46,7 @@ def name_of(schedule: object) -> str | None:
 
 
 def lanes_of(stage: int, num_stages: int) -> tuple[Lane, ...]:
-    """An embedding and a dense block at the start, a head at the end, one block or two on the way."""
+    """Returns the lanes of a stage: embedding and dense block first, head last, one or two blocks in between."""
     blocks = BLOCK * (1 + stage % 2) if stage else ("compute", "compute")
     return (*blocks, "compute") if stage == num_stages - 1 else blocks
 
@@ -58,14 +58,14 @@ def lower(schedule: Schedule, rank: int, pairing: Pairing) -> Program:
 
 @dataclass
 class Journal:
-    """What one rank's runs keep. `ended`: tensors that must be gone when the rank does its next thing."""
+    """Tensors that one rank's runs keep. Tensors in `ended` must be freed before the rank's next action."""
 
     ended: list[weakref.ref[Tensor]] = field(default_factory=list)
     kept: dict[object, list[weakref.ref[Tensor]]] = field(default_factory=dict)
     peak: int = 0
 
     def look(self) -> None:
-        """Called before anything that the rank does."""
+        """Checks freed tensors; called before every action of the rank."""
         assert all(tensor() is None for tensor in self.ended), "a tensor is kept after its last use"
         self.ended.clear()
         alive = [key for key, tensors in self.kept.items() if any(tensor() is not None for tensor in tensors)]
@@ -79,10 +79,10 @@ class Journal:
 
 
 class AddingRun:
-    """Adds 10^phase, times the stage's number, on the way forward; gradients double. Exchanges end in `wait` alone.
+    """Run that adds 10^phase times the stage's number in the forward; gradients double. Only `wait` ends exchanges.
 
-    As a model's run does, it hands outputs over, keeps an activation of each phase to its own end, and drops what it
-    was given once the first phase has used it.
+    Like a model's run, it drops its references to outputs, keeps an activation of each phase until its end, and drops
+    its input after the first phase.
     """
 
     def __init__(self, stage: "AddingStage", key: tuple[int, int], value: Tensor) -> None:
@@ -158,7 +158,7 @@ class AddingRun:
 
 
 class AddingStage:
-    """Makes runs, and notes by (direction, micro-batch) what they came to."""
+    """Stage that makes runs and records their results by (direction, micro-batch)."""
 
     def __init__(self, number: int, num_stages: int, journal: Journal) -> None:
         self.lanes = lanes_of(number, num_stages)
@@ -179,7 +179,7 @@ Queues = dict[object, "queue.Queue[tuple[Message, Tensor]]"]
 
 
 class QueueTransport:
-    """One queue per link between the threads of a test; what travels is a copy."""
+    """Transport with one queue per link between the threads of a test. It sends copies."""
 
     def __init__(self, queues: Queues, journal: Journal) -> None:
         self._queues = queues
@@ -199,7 +199,7 @@ class QueueTransport:
 
 
 class Due:
-    """A message that will come through its queue."""
+    """Pending receive of a message from a queue."""
 
     def __init__(self, message: Message, messages: "queue.Queue[tuple[Message, Tensor]]") -> None:
         self._message = message
@@ -213,7 +213,7 @@ class Due:
 
 @dataclass
 class Ran:
-    """What one rank's thread came to."""
+    """Results of one rank's thread."""
 
     stages: dict[int, AddingStage]
     journal: Journal
@@ -221,7 +221,7 @@ class Ran:
 
 
 def run_threads(schedule: Schedule, pairing: Pairing) -> list[Ran]:
-    """The schedule on adding stages, one thread for each rank; raises what a thread raised."""
+    """Runs the schedule on adding stages with one thread per rank. Raises the error of a thread."""
     queues: Queues = defaultdict(queue.Queue)
     results: dict[int, Ran] = {}
     errors: list[BaseException] = []

@@ -1,4 +1,4 @@
-"""A run without a machine: programs on a clock that is moved by fixed times, for tests that need measured spans."""
+"""Simulates runs with fixed times of steps, for tests that need measured spans."""
 
 from dualpipe.ir import Schedule
 from dualpipe.runtime.compile import compile_rank
@@ -13,7 +13,7 @@ SECONDS = {"compute": 0.004, "exchange": 0.003, "start": 0.0002, "send": 0.0003,
 
 
 def programs_of(schedule: Schedule) -> list[Program]:
-    """Lowered over stages of one block each, overlapped."""
+    """Compiles the overlapped programs for stages of one block each."""
     return [
         compile_rank(schedule, rank, {stage: LANES for _, stage in schedule.stages_of(rank)}, overlapped)
         for rank in range(schedule.num_ranks)
@@ -21,7 +21,7 @@ def programs_of(schedule: Schedule) -> list[Program]:
 
 
 def spans_of(programs: list[Program]) -> list[list[tuple[float, float]]]:
-    """Start and end of every step, all ranks beginning at 0."""
+    """Returns start and end of every step; all ranks start at 0."""
     spans: list[list[tuple[float, float]]] = [[] for _ in programs]
     sent: dict[Message, float] = {}
     exchanges: dict[tuple[int, RunKey], float] = {}
@@ -67,7 +67,7 @@ def _end(
 
 
 def measured_run(schedule: Schedule, origin_seconds: float = 100.0) -> Measured:
-    """The whole pipeline's spans; the clock that ranks share shows `origin_seconds` when they begin."""
+    """Returns the spans of the whole pipeline, which starts at `origin_seconds` on the shared clock."""
     programs = programs_of(schedule)
     return Measured(
         ranks=tuple(

@@ -1,9 +1,9 @@
-"""A schedule run on numbers, as an oracle: it is correct if all ends and every number is that of one rank alone.
+"""Runs a schedule on numbers as an oracle: it is correct if all ranks end and all numbers equal those of one rank.
 
-Nothing here is shared with the validator. Ranks are coroutines; what crosses between them is a bare number, which
-its receiver takes for what it expects. A link holds one message; its sender stops before the next until the
-receiver, who asks on coming to a group, has got the first. Stages are maps x -> a x^2 + b in a finite field, where
-a wrong input, a wrong gradient or a wrong pairing of the two shows in the weight gradients.
+It shares no code with the validator. Ranks are coroutines that exchange bare numbers, and a receiver treats a number as
+the message that it expects. A link holds one message: the sender blocks before the next message until the receiver,
+which posts its receives before a group, has the first. Stages are maps x -> a x^2 + b in a finite field, where a wrong
+input, a wrong gradient or a wrong pairing of the two changes the weight gradients.
 """
 
 import random
@@ -15,23 +15,23 @@ from dualpipe.ir import Group, Op, Operation, Schedule
 
 PRIME = 2**61 - 1
 Key = tuple[int, int, int]
-"""Direction, stage, micro-batch."""
+"""Direction, stage and micro-batch."""
 
 
 class WrongRunError(Exception):
-    """What the run showed to be wrong."""
+    """Raised if the run shows an error of the schedule."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Enactment:
-    """`problem` is None for a correct schedule. `peaks[rank]`: activations kept at once, if it ended."""
+    """Result of a run. `problem` is None for a correct schedule; `peaks[rank]` is the peak of live activations."""
 
     problem: str | None
     peaks: tuple[int, ...]
 
 
 def enact(schedule: Schedule, *, forward_only: bool = False, seed: int = 0) -> Enactment:
-    """Runs the schedule; `seed` decides which ranks run ahead."""
+    """Runs the schedule; `seed` decides the relative speed of ranks."""
     world = _World(schedule, forward_only)
     try:
         world.run(random.Random(seed))
@@ -42,14 +42,14 @@ def enact(schedule: Schedule, *, forward_only: bool = False, seed: int = 0) -> E
 
 @dataclass
 class _Ticket:
-    """The receiver's request; `number` is what came."""
+    """Posted receive; `number` is the received number."""
 
     number: int | None = None
 
 
 @dataclass
 class _Slot:
-    """A link: what the sender has put, and the requests that wait."""
+    """Link with the sent number and the posted receives."""
 
     held: int | None = None
     tickets: deque[_Ticket] = field(default_factory=deque)
@@ -103,7 +103,7 @@ class _World:
         self.compare()
 
     def rank(self, rank: int, groups: tuple[Group, ...]) -> Iterator[bool]:
-        """Gives True for each step done, False while it waits."""
+        """Yields True for each completed step and False while the rank waits."""
         own: dict[tuple[str, Key], int] = {}
         for group in groups:
             inputs: list[int | _Ticket] = [self.input(rank, op, own) for op in group]
@@ -134,7 +134,7 @@ class _World:
         return self.schedule.placement[direction][stage]
 
     def input(self, rank: int, op: Operation, own: dict[tuple[str, Key], int]) -> int | _Ticket:
-        """The number at hand, or a request for it."""
+        """Returns the available number, or posts a receive for it."""
         if self.holder(op.direction, op.stage) != rank:
             raise WrongRunError(f"rank {rank} has no weights for {op}")
         key = (op.direction, op.stage, op.micro_batch)
@@ -161,7 +161,7 @@ class _World:
     def apply(
         self, op: Operation, number: int, before: dict[tuple[str, Key], int], own: dict[tuple[str, Key], int]
     ) -> int | None:
-        """What leaves the stage. A member knows what the rank knew before the group, and nothing of other members."""
+        """Returns the output of an operation. It may only use values from before its group."""
         key = (op.direction, op.stage, op.micro_batch)
         output = None
         gradient = number
@@ -187,7 +187,7 @@ class _World:
         return output
 
     def compare(self) -> None:
-        """Every part of every micro-batch once, with the number that one rank alone finds."""
+        """Checks that every operation ran once and that all numbers equal those of one rank."""
         expected: dict[tuple[str, Key], int] = {}
         total, directions = self.schedule.num_micro_batches, len(self.schedule.placement)
         for direction in range(directions):
@@ -227,7 +227,7 @@ def weight_gradient(x: int, gradient: int) -> int:
 
 
 def alone(direction: int, micro_batch: int, num_stages: int, forward_only: bool) -> dict[tuple[str, Key], int]:
-    """One micro-batch's numbers, computed in a row."""
+    """Computes the numbers of one micro-batch on one rank."""
     found: dict[tuple[str, Key], int] = {}
     x = first_input((direction, 0, micro_batch))
     inputs = []

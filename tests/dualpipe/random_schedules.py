@@ -1,4 +1,4 @@
-"""Schedules drawn at random: any placement, any order, any groups, as long as `validate` accepts them."""
+"""Draws random schedules with any placement, order and groups that `validate` accepts."""
 
 import random
 
@@ -10,32 +10,32 @@ Placement = tuple[tuple[int, ...], ...]
 
 
 def straight(num_ranks: int) -> Placement:
-    """Stage r on rank r."""
+    """Returns a placement with stage r on rank r."""
     return (tuple(range(num_ranks)),)
 
 
 def v_shaped(num_ranks: int) -> Placement:
-    """Stages r and 2P-1-r on rank r."""
+    """Returns a placement with stages r and 2P-1-r on rank r."""
     return ((*range(num_ranks), *reversed(range(num_ranks))),)
 
 
 def bidirectional(num_ranks: int) -> Placement:
-    """Direction 0 goes down the ranks, direction 1 up."""
+    """Returns a placement with two directions, in ascending and descending order of ranks."""
     down = tuple(range(num_ranks))
     return (down, down[::-1])
 
 
 def looped(num_ranks: int, num_loops: int) -> Placement:
-    """Stage s on rank s mod P: the last rank's link leads back to the first."""
+    """Returns a placement with stage s on rank s mod P, with a link from the last rank to the first."""
     return (tuple(range(num_ranks)) * num_loops,)
 
 
 def random_schedule(placement: Placement, num_micro_batches: int, seed: int, split_share: float = 0.6) -> Schedule:
-    """A valid schedule: the first that `validate` accepts of those drawn from the seed.
+    """Returns the first valid schedule of those drawn from the seed.
 
-    Operations become ready in one order over all ranks; a rank groups up to three of its ready ones.
-    Draws in which ranks would wait for each other are left out: groups with two sends on one link, and links that
-    serve several stages, allow them. `split_share` is the part of the backwards that are split.
+    Operations become ready in one order over all ranks, and a rank groups up to three of its ready ones. Draws with a
+    deadlock are dropped: they occur with two sends of a group on one link, and with links of several stages.
+    `split_share` is the fraction of split backwards.
     """
     draws = random.Random(f"{placement} {num_micro_batches} {seed}")
     while True:
@@ -70,7 +70,7 @@ class _Draw:
         self._left = [self._operations(rank) for rank in range(num_ranks)]
 
     def run(self) -> Schedule | None:
-        """None where every rank has come to wait for another."""
+        """Returns the groups, or None if all ranks wait for each other."""
         ranks = list(range(self._empty.num_ranks))
         while any(self._left):
             self._draws.shuffle(ranks)
@@ -121,7 +121,7 @@ class _Draw:
         needed = needed_by(op, self._empty.num_stages)
         if needed is not None and needed not in self._made:
             return False
-        # One message at a time on a link, so that the strictest transport does with it.
+        # One message at a time on a link, so that the strictest transport can run it.
         link = self._link_of(made_by(op, self._empty.num_stages))
         return link is None or not self._on_link.get(link)
 

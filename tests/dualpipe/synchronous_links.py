@@ -1,7 +1,7 @@
-"""Ranks as threads over links that hold one message: the strictest transport that a valid schedule must bear.
+"""Runs ranks as threads over links that hold one message: the strictest transport for a valid schedule.
 
-A link's own thread hands its message over once the receiver has asked; the sender stands before its next message on
-that link until then. Ranks and links pause at random in between, so that no order of events is given.
+A link's thread delivers its message when the receiver has posted its receive. Until then the sender blocks before its
+next message on that link. Ranks and links pause at random, so that the order of events is random.
 """
 
 import random
@@ -19,7 +19,7 @@ LONGEST_PAUSE_SECONDS = 0.0002
 
 
 class StuckError(Exception):
-    """Every rank that has not ended waits, and nothing is left to hand over."""
+    """Raised if all remaining ranks wait and no message can be delivered."""
 
 
 @dataclass
@@ -48,8 +48,8 @@ def run_on_threads(schedule: Schedule, seed: int) -> None:
     """Runs a schedule to its end.
 
     Raises:
-        StuckError: the ranks wait for each other.
-        AssertionError: a rank got another message than the one that it asked for.
+        StuckError: if ranks deadlock.
+        AssertionError: if a rank received another message than expected.
     """
     _Job(schedule, seed).run()
 
@@ -128,7 +128,7 @@ class _Job:
                 raise StuckError
 
     def check_stuck(self) -> None:
-        """Holds the lock: so what it sees is one moment of the whole job."""
+        """Checks for a deadlock. The caller holds the lock, so the state is consistent."""
         if not self.running or not self.running <= self.blocked.keys():
             return
         can_go_on = any(self.blocked[rank]() for rank in self.running)

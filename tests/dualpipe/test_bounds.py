@@ -1,4 +1,4 @@
-"""The lower bound: no schedule beats it, known optima reach it, and its reason names what binds."""
+"""No schedule is below the lower bound, known optima reach it, and its reason names the binding fact."""
 
 from random import Random
 
@@ -56,9 +56,10 @@ def random_costs(random: Random, num_stages: int) -> CostModel:
 
 
 def random_schedule(random: Random, empty: Schedule, *, keenness: float, split: float = 0.5) -> Schedule:
-    """Operations in random order, one group after another, each of operations whose needs earlier groups have met.
+    """Draws operations in random order into groups whose inputs earlier groups have made.
 
-    A keen one prefers gradients to forwards and both to weights, as good schedules do; `split` is the share of I and W.
+    If `keen`, it prefers gradients to forwards and both to weights, like good schedules. `split` is the fraction of
+    split backwards.
     """
     left = {
         Operation(kind, direction, stage, micro_batch)
@@ -94,7 +95,7 @@ def random_schedule(random: Random, empty: Schedule, *, keenness: float, split: 
 
 
 def own_needs(op: Operation) -> set[Operation]:
-    """What the same stage must have done before."""
+    """Returns the operations of the same stage that must run before."""
     if op.kind is Op.FORWARD:
         return set()
     before = Op.BACKWARD_INPUT if op.kind is Op.BACKWARD_WEIGHT else Op.FORWARD
@@ -116,7 +117,7 @@ SHAPES = [
 
 
 @pytest.mark.parametrize("empty", SHAPES, ids=lambda empty: f"{empty.placement}x{empty.num_micro_batches}")
-def test_bound_is_beaten_by_no_random_schedule(empty: Schedule) -> None:
+def test_bound_holds_for_random_schedules(empty: Schedule) -> None:
     random = Random(3)
     for _ in range(150):
         costs = random_costs(random, empty.num_stages)
@@ -146,7 +147,7 @@ def test_bound_is_reached_by_the_best_of_many_tiny_schedules(empty: Schedule, co
 
 @pytest.mark.parametrize("costs", [COMPUTE, EXCHANGE, random_costs(Random(7), 8)])
 @pytest.mark.parametrize("kind", ["dualpipe", "1f1b"])
-def test_bound_is_beaten_by_no_generated_schedule(kind: str, costs: Costs | CostModel) -> None:
+def test_bound_holds_for_generated_schedules(kind: str, costs: Costs | CostModel) -> None:
     schedule = build(kind, 8, 16)
     model = uniform(costs, 8, 8) if isinstance(costs, Costs) else costs
     simulation = simulate(schedule, model)
@@ -180,7 +181,7 @@ def test_bound_of_one_micro_batch_is_its_critical_path_with_links() -> None:
     assert "the time of one micro-batch" in bound.reason
 
 
-def test_bound_pays_no_link_between_stages_of_one_rank() -> None:
+def test_bound_counts_no_link_between_stages_of_one_rank() -> None:
     costs = Costs(forward=2, backward_input=2, backward_weight=2, exchange=0, latency=0.5)
     bound = lower_bound(in_a_v(2, 1), uniform(costs, 2, 4))
     assert bound.value == pytest.approx(4 + 4 + 1 + 4 * 0.5)
@@ -189,7 +190,7 @@ def test_bound_pays_no_link_between_stages_of_one_rank() -> None:
 def test_bound_under_a_tight_cap_counts_memory_and_time() -> None:
     schedule = shape(20, (0, 1, 2, 3))
     bound = lower_bound(schedule, uniform(COMPUTE, 4, 4), memory_cap=1)
-    # One at a time on rank 0: each lives through F of 4 stages, I of 4 and its W.
+    # One at a time on rank 0: each activation is alive during F of 4 stages, I of 4 stages and its W.
     assert bound.value == 20 * 9
     assert "memory x time" in bound.reason
 
@@ -202,13 +203,13 @@ def test_bound_never_grows_with_the_cap() -> None:
     assert values[0] > values[-1] == lower_bound(schedule, model).value
 
 
-def test_bound_counts_the_way_back_where_weights_cost_nothing() -> None:
+def test_bound_counts_the_backward_path_if_weights_cost_nothing() -> None:
     costs = Costs(forward=1, backward_input=1, backward_weight=0, exchange=0, latency=0)
     bound = lower_bound(shape(10, (0, 1, 2, 3)), uniform(costs, 4, 4))
     assert bound.value == 3 + 20 + 0 + 3
     assert "the last gradient needs 3 to reach stage 0" in bound.reason
 
 
-def test_bound_refuses_a_cap_below_one_activation() -> None:
+def test_bound_rejects_a_cap_below_one_activation() -> None:
     with pytest.raises(ScheduleError, match=r"memory_cap.*keeps 1 .* cap of 0\.5 .*nearest: 1"):
         lower_bound(shape(4, (0, 1)), uniform(COMPUTE, 2, 2), memory_cap=0.5)

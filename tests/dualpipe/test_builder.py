@@ -1,4 +1,4 @@
-"""The list builder: whatever the preferences, what it builds is valid, within memory, and as long as it says."""
+"""For any preferences, the list builder's orders are valid, within memory, and have the returned makespan."""
 
 from dataclasses import replace
 from random import Random
@@ -31,7 +31,7 @@ def random_costs(num_stages: int, random: Random) -> CostModel:
 
 
 @pytest.mark.parametrize("num_ranks", range(1, 7))
-def test_builder_builds_valid_orders_of_the_time_it_says(num_ranks: int) -> None:
+def test_builder_builds_valid_orders_of_the_returned_makespan(num_ranks: int) -> None:
     random = Random(num_ranks)
     for shape in (*(empty(num_ranks, count) for count in (1, num_ranks, 2 * num_ranks + 1)), zb_v(num_ranks, 5)):
         for _ in range(6):
@@ -44,11 +44,11 @@ def test_builder_builds_valid_orders_of_the_time_it_says(num_ranks: int) -> None
             schedule = replace(shape, ranks=attempt.ranks)
             validate(schedule)
             assert max(peak_memory(schedule, costs)) <= cap + 1e-6
-            # It may wait on purpose, which the order alone does not.
+            # The builder may wait on purpose, which the order alone does not.
             assert simulate(schedule, costs).makespan <= attempt.time + 1e-6
 
 
-def test_builder_gives_up_as_soon_as_a_makespan_is_out_of_reach() -> None:
+def test_builder_stops_as_soon_as_a_makespan_is_out_of_reach() -> None:
     shape = empty(4, 9)
     builder = Builder(shape, uniform(unit(), 4, 4), 5.0)
     preferences = draw(Random(1), len(builder.directions), 4, 3)

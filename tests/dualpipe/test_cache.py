@@ -1,4 +1,4 @@
-"""A searched schedule is made once for the same inputs and program, and never taken from a file that does not hold."""
+"""A searched schedule is made once for the same inputs and program, and never read from an invalid file."""
 
 from pathlib import Path
 
@@ -17,45 +17,45 @@ OTHER = uniform(Costs(forward=1, backward_input=2, backward_weight=1, exchange=0
 
 
 class Counting:
-    """Makes schedules and keeps what it was asked for."""
+    """Generator that records its calls."""
 
     __name__ = "counting"
 
     def __init__(self) -> None:
-        self.asked: list[tuple[int, int, CostModel, float | None]] = []
+        self.calls: list[tuple[int, int, CostModel, float | None]] = []
 
     def __call__(self, num_ranks: int, num_micro_batches: int, costs: CostModel, cap: float | None) -> Schedule:
-        self.asked.append((num_ranks, num_micro_batches, costs, cap))
+        self.calls.append((num_ranks, num_micro_batches, costs, cap))
         return dualpipe_split(num_ranks, num_micro_batches, costs, cap)
 
 
-def test_cache_makes_once_for_the_same_inputs_and_anew_for_others(tmp_path: Path) -> None:
+def test_cache_makes_once_for_the_same_inputs_and_again_for_others(tmp_path: Path) -> None:
     make = Counting()
-    asked = [(2, 4, COSTS, None), (2, 5, COSTS, None), (2, 4, OTHER, None), (2, 4, COSTS, 2.0)]
-    first = [load_or_make(make, *inputs, tmp_path / "new") for inputs in asked]
-    again = [load_or_make(make, *inputs, tmp_path / "new") for inputs in asked]
-    assert make.asked == asked
+    expected = [(2, 4, COSTS, None), (2, 5, COSTS, None), (2, 4, OTHER, None), (2, 4, COSTS, 2.0)]
+    first = [load_or_make(make, *inputs, tmp_path / "new") for inputs in expected]
+    again = [load_or_make(make, *inputs, tmp_path / "new") for inputs in expected]
+    assert make.calls == expected
     assert first == again
-    assert len(list((tmp_path / "new").iterdir())) == len(asked)
+    assert len(list((tmp_path / "new").iterdir())) == len(expected)
 
 
-def test_cache_of_another_program_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_of_another_program_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make = Counting()
     load_or_make(make, 2, 4, COSTS, None, tmp_path)
     monkeypatch.setattr(cache, "_program_digest", lambda make: "another")
     load_or_make(make, 2, 4, COSTS, None, tmp_path)
-    assert len(make.asked) == 2
+    assert len(make.calls) == 2
 
 
-def test_cache_of_a_plugin_that_was_edited_is_not_taken(tmp_path: Path) -> None:
+def test_cache_of_a_plugin_that_was_edited_is_not_used(tmp_path: Path) -> None:
     text = """
 from dualpipe.generate.dualpipe_split import dualpipe_split
 from dualpipe.registry import SCHEDULES, ScheduleSpec
 
-asked = []
+calls = []
 
 def mine(*inputs):
-    asked.append(inputs)
+    calls.append(inputs)
     return dualpipe_split(*inputs)
 
 SCHEDULES.register("mine", ScheduleSpec(name="mine", summary="a copy", generate=mine, takes_costs=True))
@@ -67,21 +67,21 @@ SCHEDULES.register("mine", ScheduleSpec(name="mine", summary="a copy", generate=
             for _ in range(2):
                 (plugin,) = load_plugins([path])
                 load_or_make(SCHEDULES.get("mine").generate, 2, 4, COSTS, None, tmp_path / "kept")
-            assert len(plugin.asked) == 1
+            assert len(plugin.calls) == 1
     finally:
         SCHEDULES.remove(["mine"])
     assert len(list((tmp_path / "kept").iterdir())) == 2
 
 
 @pytest.mark.parametrize("damage", ["cut", "swapped", "empty"])
-def test_cache_makes_anew_what_a_file_no_longer_holds(damage: str, tmp_path: Path) -> None:
+def test_cache_replaces_an_invalid_file(damage: str, tmp_path: Path) -> None:
     make = Counting()
     kept = load_or_make(make, 2, 4, COSTS, None, tmp_path)
     (path,) = tmp_path.iterdir()
     text = path.read_text()
     path.write_text({"cut": text[:-40], "swapped": text.replace('"I"', '"W"', 1), "empty": ""}[damage])
     assert load_or_make(make, 2, 4, COSTS, None, tmp_path) == kept
-    assert len(make.asked) == 2
+    assert len(make.calls) == 2
     assert path.read_text() == text
 
 
@@ -90,4 +90,4 @@ def test_cache_folder_that_cannot_be_written_only_costs_time(tmp_path: Path) -> 
     make = Counting()
     for _ in range(2):
         load_or_make(make, 2, 4, COSTS, None, tmp_path / "file" / "below")
-    assert len(make.asked) == 2
+    assert len(make.calls) == 2

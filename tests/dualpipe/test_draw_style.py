@@ -1,4 +1,4 @@
-"""Colors that every eye tells apart, and numbers that stand out from them."""
+"""Colors are distinct for color-blind readers, and numbers have enough contrast."""
 
 from itertools import combinations
 from math import dist
@@ -14,7 +14,7 @@ def linear(color: str) -> list[float]:
 
 
 def lightness_and_hue(rgb: list[float]) -> tuple[float, float, float]:
-    """CIE L*a*b* under D65."""
+    """Converts to CIE L*a*b* under D65."""
     red, green, blue = (min(1.0, max(0.0, value)) for value in rgb)
     x = (0.4124 * red + 0.3576 * green + 0.1805 * blue) / 0.9505
     y = 0.2126 * red + 0.7152 * green + 0.0722 * blue
@@ -33,7 +33,7 @@ EYES = {
 
 
 @pytest.mark.parametrize("eye", EYES)
-def test_colours_differ_for_every_eye(eye: str) -> None:
+def test_colors_are_distinct_with_color_blindness(eye: str) -> None:
     colors = [*style.LIGHT.values(), *style.DARK.values()]
     seen = [
         lightness_and_hue([sum(a * b for a, b in zip(row, linear(color), strict=True)) for row in EYES[eye]])
@@ -42,11 +42,11 @@ def test_colours_differ_for_every_eye(eye: str) -> None:
     assert min(dist(one, two) for one, two in combinations(seen, 2)) >= 20
 
 
-def test_numbers_stand_out_from_their_cells() -> None:
+def test_numbers_have_contrast_to_their_cells() -> None:
     def luminance(color: str) -> float:
         red, green, blue = linear(color)
         return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
     assert all((luminance(color) + 0.05) / (luminance("#16181b") + 0.05) >= 4.5 for color in style.LIGHT.values())
-    # 4.3 for the lightest of the dark ones: a darker olive could not be told from the brown beside it.
+    # 4.3 for the lightest of the dark ones: a darker olive would be too similar to the brown next to it.
     assert all(1.05 / (luminance(color) + 0.05) >= 4.3 for color in style.DARK.values())

@@ -1,4 +1,4 @@
-"""The drawn schedule: well-formed, a shape per operation, as wide as its time, self-contained, readable."""
+"""The SVG is well-formed and self-contained, with a readable shape per operation as wide as its time."""
 
 import re
 from dataclasses import replace
@@ -24,7 +24,7 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 
 def in_a_v() -> Schedule:
-    """Two ranks, four stages, one micro-batch and a group of two kinds of the second one."""
+    """Returns a V with two ranks, four stages and a mixed group."""
 
     def group(*names: str) -> Group:
         return tuple(Operation(Op(name[0]), 0, int(name[1]), int(name[2])) for name in names)
@@ -50,7 +50,7 @@ SCHEDULES = [
 
 
 def shapes_of(root: ElementTree.Element) -> list[tuple[str, str, float, float]]:
-    """Style, operation, x and width of every drawn operation."""
+    """Returns style, operation, x and width of every drawn operation."""
     found = []
     for group in root.iter(f"{SVG}g"):
         kinds = (group.get("class") or "").split()
@@ -92,7 +92,7 @@ def test_svg_draws_every_operation_once_at_its_time(schedule: Schedule, costs: C
     for kind, name, x, width in shapes:
         assert kind[0] == name[0]
         start, length = expected[name]
-        # Two decimals of a pixel are written.
+        # Positions are written with two decimals.
         assert x == pytest.approx(start, abs=0.006)
         assert width == pytest.approx(length * scale.pixels, abs=0.006)
 
@@ -110,7 +110,7 @@ def test_svg_stacks_the_members_of_a_group_and_fills_the_row() -> None:
     assert heights.count(row) == len(heights) - 2 * pairs
 
 
-def test_svg_tells_directions_apart() -> None:
+def test_svg_distinguishes_directions() -> None:
     schedule = build("dualpipe", 4, 8)
     shapes = shapes_of(ElementTree.fromstring(svg(schedule, simulate(schedule, UNIT))))
     assert {kind[1] for kind, name, _, _ in shapes if name.endswith("'")} == {"1"}
@@ -142,7 +142,7 @@ def test_svg_names_size_times_peak_and_bound() -> None:
     assert float(line.get("x1", "")) == pytest.approx(natural_scale(schedule, shown.simulation).x(63), abs=0.006)
 
 
-def test_svg_escapes_its_title_and_needs_nothing_from_outside() -> None:
+def test_svg_escapes_its_title_and_is_self_contained() -> None:
     schedule = build("1f1b", 2, 2)
     hostile = '</text><script>alert("1")</script> & "so"'
     drawn = svg(schedule, simulate(schedule, UNIT), title=hostile)
@@ -187,7 +187,7 @@ def test_svg_of_64_micro_batches_on_16_ranks_numbers_every_operation() -> None:
     assert len(drawn) < 1_000_000
 
 
-def test_svg_of_512_micro_batches_on_16_ranks_is_small_and_says_what_it_leaves_out() -> None:
+def test_svg_of_512_micro_batches_on_16_ranks_is_small_and_reports_what_it_omits() -> None:
     schedule = build("dualpipe", 16, 512)
     drawn = svg(schedule, simulate(schedule, UNIT))
     root = ElementTree.fromstring(drawn)
@@ -199,7 +199,7 @@ def test_svg_of_512_micro_batches_on_16_ranks_is_small_and_says_what_it_leaves_o
     assert sum(outline.count("M") for outline in outlines) == operations
 
 
-def test_svg_says_how_many_numbers_do_not_fit() -> None:
+def test_svg_reports_how_many_numbers_do_not_fit() -> None:
     schedule = build("dualpipe", 4, 24)
     costs = Costs(forward=1, backward_input=1, backward_weight=0.001, exchange=0, latency=0)
     root = ElementTree.fromstring(svg(schedule, simulate(schedule, costs)))
@@ -238,7 +238,7 @@ def test_svg_draws_a_run_below_its_plan_on_one_time_scale() -> None:
     assert last == pytest.approx(scale.x(run.makespan_seconds), abs=0.02)
 
 
-def test_svg_of_a_run_gives_measured_beside_planned_bubble_in_milliseconds() -> None:
+def test_svg_of_a_run_shows_measured_and_planned_bubble_in_milliseconds() -> None:
     schedule = build("dualpipe", 4, 8)
     root, simulation = measured_picture(schedule)
     text = all_text(root)

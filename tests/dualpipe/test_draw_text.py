@@ -1,4 +1,4 @@
-"""The text picture: aligned, complete, within its width."""
+"""The text picture is aligned, complete and within its width."""
 
 import re
 from dataclasses import replace
@@ -21,7 +21,7 @@ SIZES: list[tuple[str, int, int]] = [
 
 
 def rows_of(text: str, num_ranks: int) -> list[str]:
-    """Each rank's row, its bands joined; a band's rows are as wide as its widest."""
+    """Returns each rank's row with its bands joined. All rows of a band have the same width."""
     rows = [""] * num_ranks
     for band in text.split("\n\n")[:-1]:
         bodies = [line.split("|")[1] for line in band.splitlines()[1:]]
@@ -50,7 +50,7 @@ def test_grid_shows_every_group_in_order_at_its_time(
                 (op.kind.value.lower() if op.direction else op.kind.value) + str(op.micro_batch) for op in group
             ]
             assert label.group().split("+") == expected
-            # Starts are rounded to columns, and the last column may be a blank that is cut off.
+            # Starts are rounded to columns, and a blank last column is cut off.
             assert abs(label.start() / columns - start / simulation.makespan) <= 2.0 / columns
 
 
@@ -90,7 +90,7 @@ def test_summary_gives_makespan_idle_peak_and_formula() -> None:
     assert "(P/2-1)(F&B+B-3W) = 6" in text
 
 
-def test_summary_gives_a_range_where_ranks_differ_and_no_formula_for_others() -> None:
+def test_summary_gives_a_range_if_ranks_differ_and_no_formula_for_others() -> None:
     schedule = build("1f1b", 4, 8)
     text = summary(schedule, simulate(schedule, UNIT), UNIT)
     assert "1 to 4" in text
@@ -105,7 +105,7 @@ def test_summary_bounds_under_the_cap_that_it_is_given() -> None:
     assert "with a cap of 9" in text
 
 
-def test_summary_takes_costs_of_every_stage_and_leaves_the_formula_out() -> None:
+def test_summary_accepts_costs_of_every_stage_and_omits_the_formula() -> None:
     schedule = build("dualpipe", 4, 8)
     model = uniform(UNIT, 4, 4)
     text = summary(schedule, simulate(schedule, model), model)
@@ -113,6 +113,6 @@ def test_summary_takes_costs_of_every_stage_and_leaves_the_formula_out() -> None
     assert "published" not in text
 
 
-def test_summary_is_ascii_whatever_the_kind() -> None:
+def test_summary_is_ascii_for_any_kind() -> None:
     schedule = replace(build("1f1b", 2, 2), kind="sché")
     assert summary(schedule, simulate(schedule, UNIT), UNIT).isascii()

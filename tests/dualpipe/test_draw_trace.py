@@ -1,4 +1,4 @@
-"""The trace: what the viewer needs, every operation once, arrows from makers to needers."""
+"""The trace has the required fields, every operation once, and arrows from senders to receivers."""
 
 import json
 from collections import Counter, defaultdict
@@ -117,7 +117,7 @@ def test_trace_shows_exchanges_of_plan_and_run() -> None:
     )
 
 
-def test_trace_of_a_run_begins_at_zero_whatever_the_clock() -> None:
+def test_trace_of_a_run_begins_at_zero_for_any_clock() -> None:
     schedule = build("1f1b", 2, 2)
     early, late = (events_of("1f1b", 2, 2, measured_run(schedule, origin_seconds=origin)) for origin in (0.0, 2.0**20))
     starts = [event["ts"] for event in late if event.get("cat") == "measured" and event["ph"] == "X"]

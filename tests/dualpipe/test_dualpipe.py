@@ -1,4 +1,4 @@
-"""Mirroring: a V on h ranks becomes both halves of a bidirectional pipeline on 2h ranks."""
+"""Mirroring turns a V on h ranks into a bidirectional pipeline on 2h ranks."""
 
 from dataclasses import replace
 
@@ -73,6 +73,6 @@ def test_mirror_keeps_time_and_memory(num_ranks: int) -> None:
         ),
     ],
 )
-def test_mirror_refuses_other_shapes(schedule: Schedule, problem: str) -> None:
+def test_mirror_rejects_other_shapes(schedule: Schedule, problem: str) -> None:
     with pytest.raises(ScheduleError, match=problem):
         mirror(schedule)

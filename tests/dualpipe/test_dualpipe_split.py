@@ -1,4 +1,4 @@
-"""dualpipe_split: valid for every size and costs, within memory, and as short as the project promises."""
+"""dualpipe_split is valid for every size and all costs, within memory, and as short as promised."""
 
 import random
 import time
@@ -21,7 +21,7 @@ def equal_times(exchange: float, latency: float = 0.0) -> Costs:
 
 
 def makespan(num_ranks: int, num_micro_batches: int, costs: Costs) -> float:
-    """Of the schedule for these costs, which must be valid within P + 1 activations."""
+    """Returns the makespan for these costs, after validating the schedule with P + 1 activations."""
     schedule = dualpipe_split(num_ranks, num_micro_batches, uniform(costs, num_ranks, num_ranks))
     validate(schedule, num_ranks + 1)
     return simulate(schedule, costs).makespan
@@ -52,7 +52,7 @@ def test_split_hides_exchange_as_long_as_computation(num_ranks: int, overhead: i
 
 
 @pytest.mark.slow
-def test_split_pays_no_latency_per_micro_batch() -> None:
+def test_split_has_no_latency_per_micro_batch() -> None:
     late = equal_times(0, latency=0.1)
     for counts in ((16, 64, 128), (17, 65)):
         overheads = [makespan(8, count, late) - 3 * count for count in counts]
@@ -107,14 +107,14 @@ def test_split_is_valid_for_uneven_stages_of_any_number() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cap", [2, 3])
-def test_split_keeps_small_caps_at_the_price_of_time(cap: int) -> None:
+def test_split_keeps_small_caps_with_a_longer_makespan(cap: int) -> None:
     costs = uniform(equal_times(0), 4, 4)
     schedule = dualpipe_split(4, 9, costs, cap)
     validate(schedule, cap)
     assert simulate(schedule, costs).makespan > 3 * 9 + 1
 
 
-def test_split_names_the_least_cap_that_works() -> None:
+def test_split_names_the_smallest_cap_that_works() -> None:
     with pytest.raises(MemoryCapError, match=r"^memory_cap: .*the cap is 1; nearest: 2$") as caught:
         dualpipe_split(4, 9, uniform(equal_times(0), 4, 4), 1)
     assert caught.value.least == 2

@@ -1,4 +1,4 @@
-"""The interpreter on stages that only add, one thread per rank: values, gradients, and how long tensors live."""
+"""The interpreter computes the right values and gradients and frees tensors in time."""
 
 import pytest
 
@@ -12,7 +12,7 @@ from tests.dualpipe.adding import PAIRINGS, SCHEDULES, Ran, lanes_of, name_of, r
 
 
 def assert_values(schedule: Schedule, ran: list[Ran], *, trained: bool) -> None:
-    """Every micro-batch's output and input gradient in every stage is what the stages before and after make it."""
+    """Checks every micro-batch's output and input gradient in every stage."""
     numbers = range(schedule.num_stages)
     lanes = [lanes_of(stage, schedule.num_stages) for stage in numbers]
     added = [(stage + 1) * sum(10.0**phase for phase in range(len(lanes[stage]))) for stage in numbers]
@@ -31,10 +31,10 @@ def assert_values(schedule: Schedule, ran: list[Ran], *, trained: bool) -> None:
 
 @pytest.mark.parametrize("pairing", PAIRINGS)
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=name_of)
-def test_interpreter_carries_values_and_keeps_no_more_than_the_schedule_says(
+def test_interpreter_computes_values_and_keeps_only_the_activations_of_the_schedule(
     schedule: Schedule, pairing: Pairing
 ) -> None:
-    # The journals raise where a message outlives its use, or an activation its micro-batch's weight gradients.
+    # The journals raise if a message or an activation is kept for too long.
     ran = run_threads(schedule, pairing)
     assert_values(schedule, ran, trained=True)
     peaks = peak_activations(schedule)
@@ -43,7 +43,7 @@ def test_interpreter_carries_values_and_keeps_no_more_than_the_schedule_says(
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=name_of)
-def test_forward_only_program_keeps_no_more_than_a_group(schedule: Schedule) -> None:
+def test_forward_only_program_keeps_at_most_a_group(schedule: Schedule) -> None:
     forwards = forward_only(schedule)
     ran = run_threads(forwards, overlapped)
     assert_values(forwards, ran, trained=False)

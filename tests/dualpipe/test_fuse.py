@@ -1,4 +1,4 @@
-"""Fusing: valid, never worse, and the overheads that the project promises for exchange as long as computation."""
+"""Fusing is valid, never worse, and reaches the promised overheads if exchange takes as long as computation."""
 
 import random
 

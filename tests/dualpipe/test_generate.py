@@ -1,4 +1,4 @@
-"""Generators give the published orders, valid for every size that they accept."""
+"""Generators make the published orders, which are valid for every accepted size."""
 
 import hashlib
 import json
@@ -100,10 +100,10 @@ def test_zero_bubble_overhead_is_the_published_one(
 
 
 @pytest.mark.parametrize("make", [zb_h1, zb_v])
-def test_zero_bubble_one_micro_batch_takes_its_way_through_the_model(make: Callable[[int, int], Schedule]) -> None:
+def test_zero_bubble_with_one_micro_batch_takes_the_time_of_its_path(make: Callable[[int, int], Schedule]) -> None:
     for num_ranks in range(1, 9):
         schedule = make(num_ranks, 1)
-        # All of it but the last weight gradients, where other ranks take their own meanwhile.
+        # All operations except the last weight gradients, which other ranks run at the same time.
         last_weight = 1.0 if num_ranks == 1 else num_ranks / schedule.num_stages
         assert simulate(schedule, EQUAL).makespan == 2 * num_ranks + last_weight
 
@@ -166,7 +166,7 @@ def test_forward_only_keeps_the_order_of_forwards_and_nothing_else() -> None:
         ("1f1b", 1, 0, r"^there: .*at least 1 micro-batch, has 0; nearest: 1$"),
     ],
 )
-def test_sizes_refused_name_key_rule_value_and_nearest(
+def test_rejected_sizes_name_key_rule_value_and_nearest(
     kind: str, num_ranks: int, num_micro_batches: int, message: str
 ) -> None:
     with pytest.raises(ScheduleError, match=message):

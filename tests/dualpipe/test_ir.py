@@ -1,4 +1,4 @@
-"""The schedule's data and its public JSON form."""
+"""Schedules are converted to their public JSON form and back, and malformed JSON is rejected."""
 
 import json
 import re
@@ -15,7 +15,7 @@ from dualpipe.registry import build
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_json_brings_back_the_same_schedule() -> None:
+def test_json_round_trip_gives_the_same_schedule() -> None:
     for schedule in (build("dualpipe", 4, 10), build("1f1b", 3, 5), build("1f1b", 1, 1)):
         assert from_json(to_json(schedule)) == schedule
 
@@ -59,7 +59,7 @@ def changed(**changes: Any) -> str:
         (changed(ranks=[[[["F", 0, 0, 0.5]]], []]), r"ranks\[0\]\[0\]\[0\]: must be an integer of at least 0, is 0.5"),
     ],
 )
-def test_json_malformed_is_refused_with_its_place(text: str, place: str) -> None:
+def test_malformed_json_is_rejected_with_its_place(text: str, place: str) -> None:
     with pytest.raises(ScheduleError, match=place):
         from_json(text)
 
@@ -72,7 +72,7 @@ def test_operations_print_short_and_sort() -> None:
     assert len({later, Operation(Op.FORWARD, 0, 1, 0)}) == 1
 
 
-def test_schedule_places_stages_and_shares_out_micro_batches() -> None:
+def test_schedule_places_stages_and_splits_micro_batches() -> None:
     schedule = Schedule(
         kind="any", num_ranks=2, num_micro_batches=5, placement=((0, 1, 1, 0), (1, 0, 0, 1)), ranks=((), ())
     )
@@ -83,7 +83,7 @@ def test_schedule_places_stages_and_shares_out_micro_batches() -> None:
 
 
 def test_schedule_draws_itself_in_a_notebook() -> None:
-    """The lines of docs/python.md, as a notebook runs them: the picture is that of the last line."""
+    """Runs the lines of docs/python.md like a notebook, which shows the picture of the last line."""
     formatters = pytest.importorskip("IPython.core.formatters")
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "python.md").read_text("utf-8"), re.M | re.S)
     (block,) = (block for block in blocks if "dualpipe.registry" in block)

@@ -1,4 +1,4 @@
-"""Orders in lockstep: valid for every size, and at the lower bound with W where the ranks would wait."""
+"""Lockstep orders are valid for every size, and reach the lower bound with W in idle time."""
 
 import pytest
 
@@ -41,7 +41,7 @@ def test_lockstep_with_placed_weights_meets_the_lower_bound(num_ranks: int) -> N
 
 
 @pytest.mark.parametrize("num_ranks", range(2, 10))
-def test_lockstep_pairs_grow_by_nothing_but_work(num_ranks: int) -> None:
+def test_lockstep_pairs_grow_only_by_work(num_ranks: int) -> None:
     costs = uniform(EXCHANGING, num_ranks, num_ranks)
 
     def overhead(num_micro_batches: int) -> float:

@@ -1,4 +1,4 @@
-"""A run's spans in the schedule's words, and the bubble that they add up to."""
+"""Measured spans belong to the right operations and give the right bubble and costs."""
 
 import pickle
 from itertools import pairwise
@@ -32,7 +32,7 @@ def span(lane: SpanLane, start: float, end: float) -> LaneSpan:
     return LaneSpan(start_seconds=start, end_seconds=end, lane=lane, operation=operation, group=0, phase=-1)
 
 
-def test_bubble_is_the_time_of_neither_work_nor_own_exchange() -> None:
+def test_bubble_is_the_time_without_computation_or_exchange() -> None:
     measured = Measured(
         ranks=(
             (span("compute", 10, 14), span("comm", 11, 16), span("exposed", 14, 16), span("send", 16, 17)),
@@ -75,7 +75,7 @@ def test_spans_hold_all_work_of_every_operation(schedule: Schedule) -> None:
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: schedule.kind)
 def test_main_threads_spans_never_overlap_and_share_the_clock(schedule: Schedule) -> None:
     run = measured_run(schedule, origin_seconds=50.0)
-    # Before the first span there is at most room made for messages.
+    # Before the first span, receives are posted at most.
     assert run.start_seconds == pytest.approx(50.0, abs=3 * SECONDS["post"])
     for spans in run.ranks:
         main = [found for found in spans if found.lane != "comm"]
@@ -114,7 +114,7 @@ def test_measured_run_can_be_sent_between_processes() -> None:
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: schedule.kind)
-def test_bubble_of_each_ranks_use_is_that_of_its_spans(schedule: Schedule) -> None:
+def test_bubble_of_each_ranks_busy_time_is_that_of_its_spans(schedule: Schedule) -> None:
     programs = programs_of(schedule)
     uses = [
         rank_busy_time(step_lanes(program), spans, 7.0)
@@ -142,10 +142,10 @@ def test_costs_of_a_run_are_the_times_of_its_clock(kind: str) -> None:
         assert stage.activation == 3 / schedule.num_stages
 
 
-def test_costs_of_full_backwards_tell_inputs_from_weights() -> None:
+def test_costs_of_full_backwards_separate_inputs_and_weights() -> None:
     schedule = build("1f1b", 2, 4)
     programs = programs_of(schedule)
-    # Weight gradients that take twice as long: every later step is so much later.
+    # Weight gradients take twice as long, and every later step is later by that time.
     spans = []
     for program, found in zip(programs, spans_of(programs), strict=True):
         late, stretched = 0.0, []
@@ -183,7 +183,7 @@ def test_exchange_of_a_stage_is_its_shortest_and_computation_its_median() -> Non
 
 @pytest.mark.parametrize("kind", ["zb_h1", "zb_v"])
 def test_plan_by_a_runs_costs_takes_no_longer_than_the_run(kind: str) -> None:
-    # On a clock of fixed times only hand-overs and links come on top of what the plan counts.
+    # With fixed times, only sends and links take more time than in the plan.
     schedule = build(kind, 3, 6)
     run = measured_run(schedule)
     planned = simulate(ungroup(schedule), measured_costs(schedule, run))

@@ -1,4 +1,4 @@
-"""Mutations of valid schedules: the validator refuses those that compute something wrong, and no others."""
+"""The validator rejects exactly the mutations of valid schedules that compute wrong results."""
 
 import random
 from collections import Counter
@@ -26,7 +26,7 @@ MUTANTS_PER_SCHEDULE = 30
 
 @cache
 def schedules() -> tuple[Schedule, ...]:
-    """All kinds, even and odd sizes, groups of one to three members of any kinds, and three that are forwards alone."""
+    """Yields schedules of all kinds, sizes and groups, including three forward-only ones."""
     published = [
         *(one_f_one_b(*size) for size in ((1, 2), (2, 3), (4, 6))),
         *(zb_h1(*size) for size in ((2, 2), (3, 5), (4, 8))),
@@ -59,7 +59,7 @@ def somewhere(lists: Lists, draws: random.Random, rank: int | None = None) -> tu
 
 
 def put(groups: list[list[Operation]], operation: Operation, draws: random.Random) -> None:
-    """Anywhere in the rank: as a group of its own, or into one that is there."""
+    """Inserts an operation anywhere in the rank, as a new group or into an existing one."""
     if groups and draws.random() < 0.3:
         group = draws.choice(groups)
         group.insert(draws.randrange(len(group) + 1), operation)
@@ -111,7 +111,7 @@ def move_to_another_rank(lists: Lists, draws: random.Random) -> None:
 
 
 def regroup(lists: Lists, draws: random.Random) -> None:
-    """Two or three neighbors become one group, or a group falls apart, or its members change places."""
+    """Merges neighboring groups, splits a group, or reorders its members."""
     rank, group, _ = somewhere(lists, draws)
     groups = lists[rank]
     if len(groups[group]) > 1 and draws.random() < 0.6:
@@ -123,7 +123,7 @@ def regroup(lists: Lists, draws: random.Random) -> None:
 
 
 def rename(lists: Lists, draws: random.Random) -> None:
-    """Two micro-batches of a direction change names: from some rank on, or everywhere, which changes nothing."""
+    """Swaps two micro-batches of a direction: from some rank on, or everywhere, which changes nothing."""
     one = lists[0][0][0]
     flow = [op for groups in lists for group in groups for op in group if op.direction == one.direction]
     two = draws.choice([op for op in flow if op.micro_batch != one.micro_batch])
@@ -173,7 +173,7 @@ def test_oracle_accepts_every_original() -> None:
         (rename, 0.25, 0.4),
     ],
 )
-def test_validator_refuses_exactly_the_incorrect_mutants(
+def test_validator_rejects_exactly_the_incorrect_mutants(
     mutate: Mutation, least_incorrect: float, least_correct: float
 ) -> None:
     draws = random.Random(mutate.__name__)
@@ -193,7 +193,7 @@ def test_validator_refuses_exactly_the_incorrect_mutants(
     assert verdicts[True] >= least_correct * total
 
 
-def test_validator_holds_correct_mutants_to_the_memory_that_they_keep() -> None:
+def test_validator_checks_the_memory_of_correct_mutants() -> None:
     draws = random.Random(7)
     changed = 0
     for schedule in filter(is_training, schedules()):

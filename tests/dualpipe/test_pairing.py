@@ -1,4 +1,4 @@
-"""Laws of interleaving: what is hidden under what, and what leaves first, for every kind of group."""
+"""Interleaving hides exchanges and keeps the order of messages, for every kind of group."""
 
 from collections.abc import Sequence
 
@@ -16,9 +16,9 @@ DENSE = ("compute", "compute")
 def group_steps(
     kinds: str, lanes: Sequence[str] = BLOCK * 2, same_stage: bool = False, order: object = overlapped
 ) -> list[Step]:
-    """The steps of one group of a rank in the middle, of operations that need nothing else of the rank.
+    """Compiles one group of independent operations on a middle rank.
 
-    Directions alternate, or are all 0; each operation is of a micro-batch of its own.
+    Directions alternate, or are all 0. Each operation belongs to a different micro-batch.
     """
     group = tuple(
         Operation(Op(kind), direction, 1, micro_batch)
@@ -37,7 +37,7 @@ def group_steps(
 
 
 def exchanges(steps: Sequence[Step], lanes: Sequence[str] = BLOCK * 2) -> tuple[int, int]:
-    """How many exchanges there are, and under how many of them something is computed."""
+    """Returns the number of exchanges, and the number of those that hide computation."""
     hidden: list[bool] = []
     for index, step in enumerate(steps):
         if step.action in (Action.FORWARD, Action.BACKWARD) and lanes[step.phase] == "comm":
@@ -54,7 +54,7 @@ def is_compute(step: Step, lanes: Sequence[str]) -> bool:
 @pytest.mark.parametrize(
     ("kinds", "exposed"),
     [
-        # The last exchange of a group has nothing left to hide under, unless a backward's weights follow it.
+        # No computation can hide a group's last exchange, except weight gradients that follow it.
         ("FF", 1),
         ("II", 1),
         ("FB", 0),
@@ -81,9 +81,7 @@ def test_overlapped_hides_exchanges_under_the_other_members(kinds: str, exposed:
 
 @pytest.mark.parametrize("lanes", [BLOCK * 2, DENSE])
 @pytest.mark.parametrize("kinds", ["IW", "WI", "FW", "FIW", "WWI", "IWF"])
-def test_weight_gradients_delay_a_message_by_no_more_than_its_exchanges_can_hide(
-    kinds: str, lanes: Sequence[str]
-) -> None:
+def test_weight_gradients_delay_a_message_at_most_by_hidden_exchanges(kinds: str, lanes: Sequence[str]) -> None:
     for order in (overlapped, sequential):
         steps = group_steps(kinds, lanes, order=order)
         last_send = max(index for index, step in enumerate(steps) if step.action is Action.SEND)
@@ -104,7 +102,7 @@ def test_forwards_begin_before_a_member_is_over(kinds: str, lanes: Sequence[str]
 
 @pytest.mark.parametrize("order", [overlapped, sequential])
 @pytest.mark.parametrize("kinds", ["FFF", "IFIF", "BIF", "IBF", "WIIF"])
-def test_messages_of_one_link_leave_in_the_order_of_the_members(kinds: str, order: object) -> None:
+def test_messages_of_one_link_are_sent_in_the_order_of_the_members(kinds: str, order: object) -> None:
     for same_stage in (False, True):
         steps = group_steps(kinds, same_stage=same_stage, order=order)
         links: dict[object, list[int]] = {}
@@ -117,7 +115,7 @@ def test_messages_of_one_link_leave_in_the_order_of_the_members(kinds: str, orde
 
 
 def test_a_shorter_member_does_not_overtake_on_a_link() -> None:
-    """Stages 0 and 2 of rank 0 both send to rank 1, the second after fewer phases."""
+    """Stages 0 and 2 of rank 0 both send to rank 1, and stage 2 has fewer phases."""
     group = (Operation(Op.FORWARD, 0, 0, 1), Operation(Op.FORWARD, 0, 2, 0))
     schedule = Schedule(
         kind="looped", num_ranks=2, num_micro_batches=2, placement=((0, 1, 0, 1),), ranks=((group,), ())

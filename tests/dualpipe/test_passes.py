@@ -1,4 +1,4 @@
-"""Passes keep schedules valid, claim nothing that the simulator denies, and repeat what is steady."""
+"""Passes keep schedules valid, are never worse by simulation, and repeat the steady state."""
 
 import random
 from dataclasses import replace
@@ -45,7 +45,7 @@ def test_split_is_valid_and_never_worse(schedule: Schedule) -> None:
         assert split in (schedule, split_backwards(schedule))
 
 
-def test_split_is_refused_where_it_hides_less() -> None:
+def test_split_is_rejected_if_it_hides_less() -> None:
     # F&B hides all of W's time under long exchange, F&I and then W does not.
     schedule = dualpipe(4, 16)
     costs = uniform(Costs(forward=1, backward_input=1, backward_weight=1, exchange=2, latency=0), 4, 4)
@@ -79,7 +79,7 @@ def test_repeating_a_generated_order_gives_the_generated_order(num_ranks: int) -
 
 
 @pytest.mark.parametrize(("num_ranks", "count"), [(4, 12), (4, 13), (5, 16), (8, 24), (7, 22)])
-def test_repeating_adds_nothing_but_work_to_a_fused_order(num_ranks: int, count: int) -> None:
+def test_repeating_adds_only_work_to_a_fused_order(num_ranks: int, count: int) -> None:
     costs = uniform(Costs(forward=1, backward_input=1, backward_weight=1, exchange=1, latency=0), num_ranks, num_ranks)
     few = fuse(lockstep(empty(num_ranks, count), paired=True), costs)
     many = repeat(few, count + 60)
@@ -89,11 +89,11 @@ def test_repeating_adds_nothing_but_work_to_a_fused_order(num_ranks: int, count:
     assert peak_activations(many) == peak_activations(few)
 
 
-def test_repeating_works_where_only_the_ends_split_their_backwards() -> None:
+def test_repeating_works_if_only_the_ends_split_their_backwards() -> None:
     assert repeat(dualpipe(4, 12), 40) == dualpipe(4, 40)
 
 
-def test_repeating_tells_what_it_cannot_do() -> None:
+def test_repeating_returns_none_if_it_is_impossible() -> None:
     schedule = dualpipe(4, 12)
     assert repeat(schedule, 12) == schedule
     assert repeat(schedule, 10) is None

@@ -1,4 +1,4 @@
-"""The schedule of docs/extend.md, a file outside the checkout, passes every suite of registered schedules."""
+"""The schedule of docs/extend.md, in a file outside the checkout, passes all tests of registered schedules."""
 
 import json
 import re
@@ -19,7 +19,7 @@ SUITES = {
 
 @pytest.fixture(scope="module")
 def gpipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The file that the page shows, and its values next to it."""
+    """Writes the file of the page and its YAML file."""
     page = (ROOT / "docs" / "extend.md").read_text("utf-8")
     path = tmp_path_factory.mktemp("plugin") / "gpipe.py"
     values = path.parent / "conf" / "schedule" / "gpipe.yaml"
@@ -46,7 +46,7 @@ def test_schedule_of_a_plugin_passes_the_suites_of_registered_schedules(gpipe: P
 
 
 def test_schedule_of_a_plugin_that_is_wrong_fails_the_suites(gpipe: Path, tmp_path: Path) -> None:
-    """Backwards before forwards, and a peak that is said not to grow."""
+    """Uses backwards before forwards, and a peak that is declared not to grow."""
     text = gpipe.read_text("utf-8")
     wrong = tmp_path / "wrong.py"
     wrong.write_text(text.replace("(Op.FORWARD, Op.BACKWARD)", "(Op.BACKWARD, Op.FORWARD)"), "utf-8")
@@ -73,7 +73,7 @@ def test_schedule_of_a_plugin_is_drawn_by_the_command(gpipe: Path) -> None:
 
 
 def losses_of(folder: Path, *choices: str) -> list[float]:
-    """The losses of a short run in float64."""
+    """Returns the losses of a short run in float64."""
     small = ("model=tiny", "data.tokenizer_vocab_size=320", "model.mtp_depth=0", "dispatch=local", "precision=float64")
     run_command("launch.train", *small, *choices, "optim.sharding=replicated", "task.steps=3", f"out_dir={folder}")
     lines = (folder / "metrics.jsonl").read_text("utf-8").splitlines()

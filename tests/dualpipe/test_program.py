@@ -1,4 +1,4 @@
-"""Laws of lowering: every phase once, every exchange completed in time, every message in its link's order."""
+"""Compiled programs run every phase once, complete exchanges in time, and keep the order of links."""
 
 from collections import Counter, defaultdict
 
@@ -14,7 +14,7 @@ EVERY = [pytest.mark.parametrize("pairing", PAIRINGS), pytest.mark.parametrize("
 
 
 def every_schedule(test: object) -> object:
-    """Under both pairings."""
+    """Compiles every schedule with both pairings."""
     for mark in EVERY:
         test = mark(test)  # type: ignore[arg-type]
     return test
@@ -39,7 +39,7 @@ def test_program_runs_every_phase_of_every_operation_once(schedule: Schedule, pa
 
 
 @every_schedule
-def test_every_exchange_is_completed_before_its_run_goes_on(schedule: Schedule, pairing: Pairing) -> None:
+def test_every_exchange_is_completed_before_its_run_continues(schedule: Schedule, pairing: Pairing) -> None:
     for rank in range(schedule.num_ranks):
         under_way: set[RunKey] = set()
         done: dict[RunKey, list[int]] = defaultdict(list)
@@ -86,7 +86,7 @@ def test_links_carry_messages_in_the_order_of_the_schedule(schedule: Schedule, p
 
 
 @every_schedule
-def test_room_for_a_message_is_made_one_group_before_it_is_needed(schedule: Schedule, pairing: Pairing) -> None:
+def test_receives_are_posted_one_group_before_they_are_needed(schedule: Schedule, pairing: Pairing) -> None:
     for rank, plan in enumerate(transfers(schedule)):
         posted: list[Message] = []
         needed = {message: group for group, messages in enumerate(plan.receives) for message in messages}

@@ -1,4 +1,4 @@
-"""Laws of every registered kind of schedule, those of `pytest --plugins FILE` included."""
+"""Every registered kind of schedule keeps these laws, including those of `pytest --plugins FILE`."""
 
 from functools import cache
 
@@ -19,7 +19,7 @@ EVERY_KIND = pytest.mark.parametrize("kind", SCHEDULES.names())
 
 
 def accepted_sizes(kind: str) -> list[tuple[int, int]]:
-    """All small numbers of ranks and micro-batches for which the kind is defined."""
+    """Yields all small numbers of ranks and micro-batches for which the kind is defined."""
     every = [(ranks, batches) for ranks in range(1, MOST_RANKS + 1) for batches in range(1, 2 * ranks + 4)]
     return [size for size in every if SCHEDULES.get(kind).limit(*size) is None]
 
@@ -44,7 +44,7 @@ def test_registered_kind_is_valid_for_all_small_sizes(kind: str) -> None:
 
 @EVERY_KIND
 def test_registered_kind_computes_what_one_rank_does(kind: str) -> None:
-    """By an oracle that shares nothing with the validator; it also counts what is alive."""
+    """Uses an oracle that shares no code with the validator and also counts live activations."""
     for schedule in schedules_of(kind):
         enacted = enact(schedule, seed=schedule.num_micro_batches)
         assert enacted.problem is None, f"{name_of(schedule)}: {enacted.problem}"
@@ -72,7 +72,7 @@ def test_registered_kind_idles_by_its_formula(kind: str) -> None:
 
 
 @EVERY_KIND
-def test_registered_kind_takes_no_less_than_the_lower_bound(kind: str) -> None:
+def test_registered_kind_is_not_below_the_lower_bound(kind: str) -> None:
     for schedule in schedules_of(kind):
         costs = uniform(EQUAL, schedule.num_ranks, schedule.num_stages)
         simulation = simulate(schedule, costs)
@@ -81,7 +81,7 @@ def test_registered_kind_takes_no_less_than_the_lower_bound(kind: str) -> None:
 
 
 @EVERY_KIND
-def test_registered_kind_keeps_the_memory_cap_or_refuses_it(kind: str) -> None:
+def test_registered_kind_keeps_the_memory_cap_or_rejects_it(kind: str) -> None:
     for schedule in schedules_of(kind)[-3:]:
         size = schedule.num_ranks, schedule.num_micro_batches
         costs = uniform(EQUAL, schedule.num_ranks, schedule.num_stages)
@@ -93,7 +93,7 @@ def test_registered_kind_keeps_the_memory_cap_or_refuses_it(kind: str) -> None:
 
 @EVERY_KIND
 def test_registered_kind_names_sizes_that_it_accepts(kind: str) -> None:
-    """A refusal states the nearest values that work, and the kind that accepts every size."""
+    """An error names the nearest valid values, and the kind that accepts every size."""
     spec = SCHEDULES.get(kind)
     for ranks in range(1, MOST_RANKS + 1):
         for batches in range(1, 2 * ranks + 4):

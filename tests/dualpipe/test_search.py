@@ -1,4 +1,4 @@
-"""The search over preferences: it keeps to its makespan and its effort, and repeats itself."""
+"""The search over preferences keeps its makespan and effort, and is deterministic."""
 
 from dualpipe.generate.builder import Attempt, Builder
 from dualpipe.generate.dualpipe_split import empty
@@ -33,7 +33,7 @@ def test_search_stops_once_its_effort_is_spent() -> None:
     assert search.left <= 0
 
 
-def test_search_walks_the_same_way_every_time() -> None:
+def test_search_is_deterministic() -> None:
     def walk() -> list[tuple[Preferences, Attempt]]:
         found: list[tuple[Preferences, Attempt]] = []
 

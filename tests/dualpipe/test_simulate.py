@@ -1,4 +1,4 @@
-"""Simulated time: the published formula, the published orders' anchors, and what a group costs."""
+"""Simulated times equal published formulas, and groups have the right costs."""
 
 import random
 
@@ -32,7 +32,7 @@ def test_dualpipe_reaches_the_published_overhead_and_memory(
         assert max(simulate(schedule, EXCHANGING).idle) == published_idle(num_ranks, EXCHANGING)
 
 
-def test_dualpipe_idles_by_the_published_formula_where_forward_and_backward_input_cost_the_same() -> None:
+def test_dualpipe_idles_by_the_published_formula_if_forward_and_backward_input_cost_the_same() -> None:
     # The law: with F = I >= W and no exchange, every rank idles exactly (P/2-1)(F&B+B-3W).
     generator = random.Random(1)
     for _ in range(120):
@@ -45,7 +45,7 @@ def test_dualpipe_idles_by_the_published_formula_where_forward_and_backward_inpu
 
 
 def test_dualpipe_idles_near_the_published_formula_for_other_costs() -> None:
-    # With W <= min(F, I): off by at most (P/2-1)|F-I|, and by exactly (P/2-1)(F-I) where F >= I.
+    # With W <= min(F, I): off by at most (P/2-1)|F-I|, and by exactly (P/2-1)(F-I) if F >= I.
     generator = random.Random(2)
     for _ in range(120):
         num_ranks = generator.choice([2, 4, 6, 8])
@@ -69,7 +69,7 @@ def test_one_f_one_b_idles_by_the_textbook_formula(num_ranks: int) -> None:
         assert simulation.idle == pytest.approx(((num_ranks - 1) * passage,) * num_ranks)
 
 
-def test_dualpipe_pays_link_latency_in_the_steady_state() -> None:
+def test_dualpipe_has_link_latency_in_the_steady_state() -> None:
     late = Costs(forward=1, backward_input=1, backward_weight=1, exchange=0, latency=0.1)
     short, long = (simulate(build("dualpipe", 8, count), late).makespan for count in (64, 128))
     assert (long - short) / 64 - 3 == pytest.approx(0.0875, abs=1e-3)
@@ -97,12 +97,12 @@ def test_simulation_starts_each_group_as_soon_as_it_can() -> None:
     assert simulation.bubble_fraction == pytest.approx(10 / 18)
 
 
-def test_simulation_of_forwards_keeps_no_more_than_what_runs() -> None:
+def test_simulation_of_forwards_keeps_only_the_running_group() -> None:
     simulation = simulate(forward_only(build("dualpipe", 4, 8)), UNIT)
     assert simulation.peaks == (1, 1, 1, 1)
 
 
-def test_simulation_refuses_what_cannot_run() -> None:
+def test_simulation_rejects_a_deadlock() -> None:
     first, second = (Operation(Op.FORWARD, 0, stage, 0) for stage in (0, 1))
     schedule = Schedule(
         kind="any", num_ranks=1, num_micro_batches=1, placement=((0, 0),), ranks=(((second,), (first,)),)
@@ -112,6 +112,6 @@ def test_simulation_refuses_what_cannot_run() -> None:
 
 
 @pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
-def test_costs_refuse_what_is_no_time(value: float) -> None:
+def test_costs_reject_invalid_times(value: float) -> None:
     with pytest.raises(ScheduleError, match=r"costs\.latency: must be a finite time of at least 0"):
         Costs(forward=1, backward_input=1, backward_weight=1, exchange=0, latency=value)

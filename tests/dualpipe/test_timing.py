@@ -1,4 +1,4 @@
-"""The clock that passes run again and again agrees with a computation straight from the rules."""
+"""The timing of passes agrees with a fixed point of the timing rules."""
 
 import random
 
@@ -33,7 +33,7 @@ def random_costs(schedule: Schedule, generator: random.Random) -> CostModel:
 
 
 def ends_by_relaxation(schedule: Schedule, costs: CostModel) -> dict[Operation, float]:
-    """Raises every group's end to what the rules ask for, until nothing changes."""
+    """Raises every group's end to the value that the rules require, until nothing changes."""
     makers = {
         value: (op, rank)
         for rank, groups in enumerate(schedule.ranks)
@@ -92,7 +92,7 @@ def test_timing_in_parts_equals_timing_at_once(schedule: Schedule) -> None:
     assert progress.clock == [max(progress.ends[n] for group in groups for n in group) for groups in ranks]
 
 
-def test_timing_gives_up_exactly_below_the_makespan() -> None:
+def test_timing_stops_exactly_below_the_makespan() -> None:
     schedule = dualpipe(4, 8)
     timing = Timing(
         schedule, uniform(Costs(forward=1, backward_input=1, backward_weight=1, exchange=1, latency=0), 4, 4)
@@ -103,7 +103,7 @@ def test_timing_gives_up_exactly_below_the_makespan() -> None:
     assert not timing.advance(ranks, timing.begin(ranks), limit=makespan - 0.5)
 
 
-def test_timing_tells_what_waits_for_ever() -> None:
+def test_timing_marks_operations_in_a_deadlock() -> None:
     forwards = tuple(Operation(Op.FORWARD, 0, stage, 0) for stage in (0, 1))
     schedule = Schedule(
         kind="any", num_ranks=1, num_micro_batches=1, placement=((0, 0),), ranks=(((forwards[1],), (forwards[0],)),)

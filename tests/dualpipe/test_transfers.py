@@ -1,4 +1,4 @@
-"""Messages: each value crosses once, from the rank that makes it to the one that needs it."""
+"""Each value is sent once, from the rank that makes it to the rank that needs it."""
 
 from dualpipe.ir import Group, Op, Operation, Schedule
 from dualpipe.registry import build
@@ -35,7 +35,7 @@ def test_transfers_follow_the_groups_of_an_overlapped_pair() -> None:
     ]
 
 
-def test_transfers_of_split_backward_leave_with_the_inputs_half() -> None:
+def test_transfers_of_a_split_backward_are_sent_after_its_input_half() -> None:
     groups: tuple[tuple[Group, ...], ...] = (
         (),
         ((Operation(Op.BACKWARD_INPUT, 0, 1, 0),), (Operation(Op.BACKWARD_WEIGHT, 0, 1, 0),)),
@@ -45,7 +45,7 @@ def test_transfers_of_split_backward_leave_with_the_inputs_half() -> None:
     assert transfers(schedule)[1].sends == ((expected,), ())
 
 
-def test_transfers_leave_out_edges_within_a_rank() -> None:
+def test_transfers_exclude_edges_within_a_rank() -> None:
     chain = tuple((Operation(Op.FORWARD, 0, stage, 0),) for stage in range(4))
     schedule = Schedule(
         kind="v",

@@ -1,4 +1,4 @@
-"""Groups taken apart: the order in which a rank runs that overlaps nothing."""
+"""Ungrouping gives the order of a rank that overlaps nothing."""
 
 from dataclasses import replace
 from itertools import groupby
@@ -16,7 +16,7 @@ from tests.dualpipe.adding import SCHEDULES, lower, name_of
 UNIT = Costs(forward=1, backward_input=1, backward_weight=1, exchange=1, latency=0)
 
 
-def test_members_of_a_group_take_forwards_first_and_weights_last() -> None:
+def test_members_of_a_group_run_forwards_first_and_weights_last() -> None:
     names = ("W", "I", "F", "B", "F")
     group = tuple(Operation(Op(name), 0, 0, index) for index, name in enumerate(names))
     assert [(op.kind.value, op.micro_batch) for op in order_members(group)] == [
@@ -29,7 +29,7 @@ def test_members_of_a_group_take_forwards_first_and_weights_last() -> None:
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=name_of)
-def test_one_at_a_time_is_the_order_in_which_a_rank_runs_that_overlaps_nothing(schedule: Schedule) -> None:
+def test_ungroup_gives_the_order_of_a_rank_that_overlaps_nothing(schedule: Schedule) -> None:
     alone = ungroup(schedule)
     assert simulate(alone, UNIT).makespan > 0
     assert replace(alone, ranks=schedule.ranks) == schedule
@@ -38,7 +38,7 @@ def test_one_at_a_time_is_the_order_in_which_a_rank_runs_that_overlaps_nothing(s
         assert all(len(group) == 1 for group in groups)
         steps = lower(schedule, rank, sequential).steps
         ran = [key for key, _ in groupby((letters[step.action], step.run) for step in steps if step.action in letters)]
-        # A full backward runs its weights among its inputs: told by its inputs alone.
+        # A full backward interleaves weights and inputs: its inputs identify it.
         full = {(op.direction, op.stage, op.micro_batch) for (op,) in groups if op.kind is Op.BACKWARD}
         seen = [
             (letter, run)

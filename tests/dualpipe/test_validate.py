@@ -1,4 +1,4 @@
-"""The validator: every mutation of a valid schedule is caught, and an independent proof agrees with it."""
+"""The validator detects every mutation of a valid schedule, and an independent proof agrees with it."""
 
 import random
 from collections.abc import Callable
@@ -58,7 +58,7 @@ def move_to_another_rank(lists: Lists, generator: random.Random) -> None:
 
 
 def swap_within_a_flow(lists: Lists, generator: random.Random) -> None:
-    """Two operations of one kind that send or receive on the same link change places: the other end does not know."""
+    """Swaps two operations of one kind on the same link; the other end is unchanged."""
     while True:
         rank, *first = somewhere(lists, generator)
         other, *second = somewhere(lists, generator)
@@ -70,7 +70,7 @@ def swap_within_a_flow(lists: Lists, generator: random.Random) -> None:
 
 
 def swap_dependent(lists: Lists, generator: random.Random) -> None:
-    """A micro-batch's forward and one of its backwards in the same stage change places."""
+    """Swaps a micro-batch's forward and one of its backwards in the same stage."""
     while True:
         rank, *first = somewhere(lists, generator)
         other, *second = somewhere(lists, generator)
@@ -99,7 +99,7 @@ def put_out_of_range(lists: Lists, generator: random.Random) -> None:
     [drop, double, move_to_another_rank, swap_within_a_flow, swap_dependent, change_kind, put_out_of_range],
 )
 @pytest.mark.parametrize("size", SIZES)
-def test_validator_catches_every_mutation(
+def test_validator_detects_every_mutation(
     size: tuple[str, int, int], mutate: Callable[[Lists, random.Random], None]
 ) -> None:
     schedule = build(*size)
@@ -120,7 +120,7 @@ F, B, I, W = Op.FORWARD, Op.BACKWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT  # n
 
 
 def test_validator_finds_unequal_orders_on_a_link() -> None:
-    # Members of one group ask at once, so nothing would wait for ever: the two tensors would be taken for each other.
+    # Operations of one group post their receives together, so there is no deadlock: the tensors would be swapped.
     schedule = Schedule(
         kind="any",
         num_ranks=2,
@@ -145,7 +145,7 @@ def test_validator_finds_unequal_orders_on_a_link() -> None:
         ({I: B}, "rank 0: stage 0, micro-batch 0 has B and also W"),
     ],
 )
-def test_validator_names_what_a_micro_batch_lacks(change: dict[Op, Op | None], problem: str) -> None:
+def test_validator_names_missing_operations_of_a_micro_batch(change: dict[Op, Op | None], problem: str) -> None:
     kinds = [change.get(kind, kind) for kind in (F, I, W)]
     groups = alone(*((kind, 0, 0, 0) for kind in kinds if kind is not None))
     schedule = Schedule(kind="any", num_ranks=1, num_micro_batches=1, placement=((0,),), ranks=(groups,))
@@ -153,7 +153,7 @@ def test_validator_names_what_a_micro_batch_lacks(change: dict[Op, Op | None], p
         validate(schedule)
 
 
-def test_validator_refuses_dependent_members_of_a_group() -> None:
+def test_validator_rejects_dependent_members_of_a_group() -> None:
     together = (Operation(F, 0, 0, 0), Operation(B, 0, 0, 0))
     schedule = Schedule(kind="any", num_ranks=1, num_micro_batches=1, placement=((0,),), ranks=((together,),))
     with pytest.raises(ScheduleError, match=r"^rank 0: group 0 has B0\.0 together with F0\.0, which it needs$"):
@@ -193,7 +193,7 @@ def test_validator_names_the_rank_that_keeps_most() -> None:
         validate(schedule, memory_cap=2)
 
 
-def test_validator_tells_training_from_forwards_alone() -> None:
+def test_validator_distinguishes_training_from_forward_only() -> None:
     schedule = build("dualpipe", 4, 8)
     with pytest.raises(ScheduleError, match="has F but no backward"):
         validate(forward_only(schedule))
@@ -212,6 +212,6 @@ def test_validator_tells_training_from_forwards_alone() -> None:
         ({"ranks": (((),), ())}, "rank 0: group 0 is empty"),
     ],
 )
-def test_validator_refuses_sizes_that_contradict_each_other(changes: dict[str, object], problem: str) -> None:
+def test_validator_rejects_contradictory_sizes(changes: dict[str, object], problem: str) -> None:
     with pytest.raises(ScheduleError, match=problem):
         validate(replace(build("dualpipe", 2, 4), **changes))  # type: ignore[arg-type]

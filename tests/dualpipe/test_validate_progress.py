@@ -1,4 +1,4 @@
-"""Deadlock: an independent proof agrees with the validator, and a circle of waiting ranks is spelt out."""
+"""An independent proof agrees with the validator on deadlocks, and the error describes the cycle."""
 
 import random
 from dataclasses import replace
@@ -37,10 +37,10 @@ NEEDS_OF_THE_SAME_STAGE = {
 
 
 def can_run(schedule: Schedule) -> bool:
-    """The independent proof, for complete schedules: equal orders on links, and one order of all events exists.
+    """Proves independently that a complete schedule can run: equal orders on links, and an acyclic order of events.
 
-    Events: a rank reaches a group (and asks for its messages), has run it, a message is put on its link. A
-    message follows its group, the rank's message before it, and the request for the link's message before it.
+    Events: a rank reaches a group and posts its receives, it has run the group, a message is sent. A message follows
+    its group, the rank's previous message, and the posted receive of the link's previous message.
     """
     graph: dict[object, set[object]] = {}
     reached: dict[Message, object] = {}
@@ -69,7 +69,7 @@ def can_run(schedule: Schedule) -> bool:
                     graph[("run", number, index)].add(("run", *made[needed]))
                 step = {Op.FORWARD: -1, Op.BACKWARD_WEIGHT: 0}.get(op.kind, 1)
                 for kind in (op.kind,) if op.kind is Op.FORWARD else (Op.BACKWARD, Op.BACKWARD_INPUT):
-                    # A stage's neighbor on the same rank sends nothing, it has to have run.
+                    # A neighboring stage on the same rank sends no message; it must have run.
                     neighbor = Operation(kind, op.direction, op.stage + step, op.micro_batch)
                     if step and neighbor in made and made[neighbor][0] == number:
                         graph[("run", number, index)].add(("run", *made[neighbor]))
@@ -137,7 +137,7 @@ def alone(*operations: tuple[Op, int, int, int]) -> tuple[Group, ...]:
 F, B, I, W = Op.FORWARD, Op.BACKWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT  # noqa: E741
 
 
-def test_validator_spells_out_a_circle_of_ranks() -> None:
+def test_validator_describes_a_cycle_of_ranks() -> None:
     schedule = two_ranks(
         alone((F, 1, 1, 0), (F, 0, 0, 0), (B, 1, 1, 0), (B, 0, 0, 0)),
         alone((F, 0, 1, 0), (F, 1, 0, 0), (B, 0, 1, 0), (B, 1, 0, 0)),
@@ -150,8 +150,8 @@ def test_validator_spells_out_a_circle_of_ranks() -> None:
         validate(schedule)
 
 
-def test_validator_finds_a_deadlock_of_rendezvous_sends_alone() -> None:
-    # Both ranks make two activations before either asks for one: with room for two messages on a link it would run.
+def test_validator_finds_a_deadlock_that_only_rendezvous_sends_have() -> None:
+    # Both ranks send two activations before either posts a receive: links that hold two messages would run it.
     schedule = two_ranks(
         alone((F, 0, 0, 0), (F, 0, 0, 1), (F, 1, 1, 0), (F, 1, 1, 1)),
         alone((F, 1, 0, 0), (F, 1, 0, 1), (F, 0, 1, 0), (F, 0, 1, 1)),
@@ -180,7 +180,7 @@ def test_validated_schedules_end_on_synchronous_links(schedule: Schedule, seed: 
     run_on_threads(forward_only(schedule), seed)
 
 
-def test_synchronous_links_stop_what_the_validator_refuses() -> None:
+def test_synchronous_links_deadlock_if_the_validator_rejects() -> None:
     waiting_for_sends = two_ranks(
         alone((F, 0, 0, 0), (F, 0, 0, 1), (F, 1, 1, 0), (F, 1, 1, 1)),
         alone((F, 1, 0, 0), (F, 1, 0, 1), (F, 0, 1, 0), (F, 0, 1, 1)),
@@ -191,7 +191,7 @@ def test_synchronous_links_stop_what_the_validator_refuses() -> None:
 
 
 def with_unlike_neighbours_swapped(schedule: Schedule, draws: random.Random) -> Schedule:
-    """Four neighbors that are no rivals on a link change places, which leaves the order on links as it is."""
+    """Swaps four neighbors that use different links, which keeps the order on links."""
     lists = [list(groups) for groups in schedule.ranks]
     for _ in range(4):
         groups = draws.choice(lists)

@@ -1,4 +1,4 @@
-"""Placing weight gradients: the order of F and I stays, no W is lost, memory is kept, ranks do not wait with a W."""
+"""Placing weight gradients keeps the order of F and I, every W and the memory cap, and fills idle time."""
 
 import random
 from dataclasses import replace
@@ -32,7 +32,7 @@ def samples() -> list[Schedule]:
 
 
 @pytest.mark.parametrize("patience", [0.0, 0.5, 1.0])
-def test_placing_keeps_everything_but_the_place_of_weights(patience: float) -> None:
+def test_placing_only_moves_weights(patience: float) -> None:
     generator = random.Random(4)
     for schedule in samples():
         for _ in range(4):
@@ -60,7 +60,7 @@ def test_placing_keeps_everything_but_the_place_of_weights(patience: float) -> N
 
 
 def test_placing_fills_waits_of_any_length() -> None:
-    # Without patience a rank never idles while a W waits: each idle stretch begins with no W left to run.
+    # Without patience a rank is never idle while a W waits: at the start of each idle time no W is left.
     costs = uniform(Costs(forward=1, backward_input=1.3, backward_weight=0.7, exchange=0, latency=0.2), 4, 4)
     placed = place_weights(zb_h1(4, 9), costs, 6.0)
     assert placed is not None
@@ -73,7 +73,7 @@ def test_placing_fills_waits_of_any_length() -> None:
             waiting += {Op.BACKWARD_INPUT: 1, Op.BACKWARD_WEIGHT: -1}.get(group[0].kind, 0)
 
 
-def test_placing_refuses_a_cap_below_what_the_order_needs() -> None:
+def test_placing_rejects_a_cap_below_the_need_of_the_order() -> None:
     costs = uniform(Costs(forward=1, backward_input=1, backward_weight=1, exchange=0, latency=0), 4, 4)
     assert place_weights(zb_h1(4, 9), costs, 3.0) is None
     assert place_weights(zb_h1(4, 9), costs, 4.0) is not None
