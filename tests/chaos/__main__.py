@@ -1,8 +1,7 @@
-"""Runs that are killed, stopped, asked, starved of disk and robbed of checkpoints, and must end as if nothing had been.
+"""Injects faults into runs, which must end with the results of an uninterrupted run.
 
 `python -m tests.chaos [--faults 100] [--seed 0] [--only INDEX...] [--keep FOLDER]` prints a line for each run and a
-table; the exit code is 0 if every run was right. Full disks need root on Linux; without, they are left out, which is
-said.
+table. The exit code is 0 if every run was right. Full disks need root on Linux and are skipped otherwise.
 """
 
 import argparse
@@ -16,16 +15,16 @@ from pathlib import Path
 
 from launch.config.run_config import compose_run
 from launch.ranks.local import preload_modules, start_fork_server
+from tests.chaos.attempt import LAYOUTS
 from tests.chaos.faults import KINDS, Begin, draw
-from tests.chaos.life import LAYOUTS
 from tests.tiny import write_text
 from tests.train.faults import choices
 
-_APART = "CHAOS_MOUNTS_APART"
+_HAS_MOUNTS = "CHAOS_HAS_MOUNTS"
 
 
 def can_mount() -> bool:
-    """Whether this process, or one that it starts, may have file systems of its own."""
+    """Returns whether this process or a child can mount private file systems."""
     try:
         return subprocess.run(["unshare", "--mount", "mount", "-t", "tmpfs", "none", "/mnt"]).returncode == 0
     except FileNotFoundError:
@@ -33,18 +32,18 @@ def can_mount() -> bool:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Draws, runs, prints."""
+    """Draws faults, runs them and prints a table."""
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--faults", type=int, default=100, help="how many runs")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", type=int, nargs="+", help="of these, the ones with these numbers")
+    parser.add_argument("--only", type=int, nargs="+", help="run only the faults with these numbers")
     parser.add_argument("--layouts", nargs="+", choices=list(LAYOUTS), default=list(LAYOUTS))
-    parser.add_argument("--keep", type=Path, help="an empty folder to work in; runs that were not right stay there")
+    parser.add_argument("--keep", type=Path, help="an empty working folder; wrong runs stay there")
     given = parser.parse_args(arguments)
-    if not os.environ.get(_APART) and can_mount():
-        # Mounts of a process that is killed go with it.
+    if not os.environ.get(_HAS_MOUNTS) and can_mount():
+        # The kernel removes the mounts of a killed process.
         again = [sys.executable, "-m", "tests.chaos", *arguments]
-        os.execvpe("unshare", ["unshare", "--mount", *again], {**os.environ, _APART: "1"})
+        os.execvpe("unshare", ["unshare", "--mount", *again], {**os.environ, _HAS_MOUNTS: "1"})
     with tempfile.TemporaryDirectory(prefix="chaos-") as scratch:
         folder = scratch if given.keep is None else given.keep
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -55,24 +54,24 @@ def _run(folder: Path, given: argparse.Namespace) -> int:
     write_text(folder)
     config = compose_run([*choices(folder), f"out_dir={folder}/any"])
     start_fork_server(config.cluster, preload_modules(config.cluster))
-    # Behind the fork server: it imports torch as well.
-    from tests.chaos.run import Calm, calm_runs, run_fault
+    # Imported after the start of the fork server, because it imports torch.
+    from tests.chaos.run import UninterruptedRun, run_fault, run_uninterrupted
     from tests.chaos.table import line_of, print_table
 
     kinds = KINDS
-    if not os.environ.get(_APART):
-        print("full disks are left out: they need root and a Linux that lets it mount")
+    if not os.environ.get(_HAS_MOUNTS):
+        print("full disks are skipped: they need root on a Linux that allows mounts")
         kinds = tuple(kind for kind in KINDS if kind[0] != "full disk")
     started = time.monotonic()
-    calm: dict[tuple[str, Begin], Calm] = {}
+    uninterrupted: dict[tuple[str, Begin], UninterruptedRun] = {}
     for layout in given.layouts:
-        calm |= {(layout, begin): run for begin, run in calm_runs(folder, layout).items()}
-        print(f"left alone, and asked to make room after half of it: {layout}", flush=True)
-    faults = draw({key: run.moments for key, run in calm.items()}, given.faults, given.seed, kinds)
+        uninterrupted |= {(layout, begin): run for begin, run in run_uninterrupted(folder, layout).items()}
+        print(f"uninterrupted, and preempted after half of the steps: {layout}", flush=True)
+    faults = draw({key: run.moments for key, run in uninterrupted.items()}, given.faults, given.seed, kinds)
     outcomes = []
     for fault in faults:
         if given.only is None or fault.index in given.only:
-            outcomes.append(run_fault(folder, fault, calm[fault.layout, fault.begin]))
+            outcomes.append(run_fault(folder, fault, uninterrupted[fault.layout, fault.begin]))
             print(line_of(outcomes[-1]), flush=True)
     print_table(outcomes, time.monotonic() - started)
     return 0 if outcomes and not any(outcome.problems for outcome in outcomes) else 1

@@ -1,4 +1,4 @@
-"""A rank that notes what it does and which samples it reads, and is hit at its moment."""
+"""Runs a rank that records its moments and samples, and injects the fault at its moment."""
 
 import errno
 import hashlib
@@ -19,18 +19,18 @@ from train.checkpoint.verify import is_whole
 from train.config import TrainConfig
 
 FILLER_NAME = "filler"
-PLAN_NAME, STRUCK_NAME, DAMAGED_NAME = "plan.json", "struck", "damaged"
+PLAN_NAME, INJECTED_NAME, DAMAGED_NAME = "plan.json", "injected", "damaged"
 
 _LONGEST_WAIT_SECONDS = 20.0
 
 
 def notes_of(out_dir: Path) -> Path:
-    """The folder beside a run's in which all is noted: the run's own may be on a full disk."""
+    """Returns the folder of records next to the run folder, which may be on a full disk."""
     return out_dir.with_name(f"{out_dir.name}.notes")
 
 
 def started_at(pid: int) -> str | None:
-    """When a process was started, in ticks since the machine was; None where there is none any more."""
+    """Returns the start time of a process in ticks since boot, or None if it has ended."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -39,42 +39,42 @@ def started_at(pid: int) -> str | None:
 
 
 def rank_of_chaos(config: TrainConfig) -> int:
-    """What each rank does: the whole run, until it is hit."""
+    """Runs one rank until the fault."""
     from train.run import main as run
 
     out_dir, rank = Path(config.out_dir), int(os.environ["RANK"])
     notes = notes_of(out_dir)
-    life = len(list(notes.glob(f"pid-*-{rank}")))
-    (notes / f"pid-{life}-{rank}").write_text(f"{os.getpid()} {started_at(os.getpid())}")
-    _speak_into(notes / f"said-{life}-{rank}")
+    attempt = len(list(notes.glob(f"pid-*-{rank}")))
+    (notes / f"pid-{attempt}-{rank}").write_text(f"{os.getpid()} {started_at(os.getpid())}")
+    _redirect_output(notes / f"output-{attempt}-{rank}")
     plan = json.loads((notes / PLAN_NAME).read_text())
     moments: list[tuple[str, bool]] = []
-    strike = _Strike(plan, out_dir, life) if plan is not None and plan["rank"] == rank else None
+    inject = _FaultInjector(plan, out_dir, attempt) if plan is not None and plan["rank"] == rank else None
     counts: dict[str, int] = {}
     lock = threading.Lock()
 
-    def come(name: str, label: Hashable | None) -> None:
+    def on_moment(name: str, label: Hashable | None) -> None:
         with lock:
             moments.append((name, threading.current_thread() is threading.main_thread()))
             counts[name] = counts.get(name, 0) + 1
-            is_due = strike is not None and (name, counts[name]) == (plan["name"], plan["count"])
-        if is_due and strike is not None:
-            strike()
+            is_due = inject is not None and (name, counts[name]) == (plan["name"], plan["count"])
+        if is_due and inject is not None:
+            inject()
 
-    _watch(come, notes / f"samples-{life}-{rank}")
+    _watch(on_moment, notes / f"samples-{attempt}-{rank}")
     try:
         return run(config)
     finally:
-        (notes / f"moments-{life}-{rank}").write_text(json.dumps(moments))
+        (notes / f"moments-{attempt}-{rank}").write_text(json.dumps(moments))
 
 
-def _watch(come: Callable[[str, Hashable | None], None], samples: Path) -> None:
+def _watch(on_moment: Callable[[str, Hashable | None], None], samples: Path) -> None:
     from data.loader import Batch, Loader
     from tests.train.strikes import watch_drawing, watch_operations, watch_writing
 
-    watch_operations(come)
-    watch_drawing(come)
-    watch_writing(come)
+    watch_operations(on_moment)
+    watch_drawing(on_moment)
+    watch_writing(on_moment)
     plain, file = Loader.batch, samples.open("w", buffering=1)
 
     def batch(loader: Loader, step: int, first: int, count: int) -> Batch:
@@ -86,11 +86,11 @@ def _watch(come: Callable[[str, Hashable | None], None], samples: Path) -> None:
     Loader.batch = batch  # type: ignore[method-assign]
 
 
-class _Strike:
-    """The fault itself, once in a run."""
+class _FaultInjector:
+    """Injector of the fault, once in a run."""
 
-    def __init__(self, plan: dict[str, Any], out_dir: Path, life: int) -> None:
-        self._life = life
+    def __init__(self, plan: dict[str, Any], out_dir: Path, attempt: int) -> None:
+        self._attempt = attempt
         self._kind: Kind = plan["kind"]
         self._share: float = plan["share"]
         self._hits_command: bool = plan["hits_command"]
@@ -98,11 +98,11 @@ class _Strike:
         self._notes = notes_of(out_dir)
 
     def __call__(self) -> None:
-        if (self._notes / STRUCK_NAME).exists():
+        if (self._notes / INJECTED_NAME).exists():
             return
         if self._kind in DAMAGES:
             self._damage()
-        (self._notes / STRUCK_NAME).write_text(str(self._life))
+        (self._notes / INJECTED_NAME).write_text(str(self._attempt))
         if self._kind == "full disk":
             self._fill()
             return
@@ -113,10 +113,10 @@ class _Strike:
             return
         os.kill(launcher.pid, number)
         if number == signal.SIGKILL:
-            time.sleep(_LONGEST_WAIT_SECONDS)  # this rank ends with its command, and should not be ahead of it
+            time.sleep(_LONGEST_WAIT_SECONDS)  # this rank must not end before its command
 
     def _damage(self) -> None:
-        """To a file of the newest checkpoint."""
+        """Damages a file of the newest checkpoint."""
         newest = self._newest()
         files = sorted(path for path in newest.iterdir() if path.stat().st_size)
         path = files[int(self._share * 1e6) % len(files)]
@@ -130,17 +130,17 @@ class _Strike:
         (self._notes / DAMAGED_NAME).write_text(f"{newest.name}/{path.name}")
 
     def _newest(self) -> Path:
-        """It is there, or about to be: another thread may be moving it into its place."""
+        """Waits for the newest complete checkpoint, which another thread may be moving."""
         folder, until = self._out_dir / CHECKPOINTS_NAME, time.monotonic() + _LONGEST_WAIT_SECONDS
         while time.monotonic() < until:
             whole = [each for each in checkpoints_in(folder) if is_whole(each)]
             if whole:
                 return whole[-1]
             time.sleep(0.05)
-        raise AssertionError(f"{folder} holds no whole checkpoint to be damaged")
+        raise AssertionError(f"{folder} has no complete checkpoint to damage")
 
     def _fill(self) -> None:
-        """The file system of the run's folder, but for the share of a checkpoint's size."""
+        """Fills the file system of the run folder, except a part of a checkpoint's size."""
         saved = checkpoints_in(self._out_dir / CHECKPOINTS_NAME)
         size_bytes = sum(path.stat().st_size for path in saved[-1].iterdir()) if saved else 1 << 20
         left = int(self._share * 1.2 * size_bytes)
@@ -155,8 +155,8 @@ class _Strike:
             file.truncate(max(file.tell() - left, 0))
 
 
-def _speak_into(path: Path) -> None:
-    """What this rank prints."""
+def _redirect_output(path: Path) -> None:
+    """Redirects this rank's output to a file."""
     sys.stdout.flush()
     sys.stderr.flush()
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)

@@ -1,4 +1,4 @@
-"""A run that meets its fault and goes on until it is done, held against the run that was left alone."""
+"""Runs a fault to the end of its run, and compares the results with an uninterrupted run."""
 
 import json
 import shutil
@@ -17,31 +17,31 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
 from comm.exit_codes import EXIT_PREEMPTED
+from tests.chaos.attempt import NUM_STEPS, Attempt, Command, run_attempt
 from tests.chaos.faults import DAMAGES, STOPPED_SECONDS, Begin, Fault, Moment
-from tests.chaos.life import NUM_STEPS, Command, Life, run_life
-from tests.chaos.rank import DAMAGED_NAME, FILLER_NAME, PLAN_NAME, STRUCK_NAME, notes_of
+from tests.chaos.rank import DAMAGED_NAME, FILLER_NAME, INJECTED_NAME, PLAN_NAME, notes_of
 from train.checkpoint.locate import newest_whole, step_folder
 from train.checkpoint.verify import is_whole
 from train.records.events import read_events
 from train.records.status import read_status
 
 Samples = dict[int, dict[int, str]]
-"""By step, from 1: what was read at each place of the batch."""
+"""Hashes of the samples by step, from 1, and by index in the batch."""
 
-_ASKED = {"kind": "SIGTERM", "hits_command": False, "share": 0.0}
+_PREEMPTION = {"kind": "SIGTERM", "hits_command": False, "share": 0.0}
 _SAME = ("loss", "grad_norm", "lr", "tokens", "max_violation", "validation_loss")
-_MOST_LIVES = 4
+_MAX_ATTEMPTS = 4
 _DISK_BYTES = 96 << 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Calm:
-    """A run that was left alone, or that was asked to make room after its third step and then left alone.
+class UninterruptedRun:
+    """Run without faults. It is new, or it was preempted after its third step and resumes.
 
     Attributes:
-        folder: of the run as it begins; None for a new one.
-        moments: what each rank does from there on.
-        end: the folder at its end.
+        folder: run folder at the start; None for a new run.
+        moments: moments of each rank from the start on.
+        end: run folder at the end.
     """
 
     folder: Path | None
@@ -51,58 +51,65 @@ class Calm:
 
 @dataclass(kw_only=True, slots=True)
 class Outcome:
-    """What became of a run.
+    """Result of a run with a fault.
 
     Attributes:
-        codes: exit codes of its commands, in order.
-        seconds: from the fault to the end of the last rank of that life.
-        went_on_from: the step from which the life after the fault went on; None where there was none.
-        problems: everything that is not as it must be, in words.
+        fault: the fault.
+        codes: exit codes of its attempts, in order.
+        seconds: seconds from the fault to the end of that attempt's last rank.
+        resumed_from: step from which the next attempt resumed; None if there was none.
+        problems: descriptions of all problems.
     """
 
     fault: Fault
     codes: list[int] = field(default_factory=list)
     seconds: float = float("nan")
-    went_on_from: int | None = None
+    resumed_from: int | None = None
     problems: list[str] = field(default_factory=list)
 
 
-def calm_runs(folder: Path, layout: str) -> dict[Begin, Calm]:
-    """Both kinds of run under a layout, without a fault."""
-    number = len(list(folder.glob("calm-*")))
-    calm, half = (Command(folder=folder, name=f"calm-{number + place}", layout=layout) for place in (0, 1))
-    _begin(calm, None)
-    _left_alone(calm)
+def run_uninterrupted(folder: Path, layout: str) -> dict[Begin, UninterruptedRun]:
+    """Runs a layout without faults, in one attempt and with a preemption."""
+    number = len(list(folder.glob("uninterrupted-*")))
+    uninterrupted, half = (
+        Command(folder=folder, name=f"uninterrupted-{number + place}", layout=layout) for place in (0, 1)
+    )
+    _begin(uninterrupted, None)
+    _run_to_end(uninterrupted)
     _begin(half, None)
-    _plan(half, {**_ASKED, "rank": 0, "name": "update of the weights", "count": NUM_STEPS // 2})
-    assert run_life(half).code == EXIT_PREEMPTED
+    _plan(half, {**_PREEMPTION, "rank": 0, "name": "update of the weights", "count": NUM_STEPS // 2})
+    assert run_attempt(half).code == EXIT_PREEMPTED
     kept = folder / f"half-{number}"
     for source, target in ((half.out_dir, kept), (notes_of(half.out_dir), notes_of(kept))):
         shutil.copytree(source, target)
     _plan(half, None)
-    _left_alone(half)
-    assert (problems := differences(half.out_dir, calm.out_dir)) == [], problems
+    _run_to_end(half)
+    assert (problems := differences(half.out_dir, uninterrupted.out_dir)) == [], problems
     return {
-        "new": Calm(folder=None, moments=_moments(calm, 0), end=calm.out_dir),
-        "half": Calm(folder=kept, moments=_moments(half, 1), end=calm.out_dir),
+        "new": UninterruptedRun(folder=None, moments=_moments(uninterrupted, 0), end=uninterrupted.out_dir),
+        "half": UninterruptedRun(folder=kept, moments=_moments(half, 1), end=uninterrupted.out_dir),
     }
 
 
-def run_fault(folder: Path, fault: Fault, calm: Calm) -> Outcome:
-    """One run from its beginning, through its fault, to its end."""
+def run_fault(folder: Path, fault: Fault, uninterrupted: UninterruptedRun) -> Outcome:
+    """Runs a fault until its run has ended, and returns the problems."""
     command = Command(folder=folder, name=f"fault-{fault.index:03d}", layout=fault.layout, restarts=fault.restarts)
     outcome = Outcome(fault=fault)
     with _disk(command.out_dir, is_small=fault.kind == "full disk"):
-        _begin(command, calm.folder)
+        _begin(command, uninterrupted.folder)
         _plan(command, asdict(fault))
-        lives = _all_lives(command, fault)
-        outcome.codes = [life.code for life in lives]
-        outcome.problems += [f"life {index}: {said}" for index, life in enumerate(lives) for said in _seen_in(life)]
-        outcome.problems += _of_strike(command, fault, lives, outcome)
-        if lives[-1].code:
-            outcome.problems.append(f"did not end well: {lives[-1].said.strip().splitlines()[-1:]}")
+        attempts = _run_attempts(command, fault)
+        outcome.codes = [attempt.code for attempt in attempts]
+        outcome.problems += [
+            f"attempt {index}: {problem}"
+            for index, attempt in enumerate(attempts)
+            for problem in _attempt_problems(attempt)
+        ]
+        outcome.problems += _fault_problems(command, fault, attempts, outcome)
+        if attempts[-1].code:
+            outcome.problems.append(f"did not end well: {attempts[-1].output.strip().splitlines()[-1:]}")
         else:
-            outcome.problems += differences(command.out_dir, calm.end)
+            outcome.problems += differences(command.out_dir, uninterrupted.end)
     if not outcome.problems:
         shutil.rmtree(command.out_dir)
         shutil.rmtree(notes_of(command.out_dir))
@@ -110,11 +117,11 @@ def run_fault(folder: Path, fault: Fault, calm: Calm) -> Outcome:
 
 
 def _begin(command: Command, start: Path | None) -> None:
-    """Puts the run's folder and its notes in place."""
+    """Prepares the run folder and its folder of records."""
     if start is not None:
         shutil.copytree(start, command.out_dir, dirs_exist_ok=True)
         shutil.copytree(notes_of(start), notes_of(command.out_dir))
-        for name in (PLAN_NAME, STRUCK_NAME):
+        for name in (PLAN_NAME, INJECTED_NAME):
             (notes_of(command.out_dir) / name).unlink(missing_ok=True)
     else:
         notes_of(command.out_dir).mkdir()
@@ -122,79 +129,85 @@ def _begin(command: Command, start: Path | None) -> None:
 
 
 def _plan(command: Command, plan: Mapping[str, Any] | None) -> None:
-    """What ranks will read, which are then the judges of when they are hit."""
+    """Writes the fault that a rank injects when it reaches the moment."""
     (notes_of(command.out_dir) / PLAN_NAME).write_text(json.dumps(plan))
 
 
-def _left_alone(command: Command) -> None:
-    life = run_life(command)
-    assert life.code == 0, life.said
+def _run_to_end(command: Command) -> None:
+    attempt = run_attempt(command)
+    assert attempt.code == 0, attempt.output
 
 
-def _all_lives(command: Command, fault: Fault) -> list[Life]:
-    """Runs the command that is hit, then as many as the run needs, as a scheduler or a user starts them.
+def _run_attempts(command: Command, fault: Fault) -> list[Attempt]:
+    """Runs the command with the fault, then resumes it until the end, like a scheduler or user.
 
-    If the first ends without its fault, no other runs: the fault is still pending, and would hit this process.
+    If the first attempt ends without its fault, there are no others: the fault is still pending and would hit this
+    process.
     """
     is_hit_alone = fault.kind == "SIGKILL" and fault.hits_command
     first = replace(command, timeout_seconds=STOPPED_SECONDS) if fault.kind == "SIGSTOP" else command
-    lives = [run_life(first, apart=is_hit_alone)]
+    attempts = [run_attempt(first, in_separate_process=is_hit_alone)]
     (command.out_dir / FILLER_NAME).unlink(missing_ok=True)
-    has_struck = (notes_of(command.out_dir) / STRUCK_NAME).exists()
-    while has_struck and lives[-1].code and len(lives) < _MOST_LIVES:
-        lives.append(run_life(command))
-    return lives
+    is_injected = (notes_of(command.out_dir) / INJECTED_NAME).exists()
+    while is_injected and attempts[-1].code and len(attempts) < _MAX_ATTEMPTS:
+        attempts.append(run_attempt(command))
+    return attempts
 
 
-def _seen_in(life: Life) -> Iterator[str]:
-    if life.hung:
+def _attempt_problems(attempt: Attempt) -> Iterator[str]:
+    if attempt.is_hung:
         yield "it hung"
-    if life.left_alive:
-        yield f"ranks {life.left_alive} went on after it"
+    if attempt.surviving_ranks:
+        yield f"ranks {attempt.surviving_ranks} survived it"
 
 
-def _of_strike(command: Command, fault: Fault, lives: list[Life], outcome: Outcome) -> Iterator[str]:
-    """What is wrong with how the run took its fault."""
-    struck = notes_of(command.out_dir) / STRUCK_NAME
-    if not struck.exists():
-        yield f"it was never struck: {lives[0].said[-500:]!r}"
+def _fault_problems(command: Command, fault: Fault, attempts: list[Attempt], outcome: Outcome) -> Iterator[str]:
+    """Yields problems of the attempt with the fault."""
+    injected = notes_of(command.out_dir) / INJECTED_NAME
+    if not injected.exists():
+        yield f"the fault was not injected: {attempts[0].output[-500:]!r}"
         return
-    since, life = struck.stat().st_mtime, int(struck.read_text())
-    later = [path for path in notes_of(command.out_dir).glob("pid-*") if int(path.name.split("-")[1]) > life]
-    outcome.seconds = min([lives[0].ended, *(path.stat().st_mtime for path in later)]) - since
+    since, attempt = injected.stat().st_mtime, int(injected.read_text())
+    later = [path for path in notes_of(command.out_dir).glob("pid-*") if int(path.name.split("-")[1]) > attempt]
+    outcome.seconds = min([attempts[0].ended, *(path.stat().st_mtime for path in later)]) - since
     if outcome.seconds > fault.deadline_seconds:
-        yield f"the life that was hit took {outcome.seconds:.1f} s to end, above {fault.deadline_seconds:g} s"
-    if lives[0].code not in fault.expected:
-        yield f"exit code {lives[0].code}, must be {' or '.join(map(str, fault.expected))}: {lives[0].said[-500:]!r}"
-    if any(life.code for life in lives[1:]):
-        yield f"a life without a fault ended with {[life.code for life in lives[1:]]}"
+        yield f"the attempt with the fault took {outcome.seconds:.1f} s to end, above {fault.deadline_seconds:g} s"
+    if attempts[0].code not in fault.expected:
+        expected = " or ".join(map(str, fault.expected))
+        yield f"exit code {attempts[0].code}, must be {expected}: {attempts[0].output[-500:]!r}"
+    if any(attempt.code for attempt in attempts[1:]):
+        yield f"an attempt without a fault ended with {[attempt.code for attempt in attempts[1:]]}"
     begun = [
         min(read)
-        for each in _lives_of(notes_of(command.out_dir))
-        if (read := _samples(notes_of(command.out_dir), each)) and each > life
+        for each in _attempts_of(notes_of(command.out_dir))
+        if (read := _samples(notes_of(command.out_dir), each)) and each > attempt
     ]
-    outcome.went_on_from = begun[0] - 1 if begun else None
+    outcome.resumed_from = begun[0] - 1 if begun else None
     kinds = [event["kind"] for event in read_events(command.out_dir)]
-    if lives[0].code == EXIT_PREEMPTED and "preempted" not in kinds:
-        yield f"no event tells that it was preempted: {kinds}"
+    if attempts[0].code == EXIT_PREEMPTED and "preempted" not in kinds:
+        yield f"there is no event of the preemption: {kinds}"
     if fault.restarts and "restarted" not in kinds:
-        yield f"no event tells that it was restarted: {kinds}"
+        yield f"there is no event of the restart: {kinds}"
     if fault.kind in DAMAGES:
         damaged, _, name = (notes_of(command.out_dir) / DAMAGED_NAME).read_text().partition("/")
-        if not any(f"resume: rejected {damaged}: " in life.said for life in lives):
+        if not any(f"resume: rejected {damaged}: " in attempt.output for attempt in attempts):
             yield f"{damaged}/{name} was damaged, and not rejected"
-    if fault.kind == "full disk" and lives[0].code and "No space left on device" not in lives[0].said:
-        yield f"a full disk was not told: {lives[0].said[-500:]!r}"
+    if fault.kind == "full disk" and attempts[0].code and "No space left on device" not in attempts[0].output:
+        yield f"a full disk was not reported: {attempts[0].output[-500:]!r}"
 
 
-def differences(ours: Path, calm: Path) -> list[str]:
-    """Everything in which the folder of a run that is done is not that of the calm one, in words."""
-    return [*_told(ours, calm), *_samples_off(ours, calm), *_weights_off(ours, calm)]
+def differences(ours: Path, uninterrupted: Path) -> list[str]:
+    """Returns all differences between the folder of a finished run and that of the uninterrupted run."""
+    return [
+        *_record_problems(ours, uninterrupted),
+        *_sample_problems(ours, uninterrupted),
+        *_weight_problems(ours, uninterrupted),
+    ]
 
 
-def _told(ours: Path, calm: Path) -> Iterator[str]:
-    """Each step once, with the same numbers; a run that says that it is done, and has the checkpoint of its end."""
-    lines, expected = _metrics(ours), _metrics(calm)
+def _record_problems(ours: Path, uninterrupted: Path) -> Iterator[str]:
+    """Checks that each step is logged once with equal numbers, and that status and last checkpoint are complete."""
+    lines, expected = _metrics(ours), _metrics(uninterrupted)
     if [line.get("step") for line in lines] != [*range(1, NUM_STEPS + 1)]:
         yield f"metrics.jsonl has steps {[line.get('step') for line in lines]}"
     elif wrong := [key for key in _SAME if [x.get(key) for x in lines] != [x.get(key) for x in expected]]:
@@ -211,25 +224,25 @@ def _metrics(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def _samples_off(ours: Path, calm: Path) -> Iterator[str]:
-    """Of the lives that led to the end: what the calm run read in a step and they did not, or the other way round."""
-    found, expected = _trajectory(ours), _trajectory(calm)
+def _sample_problems(ours: Path, uninterrupted: Path) -> Iterator[str]:
+    """Yields steps whose samples differ from those of the uninterrupted run."""
+    found, expected = _trajectory(ours), _trajectory(uninterrupted)
     for step in sorted(found.keys() | expected.keys()):
         if found.get(step) != expected.get(step):
             lost = len(expected.get(step, {}).items() - found.get(step, {}).items())
             more = len(found.get(step, {}).items() - expected.get(step, {}).items())
             yield f"step {step}: {lost} samples lost, {more} that are not its own"
     places = [hashed for step in found.values() for hashed in step.values()]
-    calm_places = [hashed for step in expected.values() for hashed in step.values()]
-    if sorted(places) != sorted(calm_places):
-        yield "a sample was seen more often than in the calm run"
+    uninterrupted_places = [hashed for step in expected.values() for hashed in step.values()]
+    if sorted(places) != sorted(uninterrupted_places):
+        yield "a sample was seen more often than in the uninterrupted run"
 
 
 def _trajectory(run: Path) -> Samples:
-    """What was read for each step by the last life that took it: later lives take a step again from what was before."""
+    """Returns the samples of each step in the last attempt that ran it: later attempts may repeat steps."""
     led: Samples = {}
-    for life in _lives_of(notes_of(run)):
-        read = _samples(notes_of(run), life)
+    for attempt in _attempts_of(notes_of(run)):
+        read = _samples(notes_of(run), attempt)
         if read:
             led = {step: samples for step, samples in led.items() if step < min(read)}
             gap = set(range(max(led, default=0) + 1, min(read)))
@@ -237,10 +250,10 @@ def _trajectory(run: Path) -> Samples:
     return led
 
 
-def _samples(notes: Path, life: int) -> Samples:
-    """Of training: validation reads by another way. A rank that is killed may leave half a line."""
+def _samples(notes: Path, attempt: int) -> Samples:
+    """Reads the training samples of an attempt. A killed rank may leave an incomplete line."""
     found: Samples = {}
-    for path in notes.glob(f"samples-{life}-*"):
+    for path in notes.glob(f"samples-{attempt}-*"):
         for line in path.read_text().splitlines():
             step, place, hashed = (line.split() + [""] * 3)[:3]
             if len(hashed) == 64:
@@ -248,21 +261,21 @@ def _samples(notes: Path, life: int) -> Samples:
     return found
 
 
-def _lives_of(notes: Path) -> list[int]:
+def _attempts_of(notes: Path) -> list[int]:
     return sorted({int(path.name.split("-")[1]) for path in notes.glob("samples-*")})
 
 
-def _moments(command: Command, life: int) -> list[list[Moment]]:
+def _moments(command: Command, attempt: int) -> list[list[Moment]]:
     notes = notes_of(command.out_dir)
-    ranks = range(len(list(notes.glob(f"moments-{life}-*"))))
-    return [[Moment(*each) for each in json.loads((notes / f"moments-{life}-{rank}").read_text())] for rank in ranks]
+    ranks = range(len(list(notes.glob(f"moments-{attempt}-*"))))
+    return [[Moment(*each) for each in json.loads((notes / f"moments-{attempt}-{rank}").read_text())] for rank in ranks]
 
 
-def _weights_off(ours: Path, calm: Path) -> Iterator[str]:
-    """Weights, router bias, moments and the average, to the bit; of one that is not whole, that is told already."""
+def _weight_problems(ours: Path, uninterrupted: Path) -> Iterator[str]:
+    """Compares weights, router bias, moments and the average bitwise, if the checkpoint is complete."""
     if not is_whole(step_folder(ours, NUM_STEPS)):
         return
-    a, b = (tensors_of(step_folder(run, NUM_STEPS)) for run in (ours, calm))
+    a, b = (tensors_of(step_folder(run, NUM_STEPS)) for run in (ours, uninterrupted))
     if a.keys() != b.keys():
         yield f"the checkpoint holds {len(a)} tensors, not {len(b)}"
     elif wrong := [name for name in a if not torch.equal(a[name].view(torch.uint8), b[name].view(torch.uint8))]:
@@ -270,7 +283,7 @@ def _weights_off(ours: Path, calm: Path) -> Iterator[str]:
 
 
 def tensors_of(checkpoint: Path) -> dict[str, Tensor]:
-    """Everything that a checkpoint holds."""
+    """Loads all tensors of a checkpoint."""
     listed = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
     state = {
         name: torch.zeros(each.size, dtype=each.properties.dtype)
@@ -278,14 +291,14 @@ def tensors_of(checkpoint: Path) -> dict[str, Tensor]:
         if isinstance(each, TensorStorageMetadata)
     }
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # DCP tells that it loads in one process
+        warnings.simplefilter("ignore")  # DCP warns that it loads in one process
         dcp_load(state, checkpoint_id=checkpoint, no_dist=True)
     return {name: tensor.reshape(-1) for name, tensor in state.items()}
 
 
 @contextmanager
 def _disk(folder: Path, *, is_small: bool) -> Iterator[None]:
-    """A small file system of its own where one is asked for."""
+    """Creates the folder, on a small file system if requested."""
     folder.mkdir()
     if not is_small:
         yield

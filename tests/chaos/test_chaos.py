@@ -1,4 +1,4 @@
-"""Ten of the faults of `make chaos`, each on a run of its own; and that what judges those runs can tell a wrong one."""
+"""Ten faults of `make chaos` change no results, and the comparison detects wrong runs."""
 
 import json
 import shutil
@@ -12,8 +12,8 @@ import torch
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from tests.chaos.__main__ import can_mount
-from tests.chaos.faults import ASKS, DAMAGES, KINDS, Fault, Moment, draw
-from tests.chaos.life import NUM_STEPS, Command
+from tests.chaos.attempt import NUM_STEPS, Command
+from tests.chaos.faults import DAMAGES, KINDS, PREEMPTIONS, Fault, Moment, draw
 from tests.chaos.rank import notes_of
 from tests.chaos.run import differences, tensors_of
 from train.checkpoint.locate import step_folder
@@ -28,7 +28,7 @@ def drawn(number: int, seed: int = 0) -> list[Fault]:
     return draw({(LAYOUT, begin): [TRACE, TRACE] for begin in ("new", "half")}, number, seed)
 
 
-def test_faults_are_the_same_for_a_seed_and_of_every_kind_in_turn() -> None:
+def test_faults_depend_on_the_seed_and_have_every_kind_in_turn() -> None:
     faults = drawn(100)
     assert faults[:10] == drawn(10)
     assert faults != drawn(100, seed=1)
@@ -37,42 +37,42 @@ def test_faults_are_the_same_for_a_seed_and_of_every_kind_in_turn() -> None:
     assert all(fault.begin == "half" for fault in faults if fault.kind in DAMAGES)
 
 
-def test_faults_expect_what_the_readme_says() -> None:
+def test_faults_expect_the_documented_exit_codes() -> None:
     codes = {(fault.kind, fault.restarts, fault.expected) for fault in drawn(400) if not fault.hits_command}
     assert {each for each in codes if each[0] == "SIGKILL"} == {("SIGKILL", 0, (78,)), ("SIGKILL", 1, (0,))}
     assert {each for each in codes if each[0] == "SIGSTOP"} == {("SIGSTOP", 0, (76,)), ("SIGSTOP", 1, (0,))}
     for fault in drawn(400):
-        if fault.kind in ASKS and not fault.hits_command and fault.name != "syncing":
-            # Ranks agree once more after "start" alone.
+        if fault.kind in PREEMPTIONS and not fault.hits_command and fault.name != "syncing":
+            # Only after "start" is there another agreement.
             assert fault.expected == ((75,) if fault.name == "start" else (0,))
 
 
 @pytest.fixture(scope="module")
-def worked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """The folder in which the command ran ten faults, and what it printed."""
+def chaos_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """Runs ten faults with the command; returns its folder and output."""
     folder = tmp_path_factory.mktemp("chaos")
     command = [sys.executable, "-m", "tests.chaos", "--faults=10", f"--keep={folder}", "--layouts", LAYOUT]
     return folder, subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
 
 
 @pytest.mark.long
-def test_ten_faults_change_nothing_of_what_a_run_ends_with(
-    worked: tuple[Path, subprocess.CompletedProcess[str]],
+def test_ten_faults_change_no_results(
+    chaos_run: tuple[Path, subprocess.CompletedProcess[str]],
 ) -> None:
-    _, done = worked
+    _, done = chaos_run
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "10 of 10 runs ended in time with the documented exit code" in done.stdout
-    assert ("full disks are left out" in done.stdout) == (not can_mount())
+    assert ("full disks are skipped" in done.stdout) == (not can_mount())
 
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "expected"),
     [
         ("sample", f"step {NUM_STEPS}: 1 samples lost, 1 that are not its own"),
         ("lost", "step 2: 8 samples lost, 0 that are not its own"),
-        ("twice", "a sample was seen more often than in the calm run"),
+        ("twice", "a sample was seen more often than in the uninterrupted run"),
         ("metrics", "metrics.jsonl has other loss"),
         ("line", "metrics.jsonl has steps [2, 3, 4, 5, 6]"),
         ("status", "status.json is Status(state='running'"),
@@ -80,15 +80,15 @@ def test_ten_faults_change_nothing_of_what_a_run_ends_with(
         ("torn", "the newest whole checkpoint is "),
     ],
 )
-def test_a_run_that_is_not_the_calm_one_is_told(
-    worked: tuple[Path, subprocess.CompletedProcess[str]], change: str, told: str, tmp_path: Path
+def test_differences_from_the_uninterrupted_run_are_detected(
+    chaos_run: tuple[Path, subprocess.CompletedProcess[str]], change: str, expected: str, tmp_path: Path
 ) -> None:
-    calm = worked[0] / "calm-0"
+    uninterrupted = chaos_run[0] / "uninterrupted-0"
     command = Command(folder=tmp_path, name="run", layout=LAYOUT)
-    shutil.copytree(calm, command.out_dir)
-    shutil.copytree(notes_of(calm), notes_of(command.out_dir))
+    shutil.copytree(uninterrupted, command.out_dir)
+    shutil.copytree(notes_of(uninterrupted), notes_of(command.out_dir))
     status = command.out_dir / "status.json"
-    assert differences(command.out_dir, calm) == []
+    assert differences(command.out_dir, uninterrupted) == []
     lines = (notes_of(command.out_dir) / "samples-0-0").read_text().splitlines()
     metrics = command.out_dir / "metrics.jsonl"
     last = step_folder(command.out_dir, NUM_STEPS)
@@ -130,10 +130,10 @@ def test_a_run_that_is_not_the_calm_one_is_told(
         case "torn":
             data = next(last.glob("*.distcp"))
             data.write_bytes(data.read_bytes()[:-1])
-    assert any(difference.startswith(told) for difference in differences(command.out_dir, calm))
+    assert any(difference.startswith(expected) for difference in differences(command.out_dir, uninterrupted))
 
 
-def test_chaos_can_name_whom_it_hits() -> None:
+def test_fault_names_its_target() -> None:
     (fault,) = drawn(1)
-    assert fault.whom == f"rank {fault.rank}"
-    assert replace(fault, hits_command=True).whom == "command"
+    assert fault.target == f"rank {fault.rank}"
+    assert replace(fault, hits_command=True).target == "command"

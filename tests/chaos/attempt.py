@@ -1,6 +1,6 @@
-"""One command of a run under chaos, and what is left when it has ended.
+"""Runs one command of a run with faults, and collects its results.
 
-`python -m tests.chaos.life FOLDER NAME LAYOUT RESTARTS TIMEOUT` is such a command in a process of its own.
+`python -m tests.chaos.attempt FOLDER NAME LAYOUT RESTARTS TIMEOUT` runs it in a separate process.
 """
 
 import os
@@ -25,7 +25,7 @@ from train.config import TrainConfig
 
 NUM_STEPS = 6
 LONGEST_SECONDS = 150.0
-"""After which a command that has not ended is taken to hang."""
+"""Time after which a command counts as hanging."""
 
 LAYOUTS: dict[str, list[str]] = {
     "DualPipe 2 x 2, experts over 2": ["parallelism=four_ranks"],
@@ -40,27 +40,27 @@ _GONE_SECONDS = 5.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Life:
-    """How a command ended.
+class Attempt:
+    """Result of a command.
 
     Attributes:
-        code: its exit code; 128 + n where signal n ended it.
-        said: by itself and by its ranks.
-        ended: when, in seconds of the wall clock.
-        hung: it had to be ended.
-        left_alive: ranks that went on after it.
+        code: exit code; 128 + n if signal n ended it.
+        output: output of the command and its ranks.
+        ended: end on the wall clock in seconds.
+        is_hung: whether it hung and was killed.
+        surviving_ranks: ranks that were alive after its end.
     """
 
     code: int
-    said: str
+    output: str
     ended: float
-    hung: bool
-    left_alive: list[int]
+    is_hung: bool
+    surviving_ranks: list[int]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Command:
-    """What a run is started with, again and again."""
+    """Command that starts and resumes a run."""
 
     folder: Path
     name: str
@@ -70,11 +70,11 @@ class Command:
 
     @property
     def out_dir(self) -> Path:
-        """Of the run."""
+        """Run folder."""
         return self.folder / self.name
 
     def overrides(self) -> list[str]:
-        """As they would follow `python -m launch.train`."""
+        """Returns the overrides of `python -m launch.train`."""
         return [
             *(*choices(self.folder), f"out_dir={self.out_dir}", "resume=auto", f"task.steps={NUM_STEPS}"),
             *("checkpointing.every_steps=1", "validation.every_steps=2", "track.picture_every_steps=3"),
@@ -83,62 +83,62 @@ class Command:
         ]
 
     def config(self) -> TrainConfig:
-        """Checked, its folder claimed."""
+        """Checks the configuration and writes the run folder."""
         config = compose_run(self.overrides())
         check(config)
         check_folder(config)
         return write_run_folder(config, datetime.now())
 
 
-def run_life(command: Command, *, apart: bool = False) -> Life:
+def run_attempt(command: Command, *, in_separate_process: bool = False) -> Attempt:
     """Runs a command to its end.
 
     Args:
-        command: to run.
-        apart: in a process of its own, which may be killed.
+        command: command to run.
+        in_separate_process: whether to run it in a separate process, which may be killed.
     """
     notes = notes_of(command.out_dir)
     before = set(notes.glob("pid-*"))
     with _Limit(notes, before) as limit:
-        code, said = _run_apart(command, limit) if apart else _run_here(command)
+        code, output = _run_in_separate_process(command, limit) if in_separate_process else _run_here(command)
     ended = time.time()
     new = sorted(set(notes.glob("pid-*")) - before)
-    for path in sorted(notes.glob("said-*")):
-        if path.with_name(path.name.replace("said", "pid")) in new:
-            said += path.read_text(errors="replace")
-    left_alive = _left_alive(new)
-    return Life(code=code, said=said, ended=ended, hung=limit.is_over, left_alive=left_alive)
+    for path in sorted(notes.glob("output-*")):
+        if path.with_name(path.name.replace("output", "pid")) in new:
+            output += path.read_text(errors="replace")
+    surviving_ranks = _surviving_ranks(new)
+    return Attempt(code=code, output=output, ended=ended, is_hung=limit.is_over, surviving_ranks=surviving_ranks)
 
 
 def _run_here(command: Command) -> tuple[int, str]:
-    # Found by its full name, as ranks must find it.
+    # Imported by its full name, because ranks must find it.
     from tests.chaos import rank
 
-    with redirect_stderr(StringIO()) as said:
+    with redirect_stderr(StringIO()) as output:
         config = command.config()
         code = run_ranks(command.out_dir, config.parallelism.world_size, rank.rank_of_chaos)
-    return code, said.getvalue()
+    return code, output.getvalue()
 
 
-def _run_apart(command: Command, limit: "_Limit") -> tuple[int, str]:
+def _run_in_separate_process(command: Command, limit: "_Limit") -> tuple[int, str]:
     arguments = [str(command.folder), command.name, command.layout, str(command.restarts)]
     scratch = notes_of(command.out_dir) / "scratch"
     scratch.mkdir(exist_ok=True)
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.chaos.life", *arguments, str(command.timeout_seconds)],
+        [sys.executable, "-m", "tests.chaos.attempt", *arguments, str(command.timeout_seconds)],
         cwd=_ROOT,
-        env={**os.environ, "TMPDIR": str(scratch)},  # one that is killed leaves its scratch
+        env={**os.environ, "TMPDIR": str(scratch)},  # a killed process leaves temporary files
         stderr=subprocess.PIPE,
         text=True,
     )
     limit.process = process
-    # Ranks hold the other end as well: not until all are gone.
-    _, said = process.communicate()
-    return process.returncode if process.returncode >= 0 else 128 - process.returncode, said
+    # Returns after all ranks have ended, because they also hold the other end.
+    _, output = process.communicate()
+    return process.returncode if process.returncode >= 0 else 128 - process.returncode, output
 
 
 class _Limit:
-    """Kills the ranks of a command that takes too long, and the command where it is a process of its own."""
+    """Timer that kills the ranks of a command that takes too long, and the command if it is a separate process."""
 
     def __init__(self, notes: Path, before: set[Path]) -> None:
         self.is_over = False
@@ -163,8 +163,8 @@ class _Limit:
                 os.kill(int(path.read_text().split()[0]), signal.SIGKILL)
 
 
-def _left_alive(paths: Sequence[Path]) -> list[int]:
-    """Ranks that are not gone soon."""
+def _surviving_ranks(paths: Sequence[Path]) -> list[int]:
+    """Returns the ranks that do not end soon."""
     until = time.monotonic() + _GONE_SECONDS
     while alive := [path for path in paths if _is_alive(path)]:
         if time.monotonic() > until:
@@ -174,13 +174,13 @@ def _left_alive(paths: Sequence[Path]) -> list[int]:
 
 
 def _is_alive(path: Path) -> bool:
-    """Whether the process in a rank's file is."""
+    """Returns whether the process in a rank's file is alive."""
     pid, started = path.read_text().split()
     return started_at(int(pid)) == started
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The command in a process of its own."""
+    """Runs the command in this process."""
     from tests.chaos.rank import rank_of_chaos
 
     folder, name, layout, restarts, timeout = arguments
