@@ -1,4 +1,4 @@
-"""Real time and cost of a step, ours beside torch's pipelines: `python -m tests.bench`."""
+"""Measures the time and cost of a step of the project and of torch's pipelines: `python -m tests.bench`."""
 
 import argparse
 import json
@@ -21,7 +21,7 @@ SECTIONS = ("sleep", "products", "interpreter", "forecast", "exchange", "overlap
 
 
 def main() -> None:
-    """Runs the sections asked for and prints their tables."""
+    """Runs the requested sections and prints their tables."""
     arguments = _arguments()
     found: dict[str, Any] = {"machine": report.machine()}
     print(", ".join(f"{key} {value}" for key, value in found["machine"].items()))
@@ -71,13 +71,13 @@ def _training(precision: Precision, num_rounds: int) -> list[dict[str, Any]]:
 
 def _exchange() -> None:
     reason = missing()
-    print(f"\nExchange: left out: {reason}" if reason is not None else "\n" + exchange_text(), flush=True)
+    print(f"\nExchange: skipped: {reason}" if reason is not None else "\n" + exchange_text(), flush=True)
 
 
 def _overlap(num_rounds: int) -> list[dict[str, Any]]:
     reason = missing()
     if reason is not None:
-        print(f"\nOverlap: left out: {reason}")
+        print(f"\nOverlap: skipped: {reason}")
         return []
     plans = [make(num_micro_batches=8, num_rounds=num_rounds) for make in (two_hop_plan, all_to_all_plan)]
     rows = []

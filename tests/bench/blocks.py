@@ -1,7 +1,9 @@
-"""What the stages of a benchmark compute: F, I and W of one micro-batch that sleep, or that multiply matrices.
+"""Provides stages for benchmarks: F, I and W of one micro-batch that sleep or multiply matrices.
 
-The backward of a block gives the input gradient and hands the weight gradient to a sink, so that every schedule, ours
-or torch's, runs the same F, I and W, at the moment that it chooses. Shape legend: T rows of a micro-batch, D hidden.
+The backward of a block computes the input gradient and passes the weight gradient to a sink, so that all schedules run
+the same F, I and W at the time that they choose.
+
+Shape legend: T rows of a micro-batch, D hidden.
 """
 
 import time
@@ -21,9 +23,11 @@ _MOST_LATE_SECONDS = 0.001
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Workload:
-    """What each rank of a pipeline does for one micro-batch, whatever the number of its stages.
+    """Work of each rank of a pipeline for one micro-batch, for any number of stages.
 
-    seconds: of sleep in each of F, I and W. num_layers: square linear maps, a tanh after each.
+    Attributes:
+        seconds: seconds of sleep in each of F, I and W.
+        num_layers: number of square linear maps, each followed by a tanh.
     """
 
     kind: WorkKind
@@ -33,18 +37,18 @@ class Workload:
     num_layers: int = 0
 
 
-class Owed:
-    """Weight gradients of one backward, until they are taken as one function."""
+class DeferredGradients:
+    """Deferred weight gradients of one backward."""
 
     def __init__(self) -> None:
         self._waiting: list[tuple[Tensor, Callable[[], Tensor]]] = []
 
     def defer(self, weight: Tensor, gradient: Callable[[], Tensor]) -> None:
-        """Keeps a closure that computes the gradient of `weight`."""
+        """Stores a closure that computes the gradient of `weight`."""
         self._waiting.append((weight, gradient))
 
     def take(self) -> Callable[[], None]:
-        """What computes all that waits and adds it to the weights' gradients."""
+        """Returns a function that computes all deferred gradients and accumulates them."""
         waiting, self._waiting = self._waiting, []
 
         def run() -> None:
@@ -60,23 +64,23 @@ class Owed:
 
 
 class Block(Protocol):
-    """A stage's computation, shared by its micro-batches."""
+    """Computation of a stage, shared by its micro-batches."""
 
     @property
     def weights(self) -> list[Tensor]:
-        """Its parameters."""
+        """Parameters of the block."""
         ...
 
     def forward(self, x_TD: Tensor, sink: WeightSink) -> Tensor:
-        """The output, with a graph whose backward gives the input gradient and defers the weight gradients."""
+        """Returns the output. Its backward computes the input gradient and defers the weight gradients."""
         ...
 
 
 class SleepLog:
-    """Sleeps, and counts sleeps by kind.
+    """Sleep function that counts sleeps by kind.
 
-    A timer wakes late, by some tenths of a millisecond: that much, up to `_MOST_LATE_SECONDS`, is taken off the
-    next sleep, so that sleeps last as long as they are meant to on average, whoever asks for them.
+    A timer wakes up some tenths of a millisecond late. This time, up to `_MOST_LATE_SECONDS`, is subtracted from the
+    next sleep, so that sleeps have the right mean length.
     """
 
     def __init__(self) -> None:
@@ -85,12 +89,12 @@ class SleepLog:
         self._late_seconds = 0.0
 
     def clear(self) -> None:
-        """Back to no sleeps."""
+        """Resets the counts."""
         self.counts.clear()
         self.slept_seconds = 0.0
 
     def sleep(self, kind: str, seconds: float) -> None:
-        """Sleeps."""
+        """Sleeps for a time and counts it."""
         begun = time.perf_counter()
         time.sleep(max(0.0, seconds - self._late_seconds))
         slept = time.perf_counter() - begun
@@ -122,7 +126,7 @@ class _Sleep(torch.autograd.Function):
 
 
 class SleepBlock:
-    """Sleeps in each of F, I and W, and passes its input on, plus one."""
+    """Block that sleeps in each of F, I and W and returns its input plus one."""
 
     def __init__(self, seconds: float, log: SleepLog) -> None:
         self._seconds = seconds
@@ -130,17 +134,17 @@ class SleepBlock:
         self.weights: list[Tensor] = [torch.zeros(1, requires_grad=True)]
 
     def sleep(self, kind: str) -> None:
-        """The time of one of F, I and W."""
+        """Sleeps for the time of one of F, I and W."""
         self._log.sleep(kind, self._seconds)
 
     def forward(self, x_TD: Tensor, sink: WeightSink) -> Tensor:
-        """The input plus one, after a sleep."""
+        """Sleeps and returns the input plus one."""
         out: Tensor = _Sleep.apply(x_TD, self.weights[0], self, sink)  # type: ignore[no-untyped-call]
         return out
 
 
 class ProductBlock:
-    """Square linear maps, a tanh after each, in the project's own split of the backward into I and W."""
+    """Square linear maps, each followed by a tanh, with the project's split of the backward into I and W."""
 
     def __init__(self, num_layers: int, hidden: int) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -150,14 +154,14 @@ class ProductBlock:
         ]
 
     def forward(self, x_TD: Tensor, sink: WeightSink) -> Tensor:
-        """The output of the last layer."""
+        """Returns the output of the last layer."""
         for weight_DD in self.weights:
             x_TD = linear(x_TD, weight_DD, sink).tanh()
         return x_TD
 
 
 def build_block(workload: Workload, num_ranks: int, num_stages: int, log: SleepLog) -> Block:
-    """One stage of `num_stages`: of twice as many stages as ranks, each does half of a rank's share."""
+    """Builds one stage of `num_stages`. With twice as many stages as ranks, each has half of a rank's work."""
     match workload.kind:
         case "sleep":
             return SleepBlock(workload.seconds * num_ranks / num_stages, log)

@@ -1,4 +1,4 @@
-"""Whoever runs one step of a pipeline on this rank: the project, torch's schedules, or the blocks by themselves.
+"""Runs one step of a pipeline on this rank: with the project, with torch's schedules, or only its blocks.
 
 Shape legend: T rows of a micro-batch, D hidden.
 """
@@ -21,7 +21,7 @@ from dualpipe.runtime.compile import compile_rank
 from dualpipe.runtime.execute import execute
 from dualpipe.runtime.protocols import Lane
 from dualpipe.transfers import Message
-from tests.bench.blocks import Block, Owed, SleepBlock, SleepLog, Workload, build_block
+from tests.bench.blocks import Block, DeferredGradients, SleepBlock, SleepLog, Workload, build_block
 from train.schedule.links import message_key
 
 Step = Callable[[], None]
@@ -32,57 +32,57 @@ _TIMEOUT_SECONDS = 60.0
 
 
 class BlockRun:
-    """`dualpipe.runtime.protocols.Run` of a block: one micro-batch's F, I and W."""
+    """Run of a block: F, I and W of one micro-batch."""
 
     def __init__(self, block: Block, like_TD: Tensor) -> None:
-        """`like_TD`: what enters the first stage, and the gradient that enters the last."""
+        """Stores the block; `like_TD` is the input of the first stage and the output gradient of the last."""
         self._block = block
-        self._owed = Owed()
+        self._owed = DeferredGradients()
         self._input_TD = like_TD.detach().requires_grad_()
         self._output_TD: Tensor | None = None
         self._gradient_TD = like_TD
         self._weight: Callable[[], None] | None = None
 
     def set_input(self, hidden_TD: Tensor, /) -> None:
-        """The activation from the stage before."""
+        """Stores the activation of the previous stage."""
         self._input_TD = hidden_TD.requires_grad_()
 
     def output(self) -> Tensor:
-        """The activation for the stage after."""
+        """Returns the activation for the next stage."""
         assert self._output_TD is not None
         return self._output_TD.detach()
 
     def set_output_gradient(self, gradient_TD: Tensor, /) -> None:
-        """The gradient from the stage after."""
+        """Stores the gradient of the next stage."""
         self._gradient_TD = gradient_TD
 
     def input_gradient(self) -> Tensor:
-        """The gradient for the stage before."""
+        """Returns the gradient for the previous stage."""
         assert self._input_TD.grad is not None
         return self._input_TD.grad
 
     def forward(self, phase: int) -> None:
-        """F."""
+        """Runs F."""
         self._output_TD = self._block.forward(self._input_TD, self._owed)
 
     def backward(self, phase: int) -> None:
-        """I."""
+        """Runs I."""
         assert self._output_TD is not None
         torch.autograd.backward([self._output_TD], [self._gradient_TD])
         self._output_TD = None
         self._weight = self._owed.take()
 
     def weight(self, phase: int) -> None:
-        """W."""
+        """Runs W."""
         assert self._weight is not None
         self._weight()
 
     def wait(self) -> None:
-        """No phase is ever under way."""
+        """Does nothing: no phase is ever pending."""
 
 
 class SleepRun:
-    """`dualpipe.runtime.protocols.Run` that sleeps in F, I and W, and passes on what came in."""
+    """Run that sleeps in F, I and W and forwards its inputs."""
 
     def __init__(self, block: SleepBlock, like_TD: Tensor) -> None:
         self._block = block
@@ -90,39 +90,39 @@ class SleepRun:
         self._gradient_TD = like_TD
 
     def set_input(self, hidden_TD: Tensor, /) -> None:
-        """The activation from the stage before."""
+        """Stores the activation of the previous stage."""
         self._hidden_TD = hidden_TD
 
     def output(self) -> Tensor:
-        """The activation for the stage after."""
+        """Returns the activation for the next stage."""
         return self._hidden_TD
 
     def set_output_gradient(self, gradient_TD: Tensor, /) -> None:
-        """The gradient from the stage after."""
+        """Stores the gradient of the next stage."""
         self._gradient_TD = gradient_TD
 
     def input_gradient(self) -> Tensor:
-        """The gradient for the stage before."""
+        """Returns the gradient for the previous stage."""
         return self._gradient_TD
 
     def forward(self, phase: int) -> None:
-        """F."""
+        """Runs F."""
         self._block.sleep("F")
 
     def backward(self, phase: int) -> None:
-        """I."""
+        """Runs I."""
         self._block.sleep("I")
 
     def weight(self, phase: int) -> None:
-        """W."""
+        """Runs W."""
         self._block.sleep("W")
 
     def wait(self) -> None:
-        """No phase is ever under way."""
+        """Does nothing: no phase is ever pending."""
 
 
 class BlockStage:
-    """`dualpipe.runtime.protocols.PipelineStage` of a block: one computation, no exchange."""
+    """Pipeline stage of a block: one computation without exchange."""
 
     lanes: tuple[Lane, ...] = ("compute",)
 
@@ -131,41 +131,41 @@ class BlockStage:
         self._like_TD = like_TD
 
     def start(self, direction: int, micro_batch: int) -> SleepRun | BlockRun:
-        """Begins a micro-batch."""
+        """Starts a micro-batch."""
         if isinstance(self._block, SleepBlock):
             return SleepRun(self._block, self._like_TD)
         return BlockRun(self._block, self._like_TD)
 
 
 class Links:
-    """The transport as the interpreter sees it."""
+    """Adapter of the transport for the interpreter."""
 
     def __init__(self, transport: PipelineTransport, like_TD: Tensor) -> None:
         self._transport = transport
         self._like_TD = like_TD
 
     def post_receive(self, message: Message, /) -> Work[Tensor]:
-        """Makes room for a message."""
+        """Posts the receive of a message."""
         return self._transport.post_receive(message_key(message), self._like_TD.shape, self._like_TD.dtype)
 
     def send(self, message: Message, tensor: Tensor, /) -> None:
-        """Sends without waiting."""
+        """Sends a message without waiting."""
         self._transport.send(message_key(message), tensor)
 
     def flush(self) -> None:
-        """Waits until everything sent has left."""
+        """Waits until all messages have been sent."""
         self._transport.flush()
 
 
 def open_transport(num_ranks: int) -> PipelineTransport:
-    """The project's links between `num_ranks` gloo ranks in a row. Made by all at the same point."""
+    """Opens the project's links between `num_ranks` gloo ranks. All ranks call it at the same point."""
     layout = Layout(ParallelismConfig(pipeline=num_ranks, data=1, expert=1), ranks_per_node=num_ranks)
     pairs = [(index, index + 1) for index in range(num_ranks - 1)]
     return PipelineTransport(layout, pairs, torch.device("cpu"), _TIMEOUT_SECONDS, CollectiveLog())
 
 
 def own_step(schedule: Schedule, rank: int, workload: Workload, transport: PipelineTransport, log: SleepLog) -> Step:
-    """A step of the project: schedule, compiler, interpreter and transport as in training."""
+    """Builds a step of the project: schedule, compiler, interpreter and transport as in training."""
     like_TD = torch.zeros(workload.num_rows, workload.hidden)
     stages = {
         stage: BlockStage(build_block(workload, schedule.num_ranks, schedule.num_stages, log), like_TD)
@@ -182,7 +182,7 @@ def own_step(schedule: Schedule, rank: int, workload: Workload, transport: Pipel
 
 
 def alone_step(num_micro_batches: int, workload: Workload, log: SleepLog) -> Step:
-    """The blocks of a rank's share with neither schedule nor transfers: F, I, W of one micro-batch after another."""
+    """Builds a step of a rank's blocks without schedule and transfers: F, I and W of the micro-batches in sequence."""
     like_TD = torch.zeros(workload.num_rows, workload.hidden)
     stage = BlockStage(build_block(workload, 1, 1, log), like_TD)
 
@@ -197,30 +197,30 @@ def alone_step(num_micro_batches: int, workload: Workload, log: SleepLog) -> Ste
 
 
 class _BlockModule(nn.Module):
-    """A block as torch's pipelines take it. What `build_weights` gives runs W of the backward just done."""
+    """Module of a block for torch's pipelines. The function of `build_weights` runs W of the last backward."""
 
     def __init__(self, block: Block) -> None:
         super().__init__()
         self._block = block
-        self._owed = Owed()
+        self._owed = DeferredGradients()
         self._weights = nn.ParameterList([nn.Parameter(weight) for weight in block.weights])
         block.weights[:] = list(self._weights)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        """The block's output. The first stage's input takes a gradient too, so that its I is like any other's."""
+        """Returns the block's output. The first stage's input also requires a gradient, so that all I are equal."""
         x_TD = x_TD if x_TD.requires_grad else x_TD.detach().requires_grad_()
         return self._block.forward(x_TD, self._owed)
 
     def build_weights(self) -> Callable[[], None]:
-        """torch's `dw_builder`."""
+        """Returns a function that runs W, as torch's `dw_builder`."""
         return self._owed.take()
 
 
 def torch_step(kind: str, rank: int, num_ranks: int, num_micro_batches: int, workload: Workload, log: SleepLog) -> Step:
-    """A step of torch's schedule, `TORCH_KINDS`, over the world's group."""
+    """Builds a step of one of torch's schedules, `TORCH_KINDS`, over the world's group."""
     like_TD = torch.zeros(workload.num_rows, workload.hidden)
     num_stages = num_ranks if kind == "torch:Schedule1F1B" else 2 * num_ranks
-    like_TD.requires_grad_()  # else torch awaits no gradient of it
+    like_TD.requires_grad_()  # else torch expects no gradient of it
     held = [rank] if num_stages == num_ranks else [rank, num_stages - 1 - rank]
     stages = []
     for stage in held:

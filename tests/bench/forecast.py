@@ -1,4 +1,4 @@
-"""What a routing costs on a cluster that is not here: rows, imbalance and seconds by way of travel, nothing sent.
+"""Predicts rows, imbalance and times of a routing on a cluster for several dispatchers, without sending.
 
 Shape legend: T tokens of a rank, K experts per token, E experts.
 """
@@ -23,10 +23,10 @@ _SKEW = 0.6
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gate:
-    """DeepSeek-V3's gate over random scores (arXiv:2412.19437, section 2.1.2).
+    """DeepSeek-V3's gate with random scores (arXiv:2412.19437, section 2.1.2).
 
-    Experts form a group for each node; a token's experts lie in `num_limited_groups` of them. Scores are sigmoids of
-    standard normal numbers plus, for each expert, one normal number of deviation `skew`.
+    Experts form one group per node, and a token's experts lie in `num_limited_groups` groups. Scores are sigmoids of
+    standard normal numbers plus, for each expert, a normal number with standard deviation `skew`.
     """
 
     num_experts: int
@@ -36,7 +36,7 @@ class Gate:
     skew: float = 0.0
 
     def choose(self, num_ranks: int, num_tokens: int, seed: int) -> Iterator[Tensor]:
-        """The experts of each rank's tokens, TK."""
+        """Chooses the experts of each rank's tokens, TK."""
         generator = torch.Generator().manual_seed(seed)
         popularity_E = torch.randn(self.num_experts, generator=generator) * self.skew
         for _ in range(num_ranks):
@@ -49,13 +49,13 @@ class Gate:
 
 
 def gate_forecast(gate: Gate, ranks_per_node: int, num_tokens: int, seed: int = 0) -> Forecast:
-    """The forecast for a node for each of the gate's groups and `num_tokens` tokens on every rank."""
+    """Returns the forecast with one node per group of the gate and `num_tokens` tokens on every rank."""
     nodes = [node for node in range(gate.num_groups) for _ in range(ranks_per_node)]
     return forecast(list(gate.choose(len(nodes), num_tokens, seed)), gate.num_experts, nodes)
 
 
 def skewed_imbalance(gate: Gate, ranks_per_node: int, num_draws: int = 9) -> tuple[float, float]:
-    """The receive imbalance of a copy per expert and of two hops, at a skew of 0.6; medians of draws of the skew."""
+    """Returns the median receive imbalance of one copy per expert and of two hops, over draws with skew 0.6."""
     skewed = replace(gate, skew=_SKEW)
     draws = [gate_forecast(skewed, ranks_per_node, num_tokens=256, seed=seed) for seed in range(num_draws)]
     return (
@@ -65,11 +65,11 @@ def skewed_imbalance(gate: Gate, ranks_per_node: int, num_draws: int = 9) -> tup
 
 
 def forecast_text(num_tokens: int = 4096, num_draws: int = 9) -> str:
-    """Tables for 8 nodes of 8 ranks and for 4 of 2, with and without a cap.
+    """Returns tables for 8 nodes of 8 ranks and for 4 nodes of 2 ranks, with and without a cap.
 
     Args:
-        num_tokens: on each rank.
-        num_draws: of the skew of experts' popularity.
+        num_tokens: number of tokens on each rank.
+        num_draws: number of draws of the skew of experts' popularity.
     """
     lines = [
         f"Exchange, forecast and not run: V3's gate over random scores, 8 of 256 experts, {num_tokens} tokens a rank",

@@ -1,7 +1,7 @@
-"""Loss in FP8 beside bf16: `python -m tests.bench.fp8_loss` trains both from the same seeds and draws the curves.
+"""Compares the loss in FP8 and bf16: `python -m tests.bench.fp8_loss` trains both from the same seeds.
 
-Two runs of one seed see the same samples in the same order and start from the same weights. A gap is that of the
-smoothed losses (exponential mean, 0.9), relative to bf16's.
+Two runs of one seed use the same samples in the same order and start from the same weights. A gap is the relative
+difference of the smoothed losses (exponential mean, 0.9) to bf16.
 """
 
 import argparse
@@ -41,7 +41,7 @@ MODEL_OVERRIDES = (
 
 @dataclass(frozen=True, slots=True)
 class Gap:
-    """Of one seed over the last steps: the largest and the mean distance of the smoothed losses, relative to bf16's."""
+    """Largest and mean relative gap of one seed's smoothed losses over the last steps."""
 
     seed: int
     largest: float
@@ -49,7 +49,7 @@ class Gap:
 
 
 def main() -> int:
-    """Trains, prints a line for each seed, writes the picture and its numbers; 1 where a gap is a limit or more."""
+    """Trains, prints a line per seed, and writes the picture. Returns 1 if a gap reaches a limit."""
     arguments = _arguments()
     jobs = [(precision, seed) for seed in arguments.seeds for precision in PRECISIONS]
     with ThreadPoolExecutor(arguments.jobs) as pool:
@@ -64,12 +64,12 @@ def main() -> int:
 
 
 def smooth(losses: Sequence[float]) -> list[float]:
-    """The exponential mean of 0.9, which starts from the first loss."""
+    """Returns the exponential mean with factor 0.9, which starts from the first loss."""
     return list(accumulate(losses, lambda mean, loss: SMOOTHING * mean + (1 - SMOOTHING) * loss))
 
 
 def gap(seed: int, bf16: Sequence[float], fp8: Sequence[float]) -> Gap:
-    """Of two smoothed curves over the last 200 steps."""
+    """Returns the gap of two smoothed curves over the last 200 steps."""
     pairs = list(zip(bf16, fp8, strict=True))[-LAST_STEPS:]
     distances = [abs(ours - theirs) / theirs for theirs, ours in pairs]
     return Gap(seed, max(distances), sum(distances) / len(distances))

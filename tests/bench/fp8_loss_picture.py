@@ -1,4 +1,4 @@
-"""The curves of `tests.bench.fp8_loss` as a picture: losses above, the gap between them below."""
+"""Draws the curves of `tests.bench.fp8_loss`: losses above, their gap below."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,17 +11,17 @@ def draw(smoothed: Mapping[tuple[str, int], Sequence[float]], limit: float, titl
     """Writes the picture.
 
     Args:
-        smoothed: losses of each step by precision (`bf16` and `fp8`) and seed.
-        limit: the gap that none should reach, as a share.
-        title: above all.
-        path: of the picture; its suffix says of which kind.
+        smoothed: smoothed losses of each step by precision (`bf16` and `fp8`) and seed.
+        limit: limit of the gap, as a fraction.
+        title: title of the picture.
+        path: path of the picture; its suffix selects the format.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    pyplot.rcParams["svg.hashsalt"] = "dualpipe"  # the same numbers give the same file
+    pyplot.rcParams["svg.hashsalt"] = "dualpipe"  # makes the file reproducible
     figure, (above, below) = pyplot.subplots(2, 1, sharex=True, figsize=(9, 6.4), height_ratios=(3, 2), layout="tight")
     seeds = sorted({seed for _, seed in smoothed})
     for color, seed in zip(COLOURS, seeds, strict=False):

@@ -1,9 +1,9 @@
-"""Whether the memory of any rank grows over a long run.
+"""Measures whether the memory of any rank grows over a long run.
 
-`python -m tests.bench.growth [MINUTES] [OVERRIDE...]`, 30 by default, trains `experiment=two_nodes` for so long, reads
-every rank's resident memory every five seconds, and compares its mean over the fifth minute with that over the last
-one; for a run of under ten minutes, over the tenths of it that begin at a sixth and at nine tenths. Then the run is
-asked to make room, and must end with 75. Needs Linux.
+`python -m tests.bench.growth [MINUTES] [OVERRIDE...]`, 30 by default, trains `experiment=two_nodes` for that time. It
+samples every rank's resident memory every five seconds, and compares the means of the fifth and of the last minute. If
+the run takes less than ten minutes, it compares tenths of the run that start at 1/6 and at 9/10. At the end the run is
+preempted and must exit with 75. Needs Linux.
 """
 
 import signal
@@ -23,17 +23,17 @@ _EVERY_SECONDS = 5.0
 _NUM_RANKS = 8
 
 Samples = dict[int, list[tuple[float, int]]]
-"""By process, seconds since the beginning and bytes."""
+"""Samples of each process: seconds since the start, and bytes."""
 
 
 def ranks_of(launcher: int) -> list[int]:
-    """The processes that a command's fork server has started, the oldest first."""
+    """Returns the processes that a command's fork server has started, the oldest first."""
     servers = [child for child in _children(launcher) if _children(child)]
     return sorted(rank for server in servers for rank in _children(server))
 
 
 def resident_bytes(pid: int) -> int | None:
-    """What a process has in memory; None where it has ended."""
+    """Returns the resident memory of a process, or None if it has ended."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
@@ -42,7 +42,7 @@ def resident_bytes(pid: int) -> int | None:
 
 
 def growth_of(samples: Sequence[tuple[float, int]], seconds: float) -> tuple[float, float]:
-    """Mean bytes early, and at the end."""
+    """Returns the mean bytes early in the run and at its end."""
     early, length = (300.0, 60.0) if seconds >= 600.0 else (seconds / 6, seconds / 10)
     first = [size for at, size in samples if early <= at < early + length]
     last = [size for at, size in samples if at >= seconds - length]
@@ -50,13 +50,13 @@ def growth_of(samples: Sequence[tuple[float, int]], seconds: float) -> tuple[flo
 
 
 def by_minute(samples: Sequence[tuple[float, int]]) -> list[float]:
-    """Mean bytes of each minute."""
+    """Returns the mean bytes of each minute."""
     minutes = sorted({int(at // 60) for at, _ in samples})
     return [statistics.mean(size for at, size in samples if int(at // 60) == minute) for minute in minutes]
 
 
 def follow(process: subprocess.Popen[bytes], seconds: float) -> Samples:
-    """Reads the ranks' memory for so long."""
+    """Samples the ranks' memory for a time."""
     samples: Samples = {}
     started = time.monotonic()
     while (now := time.monotonic() - started) < seconds:
@@ -70,7 +70,7 @@ def follow(process: subprocess.Popen[bytes], seconds: float) -> Samples:
 
 
 def main(minutes: str = "30", *overrides: str) -> int:
-    """Runs, measures, prints; the exit code is 1 where a rank grew by more than the limit."""
+    """Runs, measures and prints. The exit code is 1 if a rank grew by more than the limit."""
     seconds = 60.0 * float(minutes)
     with tempfile.TemporaryDirectory(prefix="growth-") as name:
         out_dir = Path(name) / "run"

@@ -1,7 +1,8 @@
-"""What the guard costs: `python -m tests.bench.guard [OVERRIDE...]`, overrides of `conf/train.yaml`, on one rank.
+"""Measures the cost of the guard on one rank: `python -m tests.bench.guard [OVERRIDE...]`.
 
-Nothing is exchanged for it: it judges sums that a step makes anyway, and the request to make room travels in one of
-them. What is left is the norm of a rank's own gradients and the judgement itself, in CPU time beside the step's.
+Overrides are those of `conf/train.yaml`. The guard needs no additional exchange: it checks sums that a step computes
+anyway, and one of them carries the preemption request. Its cost is the norm of a rank's gradients and the check, in CPU
+time relative to the step's.
 """
 
 import sys
@@ -26,14 +27,14 @@ CHOICES = ("parallelism=one_rank", "guard=skip", "guard.spike_factor=10", "valid
 
 @dataclass(slots=True)
 class Cost:
-    """CPU seconds."""
+    """Cost in CPU seconds."""
 
     guard: float = 0.0
     step: float = 0.0
 
 
 def measure(overrides: Sequence[str], num_steps: int) -> Cost:
-    """Of so many steps after a first one; needs a process group of one rank."""
+    """Measures steps after a first one. Needs a process group of one rank."""
     from data.loader import Loader
 
     config = compose_run([*CHOICES, *overrides])
@@ -67,7 +68,7 @@ def measure(overrides: Sequence[str], num_steps: int) -> Cost:
 
 
 def main(overrides: Sequence[str]) -> int:
-    """Prints the cost."""
+    """Measures and prints the cost."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         store = dist.FileStore(str(Path(folder) / "store"), 1)

@@ -1,4 +1,4 @@
-"""What the interpreter itself costs: programs of stages that do nothing over links that do nothing."""
+"""Measures the cost of the interpreter with idle stages and idle links."""
 
 import statistics
 import time
@@ -15,40 +15,40 @@ from dualpipe.transfers import Message
 
 
 class IdleRun:
-    """`dualpipe.runtime.protocols.Run` that does nothing."""
+    """Run that does nothing."""
 
     def __init__(self, hidden: Tensor) -> None:
         self._hidden = hidden
 
     def set_input(self, hidden: Tensor, /) -> None:
-        """Drops it."""
+        """Drops the tensor."""
 
     def output(self) -> Tensor:
-        """Always the same."""
+        """Returns the same tensor every time."""
         return self._hidden
 
     def set_output_gradient(self, gradient: Tensor, /) -> None:
-        """Drops it."""
+        """Drops the tensor."""
 
     def input_gradient(self) -> Tensor:
-        """Always the same."""
+        """Returns the same tensor every time."""
         return self._hidden
 
     def forward(self, phase: int) -> None:
-        """F of nothing."""
+        """Does nothing."""
 
     def backward(self, phase: int) -> None:
-        """I of nothing."""
+        """Does nothing."""
 
     def weight(self, phase: int) -> None:
-        """W of nothing."""
+        """Does nothing."""
 
     def wait(self) -> None:
-        """Nothing is under way."""
+        """Does nothing: nothing is pending."""
 
 
 class IdleStage:
-    """`dualpipe.runtime.protocols.PipelineStage` of one computation, which does nothing."""
+    """Pipeline stage of one idle computation."""
 
     lanes: tuple[Lane, ...] = ("compute",)
 
@@ -56,33 +56,33 @@ class IdleStage:
         self._hidden = hidden
 
     def start(self, direction: int, micro_batch: int) -> IdleRun:
-        """Begins a micro-batch."""
+        """Starts a micro-batch."""
         return IdleRun(self._hidden)
 
 
 class IdleLinks:
-    """`dualpipe.runtime.protocols.Transport`, and its receipts, that give the same tensor for every message."""
+    """Transport and pending receive that return the same tensor for every message."""
 
     def __init__(self, hidden: Tensor) -> None:
         self._hidden = hidden
 
     def post_receive(self, message: Message, /) -> "IdleLinks":
-        """Itself."""
+        """Returns itself as the pending receive."""
         return self
 
     def wait(self) -> Tensor:
-        """The tensor."""
+        """Returns the tensor."""
         return self._hidden
 
     def send(self, message: Message, tensor: Tensor, /) -> None:
-        """Sends nothing."""
+        """Does nothing."""
 
     def flush(self) -> None:
-        """Nothing is under way."""
+        """Does nothing: nothing is pending."""
 
 
 def microseconds_per_operation(schedule: Schedule, rank: int, num_repeats: int) -> float:
-    """The median over repeats of a rank's whole program, over the operations of its schedule."""
+    """Returns the median time of a rank's program over repeats, divided by its operations."""
     hidden = torch.zeros(1)
     stages = {stage: IdleStage(hidden) for _, stage in schedule.stages_of(rank)}
     lanes = {number: stage.lanes for number, stage in stages.items()}

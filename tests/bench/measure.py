@@ -1,4 +1,4 @@
-"""Interleaved runs of contenders on the same ranks."""
+"""Measures contenders in interleaved runs on the same ranks."""
 
 import time
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ COSTS = Costs(forward=1.0, backward_input=1.0, backward_weight=1.0, exchange=0.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """Which contenders run how often. Every contender has one step that is not measured."""
+    """Contenders and numbers of steps. Each contender also has one unmeasured step."""
 
     contenders: tuple[str, ...]
     num_ranks: int
@@ -30,8 +30,10 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RankSample:
-    """One step of one rank: seconds from the common start to its end; CPU seconds of all its threads; sleeps by
-    kind, and their seconds."""
+    """One step of one rank.
+
+    It has the seconds from the common start to its end, the CPU seconds of all threads, and sleeps by kind with their
+    seconds."""
 
     seconds: float
     cpu_seconds: float
@@ -41,23 +43,23 @@ class RankSample:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
-    """One step of all ranks."""
+    """Step of all ranks."""
 
     ranks: tuple[RankSample, ...]
 
     @property
     def seconds(self) -> float:
-        """From the common start to the last rank's end."""
+        """Seconds from the common start to the last rank's end."""
         return max(rank.seconds for rank in self.ranks)
 
     @property
     def cpu_seconds(self) -> float:
-        """Of all ranks together."""
+        """CPU seconds of all ranks."""
         return sum(rank.cpu_seconds for rank in self.ranks)
 
 
 def measure(plan: Plan) -> dict[str, list[Sample]]:
-    """Runs A B C A B C ... and gives each contender's samples, in the order of the rounds."""
+    """Runs A B C A B C ... and returns each contender's samples in the order of rounds."""
     schedules = {
         kind: make_schedule(kind, plan.num_ranks, plan.num_micro_batches)
         for kind in OWN_KINDS
@@ -71,7 +73,7 @@ def measure(plan: Plan) -> dict[str, list[Sample]]:
 
 
 def make_schedule(kind: str, num_ranks: int, num_micro_batches: int) -> Schedule:
-    """The project's schedule for stages whose F, I and W take one unit each, of model/`num_ranks`."""
+    """Returns the project's schedule for stages whose F, I and W take one unit of model/`num_ranks` each."""
     costs = uniform(COSTS, num_ranks, SCHEDULES.get(kind).num_stages(num_ranks))
     return build(kind, num_ranks, num_micro_batches, costs)
 
@@ -98,7 +100,7 @@ def _measure_rank(rank: int, num_ranks: int, plan: Plan, schedules: dict[str, Sc
 
 def _timed(step: Step, log: SleepLog) -> RankSample:
     log.clear()
-    # The ranks share a clock: all begin at a moment that rank 0 chose.
+    # The ranks share a clock and start at a time that rank 0 chose.
     start = torch.tensor([time.monotonic() + _START_DELAY_SECONDS], dtype=torch.float64)
     distributed.broadcast(start, 0)
     time.sleep(max(0.0, start.item() - time.monotonic()))

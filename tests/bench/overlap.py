@@ -1,7 +1,7 @@
-"""How much of its exchanges a DualPipe step hides, on a cluster of network namespaces with rate-limited links.
+"""Measures how much exchange a DualPipe step hides, on network namespaces with rate-limited links.
 
-Schedule, interpreter, pairing, phases, exchanges and transfers are those of training. Computation is emulated by
-sleeping, so that a machine with few cores can hold eight ranks that compute at once.
+Schedule, interpreter, pairing, phases, exchanges and transfers are those of training. Sleeps emulate computation, so
+that a machine with few cores can run eight ranks.
 """
 
 import statistics
@@ -41,7 +41,7 @@ _TIMEOUT_SECONDS = 60.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OverlapPlan:
-    """A pipeline of two on four nodes of two ranks: each expert group lies on two nodes."""
+    """Pipeline of two ranks on four nodes of two ranks: each expert group lies on two nodes."""
 
     dispatch: DispatchConfig
     model: EmulatedModel
@@ -50,12 +50,12 @@ class OverlapPlan:
 
     @property
     def layout(self) -> Layout:
-        """Of the eight ranks."""
+        """Layout of the eight ranks."""
         return Layout(ParallelismConfig(pipeline=2, data=4, expert=4), ranks_per_node=2)
 
 
 def two_hop_plan(num_micro_batches: int, num_rounds: int) -> OverlapPlan:
-    """Each token crosses to its expert group's other node once."""
+    """Returns a plan in which each token is sent once to the other node of its expert group."""
     config = TwoHopDispatchConfig(
         kind="two_hop", payload="full", max_nodes=2, node_cap="verify", chunks=2, partial_sums="rows"
     )
@@ -64,7 +64,7 @@ def two_hop_plan(num_micro_batches: int, num_rounds: int) -> OverlapPlan:
 
 
 def all_to_all_plan(num_micro_batches: int, num_rounds: int) -> OverlapPlan:
-    """A copy for each of eight experts, half of which are on the other node: of fewer tokens, as many rows cross."""
+    """Returns a plan with a copy for each of eight experts, half on the other node. Fewer tokens, as many rows."""
     config = AllToAllDispatchConfig(kind="all_to_all", payload="full", max_nodes=2, node_cap="verify")
     model = EmulatedModel(blocks_per_stage=3, seconds=0.045, tokens=104, hidden=1024, num_experts=64, num_choices=8)
     return OverlapPlan(dispatch=config, model=model, num_micro_batches=num_micro_batches, num_rounds=num_rounds)
@@ -74,8 +74,10 @@ def all_to_all_plan(num_micro_batches: int, num_rounds: int) -> OverlapPlan:
 class PairTimes:
     """Seconds of one F&B group on one rank, from its first step to its last.
 
-    compute: of steps that compute. exchange: of starting exchanges and waiting for them. transfer: of waiting for the
-    pipeline's messages.
+    Attributes:
+        compute: seconds of steps that compute.
+        exchange: seconds of starting exchanges and waiting for them.
+        transfer: seconds of waiting for pipeline messages.
     """
 
     total: float
@@ -86,7 +88,7 @@ class PairTimes:
 
 @dataclass(frozen=True, slots=True)
 class RankStep:
-    """One step of one rank: seconds from the common start, and its pairs."""
+    """Step of one rank: seconds from the common start, and its pairs."""
 
     seconds: float
     pairs: tuple[PairTimes, ...]
@@ -94,15 +96,15 @@ class RankStep:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Overlap:
-    """Seconds, medians over F&B pairs, ranks and rounds.
+    """Measured seconds: medians over F&B pairs, ranks and rounds.
 
     Attributes:
-        compute: a pair's computations; the smaller figure of the two ways to run it.
-        exchange: a pair's exchanges, in sequence.
-        in_sequence: a pair, one thing after another.
-        overlapped: a pair whose exchanges run under computation, with whatever it waits for, pipeline messages too.
-        step_in_sequence: a whole step, as `in_sequence`.
-        step_overlapped: a whole step, as `overlapped`.
+        compute: computation of a pair; the minimum over both modes.
+        exchange: exchange of a pair in sequence.
+        in_sequence: a pair whose operations run in sequence.
+        overlapped: an overlapped pair, including all waits.
+        step_in_sequence: a whole step in sequence.
+        step_overlapped: a whole overlapped step.
     """
 
     compute: float
@@ -114,17 +116,17 @@ class Overlap:
 
     @property
     def over_longer(self) -> float:
-        """The overlapped pair over the longer of computation and exchange."""
+        """Time of the overlapped pair relative to the longer of computation and exchange."""
         return self.overlapped / max(self.compute, self.exchange)
 
     @property
     def hidden_share(self) -> float:
-        """The share of the exchanges that costs a pair no time."""
+        """Fraction of the exchanges that is hidden."""
         return (self.compute + self.exchange - self.overlapped) / self.exchange
 
 
 def measure_overlap(cluster: Cluster, plan: OverlapPlan) -> Overlap:
-    """Runs a step in sequence, a step overlapped, and so on."""
+    """Alternates steps in sequence and overlapped steps."""
     layout = plan.layout
     ranks = run_in_nodes(cluster, layout.ranks_per_node, _measure_rank, plan, timeout_seconds=300.0)
     sequence, overlapped = ([steps for of in ranks for steps in of[name]] for name in ("sequence", "overlapped"))
@@ -166,7 +168,7 @@ def _measure_rank(rank: int, world_size: int, plan: OverlapPlan) -> dict[str, li
 
 
 class _Contender:
-    """One rank's stages and program."""
+    """Stages and program of one rank."""
 
     def __init__(
         self,
@@ -202,7 +204,7 @@ class _Contender:
         self._links = Links(transport, torch.empty(1, model.tokens, model.hidden, dtype=torch.bfloat16))
 
     def warm_up(self) -> None:
-        """One micro-batch's way through one stage, for what happens once."""
+        """Runs one micro-batch through one stage, for one-time initialization."""
         stage = next(iter(self._stages.values()))
         run = stage.start(0, 0)
         for phase, lane in enumerate(stage.lanes):
@@ -242,12 +244,12 @@ class _Contender:
 
 
 def is_pair(group: Group) -> bool:
-    """Whether a group is one F and one B."""
+    """Returns whether a group is one F and one B."""
     return [op.kind for op in group] == [Op.FORWARD, Op.BACKWARD]
 
 
 def steps_of(program: Program, group: Group) -> range:
-    """The places in a program of the steps of a group of one F and one B: they are together."""
+    """Returns the positions in a program of the steps of an F&B group, which are consecutive."""
     forward, backward = (_passage(program, op) for op in group)
     found = range(min(forward[0], backward[0]), max(forward[-1], backward[-1]) + 1)
     assert len(found) == len(forward) + len(backward)
@@ -255,7 +257,7 @@ def steps_of(program: Program, group: Group) -> range:
 
 
 def _passage(program: Program, op: Operation) -> list[int]:
-    """The places of an operation's steps, without those that make room for messages."""
+    """Returns the positions of an operation's steps, except posted receives."""
     key = run_key(op)
     own = [index for index, step in enumerate(program.steps) if step.run == key and step.action is not Action.RECEIVE]
     back = next(place for place, index in enumerate(own) if _is_of_backward(program.steps[index]))

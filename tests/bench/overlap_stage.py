@@ -1,4 +1,4 @@
-"""A pipeline stage whose exchanges are real and whose computations sleep, made of the model's own phases.
+"""Provides a pipeline stage with the model's phases, real exchanges, and computations that sleep.
 
 Shape legend: T tokens of a micro-batch, K experts per token, E experts, D hidden size, A arrived rows.
 """
@@ -22,10 +22,10 @@ from tests.bench.blocks import SleepBlock, SleepLog
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EmulatedModel:
-    """What every stage is: `blocks_per_stage` MoE blocks, whose two computations each sleep. Like most stages of a long
-    pipeline, none has an embedding or a head.
+    """Model of equal stages with `blocks_per_stage` MoE blocks, whose two computations sleep.
 
-    `seconds`: of sleep of each computation, in each of F, I and W.
+    Like most stages of a long pipeline, they have no embedding and no head. `seconds` is the sleep of each computation
+    in each of F, I and W.
     """
 
     blocks_per_stage: int
@@ -36,7 +36,7 @@ class EmulatedModel:
     num_choices: int
 
     def ids(self, seed: int, num_groups: int, max_groups: int) -> Tensor:
-        """Experts of a micro-batch, TK, in at most `max_groups` of equal groups: the V3 gate on random scores."""
+        """Returns the experts of a micro-batch, TK, in at most `max_groups` groups: the V3 gate with random scores."""
         generator = torch.Generator().manual_seed(seed)
         scores_TE = torch.rand(self.tokens, self.num_experts, generator=generator)
         mask_TE = limit_groups(scores_TE, num_groups, max_groups, self.num_choices // max_groups)
@@ -44,7 +44,7 @@ class EmulatedModel:
 
 
 class _Slept(torch.autograd.Function):
-    """Rows as they are, after a sleep; so is their gradient. Other inputs get a gradient of zeros."""
+    """Function that sleeps and returns its rows, and so for the gradient. Other inputs get zero gradients."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, others: Tensor, weight: Tensor, block: SleepBlock, sink: WeightSink) -> Tensor:
@@ -74,12 +74,12 @@ def _sleep(rows: Tensor, others: Tensor, block: SleepBlock, sink: WeightSink | N
 
 
 class EmulatedStage:
-    """A `Stage` whose dispatch and combine use a real dispatcher, between computations that sleep."""
+    """Stage with a real dispatcher between computations that sleep."""
 
     def __init__(
         self, model: EmulatedModel, number: int, dispatcher: Dispatcher, ids_TK: Tensor, log: SleepLog
     ) -> None:
-        """`ids_TK`: the experts of every micro-batch and block."""
+        """Builds the stage; `ids_TK` holds the experts of every micro-batch and block."""
         self.lanes: tuple[Lane, ...] = block_lanes(dense=False) * model.blocks_per_stage
         self._model = model
         self._first_layer = number * model.blocks_per_stage
@@ -90,12 +90,12 @@ class EmulatedStage:
         self._store = GradientStore(weight for block in self._sleepers for weight in block.weights)
 
     def start(self, direction: int, micro_batch: int) -> StageRun:
-        """Begins a micro-batch."""
+        """Starts a micro-batch."""
         phases: list[Phase] = []
         for index in range(self._model.blocks_per_stage):
             phases += self._block(index, Label(self._first_layer + index, direction, micro_batch))
         run = StageRun(phases)
-        # What enters the first stage, and the gradient that enters the last; others are sent theirs.
+        # Input of the first stage and output gradient of the last; other stages receive theirs.
         run.set_input(torch.zeros(1, self._model.tokens, self._model.hidden, dtype=torch.bfloat16))
         run.set_output_gradient(torch.ones(1, self._model.tokens, self._model.hidden, dtype=torch.bfloat16))
         return run

@@ -1,4 +1,4 @@
-"""Tables of what was measured, with the targets beside the figures, and the same as plain data."""
+"""Formats measurements as tables with targets, and as plain data."""
 
 import os
 import platform
@@ -22,7 +22,7 @@ MOST_OF_LONGER = 1.15
 
 
 def machine() -> dict[str, Any]:
-    """Where the figures come from."""
+    """Returns a description of the machine."""
     return {
         "device": platform.processor() or platform.machine(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -33,7 +33,7 @@ def machine() -> dict[str, Any]:
 
 
 def sleep_rows(plan: Plan, samples: dict[str, list[Sample]]) -> list[dict[str, Any]]:
-    """One row a contender: median seconds of a step, and over those of torch's schedules, round by round."""
+    """Returns one row per contender: median seconds of a step, also relative to torch's schedules by round."""
     rows = []
     for name, own in samples.items():
         simulated = None
@@ -57,7 +57,7 @@ def sleep_rows(plan: Plan, samples: dict[str, list[Sample]]) -> list[dict[str, A
 
 
 def products_rows(samples: dict[str, list[Sample]]) -> list[dict[str, Any]]:
-    """One row a contender: median CPU seconds of a step, and over those of the blocks alone, round by round."""
+    """Returns one row per contender: median CPU seconds of a step, also relative to the blocks alone by round."""
     alone = [sample.cpu_seconds for sample in samples[ALONE]]
     return [
         {
@@ -73,7 +73,7 @@ def products_rows(samples: dict[str, list[Sample]]) -> list[dict[str, Any]]:
 
 
 def sleep_text(plan: Plan, rows: Sequence[dict[str, Any]]) -> str:
-    """The table of `sleep_rows`."""
+    """Formats the table of `sleep_rows`."""
     lines = [
         f"Step time: {plan.num_ranks} gloo ranks, {plan.num_micro_batches} micro-batches, F, I and W sleep "
         f"{plan.workload.seconds * 1e3:g} ms each, medians of {plan.num_rounds} interleaved rounds",
@@ -94,7 +94,7 @@ def sleep_text(plan: Plan, rows: Sequence[dict[str, Any]]) -> str:
 
 
 def products_text(plan: Plan, rows: Sequence[dict[str, Any]]) -> str:
-    """The table of `products_rows`."""
+    """Formats the table of `products_rows`."""
     work = plan.workload
     alone = next(row for row in rows if row["contender"] == ALONE)
     one = alone["cpu_seconds"] / (3 * plan.num_ranks * plan.num_micro_batches)
@@ -113,7 +113,7 @@ def products_text(plan: Plan, rows: Sequence[dict[str, Any]]) -> str:
 
 
 def interpreter_text(microseconds: dict[str, float]) -> str:
-    """Microseconds of the interpreter for an operation, by schedule."""
+    """Formats the interpreter's microseconds per operation by schedule."""
     lines = ["Interpreter: stages and links that do nothing, microseconds for an operation of the schedule"]
     lines += [f"{name:26}{value:9.1f}" for name, value in microseconds.items()]
     lines.append(f"{'target':26}{f'< {MOST_MICROSECONDS:g}':>9}")
@@ -121,7 +121,7 @@ def interpreter_text(microseconds: dict[str, float]) -> str:
 
 
 def overlap_row(plan: OverlapPlan, found: Overlap) -> dict[str, Any]:
-    """One way to exchange, as plain data; seconds."""
+    """Returns the data of one dispatcher, in seconds."""
     return {
         "dispatch": plan.dispatch.kind,
         **asdict(found),
@@ -131,7 +131,7 @@ def overlap_row(plan: OverlapPlan, found: Overlap) -> dict[str, Any]:
 
 
 def overlap_text(plans: Sequence[OverlapPlan], rows: Sequence[dict[str, Any]]) -> str:
-    """The table of `overlap_row`s, a plan each."""
+    """Formats the table of `overlap_row`s, one per plan."""
     columns = ("compute", "exchange", "in_sequence", "overlapped", "step_in_sequence", "step_overlapped")
     lines = [
         "Overlap: schedule dualpipe, 2 pipeline ranks x 4 data ranks on 4 nodes, expert groups of 4 ranks on 2 nodes, "

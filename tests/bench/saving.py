@@ -1,6 +1,6 @@
-"""How long a step stands still for a checkpoint, beside the whole time of writing it.
+"""Measures how long a checkpoint blocks a step, relative to the whole time of writing it.
 
-`python -m tests.bench.saving` prints both and their ratio, of two ranks in float32.
+`python -m tests.bench.saving` prints both times and their ratio for two ranks in float32.
 """
 
 import statistics
@@ -22,7 +22,7 @@ NUM_SAVES = 5
 
 
 def measure(rank: int, world_size: int, config: TrainConfig) -> tuple[list[float], list[float], int]:
-    """Seconds of the copy and of the whole save, each of several; bytes of the checkpoint. The first is not counted."""
+    """Returns seconds of the copies and of the whole saves after the first, and bytes of the checkpoint."""
     learner = open_job(config)
     saver = CheckpointSaver(config, learner, prepare(config.data, config.batch.sequence_length_tokens))
     stalls, wholes = [], []
@@ -40,7 +40,7 @@ def measure(rank: int, world_size: int, config: TrainConfig) -> tuple[list[float
 
 
 def main() -> int:
-    """Measures and prints; the exit code is 1 where the ratio is above a tenth."""
+    """Measures and prints. The exit code is 1 if the ratio is above a tenth."""
     with tempfile.TemporaryDirectory(prefix="saving-") as name:
         folder = Path(name)
         write_text(folder)

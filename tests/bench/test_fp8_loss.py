@@ -1,4 +1,4 @@
-"""What the comparison of losses says of two curves, and that it draws them."""
+"""The comparison of losses computes gaps and draws curves."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ def test_smoothing_is_an_exponential_mean() -> None:
     assert smooth([1.0, 2.0, 0.0]) == pytest.approx([1.0, 1.1, 0.99])
 
 
-def test_gap_is_the_relative_distance_over_the_last_steps_whatever_its_sign() -> None:
+def test_gap_is_the_absolute_relative_distance_over_the_last_steps() -> None:
     bf16 = [4.0] * 300
     fp8 = [8.0] * 100 + [4.0] * 150 + [3.99] * 49 + [4.02]
     found = gap(1, bf16, fp8)

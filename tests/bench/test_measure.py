@@ -1,4 +1,4 @@
-"""Small benchmarks run through: what they count must be what the stages did. Nothing here is about time."""
+"""Small benchmarks run and count the work of their stages. Times are not tested."""
 
 import pytest
 import torch
@@ -64,6 +64,6 @@ def test_product_block_splits_the_backward_of_its_layers() -> None:
 
 
 @pytest.mark.parametrize("kind", ["dualpipe_split", "1f1b"])
-def test_interpreter_s_cost_is_per_operation(kind: str) -> None:
+def test_cost_of_the_interpreter_is_per_operation(kind: str) -> None:
     schedule = make_schedule(kind, 2, 4)
     assert microseconds_per_operation(schedule, rank=1, num_repeats=3) > 0

@@ -1,4 +1,4 @@
-"""The steps of a pair are found in a rank's program, whatever their order."""
+"""The steps of a pair are found in a rank's program, in any order."""
 
 import pytest
 

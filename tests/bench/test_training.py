@@ -1,4 +1,4 @@
-"""The training bench: every mode of transformers is a contender, and ours is held against the fastest of them."""
+"""The training benchmark includes every mode of transformers and compares with the fastest one."""
 
 from tests.bench.training import Contender, Sample, contenders, training_rows, training_text
 
@@ -7,7 +7,7 @@ def sample(seconds: float, mebibytes: int) -> Sample:
     return Sample(seconds, seconds, 2 * seconds, mebibytes * 2**20, 8.0)
 
 
-def test_every_mode_of_transformers_takes_part() -> None:
+def test_every_mode_of_transformers_is_a_contender() -> None:
     for precision, kinds in (("float32", {"float32"}), ("bf16", {"bf16", "autocast"})):
         listed = contenders(precision)  # type: ignore[arg-type]
         others = {(each.type, each.experts, each.attention) for each in listed if each.name == "transformers"}

@@ -1,5 +1,6 @@
-"""A training step of a small model, ours beside transformers': seconds and peak memory, each contender in a process of
-its own, their steps taken in turn.
+"""Measures seconds and peak memory of a training step of a small model, for the project and transformers.
+
+Each contender runs in a separate process, and their steps alternate.
 
 The configuration has 11.5M weights, 4.6M of them at work on a token. A step is forward, cross-entropy of the main head,
 backward, clipping of the gradient norm and torch's fused AdamW.
@@ -56,7 +57,7 @@ _RELEASED_KEYS: dict[str, Any] = {
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """An implementation in one of its modes. type: of weights, or `autocast` for float32 weights and bf16 products."""
+    """Implementation in one of its modes. `type` is the dtype of weights, or `autocast` for bf16 products."""
 
     name: Literal["ours", "ours, logits", "transformers"]
     type: Literal["float32", "bf16", "autocast"]
@@ -69,7 +70,7 @@ class Contender:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A contender's steps: median and shortest seconds, median CPU seconds, peak memory of its process, last loss."""
+    """Steps of a contender: median and minimum seconds, median CPU seconds, peak memory, last loss."""
 
     seconds: float
     shortest: float
@@ -79,12 +80,12 @@ class Sample:
 
     @property
     def tokens_per_second(self) -> float:
-        """By the median."""
+        """Tokens per second by the median."""
         return SEQUENCES * TOKENS / self.seconds
 
 
 def contenders(precision: Precision) -> list[Contender]:
-    """Ours, by its own loss and by plain logits, and every mode of transformers."""
+    """Returns the project with its loss and with plain logits, and every mode of transformers."""
     types: tuple[Literal["float32", "bf16", "autocast"], ...] = (
         ("float32",) if precision == "float32" else ("bf16", "autocast")
     )
@@ -95,7 +96,7 @@ def contenders(precision: Precision) -> list[Contender]:
 
 
 def measure_training(precision: Precision, num_rounds: int) -> dict[Contender, Sample]:
-    """Steps of all contenders in turn, after two that are not measured."""
+    """Runs steps of all contenders in turn, after two unmeasured ones."""
     context = multiprocessing.get_context("spawn")
     started = []
     for contender in contenders(precision):
@@ -122,7 +123,7 @@ def measure_training(precision: Precision, num_rounds: int) -> dict[Contender, S
 
 
 def training_text(precision: Precision, samples: dict[Contender, Sample]) -> str:
-    """A table: each contender beside the fastest mode of transformers."""
+    """Formats a table of the contenders relative to the fastest mode of transformers."""
     best = min((s for c, s in samples.items() if c.name == "transformers"), key=lambda sample: sample.seconds)
     lines = [
         f"A training step in {precision}: {SEQUENCES} x {TOKENS} tokens, {THREADS} threads, "
@@ -141,7 +142,7 @@ def training_text(precision: Precision, samples: dict[Contender, Sample]) -> str
 
 
 def training_rows(samples: dict[Contender, Sample]) -> list[dict[str, Any]]:
-    """The same as plain data."""
+    """Returns the same as plain data."""
     return [
         {
             "contender": str(contender),
@@ -155,7 +156,7 @@ def training_rows(samples: dict[Contender, Sample]) -> list[dict[str, Any]]:
 
 
 def _serve(contender: Contender, pipe: Connection) -> None:
-    """A contender's process: a step for every True, then its peak memory and last loss."""
+    """Serves a contender's process: runs a step for every True, then sends peak memory and last loss."""
     torch.set_num_threads(THREADS)
     torch.manual_seed(0)
     tokens = torch.randint(VOCAB, (SEQUENCES, TOKENS + 1), generator=torch.Generator().manual_seed(1))

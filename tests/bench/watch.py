@@ -1,7 +1,8 @@
-"""What the watch costs: `python -m tests.bench.watch [OVERRIDE...]`, overrides of `conf/train.yaml`, on four ranks.
+"""Measures the cost of the watchdog on four ranks: `python -m tests.bench.watch [OVERRIDE...]`.
 
-While all is well a rank's watch only listens, on a thread of its own, and the rank notes each exchange, transfer and
-reduction in a log. Both in CPU time beside that of the rank's whole step. Needs Linux, which tells a thread's time.
+Overrides are those of `conf/train.yaml`. Without failures, a rank's watchdog only listens on its thread, and the rank
+logs each exchange, transfer and reduction. Both are measured in CPU time relative to the rank's step. Needs Linux for
+the times of threads.
 """
 
 import json
@@ -26,7 +27,7 @@ _NUM_NOTES = 20_000
 
 
 def watched_rank(config: TrainConfig) -> int:
-    """What each rank does: the run, and at its end a file with what its steps cost."""
+    """Runs one rank, and writes the cost of its steps to a file at the end."""
     from comm.watchdog.collective_log import CollectiveLog
     from tests.train.strikes import watch_operations
     from train import loop
@@ -64,8 +65,8 @@ def _thread_seconds(thread: threading.Thread) -> float:
 
 
 def main(overrides: Sequence[str]) -> int:
-    """Prints the cost of the rank that pays most; the exit code is 1 where it is above the limit."""
-    # Found by its full name, as ranks must find it: this module runs as __main__ here.
+    """Prints the cost of the most expensive rank. The exit code is 1 if it is above the limit."""
+    # Imported by its full name, because ranks must find it: this module runs as __main__ here.
     from tests.bench import watch
 
     with tempfile.TemporaryDirectory(prefix="watch-") as name:

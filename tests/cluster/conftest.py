@@ -1,4 +1,4 @@
-"""A cluster for a test, or the reason why there can be none here."""
+"""Provides a cluster for a test, or skips the test with a reason."""
 
 from collections.abc import Iterator
 
@@ -9,7 +9,7 @@ from tests.cluster.namespaces import Cluster, missing, open_cluster
 
 @pytest.fixture(scope="session")
 def allowed() -> None:
-    """Skips, with its reason, what needs network namespaces where they cannot be made."""
+    """Skips tests that need network namespaces if these cannot be created."""
     reason = missing()
     if reason is not None:
         pytest.skip(reason)
@@ -17,6 +17,6 @@ def allowed() -> None:
 
 @pytest.fixture
 def cluster(allowed: None) -> Iterator[Cluster]:
-    """Four nodes at the usual rates."""
+    """Opens a cluster of four nodes at the default rates."""
     with open_cluster(4) as made:
         yield made

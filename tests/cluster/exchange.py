@@ -1,4 +1,4 @@
-"""Exchanges of tokens between nodes, timed and counted on the links themselves: `python -m tests.cluster.exchange`.
+"""Times exchanges of tokens between nodes and counts their bytes on the links: `python -m tests.cluster.exchange`.
 
 Shape legend: T tokens of a rank, K experts per token, E experts, D hidden size.
 """
@@ -32,7 +32,7 @@ _TIMEOUT_SECONDS = 60.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Problem:
-    """One micro-batch of every rank, its experts chosen by the gate of arXiv:2412.19437 from random biased scores."""
+    """Micro-batches of all ranks, with experts chosen by the gate of arXiv:2412.19437 from random biased scores."""
 
     num_nodes: int = 4
     ranks_per_node: int = 2
@@ -43,19 +43,19 @@ class Problem:
 
     @property
     def layout(self) -> Layout:
-        """One expert group over all nodes."""
+        """Layout with one expert group over all nodes."""
         size = self.num_nodes * self.ranks_per_node
         return Layout(ParallelismConfig(pipeline=1, data=size, expert=size), self.ranks_per_node)
 
     def ids(self, rank: int, max_nodes: int) -> Tensor:
-        """The experts of a rank's tokens, TK, on at most `max_nodes` nodes each."""
+        """Returns the experts of a rank's tokens, TK, on at most `max_nodes` nodes each."""
         generator = torch.Generator().manual_seed(rank)
         scores_TE = torch.rand(self.tokens_per_rank, self.num_experts, generator=generator)
         mask_TE = limit_groups(scores_TE, self.num_nodes, max_nodes, self.num_choices // max_nodes)
         return scores_TE.masked_fill(~mask_TE, -torch.inf).topk(self.num_choices, -1).indices
 
     def forecast(self, max_nodes: int) -> Forecast:
-        """Rows by way of travel, from the ids alone."""
+        """Forecasts the rows from the ids."""
         ranks = range(self.layout.world_size)
         ids = [self.ids(rank, max_nodes) for rank in ranks]
         return forecast(ids, self.num_experts, [self.layout.node_of(rank) for rank in ranks])
@@ -63,7 +63,7 @@ class Problem:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Contender:
-    """One way to exchange a problem's tokens."""
+    """Dispatcher configuration that exchanges a problem's tokens."""
 
     name: str
     config: DispatchConfig
@@ -72,8 +72,10 @@ class Contender:
 
 @dataclass(frozen=True, slots=True)
 class RankLeg:
-    """Dispatch or combine on one rank: seconds from the common start, and what its node's eth0 carried until all were
-    through."""
+    """Dispatch or combine on one rank.
+
+    It has the seconds from the common start, and the bytes on its node's eth0 until all ranks had finished.
+    """
 
     seconds: float
     eth0: Counted
@@ -81,7 +83,7 @@ class RankLeg:
 
 @dataclass(frozen=True, slots=True)
 class RankRound:
-    """One round of one contender on one rank. `traffic` is what the dispatcher counted."""
+    """Round of one contender on one rank. `traffic` has the dispatcher's counts."""
 
     dispatch: RankLeg
     combine: RankLeg
@@ -90,7 +92,7 @@ class RankRound:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Leg:
-    """Dispatch or combine of all ranks, medians over rounds. Floor: the fullest way of a link at its rate."""
+    """Dispatch or combine of all ranks, as medians over rounds. The floor is the time of the busiest link direction."""
 
     seconds: float
     floor_seconds: float
@@ -99,7 +101,7 @@ class Leg:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measured:
-    """One contender. Rows and bytes between nodes are those of all ranks in one round, as their dispatchers count."""
+    """Measurements of one contender. Rows and bytes between nodes are the dispatchers' counts over all ranks."""
 
     dispatch: Leg
     combine: Leg
@@ -109,28 +111,28 @@ class Measured:
 
     @property
     def seconds(self) -> float:
-        """Both ways."""
+        """Seconds of dispatch and combine."""
         return self.dispatch.seconds + self.combine.seconds
 
     @property
     def floor_seconds(self) -> float:
-        """Both ways."""
+        """Seconds of dispatch and combine."""
         return self.dispatch.floor_seconds + self.combine.floor_seconds
 
     @property
     def bytes_on_links(self) -> float:
-        """Both ways, with all headers."""
+        """Bytes on the links in both directions, with all headers."""
         return self.dispatch.bytes_on_links + self.combine.bytes_on_links
 
 
 def naive() -> Contender:
-    """A copy for each expert, no cap."""
+    """Returns the contender with one copy per expert and no cap."""
     config = AllToAllDispatchConfig(kind="all_to_all", payload="full", max_nodes=4, node_cap="verify")
     return Contender(name="naive", config=config, max_nodes=4)
 
 
 def two_hop(chunks: int) -> Contender:
-    """A copy for each of at most two nodes, in so many chunks."""
+    """Returns the contender with one copy for each of at most two nodes, in `chunks` chunks."""
     config = TwoHopDispatchConfig(
         kind="two_hop", payload="full", max_nodes=2, node_cap="verify", chunks=chunks, partial_sums="rows"
     )
@@ -140,7 +142,7 @@ def two_hop(chunks: int) -> Contender:
 def measure(
     cluster: Cluster, problem: Problem, contenders: Sequence[Contender], num_rounds: int
 ) -> dict[str, Measured]:
-    """Runs A B C A B C ... on the same ranks, after one round that is not measured."""
+    """Runs A B C A B C ... on the same ranks, after one unmeasured round."""
     ranks = run_in_nodes(cluster, problem.ranks_per_node, _measure_rank, problem, contenders, num_rounds)
     rate = cluster.links.bytes_per_second("eth0")
     return {contender.name: _summary([of[contender.name] for of in ranks], problem, rate) for contender in contenders}
@@ -205,7 +207,7 @@ def _measure_rank(
 
 
 def _exchange(dispatcher: Dispatcher, rows_TD: Tensor, ids_TK: Tensor) -> tuple[RankLeg, RankLeg]:
-    """Plan and dispatch, then combine; experts that change nothing in between."""
+    """Runs plan, dispatch and combine with experts that return their input."""
     weights_TK = torch.ones(ids_TK.shape)
     handle = None
 
@@ -218,7 +220,7 @@ def _exchange(dispatcher: Dispatcher, rows_TD: Tensor, ids_TK: Tensor) -> tuple[
     assert handle is not None
     given = handle
     combined_TD, back = _timed(lambda: dispatcher.combine(arrived_AD, given).wait())
-    # Sums of eight equal rows, by whatever way.
+    # Sums of eight equal rows, for any contender.
     torch.testing.assert_close(combined_TD, ids_TK.shape[1] * rows_TD)
     return there, back
 
@@ -233,7 +235,7 @@ def _timed(function: Callable[[], Tensor]) -> tuple[Tensor, RankLeg]:
 
 
 def text(problem: Problem, links: Links, found: dict[str, Measured]) -> str:
-    """A table of what was measured."""
+    """Formats the measurements as a table."""
     lines = [
         f"Exchange: {problem.num_nodes} nodes x {problem.ranks_per_node} ranks, {links.eth0_megabits:g} Mbit/s between "
         f"nodes, {links.lo_megabits:g} within, {problem.num_experts} experts, top-{problem.num_choices}, "
@@ -254,7 +256,7 @@ def text(problem: Problem, links: Links, found: dict[str, Measured]) -> str:
 
 
 def exchange_text() -> str:
-    """Measures, as root, and gives the table."""
+    """Measures, as root, and returns the table."""
     problem = Problem()
     with open_cluster(problem.num_nodes) as cluster:
         found = measure(cluster, problem, [naive(), two_hop(1), two_hop(4)], num_rounds=11)

@@ -1,7 +1,7 @@
-"""One rank of a training run is killed, stopped or cut off, in every phase of a step: how each run ends, as a table.
+"""Kills, stops or disconnects one rank of a training run in every phase of a step, and tabulates how runs end.
 
-`python -m tests.cluster.failures [CASE...]`, all of them by default, in two to four minutes; cutting needs root. The
-exit code is 0 if every run ended in time, with at most one that named another rank or operation than the right one.
+`python -m tests.cluster.failures [CASE...]` runs all cases by default and takes two to four minutes. Disconnecting
+needs root. The exit code is 0 if every run ended in time, and at most one named a wrong rank or collective.
 """
 
 import json
@@ -23,11 +23,11 @@ _TIMEOUT_SECONDS = 600.0
 
 
 def run_cases(cases: Sequence[Case], folder: Path) -> Iterator[Outcome]:
-    """Runs cases, those of nodes beside those of one machine: most of the time they wait.
+    """Runs the cases of nodes and of one machine concurrently, because they mostly wait.
 
     Args:
-        cases: to run.
-        folder: to work in.
+        cases: cases to run.
+        folder: working folder.
     """
     write_text(folder)
     cut = [case for case in cases if case.how == "disconnected"]
@@ -37,7 +37,7 @@ def run_cases(cases: Sequence[Case], folder: Path) -> Iterator[Outcome]:
             module,
             subprocess.Popen([sys.executable, "-m", module, str(folder), *map(str, chosen)], cwd=_ROOT, stdout=log),
         )
-        for module, chosen in (("tests.train.struck_run", others), ("tests.cluster.struck_nodes", cut))
+        for module, chosen in (("tests.train.struck_run", others), ("tests.cluster.failing_nodes", cut))
         if chosen
         for log in [(folder / f"{module}.log").open("w")]
     ]
@@ -49,22 +49,22 @@ def run_cases(cases: Sequence[Case], folder: Path) -> Iterator[Outcome]:
 
 
 def print_table(outcomes: Sequence[Outcome]) -> None:
-    """One line for each."""
-    table = Table("rank", "fails at", "exit code", "seconds", "named", "the words of the others", box=None)
+    """Prints one line for each outcome."""
+    table = Table("rank", "fails at", "exit code", "seconds", "named", "message of the other ranks", box=None)
     for outcome in outcomes:
         case = outcome.case
-        named = "rank, operation" if outcome.names_rank and outcome.names_operation else "not right"
+        named = "rank, collective" if outcome.names_rank and outcome.names_operation else "not right"
         code = str(outcome.exit_code)
         table.add_row(f"{case.rank} {case.how}", case.phase, code, f"{outcome.seconds:.1f}", named, outcome.text)
     Console(width=160).print(table)
 
 
 def main(names: Sequence[str]) -> int:
-    """Runs, prints, counts."""
+    """Runs the cases, prints the table and counts the right outcomes."""
     cases = [case for case in CASES if not names or str(case) in names]
     reason = missing()
     if reason is not None:
-        print(f"disconnected ranks are left out: {reason}")
+        print(f"disconnected ranks are skipped: {reason}")
         cases = [case for case in cases if case.how != "disconnected"]
     with tempfile.TemporaryDirectory(prefix="failures") as folder:
         outcomes = list(run_cases(cases, Path(folder)))
@@ -74,7 +74,7 @@ def main(names: Sequence[str]) -> int:
     num_right = sum(outcome.is_right for outcome in outcomes)
     print(
         f"{num_ended} of {len(outcomes)} ended within {limit:g} s ({DEADLINE_SECONDS:g} s deadline); "
-        f"{num_right} with the right exit code, rank and operation"
+        f"{num_right} with the right exit code, rank and collective"
     )
     return 0 if num_ended == len(outcomes) and num_right >= len(outcomes) - 1 else 1
 

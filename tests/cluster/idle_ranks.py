@@ -1,4 +1,4 @@
-"""A program for a test to end: `python -m tests.cluster.idle_ranks` prints its ranks' pids; its namespaces' inodes."""
+"""Runs idle ranks until a test ends them, and prints the ranks' pids and the namespaces' inodes."""
 
 import os
 import tempfile
@@ -11,7 +11,7 @@ from tests.cluster.ranks_in_nodes import RanksInNodes
 
 
 def sit(rank: int, world_size: int, path: str) -> None:
-    """Says on a pipe that all ranks are there, then waits to be ended."""
+    """Reports on a pipe that all ranks have started, then waits to be ended."""
     distributed.barrier()
     if rank == 0:
         with open(path, "w") as pipe:
@@ -20,7 +20,7 @@ def sit(rank: int, world_size: int, path: str) -> None:
 
 
 def main() -> None:
-    """Never returns by itself."""
+    """Starts the ranks and waits to be ended."""
     with tempfile.TemporaryDirectory() as folder, open_cluster(2) as cluster:
         path = f"{folder}/pipe"
         os.mkfifo(path)

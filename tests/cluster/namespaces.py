@@ -1,4 +1,4 @@
-"""A cluster on one machine: network namespaces as nodes, joined by links of a limited rate.
+"""Builds a cluster on one machine: network namespaces as nodes, connected by rate-limited links.
 
 ```
 node 0: eth0 ---- v0 --+
@@ -6,10 +6,10 @@ node 1: eth0 ---- v1 --+-- bridge, in a namespace of its own
 node 2: eth0 ---- v2 --+
 ```
 
-Ranks of one node reach each other over its `lo`, since that is how the kernel routes a machine's own addresses. A
-namespace has no name: an open file of this process holds it, and the kernel takes it and its links away once
-that file is closed and no process is left inside, however this process ends. So nothing can be left behind, any number
-of clusters may exist at once, and nothing of the system is changed.
+Ranks of one node communicate over its `lo`, because the kernel routes a machine's own addresses there. A namespace has
+no name: an open file of this process keeps it alive. The kernel removes it and its links when that file is closed and
+no process is inside, however this process ends. So nothing is left behind, any number of clusters can exist at once,
+and the system is not changed.
 """
 
 import ctypes
@@ -28,18 +28,18 @@ T = TypeVar("T")
 LinkName = Literal["eth0", "lo"]
 
 _NEW_NETWORK = 0x40000000  # CLONE_NEWNET
-# A machine's own choice would show in every figure: BBR, for one, sends next to nothing for 0.2 s every 10 s, and a
-# connection that was idle would start slowly, as no fast link does. Each namespace has its own.
+# The machine's settings would change every measurement: BBR sends almost nothing for 0.2 s every 10 s, and an idle
+# connection would start slowly, unlike on fast links. Each namespace has separate settings.
 _TCP_SETTINGS = {"tcp_congestion_control": "reno", "tcp_slow_start_after_idle": "0"}
 
 
 class NamespaceError(RuntimeError):
-    """The kernel or one of its tools refused."""
+    """Raised if the kernel or one of its tools rejects a request."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Links:
-    """Rates in megabits a second, of each way. A link that was idle lets `burst_bytes` through at once."""
+    """Rates of links in Mbit/s per direction. An idle link passes `burst_bytes` at once."""
 
     eth0_megabits: float = 200.0
     lo_megabits: float = 640.0
@@ -47,24 +47,24 @@ class Links:
     frame_bytes: int = 9000
 
     def bytes_per_second(self, name: LinkName) -> float:
-        """The rate of a link."""
+        """Returns the rate of a link in bytes per second."""
         return {"eth0": self.eth0_megabits, "lo": self.lo_megabits}[name] * 125000.0
 
 
 @dataclass(frozen=True, slots=True)
 class Counted:
-    """Bytes that left and reached a node by one of its links, with all headers, since the node was made."""
+    """Bytes sent and received by a node on one of its links, with all headers, since its creation."""
 
     sent_bytes: int
     received_bytes: int
 
     def __sub__(self, before: "Counted") -> "Counted":
-        """What was added since `before`."""
+        """Returns the bytes since `before`."""
         return Counted(self.sent_bytes - before.sent_bytes, self.received_bytes - before.received_bytes)
 
 
 class Namespace:
-    """A network namespace, with nothing in it but a `lo` that is up."""
+    """Network namespace that contains only `lo`."""
 
     def __init__(self) -> None:
         self._file = _in_thread(_open_new)
@@ -73,16 +73,16 @@ class Namespace:
 
     @property
     def path(self) -> str:
-        """Where any process may open it while this one holds it, for `enter` or `nsenter --net=PATH`."""
+        """Path by which other processes can open it, for `enter` or `nsenter --net=PATH`."""
         return f"/proc/{os.getpid()}/fd/{self._file}"
 
     @property
     def inode(self) -> int:
-        """What tells it from all others on the machine."""
+        """Inode that identifies it on the machine."""
         return os.fstat(self._file).st_ino
 
     def call(self, function: Callable[[], T]) -> T:
-        """Runs a function inside, on a thread of its own: sockets and processes made there belong to the namespace."""
+        """Runs a function inside, on a new thread. Its sockets and processes belong to the namespace."""
 
         def run() -> T:
             enter(self.path)
@@ -94,7 +94,7 @@ class Namespace:
         """Runs commands of one of the kernel's tools inside.
 
         Raises:
-            NamespaceError: a command failed.
+            NamespaceError: if a command failed.
         """
         given = "".join(f"{line}\n" for line in lines)
         done = self.call(
@@ -104,16 +104,16 @@ class Namespace:
             raise NamespaceError(f"{tool} {'; '.join(lines)}: {done.stderr.strip() or done.stdout.strip()}")
 
     def counted(self, name: LinkName) -> Counted:
-        """The counters of a link."""
+        """Returns the counters of a link."""
         return self.call(lambda: read_counted(name))
 
     def close(self) -> None:
-        """Lets go: the namespace lives on only in processes inside."""
+        """Closes the file. The namespace then exists only as long as processes are inside."""
         os.close(self._file)
 
 
 class Cluster:
-    """Nodes, and the links that join them. Made by `open_cluster`."""
+    """Nodes and the links between them. `open_cluster` creates it."""
 
     def __init__(self, hub: Namespace, nodes: tuple[Namespace, ...], links: Links) -> None:
         self.nodes = nodes
@@ -124,15 +124,15 @@ class Cluster:
             self._join(index, node)
 
     def address(self, node: int) -> str:
-        """The IPv4 address of a node's eth0."""
+        """Returns the IPv4 address of a node's eth0."""
         return f"10.77.0.{10 + node}"
 
     def cut(self, node: int) -> None:
-        """Pulls a node's cable: what is sent meanwhile is lost, and nobody is told."""
+        """Disconnects a node: packets are lost without an error."""
         self._hub.run("ip", f"link set v{node} down")
 
     def restore(self, node: int) -> None:
-        """Plugs it in again. A connection goes on when its sender next tries, after at most as long as it was cut."""
+        """Reconnects a node. A connection continues at its next retry, at most as long after as it was disconnected."""
         self._hub.run("ip", f"link set v{node} up")
 
     def _join(self, index: int, node: Namespace) -> None:
@@ -155,14 +155,14 @@ class Cluster:
 
 @contextmanager
 def open_cluster(num_nodes: int, links: Links | None = None) -> Iterator[Cluster]:
-    """Makes a cluster and, on every way out, lets go of it.
+    """Creates a cluster and closes it in any case.
 
     Args:
-        num_nodes: nodes to make.
-        links: their rates; None for 200 Mbit/s between nodes and 640 within.
+        num_nodes: number of nodes.
+        links: rates of the links; None for 200 Mbit/s between nodes and 640 Mbit/s within.
 
     Raises:
-        NamespaceError: see `missing`.
+        NamespaceError: if it cannot be created; see `missing`.
     """
     with ExitStack() as stack:
 
@@ -176,7 +176,7 @@ def open_cluster(num_nodes: int, links: Links | None = None) -> Iterator[Cluster
 
 
 def missing() -> str | None:
-    """Why there can be no cluster here, or None if there can: found out by making a small one."""
+    """Returns why a cluster cannot be created, or None, by creating a small one."""
     if sys.platform != "linux":
         return f"network namespaces need Linux, this is {sys.platform}"
     if os.geteuid() != 0:
@@ -192,13 +192,13 @@ def missing() -> str | None:
 
 
 def enter(path: str) -> None:
-    """Moves the calling thread, and threads and processes that it starts from now on, into a namespace.
+    """Moves the calling thread, and threads and processes that it starts later, into a namespace.
 
     Args:
-        path: `Namespace.path`.
+        path: path of the namespace, `Namespace.path`.
 
     Raises:
-        OSError: there is none, or the caller may not.
+        OSError: if there is none, or the caller has no permission.
     """
     file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -208,7 +208,7 @@ def enter(path: str) -> None:
 
 
 def read_counted(name: LinkName) -> Counted:
-    """The counters of a link of the namespace that the calling thread is in."""
+    """Returns the counters of a link of the calling thread's namespace."""
     with open("/proc/thread-self/net/dev") as table:
         for line in table:
             link, _, numbers = line.partition(":")
@@ -236,7 +236,7 @@ def _call_kernel(name: str, *arguments: int) -> None:
 
 
 def _in_thread(function: Callable[[], T]) -> T:
-    """Runs a function on a new thread, which leaves the caller's where it is."""
+    """Runs a function on a new thread, so that the caller's thread stays in its namespace."""
     results: list[T] = []
     errors: list[BaseException] = []
 

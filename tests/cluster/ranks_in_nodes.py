@@ -1,4 +1,4 @@
-"""Real ranks in the nodes of a cluster: each a process inside its node's namespace, joined over rate-limited links."""
+"""Runs real ranks in the nodes of a cluster: processes inside namespaces with rate-limited links."""
 
 import faulthandler
 import multiprocessing
@@ -31,7 +31,7 @@ _NICENESS = -20
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """How a rank ended, `seconds` after the start: with a result or a failure. `exit_code` is None if it had not."""
+    """End of a rank, `seconds` after the start, with a result or a failure. `exit_code` is None if it has not ended."""
 
     result: Any
     failure: str | None
@@ -41,7 +41,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """What a rank needs to know."""
+    """Arguments of a rank's process."""
 
     rank: int
     world_size: int
@@ -54,10 +54,10 @@ class _Job:
 
 
 class RanksInNodes:
-    """Ranks at work, `ranks_per_node` consecutive ones in each node. A context manager that leaves none alive.
+    """Running ranks, `ranks_per_node` consecutive ones in each node. The context manager kills the remaining ones.
 
     Attributes:
-        pids: of the ranks, in rank order.
+        pids: process ids in rank order.
     """
 
     def __init__(
@@ -70,17 +70,17 @@ class RanksInNodes:
         collective_timeout_seconds: float = 60.0,
         preloaded: Sequence[str] = _PRELOADED,
     ) -> None:
-        """Starts them.
+        """Starts the ranks.
 
         Args:
-            cluster: of any number of nodes.
-            ranks_per_node: ranks in each.
+            cluster: cluster with any number of nodes.
+            ranks_per_node: number of ranks in each node.
             function: called as `function(rank, world_size, *args)` on one thread of torch, within a gloo process
                 group that is initialized before and destroyed after it; importable by name.
-            args: passed to every rank, by pickle.
-            timeout_seconds: after which a rank that has not returned is killed.
-            collective_timeout_seconds: of the world's process group.
-            preloaded: modules that are imported once for all ranks. Only the first call of a process decides.
+            args: arguments of every rank, sent by pickle.
+            timeout_seconds: time after which a rank that has not returned is killed.
+            collective_timeout_seconds: timeout of the world's process group.
+            preloaded: modules that are imported once for all ranks; only the first call in a process has an effect.
         """
         self._timeout_seconds = timeout_seconds
         self._folder = tempfile.TemporaryDirectory(prefix="ranks")
@@ -123,7 +123,7 @@ class RanksInNodes:
         self.close()
 
     def close(self) -> None:
-        """Kills those that are left."""
+        """Kills the remaining ranks."""
         for process in self._processes:
             process.kill()
         for process in self._processes:
@@ -151,7 +151,7 @@ class RanksInNodes:
         return [outcome or self._hanging(rank) for rank, outcome in enumerate(found)]
 
     def _receive(self, rank: int, connection: Connection) -> Outcome:
-        """A rank's report; its absence is one. The exit follows, and a hang on the way out is a failure."""
+        """Receives a rank's report, which may be missing, and its exit. A hang during the exit is a failure."""
         process = self._processes[rank]
         try:
             succeeded, value = pickle.loads(connection.recv_bytes())
@@ -181,15 +181,15 @@ class RanksInNodes:
 def run_in_nodes(
     cluster: Cluster, ranks_per_node: int, function: Callable[..., Any], *args: Any, timeout_seconds: float = 120.0
 ) -> list[Any]:
-    """Calls a function on ranks in all nodes and gives what each returned, in rank order. See `RanksInNodes`.
+    """Calls a function on ranks in all nodes and returns the results in rank order. See `RanksInNodes`.
 
     Raises:
-        RanksFailedError: soon after the first rank fails; names every rank that had failed by then.
+        RanksFailedError: soon after the first rank failed; it names every failed rank.
     """
     with RanksInNodes(cluster, ranks_per_node, function, *args, timeout_seconds=timeout_seconds) as ranks:
         outcomes = ranks.outcomes(_GRACE_SECONDS)
     failed = [(rank, outcome) for rank, outcome in enumerate(outcomes) if outcome.failure is not None]
-    # Who had not ended when another failed was waiting for it: that is told only where nobody else failed.
+    # Ranks that had not ended when another failed waited for it; they are named only if no rank failed.
     causes = [(rank, outcome) for rank, outcome in failed if outcome.exit_code is not None] or failed
     if causes:
         raise RanksFailedError("\n".join(f"rank {rank} of {len(outcomes)}: {of.failure}" for rank, of in causes))
@@ -197,7 +197,7 @@ def run_in_nodes(
 
 
 def begin_together() -> float:
-    """Called by all ranks: waits for a moment that is the same for all, and gives it as `time.monotonic` does."""
+    """Waits for a common start time of all ranks and returns it (`time.monotonic`). All ranks call it."""
     import torch
     import torch.distributed
 
@@ -212,7 +212,7 @@ def _run_rank(job: _Job, sender: Connection) -> None:
     # Before any socket is made, and before any thread that could make one.
     enter(job.namespace)
     with suppress(PermissionError):
-        # Nodes have cores of their own; here at least what else the machine does must not decide how fast ranks are.
+        # Real nodes have separate cores. Here, at least other processes of the machine should not slow ranks down.
         os.setpriority(os.PRIO_PROCESS, 0, _NICENESS)
     owner = os.pidfd_open(job.owner)
     threading.Thread(target=_end_with, args=(owner,), daemon=True).start()
@@ -224,7 +224,7 @@ def _run_rank(job: _Job, sender: Connection) -> None:
     with open(_stack(job.folder, job.rank), "w") as stack:
         faulthandler.dump_traceback_later(job.timeout_seconds, file=stack)
         try:
-            # By a file: a rank that ends takes no store with it, and none asks for the names of hosts that have none.
+            # A file store survives the end of any rank, and needs no host names.
             torch.distributed.init_process_group(
                 "gloo",
                 init_method=f"file://{job.folder}/rendezvous",
@@ -238,7 +238,7 @@ def _run_rank(job: _Job, sender: Connection) -> None:
         except BaseException:
             report = pickle.dumps((False, traceback.format_exc()))
             succeeded = False
-        # Sent before the group goes, so that the first report to arrive is the cause and not its echo.
+        # Sent before the group is destroyed, so that the first report is the cause and not a consequence.
         sender.send_bytes(report)
         sender.close()
         if not succeeded:
@@ -248,11 +248,11 @@ def _run_rank(job: _Job, sender: Connection) -> None:
 
 
 def _end_with(owner: int) -> None:
-    """Ends this process when another, given as a file, is gone: a server forks ranks, and outlives who asked for it."""
+    """Ends this process when the process of the given file ends: the fork server outlives it."""
     select.select([owner], [], [])
     os._exit(1)
 
 
 def _stack(folder: Path, rank: int) -> Path:
-    """Where a rank that hangs writes what it does."""
+    """Returns the file in which a hanging rank writes its stack."""
     return folder / f"stack_{rank}"

@@ -1,7 +1,6 @@
-"""Rows between nodes: as many as forecast, their bytes as predicted and on the links, and sooner there.
+"""Rows between nodes equal the forecast, their bytes equal the predicted ones and those on the links.
 
-Times are bounded for cores that others may use as well. `python -m tests.cluster.exchange` prints them beside the
-link's floor.
+Time limits allow for a busy machine. `python -m tests.cluster.exchange` prints times and the floor of the links.
 """
 
 from collections.abc import Iterator
@@ -24,14 +23,14 @@ def found(allowed: None) -> Iterator[dict[str, Measured]]:
 
 def test_exchange_sends_the_rows_forecast(found: dict[str, Measured]) -> None:
     problem = Problem()
-    # There and back.
+    # In both directions.
     assert found[NAIVE.name].num_rows == 2 * problem.forecast(NAIVE.max_nodes).per_expert.num_across_nodes
     of = problem.forecast(CHUNKED.max_nodes)
     assert found[CHUNKED.name].num_rows == 2 * of.between_nodes.num_across_nodes == 2 * of.min_rows_across_nodes
 
 
 @pytest.mark.parametrize("name", [NAIVE.name, WHOLE.name, CHUNKED.name])
-def test_exchange_s_bytes_predicted_are_counted_and_on_the_links(found: dict[str, Measured], name: str) -> None:
+def test_predicted_bytes_equal_counted_bytes_and_those_on_the_links(found: dict[str, Measured], name: str) -> None:
     of = found[name]
     assert of.predicted_bytes == of.counted_bytes
     assert of.predicted_bytes <= of.bytes_on_links <= 1.015 * of.predicted_bytes

@@ -1,4 +1,4 @@
-"""A rank that is killed, stopped or cut off, in any phase of a step: the run ends, in time, and all others name it."""
+"""If a rank is killed, stopped or disconnected in any phase of a step, the run ends in time and all others name it."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def outcomes(folder: Path) -> dict[Case, Outcome]:
-    """Of all cases that can be run here, at once, as most of them wait most of the time."""
+    """Runs all possible cases at once, because most of them mostly wait."""
     cases = [case for case in CASES if case.how != "disconnected" or missing() is None]
     return {outcome.case: outcome for outcome in run_cases(cases, folder)}
 
@@ -30,7 +30,7 @@ def _outcome(case: Case, outcomes: dict[Case, Outcome]) -> Outcome:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_run_that_loses_a_rank_ends_in_time_with_one_word_from_all(
+def test_run_that_loses_a_rank_ends_in_time_with_one_message_of_all(
     case: Case, outcomes: dict[Case, Outcome], folder: Path
 ) -> None:
     outcome = _outcome(case, outcomes)
@@ -39,11 +39,11 @@ def test_run_that_loses_a_rank_ends_in_time_with_one_word_from_all(
     said = {rank: word for rank, word in last_words(folder / str(case)).items() if rank != case.rank}
     assert set(said.values()) == {(outcome.text, outcome.exit_code)}
     others = set(range(WORLD_SIZE)) - {case.rank}
-    # The launcher ends all when it sees one die, those too that are on their way to the start.
+    # The launcher ends all ranks when one dies, including those that have not joined yet.
     assert set(said) <= others if case.name == "start of the job" else set(said) == others
 
 
-def test_run_that_loses_a_rank_names_it_and_what_was_awaited(outcomes: dict[Case, Outcome]) -> None:
+def test_run_that_loses_a_rank_names_it_and_the_collective(outcomes: dict[Case, Outcome]) -> None:
     wrong = [outcome for outcome in outcomes.values() if not outcome.is_right]
     assert len(wrong) <= 1, wrong
     assert len(outcomes) >= 16

@@ -1,4 +1,4 @@
-"""Nodes reach each other at the rates that were set, are counted, are cut off, and leave nothing behind."""
+"""Nodes communicate at the given rates, count bytes, can be disconnected, and leave nothing behind."""
 
 import os
 import signal
@@ -21,7 +21,7 @@ _PORT = 29000
 
 
 def inodes_in_use(process: str = "[0-9]*") -> set[int]:
-    """Namespaces that any process on the machine, or the one with this number, is in or holds open."""
+    """Returns the namespaces that any process, or the given one, is in or has open."""
     found = set()
     for pattern in (f"{process}/task/*/ns/net", f"{process}/fd/*"):
         for link in Path("/proc").glob(pattern):
@@ -33,7 +33,7 @@ def inodes_in_use(process: str = "[0-9]*") -> set[int]:
 
 
 def wait_for(condition: Callable[[], bool], timeout_seconds: float = 10.0) -> None:
-    """A thread that was joined may be inside for another moment."""
+    """Waits until the namespaces are as expected: a joined thread may stay inside for a moment."""
     deadline = time.monotonic() + timeout_seconds
     while not condition():
         assert time.monotonic() < deadline
@@ -51,7 +51,7 @@ def connect(cluster: Cluster, source: int, destination: int) -> socket.socket:
 
 
 def send_all(cluster: Cluster, source: int, destination: int, num_bytes: int) -> float:
-    """Seconds until all bytes have come."""
+    """Sends bytes and returns the seconds until all have arrived."""
     with listen(cluster, destination) as server, connect(cluster, source, destination) as sender:
         receiver, _ = server.accept()
         with receiver:
@@ -77,22 +77,22 @@ def test_links_count_and_limit_what_a_transfer_sends(
     changes = [(new[0] - old[0], new[1] - old[1]) for old, new in zip(before, after, strict=True)]
     assert num_bytes <= changes[0][0].sent_bytes <= 1.01 * num_bytes
     assert num_bytes <= changes[destination][0].received_bytes <= 1.01 * num_bytes
-    # What else there is: connections, acknowledgements, and the kernel's search for neighbors.
+    # Other traffic: connections, acknowledgements, and the kernel's neighbor discovery.
     assert max(change[1].sent_bytes for change in changes) < 20_000
     assert max(change[0].sent_bytes for change in changes[2:]) < 20_000
     at_rate = num_bytes / cluster.links.bytes_per_second(used)
-    # Both ends of a way between nodes let a burst through at once.
+    # Both ends of a link between nodes pass a burst at once.
     bursts = 2 * cluster.links.burst_bytes / cluster.links.bytes_per_second(used)
     assert at_rate - bursts <= seconds <= 1.3 * at_rate + 0.05
 
 
-def test_links_take_the_rates_asked_for(allowed: None) -> None:
+def test_links_have_the_requested_rates(allowed: None) -> None:
     with open_cluster(2, Links(eth0_megabits=40, lo_megabits=80, burst_bytes=131072)) as cluster:
         assert send_all(cluster, 0, 1, 1_000_000) >= (1_000_000 - 2 * 131072) / 5e6
         assert send_all(cluster, 0, 0, 1_000_000) >= (1_000_000 - 131072) / 10e6
 
 
-def test_cut_loses_what_is_sent_and_restore_brings_it(cluster: Cluster) -> None:
+def test_cut_loses_packets_and_restore_delivers_them(cluster: Cluster) -> None:
     with listen(cluster, 1) as server, connect(cluster, 0, 1) as sender:
         receiver, _ = server.accept()
         with receiver:
@@ -101,7 +101,7 @@ def test_cut_loses_what_is_sent_and_restore_brings_it(cluster: Cluster) -> None:
             receiver.settimeout(0.3)
             with pytest.raises(TimeoutError):
                 receiver.recv(4)
-            # The others' links are as they were.
+            # Links of other nodes are unchanged.
             with listen(cluster, 3), connect(cluster, 2, 3):
                 pass
             cluster.restore(1)
@@ -109,14 +109,14 @@ def test_cut_loses_what_is_sent_and_restore_brings_it(cluster: Cluster) -> None:
             assert receiver.recv(4) == b"late"
 
 
-def test_clusters_do_not_meet(allowed: None) -> None:
+def test_clusters_are_isolated(allowed: None) -> None:
     with open_cluster(2) as one, open_cluster(2) as other:
         assert one.address(1) == other.address(1)
         with listen(one, 1), pytest.raises(OSError, match="refused"):
             connect(other, 0, 1)
 
 
-def test_cluster_is_gone_after_an_error(allowed: None) -> None:
+def test_cluster_is_removed_after_an_error(allowed: None) -> None:
     inodes: set[int] = set()
 
     def fail() -> None:
@@ -131,7 +131,7 @@ def test_cluster_is_gone_after_an_error(allowed: None) -> None:
     wait_for(lambda: not inodes & inodes_in_use())
 
 
-def test_cluster_that_cannot_be_made_is_gone(allowed: None) -> None:
+def test_cluster_that_cannot_be_created_is_removed(allowed: None) -> None:
     before = inodes_in_use(str(os.getpid()))
     with pytest.raises(NamespaceError, match="ip link add br0 mtu 10"), open_cluster(2, Links(frame_bytes=10)):
         pass
@@ -139,7 +139,7 @@ def test_cluster_that_cannot_be_made_is_gone(allowed: None) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_cluster_and_its_ranks_are_gone_after_a_signal(allowed: None, number: signal.Signals) -> None:
+def test_cluster_and_its_ranks_are_removed_after_a_signal(allowed: None, number: signal.Signals) -> None:
     root = Path(__file__).resolve().parents[2]
     command = [sys.executable, "-m", "tests.cluster.idle_ranks"]
     with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
@@ -163,7 +163,7 @@ def test_cluster_and_its_ranks_are_gone_after_a_signal(allowed: None, number: si
         ("shutil.which", lambda tool: None, "network namespaces need iproute2, there is no ip and no tc"),
     ],
 )
-def test_missing_tells_why(
+def test_missing_returns_the_reason(
     allowed: None, monkeypatch: pytest.MonkeyPatch, attribute: str, value: object, reason: str
 ) -> None:
     assert missing() is None

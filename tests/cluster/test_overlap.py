@@ -1,7 +1,6 @@
-"""A DualPipe step over rate-limited links hides its exchanges under computation.
+"""A DualPipe step over rate-limited links hides its exchanges behind computation.
 
-Times are bounded for cores that others may use as well; `make bench ARGS="--sections overlap"` prints them beside their
-target.
+Time limits allow for a busy machine. `make bench ARGS="--sections overlap"` prints times and their target.
 """
 
 import pytest

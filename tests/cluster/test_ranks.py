@@ -1,4 +1,4 @@
-"""Ranks sit in their nodes, meet over the nodes' links, and are gone when the call returns."""
+"""Ranks run in their nodes, communicate over the nodes' links, and have ended when the call returns."""
 
 import os
 import signal
@@ -20,7 +20,7 @@ _NUM_BYTES = 2_000_000
 
 
 def _sends(rank: int, world_size: int, source: int, destination: int) -> tuple[str, Counted, Counted]:
-    """Where a rank is, and what its node's eth0 and lo carried of one transfer."""
+    """Returns the namespace of a rank, and the bytes of one transfer on its node's eth0 and lo."""
     tensor = torch.full((_NUM_BYTES,), rank, dtype=torch.uint8)
     distributed.barrier()
     before = read_counted("eth0"), read_counted("lo")
@@ -34,7 +34,7 @@ def _sends(rank: int, world_size: int, source: int, destination: int) -> tuple[s
 
 
 @pytest.mark.parametrize("destination", [1, 2])
-def test_ranks_of_a_node_meet_over_lo_and_others_over_eth0(cluster: Cluster, destination: int) -> None:
+def test_ranks_of_a_node_communicate_over_lo_and_others_over_eth0(cluster: Cluster, destination: int) -> None:
     results = run_in_nodes(cluster, 2, _sends, 0, destination)
     namespaces = [namespace for namespace, _, _ in results]
     assert namespaces == [f"net:[{node.inode}]" for node in cluster.nodes for _ in range(2)]
@@ -57,7 +57,7 @@ def _ends(rank: int, world_size: int, how: str) -> int:
     if rank == 1 and how == "hangs":
         time.sleep(60)
     if how == "is killed":
-        distributed.barrier()  # else it may be gone before the others are connected with it, and they fail too
+        distributed.barrier()  # else it may end before the others are connected with it, and they fail too
     if rank == 1 and how == "is killed":
         os.kill(os.getpid(), signal.SIGKILL)
     if how in ("raises", "dies"):
@@ -73,7 +73,7 @@ def _ends(rank: int, world_size: int, how: str) -> int:
         ("hangs", "rank 1 of 4: no result after 15(.|\n)*_ends"),
     ],
 )
-def test_ranks_that_fail_are_named_and_all_are_gone(cluster: Cluster, how: str, message: str) -> None:
+def test_failed_ranks_are_named_and_all_have_ended(cluster: Cluster, how: str, message: str) -> None:
     with pytest.raises(RanksFailedError, match=message):
         run_in_nodes(cluster, 1, _ends, how, timeout_seconds=15.0 if how == "hangs" else 60.0)
     inodes = {f"net:[{node.inode}]" for node in cluster.nodes}
@@ -82,7 +82,7 @@ def test_ranks_that_fail_are_named_and_all_are_gone(cluster: Cluster, how: str, 
             assert os.readlink(process) not in inodes
 
 
-def test_outcomes_tell_of_every_rank(cluster: Cluster) -> None:
+def test_outcomes_contain_every_rank(cluster: Cluster) -> None:
     with RanksInNodes(cluster, 1, _ends, "is killed", timeout_seconds=60.0) as ranks:
         outcomes = ranks.outcomes()
     assert [outcome.result for outcome in outcomes] == [0, None, 2, 3]

@@ -1,6 +1,6 @@
-"""torchrun on two nodes, each with a network of its own, ends as the bare command does, with a rank killed too.
+"""torchrun on two nodes with separate networks gives the results of the built-in launcher, even if a rank is killed.
 
-As README says it for two machines: a rendezvous of kind c10d on the first, whose workers do not share its store.
+It uses README's command for two machines: a c10d rendezvous on the first one, whose workers do not share its store.
 """
 
 import os
@@ -29,14 +29,14 @@ PORT = 29557
 
 @pytest.fixture(scope="module")
 def nodes(allowed: None) -> Iterator[Cluster]:
-    """Two of them."""
+    """Opens a cluster of two nodes."""
     with open_cluster(2) as made:
         yield made
 
 
 @pytest.fixture(scope="module")
 def folder(allowed: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Text, and the run that all others must equal."""
+    """Writes the text, and runs the reference run."""
     folder = tmp_path_factory.mktemp("torchrun")
     write_text(folder)
     run_bare(folder, "bare", NUM_STEPS)
@@ -47,13 +47,13 @@ def folder(allowed: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def torchruns(cluster: Cluster, folder: Path, name: str, *overrides: str, max_restarts: int = 0) -> Iterator[
     list[subprocess.Popen[bytes]]
 ]:  # fmt: skip
-    """torchrun of two ranks on each node, in node order. None outlives the block, and no rank either."""
+    """torchrun with two ranks on each node, in node order. All processes are killed at the end of the block."""
     cluster_config = read_folder(folder / "bare").cluster
     started: list[subprocess.Popen[bytes]] = []
     try:
         for index, node in enumerate(cluster.nodes):
             meeting = ["--rdzv-backend=c10d", f"--rdzv-endpoint={cluster.address(0)}:{PORT}", f"--rdzv-id={name}"]
-            # torchrun would go by the machine's name, which is that of all nodes here.
+            # torchrun would use the machine's name, which all nodes here share.
             meeting += [f"--rdzv-conf=is_host={str(index == 0).lower()}", f"--local-addr={cluster.address(index)}"]
             command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2", *meeting]
             command += [f"--max-restarts={max_restarts}", "-m", "launch.train", *choices(folder, name, NUM_STEPS)]
@@ -71,7 +71,7 @@ def torchruns(cluster: Cluster, folder: Path, name: str, *overrides: str, max_re
 
 
 def start(node: Namespace, command: Sequence[str], environment: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
-    """A process inside a node."""
+    """Starts a process inside a node."""
     with log.open("wb") as out:
         return node.call(
             lambda: subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT)
@@ -79,7 +79,7 @@ def start(node: Namespace, command: Sequence[str], environment: dict[str, str], 
 
 
 def ranks_of(torchrun: subprocess.Popen[bytes]) -> list[int]:
-    """Process numbers of its live ranks, in order."""
+    """Returns the process ids of a node's live ranks, in order."""
     if torchrun.poll() is not None:
         return []
     listed = subprocess.run(["pgrep", "-P", str(torchrun.pid), "-r", "R,S,D,T"], capture_output=True, text=True)
@@ -87,17 +87,17 @@ def ranks_of(torchrun: subprocess.Popen[bytes]) -> list[int]:
 
 
 def exit_codes(started: Sequence[subprocess.Popen[bytes]]) -> list[int]:
-    """Of torchrun on each node."""
+    """Waits for torchrun on each node and returns its exit codes."""
     until = time.monotonic() + SECONDS
     return [each.wait(timeout=max(0.1, until - time.monotonic())) for each in started]
 
 
 def said(folder: Path, name: str) -> str:
-    """By torchrun and its ranks, for a test that fails."""
+    """Returns the output of torchrun and its ranks, for messages of failing tests."""
     return logs(folder, [f"{name}-node-*.log", f"{name}/log/rank_*.error.log"])
 
 
-def test_rank_killed_on_one_node_has_all_start_again_and_end_the_same(nodes: Cluster, folder: Path) -> None:
+def test_run_restarts_after_a_killed_rank_and_ends_equal(nodes: Cluster, folder: Path) -> None:
     run, before = folder / "killed", [node.counted("eth0") for node in nodes.nodes]
     overrides = ("resume=auto", "checkpointing.every_steps=5")
     with torchruns(nodes, folder, "killed", *overrides, max_restarts=1) as started:
@@ -110,6 +110,6 @@ def test_rank_killed_on_one_node_has_all_start_again_and_end_the_same(nodes: Clu
         assert exit_codes(started) == [0, 0], said(folder, "killed")
     assert "resumed after step" in "".join(path.read_text() for path in folder.glob("killed-node-*.log"))
     assert_same_end(run, folder / "bare")
-    # Ranks of both nodes did work together.
+    # Ranks of both nodes took part.
     for node, counted in zip(nodes.nodes, before, strict=True):
         assert (node.counted("eth0") - counted).sent_bytes > 1_000_000

@@ -1,6 +1,6 @@
-"""Training runs in a cluster of one rank a node, of which one is cut off: by its node's cable.
+"""Runs training in a cluster with one rank per node, and disconnects one node.
 
-`python -m tests.cluster.struck_nodes FOLDER CASE...`, as `tests.train.struck_run`.
+`python -m tests.cluster.failing_nodes FOLDER CASE...` has the same arguments as `tests.train.struck_run`.
 """
 
 import json
@@ -27,7 +27,7 @@ _TIMEOUT_SECONDS = 60.0
 
 
 def run_rank(rank: int, namespace: str, master: str, out_dir: str) -> None:
-    """The life of one rank, as under torchrun."""
+    """Runs one rank, with the environment of torchrun."""
     enter(namespace)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(WORLD_SIZE), "LOCAL_RANK": "0"}
@@ -39,7 +39,7 @@ def run_rank(rank: int, namespace: str, master: str, out_dir: str) -> None:
 
 
 def _end_with_parent() -> None:
-    """The server that forks ranks outlives who asked for them."""
+    """Ends this process with its parent: the fork server outlives the process that started it."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     connection.wait([parent.sentinel])
@@ -47,8 +47,8 @@ def _end_with_parent() -> None:
 
 
 def run_case(case: Case, folder: Path, cluster: Cluster) -> Outcome:
-    """One run, by the exit codes and words of the ranks that still have each other."""
-    from tests.cluster import struck_nodes
+    """Runs one case and returns the exit code and message of the ranks that are still connected."""
+    from tests.cluster import failing_nodes
 
     config = compose_run([*choices(folder), "cluster.ranks_per_node=1", f"out_dir={folder / str(case)}"])
     out_dir = Path(write_run_folder(config, datetime.now()).out_dir)
@@ -56,7 +56,7 @@ def run_case(case: Case, folder: Path, cluster: Cluster) -> Outcome:
     context = multiprocessing.get_context("forkserver")
     ranks = [
         context.Process(
-            target=struck_nodes.run_rank, args=(rank, node.path, cluster.address(0), str(out_dir)), daemon=True
+            target=failing_nodes.run_rank, args=(rank, node.path, cluster.address(0), str(out_dir)), daemon=True
         )
         for rank, node in enumerate(cluster.nodes)
     ]
@@ -80,7 +80,7 @@ def run_case(case: Case, folder: Path, cluster: Cluster) -> Outcome:
         case=case,
         exit_code=codes.pop() if len(codes) == 1 else -1,
         seconds=seconds,
-        text=words.pop() if len(words) == 1 else f"several words: {sorted(words)}",
+        text=words.pop() if len(words) == 1 else f"several messages: {sorted(words)}",
         ended=ended,
     )
 
