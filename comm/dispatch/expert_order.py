@@ -45,7 +45,7 @@ class ExpertOrder:
 
 @dataclass(frozen=True, slots=True)
 class SortedChoices:
-    """All choices sorted by expert, dropped ones first. Their number need not be on the host yet.
+    """Choices sorted by expert, dropped ones first. Their number need not be on the host yet.
 
     Attributes:
         order_N: choice t * K + k at each sorted position.

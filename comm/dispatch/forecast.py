@@ -76,7 +76,7 @@ class Forecast:
         num_tokens: tokens of all ranks.
         num_touched_nodes: sum over tokens of the nodes that hold the token's experts, its home node included.
         min_rows_across_nodes: sum over tokens of these nodes without the home node. Every dispatch that sends a row
-            from one rank to one other sends at least so many rows across nodes.
+            from one rank to one other sends at least this number of rows across nodes.
         per_expert: one copy for each expert, directly to its rank, as `all_to_all` does.
         per_rank: one copy for each rank that holds experts of the token.
         between_nodes: first of two hops: one copy for each node except the home node, to the sender's relay there.

@@ -90,7 +90,7 @@ class Contract:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DispatcherEntry:
-    """A dispatcher that `dispatch.kind` can name.
+    """Registered dispatcher, which `dispatch.kind` can name.
 
     Attributes:
         name: value of `dispatch.kind`.

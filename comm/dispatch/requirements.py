@@ -98,7 +98,7 @@ def most_nodes(
     """Returns the maximum number of nodes that can hold the experts of one token.
 
     The gate (arXiv:2412.19437, section 2.1.2) can choose any experts of any `num_limited_groups` groups. The result is
-    the maximum number of nodes that hold so many groups, or the number of experts per token if that is less.
+    the maximum number of nodes that hold this number of groups, or the number of experts per token if that is less.
 
     Args:
         num_experts: experts of a layer; a multiple of `num_groups` and of the number of members.

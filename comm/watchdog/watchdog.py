@@ -33,7 +33,7 @@ _AGREE_SECONDS = 0.4
 _LINGER_SECONDS = 0.6
 _FOLLOW_SECONDS = 3.0
 _JUDGE_SECONDS = 5.0
-_REACH_SECONDS = 10.0
+_REACHABILITY_SECONDS = 10.0
 _FLOOD_PAUSE_SECONDS = 0.01
 _REPORT_EVERY_SECONDS = 60.0
 _SIGNALLED = 128 + signal.SIGTERM
@@ -220,7 +220,7 @@ class Watchdog:
 
     def _check(self, now: float) -> None:
         """Starts an inquiry if there is a reason."""
-        if self._unconfirmed_peer is not None and now - self._begun > _REACH_SECONDS:
+        if self._unconfirmed_peer is not None and now - self._begun > _REACHABILITY_SECONDS:
             LOGGER.warning(
                 "watchdog: datagrams to rank %d and back are blocked: lost ranks cannot be named",
                 self._unconfirmed_peer,

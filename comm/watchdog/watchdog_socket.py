@@ -64,7 +64,7 @@ class WatchdogSocket:
 
     @property
     def host(self) -> str:
-        """This rank's own address, as the others route_host it."""
+        """Address of this rank for the other ranks."""
         return str(self._socket.getsockname()[0])
 
     @property

@@ -37,7 +37,7 @@ class BlockRun:
     def __init__(self, block: Block, like_TD: Tensor) -> None:
         """Stores the block; `like_TD` is the input of the first stage and the output gradient of the last."""
         self._block = block
-        self._owed = DeferredGradients()
+        self._deferred = DeferredGradients()
         self._input_TD = like_TD.detach().requires_grad_()
         self._output_TD: Tensor | None = None
         self._gradient_TD = like_TD
@@ -63,14 +63,14 @@ class BlockRun:
 
     def forward(self, phase: int) -> None:
         """Runs F."""
-        self._output_TD = self._block.forward(self._input_TD, self._owed)
+        self._output_TD = self._block.forward(self._input_TD, self._deferred)
 
     def backward(self, phase: int) -> None:
         """Runs I."""
         assert self._output_TD is not None
         torch.autograd.backward([self._output_TD], [self._gradient_TD])
         self._output_TD = None
-        self._weight = self._owed.take()
+        self._weight = self._deferred.take()
 
     def weight(self, phase: int) -> None:
         """Runs W."""
@@ -202,18 +202,18 @@ class _BlockModule(nn.Module):
     def __init__(self, block: Block) -> None:
         super().__init__()
         self._block = block
-        self._owed = DeferredGradients()
+        self._deferred = DeferredGradients()
         self._weights = nn.ParameterList([nn.Parameter(weight) for weight in block.weights])
         block.weights[:] = list(self._weights)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """Returns the block's output. The first stage's input also requires a gradient, so that all I are equal."""
         x_TD = x_TD if x_TD.requires_grad else x_TD.detach().requires_grad_()
-        return self._block.forward(x_TD, self._owed)
+        return self._block.forward(x_TD, self._deferred)
 
     def build_weights(self) -> Callable[[], None]:
         """Returns a function that runs W, as torch's `dw_builder`."""
-        return self._owed.take()
+        return self._deferred.take()
 
 
 def torch_step(kind: str, rank: int, num_ranks: int, num_micro_batches: int, workload: Workload, log: SleepLog) -> Step:

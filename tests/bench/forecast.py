@@ -86,7 +86,7 @@ def forecast_text(num_tokens: int = 4096, num_draws: int = 9) -> str:
             _row("two hops", made, made.between_nodes, made.within_node, two_hop_skewed),
         ]
     lines += [
-        "rows: between nodes, per token. least: what any way of travel needs. nodes: touched by a token.",
+        "rows: between nodes, per token. least: the minimum for any dispatcher. nodes: touched by a token.",
         "imbalance: rows that a rank receives from other nodes, most over mean of the ranks; skewed: where experts'",
         f"popularity deviates by {_SKEW}, median of {num_draws} draws. ms: between nodes + within, busiest rank, rows",
         f"of {_HIDDEN}, {_ACROSS_BYTES_PER_SECOND / 1e9:g} and {_WITHIN_BYTES_PER_SECOND / 1e9:g} GB/s.",

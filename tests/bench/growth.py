@@ -76,8 +76,8 @@ def main(minutes: str = "30", *overrides: str) -> int:
         out_dir = Path(name) / "run"
         command = [sys.executable, "-m", "launch.train", "experiment=two_nodes", "task.steps=1000000"]
         command += [f"out_dir={out_dir}", "checkpointing.keep=2", "cluster.grace_seconds=300", *overrides]
-        with (Path(name) / "said").open("wb") as said:
-            process = subprocess.Popen(command, stdout=said, stderr=said)
+        with (Path(name) / "log").open("wb") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=log)
             try:
                 samples = follow(process, seconds)
                 process.send_signal(signal.SIGTERM)

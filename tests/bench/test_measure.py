@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.bench import report
-from tests.bench.blocks import Owed, ProductBlock, Workload
+from tests.bench.blocks import DeferredGradients, ProductBlock, Workload
 from tests.bench.contenders import ALONE, OWN_KINDS, TORCH_KINDS
 from tests.bench.interpreter import microseconds_per_operation
 from tests.bench.measure import Plan, make_schedule, measure
@@ -51,11 +51,11 @@ def test_measure_multiplies_in_every_contender() -> None:
 
 def test_product_block_splits_the_backward_of_its_layers() -> None:
     block = ProductBlock(num_layers=2, hidden=8)
-    owed = Owed()
+    deferred = DeferredGradients()
     x = torch.randn(5, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    block.forward(x, owed).sum().backward()
+    block.forward(x, deferred).sum().backward()
     assert [weight.grad for weight in block.weights] == [None, None]
-    owed.take()()
+    deferred.take()()
     plain = [weight.detach().clone().requires_grad_() for weight in block.weights]
     y = x.detach().requires_grad_()
     ((y @ plain[0].t()).tanh() @ plain[1].t()).tanh().sum().backward()

@@ -55,8 +55,8 @@ def watched_rank(config: TrainConfig) -> int:
             pass
     note = (time.process_time() - begun) / _NUM_NOTES
     cpu, watch, operations = (sum(column) / len(column) for column in zip(*steps[_NUM_SKIPPED:], strict=True))
-    told = {"step": cpu, "watch": watch, "operations": operations, "note": note}
-    (Path(config.out_dir) / f"cost-{os.environ['RANK']}.json").write_text(json.dumps(told))
+    costs = {"step": cpu, "watch": watch, "operations": operations, "note": note}
+    (Path(config.out_dir) / f"cost-{os.environ['RANK']}.json").write_text(json.dumps(costs))
     return code
 
 
@@ -83,15 +83,15 @@ def main(overrides: Sequence[str]) -> int:
         start_fork_server(config.cluster, preload_modules(config.cluster))
         config = write_run_folder(config, datetime.now())
         code = run_ranks(Path(config.out_dir), config.parallelism.world_size, watch.watched_rank)
-        told = [json.loads(path.read_text()) for path in sorted(Path(config.out_dir).glob("cost-*.json"))]
-    shares = [(each["watch"] + each["operations"] * each["note"]) / each["step"] for each in told]
-    share, most = max(zip(shares, told, strict=True), key=lambda pair: pair[0])
+        costs = [json.loads(path.read_text()) for path in sorted(Path(config.out_dir).glob("cost-*.json"))]
+    shares = [(each["watch"] + each["operations"] * each["note"]) / each["step"] for each in costs]
+    share, most = max(zip(shares, costs, strict=True), key=lambda pair: pair[0])
     print(
         f"watch {1e3 * most['watch']:.2f} ms, and {most['operations']:.0f} operations noted at "
         f"{1e6 * most['note']:.1f} us, of {1e3 * most['step']:.0f} ms CPU time a step: {100 * share:.2f} % of the rank "
-        f"of {len(told)} that pays most"
+        f"of {len(costs)} with the highest cost"
     )
-    return 0 if code == 0 and len(told) == config.parallelism.world_size and share <= LIMIT else 1
+    return 0 if code == 0 and len(costs) == config.parallelism.world_size and share <= LIMIT else 1
 
 
 if __name__ == "__main__":

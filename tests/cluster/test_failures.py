@@ -36,11 +36,11 @@ def test_run_that_loses_a_rank_ends_in_time_with_one_message_of_all(
     outcome = _outcome(case, outcomes)
     assert outcome.ended, outcome
     assert outcome.seconds <= DEADLINE_SECONDS + GRACE_SECONDS, outcome
-    said = {rank: word for rank, word in last_words(folder / str(case)).items() if rank != case.rank}
-    assert set(said.values()) == {(outcome.text, outcome.exit_code)}
+    reports = {rank: word for rank, word in last_words(folder / str(case)).items() if rank != case.rank}
+    assert set(reports.values()) == {(outcome.text, outcome.exit_code)}
     others = set(range(WORLD_SIZE)) - {case.rank}
     # The launcher ends all ranks when one dies, including those that have not joined yet.
-    assert set(said) <= others if case.name == "start of the job" else set(said) == others
+    assert set(reports) <= others if case.name == "start of the job" else set(reports) == others
 
 
 def test_run_that_loses_a_rank_names_it_and_the_collective(outcomes: dict[Case, Outcome]) -> None:

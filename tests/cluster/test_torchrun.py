@@ -1,4 +1,4 @@
-"""torchrun on two nodes with separate networks gives the results of the built-in launcher, even if a rank is killed.
+"""Two nodes with torchrun give the results of the built-in launcher, even if a rank is killed.
 
 It uses README's command for two machines: a c10d rendezvous on the first one, whose workers do not share its store.
 """
@@ -47,7 +47,7 @@ def folder(allowed: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def torchruns(cluster: Cluster, folder: Path, name: str, *overrides: str, max_restarts: int = 0) -> Iterator[
     list[subprocess.Popen[bytes]]
 ]:  # fmt: skip
-    """torchrun with two ranks on each node, in node order. All processes are killed at the end of the block."""
+    """Runs torchrun with two ranks on each node, in node order. Kills all processes at the end of the block."""
     cluster_config = read_folder(folder / "bare").cluster
     started: list[subprocess.Popen[bytes]] = []
     try:
@@ -92,7 +92,7 @@ def exit_codes(started: Sequence[subprocess.Popen[bytes]]) -> list[int]:
     return [each.wait(timeout=max(0.1, until - time.monotonic())) for each in started]
 
 
-def said(folder: Path, name: str) -> str:
+def output(folder: Path, name: str) -> str:
     """Returns the output of torchrun and its ranks, for messages of failing tests."""
     return logs(folder, [f"{name}-node-*.log", f"{name}/log/rank_*.error.log"])
 
@@ -103,11 +103,11 @@ def test_run_restarts_after_a_killed_rank_and_ends_equal(nodes: Cluster, folder:
     with torchruns(nodes, folder, "killed", *overrides, max_restarts=1) as started:
         until = time.monotonic() + SECONDS
         while num_steps_recorded(run) < 12 and time.monotonic() < until:
-            assert all(each.poll() is None for each in started), said(folder, "killed")
+            assert all(each.poll() is None for each in started), output(folder, "killed")
             time.sleep(0.02)
         victim = ranks_of(started[1])[0]
         os.kill(victim, signal.SIGKILL)
-        assert exit_codes(started) == [0, 0], said(folder, "killed")
+        assert exit_codes(started) == [0, 0], output(folder, "killed")
     assert "resumed after step" in "".join(path.read_text() for path in folder.glob("killed-node-*.log"))
     assert_same_end(run, folder / "bare")
     # Ranks of both nodes took part.

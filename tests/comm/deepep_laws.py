@@ -20,7 +20,7 @@ from tests.comm.deep_ep_emulation import Emulation
 
 
 @dataclass(frozen=True)
-class Desk:
+class DeepEPBench:
     """Inputs of a law on one rank: a bench of the contract, and parts behind the dispatcher.
 
     `capped` builds a dispatcher on the bench's lane that verifies a node cap.
@@ -32,9 +32,9 @@ class Desk:
     capped: Callable[[int], Dispatcher]
 
 
-def law_codes_and_full_rows_mix_in_one_plan(desk: Desk) -> None:
+def law_codes_and_full_rows_mix_in_one_plan(deepep: DeepEPBench) -> None:
     """Checks that each dtype of rows uses a separate handle."""
-    bench, dispatcher = desk.bench, desk.bench.dispatcher()
+    bench, dispatcher = deepep.bench, deepep.bench.dispatcher()
     width = bench.hidden_size + 8
     for case in CASES:
         full, codes = bench.mine(case), bench.mine(case, torch.int8, width)
@@ -50,40 +50,40 @@ def law_codes_and_full_rows_mix_in_one_plan(desk: Desk) -> None:
         assert torch.equal(summed_TD, full.rows_TD * (full.ids_TK >= 0).sum(1, keepdim=True).bfloat16())
 
 
-def law_quantised_rows_are_what_the_wrapper_makes_of_them(desk: Desk) -> None:
+def law_quantized_rows_equal_those_of_the_wrapper(deepep: DeepEPBench) -> None:
     """Checks FP8 rows. Integers up to 8 are exact codes, so FP8 must not change results."""
-    dispatcher = Fp8Dispatcher(desk.bench.dispatcher())
+    dispatcher = Fp8Dispatcher(deepep.bench.dispatcher())
     for case in ("uneven", "dropped"):
-        mine = desk.bench.mine(case)
+        mine = deepep.bench.mine(case)
         handle = dispatcher.plan(mine.ids_TK)
         arrived = dispatcher.dispatch(mine.rows_TD, mine.weights_TK, handle).wait()
-        assert torch.equal(arrived.rows_AD, desk.bench.arriving(case)[0])
+        assert torch.equal(arrived.rows_AD, deepep.bench.arriving(case)[0])
         assert torch.equal(dispatcher.combine_backward(mine.rows_TD, handle).wait(), arrived.rows_AD)
 
 
-def law_one_layout_serves_a_plan(desk: Desk) -> None:
+def law_one_layout_serves_a_plan(deepep: DeepEPBench) -> None:
     """Checks that DeepEP exchanges counts, with a host wait, once for a plan."""
-    if not isinstance(desk.library, Emulation):
+    if not isinstance(deepep.library, Emulation):
         return
-    dispatcher, mine = desk.bench.dispatcher(), desk.bench.mine("even")
-    desk.library.calls.clear()
+    dispatcher, mine = deepep.bench.dispatcher(), deepep.bench.mine("even")
+    deepep.library.calls.clear()
     handle = dispatcher.plan(mine.ids_TK)
     arrived = dispatcher.dispatch(mine.rows_TD, mine.weights_TK, handle).wait()
     dispatcher.combine(arrived.rows_AD, handle).wait()
     dispatcher.combine_backward(mine.rows_TD, handle).wait()
     dispatcher.dispatch_backward(arrived.rows_AD, arrived.weights_A, handle).wait()
-    assert desk.library.calls == ["dispatch", "combine", "cached dispatch", "combine"]
+    assert deepep.library.calls == ["dispatch", "combine", "cached dispatch", "combine"]
 
 
-def law_prediction_agrees_with_an_enumeration(desk: Desk) -> None:
+def law_prediction_agrees_with_an_enumeration(deepep: DeepEPBench) -> None:
     """Checks predicted rows over all ranks. A row is sent once to each node and forwarded there."""
-    bench, dispatcher, nodes = desk.bench, desk.bench.dispatcher(), desk.bench.nodes
+    bench, dispatcher, nodes = deepep.bench, deepep.bench.dispatcher(), deepep.bench.nodes
     mine = bench.mine("dropped")
-    desk.observers.traffic.take()
+    deepep.observers.traffic.take()
     handle = dispatcher.plan(mine.ids_TK, label=Label(layer=3, direction=0, micro_batch=1))
     arrived = dispatcher.dispatch(mine.rows_TD, mine.weights_TK, handle).wait()
     dispatcher.combine(arrived.rows_AD, handle).wait()
-    found = desk.observers.traffic.take().layers[3]
+    found = deepep.observers.traffic.take().layers[3]
     rows = (found.predicted_rows_across_nodes, found.predicted_rows_within_node)
     num_bytes = found.predicted_bytes_across_nodes + found.predicted_bytes_within_node
     planned = (found.num_tokens, found.num_touched_nodes, found.min_rows_across_nodes)
@@ -101,11 +101,11 @@ def law_prediction_agrees_with_an_enumeration(desk: Desk) -> None:
     assert numbers.tolist() == [tokens, touched, *rows_both_ways, 2 * (across + within) * bytes_per_row]
 
 
-def law_the_cap_is_verified_on_all_ranks(desk: Desk) -> None:
-    bench = desk.bench
+def law_the_cap_is_verified_on_all_ranks(deepep: DeepEPBench) -> None:
+    bench = deepep.bench
     if len(set(bench.nodes)) == 1:
         return
-    dispatcher, mine = desk.capped(1), bench.mine("one_node")
+    dispatcher, mine = deepep.capped(1), bench.mine("one_node")
     wide_TK = mine.ids_TK.clone()
     if bench.place == 0:
         wide_TK[1] = torch.arange(NUM_CHOICES) * (bench.num_experts // NUM_CHOICES)
@@ -120,6 +120,6 @@ def law_the_cap_is_verified_on_all_ranks(desk: Desk) -> None:
     assert ("token 1 (2 nodes)" if bench.place == 0 else "rank 0 has 1 token") in messages[0]
 
 
-LAWS: dict[str, Callable[[Desk], None]] = {
+LAWS: dict[str, Callable[[DeepEPBench], None]] = {
     name.removeprefix("law_"): law for name, law in list(globals().items()) if name.startswith("law_")
 }

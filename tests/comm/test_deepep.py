@@ -22,7 +22,7 @@ from tests.comm import deep_ep_emulation
 from tests.comm.backends import MAX_CHOICES, MAX_TOKENS, watching
 from tests.comm.contract import Bench, num_experts_for
 from tests.comm.deep_ep_emulation import Emulation
-from tests.comm.deepep_laws import LAWS, Desk
+from tests.comm.deepep_laws import LAWS, DeepEPBench
 from tests.comm.laws import check_laws
 from tests.ranks import run_ranks
 
@@ -73,10 +73,10 @@ def _check(rank: int, world_size: int, machines: Machines) -> dict[str, str]:
     failures = {}
     with StreamLane(device) if machines.real else ThreadLane("comm") as lane:
         bench = Bench(make, lane, group, nodes, rank, (torch.bfloat16,), torch.float32, HIDDEN, device)
-        desk = Desk(bench, observers, library, lambda max_nodes: make(lane, max_nodes))
+        deepep = DeepEPBench(bench, observers, library, lambda max_nodes: make(lane, max_nodes))
         for name, law in LAWS.items():
             try:
-                law(desk)
+                law(deepep)
             except AssertionError:
                 failures[name] = f"rank {rank}: {traceback.format_exc()}"
         if machines.real:

@@ -97,7 +97,7 @@ def _gate(num_nodes: int, num_limited_groups: int) -> Gate:
 
 
 def test_two_hops_under_cap_4_on_8_nodes_send_3_47_rows_per_token_which_is_the_minimum() -> None:
-    """With 65536 tokens the standard deviation of the mean is below 0.003."""
+    """The standard deviation of the mean of 65536 tokens is below 0.003."""
     made = gate_forecast(_gate(8, 4), ranks_per_node=8, num_tokens=1024)
     assert _per_token(made, made.between_nodes) == pytest.approx(3.47, abs=0.02)
     assert made.between_nodes.num_across_nodes == made.min_rows_across_nodes

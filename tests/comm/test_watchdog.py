@@ -16,8 +16,8 @@ from comm.protocol import Label
 from comm.watchdog.collective_log import CollectiveLog, group_name
 from tests.comm.watched_ranks import Ended, WatchedRanks
 
-Strike = Callable[[], None]
-Scenario = Callable[[int, CollectiveLog, Strike], None]
+MarkFailure = Callable[[], None]
+Scenario = Callable[[int, CollectiveLog, MarkFailure], None]
 
 WORLD = (0, 1, 2)
 DEADLINE_SECONDS = 2.0
@@ -33,37 +33,37 @@ def _pair(log: CollectiveLog, ranks: tuple[int, int], name: str) -> AbstractCont
     return log.awaiting(log.start(group_name("pair", ranks), ranks, name))
 
 
-def killed(rank: int, log: CollectiveLog, strike: Strike) -> None:
+def killed(rank: int, log: CollectiveLog, mark_failure: MarkFailure) -> None:
     _reduce(log)
     if rank == 2:
         time.sleep(0.5)  # until the others have ended it
-        strike()
+        mark_failure()
         os.kill(os.getpid(), signal.SIGKILL)
     _reduce(log, "dispatch", LABEL)
 
 
-def killed_holder(rank: int, log: CollectiveLog, strike: Strike) -> None:
+def killed_store_rank(rank: int, log: CollectiveLog, mark_failure: MarkFailure) -> None:
     _reduce(log)
     if rank == 0:
         time.sleep(0.5)  # until the others have ended it
-        strike()
+        mark_failure()
         os.kill(os.getpid(), signal.SIGKILL)
     _reduce(log, "combine", LABEL)
 
 
-def stopped(rank: int, log: CollectiveLog, strike: Strike) -> None:
+def stopped(rank: int, log: CollectiveLog, mark_failure: MarkFailure) -> None:
     _reduce(log)
     if rank == 1:
         time.sleep(0.5)  # until the others have ended it
-        strike()
+        mark_failure()
         os.kill(os.getpid(), signal.SIGSTOP)
     _reduce(log, "combine", LABEL)
 
 
-def late(rank: int, log: CollectiveLog, strike: Strike) -> None:
+def late(rank: int, log: CollectiveLog, mark_failure: MarkFailure) -> None:
     _reduce(log)
     if rank == 0:
-        strike()
+        mark_failure()
         _compute_forever()
     _reduce(log, "dispatch", LABEL)
 
@@ -73,52 +73,52 @@ def _compute_forever() -> None:
         time.sleep(0.01)
 
 
-def late_behind_another(rank: int, log: CollectiveLog, strike: Strike) -> None:
+def late_behind_another(rank: int, log: CollectiveLog, mark_failure: MarkFailure) -> None:
     """Rank 0 waits for rank 1, which waits for rank 2. Rank 2 must be named."""
     _reduce(log)
     if rank == 0:
         with _pair(log, (0, 1), "transfer"):
             distributed.recv(torch.ones(1), src=1)
     if rank == 2:
-        strike()
+        mark_failure()
         _compute_forever()
     time.sleep(0.7)
     with _pair(log, (1, 2), "send"):
         distributed.recv(torch.ones(1), src=2)
 
 
-def in_a_circle(rank: int, log: CollectiveLog, strike: Strike) -> None:
+def in_a_cycle(rank: int, log: CollectiveLog, mark_failure: MarkFailure) -> None:
     _reduce(log)
-    strike()
+    mark_failure()
     if rank == 2:
         _reduce(log)
     with _pair(log, (rank, 1 - rank), "crosswise"):
         distributed.recv(torch.ones(1), src=1 - rank)
 
 
-def fails_by_itself(rank: int, log: CollectiveLog, strike: Strike) -> None:
+def fails_by_itself(rank: int, log: CollectiveLog, mark_failure: MarkFailure) -> None:
     _reduce(log)
     if rank == 1:
-        strike()
+        mark_failure()
         raise RuntimeError("out of order\nin many ways")
     _reduce(log)
 
 
-def killed_amid_computation(rank: int, log: CollectiveLog, strike: Strike) -> None:
+def killed_amid_computation(rank: int, log: CollectiveLog, mark_failure: MarkFailure) -> None:
     _reduce(log)
     if rank == 2:
         time.sleep(0.5)  # until the others have ended it
-        strike()
+        mark_failure()
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(1.5)
     _reduce(log, "much later")
 
 
-def one_absent(rank: int, log: CollectiveLog, strike: Strike) -> None:
+def one_absent(rank: int, log: CollectiveLog, mark_failure: MarkFailure) -> None:
     raise AssertionError("unreachable: the job never starts")
 
 
-def slow_but_healthy(rank: int, log: CollectiveLog, strike: Strike) -> None:
+def slow_but_healthy(rank: int, log: CollectiveLog, mark_failure: MarkFailure) -> None:
     for _ in range(3):
         time.sleep(1.0 if rank == 1 else 0.0)
         _reduce(log)
@@ -126,24 +126,24 @@ def slow_but_healthy(rank: int, log: CollectiveLog, strike: Strike) -> None:
         time.sleep(1.5)  # the others have left by then, which is no failure
 
 
-def fails_when_others_have_finished(rank: int, log: CollectiveLog, strike: Strike) -> None:
+def fails_when_others_have_finished(rank: int, log: CollectiveLog, mark_failure: MarkFailure) -> None:
     _reduce(log)
     if rank == 0:
         time.sleep(1.5)
         raise RuntimeError("at the very end")
 
 
-def misses_one_that_has_finished(rank: int, log: CollectiveLog, strike: Strike) -> None:
+def misses_one_that_has_finished(rank: int, log: CollectiveLog, mark_failure: MarkFailure) -> None:
     _reduce(log)
     if rank != 1:
         time.sleep(1.0)
-        strike()
+        mark_failure()
         _reduce(log, "one too many")
 
 
-def idle(rank: int, log: CollectiveLog, strike: Strike) -> None:
+def idle(rank: int, log: CollectiveLog, mark_failure: MarkFailure) -> None:
     _reduce(log)
-    strike()
+    mark_failure()
     _compute_forever()
 
 
@@ -186,14 +186,14 @@ def _without_waiters(text: str) -> str:
 @pytest.mark.slow
 def test_watchdog_names_the_missing_rank_and_the_collective() -> None:
     ends = _run(
-        *(killed, killed_holder, stopped, late, late_behind_another),
-        *(in_a_circle, one_absent, misses_one_that_has_finished),
+        *(killed, killed_store_rank, stopped, late, late_behind_another),
+        *(in_a_cycle, one_absent, misses_one_that_has_finished),
     )
     dispatch = "dispatch of layer 4, direction 1, micro-batch 2 (number 2 of group world [0, 1, 2])"
     combine = dispatch.replace("dispatch", "combine")
     text = _same(ends[killed], (0, 1), 78, (2,))
     assert _without_waiters(text) == f"rank 2 is lost: its process has ended; {dispatch}"
-    text = _same(ends[killed_holder], (1, 2), 78, (0,))
+    text = _same(ends[killed_store_rank], (1, 2), 78, (0,))
     assert _without_waiters(text) == f"rank 0 is lost: its process has ended; {combine}"
     assert _same(ends[stopped], (0, 2), 76, (1,)) == (
         f"rank 1 did not reach a collective within 2 s and did not respond: stopped or disconnected; "
@@ -207,7 +207,7 @@ def test_watchdog_names_the_missing_rank_and_the_collective() -> None:
     assert text.endswith(f"ranks 1 and 2 waited for {dispatch}")
     text = _same(ends[late_behind_another], WORLD, 76, (2,))
     assert text.endswith("rank 1 waited for send (number 0 of group pair [1, 2])")
-    text = _same(ends[in_a_circle], WORLD, 76)
+    text = _same(ends[in_a_cycle], WORLD, 76)
     assert "ranks wait for each other" in text
     assert "crosswise (number 0 of group pair [0, 1])" in text
     text = _same(ends[misses_one_that_has_finished], (0, 2), 78, (1,))

@@ -100,7 +100,7 @@ def test_records_of_an_earlier_attempt_and_of_other_processes_count_as_absent(tm
     assert run(before) == [None] * 3
     ranks = [Rank(rank, store, None, tmp_path) for rank in range(3)]
 
-    def strike() -> None:
+    def interfere() -> None:
         until = time.monotonic() + 0.7
         while time.monotonic() < until:
             for name in ("nonce/0", "nonce/1", "verdict"):
@@ -108,7 +108,7 @@ def test_records_of_an_earlier_attempt_and_of_other_processes_count_as_absent(tm
             store.set("watchdog/key", '{"source": "file", "path": "/tmp/.job-key-' + "0" * 32 + '"}')
             time.sleep(0.05)
 
-    assert run(ranks, strike) == [None] * 3
+    assert run(ranks, interfere) == [None] * 3
     assert_connected(ranks)
     close(before + ranks)
 
@@ -131,11 +131,11 @@ def test_ranks_without_a_key_end_with_the_first_verdict(planted: str | None) -> 
         store.set("watchdog/verdict_without_key", planted)
     ranks = [Rank(rank, store, seconds=seconds) for rank, seconds in ((1, 0.5), (2, 1.5))]
     verdicts = [error.verdict for error in run(ranks) if isinstance(error, AbsentError)]
-    said = "is absent: not joined within {} s; ranks 1 and 2 waited for start of the job"
+    text = "is absent: not joined within {} s; ranks 1 and 2 waited for start of the job"
     # A forged record is ignored, and then the ranks have no common verdict.
     expected = ["0.5", "0.5"] if planted is None else ["0.5", "1.5"]
     assert [(verdict.code, verdict.text) for verdict in verdicts] == [
-        (76, f"rank 0 {said.format(seconds)}") for seconds in expected
+        (76, f"rank 0 {text.format(seconds)}") for seconds in expected
     ]
     close(ranks)
 

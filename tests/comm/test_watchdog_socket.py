@@ -15,21 +15,21 @@ KEY = b"the key of a test's job".ljust(32)
 
 
 def _two_sockets() -> tuple[WatchdogSocket, WatchdogSocket]:
-    boxes = WatchdogSocket(0, "127.0.0.1"), WatchdogSocket(1, "127.0.0.1")
-    for box in boxes:
-        box.open([(other.host, other.port) for other in boxes], KEY)
-    return boxes
+    endpoints = WatchdogSocket(0, "127.0.0.1"), WatchdogSocket(1, "127.0.0.1")
+    for endpoint in endpoints:
+        endpoint.open([(other.host, other.port) for other in endpoints], KEY)
+    return endpoints
 
 
 def test_socket_distinguishes_closed_from_silent_peers_and_ignores_other_senders() -> None:
     first, second = _two_sockets()
-    stranger = WatchdogSocket(1, "127.0.0.1")
-    stranger.open([(each.host, each.port) for each in (first, second)], b"another job's key".ljust(32))
-    stranger.send(0, "state_request", {"who": "stranger"})
+    outsider = WatchdogSocket(1, "127.0.0.1")
+    outsider.open([(each.host, each.port) for each in (first, second)], b"another job's key".ljust(32))
+    outsider.send(0, "state_request", {"who": "outsider"})
     second.send(0, "state_request", {"who": "peer", "padding": "x" * 200_000})  # more than a datagram holds, compressed
-    mails, _ = first.receive(5.0)
-    mails += first.receive(0.1)[0]
-    assert [(mail.rank, mail.values["who"]) for mail in mails] == [(1, "peer")]
+    messages, _ = first.receive(5.0)
+    messages += first.receive(0.1)[0]
+    assert [(message.rank, message.values["who"]) for message in messages] == [(1, "peer")]
     first.probe(1)
     assert first.receive(0.1)[0] == []
     assert first.refused == set()
@@ -38,7 +38,7 @@ def test_socket_distinguishes_closed_from_silent_peers_and_ignores_other_senders
     first.receive(1.0)
     assert first.refused == {1}
     first.close()
-    stranger.close()
+    outsider.close()
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -49,43 +49,43 @@ def test_watchdog_keeps_the_same_of_two_verdicts_in_any_order(
 ) -> None:
     """The verdict of the lowest rank wins, but a rank's own error comes first, as it may have caused the verdicts."""
     monkeypatch.setattr("comm.watchdog.watchdog._FOLLOW_SECONDS", 0.5)
-    boxes = [WatchdogSocket(rank, "127.0.0.1") for rank in range(3)]
-    for box in boxes:
-        box.open([(other.host, other.port) for other in boxes], KEY)
+    endpoints = [WatchdogSocket(rank, "127.0.0.1") for rank in range(3)]
+    for endpoint in endpoints:
+        endpoint.open([(other.host, other.port) for other in endpoints], KEY)
     kept: list[Verdict] = []
 
-    def last_words(verdict: Verdict) -> None:
+    def crash_report(verdict: Verdict) -> None:
         kept.append(verdict)
         raise SystemExit  # ends the watchdog's thread instead of the process
 
-    watch = Watchdog(0, boxes[0], CollectiveLog(), 60.0, last_words)
-    watch.start()
+    watchdog = Watchdog(0, endpoints[0], CollectiveLog(), 60.0, crash_report)
+    watchdog.start()
     for word in (others, "verdict 1") if is_first else ("verdict 1", others):
         kind, _, rank = word.partition(" ")
         if kind == "error":
-            boxes[int(rank)].send(0, "departure", {"end": "error", "text": "ValueError: x"})
+            endpoints[int(rank)].send(0, "departure", {"end": "error", "text": "ValueError: x"})
         else:
             body = {"code": 76, "text": f"by {rank}", "judge": int(rank), "culprits": [0]}
-            boxes[int(rank)].send(0, "verdict", body)
+            endpoints[int(rank)].send(0, "verdict", body)
     until = time.monotonic() + 20
     while not kept and time.monotonic() < until:
         time.sleep(0.05)
     assert kept.pop().text == ("rank 2: ValueError: x" if others == "error 2" else "by 1")
-    for box in boxes:
-        box.close()
+    for endpoint in endpoints:
+        endpoint.close()
 
 
 def test_watchdog_reports_blocked_datagrams_early(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("comm.watchdog.watchdog._REACH_SECONDS", 0.3)
+    monkeypatch.setattr("comm.watchdog.watchdog._REACHABILITY_SECONDS", 0.3)
     first, second = _two_sockets()  # no thread reads the second socket
-    watch = Watchdog(0, first, CollectiveLog(), 60.0, lambda verdict: None)
-    watch.start()
+    watchdog = Watchdog(0, first, CollectiveLog(), 60.0, lambda verdict: None)
+    watchdog.start()
     until = time.monotonic() + 10
     while not caplog.messages and time.monotonic() < until:
         time.sleep(0.05)
-    watch.close()
+    watchdog.close()
     second.close()
     assert caplog.messages == ["watchdog: datagrams to rank 1 and back are blocked: lost ranks cannot be named"]
 
@@ -100,12 +100,12 @@ def test_socket_receive_is_ended_by_the_wakeup_file() -> None:
     second.close()
 
 
-def _answers(asking: WatchdogSocket, rank: int) -> list[str]:
+def _replies(requester: WatchdogSocket, rank: int) -> list[str]:
     """Returns the kinds of messages that arrive after a state request to the rank."""
-    asking.send(rank, "state_request", {})
+    requester.send(rank, "state_request", {})
     until, kinds = time.monotonic() + 10, []
     while "state" not in kinds and time.monotonic() < until:
-        kinds += [message.kind for message in asking.receive(0.2)[0]]
+        kinds += [message.kind for message in requester.receive(0.2)[0]]
     return kinds
 
 
@@ -115,10 +115,10 @@ def test_watchdog_drops_malformed_messages_and_verdicts_in_the_name_of_others(mo
     monkeypatch.setattr("os._exit", ends.append)
     monkeypatch.setattr("comm.watchdog.watchdog._AGREE_SECONDS", 0.0)
     monkeypatch.setattr("comm.watchdog.watchdog._LINGER_SECONDS", 0.0)
-    boxes = [WatchdogSocket(rank, "127.0.0.1") for rank in range(3)]
-    for box in boxes:
-        box.open([(other.host, other.port) for other in boxes], KEY)
-    watchdog = Watchdog(0, boxes[0], CollectiveLog(), 60.0, lambda verdict: None)
+    endpoints = [WatchdogSocket(rank, "127.0.0.1") for rank in range(3)]
+    for endpoint in endpoints:
+        endpoint.open([(other.host, other.port) for other in endpoints], KEY)
+    watchdog = Watchdog(0, endpoints[0], CollectiveLog(), 60.0, lambda verdict: None)
     watchdog.start()
     verdict = {"code": 78, "text": "forged", "judge": 1, "culprits": [2]}
     for change in (
@@ -130,20 +130,20 @@ def test_watchdog_drops_malformed_messages_and_verdicts_in_the_name_of_others(mo
         {"text": 7},
         {"text": "\x1b"},
     ):
-        boxes[1].send(0, "verdict", verdict | change)
+        endpoints[1].send(0, "verdict", verdict | change)
     for kind in ("state", "verdict", "departure"):
-        boxes[1].send(0, kind, {})  # type: ignore[arg-type]
-        boxes[1].send(0, kind, {"waits": 7, "end": {}, "code": [[]]})  # type: ignore[arg-type]
-    assert "state" in _answers(boxes[2], 0)
+        endpoints[1].send(0, kind, {})  # type: ignore[arg-type]
+        endpoints[1].send(0, kind, {"waits": 7, "end": {}, "code": [[]]})  # type: ignore[arg-type]
+    assert "state" in _replies(endpoints[2], 0)
     assert ends == []
-    boxes[1].send(0, "verdict", verdict)
+    endpoints[1].send(0, "verdict", verdict)
     until = time.monotonic() + 10
     while not ends and time.monotonic() < until:
         time.sleep(0.05)
     assert set(ends) == {78}
     watchdog.close()
-    for box in boxes[1:]:
-        box.close()
+    for endpoint in endpoints[1:]:
+        endpoint.close()
 
 
 def test_watchdog_logs_an_internal_error_and_continues(
@@ -163,7 +163,7 @@ def test_watchdog_logs_an_internal_error_and_continues(
     until = time.monotonic() + 10
     while errors and time.monotonic() < until:
         time.sleep(0.05)
-    assert "state" in _answers(second, 0)
+    assert "state" in _replies(second, 0)
     assert caplog.messages == [
         "watchdog: internal error number 1; the watchdog continues"
     ]  # only one for several errors

@@ -30,9 +30,9 @@ def conclude(
     states: dict[int, RankState],
     lost: dict[int, str] | None = None,
     silent: tuple[int, ...] = (),
-    asks: int = 0,
+    judged_by: int = 0,
 ) -> Verdict | None:
-    return judge(reason, InquiryResult(judge=asks, states=states, lost=lost or {}, silent=silent), 5.0)
+    return judge(reason, InquiryResult(judge=judged_by, states=states, lost=lost or {}, silent=silent), 5.0)
 
 
 REDUCE = wait("reduce", WORLD)
@@ -66,7 +66,7 @@ def test_verdict_on_a_silent_rank_depends_on_the_reason(reason: Reason, code: in
 
 
 def test_verdict_of_the_smaller_side_says_that_it_is_disconnected() -> None:
-    verdict = conclude(Reason.DEADLINE, {2: state(REDUCE)}, silent=(0, 1, 3), asks=2)
+    verdict = conclude(Reason.DEADLINE, {2: state(REDUCE)}, silent=(0, 1, 3), judged_by=2)
     assert verdict is not None
     missed = "ranks 0, 1 and 3 did not reach a collective within 5 s and did not respond"
     assert verdict.text.startswith(f"{missed}: disconnected from rank 2; rank 2 waited ")

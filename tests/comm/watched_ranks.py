@@ -38,9 +38,9 @@ class Ended:
 
 
 class WatchedRanks:
-    """Ranks of one job that run `function(rank, log, strike)` in a gloo world with watchdogs.
+    """Ranks of one job that run `function(rank, log, mark_failure)` in a gloo world with watchdogs.
 
-    A rank calls `strike` at the moment of its failure, from which seconds are counted.
+    A rank calls `mark_failure` at the moment of its failure, from which seconds are counted.
     """
 
     def __init__(
@@ -62,13 +62,13 @@ class WatchedRanks:
             self._processes[rank].start()
 
     @property
-    def has_struck(self) -> bool:
+    def has_failed(self) -> bool:
         """Whether a rank has failed yet."""
-        return (Path(self._folder.name) / "struck").exists()
+        return (Path(self._folder.name) / "failed").exists()
 
     def terminate(self) -> None:
         """Sends SIGTERM to all ranks after the first failure, as a launcher does."""
-        while not (Path(self._folder.name) / "struck").exists():
+        while not (Path(self._folder.name) / "failed").exists():
             time.sleep(0.02)
         for process in self._processes.values():
             process.terminate()
@@ -82,8 +82,8 @@ class WatchedRanks:
                 if rank not in ended_at and process.exitcode is not None:
                     ended_at[rank] = time.time()
             time.sleep(0.02)
-        struck = folder / "struck"
-        origin = struck.stat().st_mtime if struck.exists() else self._begun
+        failed = folder / "failed"
+        origin = failed.stat().st_mtime if failed.exists() else self._begun
         ends = {}
         for rank, process in self._processes.items():
             exit_code = process.exitcode
@@ -110,21 +110,21 @@ def _run_rank(
     torch.set_num_threads(1)
     place, log = Path(folder), CollectiveLog()
     if start_seconds == deadline_seconds:
-        (place / "struck").touch()
+        (place / "failed").touch()
 
-    def last_words(verdict: Verdict) -> None:
+    def crash_report(verdict: Verdict) -> None:
         (place / f"verdict_{member.rank}").write_text(json.dumps(asdict(verdict)))
 
     try:
-        job = join(member, log, deadline_seconds, last_words, start_seconds)
+        job = join(member, log, deadline_seconds, crash_report, start_seconds)
     except AbsentError as error:
-        last_words(error.verdict)
+        crash_report(error.verdict)
         os._exit(error.verdict.code)
     try:
         distributed.init_process_group(
             "gloo", store=job.store, rank=member.rank, world_size=member.world_size, timeout=timedelta(seconds=60)
         )
-        function(member.rank, log, (place / "struck").touch)
+        function(member.rank, log, (place / "failed").touch)
     except Exception as error:
         job.watchdog.report_error(error)
         (place / f"error_{member.rank}").write_text(f"{type(error).__name__}: {error}")

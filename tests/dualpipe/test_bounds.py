@@ -1,4 +1,4 @@
-"""No schedule is below the lower bound, known optima reach it, and its reason names the binding fact."""
+"""Every schedule is at or above the lower bound, known optima reach it, and its reason names the binding fact."""
 
 from random import Random
 

@@ -1,4 +1,4 @@
-"""For any preferences, the list builder's orders are valid, within memory, and have the returned makespan."""
+"""Orders of the list builder are valid, within memory, and have the returned makespan for any preferences."""
 
 from dataclasses import replace
 from random import Random

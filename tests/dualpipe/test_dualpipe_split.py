@@ -1,4 +1,4 @@
-"""dualpipe_split is valid for every size and all costs, within memory, and as short as promised."""
+"""Schedules of dualpipe_split are valid for every size and all costs, fit memory, and are as short as promised."""
 
 import random
 import time

@@ -44,7 +44,7 @@ class DeepEPRoute:
 
         Args:
             handle: handle of an exchange without expansion. Its fields `num_recv_tokens_per_expert_list` and
-                `recv_src_metadata` are read; the first column of the latter is the source token of each row.
+                `recv_src_metadata` are read; the first column of `recv_src_metadata` is the source token of each row.
             ids_RK: local experts, -1 if the expert is on another rank.
             num_sources: upper bound of the numbers in that column.
         """
