@@ -1,9 +1,8 @@
-"""Runs this project's commands in forks of the server that tests/ranks.py forks its ranks from.
+"""Runs this project's commands in forks of the server from which tests/ranks.py forks its ranks.
 
-A command and its ranks import torch and DeepSpeed for several seconds of CPU time before they do anything. A fork has
-them imported. Otherwise it is a process as `python -m` starts it: its own environment, folder, arguments and exit code,
-and its ranks are forks of a server of its own. What a command imports, and when, is for tests that start it as a user
-does.
+Importing torch and DeepSpeed takes a command and its ranks several seconds of CPU time. A fork has them imported.
+Otherwise a fork is like a process that `python -m` starts: it has its own environment, folder, arguments and exit code,
+and its ranks are forks of its own server. Tests of what a command imports must start it as a user does.
 """
 
 import atexit
@@ -28,19 +27,19 @@ ROOT = Path(__file__).parents[1]
 def run_command(
     command: Sequence[str], *, cwd: Path = ROOT, env: Mapping[str, str] | None = None, timeout: float = 240.0
 ) -> subprocess.CompletedProcess[str]:
-    """Runs a command to its end, as `subprocess.run` with `capture_output` would.
+    """Runs a command until it ends, like `subprocess.run` with `capture_output`.
 
     Args:
-        command: `-m`, a module and its arguments, also after the path of Python.
-        cwd: where it runs.
-        env: its whole environment, by default this process' own.
-        timeout: seconds, after which it is killed.
+        command: `-m`, a module and its arguments, optionally after the path of Python.
+        cwd: working directory.
+        env: complete environment; by default that of this process.
+        timeout: seconds after which the command is killed.
 
     Returns:
-        Its exit code, negative for a signal, and what it printed.
+        The exit code (negative for a signal) and the output.
 
     Raises:
-        subprocess.TimeoutExpired: it was killed.
+        subprocess.TimeoutExpired: the command was killed after the timeout.
     """
     _, module, *arguments = command[1:] if command[0] == sys.executable else command
     environment = dict(os.environ if env is None else env)
@@ -89,12 +88,12 @@ def _run(
 
 
 def _fork_server(path: str | bytes, arguments: Sequence[str | bytes], passed: Sequence[int]) -> int:
-    """Forks the server of a command's ranks in place of starting it, as it would import what is here already.
+    """Forks the server of a command's ranks instead of starting it, because this process has imported its modules.
 
     Args:
-        path: of Python.
-        arguments: its own; the last is the server's program.
-        passed: descriptors that the server needs.
+        path: path of Python.
+        arguments: arguments of Python; the last one is the server's program.
+        passed: file descriptors that the server needs.
 
     Returns:
         The server's process.
@@ -114,7 +113,7 @@ def _fork_server(path: str | bytes, arguments: Sequence[str | bytes], passed: Se
 
 
 def _exit_code(module: str) -> int:
-    """Runs a module as `python -m` does. Returns what Python would exit with."""
+    """Runs a module like `python -m`. Returns the exit code."""
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     except SystemExit as ended:

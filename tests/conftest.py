@@ -12,13 +12,13 @@ _STOP = pytest.StashKey[Stop]()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Handles signals again, in case a command that the last test called handles them by itself."""
+    """Installs the signal handlers again, because a command that the last test called may have replaced them."""
     if _STOP in item.config.stash:
         item.config.stash[_STOP].install()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Moves files with slow tests to the front: none of them begins when the other worker has nothing left to do."""
+    """Moves files with slow tests to the front, so that no worker runs a slow file alone at the end."""
     slow = {item.path for item in items if item.get_closest_marker("slow") is not None}
     items.sort(key=lambda item: item.path not in slow)
 
@@ -36,7 +36,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Handles signals, also those that background jobs and nohup ignore; then loads the plugins."""
+    """Installs the signal handlers, even for signals that background jobs and nohup ignore, and loads the plugins."""
     if threading.current_thread() is threading.main_thread():
         if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
             signal.signal(signal.SIGHUP, signal.SIG_DFL)

@@ -7,10 +7,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def reserved_port() -> Iterator[int]:
-    """Yields a port of loopback that only a server which reuses addresses can take, until the block ends.
+    """Yields a loopback port that only a server with SO_REUSEADDR can use, until the block ends.
 
-    A port that was free a moment ago may be taken by any outgoing connection, but no connection gets the port of a
-    bound socket. TCPStore and torchrun can still listen there: they set SO_REUSEADDR, and this socket does not listen.
+    Any outgoing connection can take a free port, but never the port of a bound socket. TCPStore and torchrun can still
+    listen on it, because they set SO_REUSEADDR and this socket does not listen.
     """
     with socket.socket() as holder:
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

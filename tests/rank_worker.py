@@ -1,4 +1,4 @@
-"""One rank of tests/ranks.py: runs calls until its parent hangs up, and reports what each leaves behind."""
+"""A rank of tests/ranks.py: runs calls until its parent closes the connection, and reports what each leaves behind."""
 
 import ctypes
 import faulthandler
@@ -42,7 +42,7 @@ class Call:
 
 
 def serve(connection: Connection) -> None:
-    """Runs every call that arrives, and sends for each a report and then what the call left behind.
+    """Runs every received call, and sends for each a report and then what the call left behind.
 
     A report is `(True, result)` or `(False, traceback)`, pickled. It is sent before the process group is destroyed, so
     that the first report of a failure is its cause. The parent answers once all ranks have succeeded, and the group is
@@ -102,7 +102,7 @@ def _run(call: Call, connection: Connection) -> bool:
 
 
 def _die_with_parent() -> None:
-    """Has the kernel end this rank with the fork server, which ends with the process of the tests."""
+    """Makes the kernel end this rank with the fork server, which ends with the process of the tests."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
@@ -159,7 +159,7 @@ def _definitions(name: str, module: Any) -> dict[str, Any]:
     """Returns a module's functions, classes and methods, which a test may patch."""
     found: dict[str, Any] = {}
     for attribute, value in list(vars(module).items()):
-        # By its exact type: isinstance would wake proxies of deprecated names.
+        # Compares exact types, because isinstance would trigger proxies of deprecated names.
         kind = type(value)
         if kind is FunctionType or issubclass(kind, type):
             found[f"{name}.{attribute}"] = value

@@ -1,8 +1,8 @@
-"""Runs a function on several real processes joined in a process group, for tests of what ranks do together.
+"""Runs a function on several real processes in a process group, for distributed tests.
 
-Ranks are forks of a server that has imported torch. They stay alive between calls, so that a call costs neither forks
-nor imports. Every call has its own process group. A rank serves another call only if its last one returned and
-left nothing behind (`rank_worker` compares threads, environment, signals, definitions and more).
+Ranks are forks of a server that has imported torch. They stay alive between calls, so that a call needs neither forks
+nor imports. Every call has its own process group. A rank serves another call only if its last call returned and left
+nothing behind (`rank_worker` compares threads, environment, signals, definitions and more).
 """
 
 import atexit
@@ -99,14 +99,14 @@ def run_ranks(
 
     Args:
         world_size: number of processes.
-        function: importable by name; its process group is initialised before and destroyed after it.
-        args: passed to every rank, by pickle.
-        timeout_seconds: after which the ranks that have not returned are killed and named.
-        backend: of `torch.distributed.init_process_group`.
+        function: importable by name; its process group is initialized before and destroyed after the call.
+        args: arguments for every rank, sent by pickle.
+        timeout_seconds: seconds after which ranks that have not returned are killed and named in the error.
+        backend: backend of `torch.distributed.init_process_group`.
         fresh: whether every rank is a new process that ends with the call.
 
     Returns:
-        What each rank returned, in rank order, by pickle.
+        The result of each rank, in rank order, sent by pickle.
 
     Raises:
         RanksFailedError: soon after the first rank fails; the others are killed.

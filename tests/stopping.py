@@ -32,7 +32,7 @@ class Stop:
             signal.signal(number, self)
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        """Raises KeyboardInterrupt, on which pytest tears down its fixtures. The same signal again has no effect."""
+        """Raises KeyboardInterrupt, so that pytest tears down its fixtures. Further signals have no effect."""
         if os.getpid() != self._pid:  # a fork of a test
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
@@ -52,7 +52,7 @@ class Stop:
         os._exit(128 + number)
 
     def kill_left(self) -> None:
-        """Kills what this process and its children had started and has not ended."""
+        """Kills all processes that this process and its children started and that still run."""
         for pid, started in {**descendants(os.getpid()), **self._started}.items():
             if _start_of(pid) == started:
                 with suppress(ProcessLookupError):
@@ -80,7 +80,7 @@ def _start_of(pid: int) -> str:
 
 
 def _interrupt_workers() -> None:
-    """Passes the signal on: Ctrl-C reaches the workers as well, SIGTERM only this process."""
+    """Forwards SIGTERM to the workers; Ctrl-C reaches them anyway."""
     for pid in _children(os.getpid()):
         with suppress(OSError):
             if b"PYTEST_XDIST_WORKER=" in Path(f"/proc/{pid}/environ").read_bytes() or _is_execnet(pid):
@@ -102,9 +102,9 @@ _folder: dict[int, str] = {}
 
 
 def make_folder() -> None:
-    """Gives this run a folder for temporary files. What a killed process leaves there goes with it.
+    """Creates a folder for temporary files of this run, which is removed with everything that killed processes leave.
 
-    Folders of `tmp_path` stay where pytest keeps those of the last runs.
+    Folders of `tmp_path` stay in the place where pytest keeps those of the last runs.
     """
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
     path = _folder[os.getpid()] = tempfile.mkdtemp(prefix="tests")

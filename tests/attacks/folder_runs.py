@@ -1,7 +1,7 @@
-"""Runs whose folder is damaged while they train: deleted, on a full disk, on a disk that becomes read-only, taken over.
+"""Runs training whose folder is damaged: deleted, on a full disk, on a read-only disk, or taken over.
 
-`python -m tests.attacks.folder_runs FOLDER CASE...` trains each case in `FOLDER/CASE`, on real ranks, and writes its
-exit code into `FOLDER/CASE.code`. Disks need root and a mount namespace of this process' own.
+`python -m tests.attacks.folder_runs FOLDER CASE...` trains each case in `FOLDER/CASE` on real ranks and writes its exit
+code into `FOLDER/CASE.code`. The cases with disks need root and a private mount namespace.
 """
 
 import shutil

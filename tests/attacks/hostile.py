@@ -1,4 +1,4 @@
-"""What an attacker puts into files: payloads that leave a proof if they run, and checkpoints around them."""
+"""Malicious files: payloads that leave a proof if they run, and checkpoints with them."""
 
 import json
 import pickle

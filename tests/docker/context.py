@@ -19,12 +19,12 @@ _NOT_COPIED = shutil.ignore_patterns(".git", ".venv", "outputs", "__pycache__", 
 
 
 def copy_context(folder: Path, own_pins: bool) -> Path:
-    """Copies the checkout, with `DECOYS`.
+    """Copies the checkout and adds `DECOYS`.
 
     Args:
-        folder: to make the copy in.
-        own_pins: the versions of this environment are asked for, not those that were written down: pip then has
-            nothing to install where it finds this environment's packages.
+        folder: folder for the copy.
+        own_pins: whether to pin the versions of this environment instead of the recorded ones, so that pip has
+            nothing to install if it finds this environment's packages.
     """
     copy = folder / "context"
     shutil.copytree(ROOT, copy, ignore=_NOT_COPIED, symlinks=True)

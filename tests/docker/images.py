@@ -1,6 +1,6 @@
 """Builds and runs images without a daemon, with buildah in a chroot and a temporary storage.
 
-What stands in for the base that a Dockerfile names is made by `tests.docker.bases`.
+`tests.docker.bases` builds the replacement of the base that a Dockerfile names.
 """
 
 import json
@@ -68,11 +68,11 @@ class Images:
         """Builds an image on `BASE`. Returns the output of its instructions.
 
         Args:
-            name: of the image.
-            context: what the build is given.
-            dockerfile: in the context.
-            values: of build arguments, `NAME=value`.
-            volumes: mounted while an instruction runs, `from:to:options`.
+            name: name of the image.
+            context: build context.
+            dockerfile: path of the Dockerfile in the context.
+            values: build arguments, `NAME=value`.
+            volumes: mounts during each instruction, `from:to:options`.
         """
         options = [f"--build-arg={value}" for value in (f"BASE_IMAGE={BASE}", *values)]
         options += [f"--volume={volume}" for volume in volumes]
@@ -124,10 +124,10 @@ def open_images(driver: str) -> Iterator[Images]:
     """Yields an empty storage, and removes it with its containers, images and mounts afterwards.
 
     Args:
-        driver: how layers are kept: `vfs` copies each and works everywhere, `overlay` is quicker with large ones.
+        driver: storage driver: `vfs` copies each layer and works everywhere, `overlay` is faster with large layers.
     """
     folder = Path(tempfile.mkdtemp(prefix="images-"))
-    # buildah would raise limits beyond those of this process, which even root may not do everywhere.
+    # buildah would raise limits above those of this process, which is not allowed everywhere, even for root.
     limits = [
         f'"{name}={":".join(map(str, resource.getrlimit(number)))}"'
         for name, number in (("nofile", resource.RLIMIT_NOFILE), ("nproc", resource.RLIMIT_NPROC))

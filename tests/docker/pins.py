@@ -1,8 +1,8 @@
 """Lists the packages of the images in the versions of this environment: `python -m tests.docker.pins`.
 
-Prints `docker/requirements.txt` (`make docker-pins` writes it): what pyproject.toml depends on and all that follows
-from it, each in the version that is installed here. Triton and NVIDIA's packages are left out: torch for CUDA asks for
-those versions that it was built with, and torch for CPUs needs none.
+Prints `docker/requirements.txt` (written by `make docker-pins`): all direct and indirect dependencies of pyproject.toml
+in their installed versions. Triton and NVIDIA's packages are left out, because torch for CUDA requires the versions
+that it was built with, and torch for CPUs needs none.
 """
 
 import tomllib

@@ -1,7 +1,7 @@
-"""`docker/Dockerfile.cpu`, built without a daemon on a base of this machine's parts, trains as the user it names.
+"""Tests that `docker/Dockerfile.cpu`, built on a base from parts of this machine, trains as the user that it names.
 
-What is emulated: the base is this interpreter, and this machine's `/usr` and this environment's packages are mounted
-into it, so that pip checks the versions and installs nothing. `make docker-test` builds without such mounts.
+The base is emulated: it is this interpreter, with this machine's `/usr` and this environment's packages mounted. So pip
+checks the versions and installs nothing. `make docker-test` builds without these mounts.
 """
 
 import json

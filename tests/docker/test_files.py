@@ -104,7 +104,7 @@ def test_pins_are_versions_that_pyproject_allows() -> None:
 def test_pins_hold_all_that_they_need() -> None:
     pins = dict(line.split("==") for line in PINS.read_text().splitlines()[1:])
     same = [name for name, version in pins.items() if installed([Requirement(name)]).get(name) == version]
-    # Where this environment is newer than the file, the others' needs are not known here.
+    # If this environment is newer than the file, the requirements of the recorded versions are unknown here.
     assert same, "none of the pinned versions is installed here: make docker-pins"
     needed = set().union(*(needs(name) for name in same))
     assert {name for name in needed - pins.keys() if not is_left_out(name)} == set()

@@ -1,8 +1,8 @@
 """Tests both Dockerfiles on a Debian base with all packages. Takes minutes, so it runs only in `make docker-test`.
 
-Emulated is the base alone: Debian's smallest set with this machine's Python in place of `python:3.11-slim`, with pip
-and no other package. `Dockerfile.cpu` installs every package. `Dockerfile` installs Debian's packages in place of
-Ubuntu's, and takes Python's from this environment: it has torch for CPUs.
+Only the base is emulated: minimal Debian with this machine's Python and pip instead of `python:3.11-slim`.
+`Dockerfile.cpu` installs every package. `Dockerfile` installs Debian's packages instead of Ubuntu's, and uses the
+Python packages of this environment, which has torch for CPUs.
 """
 
 import os

@@ -46,7 +46,7 @@ def make_model(config: ModelConfig = SMALL, dtype: torch.dtype = torch.float64, 
 def make_foresighted(config: ModelConfig = SMALL, dtype: torch.dtype = torch.float64, seed: int = 3) -> Transformer:
     """Builds a model whose MTP module often, but not always, drafts the token that the main model chooses.
 
-    Embeddings outweigh what the layers add, so both mostly read the last token, and the MTP module starts from it.
+    The embeddings dominate the output of the layers, so both mostly depend on the last token.
     """
     model = make_model(config, dtype, seed)
     with torch.no_grad():

@@ -58,7 +58,7 @@ def test_statistics_count_what_happened() -> None:
         statistics = generate(model, [prompt], max_new_tokens=9, speculative=True).statistics
         assert statistics.tokens == 9
         assert statistics.passes == 9 - statistics.drafts_accepted
-        # A pass for the last token alone has no room for a draft.
+        # A pass for only the last token cannot use a draft.
         assert statistics.passes - 2 <= statistics.drafts_offered <= statistics.passes - 1
         assert statistics.passes_saved == statistics.drafts_accepted
         assert f"({statistics.drafts_accepted} of {statistics.drafts_offered})" in statistics.summary()
@@ -99,7 +99,7 @@ def test_verified_tokens_are_distributed_as_without_drafts() -> None:
     first = torch.where(kept, drafts, tokens)
     statistic, limit = chi_square(torch.bincount(first, minlength=5), target)
     assert statistic < limit
-    # A draft is kept as often as p and q overlap.
+    # The acceptance rate is the overlap of p and q.
     overlap = float(torch.minimum(target, draft).sum())
     assert float(kept.double().mean()) == pytest.approx(overlap, abs=5 * (overlap * (1 - overlap) / rows) ** 0.5)
     # What follows a kept draft does not depend on which draft it was.

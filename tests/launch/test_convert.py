@@ -20,7 +20,7 @@ from tests.launch.weight_folders import ROOT, TOKENIZER, convert, make_sources
 from tests.model.hf_checkpoints import (
     FP8_CONFIG,
     assert_same_tensors,
-    dequantised,
+    dequantized,
     edit_json,
     random_tokens,
     read_tensors,
@@ -71,7 +71,7 @@ def test_convert_a_converted_checkpoint_has_the_logits_of_transformers(sources: 
 
 
 def test_convert_fp8_becomes_bf16_by_the_blocks_scales(sources: Path) -> None:
-    expected = dequantised(read_tensors(sources / "fp8"))
+    expected = dequantized(read_tensors(sources / "fp8"))
     reader = CheckpointReader(sources / "of_fp8", "path")
     for name in held_weights(reader.config):
         dtype = torch.float32 if name.endswith("bias") else torch.bfloat16
@@ -107,7 +107,7 @@ def test_convert_to_a_type_rounds_once(
         made = read_tensors(tmp_path / "made")
         assert not [name for name in made if name.endswith("scale_inv")]
         assert "quantization_config" not in json.loads((tmp_path / "made" / "config.json").read_text())
-    values = dequantised(read_tensors(sources / "fp8"))
+    values = dequantized(read_tensors(sources / "fp8"))
     for name, tensor in made.items():
         assert torch.equal(tensor, values[name].to(torch.float32 if name.endswith("bias") else expected)), name
 
@@ -116,7 +116,7 @@ def test_convert_checkpoint_to_fp8_keeps_each_value_to_a_sixteenth(sources: Path
     assert convert(f"from=checkpoint path={sources / 'of_plain'} to={tmp_path / 'made'} dtype=fp8") == 0
     made, before = read_tensors(tmp_path / "made"), read_tensors(sources / "plain")
     assert sum(tensor.dtype == torch.float8_e4m3fn for tensor in made.values()) > 50
-    for name, tensor in dequantised(made).items():
+    for name, tensor in dequantized(made).items():
         # E4M3 has 3 bits behind the point; below its normal numbers, steps are 2^-9 of a block's top / 448.
         torch.testing.assert_close(
             tensor, before[name].float(), rtol=1 / 16, atol=float(before[name].abs().max()) / 2**17

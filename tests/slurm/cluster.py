@@ -1,7 +1,7 @@
-"""A real Slurm of two nodes on one machine: munged, slurmctld and two slurmd in namespaces of their own.
+"""Runs a real Slurm with two nodes on one machine: munged, slurmctld and two slurmd in private namespaces.
 
-Mounts, network and process numbers are private: the nodes' names are known inside alone, ports cannot clash, and the
-first process inside takes all others with it, daemons, jobs and ranks, when it ends or when the test's process does.
+Mounts, network and process ids are private. The nodes' names exist only inside, ports cannot clash, and all processes
+inside (daemons, jobs, ranks) end with the first process inside, which ends with the test's process.
 """
 
 import os
@@ -74,10 +74,10 @@ def missing() -> str | None:
 
 
 class Slurm:
-    """A cluster with the nodes n1 and n2. Made by `open_slurm`.
+    """A cluster with the nodes n1 and n2, created by `open_slurm`.
 
     Attributes:
-        base: the folder of its configuration, state and logs.
+        base: folder of its configuration, state and logs.
     """
 
     def __init__(self, base: Path) -> None:
@@ -127,7 +127,7 @@ class Slurm:
         """Waits until a condition is true.
 
         Raises:
-            SlurmError: it is not after `seconds`.
+            SlurmError: it is still false after `seconds`.
         """
         until = time.monotonic() + seconds
         while not condition():
@@ -149,7 +149,7 @@ class Slurm:
         self.wait_for("nodes", lambda: len(self.attempt(*idle).stdout.split()) == _NUM_NODES, _START_SECONDS)
 
     def close(self) -> None:
-        """Ends the first process inside, and with it all others."""
+        """Ends the first process in the namespaces, which ends all others."""
         self._holder.kill()
         self._holder.wait()
         for daemon in self._daemons:
