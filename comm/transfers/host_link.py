@@ -81,9 +81,9 @@ class HostLink:
     """One link over gloo and host memory. A header carries a small payload or is followed by a large one.
 
     Receive buffers for both are posted in advance, so the sender never waits for a reply, and both are sent and
-    received on the caller's thread. gloo aborts the process if a message is larger than its buffer. This cannot happen:
-    the first buffer of each message fits the largest header with an inline payload, and the tag of a large payload is
-    derived from its header, so the payload never matches the buffer of another message.
+    received on the caller's thread. gloo aborts the process if a message is larger than its buffer, but this cannot
+    happen. The first buffer of each message fits the largest header with an inline payload. The tag of a large payload
+    is derived from its header, so the payload never matches the buffer of another message.
     """
 
     def __init__(self, group: ProcessGroup, peer: int, kind: MessageKind, device: torch.device, log: LinkLog) -> None:

@@ -98,9 +98,8 @@ def svg(
         facts = _measured_facts(simulation, measured, picture.unit)
         picture.panel(f"measured: {facts}", measured.makespan_seconds, *measured_cells(schedule, measured), None)
     width = min(panel_scale.width - 48, _LEGEND_WIDTH)
-    explained, lines = legend(
-        schedule, picture.notes(), width, has_measured=measured is not None, has_bound=bound is not None
-    )
+    notes = picture.notes()
+    explained, lines = legend(schedule, notes, width, has_measured=measured is not None, has_bound=bound is not None)
     picture.parts += [f'<g class="legend" transform="translate(24 {picture.y:.0f})">', *explained, "</g>"]
     name = escape(title or f"{schedule.kind}: {size(schedule)}", {'"': "&quot;"})
     head = [STYLE, DEFINITIONS] if standalone else []

@@ -67,11 +67,20 @@ class PlanCounts:
 class CountLayout:
     """Layout of the counts of one member, and their decoding.
 
-    A member's own counts are, in this order: for each chunk, its tokens that touch each rank (R) and each node (N); its
-    choices of each expert (E); its tokens over the cap; and 0. It sends to each member: rows for the member in each
-    chunk (C); rows for each of the member's experts (L); and its tokens over the cap. To its relays it also sends, for
-    each chunk, the rows for the node and for each rank there (C (1 + G)). Other members receive zeros instead, so that
-    all messages have one width.
+    The own counts of a member, in this order:
+
+    - for each chunk, the tokens that touch each rank (R) and each node (N)
+    - the choices of each expert (E)
+    - the tokens over the cap (1)
+    - zero (1)
+
+    The counts that it sends to another member:
+
+    - the rows for that member in each chunk (C)
+    - the rows for each of that member's experts (L)
+    - the tokens over the cap (1)
+    - for a relay, the rows of each chunk for its node and for each rank there (C (1 + G)); for others, zeros, so that
+      all messages have one width
     """
 
     def __init__(self, relays: Relays, place: int, rail: Sequence[int], num_local: int, num_chunks: int) -> None:
