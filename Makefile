@@ -12,7 +12,7 @@ PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .ve
 TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: train test test-fast test-long cluster-test triton-table gpu-test gpu-day gpu-bench failures bench chaos \
-	any-to-any docker docker-cpu docker-check docker-pins docker-test
+	any-to-any docker docker-cpu docker-check docker-pins docker-test docs
 
 train: .venv/installed
 	.venv/bin/python -m launch.train experiment=quickstart $(ARGS)
@@ -97,6 +97,11 @@ docker-pins: .venv/installed
 # Linux and root.
 docker-test: .venv/installed
 	DOCKER_WHOLE=1 $(PYTEST) tests/docker -rsP
+
+# The documentation as a site in site/, with API pages from docstrings. Warnings are errors.
+docs: .venv/installed
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict
 
 .venv/installed: pyproject.toml
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv

@@ -1,0 +1,1 @@
+"""Tests of the documentation: links, anchors, and the blocks of its pages."""

@@ -1,0 +1,75 @@
+"""Links, anchors and the form of code blocks in the documentation."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.docs.pages import PAGES, ROOT, anchors, blocks, links, runners_of
+
+LANGUAGES = {"bash", "console", "python", "text", "yaml", "json"}
+NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
+every_page = pytest.mark.parametrize("page", PAGES, ids=NAMES)
+
+
+@every_page
+def test_page_links_lead_to_files_and_headings(page: Path) -> None:
+    broken = []
+    for link in links(page):
+        if re.match(r"[a-z]+:", link):
+            continue
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        if not target.exists():
+            broken.append(f"{link}: no such file")
+        elif anchor and anchor not in anchors(target):
+            broken.append(f"{link}: no such heading, has {sorted(anchors(target))}")
+    assert not broken, "\n".join(broken)
+
+
+@every_page
+def test_page_blocks_say_how_they_run(page: Path) -> None:
+    for block in blocks(page):
+        assert block.language in LANGUAGES, f"{block}: language {block.language!r} is not one of {sorted(LANGUAGES)}"
+        assert block.mode == "run" or len(block.reason) > 10, f"{block}: give a reason"
+        assert block.mode == "run" or block.language in ("bash", "python"), f"{block}: only programs can be left out"
+        if block.language == "json":
+            json.loads(block.text)
+        if block.language == "yaml":
+            yaml.safe_load(block.text)
+
+
+@every_page
+def test_page_names_tests_make_targets_and_files_that_exist(page: Path) -> None:
+    text = page.read_text("utf-8")
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
+    named = set(re.findall(r"^\s*make ([a-z-]+)", text, re.MULTILINE)) | set(re.findall(r"`make ([a-z-]+)", text))
+    assert named <= targets, named - targets
+    folders = "comm|conf|data|docker|docs|dualpipe|infer|kernels|launch|model|tests|train"
+    paths = re.findall(rf"`((?:{folders})/[\w/.*-]+?)`", re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S))
+    example = ("conf/experiment/NAME.yaml", "conf/optim/schedule/sawtooth.yaml")
+    shown_here = set(re.findall(r"`(conf/[\w/]+\.yaml)`[^`]*\n\n```", text))
+    missing = [
+        path
+        for path in paths
+        if path not in example and path not in shown_here and not any(ROOT.glob(path.rstrip("/")))
+    ]
+    assert not missing, missing
+
+
+def test_page_runners_read_their_page() -> None:
+    for page in PAGES:
+        for runner in runners_of(page):
+            assert page.name in (ROOT / runner).read_text("utf-8"), runner
+
+
+def test_readme_fits_one_reading() -> None:
+    assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 150
+
+
+def test_every_page_is_linked_from_the_readme() -> None:
+    linked = set(links(ROOT / "README.md"))
+    pages = {name for name in NAMES if name.startswith("docs/")}
+    assert pages <= linked, pages - linked
