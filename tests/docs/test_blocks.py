@@ -44,7 +44,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_page_blocks_run_as_printed(page: Path, files: Path, tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     shutil.copytree(files, folder)
-    shell = make_shell(tmp_path)
+    shell = make_shell()
     names: list[str] = []
     for block in blocks(page):
         if block.mode == "not run":
@@ -61,12 +61,9 @@ def test_page_blocks_run_as_printed(page: Path, files: Path, tmp_path: Path) -> 
                 run(block, "python program.py", _with_program(folder, names), shell)
 
 
-def make_shell(folder: Path) -> dict[str, str]:
+def make_shell() -> dict[str, str]:
     """Returns an environment in which `python` is this one, and the packages of the checkout are found."""
-    programs = folder / "bin"
-    programs.mkdir()
-    (programs / "python").symlink_to(sys.executable)
-    path = f"{programs}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
 
