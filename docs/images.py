@@ -77,8 +77,9 @@ def read_cells(trace: dict[str, list[dict]], threads: tuple[int, ...]) -> list[C
 
 
 def read_headings(svg: str) -> list[str]:
-    """Returns the two sentences above the planned and the measured panel, each up to its bubble."""
+    """Returns the two sentences above the planned and the measured panel, each up to its bubble and in three digits."""
     text = " ".join(unescape(line) for line in re.findall(r'class="heading"[^>]*>([^<]*)<', svg))
+    text = re.sub(r"\d+\.\d+", lambda number: f"{float(number[0]):.3g}", text)
     planned, measured = text[: text.index("measured:")], text[text.index("measured:") :]
     return [
         re.sub(r" \(planned[^)]*\)", "", re.match(r"(.*?bubble [\d.]+ %)", part).group(1))
