@@ -38,7 +38,7 @@ def _planned(rank: int, world_size: int, config: TrainConfig) -> tuple[str, str]
 def test_plan_is_the_same_on_every_rank(kind: str, tmp_path: Path) -> None:
     first, second = run_ranks(2, _planned, config_of(tmp_path, kind))
     assert first == second
-    assert ("as configured" in first[1]) == (kind != "auto")
+    assert ("the configured one" in first[1]) == (kind != "auto")
 
 
 @pytest.mark.slow
@@ -63,4 +63,4 @@ def test_plan_goes_on_with_the_schedule_of_the_checkpoint(tmp_path: Path) -> Non
         assert "step-00000001" in reason
     other = replace(resumed, schedule=ScheduleConfig(kind="dualpipe_split", pairing="overlapped"))
     for _, reason in run_ranks(2, _planned, other):
-        assert reason == "as configured"
+        assert reason == "the configured one"

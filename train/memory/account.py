@@ -1,14 +1,18 @@
-"""What a prediction says of each rank, as values."""
+"""Defines the predicted memory of each rank."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PipelineBytes:
-    """What a step's passes hold on a rank when most is alive.
+    """The bytes that a step's passes hold on a rank at their peak.
 
-    activations: kept from F to I. pending: from I to W. exchange: index tensors of dispatch and combine. transfers:
-    hidden states and gradients on their way between stages and phases. inside: what the operation under way takes.
+    Attributes:
+        activations: tensors kept from F to I.
+        pending: tensors kept from I to W.
+        exchange: index tensors of dispatch and combine.
+        transfers: hidden states and gradients between stages and between phases.
+        inside: temporary tensors of the running operation.
     """
 
     activations: int = 0
@@ -19,17 +23,25 @@ class PipelineBytes:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """The sum of all parts."""
         return self.activations + self.pending + self.exchange + self.transfers + self.inside
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RankMemory:
-    """The predicted peak of one pipeline rank, in bytes; data replicas are alike.
+    """The predicted memory peak of one pipeline rank in bytes, equal for all data replicas.
 
-    weights, gradients, optimizer: alive all the time. weight_codes: FP8 copies of the weights, during the passes.
-    batch: tokens and document masks of a step. pipeline: during the passes. update: what the optimizer step takes
-    beside weights, gradients and state, when the passes are over. reserve: for what is not predicted.
+    Attributes:
+        pipeline_rank: index within the pipeline.
+        parameters: number of parameters.
+        weights: alive all the time.
+        gradients: alive all the time.
+        optimizer: optimizer state, alive all the time.
+        weight_codes: FP8 copies of the weights, during the passes.
+        batch: tokens and document masks of a step.
+        pipeline: activations and other tensors of the passes.
+        update: further tensors of the optimizer step, after the passes.
+        reserve: for what is not predicted.
     """
 
     pipeline_rank: int
@@ -45,28 +57,28 @@ class RankMemory:
 
     @property
     def static(self) -> int:
-        """What is alive between two steps."""
+        """The bytes that are alive between two steps."""
         return self.weights + self.gradients + self.optimizer
 
     @property
     def passes(self) -> int:
-        """What the passes take beside it."""
+        """The bytes that the passes take in addition."""
         return self.weight_codes + self.batch + self.pipeline.total
 
     @property
     def total(self) -> int:
-        """The peak, the reserve included."""
+        """The peak, including the reserve."""
         return self.static + max(self.passes, self.update) + self.reserve
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JobMemory:
-    """A prediction for all ranks of a pipeline. num_micro_batches: of the batch size that needs most."""
+    """The predicted memory of all ranks of a pipeline, and the micro-batches of the batch size that needs most."""
 
     ranks: tuple[RankMemory, ...]
     num_micro_batches: int
 
     @property
     def worst(self) -> RankMemory:
-        """The rank that needs most; the first of several."""
+        """The rank that needs most memory, or the first of several."""
         return max(self.ranks, key=lambda rank: rank.total)

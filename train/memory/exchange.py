@@ -1,4 +1,4 @@
-"""What a dispatcher holds for one layer and micro-batch, in bytes, if every expert receives equally many rows."""
+"""Predicts the bytes that a dispatcher holds for one layer and micro-batch, with an equal load on all experts."""
 
 from comm.dispatch.registry import DISPATCHERS, RowBytes
 from kernels.quantize import num_tiles
@@ -12,7 +12,7 @@ def exchange_bytes(config: TrainConfig, shape: MicroBatchShape) -> ExchangeBytes
 
     Args:
         config: of the run.
-        shape: of a micro-batch; `expert_rows` is what arrives at a rank.
+        shape: of a micro-batch; `expert_rows` is the number of rows that arrive at a rank.
     """
     assert shape.expert_rows is not None
     hidden_size = config.model.hidden_size

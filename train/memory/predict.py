@@ -1,4 +1,4 @@
-"""The prediction: for each pipeline rank what is alive all the time, and the most that a step's passes add."""
+"""Predicts for each pipeline rank the memory that is alive all the time, and the peak that a step's passes add."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,20 +20,20 @@ from train.schedule.nominal import few_micro_batches, planning_schedule
 
 _SMALLER_CAPS = (0.65, 0.5)
 _IMBALANCE = 1.1
-"""Of the load, by which the allowance for uneven experts is told."""
+"""Load of a rank's experts, relative to an even load, for which the effect of imbalance is reported."""
 
 
 def predict_memory(config: TrainConfig) -> JobMemory:
-    """Predicts the peak of every pipeline rank, for the batch size that needs most.
+    """Predicts the memory peak of every pipeline rank, for the batch size that needs most memory.
 
-    Experts are taken to receive equally many rows.
+    It assumes that all experts receive equally many rows.
 
     Args:
-        config: of the run; the rules of `launch` hold.
+        config: of the run, which `launch` has checked against its rules.
 
     Raises:
-        ScheduleError: the schedule cannot be made.
-        CutError: fewer layers than stages.
+        ScheduleError: the schedule cannot be built.
+        CutError: the model has fewer layers than stages.
     """
     shown: dict[int, TrainConfig] = {}
     *smaller, last = config.batch_sizes.sizes
@@ -48,14 +48,13 @@ def predict_memory(config: TrainConfig) -> JobMemory:
 
 
 def ramp_memory_cap(config: TrainConfig) -> float | None:
-    """Returns the memory cap under which a smaller size of a batch ramp is scheduled.
+    """Returns the memory cap for the schedule of a smaller size of a batch ramp.
 
-    With fewer than two micro-batches for each rank, dualpipe_split lets the W of nearly all of them wait to the end,
-    and what waits for W weighs more than before its I. If that does not fit `cluster.memory_bytes`, a smaller cap is
-    taken.
+    With fewer than two micro-batches per rank, dualpipe_split defers nearly every W to the end, and a micro-batch needs
+    more memory between I and W than before I. If that does not fit `cluster.memory_bytes`, a smaller cap is chosen.
 
     Args:
-        config: of the run, as if every step read this size.
+        config: of the run, with this batch size and no ramp.
     """
     room, most = config.cluster.memory_bytes, config.parallelism.pipeline + 1
     if room is None or config.memory_cap is not None or config.schedule.kind != "dualpipe_split":
@@ -74,7 +73,7 @@ def planning_sizes(config: TrainConfig, load: float = 1.0) -> Sizes:
 
     Args:
         config: of the run.
-        load: rows that arrive at the rank's experts, over those of an even load.
+        load: rows that arrive at the rank's experts, relative to an even load.
     """
     model, batch = config.model, config.batch
     value = {"float64": 8, "float32": 4}.get(config.precision.kind, 2)
@@ -114,7 +113,7 @@ def _predict(config: TrainConfig) -> JobMemory:
 
 
 def imbalance_bytes(config: TrainConfig, job: JobMemory) -> int:
-    """Returns what a tenth more rows at the experts of the rank that needs most adds to its peak.
+    """Returns the bytes that 10 % more rows at its experts add to the peak of the rank that needs most memory.
 
     Args:
         config: of the run.
@@ -137,13 +136,13 @@ def _order(schedule: Schedule, rank: int) -> tuple[object, ...]:
 def pipeline_peak(
     config: TrainConfig, schedule: Schedule, rank: int, phases: Sequence[Sequence[PhaseBytes]], sizes: Sizes
 ) -> PipelineBytes:
-    """Returns what the passes of one rank hold at their peak.
+    """Returns the bytes that the passes of one rank hold at their peak.
 
     Args:
         config: of the run.
-        schedule: that is followed.
-        rank: within the pipeline.
-        phases: of every stage.
+        schedule: of the pipeline.
+        rank: index within the pipeline.
+        phases: sizes of the phases of every stage.
         sizes: of a micro-batch.
     """
     order = {"overlapped": pairing.overlapped, "sequential": pairing.sequential}[config.schedule.pairing]

@@ -1,4 +1,4 @@
-"""Prints the prediction as lines of text. Sizes are in GB, 10^9 bytes, as cluster.memory_bytes is given."""
+"""Formats the prediction as lines of text. Sizes are in GB (10^9 bytes)."""
 
 from train.config import TrainConfig
 from train.memory.account import JobMemory, RankMemory
@@ -9,14 +9,14 @@ _COLUMNS = ("rank", "weights", "gradients", "optimizer", "codes", "batch", "acti
 
 
 def memory_lines(config: TrainConfig) -> list[str]:
-    """Returns a table of every pipeline rank's predicted memory, its summary first.
+    """Returns a summary line and a table of every pipeline rank's predicted memory.
 
     Args:
         config: of the run.
 
     Raises:
-        ScheduleError: the schedule cannot be made.
-        CutError: fewer layers than stages.
+        ScheduleError: the schedule cannot be built.
+        CutError: the model has fewer layers than stages.
     """
     job = predict_memory(config)
     header = (*_COLUMNS, "update", "reserve", "total")
@@ -29,7 +29,7 @@ def memory_lines(config: TrainConfig) -> list[str]:
 
 
 def summary_line(config: TrainConfig, job: JobMemory) -> str:
-    """Returns one line: the rank that needs most, and its parts.
+    """Returns one line about the rank that needs most memory, with its parts.
 
     Args:
         config: of the run.
@@ -41,7 +41,7 @@ def summary_line(config: TrainConfig, job: JobMemory) -> str:
 
 
 def parts(rank: RankMemory) -> str:
-    """Returns the parts of a rank's memory that matter, largest first."""
+    """Returns the parts of a rank's memory that are at least 1 % of it, the largest first."""
     named = {
         "activations": rank.pipeline.activations + rank.pipeline.pending,
         "weights": rank.weights,
@@ -61,7 +61,7 @@ def parts(rank: RankMemory) -> str:
 
 
 def gigabytes(size: int) -> str:
-    """Returns a size with its unit; MB below a tenth of a GB."""
+    """Returns a size with its unit: MB below 0.1 GB, or else GB."""
     return f"{size / _GB:.1f} GB" if size >= 0.1 * _GB else f"{size / 1e6:.1f} MB"
 
 

@@ -1,4 +1,4 @@
-"""What a rank holds outside the passes: weights, gradients, optimizer state, and what the update takes."""
+"""Predicts the memory of a rank outside the passes: weights, gradients, optimizer state and the optimizer step."""
 
 from math import ceil
 
@@ -19,9 +19,9 @@ def static_bytes(
 
     Args:
         config: of the run.
-        held: weights on the rank.
+        held: numbers of parameters on the rank.
         sizes: of a micro-batch.
-        pipeline_rank: of the rank.
+        pipeline_rank: index within the pipeline.
         is_mirrored: whether its mirror holds the same stages.
     """
     model, shape = config.model, sizes.shape
@@ -39,13 +39,15 @@ def static_bytes(
 def update_bytes(
     config: TrainConfig, held: HeldParameters, sizes: Sizes, pipeline_rank: int, *, is_mirrored: bool
 ) -> int:
-    """Returns what the optimizer step takes: buckets and the shard's gradients, or gradients side by side.
+    """Returns the bytes of the optimizer step's temporary tensors.
+
+    These are buckets and the shard's gradients with `zero1`, and one flat copy of gradients with `replicated`.
 
     Args:
         config: of the run.
-        held: weights on the rank.
+        held: numbers of parameters on the rank.
         sizes: of a micro-batch.
-        pipeline_rank: of the rank.
+        pipeline_rank: index within the pipeline.
         is_mirrored: whether its mirror holds the same stages.
     """
     dense, experts = _replicas(config, pipeline_rank, is_mirrored=is_mirrored)
@@ -58,12 +60,12 @@ def update_bytes(
 
 
 def batch_bytes(config: TrainConfig, sizes: Sizes, num_micro_batches: int, *, has_end: bool) -> int:
-    """Returns the bytes of tokens and of document masks, which live from their first use to the end of a step.
+    """Returns the bytes of tokens and of document masks, which are alive from their first use to the end of a step.
 
     Args:
         config: of the run.
         sizes: of a micro-batch.
-        num_micro_batches: that the rank runs in a step.
+        num_micro_batches: micro-batches that the rank runs in a step.
         has_end: whether the rank holds the embedding or a head.
     """
     shape, masks = sizes.shape, config.batch.document_mask
@@ -73,7 +75,7 @@ def batch_bytes(config: TrainConfig, sizes: Sizes, num_micro_batches: int, *, ha
     if masks:
         each += shape.num_tokens * _ID_BYTES
         if makes_dense_masks(config.attention, config.cluster.device):
-            # A mask and what is added to scores, for every pair of tokens.
+            # A Boolean mask and the bias that is added to the scores, for every pair of tokens.
             each += shape.sequences * shape.tokens**2 * (1 + shape.value_bytes)
     return each * num_micro_batches
 

@@ -1,4 +1,4 @@
-"""Follows a rank's program step by step and says what is alive after each, and inside it."""
+"""Follows a rank's program and counts the bytes that are alive after and inside each of its steps."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from train.memory.account import PipelineBytes
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LiveBytes:
-    """What is alive: after a step, and at its peak inside."""
+    """The bytes that are alive after a step, and at the peak inside it."""
 
     after: PipelineBytes
     peak: PipelineBytes
@@ -20,8 +20,15 @@ class LiveBytes:
 
 @dataclass(slots=True)
 class _Run:
-    """One micro-batch in one stage. held: values or gradients between its phases. pending: the exchange under way, by
-    what it takes inside."""
+    """One micro-batch in one stage.
+
+    Attributes:
+        phases: sizes of the stage's phases.
+        held: bytes of values or gradients between its phases.
+        routing: bytes of index tensors.
+        pending: step of the exchange that is running, if any.
+        inside: bytes that this exchange takes while it runs.
+    """
 
     phases: Sequence[PhaseBytes]
     held: int = 0
@@ -32,7 +39,10 @@ class _Run:
 
 @dataclass(slots=True)
 class _Rank:
-    """All runs, and what travels. `sent`: the last message of each link, which leaves while the rank goes on."""
+    """The bytes of all micro-batches on a rank, and of its messages.
+
+    `sent` holds the last message of each link, which is sent while the rank continues.
+    """
 
     activations: int = 0
     waiting: int = 0
@@ -55,13 +65,13 @@ class _Rank:
 def iterate_live_bytes(
     program: Program, stages: Mapping[int, Sequence[PhaseBytes]], message_bytes: int, *, keeps_sent: bool
 ) -> Iterator[LiveBytes]:
-    """Yields what is alive after each step of a program.
+    """Yields the bytes that are alive after and inside each step of a program.
 
     Args:
         program: of one rank.
-        stages: the phases of each stage that the rank holds.
-        message_bytes: of a hidden state or its gradient between two stages.
-        keeps_sent: whether a message stays on the device until the next one leaves by the same link.
+        stages: sizes of the phases of each stage on the rank.
+        message_bytes: size of a hidden state or its gradient between two stages.
+        keeps_sent: whether a message stays on the device until the next one is sent over the same link.
     """
     rank, runs = _Rank(), dict[RunKey, _Run]()
     for step in program.steps:
@@ -69,14 +79,14 @@ def iterate_live_bytes(
             runs[step.run] = _Run(stages[step.run.stage])
         inside = _perform(step, rank, runs, message_bytes, keeps_sent=keeps_sent)
         after = rank.alive(0)
-        # Inside a step is counted above what was alive before it, which the step's own changes replace.
+        # The peak inside a step is counted on top of what was alive before it. It may be below what is alive after it.
         yield LiveBytes(after=after, peak=after if inside is None or inside.total < after.total else inside)
 
 
 def _perform(
     step: Step, rank: _Rank, runs: dict[RunKey, _Run], message_bytes: int, *, keeps_sent: bool
 ) -> PipelineBytes | None:
-    """Applies a step; returns what was alive inside it, if more than before and after."""
+    """Applies a step, and returns the bytes that were alive inside it, if it is a phase."""
     match step.action:
         case Action.RECEIVE:
             rank.receiving += message_bytes
@@ -119,7 +129,7 @@ def _pass(step: Step, rank: _Rank, run: _Run) -> PipelineBytes:
 
 
 def _settle(step: Step, rank: _Rank, run: _Run) -> None:
-    """What a phase leaves behind when it is through."""
+    """Applies the change of live bytes at the end of a phase."""
     phase = run.phases[step.phase]
     if step.action is Action.FORWARD:
         made = phase.values
@@ -136,7 +146,7 @@ def _settle(step: Step, rank: _Rank, run: _Run) -> None:
 
 def _accept(step: Step, rank: _Rank, run: _Run, message_bytes: int) -> None:
     assert step.message is not None
-    # A message of the rank to itself was held by the link like one that has arrived.
+    # A message from the rank to itself is counted like one that has arrived.
     rank.receiving -= message_bytes
     rank.held += message_bytes - run.held
     run.held = message_bytes

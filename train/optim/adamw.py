@@ -1,4 +1,4 @@
-"""AdamW as every way of sharding uses it: torch's own, or one that keeps its moments in bf16."""
+"""Builds AdamW for all kinds of sharding: torch's own, or one that keeps its moments in bf16."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,12 +13,12 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Bf16MomentsAdamW(torch.optim.Optimizer):
-    """AdamW of float32 weights with both moments in bf16: 4 bytes of state for a weight instead of 8.
+    """The AdamW optimizer for float32 weights with both moments in bf16: 4 bytes of state per weight instead of 8.
 
-    Arithmetic is in float32; moments are rounded to nearest even when they are put away (arXiv:2412.19437, section
-    3.3.3). With beta2 = 0.95 that changes updates by 0.4 %, less than stochastic rounding does. It biases squares where
-    beta2 is near 1, as their changes then are smaller than bf16's steps; `launch.config.model_rules` refuses such a
-    beta.
+    Arithmetic is in float32. Moments are rounded to nearest even when they are stored (arXiv:2412.19437, section
+    3.3.3). With beta2 = 0.95, rounding changes updates by 0.4 %, less than stochastic rounding does. With beta2 near 1
+    the second moment would be biased, because its changes are smaller than bf16's resolution.
+    `launch.config.model_rules` refuses such a beta2.
     """
 
     def __init__(self, groups: Sequence[dict[str, Any]], config: OptimConfig) -> None:
@@ -27,7 +27,7 @@ class Bf16MomentsAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Updates every weight that has a gradient. No closure is called: gradients are there already."""
+        """Updates every weight that has a gradient. A closure is not supported, because gradients already exist."""
         assert closure is None
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -35,10 +35,10 @@ class Bf16MomentsAdamW(torch.optim.Optimizer):
                     self._step(parameter, group)
 
     def moments(self, parameter: Tensor) -> dict[str, Tensor]:
-        """A weight's state, the tensors themselves: `step` on the host, `exp_avg` and `exp_avg_sq` in bf16."""
+        """Returns the state of a weight, not a copy: `step` on the host, `exp_avg` and `exp_avg_sq` in bf16."""
         state: dict[str, Tensor] = self.state[parameter]
         if not state:
-            # A count on the device would have to be waited for.
+            # A step count on the device would need a host sync.
             state["step"] = torch.zeros(())
             for name in MOMENTS:
                 state[name] = torch.zeros_like(parameter, dtype=torch.bfloat16, memory_format=torch.contiguous_format)
@@ -59,11 +59,11 @@ class Bf16MomentsAdamW(torch.optim.Optimizer):
 
 
 def build_adamw(groups: Sequence[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
-    """By `config.moments`.
+    """Builds the AdamW that `config.moments` selects.
 
     Args:
-        groups: of parameters, each with its weight decay, as torch's optimizers take them.
-        config: of the run.
+        groups: parameter groups with their weight decay, in the form of torch's optimizers.
+        config: of the optimizer.
     """
     if config.moments == "bf16":
         return Bf16MomentsAdamW(groups, config)
@@ -73,7 +73,7 @@ def build_adamw(groups: Sequence[dict[str, Any]], config: OptimConfig) -> torch.
 
 
 def moments_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter | Tensor) -> dict[str, Tensor]:
-    """Returns step count and moments of a parameter, the tensors themselves; made before the first step if needed."""
+    """Returns the step count and moments of a parameter, not copies. They are created before the first step."""
     if isinstance(optimizer, Bf16MomentsAdamW):
         return optimizer.moments(parameter)
     state: dict[str, Tensor] = optimizer.state[parameter]
@@ -84,6 +84,6 @@ def moments_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter | Tenso
 
 
 def spread_step(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> None:
-    """Gives every parameter the last one's step count: they have all been updated equally often."""
+    """Copies the last parameter's step count to all others. All parameters have been updated equally often."""
     for parameter in parameters:
         moments_of(optimizer, parameter)["step"].copy_(moments_of(optimizer, parameters[-1])["step"])

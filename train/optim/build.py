@@ -1,4 +1,4 @@
-"""The optimizer's protocol, and the one that a run names."""
+"""Defines the protocol of an optimizer, and builds the one that a run configures."""
 
 from typing import Protocol, assert_never
 
@@ -13,41 +13,41 @@ from train.optim.zero1 import Zero1AdamW
 
 
 class Optimizer(Protocol):
-    """Applies the gradients in a store to the weights, in two parts, between which the step can be refused."""
+    """The protocol of an optimizer: `reduce`, then either `update` or, if the step is refused, `discard`."""
 
     def reduce(self) -> float:
-        """Sums gradients over replicas; returns their global norm, equal on all ranks. No weight or state changes."""
+        """Sums gradients over replicas without updating anything, and returns their global norm, equal on all ranks."""
         ...
 
     def update(self, learning_rate: float) -> None:
-        """Clips and applies what `reduce` summed. The store is cleared."""
+        """Clips the summed gradients, updates the weights, and clears the store."""
         ...
 
     def discard(self) -> None:
-        """Forgets the gradients, reduced or not: as if there had been no step. The store is cleared."""
+        """Discards the gradients, reduced or not, and clears the store. Nothing else changes."""
         ...
 
     def state(self) -> dict[str, Slice | Tensor]:
-        """Returns this rank's state, to save or to fill in place, under names that depend on no layout.
+        """Returns this rank's state, to save or to fill in place, under names that do not depend on the layout.
 
-        `step` is a scalar; `<parameter>.exp_avg`, `.exp_avg_sq` and, where the weights are not their own master
-        copies, `.master` are runs of the whole job's flat parameter.
+        `step` is a scalar. `<parameter>.exp_avg` and `.exp_avg_sq` are slices of the whole job's flattened parameter.
+        So is `.master`, which exists only if the weights are not their own master copies.
         """
         ...
 
     def loaded(self) -> None:
-        """Follows a change of the tensors of `state`."""
+        """Updates everything that depends on the tensors of `state`, after they were filled."""
         ...
 
     def follow_weights(self) -> None:
-        """Follows a change of the weights themselves."""
+        """Updates everything that depends on the weights, after they were changed."""
         ...
 
 
 def build_optimizer(
     groups: ParameterGroups, store: GradientStore, replicas: ReductionGroups, config: OptimConfig
 ) -> Optimizer:
-    """Builds the optimizer that `config.sharding` names."""
+    """Builds the optimizer that `config.sharding` selects."""
     match config.sharding:
         case "zero1":
             return Zero1AdamW(groups, store, replicas, config)

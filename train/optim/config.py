@@ -1,4 +1,4 @@
-"""The optimizer of a run, as a value. No torch here."""
+"""Defines the configuration of the optimizer. No torch here."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -9,16 +9,22 @@ from train.optim.learning_rate import LR_SCHEDULES, RateSchedule
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig:
-    """AdamW.
+    """The configuration of AdamW.
 
     Attributes:
+        kind: selects this class.
         learning_rate: the peak, which `schedule` scales.
-        schedule: the course of the learning rate.
-        sharding: `zero1` shards the optimizer state over the ranks that hold the same parameters (DeepSpeed),
-            `replicated` keeps it whole on each of them (torch; the only one for float64).
-        moments: their type (float32: float64 for float64 weights). A run may resume from a checkpoint with another
-            one: from float32 to bf16 moments are rounded, the other direction changes nothing.
-        bucket_elements: how much of the gradients zero1 reduces, and of the weights it gathers, at once.
+        schedule: learning-rate schedule.
+        beta1: decay of the first moment.
+        beta2: decay of the second moment.
+        eps: added to the root of the second moment.
+        weight_decay: of matrices; norms have none.
+        clip_norm: largest global gradient norm; larger gradients are scaled down to it.
+        sharding: `zero1` shards the optimizer state over the ranks that hold the same parameters (DeepSpeed);
+            `replicated` keeps the whole state on each of them (torch; required for float64).
+        moments: type of the moments; `float32` means float64 for float64 weights. A run may resume from a checkpoint
+            with another type: bf16 rounds float32 moments, and the other direction changes nothing.
+        bucket_elements: number of elements of gradients that zero1 reduces, and of weights that it gathers, at once.
     """
 
     kind: Literal["adamw"]

@@ -1,4 +1,4 @@
-"""A part of a run, as a value: a share of its tokens, steps or tokens. No torch here."""
+"""Defines durations within a run: a share of its tokens, or a number of steps or tokens. No torch here."""
 
 import re
 from dataclasses import dataclass
@@ -14,9 +14,9 @@ _DURATION = re.compile(r"([0-9][0-9_]*(?:\.[0-9]+)?(?:e\+?[0-9]+)?)\s*(%|steps?|
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Duration:
-    """Part of a run: a share of its tokens, or a number of steps or tokens.
+    """A part of a run: a share of its tokens, or a number of steps or tokens.
 
-    In YAML and on the command line a text such as `5 %`, `2000 steps` or `10e9 tokens`.
+    YAML and the command line write it as text, such as `5 %`, `2000 steps` or `10e9 tokens`.
 
     Attributes:
         amount: 0 to 100 for `%`, otherwise a whole number.
@@ -28,13 +28,14 @@ class Duration:
 
     @classmethod
     def from_plain(cls, value: object) -> Self:
-        """Reads a span from its text.
+        """Reads a duration from its text.
 
         Args:
-            value: the text, or 0 for no span.
+            value: the text, or 0 for an empty duration.
 
         Raises:
-            ValueError: the rule, the value and how to write it; without the key.
+            ValueError: the value is invalid. The message holds the rule, the value and the nearest valid value, without
+                the key.
         """
         rule = "must be a share of the run, steps or tokens, such as '5 %', '2000 steps' or '10e9 tokens'"
         if type(value) in (int, float):
@@ -58,11 +59,11 @@ class Duration:
         return f"{Decimal(str(self.amount)).normalize():f} {self.unit}"
 
     def tokens(self, sizes: BatchSizes, num_steps: int) -> float:
-        """Returns the tokens that it holds from the start of a run.
+        """Returns the number of tokens in this duration, from the start of a run.
 
         Args:
             sizes: sequences of every step of the run.
-            num_steps: of the run.
+            num_steps: number of steps of the run.
         """
         match self.unit:
             case "%":
@@ -76,7 +77,7 @@ class Duration:
 
 
 def _with_unit(number: Decimal) -> str:
-    """Returns the span that a number without a unit most likely means."""
+    """Returns the duration that a number without a unit most likely means."""
     if 0 < number <= 1:
         return f"{(number * 100).normalize():f} %"
     return f"{max(round(number), 0)} steps"

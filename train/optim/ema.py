@@ -1,7 +1,7 @@
-"""An exponential moving average of the weights, on the host in float32, updated during the next step.
+"""Keeps an exponential moving average of the weights, on the host in float32, updated during the next step.
 
-DeepSeek-V3 keeps one to see early how a model does after its learning rate has decayed (arXiv:2412.19437, section
-3.2.3).
+DeepSeek-V3 uses one to estimate early how the model performs after its learning rate has decayed (arXiv:2412.19437,
+section 3.2.3).
 """
 
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,18 +13,18 @@ from model.transformer import BIAS, Transformer, named_tensors
 
 
 class ParameterEma:
-    """Averages of the weights that this rank holds; it owns them, a copy of the weights, and the thread that averages.
+    """The moving average of the weights that this rank holds.
 
-    After an update the step waits only for the copy: averaging runs during the next one. The router's bias is no
-    weight, and stands as it is after the last update.
+    It owns the averages, a copy of the weights on the host, and a thread. After an update, the step waits only for the
+    copy; the thread averages during the next step. The router bias is not a weight and is copied without averaging.
     """
 
     def __init__(self, model: Transformer, decay: float) -> None:
-        """Begins with the weights as they are.
+        """Starts with the present weights.
 
         Args:
             model: this rank's part.
-            decay: what an average keeps of itself in an update, from 0 to below 1.
+            decay: weight of the old average in an update, from 0 to below 1.
         """
         self._model = model
         self._decay = decay
@@ -39,40 +39,40 @@ class ParameterEma:
         self.follow_weights()
 
     def update(self) -> None:
-        """Takes in the weights as an update has left them. Returns when they are copied.
+        """Copies the updated weights, and starts to average them in the background.
 
-        Waits for the average of the update before, if that is not done yet.
+        It first waits until the average of the previous update is complete.
         """
         self.wait()
         for name, weight in named_tensors(self._model).items():
             self._copies[name].copy_(weight, non_blocking=True)
         if torch.cuda.is_available():
-            torch.cuda.current_stream().synchronize()
+            torch.cuda.current_stream().synchronize()  # host sync
         self._under_way = self._worker.submit(self._average)
 
     def wait(self) -> None:
-        """Waits until the averages are those of the last update.
+        """Waits until the averages include the last update.
 
         Raises:
-            Exception: what went wrong in the worker.
+            Exception: the error that the thread raised.
         """
         if self._under_way is not None:
             under_way, self._under_way = self._under_way, None
             under_way.result()
 
     def state(self) -> dict[str, Tensor]:
-        """Averages by released name, float32 on the host: the tensors themselves, to be saved or filled in place.
+        """Returns the averages by released name, float32 on the host, to save or to fill in place.
 
-        They stay as they are until the next `update`.
+        They do not change before the next `update`.
         """
         self.wait()
         return self._averages
 
     def loaded(self) -> None:
-        """Follows a change of the tensors of `state`: nothing to do."""
+        """Does nothing, because nothing else depends on the tensors of `state`."""
 
     def follow_weights(self) -> None:
-        """Restarts the averages from the weights as they are now."""
+        """Restarts the averages from the present weights."""
         self.wait()
         for name, weight in named_tensors(self._model).items():
             self._averages[name].copy_(weight)

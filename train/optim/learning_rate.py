@@ -1,7 +1,8 @@
-"""The learning rate as a pure function of the step: of no layout, and not of where a run was resumed. No torch here.
+"""Computes the learning rate as a pure function of the step. No torch here.
 
-A kind of schedule is a frozen dataclass and a function that register in `LR_SCHEDULES`. This project's kinds are in
-`train.optim.rates`. A file outside the checkout can register one more (docs/extend.md).
+It depends neither on the layout nor on the step from which a run was resumed. A kind of schedule is a frozen dataclass
+and a function that register in `LR_SCHEDULES`. This project's kinds are in `train.optim.rates`. A file outside the
+checkout can register one more (docs/extend.md).
 """
 
 from collections.abc import Callable
@@ -19,12 +20,12 @@ PLACE = "optim.schedule"
 
 
 class RateError(ValueError):
-    """A schedule that no run can follow. The text starts with the dotted key that it is about."""
+    """An invalid learning-rate schedule. The message starts with the dotted key that it is about."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RateSchedule:
-    """What every kind of schedule has: its name, and a linear warm-up, during which its function is not called."""
+    """The fields of every kind of schedule: its name, and a linear warm-up, during which its function is not called."""
 
     kind: str
     warmup: Duration
@@ -32,12 +33,12 @@ class RateSchedule:
 
 @dataclass(frozen=True, slots=True)
 class ScheduleContext:
-    """What a schedule is followed over.
+    """The properties of a run on which a learning-rate schedule depends.
 
     Attributes:
         peak: the learning rate that the schedule scales.
         sizes: sequences of every step of the run.
-        num_steps: of the run.
+        num_steps: number of steps of the run.
         warmup: tokens of the warm-up.
     """
 
@@ -48,31 +49,34 @@ class ScheduleContext:
 
     @property
     def total(self) -> int:
-        """Tokens of the run."""
+        """The number of tokens of the run."""
         return self.sizes.tokens_before(self.num_steps)
 
     def tokens(self, duration: Duration) -> float:
-        """Returns the tokens that a duration from the start of the run holds."""
+        """Returns the number of tokens in a duration from the start of the run."""
         return duration.tokens(self.sizes, self.num_steps)
 
     def progress(self, now: float, start: float, end: float) -> float:
-        """Returns how far `now` is from `start`, or the end of the warm-up if that is later, to `end`: from 0 to 1."""
+        """Returns the progress of `now` from `start` to `end`, between 0 and 1.
+
+        If the warm-up ends after `start`, the progress starts at the end of the warm-up.
+        """
         start = max(self.warmup, start)
         if now >= end:
             return 1.0
         return (now - start) / (end - start) if now > start else 0.0
 
     def require_order(self, first: str, earlier: Duration, second: str, later: Duration) -> None:
-        """Refuses a duration that ends after another.
+        """Refuses two durations that are in the wrong order.
 
         Args:
             first: name of the field that holds `earlier`.
-            earlier: must not end after `later`.
+            earlier: duration that must not end after `later`.
             second: name of the field that holds `later`.
-            later: see `earlier`.
+            later: duration that must not end before `earlier`.
 
         Raises:
-            RateError: it does.
+            RateError: `earlier` ends after `later`.
         """
         if self.tokens(earlier) > self.tokens(later):
             raise RateError(
@@ -96,9 +100,9 @@ class RateSpec:
     Attributes:
         summary: one line for users.
         config: its dataclass, a subclass of `RateSchedule`.
-        rate: returns the rate after the warm-up, from the schedule, the context and the tokens of all steps before.
-        check: raises `RateError` if the run cannot follow the schedule.
-        warnings: returns a line for each part of the schedule that does not suit the run's length.
+        rate: returns the rate after the warm-up, from the schedule, its context and the tokens of all earlier steps.
+        check: raises `RateError` if the schedule is invalid for the run.
+        warnings: returns a line for each part of the schedule that does not fit the run's length.
     """
 
     summary: str
@@ -112,16 +116,16 @@ LR_SCHEDULES = Registry[RateSpec](f"{PLACE}.kind", ("train.optim.rates",))
 
 
 def learning_rate(config: "OptimConfig", sizes: BatchSizes, num_steps: int, step: int) -> float:
-    """Returns the rate of the update that ends a step.
+    """Returns the learning rate of a step's update.
 
-    Every duration is measured in tokens, so a growing batch does not stretch it. With batches of one size that is the
-    same as measuring in steps.
+    Every duration is measured in tokens, so a batch ramp does not stretch it. With one batch size this equals measuring
+    in steps.
 
     Args:
         config: of the optimizer.
         sizes: sequences of every step of the run.
-        num_steps: of the run.
-        step: from 0.
+        num_steps: number of steps of the run.
+        step: index of the step, from 0.
     """
     context = _context(config, sizes, num_steps)
     after = sizes.tokens_before(step + 1)
@@ -131,21 +135,21 @@ def learning_rate(config: "OptimConfig", sizes: BatchSizes, num_steps: int, step
 
 
 def check_schedule(config: "OptimConfig", sizes: BatchSizes, num_steps: int) -> None:
-    """Refuses a schedule that the run cannot follow; arguments as of `learning_rate`.
+    """Refuses a schedule that is invalid for the run. The arguments are those of `learning_rate`.
 
     Raises:
-        RateError: names the key, the rule, the value and the nearest valid one.
+        RateError: the schedule is invalid. The message names the key, the rule, the value and the nearest valid value.
     """
     LR_SCHEDULES.get(config.schedule.kind).check(config.schedule, _context(config, sizes, num_steps))
 
 
 def schedule_warnings(config: "OptimConfig", sizes: BatchSizes, num_steps: int) -> tuple[str, ...]:
-    """Returns a line for each part of the schedule that does not suit the run's length.
+    """Returns a line for each part of the schedule that does not fit the run's length.
 
     Args:
         config: of the optimizer.
         sizes: sequences of every step of the run.
-        num_steps: of the run.
+        num_steps: number of steps of the run.
     """
     schedule, context, lines = config.schedule, _context(config, sizes, num_steps), []
     if context.warmup > context.total:

@@ -1,4 +1,4 @@
-"""A rank's parameters as the optimizer groups them, and who else holds them."""
+"""Groups a rank's parameters for the optimizer, and defines the process groups that hold the same ones."""
 
 from dataclasses import dataclass
 
@@ -12,10 +12,13 @@ from train.checkpoint.state import Slice
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReductionGroups:
-    """Process groups over which gradients are summed and optimizer state is sharded.
+    """The process groups over which gradients are summed and optimizer state is sharded.
 
-    dense: ranks that hold the same stages (mirror x data). experts: of those, the ones that hold the
-    same routed experts. expert: the ranks that share out the experts of one data replica. world: all.
+    Attributes:
+        dense: ranks that hold the same stages (mirror x data).
+        experts: the ranks of `dense` that hold the same routed experts.
+        expert: ranks over which the experts of one data replica are sharded.
+        world: all ranks.
     """
 
     dense: ProcessGroup
@@ -26,9 +29,14 @@ class ReductionGroups:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParameterGroups:
-    """Named parameters: matrices, vectors (norms: no weight decay), routed experts; in one order on all replicas.
+    """The parameters of a rank by name and group, in the same order on all replicas.
 
-    `held`: the routed experts of every layer that are stacked in `experts`, out of `num_experts` in the whole job.
+    Attributes:
+        matrices: matrices outside routed experts.
+        vectors: weights of norms, which have no weight decay.
+        experts: stacked weights of routed experts.
+        held: the routed experts of every layer that are stacked in `experts`.
+        num_experts: routed experts of a layer in the whole job.
     """
 
     matrices: dict[str, nn.Parameter]
@@ -42,12 +50,12 @@ class ParameterGroups:
         return self.matrices | self.vectors | self.experts
 
     def place(self, name: str, first: int, values: Tensor) -> Slice:
-        """Returns values of a parameter's elements as a slice of the whole job's parameter.
+        """Returns values for consecutive elements of a parameter as a slice of the whole job's parameter.
 
         Args:
             name: of the parameter.
-            first: the element, counted in this rank's parameter, that the first value belongs to.
-            values: flat, one for each element of a run.
+            first: index, in this rank's parameter, of the element of the first value.
+            values: flat tensor with one value for each of the consecutive elements.
         """
         num_elements = self.all()[name].numel()
         if name not in self.experts:

@@ -1,4 +1,4 @@
-"""This project's learning-rate schedules: each one a dataclass and a function of the tokens read so far."""
+"""Defines this project's learning-rate schedules, each as a dataclass and a function of the tokens read so far."""
 
 import math
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ from train.optim.learning_rate import LR_SCHEDULES, PLACE, RateError, RateSchedu
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ConstantRate(RateSchedule):
-    """Linear warm-up, then constant."""
+    """A linear warm-up, then a constant rate."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecayedRate(RateSchedule):
-    """Linear warm-up, constant, then a cosine or a straight line to `final_ratio` of the peak, then constant.
+    """A linear warm-up, a constant rate, then a cosine or linear decay to `final_ratio` of the peak.
 
     The decay starts at `decay_start`, or at the end of the warm-up if that is later, and ends at `decay_end`.
     """
@@ -29,9 +29,9 @@ class DecayedRate(RateSchedule):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WsdRate(RateSchedule):
-    """Warm-up, stable, decay (arXiv:2404.06395): the decay takes the last `decay` of the run.
+    """A warmup-stable-decay schedule (arXiv:2404.06395), which decays over the last `decay` of the run.
 
-    `decay_shape`: `linear`, or `one_minus_sqrt`, 1 - sqrt(progress) (arXiv:2405.18392).
+    `decay_shape` is `linear`, or `one_minus_sqrt`: 1 - sqrt(progress) (arXiv:2405.18392).
     """
 
     decay: Duration
@@ -41,7 +41,7 @@ class WsdRate(RateSchedule):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class V3Rate(RateSchedule):
-    """DeepSeek-V3's pre-training (arXiv:2412.19437, section 4.2): as a cosine decay, then a last, lower rate.
+    """The schedule of DeepSeek-V3's pre-training (arXiv:2412.19437, section 4.2): a cosine decay, then a lower rate.
 
     The rate is `last_learning_rate` from `last_start` on.
     """
@@ -79,7 +79,7 @@ def _v3_rate(schedule: V3Rate, context: ScheduleContext, tokens: int) -> float:
 
 
 def _wsd_decay_start(schedule: WsdRate, context: ScheduleContext) -> float:
-    """Returns the tokens before the decay, whose span is counted from the end of the run."""
+    """Returns the number of tokens before the decay. The decay is counted from the end of the run."""
     if schedule.decay.unit == "steps":
         return context.sizes.tokens_before(max(context.num_steps - int(schedule.decay.amount), 0))
     return max(context.total - context.tokens(schedule.decay), 0)
@@ -90,24 +90,24 @@ def _decay_progress(schedule: DecayedRate | V3Rate, context: ScheduleContext, to
 
 
 def _down_to(final_ratio: float, share: float) -> float:
-    """Returns 1 for a share of 1, and `final_ratio` for a share of 0."""
+    """Interpolates between `final_ratio`, for a share of 0, and 1, for a share of 1."""
     return final_ratio + (1 - final_ratio) * share
 
 
 def _cosine(progress: float) -> float:
-    """Returns half a cosine's fall from 1 to 0."""
+    """Returns a half-cosine that falls from 1 to 0."""
     return (1 + math.cos(math.pi * progress)) / 2
 
 
 def _check_decay(schedule: DecayedRate | V3Rate, context: ScheduleContext) -> None:
-    """Refuses spans that are out of order."""
+    """Refuses durations that are in the wrong order."""
     context.require_order("decay_start", schedule.decay_start, "decay_end", schedule.decay_end)
     if context.warmup <= context.total:
         context.require_order("warmup", schedule.warmup, "decay_end", schedule.decay_end)
 
 
 def _check_v3(schedule: V3Rate, context: ScheduleContext) -> None:
-    """Refuses spans that are out of order and rates that rise."""
+    """Refuses durations that are in the wrong order, and rates that increase."""
     _check_decay(schedule, context)
     context.require_order("decay_end", schedule.decay_end, "last_start", schedule.last_start)
     rates = (

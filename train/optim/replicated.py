@@ -1,4 +1,4 @@
-"""AdamW with its whole state on every rank: gradients summed over replicas, the true global norm, the step."""
+"""Implements AdamW with the whole optimizer state on every rank."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from train.optim.parameters import ParameterGroups, ReductionGroups
 
 
 class ReplicatedAdamW:
-    """For float32 and float64 weights, which are their own master copies."""
+    """The AdamW optimizer for float32 and float64 weights, which are their own master copies."""
 
     def __init__(
         self, groups: ParameterGroups, store: GradientStore, replicas: ReductionGroups, config: OptimConfig
@@ -32,7 +32,7 @@ class ReplicatedAdamW:
         self._norm = 0.0
 
     def reduce(self) -> float:
-        """Sums the gradients in the store over replicas, in place; returns the norm of all."""
+        """Sums the gradients in the store over replicas, in place, and returns their global norm."""
         shared, routed = self._parameters()
         squares = torch.zeros((), dtype=torch.float64, device=shared[0].device)
         for parameters, group in ((shared, self._replicas.dense), (routed, self._replicas.experts)):
@@ -41,11 +41,11 @@ class ReplicatedAdamW:
             for gradient in gradients:
                 squares += gradient.double().square().sum() / dist.get_world_size(group)
         dist.all_reduce(squares, group=self._replicas.world)
-        self._norm = float(squares.sqrt())
+        self._norm = float(squares.sqrt())  # host sync
         return self._norm
 
     def update(self, learning_rate: float) -> None:
-        """Clips and applies what was reduced."""
+        """Clips the summed gradients, updates the weights, and clears the store."""
         scale = min(1.0, self._clip_norm / (self._norm + 1e-6))
         shared, routed = self._parameters()
         for parameter in (*shared, *routed):
@@ -57,11 +57,11 @@ class ReplicatedAdamW:
         self._store.clear()
 
     def discard(self) -> None:
-        """Forgets the gradients."""
+        """Discards the gradients."""
         self._store.clear()
 
     def state(self) -> dict[str, Slice | Tensor]:
-        """Moments by parameter name and the step count, the tensors themselves; made if no step was taken yet."""
+        """Returns the step count and the moments by parameter name, not copies. They exist before the first step."""
         named: dict[str, Slice | Tensor] = {}
         for name, parameter in self._groups.all().items():
             moments = moments_of(self._optimizer, parameter)
@@ -71,20 +71,20 @@ class ReplicatedAdamW:
         return named
 
     def loaded(self) -> None:
-        """Follows a change of the tensors of `state`: weights are their own masters."""
+        """Copies the loaded step count to all parameters. Weights are their own master copies."""
         spread_step(self._optimizer, list(self._groups.all().values()))
 
     def follow_weights(self) -> None:
-        """Follows a change of the weights: they are their own master copies."""
+        """Does nothing, because weights are their own master copies."""
 
     def _parameters(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        """Returns the parameters that all ranks of a stage share, and the routed experts."""
+        """Returns the parameters that all ranks of a stage hold, and the routed experts."""
         groups = self._groups
         return [*groups.matrices.values(), *groups.vectors.values()], list(groups.experts.values())
 
 
 def _sum_over(tensors: list[Tensor], group: dist.ProcessGroup) -> None:
-    """Sums many tensors of one type over a group with one all-reduce, in place."""
+    """Sums tensors of one type over a group with one all-reduce, in place."""
     if not tensors or dist.get_world_size(group) == 1:
         return
     flat = torch.cat([tensor.flatten() for tensor in tensors])

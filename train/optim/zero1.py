@@ -1,7 +1,7 @@
-"""AdamW through DeepSpeed's ZeRO stage 1, without DeepSpeed's engine: the pipeline makes the gradients.
+"""Implements AdamW by DeepSpeed's ZeRO stage 1, without DeepSpeed's engine: the pipeline computes the gradients.
 
-Float32 master weights and their moments are sharded over the ranks that hold the same parameters: mirror x
-data, and for routed experts those of them that hold the same experts.
+Float32 master weights and their moments are sharded over the ranks that hold the same parameters. For dense parameters
+these are mirror x data; for routed experts, those of them that hold the same experts.
 """
 
 import logging
@@ -23,7 +23,10 @@ _EXPERTS = "routed_experts"
 
 
 class Zero1AdamW:
-    """For bf16 and float32 weights. Needs an initialised process group; every rank makes and steps it together."""
+    """The AdamW optimizer with sharded state, for bf16 and float32 weights.
+
+    It needs an initialized process group. All ranks create it and call it at the same point.
+    """
 
     def __init__(
         self, groups: ParameterGroups, store: GradientStore, replicas: ReductionGroups, config: OptimConfig
@@ -33,18 +36,19 @@ class Zero1AdamW:
         self._store = store
         self._replicas = replicas
         self._optimizer = _build(groups, replicas, config)
-        # The pipeline accumulates gradients itself; DeepSpeed's hooks would take them away micro-batch by micro-batch.
+        # The pipeline accumulates gradients itself. DeepSpeed's hooks would consume those of each micro-batch.
         for hook in self._optimizer._grad_acc_hooks:
             hook.remove()
         self._optimizer._grad_acc_hooks = []
 
     def reduce(self) -> float:
-        """Sums the gradients in the store over replicas; each rank keeps its shard. Returns the norm of all."""
+        """Sums the gradients in the store over replicas, keeps this rank's shard, and returns the global norm."""
         optimizer = self._optimizer
-        # DeepSpeed divides every sum by the size of the dense group, the experts' too; the store holds parts of a sum.
+        # DeepSpeed divides every sum, also that of experts, by the size of the dense group. The store holds parts of a
+        # sum, so this factor undoes the division.
         scale = dist.get_world_size(self._replicas.dense)
         for parameter in self._parameters:
-            # Its own tensor object: DeepSpeed points the gradients it is given into its buckets.
+            # `detach` creates another tensor object, because DeepSpeed makes its gradients point into its buckets.
             gradient = self._store.gradient(parameter).mul_(scale).detach()
             if optimizer.use_grad_accum_attribute:
                 parameter.grad_accum = gradient  # type: ignore[attr-defined]
@@ -52,17 +56,17 @@ class Zero1AdamW:
                 parameter.grad = gradient
         optimizer.set_gradient_accumulation_boundary(True)
         optimizer.reduce_gradients(pipeline_parallel=True)
-        return float(optimizer.measure_norm())
+        return float(optimizer.measure_norm())  # host sync
 
     def update(self, learning_rate: float) -> None:
-        """Clips and applies what was reduced."""
+        """Clips the summed gradients, updates the weights, and clears the store."""
         for options in self._optimizer.param_groups:
             options["lr"] = learning_rate
         self._optimizer.step()
         self._clear()
 
     def discard(self) -> None:
-        """Forgets the gradients, as DeepSpeed does where it finds one that is not finite."""
+        """Discards the gradients in the way that DeepSpeed does after an overflow."""
         optimizer = self._optimizer
         for kept in (optimizer.averaged_gradients, optimizer.all_grad_tensors):
             for index in kept:
@@ -76,10 +80,10 @@ class Zero1AdamW:
         self._store.clear()
 
     def state(self) -> dict[str, Slice | Tensor]:
-        """Returns this rank's runs of master weights and moments, and the step count; the tensors themselves.
+        """Returns this rank's slices of master weights and moments, and the step count, not copies.
 
-        Float32 weights are equal to their master copies, which are then left out: a checkpoint does not tell whether
-        the state was sharded.
+        Float32 weights are equal to their master copies, which are then left out. So a checkpoint does not depend on
+        whether the state was sharded.
         """
         named: dict[str, Slice | Tensor] = {}
         for index, master in enumerate(self._masters):
@@ -103,9 +107,9 @@ class Zero1AdamW:
         return all(parameter.dtype == torch.float32 for parameter in self._parameters)
 
     def _runs(self, index: int) -> Iterator[tuple[str, int, slice]]:
-        """Yields what a group's shard holds of each parameter: its name, the first element, their place in the shard.
+        """Yields the part of each parameter in a group's shard: its name, its first element, its place in the shard.
 
-        By DeepSpeed's own places; its fragments say the same, but are linked to the state of the first group alone.
+        The places are DeepSpeed's own. DeepSpeed's fragments hold the same, but only for the first group's state.
         """
         optimizer, size = self._optimizer, self._masters[index].numel()
         start = dist.get_rank(optimizer.real_dp_process_group[index]) * size
@@ -117,7 +121,7 @@ class Zero1AdamW:
                 yield names[id(parameter)], first - offset, slice(first - start, end - start)
 
     def loaded(self) -> None:
-        """Follows a change of the tensors of `state`: weights are copied from their masters."""
+        """Copies the loaded step count to all groups, and the master copies to the weights."""
         spread_step(self._optimizer.optimizer, self._masters)
         if self._are_weights_masters:
             self.follow_weights()
@@ -127,7 +131,7 @@ class Zero1AdamW:
             self._optimizer._update_model_bit16_weights(index)
 
     def follow_weights(self) -> None:
-        """Follows a change of the weights: this rank's master copies are made from them."""
+        """Copies the weights to this rank's master copies."""
         self._optimizer.refresh_fp32_params()
 
 
@@ -138,14 +142,14 @@ def _build(groups: ParameterGroups, replicas: ReductionGroups, config: OptimConf
     from deepspeed.utils.timer import NoopTimer
 
     logger.setLevel(logging.ERROR)
-    # It still calls a collective that torch renamed.
+    # DeepSpeed still calls a collective that torch renamed.
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
-    # Its shared-memory collectives would be compiled with g++ for a minute; results are the same without.
+    # Compiling DeepSpeed's shared-memory collectives with g++ takes a minute. Results are the same without them.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist.get_backend(), dist_init_required=False, verbose=False)
 
     bucket = min(config.bucket_elements, sum(parameter.numel() for parameter in groups.all().values()))
-    bucket += bucket % 2  # it takes even ones alone
+    bucket += bucket % 2  # DeepSpeed needs an even size
     return _world_norm_optimizer(replicas.world)(
         build_adamw(_parameter_options(groups, config.weight_decay), config),
         {parameter: name for name, parameter in groups.all().items()},
@@ -174,20 +178,23 @@ def _world_norm_optimizer(world: dist.ProcessGroup) -> Any:
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
     class WorldNorm(DeepSpeedZeroOptimizer):  # type: ignore[misc]
-        """DeepSpeed's own norm pairs up parameter groups over stages, and hangs if stages differ in them."""
+        """DeepSpeed's optimizer with another gradient norm.
+
+        DeepSpeed's own norm reduces each parameter group over all stages, and hangs if stages have different groups.
+        """
 
         def measure_norm(self) -> Tensor:
             parts = [part for group in self.averaged_gradients.values() for part in group]
             squares = torch.zeros((), dtype=torch.float64, device=parts[0].device)
-            for part in parts:  # every element is owned by exactly one rank of the job; padding is zero
+            for part in parts:  # exactly one rank of the job owns each element; padding is zero
                 squares += part.double().square().sum()
             dist.all_reduce(squares, group=world)
             self.measured_norm = squares.sqrt().float()
             return self.measured_norm
 
         def scaled_global_norm(self, norm_type: int = 2) -> Tensor:
-            # Measured before the step, which is not taken where it is not finite: DeepSpeed would skip it without a
-            # word, or with bf16 weights take it.
+            # The norm was measured before the step, and the guard has refused one that is not finite. DeepSpeed would
+            # silently skip such a step, or take it if weights are bf16.
             assert norm_type == 2
             return self.measured_norm
 
@@ -195,7 +202,7 @@ def _world_norm_optimizer(world: dist.ProcessGroup) -> Any:
 
 
 def _parameter_options(groups: ParameterGroups, weight_decay: float) -> list[dict[str, Any]]:
-    """Returns AdamW's parameter groups, with what DeepSpeed reads to find routed experts."""
+    """Returns AdamW's parameter groups, with the attributes by which DeepSpeed recognizes routed experts."""
     for parameter in groups.experts.values():
         parameter.allreduce = False  # type: ignore[attr-defined]
         parameter.group_name = _EXPERTS  # type: ignore[attr-defined]

@@ -1,7 +1,4 @@
-"""The file `lock.json` of a run's folder, as it is read: who owns the folder, and since when it was not renewed.
-
-No torch here.
-"""
+"""Reads and renews the file `lock.json`, which says who owns a run's folder. No torch here."""
 
 import multiprocessing
 import os
@@ -17,19 +14,19 @@ _MOST_BYTES = 65536
 
 
 class LockedError(ValueError):
-    """The folder has another owner, or a lock that cannot be read. The text starts with `out_dir`."""
+    """The folder has another owner, or a lock that cannot be read. The message starts with `out_dir`."""
 
 
 @dataclass(frozen=True, slots=True)
 class LockRecord:
-    """A lock as it was read: its owner, None for a file that describes none, and when it was last renewed."""
+    """The content of a lock: its owner, or None if the file describes none, and when it was last renewed."""
 
     owner: Owner | None
     renewed: float
 
     @property
     def name(self) -> str:
-        """Words for the owner."""
+        """A description of the owner, for messages."""
         return "an unknown owner" if self.owner is None else str(self.owner)
 
     @property
@@ -39,10 +36,10 @@ class LockRecord:
 
 
 def read_lock(path: Path) -> LockRecord | None:
-    """Returns a lock, or None if there is none.
+    """Reads a lock; returns None if there is none.
 
     Raises:
-        LockedError: there is something else under its name.
+        LockedError: the path is not a regular file.
         OSError: it cannot be read.
     """
     try:
@@ -56,7 +53,7 @@ def read_lock(path: Path) -> LockRecord | None:
 
 
 def renew(path: Path, own_id: str) -> bool:
-    """Renews a lock; returns False without a change if it is gone or another's."""
+    """Renews a lock. Returns False without a change if it was removed or has another owner."""
     try:
         descriptor = _open(path)
     except FileNotFoundError:
@@ -65,14 +62,14 @@ def renew(path: Path, own_id: str) -> bool:
         owner = _read(descriptor).owner
         if owner is None or owner.id != own_id:
             return False
-        os.utime(descriptor)  # this file, even if another has its name by now
+        os.utime(descriptor)  # changes the file that was read, even if another file has its name by now
         return True
     finally:
         os.close(descriptor)
 
 
 def refuse_if_in_use(folder: Path) -> None:
-    """Refuses a folder whose owner is alive on this machine; changes nothing.
+    """Refuses a folder whose owner is alive on this machine. It changes nothing.
 
     Raises:
         LockedError: it is in use.
@@ -92,15 +89,15 @@ def in_use_error(folder: Path, found: LockRecord | None) -> LockedError:
 
 
 class OwnershipCheck:
-    """Whether a run still owns its folder, for the rank that writes there."""
+    """A check whether a run still owns its folder, for the rank that writes there."""
 
     def __init__(self, folder: Path, lock_id: str | None, every_seconds: float = 2.0) -> None:
         """Reads nothing yet.
 
         Args:
             folder: of the run.
-            lock_id: of the lock that the run's command holds; None: it holds none, and nothing is checked.
-            every_seconds: for how long an answer holds.
+            lock_id: id of the lock that the run's command holds; None: it holds no lock, and nothing is checked.
+            every_seconds: time for which a result is reused.
         """
         self._folder = folder
         self._lock_id = lock_id
@@ -110,7 +107,10 @@ class OwnershipCheck:
 
     @classmethod
     def of_process(cls, folder: Path) -> "OwnershipCheck":
-        """Returns the check of a rank whose command, or which itself, holds the lock; without a lock, none is made."""
+        """Returns the check of this rank. It checks nothing if the folder has no lock.
+
+        The lock belongs to this process or to the launcher that started it.
+        """
         try:
             found = read_lock(folder / LOCK_NAME)
         except (LockedError, OSError):
@@ -123,10 +123,10 @@ class OwnershipCheck:
         return cls(folder, found.owner.id if is_own and found.owner is not None else "")
 
     def problem(self, *, is_urgent: bool = False) -> str:
-        """Returns why the folder is no longer this run's; empty if it is, or if nobody can tell now.
+        """Returns why the run no longer owns the folder, or an empty text if it does or the lock cannot be read now.
 
         Args:
-            is_urgent: an answer from before does not count.
+            is_urgent: whether to read the lock now, instead of reusing a recent result.
         """
         now = time.monotonic()
         if self._lock_id is not None and (is_urgent or now - self._looked_at >= self._every_seconds):
@@ -150,7 +150,7 @@ class OwnershipCheck:
 
 
 def _open(path: Path) -> int:
-    """Opens a lock for reading: no link is followed, and a pipe does not make it wait."""
+    """Opens a lock for reading. It follows no symbolic link, and does not block on a pipe."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except (FileNotFoundError, NotADirectoryError):

@@ -1,4 +1,4 @@
-"""The process that owns a file or a folder, and whether it is still alive. No torch here."""
+"""Describes the process that owns a file or a folder, and finds out whether it is still alive. No torch here."""
 
 import json
 import os
@@ -22,14 +22,14 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Owner:
-    """A process, as a file describes it.
+    """A process that owns a file or a folder.
 
     Attributes:
-        id: random, so that two owners with one process number differ.
+        id: random, so that two owners with the same pid differ.
         host: name of the machine.
-        machine: one boot of one machine and one set of process numbers; a container has numbers of its own.
-        pid: within `machine`.
-        started: when the process started, as its system writes it; empty if the system does not.
+        machine: identifies one boot of one machine and one PID namespace, such as a container's.
+        pid: process id within `machine`.
+        started: start time of the process in the format of its system; empty if the system reports none.
         time: when the process became the owner, in seconds since 1970.
         command: its command line without secrets.
     """
@@ -44,7 +44,7 @@ class Owner:
 
     @classmethod
     def of_this_process(cls) -> "Owner":
-        """Returns this process as a new owner."""
+        """Returns a new owner that describes this process."""
         command = redact(shlex.join(sys.orig_argv[1:]))[:_LONGEST_TEXT]
         return cls(
             id=secrets.token_hex(16),
@@ -66,24 +66,24 @@ class Owner:
             return None
 
     def to_text(self) -> str:
-        """Returns what `from_text` reads."""
+        """Returns the text that `from_text` reads."""
         return json.dumps(asdict(self), indent=2) + "\n"
 
     @property
     def is_here(self) -> bool:
-        """Whether this process can tell if the owner is alive."""
+        """Whether the owner runs on this machine and in this PID namespace."""
         return self.machine == _machine()
 
     @property
     def is_gone(self) -> bool:
-        """Whether the owner is known to have ended; False for a process of another machine."""
+        """Whether the owner has ended; False if it runs on another machine."""
         if not self.is_here:
             return False
         started = _start_time(self.pid)
         return started is None or started != self.started
 
     def __str__(self) -> str:
-        """Returns host, process and command for a message, without control characters."""
+        """Returns the host, pid and command for a message, without control characters."""
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.time))
         return _printable(f"host {self.host}, pid {self.pid} since {since} (command: {self.command})")
 
@@ -106,7 +106,7 @@ def _printable(text: str) -> str:
 
 
 def _machine() -> str:
-    """Returns what differs between two boots, two machines and two containers."""
+    """Returns an identifier that differs between two boots, two machines and two containers."""
     try:
         boot = _BOOT_ID.read_text(encoding="ascii").strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -115,7 +115,7 @@ def _machine() -> str:
 
 
 def _start_time(pid: int) -> str | None:
-    """Returns when a process started, or None if it has ended; a zombie has."""
+    """Returns when a process started, or None if it has ended. A zombie counts as ended."""
     if _BOOT_ID.exists():
         try:
             fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()

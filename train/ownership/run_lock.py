@@ -1,7 +1,8 @@
-"""The lock of a run's folder: one owner at a time, on local and on shared file systems. No torch here.
+"""Locks a run's folder: one owner at a time, on local and on shared file systems. No torch here.
 
-The lock is the file `lock.json`. It appears whole (a hard link, which NFS makes once), and its owner renews its time of
-change. All times are compared by the file system's own clock: with that of a file changed at that moment.
+The lock is the file `lock.json`. It is created atomically by a hard link, which also works on NFS. Its owner renews its
+modification time. Times are compared with that of a file which was just modified, so only the clock of the file system
+counts.
 """
 
 import errno
@@ -17,7 +18,7 @@ from train.ownership.owner import Owner
 
 RENEW_SECONDS = 5.0
 LEASE_SECONDS = 60.0
-"""A lock of another machine that was not renewed for this long is stale."""
+"""Age after which a lock of another machine is stale if it was not renewed."""
 _LOOK_SECONDS = 0.5
 _MOST_TAKEOVERS = 2
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
@@ -26,18 +27,19 @@ _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.E
 class RunLock:
     """A lock that this process owns. A thread renews it until `release`.
 
-    Attributes: `taken_from`, words for the owner of a stale lock that it replaced; empty if there was none.
+    Attributes:
+        taken_from: description of the owner whose stale lock it replaced; empty if there was none.
     """
 
     taken_from: str
 
     def __init__(self, path: Path, owner: Owner, taken_from: str) -> None:
-        """Starts to renew a lock that was just made.
+        """Starts to renew a lock that was just created.
 
         Args:
             path: of the lock.
-            owner: that the lock describes.
-            taken_from: see the class.
+            owner: this process, as the lock describes it.
+            taken_from: description of the owner whose stale lock it replaced, or an empty text.
         """
         self.taken_from = taken_from
         self._path = path
@@ -49,14 +51,14 @@ class RunLock:
     def release(self) -> None:
         """Removes the lock if this process still owns it."""
         self._is_over.set()
-        # Renewed right before, it is stale to nobody while it is removed.
+        # It is renewed first, so that no other process considers it stale while it is removed.
         with suppress(OSError, ValueError):
             if renew(self._path, self._owner.id):
                 self._path.unlink()
 
     def _renew_on(self) -> None:
         while not self._is_over.wait(RENEW_SECONDS):
-            # A server that does not answer may answer the next time.
+            # A file server that does not respond may respond the next time.
             with suppress(OSError):
                 if not renew(self._path, self._owner.id):
                     return
@@ -64,12 +66,12 @@ class RunLock:
 
 @contextmanager
 def locked(folder: Path, say: Callable[[str], None], lease_seconds: float = LEASE_SECONDS) -> Iterator[RunLock]:
-    """Owns a folder meanwhile.
+    """Holds the lock of a folder inside the `with` block.
 
     Args:
-        folder: that exists.
-        say: takes a line for people if a stale lock is taken over, or if that takes a while.
-        lease_seconds: after which a lock of another machine is stale.
+        folder: an existing folder.
+        say: prints a line for people if a stale lock is taken over, or if this waits for one to become stale.
+        lease_seconds: age after which a lock of another machine is stale.
 
     Raises:
         LockedError: the folder has another owner.
@@ -83,7 +85,7 @@ def locked(folder: Path, say: Callable[[str], None], lease_seconds: float = LEAS
 
 
 def acquire(folder: Path, say: Callable[[str], None], lease_seconds: float = LEASE_SECONDS) -> RunLock:
-    """Acquires the lock as `locked` does, for an owner that calls `release` itself."""
+    """Acquires the lock like `locked`, for a caller that calls `release` itself."""
     owner, path = Owner.of_this_process(), folder / LOCK_NAME
     own = path.with_name(f"{LOCK_NAME}.{owner.id}.partial")
     try:
@@ -98,7 +100,7 @@ def acquire(folder: Path, say: Callable[[str], None], lease_seconds: float = LEA
 
 
 class _Attempt:
-    """One process' attempt to get a lock."""
+    """One process's attempt to acquire a lock."""
 
     def __init__(self, own: Path, owner: Owner, say: Callable[[str], None], lease_seconds: float) -> None:
         self._own = own
@@ -108,17 +110,17 @@ class _Attempt:
         self.taken_from = ""
 
     def take(self, path: Path, depth: int = 0) -> None:
-        """Puts this process' lock there: at once if the name is free, else when the lock there is stale."""
+        """Creates this process's lock, at once if the path is free, or else when the present lock is stale."""
         if self._put(path):
             return
         stale = self._wait_until_stale(path)
         if stale is not None:
             self._replace(path, stale, depth)
-        elif not self._put(path):  # released, and another was faster
+        elif not self._put(path):  # it was released, but another process created the next lock first
             raise self._in_use_error(read_lock(path))
 
     def _replace(self, path: Path, stale: LockRecord, depth: int) -> None:
-        """Replaces a stale lock. Of all who try, the owner of a lock on that very lock does it."""
+        """Replaces a stale lock. A second lock, on the stale lock, ensures that only one process replaces it."""
         if depth == _MOST_TAKEOVERS:
             raise self._in_use_error(stale)
         name = "unknown" if stale.owner is None else stale.owner.id
@@ -136,11 +138,11 @@ class _Attempt:
             guard.unlink(missing_ok=True)
 
     def _put(self, path: Path) -> bool:
-        """Returns whether the name was free and is now this process' lock."""
+        """Creates this process's lock, and returns whether the path was free."""
         try:
             os.link(self._own, path)
         except FileExistsError:
-            # NFS may make a link and lose the answer.
+            # NFS may create the link and lose the response.
             return os.path.samestat(os.lstat(self._own), os.lstat(path)) if os.path.lexists(path) else False
         except OSError as error:
             if error.errno not in _NO_LINKS:
@@ -152,7 +154,9 @@ class _Attempt:
         return True
 
     def _wait_until_stale(self, path: Path) -> LockRecord | None:
-        """Returns the lock once it is stale, None if it is released. Waits only for an owner that cannot be seen.
+        """Returns the lock once it is stale, or None if it was released.
+
+        It waits only if the owner runs on another machine, because its process cannot be checked there.
 
         Raises:
             LockedError: the owner is alive, or renews the lock.
@@ -164,7 +168,7 @@ class _Attempt:
                 return found
             if found.is_alive_here or found != first:
                 raise self._in_use_error(found)
-            # One from the future is stale if nobody renews it while we look.
+            # A modification time in the future has no age, so its lock is stale if no one renews it during the wait.
             if self._now() - found.renewed >= self._lease_seconds or time.monotonic() >= until:
                 return found
             if not has_said:
@@ -175,7 +179,7 @@ class _Attempt:
         return None
 
     def _now(self) -> float:
-        """Returns the time by the file system's clock."""
+        """Returns the present time of the file system's clock."""
         os.utime(self._own)
         return self._own.stat().st_mtime
 
@@ -184,7 +188,7 @@ class _Attempt:
 
 
 def _write_new(path: Path, text: str) -> None:
-    """Writes a file that must not exist."""
+    """Creates and writes a file; fails if it exists."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:
         file.write(text)

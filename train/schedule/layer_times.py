@@ -1,4 +1,4 @@
-"""Times of the model's parts, and the costs of pipeline stages that follow from them. No torch here."""
+"""Computes the costs of pipeline stages from the times of the model's parts. No torch here."""
 
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass, fields
@@ -10,7 +10,7 @@ from train.config import TrainConfig
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartTimes:
-    """Seconds of one micro-batch in one part of the model, computation apart from exchange."""
+    """The seconds of one micro-batch in one part of the model, with computation and exchange separate."""
 
     forward: float = 0.0
     backward_input: float = 0.0
@@ -25,10 +25,10 @@ class PartTimes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerTimes:
-    """Of a dense and of a MoE layer, of the embedding, and of the heads with all MTP modules.
+    """The times of a dense layer, a MoE layer, the embedding, and the heads with all MTP modules.
 
-    Zero for a kind of layer that the model does not have. `latency`: seconds in which an activation gets from one
-    pipeline rank to the next; 0 in a pipeline of one rank.
+    Times of a kind of layer that the model does not have are 0. `latency` is the time in seconds that an activation
+    takes from one pipeline rank to the next; it is 0 if the pipeline has one rank.
     """
 
     dense: PartTimes
@@ -39,15 +39,15 @@ class LayerTimes:
 
 
 def stage_costs(times: LayerTimes, config: TrainConfig, num_stages: int) -> CostModel:
-    """Returns the costs of each of so many stages of the run's model, in seconds.
+    """Returns the costs of each stage of the run's model, in seconds.
 
-    A stage keeps its share of all layers, MTP modules among them, in units of model/P: of P equal stages each keeps 1.
-    Where groups run one member after the other, exchange is no more than computation.
+    Activations are in units of model/P: each of P equal stages keeps 1. MTP modules count as layers. If groups run
+    sequentially, the time of an exchange is added to computation, because nothing hides it.
 
     Args:
         times: of the model's parts.
         config: of the run.
-        num_stages: that the model is cut into.
+        num_stages: number of stages of the model.
     """
     model = config.model
     weight_of_all = model.num_layers + model.mtp_depth
@@ -74,6 +74,6 @@ def _stage_costs(times: PartTimes, activation: float, *, hides_exchange: bool) -
 
 
 def part_times(seconds: Iterable[float]) -> PartTimes:
-    """Builds times from their fields in order."""
+    """Builds `PartTimes` from the values of its fields, in order."""
     names = [field.name for field in fields(PartTimes)]
     return PartTimes(**dict(zip(names, seconds, strict=True)))

@@ -1,4 +1,4 @@
-"""Links between the pipeline ranks of a run, as its schedule needs them and as the interpreter sees them."""
+"""Opens the links between pipeline ranks that a schedule needs, for use by the interpreter."""
 
 from collections.abc import Sequence
 
@@ -16,7 +16,7 @@ from train.world import World
 
 
 class PipelineLinks:
-    """The transport as the interpreter sees it: every activation and gradient between stages has one shape."""
+    """The pipeline transport for the interpreter. All activations and gradients between stages have one shape."""
 
     def __init__(
         self,
@@ -26,7 +26,15 @@ class PipelineLinks:
         shape: tuple[int, ...],
         dtype: torch.dtype,
     ) -> None:
-        """Wraps a transport; `nodes` are those of the pipeline's ranks, `shape` and `dtype` those of hidden states."""
+        """Wraps a transport.
+
+        Args:
+            transport: between the ranks of the pipeline.
+            nodes: node of each pipeline rank.
+            traffic: counts what is sent.
+            shape: of hidden states.
+            dtype: of hidden states.
+        """
         self._transport = transport
         self._nodes = nodes
         self._traffic = traffic
@@ -34,21 +42,21 @@ class PipelineLinks:
         self._dtype = dtype
 
     def post_receive(self, message: Message, /) -> Work[Tensor]:
-        """Makes room for a message."""
+        """Allocates a buffer for a message and starts to receive it."""
         return self._transport.post_receive(message_key(message), self._shape, self._dtype)
 
     def send(self, message: Message, tensor: Tensor, /) -> None:
-        """Sends without waiting, and counts."""
+        """Sends a message without waiting, and counts its bytes."""
         across = self._nodes[message.source] != self._nodes[message.destination]
         self._traffic.add_message(tensor.nbytes, across_nodes=across)
         self._transport.send(message_key(message), tensor)
 
     def flush(self) -> None:
-        """Waits until everything sent has left."""
+        """Waits until all messages have been sent."""
         self._transport.flush()
 
     def close(self) -> None:
-        """Ends the links."""
+        """Closes the links."""
         self._transport.close()
 
 
@@ -77,8 +85,8 @@ def open_links(
 
     Args:
         world: of this process.
-        observers: count and log messages.
-        schedule: says which pipeline ranks exchange messages.
+        observers: counters and log of messages.
+        schedule: determines which pipeline ranks exchange messages.
         shape: of hidden states.
         dtype: of hidden states.
     """

@@ -1,9 +1,9 @@
-"""The costs that schedules are made for, and a short schedule with the same peaks, by which memory is predicted.
+"""Returns the costs for which schedules are planned, and builds a short schedule that predicts the memory peak.
 
 No torch here.
 
-What is alive on a rank reaches its peak once the pipeline is full and stays there under most schedules, so a few
-micro-batches for each rank show the peak of thousands. `tests/train/test_nominal.py` compares both.
+Under most schedules a rank's memory reaches its peak once the pipeline is full, and stays there. So a few micro-batches
+for each rank show the peak of thousands. `tests/train/test_nominal.py` compares both.
 """
 
 from dataclasses import replace
@@ -21,10 +21,14 @@ _MARGIN = 4
 
 
 def nominal_costs(config: TrainConfig, num_stages: int) -> CostModel:
-    """Returns the configured costs of each of so many stages.
+    """Returns the configured costs of each stage.
 
-    Exchange takes time only where experts are shared out, and is no more than computation where groups run one
-    member after the other.
+    Exchange takes time only if experts are sharded. If groups run sequentially, its time is added to computation,
+    because nothing hides it.
+
+    Args:
+        config: of the run.
+        num_stages: number of stages of the model.
     """
     costs = config.costs
     if config.parallelism.expert == 1:
@@ -36,14 +40,14 @@ def nominal_costs(config: TrainConfig, num_stages: int) -> CostModel:
 
 
 def planning_schedule(config: TrainConfig, num_micro_batches: int) -> Schedule:
-    """Returns a schedule with the peaks of the run's.
+    """Returns a short schedule with the same memory peaks as the run's schedule.
 
     Args:
-        config: of the run; for `schedule=auto` it is planned as dualpipe_split.
-        num_micro_batches: of one pipeline and step.
+        config: of the run; `schedule=auto` is planned as dualpipe_split.
+        num_micro_batches: micro-batches of one pipeline in a step.
 
     Raises:
-        ScheduleError: the schedule cannot be made.
+        ScheduleError: the schedule cannot be built.
     """
     kind = FALLBACK if config.schedule.kind == "auto" else config.schedule.kind
     spec = SCHEDULES.get(kind)
@@ -56,16 +60,16 @@ def planning_schedule(config: TrainConfig, num_micro_batches: int) -> Schedule:
 
 
 def few_micro_batches(pipeline: int, num_micro_batches: int) -> int:
-    """Returns how many micro-batches show the peak: about three for each rank, odd if the run's number is."""
+    """Returns how many micro-batches show the peak: about three for each rank, odd if the run's number is odd."""
     few = _PER_RANK * pipeline + _MARGIN
     return min(num_micro_batches, few + (few + num_micro_batches) % 2)
 
 
 def _is_published_order(config: TrainConfig, num_micro_batches: int) -> bool:
-    """Returns whether dualpipe_split holds what the published order holds with each W right after its I.
+    """Returns whether dualpipe_split keeps the same activations as DualPipe's published order with each W after its I.
 
-    It does if equal F, I and W are planned with an exchange as long: then W fills no gap, because exchanges are hidden
-    by neighbours. Making the schedule itself takes seconds for many ranks.
+    It does if F, I, W and exchange take equal times. Then W fills no gap, because other operations hide every exchange.
+    The shortcut avoids building dualpipe_split itself, which takes seconds for many ranks.
     """
     pipeline, parallelism = config.parallelism.pipeline, config.parallelism
     equal = Costs(forward=1.0, backward_input=1.0, backward_weight=1.0, exchange=1.0, latency=0.0)

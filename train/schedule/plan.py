@@ -1,4 +1,4 @@
-"""Chooses the schedule of a run: the one that it began with, the one named, or the best for measured phase times."""
+"""Chooses the schedule of a run: the checkpoint's, the configured one, or the best for measured phase times."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ _LARGEST_SCHEDULE_BYTES = 2**28
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """A schedule, why it was chosen, and the schedules of the other sizes of a batch ramp."""
+    """The schedule of a run, why it was chosen, and the schedules of the other sizes of a batch ramp."""
 
     schedule: Schedule
     reason: str
@@ -36,10 +36,10 @@ class Plan:
 
 
 def plan(config: TrainConfig, layout: Layout, device: torch.device) -> Plan:
-    """Chooses on rank 0 and broadcasts. All ranks call it at the same point, before groups are made.
+    """Chooses the schedule on rank 0 and broadcasts it. All ranks call it at the same point, before groups are created.
 
     Raises:
-        ScheduleError: on rank 0: the schedule cannot be made.
+        ScheduleError: on rank 0, if the schedule cannot be built.
     """
     times = None
     if config.schedule.kind == "auto" and _begun(config) is None:
@@ -57,10 +57,10 @@ def plan(config: TrainConfig, layout: Layout, device: torch.device) -> Plan:
 
 
 def ramp_schedules(config: TrainConfig) -> dict[int, Schedule]:
-    """Returns the configured schedule of every size of the batch ramp but the last, by the size in sequences.
+    """Returns the configured schedule of every size of the batch ramp except the last, by the size in sequences.
 
     Raises:
-        ScheduleError: one cannot be made.
+        ScheduleError: one of them cannot be built.
     """
     kind, pipeline = config.schedule.kind, config.parallelism.pipeline
     *smaller, _ = config.batch_sizes.sizes
@@ -78,11 +78,11 @@ def _decide(config: TrainConfig, times: LayerTimes | None) -> tuple[Schedule, st
     pipeline, micro_batches, kind = config.parallelism.pipeline, config.num_micro_batches, config.schedule.kind
     begun = _begun(config)
     if begun is not None:
-        return read_schedule(begun, config), f"the one of {begun.parent}"
+        return read_schedule(begun, config), f"the schedule of {begun.parent}"
     if kind != "auto":
         costs = nominal_costs(config, SCHEDULES.get(kind).num_stages(pipeline))
         made = build(kind, pipeline, micro_batches, costs, config.memory_cap, schedules_folder(config.data.cache_dir))
-        return made, "as configured"
+        return made, "the configured one"
     assert times is not None
 
     def costs_of(num_stages: int) -> CostModel:
@@ -95,9 +95,9 @@ def _decide(config: TrainConfig, times: LayerTimes | None) -> tuple[Schedule, st
 
 
 def _begun(config: TrainConfig) -> Path | None:
-    """Returns the schedule of the checkpoint that the run resumes, if it was written under the same layout.
+    """Returns the schedule file of the checkpoint from which the run resumes, if its layout is the same.
 
-    Another one would sum gradients in another order.
+    Another schedule would sum gradients in another order, so the run would not be bitwise equal.
     """
     if config.resume is None:
         return None
@@ -108,19 +108,19 @@ def _begun(config: TrainConfig) -> Path | None:
 
 
 def read_schedule(path: Path, config: TrainConfig) -> Schedule:
-    """Returns the schedule of a checkpoint, proven valid: ranks that followed another would wait for each other.
+    """Reads and validates the schedule of a checkpoint. Ranks that followed an invalid one would deadlock.
 
     Raises:
-        CheckpointError: it is not valid, or is one for other ranks or micro-batches.
+        CheckpointError: it is not valid, or has another number of ranks or micro-batches.
     """
     ranks, micro_batches = config.parallelism.pipeline, config.num_micro_batches
     rule = f"must be a valid schedule of {ranks} pipeline ranks and {micro_batches} micro-batches"
     try:
         if not path.is_file() or path.stat().st_size > _LARGEST_SCHEDULE_BYTES:
-            raise ScheduleError(f"no file of at most {_LARGEST_SCHEDULE_BYTES} bytes")
+            raise ScheduleError(f"not a file of at most {_LARGEST_SCHEDULE_BYTES} bytes")
         found = from_json(path.read_text(encoding="utf-8"))
         if (found.num_ranks, found.num_micro_batches) != (ranks, micro_batches):
-            raise ScheduleError(f"one of {found.num_ranks} ranks and {found.num_micro_batches} micro-batches")
+            raise ScheduleError(f"has {found.num_ranks} ranks and {found.num_micro_batches} micro-batches")
         validate(found, config.memory_cap)
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"resume: {path} {rule}, is not: {error}") from error
@@ -128,7 +128,7 @@ def read_schedule(path: Path, config: TrainConfig) -> Schedule:
 
 
 def excluded_schedules(model: ModelConfig, pipeline: int) -> dict[str, str]:
-    """Kinds that this model cannot follow, and why."""
+    """Returns the kinds of schedule that this model cannot use, each with the reason."""
     reasons: dict[str, str] = {}
     for kind, spec in SCHEDULES.items():
         if model.mtp_depth and not spec.joins_ends(pipeline):

@@ -1,4 +1,4 @@
-"""How long the model's parts take on this job's own ranks, measured before a schedule is chosen for them."""
+"""Measures how long the model's parts take on the ranks of this job, before a schedule is chosen for them."""
 
 import time
 from collections import defaultdict
@@ -33,11 +33,11 @@ _HOPS = 15
 
 
 def measure(config: TrainConfig, layout: Layout, device: torch.device) -> LayerTimes:
-    """Runs a few random micro-batches of the run's shape through the first and the last layer and both ends.
+    """Runs a few random micro-batches of the run's shape through the first and last layer and both ends.
 
-    Every rank of the job calls it at the same point and gets the same times: the mean over ranks of each one's median
-    of a computation, and of its shortest exchange. The layers, their process groups and their lane are made for it
-    and dropped after it; the run's random state is not touched.
+    All ranks call it at the same point and receive the same times. Computation is the mean over ranks of each rank's
+    median, exchange the mean of each rank's minimum. The layers, process groups and lane exist only during the call.
+    The run's random state does not change.
 
     Args:
         config: of the run; equal on all ranks.
@@ -82,7 +82,7 @@ def _measure_parts(
 
 
 class _Parts:
-    """The parts that are measured, as two stages: embedding and first layer, last layer and heads."""
+    """The measured parts as two stages: embedding and first layer, last layer and heads."""
 
     def __init__(self, config: TrainConfig, layout: Layout, dispatcher: Dispatcher, device: torch.device) -> None:
         shape, last = config.model, config.model.num_layers - 1
@@ -98,11 +98,11 @@ class _Parts:
             Stage(model, range(last, last + 1), first=False, last=True),
         )
         self._store = GradientStore(model.parameters())
-        # By stage, way (forward, backward, weight) and phase.
+        # Keys: stage, pass (forward, backward, weight) and phase.
         self._seconds: dict[tuple[int, str, int], list[float]] = defaultdict(list)
 
     def run(self) -> None:
-        """Runs one micro-batch forward and back, phase by phase, each by itself."""
+        """Runs forward and backward of one micro-batch, one phase at a time."""
         sums = LossSums(loss_names(self._shape.mtp_depth))
         factor = 1 / self._batch.targets_BT[0].numel()
         objective = CrossEntropy(factors=(factor,) * (self._shape.mtp_depth + 1), balance=factor)
@@ -115,7 +115,7 @@ class _Parts:
         self._backward(0, start)
 
     def times(self, latency: float) -> LayerTimes:
-        """Returns what the runs took; of three, the median is not the first, which also warms up."""
+        """Returns the times of the parts. The median of three runs ignores the first, which includes warm-up."""
         has_dense = self._shape.num_dense_layers > 0
         has_moe = self._shape.num_dense_layers < self._shape.num_layers
         first, last = (len(stage.lanes) for stage in self._stages)
@@ -136,7 +136,7 @@ class _Parts:
         def total(way: str, chosen: list[int], of: Callable[[list[float]], float]) -> float:
             return sum(of(self._seconds[stage, way, phase]) for phase in chosen)
 
-        # The longer ones of an exchange's times hold a wait for ranks that came later.
+        # An exchange also waits for ranks that arrive later, so its minimum is the best estimate.
         return PartTimes(
             forward=total("forward", computed, median),
             backward_input=total("backward", computed, median),
@@ -171,7 +171,7 @@ class _Parts:
 
 
 def _random_batch(config: TrainConfig, device: torch.device) -> MicroBatch:
-    """Draws a micro-batch of the run's shape from its own generator; different on every rank, as real ones are."""
+    """Draws a micro-batch of the run's shape from its own generator, different on every rank, like real ones."""
     generator = torch.Generator().manual_seed(dist.get_rank())
     shape = (config.batch.micro_sequences, config.batch.sequence_length_tokens)
     drawn = [
@@ -182,12 +182,12 @@ def _random_batch(config: TrainConfig, device: torch.device) -> MicroBatch:
 
 
 def _link_latency(config: TrainConfig, layout: Layout, group: ProcessGroup, device: torch.device) -> float:
-    """Returns half the time of a ping-pong of an activation with a neighbour: the mean, 0 without neighbours."""
+    """Returns half the round-trip time of an activation to a neighbor, averaged over neighbors; 0 without any."""
     index = layout.pipeline_index(dist.get_rank())
     members = layout.pipeline_group(dist.get_rank())
     batch = config.batch
     shape = (batch.micro_sequences, batch.sequence_length_tokens, config.model.hidden_size)
-    # gloo sends from host memory alone.
+    # gloo sends only from host memory.
     place = device if dist.get_backend(group) == "nccl" else torch.device("cpu")
     ball = torch.zeros(shape, dtype=weight_dtype(config.precision), device=place)
     found = []
@@ -214,7 +214,7 @@ def _ping_pong(ball: Tensor, other: int, group: ProcessGroup, *, sends_first: bo
 
 
 def _average_over_ranks(mine: LayerTimes, device: torch.device) -> LayerTimes:
-    """Returns the mean over all ranks, with the bits of rank 0."""
+    """Returns the mean over all ranks. Rank 0 broadcasts it, so that it is bitwise equal on all ranks."""
     parts = (mine.dense, mine.moe, mine.embedding, mine.head)
     numbers = torch.tensor(
         [*(seconds for part in parts for seconds in astuple(part)), mine.latency], dtype=torch.float64, device=device
