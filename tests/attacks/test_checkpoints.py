@@ -117,15 +117,15 @@ class CheckpointFile:
 
 
 CASES: list[tuple[str, Callable[[Path], object], str]] = [
-    ("pickle as the list", put(".metadata", hostile.payload_bytes), "plain records alone, asks for pathlib.Path.touch"),
+    ("pickle as the list", put(".metadata", hostile.payload_bytes), "only plain records, names pathlib.Path.touch"),
     ("pickle within the list", lambda folder: hostile.edit_metadata(
         folder, lambda metadata: setattr(metadata, "planner_data", hostile.Payload(folder / "proof"))),
-     "plain records alone, asks for"),
+     "only plain records, names"),
     ("pickle as values", payload_as_values, "must be a TensorStorageMetadata"),
     ("pickle as a file of tensors", lambda folder: hostile.replace_first_chunk(
         folder, hostile.payload_bytes(folder / "proof")), "must hold a tensor as torch saves it"),
     ("pickle as a tensor's header", lambda folder: hostile.replace_first_chunk(
-        folder, hostile.archive(hostile.payload_bytes(folder / "proof"), bytes(8))), "plain records alone, asks for"),
+        folder, hostile.archive(hostile.payload_bytes(folder / "proof"), bytes(8))), "only plain records, names"),
     ("a memo of 32 GiB", put(".metadata", lambda proof: hostile.huge_memo()), "must be a Metadata"),
     ("tuples a million deep", put(".metadata", lambda proof: hostile.deep_tuples(10**6)), "at most three levels"),
     ("a list of 1 TiB", lambda folder: hostile.sparse(folder / ".metadata"), "in a file of at most"),
@@ -133,15 +133,15 @@ CASES: list[tuple[str, Callable[[Path], object], str]] = [
      "is no file"),
     ("a list that links to itself", lambda folder: hostile.loop(folder / ".metadata"), "symbolic links"),
     ("millions of entries", put(".metadata", lambda proof: pickle.dumps([[]] * 3_000_000)), "in a file of at most"),
-    ("a path out of the folder", change_place(relative_path="../../../../etc/passwd"), "must name files beside it"),
-    ("an absolute path", change_place(relative_path="/etc/passwd"), "must name files beside it"),
-    ("the folder above", change_place(relative_path=".."), "must name files beside it"),
+    ("a path out of the folder", change_place(relative_path="../../../../etc/passwd"), "must name files in its folder"),
+    ("an absolute path", change_place(relative_path="/etc/passwd"), "must name files in its folder"),
+    ("the folder above", change_place(relative_path=".."), "must name files in its folder"),
     ("a place beyond the file", change_place(offset=2**40), "must have at least"),
     ("a negative offset", change_place(offset=-1), "whole numbers from 0"),
     ("a negative length", change_place(length=-1), "whole numbers from 0"),
     ("a length of 1 TiB", change_place(length=2**40), "must take at most"),
     ("a number of 100 bits", change_place(length=2**100), "at most 64 bits"),
-    ("a transformed file", change_place(transform_descriptors=["zstd"]), "must hold tensors as they are"),
+    ("a transformed file", change_place(transform_descriptors=["zstd"]), "must hold tensors without transformation"),
     ("a huge shape", change_tensor(lambda tensor: setattr(tensor, "size", torch.Size([2**40]))), "together"),
     ("a chunk too few", change_tensor(lambda tensor: tensor.chunks.pop()), "together"),
     ("ten thousand dimensions", change_tensor(lambda tensor: setattr(tensor, "size", torch.Size([1] * 10**4))),
@@ -261,7 +261,7 @@ def test_resume_command_runs_nothing_and_ends_with_code_2(tmp_path: Path) -> Non
     done = command([*second, f"resume={folder}"])
     assert not (tmp_path / "proof").exists()
     assert done.returncode == 2, done.stderr
-    assert "plain records alone, asks for" in done.stderr
+    assert "only plain records, names" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -286,10 +286,10 @@ MANIFESTS: list[tuple[str, Callable[[Path], object], str]] = [
         (folder / "manifest.json").read_text().replace('"step": 0', '"step": 7')), "must have the hash that it states"),
     ("a path out of the folder", lambda folder: hostile.edit_manifest(
         folder, lambda record: record["files"].update({"../../../../etc/passwd": {"bytes": 1, "sha256": ""}})),
-     "must list files beside it"),
+     "must list files in its folder"),
     ("the folder above", lambda folder: hostile.edit_manifest(
         folder, lambda record: record["files"].update({"..": {"bytes": 1, "sha256": ""}})),
-     "must list files beside it"),
+     "must list files in its folder"),
     ("a file of 1 TiB", lambda folder: [hostile.sparse(folder / "__0_0.distcp"), hostile.edit_manifest(
         folder, lambda record: record["files"]["__0_0.distcp"].update(bytes=hostile.ONE_TIB))],
      "must have at most"),
@@ -298,7 +298,7 @@ MANIFESTS: list[tuple[str, Callable[[Path], object], str]] = [
     ("a step of 400 digits", lambda folder: hostile.edit_manifest(
         folder, lambda record: record.update(step=10**400)), "must have a step"),
     ("a file that is a pipe", lambda folder: [(folder / "__0_0.distcp").unlink(), os.mkfifo(folder / "__0_0.distcp")],
-     "must be a file, is none"),
+     "must be a regular file, is not"),
     ("a file that links to itself", lambda folder: hostile.loop(folder / "__0_0.distcp"), "cannot be read"),
     ("sizes that are texts", lambda folder: hostile.edit_manifest(
         folder, lambda record: record["files"]["__0_0.distcp"].update(bytes="1")), "must list a size for every file"),

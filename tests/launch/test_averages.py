@@ -48,9 +48,9 @@ def test_convert_writes_the_average(runs: Path, tmp_path: Path) -> None:
 
 
 def test_average_that_a_run_did_not_keep_is_rejected(runs: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"ckpt: .*: weights: must be trained, as the run kept no average"):
+    with pytest.raises(CheckpointError, match=r"ckpt: .*: weights: must be trained, because the run kept no average"):
         generate(["prompt=def", f"ckpt={runs / 'average'}", "weights=ema"])
-    with pytest.raises(CheckpointError, match=r"path: .*: weights: must be trained, as the run kept no average"):
+    with pytest.raises(CheckpointError, match=r"path: .*: weights: must be trained, because the run kept no average"):
         convert(["from=checkpoint", f"path={runs / 'average'}", f"to={tmp_path / 'none'}", "weights=ema"])
     assert not (tmp_path / "none").exists()
     assert convert(["from=checkpoint", f"path={runs / 'average'}", f"to={tmp_path / 'hf'}"]) == 0

@@ -139,7 +139,7 @@ def test_a_step_is_trained_and_the_export_has_all_that_was_carried(
 ) -> None:
     folder, tensors = published
     run, plain = trained[name], as_plain(tensors[name])
-    assert "unknown keys of config.json carried through: house_note" in run.said
+    assert "unknown keys of config.json are preserved: house_note" in run.said
     assert run.losses[0] > 0
     for each, tensor in run.first.items():
         assert torch.equal(tensor, plain[each].to(tensor.dtype)), each

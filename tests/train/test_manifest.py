@@ -126,7 +126,7 @@ def test_manifest_of_another_layout_passes(overrides: list[str], tmp_path: Path)
 
 def test_manifest_of_an_older_release_is_refused_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text('{"format_version": 1, "step": 1}')
-    with pytest.raises(CheckpointError, match=r"^resume: .* must have format_version 2, has 1, of an older release"):
+    with pytest.raises(CheckpointError, match=r"^resume: .* must have format_version 2, has 1 of an older release"):
         read_manifest(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""Whether a run may resume from a checkpoint, or has the same layout as the run that wrote it. No torch here."""
+"""Checks whether a run may resume from a checkpoint, and compares their layouts. No torch here."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,18 +13,18 @@ def check_compatible(
 ) -> None:
     """Refuses to resume from a checkpoint of another architecture, precision or order of samples.
 
-    Under which layout, schedule and sharding it was written does not matter.
+    The layout, schedule and sharding under which it was written may differ.
 
     Args:
         folder: of the checkpoint.
         config: of the run that would resume.
-        data_fingerprint: of the samples that the run reads; None: they are not known yet.
-        may_be_done: the checkpoint may be that of the run's last step.
+        data_fingerprint: fingerprint of the samples that the run reads; None: not known yet.
+        may_be_done: whether the checkpoint may be that of the run's last step.
 
     Raises:
-        CheckpointError: names every key that differs, with the checkpoint's value and the run's; or no step is left,
-            or there are weights alone, or its run read other samples, of which some would be lost and others seen
-            twice.
+        CheckpointError: a key differs, no step is left, the checkpoint holds only weights, or its run read other
+            samples, so that some would be lost and others read twice. The message names every key that differs, with
+            both values.
     """
     manifest, shape = read_manifest(folder), shape_record(config)
     if manifest.get("holds") == "weights":
@@ -41,7 +41,7 @@ def check_compatible(
     written = manifest.get("data_fingerprint")
     if data_fingerprint is not None and written != data_fingerprint:
         raise CheckpointError(
-            f"resume: {folder} must go on with the samples it was written under; their fingerprint was {written}, "
+            f"resume: {folder} must continue with the samples of its run; their fingerprint was {written}, "
             f"that of data.* is {data_fingerprint}"
         )
 
@@ -54,13 +54,13 @@ def _check_shape(folder: Path, manifest: Mapping[str, Any], shape: Mapping[str, 
     others = [line for key in shape if key != "model" for line in differences(key, manifest.get(key), shape[key])]
     if others:
         raise CheckpointError(
-            f"resume: {folder} was written under another precision or order of samples: {'; '.join(others)}; a run "
-            f"goes on with those that it began with, init_from={folder} starts a new one from its weights"
+            f"resume: {folder} was written under another precision or order of samples: {'; '.join(others)}; a resumed "
+            f"run must keep them; nearest valid: init_from={folder}, which starts a new run from its weights"
         )
 
 
 def other_layout(folder: Path, config: TrainConfig) -> str:
-    """Returns what differs from the layout that wrote a checkpoint, as words to add; empty if nothing does."""
+    """Returns how a run's layout differs from a checkpoint's, as the end of a sentence; empty if it does not."""
     changed = differences("layout", read_manifest(folder).get("layout"), layout_record(config))
     return f", written under another layout: {'; '.join(changed)}" if changed else ""
 

@@ -1,4 +1,4 @@
-"""Weights from one form of checkpoint to another, tensor by tensor: never above two shards in memory."""
+"""Converts weights between forms of checkpoints, tensor by tensor, with at most two shards in memory."""
 
 import os
 import time
@@ -41,11 +41,17 @@ _WORDS: dict[str, StoredDtype] = {"bf16": "BF16", "float32": "F32", "fp8": "BF16
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Conversion:
-    """What becomes what.
+    """The source, destination and form of a conversion.
 
-    path: a Hugging Face folder, converted weights, a run's folder or a checkpoint. folder: new or empty.
-    dtype: of weights; None: each as it is stored, FP8 in a checkpoint as bf16. Router biases are float32 always.
-    drop_mtp: MTP modules are left out.
+    Attributes:
+        path: source: a Hugging Face folder, converted weights, a run's folder or a checkpoint.
+        folder: destination, new or empty.
+        form: a Hugging Face folder or a checkpoint of this project.
+        dtype: type of the written weights; None: the stored type, with FP8 written to a checkpoint as bf16. Router
+            biases are always float32.
+        max_shard_bytes: largest size of a file.
+        weights: whether to read the trained weights or their moving average.
+        drop_mtp: whether to leave MTP modules out.
     """
 
     path: str
@@ -59,7 +65,17 @@ class Conversion:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Source:
-    """Weights to read. dtypes: as stored, by name. scales: of those in FP8. rotary: stored frequencies."""
+    """The opened source of a conversion.
+
+    Attributes:
+        config: architecture.
+        folder: folder of the weights.
+        dtypes: stored types by name.
+        scales: scales of FP8 weights by name.
+        preserved: metadata to copy.
+        rotary: stored frequencies.
+        tensor: reads a tensor by name, converted to a type.
+    """
 
     config: ModelConfig
     folder: Path
@@ -70,7 +86,7 @@ class _Source:
     tensor: Callable[[str, torch.dtype], Tensor]
 
     def read(self, name: str) -> Tensor:
-        """A tensor without loss: as it is stored, FP8 as float32."""
+        """Reads a tensor without loss, in its stored type or, if it is FP8, in float32."""
         dtype = self.dtypes[name]
         return self.tensor(name, torch.float32 if dtype == "F8_E4M3" else TORCH_DTYPES[dtype])
 
@@ -79,15 +95,15 @@ def convert(conversion: Conversion, say: Say) -> str:
     """Writes the weights in another form, complete or not at all.
 
     Args:
-        conversion: what becomes what.
-        say: takes a line for every shard's worth of weights, and one that names unknown keys of `config.json`.
+        conversion: source, destination and form.
+        say: prints a line of progress after each shard, and a line that names unknown keys of `config.json`.
 
     Returns:
-        A line that says what was written.
+        A line that describes what was written.
 
     Raises:
-        CheckpointError: weights that cannot be read.
-        HfError: the same, or the destination is not empty, or the disk refuses.
+        CheckpointError: the weights cannot be read.
+        HfError: the weights cannot be read, the destination is not empty, or it cannot be written.
     """
     source = _open(conversion)
     if unknown := unknown_notes(conversion.path):
@@ -121,7 +137,7 @@ def _open(conversion: Conversion) -> _Source:
     held = {name: stored_dtype(checkpoint.dtype_of(name)) for name in held_weights(config)}
 
     def tensor(name: str, dtype: torch.dtype) -> Tensor:
-        # Hugging Face's form has weights of no elements, too.
+        # Hugging Face's form also contains weights without elements.
         return checkpoint.tensor(name, dtype) if name in held else torch.empty(shapes[name], dtype=dtype)
 
     return _Source(
@@ -203,7 +219,7 @@ def _tokenizer_file(folder: Path) -> dict[str, bytes]:
 
 
 def _for_servers(source: _Source) -> tuple[dict[str, int], dict[str, bytes]]:
-    """Keys of `config.json`, and files, that inference servers read, for what the source does not have."""
+    """Returns keys of `config.json` and files for inference servers, if the source has a tokenizer."""
     try:
         path = find_tokenizer_file(source.folder)
         if path is None:
@@ -215,7 +231,7 @@ def _for_servers(source: _Source) -> tuple[dict[str, int], dict[str, bytes]]:
 
 
 class _Counter:
-    """Says how far the reading is, once for every shard's worth."""
+    """A reader that counts tensors and bytes, and prints its progress after each shard."""
 
     def __init__(self, source: _Source, shard_bytes: int, say: Say) -> None:
         shapes = held_weights(source.config)
@@ -229,7 +245,7 @@ class _Counter:
         self.num_tensors = 0
 
     def read(self, name: str) -> Tensor:
-        """The source's tensor."""
+        """Reads a tensor of the source, and prints the progress if a shard is complete."""
         tensor = self._source.read(name)
         if name in self._read:  # an MTP module's copy
             return tensor

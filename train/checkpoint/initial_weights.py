@@ -1,4 +1,4 @@
-"""The weights that a run starts from, where these are not the seed's: checked before it starts, read by each rank."""
+"""Checks the weights that `init_from` names before a run starts, and loads them on each rank."""
 
 from dataclasses import asdict
 from typing import TYPE_CHECKING
@@ -14,23 +14,23 @@ from train.config import TrainConfig
 if TYPE_CHECKING:
     from train.learner import Learner
 
-# How far positions reach shapes no weight, and a later stage of training changes it.
+# The range of positions changes no weight's shape, and a later phase of training may extend it.
 _FREE_KEYS = ("max_position_tokens", "rope_scaling")
 
 
 def check_initial(config: TrainConfig) -> None:
-    """Refuses weights that `init_from` names and the run cannot start from. Reads headers alone.
+    """Refuses weights from which the run cannot start. It reads only headers.
 
     Raises:
-        CheckpointError: no weights, of another architecture, or without the MTP modules that the model has.
-        HfError: a Hugging Face folder with a file that is missing, cut short or of another form.
+        CheckpointError: there are no weights, they have another architecture, or they lack the model's MTP modules.
+        HfError: a file of the Hugging Face folder is missing, truncated or of another form.
     """
     assert config.init_from is not None
     _compare(config, check_source(config.init_from, "init_from", drop_mtp=config.init_mtp == "drop"))
 
 
 def load_initial(config: TrainConfig, learner: "Learner", tokenizer: Tokenizer) -> str:
-    """Fills what this rank holds from `init_from`; every rank calls it, before the first step.
+    """Fills this rank's weights from `init_from`. All ranks call it before the first step.
 
     Args:
         config: of the run.
@@ -38,10 +38,11 @@ def load_initial(config: TrainConfig, learner: "Learner", tokenizer: Tokenizer) 
         tokenizer: of the run's samples.
 
     Returns:
-        A line that says what the run starts from, and what of it is not as it was there.
+        A line that names the weights and how the run differs from them.
 
     Raises:
-        CheckpointError, HfError: as `check_initial`, or a tensor's content cannot be read.
+        CheckpointError: as `check_initial`, or a tensor's content cannot be read.
+        HfError: as `check_initial`, or a tensor's content cannot be read.
     """
     from model.hf.names import layer_of
     from model.transformer import named_tensors
@@ -56,7 +57,7 @@ def load_initial(config: TrainConfig, learner: "Learner", tokenizer: Tokenizer) 
     source.fill(named)
     learner.optimizer.follow_weights()
     fresh = config.init_mtp == "fresh" and config.model.mtp_depth > 0
-    other = "token ids mean other text: tokenizer.json there is not the one of this run's data"
+    other = "token ids mean other text, because its tokenizer.json differs from the tokenizer of this run's data"
     notes = [*(["MTP from the seed"] if fresh else []), *changed]
     notes += [] if is_same_tokenizer(source_folder(config.init_from, "init_from"), tokenizer) else [other]
     unknown = unknown_notes(config.init_from)
@@ -65,17 +66,17 @@ def load_initial(config: TrainConfig, learner: "Learner", tokenizer: Tokenizer) 
 
 
 def _compare(config: TrainConfig, source: ModelConfig) -> list[str]:
-    """Lines for what differs and may."""
+    """Refuses differences in architecture; returns a line for each difference that is allowed."""
     there, here = asdict(source), asdict(config.model)
     depth_there, depth = there.pop("mtp_depth"), here.pop("mtp_depth")
     for shape in (there, here):
-        del shape["initializer_range"]  # of a draw that does not take place
+        del shape["initializer_range"]  # no weights are drawn
     free = [line for key in _FREE_KEYS for line in differences(f"model.{key}", there.pop(key), here.pop(key))]
     fixed = differences("model", there, here)
     if fixed:
         raise CheckpointError(
             f"init_from: {config.init_from} holds another architecture: {'; '.join(fixed)}; "
-            f"nearest valid: model=of_checkpoint, which takes what is there"
+            f"nearest valid: model=of_checkpoint, which uses the architecture of the weights"
         )
     if depth and config.init_mtp == "drop":
         raise CheckpointError(

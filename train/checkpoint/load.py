@@ -1,4 +1,4 @@
-"""Checkpoints through torch's DCP: weights under their released names, optimizer state under those of parameters."""
+"""Loads checkpoints by torch's DCP. Weights have their released names, optimizer state the names of parameters."""
 
 import warnings
 from pathlib import Path
@@ -24,10 +24,10 @@ from train.learner import Learner
 
 
 def save(config: TrainConfig, learner: Learner, step: int, prepared: Prepared) -> Path:
-    """Writes the state after `step` updates, and the tokenizer; every rank calls it. Returns the folder.
+    """Writes the state after `step` updates and the tokenizer, and returns the folder. All ranks call it.
 
     Raises:
-        OSError: on every rank, where one of them cannot write its part.
+        OSError: on every rank, if one of them cannot write its part.
     """
     saver = CheckpointSaver(config, learner, prepared)
     saver.save(step)
@@ -37,15 +37,15 @@ def save(config: TrainConfig, learner: Learner, step: int, prepared: Prepared) -
 
 
 def load(learner: Learner, folder: Path, extras: Extras | None = None) -> None:
-    """Fills weights, router bias and optimizer state from a checkpoint, whatever layout wrote it; every rank calls it.
+    """Fills weights, router bias and optimizer state from a checkpoint of any layout. All ranks call it.
 
     Args:
         learner: of this rank.
         folder: of the checkpoint.
-        extras: filled where the checkpoint holds them, by all ranks or none.
+        extras: further state, which is filled if the checkpoint holds it; all ranks pass the same, or none.
 
     Raises:
-        CheckpointError: on every rank, where one of them cannot read its part.
+        CheckpointError: on every rank, if one of them cannot read its part.
     """
     metadata = _read_metadata(folder)
     names = metadata.state_dict_metadata
@@ -67,7 +67,7 @@ def load(learner: Learner, folder: Path, extras: Extras | None = None) -> None:
 
 
 def _read_metadata(folder: Path) -> Metadata:
-    """Returns what the checkpoint holds; every rank reads it.
+    """Reads the list of the checkpoint's tensors on every rank.
 
     Raises:
         CheckpointError: on every rank, if one of them cannot read it.
@@ -89,17 +89,17 @@ def _read_metadata(folder: Path) -> Metadata:
 def load_whole(
     config: ModelConfig, folder: Path, dtype: torch.dtype, key: str = "resume", kind: WeightsKind = "trained"
 ) -> Transformer:
-    """The whole model of a checkpoint in this process alone, whatever layout wrote it.
+    """Loads the whole model of a checkpoint of any layout in this process alone.
 
     Args:
         config: the checkpoint's architecture.
         folder: of the checkpoint.
-        dtype: of the model's weights.
-        key: of the configuration that names the checkpoint, for errors.
-        kind: the trained weights, or their average.
+        dtype: type of the model's weights.
+        key: configuration key that names the checkpoint, for errors.
+        kind: the trained weights, or their moving average.
 
     Raises:
-        CheckpointError: there is no average; a file is missing, cut short or of another form.
+        CheckpointError: there is no average, or a file is missing, truncated or of another form.
     """
     model = Transformer(config, LocalDispatcher(config.num_routed_experts), dtype)
     CheckpointReader(folder, key, kind).fill(named_tensors(model))

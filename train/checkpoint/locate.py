@@ -1,4 +1,4 @@
-"""Where a run's checkpoints are, and which one a path names. No torch here."""
+"""Finds a run's checkpoints, and the one that a path names. No torch here."""
 
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -8,29 +8,29 @@ from train.checkpoint.manifest import MANIFEST_NAME, CheckpointError
 from train.checkpoint.verify import Check, verify
 
 AUTO = "auto"
-"""The value of `resume` that asks for the newest checkpoint in the run's own folder, if there is one."""
+"""Value of `resume` that selects the newest checkpoint in the run's own folder, if there is one."""
 
 CHECKPOINTS_NAME = "checkpoints"
 
 
 @dataclass(frozen=True, slots=True)
 class LocatedCheckpoint:
-    """A checkpoint that was found, and a line for each newer one that did not pass the check: which, and why."""
+    """The checkpoint that was found, and a line with name and reason for each newer one that failed the check."""
 
     folder: Path
     rejected: tuple[str, ...]
 
 
 def locate(path: str, key: str = "resume", check: Check | None = None) -> LocatedCheckpoint:
-    """Finds the checkpoint that a path names: itself, or the newest of a run's folder that passes a check.
+    """Finds the checkpoint that a path names: the path itself, or the newest one in a run's folder.
 
     Args:
         path: a checkpoint, a run's folder, or its folder of checkpoints.
-        key: of the configuration that names it, for errors.
-        check: of one checkpoint; None: it must have been finished, and nothing else of it is looked at.
+        key: configuration key that holds the path, for errors.
+        check: check that the checkpoint must pass; None: it must only have been finished.
 
     Raises:
-        CheckpointError: nothing is there, or no checkpoint that passes.
+        CheckpointError: the path does not exist, or no checkpoint passes the check.
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
@@ -42,7 +42,7 @@ def locate(path: str, key: str = "resume", check: Check | None = None) -> Locate
             if check is not None:
                 check(folder)
         except CheckpointError as error:
-            raise CheckpointError(f"{key}: {folder} must be a whole checkpoint, is not: {error}") from error
+            raise CheckpointError(f"{key}: {folder} must be a whole checkpoint, but is not: {error}") from error
         return LocatedCheckpoint(folder, ())
     found, rejected = checkpoints_in(_inside(folder)), list[str]()
     for candidate in reversed(found):
@@ -63,12 +63,12 @@ def locate(path: str, key: str = "resume", check: Check | None = None) -> Locate
 
 
 def newest_whole(out_dir: Path, at_most: int | None = None, check: Check = verify) -> Path | None:
-    """Finds a run's newest whole checkpoint; None if it has none.
+    """Finds a run's newest whole checkpoint, or None if it has none.
 
     Args:
-        out_dir: of the run; it need not exist.
-        at_most: steps that the checkpoint may have done.
-        check: of one checkpoint.
+        out_dir: folder of the run; it need not exist.
+        at_most: largest number of steps of the checkpoint; None: any.
+        check: check that the checkpoint must pass.
     """
     for folder in reversed(checkpoints_in(out_dir / CHECKPOINTS_NAME)):
         if at_most is None or int(folder.name.removeprefix("step-")) <= at_most:
@@ -81,12 +81,12 @@ def newest_whole(out_dir: Path, at_most: int | None = None, check: Check = verif
 
 
 def step_folder(out_dir: Path, step: int) -> Path:
-    """Returns where the checkpoint after `step` updates lives."""
+    """Returns the folder of the checkpoint after `step` updates."""
     return out_dir / CHECKPOINTS_NAME / f"step-{step:08d}"
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """Returns the checkpoints in a run's folder of them, whole or not, the oldest first."""
+    """Returns the checkpoints, whole or not, in a run's folder of checkpoints, the oldest first."""
     return sorted(step for step in folder.glob("step-*") if step.is_dir() and step.name[5:].isdigit())
 
 

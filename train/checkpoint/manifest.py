@@ -1,8 +1,8 @@
-"""What a checkpoint says of itself. No torch here.
+"""Writes and reads the manifest of a checkpoint. No torch here.
 
-A checkpoint is a folder `checkpoints/step-00000100` of a run's folder. Its `manifest.json` is written
-last, so a folder without one is an unfinished checkpoint. It lists every other file with its size and hash, and its
-own hash. `train.checkpoint.verify` holds the files against it.
+A checkpoint is a folder such as `checkpoints/step-00000100` in a run's folder. Its `manifest.json` is written last, so
+a folder without one is an unfinished checkpoint. The manifest lists every other file with its size and hash, and its
+own hash. `train.checkpoint.verify` compares the files with it.
 """
 
 import hashlib
@@ -28,23 +28,23 @@ TOKENIZER_NAME = "tokenizer.json"
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is missing, unfinished or of another run's shape: names the place, the rule, both values."""
+    """A checkpoint is missing, unfinished or incompatible. The message names the place, the rule and both values."""
 
 
 @dataclass(frozen=True, slots=True)
 class Digest:
-    """Size and hash of a file when it was written."""
+    """The size and hash of a file when it was written."""
 
     num_bytes: int
     sha256: str
 
     def as_json(self) -> dict[str, Any]:
-        """Returns it as a manifest lists it."""
+        """Returns the entry of a manifest."""
         return {"bytes": self.num_bytes, "sha256": self.sha256}
 
 
 def digest(path: Path) -> Digest:
-    """Returns the size and hash of a file as it is now.
+    """Reads a file, and returns its present size and hash.
 
     Raises:
         OSError: it cannot be read.
@@ -55,12 +55,12 @@ def digest(path: Path) -> Digest:
 
 
 def digests(paths: Iterable[Path]) -> dict[str, Digest]:
-    """Returns those of several files, by name."""
+    """Returns the sizes and hashes of several files, by name."""
     return {path.name: digest(path) for path in sorted(paths)}
 
 
 def record_hash(record: Mapping[str, Any]) -> str:
-    """Returns the hash of a manifest's content, however it is spaced."""
+    """Returns the hash of a manifest's content, which does not depend on white space."""
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
@@ -72,15 +72,15 @@ def write_manifest(
     files: Mapping[str, Digest] | None = None,
     preserved: Mapping[str, Any] | None = None,
 ) -> None:
-    """Declares a checkpoint complete: in one move, once every other file is on disk.
+    """Writes the manifest, which marks a checkpoint as complete. All other files must already be on disk.
 
     Args:
-        folder: the checkpoint's folder; exists.
+        folder: existing folder of the checkpoint.
         step: optimizer steps done.
-        config: of the run that wrote it.
-        data_fingerprint: of the samples that it read.
-        files: every file of the checkpoint; None: those that are there, which are then read.
-        preserved: as `train.checkpoint.preserved.PreservedMetadata.record` gives it.
+        config: of the run that wrote the checkpoint.
+        data_fingerprint: fingerprint of the samples that the run read.
+        files: every other file of the checkpoint; None: the files in the folder, which are then read.
+        preserved: result of `train.checkpoint.preserved.PreservedMetadata.record`.
     """
     record = {
         "step": step,
@@ -92,12 +92,12 @@ def write_manifest(
 
 
 def write_weights_manifest(folder: Path, model: ModelConfig, preserved: Mapping[str, Any]) -> None:
-    """Declares weights without optimizer state complete: a run can start from them, none can go on from them.
+    """Writes the manifest of weights without optimizer state. A run can start from them, but not resume.
 
     Args:
-        folder: the checkpoint's folder; exists.
-        model: the architecture.
-        preserved: as `train.checkpoint.preserved.PreservedMetadata.record` gives it, for the way back.
+        folder: existing folder of the checkpoint.
+        model: architecture.
+        preserved: result of `train.checkpoint.preserved.PreservedMetadata.record`, for a later export.
     """
     _write(folder, {"step": 0, "holds": "weights", "model": asdict(model), **preserved}, None)
 
@@ -117,14 +117,14 @@ def _write(folder: Path, record: dict[str, Any], files: Mapping[str, Digest] | N
 
 
 def read_manifest(folder: Path, key: str = "resume") -> dict[str, Any]:
-    """A checkpoint's manifest.
+    """Reads a checkpoint's manifest.
 
     Args:
         folder: of the checkpoint.
-        key: of the configuration that names it, for errors.
+        key: configuration key that names it, for errors.
 
     Raises:
-        CheckpointError: it is missing, not readable, or of another format version.
+        CheckpointError: it is missing, cannot be read, or has another format version.
     """
     path = folder / MANIFEST_NAME
     try:
@@ -134,7 +134,7 @@ def read_manifest(folder: Path, key: str = "resume") -> dict[str, Any]:
     version = manifest.get("format_version")
     if isinstance(version, int) and 0 < version < FORMAT_VERSION:
         raise CheckpointError(
-            f"{key}: {path} must have format_version {FORMAT_VERSION}, has {version}, of an older release, which kept "
+            f"{key}: {path} must have format_version {FORMAT_VERSION}, has {version} of an older release, which stored "
             f"optimizer state by rank"
         )
     step = manifest.get("step")
@@ -146,10 +146,10 @@ def read_manifest(folder: Path, key: str = "resume") -> dict[str, Any]:
 
 
 def read_model(folder: Path, key: str = "resume") -> ModelConfig:
-    """The architecture of a checkpoint.
+    """Reads the architecture of a checkpoint.
 
     Raises:
-        CheckpointError: as `read_manifest`, or the manifest does not hold an architecture.
+        CheckpointError: as `read_manifest`, or the manifest holds no architecture.
     """
     path = folder / MANIFEST_NAME
     try:
@@ -159,7 +159,7 @@ def read_model(folder: Path, key: str = "resume") -> ModelConfig:
 
 
 def read_step(folder: Path) -> int:
-    """Optimizer steps that a checkpoint has behind it.
+    """Reads the number of optimizer steps that a checkpoint has done.
 
     Raises:
         CheckpointError: as `read_manifest`.
@@ -168,7 +168,7 @@ def read_step(folder: Path) -> int:
 
 
 def shape_record(config: TrainConfig) -> dict[str, Any]:
-    """Returns what must be equal for a run to resume from a checkpoint, under the configuration's keys."""
+    """Returns the configuration that a checkpoint and the run that resumes from it must share."""
     shape = {
         "model": asdict(config.model),
         "precision": {"kind": config.precision.kind},
@@ -184,7 +184,7 @@ def shape_record(config: TrainConfig) -> dict[str, Any]:
 
 
 def layout_record(config: TrainConfig) -> dict[str, Any]:
-    """Returns how a run spreads its work. Under the same layout it resumes with the same schedule, bitwise."""
+    """Returns the layout of a run. A run that resumes under the same layout is bitwise equal."""
     return {
         **asdict(config.parallelism),
         "schedule": config.schedule.kind,
@@ -193,7 +193,7 @@ def layout_record(config: TrainConfig) -> dict[str, Any]:
 
 
 def _tokenizer_shape(config: TrainConfig) -> dict[str, Any]:
-    """Returns where the tokenizer comes from. The fingerprint of the samples says whether its content is the same."""
+    """Returns the source of the tokenizer. Its content is compared by the fingerprint of the samples."""
     if config.data.tokenizer is not None:
         return {"tokenizer": "given"}
     return {"tokenizer_vocab_size": config.data.tokenizer_vocab_size}

@@ -1,7 +1,7 @@
-"""What a checkpoint carries that is neither weight nor architecture, from the folder it came from to its export.
+"""Preserves what a checkpoint holds besides weights and architecture, from the source folder to the export.
 
-That is: keys of `config.json` which say nothing about the network, files beside the weights (tokenizer, chat template,
-licence), and stored frequencies of the rotary embedding. Nothing here imports torch before a tensor is asked for.
+This includes keys of `config.json` that do not describe the network, files next to the weights (tokenizer, chat
+template, license), and stored frequencies of the rotary embedding. torch is imported only when a tensor is read.
 """
 
 import base64
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LARGEST_FILE_BYTES = 2**26
-# What a tokenizer needs beside its own file.
+# Files that belong to a tokenizer in addition to `tokenizer.json`.
 _TOKENIZER_PATTERNS = (
     TOKENIZER_CONFIG_NAME,
     TOKENS_MAP_NAME,
@@ -36,18 +36,18 @@ _TOKENIZER_PATTERNS = (
     "chat_template.jinja",
     "chat_template.json",
 )
-# Licences bind whatever the tokenizer; code of the publisher (`auto_map`) is copied and never run.
+# Licenses apply with any tokenizer. The publisher's code (`auto_map`) is copied, but never run.
 _LICENCE_PATTERNS = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 _MODEL_PATTERNS = (*_LICENCE_PATTERNS, "*.py", GENERATION_NAME)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PreservedMetadata:
-    """What is preserved.
+    """The metadata of a checkpoint that its export must contain again.
 
     Attributes:
         config: keys of `config.json`.
-        rotary: stored frequencies, by tensor name: {"dtype", "shape", "data"}, the last in base64.
+        rotary: stored frequencies by tensor name: {"dtype", "shape", "data"}, with data in base64.
         files: contents by plain file name, without `tokenizer.json`.
     """
 
@@ -56,7 +56,7 @@ class PreservedMetadata:
     files: Mapping[str, bytes]
 
     def record(self) -> dict[str, Any]:
-        """Returns what the manifest holds of it; files lie beside the manifest."""
+        """Returns the part that the manifest stores. Files are stored next to the manifest."""
         return {"preserved": dict(self.config), "rotary": {name: dict(each) for name, each in self.rotary.items()}}
 
 
@@ -64,14 +64,15 @@ NOTHING = PreservedMetadata(config={}, rotary={}, files={})
 
 
 def read_preserved(path: str, key: str) -> PreservedMetadata:
-    """Returns what weights carry.
+    """Reads the metadata that is preserved with weights.
 
     Args:
         path: a Hugging Face folder, converted weights, a run's folder or a checkpoint.
-        key: of the configuration that names it, for errors.
+        key: configuration key that holds the path, for errors.
 
     Raises:
-        CheckpointError, HfError: there are none, or what they say of themselves cannot be read.
+        CheckpointError: there are no weights, or their manifest cannot be read.
+        HfError: the Hugging Face folder cannot be read.
     """
     folder = source_folder(path, key)
     files = read_files(folder, (*_TOKENIZER_PATTERNS, *_MODEL_PATTERNS))
@@ -90,14 +91,14 @@ def read_preserved(path: str, key: str) -> PreservedMetadata:
 
 
 def preserved_by_run(config: TrainConfig, tokenizer: Tokenizer) -> PreservedMetadata:
-    """Returns what a run's checkpoints carry: what those it started from did, as far as it is still true.
+    """Returns the metadata that a run's checkpoints preserve: that of the run's source, as far as it still applies.
 
-    If the run has another tokenizer, files and token ids of the tokenizer before are left out for those of the new one,
-    and if `data.tokenizer_eos` or the like names special tokens, those that say otherwise.
-    If it has another rotary embedding, stored frequencies are.
+    If the run has another tokenizer, its files and token ids replace those of the source. If `data.tokenizer_eos` or a
+    similar key names special tokens, files that contradict it are left out. If the run has another rotary embedding,
+    stored frequencies are left out.
 
     Args:
-        config: of the run; `resume` names a checkpoint or None.
+        config: of the run; `resume` is a checkpoint or None.
         tokenizer: of the run's samples.
     """
     data, given = config.data, config.data.tokenizer
@@ -111,26 +112,26 @@ def preserved_by_run(config: TrainConfig, tokenizer: Tokenizer) -> PreservedMeta
         ids = {name: value for name, value in ids.items() if name not in TOKEN_ID_KEYS}
         files = {**read_files(folder, _LICENCE_PATTERNS), **own_files}
     elif any(name is not None for name in (data.tokenizer_bos, data.tokenizer_eos, data.tokenizer_pad)):
-        # Other files would contradict the names; an export writes them from the tokenizer.
+        # These files would contradict the configured names. An export writes new ones from the tokenizer.
         ids = {name: value for name, value in ids.items() if name not in TOKEN_ID_KEYS}
         files = {name: files[name] for name in files if name not in (TOKENS_MAP_NAME, GENERATION_NAME)}
     return PreservedMetadata(config=ids, rotary=before.rotary if _is_same_rope(path, key, config) else {}, files=files)
 
 
 def is_same_tokenizer(folder: Path, tokenizer: Tokenizer) -> bool:
-    """Whether a folder's tokenizer, if it has one, is this one."""
+    """Returns whether a folder has no tokenizer, or the same one."""
     there = folder / TOKENIZER_NAME
     return not there.is_file() or sha256(there.read_bytes()).hexdigest() == tokenizer.fingerprint
 
 
 def read_files(folder: Path, patterns: tuple[str, ...]) -> dict[str, bytes]:
-    """Returns the files of a folder that match, by name; what is larger than any of their kind is left out."""
+    """Reads the matching files of a folder, by name. Files above `LARGEST_FILE_BYTES` are left out."""
     found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
     return {path.name: path.read_bytes() for path in sorted(found) if path.stat().st_size <= LARGEST_FILE_BYTES}
 
 
 def rotary_record(rotary: "Mapping[str, Tensor]") -> dict[str, dict[str, Any]]:
-    """Returns stored frequencies as JSON holds them; main layers alone, as MTP modules come and go."""
+    """Returns stored frequencies as JSON values."""
     import torch
 
     from model.hf.dtypes import stored_dtype
@@ -146,10 +147,15 @@ def rotary_record(rotary: "Mapping[str, Tensor]") -> dict[str, dict[str, Any]]:
 
 
 def rotary_tensors(record: Mapping[str, Mapping[str, Any]], num_layers: int, folder: Path) -> "dict[str, Tensor]":
-    """Returns stored frequencies of layers that there are.
+    """Returns the stored frequencies of existing layers as tensors.
+
+    Args:
+        record: frequencies by tensor name, as `rotary_record` returns them.
+        num_layers: number of layers of the model; frequencies of later layers are left out.
+        folder: of the checkpoint, for errors.
 
     Raises:
-        CheckpointError: the record is not one that `rotary_record` made.
+        CheckpointError: the record is invalid.
     """
     import torch
 
@@ -160,7 +166,7 @@ def rotary_tensors(record: Mapping[str, Mapping[str, Any]], num_layers: int, fol
     try:
         for name, each in record.items():
             if not is_rotary(name):
-                raise ValueError(f"{name!r} is not one of them")
+                raise ValueError(f"{name!r} is no stored frequency")
             values = torch.frombuffer(bytearray(base64.b64decode(each["data"])), dtype=TORCH_DTYPES[each["dtype"]])
             if (layer_of(name) or 0) < num_layers:
                 made[name] = values.reshape(each["shape"])
@@ -170,11 +176,11 @@ def rotary_tensors(record: Mapping[str, Mapping[str, Any]], num_layers: int, fol
 
 
 def server_files(tokenizer: Tokenizer, max_tokens: int) -> tuple[dict[str, int], dict[str, bytes]]:
-    """Returns keys of `config.json`, and files, that tell inference servers what a tokenizer calls its special tokens.
+    """Returns the keys of `config.json` and the files from which inference servers read special tokens.
 
     Args:
         tokenizer: of the weights.
-        max_tokens: the longest sequence.
+        max_tokens: length of the longest sequence.
     """
     names, special = tokenizer.token_names, tokenizer.special
     numbers = {"bos_token_id": special.bos, "eos_token_id": special.eos, "pad_token_id": special.pad}

@@ -1,4 +1,4 @@
-"""The last checkpoint of a run whose own folder does not take it. Names of folders are found without torch."""
+"""Saves the last checkpoint of a run elsewhere if its own folder takes none. Imports torch only to save."""
 
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def rescue_folder(config: TrainConfig) -> Path:
-    """Returns the folder for a run's last checkpoint: next to the run's own, or below `rescue_dir`.
+    """Returns the folder for a run's last checkpoint: next to the run's folder, or in `rescue_dir`.
 
     Args:
         config: of the run, with its folder.
@@ -28,24 +28,24 @@ def rescue_folder(config: TrainConfig) -> Path:
 
 
 def has_rescue(config: TrainConfig) -> bool:
-    """Returns whether a run has left a checkpoint there."""
+    """Returns whether a run's rescue folder holds a checkpoint."""
     return bool(checkpoints_in(rescue_folder(config) / CHECKPOINTS_NAME))
 
 
 def save_to_rescue_folder(
     config: TrainConfig, learner: "Learner", prepared: "Prepared", step: int, reason: str
 ) -> NoReturn:
-    """Saves the state after `step` updates in the rescue folder and ends the run. Every rank calls it.
+    """Saves the state after `step` updates in the rescue folder, and ends the run. All ranks call it.
 
     Args:
         config: of the run.
         learner: of this rank; its weights are those after `step` updates.
-        prepared: of the run's samples.
+        prepared: corpus and tokenizer of the run.
         step: updates done.
-        reason: why the run's own folder did not take it.
+        reason: why the run's own folder did not take the checkpoint.
 
     Raises:
-        RescuedError: always; its text says why, where the state is and how to go on from it.
+        RescuedError: always; its message holds the reason, the folder of the state and how to resume from it.
     """
     from torch import distributed as dist
 
@@ -65,7 +65,10 @@ def save_to_rescue_folder(
             saver.close()
         except UnsavedError as error:
             raise RescuedError(f"{reason}; {_lost(folder, str(error))}") from error
-    text = f"{reason}; the state after step {step} is saved in {folder}; resume={folder} with another out_dir goes on"
+    text = (
+        f"{reason}; the state after step {step} is saved in {folder}; to continue, use resume={folder} with another "
+        f"out_dir"
+    )
     if learner.world.groups.rank == 0:
         try_append_event(folder, "rescued", step, text)
         try_append_event(Path(config.out_dir), "rescued", step, text)
@@ -73,7 +76,7 @@ def save_to_rescue_folder(
 
 
 def _open(folder: Path, stack: ExitStack) -> str:
-    """Makes and locks the folder; returns what prevents it."""
+    """Creates and locks the folder; returns an error message, or an empty text."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         stack.enter_context(locked(folder, lambda line: None))

@@ -1,7 +1,7 @@
-"""Checkpoints written beside the next steps: a step waits only while its state is copied into the host's memory.
+"""Writes checkpoints in the background of the next steps. A step waits only while its state is copied to host memory.
 
-A checkpoint is written under a temporary name, every file synced, hashed and listed in the manifest; when all ranks are
-done, rank 0 renames it. What is left of one that was never finished goes at the next save.
+A checkpoint is written under a temporary name. Every file is synced, hashed and listed in the manifest. When all ranks
+are done, rank 0 renames the folder. The next save removes unfinished checkpoints.
 """
 
 import ctypes
@@ -35,14 +35,14 @@ from train.ownership.lock_file import OwnershipCheck
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 
-# One rank may be done long before another, whose disk is slow: not a hang, for which the job's watch looks out.
+# One rank may finish long before another whose disk is slow. That is not a hang; the watchdog detects hangs.
 _LONGEST_WRITE = timedelta(hours=6)
 
 
 class CheckpointSaver:
-    """Owns what a run saves: one checkpoint at a time, in a thread and a process group of its own.
+    """A writer of checkpoints, one at a time, with its own thread and process group.
 
-    All calls but `take_finished` are made by every rank at the same point of the run.
+    All ranks make every call except `take_finished` at the same point of the run.
     """
 
     def __init__(
@@ -54,15 +54,15 @@ class CheckpointSaver:
         folder: Path | None = None,
         ownership: OwnershipCheck | None = None,
     ) -> None:
-        """Made by every rank at the same point.
+        """Opens a process group. All ranks call it at the same point.
 
         Args:
             config: of the run, for the manifest.
             learner: of this rank.
-            prepared: for the fingerprint of the samples, and the tokenizer.
-            extras: what else is saved.
-            folder: that holds the folder of checkpoints; None: the run's own. It must exist.
-            ownership: whether the run still owns that folder; None: nobody can take it.
+            prepared: corpus and tokenizer; the manifest holds the fingerprint of the samples.
+            extras: further state to save; None: that of the learner.
+            folder: existing folder in which the folder of checkpoints is created; None: the run's own.
+            ownership: checks that the run still owns that folder; None: no check.
         """
         self._config = config
         self._learner = learner
@@ -73,7 +73,7 @@ class CheckpointSaver:
         self._had_folder = self._root.parent.is_dir()
         self._is_closed = False
         self._rank = dist.get_rank()
-        # The steps' own collectives go on meanwhile; these must never be mistaken for theirs.
+        # The steps run collectives at the same time, so checkpoints need a separate group.
         self._group = dist.new_group(backend="gloo", timeout=_LONGEST_WRITE)
         self._preserved = preserved_by_run(config, prepared.tokenizer) if self._rank == 0 else NOTHING
         self._memory = HostCopy()
@@ -83,12 +83,12 @@ class CheckpointSaver:
         self._unreported: deque[Path] = deque()
 
     def save(self, step: int) -> None:
-        """Starts to write the state after `step` updates, which may change as soon as this returns.
+        """Copies the state after `step` updates, and starts to write it. The state may change after this returns.
 
-        Waits for the checkpoint before it, if that is still being written.
+        It first waits for the previous checkpoint, if that is still being written.
 
         Raises:
-            UnsavedError: on every rank, where one of them could not write its part of the checkpoint before.
+            UnsavedError: on every rank, if one of them could not write its part of the previous checkpoint.
         """
         self.wait()
         copied = self._memory.of(state_of(self._learner, self._extras))
@@ -96,10 +96,10 @@ class CheckpointSaver:
         self._thread.start()
 
     def wait(self) -> Path | None:
-        """Waits for the checkpoint that is being written, if any; gives the last one that is whole.
+        """Waits for the checkpoint that is being written, if any, and returns the last complete one.
 
         Raises:
-            UnsavedError: on every rank, where one of them could not write its part.
+            UnsavedError: on every rank, if one of them could not write its part.
         """
         if self._thread is not None:
             self._thread.join()
@@ -110,11 +110,11 @@ class CheckpointSaver:
         return self._last
 
     def take_finished(self) -> list[Path]:
-        """The checkpoints that have become whole since this was last asked. Does not wait."""
+        """Returns the checkpoints that were completed since the last call. It does not wait."""
         return [self._unreported.popleft() for _ in range(len(self._unreported))]
 
     def close(self) -> Path | None:
-        """As `wait`, and leaves the process group: the last call; once more, it does nothing."""
+        """Waits like `wait`, then closes the process group. Further calls do nothing."""
         if self._is_closed:
             return self._last
         self._is_closed = True
@@ -152,7 +152,7 @@ class CheckpointSaver:
     def _begin(self, partial: Path) -> None:
         if self._rank == 0:
             self._check_ownership()
-            # A run's folder that is gone is not made again.
+            # A run's folder that was deleted is not created again.
             self._root.mkdir(exist_ok=True, parents=not self._had_folder)
             for leftover in self._root.glob("*.partial"):
                 if leftover.is_symlink():
@@ -167,7 +167,7 @@ class CheckpointSaver:
             raise OSError(problem)
 
     def _hash_all(self, partial: Path) -> dict[str, Digest]:
-        """Of every rank's files, each read by the rank that wrote it."""
+        """Returns the sizes and hashes of all ranks' files. Each rank reads the files that it wrote."""
         found: dict[str, Digest] = {}
 
         def read() -> None:
@@ -180,7 +180,7 @@ class CheckpointSaver:
         return {name: each for part in seen for name, each in part.items()}
 
     def _finish(self, partial: Path, final: Path, step: int, files: dict[str, Digest]) -> None:
-        """Makes the folder a checkpoint: on rank 0, when every rank is done."""
+        """Completes the folder and renames it. Only rank 0 does so, after all ranks have written their files."""
         if self._rank != 0:
             return
         self._check_ownership()
@@ -209,7 +209,7 @@ class CheckpointSaver:
         return None
 
     def _raise_on_all(self, problem: Exception | None, place: Path) -> None:
-        """Raises on every rank what went wrong on the first where something did."""
+        """Raises the error of the lowest rank that has one on all ranks. All ranks call it."""
         words = None if problem is None else first_line(problem)
         seen: list[str | None] = [None] * dist.get_world_size(self._group)
         dist.all_gather_object(seen, words, group=self._group)
@@ -224,7 +224,7 @@ def _refusal(place: Path, rank: int, cause: BaseException | str) -> UnsavedError
 
 
 def _sync(path: Path) -> None:
-    """Waits until a file, or a folder's list of names, is on disk."""
+    """Waits until a file, or a folder's list of files, is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -233,9 +233,9 @@ def _sync(path: Path) -> None:
 
 
 def _remove_older(newest: Path, num_kept: int) -> None:
-    """Removes whole checkpoints before the newest, which is whole by now, beyond the number to keep.
+    """Removes the oldest whole checkpoints beyond the number to keep. The newest must be complete.
 
-    One that is not whole does not count and stays, so that somebody may look at it.
+    A checkpoint that is not whole does not count and is kept for inspection.
     """
     before = [folder for folder in checkpoints_in(newest.parent) if folder.name < newest.name]
     whole = [folder for folder in before if is_whole(folder, hashes=False)]
@@ -246,16 +246,16 @@ def _remove_older(newest: Path, num_kept: int) -> None:
 
 
 def replace_folder(made: Path, place: Path) -> None:
-    """Gives a folder its final name; what had that name before is removed.
+    """Gives a folder its final name, and removes the folder that had this name before.
 
-    Where the file system cannot exchange two names (Linux' local ones can), the name is free for a moment.
+    Local file systems of Linux exchange both names atomically. On others, the name does not exist for a moment.
 
     Args:
-        made: a sibling of `place`, complete.
-        place: the final name; a folder, or nothing.
+        made: a complete folder next to `place`.
+        place: the final name, which may be that of a folder.
 
     Raises:
-        OSError: one of them cannot be moved.
+        OSError: one of the folders cannot be moved.
     """
     if not place.exists():
         os.replace(made, place)
@@ -270,7 +270,7 @@ def replace_folder(made: Path, place: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Whether two names changed places, in one move."""
+    """Exchanges two names atomically; returns whether that was possible."""
     try:
         rename = ctypes.CDLL(None, use_errno=True).renameat2
     except (AttributeError, OSError, TypeError):  # another system

@@ -1,6 +1,6 @@
-"""Weights that a run or a conversion reads: a Hugging Face folder or a checkpoint of ours, behind one interface.
+"""Opens weights that a run or a conversion reads: a Hugging Face folder or a checkpoint of this project.
 
-Nothing here imports torch before weights are opened.
+torch is imported only when weights are opened.
 """
 
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class WeightSource(Protocol):
-    """Weights under their released names, of which all but the values has been checked."""
+    """The protocol of weights under their released names. Everything except the values was checked."""
 
     @property
     def config(self) -> ModelConfig:
@@ -30,30 +30,30 @@ class WeightSource(Protocol):
         ...
 
     def fill(self, named: "Mapping[str, Tensor]") -> None:
-        """Reads each named tensor into the one given, one at a time."""
+        """Fills the given tensors by name, one at a time."""
         ...
 
     def tensor(self, name: str, dtype: "torch.dtype") -> "Tensor":
-        """One tensor."""
+        """Reads one tensor, converted to a type."""
         ...
 
 
 def is_hf_folder(path: str) -> bool:
-    """Whether a path is a Hugging Face folder rather than one of ours."""
+    """Returns whether a path is a Hugging Face folder rather than one of this project."""
     folder = Path(path).expanduser()
     ours = (folder / MANIFEST_NAME).exists() or (folder / CHECKPOINTS_NAME).exists()
     return (folder / CONFIG_NAME).exists() and not ours
 
 
 def source_folder(path: str, key: str) -> Path:
-    """The folder that holds the weights which `path` names.
+    """Returns the folder of the weights that a path names.
 
     Args:
         path: a Hugging Face folder, converted weights, a run's folder (its newest checkpoint) or a checkpoint.
-        key: of the configuration that names it, for errors.
+        key: configuration key that holds the path, for errors.
 
     Raises:
-        CheckpointError: none of these.
+        CheckpointError: the path is none of these.
     """
     if is_hf_folder(path):
         return Path(path).expanduser()
@@ -64,14 +64,16 @@ def source_folder(path: str, key: str) -> Path:
 
 
 def source_config(path: str, key: str, *, drop_mtp: bool = False) -> ModelConfig:
-    """The architecture of the weights that `path` names. Imports no torch.
+    """Reads the architecture of the weights that a path names. It imports no torch.
 
     Args:
-        path, key: as of `source_folder`.
-        drop_mtp: MTP modules are left out, and in a Hugging Face folder not looked at.
+        path: a Hugging Face folder, converted weights, a run's folder (its newest checkpoint) or a checkpoint.
+        key: configuration key that holds the path, for errors.
+        drop_mtp: whether to leave MTP modules out; those of a Hugging Face folder are then not checked.
 
     Raises:
-        CheckpointError, HfError: there are none, or what they say of themselves cannot be read.
+        CheckpointError: there are no weights, or their manifest cannot be read.
+        HfError: the Hugging Face folder cannot be read.
     """
     folder = source_folder(path, key)
     if is_hf_folder(path):
@@ -81,7 +83,10 @@ def source_config(path: str, key: str, *, drop_mtp: bool = False) -> ModelConfig
 
 
 def check_source(path: str, key: str, *, drop_mtp: bool = False) -> ModelConfig:
-    """As `source_config`, with all checks of `open_source`. Imports torch for a checkpoint of ours alone."""
+    """Makes all checks of `open_source`, and returns the architecture like `source_config`.
+
+    It imports torch only for a checkpoint of this project.
+    """
     config = source_config(path, key, drop_mtp=drop_mtp)
     if not is_hf_folder(path):
         open_source(path, key)
@@ -89,10 +94,13 @@ def check_source(path: str, key: str, *, drop_mtp: bool = False) -> ModelConfig:
 
 
 def open_source(path: str, key: str, *, drop_mtp: bool = False) -> WeightSource:
-    """The weights that `path` names, checked as far as can be without reading them; arguments as of `source_config`.
+    """Opens the weights that a path names, and checks everything except their values.
+
+    The arguments are those of `source_config`.
 
     Raises:
-        CheckpointError, HfError: there are none, or a file is missing, cut short or of another form.
+        CheckpointError: there are no weights, or a file is missing, truncated or of another form.
+        HfError: the same for a Hugging Face folder.
     """
     folder = source_folder(path, key)
     if is_hf_folder(path):
@@ -105,9 +113,9 @@ def open_source(path: str, key: str, *, drop_mtp: bool = False) -> WeightSource:
 
 
 def unknown_notes(path: str) -> str:
-    """Returns words that name keys of a Hugging Face folder's `config.json` which no list knows; empty if none."""
+    """Returns a note with the unknown keys of a Hugging Face folder's `config.json`, or an empty text."""
     if not is_hf_folder(path):
         return ""
     folder = Path(path).expanduser()
     unknown = unknown_keys(read_json(folder / CONFIG_NAME))
-    return f"unknown keys of {CONFIG_NAME} carried through: {', '.join(unknown)}" if unknown else ""
+    return f"unknown keys of {CONFIG_NAME} are preserved: {', '.join(unknown)}" if unknown else ""

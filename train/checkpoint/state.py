@@ -1,4 +1,4 @@
-"""What a checkpoint holds of a rank, under names and in slices that no layout is part of."""
+"""Defines the state of a rank that a checkpoint holds, under names and in slices that do not depend on the layout."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,10 +29,15 @@ _LONGEST_TEXT = 120
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Slice:
-    """One rank's run of a flat tensor of `whole` elements, from `offset`; ranks may hold the same one.
+    """One rank's consecutive elements of a flat tensor, from `offset` on. Several ranks may hold the same slice.
 
-    DCP's own protocol for what is stored in chunks (`torch.distributed._checkpointable`): a chunk that several ranks
-    hold is written once, and whatever run is asked for is read out of the chunks that hold it.
+    It implements DCP's protocol for chunked storage (`torch.distributed._checkpointable`). DCP writes a chunk that
+    several ranks hold once, and reads any range of elements from the chunks that contain it.
+
+    Attributes:
+        whole: number of elements of the whole tensor.
+        offset: index of the first element.
+        local: this rank's elements, flat.
     """
 
     whole: int
@@ -40,11 +45,11 @@ class Slice:
     local: Tensor
 
     def size(self) -> torch.Size:
-        """Of the whole tensor."""
+        """Returns the size of the whole tensor."""
         return torch.Size([self.whole])
 
     def over(self, local: Tensor) -> "Slice":
-        """The same run of elements in another tensor."""
+        """Returns the same slice with other values."""
         return Slice(self.whole, self.offset, local)
 
     def __create_write_items__(self, fqn: str, object: Any) -> list[WriteItem]:
@@ -62,19 +67,19 @@ class Slice:
 
 
 class SliceSavePlanner(DefaultSavePlanner):
-    """Writes a state of tensors and slices."""
+    """The planner for writing a state of tensors and slices."""
 
     def __init__(self) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
 
     def lookup_object(self, index: MetadataIndex) -> Any:
-        """The tensor behind a name and an offset."""
+        """Returns the tensor of a name and an offset."""
         held = self.state_dict[index.fqn]
         return held.__get_tensor_shard__(index) if isinstance(held, Slice) else super().lookup_object(index)
 
 
 class SliceLoadPlanner(DefaultLoadPlanner):
-    """Fills a state of tensors and slices in place."""
+    """The planner for filling a state of tensors and slices in place."""
 
     def __init__(self) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -88,7 +93,7 @@ class SliceLoadPlanner(DefaultLoadPlanner):
         """Plans the reads.
 
         Raises:
-            RecordError: the checkpoint holds no tensor under a name of the state.
+            RecordError: the checkpoint holds no tensor for a name of the state.
         """
         stored = {} if self.metadata is None else self.metadata.state_dict_metadata
         for name in self.state_dict:
@@ -99,7 +104,7 @@ class SliceLoadPlanner(DefaultLoadPlanner):
         return super().create_local_plan()
 
     def load_bytes(self, read_item: ReadItem, value: BytesIO) -> None:
-        """Refuses: torch would unpickle these bytes without restriction.
+        """Refuses to load bytes, because torch would unpickle them without restriction.
 
         Raises:
             RecordError: always.
@@ -107,7 +112,7 @@ class SliceLoadPlanner(DefaultLoadPlanner):
         raise RecordError(f"{read_item.dest_index.fqn}: must be a tensor, is something else")
 
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        """The tensor behind a name and an offset."""
+        """Returns the tensor of a name and an offset."""
         held = self.state_dict[index.fqn]
         return held.__get_tensor_shard__(index) if isinstance(held, Slice) else super().lookup_tensor(index)
 
@@ -116,26 +121,26 @@ State = dict[str, Slice | Tensor]
 
 
 class Extra(Protocol):
-    """Something else that a run keeps beside its weights, as an average of them."""
+    """The protocol of further state that a run saves, such as a moving average of the weights."""
 
     def state(self) -> Mapping[str, Slice | Tensor]:
-        """This rank's part to be saved, or to be filled in place, under names that are the same in every layout.
+        """Returns this rank's part, to save or to fill in place, under names that do not depend on the layout.
 
-        A whole tensor is the same on all ranks that name it; a slice is one run of it.
+        A whole tensor is equal on all ranks that return it. A slice holds some of its elements.
         """
         ...
 
     def loaded(self) -> None:
-        """Follows a change of the tensors of `state`. Not called where the checkpoint holds none of them."""
+        """Updates what depends on the tensors of `state`, after they were filled from a checkpoint."""
         ...
 
 
 Extras = Mapping[str, Extra]
-"""By the prefix that their names get."""
+"""Further state by the prefix of its names."""
 
 
 def state_of(learner: "Learner", extras: Extras) -> State:
-    """Returns weights, router bias, optimizer state and extras of this rank: the tensors themselves."""
+    """Returns weights, router bias, optimizer state and further state of this rank, not copies."""
     state: State = {f"{WEIGHTS_PREFIX}{name}": tensor for name, tensor in named_tensors(learner.replica.model).items()}
     state |= {f"{OPTIMIZER_PREFIX}{name}": values for name, values in learner.optimizer.state().items()}
     for prefix, extra in extras.items():
@@ -144,16 +149,13 @@ def state_of(learner: "Learner", extras: Extras) -> State:
 
 
 class HostCopy:
-    """Copies a state into memory of the host that is kept from one time to the next.
-
-    Filling memory that is already there takes a fraction of the time of asking for it anew.
-    """
+    """Host memory for copies of a state. It is reused, because allocating it takes longer than filling it."""
 
     def __init__(self) -> None:
         self._kept: dict[str, Tensor] = {}
 
     def of(self, state: State) -> State:
-        """Returns a copy, which is valid until the next call."""
+        """Copies a state to the host, and returns the copy, which is valid until the next call."""
         return {name: self._copy(name, values) for name, values in state.items()}
 
     def _copy(self, name: str, values: Slice | Tensor) -> Slice | Tensor:
@@ -170,5 +172,5 @@ class HostCopy:
 
 
 def first_line(error: BaseException) -> str:
-    """Returns what an exception says, in one line; torch's own are cut."""
+    """Returns the first line of an exception's message, truncated to `_LONGEST_TEXT` characters."""
     return (next(iter(str(error).strip().splitlines()), "") or type(error).__name__)[:_LONGEST_TEXT]

@@ -1,4 +1,4 @@
-"""Checkpoints that all ranks of a job look for, read and verify together."""
+"""Finds and verifies checkpoints on all ranks of a job together."""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -19,18 +19,19 @@ T = TypeVar("T")
 
 
 def resolve_resume(config: TrainConfig) -> tuple[TrainConfig, tuple[str, ...]]:
-    """Replaces what `resume` names by the checkpoint to resume from. Every rank calls it at the same point.
+    """Replaces `resume` by the checkpoint to resume from. All ranks call it at the same point.
 
-    Rank 0 looks for checkpoints, because machines may not see the same ones at once. All ranks read them.
+    Rank 0 searches for checkpoints, because machines may see different ones on a shared file system. All ranks verify
+    them.
 
     Args:
         config: of the run.
 
     Returns:
-        The configuration, and a line for each newer checkpoint that is not whole: which, and why.
+        The configuration, and a line with name and reason for each newer checkpoint that is not whole.
 
     Raises:
-        CheckpointError: on every rank, if none is whole, or the one that is named is not.
+        CheckpointError: on every rank, if no checkpoint is whole, or the named one is not.
     """
     if config.resume is None:
         return config, ()
@@ -39,13 +40,16 @@ def resolve_resume(config: TrainConfig) -> tuple[TrainConfig, tuple[str, ...]]:
 
 
 def find_together(find: Callable[[Check], T]) -> T:
-    """Returns what rank 0 finds among checkpoints, each of which all ranks verify a part of. Every rank calls it.
+    """Searches for a checkpoint on rank 0, while all ranks verify the candidates. All ranks call it.
 
     Args:
-        find: looks for one with the check that it gets. Called on rank 0 alone.
+        find: searches with the given check. Only rank 0 calls it.
+
+    Returns:
+        The result of `find`, on every rank.
 
     Raises:
-        CheckpointError: on every rank, what `find` raised.
+        CheckpointError: on every rank, if `find` raised it.
     """
     found: list[T | CheckpointError | None] = [None]
     if dist.get_rank() == 0:
@@ -65,17 +69,17 @@ def find_together(find: Callable[[Check], T]) -> T:
 
 
 def verify_together(folder: Path) -> None:
-    """Verifies a checkpoint with every file read by one rank. Every rank calls it with the same folder.
+    """Verifies a checkpoint. Each file is read by one rank. All ranks call it with the same folder.
 
     Raises:
-        CheckpointError: on every rank, what `verify` raises.
+        CheckpointError: on every rank, if the checkpoint is not whole.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     problem = ""
     try:
         files = listed_files(folder)
         mine = {name: files[name] for name in sorted(files)[rank::world_size]}
-        # Ranks share the work evenly: the first one's part shows how far all are.
+        # The work is divided evenly, so rank 0's part shows the progress of all.
         for name in progress_over(folder, mine, progress_on() if rank == 0 else NoProgress()):
             check_file(folder, name, mine[name], hashes=True)
     except CheckpointError as error:
@@ -96,7 +100,7 @@ def _verify_from_rank_0(folder: Path) -> None:
 
 
 def _broadcast(folder: Path | None) -> Path | None:
-    """Returns what rank 0 passes."""
+    """Returns on every rank the folder that rank 0 passes."""
     passed = [folder]
     dist.broadcast_object_list(passed, src=0)
     return passed[0]

@@ -1,4 +1,4 @@
-"""Whether a checkpoint is whole, by its manifest. No torch here."""
+"""Verifies by its manifest that a checkpoint is whole. No torch here."""
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -12,26 +12,26 @@ from train.checkpoint.manifest import MANIFEST_NAME, CheckpointError, digest, re
 from train.config.decode import decode
 from train.config.errors import ConfigError
 
-# Weights, their average, master weights and moments take at most 28 in float64 and float32.
+# Weights, their average, master weights and moments take at most 28 bytes in float64 and float32.
 _BYTES_PER_WEIGHT = 64
 _LEAST_BYTES = 2**30
 _LONGEST_NAME = 255
 _NO_PROGRESS = NoProgress()
 
 Check = Callable[[Path], None]
-"""Raises CheckpointError if a checkpoint is not whole."""
+"""Checks a checkpoint; raises CheckpointError if it is not whole."""
 
 
 def verify(folder: Path, *, hashes: bool = True, progress: Progress = _NO_PROGRESS) -> None:
-    """Holds a checkpoint's files against its manifest.
+    """Compares a checkpoint's files with its manifest.
 
     Args:
         folder: of the checkpoint.
-        hashes: every byte is read; otherwise only the presence and the sizes of files are checked.
-        progress: shows how far the reading is.
+        hashes: whether every file is read and hashed; otherwise only the presence and the sizes of files are checked.
+        progress: shows how many bytes were read.
 
     Raises:
-        CheckpointError: says in one line what is wrong, without the folder.
+        CheckpointError: the checkpoint is not whole. The message is one line without the folder.
     """
     files = listed_files(folder)
     for name in progress_over(folder, files, progress) if hashes else iter(files):
@@ -39,12 +39,12 @@ def verify(folder: Path, *, hashes: bool = True, progress: Progress = _NO_PROGRE
 
 
 def verify_sizes(folder: Path) -> None:
-    """Checks the presence and the sizes of a checkpoint's files alone; errors as of `verify`."""
+    """Checks the presence and the sizes of a checkpoint's files, and raises the same errors as `verify`."""
     verify(folder, hashes=False)
 
 
 def is_whole(folder: Path, *, hashes: bool = True) -> bool:
-    """Whether `verify` accepts a checkpoint."""
+    """Returns whether `verify` accepts a checkpoint."""
     try:
         verify(folder, hashes=hashes)
     except CheckpointError:
@@ -53,10 +53,10 @@ def is_whole(folder: Path, *, hashes: bool = True) -> bool:
 
 
 def listed_files(folder: Path) -> Mapping[str, Any]:
-    """Returns what a checkpoint's manifest lists by name.
+    """Returns the entries of a checkpoint's manifest by file name.
 
     Raises:
-        CheckpointError: the manifest is missing, broken, or lists more than such a model can have.
+        CheckpointError: the manifest is missing, damaged, or lists more bytes than the architecture can have.
     """
     if not (folder / MANIFEST_NAME).is_file():
         raise CheckpointError(f"{MANIFEST_NAME} must be there, is missing: it was never finished")
@@ -72,7 +72,7 @@ def listed_files(folder: Path) -> Mapping[str, Any]:
 
 
 def progress_over(folder: Path, files: Mapping[str, Any], progress: Progress) -> Iterator[str]:
-    """Yields the names that a manifest lists, and shows how far the reading of the files is."""
+    """Yields the file names of a manifest, and shows the progress of reading the files."""
     listed_sizes = {name: listed.get("bytes") if isinstance(listed, dict) else None for name, listed in files.items()}
     sizes = {name: size if isinstance(size, int) else 0 for name, size in listed_sizes.items()}
     return progress.over(f"verifying {folder.name}", list(files), sum(sizes.values()), lambda name: sizes[name])
@@ -84,20 +84,20 @@ def check_file(folder: Path, name: str, listed: object, *, hashes: bool) -> None
     Args:
         folder: of the checkpoint.
         name: of the file.
-        listed: what the manifest says of it.
-        hashes: whether its content is read; otherwise its size alone is checked.
+        listed: its entry in the manifest.
+        hashes: whether its content is hashed; otherwise only its size is checked.
 
     Raises:
-        CheckpointError: it is missing, of another size or content, or not a plain file in the folder.
+        CheckpointError: the file is missing, has another size or content, or is not a regular file in the folder.
     """
     if not isinstance(listed, dict) or Path(name).name != name or name in ("", "..") or "\0" in name:
-        raise CheckpointError(f"manifest.json must list files beside it, lists {name[:_LONGEST_NAME]!r}")
+        raise CheckpointError(f"manifest.json must list files in its folder, lists {name[:_LONGEST_NAME]!r}")
     path = folder / name
     try:
         found_there = path.stat()
-        # A pipe or a device would be read without end.
+        # Reading a pipe or a device would not end.
         if not S_ISREG(found_there.st_mode):
-            raise CheckpointError(f"{name} must be a file, is none")
+            raise CheckpointError(f"{name} must be a regular file, is not")
         num_bytes = found_there.st_size
         if num_bytes != listed.get("bytes"):
             raise CheckpointError(f"{name} must have {listed.get('bytes')} bytes, has {num_bytes}")
@@ -109,7 +109,7 @@ def check_file(folder: Path, name: str, listed: object, *, hashes: bool) -> None
 
 
 def _check_listed_sizes(model: object, files: Mapping[str, Any]) -> None:
-    """Refuses listed sizes that are too large together, so that no sparse file of many terabytes is hashed."""
+    """Refuses listed sizes whose sum is too large, so that no sparse file of many terabytes is hashed."""
     try:
         account = count_parameters(decode(ModelConfig, model, "model"))
     except (ConfigError, ArithmeticError) as error:

@@ -1,4 +1,4 @@
-"""Weights of a checkpoint of ours without a model: read and written tensor by tensor in one process."""
+"""Reads and writes the weights of this project's checkpoints in one process, tensor by tensor and without a model."""
 
 import dataclasses
 import warnings
@@ -29,21 +29,21 @@ _PREFIXES: dict[WeightsKind, str] = {"trained": WEIGHTS_PREFIX, "ema": EMA_PREFI
 
 
 def held_weights(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Returns the shape by name of all weights and router biases that a checkpoint holds: each once, none empty."""
+    """Returns the shapes of all weights and router biases of a checkpoint by name, without copies and empty ones."""
     return {name: shape for name, shape in weights(config) if copied_from(name) is None and 0 not in shape}
 
 
 class CheckpointReader:
-    """A checkpoint whose manifest, list of tensors and files have been checked; their content is read on demand.
+    """A checkpoint whose manifest, list of tensors and files have been checked. Tensors are read on demand.
 
     Args:
         folder: of the checkpoint.
-        key: of the configuration that names it, for errors.
-        kind: which of its weights: those that were trained, or their average.
+        key: configuration key that names it, for errors.
+        kind: the trained weights, or their moving average.
 
     Raises:
-        CheckpointError: there is no average; the manifest or the list cannot be read, a weight is missing or of
-            another shape, a file is missing or cut short.
+        CheckpointError: there is no average, the manifest or the list of tensors cannot be read, a weight is missing or
+            has another shape, or a file is missing or truncated.
     """
 
     def __init__(self, folder: Path, key: str, kind: WeightsKind = "trained") -> None:
@@ -53,7 +53,7 @@ class CheckpointReader:
         self._prefix = _PREFIXES[kind]
         self._metadata = read_metadata(folder, key)
         if not any(name.startswith(self._prefix) for name in self._metadata.state_dict_metadata) and kind == "ema":
-            raise self._error("weights", "must be trained, as the run kind no average (ema.decay), are ema")
+            raise self._error("weights", "must be trained, because the run kept no average (ema.decay), is ema")
         self._storage = TensorsReader(folder, self._metadata)
         self._storage.set_up_storage_reader(self._metadata, is_coordinator=True)
         self._shapes = held_weights(self.config)
@@ -61,14 +61,14 @@ class CheckpointReader:
         self._check_files()
 
     def dtype_of(self, name: str) -> torch.dtype:
-        """The type that a tensor was saved in."""
+        """Returns the type in which a tensor is stored."""
         return self._dtypes[name]
 
     def fill(self, named: Mapping[str, Tensor]) -> None:
-        """Reads each named tensor into the one given, converted to its type, one at a time.
+        """Fills the given tensors by name, converted to their types, one at a time.
 
         Raises:
-            CheckpointError: a name or shape that the checkpoint does not hold, or content that cannot be read.
+            CheckpointError: the checkpoint has no tensor of a name and shape, or its content cannot be read.
         """
         for name, tensor in named.items():
             if self._shapes.get(name) != tuple(tensor.shape):
@@ -76,7 +76,7 @@ class CheckpointReader:
             self._read(name, tensor)
 
     def tensor(self, name: str, dtype: torch.dtype) -> Tensor:
-        """One tensor, converted to a type; errors as of `fill`."""
+        """Reads one tensor, converted to a type, and raises the same errors as `fill`."""
         tensor = torch.empty(self._shapes[name], dtype=dtype)
         self._read(name, tensor)
         return tensor
@@ -88,10 +88,10 @@ class CheckpointReader:
             self._storage.read_data(planner.create_local_plan(), planner).wait()
         except MemoryError:
             raise
-        except Exception as error:  # what torch raises on broken files is of no common type
+        except Exception as error:  # torch raises many types of error on damaged files
             raise self._error(name, f"cannot be read: {first_line(error)}") from error
         if not tensor.isfinite().all():
-            raise self._error(name, "must hold finite numbers, holds others")
+            raise self._error(name, "must hold finite numbers, does not")
 
     def _check_weight(self, name: str, shape: tuple[int, ...]) -> torch.dtype:
         stored = self._metadata.state_dict_metadata.get(self._prefix + name)
@@ -125,16 +125,16 @@ def write_weights(
     *,
     max_file_bytes: int,
 ) -> None:
-    """Writes tensors, in order, into files of limited size. In memory: those of the file being written, and one more.
+    """Writes tensors in order into files of limited size. Memory holds the tensors of one file, and one more.
 
     Args:
-        folder: exists; the manifest is the caller's.
+        folder: existing folder; the caller writes the manifest.
         plan: shape and type of every tensor by its released name.
-        read: gives a tensor of that shape and type.
-        max_file_bytes: a file holds less, or one tensor.
+        read: returns the tensor of a name, with that shape and type.
+        max_file_bytes: largest size of a file with more than one tensor.
 
     Raises:
-        OSError: a file cannot be written. Whatever `read` raises.
+        OSError: a file cannot be written. Errors of `read` are raised unchanged.
     """
     state: dict[str, Any] = {
         WEIGHTS_PREFIX + name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in plan.items()
@@ -154,14 +154,14 @@ def write_weights(
 
 
 def _refusal_of_disk(error: BaseException | None) -> OSError | None:
-    """What the disk said: torch, closing its archive on the way out, raises an error of its own over it."""
+    """Returns the original OSError. torch raises another error while it closes its archive afterwards."""
     while error is not None and not isinstance(error, (OSError, ValueError)):
         error = error.__context__
     return error if isinstance(error, OSError) else None
 
 
 class _LazyPlanner(DefaultSavePlanner):
-    """Asks for a tensor's content when it is written; the state dictionary holds shapes alone."""
+    """A planner that reads a tensor's content when it is written. The state dictionary holds only shapes."""
 
     def __init__(self, read: Callable[[str], Tensor]) -> None:
         super().__init__()
@@ -174,10 +174,10 @@ class _LazyPlanner(DefaultSavePlanner):
 
 
 class _FilesWriter(FileSystemWriter):
-    """DCP's writer keeps all tensors of a file until it is complete; so files are kind small."""
+    """A writer of small files. DCP's writer keeps all tensors of a file in memory until the file is complete."""
 
     def __init__(self, folder: Path, max_file_bytes: int) -> None:
-        # Nothing copied ahead: with a GPU in the machine it would sort by size and read several at once.
+        # If a GPU is present, copying ahead would sort tensors by size and read several at once.
         super().__init__(folder, thread_count=1, per_thread_copy_ahead=0)
         self._max_file_bytes = max_file_bytes
 

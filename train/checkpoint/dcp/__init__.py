@@ -1,1 +1,1 @@
-"""Checkpoints of torch's DCP, read as data: nothing that a file names is imported, called or executed."""
+"""Reads checkpoints of torch's DCP as data. It never imports, calls or executes anything that a file names."""

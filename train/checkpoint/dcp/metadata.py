@@ -1,4 +1,4 @@
-"""The list of a checkpoint's tensors, `.metadata`, decoded and checked before anything is read by it."""
+"""Decodes and checks `.metadata`, the list of a checkpoint's tensors, before any tensor is read."""
 
 import math
 from dataclasses import dataclass
@@ -26,10 +26,10 @@ DTYPES = {
     f"torch.{name}": getattr(torch, name)
     for name in ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int64", "int32", "uint8")
 }
-"""The types that a checkpoint may hold, by the names that torch pickles them under."""
+"""Types that a checkpoint may hold, by the names under which torch pickles them."""
 
 ENVELOPE_BYTES = 2**16
-"""What a tensor in a file may have beyond its values: torch's own archive takes about 1.5 KB."""
+"""Largest size of a stored tensor beyond its values. torch's archive format takes about 1.5 KB."""
 
 _LEAST_BYTES, _LARGEST_BYTES = 2**20, 2**29
 _BYTES_PER_WEIGHT = 2**13
@@ -49,7 +49,7 @@ _METADATA, _TENSOR, _BYTES, _PROPERTIES, _CHUNK, _INDEX = (
 )
 _PLACE = "torch.distributed.checkpoint.filesystem._StorageInfo"
 _SIZE = "torch.Size"
-# Mentioned by what torch writes and not needed here.
+# Names that torch writes, but that are not needed here.
 _UNUSED = (
     *(f"{_PACKAGE}.{name}" for name in ("StorageMeta", "_MEM_FORMAT_ENCODING")),
     "torch.serialization._get_layout",
@@ -60,11 +60,12 @@ _ALLOWED = frozenset((_METADATA, _TENSOR, _BYTES, _PROPERTIES, _CHUNK, _INDEX, _
 
 @dataclass(frozen=True, slots=True)
 class ChunkLocation:
-    """Bytes of a file that hold one chunk of a tensor.
+    """The bytes of a file that hold one chunk of a tensor.
 
     Attributes:
         relative_path: plain name of a file in the checkpoint's folder.
-        offset, length: in bytes.
+        offset: of the chunk, in bytes.
+        length: of the chunk, in bytes.
     """
 
     relative_path: str
@@ -73,17 +74,18 @@ class ChunkLocation:
 
 
 def read_metadata(folder: Path, key: str) -> Metadata:
-    """Returns what a checkpoint's files hold: every tensor by name, its chunks, and the place of each.
+    """Reads the list of a checkpoint's tensors: each tensor by name, its chunks, and the location of each chunk.
 
     Args:
         folder: of the checkpoint.
-        key: of the configuration that names it, for errors.
+        key: configuration key that names it, for errors.
 
     Returns:
-        DCP's own record; the values of `storage_data` are of type `ChunkLocation`.
+        DCP's own record. The values of `storage_data` are of type `ChunkLocation`.
 
     Raises:
-        CheckpointError: the list is missing, larger than the architecture allows, or holds anything but tensors.
+        CheckpointError: the list is missing, larger than the architecture allows, or holds something other than
+            tensors.
     """
     place = f"{key}: {folder}: {METADATA_NAME}: must list the tensors"
     largest = _largest_bytes(folder, key)
@@ -100,7 +102,7 @@ def read_metadata(folder: Path, key: str) -> Metadata:
 
 
 def _largest_bytes(folder: Path, key: str) -> int:
-    """Returns the most bytes that the list may have, by the number of weights of the checkpoint's architecture."""
+    """Returns the largest size of the list in bytes, by the number of weights of the checkpoint's architecture."""
     num_weights = sum(1 for _ in islice(weights(read_model(folder, key)), _MOST_WEIGHTS))
     return min(_LEAST_BYTES + num_weights * _BYTES_PER_WEIGHT, _LARGEST_BYTES)
 
@@ -144,7 +146,7 @@ def _chunk(value: Any) -> ChunkStorageMetadata:
 
 
 def _check_chunks(name: str, tensor: TensorStorageMetadata, placed: dict[MetadataIndex, ChunkLocation]) -> None:
-    """Refuses chunks that reach beyond their tensor, do not fill it, or lie nowhere or in too many bytes."""
+    """Refuses chunks that exceed or do not fill their tensor, have no location, or take too many bytes."""
     subject, size, num_elements = shown(name), tuple(tensor.size), 0
     for chunk in tensor.chunks:
         ends = [first + count for first, count in zip(chunk.offsets, chunk.sizes, strict=False)]
@@ -174,9 +176,9 @@ def _place(value: Any) -> ChunkLocation:
     path, offset, length = (fields.get(key) for key in ("relative_path", "offset", "length"))
     name = _text(path)
     if Path(name).name != name or name in ("", "..") or "\0" in name:
-        raise RecordError(f"must name files beside it, names '{shown(name)}'")
+        raise RecordError(f"must name files in its folder, names '{shown(name)}'")
     if fields.get("transform_descriptors"):
-        raise RecordError(f"{shown(name)}: must hold tensors as they are, is transformed")
+        raise RecordError(f"{shown(name)}: must hold tensors without transformation, is transformed")
     return ChunkLocation(name, _whole(offset), _whole(length))
 
 

@@ -1,8 +1,8 @@
-"""A pickle read as data: names and arguments become inert records, and nothing that it names is looked up or called.
+"""Reads a pickle as data: names and arguments become inert records, and nothing that they name is imported or called.
 
-The pickle format is a small program whose instructions may call any function. torch writes two things with it: the
-list of a checkpoint's tensors, and a header for each tensor. Both need a fraction of its instructions. Here those build
-plain values, and every other instruction is refused. No torch here.
+A pickle is a small program whose instructions may call any function. torch writes two things with it: the list of a
+checkpoint's tensors, and a header for each tensor. Both need few instructions. Here those build plain values, and every
+other instruction is refused. No torch here.
 """
 
 import pickletools
@@ -21,15 +21,15 @@ _LONGEST_TEXT = 100
 
 
 class RecordError(ValueError):
-    """Bytes that are no pickle, or one that holds an instruction or a nesting that records do not need."""
+    """The bytes are no pickle, or contain an instruction or a nesting that records do not need."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GlobalName:
-    """Something that a pickle names by module and name. It is not looked up.
+    """The module and name of an object that a pickle refers to. It is never imported.
 
     Attributes:
-        text: the dotted name.
+        text: dotted name.
     """
 
     text: str
@@ -37,12 +37,12 @@ class GlobalName:
 
 @dataclass(slots=True, eq=False)
 class ObjectRecord:
-    """An object that a pickle would make by calling something.
+    """An object that a pickle would create by a call.
 
     Attributes:
-        name: what would be called, as a dotted name.
-        arguments: what it would be called with.
-        state: what the object would then be given; None if nothing.
+        name: dotted name of what would be called.
+        arguments: arguments of the call.
+        state: state that the object would then receive; None if there is none.
     """
 
     name: str
@@ -52,7 +52,7 @@ class ObjectRecord:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PersistentId:
-    """A reference to something that is stored outside the pickle."""
+    """A reference to data that is stored outside the pickle."""
 
     key: Any
 
@@ -65,10 +65,10 @@ def read_records(content: bytes, allowed: Container[str]) -> Any:
 
     Args:
         content: the whole pickle.
-        allowed: dotted names that it may mention. The caller decides what a name stands for.
+        allowed: dotted names that it may contain. The caller decides what a name means.
 
     Raises:
-        RecordError: it is none, or is refused.
+        RecordError: the content is no pickle, or is refused.
     """
     machine = _Machine(allowed)
     try:
@@ -78,7 +78,7 @@ def read_records(content: bytes, allowed: Container[str]) -> Any:
             machine.run(instruction.name, argument)
     except RecordError:
         raise
-    # pickletools raises ValueError on bytes that are cut short, and whatever decoding raises on others.
+    # pickletools raises ValueError on truncated bytes, and various decoding errors on others.
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError) as error:
         raise RecordError(f"is no pickle ({type(error).__name__}: {error})") from error
     raise RecordError("is no pickle: it has no end")
@@ -90,7 +90,7 @@ class _Machine:
     def __init__(self, allowed: Container[str]) -> None:
         self._allowed = allowed
         self._stack: list[Any] = []
-        # Keyed, not indexed: an instruction may name any number up to 2**32 here.
+        # A dictionary, not a list, because an instruction may use any index up to 2**32.
         self._memo: dict[int, Any] = {}
 
     def result(self) -> Any:
@@ -120,7 +120,7 @@ class _Machine:
             self._build(name, argument)
 
     def _build(self, name: str, argument: Any) -> None:
-        """Executes an instruction that makes or fills a container, or would make an object."""
+        """Executes an instruction that creates or fills a container, or that would create an object."""
         stack = self._stack
         match name:
             case "EMPTY_TUPLE" | "EMPTY_LIST" | "EMPTY_DICT":
@@ -146,12 +146,12 @@ class _Machine:
             case "BINPERSID":
                 stack.append(PersistentId(*self._pop(1)))
             case _:
-                raise RecordError(f"must hold plain records alone, holds the instruction {name}")
+                raise RecordError(f"must hold only plain records, holds the instruction {name}")
 
     def _name(self, parts: list[Any]) -> GlobalName:
         text = ".".join(_of_type(part, str) for part in parts)
         if text not in self._allowed:
-            raise RecordError(f"must hold plain records alone, asks for {shown(text)}")
+            raise RecordError(f"must hold only plain records, names {shown(text)}")
         return GlobalName(text)
 
     def _pop(self, count: int) -> list[Any]:
@@ -170,7 +170,7 @@ class _Machine:
 
 
 def shown(text: str) -> str:
-    """Returns a text from a file as an error prints it: in one line, and cut if it is long."""
+    """Returns a text from a file in the form of an error message: in one line, and truncated if it is long."""
     literal = repr(text)[1:-1]
     return literal if len(literal) <= _LONGEST_TEXT else f"{literal[:_LONGEST_TEXT]}..."
 
@@ -182,7 +182,10 @@ def _checked(value: Any) -> Any:
 
 
 def _flat_tuple(items: list[Any]) -> tuple[Any, ...]:
-    """Returns the tuple, of at most three levels: hashing or printing a deep one overflows the interpreter's stack."""
+    """Returns a tuple, and refuses more than three levels.
+
+    Hashing or printing a deeply nested tuple overflows the interpreter's stack.
+    """
     inner = (item for item in items if type(item) is tuple)
     if any(type(part) is tuple and any(type(each) is tuple for each in part) for item in inner for part in item):
         raise RecordError("must hold tuples of at most three levels, holds a deeper one")
@@ -198,5 +201,5 @@ def _fill(values: dict[Any, Any], items: list[Any]) -> None:
 
 def _of_type(value: Any, kind: type[Any]) -> Any:
     if type(value) is not kind:
-        raise RecordError(f"must hold a {kind.__name__} where it holds a {type(value).__name__}")
+        raise RecordError(f"must hold a {kind.__name__}, holds a {type(value).__name__}")
     return value

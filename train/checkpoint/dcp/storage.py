@@ -1,4 +1,4 @@
-"""DCP's storage as this project reads it: tensors alone, from files whose content was checked."""
+"""Reads DCP's storage: only tensors, from files whose content is checked."""
 
 from itertools import groupby
 from pathlib import Path
@@ -16,38 +16,38 @@ from train.checkpoint.dcp.tensor_file import read_tensor
 
 
 class TensorsReader(FileSystemReader):
-    """Reads the tensors of a checkpoint whose list `train.checkpoint.dcp.metadata.read_metadata` has read.
+    """A reader of the tensors of a checkpoint, whose list `train.checkpoint.dcp.metadata.read_metadata` has read.
 
-    torch's own reader unpickles the list, and whatever the list declares to be no tensor, without restriction.
+    torch's own reader unpickles the list, and everything in it that is not a tensor, without restriction.
     """
 
     def __init__(self, folder: Path, metadata: Metadata) -> None:
-        """Takes what was read and checked; opens nothing.
+        """Opens nothing yet.
 
         Args:
             folder: of the checkpoint.
-            metadata: its list.
+            metadata: list of its tensors, already checked.
         """
         super().__init__(folder)
         self._folder = folder
         self._metadata = metadata
 
-    # Not named kwargs: with that name, DCP would look for a list by rank if this one cannot be read.
+    # If this parameter were named kwargs, DCP would search for a list per rank when this one cannot be read.
     def read_metadata(self, *args: Any, **options: Any) -> Metadata:
-        """Returns the list that the reader was made with."""
+        """Returns the list that was passed to the reader."""
         return self._metadata
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Fills every tensor of the plan.
 
         Raises:
-            RecordError: the plan asks for something else, or a file holds something else than the list says.
+            RecordError: the plan contains something other than tensors, or a file contradicts the list.
         """
         items = sorted(plan.items, key=lambda item: (self._place(item).relative_path, self._place(item).offset))
         for name, of_file in groupby(items, key=lambda item: self._place(item).relative_path):
             path = self._folder / name
             if not path.is_file():
-                raise RecordError(f"{name}: must be a file, is none")
+                raise RecordError(f"{name}: must be a regular file, is not")
             with path.open("rb") as file:
                 for item in of_file:
                     self._fill(item, planner, file)
@@ -82,6 +82,6 @@ class TensorsReader(FileSystemReader):
 
 
 def _chunk_shape(stored: TensorStorageMetadata, index: MetadataIndex) -> torch.Size:
-    # DCP says in `index.index` at which place of the list it found the chunk.
+    # `index.index`, if set, is the position at which DCP found the chunk in the list.
     chunks = stored.chunks if index.index is None else stored.chunks[index.index :]
     return next(chunk.sizes for chunk in chunks if chunk.offsets == index.offset)

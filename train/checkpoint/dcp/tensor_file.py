@@ -1,6 +1,6 @@
-"""One tensor in a file as torch saves it, read without torch's unpickler: header, type, shape and bytes are checked.
+"""Reads one tensor that torch saved in a file, without torch's unpickler. Header, type, shape and bytes are checked.
 
-torch saves a tensor as an uncompressed zip archive: `data.pkl` says what the tensor is, `data/0` holds its bytes.
+torch saves a tensor as an uncompressed zip archive: `data.pkl` describes the tensor, `data/0` holds its bytes.
 """
 
 import io
@@ -31,22 +31,22 @@ _STORAGES = {
 }
 _ALLOWED = frozenset((_REBUILD, _REBUILD_TYPED, _PARAMETER, _UNTYPED, "collections.OrderedDict", *_STORAGES, *DTYPES))
 _LARGEST_HEADER_BYTES = 2**14
-# Also the most that is read at once, and so the most that an archive's own list of members may take.
+# This is also the largest read at once, and so the largest size of an archive's list of members.
 _STEP_BYTES = 2**20
 
 
 def read_tensor(file: BinaryIO, offset: int, length: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Returns the tensor that torch saved into a part of a file.
+    """Reads the tensor that torch saved in a part of a file.
 
     Args:
-        file: open for reading.
+        file: file open for reading.
         offset: of the part, in bytes.
         length: of the part, in bytes.
-        shape: that the tensor must have.
-        dtype: that the tensor must have.
+        shape: required shape of the tensor.
+        dtype: required type of the tensor.
 
     Raises:
-        RecordError: the part holds something else, or does not lie within the file.
+        RecordError: the part holds something else, or exceeds the file.
     """
     file.seek(0, io.SEEK_END)
     if offset + length > file.tell():
@@ -60,7 +60,7 @@ def read_tensor(file: BinaryIO, offset: int, length: int, shape: Sequence[int], 
             form = _form(header, dtype)
             _check_form(form, tuple(shape), length // dtype.itemsize)
             storage = _storage(archive, members.get(f"data/{form.key}"), form.num_elements * dtype.itemsize)
-    # zipfile raises all of these on archives that are damaged or not of its kind.
+    # zipfile raises all of these on damaged archives and on other files.
     except (BadZipFile, NotImplementedError, RuntimeError, ValueError, OverflowError, EOFError, KeyError) as error:
         if isinstance(error, RecordError):
             raise
@@ -69,7 +69,7 @@ def read_tensor(file: BinaryIO, offset: int, length: int, shape: Sequence[int], 
 
 
 class _Form:
-    """What a header says of its tensor: a storage of so many elements, and the tensor's place in it."""
+    """The content of a header: the number of elements of a storage, and the tensor's place in it."""
 
     def __init__(self, storage: tuple[Any, ...], offset: Any, shape: Any, strides: Any) -> None:
         self.key = _of(storage[2], str)
@@ -97,7 +97,7 @@ def _form(header: bytes, dtype: torch.dtype) -> _Form:
     if found is not dtype or (is_typed and storage[1].text != _UNTYPED):
         raise RecordError(f"must be {dtype} as .metadata says, is {found or storage[1].text}")
     form = _Form(storage, *arguments[1:4])
-    if is_typed:  # counted in bytes
+    if is_typed:  # an untyped storage is counted in bytes
         form.num_elements //= dtype.itemsize
     return form
 
@@ -111,11 +111,11 @@ def _check_form(form: _Form, shape: tuple[int, ...], most_elements: int) -> None
         raise RecordError("must have a stride for every dimension")
     last = sum((size - 1) * stride for size, stride in zip(shape, form.strides, strict=True))
     if math.prod(shape) and form.offset + last >= form.num_elements:
-        raise RecordError("must lie within its storage, reaches beyond")
+        raise RecordError("must lie within its storage, exceeds it")
 
 
 def _storage(archive: ZipFile, member: ZipInfo | None, num_bytes: int) -> Tensor:
-    """Returns the bytes of a storage."""
+    """Reads the bytes of a storage in steps, and checks their number and checksum."""
     _check_member(member, num_bytes)
     assert member is not None
     if member.file_size != num_bytes:
@@ -126,7 +126,7 @@ def _storage(archive: ZipFile, member: ZipInfo | None, num_bytes: int) -> Tensor
         for first in range(0, num_bytes, _STEP_BYTES):
             part = file.read(min(_STEP_BYTES, num_bytes - first))
             view[first : first + len(part)] = np.frombuffer(part, np.uint8)
-        file.read(1)  # at the end the checksum is compared
+        file.read(1)  # reading past the end makes zipfile compare the checksum
     return storage
 
 
@@ -140,13 +140,13 @@ def _check_member(member: ZipInfo | None, largest: int) -> None:
     if member is None:
         raise RecordError("must hold a tensor as torch saves it, a part is missing")
     if member.compress_type != ZIP_STORED or member.file_size != member.compress_size:
-        raise RecordError("must hold values that are not compressed, are compressed")
+        raise RecordError("must hold uncompressed values, holds compressed ones")
     if member.file_size > largest:
         raise RecordError(f"{member.filename[:80]!r}: must have at most {largest} bytes, has {member.file_size}")
 
 
 class _Part(io.RawIOBase):
-    """A part of a file as a file of its own. Refuses to read much at once."""
+    """A part of a file that behaves like a file. It refuses large reads."""
 
     def __init__(self, file: BinaryIO, offset: int, length: int) -> None:
         super().__init__()
