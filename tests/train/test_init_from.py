@@ -205,7 +205,7 @@ def test_command_starts_from_a_hugging_face_folder_with_its_tokenizer_and_record
     done = run_train(folder, "command", *choices, "task.steps=1", "samples.prompt=a1", "samples.tokens=4")
     assert done.returncode == 0, done.stderr
     assert f"weights from {folder / 'mtp'}\n" in done.stdout
-    assert f"tokenizer: that of {tokenizer}, not one of data.tokenizer_vocab_size; ids below 320" in done.stdout
+    assert f"tokenizer: from {tokenizer}; data.tokenizer_vocab_size is not used; ids below 320" in done.stdout
     written = yaml.safe_load((folder / "command" / "config.yaml").read_text())
     assert written["model"]["hidden_size"] == 24
     assert "kind" not in written["model"]

@@ -65,7 +65,7 @@ def test_profile_says_what_it_records_and_what_a_cpu_cannot(tmp_path: Path) -> N
     cuda = replace(config, cluster=replace(config.cluster, device="cuda"))
     assert profile_notice(config) == (
         "profile: traces of steps 2, 4 on ranks 0, 3 in profile/; "
-        "memory snapshots need cluster.device=cuda, none are made on the CPU"
+        "memory snapshots need cluster.device=cuda, and are not written on the CPU"
     )
     assert profile_notice(cuda) == "profile: traces and memory snapshots of steps 2, 4 on ranks 0, 3 in profile/"
     assert profile_notice(_config(tmp_path, steps=())) == ""

@@ -1,4 +1,4 @@
-"""The crash report of a rank that must not go on: why, its stacks, and its last operations with others."""
+"""Writes the crash report of a rank that must end: the reason, its stacks, and its last collectives and transfers."""
 
 import faulthandler
 import json
@@ -19,10 +19,10 @@ LOGGER = logging.getLogger("train")
 
 
 class CrashReporter:
-    """Writes a rank's crash report once, from the watchdog.
+    """The writer of a rank's crash report. The watchdog calls it once.
 
     Attributes:
-        out_dir: the run's folder, once it is known.
+        out_dir: the run's folder; None until it is known.
     """
 
     out_dir: Path | None
@@ -44,17 +44,17 @@ class CrashReporter:
     def write(self, verdict: Verdict) -> None:
         """Writes `log/rank_*.error.log` and `.operations.jsonl`, unless another rank's own error is the cause."""
         if self._reports_on_stderr:
-            # In one piece: all ranks say it at once, and a launcher has given them one stderr.
+            # One write, because all ranks may print at the same time and the launcher gave them one stderr.
             with suppress(OSError):
                 os.write(sys.stderr.fileno(), f"error: rank {self._rank} ends: {verdict.text}\n".encode())
         LOGGER.info("ends with exit code %d: %s", verdict.code, verdict.text)
         if self.out_dir is None or verdict.code == EXIT_OTHER:
             return
         if self._rank in (0, verdict.judge):
-            # Where the first rank is lost, whoever found it out writes for it.
+            # If rank 0 is lost, the rank that detected it writes the status.
             with suppress(OSError):
                 write_end(self.out_dir, "lost", verdict.code, verdict.text)
-        # In a folder that is gone nothing is made again, and the watchdog must end this process all the same.
+        # A deleted folder is not created again, and an error here must not keep the watchdog from ending the process.
         with suppress(OSError):
             self._write_files(self.out_dir, verdict)
 
@@ -65,7 +65,7 @@ class CrashReporter:
         path.with_suffix("").with_suffix(".operations.jsonl").write_text(self._operations(), encoding="utf-8")
 
     def _operations(self) -> str:
-        """Returns the last operations, one JSON object a line, the oldest first."""
+        """Returns the last collectives and transfers, one JSON object per line, the oldest first."""
         awaited, progress = {operation for operation, _ in self._log.awaited()}, self._log.progress()
         lines = []
         for started, operation in self._log.recent():

@@ -1,4 +1,4 @@
-"""`events.jsonl` of a run's folder: what happened other than steps, one object a line. No torch here."""
+"""Writes and reads `events.jsonl` of a run's folder: events other than steps, one object per line. No torch here."""
 
 import json
 import logging
@@ -15,7 +15,7 @@ LOGGER = logging.getLogger("train")
 
 
 def append_event(out_dir: Path, kind: str, step: int, text: str, **values: Any) -> None:
-    """Adds a line.
+    """Appends an event to the file.
 
     Args:
         out_dir: the run's folder.
@@ -29,7 +29,7 @@ def append_event(out_dir: Path, kind: str, step: int, text: str, **values: Any) 
         {"time": time.time(), "kind": kind, "step": step, "text": redact(text), **values}, allow_nan=False
     )
     with (out_dir / EVENTS_NAME).open("ab+") as file:
-        # A process that was killed, or a disk that was full, may have left half a line: this is none of it.
+        # A killed process or a full disk may have left an incomplete line, which the new one must not continue.
         if file.tell():
             file.seek(-1, os.SEEK_END)
             line = line if file.read() == b"\n" else f"\n{line}"
@@ -37,13 +37,13 @@ def append_event(out_dir: Path, kind: str, step: int, text: str, **values: Any) 
 
 
 def try_append_event(out_dir: Path, kind: str, step: int, text: str, **values: Any) -> None:
-    """Adds a line as `append_event`, for a run that must go on: if the folder is gone or full, only the log has it."""
+    """Appends an event like `append_event`. If the file cannot be written, it logs the event and the run continues."""
     try:
         append_event(out_dir, kind, step, text, **values)
     except OSError as error:
-        LOGGER.warning("%s: %s, which cannot be noted in %s: %s", kind, text, EVENTS_NAME, error)
+        LOGGER.warning("%s: %s; cannot be written to %s: %s", kind, text, EVENTS_NAME, error)
 
 
 def read_events(out_dir: Path) -> list[dict[str, Any]]:
-    """Returns all lines, the oldest first, without what a killed process left half or is no event of a step."""
+    """Returns all events, the oldest first. Incomplete lines and lines without kind or step are left out."""
     return [event for event in read_lines(out_dir / EVENTS_NAME) if isinstance(event.get("kind"), str)]

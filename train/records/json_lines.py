@@ -1,6 +1,6 @@
-"""Files of JSON objects, one a line (`metrics.jsonl`, `loads.jsonl`, `events.jsonl`): written and read. No torch here.
+"""Writes and reads files with one JSON object per line (`metrics.jsonl`, `loads.jsonl`, `events.jsonl`). No torch here.
 
-What is in a file may be anything: each line is read by itself, and lines that hold no step are left out.
+Readers accept any content. They parse each line separately, and skip lines without a step.
 """
 
 import json
@@ -20,18 +20,18 @@ _MOST_WAITING = 10_000
 
 
 class JsonLines:
-    """A file that grows line by line, each whole or not there.
+    """A file to which lines are appended, each completely or not at all.
 
-    A run that goes on in its own folder after `first_step` steps takes back what it wrote of later ones. Lines that a
-    full disk refuses wait in memory for the next one. A folder that is gone is noted in the log once.
+    A run that resumes in its own folder after `first_step` steps removes the lines of later steps. Lines that a full
+    disk refuses are kept in memory and written with the next one. A failure is logged once.
     """
 
     def __init__(self, path: Path, first_step: int) -> None:
         """Opens the file.
 
         Args:
-            path: of the file; its folder exists.
-            first_step: the last step whose line stays.
+            path: of the file, in an existing folder.
+            first_step: last step whose line is kept.
 
         Raises:
             OSError: it cannot be opened.
@@ -42,7 +42,7 @@ class JsonLines:
         self._file = self._open(first_step)
 
     def record(self, values: Mapping[str, Any]) -> None:
-        """Adds a line."""
+        """Appends a line."""
         self._waiting = [*self._waiting, json.dumps(values) + "\n"][-_MOST_WAITING:]
         self._try_to_write()
 
@@ -59,7 +59,7 @@ class JsonLines:
         self._file = again
 
     def amend(self, values: Mapping[str, Any]) -> None:
-        """Puts a line in place of the last one, in one move."""
+        """Replaces the last line atomically."""
         line = json.dumps(values) + "\n"
         if self._waiting:
             self._waiting[-1] = line
@@ -75,7 +75,7 @@ class JsonLines:
         self._file = again
 
     def last(self) -> dict[str, Any] | None:
-        """Returns what the last line holds, or None if there is none."""
+        """Returns the object of the last line, or None if the file is empty."""
         newest = deque(read_lines(self._path), maxlen=1)
         return newest[0] if newest else None
 
@@ -94,7 +94,7 @@ class JsonLines:
             self._waiting = []
 
     def _append(self, data: bytes) -> None:
-        """Writes all of it or, on a full disk, nothing."""
+        """Writes all data or, on a full disk, none."""
         before, rest = os.fstat(self._file.fileno()).st_size, memoryview(data)
         try:
             while rest:
@@ -106,7 +106,7 @@ class JsonLines:
 
     def _log_failure(self, error: OSError) -> None:
         if not self._has_failed:
-            LOGGER.warning("%s cannot be written, its lines wait: %s", self._path, error)
+            LOGGER.warning("%s cannot be written; its lines are kept in memory: %s", self._path, error)
         self._has_failed = True
 
     def _open(self, last_step: int) -> FileIO:
@@ -123,7 +123,7 @@ class JsonLines:
 
 
 def _lines_until(path: Path, last_step: int) -> Iterator[bytes]:
-    """Yields the whole lines of steps up to `last_step`."""
+    """Yields the complete lines of steps up to `last_step`."""
     for line in raw_lines(path):
         record = read_line(line) if line.endswith(b"\n") else None
         if record is not None and record["step"] <= last_step:
@@ -131,9 +131,9 @@ def _lines_until(path: Path, last_step: int) -> Iterator[bytes]:
 
 
 def raw_lines(path: Path) -> Iterator[bytes]:
-    """Yields the lines of a file; none if it is no regular file.
+    """Yields the lines of a regular file; yields nothing for anything else.
 
-    A line longer than `LONGEST_LINE_BYTES` ends the reading: it is none that a run wrote.
+    It stops at a line longer than `LONGEST_LINE_BYTES`, because no run writes one.
     """
     if not path.is_file():
         return
@@ -145,7 +145,7 @@ def raw_lines(path: Path) -> Iterator[bytes]:
 
 
 def read_line(line: bytes) -> dict[str, Any] | None:
-    """Returns the object that a line holds, or None if it holds none with a step."""
+    """Returns the object of a line, or None if the line is invalid or has no step."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):
@@ -155,7 +155,7 @@ def read_line(line: bytes) -> dict[str, Any] | None:
 
 
 def number_of(record: Mapping[str, Any], key: str) -> float | None:
-    """Returns a number of a line's object, or None if it holds none under the key."""
+    """Returns a number from a line's object, or None if the key has no number."""
     value = record.get(key)
     if type(value) is int and abs(value) <= _LARGEST_STEP:
         return float(value)
@@ -163,7 +163,7 @@ def number_of(record: Mapping[str, Any], key: str) -> float | None:
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yields the objects of a file, the oldest first; lines that are not whole are left out."""
+    """Yields the objects of a file, the oldest first. Incomplete and invalid lines are left out."""
     for line in raw_lines(path):
         if line.endswith(b"\n") and (record := read_line(line)) is not None:
             yield record

@@ -1,4 +1,4 @@
-"""Numbers of a run for wandb, and MFU; `train.records.json_lines` has `metrics.jsonl`."""
+"""Logs the metrics of a run to wandb, and computes MFU. `train.records.json_lines` writes `metrics.jsonl`."""
 
 import logging
 import sys
@@ -16,37 +16,37 @@ Record = Mapping[str, Any]
 
 
 class Recorder(Protocol):
-    """Takes what a step showed."""
+    """The protocol of an output for the metrics of steps."""
 
     def record(self, values: Record) -> None:
-        """Notes one step's numbers; `step` is among them."""
+        """Records the metrics of one step, including the key `step`."""
         ...
 
     def roll_back(self, step: int) -> None:
-        """Takes back what it noted of steps after this one: they come again."""
+        """Removes the records of steps after this one, which will be repeated."""
         ...
 
     def amend(self, values: Record) -> None:
-        """Replaces the record of the last step by one with more in it."""
+        """Replaces the record of the last step by one with further values."""
         ...
 
     def close(self) -> None:
-        """Writes what is left."""
+        """Writes pending records and closes the output."""
         ...
 
 
 def mfu(
     model: ModelConfig, sequence_length_tokens: int, tokens_per_second: float, peak_flops: float | None
 ) -> dict[str, float]:
-    """Returns the model FLOPs utilisation under the key `mfu`, or nothing if the peak is unknown.
+    """Returns the model FLOPs utilization under the key `mfu`, or nothing if the peak is unknown.
 
-    Counts the main model's forward and backward with causal attention halved, and nothing that is recomputed.
+    It counts the main model's forward and backward with causal attention halved, and no recomputation.
 
     Args:
-        model: that is trained.
-        sequence_length_tokens: of the batches.
+        model: architecture.
+        sequence_length_tokens: tokens of a sequence.
         tokens_per_second: of the whole job.
-        peak_flops: of the whole job.
+        peak_flops: peak FLOP/s of the whole job.
     """
     if peak_flops is None:
         return {}
@@ -54,12 +54,12 @@ def mfu(
 
 
 class Wandb:
-    """A wandb run, offline unless asked otherwise; files under the run's folder."""
+    """A wandb run, offline unless configured otherwise, with its files in the run's folder."""
 
     def __init__(self, config: TrackConfig, name: str, out_dir: Path, resolved: Record) -> None:
         import wandb
 
-        # Its record of the command line is made of these.
+        # wandb records the command line from sys.argv, so secrets are hidden there.
         sys.argv[1:] = [redact(argument) for argument in sys.argv[1:]]
         self._run = wandb.init(
             project=config.project,
@@ -73,16 +73,16 @@ class Wandb:
         self._has_failed = False
 
     def record(self, values: Record) -> None:
-        """Logs at the record's step; one that comes again it has already, and takes none back."""
+        """Logs a step, unless wandb already has it. wandb cannot replace a step that is repeated after a rollback."""
         if values["step"] > self._last_step:
             self._last_step = values["step"]
             self._log(values)
 
     def roll_back(self, step: int) -> None:
-        """Keeps everything: a wandb run only grows."""
+        """Does nothing, because a wandb run cannot remove steps."""
 
     def amend(self, values: Record) -> None:
-        """Adds to the step; a wandb run that was started since then has nothing of it yet."""
+        """Logs the record again with further values, also in a wandb run that was started after the step."""
         self._last_step = max(self._last_step, values["step"])
         self._log(values)
 
@@ -94,7 +94,7 @@ class Wandb:
         self._try(lambda: self._run.log(dict(values), step=values["step"]))
 
     def _try(self, act: Callable[[], Any]) -> None:
-        """Calls wandb; an error there does not end the training."""
+        """Calls wandb. An error of wandb is logged once and does not end the run."""
         try:
             act()
         except Exception as error:

@@ -1,4 +1,4 @@
-"""What the pipeline did with a step's time: the bubble after every step, and now and then a picture of it all.
+"""Measures how the pipeline uses a step's time: computes the bubble of every step, and draws chosen steps.
 
 Ranks share the wall clock: each reports when its program began, and the steps' times count from
 then on. Between ranks on one host that is exact to microseconds, between hosts as good as their clocks agree (NTP: a
@@ -41,10 +41,10 @@ SVG_NAME, TRACE_NAME, PAGE_NAME = "schedule.svg", "trace.json", "schedule.html"
 
 
 class PipelineTimeline:
-    """One rank's view of its own time, and the way to the whole pipeline's with data index 0."""
+    """The measured times of this rank, and the gathering of those of the whole pipeline with data index 0."""
 
     def __init__(self, world: World, name: str, folder: Path) -> None:
-        """Opens a group for the pipeline that is drawn; all ranks call it at the same point.
+        """Creates a group for the pipeline that is drawn. All ranks call it at the same point.
 
         Args:
             world: of this process.
@@ -58,22 +58,22 @@ class PipelineTimeline:
         self._group = make_group(world.layout.pipeline_group(0), world.timeout_seconds)
 
     def use(self, replica: Replica, execution: Execution) -> RankBusyTime:
-        """This rank's part of the bubble, in a step that the replica ran."""
+        """Returns when this rank was busy in a step that the replica ran."""
         num_micro_batches = replica.schedule.num_micro_batches
         if num_micro_batches not in self._lanes:
             self._lanes[num_micro_batches] = step_lanes(replica.train_program)
         return rank_busy_time(self._lanes[num_micro_batches], execution.spans, execution.origin_seconds)
 
     def draw(self, replica: Replica, execution: Execution, step: int) -> bool:
-        """Writes the three files into the run's folder, in place of earlier ones. Every rank must ask.
+        """Draws a step, and replaces the three files in the run's folder. All ranks call it.
 
         Args:
-            replica: that ran the step.
-            execution: of its training program.
-            step: that it was, from 1.
+            replica: the replica that ran the step.
+            execution: measured times of its training program.
+            step: number of the step, from 1.
 
         Returns:
-            Whether this rank has written them: rank 0 does.
+            Whether this rank has written the files. Only rank 0 writes.
         """
         if self._group is None:
             return False
@@ -92,7 +92,7 @@ class PipelineTimeline:
         try:
             measured, others = Measured(ranks=tuple(gathered)), self._alternatives_of(replica)
             write_pictures(self._folder, title, schedule, measured, others)
-        except OSError as error:  # the folder is gone or full: no reason to end
+        except OSError as error:  # the folder was deleted or the disk is full, which must not end the run
             LOGGER.warning("%s cannot be drawn: %s", SVG_NAME, error)
             return False
         return True
@@ -141,14 +141,14 @@ def window_slots(use: RankBusyTime, data_index: int, num_pipelines: int) -> list
 
 
 def bubble_of(used_seconds: float, slots: Sequence[float], ranks_per_pipeline: int) -> float:
-    """Returns the share of all ranks' time that was not used, over all pipelines.
+    """Returns the idle share of all ranks' time, over all pipelines.
 
-    Each pipeline's time runs from the begin of its first rank to the end of its last one.
+    The time of a pipeline lasts from the start of its first rank to the end of its last rank.
 
     Args:
-        used_seconds: summed over all ranks.
-        slots: the maximum over all ranks of their `window_slots`.
-        ranks_per_pipeline: in each.
+        used_seconds: busy time, summed over all ranks.
+        slots: maximum over all ranks of their `window_slots`.
+        ranks_per_pipeline: number of ranks of a pipeline.
     """
     total = ranks_per_pipeline * pipeline_seconds(slots)
     return max(0.0, 1.0 - used_seconds / total) if total > 0 else 0.0

@@ -1,4 +1,4 @@
-"""Looks into chosen steps of chosen ranks: torch's profiler as a Chrome trace, and what the device's memory held."""
+"""Profiles chosen steps on chosen ranks: a Chrome trace of torch's profiler, and a snapshot of the device's memory."""
 
 import logging
 from collections.abc import Iterator
@@ -14,15 +14,15 @@ LOGGER = logging.getLogger("train")
 
 
 class StepProfiler:
-    """What one rank records of its steps; nothing is imported, asked or written in any other step."""
+    """The profiler of one rank. Steps that are not chosen cost nothing."""
 
     def __init__(self, config: ProfileConfig, out_dir: Path, rank: int, device: torch.device) -> None:
         """Opens nothing yet.
 
         Args:
-            config: steps and ranks to record.
-            out_dir: of the run.
-            rank: this one.
+            config: steps and ranks to profile.
+            out_dir: folder of the run.
+            rank: of this process.
             device: of this rank.
         """
         self._config = config
@@ -33,14 +33,14 @@ class StepProfiler:
 
     @contextmanager
     def step(self, done: int) -> Iterator[None]:
-        """Records the `done`th step of the run (from 1), if chosen. Files are written if it ends without an error."""
+        """Profiles step number `done` of the run, from 1, if it is chosen. It writes files unless the step fails."""
         if not self._is_chosen or done not in self._config.steps:
             yield
             return
         try:
             self._folder.mkdir(exist_ok=True)
-        except OSError as error:  # the run's folder is gone: no reason to end
-            LOGGER.warning("%s: step %d is not recorded: %s", self._folder, done, error)
+        except OSError as error:  # the run's folder was deleted, which must not end the run here
+            LOGGER.warning("%s: step %d is not profiled: %s", self._folder, done, error)
             yield
             return
         with ExitStack() as stack:
@@ -74,14 +74,14 @@ class StepProfiler:
 
 
 def profile_notice(config: TrainConfig) -> str:
-    """Returns a line on what is recorded and what cannot be; empty if nothing is."""
+    """Returns a line about what is profiled and what cannot be; empty if nothing is."""
     chosen = config.profile
     kinds = ["traces"] * chosen.trace
     missing = ""
     if chosen.memory_snapshot and config.cluster.device == "cuda":
         kinds.append("memory snapshots")
     elif chosen.memory_snapshot:
-        missing = "; memory snapshots need cluster.device=cuda, none are made on the CPU"
+        missing = "; memory snapshots need cluster.device=cuda, and are not written on the CPU"
     if not chosen.steps or not (kinds or missing):
         return ""
     steps, ranks = (", ".join(map(str, numbers)) for numbers in (chosen.steps, chosen.ranks))

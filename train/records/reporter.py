@@ -1,4 +1,4 @@
-"""Where lines, records and pictures of a run go."""
+"""Sends the lines, records and reports of a run to the terminal, files and wandb."""
 
 import dataclasses
 import logging
@@ -51,28 +51,28 @@ class Reporter:
             recorder.record(values)
 
     def last(self) -> dict[str, Any] | None:
-        """Returns the record of the last step, maybe of an earlier attempt; None on other ranks."""
+        """Returns the record of the last step, possibly of an earlier attempt; None on other ranks than 0."""
         return next((each.last() for each in self._recorders if isinstance(each, JsonLines)), None)
 
     def amend(self, values: dict[str, Any]) -> None:
-        """Replaces the record of the last step by one with more in it."""
+        """Replaces the record of the last step by one with further values."""
         for recorder in self._recorders:
             recorder.amend(values)
 
     def draw(self) -> None:
-        """Writes the report of the run so far."""
+        """Writes the report of the run up to now."""
         if self._report is not None:
             self._report.try_to_write()
 
     def roll_back(self, step: int) -> None:
-        """Removes the records of steps after this one, which are repeated."""
+        """Removes the records of steps after this one, which will be repeated."""
         if self._loads is not None:
             self._loads.roll_back(step)
         for recorder in self._recorders:
             recorder.roll_back(step)
 
     def close(self) -> None:
-        """Closes every recorder and draws the last report, however the run ends."""
+        """Closes every recorder, and writes the last report."""
         if self._loads is not None:
             self._loads.close()
         for recorder in self._recorders:
@@ -81,21 +81,21 @@ class Reporter:
 
 
 class _RankLog(logging.FileHandler):
-    """A rank's log; lines that a full disk refuses are lost without a traceback for each."""
+    """The log file of a rank. Lines that a full disk refuses are lost without a traceback."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Returns the line without secrets."""
         return redact(super().format(record))
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Says nothing."""
+        """Ignores the error."""
 
 
 def open_reporter(config: TrainConfig, first_step: int) -> Reporter:
-    """Opens this rank's log, and on rank 0 everything that a run records and shows.
+    """Opens this rank's log and, on rank 0, all outputs of the run.
 
     Args:
-        config: of the run; its folder exists.
+        config: of the run, whose folder exists.
         first_step: steps already done.
 
     Raises:

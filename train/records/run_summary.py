@@ -1,4 +1,4 @@
-"""What a run prints about itself before its first step."""
+"""Prints a summary of a run before its first step."""
 
 import logging
 from collections.abc import Iterator
@@ -20,21 +20,21 @@ LOGGER = logging.getLogger("train")
 def print_run_summary(
     config: TrainConfig, replica: Replica, planned: Plan, prepared: Prepared, reporter: Reporter, first_step: int
 ) -> None:
-    """Prints layout, schedule, memory, corpus and tokenizer, and logs this rank's place.
+    """Prints layout, schedule, memory, corpus and tokenizer, and logs this rank's coordinates.
 
     Args:
         config: of the run.
         replica: of this rank.
         planned: the schedule, and why it was chosen.
-        prepared: the corpus.
+        prepared: corpus and tokenizer.
         reporter: prints on rank 0.
-        first_step: steps that were done before.
+        first_step: steps already done.
     """
     _log_place(replica)
     layout = config.parallelism
     reporter.say(
         f"{config.name}: {layout.world_size} ranks (pipeline {layout.pipeline} x data {layout.data}, "
-        f"experts over {layout.expert}), {replica.schedule.kind}, {config.num_micro_batches} micro-batches a step, "
+        f"experts over {layout.expert}), {replica.schedule.kind}, {config.num_micro_batches} micro-batches per step, "
         f"{config.precision.kind}; folder {config.out_dir}"
     )
     if config.schedule.kind == "auto":
@@ -72,25 +72,25 @@ def _log_place(replica: Replica) -> None:
 
 
 def _corpus_lines(config: TrainConfig, prepared: Prepared) -> Iterator[str]:
-    """Yields what is known of corpus and tokenizer."""
+    """Yields lines about corpus and tokenizer."""
     yield (
         f"corpus: {prepared.train_tokens:,} training and {prepared.validation_tokens:,} validation tokens, "
         f"{prepared.bytes_per_token:.2f} bytes per token, unigram entropy {prepared.unigram_entropy_nats:.4f} nats"
     )
     given, size = config.data.tokenizer, prepared.tokenizer.vocab_size
-    origin = "trained on the corpus" if given is None else f"that of {given}, not one of data.tokenizer_vocab_size"
+    origin = "trained on the corpus" if given is None else f"from {given}; data.tokenizer_vocab_size is not used"
     yield f"tokenizer: {origin}; ids below {size:,}{_special_notes(config, prepared)}"
     if config.validation.sequences and not prepared.validation_tokens:
-        yield "validation: off, as data.validation_fraction held no document of this corpus out"
+        yield "validation: off, because data.validation_fraction is too small to hold out a document of this corpus"
 
 
 def _special_notes(config: TrainConfig, prepared: Prepared) -> str:
-    """Returns what a given tokenizer's documents look like, as words to add; empty for one that was trained."""
+    """Returns how documents begin and end under a given tokenizer, as the end of a line; empty for a trained one."""
     if config.data.tokenizer is None:
         return ""
     names, special = prepared.tokenizer.token_names, prepared.tokenizer.special
     begin = "nothing" if special.bos is None else repr(names["bos_token"])
     notes = f"; a document begins with {begin} and ends with {names['eos_token']!r}"
     if special.fim is None and config.data.fim_rate > 0:
-        notes += f"; it has no fill-in-the-middle tokens, so data.fim_rate={config.data.fim_rate} counts as 0"
+        notes += f"; it has no fill-in-the-middle tokens, so data.fim_rate={config.data.fim_rate} has no effect"
     return notes

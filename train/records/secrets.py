@@ -1,4 +1,4 @@
-"""Secrets that must not reach logs, records and reports: found by their names, and by their values. No torch here."""
+"""Hides secrets in logs, records and reports. It finds them by their names and values. No torch here."""
 
 import os
 import re
@@ -25,10 +25,10 @@ _WORDS = frozenset(
     ]
 )
 _FOLDERS = ("PWD", "OLDPWD")
-"""Variables in which a shell keeps folders: not passwords."""
-# Shorter values of the environment are words that occur everywhere.
+"""Variables that look like passwords by their names, but in which a shell stores folders."""
+# Shorter values of environment variables may be common words.
 _SHORTEST_VALUE = 8
-# A name, = or :, and a word as a shell reads it: parts in quotes, others up to a space or an operator.
+# A name, = or :, and a word in the syntax of a shell: quoted parts, and other parts up to a space or an operator.
 _ASSIGNMENT = re.compile(
     r"""(?P<name>[A-Za-z_][\w.-]*)(?P<sign>\s*[=:]\s*)(?P<value>(?>"(?:[^"\\]|\\.)*"|'[^']*'|[^\s;&|])+)"""
 )
@@ -36,7 +36,7 @@ _IN_URL = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*://[^\s/:@]*:)[^\s/@]+@")
 
 
 def is_secret_name(name: str) -> bool:
-    """Returns whether a key or a variable looks as if it held a secret: `WANDB_API_KEY`, `hubToken`, `db.password`."""
+    """Returns whether a key or variable is named like a secret, such as `WANDB_API_KEY`, `hubToken`, `db.password`."""
     spaced = re.sub(r"([a-z0-9])([A-Z])", r"\1 \2", name)
     return any(word in _WORDS for word in re.split(r"[^a-z0-9]+", spaced.lower()))
 
@@ -44,12 +44,12 @@ def is_secret_name(name: str) -> bool:
 def redact(text: str, environment: Mapping[str, str] | None = None) -> str:
     """Returns a text with `***` in place of secrets.
 
-    Hidden are values after a name that looks secret (`export HF_TOKEN=...`, `password: ...`), passwords in URLs, and
-    the values that such variables have in the environment, wherever they occur.
+    It hides the value after a name that looks secret (`export HF_TOKEN=...`, `password: ...`), passwords in URLs, and
+    every occurrence of the value of an environment variable whose name looks secret.
 
     Args:
-        text: of a message, a log line or a command line.
-        environment: variables of the process; None: its own.
+        text: a message, a log line or a command line.
+        environment: environment variables; None: those of this process.
     """
     for value in _values(os.environ if environment is None else environment):
         text = text.replace(value, HIDDEN)
@@ -58,7 +58,7 @@ def redact(text: str, environment: Mapping[str, str] | None = None) -> str:
 
 
 def redact_values(values: Any, name: str = "") -> Any:
-    """Returns nested plain values with `***` in place of secrets; numbers and None are none."""
+    """Returns nested plain values with `***` in place of secrets. Numbers and None are not secrets."""
     if isinstance(values, Mapping):
         return {key: redact_values(value, str(key)) for key, value in values.items()}
     if isinstance(values, (list, tuple)):
@@ -73,10 +73,10 @@ def _hide(match: re.Match[str]) -> str:
     value = match["value"].rstrip(",)]}")
     tail = match["value"][len(value) :]
     if not is_secret_name(name):
-        # What is assigned may itself hold an assignment.
+        # The assigned value may itself contain an assignment.
         return f"{name}{sign}{_ASSIGNMENT.sub(_hide, value)}{tail}" if value[:1] not in "\"'" else _unquoted(match)
     is_plain = re.fullmatch(r"[\d.e+-]+|null|none|true|false|", value.lower()) is not None
-    # After a colon comes prose more often than a secret.
+    # After a colon, prose is more likely than a secret.
     is_prose = (
         ":" in sign and value[:1] not in "\"'" and not (len(value) >= _SHORTEST_VALUE and re.search(r"\d", value))
     )

@@ -1,4 +1,4 @@
-"""`status.json` of a run's folder: how the run goes or ended, for who started it. No torch here."""
+"""Writes and reads `status.json` of a run's folder: the state of the run, or how it ended. No torch here."""
 
 import json
 import logging
@@ -18,15 +18,15 @@ State = Literal["starting", "running", "done", "preempted", "stopped", "lost"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Status:
-    """What is known of a run.
+    """The status of a run.
 
     Attributes:
-        state: `stopped` by its guard, an error or the user; `lost` with a rank that ended or did not come.
-        step: optimizer steps done; of a run that goes on, as of a few seconds ago.
-        checkpoint: the newest, a path; None before the first.
-        exit_code: of the run; None while it goes on.
-        reason: of the end, one line.
-        time: of the writing, in seconds since 1970.
+        state: `stopped` by its guard, an error or the user; `lost` if a rank ended or did not respond.
+        step: optimizer steps done; while the run continues, this may be a few seconds old.
+        checkpoint: path of the newest checkpoint; None before the first.
+        exit_code: of the run; None while it continues.
+        reason: why the run ended, in one line.
+        time: when the status was written, in seconds since 1970.
     """
 
     state: State
@@ -38,7 +38,7 @@ class Status:
 
 
 def write_status(out_dir: Path, status: Status) -> None:
-    """Writes it with the present time, in one move."""
+    """Writes the status with the present time, atomically."""
     dated = replace(status, time=time.time(), reason=redact(status.reason))
     partial = out_dir / f"{STATUS_NAME}.{os.getpid()}.partial"
     partial.write_text(json.dumps(asdict(dated), indent=2) + "\n", encoding="utf-8")
@@ -46,10 +46,10 @@ def write_status(out_dir: Path, status: Status) -> None:
 
 
 def read_status(out_dir: Path) -> Status | None:
-    """Returns what was written last; None if nothing was, or something else."""
+    """Reads the status; returns None if there is none, or the file is invalid."""
     path = out_dir / STATUS_NAME
     try:
-        # Not so long as to fill the memory, whatever the file became.
+        # The file may have been replaced by one that is too large for memory.
         if not path.is_file() or path.stat().st_size > _LARGEST_BYTES:
             return None
         status = Status(**json.loads(path.read_text(encoding="utf-8")))
@@ -59,7 +59,7 @@ def read_status(out_dir: Path) -> Status | None:
 
 
 def _has_types(status: Status) -> bool:
-    """Returns whether the values of a file have the types that they are written in."""
+    """Returns whether the values of a status have valid types and ranges."""
     is_code = status.exit_code is None or (type(status.exit_code) is int and 0 <= status.exit_code < 256)
     is_step = type(status.step) is int and 0 <= status.step < 2**53
     texts = (status.reason, "" if status.checkpoint is None else status.checkpoint)
@@ -67,13 +67,13 @@ def _has_types(status: Status) -> bool:
 
 
 def write_end(out_dir: Path, state: State, exit_code: int, reason: str) -> None:
-    """Writes how a run ended, and keeps the step and checkpoint that it had reached."""
+    """Writes how a run ended, and keeps the step and checkpoint of the present status."""
     known = read_status(out_dir) or Status(state=state)
     write_status(out_dir, replace(known, state=state, exit_code=exit_code, reason=reason))
 
 
 class StatusFile:
-    """`status.json` as a run writes it; only rank 0 writes."""
+    """The file `status.json` of a running job. Only rank 0 writes it."""
 
     def __init__(self, out_dir: Path, *, is_writer: bool, every_seconds: float = 5.0) -> None:
         """Opens nothing yet.
@@ -92,16 +92,16 @@ class StatusFile:
 
     @property
     def step(self) -> int:
-        """Steps done when it was last noted."""
+        """The number of steps done at the last update."""
         return self._status.step
 
     def starting(self) -> None:
-        """Notes that the run has a folder; keeps step and checkpoint of an earlier attempt."""
+        """Writes that the run starts, and keeps step and checkpoint of an earlier attempt."""
         before = read_status(self._out_dir) or self._status
         self._write(replace(self._status, step=before.step, checkpoint=before.checkpoint))
 
     def running(self, step: int, checkpoint: str | None = None) -> None:
-        """Notes the number of steps done, and a new checkpoint if there is one."""
+        """Writes the number of steps done, and a new checkpoint if there is one."""
         is_news = checkpoint is not None or self._status.state != "running"
         status = replace(self._status, state="running", step=step, checkpoint=checkpoint or self._status.checkpoint)
         self._status = status
@@ -109,7 +109,7 @@ class StatusFile:
             self._write(status)
 
     def ended(self, state: State, exit_code: int, reason: str = "") -> None:
-        """Notes how the run ended."""
+        """Writes how the run ended."""
         self._write(replace(self._status, state=state, exit_code=exit_code, reason=reason))
 
     def _write(self, status: Status) -> None:
@@ -119,7 +119,7 @@ class StatusFile:
             return
         try:
             write_status(self._out_dir, status)
-        except OSError as error:  # the folder is gone or full: no reason to end
+        except OSError as error:  # the folder was deleted or the disk is full, which must not end the run
             if not self._has_failed:
                 LOGGER.warning("%s cannot be written: %s", STATUS_NAME, error)
             self._has_failed = True

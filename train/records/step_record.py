@@ -1,4 +1,4 @@
-"""What a step showed, over all ranks: its line in `metrics.jsonl`.
+"""Builds the record of a step over all ranks, which becomes its line in `metrics.jsonl`.
 
 Shape legend: L layers, MTP modules among them, F fields of `LayerTraffic`.
 """
@@ -28,14 +28,14 @@ _RECEIVED = _FIELDS.index("num_bytes_from_nodes")
 def record_of(
     replica: Replica, watch: PipelineTimeline, done: int, result: StepResult, peak_flops: float | None
 ) -> dict[str, Any]:
-    """Returns the step's line in `metrics.jsonl`; all ranks call it, because it sums traffic, time and memory.
+    """Returns the step's record. All ranks call it, because it sums traffic, time and memory.
 
     Args:
-        replica: that ran the step.
-        watch: of its pipeline.
-        done: steps done, this one included.
-        result: of the step.
-        peak_flops: of each rank, for MFU; None: unknown.
+        replica: the replica that ran the step.
+        watch: measured times of its pipeline.
+        done: steps done, including this one.
+        result: measurements of the step.
+        peak_flops: peak FLOP/s of each rank, for MFU; None: unknown.
     """
     world, model, mesh = replica.world, replica.config.model, replica.world.layout.parallelism
     traffic, use = replica.observers.traffic.take(), watch.use(replica, result.execution)
@@ -120,14 +120,15 @@ def exchange_metrics(
     world: ProcessGroup,
     device: torch.device,
 ) -> dict[str, object]:
-    """Returns what all ranks sent in a step; all ranks call it.
+    """Returns metrics of the traffic of all ranks in a step. All ranks call it.
 
-    A NIC's imbalance is the most that a rank received from other nodes over the mean of the ranks that took part.
+    NIC imbalance is the largest number of bytes that a rank received from other nodes, divided by the mean over the
+    ranks that took part.
 
     Args:
-        traffic: of this rank in the step, its layers' labels below `num_layers`.
-        clipped: tokens of this rank over the cap on nodes, by layer.
-        num_layers: of the model, MTP modules included.
+        traffic: traffic of this rank in the step; labels of layers are below `num_layers`.
+        clipped: tokens of this rank that exceeded the node limit, by layer.
+        num_layers: number of layers of the model, including MTP modules.
         world: all ranks.
         device: of this rank.
 
@@ -157,8 +158,15 @@ def exchange_metrics(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _JobTraffic:
-    """Of all ranks together. By layer: the ranks that hold it, tokens clipped, the most bytes that a rank received from
-    other nodes; the last of those is over all layers."""
+    """The traffic of all ranks together.
+
+    Attributes:
+        traffic: sums over all ranks.
+        holders: number of ranks that hold each layer.
+        clipped: number of clipped tokens of each layer.
+        most_received: largest number of bytes that a rank received from other nodes, for each layer and then over all
+            layers.
+    """
 
     traffic: TrafficSnapshot
     holders: list[int]
