@@ -150,7 +150,7 @@ CASES: list[tuple[str, Callable[[Path], object], str]] = [
      "torch.complex64"),
     ("another type in the file", other_type, "must be torch.float32 as .metadata says, is torch.float16"),
     ("another shape in the file", other_shape, "must have shape"),
-    ("a compressed archive", deflated, "must hold values that are not compressed"),
+    ("a compressed archive", deflated, "must hold uncompressed values"),
     ("an archive of 100,000 members", lambda folder: hostile.replace_first_chunk(folder, hostile.many_members(10**5)),
      "must take at most"),
 ]  # fmt: skip

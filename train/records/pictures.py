@@ -98,7 +98,7 @@ class PipelineTimeline:
         return True
 
     def _alternatives_of(self, replica: Replica) -> Alternatives:
-        """Returns the other schedules of the replica's size, which are made at its first picture."""
+        """Returns the other schedules for the replica's size. They are built for its first picture."""
         num_micro_batches = replica.schedule.num_micro_batches
         if num_micro_batches not in self._alternatives:
             excluded = excluded_schedules(replica.config.model, replica.schedule.num_ranks)
@@ -110,19 +110,19 @@ class PipelineTimeline:
 def write_pictures(
     folder: Path, title: str, schedule: Schedule, measured: Measured, alternatives: Alternatives | None = None
 ) -> TimedSchedule:
-    """Writes a run below its plan as SVG, page and trace; each file is complete or not there.
+    """Writes the planned and measured times as SVG, page and trace, each file completely or not at all.
 
-    The plan is what the schedule takes with the times that its operations took in the run.
+    The plan is a simulation of the schedule with the measured times of its operations.
 
     Args:
-        folder: that exists.
+        folder: existing folder.
         title: of the pictures.
-        schedule: with the groups that the run's spans count.
-        measured: the run.
+        schedule: the schedule that was run; the spans refer to its groups.
+        measured: measured spans of all ranks.
         alternatives: other schedules that the page compares with this one under the same costs.
 
     Returns:
-        What was drawn.
+        The schedule with its planned and measured times.
     """
     costs = measured_costs(schedule, measured)
     shown = time_schedule(schedule, costs, measured=measured)
@@ -134,7 +134,15 @@ def write_pictures(
 
 
 def window_slots(use: RankBusyTime, data_index: int, num_pipelines: int) -> list[float]:
-    """This rank's begin, negated, and end, where its pipeline has its place; a maximum over ranks gives all windows."""
+    """Returns this rank's negated start and end time in its pipeline's slots, and -inf in all others.
+
+    A maximum over all ranks then gives the start and end of every pipeline.
+
+    Args:
+        use: busy time of this rank.
+        data_index: index of its pipeline.
+        num_pipelines: number of pipelines.
+    """
     slots = [-float("inf")] * (2 * num_pipelines)
     slots[2 * data_index : 2 * data_index + 2] = [-use.start_seconds, use.end_seconds]
     return slots
