@@ -217,8 +217,8 @@ def judge(reason: Reason, result: InquiryResult, deadline_seconds: float) -> Ver
     if reason is not Reason.DEADLINE:
         return None
     if result.silent:
-        is_judge_alone = len(result.silent) > len(result.states)
-        cause = f"disconnected from rank {result.judge}" if is_judge_alone else "stopped or disconnected"
+        is_minority = len(result.silent) > len(result.states)
+        cause = f"disconnected from rank {result.judge}" if is_minority else "stopped or disconnected"
         why = f"{_missed(deadline_seconds)} and did not respond: {cause}"
         return _verdict_on(EXIT_HANG, result, sorted(result.silent), why)
     return _judge_late(result, deadline_seconds)

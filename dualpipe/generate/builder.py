@@ -96,24 +96,24 @@ class _Run:
         self._makespan = makespan
         self._preferences = preferences
         depths = [stage / slots.shape.num_stages for stage in slots.stages]
-        every = range(len(depths))
-        self._flows = (
+        slot_range = range(len(depths))
+        self._passes = (
             _PassState(
                 values=preferences.forward_values(depths, slots.directions),
                 keys=preferences.forwards,
                 to=slots.after,
                 origin=slots.before,
                 # All inputs of the first stage are there from the start.
-                arrivals=[[0.0] * slots.counts[j] if slots.stages[j] == 0 else [] for j in every],
-                done=[0 for _ in every],
+                arrivals=[[0.0] * slots.counts[j] if slots.stages[j] == 0 else [] for j in slot_range],
+                done=[0 for _ in slot_range],
             ),
             _PassState(
                 values=preferences.backward_values(depths, slots.directions),
                 keys=preferences.backwards,
                 to=slots.before,
                 origin=slots.after,
-                arrivals=[[] for _ in every],
-                done=[0 for _ in every],
+                arrivals=[[] for _ in slot_range],
+                done=[0 for _ in slot_range],
             ),
         )
         # By rank: waiting W as (slot, micro-batch), live activations, time from which the rank is free, remaining work
@@ -190,14 +190,14 @@ class _Run:
         limit = now + EPSILON
         for j in self._slots.of_rank[rank]:
             for kind in (INPUT, FORWARD):
-                flow = self._flows[kind]
-                done, arrivals, to = flow.done[j], flow.arrivals[j], flow.to[j]
+                state = self._passes[kind]
+                done, arrivals, to = state.done[j], state.arrivals[j], state.to[j]
                 # Skip if its input is missing, or the receiver has not received the previous message.
-                if done >= len(arrivals) or arrivals[done] > limit or (to >= 0 and flow.done[to] < done):
+                if done >= len(arrivals) or arrivals[done] > limit or (to >= 0 and state.done[to] < done):
                     continue
                 if kind == FORWARD and not self._has_room(rank, j):
                     continue
-                value = flow.values[j] + self._preferences.key(flow.keys[j], done, self._slots.counts[j])
+                value = state.values[j] + self._preferences.key(state.keys[j], done, self._slots.counts[j])
                 members.append(_Candidate(value, kind, j, done))
                 # The last stage sends nothing, so two of its micro-batches may share a group.
                 if self._preferences.same_stage and to < 0 and done + 1 < len(arrivals) and arrivals[done + 1] <= limit:
@@ -208,7 +208,7 @@ class _Run:
 
     def _has_room(self, rank: int, *forwards: int) -> bool:
         """Returns whether the slots' forwards fit under the cap, with room left for one of each later stage."""
-        slots, done = self._slots, self._flows[FORWARD].done
+        slots, done = self._slots, self._passes[FORWARD].done
         need = self._alive[rank] + sum(slots.weights[j] for j in forwards)
         # A later stage with remaining forwards needs room for one. Else the activations that fill the rank, which wait
         # for that stage, could never be freed.
@@ -219,7 +219,7 @@ class _Run:
 
     def _is_next(self, member: _Candidate) -> bool:
         """Returns whether a candidate is the next one of its slot. The second of two of one stage is not."""
-        return member.kind == WEIGHT or member.micro_batch == self._flows[member.kind].done[member.slot]
+        return member.kind == WEIGHT or member.micro_batch == self._passes[member.kind].done[member.slot]
 
     def _fits(self, rank: int, one: _Candidate, other: _Candidate) -> bool:
         """Returns whether `other` may run with `one`: micro-batches stay in order, and memory suffices."""
@@ -231,9 +231,9 @@ class _Run:
         """Returns whether an input is going to arrive at the rank."""
         limit = now + EPSILON
         return any(
-            flow.done[j] < len(flow.arrivals[j]) and flow.arrivals[j][flow.done[j]] > limit
+            state.done[j] < len(state.arrivals[j]) and state.arrivals[j][state.done[j]] > limit
             for j in self._slots.of_rank[rank]
-            for flow in self._flows
+            for state in self._passes
         )
 
     def _start(self, rank: int, now: float, members: Iterable[_Candidate], time: float) -> float:
@@ -263,17 +263,17 @@ class _Run:
 
     def _transfer(self, rank: int, now: float, end: float, kind: int, j: int) -> None:
         """Consumes the slot's input, so that its maker may send again, and sends the output at `end`."""
-        flow, ranks = self._flows[kind], self._slots.ranks
-        flow.done[j] += 1
-        if flow.origin[j] >= 0:
-            heappush(self._events, (now, ranks[flow.origin[j]]))
-        to = flow.to[j]
+        state, ranks = self._passes[kind], self._slots.ranks
+        state.done[j] += 1
+        if state.origin[j] >= 0:
+            heappush(self._events, (now, ranks[state.origin[j]]))
+        to = state.to[j]
         if to >= 0:
             arrival = end if ranks[to] == rank else end + self._slots.latency
-            flow.arrivals[to].append(arrival)
+            state.arrivals[to].append(arrival)
             heappush(self._events, (arrival, ranks[to]))
         elif kind == FORWARD:  # the last stage's F is the input of its I
-            self._flows[INPUT].arrivals[j].append(end)
+            self._passes[INPUT].arrivals[j].append(end)
 
 
 def _pair_kind(one: int, other: int) -> int:
