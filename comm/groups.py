@@ -127,6 +127,7 @@ def stop() -> None:
 
 
 def _device(cluster: ClusterConfig, local_rank: int) -> torch.device:
+    """Returns the device of a local rank and makes it current."""
     if cluster.device == "cpu":
         if cluster.backend == "nccl":
             raise ClusterError("cluster.backend: nccl needs cluster.device=cuda, is cpu; nearest valid: gloo")

@@ -51,6 +51,7 @@ def validate(schedule: Schedule, memory_cap: float | None = None, *, forward_onl
 
 
 def _check_sizes(schedule: Schedule) -> None:
+    """Checks numbers of ranks, stages and micro-batches, and the placement."""
     if schedule.num_ranks < 1 or schedule.num_micro_batches < 1:
         raise ScheduleError(
             f"schedule: needs at least 1 rank and 1 micro-batch, "
@@ -74,6 +75,7 @@ def _check_sizes(schedule: Schedule) -> None:
 
 
 def _check_operations(schedule: Schedule) -> None:
+    """Checks that every operation exists, is on the rank of its stage, and appears once."""
     seen: set[Operation] = set()
     counts = [len(schedule.micro_batches_of(direction)) for direction in range(schedule.num_directions)]
     for rank, groups in enumerate(schedule.ranks):

@@ -42,10 +42,7 @@ LOGGER = logging.getLogger("comm")
 
 @dataclass(slots=True)
 class _Shutdown:
-    """Shutdown of this rank with a verdict.
-
-    The judge sends the verdict several times before any rank ends.
-    """
+    """Shutdown with a verdict, which the judge sends several times before any rank ends."""
 
     verdict: Verdict
     report_at: float
@@ -154,6 +151,7 @@ class Watchdog:
         time.sleep(_BRISK_SECONDS)
 
     def _tick(self) -> None:
+        """Receives messages for a short time, then advances a shutdown or inquiry, or checks for a new one."""
         is_idle = self._inquiry is None and self._shutdown is None
         messages, woken = self._socket.receive(_TICK_SECONDS if is_idle else _BRISK_SECONDS)
         self._is_terminated |= signal.SIGTERM in woken
@@ -244,6 +242,7 @@ class Watchdog:
         return bool(waits) and waits[0][1] >= self._deadline_seconds
 
     def _inquire(self, inquiry: Inquiry, now: float) -> None:
+        """Advances an inquiry: sends requests again, waits for replies, or ends it with a verdict."""
         if self._is_terminated:
             inquiry.reason = Reason.SIGNAL
         lost = inquiry.lost(self._socket.refused, self._departed, self._log)

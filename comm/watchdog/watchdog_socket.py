@@ -179,6 +179,7 @@ class WatchdogSocket:
         return probe
 
     def _read(self, source: socket.socket) -> list[WatchdogMessage]:
+        """Reads and authenticates datagrams of one socket, up to the limits."""
         messages: list[WatchdogMessage] = []
         num_bytes, num_dropped = 0, self.num_dropped
         for _ in range(_MAX_DATAGRAMS_PER_READ):

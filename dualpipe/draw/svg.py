@@ -218,6 +218,7 @@ class _Picture:
         return [*texts, f'<text class="soft" x="{_LEFT:g}" y="{bottom + 33:g}">{name}</text>']
 
     def _cells(self, cells: list[Cell], top: float) -> None:
+        """Draws the operations of all cells with tooltips and numbers, grouped by style."""
         self.plain = self.plain or sum(len(cell.members) for cell in cells) > _MAX_LABELED
         shapes: dict[str, list[str]] = defaultdict(list)
         numbers: dict[int, list[str]] = {0: [], 1: []}
@@ -255,9 +256,8 @@ class _Picture:
             y = top + strip.rank * (_ROW + _ROW_GAP)
             # A wait for a message is idle time and drawn blank. An exposed exchange covers only part of the cell.
             y, height = (y, _ROW) if strip.message else (y + _ROW * 0.8, _ROW * 0.2)
-            shapes["message" if strip.message else "exposed"].append(
-                f"M{x:.2f} {y:g}h{width:.2f}v{height:g}h-{width:.2f}z"
-            )
+            style = "message" if strip.message else "exposed"
+            shapes[style].append(f"M{x:.2f} {y:g}h{width:.2f}v{height:g}h-{width:.2f}z")
         self.parts += [f'<path class="{style}" d="{"".join(drawn)}"/>' for style, drawn in shapes.items() if drawn]
 
     def _variant(self, rank: int, op: Operation) -> int:

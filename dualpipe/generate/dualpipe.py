@@ -91,6 +91,7 @@ def _unfolded(group: Group, half: int, near: int) -> Group:
 
 
 def _check_shape(schedule: Schedule) -> None:
+    """Raises ScheduleError if the schedule is not a V of one direction with two stages per rank."""
     half = schedule.num_ranks
     name = f"schedule '{schedule.kind}' cannot be mirrored"
     if schedule.num_directions != 1:

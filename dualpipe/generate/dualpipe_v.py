@@ -66,19 +66,24 @@ class _OrderWriter:
 
 
 def _rank_groups(rank: int, num_ranks: int, num_micro_batches: int) -> tuple[Group, ...]:
+    """Writes the eight steps of the published order for one rank."""
     down, up = rank, 2 * num_ranks - 1 - rank
     to_turn = num_ranks - 1 - rank
     writer = _OrderWriter()
 
+    # 1. Forwards of the lower stage, which fill the pipeline.
     for _ in range(2 * to_turn):
         writer.forward(down)
+    # 2. Forwards of both stages.
     for _ in range(rank + 1):
         writer.forward(down)
         writer.forward(up)
+    # 3. Split backwards and forwards of the upper stage.
     for _ in range(to_turn):
         writer.backward_input(up)
         writer.backward_weight()
         writer.forward(up)
+    # 4. Steady state: overlapped pairs.
     for index in range(num_micro_batches - 2 * num_ranks + rank + 1):
         if index == 0 and to_turn == 0:
             # The rank at the turn does not wait here: without overlap the gradient is sent earlier.
@@ -87,6 +92,7 @@ def _rank_groups(rank: int, num_ranks: int, num_micro_batches: int) -> tuple[Gro
         else:
             writer.overlapped(down, up)
         writer.overlapped(up, down)
+    # 5. Backwards of the upper stage, then its last forwards, overlapped with backwards of the lower stage.
     for _ in range(to_turn):
         writer.backward(up)
         writer.overlapped(up, down)
@@ -97,15 +103,18 @@ def _rank_groups(rank: int, num_ranks: int, num_micro_batches: int) -> tuple[Gro
 def _drain(writer: _OrderWriter, rank: int, num_ranks: int) -> None:
     """Writes the final backwards. The second half is split, with deferred W that fill the end."""
     down, up = rank, 2 * num_ranks - 1 - rank
+    # 6. Backwards of both stages; from the middle on, their W are deferred.
     for index in range(2 * (rank + 1)):
         stage = down if index % 2 else up
         if index <= rank:
             writer.backward(stage)
         else:
             writer.backward_input(stage)
+    # 7. Deferred W between the last I of the lower stage.
     for _ in range(num_ranks - 1 - rank):
         writer.backward_weight()
         writer.backward_input(down)
+    # 8. The remaining W.
     for _ in range(rank + 1):
         writer.backward_weight()
 

@@ -104,6 +104,7 @@ def change(preferences: Preferences, random: Random) -> Preferences:
 
 
 def _change_values(preferences: Preferences, random: Random) -> Preferences:
+    """Draws some of the values that are not additional values of micro-batches."""
     changed: dict[str, float | bool | tuple[float, ...]] = {
         name: random.uniform(low, high) for name, (low, high) in _RANGES.items() if random.random() < 0.15
     }

@@ -72,6 +72,7 @@ def _carrier(schedule: Schedule, value: Value, op: Operation) -> Message:
 
 
 def _atoms(schedule: Schedule, op: Operation, lanes: Sequence[Lane], *, is_training: bool) -> list[Atom]:
+    """Returns the atoms of one operation, with its transfers and the end of the run after the last one."""
     phases = range(len(lanes))
     match op.kind:
         case Op.FORWARD:

@@ -86,6 +86,7 @@ def execute(
 def _perform(
     step: Step, runs: dict[RunKey, Run], receives: dict[Message, PendingReceive], transport: Transport
 ) -> None:
+    """Performs one step."""
     match step.action:
         case Action.RECEIVE:
             message = _message(step)

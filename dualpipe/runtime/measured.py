@@ -252,6 +252,7 @@ def _passage(step: Step, way: dict[RunKey, Action]) -> Action:
 
 
 def _lane(step: Step, *, starts_exchange: bool) -> SpanLane | None:
+    """Returns the lane of the main thread in a step."""
     match step.action:
         case Action.FORWARD | Action.BACKWARD:
             return "exposed" if starts_exchange else "compute"

@@ -151,6 +151,7 @@ def _held_stages(schedule: Schedule, costs: CostModel, rank: int) -> list[_HeldS
 
 
 def _held_stage(schedule: Schedule, costs: CostModel, direction: int, stage: int) -> _HeldStage:
+    """Computes the minimum times around one stage."""
     to_here = _forward_path(schedule, costs, direction, 0)[stage]
     last = _min_group_time(costs, schedule.num_stages - 1, Op.FORWARD)
     to_last = _forward_path(schedule, costs, direction, stage)[-1] + last
