@@ -204,8 +204,8 @@ class _Picture:
         self.parts.append(f'<rect class="track" x="{_LEFT:g}" y="{y:g}" width="{width:.2f}" height="{_ROW:g}"/>')
 
     def _axis(self, top: float, bottom: float) -> list[str]:
-        """Draws the grid and returns the texts of the ticks, which must be drawn after the cells."""
-        texts = []
+        """Draws the grid and returns the labels of the ticks, which must be drawn after the cells."""
+        labels = []
         pixels = self.scale.pixels / self.unit.factor
         step = round_up(_TICK / pixels) if pixels else 0.0
         count = int(self.scale.span * self.unit.factor / step * (1 + 1e-9)) if step else 0
@@ -213,9 +213,9 @@ class _Picture:
             x = self.scale.x(place * step / self.unit.factor)
             self.parts.append(f'<line class="grid" x1="{x:.2f}" x2="{x:.2f}" y1="{top:g}" y2="{bottom + 4:g}"/>')
             text = tick_text(place * step)
-            texts.append(f'<text class="soft" x="{x:.2f}" y="{bottom + 17:g}" text-anchor="middle">{text}</text>')
+            labels.append(f'<text class="soft" x="{x:.2f}" y="{bottom + 17:g}" text-anchor="middle">{text}</text>')
         name = f"time in {self.unit.name}" if self.unit.name else "time in units of the costs"
-        return [*texts, f'<text class="soft" x="{_LEFT:g}" y="{bottom + 33:g}">{name}</text>']
+        return [*labels, f'<text class="soft" x="{_LEFT:g}" y="{bottom + 33:g}">{name}</text>']
 
     def _cells(self, cells: list[Cell], top: float) -> None:
         """Draws the operations of all cells with tooltips and numbers, grouped by style."""

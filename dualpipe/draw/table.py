@@ -60,8 +60,8 @@ def table(rows: Sequence[TimedSchedule | UnavailableSchedule], width: int = 100)
     return plain("\n".join([*lines, "", *textwrap.wrap(MEANING, width)]))
 
 
-def _line(texts: Sequence[str], widths: Sequence[int]) -> str:
-    first, *others = zip(texts, widths, strict=True)
+def _line(values: Sequence[str], widths: Sequence[int]) -> str:
+    first, *others = zip(values, widths, strict=True)
     return _GAP.join([first[0].ljust(first[1]), *(text.rjust(width) for text, width in others)])
 
 
@@ -137,12 +137,12 @@ def _row(index: int, entry: TimedSchedule | UnavailableSchedule, *, has_run: boo
     if isinstance(entry, UnavailableSchedule):
         reason = f'<td class="reason" colspan="{len(COLUMNS) - 1}">{escape(entry.reason)}</td>'
         return f'<tr class="absent"><td>{escape(entry.kind)}</td>{reason}</tr>'
-    name, *texts = cells(entry)
+    name, *shown = cells(entry)
     is_run = entry.measured is not None
     checked = "" if has_run and not is_run else " checked"
     label = f"{escape(name)}{' (this run)' if is_run else ''}"
     box = f'<label><input type="checkbox"{checked} data-figure="{_identity(index)}"> {label}</label>'
-    numbers = zip(texts, _values(entry), strict=True)
+    numbers = zip(shown, _values(entry), strict=True)
     values = "".join(f'<td data-value="{value:.17g}">{text}</td>' for text, value in numbers)
     return f'<tr class="shown{" run" if is_run else ""}"><td>{box}</td>{values}</tr>'
 

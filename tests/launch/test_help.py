@@ -96,7 +96,7 @@ def test_help_shows_the_keys_of_chosen_options() -> None:
     text = help_text("train", ["model=v3_671b", "optim=adamw_v3", "seed=7", "data=files"])
     assert "v3_671b*" in text
     assert "v3_tokens*" in text
-    for line in ("  model.num_layers=61\n", "  seed=7\n", "  optim.learning_rate=0.00022"):
+    for line in ("  model.num_layers=61 ", "  seed=7 ", "  optim.learning_rate=0.00022"):
         assert line in text
     assert re.search(r"^  data\.paths=\?\?\?", text, re.M)
     assert re.search(r"^  init_from=null +weights to start from", text, re.M)
