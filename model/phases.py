@@ -230,9 +230,9 @@ class BalanceRecorder(Protocol):
         ...
 
 
-def block_lanes(dense: bool) -> tuple[Lane, ...]:
+def block_lanes(*, is_dense: bool) -> tuple[Lane, ...]:
     """Returns the lanes of a block's phases: attend, dispatch, experts, combine; a dense block is one computation."""
-    return ("compute",) if dense else ("compute", "comm", "compute", "comm")
+    return ("compute",) if is_dense else ("compute", "comm", "compute", "comm")
 
 
 def block_phases(

@@ -119,9 +119,9 @@ class Stage:
         depth = model.config.mtp_depth if last else 0
         lanes: list[Lane] = ["compute"] if first else []
         for layer in layers:
-            lanes += block_lanes(model.block(layer).moe is None)
+            lanes += block_lanes(is_dense=model.block(layer).moe is None)
         if last:
-            lanes += ["compute", *(*block_lanes(dense=False), "compute") * depth]
+            lanes += ["compute", *(*block_lanes(is_dense=False), "compute") * depth]
         self.lanes: tuple[Lane, ...] = tuple(lanes)
 
     def start(

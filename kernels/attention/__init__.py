@@ -73,7 +73,7 @@ class AttentionKernel:
 ATTENTION = Registry[AttentionKernel]("attention", modules=("kernels.attention.implementations",), also=(AUTO,))
 
 
-def choose_attention(name: str, device: torch.device, dtype: torch.dtype, is_packed: bool) -> AttentionKernel:
+def choose_attention(name: str, device: torch.device, dtype: torch.dtype, *, is_packed: bool) -> AttentionKernel:
     """Returns the attention kernel of a name, or the one that `auto` chooses.
 
     Args:
@@ -87,7 +87,7 @@ def choose_attention(name: str, device: torch.device, dtype: torch.dtype, is_pac
     """
     if name != AUTO:
         return ATTENTION.get(name)
-    return _automatic(device.type, str(dtype).removeprefix("torch."), is_packed)
+    return _automatic(device.type, str(dtype).removeprefix("torch."), is_packed=is_packed)
 
 
 def makes_dense_masks(name: str, device: str) -> bool:
@@ -100,7 +100,7 @@ def makes_dense_masks(name: str, device: str) -> bool:
         device: type of the tensors' device.
     """
     if name == AUTO:
-        return device == "cpu" and _automatic(device, "float32", True).makes_dense_masks
+        return device == "cpu" and _automatic(device, "float32", is_packed=True).makes_dense_masks
     return ATTENTION.get(name).makes_dense_masks
 
 
@@ -112,10 +112,10 @@ def pads_values(name: str, device: str) -> bool:
         device: type of the tensors' device.
     """
     if name == AUTO:
-        return device == "cpu" and _automatic(device, "float32", False).pads_values(device)
+        return device == "cpu" and _automatic(device, "float32", is_packed=False).pads_values(device)
     return ATTENTION.get(name).pads_values(device)
 
 
-def _automatic(device: str, dtype: str, is_packed: bool) -> AttentionKernel:
+def _automatic(device: str, dtype: str, *, is_packed: bool) -> AttentionKernel:
     kernels = [kernel for _, kernel in ATTENTION.items()]
     return next(each for each in reversed(kernels) if each.suits(device, dtype, is_packed) and each.is_installed)

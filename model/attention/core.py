@@ -157,7 +157,8 @@ class _Kernel:
         `like_BTX`: a tensor with the shape, type and device of the compressed values.
         """
         self._options, self._shape, self._like = options, options.shape, like_BTX
-        kernel = choose_attention(options.kernel, like_BTX.device, like_BTX.dtype, options.documents is not None)
+        is_packed = options.documents is not None
+        kernel = choose_attention(options.kernel, like_BTX.device, like_BTX.dtype, is_packed=is_packed)
         self._attend = kernel.attend
         size, value = self._shape.nope + self._shape.rope, self._shape.value
         is_padded = kernel.pads_values(like_BTX.device.type)

@@ -66,7 +66,7 @@ def open_checkpoint(folder: Path, *, drop_mtp: bool = False) -> Checkpoint:
     path = folder / CONFIG_NAME
     keys = read_json(path)
     config = parse_config(keys, path)
-    quantized = _check_quantization(keys, path)
+    is_fp8 = _check_quantization(keys, path)
     entries = _read_entries(folder)
     if drop_mtp:
         entries = {name: entry for name, entry in entries.items() if not _is_mtp_tensor(name, config)}
@@ -76,7 +76,7 @@ def open_checkpoint(folder: Path, *, drop_mtp: bool = False) -> Checkpoint:
     allowed = _allowed_dtypes(keys, path)
     for name, shape in weights(config):
         if name in entries:
-            _check_tensor(name, shape, entries, allowed, quantized)
+            _check_tensor(name, shape, entries, allowed, is_fp8=is_fp8)
     return Checkpoint(
         folder=folder, config=config, entries=entries, carried=carried_keys(keys), unknown=unknown_keys(keys)
     )
@@ -172,7 +172,8 @@ def _check_tensor(
     shape: tuple[int, ...],
     entries: Mapping[str, TensorEntry],
     allowed: tuple[StoredDtype, ...],
-    quantized: bool,
+    *,
+    is_fp8: bool,
 ) -> None:
     entry = entries[name]
     if entry.shape != shape:
@@ -185,7 +186,7 @@ def _check_tensor(
     words = ", ".join(allowed)
     if entry.dtype != "F8_E4M3" or not is_quantized(name):
         raise HfError(entry.file, name, f"must be {words}, is {entry.dtype}")
-    if not quantized:
+    if not is_fp8:
         raise HfError(entry.file, name, f"must be {words} without a quantization_config in {CONFIG_NAME}, is F8_E4M3")
     scales = entries.get(scale_name(name))
     if scales is None:

@@ -152,7 +152,7 @@ def _write_shard(
         if stored.dtype == "F8_E4M3":
             # Before rounding, because infinity becomes a finite code under a known scale.
             _check_finite(values, place, name, stored.dtype)
-            encoded = _quantize(values, scales.known.get(name), scales.power_of_two)
+            encoded = _quantize(values, scales.known.get(name), power_of_two=scales.power_of_two)
             parts = {name: encoded.codes, scale_name(name): encoded.scales}
         for part, content in parts.items():
             file.seek(offsets[part])
@@ -178,7 +178,7 @@ def _layout(shard: Mapping[str, Stored]) -> tuple[dict[str, int], bytes]:
     return {name: start + offset for name, offset in begins.items()}, header
 
 
-def _quantize(values: Tensor, known: Tensor | None, power_of_two: bool) -> QuantizedBlocks:
+def _quantize(values: Tensor, known: Tensor | None, *, power_of_two: bool) -> QuantizedBlocks:
     if known is None:
         return quantize_128x128(values, power_of_two)
     assert tuple(known.shape) == scale_shape(tuple(values.shape))

@@ -80,7 +80,7 @@ class EmulatedStage:
         self, model: EmulatedModel, number: int, dispatcher: Dispatcher, ids_TK: Tensor, log: SleepLog
     ) -> None:
         """Builds the stage; `ids_TK` holds the experts of every micro-batch and block."""
-        self.lanes: tuple[Lane, ...] = block_lanes(dense=False) * model.blocks_per_stage
+        self.lanes: tuple[Lane, ...] = block_lanes(is_dense=False) * model.blocks_per_stage
         self._model = model
         self._first_layer = number * model.blocks_per_stage
         self._dispatcher = dispatcher

@@ -28,12 +28,12 @@ PLACES = {
 
 
 def flatly(x: Tensor) -> Tensor:
-    """The same numbers, laid out as the model makes them: heads of a token side by side."""
+    """Returns the same numbers in the memory layout of the model: heads of a token side by side."""
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def documents_of(places: list[list[int]]) -> list[list[int]]:
-    """A number for each token, by walking along each sequence."""
+    """Returns a document number for each token, from a loop over each sequence."""
     numbered = []
     for sequence in places:
         numbers = [0]
@@ -44,7 +44,7 @@ def documents_of(places: list[list[int]]) -> list[list[int]]:
 
 
 def by_query(query: Tensor, key: Tensor, value: Tensor, numbers: list[list[int]] | None) -> Tensor:
-    """Softmax over the keys that each query may see, one query after the other."""
+    """Computes attention by a softmax over the visible keys of one query after the other."""
     batch, _, size, _ = query.shape
     rows: list[Tensor] = []
     for b in range(batch):
@@ -150,9 +150,9 @@ def test_auto_takes_what_is_installed_and_serves(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("kernels.attention.find_spec", lambda name: object() if is_installed else None)
-    assert choose_attention("auto", torch.device(device), dtype, is_packed) is ATTENTION.get(expected)
+    assert choose_attention("auto", torch.device(device), dtype, is_packed=is_packed) is ATTENTION.get(expected)
     for name in ATTENTION.names():
-        assert choose_attention(name, torch.device(device), dtype, is_packed) is ATTENTION.get(name)
+        assert choose_attention(name, torch.device(device), dtype, is_packed=is_packed) is ATTENTION.get(name)
 
 
 def test_values_are_padded_for_kernels_that_want_it() -> None:
@@ -177,7 +177,7 @@ def test_masks_take_a_number_for_each_pair_where_the_kernel_reads_them_so() -> N
 
 def test_unknown_kernel_is_refused_with_the_nearest_name() -> None:
     with pytest.raises(UnknownNameError, match=r"^attention: must be one of .*'flash'; did you mean flash_attention"):
-        choose_attention("flash", torch.device("cpu"), torch.float32, False)
+        choose_attention("flash", torch.device("cpu"), torch.float32, is_packed=False)
 
 
 def test_kernel_of_the_documentation_passes_the_contract_from_outside(tmp_path: Path) -> None:

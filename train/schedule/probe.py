@@ -119,7 +119,7 @@ class _Parts:
         has_dense = self._shape.num_dense_layers > 0
         has_moe = self._shape.num_dense_layers < self._shape.num_layers
         first, last = (len(stage.lanes) for stage in self._stages)
-        heads_from = len(block_lanes(dense=not has_moe))
+        heads_from = len(block_lanes(is_dense=not has_moe))
         return LayerTimes(
             dense=self._part(0, range(1, first)) if has_dense else PartTimes(),
             moe=self._part(1, range(heads_from)) if has_moe else PartTimes(),
