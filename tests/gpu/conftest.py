@@ -1,4 +1,4 @@
-"""Tests of what runs on a GPU alone; skipped, with the reason, where there is none."""
+"""Fixtures of tests that need a GPU; without one they are skipped with the reason."""
 
 import pytest
 import torch

@@ -16,7 +16,7 @@ MOST = 0.01
 
 
 def tensors_in(result: object) -> Iterator[Tensor]:
-    """All of a result, however deep."""
+    """Returns all tensors of a nested result."""
     if isinstance(result, Tensor):
         yield result
     elif isinstance(result, tuple | list):
@@ -25,7 +25,7 @@ def tensors_in(result: object) -> Iterator[Tensor]:
 
 
 def assert_same_result(made: object, expected: object) -> None:
-    """As many tensors of the same shapes and types, and near in value."""
+    """Asserts the same number of tensors, shapes and types, and close values."""
     for found, wanted in zip(tensors_in(made), tensors_in(expected), strict=True):
         assert (found.shape, found.dtype) == (wanted.shape, wanted.dtype)
         assert found.float().isfinite().all()

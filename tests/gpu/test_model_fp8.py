@@ -27,7 +27,10 @@ TOKENS = 40
 
 
 def make_model(products: Products, dtype: torch.dtype) -> Transformer:
-    """Its router's bias decides alone, so that no rounding sends a token elsewhere; half of the experts get none."""
+    """Builds a model whose router's bias alone determines the experts; half of the experts get no tokens.
+
+    Rounding therefore cannot send a token to another expert.
+    """
     dispatcher = LocalDispatcher(CONFIG.num_routed_experts)
     model = Transformer(CONFIG, dispatcher, dtype, computing=Computing(products=products))
     initialize_weights(model, 3)
@@ -38,7 +41,7 @@ def make_model(products: Products, dtype: torch.dtype) -> Transformer:
 
 
 def on(device: str, batch: MicroBatch) -> MicroBatch:
-    """The same tokens on a device."""
+    """Returns the same tokens on a device."""
     inputs, targets = (tuple(each.to(device) for each in part) for part in (batch.inputs_BT, batch.targets_BT))
     return replace(batch, inputs_BT=inputs, targets_BT=targets)
 
@@ -63,11 +66,9 @@ def by_phases(model: Transformer, device: str) -> dict[str, Tensor]:
 def assert_near(
     made: dict[str, Tensor], reference: dict[str, Tensor], exact: dict[str, Tensor], roundings: float
 ) -> None:
-    """Everything differs from the reference by no more than a share of what the reference differs from exact numbers.
+    """Asserts that every difference from the reference is a limited share of the reference's own error.
 
-    Sums in another order make a few codes other ones, and those more of them further on: in float32 with a noise of
-    1e-6 for every product up to a third of all that rounding to FP8 does; in bf16 most of it. Where all roundings
-    together chance to be small, a hundredth of the number is allowed.
+    The reference's error is its difference from exact numbers.
     """
     assert made.keys() <= reference.keys()
     for name, found in made.items():

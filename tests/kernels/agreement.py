@@ -14,7 +14,7 @@ from kernels.quantize.layout import Quantized
 
 
 def assert_same_bits(actual: Tensor, expected: Tensor, any_nan: bool = False) -> None:
-    """Same dtype, shape and bits; with `any_nan`, a NaN equals any other NaN."""
+    """Asserts the same dtype, shape and bits; with `any_nan`, a NaN equals any other NaN."""
     assert actual.dtype == expected.dtype
     assert actual.shape == expected.shape
     actual = actual.cpu()
@@ -26,7 +26,7 @@ def assert_same_bits(actual: Tensor, expected: Tensor, any_nan: bool = False) ->
 
 
 def random_bits(generator: torch.Generator, num_rows: int, num_columns: int, dtype: torch.dtype) -> Tensor:
-    """A matrix of any bits at all, NaNs of every kind among them."""
+    """Returns a matrix of random bits, including NaNs of every kind."""
     if dtype == torch.bool:
         return torch.rand(num_rows, num_columns, generator=generator) < 0.5
     shape = (num_rows, num_columns * dtype.itemsize)
@@ -41,7 +41,7 @@ def random_indices(generator: torch.Generator, shape: tuple[int, ...], below: in
 
 
 def wild_rows(generator: torch.Generator, num_rows: int, num_columns: int) -> Tensor:
-    """Float32 rows for quantizing: every magnitude, zeros of both signs, tiles with NaN or infinity, ties."""
+    """Returns float32 rows to quantize: every magnitude, zeros of both signs, tiles with NaN or infinity, ties."""
     exponents = torch.randint(-149, 128, (num_rows, 1), generator=generator)
     rows_ND = torch.ldexp(torch.randn(num_rows, num_columns, generator=generator).double(), exponents).float()
     rows_ND = rows_ND.clamp(-3.4e38, 3.4e38)
@@ -58,7 +58,10 @@ def wild_rows(generator: torch.Generator, num_rows: int, num_columns: int) -> Te
 
 
 def layouts(wide_ND: Tensor) -> list[Tensor]:
-    """All but 3 columns of a matrix, contiguous and as a view of it; a single one also with a meaningless stride."""
+    """Returns all but 3 columns of a matrix, contiguous and as a view of it.
+
+    A single column is also returned with a meaningless stride.
+    """
     num_columns = wide_ND.shape[1] - 3
     found = [wide_ND[:, :num_columns].contiguous(), wide_ND[:, 2 : 2 + num_columns]]
     if num_columns == 1:
@@ -69,7 +72,7 @@ def layouts(wide_ND: Tensor) -> list[Tensor]:
 def check_permute(
     module: ModuleType, device: str, shape: tuple[int, int, int], dtype: torch.dtype, index_dtype: torch.dtype
 ) -> None:
-    """`permute` of N rows to A, new and into a strided view, against the reference."""
+    """Checks `permute` of N rows to A, into a new tensor and a strided view, against the reference."""
     num_rows, num_sources, num_columns = shape
     generator = torch.Generator().manual_seed(num_rows + num_sources + num_columns)
     wide_ND = random_bits(generator, num_rows, num_columns + 3, dtype)
@@ -93,7 +96,7 @@ def check_unpermute(
     dtypes: tuple[torch.dtype, torch.dtype | None],
     index_dtype: torch.dtype = torch.int64,
 ) -> None:
-    """`unpermute` of A rows to N tokens with K places, rows contiguous and strided, against the reference."""
+    """Checks `unpermute` of A rows to N tokens with K places against the reference, rows contiguous and strided."""
     num_rows, num_tokens, num_places, num_columns = shape
     generator = torch.Generator().manual_seed(sum(shape))
     wide_AD = torch.randn(num_rows, num_columns + 3, generator=generator)
@@ -110,7 +113,7 @@ def check_unpermute(
 
 
 def check_quantize(module: ModuleType, device: str, num_rows: int, num_columns: int, dtype: torch.dtype) -> Quantized:
-    """`quantize_1x128` of wild rows, contiguous and strided, against the reference; returns the last of them."""
+    """Checks `quantize_1x128` of wild rows against the reference; returns the last result."""
     generator = torch.Generator().manual_seed(num_rows + num_columns)
     wide_ND = wild_rows(generator, num_rows, num_columns + 3).to(dtype)
     for rows_ND, there_ND in zip(layouts(wide_ND), layouts(wide_ND.to(device)), strict=True):
@@ -124,7 +127,7 @@ def check_quantize(module: ModuleType, device: str, num_rows: int, num_columns: 
 
 
 def check_dequantize(module: ModuleType, device: str, quantized: Quantized, dtype: torch.dtype) -> None:
-    """`dequantize_1x128` of given codes and scales, on the CPU, against the reference."""
+    """Checks `dequantize_1x128` of given codes and scales on the CPU against the reference."""
     copy_to_device = Quantized(quantized.codes.to(device), quantized.scales.to(device))
     expected_ND = quantize_reference.dequantize_1x128(quantized, dtype)
     assert_same_bits(module.dequantize_1x128(copy_to_device, dtype), expected_ND, any_nan=True)

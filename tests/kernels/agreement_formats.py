@@ -1,4 +1,4 @@
-"""What holds of any implementation of the formats beside 1x128, on any device: bits equal to the reference.
+"""Checks of all formats except 1x128, for any implementation and device: results are bit-equal to the reference.
 
 Shape legend: N rows, D columns.
 """
@@ -30,7 +30,7 @@ def wild_columns(generator: torch.Generator, num_rows: int, num_columns: int, dt
 
 
 def check_columns(module: ModuleType, device: str, counts: Sequence[int], num_columns: int, dtype: torch.dtype) -> None:
-    """`quantize_columns` and `requantize_columns` of wild rows, contiguous and strided, against the reference."""
+    """Checks `quantize_columns` and `requantize_columns` of wild rows against the reference."""
     generator = torch.Generator().manual_seed(num_columns)
     wide_ND = wild_columns(generator, sum(counts), num_columns + 3, dtype)
     for rows_ND, there_ND in zip(layouts(wide_ND), layouts(wide_ND.to(device)), strict=True):
@@ -51,7 +51,7 @@ def check_columns(module: ModuleType, device: str, counts: Sequence[int], num_co
 
 
 def check_blocks(module: ModuleType, device: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """`quantize_128x128`, its inverse and its transpose, of wild matrices, whole and views, against the reference."""
+    """Checks `quantize_128x128`, its inverse and its transpose of wild matrices and views against the reference."""
     generator = torch.Generator().manual_seed(sum(shape))
     num_matrices = torch.Size(shape[:-2]).numel()
     wide = torch.stack([wild_rows(generator, shape[-2], shape[-1] + 3) for _ in range(num_matrices)])
@@ -72,7 +72,7 @@ def check_blocks(module: ModuleType, device: str, shape: tuple[int, ...], dtype:
 
 
 def check_e5m6(module: ModuleType, device: str, num_rows: int, num_columns: int, dtype: torch.dtype) -> None:
-    """`pack_e5m6` of wild rows, contiguous and strided, and `unpack_e5m6` of any bits, against the reference."""
+    """Checks `pack_e5m6` of wild rows and `unpack_e5m6` of random bits against the reference."""
     generator = torch.Generator().manual_seed(num_rows + num_columns)
     wide_ND = wild_rows(generator, num_rows, num_columns + 3)
     # The largest number under a scale, and the one above it.
@@ -91,5 +91,5 @@ def check_e5m6(module: ModuleType, device: str, num_rows: int, num_columns: int,
 
 
 def _ends_cut(wide: Tensor) -> list[Tensor]:
-    """All but 3 columns of matrices, contiguous and as a view of them."""
+    """Returns all but 3 columns of matrices, contiguous and as a view of them."""
     return [wide[..., :-3].contiguous(), wide[..., 2:-1]]

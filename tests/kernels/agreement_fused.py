@@ -1,4 +1,4 @@
-"""What holds of SwiGLU's, RMSNorm's and the cross-entropy's kernels on any device: as near as float32 allows.
+"""Checks of the SwiGLU, RMSNorm and cross-entropy kernels on any device: as close as float32 allows.
 
 Exponents and the order of sums differ between libraries in its last places. Shape legend: A rows, D columns,
 M intermediate size, H = 2 M, N rows, V vocabulary.
@@ -22,7 +22,7 @@ EPS = 1e-6
 
 
 def padded(x: Tensor, columns: int = 16) -> Tensor:
-    """The same numbers as a part of wider rows, whose other columns are no numbers."""
+    """Returns the same numbers as a part of wider rows, whose other columns are NaN."""
     wide = x.new_full((x.shape[0], x.shape[1] + columns), torch.nan)
     wide[:, : x.shape[1]] = x
     return wide[:, : x.shape[1]]
@@ -46,7 +46,7 @@ def _ordinals(codes: Tensor) -> Tensor:
 
 
 def hidden_and_grad(shape: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """hidden_AH whose magnitudes change along and across rows, and grad_AM."""
+    """Returns hidden_AH, whose magnitudes change along and across rows, and grad_AM."""
     num_rows, width = shape
     hidden_AH = randn(num_rows, 2 * width, seed=0) * 3 * torch.logspace(-2, 0.5, 2 * width)
     hidden_AH *= torch.logspace(-3, 0, num_rows)[:, None]
@@ -54,7 +54,7 @@ def hidden_and_grad(shape: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor,
 
 
 def check_swiglu(module: ModuleType, device: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
-    """`swiglu` and `swiglu_backward`, rows contiguous and apart, against the reference in float64."""
+    """Checks `swiglu` and `swiglu_backward`, contiguous and strided, against the reference in float64."""
     hidden_AH, grad_AM = hidden_and_grad(shape, dtype)
     expected_AM = swiglu_reference.swiglu(*hidden_AH.double().chunk(2, 1))
     expected_AH = swiglu_reference.swiglu_backward(grad_AM.double(), hidden_AH.double())
@@ -70,7 +70,10 @@ def check_swiglu(module: ModuleType, device: str, shape: tuple[int, int], dtype:
 def check_swiglu_fp8(
     module: ModuleType, device: str, shape: tuple[int, int], dtype: torch.dtype, weights_dtype: torch.dtype | None
 ) -> None:
-    """`swiglu_quantize` and `swiglu_backward_from_codes` against the reference; hidden values' codes bit-equal."""
+    """Checks `swiglu_quantize` and `swiglu_backward_from_codes` against the reference.
+
+    The codes of hidden values must be bit-equal.
+    """
     hidden_AH, grad_AM = hidden_and_grad(shape, dtype)
     weights_A = None if weights_dtype is None else randn(shape[0], seed=2).abs().to(weights_dtype)
     weights_there = None if weights_A is None else weights_A.to(device)
@@ -95,7 +98,7 @@ def check_swiglu_fp8(
 
 
 def norm_inputs(shape: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """x_AD with a row of zeros, weight_D with a zero and a negative number, grad_AD."""
+    """Returns x_AD with a row of zeros, weight_D with a zero and a negative number, and grad_AD."""
     x_AD, weight_D = randn(*shape, seed=0) * torch.logspace(-3, 2, shape[0])[:, None], randn(shape[1], seed=1) + 2
     x_AD[1:2] = 0
     weight_D[1:2], weight_D[2:3] = 0, -1.5
@@ -103,7 +106,7 @@ def norm_inputs(shape: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Ten
 
 
 def check_rms_norm(module: ModuleType, device: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
-    """`rms_norm` and `normalize_backward`, rows contiguous and apart, against the reference."""
+    """Checks `rms_norm` and `normalize_backward`, contiguous and strided, against the reference."""
     x_AD, weight_D, grad_AD = norm_inputs(shape, dtype)
     scale_A1 = rms_norm_reference.inverse_rms(x_AD, EPS)
     normal_AD = rms_norm_reference.normalize(x_AD, scale_A1, weight_D)
@@ -124,7 +127,7 @@ def check_rms_norm(module: ModuleType, device: str, shape: tuple[int, int], dtyp
 
 
 def check_rms_norm_fp8(module: ModuleType, device: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
-    """`rms_norm_quantize` and `rms_norm_backward_from_codes` against the reference."""
+    """Checks `rms_norm_quantize` and `rms_norm_backward_from_codes` against the reference."""
     x_AD, weight_D, grad_AD = norm_inputs(shape, dtype)
     for power_of_two in (True, False):
         normal, inverse_A1 = rms_norm_reference_fp8.rms_norm_quantize(x_AD, weight_D, EPS, power_of_two)
@@ -142,7 +145,7 @@ def check_rms_norm_fp8(module: ModuleType, device: str, shape: tuple[int, int], 
 
 
 def some_targets(num_rows: int, vocab_size: int) -> Tensor:
-    """A third ignored, the first and the last token among the others."""
+    """Returns targets: a third is ignored, and the first and the last token occur among the others."""
     targets_N = torch.randint(0, vocab_size, (num_rows,), generator=torch.Generator().manual_seed(9))
     targets_N[1::3] = IGNORE
     targets_N[:1], targets_N[3:4] = vocab_size - 1, 0
@@ -152,7 +155,7 @@ def some_targets(num_rows: int, vocab_size: int) -> Tensor:
 def expected_of(
     rows_ND: Tensor, head_VD: Tensor, targets_N: Tensor, slopes_N: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities, and gradients in rows and head, by the formula over whole logits in float64."""
+    """Returns log-probabilities and gradients in rows and head, by the formula over whole logits in float64."""
     rows_ND, head_VD = rows_ND.detach().double().requires_grad_(), head_VD.detach().double().requires_grad_()
     nats_N = cross_entropies(rows_ND @ head_VD.t(), targets_N)
     total = nats_N.sum() if slopes_N is None else (nats_N * slopes_N.double()).sum()
@@ -175,7 +178,7 @@ def check_cross_entropy(
     chunk_logits: int,
     has_slopes: bool = False,
 ) -> None:
-    """`linear_cross_entropy` of N rows of D columns over a vocabulary, against the formula in float64."""
+    """Checks `linear_cross_entropy` of N rows of D columns over a vocabulary against the formula in float64."""
     num_rows, num_columns, vocab_size = shape
     rows_ND, head_VD = randn(num_rows, num_columns, seed=0), randn(vocab_size, num_columns, seed=1)
     rows_ND, head_VD = (rows_ND * 2).to(dtype), head_VD.to(dtype)
@@ -207,7 +210,7 @@ def check_cross_entropy(
 
 
 def check_slopes(module: ModuleType, device: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
-    """`nats_and_slopes_` of logits far from 0 and apart in memory, against the formula in float64."""
+    """Checks `nats_and_slopes_` of strided logits far from 0 against the formula in float64."""
     logits_NV = (randn(*shape, seed=0) * 5 + torch.linspace(-1000, 1000, shape[0])[:, None]).to(dtype)
     logits_NV[2:3, 2::2] = -torch.inf
     targets_N = some_targets(*shape)

@@ -14,14 +14,14 @@ ROUNDING = {torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}
 FLOAT32_SUMS = 2.0**-18
 """Of float32 sums, relative to the sum of magnitudes: 2^-24 for each of 64 roundings, with room to spare."""
 HOPPER_SUMS = 2.0**-10
-"""Of sums that keep 14 bits for 128 numbers: 0.06 % where all have one sign (kernels/gemm_fp8/hopper.py)."""
+"""Error of sums that keep 14 bits for 128 numbers: 0.06 % if all have one sign (kernels/gemm_fp8/hopper.py)."""
 
 RowsByBlocks = Callable[[Quantized, QuantizedBlocks, torch.dtype], Tensor]
 Columns = Callable[[QuantizedColumns, QuantizedColumns], Tensor]
 
 
 def random_codes(generator: torch.Generator, num_rows: int, num_columns: int) -> Tensor:
-    """Any code but NaN, each as likely: zeros of both signs and subnormal numbers among them."""
+    """Returns random codes except NaN, uniformly: zeros of both signs and subnormal numbers are among them."""
     bits = torch.randint(0, 254, (num_rows, num_columns), generator=generator)
     return (bits + (bits >= 127)).to(torch.uint8).view(torch.float8_e4m3fn)
 
@@ -32,7 +32,7 @@ def random_scales(generator: torch.Generator, num_rows: int, num_columns: int) -
 
 
 def operands(shape: tuple[int, int, int], seed: int = 0) -> tuple[Quantized, QuantizedBlocks]:
-    """Random codes and scales of M x K and, by blocks, N x K."""
+    """Returns random codes and scales of M x K and, by blocks, N x K."""
     num_rows, num_outputs, depth = shape
     generator = torch.Generator().manual_seed(seed + sum(shape))
     tiles = num_tiles(depth)
@@ -42,7 +42,7 @@ def operands(shape: tuple[int, int, int], seed: int = 0) -> tuple[Quantized, Qua
 
 
 def column_operands(shape: tuple[int, int, int], seed: int = 0) -> tuple[QuantizedColumns, QuantizedColumns]:
-    """Random codes and scales of M x P and N x P."""
+    """Returns random codes and scales of M x P and N x P."""
     num_rows, num_outputs, depth = shape
     generator = torch.Generator().manual_seed(seed + sum(shape))
     made = (
@@ -59,7 +59,7 @@ def values(codes: Tensor, scales: Tensor, rows_to_a_scale: int) -> Tensor:
 
 
 def assert_product(actual: Tensor, left_MK: Tensor, right_NK: Tensor, sums: float) -> None:
-    """The product of float64 values, but for what sums and one rounding may change.
+    """Asserts that a product equals that of float64 values up to errors of the sums and one rounding.
 
     Args:
         actual: [M, N].
@@ -77,7 +77,7 @@ def assert_product(actual: Tensor, left_MK: Tensor, right_NK: Tensor, sums: floa
 def check_gemm(
     gemm: RowsByBlocks, device: str, shape: tuple[int, int, int], dtype: torch.dtype, sums: float = FLOAT32_SUMS
 ) -> None:
-    """A product by blocks against the exact one."""
+    """Checks a product by blocks against the exact one."""
     left, right = operands(shape)
     there = Quantized(*(each.to(device) for each in left)), QuantizedBlocks(*(each.to(device) for each in right))
     actual = gemm(*there, dtype)
@@ -86,7 +86,7 @@ def check_gemm(
 
 
 def check_columns(gemm: Columns, device: str, shape: tuple[int, int, int], sums: float = FLOAT32_SUMS) -> None:
-    """A product with scales by row on both sides against the exact one."""
+    """Checks a product with scales by row on both sides against the exact one."""
     left, right = column_operands(shape)
     there = (QuantizedColumns(*(each.to(device) for each in operand)) for operand in (left, right))
     actual = gemm(*there)
@@ -95,7 +95,7 @@ def check_columns(gemm: Columns, device: str, shape: tuple[int, int, int], sums:
 
 
 def check_nan(gemm: RowsByBlocks, columns: Columns, device: str) -> None:
-    """NaN in one tile of the left operand or one block of the right one reaches its row or its columns, and no more."""
+    """Checks that a NaN in one left tile or one right block affects only its row or its columns."""
     left, right = operands((70, 200, 300))
     left.codes.view(torch.uint8)[3, 128:256] = 0x7F
     left.scales[3, 1] = torch.nan
@@ -118,7 +118,7 @@ def check_nan(gemm: RowsByBlocks, columns: Columns, device: str) -> None:
 
 
 def check_empty(gemm: RowsByBlocks, columns: Columns, device: str) -> None:
-    """Operands without rows, outputs or numbers of K give a result of the right shape, zeros where it has elements."""
+    """Operands without rows, outputs or numbers of K give a result of the right shape, zeros if it has elements."""
     for shape in ((0, 5, 130), (5, 0, 130), (5, 6, 0), (0, 0, 0)):
         left, right = operands(shape)
         there = Quantized(*(each.to(device) for each in left)), QuantizedBlocks(*(each.to(device) for each in right))

@@ -25,7 +25,7 @@ NAN_BITS = 0x7F
 
 
 def operands(counts: Counts, num_outputs: int, depth: int) -> tuple[Quantized, QuantizedBlocks]:
-    """Random codes and scales of A x K and, by blocks, E x N x K."""
+    """Returns random codes and scales of A x K and, by blocks, E x N x K."""
     generator = torch.Generator().manual_seed(sum(counts) + num_outputs + depth)
     num_rows, num_groups, tiles = sum(counts), len(counts), num_tiles(depth)
     rows = Quantized(random_codes(generator, num_rows, depth), random_scales(generator, num_rows, tiles))
@@ -36,7 +36,7 @@ def operands(counts: Counts, num_outputs: int, depth: int) -> tuple[Quantized, Q
 
 
 def column_operands(counts: Counts, num_outputs: int, depth: int) -> tuple[QuantizedColumns, QuantizedColumns]:
-    """Random codes and scales of N x P and K x P; the filling is of zeros."""
+    """Returns random codes and scales of N x P and K x P; the padding is zero."""
     generator = torch.Generator().manual_seed(sum(counts) + num_outputs + depth)
     num_padded = padded_rows(counts)
     made = []
@@ -51,13 +51,13 @@ def column_operands(counts: Counts, num_outputs: int, depth: int) -> tuple[Quant
 
 
 def segments(counts: Counts) -> list[slice]:
-    """The rows of each group."""
+    """Returns the rows of each group."""
     ends = [sum(counts[: group + 1]) for group in range(len(counts))]
     return [slice(end - count, end) for end, count in zip(ends, counts, strict=True)]
 
 
 def padded_segments(counts: Counts) -> list[slice]:
-    """The rows of each group once filled up."""
+    """Returns the rows of each group after padding."""
     return segments([padded_rows([count]) for count in counts])
 
 
@@ -69,7 +69,7 @@ def check_rows_fp8(
     dtype: torch.dtype,
     sums: float = FLOAT32_SUMS,
 ) -> None:
-    """Each group's rows times its matrix, N x K, against the exact product."""
+    """Checks each group's rows times its matrix, N x K, against the exact product."""
     rows, weights = operands(counts, *widths)
     actual_AN = product(on(device, rows), on(device, weights), counts, dtype)
     assert actual_AN.dtype == dtype
@@ -82,7 +82,7 @@ def check_rows_fp8(
 def check_weight_fp8(
     product: WeightFp8, device: str, counts: Counts, widths: tuple[int, int], sums: float = FLOAT32_SUMS
 ) -> None:
-    """The gradient of each group's matrix, N x K, against the exact product; zeros for an empty group."""
+    """Checks the gradient of each group's matrix, N x K, against the exact product; zeros for an empty group."""
     grad, rows = column_operands(counts, *widths)
     actual_ENK = product(on(device, grad), on(device, rows), counts)
     assert actual_ENK.dtype == torch.float32
@@ -98,7 +98,7 @@ def on(device: str, operand: Operand) -> Operand:
 
 
 def check_nan_fp8(rows_product: RowsFp8, weight_product: WeightFp8, device: str) -> None:
-    """NaN in a row, a block or a column reaches what its own group makes of it, and nothing of another group."""
+    """Checks that a NaN in a row, a block or a column affects only the results of its own group."""
     counts = (3, 130, 0, 5)
     rows, weights = operands(counts, 150, 200)
     rows.codes.view(torch.uint8)[4, 130:] = NAN_BITS
@@ -124,7 +124,7 @@ def check_nan_fp8(rows_product: RowsFp8, weight_product: WeightFp8, device: str)
 
 
 def check_empty_fp8(rows_product: RowsFp8, weight_product: WeightFp8, device: str) -> None:
-    """Operands without rows, outputs or numbers of K give a result of the right shape, zeros where it has elements."""
+    """Operands without rows, outputs or numbers of K give a result of the right shape, zeros if it has elements."""
     for counts, widths in (((0, 0), (5, 130)), ((2, 3), (0, 130)), ((2, 0), (5, 0)), ((), (5, 130))):
         rows, weights = operands(counts, *widths)
         made_AN = rows_product(on(device, rows), on(device, weights), counts, torch.bfloat16)
@@ -138,7 +138,10 @@ def check_empty_fp8(rows_product: RowsFp8, weight_product: WeightFp8, device: st
 def check_rows(
     product: Product, device: str, counts: Counts, widths: tuple[int, int], dtype: torch.dtype, across: bool = False
 ) -> None:
-    """Each group's rows times its matrix, N x K, against the exact product; `across`: given as a transposed view."""
+    """Checks each group's rows times its matrix, N x K, against the exact product.
+
+    `across`: the matrix is given as a transposed view.
+    """
     rows_AK = randn(sum(counts), widths[1], seed=0, dtype=dtype)
     weight_ENK = randn(len(counts), *widths, seed=1, dtype=dtype)
     there = weight_ENK.to(device)
@@ -151,7 +154,7 @@ def check_rows(
 
 
 def check_weight(product: Product, device: str, counts: Counts, widths: tuple[int, int], dtype: torch.dtype) -> None:
-    """The gradient of each group's matrix, N x K, against the exact product; zeros for an empty group."""
+    """Checks the gradient of each group's matrix, N x K, against the exact product; zeros for an empty group."""
     grad_AN = randn(sum(counts), widths[0], seed=0, dtype=dtype)
     rows_AK = randn(sum(counts), widths[1], seed=1, dtype=dtype)
     actual_ENK = product(grad_AN.to(device), rows_AK.to(device), counts)
@@ -162,7 +165,7 @@ def check_weight(product: Product, device: str, counts: Counts, widths: tuple[in
 
 
 def check_nan(rows_product: Product, weight_product: Product, device: str) -> None:
-    """NaN and infinity in one group reach what that group makes of them, and nothing of another group."""
+    """Checks that NaN and infinity in one group affect only the results of that group."""
     counts = (3, 70, 0, 5)
     rows_AK, weight_ENK = randn(78, 40, seed=0).bfloat16(), randn(4, 24, 40, seed=1).bfloat16()
     rows_AK[3, 5] = torch.nan

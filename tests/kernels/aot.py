@@ -48,20 +48,20 @@ class Compiled:
     num_warps: int
 
     def assert_sound(self) -> None:
-        """Machine code came out, no register spills, and no offset is computed in 32 bits."""
+        """Asserts that machine code exists, no register spills, and no offset is computed in 32 bits."""
         assert len(self.cubin) > 1000
         assert self.spill_bytes == 0
         assert self.instructions(r"(mul|mad)\.lo\.[su]32") == []
 
     def instructions(self, pattern: str) -> list[str]:
-        """The PTX instructions whose name matches a regular expression from its start, as in `cvt\\.rn\\..*e4m3x2`."""
+        r"""Returns the PTX instructions that match a regular expression from their start, as `cvt\.rn\..*e4m3x2`."""
         names = re.findall(r"^\s*(?:@!?%\w+\s+)?([a-z][\w.:]*)", self.ptx, flags=re.MULTILINE)
         return [name for name in names if re.match(pattern, name)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Specialization:
-    """What the compiler knows of a launch: launches with equal ones run the same machine code.
+    """Compiler's view of a launch: launches with equal specializations run the same machine code.
 
     Attributes:
         kernel: its name.
@@ -176,7 +176,7 @@ def compile_for_hopper(
 
 
 def _type_of(argument: Any) -> str:
-    """Triton's word for the type of a launch's argument."""
+    """Returns Triton's name for the type of a launch's argument."""
     if isinstance(argument, Tensor):
         return "*" + TYPES[argument.dtype]
     if isinstance(argument, float):

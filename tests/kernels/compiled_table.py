@@ -39,7 +39,7 @@ class Row:
         spill_bytes: per thread.
         shared_bytes: of a program.
         num_warps: of a program.
-        tensor_cores: the types that they multiply, as in `wgmma e4m3`; empty where they are not used.
+        tensor_cores: the types that they multiply, as in `wgmma e4m3`; empty if they are not used.
         tma: what is moved by descriptor: `load`, `store` or both.
     """
 
@@ -140,7 +140,7 @@ def _row_at(index: int) -> Row:
 
 
 def file_of(version: str) -> Path:
-    """Returns where the table of a Triton version is recorded."""
+    """Returns the path of the recorded table of a Triton version."""
     return FOLDER / f"triton-{version}.md"
 
 

@@ -11,7 +11,7 @@ from tests.kernels.interpreter_casts import start_interpreter
 
 @pytest.fixture(scope="session")
 def interpreter() -> Iterator[ProcessPoolExecutor]:
-    """One worker in which `triton.jit` interprets; submit functions that import Triton's kernels inside.
+    """Yields a worker in which `triton.jit` interprets; submitted functions import Triton's kernels inside.
 
     A process of its own, because Triton decides when it is imported, and other tests compile in this one.
     """

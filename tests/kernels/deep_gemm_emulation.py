@@ -1,6 +1,6 @@
 """An emulation of the package `deep_gemm` in plain PyTorch, for machines without a Hopper GPU.
 
-It stands in for the one function that is called, with its documented parameters (DeepGEMM 2, `csrc/apis/gemm.hpp`),
+It replaces the one function that is called, with its documented parameters (DeepGEMM 2, `csrc/apis/gemm.hpp`),
 and refuses what the package refuses on Hopper: it proves layouts and scales, and nothing about the package's own
 kernels. Sums are taken in float64.
 """
@@ -14,7 +14,10 @@ Operand = tuple[Tensor, Tensor]
 
 
 class Calls:
-    """How often each of the package's two kernels was called: scales by rows and blocks, and by rows on both sides."""
+    """Number of calls of each of the package's two kernels.
+
+    One takes scales by rows and blocks, the other by rows on both sides.
+    """
 
     def __init__(self) -> None:
         self.num_blocks = 0
@@ -22,7 +25,7 @@ class Calls:
 
 
 def emulated(calls: Calls) -> ModuleType:
-    """What takes the place of the package in `sys.modules`."""
+    """Yields the module that replaces the package in `sys.modules`."""
 
     def fp8_gemm_nt(
         a: Operand,

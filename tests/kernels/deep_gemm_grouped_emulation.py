@@ -1,6 +1,6 @@
 """An emulation of the grouped products of the package `deep_gemm` in plain PyTorch, for machines without a Hopper GPU.
 
-It stands in for the two functions that are called, with their documented parameters (DeepGEMM 2, `csrc/apis/gemm.hpp`
+It replaces the two functions that are called, with their documented parameters (DeepGEMM 2, `csrc/apis/gemm.hpp`
 and `tests/generators.py`), and refuses what the package refuses on Hopper: it proves layouts, groups and scales, and
 nothing about the package's own kernels. Sums are taken in float64.
 """
@@ -19,7 +19,7 @@ Operand = tuple[Tensor, Tensor]
 
 
 class Calls:
-    """How often each of the two kernels was called, and the rows that the first was given."""
+    """Number of calls of each of the two kernels, and the rows that the first received."""
 
     def __init__(self) -> None:
         self.num_rows: list[int] = []
@@ -27,7 +27,7 @@ class Calls:
 
 
 def emulated(calls: Calls) -> ModuleType:
-    """What takes the place of the package in `sys.modules`."""
+    """Yields the module that replaces the package in `sys.modules`."""
 
     def m_grouped_fp8_gemm_nt_contiguous(a: Operand, b: Operand, d: Tensor, grouped_layout: Tensor) -> None:
         assert type(a) is tuple

@@ -1,6 +1,6 @@
 """An emulation of the package `flash_attn` in plain PyTorch, for machines without CUDA.
 
-It stands in for the two functions that are called, with their documented parameters (flash-attention 2, README and
+It replaces the two functions that are called, with their documented parameters (flash-attention 2, README and
 `flash_attn_interface.py`), and refuses what the package would refuse: it proves layout, masks and padding, and nothing
 about the package's own kernels. Unlike the package it takes any floating type.
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 class Calls:
-    """How often each function was called."""
+    """Number of calls of each function."""
 
     def __init__(self) -> None:
         self.num_whole = 0
@@ -23,7 +23,7 @@ class Calls:
 
 
 def emulated(calls: Calls) -> ModuleType:
-    """What takes the place of the package in `sys.modules`."""
+    """Yields the module that replaces the package in `sys.modules`."""
 
     def flash_attn_func(
         q: Tensor,

@@ -24,7 +24,7 @@ def start_interpreter() -> None:
 
 
 def _with_casts_of_torch(original: Any) -> Any:
-    """`original`, the interpreter's conversion between float types, but for roundings to nearest even."""
+    """Wraps `original`, the interpreter's conversion between float types, with torch's rounding to nearest even."""
     import triton.language as tl
     from triton.runtime.interpreter import _ir
 

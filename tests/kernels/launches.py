@@ -1,6 +1,6 @@
 """Launches of the Triton kernels with the shapes of DeepSeek-V3, and what each must move and compute at the least.
 
-The same list is compiled without a GPU, and timed where there is one. On the CPU only shapes, types and strides of a
+The same list is compiled without a GPU, and timed if there is one. On the CPU only shapes, types and strides of a
 tensor matter: its memory is never touched.
 """
 
@@ -34,7 +34,7 @@ class Tensors:
     """Arguments for launches.
 
     Args:
-        device: where they are.
+        device: device of the tensors.
         is_filled: whether they hold numbers, or only have a shape; by default on a GPU alone.
     """
 
@@ -44,7 +44,7 @@ class Tensors:
         self._generator = torch.Generator(device).manual_seed(0)
 
     def normal(self, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        """Standard normal numbers."""
+        """Returns standard normal numbers."""
         made = torch.empty(*shape, dtype=dtype, device=self.device)
         if self._is_filled:
             for part in made.view(-1).split(2**28):
@@ -56,12 +56,12 @@ class Tensors:
         return self.normal(*shape, dtype=torch.float8_e4m3fn)
 
     def scales(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Positive, near 1."""
+        """Returns positive numbers near 1."""
         made = torch.empty(*shape, dtype=dtype, device=self.device)
         return made.uniform_(0.5, 1.5, generator=self._generator) if self._is_filled else made
 
     def indices(self, size: int, below: int) -> Tensor:
-        """int64, every index equally often, in no order."""
+        """Returns int64 indices, each equally often, in random order."""
         if self._is_filled:
             return torch.randperm(size, generator=self._generator, device=self.device) % below
         return torch.empty(size, dtype=torch.int64, device=self.device)
@@ -78,7 +78,7 @@ class Tensors:
         return PackedE5M6(codes, self.scales(num_rows, num_tiles(num_columns)))
 
     def blocks(self, *shape: int) -> QuantizedBlocks:
-        """A weight in FP8, or several."""
+        """Returns one or several weights in FP8."""
         *leading, num_rows, num_columns = shape
         return QuantizedBlocks(self.codes(*shape), self.scales(*leading, num_tiles(num_rows), num_tiles(num_columns)))
 
@@ -118,7 +118,7 @@ class Launch:
     """One launch of one kernel.
 
     Attributes:
-        module: where kernel and launcher are.
+        module: module of kernel and launcher.
         kernel: name of the function that `triton.jit` made.
         shape: in words, for a table.
         bytes_moved: read and written at the least.
@@ -140,12 +140,12 @@ class Launch:
 
     @property
     def name(self) -> str:
-        """Of the kernel, as in `quantize.quantize`."""
+        """Name of the kernel, as in `quantize.quantize`."""
         folder, kernel = self.module.split(".")[1], self.kernel.removesuffix("_kernel")
         return f"{folder}.{kernel}"
 
     def call(self, device: torch.device, functions: object = None) -> Call:
-        """A function that launches the kernel once, with arguments on a device.
+        """Returns a function that launches the kernel once, with arguments on a device.
 
         Args:
             device: of the tensors.
@@ -155,27 +155,30 @@ class Launch:
 
 
 def quantized_bytes(num_rows: int, num_columns: int) -> int:
-    """Of codes and scales of rows."""
+    """Returns the bytes of codes and scales of rows."""
     return num_rows * (num_columns + 4 * num_tiles(num_columns))
 
 
 def blocks_bytes(num_rows: int, num_columns: int) -> int:
-    """Of codes and scales of a weight."""
+    """Returns the bytes of codes and scales of a weight."""
     return num_rows * num_columns + 4 * num_tiles(num_rows) * num_tiles(num_columns)
 
 
 def options(tiling: Tiling | None) -> dict[str, Tiling]:
-    """None where the product chooses its tiling itself."""
+    """Returns the options of a tiling; None if the product chooses it itself."""
     return {} if tiling is None else {"tiling": tiling}
 
 
 def words(tiling: Tiling) -> str:
-    """What a tiling has of its own."""
+    """Returns the options in which a tiling differs."""
     specialized = ", loads apart" if tiling.specialize else ""
     return f"{tiling.rows} x {tiling.outputs} x {tiling.stages} stages, {tiling.warps} warps{specialized}"
 
 
 def further(candidates: Sequence[Tiling]) -> list[Tiling]:
-    """Those whose machine code is neither the first one's nor another's: a number of programs is not compiled in."""
+    """Returns the tilings whose machine code differs from that of the first and of each other.
+
+    The number of programs is not a compile-time constant.
+    """
     kinds = dict.fromkeys(replace(tiling, programs_per_sm=1) for tiling in candidates)
     return list(kinds)[1:]

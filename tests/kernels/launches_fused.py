@@ -24,7 +24,7 @@ EPS = 1e-6
 
 
 def row_weights(tensors: Tensors, num_rows: int, has_weights: bool) -> Tensor | None:
-    """Of each row, or none, as a dense layer has it."""
+    """Returns a weight for each row, or None as in a dense layer."""
     return tensors.scales(num_rows) if has_weights else None
 
 
@@ -34,7 +34,7 @@ def gate_and_up(tensors: Tensors, num_rows: int, width: int) -> tuple[Tensor, ..
 
 
 def swiglu_quantize(num_rows: int, width: int, has_weights: bool) -> Launch:
-    """Hidden values to the operand of the next product and to what is kept."""
+    """Returns launches from hidden values to the operand of the next product and the cached codes."""
     return Launch(
         module="kernels.swiglu.triton_fp8",
         kernel="swiglu_quantize_kernel",
@@ -53,7 +53,7 @@ def swiglu_quantize(num_rows: int, width: int, has_weights: bool) -> Launch:
 
 
 def swiglu_backward_codes(num_rows: int, width: int, has_weights: bool) -> Launch:
-    """Its gradients from what was kept."""
+    """Returns launches of the gradients from cached codes."""
     return Launch(
         module="kernels.swiglu.triton_fp8",
         kernel="swiglu_backward_codes_kernel",
@@ -96,7 +96,7 @@ SWIGLU = [
 
 
 def rms_norms(width: int) -> list[Launch]:
-    """Forward and backward, in bf16 and in FP8."""
+    """Returns launches of forward and backward, in bf16 and in FP8."""
     numbers, codes = TOKENS * width, quantized_bytes(TOKENS, width)
     return [
         Launch(

@@ -34,12 +34,12 @@ def of_rows(inputs: int, outputs: int, *, is_fp8: bool) -> Product:
 
 
 def of_weights(inputs: int, outputs: int, *, is_fp8: bool) -> Product:
-    """The gradients of all experts' weights."""
+    """Returns the product of the gradients of all experts' weights."""
     return Product(num_rows=outputs, num_columns=inputs, depth=ROWS, counts=COUNTS, is_gradient=True, is_fp8=is_fp8)
 
 
 def rows_fp8(name: str, inputs: int, outputs: int, tiling: Tiling | None = None) -> Launch:
-    """In FP8."""
+    """Returns launches of products of rows in FP8."""
     return Launch(
         module="kernels.grouped_gemm.triton_fp8",
         kernel="grouped_rows_fp8_kernel",
@@ -60,7 +60,7 @@ def rows_fp8(name: str, inputs: int, outputs: int, tiling: Tiling | None = None)
 
 
 def weights_fp8(name: str, inputs: int, outputs: int, tiling: Tiling | None = None) -> Launch:
-    """In FP8."""
+    """Returns launches of weight gradients in FP8."""
     return Launch(
         module="kernels.grouped_gemm.triton_fp8",
         kernel="grouped_weight_fp8_kernel",
@@ -80,7 +80,10 @@ def weights_fp8(name: str, inputs: int, outputs: int, tiling: Tiling | None = No
 
 
 def rows_bf16(name: str, inputs: int, outputs: int, *, is_across: bool = False) -> Launch:
-    """In bf16; `is_across`: by matrices that lie as those of the forward do, for the gradient of its inputs."""
+    """Returns launches of products of rows in bf16.
+
+    `is_across`: the matrices are stored as for the forward, to compute the gradient of its inputs.
+    """
     return Launch(
         module="kernels.grouped_gemm.triton",
         kernel="grouped_rows_kernel",
@@ -100,7 +103,7 @@ def rows_bf16(name: str, inputs: int, outputs: int, *, is_across: bool = False) 
 
 
 def weights_bf16(name: str, inputs: int, outputs: int) -> Launch:
-    """In bf16."""
+    """Returns launches of weight gradients in bf16."""
     return Launch(
         module="kernels.grouped_gemm.triton",
         kernel="grouped_weight_kernel",

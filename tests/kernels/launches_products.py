@@ -57,7 +57,7 @@ def of_rows(name: str, inputs: int, outputs: int, tiling: Tiling | None = None) 
 
 
 def of_weight(name: str, inputs: int, outputs: int, tiling: Tiling | None = None) -> Launch:
-    """The gradient of a map's weight."""
+    """Returns the product of the gradient of a map's weight."""
     return Launch(
         module="kernels.gemm_fp8.triton",
         kernel="gemm_kernel",

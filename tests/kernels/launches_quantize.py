@@ -26,12 +26,12 @@ PACKED = TOKENS * (3 * ATTENTION_WIDTH // 2 + ATTENTION_WIDTH // 32)
 
 
 def columns_bytes(counts: tuple[int, ...]) -> int:
-    """Of codes and scales of rows in groups, transposed."""
+    """Returns the bytes of codes and scales of grouped rows, transposed."""
     return quantized_bytes(HIDDEN, padded_rows(counts))
 
 
 def of_rows(power_of_two: bool) -> Launch:
-    """A model's stream to FP8."""
+    """Returns launches that quantize rows of a model's width."""
     return Launch(
         module="kernels.quantize.triton",
         kernel="quantize_kernel",

@@ -13,26 +13,26 @@ BF16_STEP = 2.0**-8
 
 
 def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Standard normal numbers, the same for every type but for its rounding."""
+    """Returns standard normal numbers, equal for every type except for rounding."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def strided(x: Tensor) -> Tensor:
-    """The same numbers as every second column of a wider tensor, whose first column is skipped."""
+    """Returns the same numbers as every second column of a wider tensor, whose first column is skipped."""
     wide = x.new_full((*x.shape[:-1], 2 * x.shape[-1] + 1), torch.nan)
     wide[..., 1::2] = x
     return wide[..., 1::2]
 
 
 def near(actual: Tensor, expected: Tensor, roundings: float, sums: float = 0.0, largest: float = 0.0) -> None:
-    """Same shape, and as near in value as the type of `actual` allows.
+    """Asserts the same shape, and values as close as the type of `actual` allows.
 
     Args:
         actual: of any floating type.
         expected: float64.
         roundings: to the type, one after the other, of each number.
         sums: roundings of numbers as large as the largest, that were summed before.
-        largest: of the numbers summed, where they may cancel; else that of `expected`.
+        largest: largest magnitude of the summed numbers, if they may cancel; by default that of `expected`.
     """
     assert actual.shape == expected.shape
     unit = {torch.bfloat16: BF16_STEP, torch.float32: 2.0**-22, torch.float64: 2.0**-50}[actual.dtype]
@@ -43,19 +43,19 @@ def near(actual: Tensor, expected: Tensor, roundings: float, sums: float = 0.0, 
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight."""
+    """Computes x / sqrt(mean(x^2) + eps) * weight."""
     return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight_D
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """gate * sigmoid(gate) * up."""
+    """Computes gate * sigmoid(gate) * up."""
     return gate / (1 + (-gate).exp()) * up
 
 
 def expert_rows(
     rows_AD: Tensor, weights_A: Tensor, gate_up_EHD: Tensor, down_EDM: Tensor, counts: Sequence[int]
 ) -> Tensor:
-    """weight * down(swiglu(gate(row), up(row))), row by row; AD."""
+    """Computes weight * down(swiglu(gate(row), up(row))), row by row, AD."""
     experts, width = [expert for expert, count in enumerate(counts) for _ in range(count)], down_EDM.shape[2]
     made = []
     for row_D, weight, expert in zip(rows_AD, weights_A, experts, strict=True):
@@ -65,6 +65,6 @@ def expert_rows(
 
 
 def cross_entropies(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
-    """Of each row, log(sum(exp(logits))) - logit of the target, 0 where the target is negative; N."""
+    """Computes log(sum(exp(logits))) - logit of the target for each row, 0 if the target is negative, N."""
     chosen_N = logits_NV.gather(1, targets_N.clamp(min=0)[:, None])[:, 0]
     return torch.where(targets_N < 0, 0.0, logits_NV.logsumexp(1) - chosen_N)

@@ -48,7 +48,7 @@ def every(change: Callable[[Tensor], Tensor], four: Four) -> Four:
 
 
 def plain(before: Four, by: Coefficients) -> tuple[Tensor, Tensor, Tensor]:
-    """The rule in numpy's float32, one rounding an operation, the moments' last one by their bits."""
+    """Computes the rule in numpy's float32, one rounding per operation, with the last rounding of moments by bits."""
     weight, gradient, mean, square = (tensor.float().numpy() for tensor in before)
     keep_weight, keep_mean, add_gradient, keep_square, add_square, correct_root, eps, move = map(np.float32, by)
     mean = mean * keep_mean + gradient * add_gradient
@@ -60,7 +60,7 @@ def plain(before: Four, by: Coefficients) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def nearest_even(values: NDArray[Any]) -> Tensor:
-    """Finite float32 to bf16: half a step, less a bit where the last bit kept is 0, is added, and the rest is cut."""
+    """Rounds finite float32 to bf16: adds half a step, minus one bit if the last kept bit is 0, and truncates."""
     bits = values.view(np.uint32).astype(np.uint64)
     kept = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
     return torch.from_numpy(kept.view(np.int16)).view(torch.bfloat16)

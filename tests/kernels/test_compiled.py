@@ -1,4 +1,4 @@
-"""Every Triton kernel as it is compiled for an H100: in the table, within the rules, and as recorded."""
+"""Checks that every Triton kernel, compiled for an H100, is in the table, obeys the rules and equals its record."""
 
 import ast
 from dataclasses import replace
@@ -18,11 +18,11 @@ from tests.kernels.triton_versions import VERSIONS
 
 KERNELS = Path(__file__).resolve().parents[2] / "kernels"
 PASSES = {"slopes_kernel": 2, "adamw_kernel": 20 / 12}
-"""Of kernels that write over what they read: bytes moved for each byte that they are given."""
+"""Bytes moved per byte of the arguments, for kernels that overwrite their inputs."""
 
 
 def kernels_in(source: str) -> set[str]:
-    """Functions decorated by `triton.jit` that no other function calls as its own: those that are launched."""
+    """Returns the kernels that are launched: functions with `triton.jit` that no other kernel calls."""
     functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
     jitted = [each for each in functions if any("triton.jit" in ast.unparse(mark) for mark in each.decorator_list)]
     calls = [node for each in jitted for node in ast.walk(each) if isinstance(node, ast.Call)]
@@ -30,7 +30,7 @@ def kernels_in(source: str) -> set[str]:
 
 
 def kernels_of_all_modules() -> set[tuple[str, str]]:
-    """Module and name of every kernel; a function that other modules call inside theirs is none."""
+    """Returns module and name of every kernel; a function that other modules call inside their kernels is not one."""
     sources = {path: path.read_text() for path in sorted(KERNELS.rglob("*.py"))}
     found = {path: kernels_in(source) for path, source in sources.items() if "triton.jit" in source}
     imported = {
@@ -114,7 +114,7 @@ def test_bytes_of_a_launch_are_those_of_the_tensors_that_its_kernel_is_given(lau
     arguments, _ = recorded_launch(import_module(launch.module), launch.kernel, launch.call(torch.device("cpu")))
     given = {each.data_ptr(): each.nbytes for each in arguments if isinstance(each, Tensor)}
     counted = sum(given.values()) * PASSES.get(launch.kernel, 1)
-    # Partial sums and the places of tiles are given too; few scales are not, whose transpose torch makes.
+    # Partial sums and tile positions are arguments too; a few scales, which torch transposes, are not.
     assert 0.94 * counted <= launch.bytes_moved <= 1.001 * counted
 
 

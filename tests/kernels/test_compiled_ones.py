@@ -1,6 +1,6 @@
-"""Kernels compiled for sm_90 where sizes are 1, which a launch on a GPU compiles in as plain numbers of Python.
+"""Kernels compiled for sm_90 with sizes of 1, which a launch on a GPU specializes as Python integers.
 
-Triton's interpreter does not: there a size is a tensor, whatever it is.
+Triton's interpreter does not specialize: every size is a tensor.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ COUNTS = (3,)
 
 
 def call_of(module: Any, kernel: str, num_outputs: int, depth: int) -> Callable[[], Any]:
-    """A launch of that kernel with matrices of so many rows and columns."""
+    """Returns a launch of the kernel with matrices of so many rows and columns."""
     num_rows, num_padded = sum(COUNTS), padded_rows(COUNTS)
     match kernel:
         case "quantize_blocks_kernel":

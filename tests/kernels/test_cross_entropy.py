@@ -46,7 +46,7 @@ def test_log_probs_and_gradients_equal_formula(
 
 
 def test_slopes_may_be_a_function_of_log_probabilities() -> None:
-    """As of a policy gradient, whose slope follows from the row's own log-probability, in one sweep over the rows."""
+    """The slope of a policy gradient depends on the row's own log-probability and needs only one sweep."""
     rows, head, targets = randn(129, 4, seed=0), randn(LARGE, 4, seed=1), some_targets(129, LARGE)
     old_N, advantages_N = randn(129, seed=2) - 10, randn(129, seed=3)
     whole_N, _, _ = expected_of(rows, head, targets)

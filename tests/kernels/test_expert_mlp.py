@@ -35,7 +35,7 @@ TYPES: list[tuple[ExpertImplementation, torch.dtype]] = [
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """Arguments of a pass. tokens_A: None where rows are in the experts' order."""
+    """Arguments of a pass. `tokens_A` is None if rows are in the experts' order."""
 
     rows_ND: Tensor
     weights_A: Tensor
@@ -48,7 +48,7 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """What a pass gives, in the order of `expected_of`."""
+    """Results of a pass, in the order of `expected_of`."""
 
     out_AD: Tensor
     grad_rows_AD: Tensor
@@ -95,7 +95,7 @@ def expected_of(case: Case) -> Found:
 
 
 def run(implementation: ExpertImplementation, case: Case, *, at_once: bool, keeps_gated: bool) -> Found:
-    """Forward and backward; the experts' gradients at once, or later from what was kept."""
+    """Runs forward and backward; the experts' gradients are computed at once, or later from what was kept."""
     gated = case.rows_ND.new_empty(sum(case.counts), case.down_EDM.shape[2]) if keeps_gated else None
     weights = (case.gate_up_EHD, case.down_EDM)
     operands = (case.rows_ND, case.weights_A, *weights, case.counts, case.tokens_A, gated)
@@ -126,7 +126,7 @@ def tensors(found: Found) -> dict[str, Tensor]:
 
 
 def assert_near(found: Found, expected: Found) -> None:
-    """In bf16 each number between the products is rounded: a few thousandths of the whole, 3 % of the largest."""
+    """Asserts closeness in bf16: a few thousandths of the whole, 3 % of the largest number."""
     for name, exact in tensors(expected).items():
         made = tensors(found)[name]
         if made.dtype == torch.bfloat16:
@@ -180,7 +180,7 @@ def test_experts_of_odd_sizes_and_strided_rows_equal_row_by_row(dtype: torch.dty
 
 @pytest.fixture
 def _garbage() -> Iterator[None]:
-    """Memory that nobody has written holds NaN."""
+    """Fills uninitialized memory with NaN."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -212,7 +212,7 @@ def test_experts_of_many_rows_equal_row_by_row(hidden: int, width: int, dtype: t
 def test_what_is_not_a_number_stays_with_its_expert(
     counts: tuple[int, ...], implementation: ExpertImplementation, dtype: torch.dtype, by_token: bool, at_once: bool
 ) -> None:
-    """Products of 16-bit numbers read neighbors' rows: those must not count, whatever they hold."""
+    """Products of 16-bit numbers read adjacent rows, whose values must have no effect."""
     case = make_case(counts, dtype, by_token=by_token)
     first, last = counts[0], counts[0] + counts[1]
     if case.tokens_A is not None:

@@ -84,7 +84,7 @@ def test_operands_that_do_not_fit_are_named() -> None:
 
 
 def test_promotion_every_128_keeps_hopper_sums_within_a_thousandth() -> None:
-    """arXiv:2412.19437, section 3.3.2: nearly 2 % at K = 4096 without promotion."""
+    """Source: arXiv:2412.19437, section 3.3.2: nearly 2 % at K = 4096 without promotion."""
     never, promoted = hopper.accumulation_errors(4096, None), hopper.accumulation_errors(4096, 128)
     assert max(promoted) < 0.001
     assert never.same_sign > 0.05
@@ -97,7 +97,7 @@ def test_promotion_every_128_keeps_hopper_sums_within_a_thousandth() -> None:
 
 
 def one_by_one(left_K: Tensor, right_K: Tensor, promotion: int | None) -> float:
-    """A sum of Hopper's in integers, number by number."""
+    """Computes a sum as Hopper does, in integers, number by number."""
     products = (left_K.double() * right_K.double()).tolist()
     total = running = 0.0
     for first in range(0, len(products), 32):
@@ -111,7 +111,7 @@ def one_by_one(left_K: Tensor, right_K: Tensor, promotion: int | None) -> float:
 
 
 def last_bit(magnitude: float) -> float:
-    """Of 14 bits, the first of which is not zero."""
+    """Returns the value of the last of 14 bits, the first of which is not zero."""
     exponent = 0
     while 2.0**exponent <= magnitude:
         exponent += 1

@@ -41,7 +41,10 @@ def interpreted_corners() -> None:
 
 
 def interpreted_tilings() -> None:
-    """Any tiling gives the same product: tiles in groups that do not divide up, and several to a program."""
+    """Checks that every tiling gives the same product.
+
+    Groups of tiles do not divide the result evenly, and programs process several tiles.
+    """
     from kernels.gemm_fp8.tiling import Tiling
     from kernels.gemm_fp8.triton import gemm_fp8, gemm_fp8_columns
 
@@ -75,7 +78,10 @@ def interpreted_layouts() -> None:
 
 
 def interpreted_tuner() -> list[list[float]]:
-    """What is measured: all candidates at a first product; nothing after that, without elements or at odd widths."""
+    """Returns what is measured: all candidates at a first product.
+
+    Nothing is measured after that, without elements or at odd widths.
+    """
     from kernels.gemm_fp8.tiling import Tiling
     from kernels.gemm_fp8.tuned import TunedGemm
 
@@ -91,7 +97,7 @@ def interpreted_tuner() -> list[list[float]]:
     for shape in ((5, 24, 128), (8, 24, 128), (9, 24, 128), (0, 24, 128), (5, 20, 128)):
         check_gemm(tuned.gemm_fp8, "cpu", shape, torch.bfloat16)
         lengths.append(measured.copy())
-    tuned.gemm_fp8(*operands((7, 24, 128)), torch.float64)  # stored by mask, whatever its width
+    tuned.gemm_fp8(*operands((7, 24, 128)), torch.float64)  # stored by mask for any width
     assert measured == lengths[-1]
     check_columns(tuned.gemm_fp8_columns, "cpu", (5, 24, 128))
     lengths.append(measured.copy())
@@ -180,7 +186,10 @@ def compiled_columns(candidate: int | None) -> Compiled:
 
 
 def assert_pipelined(compiled: Compiled) -> None:
-    """FP8 on the tensor cores, operands by descriptor and ahead of use, four instructions from sum to float32 sum."""
+    """Asserts FP8 on tensor cores, operands loaded ahead by descriptor, and few instructions for promotion.
+
+    Four instructions move a sum to the float32 sum.
+    """
     compiled.assert_sound()
     assert compiled.shared_bytes <= LARGEST_SHARED_BYTES
     products = compiled.instructions(r"wgmma\.mma_async")

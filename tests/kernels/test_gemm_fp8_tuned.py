@@ -1,4 +1,4 @@
-"""Choice of a tiling by measured time: candidates that fail are left out, whatever their compiler raises."""
+"""Choice of a tiling by measured time: candidates that fail with any error are skipped."""
 
 import logging
 from collections.abc import Callable

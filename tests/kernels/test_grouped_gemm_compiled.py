@@ -45,7 +45,7 @@ def compiled_weight_fp8(num_outputs: int, num_inputs: int, candidate: int | None
 
 
 def assert_pipelined(compiled: Compiled, operand: str, depth: int) -> None:
-    """On the tensor cores, in place, operands by descriptor and ahead of use; results under masks alone."""
+    """Asserts tensor cores, in-place sums, operands loaded ahead by descriptor, and results stored under masks."""
     assert len(compiled.cubin) > 1000
     assert compiled.spill_bytes == 0
     assert compiled.shared_bytes <= LARGEST_SHARED_BYTES

@@ -32,7 +32,10 @@ ONE_GROUP = (0, 0, 259)
 
 @contextmanager
 def dots_of_bfloat16() -> Iterator[None]:
-    """Triton's interpreter multiplies the bits of bfloat16 as integers: here as the numbers that they stand for."""
+    """Patches dot products of bfloat16 to use numbers.
+
+    Triton's interpreter multiplies their bits as integers.
+    """
     import numpy as np
     import triton.language as tl
     import triton.runtime.interpreter as interpreter
@@ -69,7 +72,10 @@ def interpreted_fp8_corners() -> None:
 
 
 def interpreted_fp8_tilings() -> None:
-    """Any tiling gives the same product: blocks of tile rows that do not divide up, and several tiles to a program."""
+    """Checks that every tiling gives the same product.
+
+    Blocks of tile rows do not divide the result evenly, and programs process several tiles.
+    """
     from kernels.gemm_fp8.tiling import Tiling
     from kernels.grouped_gemm.triton_fp8 import grouped_rows_fp8, grouped_weight_fp8
 
@@ -142,7 +148,10 @@ def interpreted_empty() -> None:
 
 
 def interpreted_tuner() -> list[int]:
-    """How often candidates were measured by then: all at a first product, none later, at nothing, or at odd widths."""
+    """Returns how often candidates were measured after each product.
+
+    All are measured at a first product, none later, without elements, or at odd widths.
+    """
     from kernels.gemm_fp8.tiling import Tiling
     from kernels.grouped_gemm.tuned import TunedGroupedGemm
 

@@ -41,7 +41,7 @@ FUNCTIONS = PLAIN_FUNCTIONS | {
 
 @pytest.fixture(autouse=True)
 def _probed_again() -> Iterator[None]:
-    """What devices were found to have is found out anew, before a test and after it."""
+    """Clears the cached properties of devices before and after a test."""
     has_deep_gemm.cache_clear()
     yield
     has_deep_gemm.cache_clear()

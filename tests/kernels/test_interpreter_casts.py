@@ -6,7 +6,10 @@ import torch
 
 
 def differing_casts() -> dict[str, int]:
-    """Per cast, how many of a sweep of numbers (ties, carries, subnormals, NaN, infinity) come out unlike torch's."""
+    """Returns for each cast how many numbers of a sweep differ from torch's result.
+
+    The sweep includes ties, carries, subnormals, NaN and infinity.
+    """
     import triton
     import triton.language as tl
 

@@ -33,7 +33,7 @@ def loop_permute(rows_ND: Tensor, source_A: Tensor) -> Tensor:
 
 
 def loop_unpermute(rows_AD: Tensor, places_NK: Tensor, dtype: torch.dtype) -> Tensor:
-    """The sum one addition at a time, by numpy."""
+    """Computes the sum one addition at a time, by numpy."""
     accumulator = ACCUMULATORS[rows_AD.dtype]
     wide_AD = rows_AD.double().numpy().astype(accumulator)
     sum_ND = np.zeros((places_NK.shape[0], rows_AD.shape[1]), accumulator)
@@ -164,6 +164,6 @@ def test_unpermute_makes_its_tensors_where_the_rows_are(dtype: torch.dtype) -> N
     rows_AD = torch.randn(5, 7, generator=torch.Generator().manual_seed(0)).to(dtype)
     places_NK = torch.tensor([[0, 4], [-1, 2]])
     expected_ND = unpermute(rows_AD, places_NK)
-    with torch.device("meta"):  # where a tensor gets that is made without saying where
+    with torch.device("meta"):  # the device of a tensor that is created without a device
         actual_ND = unpermute(rows_AD, places_NK)
     assert_same_bits(actual_ND, expected_ND)

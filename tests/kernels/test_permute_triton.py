@@ -44,7 +44,7 @@ def interpreted_unpermute(dtypes: tuple[torch.dtype, torch.dtype | None]) -> Non
 
 
 def interpreted_blocks() -> None:
-    """Any tile gives the same bits."""
+    """Checks that every tile size gives the same bits."""
     from kernels.permute.triton import permute, unpermute
 
     generator = torch.Generator().manual_seed(0)

@@ -19,7 +19,7 @@ NAN_CODE = 0x7F
 
 
 def code_values() -> np.ndarray:
-    """The 127 finite, non-negative numbers of e4m3, by the definition: sign, 4 bits of exponent, 3 of mantissa."""
+    """Returns the 127 finite, non-negative e4m3 numbers by definition: sign, 4 bits of exponent, 3 of mantissa."""
     values = [
         (mantissa / 8) * 2.0**-6 if exponent == 0 else (1 + mantissa / 8) * 2.0 ** (exponent - 7)
         for exponent in range(16)
@@ -29,7 +29,7 @@ def code_values() -> np.ndarray:
 
 
 def nearest_codes(numbers: np.ndarray) -> np.ndarray:
-    """The code nearest to each finite number, ties to the even code, by search among all of them."""
+    """Returns the code nearest to each finite number, ties to the even code, by search among all of them."""
     values = code_values()
     magnitudes = np.minimum(np.abs(numbers.astype(np.float64)), 448)
     above = np.searchsorted(values, magnitudes)

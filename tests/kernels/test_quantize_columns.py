@@ -40,7 +40,7 @@ def expected_columns(rows_ND: Tensor, counts: Sequence[int], power_of_two: bool,
 
 
 def values_of(columns: QuantizedColumns, counts: Sequence[int]) -> Tensor:
-    """rows_ND in float64, without the filling."""
+    """Returns rows_ND in float64, without the padding."""
     values_PD = dequantize_1x128(Quantized(*columns), torch.float64).t()
     kept, first = [], 0
     for count in counts:

@@ -21,7 +21,7 @@ INFINITY_CODE = 0x7C0
 
 
 def code_values() -> np.ndarray:
-    """The finite, non-negative numbers, by the definition: sign, 5 bits of exponent, 6 of mantissa."""
+    """Returns the finite, non-negative numbers by definition: sign, 5 bits of exponent, 6 of mantissa."""
     return np.array(
         [
             (mantissa / 64) * 2.0**-14 if exponent == 0 else (1 + mantissa / 64) * 2.0 ** (exponent - 15)
@@ -64,7 +64,10 @@ def expected_packed(rows_ND: Tensor) -> PackedE5M6:
 
 
 def all_numbers() -> Tensor:
-    """numbers_ND, of 128 columns: every finite one of either sign, the largest in each row, so that scales are 1."""
+    """Returns numbers_ND with 128 columns: every finite number of either sign.
+
+    Each row holds the largest, so that scales are 1.
+    """
     values = torch.from_numpy(code_values()).float()
     numbers = torch.cat([values, -values, torch.zeros(-2 * len(values) % 127)]).view(-1, 127)
     return torch.cat([numbers, torch.full((len(numbers), 1), 65024.0)], 1)

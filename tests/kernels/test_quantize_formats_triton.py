@@ -69,7 +69,7 @@ def interpreted_emptiness() -> None:
 
 
 def interpreted_tiles() -> None:
-    """Any tile gives the same bits."""
+    """Checks that every tile size gives the same bits."""
     import kernels.quantize.triton_columns as columns
     import kernels.quantize.triton_e5m6 as e5m6
 
@@ -167,7 +167,7 @@ def compiled(module_name: str, kernel: str, function: str, *arguments: Any) -> C
 
 
 def vectors(made: Compiled) -> tuple[set[str], set[str]]:
-    """What is loaded from and stored to global memory, but for single words."""
+    """Returns the vector loads from and stores to global memory."""
     loads = {name.rsplit(".", 2)[1] for name in made.instructions(r"ld\.global\.v")}
     stores = {name.rsplit(".", 2)[1] for name in made.instructions(r"st\.global\.v")}
     return loads, stores

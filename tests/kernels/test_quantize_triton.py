@@ -33,7 +33,7 @@ def interpreted_quantize(dtype: torch.dtype) -> None:
 
 
 def interpreted_blocks() -> None:
-    """Any tile gives the same bits; strided codes and scales are read as such."""
+    """Checks that every tile size gives the same bits; codes and scales may be strided."""
     from kernels.quantize.triton import dequantize_1x128, quantize_1x128
 
     rows_ND = torch.randn(37, 300, generator=torch.Generator().manual_seed(0))
@@ -50,7 +50,7 @@ def interpreted_blocks() -> None:
 
 
 def interpreted_near_ties() -> None:
-    """Quotients that are next to where a code changes, or there, under scales of any mantissa."""
+    """Quotients at or next to the point where a code changes, under scales of any mantissa."""
     from kernels.quantize.triton import quantize_1x128
 
     generator = torch.Generator().manual_seed(1)

@@ -74,7 +74,7 @@ def test_closest_puts_beginnings_first_and_ignores_case() -> None:
 
 
 def test_registry_modules_are_imported_on_first_use_and_keep_their_order(tmp_path: Path) -> None:
-    """The second module is imported before the registry is used, and still comes second; a caller comes last."""
+    """The second module is imported before the registry is used, and still comes second; a caller is last."""
     (tmp_path / "book.py").write_text(
         "from kernels.registry import Registry\nPAGES = Registry[int]('page', modules=('first', 'second'))\n"
     )

@@ -56,7 +56,7 @@ def interpreted_fp8(dtype: torch.dtype) -> None:
 
 
 def interpreted_blocks() -> None:
-    """Any block and any number of programs gives the same rows, and the same sums but for their order."""
+    """Checks that every block size and number of programs gives the same rows, and the same sums up to their order."""
     from kernels.rms_norm.triton import normalize_backward, rms_norm
     from kernels.rms_norm.triton_fp8 import rms_norm_backward_from_codes, rms_norm_quantize
 
@@ -79,7 +79,7 @@ def interpreted_blocks() -> None:
 
 
 def interpreted_not_finite(poison: float) -> list[torch.Tensor]:
-    """Which results are no numbers, of the reference and of Triton."""
+    """Returns which results are not finite, for the reference and for Triton."""
     import kernels.rms_norm.reference_fp8 as reference
     import kernels.rms_norm.triton_fp8 as module
 

@@ -48,7 +48,7 @@ def interpreted_fp8(dtype: torch.dtype, weights_dtype: torch.dtype | None) -> No
 
 
 def interpreted_blocks() -> None:
-    """Any tile gives the same bits; strided weights are read as such."""
+    """Checks that every tile size gives the same bits; weights may be strided."""
     from kernels.swiglu.triton_fp8 import swiglu_backward_from_codes, swiglu_quantize
 
     hidden_AH, grad_AM = hidden_and_grad((19, 200), torch.float32)
@@ -68,7 +68,7 @@ def interpreted_blocks() -> None:
 
 
 def interpreted_not_finite(poison: float) -> list[torch.Tensor]:
-    """Which of the results that `test_swiglu_fp8.py` names are no numbers, of the reference and of Triton."""
+    """Returns which results of `test_swiglu_fp8.py` are not finite, for the reference and for Triton."""
     import kernels.swiglu.reference_fp8 as reference
     import kernels.swiglu.triton_fp8 as module
 

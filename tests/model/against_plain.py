@@ -19,7 +19,7 @@ TOLERANCES = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 0.04}
 
 
 def randomise(module: nn.Module, seed: int, size: float = 0.4) -> None:
-    """Normal numbers of this size, around 1 in norms."""
+    """Fills a model with normal numbers of this size, around 1 in norms."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
@@ -84,7 +84,7 @@ def assert_equals_plain(
 
 
 def assert_near(made: Tensor, exact: Tensor, tolerance: float, what: str) -> None:
-    """Same shape; the difference's length at most this share of the whole's."""
+    """Asserts the same shape, and a difference whose norm is at most this share of the expected norm."""
     assert made.shape == exact.shape, what
     error, size = float((made.double() - exact).norm()), float(exact.norm())
     assert error <= tolerance * max(size, 0.01), f"{what}: {error} of {size}"

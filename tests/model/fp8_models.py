@@ -77,7 +77,7 @@ def make_batch(config: ModelConfig, sequences: int = 2, size: int = 75, *, is_pa
 
 
 def eagerly(made: Transformer, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss, and gradients by autograd."""
+    """Returns the loss, and gradients by autograd."""
     loss = made.loss(batch, make_objective(made.config), LossSums(loss_names(made.config.mtp_depth)))
     loss.backward()
     grads = {name: weight.grad for name, weight in made.named_parameters() if weight.grad is not None}
@@ -96,7 +96,7 @@ def by_phases(
 
 
 def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
-    """Bitwise."""
+    """Asserts bitwise equality."""
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         assert tensor.isfinite().all(), name

@@ -1,6 +1,6 @@
 """The formulas of a model in FP8 in float64, over operands that went through FP8 and back.
 
-Each function reads numbers as float32 puts them in codes, and gives what the codes stand for. Shape legend: A rows, K
+Each function quantizes float32 numbers and returns the values of the codes. Shape legend: A rows, K
 inputs, N outputs, D normalized size, M intermediate size, H = 2 M.
 """
 
@@ -18,39 +18,42 @@ from kernels.quantize.reference_e5m6 import pack_e5m6, unpack_e5m6
 from tests.model.against_plain import assert_near
 
 TOLERANCE = 3e-3
-"""Of all numbers of a tensor together, where a model computes in float32. That rounds far less, but now and then a
-number falls on the other side of the middle between two codes: one of thousands is then another, by up to a sixteenth.
-Any other rule of rounding (no codes, other tiles, other scales) changes all numbers, by hundredths."""
+"""Tolerance for a whole tensor if a model computes in float32. Float32 rounds far less, but may move a number across a
+rounding tie: one of thousands of codes then differs, by up to a sixteenth. Any other rule of rounding (no codes, other
+tiles, other scales) changes all numbers by hundredths."""
 
 
 def expect(made: Tensor | None, exact: Tensor, what: str) -> None:
-    """As near as codes of the same rule are."""
+    """Asserts closeness as for codes under the same rule."""
     assert made is not None, what
     assert_near(made.detach(), exact, TOLERANCE, what)
 
 
 @dataclass(frozen=True, slots=True)
 class InFp8:
-    """Numbers as their codes have them. power_of_two: the scales' rule where the recipe leaves it open."""
+    """Numbers after quantization. `power_of_two` is the rule of scales for which the recipe allows both."""
 
     power_of_two: bool
 
     def rows(self, values_AK: Tensor, *, rounds: bool = False) -> Tensor:
-        """An input, in tiles of 128 columns. rounds: powers of two whatever the rule."""
+        """Returns an input, quantized in tiles of 128 columns.
+
+        `rounds`: whether scales are powers of two independent of the rule.
+        """
         return self._by_rows(values_AK, ROWS_MIN_AMAX, rounds)
 
     def gradient(self, values_AN: Tensor, *, rounds: bool = False) -> Tensor:
-        """An output's gradient, which may be small."""
+        """Returns an output's gradient, quantized, which may be small."""
         return self._by_rows(values_AN, GRADIENTS_MIN_AMAX, rounds)
 
     def weight(self, weight: Tensor) -> Tensor:
-        """In blocks of 128 x 128, NK or ENK."""
+        """Returns a weight quantized in blocks of 128 x 128, NK or ENK."""
         return dequantize_128x128(quantize_128x128(weight.detach().float(), self.power_of_two), torch.float64)
 
     def columns(
         self, values_AK: Tensor, counts: Sequence[int], *, rounds: bool = False, is_gradient: bool = False
     ) -> list[Tensor]:
-        """In tiles of 128 rows of a group; each group's rows."""
+        """Returns rows quantized in tiles of 128 rows of a group, for each group."""
         min_amax = GRADIENTS_MIN_AMAX if is_gradient else ROWS_MIN_AMAX
         codes = quantize_columns(values_AK.float(), counts, rounds or self.power_of_two, min_amax)
         values_PK = dequantize_1x128(Quantized(*codes), torch.float64).t()
@@ -58,7 +61,7 @@ class InFp8:
         return [rows_PK[:count] for rows_PK, count in zip(padded, counts, strict=True)]
 
     def weight_gradient(self, grad_AN: Tensor, rows_AK: Tensor, *, rounds: bool = False) -> Tensor:
-        """Of a map, NK: both operands in tiles of 128 rows."""
+        """Returns the weight gradient of a map, NK, from both operands in tiles of 128 rows."""
         counts = (len(grad_AN),)
         (grad,), (rows,) = self.columns(grad_AN, counts, is_gradient=True), self.columns(rows_AK, counts, rounds=rounds)
         return grad.t() @ rows
@@ -83,12 +86,12 @@ class Normed:
 
     @classmethod
     def of(cls, codes: InFp8, x_AD: Tensor, weight_D: Tensor, eps: float) -> "Normed":
-        """x over its root mean square, times the weight."""
+        """Computes x over its root mean square, times the weight."""
         inverse_A1 = (x_AD.double().square().mean(1, keepdim=True) + eps).rsqrt()
         return cls(codes.rows(x_AD.double() * inverse_A1 * weight_D.double()), inverse_A1, weight_D.detach().double())
 
     def backward(self, grad_AD: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of x and of the weight; where the weight is 0, x over its root mean square is taken for 0."""
+        """Returns gradients of x and of the weight; if the weight is 0, x over its root mean square counts as 0."""
         hat_AD = torch.where(self.weight_D == 0, 0.0, self.kept_AD / self.weight_D)
         mean_A1 = (grad_AD * self.kept_AD).mean(1, keepdim=True)
         return self.inverse_A1 * (grad_AD * self.weight_D - hat_AD * mean_A1), (grad_AD * hat_AD).sum(0)
@@ -96,24 +99,24 @@ class Normed:
 
 @dataclass(frozen=True, slots=True)
 class Gate:
-    """silu(gate) * up, times a weight for each row, of hidden values AH."""
+    """Function silu(gate) * up, times a weight for each row, of hidden values AH."""
 
     hidden_AH: Tensor
     weights_A: Tensor | None = None
 
     @property
     def unweighted_AM(self) -> Tensor:
-        """Before the weight is applied."""
+        """Output before the weight is applied."""
         gate_AM, up_AM = self.hidden_AH.chunk(2, 1)
         return gate_AM * gate_AM.sigmoid() * up_AM
 
     @property
     def out_AM(self) -> Tensor:
-        """What the next map reads."""
+        """Input of the next map."""
         return self.unweighted_AM if self.weights_A is None else self.unweighted_AM * self.weights_A[:, None]
 
     def backward(self, grad_AM: Tensor) -> Tensor:
-        """The gradient of hidden values, AH."""
+        """Returns the gradient of hidden values, AH."""
         gate_AM, up_AM = self.hidden_AH.chunk(2, 1)
         grad_AM = grad_AM if self.weights_A is None else grad_AM * self.weights_A[:, None]
         share_AM = gate_AM.sigmoid()

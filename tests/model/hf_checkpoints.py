@@ -1,4 +1,4 @@
-"""Random checkpoints in Hugging Face form: made by transformers, and by hand where transformers writes none.
+"""Random checkpoints in Hugging Face form, created by transformers, or by hand if transformers cannot write them.
 
 Shape legend: B sequences, T tokens.
 """
@@ -44,7 +44,10 @@ YARN = {"type": "yarn", "factor": 8.0, "original_max_position_embeddings": 16, "
 
 
 def reference_model(seed: int = 0, **changes: Any) -> DeepseekV3ForCausalLM:
-    """A model of transformers in float32: norms and correction biases are random too, so that none can be left out."""
+    """Returns a model of transformers in float32.
+
+    Norms and correction biases are random too, so that omitting one changes the result.
+    """
     torch.manual_seed(seed)
     model = DeepseekV3ForCausalLM(DeepseekV3Config(**{**SIZES, **changes})).float().eval()
     with torch.no_grad():
@@ -58,20 +61,20 @@ def reference_model(seed: int = 0, **changes: Any) -> DeepseekV3ForCausalLM:
 
 
 def random_tokens(num_sequences: int = 2, num_tokens: int = 19, seed: int = 1) -> Tensor:
-    """tokens_BT of the vocabulary in `SIZES`."""
+    """Returns tokens_BT of the vocabulary in `SIZES`."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(SIZES["vocab_size"], (num_sequences, num_tokens), generator=generator)
 
 
 @torch.no_grad()
 def reference_logits(model: DeepseekV3ForCausalLM, tokens_BT: Tensor) -> Tensor:
-    """What transformers says of the tokens, BTV."""
+    """Returns the logits of transformers for the tokens, BTV."""
     logits: Tensor = model(tokens_BT).logits
     return logits
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of a checkpoint, read by safetensors itself."""
+    """Returns every tensor of a checkpoint, read by safetensors."""
     tensors: dict[str, Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         tensors |= load_file(file)
@@ -103,7 +106,7 @@ def edit_json(path: Path, edit: Callable[[dict[str, Any]], object]) -> None:
 
 
 def mtp_tensors(folder: Path, depth: int = 1, seed: int = 5) -> dict[str, Tensor]:
-    """MTP modules for a checkpoint whose files have none, under the released names."""
+    """Returns MTP modules for a checkpoint whose files have none, under the released names."""
     config, tensors = json.loads((folder / "config.json").read_text()), read_tensors(folder)
     generator = torch.Generator().manual_seed(seed)
     layers, hidden = config["num_hidden_layers"], config["hidden_size"]
@@ -123,7 +126,10 @@ def mtp_tensors(folder: Path, depth: int = 1, seed: int = 5) -> dict[str, Tensor
 
 
 def quantized(tensors: Mapping[str, Tensor], seed: int = 6) -> dict[str, Tensor]:
-    """Random FP8 codes and scales in place of the weights that released checkpoints have in FP8; the rest bfloat16."""
+    """Returns random FP8 codes and scales for the weights that released checkpoints have in FP8.
+
+    The rest is bfloat16.
+    """
     generator = torch.Generator().manual_seed(seed)
     made: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -139,7 +145,7 @@ def quantized(tensors: Mapping[str, Tensor], seed: int = 6) -> dict[str, Tensor]
 
 
 def dequantized(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Every weight in float32, by the rule of fixed blocks of 128, written out element by element."""
+    """Returns every weight in float32, by fixed blocks of 128, element by element."""
     made: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if name.endswith("_scale_inv"):
@@ -162,7 +168,7 @@ FP8_CONFIG = {
 
 
 def save_checkpoint(folder: Path, *, fp8: bool = False, num_files: int = 1, **changes: Any) -> dict[str, Tensor]:
-    """A random checkpoint with an MTP module, in float32 or in FP8; what its files hold, by name."""
+    """Saves a random checkpoint with an MTP module, in float32 or in FP8; returns its tensors by name."""
     reference_model(**changes).save_pretrained(folder)
     tensors = read_tensors(folder) | mtp_tensors(folder)
     if fp8:
@@ -173,7 +179,7 @@ def save_checkpoint(folder: Path, *, fp8: bool = False, num_files: int = 1, **ch
 
 
 def assert_same_tensors(made: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """The same names, and every tensor the same type, shape and bytes."""
+    """Asserts the same names, and the same type, shape and bytes for every tensor."""
     assert made.keys() == expected.keys()
     for name, tensor in expected.items():
         assert made[name].dtype == tensor.dtype, name

@@ -37,13 +37,13 @@ SMALL = {
 
 
 def sound_checkpoint(folder: Path) -> Path:
-    """A checkpoint in FP8, of one layer and one MTP module, in three files."""
+    """Saves a checkpoint in FP8 with one layer and one MTP module, in three files."""
     save_checkpoint(folder, fp8=True, num_files=3, **SMALL)
     return folder
 
 
 def damaged(sound: Path, folder: Path, damage: Damage) -> Path:
-    """A damaged copy of a checkpoint, under `folder`."""
+    """Returns a damaged copy of a checkpoint, under `folder`."""
     shutil.copytree(sound, folder / "broken")
     damage(folder / "broken")
     return folder / "broken"
@@ -96,7 +96,7 @@ def edit_header(edit: Callable[[dict[str, Any]], object]) -> Callable[[Path], No
 
 
 def edit_tensors(edit: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], None]:
-    """Changes tensors and writes all files anew."""
+    """Changes tensors and writes all files again."""
 
     def apply(folder: Path) -> None:
         tensors = read_tensors(folder)
@@ -158,7 +158,7 @@ def make_folder(name: str) -> Callable[[Path], None]:
 
 
 def copy_into_second(folder: Path) -> None:
-    """A tensor of the first file stands in the second one as well."""
+    """Copies a tensor of the first file to the second one."""
     header, data = split_file(folder / SECOND)
     first, _ = split_file(folder / FIRST)
     name = next(name for name in first if name != "__metadata__")
@@ -174,7 +174,7 @@ def twice_in_header(folder: Path) -> None:
 
 
 def swap_offsets(header: dict[str, Any]) -> None:
-    """Two tensors claim the same bytes."""
+    """Makes two tensors claim the same bytes."""
     names = [name for name in header if name != "__metadata__"]
     same = [name for name in names if header[name]["shape"] == header[names[0]]["shape"]]
     header[same[1]]["data_offsets"] = header[same[0]]["data_offsets"]
@@ -194,7 +194,7 @@ def single_too(folder: Path) -> None:
 
 
 def make_pipe(name: str) -> Callable[[Path], None]:
-    """A pipe that nobody writes to in a file's place."""
+    """Replaces a file by a pipe without a writer."""
 
     def edit(folder: Path) -> None:
         (folder / name).unlink()
@@ -204,7 +204,7 @@ def make_pipe(name: str) -> Callable[[Path], None]:
 
 
 def make_endless(name: str) -> Callable[[Path], None]:
-    """A device that never ends in a file's place."""
+    """Replaces a file by a device that never ends."""
 
     def edit(folder: Path) -> None:
         (folder / name).unlink()

@@ -41,7 +41,7 @@ def status(key: str) -> int:
 
 
 def warm_up() -> None:
-    """Everything that the measured work calls, once and small, so that code it loads is not counted."""
+    """Runs everything that the measured work calls, once and small, so that loading code is not counted."""
     folder = Path(sys.argv[1]) / "warm"
     small = Transformer(MODEL, LocalDispatcher(MODEL.num_routed_experts), torch.float32)
     for tensor in named_tensors(small).values():
@@ -51,7 +51,7 @@ def warm_up() -> None:
 
 
 def main() -> None:
-    """Three stages; the last holds all shards at once, to show that the measure sees it."""
+    """Runs three steps; the last one holds all shards at once, to show that the measurement detects it."""
     folder = Path(sys.argv[1])
     torch.set_num_threads(1)
     warm_up()

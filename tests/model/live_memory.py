@@ -33,7 +33,7 @@ class LiveMemory(TorchDispatchMode):
         return made
 
     def live(self) -> list[torch.UntypedStorage]:
-        """What is alive, largest first; storages that were emptied by hand do not count."""
+        """Returns live storages, largest first, without those that were freed by hand."""
         found = {key: reference() for key, reference in self._made.items()}
         self._made = {key: self._made[key] for key, storage in found.items() if storage is not None}
         alive = [storage for storage in found.values() if storage is not None and storage.nbytes()]
@@ -53,7 +53,7 @@ class Saved:
 
     @property
     def num_bytes(self) -> int:
-        """Of all of it."""
+        """Total number of bytes."""
         return sum(self.sizes.values())
 
     def save(self, tensor: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ class Saved:
 
 @contextmanager
 def saved_memory() -> Iterator[Saved]:
-    """What autograd saves in here, weights and inputs too."""
+    """Records what autograd saves inside the context, including weights and inputs."""
     saved = Saved()
     with saved_tensors_hooks(saved.save, lambda tensor: tensor):
         yield saved

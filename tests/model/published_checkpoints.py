@@ -27,7 +27,7 @@ YARN = {
     "mscale_all_dim": 1.0,
 }
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
-# Keys that every published file has beside the architecture.
+# Keys that every published file has in addition to the architecture.
 BESIDE = {
     "architectures": ["DeepseekV3ForCausalLM"],
     "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"},
@@ -98,7 +98,7 @@ LAYOUTS = {
 
 
 def write_published(name: str, folder: Path) -> dict[str, Tensor]:
-    """Writes a layout's checkpoint, with a licence, code and a chat template beside; returns its tensors by name."""
+    """Writes a layout's checkpoint with a license, code and a chat template; returns its tensors by name."""
     layout = LAYOUTS[name]
     keys = config_keys(layout)
     tensors = dict(_tensors(layout, keys))
@@ -123,7 +123,7 @@ def write_published(name: str, folder: Path) -> dict[str, Tensor]:
 
 
 def config_keys(layout: Layout) -> dict[str, Any]:
-    """`config.json` of a layout."""
+    """Returns the keys of a layout's `config.json`."""
     return {
         **BESIDE,
         "model_type": "deepseek_v3",
@@ -156,7 +156,7 @@ def config_keys(layout: Layout) -> dict[str, Any]:
 
 
 def as_plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Every weight in float32: an FP8 weight's element (i, j) times the scale of block (i // 128, j // 128)."""
+    """Returns every weight in float32: FP8 element (i, j) times the scale of block (i // 128, j // 128)."""
     made = {}
     for name, tensor in tensors.items():
         if name.endswith("_scale_inv") or name.endswith("inv_freq"):

@@ -1,4 +1,4 @@
-"""Absorbed attention equals the expanded form and the training form; the cache holds what it says."""
+"""Absorbed attention equals the expanded form and the training form, and the cache holds the expected values."""
 
 from dataclasses import replace
 
@@ -34,7 +34,7 @@ TOKENS = 11
 
 
 def rows(config: ModelConfig, dtype: torch.dtype) -> tuple[Block, Tensor, Tensor, Rotation]:
-    """A layer, states, the same normalized, and the rotation of their positions."""
+    """Returns a layer, states, their norm, and the rotation of their positions."""
     block = make_model(config, dtype).block(0)
     with torch.no_grad():
         for parameter in block.self_attn.parameters():
@@ -47,13 +47,13 @@ def rows(config: ModelConfig, dtype: torch.dtype) -> tuple[Block, Tensor, Tensor
 
 
 def trained_form(block: Block, hidden_TD: Tensor) -> Tensor:
-    """Attention as training computes it, without the residual."""
+    """Computes attention as in training, without the residual."""
     out: Tensor = block.self_attn(hidden_TD[None], block.input_layernorm, None)[0] - hidden_TD
     return out
 
 
 def absorb(attention: LatentAttention, config: ModelConfig, x_TD: Tensor, rotation: Rotation, first: int) -> Tensor:
-    """The tokens from `first` on, all at once, over a cache that holds every token and some rubbish behind."""
+    """Decodes the tokens from `first` on at once, over a cache with every token and garbage behind them."""
     cached = compute_latent_rows(attention, config, x_TD, rotation)
     cached_1TC = torch.cat((cached, torch.full_like(cached[:2], 3.0)))[None]
     positions = torch.arange(first, TOKENS)

@@ -93,7 +93,7 @@ def test_names_of_v3_are_the_released_ones() -> None:
     with torch.device("meta"):
         model = Transformer(config, LocalDispatcher(config.num_routed_experts), torch.bfloat16, whole(config))
     named = named_tensors(model)
-    # The file stores embedding and head again for the MTP layer, and a scale beside each of 45,808 FP8 weights.
+    # The file stores embedding and head again for the MTP layer, and scales for each of 45,808 FP8 weights.
     assert len(named) + 2 + 45_808 == 91_991
     assert named["model.layers.60.mlp.experts.255.down_proj.weight"].shape == (7168, 2048)
     assert named["model.layers.61.eh_proj.weight"].shape == (7168, 14336)

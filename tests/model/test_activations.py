@@ -57,7 +57,7 @@ def make_batch(config: ModelConfig, tokens: int) -> MicroBatch:
 
 
 def saved_bytes(config: ModelConfig, dtype: torch.dtype, recomputed: frozenset[Recomputed], tokens: int) -> int:
-    """By the loss of a whole model under plain autograd."""
+    """Returns the bytes that the loss of a whole model saves under plain autograd."""
     model = make_model(config, dtype, recomputed)
     counter, depths = Counter(model), config.mtp_depth + 1
     objective, sums = CrossEntropy(factors=(1.0,) * depths, balance=1.0), LossSums(loss_names(depths - 1))
@@ -68,7 +68,7 @@ def saved_bytes(config: ModelConfig, dtype: torch.dtype, recomputed: frozenset[R
 
 
 def saved_bytes_by_phases(config: ModelConfig, dtype: torch.dtype, recomputed: frozenset[Recomputed]) -> int:
-    """By one stage that is the whole model, phase by phase, with its rows sent to experts and back."""
+    """Returns the bytes that one stage with the whole model saves, phase by phase, with a dispatch and combine."""
     model = make_model(config, dtype, recomputed)
     counter, depths = Counter(model), config.mtp_depth + 1
     objective, sums = CrossEntropy(factors=(1.0,) * depths, balance=1.0), LossSums(loss_names(depths - 1))

@@ -1,4 +1,4 @@
-"""Latent attention with all its gradients against the formula under ordinary autograd, whatever computes it.
+"""Compares latent attention and its gradients with the formula under ordinary autograd, for every implementation.
 
 Shape legend: B sequences, T tokens, H heads, D hidden size, P pairs.
 """
@@ -64,7 +64,7 @@ def turned(x_BTHR: Tensor, config: ModelConfig) -> Tensor:
 
 
 def plain_attention(weights: Weights, x_BTD: Tensor, config: ModelConfig, documents: Documents | None) -> Tensor:
-    """x + attention(norm(x)): arXiv:2412.19437, section 2.1.1."""
+    """Computes x + attention(norm(x)) (arXiv:2412.19437, section 2.1.1)."""
     own = {name.removeprefix("self_attn.").removesuffix(".weight"): weight for name, weight in weights.items()}
     x = plain.rms_norm(x_BTD, own["norm"], config.norm_eps)
     if config.q_lora_rank is None:
@@ -137,7 +137,7 @@ def test_attention_in_bf16_is_as_near_as_bf16_allows(name: str, is_packed: bool)
 def test_attention_through_an_emulated_flash_attn_equals_formula(
     name: str, recomputed: frozenset[Recomputed], is_packed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The package itself needs CUDA: an emulation checks layout, padding of values, and what it is told."""
+    """The package needs CUDA: an emulation checks layout, padding of values, and its arguments."""
     calls = Calls()
     monkeypatch.setitem(sys.modules, "flash_attn", emulated(calls))
     documents = Documents.from_positions(PLACES) if is_packed else None

@@ -109,7 +109,7 @@ def test_phased_equals_plain(num_stages: int, is_packed: bool) -> None:
 
 @pytest.mark.parametrize("products", ["own", "fp8"])
 def test_it_trains_in_stages(products: Products) -> None:
-    """In either precision: its input projections are the model's own linear layers."""
+    """Its input projections are the model's own linear layers, in both precisions."""
     model, batch, losses = make_model(torch.float32, products), make_batch(MODEL, 1), []
     store = GradientStore(model.parameters())
     for _ in range(12):

@@ -103,7 +103,7 @@ def test_cached_decoding_of_transformers_equals_our_logits(changes: dict[str, An
 
 
 def reference_gradients(reference: DeepseekV3ForCausalLM) -> dict[str, Tensor]:
-    """By released name: transformers holds the experts of a layer in two tensors, gate rows first."""
+    """Returns gradients by released name: transformers stacks a layer's experts in two tensors, gate rows first."""
     gradients: dict[str, Tensor] = {}
     for name, weight in reference.named_parameters():
         assert weight.grad is not None, name
@@ -122,7 +122,7 @@ def reference_gradients(reference: DeepseekV3ForCausalLM) -> dict[str, Tensor]:
 
 
 def our_gradients(model: Transformer) -> dict[str, Tensor]:
-    """By released name: a model whose weights are their gradients."""
+    """Returns gradients by released name, from a model whose weights are replaced by their gradients."""
     gradients = {name: weight.grad for name, weight in model.named_parameters()}
     with torch.no_grad():
         for name, weight in model.named_parameters():

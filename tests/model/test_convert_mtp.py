@@ -25,7 +25,7 @@ def norm(x: Tensor, weight: Tensor) -> Tensor:
 def mtp_by_hand(
     reference: DeepseekV3ForCausalLM, tensors: dict[str, Tensor], tokens_BT: Tensor, depth: int
 ) -> list[tuple[Tensor, Tensor]]:
-    """Per depth what the head reads (BTD) and says (BTV); the block itself is a layer of transformers."""
+    """Returns for each depth the head's input (BTD) and logits (BTV); the block is a layer of transformers."""
     layers = reference.config.num_hidden_layers
     length = tokens_BT.shape[1] - depth
     with torch.no_grad():
@@ -45,7 +45,7 @@ def mtp_by_hand(
 
 @torch.no_grad()
 def run_block(reference: DeepseekV3ForCausalLM, own: dict[str, Tensor], x_BTD: Tensor) -> Tensor:
-    """The last layer of transformers' model with other weights: its experts are stacked, gate rows first."""
+    """Runs the last layer of transformers' model with other weights; its experts are stacked, gate rows first."""
     layer: nn.Module = reference.model.layers[-1]
     experts = [name for name in own if name.startswith("mlp.experts.")]
     number = 1 + max(int(name.split(".")[2]) for name in experts)
@@ -71,7 +71,10 @@ def run_block(reference: DeepseekV3ForCausalLM, own: dict[str, Tensor], x_BTD: T
 
 @pytest.mark.parametrize("depth", [1, 2])
 def test_mtp_logits_equal_the_formula_by_hand(depth: int, tmp_path: Path) -> None:
-    """Position by position: the loss of one target, and in the head's gradient the probability of every token."""
+    """Compares position by position.
+
+    The loss of one target, and in the head's gradient the probability of every token, must be equal.
+    """
     reference = reference_model(num_nextn_predict_layers=depth)
     reference.save_pretrained(tmp_path)
     tensors = read_tensors(tmp_path) | mtp_tensors(tmp_path, depth)

@@ -86,7 +86,10 @@ RAGGED: dict[str, Any] = {
 
 @pytest.mark.parametrize("rows", [192, 576])
 def test_ragged_fp8_weights_are_dequantized_in_blocks_of_128(rows: int, tmp_path: Path) -> None:
-    """576 rows have 5 rows of scales and 192 have 2, which transformers' own dequantization refuses or misreads."""
+    """Checks 576 rows with 5 rows of scales and 192 with 2.
+
+    The dequantization of transformers rejects or misreads them.
+    """
     changes = RAGGED | {"kv_lora_rank": rows - 8}
     source, plain, export = tmp_path / "source", tmp_path / "plain", tmp_path / "export"
     tensors = save_checkpoint(source, fp8=True, num_files=3, **changes)

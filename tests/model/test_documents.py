@@ -40,7 +40,7 @@ def packed(lengths: list[list[int]], size: int) -> Batch:
 
 
 def alone(batch: Batch) -> list[Batch]:
-    """Each document as a batch of its own."""
+    """Returns each document as its own batch."""
     found = []
     for tokens, positions in zip(batch.tokens_BT, batch.positions_BT, strict=True):
         starts = (positions == 0).nonzero().flatten().tolist()
@@ -52,7 +52,10 @@ def alone(batch: Batch) -> list[Batch]:
 
 
 def losses_and_gradients(config: ModelConfig, batches: list[MicroBatch]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Sums of cross-entropies, and gradients. The balance loss is of a sequence, whatever it holds: left out here."""
+    """Returns sums of cross-entropies, and gradients.
+
+    The balance loss is excluded, because it covers whole sequences.
+    """
     model, depths = make_model(config), config.mtp_depth + 1
     sums = LossSums(loss_names(depths - 1))
     objective = CrossEntropy(factors=tuple(0.1 / (depth + 1) for depth in range(depths)), balance=0.0)

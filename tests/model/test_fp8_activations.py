@@ -1,4 +1,4 @@
-"""What a model in FP8 keeps: from forward to backward, as its account says; and from backward to weight gradients."""
+"""Bytes that a model in FP8 keeps from forward to backward, and from backward to W, equal its account."""
 
 import functools
 import gc
@@ -56,7 +56,7 @@ def make_model(config: ModelConfig, products: Products) -> Transformer:
 
 
 def kept_bytes(model: Transformer, batch: MicroBatch, in_phases: bool) -> int:
-    """From the forward on, weights left out, each memory once."""
+    """Returns the bytes kept after the forward, without weights, each storage once."""
     counter, depths = Counter(model), model.config.mtp_depth + 1
     objective, sums = CrossEntropy(factors=(1.0,) * depths, balance=1.0), LossSums(loss_names(depths - 1))
     if not in_phases:
@@ -107,7 +107,7 @@ def test_account_equals_what_hooks_count(config: ModelConfig, in_phases: bool) -
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_layer_of_a_training_run_keeps_at_most_three_fifths_of_what_it_keeps_in_bf16(name: str) -> None:
-    """Each rank's experts get as many rows as it sends, or all rows stay in place, as outside a pipeline."""
+    """Each rank's experts get as many rows as it sends, or all rows stay on the rank, as outside a pipeline."""
     config = compose_run([f"model={name}"]).model
     for in_phases in (True, False):
         for pads_heads in (False, True):
@@ -148,7 +148,7 @@ def reachable(held: object) -> Iterator[Tensor]:
 
 
 def waiting(products: Products, layer: int) -> list[Tensor]:
-    """What is held for weight gradients of a layer, once its backward is done and everything else is given up."""
+    """Returns the bytes held for weight gradients of a layer after its backward, when all else is released."""
     config = replace(SMALL, mtp_depth=0)
     phases = phases_of(make_model(config, products), layer)
     values: Any = Hidden(torch.randn(2, 70, config.hidden_size, dtype=torch.bfloat16))
@@ -181,7 +181,7 @@ def test_between_backward_and_weight_gradients_only_codes_wait(layer: int) -> No
 
 @pytest.fixture
 def _uncollected() -> Iterator[None]:
-    """No garbage collection: what is in a cycle of references stays alive."""
+    """Disables garbage collection, so that reference cycles stay alive."""
     gc.disable()
     yield
     gc.enable()

@@ -35,7 +35,7 @@ class Core:
     """Queries, keys and values to what the heads mix, NV, whose backward reads that in 12 bits."""
 
     def __init__(self, config: ModelConfig, queries: Tensor, expanded: Tensor, shared: Tensor) -> None:
-        """queries: [N, H Q]; expanded: keys without position and values, NE; shared: the key of all heads, NR."""
+        """Stores queries, [N, H Q], keys without position and values, NE, and the shared key of all heads, NR."""
         self.leaves = [each.detach().requires_grad_() for each in (queries, expanded, shared)]
         heads, nope = config.num_heads, config.qk_nope_head_dim
         query, both, key = (
@@ -71,7 +71,7 @@ def _sizes(config: ModelConfig) -> tuple[int, int, int]:
 def expected(
     codes: InFp8, config: ModelConfig, weights: dict[str, Tensor], norm: RmsNorm, x_ND: Tensor, slope_ND: Tensor
 ) -> dict[str, Tensor]:
-    """The output, and the gradient of x, of the norm and of every weight by its name."""
+    """Returns the output, and the gradient of x, of the norm and of every weight by name."""
     query_name = "q_proj.weight" if config.q_lora_rank is None else "q_a_proj.weight"
     down = [weights[query_name], weights["kv_a_proj_with_mqa.weight"]]
     normal = Normed.of(codes, x_ND, norm.weight, norm.eps)

@@ -36,7 +36,7 @@ def make_experts(power_of_two: bool) -> RoutedExperts:
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """Of one expert's rows: what they become, and every gradient."""
+    """Results and all gradients of one expert's rows."""
 
     out_AD: Tensor
     grad_rows_AD: Tensor
@@ -113,7 +113,7 @@ def test_experts_of_arrived_rows_equal_the_formula(power_of_two: bool, is_split:
 
 @pytest.mark.parametrize("power_of_two", [False, True])
 def test_experts_at_home_equal_the_formula(power_of_two: bool) -> None:
-    """Of seventy tokens with two choices each; the last expert gets none, and a few choices are no expert."""
+    """Seventy tokens have two choices each; the last expert gets none, and a few choices are no expert."""
     codes, experts, tokens = InFp8(power_of_two), make_experts(power_of_two), 70
     generator = torch.Generator().manual_seed(6)
     ids_NK = torch.stack([torch.randperm(NUM_EXPERTS - 1, generator=generator)[:2] for _ in range(tokens)])
@@ -147,7 +147,10 @@ def test_experts_at_home_equal_the_formula(power_of_two: bool) -> None:
 
 
 def test_arrived_rows_and_gradients_are_operands_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first product of either way reads the very memory that arrived, codes and scales, and quantizes no row."""
+    """The first product of forward and backward reads the received memory, codes and scales.
+
+    It quantizes no row.
+    """
     experts, seen, num_quantized = make_experts(False), list[int](), list[int]()
     grouped_rows_fp8, quantize_1x128 = reference_fp8.grouped_rows_fp8, reference.quantize_1x128
 

@@ -40,7 +40,10 @@ def make_norm() -> RmsNorm:
 def weight_gradients(
     weights: Sequence[nn.Parameter], is_split: bool, run: Callable[[WeightSink | None], None]
 ) -> list[Tensor]:
-    """After a backward that `run` makes: as autograd has them, or as a sink took them, and then nowhere else."""
+    """Returns the gradients after a backward that `run` executes.
+
+    They come from autograd or from a sink, and exist in only one of the two.
+    """
     queue = WeightQueue()
     run(queue if is_split else None)
     if not is_split:
@@ -55,7 +58,7 @@ def weight_gradients(
 @pytest.mark.parametrize("is_split", [False, True])
 @pytest.mark.parametrize("power_of_two", [False, True])
 def test_maps_of_a_norm_equal_the_formula(power_of_two: bool, is_split: bool, outputs: tuple[int, ...]) -> None:
-    """Outputs are cut into tiles map by map, or over all maps where each of them begins a tile."""
+    """Outputs are cut into tiles map by map, or over all maps if each of them begins a tile."""
     codes, maps, norm = InFp8(power_of_two), Fp8Maps(power_of_two=power_of_two), make_norm()
     weights = [parameter(size, HIDDEN, seed=index) for index, size in enumerate(outputs)]
     # Small slopes, as gradients are: below the bound that is right for inputs.
@@ -114,7 +117,10 @@ def test_second_half_of_a_network_equals_the_formula(power_of_two: bool, is_spli
 @pytest.mark.parametrize("is_split", [False, True])
 @pytest.mark.parametrize("power_of_two", [False, True])
 def test_maps_of_rows_that_experts_read_too_equal_the_formula(power_of_two: bool, is_split: bool) -> None:
-    """Those rows have powers of two for scales whatever the rule, and are made again from x for the maps' gradients."""
+    """Scales of these rows are powers of two under every rule.
+
+    The rows are recomputed from x for the gradients of the maps.
+    """
     codes, maps, norm = InFp8(power_of_two), Fp8Maps(power_of_two=power_of_two), make_norm()
     weights = [parameter(48, HIDDEN, seed=index) for index in range(2)]
     x, slope = randn(*SHAPE, HIDDEN, seed=8, dtype=torch.float32), randn(*SHAPE, 96, seed=9)
@@ -164,7 +170,7 @@ def _strict(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("_strict")
 @pytest.mark.parametrize("outputs", [(128, 40), (40, 128)], ids=str)
 def test_gradients_may_have_no_rows_of_their_own_in_memory(outputs: tuple[int, ...]) -> None:
-    """As that of a sum: one number, expanded."""
+    """The gradient of a sum is one number, expanded."""
     norm, weights = make_norm(), [parameter(size, HIDDEN, seed=index) for index, size in enumerate(outputs)]
     down = parameter(HIDDEN, sum(outputs) // 2, seed=2)
     found: list[list[Tensor]] = []

@@ -69,7 +69,7 @@ def test_weights_held_in_codes_change_no_bit_and_changed_ones_are_seen(products:
 
 
 def spied(monkeypatch: pytest.MonkeyPatch) -> tuple[list[Tensor], dict[str, int]]:
-    """Every weight that is put in codes, and how often each kernel is called."""
+    """Records every weight that is quantized, and the number of calls of each kernel."""
     weights, calls = list[Tensor](), dict[str, int]()
     quantize_128x128 = reference_blocks.quantize_128x128
 
@@ -93,7 +93,7 @@ def spied(monkeypatch: pytest.MonkeyPatch) -> tuple[list[Tensor], dict[str, int]
 
 
 def test_maps_are_in_fp8_and_ends_gates_norms_and_joints_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of two micro-batches; each weight is put in codes once."""
+    """Each weight is quantized once for two micro-batches."""
     weights, calls = spied(monkeypatch)
     made, batch = make_model("fp8"), make_batch(CONFIG)
     with made.weights_unchanged():
@@ -134,7 +134,7 @@ def test_attention_itself_is_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_gate_reads_the_residual_and_no_codes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its choice, its scores and its own gradient are those of a model in bf16, bit for bit."""
+    """The router's choice, scores and gradient equal those of a model in bf16, bit for bit."""
     monkeypatch.setattr(LatentAttention, "forward", lambda self, x, norm, sink, documents=None: x)
     found = []
     kinds: list[Products] = ["own", *FP8]
@@ -181,7 +181,10 @@ def test_what_is_no_number_makes_a_loss_that_is_none(weight: str, value: float) 
 
 @pytest.mark.parametrize(("sequences", "size"), [(1, 1), (1, 129), (3, 2)])
 def test_any_number_of_tokens_gives_gradients_of_numbers(sequences: int, size: int) -> None:
-    """A single token too, whose weight gradients are sums of one; and embeddings of zeros, which norms keep at zero."""
+    """Also a single token, whose weight gradients have one summand.
+
+    Embeddings of zeros, which norms keep at zero, are included.
+    """
     made, batch = make_model("fp8"), make_batch(CONFIG, sequences, size)
     with torch.no_grad():
         made.model.embed_tokens.weight[batch.inputs_BT[0][0, 0]] = 0  # type: ignore[union-attr]

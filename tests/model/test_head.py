@@ -39,7 +39,7 @@ class Head(nn.Module):
 
 
 def nats_of(rows_BTD: Tensor, head_VD: Tensor, targets_BT: Tensor, sink: WeightSink | None) -> Tensor:
-    """The summed cross-entropy."""
+    """Returns the summed cross-entropy."""
     nats, _ = score_tokens(rows_BTD, head_VD, targets_BT, sink, value=lambda log_probs_N: -log_probs_N.sum())
     return nats
 
@@ -124,7 +124,7 @@ def test_cross_entropy_without_gradients_records_nothing() -> None:
 
 
 def test_cross_entropy_is_refused_a_second_backward() -> None:
-    """Its gradients are scaled in place: a second time they would be wrong, and that must not pass in silence."""
+    """Its gradients are scaled in place, so a second backward would silently be wrong."""
     head = Head(11, torch.float64)
     nats = nats_of(randn(1, 3, 6, seed=0).requires_grad_(), head.lm_head.weight, some_targets((1, 3), 11), None)
     (nats * 2).backward(retain_graph=True)
@@ -133,13 +133,13 @@ def test_cross_entropy_is_refused_a_second_backward() -> None:
 
 
 def whole_logits(rows_BTD: Tensor, head_VD: Tensor, targets_BT: Tensor) -> Tensor:
-    """What is usual: all logits, then the loss."""
+    """Computes all logits, then the loss, as usual."""
     logits_NV = functional.linear(rows_BTD.flatten(0, 1), head_VD)
     return functional.cross_entropy(logits_NV, targets_BT.flatten(), ignore_index=-100, reduction="sum")
 
 
 def in_chunks(rows_BTD: Tensor, head_VD: Tensor, targets_BT: Tensor) -> Tensor:
-    """This project's."""
+    """Computes the loss by this project's function."""
     return nats_of(rows_BTD, head_VD, targets_BT, None)
 
 
@@ -154,7 +154,7 @@ def loss_inputs(hidden: int, num_rows: int = NUM_ROWS) -> tuple[Tensor, Tensor, 
 
 
 def peak_bytes(loss: Loss, hidden: int) -> int:
-    """Of what operators make in forward and backward, gradients included and inputs not."""
+    """Returns the peak bytes that operators allocate in forward and backward, with gradients and without inputs."""
     inputs = loss_inputs(hidden)
     with LiveMemory() as memory:
         loss(*inputs).backward()

@@ -144,7 +144,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def broken_config(sound: Path, tmp_path: Path, edit: Callable[[dict[str, Any]], object]) -> Path:
-    """The sound checkpoint's files with another config.json."""
+    """Copies the sound checkpoint's files with another config.json."""
     folder = tmp_path / "broken"
     folder.mkdir()
     for file in sound.iterdir():

@@ -229,7 +229,7 @@ def test_no_damage_to_a_header_or_index_ends_in_anything_but_one_error(sound: Pa
 
 
 def refusal(folder: Path) -> str:
-    """What the checkpoint is refused for; empty where it is not."""
+    """Returns the error of the checkpoint, or an empty string."""
     try:
         open_checkpoint(folder)
     except HfError as error:

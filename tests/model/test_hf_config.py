@@ -1,4 +1,4 @@
-"""`config.json` in both spellings, against what transformers makes of the same file."""
+"""Compares `config.json` in both spellings with what transformers reads from the same file."""
 
 import itertools
 import json
@@ -133,7 +133,7 @@ def assert_same_rotation(config: ModelConfig, reference: DeepseekV3Config) -> No
 
 
 def assert_close(made: ModelConfig, expected: ModelConfig) -> None:
-    """Equal but for the last digits of an mscale that was worked out from an attention factor."""
+    """Asserts equality up to the last digits of an mscale that was computed from an attention factor."""
     ours, theirs = made.rope_scaling, expected.rope_scaling
     assert isinstance(ours, YarnRope)
     assert isinstance(theirs, YarnRope)

@@ -143,7 +143,10 @@ def test_stored_frequencies_of_another_rotation_are_refused(values: list[float],
 
 
 def test_stored_frequencies_may_be_interpolated_or_in_half_precision(tmp_path: Path) -> None:
-    """YaRN by 4 from 16 positions with both betas at 1: the first pair keeps its frequency, others are a quarter."""
+    """YaRN extends 16 positions by 4 with both betas at 1.
+
+    The first pair keeps its frequency, and the others get a quarter.
+    """
     tensors = write_published("kimi_k2", tmp_path / "hf")
     for file in (tmp_path / "hf").glob("model*"):
         file.unlink()

@@ -1,4 +1,4 @@
-"""Converting, loading and saving never hold above two shards beside the model itself."""
+"""Converting, loading and saving never hold more than two shards in addition to the model."""
 
 import json
 import subprocess

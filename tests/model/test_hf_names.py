@@ -27,7 +27,7 @@ def preset(name: str) -> ModelConfig:
 
 @cache
 def released_tensors() -> dict[str, Stored]:
-    """Those of DeepSeek-V3's released checkpoint."""
+    """Returns the tensors of DeepSeek-V3's released checkpoint."""
     return stored_tensors(preset("v3_671b"), dtype="BF16", fp8=True)
 
 

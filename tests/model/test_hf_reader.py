@@ -32,7 +32,7 @@ COPY, NORM = "model.layers.3.embed_tokens.weight", "model.norm.weight"
 
 @pytest.fixture(scope="module")
 def fp8(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tensor]]:
-    """A checkpoint in FP8 whose scales lie in other files than their weights, and its weights in float32."""
+    """Returns a checkpoint in FP8 whose scales and weights are in different files, and its weights in float32."""
     folder = tmp_path_factory.mktemp("fp8")
     return folder, dequantized(save_checkpoint(folder, fp8=True, num_files=3, **RAGGED))
 

@@ -1,4 +1,4 @@
-"""The dense feed-forward network against the formula under ordinary autograd, whatever is computed anew."""
+"""Compares the dense feed-forward network with the formula under autograd, for every choice of recomputation."""
 
 from collections.abc import Sequence
 

@@ -56,7 +56,7 @@ class ClippedPolicyGradient:
 
 
 def clipped_surrogate(log_probs_N: Tensor, old_N: Tensor, advantages_N: Tensor) -> Tensor:
-    """The loss of each token."""
+    """Returns the loss of each token."""
     ratios_N = (log_probs_N - old_N).exp()
     return -torch.minimum(ratios_N * advantages_N, ratios_N.clamp(1 - CLIP, 1 + CLIP) * advantages_N)
 
@@ -76,7 +76,7 @@ def scored_batch(mtp_depth: int, vocab: int) -> MicroBatch:
 
 
 def plain_log_probs(hidden_BTD: Tensor, head_VD: Tensor, targets_BT: Tensor) -> Tensor:
-    """Of the targets, by the formula over whole logits; 0 where there is none."""
+    """Returns log-probabilities of the targets by the formula over whole logits, 0 if there is no target."""
     logs_NV = (hidden_BTD @ head_VD.t()).log_softmax(-1).flatten(0, 1)
     targets_N = targets_BT.flatten()
     picked_N = logs_NV.gather(1, targets_N.clamp(min=0)[:, None])[:, 0]

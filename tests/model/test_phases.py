@@ -1,4 +1,4 @@
-"""Phases and the whole model: what is computed anew changes no bit, what is kept is little, and nothing stays."""
+"""Phases equal the whole model: recomputation changes no bit, little memory is kept, and nothing leaks."""
 
 import gc
 from collections.abc import Callable, Iterable, Iterator
@@ -56,7 +56,7 @@ def eager_gradients(model: Transformer, batch: MicroBatch) -> list[Tensor]:
 
 
 def run_stage(model: Transformer, batch: MicroBatch, store: GradientStore, seen: Callable[[str], None]) -> None:
-    """The whole model as one stage: forward, backward and weights, phase after phase."""
+    """Runs the whole model as one stage: forward, backward and weights, phase by phase."""
     stage = Stage(model, range(model.config.num_layers), first=True, last=True)
     run = stage.start(batch, OBJECTIVE, LossSums(loss_names(1)), store)
     phases = list(enumerate(stage.lanes))
@@ -124,7 +124,7 @@ def saved_bytes(recomputed: frozenset[Recomputed]) -> int:
 
 
 def live_bytes(recomputed: frozenset[Recomputed]) -> int:
-    """What is alive after the forward, whoever keeps it."""
+    """Returns the bytes that are alive after the forward."""
     model, batch = make_model(recomputed), make_batch(64)
     model.loss(batch, OBJECTIVE, LossSums(loss_names(1)))  # the table of rotations is made here
     with LiveMemory() as memory:
@@ -137,7 +137,7 @@ def live_bytes(recomputed: frozenset[Recomputed]) -> int:
 
 @pytest.mark.parametrize("measured", [saved_bytes, live_bytes])
 def test_each_thing_computed_anew_keeps_less(measured: Callable[[frozenset[Recomputed]], int]) -> None:
-    """By at least the size of the largest tensor that is no longer kept, in each of three layers."""
+    """Each saves at least the size of the largest tensor that is no longer kept, in each of three layers."""
     rows, heads = 2 * 64, CONFIG.num_heads
     least = {
         "norm": 3 * 4 * rows * (CONFIG.kv_lora_rank + CONFIG.q_lora_rank),  # type: ignore[operator]
@@ -153,7 +153,7 @@ def test_each_thing_computed_anew_keeps_less(measured: Callable[[frozenset[Recom
 
 @pytest.fixture
 def _uncollected() -> Iterator[None]:
-    """No garbage collection: what is in a cycle of references stays alive."""
+    """Disables garbage collection, so that reference cycles stay alive."""
     gc.collect()
     gc.disable()
     yield
@@ -242,7 +242,7 @@ def phases_of(model: Transformer, layer: int) -> list[Phase]:
 
 @pytest.mark.usefixtures("_uncollected")
 def test_rows_sent_to_experts_are_freed_once_the_shared_ones_have_read_them() -> None:
-    """What is kept is the residual, from which a backward norms again, and not its norm, which was sent."""
+    """The residual is kept, from which a backward recomputes the norm; the norm, which was sent, is not kept."""
     model = make_model(SUBSETS[-1])
     phases = phases_of(model, 1)
     hidden = torch.randn(2, 16, CONFIG.hidden_size)

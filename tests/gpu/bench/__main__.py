@@ -1,4 +1,4 @@
-"""Time of every Triton kernel on a CUDA device, beside its floor and torch: `python -m tests.gpu.bench`.
+"""Times every Triton kernel on a CUDA device against its lower bound and torch: `python -m tests.gpu.bench`.
 
 Exit code: 0: every target that was measured is met; 1: one is missed, or a kernel failed; 2: no CUDA device.
 """
@@ -28,7 +28,13 @@ DEVICE = torch.device("cuda")
 
 @dataclass(frozen=True, slots=True)
 class Findings:
-    """rows: of kernels that ran. refusals: a line for each contender that did not. failures: for each kernel."""
+    """Results of a benchmark run.
+
+    Attributes:
+        rows: figures of the kernels that ran.
+        refusals: a line for each contender that did not run.
+        failures: a line for each kernel that failed.
+    """
 
     rows: list[report.Row] = field(default_factory=list)
     refusals: list[str] = field(default_factory=list)

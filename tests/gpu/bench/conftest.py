@@ -1,8 +1,8 @@
-"""What is tested in this folder needs no device: it has numbers and tables for its subject, not time."""
+"""Fixtures for tests of the benchmark itself, which need no device because numbers and tables do not."""
 
 import pytest
 
 
 @pytest.fixture(autouse=True)
 def _cuda() -> None:
-    """In place of the fixture of the folder above, which skips."""
+    """Replaces the fixture of the parent folder, which skips."""

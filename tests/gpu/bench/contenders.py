@@ -1,4 +1,4 @@
-"""What a kernel is timed beside: plain PyTorch, torch's own products, and DeepGEMM where it is installed.
+"""Contenders that a kernel is timed against: plain PyTorch, torch's products, and DeepGEMM if it is installed.
 
 Shape legend: M rows, N columns and K depth of a product.
 """
@@ -41,7 +41,7 @@ Make = Callable[[torch.device], Call]
 
 
 def contenders(launch: Launch, device: torch.device, makers: Sequence[Mapping[str, Make]]) -> Contenders:
-    """Our own call, and of each of the others the first that the device takes; each runs once.
+    """Returns our own call, and for each of the others the first that the device supports; each runs once.
 
     Args:
         launch: to be timed.
@@ -49,7 +49,7 @@ def contenders(launch: Launch, device: torch.device, makers: Sequence[Mapping[st
         makers: others, as from `others_of`.
 
     Raises:
-        Exception: whatever our own kernel raises.
+        Exception: any error that our own kernel raises.
     """
     is_fp8_product = launch.product is not None and launch.product.is_fp8
     found = Contenders({OURS: launch.call(device, _tuned() if is_fp8_product else None)}, [])
@@ -59,7 +59,7 @@ def contenders(launch: Launch, device: torch.device, makers: Sequence[Mapping[st
             try:
                 call = make(device)
                 call()
-            except Exception as error:  # whatever another's package raises of what it does not take
+            except Exception as error:  # packages raise any type for unsupported operands
                 found.refusals.append(f"{launch.name}, {launch.shape}: {name}: {_first_line(error)}")
             else:
                 found.calls[name] = call
@@ -69,7 +69,7 @@ def contenders(launch: Launch, device: torch.device, makers: Sequence[Mapping[st
 
 @cache
 def _tuned() -> SimpleNamespace:
-    """Our products in FP8, which keep what was found out for every shape."""
+    """Returns our products in FP8, which cache the tuned tiling of every shape."""
     from kernels.gemm_fp8.tuned import TunedGemm
     from kernels.grouped_gemm.tuned import TunedGroupedGemm
 
@@ -83,7 +83,7 @@ def _tuned() -> SimpleNamespace:
 
 
 def others_of(launch: Launch, has_deep_gemm: bool) -> list[dict[str, Make]]:
-    """What a launch is timed beside; of each dictionary one, the first that works.
+    """Returns the contenders of a launch; of each dictionary the first that works is timed.
 
     Args:
         launch: to be timed.
@@ -102,7 +102,7 @@ def others_of(launch: Launch, has_deep_gemm: bool) -> list[dict[str, Make]]:
 
 
 def deep_gemm(product: Product) -> object:
-    """The package's products, which refuse what they do not take."""
+    """Returns the package's products, which reject unsupported operands."""
     return DeepGemmGrouped(_refuse, _refuse) if product.counts else DeepGemm(_refuse, _refuse)
 
 
@@ -111,7 +111,10 @@ def _refuse(*operands: object) -> NoReturn:
 
 
 def bf16_product(product: Product, device: torch.device) -> Call:
-    """The same product by torch in bf16, laid out as it comes in a model: a gradient sums over rows of both."""
+    """Runs the same product by torch in bf16, in the memory layout of a model.
+
+    A gradient sums over the rows of both operands.
+    """
     tensors, counts = Tensors(device), product.counts
     if product.is_gradient:
         grad, rows = tensors.normal(product.depth, product.num_rows), tensors.normal(product.depth, product.num_columns)
@@ -125,7 +128,7 @@ def bf16_product(product: Product, device: torch.device) -> Call:
 
 
 def fp8_product(product: Product, recipe: Recipe, device: torch.device) -> Call:
-    """The same product of rows and weight by torch in FP8, with as many scales as the recipe has."""
+    """Runs the same product of rows and weight by torch in FP8, with as many scales as the recipe has."""
     tensors = Tensors(device)
     left = tensors.rows(product.num_rows, product.depth)
     right = tensors.blocks(product.num_columns, product.depth)
@@ -150,7 +153,10 @@ def scales_for(recipe: Recipe, left: Quantized, right: QuantizedBlocks) -> tuple
 def scaled_product(
     recipe: Recipe, left_MK: Tensor, right_NK: Tensor, left_scale: Tensor, right_scale: Tensor, fast: bool = False
 ) -> Call:
-    """`torch.nn.functional.scaled_mm` of codes, in bf16; if `fast`, with sums as exact as tensor cores keep them."""
+    """Runs `torch.nn.functional.scaled_mm` of codes, in bf16.
+
+    If `fast`, sums are as exact as the tensor cores keep them.
+    """
     kinds = functional.ScalingType
     scaling = {
         "block-wise": (kinds.BlockWise1x128, kinds.BlockWise128x128),

@@ -25,7 +25,7 @@ class Roofs:
     Attributes:
         copy_bytes_per_second: read and written by a large copy.
         bf16_per_second: multiplications and additions of `torch.matmul` in bf16, 8192 on each side.
-        fp8_per_second: likewise of `torch._scaled_mm` with one scale; twice bf16's where torch does not take it.
+        fp8_per_second: the same for `torch._scaled_mm` with one scale; twice that of bf16 if torch does not support it.
     """
 
     copy_bytes_per_second: float
@@ -33,7 +33,7 @@ class Roofs:
     fp8_per_second: float
 
     def floor_seconds(self, launch: Launch) -> float:
-        """The least time for a launch: to move its bytes, or to multiply, whichever is longer."""
+        """Returns the least time for a launch: to move its bytes or to multiply, the longer of the two."""
         seconds = launch.bytes_moved / self.copy_bytes_per_second
         if launch.product is None:
             return seconds
@@ -53,10 +53,10 @@ def interleaved(calls: Mapping[str, Call], seconds_of: Callable[[Call], float], 
 
 
 class Timer(Protocol):
-    """`Stopwatch` or its like."""
+    """Measures a call, as `Stopwatch` does."""
 
     def seconds(self, call: Call) -> float:
-        """Of one call."""
+        """Returns the seconds of one call."""
 
 
 class Stopwatch:

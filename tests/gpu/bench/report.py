@@ -31,24 +31,24 @@ class Row:
 
     @property
     def rate(self) -> str:
-        """Of a product its operations, of all else its bytes in a second."""
+        """Operations per second of a product, bytes per second of any other kernel."""
         if self.operations:
             return f"{self.operations / self.seconds[OURS] / 1e12:.0f} TFLOP/s"
         return f"{self.bytes_moved / self.seconds[OURS] / 1e9:.0f} GB/s"
 
     @property
     def share_of_floor(self) -> float:
-        """The least time over ours; 1 where nothing is left to gain."""
+        """Least time divided by ours; 1 if nothing is left to gain."""
         return self.floor_seconds / self.seconds[OURS]
 
     def times_quicker(self, than: str) -> float | None:
-        """Another's time over ours; None where it was not measured."""
+        """Returns another's time divided by ours; None if it was not measured."""
         return self.seconds[than] / self.seconds[OURS] if than in self.seconds else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Target:
-    """What a kernel must reach.
+    """Speed that a kernel must reach.
 
     Attributes:
         subject: in words.
@@ -65,7 +65,7 @@ class Target:
     least: float
 
     def reached(self, rows: Sequence[Row]) -> float | None:
-        """The least of all launches that it is about; None where none was measured."""
+        """Returns the smallest value of the target's launches; None if none was measured."""
         chosen = [row for row in rows if row.kernel == self.kernel and row.shape.startswith(self.shape)]
         found = [row.share_of_floor if self.than is None else row.times_quicker(self.than) for row in chosen]
         values = [value for value in found if value is not None]
@@ -98,7 +98,7 @@ TARGETS = (
 
 
 def row_of(launch: Launch, seconds: Mapping[str, float], roofs: Roofs) -> Row:
-    """A launch with its times."""
+    """Returns a launch with its times."""
     return Row(
         kernel=launch.name,
         shape=launch.shape,
@@ -110,7 +110,7 @@ def row_of(launch: Launch, seconds: Mapping[str, float], roofs: Roofs) -> Row:
 
 
 def roofs_text(roofs: Roofs) -> str:
-    """One line."""
+    """Formats the roofs on one line."""
     return (
         f"copy {roofs.copy_bytes_per_second / 1e9:.0f} GB/s, bf16 {roofs.bf16_per_second / 1e12:.0f} TFLOP/s, "
         f"FP8 {roofs.fp8_per_second / 1e12:.0f} TFLOP/s"
@@ -118,7 +118,7 @@ def roofs_text(roofs: Roofs) -> str:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Markdown; under each contender's name how many times as long it takes."""
+    """Formats a Markdown table; each contender's column says how many times as long it takes."""
     names = [name for name in NAMES if any(name in row.seconds for row in rows)]
     headings = ["kernel", "shape", "microseconds", "rate", "of floor", *(f"x {name}" for name in names)]
     lines = [headings, ["---"] * len(headings)]
@@ -138,7 +138,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def target_lines(rows: Sequence[Row]) -> tuple[list[str], bool]:
-    """A line for each target, and whether none was missed; what was not measured is not missed."""
+    """Returns a line for each target, and whether all measured targets are met."""
     lines, is_met = list[str](), True
     for target in TARGETS:
         reached = target.reached(rows)
@@ -152,7 +152,7 @@ def target_lines(rows: Sequence[Row]) -> tuple[list[str], bool]:
 
 
 def data(machine: Mapping[str, str], roofs: Roofs, rows: Sequence[Row], lines: Sequence[str]) -> dict[str, Any]:
-    """All figures, and the lines about targets, for a file."""
+    """Returns all figures, and the lines about targets, for a file."""
     return {
         "machine": dict(machine),
         "roofs": asdict(roofs),

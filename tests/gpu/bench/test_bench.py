@@ -42,7 +42,7 @@ PRODUCT = Product(num_rows=48, num_columns=160, depth=256)
 
 
 def launch_of(product: Product | None, bytes_moved: int = 10**6, kernel: str = "gemm_kernel") -> Launch:
-    """A launch that writes down nothing and does nothing."""
+    """Returns a launch that records and does nothing."""
     return Launch(
         module="kernels.gemm_fp8.reference",
         kernel=kernel,
@@ -54,7 +54,7 @@ def launch_of(product: Product | None, bytes_moved: int = 10**6, kernel: str = "
 
 
 def row_of(seconds: dict[str, float], product: Product | None = PRODUCT, kernel: str = "gemm_kernel") -> report.Row:
-    """Of the launch above."""
+    """Returns a row for the launch above."""
     return report.row_of(launch_of(product, 10**6, kernel), seconds, ROOFS)
 
 
@@ -154,7 +154,7 @@ def test_roofs_are_what_a_copy_and_large_products_reach(monkeypatch: pytest.Monk
 def test_all_of_the_benchmark_runs(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """On the CPU, a small kernel in Triton's place."""
+    """Runs on the CPU with a small kernel in place of Triton."""
     launch = Launch(
         module="kernels.quantize.reference",
         kernel="quantize_kernel",
@@ -226,7 +226,7 @@ def test_the_first_alternative_that_runs_is_timed_and_the_others_are_named() -> 
 
 
 def operands() -> tuple[Quantized, QuantizedBlocks]:
-    """Of `PRODUCT`, quantized."""
+    """Returns quantized operands of `PRODUCT`."""
     left_MK, right_NK = (
         randn(PRODUCT.num_rows, PRODUCT.depth, seed=0),
         randn(PRODUCT.num_columns, PRODUCT.depth, seed=1),

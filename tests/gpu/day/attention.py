@@ -20,7 +20,7 @@ NUM_CALLS = 10
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Setting:
-    """What is measured.
+    """Shapes and types of one measurement.
 
     Attributes:
         device: that runs it.

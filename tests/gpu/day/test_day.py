@@ -61,7 +61,7 @@ def test_an_unknown_part_exits_2_with_one_line(tmp_path: Path) -> None:
 
 @pytest.fixture
 def runs(tmp_path: Path) -> list[str]:
-    """Two runs; the second is a resumed one whose last loss differs by a thousandth."""
+    """Returns two runs; the second is a resumed one whose last loss differs by a thousandth."""
     for name, values in {"first": [4.0, 3.0, 2.0], "again": [3.0, 2.002]}.items():
         (tmp_path / name).mkdir()
         lines = [json.dumps({"loss": value}) for value in values]
