@@ -77,7 +77,7 @@ def test_adamw_is_the_rule_rounded_once_an_operation(num_weights: int, by: Coeff
     assert_same_bits(gradients, kept)
 
 
-def test_adamw_is_the_same_wherever_a_number_lies() -> None:
+def test_adamw_does_not_depend_on_memory_layout() -> None:
     whole = tensors(5000)
     parts = every(Tensor.clone, whole)
     reference.adamw_bf16_moments(*whole, STEPS[0])

@@ -104,7 +104,7 @@ def test_flex_serves_all_layers_with_one_mask() -> None:
     assert documents.mask_B1TT is documents.mask_B1TT
 
 
-def test_documents_begin_where_places_do_not_go_on() -> None:
+def test_documents_begin_at_positions_that_do_not_continue() -> None:
     documents = Documents.from_positions(torch.tensor(PLACES["documents and padding"]))
     assert documents.ids_BT.tolist() == [[1, 1, 1, 2, 2, 3, 4, 4, 4, 4, 4, 5, 6], [1, 1, 1, 1] + [2] * 9]
     assert documents.starts.tolist() == [0, 3, 5, 6, 11, 12, 13, 17, 26]
@@ -164,7 +164,7 @@ def test_values_are_padded_for_kernels_that_want_it() -> None:
     assert not pads_values("auto", "cuda")
 
 
-def test_masks_take_a_number_for_each_pair_where_the_kernel_reads_them_so() -> None:
+def test_masks_are_dense_if_the_kernel_reads_dense_masks() -> None:
     expected = {
         "sdpa": [True, True],
         "flex": [False, False],
@@ -175,7 +175,7 @@ def test_masks_take_a_number_for_each_pair_where_the_kernel_reads_them_so() -> N
         assert [makes_dense_masks(name, device) for device in ("cpu", "cuda")] == dense, name
 
 
-def test_unknown_kernel_is_refused_with_the_nearest_name() -> None:
+def test_unknown_kernel_is_rejected_with_the_nearest_name() -> None:
     with pytest.raises(UnknownNameError, match=r"^attention: must be one of .*'flash'; did you mean flash_attention"):
         choose_attention("flash", torch.device("cpu"), torch.float32, is_packed=False)
 

@@ -54,7 +54,7 @@ def call_of(module: Any, kernel: str, num_outputs: int, depth: int) -> Callable[
     ("name", "kernel"),
     [("gemm_fp8.triton", "gemm_kernel"), ("grouped_gemm.triton_fp8", "grouped_rows_fp8_kernel")],
 )
-def test_kernel_with_loads_apart_compiles_where_the_depth_is_one(name: str, kernel: str) -> None:
+def test_kernel_with_specialized_warps_compiles_if_the_depth_is_one(name: str, kernel: str) -> None:
     """The tuner tries that tiling, and the compiler's pass for it fails on a loop that is known to run once."""
     module = import_module(f"kernels.{name}")
     launch = partial(call_of(module, kernel, 256, 1), tiling=Tiling(specialize=True, warps=4))
@@ -75,7 +75,7 @@ def test_kernel_with_loads_apart_compiles_where_the_depth_is_one(name: str, kern
         ("grouped_gemm.triton", "grouped_weight_kernel"),
     ],
 )
-def test_kernel_compiles_where_a_size_is_one(name: str, kernel: str, num_outputs: int, depth: int) -> None:
+def test_kernel_compiles_if_a_size_is_one(name: str, kernel: str, num_outputs: int, depth: int) -> None:
     module = import_module(f"kernels.{name}")
     compiled = compile_launch(module, kernel, call_of(module, kernel, num_outputs, depth))
     assert len(compiled.cubin) > 1000

@@ -75,7 +75,7 @@ def test_slopes_of_one_change_no_bit() -> None:
         assert torch.equal(made, expected)
 
 
-def test_cross_entropy_is_computed_in_chunks_where_the_vocabulary_is_large() -> None:
+def test_cross_entropy_is_computed_in_chunks_if_the_vocabulary_is_large() -> None:
     assert chunk_rows(200, LARGE, torch.float32) < 129
     assert chunk_rows(4, LARGE, torch.float32) == 4
     assert chunk_rows(0, LARGE, torch.float32) == 0
@@ -146,7 +146,7 @@ def test_cross_entropy_makes_the_gradients_asked_for_alone(wants_rows: bool, wan
         assert made is None or (expected is not None and torch.equal(made, expected))
 
 
-def test_cross_entropy_is_finite_where_logits_are_large() -> None:
+def test_cross_entropy_is_finite_if_logits_are_large() -> None:
     rows, head = torch.tensor([[1e4], [-1e4]]), torch.tensor([[1.0], [-1.0], [0.5]])
     found = linear_cross_entropy(rows, head, torch.tensor([1, 1]), wants_rows=True, wants_head=True)
     assert found.log_probs_N.tolist() == [-2e4, 0]

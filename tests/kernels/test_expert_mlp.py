@@ -236,7 +236,7 @@ def test_what_is_not_a_number_stays_with_its_expert(
             assert torch.equal(tensor[kept], expected[kept]), name
 
 
-def test_experts_are_grouped_where_torch_serves() -> None:
+def test_experts_are_grouped_if_torch_supports_them() -> None:
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
     assert choose_expert_implementation(cuda, torch.bfloat16, 16, 24) == "grouped"
     assert choose_expert_implementation(cuda, torch.bfloat16, 16, 25) == "reference"

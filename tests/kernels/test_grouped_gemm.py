@@ -59,7 +59,7 @@ def test_reference_keeps_nan_and_infinity_within_their_group() -> None:
     check_nan(grouped_rows, grouped_weight, "cpu")
 
 
-def test_native_gradient_of_an_empty_group_is_zero_whatever_torch_leaves_there(
+def test_native_gradient_of_an_empty_group_is_zero(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def leaves_empty_groups(left: Tensor, right: Tensor, *, offs: Tensor) -> Tensor:

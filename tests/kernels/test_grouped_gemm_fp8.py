@@ -83,7 +83,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
 
 
 @pytest.mark.parametrize("counts", [*COUNTS[:3], (128, 0, 256), (1, 200, 63, 65)])
-def test_deep_gemm_is_given_groups_where_it_wants_them(calls: Calls, counts: tuple[int, ...]) -> None:
+def test_deep_gemm_gets_aligned_groups(calls: Calls, counts: tuple[int, ...]) -> None:
     refuse = partial(pytest.fail, "the package serves this shape")
     adapter = DeepGemmGrouped(refuse, refuse)
     check_rows_fp8(adapter.grouped_rows_fp8, "cpu", counts, (192, 256), torch.bfloat16)

@@ -80,7 +80,7 @@ def test_permute_of_nothing_gives_zeros_or_nothing() -> None:
 
 
 @pytest.mark.parametrize("num_rows", [0, 4])
-def test_indices_beyond_the_rows_are_refused(num_rows: int) -> None:
+def test_indices_beyond_the_rows_are_rejected(num_rows: int) -> None:
     rows = torch.ones(num_rows, 3)
     with pytest.raises(IndexError, match=f"permute: a source must be below the number of rows, {num_rows}, got 4"):
         permute(rows, torch.tensor([-1, 4]))
@@ -160,7 +160,7 @@ def test_permute_and_unpermute_are_adjoint_exactly_on_integers() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_unpermute_makes_its_tensors_where_the_rows_are(dtype: torch.dtype) -> None:
+def test_unpermute_allocates_on_the_device_of_the_rows(dtype: torch.dtype) -> None:
     rows_AD = torch.randn(5, 7, generator=torch.Generator().manual_seed(0)).to(dtype)
     places_NK = torch.tensor([[0, 4], [-1, 2]])
     expected_ND = unpermute(rows_AD, places_NK)

@@ -126,7 +126,7 @@ def test_scales_never_underflow(min_amax: float) -> None:
 
 
 @pytest.mark.parametrize("min_amax", [0.0, -1.0, 2.0**-118, 1e-40, math.nan, math.inf, 1e39])
-def test_a_min_amax_without_a_normal_scale_is_refused(min_amax: float) -> None:
+def test_a_min_amax_without_a_normal_scale_is_rejected(min_amax: float) -> None:
     nearest = "2**127" if min_amax > 1 else "2**-117"
     message = f"quantize_1x128: min_amax must be in [2**-117, 2**127], got {min_amax}; nearest: {nearest}"
     with pytest.raises(ValueError, match=re.escape(message)):

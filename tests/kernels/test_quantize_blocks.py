@@ -101,7 +101,7 @@ def test_a_matrix_of_no_elements_has_no_codes(shape: tuple[int, int]) -> None:
     assert dequantize_128x128(made, torch.float32).shape == shape
 
 
-def test_a_bound_from_which_scales_underflow_is_refused() -> None:
+def test_a_bound_from_which_scales_underflow_is_rejected() -> None:
     with pytest.raises(ValueError, match=r"min_amax must be in \[2\*\*-117, 2\*\*127\], got 0"):
         quantize_128x128(torch.ones(2, 2), power_of_two=False, min_amax=0.0)
 

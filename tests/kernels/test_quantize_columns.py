@@ -72,7 +72,7 @@ def test_requantizing_is_quantizing_what_the_codes_mean(power_of_two: bool, num_
     assert_same_pair(requantize_columns(by_rows, counts, power_of_two, 2.0**-100), expected)
 
 
-def test_requantizing_powers_of_two_loses_nothing_where_exponents_allow_it() -> None:
+def test_requantizing_powers_of_two_is_exact_if_exponents_allow_it() -> None:
     counts = [100, 156]
     rows_ND = normal_rows(256, 200, 2) * torch.logspace(-6, 6, 256, base=2)[:, None]
     by_rows = quantize_1x128(rows_ND, True, GRADIENTS_MIN_AMAX)
@@ -148,7 +148,7 @@ def test_columns_of_nothing_have_their_shapes(counts: list[int], num_columns: in
         assert made.scales.dtype == torch.float32
 
 
-def test_counts_that_are_not_of_the_rows_are_refused() -> None:
+def test_counts_that_do_not_match_the_rows_are_rejected() -> None:
     rows_ND = torch.ones(4, 2)
     with pytest.raises(ValueError, match="quantize_columns: counts must add up to the number of rows, 4, got 3"):
         quantize_columns(rows_ND, [1, 2], True)

@@ -141,7 +141,7 @@ def test_relative_error_is_within_half_a_step() -> None:
     assert (error_ND <= torch.maximum(rows_ND.double().abs() * 2.0**-7, scales_ND * 2.0**-21)).all()
 
 
-def test_packing_columns_of_what_was_packed_by_rows_loses_nothing_where_exponents_allow_it() -> None:
+def test_packing_columns_of_packed_rows_is_exact_if_exponents_allow_it() -> None:
     rows_ND = torch.randn(128, 128, generator=torch.Generator().manual_seed(4))
     once_ND = unpack_e5m6(pack_e5m6(rows_ND), 128, torch.float32)
     twice_ND = unpack_e5m6(pack_e5m6(once_ND.t()), 128, torch.float32).t()
@@ -197,6 +197,6 @@ def test_packed_rows_of_nothing_have_their_shapes(num_rows: int, num_columns: in
     assert unpack_e5m6(made, num_columns, torch.bfloat16).shape == (num_rows, num_columns)
 
 
-def test_rows_of_another_length_are_refused() -> None:
+def test_rows_of_another_length_are_rejected() -> None:
     with pytest.raises(ValueError, match=r"a row of 131 columns has 198 bytes and 2 scales, got \(195, 2\)"):
         unpack_e5m6(pack_e5m6(torch.ones(2, 130)), 131, torch.float32)

@@ -123,7 +123,7 @@ def test_interpreted_swiglu_in_fp8_is_the_same_with_any_tile(interpreter: Proces
 
 
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
-def test_interpreted_swiglu_in_fp8_is_no_number_where_the_reference_is_none(
+def test_interpreted_swiglu_in_fp8_is_not_finite_exactly_if_the_reference_is_not(
     interpreter: ProcessPoolExecutor, poison: float
 ) -> None:
     expected, found = interpreter.submit(interpreted_not_finite, poison).result()

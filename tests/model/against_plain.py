@@ -18,7 +18,7 @@ TOLERANCES = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 0.04}
 """Of all numbers of a tensor together: bf16 rounds each between two operations, by up to 2^-8."""
 
 
-def randomise(module: nn.Module, seed: int, size: float = 0.4) -> None:
+def randomize(module: nn.Module, seed: int, size: float = 0.4) -> None:
     """Fills a model with normal numbers of this size, around 1 in norms."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

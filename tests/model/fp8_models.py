@@ -76,7 +76,7 @@ def make_batch(config: ModelConfig, sequences: int = 2, size: int = 75, *, is_pa
     )
 
 
-def eagerly(made: Transformer, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+def compute_eagerly(made: Transformer, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
     """Returns the loss, and gradients by autograd."""
     loss = made.loss(batch, make_objective(made.config), LossSums(loss_names(made.config.mtp_depth)))
     loss.backward()

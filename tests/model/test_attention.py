@@ -22,7 +22,7 @@ from model.precision.linears import build_linears
 from tests.kernels import plain
 from tests.kernels.flash_attn_emulation import Calls, emulated
 from tests.kernels.plain import randn, strided
-from tests.model.against_plain import Weights, assert_equals_plain, assert_near, randomise
+from tests.model.against_plain import Weights, assert_equals_plain, assert_near, randomize
 from tests.tiny import MODEL
 
 SMALL = replace(MODEL, hidden_size=10, num_heads=3, norm_eps=1e-3)
@@ -50,7 +50,7 @@ class Attention(nn.Module):
         self.config = config
         self.norm = RmsNorm(config.hidden_size, config.norm_eps, dtype)
         self.self_attn = LatentAttention(config, dtype, computing.attention, build_linears(computing))
-        randomise(self, 1)
+        randomize(self, 1)
 
 
 def turned(x_BTHR: Tensor, config: ModelConfig) -> Tensor:

@@ -110,9 +110,7 @@ def test_ragged_fp8_weights_are_dequantized_in_blocks_of_128(rows: int, tmp_path
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_fp8_weights_come_out_as_they_went_in_whatever_type_they_were_loaded_in(
-    dtype: torch.dtype, tmp_path: Path
-) -> None:
+def test_fp8_weights_are_saved_unchanged_for_every_type_of_loading(dtype: torch.dtype, tmp_path: Path) -> None:
     tensors = save_checkpoint(tmp_path / "source", fp8=True, num_files=2, **RAGGED)
     save_hf(load_hf(tmp_path / "source", dtype), tmp_path / "export")
     assert_same_tensors(read_tensors(tmp_path / "export"), tensors)
@@ -166,7 +164,7 @@ def test_a_model_put_in_fp8_is_near_what_it_was(tmp_path: Path) -> None:
     assert_same_tensors(read_tensors(tmp_path / "again"), exported)
 
 
-def test_scales_are_powers_of_two_where_the_checkpoints_were(tmp_path: Path) -> None:
+def test_scales_are_powers_of_two_if_the_checkpoints_were(tmp_path: Path) -> None:
     reference_model(**RAGGED).save_pretrained(tmp_path / "source")
     edit_json(
         tmp_path / "source" / "config.json",

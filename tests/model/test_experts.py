@@ -13,7 +13,7 @@ from model.norm import NormSource
 from model.precision.linear import WeightSink
 from model.precision.plain.linears import PlainLinears, PlainRows
 from tests.kernels.plain import expert_rows, randn, strided
-from tests.model.against_plain import Weights, assert_equals_plain, randomise
+from tests.model.against_plain import Weights, assert_equals_plain, randomize
 
 SUBSETS: list[frozenset[Recomputed]] = [frozenset(), frozenset({"swiglu"})]
 FROZEN: list[tuple[str, ...]] = [(), ("gate_up_proj",), ("down_proj",), ("gate_up_proj", "down_proj")]
@@ -22,7 +22,7 @@ COUNTS = [(3, 0, 4, 1), (0, 0, 6, 0), (0, 0, 0, 0), (1, 0, 0, 0)]
 
 def make_experts(dtype: torch.dtype, recomputed: frozenset[Recomputed]) -> RoutedExperts:
     experts = RoutedExperts(6, 5, range(4, 8), dtype, PlainLinears(recomputed))
-    randomise(experts, 1)
+    randomize(experts, 1)
     return experts
 
 
@@ -55,7 +55,7 @@ def test_experts_of_arrived_rows_equal_row_by_row(
 @pytest.mark.parametrize("recomputed", SUBSETS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("choices", ["spread", "one expert", "no token"])
-def test_experts_at_home_equal_row_by_row(
+def test_local_experts_equal_row_by_row(
     choices: str, dtype: torch.dtype, recomputed: frozenset[Recomputed], frozen: tuple[str, ...]
 ) -> None:
     experts, num_tokens = make_experts(dtype, recomputed), 0 if choices == "no token" else 7

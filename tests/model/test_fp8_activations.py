@@ -180,7 +180,7 @@ def test_between_backward_and_weight_gradients_only_codes_wait(layer: int) -> No
 
 
 @pytest.fixture
-def _uncollected() -> Iterator[None]:
+def _garbage_collection_disabled() -> Iterator[None]:
     """Disables garbage collection, so that reference cycles stay alive."""
     gc.disable()
     yield
@@ -188,7 +188,7 @@ def _uncollected() -> Iterator[None]:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("_uncollected")
+@pytest.mark.usefixtures("_garbage_collection_disabled")
 def test_nothing_stays_of_a_pass_that_is_done_or_given_up() -> None:
     config = replace(SMALL, num_layers=2, mtp_depth=0)
     model, batch = make_model(config, "fp8"), make_batch(config, 24)

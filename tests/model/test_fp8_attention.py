@@ -14,7 +14,7 @@ from model.gradients import GradientStore, WeightQueue
 from model.norm import RmsNorm
 from model.precision.fp8.linears import Fp8Linears
 from tests.kernels.plain import randn
-from tests.model.against_plain import randomise
+from tests.model.against_plain import randomize
 from tests.model.fp8_plain import InFp8, Normed, expect, in_12_bits
 from tests.tiny import MODEL
 
@@ -115,8 +115,8 @@ def test_attention_equals_the_formula(power_of_two: bool, is_split: bool, query_
     config = replace(CONFIG, q_lora_rank=query_rank)
     attention = LatentAttention(config, torch.float32, "auto", Fp8Linears(power_of_two=power_of_two))
     norm = RmsNorm(config.hidden_size, config.norm_eps, torch.float32)
-    randomise(attention, 1, 0.1)
-    randomise(norm, 2, 0.3)
+    randomize(attention, 1, 0.1)
+    randomize(norm, 2, 0.3)
     x = randn(BATCH, TOKENS, config.hidden_size, seed=3, dtype=torch.float32).requires_grad_()
     slope = randn(*x.shape, seed=4)
     queue, weights = WeightQueue(), dict(attention.named_parameters())

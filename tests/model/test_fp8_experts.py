@@ -112,7 +112,7 @@ def test_experts_of_arrived_rows_equal_the_formula(power_of_two: bool, is_split:
 
 
 @pytest.mark.parametrize("power_of_two", [False, True])
-def test_experts_at_home_equal_the_formula(power_of_two: bool) -> None:
+def test_local_experts_equal_the_formula(power_of_two: bool) -> None:
     """Seventy tokens have two choices each; the last expert gets none, and a few choices are no expert."""
     codes, experts, tokens = InFp8(power_of_two), make_experts(power_of_two), 70
     generator = torch.Generator().manual_seed(6)
@@ -146,7 +146,7 @@ def test_experts_at_home_equal_the_formula(power_of_two: bool) -> None:
     expect(weights_NK.grad, grad_weights, "gradient of routing weights")
 
 
-def test_arrived_rows_and_gradients_are_operands_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_received_rows_and_gradients_are_operands_without_conversion(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first product of forward and backward reads the received memory, codes and scales.
 
     It quantizes no row.

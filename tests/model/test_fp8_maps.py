@@ -196,7 +196,7 @@ def test_a_frozen_weight_gets_no_gradient_and_others_do() -> None:
     assert weights[1].grad is not None
 
 
-def test_a_weight_is_put_in_codes_once_while_held_and_anew_afterwards() -> None:
+def test_a_weight_is_quantized_once_inside_the_context_and_again_afterwards() -> None:
     maps, weight = Fp8Maps(power_of_two=False), parameter(40, 200, seed=0)
     with maps.weights_unchanged():
         first = maps.codes(weight)
@@ -215,7 +215,7 @@ def test_a_weight_is_put_in_codes_once_while_held_and_anew_afterwards() -> None:
     assert maps.codes(weight) is not maps.codes(weight)
 
 
-def test_a_held_weight_is_not_taken_for_one_that_is_gone() -> None:
+def test_a_cached_weight_is_not_confused_with_a_freed_one() -> None:
     maps = Fp8Maps(power_of_two=False)
     with maps.weights_unchanged():
         for size in range(1, 20):

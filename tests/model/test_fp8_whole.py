@@ -19,7 +19,7 @@ from model.gradients import GradientStore
 from model.objective import LossSums, loss_names
 from tests.kernels.fp8_functions import FP8_FUNCTIONS
 from tests.kernels.plain import randn
-from tests.model.fp8_models import CONFIG, FP8, Away, assert_same, by_phases, eagerly, make_batch, make_model
+from tests.model.fp8_models import CONFIG, FP8, Away, assert_same, by_phases, compute_eagerly, make_batch, make_model
 from tests.model.test_stage import make_objective, phased
 
 
@@ -37,8 +37,8 @@ def test_model_gives_the_same_bits_whichever_way_it_is_run(
     products: Products, config: ModelConfig, is_packed: bool
 ) -> None:
     batch = make_batch(config, is_packed=is_packed)
-    loss, eager = eagerly(make_model(products, config), batch)
-    loss_away, away = eagerly(make_model(products, config, is_away=True), batch)
+    loss, eager = compute_eagerly(make_model(products, config), batch)
+    loss_away, away = compute_eagerly(make_model(products, config, is_away=True), batch)
     assert torch.equal(loss, loss_away)
     assert_same(eager, away)
     one = by_phases(make_model(products, config), batch)
@@ -92,7 +92,7 @@ def spied(monkeypatch: pytest.MonkeyPatch) -> tuple[list[Tensor], dict[str, int]
     return weights, calls
 
 
-def test_maps_are_in_fp8_and_ends_gates_norms_and_joints_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_maps_are_in_fp8_and_heads_routers_norms_and_merges_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each weight is quantized once for two micro-batches."""
     weights, calls = spied(monkeypatch)
     made, batch = make_model("fp8"), make_batch(CONFIG)
@@ -128,7 +128,7 @@ def test_attention_itself_is_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
         return plain(*args, **kwargs)  # type: ignore[arg-type]
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attend)
-    eagerly(make_model("fp8"), make_batch(CONFIG))
+    compute_eagerly(make_model("fp8"), make_batch(CONFIG))
     assert set(seen) == {torch.bfloat16}
     assert len(seen) == 3 * 4
 
@@ -188,7 +188,7 @@ def test_any_number_of_tokens_gives_gradients_of_numbers(sequences: int, size: i
     made, batch = make_model("fp8"), make_batch(CONFIG, sequences, size)
     with torch.no_grad():
         made.model.embed_tokens.weight[batch.inputs_BT[0][0, 0]] = 0  # type: ignore[union-attr]
-    loss, grads = eagerly(made, batch)
+    loss, grads = compute_eagerly(made, batch)
     assert loss.isfinite()
     assert all(gradient.isfinite().all() for gradient in grads.values())
     again = by_phases(made, batch)
@@ -199,7 +199,7 @@ def test_experts_without_tokens_get_zeros(monkeypatch: pytest.MonkeyPatch) -> No
     made, batch = make_model("fp8"), make_batch(CONFIG)
     gate = made.block(1).moe.gate  # type: ignore[union-attr]
     gate.e_score_correction_bias.copy_(torch.tensor([-10.0, -10.0] + 6 * [0.0]))
-    _, grads = eagerly(made, batch)
+    _, grads = compute_eagerly(made, batch)
     experts = [grads[f"model.layers.1.mlp.experts.{name}"] for name in ("gate_up_proj", "down_proj")]
     for gradient in experts:
         assert not gradient[:2].any()
@@ -209,14 +209,14 @@ def test_experts_without_tokens_get_zeros(monkeypatch: pytest.MonkeyPatch) -> No
 def test_gradients_under_hooks_that_copy_are_the_same() -> None:
     """Held weights as well, which such hooks replace by copies that come and go."""
     batch = make_batch(CONFIG, is_packed=True)
-    _, expected = eagerly(make_model("fp8"), batch)
+    _, expected = compute_eagerly(make_model("fp8"), batch)
     made = make_model("fp8")
     with made.weights_unchanged(), saved_tensors_hooks(torch.clone, torch.clone):
-        _, grads = eagerly(made, batch)
+        _, grads = compute_eagerly(made, batch)
     assert_same(grads, expected)
 
 
-def test_a_second_backward_is_refused() -> None:
+def test_a_second_backward_is_rejected() -> None:
     loss = make_model("fp8").loss(make_batch(CONFIG), make_objective(CONFIG), LossSums(loss_names(1)))
     loss.backward()
     with pytest.raises(RuntimeError, match="second time"):

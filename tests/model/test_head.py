@@ -20,7 +20,7 @@ from model.precision.linear import Projection, WeightSink
 from model.precision.linears import build_linears
 from tests.kernels import plain
 from tests.kernels.plain import randn, strided
-from tests.model.against_plain import Weights, assert_equals_plain, randomise
+from tests.model.against_plain import Weights, assert_equals_plain, randomize
 from tests.model.live_memory import LiveMemory
 from tests.tiny import MODEL
 
@@ -35,7 +35,7 @@ class Head(nn.Module):
     def __init__(self, vocab: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.lm_head = Projection(6, vocab, dtype)
-        randomise(self, 1)
+        randomize(self, 1)
 
 
 def nats_of(rows_BTD: Tensor, head_VD: Tensor, targets_BT: Tensor, sink: WeightSink | None) -> Tensor:
@@ -75,7 +75,7 @@ def test_summed_cross_entropy_equals_formula(dtype: torch.dtype, is_split: bool,
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_embedding_equals_lookup_and_sums_slopes_of_each_token(dtype: torch.dtype, is_split: bool) -> None:
     embedding = Embedding(9, 6, dtype)
-    randomise(embedding, 1)
+    randomize(embedding, 1)
     tokens = torch.tensor([[0, 8, 3, 3], [3, 0, 0, 7]])
     factor = randn(2, 4, 6, seed=3, dtype=dtype)
     assert_equals_plain(
@@ -97,7 +97,7 @@ def test_mtp_merge_equals_formula(dtype: torch.dtype, is_split: bool, frozen: tu
     for name, _ in list(block.named_children()):
         if name not in ("enorm", "hnorm", "eh_proj"):
             delattr(block, name)
-    randomise(block, 1)
+    randomize(block, 1)
 
     def plainly(weights: Weights, inputs: Sequence[Tensor]) -> tuple[Tensor]:
         left = plain.rms_norm(inputs[0], weights["enorm.weight"], MODEL.norm_eps)
@@ -123,7 +123,7 @@ def test_cross_entropy_without_gradients_records_nothing() -> None:
     assert not nats.requires_grad
 
 
-def test_cross_entropy_is_refused_a_second_backward() -> None:
+def test_cross_entropy_rejects_a_second_backward() -> None:
     """Its gradients are scaled in place, so a second backward would silently be wrong."""
     head = Head(11, torch.float64)
     nats = nats_of(randn(1, 3, 6, seed=0).requires_grad_(), head.lm_head.weight, some_targets((1, 3), 11), None)

@@ -154,7 +154,7 @@ def test_nan_among_fp8_codes_is_named_with_its_place(
     assert_refused(folder, (SCALED, "nan at [170, 5]"))
 
 
-def test_values_too_large_for_the_models_type_are_refused(sound: Path, tmp_path: Path) -> None:
+def test_values_too_large_for_the_models_type_are_rejected(sound: Path, tmp_path: Path) -> None:
     folder = damaged(sound, tmp_path, replace(NORM, put(1e5)))
     assert load_hf(folder, torch.float32).config.vocab_size == 48
     with pytest.raises(HfError, match=r"model.norm.weight: must hold finite numbers in torch.float16, holds inf at"):

@@ -83,7 +83,7 @@ def written(folder: Path, **changes: Any) -> Path:
 
 
 @pytest.mark.parametrize("key", REFUSED)
-def test_a_key_that_may_change_the_network_is_refused_in_one_line(key: str, tmp_path: Path) -> None:
+def test_a_key_that_may_change_the_network_is_rejected_in_one_line(key: str, tmp_path: Path) -> None:
     with pytest.raises(HfError) as refused:
         read_config(written(tmp_path, **{key: REFUSED[key]}))
     text = str(refused.value)
@@ -130,7 +130,7 @@ def test_a_length_at_the_top_is_the_one_that_yarn_stretches(tmp_path: Path) -> N
         ([1.0, 0.1, 0.01, float("nan")], "is nan"),
     ],
 )
-def test_stored_frequencies_of_another_rotation_are_refused(values: list[float], words: str, tmp_path: Path) -> None:
+def test_stored_frequencies_of_another_rotation_are_rejected(values: list[float], words: str, tmp_path: Path) -> None:
     tensors = write_published("moonlight", tmp_path / "hf")
     for file in (tmp_path / "hf").glob("model*"):
         file.unlink()

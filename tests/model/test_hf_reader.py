@@ -90,7 +90,7 @@ def test_a_weight_that_lies_apart_in_memory_is_filled(fp8: tuple[Path, dict[str,
     assert torch.equal(wide, expected[name])
 
 
-def test_names_and_shapes_that_the_checkpoint_lacks_are_refused(fp8: tuple[Path, dict[str, Tensor]]) -> None:
+def test_names_and_shapes_that_the_checkpoint_lacks_are_rejected(fp8: tuple[Path, dict[str, Tensor]]) -> None:
     reader = HfReader(fp8[0])
     with pytest.raises(HfError, match=r"model.nrm.weight: must be in the checkpoint, is not; nearest: model.norm"):
         reader.fill({"model.nrm.weight": torch.empty(136)})
@@ -100,7 +100,7 @@ def test_names_and_shapes_that_the_checkpoint_lacks_are_refused(fp8: tuple[Path,
         reader.tensor("model.layers.9.enorm.weight", torch.float32)
 
 
-def test_a_copy_is_compared_where_its_original_is_read_and_only_there(tmp_path: Path) -> None:
+def test_a_copy_is_compared_only_if_its_original_is_read(tmp_path: Path) -> None:
     tensors = save_checkpoint(tmp_path)
     tensors[COPY][47, 23] += 1e-3
     write_tensors(tmp_path, tensors, num_files=2)
@@ -127,7 +127,7 @@ def read_tensors_of_header(reader: HfReader) -> list[str]:
     return list(reader.checkpoint.entries)
 
 
-def test_mtp_modules_count_only_where_files_hold_them(tmp_path: Path) -> None:
+def test_mtp_modules_count_only_if_files_hold_them(tmp_path: Path) -> None:
     reference_model(num_nextn_predict_layers=2).save_pretrained(tmp_path)
     assert HfReader(tmp_path).config.mtp_depth == 0
     write_tensors(tmp_path, read_tensors(tmp_path) | mtp_tensors(tmp_path, depth=2))

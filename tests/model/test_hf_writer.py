@@ -122,7 +122,7 @@ def test_files_are_on_the_disk_before_the_folder_takes_its_name(
     assert after == [str(tmp_path)]
 
 
-def test_extra_files_and_keys_stand_beside_the_weights(tmp_path: Path) -> None:
+def test_extra_files_and_keys_are_written_next_to_the_weights(tmp_path: Path) -> None:
     named = named_tensors(random_model())
     plan = stored_tensors(MODEL, dtype="BF16", fp8=False)
     extras = Extras(config={"bos_token_id": 7}, files={"tokenizer.json": b"{}"})
@@ -163,7 +163,7 @@ def test_nothing_is_left_of_what_fails(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_places_that_are_taken_are_refused_and_untouched(tmp_path: Path) -> None:
+def test_existing_paths_are_rejected_and_unchanged(tmp_path: Path) -> None:
     model = random_model()
     full, file = tmp_path / "full", tmp_path / "file"
     full.mkdir()
@@ -210,7 +210,7 @@ def test_a_value_that_float16_cannot_hold_is_named(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_part_of_a_model_is_refused(tmp_path: Path) -> None:
+def test_a_part_of_a_model_is_rejected(tmp_path: Path) -> None:
     part = Part(layers=(0, 1), experts=range(8), embedding=True, head=False)
     model = Transformer(MODEL, LocalDispatcher(8), torch.float32, part)
     with pytest.raises(HfError, match=r"layers.2.input_layernorm.weight: must be in the model that is written"):

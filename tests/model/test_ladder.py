@@ -105,7 +105,7 @@ def test_ladder_a_run_records_the_whole_model() -> None:
         (["model=of_checkpoint"], ["model: of_checkpoint", "init_from=FOLDER"]),
     ],
 )
-def test_ladder_what_names_no_model_is_refused(overrides: list[str], parts: list[str]) -> None:
+def test_ladder_sizes_that_name_no_model_are_rejected(overrides: list[str], parts: list[str]) -> None:
     with pytest.raises(ConfigError) as refused:
         chosen(*overrides)
     for part in parts:

@@ -15,7 +15,7 @@ from model.precision.linears import build_linears
 from tests.tiny import MODEL
 
 
-def randomise(module: torch.nn.Module, seed: int) -> None:
+def randomize(module: torch.nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -69,7 +69,7 @@ def test_attention_equals_plain_reading(q_lora_rank: int | None) -> None:
     config = replace(MODEL, q_lora_rank=q_lora_rank)
     attention = LatentAttention(config, torch.float64, "auto", build_linears(Computing()))
     norm_before = RmsNorm(config.hidden_size, 1e-6, torch.float64)
-    randomise(attention, 1)
+    randomize(attention, 1)
     x = torch.randn(2, 7, config.hidden_size, generator=torch.Generator().manual_seed(2), dtype=torch.float64) * 0.1
     with torch.no_grad():
         made = attention(x, norm_before, None) - x
@@ -83,7 +83,7 @@ def test_mtp_merge_reads_embedding_first() -> None:
     linears = build_linears(Computing())
     attention = LatentAttention(MODEL, torch.float64, "auto", linears)
     block = MtpBlock(MODEL, range(8), torch.float64, attention, linears)
-    randomise(block, 3)
+    randomize(block, 3)
     embedded, hidden = torch.randn(2, 1, 1, 32, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     with torch.no_grad():
         made = block.merge(embedded, hidden, None)[0, 0]

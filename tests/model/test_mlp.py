@@ -13,7 +13,7 @@ from model.precision.linear import WeightSink
 from model.precision.plain.linears import PlainLinears
 from tests.kernels import plain
 from tests.kernels.plain import randn, strided
-from tests.model.against_plain import Weights, assert_equals_plain, randomise
+from tests.model.against_plain import Weights, assert_equals_plain, randomize
 
 EPS = 1e-6
 SHAPES = [(2, 3, 6), (1, 1, 6), (0, 4, 6), (7, 6)]
@@ -32,7 +32,7 @@ class Network(nn.Module):
         super().__init__()
         self.norm = RmsNorm(6, EPS, dtype)
         self.mlp = Mlp(6, 5, dtype, PlainLinears(recomputed))
-        randomise(self, 1)
+        randomize(self, 1)
 
 
 def plain_network(weights: Weights, x: Tensor) -> Tensor:

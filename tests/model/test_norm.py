@@ -10,7 +10,7 @@ from model.norm import RmsNorm, norm_and_map, normed_linear
 from model.precision.linear import Projection, WeightSink
 from tests.kernels import plain
 from tests.kernels.plain import randn, strided
-from tests.model.against_plain import Weights, assert_equals_plain, randomise
+from tests.model.against_plain import Weights, assert_equals_plain, randomize
 
 EPS = 1e-5
 SHAPES = [(5, 6), (2, 3, 6), (1, 1, 6), (0, 6)]
@@ -24,7 +24,7 @@ class Maps(nn.Module):
         super().__init__()
         self.norm = RmsNorm(6, EPS, dtype)
         self.left, self.right = Projection(6, 4, dtype), Projection(6, 9, dtype)
-        randomise(self, 1)
+        randomize(self, 1)
 
 
 def plain_maps(weights: Weights, inputs: Sequence[Tensor]) -> tuple[Tensor]:
@@ -77,7 +77,7 @@ def test_norm_and_map_equal_formula_and_map_in_float32(dtype: torch.dtype) -> No
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_norm_alone_equals_formula(dtype: torch.dtype, is_split: bool) -> None:
     norm = nn.ModuleDict({"norm": RmsNorm(6, EPS, dtype)})
-    randomise(norm, 1)
+    randomize(norm, 1)
     for shape in SHAPES:
         assert_equals_plain(
             norm,

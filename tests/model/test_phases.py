@@ -84,7 +84,7 @@ def phased_gradients(model: Transformer, batch: MicroBatch) -> list[Tensor]:
 
 @pytest.mark.parametrize("is_packed", [False, True])
 @pytest.mark.parametrize("gradients", [eager_gradients, phased_gradients])
-def test_what_is_computed_anew_changes_no_bit_of_the_gradients(
+def test_recomputation_changes_no_bit_of_the_gradients(
     gradients: Callable[[Transformer, MicroBatch], list[Tensor]], is_packed: bool
 ) -> None:
     batch = make_batch(is_packed=is_packed)
@@ -136,7 +136,7 @@ def live_bytes(recomputed: frozenset[Recomputed]) -> int:
 
 
 @pytest.mark.parametrize("measured", [saved_bytes, live_bytes])
-def test_each_thing_computed_anew_keeps_less(measured: Callable[[frozenset[Recomputed]], int]) -> None:
+def test_each_kind_of_recomputation_saves_memory(measured: Callable[[frozenset[Recomputed]], int]) -> None:
     """Each saves at least the size of the largest tensor that is no longer kept, in each of three layers."""
     rows, heads = 2 * 64, CONFIG.num_heads
     least = {
@@ -152,7 +152,7 @@ def test_each_thing_computed_anew_keeps_less(measured: Callable[[frozenset[Recom
 
 
 @pytest.fixture
-def _uncollected() -> Iterator[None]:
+def _garbage_collection_disabled() -> Iterator[None]:
     """Disables garbage collection, so that reference cycles stay alive."""
     gc.collect()
     gc.disable()
@@ -160,7 +160,7 @@ def _uncollected() -> Iterator[None]:
     gc.enable()
 
 
-@pytest.mark.usefixtures("_uncollected")
+@pytest.mark.usefixtures("_garbage_collection_disabled")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("recomputed", SUBSETS)
 def test_nothing_stays_after_backward_and_weights(recomputed: frozenset[Recomputed], dtype: torch.dtype) -> None:
@@ -184,7 +184,7 @@ def test_nothing_stays_after_backward_and_weights(recomputed: frozenset[Recomput
     assert [storage.nbytes() for storage in memory.live()] == []
 
 
-@pytest.mark.usefixtures("_uncollected")
+@pytest.mark.usefixtures("_garbage_collection_disabled")
 @pytest.mark.parametrize("recomputed", SUBSETS)
 def test_a_pass_given_up_after_its_forward_leaves_nothing(recomputed: frozenset[Recomputed]) -> None:
     model, batch = make_model(recomputed), make_batch()
@@ -213,7 +213,7 @@ class Pair:
         return Pair(*tensors)
 
 
-@pytest.mark.usefixtures("_uncollected")
+@pytest.mark.usefixtures("_garbage_collection_disabled")
 def test_a_phase_keeps_no_input_that_its_backward_does_not_read() -> None:
     store = GradientStore([])
     read, unread = torch.randn(3, 4), torch.randn(3, 4)
@@ -240,8 +240,8 @@ def phases_of(model: Transformer, layer: int) -> list[Phase]:
     return block_phases(model.block(layer), model.dispatcher, store, lambda balance: balance, Label(layer, 0, 0))
 
 
-@pytest.mark.usefixtures("_uncollected")
-def test_rows_sent_to_experts_are_freed_once_the_shared_ones_have_read_them() -> None:
+@pytest.mark.usefixtures("_garbage_collection_disabled")
+def test_sent_rows_are_freed_after_shared_experts_have_read_them() -> None:
     """The residual is kept, from which a backward recomputes the norm; the norm, which was sent, is not kept."""
     model = make_model(SUBSETS[-1])
     phases = phases_of(model, 1)

@@ -130,6 +130,6 @@ def test_forced_ids_of_the_router_itself_change_no_bit() -> None:
         ([[0.0, 1, 2, 3], [4, 5, 6, 7]], r"must be torch.int64 \[2, 4\], got torch.float32 \[2, 4\]"),
     ],
 )
-def test_forced_ids_that_are_no_choice_are_refused(forced: list[list[float]], said: str) -> None:
+def test_invalid_forced_ids_are_rejected(forced: list[list[float]], said: str) -> None:
     with pytest.raises(RouteError, match=said):
         make_router().route(torch.zeros(1, 2, 8, dtype=torch.float64), torch.tensor(forced))
