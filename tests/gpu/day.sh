@@ -3,7 +3,7 @@
 #   1  does it run: versions, every kernel compiled and held against its reference, one rank trains in bf16 and FP8
 #   2  how fast: attention's kernels, one V3 layer by phases with a trace, every kernel next to torch's
 #   3  many ranks on one GPU over gloo, the same on the CPU, resume to the bit, races (compute-sanitizer)
-# Each step has a limit of its own, and its failure does not end the part; the exit code is 1 if any step failed.
+# Each step has its own limit, and its failure does not end the part; the exit code is 1 if any step failed.
 # Without a GPU it is a dry run: the same steps on the smallest shapes, on the CPU; multi-rank runs are only checked.
 #   OUT     results, a log for each part          WHEELS  wheels that the machine lacks, without a network
 #   PYTHON  the interpreter                       LAST    seconds that the part may take
@@ -110,7 +110,7 @@ sanitize() { # TOOL TEST: with compute-sanitizer of the CUDA toolkit
     compute-sanitizer --tool "$1" --error-exitcode 1 --print-limit 5 "$PYTHON" -m pytest -q -x -p no:cacheprovider "$2"
 }
 
-# A step that is a function of this script runs in a shell of its own, because `timeout` starts programs only.
+# A step that is a function of this script runs in its own shell, because `timeout` starts programs only.
 if [ "${1:-}" = run ]; then
     shift
     "$@"

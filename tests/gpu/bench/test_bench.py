@@ -102,7 +102,7 @@ def test_targets_pass_fail_or_were_not_measured() -> None:
     good, bad = row_of({OURS: 1e-6, BF16: 1.5e-6}), row_of({OURS: 1e-6, BF16: 1.3e-6})
     lines, is_met = report.target_lines([good])
     assert is_met
-    assert lines[0] == ("pass: product in FP8, 4096 x 7168 x 2048, beside torch's in bf16: at least 1.4, got 1.50")
+    assert lines[0] == ("pass: product in FP8, 4096 x 7168 x 2048, against torch's in bf16: at least 1.4, got 1.50")
     assert all(line.startswith("not measured: ") for line in lines[1:])
     lines, is_met = report.target_lines([good, bad])
     assert not is_met
@@ -175,7 +175,7 @@ def test_all_of_the_benchmark_runs(
     assert lines[0].startswith("device a GPU, torch ")
     assert lines[1] == report.roofs_text(ROOFS)
     assert "| quantize.quantize | 4096 x 7168, in name only | 1.0 | 1000 GB/s | 100% | 1.00 |" in lines
-    assert lines[-1] == "pass: quantizing beside a copy's bandwidth: at least 0.8, got 1.00"
+    assert lines[-1] == "pass: quantizing against a copy's bandwidth: at least 0.8, got 1.00"
     assert len(json.loads(figures.read_text())["rows"]) == 1
 
 
