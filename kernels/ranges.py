@@ -1,4 +1,7 @@
-"""Ranges of numbers as annotations on configuration fields, such as `steps: PositiveInt`; the decoder checks them."""
+"""Ranges of numbers as annotations on configuration fields, such as `steps: PositiveInt`.
+
+The decoder checks them.
+"""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -44,7 +47,7 @@ class AtLeast(Range):
 
 @dataclass(frozen=True, slots=True)
 class ZeroOrAbove(Range):
-    """0, which disables a feature, and numbers above a limit."""
+    """Zero, which disables a feature, and numbers above a limit."""
 
     limit: float
 

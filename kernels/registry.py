@@ -1,4 +1,4 @@
-"""Registries of named choices, filled by modules next to their code and by plugin files outside the checkout.
+"""Registries of named choices, filled by this project's modules and by plugin files.
 
 Imports no torch, as configurations read registries. An entry imports heavy packages inside its builder.
 """
@@ -23,7 +23,10 @@ _registries: "WeakSet[Registry[Any]]" = WeakSet()
 
 
 class UnknownNameError(ValueError):
-    """A name that a registry does not hold. The message starts with the dotted key that selects among its entries."""
+    """A name that a registry does not hold.
+
+    The message starts with the dotted key that selects among its entries.
+    """
 
 
 class PluginError(ValueError):

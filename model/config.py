@@ -1,4 +1,4 @@
-"""Configuration of a model's architecture, a ladder of small models, and the split of layers into pipeline stages.
+"""Architecture of a model, a ladder of small models, and the split of layers into stages.
 
 Imports no torch: commands read this and reject an invalid split before any process starts.
 """
@@ -19,7 +19,10 @@ class PlainRope:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class YarnRope:
-    """YaRN: frequencies interpolated for a longer context (arXiv:2309.00071; arXiv:2412.19437, section 4.3)."""
+    """YaRN: frequencies interpolated for a longer context.
+
+    Source: arXiv:2309.00071; arXiv:2412.19437, section 4.3.
+    """
 
     kind: Literal["yarn"]
     factor: PositiveFloat
@@ -62,7 +65,9 @@ class Computing:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """A DeepSeek-V3-class architecture (arXiv:2412.19437, section 2; fields follow the released config.json).
+    """A DeepSeek-V3-class architecture.
+
+    Source: arXiv:2412.19437, section 2; fields follow the released config.json.
 
     `q_lora_rank` None means one full query projection. `mtp_hidden` selects the state of the previous depth that an MTP
     module reads: after the norm that precedes the output head, or before it.

@@ -19,7 +19,7 @@ class WeightQueue:
         self._waiting.append((weight, gradient))
 
     def flush(self, store: "GradientStore") -> None:
-        """Computes all waiting gradients and adds them to the store; frees the tensors of each before the next."""
+        """Computes all waiting gradients and adds them to the store; frees each one's tensors before the next."""
         with torch.no_grad():
             while self._waiting:
                 weight, gradient = self._waiting.popleft()

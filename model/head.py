@@ -1,4 +1,4 @@
-"""Both ends of the model: embedding, output head with its scores, and the additional parts of an MTP module.
+"""Both ends of the model: embedding, output head with scores, and additional parts of an MTP module.
 
 Source: arXiv:2412.19437, section 2.2. Shape legend: B sequences, T tokens, D hidden size, V vocabulary.
 """
@@ -124,7 +124,7 @@ class MtpBlock(Block):
         self.shared_head = SharedHead(config, dtype)
 
     def merge(self, embedded_BTD: Tensor, hidden_BTD: Tensor, sink: WeightSink | None) -> Tensor:
-        """Returns the block's input, BTD, from the embedding of the token k ahead and the previous depth's state."""
+        """Returns the block's input, BTD, from the embedding k tokens ahead and the previous depth's state."""
         norms = (self.enorm.weight, self.hnorm.weight)
         out: Tensor = _Merge.apply(  # type: ignore[no-untyped-call]
             embedded_BTD, hidden_BTD, *norms, self.eh_proj.weight, self.enorm.eps, sink

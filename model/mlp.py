@@ -23,7 +23,7 @@ class Mlp(nn.Module):
         self.down_proj = Projection(intermediate, hidden, dtype)
 
     def forward(self, x: Tensor, sink: WeightSink | None) -> Tensor:
-        """Returns the network of x in the weights' own type, [..., D]; also used to decode with a model in FP8."""
+        """Returns the network of x in the weights' type, [..., D]; also used to decode with a model in FP8."""
         gated = swiglu(self.gate_proj(x, sink), self.up_proj(x, sink))
         return self.down_proj(gated, sink)  # type: ignore[no-any-return]
 

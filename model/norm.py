@@ -17,7 +17,7 @@ from model.precision.linear import WeightSink, deliver_gradient
 
 
 class RmsNorm(nn.Module):
-    """Computes x / rms(x) * weight over the last dim: in float32, cast, then scaled, as in the released code."""
+    """Computes x / rms(x) * weight: in float32, cast, then scaled, as in the released code."""
 
     def __init__(self, size: int, eps: float, dtype: torch.dtype) -> None:
         super().__init__()
@@ -170,7 +170,7 @@ def normed_linear(
 def linear_of_normal(
     normal: Tensor, source: NormSource, weights_ND: Sequence[Tensor], sink: WeightSink | None, *, keeps_normal: bool
 ) -> Tensor:
-    """Applies linear layers to a norm's output, which takes the gradient; keeps the norm's input instead of it.
+    """Applies linear layers to a norm's output, which takes the gradient; keeps the norm's input.
 
     Args:
         normal: the norm's output, [..., D].
@@ -190,7 +190,9 @@ def linear_of_normal(
 
 
 def norm_and_map(x: Tensor, norm: RmsNorm, weight_ND: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns norm(x) and, in float32 or wider, its product with the weight, whose gradient goes through autograd.
+    """Returns norm(x) and, in float32 or wider, its product with the weight.
+
+    The weight's gradient goes through autograd.
 
     Keeps only x. Shapes [..., D] and [..., N].
     """

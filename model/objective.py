@@ -1,4 +1,6 @@
-"""Objectives that a step minimizes. The model calls `Objective.loss` for every head and defines no loss itself.
+"""Objectives that a step minimizes.
+
+The model calls `Objective.loss` for every head and defines no loss itself.
 
 Losses are sums over a micro-batch, scaled by counts over the global batch. Source: arXiv:2412.19437, sections 2.1.2,
 2.2.

@@ -85,7 +85,7 @@ class _Recorded:
 
 
 class ComputePhase(Generic[In, Out]):
-    """A differentiable function of the values before it, with its weight gradients deferred until `weight`.
+    """A differentiable function of the values before it; `weight` computes the deferred weight gradients.
 
     Between forward and backward it keeps only the function's graph: inputs and outputs stay in memory only if the graph
     has saved them.
@@ -98,7 +98,10 @@ class ComputePhase(Generic[In, Out]):
         self._recorded: _Recorded | None = None
 
     def forward(self, values: In) -> Out:
-        """Returns the function's values, detached from its graph. Without a store nothing is kept for a backward."""
+        """Returns the function's values, detached from its graph.
+
+        Without a store nothing is kept for a backward.
+        """
         if self._store is None:
             with torch.no_grad():
                 return self._function(values, None).values
@@ -231,7 +234,7 @@ class BalanceRecorder(Protocol):
 
 
 def block_lanes(*, is_dense: bool) -> tuple[Lane, ...]:
-    """Returns the lanes of a block's phases: attend, dispatch, experts, combine; a dense block is one computation."""
+    """Returns the lanes of a block's phases: attend, dispatch, experts, combine, or one if it is dense."""
     return ("compute",) if is_dense else ("compute", "comm", "compute", "comm")
 
 

@@ -153,7 +153,7 @@ class Routes(Protocol):
 
 @dataclass(slots=True)
 class RecordedRoutes:
-    """Lets routers choose, and records their choices: NK by layer, direction and micro-batch, on their device."""
+    """Lets routers choose, and records their choices: NK by layer, direction and micro-batch."""
 
     ids: dict[Label, Tensor] = field(default_factory=dict)
 

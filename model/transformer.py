@@ -230,7 +230,7 @@ class Transformer(nn.Module):
 
 
 def named_tensors(model: Transformer) -> dict[str, Tensor]:
-    """Returns every weight and router bias by released name; routed experts are views of the stacked weights."""
+    """Returns every weight and router bias by released name; routed experts are views of stacked weights."""
     named: dict[str, Tensor] = {}
     for path, module in model.named_modules():
         if isinstance(module, RoutedExperts):

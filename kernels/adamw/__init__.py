@@ -1,4 +1,6 @@
-"""Updates float32 weights by AdamW with both moments in bf16. Imports no torch: computing coefficients needs none.
+"""Updates float32 weights by AdamW with both moments in bf16.
+
+Imports no torch: computing coefficients needs none.
 
 Shape legend: as in kernels/adamw/reference.py.
 """

@@ -19,7 +19,9 @@ CHUNK_ELEMENTS = 2**16
 def adamw_bf16_moments(
     weights: Tensor, gradients: Tensor, means: Tensor, squares: Tensor, coefficients: Coefficients
 ) -> None:
-    """Takes one step in place: updates both moments in float32, then the weights, then rounds the moments to bf16.
+    """Takes one step in place.
+
+    It updates both moments in float32, then the weights, then rounds the moments to bf16.
 
     mean = beta1 mean + (1 - beta1) gradient; square = beta2 square + (1 - beta2) gradient^2;
     weight = weight (1 - rate decay) - rate / (1 - beta1^t) mean / (sqrt(square) / sqrt(1 - beta2^t) + eps).

@@ -38,7 +38,7 @@ def adamw_tile(
     move: tl.tensor,
     inside: tl.tensor,
 ) -> None:
-    """Applies the rule at four tiles of pointers, to the numbers selected by `inside`, or to all if it is None."""
+    """Applies the rule at four tiles of pointers, to the numbers that `inside` selects, None for all."""
     gradient = tl.load(gradients, mask=inside)
     mean = tl.load(means, mask=inside).to(tl.float32)
     square = tl.load(squares, mask=inside).to(tl.float32)
@@ -90,7 +90,9 @@ def adamw_bf16_moments(
     block: int = 1024,
     num_warps: int = 4,
 ) -> None:
-    """Takes one step in place: updates both moments in float32, then the weights, then rounds the moments to bf16.
+    """Takes one step in place.
+
+    It updates both moments in float32, then the weights, then rounds the moments to bf16.
 
     The rule is that of `kernels.adamw.reference.adamw_bf16_moments` (arXiv:2412.19437, section 3.3.3, keeps moments in
     bf16).

@@ -28,7 +28,7 @@ class CausalAttention(Protocol):
     def __call__(
         self, query_BHTQ: Tensor, key_BHTQ: Tensor, value_BHTV: Tensor, scale: float, documents: Documents | None
     ) -> Tensor:
-        """Computes the softmax of scaled scores over the visible keys and returns the weighted mean of values, BHTV.
+        """Returns the mean of values weighted by the softmax of scaled scores over visible keys, BHTV.
 
         Args:
             query_BHTQ: queries.
@@ -105,7 +105,9 @@ def makes_dense_masks(name: str, device: str) -> bool:
 
 
 def pads_values(name: str, device: str) -> bool:
-    """Whether values are padded to the width of keys; on CUDA `auto` counts as padding only if every choice pads.
+    """Whether values are padded to the width of keys.
+
+    On CUDA `auto` counts as padding only if every choice pads.
 
     Args:
         name: name of a kernel, or `auto`.

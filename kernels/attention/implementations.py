@@ -1,4 +1,6 @@
-"""Causal attention by fused kernels of torch and other packages. Imports no torch at the top: configurations read it.
+"""Causal attention by fused kernels of torch and other packages.
+
+Imports no torch at the top: configurations read it.
 
 Shape legend: as in kernels/attention/__init__.py.
 """

@@ -1,4 +1,4 @@
-"""Computes log-probabilities of targets under a linear head, and gradients of losses that depend on them.
+"""Computes log-probabilities of targets under a linear head, and gradients of losses.
 
 `implementation`: None selects the default for the operands' device.
 Shape legend: as in kernels/cross_entropy/reference.py.

@@ -1,4 +1,4 @@
-"""Log-probabilities of targets under a linear head, and the gradients, without storing the logits of all rows.
+"""Log-probabilities and gradients of a linear head, without storing the logits of all rows.
 
 Every objective that scores tokens is computed here: its gradient in a row's hidden state is one number, the slope,
 times the gradient of the row's cross-entropy, -log p. Shape legend: N rows, C rows of a chunk, D hidden size, V
@@ -110,7 +110,9 @@ def add_gradients(
     targets_N: Tensor,
     row_slopes: RowSlopes | None,
 ) -> None:
-    """Adds a chunk's part to the gradients that `scores` holds. Rows without a target are excluded from the products.
+    """Adds a chunk's part to the gradients that `scores` holds.
+
+    Rows without a target are excluded from the products.
 
     Args:
         scores: results with the chunk's log-probabilities.

@@ -1,4 +1,4 @@
-"""Cross-entropy of a linear head in Triton, as in the reference; derivatives overwrite the logits in place.
+"""Cross-entropy of a linear head in Triton; derivatives overwrite the logits in place.
 
     kernel  grid       tile                  accumulator                     rounding
     slopes  (C rows)   1 x block_columns,    float32 (float64 of float64)    slopes once, to nearest even, into the

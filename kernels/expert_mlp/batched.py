@@ -1,4 +1,4 @@
-"""SwiGLU experts as batched products with the same number of rows for each expert, for 16-bit numbers on CPU.
+"""SwiGLU experts as batched products with equally many rows per expert, for 16-bit numbers on CPU.
 
 A product on CPU takes less time than its launch, and each new shape is compiled first. One product over all experts, in
 few shapes, is therefore faster than one per expert, although experts with few rows are padded. If padding would more
@@ -35,7 +35,10 @@ class _Slots:
     num_experts: int
 
     def scatter(self, values_ND: Tensor, tokens_A: Tensor | None = None) -> Tensor:
-        """Returns each slot's value, ECD, zero in a slot without a row. `tokens_A`: the given row of each place."""
+        """Returns each slot's value, ECD, zero in a slot without a row.
+
+        `tokens_A`: the given row of each place.
+        """
         rows_S = self.rows_S if tokens_A is None else tokens_A.index_select(0, self.rows_S)
         values_SD = values_ND.index_select(0, rows_S).index_fill_(0, self.filled, 0)
         return values_SD.view(self.num_experts, -1, values_ND.shape[1])

@@ -1,4 +1,4 @@
-"""SwiGLU experts as grouped products over the rows of all experts at once, for devices that run many in parallel.
+"""SwiGLU experts as grouped products over the rows of all experts, for parallel devices.
 
 Shape legend: as in reference.py.
 """

@@ -1,4 +1,6 @@
-"""SwiGLU experts over rows sorted by expert, a few experts at a time, so that intermediate values stay in the cache.
+"""SwiGLU experts over rows sorted by expert.
+
+A few experts are processed at a time, so that intermediate values stay in the cache.
 
 Shape legend: N rows given, A rows in the experts' order, D hidden size, E experts, M expert intermediate size, H = 2 M
 gate and up side by side, R rows of a block of experts. `counts`, the rows of each expert, is on the host. `tokens_A`
@@ -97,7 +99,7 @@ def expert_mlp_backward(
     *,
     rows_ND: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """Computes the gradients of `expert_mlp` in its rows (AD, in the experts' order), in its weights (A), and more.
+    """Computes the gradients of `expert_mlp` in its rows (AD, in the experts' order) and its weights.
 
     Args:
         grad_ND: gradient of the output, or of the sum per token if `tokens_A` is given.

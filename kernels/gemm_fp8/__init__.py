@@ -28,7 +28,7 @@ def gemm_fp8(
 def gemm_fp8_columns(
     left: QuantizedColumns, right: QuantizedColumns, *, implementation: Implementation | None = None
 ) -> Tensor:
-    """Multiplies over the rows of all groups, left right^T, MN in float32, as `kernels.gemm_fp8.reference` does."""
+    """Multiplies over the rows of all groups, left right^T, MN in float32, as the reference does."""
     products = _products(implementation or choose_product_implementation(left.codes.device))
     return products.gemm_fp8_columns(left, right)
 

@@ -1,4 +1,4 @@
-"""Conditions for copying tiles of a matrix by Hopper's tensor memory accelerator (TMA), and memory for descriptors."""
+"""Conditions and memory for descriptors of Hopper's tensor memory accelerator (TMA)."""
 
 from functools import partial
 
@@ -11,7 +11,7 @@ LARGEST_DESCRIBED_BYTES = 4  # of a number
 
 
 def is_describable(matrix: Tensor) -> bool:
-    """Whether tiles of a matrix can be moved by descriptor: the matrix and its rows begin at multiples of 16 bytes.
+    """Whether tiles can be moved by descriptor: the matrix and its rows are 16-byte aligned.
 
     In addition a row must be contiguous and no longer than the row stride.
     """

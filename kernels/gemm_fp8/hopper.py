@@ -1,4 +1,4 @@
-"""Emulates how Hopper's tensor cores accumulate products of FP8 codes, to measure the effect of promotion to float32.
+"""Emulates how Hopper's tensor cores accumulate FP8 products, to measure the effect of promotion.
 
 They align 32 products and the running sum to the largest exponent among them, and keep 14 bits of each
 (arXiv:2412.19437, section 3.3.2, "increasing accumulation precision"). The emulation truncates the other bits instead
@@ -60,7 +60,7 @@ def accumulate(left_MK: Tensor, right_NK: Tensor, promotion: int | None) -> Tens
 
 
 def accumulation_errors(depth: int, promotion: int | None, size: int = 16) -> AccumulationErrors:
-    """Measures errors of `accumulate` against exact sums of the same codes, which excludes rounding to codes.
+    """Measures errors of `accumulate` against exact sums of the same codes, without rounding to codes.
 
     Args:
         depth: number of products per sum.

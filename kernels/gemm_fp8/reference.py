@@ -46,7 +46,9 @@ def gemm_fp8(left: Quantized, right: QuantizedBlocks, dtype: torch.dtype) -> Ten
 
 
 def gemm_fp8_columns(left: QuantizedColumns, right: QuantizedColumns) -> Tensor:
-    """Multiplies over the rows of all groups, `left right^T`: a weight's gradient (arXiv:2412.19437, section 3.3.2).
+    """Multiplies over the rows of all groups, `left right^T`: a weight's gradient.
+
+    Source: arXiv:2412.19437, section 3.3.2.
 
     Args:
         left: codes [M, P] with scales by 128 of P, of the outputs' gradient.

@@ -1,4 +1,4 @@
-"""Products of matrices in FP8 codes and scales, in Triton; results are defined in kernels/gemm_fp8/reference.py.
+"""Products of matrices in FP8 codes and scales, in Triton; see kernels/gemm_fp8/reference.py.
 
     kernel  grid                            tile                     accumulator                     rounding
     gemm    persistent: programs_per_sm     rows x outputs,          per 128 of K float32, of which  once, to nearest
@@ -73,7 +73,7 @@ def gemm_kernel(
     GROUP: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ) -> None:
-    """Computes tiles of `left right^T`; BY_BLOCKS says whether a scale of `right` covers 128 of its rows or one."""
+    """Computes tiles of `left right^T`; BY_BLOCKS: a scale of `right` covers 128 of its rows, not one."""
     left_tiles = tl.make_tensor_descriptor(left, [num_rows, depth], [left_stride, 1], [BLOCK_ROWS, BLOCK_DEPTH])
     right_tiles = tl.make_tensor_descriptor(
         right, [num_outputs, depth], [right_stride, 1], [BLOCK_OUTPUTS, BLOCK_DEPTH]
@@ -139,7 +139,9 @@ def gemm_fp8(left: Quantized, right: QuantizedBlocks, dtype: torch.dtype, *, til
 
 
 def gemm_fp8_columns(left: QuantizedColumns, right: QuantizedColumns, *, tiling: Tiling | None = None) -> Tensor:
-    """Multiplies over the rows of all groups, `left right^T`: a weight's gradient (arXiv:2412.19437, section 3.3.2).
+    """Multiplies over the rows of all groups, `left right^T`: a weight's gradient.
+
+    Source: arXiv:2412.19437, section 3.3.2.
 
     Args:
         left: codes [M, P] with scales by 128 of P; copied unless rows begin at multiples of 16 bytes.

@@ -1,4 +1,4 @@
-"""Products in FP8 with the tiling that is fastest on this GPU, measured at the first product of a shape.
+"""Products in FP8 with the fastest tiling on this GPU, measured at the first product of a shape.
 
 Triton's autotuner needs a GPU at construction and calls kernels with the arguments of a launch. This tuner tries whole
 launches, and does nothing before the first product on CUDA.
@@ -48,7 +48,7 @@ _LONGEST_CAUSE = 200  # characters
 
 
 def stream_milliseconds(call: Callable[[], Any]) -> float:
-    """Returns the median time of a call on the current stream, with overlapping launches, after compilation.
+    """Returns the median time of a compiled call on the current stream, with overlapping launches.
 
     It waits only for this stream: another stream may hold a message that another rank answers after this product, and
     Triton's benchmark waits for the whole device.

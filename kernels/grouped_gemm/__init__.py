@@ -27,7 +27,7 @@ def grouped_rows(
     *,
     implementation: Implementation | Literal["native"] | None = None,
 ) -> Tensor:
-    """Multiplies each group's rows by the transpose of its matrix, AN, as `kernels.grouped_gemm.reference` does.
+    """Multiplies each group's rows by the transpose of its matrix, AN, as `reference.grouped_rows` does.
 
     `implementation`: `native` is torch's own grouped product, for CUDA and bf16.
     """
@@ -51,7 +51,7 @@ def grouped_weight(
     *,
     implementation: Implementation | Literal["native"] | None = None,
 ) -> Tensor:
-    """Computes the gradient of each group's matrix, ENK, as `kernels.grouped_gemm.reference.grouped_weight` does."""
+    """Computes the gradient of each group's matrix, ENK, as `reference.grouped_weight` does."""
     if implementation == "native":
         from kernels.grouped_gemm import native
 
@@ -85,7 +85,7 @@ def grouped_weight_fp8(
     *,
     implementation: Implementation | None = None,
 ) -> Tensor:
-    """Computes the gradient of each group's matrix from FP8, ENK, as `reference_fp8.grouped_weight_fp8` does."""
+    """Computes the gradient of each group's matrix, ENK, as `reference_fp8.grouped_weight_fp8` does."""
     products = _products(implementation or choose_product_implementation(grad.codes.device))
     return products.grouped_weight_fp8(grad, rows, counts)
 

@@ -1,4 +1,4 @@
-"""Grouped products in FP8 by the package `deep_gemm` (version 2), if it is installed and supports the operands.
+"""Grouped products in FP8 by the package `deep_gemm` (version 2), if it supports the operands.
 
 On Hopper each group's rows must begin at a multiple of 128. Unless all counts are such multiples, rows are gathered
 into padded groups and results are gathered back. Otherwise strided rows, such as those of a packed message, are copied.
@@ -129,7 +129,7 @@ def _select(codes: Tensor, sources: Tensor) -> Tensor:
 
 
 def _group_by_group(codes_DP: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Returns the codes of one group after the other in one dimension: D rows of as many columns as the group has."""
+    """Returns the flattened codes of one group after the other, each D rows of the group's columns."""
     made = torch.empty_like(codes_DP).view(-1)
     first = 0
     for part in codes_DP.split(list(sizes), 1):

@@ -39,7 +39,9 @@ def grouped_rows(rows_AK: Tensor, weight_ENK: Tensor, counts: Sequence[int]) -> 
 
 
 def grouped_weight(grad_AN: Tensor, rows_AK: Tensor, counts: Sequence[int]) -> Tensor:
-    """Computes the weight gradient of `grouped_rows`, ENK: per group, the transposed output gradient times its rows.
+    """Computes the weight gradient of `grouped_rows`, ENK.
+
+    Per group it is the transpose of the output gradient times the rows.
 
     Raises:
         ValueError: the operands do not match, or counts do not add up to A.

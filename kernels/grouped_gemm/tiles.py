@@ -42,7 +42,7 @@ def locate_row_tile(
 def locate_matrix_tile(
     tile: tl.tensor, num_tile_rows: tl.tensor, num_tile_columns: tl.tensor, HEIGHT: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Returns group, row and column of a tile of consecutive matrices; within one, down HEIGHT rows by column."""
+    """Returns group, row and column of a tile of matrices; within one, down HEIGHT rows by column."""
     tiles_of_matrix = num_tile_rows * num_tile_columns
     in_matrix = tile % tiles_of_matrix
     tiles_of_block = HEIGHT * num_tile_columns
@@ -88,7 +88,7 @@ def store_tile(
 
 
 def plan_row_tiles(counts: Sequence[int], block_rows: int, height: int, device: torch.device) -> Tensor:
-    """Returns places_T5, int32, for `locate_row_tile`: the tiles of rows, in blocks processed column by column.
+    """Returns places_T5, int32, for `locate_row_tile`: tiles of rows in blocks, column by column.
 
     The five values describe the tile's block: its first tile, its number of tiles, its first row, the end of its
     group's rows, and its group.

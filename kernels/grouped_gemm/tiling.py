@@ -1,4 +1,4 @@
-"""Tile sizes of a grouped product of 16- or 32-bit numbers on a GPU; a tiling changes only the order of sums."""
+"""Tile sizes of a grouped product of 16- or 32-bit numbers; they change only the order of sums."""
 
 from dataclasses import dataclass
 
@@ -54,7 +54,7 @@ OF_32_BITS = GroupedTiling(rows=64, columns=64, depth=32, programs_per_sm=2)
 
 
 def is_stored_at_once(num_columns: int) -> bool:
-    """Whether rows of so many columns are known to begin at multiples of 16 bytes, the size of a vector store."""
+    """Whether all rows of so many columns begin at multiples of 16 bytes, the size of a vector store."""
     return num_columns % KNOWN_MULTIPLE == 0
 
 

@@ -1,4 +1,4 @@
-"""Products of rows sorted by group with one matrix per group, in Triton; see kernels/grouped_gemm/reference.py.
+"""Products of rows sorted by group with one matrix per group, in Triton; see reference.py.
 
 One launch computes all groups: in a persistent grid, `programs_per_sm` programs per multiprocessor process tile after
 tile of the result.
@@ -60,7 +60,7 @@ def grouped_rows_kernel(
     BLOCK_DEPTH: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ) -> None:
-    """Computes tiles of each group's rows times its transposed matrix; ACROSS: the matrix is stored transposed."""
+    """Computes tiles of each group's rows times its transposed matrix; ACROSS: it is stored transposed."""
     rows_tiles = tl.make_tensor_descriptor(rows, [num_rows, depth], [rows_stride, 1], [BLOCK_ROWS, BLOCK_DEPTH])
     if ACROSS:
         weight_tiles = tl.make_tensor_descriptor(
@@ -198,7 +198,9 @@ def grouped_rows(
 def grouped_weight(
     grad_AN: Tensor, rows_AK: Tensor, counts: Sequence[int], *, tiling: GroupedTiling | None = None
 ) -> Tensor:
-    """Computes the weight gradient of `grouped_rows`, ENK: per group, the transposed output gradient times its rows.
+    """Computes the weight gradient of `grouped_rows`, ENK.
+
+    Per group it is the transpose of the output gradient times the rows.
 
     Args:
         grad_AN: bfloat16, float16 or float32, sorted by group; copied unless rows begin at multiples of 16 bytes.

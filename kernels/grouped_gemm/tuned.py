@@ -1,4 +1,4 @@
-"""Grouped products in FP8 with the tiling that is fastest on this GPU, measured at the first product of a shape."""
+"""Grouped products in FP8 with the fastest tiling, measured at the first product of a shape."""
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial

@@ -1,4 +1,4 @@
-"""Row permutation by index, and its inverse with a sum, in Triton: bit-equal to kernels/permute/reference.py.
+"""Row permutation by index, and its inverse with a sum, in Triton: bit-equal to reference.py.
 
 Both are memory-bound. One program owns each tile of the result, so there are no atomics and the order of a sum is
 fixed.

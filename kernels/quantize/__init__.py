@@ -27,7 +27,10 @@ def num_tiles(num_columns: int) -> int:
 
 
 def num_pairs(num_columns: int) -> int:
-    """Number of column pairs that cover a row; the last may have one column. In E5M6 each pair takes three bytes."""
+    """Number of column pairs that cover a row; the last may have one column.
+
+    In E5M6 each pair takes three bytes.
+    """
     return -(-num_columns // 2)
 
 
@@ -72,7 +75,7 @@ def quantize_columns(
     *,
     implementation: Implementation | None = None,
 ) -> QuantizedColumns:
-    """Quantizes the transpose by 128 rows of a group, as `kernels.quantize.reference_columns.quantize_columns` does."""
+    """Quantizes the transpose by 128 rows of a group, as `reference_columns.quantize_columns` does."""
     if is_reference(implementation, rows_ND.device):
         from kernels.quantize import reference_columns
 
@@ -90,7 +93,7 @@ def requantize_columns(
     *,
     implementation: Implementation | None = None,
 ) -> QuantizedColumns:
-    """Quantizes the transpose of FP8 rows, as `kernels.quantize.reference_columns.requantize_columns` does."""
+    """Quantizes the transpose of FP8 rows, as `reference_columns.requantize_columns` does."""
     if is_reference(implementation, quantized.codes.device):
         from kernels.quantize import reference_columns
 
@@ -107,7 +110,7 @@ def quantize_128x128(
     *,
     implementation: Implementation | None = None,
 ) -> QuantizedBlocks:
-    """Quantizes one or several weights by blocks, as `kernels.quantize.reference_blocks.quantize_128x128` does."""
+    """Quantizes one or several weights by blocks, as `reference_blocks.quantize_128x128` does."""
     if is_reference(implementation, values.device):
         from kernels.quantize import reference_blocks
 

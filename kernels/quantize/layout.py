@@ -1,4 +1,4 @@
-"""Layouts of quantized matrices: codes, and a scale for every 128 numbers of a row or column, or for 128 x 128.
+"""Layouts of quantized matrices: codes, and a scale per 128 numbers of a row or column, or 128 x 128.
 
 Shape legend: N rows, D columns, T tiles in a row, P rows after every group is padded to whole tiles.
 """
@@ -43,7 +43,9 @@ class Quantized(NamedTuple):
 
 
 class QuantizedBlocks(NamedTuple):
-    """A weight in FP8, in blocks of 128 x 128; the last ones may be ragged (arXiv:2412.19437, section 3.3.2).
+    """A weight in FP8, in blocks of 128 x 128; the last ones may be ragged.
+
+    Source: arXiv:2412.19437, section 3.3.2.
 
     Attributes:
         codes: float8_e4m3fn [..., N, D]; each matrix of the leading dimensions, such as experts, has its own blocks.
@@ -71,7 +73,9 @@ class QuantizedColumns(NamedTuple):
 
 
 class PackedE5M6(NamedTuple):
-    """Rows in 12 bits per number: sign, 5 bits of exponent (bias 15), 6 of mantissa (arXiv:2412.19437, section 3.3.3).
+    """Rows in 12 bits per number: sign, 5 bits of exponent (bias 15), 6 of mantissa.
+
+    Source: arXiv:2412.19437, section 3.3.3.
 
     This is IEEE half precision without its last 4 bits. Each row holds first the lower 8 bits of all numbers, then the
     upper 4 bits, two numbers to a byte with the even one in the lower half. A GPU can load and store these bytes 16 at

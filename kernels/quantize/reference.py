@@ -90,7 +90,7 @@ def dequantize_1x128(quantized: Quantized, dtype: torch.dtype) -> Tensor:
 
 
 def compute_scales(amax_RT: Tensor, power_of_two: bool, min_amax: float) -> Tensor:
-    """Computes scales from the largest magnitudes of tiles, of any shape; NaN if a magnitude is not finite."""
+    """Computes scales from the largest magnitudes of tiles; NaN if a magnitude is not finite."""
     scales_RT = amax_RT.clamp(min=min_amax) / LARGEST_CODE
     if power_of_two:
         # Adding the mantissa's mask carries into the exponent unless the number is a power of two already.

@@ -97,7 +97,7 @@ def dequantize_128x128(quantized: QuantizedBlocks, dtype: torch.dtype) -> Tensor
 
 
 def transpose_blocks(quantized: QuantizedBlocks) -> QuantizedBlocks:
-    """Swaps the last two dimensions of quantized weights without rounding: a transposed block keeps its scale.
+    """Swaps the last two dimensions of quantized weights, exactly: a transposed block keeps its scale.
 
     Args:
         quantized: codes float8_e4m3fn [..., N, D] and scales float32 [..., ceil(N / 128), ceil(D / 128)].

@@ -50,7 +50,9 @@ def quantize_columns(
 def requantize_columns(
     quantized: Quantized, counts: Sequence[int], power_of_two: bool, min_amax: float = 1e-4
 ) -> QuantizedColumns:
-    """Applies `quantize_columns` to FP8 rows in tiles of 128 columns; a value is code times scale in float32.
+    """Applies `quantize_columns` to FP8 rows in tiles of 128 columns.
+
+    A value is code times scale in float32.
 
     This is exact if all scales are powers of two and the range of exponents in a column of a tile permits it.
 

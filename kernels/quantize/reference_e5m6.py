@@ -91,7 +91,7 @@ def _scales(amax: Tensor) -> Tensor:
 
 
 def _rounded(scaled: Tensor) -> Tensor:
-    """Rounds each number, of magnitude 65024 at most, to 6 bits of mantissa and an exponent of at least -14."""
+    """Rounds numbers of magnitude up to 65024 to 6 bits of mantissa and an exponent of at least -14."""
     # The last bit of a float near 1.5 * 2**17 times the value's power of two, or times 2**-14, is the last bit to keep.
     large = scaled.view(torch.int32).bitwise_and(0x7F800000).clamp_(min=127 - 14 << 23).add_((17 << 23) + (1 << 22))
     large = large.view(torch.float32)

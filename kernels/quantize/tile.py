@@ -13,7 +13,7 @@ RECIPROCAL_BITS = tl.constexpr(0x7F000000)
 
 @triton.jit  # type: ignore[untyped-decorator]
 def largest_bits(values: tl.tensor, AXIS: tl.constexpr) -> tl.tensor:
-    """Returns the bits of the largest magnitude of float32 numbers along AXIS, int32; keeps the axis with length 1.
+    """Returns the bits of the largest float32 magnitude along AXIS, int32; keeps the axis with length 1.
 
     Bits of non-negative floats have the order of the floats, and those of a NaN are the largest. A float maximum may
     drop a NaN.

@@ -1,4 +1,4 @@
-"""FP8 codes with one scale per row and 128 columns, in Triton: bit-equal to kernels/quantize/reference.py.
+"""FP8 codes with one scale per row and 128 columns, in Triton: bit-equal to reference.py.
 
 Both kernels are memory-bound: each number is read once and written once.
 

@@ -1,4 +1,4 @@
-"""FP8 codes with one scale per block of 128 x 128, in Triton: bit-equal to kernels/quantize/reference_blocks.py.
+"""FP8 codes with one scale per block of 128 x 128, in Triton: bit-equal to reference_blocks.py.
 
 All kernels are memory-bound: each number is read once and written once. Codes are transposed by tiles because torch
 copies single bytes along columns; torch transposes the few scales.
@@ -38,7 +38,7 @@ from kernels.quantize.tile import compute_codes, compute_scales, largest_bits
 def _block_of(
     num_rows: tl.tensor, num_columns: tl.tensor, row_stride: tl.tensor, stride: tl.tensor, TILE: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Returns offsets of a program's block in matrices with the given strides, and the mask of valid elements."""
+    """Returns offsets of a program's block in strided matrices, and the mask of valid elements."""
     rows = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)[:, None]
     columns = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)[None, :]
     first = tl.program_id(2).to(tl.int64) * stride
@@ -193,7 +193,7 @@ def dequantize_128x128(quantized: QuantizedBlocks, dtype: torch.dtype, *, num_wa
 
 
 def transpose_blocks(quantized: QuantizedBlocks, *, num_warps: int = 8) -> QuantizedBlocks:
-    """Swaps the last two dimensions of quantized weights without rounding: a transposed block keeps its scale.
+    """Swaps the last two dimensions of quantized weights, exactly: a transposed block keeps its scale.
 
     Args:
         quantized: codes float8_e4m3fn [..., N, D], contiguous along D, and scales float32 [..., ceil(N / 128),

@@ -1,4 +1,6 @@
-"""Transposed FP8 codes with one scale per column and 128 rows of a group, in Triton: see reference_columns.py.
+"""Transposed FP8 codes with a scale per column and 128 rows of a group, in Triton.
+
+See kernels/quantize/reference_columns.py.
 
 Results are bit-equal to the reference. Both kernels are memory-bound: each number is read once and written once, both
 in contiguous runs. In between, a tile of codes, one byte each, is transposed in shared memory.
@@ -206,7 +208,9 @@ def requantize_columns(
     vector: int = 4,
     num_warps: int = 4,
 ) -> QuantizedColumns:
-    """Applies `quantize_columns` to FP8 rows in tiles of 128 columns; a value is code times scale in float32.
+    """Applies `quantize_columns` to FP8 rows in tiles of 128 columns.
+
+    A value is code times scale in float32.
 
     This is exact if all scales are powers of two and the range of exponents in a column of a tile permits it.
 
@@ -270,7 +274,7 @@ def _empty(rows_ND: Tensor, counts: Sequence[int]) -> QuantizedColumns:
 
 
 def _bounds(counts: Sequence[int], device: torch.device) -> Tensor | None:
-    """Returns bounds_T2, int32: first row of each tile and the end of its group's rows; None for a single group."""
+    """Returns bounds_T2, int32: first row of each tile, end of its group; None for a single group."""
     if len(counts) <= 1:
         return None
     bounds, first = [], 0

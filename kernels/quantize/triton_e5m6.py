@@ -1,4 +1,4 @@
-"""Rows in 12 bits per number with one scale per row and 128 columns, in Triton, bit-equal to reference_e5m6.py.
+"""Rows in 12 bits per number with a scale per 128 columns, in Triton: bit-equal to reference_e5m6.py.
 
 Both kernels are memory-bound: each number is read once and written once.
 

@@ -25,7 +25,7 @@ def rms_norm(
     *,
     implementation: Implementation | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Normalizes x and returns the inverse root mean squares too, as `kernels.rms_norm.reference.rms_norm` does."""
+    """Normalizes x and returns the inverse root mean squares too, as `reference.rms_norm` does."""
     if _is_reference(implementation, x):
         from kernels.rms_norm import reference
 

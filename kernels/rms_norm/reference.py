@@ -18,7 +18,7 @@ def inverse_rms(x: Tensor, eps: float) -> Tensor:
 
 
 def normalize(x: Tensor, scale: Tensor, weight_D: Tensor) -> Tensor:
-    """Computes x * scale, casts it to x's type, and multiplies by the weight, in the order of the released code.
+    """Computes x * scale, casts it to x's type, and multiplies by the weight, as the released code does.
 
     Args:
         x: [..., D].
@@ -43,7 +43,7 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def normalize_backward(grad: Tensor, x: Tensor, scale: Tensor, weight_D: Tensor) -> tuple[Tensor, Tensor]:
-    """Computes the gradients of `normalize` in x, [..., D], and in the weight, [D], in the type of `scale`.
+    """Computes the gradients of `normalize` in x, [..., D], and the weight, [D], in the type of `scale`.
 
     Args:
         grad: gradient of the output, [..., D].

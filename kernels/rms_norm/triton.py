@@ -1,4 +1,4 @@
-"""Root-mean-square normalization and its backward, in Triton, one pass each; see kernels/rms_norm/reference.py.
+"""Root-mean-square normalization and its backward, in Triton, one pass each; see reference.py.
 
 Both are memory-bound: a program holds whole rows in registers, so that each number is read once.
 
@@ -131,7 +131,7 @@ def rms_norm_backward_kernel(
 def rms_norm(
     x: Tensor, weight_D: Tensor, eps: float, *, block_rows: int | None = None, num_warps: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Computes `normalize(x, inverse_rms(x, eps), weight_D)` of the reference, and returns the inverse root too.
+    """Computes the reference's `normalize(x, inverse_rms(x, eps), weight_D)` and the inverse root.
 
     Args:
         x: floating point [..., D], at most 8192 columns; rows may be strided.
@@ -186,7 +186,7 @@ def normalize_backward(
     num_stages: int = 2,
     num_programs: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Computes the gradients of `normalize` in x, [..., D], and in the weight, [D], in the type of `scale`.
+    """Computes the gradients of `normalize` in x, [..., D], and the weight, [D], in the type of `scale`.
 
     Args:
         grad: gradient of the output, [..., D]; rows may be strided.

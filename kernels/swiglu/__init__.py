@@ -37,7 +37,7 @@ def swiglu_backward(
     *,
     implementation: Implementation | None = None,
 ) -> Tensor:
-    """Computes the gradient of gate and up side by side, AH, as `kernels.swiglu.reference.swiglu_backward` does."""
+    """Computes the gradient of gate and up side by side, AH, as `reference.swiglu_backward` does."""
     if is_reference(implementation, grad_AM.device):
         from kernels.swiglu import reference
 

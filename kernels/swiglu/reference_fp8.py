@@ -1,4 +1,4 @@
-"""SwiGLU between two FP8 products, in plain PyTorch: quantizes its result, and runs its backward from cached codes.
+"""SwiGLU between two FP8 products, with a backward from cached codes, in plain PyTorch.
 
 Shape legend: A rows, M intermediate size, H = 2 M, gate and up side by side, R rows processed at a time.
 """
@@ -13,7 +13,7 @@ from kernels.swiglu.reference import check_backward_from_codes, check_weights, c
 
 
 def swiglu_quantize(hidden_AH: Tensor, weights_A: Tensor | None, power_of_two: bool) -> tuple[Quantized, Quantized]:
-    """Computes silu(gate) * up * weight as the operand of the next product, and quantizes the hidden values to cache.
+    """Quantizes silu(gate) * up * weight for the next product, and the hidden values for the backward.
 
     The operand is computed in float32 from the given hidden values, not from their codes, and rounded once
     (arXiv:2412.19437, section 3.3.3: SwiGLU's inputs are cached in FP8, its output is computed again in the backward).
@@ -50,7 +50,7 @@ def swiglu_quantize(hidden_AH: Tensor, weights_A: Tensor | None, power_of_two: b
 def swiglu_backward_from_codes(
     grad_AM: Tensor, hidden: Quantized, weights_A: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Computes the gradients of `silu(gate) * up * weight` from the codes of gate and up, in float32 until the end.
+    """Computes the gradients of `silu(gate) * up * weight` from the codes of gate and up, in float32.
 
     Args:
         grad_AM: gradient of the result, of any floating type.

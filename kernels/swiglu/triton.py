@@ -1,4 +1,4 @@
-"""SwiGLU's gate and its backward in Triton, as in kernels/swiglu/reference.py, but rounded only once, at the end.
+"""SwiGLU's gate and its backward in Triton, as in reference.py, but rounded only once, at the end.
 
 Both are memory-bound: each number is read once and written once.
 
@@ -69,7 +69,7 @@ def swiglu_backward_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ) -> None:
-    """Computes a tile of the gate half of `out` and the same tile of the up half; columns are those of `grad`."""
+    """Computes the same tile of the gate half and of the up half of `out`; columns are those of `grad`."""
     tiles = tl.cdiv(num_columns, BLOCK_COLUMNS)
     row_block = (tl.program_id(0) // tiles).to(tl.int64)
     row = (row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))[:, None]
@@ -129,7 +129,7 @@ def swiglu(gate: Tensor, up: Tensor, *, block_rows: int = 4, block_columns: int 
 def swiglu_backward(
     grad_AM: Tensor, hidden_AH: Tensor, *, block_rows: int = 4, block_columns: int = 512, num_warps: int = 4
 ) -> Tensor:
-    """Computes the gradient of `swiglu` in gate and up, side by side, AH, in the type of the hidden values.
+    """Computes the gradient of `swiglu` in gate and up, side by side, AH, in the hidden values' type.
 
     Args:
         grad_AM: gradient of the output; rows may be strided.

@@ -41,7 +41,7 @@ def _store_tile(
     MIN_AMAX: tl.constexpr,
     TILE: tl.constexpr,
 ) -> None:
-    """Quantizes and stores one tile of each row if the tile exists; values beyond the last column are zeros."""
+    """Quantizes and stores one tile of each row if it exists; values beyond the last column are zeros."""
     column = tile * TILE + tl.arange(0, TILE)[None, :]
     scale = compute_scales(largest_bits(values, 1), MIN_AMAX, POWER_OF_TWO)
     inside = (row < num_rows) & (column < num_columns)
@@ -113,7 +113,7 @@ def swiglu_backward_codes_kernel(
     BLOCK_ROWS: tl.constexpr,
     TILE: tl.constexpr,
 ) -> None:
-    """Computes one tile of the product and of both halves of the gradient, and its share of the weights' gradient."""
+    """Computes a tile of the product and of both gradient halves, and its share of the weights' gradient."""
     tiles = tl.cdiv(width, TILE)
     row_block = (tl.program_id(0) // tiles).to(tl.int64)
     tile = tl.program_id(0) - row_block * tiles
@@ -151,7 +151,7 @@ def swiglu_backward_codes_kernel(
 def swiglu_quantize(
     hidden_AH: Tensor, weights_A: Tensor | None, power_of_two: bool, *, block_rows: int = 8, num_warps: int = 4
 ) -> tuple[Quantized, Quantized]:
-    """Computes silu(gate) * up * weight as the operand of the next product, and quantizes the hidden values to cache.
+    """Quantizes silu(gate) * up * weight for the next product, and the hidden values for the backward.
 
     The operand is computed in float32 from the given hidden values, not from their codes, and rounded once
     (arXiv:2412.19437, section 3.3.3: SwiGLU's inputs are cached in FP8, its output is computed again in the backward).
@@ -207,7 +207,7 @@ def swiglu_quantize(
 def swiglu_backward_from_codes(
     grad_AM: Tensor, hidden: Quantized, weights_A: Tensor | None, *, block_rows: int = 8, num_warps: int = 4
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Computes the gradients of `silu(gate) * up * weight` from the codes of gate and up, in float32 until the end.
+    """Computes the gradients of `silu(gate) * up * weight` from the codes of gate and up, in float32.
 
     Args:
         grad_AM: gradient of the result, of any floating type; rows may be strided.

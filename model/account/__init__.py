@@ -1,4 +1,7 @@
-"""Counts a model's weights, and the bytes that a micro-batch keeps, before the model is built. Imports no torch."""
+"""Counts a model's weights, and the bytes that a micro-batch keeps, before the model is built.
+
+Imports no torch.
+"""
 
 from model.account.activations import (
     ActivationAccount,

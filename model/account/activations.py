@@ -1,4 +1,6 @@
-"""Bytes that the model keeps for its backward, as saved-tensor hooks count them: each storage once, without weights.
+"""Bytes that the model keeps for its backward: each storage once, without weights.
+
+Saved-tensor hooks count the same.
 
 Imports no torch. Counts are for one micro-batch of N tokens, with attention, gates and losses as in `model`. They
 exclude the indices of an exchange, 24 bytes per row at an expert.

@@ -89,7 +89,7 @@ def experts_phase(sizes: Sizes) -> PhaseBytes:
 
 
 def attention_waiting(sizes: Sizes) -> int:
-    """Returns the bytes that wait for the W of attention: inputs and output gradients of its linear maps, in FP8."""
+    """Returns the bytes that wait for attention's W: inputs and output gradients of linear maps, in FP8."""
     config = sizes.config
     down = sizes.codes(config.hidden_size) + sizes.columns(sizes.compressed_width)
     keys = sizes.codes(config.kv_lora_rank) + sizes.columns(sizes.expanded_width)

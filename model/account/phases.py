@@ -1,4 +1,4 @@
-"""Memory account of the phases of `model.stage`: what each one keeps of a micro-batch, in bytes, and for how long.
+"""Memory account of the phases of `model.stage`: what each one keeps of a micro-batch, and when.
 
 `tests/train/memory` compares every number with the storages that are alive in a run. Imports no torch.
 """

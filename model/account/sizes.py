@@ -1,4 +1,6 @@
-"""Bytes of a micro-batch's tensors, by name, from which the accounts of phases are added up. Imports no torch.
+"""Bytes of a micro-batch's tensors, by name, from which the accounts of phases are added up.
+
+Imports no torch.
 
 Every size covers all tokens of a micro-batch, or all rows that arrive at a rank's experts.
 """
@@ -95,7 +97,7 @@ class Sizes:
         return self.shape.num_tokens * (width + _SCALE_BYTES * num_tiles(width))
 
     def columns(self, width: int) -> int:
-        """Returns the bytes of `width` numbers of each token in transposed FP8: tokens are padded to tiles of 128."""
+        """Returns the bytes of `width` numbers of each token in transposed FP8, padded to 128 tokens."""
         return _columns(width, num_tiles(self.shape.num_tokens))
 
     def expert_numbers(self, width: int) -> int:
@@ -111,13 +113,13 @@ class Sizes:
         return self.rows * (width + _SCALE_BYTES * num_tiles(width))
 
     def expert_columns(self, width: int) -> int:
-        """Returns the bytes of `width` numbers of each expert row in FP8, transposed: each expert's rows are padded."""
+        """Returns the bytes of `width` numbers of each expert row in transposed FP8, padded per expert."""
         per_expert, rest = divmod(self.rows, self.num_local_experts)
         tiles = rest * num_tiles(per_expert + 1) + (self.num_local_experts - rest) * num_tiles(per_expert)
         return _columns(width, tiles)
 
     def matrix(self, *shape: int) -> int:
-        """Returns the bytes of a weight gradient from W: float32 if products are in FP8, else the weight's type."""
+        """Returns the bytes of a weight gradient: float32 if products are in FP8, else the weight's type."""
         size = self.shape.wide_bytes if self.is_fp8 else self.shape.value_bytes
         for dimension in shape:
             size *= dimension

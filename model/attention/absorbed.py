@@ -1,4 +1,4 @@
-"""Multi-head latent attention over the latent cache: absorbed for decoding, expanded for reading a prompt.
+"""Multi-head latent attention over the latent cache: absorbed for decoding, expanded for prompts.
 
 In the absorbed form, the keys' up-projection is applied to the queries and the values' up-projection after the mixing.
 Every head then reads the same cached latent, and no keys or values are computed (arXiv:2405.04434, section 2.1.2;

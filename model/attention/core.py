@@ -1,4 +1,4 @@
-"""Core of latent attention: one differentiable function that saves latents instead of queries, keys and values.
+"""Core of latent attention: one differentiable function that saves latents instead of heads.
 
 Source: arXiv:2412.19437, sections 2.1.1 and 3.2.3. Shape legend: as in model/attention/projections.py. W is the size of
 a value for the kernel. If the kernel wants queries, keys and values of one width, narrower ones are padded with zeros.
@@ -40,7 +40,7 @@ def mix(
 
 @dataclass(slots=True)
 class _HeadGraph:
-    """The kernel's own graph between forward and backward; the memory of its tensors may be freed in between.
+    """The kernel's own graph; the memory of its tensors may be freed between forward and backward.
 
     Attributes:
         inputs: queries, keys and values, which are leaves of the graph.

@@ -1,4 +1,6 @@
-"""Multi-head latent attention (arXiv:2412.19437, section 2.1.1): expanded in training, absorbed in decoding.
+"""Multi-head latent attention: expanded in training, absorbed in decoding.
+
+Source: arXiv:2412.19437, section 2.1.1.
 
 Shape legend: B sequences, T tokens, N new tokens, D hidden size, C values per token in the cache, X sizes of
 compressed queries, keys and values together.
@@ -21,7 +23,7 @@ from model.precision.linears import Linears
 
 
 class LatentAttention(LatentProjections):
-    """Attention with low-rank queries, and keys and values from one latent and one rotated key for all heads."""
+    """Attention with low-rank queries, and keys and values from a latent and a rotated key of all heads."""
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, kernel: str, linears: Linears) -> None:
         super().__init__(config, dtype)

@@ -1,4 +1,4 @@
-"""Compressed queries, keys and values of latent attention, and the linear maps on either side of the heads.
+"""Compressed values of latent attention, and the linear maps before and after the heads.
 
 Source: arXiv:2412.19437, sections 2.1.1 and 3.2.3. Shape legend: B sequences, T tokens, N = B T, H heads, D hidden
 size, L latent size, R latent size of queries (or H Q if they have none), C = L plus the rotated key's size, X = R +
@@ -43,7 +43,7 @@ class LatentProjections(Attention):
 
 
 class NormAndUpGradients(NamedTuple):
-    """Gradients of a norm's weight and of the up-projection behind it; None if it does not exist or a sink takes it."""
+    """Gradients of a norm's weight and of the up-projection behind it; None if absent or deferred."""
 
     norm: Tensor | None
     up: Tensor | None
@@ -67,7 +67,7 @@ class LatentShape:
 
 
 class LatentWeights(NamedTuple):
-    """Weights of norms, up-projections and output; those of queries are None if queries are not compressed."""
+    """Weights of norms, up-projections and output; None for queries if these are not compressed."""
 
     query_norm: Tensor | None
     query_up: Tensor | None

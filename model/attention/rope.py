@@ -1,4 +1,6 @@
-"""Rotary position embedding, interleaved pairs, with YaRN (arXiv:2309.00071; arXiv:2412.19437, section 4.3).
+"""Rotary position embedding, interleaved pairs, with YaRN.
+
+Source: arXiv:2309.00071; arXiv:2412.19437, section 4.3.
 
 Shape legend: B sequences, T positions, N tokens, H heads, P rotated pairs, R rotated values per head.
 """
@@ -14,7 +16,7 @@ from model.config import ModelConfig, PlainRope, YarnRope
 
 
 def inverse_frequencies(config: ModelConfig, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Returns the radians per position of each pair, [R / 2]: theta^(-2k/R), interpolated if YaRN requires it.
+    """Returns the radians per position of each pair, [R / 2]: theta^(-2k/R), interpolated by YaRN.
 
     In float32 each operation is rounded as in the released code and transformers, with which weights were trained:
     thousands of positions multiply an error in the last bit.

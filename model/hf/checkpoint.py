@@ -1,4 +1,7 @@
-"""Opens a checkpoint's folder and checks everything that can be checked without reading data. Imports no torch."""
+"""Opens a checkpoint's folder and checks everything that can be checked without reading data.
+
+Imports no torch.
+"""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace

@@ -41,7 +41,7 @@ class LoadedTransformer(Transformer):
 
 
 def load_hf(path: Path | str, dtype: torch.dtype, *, drop_mtp: bool = False) -> Transformer:
-    """Loads the model of a checkpoint: `config.json` with `model.safetensors`, or with shards and an index.
+    """Loads a checkpoint's model from `config.json` and `model.safetensors`, or shards with an index.
 
     Args:
         path: folder of the checkpoint.
@@ -106,7 +106,7 @@ def save_hf(
 
 
 def rotary_plan(rotary: Mapping[str, Tensor]) -> dict[str, Stored]:
-    """Returns how stored frequencies of the rotary embedding are written: in the type in which they were found."""
+    """Returns the plan for stored rotary frequencies: written in the type in which they were found."""
     return {name: Stored(tuple(values.shape), stored_dtype(values.dtype)) for name, values in rotary.items()}
 
 
@@ -119,7 +119,7 @@ def _check_whole(config: ModelConfig, named: Mapping[str, Tensor], path: Path | 
 def _as_found(
     plan: Mapping[str, Stored], named: Mapping[str, Tensor], source: HfSource, *, fp8: bool
 ) -> dict[str, Stored]:
-    """Returns the plan with each tensor in the type in which it was found, if that type holds its values exactly."""
+    """Returns the plan with each tensor in the type in which it was found, if that is exact."""
     found: dict[str, Stored] = {}
     for name, stored in plan.items():
         dtype = source.dtypes.get(name)

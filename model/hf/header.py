@@ -89,7 +89,10 @@ def _read(path: Path) -> tuple[int, bytes]:
 
 
 def _entry(path: Path, name: str, value: dict[str, Any], start: int) -> TensorEntry:
-    """Returns the header's entry of a tensor, which the library has checked except for the types that weights have."""
+    """Returns the header's entry of a tensor.
+
+    The library has checked everything except the type, which must be one that weights have.
+    """
     dtype, (begin, end) = value["dtype"], value["data_offsets"]
     if dtype not in get_args(StoredDtype):
         raise HfError(path, name, f"dtype must be one of {', '.join(get_args(StoredDtype))}, is {shown(dtype)}")

@@ -1,4 +1,6 @@
-"""Classifies the keys of `config.json`: read, harmless, or able to change the network. Imports no torch.
+"""Classifies the keys of `config.json`: read, harmless, or able to change the network.
+
+Imports no torch.
 
 A key is one of four kinds. *Read* keys describe the architecture (`model.hf.config`). *Harmless* keys do not affect
 what the network computes and are copied. An unknown key whose name contains a word of `_WORDS`, such as
@@ -92,7 +94,7 @@ def unknown_keys(keys: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def carried_keys(keys: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the keys that an export copies: those that describe neither the architecture nor the stored types.
+    """Returns the keys that an export copies: all but those of the architecture and the stored types.
 
     It includes a `model_type` other than the usual one, by which inference servers choose, and `quantization_config`,
     which says how FP8 scales are rounded.

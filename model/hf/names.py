@@ -43,7 +43,7 @@ class Stored:
 
 
 def stored_tensors(config: ModelConfig, *, dtype: StoredDtype, fp8: bool) -> dict[str, Stored]:
-    """Returns every tensor of a checkpoint of this architecture in the released form, in the order of the network.
+    """Returns every tensor of an architecture's released checkpoint, in the order of the network.
 
     A model without shared experts has theirs without rows, as `transformers` writes them.
 
@@ -102,7 +102,7 @@ def with_scales(name: str, shape: tuple[int, ...], scales: StoredDtype = "F32") 
 
 
 def is_rotary(name: str) -> bool:
-    """Whether a tensor holds the frequencies of the rotary embedding, which `config.json` already determines.
+    """Whether a tensor holds rotary embedding frequencies, which `config.json` already determines.
 
     Some published checkpoints store them, once or for every layer. No part of a model is read from them.
     """
@@ -110,7 +110,7 @@ def is_rotary(name: str) -> bool:
 
 
 def copied_from(name: str) -> str | None:
-    """Returns the main model's tensor of which an MTP module's embedding or head is a copy; None for other tensors."""
+    """Returns the main model's tensor of which an MTP module's tensor is a copy, or None."""
     parts = name.split(".", 3)
     return _MTP_COPIES.get(parts[3]) if parts[:2] == ["model", "layers"] and len(parts) == 4 else None
 

@@ -1,4 +1,4 @@
-"""Reads weights from a checkpoint in Hugging Face form in runs of rows, at most `CHUNK_BYTES` at a time.
+"""Reads weights from a Hugging Face checkpoint in runs of rows, at most `CHUNK_BYTES` at a time.
 
 Shape legend: R rows read at a time, D columns, M blocks in a column, T blocks in a row.
 """
@@ -43,7 +43,7 @@ class HfSource:
 
 
 class HfReader:
-    """Reader of a checkpoint in the released form: `config.json`, `model.safetensors` or shards with an index.
+    """Reader of a released checkpoint: `config.json`, `model.safetensors` or shards with an index.
 
     Creating the reader checks everything that can be checked without reading data, and the stored frequencies of the
     rotary embedding.
@@ -113,7 +113,7 @@ class HfReader:
         )
 
     def _read_rotary(self, name: str) -> Tensor:
-        """Returns stored frequencies, [R / 2] in the stored type, if they are those that `config.json` determines.
+        """Returns stored frequencies, [R / 2], if they are those that `config.json` determines.
 
         Under YaRN both are in use: the plain ones, as training code stores them, and the interpolated ones.
         """

@@ -1,4 +1,6 @@
-"""Reads rotary embedding from `config.json` in two spellings, and writes the released one. Imports no torch.
+"""Reads rotary embedding from `config.json` in two spellings, and writes the released one.
+
+Imports no torch.
 
 YaRN follows transformers. With L = ln(factor), cos and sin are scaled by `attention_factor`. Its default is (0.1 mscale
 L + 1) / (0.1 mscale_all_dim L + 1) if both are given and not 0, else 0.1 L + 1. Scores are scaled by (0.1
@@ -49,7 +51,7 @@ def read_rope(values: ConfigValues, max_position: int) -> tuple[float, RopeScali
 
 
 def write_rope(theta: float, scaling: RopeScaling) -> dict[str, Any]:
-    """Returns `rope_theta` and `rope_scaling` with which transformers computes what `model.attention.rope` does."""
+    """Returns `rope_theta` and `rope_scaling`, for which transformers and this model agree."""
     match scaling:
         case PlainRope():
             return {"rope_theta": theta, "rope_scaling": None}
@@ -85,7 +87,7 @@ def _kind(inner: ConfigValues) -> Literal["default", "yarn"]:
 
 
 def _check_plain_length(values: ConfigValues, max_position: int) -> None:
-    """Raises an error for an original length that differs from the model's if there is no scaling to explain it."""
+    """Raises an error for an original length that differs from the model's without a scaling."""
     key = "original_max_position_embeddings"
     if values.get(key) is not None and values.whole(key, 1) != max_position:
         raise values.error(
@@ -96,7 +98,7 @@ def _check_plain_length(values: ConfigValues, max_position: int) -> None:
 
 
 def _original_length(values: ConfigValues, inner: ConfigValues, max_position: int) -> int:
-    """Returns the length that YaRN extends, next to `factor` or at the top level, as transformers reads both.
+    """Returns the length that YaRN extends: next to `factor` or at the top level, as in transformers.
 
     Raises:
         HfError: the two differ, or one is not a length.

@@ -164,7 +164,10 @@ def _write_shard(
 
 
 def _layout(shard: Mapping[str, Stored]) -> tuple[dict[str, int], bytes]:
-    """Returns the start of each tensor's data in the file, and the header; aligned, as widest types come first."""
+    """Returns the start of each tensor's data, and the header.
+
+    The widest types come first, so that all data is aligned.
+    """
     ordered = sorted(shard, key=lambda name: (-ITEM_BYTES[shard[name].dtype], name))
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     begin, begins = 0, {}

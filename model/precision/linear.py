@@ -1,4 +1,4 @@
-"""Linear maps with a split backward: the input gradient at once, the weight gradient when the schedule requests it.
+"""Linear maps with a split backward: input gradient at once, weight gradient when the schedule says.
 
 Shape legend: A rows, K inputs, N outputs.
 """

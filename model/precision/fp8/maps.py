@@ -143,7 +143,7 @@ def _join(parts: Sequence[Tensor]) -> Tensor:
 
 
 def deliver_gradient(weight: Tensor, gradient: Callable[[], Tensor], sink: WeightSink | None) -> Tensor | None:
-    """Returns a float32 gradient to autograd in the weight's type, or defers it to the sink and returns None."""
+    """Returns a float32 gradient in the weight's type, or defers it to the sink and returns None."""
     if not weight.requires_grad:
         return None
     if sink is None:

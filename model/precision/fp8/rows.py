@@ -1,4 +1,6 @@
-"""Rows on their way to experts in FP8, quantized once for local and remote experts (arXiv:2412.19437, section 3.3.3).
+"""Rows on their way to experts in FP8, quantized once for local and remote experts.
+
+Source: arXiv:2412.19437, section 3.3.3.
 
 Autograd does not support codes. A placeholder without memory takes the gradient in their place, and rounding counts as
 the identity. Shape legend: N tokens, A received rows, B bytes of a packed row, D hidden size.
@@ -62,7 +64,7 @@ def as_fp8(rows: Rows) -> Fp8Rows:
 
 
 class Fp8Wire:
-    """Sends rows to experts and gradients after them in FP8; results and their gradients use the model's type."""
+    """Sends rows and their output gradients to experts in FP8; what returns has the model's type."""
 
     def __init__(self) -> None:
         self._slot = GradientSlot()

@@ -64,7 +64,7 @@ class PlainLatentLinears:
         return torch.addmm(x_ND, mixed_NV, self._weights.out.t())
 
     def saved(self, mixed_BHTW: Tensor) -> tuple[Tensor, ...]:
-        """Implements `LatentLinears.saved`: compressed values, the heads' output, and the norms' outputs if kept."""
+        """Implements `LatentLinears.saved`: compressed values, heads' output, and norms' outputs if kept."""
         if not self._keeps_normals:
             return self._compressed, mixed_BHTW
         if self._weights.query_up is None:
