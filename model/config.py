@@ -37,13 +37,13 @@ RopeScaling = PlainRope | YarnRope
 
 Recomputed = Literal["norm", "mla_up", "swiglu"]
 RECOMPUTED: tuple[Recomputed, ...] = ("norm", "mla_up", "swiglu")
-"""What a backward may compute anew instead of keeping it: outputs of RMSNorms, of MLA's up-projections (queries, keys
-and values), and of SwiGLU gates (arXiv:2412.19437, section 3.2.3)."""
+"""Outputs that a backward may recompute instead of keeping them: those of RMSNorms, of MLA's up-projections (queries,
+keys and values), and of SwiGLU gates (arXiv:2412.19437, section 3.2.3)."""
 
 
 Products = Literal["own", "fp8", "fp8_power_of_two"]
-"""In what the products of linear maps are computed: in the weights' own type, or in FP8 with scales of any value or of
-powers of two (arXiv:2412.19437, section 3.3)."""
+"""Precision of the products of linear maps: the weights' own type, or FP8 with scales of any value or only powers
+of two (arXiv:2412.19437, section 3.3)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

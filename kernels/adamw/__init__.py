@@ -32,7 +32,7 @@ class Coefficients(NamedTuple):
     correct_root: float
     """1 / sqrt(1 - beta2^step)."""
     eps: float
-    """Added to the corrected root."""
+    """Term added to the corrected root."""
     move: float
     """-learning rate / (1 - beta1^step)."""
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from kernels.adamw import Coefficients
 
 CHUNK_ELEMENTS = 2**16
-"""What is in float32 at a time: small enough for a core's cache, large enough to hide the calls."""
+"""Numbers processed in float32 at a time: few enough for a core's cache, enough to hide the cost of calls."""
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from kernels.attention.documents import Documents
 
 AUTO = "auto"
-"""Stands for the best kernel that is installed and suits the tensors."""
+"""Name that selects the best installed kernel for the tensors."""
 
 
 class CausalAttention(Protocol):

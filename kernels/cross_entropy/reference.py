@@ -17,7 +17,7 @@ CHUNK_LOGITS_16_BIT = 2**22
 SMALLEST_CHUNK_ROWS = 64
 
 SlopeFunction = Callable[[Tensor, slice], Tensor]
-"""Computes the slopes of a chunk's rows from their log-probabilities and their place among all rows."""
+"""Computes the slopes of a chunk's rows from their log-probabilities and their position among all rows."""
 RowSlopes = Tensor | SlopeFunction
 
 

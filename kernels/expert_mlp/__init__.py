@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ExpertImplementation = Literal["reference", "batched", "grouped"]
-"""One expert after the other; many experts in one batched product; torch's grouped products. All in plain PyTorch."""
+"""In plain PyTorch: one expert after the other, many experts in one batched product, or torch's grouped products."""
 
 
 def choose_expert_implementation(

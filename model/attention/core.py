@@ -1,7 +1,8 @@
 """Core of latent attention: one differentiable function that saves latents instead of heads.
 
 Source: arXiv:2412.19437, sections 2.1.1 and 3.2.3. Shape legend: as in model/attention/projections.py. W is the size of
-a value for the kernel. If the kernel wants queries, keys and values of one width, narrower ones are padded with zeros.
+a value for the kernel. If the kernel requires queries, keys and values of one width, narrower ones are padded with
+zeros.
 """
 
 from contextlib import AbstractContextManager, nullcontext

@@ -30,7 +30,7 @@ READ_KEYS = _words(
     attention_dropout hidden_act norm_topk_prob scoring_func topk_method moe_layer_freq tie_word_embeddings
     """
 )
-"""Keys that describe the architecture or the stored types: written again from the model, never copied."""
+"""Keys that describe the architecture or the stored types: exports write them from the model, never copy them."""
 
 HARMLESS_KEYS = _words(
     """

@@ -12,7 +12,7 @@ from tests.kernels.launches import Launch
 
 COMPARED = [launch for launch in LAUNCHES if launch.reference is not None and launch.is_timed]
 MOST = 0.01
-"""Of a result's norm: more than roundings to bf16 and few other codes make up, and less than any wrong tile."""
+"""Tolerance relative to the norm of a result: above roundings to bf16 and a few other codes, below any wrong tile."""
 
 
 def tensors_in(result: object) -> Iterator[Tensor]:

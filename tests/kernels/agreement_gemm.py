@@ -12,7 +12,7 @@ from kernels.quantize.layout import Quantized, QuantizedBlocks, QuantizedColumns
 
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}
 FLOAT32_SUMS = 2.0**-18
-"""Of float32 sums, relative to the sum of magnitudes: 2^-24 for each of 64 roundings, with room to spare."""
+"""Error of float32 sums, relative to the sum of magnitudes: 2^-24 for each of 64 roundings, with a margin."""
 HOPPER_SUMS = 2.0**-10
 """Error of sums that keep 14 bits for 128 numbers: 0.06 % if all have one sign (kernels/gemm_fp8/hopper.py)."""
 

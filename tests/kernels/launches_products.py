@@ -33,7 +33,7 @@ MAPS = {
 }
 """Inputs and outputs of the model's linear maps."""
 TUNED = (FIRST, "o_proj")
-"""Maps of which candidates are compiled: rows of scales that begin at multiples of 16 bytes differ in machine code."""
+"""Maps for which candidates are compiled: rows of scales that begin at multiples of 16 bytes differ in machine code."""
 
 
 def of_rows(name: str, inputs: int, outputs: int, tiling: Tiling | None = None) -> Launch:

@@ -21,7 +21,7 @@ VERSIONS = {
     "3.8.0": "pinned by no supported torch",
     "3.9.0": "the newest Triton, which torch for CPUs takes",
 }
-"""Every Triton that pyproject.toml admits, and which torch takes it."""
+"""Every Triton version that pyproject.toml allows, and the torch version that uses it."""
 
 
 def environment(version: str, folder: Path = ENVIRONMENTS) -> Path:

@@ -15,7 +15,7 @@ Call = Callable[[Any, Sequence[Tensor], WeightSink | None], Sequence[Tensor]]
 Plain = Callable[[Weights, Sequence[Tensor]], Sequence[Tensor]]
 
 TOLERANCES = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 0.04}
-"""Of all numbers of a tensor together: bf16 rounds each between two operations, by up to 2^-8."""
+"""Tolerance for a whole tensor: bf16 rounds each number between two operations, by up to 2^-8."""
 
 
 def randomize(module: nn.Module, seed: int, size: float = 0.4) -> None:
