@@ -39,6 +39,7 @@ class Documents:
         begins_BT = torch.ones_like(positions_BT)
         begins_BT[:, 1:] = (positions_BT[:, 1:] != positions_BT[:, :-1] + 1) | (positions_BT[:, 1:] <= 0)
         ends = torch.tensor([begins_BT.numel()], device=begins_BT.device)
+        # Host syncs unless positions are on the host: nonzero and the longest document.
         starts = torch.cat((begins_BT.flatten().nonzero().flatten(), ends)).to(torch.int32)
         return cls(begins_BT.cumsum(1), starts, int(starts.diff().max()))
 
