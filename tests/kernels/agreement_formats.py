@@ -39,7 +39,7 @@ def check_columns(module: ModuleType, device: str, counts: Sequence[int], num_co
             assert_same_pair(module.quantize_columns(there_ND, counts, power_of_two, min_amax), expected)
     for power_of_two, min_amax in ((True, GRADIENTS_MIN_AMAX), (False, ROWS_MIN_AMAX)):
         by_rows = quantize_1x128(rows_ND, power_of_two, min_amax)
-        # As rows lie in a message: codes, then scales, both strided.
+        # The layout of rows in a message: codes, then scales, both strided.
         wide = torch.cat([by_rows.codes.view(torch.uint8), torch.zeros(len(rows_ND), 5, dtype=torch.uint8)], 1).to(
             device
         )

@@ -72,7 +72,7 @@ def emulated(calls: Calls) -> ModuleType:
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, causal: bool) -> None:
-    assert q.shape == k.shape == v.shape, "the package wants values as wide as keys"
+    assert q.shape == k.shape == v.shape, "the package requires values as wide as keys"
     assert q.shape[-1] <= 256
     assert all(each.stride(-1) == 1 for each in (q, k, v))
     assert dropout_p == 0

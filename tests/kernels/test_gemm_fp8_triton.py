@@ -54,7 +54,7 @@ def interpreted_tilings() -> None:
 
 
 def interpreted_layouts() -> None:
-    """Operands that lie apart, across or at odd addresses, NaN all around, are read as what they are."""
+    """Strided, transposed and unaligned operands, surrounded by NaN, are read correctly."""
     from kernels.gemm_fp8.triton import gemm_fp8, gemm_fp8_columns
 
     left, right = operands((20, 130, 200))

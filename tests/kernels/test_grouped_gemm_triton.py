@@ -85,7 +85,7 @@ def interpreted_fp8_tilings() -> None:
 
 
 def interpreted_fp8_layouts() -> None:
-    """Operands that lie apart, across or at odd addresses, NaN around them, are read as what they are."""
+    """Strided, transposed and unaligned operands, surrounded by NaN, are read correctly."""
     from kernels.grouped_gemm.triton_fp8 import grouped_rows_fp8, grouped_weight_fp8
 
     counts = (5, 0, 9)

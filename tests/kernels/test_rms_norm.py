@@ -53,7 +53,7 @@ def test_rms_norm_rounds_before_the_weight_as_the_released_code_does() -> None:
     normal = (wide * (wide.pow(2).mean(-1, keepdim=True) + EPS).rsqrt()).to(torch.bfloat16)
     made = normalize(x, inverse_rms(x, EPS), weight)
     differ = (made != weight * normal).float().mean()
-    # The root is summed in another order: a few numbers lie on the other side of a rounding. Without the first
+    # The root is summed in another order: a few numbers round to the other side. Without the first
     # rounding a third of them would differ.
     assert float(differ) < 0.01
     assert float(((wide * inverse_rms(x, EPS) * weight).to(torch.bfloat16) != weight * normal).float().mean()) > 0.1

@@ -44,7 +44,7 @@ def assert_equals_plain(
         plain: weights by name and inputs, in float64, to outputs, under ordinary autograd.
         inputs: floating ones get gradients.
         is_split: weight gradients go through a sink to a store.
-        frozen: names of weights that want no gradient.
+        frozen: names of weights that require no gradient.
     """
     module = deepcopy(module)
     weights = dict(module.named_parameters())

@@ -77,7 +77,7 @@ def test_bias_update_follows_the_sign_of_the_shortfall() -> None:
 
 def test_balance_loss_is_one_per_sequence_at_perfect_balance() -> None:
     router = make_router()
-    torch.nn.init.zeros_(router.weight)  # equal scores: P is uniform, so f's mean of 1 is the loss whatever is chosen
+    torch.nn.init.zeros_(router.weight)  # equal scores: P is uniform, so f's mean of 1 is the loss for every choice
     x = torch.randn(3, 10, 32, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
     assert float(router(x).balance.detach()) == pytest.approx(3.0, rel=1e-12)
 

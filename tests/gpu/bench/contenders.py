@@ -136,7 +136,7 @@ def fp8_product(product: Product, recipe: Recipe, device: torch.device) -> Call:
 
 
 def scales_for(recipe: Recipe, left: Quantized, right: QuantizedBlocks) -> tuple[Tensor, Tensor]:
-    """Scales as torch wants them: block-wise with rows side by side in memory; else the first of a row, or of all."""
+    """Returns scales in torch's layout: block-wise with rows adjacent in memory, else the first of a row, or of all."""
     match recipe:
         case "block-wise":
             padded = functional.pad(right.scales, (0, -right.scales.shape[1] % _SCALES_ALIGNMENT))
