@@ -164,7 +164,7 @@ def expected_of(
 
 
 def some_slopes(num_rows: int, dtype: torch.dtype) -> Tensor:
-    """Returns slopes of both signs, every fourth one zero, in the type that `linear_cross_entropy` requires for the rows."""
+    """Returns slopes of both signs, every fourth one zero, in the type that `linear_cross_entropy` requires."""
     slopes_N = randn(num_rows, seed=7).to(torch.promote_types(dtype, torch.float32))
     slopes_N[::4] = 0
     return slopes_N
