@@ -203,7 +203,7 @@ def test_watchdog_names_the_missing_rank_and_the_collective() -> None:
     assert text.startswith(
         "rank 0 did not reach a collective within 2 s: alive, busy in tests/comm/test_watchdog.py, line "
     )
-    assert "_compute_forever, started exchange (number 1 of group world [0, 1, 2]) " in text
+    assert "_compute_forever, last started exchange (number 1 of group world [0, 1, 2]) " in text
     assert text.endswith(f"ranks 1 and 2 waited for {dispatch}")
     text = _same(ends[late_behind_another], WORLD, 76, (2,))
     assert text.endswith("rank 1 waited for send (number 0 of group pair [1, 2])")

@@ -53,4 +53,4 @@ def watch_writing(come: Come) -> None:
     saver.dcp_save = before(WRITING, saver.dcp_save)
     saver.digests = before(HASHING, saver.digests)
     os.fsync = before(SYNCING, os.fsync)
-    saver.put_in_place = before(MOVING, saver.put_in_place)
+    saver.replace_folder = before(MOVING, saver.replace_folder)
