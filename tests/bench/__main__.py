@@ -1,4 +1,4 @@
-"""Measures the time and cost of a step of the project and of torch's pipelines: `python -m tests.bench`."""
+"""Measures the time of a step of the project and of torch's pipelines: `python -m tests.bench`."""
 
 import argparse
 import json

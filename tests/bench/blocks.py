@@ -161,7 +161,10 @@ class ProductBlock:
 
 
 def build_block(workload: Workload, num_ranks: int, num_stages: int, log: SleepLog) -> Block:
-    """Builds one stage of `num_stages`. With twice as many stages as ranks, each has half of a rank's work."""
+    """Builds one stage of `num_stages`.
+
+    With twice as many stages as ranks, each has half of a rank's work.
+    """
     match workload.kind:
         case "sleep":
             return SleepBlock(workload.seconds * num_ranks / num_stages, log)

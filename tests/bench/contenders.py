@@ -1,4 +1,4 @@
-"""Runs one step of a pipeline on this rank: with the project, with torch's schedules, or only its blocks.
+"""Runs one step of a pipeline on this rank: with the project, torch's schedules, or only its blocks.
 
 Shape legend: T rows of a micro-batch, D hidden.
 """
@@ -182,7 +182,7 @@ def own_step(schedule: Schedule, rank: int, workload: Workload, transport: Pipel
 
 
 def alone_step(num_micro_batches: int, workload: Workload, log: SleepLog) -> Step:
-    """Builds a step of a rank's blocks without schedule and transfers: F, I and W of the micro-batches in sequence."""
+    """Builds a step of a rank's blocks without schedule and transfers: F, I and W in sequence."""
     like_TD = torch.zeros(workload.num_rows, workload.hidden)
     stage = BlockStage(build_block(workload, 1, 1, log), like_TD)
 
@@ -197,7 +197,10 @@ def alone_step(num_micro_batches: int, workload: Workload, log: SleepLog) -> Ste
 
 
 class _BlockModule(nn.Module):
-    """Module of a block for torch's pipelines. The function of `build_weights` runs W of the last backward."""
+    """Module of a block for torch's pipelines.
+
+    The function of `build_weights` runs W of the last backward.
+    """
 
     def __init__(self, block: Block) -> None:
         super().__init__()
@@ -207,7 +210,10 @@ class _BlockModule(nn.Module):
         block.weights[:] = list(self._weights)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        """Returns the block's output. The first stage's input also requires a gradient, so that all I are equal."""
+        """Returns the block's output.
+
+        The first stage's input also requires a gradient, so that all I are equal.
+        """
         x_TD = x_TD if x_TD.requires_grad else x_TD.detach().requires_grad_()
         return self._block.forward(x_TD, self._deferred)
 

@@ -1,4 +1,4 @@
-"""Predicts rows, imbalance and times of a routing on a cluster for several dispatchers, without sending.
+"""Predicts rows, imbalance and times of a routing on a cluster for several dispatchers.
 
 Shape legend: T tokens of a rank, K experts per token, E experts.
 """
@@ -55,7 +55,7 @@ def gate_forecast(gate: Gate, ranks_per_node: int, num_tokens: int, seed: int = 
 
 
 def skewed_imbalance(gate: Gate, ranks_per_node: int, num_draws: int = 9) -> tuple[float, float]:
-    """Returns the median receive imbalance of one copy per expert and of two hops, over draws with skew 0.6."""
+    """Returns the median receive imbalance of one copy per expert and of two hops, at skew 0.6."""
     skewed = replace(gate, skew=_SKEW)
     draws = [gate_forecast(skewed, ranks_per_node, num_tokens=256, seed=seed) for seed in range(num_draws)]
     return (

@@ -64,7 +64,10 @@ def two_hop_plan(num_micro_batches: int, num_rounds: int) -> OverlapPlan:
 
 
 def all_to_all_plan(num_micro_batches: int, num_rounds: int) -> OverlapPlan:
-    """Returns a plan with a copy for each of eight experts, half on the other node. Fewer tokens, as many rows."""
+    """Returns a plan with a copy for each of eight experts, half on the other node.
+
+    Fewer tokens, as many rows.
+    """
     config = AllToAllDispatchConfig(kind="all_to_all", payload="full", max_nodes=2, node_cap="verify")
     model = EmulatedModel(blocks_per_stage=3, seconds=0.045, tokens=104, hidden=1024, num_experts=64, num_choices=8)
     return OverlapPlan(dispatch=config, model=model, num_micro_batches=num_micro_batches, num_rounds=num_rounds)

@@ -36,7 +36,7 @@ class EmulatedModel:
     num_choices: int
 
     def ids(self, seed: int, num_groups: int, max_groups: int) -> Tensor:
-        """Returns the experts of a micro-batch, TK, in at most `max_groups` groups: the V3 gate with random scores."""
+        """Returns a micro-batch's experts, TK, in at most `max_groups` groups: the V3 gate, random scores."""
         generator = torch.Generator().manual_seed(seed)
         scores_TE = torch.rand(self.tokens, self.num_experts, generator=generator)
         mask_TE = limit_groups(scores_TE, num_groups, max_groups, self.num_choices // max_groups)

@@ -33,7 +33,7 @@ def machine() -> dict[str, Any]:
 
 
 def sleep_rows(plan: Plan, samples: dict[str, list[Sample]]) -> list[dict[str, Any]]:
-    """Returns one row per contender: median seconds of a step, also relative to torch's schedules by round."""
+    """Returns one row per contender: median seconds of a step, also relative to torch's schedules."""
     rows = []
     for name, own in samples.items():
         simulated = None
@@ -57,7 +57,7 @@ def sleep_rows(plan: Plan, samples: dict[str, list[Sample]]) -> list[dict[str, A
 
 
 def products_rows(samples: dict[str, list[Sample]]) -> list[dict[str, Any]]:
-    """Returns one row per contender: median CPU seconds of a step, also relative to the blocks alone by round."""
+    """Returns one row per contender: median CPU seconds of a step, also relative to the blocks alone."""
     alone = [sample.cpu_seconds for sample in samples[ALONE]]
     return [
         {

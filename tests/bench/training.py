@@ -1,4 +1,4 @@
-"""Measures seconds and peak memory of a training step of a small model, for the project and transformers.
+"""Measures seconds and peak memory of a small model's training step, here and in transformers.
 
 Each contender runs in a separate process, and their steps alternate.
 

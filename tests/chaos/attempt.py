@@ -138,7 +138,7 @@ def _run_in_separate_process(command: Command, limit: "_Limit") -> tuple[int, st
 
 
 class _Limit:
-    """Timer that kills the ranks of a command that takes too long, and the command if it is a separate process."""
+    """Timer that kills the ranks of a slow command, and the command if it is a separate process."""
 
     def __init__(self, notes: Path, before: set[Path]) -> None:
         self.is_over = False

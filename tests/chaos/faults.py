@@ -125,7 +125,7 @@ def _draw_one(rng: random.Random, index: int, kind: Kind, hits_command: bool, tr
 
 
 def _expected(kind: Kind, hits_command: bool, restarts: int, trace: Sequence[Moment], place: int) -> tuple[int, ...]:
-    """Returns the documented exit codes; the second is that of a run that ended before the fault had an effect."""
+    """Returns the documented exit codes; the second means that the run ended before the fault mattered."""
     if restarts:
         return (0,)
     if kind == "full disk":

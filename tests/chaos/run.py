@@ -206,7 +206,7 @@ def differences(ours: Path, uninterrupted: Path) -> list[str]:
 
 
 def _record_problems(ours: Path, uninterrupted: Path) -> Iterator[str]:
-    """Checks that each step is logged once with equal numbers, and that status and last checkpoint are complete."""
+    """Checks that each step is logged once with equal numbers, and that the run is complete."""
     lines, expected = _metrics(ours), _metrics(uninterrupted)
     if [line.get("step") for line in lines] != [*range(1, NUM_STEPS + 1)]:
         yield f"metrics.jsonl has steps {[line.get('step') for line in lines]}"

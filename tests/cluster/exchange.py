@@ -1,4 +1,4 @@
-"""Times exchanges of tokens between nodes and counts their bytes on the links: `python -m tests.cluster.exchange`.
+"""Times exchanges between nodes and counts bytes on the links: `python -m tests.cluster.exchange`.
 
 Shape legend: T tokens of a rank, K experts per token, E experts, D hidden size.
 """
@@ -32,7 +32,7 @@ _TIMEOUT_SECONDS = 60.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Problem:
-    """Micro-batches of all ranks, with experts chosen by the gate of arXiv:2412.19437 from random biased scores."""
+    """Micro-batches of all ranks: the gate of arXiv:2412.19437 chooses experts from random scores."""
 
     num_nodes: int = 4
     ranks_per_node: int = 2
@@ -92,7 +92,10 @@ class RankRound:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Leg:
-    """Dispatch or combine of all ranks, as medians over rounds. The floor is the time of the busiest link direction."""
+    """Dispatch or combine of all ranks, as medians over rounds.
+
+    The floor is the time of the busiest link direction.
+    """
 
     seconds: float
     floor_seconds: float
@@ -101,7 +104,10 @@ class Leg:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measured:
-    """Measurements of one contender. Rows and bytes between nodes are the dispatchers' counts over all ranks."""
+    """Measurements of one contender.
+
+    Rows and bytes between nodes are the dispatchers' counts over all ranks.
+    """
 
     dispatch: Leg
     combine: Leg

@@ -1,4 +1,4 @@
-"""Kills, stops or disconnects one rank of a training run in every phase of a step, and tabulates how runs end.
+"""Kills, stops or disconnects one rank in every phase of a step, and tabulates how runs end.
 
 `python -m tests.cluster.failures [CASE...]` runs all cases by default and takes two to four minutes. Disconnecting
 needs root. The exit code is 0 if every run ended in time, and at most one named a wrong rank or collective.

@@ -132,7 +132,10 @@ class Cluster:
         self._hub.run("ip", f"link set v{node} down")
 
     def restore(self, node: int) -> None:
-        """Reconnects a node. A connection continues at its next retry, at most as long after as it was disconnected."""
+        """Reconnects a node.
+
+        A connection continues at its next retry, at most as long after as it was disconnected.
+        """
         self._hub.run("ip", f"link set v{node} up")
 
     def _join(self, index: int, node: Namespace) -> None:

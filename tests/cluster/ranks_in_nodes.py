@@ -31,7 +31,10 @@ _NICENESS = -20
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """End of a rank, `seconds` after the start, with a result or a failure. `exit_code` is None if it has not ended."""
+    """End of a rank, `seconds` after the start, with a result or a failure.
+
+    `exit_code` is None if it has not ended.
+    """
 
     result: Any
     failure: str | None
@@ -54,7 +57,9 @@ class _Job:
 
 
 class RanksInNodes:
-    """Running ranks, `ranks_per_node` consecutive ones in each node. The context manager kills the remaining ones.
+    """Running ranks, `ranks_per_node` consecutive ones in each node.
+
+    The context manager kills the remaining ones.
 
     Attributes:
         pids: process ids in rank order.
@@ -133,7 +138,7 @@ class RanksInNodes:
         self._folder.cleanup()
 
     def outcomes(self, grace_seconds: float | None = None) -> list[Outcome]:
-        """Waits until every rank has ended, or the timeout, or `grace_seconds` after the first failure if given."""
+        """Waits until every rank has ended, the timeout, or `grace_seconds` after the first failure."""
         pending = {receiver: rank for rank, receiver in enumerate(self._receivers)}
         found: list[Outcome | None] = [None] * len(pending)
         # A rank that hangs first writes its stack, at the timeout.

@@ -1,4 +1,4 @@
-"""If a rank is killed, stopped or disconnected in any phase of a step, the run ends in time and all others name it."""
+"""A run whose rank is killed, stopped or disconnected ends in time, and all other ranks name it."""
 
 from pathlib import Path
 

@@ -47,7 +47,10 @@ def folder(allowed: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def torchruns(cluster: Cluster, folder: Path, name: str, *overrides: str, max_restarts: int = 0) -> Iterator[
     list[subprocess.Popen[bytes]]
 ]:  # fmt: skip
-    """Runs torchrun with two ranks on each node, in node order. Kills all processes at the end of the block."""
+    """Runs torchrun with two ranks on each node, in node order.
+
+    Kills all processes at the end of the block.
+    """
     cluster_config = read_folder(folder / "bare").cluster
     started: list[subprocess.Popen[bytes]] = []
     try:

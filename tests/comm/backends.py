@@ -29,7 +29,10 @@ _TIMEOUT_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Setting:
-    """Name of a dispatcher, fields of its config, and the node of each rank. The expert group is the world."""
+    """Name of a dispatcher, fields of its config, and the node of each rank.
+
+    The expert group is the world.
+    """
 
     kind: str
     nodes: tuple[int, ...]

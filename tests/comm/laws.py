@@ -57,7 +57,7 @@ def law_combine_sums_each_token_s_experts(bench: Bench) -> None:
 
 
 def law_backwards_are_adjoint(bench: Bench) -> None:
-    """Checks <dispatch x, y> = <x, dispatch_backward y>, also for weights and combine, exactly over all ranks."""
+    """Checks <dispatch x, y> = <x, dispatch_backward y> exactly, also for weights and combine."""
     dispatcher = bench.dispatcher()
     totals, dropped = [], []
     for case in CASES:
@@ -222,7 +222,7 @@ def _dot(one: Tensor, other: Tensor) -> float:
 
 
 def _factor(experts: Tensor) -> Tensor:
-    """Returns a factor so small that sums of products stay below 256, where bfloat16 is exact for integers."""
+    """Returns a factor so small that sums of products stay below 256, where bfloat16 is exact."""
     return experts % 10 + 1
 
 

@@ -28,7 +28,10 @@ def _ids(rank: int) -> Tensor:
 
 
 def _loops(nodes: Sequence[int]) -> dict[str, list[list[int]]]:
-    """Counts rows by sender and receiver, token by token. A relay has the sender's index, modulo its node's ranks."""
+    """Counts rows by sender and receiver, token by token.
+
+    A relay has the sender's index, modulo its node's ranks.
+    """
     num_ranks, names = len(nodes), ("per_expert", "per_rank", "between_nodes", "within_node")
     sent = {name: [[0] * num_ranks for _ in nodes] for name in names}
     share = _NUM_EXPERTS // num_ranks
@@ -107,7 +110,7 @@ def test_two_hops_under_cap_4_on_8_nodes_send_3_47_rows_per_token_which_is_the_m
 
 
 def test_rows_without_a_cap_match_the_closed_forms() -> None:
-    """K distinct experts of 256 with equal probability: 7 (1 - C(224, 8) / C(256, 8)), and the same over ranks."""
+    """K distinct experts of 256, equally likely: 7 (1 - C(224, 8) / C(256, 8)), and the same over ranks."""
     made = gate_forecast(_gate(8, 8), ranks_per_node=8, num_tokens=1024)
     assert _per_token(made, made.per_expert) == pytest.approx(7.0, abs=0.02)
     assert _per_token(made, made.per_rank) == pytest.approx(6.716, abs=0.02)

@@ -1,4 +1,6 @@
-"""An exchange reads numbers from the device once, in its plan. Every other read would stall the lane on a GPU.
+"""An exchange reads numbers from the device once, in its plan.
+
+Every other read would stall the lane on a GPU.
 
 The test needs no GPU: it searches the operations on a CPU for those that would make the host wait for a GPU.
 """

@@ -165,7 +165,7 @@ def test_token_whose_kept_weights_sum_to_zero_keeps_them() -> None:
 def _through(
     dispatcher: Dispatcher, first_expert: int, ids_TK: Tensor, rows_TD: Tensor, weights_TK: Tensor, grad_TD: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Runs experts that multiply by constants; returns the weighted sum and the gradients of rows and weights."""
+    """Runs experts that multiply by constants; returns the weighted sum and the gradients."""
     handle = dispatcher.plan(ids_TK, weights_TK, Label(1, 0, 0))
     arrived = dispatcher.dispatch(rows_TD, weights_TK, handle).wait()
     factor_E = _factors()[first_expert : first_expert + dispatcher.num_local_experts]

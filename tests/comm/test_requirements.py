@@ -47,7 +47,7 @@ def test_most_nodes_equals_brute_force(nodes: tuple[int, ...]) -> None:
 
 
 def test_most_nodes_is_the_published_cap_if_groups_are_nodes() -> None:
-    """DeepSeek-V3: 8 groups of 32 experts on 8 nodes, 4 groups per token; more nodes if groups straddle nodes."""
+    """DeepSeek-V3: 8 groups of 32 experts on 8 nodes, 4 groups per token; more if groups straddle nodes."""
     assert most_nodes(256, 8, 4, 8, [rank // 8 for rank in range(64)]) == 4
     assert most_nodes(256, 1, 1, 8, [rank // 8 for rank in range(64)]) == 8
     assert most_nodes(256, 8, 4, 8, [rank // 8 for rank in range(32)]) == 4

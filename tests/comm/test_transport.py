@@ -39,7 +39,10 @@ def _payload(key: MessageKey) -> Tensor:
 
 
 def _exchange_all(rank: int, world_size: int, data: int, log: CollectiveLog | None = None) -> int:
-    """Sends 12 messages on every link. Receives are posted and awaited link by link, in another order than sends."""
+    """Sends 12 messages on every link.
+
+    Receives are posted and awaited link by link, in another order than sends.
+    """
     index = rank // data
     with _transport(rank, world_size, data, log) as transport:
         peers = [peer for peer in (index - 1, index + 1) if 0 <= peer < world_size // data]

@@ -47,7 +47,7 @@ def test_socket_distinguishes_closed_from_silent_peers_and_ignores_other_senders
 def test_watchdog_keeps_the_same_of_two_verdicts_in_any_order(
     others: str, is_first: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The verdict of the lowest rank wins, but a rank's own error comes first, as it may have caused the verdicts."""
+    """The lowest rank's verdict wins, but a rank's own error, a possible cause, comes first."""
     monkeypatch.setattr("comm.watchdog.watchdog._FOLLOW_SECONDS", 0.5)
     endpoints = [WatchdogSocket(rank, "127.0.0.1") for rank in range(3)]
     for endpoint in endpoints:

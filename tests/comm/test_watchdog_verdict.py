@@ -73,7 +73,7 @@ def test_verdict_of_the_smaller_side_says_that_it_is_disconnected() -> None:
 
 
 def test_verdict_names_the_collective_of_the_missing_rank() -> None:
-    """Rank 0 has waited the longest, for rank 1. But rank 2 is missing, in the collective that rank 1 waits for."""
+    """Rank 0 has waited longest, for rank 1. But rank 2 is missing, and rank 1 waits for it."""
     send, hop = wait("send", (0, 1)), wait("hop", (1, 2), seconds=7.0)
     verdict = conclude(Reason.DEADLINE, {0: state(send), 1: state(hop), 3: state()}, silent=(2,))
     assert verdict is not None

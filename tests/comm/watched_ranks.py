@@ -26,7 +26,9 @@ _KEY = b"the key of a test's job".ljust(32)
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """End of a rank. `seconds` counts from the failure, or from the last rank that joined an incomplete start.
+    """End of a rank.
+
+    `seconds` counts from the failure, or from the last rank that joined an incomplete start.
 
     `error` is the error that it raised itself.
     """

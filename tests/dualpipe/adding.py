@@ -1,4 +1,4 @@
-"""Provides stages that only add and track their tensors, and runs ranks as threads, to test the interpreter."""
+"""Provides stages that only add and track tensors, and ranks as threads, to test the interpreter."""
 
 import queue
 import threading
@@ -46,7 +46,7 @@ def name_of(schedule: object) -> str | None:
 
 
 def lanes_of(stage: int, num_stages: int) -> tuple[Lane, ...]:
-    """Returns the lanes of a stage: embedding and dense block first, head last, one or two blocks in between."""
+    """Returns the lanes of a stage: embedding and dense block first, head last, blocks in between."""
     blocks = BLOCK * (1 + stage % 2) if stage else ("compute", "compute")
     return (*blocks, "compute") if stage == num_stages - 1 else blocks
 
@@ -79,7 +79,9 @@ class Journal:
 
 
 class AddingRun:
-    """Run that adds 10^phase times the stage's number in the forward; gradients double. Only `wait` ends exchanges.
+    """Run that adds 10^phase times the stage's number in the forward; gradients double.
+
+    Only `wait` ends exchanges.
 
     Like a model's run, it drops its references to outputs, keeps an activation of each phase until its end, and drops
     its input after the first phase.

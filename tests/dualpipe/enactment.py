@@ -1,4 +1,4 @@
-"""Runs a schedule on numbers as an oracle: it is correct if all ranks end and all numbers equal those of one rank.
+"""Runs a schedule on numbers as an oracle: correct if all ranks end with the numbers of one rank.
 
 It shares no code with the validator. Ranks are coroutines that exchange bare numbers, and a receiver treats a number as
 the message that it expects. A link holds one message: the sender blocks before the next message until the receiver,
@@ -24,7 +24,10 @@ class WrongRunError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Enactment:
-    """Result of a run. `problem` is None for a correct schedule; `peaks[rank]` is the peak of live activations."""
+    """Result of a run.
+
+    `problem` is None for a correct schedule; `peaks[rank]` is the peak of live activations.
+    """
 
     problem: str | None
     peaks: tuple[int, ...]

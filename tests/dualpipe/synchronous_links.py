@@ -1,4 +1,4 @@
-"""Runs ranks as threads over links that hold one message: the strictest transport for a valid schedule.
+"""Runs ranks as threads over links that hold one message, the strictest transport.
 
 A link's thread delivers its message when the receiver has posted its receive. Until then the sender blocks before its
 next message on that link. Ranks and links pause at random, so that the order of events is random.

@@ -1,4 +1,4 @@
-"""Every schedule is at or above the lower bound, known optima reach it, and its reason names the binding fact."""
+"""Every schedule is at or above the lower bound, known optima reach it, and it gives its reason."""
 
 from random import Random
 

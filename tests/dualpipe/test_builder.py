@@ -1,4 +1,4 @@
-"""Orders of the list builder are valid, within memory, and have the returned makespan for any preferences."""
+"""Orders of the list builder are valid, fit memory and have the returned makespan."""
 
 from dataclasses import replace
 from random import Random

@@ -1,4 +1,4 @@
-"""A searched schedule is made once for the same inputs and program, and never read from an invalid file."""
+"""A searched schedule is made once for its inputs and program, and never read from an invalid file."""
 
 from pathlib import Path
 

@@ -70,7 +70,7 @@ VOID = {"meta", "input", "br", "link"}
 
 
 class Reader(HTMLParser):
-    """Every element's name and attributes, the text under each name, and whether elements are closed in order."""
+    """Parser that records elements, attributes and texts, and whether elements are closed in order."""
 
     def __init__(self, text: str) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Schedules of dualpipe_split are valid for every size and all costs, fit memory, and are as short as promised."""
+"""Schedules of dualpipe_split are valid for all sizes and costs, fit memory, and are short enough."""
 
 import random
 import time

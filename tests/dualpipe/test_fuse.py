@@ -1,4 +1,4 @@
-"""Fusing is valid, never worse, and reaches the promised overheads if exchange takes as long as computation."""
+"""Fusing is valid, never worse, and reaches the promised overheads."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""The schedule of docs/extend.md, in a file outside the checkout, passes all tests of registered schedules."""
+"""The schedule of docs/extend.md, a file outside the checkout, passes all tests of schedules."""
 
 import json
 import re

@@ -37,7 +37,7 @@ NEEDS_OF_THE_SAME_STAGE = {
 
 
 def can_run(schedule: Schedule) -> bool:
-    """Proves independently that a complete schedule can run: equal orders on links, and an acyclic order of events.
+    """Proves independently that a complete schedule can run: links are in order, events are acyclic.
 
     Events: a rank reaches a group and posts its receives, it has run the group, a message is sent. A message follows
     its group, the rank's previous message, and the posted receive of the link's previous message.

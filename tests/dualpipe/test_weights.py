@@ -1,4 +1,4 @@
-"""Placing weight gradients keeps the order of F and I, every W and the memory cap, and fills idle time."""
+"""Placing weight gradients keeps the order of F and I and the memory cap, and fills idle time."""
 
 import random
 from dataclasses import replace
