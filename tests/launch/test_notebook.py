@@ -104,7 +104,7 @@ def test_kernel_in_the_checkout_imports_every_package_and_keeps_its_own_comm() -
 
 @pytest.mark.long
 def test_kernel_elsewhere_runs_the_python_of_the_documentation(tmp_path: Path) -> None:
-    """The checkout is on the path, and the working folder is another one with the weights that docs/generate.md names."""
+    """The checkout is on the path; the working folder is another one, with the weights that docs/generate.md names."""
     write_run(tmp_path / "run")
     convert(["from=checkpoint", f"path={tmp_path / 'run'}", f"to={tmp_path / 'quickstart_hf'}"])
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/generate.md").read_text(encoding="utf-8"), re.M | re.S)
