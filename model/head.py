@@ -38,7 +38,8 @@ class _SplitEmbedding(torch.autograd.Function):
         weight_VD, tokens_BT = ctx.saved_tensors
         vocab = len(weight_VD)
         ctx.sink.defer(
-            weight_VD, lambda: torch.ops.aten.embedding_dense_backward(grad_BTD, tokens_BT, vocab, -1, False)
+            weight_VD,
+            lambda: torch.ops.aten.embedding_dense_backward(grad_BTD, tokens_BT, vocab, -1, False),  # noqa: FBT003
         )
         return None, None, None
 
@@ -142,7 +143,7 @@ class _ScoreTokens(torch.autograd.Function):
         row_slopes: RowSlopes | None,
         value: ValueFunction,
         sink: WeightSink | None,
-        records: bool,
+        records: bool,  # noqa: FBT001
     ) -> tuple[Tensor, Tensor]:
         wants_head = records and head_VD.requires_grad
         scores = linear_cross_entropy(

@@ -1,4 +1,4 @@
-"""Documents of packed sequences: a token sees only tokens of its own document.
+"""Documents of packed sequences: a token sees only tokens of the same document.
 
 Shape legend: B sequences, T tokens.
 """
@@ -49,7 +49,7 @@ class Documents:
 
     @cached_property
     def mask_B1TT(self) -> Tensor:
-        """Boolean mask: True if the query (third dim) may see the key (fourth dim) of its own document."""
+        """Boolean mask: True if the query (third dim) may see the key (fourth dim) of the same document."""
         ids_BT = self.ids_BT
         return (ids_BT[:, :, None] == ids_BT[:, None, :]).tril_()[:, None]
 

@@ -50,7 +50,7 @@ def expert_mlp(
     return made
 
 
-def expert_mlp_backward(
+def expert_mlp_backward(  # noqa: PLR0913
     grad_ND: Tensor,
     weights_A: Tensor,
     hidden_AH: Tensor,

@@ -54,7 +54,7 @@ def locate_matrix_tile(
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def store_tile(
+def store_tile(  # noqa: PLR0913
     out: tl.tensor,
     total: tl.tensor,
     rows: tl.tensor,

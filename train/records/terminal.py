@@ -14,8 +14,10 @@ Report = Callable[[str], None]
 
 
 class GuardedStream:
-    """A text stream that loses what it cannot write. When it first fails, its descriptor goes to the null device, so
-    that libraries, child processes and the interpreter's end can write there too.
+    """Text stream that drops what it cannot write.
+
+    At the first failure, its descriptor is redirected to the null device, so that libraries, child processes and the
+    interpreter's exit can still write to it.
     """
 
     def __init__(self, stream: TextIO, name: str) -> None:

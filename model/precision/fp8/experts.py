@@ -93,7 +93,7 @@ def _sort(packed: Tensor, order: RowOrder | None) -> Tensor:
 
 class _ExpertMlp(torch.autograd.Function):
     @staticmethod
-    def forward(
+    def forward(  # noqa: PLR0913
         ctx: Any,
         rows: Tensor,
         packed: Tensor,
@@ -137,10 +137,10 @@ class _ExpertMlp(torch.autograd.Function):
 
         def gate_up_gradient() -> Tensor:
             rows = unpack(_sort(packed, order), gate_up_EHD.shape[2])
-            return grouped_weight_fp8(hidden_columns, requantize_columns(rows, counts, True), counts)
+            return grouped_weight_fp8(hidden_columns, requantize_columns(rows, counts, power_of_two=True), counts)
 
         def down_gradient() -> Tensor:
-            columns = requantize_columns(grad, counts, True, GRADIENTS_MIN_AMAX)
+            columns = requantize_columns(grad, counts, power_of_two=True, min_amax=GRADIENTS_MIN_AMAX)
             return grouped_weight_fp8(columns, gated_columns, counts)
 
         assert grad_weights_A is not None

@@ -110,7 +110,7 @@ class Fp8LatentLinears:
         """Implements `LatentLinears`."""
         if self._options.records:
             self._mixed = pack_e5m6(mixed_NV)
-        return self._maps.forward(quantize_1x128(mixed_NV, True), (self._weights.out,)).add_(x_ND)
+        return self._maps.forward(quantize_1x128(mixed_NV, power_of_two=True), (self._weights.out,)).add_(x_ND)
 
     def mixed(self) -> Tensor:
         """Implements `LatentLinears`."""

@@ -105,7 +105,7 @@ class _Pack(torch.autograd.Function):
 
 
 def _pack(normal_AD: Tensor) -> Tensor:
-    return pack(quantize_1x128(normal_AD, True))
+    return pack(quantize_1x128(normal_AD, power_of_two=True))
 
 
 def pack_rows(normal: Tensor) -> Fp8Rows:
@@ -115,7 +115,7 @@ def pack_rows(normal: Tensor) -> Fp8Rows:
 
 def pack_gradient(grad_ND: Tensor) -> Tensor:
     """Quantizes a gradient on its way to experts with power-of-two scales, NB."""
-    return pack(quantize_1x128(grad_ND.contiguous(), True, GRADIENTS_MIN_AMAX))
+    return pack(quantize_1x128(grad_ND.contiguous(), power_of_two=True, min_amax=GRADIENTS_MIN_AMAX))
 
 
 def repack(source: NormSource) -> Tensor:

@@ -136,7 +136,12 @@ class _GatedDown(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, base: Tensor, hidden: Tensor, down_DM: Tensor, sink: WeightSink | None, keeps: bool
+        ctx: Any,
+        base: Tensor,
+        hidden: Tensor,
+        down_DM: Tensor,
+        sink: WeightSink | None,
+        keeps: bool,  # noqa: FBT001
     ) -> Tensor:
         hidden_AH = hidden.flatten(0, -2)
         gated_AM = swiglu(*hidden_AH.chunk(2, 1))
