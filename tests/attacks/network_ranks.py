@@ -33,7 +33,7 @@ def uninterrupted(config: TrainConfig) -> int:
 
 def attacked(config: TrainConfig) -> int:
     """Runs a rank of the second run."""
-    from tests.train.strikes import watch_operations
+    from tests.train.operation_hooks import watch_operations
 
     num_updates = 0
 

@@ -29,7 +29,7 @@ _NUM_NOTES = 20_000
 def watched_rank(config: TrainConfig) -> int:
     """Runs one rank, and writes the cost of its steps to a file at the end."""
     from comm.watchdog.collective_log import CollectiveLog
-    from tests.train.strikes import watch_operations
+    from tests.train.operation_hooks import watch_operations
     from train import loop
     from train.run import main as run
 

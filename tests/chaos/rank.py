@@ -70,7 +70,7 @@ def rank_of_chaos(config: TrainConfig) -> int:
 
 def _watch(on_moment: Callable[[str, Hashable | None], None], samples: Path) -> None:
     from data.loader import Batch, Loader
-    from tests.train.strikes import watch_drawing, watch_operations, watch_writing
+    from tests.train.operation_hooks import watch_drawing, watch_operations, watch_writing
 
     watch_operations(on_moment)
     watch_drawing(on_moment)

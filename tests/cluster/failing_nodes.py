@@ -1,6 +1,6 @@
 """Runs training in a cluster with one rank per node, and disconnects one node.
 
-`python -m tests.cluster.failing_nodes FOLDER CASE...` has the same arguments as `tests.train.struck_run`.
+`python -m tests.cluster.failing_nodes FOLDER CASE...` has the same arguments as `tests.train.failing_run`.
 """
 
 import json
@@ -20,7 +20,7 @@ from launch.config.run_config import compose_run
 from launch.ranks.local import preload_modules, start_fork_server
 from launch.ranks.run_folder import read_folder, write_run_folder
 from tests.cluster.namespaces import Cluster, enter, open_cluster
-from tests.train.faults import CASES, WORLD_SIZE, Case, Outcome, arm, choices, last_words, place, struck_at
+from tests.train.faults import CASES, WORLD_SIZE, Case, Outcome, arm, choices, failure_time, read_reports, write_case
 
 _PORT = 29556
 _TIMEOUT_SECONDS = 60.0
@@ -52,7 +52,7 @@ def run_case(case: Case, folder: Path, cluster: Cluster) -> Outcome:
 
     config = compose_run([*choices(folder), "cluster.ranks_per_node=1", f"out_dir={folder / str(case)}"])
     out_dir = Path(write_run_folder(config, datetime.now()).out_dir)
-    place(case, out_dir)
+    write_case(case, out_dir)
     context = multiprocessing.get_context("forkserver")
     ranks = [
         context.Process(
@@ -63,18 +63,18 @@ def run_case(case: Case, folder: Path, cluster: Cluster) -> Outcome:
     for each in ranks:
         each.start()
     until = time.monotonic() + _TIMEOUT_SECONDS
-    while not (out_dir / "struck").exists() and time.monotonic() < until:
+    while not (out_dir / "failed").exists() and time.monotonic() < until:
         time.sleep(0.01)
     cluster.cut(case.rank)
     (out_dir / "cut").touch()
     while any(each.is_alive() for each in ranks) and time.monotonic() < until:
         time.sleep(0.02)
-    seconds, ended = time.time() - struck_at(out_dir), not any(each.is_alive() for each in ranks)
+    seconds, ended = time.time() - failure_time(out_dir), not any(each.is_alive() for each in ranks)
     for each in ranks:
         each.kill()
         each.join()
     cluster.restore(case.rank)
-    words = {text for rank, (text, _) in last_words(out_dir).items() if rank != case.rank}
+    words = {text for rank, (text, _) in read_reports(out_dir).items() if rank != case.rank}
     codes = {each.exitcode or 0 for each in ranks}
     return Outcome(
         case=case,

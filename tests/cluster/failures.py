@@ -37,7 +37,7 @@ def run_cases(cases: Sequence[Case], folder: Path) -> Iterator[Outcome]:
             module,
             subprocess.Popen([sys.executable, "-m", module, str(folder), *map(str, chosen)], cwd=_ROOT, stdout=log),
         )
-        for module, chosen in (("tests.train.struck_run", others), ("tests.cluster.failing_nodes", cut))
+        for module, chosen in (("tests.train.failing_run", others), ("tests.cluster.failing_nodes", cut))
         if chosen
         for log in [(folder / f"{module}.log").open("w")]
     ]

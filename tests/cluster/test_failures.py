@@ -6,7 +6,7 @@ import pytest
 
 from tests.cluster.failures import run_cases
 from tests.cluster.namespaces import missing
-from tests.train.faults import CASES, DEADLINE_SECONDS, GRACE_SECONDS, WORLD_SIZE, Case, Outcome, last_words
+from tests.train.faults import CASES, DEADLINE_SECONDS, GRACE_SECONDS, WORLD_SIZE, Case, Outcome, read_reports
 
 pytestmark = pytest.mark.long
 
@@ -36,7 +36,7 @@ def test_run_that_loses_a_rank_ends_in_time_with_one_message_of_all(
     outcome = _outcome(case, outcomes)
     assert outcome.ended, outcome
     assert outcome.seconds <= DEADLINE_SECONDS + GRACE_SECONDS, outcome
-    reports = {rank: word for rank, word in last_words(folder / str(case)).items() if rank != case.rank}
+    reports = {rank: word for rank, word in read_reports(folder / str(case)).items() if rank != case.rank}
     assert set(reports.values()) == {(outcome.text, outcome.exit_code)}
     others = set(range(WORLD_SIZE)) - {case.rank}
     # The launcher ends all ranks when one dies, including those that have not joined yet.

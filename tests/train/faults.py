@@ -1,4 +1,4 @@
-"""Failures of one rank at a chosen operation of a training run, and whether the run then ended as it must."""
+"""Defines failures of one rank at a chosen operation of a run, and checks whether the run then ended correctly."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from comm.exit_codes import EXIT_HANG, EXIT_LOST
-from tests.train.strikes import watch_operations
+from tests.train.operation_hooks import watch_operations
 from train.errors import find_errors, read_error
 
 How = Literal["killed", "stopped", "disconnected"]
@@ -23,12 +23,12 @@ WORLD_SIZE = 4
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """Rank `rank` fails when it comes to the `count`-th operation called `name`.
+    """A failure of rank `rank` before the `count`-th operation named `name`.
 
     Attributes:
-        phase: of the run, for people.
-        of: the beginning of the operation's label.
-        after: an operation before which none is counted.
+        phase: description of the phase of the run.
+        of: start of the operation's label.
+        after: name of an operation after which the others are counted.
     """
 
     how: How
@@ -69,7 +69,7 @@ CASES = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """What became of a case: `seconds` from the failure to the end of the last rank; `ended`: none hung."""
+    """The outcome of a case: `seconds` from the failure to the end of the last rank, and whether all ranks `ended`."""
 
     case: Case
     exit_code: int
@@ -79,12 +79,12 @@ class Outcome:
 
     @property
     def names_rank(self) -> bool:
-        """Whether the words begin with the rank, and no other."""
+        """True if the message starts with the failed rank only."""
         return re.match(rf"rank {self.case.rank} (is lost|is absent|did not reach)\b", self.text) is not None
 
     @property
     def names_operation(self) -> bool:
-        """Whether the words tell an operation that others awaited and in which the rank takes part."""
+        """True if the message names an operation that others waited for and in which the rank takes part."""
         found = re.search(r"ranks? [\d, and to]+ waited for (.+)$", self.text)
         if found is None:
             return False
@@ -94,14 +94,14 @@ class Outcome:
 
     @property
     def is_right(self) -> bool:
-        """Whether the run ended in time, with such a failure's exit code, and told whom it missed, and for what."""
+        """True if the run ended in time with the right exit code, and named the failed rank and an operation."""
         code = EXIT_LOST if self.case.how == "killed" else EXIT_HANG
         in_time = self.ended and self.seconds <= DEADLINE_SECONDS + GRACE_SECONDS
         return in_time and self.exit_code == code and self.names_rank and self.names_operation
 
 
 def choices(folder: Path) -> list[str]:
-    """Of the run, but its folder: four ranks of the tiny model on the text in `folder`."""
+    """Returns the overrides of the run except its folder: four ranks of the tiny model on the text in `folder`."""
     return [
         *("model=tiny", "parallelism=four_ranks", "data=files", f"data.paths=[{folder / 'text'}]"),
         *(f"data.cache_dir={folder / 'cache'}", "data.tokenizer_vocab_size=320", "data.validation_fraction=0.2"),
@@ -111,30 +111,30 @@ def choices(folder: Path) -> list[str]:
     ]
 
 
-def place(case: Case, out_dir: Path) -> None:
-    """Has the ranks of the run in this folder find the case."""
+def write_case(case: Case, out_dir: Path) -> None:
+    """Writes the case to the run's folder, from which its ranks read it."""
     (out_dir / "case.json").write_text(json.dumps(asdict(case)))
 
 
 def arm(out_dir: Path) -> None:
-    """To be called by every rank: the case's rank will fail. At that moment it leaves the file `struck`."""
+    """Makes the case's rank fail at its operation. It then creates the file `failed`. Every rank calls this."""
     case = Case(**json.loads((out_dir / "case.json").read_text()))
     if os.environ["RANK"] != str(case.rank):
         return
     seen = [0, not case.after]
 
-    def come(name: str, label: Hashable | None) -> None:
+    def on_operation(name: str, label: Hashable | None) -> None:
         seen[1] |= name == case.after
         if seen[1] and name == case.name and str(label).startswith(case.of):
             seen[0] += 1
             if seen[0] == case.count:
                 _fail(case.how, out_dir)
 
-    watch_operations(come)
+    watch_operations(on_operation)
 
 
 def _fail(how: How, out_dir: Path) -> None:
-    (out_dir / "struck").touch()
+    (out_dir / "failed").touch()
     match how:
         case "killed":
             os.kill(os.getpid(), signal.SIGKILL)
@@ -145,13 +145,13 @@ def _fail(how: How, out_dir: Path) -> None:
                 time.sleep(0.01)
 
 
-def struck_at(out_dir: Path) -> float:
-    """When the rank failed, in seconds of the wall clock."""
-    return (out_dir / "struck").stat().st_mtime
+def failure_time(out_dir: Path) -> float:
+    """Returns when the rank failed, in seconds since 1970."""
+    return (out_dir / "failed").stat().st_mtime
 
 
-def last_words(out_dir: Path) -> dict[int, tuple[str, int]]:
-    """Text and exit code that ranks left, by rank."""
+def read_reports(out_dir: Path) -> dict[int, tuple[str, int]]:
+    """Reads the reason and exit code of each rank's crash report, by rank."""
     found: dict[int, tuple[str, int]] = {}
     for path in find_errors(out_dir):
         word = read_error(path)
@@ -160,5 +160,5 @@ def last_words(out_dir: Path) -> dict[int, tuple[str, int]]:
 
 
 def from_json(values: dict[str, Any]) -> Outcome:
-    """The inverse of `dataclasses.asdict`, through JSON."""
+    """Builds an outcome from the JSON values of `dataclasses.asdict`."""
     return Outcome(**{**values, "case": Case(**values["case"])})

@@ -27,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ([(0, 7), (7, 0)], 1),
     ],
 )
-def test_any_to_any_sampled_pairs_go_on_as_if_unbroken(
+def test_any_to_any_sampled_pairs_resume_as_if_uninterrupted(
     folder: Path, pairs: list[tuple[int, int]], mtp_depth: int
 ) -> None:
     chosen = [(PLACES[writer], PLACES[reader]) for writer, reader in pairs]
@@ -40,7 +40,7 @@ def test_any_to_any_sampled_pairs_go_on_as_if_unbroken(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("moments", ["float32", "bf16"])
-def test_any_to_any_sharded_bf16_state_goes_from_four_ranks_to_one_and_back(folder: Path, moments: str) -> None:
+def test_any_to_any_sharded_bf16_state_moves_from_four_ranks_to_one_and_back(folder: Path, moments: str) -> None:
     configs = {
         size: tiny_config(
             folder,

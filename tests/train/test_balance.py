@@ -33,7 +33,7 @@ def balances(rank: int, world_size: int, config: TrainConfig) -> tuple[list[Bala
 
 
 @pytest.mark.slow
-def test_balance_is_the_same_on_every_rank_and_as_one_rank_alone_sees_it(tmp_path: Path) -> None:
+def test_balance_is_equal_on_all_ranks_and_equals_that_of_one_rank(tmp_path: Path) -> None:
     write_text(tmp_path)
     alone = tiny_config(tmp_path)
     spread = replace(
@@ -59,7 +59,7 @@ def test_balance_is_the_same_on_every_rank_and_as_one_rank_alone_sees_it(tmp_pat
             assert torch.equal(bias, biases[layer])
 
 
-def test_balance_loads_are_written_every_so_many_steps_and_taken_back_on_resume(tmp_path: Path) -> None:
+def test_balance_loads_are_written_at_their_interval_and_removed_on_resume(tmp_path: Path) -> None:
     balance = Balance(layers=range(1, 2), load_LE=torch.tensor([[3.0, 5.0]]).double(), bias_LS=torch.zeros(1, 3))
     for first, last in ((0, 6), (3, 5)):
         lines = LoadLines(tmp_path, 2, first)
@@ -76,7 +76,7 @@ def test_balance_loads_are_written_every_so_many_steps_and_taken_back_on_resume(
     assert not any(never.iterdir())
 
 
-def test_balance_of_a_model_without_experts_is_none() -> None:
+def test_balance_of_a_model_without_experts_is_empty() -> None:
     balance = Balance(layers=range(0), load_LE=torch.zeros(0, 8), bias_LS=torch.zeros(0, 3))
     assert balance.metrics() == {"max_violation": 0.0, "router": {}}
     assert balance.loads() == {}

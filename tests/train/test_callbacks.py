@@ -85,7 +85,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_callbacks_are_called_on_rank_0_alone_with_what_the_run_records(folder: Path) -> None:
+def test_callbacks_are_called_on_rank_0_with_the_recorded_values(folder: Path) -> None:
     config = config_of(folder, "whole")
     (calls, records, error), *others = run_ranks(4, run, config, None)
     assert others == [([], [], "")] * 3

@@ -50,7 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("bf16", ("precision=bf16",)),
     ],
 )
-def test_resumed_run_equals_unbroken_bitwise(folder: Path, kind: str, choices: tuple[str, ...]) -> None:
+def test_resumed_run_equals_uninterrupted_bitwise(folder: Path, kind: str, choices: tuple[str, ...]) -> None:
     # Spans in steps: in shares of the run they would follow each run's own length.
     choices += ("optim.schedule.warmup=1 steps", "optim.schedule.decay_end=4 steps")
     whole, half = f"whole_{kind}", f"half_{kind}"
@@ -70,7 +70,7 @@ def test_resumed_run_equals_unbroken_bitwise(folder: Path, kind: str, choices: t
 
 
 @pytest.mark.slow
-def test_run_leaves_what_the_documentation_names(folder: Path) -> None:
+def test_run_writes_the_documented_files(folder: Path) -> None:
     done = run_train(
         folder,
         "files",
@@ -119,7 +119,7 @@ def test_run_leaves_what_the_documentation_names(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_sample_of_no_tokens_is_not_made(folder: Path) -> None:
+def test_sample_of_no_tokens_is_not_generated(folder: Path) -> None:
     alone = ("parallelism=one_rank", "schedule=1f1b", "cluster.ranks_per_node=1")
     done = run_train(folder, "unsampled", *alone, "task.steps=1", "samples.prompt=a1", "samples.tokens=0")
     assert done.returncode == 0, done.stderr
@@ -157,7 +157,7 @@ def test_non_finite_step_ends_every_rank_with_its_exit_code(folder: Path, choice
 
 
 @pytest.mark.slow
-def test_torchrun_over_two_nodes_equals_the_bare_command(folder: Path) -> None:
+def test_torchrun_over_two_nodes_equals_the_built_in_launcher(folder: Path) -> None:
     choices = ("task.steps=2", "samples.prompt=", "precision=float64", "optim.sharding=replicated")
     done = run_train(folder, "bare", *choices)
     assert done.returncode == 0, done.stderr

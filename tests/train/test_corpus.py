@@ -56,12 +56,12 @@ def port() -> Iterator[int]:
         yield port
 
 
-def test_preparing_longer_than_the_time_limit_is_no_hang(folder: Path, port: int) -> None:
+def test_preparation_longer_than_the_timeout_is_no_hang(folder: Path, port: int) -> None:
     for rank, (code, text) in enumerate(ends(start(folder, 10.0, port))):
         assert code == 0, f"rank {rank}: {text[-3000:]}"
 
 
-def test_rank_that_is_lost_while_another_prepares_is_missed(folder: Path, port: int) -> None:
+def test_rank_lost_while_another_prepares_is_detected(folder: Path, port: int) -> None:
     (folder / "victim").write_text("1")
     (code, _), (lost, _) = ends(start(folder, 60.0, port))
     assert lost == -9
@@ -70,7 +70,7 @@ def test_rank_that_is_lost_while_another_prepares_is_missed(folder: Path, port: 
     assert words.startswith("rank 1 is lost")
 
 
-def test_every_rank_raises_what_one_could_not_prepare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_rank_raises_the_error_of_one_preparation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranks exchange states; here the other one's are played."""
     config = tiny_config(tmp_path)  # without text
 

@@ -81,13 +81,13 @@ def test_encode_gives_plain_values() -> None:
 
 
 @pytest.mark.parametrize(("value", "number"), [(2, 2.0), ("3e-4", 3e-4), ("1.5", 1.5), (-0.5, -0.5)])
-def test_decode_takes_whole_numbers_and_text_of_numbers_for_floats(value: object, number: float) -> None:
+def test_decode_accepts_whole_numbers_and_numeric_text_as_floats(value: object, number: float) -> None:
     radius = decode(Circle, {"kind": "circle", "radius": value}).radius
     assert radius == number
     assert type(radius) is float
 
 
-def test_decode_takes_an_instance_as_it_is() -> None:
+def test_decode_returns_an_instance_unchanged() -> None:
     circle = Circle(kind="circle", radius=1.0)
     assert decode(Drawing, {**VALUES, "shape": circle}).shape is circle
 
@@ -137,7 +137,7 @@ def test_decode_refuses_a_missing_key(name: str) -> None:
 @pytest.mark.parametrize(
     "shape", [Circle(kind="circle", radius=1.0), Polygon(kind="polygon", sides=(1.0,), closed=True)]
 )
-def test_decode_takes_kinds_and_names_from_a_registry(shape: Circle | Polygon) -> None:
+def test_decode_reads_kinds_and_names_of_a_registry(shape: Circle | Polygon) -> None:
     sketch = Sketch(shape=shape, outline="circle")
     assert decode(Sketch, encode(sketch)) == sketch
     assert decode(Sketch, {"shape": shape, "outline": None}).shape is shape
@@ -152,7 +152,7 @@ def test_decode_takes_kinds_and_names_from_a_registry(shape: Circle | Polygon) -
         ({"shape": {}}, ["shape.kind: missing", "circle, polygon"]),
     ],
 )
-def test_decode_refuses_what_a_registry_does_not_hold(change: dict[str, object], parts: list[str]) -> None:
+def test_decode_refuses_names_that_a_registry_lacks(change: dict[str, object], parts: list[str]) -> None:
     with pytest.raises(ConfigError) as refused:
         decode(Sketch, {"shape": {"kind": "circle", "radius": 1.0}, "outline": None, **change})
     for part in parts:

@@ -57,7 +57,7 @@ def test_ema_is_the_sum_over_all_updates(dtype: torch.dtype) -> None:
         assert torch.allclose(average.double(), exact, rtol=1e-5, atol=1e-6), name
 
 
-def test_ema_update_returns_before_the_average_is_made_and_state_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ema_update_returns_before_averaging_and_state_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     model = _model()
     ema, go_on, average = ParameterEma(model, 0.5), threading.Event(), ParameterEma._average
     before = {name: tensor.clone() for name, tensor in ema.state().items()}
@@ -75,7 +75,7 @@ def test_ema_update_returns_before_the_average_is_made_and_state_waits_for_it(mo
     ema.close()
 
 
-def test_ema_error_beside_the_step_comes_up_at_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ema_error_in_the_background_is_raised_at_the_next_update(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(self: ParameterEma) -> None:
         raise MemoryError("no more")
 
@@ -120,7 +120,7 @@ def _resumed(rank: int, world_size: int, config: TrainConfig) -> list[dict[str, 
 
 
 @pytest.mark.slow
-def test_ema_resumed_is_that_of_an_unbroken_run_bitwise_and_the_same_on_one_rank(tmp_path: Path) -> None:
+def test_ema_resumed_equals_an_uninterrupted_run_bitwise_and_one_rank(tmp_path: Path) -> None:
     write_text(tmp_path)
     alone = tiny_config(tmp_path, ema=EmaConfig(decay=0.9), batch=replace(BATCH, global_sequences=8))
     spread = replace(

@@ -13,7 +13,7 @@ from tests.commands import run_command
 from tests.ports import reserved_port
 from tests.tiny import write_text
 from tests.train.failing_rank import CAUSE
-from tests.train.faults import CASES, choices, last_words, place
+from tests.train.faults import CASES, choices, read_reports, write_case
 
 ROOT = Path(__file__).parents[2]
 
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize(
     ("pipeline", "rank", "where"), [(4, 0, "backward"), (4, 1, "forward"), (8, 3, "backward"), (8, 7, "forward")]
 )
-def test_error_of_one_rank_amid_a_step_ends_all_with_its_own_words(
+def test_error_of_one_rank_in_a_step_ends_all_and_is_reported(
     tmp_path: Path, pipeline: int, rank: int, where: str
 ) -> None:
     write_text(tmp_path)
@@ -45,13 +45,13 @@ def test_error_of_one_rank_amid_a_step_ends_all_with_its_own_words(
 def test_lost_rank_under_torchrun_is_named_by_every_other_rank(tmp_path: Path) -> None:
     write_text(tmp_path)
     case = next(case for case in CASES if (case.how, case.phase) == ("killed", "combine"))
-    place(case, tmp_path)
+    write_case(case, tmp_path)
     job = [str(tmp_path), *choices(tmp_path), f"out_dir={tmp_path / 'run'}", "cluster.timeout_seconds=60"]
     with reserved_port() as port:
         rendezvous = ["--nnodes=1", "--nproc-per-node=4", "--master-addr=127.0.0.1", f"--master-port={port}"]
-        command = [sys.executable, "-m", "torch.distributed.run", *rendezvous, "-m", "tests.train.struck_rank", *job]
+        command = [sys.executable, "-m", "torch.distributed.run", *rendezvous, "-m", "tests.train.torchrun_rank", *job]
         ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
-    words = last_words(tmp_path / "run")
+    words = read_reports(tmp_path / "run")
     assert set(words) == {0, 1, 2}
     text = words[0][0]
     assert set(words.values()) == {(text, 78)}

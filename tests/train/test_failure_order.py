@@ -65,7 +65,7 @@ def test_operations_of_every_group_have_one_order_on_all_its_ranks(
     assert len([group for group in groups if "->" not in group]) > 2  # those of the experts' exchange
 
 
-def test_order_hashes_tell_a_rank_that_goes_another_way() -> None:
+def test_order_hashes_detect_a_rank_with_another_order() -> None:
     seen: list[Seen] = []
     for names in (("one", "other"), ("other", "one")):
         log = CollectiveLog()

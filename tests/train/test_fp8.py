@@ -145,7 +145,7 @@ def count_each(rank: int, world_size: int, configs: list[TrainConfig]) -> list[d
 
 
 @pytest.mark.slow
-def test_rows_and_their_gradients_go_out_in_fp8_and_come_back_in_bf16(folder: Path) -> None:
+def test_rows_and_gradients_are_dispatched_in_fp8_and_combined_in_bf16(folder: Path) -> None:
     """Bytes as the run's own account has them, predicted and counted, in FP8 and in bf16."""
     hidden = 256
     model = replace(SHAPE, num_layers=2, hidden_size=hidden)
@@ -186,7 +186,7 @@ def go_on(rank: int, world_size: int, config: TrainConfig) -> tuple[Seen, Seen, 
 
 
 @pytest.mark.slow
-def test_resumed_run_equals_unbroken_bitwise_and_bf16_does_not_go_on(folder: Path) -> None:
+def test_resumed_run_equals_uninterrupted_bitwise_and_bf16_cannot_resume_it(folder: Path) -> None:
     batch = replace(BATCH, global_sequences=2)
     config = make_config(folder, 1, 2, out_dir=str(folder / "resumed"), batch=batch)
     for unbroken, resumed, _ in (found := run_ranks(2, go_on, config)):

@@ -43,7 +43,7 @@ def test_fp8_is_composed_with_scales_of_either_kind() -> None:
         ("optim.moments=null", ["optim.moments", "auto, float32, bf16", "None"]),
     ],
 )
-def test_what_no_run_in_fp8_can_follow_is_refused(override: str, parts: list[str]) -> None:
+def test_configuration_that_fp8_does_not_support_is_refused(override: str, parts: list[str]) -> None:
     with pytest.raises(ConfigError) as raised:
         composed(override)
     message = str(raised.value)
@@ -53,7 +53,7 @@ def test_what_no_run_in_fp8_can_follow_is_refused(override: str, parts: list[str
 
 
 @pytest.mark.slow
-def test_resumed_command_equals_unbroken_bitwise(folder: Path) -> None:
+def test_resumed_command_equals_uninterrupted_bitwise(folder: Path) -> None:
     done = train(folder, "whole", "precision=fp8", "task.steps=2", "checkpointing.every_steps=1")
     assert done.returncode == 0, done.stderr
     from_first = f"resume={folder / 'whole' / 'checkpoints' / 'step-00000001'}"

@@ -45,7 +45,7 @@ ROLL_BACK = RollBackGuardConfig(kind="roll_back", spike_factor=0.0, spike_window
 WORLD = 4
 
 
-def test_guard_refuses_what_is_not_finite() -> None:
+def test_guard_refuses_values_that_are_not_finite() -> None:
     guard = Guard(STOP)
     assert guard.judge(LOSS, 2.5) == ""
     assert guard.judge(NORM, math.inf) == "gradient norm is inf"
@@ -72,7 +72,7 @@ def test_guard_refuses_spikes_above_the_median_of_a_full_window() -> None:
     assert guard.judge(LOSS, 3.5).startswith("loss is 3.5, above 3 x its median")
 
 
-def test_guard_knows_earlier_steps_from_their_records(tmp_path: Path) -> None:
+def test_guard_reads_earlier_steps_from_their_records(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     assert read_loss_and_norm(path, 9, 3) == []
     lines = [json.dumps({"step": step, "loss": step / 3, "grad_norm": step / 7}) for step in range(1, 8)]
@@ -229,7 +229,7 @@ def lines(folder: Path, name: str) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_skipped_batch_leaves_no_trace_but_its_record(ends: dict[str, Any], folder: Path, kind: str) -> None:
+def test_skipped_batch_changes_nothing_except_the_records(ends: dict[str, Any], folder: Path, kind: str) -> None:
     assert_same(ends, f"skip-{kind}", f"never-{kind}")
     assert [line["step"] for line in lines(folder, f"skip-{kind}")] == [1, 2, 3, 5, 6]
     (event,) = read_events(folder / f"skip-{kind}")
@@ -289,6 +289,6 @@ def test_too_many_refusals_in_a_row_end_the_run(ends: dict[str, Any], folder: Pa
 
 
 @pytest.mark.slow
-def test_without_a_checkpoint_to_go_back_to_the_batch_is_left_out(ends: dict[str, Any], folder: Path) -> None:
+def test_rollback_without_a_checkpoint_skips_the_batch(ends: dict[str, Any], folder: Path) -> None:
     assert_same(ends, "early-float64", "never_early-float64")
     assert [event["kind"] for event in read_events(folder / "early-float64")] == ["skipped"]

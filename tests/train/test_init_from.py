@@ -145,7 +145,7 @@ def test_start_from_a_run_of_another_layout_equals_its_export(
 
 
 @pytest.mark.slow
-def test_start_the_optimisers_masters_follow(folder: Path) -> None:
+def test_start_updates_the_optimizer_masters(folder: Path) -> None:
     """A step that moves nothing would bring back the seed's weights from masters that did not."""
     configs = [
         run_config(
@@ -166,7 +166,7 @@ def test_start_the_optimisers_masters_follow(folder: Path) -> None:
                     assert torch.equal(tensor, seen.first[name]), name
 
 
-def test_start_says_what_is_not_as_it_was_there(folder: Path, tmp_path: Path) -> None:
+def test_start_reports_differences_from_the_source(folder: Path, tmp_path: Path) -> None:
     """An MTP module from the seed is the seed's, whether one is there or not; another tokenizer and limit are named."""
     for path in (folder / "mtp").iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
@@ -189,7 +189,7 @@ def test_start_says_what_is_not_as_it_was_there(folder: Path, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_checkpoints_that_cannot_be_read_or_written_end_every_rank_alike(folder: Path) -> None:
+def test_checkpoints_that_cannot_be_read_or_written_end_every_rank(folder: Path) -> None:
     for read, written in run_ranks(2, use_broken, run_config(folder, "mtp", "two", "full")):
         assert read.startswith(f"resume: {folder / 'full' / 'checkpoints' / 'step-00000000'}: cannot be read by rank ")
         assert "cannot be written by rank " in written

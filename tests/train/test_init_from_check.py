@@ -87,7 +87,7 @@ print([name for name in ("torch", "transformers") if name in sys.modules])
     assert done.stdout.splitlines() == ["passes", "init_from", "model.mtp_depth", "[]"], done.stderr
 
 
-def test_check_refuses_weights_beside_a_run_to_go_on_with(folder: Path) -> None:
+def test_check_refuses_init_from_together_with_resume(folder: Path) -> None:
     config = run_config(folder, "mtp", "one", "run")
     config = replace(config, resume=str(folder / "run"), task=replace(config.task, steps=3))
     check(replace(config, init_from=None))

@@ -49,7 +49,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_integrity_newest_whole_checkpoint_is_used_and_the_torn_one_is_told(damage: str, tmp_path: Path) -> None:
+def test_integrity_newest_whole_checkpoint_is_used_and_the_damaged_one_is_reported(damage: str, tmp_path: Path) -> None:
     old, newest = place(tmp_path, 20), place(tmp_path, 100)
     verify(newest)
     assert newest_whole(tmp_path) == newest
@@ -72,14 +72,14 @@ def test_integrity_newest_whole_checkpoint_is_used_and_the_torn_one_is_told(dama
         locate(str(tmp_path), check=verify)
 
 
-def test_integrity_sizes_alone_do_not_tell_a_flipped_bit(tmp_path: Path) -> None:
+def test_integrity_sizes_alone_do_not_detect_a_flipped_bit(tmp_path: Path) -> None:
     folder = place(tmp_path, 20)
     flip(folder / "__0_0.distcp", 5)
     assert is_whole(folder, hashes=False)
     assert not is_whole(folder)
 
 
-def test_integrity_command_refuses_a_torn_checkpoint_that_is_named(tmp_path: Path) -> None:
+def test_integrity_command_refuses_a_named_damaged_checkpoint(tmp_path: Path) -> None:
     folder = place(tmp_path, 20)
     flip(folder / "__0_0.distcp", 5)
     command = [sys.executable, "-m", "launch.train", f"resume={folder}", f"out_dir={tmp_path / 'new'}"]

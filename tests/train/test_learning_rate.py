@@ -52,7 +52,7 @@ def test_learning_rate_linear_is_a_straight_line_to_the_final_rate() -> None:
 
 
 @pytest.mark.parametrize("unit", ["steps", "tokens", "%"])
-def test_learning_rate_is_the_same_in_every_unit_of_its_spans(unit: str) -> None:
+def test_learning_rate_is_equal_for_every_unit_of_duration(unit: str) -> None:
     """Of 40 steps of 32 tokens each."""
     scale = {"steps": 1.0, "tokens": 32.0, "%": 2.5}[unit]
     for kind in ("cosine", "linear"):
@@ -60,7 +60,7 @@ def test_learning_rate_is_the_same_in_every_unit_of_its_spans(unit: str) -> None
         assert rates(decayed(kind, *spans), 40) == rates(decayed(kind), 40)
 
 
-def test_learning_rate_of_every_kind_spans_a_run_of_any_length() -> None:
+def test_learning_rate_of_every_kind_fits_a_run_of_any_length() -> None:
     for kind in ("cosine", "linear", "wsd"):
         for num_steps in (40, 2000):
             config = build(f"optim/schedule={kind}").optim
@@ -99,13 +99,13 @@ def test_learning_rate_wsd_is_stable_until_its_last_part() -> None:
         assert seen(decay, "one_minus_sqrt")[15:] == pytest.approx([1 - (step / 5) ** 0.5 for step in range(5)])
 
 
-def test_learning_rate_constant_has_a_warm_up_alone() -> None:
+def test_learning_rate_constant_only_has_a_warm_up() -> None:
     config = replace(build("optim/schedule=constant").optim, learning_rate=1.0)
     assert rates(config, 50)[:6] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0])
     assert set(rates(config, 50)[4:]) == {1.0}
 
 
-def test_learning_rate_by_tokens_is_the_reports() -> None:
+def test_learning_rate_by_tokens_equals_the_technical_report() -> None:
     """arXiv:2412.19437, section 4.2; billions of tokens, warm-up in steps."""
     config, sizes = build("optim=adamw_v3").optim, BatchSizes(15_360, 4096)
     warm = [learning_rate(config, sizes, 240_000, step) for step in (0, 999, 1999)]
@@ -117,7 +117,7 @@ def test_learning_rate_by_tokens_is_the_reports() -> None:
         assert learning_rate(config, sizes, 240_000, step) == pytest.approx(rate, rel=1e-4), billions
 
 
-def test_learning_rate_over_a_growing_batch_is_measured_in_tokens() -> None:
+def test_learning_rate_of_a_batch_ramp_is_measured_in_tokens() -> None:
     sizes = BatchSizes(8, 10, BatchRamp(start_sequences=2, end_tokens=200, num_sizes=2))
     assert [sizes.tokens_before(step) for step in (0, 10, 20, 25)] == [0, 200, 1000, 1400]
     config = decayed("linear", "200 tokens", "50 %", 0.0)
@@ -140,7 +140,7 @@ def test_learning_rate_over_a_growing_batch_is_measured_in_tokens() -> None:
         (["optim/schedule=wsd", "optim.schedule.decay=90 %"], []),
     ],
 )
-def test_schedule_that_does_not_suit_the_run_gives_a_warning(overrides: list[str], parts: list[str]) -> None:
+def test_schedule_that_does_not_fit_the_run_gives_a_warning(overrides: list[str], parts: list[str]) -> None:
     config = build(*overrides)
     lines = schedule_warnings(config.optim, config.batch_sizes, config.task.steps)
     assert len(lines) == bool(parts)
@@ -150,7 +150,7 @@ def test_schedule_that_does_not_suit_the_run_gives_a_warning(overrides: list[str
     assert [line for line in shown if line.startswith("# warning: ")] == [f"# warning: {line}" for line in lines]
 
 
-def test_span_reads_what_it_writes() -> None:
+def test_duration_reads_what_it_writes() -> None:
     for text, plain in (
         ("5 %", "5 %"), ("2.5%", "2.5 %"), ("2000 steps", "2000 steps"), ("1 step", "1 steps"),
         ("14.633e12 tokens", "14633000000000 tokens"), ("10_000tokens", "10000 tokens"), (0, "0 %"),

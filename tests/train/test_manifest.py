@@ -64,7 +64,7 @@ def test_manifest_newest_complete_checkpoint_of_a_run_is_found(tmp_path: Path) -
         ("half/checkpoints/step-00000020", ["holds no checkpoint"]),
     ],
 )
-def test_manifest_a_place_without_a_checkpoint_is_refused(place: str, parts: list[str], tmp_path: Path) -> None:
+def test_manifest_path_without_a_checkpoint_is_refused(place: str, parts: list[str], tmp_path: Path) -> None:
     save(tmp_path / "run", 20)
     save(tmp_path / "half", 20, complete=False)
     (tmp_path / "empty").mkdir()
@@ -138,7 +138,7 @@ def test_manifest_a_run_without_steps_left_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"format_version": 99, "step": 1}', '{"format_version": 1}', "3"])
-def test_manifest_that_does_not_read_is_refused(text: str, tmp_path: Path) -> None:
+def test_manifest_that_cannot_be_read_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"^resume: "):
         read_manifest(tmp_path)

@@ -28,7 +28,7 @@ def test_mfu_is_left_out_if_the_peak_is_unknown() -> None:
     assert mfu(MODEL, 24, 2000.0, 1e9)["mfu"] == 2 * mfu(MODEL, 24, 1000.0, 1e9)["mfu"] > 0
 
 
-def test_wandb_gets_the_same_record_offline_and_online(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_receives_the_same_record_offline_and_online(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     logged: dict[str, list[tuple[dict[str, Any], int]]] = {}
 
     def init(*, mode: str, **_: object) -> object:

@@ -56,7 +56,7 @@ def test_few_micro_batches_show_the_peak_of_many(tmp_path: Path, kind: str, pipe
 
 
 @pytest.mark.parametrize(("pipeline", "micro_batches"), [(2, 4), (4, 8), (4, 18), (6, 12), (8, 16)])
-def test_with_exchange_dualpipe_split_holds_what_the_published_order_holds(
+def test_dualpipe_split_with_exchange_keeps_the_activations_of_the_published_order(
     tmp_path: Path, pipeline: int, micro_batches: int
 ) -> None:
     config = make_config(tmp_path, "dualpipe_split", pipeline, micro_batches)
@@ -65,7 +65,7 @@ def test_with_exchange_dualpipe_split_holds_what_the_published_order_holds(
         assert max(peaks(planning_schedule(config, micro_batches), pending)) == max(peaks(whole, pending))
 
 
-def test_other_costs_are_planned_as_they_are(tmp_path: Path) -> None:
+def test_other_costs_are_planned_without_the_shortcut(tmp_path: Path) -> None:
     """Without exchange W fills gaps, and many wait: the published order would promise too little."""
     config = make_config(tmp_path, "dualpipe_split", 4, 8, expert=1)
     whole = build("dualpipe_split", 4, 8, nominal_costs(config, 4))
@@ -74,5 +74,5 @@ def test_other_costs_are_planned_as_they_are(tmp_path: Path) -> None:
     assert max(peaks(planned, 1.5)) > max(peaks(planning_schedule(make_config(tmp_path, "dualpipe", 4, 8), 8), 1.5))
 
 
-def test_few_are_odd_if_the_run_is() -> None:
+def test_few_micro_batches_are_odd_if_the_run_has_an_odd_number() -> None:
     assert [few_micro_batches(4, number) for number in (3, 16, 17, 1000, 1001)] == [3, 16, 17, 16, 17]

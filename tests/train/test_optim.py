@@ -72,7 +72,7 @@ def test_bf16_moments_are_those_of_torch_rounded_after_each_step() -> None:
 
 
 @pytest.mark.parametrize(("moments", "expected"), [("bf16", 4), ("float32", 8)])
-def test_moments_take_so_many_bytes_for_a_weight(moments: Any, expected: int) -> None:
+def test_moments_take_the_documented_bytes_per_weight(moments: Any, expected: int) -> None:
     named = parameters()
     optimizer = build_adamw(options(named), replace(CONFIG, moments=moments))
     stepped(optimizer, named, 1e-2, 0)
@@ -80,7 +80,7 @@ def test_moments_take_so_many_bytes_for_a_weight(moments: Any, expected: int) ->
     assert sum(value.nbytes for value in kept) == expected * sum(parameter.numel() for parameter in named.values())
 
 
-def test_a_weight_without_gradient_stays_as_it_is() -> None:
+def test_weight_without_gradient_does_not_change() -> None:
     named = parameters()
     named["other"].grad = torch.ones(5, 7)
     before = {name: parameter.detach().clone() for name, parameter in named.items()}
@@ -91,13 +91,13 @@ def test_a_weight_without_gradient_stays_as_it_is() -> None:
 
 
 @pytest.mark.parametrize("beta", [0.9, 0.95, 0.984375])
-def test_a_square_follows_gradients_that_shrink(beta: float) -> None:
+def test_second_moment_follows_shrinking_gradients(beta: float) -> None:
     """Up to the largest beta that a run may have; rounded to nearest, those nearer to 1 stop on the way."""
     kept, exact = follow(beta)
     assert float(kept / exact) == pytest.approx(1, abs=0.15)
 
 
-def test_a_square_with_beta_near_one_would_stop() -> None:
+def test_second_moment_with_beta2_near_one_would_stop() -> None:
     kept, exact = follow(0.999)
     assert float(kept / exact) > 2
 
@@ -169,7 +169,7 @@ def test_every_sharding_gives_the_same_bits(worlds: dict[int, Any], size: int) -
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_ranks_share_out_4_bytes_for_a_weight(worlds: dict[int, Any], size: int) -> None:
+def test_ranks_shard_4_bytes_per_weight(worlds: dict[int, Any], size: int) -> None:
     num_weights = sum(parameter.numel() for parameter in parameters().values())
     for index in range(2):
         states = [rank[index]["state"] for rank in worlds[size]]

@@ -87,7 +87,7 @@ def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.slow
-def test_checkpoint_goes_on_bitwise_and_other_moments_are_converted(folder: Path) -> None:
+def test_checkpoint_resumes_bitwise_and_other_moments_are_converted(folder: Path) -> None:
     config = config_of(folder, "bf16", "bf16", data=2)
     for found in run_ranks(2, go_on, config, ["bf16", "float32"]):
         assert {str(value.dtype) for name, value in found["saved"].items() if "exp_avg" in name} == {"torch.bfloat16"}
@@ -118,7 +118,7 @@ def train(folder: Path, name: str, *overrides: str) -> subprocess.CompletedProce
 
 
 @pytest.mark.slow
-def test_resumed_command_equals_unbroken_bitwise(folder: Path) -> None:
+def test_resumed_command_equals_uninterrupted_bitwise(folder: Path) -> None:
     choices = ("precision=bf16", "optim.moments=bf16", "task.steps=4")
     done = train(folder, "whole", *choices, "checkpointing.every_steps=2")
     assert done.returncode == 0, done.stderr
@@ -140,7 +140,7 @@ def test_resumed_command_equals_unbroken_bitwise(folder: Path) -> None:
         (["optim.moments=bf16", "optim.beta2=0.999"], ["optim.beta2", "0.984375", "0.999", "optim.moments=float32"]),
     ],
 )
-def test_command_refuses_moments_that_no_run_can_follow(folder: Path, overrides: list[str], parts: list[str]) -> None:
+def test_command_refuses_unsupported_moments(folder: Path, overrides: list[str], parts: list[str]) -> None:
     done = train(folder, "refused", *overrides)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
     for part in parts:

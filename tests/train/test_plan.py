@@ -42,14 +42,14 @@ def test_plan_is_the_same_on_every_rank(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_plan_under_auto_keeps_the_cap_and_leaves_out_what_the_model_forbids(tmp_path: Path) -> None:
+def test_plan_under_auto_keeps_the_cap_and_excludes_unsupported_kinds(tmp_path: Path) -> None:
     """MTP rules out 1f1b and zb_h1; 2 of model/P rule out the published DualPipe, which keeps 3."""
     (text, reason), _ = run_ranks(2, _planned, config_of(tmp_path, "auto", memory_cap=2.0))
     assert from_json(text).kind in ("dualpipe_split", "zb_v")
     assert "of the 2 allowed" in reason
 
 
-def test_plan_goes_on_with_the_schedule_of_the_checkpoint(tmp_path: Path) -> None:
+def test_plan_reuses_the_schedule_of_the_checkpoint(tmp_path: Path) -> None:
     """Another order would sum gradients in another order: a resumed run would no longer be bitwise the same."""
     config = config_of(tmp_path, "auto")
     begun = build("dualpipe", 2, config.num_micro_batches)

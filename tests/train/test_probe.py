@@ -74,7 +74,7 @@ def test_stage_keeps_its_share_of_layers_in_units_of_model_over_ranks(tmp_path: 
     assert [stage.activation for stage in uneven.stages] == pytest.approx([2 * 4 / 7, 2 * 3 / 7])
 
 
-def test_stage_costs_of_one_stage_hold_all_of_the_model(tmp_path: Path) -> None:
+def test_stage_costs_of_one_stage_are_those_of_the_whole_model(tmp_path: Path) -> None:
     costs = stage_costs(TIMES, config_of(tmp_path, pipeline=1, num_layers=3), 1)
     assert costs.stages == (stage(1 + 1 + 10 + 100 + 1000, 1.0),)
 
@@ -106,7 +106,7 @@ def _num_parameters() -> int:
 
 
 @pytest.mark.slow
-def test_probe_gives_every_rank_the_same_positive_times_and_leaves_nothing(tmp_path: Path) -> None:
+def test_probe_returns_equal_positive_times_on_all_ranks_and_changes_nothing(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, parallelism=FOUR_RANKS)
     all_moe = replace(config, model=replace(MODEL, num_dense_layers=0, mtp_depth=0))
     all_dense = replace(config, model=replace(MODEL, num_dense_layers=4, mtp_depth=0))

@@ -40,7 +40,7 @@ def test_profile_writes_a_trace_of_each_chosen_step_of_each_chosen_rank(tmp_path
 
 
 @pytest.mark.parametrize("changes", [{"steps": ()}, {"trace": False}, {"ranks": ()}])
-def test_profile_of_nothing_leaves_nothing(tmp_path: Path, changes: dict[str, object]) -> None:
+def test_profile_of_nothing_writes_nothing(tmp_path: Path, changes: dict[str, object]) -> None:
     config = _config(tmp_path, **changes)
     profiler = StepProfiler(config.profile, Path(config.out_dir), 0, CPU)
     for done in range(1, 6):
@@ -49,7 +49,7 @@ def test_profile_of_nothing_leaves_nothing(tmp_path: Path, changes: dict[str, ob
     assert not list(Path(config.out_dir).glob("profile/*"))
 
 
-def test_profile_lets_an_error_of_the_step_through(tmp_path: Path) -> None:
+def test_profile_does_not_hide_an_error_of_the_step(tmp_path: Path) -> None:
     config = _config(tmp_path)
     profiler = StepProfiler(config.profile, Path(config.out_dir), 0, CPU)
     with pytest.raises(ArithmeticError), profiler.step(2):
@@ -60,7 +60,7 @@ def test_profile_lets_an_error_of_the_step_through(tmp_path: Path) -> None:
     assert not profiler.path(2, "trace.json.gz").exists()
 
 
-def test_profile_says_what_it_records_and_what_a_cpu_cannot(tmp_path: Path) -> None:
+def test_profile_prints_what_is_recorded_and_what_a_cpu_cannot(tmp_path: Path) -> None:
     config = _config(tmp_path)
     cuda = replace(config, cluster=replace(config.cluster, device="cuda"))
     assert profile_notice(config) == (
@@ -83,7 +83,7 @@ def test_profile_that_is_off_imports_nothing() -> None:
     assert done.stdout == "[]\n", done.stderr
 
 
-def test_profile_on_cuda_records_memory_for_the_step_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_profile_on_cuda_records_memory_only_during_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config, calls = _config(tmp_path, trace=False), []
     monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", lambda **how: calls.append(how))
     monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", calls.append)

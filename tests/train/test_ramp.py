@@ -57,7 +57,7 @@ def test_ramp_on_many_ranks_equals_a_plain_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_ramp_resumed_across_changes_of_size_equals_unbroken_bitwise(tmp_path: Path) -> None:
+def test_ramp_resumed_across_changes_of_size_equals_uninterrupted_bitwise(tmp_path: Path) -> None:
     write_text(tmp_path)
     # Of 32 tokens: steps 1 and 2 read 4 sequences, 3 and 4 read 6, later ones 8.
     ramp = "batch.ramp={start_sequences:4,end_tokens:600,num_sizes:3}"
@@ -96,7 +96,7 @@ def _misplaced(rank: int, world_size: int, config: TrainConfig) -> str:
     return ""
 
 
-def test_ramp_whose_schedule_has_its_stages_elsewhere_is_refused(tmp_path: Path) -> None:
+def test_ramp_whose_schedule_places_stages_on_other_ranks_is_refused(tmp_path: Path) -> None:
     write_text(tmp_path)
     ramp = BatchRamp(start_sequences=4, end_tokens=1, num_sizes=2)
     config = tiny_config(tmp_path, batch=replace(BATCH, ramp=ramp))

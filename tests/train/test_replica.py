@@ -81,7 +81,7 @@ def _run_one(config: TrainConfig, trains: bool, refers: bool) -> Seen:
     return seen
 
 
-def test_references_between_steps_change_nothing_and_stay_as_they_are_bitwise(tmp_path: Path) -> None:
+def test_reference_passes_between_steps_change_nothing_bitwise(tmp_path: Path) -> None:
     write_text(tmp_path)
     configs = {
         name: tiny_config(

@@ -153,7 +153,7 @@ def test_report_is_drawn_by_a_browser_from_a_file(tmp_path: Path, scheme: str) -
     assert done.stdout.count("<canvas") == len(re.findall(r'class="plot"', path.read_text()))
 
 
-def test_report_follows_a_run_that_goes_on_is_rolled_back_and_written_anew(tmp_path: Path) -> None:
+def test_report_follows_a_run_that_resumes_is_rolled_back_and_rewritten(tmp_path: Path) -> None:
     config = place_run(tmp_path, range(1, 11))
     run, report = Path(config.out_dir), Report(config)
     report.write()
@@ -233,7 +233,7 @@ def test_redraw_makes_the_report_of_a_folder(tmp_path: Path, capsys: pytest.Capt
         redraw([f"run={tmp_path}"])
 
 
-def test_history_keeps_means_extremes_and_sums_whatever_is_joined() -> None:
+def test_history_keeps_means_extremes_and_sums_when_buckets_are_joined() -> None:
     history, values = History(8), np.random.default_rng(3).normal(size=203)
     for step, value in enumerate(values.tolist(), 1):
         history.add(step, {"a": value, **({"rare": value} if step % 50 == 0 else {})})

@@ -97,7 +97,7 @@ def four_ranks(folder: Path) -> TrainConfig:
 
 
 @pytest.mark.slow
-def test_replay_of_a_record_changes_no_bit_under_dualpipe(tmp_path: Path) -> None:
+def test_replay_of_a_record_is_bitwise_equal_under_dualpipe(tmp_path: Path) -> None:
     write_text(tmp_path)
     for rank, seen in enumerate(run_ranks(4, replay, four_ranks(tmp_path))):
         assert {label.direction for label in seen.labels} == {0, 1}, f"rank {rank}"

@@ -61,7 +61,7 @@ def dead_owner() -> Owner:
     return replace(Owner.of_this_process(), pid=process.pid)
 
 
-def test_lock_names_its_owner_and_goes_with_it(tmp_path: Path) -> None:
+def test_lock_names_its_owner_and_is_removed_on_release(tmp_path: Path) -> None:
     with locked(tmp_path, print):
         values = json.loads((tmp_path / LOCK_NAME).read_text())
         assert (values["pid"], values["host"]) == (os.getpid(), os.uname().nodename)
@@ -85,9 +85,7 @@ def test_lock_of_a_dead_process_is_taken_over_at_once_with_a_message(tmp_path: P
     assert list(tmp_path.iterdir()) == []
 
 
-def test_lock_of_a_number_that_another_process_has_by_now_is_stale(
-    tmp_path: Path, sleeper: subprocess.Popen[bytes]
-) -> None:
+def test_lock_whose_pid_was_reused_is_stale(tmp_path: Path, sleeper: subprocess.Popen[bytes]) -> None:
     plant(tmp_path, replace(Owner.of_this_process(), pid=sleeper.pid))  # with this process' start
     acquire(tmp_path, print).release()
 
@@ -115,7 +113,7 @@ def test_lock_of_another_machine_is_stale_only_when_it_is_not_renewed(tmp_path: 
     ["", "garbage", "{", "[" * 100_000, "null", "x" * 200_000, "1" * 5000, '{"pid": 1}'],
     ids=["empty", "garbage", "cut", "deep", "null", "huge", "number", "incomplete"],
 )
-def test_lock_that_describes_nobody_counts_by_its_age(tmp_path: Path, content: str) -> None:
+def test_lock_without_an_owner_is_stale_by_its_age(tmp_path: Path, content: str) -> None:
     plant(tmp_path, content, age=100)
     acquire(tmp_path, print).release()
     assert list(tmp_path.iterdir()) == []
@@ -135,7 +133,7 @@ def test_lock_with_a_wrong_value_is_stale_by_its_age(tmp_path: Path, changes: di
     assert list(tmp_path.iterdir()) == []
 
 
-def test_lock_from_the_future_is_taken_over_when_nobody_renews_it(tmp_path: Path) -> None:
+def test_lock_from_the_future_is_taken_over_if_it_is_not_renewed(tmp_path: Path) -> None:
     there = replace(Owner.of_this_process(), machine="another boot", command="a\x1b[31m\nb")
     plant(tmp_path, there, age=-1e6)
     lines = said()
@@ -154,7 +152,7 @@ def test_lock_that_is_no_file_is_refused_without_waiting(tmp_path: Path) -> None
     assert list(tmp_path.iterdir()) == []
 
 
-def test_of_many_who_take_over_one_stale_lock_one_gets_it(tmp_path: Path) -> None:
+def test_only_one_of_many_processes_takes_over_a_stale_lock(tmp_path: Path) -> None:
     racers = [
         subprocess.Popen(
             [sys.executable, "-c", RACER, str(tmp_path)], cwd=ROOT, text=True,
@@ -185,7 +183,7 @@ def test_of_many_who_take_over_one_stale_lock_one_gets_it(tmp_path: Path) -> Non
     assert list(tmp_path.iterdir()) == []
 
 
-def test_guard_that_a_killed_process_left_is_no_obstacle(tmp_path: Path) -> None:
+def test_takeover_lock_of_a_killed_process_does_not_block(tmp_path: Path) -> None:
     stale = dead_owner()
     plant(tmp_path, stale)
     (tmp_path / f"{LOCK_NAME}.{stale.id}.takeover").write_text(dead_owner().to_text())
@@ -193,7 +191,7 @@ def test_guard_that_a_killed_process_left_is_no_obstacle(tmp_path: Path) -> None
     assert list(tmp_path.iterdir()) == []
 
 
-def test_file_system_without_hard_links_has_locks_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lock_works_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(source: Path, target: Path) -> None:
         raise OSError(95, "Operation not supported")
 
@@ -204,7 +202,7 @@ def test_file_system_without_hard_links_has_locks_too(tmp_path: Path, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
-def test_owner_sees_that_its_folder_is_no_longer_its_own(tmp_path: Path) -> None:
+def test_owner_detects_that_it_lost_its_folder(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
     assert OwnershipCheck.of_process(folder).problem() == ""  # nobody holds a lock

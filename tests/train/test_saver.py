@@ -98,7 +98,7 @@ def _equal(learner: Learner, expected: Mapping[str, Tensor]) -> bool:
 
 
 @pytest.mark.slow
-def test_saver_beside_the_steps_is_bitwise_as_one_that_waits_and_keeps_the_newest(folder: Path) -> None:
+def test_saver_in_the_background_equals_a_blocking_one_bitwise_and_keeps_the_newest(folder: Path) -> None:
     beside, waiting = (run_ranks(2, run, config_of(folder, f"run_{waits}"), waits) for waits in (False, True))
     for (losses, same, told), (expected, also_same, _) in zip(beside, waiting, strict=True):
         assert losses == expected
@@ -149,7 +149,7 @@ def test_saver_ranks_choose_the_newest_whole_checkpoint_together(folder: Path) -
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("writes", "reads"), [("zero1", "replicated"), ("replicated", "zero1")])
-def test_saver_state_of_float32_goes_from_one_sharding_to_the_other(folder: Path, writes: str, reads: str) -> None:
+def test_saver_state_of_float32_loads_under_the_other_sharding(folder: Path, writes: str, reads: str) -> None:
     configs = [
         replace(
             config_of(folder, f"from_{writes}"),
@@ -171,7 +171,7 @@ def folder_of(path: Path, content: str) -> Path:
 
 @pytest.mark.parametrize("exchanges", [True, False])
 @pytest.mark.parametrize("is_taken", [True, False])
-def test_folder_is_put_in_place(
+def test_folder_replaces_another(
     tmp_path: Path, exchanges: bool, is_taken: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not exchanges:
@@ -184,7 +184,7 @@ def test_folder_is_put_in_place(
     assert (place / "file").read_text() == "new"
 
 
-def test_name_is_never_free_where_folders_can_change_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_name_always_exists_if_folders_can_be_exchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made, place = folder_of(tmp_path / "step-1.partial", "new"), folder_of(tmp_path / "step-1", "old")
     if not save._exchange(made, place):
         pytest.skip("this file system cannot exchange two names")

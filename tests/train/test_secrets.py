@@ -54,7 +54,7 @@ def test_nested_values() -> None:
     assert redact_values(values) == {**hidden, "none": None}
 
 
-def test_the_folder_of_a_shell_is_no_password() -> None:
+def test_folder_variables_of_a_shell_are_no_passwords() -> None:
     environment = {"PWD": "/home/user/a-folder", "OLDPWD": "/home/user/another", "DB_PWD": "a-long-password"}
     text = "in /home/user/a-folder, before in /home/user/another, with a-long-password"
     assert redact(text, environment) == "in /home/user/a-folder, before in /home/user/another, with ***"

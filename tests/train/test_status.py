@@ -14,7 +14,7 @@ from train.records.events import append_event, read_events
 from train.records.status import StatusFile, read_status, write_end
 
 
-def test_status_is_written_by_one_and_at_most_so_often(tmp_path: Path) -> None:
+def test_status_is_written_by_one_rank_and_at_a_limited_rate(tmp_path: Path) -> None:
     StatusFile(tmp_path, is_writer=False).starting()
     assert read_status(tmp_path) is None
     file = StatusFile(tmp_path, is_writer=True, every_seconds=60.0)
@@ -35,7 +35,7 @@ def test_status_is_written_by_one_and_at_most_so_often(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
 
 
-def test_status_of_an_end_keeps_how_far_the_run_came(tmp_path: Path) -> None:
+def test_status_of_an_ended_run_keeps_step_and_checkpoint(tmp_path: Path) -> None:
     file = StatusFile(tmp_path, is_writer=True)
     file.running(5, "there")
     write_end(tmp_path, "lost", 78, "rank 0 is lost")
@@ -52,7 +52,7 @@ def test_status_of_an_end_keeps_how_far_the_run_came(tmp_path: Path) -> None:
         assert read_status(tmp_path) is None
 
 
-def test_events_are_lines_of_json_whatever_their_numbers(tmp_path: Path) -> None:
+def test_events_are_lines_of_json_with_any_numbers(tmp_path: Path) -> None:
     assert read_events(tmp_path) == []
     append_event(
         tmp_path, "skipped", 3, "loss is nan", values=to_json_values({"loss": float("nan"), "gradient norm": 2.5})
@@ -88,7 +88,7 @@ def test_newest_checkpoint_is_the_last_whole_one(tmp_path: Path) -> None:
     assert [newest_whole(tmp_path, steps) for steps in (1, 2, 3, 4, 9)] == [None, two, two, four, four]
 
 
-def test_run_that_goes_on_by_itself_is_checked_against_what_is_there(tmp_path: Path) -> None:
+def test_automatic_resume_is_checked_against_the_newest_checkpoint(tmp_path: Path) -> None:
     auto = ("resume=auto", f"out_dir={tmp_path / 'run'}")
     check(build(*auto))
     place(tmp_path / "run", 10)

@@ -21,7 +21,7 @@ def test_validation_part_too_small_for_a_pass_is_refused(tmp_path: Path) -> None
     prepare_corpus(replace(config, batch=batch))
 
 
-def test_run_that_goes_on_in_its_folder_takes_back_later_lines(tmp_path: Path) -> None:
+def test_resumed_run_removes_later_lines(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     for first_step, steps in ((0, range(1, 7)), (4, range(5, 9))):
         lines = JsonLines(path, first_step)

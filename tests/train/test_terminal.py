@@ -30,7 +30,7 @@ print("at the end")
 
 
 @pytest.mark.parametrize("redirection", ["| head -1", ">/dev/full", ">&- 2>&-", "2>/dev/full", ">/dev/full 2>&1"])
-def test_output_that_breaks_ends_nothing(tmp_path: Path, redirection: str) -> None:
+def test_broken_output_does_not_end_a_run(tmp_path: Path, redirection: str) -> None:
     script = f'set -o pipefail; "$0" -c "$1" "$2" {redirection}'
     command = ["bash", "-c", script, sys.executable, PROGRAM, str(tmp_path / "said")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
@@ -44,7 +44,7 @@ def test_output_that_breaks_ends_nothing(tmp_path: Path, redirection: str) -> No
         assert said == ""  # it was closed on purpose
 
 
-def test_character_that_a_terminal_does_not_know_is_replaced() -> None:
+def test_character_that_a_terminal_cannot_show_is_replaced() -> None:
     code = "from train.records.terminal import guard_terminal; guard_terminal(); print('\\u00e9\\u4e2d')"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env={"PYTHONIOENCODING": "ascii"}

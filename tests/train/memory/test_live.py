@@ -126,7 +126,7 @@ def test_peaks_inside_operations_are_those_of_the_reference_kernels(folder: Path
     assert max(compared.predicted_peaks) == pytest.approx(max(compared.peaks), rel=TOLERANCE)
 
 
-def test_a_wrong_account_is_noticed(folder: Path) -> None:
+def test_wrong_account_is_detected(folder: Path) -> None:
     """What waits for W counted as before its I, as if an activation weighed the same to its end."""
     jobs = [(make_config(folder, *SHAPES["all features"], PRECISIONS["bf16"]), None)]
     ((compared,),) = run_ranks(1, compare_rank, jobs, False)

@@ -30,7 +30,7 @@ def test_micro_batch_shifts_inputs_by_depth_and_targets_by_one_more() -> None:
     ]
 
 
-def test_micro_batch_knows_its_documents_where_they_are_masked() -> None:
+def test_micro_batch_has_its_documents_if_they_are_masked() -> None:
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, -1]])
     batch = Batch(tokens_BT=torch.zeros_like(positions), positions_BT=positions, pad_id=2)
     masked, plain = (
@@ -68,7 +68,7 @@ def test_objective_divides_by_global_counts() -> None:
     assert objective.balance == pytest.approx(0.01 / 16)
 
 
-def test_objective_without_a_target_divides_by_nothing() -> None:
+def test_objective_without_a_target_divides_by_one() -> None:
     objective = NextToken(TASK, 1).objective(torch.tensor([0.25, 0.0, 16.0]), RATES)
     assert objective.factors == (4.0, 0.3)
 
@@ -84,7 +84,7 @@ def test_registered_tasks_report_a_main_loss(shape: ModelConfig) -> None:
     assert "main" in open_task(TASK, shape, BATCH).names
 
 
-def test_extras_travel_with_their_sequences() -> None:
+def test_extras_stay_with_their_sequences() -> None:
     tokens = torch.arange(12).view(4, 3)
     batch = Batch(tokens_BT=tokens, positions_BT=tokens % 3, pad_id=0, extras={"rewards": tokens[..., None] * 0.5})
     part = batch.sequences(1, 2)

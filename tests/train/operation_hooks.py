@@ -1,18 +1,18 @@
-"""Where a rank can be hit: everything that it does with others, draws, or writes, as it is about to begin."""
+"""Calls a function before each collective, transfer, picture and file operation of a rank."""
 
 import os
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
-Come = Callable[[str, Hashable | None], None]
-"""Is called with the name of what this thread is about to do, and with whose it is."""
+OnOperation = Callable[[str, Hashable | None], None]
+"""Receives the name of the operation that this thread is about to start, and its label."""
 
 DRAWING = "drawing"
 WRITING, HASHING, SYNCING, MOVING = "writing of a part", "hashing", "syncing", "the last move"
 
 
-def watch_operations(come: Come) -> None:
-    """Exchanges, transfers, reductions and phases of this process."""
+def watch_operations(on_operation: OnOperation) -> None:
+    """Calls the function before every exchange, transfer, reduction and phase of this process."""
     from comm.watchdog.collective_log import Collective, CollectiveLog
 
     plain = CollectiveLog.start
@@ -20,32 +20,32 @@ def watch_operations(come: Come) -> None:
     def start(
         log: CollectiveLog, group: str, ranks: Sequence[int], name: str, label: Hashable | None = None, *rest: bool
     ) -> Collective:
-        come(name, label)
+        on_operation(name, label)
         return plain(log, group, ranks, name, label, *rest)
 
     CollectiveLog.start = start  # type: ignore[method-assign]
 
 
-def watch_drawing(come: Come) -> None:
-    """Pictures of a step."""
+def watch_drawing(on_operation: OnOperation) -> None:
+    """Calls the function before every picture of a step."""
     from train.records.pictures import PipelineTimeline
 
     plain = PipelineTimeline.draw
 
     def draw(watch: PipelineTimeline, *arguments: Any) -> bool:
-        come(DRAWING, None)
+        on_operation(DRAWING, None)
         return plain(watch, *arguments)
 
     PipelineTimeline.draw = draw  # type: ignore[method-assign]
 
 
-def watch_writing(come: Come) -> None:
-    """What a checkpoint's thread does with files: each part, hash, sync and the last move."""
+def watch_writing(on_operation: OnOperation) -> None:
+    """Calls the function before each write, hash, sync and the final rename of a checkpoint's thread."""
     from train.checkpoint import save as saver
 
     def before(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
         def watched(*arguments: Any, **named: Any) -> Any:
-            come(name, None)
+            on_operation(name, None)
             return plain(*arguments, **named)
 
         return watched

@@ -1,4 +1,7 @@
-"""A rank of torchrun that may fail: `torchrun -m tests.train.struck_rank FOLDER OVERRIDE...`, the case in FOLDER."""
+"""Runs a rank of torchrun that may fail: `torchrun -m tests.train.torchrun_rank FOLDER OVERRIDE...`.
+
+FOLDER holds the case.
+"""
 
 import os
 import sys

@@ -1,7 +1,7 @@
-"""Runs of which one rank is killed or stopped, started as a user's command starts them.
+"""Starts runs like a user's command does, in which one rank is killed or stopped.
 
-`python -m tests.train.struck_run FOLDER CASE...` runs each in a folder of its own under FOLDER, which holds the text
-to train on, and writes an `Outcome` for each into `FOLDER/CASE.json`.
+`python -m tests.train.failing_run FOLDER CASE...` runs each case in a separate folder in FOLDER, which holds the text to
+train on, and writes an `Outcome` for each to `FOLDER/CASE.json`.
 """
 
 import json
@@ -18,12 +18,12 @@ from launch.command import command
 from launch.config.run_config import compose_run
 from launch.ranks.local import preload_modules, run_ranks, start_fork_server
 from launch.ranks.run_folder import write_run_folder
-from tests.train.faults import CASES, Case, Outcome, arm, choices, place, struck_at
+from tests.train.faults import CASES, Case, Outcome, arm, choices, failure_time, write_case
 from train.config import TrainConfig
 
 
-def struck(config: TrainConfig) -> int:
-    """What each rank does."""
+def run_rank(config: TrainConfig) -> int:
+    """Runs one rank, which fails if it is the case's."""
     from train.run import main as run
 
     arm(Path(config.out_dir))
@@ -31,18 +31,18 @@ def struck(config: TrainConfig) -> int:
 
 
 def run_case(case: Case, folder: Path) -> Outcome:
-    """One run, by the launcher's exit code and words."""
-    # Found by its full name, as ranks must find it: this module runs as __main__ here.
-    from tests.train import struck_run
+    """Runs a case, and returns its outcome from the launcher's exit code and message."""
+    # Ranks import this module by its full name, and here it runs as __main__.
+    from tests.train import failing_run
 
     config = compose_run([*choices(folder), f"out_dir={folder / str(case)}"])
     config = write_run_folder(config, datetime.now())
     out_dir = Path(config.out_dir)
-    place(case, out_dir)
+    write_case(case, out_dir)
     with redirect_stderr(StringIO()) as said:
-        code = run_ranks(out_dir, config.parallelism.world_size, struck_run.struck)
+        code = run_ranks(out_dir, config.parallelism.world_size, failing_run.run_rank)
     text = said.getvalue().partition("error: ")[2].partition("\n")[0].partition(" (rank ")[0]
-    return Outcome(case=case, exit_code=code, seconds=time.time() - struck_at(out_dir), text=text, ended=True)
+    return Outcome(case=case, exit_code=code, seconds=time.time() - failure_time(out_dir), text=text, ended=True)
 
 
 def main(arguments: Sequence[str]) -> int:

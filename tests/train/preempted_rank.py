@@ -1,4 +1,7 @@
-"""A rank of torchrun that gets signals: `torchrun -m tests.train.asked_rank FOLDER OVERRIDE...`, the case in FOLDER."""
+"""Runs a rank of torchrun that receives signals: `torchrun -m tests.train.preempted_rank FOLDER OVERRIDE...`.
+
+FOLDER holds the case.
+"""
 
 import os
 import sys
@@ -7,7 +10,7 @@ from pathlib import Path
 
 from launch import train
 from launch.command import command
-from tests.train.asked_run import arm
+from tests.train.preempted_run import arm
 
 
 def main(arguments: Sequence[str]) -> int:
