@@ -175,7 +175,7 @@ def test_broken_output_does_not_end_a_run_and_secrets_reach_no_file(folder: Path
     # Once for each stream that broke, of the command and of its first rank.
     assert len(set(kinds)) == len(kinds)
     assert {kind for kind, _ in kinds} == {"output_broken"}
-    assert ("output_broken", "stdout cannot be written (Broken pipe); the run goes on without it") in kinds
+    assert ("output_broken", "stdout cannot be written (Broken pipe); the run continues without it") in kinds
     assert list((run / "wandb").glob("offline-run-*/run-*.wandb"))
     secrets = [*SECRETS.values(), "abcdef123456789"]
     found = [(name, secret) for name, data in content(run).items() for secret in secrets if secret.encode() in data]

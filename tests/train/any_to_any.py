@@ -70,7 +70,7 @@ PLACES = (
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What a rank saw of some steps: the losses of all, and the samples that it read itself."""
+    """The record of some steps on one rank: the losses of all, and the samples that it read itself."""
 
     losses: list[float]
     samples: Samples
@@ -96,12 +96,12 @@ class WatchedLoader(Loader):
     """Remembers what was read."""
 
     def watch(self) -> Samples:
-        """From now on, into what this gives."""
+        """Starts to record batches, and returns the record."""
         self.samples: Samples = {}
         return self.samples
 
     def batch(self, step: int, first: int, count: int) -> Batch:
-        """As of `Loader`."""
+        """Returns a batch like `Loader`, and records it."""
         batch = super().batch(step, first, count)
         for index, tokens in enumerate(batch.tokens_BT):
             self.samples[step, first + index] = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
@@ -109,7 +109,7 @@ class WatchedLoader(Loader):
 
 
 def begin(rank: int, world_size: int, configs: Sequence[TrainConfig]) -> list[tuple[Path, Part]]:
-    """Of each run: its checkpoint, and the steps after it without a break."""
+    """Runs each configuration, and returns its checkpoint and the steps after it without interruption."""
     return [_begin(config) for config in configs]
 
 
@@ -127,7 +127,7 @@ def _begin(config: TrainConfig) -> tuple[Path, Part]:
 
 
 def go_on(rank: int, world_size: int, jobs: Sequence[tuple[TrainConfig, Path]]) -> list[Part]:
-    """From each checkpoint, under the configuration beside it: the steps after it."""
+    """Resumes from each checkpoint under the given configuration, and returns the steps after it."""
     return [_go_on(config, folder) for config, folder in jobs]
 
 
@@ -143,7 +143,7 @@ def _go_on(config: TrainConfig, folder: Path) -> Part:
 
 
 def merged(parts: Sequence[Part]) -> Part:
-    """Of all ranks; they must have seen the same losses, and read the same where two read one place."""
+    """Merges the records of all ranks, which must agree on losses and on samples that two of them read."""
     samples: Samples = {}
     for part in parts:
         assert part.losses == parts[0].losses
@@ -153,7 +153,7 @@ def merged(parts: Sequence[Part]) -> Part:
 
 
 def worst_difference(ours: Part, theirs: Part) -> float:
-    """Of two runs' losses, relative."""
+    """Returns the largest relative difference between the losses of two runs."""
     return max(abs(a - b) / abs(b) for a, b in zip(ours.losses, theirs.losses, strict=True))
 
 

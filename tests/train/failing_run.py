@@ -1,7 +1,7 @@
 """Starts runs like a user's command does, in which one rank is killed or stopped.
 
-`python -m tests.train.failing_run FOLDER CASE...` runs each case in a separate folder in FOLDER, which holds the text to
-train on, and writes an `Outcome` for each to `FOLDER/CASE.json`.
+`python -m tests.train.failing_run FOLDER CASE...` runs each case in a separate folder in FOLDER, which holds the text
+to train on, and writes an `Outcome` for each to `FOLDER/CASE.json`.
 """
 
 import json

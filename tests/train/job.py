@@ -1,4 +1,4 @@
-"""What one rank of a test's job does, and the plain model that it is held against."""
+"""Trains on one rank of a test's job, and trains the plain model with which it is compared."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -43,7 +43,7 @@ class Job:
 
 @dataclass(slots=True)
 class Seen:
-    """One step as one rank, or the plain model, saw it; tensors by released name."""
+    """The results of one step on one rank or of the plain model, with tensors by released name."""
 
     losses: list[float]
     norm: float

@@ -1,4 +1,4 @@
-"""What a terminal and a pipe show of a run: whole lines, a bar with the rate, at most one line per second."""
+"""Tests the output of a run on a terminal and in a pipe: whole lines, a bar with a rate, one line per second."""
 
 import io
 import os

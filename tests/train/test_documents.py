@@ -1,4 +1,4 @@
-"""With documents masked, many ranks equal one rank, and every stage knows the documents: in training and validation."""
+"""Tests that many ranks with masked documents equal one rank in training and validation."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -37,7 +37,7 @@ def make_config(folder: Path, kind: Literal["1f1b", "dualpipe"], pipeline: int, 
 
 
 def train_and_validate(rank: int, world_size: int, config: TrainConfig) -> tuple[list[list[Seen]], float]:
-    """What the rank saw of each step, and the main loss of validation with the first weights."""
+    """Returns the results of each step on this rank, and the validation loss of the initial weights."""
     learner, loader = open_job(config), open_loader(config)
     losses, _ = validate_pass(learner.replica, config.task, lambda first, count: loader.batch(0, first, count))
     batches = BatchReader(learner.replica, task_of(config), lambda first, count: loader.batch(0, first, count))

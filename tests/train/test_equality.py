@@ -25,7 +25,7 @@ STEPS = 2
 
 
 def split(num_ranks: int, num_micro_batches: int) -> Schedule:
-    """dualpipe_split for costs under which neighbours are fused."""
+    """Returns dualpipe_split for costs under which neighbors are fused."""
     costs = Costs(forward=1.0, backward_input=1.0, backward_weight=1.0, exchange=1.0, latency=0.0)
     return build("dualpipe_split", num_ranks, num_micro_batches, uniform(costs, num_ranks, num_ranks))
 

@@ -1,4 +1,4 @@
-"""What ends a run that cannot go on: one rank's error, for all ranks, within seconds."""
+"""Tests that an error or failure of one rank ends all ranks within seconds."""
 
 import json
 import re

@@ -47,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_config(folder: Path, pipeline: int, data: int, **changes: object) -> TrainConfig:
-    """As the recipe has it: weights in bf16, moments too, masters in float32; experts over all data ranks."""
+    """Returns the recipe's configuration: bf16 weights and moments, float32 masters, experts over all data ranks."""
     config = tiny_config(
         folder,
         parallelism=ParallelismConfig(pipeline=pipeline, data=data, expert=data),
@@ -140,7 +140,7 @@ def test_two_ranks_give_the_same_bits_in_one_hop_and_in_two(folder: Path) -> Non
 
 
 def count_each(rank: int, world_size: int, configs: list[TrainConfig]) -> list[dict[str, Any]]:
-    """What was sent in a step of each run, by layer."""
+    """Returns the traffic of a step of each run, by layer."""
     return [count_one_step(rank, world_size, config)[0]["exchange"] for config in configs]
 
 

@@ -139,7 +139,7 @@ def _spoil(learner: Learner, job: Job, training: TrainingLoop) -> None:
 
 
 def _run(rank: int, world_size: int, jobs: list[Job]) -> list[tuple[str, dict[str, Tensor]]]:
-    """How each ended, in words, and this rank's weights, biases and optimizer state then."""
+    """Runs each job, and returns how it ended and this rank's final weights, biases and optimizer state."""
     from model.objective import LossSums
 
     plain, ends = LossSums.settle, []
@@ -193,7 +193,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def ends(folder: Path) -> dict[str, list[tuple[str, dict[str, Tensor]]]]:
-    """By name and kind, what each rank says."""
+    """Returns the results of each rank, by name and kind."""
     jobs: dict[str, Job] = {}
     for kind in KINDS:
         never = replace(make_job(folder, "never", kind, STOP, {}), left_out=(3,))

@@ -36,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(layout: str, *configs: TrainConfig, saves: bool = False) -> list[list[Started]]:
-    """By run, then by rank."""
+    """Returns the results by run, then by rank."""
     world = LAYOUTS[layout][0].world_size
     return [list(ranks) for ranks in zip(*run_ranks(world, start_jobs, list(configs), saves), strict=True)]
 

@@ -53,7 +53,7 @@ def test_learning_rate_linear_is_a_straight_line_to_the_final_rate() -> None:
 
 @pytest.mark.parametrize("unit", ["steps", "tokens", "%"])
 def test_learning_rate_is_equal_for_every_unit_of_duration(unit: str) -> None:
-    """Of 40 steps of 32 tokens each."""
+    """The run has 40 steps of 32 tokens each."""
     scale = {"steps": 1.0, "tokens": 32.0, "%": 2.5}[unit]
     for kind in ("cosine", "linear"):
         spans = [f"{steps * scale:g} {unit}" for steps in (10, 20)]
@@ -106,7 +106,7 @@ def test_learning_rate_constant_only_has_a_warm_up() -> None:
 
 
 def test_learning_rate_by_tokens_equals_the_technical_report() -> None:
-    """arXiv:2412.19437, section 4.2; billions of tokens, warm-up in steps."""
+    """Compares with arXiv:2412.19437, section 4.2: billions of tokens, and a warm-up in steps."""
     config, sizes = build("optim=adamw_v3").optim, BatchSizes(15_360, 4096)
     warm = [learning_rate(config, sizes, 240_000, step) for step in (0, 999, 1999)]
     assert warm == pytest.approx([1.1e-7, 1.1e-4, 2.2e-4])

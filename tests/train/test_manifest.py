@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, and which it must not."""
+"""Tests from which checkpoints a run may resume."""
 
 import json
 from dataclasses import replace

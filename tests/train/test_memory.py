@@ -1,4 +1,4 @@
-"""What the model's own runs keep alive under the interpreter: as many activations as the schedule says, no longer."""
+"""Tests that the model keeps as many activations alive under the interpreter as the schedule says, no longer."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -51,7 +51,7 @@ class Watch:
         self.num_filled += 1
 
     def hand_over(self, key: object, tensor: Tensor) -> None:
-        """From now on it is the neighbour's input."""
+        """Passes the tensor to the neighbor as its input."""
         self.filled[key].pop(tensor.untyped_storage()._cdata, None)
 
 

@@ -1,4 +1,4 @@
-"""What is said of a step: MFU from the model's operations, and the same numbers offline and online."""
+"""Tests the metrics of a step: MFU from the model's FLOPs, and equal values of wandb offline and online."""
 
 import sys
 from dataclasses import replace

@@ -22,7 +22,7 @@ def make_config(folder: Path, kind: str, pipeline: int, micro_batches: int, expe
 
 
 def peaks(schedule: Schedule, pending: float) -> tuple[float, ...]:
-    """Of each rank, what waits for W weighing `pending` times what waits for I."""
+    """Returns the memory peak of each rank, if a tensor kept for W weighs `pending` times one kept for I."""
     found = []
     for groups in schedule.ranks:
         alive = peak = 0.0
@@ -66,7 +66,7 @@ def test_dualpipe_split_with_exchange_keeps_the_activations_of_the_published_ord
 
 
 def test_other_costs_are_planned_without_the_shortcut(tmp_path: Path) -> None:
-    """Without exchange W fills gaps, and many wait: the published order would promise too little."""
+    """Without exchange, W fills gaps and many are deferred, so the published order would predict too little."""
     config = make_config(tmp_path, "dualpipe_split", 4, 8, expert=1)
     whole = build("dualpipe_split", 4, 8, nominal_costs(config, 4))
     planned = planning_schedule(config, 8)

@@ -146,7 +146,7 @@ def sharded_steps(rank: int, world_size: int, configs: list[tuple[OptimConfig, t
 
 @pytest.fixture(scope="module")
 def worlds() -> dict[int, list[list[dict[str, Any]]]]:
-    """By number of ranks, what each saw under ZeRO-1 of float32 and of bf16 weights, and with the whole state."""
+    """Returns results by number of ranks: ZeRO-1 of float32 and of bf16 weights, and the replicated state."""
     whole = replace(CONFIG, sharding="replicated")
     sharded = replace(CONFIG, sharding="zero1", bucket_elements=700)
     odd = replace(sharded, bucket_elements=699)

@@ -106,7 +106,7 @@ def test_checkpoint_with_moments_in_float32_is_rounded(folder: Path) -> None:
 
 
 def train(folder: Path, name: str, *overrides: str) -> subprocess.CompletedProcess[str]:
-    """One rank of the tiny model on the text in `folder`."""
+    """Trains one rank of the tiny model on the text in `folder`."""
     command = [
         *(sys.executable, "-m", "launch.train", f"name={name}", f"out_dir={folder / name}", "model=tiny"),
         *("parallelism=one_rank", "schedule=1f1b", "dispatch=local", "data=files", f"data.paths=[{folder / 'text'}]"),

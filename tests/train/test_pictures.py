@@ -1,4 +1,4 @@
-"""What a run tells of its own time: the bubble of every step, and pictures of the plan with the run below it."""
+"""Tests what a run reports about its time: the bubble of every step, and pictures of plan and measurement."""
 
 import json
 from dataclasses import replace

@@ -72,7 +72,7 @@ def test_profile_prints_what_is_recorded_and_what_a_cpu_cannot(tmp_path: Path) -
 
 
 def test_profile_that_is_off_imports_nothing() -> None:
-    """torch itself imports `torch.profiler`, but not what a recording needs: the tables of events."""
+    """Checks for the module of event tables, because torch itself imports `torch.profiler`."""
     code = (
         "import sys, torch; before = set(sys.modules); import train.records.profile; "
         "print([name for name in set(sys.modules) - before if 'profiler' in name])"

@@ -32,7 +32,7 @@ REFERENCES = {"same shape": MODEL, "wider": replace(MODEL, hidden_size=48, num_r
 
 @dataclass(slots=True)
 class Seen:
-    """What one rank saw. Reference losses by name, one for each pass; weights by released name."""
+    """The results of one rank: reference losses by name, one for each pass, and weights by released name."""
 
     losses: list[tuple[float, ...]]
     weights: dict[str, Tensor]
@@ -47,7 +47,7 @@ def copies(replica: Replica) -> dict[str, Tensor]:
 
 
 def run(rank: int, world_size: int, configs: dict[str, TrainConfig], trains: bool, refers: bool) -> dict[str, Seen]:
-    """What this rank sees under each layout."""
+    """Returns this rank's results under each layout."""
     return {name: _run_one(config, trains, refers) for name, config in configs.items()}
 
 
@@ -112,7 +112,7 @@ def test_reference_passes_between_steps_change_nothing_bitwise(tmp_path: Path) -
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_layouts_share_stages_between_mirror_pairs(name: str, tmp_path: Path) -> None:
-    """So that the law above covers both directions of DualPipe."""
+    """Ensures that the test above covers both directions of DualPipe."""
     config = tiny_config(
         tmp_path, parallelism=LAYOUTS[name], schedule=ScheduleConfig(kind="dualpipe", pairing="overlapped")
     )

@@ -24,7 +24,7 @@ from train.step import BatchReader, rates_of
 
 @dataclass(slots=True)
 class Replayed:
-    """What one rank saw: labels and dtype of its record, and its passes by name."""
+    """The results of one rank: labels and dtype of its record, and its passes by name."""
 
     labels: list[Label]
     dtypes: set[torch.dtype]

@@ -42,7 +42,7 @@ class Extra:
         self.times = 0
 
     def state(self) -> Mapping[str, Tensor]:
-        """One whole tensor."""
+        """Returns one whole tensor."""
         return {"mean": self.tensor}
 
     def loaded(self) -> None:

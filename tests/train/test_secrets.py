@@ -1,4 +1,4 @@
-"""What looks secret by its name, or is the value of such a variable, is hidden; numbers and other words stay."""
+"""Tests that values with secret names and values of secret variables are hidden, and that other text is kept."""
 
 import pytest
 

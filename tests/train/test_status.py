@@ -1,4 +1,4 @@
-"""What a run tells of itself: its state, what happened on the way, and the checkpoint that it goes on from."""
+"""Tests the status of a run, its events, and the checkpoint from which it resumes."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What a run reads for its validation, and the lines of its steps."""
+"""Tests the sequences that a run reads for validation, and the lines of its steps."""
 
 import json
 from dataclasses import replace

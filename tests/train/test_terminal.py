@@ -39,7 +39,7 @@ def test_broken_output_does_not_end_a_run(tmp_path: Path, redirection: str) -> N
     said = (tmp_path / "said").read_text()
     assert said.count("|") == (">/dev/full 2>&1" in redirection)
     if redirection == "| head -1":
-        assert said == "stdout cannot be written (Broken pipe); the run goes on without it"
+        assert said == "stdout cannot be written (Broken pipe); the run continues without it"
     if redirection == ">&- 2>&-":
         assert said == ""  # it was closed on purpose
 

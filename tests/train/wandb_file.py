@@ -1,4 +1,4 @@
-"""What a `.wandb` file holds of a run's history: LevelDB log records in blocks of 32 KiB, each a protocol buffer."""
+"""Reads a run's history from a `.wandb` file: LevelDB log records in blocks of 32 KiB, each a protocol buffer."""
 
 import json
 import struct
@@ -11,7 +11,7 @@ _ENDS = (1, 4)  # a whole record, or the last piece of one
 
 
 def read_history(path: Path) -> list[dict[str, Any]]:
-    """One object per logged step, nested keys joined by dots, wandb's own (`_step`) left out."""
+    """Returns one object per logged step, with nested keys joined by dots and without wandb's own (`_step`)."""
     from wandb.proto import wandb_internal_pb2
 
     history = []

@@ -1,4 +1,4 @@
-"""What one rank of a test's job does that starts from given weights, and what it saw."""
+"""Runs one rank of a test's job that starts from given weights."""
 
 import os
 import resource
@@ -76,7 +76,7 @@ def _start(config: TrainConfig, saves: bool) -> Started:
 
 
 def use_broken(rank: int, world_size: int, config: TrainConfig) -> tuple[str, str]:
-    """What going on from a checkpoint with a file cut short says, and what saving on a disk that is full does."""
+    """Returns the errors of resuming from a checkpoint with a truncated file, and of saving on a full disk."""
     learner, prepared = open_job(config), prepare(config.data, config.batch.sequence_length_tokens)
     read = written = ""
     folder = checkpoint.save(config, learner, 0, prepared)

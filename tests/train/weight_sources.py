@@ -1,4 +1,4 @@
-"""What runs of a test start from. Apart from what its ranks do, as each of them would import transformers."""
+"""Writes the weights from which runs of a test start. It is separate, so that ranks do not import transformers."""
 
 from pathlib import Path
 

@@ -68,7 +68,7 @@ class GuardedStream:
         if self._problem or isinstance(error, BlockingIOError):  # a pipe that is full may have room again
             return
         said = getattr(error, "strerror", None) or str(error)
-        self._problem = f"{self._name} cannot be written ({said}); the run goes on without it"
+        self._problem = f"{self._name} cannot be written ({said}); the run continues without it"
         with suppress(OSError, ValueError):
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, self._stream.fileno())

@@ -1,4 +1,4 @@
-"""What one rank of a test keeps alive while it runs a step, beside what is predicted for it."""
+"""Measures the bytes that one rank of a test keeps alive during a step, and predicts them."""
 
 import gc
 import weakref
@@ -68,7 +68,7 @@ class LiveStorages(TorchDispatchMode):
         return made
 
     def num_bytes(self) -> int:
-        """Of all that are alive; one that was emptied by hand has none."""
+        """Returns the bytes of all tensors that are alive. A tensor that was emptied has none."""
         alive = {key: reference() for key, reference in self._made.items()}
         self._made = {key: self._made[key] for key, storage in alive.items() if storage is not None}
         return sum(storage.nbytes() for storage in alive.values() if storage is not None)
@@ -101,7 +101,7 @@ class MemoryClock(HostClock):
 def compare_rank(
     rank: int, world_size: int, jobs: list[tuple[TrainConfig, Schedule | None]], measures_inside: bool
 ) -> list[Compared]:
-    """One step of each job: measured, and predicted."""
+    """Runs one step of each job, and returns the measured and predicted bytes."""
     # Exchanges run on this thread, where the mode sees what they make.
     with patch("train.world.open_lane", lambda device: InlineLane()):
         return [_compare(config, schedule, measures_inside) for config, schedule in jobs]
@@ -165,7 +165,7 @@ def _predicted_static(config: TrainConfig, learner: Learner) -> int:
 
 
 def _static_bytes(learner: Learner) -> int:
-    """Of everything that Python can see and that is not a batch: weights, gradients, optimizer, tables."""
+    """Returns the bytes of all tensors that Python can find except batches: weights, gradients, optimizer, tables."""
     gc.collect()
     held: dict[int, int] = {}
     optimizer = getattr(learner.optimizer, "_optimizer")  # noqa: B009  its own tensors are private

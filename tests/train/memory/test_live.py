@@ -64,12 +64,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def settled(compared: Compared, values: list[int]) -> list[int]:
-    """Of the steps after which no exchange is under way."""
+    """Returns the steps after which no exchange is running."""
     return [value for value, is_settled in zip(values, compared.is_settled, strict=True) if is_settled]
 
 
 def check(compared: Compared, name: str, tolerance: float = TOLERANCE) -> None:
-    """What is there all the time, and what is alive after every step of the program."""
+    """Compares the static bytes, and the live bytes after every step of the program."""
     assert compared.predicted_static == pytest.approx(compared.static, rel=tolerance), f"{name}: static"
     measured, predicted = settled(compared, compared.after), settled(compared, compared.predicted_after)
     assert len(measured) > len(compared.after) // 3, name
@@ -120,14 +120,14 @@ def together(one: Compared, other: Compared) -> Compared:
 
 
 def test_peaks_inside_operations_are_those_of_the_reference_kernels(folder: Path) -> None:
-    """In float32, where a CPU computes as a GPU does; FP8 and bf16 are emulated there in wider types."""
+    """Only float32, in which a CPU computes like a GPU. A CPU emulates FP8 and bf16 in wider types."""
     jobs = [(make_config(folder, *SHAPES["all features"], PRECISIONS["float32"]), None)]
     ((compared,),) = run_ranks(1, compare_rank, jobs, True)
     assert max(compared.predicted_peaks) == pytest.approx(max(compared.peaks), rel=TOLERANCE)
 
 
 def test_wrong_account_is_detected(folder: Path) -> None:
-    """What waits for W counted as before its I, as if an activation weighed the same to its end."""
+    """Counts tensors kept from I to W with the size that they had before I, which is wrong."""
     jobs = [(make_config(folder, *SHAPES["all features"], PRECISIONS["bf16"]), None)]
     ((compared,),) = run_ranks(1, compare_rank, jobs, False)
     lighter = [alive - pending // 3 for alive, pending in zip(compared.predicted_after, compared.pending, strict=True)]

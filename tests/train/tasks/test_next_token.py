@@ -1,4 +1,4 @@
-"""What next-token prediction asks of the model, in numbers worked out by hand."""
+"""Tests the inputs, targets and weights of next-token prediction with numbers computed by hand."""
 
 import pytest
 import torch

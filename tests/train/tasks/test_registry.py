@@ -61,7 +61,7 @@ def with_task(config: TrainConfig, kind: str, plugins: list[str], balance: float
 def run_task(
     rank: int, world_size: int, config: TrainConfig, kind: str, plugins: list[str], balance: float
 ) -> list[Seen]:
-    """What this rank saw of each step. The plugin's dataclass is made here, as a rank of a run makes it."""
+    """Returns the results of each step on this rank. It builds the plugin's dataclass like a rank of a run does."""
     return run_jobs(rank, world_size, [Job(config=with_task(config, kind, plugins, balance))], STEPS)[0]
 
 

@@ -187,5 +187,5 @@ def _whole(value: Any) -> int:
 
 def _of(value: Any, kind: type[Any]) -> Any:
     if type(value) is not kind:
-        raise RecordError(f"must hold a {kind.__name__} where it holds a {type(value).__name__}")
+        raise RecordError(f"must hold a {kind.__name__}, holds a {type(value).__name__}")
     return value
