@@ -92,7 +92,10 @@ def layers_with_routers(model: ModelConfig) -> range:
 
 
 class LoadLines:
-    """The file `loads.jsonl` with the tokens per expert and layer of every `every_steps`-th step. Rank 0 writes it."""
+    """The file `loads.jsonl` with the tokens per expert and layer of every `every_steps`-th step.
+
+    Rank 0 writes it.
+    """
 
     def __init__(self, folder: Path, every_steps: int, first_step: int) -> None:
         """Opens the file and removes lines of steps after `first_step`."""

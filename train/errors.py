@@ -29,7 +29,10 @@ class StepRefusal:
 
 
 class RefusedStepError(RuntimeError):
-    """The guard refuses a step. Raised on every rank; nothing was updated, and the gradients were discarded."""
+    """The guard refuses a step.
+
+    Raised on every rank; nothing was updated, and the gradients were discarded.
+    """
 
     def __init__(self, refusal: StepRefusal) -> None:
         super().__init__(refusal.reason)
@@ -45,7 +48,10 @@ class UnsavedError(OSError):
 
 
 class RescuedError(RuntimeError):
-    """The run ends because its folder takes no checkpoint. Raised on every rank; the text says where its state is."""
+    """The run ends because its folder takes no checkpoint.
+
+    Raised on every rank; the text says where its state is.
+    """
 
 
 class CallbackError(RuntimeError):

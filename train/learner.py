@@ -1,4 +1,7 @@
-"""Updates a replica: gradient store, optimizer and moving average. A batch ramp has one learner for each size."""
+"""Updates a replica: gradient store, optimizer and moving average.
+
+A batch ramp has one learner for each size.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -41,7 +44,7 @@ class Learner:
 
     @property
     def extras(self) -> dict[str, ParameterEma]:
-        """Further state that a checkpoint holds besides weights and optimizer state, by the prefix of its names."""
+        """Further state of a checkpoint besides weights and optimizer state, by the prefix of its names."""
         return {} if self.ema is None else {"ema": self.ema}
 
     def close(self) -> None:

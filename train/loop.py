@@ -1,4 +1,7 @@
-"""Runs the training loop of one rank: steps, records, validation, checkpoints, samples. All ranks decide the same."""
+"""Runs the training loop of one rank: steps, records, validation, checkpoints, samples.
+
+All ranks decide the same.
+"""
 
 import logging
 import math
@@ -246,7 +249,7 @@ class TrainingLoop:
 
     @contextmanager
     def _saved_at_exit(self) -> Iterator[None]:
-        """Completes a checkpoint before the run ends, also if it is preempted or its folder takes no checkpoint."""
+        """Completes a checkpoint before the run ends, even if it is preempted or its folder is not writable."""
         try:
             try:
                 yield

@@ -97,7 +97,7 @@ def stage_part(model: ModelConfig, held: set[int], num_stages: int, experts: ran
 
 
 def held_experts(model: ModelConfig, num_parts: int, expert_index: int) -> range:
-    """Returns the routed experts of every layer that a rank holds, by its index in a group of `num_parts` ranks."""
+    """Returns the routed experts of every layer on a rank, by its index in a group of `num_parts` ranks."""
     per_rank = model.num_routed_experts // num_parts
     return range(expert_index * per_rank, (expert_index + 1) * per_rank)
 

@@ -170,7 +170,9 @@ class _BoundStage:
 
 
 def open_replica(world: World, config: ReplicaConfig, schedule: Schedule) -> Replica:
-    """Builds this rank's part of a network with the initial weights of the seed. All ranks call it at the same point.
+    """Builds this rank's part of a network with the initial weights of the seed.
+
+    All ranks call it at the same point.
 
     Args:
         world: of this process; its groups are mirrored if the schedule is.

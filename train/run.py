@@ -106,7 +106,10 @@ def _join(
 
 @dataclass(frozen=True, slots=True)
 class _RunOutcome:
-    """How a run ended. `reason` is empty if the run is done; `error` is raised again once everything is closed."""
+    """How a run ended.
+
+    `reason` is empty if the run is done; `error` is raised again once everything is closed.
+    """
 
     state: State
     code: int

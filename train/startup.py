@@ -75,7 +75,9 @@ def raise_if_preempted(preemption: Preemption, log: CollectiveLog, groups: Group
 def prepare_corpus_together(
     config: TrainConfig, groups: Groups, log: CollectiveLog, preemption: Preemption
 ) -> Prepared:
-    """Prepares the corpus on all ranks. One rank per machine builds what the cache lacks; the others then read it.
+    """Prepares the corpus on all ranks.
+
+    One rank per machine builds what the cache lacks; the others then read it.
 
     Raises:
         DataError: on every rank, if machines would read different samples.
@@ -104,7 +106,7 @@ def prepare_corpus_together(
 
 
 def load_resumed(config: TrainConfig, learner: Learner, data_fingerprint: str) -> int:
-    """Loads the checkpoint that the run resumes from, if any, and returns the number of steps already done."""
+    """Loads the checkpoint that the run resumes from, if any. Returns the number of steps already done."""
     if config.resume is None:
         return 0
     folder = Path(config.resume)
@@ -116,7 +118,10 @@ def load_resumed(config: TrainConfig, learner: Learner, data_fingerprint: str) -
 
 
 def load_initial_weights(config: TrainConfig, learner: Learner, prepared: Prepared) -> str:
-    """Loads the weights that `init_from` names, and returns a line that describes them; without any, an empty one."""
+    """Loads the weights that `init_from` names, and returns a line that describes them.
+
+    Without any, an empty one.
+    """
     if config.init_from is None:
         return ""
     with learner.world.phase("loading of initial weights"):

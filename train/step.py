@@ -152,7 +152,7 @@ def train_step(
     guard: Guard | None = None,
     progress: Progress | None = None,
 ) -> StepResult:
-    """Runs forward and backward of the step's global batch, then updates weights, router bias and moving average.
+    """Runs forward and backward of the global batch, then updates weights, router bias and average.
 
     Args:
         learner: of this rank.
@@ -256,7 +256,9 @@ def validate_pass(replica: Replica, config: TaskConfig, read: Read) -> tuple[Los
 
 
 def score_pass(replica: Replica, config: TaskConfig, read: Read) -> tuple[Losses, Tensor]:
-    """Runs a forward pass of one global batch and returns every main target's log-probability. All ranks call it.
+    """Runs a forward pass of one global batch and returns every main target's log-probability.
+
+    All ranks call it.
 
     Returns:
         The losses, and log-probabilities [B, T], float64, in the order of the global batch, on the host of every rank.

@@ -1,4 +1,4 @@
-"""Validates the model of a run: computes the loss of held-out sequences, and generates a sample of text."""
+"""Validates a run's model: computes the loss of held-out sequences, and generates a sample of text."""
 
 from functools import partial
 from pathlib import Path

@@ -67,7 +67,10 @@ class World:
         return self.log.phase("world", self.ranks, name)
 
     def reduce(self, values: Tensor, name: str, operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
-        """Returns the sum (or another reduction) of a small tensor over all ranks, on the host. All ranks call it."""
+        """Returns the sum (or another reduction) of a small tensor over all ranks, on the host.
+
+        All ranks call it.
+        """
         values = values.to(self.device)
         with self.log.collective("world", self.groups.world, name):
             dist.all_reduce(values, op=operation, group=self.groups.world)

@@ -60,7 +60,10 @@ def _check_shape(folder: Path, manifest: Mapping[str, Any], shape: Mapping[str, 
 
 
 def other_layout(folder: Path, config: TrainConfig) -> str:
-    """Returns how a run's layout differs from a checkpoint's, as the end of a sentence; empty if it does not."""
+    """Returns how a run's layout differs from a checkpoint's, as the end of a sentence.
+
+    Empty if it does not.
+    """
     changed = differences("layout", read_manifest(folder).get("layout"), layout_record(config))
     return f", written under another layout: {'; '.join(changed)}" if changed else ""
 

@@ -1,4 +1,7 @@
-"""Loads checkpoints by torch's DCP. Weights have their released names, optimizer state the names of parameters."""
+"""Loads checkpoints by torch's DCP.
+
+Weights have their released names, optimizer state the names of parameters.
+"""
 
 import warnings
 from pathlib import Path

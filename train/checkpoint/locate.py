@@ -15,7 +15,7 @@ CHECKPOINTS_NAME = "checkpoints"
 
 @dataclass(frozen=True, slots=True)
 class LocatedCheckpoint:
-    """The checkpoint that was found, and a line with name and reason for each newer one that failed the check."""
+    """The checkpoint that was found, and a line for each newer one that failed the check."""
 
     folder: Path
     rejected: tuple[str, ...]

@@ -28,7 +28,10 @@ TOKENIZER_NAME = "tokenizer.json"
 
 
 class CheckpointError(ValueError):
-    """A checkpoint is missing, unfinished or incompatible. The message names the place, the rule and both values."""
+    """A checkpoint is missing, unfinished or incompatible.
+
+    The message names the place, the rule and both values.
+    """
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Preserves what a checkpoint holds besides weights and architecture, from the source folder to the export.
+"""Preserves a checkpoint's further content, from the source folder to the export.
 
 This includes keys of `config.json` that do not describe the network, files next to the weights (tokenizer, chat
 template, license), and stored frequencies of the rotary embedding. torch is imported only when a tensor is read.
@@ -91,7 +91,7 @@ def read_preserved(path: str, key: str) -> PreservedMetadata:
 
 
 def preserved_by_run(config: TrainConfig, tokenizer: Tokenizer) -> PreservedMetadata:
-    """Returns the metadata that a run's checkpoints preserve: that of the run's source, as far as it still applies.
+    """Returns the metadata that a run's checkpoints preserve: the part of the source's that still applies.
 
     If the run has another tokenizer, its files and token ids replace those of the source. If `data.tokenizer_eos` or a
     similar key names special tokens, files that contradict it are left out. If the run has another rotary embedding,

@@ -1,4 +1,7 @@
-"""Saves the last checkpoint of a run elsewhere if its own folder takes none. Imports torch only to save."""
+"""Saves the last checkpoint of a run elsewhere if its own folder takes none.
+
+Imports torch only to save.
+"""
 
 from contextlib import ExitStack
 from pathlib import Path

@@ -1,7 +1,8 @@
-"""Writes checkpoints in the background of the next steps. A step waits only while its state is copied to host memory.
+"""Writes checkpoints in the background of the next steps.
 
-A checkpoint is written under a temporary name. Every file is synced, hashed and listed in the manifest. When all ranks
-are done, rank 0 renames the folder. The next save removes unfinished checkpoints.
+A step waits only while its state is copied to host memory. A checkpoint is written under a temporary name. Every file
+is synced, hashed and listed in the manifest. When all ranks are done, rank 0 renames the folder. The next save removes
+unfinished checkpoints.
 """
 
 import ctypes
@@ -83,9 +84,10 @@ class CheckpointSaver:
         self._unreported: deque[Path] = deque()
 
     def save(self, step: int) -> None:
-        """Copies the state after `step` updates, and starts to write it. The state may change after this returns.
+        """Copies the state after `step` updates, and starts to write it.
 
-        It first waits for the previous checkpoint, if that is still being written.
+        The state may change after this returns. It first waits for the previous checkpoint, if that is still being
+        written.
 
         Raises:
             UnsavedError: on every rank, if one of them could not write its part of the previous checkpoint.

@@ -1,4 +1,4 @@
-"""Opens weights that a run or a conversion reads: a Hugging Face folder or a checkpoint of this project.
+"""Opens the weights that a run or a conversion reads: a Hugging Face folder or a checkpoint.
 
 torch is imported only when weights are opened.
 """

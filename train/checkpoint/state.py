@@ -1,4 +1,4 @@
-"""Defines the state of a rank that a checkpoint holds, under names and in slices that do not depend on the layout."""
+"""Defines the state of a rank in a checkpoint, with names and slices independent of the layout."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,10 +29,11 @@ _LONGEST_TEXT = 120
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Slice:
-    """One rank's consecutive elements of a flat tensor, from `offset` on. Several ranks may hold the same slice.
+    """One rank's consecutive elements of a flat tensor, from `offset` on.
 
-    It implements DCP's protocol for chunked storage (`torch.distributed._checkpointable`). DCP writes a chunk that
-    several ranks hold once, and reads any range of elements from the chunks that contain it.
+    Several ranks may hold the same slice. It implements DCP's protocol for chunked storage
+    (`torch.distributed._checkpointable`). DCP writes a chunk that several ranks hold once, and reads any range of
+    elements from the chunks that contain it.
 
     Attributes:
         whole: number of elements of the whole tensor.

@@ -1,4 +1,4 @@
-"""Reads and writes the weights of this project's checkpoints in one process, tensor by tensor and without a model."""
+"""Reads and writes the weights of checkpoints in one process, tensor by tensor, without a model."""
 
 import dataclasses
 import warnings
@@ -29,12 +29,14 @@ _PREFIXES: dict[WeightsKind, str] = {"trained": WEIGHTS_PREFIX, "ema": EMA_PREFI
 
 
 def held_weights(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of all weights and router biases of a checkpoint by name, without copies and empty ones."""
+    """Returns the shapes of a checkpoint's weights and router biases by name, without copies."""
     return {name: shape for name, shape in weights(config) if copied_from(name) is None and 0 not in shape}
 
 
 class CheckpointReader:
-    """A checkpoint whose manifest, list of tensors and files have been checked. Tensors are read on demand.
+    """A checkpoint whose manifest, list of tensors and files have been checked.
+
+    Tensors are read on demand.
 
     Args:
         folder: of the checkpoint.
@@ -125,7 +127,9 @@ def write_weights(
     *,
     max_file_bytes: int,
 ) -> None:
-    """Writes tensors in order into files of limited size. Memory holds the tensors of one file, and one more.
+    """Writes tensors in order into files of limited size.
+
+    Memory holds the tensors of one file, and one more.
 
     Args:
         folder: existing folder; the caller writes the manifest.
@@ -174,7 +178,10 @@ class _LazyPlanner(DefaultSavePlanner):
 
 
 class _FilesWriter(FileSystemWriter):
-    """A writer of small files. DCP's writer keeps all tensors of a file in memory until the file is complete."""
+    """A writer of small files.
+
+    DCP's writer keeps all tensors of a file in memory until the file is complete.
+    """
 
     def __init__(self, folder: Path, max_file_bytes: int) -> None:
         # If a GPU is present, copying ahead would sort tensors by size and read several at once.

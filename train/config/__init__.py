@@ -1,4 +1,7 @@
-"""Defines the configuration of a training run. No torch here: an invalid run is refused before any process starts."""
+"""Defines the configuration of a training run.
+
+No torch here: an invalid run is refused before any process starts.
+"""
 
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
@@ -20,7 +23,10 @@ from train.tasks.registry import TASKS
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PrecisionConfig:
-    """The type of weights and activations. Gradients accumulate in float32, or in float64 for float64 weights."""
+    """The type of weights and activations.
+
+    Gradients accumulate in float32, or in float64 for float64 weights.
+    """
 
     kind: Literal["float64", "float32", "bf16"]
 
@@ -85,7 +91,7 @@ class BatchConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ValidationConfig:
-    """The interval of validations (`every_steps` 0: only after the last step), and the number of sequences read."""
+    """The interval of validations (0: only after the last step), and the number of sequences read."""
 
     every_steps: NonNegativeInt
     sequences: NonNegativeInt
@@ -93,7 +99,7 @@ class ValidationConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointingConfig:
-    """The interval of checkpoints (`every_steps` 0: only after the last step), and how many are kept (None: all)."""
+    """The interval of checkpoints (0: only after the last step), and how many are kept (None: all)."""
 
     every_steps: NonNegativeInt
     keep: PositiveInt | None
@@ -110,7 +116,10 @@ class SamplesConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EmaConfig:
-    """The moving average of the weights, on the host. `decay` is the weight of the old average; None: no average."""
+    """The moving average of the weights, on the host.
+
+    `decay` is the weight of the old average; None: no average.
+    """
 
     decay: ShareBelowOne | None
 
@@ -130,7 +139,7 @@ class StopGuardConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SkipGuardConfig:
-    """A guard that skips a refused step, and ends the run after more than `max_consecutive` of them in a row."""
+    """A guard that skips refused steps, and ends the run after more than `max_consecutive` in a row."""
 
     kind: Literal["skip"]
     spike_factor: Annotated[float, ZeroOrAbove(1)]
@@ -140,7 +149,7 @@ class SkipGuardConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RollBackGuardConfig:
-    """A guard that rolls a refused step back to the newest checkpoint, and skips its batch on the second pass.
+    """A guard that rolls back to the newest checkpoint, and skips the refused batch on the second pass.
 
     The run ends after more than `max_consecutive` rollbacks without a step beyond the last refused one.
     """
@@ -175,7 +184,7 @@ class TrackConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProfileConfig:
-    """The steps (from 1) and ranks that are profiled, by torch's profiler and on CUDA by a memory snapshot."""
+    """The steps (from 1) and ranks that are profiled, by torch's profiler and a memory snapshot (CUDA)."""
 
     steps: tuple[int, ...]
     ranks: tuple[int, ...]
@@ -253,7 +262,7 @@ class TrainConfig:
 
     @property
     def num_micro_batches(self) -> int:
-        """The number of micro-batches of one pipeline in a step, of both directions together, after any batch ramp."""
+        """The number of micro-batches of one pipeline per step, both directions together, after a batch ramp."""
         return self.batch.global_sequences // (self.parallelism.data * self.batch.micro_sequences)
 
     @property

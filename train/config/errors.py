@@ -32,7 +32,9 @@ def nearest(name: str, choices: Iterable[str]) -> str:
 
 
 def nearest_key(key: str, choices: Sequence[str]) -> str:
-    """Returns the closest dotted keys. Typos among siblings come first, then missing prefixes, then all keys.
+    """Returns the closest dotted keys.
+
+    Typos among siblings come first, then missing prefixes, then all keys.
 
     Args:
         key: the dotted key that was written.
@@ -50,7 +52,7 @@ def nearest_key(key: str, choices: Sequence[str]) -> str:
 
 
 def multiples(value: int, of: int) -> str:
-    """Returns the multiples of `of` that are nearest to `value`, at least `of` itself, for example `4 or 8`."""
+    """Returns the multiples of `of` that are nearest to `value`, at least `of`, as in `4 or 8`."""
     below, above = value // of * of, -(-value // of) * of
     return _either(sorted({max(below, of), max(above, of)}))
 

@@ -105,7 +105,7 @@ def describe_refusal(
 
 
 def read_loss_and_norm(metrics: Path, num_done: int, window: int) -> list[LossAndNorm]:
-    """Reads the loss and norm of up to `window` steps, the last of them `num_done`, from a `metrics.jsonl`."""
+    """Reads the loss and norm of up to `window` steps before `num_done` from a `metrics.jsonl`."""
     history: deque[LossAndNorm] = deque(maxlen=window)
     for values in read_lines(metrics):
         loss, norm = number_of(values, "loss"), number_of(values, "grad_norm")

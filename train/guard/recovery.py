@@ -1,4 +1,4 @@
-"""Handles a step that the guard refused: the batch is skipped, the run is rolled back, or the run ends."""
+"""Handles a step that the guard refused: skips the batch, rolls the run back, or ends it."""
 
 from dataclasses import dataclass
 from pathlib import Path

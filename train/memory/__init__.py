@@ -1,4 +1,7 @@
-"""Predicts the memory of every rank before any process starts. No torch here; docs/memory.md has the formulas."""
+"""Predicts the memory of every rank before any process starts.
+
+No torch here; docs/memory.md has the formulas.
+"""
 
 from train.memory.account import JobMemory, RankMemory
 from train.memory.predict import predict_memory

@@ -73,7 +73,7 @@ class RankMemory:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JobMemory:
-    """The predicted memory of all ranks of a pipeline, and the micro-batches of the batch size that needs most."""
+    """The predicted memory of all ranks of a pipeline, and the micro-batches of the largest batch."""
 
     ranks: tuple[RankMemory, ...]
     num_micro_batches: int

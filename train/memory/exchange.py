@@ -1,4 +1,4 @@
-"""Predicts the bytes that a dispatcher holds for one layer and micro-batch, with an equal load on all experts."""
+"""Predicts the bytes that a dispatcher holds for one layer and micro-batch, with equal expert loads."""
 
 from comm.dispatch.registry import DISPATCHERS, RowBytes
 from kernels.quantize import num_tiles

@@ -1,4 +1,4 @@
-"""Predicts for each pipeline rank the memory that is alive all the time, and the peak that a step's passes add."""
+"""Predicts each pipeline rank's static memory, and the peak that the passes of a step add."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -113,7 +113,7 @@ def _predict(config: TrainConfig) -> JobMemory:
 
 
 def imbalance_bytes(config: TrainConfig, job: JobMemory) -> int:
-    """Returns the bytes that 10 % more rows at its experts add to the peak of the rank that needs most memory.
+    """Returns the bytes that 10 % more rows at its experts add to the peak of the largest rank.
 
     Args:
         config: of the run.

@@ -1,4 +1,4 @@
-"""Predicts the memory of a rank outside the passes: weights, gradients, optimizer state and the optimizer step."""
+"""Predicts a rank's memory outside the passes: weights, gradients, optimizer state, optimizer step."""
 
 from math import ceil
 
@@ -60,7 +60,7 @@ def update_bytes(
 
 
 def batch_bytes(config: TrainConfig, sizes: Sizes, num_micro_batches: int, *, has_end: bool) -> int:
-    """Returns the bytes of tokens and of document masks, which are alive from their first use to the end of a step.
+    """Returns the bytes of tokens and document masks, alive from their first use to the end of a step.
 
     Args:
         config: of the run.

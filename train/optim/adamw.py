@@ -13,7 +13,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Bf16MomentsAdamW(torch.optim.Optimizer):
-    """The AdamW optimizer for float32 weights with both moments in bf16: 4 bytes of state per weight instead of 8.
+    """The AdamW optimizer for float32 weights with bf16 moments: 4 bytes of state per weight instead of 8.
 
     Arithmetic is in float32. Moments are rounded to nearest even when they are stored (arXiv:2412.19437, section
     3.3.3). With beta2 = 0.95, rounding changes updates by 0.4 %, less than stochastic rounding does. With beta2 near 1
@@ -27,7 +27,10 @@ class Bf16MomentsAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Updates every weight that has a gradient. A closure is not supported, because gradients already exist."""
+        """Updates every weight that has a gradient.
+
+        A closure is not supported, because gradients already exist.
+        """
         assert closure is None
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -73,7 +76,10 @@ def build_adamw(groups: Sequence[dict[str, Any]], config: OptimConfig) -> torch.
 
 
 def moments_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter | Tensor) -> dict[str, Tensor]:
-    """Returns the step count and moments of a parameter, not copies. They are created before the first step."""
+    """Returns the step count and moments of a parameter, not copies.
+
+    They are created before the first step.
+    """
     if isinstance(optimizer, Bf16MomentsAdamW):
         return optimizer.moments(parameter)
     state: dict[str, Tensor] = optimizer.state[parameter]
@@ -84,6 +90,9 @@ def moments_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter | Tenso
 
 
 def spread_step(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> None:
-    """Copies the last parameter's step count to all others. All parameters have been updated equally often."""
+    """Copies the last parameter's step count to all others.
+
+    All parameters have been updated equally often.
+    """
     for parameter in parameters:
         moments_of(optimizer, parameter)["step"].copy_(moments_of(optimizer, parameters[-1])["step"])

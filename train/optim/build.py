@@ -16,7 +16,7 @@ class Optimizer(Protocol):
     """The protocol of an optimizer: `reduce`, then either `update` or, if the step is refused, `discard`."""
 
     def reduce(self) -> float:
-        """Sums gradients over replicas without updating anything, and returns their global norm, equal on all ranks."""
+        """Sums gradients over replicas and returns their global norm, equal on all ranks. Updates nothing."""
         ...
 
     def update(self, learning_rate: float) -> None:
@@ -28,7 +28,7 @@ class Optimizer(Protocol):
         ...
 
     def state(self) -> dict[str, Slice | Tensor]:
-        """Returns this rank's state, to save or to fill in place, under names that do not depend on the layout.
+        """Returns this rank's state, to save or to fill in place, with names independent of the layout.
 
         `step` is a scalar. `<parameter>.exp_avg` and `.exp_avg_sq` are slices of the whole job's flattened parameter.
         So is `.master`, which exists only if the weights are not their own master copies.

@@ -1,4 +1,7 @@
-"""Defines durations within a run: a share of its tokens, or a number of steps or tokens. No torch here."""
+"""Defines durations within a run: a share of its tokens, or a number of steps or tokens.
+
+No torch here.
+"""
 
 import re
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Keeps an exponential moving average of the weights, on the host in float32, updated during the next step.
+"""Keeps an exponential moving average of the weights on the host, updated during the next step.
 
 DeepSeek-V3 uses one to estimate early how the model performs after its learning rate has decayed (arXiv:2412.19437,
 section 3.2.3).

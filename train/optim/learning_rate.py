@@ -25,7 +25,7 @@ class RateError(ValueError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RateSchedule:
-    """The fields of every kind of schedule: its name, and a linear warm-up, during which its function is not called."""
+    """The fields of every kind of schedule: its name, and a linear warm-up before its function applies."""
 
     kind: str
     warmup: Duration

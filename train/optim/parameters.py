@@ -1,4 +1,4 @@
-"""Groups a rank's parameters for the optimizer, and defines the process groups that hold the same ones."""
+"""Groups a rank's parameters for the optimizer by the process group that holds the same ones."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""Defines this project's learning-rate schedules, each as a dataclass and a function of the tokens read so far."""
+"""Defines the learning-rate schedules, each as a dataclass and a function of the tokens read so far."""
 
 import math
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ class WsdRate(RateSchedule):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class V3Rate(RateSchedule):
-    """The schedule of DeepSeek-V3's pre-training (arXiv:2412.19437, section 4.2): a cosine decay, then a lower rate.
+    """The schedule of DeepSeek-V3's pre-training (arXiv:2412.19437, section 4.2).
 
     The rate is `last_learning_rate` from `last_start` on.
     """

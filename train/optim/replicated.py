@@ -61,7 +61,10 @@ class ReplicatedAdamW:
         self._store.clear()
 
     def state(self) -> dict[str, Slice | Tensor]:
-        """Returns the step count and the moments by parameter name, not copies. They exist before the first step."""
+        """Returns the step count and the moments by parameter name, not copies.
+
+        They exist before the first step.
+        """
         named: dict[str, Slice | Tensor] = {}
         for name, parameter in self._groups.all().items():
             moments = moments_of(self._optimizer, parameter)

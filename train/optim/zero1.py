@@ -1,4 +1,4 @@
-"""Implements AdamW by DeepSpeed's ZeRO stage 1, without DeepSpeed's engine: the pipeline computes the gradients.
+"""Implements AdamW by DeepSpeed's ZeRO stage 1 without its engine; the pipeline computes gradients.
 
 Float32 master weights and their moments are sharded over the ranks that hold the same parameters. For dense parameters
 these are mirror x data; for routed experts, those of them that hold the same experts.
@@ -107,7 +107,7 @@ class Zero1AdamW:
         return all(parameter.dtype == torch.float32 for parameter in self._parameters)
 
     def _runs(self, index: int) -> Iterator[tuple[str, int, slice]]:
-        """Yields the part of each parameter in a group's shard: its name, its first element, its place in the shard.
+        """Yields the part of each parameter in a group's shard: name, first element, place in the shard.
 
         The places are DeepSpeed's own. DeepSpeed's fragments hold the same, but only for the first group's state.
         """

@@ -123,7 +123,7 @@ class OwnershipCheck:
         return cls(folder, found.owner.id if is_own and found.owner is not None else "")
 
     def problem(self, *, is_urgent: bool = False) -> str:
-        """Returns why the run no longer owns the folder, or an empty text if it does or the lock cannot be read now.
+        """Returns why the run no longer owns the folder; empty if it does or the lock cannot be read now.
 
         Args:
             is_urgent: whether to read the lock now, instead of reusing a recent result.

@@ -1,4 +1,7 @@
-"""Describes the process that owns a file or a folder, and finds out whether it is still alive. No torch here."""
+"""Describes the process that owns a file or a folder, and finds out whether it is still alive.
+
+No torch here.
+"""
 
 import json
 import os
@@ -95,8 +98,8 @@ def _is_valid(values: Any) -> bool:
         return False
     if not all(isinstance(values[key], kind) and not isinstance(values[key], bool) for key, kind in types.items()):
         return False
-    texts = ("host", "machine", "started", "command")
-    is_short = all(len(values[key]) <= _LONGEST_TEXT for key in texts)
+    keys = ("host", "machine", "started", "command")
+    is_short = all(len(values[key]) <= _LONGEST_TEXT for key in keys)
     is_in_range = values["pid"] > 0 and 0 <= values["time"] < 2**33
     return is_short and is_in_range and re.fullmatch(r"[0-9a-f]{32}", values["id"]) is not None
 

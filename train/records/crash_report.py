@@ -1,4 +1,4 @@
-"""Writes the crash report of a rank that must end: the reason, its stacks, and its last collectives and transfers."""
+"""Writes the crash report of a rank: the reason, its stacks, and its last collectives and transfers."""
 
 import faulthandler
 import json

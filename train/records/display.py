@@ -59,7 +59,7 @@ class PhaseLines:
 
 
 class Display:
-    """What a person sees of the steps: a progress bar and a line per second on a terminal, plain lines elsewhere."""
+    """Display of the steps: a progress bar and a line per second on a terminal, plain lines elsewhere."""
 
     def __init__(
         self, console: Console, num_steps: int, first_step: int, every: int, clock: Clock = time.monotonic

@@ -1,4 +1,7 @@
-"""Writes and reads `events.jsonl` of a run's folder: events other than steps, one object per line. No torch here."""
+"""Writes and reads `events.jsonl` of a run's folder: events other than steps, one object per line.
+
+No torch here.
+"""
 
 import json
 import logging
@@ -37,7 +40,10 @@ def append_event(out_dir: Path, kind: str, step: int, text: str, **values: Any) 
 
 
 def try_append_event(out_dir: Path, kind: str, step: int, text: str, **values: Any) -> None:
-    """Appends an event like `append_event`. If the file cannot be written, it logs the event and the run continues."""
+    """Appends an event like `append_event`.
+
+    If the file cannot be written, it logs the event and the run continues.
+    """
     try:
         append_event(out_dir, kind, step, text, **values)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Writes and reads files with one JSON object per line (`metrics.jsonl`, `loads.jsonl`, `events.jsonl`). No torch here.
+"""Writes and reads files with one JSON object per line, such as `metrics.jsonl`. No torch here.
 
 Readers accept any content. They parse each line separately, and skip lines without a step.
 """

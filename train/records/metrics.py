@@ -1,4 +1,7 @@
-"""Logs the metrics of a run to wandb, and computes MFU. `train.records.json_lines` writes `metrics.jsonl`."""
+"""Logs the metrics of a run to wandb, and computes MFU.
+
+`train.records.json_lines` writes `metrics.jsonl`.
+"""
 
 import logging
 import sys
@@ -73,7 +76,10 @@ class Wandb:
         self._has_failed = False
 
     def record(self, values: Record) -> None:
-        """Logs a step, unless wandb already has it. wandb cannot replace a step that is repeated after a rollback."""
+        """Logs a step, unless wandb already has it.
+
+        wandb cannot replace a step that is repeated after a rollback.
+        """
         if values["step"] > self._last_step:
             self._last_step = values["step"]
             self._log(values)

@@ -1,4 +1,4 @@
-"""Measures how the pipeline uses a step's time: computes the bubble of every step, and draws chosen steps.
+"""Measures how the pipeline uses a step's time: the bubble of every step, pictures of chosen steps.
 
 Ranks share the wall clock: each reports when its program began, and the steps' times count from
 then on. Between ranks on one host that is exact to microseconds, between hosts as good as their clocks agree (NTP: a
@@ -163,7 +163,7 @@ def bubble_of(used_seconds: float, slots: Sequence[float], ranks_per_pipeline: i
 
 
 def pipeline_seconds(slots: Sequence[float]) -> float:
-    """Returns the sum of all pipelines' times, each from the start of its first rank to the end of its last one.
+    """Returns the sum of all pipelines' times, from the first rank's start to the last rank's end.
 
     Args:
         slots: the maximum over all ranks of their `window_slots`.

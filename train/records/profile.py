@@ -1,4 +1,4 @@
-"""Profiles chosen steps on chosen ranks: a Chrome trace of torch's profiler, and a snapshot of the device's memory."""
+"""Profiles chosen steps on chosen ranks: a Chrome trace, and a snapshot of the device's memory."""
 
 import logging
 from collections.abc import Iterator
@@ -33,7 +33,10 @@ class StepProfiler:
 
     @contextmanager
     def step(self, done: int) -> Iterator[None]:
-        """Profiles step number `done` of the run, from 1, if it is chosen. It writes files unless the step fails."""
+        """Profiles step number `done` of the run, from 1, if it is chosen.
+
+        It writes files unless the step fails.
+        """
         if not self._is_chosen or done not in self._config.steps:
             yield
             return

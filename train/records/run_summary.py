@@ -85,7 +85,10 @@ def _corpus_lines(config: TrainConfig, prepared: Prepared) -> Iterator[str]:
 
 
 def _special_notes(config: TrainConfig, prepared: Prepared) -> str:
-    """Returns how documents begin and end under a given tokenizer, as the end of a line; empty for a trained one."""
+    """Returns how documents begin and end under a given tokenizer, as the end of a line.
+
+    Empty for a trained one.
+    """
     if config.data.tokenizer is None:
         return ""
     names, special = prepared.tokenizer.token_names, prepared.tokenizer.special

@@ -36,7 +36,7 @@ _IN_URL = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*://[^\s/:@]*:)[^\s/@]+@")
 
 
 def is_secret_name(name: str) -> bool:
-    """Returns whether a key or variable is named like a secret, such as `WANDB_API_KEY`, `hubToken`, `db.password`."""
+    """Returns whether a key or variable is named like a secret, such as `WANDB_API_KEY` or `hubToken`."""
     spaced = re.sub(r"([a-z0-9])([A-Z])", r"\1 \2", name)
     return any(word in _WORDS for word in re.split(r"[^a-z0-9]+", spaced.lower()))
 

@@ -1,4 +1,7 @@
-"""Writes and reads `status.json` of a run's folder: the state of the run, or how it ended. No torch here."""
+"""Writes and reads `status.json` of a run's folder: the state of the run, or how it ended.
+
+No torch here.
+"""
 
 import json
 import logging
@@ -62,8 +65,8 @@ def _has_types(status: Status) -> bool:
     """Returns whether the values of a status have valid types and ranges."""
     is_code = status.exit_code is None or (type(status.exit_code) is int and 0 <= status.exit_code < 256)
     is_step = type(status.step) is int and 0 <= status.step < 2**53
-    texts = (status.reason, "" if status.checkpoint is None else status.checkpoint)
-    return is_code and is_step and status.state in get_args(State) and all(type(text) is str for text in texts)
+    strings = (status.reason, "" if status.checkpoint is None else status.checkpoint)
+    return is_code and is_step and status.state in get_args(State) and all(type(text) is str for text in strings)
 
 
 def write_end(out_dir: Path, state: State, exit_code: int, reason: str) -> None:

@@ -82,11 +82,13 @@ def _usage_metrics(world: World, use: RankBusyTime, result: StepResult) -> dict[
 
 
 def _step_time(result: StepResult, used: float, exposed: float, pipelines: float, world_size: int) -> dict[str, float]:
-    """Returns the parts of a step's time in seconds, means over all ranks; together they are `step_seconds`.
+    """Returns the parts of a step's time in seconds, means over all ranks.
+
+    Together they are `step_seconds`.
 
     Args:
         result: of the step.
-        used: seconds in which ranks computed or served an exchange of their own, summed over all ranks.
+        used: seconds in which ranks computed or served their own exchange, summed over all ranks.
         exposed: the part of `used` for exchanges.
         pipelines: seconds of the pipelines, summed over all ranks.
         world_size: number of ranks.

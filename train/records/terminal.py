@@ -1,4 +1,4 @@
-"""Standard output and error of a run: one that breaks (`| head`, a closed terminal, a full disk) does not end the run.
+"""Standard output and error of a run: a broken one (`| head`, a full disk) does not end the run.
 
 No torch here.
 """
@@ -78,7 +78,10 @@ class GuardedStream:
 
 
 def guard_terminal() -> None:
-    """Guards this process' standard output and error from here on; opens those that were closed before it started."""
+    """Guards this process' standard output and error from here on.
+
+    Opens those that were closed before it started.
+    """
     for descriptor in range(3):
         try:
             os.fstat(descriptor)

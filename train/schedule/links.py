@@ -16,7 +16,10 @@ from train.world import World
 
 
 class PipelineLinks:
-    """The pipeline transport for the interpreter. All activations and gradients between stages have one shape."""
+    """The pipeline transport for the interpreter.
+
+    All activations and gradients between stages have one shape.
+    """
 
     def __init__(
         self,

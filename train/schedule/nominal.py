@@ -1,4 +1,4 @@
-"""Returns the costs for which schedules are planned, and builds a short schedule that predicts the memory peak.
+"""Returns the costs for planning schedules, and builds a short schedule that predicts the memory peak.
 
 No torch here.
 
@@ -60,13 +60,13 @@ def planning_schedule(config: TrainConfig, num_micro_batches: int) -> Schedule:
 
 
 def few_micro_batches(pipeline: int, num_micro_batches: int) -> int:
-    """Returns how many micro-batches show the peak: about three for each rank, odd if the run's number is odd."""
+    """Returns how many micro-batches show the peak: about three per rank, odd if the run's number is odd."""
     few = _PER_RANK * pipeline + _MARGIN
     return min(num_micro_batches, few + (few + num_micro_batches) % 2)
 
 
 def _is_published_order(config: TrainConfig, num_micro_batches: int) -> bool:
-    """Returns whether dualpipe_split keeps the same activations as DualPipe's published order with each W after its I.
+    """Returns whether dualpipe_split keeps the same activations as DualPipe's published order.
 
     It does if F, I, W and exchange take equal times. Then W fills no gap, because other operations hide every exchange.
     The shortcut avoids building dualpipe_split itself, which takes seconds for many ranks.

@@ -1,4 +1,4 @@
-"""Chooses the schedule of a run: the checkpoint's, the configured one, or the best for measured phase times."""
+"""Chooses a run's schedule: the checkpoint's, the configured one, or the best for measured times."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -36,7 +36,9 @@ class Plan:
 
 
 def plan(config: TrainConfig, layout: Layout, device: torch.device) -> Plan:
-    """Chooses the schedule on rank 0 and broadcasts it. All ranks call it at the same point, before groups are created.
+    """Chooses the schedule on rank 0 and broadcasts it.
+
+    All ranks call it at the same point, before groups are created.
 
     Raises:
         ScheduleError: on rank 0, if the schedule cannot be built.
@@ -57,7 +59,7 @@ def plan(config: TrainConfig, layout: Layout, device: torch.device) -> Plan:
 
 
 def ramp_schedules(config: TrainConfig) -> dict[int, Schedule]:
-    """Returns the configured schedule of every size of the batch ramp except the last, by the size in sequences.
+    """Returns the schedule of every size of the batch ramp except the last, by the size in sequences.
 
     Raises:
         ScheduleError: one of them cannot be built.

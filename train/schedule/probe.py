@@ -1,4 +1,4 @@
-"""Measures how long the model's parts take on the ranks of this job, before a schedule is chosen for them."""
+"""Measures how long the model's parts take on this job's ranks, before a schedule is chosen."""
 
 import time
 from collections import defaultdict
@@ -171,7 +171,7 @@ class _Parts:
 
 
 def _random_batch(config: TrainConfig, device: torch.device) -> MicroBatch:
-    """Draws a micro-batch of the run's shape from its own generator, different on every rank, like real ones."""
+    """Draws a random micro-batch of the run's shape, different on every rank, like real ones."""
     generator = torch.Generator().manual_seed(dist.get_rank())
     shape = (config.batch.micro_sequences, config.batch.sequence_length_tokens)
     drawn = [
@@ -182,7 +182,10 @@ def _random_batch(config: TrainConfig, device: torch.device) -> MicroBatch:
 
 
 def _link_latency(config: TrainConfig, layout: Layout, group: ProcessGroup, device: torch.device) -> float:
-    """Returns half the round-trip time of an activation to a neighbor, averaged over neighbors; 0 without any."""
+    """Returns half the round-trip time of an activation to a neighbor, averaged over neighbors.
+
+    0 without any.
+    """
     index = layout.pipeline_index(dist.get_rank())
     members = layout.pipeline_group(dist.get_rank())
     batch = config.batch
@@ -200,7 +203,10 @@ def _link_latency(config: TrainConfig, layout: Layout, group: ProcessGroup, devi
 
 
 def _ping_pong(ball: Tensor, other: int, group: ProcessGroup, *, sends_first: bool) -> float:
-    """Returns the median time of one way in seconds; the first round trip, which sets up the connection, is dropped."""
+    """Returns the median time of one way in seconds.
+
+    The first round trip, which sets up the connection, is dropped.
+    """
     seconds = []
     for _ in range(1 + _HOPS):
         started = _now(ball.device)

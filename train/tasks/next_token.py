@@ -1,4 +1,4 @@
-"""Predicts the next token at every MTP depth, for tasks that differ in their targets and the targets' weights.
+"""Predicts the next token at every MTP depth, for tasks that differ in targets and their weights.
 
 Source: arXiv:2412.19437, section 2.2. Shape legend: B sequences, T tokens.
 """

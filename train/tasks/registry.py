@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepRates:
-    """The rates of a step. They depend only on the step, so they are equal under every layout and after a resume."""
+    """The rates of a step.
+
+    They depend only on the step, so they are equal under every layout and after a resume.
+    """
 
     learning_rate: float
     mtp_loss_weight: float
@@ -32,14 +35,17 @@ class StepRates:
 
 
 class Task(Protocol):
-    """The protocol of a task: it converts batches to micro-batches, and builds a step's objective from counts.
+    """Protocol of a task: it converts batches to micro-batches and builds a step's objective from counts.
 
     A task keeps no state.
     """
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of the reported losses, equal on all ranks. One of them is `main`, which validation reports."""
+        """The names of the reported losses, equal on all ranks.
+
+        One of them is `main`, which validation reports.
+        """
         ...
 
     def read(self, batch: Batch, device: torch.device) -> MicroBatch:

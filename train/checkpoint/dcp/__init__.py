@@ -1,1 +1,4 @@
-"""Reads checkpoints of torch's DCP as data. It never imports, calls or executes anything that a file names."""
+"""Reads checkpoints of torch's DCP as data.
+
+It never imports, calls or executes anything that a file names.
+"""

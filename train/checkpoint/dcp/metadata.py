@@ -74,7 +74,7 @@ class ChunkLocation:
 
 
 def read_metadata(folder: Path, key: str) -> Metadata:
-    """Reads the list of a checkpoint's tensors: each tensor by name, its chunks, and the location of each chunk.
+    """Reads the list of a checkpoint's tensors: names, chunks, and the location of each chunk.
 
     Args:
         folder: of the checkpoint.
@@ -102,7 +102,7 @@ def read_metadata(folder: Path, key: str) -> Metadata:
 
 
 def _largest_bytes(folder: Path, key: str) -> int:
-    """Returns the largest size of the list in bytes, by the number of weights of the checkpoint's architecture."""
+    """Returns the largest valid size of the list in bytes, from the number of weights in the architecture."""
     num_weights = sum(1 for _ in islice(weights(read_model(folder, key)), _MOST_WEIGHTS))
     return min(_LEAST_BYTES + num_weights * _BYTES_PER_WEIGHT, _LARGEST_BYTES)
 

@@ -1,4 +1,4 @@
-"""Reads a pickle as data: names and arguments become inert records, and nothing that they name is imported or called.
+"""Reads a pickle as data: names become inert records, and nothing is imported or called.
 
 A pickle is a small program whose instructions may call any function. torch writes two things with it: the list of a
 checkpoint's tensors, and a header for each tensor. Both need few instructions. Here those build plain values, and every
@@ -170,7 +170,7 @@ class _Machine:
 
 
 def shown(text: str) -> str:
-    """Returns a text from a file in the form of an error message: in one line, and truncated if it is long."""
+    """Returns a text from a file for an error message: in one line, and truncated if it is long."""
     literal = repr(text)[1:-1]
     return literal if len(literal) <= _LONGEST_TEXT else f"{literal[:_LONGEST_TEXT]}..."
 
@@ -195,7 +195,7 @@ def _flat_tuple(items: list[Any]) -> tuple[Any, ...]:
 def _fill(values: dict[Any, Any], items: list[Any]) -> None:
     for key, value in zip(items[::2], items[1::2], strict=True):
         if type(key) not in (str, ObjectRecord):
-            raise RecordError(f"must have texts or records as keys, has a {type(key).__name__}")
+            raise RecordError(f"must have strings or records as keys, has a {type(key).__name__}")
         values[key] = value
 
 

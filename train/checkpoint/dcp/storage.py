@@ -16,7 +16,7 @@ from train.checkpoint.dcp.tensor_file import read_tensor
 
 
 class TensorsReader(FileSystemReader):
-    """A reader of the tensors of a checkpoint, whose list `train.checkpoint.dcp.metadata.read_metadata` has read.
+    """A reader of a checkpoint's tensors, whose list `read_metadata` has read.
 
     torch's own reader unpickles the list, and everything in it that is not a tensor, without restriction.
     """

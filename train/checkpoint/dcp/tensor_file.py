@@ -1,6 +1,7 @@
-"""Reads one tensor that torch saved in a file, without torch's unpickler. Header, type, shape and bytes are checked.
+"""Reads one tensor that torch saved in a file, without torch's unpickler.
 
-torch saves a tensor as an uncompressed zip archive: `data.pkl` describes the tensor, `data/0` holds its bytes.
+Header, type, shape and bytes are checked. torch saves a tensor as an uncompressed zip archive: `data.pkl` describes the
+tensor, `data/0` holds its bytes.
 """
 
 import io
