@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "docs" / "extend.md").read_text(encoding="utf-8")
-FILES = re.findall(r"`([\w/]+\.(?:py|yaml))`[^`]*\n\n```\w+\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
+FILES = re.findall(r"`([\w/]+\.(?:py|yaml))`[^`]*\n\n```(?:python|yaml)\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
 COMMANDS = re.findall(r"^python -m .*$", TEXT, re.MULTILINE)
 LAUNCHES = [command for command in COMMANDS if " launch." in command]
 # The suites are run by tests/dualpipe/test_plugin.py and tests/comm/test_registry.py.
