@@ -1,8 +1,12 @@
-"""Draws the report of a run again from the files in its folder: `python -m launch.redraw`."""
+"""Draws the report of a run again, or compares several runs, from the files in their folders.
+
+`python -m launch.redraw`.
+"""
 
 if not __package__:
     import started_as_file  # type: ignore[import-not-found]  # noqa: F401
 
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,20 +17,25 @@ from launch.config.compose import compose
 from launch.config.errors import system_errors
 from launch.help.preview import plain_text
 from launch.ranks.run_folder import CONFIG_NAME, read_folder
+from train.config import TrainConfig
 from train.config.decode import decode, encode
 from train.config.errors import ConfigError
+
+_MOST_RUNS = 6
+_SEVERAL = re.compile(r"^run=([^\[\]{}()'\"\s]+,[^\[\]{}()'\"\s]+)$")
+"""Runs with a comma between them, which Hydra's grammar takes for a sweep."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RedrawConfig:
     """Configuration of the command; see `conf/redraw.yaml`."""
 
-    run: str
+    run: tuple[str, ...]
     plugins: tuple[str, ...]
 
 
 def main(overrides: Sequence[str]) -> int:
-    """Draws the report and prints its path.
+    """Draws the report of one run, or one page that compares several, and prints its path.
 
     Args:
         overrides: overrides for `conf/redraw.yaml`.
@@ -35,18 +44,33 @@ def main(overrides: Sequence[str]) -> int:
         The exit code, 0.
 
     Raises:
-        ConfigError: `run` is not a run's folder, or the folder cannot be read or written.
+        ConfigError: `run` is not a run's folder or a list of them, or a folder cannot be read or written.
     """
-    chosen = decode(RedrawConfig, compose("redraw", overrides))
-    folder = Path(chosen.run).expanduser()
+    chosen = _decode(overrides)
     with system_errors():
-        if not (folder / CONFIG_NAME).is_file():
-            raise ConfigError(f"run: must be a run's folder, {chosen.run!r} holds no {CONFIG_NAME}")
-        config = replace(read_folder(folder), out_dir=str(folder))
-        from train.report.write import Report
+        configs = [_read_run(run) for run in chosen.run]
+        from train.report.write import Report, compare
 
-        print(Report(config).write())
+        print(Report(configs[0]).write() if len(configs) == 1 else compare(configs))
     return 0
+
+
+def _decode(overrides: Sequence[str]) -> RedrawConfig:
+    """Decodes the configuration; `run=A`, `run=[A,B]` and `run=A,B` are all lists of folders."""
+    values = compose("redraw", [_SEVERAL.sub(r"run=[\1]", text) for text in overrides])
+    runs = values["run"]
+    chosen = decode(RedrawConfig, {**values, "run": runs if isinstance(runs, list) else [runs]})
+    if not 1 <= len(chosen.run) <= _MOST_RUNS:
+        raise ConfigError(f"run: must be one to {_MOST_RUNS} folders, is {len(chosen.run)} of them")
+    return chosen
+
+
+def _read_run(run: str) -> TrainConfig:
+    """Returns the configuration of a run's folder, with the folder as its `out_dir`."""
+    folder = Path(run).expanduser()
+    if not (folder / CONFIG_NAME).is_file():
+        raise ConfigError(f"run: must be a run's folder, {run!r} holds no {CONFIG_NAME}")
+    return replace(read_folder(folder), out_dir=str(folder))
 
 
 def preview(overrides: Sequence[str]) -> str:
@@ -58,7 +82,8 @@ def preview(overrides: Sequence[str]) -> str:
     Raises:
         ConfigError: as `main`.
     """
-    return plain_text("redraw", encode(decode(RedrawConfig, compose("redraw", overrides))))
+    values = encode(_decode(overrides))
+    return plain_text("redraw", {**values, "run": values["run"][0] if len(values["run"]) == 1 else values["run"]})
 
 
 if __name__ == "__main__":

@@ -18,16 +18,16 @@ from launch.redraw import main as redraw
 from tests.tiny import tiny_config, write_text
 from train.config import TrainConfig
 from train.config.errors import ConfigError
-from train.report.figures import num_bytes, plain, short
+from train.report.figures import num_bytes, plain, seconds, short
 from train.report.history import History
 from train.report.layers import palette, png, relative_shades
 from train.report.lines import read_loads, read_numbers
 from train.report.page import REPORT_NAME
 from train.report.source import RunSource
-from train.report.write import Report
+from train.report.write import COMPARISON_NAME, Report, compare, differing_settings
 
-VOID = {"meta", "img"}
-LOSS = "Loss in nats per token"
+VOID = {"meta", "img", "input"}
+LOSS = "Loss"
 
 
 class Page(HTMLParser):
@@ -38,6 +38,7 @@ class Page(HTMLParser):
         self.open: list[str] = []
         self.links: list[str] = []
         self.charts: dict[str, dict[str, Any]] = {}
+        self.runs: list[dict[str, Any]] = []
         self._is_data = False
         self.feed(text)
         assert self.open == []
@@ -51,14 +52,18 @@ class Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         if self._is_data:
-            chart = json.loads(data)
-            self.charts[chart["title"]] = chart
+            found = json.loads(data)
+            if isinstance(found, list):
+                self.runs = found
+            else:
+                self.charts[found["title"]] = found
             self._is_data = False
 
     def reading(self, title: str, step: int) -> dict[str, float]:
         """Values of a chart's lines at a step, by name."""
         chart = self.charts[title]
-        place = next(place for place, (first, last) in enumerate(chart["spans"]) if first <= step <= last)
+        spans = self.runs[0]["spans"]
+        place = next(place for place, (first, last) in enumerate(spans) if first <= step <= last)
         return {line["name"]: line["values"][place] for line in chart["series"] if not line["edge"]}
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -120,8 +125,10 @@ def test_report_draws_what_was_recorded_in_its_place(tmp_path: Path) -> None:
     config = place_run(tmp_path, range(1, 101))
     page = Page(Report(config).write().read_text())
     chart = page.charts[LOSS]
-    assert chart["steps"] == list(range(1, 101))
-    assert chart["extent"] == [0.5, 100.5]
+    assert page.runs[0]["steps"] == list(range(1, 101))
+    assert page.runs[0]["extent"] == [0.5, 100.5]
+    assert page.runs[0]["tokens"] == [64 * step for step in range(1, 101)]
+    assert page.runs[0]["hours"] is None  # the records have no step_seconds
     assert chart["series"][0]["values"] == [pytest.approx(9 - step / 100) for step in range(1, 101)]
     assert [line["name"] for line in chart["series"]] == ["total", "main", "MTP"]
     assert chart["bands"] == []
@@ -129,10 +136,11 @@ def test_report_draws_what_was_recorded_in_its_place(tmp_path: Path) -> None:
 
 def test_report_shows_least_and_most_of_many_steps_as_a_band(tmp_path: Path) -> None:
     config = place_run(tmp_path, range(1, 1001))
-    chart = Page(Report(config).write().read_text()).charts[LOSS]
+    page = Page(Report(config).write().read_text())
+    chart = page.charts[LOSS]
     (most, least), *_ = chart["bands"]
     assert [chart["series"][place]["edge"] for place in (most, least)] == [True, True]
-    first, last = chart["spans"][1]
+    first, last = page.runs[0]["spans"][1]
     assert chart["series"][most]["values"][1] == pytest.approx(9 - first / 100)
     assert chart["series"][least]["values"][1] == pytest.approx(9 - last / 100)
     assert chart["series"][0]["values"][1] == pytest.approx(9 - (first + last) / 200)
@@ -169,12 +177,12 @@ def test_report_follows_a_run_that_resumes_is_rolled_back_and_rewritten(tmp_path
         file.write('{"step": 9, "loss": 3.125}\n')
     rolled_back = Page(report.write().read_text())
     assert rolled_back.reading(LOSS, 9)["total"] == 3.125
-    assert rolled_back.charts[LOSS]["steps"] == list(range(1, 10))
+    assert rolled_back.runs[0]["steps"] == list(range(1, 10))
     (run / "new").write_text('{"step": 1, "loss": 2.5}\n{"step": 2, "loss": 2.25}\n')
     (run / "new").replace(run / "metrics.jsonl")
     again = Page(report.write().read_text())
     assert again.reading(LOSS, 2)["total"] == 2.25
-    assert again.charts[LOSS]["steps"] == [1, 2]
+    assert again.runs[0]["steps"] == [1, 2]
 
 
 def test_report_shows_events_and_whole_checkpoints_as_text(tmp_path: Path) -> None:
@@ -191,7 +199,7 @@ def test_report_shows_events_and_whole_checkpoints_as_text(tmp_path: Path) -> No
     assert "loss &lt;script&gt;alert(1)&lt;/script&gt; &amp; more" in text
     assert "checkpoints/step-00000004" in text
     assert "step-00000006" not in text
-    assert page.charts[LOSS]["marks"] == [[3, "skip"], [4, "checkpoint"]]
+    assert page.runs[0]["marks"] == [[3, "skip"], [4, "checkpoint"]]
     assert page.reading(LOSS, 3) == {"total": 8.97, "main": 8.0, "MTP": 8.5}
 
 
@@ -201,7 +209,7 @@ def test_report_data_cannot_end_its_script(tmp_path: Path) -> None:
     (Path(config.out_dir) / "events.jsonl").write_text(json.dumps(event) + "\n")
     text = Report(config).write().read_text()
     assert "<script>alert" not in text
-    assert Page(text).charts[LOSS]["marks"] == [[3, event["kind"]]]
+    assert Page(text).runs[0]["marks"] == [[3, event["kind"]]]
 
 
 def test_report_leaves_out_numbers_that_are_none(tmp_path: Path) -> None:
@@ -262,7 +270,7 @@ def test_heat_map_is_a_png_of_its_shades() -> None:
 
 
 def test_figures_are_round_and_short() -> None:
-    assert [plain(value) for value in (0.0, 0.33033, 1797.4, 3e-5)] == ["0", "0.3303", "1,797", "3e-05"]
+    assert [plain(value) for value in (0.0, 0.33033, 1797.4, 3e-5)] == ["0", "0.33", "1,800", "3e-05"]
     assert [short(value) for value in (0.0, 999.0, 3_145_728.0)] == ["0", "999", "3.15M"]
     assert [num_bytes(value) for value in (12.0, 698_359_808.0)] == ["12 B", "698 MB"]
 
@@ -319,3 +327,135 @@ def test_loads_of_a_long_run_are_sampled_and_do_not_depend_on_when_they_are_read
         assert (one.first, one.last) == (other.first, other.last)
         assert one.loads["layer_1"].tolist() == other.loads["layer_1"].tolist()
         assert one.loads["layer_1"][1] >= 4
+
+
+STEP_TIME = {"compute": 6.0, "exposed_exchange": 1.0, "bubble": 2.0, "optimizer": 0.5, "other": 0.25, "saving": 0.25}
+
+
+def place_timed_run(folder: Path, name: str, steps: int, loss: float, **changes: Any) -> TrainConfig:
+    """A run whose records have the time of a step and its parts."""
+    folder.mkdir()
+    config = replace(place_run(folder, range(0)), name=name, **changes)
+    with (Path(config.out_dir) / "metrics.jsonl").open("w") as file:
+        for step in range(1, steps + 1):
+            parts = {f"{part}_seconds": value for part, value in STEP_TIME.items()}
+            record = {"step": step, "tokens": 100 * step, "main_loss": loss, "lr": 1e-3, "step_time": parts}
+            file.write(json.dumps({**record, "step_seconds": 9.75, "tokens_per_second": 12345.6}) + "\n")
+    return config
+
+
+def test_report_shows_hours_and_where_the_time_of_a_step_goes(tmp_path: Path) -> None:
+    text = Report(place_timed_run(tmp_path / "a", "timed", 4, 2.0)).write().read_text()
+    page = Page(text)
+    assert page.runs[0]["hours"] == pytest.approx([9.75 * (step + 0.5) / 3600 for step in range(4)], rel=1e-5)
+    assert "<h2>Where the time of a step goes</h2>" in text
+    for part, value in STEP_TIME.items():
+        assert f"</i>{part.replace('_', ' ')}<small>" in text
+        assert f"<td>{seconds(value)}</td><td>{value * 10:.3g} %</td>" in text
+    chart = page.charts["Parts of a step's time"]
+    assert [line["values"][0] for line in chart["series"] if not line["edge"]] == list(STEP_TIME.values())
+
+
+def test_report_says_what_its_axes_are(tmp_path: Path) -> None:
+    page = Page(Report(place_run(tmp_path, range(1, 10))).write().read_text())
+    assert all(chart["y"] for chart in page.charts.values())
+    assert page.charts[LOSS]["y"] == "nats per token"
+
+
+def test_report_of_two_runs_shows_them_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one = place_timed_run(tmp_path / "a", "first", 4, 2.0, seed=1)
+    other = place_timed_run(tmp_path / "b", "second", 6, 3.0, seed=2)
+    path = compare([one, other])
+    assert path == Path(one.out_dir) / COMPARISON_NAME
+    page = Page(path.read_text())
+    assert [run["name"] for run in page.runs] == ["first", "second"]
+    assert [len(run["steps"]) for run in page.runs] == [4, 6]
+    series = page.charts[LOSS]["series"]
+    assert [(line["name"], line["run"], line["colour"]) for line in series] == [
+        ("first: main", 0, 1),
+        ("second: main", 1, 2),
+    ]
+    text = path.read_text()
+    assert "<td>last loss, main head</td><td>2</td><td>3</td><td>+50.0 %</td>" in text
+    assert "<td>seed</td><td>1</td><td>2</td>" in text
+    assert differing_settings([one, replace(one, name="other")]) == []
+    assert redraw([f"run={one.out_dir},{other.out_dir}"]) == 0
+    assert redraw([f"run=[{one.out_dir},{other.out_dir}]"]) == 0
+    assert capsys.readouterr().out == 2 * f"{one.out_dir}/{COMPARISON_NAME}\n"
+    with pytest.raises(ConfigError, match="run: must be one to 6 folders, is 0 of them"):
+        redraw(["run=[]"])
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    config = place_timed_run(tmp_path / "a", "same", 2, 2.0)
+    page = Page(compare([config, config]).read_text())
+    assert len({run["name"] for run in page.runs}) == 2
+
+
+CHECKS = """
+<script>
+addEventListener("load", () => setTimeout(() => {
+  const shown = [], key = (target, key, shift) => target.dispatchEvent(
+    new KeyboardEvent("keydown", {key, shiftKey: !!shift, bubbles: true, cancelable: true}));
+  const plot = document.querySelector(".uplot"), button = id => document.getElementById(id);
+  const choose = (input, value) => { input.value = value; input.dispatchEvent(new Event("change")); };
+  plot.focus();
+  shown.push("focus " + (document.activeElement === plot));
+  key(plot, "ArrowRight");
+  key(plot, "ArrowRight");
+  setTimeout(() => {
+    shown.push("reads " + button("reading").textContent);
+    key(plot, "+");
+    shown.push("zoomed " + !button("whole").disabled);
+    key(plot, "0");
+    shown.push("whole " + button("whole").disabled);
+    button("in").click();
+    const over = document.querySelector(".u-over");
+    over.dispatchEvent(new MouseEvent("dblclick", {bubbles: true}));
+    shown.push("reset " + button("whole").disabled);
+    const label = document.querySelector(".u-series:not(.edge) th[role=button]");
+    label.dispatchEvent(new KeyboardEvent("keydown", {key: "Enter", bubbles: true}));
+    shown.push("hidden " + label.parentElement.classList.contains("u-off"));
+    button("log").click();
+    choose(button("smooth"), "0.9");
+    for (const kind of ["tokens", "hours"]) {
+      const input = document.querySelector(`input[value=${kind}]`);
+      shown.push(kind + " " + !input.disabled);
+      input.click();
+      shown.push(document.querySelector(".uplot .u-series .u-label").textContent);
+    }
+    shown.push("narrow " + (document.documentElement.scrollWidth <= innerWidth));
+    document.title = shown.join("|");
+  }, 50);
+}, 50));
+</script>
+"""
+
+
+@pytest.mark.parametrize("num_runs", [1, 2])
+def test_report_is_usable_by_keyboard_and_narrow(tmp_path: Path, num_runs: int) -> None:
+    browser = shutil.which("chromium")
+    if browser is None:
+        pytest.skip("needs chromium")
+    configs = [place_timed_run(tmp_path / str(run), f"run {run}", 30 + run, 2.0) for run in range(num_runs)]
+    path = Report(configs[0]).write() if num_runs == 1 else compare(configs)
+    path.write_text(path.read_text().replace("</body>", CHECKS + "</body>"))
+    command = [
+        browser,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--enable-logging=stderr",
+        "--window-size=400,900",
+    ]
+    command += [f"--user-data-dir={tmp_path / 'browser'}", "--virtual-time-budget=5000", "--dump-dom", f"file://{path}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert "CONSOLE" not in done.stderr, done.stderr
+    title = re.search(r"<title>(.*?)</title>", done.stdout)
+    assert title is not None
+    found = title[1].split("|")
+    assert found[0] == "focus true"
+    assert found[1].startswith("reads Loss: step")
+    assert found[1].endswith("2")
+    assert found[2:6] == ["zoomed true", "whole true", "reset true", "hidden true"]
+    assert found[6:] == ["tokens true", "tokens", "hours true", "hours of training steps", "narrow true"]

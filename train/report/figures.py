@@ -1,4 +1,7 @@
-"""Numbers for people. The script of the page writes a chart's values in the same way."""
+"""Numbers for people, with at most three significant digits. The page's script writes a chart's values the same way.
+
+Only the readings of a chart have four: the loss of a long run changes in the fourth.
+"""
 
 import math
 
@@ -6,16 +9,20 @@ _UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
 def plain(value: float) -> str:
-    """Four digits, as in `0.3303`, `1,797`, `3e-05`."""
+    """Returns a number as in `0.33`, `1,800`, `3e-05`."""
     if value == 0 or not math.isfinite(value):
         return "0" if value == 0 else str(value)
-    if abs(value) >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.4g}"
+    rounded = float(f"{value:.3g}")
+    return f"{rounded:,.0f}" if abs(rounded) >= 1000 else f"{rounded:.3g}"
+
+
+def count(value: float) -> str:
+    """Returns a number of steps with all its digits, as in `12,345`: it is a name rather than a measurement."""
+    return f"{value:,.0f}"
 
 
 def short(value: float) -> str:
-    """With a letter for thousands and more: `3.15M`."""
+    """Returns a number with a letter for thousands and more, as in `3.15M`."""
     for size, letter in _UNITS:
         if abs(value) >= size:
             return f"{value / size:.3g}{letter}"
@@ -23,11 +30,16 @@ def short(value: float) -> str:
 
 
 def num_bytes(value: float) -> str:
-    """As in `3.15 MB`."""
+    """Returns a number of bytes as in `3.15 MB`."""
     text = short(value)
     return f"{text[:-1]} {text[-1]}B" if text[-1].isalpha() else f"{text} B"
 
 
+def seconds(value: float) -> str:
+    """Returns a time as in `1.25 s`, `340 ms`."""
+    return f"{value:.3g} s" if value >= 1 else f"{1e3 * value:.3g} ms"
+
+
 def percent(value: float) -> str:
-    """As in `5.5 %`."""
+    """Returns a share as in `5.5 %`."""
     return f"{100 * value:.3g} %"

@@ -21,8 +21,13 @@ _SHADES = 65
 _OCTAVES = 2.0
 
 
-def overview(history: History) -> str:
-    """Layers below each other, experts to the right: the loads of the latest steps that are known."""
+def overview(history: History, name: str = "") -> str:
+    """Returns a map of the latest known loads: layers below each other, experts to the right.
+
+    Args:
+        history: of the run.
+        name: added to the heading.
+    """
     latest = next((bucket for bucket in reversed(history.buckets) if bucket.loads), None)
     if latest is None:
         return ""
@@ -35,7 +40,7 @@ def overview(history: History) -> str:
     names = [_name(layer) if place % every == 0 else "" for place, layer in enumerate(layers)]
     heat = _heat(relative_shades(share_RC), height, names, is_fixed=True)
     ends = f'<div class="ends"><span>expert 0</span><span>expert {experts - 1}</span></div>'
-    return f"<figure><h3>Load of each expert, {steps}</h3>{heat}{ends}</figure>"
+    return f"<figure><h3>Load of each expert, {steps}{escape(name)}</h3>{heat}{ends}</figure>"
 
 
 def card(history: History, layer: str) -> str:
@@ -45,7 +50,7 @@ def card(history: History, layer: str) -> str:
         Line(key=f"router.{layer}.bias_{key}", name=f"{name} bias", colour=1)
         for key, name in (("least", "least"), ("most", "greatest"))
     )
-    bias = band(history, f"{_name(layer)}: bias of the router", least, most)
+    bias = band(history, f"{_name(layer)}: bias of the router", least, most, y="bias")
     if not loaded and not bias:
         return ""
     heat = ""

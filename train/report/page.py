@@ -2,16 +2,18 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from string import Template
 from typing import Any
 
-from train.report.chart import Line, Mark, chart
-from train.report.figures import num_bytes, percent, plain, short
+from train.report.chart import ChartedRun, Line, chart, run_data
+from train.report.figures import count, num_bytes, percent, plain, seconds, short
 from train.report.history import History
 from train.report.layers import card, legend_gradient, overview
 from train.report.source import RunSource
+from train.report.step_time import step_time
 
 REPORT_NAME = "report.html"
 _TEMPLATE = Path(__file__).with_name("page.html")
@@ -36,33 +38,54 @@ _LAYER_COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
 )
 
 
-def html(source: RunSource, title: str, about: str) -> str:
-    """The page.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DrawnRun:
+    """A run on the page; `name` distinguishes it from the others, `about` is a line on it, both plain text."""
+
+    source: RunSource
+    name: str
+    about: str
+
+    def charted(self) -> ChartedRun:
+        """Returns what charts show of it."""
+        return ChartedRun(name=self.name, history=self.source.history, marks=self.source.marks())
+
+
+def html(drawn: Sequence[DrawnRun], title: str, differences: Sequence[Sequence[str]] = ()) -> str:
+    """Returns the page of a run, or of several runs that are compared.
 
     Args:
-        source: that has followed its folder.
-        title: of the run, plain text.
-        about: a line on what it is.
+        drawn: runs whose sources have followed their folders.
+        title: of the page, plain text.
+        differences: keys of the configuration that differ, each with the value of every run.
     """
-    history, marks = source.history, source.marks()
+    runs = [run.charted() for run in drawn]
     sections = [
-        _section("Learning", _charts(_learning(history, marks))),
-        _section("Speed and memory", _charts(_speed(history, marks))),
-        _section("Pipeline", _pipeline(source)),
-        _section("Experts", _experts(history, marks)),
-        _section("Exchange", _exchange(history, marks, source.last)),
-        _section("Checkpoints and events", _events(marks)),
+        _section("Different settings", _differences(runs, differences)),
+        _section("Learning", _charts(_learning(runs))),
+        _section("Where the time of a step goes", step_time(runs)),
+        _section("Speed and memory", _charts(_speed(runs))),
+        _section("Pipeline", _pipeline(drawn)),
+        _section("Experts", _experts(runs)),
+        _section("Exchange", _exchange(runs, drawn[0].source.last if len(drawn) == 1 else {})),
+        _section("Checkpoints and events", _events(runs)),
     ]
     return Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=escape(title),
-        about=escape(about),
-        tiles="".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in _tiles(history)),
+        about="".join(_about(run, number if len(drawn) > 1 else 0) for number, run in enumerate(drawn, 1)),
+        summary=_tiles(runs[0].history) if len(runs) == 1 else _comparison(runs),
+        run_data=run_data(runs),
         sections="\n".join(section for section in sections if section),
         styles=(_LIBRARY / "uplot.css").read_text(encoding="utf-8"),
         notice=_comment((_LIBRARY / "LICENSE").read_text(encoding="utf-8")),
         library=_without_header((_LIBRARY / "uplot.js").read_text(encoding="utf-8")),
         script=_SCRIPT.read_text(encoding="utf-8"),
     )
+
+
+def _about(run: DrawnRun, number: int) -> str:
+    name = f'<i class="swatch p{number}"></i><b>{escape(run.name)}</b>: ' if number else ""
+    return f"<p>{name}{escape(run.about)}</p>"
 
 
 def _comment(text: str) -> str:
@@ -75,34 +98,70 @@ def _without_header(script: str) -> str:
     return script.partition("\n")[2].strip()
 
 
-def _tiles(history: History) -> list[tuple[str, str]]:
-    wanted: tuple[tuple[str, float | None, Callable[[float], str]], ...] = (
-        ("steps", float(history.buckets[-1].last) if history.buckets else None, plain),
+def _facts(history: History) -> list[tuple[str, float | None, Callable[[float], str]]]:
+    """Returns the numbers that sum up a run: name, value, how it is written."""
+    return [
+        ("steps", float(history.buckets[-1].last) if history.buckets else None, count),
         ("tokens", history.latest("tokens"), short),
         ("last loss, main head", history.latest("main_loss"), plain),
         ("last validation loss", history.latest("validation_loss"), plain),
+        ("time of a step, median", history.median("step_seconds"), seconds),
         ("tokens/s, median", history.median("tokens_per_second"), plain),
         ("MFU, median", history.median("mfu"), percent),
         ("bubble, median", history.median("pipeline_bubble"), percent),
         ("last MaxVio, worst layer", history.latest("max_violation"), plain),
         ("peak memory of a rank", _largest(history, "peak_memory_bytes"), num_bytes),
-    )
-    return [(name, tell(value)) for name, value, tell in wanted if value is not None and math.isfinite(value)]
+    ]
+
+
+def _tiles(history: History) -> str:
+    shown = [
+        (name, write(value)) for name, value, write in _facts(history) if value is not None and math.isfinite(value)
+    ]
+    return f"<dl>{''.join(f'<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>' for name, value in shown)}</dl>"
+
+
+def _comparison(runs: Sequence[ChartedRun]) -> str:
+    """Returns a table of the runs' facts; with two runs, also the change from the first to the second."""
+    facts = [_facts(run.history) for run in runs]
+    rows = []
+    for row in zip(*facts, strict=True):
+        values = [value for _, value, _ in row]
+        if all(value is None for value in values):
+            continue
+        name, _, write = row[0]
+        rows.append([name, *("none" if value is None else write(value) for value in values)])
+        if len(runs) == 2:
+            rows[-1].append(_change(*values))
+    return _table(["", *(run.name for run in runs), *["change"] * (len(runs) == 2)], rows)
+
+
+def _change(first: float | None, second: float | None) -> str:
+    if not first or second is None:
+        return ""
+    share = 100 * (second / first - 1)
+    return f"{share:+.0f} %" if abs(share) >= 100 else f"{share:+.1f} %"
+
+
+def _differences(runs: Sequence[ChartedRun], differences: Sequence[Sequence[str]]) -> str:
+    return _table(["key", *(run.name for run in runs)], differences) if differences else ""
 
 
 def _largest(history: History, key: str) -> float | None:
     return max((tally.most for _, tally in history.tallies(key)), default=None)
 
 
-def _learning(history: History, marks: Sequence[Mark]) -> list[str]:
+def _learning(runs: Sequence[ChartedRun]) -> list[str]:
+    losses = _LOSSES if len(runs) == 1 else (_LOSSES[1], _LOSSES[3])
+    rate, norm = [Line(key="lr", name="rate", colour=1)], [Line(key="grad_norm", name="norm", colour=1)]
     return [
-        chart(history, "Loss in nats per token", _LOSSES, marks=marks, is_wide=True),
-        chart(history, "Learning rate", [Line(key="lr", name="rate", colour=1)], from_zero=True),
-        chart(history, "Gradient norm before clipping", [Line(key="grad_norm", name="norm", colour=1)], marks=marks),
+        chart(runs, "Loss", losses, y="nats per token", has_marks=True, is_wide=True),
+        chart(runs, "Learning rate", rate, y="rate", from_zero=True),
+        chart(runs, "Gradient norm before clipping", norm, y="norm", has_marks=True),
     ]
 
 
-def _speed(history: History, marks: Sequence[Mark]) -> list[str]:
+def _speed(runs: Sequence[ChartedRun]) -> list[str]:
     memory = [
         Line(key="peak_memory_bytes", name="largest of all ranks", colour=2),
         Line(key="mean_peak_memory_bytes", name="mean over ranks", colour=1),
@@ -111,35 +170,48 @@ def _speed(history: History, marks: Sequence[Mark]) -> list[str]:
         Line(key="tokens_per_second", name="tokens/s", colour=1),
         Line(key="global_batch_sequences", name="sequences", colour=1),
     )
-    bubble = [Line(key="pipeline_bubble", name="bubble", colour=1)]
+    bubble, mfu = Line(key="pipeline_bubble", name="bubble", colour=1), Line(key="mfu", name="MFU", colour=1)
+    time = Line(key="step_seconds", name="time", colour=1)
+    of_peak, of_time = "share of peak FLOP/s", "share of the pipelines' time"
     return [
-        chart(history, "Tokens per second", [speed], unit="short", from_zero=True, marks=marks),
-        chart(history, "MFU", [Line(key="mfu", name="MFU", colour=1)], unit="percent", from_zero=True),
-        chart(history, "Bubble: idle part of the pipelines' time", bubble, unit="percent", from_zero=True),
-        chart(history, "Peak memory", memory, unit="bytes", from_zero=True),
-        chart(history, "Sequences per step", [batch], from_zero=True),
+        chart(runs, "Tokens per second", [speed], y="tokens/s", unit="short", from_zero=True, has_marks=True),
+        chart(runs, "MFU", [mfu], y=of_peak, unit="percent", from_zero=True),
+        chart(runs, "Bubble: idle part of the pipelines' time", [bubble], y=of_time, unit="percent", from_zero=True),
+        chart(runs, "Time of a step", [time], y="seconds", from_zero=True),
+        chart(runs, "Peak memory", memory, y="bytes", unit="bytes", from_zero=True),
+        chart(runs, "Sequences per step", [batch], y="sequences", from_zero=True),
     ]
 
 
-def _pipeline(source: RunSource) -> str:
-    picture = source.picture()
-    return f"<figure>{picture}</figure>" if picture else ""
+def _pipeline(drawn: Sequence[DrawnRun]) -> str:
+    figures = []
+    for run in drawn:
+        if picture := run.source.picture():
+            name = escape(f"timeline of {run.name}, scrolls")
+            figures.append(f'<figure tabindex="0" role="region" aria-label="{name}">{picture}</figure>')
+    return "".join(figures)
 
 
-def _experts(history: History, marks: Sequence[Mark]) -> str:
+def _experts(runs: Sequence[ChartedRun]) -> str:
+    """Returns loads and router biases: of every layer for one run, of all layers together for several."""
     worst = [Line(key="max_violation", name="MaxVio", colour=2)]
-    numbers = {key.split(".")[1] for key in history.keys if key.startswith("router.")}
-    layers = sorted({*numbers, *history.layers()}, key=lambda layer: (len(layer), layer))
-    parts = [overview(history), chart(history, "MaxVio of the worst layer", worst, from_zero=True, marks=marks)]
-    parts += [card(history, layer) for layer in layers]
+    keys = {key for run in runs for key in run.history.keys if key.startswith("router.")}
+    layers = {*(key.split(".")[1] for key in keys), *(layer for run in runs for layer in run.history.layers())}
+    names = [f", {run.name}" if len(runs) > 1 else "" for run in runs]
+    parts = [overview(run.history, name) for run, name in zip(runs, names, strict=True)]
+    parts += [chart(runs, "MaxVio of the worst layer", worst, y="MaxVio", from_zero=True, has_marks=True)]
+    if len(runs) == 1:
+        parts += [card(runs[0].history, layer) for layer in sorted(layers, key=lambda layer: (len(layer), layer))]
     scale = (
         f'<div class="scale">load over the mean: a quarter or less <i style="background:{legend_gradient()}"></i> '
         "four times or more</div>"
     )
-    return (scale if history.layers() else "") + _charts(parts) if any(parts) and layers else ""
+    has_loads = any(run.history.layers() for run in runs)
+    return (scale if has_loads else "") + _charts(parts) if any(parts) and layers else ""
 
 
-def _exchange(history: History, marks: Sequence[Mark], last: Mapping[str, Any]) -> str:
+def _exchange(runs: Sequence[ChartedRun], last: Mapping[str, Any]) -> str:
+    """Returns the traffic over the run, and by layer that of the last step; `last` is empty for several runs."""
     sent = [
         Line(key="inter_node_bytes", name="across nodes", colour=2),
         Line(key="intra_node_bytes", name="within nodes", colour=1),
@@ -147,8 +219,8 @@ def _exchange(history: History, marks: Sequence[Mark], last: Mapping[str, Any]) 
     nodes = [Line(key="nodes_per_token", name="nodes per token", colour=1)]
     curves = _charts(
         [
-            chart(history, "Bytes sent in a step", sent, unit="bytes", from_zero=True),
-            chart(history, "Nodes that a token's rows go to", nodes, from_zero=True),
+            chart(runs, "Bytes sent in a step", sent, y="bytes", unit="bytes", from_zero=True),
+            chart(runs, "Nodes that a token's rows go to", nodes, y="nodes", from_zero=True),
         ]
     )
     layers = last.get("exchange")
@@ -156,21 +228,24 @@ def _exchange(history: History, marks: Sequence[Mark], last: Mapping[str, Any]) 
         return curves
     header = ["layer", *(name for _, name, _ in _LAYER_COLUMNS)]
     rows = [
-        [layer.replace("_", " "), *(_cell(of_layer.get(key), tell) for key, _, tell in _LAYER_COLUMNS)]
+        [layer.replace("_", " "), *(_cell(of_layer.get(key), write) for key, _, write in _LAYER_COLUMNS)]
         for layer, of_layer in layers.items()
         if isinstance(of_layer, dict)
     ]
     return f"{curves}<p>Step {last['step']:,}, by layer:</p>{_table(header, rows)}"
 
 
-def _events(marks: Sequence[Mark]) -> str:
+def _events(runs: Sequence[ChartedRun]) -> str:
+    marks = sorted(((mark, run) for run in runs for mark in run.marks), key=lambda each: each[0].step)
     left_out = f"<p>The first {len(marks) - _MOST_EVENTS:,} are left out.</p>" if len(marks) > _MOST_EVENTS else ""
-    rows = [[f"{mark.step:,}", mark.kind, mark.text] for mark in marks[-_MOST_EVENTS:]]
-    return left_out + _table(["step", "kind", "what"], rows, text=2) if rows else ""
+    is_named = len(runs) > 1
+    rows = [[f"{mark.step:,}", *[run.name] * is_named, mark.kind, mark.text] for mark, run in marks[-_MOST_EVENTS:]]
+    header = ["step", *["run"] * is_named, "kind", "what"]
+    return left_out + _table(header, rows, text=len(header) - 1) if rows else ""
 
 
-def _cell(value: object, tell: Callable[[float], str]) -> str:
-    return tell(float(value)) if isinstance(value, (int, float)) else "none"
+def _cell(value: object, write: Callable[[float], str]) -> str:
+    return write(float(value)) if isinstance(value, (int, float)) else "none"
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]], text: int | None = None) -> str:
@@ -180,7 +255,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]], text: int | Non
         "<tr>" + "".join(f"<td{_class(text, place)}>{escape(cell)}</td>" for place, cell in enumerate(row)) + "</tr>"
         for row in rows
     )
-    return f'<div class="table"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    return f'<div class="table" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _class(text: int | None, place: int) -> str:

@@ -2,13 +2,17 @@
 
 import logging
 import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from train.config import TrainConfig
-from train.records.secrets import redact
-from train.report.page import REPORT_NAME, html
+from train.config.decode import encode
+from train.records.secrets import redact, redact_values
+from train.report.page import REPORT_NAME, DrawnRun, html
 from train.report.source import RunSource
 
+COMPARISON_NAME = "comparison.html"
 LOGGER = logging.getLogger("train")
 
 
@@ -27,12 +31,8 @@ class Report:
             OSError: something cannot be read or written.
         """
         self._source.follow()
-        path = self._source.folder / REPORT_NAME
-        # `launch.redraw` may draw beside the run itself.
-        partial = path.with_name(f"{REPORT_NAME}.{os.getpid()}.partial")
-        partial.write_text(html(self._source, redact(self._config.name), redact(about(self._config))), encoding="utf-8")
-        partial.replace(path)
-        return path
+        run = DrawnRun(source=self._source, name=redact(self._config.name), about=redact(about(self._config)))
+        return _replace(self._source.folder / REPORT_NAME, html([run], run.name))
 
     def try_to_write(self) -> None:
         """`write` for a run that must go on: whatever goes wrong is told in the log alone."""
@@ -40,6 +40,59 @@ class Report:
             self.write()
         except Exception:
             LOGGER.exception("%s: cannot be drawn", self._source.folder / REPORT_NAME)
+
+
+def compare(configs: Sequence[TrainConfig]) -> Path:
+    """Draws several runs on one page, `comparison.html` in the folder of the first, and returns its path.
+
+    Args:
+        configs: of two to six runs; their `out_dir` are the folders.
+
+    Raises:
+        OSError: something cannot be read or written.
+    """
+    drawn = []
+    for name, config in zip(_names(configs), configs, strict=True):
+        source = RunSource(Path(config.out_dir))
+        source.follow()
+        drawn.append(DrawnRun(source=source, name=redact(name), about=redact(about(config))))
+    title = " and ".join(run.name for run in drawn)
+    return _replace(drawn[0].source.folder / COMPARISON_NAME, html(drawn, title, differing_settings(configs)))
+
+
+def differing_settings(configs: Sequence[TrainConfig]) -> list[list[str]]:
+    """Returns the dotted keys whose values differ, each with the value of every run; names and folders are left out."""
+    flat = [dict(_leaves(redact_values(encode(config)), "")) for config in configs]
+    keys = [key for key in dict.fromkeys(key for each in flat for key in each) if key not in ("name", "out_dir")]
+    rows = [[key, *(each.get(key, "none") for each in flat)] for key in keys]
+    return [row for row in rows if len(set(row[1:])) > 1]
+
+
+def _leaves(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", str(value)
+
+
+def _names(configs: Sequence[TrainConfig]) -> list[str]:
+    """Returns the names of the runs; with the folder's name if two have the same one, and else with a number."""
+    names = [config.name for config in configs]
+    if len(set(names)) < len(names):
+        names = [f"{config.name} {Path(config.out_dir).resolve().name}" for config in configs]
+    if len(set(names)) < len(names):
+        names = [f"{name} ({number})" for number, name in enumerate(names, 1)]
+    return names
+
+
+def _replace(path: Path, text: str) -> Path:
+    """Writes a page in place of an earlier one, which stays until the new one is complete."""
+    # `launch.redraw` may draw while the run does.
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+    return path
 
 
 def about(config: TrainConfig) -> str:
