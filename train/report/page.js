@@ -113,10 +113,10 @@
   // What a line shows at a place: its own point, or the nearest one of its run.
   function reading(line, x) {
     const at = places(line.run);
-    if (!at.length) return null;
-    let best = 0;
-    for (let place = 1; place < at.length; place++) if (Math.abs(at[place] - x) < Math.abs(at[best] - x)) best = place;
-    return line.values[best];
+    let best = null;
+    for (const [place, value] of line.values.entries())
+      if (value != null && (best == null || Math.abs(at[place] - x) < Math.abs(at[best] - x))) best = place;
+    return best == null ? null : line.values[best];
   }
 
   function series(line, format, lines) {
@@ -225,7 +225,7 @@
     const first = visible[0] ?? 0, end = visible[visible.length - 1] ?? last;
     const move = place => {
       const shown = Math.min(Math.max(place, first), end);
-      plot.setCursor({left: plot.valToPos(points[shown], "x"), top: 0}, true, true);
+      for (const each of plots) each.setCursor({left: each.valToPos(points[shown], "x"), top: 0}, true, false);
       element("reading").textContent = chart.title + ": " + [...plot.root.querySelectorAll(".u-series:not(.edge)")]
         .map(row => row.textContent.trim().replace(/\s+/g, " ")).join("; ");
     };

@@ -139,7 +139,7 @@ def _comparison(runs: Sequence[ChartedRun]) -> str:
 def _change(first: float | None, second: float | None) -> str:
     if not first or second is None:
         return ""
-    share = 100 * (second / first - 1)
+    share = round(100 * (second / first - 1), 1) or 0.0
     return f"{share:+.0f} %" if abs(share) >= 100 else f"{share:+.1f} %"
 
 
