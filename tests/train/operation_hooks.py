@@ -18,10 +18,10 @@ def watch_operations(on_operation: OnOperation) -> None:
     plain = CollectiveLog.start
 
     def start(
-        log: CollectiveLog, group: str, ranks: Sequence[int], name: str, label: Hashable | None = None, *rest: bool
+        log: CollectiveLog, group: str, ranks: Sequence[int], name: str, label: Hashable | None = None, **flags: bool
     ) -> Collective:
         on_operation(name, label)
-        return plain(log, group, ranks, name, label, *rest)
+        return plain(log, group, ranks, name, label, **flags)
 
     CollectiveLog.start = start  # type: ignore[method-assign]
 
