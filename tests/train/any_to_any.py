@@ -1,7 +1,7 @@
-"""Every layout goes on from every other's checkpoint: the next losses are those of the unbroken run.
+"""Tests that every layout resumes from every other's checkpoint with the losses of the uninterrupted run.
 
 `python -m tests.train.any_to_any [PART]` prints a table of all ordered pairs of 12 layouts, or of those whose names
-hold PART, and ends with 1 where a pair fails. In float64, as a change of layout changes the order of sums.
+hold PART, and ends with 1 if a pair fails. In float64, as a change of layout changes the order of sums.
 """
 
 import hashlib

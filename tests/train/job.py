@@ -157,7 +157,7 @@ def replace_parameters(experts: RoutedExperts, of: object) -> list[tuple[str, Te
 
 
 def _local_dispatcher(config: TrainConfig) -> Dispatcher:
-    """Every expert here, rows quantised where the run's are."""
+    """Returns a dispatcher with all experts in this process. It quantizes rows if the run does."""
     dispatcher: Dispatcher = LocalDispatcher(config.model.num_routed_experts)
     return Fp8Dispatcher(dispatcher) if config.dispatch.payload == "fp8" else dispatcher
 

@@ -1,6 +1,6 @@
 """A rank whose preparation of the corpus takes long: `torchrun -m tests.train.preparing_rank SECONDS FOLDER`.
 
-The rank that prepares may be killed meanwhile, as FOLDER/victim says.
+The rank that prepares is killed during the preparation if FOLDER/victim names it.
 """
 
 import os

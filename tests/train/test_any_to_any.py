@@ -55,9 +55,9 @@ def test_any_to_any_sharded_bf16_state_moves_from_four_ranks_to_one_and_back(fol
     }
     for writer, reader in ((4, 1), (1, 4)):
         seen = [part for (part,) in run_ranks(writer, begin, [configs[writer]])]
-        unbroken = merged([part for _, part in seen])
+        uninterrupted = merged([part for _, part in seen])
         found = merged([part for (part,) in run_ranks(reader, go_on, [(configs[reader], seen[0][0])])])
-        assert found.samples == unbroken.samples
+        assert found.samples == uninterrupted.samples
         # The first loss is of the very weights that were saved; bf16 then rounds the sums of another order.
-        assert found.losses[0] == pytest.approx(unbroken.losses[0], rel=1e-4)
-        assert found.losses == pytest.approx(unbroken.losses, rel=2e-2)
+        assert found.losses[0] == pytest.approx(uninterrupted.losses[0], rel=1e-4)
+        assert found.losses == pytest.approx(uninterrupted.losses, rel=2e-2)

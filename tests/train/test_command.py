@@ -61,12 +61,12 @@ def test_resumed_run_equals_uninterrupted_bitwise(folder: Path, kind: str, choic
     done = run_train(folder, again, "task.steps=4", f"resume={folder / half}", "samples.prompt=", *choices)
     assert done.returncode == 0, done.stderr
     assert "learning rate: 2.325e-03 in step 3" in done.stdout.partition("resumed after step 2")[2]
-    unbroken, first, second = (read_metrics(folder, name) for name in (whole, half, again))
+    uninterrupted, first, second = (read_metrics(folder, name) for name in (whole, half, again))
     assert [line["step"] for line in second] == list(range(3, 5))
-    for line, expected in zip(first + second, unbroken, strict=True):
+    for line, expected in zip(first + second, uninterrupted, strict=True):
         for key in ("step", "loss", "main_loss", "mtp_loss", "balance_loss", "grad_norm", "max_violation", "lr"):
             assert line[key] == expected[key], (key, line["step"])
-    assert second[-1]["validation_loss"] == unbroken[-1]["validation_loss"]
+    assert second[-1]["validation_loss"] == uninterrupted[-1]["validation_loss"]
 
 
 @pytest.mark.slow

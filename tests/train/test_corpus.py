@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def start(folder: Path, seconds: float, port: int) -> list[subprocess.Popen[str]]:
-    """Two ranks, each in a process of its own, under a time limit of 5 seconds."""
+    """Runs two ranks, each in a separate process, with a timeout of 5 seconds."""
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.train.preparing_rank", str(seconds), str(folder)]
     return [

@@ -1,4 +1,4 @@
-"""Plain values to dataclasses and back: what passes, what is refused, and what the refusal says."""
+"""Tests that plain values are decoded to dataclasses and encoded back, and the messages of refused values."""
 
 import math
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The average of the weights: exact, the same under every layout, beside the step, and through a checkpoint."""
+"""Tests that the moving average is exact, equal under every layout, in the background, and after a resume."""
 
 import threading
 from dataclasses import replace
@@ -130,8 +130,8 @@ def test_ema_resumed_equals_an_uninterrupted_run_bitwise_and_one_rank(tmp_path: 
         out_dir=str(tmp_path / "spread"),
     )
     ((expected, *_),) = run_ranks(1, _resumed, alone)
-    for unbroken, resumed, fresh, weights in run_ranks(4, _resumed, spread):
-        for name, average in unbroken.items():
+    for uninterrupted, resumed, fresh, weights in run_ranks(4, _resumed, spread):
+        for name, average in uninterrupted.items():
             assert torch.equal(resumed[name], average), name
             assert torch.allclose(average, expected[name], rtol=1e-6, atol=1e-7), name
             assert torch.equal(fresh[name], weights[name]), name

@@ -141,8 +141,10 @@ def scheduled(folder: Path, schedule: Schedule, data: int = 1, expert: int = 1) 
 
 
 def assert_schedules_equal_one_rank(world_size: int, jobs: Sequence[Job]) -> None:
-    """Every job against the plain model; and its overlapped run against its sequential one, bitwise, where no group
-    adds to one sum twice: else the additions may change places."""
+    """Compares every job with the plain model, and its overlapped run with its sequential one.
+
+    The second comparison is bitwise, if no group adds to one sum twice. Otherwise the order of additions may differ.
+    """
     again = [index for index, job in enumerate(jobs) if job.schedule is not None and keeps_sums(job.schedule)]
     repeated = [replace(jobs[index], config=in_sequence(jobs[index].config)) for index in again]
     results = run_ranks(world_size, run_jobs, [*jobs, *repeated], STEPS)
@@ -163,7 +165,7 @@ def test_registered_schedule_on_two_ranks_equals_one_rank(folder: Path, kind: st
 
 
 def keeps_sums(schedule: Schedule) -> bool:
-    """No B beside another backward of its stage, whose weight gradients would change places."""
+    """Returns whether no B is next to another backward of its stage, which would reorder weight gradients."""
     for group in (group for groups in schedule.ranks for group in groups):
         backwards = [op for op in group if op.kind is not Op.FORWARD]
         full = {op.stage for op in backwards if op.kind is Op.BACKWARD}

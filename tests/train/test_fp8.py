@@ -33,7 +33,7 @@ SHAPE = replace(
     kv_lora_rank=32,
     expert_intermediate_size=40,
 )
-# Sums of a node's rows in float32, and not in the rows' type: no rounding then tells one way of exchange from another.
+# A node's rows are summed in float32, not in their own type, so that rounding does not depend on the dispatcher.
 TWO_HOP = TwoHopDispatchConfig(
     kind="two_hop", payload="full", max_nodes=4, node_cap="verify", chunks=2, partial_sums="float32"
 )
@@ -79,7 +79,7 @@ def total(ranks: list[Seen], name: str) -> torch.Tensor:
 @pytest.mark.slow
 def test_pipeline_with_experts_over_data_ranks_gives_the_same_bits_in_every_order(folder: Path) -> None:
     config = make_config(folder, 2, 2)
-    # A run whose exchange is asked for FP8 as well, in which rows are already, does nothing more.
+    # payload=fp8 changes nothing, because the rows are already FP8.
     asked = replace(config, dispatch=replace(config.dispatch, payload="fp8"))
     jobs = [config, in_sequence(asked), masked(config), in_sequence(masked(config))]
     results = run_ranks(4, run_jobs, [Job(config=each, starved=1) for each in jobs], 2)
@@ -126,7 +126,7 @@ def test_one_rank_gives_the_same_bits_over_every_exchange(folder: Path) -> None:
 
 
 def nodes_of_one(config: TrainConfig) -> TrainConfig:
-    """Every rank is a node of its own."""
+    """Each rank is a separate node."""
     return replace(config, cluster=replace(config.cluster, ranks_per_node=1))
 
 
@@ -189,8 +189,8 @@ def go_on(rank: int, world_size: int, config: TrainConfig) -> tuple[Seen, Seen, 
 def test_resumed_run_equals_uninterrupted_bitwise_and_bf16_cannot_resume_it(folder: Path) -> None:
     batch = replace(BATCH, global_sequences=2)
     config = make_config(folder, 1, 2, out_dir=str(folder / "resumed"), batch=batch)
-    for unbroken, resumed, _ in (found := run_ranks(2, go_on, config)):
-        assert_same([unbroken], [resumed])
+    for uninterrupted, resumed, _ in (found := run_ranks(2, go_on, config)):
+        assert_same([uninterrupted], [resumed])
         moments = {value.dtype for name, value in resumed.gradients.items() if "exp_avg" in name}
         assert moments == {torch.bfloat16}
     later = replace(config, task=replace(config.task, steps=3))

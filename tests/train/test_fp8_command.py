@@ -1,4 +1,4 @@
-"""The command in FP8: what it composes and refuses, and a run that goes on."""
+"""Tests the command in FP8: the configurations that it composes and refuses, and a resumed run."""
 
 from pathlib import Path
 
@@ -59,8 +59,8 @@ def test_resumed_command_equals_uninterrupted_bitwise(folder: Path) -> None:
     from_first = f"resume={folder / 'whole' / 'checkpoints' / 'step-00000001'}"
     done = train(folder, "again", "precision=fp8", "task.steps=2", from_first)
     assert done.returncode == 0, done.stderr
-    unbroken, again = read_metrics(folder, "whole"), read_metrics(folder, "again")
+    uninterrupted, again = read_metrics(folder, "whole"), read_metrics(folder, "again")
     assert [line["step"] for line in again] == [2]
-    for line, expected in zip(again, unbroken[1:], strict=True):
+    for line, expected in zip(again, uninterrupted[1:], strict=True):
         for key in ("loss", "main_loss", "mtp_loss", "balance_loss", "grad_norm", "max_violation"):
             assert line[key] == expected[key], key

@@ -33,7 +33,7 @@ def own_environment() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Beside `make_sources`: `ours`, converted, and `run`, a run's folder with the same weights after two steps."""
+    """Adds to `make_sources`: `ours`, converted weights, and `run`, a run's folder with the weights after two steps."""
     folder = make_sources(tmp_path_factory.mktemp("init_from"))
     checkpoint = folder / "run" / "checkpoints" / "step-00000002"
     for target in (folder / "ours", checkpoint):

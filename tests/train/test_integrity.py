@@ -1,4 +1,4 @@
-"""A torn checkpoint is found by its manifest, and the newest whole one used in its place."""
+"""Tests that the manifest reveals a damaged checkpoint, and that the newest whole one is used instead."""
 
 import json
 import re

@@ -74,7 +74,7 @@ def test_learning_rate_of_every_kind_fits_a_run_of_any_length() -> None:
 
 
 def test_learning_rate_after_a_resume_with_more_steps_follows_the_longer_run() -> None:
-    """Spans in steps stay where they are, shares of the run move; a wsd run goes on from before its decay unchanged."""
+    """Durations in steps keep their place, shares of the run move, and wsd before its decay does not change."""
     in_steps, in_shares = decayed("linear"), decayed("linear", "25 %", "50 %")
     assert rates(in_steps, 80)[:40] == rates(in_steps, 40)
     assert rates(in_shares, 40)[15] == pytest.approx(0.55)

@@ -30,7 +30,7 @@ def parameters(dtype: torch.dtype = torch.float32) -> dict[str, nn.Parameter]:
 
 
 def exact_gradients(seed: int) -> dict[str, Tensor]:
-    """Fractions with few bits, whose sums are exact in whatever order."""
+    """Returns fractions with few bits, whose sums are exact in any order."""
     generator = torch.Generator().manual_seed(seed)
     return {name: torch.randint(-255, 256, shape, generator=generator) / 2.0**14 for name, shape in SHAPES.items()}
 

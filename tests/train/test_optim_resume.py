@@ -54,7 +54,7 @@ def test_loss_is_near_that_with_moments_in_float32(folder: Path) -> None:
 
 
 def go_on(rank: int, world_size: int, config: TrainConfig, others: list[Moments]) -> dict[str, Any]:
-    """Two steps and a checkpoint, which a run with each of the other moments goes on from; what it then finds."""
+    """Runs two steps, saves, and resumes with each of the other types of moments; returns the states."""
     loader, prepared = open_loader(config), prepare(config.data, config.batch.sequence_length_tokens)
     first = open_job(config)
     for step in range(2):
@@ -68,8 +68,8 @@ def go_on(rank: int, world_size: int, config: TrainConfig, others: list[Moments]
         found[f"{moments} loss"] = train_step(second, config.task, loader, 2).losses.total
         found[f"{moments} later"] = copied(second.optimizer.state())
         close_job(second)
-    found["unbroken loss"] = train_step(first, config.task, loader, 2).losses.total
-    found["unbroken later"] = copied(first.optimizer.state())
+    found["uninterrupted loss"] = train_step(first, config.task, loader, 2).losses.total
+    found["uninterrupted later"] = copied(first.optimizer.state())
     close_job(first)
     return found
 
@@ -92,8 +92,8 @@ def test_checkpoint_resumes_bitwise_and_other_moments_are_converted(folder: Path
     for found in run_ranks(2, go_on, config, ["bf16", "float32"]):
         assert {str(value.dtype) for name, value in found["saved"].items() if "exp_avg" in name} == {"torch.bfloat16"}
         assert_equal(found["bf16"], found["saved"])
-        assert found["bf16 loss"] == found["float32 loss"] == found["unbroken loss"]
-        assert_equal(found["bf16 later"], found["unbroken later"])
+        assert found["bf16 loss"] == found["float32 loss"] == found["uninterrupted loss"]
+        assert_equal(found["bf16 later"], found["uninterrupted later"])
         assert_equal(found["float32"], {name: value.float() for name, value in found["saved"].items()})
 
 
@@ -102,7 +102,7 @@ def test_checkpoint_with_moments_in_float32_is_rounded(folder: Path) -> None:
     found = run_ranks(1, go_on, config, ["bf16"])[0]
     rounded = {name: value.bfloat16() if "exp_avg" in name else value for name, value in found["saved"].items()}
     assert_equal(found["bf16"], rounded)
-    assert found["bf16 loss"] == found["unbroken loss"]
+    assert found["bf16 loss"] == found["uninterrupted loss"]
 
 
 def train(folder: Path, name: str, *overrides: str) -> subprocess.CompletedProcess[str]:
@@ -124,9 +124,9 @@ def test_resumed_command_equals_uninterrupted_bitwise(folder: Path) -> None:
     assert done.returncode == 0, done.stderr
     done = train(folder, "again", *choices, f"resume={folder / 'whole' / 'checkpoints' / 'step-00000002'}")
     assert done.returncode == 0, done.stderr
-    unbroken, again = read_metrics(folder, "whole"), read_metrics(folder, "again")
+    uninterrupted, again = read_metrics(folder, "whole"), read_metrics(folder, "again")
     assert [line["step"] for line in again] == [3, 4]
-    for line, expected in zip(again, unbroken[2:], strict=True):
+    for line, expected in zip(again, uninterrupted[2:], strict=True):
         for key in ("loss", "main_loss", "mtp_loss", "balance_loss", "grad_norm", "max_violation"):
             assert line[key] == expected[key], key
 

@@ -107,7 +107,7 @@ def test_step_draws_every_operation_and_reduces_the_bubble_of_its_spans(
     makespans = [run.makespan_seconds for run in runs]
     idle = sum(measured_bubble(run) * makespan for run, makespan in zip(runs, makespans, strict=True))
     assert {bubble for bubble, _, _ in ranks} == {ranks[0][0]}
-    # The wall clock's seconds are told to a quarter of a microsecond.
+    # The wall clock's seconds have a resolution of a quarter of a microsecond.
     assert ranks[0][0] == pytest.approx(idle / sum(makespans), abs=1e-5)
     assert 0 <= ranks[0][0] < 1
     schedule = build(kind, pipeline, config.num_micro_batches)

@@ -26,7 +26,7 @@ FOUR_RANKS = ParallelismConfig(pipeline=2, data=2, expert=2)
 
 
 def part(unit: float) -> PartTimes:
-    """Times whose sums tell which parts are in them."""
+    """Times whose sums identify the parts that they contain."""
     return PartTimes(
         forward=1 * unit,
         backward_input=2 * unit,

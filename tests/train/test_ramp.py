@@ -1,4 +1,4 @@
-"""Many ranks equal one rank, and a resumed run an unbroken one, across every change of batch size and of rates.
+"""Tests that many ranks equal one, and a resumed run an uninterrupted one, across changes of batch size and rates.
 
 The global batch grows, and the MTP loss weight and the router bias rate change.
 """

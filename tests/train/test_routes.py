@@ -1,4 +1,4 @@
-"""Recorded choices of routers, replayed under DualPipe: no bit changes, whatever the routers would choose now."""
+"""Tests that replaying recorded router choices under DualPipe is bitwise equal, even if routers would choose others."""
 
 from dataclasses import dataclass, replace
 from functools import partial

@@ -205,7 +205,7 @@ def test_lock_works_without_hard_links(tmp_path: Path, monkeypatch: pytest.Monke
 def test_owner_detects_that_it_lost_its_folder(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
-    assert OwnershipCheck.of_process(folder).problem() == ""  # nobody holds a lock
+    assert OwnershipCheck.of_process(folder).problem() == ""  # no process holds a lock
     lock = acquire(folder, print)
     check = OwnershipCheck.of_process(folder)
     assert check.problem() == ""

@@ -1,4 +1,4 @@
-"""Saving beside the next steps changes neither the run nor what is saved; older checkpoints go when they may."""
+"""Tests that saving in the background changes neither run nor checkpoint, and that older checkpoints are removed."""
 
 import os
 from collections.abc import Mapping
@@ -61,7 +61,7 @@ def config_of(folder: Path, name: str) -> TrainConfig:
 
 
 def run(rank: int, world_size: int, config: TrainConfig, waits: bool) -> tuple[list[float], list[bool], list[str]]:
-    """Five steps, saved after each: losses, whether what each checkpoint holds is what was there, what was told."""
+    """Runs five steps and saves each; returns losses, whether each checkpoint is right, and the reported ones."""
     learner, loader = open_job(config), open_loader(config)
     root = Path(config.out_dir) / "checkpoints"
     if rank == 0:
@@ -79,7 +79,7 @@ def run(rank: int, world_size: int, config: TrainConfig, waits: bool) -> tuple[l
         if waits:
             saver.wait()
     last = saver.close()
-    told = [path.name for path in saver.take_finished()]
+    reported = [path.name for path in saver.take_finished()]
     same = []
     for step in (4, 5):
         other, extra = open_job(config), Extra(0.0)
@@ -89,7 +89,7 @@ def run(rank: int, world_size: int, config: TrainConfig, waits: bool) -> tuple[l
         same.append((extra.times, none.times, none.tensor.tolist()) == (1, 0, [7.0] * 3))
         other.close()
     close_job(learner)
-    return losses, same, told
+    return losses, same, reported
 
 
 def _equal(learner: Learner, expected: Mapping[str, Tensor]) -> bool:
@@ -99,11 +99,11 @@ def _equal(learner: Learner, expected: Mapping[str, Tensor]) -> bool:
 
 @pytest.mark.slow
 def test_saver_in_the_background_equals_a_blocking_one_bitwise_and_keeps_the_newest(folder: Path) -> None:
-    beside, waiting = (run_ranks(2, run, config_of(folder, f"run_{waits}"), waits) for waits in (False, True))
-    for (losses, same, told), (expected, also_same, _) in zip(beside, waiting, strict=True):
+    background, waiting = (run_ranks(2, run, config_of(folder, f"run_{waits}"), waits) for waits in (False, True))
+    for (losses, same, reported), (expected, also_same, _) in zip(background, waiting, strict=True):
         assert losses == expected
         assert same == also_same == [True] * 4
-        assert told == [f"step-{step:08d}" for step in range(1, 6)]
+        assert reported == [f"step-{step:08d}" for step in range(1, 6)]
     for waits in (False, True):
         root = folder / f"run_{waits}" / "checkpoints"
         assert sorted(path.name for path in root.iterdir()) == ["step-00000004", "step-00000005"]

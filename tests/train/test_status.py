@@ -21,16 +21,16 @@ def test_status_is_written_by_one_rank_and_at_a_limited_rate(tmp_path: Path) -> 
     for tell, expected in (
         (file.starting, ("starting", 0, None)),
         (lambda: file.running(3), ("running", 3, None)),
-        (lambda: file.running(4), ("running", 3, None)),  # too early to be told
+        (lambda: file.running(4), ("running", 3, None)),  # too early to be written
         (lambda: file.running(5, "there"), ("running", 5, "there")),
-        (lambda: file.ended("preempted", 75, "asked"), ("preempted", 5, "there")),
+        (lambda: file.ended("preempted", 75, "preempted by a signal"), ("preempted", 5, "there")),
     ):
         tell()
         status = read_status(tmp_path)
         assert status is not None
         assert (status.state, status.step, status.checkpoint) == expected
     assert status is not None
-    assert (status.exit_code, status.reason) == (75, "asked")
+    assert (status.exit_code, status.reason) == (75, "preempted by a signal")
     assert status.time > 1.7e9
     assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
 
@@ -66,7 +66,7 @@ def test_events_are_lines_of_json_with_any_numbers(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         append_event(tmp_path, "skipped", 3, "", loss=float("nan"))
     # What was left half takes no later line with it.
-    append_event(tmp_path, "preempted", 5, "asked")
+    append_event(tmp_path, "preempted", 5, "preempted by a signal")
     assert [event["kind"] for event in read_events(tmp_path)] == ["skipped", "restarted", "preempted"]
 
 

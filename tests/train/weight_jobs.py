@@ -58,7 +58,7 @@ class Started:
 
 
 def start_jobs(rank: int, world_size: int, configs: list[TrainConfig], saves: bool) -> list[Started]:
-    """Starts each run from its `init_from`, takes its steps, and saves where asked."""
+    """Starts each run from its `init_from`, takes its steps, and saves if requested."""
     return [_start(config, saves) for config in configs]
 
 

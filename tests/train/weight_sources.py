@@ -7,7 +7,7 @@ from tests.tiny import write_text
 
 
 def make_sources(folder: Path) -> Path:
-    """Text, and a random checkpoint of transformers as `plain`, with an MTP module beside it as `mtp`."""
+    """Writes the text, and random checkpoints of transformers: `plain`, and `mtp` with an MTP module."""
     write_text(folder)
     sizes = {"vocab_size": 320, "max_position_embeddings": 64}
     reference_model(**sizes).save_pretrained(folder / "plain")

@@ -102,7 +102,7 @@ def compare_rank(
     rank: int, world_size: int, jobs: list[tuple[TrainConfig, Schedule | None]], measures_inside: bool
 ) -> list[Compared]:
     """Runs one step of each job, and returns the measured and predicted bytes."""
-    # Exchanges run on this thread, where the mode sees what they make.
+    # Exchanges run on this thread, so that the mode sees their tensors.
     with patch("train.world.open_lane", lambda device: InlineLane()):
         return [_compare(config, schedule, measures_inside) for config, schedule in jobs]
 
