@@ -36,19 +36,19 @@ def num_pairs(num_columns: int) -> int:
 
 def quantize_1x128(
     rows_ND: Tensor,
+    *,
     power_of_two: bool,
     min_amax: float = 1e-4,
-    *,
     implementation: Implementation | None = None,
 ) -> Quantized:
     """Quantizes rows by 128 columns, as `kernels.quantize.reference.quantize_1x128` does."""
     if is_reference(implementation, rows_ND.device):
         from kernels.quantize import reference
 
-        return reference.quantize_1x128(rows_ND, power_of_two, min_amax)
+        return reference.quantize_1x128(rows_ND, power_of_two=power_of_two, min_amax=min_amax)
     from kernels.quantize import triton
 
-    return triton.quantize_1x128(rows_ND, power_of_two, min_amax)
+    return triton.quantize_1x128(rows_ND, power_of_two=power_of_two, min_amax=min_amax)
 
 
 def dequantize_1x128(
@@ -70,54 +70,54 @@ def dequantize_1x128(
 def quantize_columns(
     rows_ND: Tensor,
     counts: Sequence[int],
+    *,
     power_of_two: bool,
     min_amax: float = 1e-4,
-    *,
     implementation: Implementation | None = None,
 ) -> QuantizedColumns:
     """Quantizes the transpose by 128 rows of a group, as `reference_columns.quantize_columns` does."""
     if is_reference(implementation, rows_ND.device):
         from kernels.quantize import reference_columns
 
-        return reference_columns.quantize_columns(rows_ND, counts, power_of_two, min_amax)
+        return reference_columns.quantize_columns(rows_ND, counts, power_of_two=power_of_two, min_amax=min_amax)
     from kernels.quantize import triton_columns
 
-    return triton_columns.quantize_columns(rows_ND, counts, power_of_two, min_amax)
+    return triton_columns.quantize_columns(rows_ND, counts, power_of_two=power_of_two, min_amax=min_amax)
 
 
 def requantize_columns(
     quantized: Quantized,
     counts: Sequence[int],
+    *,
     power_of_two: bool,
     min_amax: float = 1e-4,
-    *,
     implementation: Implementation | None = None,
 ) -> QuantizedColumns:
     """Quantizes the transpose of FP8 rows, as `reference_columns.requantize_columns` does."""
     if is_reference(implementation, quantized.codes.device):
         from kernels.quantize import reference_columns
 
-        return reference_columns.requantize_columns(quantized, counts, power_of_two, min_amax)
+        return reference_columns.requantize_columns(quantized, counts, power_of_two=power_of_two, min_amax=min_amax)
     from kernels.quantize import triton_columns
 
-    return triton_columns.requantize_columns(quantized, counts, power_of_two, min_amax)
+    return triton_columns.requantize_columns(quantized, counts, power_of_two=power_of_two, min_amax=min_amax)
 
 
 def quantize_128x128(
     values: Tensor,
+    *,
     power_of_two: bool,
     min_amax: float = 1e-4,
-    *,
     implementation: Implementation | None = None,
 ) -> QuantizedBlocks:
     """Quantizes one or several weights by blocks, as `reference_blocks.quantize_128x128` does."""
     if is_reference(implementation, values.device):
         from kernels.quantize import reference_blocks
 
-        return reference_blocks.quantize_128x128(values, power_of_two, min_amax)
+        return reference_blocks.quantize_128x128(values, power_of_two=power_of_two, min_amax=min_amax)
     from kernels.quantize import triton_blocks
 
-    return triton_blocks.quantize_128x128(values, power_of_two, min_amax)
+    return triton_blocks.quantize_128x128(values, power_of_two=power_of_two, min_amax=min_amax)
 
 
 def transpose_blocks(

@@ -20,7 +20,7 @@ from kernels.quantize.layout import (
 CHUNK_NUMBERS = 2**18  # 1 MB of float32: intermediate values stay in the cache
 
 
-def quantize_1x128(rows_ND: Tensor, power_of_two: bool, min_amax: float = 1e-4) -> Quantized:
+def quantize_1x128(rows_ND: Tensor, *, power_of_two: bool, min_amax: float = 1e-4) -> Quantized:
     """Quantizes rows tile by tile (arXiv:2412.19437, section 3.3.2).
 
     A tile's scale is `max(amax, min_amax) / 448`, in float32; codes are `value / scale`, rounded to nearest even and
@@ -44,7 +44,7 @@ def quantize_1x128(rows_ND: Tensor, power_of_two: bool, min_amax: float = 1e-4) 
         chunk = slice(first, first + chunk_rows)
         values_RTC = split_into_tiles(rows_ND[chunk].float())
         amax_RT = values_RTC.abs().amax(dim=2)
-        scales_RT = compute_scales(amax_RT, power_of_two, min_amax)
+        scales_RT = compute_scales(amax_RT, power_of_two=power_of_two, min_amax=min_amax)
         scaled_RTC = values_RTC.div(scales_RT[:, :, None]).clamp_(-LARGEST_CODE, LARGEST_CODE)
         finite_RT = scales_RT.isfinite()
         if not finite_RT.all():
@@ -89,7 +89,7 @@ def dequantize_1x128(quantized: Quantized, dtype: torch.dtype) -> Tensor:
     return rows_ND
 
 
-def compute_scales(amax_RT: Tensor, power_of_two: bool, min_amax: float) -> Tensor:
+def compute_scales(amax_RT: Tensor, *, power_of_two: bool, min_amax: float) -> Tensor:
     """Computes scales from the largest magnitudes of tiles; NaN if a magnitude is not finite."""
     scales_RT = amax_RT.clamp(min=min_amax) / LARGEST_CODE
     if power_of_two:

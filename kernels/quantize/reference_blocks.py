@@ -20,7 +20,7 @@ from kernels.quantize.layout import (
 from kernels.quantize.reference import compute_scales, decode, split_into_tiles
 
 
-def quantize_128x128(values: Tensor, power_of_two: bool, min_amax: float = 1e-4) -> QuantizedBlocks:
+def quantize_128x128(values: Tensor, *, power_of_two: bool, min_amax: float = 1e-4) -> QuantizedBlocks:
     """Quantizes weights block by block; scale and code follow the rule of `quantize_1x128`.
 
     Args:
@@ -39,7 +39,7 @@ def quantize_128x128(values: Tensor, power_of_two: bool, min_amax: float = 1e-4)
         for values_ND, scales_MT in zip(_matrices(values), _matrices(scales), strict=True):
             for rows_RD, scales_T in zip(values_ND.split(TILE), scales_MT, strict=True):
                 amax_T = split_into_tiles(rows_RD.float()).abs().amax(dim=(0, 2))
-                scales_T.copy_(compute_scales(amax_T, power_of_two, min_amax))
+                scales_T.copy_(compute_scales(amax_T, power_of_two=power_of_two, min_amax=min_amax))
     return QuantizedBlocks(codes_128x128(values, scales), scales)
 
 

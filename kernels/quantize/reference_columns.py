@@ -23,7 +23,7 @@ CHUNK_TILES = 2
 
 
 def quantize_columns(
-    rows_ND: Tensor, counts: Sequence[int], power_of_two: bool, min_amax: float = 1e-4
+    rows_ND: Tensor, counts: Sequence[int], *, power_of_two: bool, min_amax: float = 1e-4
 ) -> QuantizedColumns:
     """Quantizes the transpose by tiles of 128 rows of a group (arXiv:2412.19437, section 3.3.2).
 
@@ -43,12 +43,12 @@ def quantize_columns(
     """
     check_numbers("quantize_columns: rows_ND", rows_ND, 2)
     check_counts("quantize_columns", counts, rows_ND.shape[0])
-    quantized = quantize_1x128(_pad_groups(rows_ND, counts).t(), power_of_two, min_amax)
+    quantized = quantize_1x128(_pad_groups(rows_ND, counts).t(), power_of_two=power_of_two, min_amax=min_amax)
     return QuantizedColumns(quantized.codes, quantized.scales)
 
 
 def requantize_columns(
-    quantized: Quantized, counts: Sequence[int], power_of_two: bool, min_amax: float = 1e-4
+    quantized: Quantized, counts: Sequence[int], *, power_of_two: bool, min_amax: float = 1e-4
 ) -> QuantizedColumns:
     """Applies `quantize_columns` to FP8 rows in tiles of 128 columns.
 
@@ -78,7 +78,7 @@ def requantize_columns(
     for first in range(0, max(1, num_columns), CHUNK_TILES * TILE):
         chunk, tiles = slice(first, first + CHUNK_TILES * TILE), slice(first // TILE, first // TILE + CHUNK_TILES)
         rows_NC = dequantize_1x128(Quantized(codes_ND[:, chunk], scales_NT[:, tiles]), torch.float32)
-        made = quantize_columns(rows_NC, counts, power_of_two, min_amax)
+        made = quantize_columns(rows_NC, counts, power_of_two=power_of_two, min_amax=min_amax)
         codes_DP[chunk], scales_DT[chunk] = made
     return QuantizedColumns(codes_DP, scales_DT)
 

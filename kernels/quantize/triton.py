@@ -89,7 +89,7 @@ def dequantize_kernel(
 
 
 def quantize_1x128(
-    rows_ND: Tensor, power_of_two: bool, min_amax: float = 1e-4, *, block_rows: int = 16, num_warps: int = 4
+    rows_ND: Tensor, *, power_of_two: bool, min_amax: float = 1e-4, block_rows: int = 16, num_warps: int = 4
 ) -> Quantized:
     """Quantizes rows tile by tile (arXiv:2412.19437, section 3.3.2).
 

@@ -115,7 +115,7 @@ def transpose_blocks_kernel(
 
 
 def quantize_128x128(
-    values: Tensor, power_of_two: bool, min_amax: float = 1e-4, *, num_warps: int = 8
+    values: Tensor, *, power_of_two: bool, min_amax: float = 1e-4, num_warps: int = 8
 ) -> QuantizedBlocks:
     """Quantizes weights block by block; scale and code follow the rule of `quantize_1x128`.
 

@@ -141,9 +141,9 @@ def requantize_columns_kernel(
 def quantize_columns(
     rows_ND: Tensor,
     counts: Sequence[int],
+    *,
     power_of_two: bool,
     min_amax: float = 1e-4,
-    *,
     block_columns: int = 64,
     vector: int = 4,
     num_warps: int = 8,
@@ -201,9 +201,9 @@ def quantize_columns(
 def requantize_columns(
     quantized: Quantized,
     counts: Sequence[int],
+    *,
     power_of_two: bool,
     min_amax: float = 1e-4,
-    *,
     block_columns: int = 64,
     vector: int = 4,
     num_warps: int = 4,

@@ -57,8 +57,8 @@ def rms_norm_quantize(
     x_AD: Tensor,
     weight_D: Tensor,
     eps: float,
-    power_of_two: bool,
     *,
+    power_of_two: bool,
     implementation: Implementation | None = None,
 ) -> tuple[Quantized, Tensor]:
     """Normalizes rows, quantizes them to FP8, and returns the inverse root mean squares too, [A, 1].
@@ -68,10 +68,10 @@ def rms_norm_quantize(
     if _is_reference(implementation, x_AD):
         from kernels.rms_norm import reference_fp8
 
-        return reference_fp8.rms_norm_quantize(x_AD, weight_D, eps, power_of_two)
+        return reference_fp8.rms_norm_quantize(x_AD, weight_D, eps, power_of_two=power_of_two)
     from kernels.rms_norm import triton_fp8
 
-    return triton_fp8.rms_norm_quantize(x_AD, weight_D, eps, power_of_two)
+    return triton_fp8.rms_norm_quantize(x_AD, weight_D, eps, power_of_two=power_of_two)
 
 
 def rms_norm_backward_from_codes(

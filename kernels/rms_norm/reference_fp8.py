@@ -11,7 +11,7 @@ from kernels.quantize.reference import CHUNK_NUMBERS, dequantize_1x128, quantize
 from kernels.rms_norm.reference import check_backward_from_codes, check_weight, inverse_rms
 
 
-def rms_norm_quantize(x_AD: Tensor, weight_D: Tensor, eps: float, power_of_two: bool) -> tuple[Quantized, Tensor]:
+def rms_norm_quantize(x_AD: Tensor, weight_D: Tensor, eps: float, *, power_of_two: bool) -> tuple[Quantized, Tensor]:
     """Computes x / sqrt(mean(x^2) + eps) * weight, and rounds it once to FP8 (arXiv:2412.19437, 3.3.2).
 
     Args:
@@ -40,7 +40,7 @@ def rms_norm_quantize(x_AD: Tensor, weight_D: Tensor, eps: float, power_of_two: 
         wide_RD = x_AD[chunk].float()
         inverse_A1[chunk] = inverse_rms(wide_RD, eps)
         normal_RD = (wide_RD * inverse_A1[chunk]).mul_(weight_D)
-        normal.codes[chunk], normal.scales[chunk] = quantize_1x128(normal_RD, power_of_two)
+        normal.codes[chunk], normal.scales[chunk] = quantize_1x128(normal_RD, power_of_two=power_of_two)
     return normal, inverse_A1
 
 

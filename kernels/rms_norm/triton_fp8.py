@@ -125,8 +125,8 @@ def rms_norm_quantize(
     x_AD: Tensor,
     weight_D: Tensor,
     eps: float,
-    power_of_two: bool,
     *,
+    power_of_two: bool,
     block_rows: int | None = None,
     num_warps: int | None = None,
 ) -> tuple[Quantized, Tensor]:

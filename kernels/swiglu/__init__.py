@@ -50,8 +50,8 @@ def swiglu_backward(
 def swiglu_quantize(
     hidden_AH: Tensor,
     weights_A: Tensor | None,
-    power_of_two: bool,
     *,
+    power_of_two: bool,
     implementation: Implementation | None = None,
 ) -> tuple[Quantized, Quantized]:
     """Applies the gate and the weights with a result in FP8, and quantizes the hidden values to FP8.
@@ -61,10 +61,10 @@ def swiglu_quantize(
     if is_reference(implementation, hidden_AH.device):
         from kernels.swiglu import reference_fp8
 
-        return reference_fp8.swiglu_quantize(hidden_AH, weights_A, power_of_two)
+        return reference_fp8.swiglu_quantize(hidden_AH, weights_A, power_of_two=power_of_two)
     from kernels.swiglu import triton_fp8
 
-    return triton_fp8.swiglu_quantize(hidden_AH, weights_A, power_of_two)
+    return triton_fp8.swiglu_quantize(hidden_AH, weights_A, power_of_two=power_of_two)
 
 
 def swiglu_backward_from_codes(

@@ -12,7 +12,7 @@ from kernels.quantize.reference import CHUNK_NUMBERS, dequantize_1x128, quantize
 from kernels.swiglu.reference import check_backward_from_codes, check_weights, check_width
 
 
-def swiglu_quantize(hidden_AH: Tensor, weights_A: Tensor | None, power_of_two: bool) -> tuple[Quantized, Quantized]:
+def swiglu_quantize(hidden_AH: Tensor, weights_A: Tensor | None, *, power_of_two: bool) -> tuple[Quantized, Quantized]:
     """Quantizes silu(gate) * up * weight for the next product, and the hidden values for the backward.
 
     The operand is computed in float32 from the given hidden values, not from their codes, and rounded once
@@ -43,7 +43,7 @@ def swiglu_quantize(hidden_AH: Tensor, weights_A: Tensor | None, power_of_two: b
         if weights_A is not None:
             gated_RM.mul_(weights_A[chunk, None].float())
         for whole, part_RD in ((gated, gated_RM), (cached, hidden_RH)):
-            whole.codes[chunk], whole.scales[chunk] = quantize_1x128(part_RD, power_of_two)
+            whole.codes[chunk], whole.scales[chunk] = quantize_1x128(part_RD, power_of_two=power_of_two)
     return gated, cached
 
 

@@ -149,7 +149,7 @@ def swiglu_backward_codes_kernel(
 
 
 def swiglu_quantize(
-    hidden_AH: Tensor, weights_A: Tensor | None, power_of_two: bool, *, block_rows: int = 8, num_warps: int = 4
+    hidden_AH: Tensor, weights_A: Tensor | None, *, power_of_two: bool, block_rows: int = 8, num_warps: int = 4
 ) -> tuple[Quantized, Quantized]:
     """Quantizes silu(gate) * up * weight for the next product, and the hidden values for the backward.
 

@@ -183,7 +183,7 @@ def _layout(shard: Mapping[str, Stored]) -> tuple[dict[str, int], bytes]:
 
 def _quantize(values: Tensor, known: Tensor | None, *, power_of_two: bool) -> QuantizedBlocks:
     if known is None:
-        return quantize_128x128(values, power_of_two)
+        return quantize_128x128(values, power_of_two=power_of_two)
     assert tuple(known.shape) == scale_shape(tuple(values.shape))
     return QuantizedBlocks(codes_128x128(values, known.to(values.device)), known)
 

@@ -26,14 +26,14 @@ _NUM_EXPERTS, _NUM_CHOICES = 8, 3
 
 def _changed(rows_ND: Tensor, min_amax: float) -> Tensor:
     """Returns quantized and dequantized rows."""
-    return dequantize_1x128(quantize_1x128(rows_ND, True, min_amax), rows_ND.dtype)
+    return dequantize_1x128(quantize_1x128(rows_ND, power_of_two=True, min_amax=min_amax), rows_ND.dtype)
 
 
 @pytest.mark.parametrize("hidden_size", [1, 2, 4, 127, 128, 130, 256, 300])
 def test_packed_row_holds_codes_and_scales_and_nothing_else(hidden_size: int) -> None:
     generator = torch.Generator().manual_seed(hidden_size)
     for num_rows in (0, 1, 7):
-        quantized = quantize_1x128(torch.randn(num_rows, hidden_size, generator=generator), True)
+        quantized = quantize_1x128(torch.randn(num_rows, hidden_size, generator=generator), power_of_two=True)
         packed = pack(quantized)
         assert packed.dtype == torch.uint8
         assert packed.shape == (num_rows, packed_bytes(hidden_size))

@@ -19,7 +19,7 @@ def test_quantize_on_the_gpu_equals_the_reference(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(("num_rows", "num_columns"), [(0, 128), (3, 0)])
 def test_quantize_on_the_gpu_of_nothing_has_its_shapes(num_rows: int, num_columns: int) -> None:
-    quantized = rows.quantize_1x128(torch.ones(num_rows, num_columns, device="cuda"), True)
+    quantized = rows.quantize_1x128(torch.ones(num_rows, num_columns, device="cuda"), power_of_two=True)
     assert quantized.codes.shape == (num_rows, num_columns)
     assert quantized.scales.shape == (num_rows, num_columns // 128)
     assert rows.dequantize_1x128(quantized, torch.bfloat16).shape == (num_rows, num_columns)

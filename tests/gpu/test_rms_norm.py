@@ -26,7 +26,7 @@ def test_rms_norm_in_fp8_on_the_gpu_is_near_the_reference(shape: tuple[int, int]
 def test_gradients_of_rms_norm_on_the_gpu_repeat_themselves_bit_by_bit() -> None:
     x_AD, weight_D, grad_AD = (each.cuda() for each in norm_inputs((4096, 7168), torch.bfloat16))
     _, inverse_A1 = plain.rms_norm(x_AD, weight_D, EPS)
-    normal, _ = fp8.rms_norm_quantize(x_AD, weight_D, EPS, False)
+    normal, _ = fp8.rms_norm_quantize(x_AD, weight_D, EPS, power_of_two=False)
 
     def gradients() -> list[torch.Tensor]:
         return [

@@ -29,7 +29,7 @@ def test_swiglu_in_fp8_on_the_gpu_is_near_the_reference(
 def test_swiglu_in_fp8_on_the_gpu_repeats_itself_bit_by_bit() -> None:
     hidden_AH, grad_AM = (each.cuda() for each in hidden_and_grad((4096, 2048), torch.bfloat16))
     weights_A = torch.rand(4096, device="cuda")
-    _, cached = fp8.swiglu_quantize(hidden_AH, weights_A, False)
+    _, cached = fp8.swiglu_quantize(hidden_AH, weights_A, power_of_two=False)
     first = [each.cpu() for each in fp8.swiglu_backward_from_codes(grad_AM, cached, weights_A) if each is not None]
     for _ in range(5):
         again = [each for each in fp8.swiglu_backward_from_codes(grad_AM, cached, weights_A) if each is not None]

@@ -119,8 +119,8 @@ def check_quantize(module: ModuleType, device: str, num_rows: int, num_columns: 
     for rows_ND, there_ND in zip(layouts(wide_ND), layouts(wide_ND.to(device)), strict=True):
         for power_of_two in (True, False):
             for min_amax in (1e-4, 2.0**-117):
-                expected = quantize_reference.quantize_1x128(rows_ND, power_of_two, min_amax)
-                actual = module.quantize_1x128(there_ND, power_of_two, min_amax)
+                expected = quantize_reference.quantize_1x128(rows_ND, power_of_two=power_of_two, min_amax=min_amax)
+                actual = module.quantize_1x128(there_ND, power_of_two=power_of_two, min_amax=min_amax)
                 assert_same_bits(actual.codes, expected.codes)
                 assert_same_bits(actual.scales, expected.scales)
     return expected

@@ -35,18 +35,22 @@ def check_columns(module: ModuleType, device: str, counts: Sequence[int], num_co
     wide_ND = wild_columns(generator, sum(counts), num_columns + 3, dtype)
     for rows_ND, there_ND in zip(layouts(wide_ND), layouts(wide_ND.to(device)), strict=True):
         for power_of_two, min_amax in ((True, ROWS_MIN_AMAX), (False, GRADIENTS_MIN_AMAX)):
-            expected = reference_columns.quantize_columns(rows_ND, counts, power_of_two, min_amax)
-            assert_same_pair(module.quantize_columns(there_ND, counts, power_of_two, min_amax), expected)
+            expected = reference_columns.quantize_columns(rows_ND, counts, power_of_two=power_of_two, min_amax=min_amax)
+            assert_same_pair(
+                module.quantize_columns(there_ND, counts, power_of_two=power_of_two, min_amax=min_amax), expected
+            )
     for power_of_two, min_amax in ((True, GRADIENTS_MIN_AMAX), (False, ROWS_MIN_AMAX)):
-        by_rows = quantize_1x128(rows_ND, power_of_two, min_amax)
+        by_rows = quantize_1x128(rows_ND, power_of_two=power_of_two, min_amax=min_amax)
         # The layout of rows in a message: codes, then scales, both strided.
         wide = torch.cat([by_rows.codes.view(torch.uint8), torch.zeros(len(rows_ND), 5, dtype=torch.uint8)], 1).to(
             device
         )
         strided = wide.view(torch.float8_e4m3fn)[:, :num_columns]
         scales = torch.cat([by_rows.scales, by_rows.scales], 1).to(device)[:, : by_rows.scales.shape[1]]
-        expected = reference_columns.requantize_columns(by_rows, counts, power_of_two, min_amax)
-        actual = module.requantize_columns(Quantized(strided, scales), counts, power_of_two, min_amax)
+        expected = reference_columns.requantize_columns(by_rows, counts, power_of_two=power_of_two, min_amax=min_amax)
+        actual = module.requantize_columns(
+            Quantized(strided, scales), counts, power_of_two=power_of_two, min_amax=min_amax
+        )
         assert_same_pair(actual, expected)
 
 
@@ -59,8 +63,8 @@ def check_blocks(module: ModuleType, device: str, shape: tuple[int, ...], dtype:
     wide = wide.view(*shape[:-1], -1).to(dtype)
     for values, there in zip(_ends_cut(wide), _ends_cut(wide.to(device)), strict=True):
         for power_of_two, min_amax in ((True, ROWS_MIN_AMAX), (False, GRADIENTS_MIN_AMAX)):
-            expected = reference_blocks.quantize_128x128(values, power_of_two, min_amax)
-            actual = module.quantize_128x128(there, power_of_two, min_amax)
+            expected = reference_blocks.quantize_128x128(values, power_of_two=power_of_two, min_amax=min_amax)
+            actual = module.quantize_128x128(there, power_of_two=power_of_two, min_amax=min_amax)
             assert_same_pair(actual, expected)
             assert_same_pair(module.transpose_blocks(actual), reference_blocks.transpose_blocks(expected))
             back = reference_blocks.dequantize_128x128(expected, dtype)

@@ -78,8 +78,10 @@ def check_swiglu_fp8(
     weights_A = None if weights_dtype is None else randn(shape[0], seed=2).abs().to(weights_dtype)
     weights_there = None if weights_A is None else weights_A.to(device)
     for power_of_two in (False, True):
-        gated, cached = swiglu_reference_fp8.swiglu_quantize(hidden_AH, weights_A, power_of_two)
-        made_gated, made_cached = module.swiglu_quantize(padded(hidden_AH).to(device), weights_there, power_of_two)
+        gated, cached = swiglu_reference_fp8.swiglu_quantize(hidden_AH, weights_A, power_of_two=power_of_two)
+        made_gated, made_cached = module.swiglu_quantize(
+            padded(hidden_AH).to(device), weights_there, power_of_two=power_of_two
+        )
         assert_same_bits(made_cached.codes, cached.codes)
         assert_same_bits(made_cached.scales, cached.scales)
         assert_codes_near(made_gated, gated)
@@ -130,8 +132,10 @@ def check_rms_norm_fp8(module: ModuleType, device: str, shape: tuple[int, int], 
     """Checks `rms_norm_quantize` and `rms_norm_backward_from_codes` against the reference."""
     x_AD, weight_D, grad_AD = norm_inputs(shape, dtype)
     for power_of_two in (True, False):
-        normal, inverse_A1 = rms_norm_reference_fp8.rms_norm_quantize(x_AD, weight_D, EPS, power_of_two)
-        made, inverse = module.rms_norm_quantize(padded(x_AD).to(device), weight_D.to(device), EPS, power_of_two)
+        normal, inverse_A1 = rms_norm_reference_fp8.rms_norm_quantize(x_AD, weight_D, EPS, power_of_two=power_of_two)
+        made, inverse = module.rms_norm_quantize(
+            padded(x_AD).to(device), weight_D.to(device), EPS, power_of_two=power_of_two
+        )
         near(inverse.cpu(), inverse_A1.double(), 4)
         assert_codes_near(made, normal)
     there = Quantized(normal.codes.to(device), normal.scales.to(device))

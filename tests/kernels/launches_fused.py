@@ -46,7 +46,7 @@ def swiglu_quantize(num_rows: int, width: int, has_weights: bool) -> Launch:
             functions.swiglu_quantize,
             tensors.normal(num_rows, 2 * width),
             row_weights(tensors, num_rows, has_weights),
-            False,
+            power_of_two=False,
         ),
         reference="kernels.swiglu.reference_fp8",
     )
@@ -88,8 +88,8 @@ SWIGLU = [
         ),
         reference="kernels.swiglu.reference",
     ),
-    swiglu_quantize(TOKENS, DENSE_WIDTH, False),
-    swiglu_quantize(ROWS, EXPERT_WIDTH, True),
+    swiglu_quantize(TOKENS, DENSE_WIDTH, power_of_two=False),
+    swiglu_quantize(ROWS, EXPERT_WIDTH, power_of_two=True),
     swiglu_backward_codes(TOKENS, DENSE_WIDTH, False),
     swiglu_backward_codes(ROWS, EXPERT_WIDTH, True),
 ]
@@ -128,7 +128,11 @@ def rms_norms(width: int) -> list[Launch]:
             shape=f"4096 x {width}",
             bytes_moved=2 * numbers + 4 * TOKENS + 2 * width + codes,
             prepare=lambda functions, tensors: partial(
-                functions.rms_norm_quantize, tensors.normal(TOKENS, width), tensors.normal(width), EPS, False
+                functions.rms_norm_quantize,
+                tensors.normal(TOKENS, width),
+                tensors.normal(width),
+                EPS,
+                power_of_two=False,
             ),
             reference="kernels.rms_norm.reference_fp8",
         ),

@@ -38,7 +38,7 @@ def of_rows(power_of_two: bool) -> Launch:
         shape=f"4096 x 7168{', powers of two' if power_of_two else ''}",
         bytes_moved=2 * NUMBERS + CODES,
         prepare=lambda functions, tensors: partial(
-            functions.quantize_1x128, tensors.normal(TOKENS, HIDDEN), power_of_two
+            functions.quantize_1x128, tensors.normal(TOKENS, HIDDEN), power_of_two=power_of_two
         ),
         reference="kernels.quantize.reference",
     )
@@ -52,7 +52,11 @@ def of_columns(counts: tuple[int, ...]) -> Launch:
         shape=f"{sum(counts)} x 7168, groups: {len(counts)}",
         bytes_moved=2 * HIDDEN * sum(counts) + columns_bytes(counts),
         prepare=lambda functions, tensors: partial(
-            functions.quantize_columns, tensors.normal(sum(counts), HIDDEN), counts, False, GRADIENTS_MIN_AMAX
+            functions.quantize_columns,
+            tensors.normal(sum(counts), HIDDEN),
+            counts,
+            power_of_two=False,
+            min_amax=GRADIENTS_MIN_AMAX,
         ),
         reference="kernels.quantize.reference_columns",
     )
@@ -66,7 +70,7 @@ def of_codes(counts: tuple[int, ...]) -> Launch:
         shape=f"{sum(counts)} x 7168, groups: {len(counts)}",
         bytes_moved=quantized_bytes(sum(counts), HIDDEN) + columns_bytes(counts),
         prepare=lambda functions, tensors: partial(
-            functions.requantize_columns, tensors.rows(sum(counts), HIDDEN), counts, False
+            functions.requantize_columns, tensors.rows(sum(counts), HIDDEN), counts, power_of_two=False
         ),
         reference="kernels.quantize.reference_columns",
     )
@@ -80,7 +84,7 @@ def of_weights(num_weights: int, num_rows: int, num_columns: int) -> Launch:
         shape=f"{num_weights} x {num_rows} x {num_columns}",
         bytes_moved=num_weights * (2 * num_rows * num_columns + blocks_bytes(num_rows, num_columns)),
         prepare=lambda functions, tensors: partial(
-            functions.quantize_128x128, tensors.normal(num_weights, num_rows, num_columns), False
+            functions.quantize_128x128, tensors.normal(num_weights, num_rows, num_columns), power_of_two=False
         ),
         reference="kernels.quantize.reference_blocks",
     )

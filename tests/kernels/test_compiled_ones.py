@@ -27,7 +27,7 @@ def call_of(module: Any, kernel: str, num_outputs: int, depth: int) -> Callable[
     num_rows, num_padded = sum(COUNTS), padded_rows(COUNTS)
     match kernel:
         case "quantize_blocks_kernel":
-            return partial(module.quantize_128x128, MADE.normal(num_outputs, depth), False)
+            return partial(module.quantize_128x128, MADE.normal(num_outputs, depth), power_of_two=False)
         case "dequantize_blocks_kernel":
             return partial(module.dequantize_128x128, MADE.blocks(num_outputs, depth), torch.bfloat16)
         case "transpose_blocks_kernel":

@@ -54,10 +54,12 @@ def test_products_of_quantized_matrices_are_near_those_of_the_matrices() -> None
     generator = torch.Generator().manual_seed(0)
     rows_AK, weight_NK = torch.randn(200, 300, generator=generator), torch.randn(140, 300, generator=generator)
     grad_AN = torch.randn(200, 140, generator=generator)
-    made = reference.gemm_fp8(quantize_1x128(rows_AK, True), quantize_128x128(weight_NK, False), torch.float32)
+    made = reference.gemm_fp8(
+        quantize_1x128(rows_AK, power_of_two=True), quantize_128x128(weight_NK, power_of_two=False), torch.float32
+    )
     counts = [70, 0, 130]
     gradient = reference.gemm_fp8_columns(
-        quantize_columns(grad_AN, counts, True), quantize_columns(rows_AK, counts, False)
+        quantize_columns(grad_AN, counts, power_of_two=True), quantize_columns(rows_AK, counts, power_of_two=False)
     )
     # A code has four significant bits: uniformly up to 1/16 of a value, 0.026 at the mean, for either operand.
     for actual, expected in ((made, rows_AK @ weight_NK.t()), (gradient, grad_AN.t() @ rows_AK)):

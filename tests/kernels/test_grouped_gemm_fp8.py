@@ -44,8 +44,12 @@ def test_reference_of_nothing_has_its_shapes() -> None:
 def test_products_of_quantized_groups_are_near_those_of_the_groups() -> None:
     counts = [70, 0, 130]
     rows, weight, grad = randn(200, 300, seed=0), randn(3, 140, 300, seed=1), randn(200, 140, seed=2)
-    made = grouped_rows_fp8(quantize_1x128(rows, True), quantize_128x128(weight, False), counts, torch.float32)
-    gradient = grouped_weight_fp8(quantize_columns(grad, counts, True), quantize_columns(rows, counts, False), counts)
+    made = grouped_rows_fp8(
+        quantize_1x128(rows, power_of_two=True), quantize_128x128(weight, power_of_two=False), counts, torch.float32
+    )
+    gradient = grouped_weight_fp8(
+        quantize_columns(grad, counts, power_of_two=True), quantize_columns(rows, counts, power_of_two=False), counts
+    )
     parts = (slice(0, 70), slice(70, 70), slice(70, 200))
     expected = torch.cat([rows[part] @ matrix.t() for part, matrix in zip(parts, weight, strict=True)])
     expected_gradient = torch.stack([grad[part].t() @ rows[part] for part in parts])

@@ -38,9 +38,9 @@ def test_operands_of_a_gate_that_do_not_fit_are_named(module: ModuleType) -> Non
 
 @pytest.mark.parametrize("module", [gate_fp8, compiled_gate_fp8])
 def test_operands_of_a_gate_in_fp8_that_do_not_fit_are_named(module: ModuleType) -> None:
-    _, hidden = gate_fp8.swiglu_quantize(ones(3, 400), None, True)
+    _, hidden = gate_fp8.swiglu_quantize(ones(3, 400), None, power_of_two=True)
     with pytest.raises(ValueError, match=r"^swiglu_quantize: weights_A must be \[3\], got \[1\]$"):
-        module.swiglu_quantize(ones(3, 400), ones(1), True)
+        module.swiglu_quantize(ones(3, 400), ones(1), power_of_two=True)
     place = "^swiglu_backward_from_codes"
     with pytest.raises(ValueError, match=rf"{place}: weights_A must be \[3\], got \[1\]$"):
         module.swiglu_backward_from_codes(ones(3, 200), hidden, ones(1))
@@ -65,9 +65,9 @@ def test_operands_of_a_norm_that_do_not_fit_are_named(module: ModuleType) -> Non
 
 @pytest.mark.parametrize("module", [norm_fp8, compiled_norm_fp8])
 def test_operands_of_a_norm_in_fp8_that_do_not_fit_are_named(module: ModuleType) -> None:
-    normal, inverse_A1 = norm_fp8.rms_norm_quantize(ones(3, 200), ones(200), EPS, True)
+    normal, inverse_A1 = norm_fp8.rms_norm_quantize(ones(3, 200), ones(200), EPS, power_of_two=True)
     with pytest.raises(ValueError, match=r"^rms_norm_quantize: weight_D must be \[200\], got \[1\]$"):
-        module.rms_norm_quantize(ones(3, 200), ones(1), EPS, True)
+        module.rms_norm_quantize(ones(3, 200), ones(1), EPS, power_of_two=True)
     for given, rule in (
         ((ones(4, 200), normal, inverse_A1), r"codes must be \[4, 200\], got \[3, 200\]"),
         ((ones(3, 200), normal._replace(scales=normal.scales[:, :1]), inverse_A1), r"scales must be \[3, 2\], got"),

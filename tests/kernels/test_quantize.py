@@ -75,10 +75,11 @@ def test_codes_and_scales_equal_an_independent_formula(
     for min_amax in (1e-4, 2.0**-100, 2.0**-117):
         rows_ND = wide_ND[:, :num_columns].contiguous()
         expected = expected_quantized(rows_ND, power_of_two, min_amax)
-        assert_same(quantize_1x128(rows_ND, power_of_two, min_amax), expected)
+        assert_same(quantize_1x128(rows_ND, power_of_two=power_of_two, min_amax=min_amax), expected)
         view_ND = wide_ND[:, 2 : 2 + num_columns]
         assert_same(
-            quantize_1x128(view_ND, power_of_two, min_amax), quantize_1x128(view_ND.clone(), power_of_two, min_amax)
+            quantize_1x128(view_ND, power_of_two=power_of_two, min_amax=min_amax),
+            quantize_1x128(view_ND.clone(), power_of_two=power_of_two, min_amax=min_amax),
         )
     assert 0.03 < expected.scales.isnan().float().mean() < 0.9
 
@@ -98,9 +99,9 @@ def test_quantization_of_more_than_a_chunk_equals_row_by_row() -> None:
 @pytest.mark.parametrize("poison", [torch.nan, -torch.nan, torch.inf, -torch.inf])
 def test_one_number_that_is_not_finite_poisons_its_tile_alone(power_of_two: bool, poison: float) -> None:
     rows_ND = torch.randn(3, 300, generator=torch.Generator().manual_seed(1))
-    clean = quantize_1x128(rows_ND, power_of_two)
+    clean = quantize_1x128(rows_ND, power_of_two=power_of_two)
     rows_ND[1, 290] = poison
-    quantized = quantize_1x128(rows_ND, power_of_two)
+    quantized = quantize_1x128(rows_ND, power_of_two=power_of_two)
     assert quantized.scales.isnan().nonzero().tolist() == [[1, 2]]
     assert (quantized.codes.view(torch.uint8)[1, 256:] == NAN_CODE).all()
     clean.codes.view(torch.uint8)[1, 256:] = NAN_CODE
@@ -118,7 +119,7 @@ def test_scales_never_underflow(min_amax: float) -> None:
     rows_ND = torch.ldexp(torch.ones(len(exponents), 128, dtype=torch.float64), exponents[:, None]).float()
     rows_ND = torch.cat([rows_ND, torch.zeros(1, 128), torch.full((1, 128), -0.0)])
     for power_of_two in (True, False):
-        quantized = quantize_1x128(rows_ND, power_of_two, min_amax)
+        quantized = quantize_1x128(rows_ND, power_of_two=power_of_two, min_amax=min_amax)
         assert (quantized.scales >= 2.0**-126).all()
         assert (quantized.scales.double() >= min_amax / 448 * (1 - 2.0**-23)).all()
         assert quantized.codes.view(torch.uint8)[-2].eq(0).all()
@@ -139,18 +140,18 @@ def test_quantizing_again_with_powers_of_two_loses_nothing(min_amax: float, dtyp
     generator = torch.Generator().manual_seed(2)
     exponents = torch.randint(-110, 110, (400, 1), generator=generator)
     rows_ND = torch.ldexp(torch.randn(400, 129, generator=generator), exponents)
-    once_ND = dequantize_1x128(quantize_1x128(rows_ND, True, min_amax), dtype)
-    again = quantize_1x128(once_ND, True, min_amax)
+    once_ND = dequantize_1x128(quantize_1x128(rows_ND, power_of_two=True, min_amax=min_amax), dtype)
+    again = quantize_1x128(once_ND, power_of_two=True, min_amax=min_amax)
     assert_same_bits(dequantize_1x128(again, dtype), once_ND)
     # An amax just above 224 scales rounds down to 224 of them, so a scale may halve, once; then it stays.
-    third = quantize_1x128(dequantize_1x128(again, dtype), True, min_amax)
+    third = quantize_1x128(dequantize_1x128(again, dtype), power_of_two=True, min_amax=min_amax)
     assert_same(third, again)
 
 
 @pytest.mark.parametrize("power_of_two", [True, False])
 def test_error_is_within_half_a_step_of_the_code(power_of_two: bool) -> None:
     rows_ND = torch.randn(200, 256, generator=torch.Generator().manual_seed(3)) * torch.logspace(-6, 6, 256)
-    quantized = quantize_1x128(rows_ND, power_of_two)
+    quantized = quantize_1x128(rows_ND, power_of_two=power_of_two)
     error_ND = (dequantize_1x128(quantized, torch.float64) - rows_ND).abs()
     scales_ND = quantized.scales.double().repeat_interleave(128, dim=1)
     # 3 bits of mantissa: 2**-4 of the number, or half of the smallest code, 2**-9.

@@ -44,7 +44,7 @@ def test_codes_and_scales_equal_an_independent_formula(
     generator = torch.Generator().manual_seed(shape[0])
     wild_ND = wild_rows(generator, shape[0], shape[1]).to(dtype)
     for values_ND in (wild_ND, torch.randn(shape, generator=generator).to(dtype)):
-        made = quantize_128x128(values_ND, power_of_two)
+        made = quantize_128x128(values_ND, power_of_two=power_of_two)
         codes, scales = expected_blocks(values_ND.float().numpy(), power_of_two, 1e-4)
         assert_same_bits(made.codes, torch.from_numpy(codes).view(torch.float8_e4m3fn))
         assert_same_bits(made.scales, torch.from_numpy(scales))
@@ -109,11 +109,11 @@ def test_a_bound_from_which_scales_underflow_is_rejected() -> None:
 @pytest.mark.parametrize("power_of_two", [True, False])
 def test_matrices_side_by_side_are_quantized_one_by_one(power_of_two: bool) -> None:
     values = torch.randn(2, 3, 200, 150, generator=torch.Generator().manual_seed(6)).transpose(0, 1)
-    made = quantize_128x128(values, power_of_two)
+    made = quantize_128x128(values, power_of_two=power_of_two)
     assert made.scales.shape == (3, 2, 2, 2)
     back = dequantize_128x128(made, torch.bfloat16)
     for place in np.ndindex(3, 2):
-        single = quantize_128x128(values[place], power_of_two)
+        single = quantize_128x128(values[place], power_of_two=power_of_two)
         assert_same_bits(made.codes[place], single.codes)
         assert_same_bits(made.scales[place], single.scales)
         assert_same_bits(back[place], dequantize_128x128(single, torch.bfloat16))

@@ -21,9 +21,9 @@ import kernels.quantize.triton_e5m6 as compiled_e5m6
 from kernels.quantize.layout import PackedE5M6, Quantized, QuantizedBlocks, QuantizedColumns
 
 VALUES = torch.ones(3, 200)
-QUANTIZED = rows.quantize_1x128(VALUES, True)
-BLOCKS = blocks.quantize_128x128(torch.ones(2, 130, 200), True)
-COLUMNS = columns.quantize_columns(VALUES, [3], True)
+QUANTIZED = rows.quantize_1x128(VALUES, power_of_two=True)
+BLOCKS = blocks.quantize_128x128(torch.ones(2, 130, 200), power_of_two=True)
+COLUMNS = columns.quantize_columns(VALUES, [3], power_of_two=True)
 PACKED = e5m6.pack_e5m6(VALUES)
 OTHER = torch.float8_e5m2
 
@@ -32,10 +32,13 @@ OTHER = torch.float8_e5m2
 def test_rows_of_another_kind_are_named(module: ModuleType) -> None:
     codes, scales = QUANTIZED
     refused(
-        lambda: module.quantize_1x128(VALUES.int(), True),
+        lambda: module.quantize_1x128(VALUES.int(), power_of_two=True),
         "quantize_1x128: rows_ND must be floating point, got torch.int32",
     )
-    refused(lambda: module.quantize_1x128(VALUES[0], True), "quantize_1x128: rows_ND must have 2 dimensions, got 1")
+    refused(
+        lambda: module.quantize_1x128(VALUES[0], power_of_two=True),
+        "quantize_1x128: rows_ND must have 2 dimensions, got 1",
+    )
     for broken, rule in (
         (Quantized(codes.to(OTHER), scales), "codes must be torch.float8_e4m3fn, got torch.float8_e5m2"),
         (Quantized(codes, scales[:, :1]), "scales must be [3, 2], got [3, 1]"),
@@ -50,11 +53,11 @@ def test_rows_of_another_kind_are_named(module: ModuleType) -> None:
 def test_columns_of_another_kind_are_named(module: ModuleType) -> None:
     codes, scales = QUANTIZED
     refused(
-        lambda: module.quantize_columns(VALUES.int(), [3], True),
+        lambda: module.quantize_columns(VALUES.int(), [3], power_of_two=True),
         "quantize_columns: rows_ND must be floating point, got torch.int32",
     )
     refused(
-        lambda: module.requantize_columns(Quantized(codes, scales[:, :1]), [3], True),
+        lambda: module.requantize_columns(Quantized(codes, scales[:, :1]), [3], power_of_two=True),
         "requantize_columns: scales must be [3, 2], got [3, 1]",
     )
 
@@ -64,7 +67,7 @@ def test_blocks_of_another_kind_are_named(module: ModuleType) -> None:
     codes, scales = BLOCKS
     broken = QuantizedBlocks(codes, scales[:, :1])
     refused(
-        lambda: module.quantize_128x128(VALUES[0], True),
+        lambda: module.quantize_128x128(VALUES[0], power_of_two=True),
         "quantize_128x128: values must have at least 2 dimensions, got 1",
     )
     refused(lambda: module.transpose_blocks(broken), "transpose_blocks: scales must be [2, 2, 2], got [2, 1, 2]")

@@ -56,7 +56,7 @@ def test_columns_equal_an_independent_formula(counts: list[int], power_of_two: b
     wide_ND = wild_columns(torch.Generator().manual_seed(len(counts)), sum(counts), 40, dtype)
     for min_amax in (1e-4, GRADIENTS_MIN_AMAX):
         for rows_ND in (wide_ND, wide_ND[:, 3:36]):
-            made = quantize_columns(rows_ND, counts, power_of_two, min_amax)
+            made = quantize_columns(rows_ND, counts, power_of_two=power_of_two, min_amax=min_amax)
             assert_same_pair(made, expected_columns(rows_ND, counts, power_of_two, min_amax))
     assert 0.03 < made.scales.isnan().float().mean() < 0.9
 
@@ -66,17 +66,19 @@ def test_columns_equal_an_independent_formula(counts: list[int], power_of_two: b
 def test_requantizing_is_quantizing_what_the_codes_mean(power_of_two: bool, num_columns: int) -> None:
     counts = [100, 0, 130]
     by_rows = quantize_1x128(
-        wild_columns(torch.Generator().manual_seed(1), 230, num_columns, torch.float32), power_of_two
+        wild_columns(torch.Generator().manual_seed(1), 230, num_columns, torch.float32), power_of_two=power_of_two
     )
-    expected = quantize_columns(dequantize_1x128(by_rows, torch.float32), counts, power_of_two, 2.0**-100)
-    assert_same_pair(requantize_columns(by_rows, counts, power_of_two, 2.0**-100), expected)
+    expected = quantize_columns(
+        dequantize_1x128(by_rows, torch.float32), counts, power_of_two=power_of_two, min_amax=2.0**-100
+    )
+    assert_same_pair(requantize_columns(by_rows, counts, power_of_two=power_of_two, min_amax=2.0**-100), expected)
 
 
 def test_requantizing_powers_of_two_is_exact_if_exponents_allow_it() -> None:
     counts = [100, 156]
     rows_ND = normal_rows(256, 200, 2) * torch.logspace(-6, 6, 256, base=2)[:, None]
-    by_rows = quantize_1x128(rows_ND, True, GRADIENTS_MIN_AMAX)
-    by_columns = requantize_columns(by_rows, counts, True, GRADIENTS_MIN_AMAX)
+    by_rows = quantize_1x128(rows_ND, power_of_two=True, min_amax=GRADIENTS_MIN_AMAX)
+    by_columns = requantize_columns(by_rows, counts, power_of_two=True, min_amax=GRADIENTS_MIN_AMAX)
     before_ND, after_ND = dequantize_1x128(by_rows, torch.float64), values_of(by_columns, counts)
     scales_ND = values_of(
         QuantizedColumns(torch.ones_like(by_columns.codes.float()).to(by_columns.codes.dtype), by_columns.scales),
@@ -86,9 +88,9 @@ def test_requantizing_powers_of_two_is_exact_if_exponents_allow_it() -> None:
     assert 0.9 < normal_ND.double().mean() < 1
     assert torch.equal(after_ND[normal_ND], before_ND[normal_ND])
     # Without it, scales that are no powers of two shift the codes' steps.
-    plain = requantize_columns(quantize_1x128(rows_ND, False), counts, False)
+    plain = requantize_columns(quantize_1x128(rows_ND, power_of_two=False), counts, power_of_two=False)
     assert (
-        values_of(plain, counts) != dequantize_1x128(quantize_1x128(rows_ND, False), torch.float64)
+        values_of(plain, counts) != dequantize_1x128(quantize_1x128(rows_ND, power_of_two=False), torch.float64)
     ).double().mean() > 0.3
 
 
@@ -96,7 +98,7 @@ def test_requantizing_powers_of_two_is_exact_if_exponents_allow_it() -> None:
 def test_error_is_within_half_a_step_of_the_code(power_of_two: bool) -> None:
     counts = [130, 70]
     rows_ND = normal_rows(200, 64, 3) * torch.logspace(-6, 6, 64)
-    made = quantize_columns(rows_ND, counts, power_of_two, GRADIENTS_MIN_AMAX)
+    made = quantize_columns(rows_ND, counts, power_of_two=power_of_two, min_amax=GRADIENTS_MIN_AMAX)
     ones = torch.ones(made.codes.shape).to(made.codes.dtype)
     scales_ND = values_of(QuantizedColumns(ones, made.scales), counts)
     # 3 bits of mantissa: 2**-4 of the number, or half of the smallest code, 2**-9.
@@ -107,7 +109,7 @@ def test_error_is_within_half_a_step_of_the_code(power_of_two: bool) -> None:
 def test_permuting_rows_of_a_tile_permutes_its_codes() -> None:
     rows_ND = normal_rows(128, 30, 4)
     order_N = torch.randperm(128, generator=torch.Generator().manual_seed(5))
-    made, permuted = (quantize_columns(rows, [128], False) for rows in (rows_ND, rows_ND[order_N]))
+    made, permuted = (quantize_columns(rows, [128], power_of_two=False) for rows in (rows_ND, rows_ND[order_N]))
     assert_same_bits(permuted.scales, made.scales)
     assert_same_bits(permuted.codes.view(torch.uint8), made.codes.view(torch.uint8)[:, order_N])
 
@@ -115,8 +117,8 @@ def test_permuting_rows_of_a_tile_permutes_its_codes() -> None:
 def test_a_group_is_quantized_as_if_alone() -> None:
     counts = [50, 0, 128, 200]
     groups = [normal_rows(count, 20, count) for count in counts]
-    made = quantize_columns(torch.cat(groups), counts, False)
-    single = [quantize_columns(rows, [len(rows)], False) for rows in groups]
+    made = quantize_columns(torch.cat(groups), counts, power_of_two=False)
+    single = [quantize_columns(rows, [len(rows)], power_of_two=False) for rows in groups]
     codes_DP = torch.cat([part.codes.view(torch.uint8) for part in single], 1)
     assert_same_bits(made.codes.view(torch.uint8), codes_DP)
     assert_same_bits(made.scales, torch.cat([part.scales for part in single], 1))
@@ -125,9 +127,9 @@ def test_a_group_is_quantized_as_if_alone() -> None:
 @pytest.mark.parametrize("poison", [torch.nan, -torch.nan, torch.inf, -torch.inf])
 def test_one_number_that_is_not_finite_poisons_its_tile_alone(poison: float) -> None:
     rows_ND, counts = normal_rows(300, 20, 6), [100, 200]
-    clean = quantize_columns(rows_ND, counts, True)
+    clean = quantize_columns(rows_ND, counts, power_of_two=True)
     rows_ND[120, 7] = poison  # the second tile: row 120 is of the second group
-    made = quantize_columns(rows_ND, counts, True)
+    made = quantize_columns(rows_ND, counts, power_of_two=True)
     clean.codes.view(torch.uint8)[7, 128:256] = NAN_CODE
     clean.scales[7, 1] = math.nan
     assert_same_pair(made, clean)
@@ -139,8 +141,8 @@ def test_columns_of_nothing_have_their_shapes(counts: list[int], num_columns: in
     rows_ND = torch.ones(sum(counts), num_columns)
     tiles = padded_rows(counts) // 128
     for made in (
-        quantize_columns(rows_ND, counts, True),
-        requantize_columns(quantize_1x128(rows_ND, True), counts, True),
+        quantize_columns(rows_ND, counts, power_of_two=True),
+        requantize_columns(quantize_1x128(rows_ND, power_of_two=True), counts, power_of_two=True),
     ):
         assert made.codes.shape == (num_columns, 128 * tiles)
         assert made.codes.dtype == torch.float8_e4m3fn
@@ -151,10 +153,10 @@ def test_columns_of_nothing_have_their_shapes(counts: list[int], num_columns: in
 def test_counts_that_do_not_match_the_rows_are_rejected() -> None:
     rows_ND = torch.ones(4, 2)
     with pytest.raises(ValueError, match="quantize_columns: counts must add up to the number of rows, 4, got 3"):
-        quantize_columns(rows_ND, [1, 2], True)
+        quantize_columns(rows_ND, [1, 2], power_of_two=True)
     with pytest.raises(
         ValueError, match="requantize_columns: a count of rows must not be negative, got -1; nearest: 0"
     ):
-        requantize_columns(quantize_1x128(rows_ND, True), [5, -1], True)
+        requantize_columns(quantize_1x128(rows_ND, power_of_two=True), [5, -1], power_of_two=True)
     with pytest.raises(ValueError, match=r"min_amax must be in \[2\*\*-117, 2\*\*127\], got 0"):
-        quantize_columns(rows_ND, [4], True, 0.0)
+        quantize_columns(rows_ND, [4], power_of_two=True, min_amax=0.0)

@@ -49,15 +49,15 @@ def interpreted_emptiness() -> None:
 
     for counts, num_columns in (([0, 0], 5), ([], 5), ([3], 0)):
         rows_ND = torch.ones(sum(counts), num_columns)
-        made = columns.quantize_columns(rows_ND, counts, True)
+        made = columns.quantize_columns(rows_ND, counts, power_of_two=True)
         assert (made.codes.shape, made.scales.shape) == (
             (num_columns, 128 if counts == [3] else 0),
             (num_columns, len(counts) % 2),
         )
         by_rows = Quantized(rows_ND.to(torch.float8_e4m3fn), torch.ones(len(rows_ND), -(-num_columns // 128)))
-        assert_same_pair(columns.requantize_columns(by_rows, counts, True), made)
+        assert_same_pair(columns.requantize_columns(by_rows, counts, power_of_two=True), made)
     for shape in ((0, 3, 4), (2, 0, 4), (2, 3, 0)):
-        made_blocks = blocks.quantize_128x128(torch.ones(shape), True)
+        made_blocks = blocks.quantize_128x128(torch.ones(shape), power_of_two=True)
         assert made_blocks.codes.shape == shape
         assert made_blocks.scales.shape == (shape[0], min(1, shape[1]), min(1, shape[2]))
         assert blocks.dequantize_128x128(made_blocks, torch.float32).shape == shape
@@ -76,11 +76,14 @@ def interpreted_tiles() -> None:
     generator = torch.Generator().manual_seed(0)
     rows_ND = torch.randn(150, 200, generator=generator)
     by_rows = Quantized(rows_ND.to(torch.float8_e4m3fn), torch.rand(150, 2, generator=generator))
-    expected, again = columns.quantize_columns(rows_ND, [150], False), columns.requantize_columns(by_rows, [150], False)
+    expected, again = (
+        columns.quantize_columns(rows_ND, [150], power_of_two=False),
+        columns.requantize_columns(by_rows, [150], power_of_two=False),
+    )
     for block_columns, vector in ((16, 1), (128, 8)):
         tile = {"block_columns": block_columns, "vector": vector}
-        assert_same_pair(columns.quantize_columns(rows_ND, [150], False, **tile), expected)
-        assert_same_pair(columns.requantize_columns(by_rows, [150], False, **tile), again)
+        assert_same_pair(columns.quantize_columns(rows_ND, [150], power_of_two=False, **tile), expected)
+        assert_same_pair(columns.requantize_columns(by_rows, [150], power_of_two=False, **tile), again)
     packed = e5m6.pack_e5m6(rows_ND)
     assert_same_pair(e5m6.pack_e5m6(rows_ND, block_rows=64), packed)
     whole, single = (e5m6.unpack_e5m6(packed, 200, torch.float32, block_rows=rows) for rows in (64, 1))
@@ -94,15 +97,15 @@ def interpreted_misuse() -> list[str]:
 
     rows = torch.ones(256, 3)
     by_rows = Quantized(rows.to(torch.float8_e4m3fn), torch.ones(256, 1))
-    in_blocks, packed = blocks.quantize_128x128(rows, True), e5m6.pack_e5m6(rows)
+    in_blocks, packed = blocks.quantize_128x128(rows, power_of_two=True), e5m6.pack_e5m6(rows)
     messages = []
     for misuse in (
-        partial(columns.quantize_columns, rows.t(), [3], True),
-        partial(columns.quantize_columns, rows, [255], True),
-        partial(columns.requantize_columns, Quantized(by_rows.codes.t(), torch.ones(3, 2)), [3], True),
-        partial(columns.requantize_columns, by_rows, [256], True, 1e-40),
-        partial(blocks.quantize_128x128, rows.t(), True),
-        partial(blocks.quantize_128x128, rows, True, 1e-40),
+        partial(columns.quantize_columns, rows.t(), [3], power_of_two=True),
+        partial(columns.quantize_columns, rows, [255], power_of_two=True),
+        partial(columns.requantize_columns, Quantized(by_rows.codes.t(), torch.ones(3, 2)), [3], power_of_two=True),
+        partial(columns.requantize_columns, by_rows, [256], power_of_two=True, min_amax=1e-40),
+        partial(blocks.quantize_128x128, rows.t(), power_of_two=True),
+        partial(blocks.quantize_128x128, rows, power_of_two=True, min_amax=1e-40),
         partial(blocks.dequantize_128x128, QuantizedBlocks(in_blocks.codes.t(), in_blocks.scales.t()), torch.float32),
         partial(blocks.transpose_blocks, QuantizedBlocks(in_blocks.codes.t(), in_blocks.scales.t())),
         partial(e5m6.pack_e5m6, rows.t()),

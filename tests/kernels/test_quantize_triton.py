@@ -27,7 +27,7 @@ def interpreted_quantize(dtype: torch.dtype) -> None:
         quantized = check_quantize(module, "cpu", num_rows, num_columns, dtype)
         check_dequantize(module, "cpu", quantized, dtype)
     for num_rows, num_columns in ((0, 128), (3, 0)):
-        quantized = module.quantize_1x128(torch.ones(num_rows, num_columns, dtype=dtype), True)
+        quantized = module.quantize_1x128(torch.ones(num_rows, num_columns, dtype=dtype), power_of_two=True)
         assert quantized.scales.shape == (num_rows, num_columns // 128)
         assert module.dequantize_1x128(quantized, dtype).shape == (num_rows, num_columns)
 
@@ -37,9 +37,9 @@ def interpreted_blocks() -> None:
     from kernels.quantize.triton import dequantize_1x128, quantize_1x128
 
     rows_ND = torch.randn(37, 300, generator=torch.Generator().manual_seed(0))
-    expected = quantize_1x128(rows_ND, False)
+    expected = quantize_1x128(rows_ND, power_of_two=False)
     for block_rows in (1, 4, 64):
-        actual = quantize_1x128(rows_ND, False, block_rows=block_rows)
+        actual = quantize_1x128(rows_ND, power_of_two=False, block_rows=block_rows)
         assert torch.equal(actual.codes.view(torch.uint8), expected.codes.view(torch.uint8))
         assert torch.equal(actual.scales, expected.scales)
         wide = torch.zeros(37, 320, dtype=torch.float8_e4m3fn)
@@ -57,14 +57,14 @@ def interpreted_near_ties() -> None:
     amax_N = torch.ldexp(
         1 + torch.rand(4096, generator=generator), torch.randint(-100, 100, (4096,), generator=generator)
     )
-    scales_N1 = reference.quantize_1x128(amax_N[:, None], False, 2.0**-117).scales
+    scales_N1 = reference.quantize_1x128(amax_N[:, None], power_of_two=False, min_amax=2.0**-117).scales
     ties_T = torch.cat([torch.arange(17, 32, 2) * 2.0**exponent for exponent in (-12, -5, 3)])
     products_NT = (scales_N1.double() * ties_T).float()
     around = [torch.nextafter(products_NT, torch.tensor(direction)) for direction in (-torch.inf, torch.inf)]
     rows_ND = torch.cat([amax_N[:, None], products_NT, -around[0], around[1]], 1)
-    expected = reference.quantize_1x128(rows_ND, False, 2.0**-117)
+    expected = reference.quantize_1x128(rows_ND, power_of_two=False, min_amax=2.0**-117)
     assert torch.equal(expected.scales, scales_N1)
-    actual = quantize_1x128(rows_ND, False, 2.0**-117, block_rows=1024)
+    actual = quantize_1x128(rows_ND, power_of_two=False, min_amax=2.0**-117, block_rows=1024)
     assert torch.equal(actual.codes.view(torch.uint8), expected.codes.view(torch.uint8))
 
 
@@ -72,11 +72,11 @@ def interpreted_misuse() -> list[str]:
     from kernels.quantize.triton import dequantize_1x128, quantize_1x128
 
     rows = torch.ones(256, 3)
-    quantized = quantize_1x128(rows, True)
+    quantized = quantize_1x128(rows, power_of_two=True)
     messages = []
     for misuse in (
-        partial(quantize_1x128, rows.t(), True),
-        partial(quantize_1x128, rows, True, 0.0),
+        partial(quantize_1x128, rows.t(), power_of_two=True),
+        partial(quantize_1x128, rows, power_of_two=True, min_amax=0.0),
         partial(dequantize_1x128, Quantized(quantized.codes.t(), torch.ones(3, 2)), torch.float32),
     ):
         try:
@@ -111,7 +111,7 @@ def compiled_quantize(dtype: torch.dtype, num_columns: int, power_of_two: bool) 
     import kernels.quantize.triton as module
 
     rows_ND = torch.empty(32, num_columns, dtype=dtype)
-    return compile_launch(module, "quantize_kernel", lambda: module.quantize_1x128(rows_ND, power_of_two))
+    return compile_launch(module, "quantize_kernel", lambda: module.quantize_1x128(rows_ND, power_of_two=power_of_two))
 
 
 @pytest.mark.parametrize("num_columns", [7168, 129])

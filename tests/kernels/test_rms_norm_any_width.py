@@ -23,7 +23,7 @@ def _differences(num_columns: int, is_expanded: bool) -> list[float]:
         made = norm.normalize_backward(grad, x, scale, weight, implementation="triton")
     fits = num_columns <= norm.LARGEST_COLUMNS and not is_expanded
     assert len(calls) == fits
-    codes, inverse = norm.rms_norm_quantize(x, weight, 1e-6, True, implementation="triton")
+    codes, inverse = norm.rms_norm_quantize(x, weight, 1e-6, power_of_two=True, implementation="triton")
     norm.rms_norm_backward_from_codes(grad, codes, inverse, weight, implementation="triton")
     expected = (plain.rms_norm(x, weight, 1e-6)[0], *plain.normalize_backward(grad, x, scale, weight))
     return [float((ours - theirs).abs().max()) for ours, theirs in zip((normal, *made), expected, strict=True)]

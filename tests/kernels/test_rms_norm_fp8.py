@@ -22,8 +22,8 @@ def test_codes_are_those_of_the_formula_rounded_once(shape: tuple[int, int], dty
     x_AD, weight_D, _ = norm_inputs(shape, dtype)
     exact_AD = rms_norm(x_AD.double(), weight_D.double(), EPS)
     for power_of_two in (False, True):
-        normal, inverse_A1 = rms_norm_quantize(strided(x_AD), weight_D, EPS, power_of_two)
-        assert_codes_near(normal, quantize_1x128(exact_AD, power_of_two))
+        normal, inverse_A1 = rms_norm_quantize(strided(x_AD), weight_D, EPS, power_of_two=power_of_two)
+        assert_codes_near(normal, quantize_1x128(exact_AD, power_of_two=power_of_two))
         near(inverse_A1, (x_AD.double().square().mean(1, keepdim=True) + EPS).rsqrt(), 4)
 
 
@@ -31,7 +31,7 @@ def test_codes_are_those_of_the_formula_rounded_once(shape: tuple[int, int], dty
 @pytest.mark.parametrize("shape", SHAPES)
 def test_backward_is_the_formula_at_the_codes_values(shape: tuple[int, int], dtype: torch.dtype) -> None:
     x_AD, weight_D, grad_AD = norm_inputs(shape, dtype)
-    normal, inverse_A1 = rms_norm_quantize(x_AD, weight_D, EPS, False)
+    normal, inverse_A1 = rms_norm_quantize(x_AD, weight_D, EPS, power_of_two=False)
     value_AD, wide_D = dequantize_1x128(normal, torch.float64), weight_D.double()
     hat_AD = torch.where(wide_D == 0, 0, value_AD / wide_D)
     slope_AD = grad_AD.double() * wide_D
@@ -49,7 +49,7 @@ def test_backward_is_near_that_of_the_norm_itself() -> None:
     weight_D = weight_D.abs() + 0.5
     exact_AD, exact_D = x_AD.clone().requires_grad_(), weight_D.clone().requires_grad_()
     rms_norm(exact_AD, exact_D, EPS).backward(grad_AD)
-    normal, inverse_A1 = rms_norm_quantize(x_AD, weight_D, EPS, False)
+    normal, inverse_A1 = rms_norm_quantize(x_AD, weight_D, EPS, power_of_two=False)
     made = rms_norm_backward_from_codes(grad_AD, normal, inverse_A1, weight_D)
     for found, exact in zip(made, (exact_AD.grad, exact_D.grad), strict=True):
         assert exact is not None
@@ -58,12 +58,12 @@ def test_backward_is_near_that_of_the_norm_itself() -> None:
 
 def test_rows_of_more_than_a_chunk_are_those_of_each_row() -> None:
     x_AD, weight_D, grad_AD = norm_inputs((CHUNK_NUMBERS // 7168 + 2, 7168), torch.bfloat16)
-    normal, inverse_A1 = rms_norm_quantize(x_AD, weight_D, EPS, True)
+    normal, inverse_A1 = rms_norm_quantize(x_AD, weight_D, EPS, power_of_two=True)
     grad_x_AD, grad_weight_D = rms_norm_backward_from_codes(grad_AD, normal, inverse_A1, weight_D)
     total_D = torch.zeros(7168, dtype=torch.float64)
     for row in range(len(x_AD)):
         one = slice(row, row + 1)
-        single, inverse_11 = rms_norm_quantize(x_AD[one], weight_D, EPS, True)
+        single, inverse_11 = rms_norm_quantize(x_AD[one], weight_D, EPS, power_of_two=True)
         assert_same_bits(normal.codes[one], single.codes)
         assert_same_bits(normal.scales[one], single.scales)
         assert_same_bits(inverse_A1[one], inverse_11)
@@ -77,7 +77,7 @@ def test_rows_of_more_than_a_chunk_are_those_of_each_row() -> None:
 def test_one_number_that_is_not_finite_poisons_its_row_alone(poison: float) -> None:
     x_AD, weight_D, grad_AD = norm_inputs((4, 300), torch.float32)
     x_AD[2, 150] = poison
-    normal, inverse_A1 = rms_norm_quantize(x_AD, weight_D, EPS, False)
+    normal, inverse_A1 = rms_norm_quantize(x_AD, weight_D, EPS, power_of_two=False)
     assert normal.scales.isnan()[2, 1]
     assert not normal.scales.isnan()[[0, 1, 3]].any()
     grad_x_AD, grad_weight_D = rms_norm_backward_from_codes(grad_AD, normal, inverse_A1, weight_D)
@@ -89,7 +89,7 @@ def test_one_number_that_is_not_finite_poisons_its_row_alone(poison: float) -> N
 @pytest.mark.parametrize(("num_rows", "num_columns"), [(0, 128), (0, 1), (3, 0)])
 def test_nothing_has_its_shapes(num_rows: int, num_columns: int) -> None:
     x_AD, weight_D = torch.ones(num_rows, num_columns), torch.ones(num_columns)
-    normal, inverse_A1 = rms_norm_quantize(x_AD, weight_D, EPS, False)
+    normal, inverse_A1 = rms_norm_quantize(x_AD, weight_D, EPS, power_of_two=False)
     assert normal.codes.shape == (num_rows, num_columns)
     assert normal.scales.shape == (num_rows, -(-num_columns // 128))
     assert inverse_A1.shape == (num_rows, 1)
@@ -100,7 +100,7 @@ def test_nothing_has_its_shapes(num_rows: int, num_columns: int) -> None:
 
 def test_a_weight_of_zero_has_no_slope_and_gives_none() -> None:
     grad_AD, weight_D = torch.ones(2, 4), torch.tensor([1.0, 0.0, -0.0, 2.0])
-    normal = quantize_1x128(torch.tensor([[1.0, 0.0, 0.0, 4.0]] * 2), False)
+    normal = quantize_1x128(torch.tensor([[1.0, 0.0, 0.0, 4.0]] * 2), power_of_two=False)
     grad_x_AD, grad_weight_D = rms_norm_backward_from_codes(grad_AD, normal, torch.ones(2, 1), weight_D)
     assert grad_weight_D[1:3].tolist() == [0.0, 0.0]
     assert grad_x_AD[:, 1:3].tolist() == [[0.0, 0.0]] * 2

@@ -44,7 +44,7 @@ def interpreted_fp8(dtype: torch.dtype) -> None:
         check_rms_norm_fp8(module, "cpu", shape, dtype)
     for size in ((0, 128), (4, 0)):
         x_AD, weight_D = torch.ones(size), torch.ones(size[1])
-        normal, inverse_A1 = module.rms_norm_quantize(x_AD, weight_D, EPS, False)
+        normal, inverse_A1 = module.rms_norm_quantize(x_AD, weight_D, EPS, power_of_two=False)
         assert (normal.codes.shape, normal.scales.shape, inverse_A1.shape) == (
             size,
             (size[0], size[1] // 128),
@@ -62,12 +62,12 @@ def interpreted_blocks() -> None:
 
     x_AD, weight_D, grad_AD = norm_inputs((23, 200), torch.float32)
     normal_AD, inverse_A1 = rms_norm(x_AD, weight_D, EPS)
-    codes, _ = rms_norm_quantize(x_AD, weight_D, EPS, False)
+    codes, _ = rms_norm_quantize(x_AD, weight_D, EPS, power_of_two=False)
     plain = normalize_backward(grad_AD, x_AD, inverse_A1, weight_D)
     fp8 = rms_norm_backward_from_codes(grad_AD, codes, inverse_A1, weight_D)
     for block_rows, num_programs in ((1, 3), (4, 2), (2, 100)):
         assert torch.equal(rms_norm(x_AD, weight_D, EPS, block_rows=block_rows)[0], normal_AD)
-        made, _ = rms_norm_quantize(x_AD, weight_D, EPS, False, block_rows=block_rows)
+        made, _ = rms_norm_quantize(x_AD, weight_D, EPS, power_of_two=False, block_rows=block_rows)
         assert torch.equal(made.codes.view(torch.uint8), codes.codes.view(torch.uint8))
         sharing = {"block_rows": block_rows, "num_programs": num_programs}
         for (grad_x, grad_weight), (wanted_x, wanted_weight) in (
@@ -87,7 +87,7 @@ def interpreted_not_finite(poison: float) -> list[torch.Tensor]:
     x_AD[2, 150] = poison
     found = []
     for implementation in (reference, module):
-        normal, inverse_A1 = implementation.rms_norm_quantize(x_AD, weight_D, EPS, False)
+        normal, inverse_A1 = implementation.rms_norm_quantize(x_AD, weight_D, EPS, power_of_two=False)
         made = implementation.rms_norm_backward_from_codes(grad_AD, normal, inverse_A1, weight_D)
         results = [normal.codes.float(), normal.scales, inverse_A1, *made]
         found.append(torch.cat([each.isnan().flatten() for each in results]))
@@ -105,7 +105,7 @@ def interpreted_misuse() -> list[str]:
         partial(rms_norm, square.t(), square[0], EPS),
         partial(rms_norm, wide, wide[0], EPS),
         partial(normalize_backward, square, square.t(), square[:, :1], square[0]),
-        partial(rms_norm_quantize, square.t(), square[0], EPS, False),
+        partial(rms_norm_quantize, square.t(), square[0], EPS, power_of_two=False),
         partial(rms_norm_backward_from_codes, square, codes, square[:, :1], square[0]),
     ):
         try:
@@ -162,7 +162,9 @@ def compiled(kernel: str, dtype: torch.dtype, num_columns: int, power_of_two: bo
         case "rms_norm_backward_kernel":
             return compile_launch(plain, kernel, lambda: plain.normalize_backward(x_AD, x_AD, inverse_A1, weight_D))
         case "rms_norm_quantize_kernel":
-            return compile_launch(fp8, kernel, lambda: fp8.rms_norm_quantize(x_AD, weight_D, EPS, power_of_two))
+            return compile_launch(
+                fp8, kernel, lambda: fp8.rms_norm_quantize(x_AD, weight_D, EPS, power_of_two=power_of_two)
+            )
     codes = Quantized(x_AD.to(torch.float8_e4m3fn), torch.empty(1024, -(-num_columns // 128)))
     return compile_launch(fp8, kernel, lambda: fp8.rms_norm_backward_from_codes(x_AD, codes, inverse_A1, weight_D))
 

@@ -35,9 +35,9 @@ def test_operand_is_the_formula_rounded_once_and_hidden_values_are_quantized(
     factors_A1 = 1.0 if weights_A is None else weights_A.double()[:, None]
     exact_AM = plain.swiglu(*hidden_AH.double().chunk(2, 1)) * factors_A1
     for power_of_two in (False, True):
-        gated, cached = swiglu_quantize(strided(hidden_AH), weights_A, power_of_two)
-        assert_codes_near(gated, quantize_1x128(exact_AM, power_of_two))
-        expected = quantize_1x128(hidden_AH, power_of_two)
+        gated, cached = swiglu_quantize(strided(hidden_AH), weights_A, power_of_two=power_of_two)
+        assert_codes_near(gated, quantize_1x128(exact_AM, power_of_two=power_of_two))
+        expected = quantize_1x128(hidden_AH, power_of_two=power_of_two)
         assert_same_bits(cached.codes, expected.codes)
         assert_same_bits(cached.scales, expected.scales)
 
@@ -50,7 +50,7 @@ def test_backward_is_the_slope_at_the_cached_values(
 ) -> None:
     hidden_AH, grad_AM = hidden_and_grad(shape, dtype)
     weights_A = some_weights(shape[0], weights_dtype)
-    cached = quantize_1x128(hidden_AH, False)
+    cached = quantize_1x128(hidden_AH, power_of_two=False)
     exact_AH = dequantize_1x128(cached, torch.float32).double().requires_grad_()
     exact_A = None if weights_A is None else weights_A.double().requires_grad_()
     exact_AM = plain.swiglu(*exact_AH.chunk(2, 1)) * (1.0 if exact_A is None else exact_A[:, None])
@@ -74,11 +74,13 @@ def test_rows_of_more_than_a_chunk_are_those_of_each_row() -> None:
     hidden_AH, grad_AM = hidden_and_grad((CHUNK_NUMBERS // (2 * width) + 2, width), torch.bfloat16)
     weights_A = some_weights(len(hidden_AH), torch.float32)
     assert weights_A is not None
-    gated, cached = swiglu_quantize(hidden_AH, weights_A, True)
+    gated, cached = swiglu_quantize(hidden_AH, weights_A, power_of_two=True)
     made = swiglu_backward_from_codes(grad_AM, cached, weights_A)
     for row in (0, len(hidden_AH) - 1):
         one = slice(row, row + 1)
-        for whole, single in zip((gated, cached), swiglu_quantize(hidden_AH[one], weights_A[one], True), strict=True):
+        for whole, single in zip(
+            (gated, cached), swiglu_quantize(hidden_AH[one], weights_A[one], power_of_two=True), strict=True
+        ):
             assert_same_bits(whole.codes[one], single.codes)
             assert_same_bits(whole.scales[one], single.scales)
         part = Quantized(cached.codes[one], cached.scales[one])
@@ -94,7 +96,7 @@ def test_rows_of_more_than_a_chunk_are_those_of_each_row() -> None:
 def test_one_number_that_is_not_finite_poisons_its_tiles_and_what_comes_of_them(poison: float) -> None:
     hidden_AH, grad_AM = hidden_and_grad((3, 200), torch.float32)
     hidden_AH[1, 150] = poison  # a gate in tile 1 of M, and tile 1 of H, which holds ups as well
-    gated, cached = swiglu_quantize(hidden_AH, None, False)
+    gated, cached = swiglu_quantize(hidden_AH, None, power_of_two=False)
     assert gated.scales.isnan().nonzero().tolist() == [[1, 1]]
     assert cached.scales.isnan().nonzero().tolist() == [[1, 1]]
     grad_hidden_AH, gated_AM, grad_weights_A = swiglu_backward_from_codes(grad_AM, cached, torch.ones(3))
@@ -110,7 +112,7 @@ def test_one_number_that_is_not_finite_poisons_its_tiles_and_what_comes_of_them(
 
 @pytest.mark.parametrize(("num_rows", "width"), [(0, 128), (0, 1), (3, 0), (0, 0)])
 def test_nothing_has_its_shapes(num_rows: int, width: int) -> None:
-    gated, cached = swiglu_quantize(torch.ones(num_rows, 2 * width), torch.ones(num_rows), False)
+    gated, cached = swiglu_quantize(torch.ones(num_rows, 2 * width), torch.ones(num_rows), power_of_two=False)
     assert gated.codes.shape == (num_rows, width)
     assert gated.scales.shape == (num_rows, -(-width // 128))
     assert cached.codes.shape == (num_rows, 2 * width)
@@ -124,7 +126,7 @@ def test_nothing_has_its_shapes(num_rows: int, width: int) -> None:
 def test_sizes_that_do_not_fit_are_named() -> None:
     message = "swiglu_quantize: hidden_AH must have an even number of columns, got 7; nearest: 6"
     with pytest.raises(ValueError, match=re.escape(message)):
-        swiglu_quantize(torch.ones(2, 7), None, False)
+        swiglu_quantize(torch.ones(2, 7), None, power_of_two=False)
     message = "swiglu_backward_from_codes: hidden must have twice the gradient's 5 columns, got 8; nearest: 10"
     with pytest.raises(ValueError, match=re.escape(message)):
-        swiglu_backward_from_codes(torch.ones(2, 5), quantize_1x128(torch.ones(2, 8), False), None)
+        swiglu_backward_from_codes(torch.ones(2, 5), quantize_1x128(torch.ones(2, 8), power_of_two=False), None)

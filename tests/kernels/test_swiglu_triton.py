@@ -39,7 +39,7 @@ def interpreted_fp8(dtype: torch.dtype, weights_dtype: torch.dtype | None) -> No
     for shape in FP8_SHAPES:
         check_swiglu_fp8(module, "cpu", shape, dtype, weights_dtype)
     for num_rows, width in ((0, 128), (3, 0)):
-        gated, cached = module.swiglu_quantize(torch.ones(num_rows, 2 * width), None, False)
+        gated, cached = module.swiglu_quantize(torch.ones(num_rows, 2 * width), None, power_of_two=False)
         assert (gated.codes.shape, gated.scales.shape) == ((num_rows, width), (num_rows, width // 128))
         made = module.swiglu_backward_from_codes(torch.ones(num_rows, width), cached, torch.ones(num_rows))
         assert made[0].shape == (num_rows, 2 * width)
@@ -53,10 +53,10 @@ def interpreted_blocks() -> None:
 
     hidden_AH, grad_AM = hidden_and_grad((19, 200), torch.float32)
     weights_A = randn(38, seed=2, dtype=torch.float32)[::2]
-    expected = swiglu_quantize(hidden_AH, weights_A, False)
+    expected = swiglu_quantize(hidden_AH, weights_A, power_of_two=False)
     expected_grads = swiglu_backward_from_codes(grad_AM, expected[1], weights_A)
     for block_rows in (1, 32):
-        made = swiglu_quantize(hidden_AH, weights_A.clone(), False, block_rows=block_rows)
+        made = swiglu_quantize(hidden_AH, weights_A.clone(), power_of_two=False, block_rows=block_rows)
         for actual, wanted in zip(made, expected, strict=True):
             assert torch.equal(actual.codes.view(torch.uint8), wanted.codes.view(torch.uint8))
             assert torch.equal(actual.scales, wanted.scales)
@@ -76,7 +76,7 @@ def interpreted_not_finite(poison: float) -> list[torch.Tensor]:
     hidden_AH[0, 210], hidden_AH[1, 150], hidden_AH[2, 399] = poison, poison, poison  # ups of both tiles, and a gate
     found = []
     for implementation in (reference, module):
-        gated, cached = implementation.swiglu_quantize(hidden_AH, None, False)
+        gated, cached = implementation.swiglu_quantize(hidden_AH, None, power_of_two=False)
         made = implementation.swiglu_backward_from_codes(grad_AM, cached, torch.ones(3))
         results = [gated.codes.float(), gated.scales, cached.codes.float(), cached.scales, *made]
         found.append(torch.cat([each.isnan().flatten() for each in results]))
@@ -93,8 +93,8 @@ def interpreted_misuse() -> list[str]:
     for misuse in (
         partial(swiglu, square.t(), square),
         partial(swiglu_backward, square, square),
-        partial(swiglu_quantize, square.t(), None, False),
-        partial(swiglu_quantize, square[:, :3], None, False),
+        partial(swiglu_quantize, square.t(), None, power_of_two=False),
+        partial(swiglu_quantize, square[:, :3], None, power_of_two=False),
         partial(swiglu_backward_from_codes, square, codes, None),
     ):
         try:
@@ -155,7 +155,9 @@ def compiled_fp8(kernel: str, dtype: torch.dtype, width: int, power_of_two: bool
     weights_A = torch.empty(32) if weights else None
     hidden_AH, grad_AM = torch.empty(32, 2 * width, dtype=dtype), torch.empty(32, width, dtype=dtype)
     if kernel == "swiglu_quantize_kernel":
-        return compile_launch(module, kernel, lambda: module.swiglu_quantize(hidden_AH, weights_A, power_of_two))
+        return compile_launch(
+            module, kernel, lambda: module.swiglu_quantize(hidden_AH, weights_A, power_of_two=power_of_two)
+        )
     cached = Quantized(hidden_AH.to(torch.float8_e4m3fn), torch.empty(32, -(-2 * width // 128)))
     return compile_launch(module, kernel, lambda: module.swiglu_backward_from_codes(grad_AM, cached, weights_A))
 

@@ -48,14 +48,16 @@ class InFp8:
 
     def weight(self, weight: Tensor) -> Tensor:
         """Returns a weight quantized in blocks of 128 x 128, NK or ENK."""
-        return dequantize_128x128(quantize_128x128(weight.detach().float(), self.power_of_two), torch.float64)
+        return dequantize_128x128(
+            quantize_128x128(weight.detach().float(), power_of_two=self.power_of_two), torch.float64
+        )
 
     def columns(
         self, values_AK: Tensor, counts: Sequence[int], *, rounds: bool = False, is_gradient: bool = False
     ) -> list[Tensor]:
         """Returns rows quantized in tiles of 128 rows of a group, for each group."""
         min_amax = GRADIENTS_MIN_AMAX if is_gradient else ROWS_MIN_AMAX
-        codes = quantize_columns(values_AK.float(), counts, rounds or self.power_of_two, min_amax)
+        codes = quantize_columns(values_AK.float(), counts, power_of_two=rounds or self.power_of_two, min_amax=min_amax)
         values_PK = dequantize_1x128(Quantized(*codes), torch.float64).t()
         padded = values_PK.split([-(-count // 128) * 128 for count in counts])
         return [rows_PK[:count] for rows_PK, count in zip(padded, counts, strict=True)]
@@ -67,7 +69,7 @@ class InFp8:
         return grad.t() @ rows
 
     def _by_rows(self, values: Tensor, min_amax: float, rounds: bool) -> Tensor:
-        codes = quantize_1x128(values.detach().float(), rounds or self.power_of_two, min_amax)
+        codes = quantize_1x128(values.detach().float(), power_of_two=rounds or self.power_of_two, min_amax=min_amax)
         return dequantize_1x128(codes, torch.float64)
 
 

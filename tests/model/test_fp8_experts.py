@@ -158,9 +158,9 @@ def test_received_rows_and_gradients_are_operands_without_conversion(monkeypatch
         seen.extend(each.untyped_storage().data_ptr() for each in rows)
         return grouped_rows_fp8(rows, weights, counts, dtype)
 
-    def quantize(rows_ND: Tensor, power_of_two: bool, min_amax: float = 1e-4) -> Quantized:
+    def quantize(rows_ND: Tensor, *, power_of_two: bool, min_amax: float = 1e-4) -> Quantized:
         num_quantized.append(rows_ND.shape[1])
-        return quantize_1x128(rows_ND, power_of_two, min_amax)
+        return quantize_1x128(rows_ND, power_of_two=power_of_two, min_amax=min_amax)
 
     monkeypatch.setattr(reference_fp8, "grouped_rows_fp8", grouped_rows)
     monkeypatch.setattr(reference, "quantize_1x128", quantize)

@@ -152,16 +152,18 @@ def test_maps_of_rows_that_experts_read_too_equal_the_formula(power_of_two: bool
 
 @pytest.fixture
 def _strict(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels that refuse what Triton's would."""
+    """Replaces kernels by ones that reject what Triton's kernels reject."""
     quantize_1x128, quantize_columns = reference.quantize_1x128, reference_columns.quantize_columns
 
-    def rows(rows_ND: Tensor, power_of_two: bool, min_amax: float = 1e-4) -> Quantized:
+    def rows(rows_ND: Tensor, *, power_of_two: bool, min_amax: float = 1e-4) -> Quantized:
         check_columns("rows", rows_ND)
-        return quantize_1x128(rows_ND, power_of_two, min_amax)
+        return quantize_1x128(rows_ND, power_of_two=power_of_two, min_amax=min_amax)
 
-    def columns(rows_ND: Tensor, counts: Sequence[int], power_of_two: bool, min_amax: float = 1e-4) -> QuantizedColumns:
+    def columns(
+        rows_ND: Tensor, counts: Sequence[int], *, power_of_two: bool, min_amax: float = 1e-4
+    ) -> QuantizedColumns:
         check_columns("columns", rows_ND)
-        return quantize_columns(rows_ND, counts, power_of_two, min_amax)
+        return quantize_columns(rows_ND, counts, power_of_two=power_of_two, min_amax=min_amax)
 
     monkeypatch.setattr(reference, "quantize_1x128", rows)
     monkeypatch.setattr(reference_columns, "quantize_columns", columns)

@@ -75,15 +75,15 @@ def spied(monkeypatch: pytest.MonkeyPatch) -> tuple[list[Tensor], dict[str, int]
 
     def counted(name: str, function: Callable[..., object]) -> Callable[..., object]:
 
-        def call(*args: object) -> object:
+        def call(*args: object, **kwargs: object) -> object:
             calls[name] = calls.get(name, 0) + 1
-            return function(*args)
+            return function(*args, **kwargs)
 
         return call
 
-    def quantize(values: Tensor, power_of_two: bool, min_amax: float = 1e-4) -> QuantizedBlocks:
+    def quantize(values: Tensor, *, power_of_two: bool, min_amax: float = 1e-4) -> QuantizedBlocks:
         weights.append(values)
-        return quantize_128x128(values, power_of_two, min_amax)
+        return quantize_128x128(values, power_of_two=power_of_two, min_amax=min_amax)
 
     for name, (path, _) in FP8_FUNCTIONS.items():
         module = import_module(path)

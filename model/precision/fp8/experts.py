@@ -29,7 +29,7 @@ class _GatedDown(torch.autograd.Function):
     def forward(
         ctx: Any, base: Tensor, hidden: Tensor, down_DM: Tensor, sink: WeightSink | None, maps: Fp8Maps
     ) -> Tensor:
-        gated, kept = swiglu_quantize(hidden.flatten(0, -2), None, maps.power_of_two)
+        gated, kept = swiglu_quantize(hidden.flatten(0, -2), None, power_of_two=maps.power_of_two)
         ctx.save_for_backward(*kept, down_DM)
         ctx.sink, ctx.maps, ctx.shape = sink, maps, hidden.shape
         return maps.forward(gated, (down_DM,)).view_as(base).add_(base)
@@ -109,7 +109,7 @@ class _ExpertMlp(torch.autograd.Function):
         # Gate and up, AH; gated and weighted in codes, AM; the result, AD.
         operand = unpack(_sort(packed, order), gate_up_EHD.shape[2])
         hidden_AH = grouped_rows_fp8(operand, maps.codes(gate_up_EHD).forward, counts, dtype)
-        gated, kept = swiglu_quantize(hidden_AH, weights_A, maps.power_of_two)
+        gated, kept = swiglu_quantize(hidden_AH, weights_A, power_of_two=maps.power_of_two)
         out_AD = grouped_rows_fp8(gated, maps.codes(down_EDM).forward, counts, dtype)
         source = (packed,) if x is None else (x, norm_weight_D)
         ctx.save_for_backward(weights_A, *kept, gate_up_EHD, down_EDM, *source)
@@ -132,8 +132,8 @@ class _ExpertMlp(torch.autograd.Function):
         grad_hidden = maps.gradient(grad_AH)
         grad_rows = grouped_rows_fp8(grad_hidden, maps.codes(gate_up_EHD).backward, counts, dtype)
         # Operands of the weight gradients, in codes by columns; the rest is converted when they are computed.
-        hidden_columns = quantize_columns(grad_AH, counts, power_of_two, GRADIENTS_MIN_AMAX)
-        gated_columns = quantize_columns(gated_AM, counts, power_of_two)
+        hidden_columns = quantize_columns(grad_AH, counts, power_of_two=power_of_two, min_amax=GRADIENTS_MIN_AMAX)
+        gated_columns = quantize_columns(gated_AM, counts, power_of_two=power_of_two)
 
         def gate_up_gradient() -> Tensor:
             rows = unpack(_sort(packed, order), gate_up_EHD.shape[2])

@@ -67,7 +67,7 @@ class Fp8LatentLinears:
         eps, rounds = options.shape.eps, maps.power_of_two
 
         def normal(x_BTL: Tensor, weight: Tensor) -> _Normal:
-            operand, inverse = rms_norm_quantize(x_BTL.flatten(0, 1), weight, eps, rounds)
+            operand, inverse = rms_norm_quantize(x_BTL.flatten(0, 1), weight, eps, power_of_two=rounds)
             return _Normal(*operand, inverse)
 
         if weights.query_norm is None:

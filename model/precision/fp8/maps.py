@@ -67,7 +67,7 @@ class Fp8Maps:
 
     def gradient(self, grad_AN: Tensor) -> Quantized:
         """Quantizes an output gradient."""
-        return quantize_1x128(_dense(grad_AN), self.power_of_two, GRADIENTS_MIN_AMAX)
+        return quantize_1x128(_dense(grad_AN), power_of_two=self.power_of_two, min_amax=GRADIENTS_MIN_AMAX)
 
     def codes(self, weight: Tensor) -> WeightCodes:
         """Returns the codes of one weight, NK or ENK."""
@@ -100,11 +100,11 @@ class Fp8Maps:
         """
         counts = (len(grad_AN),)
         rounds = self.power_of_two if power_of_two is None else power_of_two
-        grad = quantize_columns(_dense(grad_AN), counts, self.power_of_two, GRADIENTS_MIN_AMAX)
+        grad = quantize_columns(_dense(grad_AN), counts, power_of_two=self.power_of_two, min_amax=GRADIENTS_MIN_AMAX)
         if isinstance(rows, Tensor):
-            columns = quantize_columns(rows, counts, rounds)
+            columns = quantize_columns(rows, counts, power_of_two=rounds)
             return lambda: gemm_fp8_columns(grad, columns)
-        return lambda: gemm_fp8_columns(grad, requantize_columns(rows, counts, rounds))
+        return lambda: gemm_fp8_columns(grad, requantize_columns(rows, counts, power_of_two=rounds))
 
     def _pieces(self, weights: Sequence[Tensor]) -> list[_Piece]:
         key = tuple(map(id, weights))
@@ -117,7 +117,7 @@ class Fp8Maps:
 
     def _quantize(self, weights: Sequence[Tensor]) -> list[_Piece]:
         """Returns one piece if every map but the last ends with a block of 128 outputs, else one for each map."""
-        found = [quantize_128x128(weight.detach(), self.power_of_two) for weight in weights]
+        found = [quantize_128x128(weight.detach(), power_of_two=self.power_of_two) for weight in weights]
         if len(found) > 1 and all(weight.shape[0] % TILE == 0 for weight in weights[:-1]):
             found = [QuantizedBlocks(_join([each.codes for each in found]), _join([each.scales for each in found]))]
         pieces, first = list[_Piece](), 0

@@ -33,7 +33,7 @@ class _NormedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, norm_weight_D: Tensor, options: _NormOptions, *weights_ND: Tensor) -> Tensor:
         x_AD, maps = x.flatten(0, -2), options.maps
-        operand, inverse_A1 = rms_norm_quantize(x_AD, norm_weight_D, options.eps, maps.power_of_two)
+        operand, inverse_A1 = rms_norm_quantize(x_AD, norm_weight_D, options.eps, power_of_two=maps.power_of_two)
         out_AN = maps.forward(operand, weights_ND)
         ctx.save_for_backward(*operand, inverse_A1, norm_weight_D, *weights_ND)
         ctx.options = options

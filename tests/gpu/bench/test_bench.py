@@ -160,7 +160,9 @@ def test_all_of_the_benchmark_runs(
         kernel="quantize_kernel",
         shape="4096 x 7168, in name only",
         bytes_moved=10**6,
-        prepare=lambda functions, tensors: partial(functions.quantize_1x128, tensors.normal(3, 200), False),
+        prepare=lambda functions, tensors: partial(
+            functions.quantize_1x128, tensors.normal(3, 200), power_of_two=False
+        ),
         reference="kernels.quantize.reference",
     )
     monkeypatch.setattr(command, "LAUNCHES", (launch, replace(launch, is_timed=False)))
@@ -231,7 +233,7 @@ def operands() -> tuple[Quantized, QuantizedBlocks]:
         randn(PRODUCT.num_rows, PRODUCT.depth, seed=0),
         randn(PRODUCT.num_columns, PRODUCT.depth, seed=1),
     )
-    return quantize_1x128(left_MK.float(), False), quantize_128x128(right_NK.float(), False)
+    return quantize_1x128(left_MK.float(), power_of_two=False), quantize_128x128(right_NK.float(), power_of_two=False)
 
 
 @pytest.mark.parametrize("recipe", ["row-wise", "tensor-wise"])
