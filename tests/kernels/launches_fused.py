@@ -88,8 +88,8 @@ SWIGLU = [
         ),
         reference="kernels.swiglu.reference",
     ),
-    swiglu_quantize(TOKENS, DENSE_WIDTH, power_of_two=False),
-    swiglu_quantize(ROWS, EXPERT_WIDTH, power_of_two=True),
+    swiglu_quantize(TOKENS, DENSE_WIDTH, False),
+    swiglu_quantize(ROWS, EXPERT_WIDTH, True),
     swiglu_backward_codes(TOKENS, DENSE_WIDTH, False),
     swiglu_backward_codes(ROWS, EXPERT_WIDTH, True),
 ]

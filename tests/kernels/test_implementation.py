@@ -136,7 +136,9 @@ def test_the_reference_loads_neither_triton_nor_deep_gemm() -> None:
         "from kernels.permute import permute\n"
         "from kernels.quantize import quantize_1x128, quantize_128x128\n"
         "permute(torch.ones(2, 3), torch.zeros(1, dtype=torch.int64))\n"
-        "gemm_fp8(quantize_1x128(torch.ones(2, 3), True), quantize_128x128(torch.ones(2, 3), True), torch.float32)\n"
+        "rows, weight = torch.ones(2, 3), torch.ones(2, 3)\n"
+        "left, right = quantize_1x128(rows, power_of_two=True), quantize_128x128(weight, power_of_two=True)\n"
+        "gemm_fp8(left, right, torch.float32)\n"
         "assert 'triton' not in sys.modules and 'deep_gemm' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
