@@ -158,11 +158,14 @@ def test_misuse_of_formats_is_named(interpreter: ProcessPoolExecutor) -> None:
         assert words in message
 
 
-def compiled(module_name: str, kernel: str, function: str, *arguments: Any) -> Compiled:
+def compiled(
+    module_name: str, kernel: str, function: str, *arguments: Any, power_of_two: bool | None = None
+) -> Compiled:
     import importlib
 
     module = importlib.import_module(f"kernels.quantize.{module_name}")
-    made = compile_launch(module, kernel, lambda: getattr(module, function)(*arguments))
+    options = {} if power_of_two is None else {"power_of_two": power_of_two}
+    made = compile_launch(module, kernel, lambda: getattr(module, function)(*arguments, **options))
     made.assert_sound()
     assert made.shared_bytes <= 16384
     assert made.instructions(r".*\.ftz") == []
@@ -183,13 +186,17 @@ def codes(*shape: int) -> torch.Tensor:
 @pytest.mark.parametrize(("counts", "power_of_two"), [([256], False), ([100, 156], True)])
 def test_compiled_columns_read_and_write_side_by_side(counts: Sequence[int], power_of_two: bool) -> None:
     rows_ND = torch.empty(256, 7168, dtype=torch.bfloat16)
-    made = compiled("triton_columns", "quantize_columns_kernel", "quantize_columns", rows_ND, counts, power_of_two)
+    made = compiled(
+        "triton_columns", "quantize_columns_kernel", "quantize_columns", rows_ND, counts, power_of_two=power_of_two
+    )
     # 8 bytes a thread, of 64 columns of a row; and 16 bytes of the 128 codes of a tile.
     assert vectors(made) == ({"v2"}, {"v4"})
     assert len(made.instructions(r"st\.global\.v4")) == 2
     assert made.registers <= 80
     by_rows = Quantized(codes(256, 7168), torch.empty(256, 56))
-    again = compiled("triton_columns", "requantize_columns_kernel", "requantize_columns", by_rows, counts, power_of_two)
+    again = compiled(
+        "triton_columns", "requantize_columns_kernel", "requantize_columns", by_rows, counts, power_of_two=power_of_two
+    )
     assert vectors(again) == (set(), {"v4"})
     assert len(again.instructions(r"st\.global\.v4")) == 4
     assert again.registers <= 128
@@ -202,7 +209,7 @@ def test_compiled_columns_read_and_write_side_by_side(counts: Sequence[int], pow
 @pytest.mark.parametrize("power_of_two", [True, False])
 def test_compiled_blocks_move_16_bytes_at_a_time(power_of_two: bool) -> None:
     values = torch.empty(4, 256, 7168, dtype=torch.bfloat16)
-    made = compiled("triton_blocks", "quantize_blocks_kernel", "quantize_128x128", values, power_of_two)
+    made = compiled("triton_blocks", "quantize_blocks_kernel", "quantize_128x128", values, power_of_two=power_of_two)
     assert vectors(made) == ({"v4"}, {"v4"})
     assert len(made.instructions(r"div\.rn\.f32")) == (1 if power_of_two else 2)
     in_blocks = QuantizedBlocks(codes(4, 256, 7168), torch.empty(4, 2, 56))
@@ -226,6 +233,6 @@ def test_compiled_e5m6_moves_a_row_in_vectors() -> None:
 
 def test_compiled_formats_of_unaligned_rows_are_sound() -> None:
     rows_ND = torch.empty(130, 7167)
-    compiled("triton_columns", "quantize_columns_kernel", "quantize_columns", rows_ND, [130], False)
-    compiled("triton_blocks", "quantize_blocks_kernel", "quantize_128x128", rows_ND, False)
+    compiled("triton_columns", "quantize_columns_kernel", "quantize_columns", rows_ND, [130], power_of_two=False)
+    compiled("triton_blocks", "quantize_blocks_kernel", "quantize_128x128", rows_ND, power_of_two=False)
     compiled("triton_e5m6", "pack_kernel", "pack_e5m6", rows_ND)
