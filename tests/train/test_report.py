@@ -371,7 +371,7 @@ def test_report_of_two_runs_shows_them_side_by_side(tmp_path: Path, capsys: pyte
     assert [run["name"] for run in page.runs] == ["first", "second"]
     assert [len(run["steps"]) for run in page.runs] == [4, 6]
     series = page.charts[LOSS]["series"]
-    assert [(line["name"], line["run"], line["colour"]) for line in series] == [
+    assert [(line["name"], line["run"], line["color"]) for line in series] == [
         ("first: main", 0, 1),
         ("second: main", 1, 2),
     ]

@@ -21,11 +21,11 @@ _SECONDS_PER_HOUR = 3600.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Line:
-    """A number of the history and its name; `colour` is the number of its style."""
+    """A number of the history and its name; `color` is the number of its style."""
 
     key: str
     name: str
-    colour: int
+    color: int
     dots: bool = False
 
 
@@ -49,7 +49,7 @@ class ChartedRun:
 
 @dataclass(slots=True)
 class _Series:
-    """Series of a chart: a value or None for each bucket of its run, and bands between two series, by their numbers."""
+    """Series of a chart: a value or None for each bucket of its run, and bands between two series."""
 
     series: list[dict[str, Any]] = field(default_factory=list)
     bands: list[tuple[int, int]] = field(default_factory=list)
@@ -57,7 +57,7 @@ class _Series:
     def add(self, line: Line, run: int, values: Sequence[float | None], *, is_edge: bool = False, dash: int = 0) -> int:
         """Adds values and returns their number. An edge is invisible and limits a band."""
         rounded = [value if value is None else _rounded(value) for value in values]
-        style = {"name": line.name, "colour": line.colour, "dots": line.dots, "edge": is_edge, "dash": dash}
+        style = {"name": line.name, "color": line.color, "dots": line.dots, "edge": is_edge, "dash": dash}
         self.series.append({**style, "run": run, "values": rounded})
         return len(self.series) - 1
 
@@ -73,9 +73,9 @@ def chart(
     from_zero: bool = False,
     is_wide: bool = False,
 ) -> str:
-    """Returns a `<figure>` with lines for the numbers that the runs recorded; empty text if they recorded none.
+    """Returns a `<figure>` with lines for the numbers that the runs recorded.
 
-    Several runs differ by color, and their lines by dashes.
+    Empty text if they recorded none. Several runs differ by color, and their lines by dashes.
 
     Args:
         runs: in the order of the legend.
@@ -93,7 +93,7 @@ def chart(
             shown, dash = line, 0
             if len(runs) > 1:
                 name = run.name if len(lines) == 1 else f"{run.name}: {line.name}"
-                shown, dash = Line(key=line.key, name=name, colour=number + 1, dots=line.dots), place
+                shown, dash = Line(key=line.key, name=name, color=number + 1, dots=line.dots), place
             _add_line(drawn, run.history, number, shown, dash)
     if not drawn.series:
         return ""
@@ -103,7 +103,10 @@ def chart(
 
 
 def band(history: History, title: str, least: Line, most: Line, y: str) -> str:
-    """Returns a plot of the range between two numbers, without a figure around it; empty text if one is unknown."""
+    """Returns a plot of the range between two numbers, without a figure around it.
+
+    Empty text if one is unknown.
+    """
     if not history.tallies(least.key) or not history.tallies(most.key):
         return ""
     drawn = _Series()
@@ -141,7 +144,7 @@ def _axes(run: ChartedRun) -> dict[str, Any]:
 
 
 def _hours(history: History) -> list[float] | None:
-    """Returns the hours of training at the middle of each bucket, or None if the time of a step is unknown."""
+    """Returns the hours of training at the middle of each bucket, or None if a step's time is unknown."""
     known = {bucket.first: tally.total / _SECONDS_PER_HOUR for bucket, tally in history.tallies("step_seconds")}
     hours, before = [], 0.0
     for bucket in history.buckets:

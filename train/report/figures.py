@@ -1,6 +1,7 @@
-"""Numbers for people, with at most three significant digits. The page's script writes a chart's values the same way.
+"""Numbers for people, with at most three significant digits.
 
-Only the readings of a chart have four: the loss of a long run changes in the fourth.
+The page's script writes a chart's values the same way. Only the readings of a chart have four: the loss of a long run
+changes in the fourth.
 """
 
 import math
@@ -17,7 +18,7 @@ def plain(value: float) -> str:
 
 
 def count(value: float) -> str:
-    """Returns a number of steps with all its digits, as in `12,345`: it is a name rather than a measurement."""
+    """Returns a step number with all its digits, as in `12,345`."""
     return f"{value:,.0f}"
 
 

@@ -86,9 +86,10 @@ class History:
         self._last_columns: NDArray[np.intp] = np.empty(0, dtype=np.intp)
 
     def add(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Adds the numbers of a step. A step that is not after the last one first removes what was added from it on.
+        """Adds the numbers of a step.
 
-        Numbers that are not finite are left out.
+        A step that is not after the last one first removes what was added from it on. Numbers that are not finite are
+        left out.
         """
         if self.buckets and step <= self.buckets[-1].last:
             self._remove_from(step)

@@ -1,4 +1,4 @@
-"""A layer's experts: their loads over the run as a heat map, and below it the path of the router's bias."""
+"""Draws a layer's experts: their loads over the run as a heat map, and the router's bias below it."""
 
 import base64
 import struct
@@ -47,7 +47,7 @@ def card(history: History, layer: str) -> str:
     """One layer's `<figure>`; empty text where nothing is known of it."""
     loaded = [bucket for bucket in history.buckets if layer in bucket.loads]
     least, most = (
-        Line(key=f"router.{layer}.bias_{key}", name=f"{name} bias", colour=1)
+        Line(key=f"router.{layer}.bias_{key}", name=f"{name} bias", color=1)
         for key, name in (("least", "least"), ("most", "greatest"))
     )
     bias = band(history, f"{_name(layer)}: bias of the router", least, most, y="bias")
@@ -82,14 +82,14 @@ def legend_gradient() -> str:
     return "linear-gradient(to right," + ",".join(f"rgb({red},{green},{blue})" for red, green, blue in palette()) + ")"
 
 
-def png(shades_RC: NDArray[np.uint8], colours: Sequence[tuple[int, int, int]]) -> bytes:
+def png(shades_RC: NDArray[np.uint8], colors: Sequence[tuple[int, int, int]]) -> bytes:
     """A palette image, one pixel for a number."""
     rows, columns = shades_RC.shape
     header = struct.pack(">IIBBBBB", columns, rows, 8, 3, 0, 0, 0)
     lines = b"".join(b"\0" + row.tobytes() for row in np.ascontiguousarray(shades_RC))
     chunks = (
         (b"IHDR", header),
-        (b"PLTE", bytes(value for colour in colours for value in colour)),
+        (b"PLTE", bytes(value for color in colors for value in color)),
         (b"IDAT", zlib.compress(lines, 9)),
         (b"IEND", b""),
     )
@@ -113,9 +113,9 @@ def _name(layer: str) -> str:
 def _facts(history: History, layer: str) -> str:
     violation = history.latest(f"router.{layer}.max_violation")
     spread = history.latest(f"router.{layer}.bias_std")
-    told = [] if violation is None else [f"MaxVio {violation:.2f}"]
-    told += [] if spread is None else [f"bias's standard deviation {plain(spread)}"]
-    return f" <small>{', '.join(told)}</small>"
+    facts = [] if violation is None else [f"MaxVio {violation:.2f}"]
+    facts += [] if spread is None else [f"bias's standard deviation {plain(spread)}"]
+    return f" <small>{', '.join(facts)}</small>"
 
 
 def _share(bucket: Bucket, layer: str) -> NDArray[np.float64]:

@@ -15,7 +15,7 @@
   };
   const element = id => document.getElementById(id);
   const all = selector => [...document.querySelectorAll(selector)];
-  const colour = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+  const color = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
   const whole = value => value.toLocaleString("en-US");
   const LEFT = 66, RIGHT = 24;  // as the margins of a map of loads
   const LABEL = 17, FONT = "12px system-ui, sans-serif", DASHES = [[], [7, 4], [2, 3], [10, 3, 2, 3]];
@@ -73,7 +73,7 @@
     for (const [number, run] of RUNS.entries())
       for (const [step, kind] of run.marks) {
         const x = Math.round(plot.valToPos(ofStep(step, number), "x", true)), isCheckpoint = kind === "checkpoint";
-        ctx.strokeStyle = colour(RUNS.length > 1 ? "--c" + (number + 1) : isCheckpoint ? "--soft" : "--event");
+        ctx.strokeStyle = color(RUNS.length > 1 ? "--c" + (number + 1) : isCheckpoint ? "--soft" : "--event");
         ctx.lineWidth = (isCheckpoint ? 2.5 : 1.2) * ratio;
         ctx.setLineDash(isCheckpoint ? [] : [4 * ratio, 3 * ratio]);
         ctx.beginPath();
@@ -120,7 +120,7 @@
   }
 
   function series(line, format, lines) {
-    const stroke = colour("--c" + line.colour), hidden = line.edge || line.faint;
+    const stroke = color("--c" + line.color), hidden = line.edge || line.faint;
     return {
       label: line.name, class: hidden ? "edge" : undefined, width: line.faint ? 1 : 1.7, spanGaps: true,
       stroke: line.edge ? "transparent" : line.faint ? stroke + "55" : stroke, dash: DASHES[line.dash % DASHES.length],
@@ -146,7 +146,7 @@
 
   function options(chart, holder, lines) {
     const format = FORMATS[chart.unit], isLog = state.log && chart.canBeLog, isNarrow = holder.clientWidth < 330;
-    const axis = {stroke: colour("--soft"), grid: {stroke: colour("--line"), width: 1}, ticks: {show: false}, font: FONT,
+    const axis = {stroke: color("--soft"), grid: {stroke: color("--line"), width: 1}, ticks: {show: false}, font: FONT,
       labelFont: FONT, labelSize: LABEL, labelGap: 0};
     const linear = (_, min, max) => uPlot.rangeNum(chart.fromZero ? Math.min(0, min) : min,
       chart.fromZero ? Math.max(0, max) : max, 0.06, true);
@@ -182,7 +182,7 @@
       series: [{label: X[state.x].title, value: (plot, _, __, place) => placeText(plot, place)},
         ...lines.map(line => series(line, format, lines))],
       bands: chart.bands.map(([top, bottom]) => ({
-        series: [top + 1, bottom + 1], fill: colour("--c" + chart.series[top].colour) + "2e",
+        series: [top + 1, bottom + 1], fill: color("--c" + chart.series[top].color) + "2e",
       })),
       hooks: {
         draw: chart.marks ? [drawMarks] : [],

@@ -1,4 +1,4 @@
-"""A run on one page that needs nothing else: curves, pipeline, experts, exchange, checkpoints and events."""
+"""Draws a run on one offline page: curves, pipeline, experts, exchange, checkpoints and events."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -21,10 +21,10 @@ _SCRIPT = Path(__file__).with_name("page.js")
 _LIBRARY = Path(__file__).with_name("uplot")  # 1.6.32, MIT License, unchanged
 _MOST_EVENTS = 1000
 _LOSSES = (
-    Line(key="loss", name="total", colour=0),
-    Line(key="main_loss", name="main", colour=1),
-    Line(key="mtp_loss", name="MTP", colour=2),
-    Line(key="validation_loss", name="validation", colour=3, dots=True),
+    Line(key="loss", name="total", color=0),
+    Line(key="main_loss", name="main", color=1),
+    Line(key="mtp_loss", name="MTP", color=2),
+    Line(key="validation_loss", name="validation", color=3, dots=True),
 )
 _LAYER_COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("rows_within_nodes", "rows within nodes", short),
@@ -40,7 +40,7 @@ _LAYER_COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DrawnRun:
-    """A run on the page; `name` distinguishes it from the others, `about` is a line on it, both plain text."""
+    """A run on the page. `name` distinguishes it, and `about` describes it; both are plain text."""
 
     source: RunSource
     name: str
@@ -94,7 +94,7 @@ def _comment(text: str) -> str:
 
 
 def _without_header(script: str) -> str:
-    """Returns the library without its first line, a comment with an address: the page names no other place."""
+    """Returns the chart library without its first line, a comment with a URL, so that the page has none."""
     return script.partition("\n")[2].strip()
 
 
@@ -153,7 +153,7 @@ def _largest(history: History, key: str) -> float | None:
 
 def _learning(runs: Sequence[ChartedRun]) -> list[str]:
     losses = _LOSSES if len(runs) == 1 else (_LOSSES[1], _LOSSES[3])
-    rate, norm = [Line(key="lr", name="rate", colour=1)], [Line(key="grad_norm", name="norm", colour=1)]
+    rate, norm = [Line(key="lr", name="rate", color=1)], [Line(key="grad_norm", name="norm", color=1)]
     return [
         chart(runs, "Loss", losses, y="nats per token", has_marks=True, is_wide=True),
         chart(runs, "Learning rate", rate, y="rate", from_zero=True),
@@ -163,15 +163,15 @@ def _learning(runs: Sequence[ChartedRun]) -> list[str]:
 
 def _speed(runs: Sequence[ChartedRun]) -> list[str]:
     memory = [
-        Line(key="peak_memory_bytes", name="largest of all ranks", colour=2),
-        Line(key="mean_peak_memory_bytes", name="mean over ranks", colour=1),
+        Line(key="peak_memory_bytes", name="largest of all ranks", color=2),
+        Line(key="mean_peak_memory_bytes", name="mean over ranks", color=1),
     ]
     speed, batch = (
-        Line(key="tokens_per_second", name="tokens/s", colour=1),
-        Line(key="global_batch_sequences", name="sequences", colour=1),
+        Line(key="tokens_per_second", name="tokens/s", color=1),
+        Line(key="global_batch_sequences", name="sequences", color=1),
     )
-    bubble, mfu = Line(key="pipeline_bubble", name="bubble", colour=1), Line(key="mfu", name="MFU", colour=1)
-    time = Line(key="step_seconds", name="time", colour=1)
+    bubble, mfu = Line(key="pipeline_bubble", name="bubble", color=1), Line(key="mfu", name="MFU", color=1)
+    time = Line(key="step_seconds", name="time", color=1)
     of_peak, of_time = "share of peak FLOP/s", "share of the pipelines' time"
     return [
         chart(runs, "Tokens per second", [speed], y="tokens/s", unit="short", from_zero=True, has_marks=True),
@@ -194,7 +194,7 @@ def _pipeline(drawn: Sequence[DrawnRun]) -> str:
 
 def _experts(runs: Sequence[ChartedRun]) -> str:
     """Returns loads and router biases: of every layer for one run, of all layers together for several."""
-    worst = [Line(key="max_violation", name="MaxVio", colour=2)]
+    worst = [Line(key="max_violation", name="MaxVio", color=2)]
     keys = {key for run in runs for key in run.history.keys if key.startswith("router.")}
     layers = {*(key.split(".")[1] for key in keys), *(layer for run in runs for layer in run.history.layers())}
     names = [f", {run.name}" if len(runs) > 1 else "" for run in runs]
@@ -211,12 +211,15 @@ def _experts(runs: Sequence[ChartedRun]) -> str:
 
 
 def _exchange(runs: Sequence[ChartedRun], last: Mapping[str, Any]) -> str:
-    """Returns the traffic over the run, and by layer that of the last step; `last` is empty for several runs."""
+    """Returns the traffic over the run, and by layer that of the last step.
+
+    `last` is empty for several runs.
+    """
     sent = [
-        Line(key="inter_node_bytes", name="across nodes", colour=2),
-        Line(key="intra_node_bytes", name="within nodes", colour=1),
+        Line(key="inter_node_bytes", name="across nodes", color=2),
+        Line(key="intra_node_bytes", name="within nodes", color=1),
     ]
-    nodes = [Line(key="nodes_per_token", name="nodes per token", colour=1)]
+    nodes = [Line(key="nodes_per_token", name="nodes per token", color=1)]
     curves = _charts(
         [
             chart(runs, "Bytes sent in a step", sent, y="bytes", unit="bytes", from_zero=True),

@@ -1,4 +1,4 @@
-"""What a run's folder tells a report, read anew as the run goes on: only what was added since the last time."""
+"""Reads a run's folder for its report, incrementally: only what was added since the last time."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -67,7 +67,10 @@ class RunSource:
         return sorted([*events, *checkpoints], key=lambda mark: mark.step)
 
     def picture(self) -> str:
-        """Returns planned and measured time of the pipeline as SVG; empty if there is no picture of shapes alone."""
+        """Returns planned and measured time of the pipeline as SVG.
+
+        Empty if there is no picture of shapes alone.
+        """
         path = self.folder / PICTURE_NAME
         if not path.is_file() or path.stat().st_size > _LARGEST_PICTURE_BYTES:
             return ""
@@ -77,7 +80,10 @@ class RunSource:
 
 @dataclass(slots=True)
 class _Tail:
-    """A file of JSON objects, one a line, that grows. A line that is not whole, or has no step, is passed over."""
+    """A file of JSON objects, one a line, that grows.
+
+    A line that is not whole, or has no step, is passed over.
+    """
 
     path: Path
     offset: int = 0
@@ -109,7 +115,7 @@ class _Tail:
 
 
 def _is_sampled(number: int) -> bool:
-    """Returns whether a line of loads is read: all lines at first, then at least `_LOADS_PER_BUCKET` of each bucket.
+    """Returns whether a line of loads is read: all at first, then `_LOADS_PER_BUCKET` or more per bucket.
 
     A line has the load of every expert, and their decoding would be most of a report's time. The choice depends only
     on the number of the line, so that a report is the same whether it is drawn during the run or after it.

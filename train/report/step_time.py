@@ -1,4 +1,4 @@
-"""Where the time of a step goes: a bar of its parts, and their seconds over the run."""
+"""Draws the parts of a step's time: a bar of their means, and their seconds over the run."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,12 +11,12 @@ from train.report.history import History
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """A part of a step's time; `key` is that of `metrics.jsonl`, `colour` the number of its style."""
+    """A part of a step's time; `key` is that of `metrics.jsonl`, `color` the number of its style."""
 
     key: str
     name: str
     meaning: str
-    colour: int
+    color: int
 
 
 _PARTS = (
@@ -30,16 +30,19 @@ _PARTS = (
 
 
 def step_time(runs: Sequence[ChartedRun]) -> str:
-    """Returns a bar and a table for each run, and a chart of one run's parts; empty text without such records."""
+    """Returns a bar and a table for each run, and a chart of one run's parts.
+
+    Empty text without such records.
+    """
     bars = [_bar(run, is_named=len(runs) > 1) for run in runs]
     if not any(bars):
         return ""
-    lines = [Line(key=f"step_time.{part.key}", name=part.name, colour=part.colour) for part in _PARTS]
+    lines = [Line(key=f"step_time.{part.key}", name=part.name, color=part.color) for part in _PARTS]
     curves = chart(runs, "Parts of a step's time", lines, y="seconds", is_wide=True) if len(runs) == 1 else ""
     return "".join(bars) + (f'<div class="charts">{curves}</div>' if curves else "")
 
 
-def _bar(run: ChartedRun, is_named: bool) -> str:
+def _bar(run: ChartedRun, *, is_named: bool) -> str:
     means = [(part, _mean(run.history, f"step_time.{part.key}")) for part in _PARTS]
     known = [(part, mean) for part, mean in means if mean is not None]
     total = sum(mean for _, mean in known)
@@ -47,10 +50,10 @@ def _bar(run: ChartedRun, is_named: bool) -> str:
         return ""
     heading = f"<h3>{escape(run.name)}</h3>" if is_named else ""
     stretches = "".join(
-        f'<i class="p{part.colour}" style="flex:{mean / total:.6f} 0 0"></i>' for part, mean in known if mean > 0
+        f'<i class="p{part.color}" style="flex:{mean / total:.6f} 0 0"></i>' for part, mean in known if mean > 0
     )
     rows = "".join(
-        f'<tr><th scope="row"><i class="swatch p{part.colour}"></i>{part.name}<small>{part.meaning}</small></th>'
+        f'<tr><th scope="row"><i class="swatch p{part.color}"></i>{part.name}<small>{part.meaning}</small></th>'
         f"<td>{seconds(mean)}</td><td>{percent(mean / total)}</td></tr>"
         for part, mean in known
     )

@@ -1,4 +1,4 @@
-"""`report.html` of a run's folder, written while the run goes on and after it."""
+"""Writes `report.html` into a run's folder, during the run and at its end."""
 
 import logging
 import os
@@ -17,7 +17,10 @@ LOGGER = logging.getLogger("train")
 
 
 class Report:
-    """Follows a run's folder and draws it. What it keeps and how long it takes are limited however long the run is."""
+    """Follows a run's folder and draws it.
+
+    What it keeps and how long it takes are limited however long the run is.
+    """
 
     def __init__(self, config: TrainConfig) -> None:
         """`config`: of the run; its `out_dir` is the folder."""
@@ -25,7 +28,7 @@ class Report:
         self._source = RunSource(Path(config.out_dir))
 
     def write(self) -> Path:
-        """Draws what the folder holds by now, in place of an earlier page, which stays until the new one is whole.
+        """Draws the current content of the folder. The new page replaces an earlier one when it is complete.
 
         Raises:
             OSError: something cannot be read or written.
@@ -35,7 +38,7 @@ class Report:
         return _replace(self._source.folder / REPORT_NAME, html([run], run.name))
 
     def try_to_write(self) -> None:
-        """`write` for a run that must go on: whatever goes wrong is told in the log alone."""
+        """Writes the report during a run, which must continue: errors are only logged."""
         try:
             self.write()
         except Exception:
@@ -61,7 +64,10 @@ def compare(configs: Sequence[TrainConfig]) -> Path:
 
 
 def differing_settings(configs: Sequence[TrainConfig]) -> list[list[str]]:
-    """Returns the dotted keys whose values differ, each with the value of every run; names and folders are left out."""
+    """Returns the dotted keys whose values differ, each with the value of every run.
+
+    Names and folders are left out.
+    """
     flat = [dict(_leaves(redact_values(encode(config)), "")) for config in configs]
     keys = [key for key in dict.fromkeys(key for each in flat for key in each) if key not in ("name", "out_dir")]
     rows = [[key, *(each.get(key, "none") for each in flat)] for key in keys]
@@ -77,7 +83,10 @@ def _leaves(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str]]
 
 
 def _names(configs: Sequence[TrainConfig]) -> list[str]:
-    """Returns the names of the runs; with the folder's name if two have the same one, and else with a number."""
+    """Returns the names of the runs.
+
+    With the folder's name if two have the same one, and else with a number.
+    """
     names = [config.name for config in configs]
     if len(set(names)) < len(names):
         names = [f"{config.name} {Path(config.out_dir).resolve().name}" for config in configs]
