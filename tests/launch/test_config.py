@@ -237,7 +237,7 @@ def test_config_quickstart_feeds_dualpipe_fully() -> None:
         (["task.bias_update_rate=[]"], ["task.bias_update_rate", "from_tokens: 0", "is []"]),
         (["task.bias_update_rate=[{from_tokens:5,value:1}]"], ["task.bias_update_rate", "from_tokens: 0"]),
         (["task.bias_update_rate=[{from_tokens:0,value:1},{from_tokens:0,value:2}]"],
-            ["task.bias_update_rate", "must grow", "are 0, 0"]),
+            ["task.bias_update_rate", "must increase", "are 0, 0"]),
         (["task.bias_update_rate=[{from_tokens:0,value:1},{from_tokens:1.5,value:2}]"],
             ["task.bias_update_rate", "whole number", "is 1.5"]),
         (["task.bias_update_rate=[{from_tokens:0,valu:1}]"], ["task.bias_update_rate", "value", "valu"]),
