@@ -148,8 +148,8 @@ class Decoder:
         # Dispatch rows to the routed experts, add the shared experts, and combine.
         dispatcher, moe = self._model.dispatcher, block.mlp
         routing = moe.gate(rows_ND[None])
-        handle = dispatcher.plan(routing.ids_NK, routing.weights_NK)
-        arrived = dispatcher.dispatch(rows_ND, routing.weights_NK, handle).wait()
+        handle = dispatcher.plan(routing.ids_TK, routing.weights_TK)
+        arrived = dispatcher.dispatch(rows_ND, routing.weights_TK, handle).wait()
         routed_AD = moe.experts.apply_in_weight_type(arrived.rows_AD, arrived.weights_A, arrived.counts)
         if moe.shared_experts is not None:
             residual_ND = residual_ND + moe.shared_experts(rows_ND, None)

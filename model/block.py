@@ -126,22 +126,22 @@ class _Dispatch(torch.autograd.Function):
         ctx: Any,
         values_BTD: Tensor,
         rows: Rows,
-        weights_NK: Tensor,
+        weights_TK: Tensor,
         dispatcher: Dispatcher,
         handle: Handle,
         wire: Wire,
         found: list[tuple[Rows, tuple[int, ...]]],
     ) -> tuple[Tensor, Tensor]:
         ctx.dispatcher, ctx.handle, ctx.shape = dispatcher, handle, values_BTD.shape
-        arrived = dispatcher.dispatch(wire.pack(rows), weights_NK, handle).wait()
+        arrived = dispatcher.dispatch(wire.pack(rows), weights_TK, handle).wait()
         received = wire.unpack(arrived.rows_AD, rows)
         found.append((received, arrived.counts))
         return received.values, arrived.weights_A
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        rows_ND, weights_NK = ctx.dispatcher.dispatch_backward(grads[0], grads[1], ctx.handle).wait()
-        return rows_ND.view(ctx.shape), None, weights_NK, None, None, None, None
+        rows_ND, weights_TK = ctx.dispatcher.dispatch_backward(grads[0], grads[1], ctx.handle).wait()
+        return rows_ND.view(ctx.shape), None, weights_TK, None, None, None, None
 
 
 class _Combine(torch.autograd.Function):
@@ -167,16 +167,16 @@ def run_block(
         return block.dense(hidden_BTD, None, documents), None
     attended = block.attend(hidden_BTD, None, documents)
     residual_BTD, rows, routing = attended.residual_BTD, attended.rows, attended.routing
-    handle = dispatcher.plan(routing.ids_NK, routing.weights_NK)
+    handle = dispatcher.plan(routing.ids_TK, routing.weights_TK)
     if isinstance(dispatcher, RankLocalDispatcher):
         counts, order = dispatcher.local_order(handle)
         source = NormSource.of(residual_BTD, block.post_attention_layernorm)
-        summed_ND = block.moe.experts.apply_locally(rows, source, routing.weights_NK, counts, order)
+        summed_ND = block.moe.experts.apply_locally(rows, source, routing.weights_TK, counts, order)
         base_BTD = block.add_shared(residual_BTD, rows, None)
         return base_BTD + summed_ND.view_as(base_BTD), routing
     wire, found = block.wire(), list[tuple[Rows, tuple[int, ...]]]()
     values_AD, weights_A = _Dispatch.apply(  # type: ignore[no-untyped-call]
-        rows.values, rows, routing.weights_NK, dispatcher, handle, wire, found
+        rows.values, rows, routing.weights_TK, dispatcher, handle, wire, found
     )
     ((received, counts),) = found
     given = Received(residual_BTD, rows, received.with_values(values_AD), weights_A, counts)

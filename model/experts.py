@@ -37,18 +37,18 @@ class RoutedExperts(nn.Module):
         return self._linears.experts(rows, weights_A, self._weights, counts, sink)
 
     def apply_locally(
-        self, rows: Rows, source: NormSource, weights_NK: Tensor, counts: Sequence[int], order: RowOrder
+        self, rows: Rows, source: NormSource, weights_TK: Tensor, counts: Sequence[int], order: RowOrder
     ) -> Tensor:
         """Dispatches, applies the experts and combines on one rank, if all experts are there, ND.
 
         Args:
             rows: rows by token.
             source: norm and its input, from which a backward may recompute the rows.
-            weights_NK: routing weights.
+            weights_TK: routing weights.
             counts: rows per expert.
             order: order in which copies of tokens go to experts.
         """
-        return self._linears.apply_local_experts(rows, source, weights_NK, self._weights, counts, order)
+        return self._linears.apply_local_experts(rows, source, weights_TK, self._weights, counts, order)
 
     def apply_in_weight_type(self, rows_AD: Tensor, weights_A: Tensor, counts: Sequence[int]) -> Tensor:
         """Returns the result of `forward` in the weights' type for any model precision, without gradients, AD."""

@@ -260,7 +260,7 @@ def block_phases(
     def attend(hidden: Hidden, sink: WeightSink | None) -> Computed[Routed]:
         attended = block.attend(hidden.hidden_BTD, sink, documents, route)
         routing = attended.routing
-        routed = Routed(attended.residual_BTD, attended.rows, routing.weights_NK, routing.ids_NK)
+        routed = Routed(attended.residual_BTD, attended.rows, routing.weights_TK, routing.ids_TK)
         return Computed(routed, record_balance(routing.balance))
 
     def experts(received: Received, sink: WeightSink | None) -> Computed[ExpertOutput]:

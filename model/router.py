@@ -29,11 +29,11 @@ class RouteError(ValueError):
 class Routing:
     """Chosen experts of each token.
 
-    `ids_NK` is int64; `weights_NK` and `scores_BTE` (sigmoid, unbiased) are float32 or wider.
+    `ids_TK` is int64; `weights_TK` and `scores_BTE` (sigmoid, unbiased) are float32 or wider.
     """
 
-    ids_NK: Tensor
-    weights_NK: Tensor
+    ids_TK: Tensor
+    weights_TK: Tensor
     scores_BTE: Tensor
 
     @property
@@ -42,7 +42,7 @@ class Routing:
 
         f comes from plain top-k of unbiased scores, without gradient.
         """
-        scores_BTE, num_experts_per_token = self.scores_BTE, self.ids_NK.shape[1]
+        scores_BTE, num_experts_per_token = self.scores_BTE, self.ids_TK.shape[1]
         _, tokens, num_experts = scores_BTE.shape
         top_BTK = scores_BTE.detach().topk(num_experts_per_token, -1, sorted=False).indices
         counts_BE = torch.zeros_like(scores_BTE[:, 0]).scatter_add_(
@@ -74,28 +74,28 @@ class Router(nn.Module):
         """Routes every token by its normalized state."""
         return self.route(functional.linear(widen(x_BTD), widen(self.weight)))
 
-    def route(self, logits_BTE: Tensor, forced_ids_NK: Tensor | None = None) -> Routing:
+    def route(self, logits_BTE: Tensor, forced_ids_TK: Tensor | None = None) -> Routing:
         """Routes every token by its logits; adds this rank's choices to `load` when gradients are recorded.
 
         Args:
             logits_BTE: scores before the sigmoid.
-            forced_ids_NK: int64, experts to choose independent of their scores, which still determine the weights;
+            forced_ids_TK: int64, experts to choose independent of their scores, which still determine the weights;
                 None: the router chooses. They are checked on the host.
 
         Raises:
             RouteError: forced ids are not K different experts for each token.
         """
         scores_BTE = logits_BTE.sigmoid()
-        scores_NE = scores_BTE.detach().flatten(0, 1)
-        ids_NK = (
-            self._choose(scores_NE) if forced_ids_NK is None else self._check_forced_ids(forced_ids_NK, len(scores_NE))
+        scores_TE = scores_BTE.detach().flatten(0, 1)
+        ids_TK = (
+            self._choose(scores_TE) if forced_ids_TK is None else self._check_forced_ids(forced_ids_TK, len(scores_TE))
         )
-        chosen_NK = scores_BTE.flatten(0, 1).gather(1, ids_NK)
-        weights_NK = chosen_NK / (chosen_NK.sum(-1, keepdim=True) + 1e-20) * self._config.routed_scaling_factor
+        chosen_TK = scores_BTE.flatten(0, 1).gather(1, ids_TK)
+        weights_TK = chosen_TK / (chosen_TK.sum(-1, keepdim=True) + 1e-20) * self._config.routed_scaling_factor
         if torch.is_grad_enabled():
             # bincount would need a host sync for the size of its result.
-            self.load.scatter_add_(0, ids_NK.flatten(), torch.ones_like(ids_NK.flatten()))
-        return Routing(ids_NK, weights_NK, scores_BTE)
+            self.load.scatter_add_(0, ids_TK.flatten(), torch.ones_like(ids_TK.flatten()))
+        return Routing(ids_TK, weights_TK, scores_BTE)
 
     def update_bias(self, load_E: Tensor, rate: float) -> None:
         """Raises the bias of experts below the mean load and lowers that of those above it, by `rate`.
@@ -107,36 +107,36 @@ class Router(nn.Module):
         load = load_E.to(torch.float64)
         self.e_score_correction_bias += rate * torch.sign(load.mean() - load).to(self.e_score_correction_bias.dtype)
 
-    def _check_forced_ids(self, ids_NK: Tensor, num_tokens: int) -> Tensor:
+    def _check_forced_ids(self, ids_TK: Tensor, num_tokens: int) -> Tensor:
         """Returns forced ids if they are K different experts for each token, else raises an error."""
         config = self._config
         shape = (num_tokens, config.num_experts_per_token)
-        if ids_NK.shape != shape or ids_NK.dtype != torch.int64:
-            given = f"{ids_NK.dtype} {list(ids_NK.shape)}"
+        if ids_TK.shape != shape or ids_TK.dtype != torch.int64:
+            given = f"{ids_TK.dtype} {list(ids_TK.shape)}"
             raise RouteError(f"forced ids must be torch.int64 {list(shape)}, got {given}")
-        ordered_NK = ids_NK.sort(-1).values
-        is_outside_N = (ordered_NK[:, 0] < 0) | (ordered_NK[:, -1] >= config.num_routed_experts)
-        is_repeated_N = (ordered_NK[:, 1:] == ordered_NK[:, :-1]).any(-1)
-        wrong = (is_outside_N | is_repeated_N).nonzero().flatten().tolist()  # host sync
+        ordered_TK = ids_TK.sort(-1).values
+        is_outside_T = (ordered_TK[:, 0] < 0) | (ordered_TK[:, -1] >= config.num_routed_experts)
+        is_repeated_T = (ordered_TK[:, 1:] == ordered_TK[:, :-1]).any(-1)
+        wrong = (is_outside_T | is_repeated_T).nonzero().flatten().tolist()  # host sync
         if wrong:
             raise RouteError(
                 f"forced ids must be different experts in 0 to {config.num_routed_experts - 1}, "
-                f"token {wrong[0]} has {ids_NK[wrong[0]].tolist()}"
+                f"token {wrong[0]} has {ids_TK[wrong[0]].tolist()}"
             )
-        return ids_NK
+        return ids_TK
 
-    def _choose(self, scores_NE: Tensor) -> Tensor:
+    def _choose(self, scores_TE: Tensor) -> Tensor:
         config = self._config
-        biased_NE = scores_NE + self.e_score_correction_bias
+        biased_TE = scores_TE + self.e_score_correction_bias
         if config.num_limited_groups < config.num_expert_groups:
-            kept_NE = limit_groups(
-                biased_NE,
+            kept_TE = limit_groups(
+                biased_TE,
                 config.num_expert_groups,
                 config.num_limited_groups,
                 min(GROUP_SCORE_EXPERTS, config.num_routed_experts // config.num_expert_groups),
             )
-            biased_NE = biased_NE.masked_fill(~kept_NE, -torch.inf)
-        return biased_NE.topk(config.num_experts_per_token, -1, sorted=False).indices
+            biased_TE = biased_TE.masked_fill(~kept_TE, -torch.inf)
+        return biased_TE.topk(config.num_experts_per_token, -1, sorted=False).indices
 
 
 class Routes(Protocol):
@@ -161,7 +161,7 @@ class RecordedRoutes:
         """Routes by the router's choice, and records it in as few bytes as the number of experts requires."""
         routing = router.route(logits_BTE)
         small = torch.uint8 if logits_BTE.shape[-1] <= 2**8 else torch.int16
-        self.ids[label] = routing.ids_NK.to(small)
+        self.ids[label] = routing.ids_TK.to(small)
         return routing
 
 

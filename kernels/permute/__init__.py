@@ -33,7 +33,7 @@ def permute(
 
 def unpermute(
     rows_AD: Tensor,
-    places_NK: Tensor,
+    places_TK: Tensor,
     dtype: torch.dtype | None = None,
     *,
     implementation: Implementation | None = None,
@@ -42,7 +42,7 @@ def unpermute(
     if is_reference(implementation, rows_AD.device):
         from kernels.permute import reference
 
-        return reference.unpermute(rows_AD, places_NK, dtype)
+        return reference.unpermute(rows_AD, places_TK, dtype)
     from kernels.permute import triton
 
-    return triton.unpermute(rows_AD, places_NK, dtype)
+    return triton.unpermute(rows_AD, places_TK, dtype)

@@ -48,12 +48,12 @@ def permute(rows_ND: Tensor, source_A: Tensor, out_AD: Tensor | None = None) -> 
     return out_AD
 
 
-def unpermute(rows_AD: Tensor, places_NK: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def unpermute(rows_AD: Tensor, places_TK: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Sums the rows of each token: `out[n] = sum over k of rows[places[n, k]]`, in the order of k.
 
     Args:
         rows_AD: floating point; rows may be strided.
-        places_NK: int32 or int64, below A; a negative place contributes nothing.
+        places_TK: int32 or int64, below A; a negative place contributes nothing.
         dtype: type of the result; by default that of the rows.
 
     Returns:
@@ -63,19 +63,19 @@ def unpermute(rows_AD: Tensor, places_NK: Tensor, dtype: torch.dtype | None = No
         ValueError: operands have an unsupported type or shape.
         IndexError: a place is A or above.
     """
-    check_unpermute(rows_AD, places_NK)
-    _check_below("unpermute: a place", places_NK, rows_AD.shape[0])
+    check_unpermute(rows_AD, places_TK)
+    _check_below("unpermute: a place", places_TK, rows_AD.shape[0])
     dtype = dtype or rows_AD.dtype
     wide = torch.float64 if rows_AD.dtype == torch.float64 else torch.float32
     num_columns = rows_AD.shape[1]
-    out_ND = rows_AD.new_zeros(places_NK.shape[0], num_columns, dtype=dtype)
+    out_ND = rows_AD.new_zeros(places_TK.shape[0], num_columns, dtype=dtype)
     if rows_AD.numel() == 0:
         return out_ND
     is_ready = rows_AD.dtype == wide and rows_AD.is_contiguous()
-    if is_ready and dtype == wide and places_NK.numel() and int(places_NK.min()) >= 0:
-        return functional.embedding_bag(places_NK, rows_AD, mode="sum")
-    chunk_tokens = max(1, CHUNK_NUMBERS // max(1, num_columns * places_NK.shape[1]))
-    for places_CK, out_CD in zip(places_NK.split(chunk_tokens), out_ND.split(chunk_tokens), strict=True):
+    if is_ready and dtype == wide and places_TK.numel() and int(places_TK.min()) >= 0:
+        return functional.embedding_bag(places_TK, rows_AD, mode="sum")
+    chunk_tokens = max(1, CHUNK_NUMBERS // max(1, num_columns * places_TK.shape[1]))
+    for places_CK, out_CD in zip(places_TK.split(chunk_tokens), out_ND.split(chunk_tokens), strict=True):
         present_CK = places_CK >= 0
         places_P = places_CK[present_CK].long()
         if len(places_P) == 0:
@@ -111,13 +111,13 @@ def check_permute(rows_ND: Tensor, source_A: Tensor, out_AD: Tensor | None) -> N
         check_operand("permute: out_AD", out_AD, shape, rows_ND.device, rows_ND.dtype)
 
 
-def check_unpermute(rows_AD: Tensor, places_NK: Tensor) -> None:
+def check_unpermute(rows_AD: Tensor, places_TK: Tensor) -> None:
     """Checks that the rows can be summed, and that places are indices.
 
     Raises:
         ValueError: the number of dimensions or the type is not supported.
     """
-    _check_index("unpermute: places_NK", places_NK, 2)
+    _check_index("unpermute: places_TK", places_TK, 2)
     if not rows_AD.is_floating_point():
         raise ValueError(f"unpermute: rows_AD must be floating point, got {rows_AD.dtype}")
 

@@ -150,7 +150,7 @@ def permute(
 
 def unpermute(
     rows_AD: Tensor,
-    places_NK: Tensor,
+    places_TK: Tensor,
     dtype: torch.dtype | None = None,
     *,
     block_tokens: int = 4,
@@ -161,7 +161,7 @@ def unpermute(
 
     Args:
         rows_AD: floating point; rows may be strided.
-        places_NK: int32 or int64, below A; a negative place contributes nothing. K is a compile-time constant.
+        places_TK: int32 or int64, below A; a negative place contributes nothing. K is a compile-time constant.
         dtype: type of the result; by default that of the rows.
         block_tokens: rows per tile, a power of two.
         block_columns: columns per tile, a power of two.
@@ -173,8 +173,8 @@ def unpermute(
     Raises:
         ValueError: operands have an unsupported type or shape, or columns are not contiguous.
     """
-    check_unpermute(rows_AD, places_NK)
-    num_tokens, num_places = places_NK.shape
+    check_unpermute(rows_AD, places_TK)
+    num_tokens, num_places = places_TK.shape
     num_rows, num_columns = rows_AD.shape
     out_ND = rows_AD.new_empty(num_tokens, num_columns, dtype=dtype or rows_AD.dtype)
     if num_tokens == 0 or num_columns == 0:
@@ -183,7 +183,7 @@ def unpermute(
     block_columns = min(block_columns, triton.next_power_of_2(num_columns))
     unpermute_kernel[(triton.cdiv(num_tokens, block_tokens), triton.cdiv(num_columns, block_columns))](
         rows_AD,
-        places_NK.contiguous(),
+        places_TK.contiguous(),
         out_ND,
         num_rows,
         num_tokens,

@@ -107,8 +107,8 @@ class _MixHeads(torch.autograd.Function):
         # The up-projections: each writes its part of the gradient of the compressed values, BTX.
         out_BTR, out_BTL, out_key = options.split(grad_BTX)
         query = ends.queries_backward(kernel.query_gradient(grad_heads[0]), out_BTR)
-        grad_NE = kernel.key_gradient(grad_heads[1], grad_heads[2], out_key)
-        latent = ends.keys_and_values_backward(grad_NE, out_BTL)
+        grad_TE = kernel.key_gradient(grad_heads[1], grad_heads[2], out_key)
+        latent = ends.keys_and_values_backward(grad_TE, out_BTL)
         return grad_BTD, grad_BTX, None, None, *query, *latent, grad_out
 
 

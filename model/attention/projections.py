@@ -140,7 +140,7 @@ class LatentLinears(Protocol):
     def queries_backward(self, grad: Tensor, out_BTR: Tensor) -> NormAndUpGradients:
         """Writes the gradient of compressed queries from `grad`, that of queries."""
 
-    def keys_and_values_backward(self, grad_NE: Tensor, out_BTL: Tensor) -> NormAndUpGradients:
+    def keys_and_values_backward(self, grad_TE: Tensor, out_BTL: Tensor) -> NormAndUpGradients:
         """Writes the gradient of compressed keys and values."""
 
 

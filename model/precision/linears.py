@@ -130,7 +130,7 @@ class Linears(Protocol):
         self,
         rows: Rows,
         source: NormSource,
-        weights_NK: Tensor,
+        weights_TK: Tensor,
         experts: ExpertWeights,
         counts: Sequence[int],
         order: RowOrder,
@@ -142,7 +142,7 @@ class Linears(Protocol):
         Args:
             rows: rows by token, ND.
             source: norm and its input, from which a backward may recompute the rows.
-            weights_NK: routing weights.
+            weights_TK: routing weights.
             experts: weights of all experts.
             counts: rows per expert.
             order: order in which copies of tokens go to experts.

@@ -27,8 +27,8 @@ def _permute(rows_ND: Tensor, source_A: Tensor, out_AD: Tensor | None = None) ->
     return rows_AD if out_AD is None else out_AD.copy_(rows_AD)
 
 
-def _unpermute(rows_AD: Tensor, places_NK: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    rows_KND = torch.stack([_permute(rows_AD, places_N) for places_N in places_NK.unbind(1)])
+def _unpermute(rows_AD: Tensor, places_TK: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    rows_KND = torch.stack([_permute(rows_AD, places_N) for places_N in places_TK.unbind(1)])
     return rows_KND.sum(0).to(dtype or rows_AD.dtype)
 
 

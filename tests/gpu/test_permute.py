@@ -45,10 +45,10 @@ def test_unpermute_on_the_gpu_equals_the_reference(dtypes: tuple[torch.dtype, to
 def test_unpermute_on_the_gpu_repeats_itself_bit_by_bit() -> None:
     generator = torch.Generator().manual_seed(0)
     rows_AD = torch.randn(4000, 1024, generator=generator).bfloat16().cuda()
-    places_NK = torch.randint(-1, 4000, (1000, 8), generator=generator).cuda()
-    first_ND = unpermute(rows_AD, places_NK).cpu()
+    places_TK = torch.randint(-1, 4000, (1000, 8), generator=generator).cuda()
+    first_ND = unpermute(rows_AD, places_TK).cpu()
     for _ in range(10):
-        assert_same_bits(unpermute(rows_AD, places_NK), first_ND)
+        assert_same_bits(unpermute(rows_AD, places_TK), first_ND)
 
 
 def test_permute_on_the_gpu_reaches_rows_beyond_two_gigabytes() -> None:

@@ -84,7 +84,7 @@ def _layer(block: Block, hidden_1TD: Tensor) -> Tensor:
 def _experts(moe: Moe, rows_1TD: Tensor) -> Tensor:
     routing = moe.gate(rows_1TD)
     out = torch.zeros_like(rows_1TD) if moe.shared_experts is None else moe.shared_experts(rows_1TD, None)
-    for token, (ids, weights) in enumerate(zip(routing.ids_NK.tolist(), routing.weights_NK, strict=True)):
+    for token, (ids, weights) in enumerate(zip(routing.ids_TK.tolist(), routing.weights_TK, strict=True)):
         for expert, weight in zip(ids, weights, strict=True):
             gate, up = functional.linear(rows_1TD[0, token], moe.experts.gate_up_proj[expert]).chunk(2)
             out[0, token] += weight * functional.linear(functional.silu(gate) * up, moe.experts.down_proj[expert])

@@ -105,10 +105,10 @@ def check_unpermute(
     wide_AD[:1] = torch.nan  # Where an absent row is read from anywhere, this one is the likeliest.
     wide_AD[1:2] = torch.inf
     wide_AD = wide_AD.to(dtypes[0])
-    places_NK = random_indices(generator, (num_tokens, num_places), num_rows, 0.3).to(index_dtype)
+    places_TK = random_indices(generator, (num_tokens, num_places), num_rows, 0.3).to(index_dtype)
     for rows_AD, there_AD in zip(layouts(wide_AD), layouts(wide_AD.to(device)), strict=True):
-        expected_ND = permute_reference.unpermute(rows_AD, places_NK, dtypes[1])
-        actual_ND = module.unpermute(there_AD, places_NK.to(device), dtypes[1])
+        expected_ND = permute_reference.unpermute(rows_AD, places_TK, dtypes[1])
+        actual_ND = module.unpermute(there_AD, places_TK.to(device), dtypes[1])
         assert_same_bits(actual_ND, expected_ND, any_nan=True)
 
 

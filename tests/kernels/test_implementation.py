@@ -124,8 +124,8 @@ def test_products_of_an_emulated_deep_gemm_are_the_reference_s(monkeypatch: pyte
     torch.testing.assert_close(made_AN, gemm_fp8(rows, weight, torch.bfloat16), rtol=2.0**-7, atol=2.0**-7)
     grad = quantize_columns(grad_AN, [130], power_of_two=False, min_amax=GRADIENTS_MIN_AMAX)
     columns = requantize_columns(rows, [130], power_of_two=False)
-    made_NK: Tensor = gemm_fp8_columns(grad, columns, implementation="deep_gemm")
-    torch.testing.assert_close(made_NK, gemm_fp8_columns(grad, columns), rtol=1e-4, atol=1e-3)
+    made_TK: Tensor = gemm_fp8_columns(grad, columns, implementation="deep_gemm")
+    torch.testing.assert_close(made_TK, gemm_fp8_columns(grad, columns), rtol=1e-4, atol=1e-3)
     assert (calls.num_blocks, calls.num_rows) == (1, 1)
 
 

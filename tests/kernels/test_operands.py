@@ -88,7 +88,7 @@ def test_operands_of_a_permutation_that_do_not_fit_are_named(module: ModuleType)
             module.permute(rows_ND, source_A, out_AD)
     with pytest.raises(ValueError, match=r"^permute: source_A must be int32 or int64 of 1 dimensions"):
         module.permute(rows_ND, source_A.float())
-    with pytest.raises(ValueError, match=r"^unpermute: places_NK must be int32 or int64 of 2 dimensions"):
+    with pytest.raises(ValueError, match=r"^unpermute: places_TK must be int32 or int64 of 2 dimensions"):
         module.unpermute(rows_ND, source_A)
     with pytest.raises(ValueError, match=r"^unpermute: rows_AD must be floating point, got torch.int32"):
         module.unpermute(rows_ND.int(), source_A[None])

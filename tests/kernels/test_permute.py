@@ -32,12 +32,12 @@ def loop_permute(rows_ND: Tensor, source_A: Tensor) -> Tensor:
     return torch.stack(rows) if rows else rows_ND.new_empty(0, rows_ND.shape[1])
 
 
-def loop_unpermute(rows_AD: Tensor, places_NK: Tensor, dtype: torch.dtype) -> Tensor:
+def loop_unpermute(rows_AD: Tensor, places_TK: Tensor, dtype: torch.dtype) -> Tensor:
     """Computes the sum one addition at a time, by numpy."""
     accumulator = ACCUMULATORS[rows_AD.dtype]
     wide_AD = rows_AD.double().numpy().astype(accumulator)
-    sum_ND = np.zeros((places_NK.shape[0], rows_AD.shape[1]), accumulator)
-    for token, places in enumerate(places_NK.tolist()):
+    sum_ND = np.zeros((places_TK.shape[0], rows_AD.shape[1]), accumulator)
+    for token, places in enumerate(places_TK.tolist()):
         for place in places:
             if place >= 0:
                 sum_ND[token] = np.add(sum_ND[token], wide_AD[place], dtype=accumulator)
@@ -99,13 +99,13 @@ def test_unpermute_adds_in_the_order_of_places(
     wide_AD = torch.randn(num_rows, num_columns + 3, generator=generator) * torch.logspace(-3, 3, num_columns + 3)
     wide_AD[:, ::5] = -0.0
     wide_AD = wide_AD.to(dtype)
-    places_NK = random_indices(generator, (num_tokens, num_places), num_rows, absent)
+    places_TK = random_indices(generator, (num_tokens, num_places), num_rows, absent)
     for rows_AD in (wide_AD[:, :num_columns].contiguous(), wide_AD[:, 2 : 2 + num_columns]):
         for out_dtype in (torch.float32, torch.bfloat16, torch.float64):
-            expected_ND = loop_unpermute(rows_AD, places_NK, out_dtype)
-            assert_same_bits(unpermute(rows_AD, places_NK, out_dtype), expected_ND)
-            assert_same_bits(unpermute(rows_AD, places_NK.int(), out_dtype), expected_ND)
-        assert_same_bits(unpermute(rows_AD, places_NK), loop_unpermute(rows_AD, places_NK, dtype))
+            expected_ND = loop_unpermute(rows_AD, places_TK, out_dtype)
+            assert_same_bits(unpermute(rows_AD, places_TK, out_dtype), expected_ND)
+            assert_same_bits(unpermute(rows_AD, places_TK.int(), out_dtype), expected_ND)
+        assert_same_bits(unpermute(rows_AD, places_TK), loop_unpermute(rows_AD, places_TK, dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -113,9 +113,9 @@ def test_unpermute_of_more_than_a_chunk_equals_a_loop(dtype: torch.dtype) -> Non
     num_tokens = 2 * (CHUNK_NUMBERS // 1024) + 3
     generator = torch.Generator().manual_seed(3)
     rows_AD = torch.randn(2 * num_tokens, 1024, generator=generator).to(dtype)
-    places_NK = torch.randperm(2 * num_tokens, generator=generator).view(num_tokens, 2)
-    places_NK[torch.rand(num_tokens, 2, generator=generator) < 0.1] = -1
-    assert_same_bits(unpermute(rows_AD, places_NK), loop_unpermute(rows_AD, places_NK, dtype))
+    places_TK = torch.randperm(2 * num_tokens, generator=generator).view(num_tokens, 2)
+    places_TK[torch.rand(num_tokens, 2, generator=generator) < 0.1] = -1
+    assert_same_bits(unpermute(rows_AD, places_TK), loop_unpermute(rows_AD, places_TK, dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -131,39 +131,39 @@ def test_unpermute_shows_the_order_rounds_once_and_ties_to_even(dtype: torch.dty
 def test_unpermute_of_absent_places_ignores_every_row(dtype: torch.dtype) -> None:
     rows_AD = torch.full((3, 130), torch.nan, dtype=dtype)
     rows_AD[2] = 5
-    places_NK = torch.tensor([[-1, -1], [-1, 2], [2, -9]])
+    places_TK = torch.tensor([[-1, -1], [-1, 2], [2, -9]])
     expected = [0.0, 5.0, 5.0]
-    assert unpermute(rows_AD, places_NK)[:, 0].tolist() == expected
-    assert unpermute(rows_AD[:, :129], places_NK)[:, 128].tolist() == expected
+    assert unpermute(rows_AD, places_TK)[:, 0].tolist() == expected
+    assert unpermute(rows_AD[:, :129], places_TK)[:, 128].tolist() == expected
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("shape", [(0, 3, 2, 4), (5, 0, 2, 4), (5, 3, 0, 4), (5, 3, 2, 0), (0, 0, 0, 0)])
 def test_unpermute_of_nothing_gives_zeros(dtype: torch.dtype, shape: tuple[int, int, int, int]) -> None:
     num_rows, num_tokens, num_places, num_columns = shape
-    places_NK = torch.full((num_tokens, num_places), -1 if num_rows == 0 else 1)
-    out_ND = unpermute(torch.ones(num_rows, num_columns, dtype=dtype), places_NK)
+    places_TK = torch.full((num_tokens, num_places), -1 if num_rows == 0 else 1)
+    out_ND = unpermute(torch.ones(num_rows, num_columns, dtype=dtype), places_TK)
     absent = num_rows == 0 or num_places == 0
     assert_same_bits(out_ND, torch.full((num_tokens, num_columns), 0.0 if absent else num_places, dtype=dtype))
 
 
 def test_permute_and_unpermute_are_adjoint_exactly_on_integers() -> None:
     generator = torch.Generator().manual_seed(4)
-    places_NK = torch.randperm(24, generator=generator).view(8, 3)
-    places_NK[torch.rand(8, 3, generator=generator) < 0.3] = -1
+    places_TK = torch.randperm(24, generator=generator).view(8, 3)
+    places_TK[torch.rand(8, 3, generator=generator) < 0.3] = -1
     source_A = torch.full((24,), -1)
-    present = places_NK >= 0
-    source_A[places_NK[present]] = torch.arange(8)[:, None].expand(8, 3)[present]
+    present = places_TK >= 0
+    source_A[places_TK[present]] = torch.arange(8)[:, None].expand(8, 3)[present]
     x_ND = torch.randint(-9, 10, (8, 5), generator=generator).double()
     y_AD = torch.randint(-9, 10, (24, 5), generator=generator).double()
-    assert (permute(x_ND, source_A) * y_AD).sum() == (x_ND * unpermute(y_AD, places_NK)).sum()
+    assert (permute(x_ND, source_A) * y_AD).sum() == (x_ND * unpermute(y_AD, places_TK)).sum()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_unpermute_allocates_on_the_device_of_the_rows(dtype: torch.dtype) -> None:
     rows_AD = torch.randn(5, 7, generator=torch.Generator().manual_seed(0)).to(dtype)
-    places_NK = torch.tensor([[0, 4], [-1, 2]])
-    expected_ND = unpermute(rows_AD, places_NK)
+    places_TK = torch.tensor([[0, 4], [-1, 2]])
+    expected_ND = unpermute(rows_AD, places_TK)
     with torch.device("meta"):  # the device of a tensor that is created without a device
-        actual_ND = unpermute(rows_AD, places_NK)
+        actual_ND = unpermute(rows_AD, places_TK)
     assert_same_bits(actual_ND, expected_ND)

@@ -50,13 +50,13 @@ def interpreted_blocks() -> None:
     generator = torch.Generator().manual_seed(0)
     rows_AD = torch.randn(20, 70, generator=generator).bfloat16()
     source_A = torch.randint(-1, 20, (30,), generator=generator)
-    places_NK = source_A.view(10, 3)
+    places_TK = source_A.view(10, 3)
     for rows, columns in ((1, 1024), (2, 16), (32, 64)):
         assert torch.equal(
             permute(rows_AD, source_A, block_rows=rows, block_bytes=2 * columns), permute(rows_AD, source_A)
         )
-        small = unpermute(rows_AD, places_NK, block_tokens=rows, block_columns=columns)
-        assert torch.equal(small, unpermute(rows_AD, places_NK))
+        small = unpermute(rows_AD, places_TK, block_tokens=rows, block_columns=columns)
+        assert torch.equal(small, unpermute(rows_AD, places_TK))
 
 
 def interpreted_misuse() -> list[str]:
@@ -116,8 +116,8 @@ def compiled_unpermute(dtypes: tuple[torch.dtype, torch.dtype | None], places: i
     import kernels.permute.triton as module
 
     rows_AD = torch.empty(16, num_columns, dtype=dtypes[0])
-    places_NK = torch.zeros(32, places, dtype=torch.int64)
-    return compile_launch(module, "unpermute_kernel", lambda: module.unpermute(rows_AD, places_NK, dtypes[1]))
+    places_TK = torch.zeros(32, places, dtype=torch.int64)
+    return compile_launch(module, "unpermute_kernel", lambda: module.unpermute(rows_AD, places_TK, dtypes[1]))
 
 
 @pytest.mark.parametrize(

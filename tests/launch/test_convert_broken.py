@@ -145,7 +145,7 @@ BROKEN: list[tuple[str, Callable[[Path], object], list[str]]] = [
     ("the architecture is another",
      lambda ours: edit_json(ours / "manifest.json", lambda held: held["model"].update(num_layers=5)), ["is missing"]),
     ("the format is a later one",
-     lambda ours: edit_json(ours / "manifest.json", lambda held: held.update(format_version=3)), ["format_version"]),
+     lambda ours: edit_json(ours / "manifest.json", lambda held: held.update(format_version=4)), ["format_version"]),
 ]  # fmt: skip
 
 

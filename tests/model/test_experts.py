@@ -60,24 +60,24 @@ def test_local_experts_equal_row_by_row(
 ) -> None:
     experts, num_tokens = make_experts(dtype, recomputed), 0 if choices == "no token" else 7
     generator = torch.Generator().manual_seed(4)
-    ids_NK = torch.stack([torch.randperm(4, generator=generator)[:2] for _ in range(7)])[:num_tokens]
+    ids_TK = torch.stack([torch.randperm(4, generator=generator)[:2] for _ in range(7)])[:num_tokens]
     if choices == "one expert":
-        ids_NK = torch.full((7, 1), 2)
-    order = SortedChoices.sort(ids_NK).keep(0)
-    counts = tuple(torch.bincount(ids_NK.flatten(), minlength=4).tolist())
+        ids_TK = torch.full((7, 1), 2)
+    order = SortedChoices.sort(ids_TK).keep(0)
+    counts = tuple(torch.bincount(ids_TK.flatten(), minlength=4).tolist())
 
     def call(experts: RoutedExperts, inputs: Sequence[Tensor], sink: WeightSink | None) -> tuple[Tensor]:
         source = NormSource(inputs[0], torch.ones(6), 1e-6)  # rows in the weights' type are kept, not made again
         return (experts.apply_locally(PlainRows(inputs[0]), source, inputs[1], counts, order),)
 
     def plainly(weights: Weights, inputs: Sequence[Tensor]) -> tuple[Tensor]:
-        rows_ND, weights_NK = inputs
-        total_ND = rows_ND * 0 + weights_NK.sum() * 0 + sum(each.sum() * 0 for each in weights.values())
+        rows_ND, weights_TK = inputs
+        total_ND = rows_ND * 0 + weights_TK.sum() * 0 + sum(each.sum() * 0 for each in weights.values())
         for expert in range(4):
-            tokens, places = (ids_NK == expert).nonzero().unbind(1)
+            tokens, places = (ids_TK == expert).nonzero().unbind(1)
             made = expert_rows(
                 rows_ND[tokens],
-                weights_NK[tokens, places],
+                weights_TK[tokens, places],
                 weights["gate_up_proj"][expert, None],
                 weights["down_proj"][expert, None],
                 (len(tokens),),
@@ -85,7 +85,7 @@ def test_local_experts_equal_row_by_row(
             total_ND = total_ND.index_add(0, tokens, made)
         return (total_ND,)
 
-    rows, routed = randn(num_tokens, 6, seed=2, dtype=dtype), randn(*ids_NK.shape, seed=3, dtype=dtype)
+    rows, routed = randn(num_tokens, 6, seed=2, dtype=dtype), randn(*ids_TK.shape, seed=3, dtype=dtype)
     assert_equals_plain(experts, call, plainly, [rows, routed], is_split=False, frozen=frozen)
 
 

@@ -116,25 +116,25 @@ def test_local_experts_equal_the_formula(power_of_two: bool) -> None:
     """Seventy tokens have two choices each; the last expert gets none, and a few choices are no expert."""
     codes, experts, tokens = InFp8(power_of_two), make_experts(power_of_two), 70
     generator = torch.Generator().manual_seed(6)
-    ids_NK = torch.stack([torch.randperm(NUM_EXPERTS - 1, generator=generator)[:2] for _ in range(tokens)])
-    ids_NK[:3, 0] = -1
-    order = SortedChoices.sort(ids_NK).keep(3)
-    counts = tuple(int((ids_NK == expert).sum()) for expert in range(NUM_EXPERTS))
+    ids_TK = torch.stack([torch.randperm(NUM_EXPERTS - 1, generator=generator)[:2] for _ in range(tokens)])
+    ids_TK[:3, 0] = -1
+    order = SortedChoices.sort(ids_TK).keep(3)
+    counts = tuple(int((ids_TK == expert).sum()) for expert in range(NUM_EXPERTS))
     norm_weight_D = 0.5 + torch.rand(HIDDEN, generator=generator)
     source = NormSource(randn(tokens, HIDDEN, seed=3, dtype=torch.float32), norm_weight_D, 1e-6)
     x_ND, _ = rms_norm(source.x, source.norm_weight_D, source.eps)
     x_ND.requires_grad_()
-    weights_NK = randn(tokens, 2, seed=4, dtype=torch.float32).requires_grad_()
+    weights_TK = randn(tokens, 2, seed=4, dtype=torch.float32).requires_grad_()
     slope_ND = randn(tokens, HIDDEN, seed=5)
-    made = experts.apply_locally(pack_rows(x_ND), source, weights_NK, counts, order)
+    made = experts.apply_locally(pack_rows(x_ND), source, weights_TK, counts, order)
     made.backward(slope_ND.float())
     total, grad_x = torch.zeros(2, tokens, HIDDEN, dtype=torch.float64)
     grad_weights = torch.zeros(tokens, 2, dtype=torch.float64)
     grad_gate_up, grad_down = gradients_of(experts, None)
     for expert in range(NUM_EXPERTS):
-        token, place = (ids_NK == expert).nonzero().unbind(1)
+        token, place = (ids_TK == expert).nonzero().unbind(1)
         gate_up, down = experts.gate_up_proj[expert], experts.down_proj[expert]
-        given = x_ND.detach()[token], weights_NK.detach()[token, place], gate_up, down, slope_ND.float()[token]
+        given = x_ND.detach()[token], weights_TK.detach()[token, place], gate_up, down, slope_ND.float()[token]
         expected = one_expert(codes, *given)
         total.index_add_(0, token, expected.out_AD)
         grad_x.index_add_(0, token, expected.grad_rows_AD)
@@ -143,7 +143,7 @@ def test_local_experts_equal_the_formula(power_of_two: bool) -> None:
         expect(grad_down[expert], expected.grad_down_DM, "gradient of down")
     expect(made, total, "output")
     expect(x_ND.grad, grad_x, "gradient of rows")
-    expect(weights_NK.grad, grad_weights, "gradient of routing weights")
+    expect(weights_TK.grad, grad_weights, "gradient of routing weights")
 
 
 def test_received_rows_and_gradients_are_operands_without_conversion(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -142,12 +142,12 @@ def test_gate_reads_the_residual_and_no_codes(monkeypatch: pytest.MonkeyPatch) -
         made = make_model(products)
         x = randn(2, 20, CONFIG.hidden_size, seed=1, dtype=torch.bfloat16).requires_grad_()
         routing = made.block(1).attend(x, None).routing
-        slope = randn(*routing.weights_NK.shape, seed=2, dtype=routing.weights_NK.dtype)
-        (routing.weights_NK * slope).sum().backward()
+        slope = randn(*routing.weights_TK.shape, seed=2, dtype=routing.weights_TK.dtype)
+        (routing.weights_TK * slope).sum().backward()
         gate = made.block(1).moe.gate  # type: ignore[union-attr]
         assert x.grad is not None
         assert gate.weight.grad is not None
-        found.append((routing.ids_NK, routing.weights_NK.detach(), gate.weight.grad, x.grad))
+        found.append((routing.ids_TK, routing.weights_TK.detach(), gate.weight.grad, x.grad))
     for other in found[1:]:
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(other, found[0], strict=True))
 

@@ -31,15 +31,15 @@ def test_router_equals_plain_reading(groups: int, limited: int) -> None:
         kept = sorted(range(groups), key=lambda g: -totals[g])[:limited]
         allowed = [expert for g in kept for expert in range(g * size, (g + 1) * size)]
         chosen = sorted(allowed, key=lambda expert: -float(biased[expert]))[:4]
-        assert sorted(routing.ids_NK[token].tolist()) == sorted(chosen)
-        expected = 2.5 * scores[routing.ids_NK[token]] / scores[chosen].sum()
-        torch.testing.assert_close(routing.weights_NK[token], expected, rtol=1e-12, atol=0)
+        assert sorted(routing.ids_TK[token].tolist()) == sorted(chosen)
+        expected = 2.5 * scores[routing.ids_TK[token]] / scores[chosen].sum()
+        torch.testing.assert_close(routing.weights_TK[token], expected, rtol=1e-12, atol=0)
 
 
 def test_router_weights_sum_to_the_scaling_factor() -> None:
     router = make_router()
     routing = router(torch.randn(3, 5, 32, generator=torch.Generator().manual_seed(3), dtype=torch.float64))
-    torch.testing.assert_close(routing.weights_NK.sum(-1), torch.full((15,), 2.5, dtype=torch.float64))
+    torch.testing.assert_close(routing.weights_TK.sum(-1), torch.full((15,), 2.5, dtype=torch.float64))
 
 
 def test_router_bias_moves_no_weight_and_gets_no_gradient() -> None:
@@ -48,10 +48,10 @@ def test_router_bias_moves_no_weight_and_gets_no_gradient() -> None:
     first = router(x)
     router.e_score_correction_bias += torch.linspace(-3, 3, 8)
     second = router(x)
-    order = torch.argsort(first.ids_NK), torch.argsort(second.ids_NK)
-    in_order = first.weights_NK.gather(1, order[0]), second.weights_NK.gather(1, order[1])
+    order = torch.argsort(first.ids_TK), torch.argsort(second.ids_TK)
+    in_order = first.weights_TK.gather(1, order[0]), second.weights_TK.gather(1, order[1])
     torch.testing.assert_close(*in_order, rtol=1e-14, atol=0)
-    second.weights_NK.square().sum().backward()
+    second.weights_TK.square().sum().backward()
     assert router.e_score_correction_bias.grad is None
     assert router.weight.grad is not None
     assert float(router.weight.grad.abs().max()) > 0
@@ -64,7 +64,7 @@ def test_router_load_counts_training_passes_only() -> None:
         router(x)
     assert int(router.load.sum()) == 0
     routing = router(x)
-    assert torch.equal(router.load, torch.bincount(routing.ids_NK.flatten(), minlength=8))
+    assert torch.equal(router.load, torch.bincount(routing.ids_TK.flatten(), minlength=8))
     assert int(router.load.sum()) == 18 * 4
 
 
@@ -101,12 +101,12 @@ def test_forced_ids_get_weights_from_their_own_scores() -> None:
     logits = (x @ router.weight.T).detach().requires_grad_()
     forced = torch.stack([torch.randperm(8, generator=torch.Generator().manual_seed(token))[:4] for token in range(10)])
     routing = router.route(logits, forced)
-    assert torch.equal(routing.ids_NK, forced)
+    assert torch.equal(routing.ids_TK, forced)
     scores = logits.sigmoid().flatten(0, 1).gather(1, forced)
-    torch.testing.assert_close(routing.weights_NK, 2.5 * scores / scores.sum(-1, keepdim=True), rtol=1e-12, atol=0)
+    torch.testing.assert_close(routing.weights_TK, 2.5 * scores / scores.sum(-1, keepdim=True), rtol=1e-12, atol=0)
     assert torch.equal(router.load, torch.bincount(forced.flatten(), minlength=8))
     # A gradient flows into the scores of the forced experts and into no others.
-    (gradient,) = torch.autograd.grad(routing.weights_NK.square().sum(), logits)
+    (gradient,) = torch.autograd.grad(routing.weights_TK.square().sum(), logits)
     is_forced = torch.zeros(10, 8, dtype=torch.bool).scatter_(1, forced, value=True)
     assert torch.equal(gradient.flatten(0, 1) != 0, is_forced)
 
@@ -115,9 +115,9 @@ def test_forced_ids_of_the_router_itself_change_no_bit() -> None:
     router = make_router()
     logits = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
     free = router.route(logits)
-    forced = router.route(logits, free.ids_NK)
-    assert torch.equal(forced.ids_NK, free.ids_NK)
-    assert torch.equal(forced.weights_NK, free.weights_NK)
+    forced = router.route(logits, free.ids_TK)
+    assert torch.equal(forced.ids_TK, free.ids_TK)
+    assert torch.equal(forced.weights_TK, free.weights_TK)
 
 
 @pytest.mark.parametrize(

@@ -126,7 +126,7 @@ def test_manifest_of_another_layout_passes(overrides: list[str], tmp_path: Path)
 
 def test_manifest_of_an_older_release_is_refused_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text('{"format_version": 1, "step": 1}')
-    with pytest.raises(CheckpointError, match=r"^resume: .* must have format_version 2, has 1 of an older release"):
+    with pytest.raises(CheckpointError, match=r"^resume: .* must have format_version 3, has 1 of an older release"):
         read_manifest(tmp_path)
 
 
@@ -145,6 +145,6 @@ def test_manifest_that_cannot_be_read_is_refused(text: str, tmp_path: Path) -> N
 
 
 def test_manifest_without_a_model_is_another_architecture(tmp_path: Path) -> None:
-    (tmp_path / "manifest.json").write_text(json.dumps({"format_version": 2, "step": 3}))
+    (tmp_path / "manifest.json").write_text(json.dumps({"format_version": 3, "step": 3}))
     with pytest.raises(CheckpointError, match="another architecture"):
         check_compatible(tmp_path, replace(build(), name="x"))

@@ -20,7 +20,7 @@ from train.config import TrainConfig
 from train.config.decode import decode
 from train.config.errors import ConfigError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 _LARGEST_STEP = 2**53
 MANIFEST_NAME = "manifest.json"
 SCHEDULE_NAME = "schedule.json"
@@ -137,8 +137,8 @@ def read_manifest(folder: Path, key: str = "resume") -> dict[str, Any]:
     version = manifest.get("format_version")
     if isinstance(version, int) and 0 < version < FORMAT_VERSION:
         raise CheckpointError(
-            f"{key}: {path} must have format_version {FORMAT_VERSION}, has {version} of an older release, which stored "
-            f"optimizer state by rank"
+            f"{key}: {path} must have format_version {FORMAT_VERSION}, has {version} of an older release; "
+            "nearest valid: a checkpoint that this release wrote"
         )
     step = manifest.get("step")
     if version != FORMAT_VERSION or type(step) is not int or not 0 <= step < _LARGEST_STEP:

@@ -180,7 +180,7 @@ def received_experts(
 def apply_local_experts(
     rows: Fp8Rows,
     source: NormSource,
-    weights_NK: Tensor,
+    weights_TK: Tensor,
     experts: ExpertWeights,
     counts: Sequence[int],
     order: RowOrder,
@@ -191,7 +191,7 @@ def apply_local_experts(
     Args:
         rows: rows by token, NB.
         source: norm and its input, from which the backward recomputes the rows.
-        weights_NK: routing weights.
+        weights_TK: routing weights.
         experts: weights of this rank's experts.
         counts: rows per expert.
         order: order in which copies of tokens go to experts.
@@ -201,7 +201,7 @@ def apply_local_experts(
     out: Tensor = _ExpertMlp.apply(  # type: ignore[no-untyped-call]
         rows.values.flatten(0, -2),
         rows.packed,
-        weights_NK,
+        weights_TK,
         *experts,
         options,
         source.x.detach(),

@@ -132,10 +132,10 @@ class Fp8LatentLinears:
             return NormAndUpGradients(None, None)
         return self._backward(grad, query, weights.query_norm, weights.query_up, out_BTR)
 
-    def keys_and_values_backward(self, grad_NE: Tensor, out_BTL: Tensor) -> NormAndUpGradients:
+    def keys_and_values_backward(self, grad_TE: Tensor, out_BTL: Tensor) -> NormAndUpGradients:
         """Implements `LatentLinears`."""
         weights = self._weights
-        return self._backward(grad_NE, self._kept.latent, weights.latent_norm, weights.latent_up, out_BTL)
+        return self._backward(grad_TE, self._kept.latent, weights.latent_norm, weights.latent_up, out_BTL)
 
     def _backward(self, grad: Tensor, normal: _Normal, norm: Tensor, up: Tensor, out_BTL: Tensor) -> NormAndUpGradients:
         maps = self._maps

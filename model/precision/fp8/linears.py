@@ -63,13 +63,13 @@ class Fp8Linears:
         self,
         rows: Rows,
         source: NormSource,
-        weights_NK: Tensor,
+        weights_TK: Tensor,
         experts: ExpertWeights,
         counts: Sequence[int],
         order: RowOrder,
     ) -> Tensor:
         """Implements `Linears.apply_local_experts`; keeps the source, and gate and up in FP8."""
-        return fp8_experts.apply_local_experts(as_fp8(rows), source, weights_NK, experts, counts, order, self._maps)
+        return fp8_experts.apply_local_experts(as_fp8(rows), source, weights_TK, experts, counts, order, self._maps)
 
     def wire(self) -> Fp8Wire:
         """Returns conversions to and from FP8."""

@@ -74,14 +74,14 @@ class Fp8Maps:
         (piece,) = self._pieces((weight,))
         return piece.codes
 
-    def forward(self, operand: Quantized, weights_NK: Sequence[Tensor]) -> Tensor:
+    def forward(self, operand: Quantized, weights_TK: Sequence[Tensor]) -> Tensor:
         """Returns the outputs of several maps of one input, side by side, in the weights' type, AN."""
-        outs = [gemm_fp8(operand, piece.codes.forward, weights_NK[0].dtype) for piece in self._pieces(weights_NK)]
+        outs = [gemm_fp8(operand, piece.codes.forward, weights_TK[0].dtype) for piece in self._pieces(weights_TK)]
         return outs[0] if len(outs) == 1 else torch.cat(outs, 1)
 
-    def input_gradient(self, grad_AN: Tensor, weights_NK: Sequence[Tensor]) -> Tensor:
+    def input_gradient(self, grad_AN: Tensor, weights_TK: Sequence[Tensor]) -> Tensor:
         """Returns the gradient of that input, in the type of `grad_AN`, AK."""
-        pieces = self._pieces(weights_NK)
+        pieces = self._pieces(weights_TK)
         dtype = grad_AN.dtype if len(pieces) == 1 else torch.float32
         parts = [gemm_fp8(self.gradient(grad_AN[:, piece.outputs]), piece.codes.backward, dtype) for piece in pieces]
         return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0).to(grad_AN.dtype)
@@ -153,14 +153,14 @@ def deliver_gradient(weight: Tensor, gradient: Callable[[], Tensor], sink: Weigh
 
 
 def deliver_parts(
-    weights_NK: Sequence[Tensor], gradient: Callable[[], Tensor], sink: WeightSink | None
+    weights_TK: Sequence[Tensor], gradient: Callable[[], Tensor], sink: WeightSink | None
 ) -> list[Tensor | None]:
     """Applies `deliver_gradient` to several maps of one input.
 
     Each weight gets its rows of the gradient, which is computed once.
     """
     once, given, first = cache(gradient), list[Tensor | None](), 0
-    for weight in weights_NK:
+    for weight in weights_TK:
         given.append(deliver_gradient(weight, partial(_rows, once, slice(first, first + len(weight))), sink))
         first += len(weight)
     return given

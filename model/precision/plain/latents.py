@@ -89,11 +89,11 @@ class PlainLatentLinears:
             return NormAndUpGradients(None, None)
         return self._backward(grad, self._query, weights.query_norm, weights.query_up, self._normal_query, out_BTR)
 
-    def keys_and_values_backward(self, grad_NE: Tensor, out_BTL: Tensor) -> NormAndUpGradients:
+    def keys_and_values_backward(self, grad_TE: Tensor, out_BTL: Tensor) -> NormAndUpGradients:
         """Implements `LatentLinears.keys_and_values_backward`."""
         weights = self._weights
         return self._backward(
-            grad_NE, self._latent, weights.latent_norm, weights.latent_up, self._normal_latent, out_BTL
+            grad_TE, self._latent, weights.latent_norm, weights.latent_up, self._normal_latent, out_BTL
         )
 
     def _backward(

@@ -105,14 +105,14 @@ class PlainLinears:
         self,
         rows: Rows,
         source: NormSource,
-        weights_NK: Tensor,
+        weights_TK: Tensor,
         experts: ExpertWeights,
         counts: Sequence[int],
         order: RowOrder,
     ) -> Tensor:
         """Implements `Linears.apply_local_experts`; keeps rows by token."""
         options = _Options(counts=counts, sink=None, keeps_gated=self._keeps_gated, order=order)
-        return _run_experts(rows.values.flatten(0, -2), weights_NK, experts, options)
+        return _run_experts(rows.values.flatten(0, -2), weights_TK, experts, options)
 
     def wire(self) -> PlainWire:
         """Returns conversions that change nothing."""
