@@ -233,7 +233,7 @@ def test_network_attackers_on_the_port_of_a_store_have_no_effect() -> None:
     store = _open_store(ranks.port)
     with ExitStack() as held:
         until = time.monotonic() + 60
-        while not ranks.has_struck and time.monotonic() < until:
+        while not ranks.has_failed and time.monotonic() < until:
             if (attacker := _connect(ranks.port)) is not None:
                 held.enter_context(attacker)
                 with suppress(OSError):
