@@ -24,7 +24,8 @@ test: .venv/installed
 	$(PYTEST) $(TWO) -m 'not long' --durations=20 $(ALONE:%=--ignore=%)
 	$(PYTEST) -m 'not long' --durations=20 $(ALONE)
 
-# Long tests: chaos, preemption, Slurm, network namespaces, images, a dry run of `gpu-day`, documentation blocks.
+# Long tests: chaos, preemption, attacks on a run, Slurm, network namespaces, images, suites over plugins, a dry run of
+# `gpu-day`, documentation blocks.
 test-long: .venv/installed
 	$(PYTEST) -m long --durations=20
 

@@ -70,7 +70,7 @@ def wait_until(paths: list[Path], process: subprocess.Popen[bytes], seconds: flo
         time.sleep(0.05)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes by their environment in /proc")
 @pytest.mark.parametrize(("number", "options"), [(signal.SIGTERM, ["-n", "2"]), (signal.SIGINT, [])], ids=str)
 def test_stopped_tests_end_within_seconds_and_leave_nothing(

@@ -72,7 +72,7 @@ INDEXES: list[tuple[str, Callable[[Path], object], str]] = [
     ("leads to the root", lambda folder: edit_index(folder, "/etc/passwd.safetensors"), "plain name"),
     ("names a pickle", lambda folder: edit_index(folder, "pytorch_model.bin"), "plain name"),
     ("has 1 TiB", lambda folder: hostile.sparse(folder / "model.safetensors.index.json"), "must be at most"),
-    ("links to itself", lambda folder: hostile.loop(folder / "model.safetensors.index.json"), "must be"),
+    ("links to itself", lambda folder: hostile.loop(folder / "model.safetensors.index.json"), "must exist"),
     ("is 100,000 deep", lambda folder: (folder / "model.safetensors.index.json").write_text('{"a":' * 10**5), "JSON"),
     ("names a file of 1 TiB", lambda folder: hostile.sparse(next(folder.glob("*.safetensors"))), "header"),
 ]  # fmt: skip

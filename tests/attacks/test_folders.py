@@ -79,7 +79,7 @@ def damaged(folder: Path) -> str:
     return done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("case", "reason"),
     [
@@ -110,7 +110,7 @@ def test_run_whose_folder_is_damaged_saves_its_state_in_the_rescue_folder(
         assert json.loads((folder / case / LOCK_NAME).read_text())["host"] == OTHER_HOST
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_run_goes_on_from_the_rescue_folder(folder: Path, damaged: str) -> None:
     (event,) = read_events(folder / "deleted.rescue")
     steps = event["step"] + 1
@@ -120,7 +120,7 @@ def test_run_goes_on_from_the_rescue_folder(folder: Path, damaged: str) -> None:
     assert [json.loads(line)["step"] for line in (folder / "after/metrics.jsonl").read_text().splitlines()] == [steps]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_second_command_is_rejected_before_it_touches_anything_and_a_closed_terminal_saves(folder: Path) -> None:
     command = train(folder, "shared", "resume=auto", "task.steps=100000", "checkpointing.every_steps=0")
     first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True)
@@ -156,7 +156,7 @@ def test_second_command_is_rejected_before_it_touches_anything_and_a_closed_term
     assert steps == list(range(1, status.step + 1))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_broken_output_does_not_end_a_run_and_secrets_reach_no_file(folder: Path) -> None:
     run = folder / "broken"
     command = train(folder, "broken", "task.steps=4", "track=wandb_offline", 'samples.prompt="a_key=abcdef123456789 "')

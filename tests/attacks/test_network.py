@@ -28,7 +28,7 @@ from tests.comm.watched_ranks import WatchedRanks
 from tests.finished_run import losses
 from tests.tiny import write_text
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 ROOT = Path(__file__).parents[2]
 # A flood has at least so many datagrams and lasts for several periods of a watchdog's thread.

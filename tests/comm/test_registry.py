@@ -48,7 +48,7 @@ def test_reading_dispatchers_needs_no_torch() -> None:
     assert done.stdout.split(")")[1].strip() == "False"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("change", "num_broken"), [("", 0), (" * 2", len(LAWS))], ids=["right", "wrong"])
 def test_contract_suite_runs_over_a_dispatcher_from_a_file_outside(
     change: str, num_broken: int, counting: Path

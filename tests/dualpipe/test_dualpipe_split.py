@@ -54,7 +54,7 @@ def test_split_hides_exchange_as_long_as_computation(num_ranks: int, overhead: i
 @pytest.mark.slow
 def test_split_has_no_latency_per_micro_batch() -> None:
     late = equal_times(0, latency=0.1)
-    for counts in ((16, 64, 128), (17, 65)):
+    for counts in ((16, 48), (17, 49)):
         overheads = [makespan(8, count, late) - 3 * count for count in counts]
         assert overheads == pytest.approx([overheads[0]] * len(counts), abs=1e-9)
 

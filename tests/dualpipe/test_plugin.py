@@ -37,7 +37,7 @@ def run_suite(plugin: Path, words: str, files: list[str]) -> str:
     return done.stdout + done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("words", SUITES)
 def test_schedule_of_a_plugin_passes_the_suites_of_registered_schedules(gpipe: Path, words: str) -> None:
     output = run_suite(gpipe, words, SUITES[words])
@@ -80,7 +80,7 @@ def losses_of(folder: Path, *choices: str) -> list[float]:
     return [record["loss"] for record in map(json.loads, lines) if "loss" in record]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_schedule_of_a_plugin_trains_two_ranks_to_the_losses_of_one(gpipe: Path, tmp_path: Path) -> None:
     two = losses_of(tmp_path / "two", f"plugins=[{gpipe}]", "schedule=gpipe", "parallelism=two_ranks")
     one = losses_of(tmp_path / "one", "schedule=1f1b", "parallelism=one_rank")

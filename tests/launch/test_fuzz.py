@@ -10,7 +10,7 @@ from launch.command import user_errors
 from tests.launch.fuzz import SECONDS, invalid_configurations, problem_of, refusal_of
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_hundred_invalid_configurations_are_rejected_by_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
