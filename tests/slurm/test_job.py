@@ -43,7 +43,7 @@ def wait_until_over(slurm: Slurm, number: str, run: Path) -> dict[str, str]:
     return slurm.job(number)
 
 
-def test_job_of_two_nodes_ends_as_the_bare_command(slurm: Slurm, folder: Path) -> None:
+def test_job_of_two_nodes_ends_as_under_the_built_in_launcher(slurm: Slurm, folder: Path) -> None:
     number, run = submit(slurm, folder, "uninterrupted"), folder / "uninterrupted"
     job = wait_until_over(slurm, number, run)
     assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("COMPLETED", "0:0", "0"), logs(run / "log")
