@@ -55,19 +55,20 @@ Placement = tuple[tuple[int, ...], ...]
 """For each direction, the rank that holds each stage."""
 
 
-def straight_placement(num_ranks: int) -> Placement:
-    """Returns one direction with stage r on rank r."""
-    return (tuple(range(num_ranks)),)
+def straight_placement(num_ranks: int, chunks: int = 1) -> Placement:
+    """Returns one direction with stage s on rank s mod P, so a rank holds `chunks` stages."""
+    return (tuple(range(num_ranks)) * chunks,)
 
 
-def v_placement(num_ranks: int) -> Placement:
+def v_placement(num_ranks: int, chunks: int = 2) -> Placement:
     """Returns one direction with two stages per rank, r and 2P-1-r: the stages form a V."""
+    assert chunks == 2, f"a V has 2 stages per rank, not {chunks}"
     return ((*range(num_ranks), *reversed(range(num_ranks))),)
 
 
-def mirrored_placement(num_ranks: int) -> Placement:
-    """Returns two directions: stage r on rank r for direction 0, and on rank P-1-r for direction 1."""
-    forwards = tuple(range(num_ranks))
+def mirrored_placement(num_ranks: int, chunks: int = 1) -> Placement:
+    """Returns two directions: stage s on rank s mod P, and for direction 1 on the mirror rank of that."""
+    forwards = tuple(range(num_ranks)) * chunks
     return (forwards, forwards[::-1])
 
 

@@ -17,6 +17,9 @@ from kernels.registry import Registry, list_modules
 FALLBACK = "dualpipe_split"
 """Kind that accepts every number of ranks and micro-batches. Errors suggest it."""
 
+AUTO_CHUNKS = 4
+"""Maximum number of chunks that is tried if none is configured."""
+
 _FIRST = ("dualpipe_split", "dualpipe", "dualpipe_v", "zero_bubble", "one_f_one_b")
 _EQUAL = Costs(forward=1.0, backward_input=1.0, backward_weight=1.0, exchange=0.0, latency=0.0)
 
@@ -67,8 +70,10 @@ class ScheduleSpec:
         summary: description in one line.
         generate: function of the numbers of ranks and micro-batches (all directions together) that returns a valid
             schedule. If `takes_costs` is set, it also takes a `CostModel` and a memory cap or None, and it raises
-            MemoryCapError if it cannot keep the cap. Its results are then cached.
-        placement: function from the number of ranks to the placement.
+            MemoryCapError if it cannot keep the cap. Its results are then cached. The number of chunks follows from the
+            number of stages in the `CostModel`.
+        placement: function of the numbers of ranks and chunks that returns the placement.
+        chunks: numbers of stages that a rank can hold for one direction.
         limit: function of the numbers of ranks and micro-batches that returns why there is no such schedule, or None.
         takes_costs: whether the order depends on costs and memory cap.
         may_be_chosen: whether `schedule=auto` considers the kind.
@@ -80,29 +85,49 @@ class ScheduleSpec:
     name: str
     summary: str
     generate: Callable[..., Schedule]
-    placement: Callable[[int], Placement] = straight_placement
+    placement: Callable[[int, int], Placement] = straight_placement
+    chunks: range = range(1, 2)
     limit: Callable[[int, int], SizeLimit | None] = accept_any_size
     takes_costs: bool = False
     may_be_chosen: bool = True
     grows: bool = False
     idle: IdleFormula | None = None
 
-    def num_stages(self, num_ranks: int) -> int:
-        """Returns the number of stages."""
-        return len(self.placement(num_ranks)[0])
+    def num_stages(self, num_ranks: int, chunks: int | None = None) -> int:
+        """Returns the number of stages; `chunks` is the smallest possible number by default."""
+        return num_ranks * (chunks or self.chunks[0])
 
-    def stages_per_rank(self, num_ranks: int) -> int:
-        """Returns the number of stages that a rank holds for each direction."""
-        return self.num_stages(num_ranks) // num_ranks
+    def chunk_choices(self, chunks: int | None) -> tuple[int, ...]:
+        """Returns the numbers of chunks to try: the configured one, or all up to `AUTO_CHUNKS`.
+
+        Args:
+            chunks: configured number, or None.
+
+        Raises:
+            ScheduleError: if the schedule is not defined for the configured number.
+        """
+        if chunks is None:
+            return tuple(number for number in self.chunks if number <= max(AUTO_CHUNKS, self.chunks[0]))
+        if chunks not in self.chunks:
+            nearest = min(self.chunks, key=lambda number: abs(number - chunks))
+            raise ScheduleError(
+                f"schedule.chunks: schedule '{self.name}' holds {_range_text(self.chunks)} stages per rank and "
+                f"direction, is {chunks}; nearest: {nearest}, or null"
+            )
+        return (chunks,)
 
     def is_bidirectional(self) -> bool:
         """Returns whether micro-batches enter at both ends."""
-        return len(self.placement(2)) > 1
+        return len(self.placement(2, self.chunks[0])) > 1
 
     def joins_ends(self, num_ranks: int) -> bool:
         """Returns whether each rank that holds the first stage also holds the last, in any direction."""
-        rows = self.placement(num_ranks)
+        rows = self.placement(num_ranks, self.chunks[0])
         return {row[0] for row in rows} == {row[-1] for row in rows}
+
+
+def _range_text(numbers: range) -> str:
+    return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
 
 
 SCHEDULES = Registry[ScheduleSpec]("schedule.kind", list_modules("dualpipe.generate", _FIRST), also=("auto",))
@@ -164,28 +189,28 @@ def build(
         kind: name of the schedule.
         num_ranks: ranks of one pipeline.
         num_micro_batches: micro-batches of one pipeline and step, of both directions together.
-        costs: costs of each stage; None for equal stages with F = I = W and no exchange. They change the order only if
-            the kind takes costs.
+        costs: costs of each stage; None for equal stages with F = I = W and no exchange. Their number determines the
+            chunks per rank. They change the order only if the kind takes costs.
         memory_cap: maximum of a rank's live activations, in the unit of `StageCosts.activation`; None for the
             schedule's own maximum.
         cache_dir: folder that caches searched schedules; None to search each time.
 
     Raises:
         UnknownNameError: if there is no such kind.
-        ScheduleError: if the schedule is not defined for the size, or does not fit the cap.
+        ScheduleError: if the schedule is not defined for the size or number of chunks, or does not fit the cap.
     """
     check_size(kind, num_ranks, num_micro_batches)
     spec = SCHEDULES.get(kind)
-    num_stages = spec.num_stages(num_ranks)
-    costs = costs or uniform(_EQUAL, num_ranks, num_stages)
-    assert len(costs.stages) == num_stages, f"{kind}: {len(costs.stages)} stages have costs, not {num_stages}"
+    costs = costs or uniform(_EQUAL, num_ranks, spec.num_stages(num_ranks))
+    chunks, rest = divmod(len(costs.stages), num_ranks)
+    assert not rest, f"{kind}: {len(costs.stages)} stages have costs, which {num_ranks} ranks cannot share"
+    spec.chunk_choices(chunks)
     if spec.takes_costs:
         return load_or_make(spec.generate, num_ranks, num_micro_batches, costs, memory_cap, cache_dir)
     schedule = spec.generate(num_ranks, num_micro_batches)
-    if schedule.placement != spec.placement(num_ranks):
-        raise ScheduleError(
-            f"schedule '{kind}': places stages on ranks {schedule.placement}, its entry has {spec.placement(num_ranks)}"
-        )
+    expected = spec.placement(num_ranks, chunks)
+    if schedule.placement != expected:
+        raise ScheduleError(f"schedule '{kind}': places stages on ranks {schedule.placement}, its entry has {expected}")
     _check_cap(schedule, costs, memory_cap)
     return schedule
 

@@ -99,8 +99,7 @@ def _shown(config: ScheduleCommandConfig) -> str:
         choice = choose(rows, config.memory_cap)
         schedule, reason = choice.schedule, choice.reason
     else:
-        costs = config.costs_of(SCHEDULES.get(kind).num_stages(config.num_ranks))
-        schedule = build(kind, config.num_ranks, config.num_micro_batches, costs, config.memory_cap, cache_dir)
+        schedule = _built(config, kind, cache_dir)
     validate(schedule, config.memory_cap)
     costs = config.costs_of(schedule.num_stages)
     timed = _as_paired(schedule, config.schedule)
@@ -123,8 +122,26 @@ def _shown(config: ScheduleCommandConfig) -> str:
             assert_never(other)
 
 
+def _built(config: ScheduleCommandConfig, kind: str, cache_dir: Path) -> Schedule:
+    """Builds the schedule with the configured number of chunks, or with the best one."""
+    spec = SCHEDULES.get(kind)
+    built: list[tuple[float, int, Schedule]] = []
+    for chunks in spec.chunk_choices(config.schedule.chunks):
+        costs = config.costs_of(spec.num_stages(config.num_ranks, chunks))
+        schedule = build(kind, config.num_ranks, config.num_micro_batches, costs, config.memory_cap, cache_dir)
+        built.append((round(simulate(schedule, costs).makespan, 9), len(built), schedule))
+    return min(built)[-1]
+
+
 def _survey(config: ScheduleCommandConfig, cache_dir: Path) -> tuple[TimedSchedule | UnavailableSchedule, ...]:
-    return survey(config.num_ranks, config.num_micro_batches, config.costs_of, config.memory_cap, cache_dir)
+    return survey(
+        config.num_ranks,
+        config.num_micro_batches,
+        config.costs_of,
+        config.memory_cap,
+        cache_dir,
+        chunks=config.schedule.chunks,
+    )
 
 
 def _kind(row: TimedSchedule | UnavailableSchedule) -> str:

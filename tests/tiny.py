@@ -137,7 +137,7 @@ def tiny_config(folder: Path, **changes: object) -> TrainConfig:
         optim=OPTIM,
         ema=EmaConfig(decay=None),
         precision=PrecisionConfig(kind="float64"),
-        schedule=ScheduleConfig(kind="1f1b", pairing="overlapped"),
+        schedule=ScheduleConfig(kind="1f1b", chunks=None, pairing="overlapped"),
         costs=Costs(forward=1.0, backward_input=1.0, backward_weight=1.0, exchange=1.0, latency=0.0),
         memory_cap=None,
         recompute=RECOMPUTED,

@@ -213,9 +213,10 @@ def is_mirrored(schedule: Schedule) -> bool:
         ScheduleError: ranks that are no mirror pair share a stage, so their gradients would not be summed.
     """
     down, *up = schedule.placement
-    if any(row != down[::-1] for row in up) or (up and len(set(down)) < len(down)):
+    mirrored = tuple(schedule.num_ranks - 1 - rank for rank in down)
+    if any(row != mirrored for row in up):
         raise ScheduleError(
-            f"placement: the second direction must be the first in reverse order, with one stage for each rank, "
+            f"placement: the second direction must place every stage on the mirror rank of the first direction's, "
             f"is {schedule.placement}"
         )
     return bool(up)

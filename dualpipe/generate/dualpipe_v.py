@@ -131,6 +131,7 @@ SCHEDULES.register(
         summary="the published DualPipeV: DualPipe on half the ranks, stages in a V",
         generate=dualpipe_v,
         placement=v_placement,
+        chunks=range(2, 3),
         limit=too_few_micro_batches,
         idle=IdleFormula(
             text="(P-1)(F&B+B-3W)/2", assumes="F = I >= W, no exchange and no latency", value=_published_idle

@@ -148,6 +148,7 @@ SCHEDULES.register(
         summary="two half stages per rank in a V, backwards split, no more activations than 1F1B",
         generate=zb_v,
         placement=v_placement,
+        chunks=range(2, 3),
         idle=IdleFormula(
             text="(P-1)F/2",
             assumes="F = I = W, no exchange and no latency",

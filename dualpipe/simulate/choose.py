@@ -30,6 +30,9 @@ def survey(
     memory_cap: float | None = None,
     cache_dir: Path | None = None,
     excluded: dict[str, str] | None = None,
+    *,
+    chunks: int | None = None,
+    most_stages: int | None = None,
 ) -> tuple[TimedSchedule | UnavailableSchedule, ...]:
     """Times every kind of schedule that may be chosen, or gives the reason why it is not available.
 
@@ -40,6 +43,8 @@ def survey(
         memory_cap: maximum of a rank's live activations; None for each schedule's own.
         cache_dir: folder that caches searched schedules.
         excluded: kinds that must not be chosen, with reasons.
+        chunks: stages of a rank for one direction; None for the best number.
+        most_stages: maximum number of stages; None for no maximum.
 
     Raises:
         MemoryCapError: if no schedule fits the cap.
@@ -50,14 +55,19 @@ def survey(
         if excluded and kind in excluded:
             rows.append(UnavailableSchedule(kind=kind, reason=excluded[kind]))
             continue
-        costs = costs_of(spec.num_stages(num_ranks))
+        tried: list[TimedSchedule] = []
         try:
-            schedule = build(kind, num_ranks, num_micro_batches, costs, memory_cap, cache_dir)
-            rows.append(time_schedule(schedule, costs, memory_cap))
+            for number in spec.chunk_choices(chunks):
+                costs = costs_of(spec.num_stages(num_ranks, number))
+                if tried and len(costs.stages) > (most_stages or math.inf):
+                    break
+                schedule = build(kind, num_ranks, num_micro_batches, costs, memory_cap, cache_dir)
+                tried.append(time_schedule(schedule, costs, memory_cap))
         except ScheduleError as error:
             if isinstance(error, MemoryCapError):
                 least = min(least, error.least)
-            rows.append(UnavailableSchedule(kind=kind, reason=str(error)))
+            reason = str(error)
+        rows.append(min(tried, key=_rank) if tried else UnavailableSchedule(kind=kind, reason=reason))
     if memory_cap is not None and all(isinstance(row, UnavailableSchedule) for row in rows) and math.isfinite(least):
         raise MemoryCapError(
             f"no schedule of {num_ranks} ranks fits the cap, which is {memory_cap:g}; nearest: {least:g}",
@@ -76,8 +86,12 @@ def choose(rows: Sequence[TimedSchedule | UnavailableSchedule], memory_cap: floa
     if not entries:
         reasons = "; ".join(f"{row.kind}: {row.reason}" for row in rows if isinstance(row, UnavailableSchedule))
         raise ScheduleError(f"schedule: no kind is available: {reasons}")
-    ranked = sorted(entries, key=lambda row: (round(row.simulation.makespan, 9), row.peak))
+    ranked = sorted(entries, key=_rank)
     return Choice(schedule=ranked[0].schedule, reason=_reason(ranked, memory_cap), rows=tuple(rows))
+
+
+def _rank(row: TimedSchedule) -> tuple[float, float]:
+    return round(row.simulation.makespan, 9), row.peak
 
 
 def _reason(ranked: Sequence[TimedSchedule], memory_cap: float | None) -> str:

@@ -11,7 +11,7 @@ from launch.config.model_rules import check_attention, check_experts, check_mode
 from model.config import RECOMPUTED, CutError, cut_layers
 from train.config import TrainConfig
 from train.config.errors import ConfigError, divisors, multiples
-from train.schedule.nominal import nominal_costs
+from train.schedule.nominal import nominal_costs, run_stages
 
 _RAMP = "batch.ramp"
 
@@ -103,8 +103,8 @@ def _check_kind(config: TrainConfig, kind: str) -> None:
         unit = f"; one micro-batch over all data ranks is parallelism.data x batch.micro_sequences = {share} sequences"
         raise ScheduleError(f"{error}{unit if str(error).startswith(key) else ''}") from error
     spec = SCHEDULES.get(kind)
-    stages = spec.num_stages(pipeline)
-    cut_layers(config.model.num_layers, stages, depth, stages_per_rank=spec.stages_per_rank(pipeline))
+    stages = run_stages(config, kind)
+    cut_layers(config.model.num_layers, stages, depth, stages_per_rank=stages // pipeline)
     if depth and not spec.joins_ends(pipeline):
         raise ConfigError(
             f"model.mtp_depth: must be 0 with schedule={kind} and parallelism.pipeline={pipeline}, "

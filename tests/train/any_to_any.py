@@ -84,7 +84,7 @@ def config_at(folder: Path, place: Place, *, mtp_depth: int = 0, steps_after: in
         folder,
         out_dir=str(folder / "runs" / str(place).replace(" ", "_")),
         parallelism=ParallelismConfig(pipeline=place.pipeline, data=place.data, expert=place.expert),
-        schedule=ScheduleConfig(kind=place.kind, pairing="overlapped"),
+        schedule=ScheduleConfig(kind=place.kind, chunks=None, pairing="overlapped"),
         dispatch=local if place.expert == 1 else exchange,
         model=replace(MODEL, num_layers=8, mtp_depth=mtp_depth),
         batch=replace(BATCH, micro_sequences=place.micro),

@@ -39,7 +39,7 @@ def test_balance_is_equal_on_all_ranks_and_equals_that_of_one_rank(tmp_path: Pat
     spread = replace(
         alone,
         parallelism=ParallelismConfig(pipeline=2, data=2, expert=2),
-        schedule=ScheduleConfig(kind="dualpipe_split", pairing="overlapped"),
+        schedule=ScheduleConfig(kind="dualpipe_split", chunks=None, pairing="overlapped"),
     )
     (expected, biases), *_ = run_ranks(1, balances, alone)
     of_ranks = run_ranks(4, balances, spread)

@@ -33,7 +33,7 @@ def config_of(folder: Path, name: str) -> TrainConfig:
         folder,
         out_dir=str(folder / name),
         parallelism=ParallelismConfig(pipeline=2, data=2, expert=2),
-        schedule=ScheduleConfig(kind="dualpipe", pairing="overlapped"),
+        schedule=ScheduleConfig(kind="dualpipe", chunks=None, pairing="overlapped"),
         batch=replace(BATCH, global_sequences=8),
         task=replace(TASK, steps=4),
         validation=replace(VALIDATION, every_steps=2, sequences=8),

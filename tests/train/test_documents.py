@@ -29,7 +29,7 @@ def make_config(folder: Path, kind: Literal["1f1b", "dualpipe"], pipeline: int, 
     config = tiny_config(
         folder,
         parallelism=ParallelismConfig(pipeline=pipeline, data=1, expert=1),
-        schedule=ScheduleConfig(kind=kind, pairing="overlapped"),
+        schedule=ScheduleConfig(kind=kind, chunks=None, pairing="overlapped"),
     )
     batch = replace(config.batch, document_mask=True, sequence_length_tokens=64, global_sequences=8)
     model = replace(config.model, num_layers=max(3, pipeline), mtp_depth=depth)

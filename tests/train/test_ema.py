@@ -126,7 +126,7 @@ def test_ema_resumed_equals_an_uninterrupted_run_bitwise_and_one_rank(tmp_path: 
     spread = replace(
         alone,
         parallelism=ParallelismConfig(pipeline=2, data=2, expert=2),
-        schedule=ScheduleConfig(kind="dualpipe_split", pairing="overlapped"),
+        schedule=ScheduleConfig(kind="dualpipe_split", chunks=None, pairing="overlapped"),
         out_dir=str(tmp_path / "spread"),
     )
     ((expected, *_),) = run_ranks(1, _resumed, alone)

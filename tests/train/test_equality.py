@@ -43,7 +43,7 @@ def layout_config(folder: Path, pipeline: int, data: int, expert: int) -> TrainC
         folder,
         batch=replace(BATCH, global_sequences=max(4, 2 * pipeline) * data),
         parallelism=ParallelismConfig(pipeline=pipeline, data=data, expert=expert),
-        schedule=ScheduleConfig(kind="1f1b" if pipeline == 1 else "dualpipe", pairing="overlapped"),
+        schedule=ScheduleConfig(kind="1f1b" if pipeline == 1 else "dualpipe", chunks=None, pairing="overlapped"),
         model=replace(MODEL, num_layers=max(3, pipeline)),
     )
 

@@ -28,7 +28,7 @@ def over_nodes(folder: Path, pipeline: int, expert: int, ranks_per_node: int) ->
     config = tiny_config(
         folder,
         parallelism=ParallelismConfig(pipeline=pipeline, data=expert, expert=expert),
-        schedule=ScheduleConfig(kind="1f1b" if pipeline == 1 else "dualpipe", pairing="overlapped"),
+        schedule=ScheduleConfig(kind="1f1b" if pipeline == 1 else "dualpipe", chunks=None, pairing="overlapped"),
         dispatch=TWO_HOP,
         batch=replace(BATCH, global_sequences=max(2, 2 * pipeline) * expert),
         model=replace(MODEL, num_layers=3),

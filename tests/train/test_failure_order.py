@@ -52,7 +52,7 @@ def test_operations_of_every_group_have_one_order_on_all_its_ranks(
     config = tiny_config(
         tmp_path,
         parallelism=ParallelismConfig(pipeline=2, data=data, expert=data),
-        schedule=ScheduleConfig(kind="dualpipe", pairing="overlapped"),
+        schedule=ScheduleConfig(kind="dualpipe", chunks=None, pairing="overlapped"),
         validation=replace(VALIDATION, sequences=16),
     )
     seen = run_ranks(2 * data, _steps, config if dispatch is None else replace(config, dispatch=dispatch))

@@ -51,7 +51,7 @@ def make_config(folder: Path, pipeline: int, data: int, **changes: object) -> Tr
     config = tiny_config(
         folder,
         parallelism=ParallelismConfig(pipeline=pipeline, data=data, expert=data),
-        schedule=ScheduleConfig(kind="1f1b" if pipeline == 1 else "dualpipe", pairing="overlapped"),
+        schedule=ScheduleConfig(kind="1f1b" if pipeline == 1 else "dualpipe", chunks=None, pairing="overlapped"),
         precision=Fp8PrecisionConfig(kind="fp8", scales="float32"),
         optim=replace(OPTIM, sharding="zero1", moments="bf16"),
         batch=replace(BATCH, global_sequences=4 * data),

@@ -103,7 +103,7 @@ def make_job(folder: Path, name: str, kind: str, guard: GuardConfig, bad: dict[i
         folder,
         out_dir=str(folder / f"{name}-{kind}"),
         parallelism=ParallelismConfig(pipeline=2, data=2, expert=2),
-        schedule=ScheduleConfig(kind="dualpipe_split", pairing="overlapped"),
+        schedule=ScheduleConfig(kind="dualpipe_split", chunks=None, pairing="overlapped"),
         task=replace(TASK, steps=6),
         checkpointing=replace(CHECKPOINTING, every_steps=2 if guard is ROLL_BACK else 0),
         batch=replace(BATCH, sequence_length_tokens=12, global_sequences=8),

@@ -60,7 +60,7 @@ def config_of(folder: Path, kind: str, parallelism: ParallelismConfig, pairing: 
         folder,
         parallelism=parallelism,
         model=replace(MODEL, mtp_depth=0) if kind == "1f1b" else MODEL,
-        schedule=ScheduleConfig(kind=kind, pairing=pairing),  # type: ignore[arg-type]
+        schedule=ScheduleConfig(kind=kind, chunks=None, pairing=pairing),  # type: ignore[arg-type]
     )
 
 

@@ -23,7 +23,7 @@ from train.schedule.plan import plan
 def config_of(folder: Path, kind: str, **changes: Any) -> TrainConfig:
     """Two pipeline ranks."""
     parallelism = ParallelismConfig(pipeline=2, data=1, expert=1)
-    schedule = ScheduleConfig(kind=kind, pairing="overlapped")
+    schedule = ScheduleConfig(kind=kind, chunks=None, pairing="overlapped")
     return tiny_config(folder, parallelism=parallelism, schedule=schedule, **changes)
 
 
@@ -61,6 +61,6 @@ def test_plan_reuses_the_schedule_of_the_checkpoint(tmp_path: Path) -> None:
     for text, reason in run_ranks(2, _planned, resumed):
         assert from_json(text) == begun
         assert "step-00000001" in reason
-    other = replace(resumed, schedule=ScheduleConfig(kind="dualpipe_split", pairing="overlapped"))
+    other = replace(resumed, schedule=ScheduleConfig(kind="dualpipe_split", chunks=None, pairing="overlapped"))
     for _, reason in run_ranks(2, _planned, other):
         assert reason == "the configured one"

@@ -45,7 +45,7 @@ def config_of(folder: Path, pipeline: int, num_layers: int, pairing: str = "over
         folder,
         model=model,
         parallelism=ParallelismConfig(pipeline=pipeline, data=1, expert=1),
-        schedule=ScheduleConfig(kind="auto", pairing=pairing),  # type: ignore[arg-type]
+        schedule=ScheduleConfig(kind="auto", chunks=None, pairing=pairing),  # type: ignore[arg-type]
     )
 
 
@@ -155,7 +155,7 @@ def _train(
 def test_probed_run_equals_another_bitwise(tmp_path: Path) -> None:
     write_text(tmp_path)
     config = tiny_config(
-        tmp_path, parallelism=FOUR_RANKS, schedule=ScheduleConfig(kind="dualpipe", pairing="overlapped")
+        tmp_path, parallelism=FOUR_RANKS, schedule=ScheduleConfig(kind="dualpipe", chunks=None, pairing="overlapped")
     )
     plain, probed = (run_ranks(4, _train, config, probed) for probed in (False, True))
     for rank, (ours, theirs) in enumerate(zip(probed, plain, strict=True)):

@@ -42,7 +42,7 @@ def test_ramp_on_many_ranks_equals_a_plain_model(tmp_path: Path) -> None:
         replace(
             plain,
             parallelism=ParallelismConfig(pipeline=2, data=2, expert=2),
-            schedule=ScheduleConfig(kind=kind, pairing="overlapped"),
+            schedule=ScheduleConfig(kind=kind, chunks=None, pairing="overlapped"),
         )
         for kind in ("dualpipe_split", "zb_v")
     ]

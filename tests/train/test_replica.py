@@ -87,7 +87,7 @@ def test_reference_passes_between_steps_change_nothing_bitwise(tmp_path: Path) -
         name: tiny_config(
             tmp_path,
             parallelism=parallelism,
-            schedule=ScheduleConfig(kind="dualpipe", pairing="overlapped"),
+            schedule=ScheduleConfig(kind="dualpipe", chunks=None, pairing="overlapped"),
             batch=replace(BATCH, global_sequences=8 * parallelism.data),
         )
         for name, parallelism in LAYOUTS.items()
@@ -114,7 +114,7 @@ def test_reference_passes_between_steps_change_nothing_bitwise(tmp_path: Path) -
 def test_layouts_share_stages_between_mirror_pairs(name: str, tmp_path: Path) -> None:
     """Ensures that the test above covers both directions of DualPipe."""
     config = tiny_config(
-        tmp_path, parallelism=LAYOUTS[name], schedule=ScheduleConfig(kind="dualpipe", pairing="overlapped")
+        tmp_path, parallelism=LAYOUTS[name], schedule=ScheduleConfig(kind="dualpipe", chunks=None, pairing="overlapped")
     )
     schedule = configured_schedule(config)
     assert schedule.num_directions == 2

@@ -91,7 +91,7 @@ def four_ranks(folder: Path) -> TrainConfig:
     config = tiny_config(
         folder,
         parallelism=ParallelismConfig(pipeline=2, data=2, expert=2),
-        schedule=ScheduleConfig(kind="dualpipe", pairing="overlapped"),
+        schedule=ScheduleConfig(kind="dualpipe", chunks=None, pairing="overlapped"),
     )
     return replace(config, batch=replace(config.batch, sequence_length_tokens=12))
 

@@ -49,7 +49,7 @@ def test_scores_of_four_ranks_equal_those_of_one_and_of_the_plain_model(tmp_path
         config = tiny_config(
             tmp_path,
             parallelism=ParallelismConfig(pipeline=pipeline, data=data, expert=data),
-            schedule=ScheduleConfig(kind="dualpipe", pairing="overlapped"),
+            schedule=ScheduleConfig(kind="dualpipe", chunks=None, pairing="overlapped"),
         )
         for rank, (loss, log_probs_BT) in enumerate(run_ranks(4, score, config)):
             place = f"pipeline {pipeline}, rank {rank}"

@@ -40,7 +40,7 @@ def run_config(folder: Path, source: str, layout: str, name: str, **changes: obj
         init_from=str(folder / source),
         model=HfReader(folder / source).config,
         parallelism=parallelism,
-        schedule=ScheduleConfig(kind=schedule, pairing="overlapped"),
+        schedule=ScheduleConfig(kind=schedule, chunks=None, pairing="overlapped"),
         task=replace(TASK, bias_update_rate=TokenSchedule.constant(0.01)),
     )
     return replace(config, **changes)  # type: ignore[arg-type]

@@ -14,6 +14,7 @@ from dualpipe.ir import Schedule
 from dualpipe.passes import split_backwards
 from dualpipe.registry import FALLBACK, SCHEDULES, build
 from dualpipe.simulate.costs import CostModel, Costs, uniform
+from model.config import ModelConfig
 from train.config import TrainConfig
 
 _PER_RANK = 3
@@ -39,6 +40,30 @@ def nominal_costs(config: TrainConfig, num_stages: int) -> CostModel:
     return uniform(costs, config.parallelism.pipeline, num_stages)
 
 
+def num_stages(model: ModelConfig, pipeline: int, kind: str, chunks: int | None) -> int:
+    """Returns the number of stages into which a kind of schedule cuts a model.
+
+    Args:
+        model: architecture.
+        pipeline: number of pipeline ranks.
+        kind: name of a schedule.
+        chunks: stages of a rank for one direction; None for the largest number up to `AUTO_CHUNKS` for which there are
+            layers.
+
+    Raises:
+        ScheduleError: the schedule is not defined for the configured number of chunks.
+    """
+    spec = SCHEDULES.get(kind)
+    choices = spec.chunk_choices(chunks)
+    possible = [chunks for chunks in choices if pipeline * chunks <= model.num_layers] or choices[:1]
+    return spec.num_stages(pipeline, possible[-1])
+
+
+def run_stages(config: TrainConfig, kind: str) -> int:
+    """Returns `num_stages` of the run's model."""
+    return num_stages(config.model, config.parallelism.pipeline, kind, config.schedule.chunks)
+
+
 def planning_schedule(config: TrainConfig, num_micro_batches: int) -> Schedule:
     """Returns a short schedule with the same memory peaks as the run's schedule.
 
@@ -55,7 +80,7 @@ def planning_schedule(config: TrainConfig, num_micro_batches: int) -> Schedule:
     few = num_micro_batches if spec.grows else few_micro_batches(pipeline, num_micro_batches)
     if kind == "dualpipe_split" and _is_published_order(config, num_micro_batches):
         return split_backwards(dualpipe(pipeline, few))
-    costs = nominal_costs(config, spec.num_stages(pipeline))
+    costs = nominal_costs(config, run_stages(config, kind))
     return build(kind, pipeline, few, costs, config.memory_cap, schedules_folder(config.data.cache_dir))
 
 

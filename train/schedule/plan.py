@@ -20,7 +20,7 @@ from train.checkpoint.manifest import SCHEDULE_NAME, CheckpointError, layout_rec
 from train.config import TrainConfig, sized_config
 from train.memory.predict import ramp_memory_cap
 from train.schedule.layer_times import LayerTimes, stage_costs
-from train.schedule.nominal import nominal_costs
+from train.schedule.nominal import nominal_costs, num_stages, run_stages
 from train.schedule.probe import measure
 
 _LARGEST_SCHEDULE_BYTES = 2**28
@@ -70,7 +70,7 @@ def ramp_schedules(config: TrainConfig) -> dict[int, Schedule]:
     for sequences in smaller:
         assert kind != "auto"
         sized = sized_config(config, sequences)
-        costs = nominal_costs(config, SCHEDULES.get(kind).num_stages(pipeline))
+        costs = nominal_costs(config, run_stages(config, kind))
         cache = schedules_folder(config.data.cache_dir)
         made[sequences] = build(kind, pipeline, sized.num_micro_batches, costs, ramp_memory_cap(sized), cache)
     return made
@@ -82,7 +82,7 @@ def _decide(config: TrainConfig, times: LayerTimes | None) -> tuple[Schedule, st
     if begun is not None:
         return read_schedule(begun, config), f"the schedule of {begun.parent}"
     if kind != "auto":
-        costs = nominal_costs(config, SCHEDULES.get(kind).num_stages(pipeline))
+        costs = nominal_costs(config, run_stages(config, kind))
         made = build(kind, pipeline, micro_batches, costs, config.memory_cap, schedules_folder(config.data.cache_dir))
         return made, "the configured one"
     assert times is not None
@@ -90,8 +90,18 @@ def _decide(config: TrainConfig, times: LayerTimes | None) -> tuple[Schedule, st
     def costs_of(num_stages: int) -> CostModel:
         return stage_costs(times, config, num_stages)
 
-    excluded, cache = excluded_schedules(config.model, pipeline), schedules_folder(config.data.cache_dir)
-    rows = survey(pipeline, micro_batches, costs_of, config.memory_cap, cache, excluded)
+    excluded = excluded_schedules(config.model, pipeline, config.schedule.chunks)
+    cache = schedules_folder(config.data.cache_dir)
+    rows = survey(
+        pipeline,
+        micro_batches,
+        costs_of,
+        config.memory_cap,
+        cache,
+        excluded,
+        chunks=config.schedule.chunks,
+        most_stages=config.model.num_layers,
+    )
     choice = choose(rows, config.memory_cap)
     return choice.schedule, f"the best for the measured seconds: {choice.reason}"
 
@@ -129,7 +139,7 @@ def read_schedule(path: Path, config: TrainConfig) -> Schedule:
     return found
 
 
-def excluded_schedules(model: ModelConfig, pipeline: int) -> dict[str, str]:
+def excluded_schedules(model: ModelConfig, pipeline: int, chunks: int | None = None) -> dict[str, str]:
     """Returns the kinds of schedule that this model cannot use, each with the reason."""
     reasons: dict[str, str] = {}
     for kind, spec in SCHEDULES.items():
@@ -137,8 +147,8 @@ def excluded_schedules(model: ModelConfig, pipeline: int) -> dict[str, str]:
             reasons[kind] = "MTP needs embedding and head on one rank"
             continue
         try:
-            stages, per_rank = spec.num_stages(pipeline), spec.stages_per_rank(pipeline)
-            cut_layers(model.num_layers, stages, model.mtp_depth, stages_per_rank=per_rank)
-        except CutError as error:
+            stages = num_stages(model, pipeline, kind, chunks)
+            cut_layers(model.num_layers, stages, model.mtp_depth, stages_per_rank=stages // pipeline)
+        except (CutError, ScheduleError) as error:
             reasons[kind] = str(error)
     return reasons

@@ -70,7 +70,7 @@ def dualpipe_config(folder: Path, data: int) -> TrainConfig:
     return tiny_config(
         folder,
         parallelism=ParallelismConfig(pipeline=2, data=data, expert=data),
-        schedule=ScheduleConfig(kind="dualpipe", pairing="overlapped"),
+        schedule=ScheduleConfig(kind="dualpipe", chunks=None, pairing="overlapped"),
     )
 
 
