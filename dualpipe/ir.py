@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 
 class ScheduleError(ValueError):
@@ -30,17 +30,21 @@ class Op(StrEnum):
     BACKWARD_WEIGHT = "W"
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Operation:
+class Operation(NamedTuple):
     """Forward or backward of one micro-batch in one stage.
 
-    `micro_batch` counts from 0 within its direction.
+    `micro_batch` counts from 0 within its direction. Schedules have up to millions of operations, which are created,
+    hashed and compared all the time. A tuple does that several times faster than a dataclass.
     """
 
     kind: Op
     direction: int
     stage: int
     micro_batch: int
+
+    def with_kind(self, kind: Op) -> "Operation":
+        """Returns the operation of another kind of the same micro-batch and stage."""
+        return Operation(kind, self.direction, self.stage, self.micro_batch)
 
     def __str__(self) -> str:
         """Returns kind, stage and micro-batch, as in `F0.3`; direction 1 has a prime, `F0.3'`."""

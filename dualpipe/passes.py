@@ -66,13 +66,9 @@ def _split(groups: tuple[Group, ...]) -> tuple[Group, ...]:
     made: list[Group] = []
     for group in groups:
         backwards = [op for op in group if op.kind is Op.BACKWARD]
-        made.append(tuple(_as(op, Op.BACKWARD_INPUT) if op.kind is Op.BACKWARD else op for op in group))
-        made += [(_as(op, Op.BACKWARD_WEIGHT),) for op in backwards]
+        made.append(tuple(op.with_kind(Op.BACKWARD_INPUT) if op.kind is Op.BACKWARD else op for op in group))
+        made += [(op.with_kind(Op.BACKWARD_WEIGHT),) for op in backwards]
     return tuple(made)
-
-
-def _as(op: Operation, kind: Op) -> Operation:
-    return replace(op, kind=kind)
 
 
 _MAX_SHIFT = 3

@@ -66,7 +66,7 @@ def _rank_groups(shape: Schedule, rank: int, *, paired: bool) -> tuple[Group, ..
     for slot in sorted(slots):
         backward_first = sorted(slots[slot], key=lambda op: op.kind is Op.FORWARD)
         groups += [tuple(reversed(backward_first))] if paired else [(op,) for op in backward_first]
-        groups += [(replace(op, kind=Op.BACKWARD_WEIGHT),) for op in backward_first if op.kind is not Op.FORWARD]
+        groups += [(op.with_kind(Op.BACKWARD_WEIGHT),) for op in backward_first if op.kind is not Op.FORWARD]
     return tuple(groups)
 
 
@@ -75,15 +75,13 @@ def _with_whole_backwards(schedule: Schedule) -> Schedule:
 
     def joined(groups: tuple[Group, ...]) -> tuple[Group, ...]:
         whole = {
-            replace(op, kind=Op.BACKWARD_WEIGHT)
+            op.with_kind(Op.BACKWARD_WEIGHT)
             for group in groups
             for op in group
             if len(group) > 1 and op.kind is Op.BACKWARD_INPUT
         }
         return tuple(
-            tuple(
-                replace(op, kind=Op.BACKWARD) if op.kind is Op.BACKWARD_INPUT and len(group) > 1 else op for op in group
-            )
+            tuple(op.with_kind(Op.BACKWARD) if op.kind is Op.BACKWARD_INPUT and len(group) > 1 else op for op in group)
             for group in groups
             if group[0] not in whole
         )

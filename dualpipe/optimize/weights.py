@@ -102,7 +102,7 @@ class _WeightPlacement:
             op = operations[number]
             self._ends[number] = end
             if op.kind is Op.BACKWARD_INPUT:
-                self._waiting[rank].append(replace(op, kind=Op.BACKWARD_WEIGHT))
+                self._waiting[rank].append(op.with_kind(Op.BACKWARD_WEIGHT))
             if number in self._blocked:
                 # The blocked rank is processed again now, as there may be time for another W before the arrival.
                 blocked = self._blocked.pop(number)

@@ -20,6 +20,20 @@ def test_json_round_trip_gives_the_same_schedule() -> None:
         assert from_json(to_json(schedule)) == schedule
 
 
+def test_operations_are_values_that_sort_by_kind_and_numbers() -> None:
+    first, second = Operation(Op.FORWARD, 0, 1, 3), Operation(Op.FORWARD, 1, 0, 2)
+    assert first == Operation(kind=Op.FORWARD, direction=0, stage=1, micro_batch=3)
+    assert first.with_kind(Op.BACKWARD_WEIGHT) == Operation(Op.BACKWARD_WEIGHT, 0, 1, 3)
+    assert sorted([first.with_kind(Op.BACKWARD_WEIGHT), second, first]) == [
+        first,
+        second,
+        first.with_kind(Op.BACKWARD_WEIGHT),
+    ]
+    assert [str(op) for op in (first, second)] == ["F1.3", "F0.2'"]
+    with pytest.raises(AttributeError):
+        first.stage = 2  # type: ignore[misc]
+
+
 def test_json_has_the_documented_keys_and_group_form() -> None:
     record = json.loads(to_json(build("dualpipe", 4, 8)))
     assert list(record) == ["kind", "num_ranks", "num_micro_batches", "num_stages", "placement", "ranks"]

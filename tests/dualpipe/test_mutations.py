@@ -131,7 +131,7 @@ def rename(lists: Lists, draws: random.Random) -> None:
     for groups in lists[draws.choice([0, draws.randrange(len(lists)), draws.randrange(len(lists))]) :]:
         for group in groups:
             group[:] = [
-                replace(op, micro_batch=names.get(op.micro_batch, op.micro_batch))
+                op._replace(micro_batch=names.get(op.micro_batch, op.micro_batch))
                 if op.direction == one.direction
                 else op
                 for op in group

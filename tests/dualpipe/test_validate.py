@@ -75,7 +75,7 @@ def swap_dependent(lists: Lists, generator: random.Random) -> None:
         rank, *first = somewhere(lists, generator)
         other, *second = somewhere(lists, generator)
         one, two = lists[rank][first[0]][first[1]], lists[other][second[0]][second[1]]
-        if rank == other and one.kind is Op.FORWARD and two == replace(one, kind=two.kind) and one != two:
+        if rank == other and one.kind is Op.FORWARD and two == one.with_kind(two.kind) and one != two:
             lists[rank][first[0]][first[1]], lists[rank][second[0]][second[1]] = two, one
             return
 
@@ -84,14 +84,14 @@ def change_kind(lists: Lists, generator: random.Random) -> None:
     rank, group, member = somewhere(lists, generator)
     operation = lists[rank][group][member]
     kind = generator.choice([kind for kind in Op if kind is not operation.kind])
-    lists[rank][group][member] = replace(operation, kind=kind)
+    lists[rank][group][member] = operation.with_kind(kind)
 
 
 def put_out_of_range(lists: Lists, generator: random.Random) -> None:
     rank, group, member = somewhere(lists, generator)
     operation = lists[rank][group][member]
     field = generator.choice(["direction", "stage", "micro_batch"])
-    lists[rank][group][member] = replace(operation, **{field: generator.choice([-1, 99])})
+    lists[rank][group][member] = operation._replace(**{field: generator.choice([-1, 99])})
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ def can_run(schedule: Schedule) -> bool:
             graph[("run", number, index)] = {("reach", number, index), *rank.receives[index]}
             for op in group:
                 if op.kind in NEEDS_OF_THE_SAME_STAGE:
-                    needed = replace(op, kind=NEEDS_OF_THE_SAME_STAGE[op.kind])
+                    needed = op.with_kind(NEEDS_OF_THE_SAME_STAGE[op.kind])
                     graph[("run", number, index)].add(("run", *made[needed]))
                 step = {Op.FORWARD: -1, Op.BACKWARD_WEIGHT: 0}.get(op.kind, 1)
                 for kind in (op.kind,) if op.kind is Op.FORWARD else (Op.BACKWARD, Op.BACKWARD_INPUT):

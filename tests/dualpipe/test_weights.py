@@ -1,7 +1,6 @@
 """Placing weight gradients keeps the order of F and I and the memory cap, and fills idle time."""
 
 import random
-from dataclasses import replace
 
 import pytest
 
@@ -55,7 +54,7 @@ def test_placing_only_moves_weights(patience: float) -> None:
             assert without_weights(placed) == without_weights(schedule)
             for groups in placed.ranks:
                 operations = [op for group in groups for op in group]
-                deferred = [replace(op, kind=Op.BACKWARD_WEIGHT) for op in operations if op.kind is Op.BACKWARD_INPUT]
+                deferred = [op.with_kind(Op.BACKWARD_WEIGHT) for op in operations if op.kind is Op.BACKWARD_INPUT]
                 assert [op for op in operations if op.kind is Op.BACKWARD_WEIGHT] == deferred
 
 
