@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dualpipe.draw.entry import TimedSchedule, UnavailableSchedule, time_schedule
 from dualpipe.ir import Schedule, ScheduleError
 from dualpipe.registry import build, candidates
-from dualpipe.simulate.costs import CostModel, StageCosts
+from dualpipe.simulate.costs import CostModel, resampled
 
 _MOST_SEARCHED = 256
 """Maximum of ranks times micro-batches for which a run waits for a searched schedule: about 1 s."""
@@ -43,7 +43,7 @@ class Alternatives:
             if made is None:
                 made = self._made[kind] = self._make(kind, schedule, costs)
             if isinstance(made, Schedule):
-                rows.append(time_schedule(made, resampled(costs, made.num_stages, made.num_ranks)))
+                rows.append(time_schedule(made, resampled(costs, made.num_stages)))
             else:
                 rows.append(made)
         return rows
@@ -57,7 +57,7 @@ class Alternatives:
             reason = f"its search takes too long during a run; see python -m launch.schedule {hint}"
             return UnavailableSchedule(kind=kind, reason=reason)
         try:
-            own_costs = resampled(costs, spec.num_stages(num_ranks), num_ranks)
+            own_costs = resampled(costs, spec.num_stages(num_ranks))
             made = build(kind, num_ranks, num_micro_batches, own_costs)
             return made if self._change is None else self._change(made)
         except ScheduleError as error:
@@ -69,31 +69,3 @@ def by_makespan(rows: list[TimedSchedule | UnavailableSchedule]) -> list[TimedSc
     timed = [row for row in rows if isinstance(row, TimedSchedule)]
     others = [row for row in rows if isinstance(row, UnavailableSchedule)]
     return [*sorted(timed, key=lambda row: (row.simulation.makespan, row.peak)), *others]
-
-
-def resampled(costs: CostModel, num_stages: int, num_ranks: int) -> CostModel:
-    """Returns the costs of the same model with another number of stages.
-
-    Args:
-        costs: costs of the model's stages.
-        num_stages: new number of stages.
-        num_ranks: ranks of the pipeline; activations are in units of model/P.
-    """
-    if num_stages == len(costs.stages):
-        return costs
-    stages = []
-    for stage in range(num_stages):
-        shares = _shares(stage, num_stages, len(costs.stages))
-        sums = {
-            name: sum(share * getattr(costs.stages[old], name) for old, share in shares.items())
-            for name in ("forward", "backward_input", "backward_weight", "forward_exchange", "backward_exchange")
-        }
-        stages.append(StageCosts(**sums, activation=num_ranks / num_stages))
-    return CostModel(stages=tuple(stages), latency=costs.latency)
-
-
-def _shares(stage: int, num_new: int, num_old: int) -> dict[int, float]:
-    """Returns the fraction of each old stage that belongs to a new stage."""
-    start, end = stage * num_old, (stage + 1) * num_old  # old stage i spans i * num_new to (i + 1) * num_new
-    spans = {old: min(end, (old + 1) * num_new) - max(start, old * num_new) for old in range(num_old)}
-    return {old: length / num_new for old, length in spans.items() if length > 0}

@@ -141,6 +141,35 @@ def uniform(costs: Costs, num_ranks: int, num_stages: int) -> CostModel:
     return CostModel(stages=(stage,) * num_stages, latency=costs.latency)
 
 
+def resampled(costs: CostModel, num_stages: int) -> CostModel:
+    """Returns the costs of the same model with another number of stages.
+
+    Each old stage is divided evenly: a new stage costs its fraction of the old ones, in time and in memory.
+
+    Args:
+        costs: costs of the model's stages.
+        num_stages: new number of stages.
+    """
+    if num_stages == len(costs.stages):
+        return costs
+    stages = []
+    for stage in range(num_stages):
+        shares = _shares(stage, num_stages, len(costs.stages))
+        sums = {
+            name: sum(share * getattr(costs.stages[old], name) for old, share in shares.items())
+            for name in (field.name for field in fields(StageCosts))
+        }
+        stages.append(StageCosts(**sums))
+    return CostModel(stages=tuple(stages), latency=costs.latency)
+
+
+def _shares(stage: int, num_new: int, num_old: int) -> dict[int, float]:
+    """Returns the fraction of each old stage that belongs to a new stage."""
+    start, end = stage * num_old, (stage + 1) * num_old  # old stage i spans i * num_new to (i + 1) * num_new
+    spans = {old: min(end, (old + 1) * num_new) - max(start, old * num_new) for old in range(num_old)}
+    return {old: length / num_new for old, length in spans.items() if length > 0}
+
+
 def _check_times(values: Costs | StageCosts, place: str) -> None:
     for field in fields(values):
         value = getattr(values, field.name)

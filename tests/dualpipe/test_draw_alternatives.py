@@ -2,40 +2,15 @@
 
 import re
 
-import pytest
-
-from dualpipe.draw.alternatives import Alternatives, by_makespan, resampled
+from dualpipe.draw.alternatives import Alternatives, by_makespan
 from dualpipe.draw.entry import TimedSchedule, UnavailableSchedule, time_schedule
 from dualpipe.draw.table import html
 from dualpipe.passes import ungroup
 from dualpipe.registry import build, candidates
 from dualpipe.runtime.measured import measured_costs
-from dualpipe.simulate.costs import CostModel, StageCosts
+from dualpipe.simulate.costs import resampled
 from tests.dualpipe.clockwork import measured_run
-
-NAMES = ("forward", "backward_input", "backward_weight", "forward_exchange", "backward_exchange")
-
-
-def model_of(num_stages: int) -> CostModel:
-    """Stages of which each costs more than the one before."""
-    stages = (StageCosts(**dict.fromkeys(NAMES, 1.0 + stage), activation=1.0) for stage in range(num_stages))
-    return CostModel(stages=tuple(stages), latency=0.5)
-
-
-@pytest.mark.parametrize(("old", "new"), [(4, 8), (8, 4), (4, 4), (4, 6), (6, 4)])
-def test_resampled_costs_are_those_of_the_same_model(old: int, new: int) -> None:
-    before, after = model_of(old), resampled(model_of(old), new, num_ranks=4)
-    assert len(after.stages) == new
-    assert after.latency == before.latency
-    for name in NAMES:
-        total = sum(getattr(stage, name) for stage in before.stages)
-        assert sum(getattr(stage, name) for stage in after.stages) == pytest.approx(total)
-    assert [stage.forward for stage in after.stages] == sorted(stage.forward for stage in after.stages)
-
-
-def test_resampled_costs_halve_and_add_whole_stages() -> None:
-    assert [stage.forward for stage in resampled(model_of(2), 4, 2).stages] == [0.5, 0.5, 1.0, 1.0]
-    assert [stage.forward for stage in resampled(model_of(4), 2, 2).stages] == [3.0, 7.0]
+from tests.dualpipe.test_costs import model_of
 
 
 def test_alternatives_are_all_other_kinds_under_the_runs_costs() -> None:
@@ -47,7 +22,7 @@ def test_alternatives_are_all_other_kinds_under_the_runs_costs() -> None:
     assert [row.reason for row in rows if isinstance(row, UnavailableSchedule)] == ["not this one"]
     for row in rows:
         if isinstance(row, TimedSchedule):
-            expected = time_schedule(row.schedule, resampled(costs, row.schedule.num_stages, 4))
+            expected = time_schedule(row.schedule, resampled(costs, row.schedule.num_stages))
             assert row.simulation.makespan == expected.simulation.makespan
 
 

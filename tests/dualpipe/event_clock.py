@@ -1,0 +1,129 @@
+"""Times schedules with a queue of events: an oracle that shares no code with `dualpipe.simulate`.
+
+It knows only the definition of a schedule. A forward needs the forward of the stage before. A gradient needs the
+stage's own forward and the gradient of the stage after. W needs its I. Groups may have any number of members, ranks
+any number of stages, and every stage has its own costs.
+"""
+
+import heapq
+from collections.abc import Iterator
+
+from dualpipe.ir import Group, Op, Operation, Schedule
+from dualpipe.simulate.costs import CostModel
+
+Result = tuple[str, int, int, int]
+"""Result of an operation, `F`, `I` or `W`, with direction, stage and micro-batch."""
+
+_HALVES = {Op.FORWARD: "F", Op.BACKWARD: "IW", Op.BACKWARD_INPUT: "I", Op.BACKWARD_WEIGHT: "W"}
+
+
+class EventClock:
+    """Plays a schedule, event by event.
+
+    Attributes:
+        ends: end of each group of each rank.
+        peaks: peak memory of each rank, in the unit of `StageCosts.activation`.
+        makespan: end of the last group.
+    """
+
+    def __init__(self, schedule: Schedule, costs: CostModel) -> None:
+        """Plays the schedule to its end.
+
+        Raises:
+            AssertionError: a group never starts.
+        """
+        self._schedule = schedule
+        self._costs = costs
+        self._events: list[tuple[float, int, int, Result | None]] = []
+        self._num_events = 0
+        self._known: list[set[Result]] = [set() for _ in schedule.ranks]
+        self._is_busy = [False] * schedule.num_ranks
+        self._alive = [0.0] * schedule.num_ranks
+        self.ends: list[list[float]] = [[] for _ in schedule.ranks]
+        self.peaks = [0.0] * schedule.num_ranks
+        self._play()
+        self.makespan = max((ends[-1] for ends in self.ends if ends), default=0.0)
+
+    def _play(self) -> None:
+        for rank in range(self._schedule.num_ranks):
+            self._start_next(rank, 0.0)
+        while self._events:
+            time, _, rank, arrived = heapq.heappop(self._events)
+            if arrived is None:
+                self._finish(rank, time)
+            else:
+                self._known[rank].add(arrived)
+            self._start_next(rank, time)
+        for rank, groups in enumerate(self._schedule.ranks):
+            assert len(self.ends[rank]) == len(groups), f"rank {rank}: group {len(self.ends[rank])} never starts"
+
+    def _post(self, time: float, rank: int, arrived: Result | None) -> None:
+        self._num_events += 1
+        heapq.heappush(self._events, (time, self._num_events, rank, arrived))
+
+    def _start_next(self, rank: int, time: float) -> None:
+        groups, index = self._schedule.ranks[rank], len(self.ends[rank])
+        if self._is_busy[rank] or index == len(groups):
+            return
+        needed = {need for op in groups[index] for need in _needs(op, self._schedule.num_stages)}
+        if needed <= self._known[rank]:
+            self._is_busy[rank] = True
+            self._alive[rank] += self._memory(groups[index], Op.FORWARD)
+            self.peaks[rank] = max(self.peaks[rank], self._alive[rank])
+            self._post(time + _duration(groups[index], self._costs), rank, None)
+
+    def _finish(self, rank: int, time: float) -> None:
+        group = self._schedule.ranks[rank][len(self.ends[rank])]
+        self._is_busy[rank] = False
+        self._alive[rank] -= self._memory(group, Op.BACKWARD, Op.BACKWARD_WEIGHT)
+        self.ends[rank].append(time)
+        for op in group:
+            for result in _results(op):
+                self._known[rank].add(result)
+                for user in _users(self._schedule, result):
+                    if user != rank:
+                        self._post(time + self._costs.latency, user, result)
+
+    def _memory(self, group: Group, *kinds: Op) -> float:
+        return sum(self._costs.stages[op.stage].activation for op in group if op.kind in kinds)
+
+
+def _needs(op: Operation, num_stages: int) -> Iterator[Result]:
+    if op.kind is Op.FORWARD:
+        if op.stage > 0:
+            yield ("F", op.direction, op.stage - 1, op.micro_batch)
+        return
+    if op.kind is Op.BACKWARD_WEIGHT:
+        yield ("I", op.direction, op.stage, op.micro_batch)
+        return
+    yield ("F", op.direction, op.stage, op.micro_batch)
+    if op.stage < num_stages - 1:
+        yield ("I", op.direction, op.stage + 1, op.micro_batch)
+
+
+def _results(op: Operation) -> list[Result]:
+    return [(half, op.direction, op.stage, op.micro_batch) for half in _HALVES[op.kind]]
+
+
+def _users(schedule: Schedule, result: Result) -> Iterator[int]:
+    """Yields the rank that needs the result, if another stage needs it."""
+    name, direction, stage, _ = result
+    next_stage = {"F": stage + 1, "I": stage - 1}.get(name, -1)
+    if 0 <= next_stage < schedule.num_stages:
+        yield schedule.placement[direction][next_stage]
+
+
+def _duration(group: Group, costs: CostModel) -> float:
+    """Returns the time of a group: both lanes work in parallel, but no member is faster than alone."""
+    compute = exchange = longest = 0.0
+    for op in group:
+        stage = costs.stages[op.stage]
+        computing = {"F": stage.forward, "I": stage.backward_input, "W": stage.backward_weight}
+        exchanging = {"F": stage.forward_exchange, "I": stage.backward_exchange, "W": 0.0}
+        alone = 0.0
+        for half in _HALVES[op.kind]:
+            compute += computing[half]
+            exchange += exchanging[half]
+            alone += computing[half] + exchanging[half]
+        longest = max(longest, alone)
+    return max(compute, exchange, longest)

@@ -1,0 +1,60 @@
+"""The simulator and the event clock agree: any placement, any groups, costs of every stage."""
+
+from random import Random
+
+import pytest
+
+from dualpipe.ir import Schedule
+from dualpipe.registry import SCHEDULES, build
+from dualpipe.simulate.costs import CostModel, StageCosts
+from dualpipe.simulate.simulate import simulate
+from tests.dualpipe.event_clock import EventClock
+from tests.dualpipe.random_schedules import bidirectional, looped, random_schedule, straight, v_shaped
+
+PLACEMENTS = [
+    straight(3),
+    v_shaped(3),
+    bidirectional(4),
+    looped(3, 2),
+    tuple(row * 2 for row in bidirectional(2)),
+    tuple(row * 3 for row in bidirectional(3)),
+]
+
+
+def uneven_costs(random: Random, num_stages: int) -> CostModel:
+    stages = tuple(
+        StageCosts(
+            forward=random.uniform(0.5, 2),
+            backward_input=random.uniform(0.5, 2),
+            backward_weight=random.uniform(0, 2),
+            forward_exchange=random.choice([0.0, random.uniform(0, 3)]),
+            backward_exchange=random.choice([0.0, random.uniform(0, 3)]),
+            activation=random.uniform(0.5, 2),
+        )
+        for _ in range(num_stages)
+    )
+    return CostModel(stages=stages, latency=random.choice([0.0, random.uniform(0, 0.5)]))
+
+
+def check_agreement(schedule: Schedule, costs: CostModel) -> None:
+    simulation, clock = simulate(schedule, costs), EventClock(schedule, costs)
+    for rank in range(schedule.num_ranks):
+        assert simulation.ends[rank] == pytest.approx(clock.ends[rank], abs=1e-9), f"rank {rank}"
+        assert simulation.peaks[rank] == pytest.approx(clock.peaks[rank]), f"rank {rank}"
+    assert simulation.makespan == pytest.approx(clock.makespan)
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS, ids=str)
+def test_event_clock_agrees_with_the_simulator_on_random_schedules(placement: tuple[tuple[int, ...], ...]) -> None:
+    sizes = set()
+    for seed in range(12):
+        schedule = random_schedule(placement, 4, seed)
+        sizes |= {len(group) for groups in schedule.ranks for group in groups}
+        check_agreement(schedule, uneven_costs(Random(seed), schedule.num_stages))
+    assert sizes >= {1, 2, 3}
+
+
+@pytest.mark.parametrize("kind", SCHEDULES.names())
+def test_event_clock_agrees_with_the_simulator_on_generated_schedules(kind: str) -> None:
+    schedule = build(kind, 4, 12)
+    check_agreement(schedule, uneven_costs(Random(kind), schedule.num_stages))
