@@ -1,6 +1,7 @@
 """Creates the process groups of one rank, and initializes and destroys `torch.distributed`."""
 
 import os
+from collections.abc import Sequence
 from datetime import timedelta
 
 import torch
@@ -30,6 +31,8 @@ class Groups:
         expert: ranks that together hold every routed expert of this rank's stages, ordered by expert index.
         stage: ranks that hold the same non-expert parameters.
         expert_data: ranks that hold the same routed experts.
+        embedding: ranks that hold the embedding. It is `stage` itself if these are the same ranks, and on ranks that
+            do not hold the embedding.
         world: all ranks of the job.
     """
 
@@ -37,15 +40,19 @@ class Groups:
     expert: ProcessGroup
     stage: ProcessGroup
     expert_data: ProcessGroup
+    embedding: ProcessGroup
     world: ProcessGroup
 
-    def __init__(self, layout: Layout, *, mirrored: bool, timeout_seconds: float) -> None:
+    def __init__(
+        self, layout: Layout, *, mirrored: bool, timeout_seconds: float, embedding: Sequence[int] = (0,)
+    ) -> None:
         """Creates all groups. Every rank calls it once, at the same point, after `start`.
 
         Args:
             layout: layout of the world.
             mirrored: whether pipeline ranks p and P-1-p hold the same stages.
             timeout_seconds: timeout of each collective.
+            embedding: pipeline indices that hold the embedding.
 
         Raises:
             ClusterError: if the world size differs from the layout's.
@@ -62,6 +69,9 @@ class Groups:
         self.expert_data = join_one(
             {layout.expert_data_group(rank, mirrored=mirrored) for rank in ranks}, timeout_seconds
         )
+        holders = layout.data_group(embedding)
+        is_stage_group = set(holders) <= set(layout.stage_group(holders[0], mirrored=mirrored))
+        self.embedding = (None if is_stage_group else make_group(holders, timeout_seconds)) or self.stage
         world = distributed.group.WORLD
         assert world is not None
         self.world = world

@@ -1,5 +1,6 @@
 """Computes the coordinates and groups of ranks by arithmetic alone, for jobs of any size."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from comm.config import ParallelismConfig
@@ -98,9 +99,13 @@ class Layout:
 
     def stage_group(self, rank: int, *, mirrored: bool) -> tuple[int, ...]:
         """Returns the ranks with the same non-expert parameters: the data axis, times mirror if mirrored."""
+        return self.data_group(self._replica_indices(rank, mirrored=mirrored))
+
+    def data_group(self, pipeline_indices: Iterable[int]) -> tuple[int, ...]:
+        """Returns all ranks at some indices along the pipeline axis: these indices times the data axis."""
         return tuple(
             self.rank(pipeline_index, data_index)
-            for pipeline_index in self._replica_indices(rank, mirrored=mirrored)
+            for pipeline_index in sorted(pipeline_indices)
             for data_index in range(self.parallelism.data)
         )
 

@@ -120,11 +120,6 @@ class ScheduleSpec:
         """Returns whether micro-batches enter at both ends."""
         return len(self.placement(2, self.chunks[0])) > 1
 
-    def joins_ends(self, num_ranks: int) -> bool:
-        """Returns whether each rank that holds the first stage also holds the last, in any direction."""
-        rows = self.placement(num_ranks, self.chunks[0])
-        return {row[0] for row in rows} == {row[-1] for row in rows}
-
 
 def _range_text(numbers: range) -> str:
     return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"

@@ -56,12 +56,13 @@ class Learner:
 
 def open_learner(replica: Replica, optim: OptimConfig, ema: EmaConfig) -> Learner:
     """Builds the gradient store, the optimizer and, if configured, the moving average. All ranks call it."""
-    model, store = replica.model, GradientStore(replica.model.parameters())
+    model, store, process_groups = replica.model, GradientStore(replica.model.parameters()), replica.world.groups
+    groups = group_parameters(model, shares_embedding=process_groups.embedding is not process_groups.stage)
     return Learner(
         replica=replica,
         config=optim,
         store=store,
-        optimizer=build_optimizer(group_parameters(model), store, _replicas(replica.world.groups), optim),
+        optimizer=build_optimizer(groups, store, _replicas(process_groups), optim),
         ema=None if ema.decay is None else ParameterEma(model, ema.decay),
     )
 
@@ -103,4 +104,10 @@ class LearnersByBatchSize:
 
 
 def _replicas(groups: Groups) -> ReductionGroups:
-    return ReductionGroups(dense=groups.stage, experts=groups.expert_data, expert=groups.expert, world=groups.world)
+    return ReductionGroups(
+        dense=groups.stage,
+        embedding=groups.embedding,
+        experts=groups.expert_data,
+        expert=groups.expert,
+        world=groups.world,
+    )

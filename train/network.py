@@ -91,9 +91,9 @@ def stage_part(model: ModelConfig, held: set[int], num_stages: int, experts: ran
     layers = [layer for stage in sorted(held) for layer in cut[stage]]
     if last:
         layers += range(model.num_layers, model.num_layers + model.mtp_depth)
-    # MTP modules share the embedding. Its gradients are summed only over ranks that hold the same stages.
-    assert not last or not model.mtp_depth or 0 in held
-    return Part(layers=tuple(layers), experts=experts, embedding=0 in held, head=last)
+    # MTP modules read the embedding. Gradients of all its copies are summed over `Groups.embedding`.
+    has_embedding = 0 in held or (last and model.mtp_depth > 0)
+    return Part(layers=tuple(layers), experts=experts, embedding=has_embedding, head=last)
 
 
 def held_experts(model: ModelConfig, num_parts: int, expert_index: int) -> range:

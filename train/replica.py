@@ -206,22 +206,6 @@ def open_replica(world: World, config: ReplicaConfig, schedule: Schedule) -> Rep
     )
 
 
-def is_mirrored(schedule: Schedule) -> bool:
-    """Returns whether pipeline ranks p and P-1-p hold the same stages.
-
-    Raises:
-        ScheduleError: ranks that are no mirror pair share a stage, so their gradients would not be summed.
-    """
-    down, *up = schedule.placement
-    mirrored = tuple(schedule.num_ranks - 1 - rank for rank in down)
-    if any(row != mirrored for row in up):
-        raise ScheduleError(
-            f"placement: the second direction must place every stage on the mirror rank of the first direction's, "
-            f"is {schedule.placement}"
-        )
-    return bool(up)
-
-
 def compile_programs(
     schedule: Schedule, pairing: Literal["overlapped", "sequential"], pipeline_rank: int, stages: Mapping[int, Stage]
 ) -> tuple[Program, Program]:

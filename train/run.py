@@ -33,7 +33,8 @@ from train.records.reporter import open_reporter
 from train.records.run_summary import print_run_summary
 from train.records.status import State, StatusFile
 from train.records.terminal import report_breaks
-from train.replica import is_mirrored, open_replica
+from train.replica import open_replica
+from train.schedule.placement import embedding_ranks, is_mirrored
 from train.schedule.plan import Plan, plan
 from train.startup import (
     broadcast_config,
@@ -174,6 +175,7 @@ class _TrainingRank:
                 layout,
                 mirrored=is_mirrored(planned.schedule),
                 timeout_seconds=config.cluster.timeout_seconds,
+                embedding=embedding_ranks(planned.schedule, config.model.mtp_depth),
             )
         end = _RunOutcome("done", 0)
         try:

@@ -5,7 +5,7 @@ import re
 from data.batch_sizes import BatchRamp, ramp_sizes
 from dualpipe.generate.cache import schedules_folder
 from dualpipe.ir import ScheduleError
-from dualpipe.registry import SCHEDULES, build, candidates, check_size
+from dualpipe.registry import build, candidates, check_size
 from launch.config.dispatch_rules import check_exchange
 from launch.config.model_rules import check_attention, check_experts, check_model, check_optim
 from model.config import RECOMPUTED, CutError, cut_layers
@@ -102,15 +102,8 @@ def _check_kind(config: TrainConfig, kind: str) -> None:
     except ScheduleError as error:
         unit = f"; one micro-batch over all data ranks is parallelism.data x batch.micro_sequences = {share} sequences"
         raise ScheduleError(f"{error}{unit if str(error).startswith(key) else ''}") from error
-    spec = SCHEDULES.get(kind)
     stages = run_stages(config, kind)
     cut_layers(config.model.num_layers, stages, depth, stages_per_rank=stages // pipeline)
-    if depth and not spec.joins_ends(pipeline):
-        raise ConfigError(
-            f"model.mtp_depth: must be 0 with schedule={kind} and parallelism.pipeline={pipeline}, "
-            f"because embedding and head are on different ranks, is {depth}; "
-            f"nearest valid: model.mtp_depth=0, or schedule=dualpipe_split"
-        )
     if config.memory_cap is not None:
         costs = nominal_costs(config, stages)
         build(

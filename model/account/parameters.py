@@ -110,6 +110,7 @@ class HeldParameters:
 
     Attributes:
         ordinary: number of weights, without routed experts.
+        embedding: number of those that are the embedding's.
         routed: number of weights of routed experts.
         num_blocks: number of layers and MTP modules.
         num_routers: number of those that have a router.
@@ -117,6 +118,7 @@ class HeldParameters:
     """
 
     ordinary: int
+    embedding: int
     routed: int
     num_blocks: int
     num_routers: int
@@ -147,14 +149,15 @@ def held_parameters(config: ModelConfig, stages: Iterable[StageShape], num_local
     ordinary += dense * 3 * hidden * config.dense_intermediate_size
     ordinary += sparse * (config.num_shared_experts * expert + hidden * config.num_routed_experts)
     ordinary += modules * (2 * hidden * hidden + 3 * hidden)
-    ordinary += matrix * sum(stage.is_first for stage in held)
-    ordinary += (matrix + hidden) * sum(stage.is_last for stage in held)
+    embedding = matrix * any(stage.is_first or (stage.is_last and config.mtp_depth) for stage in held)
+    ordinary += embedding + (matrix + hidden) * sum(stage.is_last for stage in held)
     codes = (dense + sparse) * _attention_codes(config) + dense * _mlp_codes(hidden, config.dense_intermediate_size)
     shared_width = config.num_shared_experts * config.expert_intermediate_size
     codes += sparse * (_mlp_codes(hidden, shared_width) if shared_width else 0)
     codes += sparse * num_local_experts * _mlp_codes(hidden, config.expert_intermediate_size)
     return HeldParameters(
         ordinary=ordinary,
+        embedding=embedding,
         routed=sparse * num_local_experts * expert,
         num_blocks=dense + sparse,
         num_routers=sparse,

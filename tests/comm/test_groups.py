@@ -30,12 +30,13 @@ _CPU = ClusterConfig(
 def _make_groups(rank: int, world_size: int) -> dict[str, object]:
     distributed.barrier()
     begun = time.monotonic()
-    groups = Groups(_LAYOUT, mirrored=True, timeout_seconds=30.0)
+    groups = Groups(_LAYOUT, mirrored=True, timeout_seconds=30.0, embedding=(0, 1))
     seconds = time.monotonic() - begun
     members = {
         name: tuple(distributed.get_process_group_ranks(getattr(groups, name)))
         for name in ("expert", "stage", "expert_data", "world")
     }
+    assert groups.embedding is groups.stage
     sums = {}
     for name in members:
         total = torch.tensor([rank])

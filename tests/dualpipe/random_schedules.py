@@ -19,10 +19,10 @@ def v_shaped(num_ranks: int) -> Placement:
     return ((*range(num_ranks), *reversed(range(num_ranks))),)
 
 
-def bidirectional(num_ranks: int) -> Placement:
+def bidirectional(num_ranks: int, num_loops: int = 1) -> Placement:
     """Returns a placement with two directions, in ascending and descending order of ranks."""
     down = tuple(range(num_ranks))
-    return (down, down[::-1])
+    return (down * num_loops, down[::-1] * num_loops)
 
 
 def looped(num_ranks: int, num_loops: int) -> Placement:

@@ -74,7 +74,7 @@ def test_schedule_of_a_plugin_is_drawn_by_the_command(gpipe: Path) -> None:
 
 def losses_of(folder: Path, *choices: str) -> list[float]:
     """Returns the losses of a short run in float64."""
-    small = ("model=tiny", "data.tokenizer_vocab_size=320", "model.mtp_depth=0", "dispatch=local", "precision=float64")
+    small = ("model=tiny", "data.tokenizer_vocab_size=320", "dispatch=local", "precision=float64")
     run_command("launch.train", *small, *choices, "optim.sharding=replicated", "task.steps=3", f"out_dir={folder}")
     lines = (folder / "metrics.jsonl").read_text("utf-8").splitlines()
     return [record["loss"] for record in map(json.loads, lines) if "loss" in record]

@@ -36,8 +36,6 @@ NEEDS = {
     "dispatch=deepep": ["cluster=h800", "precision=bf16", "model.hidden_size=256"],
     "data=files": ["data.paths=[pyproject.toml]"],
     "precision=float64": ["optim.sharding=replicated"],
-    "schedule=1f1b": ["model.mtp_depth=0"],
-    "schedule=zb_h1": ["model.mtp_depth=0"],
 }  # fmt: skip
 
 
@@ -194,8 +192,6 @@ def test_config_quickstart_feeds_dualpipe_fully() -> None:
         (["model.qk_rope_head_dim=15"], ["model.qk_rope_head_dim", "even", "is 15", "14 or 16"]),
         (["model.num_dense_layers=5"], ["model.num_dense_layers", "model.num_layers=4", "is 5", "valid: 4"]),
         (["model=v3_671b", "model.rope_scaling.factor=0.5"], ["model.rope_scaling", "factor=0.5"]),
-        (["schedule=1f1b"], ["model.mtp_depth", "1f1b", "is 1", "mtp_depth=0", "schedule=dualpipe_split"]),
-        (["schedule=zb_h1"], ["model.mtp_depth", "zb_h1", "is 1", "mtp_depth=0", "schedule=dualpipe_split"]),
         (["track.picture_every_steps=-1"], ["track.picture_every_steps", "0 or above", "-1"]),
         (
             ["parallelism=four_ranks", "model.num_routed_experts=15"],

@@ -25,7 +25,8 @@ from train.config import TrainConfig, sized_config
 from train.learner import Learner, LearnersByBatchSize, open_learner
 from train.network import ReplicaConfig, weight_dtype
 from train.optim.parameters import group_parameters
-from train.replica import is_mirrored, open_replica
+from train.replica import open_replica
+from train.schedule.placement import embedding_ranks, is_mirrored
 from train.schedule.plan import ramp_schedules
 from train.step import accumulate, rates_of
 from train.tasks.registry import Task, open_task
@@ -74,7 +75,8 @@ def open_job(config: TrainConfig, schedule: Schedule | None = None) -> Learner:
 def make_world(config: TrainConfig, schedule: Schedule) -> World:
     """Opens this rank's world in the test harness' process group."""
     layout, seconds = Layout(config.parallelism, config.cluster.ranks_per_node), config.cluster.timeout_seconds
-    groups = Groups(layout, mirrored=is_mirrored(schedule), timeout_seconds=seconds)
+    holders = embedding_ranks(schedule, config.model.mtp_depth)
+    groups = Groups(layout, mirrored=is_mirrored(schedule), timeout_seconds=seconds, embedding=holders)
     return open_world(layout, groups, torch.device("cpu"), seconds, CollectiveLog())
 
 
@@ -167,7 +169,7 @@ def run_plain(config: TrainConfig, starved: int, num_steps: int) -> list[Seen]:
     model = Transformer(config.model, _local_dispatcher(config), weight_dtype(config.precision))
     initialize_weights(model, config.seed)
     start_biases(model, starved)
-    groups = group_parameters(model)
+    groups = group_parameters(model, shares_embedding=False)
     decayed = [*groups.matrices.values(), *groups.experts.values()]
     optimizer = torch.optim.AdamW(
         [

@@ -132,9 +132,7 @@ def test_other_depths_and_single_direction_equal_one_rank(
 def scheduled(folder: Path, schedule: Schedule, data: int = 1, expert: int = 1) -> Job:
     """A small run under a schedule: as few sequences as it has micro-batches, a layer for each stage or more."""
     config = layout_config(folder, schedule.num_ranks, data, expert)
-    ends = {schedule.rank_of(0, 0), schedule.rank_of(0, schedule.num_stages - 1)}
-    both_ends = schedule.num_directions == 2 or len(ends) == 1
-    model = replace(config.model, num_layers=max(3, schedule.num_stages), mtp_depth=1 if both_ends else 0)
+    model = replace(config.model, num_layers=max(3, schedule.num_stages), mtp_depth=1)
     batch = schedule.num_micro_batches * data
     sizes = replace(config.batch, global_sequences=batch, sequence_length_tokens=12)
     return Job(config=replace(config, model=model, batch=sizes), starved=1, schedule=schedule)
@@ -189,6 +187,29 @@ def keeps_sums(schedule: Schedule) -> bool:
                 random_schedule(v_shaped(1), 3, 0, 1.0),
             ],
         ),
+        # Several chunks for each rank, and first and last stage on different ranks.
+        (
+            1,
+            1,
+            lambda: [random_schedule(bidirectional(2, 2), 3, 0), random_schedule(looped(2, 2), 3, 0, 1.0)],
+        ),
+        pytest.param(
+            1,
+            1,
+            lambda: [
+                random_schedule(bidirectional(3, 2), 5, 0),
+                random_schedule(looped(3, 2), 4, 0),
+                random_schedule(straight(3), 4, 0),
+                zb_h1(3, 5),
+            ],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            2,
+            2,
+            lambda: [random_schedule(bidirectional(2, 2), 5, 0, 1.0), random_schedule(looped(2, 2), 3, 1)],
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             1,
             1,
@@ -205,7 +226,6 @@ def keeps_sums(schedule: Schedule) -> bool:
                 split(3, 2),
                 random_schedule(bidirectional(3), 5, 0, 1.0),
                 random_schedule(v_shaped(3), 3, 0),
-                random_schedule(looped(3, 2), 4, 0),
             ],
             marks=pytest.mark.slow,
         ),
@@ -241,9 +261,15 @@ def test_zero1_in_float32_equals_one_rank(folder: Path, pipeline: int, data: int
     assert_zero1_equal(results, [config, small])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("schedule", "data"), [(random_schedule(bidirectional(3), 5, 0), 1), (random_schedule(v_shaped(2), 3, 0), 2)]
+    ("schedule", "data"),
+    [
+        (random_schedule(looped(2, 2), 3, 0), 1),
+        pytest.param(random_schedule(straight(2), 3, 0), 2, marks=pytest.mark.slow),
+        pytest.param(random_schedule(bidirectional(3), 5, 0), 1, marks=pytest.mark.slow),
+        pytest.param(random_schedule(bidirectional(2, 2), 3, 0), 2, marks=pytest.mark.slow),
+        pytest.param(random_schedule(v_shaped(2), 3, 0), 2, marks=pytest.mark.slow),
+    ],
 )
 def test_zero1_shards_over_replicas_of_unequal_number(folder: Path, schedule: Schedule, data: int) -> None:
     job = scheduled(folder, schedule, data, data)

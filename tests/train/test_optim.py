@@ -119,12 +119,13 @@ def sharded_steps(rank: int, world_size: int, configs: list[tuple[OptimConfig, t
     alone = [dist.new_group([member]) for member in range(world_size)][rank]
     assert dist.group.WORLD is not None
     world = dist.group.WORLD
-    replicas = ReductionGroups(dense=world, experts=world, expert=alone, world=world)
+    replicas = ReductionGroups(dense=world, embedding=world, experts=world, expert=alone, world=world)
     results = []
     for config, dtype in configs:
         named = parameters(dtype)
         groups = ParameterGroups(
             matrices={"matrix": named["matrix"], "other": named["other"]},
+            embedding={},
             vectors={"norm": named["norm"]},
             experts={"expert": named["expert"]},
             held=range(1),

@@ -14,7 +14,7 @@ from model.account.sizes import PhaseBytes, Sizes
 from train.config import TrainConfig, sized_config
 from train.memory.account import JobMemory, PipelineBytes, RankMemory
 from train.memory.exchange import exchange_bytes
-from train.memory.static import batch_bytes, static_bytes, update_bytes
+from train.memory.static import batch_bytes, count_replicas, static_bytes, update_bytes
 from train.memory.walk import iterate_live_bytes
 from train.schedule.nominal import few_micro_batches, planning_schedule
 
@@ -167,8 +167,8 @@ def _rank_memory(
     schedule: Schedule,
     sizes: Sizes,
 ) -> RankMemory:
-    is_mirrored = schedule.num_directions == 2
-    weights, gradients, optimizer = static_bytes(config, held, sizes, rank, is_mirrored=is_mirrored)
+    replicas = count_replicas(config, schedule, rank)
+    weights, gradients, optimizer = static_bytes(config, held, sizes, replicas)
     ends = {0, schedule.num_stages - 1}
     has_end = any(stage in ends for _, stage in schedule.stages_of(rank))
     return RankMemory(
@@ -180,6 +180,6 @@ def _rank_memory(
         weight_codes=held.code_bytes if sizes.is_fp8 else 0,
         batch=batch_bytes(config, sizes, config.num_micro_batches, has_end=has_end),
         pipeline=pipeline,
-        update=update_bytes(config, held, sizes, rank, is_mirrored=is_mirrored),
+        update=update_bytes(config, held, sizes, replicas),
         reserve=config.cluster.memory_reserve_bytes,
     )

@@ -1,19 +1,54 @@
 """Predicts a rank's memory outside the passes: weights, gradients, optimizer state, optimizer step."""
 
+from dataclasses import dataclass
 from math import ceil
 
 from comm.layout import Layout
+from dualpipe.ir import Schedule
 from kernels.attention import makes_dense_masks
 from model.account.parameters import HeldParameters
 from model.account.sizes import Sizes
 from train.config import TrainConfig
+from train.schedule.placement import embedding_ranks, is_mirrored
 
 _MASTER_BYTES = 4
 _ID_BYTES = 8
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReplicaCounts:
+    """Numbers of ranks that hold the same parameters as one rank.
+
+    Attributes:
+        dense: ranks with the same stages.
+        embedding: ranks with the embedding, which may be on more ranks than other parameters of its stage.
+        experts: ranks with the same routed experts.
+    """
+
+    dense: int
+    embedding: int
+    experts: int
+
+
+def count_replicas(config: TrainConfig, schedule: Schedule, pipeline_rank: int) -> ReplicaCounts:
+    """Counts the ranks that hold the same parameters as a pipeline rank.
+
+    Args:
+        config: of the run.
+        schedule: of the pipeline.
+        pipeline_rank: index within the pipeline.
+    """
+    layout, mirrored = Layout(config.parallelism, config.cluster.ranks_per_node), is_mirrored(schedule)
+    rank = layout.rank(pipeline_rank, 0)
+    return ReplicaCounts(
+        dense=len(layout.stage_group(rank, mirrored=mirrored)),
+        embedding=len(layout.data_group(embedding_ranks(schedule, config.model.mtp_depth))),
+        experts=len(layout.expert_data_group(rank, mirrored=mirrored)),
+    )
+
+
 def static_bytes(
-    config: TrainConfig, held: HeldParameters, sizes: Sizes, pipeline_rank: int, *, is_mirrored: bool
+    config: TrainConfig, held: HeldParameters, sizes: Sizes, replicas: ReplicaCounts
 ) -> tuple[int, int, int]:
     """Returns the bytes of weights, of gradients and of optimizer state.
 
@@ -21,8 +56,7 @@ def static_bytes(
         config: of the run.
         held: numbers of parameters on the rank.
         sizes: of a micro-batch.
-        pipeline_rank: index within the pipeline.
-        is_mirrored: whether its mirror holds the same stages.
+        replicas: numbers of ranks that hold the same parameters.
     """
     model, shape = config.model, sizes.shape
     weights = held.total * shape.value_bytes
@@ -32,13 +66,11 @@ def static_bytes(
     moment = 2 if config.optim.moments == "bf16" else shape.wide_bytes
     if config.optim.sharding == "replicated":
         return weights, held.total * shape.wide_bytes, held.total * 2 * moment
-    shard = _shard_elements(config, held, pipeline_rank, is_mirrored=is_mirrored)
+    shard = _shard_elements(held, replicas)
     return weights, held.total * shape.wide_bytes, shard * (_MASTER_BYTES + 2 * moment)
 
 
-def update_bytes(
-    config: TrainConfig, held: HeldParameters, sizes: Sizes, pipeline_rank: int, *, is_mirrored: bool
-) -> int:
+def update_bytes(config: TrainConfig, held: HeldParameters, sizes: Sizes, replicas: ReplicaCounts) -> int:
     """Returns the bytes of the optimizer step's temporary tensors.
 
     These are buckets and the shard's gradients with `zero1`, and one flat copy of gradients with `replicated`.
@@ -47,15 +79,13 @@ def update_bytes(
         config: of the run.
         held: numbers of parameters on the rank.
         sizes: of a micro-batch.
-        pipeline_rank: index within the pipeline.
-        is_mirrored: whether its mirror holds the same stages.
+        replicas: numbers of ranks that hold the same parameters.
     """
-    dense, experts = _replicas(config, pipeline_rank, is_mirrored=is_mirrored)
     if config.optim.sharding == "replicated":
-        summed = [count for count, group in ((held.ordinary, dense), (held.routed, experts)) if group > 1]
+        summed = [count for count, group in _parts(held, replicas) if group > 1]
         return max(summed, default=0) * sizes.shape.wide_bytes
     bucket = min(config.optim.bucket_elements, held.total)
-    shard = _shard_elements(config, held, pipeline_rank, is_mirrored=is_mirrored)
+    shard = _shard_elements(held, replicas)
     return _MASTER_BYTES * (bucket + 2 * shard)
 
 
@@ -80,14 +110,16 @@ def batch_bytes(config: TrainConfig, sizes: Sizes, num_micro_batches: int, *, ha
     return each * num_micro_batches
 
 
-def _shard_elements(config: TrainConfig, held: HeldParameters, pipeline_rank: int, *, is_mirrored: bool) -> int:
-    dense, experts = _replicas(config, pipeline_rank, is_mirrored=is_mirrored)
-    return ceil(held.ordinary / dense) + ceil(held.routed / experts)
+def _shard_elements(held: HeldParameters, replicas: ReplicaCounts) -> int:
+    return sum(ceil(count / group) for count, group in _parts(held, replicas))
 
 
-def _replicas(config: TrainConfig, pipeline_rank: int, *, is_mirrored: bool) -> tuple[int, int]:
-    layout = Layout(config.parallelism, config.cluster.ranks_per_node)
-    rank = layout.rank(pipeline_rank, 0)
-    return len(layout.stage_group(rank, mirrored=is_mirrored)), len(
-        layout.expert_data_group(rank, mirrored=is_mirrored)
-    )
+def _parts(held: HeldParameters, replicas: ReplicaCounts) -> list[tuple[int, int]]:
+    """Returns the counts of parameters that are reduced together, each with its number of holders."""
+    if replicas.embedding == replicas.dense:
+        return [(held.ordinary, replicas.dense), (held.routed, replicas.experts)]
+    return [
+        (held.ordinary - held.embedding, replicas.dense),
+        (held.embedding, replicas.embedding),
+        (held.routed, replicas.experts),
+    ]

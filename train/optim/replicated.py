@@ -23,7 +23,11 @@ class ReplicatedAdamW:
         self._store = store
         self._replicas = replicas
         self._clip_norm = config.clip_norm
-        decayed: list[nn.Parameter] = [*groups.matrices.values(), *groups.experts.values()]
+        decayed: list[nn.Parameter] = [
+            *groups.matrices.values(),
+            *groups.embedding.values(),
+            *groups.experts.values(),
+        ]
         options: list[dict[str, Any]] = [
             {"params": decayed, "weight_decay": config.weight_decay},
             {"params": list(groups.vectors.values()), "weight_decay": 0.0},
@@ -33,9 +37,9 @@ class ReplicatedAdamW:
 
     def reduce(self) -> float:
         """Sums the gradients in the store over replicas, in place, and returns their global norm."""
-        shared, routed = self._parameters()
-        squares = torch.zeros((), dtype=torch.float64, device=shared[0].device)
-        for parameters, group in ((shared, self._replicas.dense), (routed, self._replicas.experts)):
+        parts = self._parts()
+        squares = torch.zeros((), dtype=torch.float64, device=parts[0][0][0].device)
+        for parameters, group in parts:
             gradients = [self._store.gradient(parameter) for parameter in parameters]
             _sum_over(gradients, group)
             for gradient in gradients:
@@ -47,8 +51,7 @@ class ReplicatedAdamW:
     def update(self, learning_rate: float) -> None:
         """Clips the summed gradients, updates the weights, and clears the store."""
         scale = min(1.0, self._clip_norm / (self._norm + 1e-6))
-        shared, routed = self._parameters()
-        for parameter in (*shared, *routed):
+        for parameter in self._groups.all().values():
             parameter.grad = self._store.gradient(parameter).mul_(scale).to(parameter.dtype)
         for group_options in self._optimizer.param_groups:
             group_options["lr"] = learning_rate
@@ -80,10 +83,14 @@ class ReplicatedAdamW:
     def follow_weights(self) -> None:
         """Does nothing, because weights are their own master copies."""
 
-    def _parameters(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        """Returns the parameters that all ranks of a stage hold, and the routed experts."""
-        groups = self._groups
-        return [*groups.matrices.values(), *groups.vectors.values()], list(groups.experts.values())
+    def _parts(self) -> list[tuple[list[nn.Parameter], dist.ProcessGroup]]:
+        """Returns the parameters by the process group whose ranks hold them. The first part is not empty."""
+        groups, replicas = self._groups, self._replicas
+        return [
+            ([*groups.matrices.values(), *groups.vectors.values()], replicas.dense),
+            (list(groups.embedding.values()), replicas.embedding),
+            (list(groups.experts.values()), replicas.experts),
+        ]
 
 
 def _sum_over(tensors: list[Tensor], group: dist.ProcessGroup) -> None:

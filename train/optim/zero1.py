@@ -1,7 +1,8 @@
 """Implements AdamW by DeepSpeed's ZeRO stage 1 without its engine; the pipeline computes gradients.
 
 Float32 master weights and their moments are sharded over the ranks that hold the same parameters. For dense parameters
-these are mirror x data; for routed experts, those of them that hold the same experts.
+these are mirror x data; for routed experts, those of them that hold the same experts; and for an embedding that the MTP
+modules of another stage share, the ranks of both stages.
 """
 
 import logging
@@ -19,7 +20,7 @@ from train.optim.adamw import MOMENTS, build_adamw, moments_of, spread_step
 from train.optim.config import OptimConfig
 from train.optim.parameters import ParameterGroups, ReductionGroups
 
-_EXPERTS = "routed_experts"
+_EXPERTS, _EMBEDDING = "routed_experts", "embedding"
 
 
 class Zero1AdamW:
@@ -44,8 +45,8 @@ class Zero1AdamW:
     def reduce(self) -> float:
         """Sums the gradients in the store over replicas, keeps this rank's shard, and returns the global norm."""
         optimizer = self._optimizer
-        # DeepSpeed divides every sum, also that of experts, by the size of the dense group. The store holds parts of a
-        # sum, so this factor undoes the division.
+        # DeepSpeed divides every sum, of any group, by the size of the dense group. The store holds parts of a sum, so
+        # this factor undoes the division.
         scale = dist.get_world_size(self._replicas.dense)
         for parameter in self._parameters:
             # `detach` creates another tensor object, because DeepSpeed makes its gradients point into its buckets.
@@ -156,9 +157,9 @@ def _build(groups: ParameterGroups, replicas: ReductionGroups, config: OptimConf
         timers=NoopTimer(),
         optimizer_params={},
         dp_process_group=replicas.dense,
-        expert_parallel_group={_EXPERTS: replicas.expert},
-        expert_data_parallel_group={_EXPERTS: replicas.experts},
-        has_moe_layers=bool(groups.experts),
+        expert_parallel_group={_EXPERTS: replicas.expert, _EMBEDDING: replicas.expert},
+        expert_data_parallel_group={_EXPERTS: replicas.experts, _EMBEDDING: replicas.embedding},
+        has_moe_layers=bool(groups.experts or groups.embedding),
         partition_grads=False,
         overlap_comm=False,
         contiguous_gradients=True,
@@ -202,15 +203,21 @@ def _world_norm_optimizer(world: dist.ProcessGroup) -> Any:
 
 
 def _parameter_options(groups: ParameterGroups, weight_decay: float) -> list[dict[str, Any]]:
-    """Returns AdamW's parameter groups, with the attributes by which DeepSpeed recognizes routed experts."""
-    for parameter in groups.experts.values():
-        parameter.allreduce = False  # type: ignore[attr-defined]
-        parameter.group_name = _EXPERTS  # type: ignore[attr-defined]
+    """Returns AdamW's parameter groups.
+
+    DeepSpeed reduces parameters over other ranks than `dense` only if they are marked as experts of a named group. So
+    a shared embedding is marked too.
+    """
     options: list[dict[str, Any]] = [
         {"params": list(groups.matrices.values()), "weight_decay": weight_decay, "name": "matrices"},
         {"params": list(groups.vectors.values()), "weight_decay": 0.0, "name": "vectors"},
     ]
-    if groups.experts:
-        experts = {"params": list(groups.experts.values()), "weight_decay": weight_decay}
-        options.append({**experts, "moe": True, "name": _EXPERTS})
+    for name, parameters in ((_EMBEDDING, groups.embedding), (_EXPERTS, groups.experts)):
+        for parameter in parameters.values():
+            parameter.allreduce = False  # type: ignore[attr-defined]
+            parameter.group_name = name  # type: ignore[attr-defined]
+        if parameters:
+            options.append(
+                {"params": list(parameters.values()), "weight_decay": weight_decay, "moe": True, "name": name}
+            )
     return options

@@ -142,10 +142,7 @@ def read_schedule(path: Path, config: TrainConfig) -> Schedule:
 def excluded_schedules(model: ModelConfig, pipeline: int, chunks: int | None = None) -> dict[str, str]:
     """Returns the kinds of schedule that this model cannot use, each with the reason."""
     reasons: dict[str, str] = {}
-    for kind, spec in SCHEDULES.items():
-        if model.mtp_depth and not spec.joins_ends(pipeline):
-            reasons[kind] = "MTP needs embedding and head on one rank"
-            continue
+    for kind in SCHEDULES.names():
         try:
             stages = num_stages(model, pipeline, kind, chunks)
             cut_layers(model.num_layers, stages, model.mtp_depth, stages_per_rank=stages // pipeline)

@@ -23,7 +23,7 @@ from tests.train.job import close_job, open_job, open_loader, task_of
 from train.config import TrainConfig
 from train.learner import Learner
 from train.memory.predict import planning_sizes
-from train.memory.static import static_bytes
+from train.memory.static import count_replicas, static_bytes
 from train.memory.walk import LiveBytes, iterate_live_bytes
 from train.step import BatchReader, rates_of
 
@@ -160,8 +160,8 @@ def _predicted_static(config: TrainConfig, learner: Learner) -> int:
     schedule = learner.replica.schedule
     sizes, shapes = planning_sizes(config), stage_shapes(config.model, schedule.num_stages)
     held = held_parameters(config.model, [shapes[number] for number in learner.replica.stages], sizes.num_local_experts)
-    rank = learner.world.pipeline_index
-    return sum(static_bytes(config, held, sizes, rank, is_mirrored=schedule.num_directions == 2))
+    replicas = count_replicas(config, schedule, learner.world.pipeline_index)
+    return sum(static_bytes(config, held, sizes, replicas))
 
 
 def _static_bytes(learner: Learner) -> int:

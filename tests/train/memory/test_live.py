@@ -7,6 +7,7 @@ import pytest
 
 from comm.config import ParallelismConfig, TwoHopDispatchConfig
 from model.config import RECOMPUTED, ModelConfig, Recomputed
+from tests.dualpipe.random_schedules import bidirectional, looped, random_schedule, straight
 from tests.ranks import run_ranks
 from tests.tiny import BATCH, MODEL, tiny_config, write_text
 from tests.train.memory.live import Compared, compare_rank
@@ -103,6 +104,21 @@ def test_ranks_of_a_mirrored_pipeline_keep_what_is_predicted(folder: Path) -> No
         for index, both in enumerate(zip(results[2 * place], results[2 * place + 1], strict=True)):
             # Messages that have left may still be there.
             check(together(*both), f"pipeline rank {place}, job {index}", 0.05)
+
+
+def test_ranks_with_chunks_and_a_shared_embedding_keep_what_is_predicted(folder: Path) -> None:
+    """First and last stage on different ranks, one or two chunks; both directions with two chunks."""
+    model = replace(BASE, num_layers=4)
+    mesh = ParallelismConfig(pipeline=2, data=1, expert=1)
+    jobs = [
+        (make_config(folder, model, RECOMPUTED, PRECISIONS[precision], parallelism=mesh), random_schedule(placed, 3, 0))
+        for precision, placed in (("bf16", straight(2)), ("float32", looped(2, 2)), ("bf16", bidirectional(2, 2)))
+    ]
+    results = run_ranks(2, compare_rank, jobs, False)
+    for rank, compared in enumerate(results):
+        for index, each in enumerate(compared):
+            # Messages that have left may still be there.
+            check(each, f"rank {rank}, job {index}", 0.05)
 
 
 def together(one: Compared, other: Compared) -> Compared:

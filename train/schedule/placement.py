@@ -1,0 +1,33 @@
+"""Derives from a schedule's placement which pipeline ranks hold the same parameters. No torch here."""
+
+from dualpipe.ir import Schedule, ScheduleError
+
+
+def is_mirrored(schedule: Schedule) -> bool:
+    """Returns whether pipeline ranks p and P-1-p hold the same stages.
+
+    Raises:
+        ScheduleError: ranks that are no mirror pair share a stage, so their gradients would not be summed.
+    """
+    down, *up = schedule.placement
+    mirrored = tuple(schedule.num_ranks - 1 - rank for rank in down)
+    if any(row != mirrored for row in up):
+        raise ScheduleError(
+            f"placement: the second direction must hold every stage on rank P-1-r, where r is the rank that holds it "
+            f"for the first direction, is {schedule.placement}"
+        )
+    return bool(up)
+
+
+def embedding_ranks(schedule: Schedule, mtp_depth: int) -> tuple[int, ...]:
+    """Returns the pipeline ranks that hold the embedding, in ascending order.
+
+    These are the ranks with the first stage. MTP modules read the embedding too, so with them the ranks with the last
+    stage hold a copy.
+
+    Args:
+        schedule: of the pipeline.
+        mtp_depth: number of MTP modules.
+    """
+    ends = (0, schedule.num_stages - 1) if mtp_depth else (0,)
+    return tuple(sorted({row[stage] for row in schedule.placement for stage in ends}))
