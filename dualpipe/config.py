@@ -1,15 +1,18 @@
-"""Defines the configuration of the pipeline schedule. Does not import torch."""
+"""Defines the configuration of the pipeline schedule, and of the costs of `launch.schedule`."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from typing import Annotated, Literal
 
+from dualpipe.ir import ScheduleError
 from dualpipe.registry import SCHEDULES
-from kernels.ranges import PositiveInt
+from dualpipe.simulate.costs import CostModel, Costs, StageCosts, resampled, uniform
+from kernels.ranges import NonNegativeFloat, PositiveInt
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScheduleConfig:
-    """Configuration of the pipeline schedule.
+    """Which schedule a run uses, and how the members of a group run.
 
     Attributes:
         kind: name of a registered schedule, or `auto` for the best one by simulation.
@@ -20,3 +23,113 @@ class ScheduleConfig:
     kind: Annotated[str, SCHEDULES]
     chunks: PositiveInt | None
     pairing: Literal["overlapped", "sequential"]
+
+
+_STAGE_KEYS = tuple(field.name for field in fields(StageCosts))
+
+
+@dataclass(frozen=True, slots=True)
+class StageEntry:
+    """Costs of one stage: a multiple of an equal stage's, or some of them by name.
+
+    Attributes:
+        factor: factor on all costs of an equal stage.
+        values: costs that differ from those, by the name of a field of `StageCosts`.
+    """
+
+    factor: float
+    values: tuple[tuple[str, float], ...] = ()
+
+    @classmethod
+    def from_plain(cls, value: object) -> "StageEntry":
+        """Reads a number or a mapping.
+
+        Raises:
+            ScheduleError: if it is neither, or has an unknown key or an invalid number.
+        """
+        if not isinstance(value, Mapping):
+            return cls(factor=_number(value, "must be a number, or costs by name,"))
+        for key in value:
+            if key not in _STAGE_KEYS:
+                raise ScheduleError(f"{key} is no cost of a stage; nearest: {', '.join(_STAGE_KEYS)}")
+        named = tuple((str(key), _number(item, f"{key} must be a number")) for key, item in value.items())
+        return cls(factor=1.0, values=named)
+
+    def to_plain(self) -> float | dict[str, float]:
+        """Returns the form that `from_plain` reads."""
+        return dict(self.values) if self.values else self.factor
+
+    def costs(self, equal: StageCosts) -> StageCosts:
+        """Returns the stage's costs, given those of an equal share of the model."""
+        scaled = {name: self.factor * getattr(equal, name) for name in _STAGE_KEYS}
+        return StageCosts(**(scaled | dict(self.values)))
+
+
+def _number(value: object, rule: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+        raise ScheduleError(f"{rule} of at least 0, is {value!r}")
+    return float(value)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelCosts:
+    """Costs of a model on a pipeline, for any number of stages.
+
+    Attributes:
+        forward: computation of one F of model/P, in any unit.
+        backward_input: computation of one I.
+        backward_weight: computation of one W.
+        exchange: exchange of one F, and also of one I.
+        latency: time of a transfer between two ranks.
+        stages: costs of each stage if stages differ; empty for equal stages.
+        weights: memory of one copy of a rank's weights, gradients and optimizer state, in activations of model/P; 0 to
+            count activations only.
+
+    Raises:
+        ScheduleError: if a time is negative or not finite.
+    """
+
+    forward: float
+    backward_input: float
+    backward_weight: float
+    exchange: float
+    latency: float
+    stages: tuple[StageEntry, ...]
+    weights: NonNegativeFloat
+
+    def __post_init__(self) -> None:
+        """Checks the times."""
+        self.of_equal_share()
+
+    def of_equal_share(self) -> Costs:
+        """Returns the times of model/P."""
+        return Costs(
+            forward=self.forward,
+            backward_input=self.backward_input,
+            backward_weight=self.backward_weight,
+            exchange=self.exchange,
+            latency=self.latency,
+        )
+
+    def of_stages(self, num_ranks: int, num_stages: int) -> CostModel:
+        """Returns the costs of every stage if the model is cut into `num_stages` stages.
+
+        If that is not the number of entries in `stages`, the same model is divided evenly: a new stage costs its
+        fraction of the old ones.
+
+        Raises:
+            ScheduleError: if the number of entries is no multiple of the number of ranks.
+        """
+        entries = self.stages
+        if len(entries) % num_ranks:
+            below = len(entries) - len(entries) % num_ranks
+            nearest = " or ".join(str(count) for count in (below, below + num_ranks) if count)
+            raise ScheduleError(
+                f"costs.stages: must have an entry for each stage, a multiple of num_ranks={num_ranks}, has "
+                f"{len(entries)}; nearest: {nearest}, or []"
+            )
+        equal = uniform(self.of_equal_share(), num_ranks, len(entries) or num_stages)
+        stages = (
+            tuple(entry.costs(stage) for entry, stage in zip(entries, equal.stages, strict=True)) if entries else ()
+        )
+        return resampled(replace(equal, stages=stages or equal.stages, weights=self.weights), num_stages)

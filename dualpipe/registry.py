@@ -4,14 +4,14 @@ A generator's file registers its kind. `build` makes a schedule from a name.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from dualpipe.generate.cache import load_or_make
 from dualpipe.ir import MemoryCapError, Placement, Schedule, ScheduleError, straight_placement
 from dualpipe.simulate.costs import CostModel, Costs, uniform
-from dualpipe.simulate.simulate import peak_memory
+from dualpipe.simulate.simulate import activation_cap, peak_memory
 from kernels.registry import Registry, list_modules
 
 FALLBACK = "dualpipe_split"
@@ -186,8 +186,8 @@ def build(
         num_micro_batches: micro-batches of one pipeline and step, of both directions together.
         costs: costs of each stage; None for equal stages with F = I = W and no exchange. Their number determines the
             chunks per rank. They change the order only if the kind takes costs.
-        memory_cap: maximum of a rank's live activations, in the unit of `StageCosts.activation`; None for the
-            schedule's own maximum.
+        memory_cap: maximum of a rank's live activations and of its copies of `costs.weights`, in the unit of
+            `StageCosts.activation`; None for the schedule's own maximum.
         cache_dir: folder that caches searched schedules; None to search each time.
 
     Raises:
@@ -200,12 +200,36 @@ def build(
     chunks, rest = divmod(len(costs.stages), num_ranks)
     assert not rest, f"{kind}: {len(costs.stages)} stages have costs, which {num_ranks} ranks cannot share"
     spec.chunk_choices(chunks)
+    copies = len(spec.placement(num_ranks, chunks))
+    room = activation_cap(memory_cap, copies, costs)
+    try:
+        return _generate(spec, num_ranks, num_micro_batches, replace(costs, weights=0.0), room, cache_dir)
+    except MemoryCapError as error:
+        if not costs.weights:
+            raise
+        raise MemoryCapError(
+            f"{str(error).removeprefix('memory_cap: ')}; both without {copies} x {costs.weights:g} of weights",
+            error.least + copies * costs.weights,
+        ) from error
+
+
+def _generate(
+    spec: ScheduleSpec,
+    num_ranks: int,
+    num_micro_batches: int,
+    costs: CostModel,
+    memory_cap: float | None,
+    cache_dir: Path | None,
+) -> Schedule:
+    """Makes the schedule within a cap on its activations, from the cache if it depends on costs."""
     if spec.takes_costs:
         return load_or_make(spec.generate, num_ranks, num_micro_batches, costs, memory_cap, cache_dir)
     schedule = spec.generate(num_ranks, num_micro_batches)
-    expected = spec.placement(num_ranks, chunks)
+    expected = spec.placement(num_ranks, len(costs.stages) // num_ranks)
     if schedule.placement != expected:
-        raise ScheduleError(f"schedule '{kind}': places stages on ranks {schedule.placement}, its entry has {expected}")
+        raise ScheduleError(
+            f"schedule '{spec.name}': places stages on ranks {schedule.placement}, its entry has {expected}"
+        )
     _check_cap(schedule, costs, memory_cap)
     return schedule
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, assert_never
 
-from dualpipe.config import ScheduleConfig
+from dualpipe.config import ModelCosts, ScheduleConfig
 from dualpipe.draw.entry import TimedSchedule, UnavailableSchedule, time_schedule
 from dualpipe.draw.svg import svg
 from dualpipe.draw.table import html, table
@@ -19,9 +19,9 @@ from dualpipe.draw.trace import trace
 from dualpipe.generate.cache import schedules_folder
 from dualpipe.ir import Schedule, to_json
 from dualpipe.passes import ungroup
-from dualpipe.registry import FALLBACK, SCHEDULES, build, check_size
-from dualpipe.simulate.choose import choose, survey
-from dualpipe.simulate.costs import CostModel, Costs, uniform
+from dualpipe.registry import FALLBACK, check_size
+from dualpipe.simulate.choose import best_of_kind, choose, survey
+from dualpipe.simulate.costs import CostModel, Costs
 from dualpipe.simulate.simulate import simulate
 from dualpipe.validate import validate
 from launch.command import command
@@ -44,7 +44,7 @@ class ScheduleCommandConfig:
     schedule: ScheduleConfig
     num_ranks: int
     num_micro_batches: int
-    costs: Costs
+    costs: ModelCosts
     memory_cap: float | None
     format: Literal["text", "json", "svg", "html", "trace"]
     out: str
@@ -53,7 +53,7 @@ class ScheduleCommandConfig:
 
     def costs_of(self, num_stages: int) -> CostModel:
         """Returns the costs of each stage if the model is cut into `num_stages` stages."""
-        return uniform(self.costs, self.num_ranks, num_stages)
+        return self.costs.of_stages(self.num_ranks, num_stages)
 
 
 def main(overrides: Sequence[str]) -> int:
@@ -99,8 +99,9 @@ def _shown(config: ScheduleCommandConfig) -> str:
         choice = choose(rows, config.memory_cap)
         schedule, reason = choice.schedule, choice.reason
     else:
-        schedule = _built(config, kind, cache_dir)
-    validate(schedule, config.memory_cap)
+        schedule = _best_of_kind(config, cache_dir)
+    # Building the schedule has kept the memory cap, by the costs of each stage.
+    validate(schedule)
     costs = config.costs_of(schedule.num_stages)
     timed = _as_paired(schedule, config.schedule)
     simulation = simulate(timed, costs)
@@ -108,7 +109,7 @@ def _shown(config: ScheduleCommandConfig) -> str:
         case "json":
             return to_json(schedule)
         case "text":
-            parts = [grid(timed, simulation), summary(timed, simulation, config.costs, config.memory_cap), ""]
+            parts = [grid(timed, simulation), summary(timed, simulation, _summed(config, costs), config.memory_cap), ""]
             parts += [table(rows or _survey(config, cache_dir))]
             return "\n".join([*parts, *([f"auto: {reason}"] if reason else [])])
         case "svg":
@@ -122,15 +123,23 @@ def _shown(config: ScheduleCommandConfig) -> str:
             assert_never(other)
 
 
-def _built(config: ScheduleCommandConfig, kind: str, cache_dir: Path) -> Schedule:
-    """Builds the schedule with the configured number of chunks, or with the best one."""
-    spec = SCHEDULES.get(kind)
-    built: list[tuple[float, int, Schedule]] = []
-    for chunks in spec.chunk_choices(config.schedule.chunks):
-        costs = config.costs_of(spec.num_stages(config.num_ranks, chunks))
-        schedule = build(kind, config.num_ranks, config.num_micro_batches, costs, config.memory_cap, cache_dir)
-        built.append((round(simulate(schedule, costs).makespan, 9), len(built), schedule))
-    return min(built)[-1]
+def _best_of_kind(config: ScheduleCommandConfig, cache_dir: Path) -> Schedule:
+    """Builds the configured kind with the configured number of chunks, or with the best one."""
+    return best_of_kind(
+        config.schedule.kind,
+        config.num_ranks,
+        config.num_micro_batches,
+        config.costs_of,
+        config.memory_cap,
+        cache_dir,
+        config.schedule.chunks,
+    ).schedule
+
+
+def _summed(config: ScheduleCommandConfig, costs: CostModel) -> Costs | CostModel:
+    """Returns the costs of model/P if all stages are equal, for which there are published formulas."""
+    is_plain = not config.costs.stages and not config.costs.weights
+    return config.costs.of_equal_share() if is_plain else costs
 
 
 def _survey(config: ScheduleCommandConfig, cache_dir: Path) -> tuple[TimedSchedule | UnavailableSchedule, ...]:

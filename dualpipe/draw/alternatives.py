@@ -1,35 +1,46 @@
 """Times the other registered schedules under the costs that a run measured."""
 
+import math
 from collections.abc import Callable, Mapping
 
 from dualpipe.draw.entry import TimedSchedule, UnavailableSchedule, time_schedule
 from dualpipe.ir import Schedule, ScheduleError
 from dualpipe.registry import build, candidates
 from dualpipe.simulate.costs import CostModel, resampled
+from dualpipe.simulate.simulate import simulate
 
 _MOST_SEARCHED = 256
-"""Maximum of ranks times micro-batches for which a run waits for a searched schedule: about 1 s."""
+"""Maximum of stages times micro-batches for which a run waits for a searched schedule: about 1 s."""
+
+_ROUNDING = 1e-9
 
 
 class Alternatives:
     """Other schedules of a run's size. Each is made once and timed under the costs of every picture."""
 
-    def __init__(self, excluded: Mapping[str, str], change: Callable[[Schedule], Schedule] | None = None) -> None:
+    def __init__(
+        self,
+        excluded: Mapping[str, str],
+        change: Callable[[Schedule], Schedule] | None = None,
+        most_stages: int | None = None,
+    ) -> None:
         """Stores the arguments; schedules are made on demand.
 
         Args:
             excluded: kinds that the model cannot use, with reasons.
             change: function by which the run changes its own schedule before timing, or None.
+            most_stages: maximum number of stages for which the model has layers; None for no maximum.
         """
         self._excluded = excluded
         self._change = change
+        self._most_stages = math.inf if most_stages is None else most_stages
         self._made: dict[str, Schedule | UnavailableSchedule] = {}
 
     def timed(self, schedule: Schedule, costs: CostModel) -> list[TimedSchedule | UnavailableSchedule]:
         """Times every other kind under the costs of the run's stages, or says why it is not available.
 
-        For another number of stages, the same model is split differently. Each new stage costs its share of the run's
-        stages.
+        A kind has the best number of chunks under the costs of the first call. For another number of stages, the same
+        model is split differently. Each new stage costs its share of the run's stages.
 
         Args:
             schedule: schedule of the run; its size must be the same in all calls.
@@ -52,16 +63,27 @@ class Alternatives:
         num_ranks, num_micro_batches, spec = schedule.num_ranks, schedule.num_micro_batches, candidates()[kind]
         if kind in self._excluded:
             return UnavailableSchedule(kind=kind, reason=self._excluded[kind])
-        if spec.takes_costs and num_ranks * num_micro_batches > _MOST_SEARCHED:
-            hint = f"num_ranks={num_ranks} num_micro_batches={num_micro_batches}"
-            reason = f"its search takes too long during a run; see python -m launch.schedule {hint}"
-            return UnavailableSchedule(kind=kind, reason=reason)
-        try:
-            own_costs = resampled(costs, spec.num_stages(num_ranks))
-            made = build(kind, num_ranks, num_micro_batches, own_costs)
-            return made if self._change is None else self._change(made)
-        except ScheduleError as error:
-            return UnavailableSchedule(kind=kind, reason=str(error))
+        hint = f"num_ranks={num_ranks} num_micro_batches={num_micro_batches}"
+        reason = f"its search takes too long during a run; see python -m launch.schedule {hint}"
+        best: Schedule | None = None
+        shortest = math.inf
+        for chunks in spec.chunk_choices(None):
+            num_stages = spec.num_stages(num_ranks, chunks)
+            if spec.takes_costs and num_stages * num_micro_batches > _MOST_SEARCHED:
+                break
+            if chunks > spec.chunks[0] and num_stages > self._most_stages:
+                break
+            try:
+                own_costs = resampled(costs, num_stages)
+                made = build(kind, num_ranks, num_micro_batches, own_costs)
+            except ScheduleError as error:
+                reason = str(error)
+                continue
+            made = made if self._change is None else self._change(made)
+            makespan = simulate(made, own_costs).makespan
+            if makespan < shortest * (1 - _ROUNDING):
+                best, shortest = made, makespan
+        return best or UnavailableSchedule(kind=kind, reason=reason)
 
 
 def by_makespan(rows: list[TimedSchedule | UnavailableSchedule]) -> list[TimedSchedule | UnavailableSchedule]:

@@ -47,6 +47,21 @@ class TimedSchedule:
         return max(self.simulation.peaks, default=0.0)
 
     @property
+    def chunks(self) -> int:
+        """Stages of a rank for one direction."""
+        return self.schedule.num_stages // self.schedule.num_ranks
+
+    @property
+    def copies(self) -> int:
+        """Number of times that the pipeline holds the model's weights: once for each direction."""
+        return self.schedule.num_directions
+
+    @property
+    def memory(self) -> float:
+        """Peak of live activations plus the copies of the weights, if the costs count weights."""
+        return self.peak + self.copies * self.costs.weights
+
+    @property
     def above_bound(self) -> float:
         """Makespan minus the lower bound."""
         return self.simulation.makespan - self.bound.value

@@ -135,7 +135,7 @@ def _marks(schedule: Schedule, *, has_measured: bool, has_bound: bool) -> list[_
     if has_measured:
         items.append(_Item(("exposed",), "exposed exchange"))
     if has_bound:
-        items.append(_Item(("bound",), "lower bound of any schedule"))
+        items.append(_Item(("bound",), "lower bound of any schedule with this placement"))
     return items
 
 

@@ -10,10 +10,11 @@ from dualpipe.draw.entry import TimedSchedule, UnavailableSchedule, number, perc
 from dualpipe.draw.style import DEFINITIONS, STYLE
 from dualpipe.draw.svg import Scale, natural_scale, svg
 
-COLUMNS = ("schedule", "overhead", "makespan", "bubble %", "exposed", "peak", "bound", "above")
+COLUMNS = ("schedule", "chunks", "overhead", "makespan", "bubble %", "exposed", "peak", "weights", "bound", "above")
 MEANING = (
-    "overhead: makespan - pure computation of the busiest rank; bubble: idle part of all ranks' time; exposed: "
-    "exchange that nothing hides; peak: live activations, of model/P; bound: lower bound of any schedule; above: "
+    "chunks: stages of a rank for one direction; overhead: makespan - pure computation of the busiest rank; bubble: "
+    "idle part of all ranks' time; exposed: exchange that nothing hides; peak: live activations, of model/P; weights: "
+    "copies of the model that the pipeline holds; bound: lower bound of any schedule with this placement; above: "
     "makespan - bound"
 )
 _MEANING_OF_RUN = (
@@ -25,17 +26,20 @@ _GAP = "  "
 
 def cells(entry: TimedSchedule) -> tuple[str, ...]:
     """Returns the text of a schedule for each of `COLUMNS`."""
-    return (entry.schedule.kind, *map(number, _values(entry)))
+    shown = dict(zip(COLUMNS[1:], map(number, _values(entry)), strict=True))
+    return (entry.schedule.kind, *(shown | {"weights": f"{entry.copies}x"}).values())
 
 
 def _values(entry: TimedSchedule) -> tuple[float, ...]:
     """Returns the number of a schedule for each of `COLUMNS` after the first."""
     return (
+        entry.chunks,
         entry.overhead,
         entry.simulation.makespan,
         100 * entry.simulation.bubble_fraction,
         entry.exposed,
         entry.peak,
+        entry.copies,
         entry.bound.value,
         entry.above_bound,
     )

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from dualpipe.ir import Op, Schedule, ScheduleError
 from dualpipe.simulate.costs import CostModel, StageCosts
+from dualpipe.simulate.simulate import activation_cap
 
 _ROUNDING = 1e-9
 
@@ -62,12 +63,13 @@ def lower_bound(schedule: Schedule, costs: CostModel, memory_cap: float | None =
     Args:
         schedule: schedule with placement and number of micro-batches; its groups are ignored and may be missing.
         costs: costs of every stage.
-        memory_cap: maximum of a rank's live activations, in the unit of `StageCosts.activation` (model/P if the costs
-            come from `costs.uniform`), or None for no limit.
+        memory_cap: maximum of a rank's live activations and of its copies of `costs.weights`, in the unit of
+            `StageCosts.activation` (model/P if the costs come from `costs.uniform`), or None for no limit.
 
     Raises:
         ScheduleError: if the cap is below one activation of one stage, so that no schedule exists.
     """
+    memory_cap = activation_cap(memory_cap, schedule.num_directions, costs)
     _check_cap(costs, memory_cap)
     bounds = [_critical_path(schedule, costs)]
     for rank in range(schedule.num_ranks):
@@ -79,7 +81,7 @@ def lower_bound(schedule: Schedule, costs: CostModel, memory_cap: float | None =
 
 def _check_cap(costs: CostModel, memory_cap: float | None) -> None:
     least = max(stage.activation for stage in costs.stages)
-    if memory_cap is not None and memory_cap < least:
+    if memory_cap is not None and memory_cap < least - _ROUNDING:
         raise ScheduleError(
             f"memory_cap: one micro-batch keeps {least:g} in one stage, so a cap of {memory_cap:g} fits no schedule; "
             f"nearest: {least:g}"

@@ -7,8 +7,11 @@ from pathlib import Path
 
 from dualpipe.draw.entry import TimedSchedule, UnavailableSchedule, number, time_schedule
 from dualpipe.ir import MemoryCapError, Schedule, ScheduleError
-from dualpipe.registry import build, candidates
+from dualpipe.registry import SCHEDULES, build, candidates
 from dualpipe.simulate.costs import CostModel
+
+MARGIN = 0.005
+"""Fraction of the shortest makespan that `choose` gives up for less memory if the costs count weights."""
 
 CostsOf = Callable[[int], CostModel]
 """Function from the number of stages to their costs."""
@@ -40,7 +43,7 @@ def survey(
         num_ranks: ranks of one pipeline.
         num_micro_batches: micro-batches of one pipeline and step, of both directions together.
         costs_of: costs of each stage, as a function of the number of stages.
-        memory_cap: maximum of a rank's live activations; None for each schedule's own.
+        memory_cap: maximum of a rank's live activations and copies of its weights; None for each schedule's own.
         cache_dir: folder that caches searched schedules.
         excluded: kinds that must not be chosen, with reasons.
         chunks: stages of a rank for one direction; None for the best number.
@@ -51,23 +54,20 @@ def survey(
     """
     rows: list[TimedSchedule | UnavailableSchedule] = []
     least = math.inf
-    for kind, spec in candidates().items():
+    for kind in candidates():
         if excluded and kind in excluded:
             rows.append(UnavailableSchedule(kind=kind, reason=excluded[kind]))
             continue
-        tried: list[TimedSchedule] = []
         try:
-            for number in spec.chunk_choices(chunks):
-                costs = costs_of(spec.num_stages(num_ranks, number))
-                if tried and len(costs.stages) > (most_stages or math.inf):
-                    break
-                schedule = build(kind, num_ranks, num_micro_batches, costs, memory_cap, cache_dir)
-                tried.append(time_schedule(schedule, costs, memory_cap))
+            rows.append(
+                best_of_kind(
+                    kind, num_ranks, num_micro_batches, costs_of, memory_cap, cache_dir, chunks, most_stages=most_stages
+                )
+            )
         except ScheduleError as error:
             if isinstance(error, MemoryCapError):
                 least = min(least, error.least)
-            reason = str(error)
-        rows.append(min(tried, key=_rank) if tried else UnavailableSchedule(kind=kind, reason=reason))
+            rows.append(UnavailableSchedule(kind=kind, reason=str(error)))
     if memory_cap is not None and all(isinstance(row, UnavailableSchedule) for row in rows) and math.isfinite(least):
         raise MemoryCapError(
             f"no schedule of {num_ranks} ranks fits the cap, which is {memory_cap:g}; nearest: {least:g}",
@@ -76,8 +76,56 @@ def survey(
     return tuple(rows)
 
 
+def best_of_kind(
+    kind: str,
+    num_ranks: int,
+    num_micro_batches: int,
+    costs_of: CostsOf,
+    memory_cap: float | None = None,
+    cache_dir: Path | None = None,
+    chunks: int | None = None,
+    *,
+    most_stages: int | None = None,
+) -> TimedSchedule:
+    """Times a kind of schedule with each possible number of chunks and returns the shortest.
+
+    Args:
+        kind: name of the schedule.
+        num_ranks: ranks of one pipeline.
+        num_micro_batches: micro-batches of one pipeline and step, of both directions together.
+        costs_of: costs of each stage, as a function of the number of stages.
+        memory_cap: as in `registry.build`.
+        cache_dir: folder that caches searched schedules.
+        chunks: stages of a rank for one direction; None for the best number.
+        most_stages: maximum number of stages, except for the smallest number of chunks; None for no maximum.
+
+    Raises:
+        ScheduleError: if the kind is not defined for the size or number of chunks, or does not fit the cap.
+    """
+    spec = SCHEDULES.get(kind)
+    timed: list[TimedSchedule] = []
+    errors: list[ScheduleError] = []
+    for choice in spec.chunk_choices(chunks):
+        num_stages = spec.num_stages(num_ranks, choice)
+        if (timed or errors) and num_stages > (most_stages or math.inf):
+            break
+        costs = costs_of(num_stages)
+        try:
+            schedule = build(kind, num_ranks, num_micro_batches, costs, memory_cap, cache_dir)
+        except ScheduleError as error:
+            errors.append(error)
+        else:
+            timed.append(time_schedule(schedule, costs, memory_cap))
+    if not timed:
+        raise min(errors, key=lambda error: error.least if isinstance(error, MemoryCapError) else math.inf)
+    return min(timed, key=_order)
+
+
 def choose(rows: Sequence[TimedSchedule | UnavailableSchedule], memory_cap: float | None = None) -> Choice:
-    """Returns the schedule with the shortest makespan; of equal ones, that with the lowest peak memory.
+    """Returns the schedule with the shortest makespan; of equal ones, that with the least memory.
+
+    If the costs count weights, makespans within `MARGIN` of the shortest are equal. Two directions hold the weights
+    twice, which is rarely worth less time than that.
 
     Raises:
         ScheduleError: if none is available.
@@ -86,23 +134,46 @@ def choose(rows: Sequence[TimedSchedule | UnavailableSchedule], memory_cap: floa
     if not entries:
         reasons = "; ".join(f"{row.kind}: {row.reason}" for row in rows if isinstance(row, UnavailableSchedule))
         raise ScheduleError(f"schedule: no kind is available: {reasons}")
-    ranked = sorted(entries, key=_rank)
-    return Choice(schedule=ranked[0].schedule, reason=_reason(ranked, memory_cap), rows=tuple(rows))
+    ranked = sorted(entries, key=_order)
+    limit = ranked[0].simulation.makespan * (1 + MARGIN)
+    near = [row for row in ranked if row.costs.weights and row.simulation.makespan <= limit] or ranked[:1]
+    best = min(near, key=lambda row: (round(row.memory, 9), *_order(row)))
+    return Choice(schedule=best.schedule, reason=_reason(best, ranked, memory_cap), rows=tuple(rows))
 
 
-def _rank(row: TimedSchedule) -> tuple[float, float]:
-    return round(row.simulation.makespan, 9), row.peak
+def _order(row: TimedSchedule) -> tuple[float, float]:
+    return round(row.simulation.makespan, 9), row.memory
 
 
-def _reason(ranked: Sequence[TimedSchedule], memory_cap: float | None) -> str:
-    best = ranked[0]
-    words = f"{best.schedule.kind}: makespan {number(best.simulation.makespan)}"
-    if len(ranked) > 1:
-        second = ranked[1]
-        more = second.simulation.makespan / best.simulation.makespan - 1 if best.simulation.makespan else 0.0
-        words += f", then {second.schedule.kind} with {number(second.simulation.makespan)} ({100 * more:.1f} % more"
-        words += f", peak {number(second.peak)})" if more < 1e-9 else ")"
+def _reason(best: TimedSchedule, ranked: Sequence[TimedSchedule], memory_cap: float | None) -> str:
+    words = f"{_name(best)}: makespan {number(best.simulation.makespan)}"
+    others = [row for row in ranked if row is not best]
+    if others:
+        words += f", {_compared(best, others[0])}"
     words += f"; it keeps {number(best.peak)} activations of model/P"
+    if best.costs.weights:
+        words += f" and {best.copies} x {number(best.costs.weights)} of weights, {number(best.memory)} together,"
     words += "" if memory_cap is None else f" of the {memory_cap:g} allowed"
     above = best.above_bound
-    return words + (f"; {number(above)} above the lower bound" if above > 1e-9 else "; no schedule is shorter")
+    words = words.rstrip(",")
+    return words + (
+        f"; {number(above)} above the lower bound" if above > 1e-9 else "; no schedule with its placement is shorter"
+    )
+
+
+def _compared(best: TimedSchedule, other: TimedSchedule) -> str:
+    """Returns how the shortest other schedule differs from the chosen one."""
+    mine, its = best.simulation.makespan, other.simulation.makespan
+    if its < mine - 1e-9:
+        less = f"{100 * (1 - its / mine):.2f} % shorter"
+        return f"{_name(other)} is {less} but needs {number(other.memory)} of memory, weights included"
+    more = its / mine - 1 if mine else 0.0
+    words = f"then {_name(other)} with {number(its)} ({100 * more:.1f} % more"
+    return words + (f", peak {number(other.peak)})" if more < 1e-9 else ")")
+
+
+def _name(row: TimedSchedule) -> str:
+    """Returns the kind, with the number of chunks if it could be another."""
+    kind = row.schedule.kind
+    has_choice = kind in SCHEDULES and len(SCHEDULES.get(kind).chunks) > 1
+    return f"{kind} with {row.chunks} chunk{'s' * (row.chunks != 1)}" if has_choice else kind

@@ -5,7 +5,7 @@ Uses only the standard library.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import assert_never
 
 from dualpipe.ir import Group, Op, Operation, ScheduleError
@@ -93,10 +93,18 @@ class StageCosts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CostModel:
-    """Costs of every stage by its number, and the latency of a link between two ranks."""
+    """Costs of every stage by its number, of a link between two ranks, and of a rank's weights.
+
+    Attributes:
+        stages: costs of each stage.
+        latency: time from the end of a group to the arrival of its outputs at another rank.
+        weights: memory of one copy of a rank's weights, gradients and optimizer state, in the unit of
+            `StageCosts.activation`; 0 to count activations only. A rank holds one copy for each direction.
+    """
 
     stages: tuple[StageCosts, ...]
     latency: float
+    weights: float = 0.0
 
     def compute_of(self, op: Operation) -> float:
         """Returns the computation time of one operation."""
@@ -160,7 +168,7 @@ def resampled(costs: CostModel, num_stages: int) -> CostModel:
             for name in (field.name for field in fields(StageCosts))
         }
         stages.append(StageCosts(**sums))
-    return CostModel(stages=tuple(stages), latency=costs.latency)
+    return replace(costs, stages=tuple(stages))
 
 
 def _shares(stage: int, num_new: int, num_old: int) -> dict[int, float]:

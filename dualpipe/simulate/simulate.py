@@ -7,7 +7,7 @@ on the order.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from dualpipe.ir import Group, Op, Operation, Schedule, ScheduleError
+from dualpipe.ir import Group, MemoryCapError, Op, Operation, Schedule, ScheduleError
 from dualpipe.simulate.costs import CostModel, Costs, uniform
 from dualpipe.simulate.timing import NumberedGroup, Timing
 
@@ -94,6 +94,30 @@ def peak_activations(schedule: Schedule) -> tuple[int, ...]:
 def peak_memory(schedule: Schedule, costs: CostModel) -> tuple[float, ...]:
     """Returns the peak memory of live activations on each rank, in the unit of `StageCosts.activation`."""
     return tuple(_peak(groups, lambda op: costs.stages[op.stage].activation) for groups in schedule.ranks)
+
+
+def activation_cap(memory_cap: float | None, num_directions: int, costs: CostModel) -> float | None:
+    """Returns the part of a memory cap that is left for activations next to the copies of the weights.
+
+    Args:
+        memory_cap: cap on activations and weights, in the unit of `StageCosts.activation`, or None.
+        num_directions: directions of the schedule; a rank holds one copy of its weights for each.
+        costs: costs with the memory of one copy.
+
+    Raises:
+        MemoryCapError: if the weights leave no memory.
+    """
+    if memory_cap is None:
+        return None
+    room = memory_cap - num_directions * costs.weights
+    if room <= 0:
+        least = num_directions * costs.weights + max(stage.activation for stage in costs.stages)
+        raise MemoryCapError(
+            f"{num_directions} x {costs.weights:g} of weights leave no memory for activations, the cap is "
+            f"{memory_cap:g}; nearest: {least:g}",
+            least,
+        )
+    return room
 
 
 def _peak(groups: tuple[Group, ...], weight: Callable[[Operation], float]) -> float:

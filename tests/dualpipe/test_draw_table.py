@@ -20,9 +20,21 @@ def test_table_gives_the_numbers_of_each_schedule() -> None:
     lines = table(
         [time_schedule(build("dualpipe", 8, 20), UNIT), time_schedule(build("1f1b", 8, 20), UNIT)]
     ).splitlines()
-    assert lines[0].split() == ["schedule", "overhead", "makespan", "bubble", "%", "exposed", "peak", "bound", "above"]
-    assert lines[1].split() == ["dualpipe", "6", "66", "9.09", "0", "9", "63", "3"]
-    assert lines[2].split() == ["1f1b", "21", "81", "25.9", "0", "8", "67", "14"]
+    assert lines[0].split() == [
+        "schedule",
+        "chunks",
+        "overhead",
+        "makespan",
+        "bubble",
+        "%",
+        "exposed",
+        "peak",
+        "weights",
+        "bound",
+        "above",
+    ]
+    assert lines[1].split() == ["dualpipe", "1", "6", "66", "9.09", "0", "9", "2x", "63", "3"]
+    assert lines[2].split() == ["1f1b", "1", "21", "81", "25.9", "0", "8", "1x", "67", "14"]
     assert len({len(line) for line in lines[:3]}) == 1
 
 
@@ -30,15 +42,26 @@ def test_table_tells_idle_from_exposed_and_bounds_under_the_cap() -> None:
     costs = Costs(forward=1, backward_input=1, backward_weight=1, exchange=1, latency=0)
     shown = time_schedule(build("dualpipe", 4, 8), costs, memory_cap=5)
     # Of an overhead of 13, each rank idles 3 and leaves 10 of exchange in the open.
-    assert table([shown]).splitlines()[1].split() == ["dualpipe", "13", "37", "8.11", "10", "5", "29", "8"]
+    assert table([shown]).splitlines()[1].split() == ["dualpipe", "1", "13", "37", "8.11", "10", "5", "2x", "29", "8"]
 
 
 def test_table_counts_memory_in_shares_of_a_rank() -> None:
     shown = time_schedule(dualpipe_v(4, 12), UNIT)
-    assert table([shown]).splitlines()[1].split() == ["dualpipe_v", "3", "39", "7.69", "0", "4.5", "37.5", "1.5"]
+    assert table([shown]).splitlines()[1].split() == [
+        "dualpipe_v",
+        "2",
+        "3",
+        "39",
+        "7.69",
+        "0",
+        "4.5",
+        "1x",
+        "37.5",
+        "1.5",
+    ]
 
 
-@pytest.mark.parametrize("width", [80, 100, 160])
+@pytest.mark.parametrize("width", [84, 100, 160])
 def test_table_tells_why_a_kind_is_absent_within_the_width(width: int) -> None:
     text = table(
         [UnavailableSchedule(kind="dualpipe", reason=REASON), time_schedule(build("1f1b", 5, 13), UNIT)], width

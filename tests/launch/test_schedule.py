@@ -12,6 +12,7 @@ from dualpipe.registry import SCHEDULES, build
 from launch.schedule import main
 from train.config.errors import ConfigError
 
+KINDS = SCHEDULES.names()
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -35,6 +36,15 @@ def test_schedule_text_shows_the_picture_and_the_costs_matter(capsys: pytest.Cap
     assert all(text.count("\n") > 4 for text in printed)
 
 
+def test_schedule_times_every_kind_under_the_costs_of_each_stage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["num_micro_batches=12", "costs.stages=[1,1,1,{forward: 2, backward_input: 2}]"]) == 0
+    printed = capsys.readouterr().out
+    makespans = {line.split()[0]: line.split()[3] for line in printed.splitlines() if line.startswith(tuple(KINDS))}
+    # Rank 3 of 1F1B has all of the slow stage, 2 + 2 + 1 for each of 12 micro-batches, and a path of 3 x 2 before it.
+    assert makespans["1f1b"] == "69"
+    assert float(makespans["dualpipe_split"]) < 60
+
+
 @pytest.mark.parametrize(
     ("override", "error", "parts"),
     [
@@ -47,6 +57,12 @@ def test_schedule_text_shows_the_picture_and_the_costs_matter(capsys: pytest.Cap
         ("schedule=auto memory_cap=1", ScheduleError, ["memory_cap", "no schedule of 4 ranks", "is 1", "nearest: 2"]),
         ("out=/proc/none/a.svg format=svg", ConfigError, ["out", "'/proc/none/a.svg'"]),
         ("costs.forward=-1", ScheduleError, ["costs.forward", "-1"]),
+        ("costs.stages=[1,1,1]", ScheduleError, ["costs.stages", "multiple of num_ranks=4", "has 3", "nearest: 4"]),
+        ("costs.stages=[1,1,1,-1]", ConfigError, ["costs.stages[3]", "at least 0", "-1"]),
+        ("costs.stages=[{work:1},1,1,1]", ConfigError, ["costs.stages[0]", "work", "nearest: forward"]),
+        ("costs.weights=-1", ConfigError, ["costs.weights", "0 or above"]),
+        ("costs.weights=4 memory_cap=8", ScheduleError, ["memory_cap", "2 x 4 of weights", "is 8", "nearest: 9"]),
+        ("schedule=dualpipe schedule.chunks=3", ScheduleError, ["schedule.chunks", "is 3", "nearest: 1"]),
         ("costs.forward=quick", ConfigError, ["costs.forward", "'quick'"]),
         ("cost.forward=1", ConfigError, ["cost.forward", "costs.forward"]),
         ("format=yaml", ConfigError, ["format", "text, json, svg, html, trace", "'yaml'"]),

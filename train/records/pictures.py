@@ -101,9 +101,10 @@ class PipelineTimeline:
         """Returns the other schedules for the replica's size. They are built for its first picture."""
         num_micro_batches = replica.schedule.num_micro_batches
         if num_micro_batches not in self._alternatives:
-            excluded = excluded_schedules(replica.config.model, replica.schedule.num_ranks)
-            is_sequential = replica.config.pairing == "sequential"
-            self._alternatives[num_micro_batches] = Alternatives(excluded, ungroup if is_sequential else None)
+            model = replica.config.model
+            excluded = excluded_schedules(model, replica.schedule.num_ranks)
+            change = ungroup if replica.config.pairing == "sequential" else None
+            self._alternatives[num_micro_batches] = Alternatives(excluded, change, model.num_layers)
         return self._alternatives[num_micro_batches]
 
 
