@@ -137,17 +137,13 @@ class Schedule:
 
 def to_json(schedule: Schedule) -> str:
     """Returns the schedule's public JSON form in one line. Equal schedules give equal text."""
-    ranks = [
-        [[[op.kind.value, op.direction, op.stage, op.micro_batch] for op in group] for group in groups]
-        for groups in schedule.ranks
-    ]
     record = {
         "kind": schedule.kind,
         "num_ranks": schedule.num_ranks,
         "num_micro_batches": schedule.num_micro_batches,
         "num_stages": schedule.num_stages,
         "placement": schedule.placement,
-        "ranks": ranks,
+        "ranks": schedule.ranks,
     }
     return json.dumps(record)
 
@@ -168,7 +164,7 @@ def from_json(text: str) -> Schedule:
         for direction, row in enumerate(_rows(record["placement"], "placement"))
     )
     ranks = tuple(
-        tuple(_read_group(group, f"ranks[{rank}][{index}]") for index, group in enumerate(groups))
+        tuple([_read_group(group, rank, index) for index, group in enumerate(groups)])
         for rank, groups in enumerate(_rows(record["ranks"], "ranks"))
     )
     schedule = Schedule(
@@ -213,19 +209,36 @@ def _integer(value: Any, place: str) -> int:
     return value
 
 
-def _read_group(value: Any, place: str) -> Group:
-    return tuple(_read_operation(fields, f"{place}[{index}]") for index, fields in enumerate(_list(value, place)))
+def _read_group(value: Any, rank: int, index: int) -> Group:
+    # The names of places are made only for errors, because a large schedule has hundreds of thousands of operations.
+    if not isinstance(value, list):
+        raise ScheduleError(f"ranks[{rank}][{index}]: must be a list, is {_shown(value)}")
+    return tuple([_read_operation(fields, rank, index, member) for member, fields in enumerate(value)])
 
 
-def _read_operation(value: Any, place: str) -> Operation:
-    fields = _list(value, place)
-    if len(fields) != 4:
-        raise ScheduleError(f"{place}: must be [kind, direction, stage, micro_batch], is {_shown(value)}")
-    letters = [op.value for op in Op]
-    if fields[0] not in letters:
-        raise ScheduleError(f"{place}: the kind must be one of {' '.join(letters)}, is {_shown(fields[0])}")
-    direction, stage, micro_batch = (_integer(field, place) for field in fields[1:])
-    return Operation(Op(fields[0]), direction, stage, micro_batch)
+_OPS = {op.value: op for op in Op}
+
+
+def _read_operation(value: Any, *place: int) -> Operation:
+    if type(value) is list and len(value) == 4:
+        letter, direction, stage, micro_batch = value
+        kind = _OPS.get(letter) if type(letter) is str else None
+        are_integers = type(direction) is int and type(stage) is int and type(micro_batch) is int
+        if kind is not None and are_integers and direction >= 0 and stage >= 0 and micro_batch >= 0:
+            return Operation(kind, direction, stage, micro_batch)
+    raise ScheduleError(_problem_of(value, "ranks" + "".join(f"[{number}]" for number in place)))
+
+
+def _problem_of(value: Any, place: str) -> str:
+    """Describes what is wrong with the JSON of an operation."""
+    if not isinstance(value, list):
+        return f"{place}: must be a list, is {_shown(value)}"
+    if len(value) != 4:
+        return f"{place}: must be [kind, direction, stage, micro_batch], is {_shown(value)}"
+    if not isinstance(value[0], str) or value[0] not in _OPS:
+        return f"{place}: the kind must be one of {' '.join(_OPS)}, is {_shown(value[0])}"
+    wrong = next(field for field in value[1:] if type(field) is not int or field < 0)
+    return f"{place}: must be an integer of at least 0, is {_shown(wrong)}"
 
 
 def _check_sizes(schedule: Schedule, num_stages: int) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
 from dualpipe.ir import Op, Operation, Schedule
@@ -121,6 +122,17 @@ def transfers(schedule: Schedule) -> tuple[RankTransfers, ...]:
         )
         for groups in schedule.ranks
     )
+
+
+def linked_pairs(schedule: Schedule) -> list[tuple[int, int]]:
+    """Returns the pairs of ranks that exchange messages under a valid schedule, the lower one first."""
+    ends = (
+        both
+        for direction, row in enumerate(schedule.placement)
+        if schedule.micro_batches_of(direction)
+        for both in pairwise(row)
+    )
+    return sorted({(min(both), max(both)) for both in ends if both[0] != both[1]})
 
 
 def _messages(schedule: Schedule, values: Iterable[Value | None]) -> tuple[Message, ...]:

@@ -1,28 +1,18 @@
 """Proves that a schedule can run without deadlock and computes everything once.
 
-The model of transfers is the strictest one under which the published DualPipe runs: rendezvous with one message in
-flight on a link. Before a group, a rank posts the receives of all messages that the group needs, in the order of its
-operations, and then waits for them. After a group, it sends the values that the operations made, in their order. A
-message is delivered when it has been sent and its receive is posted. The sender continues, but it blocks before its
-next message on the same link until the previous one is delivered. (A sender that blocked on every message until its
-delivery would deadlock DualPipe's neighbors, which send to each other at the same time.)
-
-The next action of each rank is fixed and does not depend on the speed of other ranks. So either every run ends or none
-does, and one run without a clock decides. Transports that keep more messages in flight, or post receives earlier, only
-wait less.
+`dualpipe.progress` describes the model of transfers.
 """
 
-from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from enum import Enum, auto
-from typing import NamedTuple
+from collections.abc import Collection
 
-from dualpipe.ir import Group, Op, Operation, Schedule, ScheduleError
+from dualpipe.ir import Op, Operation, Schedule, ScheduleError
+from dualpipe.progress import check_progress
 from dualpipe.simulate.simulate import peak_activations
-from dualpipe.transfers import Link, Message, RankTransfers, made_by, needed_by, transfers
 
 _ROUNDING = 1e-9
+
+_Located = dict[tuple[Op, int, int, int], int]
+"""Number of each operation's group on its rank."""
 
 
 def validate(schedule: Schedule, memory_cap: float | None = None, *, forward_only: bool = False) -> None:
@@ -39,13 +29,10 @@ def validate(schedule: Schedule, memory_cap: float | None = None, *, forward_onl
             `rank 3: stage 5, micro-batch 12 has I but no W`.
     """
     _check_sizes(schedule)
-    _check_operations(schedule)
-    _check_complete(schedule, forward_only=forward_only)
-    for rank, groups in enumerate(schedule.ranks):
-        _check_order(schedule, rank, groups)
-    messages = transfers(schedule)
-    _check_links(messages)
-    check_progress(schedule, messages)
+    located = _locate_operations(schedule)
+    _check_complete(schedule, located, forward_only=forward_only)
+    _check_order(schedule, located)
+    check_progress(schedule)
     if memory_cap is not None:
         _check_memory(schedule, memory_cap)
 
@@ -74,46 +61,63 @@ def _check_sizes(schedule: Schedule) -> None:
                 )
 
 
-def _check_operations(schedule: Schedule) -> None:
-    """Checks that every operation exists, is on the rank of its stage, and appears once."""
-    seen: set[Operation] = set()
+def _locate_operations(schedule: Schedule) -> _Located:
+    """Checks that every operation exists, is on the rank of its stage, and appears once.
+
+    Returns:
+        The group of each operation.
+    """
+    located: _Located = {}
     counts = [len(schedule.micro_batches_of(direction)) for direction in range(schedule.num_directions)]
+    holders = {
+        (direction, stage): (rank, counts[direction])
+        for direction, row in enumerate(schedule.placement)
+        for stage, rank in enumerate(row)
+    }
+    nowhere = (-1, 0)
     for rank, groups in enumerate(schedule.ranks):
         for index, group in enumerate(groups):
             if not group:
                 raise ScheduleError(f"rank {rank}: group {index} is empty")
             for op in group:
-                if not 0 <= op.direction < schedule.num_directions:
-                    raise ScheduleError(f"rank {rank}: {op} goes in direction {op.direction}, which does not exist")
-                if not 0 <= op.stage < schedule.num_stages:
-                    raise ScheduleError(f"rank {rank}: {op}: there are {schedule.num_stages} stages, from 0")
-                if not 0 <= op.micro_batch < counts[op.direction]:
-                    raise ScheduleError(f"rank {rank}: {op}: there are {counts[op.direction]} micro-batches, from 0")
-                holder = schedule.rank_of(op.direction, op.stage)
-                if holder != rank:
-                    raise ScheduleError(f"rank {rank}: {op} belongs to rank {holder}, which holds the stage")
-                if op in seen:
-                    raise ScheduleError(f"rank {rank}: {op} appears twice")
-                seen.add(op)
+                holder, count = holders.get(op[1:3], nowhere)
+                if holder != rank or not 0 <= op.micro_batch < count or op in located:
+                    raise ScheduleError(f"rank {rank}: {_misplaced(schedule, rank, op)}")
+                located[op] = index
+    return located
 
 
-def _check_complete(schedule: Schedule, *, forward_only: bool) -> None:
-    kinds: dict[tuple[int, int, int], set[Op]] = defaultdict(set)
-    for groups in schedule.ranks:
-        for group in groups:
-            for op in group:
-                kinds[op.direction, op.stage, op.micro_batch].add(op.kind)
+def _misplaced(schedule: Schedule, rank: int, op: Operation) -> str:
+    """Describes what is wrong with an operation that is out of range, on a wrong rank, or there twice."""
+    if not 0 <= op.direction < schedule.num_directions:
+        return f"{op} goes in direction {op.direction}, which does not exist"
+    if not 0 <= op.stage < schedule.num_stages:
+        return f"{op}: there are {schedule.num_stages} stages, from 0"
+    count = len(schedule.micro_batches_of(op.direction))
+    if not 0 <= op.micro_batch < count:
+        return f"{op}: there are {count} micro-batches, from 0"
+    holder = schedule.rank_of(op.direction, op.stage)
+    return f"{op} belongs to rank {holder}, which holds the stage" if holder != rank else f"{op} appears twice"
+
+
+def _check_complete(schedule: Schedule, located: _Located, *, forward_only: bool) -> None:
+    every, complete = tuple(Op), set[tuple[Op, ...]]()
     for direction, row in enumerate(schedule.placement):
         for stage, rank in enumerate(row):
             for micro_batch in schedule.micro_batches_of(direction):
-                problem = _problem(kinds.get((direction, stage, micro_batch), set()), forward_only=forward_only)
-                if problem is not None:
-                    place = f"rank {rank}: stage {stage}, micro-batch {micro_batch}"
+                place = direction, stage, micro_batch
+                kinds = tuple([kind for kind in every if (kind, *place) in located])
+                if kinds in complete:
+                    continue
+                problem = _problem(kinds, forward_only=forward_only)
+                if problem is None:
+                    complete.add(kinds)
+                else:
                     of = f" of direction {direction}" if schedule.num_directions > 1 else ""
-                    raise ScheduleError(f"{place}{of} {problem}")
+                    raise ScheduleError(f"rank {rank}: stage {stage}, micro-batch {micro_batch}{of} {problem}")
 
 
-def _problem(kinds: set[Op], *, forward_only: bool) -> str | None:
+def _problem(kinds: Collection[Op], *, forward_only: bool) -> str | None:
     full, inputs, weights = (kind in kinds for kind in (Op.BACKWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT))
     if Op.FORWARD not in kinds:
         return "has no F"
@@ -126,40 +130,43 @@ def _problem(kinds: set[Op], *, forward_only: bool) -> str | None:
     return None if full or inputs else "has F but no backward"
 
 
-def _check_order(schedule: Schedule, rank: int, groups: tuple[Group, ...]) -> None:
-    """Checks that earlier groups of the rank make each operation's inputs: a group runs at once."""
-    at = {op: index for index, group in enumerate(groups) for op in group}
-    makers = {value: op for op in at if (value := made_by(op, schedule.num_stages)) is not None}
-    for op, index in at.items():
-        needed = []
-        if op.kind in (Op.BACKWARD, Op.BACKWARD_INPUT):
-            needed.append(Operation(Op.FORWARD, op.direction, op.stage, op.micro_batch))
-        if op.kind is Op.BACKWARD_WEIGHT:
-            needed.append(Operation(Op.BACKWARD_INPUT, op.direction, op.stage, op.micro_batch))
-        value = needed_by(op, schedule.num_stages)
-        if value is not None and value in makers:
-            needed.append(makers[value])
-        for other in needed:
-            if at[other] >= index:
-                when = "together with" if at[other] == index else "before"
-                raise ScheduleError(f"rank {rank}: group {index} has {op} {when} {other}, which it needs")
+_NEEDS = {Op.BACKWARD: Op.FORWARD, Op.BACKWARD_INPUT: Op.FORWARD, Op.BACKWARD_WEIGHT: Op.BACKWARD_INPUT}
+"""Kind of the operation of the same stage and micro-batch that each kind needs."""
 
 
-def _check_links(messages: tuple[RankTransfers, ...]) -> None:
-    sent: dict[Link, list[Message]] = defaultdict(list)
-    received: dict[Link, list[Message]] = defaultdict(list)
-    for rank in messages:
-        for message in rank.all_sends:
-            sent[message.link].append(message)
-        for message in rank.all_receives:
-            received[message.link].append(message)
-    for link, queue in sent.items():
-        for index, (out, taken) in enumerate(zip(queue, received[link], strict=True)):
-            if out != taken:
-                raise ScheduleError(
-                    f"rank {link.destination}: expects {taken.value} as number {index} of the {link.kind}s from "
-                    f"rank {link.source}, which sends {out.value}"
-                )
+def _check_order(schedule: Schedule, located: _Located) -> None:
+    """Checks that earlier groups of a rank make each operation's inputs: a group runs at once."""
+    makers = {
+        key: others
+        for direction in range(schedule.num_directions)
+        for stage in range(schedule.num_stages)
+        for kind in Op
+        if (others := _makers_on_rank(schedule, key := (kind, direction, stage)))
+    }
+    for rank, groups in enumerate(schedule.ranks):
+        for index, group in enumerate(groups):
+            for op in group:
+                for maker in makers.get(op[:3], ()):
+                    made = located.get((*maker, op.micro_batch), -1)
+                    if made >= index:
+                        other = Operation(*maker, op.micro_batch)
+                        when = "together with" if made == index else "before"
+                        raise ScheduleError(f"rank {rank}: group {index} has {op} {when} {other}, which it needs")
+
+
+def _makers_on_rank(schedule: Schedule, key: tuple[Op, int, int]) -> list[tuple[Op, int, int]]:
+    """Returns the places of operations that operations of a place need, if one rank runs both.
+
+    A place is a kind, a direction and a stage. A schedule has B or I of a micro-batch, so one of both is missing.
+    """
+    kind, direction, stage = key
+    found = [(_NEEDS[kind], direction, stage)] if kind in _NEEDS else []
+    forward, row = kind is Op.FORWARD, schedule.placement[direction]
+    neighbor = stage - 1 if forward else stage + 1
+    if kind is not Op.BACKWARD_WEIGHT and neighbor in range(len(row)) and row[neighbor] == row[stage]:
+        kinds = (Op.FORWARD,) if forward else (Op.BACKWARD, Op.BACKWARD_INPUT)
+        found += [(other, direction, neighbor) for other in kinds]
+    return found
 
 
 def _check_memory(schedule: Schedule, memory_cap: float) -> None:
@@ -171,112 +178,3 @@ def _check_memory(schedule: Schedule, memory_cap: float) -> None:
             f"rank {peaks.index(peak)}: keeps {peak:.10g} activations of model/P at once, "
             f"the memory cap is {memory_cap:.10g}; nearest that this schedule fits: {peak:.10g}"
         )
-
-
-class _Action(Enum):
-    POST = auto()
-    WAIT = auto()
-    SEND = auto()
-
-
-@dataclass(slots=True)
-class _Queue:
-    """Sent messages of a link, and the number of posted receives. Both ends agree on the order."""
-
-    sent: list[Message] = field(default_factory=list)
-    num_posted: int = 0
-
-
-class _Step(NamedTuple):
-    """Action of a rank on message number `number` of a queue."""
-
-    action: _Action
-    group: int
-    message: Message
-    queue: _Queue
-    number: int
-
-    def is_blocked(self) -> bool:
-        """Returns whether the action must wait: for the message, or for the delivery of the previous one."""
-        if self.action is _Action.WAIT:
-            return len(self.queue.sent) <= self.number
-        return self.action is _Action.SEND and self.queue.num_posted < self.number
-
-    def take(self) -> int | None:
-        """Performs the action and returns the rank that it may unblock."""
-        if self.action is _Action.SEND:
-            self.queue.sent.append(self.message)
-            return self.message.destination
-        if self.action is _Action.POST:
-            self.queue.num_posted += 1
-            return self.message.source
-        return None
-
-
-def check_progress(schedule: Schedule, messages: tuple[RankTransfers, ...]) -> None:
-    """Runs all ranks without a clock until they end.
-
-    Args:
-        schedule: a complete schedule with the same order of messages at both ends of every link.
-        messages: messages of each rank.
-
-    Raises:
-        ScheduleError: if ranks wait for each other in a cycle, which the message describes.
-    """
-    queues: dict[Link, _Queue] = defaultdict(_Queue)
-    programs = [tuple(_program(rank, queues)) for rank in messages]
-    at = [0] * len(programs)
-    running = set(range(len(programs)))
-    while running:
-        unblocked: set[int] = set()
-        for rank in sorted(running):
-            program = programs[rank]
-            while at[rank] < len(program) and not program[at[rank]].is_blocked():
-                other = program[at[rank]].take()
-                if other is not None:
-                    unblocked.add(other)
-                at[rank] += 1
-        running = unblocked
-    stuck = {rank: program[at[rank]] for rank, program in enumerate(programs) if at[rank] < len(program)}
-    if stuck:
-        raise ScheduleError(_describe_cycle(schedule, stuck))
-
-
-def _program(rank: RankTransfers, queues: dict[Link, _Queue]) -> Iterator[_Step]:
-    counts: dict[Link, int] = defaultdict(int)
-    for group, (receives, sends) in enumerate(zip(rank.receives, rank.sends, strict=True)):
-        posts = [_step(_Action.POST, group, message, queues, counts) for message in receives]
-        yield from posts
-        yield from (_Step(_Action.WAIT, *post[1:]) for post in posts)
-        for message in sends:
-            yield _step(_Action.SEND, group, message, queues, counts)
-
-
-def _step(action: _Action, group: int, message: Message, queues: dict[Link, _Queue], counts: dict[Link, int]) -> _Step:
-    link = message.link
-    number = counts[link]
-    counts[link] = number + 1
-    return _Step(action, group, message, queues[link], number)
-
-
-def _describe_cycle(schedule: Schedule, stuck: dict[int, _Step]) -> str:
-    """Follows the waits from rank to rank until a rank repeats, and describes the cycle."""
-    path: list[int] = []
-    rank = min(stuck)
-    while rank not in path:
-        path.append(rank)
-        message = stuck[rank].message
-        rank = message.source if stuck[rank].action is _Action.WAIT else message.destination
-    cycle = path[path.index(rank) :]
-    lines = []
-    for member, other in zip(cycle, [*cycle[1:], cycle[0]], strict=True):
-        group = "+".join(map(str, schedule.ranks[member][stuck[member].group]))
-        lines.append(f"rank {member} at {group} {_reason(stuck[member], other)}")
-    return f"rank {cycle[0]}: deadlock: " + "; ".join(lines)
-
-
-def _reason(step: _Step, other: int) -> str:
-    value = step.message.value
-    if step.action is _Action.WAIT:
-        return f"waits for {value} from rank {other}"
-    return f"cannot send {value} before rank {other} posts the receive of {step.queue.sent[-1].value}"

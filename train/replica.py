@@ -14,6 +14,7 @@ from dualpipe.runtime.compile import compile_rank
 from dualpipe.runtime.execute import Execution, execute
 from dualpipe.runtime.program import Program, Step
 from dualpipe.runtime.protocols import PipelineStage
+from dualpipe.transfers import linked_pairs
 from dualpipe.validate import validate
 from model.gradients import GradientStore
 from model.objective import LossSums, MicroBatch, Objective
@@ -21,7 +22,7 @@ from model.router import Routes
 from model.stage import Stage, StageRun
 from model.transformer import Transformer
 from train.network import ReplicaConfig, build_model, build_stages, held_experts, stage_part, weight_dtype
-from train.schedule.links import PipelineLinks, linked_pairs, open_links
+from train.schedule.links import PipelineLinks, open_links
 from train.world import World
 
 Batches = Callable[[int, int], MicroBatch | None]

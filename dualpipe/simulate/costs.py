@@ -121,9 +121,12 @@ class CostModel:
 
 def overlapped_time(members: Sequence[tuple[float, float]]) -> float:
     """Returns the time of overlapped (computation, exchange) pairs: max(computation, exchange, any pair)."""
-    compute = sum(member[0] for member in members)
-    exchange = sum(member[1] for member in members)
-    return max(compute, exchange, max(map(sum, members), default=0.0))
+    compute = exchange = longest = 0.0
+    for own_compute, own_exchange in members:
+        compute += own_compute
+        exchange += own_exchange
+        longest = max(longest, own_compute + own_exchange)
+    return max(compute, exchange, longest)
 
 
 def pair_time(costs: Costs) -> float:

@@ -4,10 +4,10 @@ The timing uses one clock per rank, advanced by groups and the values that they 
 on the order.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dualpipe.ir import Group, MemoryCapError, Op, Operation, Schedule, ScheduleError
+from dualpipe.ir import Group, MemoryCapError, Op, Schedule, ScheduleError
 from dualpipe.simulate.costs import CostModel, Costs, uniform
 from dualpipe.simulate.timing import NumberedGroup, Timing
 
@@ -88,12 +88,14 @@ def peak_activations(schedule: Schedule) -> tuple[int, ...]:
     An activation is alive from the start of F to the end of B, or of W if the backward is split. In a forward-only
     schedule it is alive during its group.
     """
-    return tuple(round(_peak(groups, lambda _: 1.0)) for groups in schedule.ranks)
+    weights = (1.0,) * schedule.num_stages
+    return tuple(round(_peak(groups, weights)) for groups in schedule.ranks)
 
 
 def peak_memory(schedule: Schedule, costs: CostModel) -> tuple[float, ...]:
     """Returns the peak memory of live activations on each rank, in the unit of `StageCosts.activation`."""
-    return tuple(_peak(groups, lambda op: costs.stages[op.stage].activation) for groups in schedule.ranks)
+    weights = tuple(stage.activation for stage in costs.stages)
+    return tuple(_peak(groups, weights) for groups in schedule.ranks)
 
 
 def activation_cap(memory_cap: float | None, num_directions: int, costs: CostModel) -> float | None:
@@ -120,13 +122,19 @@ def activation_cap(memory_cap: float | None, num_directions: int, costs: CostMod
     return room
 
 
-def _peak(groups: tuple[Group, ...], weight: Callable[[Operation], float]) -> float:
-    has_backwards = any(op.kind is not Op.FORWARD for group in groups for op in group)
+def _peak(groups: tuple[Group, ...], weights: Sequence[float]) -> float:
+    """Returns a rank's peak; `weights` holds the activation of each stage."""
+    forward, frees = Op.FORWARD, (Op.BACKWARD, Op.BACKWARD_WEIGHT)
+    has_backwards = any(op.kind is not forward for group in groups for op in group)
     alive = peak = 0.0
     for group in groups:
-        made = sum(weight(op) for op in group if op.kind is Op.FORWARD)
+        made = freed = 0.0
+        for kind, _, stage, _ in group:
+            if kind is forward:
+                made += weights[stage]
+            elif kind in frees:
+                freed += weights[stage]
         alive += made
         peak = max(peak, alive)
-        freed = (Op.BACKWARD, Op.BACKWARD_WEIGHT)
-        alive -= sum(weight(op) for op in group if op.kind in freed) if has_backwards else made
+        alive -= freed if has_backwards else made
     return peak

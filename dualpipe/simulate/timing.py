@@ -5,10 +5,13 @@ The simulator runs it once and the optimizations hundreds of times, so operation
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from dualpipe.ir import Op, Operation, Schedule
 from dualpipe.simulate.costs import CostModel, overlapped_time
-from dualpipe.transfers import made_by, message_of, needed_by
+
+_BACKWARDS = (Op.BACKWARD, Op.BACKWARD_INPUT)
+_BEFORE = {Op.BACKWARD: Op.FORWARD, Op.BACKWARD_INPUT: Op.FORWARD, Op.BACKWARD_WEIGHT: Op.BACKWARD_INPUT}
 
 NumberedGroup = tuple[int, ...]
 """Group of operations, given by their numbers in a `Timing`."""
@@ -49,22 +52,29 @@ class Timing:
 
     def __init__(self, schedule: Schedule, costs: CostModel) -> None:
         """Numbers the operations of a schedule in any order, and computes their costs and dependencies."""
-        self.operations = tuple(op for groups in schedule.ranks for group in groups for op in group)
-        self._numbers = {op: number for number, op in enumerate(self.operations)}
-        self._lanes = [(costs.compute_of(op), costs.exchange_of(op)) for op in self.operations]
+        self.operations = tuple([op for groups in schedule.ranks for group in groups for op in group])
+        self._numbers: dict[tuple[Op, int, int, int], int] = {op: number for number, op in enumerate(self.operations)}
+        lanes = {
+            (kind, stage): (each.compute_of(kind), each.exchange_of(kind))
+            for stage, each in enumerate(costs.stages)
+            for kind in Op
+        }
+        self._lanes = [lanes[op[0], op[2]] for op in self.operations]
         self._durations: dict[NumberedGroup, float] = {}
         self._needed, self._lags = self._edges(schedule, costs.latency)
-        self._before = [self._predecessor(op) for op in self.operations]
+        self._before = self._predecessors()
 
     def numbered(self, groups: Iterable[Sequence[Operation]]) -> list[NumberedGroup]:
         """Converts a rank's groups to numbers."""
-        return [tuple(self._numbers[op] for op in group) for group in groups]
+        numbers = self._numbers
+        return [tuple([numbers[op] for op in group]) for group in groups]
 
     def duration(self, group: NumberedGroup) -> float:
         """Returns the time of a group; see `CostModel.duration_of`."""
         known = self._durations.get(group)
         if known is None:
-            known = self._durations[group] = overlapped_time([self._lanes[number] for number in group])
+            lanes = [self._lanes[number] for number in group]
+            known = self._durations[group] = overlapped_time(lanes)
         return known
 
     def compute(self, group: NumberedGroup) -> float:
@@ -94,29 +104,30 @@ class Timing:
         Returns:
             Whether all ranks can still end by the limit.
         """
-        ends, left = progress.ends, progress.left
+        ends, left, clock, position = progress.ends, progress.left, progress.clock, progress.position
+        ready, duration_of = self.ready, self.duration
         blocked: dict[int, list[int]] = {}
-        ready = list(range(len(ranks)))[::-1]
-        while ready:
-            rank = ready.pop()
-            groups, time = ranks[rank], progress.clock[rank]
-            for index in range(progress.position[rank], len(groups) if until is None else min(until, len(groups))):
+        waiting = list(range(len(ranks)))[::-1]
+        while waiting:
+            rank = waiting.pop()
+            groups, time = ranks[rank], clock[rank]
+            for index in range(position[rank], len(groups) if until is None else min(until, len(groups))):
                 group = groups[index]
-                start, missing = self.ready(group, time, ends)
+                start, missing = ready(group, time, ends)
                 if missing >= 0:
                     blocked.setdefault(missing, []).append(rank)
                     break
                 if start + left[rank] > limit:
                     return False
-                duration = self.duration(group)
+                duration = duration_of(group)
                 time = start + duration
                 left[rank] -= duration
-                progress.position[rank] = index + 1
+                position[rank] = index + 1
                 for number in group:
                     ends[number] = time
                     if number in blocked:
-                        ready += blocked.pop(number)
-            progress.clock[rank] = time
+                        waiting += blocked.pop(number)
+            clock[rank] = time
         return True
 
     def run(self, ranks: RankGroups) -> list[float]:
@@ -142,22 +153,27 @@ class Timing:
         return time, -1
 
     def _edges(self, schedule: Schedule, latency: float) -> tuple[list[int], list[float]]:
-        makers = {made_by(op, schedule.num_stages): number for number, op in enumerate(self.operations)}
+        """Returns the operation of a neighboring stage that each operation needs, and the latency from it."""
+        numbers, last = self._numbers, schedule.num_stages - 1
+        lags_of = [[latency if rank != after else 0.0 for rank, after in pairwise(row)] for row in schedule.placement]
         needed, lags = [], []
-        for op in self.operations:
-            value = needed_by(op, schedule.num_stages)
+        for own, (kind, direction, stage, micro_batch) in enumerate(self.operations):
             # If no operation makes the value, the operation waits for itself and never runs.
-            needed.append(-1 if value is None else makers.get(value, self._numbers[op]))
-            lags.append(0.0 if value is None or message_of(schedule, value) is None else latency)
+            if kind is Op.FORWARD and stage > 0:
+                needed.append(numbers.get((kind, direction, stage - 1, micro_batch), own))
+                lags.append(lags_of[direction][stage - 1])
+            elif kind in _BACKWARDS and stage < last:
+                found = numbers.get((Op.BACKWARD_INPUT, direction, stage + 1, micro_batch))
+                needed.append(
+                    numbers.get((Op.BACKWARD, direction, stage + 1, micro_batch), own) if found is None else found
+                )
+                lags.append(lags_of[direction][stage])
+            else:
+                needed.append(-1)
+                lags.append(0.0)
         return needed, lags
 
-    def _predecessor(self, op: Operation) -> int:
-        """Returns the operation of the same micro-batch and stage that must run before, or -1."""
-        match op.kind:
-            case Op.BACKWARD | Op.BACKWARD_INPUT:
-                before = Op.FORWARD
-            case Op.BACKWARD_WEIGHT:
-                before = Op.BACKWARD_INPUT
-            case Op.FORWARD:
-                return -1
-        return self._numbers.get(Operation(before, op.direction, op.stage, op.micro_batch), -1)
+    def _predecessors(self) -> list[int]:
+        """Returns the operation of the same micro-batch and stage that must run before each operation, or -1."""
+        numbers = self._numbers
+        return [numbers.get((_BEFORE[op[0]], *op[1:]), -1) if op[0] in _BEFORE else -1 for op in self.operations]

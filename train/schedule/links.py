@@ -11,7 +11,7 @@ from comm.protocol import Work
 from comm.transfers.message import MessageKey
 from comm.transfers.transport import PipelineTransport
 from dualpipe.ir import Schedule
-from dualpipe.transfers import Message, transfers
+from dualpipe.transfers import Message, linked_pairs
 from train.world import World
 
 
@@ -73,12 +73,6 @@ def message_key(message: Message) -> MessageKey:
         source=message.source,
         destination=message.destination,
     )
-
-
-def linked_pairs(schedule: Schedule) -> list[tuple[int, int]]:
-    """Returns the pairs of pipeline ranks that exchange messages, the lower one first."""
-    messages = (message for rank in transfers(schedule) for message in rank.all_sends)
-    return sorted({(min(ends), max(ends)) for ends in ((message.source, message.destination) for message in messages)})
 
 
 def open_links(

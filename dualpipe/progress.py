@@ -1,0 +1,225 @@
+"""Proves that messages arrive in the order in which they are received, and that ranks cannot deadlock.
+
+The model of transfers is the strictest one under which the published DualPipe runs: rendezvous with one message in
+flight on a link. Before a group, a rank posts the receives of all messages that the group needs, in the order of its
+operations, and then waits for them. After a group, it sends the values that the operations made, in their order. A
+message is delivered when it has been sent and its receive is posted. The sender continues, but it blocks before its
+next message on the same link until the previous one is delivered. (A sender that blocked on every message until its
+delivery would deadlock DualPipe's neighbors, which send to each other at the same time.)
+
+The next action of each rank is fixed and does not depend on the speed of other ranks. So either every run ends or none
+does, and one run without a clock decides. Transports that keep more messages in flight, or post receives earlier, only
+wait less.
+
+Values are numbers here, and steps are shared by all messages of a link, because a large schedule has hundreds of
+thousands of messages.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from itertools import pairwise
+from typing import NamedTuple
+
+from dualpipe.ir import Group, Op, Schedule, ScheduleError
+from dualpipe.transfers import Value, ValueKind, made_by, needed_by
+
+
+class _Action(Enum):
+    POST = auto()
+    WAIT = auto()
+    SEND = auto()
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class _Link:
+    """One-way FIFO queue between two ranks for one kind of value.
+
+    Attributes:
+        source: rank that sends.
+        destination: rank that receives.
+        kind: kind of the values.
+        sent: numbers of the values in the order in which the source sends them.
+        received: numbers of the values in the order in which the destination receives them.
+        num_sent: messages sent so far.
+        num_posted: receives posted so far.
+        num_taken: messages for which the destination has waited.
+    """
+
+    source: int
+    destination: int
+    kind: ValueKind
+    sent: list[int] = field(default_factory=list)
+    received: list[int] = field(default_factory=list)
+    num_sent: int = 0
+    num_posted: int = 0
+    num_taken: int = 0
+
+
+class _Step(NamedTuple):
+    """Action of a rank on the next message of a link."""
+
+    action: _Action
+    link: _Link
+
+
+class _End(NamedTuple):
+    """One end of the values that a stage sends to its neighbor on another rank.
+
+    Attributes:
+        steps: of each message at this end.
+        values: order of the values of the link at this end.
+        first: number of the value of micro-batch 0.
+    """
+
+    steps: tuple[_Step, ...]
+    values: list[int]
+    first: int
+
+
+_Ends = dict[tuple[Op, int, int], _End]
+"""Ends by kind, direction and stage of the operations that send or receive."""
+
+
+def check_progress(schedule: Schedule) -> None:
+    """Compares both ends of every link, and runs all ranks without a clock until they end.
+
+    Args:
+        schedule: a complete schedule.
+
+    Raises:
+        ScheduleError: if a rank receives in another order than its peer sends, or if ranks wait for each other in a
+            cycle. The message describes it.
+    """
+    receivers, senders = _ends(schedule)
+    programs = [_program(groups, receivers, senders) for groups in schedule.ranks]
+    for link in {id(end.values): end.steps[0].link for end in senders.values()}.values():
+        _check_order(schedule, link)
+    reached = [0] * len(programs)
+    running = set(range(len(programs)))
+    while running:
+        unblocked: set[int] = set()
+        for rank in sorted(running):
+            reached[rank] = _run(programs[rank], reached[rank], unblocked)
+        running = unblocked
+    stuck = {
+        rank: program[at] for rank, (program, at) in enumerate(zip(programs, reached, strict=True)) if at < len(program)
+    }
+    if stuck:
+        raise ScheduleError(_describe_cycle(schedule, stuck))
+
+
+def _ends(schedule: Schedule) -> tuple[_Ends, _Ends]:
+    """Returns the receiving and the sending end of all values that go from rank to rank."""
+    links: dict[tuple[int, int, ValueKind], _Link] = {}
+    receivers: _Ends = {}
+    senders: _Ends = {}
+
+    def connect(kind: ValueKind, direction: int, stage: int, neighbor: int) -> None:
+        row = schedule.placement[direction]
+        key = row[stage], row[neighbor], kind
+        link = links.setdefault(key, _Link(source=key[0], destination=key[1], kind=kind))
+        first = (direction * schedule.num_stages + stage) * schedule.num_micro_batches
+        sends = _End((_Step(_Action.SEND, link),), link.sent, first)
+        receives = _End((_Step(_Action.POST, link), _Step(_Action.WAIT, link)), link.received, first)
+        for op in (Op.FORWARD,) if kind == "activation" else (Op.BACKWARD, Op.BACKWARD_INPUT):
+            senders[op, direction, stage] = sends
+            receivers[op, direction, neighbor] = receives
+
+    for direction, row in enumerate(schedule.placement):
+        for stage, (rank, after) in enumerate(pairwise(row)):
+            if rank != after:
+                connect("activation", direction, stage, stage + 1)
+                connect("gradient", direction, stage + 1, stage)
+    return receivers, senders
+
+
+def _program(groups: Sequence[Group], receivers: _Ends, senders: _Ends) -> list[_Step]:
+    """Returns the steps of a rank, and adds its values to the links."""
+    program: list[_Step] = []
+    for group in groups:
+        waits = []
+        for op in group:
+            end = receivers.get(op[:3])
+            if end is not None:
+                post, wait = end.steps
+                end.values.append(end.first + op.micro_batch)
+                program.append(post)
+                waits.append(wait)
+        program += waits
+        for op in group:
+            end = senders.get(op[:3])
+            if end is not None:
+                end.values.append(end.first + op.micro_batch)
+                program.append(end.steps[0])
+    return program
+
+
+def _check_order(schedule: Schedule, link: _Link) -> None:
+    if link.sent == link.received:
+        return
+    for index, (out, taken) in enumerate(zip(link.sent, link.received, strict=True)):
+        if out != taken:
+            raise ScheduleError(
+                f"rank {link.destination}: expects {_value(schedule, link, taken)} as number {index} of the "
+                f"{link.kind}s from rank {link.source}, which sends {_value(schedule, link, out)}"
+            )
+
+
+def _value(schedule: Schedule, link: _Link, number: int) -> Value:
+    place, micro_batch = divmod(number, schedule.num_micro_batches)
+    direction, stage = divmod(place, schedule.num_stages)
+    return Value(link.kind, direction, stage, micro_batch)
+
+
+def _run(program: Sequence[_Step], at: int, unblocked: set[int]) -> int:
+    """Runs a rank from step `at` on and returns the step that must wait. Adds the ranks that may continue."""
+    post, wait = _Action.POST, _Action.WAIT
+    for index in range(at, len(program)):
+        action, link = program[index]
+        if action is post:
+            link.num_posted += 1
+            unblocked.add(link.source)
+        elif action is wait:
+            if link.num_sent == link.num_taken:
+                return index
+            link.num_taken += 1
+        elif link.num_posted < link.num_sent:
+            # The previous message of the link is not delivered before its receive is posted.
+            return index
+        else:
+            link.num_sent += 1
+            unblocked.add(link.destination)
+    return len(program)
+
+
+def _describe_cycle(schedule: Schedule, stuck: Mapping[int, _Step]) -> str:
+    """Follows the waits from rank to rank until a rank repeats, and describes the cycle."""
+    path: list[int] = []
+    rank = min(stuck)
+    while rank not in path:
+        path.append(rank)
+        step = stuck[rank]
+        rank = step.link.source if step.action is _Action.WAIT else step.link.destination
+    cycle = path[path.index(rank) :]
+    lines = [f"rank {member} at {_describe_wait(schedule, member, stuck[member])}" for member in cycle]
+    return f"rank {cycle[0]}: deadlock: " + "; ".join(lines)
+
+
+def _describe_wait(schedule: Schedule, rank: int, step: _Step) -> str:
+    link = step.link
+    if step.action is _Action.WAIT:
+        value = _value(schedule, link, link.received[link.num_taken])
+        return f"{_group_of(schedule, rank, value, is_maker=False)} waits for {value} from rank {link.source}"
+    value, before = (_value(schedule, link, link.sent[number]) for number in (link.num_sent, link.num_sent - 1))
+    group = _group_of(schedule, rank, value, is_maker=True)
+    return f"{group} cannot send {value} before rank {link.destination} posts the receive of {before}"
+
+
+def _group_of(schedule: Schedule, rank: int, value: Value, *, is_maker: bool) -> str:
+    """Returns the group of a rank that makes a value, or that needs it."""
+    function = made_by if is_maker else needed_by
+    found = next(
+        group for group in schedule.ranks[rank] if any(function(op, schedule.num_stages) == value for op in group)
+    )
+    return "+".join(map(str, found))
