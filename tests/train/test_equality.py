@@ -66,6 +66,8 @@ def assert_equal(ranks: list[Seen], plain: Seen, tolerance: float) -> None:
     for rank, seen in enumerate(ranks):
         for name, weight in seen.weights.items():
             assert relative_error(weight, plain.weights[name]) <= tolerance, f"rank {rank}: weight {name}"
+            first = next(other.weights[name] for other in ranks if name in other.weights)
+            assert torch.equal(weight, first), f"rank {rank}: weight {name} is not bitwise that of other holders"
 
 
 def assert_same(ours: list[Seen], theirs: list[Seen]) -> None:

@@ -112,6 +112,7 @@ def test_manifest_other_numbers_are_refused(overrides: list[str], line: str, tmp
     [
         ["parallelism=four_ranks"],
         ["schedule=dualpipe_v", "batch.micro_sequences=1"],
+        ["schedule.chunks=1"],
         ["optim.sharding=replicated", "optim.moments=bf16"],
         ["dispatch=local", "parallelism=one_rank"],
     ],

@@ -19,7 +19,7 @@ from tests.tiny import MODEL, tiny_config, write_text
 from tests.train.job import close_job, open_job, open_loader
 from train.config import TrainConfig
 from train.schedule.layer_times import LayerTimes, PartTimes, stage_costs
-from train.schedule.probe import measure
+from train.schedule.probe import _partners, measure
 from train.step import train_step
 
 FOUR_RANKS = ParallelismConfig(pipeline=2, data=2, expert=2)
@@ -124,6 +124,27 @@ def test_probe_returns_equal_positive_times_on_all_ranks_and_changes_nothing(tmp
     assert min(asdict(moe.moe).values()) > 0
     assert moe.head.forward_exchange == dense.head.forward_exchange == 0
     assert moe.dense == dense.moe == PartTimes()
+
+
+@pytest.mark.parametrize("num_ranks", range(1, 9))
+def test_probe_measures_every_link_of_the_pipeline_once(num_ranks: int) -> None:
+    """The ring's links, each with one sender. A round trip needs both ranks, so the order must not deadlock."""
+    left = [list(_partners(rank, num_ranks)) for rank in range(num_ranks)]
+    done: list[tuple[int, int]] = []
+    while ready := [
+        (rank, other)
+        for rank, partners in enumerate(left)
+        for other, sends_first in partners[:1]
+        if sends_first and left[other][:1] == [(rank, False)]
+    ]:
+        for sender, receiver in ready:
+            del left[sender][0], left[receiver][0]
+        done += ready
+    assert not any(left)
+    ring = {(rank, (rank + 1) % num_ranks) for rank in range(num_ranks)}
+    assert sorted(map(sorted, done)) == sorted(
+        map(list, {(min(pair), max(pair)) for pair in ring if len(set(pair)) > 1})
+    )
 
 
 def test_probe_of_one_rank_has_no_latency(tmp_path: Path) -> None:

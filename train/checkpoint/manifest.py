@@ -191,6 +191,7 @@ def layout_record(config: TrainConfig) -> dict[str, Any]:
     return {
         **asdict(config.parallelism),
         "schedule": config.schedule.kind,
+        "chunks": config.schedule.chunks,
         "micro_sequences": config.batch.micro_sequences,
     }
 

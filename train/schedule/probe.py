@@ -182,7 +182,7 @@ def _random_batch(config: TrainConfig, device: torch.device) -> MicroBatch:
 
 
 def _link_latency(config: TrainConfig, layout: Layout, group: ProcessGroup, device: torch.device) -> float:
-    """Returns half the round-trip time of an activation to a neighbor, averaged over neighbors.
+    """Returns half the round-trip time of an activation, averaged over this rank's partners.
 
     0 without any.
     """
@@ -194,12 +194,31 @@ def _link_latency(config: TrainConfig, layout: Layout, group: ProcessGroup, devi
     place = device if dist.get_backend(group) == "nccl" else torch.device("cpu")
     ball = torch.zeros(shape, dtype=weight_dtype(config.precision), device=place)
     found = []
-    for parity in (0, 1):
-        begins = index % 2 == parity
-        other = index + 1 if begins else index - 1
-        if other in range(len(members)):
-            found.append(_ping_pong(ball, members[other], group, sends_first=begins))
+    for other, sends_first in _partners(index, len(members)):
+        found.append(_ping_pong(ball, members[other], group, sends_first=sends_first))
     return mean(found) if found else 0.0
+
+
+def _partners(index: int, num_ranks: int) -> Iterator[tuple[int, bool]]:
+    """Yields the pipeline ranks to which a rank has a link, in an order without deadlocks.
+
+    These are its neighbors. The first and the last rank are partners too: if a rank holds several chunks, messages go
+    from the last rank to the first.
+
+    Args:
+        index: of the rank.
+        num_ranks: number of pipeline ranks.
+
+    Yields:
+        A partner, and whether this rank is the one that sends first.
+    """
+    for parity in (0, 1):
+        sends_first = index % 2 == parity
+        other = index + 1 if sends_first else index - 1
+        if other in range(num_ranks):
+            yield other, sends_first
+    if num_ranks > 2 and index in (0, num_ranks - 1):
+        yield num_ranks - 1 - index, index > 0
 
 
 def _ping_pong(ball: Tensor, other: int, group: ProcessGroup, *, sends_first: bool) -> float:
