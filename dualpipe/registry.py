@@ -170,6 +170,34 @@ def check_size(
         raise ScheduleError(f"{key}: schedule '{kind}' {limit.rule}, has {value}; nearest: {advice}")
 
 
+def kind_for_size(
+    kind: str, num_ranks: int, num_micro_batches: int, chunks: int, *, micro_batches_key: str = "num_micro_batches"
+) -> str:
+    """Returns the kind or, where it is not defined, a kind with the same placement that is.
+
+    Of several others, `FALLBACK` comes first, then the order of the registry.
+
+    Args:
+        kind: name of the schedule.
+        num_ranks: ranks of one pipeline.
+        num_micro_batches: micro-batches of one pipeline and step, of both directions together.
+        chunks: stages of a rank for one direction.
+        micro_batches_key: configuration key of the number of micro-batches, for errors.
+
+    Raises:
+        ScheduleError: as `check_size`, if there is no such kind.
+    """
+    own = SCHEDULES.get(kind)
+    if own.limit(num_ranks, num_micro_batches) is not None:
+        placement = own.placement(num_ranks, chunks)
+        for other, spec in sorted(candidates().items(), key=lambda item: item[0] != FALLBACK):
+            is_defined = chunks in spec.chunks and spec.limit(num_ranks, num_micro_batches) is None
+            if is_defined and spec.placement(num_ranks, chunks) == placement:
+                return other
+    check_size(kind, num_ranks, num_micro_batches, micro_batches_key=micro_batches_key)
+    return kind
+
+
 def build(
     kind: str,
     num_ranks: int,

@@ -34,6 +34,7 @@ from train.optim.learning_rate import schedule_warnings
 from train.records.events import try_append_event
 from train.records.status import read_status
 from train.records.terminal import guard_terminal, report_breaks
+from train.schedule.ramp import ramp_notices
 
 
 def main(overrides: Sequence[str]) -> int:
@@ -78,7 +79,7 @@ def preview(overrides: Sequence[str]) -> str:
         check(config)
         check_folder(config)
     warnings = schedule_warnings(config.optim, config.batch_sizes, config.task.steps)
-    comments = [*(f"warning: {line}" for line in warnings), *memory_lines(config)]
+    comments = [*(f"warning: {line}" for line in warnings), *ramp_notices(config), *memory_lines(config)]
     return experiment_text("train", overrides, write_config(config), comments)
 
 

@@ -5,7 +5,7 @@ import re
 from data.batch_sizes import BatchRamp, ramp_sizes
 from dualpipe.generate.cache import schedules_folder
 from dualpipe.ir import ScheduleError
-from dualpipe.registry import build, candidates, check_size
+from dualpipe.registry import build, candidates, check_size, kind_for_size
 from launch.config.dispatch_rules import check_exchange
 from launch.config.model_rules import check_attention, check_experts, check_model, check_optim
 from model.config import RECOMPUTED, CutError, cut_layers
@@ -136,7 +136,7 @@ def _check_ramp(config: TrainConfig) -> None:
 
 def _check_ramp_sizes(config: TrainConfig, ramp: BatchRamp) -> None:
     batch, parallelism, kind = config.batch, config.parallelism, config.schedule.kind
-    share = parallelism.data * batch.micro_sequences
+    share, chunks = parallelism.data * batch.micro_sequences, run_stages(config, kind) // parallelism.pipeline
     for size in ramp_sizes(batch.global_sequences, ramp):
         if size % share:
             raise ConfigError(
@@ -145,7 +145,7 @@ def _check_ramp_sizes(config: TrainConfig, ramp: BatchRamp) -> None:
                 f"of (num_sizes - 1) x {share} or a multiple of it"
             )
         try:
-            check_size(kind, parallelism.pipeline, size // share, micro_batches_key=_RAMP)
+            kind_for_size(kind, parallelism.pipeline, size // share, chunks, micro_batches_key=_RAMP)
         except ScheduleError as error:
             raise ConfigError(f"{error}; a size of {size} sequences has {size // share} micro-batches") from error
 

@@ -1,12 +1,13 @@
 """Every registered kind of schedule keeps these laws, including those of `pytest --plugins FILE`."""
 
 from functools import cache
+from itertools import product
 
 import pytest
 
 from dualpipe.ir import MemoryCapError, Schedule, ScheduleError, from_json, to_json
 from dualpipe.passes import forward_only
-from dualpipe.registry import FALLBACK, SCHEDULES, build, check_size
+from dualpipe.registry import FALLBACK, SCHEDULES, build, check_size, kind_for_size
 from dualpipe.simulate.bounds import lower_bound
 from dualpipe.simulate.costs import Costs, uniform
 from dualpipe.simulate.simulate import peak_activations, simulate
@@ -118,3 +119,26 @@ def test_registered_kind_describes_itself(kind: str) -> None:
 
 def test_fallback_accepts_every_size() -> None:
     assert len(accepted_sizes(FALLBACK)) == sum(2 * ranks + 3 for ranks in range(1, MOST_RANKS + 1))
+
+
+@EVERY_KIND
+def test_kind_for_size_keeps_the_placement(kind: str) -> None:
+    """It is the kind itself where that is defined, else another one with the same placement, or none."""
+    spec = SCHEDULES.get(kind)
+    for chunks, ranks, batches in product(spec.chunk_choices(None), range(1, MOST_RANKS + 1), range(1, 14)):
+        is_defined = spec.limit(ranks, batches) is None
+        try:
+            chosen = SCHEDULES.get(kind_for_size(kind, ranks, batches, chunks))
+        except ScheduleError:
+            assert not is_defined
+            continue
+        assert (chosen.name == kind) == is_defined
+        assert chosen.limit(ranks, batches) is None
+        assert chosen.placement(ranks, chunks) == spec.placement(ranks, chunks)
+
+
+def test_kind_for_size_prefers_the_fallback() -> None:
+    assert [kind_for_size("dualpipe", 4, batches, 1) for batches in (7, 8, 9, 10)] == [
+        FALLBACK, "dualpipe", FALLBACK, "dualpipe"
+    ]  # fmt: skip
+    assert [kind_for_size("dualpipe_v", 4, batches, 2) for batches in (7, 8)] == ["zb_v", "dualpipe_v"]

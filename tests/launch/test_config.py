@@ -24,7 +24,9 @@ from tests.data.released_tokenizer import write_released
 from train.checkpoint.manifest import CheckpointError, write_weights_manifest
 from train.config import TrainConfig
 from train.config.errors import ConfigError, divisors, multiples
+from train.schedule.ramp import ramp_notices
 
+RAMP_OF_ODD = ("4 to 6", "10", "14")
 RAMP = "{start_sequences:%d,end_tokens:1000,num_sizes:%d}"
 
 # What an option cannot be chosen without.
@@ -244,10 +246,6 @@ def test_config_quickstart_feeds_dualpipe_fully() -> None:
         ([f"batch.ramp={RAMP % (3, 2)}"], ["batch.ramp", "= 2", "one is 3", "start_sequences=2 or 4"]),
         ([f"batch.ramp={RAMP % (4, 6)}"], ["batch.ramp", "= 2", "num_sizes"]),
         ([f"batch.ramp={RAMP % (4, 4)}", "schedule=auto"], ["schedule.kind", "is auto", "dualpipe_split"]),
-        (
-            [f"batch.ramp={RAMP % (4, 4)}", "schedule=dualpipe"],
-            ["batch.ramp", "at least 4 micro-batches", "4 sequences has 2"],
-        ),
         (["ema.decay=1"], ["ema.decay", "below 1", "is 1.0"]),
         (["profile.steps=[3,101]"], ["profile.steps", "1 to 100", "one is 101", "nearest valid: 100"]),
         (["profile.steps=[0]"], ["profile.steps", "one is 0", "nearest valid: 1"]),
@@ -274,6 +272,29 @@ def test_config_rejects_what_no_run_can_follow(overrides: list[str], parts: list
         check(build(*overrides))
     for part in parts:
         assert part in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("num_sizes", "overrides", "lines"),
+    [
+        (4, ["schedule=dualpipe_split"], []),
+        (4, ["schedule=dualpipe", "batch.micro_sequences=1"], []),
+        (4, ["schedule=dualpipe"], ["of 4 sequences use schedule dualpipe_split"]),
+        (7, ["schedule=dualpipe"], [f"of {sizes} sequences use schedule dualpipe_split" for sizes in RAMP_OF_ODD]),
+        (7, ["schedule=dualpipe_v"], ["of 4 to 6 sequences use schedule zb_v"]),
+    ],
+)
+def test_config_says_which_sizes_of_a_ramp_use_another_schedule(
+    num_sizes: int, overrides: list[str], lines: list[str]
+) -> None:
+    """Two ranks need 4 micro-batches, for dualpipe an even number; the first size has 2, each of 2 sequences."""
+    ramp = f"{{start_sequences:4,end_tokens:1000000,num_sizes:{num_sizes}}}"
+    config = build(f"batch.ramp={ramp}", *overrides)
+    check(config)
+    notices = list(ramp_notices(config))
+    assert len(notices) == len(lines)
+    for notice, line in zip(notices, lines, strict=True):
+        assert line in notice
 
 
 @pytest.mark.parametrize(

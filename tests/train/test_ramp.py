@@ -44,7 +44,7 @@ def test_ramp_on_many_ranks_equals_a_plain_model(tmp_path: Path) -> None:
             parallelism=ParallelismConfig(pipeline=2, data=2, expert=2),
             schedule=ScheduleConfig(kind=kind, chunks=None, pairing="overlapped"),
         )
-        for kind in ("dualpipe_split", "zb_v")
+        for kind in ("dualpipe", "dualpipe_v")
     ]
     expected = run_plain(plain, 0, 4)
     for jobs in run_ranks(4, run_jobs, [Job(config=config) for config in spread], 4):

@@ -11,12 +11,13 @@ from model.account.activations import MicroBatchShape
 from model.account.parameters import HeldParameters, StageShape, held_parameters, stage_shapes
 from model.account.phases import stage_phases
 from model.account.sizes import PhaseBytes, Sizes
-from train.config import TrainConfig, sized_config
+from train.config import TrainConfig
 from train.memory.account import JobMemory, PipelineBytes, RankMemory
 from train.memory.exchange import exchange_bytes
 from train.memory.static import batch_bytes, count_replicas, static_bytes, update_bytes
 from train.memory.walk import iterate_live_bytes
 from train.schedule.nominal import few_micro_batches, planning_schedule
+from train.schedule.ramp import sized_run
 
 _SMALLER_CAPS = (0.65, 0.5)
 _IMBALANCE = 1.1
@@ -38,7 +39,7 @@ def predict_memory(config: TrainConfig) -> JobMemory:
     shown: dict[int, TrainConfig] = {}
     *smaller, last = config.batch_sizes.sizes
     for sequences in (last, *reversed(smaller)):
-        sized = sized_config(config, sequences)
+        sized = sized_run(config, sequences)
         shown.setdefault(few_micro_batches(config.parallelism.pipeline, sized.num_micro_batches), sized)
     whole, *others = shown.values()
     jobs, room = [_predict(whole)], config.cluster.memory_bytes

@@ -13,6 +13,7 @@ from train.records.profile import profile_notice
 from train.records.reporter import Reporter
 from train.replica import Replica
 from train.schedule.plan import Plan
+from train.schedule.ramp import ramp_notices
 
 LOGGER = logging.getLogger("train")
 
@@ -39,6 +40,8 @@ def print_run_summary(
     )
     if config.schedule.kind == "auto":
         reporter.say(f"schedule: {planned.reason}")
+    for notice in ramp_notices(config):
+        reporter.say(notice)
     if config.cluster.memory_bytes is not None and replica.world.rank == 0:
         reporter.say(summary_line(config, predict_memory(config)))
     if notice := profile_notice(config):

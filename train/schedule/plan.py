@@ -17,11 +17,12 @@ from dualpipe.validate import validate
 from model.config import CutError, ModelConfig, cut_layers
 from train.checkpoint.locate import locate
 from train.checkpoint.manifest import SCHEDULE_NAME, CheckpointError, layout_record, read_manifest
-from train.config import TrainConfig, sized_config
+from train.config import TrainConfig
 from train.memory.predict import ramp_memory_cap
 from train.schedule.layer_times import LayerTimes, stage_costs
 from train.schedule.nominal import nominal_costs, num_stages, run_stages
 from train.schedule.probe import measure
+from train.schedule.ramp import sized_run
 
 _LARGEST_SCHEDULE_BYTES = 2**28
 
@@ -64,13 +65,14 @@ def ramp_schedules(config: TrainConfig) -> dict[int, Schedule]:
     Raises:
         ScheduleError: one of them cannot be built.
     """
-    kind, pipeline = config.schedule.kind, config.parallelism.pipeline
+    pipeline = config.parallelism.pipeline
     *smaller, _ = config.batch_sizes.sizes
     made = {}
     for sequences in smaller:
+        sized = sized_run(config, sequences)
+        kind = sized.schedule.kind
         assert kind != "auto"
-        sized = sized_config(config, sequences)
-        costs = nominal_costs(config, run_stages(config, kind))
+        costs = nominal_costs(config, run_stages(sized, kind))
         cache = schedules_folder(config.data.cache_dir)
         made[sequences] = build(kind, pipeline, sized.num_micro_batches, costs, ramp_memory_cap(sized), cache)
     return made
