@@ -23,8 +23,9 @@ class ClusterError(ValueError):
 class Groups:
     """Process groups of one rank, each with its own communicator.
 
-    Groups with equal members still get separate communicators. The expert group is used from the comm lane while the
-    others are used from the compute lane, and calls on one communicator must have the same order on all ranks.
+    Groups with equal members still get separate communicators, and calls on one communicator must have the same order
+    on all ranks. So each is used from one lane: the expert group from the comm lane; those of `stage`, `expert_data`
+    and `embedding` from the lane of reductions; the world from the compute lane.
 
     Attributes:
         rank: global rank of this process.

@@ -161,9 +161,9 @@ class StreamLane(ClosesOnSuccess):
     hides the exchange.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, name: str = "comm") -> None:
         self._stream = torch.cuda.Stream(device)
-        self._thread = ThreadLane("comm")
+        self._thread = ThreadLane(name)
         self._held: deque[tuple[torch.cuda.Event, Callable[[], object]]] = deque()
 
     def submit(self, function: Callable[[], T]) -> Work[T]:

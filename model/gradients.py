@@ -55,10 +55,10 @@ class GradientStore:
         """Returns all sums so far."""
         return list(self._sums.values())
 
-    def clear(self) -> None:
-        """Sets all sums to zero."""
-        for total in self._sums.values():
-            total.zero_()
+    def clear(self, parameters: Iterable[Tensor] | None = None) -> None:
+        """Sets the sums of some parameters, by default of all, to zero."""
+        for parameter in self._sums if parameters is None else parameters:
+            self._sums[parameter].zero_()
 
 
 def _move(total: Tensor, parameter: Tensor) -> None:

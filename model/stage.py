@@ -3,10 +3,10 @@
 Shape legend: B sequences, T tokens, D hidden size.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from comm.protocol import Label, Work
 from model.block import Block
@@ -123,6 +123,18 @@ class Stage:
         if last:
             lanes += ["compute", *(*block_lanes(is_dense=False), "compute") * depth]
         self.lanes: tuple[Lane, ...] = tuple(lanes)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yields the parameters that the stage reads, some of them twice. Others may read the embedding too."""
+        model, depth = self._model, self._model.config.mtp_depth
+        modules: list[nn.Module | None] = [model.block(layer) for layer in self._layers]
+        if self._last:
+            modules += [model.model.norm, model.lm_head, *(model.mtp_block(each + 1) for each in range(depth))]
+        if self._first or (self._last and depth):
+            modules.append(model.model.embed_tokens)
+        for module in modules:
+            assert module is not None
+            yield from module.parameters()
 
     def start(
         self,

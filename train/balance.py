@@ -67,23 +67,24 @@ def update_router_bias(replica: Replica, rate: float) -> Balance:
     Returns:
         The loads and the new biases, equal on all ranks.
     """
-    world, shape, gates = replica.world, replica.config.model, routers(replica.model)
+    world, shape, gates = replica.world, replica.config.model, routers(replica.network)
     layers = layers_with_routers(shape)
+    rows = [layers.index(layer) for layer in gates]
+    load_LE = torch.zeros(len(layers), shape.num_routed_experts, dtype=torch.int64, device=world.device)
     # Rows of layers that this rank does not hold stay -inf, so a maximum over all ranks fills every row.
-    seen_LV = torch.full((len(layers), shape.num_routed_experts + len(_BIAS)), -torch.inf).double()
+    bias_LS = torch.full((len(layers), len(_BIAS)), -torch.inf, dtype=torch.float64, device=world.device)
     if gates:
-        load_LE = torch.stack([gate.load for gate in gates.values()])
-        with world.log.collective("stage", world.groups.stage, "sum of router loads"):
-            dist.all_reduce(load_LE, group=world.groups.stage)
-        for gate, load_E in zip(gates.values(), load_LE, strict=True):
+        load_LE[rows] = torch.stack([gate.load for gate in gates.values()])
+    # A sum over all ranks, because the process group of the stages may still be gathering weights.
+    load_LE = world.reduce(load_LE, "sum of router loads")
+    if gates:
+        for gate, load_E in zip(gates.values(), load_LE[rows].to(world.device), strict=True):
             gate.update_bias(load_E, rate)
             gate.load.zero_()
         bias_LE = torch.stack([gate.e_score_correction_bias for gate in gates.values()]).double()
-        bias_LS = torch.stack([bias_LE.amin(1), bias_LE.amax(1), bias_LE.std(1, correction=0)], dim=1)
-        seen_LV[[layers.index(layer) for layer in gates]] = torch.cat([load_LE.double(), bias_LS], dim=1).cpu()
-    seen_LV = world.reduce(seen_LV, "loads of all layers", dist.ReduceOp.MAX)
-    load_of_all_LE, bias_of_all_LS = seen_LV.split([seen_LV.shape[1] - len(_BIAS), len(_BIAS)], dim=1)
-    return Balance(layers=layers, load_LE=load_of_all_LE, bias_LS=bias_of_all_LS)
+        bias_LS[rows] = torch.stack([bias_LE.amin(1), bias_LE.amax(1), bias_LE.std(1, correction=0)], dim=1)
+    bias_LS = world.reduce(bias_LS, "router biases of all layers", dist.ReduceOp.MAX)
+    return Balance(layers=layers, load_LE=load_LE.double(), bias_LS=bias_LS)
 
 
 def layers_with_routers(model: ModelConfig) -> range:

@@ -6,15 +6,17 @@ A batch ramp has one learner for each size.
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from comm.groups import Groups
+from comm.dispatch.build import open_lane
 from data.batch_sizes import BatchSizes
 from dualpipe.ir import Schedule
+from dualpipe.runtime.reductions import first_use_order, reduction_order
 from model.gradients import GradientStore
 from train.config import EmaConfig
-from train.optim.build import Optimizer, build_optimizer
+from train.optim.build import build_optimizer
 from train.optim.config import OptimConfig
 from train.optim.ema import ParameterEma
-from train.optim.parameters import ReductionGroups, group_parameters
+from train.optim.parameters import ReductionGroups, StageOrders, Unit, group_parameters, split_into_units
+from train.optim.staged import Background, StagedAdamW
 from train.replica import Replica
 from train.world import World
 
@@ -34,7 +36,7 @@ class Learner:
     replica: Replica
     config: OptimConfig
     store: GradientStore
-    optimizer: Optimizer
+    optimizer: StagedAdamW
     ema: ParameterEma | None
 
     @property
@@ -47,8 +49,15 @@ class Learner:
         """Further state of a checkpoint besides weights and optimizer state, by the prefix of its names."""
         return {} if self.ema is None else {"ema": self.ema}
 
+    def update_average(self) -> None:
+        """Starts to update the moving average, if the run keeps one, after all updates of the weights."""
+        if self.ema is not None:
+            self.replica.weight_updates.wait_all()
+            self.ema.update()
+
     def close(self) -> None:
-        """Closes the moving average's worker and the replica. All ranks call it at the same point."""
+        """Closes optimizer, moving average and replica. All ranks call it at the same point."""
+        self.optimizer.close()
         if self.ema is not None:
             self.ema.close()
         self.replica.close()
@@ -56,13 +65,14 @@ class Learner:
 
 def open_learner(replica: Replica, optim: OptimConfig, ema: EmaConfig) -> Learner:
     """Builds the gradient store, the optimizer and, if configured, the moving average. All ranks call it."""
-    model, store, process_groups = replica.model, GradientStore(replica.model.parameters()), replica.world.groups
-    groups = group_parameters(model, shares_embedding=process_groups.embedding is not process_groups.stage)
+    model, world, store = replica.model, replica.world, GradientStore(replica.model.parameters())
+    lane = open_lane(world.device, "reduction")
+    background = Background(lane=lane, updates=replica.weight_updates, log=world.log)
     return Learner(
         replica=replica,
         config=optim,
         store=store,
-        optimizer=build_optimizer(groups, store, _replicas(process_groups), optim),
+        optimizer=build_optimizer(_units(replica), store, world.groups.world, optim, background),
         ema=None if ema.decay is None else ParameterEma(model, ema.decay),
     )
 
@@ -103,11 +113,12 @@ class LearnersByBatchSize:
         return self._sized.get(self._sizes.sequences(step), self.last)
 
 
-def _replicas(groups: Groups) -> ReductionGroups:
-    return ReductionGroups(
-        dense=groups.stage,
-        embedding=groups.embedding,
-        experts=groups.expert_data,
-        expert=groups.expert,
-        world=groups.world,
+def _units(replica: Replica) -> list[Unit]:
+    groups, schedule = replica.world.groups, replica.schedule
+    return split_into_units(
+        group_parameters(replica.model),
+        ReductionGroups(dense=groups.stage, experts=groups.expert_data, expert=groups.expert),
+        {number: stage.parameters() for number, stage in replica.stages.items()},
+        StageOrders(reduction=reduction_order(schedule), first_use=first_use_order(schedule)),
+        None if groups.embedding is groups.stage else groups.embedding,
     )

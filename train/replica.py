@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 from comm.dispatch.process_group import Observers
@@ -14,6 +15,7 @@ from dualpipe.runtime.compile import compile_rank
 from dualpipe.runtime.execute import Execution, execute
 from dualpipe.runtime.program import Program, Step
 from dualpipe.runtime.protocols import PipelineStage
+from dualpipe.runtime.reductions import with_reductions
 from dualpipe.transfers import linked_pairs
 from dualpipe.validate import validate
 from model.gradients import GradientStore
@@ -22,6 +24,7 @@ from model.router import Routes
 from model.stage import Stage, StageRun
 from model.transformer import Transformer
 from train.network import ReplicaConfig, build_model, build_stages, held_experts, stage_part, weight_dtype
+from train.optim.updates import WeightUpdates
 from train.schedule.links import PipelineLinks, open_links
 from train.world import World
 
@@ -36,7 +39,8 @@ class Replica:
     Attributes:
         world: the process that holds the replica.
         config: configuration that it was built from.
-        model: this rank's part.
+        network: this rank's part of the network. Its weights may still be changing; `model` waits for them.
+        weight_updates: updates of its weights that may still be running.
         schedule: the schedule of both programs.
         stages: the stages on this rank, by number.
         train_program: forward and backward.
@@ -48,7 +52,8 @@ class Replica:
 
     world: World
     config: ReplicaConfig
-    model: Transformer
+    network: Transformer
+    weight_updates: WeightUpdates
     schedule: Schedule
     stages: dict[int, Stage]
     train_program: Program
@@ -56,6 +61,12 @@ class Replica:
     links: PipelineLinks
     dispatcher: Dispatcher
     observers: Observers
+
+    @property
+    def model(self) -> Transformer:
+        """This rank's part of the network, after all updates of its weights are complete."""
+        self.weight_updates.wait_all()
+        return self.network
 
     @property
     def loss_directions(self) -> tuple[int, ...]:
@@ -77,6 +88,7 @@ class Replica:
         store: GradientStore,
         follow: Callable[[tuple[Step, ...]], Iterable[Step]] = iter,
         routes: Routes | None = None,
+        reduce: Callable[[int], None] = lambda stage: None,
     ) -> Execution:
         """Runs forward and backward of a global batch.
 
@@ -87,17 +99,18 @@ class Replica:
             store: accumulates gradients.
             follow: yields the program's steps one by one, for example to show progress.
             routes: records or replays the routers' choices on this rank; None: routers choose.
+            reduce: starts to reduce the gradients of a stage, given its number. By default nothing is reduced.
         """
         stages = self.bind_stages(batches, objective, sums, store, routes)
-        with self.model.weights_unchanged():
-            return execute(self.train_program, stages, self.links, open_clock(self.world.device), follow)
+        with self.network.weights_unchanged():
+            return execute(self.train_program, stages, self.links, open_clock(self.world.device), follow, reduce)
 
     def forward(
         self, batches: Batches, objective: Objective, sums: LossSums, routes: Routes | None = None
     ) -> Execution:
         """Runs forward of a global batch, and adds the losses to `sums`."""
         stages = self.bind_stages(batches, objective, sums, None, routes)
-        with self.model.weights_unchanged():
+        with self.network.weights_unchanged():
             return execute(self.forward_program, stages, self.links)
 
     def bind_stages(
@@ -108,9 +121,16 @@ class Replica:
         store: GradientStore | None,
         routes: Routes | None = None,
     ) -> dict[int, PipelineStage]:
-        """Returns the stages bound to one step's batches and objective. Without a store they only run forward."""
-        stages = self.stages.items()
-        return {number: _BoundStage(stage, batches, objective, sums, store, routes) for number, stage in stages}
+        """Returns the stages bound to one step's batches and objective. Without a store they only run forward.
+
+        A stage waits for its weights before its first micro-batch.
+        """
+        return {
+            number: _BoundStage(
+                stage, batches, objective, sums, store, routes, partial(self.weight_updates.wait, number)
+            )
+            for number, stage in self.stages.items()
+        }
 
     def with_schedule(self, schedule: Schedule) -> "Replica":
         """Returns the same network under another schedule, with the same stages and links.
@@ -147,6 +167,7 @@ class _BoundStage:
         sums: LossSums,
         store: GradientStore | None,
         routes: Routes | None,
+        wait_for_weights: Callable[[], None],
     ) -> None:
         self.lanes = stage.lanes
         self._stage = stage
@@ -155,9 +176,11 @@ class _BoundStage:
         self._sums = sums
         self._store = store
         self._routes = routes
+        self._wait_for_weights = wait_for_weights
 
     def start(self, direction: int, micro_batch: int) -> StageRun:
-        """Starts a micro-batch."""
+        """Starts a micro-batch, after the last update of the stage's weights."""
+        self._wait_for_weights()
         batch = self._batches(direction, micro_batch)
         return self._stage.start(
             batch,
@@ -196,7 +219,8 @@ def open_replica(world: World, config: ReplicaConfig, schedule: Schedule) -> Rep
     return Replica(
         world=world,
         config=config,
-        model=model,
+        network=model,
+        weight_updates=WeightUpdates(),
         schedule=schedule,
         stages=stages,
         train_program=train_program,
@@ -220,4 +244,5 @@ def compile_programs(
     validate(forwards, forward_only=True)
     order = {"overlapped": pairings.overlapped, "sequential": pairings.sequential}[pairing]
     lanes = {number: stage.lanes for number, stage in stages.items()}
-    return compile_rank(schedule, pipeline_rank, lanes, order), compile_rank(forwards, pipeline_rank, lanes, order)
+    training = with_reductions(compile_rank(schedule, pipeline_rank, lanes, order))
+    return training, compile_rank(forwards, pipeline_rank, lanes, order)

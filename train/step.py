@@ -19,7 +19,7 @@ from model.transformer import routers
 from train.balance import Balance, update_router_bias
 from train.config import StopGuardConfig, TaskConfig
 from train.errors import PreemptedError, RefusedStepError
-from train.guard.guard import LOSS, NORM, Guard, describe_refusal, local_norm
+from train.guard.guard import LOSS, NORM, Guard, describe_refusal
 from train.learner import Learner
 from train.optim.config import OptimConfig
 from train.optim.learning_rate import learning_rate
@@ -86,7 +86,7 @@ class BatchReader:
 
     def __call__(self, direction: int, micro_batch: int) -> MicroBatch | None:
         """Returns the micro-batch, or None if this rank does not need it."""
-        replica, batch, model = self._replica, self._replica.config.batch, self._replica.model
+        replica, batch, model = self._replica, self._replica.config.batch, self._replica.network
         if model.model.embed_tokens is None and model.lm_head is None and not batch.document_mask:
             return None
         key = (direction, micro_batch)
@@ -168,12 +168,12 @@ def train_step(
     """
     started, replica = time.perf_counter(), learner.replica
     rates = rates_of(task, learner.config, loader.sizes, step)
-    losses, execution = accumulate(learner, task, partial(loader.batch, step), rates, progress)
+    reduce = learner.optimizer.reduce
+    losses, execution = accumulate(learner, task, partial(loader.batch, step), rates, progress, reduce)
     passed = time.perf_counter()
     norm = _update(learner, guard or Guard(_NO_SPIKES), losses, step, rates.learning_rate)
     balance = update_router_bias(replica, rates.bias_update)
-    if learner.ema is not None:
-        learner.ema.update()
+    learner.update_average()
     ended = time.perf_counter()
     return StepResult(
         losses=losses,
@@ -188,16 +188,17 @@ def train_step(
 
 
 def _update(learner: Learner, guard: Guard, losses: Losses, step: int, rate: float) -> float:
-    """Sums gradients over replicas, applies them if the guard accepts the step, and returns their norm."""
-    own, norm, world = local_norm(learner.store), math.nan, learner.world
+    """Completes the sums of gradients, starts the update if the guard accepts them, returns their norm."""
+    norm, world = math.nan, learner.world
     reason = guard.judge(LOSS, losses.total)
     with world.phase("update of the weights"):
         if not reason:
-            norm = learner.optimizer.reduce()
+            norm = learner.optimizer.norm()
             reason = guard.judge(NORM, norm)
         if not reason:
             learner.optimizer.update(rate)
     if reason:
+        own = learner.optimizer.local_norm()
         refusal = describe_refusal(world, guard, step, reason, own, is_finite_here=losses.is_finite_here)
         discard(learner)
         raise RefusedStepError(refusal)
@@ -208,14 +209,19 @@ def _update(learner: Learner, guard: Guard, losses: Losses, step: int, rate: flo
 def discard(learner: Learner) -> None:
     """Discards what the passes of a refused step accumulated: gradients, router loads and traffic counts."""
     learner.optimizer.discard()
-    for gate in routers(learner.replica.model).values():
+    for gate in routers(learner.replica.network).values():
         gate.load.zero_()
     learner.replica.observers.traffic.take()
     learner.replica.observers.clips.take()
 
 
 def accumulate(
-    learner: Learner, config: TaskConfig, read: Read, rates: StepRates, progress: Progress | None = None
+    learner: Learner,
+    config: TaskConfig,
+    read: Read,
+    rates: StepRates,
+    progress: Progress | None = None,
+    reduce: Callable[[int], None] = lambda stage: None,
 ) -> tuple[Losses, Execution]:
     """Runs all passes of one global batch. Gradients accumulate in the store, expert loads in the routers.
 
@@ -225,15 +231,17 @@ def accumulate(
         read: returns sequences of the batch, given the first one's index and their number.
         rates: of the step.
         progress: shows how many of this rank's phases are done; None: shows nothing.
+        reduce: starts to reduce the gradients of a stage. By default all gradients stay those of this rank.
 
     Raises:
         PreemptedError: on every rank, before any pass has started.
     """
-    replica, task = learner.replica, _open(learner.replica, config)
+    replica = learner.replica
+    task = open_task(config, replica.config.model, replica.config.batch)
     batches = BatchReader(replica, task, read)
     counts, sums = batches.count(), LossSums(task.names)
     follow = partial(_count_phases, progress)
-    execution = replica.train(batches, task.objective(counts, rates), sums, learner.store, follow)
+    execution = replica.train(batches, task.objective(counts, rates), sums, learner.store, follow, reduce=reduce)
     return _reduce(replica, task, sums, counts, rates), execution
 
 
@@ -274,14 +282,10 @@ def score_pass(replica: Replica, config: TaskConfig, read: Read) -> tuple[Losses
     return losses, replica.world.reduce(found_BT, "sum of log-probabilities")
 
 
-def _open(replica: Replica, config: TaskConfig) -> Task:
-    return open_task(config, replica.config.model, replica.config.batch)
-
-
 def _forward(
     replica: Replica, config: TaskConfig, read: Read, log_probs: dict[tuple[int, int], Tensor] | None
 ) -> tuple[LossSums, Losses, Tensor]:
-    task = _open(replica, config)
+    task = open_task(config, replica.config.model, replica.config.batch)
     batches, sums = BatchReader(replica, task, read), LossSums(task.names, log_probs)
     counts = batches.count()
     replica.forward(batches, task.objective(counts, _NO_RATES), sums)

@@ -40,9 +40,9 @@ class DispatcherParts:
     tokens: TokenSizes
 
 
-def open_lane(device: torch.device) -> Lane:
-    """Opens a lane: a stream on CUDA, else a worker thread."""
-    return StreamLane(device) if device.type == "cuda" else ThreadLane("comm")
+def open_lane(device: torch.device, name: str = "comm") -> Lane:
+    """Opens a lane: a stream on CUDA, else a worker thread. Its thread has the given name."""
+    return StreamLane(device, name) if device.type == "cuda" else ThreadLane(name)
 
 
 def build_dispatcher(config: DispatchConfig, parts: DispatcherParts) -> Dispatcher:

@@ -55,6 +55,7 @@ def execute(
     transport: Transport,
     clock: Clock[Any] | None = None,
     follow: Callable[[tuple[Step, ...]], Iterable[Step]] = iter,
+    reduce: Callable[[int], None] = lambda stage: None,
 ) -> Execution:
     """Runs every step in order.
 
@@ -64,6 +65,7 @@ def execute(
         transport: links to the other pipeline ranks.
         clock: clock that times the steps; by default the host's.
         follow: wrapper that yields the program's steps, for example to show progress.
+        reduce: starts to reduce the gradients of a stage, given its number. By default nothing is reduced.
     """
     clock = clock or HostClock()
     runs: dict[RunKey, Run] = {}
@@ -72,10 +74,10 @@ def execute(
     origin = time.time()
     marks = [clock.mark()]
     for step in follow(program.steps):
-        if step.run not in runs and step.action is not Action.RECEIVE:
+        if step.run not in runs and step.action not in (Action.RECEIVE, Action.REDUCE):
             runs[step.run] = stages[step.run.stage].start(step.run.direction, step.run.micro_batch)
             peak = max(peak, len(runs))
-        _perform(step, runs, receives, transport)
+        _perform(step, runs, receives, transport, reduce)
         marks.append(clock.mark())
     transport.flush()
     assert not runs, f"not finished by the program: {sorted(runs, key=str)}"
@@ -84,7 +86,11 @@ def execute(
 
 
 def _perform(
-    step: Step, runs: dict[RunKey, Run], receives: dict[Message, PendingReceive], transport: Transport
+    step: Step,
+    runs: dict[RunKey, Run],
+    receives: dict[Message, PendingReceive],
+    transport: Transport,
+    reduce: Callable[[int], None],
 ) -> None:
     """Performs one step."""
     match step.action:
@@ -99,12 +105,7 @@ def _perform(
             else:
                 runs[step.run].set_output_gradient(tensor)
         case Action.SEND:
-            message, run = _message(step), runs[step.run]
-            tensor = run.output() if message.kind == "activation" else run.input_gradient()
-            if message.source == message.destination:
-                receives[message] = _LocalReceive(tensor)
-            else:
-                transport.send(message, tensor)
+            _send(_message(step), runs[step.run], receives, transport)
         case Action.FORWARD:
             runs[step.run].forward(step.phase)
         case Action.BACKWARD:
@@ -115,8 +116,18 @@ def _perform(
             runs[step.run].wait()
         case Action.FINISH:
             del runs[step.run]
+        case Action.REDUCE:
+            reduce(step.run.stage)
         case _ as other:
             assert_never(other)
+
+
+def _send(message: Message, run: Run, receives: dict[Message, PendingReceive], transport: Transport) -> None:
+    tensor = run.output() if message.kind == "activation" else run.input_gradient()
+    if message.source == message.destination:
+        receives[message] = _LocalReceive(tensor)
+    else:
+        transport.send(message, tensor)
 
 
 def _message(step: Step) -> Message:

@@ -264,7 +264,7 @@ def _lane(step: Step, *, starts_exchange: bool) -> SpanLane | None:
             return "wait"
         case Action.SEND:
             return "send"
-        case Action.RECEIVE | Action.FINISH:
+        case Action.RECEIVE | Action.FINISH | Action.REDUCE:
             return None
         case _ as other:
             assert_never(other)

@@ -17,6 +17,7 @@ class Action(Enum):
     WAIT = "wait"  # complete the run's pending exchange
     SEND = "send"  # send a message, or keep it for another stage of this rank
     FINISH = "finish"  # free the run
+    REDUCE = "reduce"  # start to reduce the gradients of the run's stage, which are complete
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,9 +18,10 @@ from torch import distributed as dist
 
 from launch.config.run_config import compose_run
 from tests.train.job import close_job, open_job
-from train import step as steps
 from train.corpus import prepare_corpus
 from train.guard.guard import Guard
+from train.optim import staged
+from train.step import train_step
 
 CHOICES = ("parallelism=one_rank", "guard=skip", "guard.spike_factor=10", "validation.sequences=0")
 
@@ -41,7 +42,7 @@ def measure(overrides: Sequence[str], num_steps: int) -> Cost:
     prepared = prepare_corpus(config)
     learner = open_job(config)
     loader = Loader(prepared, sizes=config.batch_sizes, seed=0)
-    cost, plain_norm, plain_judge = Cost(), steps.local_norm, Guard.judge
+    cost, plain_norm, plain_judge = Cost(), staged.local_norm, Guard.judge
     guard = Guard(replace(config.guard, spike_factor=1e9), [(1.0, 1.0)] * config.guard.spike_window_steps)
 
     def timed(call: Any) -> Any:
@@ -53,16 +54,16 @@ def measure(overrides: Sequence[str], num_steps: int) -> Cost:
 
         return measured
 
-    steps.local_norm, Guard.judge = timed(plain_norm), timed(plain_judge)  # type: ignore[method-assign]
+    staged.local_norm, Guard.judge = timed(plain_norm), timed(plain_judge)  # type: ignore[method-assign]
     try:
         for number in range(num_steps + 1):
             begun = time.process_time()
-            steps.train_step(learner, config.task, loader, number, guard)
+            train_step(learner, config.task, loader, number, guard)
             cost.step += time.process_time() - begun
             if number == 0:
                 cost.guard = cost.step = 0.0
     finally:
-        steps.local_norm, Guard.judge = plain_norm, plain_judge  # type: ignore[method-assign]
+        staged.local_norm, Guard.judge = plain_norm, plain_judge  # type: ignore[method-assign]
     close_job(learner)
     return cost
 

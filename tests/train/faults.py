@@ -54,6 +54,8 @@ CASES = (
     Case("killed", 2, "optimizer step", "update of the weights", 2),
     Case("killed", 3, "validation", "dispatch", 2, after="the step's record"),
     Case("killed", 0, "checkpoint", "checkpoint"),
+    Case("killed", 1, "reduction", "sum of gradients of stage 1", 2),
+    Case("killed", 3, "gathering of weights", "update of stage 0", 2),
     Case("stopped", 3, "start of the job", "start of the job"),
     Case("stopped", 0, "exchange of counts", "exchange of counts", 4),
     Case("stopped", 2, "backward", "dispatch backward", 3),

@@ -120,11 +120,11 @@ def _run_one(job: Job, num_steps: int) -> list[Seen]:
         rates = rates_of(config.task, config.optim, loader.sizes, step)
         losses, _ = accumulate(learner, config.task, partial(loader.batch, step), rates)
         gradients = by_released_name(model, learner.store.gradient)
-        norm = learner.optimizer.reduce()
+        norm = learner.optimizer.norm()
         learner.optimizer.update(rates.learning_rate)
         update_router_bias(learner.replica, rates.bias_update)
         flat = [*losses.by_name.values(), losses.total]
-        weights = {name: tensor.clone() for name, tensor in named_tensors(model).items()}
+        weights = {name: tensor.clone() for name, tensor in named_tensors(learner.replica.model).items()}
         seen.append(Seen(flat, norm, gradients, weights))
     dist.barrier()
     close_job(whole)
@@ -169,7 +169,7 @@ def run_plain(config: TrainConfig, starved: int, num_steps: int) -> list[Seen]:
     model = Transformer(config.model, _local_dispatcher(config), weight_dtype(config.precision))
     initialize_weights(model, config.seed)
     start_biases(model, starved)
-    groups = group_parameters(model, shares_embedding=False)
+    groups = group_parameters(model)
     decayed = [*groups.matrices.values(), *groups.experts.values()]
     optimizer = torch.optim.AdamW(
         [

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from comm.config import ParallelismConfig
 from data.loader import SampleOrder
 from data.prepare import Prepared, prepare
 from dualpipe.config import ScheduleConfig
+from model.gradients import GradientStore
 from model.transformer import named_tensors
 from tests.ranks import run_ranks
 from tests.tiny import BATCH, CHECKPOINTING, MODEL, OPTIM, TASK, tiny_config, write_text
@@ -32,8 +34,9 @@ from train.config import (
 )
 from train.errors import StoppedError
 from train.guard.guard import LOSS, NORM, Guard, read_loss_and_norm
-from train.learner import Learner, LearnersByBatchSize
+from train.learner import LearnersByBatchSize
 from train.loop import TrainingLoop
+from train.optim import staged
 from train.records.events import read_events
 from train.records.json_lines import JsonLines
 from train.records.reporter import Reporter
@@ -115,26 +118,24 @@ def make_job(folder: Path, name: str, kind: str, guard: GuardConfig, bad: dict[i
     return Job(config=config, bad=bad)
 
 
-def _spoil(learner: Learner, job: Job, training: TrainingLoop) -> None:
+def _spoil(job: Job, training: TrainingLoop) -> None:
     """Has this rank's own gradients spoilt right before they are summed, or its loss right before that."""
     from model.objective import LossSums
 
-    plain = learner.store.gradients
-    plain_settle = LossSums.settle
+    plain_norm, plain_settle = staged.local_norm, LossSums.settle
 
-    def gradients() -> list[Tensor]:
-        found = plain()
+    def local_norm(store: GradientStore, parameters: Sequence[Tensor]) -> Tensor:
         rank, factor = job.bad.get(training.num_done, (-1, 1.0))
         if rank == dist.get_rank():
-            for gradient in found[:3]:
-                gradient.mul_(factor)
-        return found
+            for parameter in parameters[:3]:
+                store.gradient(parameter).mul_(factor)
+        return plain_norm(store, parameters)
 
     def settle(sums: LossSums) -> Tensor:
         rank, factor = job.bad.get(-1 - training.num_done, (-1, 1.0))
         return plain_settle(sums) * (factor if rank == dist.get_rank() else 1.0)
 
-    learner.store.gradients = gradients  # type: ignore[method-assign]
+    staged.local_norm = local_norm  # type: ignore[assignment]
     LossSums.settle = settle  # type: ignore[method-assign]
 
 
@@ -142,10 +143,10 @@ def _run(rank: int, world_size: int, jobs: list[Job]) -> list[tuple[str, dict[st
     """Runs each job, and returns how it ended and this rank's final weights, biases and optimizer state."""
     from model.objective import LossSums
 
-    plain, ends = LossSums.settle, []
+    plain_norm, plain_settle, ends = staged.local_norm, LossSums.settle, []
     for job in jobs:
         ends.append(_run_one(rank, job))
-        LossSums.settle = plain  # type: ignore[method-assign]
+        staged.local_norm, LossSums.settle = plain_norm, plain_settle  # type: ignore[method-assign]
     return ends
 
 
@@ -164,7 +165,7 @@ def _run_one(rank: int, job: Job) -> tuple[str, dict[str, Tensor]]:
         0,
     )
     training._recovery._steps_to_skip = set(job.left_out)  # as a run that never saw those batches
-    _spoil(learner, job, training)
+    _spoil(job, training)
     end = ""
     try:
         training.run()

@@ -8,13 +8,17 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from comm.dispatch.build import open_lane
+from comm.watchdog.collective_log import CollectiveLog
 from model.gradients import GradientStore
 from tests.ranks import run_ranks
 from tests.tiny import OPTIM
 from train.optim.adamw import Bf16MomentsAdamW, build_adamw, moments_of
 from train.optim.build import build_optimizer
 from train.optim.config import OptimConfig
-from train.optim.parameters import ParameterGroups, ReductionGroups
+from train.optim.parameters import ParameterGroups, ReductionGroups, StageOrders, split_into_units
+from train.optim.staged import Background
+from train.optim.updates import WeightUpdates
 
 CONFIG = replace(OPTIM, moments="bf16", clip_norm=1e9)
 SHAPES = {"matrix": (33, 57), "other": (5, 7), "norm": (41,), "expert": (3, 11, 13)}
@@ -119,29 +123,37 @@ def sharded_steps(rank: int, world_size: int, configs: list[tuple[OptimConfig, t
     alone = [dist.new_group([member]) for member in range(world_size)][rank]
     assert dist.group.WORLD is not None
     world = dist.group.WORLD
-    replicas = ReductionGroups(dense=world, embedding=world, experts=world, expert=alone, world=world)
+    replicas = ReductionGroups(dense=world, experts=world, expert=alone)
     results = []
     for config, dtype in configs:
         named = parameters(dtype)
         groups = ParameterGroups(
             matrices={"matrix": named["matrix"], "other": named["other"]},
-            embedding={},
             vectors={"norm": named["norm"]},
             experts={"expert": named["expert"]},
             held=range(1),
             num_experts=1,
         )
         store = GradientStore(named.values())
-        optimizer = build_optimizer(groups, store, replicas, config)
+        # The matrices belong to stage 0 and all others to stage 1.
+        stages = {0: groups.matrices.values(), 1: [named["norm"], named["expert"]]}
+        lane = open_lane(torch.device("cpu"), "reduction")
+        background = Background(lane=lane, updates=WeightUpdates(), log=CollectiveLog())
+        units = split_into_units(groups, replicas, stages, StageOrders(reduction=[1, 0], first_use=[0, 1]))
+        optimizer = build_optimizer(units, store, world, config, background)
         norms = []
         for step in range(3):
             for part in range(rank, PARTS, world_size):
                 for name, gradient in exact_gradients(PARTS * step + part).items():
                     store.add(named[name], gradient)
-            norms.append(optimizer.reduce())
+            for stage in range(2):
+                optimizer.reduce(stage)
+            norms.append(optimizer.norm())
             optimizer.update(1e-2)
+            background.updates.wait_all()
         weights = {name: parameter.detach() for name, parameter in named.items()}
         results.append({"weights": weights, "norms": norms, "state": optimizer.state()})
+        optimizer.close()
     return results
 
 

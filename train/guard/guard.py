@@ -7,10 +7,8 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from torch import Tensor
 from torch import distributed as dist
 
-from model.gradients import GradientStore
 from train.config import GuardConfig
 from train.errors import StepRefusal
 from train.records.json_lines import number_of, read_lines
@@ -75,13 +73,8 @@ class Guard:
         self._history[NORM].append(norm)
 
 
-def local_norm(store: GradientStore) -> Tensor:
-    """Returns the norm of this rank's own gradients, a scalar on its device, without a host sync."""
-    return torch.nn.utils.get_total_norm(store.gradients())
-
-
 def describe_refusal(
-    world: World, guard: Guard, step: int, reason: str, own: Tensor, *, is_finite_here: bool
+    world: World, guard: Guard, step: int, reason: str, own: float, *, is_finite_here: bool
 ) -> StepRefusal:
     """Returns the reason and the ranks that caused a refused step. All ranks call it.
 
@@ -90,11 +83,11 @@ def describe_refusal(
         guard: the guard that refused the step.
         step: index of the step, from 0.
         reason: why the guard refused it.
-        own: this rank's `local_norm`, computed before gradients were summed.
+        own: norm of this rank's own gradients, before they were summed.
         is_finite_here: whether this rank's own losses are finite.
     """
     group = world.groups.world
-    mine = torch.tensor([float(own) if is_finite_here else math.nan], dtype=torch.float64, device=world.device)
+    mine = torch.tensor([own if is_finite_here else math.nan], dtype=torch.float64, device=world.device)
     norms = [torch.empty_like(mine) for _ in world.ranks]
     with world.log.collective("world", group, "search for a refused step's cause"):
         dist.all_gather(norms, mine, group=group)

@@ -75,7 +75,7 @@ def iterate_live_bytes(
     """
     rank, runs = _Rank(), dict[RunKey, _Run]()
     for step in program.steps:
-        if step.run not in runs and step.action is not Action.RECEIVE:
+        if step.run not in runs and step.action not in (Action.RECEIVE, Action.REDUCE):
             runs[step.run] = _Run(stages[step.run.stage])
         inside = _perform(step, rank, runs, message_bytes, keeps_sent=keeps_sent)
         after = rank.alive(0)
@@ -107,6 +107,8 @@ def _perform(
             inside = rank.alive(phase.weight_peak)
             rank.waiting -= phase.waiting
             return inside
+        case Action.REDUCE:
+            pass
         case Action.FINISH:
             run = runs.pop(step.run)
             rank.routing -= run.routing

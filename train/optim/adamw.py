@@ -89,10 +89,13 @@ def moments_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter | Tenso
     return state
 
 
-def spread_step(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> None:
-    """Copies the last parameter's step count to all others.
+def spread_step(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], num_steps: Tensor) -> None:
+    """Sets the step count of all parameters, which have been updated equally often.
 
-    All parameters have been updated equally often.
+    Args:
+        optimizer: that holds the counts.
+        parameters: all that the optimizer updates.
+        num_steps: the count, a scalar; it may be one of the optimizer's own.
     """
     for parameter in parameters:
-        moments_of(optimizer, parameter)["step"].copy_(moments_of(optimizer, parameters[-1])["step"])
+        moments_of(optimizer, parameter)["step"].copy_(num_steps)

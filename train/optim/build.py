@@ -1,57 +1,38 @@
-"""Defines the protocol of an optimizer, and builds the one that a run configures."""
+"""Builds the optimizer that a run configures."""
 
-from typing import Protocol, assert_never
+from collections.abc import Sequence
+from typing import assert_never
 
-from torch import Tensor
+from torch import distributed as dist
 
 from model.gradients import GradientStore
-from train.checkpoint.state import Slice
 from train.optim.config import OptimConfig
-from train.optim.parameters import ParameterGroups, ReductionGroups
+from train.optim.parameters import Unit
 from train.optim.replicated import ReplicatedAdamW
+from train.optim.staged import Background, StagedAdamW, UnitOptimizer
 from train.optim.zero1 import Zero1AdamW
 
 
-class Optimizer(Protocol):
-    """The protocol of an optimizer: `reduce`, then either `update` or, if the step is refused, `discard`."""
-
-    def reduce(self) -> float:
-        """Sums gradients over replicas and returns their global norm, equal on all ranks. Updates nothing."""
-        ...
-
-    def update(self, learning_rate: float) -> None:
-        """Clips the summed gradients, updates the weights, and clears the store."""
-        ...
-
-    def discard(self) -> None:
-        """Discards the gradients, reduced or not, and clears the store. Nothing else changes."""
-        ...
-
-    def state(self) -> dict[str, Slice | Tensor]:
-        """Returns this rank's state, to save or to fill in place, with names independent of the layout.
-
-        `step` is a scalar. `<parameter>.exp_avg` and `.exp_avg_sq` are slices of the whole job's flattened parameter.
-        So is `.master`, which exists only if the weights are not their own master copies.
-        """
-        ...
-
-    def loaded(self) -> None:
-        """Updates everything that depends on the tensors of `state`, after they were filled."""
-        ...
-
-    def follow_weights(self) -> None:
-        """Updates everything that depends on the weights, after they were changed."""
-        ...
-
-
 def build_optimizer(
-    groups: ParameterGroups, store: GradientStore, replicas: ReductionGroups, config: OptimConfig
-) -> Optimizer:
-    """Builds the optimizer that `config.sharding` selects."""
+    units: Sequence[Unit], store: GradientStore, world: dist.ProcessGroup, config: OptimConfig, background: Background
+) -> StagedAdamW:
+    """Builds the optimizer of a rank. All ranks call it.
+
+    Args:
+        units: the rank's parameters, in the order of their reductions.
+        store: gradients of a step.
+        world: all ranks.
+        config: of the optimizer; its `sharding` selects the optimizer of each unit.
+        background: what reductions and updates run on.
+    """
+    return StagedAdamW([(unit, _build_unit(unit, store, config)) for unit in units], store, world, background)
+
+
+def _build_unit(unit: Unit, store: GradientStore, config: OptimConfig) -> UnitOptimizer:
     match config.sharding:
         case "zero1":
-            return Zero1AdamW(groups, store, replicas, config)
+            return Zero1AdamW(unit, store, config)
         case "replicated":
-            return ReplicatedAdamW(groups, store, replicas, config)
+            return ReplicatedAdamW(unit, store, config)
         case _ as other:
             assert_never(other)

@@ -1,9 +1,10 @@
-"""Groups a rank's parameters for the optimizer by the process group that holds the same ones."""
+"""Groups a rank's parameters by the process group that holds the same ones, and by stage."""
 
-from dataclasses import dataclass
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
+from torch.distributed import ProcessGroup, get_process_group_ranks
 
 from model.experts import RoutedExperts
 from model.transformer import Transformer
@@ -18,17 +19,13 @@ class ReductionGroups:
 
     Attributes:
         dense: ranks that hold the same stages (mirror x data).
-        embedding: ranks that hold the embedding, if MTP modules on ranks with other stages hold a copy; else `dense`.
         experts: the ranks of `dense` that hold the same routed experts.
         expert: ranks over which the experts of one data replica are sharded.
-        world: all ranks.
     """
 
     dense: ProcessGroup
-    embedding: ProcessGroup
     experts: ProcessGroup
     expert: ProcessGroup
-    world: ProcessGroup
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,8 +33,7 @@ class ParameterGroups:
     """The parameters of a rank by name and group, in the same order on all replicas.
 
     Attributes:
-        matrices: matrices outside routed experts, without those in `embedding`.
-        embedding: the embedding, if ranks with other stages hold a copy; otherwise it is one of `matrices`.
+        matrices: matrices outside routed experts.
         vectors: weights of norms, which have no weight decay.
         experts: stacked weights of routed experts.
         held: the routed experts of every layer that are stacked in `experts`.
@@ -45,7 +41,6 @@ class ParameterGroups:
     """
 
     matrices: dict[str, nn.Parameter]
-    embedding: dict[str, nn.Parameter]
     vectors: dict[str, nn.Parameter]
     experts: dict[str, nn.Parameter]
     held: range
@@ -53,7 +48,15 @@ class ParameterGroups:
 
     def all(self) -> dict[str, nn.Parameter]:
         """Returns all parameters by name."""
-        return self.matrices | self.embedding | self.vectors | self.experts
+        return self.matrices | self.vectors | self.experts
+
+    def only(self, names: Container[str]) -> "ParameterGroups":
+        """Returns the groups without the parameters that have other names."""
+
+        def part(named: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+            return {name: parameter for name, parameter in named.items() if name in names}
+
+        return replace(self, matrices=part(self.matrices), vectors=part(self.vectors), experts=part(self.experts))
 
     def place(self, name: str, first: int, values: Tensor) -> Slice:
         """Returns values for consecutive elements of a parameter as a slice of the whole job's parameter.
@@ -70,22 +73,112 @@ class ParameterGroups:
         return Slice(size * self.num_experts, size * self.held.start + first, values)
 
 
-def group_parameters(model: Transformer, *, shares_embedding: bool) -> ParameterGroups:
-    """Sorts a model's parameters into groups.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Unit:
+    """The parameters of one stage, or those that several stages read.
+
+    All ranks of `replicas.dense` have a unit with the same parameters.
+
+    Attributes:
+        readers: all stages that read the parameters.
+        stages: those of them that this rank holds.
+        groups: the parameters.
+        replicas: groups over which they are reduced.
+        reduction: place of the unit in the order of reductions, by which units of all ranks can be compared.
+        first_use: place in the order of updates.
+    """
+
+    readers: tuple[int, ...]
+    stages: tuple[int, ...]
+    groups: ParameterGroups
+    replicas: ReductionGroups
+    reduction: tuple[int, int]
+    first_use: tuple[int, int]
+
+    def __str__(self) -> str:
+        return f"stage {' and '.join(map(str, self.readers))}"
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """All parameters."""
+        return list(self.groups.all().values())
+
+    @property
+    def ranks(self) -> list[int]:
+        """Global ranks that hold the parameters, without other experts."""
+        return get_process_group_ranks(self.replicas.dense)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageOrders:
+    """All stages of the pipeline, in orders that are equal on all ranks.
+
+    Attributes:
+        reduction: by the end of their last backward.
+        first_use: by their first forward.
+    """
+
+    reduction: Sequence[int]
+    first_use: Sequence[int]
+
+    @property
+    def ends(self) -> tuple[int, int]:
+        """The first and the last stage."""
+        return 0, len(self.reduction) - 1
+
+
+def split_into_units(
+    groups: ParameterGroups,
+    replicas: ReductionGroups,
+    stages: Mapping[int, Iterable[nn.Parameter]],
+    orders: StageOrders,
+    embedding: ProcessGroup | None = None,
+) -> list[Unit]:
+    """Splits a rank's parameters by the stages that read them.
 
     Args:
-        model: this rank's part.
-        shares_embedding: whether ranks with other stages hold a copy of this rank's embedding.
+        groups: all parameters of the rank.
+        replicas: groups over which they are reduced.
+        stages: parameters that each stage of the rank reads.
+        orders: of all stages.
+        embedding: all ranks that hold the embedding, if MTP modules on ranks with other stages hold a copy.
+
+    Returns:
+        The units in the order of their reductions. Ranks that share several units have them in the same order.
     """
+    held: dict[int, list[int]] = {}
+    for stage in sorted(stages):
+        for key in {id(parameter) for parameter in stages[stage]}:
+            held.setdefault(key, []).append(stage)
+    parts: dict[tuple[int, ...], list[str]] = {}
+    for name, parameter in groups.all().items():
+        readers = orders.ends if embedding is not None and name == EMBEDDING else tuple(held[id(parameter)])
+        parts.setdefault(readers, []).append(name)
+    units = []
+    for readers, names in parts.items():
+        over = replicas if embedding is None or EMBEDDING not in names else replace(replicas, dense=embedding)
+        units.append(
+            Unit(
+                readers=readers,
+                stages=tuple(stage for stage in readers if stage in stages),
+                groups=groups.only(names),
+                replicas=over,
+                reduction=(max(map(orders.reduction.index, readers)), len(readers)),
+                first_use=(min(map(orders.first_use.index, readers)), len(readers)),
+            )
+        )
+    return sorted(units, key=lambda unit: unit.reduction)
+
+
+def group_parameters(model: Transformer) -> ParameterGroups:
+    """Sorts a model's parameters into groups."""
     stacks = {path: module for path, module in model.named_modules() if isinstance(module, RoutedExperts)}
     routed = {
         f"{path}.{name}": parameter for path, module in stacks.items() for name, parameter in module.named_parameters()
     }
     dense = {name: parameter for name, parameter in model.named_parameters() if name not in routed}
-    shared = {EMBEDDING: dense.pop(EMBEDDING)} if shares_embedding and EMBEDDING in dense else {}
     return ParameterGroups(
         matrices={name: parameter for name, parameter in dense.items() if parameter.ndim > 1},
-        embedding=shared,
         vectors={name: parameter for name, parameter in dense.items() if parameter.ndim == 1},
         experts=routed,
         held=next((module.experts for module in stacks.values()), range(0)),

@@ -10,58 +10,47 @@ from model.gradients import GradientStore
 from train.checkpoint.state import Slice
 from train.optim.adamw import MOMENTS, build_adamw, moments_of, spread_step
 from train.optim.config import OptimConfig
-from train.optim.parameters import ParameterGroups, ReductionGroups
+from train.optim.parameters import Unit
 
 
 class ReplicatedAdamW:
-    """The AdamW optimizer for float32 and float64 weights, which are their own master copies."""
+    """The AdamW optimizer of one unit, for float32 and float64 weights, which are their own master copies."""
 
-    def __init__(
-        self, groups: ParameterGroups, store: GradientStore, replicas: ReductionGroups, config: OptimConfig
-    ) -> None:
-        self._groups = groups
+    def __init__(self, unit: Unit, store: GradientStore, config: OptimConfig) -> None:
+        self._groups = groups = unit.groups
+        self._replicas = unit.replicas
         self._store = store
-        self._replicas = replicas
         self._clip_norm = config.clip_norm
-        decayed: list[nn.Parameter] = [
-            *groups.matrices.values(),
-            *groups.embedding.values(),
-            *groups.experts.values(),
-        ]
         options: list[dict[str, Any]] = [
-            {"params": decayed, "weight_decay": config.weight_decay},
+            {"params": [*groups.matrices.values(), *groups.experts.values()], "weight_decay": config.weight_decay},
             {"params": list(groups.vectors.values()), "weight_decay": 0.0},
         ]
-        self._optimizer = build_adamw(options, config)
-        self._norm = 0.0
+        self._optimizer = build_adamw([each for each in options if each["params"]], config)
 
-    def reduce(self) -> float:
-        """Sums the gradients in the store over replicas, in place, and returns their global norm."""
-        parts = self._parts()
-        squares = torch.zeros((), dtype=torch.float64, device=parts[0][0][0].device)
-        for parameters, group in parts:
+    def reduce(self) -> Tensor:
+        """Sums the gradients in the store over replicas, in place; see `UnitOptimizer.reduce`."""
+        shared, routed = self._parameters()
+        squares = torch.zeros((), dtype=torch.float64, device=[*shared, *routed][0].device)
+        for parameters, group in ((shared, self._replicas.dense), (routed, self._replicas.experts)):
             gradients = [self._store.gradient(parameter) for parameter in parameters]
             _sum_over(gradients, group)
             for gradient in gradients:
                 squares += gradient.double().square().sum() / dist.get_world_size(group)
-        dist.all_reduce(squares, group=self._replicas.world)
-        self._norm = float(squares.sqrt())  # host sync
-        return self._norm
+        return squares
 
-    def update(self, learning_rate: float) -> None:
-        """Clips the summed gradients, updates the weights, and clears the store."""
-        scale = min(1.0, self._clip_norm / (self._norm + 1e-6))
-        for parameter in self._groups.all().values():
+    def update(self, learning_rate: float, norm: float) -> None:
+        """Clips the summed gradients and updates the weights."""
+        scale = min(1.0, self._clip_norm / (norm + 1e-6))
+        shared, routed = self._parameters()
+        for parameter in (*shared, *routed):
             parameter.grad = self._store.gradient(parameter).mul_(scale).to(parameter.dtype)
         for group_options in self._optimizer.param_groups:
             group_options["lr"] = learning_rate
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        self._store.clear()
 
     def discard(self) -> None:
-        """Discards the gradients."""
-        self._store.clear()
+        """Does nothing, because all gradients are in the store."""
 
     def state(self) -> dict[str, Slice | Tensor]:
         """Returns the step count and the moments by parameter name, not copies.
@@ -76,21 +65,17 @@ class ReplicatedAdamW:
                 named[f"{name}.{key}"] = self._groups.place(name, 0, moments[key].view(-1))
         return named
 
-    def loaded(self) -> None:
+    def loaded(self, num_steps: Tensor) -> None:
         """Copies the loaded step count to all parameters. Weights are their own master copies."""
-        spread_step(self._optimizer, list(self._groups.all().values()))
+        spread_step(self._optimizer, list(self._groups.all().values()), num_steps)
 
     def follow_weights(self) -> None:
         """Does nothing, because weights are their own master copies."""
 
-    def _parts(self) -> list[tuple[list[nn.Parameter], dist.ProcessGroup]]:
-        """Returns the parameters by the process group whose ranks hold them. The first part is not empty."""
-        groups, replicas = self._groups, self._replicas
-        return [
-            ([*groups.matrices.values(), *groups.vectors.values()], replicas.dense),
-            (list(groups.embedding.values()), replicas.embedding),
-            (list(groups.experts.values()), replicas.experts),
-        ]
+    def _parameters(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """Returns the parameters that all ranks of a stage hold, and the routed experts."""
+        groups = self._groups
+        return [*groups.matrices.values(), *groups.vectors.values()], list(groups.experts.values())
 
 
 def _sum_over(tensors: list[Tensor], group: dist.ProcessGroup) -> None:

@@ -1,7 +1,7 @@
 """Implements AdamW by DeepSpeed's ZeRO stage 1 without its engine; the pipeline computes gradients.
 
 Float32 master weights and their moments are sharded over the ranks that hold the same parameters. For dense parameters
-these are mirror x data; for routed experts, those of them that hold the same experts; and for an embedding that the MTP
+these are mirror x data; for routed experts, those of them that hold the same experts; for an embedding that the MTP
 modules of another stage share, the ranks of both stages.
 """
 
@@ -18,35 +18,33 @@ from model.gradients import GradientStore
 from train.checkpoint.state import Slice
 from train.optim.adamw import MOMENTS, build_adamw, moments_of, spread_step
 from train.optim.config import OptimConfig
-from train.optim.parameters import ParameterGroups, ReductionGroups
+from train.optim.parameters import ParameterGroups, Unit
 
-_EXPERTS, _EMBEDDING = "routed_experts", "embedding"
+_EXPERTS = "routed_experts"
 
 
 class Zero1AdamW:
-    """The AdamW optimizer with sharded state, for bf16 and float32 weights.
+    """The AdamW optimizer of one unit with sharded state, for bf16 and float32 weights.
 
-    It needs an initialized process group. All ranks create it and call it at the same point.
+    It needs an initialized process group. All ranks that hold the unit create it and call it at the same point.
     """
 
-    def __init__(
-        self, groups: ParameterGroups, store: GradientStore, replicas: ReductionGroups, config: OptimConfig
-    ) -> None:
-        self._groups = groups
-        self._parameters = list(groups.all().values())
+    def __init__(self, unit: Unit, store: GradientStore, config: OptimConfig) -> None:
+        self._groups = unit.groups
+        self._parameters = unit.parameters
         self._store = store
-        self._replicas = replicas
-        self._optimizer = _build(groups, replicas, config)
+        self._replicas = unit.replicas
+        self._optimizer = _build(unit, config)
         # The pipeline accumulates gradients itself. DeepSpeed's hooks would consume those of each micro-batch.
         for hook in self._optimizer._grad_acc_hooks:
             hook.remove()
         self._optimizer._grad_acc_hooks = []
 
-    def reduce(self) -> float:
-        """Sums the gradients in the store over replicas, keeps this rank's shard, and returns the global norm."""
+    def reduce(self) -> Tensor:
+        """Sums the gradients over replicas and keeps this rank's shard; see `UnitOptimizer.reduce`."""
         optimizer = self._optimizer
-        # DeepSpeed divides every sum, of any group, by the size of the dense group. The store holds parts of a sum, so
-        # this factor undoes the division.
+        # DeepSpeed divides every sum, also that of experts, by the size of the dense group. The store holds parts of a
+        # sum, so this factor undoes the division.
         scale = dist.get_world_size(self._replicas.dense)
         for parameter in self._parameters:
             # `detach` creates another tensor object, because DeepSpeed makes its gradients point into its buckets.
@@ -57,12 +55,17 @@ class Zero1AdamW:
                 parameter.grad = gradient
         optimizer.set_gradient_accumulation_boundary(True)
         optimizer.reduce_gradients(pipeline_parallel=True)
-        return float(optimizer.measure_norm())  # host sync
+        squares = torch.zeros((), dtype=torch.float64, device=self._parameters[0].device)
+        for parts in optimizer.averaged_gradients.values():
+            for part in parts:  # exactly one rank of the job owns each element; padding is zero
+                squares += part.double().square().sum()
+        return squares
 
-    def update(self, learning_rate: float) -> None:
-        """Clips the summed gradients, updates the weights, and clears the store."""
+    def update(self, learning_rate: float, norm: float) -> None:
+        """Clips the summed gradients, updates the weights, and gathers those that other ranks updated."""
         for options in self._optimizer.param_groups:
             options["lr"] = learning_rate
+        self._optimizer.global_norm = norm
         self._optimizer.step()
         self._clear()
 
@@ -78,7 +81,6 @@ class Zero1AdamW:
         self._optimizer.zero_grad(set_to_none=True)
         for parameter in self._parameters:
             parameter.grad_accum = None  # type: ignore[attr-defined]
-        self._store.clear()
 
     def state(self) -> dict[str, Slice | Tensor]:
         """Returns this rank's slices of master weights and moments, and the step count, not copies.
@@ -121,9 +123,9 @@ class Zero1AdamW:
             if first < end:
                 yield names[id(parameter)], first - offset, slice(first - start, end - start)
 
-    def loaded(self) -> None:
+    def loaded(self, num_steps: Tensor) -> None:
         """Copies the loaded step count to all groups, and the master copies to the weights."""
-        spread_step(self._optimizer.optimizer, self._masters)
+        spread_step(self._optimizer.optimizer, self._masters, num_steps)
         if self._are_weights_masters:
             self.follow_weights()
             return
@@ -136,7 +138,7 @@ class Zero1AdamW:
         self._optimizer.refresh_fp32_params()
 
 
-def _build(groups: ParameterGroups, replicas: ReductionGroups, config: OptimConfig) -> Any:
+def _build(unit: Unit, config: OptimConfig) -> Any:
     """Builds DeepSpeed's sharded optimizer around AdamW."""
     import deepspeed
     from deepspeed.utils import logger
@@ -149,17 +151,18 @@ def _build(groups: ParameterGroups, replicas: ReductionGroups, config: OptimConf
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist.get_backend(), dist_init_required=False, verbose=False)
 
+    groups, replicas = unit.groups, unit.replicas
     bucket = min(config.bucket_elements, sum(parameter.numel() for parameter in groups.all().values()))
     bucket += bucket % 2  # DeepSpeed needs an even size
-    return _world_norm_optimizer(replicas.world)(
+    return _global_norm_optimizer()(
         build_adamw(_parameter_options(groups, config.weight_decay), config),
         {parameter: name for name, parameter in groups.all().items()},
         timers=NoopTimer(),
         optimizer_params={},
         dp_process_group=replicas.dense,
-        expert_parallel_group={_EXPERTS: replicas.expert, _EMBEDDING: replicas.expert},
-        expert_data_parallel_group={_EXPERTS: replicas.experts, _EMBEDDING: replicas.embedding},
-        has_moe_layers=bool(groups.experts or groups.embedding),
+        expert_parallel_group={_EXPERTS: replicas.expert},
+        expert_data_parallel_group={_EXPERTS: replicas.experts},
+        has_moe_layers=bool(groups.experts),
         partition_grads=False,
         overlap_comm=False,
         contiguous_gradients=True,
@@ -174,50 +177,35 @@ def _build(groups: ParameterGroups, replicas: ReductionGroups, config: OptimConf
     )
 
 
-def _world_norm_optimizer(world: dist.ProcessGroup) -> Any:
+def _global_norm_optimizer() -> Any:
     """Returns DeepSpeed's optimizer class with the gradient norm over all ranks of the job."""
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
-    class WorldNorm(DeepSpeedZeroOptimizer):  # type: ignore[misc]
-        """DeepSpeed's optimizer with another gradient norm.
+    class GlobalNorm(DeepSpeedZeroOptimizer):  # type: ignore[misc]
+        """DeepSpeed's optimizer with another gradient norm, which is set before a step.
 
         DeepSpeed's own norm reduces each parameter group over all stages, and hangs if stages have different groups.
         """
 
-        def measure_norm(self) -> Tensor:
-            parts = [part for group in self.averaged_gradients.values() for part in group]
-            squares = torch.zeros((), dtype=torch.float64, device=parts[0].device)
-            for part in parts:  # exactly one rank of the job owns each element; padding is zero
-                squares += part.double().square().sum()
-            dist.all_reduce(squares, group=world)
-            self.measured_norm = squares.sqrt().float()
-            return self.measured_norm
+        global_norm: float
 
         def scaled_global_norm(self, norm_type: int = 2) -> Tensor:
-            # The norm was measured before the step, and the guard has refused one that is not finite. DeepSpeed would
-            # silently skip such a step, or take it if weights are bf16.
+            # The guard has refused a norm that is not finite. DeepSpeed would silently skip such a step, or take it if
+            # weights are bf16.
             assert norm_type == 2
-            return self.measured_norm
+            return torch.tensor(self.global_norm, dtype=torch.float32, device=self.device)
 
-    return WorldNorm
+    return GlobalNorm
 
 
 def _parameter_options(groups: ParameterGroups, weight_decay: float) -> list[dict[str, Any]]:
-    """Returns AdamW's parameter groups.
-
-    DeepSpeed reduces parameters over other ranks than `dense` only if they are marked as experts of a named group. So
-    a shared embedding is marked too.
-    """
+    """Returns AdamW's parameter groups, with the attributes by which DeepSpeed recognizes routed experts."""
+    for parameter in groups.experts.values():
+        parameter.allreduce = False  # type: ignore[attr-defined]
+        parameter.group_name = _EXPERTS  # type: ignore[attr-defined]
     options: list[dict[str, Any]] = [
         {"params": list(groups.matrices.values()), "weight_decay": weight_decay, "name": "matrices"},
         {"params": list(groups.vectors.values()), "weight_decay": 0.0, "name": "vectors"},
+        {"params": list(groups.experts.values()), "weight_decay": weight_decay, "moe": True, "name": _EXPERTS},
     ]
-    for name, parameters in ((_EMBEDDING, groups.embedding), (_EXPERTS, groups.experts)):
-        for parameter in parameters.values():
-            parameter.allreduce = False  # type: ignore[attr-defined]
-            parameter.group_name = name  # type: ignore[attr-defined]
-        if parameters:
-            options.append(
-                {"params": list(parameters.values()), "weight_decay": weight_decay, "moe": True, "name": name}
-            )
-    return options
+    return [each for each in options if each["params"]]

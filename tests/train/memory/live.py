@@ -118,7 +118,7 @@ def _compare(config: TrainConfig, schedule: Schedule | None, measures_inside: bo
         storages = LiveStorages(measures_inside=measures_inside)
         clock = _run(learner, batches, objective, storages, trains=True)
         assert isinstance(clock, MemoryClock)
-    learner.optimizer.reduce()
+    learner.optimizer.norm()
     learner.optimizer.update(1e-3)
     alive = _predicted(config, learner)
     static = _static_bytes(learner)
@@ -168,12 +168,13 @@ def _static_bytes(learner: Learner) -> int:
     """Returns the bytes of all tensors that Python can find except batches: weights, gradients, optimizer, tables."""
     gc.collect()
     held: dict[int, int] = {}
-    optimizer = getattr(learner.optimizer, "_optimizer")  # noqa: B009  its own tensors are private
-    inner = getattr(optimizer, "optimizer", optimizer)
     tensors = [*learner.replica.model.parameters(), *learner.replica.model.buffers(), *learner.store.gradients()]
-    tensors += [value for group in inner.param_groups for value in group["params"]]
-    tensors += [value for state in inner.state.values() for value in state.values() if isinstance(value, Tensor)]
-    tensors += getattr(optimizer, "single_partition_of_fp32_groups", [])
+    for _, unit in getattr(learner.optimizer, "_units"):  # noqa: B009  its own tensors are private
+        optimizer = getattr(unit, "_optimizer")  # noqa: B009
+        inner = getattr(optimizer, "optimizer", optimizer)
+        tensors += [value for group in inner.param_groups for value in group["params"]]
+        tensors += [value for state in inner.state.values() for value in state.values() if isinstance(value, Tensor)]
+        tensors += getattr(optimizer, "single_partition_of_fp32_groups", [])
     for module in learner.replica.model.modules():
         for table in getattr(module, "_tables", {}).values():
             tensors += table

@@ -1,0 +1,57 @@
+"""Programs start the reduction of every stage once, when its gradients are complete, in one order on all ranks."""
+
+import pytest
+
+from dualpipe.ir import Schedule
+from dualpipe.registry import build
+from dualpipe.runtime.pairing import overlapped
+from dualpipe.runtime.program import Action
+from dualpipe.runtime.reductions import first_use_order, reduction_order, with_reductions
+from tests.dualpipe.adding import PUBLISHED, SCHEDULES, lower, name_of
+
+MIRRORED = [build(kind, *sizes) for kind in ("dualpipe", "dualpipe_split") for sizes in ((2, 4), (4, 8), (6, 16))]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=name_of)
+def test_every_stage_is_reduced_once_and_directly_after_its_last_backward(schedule: Schedule) -> None:
+    for rank in range(schedule.num_ranks):
+        program = lower(schedule, rank, overlapped)
+        steps = with_reductions(program).steps
+        assert [step for step in steps if step.action is not Action.REDUCE] == list(program.steps)
+        assert sorted(reduced(schedule, rank)) == sorted({stage for _, stage in schedule.stages_of(rank)})
+        for index, step in enumerate(steps):
+            if step.action is Action.REDUCE:
+                assert (steps[index - 1].action, steps[index - 1].run) == (Action.FINISH, step.run)
+                assert all(later.run.stage != step.run.stage for later in steps[index + 1 :])
+
+
+def reduced(schedule: Schedule, rank: int) -> list[int]:
+    """Returns the stages of a rank in the order in which they finish."""
+    return [
+        step.run.stage
+        for step in with_reductions(lower(schedule, rank, overlapped)).steps
+        if step.action is Action.REDUCE
+    ]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=name_of)
+def test_orders_hold_every_stage_once(schedule: Schedule) -> None:
+    assert sorted(reduction_order(schedule)) == sorted(first_use_order(schedule)) == list(range(schedule.num_stages))
+
+
+@pytest.mark.parametrize("schedule", PUBLISHED, ids=name_of)
+def test_rank_that_shares_no_stage_reduces_in_the_order_in_which_it_finishes(schedule: Schedule) -> None:
+    ranks = [{stage for _, stage in schedule.stages_of(rank)} for rank in range(schedule.num_ranks)]
+    for rank, held in enumerate(ranks):
+        if all(held.isdisjoint(other) for index, other in enumerate(ranks) if index != rank):
+            assert [stage for stage in reduction_order(schedule) if stage in held] == reduced(schedule, rank)
+            (first, *_), *_ = schedule.ranks[rank]
+            assert next(stage for stage in first_use_order(schedule) if stage in held) == first.stage
+
+
+@pytest.mark.parametrize("schedule", MIRRORED, ids=name_of)
+def test_mirror_ranks_finish_stages_in_the_order_of_their_reductions(schedule: Schedule) -> None:
+    """No reduction of a bidirectional schedule waits for another one of its rank."""
+    for rank in range(schedule.num_ranks):
+        finished = reduced(schedule, rank)
+        assert [stage for stage in reduction_order(schedule) if stage in finished] == finished
