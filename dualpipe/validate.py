@@ -6,6 +6,7 @@
 from collections.abc import Collection
 
 from dualpipe.ir import Op, Operation, Schedule, ScheduleError
+from dualpipe.passes import forward_only
 from dualpipe.progress import check_progress
 from dualpipe.simulate.simulate import peak_activations
 
@@ -35,6 +36,20 @@ def validate(schedule: Schedule, memory_cap: float | None = None, *, forward_onl
     check_progress(schedule)
     if memory_cap is not None:
         _check_memory(schedule, memory_cap)
+
+
+def validate_passes(schedule: Schedule, memory_cap: float | None = None) -> None:
+    """Proves both programs that a network runs under a schedule: training, and forwards only.
+
+    Args:
+        schedule: schedule of any kind.
+        memory_cap: as in `validate`.
+
+    Raises:
+        ScheduleError: as `validate`.
+    """
+    validate(schedule, memory_cap)
+    validate(forward_only(schedule), forward_only=True)
 
 
 def _check_sizes(schedule: Schedule) -> None:

@@ -4,7 +4,7 @@ A batch ramp has one learner for each size.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from comm.dispatch.build import open_lane
 from data.batch_sizes import BatchSizes
@@ -31,6 +31,7 @@ class Learner:
         store: gradients of one step.
         optimizer: applies the gradients.
         ema: moving average of the weights; None if the run keeps none.
+        ramp: schedules of the smaller sizes of a batch ramp, by the size in sequences.
     """
 
     replica: Replica
@@ -38,6 +39,7 @@ class Learner:
     store: GradientStore
     optimizer: StagedAdamW
     ema: ParameterEma | None
+    ramp: Mapping[int, Schedule] = field(default_factory=dict)
 
     @property
     def world(self) -> World:
@@ -88,21 +90,24 @@ class LearnersByBatchSize:
 
     last: Learner
 
-    def __init__(self, learner: Learner, sizes: BatchSizes, ramp: Mapping[int, Schedule]) -> None:
+    def __init__(
+        self, learner: Learner, sizes: BatchSizes, ramp: Mapping[int, Schedule], *, is_proven: bool = False
+    ) -> None:
         """Compiles the programs of the ramp.
 
         Args:
             learner: for the batch size at the end.
             sizes: sequences of every step.
             ramp: a schedule for each other size, by the size in sequences; empty without a ramp.
+            is_proven: whether the job has validated these schedules; else this rank validates them.
 
         Raises:
             ScheduleError: a schedule is not valid, or places stages or messages on other ranks than the learner's.
         """
-        self.last = learner
+        self.last = replace(learner, ramp=ramp)
         self._sizes = sizes
         self._sized = {
-            sequences: replace(learner, replica=learner.replica.with_schedule(schedule))
+            sequences: replace(learner, replica=learner.replica.with_schedule(schedule, is_proven=is_proven))
             for sequences, schedule in ramp.items()
         }
         assert set(sizes.sizes) <= {*self._sized, learner.replica.global_sequences}

@@ -17,7 +17,7 @@ from dualpipe.runtime.program import Program, Step
 from dualpipe.runtime.protocols import PipelineStage
 from dualpipe.runtime.reductions import with_reductions
 from dualpipe.transfers import linked_pairs
-from dualpipe.validate import validate
+from dualpipe.validate import validate_passes
 from model.gradients import GradientStore
 from model.objective import LossSums, MicroBatch, Objective
 from model.router import Routes
@@ -132,8 +132,12 @@ class Replica:
             for number, stage in self.stages.items()
         }
 
-    def with_schedule(self, schedule: Schedule) -> "Replica":
+    def with_schedule(self, schedule: Schedule, *, is_proven: bool = False) -> "Replica":
         """Returns the same network under another schedule, with the same stages and links.
+
+        Args:
+            schedule: the other schedule; equal on all ranks.
+            is_proven: whether the job has validated it, as `plan` does; else this rank validates it.
 
         Raises:
             ScheduleError: the schedule is not valid, or places stages or messages on other ranks.
@@ -144,7 +148,9 @@ class Replica:
                 f"batch.ramp: every size must place its stages on the same ranks as {whole.num_micro_batches} "
                 f"micro-batches do, {schedule.num_micro_batches} micro-batches place them elsewhere"
             )
-        programs = compile_programs(schedule, self.config.pairing, self.world.pipeline_index, self.stages)
+        programs = compile_programs(
+            schedule, self.config.pairing, self.world.pipeline_index, self.stages, is_proven=is_proven
+        )
         return replace(self, schedule=schedule, train_program=programs[0], forward_program=programs[1])
 
     def close(self) -> None:
@@ -193,7 +199,7 @@ class _BoundStage:
         )
 
 
-def open_replica(world: World, config: ReplicaConfig, schedule: Schedule) -> Replica:
+def open_replica(world: World, config: ReplicaConfig, schedule: Schedule, *, is_proven: bool = False) -> Replica:
     """Builds this rank's part of a network with the initial weights of the seed.
 
     All ranks call it at the same point.
@@ -202,6 +208,7 @@ def open_replica(world: World, config: ReplicaConfig, schedule: Schedule) -> Rep
         world: of this process; its groups are mirrored if the schedule is.
         config: of the network.
         schedule: for all ranks of the pipeline; equal on all ranks.
+        is_proven: whether the job has validated the schedule, as `plan` does; else this rank validates it.
 
     Raises:
         ScheduleError: the schedule is not valid.
@@ -213,7 +220,9 @@ def open_replica(world: World, config: ReplicaConfig, schedule: Schedule) -> Rep
     part = stage_part(config.model, held, schedule.num_stages, experts)
     model = build_model(config, dispatcher, part, world.device)
     stages = build_stages(model, held, schedule.num_stages)
-    train_program, forward_program = compile_programs(schedule, config.pairing, world.pipeline_index, stages)
+    train_program, forward_program = compile_programs(
+        schedule, config.pairing, world.pipeline_index, stages, is_proven=is_proven
+    )
     batch = config.batch
     shape = (batch.micro_sequences, batch.sequence_length_tokens, config.model.hidden_size)
     return Replica(
@@ -232,16 +241,28 @@ def open_replica(world: World, config: ReplicaConfig, schedule: Schedule) -> Rep
 
 
 def compile_programs(
-    schedule: Schedule, pairing: Literal["overlapped", "sequential"], pipeline_rank: int, stages: Mapping[int, Stage]
+    schedule: Schedule,
+    pairing: Literal["overlapped", "sequential"],
+    pipeline_rank: int,
+    stages: Mapping[int, Stage],
+    *,
+    is_proven: bool = False,
 ) -> tuple[Program, Program]:
     """Compiles a pipeline rank's programs for training and for a forward pass only.
+
+    Args:
+        schedule: for all ranks of the pipeline.
+        pairing: how the operations of a group run.
+        pipeline_rank: of this rank.
+        stages: the stages that it holds.
+        is_proven: whether the schedule has been validated; else it is validated now.
 
     Raises:
         ScheduleError: the schedule is not valid.
     """
-    validate(schedule)
+    if not is_proven:
+        validate_passes(schedule)
     forwards = forward_only(schedule)
-    validate(forwards, forward_only=True)
     order = {"overlapped": pairings.overlapped, "sequential": pairings.sequential}[pairing]
     lanes = {number: stage.lanes for number, stage in stages.items()}
     training = with_reductions(compile_rank(schedule, pipeline_rank, lanes, order))

@@ -186,7 +186,7 @@ class _TrainingRank:
             with self._lines.timed("construction of the model"), self._phase("construction of the model"):
                 seconds = config.cluster.timeout_seconds
                 self._world = open_world(layout, groups, device, seconds, self._log, self._preemption)
-                replica = open_replica(self._world, ReplicaConfig.of_run(config), planned.schedule)
+                replica = open_replica(self._world, ReplicaConfig.of_run(config), planned.schedule, is_proven=True)
                 self._learner = open_learner(replica, config.optim, config.ema)
             self._train(config, self._learner, prepared, planned, status)
         except (PreemptedError, StoppedError, RescuedError, CallbackError) as error:
@@ -236,7 +236,7 @@ class _TrainingRank:
             print_run_summary(config, learner.replica, planned, prepared, reporter, first_step)
             if started_from:
                 reporter.say(started_from)
-            learners = LearnersByBatchSize(learner, config.batch_sizes, planned.ramp)
+            learners = LearnersByBatchSize(learner, config.batch_sizes, planned.ramp, is_proven=True)
             TrainingLoop(config, learners, prepared, reporter, status, first_step, self._callbacks).run()
         except PreemptedError as error:
             reporter.say(f"preempted: {error}; exit code {EXIT_PREEMPTED}")

@@ -5,13 +5,14 @@ import re
 from data.batch_sizes import BatchRamp, ramp_sizes
 from dualpipe.generate.cache import schedules_folder
 from dualpipe.ir import ScheduleError
-from dualpipe.registry import build, candidates, check_size, kind_for_size
+from dualpipe.registry import build, candidates, check_size
 from launch.config.dispatch_rules import check_exchange
 from launch.config.model_rules import check_attention, check_experts, check_model, check_optim
 from model.config import RECOMPUTED, CutError, cut_layers
 from train.config import TrainConfig
 from train.config.errors import ConfigError, divisors, multiples
 from train.schedule.nominal import nominal_costs, run_stages
+from train.schedule.ramp import sized_run
 
 _RAMP = "batch.ramp"
 
@@ -126,17 +127,12 @@ def _check_ramp(config: TrainConfig) -> None:
             f"{_RAMP}.start_sequences: must be below batch.global_sequences={last}, is {ramp.start_sequences}; "
             f"nearest valid: {last - 1}, or {_RAMP}=null"
         )
-    if config.schedule.kind == "auto":
-        raise ConfigError(
-            "schedule.kind: must name a schedule with batch.ramp, because auto measures one batch size, is auto; "
-            "nearest valid: schedule=dualpipe_split"
-        )
     _check_ramp_sizes(config, ramp)
 
 
 def _check_ramp_sizes(config: TrainConfig, ramp: BatchRamp) -> None:
-    batch, parallelism, kind = config.batch, config.parallelism, config.schedule.kind
-    share, chunks = parallelism.data * batch.micro_sequences, run_stages(config, kind) // parallelism.pipeline
+    batch = config.batch
+    share = config.parallelism.data * batch.micro_sequences
     for size in ramp_sizes(batch.global_sequences, ramp):
         if size % share:
             raise ConfigError(
@@ -145,7 +141,7 @@ def _check_ramp_sizes(config: TrainConfig, ramp: BatchRamp) -> None:
                 f"of (num_sizes - 1) x {share} or a multiple of it"
             )
         try:
-            kind_for_size(kind, parallelism.pipeline, size // share, chunks, micro_batches_key=_RAMP)
+            sized_run(config, size)
         except ScheduleError as error:
             raise ConfigError(f"{error}; a size of {size} sequences has {size // share} micro-batches") from error
 

@@ -245,7 +245,6 @@ def test_config_quickstart_feeds_dualpipe_fully() -> None:
         ([f"batch.ramp={RAMP % (0, 2)}"], ["batch.ramp.start_sequences", "above 0", "is 0"]),
         ([f"batch.ramp={RAMP % (3, 2)}"], ["batch.ramp", "= 2", "one is 3", "start_sequences=2 or 4"]),
         ([f"batch.ramp={RAMP % (4, 6)}"], ["batch.ramp", "= 2", "num_sizes"]),
-        ([f"batch.ramp={RAMP % (4, 4)}", "schedule=auto"], ["schedule.kind", "is auto", "dualpipe_split"]),
         (["ema.decay=1"], ["ema.decay", "below 1", "is 1.0"]),
         (["profile.steps=[3,101]"], ["profile.steps", "1 to 100", "one is 101", "nearest valid: 100"]),
         (["profile.steps=[0]"], ["profile.steps", "one is 0", "nearest valid: 1"]),
@@ -278,6 +277,7 @@ def test_config_rejects_what_no_run_can_follow(overrides: list[str], parts: list
     ("num_sizes", "overrides", "lines"),
     [
         (4, ["schedule=dualpipe_split"], []),
+        (4, ["schedule=auto"], []),
         (4, ["schedule=dualpipe", "batch.micro_sequences=1"], []),
         (4, ["schedule=dualpipe"], ["of 4 sequences use schedule dualpipe_split"]),
         (7, ["schedule=dualpipe"], [f"of {sizes} sequences use schedule dualpipe_split" for sizes in RAMP_OF_ODD]),

@@ -6,18 +6,23 @@ from typing import Any
 
 import pytest
 import torch
+from torch import distributed as dist
 
 from comm.config import ParallelismConfig
 from comm.layout import Layout
+from data.batch_sizes import BatchRamp
 from dualpipe.config import ScheduleConfig
-from dualpipe.ir import from_json, to_json
+from dualpipe.ir import Schedule, ScheduleError, from_json, to_json
 from dualpipe.registry import build
-from dualpipe.validate import validate
+from dualpipe.validate import validate, validate_passes
 from tests.ranks import run_ranks
-from tests.tiny import tiny_config
-from train.checkpoint.manifest import SCHEDULE_NAME, write_manifest
+from tests.tiny import BATCH, tiny_config
+from tests.train.job import make_world
+from train.checkpoint.manifest import SCHEDULE_NAME, ramp_schedule_name, write_manifest
 from train.config import TrainConfig
-from train.schedule.plan import plan
+from train.network import ReplicaConfig
+from train.replica import open_replica
+from train.schedule.plan import Plan, plan
 
 
 def config_of(folder: Path, kind: str, **changes: Any) -> TrainConfig:
@@ -39,6 +44,85 @@ def test_plan_is_the_same_on_every_rank(kind: str, tmp_path: Path) -> None:
     first, second = run_ranks(2, _planned, config_of(tmp_path, kind))
     assert first == second
     assert ("the configured one" in first[1]) == (kind != "auto")
+
+
+def _validations(rank: int, world_size: int, config: TrainConfig) -> tuple[int, int]:
+    """Returns how often this rank validates while it plans, and while it compiles what was planned."""
+    counted: list[Schedule] = []
+
+    def count(schedule: Schedule, memory_cap: float | None = None) -> None:
+        counted.append(schedule)
+        validate_passes(schedule, memory_cap)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("train.schedule.plan.validate_passes", count)
+        patch.setattr("train.replica.validate_passes", count)
+        planned = plan(config, Layout(config.parallelism, config.cluster.ranks_per_node), torch.device("cpu"))
+        in_plan = len(counted)
+        world = make_world(config, planned.schedule)
+        replica = open_replica(world, ReplicaConfig.of_run(config), planned.schedule, is_proven=True)
+        for schedule in planned.ramp.values():
+            replica.with_schedule(schedule, is_proven=True)
+        proven = len(counted) - in_plan
+        replica.with_schedule(planned.schedule)
+        assert len(counted) == in_plan + proven + 1, "a schedule without proof was not validated"
+        replica.close()
+        world.close()
+    return in_plan, proven
+
+
+def test_plan_validates_every_schedule_once_on_rank_0(tmp_path: Path) -> None:
+    ramp = BatchRamp(start_sequences=4, end_tokens=10**6, num_sizes=4)
+    config = config_of(tmp_path, "dualpipe", batch=replace(BATCH, ramp=ramp))
+    assert run_ranks(2, _validations, config) == [(4, 0), (0, 0)]
+
+
+def _planned_after_a_change(rank: int, world_size: int, config: TrainConfig) -> str:
+    """Returns the error of `plan`; rank 1 receives a schedule with another order."""
+    broadcast = dist.broadcast_object_list
+
+    def change(sent: list[Any], src: int) -> None:
+        broadcast(sent, src=src)
+        if rank == 1:
+            sent[0] = replace(sent[0], schedule=to_json(build("dualpipe_split", 2, 3)))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "broadcast_object_list", change)
+        try:
+            _planned(rank, world_size, config)
+        except ScheduleError as error:
+            return str(error)
+    return ""
+
+
+def test_plan_rejects_a_schedule_that_rank_0_has_not_proven(tmp_path: Path) -> None:
+    first, second = run_ranks(2, _planned_after_a_change, config_of(tmp_path, "dualpipe_split"))
+    assert first == ""
+    assert second == "schedule: rank 1 received another schedule than rank 0 has proven"
+
+
+def _planned_ramp(rank: int, world_size: int, config: TrainConfig) -> Plan:
+    return plan(config, Layout(config.parallelism, config.cluster.ranks_per_node), torch.device("cpu"))
+
+
+@pytest.mark.slow
+def test_plan_under_auto_builds_every_size_of_a_ramp_with_one_placement(tmp_path: Path) -> None:
+    """It measures once. A resumed run follows the saved schedules, as other measured times might give others."""
+    ramp = BatchRamp(start_sequences=4, end_tokens=10**6, num_sizes=4)
+    config = config_of(tmp_path, "auto", batch=replace(BATCH, ramp=ramp))
+    first, second = run_ranks(2, _planned_ramp, config)
+    assert first == second
+    assert [schedule.num_micro_batches for schedule in first.ramp.values()] == [4, 8, 12]
+    assert {schedule.placement for schedule in first.ramp.values()} == {first.schedule.placement}
+    saved = {4: build("dualpipe_split", 2, 4), 8: build("dualpipe", 2, 8), 12: build("dualpipe", 2, 12)}
+    folder = tmp_path / "run" / "checkpoints" / "step-00000001"
+    folder.mkdir(parents=True)
+    (folder / SCHEDULE_NAME).write_text(to_json(build("dualpipe", 2, 16)))
+    for size, schedule in saved.items():
+        (folder / ramp_schedule_name(size)).write_text(to_json(schedule))
+    write_manifest(folder, 1, config, "f00d")
+    for resumed in run_ranks(2, _planned_ramp, replace(config, resume=str(tmp_path / "run"))):
+        assert resumed.ramp == saved
 
 
 @pytest.mark.slow

@@ -27,6 +27,11 @@ SCHEDULE_NAME = "schedule.json"
 TOKENIZER_NAME = "tokenizer.json"
 
 
+def ramp_schedule_name(sequences: int) -> str:
+    """Returns the file of the schedule for a smaller size of a batch ramp."""
+    return f"schedule-{sequences}.json"
+
+
 class CheckpointError(ValueError):
     """A checkpoint is missing, unfinished or incompatible.
 

@@ -24,7 +24,14 @@ from data.prepare import Prepared
 from dualpipe.ir import to_json
 from train.checkpoint.dcp.metadata import METADATA_NAME
 from train.checkpoint.locate import CHECKPOINTS_NAME, checkpoints_in, step_folder
-from train.checkpoint.manifest import SCHEDULE_NAME, TOKENIZER_NAME, Digest, digests, write_manifest
+from train.checkpoint.manifest import (
+    SCHEDULE_NAME,
+    TOKENIZER_NAME,
+    Digest,
+    digests,
+    ramp_schedule_name,
+    write_manifest,
+)
 from train.checkpoint.preserved import NOTHING, preserved_by_run
 from train.checkpoint.state import Extras, HostCopy, SliceSavePlanner, State, first_line, state_of
 from train.checkpoint.verify import is_whole
@@ -186,8 +193,11 @@ class CheckpointSaver:
         if self._rank != 0:
             return
         self._check_ownership()
-        (partial / SCHEDULE_NAME).write_text(to_json(self._learner.replica.schedule) + "\n", encoding="utf-8")
-        own = [partial / SCHEDULE_NAME, partial / METADATA_NAME]
+        own = [partial / METADATA_NAME]
+        ramp = {ramp_schedule_name(size): schedule for size, schedule in self._learner.ramp.items()}
+        for name, schedule in {SCHEDULE_NAME: self._learner.replica.schedule, **ramp}.items():
+            (partial / name).write_text(to_json(schedule) + "\n", encoding="utf-8")
+            own.append(partial / name)
         for name, content in self._preserved.files.items():
             (partial / name).write_bytes(content)
             own.append(partial / name)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from dualpipe.ir import Schedule, ScheduleError
+from dualpipe.registry import FALLBACK
 from dualpipe.runtime import pairing
 from dualpipe.runtime.compile import compile_rank
 from kernels.attention import pads_values
@@ -58,7 +59,7 @@ def ramp_memory_cap(config: TrainConfig) -> float | None:
         config: of the run, with this batch size and no ramp.
     """
     room, most = config.cluster.memory_bytes, config.parallelism.pipeline + 1
-    if room is None or config.memory_cap is not None or config.schedule.kind != "dualpipe_split":
+    if room is None or config.memory_cap is not None or config.schedule.kind not in ("auto", FALLBACK):
         return config.memory_cap
     for cap in (None, *(float(round(share * most)) for share in _SMALLER_CAPS)):
         try:

@@ -1,7 +1,8 @@
 """Chooses a run's schedule: the checkpoint's, the configured one, or the best for measured times."""
 
+import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,11 +14,11 @@ from dualpipe.ir import Schedule, ScheduleError, from_json, to_json
 from dualpipe.registry import SCHEDULES, build
 from dualpipe.simulate.choose import choose, survey
 from dualpipe.simulate.costs import CostModel
-from dualpipe.validate import validate
+from dualpipe.validate import validate_passes
 from model.config import CutError, ModelConfig, cut_layers
 from train.checkpoint.locate import locate
-from train.checkpoint.manifest import SCHEDULE_NAME, CheckpointError, layout_record, read_manifest
-from train.config import TrainConfig
+from train.checkpoint.manifest import SCHEDULE_NAME, CheckpointError, layout_record, ramp_schedule_name, read_manifest
+from train.config import TrainConfig, sized_config
 from train.memory.predict import ramp_memory_cap
 from train.schedule.layer_times import LayerTimes, stage_costs
 from train.schedule.nominal import nominal_costs, num_stages, run_stages
@@ -29,83 +30,133 @@ _LARGEST_SCHEDULE_BYTES = 2**28
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """The schedule of a run, why it was chosen, and the schedules of the other sizes of a batch ramp."""
+    """The schedule of a run, why it was chosen, and the schedules of the other sizes of a batch ramp.
+
+    All of them are proven.
+    """
 
     schedule: Schedule
     reason: str
     ramp: Mapping[int, Schedule]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Broadcast:
+    """What rank 0 sends: JSON of the schedules, and a digest of what it proved."""
+
+    schedule: str
+    reason: str
+    ramp: dict[int, str]
+    digest: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Choice:
+    """The schedule of a run, why it was chosen, and the costs of its stages if they were measured."""
+
+    schedule: Schedule
+    reason: str
+    costs: CostModel | None = None
+
+
 def plan(config: TrainConfig, layout: Layout, device: torch.device) -> Plan:
-    """Chooses the schedule on rank 0 and broadcasts it.
+    """Chooses the schedule on rank 0, proves it there, and broadcasts it.
 
     All ranks call it at the same point, before groups are created.
 
     Raises:
-        ScheduleError: on rank 0, if the schedule cannot be built.
+        ScheduleError: on rank 0, if the schedule cannot be built or is not valid; on another rank, if it received
+            another schedule than the one that was proven.
     """
     times = None
     if config.schedule.kind == "auto" and _begun(config) is None:
         times = measure(config, layout, device)
-    sent: list[tuple[str, str, dict[int, str]] | None] = [None]
+    sent: list[_Broadcast | None] = [None]
     if dist.get_rank() == 0:
-        schedule, reason = _decide(config, times)
-        sent[0] = to_json(schedule), reason, {size: to_json(made) for size, made in ramp_schedules(config).items()}
+        chosen = _choose_proven(config, times)
+        whole, ramp = to_json(chosen.schedule), {size: to_json(made) for size, made in chosen.ramp.items()}
+        sent[0] = _Broadcast(schedule=whole, reason=chosen.reason, ramp=ramp, digest=_digest(whole, ramp))
     dist.broadcast_object_list(sent, src=0)
-    assert sent[0] is not None
-    text, reason, ramp = sent[0]
-    return Plan(
-        schedule=from_json(text), reason=reason, ramp={size: from_json(schedule) for size, schedule in ramp.items()}
-    )
+    received = sent[0]
+    assert received is not None
+    if _digest(received.schedule, received.ramp) != received.digest:
+        raise ScheduleError(f"schedule: rank {dist.get_rank()} received another schedule than rank 0 has proven")
+    sizes = {size: from_json(text) for size, text in received.ramp.items()}
+    return Plan(schedule=from_json(received.schedule), reason=received.reason, ramp=sizes)
 
 
-def ramp_schedules(config: TrainConfig) -> dict[int, Schedule]:
+def ramp_schedules(config: TrainConfig, costs: CostModel | None = None) -> dict[int, Schedule]:
     """Returns the schedule of every size of the batch ramp except the last, by the size in sequences.
+
+    Args:
+        config: of the run, with a named schedule.
+        costs: costs of its stages; None: the configured ones.
 
     Raises:
         ScheduleError: one of them cannot be built.
     """
-    pipeline = config.parallelism.pipeline
+    pipeline, cache = config.parallelism.pipeline, schedules_folder(config.data.cache_dir)
     *smaller, _ = config.batch_sizes.sizes
     made = {}
     for sequences in smaller:
         sized = sized_run(config, sequences)
         kind = sized.schedule.kind
         assert kind != "auto"
-        costs = nominal_costs(config, run_stages(sized, kind))
-        cache = schedules_folder(config.data.cache_dir)
-        made[sequences] = build(kind, pipeline, sized.num_micro_batches, costs, ramp_memory_cap(sized), cache)
+        own = costs or nominal_costs(config, run_stages(sized, kind))
+        made[sequences] = build(kind, pipeline, sized.num_micro_batches, own, ramp_memory_cap(sized), cache)
     return made
 
 
-def _decide(config: TrainConfig, times: LayerTimes | None) -> tuple[Schedule, str]:
-    pipeline, micro_batches, kind = config.parallelism.pipeline, config.num_micro_batches, config.schedule.kind
+def _choose_proven(config: TrainConfig, times: LayerTimes | None) -> Plan:
+    """Chooses and validates all schedules of a run."""
     begun = _begun(config)
     if begun is not None:
-        return read_schedule(begun, config), f"the schedule of {begun.parent}"
+        # These are validated as they are read.
+        schedule, reason = read_schedule(begun, config), f"the schedule of {begun.parent}"
+        ramp = _begun_ramp(begun.parent, config)
+        return Plan(schedule=schedule, reason=reason, ramp=ramp)
+    choice = _choose(config, times)
+    kind, chunks = choice.schedule.kind, choice.schedule.num_stages // config.parallelism.pipeline
+    named = replace(config, schedule=replace(config.schedule, kind=kind, chunks=chunks))
+    ramp = ramp_schedules(named, choice.costs)
+    for schedule in (choice.schedule, *ramp.values()):
+        validate_passes(schedule)
+    return Plan(schedule=choice.schedule, reason=choice.reason, ramp=ramp)
+
+
+def _choose(config: TrainConfig, times: LayerTimes | None) -> _Choice:
+    """Builds the configured schedule, or the best one for measured times."""
+    pipeline, micro_batches, kind = config.parallelism.pipeline, config.num_micro_batches, config.schedule.kind
+    cache = schedules_folder(config.data.cache_dir)
     if kind != "auto":
         costs = nominal_costs(config, run_stages(config, kind))
-        made = build(kind, pipeline, micro_batches, costs, config.memory_cap, schedules_folder(config.data.cache_dir))
-        return made, "the configured one"
+        schedule = build(kind, pipeline, micro_batches, costs, config.memory_cap, cache)
+        return _Choice(schedule=schedule, reason="the configured one")
     assert times is not None
 
     def costs_of(num_stages: int) -> CostModel:
         return stage_costs(times, config, num_stages)
 
-    excluded = excluded_schedules(config.model, pipeline, config.schedule.chunks)
-    cache = schedules_folder(config.data.cache_dir)
     rows = survey(
         pipeline,
         micro_batches,
         costs_of,
         config.memory_cap,
         cache,
-        excluded,
+        excluded_schedules(config.model, pipeline, config.schedule.chunks),
         chunks=config.schedule.chunks,
         most_stages=config.model.num_layers,
     )
-    choice = choose(rows, config.memory_cap)
-    return choice.schedule, f"the best for the measured seconds: {choice.reason}"
+    best = choose(rows, config.memory_cap)
+    reason = f"the best for the measured seconds: {best.reason}"
+    return _Choice(schedule=best.schedule, reason=reason, costs=costs_of(best.schedule.num_stages))
+
+
+def _digest(schedule: str, ramp: Mapping[int, str]) -> str:
+    digest = hashlib.sha256()
+    for text in (schedule, *(f"{size} {text}" for size, text in sorted(ramp.items()))):
+        digest.update(f"{len(text)} {text}".encode())
+    return digest.hexdigest()
 
 
 def _begun(config: TrainConfig) -> Path | None:
@@ -119,6 +170,12 @@ def _begun(config: TrainConfig) -> Path | None:
     path = folder / SCHEDULE_NAME
     is_same = read_manifest(folder).get("layout") == layout_record(config)
     return path if is_same and path.is_file() else None
+
+
+def _begun_ramp(folder: Path, config: TrainConfig) -> dict[int, Schedule]:
+    """Reads and validates the schedules of a checkpoint for the smaller sizes of the batch ramp."""
+    *smaller, _ = config.batch_sizes.sizes
+    return {size: read_schedule(folder / ramp_schedule_name(size), sized_config(config, size)) for size in smaller}
 
 
 def read_schedule(path: Path, config: TrainConfig) -> Schedule:
@@ -135,7 +192,7 @@ def read_schedule(path: Path, config: TrainConfig) -> Schedule:
         found = from_json(path.read_text(encoding="utf-8"))
         if (found.num_ranks, found.num_micro_batches) != (ranks, micro_batches):
             raise ScheduleError(f"has {found.num_ranks} ranks and {found.num_micro_batches} micro-batches")
-        validate(found, config.memory_cap)
+        validate_passes(found, config.memory_cap)
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"resume: {path} {rule}, is not: {error}") from error
     return found
