@@ -1,6 +1,7 @@
 """The validator detects every mutation of a valid schedule, and an independent proof agrees with it."""
 
 import random
+import time
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -13,6 +14,8 @@ from dualpipe.generate.zero_bubble import zb_h1
 from dualpipe.ir import Group, Op, Operation, Schedule, ScheduleError
 from dualpipe.passes import forward_only
 from dualpipe.registry import build
+from dualpipe.simulate.costs import Costs
+from dualpipe.simulate.simulate import simulate
 from dualpipe.validate import validate
 
 SIZES: list[tuple[str, int, int]] = [
@@ -215,3 +218,15 @@ def test_validator_distinguishes_training_from_forward_only() -> None:
 def test_validator_rejects_contradictory_sizes(changes: dict[str, object], problem: str) -> None:
     with pytest.raises(ScheduleError, match=problem):
         validate(replace(build("dualpipe", 2, 4), **changes))  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_validate_and_simulate_take_seconds_for_a_large_schedule() -> None:
+    """196,608 operations take about 1 s each on one core; the limits leave room for a busy machine."""
+    schedule = build("zb_v", 32, 1024)
+    started = time.process_time()
+    validate(schedule)
+    validated = time.process_time()
+    simulate(schedule, Costs(forward=1, backward_input=1, backward_weight=1, exchange=1, latency=0))
+    assert validated - started < 3
+    assert time.process_time() - validated < 3
