@@ -20,7 +20,7 @@ FALLBACK = "dualpipe_split"
 AUTO_CHUNKS = 4
 """Maximum number of chunks that is tried if none is configured."""
 
-_FIRST = ("dualpipe_split", "dualpipe", "dualpipe_v", "zero_bubble", "one_f_one_b")
+_FIRST = ("dualpipe_interleaved", "dualpipe", "dualpipe_v", "zero_bubble", "one_f_one_b")
 _EQUAL = Costs(forward=1.0, backward_input=1.0, backward_weight=1.0, exchange=0.0, latency=0.0)
 
 

@@ -1,29 +1,50 @@
 """Builds orders by list scheduling: a free rank starts the group with the highest value.
 
-It builds orders of F, I and W for any placement and costs within a memory cap. It stops as soon as a rank can no longer
-finish in time, because a search tries thousands of preferences (`generate.search`). A rank sends only after the
-previous message of the link was received, so no order can deadlock (`dualpipe.validate`).
+It builds orders of F, I and W within a memory cap, for any number of chunks, directions and costs. A group has up to
+three operations, so a W can fill the wait of an F that is overlapped with an I. The attempt stops as soon as a rank can
+no longer finish in time.
+
+No order can deadlock, even if a link holds one message (`dualpipe.validate`). A rank sends only if the previous message
+of the link was received, or will be received before this one is sent: the receiver then has a deadline to post it.
 """
 
 from collections import deque
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from heapq import heapify, heappop, heappush
+from dataclasses import dataclass, field
+from heapq import heappop, heappush
 from typing import NamedTuple
 
 from dualpipe.generate.preferences import Preferences
-from dualpipe.generate.slots import EPSILON, FORWARD, INPUT, OPS, WEIGHT, Slots, work_key
-from dualpipe.ir import Group, Operation, Schedule
-from dualpipe.simulate.costs import CostModel
+from dualpipe.generate.queues import FORWARD, NONE, OPS, WEIGHT, Pipeline
+from dualpipe.ir import Group, Op, Operation
+from dualpipe.simulate.costs import overlapped_time
+
+_EPSILON = 1e-9
+_NEVER = float("inf")
 
 
 class _Candidate(NamedTuple):
-    """Operation that could start now, and its value."""
+    """Operation that could start at `arrival`, and its value."""
 
-    value: float
+    queue: int
+    position: int
     kind: int
-    slot: int
-    micro_batch: int
+    direction: int
+    stage: int
+    arrival: float
+    value: float
+    source: int
+    link: int
+    target: int
+
+
+class _Choice(NamedTuple):
+    """Group of F and I, possibly with a W, and its times and value."""
+
+    members: tuple[_Candidate, ...]
+    has_weight: bool
+    start: float
+    end: float
+    value: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,250 +53,340 @@ class Attempt:
 
     Attributes:
         time: the makespan, or the time at which the attempt was stopped.
-        progress: mean computation per rank that was placed.
-        effort: number of groups that were placed, as the cost of the attempt.
+        effort: number of decisions, as the cost of the attempt.
         ranks: groups of each rank, or None if the attempt was stopped.
     """
 
     time: float
-    progress: float
     effort: int
     ranks: tuple[tuple[Group, ...], ...] | None
 
 
-class Builder:
-    """Builder of orders for one pipeline."""
+def build_order(pipeline: Pipeline, preferences: Preferences, makespan: float) -> Attempt:
+    """Builds one order.
 
-    def __init__(self, shape: Schedule, costs: CostModel, memory_cap: float) -> None:
-        """Prepares the builder.
-
-        Args:
-            shape: schedule with the placement and counts; its groups are ignored.
-            costs: costs of its stages.
-            memory_cap: maximum of a rank's live activations, in the unit of `StageCosts.activation`.
-        """
-        self._slots = Slots(shape, costs, memory_cap)
-        self.directions = self._slots.directions
-
-    def build(self, preferences: Preferences, makespan: float) -> Attempt:
-        """Builds one order.
-
-        Args:
-            preferences: preferences for the slots of `directions`.
-            makespan: time by which all ranks must end; the attempt stops when a rank cannot.
-        """
-        return _Run(self._slots, preferences, makespan).run()
+    Args:
+        pipeline: the pipeline.
+        preferences: values that decide between groups.
+        makespan: time by which all ranks must end; the attempt stops when a rank cannot.
+    """
+    return _Run(pipeline, preferences, makespan).run()
 
 
 @dataclass(slots=True)
-class _PassState:
-    """State of all forwards, or of all backwards for inputs, by slot.
+class _Link:
+    """Link between two ranks.
 
     Attributes:
-        values: value of an operation.
-        keys: additional values of the first and last micro-batches.
-        to: slot that receives the output, -1 at the end.
-        origin: slot that makes the input, -1 at the start.
-        arrivals: arrival time of each micro-batch's input, if it is known.
-        done: number of started micro-batches.
+        source: rank that sends.
+        waiting: messages that are not received yet, as queue and position.
+        deadline: time before which the first of them must be received.
     """
 
-    values: list[float]
-    keys: Sequence[Sequence[float]]
-    to: list[int]
-    origin: list[int]
-    arrivals: list[list[float]]
-    done: list[int]
+    source: int
+    waiting: deque[tuple[int, int]] = field(default_factory=deque)
+    deadline: float = _NEVER
+
+
+class _Rank:
+    """State of one rank.
+
+    Attributes:
+        queues: numbers of its queues.
+        links: links that deliver to it, with their numbers.
+        has_deadline: whether a message of these links may have a deadline.
+        weights: waiting W as (direction, stage, micro-batch).
+        alive: live activations by direction.
+        free: time from which it is free.
+        work_left: remaining computation.
+        left: remaining operations.
+        groups: groups so far.
+    """
+
+    __slots__ = ("alive", "free", "groups", "has_deadline", "left", "links", "queues", "weights", "work_left")
+
+    def __init__(self, queues: list[int], work: float, count: int, num_directions: int) -> None:
+        self.queues = queues
+        self.links: list[tuple[int, _Link]] = []
+        self.has_deadline = False
+        self.weights: deque[tuple[int, int, int]] = deque()
+        self.alive = [0.0] * num_directions
+        self.free = 0.0
+        self.work_left = work
+        self.left = count
+        self.groups: list[Group] = []
 
 
 class _Run:
     """Construction of one order."""
 
-    def __init__(self, slots: Slots, preferences: Preferences, makespan: float) -> None:
-        self._slots = slots
-        self._makespan = makespan
+    def __init__(self, pipeline: Pipeline, preferences: Preferences, makespan: float) -> None:
+        self._pipeline = pipeline
         self._preferences = preferences
-        depths = [stage / slots.shape.num_stages for stage in slots.stages]
-        slot_range = range(len(depths))
-        self._passes = (
-            _PassState(
-                values=preferences.forward_values(depths, slots.directions),
-                keys=preferences.forwards,
-                to=slots.after,
-                origin=slots.before,
-                # All inputs of the first stage are there from the start.
-                arrivals=[[0.0] * slots.counts[j] if slots.stages[j] == 0 else [] for j in slot_range],
-                done=[0 for _ in slot_range],
-            ),
-            _PassState(
-                values=preferences.backward_values(depths, slots.directions),
-                keys=preferences.backwards,
-                to=slots.before,
-                origin=slots.after,
-                arrivals=[[] for _ in slot_range],
-                done=[0 for _ in slot_range],
-            ),
-        )
-        # By rank: waiting W as (slot, micro-batch), live activations, time from which the rank is free, remaining work
-        # and operations, and the groups so far.
-        ranks = range(slots.shape.num_ranks)
-        self._waiting: list[deque[tuple[int, int]]] = [deque() for _ in ranks]
-        self._alive = [0.0 for _ in ranks]
-        self._free = [0.0 for _ in ranks]
-        self._work_left = list(slots.work)
-        self._left = [3 * sum(slots.counts[j] for j in slots.of_rank[rank]) for rank in ranks]
-        self._groups: list[list[Group]] = [[] for _ in ranks]
-        # Times at which a rank may find something new to start.
-        self._events = [(0.0, rank) for rank in ranks]
+        self._makespan = makespan
+        shape = pipeline.shape
+        self._blocks = preferences.blocks(shape.num_ranks, shape.num_directions)
+        self._queues = pipeline.queues(self._blocks)
+        self._next = [0] * len(self._queues)
+        self._arrivals = [[_NEVER] * len(queue.stages) for queue in self._queues]
+        per_rank = 2 * shape.num_directions
+        self._ranks = [
+            _Rank(list(range(rank * per_rank, (rank + 1) * per_rank)), work, count, shape.num_directions)
+            for rank, (work, count) in enumerate(zip(pipeline.work, pipeline.counts, strict=True))
+        ]
+        self._links: dict[int, _Link] = {}
+        for number, queue in enumerate(self._queues):
+            for index, (stage, source) in enumerate(zip(queue.stages, queue.sources, strict=True)):
+                if source != NONE and source not in self._links:
+                    self._links[source] = _Link(source // 2 // shape.num_ranks)
+                    self._ranks[queue.rank].links.append((source, self._links[source]))
+                if queue.kind == FORWARD and stage == 0:
+                    self._arrivals[number][index] = 0.0
+        self._values = self._operation_values()
+        self._durations: dict[tuple[int, int], tuple[float, float]] = {}
+        self._num_classes = 2 * shape.num_stages + 1
+        # Memory that a direction needs so that its first block can run.
+        self._largest = max(pipeline.activations)
+        needed = self._blocks.forward * (pipeline.chunks - 1) * preferences.reserve + 1
+        self._reserve = needed * self._largest
+        self._events = [(0.0, rank) for rank in range(shape.num_ranks)]
+        self._scheduled = set(self._events)
+        self._effort = 0
+
+    def _operation_values(self) -> tuple[list[float], list[float]]:
+        """Returns the values of F and of I by stage."""
+        wish, num_stages = self._preferences, self._pipeline.shape.num_stages
+        depths = [stage / num_stages for stage in range(num_stages)]
+        forwards = [wish.forward + wish.deep_forward * depth for depth in depths]
+        return forwards, [3.0 + wish.deep_backward * (1.0 - depth) for depth in depths]
 
     def run(self) -> Attempt:
         """Processes events in the order of time until everything is placed or a rank cannot end in time."""
         events, end = self._events, 0.0
-        heapify(events)
         while events:
-            now = events[0][0]
-            # All ranks with an event now, each once and in order: the result must not depend on ties in the heap.
-            due = set()
-            while events and events[0][0] <= now + EPSILON:
-                due.add(heappop(events)[1])
-            for rank in sorted(due):
-                if self._free[rank] > now + EPSILON or not self._left[rank]:
-                    continue
-                # The rank would be late even without further waits.
-                if now + self._work_left[rank] > self._makespan + EPSILON:
-                    return self._attempt(now, complete=False)
-                chosen = self._choose(rank, now)
-                if chosen is not None:
-                    end = max(end, self._start(rank, now, *chosen))
-        return self._attempt(end, complete=end <= self._makespan + EPSILON and not any(self._left))
-
-    def _attempt(self, time: float, *, complete: bool) -> Attempt:
-        progress = (sum(self._slots.work) - sum(self._work_left)) / len(self._left)
-        ranks = tuple(map(tuple, self._groups)) if complete else None
-        return Attempt(time=time, progress=progress, effort=sum(map(len, self._groups)), ranks=ranks)
-
-    def _choose(self, rank: int, now: float) -> tuple[tuple[_Candidate, ...], float] | None:
-        """Returns the group with the highest value and its time, or None if the rank should wait."""
-        members = self._available(rank, now)
-        pairs = self._slots.pairs[rank]
-        lanes, preferences = self._slots.lanes, self._preferences
-        best: tuple[_Candidate, ...] = ()
-        best_value, best_time = float("-inf"), 0.0
-        for index, one in enumerate(members):
-            if not self._is_next(one):
+            now, rank = event = heappop(events)
+            self._scheduled.discard(event)
+            state = self._ranks[rank]
+            if state.free > now + _EPSILON or not state.left:
                 continue
-            # As a group of one: nothing hides its exchange.
-            compute, exchange = lanes[one.slot][one.kind]
-            value = one.value - preferences.alone * exchange
-            if value > best_value:
-                best, best_value, best_time = (one,), value, compute + exchange
-            # As a pair with each later candidate, if they overlap.
-            for other in members[index + 1 :] if pairs else ():
-                time = pairs.get((work_key(one.slot, one.kind), work_key(other.slot, other.kind)))
-                if time is None or not self._fits(rank, one, other):
-                    continue
-                value = one.value + other.value + preferences.affinity[_pair_kind(one.kind, other.kind)]
-                if value > best_value:
-                    best, best_value, best_time = (one, other), value, time
-        if not best or (best_value < preferences.patience and self._expects(rank, now)):
-            return None
-        return best, best_time
+            # The rank would be late even without further waits.
+            if now + state.work_left > self._makespan + _EPSILON:
+                return Attempt(time=now, effort=self._effort, ranks=None)
+            self._effort += 1
+            choice = self._choose(state, now)
+            if choice is not None:
+                end = max(end, self._start(rank, state, now, choice))
+        is_complete = not any(state.left for state in self._ranks)
+        ranks = tuple(tuple(state.groups) for state in self._ranks) if is_complete else None
+        return Attempt(time=end, effort=self._effort, ranks=ranks)
 
-    def _available(self, rank: int, now: float) -> list[_Candidate]:
-        """Returns the operations that could start now; for the last stage also the second one in line.
+    def _choose(self, state: _Rank, now: float) -> _Choice | None:
+        """Returns the group with the highest value, or None if the rank should wait."""
+        candidates = self._candidates(state)
+        best = self._best(state, now, candidates)
+        if best is None or not best.members or best.start <= now + _EPSILON:
+            return best
+        # The rank would wait: a W may fill the time.
+        if state.weights:
+            time = self._pipeline.computes[WEIGHT][state.weights[0][1]]
+            is_short = best.start - now >= time * (1 - self._preferences.patience) - _EPSILON
+            if is_short and now + time < min((link.deadline for _, link in state.links), default=_NEVER) - _EPSILON:
+                return _Choice(members=(), has_weight=True, start=now, end=now + time, value=0.0)
+        arrivals = (candidate.arrival for candidate in candidates if candidate.arrival > now + _EPSILON)
+        self._wake(min(best.start, *arrivals, best.start), self._queues[state.queues[0]].rank)
+        return None
 
-        Excludes operations that would send before the previous message of their link was received.
+    def _candidates(self, state: _Rank) -> list[_Candidate]:
+        """Returns the next operations of the rank's queues whose inputs are on the way or there."""
+        found: list[_Candidate] = []
+        values, leader, activations = self._values, self._preferences.leader, self._pipeline.activations
+        most_waiting = 2 if self._preferences.posts_ahead else 1
+        for number in state.queues:
+            queue, index = self._queues[number], self._next[number]
+            if index >= len(queue.stages):
+                continue
+            arrival = self._arrivals[number][index]
+            if arrival == _NEVER:
+                continue
+            source, link, stage = queue.sources[index], queue.links[index], queue.stages[index]
+            if source != NONE and self._links[source].waiting[0] != (number, index):
+                continue
+            if link != NONE and len(self._links[link].waiting) >= most_waiting:
+                continue
+            value = values[queue.kind][stage]
+            if queue.kind == FORWARD and queue.micro_batches[index] == 0:
+                value += leader
+            target = queue.targets[index]
+            found.append(
+                _Candidate(number, index, queue.kind, queue.direction, stage, arrival, value, source, link, target)
+            )
+            if queue.kind == FORWARD and activations[stage] > self._room(state, queue.direction):
+                found.pop()
+                continue
+            if link == NONE == source and self._preferences.same_stage and index + 1 < len(queue.stages):
+                self._add_second(found, number, index + 1, value - 0.01)
+        return found
+
+    def _add_second(self, found: list[_Candidate], number: int, index: int, value: float) -> None:
+        """Adds the second operation of a queue whose first one neither receives nor sends."""
+        queue, arrival = self._queues[number], self._arrivals[number][index]
+        if arrival == _NEVER or queue.links[index] != NONE or queue.sources[index] != NONE:
+            return
+        stage, target = queue.stages[index], queue.targets[index]
+        found.append(_Candidate(number, index, queue.kind, queue.direction, stage, arrival, value, NONE, NONE, target))
+
+    def _best(self, state: _Rank, now: float, candidates: list[_Candidate]) -> _Choice | None:
+        """Returns the group with the highest value, which may start later than now."""
+        following, better = self._next, self._better
+        best = better(None, state, now, (), 0) if state.weights else None
+        for number, one in enumerate(candidates):
+            if one.position != following[one.queue]:
+                continue
+            is_forward = one.kind == FORWARD
+            best = better(best, state, now, (one,), is_forward)
+            for other in candidates[number + 1 :]:
+                if other.queue != one.queue:
+                    if other.position != following[other.queue]:
+                        continue
+                    if one.link == other.link != NONE or one.source == other.source != NONE:
+                        continue
+                forwards = is_forward + (other.kind == FORWARD)
+                if forwards < 2 or self._fit_together(state, one, other):
+                    best = better(best, state, now, (one, other), forwards)
+        return best
+
+    def _better(
+        self, best: _Choice | None, state: _Rank, now: float, members: tuple[_Candidate, ...], forwards: int
+    ) -> _Choice | None:
+        """Returns the group of these members, without or with a W, if it is possible and has a higher value.
+
+        Args:
+            best: best group so far.
+            state: the rank.
+            now: time of the decision.
+            members: the F and I.
+            forwards: number of F.
         """
-        members: list[_Candidate] = []
-        limit = now + EPSILON
-        for j in self._slots.of_rank[rank]:
-            for kind in (INPUT, FORWARD):
-                state = self._passes[kind]
-                done, arrivals, to = state.done[j], state.arrivals[j], state.to[j]
-                # Skip if its input is missing, or the receiver has not received the previous message.
-                if done >= len(arrivals) or arrivals[done] > limit or (to >= 0 and state.done[to] < done):
-                    continue
-                if kind == FORWARD and not self._has_room(rank, j):
-                    continue
-                value = state.values[j] + self._preferences.key(state.keys[j], done, self._slots.counts[j])
-                members.append(_Candidate(value, kind, j, done))
-                # The last stage sends nothing, so two of its micro-batches may share a group.
-                if self._preferences.same_stage and to < 0 and done + 1 < len(arrivals) and arrivals[done + 1] <= limit:
-                    members.append(_Candidate(value - 0.01, kind, j, done + 1))
-        if self._waiting[rank]:
-            members.append(_Candidate(self._preferences.weight, WEIGHT, *self._waiting[rank][0]))
-        return members
-
-    def _has_room(self, rank: int, *forwards: int) -> bool:
-        """Returns whether the slots' forwards fit under the cap, with room left for one of each later stage."""
-        slots, done = self._slots, self._passes[FORWARD].done
-        need = self._alive[rank] + sum(slots.weights[j] for j in forwards)
-        # A later stage with remaining forwards needs room for one. Else the activations that fill the rank, which wait
-        # for that stage, could never be freed.
-        for later in slots.later[min(forwards, key=slots.stages.__getitem__)]:
-            if later not in forwards and done[later] < slots.counts[later]:
-                need += slots.weights[later]
-        return need <= slots.cap
-
-    def _is_next(self, member: _Candidate) -> bool:
-        """Returns whether a candidate is the next one of its slot. The second of two of one stage is not."""
-        return member.kind == WEIGHT or member.micro_batch == self._passes[member.kind].done[member.slot]
-
-    def _fits(self, rank: int, one: _Candidate, other: _Candidate) -> bool:
-        """Returns whether `other` may run with `one`: micro-batches stay in order, and memory suffices."""
-        if one.kind == other.kind == FORWARD and not self._has_room(rank, one.slot, other.slot):
-            return False
-        return self._is_next(other) or (one.kind, one.slot) == (other.kind, other.slot)
-
-    def _expects(self, rank: int, now: float) -> bool:
-        """Returns whether an input is going to arrive at the rank."""
-        limit = now + EPSILON
-        return any(
-            state.done[j] < len(state.arrivals[j]) and state.arrivals[j][state.done[j]] > limit
-            for j in self._slots.of_rank[rank]
-            for state in self._passes
-        )
-
-    def _start(self, rank: int, now: float, members: Iterable[_Candidate], time: float) -> float:
-        """Starts a group on its rank: updates work and memory, and sends the group's outputs."""
-        slots, end = self._slots, now + time
-        group = []
-        freed = 0.0
-        for _, kind, j, micro_batch in members:
-            group.append(Operation(OPS[kind], slots.directions[j], slots.stages[j], micro_batch))
-            self._work_left[rank] -= slots.lanes[j][kind][0]
-            self._left[rank] -= 1
-            if kind == WEIGHT:
-                self._waiting[rank].popleft()
-                freed += slots.weights[j]
+        wish, start, value, key = self._preferences, now, 0.0, 0
+        for member in members:
+            value += member.value
+            key = key * self._num_classes + member.stage * 2 + member.kind + 1
+            if member.arrival > start:
+                start = member.arrival
+        if len(members) == 2:
+            value += (wish.two_backwards, wish.mixed, wish.two_forwards)[forwards]
+        if start > now:
+            value -= wish.delay * (start - now) / self._pipeline.unit
+        weight = state.weights[0][1] if state.weights else NONE
+        for held in (NONE, weight) if members and weight != NONE else (NONE if members else weight,):
+            known = self._durations.get((key, held))
+            time, penalty = known or self._duration(key, held, members)
+            total = value - penalty
+            if best is not None and total <= best.value + 1e-12:
                 continue
-            if kind == FORWARD:
-                self._alive[rank] += slots.weights[j]
+            end = start + time
+            if self._can_send(members, end) and (not state.has_deadline or self._keeps_deadlines(state, members, end)):
+                best = _Choice(members, held != NONE, start, end, total)
+        return best
+
+    def _duration(self, key: int, weight: int, members: tuple[_Candidate, ...]) -> tuple[float, float]:
+        """Returns the time of a group, and the penalty for its exposed exchange less the value of its W."""
+        wish, computes, exchanges = self._preferences, self._pipeline.computes, self._pipeline.exchanges
+        lanes = [(computes[member.kind][member.stage], exchanges[member.kind][member.stage]) for member in members]
+        penalty = 0.0
+        if weight != NONE:
+            lanes.append((computes[WEIGHT][weight], 0.0))
+            penalty -= wish.weight + (wish.filler if members else 0.0)
+        time = overlapped_time(lanes)
+        penalty += wish.alone * (time - sum(compute for compute, _ in lanes)) / self._pipeline.unit
+        self._durations[key, weight] = time, penalty
+        return time, penalty
+
+    def _fit_together(self, state: _Rank, one: _Candidate, other: _Candidate) -> bool:
+        """Returns whether two F fit under the cap together. Each fits alone."""
+        weights = self._pipeline.activations
+        both = weights[one.stage] + weights[other.stage]
+        if one.direction == other.direction:
+            return both <= self._room(state, one.direction)
+        return both <= self._pipeline.cap - sum(state.alive) + _EPSILON
+
+    def _room(self, state: _Rank, direction: int) -> float:
+        """Returns the memory for F of a direction: what is free, except what the other direction still needs."""
+        free = self._pipeline.cap - sum(state.alive) + _EPSILON
+        if len(state.alive) == 1:
+            return free
+        other = 1 - direction
+        number = state.queues[2 + other]
+        left = len(self._queues[number].stages) - self._next[number]
+        if not left:
+            return free
+        return free - max(0.0, min(self._reserve - state.alive[other], left * self._largest))
+
+    def _can_send(self, members: tuple[_Candidate, ...], end: float) -> bool:
+        """Returns whether the receivers can take the previous message of each link before `end`."""
+        for member in members:
+            if member.link != NONE and self._links[member.link].waiting:
+                receiver = self._ranks[self._queues[member.target].rank]
+                if receiver.free > end - _EPSILON:
+                    return False
+        return True
+
+    def _keeps_deadlines(self, state: _Rank, members: tuple[_Candidate, ...], end: float) -> bool:
+        """Returns whether the rank receives the messages of its links in time."""
+        state.has_deadline = any(link.deadline < _NEVER for _, link in state.links)
+        for number, link in state.links:
+            if end > link.deadline - _EPSILON and all(member.source != number for member in members):
+                return False
+        return True
+
+    def _start(self, rank: int, state: _Rank, now: float, choice: _Choice) -> float:
+        """Starts a group: updates memory and work, receives its inputs and sends its outputs."""
+        pipeline, group = self._pipeline, []
+        for member in choice.members:
+            queue = self._queues[member.queue]
+            micro_batch = queue.micro_batches[member.position]
+            group.append(Operation(OPS[member.kind], member.direction, member.stage, micro_batch))
+            self._next[member.queue] += 1
+            state.work_left -= pipeline.computes[member.kind][member.stage]
+            if member.kind == FORWARD:
+                state.alive[member.direction] += pipeline.activations[member.stage]
             else:
-                self._waiting[rank].append((j, micro_batch))
-            self._transfer(rank, now, end, kind, j)
-        # Forwards of the group start before its W free memory.
-        self._alive[rank] -= freed
-        self._free[rank] = end
-        self._groups[rank].append(tuple(group))
-        heappush(self._events, (end, rank))
-        return end
+                state.weights.append((member.direction, member.stage, micro_batch))
+            self._transfer(member, queue.places[member.position], now, choice.end)
+        if choice.has_weight:
+            direction, stage, micro_batch = state.weights.popleft()
+            group.append(Operation(Op.BACKWARD_WEIGHT, direction, stage, micro_batch))
+            state.work_left -= pipeline.computes[WEIGHT][stage]
+            # Forwards of the group start before its W frees memory.
+            state.alive[direction] -= pipeline.activations[stage]
+        state.left -= len(group)
+        state.free = choice.end
+        state.groups.append(tuple(group))
+        self._wake(choice.end, rank)
+        return choice.end
 
-    def _transfer(self, rank: int, now: float, end: float, kind: int, j: int) -> None:
-        """Consumes the slot's input, so that its maker may send again, and sends the output at `end`."""
-        state, ranks = self._passes[kind], self._slots.ranks
-        state.done[j] += 1
-        if state.origin[j] >= 0:
-            heappush(self._events, (now, ranks[state.origin[j]]))
-        to = state.to[j]
-        if to >= 0:
-            arrival = end if ranks[to] == rank else end + self._slots.latency
-            state.arrivals[to].append(arrival)
-            heappush(self._events, (arrival, ranks[to]))
-        elif kind == FORWARD:  # the last stage's F is the input of its I
-            self._passes[INPUT].arrivals[j].append(end)
+    def _transfer(self, member: _Candidate, place: int, now: float, end: float) -> None:
+        """Receives an operation's input, so that its maker may send again, and sends the output at `end`."""
+        if member.source != NONE:
+            link = self._links[member.source]
+            link.waiting.popleft()
+            link.deadline = _NEVER
+            self._wake(max(now, self._ranks[link.source].free), link.source)
+        if member.target == NONE:
+            return
+        arrival = end
+        if member.link != NONE:
+            arrival += self._pipeline.latency
+            link = self._links[member.link]
+            if link.waiting:
+                link.deadline = end
+                self._ranks[self._queues[member.target].rank].has_deadline = True
+            link.waiting.append((member.target, place))
+        self._arrivals[member.target][place] = arrival
+        self._wake(arrival, self._queues[member.target].rank)
 
-
-def _pair_kind(one: int, other: int) -> int:
-    """Returns the index into `Preferences.affinity`. W is never first, as it is the last candidate."""
-    return 3 + one if other == WEIGHT else one + other
+    def _wake(self, time: float, rank: int) -> None:
+        """Schedules a decision of a rank."""
+        if (time, rank) not in self._scheduled:
+            self._scheduled.add((time, rank))
+            heappush(self._events, (time, rank))

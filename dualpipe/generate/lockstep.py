@@ -1,46 +1,20 @@
 """Generates lockstep orders: the steady state of DualPipe, extended to both ends of the schedule.
 
 Time is divided into slots. In each slot a rank runs at most one F, one I of the other direction, and the W of that I. A
-micro-batch advances by one rank per slot. Its gradient starts one slot after the last F and returns by one rank per
-slot. In every second slot one micro-batch enters at each end. If the number of ranks is odd, direction 1 starts one
-slot later, so that each slot of a rank pairs an F with an I. On average over a rank's two stages a micro-batch is alive
-for P+1 slots, so a rank keeps P+1 activations.
+micro-batch advances by one stage per slot. Its gradient starts one slot after the last F and returns by one stage per
+slot. Micro-batches enter at each end in blocks of P/2, one in every second slot. A block enters when the chunks of the
+block before it have left the first rank free, so with one chunk blocks follow without a gap. If the number of ranks is
+odd, direction 1 starts one slot later, so that each slot of a rank pairs an F with an I.
 
-The slots only define the order; ranks run it as fast as they can. With F = I = W, no exchange, and W in idle time
-(`weights.place_weights`), the makespan is floor((P-1)/2) above 3M. This is the lower bound for every M >= P.
+With v chunks a rank keeps P + 1/v activations of model/P. The slots only define the order; ranks run it as fast as they
+can. With F = I = W, no exchange, and W in idle time (`weights.place_weights`), the makespan is floor((P-1)/2) above 3M
+with one chunk, and (P-1)/(2v) with v chunks and an even P. With one chunk this is the lower bound for every M >= P.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import replace
 
 from dualpipe.ir import Group, Op, Operation, Schedule
-from dualpipe.optimize.fuse import exchanges
-from dualpipe.optimize.weights import place_weights
-from dualpipe.simulate.costs import CostModel
-
-_PATIENCE = (0.0, 1.0, 0.5)
-
-
-def lockstep_orders(shape: Schedule, costs: CostModel, memory_cap: float) -> Iterator[Schedule]:
-    """Yields lockstep orders: F and I of a slot paired or separate, with different placements of W.
-
-    They are valid schedules but may exceed the cap.
-
-    Args:
-        shape: schedule with two directions, stage s on ranks s and P-1-s; its groups are ignored.
-        costs: costs for the placement of W.
-        memory_cap: memory cap for the placement of W, in the unit of `StageCosts.activation`.
-    """
-    together = lockstep(shape, paired=True)
-    apart = lockstep(shape, paired=False)
-    # With exchange each candidate is also fused, which is slow, so there are fewer candidates.
-    orders, patiences = ((together, apart), _PATIENCE[:2]) if exchanges(costs) else ((apart,), _PATIENCE)
-    for order in orders:
-        for patience in patiences:
-            yield from filter(None, [place_weights(order, costs, memory_cap, patience)])
-    yield together
-    yield _with_whole_backwards(together)
 
 
 def lockstep(shape: Schedule, *, paired: bool) -> Schedule:
@@ -56,9 +30,8 @@ def lockstep(shape: Schedule, *, paired: bool) -> Schedule:
 def _rank_groups(shape: Schedule, rank: int, *, paired: bool) -> tuple[Group, ...]:
     slots: dict[int, list[Operation]] = defaultdict(list)
     for direction, stage in shape.stages_of(rank):
-        begin = direction * (shape.num_ranks % 2)
         for micro_batch in shape.micro_batches_of(direction):
-            enters = begin + 2 * micro_batch
+            enters = _entry_slot(shape, direction, micro_batch)
             slots[enters + stage].append(Operation(Op.FORWARD, direction, stage, micro_batch))
             back = enters + 2 * shape.num_stages - 1 - stage
             slots[back].append(Operation(Op.BACKWARD_INPUT, direction, stage, micro_batch))
@@ -70,20 +43,9 @@ def _rank_groups(shape: Schedule, rank: int, *, paired: bool) -> tuple[Group, ..
     return tuple(groups)
 
 
-def _with_whole_backwards(schedule: Schedule) -> Schedule:
-    """Replaces each I that shares a group by B, for exchange that is long enough to hide its W too."""
-
-    def joined(groups: tuple[Group, ...]) -> tuple[Group, ...]:
-        whole = {
-            op.with_kind(Op.BACKWARD_WEIGHT)
-            for group in groups
-            for op in group
-            if len(group) > 1 and op.kind is Op.BACKWARD_INPUT
-        }
-        return tuple(
-            tuple(op.with_kind(Op.BACKWARD) if op.kind is Op.BACKWARD_INPUT and len(group) > 1 else op for op in group)
-            for group in groups
-            if group[0] not in whole
-        )
-
-    return replace(schedule, ranks=tuple(map(joined, schedule.ranks)))
+def _entry_slot(shape: Schedule, direction: int, micro_batch: int) -> int:
+    """Returns the slot in which the first stage runs a micro-batch."""
+    block = max(1, shape.num_ranks // 2)
+    if shape.num_stages == shape.num_ranks:
+        return direction * (shape.num_ranks % 2) + 2 * micro_batch
+    return direction * (shape.num_ranks % 2) + micro_batch // block * shape.num_stages + 2 * (micro_batch % block)

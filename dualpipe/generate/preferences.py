@@ -1,22 +1,9 @@
-"""Defines the preferences of a list builder as numbers, so that a search can change some of them."""
+"""Defines the preferences of the list builder as numbers, and the presets that it tries."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from random import Random
+from dataclasses import dataclass, fields
 
-PAIR_KINDS = 5
-"""Number of kinds of pairs: F&F, F&I, I&I, F&W, I&W."""
-
-_FORWARDS = (1.0, 2.5, 4.0)
-_WEIGHTS = (-2.0, -2.0, 1.5)
-_PATIENCE = (float("-inf"), 0.0, 1.0, 2.0)
-_RANGES = {
-    "deep_forward": (-0.4, 1.0),
-    "deep_backward": (-0.5, 0.5),
-    "second_forward": (-0.3, 0.3),
-    "second_backward": (-0.3, 0.3),
-    "alone": (0.0, 4.0),
-}
+from dualpipe.generate.queues import Blocks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,98 +13,90 @@ class Preferences:
     Attributes:
         forward: value of an F.
         weight: value of a W.
+        filler: additional value of a W in a group with F or I.
         deep_forward: additional value of an F in the last stage relative to the first.
-        deep_backward: additional value of an I in the last stage relative to the first.
-        second_forward: additional value of an F of direction 1.
-        second_backward: additional value of an I of direction 1.
-        alone: penalty per unit of exchange that is not hidden.
-        patience: value below which a rank waits if an input is going to arrive.
-        affinity: additional value of pairs, in the order of `PAIR_KINDS`.
-        same_stage: whether two micro-batches of one stage may share a group.
-        head: number of first micro-batches with additional values.
-        tail: number of last micro-batches with additional values.
-        forwards: additional values of F by slot, for the first `head` and last `tail` micro-batches.
-        backwards: additional values of I by slot, for the same micro-batches.
+        deep_backward: additional value of an I in the first stage relative to the last.
+        leader: additional value of the F of each direction's first micro-batch.
+        alone: penalty for exchange that computation of the group does not hide, per mean operation.
+        delay: penalty for waiting, per mean operation.
+        patience: fraction of a W's time that a rank waits for an input instead of running the W.
+        two_forwards: additional value of a group with two F.
+        two_backwards: additional value of a group with two I.
+        mixed: additional value of a group with F and I.
+        reserve: share of a block for which an F leaves room in memory to the other direction.
+        same_stage: whether two micro-batches of one stage may share a group where nothing is sent.
+        posts_ahead: whether a rank may send while the previous message of the link is not received yet, if the receiver
+            can receive it in time.
+        block: block size of F relative to the default, as an index into `block_sizes`.
+        first_block: number of micro-batches by which the first block is larger, -1 for twice the size.
+        equal_blocks: whether I has the block size of F instead of the default.
     """
 
     forward: float
     weight: float
+    filler: float
     deep_forward: float
     deep_backward: float
-    second_forward: float
-    second_backward: float
+    leader: float
     alone: float
+    delay: float
     patience: float
-    affinity: tuple[float, ...]
+    two_forwards: float
+    two_backwards: float
+    mixed: float
+    reserve: float
     same_stage: bool
-    head: int
-    tail: int
-    forwards: tuple[tuple[float, ...], ...]
-    backwards: tuple[tuple[float, ...], ...]
+    posts_ahead: bool
+    block: int
+    first_block: int
+    equal_blocks: bool
 
-    def forward_values(self, depths: Sequence[float], directions: Sequence[int]) -> list[float]:
-        """Returns the value of an F in each slot; `depths` holds stage / number of stages."""
-        deep, second = self.deep_forward, self.second_forward
-        return [self.forward + deep * depth + second * side for depth, side in zip(depths, directions, strict=True)]
+    def blocks(self, num_ranks: int, num_directions: int) -> Blocks:
+        """Returns the block sizes for a pipeline.
 
-    def backward_values(self, depths: Sequence[float], directions: Sequence[int]) -> list[float]:
-        """Returns the value of an I in each slot."""
-        deep, second = self.deep_backward, self.second_backward
-        return [3.0 + deep * depth + second * side for depth, side in zip(depths, directions, strict=True)]
-
-    def key(self, keys: Sequence[float], micro_batch: int, count: int) -> float:
-        """Returns the additional value of one of a slot's first `head` or last `tail` micro-batches, else 0.
-
-        `keys` starts with the values of the first micro-batches and ends with those of the last ones, which a negative
-        index reads.
+        By default a block has as many micro-batches as ranks share a direction, so that the last one enters when the
+        first one has reached the last rank.
         """
-        index = micro_batch if micro_batch < self.head else micro_batch - count
-        return keys[index] if index >= -self.tail else 0.0
+        size = max(1, -(-num_ranks // num_directions))
+        forward = block_sizes(size)[self.block]
+        first = 2 * forward if self.first_block < 0 else forward + self.first_block
+        return Blocks(first=first, forward=forward, backward=forward if self.equal_blocks else size)
 
 
-def draw(random: Random, num_slots: int, head: int, tail: int) -> Preferences:
-    """Draws random preferences; `head` and `tail` are the numbers of micro-batches with additional values."""
-    spread = random.choice((0.0, 0.3, 1.0, 2.0))
-    return Preferences(
-        forward=random.choice(_FORWARDS),
-        weight=random.choice(_WEIGHTS),
-        **{name: random.uniform(low, high) for name, (low, high) in _RANGES.items()},
-        patience=random.choice(_PATIENCE),
-        affinity=tuple(random.uniform(-1.0, 1.5) for _ in range(PAIR_KINDS)),
-        same_stage=random.random() < 0.5,
-        head=head,
-        tail=tail,
-        forwards=tuple(tuple(random.random() * spread for _ in range(head + tail)) for _ in range(num_slots)),
-        backwards=tuple(tuple(random.random() * spread for _ in range(head + tail)) for _ in range(num_slots)),
-    )
+def block_sizes(size: int) -> tuple[int, ...]:
+    """Returns the block sizes that presets may use: the default, one more, one less, twice, half, and 1."""
+    return size, size + 1, max(1, size - 1), 2 * size, max(1, size // 2), 1
 
 
-def change(preferences: Preferences, random: Random) -> Preferences:
-    """Draws neighboring preferences: changes some additional values and sometimes other values."""
-    forwards = [list(row) for row in preferences.forwards]
-    backwards = [list(row) for row in preferences.backwards]
-    for _ in range(random.choice((1, 2, 4, 8, 16))):
-        row = random.choice(forwards if random.random() < 0.6 else backwards)
-        row[random.randrange(len(row))] = random.random() * 2.0
-    changed = replace(preferences, forwards=tuple(map(tuple, forwards)), backwards=tuple(map(tuple, backwards)))
-    return _change_values(changed, random) if random.random() < 0.5 else changed
+def _preset(row: Sequence[float]) -> Preferences:
+    """Returns preferences from the values of their fields, in order."""
+    values = {item.name: type_of(value) for item, type_of, value in zip(fields(Preferences), _TYPES, row, strict=True)}
+    return Preferences(**values)
 
 
-def _change_values(preferences: Preferences, random: Random) -> Preferences:
-    """Draws some of the values that are not additional values of micro-batches."""
-    changed: dict[str, float | bool | tuple[float, ...]] = {
-        name: random.uniform(low, high) for name, (low, high) in _RANGES.items() if random.random() < 0.15
-    }
-    if random.random() < 0.1:
-        changed["forward"] = random.choice(_FORWARDS)
-    if random.random() < 0.1:
-        changed["weight"] = random.choice(_WEIGHTS)
-    if random.random() < 0.1:
-        changed["patience"] = random.choice(_PATIENCE)
-    if random.random() < 0.1:
-        changed["same_stage"] = not preferences.same_stage
-    if random.random() < 0.4:
-        affinity = list(preferences.affinity)
-        affinity[random.randrange(PAIR_KINDS)] = random.uniform(-1.0, 1.5)
-        changed["affinity"] = tuple(affinity)
-    return replace(preferences, **changed)  # type: ignore[arg-type]
+_TYPES = (*(float,) * 13, bool, bool, int, int, bool)
+_TABLE: tuple[tuple[float, ...], ...] = (
+    (3.24, 0.0, 1.0, 0.19, 0.4, 0.0, 0.05, 5.7, 0.0, -0.84, 0.82, 0.88, 1.0, 0, 0, 0, 0, 0),
+    (0.19, 1.5, -1.0, 0.49, -0.5, 0.0, 0.72, 4.48, 0.5, 0.46, -0.38, 1.61, 0.0, 0, 0, 0, 0, 0),
+    (0.56, 0.0, 1.0, 0.19, -0.71, 0.0, 0.05, 5.7, 0.0, -0.84, 0.02, 0.88, 1.0, 1, 0, 0, 0, 0),
+    (2.66, 0.0, 0.0, 2.05, 0.4, 0.0, 0.57, 5.06, 0.0, -0.84, 0.46, 0.36, 0.0, 1, 1, 0, 1, 0),
+    (0.15, -2.0, 1.0, 0.74, -2.77, 0.0, 1.67, 3.54, 0.5, -0.46, -0.78, -0.02, 1.0, 1, 0, 2, 0, 1),
+    (1.68, 0.0, 0.0, -0.58, -2.49, 0.0, 3.63, 5.8, 0.0, -0.66, 0.47, -0.75, 0.0, 1, 0, 0, 0, 1),
+    (3.93, 0.0, 1.0, 0.53, 1.0, 0.0, 1.47, 3.27, 0.5, 0.08, -0.06, 1.7, 1.0, 0, 1, 0, 0, 0),
+    (2.23, -2.0, 1.0, -0.97, -1.17, 3.0, 2.67, 5.96, 0.0, -0.76, -0.13, 0.21, 0.0, 0, 0, 0, 0, 1),
+    (0.72, 1.5, 0.0, 2.87, 1.91, 0.0, 0.98, 4.47, 0.0, -0.96, -0.84, 1.23, 0.0, 1, 1, 0, 0, 1),
+    (2.08, -2.0, 0.0, 2.65, -1.26, 3.0, 3.33, 3.82, 1.0, 0.04, 0.87, -0.26, 0.0, 0, 1, 0, 0, 1),
+    (3.35, -2.0, 0.0, 1.99, -1.01, 3.0, 2.68, 0.63, 1.0, 1.23, 0.48, 1.96, 0.5, 1, 0, 0, 0, 1),
+    (3.24, 0.0, 0.0, 2.05, 0.4, 3.0, 0.53, 5.7, 0.0, -0.84, 0.92, 0.88, 1.0, 1, 1, 0, 0, 0),
+    (1.78, -2.0, 1.0, 0.74, -2.77, 0.0, 1.67, 2.69, 0.5, -0.66, -0.78, 0.42, 1.0, 1, 0, 2, 0, 1),
+    (0.42, -2.0, 1.0, 0.02, -0.12, 0.0, 2.4, 4.74, 0.5, -0.64, -0.72, -0.06, 0.5, 1, 0, 1, 0, 1),
+    (0.71, 1.5, 1.0, 0.53, -1.23, 3.0, 1.47, 3.27, 0.5, 0.33, -0.92, 1.7, 0.0, 1, 1, 0, 1, 0),
+    (1.68, 0.0, 0.0, -0.58, -2.49, 0.0, 3.63, 5.8, 0.5, -0.39, -0.18, -0.42, 0.0, 1, 0, 0, 0, 1),
+    (1.68, 0.0, 0.0, -0.58, -2.49, 0.0, 1.97, 4.75, 0.0, -0.39, 0.47, -0.75, 1.0, 1, 0, 2, 0, 1),
+    (1.2, -2.0, 1.0, 2.7, 0.46, 0.0, 3.39, 5.48, 0.5, -0.89, 1.49, -0.97, 1.0, 1, 1, 1, 0, 1),
+    (0.02, -2.0, 0.0, -0.58, -2.49, 3.0, 0.39, 5.29, 1.0, -0.33, -0.34, -0.61, 1.0, 1, 0, 0, 1, 1),
+    (0.15, -2.0, 1.0, 0.74, -2.77, 0.0, 1.67, 3.54, 1.0, -0.46, -0.78, 0.64, 1.0, 1, 0, 2, 0, 1),
+)
+
+PRESETS = tuple(map(_preset, _TABLE))
+"""Preferences that are good for many sizes and costs, the most useful first: a greedy selection by simulation."""

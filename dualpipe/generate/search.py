@@ -1,95 +1,226 @@
-"""Searches preferences by simulated annealing on the progress of a list builder."""
+"""Finds the best order for given costs and memory cap.
 
-import math
-from collections.abc import Callable
-from dataclasses import replace
-from random import Random
+It compares known orders, and orders of a list builder with different preferences.
 
-from dualpipe.generate.builder import Attempt, Builder
-from dualpipe.generate.preferences import Preferences, change, draw
+All results are compared by simulation, and only valid schedules are kept. Many micro-batches are derived from few by
+repeating the steady state.
 
-_TEMPERATURE = 0.3
-_STALL = 200
-# Number of a slot's first micro-batches with additional values, and whether the first ones have the highest priority.
-# Few values suffice for many micro-batches. An odd number of ranks with few micro-batches needs the other settings.
-_STARTS = ((4, False), (4, True), (7, True))
-_TAIL = 3
-_WALK = 600
-# Fixed cost of an attempt, in groups.
-_LEAST_EFFORT = 20
+A larger memory cap never gives a longer schedule. Orders are built for a fixed series of caps, and the best one within
+the given cap is kept, so the orders of a smaller cap are a subset of those of a larger one.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+from dualpipe.generate.builder import build_order
+from dualpipe.generate.preferences import PRESETS
+from dualpipe.generate.queues import Pipeline
+from dualpipe.generate.steady import SteadyState, extend, find_steady_state
+from dualpipe.ir import MemoryCapError, Op, Operation, Schedule, ScheduleError
+from dualpipe.simulate.bounds import lower_bound
+from dualpipe.simulate.costs import CostModel
+from dualpipe.simulate.simulate import simulate
+from dualpipe.validate import validate
+
+# Maximum number of groups placed for one memory cap, over all preferences: of small pipelines, and of large ones.
+_EFFORT, _LARGE_EFFORT = 30_000, 12_000
+_LARGE = 3_000
+"""Number of stages times micro-batches from which a pipeline is large."""
+_LEAST_ATTEMPTS = 3
+_TOLERANCE = 1e-9
+# Up to this number of periods, orders are built for all micro-batches; above it for few, and extended.
+_MOST_PERIODS, _FEW_PERIODS = 8, 6
+_LEAST_MICRO_BATCHES = 32
+# Orders of equal makespan are compared under links with this additional latency, relative to a stage's work.
+_LATENCY_SHARE = 0.02
 
 
-class Search:
-    """Search for preferences with which a builder finishes by a makespan. It is deterministic.
+class BestSchedule:
+    """Best schedule so far, by makespan, then by makespan with slower links, then by memory."""
 
-    Attributes:
-        left: remaining effort, in groups placed.
-    """
-
-    def __init__(self, effort: int) -> None:
-        """Sets the effort: the maximum number of groups placed over all orders, including stopped ones."""
-        self.left = effort
-        self._start = 0
-
-    def run(
-        self, builder: Builder, makespan: float, effort: int, accept: Callable[[Preferences, Attempt], bool]
-    ) -> bool:
-        """Searches from random starts for orders that end by a makespan.
+    def __init__(self, shape: Schedule, costs: CostModel, cap: float) -> None:
+        """Starts without a schedule.
 
         Args:
-            builder: builder of the pipeline's orders.
-            makespan: time by which an order must end; an order that cannot is stopped.
-            effort: maximum effort of this call.
-            accept: callback for each order found; it returns whether to stop.
-
-        Returns:
-            Whether an order was accepted before the effort was spent.
+            shape: schedule with placement and counts; its groups are ignored.
+            costs: costs of its stages.
+            cap: maximum of a rank's live activations.
         """
-        end = max(self.left - effort, 0)
-        while self.left > end:
-            head, is_direct = _STARTS[self._start % len(_STARTS)]
-            random = Random(self._start)
-            self._start += 1
-            found = self._walk(builder, makespan, end, random, head, is_direct=is_direct)
-            if found is not None and accept(*found):
-                return True
-        return False
+        self.shape = shape
+        self.costs = costs
+        self.cap = cap
+        self.bound = lower_bound(shape, costs, cap).value
+        self.schedule: Schedule | None = None
+        self.makespan = float("inf")
+        self._score: tuple[float, ...] = ()
+        work = [stage.forward + stage.backward_input + stage.backward_weight for stage in costs.stages]
+        self._slow_links = replace(costs, latency=costs.latency + _LATENCY_SHARE * sum(work) / len(work))
 
-    def _walk(
-        self, builder: Builder, makespan: float, end: int, random: Random, head: int, *, is_direct: bool
-    ) -> tuple[Preferences, Attempt] | None:
-        """Runs one random walk until it finds an order, makes no progress for a while, or spends the effort."""
-        drawn = draw(random, len(builder.directions), head, _TAIL)
-        current = _with_lead(drawn, builder) if is_direct else drawn
-        attempt = self._build(builder, current, makespan)
-        furthest, stall = attempt.progress, 0
-        for _ in range(_WALK):
+    @property
+    def is_optimal(self) -> bool:
+        """Whether the makespan equals the lower bound."""
+        return self.makespan <= self.bound * (1 + _TOLERANCE)
+
+    def consider(self, schedule: Schedule) -> bool:
+        """Keeps the schedule if it is valid, within the cap and better than the best so far; returns whether."""
+        try:
+            simulation = simulate(schedule, self.costs)
+        except ScheduleError:
+            return False
+        if max(simulation.peaks) > self.cap + _TOLERANCE or simulation.makespan > self.makespan * (1 + _TOLERANCE):
+            return False
+        slowed = simulate(schedule, self._slow_links).makespan
+        score = (round(simulation.makespan, 9), round(slowed, 9), max(simulation.peaks))
+        if self.schedule is not None and score >= self._score:
+            return False
+        try:
+            validate(schedule)
+        except ScheduleError:
+            return False
+        self.schedule, self.makespan, self._score = schedule, simulation.makespan, score
+        return True
+
+
+def search(shape: Schedule, costs: CostModel, cap: float, known: Iterable[Schedule]) -> Schedule:
+    """Returns the best schedule that is found. It is deterministic.
+
+    Args:
+        shape: schedule with placement and counts; its groups are ignored.
+        costs: costs of its stages.
+        cap: maximum of a rank's live activations, in the unit of `StageCosts.activation`.
+        known: schedules to compare with; invalid ones are ignored.
+
+    Raises:
+        MemoryCapError: if no order fits the memory cap. It names the smallest cap that works.
+    """
+    check_cap(shape, costs, cap)
+    best = BestSchedule(shape, costs, cap)
+    for schedule in known:
+        best.consider(schedule)
+        if best.is_optimal:
+            break
+    for level in _caps(shape, costs, cap):
+        if lower_bound(shape, costs, level).value >= best.makespan * (1 - _TOLERANCE):
+            break
+        _Level(best, level).run()
+    if best.schedule is None:
+        best.consider(in_sequence(shape))
+    assert best.schedule is not None, "one micro-batch at a time fits every cap"
+    return best.schedule
+
+
+def check_cap(shape: Schedule, costs: CostModel, cap: float) -> None:
+    """Checks that each rank can keep one micro-batch in all its stages.
+
+    Raises:
+        MemoryCapError: if it cannot.
+    """
+    needs = [
+        sum(costs.stages[stage].activation for way, stage in shape.stages_of(rank) if way == direction)
+        for rank in range(shape.num_ranks)
+        for direction in range(shape.num_directions)
+        if shape.micro_batches_of(direction)
+    ]
+    if cap < max(needs) - _TOLERANCE:
+        raise MemoryCapError(
+            f"schedule '{shape.kind}' on {shape.num_ranks} ranks keeps at least {max(needs):g} live activations on a "
+            f"rank, one for each of its stages, the cap is {cap:g}; nearest: {max(needs):g}",
+            max(needs),
+        )
+
+
+def in_sequence(shape: Schedule) -> Schedule:
+    """Returns the schedule that runs one micro-batch after the other. It is valid and fits every cap."""
+    ranks: list[list[tuple[Operation, ...]]] = [[] for _ in range(shape.num_ranks)]
+    stages = range(shape.num_stages)
+    for micro_batch in shape.micro_batches_of(0):
+        for direction in range(shape.num_directions):
+            if micro_batch in shape.micro_batches_of(direction):
+                steps = [(Op.FORWARD, stage) for stage in stages] + [(Op.BACKWARD, stage) for stage in reversed(stages)]
+                for kind, stage in steps:
+                    op = Operation(kind, direction, stage, micro_batch)
+                    ranks[shape.rank_of(direction, stage)].append((op,))
+    return replace(shape, ranks=tuple(map(tuple, ranks)))
+
+
+def _caps(shape: Schedule, costs: CostModel, cap: float) -> Iterator[float]:
+    """Yields the caps of the series that are not above the given cap, in descending order."""
+    num_ranks = shape.num_ranks
+    unit = max(stage.activation for stage in costs.stages) * shape.num_stages / num_ranks
+    series = {num_ranks, num_ranks + 1, num_ranks + 2, 1, 2, 3, 4}
+    series |= {num_ranks // 3, num_ranks // 2, 3 * num_ranks // 4, 5 * num_ranks // 4, 3 * num_ranks // 2}
+    series |= {num_ranks * factor for factor in (2, 3, 4, 6, 8)}
+    for size in sorted(series, reverse=True):
+        if 0 < size * unit <= cap + _TOLERANCE:
+            yield size * unit
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """Order of few micro-batches, and the makespan that it would have with all."""
+
+    schedule: Schedule
+    steady: SteadyState | None
+    makespan: float
+
+
+class _Level:
+    """Search within one memory cap."""
+
+    def __init__(self, best: BestSchedule, cap: float) -> None:
+        self._best = best
+        shape = best.shape
+        period = -(-shape.num_ranks // shape.num_directions) * shape.num_directions
+        few = shape.num_micro_batches % period + _FEW_PERIODS * period
+        is_short = shape.num_micro_batches <= max(_MOST_PERIODS * period, _LEAST_MICRO_BATCHES)
+        self._few = shape if is_short else replace(shape, num_micro_batches=few)
+        self._pipeline = Pipeline(self._few, best.costs, cap)
+
+    def run(self) -> None:
+        """Builds orders with the presets, and considers the best ones until one is valid."""
+        found: list[_Found] = []
+        size = self._few.num_micro_batches * self._few.num_stages
+        left, limit = _EFFORT if size < _LARGE else _LARGE_EFFORT, self._limit()
+        for number, preferences in enumerate(PRESETS):
+            if number >= _LEAST_ATTEMPTS and left <= 0:
+                break
+            attempt = build_order(self._pipeline, preferences, limit)
+            left -= attempt.effort
             if attempt.ranks is not None:
-                return current, attempt
-            if self.left <= end or stall >= _STALL:
-                return None
-            neighbor = change(current, random)
-            neighbor = _with_lead(neighbor, builder) if is_direct else neighbor
-            found = self._build(builder, neighbor, makespan)
-            gain = math.inf if found.ranks is not None else found.progress - attempt.progress
-            if gain >= 0 or random.random() < math.exp(gain / _TEMPERATURE):
-                current, attempt = neighbor, found
-            stall += 1
-            if found.progress > furthest:
-                furthest, stall = found.progress, 0
-        return None
+                shift = preferences.blocks(self._few.num_ranks, self._few.num_directions).forward
+                found += self._timed(replace(self._few, ranks=attempt.ranks), shift)
+        for item in sorted(found, key=lambda item: item.makespan):
+            if item.makespan > self._best.makespan * (1 + _TOLERANCE):
+                break
+            steady, count = item.steady, self._best.shape.num_micro_batches
+            self._best.consider(item.schedule if steady is None else extend(item.schedule, steady, count))
+        if not found and self._few is not self._best.shape:
+            self._run_whole()
 
-    def _build(self, builder: Builder, preferences: Preferences, makespan: float) -> Attempt:
-        attempt = builder.build(preferences, makespan)
-        self.left -= _LEAST_EFFORT + attempt.effort
-        return attempt
+    def _run_whole(self) -> None:
+        """Builds orders of all micro-batches until one is valid, because no order of few has a steady state."""
+        pipeline = Pipeline(self._best.shape, self._best.costs, self._pipeline.cap)
+        for preferences in PRESETS:
+            attempt = build_order(pipeline, preferences, self._best.makespan)
+            if attempt.ranks is not None and self._best.consider(replace(self._best.shape, ranks=attempt.ranks)):
+                break
 
+    def _limit(self) -> float:
+        """Returns the makespan that an order of few micro-batches must not exceed to be the best."""
+        more = self._best.shape.num_micro_batches - self._few.num_micro_batches
+        stages = self._best.costs.stages
+        work = sum(stage.forward + stage.backward_input + stage.backward_weight for stage in stages)
+        return self._best.makespan - more * work / self._best.shape.num_ranks + _TOLERANCE
 
-def _with_lead(preferences: Preferences, builder: Builder) -> Preferences:
-    """Returns preferences with the highest values for each direction's first micro-batch."""
-    first = [10.0 - direction for direction in builder.directions]
-    return replace(
-        preferences,
-        forwards=tuple((key, *row[1:]) for key, row in zip(first, preferences.forwards, strict=True)),
-        backwards=tuple((key, *row[1:]) for key, row in zip(first, preferences.backwards, strict=True)),
-    )
+    def _timed(self, schedule: Schedule, shift: int) -> Iterator[_Found]:
+        """Yields the order with its makespan for all micro-batches, if it has a steady state or needs none."""
+        simulation = simulate(schedule, self._best.costs)
+        more, rest = divmod(
+            self._best.shape.num_micro_batches - schedule.num_micro_batches, shift * schedule.num_directions
+        )
+        if more == rest == 0:
+            yield _Found(schedule, None, simulation.makespan)
+            return
+        steady = None if rest else find_steady_state(schedule, simulation, shift)
+        if steady is not None:
+            yield _Found(schedule, steady, simulation.makespan + more * steady.time)

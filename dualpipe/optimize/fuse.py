@@ -1,4 +1,4 @@
-"""Fuses neighboring operations into one group, so that computation of one hides exchange of the other."""
+"""Fuses neighboring groups into one, so that computation of one hides exchange of the other."""
 
 from dataclasses import replace
 
@@ -7,15 +7,17 @@ from dualpipe.simulate.costs import CostModel
 from dualpipe.simulate.timing import NumberedGroup, Timing, TimingProgress
 
 _MAX_SWEEPS = 6
+# Groups of two first: groups of three are then only formed where they help, so they never make a schedule longer.
+_SIZES = (2, 3)
 _ROUNDING = 1e-9
 
 
 def fuse(schedule: Schedule, costs: CostModel) -> Schedule:
-    """Fuses neighboring single operations of different micro-batches: F&F, I&I, F&I, F&W, I&W.
+    """Fuses neighboring groups of different micro-batches into groups of two or three, such as F&I&W.
 
     A hill climb over all ranks together, from the start of the schedule to its end, is repeated until nothing improves.
-    A pair is tried if it takes less time than its operations in sequence. It is kept if neither the makespan, nor (on a
-    tie) the sum of the ranks' ends, nor the rank's peak memory grows.
+    Two groups are tried together if that takes less time than one after the other. It is kept if neither the makespan,
+    nor (on a tie) the sum of the ranks' ends, nor the rank's peak memory grows.
 
     Args:
         schedule: a valid schedule.
@@ -34,6 +36,7 @@ class _HillClimb:
 
     def __init__(self, schedule: Schedule, costs: CostModel) -> None:
         self._schedule = schedule
+        self._most_members = _SIZES[0]
         self._timing = Timing(schedule, costs)
         self._ranks = [self._timing.numbered(groups) for groups in schedule.ranks]
         self._weights = [costs.stages[op.stage].activation for op in self._timing.operations]
@@ -43,9 +46,10 @@ class _HillClimb:
 
     def climb(self) -> Schedule:
         """Returns the fused schedule."""
-        for _ in range(_MAX_SWEEPS):
-            if not self._sweep():
-                break
+        for self._most_members in _SIZES:
+            for _ in range(_MAX_SWEEPS):
+                if not self._sweep():
+                    break
         operations = self._timing.operations
         ranks = tuple(tuple(tuple(operations[n] for n in group) for group in groups) for groups in self._ranks)
         return replace(self._schedule, ranks=ranks)
@@ -62,10 +66,10 @@ class _HillClimb:
         return has_kept
 
     def _is_faster(self, first: NumberedGroup, second: NumberedGroup) -> bool:
-        if len(first) > 1 or len(second) > 1:
+        if len(first) + len(second) > self._most_members:
             return False
-        one, other = (self._timing.operations[group[0]] for group in (first, second))
-        if (one.direction, one.stage, one.micro_batch) == (other.direction, other.stage, other.micro_batch):
+        operations = [self._timing.operations[number] for number in first + second]
+        if len({op[1:] for op in operations}) < len(operations):  # direction, stage and micro-batch
             return False
         duration = self._timing.duration
         return duration(first + second) < duration(first) + duration(second) - 1e-12

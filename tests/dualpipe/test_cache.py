@@ -6,7 +6,7 @@ import pytest
 
 from dualpipe.generate import cache
 from dualpipe.generate.cache import load_or_make
-from dualpipe.generate.dualpipe_split import dualpipe_split
+from dualpipe.generate.dualpipe_interleaved import dualpipe_split
 from dualpipe.ir import Schedule
 from dualpipe.registry import SCHEDULES
 from dualpipe.simulate.costs import CostModel, Costs, uniform
@@ -49,7 +49,7 @@ def test_cache_of_another_program_is_not_used(tmp_path: Path, monkeypatch: pytes
 
 def test_cache_of_a_plugin_that_was_edited_is_not_used(tmp_path: Path) -> None:
     text = """
-from dualpipe.generate.dualpipe_split import dualpipe_split
+from dualpipe.generate.dualpipe_interleaved import dualpipe_split
 from dualpipe.registry import SCHEDULES, ScheduleSpec
 
 calls = []

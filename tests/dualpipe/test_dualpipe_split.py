@@ -6,7 +6,7 @@ import time
 import pytest
 
 from dualpipe.generate.dualpipe import dualpipe
-from dualpipe.generate.dualpipe_split import dualpipe_split
+from dualpipe.generate.dualpipe_interleaved import dualpipe_split
 from dualpipe.ir import MemoryCapError
 from dualpipe.passes import split_backwards
 from dualpipe.registry import SCHEDULES, build
@@ -21,9 +21,9 @@ def equal_times(exchange: float, latency: float = 0.0) -> Costs:
 
 
 def makespan(num_ranks: int, num_micro_batches: int, costs: Costs) -> float:
-    """Returns the makespan for these costs, after validating the schedule with P + 1 activations."""
+    """Returns the makespan for these costs, after validating the schedule with P + 2 activations."""
     schedule = dualpipe_split(num_ranks, num_micro_batches, uniform(costs, num_ranks, num_ranks))
-    validate(schedule, num_ranks + 1)
+    validate(schedule, num_ranks + (2 if costs.exchange else 1))
     return simulate(schedule, costs).makespan
 
 
@@ -99,7 +99,7 @@ def test_split_is_valid_for_uneven_stages_of_any_number() -> None:
             costs = CostModel(stages=stages, latency=generator.choice([0.0, 0.3]))
             schedule = dualpipe_split(num_ranks, num_micro_batches, costs)
             validate(schedule)
-            cap = (num_ranks + 1) * max(stage.activation for stage in stages)
+            cap = (num_ranks + 2) * max(stage.activation for stage in stages)
             assert max(peak_memory(schedule, costs)) <= cap + 1e-6
             bound = lower_bound(schedule, costs, cap).value
             assert bound <= simulate(schedule, costs).makespan * (1 + 1e-9)
@@ -115,10 +115,11 @@ def test_split_keeps_small_caps_with_a_longer_makespan(cap: int) -> None:
 
 
 def test_split_names_the_smallest_cap_that_works() -> None:
-    with pytest.raises(MemoryCapError, match=r"^memory_cap: .*the cap is 1; nearest: 2$") as caught:
-        dualpipe_split(4, 9, uniform(equal_times(0), 4, 4), 1)
-    assert caught.value.least == 2
-    validate(dualpipe_split(4, 1, uniform(equal_times(0), 4, 4), 1), 1)
+    with pytest.raises(MemoryCapError, match=r"^memory_cap: .*the cap is 0.5; nearest: 1$") as caught:
+        dualpipe_split(4, 9, uniform(equal_times(0), 4, 4), 0.5)
+    assert caught.value.least == 1
+    for num_ranks in (1, 4):
+        validate(dualpipe_split(num_ranks, 9, uniform(equal_times(0), num_ranks, num_ranks), 1), 1)
 
 
 @pytest.mark.slow

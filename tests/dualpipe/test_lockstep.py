@@ -2,8 +2,9 @@
 
 import pytest
 
-from dualpipe.generate.dualpipe_split import empty
-from dualpipe.generate.lockstep import lockstep, lockstep_orders
+from dualpipe.generate.dualpipe_interleaved import empty
+from dualpipe.generate.known import known_orders
+from dualpipe.generate.lockstep import lockstep
 from dualpipe.optimize.weights import place_weights
 from dualpipe.simulate.costs import Costs, uniform
 from dualpipe.simulate.simulate import peak_activations, simulate
@@ -18,11 +19,11 @@ EXCHANGING = Costs(forward=1, backward_input=1, backward_weight=1, exchange=1, l
 )
 def test_lockstep_orders_are_valid_within_one_activation_more_than_ranks(num_ranks: int) -> None:
     costs = uniform(EXCHANGING, num_ranks, num_ranks)
-    for num_micro_batches in range(1, 3 * num_ranks + 2):
+    for num_micro_batches in (*range(1, num_ranks + 1), 2 * num_ranks, 3 * num_ranks + 1):
         shape = empty(num_ranks, num_micro_batches)
         orders = [lockstep(shape, paired=True), lockstep(shape, paired=False)]
-        orders += lockstep_orders(shape, costs, num_ranks + 1)
-        assert len(orders) >= 7
+        orders += known_orders(shape, costs, num_ranks + 1)
+        assert len(orders) >= 4
         for order in orders:
             validate(order, num_ranks + 1)
 
@@ -50,3 +51,15 @@ def test_lockstep_pairs_grow_only_by_work(num_ranks: int) -> None:
 
     assert overhead(4 * num_ranks) == overhead(2 * num_ranks + 2 * (num_ranks % 2))
     assert overhead(8 * num_ranks + 1) == overhead(4 * num_ranks + 1)
+
+
+@pytest.mark.parametrize("chunks", [2, 3, 4])
+@pytest.mark.parametrize("num_ranks", [2, 4, 8])
+def test_lockstep_with_chunks_shortens_the_ends(num_ranks: int, chunks: int) -> None:
+    costs = uniform(UNIT, num_ranks, num_ranks * chunks)
+    for num_micro_batches in (2 * num_ranks, 3 * num_ranks + 1):
+        order = lockstep(empty(num_ranks, num_micro_batches, chunks), paired=False)
+        placed = place_weights(order, costs, num_ranks + 1)
+        assert placed is not None
+        validate(placed, num_ranks + 1)
+        assert simulate(placed, costs).makespan <= 3 * num_micro_batches + (num_ranks - 1) / 2 / chunks + 1e-9

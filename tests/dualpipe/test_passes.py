@@ -1,21 +1,16 @@
 """Passes keep schedules valid, are never worse by simulation, and repeat the steady state."""
 
 import random
-from dataclasses import replace
 
 import pytest
 
 from dualpipe.generate.dualpipe import dualpipe
-from dualpipe.generate.dualpipe_split import empty
 from dualpipe.generate.dualpipe_v import dualpipe_v
-from dualpipe.generate.lockstep import lockstep
 from dualpipe.generate.one_f_one_b import one_f_one_b
-from dualpipe.generate.zero_bubble import zb_v
 from dualpipe.ir import Op, Schedule
-from dualpipe.optimize.fuse import fuse
-from dualpipe.passes import is_no_worse, repeat, split_backwards, split_weights
+from dualpipe.passes import is_no_worse, split_backwards, split_weights
 from dualpipe.simulate.costs import Costs, uniform
-from dualpipe.simulate.simulate import peak_activations, simulate
+from dualpipe.simulate.simulate import simulate
 from dualpipe.validate import validate
 
 SCHEDULES = [dualpipe(4, 10), dualpipe(6, 12), dualpipe_v(3, 7), one_f_one_b(4, 9)]
@@ -66,37 +61,3 @@ def test_split_leaves_no_full_backward_and_as_much_work() -> None:
     for kind in (Op.FORWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT):
         assert kinds.count(kind) == 4 * 10
     assert simulate(before, UNIT).idle[0] > simulate(after, UNIT).idle[0]
-
-
-@pytest.mark.parametrize("num_ranks", [2, 4, 8])
-def test_repeating_a_generated_order_gives_the_generated_order(num_ranks: int) -> None:
-    assert repeat(dualpipe(num_ranks, 4 * num_ranks), 6 * num_ranks + 2) == dualpipe(num_ranks, 6 * num_ranks + 2)
-    for count in (3 * num_ranks, 3 * num_ranks + 1):
-        longer = lockstep(empty(num_ranks, count + 10), paired=True)
-        assert repeat(lockstep(empty(num_ranks, count), paired=True), count + 10) == longer
-    assert repeat(one_f_one_b(num_ranks, 3 * num_ranks), 40) == one_f_one_b(num_ranks, 40)
-    assert repeat(zb_v(num_ranks, 4 * num_ranks), 40) == zb_v(num_ranks, 40)
-
-
-@pytest.mark.parametrize(("num_ranks", "count"), [(4, 12), (4, 13), (5, 16), (8, 24), (7, 22)])
-def test_repeating_adds_only_work_to_a_fused_order(num_ranks: int, count: int) -> None:
-    costs = uniform(Costs(forward=1, backward_input=1, backward_weight=1, exchange=1, latency=0), num_ranks, num_ranks)
-    few = fuse(lockstep(empty(num_ranks, count), paired=True), costs)
-    many = repeat(few, count + 60)
-    assert many is not None
-    validate(many)
-    assert simulate(many, costs).makespan - simulate(few, costs).makespan == 3 * 60
-    assert peak_activations(many) == peak_activations(few)
-
-
-def test_repeating_works_if_only_the_ends_split_their_backwards() -> None:
-    assert repeat(dualpipe(4, 12), 40) == dualpipe(4, 40)
-
-
-def test_repeating_returns_none_if_it_is_impossible() -> None:
-    schedule = dualpipe(4, 12)
-    assert repeat(schedule, 12) == schedule
-    assert repeat(schedule, 10) is None
-    assert repeat(schedule, 15) is None
-    without_middle = replace(schedule, ranks=tuple(groups[:6] for groups in schedule.ranks))
-    assert repeat(without_middle, 40) is None

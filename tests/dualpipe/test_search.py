@@ -1,47 +1,49 @@
-"""The search over preferences keeps its makespan and effort, and is deterministic."""
+"""The search returns valid schedules within the cap, and a larger cap never gives a longer one."""
 
-from dualpipe.generate.builder import Attempt, Builder
-from dualpipe.generate.dualpipe_split import empty
-from dualpipe.generate.preferences import Preferences
-from dualpipe.generate.search import Search
+import pytest
+
+from dualpipe.generate.dualpipe_interleaved import dualpipe_interleaved, empty
+from dualpipe.generate.search import in_sequence
+from dualpipe.ir import MemoryCapError
 from dualpipe.simulate.costs import Costs, uniform
+from dualpipe.simulate.simulate import simulate
+from dualpipe.validate import validate
+
+COSTS = Costs(forward=1, backward_input=1.3, backward_weight=0.7, exchange=0.9, latency=0.05)
 
 
-def builder_of(num_ranks: int, num_micro_batches: int) -> Builder:
-    costs = Costs(forward=1, backward_input=1, backward_weight=1, exchange=0, latency=0)
-    return Builder(empty(num_ranks, num_micro_batches), uniform(costs, num_ranks, num_ranks), num_ranks + 1)
-
-
-def test_search_finds_orders_at_the_lower_bound() -> None:
-    for num_ranks, num_micro_batches in ((2, 5), (3, 6), (4, 4), (5, 7), (6, 12)):
-        makespan = 3 * num_micro_batches + (num_ranks - 1) // 2
-        found: list[Attempt] = []
-
-        def accept(_: Preferences, attempt: Attempt, found: list[Attempt] = found) -> bool:
-            found.append(attempt)
-            return True
-
-        assert Search(300_000).run(builder_of(num_ranks, num_micro_batches), makespan, 300_000, accept)
-        assert [attempt.time for attempt in found] == [makespan]
-
-
-def test_search_stops_once_its_effort_is_spent() -> None:
-    search = Search(20_000)
-    assert not search.run(builder_of(4, 8), 3 * 8, 5_000, lambda *_: True)
-    assert 20_000 - 5_000 - 4 * 3 * 8 * 2 < search.left <= 15_000
-    assert not search.run(builder_of(4, 8), 3 * 8, 50_000, lambda *_: True)
-    assert search.left <= 0
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_search_with_a_larger_cap_is_never_longer(chunks: int) -> None:
+    costs = uniform(COSTS, 4, 4 * chunks)
+    before = float("inf")
+    for cap in (1, 1.5, 2, 2.7, 3, 4, 4.5, 5, 6, 7, 9, 40):
+        schedule = dualpipe_interleaved(4, 13, costs, cap)
+        validate(schedule, cap)
+        makespan = simulate(schedule, costs).makespan
+        assert makespan <= before + 1e-9, f"a cap of {cap} gives {makespan}, a smaller one {before}"
+        before = makespan
 
 
 def test_search_is_deterministic() -> None:
-    def walk() -> list[tuple[Preferences, Attempt]]:
-        found: list[tuple[Preferences, Attempt]] = []
+    costs = uniform(COSTS, 3, 6)
+    assert dualpipe_interleaved(3, 7, costs) == dualpipe_interleaved(3, 7, costs)
 
-        def accept(preferences: Preferences, attempt: Attempt) -> bool:
-            found.append((preferences, attempt))
-            return len(found) == 3
 
-        assert Search(300_000).run(builder_of(3, 7), 3 * 7 + 2, 300_000, accept)
-        return found
+def test_search_names_the_smallest_cap_that_works() -> None:
+    costs = uniform(COSTS, 4, 8)
+    with pytest.raises(MemoryCapError, match=r"^memory_cap: .*the cap is 0.9; nearest: 1$"):
+        dualpipe_interleaved(4, 9, costs, 0.9)
+    validate(dualpipe_interleaved(4, 9, costs, 1), 1)
 
-    assert walk() == walk()
+
+def test_search_extends_a_steady_state_to_many_micro_batches() -> None:
+    costs = uniform(COSTS, 4, 8)
+    many = dualpipe_interleaved(4, 400, costs)
+    validate(many, 6)
+    few = simulate(dualpipe_interleaved(4, 32, costs), costs).makespan - 3 * 32
+    assert simulate(many, costs).makespan - 3 * 400 <= 2 * few
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 5])
+def test_in_sequence_keeps_one_micro_batch(num_ranks: int) -> None:
+    validate(in_sequence(empty(num_ranks, 7, 2)), 1)

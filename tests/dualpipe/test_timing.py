@@ -5,7 +5,7 @@ import random
 import pytest
 
 from dualpipe.generate.dualpipe import dualpipe
-from dualpipe.generate.dualpipe_split import empty
+from dualpipe.generate.dualpipe_interleaved import empty
 from dualpipe.generate.lockstep import lockstep
 from dualpipe.generate.one_f_one_b import one_f_one_b
 from dualpipe.generate.zero_bubble import zb_v

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from dualpipe.generate.dualpipe import dualpipe
-from dualpipe.generate.dualpipe_split import empty
+from dualpipe.generate.dualpipe_interleaved import empty
 from dualpipe.generate.lockstep import lockstep
 from dualpipe.generate.zero_bubble import zb_h1, zb_v
 from dualpipe.ir import Op, Operation, Schedule

@@ -1,0 +1,79 @@
+"""Yields known bidirectional orders, adapted to the costs: lockstep orders and the published DualPipe."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from dualpipe.generate.dualpipe import dualpipe
+from dualpipe.generate.lockstep import lockstep
+from dualpipe.generate.steady import lengthen
+from dualpipe.ir import Group, Op, Schedule
+from dualpipe.optimize.fuse import exchanges, fuse
+from dualpipe.optimize.weights import place_weights
+from dualpipe.passes import split_backwards
+from dualpipe.simulate.costs import CostModel
+from dualpipe.simulate.simulate import peak_memory
+
+_PATIENCE = (0.0, 1.0, 0.5)
+# Enough micro-batches that a steady state remains between the fused ends.
+_FEW_PER_RANK, _MARGIN = 3, 4
+_SHIFTS = (1, 2, 4)
+# Maximum number of ranks for which more than one order is fused.
+_MOST_FUSED = 12
+
+
+def known_orders(shape: Schedule, costs: CostModel, memory_cap: float) -> Iterator[Schedule]:
+    """Yields known orders. They may exceed the cap, and be invalid for an odd number of ranks.
+
+    Without exchange, W fill the idle time of lockstep orders. With exchange and one chunk, neighbors are fused. With
+    exchange and several chunks there are none, as the list builder finds better orders.
+
+    Args:
+        shape: schedule with two directions, stage s on rank s mod P and its mirror rank; its groups are ignored.
+        costs: costs of its stages.
+        memory_cap: memory cap for the placement of W, in the unit of `StageCosts.activation`.
+    """
+    largest = max(stage.activation for stage in costs.stages) * shape.num_stages / shape.num_ranks
+    natural = (shape.num_ranks + 1) * largest
+    if not exchanges(costs):
+        order = lockstep(shape, paired=False)
+        for patience in _PATIENCE:
+            yield from filter(None, [place_weights(order, costs, min(memory_cap, natural), patience)])
+    elif shape.num_stages == shape.num_ranks:
+        # Fusing is slow, so the order of few micro-batches is extended.
+        few = _FEW_PER_RANK * shape.num_ranks + _MARGIN
+        few = min(few + (few + shape.num_micro_batches) % 2, shape.num_micro_batches)
+        for order in _overlapped_orders(replace(shape, num_micro_batches=few), costs, natural):
+            if max(peak_memory(order, costs)) <= memory_cap + 1e-9:
+                yield from filter(None, [lengthen(fuse(order, costs), costs, shape.num_micro_batches, _SHIFTS)])
+            if shape.num_ranks > _MOST_FUSED:
+                break
+
+
+def _overlapped_orders(shape: Schedule, costs: CostModel, cap: float) -> Iterator[Schedule]:
+    """Yields orders of one chunk in which F and I share a group."""
+    order = lockstep(shape, paired=True)
+    yield order
+    yield from filter(None, [place_weights(order, costs, cap)])
+    yield _with_whole_backwards(order)
+    if shape.num_ranks % 2 == 0 and shape.num_micro_batches % 2 == 0 and shape.num_micro_batches >= 2 * shape.num_ranks:
+        published = replace(split_backwards(dualpipe(shape.num_ranks, shape.num_micro_batches)), kind=shape.kind)
+        yield from filter(None, [place_weights(published, costs, cap)])
+
+
+def _with_whole_backwards(schedule: Schedule) -> Schedule:
+    """Replaces each I that shares a group by B, for exchange that is long enough to hide its W too."""
+
+    def joined(groups: tuple[Group, ...]) -> tuple[Group, ...]:
+        whole = {
+            op.with_kind(Op.BACKWARD_WEIGHT)
+            for group in groups
+            for op in group
+            if len(group) > 1 and op.kind is Op.BACKWARD_INPUT
+        }
+        return tuple(
+            tuple(op.with_kind(Op.BACKWARD) if op.kind is Op.BACKWARD_INPUT and len(group) > 1 else op for op in group)
+            for group in groups
+            if group[0] not in whole
+        )
+
+    return replace(schedule, ranks=tuple(map(joined, schedule.ranks)))
