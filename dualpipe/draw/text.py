@@ -58,11 +58,16 @@ def summary(
         ("lower bound", f"{number(bound.value)}; this schedule is {number(above)}{share} above it"),
         ("bound's reason", bound.reason),
     ]
+    # The cap includes the copies of the weights, the peaks of the simulation do not.
+    own_cap = max(simulation.peaks, default=0.0) + schedule.num_directions * model.weights
+    own = lower_bound(schedule, model, own_cap)
+    if own.value > bound.value:
+        lines.append(("bound at its peak", f"{number(own.value)}; {own.reason}"))
     idle = SCHEDULES.get(schedule.kind).idle if schedule.kind in SCHEDULES else None
     if idle is not None and isinstance(costs, Costs):
         formula = number(idle.value(schedule.num_ranks, costs))
         lines.append(("published idle", f"{idle.text} = {formula}, which assumes {idle.assumes}"))
-    return plain("\n".join(f"{name.ljust(16)}  {value}" for name, value in lines))
+    return plain("\n".join(f"{name.ljust(17)}  {value}" for name, value in lines))
 
 
 def _label(schedule: Schedule, rank: int, group: Group) -> str:

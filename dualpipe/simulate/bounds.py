@@ -1,17 +1,25 @@
 """Computes proven lower bounds on the makespan, from placement, micro-batches and costs.
 
-Four facts hold for every order of the same work. A micro-batch passes through its stages in sequence. A rank cannot
-work before the first forward can reach it. Until the first gradient can reach it, it can only run forwards, and a
-memory cap limits their number. An activation stays alive while its micro-batch goes to the last stage and back, and the
-memory cap limits the number of live activations.
+Three facts hold for every order of the same work, for any number of chunks, directions and operations in a group:
+
+- A micro-batch passes through its stages in sequence.
+- A rank computes and exchanges all of its work, and loses time at both ends. Before the first forward can reach it, it
+  has no work. Until the first gradient can reach it, it can only run forwards, and the memory cap limits their number.
+  After its last forward, whose micro-batch must still go to the last stage and back, it can only run backwards of live
+  activations. After its last gradient, which must still reach stage 0, it can only run W. `simulate.ends` has the
+  proof. Losses of both ends add up if the rank has more work than fits into both.
+- An activation stays alive while its micro-batch goes to the last stage and back, and the memory cap limits the number
+  of live activations.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 from dualpipe.ir import Op, Schedule, ScheduleError
 from dualpipe.simulate.costs import CostModel, StageCosts
+from dualpipe.simulate.ends import Arrival, LostTime, StageWaves, lost_times, stage_waves
 from dualpipe.simulate.simulate import activation_cap
 
 _ROUNDING = 1e-9
@@ -27,31 +35,36 @@ class Bound:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _HeldStage:
-    """A (direction, stage) that a rank holds, with its number of micro-batches and minimum times.
-
-    Attributes:
-        count: number of micro-batches.
-        costs: costs of the stage.
-        forward_at: minimum time from the beginning to the start of an F of this stage.
-        gradient_at: minimum time from the beginning to the start of an I of this stage.
-        after: minimum time from the end of an I of this stage to the end of all that must follow in lower stages.
-        lifetime: minimum time from the start of an F of this stage to the end of its W.
-    """
+    """A (direction, stage) that a rank holds, with its number of micro-batches and the waves that pass it."""
 
     count: int
     costs: StageCosts
-    forward_at: float
-    gradient_at: float
-    after: float
-    lifetime: float
+    waves: StageWaves
 
-    def compute(self, *kinds: Op) -> float:
-        """Returns the computation time of these operations over all micro-batches."""
-        return self.count * sum(map(self.costs.compute_of, kinds))
+    @property
+    def lifetime(self) -> float:
+        """Minimum time from the start of an F of this stage to the end of its W."""
+        return self.waves.weights[0].end - self.waves.forwards[0].start
 
-    def exchange(self, *kinds: Op) -> float:
-        """Returns the exchange time of these operations over all micro-batches."""
-        return self.count * sum(map(self.costs.exchange_of, kinds))
+
+@dataclass(frozen=True, slots=True)
+class _Lane:
+    """Computation or exchange: its name and the time that an operation takes of it."""
+
+    name: str
+    time: Callable[[StageCosts, Op], float]
+
+    def work(self, shares: Sequence[_HeldStage]) -> float:
+        """Returns the time of all operations of a rank."""
+        return sum(share.count * self.time_of(share.costs, *_HALVES) for share in shares)
+
+    def time_of(self, costs: StageCosts, *kinds: Op) -> float:
+        """Returns the time of one operation of each kind in a stage."""
+        return sum(self.time(costs, kind) for kind in kinds)
+
+
+_HALVES = (Op.FORWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT)
+_LANES = (_Lane("computation", StageCosts.compute_of), _Lane("exchange", StageCosts.exchange_of))
 
 
 def lower_bound(schedule: Schedule, costs: CostModel, memory_cap: float | None = None) -> Bound:
@@ -71,9 +84,19 @@ def lower_bound(schedule: Schedule, costs: CostModel, memory_cap: float | None =
     """
     memory_cap = activation_cap(memory_cap, schedule.num_directions, costs)
     _check_cap(costs, memory_cap)
-    bounds = [_critical_path(schedule, costs)]
+    directions = [direction for direction in range(schedule.num_directions) if schedule.micro_batches_of(direction)]
+    waves = {direction: stage_waves(schedule, costs, direction) for direction in directions}
+    bounds = [_critical_path(waves)]
     for rank in range(schedule.num_ranks):
-        shares = _held_stages(schedule, costs, rank)
+        shares = [
+            _HeldStage(
+                count=len(schedule.micro_batches_of(direction)),
+                costs=costs.stages[stage],
+                waves=waves[direction][stage],
+            )
+            for direction, stage in schedule.stages_of(rank)
+            if direction in waves
+        ]
         if shares:
             bounds += _rank_bounds(rank, shares, math.inf if memory_cap is None else memory_cap)
     return max(bounds, key=lambda bound: bound.value)
@@ -88,122 +111,107 @@ def _check_cap(costs: CostModel, memory_cap: float | None) -> None:
         )
 
 
-def _critical_path(schedule: Schedule, costs: CostModel) -> Bound:
-    last = schedule.num_stages - 1
-    value = max(
-        _forward_path(schedule, costs, direction, 0)[-1]
-        + _min_group_time(costs, last, Op.FORWARD)
-        + _backward_tail(schedule, costs, direction, last)
-        for direction in _used_directions(schedule)
-    )
+def _critical_path(waves: Mapping[int, Sequence[StageWaves]]) -> Bound:
+    value = max(stage.weights[0].end for stages in waves.values() for stage in stages)
     reason = "the time of one micro-batch: forward through all stages, backward, and the last weight gradients"
     return Bound(value=value, reason=reason)
 
 
-def _used_directions(schedule: Schedule) -> Iterable[int]:
-    return (direction for direction in range(schedule.num_directions) if len(schedule.micro_batches_of(direction)))
-
-
-def _min_group_time(costs: CostModel, stage: int, kind: Op) -> float:
-    """Returns the minimum time of a group that contains such an operation."""
-    return costs.stages[stage].compute_of(kind) + costs.stages[stage].exchange_of(kind)
-
-
-def _hop(schedule: Schedule, costs: CostModel, direction: int, stage: int) -> float:
-    """Returns the latency between a stage and the next one, in either direction."""
-    row = schedule.placement[direction]
-    return costs.latency if row[stage] != row[stage + 1] else 0.0
-
-
-def _forward_path(schedule: Schedule, costs: CostModel, direction: int, first: int) -> list[float]:
-    """Returns the minimum time from the start of F in stage `first` to the start of F in each later stage."""
-    times = [0.0]
-    for stage in range(first, schedule.num_stages - 1):
-        times.append(times[-1] + _min_group_time(costs, stage, Op.FORWARD) + _hop(schedule, costs, direction, stage))
-    return times
-
-
-def _backward_tail(schedule: Schedule, costs: CostModel, direction: int, stage: int) -> float:
-    """Returns the minimum time from the start of I in a stage to the end of all that must follow."""
-    latest = 0.0
-    time = 0.0
-    for below in range(stage, -1, -1):
-        time += _min_group_time(costs, below, Op.BACKWARD_INPUT)
-        latest = max(latest, time + _min_group_time(costs, below, Op.BACKWARD_WEIGHT))
-        if below > 0:
-            time += _hop(schedule, costs, direction, below - 1)
-    return latest
-
-
-def _gradient_path(schedule: Schedule, costs: CostModel, direction: int, stage: int) -> float:
-    """Returns the minimum time from the start of I in the last stage to the start of I in this stage."""
-    return sum(
-        _min_group_time(costs, above, Op.BACKWARD_INPUT) + _hop(schedule, costs, direction, above - 1)
-        for above in range(schedule.num_stages - 1, stage, -1)
-    )
-
-
-def _held_stages(schedule: Schedule, costs: CostModel, rank: int) -> list[_HeldStage]:
-    used = set(_used_directions(schedule))
-    return [
-        _held_stage(schedule, costs, direction, stage)
-        for direction, stage in schedule.stages_of(rank)
-        if direction in used
-    ]
-
-
-def _held_stage(schedule: Schedule, costs: CostModel, direction: int, stage: int) -> _HeldStage:
-    """Computes the minimum times around one stage."""
-    to_here = _forward_path(schedule, costs, direction, 0)[stage]
-    last = _min_group_time(costs, schedule.num_stages - 1, Op.FORWARD)
-    to_last = _forward_path(schedule, costs, direction, stage)[-1] + last
-    back = _gradient_path(schedule, costs, direction, stage)
-    own = _min_group_time(costs, stage, Op.BACKWARD_INPUT) + _min_group_time(costs, stage, Op.BACKWARD_WEIGHT)
-    after = 0.0
-    if stage > 0:
-        after = _hop(schedule, costs, direction, stage - 1) + _backward_tail(schedule, costs, direction, stage - 1)
-    return _HeldStage(
-        count=len(schedule.micro_batches_of(direction)),
-        costs=costs.stages[stage],
-        forward_at=to_here,
-        gradient_at=to_here + to_last + back,
-        after=after,
-        lifetime=to_last + back + own,
-    )
-
-
 def _rank_bounds(rank: int, shares: Sequence[_HeldStage], memory_cap: float) -> Iterable[Bound]:
-    yield from _work_bounds(rank, shares, memory_cap, (Op.FORWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT), 0.0)
-    # The last of a rank's F and I is an I, whose gradient must still reach stage 0.
-    after = min(share.after for share in shares)
-    yield from _work_bounds(rank, shares, memory_cap, (Op.FORWARD, Op.BACKWARD_INPUT), after)
+    for lane in _LANES:
+        yield _lane_bound(rank, shares, memory_cap, lane)
     if _can_exceed_cap(shares, memory_cap):
-        head = min(share.forward_at for share in shares)
+        head = min(share.waves.forwards[0].start for share in shares)
         area = sum(share.count * share.lifetime * share.costs.activation for share in shares)
         reason = f"its activations need {area:g} of memory x time after {head:g}, with a cap of {memory_cap:g}"
         yield Bound(value=head + area / memory_cap, reason=f"rank {rank}: {reason}")
 
 
-def _work_bounds(
-    rank: int, shares: Sequence[_HeldStage], memory_cap: float, kinds: Sequence[Op], tail: float
-) -> Iterable[Bound]:
-    """Yields bounds from the work of these kinds after the first F and after the first I."""
-    compute = sum(share.compute(*kinds) for share in shares)
-    exchange = sum(share.exchange(*kinds) for share in shares)
-    ending = f", and the last gradient needs {tail:g} to reach stage 0" if tail else ""
-    head = min(share.forward_at for share in shares)
-    busy = max(compute, exchange)
-    reason = f"rank {rank}: the first forward reaches it at {head:g}, then its work takes {busy:g}{ending}"
-    yield Bound(value=head + busy + tail, reason=reason)
-    gradient = min(share.gradient_at for share in shares)
-    early = _most_forwards(shares, memory_cap, lambda costs: costs.forward)
-    left = max(compute - early, exchange - _most_forwards(shares, memory_cap, lambda costs: costs.forward_exchange))
-    cap = f" with a cap of {memory_cap:g}" if _can_exceed_cap(shares, memory_cap) else ""
-    reason = (
-        f"rank {rank}: before a gradient can reach it at {gradient:g} its forwards take at most {early:g}{cap}, "
-        f"then its remaining work takes {left:g}{ending}"
+def _lane_bound(rank: int, shares: Sequence[_HeldStage], memory_cap: float, lane: _Lane) -> Bound:
+    """Returns the work of a lane plus what it loses at both ends.
+
+    If the work fits into both ends together, they could overlap, and only the larger loss counts.
+    """
+    work = lane.work(shares)
+    heads = [LostTime(), *_lost_at_begin(shares, memory_cap, lane)]
+    tails = [LostTime(), *_lost_at_end(shares, memory_cap, lane)]
+    head, tail = max(
+        (
+            (head, tail)
+            for head, tail in product(heads, tails)
+            if work > head.done + tail.done + _ROUNDING or not head.lost or not tail.lost
+        ),
+        key=lambda ends: ends[0].lost + ends[1].lost,
     )
-    yield Bound(value=gradient + left + tail, reason=reason)
+    cap = f" with a cap of {memory_cap:g}" if _can_exceed_cap(shares, memory_cap) else ""
+    parts = [f"rank {rank}: its {lane.name} takes {work:g}"]
+    parts += [end.words.format(lost=end.lost, until=end.until, done=end.done, cap=cap) for end in (head, tail)]
+    return Bound(value=work + head.lost + tail.lost, reason="; ".join(filter(None, parts)))
+
+
+def _lost_at_begin(shares: Sequence[_HeldStage], memory_cap: float, lane: _Lane) -> Iterator[LostTime]:
+    """Yields what a lane loses before the first forwards, or before the first gradients."""
+    forwards = [
+        Arrival(span=span, time=lane.time_of(share.costs, Op.FORWARD))
+        for share in shares
+        for span in share.waves.forwards
+    ]
+    gradients = [
+        arrival
+        for share in shares
+        for input_span, weight_span in zip(share.waves.gradients, share.waves.weights, strict=True)
+        for arrival in (
+            Arrival(span=input_span, time=lane.time_of(share.costs, Op.BACKWARD_INPUT)),
+            Arrival(
+                span=weight_span,
+                time=lane.time_of(share.costs, Op.BACKWARD_WEIGHT),
+                released=share.costs.activation,
+            ),
+        )
+    ]
+    first_gradient = min(arrival.span.start for arrival in gradients)
+    horizons = [_horizon(shares, kind) for kind in ("forwards", "gradients")]
+
+    def early(released: float) -> float:
+        return _most_work(shares, memory_cap + released, lambda costs: lane.time_of(costs, Op.FORWARD))
+
+    words = "it loses {lost:g} before the first forward can reach it"
+    yield from lost_times(words, forwards, lambda _: 0.0, min(first_gradient, horizons[0]))
+    words = "it loses {lost:g} before gradients: its first {until:g} have room for {done:g}{cap}"
+    yield from lost_times(words, gradients, early, horizons[1])
+
+
+def _lost_at_end(shares: Sequence[_HeldStage], memory_cap: float, lane: _Lane) -> Iterator[LostTime]:
+    """Yields what a lane loses after the last gradients, or after the last forwards."""
+    gradients = [
+        Arrival(span=span, time=lane.time_of(share.costs, Op.BACKWARD_INPUT))
+        for share in shares
+        for span in share.waves.last_gradients
+    ]
+    forwards = [
+        Arrival(span=span, time=lane.time_of(share.costs, Op.FORWARD), released=share.costs.activation)
+        for share in shares
+        for span in share.waves.last_forwards
+    ]
+    last_forward = min(arrival.span.start for arrival in forwards)
+    horizons = [_horizon(shares, kind) for kind in ("last_gradients", "last_forwards")]
+
+    def weights(released: float) -> float:
+        return _most_work(shares, memory_cap + released, lambda costs: lane.time_of(costs, Op.BACKWARD_WEIGHT))
+
+    def backwards(released: float) -> float:
+        return _most_work(shares, memory_cap + released, lambda costs: lane.time_of(costs, *_HALVES[1:]))
+
+    words = "it loses {lost:g} after gradients: its last {until:g} have room for {done:g}{cap}"
+    yield from lost_times(words, gradients, weights, min(last_forward, horizons[0]))
+    words = "it loses {lost:g} after forwards: its last {until:g} have room for {done:g}{cap}"
+    yield from lost_times(words, forwards, backwards, horizons[1])
+
+
+def _horizon(shares: Sequence[_HeldStage], wave: str) -> float:
+    """Returns a time before which no operation of a wave can start that is not among its spans."""
+    spans = [(share.count, getattr(share.waves, wave)) for share in shares]
+    return min((each[-1].start for count, each in spans if count > len(each)), default=math.inf)
 
 
 def _can_exceed_cap(shares: Sequence[_HeldStage], memory_cap: float) -> bool:
@@ -211,8 +219,8 @@ def _can_exceed_cap(shares: Sequence[_HeldStage], memory_cap: float) -> bool:
     return memory_cap < sum(share.count * share.costs.activation for share in shares)
 
 
-def _most_forwards(shares: Sequence[_HeldStage], memory_cap: float, time: Callable[[StageCosts], float]) -> float:
-    """Returns an upper bound on the time of forwards whose activations fit under the cap together."""
+def _most_work(shares: Sequence[_HeldStage], memory_cap: float, time: Callable[[StageCosts], float]) -> float:
+    """Returns an upper bound on the time of operations whose activations fit under the cap together."""
     is_uniform = len({share.costs.activation for share in shares}) == 1
     total = 0.0
     room = memory_cap

@@ -1,11 +1,14 @@
 """Every schedule is at or above the lower bound, known optima reach it, and it gives its reason."""
 
+from dataclasses import replace
+from itertools import combinations
 from random import Random
 
 import pytest
 
 from dualpipe.ir import Group, Op, Operation, Schedule, ScheduleError
-from dualpipe.registry import build
+from dualpipe.optimize.fuse import fuse
+from dualpipe.registry import SCHEDULES, build
 from dualpipe.simulate.bounds import lower_bound
 from dualpipe.simulate.costs import CostModel, Costs, StageCosts, uniform
 from dualpipe.simulate.simulate import simulate
@@ -113,6 +116,9 @@ SHAPES = [
     in_a_v(2, 3),
     in_a_v(3, 4),
     shape(3, (0, 0, 1, 0)),
+    shape(4, (0, 1, 0, 1)),
+    shape(4, (0, 1, 0, 1), (1, 0, 1, 0)),
+    shape(3, (0, 1, 2, 0, 1, 2), (2, 1, 0, 2, 1, 0)),
 ]
 
 
@@ -145,13 +151,103 @@ def test_bound_is_reached_by_the_best_of_many_tiny_schedules(empty: Schedule, co
     assert lower_bound(empty, model).value == best == optimum
 
 
-@pytest.mark.parametrize("costs", [COMPUTE, EXCHANGE, random_costs(Random(7), 8)])
-@pytest.mark.parametrize("kind", ["dualpipe", "1f1b"])
-def test_bound_holds_for_generated_schedules(kind: str, costs: Costs | CostModel) -> None:
-    schedule = build(kind, 8, 16)
-    model = uniform(costs, 8, 8) if isinstance(costs, Costs) else costs
-    simulation = simulate(schedule, model)
-    assert lower_bound(schedule, model, memory_cap=max(simulation.peaks)).value <= simulation.makespan
+class Exhaustive:
+    """Exhaustive search over all orders and groups of a small schedule for the shortest makespan."""
+
+    def __init__(self, empty: Schedule, costs: CostModel, memory_cap: float) -> None:
+        """Searches; `shortest` is the result."""
+        self.empty = empty
+        self.costs = costs
+        self.cap = memory_cap
+        self.shortest = float("inf")
+        operations = [
+            Operation(kind, direction, stage, micro_batch)
+            for direction in range(empty.num_directions)
+            for stage in range(empty.num_stages)
+            for micro_batch in empty.micro_batches_of(direction)
+            for kind in (Op.FORWARD, *HALVES)
+        ]
+        self._ranks = [
+            [op for op in operations if empty.rank_of(op.direction, op.stage) == rank]
+            for rank in range(empty.num_ranks)
+        ]
+        self._makers = {made_by(op, empty.num_stages): op for op in operations}
+        self._extend({}, (0.0,) * empty.num_ranks, (0.0,) * empty.num_ranks, 0.0)
+
+    def _extend(
+        self, ends: dict[Operation, float], free: tuple[float, ...], alive: tuple[float, ...], begun: float
+    ) -> None:
+        left = [[op for op in rank if op not in ends] for rank in self._ranks]
+        least = (time + sum(map(self.costs.compute_of, ops)) for time, ops in zip(free, left, strict=True))
+        if max(least) >= self.shortest:
+            return
+        if not any(left):
+            self.shortest = max(free)
+        for rank, ops in enumerate(left):
+            ready = [op for op in ops if self._is_ready(op, ends)]
+            for group in (group for size in (1, 2, 3) for group in combinations(ready, size)):
+                start = max(free[rank], *(self._arrival(op, ends) for op in group))
+                made = sum(self.costs.stages[op.stage].activation for op in group if op.kind is Op.FORWARD)
+                # Groups are added in the order of their starts, so that each schedule is seen once.
+                if start >= begun and alive[rank] + made <= self.cap:
+                    freed = sum(self.costs.stages[op.stage].activation for op in group if op.kind is Op.BACKWARD_WEIGHT)
+                    end = start + self.costs.duration_of(group)
+                    self._extend(
+                        ends | dict.fromkeys(group, end),
+                        (*free[:rank], end, *free[rank + 1 :]),
+                        (*alive[:rank], alive[rank] + made - freed, *alive[rank + 1 :]),
+                        start,
+                    )
+
+    def _is_ready(self, op: Operation, ends: dict[Operation, float]) -> bool:
+        needed = needed_by(op, self.empty.num_stages)
+        return own_needs(op) <= ends.keys() and (needed is None or self._makers[needed] in ends)
+
+    def _arrival(self, op: Operation, ends: dict[Operation, float]) -> float:
+        needed = needed_by(op, self.empty.num_stages)
+        own = max((ends[each] for each in own_needs(op)), default=0.0)
+        if needed is None:
+            return own
+        maker = self._makers[needed]
+        is_sent = self.empty.rank_of(op.direction, op.stage) != self.empty.rank_of(maker.direction, maker.stage)
+        return max(own, ends[maker] + (self.costs.latency if is_sent else 0.0))
+
+
+@pytest.mark.parametrize(
+    ("empty", "exchange", "latency", "cap", "optimum"),
+    [
+        (shape(2, (0, 1)), 0, 0, 2, 7),
+        (shape(2, (0, 1)), 1, 0, 2, 10),
+        (shape(2, (0, 1)), 1, 0.5, 1, 20),
+        (shape(3, (0, 1)), 0, 0.5, 2, 12),
+        (shape(3, (0, 1)), 1, 0.5, 1, 30),
+        (shape(1, (0, 1, 2)), 1, 0, 1, 13),
+        (shape(2, (0, 1, 2)), 0, 0, 2, 9),
+        (bidirectional(2, 2), 1, 0, 2, 9),
+        (bidirectional(2, 2), 1.5, 0.5, 2, 12),
+        (bidirectional(2, 3), 1, 0, 3, 11),
+    ],
+)
+def test_bound_is_the_makespan_of_the_shortest_of_all_schedules(
+    empty: Schedule, exchange: float, latency: float, cap: float, optimum: float
+) -> None:
+    costs = Costs(forward=1, backward_input=1, backward_weight=1, exchange=exchange, latency=latency)
+    model = uniform(costs, empty.num_ranks, empty.num_stages)
+    bound = lower_bound(empty, model, memory_cap=cap)
+    assert bound.value == Exhaustive(empty, model, cap).shortest == optimum
+
+
+@pytest.mark.parametrize("costs", [COMPUTE, EXCHANGE, replace(EXCHANGE, exchange=1.5, latency=0.1)], ids=str)
+@pytest.mark.parametrize("kind", SCHEDULES.names())
+def test_bound_holds_for_generated_schedules(kind: str, costs: Costs) -> None:
+    spec = SCHEDULES.get(kind)
+    for chunks in spec.chunk_choices(None)[:2]:
+        model = uniform(costs, 4, spec.num_stages(4, chunks))
+        schedule = build(kind, 4, 12, model)
+        for timed in (schedule, fuse(schedule, model)):
+            simulation = simulate(timed, model)
+            bound = lower_bound(timed, model, memory_cap=max(simulation.peaks))
+            assert bound.value <= simulation.makespan + 1e-9, f"{chunks} chunks: {bound.reason}"
 
 
 @pytest.mark.parametrize("num_ranks", range(2, 17))
@@ -163,15 +259,35 @@ def test_bound_without_exchange_is_half_the_pipeline(num_ranks: int) -> None:
 
 
 @pytest.mark.parametrize("num_ranks", range(4, 17, 2))
-def test_bound_with_exchange_under_a_cap_is_twice_the_pipeline_less_three(num_ranks: int) -> None:
+def test_bound_with_exchange_under_a_cap_is_three_pipelines_less_five(num_ranks: int) -> None:
     for num_micro_batches in (2 * num_ranks, 64):
         schedule = bidirectional(num_ranks, num_micro_batches)
         model = uniform(EXCHANGE, num_ranks, num_ranks)
         bound = lower_bound(schedule, model, memory_cap=num_ranks + 1)
-        assert bound.value == 3 * num_micro_batches + 2 * num_ranks - 3
+        # 2P - 3 before gradients, P - 2 after forwards.
+        assert bound.value == 3 * num_micro_batches + 3 * num_ranks - 5
         assert f"rank {num_ranks // 2 - 1}" in bound.reason or f"rank {num_ranks // 2}" in bound.reason
+        assert f"it loses {2 * num_ranks - 3} before gradients" in bound.reason
+        assert f"it loses {num_ranks - 2} after forwards" in bound.reason
         assert f"with a cap of {num_ranks + 1}" in bound.reason
         assert lower_bound(schedule, model).value == 3 * num_micro_batches + num_ranks - 2
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 4])
+def test_bound_of_several_chunks_without_exchange_is_a_fraction_of_half_the_pipeline(chunks: int) -> None:
+    for num_ranks in (4, 8, 16):
+        row = tuple(range(num_ranks)) * chunks
+        bound = lower_bound(shape(64, row, row[::-1]), uniform(COMPUTE, num_ranks, num_ranks * chunks))
+        assert bound.value == 192 + (num_ranks // 2 - 1) / chunks
+        assert "before the first forward can reach it" in bound.reason
+
+
+def test_bound_of_several_chunks_counts_the_path_of_the_first_micro_batch() -> None:
+    # With 4 chunks the first gradient is back at rank 3 after 32 F and 3 I of 1/2 each, while 10 forwards fit.
+    row = tuple(range(8)) * 4
+    bound = lower_bound(shape(32, row, row[::-1]), uniform(EXCHANGE, 8, 32), memory_cap=10)
+    assert bound.value == 96 + 17.5 - 10
+    assert "its first 17.5 have room for 10 with a cap of 10" in bound.reason
 
 
 def test_bound_of_one_micro_batch_is_its_critical_path_with_links() -> None:
@@ -207,7 +323,7 @@ def test_bound_counts_the_backward_path_if_weights_cost_nothing() -> None:
     costs = Costs(forward=1, backward_input=1, backward_weight=0, exchange=0, latency=0)
     bound = lower_bound(shape(10, (0, 1, 2, 3)), uniform(costs, 4, 4))
     assert bound.value == 3 + 20 + 0 + 3
-    assert "the last gradient needs 3 to reach stage 0" in bound.reason
+    assert "it loses 3 after gradients" in bound.reason
 
 
 def test_bound_rejects_a_cap_below_one_activation() -> None:
