@@ -18,6 +18,7 @@ from comm.config import AllToAllDispatchConfig, LocalDispatchConfig, Parallelism
 from data.loader import Batch, Loader
 from data.prepare import prepare
 from dualpipe.config import ScheduleConfig
+from dualpipe.ir import Schedule
 from tests.ranks import run_ranks
 from tests.tiny import BATCH, MODEL, TASK, tiny_config, write_text
 from tests.train.job import close_job, open_job
@@ -108,13 +109,18 @@ class WatchedLoader(Loader):
         return batch
 
 
-def begin(rank: int, world_size: int, configs: Sequence[TrainConfig]) -> list[tuple[Path, Part]]:
-    """Runs each configuration, and returns its checkpoint and the steps after it without interruption."""
-    return [_begin(config) for config in configs]
+def begin(
+    rank: int, world_size: int, configs: Sequence[TrainConfig], schedule: Schedule | None = None
+) -> list[tuple[Path, Part]]:
+    """Runs each configuration, and returns its checkpoint and the steps after it without interruption.
+
+    Without a schedule, each follows the configured one.
+    """
+    return [_begin(config, schedule) for config in configs]
 
 
-def _begin(config: TrainConfig) -> tuple[Path, Part]:
-    learner, prepared = open_job(config), prepare(config.data, config.batch.sequence_length_tokens)
+def _begin(config: TrainConfig, schedule: Schedule | None) -> tuple[Path, Part]:
+    learner, prepared = open_job(config, schedule), prepare(config.data, config.batch.sequence_length_tokens)
     loader = WatchedLoader(prepared, sizes=config.batch_sizes, seed=config.data.seed)
     loader.watch()
     for step in range(STEPS_BEFORE):
@@ -126,13 +132,18 @@ def _begin(config: TrainConfig) -> tuple[Path, Part]:
     return folder, Part(losses, samples)
 
 
-def go_on(rank: int, world_size: int, jobs: Sequence[tuple[TrainConfig, Path]]) -> list[Part]:
-    """Resumes from each checkpoint under the given configuration, and returns the steps after it."""
-    return [_go_on(config, folder) for config, folder in jobs]
+def go_on(
+    rank: int, world_size: int, jobs: Sequence[tuple[TrainConfig, Path]], schedule: Schedule | None = None
+) -> list[Part]:
+    """Resumes from each checkpoint under the given configuration, and returns the steps after it.
+
+    Without a schedule, each follows the configured one.
+    """
+    return [_go_on(config, folder, schedule) for config, folder in jobs]
 
 
-def _go_on(config: TrainConfig, folder: Path) -> Part:
-    learner, prepared = open_job(config), prepare(config.data, config.batch.sequence_length_tokens)
+def _go_on(config: TrainConfig, folder: Path, schedule: Schedule | None) -> Part:
+    learner, prepared = open_job(config, schedule), prepare(config.data, config.batch.sequence_length_tokens)
     loader = WatchedLoader(prepared, sizes=config.batch_sizes, seed=config.data.seed)
     samples = loader.watch()
     checkpoint.load(learner, folder)

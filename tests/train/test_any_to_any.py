@@ -6,9 +6,20 @@ from pathlib import Path
 import pytest
 
 from comm.config import ParallelismConfig
+from tests.dualpipe.random_schedules import bidirectional, looped, random_schedule
 from tests.ranks import run_ranks
 from tests.tiny import BATCH, OPTIM, TASK, tiny_config, write_text
-from tests.train.any_to_any import PLACES, TOLERANCE, begin, compare, go_on, merged
+from tests.train.any_to_any import (
+    PLACES,
+    TOLERANCE,
+    Place,
+    begin,
+    compare,
+    config_at,
+    go_on,
+    merged,
+    worst_difference,
+)
 from train.config import PrecisionConfig
 
 
@@ -27,6 +38,20 @@ def test_any_to_any_sampled_pairs_resume_as_if_uninterrupted(folder: Path) -> No
     seen = dict(compare(folder, chosen, steps_after=3))
     assert len(seen) == len(pairs)
     assert max(seen.values()) <= TOLERANCE, seen
+
+
+@pytest.mark.slow
+def test_any_to_any_chunks_move_between_one_and_two_directions(folder: Path) -> None:
+    """Two chunks for each rank: the same four stages are on one rank each, and then on both."""
+    place = Place(2, 1, 1, "chunks", 4)
+    config = config_at(folder, place, steps_after=3)
+    schedules = [random_schedule(placement, 4, 0) for placement in (looped(2, 2), bidirectional(2, 2))]
+    for writer, reader in (schedules, schedules[::-1]):
+        seen = [part for (part,) in run_ranks(2, begin, [config], writer)]
+        uninterrupted = merged([part for _, part in seen])
+        found = merged([part for (part,) in run_ranks(2, go_on, [(config, seen[0][0])], reader)])
+        assert found.samples == uninterrupted.samples
+        assert worst_difference(found, uninterrupted) <= TOLERANCE
 
 
 @pytest.mark.slow
